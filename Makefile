@@ -116,8 +116,9 @@ REPORTS := $(addprefix $(KEPT)/, $(addsuffix .json, \
   overlap-real-block-2-ranks-share-0.52 overlap-real-block-2-ranks-share-0.15 overlap-real-iteration-2-ranks-share-0.52 \
   overlap-real-iteration-2-ranks-share-0.52-ratio-0.3 \
   overlap-emulated-iteration-2-ranks-share-0.52 overlap-emulated-iteration-4-ranks-share-0.52 \
-  overlap-emulated-block-2-ranks-share-0.52 overlap-emulated-block-2-ranks-share-0.35 \
-  overlap-emulated-block-4-ranks-share-0.35 growth routing inference-2-ranks-share-0.52 inference-2-ranks-share-0.15 \
+  overlap-emulated-block-2-ranks-share-0.52 overlap-emulated-block-2-ranks-share-0.52-every-1 \
+  overlap-emulated-block-2-ranks-share-0.35 overlap-emulated-block-4-ranks-share-0.35 \
+  growth routing inference-2-ranks-share-0.52 inference-2-ranks-share-0.15 \
   $(addprefix uneven-, emulated-block-2-ranks-share-0.52-hot_rank emulated-block-4-ranks-share-0.49-hot_rank \
   real-block-2-ranks-share-0.52-hot_rank real-iteration-2-ranks-share-0.52-hot_rank inference-2-ranks-share-0.52-hot_rank)))
 
@@ -139,6 +140,9 @@ $(KEPT)/overlap-emulated-iteration-4-ranks-share-0.52.json:  # 16 min
 	@$(KEEP) overlap --out $(KEPT) $(SLEEPING) --attention-ms 90 --ranks 4
 $(KEPT)/overlap-emulated-block-2-ranks-share-0.52.json:  # 9 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.52
+EVERY_1 := --every 1 --rows top2 shared_expert scmoe_pos1 scmoe_pos2 farskip
+$(KEPT)/overlap-emulated-block-2-ranks-share-0.52-every-1.json:  # 7 min
+	@$(KEEP) overlap --out $(KEPT) --share 0.52 $(EVERY_1)
 $(KEPT)/overlap-emulated-block-2-ranks-share-0.35.json:  # 11 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.35 --attention-ms 60
 $(KEPT)/overlap-emulated-block-4-ranks-share-0.35.json:  # 8 min
@@ -154,8 +158,8 @@ UNEVEN := --load hot_rank:1.3 --load hot_rank:1.7
 UNEVEN_ROWS := --rows top2 shared_expert scmoe_pos2 scmoe_pos2_pipelined scmoe_pos3
 $(KEPT)/uneven-emulated-block-2-ranks-share-0.52-hot_rank.json:  # 15 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.52 --load hot_rank:1.7 --rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3
-$(KEPT)/uneven-emulated-block-4-ranks-share-0.49-hot_rank.json:  # 25 min
-	@$(KEEP) overlap --out $(KEPT) --share 0.49 --attention-ms 90 --ranks 4 $(UNEVEN) --load hot_rank:2.5 $(UNEVEN_ROWS)
+$(KEPT)/uneven-emulated-block-4-ranks-share-0.49-hot_rank.json:  # 15 min
+	@$(KEEP) overlap --out $(KEPT) --share 0.49 --attention-ms 90 --ranks 4 --load hot_rank:1.7 $(UNEVEN_ROWS) --rounds 7
 $(KEPT)/uneven-real-block-2-ranks-share-0.52-hot_rank.json:  # 20 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.52 --compute real $(UNEVEN) --load hot_rank:2 $(UNEVEN_ROWS) scmoe_pos3_pipelined
 $(KEPT)/uneven-real-iteration-2-ranks-share-0.52-hot_rank.json:  # 20 min

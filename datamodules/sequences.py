@@ -116,17 +116,17 @@ class SequenceDataModule(PositionedDataModule):
         limit = self.val_sequences if split == "val" else None
         return EvalWindows(self.splits.tokens[split], self.seq_len, self.splits.token_bytes_V, limit)
 
-    def unigram_bits_per_byte(self, split: str = "val") -> float:
+    def unigram_bits_per_byte(self) -> float:
         """Returns the bits per UTF-8 byte of a unigram model, which any trained model must beat.
 
-        It counts the training tokens, each plus one, and is scored on the targets of `eval_windows(split)`.
+        It counts the training tokens, each plus one, and is scored on the targets of a validation.
         """
         token_bytes_V = self.splits.token_bytes_V
         train = self.splits.tokens["train"]
         train_count_V = np.ones(len(token_bytes_V))
         for start in range(0, len(train), COUNT_CHUNK):
             train_count_V += np.bincount(train[start : start + COUNT_CHUNK], minlength=len(token_bytes_V))
-        windows = self.eval_windows(split)
+        windows = self.eval_windows("val")
         target_count_V = np.zeros(len(token_bytes_V), np.int64)
         for i in range(len(windows)):
             np.add.at(target_count_V, windows.window(i)[1:], 1)

@@ -149,9 +149,6 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> "tokenizers.Tokenizer":
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < 257:
-        raise ValueError(f"data.vocab_size is {vocab_size}; bpe needs at least 257: all bytes and {END_OF_TEXT}")
-
     def beginning() -> Iterator[str]:
         room = TRAIN_CHARS
         for piece in chain.from_iterable(map(pieces, texts)):

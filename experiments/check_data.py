@@ -1,5 +1,3 @@
-"""`scmoe check-data` reads all data of a config."""
-
 import sys
 from dataclasses import replace
 

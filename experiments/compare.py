@@ -1,5 +1,3 @@
-"""`scmoe compare` compares runs."""
-
 import sys
 from pathlib import Path
 

@@ -1,12 +1,10 @@
-"""`scmoe estimate` says what a training costs."""
-
 import json
 import sys
 from collections.abc import Sequence
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.engine.command_line import KeyValue, call
+from scmoe.experiments.engine.command_line import KeyValue, call, numbers_of
 
 RANKS = ("trainer.devices", "trainer.num_nodes", "strategy.ep_size")  # the fields that ep and dp set
 
@@ -16,16 +14,7 @@ def read(path: str, words: Sequence[str]) -> Config:
     from scmoe.config.load import load
     from scmoe.config.rules import resolve_ep_size
 
-    sizes: dict[str, int] = {}
-    overrides = []
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in ("ep", "dp"):
-            overrides.append(word)
-        elif not value.isdecimal() or int(value) < 1:
-            raise ConfigError(f"command line: {key} is {value!r}, allowed: a number of ranks, 1 or more")
-        else:
-            sizes[key] = int(value)
+    sizes, overrides = numbers_of(words, ("ep", "dp"))
     if not sizes:
         return load(path, overrides)
     for override in overrides:

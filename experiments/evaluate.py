@@ -1,5 +1,3 @@
-"""`scmoe evaluate` scores a run's model."""
-
 import json
 import sys
 from pathlib import Path

@@ -1,5 +1,3 @@
-"""`scmoe export` writes a run's weights."""
-
 import sys
 from pathlib import Path
 from typing import Literal

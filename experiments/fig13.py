@@ -1,5 +1,3 @@
-"""`scmoe fig13` measures offloaded experts."""
-
 import json
 import sys
 from pathlib import Path

@@ -1,5 +1,3 @@
-"""`scmoe figure` draws a figure of the paper."""
-
 import json
 import sys
 from pathlib import Path

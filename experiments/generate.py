@@ -1,5 +1,3 @@
-"""`scmoe generate` continues texts."""
-
 import json
 import sys
 from functools import partial

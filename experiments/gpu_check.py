@@ -1,5 +1,3 @@
-"""`scmoe gpu-check` checks everything on one GPU."""
-
 import json
 import sys
 from datetime import datetime

@@ -1,5 +1,3 @@
-"""`scmoe list` lists what there is to choose from."""
-
 import sys
 
 from scmoe.experiments.engine.command_line import KeyValue, call

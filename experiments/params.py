@@ -8,10 +8,9 @@ need no memory.
 import json
 import sys
 
-from rich.table import Column, Table
-
 from scmoe.config.load import SHIPPED, load
 from scmoe.experiments.engine.command_line import call
+from scmoe.experiments.engine.report import Report
 
 PRESETS = SHIPPED / "model"
 # Positions share a row: a tap's norm has the same size everywhere. So do CG-1, CG-2 and Direct Add, to 2 D a module.
@@ -47,11 +46,14 @@ def main(*presets: str) -> None:
     Args:
         presets: names of files in configs/model, without .yaml (default: all)
     """
-    from scmoe.training.run.printout import console
-
     names = presets or sorted(path.stem for path in PRESETS.glob("*.yaml"))
     counts = {name: {row: count(name, words) for row, words in rows(name).items()} for name in names}
-    console().print(parameters_table(counts))
+    shown = {}
+    for preset, each in counts.items():
+        for row, sizes in each.items():
+            shown[f"{preset}, {row}"] = {**sizes, "published": PUBLISHED.get((preset, row), "")}
+    columns = {"total": "{total:,}", "active per token": "{active:,}", "published": "{published}"}
+    Report("parameters", shown, columns, "preset, architecture").show()
     print(json.dumps(counts))
 
 
@@ -69,17 +71,6 @@ def count(preset: str, words: str) -> dict[str, int]:
     config = load(f"configs/model/{preset}.yaml", words.split())
     total, active = total_and_active(count_parameters(build_model_on_meta(config)))
     return {"total": total, "active": active}
-
-
-def parameters_table(counts: dict[str, dict[str, dict[str, int]]]) -> Table:
-    numbers = [Column(name, justify="right") for name in ("total", "active per token", "published")]
-    made = Table("preset", "architecture", *numbers, title="parameters", title_justify="left", title_style="bold")
-    for preset, each in counts.items():
-        for i, (architecture, sizes) in enumerate(each.items()):
-            published, name = PUBLISHED.get((preset, architecture), ""), preset if i == 0 else ""
-            made.add_row(name, architecture, f"{sizes['total']:,}", f"{sizes['active']:,}", published)
-        made.add_section()
-    return made
 
 
 if __name__ == "__main__":

@@ -1,5 +1,3 @@
-"""`scmoe reproduce` runs all tables of the paper."""
-
 import json
 import re
 import sys

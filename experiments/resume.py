@@ -1,5 +1,3 @@
-"""`scmoe resume` goes on with a run."""
-
 import json
 import sys
 from pathlib import Path

@@ -1,5 +1,3 @@
-"""`scmoe runs` lists runs."""
-
 import sys
 from pathlib import Path
 

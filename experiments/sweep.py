@@ -1,5 +1,3 @@
-"""`scmoe sweep` searches over parameters."""
-
 import json
 import sys
 from typing import Any
@@ -14,13 +12,13 @@ def run_here(sweep: Any, again: str) -> int:
     require("sweep", "matplotlib")
     if sweep.method == "bayes":
         require("method bayes (grid and random do not)", "optuna")
-    from scmoe.experiments.studies.sweep.sweep_report import rich_table, write_report
+    from scmoe.experiments.studies.sweep.sweep_report import table, write_report
     from scmoe.experiments.studies.sweep.trials import run_trials
     from scmoe.runs.seen import console
 
     trials, signum = run_trials(sweep)
     summary, screen = write_report(sweep, trials), console(stderr=True)
-    screen.print(rich_table(sweep, trials))
+    table(sweep, trials).show()
     lines = [f"results      {sweep.folder}"]
     if summary["best"]:
         lines.append(f"best         {scmoe('train', summary['best']['config'])}")

@@ -1,5 +1,3 @@
-"""`scmoe table` runs a table of the paper."""
-
 import json
 import sys
 

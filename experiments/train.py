@@ -1,5 +1,3 @@
-"""`scmoe train` trains a model."""
-
 import json
 import sys
 

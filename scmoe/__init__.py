@@ -6,7 +6,7 @@ after Lightning is imported. It imports neither Lightning nor torch: the names o
 
 import sys
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,9 @@ if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
     from scmoe.lightning.strategy import ExpertParallelStrategy
     from scmoe.parallel.mesh import ParallelContext
     from scmoe.runs.trained import load_trained as load
-    from scmoe.training.assembly.blocks import register_architecture
+    from scmoe.training.assembly.blocks import register_architecture, register_router
     from scmoe.training.assembly.data import register_dataset
     from scmoe.training.assembly.model import build_model, register_family, register_optimizer
-    from scmoe.training.assembly.routers import register_router
     from scmoe.training.assembly.trainer import register_callback
 
 __version__ = "0.2.0"
@@ -66,7 +65,7 @@ NAMES = {  # name: module and the name there
     "register_dataset": ("scmoe.training.assembly.data", "register_dataset"),
     "register_family": ("scmoe.training.assembly.model", "register_family"),
     "register_optimizer": ("scmoe.training.assembly.model", "register_optimizer"),
-    "register_router": ("scmoe.training.assembly.routers", "register_router"),
+    "register_router": ("scmoe.training.assembly.blocks", "register_router"),
     "load": ("scmoe.runs.trained", "load_trained"),
     "generate": ("scmoe.inference.generate", "generate"),
     "stream": ("scmoe.inference.generate", "stream"),
@@ -96,24 +95,16 @@ class AfterLightning(MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         spec = PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = ThenTeach(spec.loader)
+        loader: Any = spec and spec.loader
+        if loader is not None:
+            run = loader.exec_module
+
+            def run_and_teach(module: ModuleType) -> None:
+                run(module)
+                teach_lightning()
+
+            loader.exec_module = run_and_teach
         return spec
-
-
-class ThenTeach(Loader):
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        teach_lightning()
-
-    def __getattr__(self, name: str) -> Any:  # resources, source lines
-        return getattr(self.loader, name)
 
 
 if "lightning.pytorch" in sys.modules:

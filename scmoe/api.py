@@ -21,9 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual
 from scmoe.moe import balance
-from scmoe.moe.activation import ACTIVATIONS
 from scmoe.moe.coefficient import COEFFICIENT_GATES
-from scmoe.moe.experts import Experts
+from scmoe.moe.experts import ACTIVATIONS, Experts
 from scmoe.moe.layout import rows_of
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream

@@ -13,7 +13,16 @@ from cyclopts import App, Parameter, validators
 
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench.pairs import USUAL_RATIO, Count, Positive, Rounds, Setting, check_ranks, tokens_for
+from scmoe.experiments.bench.pairs import (
+    USUAL_RATIO,
+    Count,
+    Positive,
+    Rounds,
+    Setting,
+    check_ranks,
+    tokens_for,
+    usual_rows,
+)
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.command_line import OneEach, call
 
@@ -121,6 +130,7 @@ def overlap(
     tokens: Count | None = None,
     rows_per_gradient: Positive | None = None,
     accumulate: Count | None = None,
+    rows: list[str] | None = None,
     load: OneEach[str] = (),
     setting: Setting = USUAL,
     out: Path = OUT,
@@ -140,6 +150,7 @@ def overlap(
         rows_per_gradient: bytes of rows over bytes of gradients that a rank sends in a step of top-2, met by the tokens
             of a batch (default: 3)
         accumulate: batches of a step, whose gradients are summed once (default: 1)
+        rows: rows to measure (default: all)
         load: uneven routing (bench/loads.py), measured beside the balanced one; each --load is one more
     """
     if share is not None and setting.link_mbit is not None:
@@ -167,6 +178,7 @@ def overlap(
         share=Setting.share if share is None else share,
         compute=compute,
         reductions=reductions or ("ddp" if gpu else "paced"),
+        rows=tuple(dict.fromkeys(rows or usual_rows(setting.every))),
         loads=tuple(dict.fromkeys(load)),
         device=device,
     )

@@ -53,7 +53,7 @@ class EmulatedOperator(nn.Module):
 
 class EmulatedAttention(nn.Module):
     """Replaces an attention sub-layer, which has two parts: its output projection takes OUT_PART of `ms`, and its core
-    the rest. Arguments as above."""
+    the rest. Arguments as above. onto: as Residual's; None: the sub-layer is the identity."""
 
     parted = True
 
@@ -63,7 +63,8 @@ class EmulatedAttention(nn.Module):
         self.out = EmulatedOperator(OUT_PART * ms, num_weights // 4, tokens)
 
     def forward(self, x_BSD: Tensor, onto: Tensor | None = None, core: Tensor | None = None) -> Tensor:
-        return self.out(self.core(x_BSD) if core is None else core)
+        y_BSD = self.out(self.core(x_BSD) if core is None else core)
+        return y_BSD if onto is None else onto + y_BSD
 
 
 class EmulatedExperts(nn.Module):

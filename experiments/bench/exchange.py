@@ -41,11 +41,6 @@ def bench_exchange(
     args = nodes, between_mbit, kilobytes, rounds
     found = run_ranks(measure, ranks, *args, timeout_s=1200, own_links=True, nodes=nodes)[0]
     report = {"nodes": nodes, "ranks": ranks, "between_mbit": between_mbit, "rounds": rounds, **found}
-    show(report)
-    return report
-
-
-def show(report: dict[str, Any]) -> None:
     rows = {}
     for kb, auto in report["auto"].items():
         for way in WAYS:
@@ -59,6 +54,7 @@ def show(report: dict[str, Any]) -> None:
     }
     title = "{nodes} nodes, {ranks} ranks, cards of {between_mbit:g} Mbit/s, ".format(**report)
     Report(f"{title}{WITHIN} times that within a node", rows, columns, "kB for each rank, exchange").show()
+    return report
 
 
 def why_no_nodes(nodes: int, ranks: int) -> str | None:

@@ -19,14 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor
 from torch.profiler import record_function
 
 from scmoe.config.fields import Config
 from scmoe.config.load import SHIPPED, load
-from scmoe.config.rules import resolve_ep_size
 from scmoe.experiments.bench import emulated, speed_chart
 from scmoe.experiments.bench.overlap import measure
 from scmoe.experiments.bench.overlap_report import summary
@@ -39,13 +36,13 @@ from scmoe.experiments.engine.ranks import run_alone
 from scmoe.experiments.engine.step import Step
 from scmoe.footprint.memory import Job, rank_memory
 from scmoe.footprint.model_cost import forward_flops, peak_tflops, training_flops
-from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.wrap import Wrapped
+from scmoe.runs.seen import SeenRun
 from scmoe.schedule.play import Span
-from scmoe.training.assembly.data import build_datamodule, prepare_data
-from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module
+from scmoe.training.assembly.model import build_model, build_model_on_meta
+from scmoe.training.run.train import train as run_training
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout
 GPT2 = "experiment/gpt2_moe_small.yaml"  # Table 8
@@ -53,6 +50,10 @@ ON_ONE = ("data.path=null", "strategy.ep_size=1", "trainer.devices=1", "trainer.
 TINY_MODEL = (
     *("model.layers=2", "model.dim=48", "model.heads=6", "data.vocab_size=512", "data.seq_len=32"),
     *("data.global_batch_size=4", "optim.warmup_steps=4", "trainer.max_steps=30"),
+)
+QUIET = (
+    *("trainer.log_every=1", "trainer.limit_val_batches=0", "trainer.progress=false"),
+    *("logger.mode=disabled", "analysis.expert_load=false"),
 )
 WARM_UP = 3  # steps
 SAMPLES = 8  # of a profiled step
@@ -184,15 +185,17 @@ def training(place: Place) -> Pieces:
 
 
 def train(place: Place) -> dict[str, Any]:
-    """Trains the quickstart's model in bf16 with our Strategy, on the pages in docs/, which every checkout has. Returns
-    the loss in tenths of the training. RuntimeError: it has not fallen by LEAST_FALL."""
-    accelerator = "gpu" if place.device == "cuda" else "cpu"
+    """Trains the quickstart's model in bf16 on the pages in docs/, which every checkout has. Returns the loss in tenths
+    of the training. RuntimeError: it has not fallen by LEAST_FALL."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ("data.name=text", f"data.path={ROOT / 'docs'}", f"data.cache_dir={folder}")
-        config = config_of(place, "quickstart.yaml", *words, f"trainer.accelerator={accelerator}")
+        words = ("data.name=text", f"data.path={ROOT / 'docs'}", f"data.cache_dir={folder}", f"runs_dir={folder}")
+        accelerator = f"trainer.accelerator={'gpu' if place.device == 'cuda' else 'cpu'}"
+        config = config_of(place, "quickstart.yaml", *words, accelerator, *QUIET)
         start = time.perf_counter()
-        losses = train_bare(config)
+        summary = run_training(config)
         taken_s = time.perf_counter() - start
+        assert summary is not None
+        losses = [row["train/loss"] for row in SeenRun(Path(summary["run_dir"])).metrics if "train/loss" in row]
     tenth = max(1, len(losses) // 10)
     tenths = [mean(losses[i : i + tenth]) for i in range(0, len(losses), tenth)]
     if not tenths[-1] < tenths[0] - LEAST_FALL:
@@ -302,36 +305,3 @@ def drawn(draw: Callable[..., None], what: Any, path: Path, *words: str) -> str:
         return "not drawn: matplotlib is missing"
     draw(what, path, *words)
     return path.name
-
-
-def train_bare(config: Config) -> list[float]:
-    """Trains without a run directory, loggers, checkpoints or validation. Returns the loss of every step, with the
-    balance losses, in nats per token. ConfigError: the data cannot be used.
-
-    It reads the config's model, moe, data, optim, `strategy.ep_size` and, of its trainer, accelerator, devices,
-    precision and steps.
-    """
-    losses: list[Tensor] = []  # on the device, so that nothing waits for them
-
-    def keep(trainer: Trainer, module: Any, outputs: Any, *_: Any) -> None:
-        losses.append(outputs["loss"].detach())
-
-    data = build_datamodule(config)
-    prepare_data(data)
-    trainer = Trainer(
-        accelerator=config.trainer.accelerator,
-        devices=config.trainer.devices,
-        strategy=ExpertParallelStrategy(resolve_ep_size(config)),
-        precision=config.trainer.precision,
-        max_steps=config.trainer.max_steps,
-        max_epochs=-1,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[LambdaCallback(on_train_batch_end=keep)],
-    )
-    trainer.fit(build_module(config), data)
-    return [loss.item() for loss in losses]

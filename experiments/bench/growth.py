@@ -19,7 +19,7 @@ from scmoe.experiments.bench.overlap import measure
 from scmoe.experiments.bench.overlap_report import summary, why_uneven
 from scmoe.experiments.bench.pairs import Setting
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.engine.report import Report, write_json
+from scmoe.experiments.engine.report import Report, publish, write_json
 from scmoe.probes.charts import BLUE, GREEN, ORANGE, SKY, chart, heading, title
 
 POINTS = {"tokens": (512, 1024, 2048), "ranks": (2, 4, 8), "experts": (8, 32, 128)}
@@ -46,10 +46,8 @@ def bench_growth(of: Sequence[str], points: Sequence[int] | None, rounds: int, o
             result = run_ranks(measure, ranks, setting, timeout_s=1800, own_links=True)[0]
             found.append({**summary(setting, ranks, result), name: value})
             write_json(so_far, report)
-    so_far.replace(out / "growth.json")
-    show(report)
-    draw(report, out / "growth.png")
-    print(f"chart and figures: {out / 'growth'}.png, .json", file=sys.stderr)
+    publish(report, tables(report), draw, out / "growth")
+    so_far.unlink()
     return report
 
 
@@ -73,20 +71,23 @@ def at(of: str, value: int, link_mbit: float | None, rounds: int) -> tuple[Setti
     return Setting(0.52, link_mbit, compute="real", rounds=rounds, num_experts=value, rows=ROWS), 2
 
 
-def show(report: dict[str, list[dict[str, Any]]]) -> None:
+def tables(report: dict[str, list[dict[str, Any]]]) -> list[Report]:
+    both = "{{rows[{0}][forward_speedup]:.2f}}, {{rows[{0}][train_speedup]:.2f}}".format
     columns = {
         "ranks": "{ranks}",
         "Mbit/s": "{link_mbit:.0f}",
         "share": "{comm_share:.2f}",
-        "limit fwd": "{limit_forward:.2f}",
-        "train": "{limit_train:.2f}",
-        "top-2 train": "{rows[top2][train_ms]:.0f} ms",
+        "limit": "{limit_forward:.2f}, {limit_train:.2f}",
+        "top-2, ms": "{rows[top2][forward_ms]:.0f}, {rows[top2][train_ms]:.0f}",
+        **{row: both(row) for row in SHOWN},
+        "peak, MB": "{rows[scmoe_pos2][peak_mb]:.0f}, {rows[scmoe_pos2_pipelined][peak_mb]:.0f}",
     }
-    for row, (word, *_) in SHOWN.items():
-        columns[f"{word}: fwd, train"] = f"{{rows[{row}][forward_speedup]:.2f}}, {{rows[{row}][train_speedup]:.2f}}"
+    words = "Two values are forward, training; of the peak, `scmoe_pos2` and `scmoe_pos2_pipelined`."
+    found = []
     for of, points in report.items():
-        title = f"{of}: {points[0]['compute']} compute; speed-ups over top-2"
-        Report(title, {str(point[of]): point for point in points}, columns, of).show()
+        rows = {f"{point[of]} {of}": point for point in points}
+        found.append(Report(f"{points[0]['compute'].capitalize()} compute. {words}", rows, columns, "point"))
+    return found
 
 
 def draw(report: dict[str, list[dict[str, Any]]], path: Path) -> None:

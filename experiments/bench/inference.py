@@ -11,7 +11,6 @@ beside the balanced one. Ratios are to sequential top-2 in the same shape, taken
 is its own time without transfers.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,22 +25,23 @@ from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench import emulated
 from scmoe.experiments.bench.loads import BALANCED, Now, Place, imbalance, kinds_of, load_of, why_impossible
-from scmoe.experiments.bench.overlap import Variant, find_rate, say
+from scmoe.experiments.bench.overlap import find_rate, say
 from scmoe.experiments.bench.pairs import TOP_K, Setting, check_ranks, default_schedule
 from scmoe.experiments.bench.speed_chart import PAPERS, Printed, name_of
-from scmoe.experiments.bench.stacks import make_block
+from scmoe.experiments.bench.stacks import make_blocks
 from scmoe.experiments.bench.uneven import draw_lines
+from scmoe.experiments.bench.variants import Variant
 from scmoe.experiments.engine import links
+from scmoe.experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, quartiles
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.engine.report import Report, write_json
+from scmoe.experiments.engine.report import Report, publish
 from scmoe.inference.passes import Shape
-from scmoe.inference.planned import PASSES, a_pass
+from scmoe.inference.planned import PASSES, InferencePlan, a_pass, best_schedules, pass_seconds, plan_inference
 from scmoe.models.decoder import GPT
-from scmoe.moe.dispatcher import Blocking, Dispatcher, Pending, Ready, Receipt
+from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, ReadByHost
-from scmoe.planning.inference_planner import InferencePlan, best_schedules, pass_seconds, plan_inference
-from scmoe.probes.charts import BLUE, PAPER, RED, Bar, bar_legend, chart, grouped_bars, heading, height_of
+from scmoe.probes.charts import BLUE, PAPER, RED, chart, heading
 from scmoe.schedule.schedule import POSITIONS, Schedule
 
 BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")
@@ -91,8 +91,8 @@ class InferenceBench:
         self.models: dict[str, Any] = {}
         self.now = Now(load_of(BALANCED))
         for name in BLOCKS:
-            block = make_block(name, setting, self.group, self.now)
-            self.models[name] = GPT(VOCABULARY, setting.seq_len + 1, setting.dim, [block]).eval()
+            blocks = make_blocks(name, setting, self.group, self.now)
+            self.models[name] = GPT(VOCABULARY, setting.seq_len + 1, setting.dim, blocks).eval()
         self.paid = AllToAllDispatcher(self.group, setting.num_experts)
         self.free = Free(AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free))
         self.passes: dict[tuple[str, Shape], Any] = {}
@@ -107,28 +107,18 @@ class InferenceBench:
     def seconds(self, way: Way) -> float:
         self.now.load = load_of(way.load)
         dispatcher: Any = self.paid if way.name.startswith("overlapped") else Blocking(self.paid)
-        self.run_as(way.block, way.schedule, self.free if way.name == "free" else dispatcher)
+        self.models[way.block].blocks[0].run_as(way.schedule, self.free if way.name == "free" else dispatcher)
         return pass_seconds(self.passes[way.block, way.shape], self.group, CPU, PASSES[way.shape])
 
-    def run_as(self, name: str, schedule: Schedule, dispatcher: Dispatcher) -> list[Any]:
-        """Sets how a model's block runs. Returns its blocks: this one."""
-        (block,) = self.models[name].blocks
-        block.run_as(schedule, dispatcher)
-        return [block]
-
-    def ways(self, block: str, shape: Shape, load: str) -> list[Way]:
-        """All ways of a model in one shape, at the best slots for it at this load."""
+    def plan(self, block: str, shape: Shape, load: str) -> tuple[InferencePlan, list[Way]]:
+        """The plan of a model in one shape at a load, and all its ways, at the best slots."""
         self.now.load = load_of(load)
-        schedule = default_schedule(block)
-        blocks = self.run_as(block, schedule, self.paid)
-        best = best_schedules(blocks, self.passes[block, shape], self.group, CPU, CHUNKS)
+        schedule, blocks, run = default_schedule(block), self.models[block].blocks, self.passes[block, shape]
+        blocks[0].run_as(schedule, self.paid)
+        plan = plan_inference(blocks, run, self.group, CPU, CHUNKS, PASSES[shape])
+        best = best_schedules(blocks, run, self.group, CPU, CHUNKS)
         overlapped = [Way(block, shape, f"overlapped x {chunks}", best[chunks][0], load) for chunks in CHUNKS]
-        return [*(Way(block, shape, way, schedule, load) for way in ("sequential", "free")), *overlapped]
-
-    def plan(self, block: str, shape: Shape, load: str) -> InferencePlan:
-        self.now.load = load_of(load)
-        blocks = self.run_as(block, default_schedule(block), self.paid)
-        return plan_inference(blocks, self.passes[block, shape], self.group, CPU, CHUNKS, PASSES[shape])
+        return plan, [*(Way(block, shape, way, schedule, load) for way in ("sequential", "free")), *overlapped]
 
 
 def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[str, dict[str, Any]]:
@@ -145,8 +135,8 @@ def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[st
             for block in BLOCKS:
                 say(f"planning {block}" + (f" at {load}" if setting.loads else ""))
                 for shape in SHAPES:
-                    plans[load][block, shape] = bench.plan(block, shape, load)
-                    ways += bench.ways(block, shape, load)
+                    plans[load][block, shape], of_shape = bench.plan(block, shape, load)
+                    ways += of_shape
         runs = {way: partial(bench.seconds, way) for way in ways}
         times = in_turn(runs, setting.rounds, over_ranks=True, say=say)
         own = {load: {way: seconds for way, seconds in times.items() if way.load == load} for load in plans}
@@ -181,17 +171,11 @@ def bench_inference(
                 raise ConfigError(refused)
     found = run_ranks(measure, ranks, setting, batch, timeout_s=3600, own_links=True)[0]
     report = summary(setting, batch, ranks, found[BALANCED])
-    show(report)
     name = f"inference-{ranks}-ranks-share-{share:g}"
     if loads:
         report["loads"] = [at_load(setting, batch, ranks, found, own) for own in loads]
         name = f"uneven-{name}{kinds_of(loads)}"
-        for own in report["loads"]:
-            for table in tables_of_load(own):
-                table.show()
-    write_json(out / f"{name}.json", report)
-    (draw_loads if loads else draw)(report, out / f"{name}.png")
-    print(f"chart and figures: {out / name}.png, .json", file=sys.stderr)
+    publish(report, tables(report), draw, out / name)
     return report
 
 
@@ -219,32 +203,12 @@ def planned(result: dict[str, Any], block: str, shape: str, name: str) -> Any:
     return next(s for way, s in result["times"].items() if (way.block, way.shape, way.name) == (block, shape, name))
 
 
-def tables_of_load(report: dict[str, Any]) -> list[Report]:
-    """Return the rows at a load beside the balanced ones. Speed-ups are over sequential top-2 at the same load."""
-    columns = {
-        "imbalance: ranks, experts": "{max_over_mean_ranks:.2f}, {max_over_mean_experts:.2f}",
-        "over balanced": "{over_balanced:.2f}",
-        "auto": "{auto}",
-        "over top-2": "{speedup:.2f} [{quartiles[0]:.2f} {quartiles[1]:.2f}]",
-        "at balance": "{balanced:.2f}",
-        "free: limit": "{limit:.2f}",
-    }
-    words = f"{report['load']['name']}, medians of {report['rounds']} rounds"
-    rows = {shape: {name: row[shape] for name, row in report["rows"].items()} for shape in SHAPES}
-    return [Report(f"{shape}, {words}:", own, columns) for shape, own in rows.items()]
-
-
 def draw_loads(report: dict[str, Any], path: Path) -> None:
-    """Draw the time of a planned prefill over the balanced one against the load of the busiest rank: a line a row."""
-    reports = sorted(report["loads"], key=lambda own: own["load"]["max_over_mean_ranks"])
-    found = {row: [own["rows"][row]["prefill"] for own in reports] for row in report["rows"]}
-    lines = {
-        row: [(own["max_over_mean_ranks"], own["over_balanced"], own["over_balanced_quartiles"]) for own in every]
-        for row, every in found.items()
-    }
+    """Draw the time of a planned prefill over the balanced one."""
+    reports = [own | {"rows": {row: both["prefill"] for row, both in own["rows"].items()}} for own in report["loads"]]
     share = f"communication share {report['comm_share']['prefill']:.2f}"
     words = f"Uneven routing, prefill of {report['prompt']} tokens, real compute, {report['ranks']} ranks, {share}"
-    draw_lines(lines, path, words, "prefill over its balanced one")
+    draw_lines(reports, "over_balanced", path, words, "prefill over its balanced one")
 
 
 def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) -> dict[str, Any]:
@@ -295,30 +259,36 @@ def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) ->
     }
 
 
-def show(report: dict[str, Any]) -> None:
-    shares = report["comm_share"]
-    words = (
-        f"{report['ranks']} ranks, prompts of {report['prompt']} tokens, {report['batch']} texts decoded a rank; "
-        f"communication share of sequential top-2: prefill {shares['prefill']:.2f}, decode {shares['decode']:.2f}; "
-        f"medians of {report['rounds']} rounds"
-    )
+def tables(report: dict[str, Any]) -> list[Report]:
+    """Return a table for each shape, at balance and at each load. Speed-ups are over sequential top-2 at that load."""
+    return [table_of(own, shape) for own in (report, *report.get("loads", ())) for shape in SHAPES]
+
+
+def table_of(report: dict[str, Any], shape: Shape) -> Report:
     columns = {
-        **{way: f"{{ways[{way}]:.2f}}" for way in WAYS},
-        "free: limit": "{limit:.2f}",
-        "auto": "{auto}",
-        "[quartiles]": "[{quartiles[0]:.2f} {quartiles[1]:.2f}]",
+        "sequential": "{ways[sequential]:.2f}",
+        "1, 2, 4 chunks": "{ways[overlapped x 1]:.2f}, {ways[overlapped x 2]:.2f}, {ways[overlapped x 4]:.2f}",
+        "plan": "{speedup:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]",
+        "its way": "{auto}",
+        "limit": "{limit:.2f}",
         "ms": "{ms:.1f}",
         "tokens/s": "{tokens_per_s:,.0f}",
     }
-    for shape in SHAPES:
-        rows = {
-            name: row[shape] | {"tokens_per_s": row[f"{shape}_tokens_per_s"]} for name, row in report["rows"].items()
-        }
-        Report(words, rows, columns, shape).show()
+    words = "{prompt} tokens a rank" if shape == "prefill" else "one token of {batch} texts a rank"
+    words += f", links of {{link_mbit:.0f}} Mbit/s, communication share {report['comm_share'][shape]:.2f}"
+    if "load" in report:
+        words = f"{report['load']['name']}, {words}"
+        columns["imbalance: ranks, experts"] = "{max_over_mean_ranks:.2f}, {max_over_mean_experts:.2f}"
+        columns |= {"over balanced": "{over_balanced:.2f}", "plan at balance": "{balanced:.2f}"}
+    title = f"{shape.capitalize()}, {words}, medians of {{rounds}} rounds:".format_map(report)
+    rows = {name: row[shape] | {"tokens_per_s": row[f"{shape}_tokens_per_s"]} for name, row in report["rows"].items()}
+    return Report(title, rows, columns)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Draw each row sequential and as planned, with its limit, for prefill and decode."""
+    """Draw each row sequential and as planned, with its limit, for prefill and decode; with loads, as draw_loads."""
+    if "loads" in report:
+        return draw_loads(report, path)
     paper = PAPERS.get(report["wanted_share"])
     panels = {shape: bars(report, shape, paper if shape == "prefill" else None) for shape in SHAPES}
     lines = 3 if paper else 2

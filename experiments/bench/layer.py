@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, seconds
 from scmoe.experiments.engine.isolated import Pieces, Place, attempt
 from scmoe.experiments.engine.report import Report
-from scmoe.moe.activation import Activation
 from scmoe.moe.dispatcher import LocalDispatcher
-from scmoe.moe.experts import Experts, batched_mlps, grouped_mlps
+from scmoe.moe.experts import Activation, Experts, batched_mlps, grouped_mlps
 from scmoe.moe.layout import rows_of
 from scmoe.moe.router import Router, round_robin
 from scmoe.moe.stream import MoEStream

@@ -35,13 +35,8 @@ from scmoe.moe.router import round_robin
 from scmoe.probes.routing import read_routing
 
 BALANCED = "balanced"
-FORMS = {
-    form.split(":")[0]: form
-    for form in (
-        *(BALANCED, "zipf:A", "spread:A", "hot_expert:X", "hot_rank:X", "empty_rank", "rotating:X:N", "burst:X:N"),
-        *("ragged:X", "recorded:FILE"),
-    )
-}
+KINDS = "balanced zipf:A spread:A hot_expert:X hot_rank:X empty_rank rotating:X:N burst:X:N ragged:X recorded:FILE"
+FORMS = {form.partition(":")[0]: form for form in KINDS.split()}
 
 
 class Place(NamedTuple):

@@ -11,7 +11,6 @@ One torch thread, so that the thread that reads has a core. A token is computed 
 """
 
 import copy
-import math
 import sys
 import tempfile
 import time
@@ -31,15 +30,16 @@ from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.extras import require
 from scmoe.config.load import load
 from scmoe.experiments.bench.speed_chart import name_of
+from scmoe.experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from scmoe.experiments.engine.clock import CPU, middle, undisturbed
 from scmoe.experiments.engine.profiles import anonymous_mb, peak_mb
-from scmoe.experiments.engine.report import Report, write_json
+from scmoe.experiments.engine.report import Report, publish
 from scmoe.inference.offload.cache import Cache, FileReader
 from scmoe.inference.offload.migration import WAYS, offload_experts
 from scmoe.inference.offload.store import expert_layers, write_store
 from scmoe.moe.operators import Recorder
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.probes.charts import BLUE, PAPER, RED, SKY, Bar, bar_legend, chart, grouped_bars, heading, height_of, title
+from scmoe.probes.charts import BLUE, PAPER, RED, SKY, chart, heading, title
 from scmoe.training.assembly.model import build_model
 
 ARCHITECTURES = {  # in the order of measuring: the first one gives the rates
@@ -266,11 +266,8 @@ def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
     equal_bits = all(case["equal_bits"] for own in report.values() for case in own["cases"])
     found = {"rows": rows_of(report), "equal_bits": equal_bits}
     whole = {**found, "setting": asdict(setting), "architectures": report}
-    show(report, setting)
+    publish(whole, tables(whole), draw, out / "figure-13")
     print(f"equal bits: {equal_bits}", file=sys.stderr)
-    write_json(out / "figure-13.json", whole)
-    draw(whole, out / "figure-13.png")
-    print(f"chart and figures: {out / 'figure-13'}.png, .json", file=sys.stderr)
     return found
 
 
@@ -284,44 +281,31 @@ def rows_of(report: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def show(report: dict[str, Any], setting: Setting) -> None:
-    s = setting
-    title = (
-        f"width {s.dim}, {s.ffn_dim} in an expert, {s.num_experts} experts, {s.pairs} MoE layers, fp32, one thread; "
-        f"a time is kept if the process waited for a core during at most {s.max_wait:.0%} of it; medians"
-    )
-    rows, memory = {}, {}
-    for architecture, own in report.items():
+def tables(found: dict[str, Any]) -> list[Report]:
+    latencies, memory = {}, {}
+    for name, own in found["architectures"].items():
+        memory[name] = own["memory"]
         for case in own["cases"]:
-            name = f"{name_of(architecture)}, {case['tokens']} tokens, {case['rate_mb_s']:.0f} MB/s"
-            rows[name] = {**case, **case["ways"], "more": more_latency(case)}
-        peaks = own["memory"]["peak_mb"]
-        whole = peaks[RESIDENT] or math.nan  # experts of --quick fit into pages that the process has
-        shares = {way: peak / whole for way, peak in peaks.items()}
-        memory[name_of(architecture)] = {"fixed": own["memory"]["fixed_mb"], "peak": peaks, "share": shares}
+            latencies[f"{name}, {case['tokens']}, {case['rate_mb_s']:,.0f}"] = case
     columns = {
-        "resident ms": f"{{{RESIDENT}[latency_ms]:.1f}}",
-        "window ms": "{window_ms:.1f}",
-        "fetch ms": "{fetch_ms:.1f}",
-        "blocking": "{more[blocking]:+.0%}",
-        "determinate": "{more[determinate]:+.0%}",
-        "hidden, of it": "{determinate[hidden]:.0%}",
-        "bound": "{determinate[bound]:.0%}",
-        "speculative": "{more[speculative]:+.0%}",
-        "hidden": "{speculative[hidden]:.0%}",
-        "hit rate": "{speculative[hit_rate]:.0%}",
-        "kept": "{kept} of {tried}",
+        "window, ms": "{window_ms:.1f}",
+        "fetch, ms": "{fetch_ms:.1f}",
+        **{f"{way}, ms": f"{{ways[{way}][latency_ms]:.1f}}" for way in (RESIDENT, *COLORS)},
+        "determinate takes away": "{ways[determinate][hidden]:.0%}",
+        "limit": "{ways[determinate][bound]:.0%}",
+        "speculative": "{ways[speculative][hidden]:.0%}",
+        "hit rate": "{ways[speculative][hit_rate]:.0%}",
+        "times kept": "{kept} of {tried}",
     }
-    Report(title, rows, columns, "architecture").show()
-    peaks = {way: f"{{peak[{way}]:.0f}} ({{share[{way}]:.2f}})" for way in (RESIDENT, *COLORS)}
-    Report("peak beyond the fixed weights, MB", memory, {"fixed MB": "{fixed:.0f}", **peaks}, "architecture").show()
-
-
-def more_latency(case: dict[str, Any]) -> dict[str, float]:
-    """Return the latency of a block in each way over that with resident experts, less 1; empty where no time was
-    kept."""
-    ways = case["ways"]
-    return {way: ways[way]["latency_ms"] / ways[RESIDENT]["latency_ms"] - 1 for way in COLORS if way in ways}
+    peaks = {way: f"{{peak_mb[{way}]:.0f}}" for way in (RESIDENT, *COLORS)}
+    title = (
+        "Latency of the MoE block, width {dim}, {ffn_dim} in an expert, {num_experts} experts, {pairs} MoE layers, one "
+        "thread; a time is kept if the process waited for a core during at most {max_wait:.0%} of it; medians:"
+    ).format_map(found["setting"])
+    return [
+        Report(title, latencies, columns, "row, tokens, MB/s"),
+        Report("Peak memory beyond the fixed weights, MB:", memory, {"fixed weights": "{fixed_mb:.0f}", **peaks}),
+    ]
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
@@ -350,8 +334,9 @@ def latency_bars(report: dict[str, Any], rate: float, model: str) -> dict[str, l
     groups = {model: [percent(share, PAPER, f" {way}") for way, share in printed.items()]}
     for architecture, own in report.items():
         case = next(case for case in own["cases"] if case["rate_mb_s"] == rate)
-        if more := more_latency(case):
-            groups[name_of(architecture)] = [percent(share, COLORS[way]) for way, share in more.items()]
+        if ways := case["ways"]:  # else no time was kept
+            over = {way: ways[way]["latency_ms"] / ways[RESIDENT]["latency_ms"] - 1 for way in COLORS}
+            groups[name_of(architecture)] = [percent(share, COLORS[way]) for way, share in over.items()]
     return groups
 
 

@@ -1,8 +1,8 @@
-"""The measurement of `bench overlap` on one rank: a pair of blocks under every schedule, on links whose rate gives a
+"""The measurement of `bench overlap` on one rank: a row of blocks under every schedule, on links whose rate gives a
 share of communication.
 
-    share of communication   s = 1 - T_free / T_sequential, forward, of a standard top-2 pair; hiding all communication
-                             speeds the pair up by 1 / (1 - s) at most
+    share of communication   s = 1 - T_free / T_sequential, forward, of a standard top-2 row; hiding all communication
+                             speeds the row up by 1 / (1 - s) at most
     rounds                   all variants in turn, then again; ratios are taken within a round
 """
 
@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain, product
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from scmoe.experiments.bench import emulated
 from scmoe.experiments.bench.loads import BALANCED, Now, load_of, sequences_of
 from scmoe.experiments.bench.pairs import ROWS, Setting, default_schedule
-from scmoe.experiments.bench.stacks import make_block, make_step, rows_of_layout
+from scmoe.experiments.bench.stacks import make_blocks, make_step, rows_of_layout
+from scmoe.experiments.bench.variants import Variant, chosen_by, of_each_kind
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, slowest
 from scmoe.experiments.engine.profiles import peak_bytes
@@ -38,23 +39,11 @@ from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import LayerChoice
 from scmoe.schedule.cost import slots
-from scmoe.schedule.schedule import Schedule
 
 SEARCH_ROUNDS = 15  # at each rate; with fewer, the error at a share of 0.15 is as large as the transfers are long
 TRIALS = 3  # of each schedule
 WITHIN = 8  # rate of a rank's link within its node, over that of the node's card
 NEAR, FINALISTS = 1.03, 3  # up to FINALISTS schedules of a row go into the rounds: those NEAR the best in the trials
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A block with a schedule. way: overlapped, sequential (each transfer is waited for at once), free, or alone (free,
-    and gradients stay on their ranks). load: of its experts (loads.py)."""
-
-    block: str
-    schedule: Schedule
-    way: str = "overlapped"
-    load: str = BALANCED
 
 
 class Seconds(NamedTuple):
@@ -81,12 +70,11 @@ class Bench:
         self.setting, self.device = setting, torch.device(setting.device)
         self.group = dist.new_group()
         torch.manual_seed(0)
-        names = dict.fromkeys(["top2", *(ROWS[row][0] for row in setting.rows)])
-        pairs = range(setting.pairs)
+        names = dict.fromkeys(["top2", *map(setting.block_of, setting.rows)])
         dtype = getattr(torch, setting.dtype)
         self.now = Now(load_of(BALANCED))
         self.stacks = {
-            n: [make_block(n, setting, self.group, self.now).to(self.device, dtype) for _ in pairs] for n in names
+            n: [block.to(self.device, dtype) for block in make_blocks(n, setting, self.group, self.now)] for n in names
         }
         link, exchange = Link(), all_to_all(self.group)
         if setting.exchange != "flat":
@@ -123,8 +111,9 @@ class Bench:
         elif variant.way == "sequential":  # a transfer that is waited for at once is an operator like any other
             dispatcher = Blocking(self.paid)
         self.now.load, self.now.step = load_of(variant.load), self.turns[variant]
-        for block in self.stacks[variant.block]:
-            block.run_as(variant.schedule, dispatcher, recorder)
+        blocks = self.stacks[variant.block]
+        for block, schedule in zip(blocks, variant.of_blocks(block.schedule for block in blocks), strict=True):
+            block.run_as(schedule, dispatcher, recorder)
         return self.steps[variant.block]
 
     @property
@@ -182,8 +171,8 @@ class Bench:
         times = in_turn(runs, rounds, warm_up=0, over_ranks=True, say=lambda line: say(what + line))
         return {variant: Seconds(*own) for variant, own in times.items()}
 
-    def choose(self, block: str, chunk_counts: Sequence[int], load: str = BALANCED) -> LayerChoice:
-        """The planner's choice, made from training steps as in a run."""
+    def choose(self, block: str, chunk_counts: Sequence[int], load: str = BALANCED) -> list[LayerChoice]:
+        """The planner's choice for each block, made from training steps as in a run."""
         step = self.set(Variant(block, default_schedule(block), load=load))
         batches = self.setting.accumulate
         planner = Planner(self.stacks[block], None, self.device, chunk_counts, batches=batches)
@@ -198,7 +187,7 @@ class Bench:
                     step.zero_grad()
                 planner.end_step()
             self.now.step += 1
-        return planner.choices[0]
+        return planner.choices
 
     def gradients(self, block: str) -> list[tuple[float, int]]:
         """Return (ready, bytes) of each gradient that is summed over ranks (all but the experts'). ready: when it is
@@ -229,7 +218,7 @@ class Bench:
     def dropped(self, variant: Variant) -> float:
         """Share of the routed copies of all ranks that the layout drops."""
         self.set(variant)
-        _, stats = self.stacks[variant.block][0](self.x)
+        stats = self.stacks[variant.block][0](self.x).stats
         found = torch.stack([stats.num_dropped, stats.counts_E.sum()]).double()
         dist.all_reduce(found)
         return float(found[0] / found[1])
@@ -253,12 +242,12 @@ def say(line: str) -> None:
 
 
 class Measured(NamedTuple):
-    """What was measured at one load. rate: Bench.set_rate's, None without one. By row: the planner's choice, the best
+    """What was measured at one load. rate: Bench.set_rate's, None without one. By row: the planner's choices, the best
     variant, the planner's, and the memory of a step in MB. times: of each variant, of all loads. gradients: by block
     (Bench.gradients). iterations: timed in all. dropped: share of copies, by row. finalists: by row."""
 
     rate: float | None
-    choices: dict[str, LayerChoice]
+    choices: dict[str, list[LayerChoice]]
     best: dict[str, Variant]
     chosen: dict[str, Variant]
     peaks: dict[str, float]
@@ -292,11 +281,11 @@ def measure_loads(rank: int, world_size: int, setting: Setting) -> dict[str, Mea
     choices, candidates = {}, {}
     for load, row in product(bench.inputs, setting.rows):
         say(f"planning {row}" + (f" at {load}" if setting.loads else ""))
-        block, counts = ROWS[row]
+        block, counts = ROWS[setting.every][row]
         choices[load, row] = bench.choose(block, counts, load)
         schedules = [s for c in counts for s in slots(replace(default_schedule(block), chunks=c))]
         candidates[load, row] = [Variant(block, schedule, load=load) for schedule in schedules]
-    chosen = {at: Variant(ROWS[at[1]][0], choice.schedule, load=at[0]) for at, choice in choices.items()}
+    chosen = {(load, row): chosen_by(own, setting.block_of(row), load) for (load, row), own in choices.items()}
     tried = bench.rounds(chain(*candidates.values()), TRIALS, "trying every schedule: ")
     finalists = {at: [*nearest(variants, tried), chosen[at]] for at, variants in candidates.items()}
     for at, variants in candidates.items():
@@ -335,14 +324,6 @@ def measure_loads(rank: int, world_size: int, setting: Setting) -> dict[str, Mea
     }
 
 
-def of_each_kind(variants: Iterable[Variant]) -> list[list[Variant]]:
-    """The variants whose experts run between operators, and those inside attention, if there are any."""
-    kinds: dict[bool, list[Variant]] = {}
-    for variant in variants:
-        kinds.setdefault(variant.schedule.inside_attention, []).append(variant)
-    return [kinds[inside] for inside in sorted(kinds)]
-
-
 def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> list[Variant]:
     """The variants whose training steps were NEAR the best in the trials, FINALISTS at most."""
     seconds = {v: min(tried[v].train) for v in variants}  # a disturbance only makes a trial longer
@@ -359,7 +340,7 @@ def find_rate(
     s: Setting, set_rate: Callable[[float], None], infer: Callable[[Variant], float], start: float | None = None
 ) -> float:
     """Sets the rate (Bench.set_rate) and returns it: the given one, or the one at which communication is the wanted
-    share of a sequential top-2 pair. infer: returns the seconds of a forward pass of that pair. start: begins there."""
+    share of sequential top-2. infer: returns the seconds of a forward pass of top-2. start: begins there."""
     if s.link_mbit is not None:
         set_rate(s.link_mbit)
         return s.link_mbit
@@ -368,7 +349,7 @@ def find_rate(
     wanted, rate = s.share, 1.0 if start is None else start
     if start is None and not s.bus:
         t_free = middle(in_turn({free: runs[free]}, SEARCH_ROUNDS, over_ranks=True)[free])
-        sent_bits = 2 * 2 * s.pairs * s.tokens * s.dim * 32 * through_link(dist.get_world_size(), s.nodes)
+        sent_bits = 2 * 2 * s.moe_blocks * s.tokens * s.dim * 32 * through_link(dist.get_world_size(), s.nodes)
         rate = sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
     for _ in range(8):
         set_rate(rate)

@@ -4,6 +4,7 @@ Ratios are to sequential top-2, taken round by round, medians.
 """
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,16 @@ from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench import uneven
 from scmoe.experiments.bench.exchange import why_no_nodes
 from scmoe.experiments.bench.loads import BALANCED, Place, imbalance, kinds_of, load_of, why_impossible
-from scmoe.experiments.bench.overlap import Measured, measure_loads, of_each_kind, through_link, way_of
+from scmoe.experiments.bench.overlap import Measured, measure_loads, through_link, way_of
 from scmoe.experiments.bench.pairs import ROWS, TOP_K, USUAL_RATIO, Setting
 from scmoe.experiments.bench.speed_chart import draw, ranks_of
-from scmoe.experiments.bench.stacks import rows_of_layout
+from scmoe.experiments.bench.stacks import config_of, rows_of_layout
+from scmoe.experiments.bench.variants import of_each_kind, windows_of
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import middle, quartiles
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.engine.report import Report, write_json
 from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
-from scmoe.schedule.limit import least_time
 
 PAYLOAD = 1448 / 1514  # of what a link carries; the rest is headers of TCP, IP and Ethernet
 OF_EMULATED = ("attention_ms", "attention_to_mlp")
@@ -55,6 +56,8 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
     at = f"share-{setting.share:g}" if setting.link_mbit is None else f"{setting.link_mbit:g}-mbit"
     if setting.rows_per_gradient not in (None, USUAL_RATIO):
         at += f"-ratio-{setting.rows_per_gradient:g}"
+    if setting.every == 1:
+        at += "-every-1"
     if setting.layout is not None:
         at += f"-{setting.layout.replace(':', '-')}"
     at += kinds_of(setting.loads)
@@ -70,7 +73,8 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
 
 
 def why_refused(setting: Setting, ranks: int) -> str | None:
-    """Return why the first option that cannot be honoured is refused; None: all can."""
+    """Return why the first option that cannot be honoured is refused; None: all can. ConfigError: no blocks have these
+    sizes."""
     if setting.device == "cuda":
         if setting.link_mbit is not None:
             return "--link-mbit belongs to links, and one GPU has none: its rows go over its bus"
@@ -93,8 +97,9 @@ def why_refused(setting: Setting, ranks: int) -> str | None:
             return f"--{name.replace('_', '-')} belongs to emulated compute, and --compute is {setting.compute}"
     if not 0 < setting.share < 1:
         return f"--share is {setting.share:g}, allowed: above 0 and below 1"
-    if unknown := [row for row in setting.rows if row not in ROWS]:
-        return f"--rows has {unknown[0]}, allowed: {' | '.join(ROWS)}"
+    if unknown := [row for row in setting.rows if row not in ROWS[setting.every]]:
+        return f"--rows has {unknown[0]}, allowed with --every {setting.every}: {' | '.join(ROWS[setting.every])}"
+    config_of("top2", setting)
     return why_uneven(setting, ranks) or why_no_load(setting, ranks)
 
 
@@ -102,7 +107,7 @@ def why_no_load(setting: Setting, ranks: int) -> str | None:
     """Return why a load cannot be dealt; None: all can. Raises ConfigError for one that is none, as for a layout."""
     rows_of_layout(setting)
     for load in map(load_of, setting.loads):
-        for block in dict.fromkeys(["top2", *(ROWS[row][0] for row in setting.rows)]):
+        for block in dict.fromkeys(["top2", *map(setting.block_of, setting.rows)]):
             place = Place(setting.num_experts, TOP_K.get(block, 1), ranks)
             if refused := why_impossible(load, place, setting.sequences):
                 return refused
@@ -136,6 +141,7 @@ def summary(
         "device": torch.cuda.get_device_name() if setting.device == "cuda" else "cpu",
         "compute": setting.compute,
         "level": setting.level,
+        "every": setting.every,
         "rounds": setting.rounds,
         "iterations": found.iterations,
         "limit_forward": limit_forward,
@@ -164,7 +170,7 @@ def summary(
         report |= {"layout": "dropless", "balanced_share": balanced["comm_share"]}
         for name, row in rows.items():
             row |= uneven.beside_balanced(setting, ranks, found, even, name, balanced["rows"][name])
-            row |= made_by(setting, ranks, found.load, ROWS[name][0])
+            row |= made_by(setting, ranks, found.load, setting.block_of(name))
     if setting.layout is not None:
         report["layout"] = setting.layout
     best = {name: found.times[variant] for name, variant in found.best.items()}
@@ -177,7 +183,7 @@ def summary(
         train = {name: all_quartiles(own.train / best[quickest].train) for name, own in best.items()}
         report["fastest_scmoe"] = {"row": quickest, "over": {"forward": forward, "train": train}}
     if "top2" in rows:
-        report["top2_operators_ms"] = operators_ms(found.choices["top2"].times[1])
+        report["top2_operators_ms"] = operators_ms(found.choices["top2"][0].times[1])
     return {**report, "rows": rows}
 
 
@@ -189,11 +195,11 @@ def made_by(setting: Setting, ranks: int, load: str, block: str) -> dict[str, fl
 
 def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str, Any]:
     """Return the figures of one row: its best schedule beside sequential top-2."""
-    block, schedule, chosen = ROWS[name][0], found.best[name].schedule, found.chosen[name]
+    block, schedule, chosen = setting.block_of(name), found.best[name].schedule, found.chosen[name]
     own, top2 = found.times[found.best[name]], way_of(found, "top2", "sequential")
     sequential, free = way_of(found, block, "sequential"), way_of(found, block, "free")
     forward, train = top2.forward / own.forward, top2.train / own.train
-    exposed = setting.pairs * exposed_time(schedule, found.choices[name].times[schedule.chunks])
+    exposed = sum(exposed_time(*each) for each in windows_of(found.best[name], found.choices[name]))
     row = {
         "forward_ms": 1e3 * middle(own.forward),
         "train_ms": 1e3 * middle(own.train),
@@ -216,6 +222,8 @@ def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str
         "links": "bus" if setting.bus else "shaped" if setting.shaped else "loopback",
         "compute": setting.compute,
     }
+    if setting.every == 1:  # Nous' first block has a shorter window
+        row["auto_slots"] = [choice.schedule.place for choice in found.choices[name]]
     if setting.level == "iteration":
         row["gradient_mb"] = gradient_mb(found, block)
         row["rows_over_gradients"] = rows_over_gradients(setting, ranks, found, block)
@@ -250,8 +258,8 @@ def gradient_mb(found: Measured, block: str) -> float:
 
 
 def row_bytes(setting: Setting, ranks: int, block: str) -> float:
-    """Return the bytes of rows that leave by a link in one direction of one batch: two transfers of each pair."""
-    rows = 2 * setting.pairs * TOP_K.get(block, 1) * setting.tokens * through_link(ranks, setting.nodes)
+    """Return the bytes of rows that leave by a link in one direction of one batch: two transfers of each MoE."""
+    rows = 2 * setting.moe_blocks * TOP_K.get(block, 1) * setting.tokens * through_link(ranks, setting.nodes)
     return rows * setting.dim * getattr(torch, setting.dtype).itemsize
 
 
@@ -267,9 +275,33 @@ def all_quartiles(values: Any) -> list[float]:
     return [first, middle(values), third]
 
 
+def in_parallel(computation: float, transfers: Iterable[tuple[float, float]]) -> float:
+    """Return the shortest time in which a computation and all transfers can end; the transfers take turns on one link.
+
+    transfers: for each, its earliest start, counted from the start of the computation, and its duration.
+    """
+    end, after = computation, 0.0
+    for ready, duration in sorted(transfers, reverse=True):
+        after += duration  # the link carries all of this after `ready`
+        end = max(end, ready + after)
+    return end
+
+
+def least_time(
+    forward: float, backward: float, update: float, rows: float, gradients: Iterable[tuple[float, float]]
+) -> float:
+    """Return a lower bound on the time of an iteration whose links also carry gradients: only waits that cannot be
+    avoided count. A transfer of rows can start at any time of its direction, and all computation of this direction can
+    hide it; a gradient can be sent when it is computed; the update needs all of them.
+
+    forward, backward, update: computation alone. rows: time of the transfers of a direction. gradients: when in
+    backward each can start, and how long its sum over the ranks takes."""
+    return max(forward, rows) + in_parallel(backward, [(0.0, rows), *gradients]) + update
+
+
 def least_times(setting: Setting, ranks: int, found: Measured, block: str) -> Any:
-    """Return the least time of an iteration in each round, by schedule/limit.py, from its times without transfers. A
-    ring sends 2 (ranks - 1) / ranks of the gradients' bytes, all of them beside the last batch's backward."""
+    """Return the least time of an iteration in each round, from its times without transfers. A ring sends
+    2 (ranks - 1) / ranks of the gradients' bytes, all of them beside the last batch's backward."""
     assert found.rate is not None
     alone, batches = way_of(found, block, "alone"), setting.accumulate
     bytes_per_s = found.rate * 1e6 / 8 * PAYLOAD
@@ -295,6 +327,8 @@ def show(report: dict[str, Any]) -> None:
         f"{report['comm_share']:.2f}; limit {report['limit_forward']:.2f} forward, {report['limit_train']:.2f} "
         f"training; medians of {report['rounds']} rounds, [quartiles]"
     )
+    if report.get("every", 2) == 1:
+        title = f"an MoE in every block, {title}"
     columns = {
         "forward": "{forward_speedup:.2f} [{forward_quartiles[0]:.2f} {forward_quartiles[1]:.2f}]",
         "training": "{train_speedup:.2f} [{train_quartiles[0]:.2f} {train_quartiles[1]:.2f}]",

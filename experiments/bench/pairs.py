@@ -1,4 +1,11 @@
-"""What the benches of pairs of blocks can be asked for. Nothing here imports torch, so the command line reads it."""
+"""What the benches of blocks can be asked for.
+
+    every 2    a pair, Block-MLP and Block-MoE, as in the paper
+    every 1    two blocks with an MoE each: the wirings of NVIDIA, NousResearch and FarSkip beside the baselines. There
+               are two because the last two of these read what the block before hands on
+
+Nothing here imports torch, so the command line reads it.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -15,19 +22,38 @@ Rounds = Annotated[int, Parameter(validator=validators.Number(gte=2))]  # of whi
 INNER = Parameter(parse=False)  # no option of `bench overlap`, or one whose default depends on others
 USUAL_RATIO = 3.0  # bytes of rows for a byte of gradients in an iteration; the paper's: docs/results/method.md
 CHUNKS = {"": (1,), "_pipelined": (2, 4)}  # numbers of chunks to choose from
-USUAL_ROWS = {  # row: (block, numbers of chunks); top2, top2_pipelined, ..., scmoe_pos1, ..., scmoe_pos1_pipelined, ...
-    **{name + way: (name, CHUNKS[way]) for name in ("top2", "top1", "shared_expert") for way in CHUNKS},
-    **{f"scmoe_{position}{way}": (position, CHUNKS[way]) for way in CHUNKS for position in POSITIONS},
+BASELINES = {name + way: (name, CHUNKS[way]) for name in ("top2", "top1", "shared_expert") for way in CHUNKS}
+IN_EVERY_BLOCK = {"scmoe_pos1": "nvidia", "scmoe_pos2": "nous", "farskip": "farskip"}
+BY_REQUEST = ("top3", "scmoe2")  # Table 4's; scmoe2 routes each token to two experts, at Pos-2
+ROWS: dict[int, dict[str, tuple[str, tuple[int, ...]]]] = {  # by `every`; row: (block, numbers of chunks)
+    2: {
+        **BASELINES,
+        **{f"scmoe_{position}{way}": (position, CHUNKS[way]) for way in CHUNKS for position in POSITIONS},
+        **{name: (name, CHUNKS[""]) for name in BY_REQUEST},
+    },
+    1: {**BASELINES, **{row + way: (block, CHUNKS[way]) for way in CHUNKS for row, block in IN_EVERY_BLOCK.items()}},
 }
-# Table 4 has two more, which are measured where they are asked for: scmoe2 routes each token to two experts, at Pos-2
-ROWS = USUAL_ROWS | {name: (name, CHUNKS[""]) for name in ("top3", "scmoe2")}
 TOP_K = {"top2": 2, "top3": 3, "scmoe2": 2}  # routed experts of a token; 1 in all other blocks
+TAPS = {**{position: position for position in POSITIONS}, "scmoe2": "pos2", "nvidia": "pos1", "nous": "carried"}
+WIRINGS: dict[str, tuple[str, ...]] = {  # block: what a configuration says of it (docs/shortcuts.md), but every and K
+    **{name: ("moe.architecture=top_k",) for name in ("top1", "top2", "top3")},
+    **{name: (f"moe.architecture={name}",) for name in ("shared_expert", "farskip")},
+    **{position: (f"moe.position={position}",) for position in POSITIONS},
+    "scmoe2": ("moe.position=pos2",),
+    "nvidia": ("moe.position=pos1", "moe.combine=direct_add", "moe.after_norm=true"),
+    "nous": ("moe.position=pos2", "moe.combine=direct_add"),
+}
+
+
+def usual_rows(every: int) -> tuple[str, ...]:
+    """Return the rows that are measured where none are asked for."""
+    return tuple(row for row in ROWS[every] if row not in BY_REQUEST)
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Setting:
-    """A measurement of pairs.
+    """A measurement of a row of blocks: one pair, or two in an iteration.
 
     share: of communication, reached by a search for the links' rate. compute: real | emulated. shaped: whether the
     links have a rate at all. bus: rows go over the device's bus instead of links (emulated.over_the_bus), and the share
@@ -38,9 +64,9 @@ class Setting:
 
     Args:
         link_mbit: rate of the links; by default it is searched for the share
+        every: blocks with an MoE: every second one, or each one
         nodes: on which the ranks are; the rate is that of the nodes' network cards
         exchange: between nodes
-        rows: rows to measure
         layout: dropless | capacity:F | buffers:C (default: capacity:1, and dropless with --load)
         attention_ms: time of an emulated attention
         attention_to_mlp: its ratio to that of an emulated MLP
@@ -50,6 +76,7 @@ class Setting:
     link_mbit: Positive | None = None
     compute: Annotated[str, INNER] = "emulated"
     level: Literal["block", "iteration"] = "block"
+    every: Literal[1, 2] = 2
     rounds: Rounds = 9
     dim: Annotated[int, INNER] = 512
     ffn_dim: Annotated[int, INNER] = 2048
@@ -68,7 +95,7 @@ class Setting:
     reductions: Annotated[str, INNER] = "paced"
     nodes: Count = 1
     exchange: Literal["flat", "hierarchical", "auto"] = "flat"
-    rows: Annotated[tuple[str, ...], Parameter(show_default=lambda _: "all")] = tuple(USUAL_ROWS)
+    rows: Annotated[tuple[str, ...], INNER] = usual_rows(2)
     loads: Annotated[tuple[str, ...], INNER] = ()
     layout: str | None = None
 
@@ -78,19 +105,29 @@ class Setting:
         return self.tokens // self.seq_len
 
     @property
-    def pairs(self) -> int:
-        """Pairs in a row."""
-        return 2 if self.level == "iteration" else 1
+    def layers(self) -> int:
+        """Blocks of a row."""
+        return 4 if self.level == "iteration" else 2
+
+    @property
+    def moe_blocks(self) -> int:
+        """Blocks of a row that have an MoE."""
+        return self.layers // self.every
+
+    def block_of(self, row: str) -> str:
+        return ROWS[self.every][row][0]
 
 
 def tokens_for(ratio: float, setting: Setting) -> int:
     """Return the tokens of a batch with which a rank sends so many bytes of rows for a byte of dense gradients in a
     training step of top-2, in whole sequences.
 
-    A pair sends 2 copies of a token, there and back, forward and backward, and a row of one rank in R leaves it with
-    probability 1 - 1 / R; a ring sends 2 (1 - 1 / R) of the gradients of two attentions and an MLP."""
-    gradients = 2 * (8 * setting.dim**2 + 2 * setting.dim * setting.ffn_dim)
-    rows_of_a_token = 4 * TOP_K["top2"] * setting.dim * setting.accumulate
+    A block with an MoE sends 2 copies of a token, there and back, forward and backward, and a row of one rank in R
+    leaves it with probability 1 - 1 / R; a ring sends 2 (1 - 1 / R) of the gradients of each block's attention, and of
+    the MLP of a block without an MoE."""
+    mlps = setting.layers - setting.moe_blocks
+    gradients = 2 * (4 * setting.layers * setting.dim**2 + 2 * mlps * setting.dim * setting.ffn_dim)
+    rows_of_a_token = 4 * TOP_K["top2"] * setting.moe_blocks * setting.dim * setting.accumulate
     return max(1, round(ratio * gradients / rows_of_a_token / setting.seq_len)) * setting.seq_len
 
 
@@ -99,6 +136,7 @@ def pair_of(config: Config, share: float, tokens: int) -> Setting:
     model, data = config.model, config.data
     return Setting(
         share,
+        every=config.moe.every,
         compute="real",
         dim=model.dim,
         ffn_dim=model.ffn_dim or 4 * model.dim,
@@ -117,9 +155,7 @@ def check_ranks(ranks: int) -> None:
 
 
 def default_schedule(block: str) -> Schedule:
-    """The experts in the middle of the window, in one chunk. block: a block's name in ROWS."""
-    if block in POSITIONS:
-        return Schedule("scmoe", block)
-    if block == "scmoe2":
-        return Schedule("scmoe", "pos2")
-    return Schedule("shared_expert" if block == "shared_expert" else "top_k")
+    """The experts in the middle of the window, in one chunk. block: a block's name in ROWS; of a row, the last one."""
+    if block in TAPS:
+        return Schedule("scmoe", TAPS[block])
+    return Schedule(block if block in ("shared_expert", "farskip") else "top_k")

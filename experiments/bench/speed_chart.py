@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scmoe.probes.charts import BLUE, PAPER, SKY, Bar, bar_legend, chart, grouped_bars, heading, height_of
+from scmoe.experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
+from scmoe.experiments.engine.report import Report
+from scmoe.probes.charts import BLUE, PAPER, SKY, chart, heading
 
 NAMES = {
     "top2": "Standard top-2",
@@ -12,7 +14,9 @@ NAMES = {
     "shared_expert": "Shared-expert",
     "scmoe2": "ScMoE-2",
     **{f"scmoe_pos{i}": f"ScMoE (Pos-{i})" for i in (1, 2, 3)},
+    "farskip": "FarSkip",
 }
+IN_EVERY_BLOCK = {"scmoe_pos1": "NVIDIA (Pos-1)", "scmoe_pos2": "Nous (Pos-2)"}  # wirings with an MoE in every block
 OTHER_WORK = ("top1", "top3", "scmoe2")  # rows of less or more computation than top-2
 KINDS = {"forward": "inference", "train": "training"}
 PIPELINED = "_pipelined"
@@ -48,22 +52,31 @@ PAPERS = {  # by the share of communication that emulates the machine
 }
 
 
-def name_of(row: str) -> str:
-    """Return the paper's name of a row's architecture, such as `ScMoE (Pos-2)` for scmoe_pos2_pipelined."""
-    return NAMES[row.removesuffix(PIPELINED)]
+def name_of(row: str, every: int = 2) -> str:
+    """Return the paper's name of a row's architecture, such as `ScMoE (Pos-2)` for scmoe_pos2_pipelined. every: blocks
+    with an MoE (pairs.py)."""
+    return (NAMES | IN_EVERY_BLOCK if every == 1 else NAMES)[row.removesuffix(PIPELINED)]
+
+
+def paper_of(report: dict[str, Any]) -> Printed | None:
+    """Return the paper's speed-ups on the machine that a report of `bench overlap` emulates: they are of pairs."""
+    return PAPERS.get(report["wanted_share"]) if report.get("every", 2) == 2 else None
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw a report of `bench overlap`: a panel for inference and one for training."""
-    paper = PAPERS.get(report["wanted_share"])
+    paper = paper_of(report)
     panels = {word: speed_bars(report, kind, paper) for kind, word in KINDS.items()}
     with chart(path, 2.3 + height_of(panels["training"])) as figure:
         for axis, (word, groups) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
             grouped_bars(axis, groups)
             axis.set(title=word, xlabel="speed-up over\nsequential top-2")
-        what = "pair of blocks" if report["level"] == "block" else "iteration of two pairs"
+        what = "One pair of blocks" if report["level"] == "block" else "One iteration of two pairs"
+        if report.get("every", 2) == 1:
+            number = "Two" if report["level"] == "block" else "One iteration of four"
+            what = f"{number} blocks with an MoE each"
         share = f"{100 * report['comm_share']:.0f} % of top-2's inference is communication"
-        heading(figure, f"One {what}, {conditions(report)}: {share}")
+        heading(figure, f"{what}, {conditions(report)}: {share}")
         colors = {"one chunk": BLUE}
         if any(row.endswith(PIPELINED) for row in report["rows"]):
             colors["pipelined (2 or 4 chunks)"] = SKY
@@ -73,13 +86,32 @@ def draw(report: dict[str, Any], path: Path) -> None:
         bar_legend(figure, colors, quartiles, "limit: all communication hidden", ncols=1)
 
 
+def tables(report: dict[str, Any]) -> list[Report]:
+    title = (
+        "Links of {link_mbit:.0f} Mbit/s, {ranks} ranks, {compute} compute, communication share {comm_share:.3f}, "
+        "limit {limit_forward:.2f} forward and {limit_train:.2f} training, {rounds} rounds, {iterations} iterations:"
+    )
+    columns = {
+        "forward": "{forward_speedup:.2f}",
+        "training": "{train_speedup:.2f} [{train_quartiles[0]:.2f}, {train_quartiles[1]:.2f}]",
+        "hidden forward, backward": "{overlap_forward:.0%}, {overlap_backward:.0%}",
+        "slot x chunks": "{slot} x {chunks}",
+    }
+    if report["level"] == "iteration":  # its limit has the gradients, which differ from row to row
+        columns |= {"gradients, MB": "{gradient_mb:.0f}", "limit": "{limit_train:.2f}", "of it": "{of_limit:.3f}"}
+    columns["auto / best"] = "{auto_over_best:.3f}"
+    if report.get("every", 2) == 1:
+        title = f"Two blocks with an MoE each. {title}"
+    return [Report(title.format_map(report), report["rows"], columns)]
+
+
 def speed_bars(report: dict[str, Any], kind: str, paper: Printed | None) -> dict[str, list[Bar]]:
     """Return the bars of each architecture: one chunk, pipelined, and the paper's."""
     groups: dict[str, list[Bar]] = {}
     for row, own in report["rows"].items():
         value, color = own[f"{kind}_speedup"], SKY if row.endswith(PIPELINED) else BLUE
         bar = Bar(value, color, f"{value:.2f}", own[f"{kind}_quartiles"], limit_of(report, row, kind))
-        groups.setdefault(name_of(row), []).append(bar)
+        groups.setdefault(name_of(row, report.get("every", 2)), []).append(bar)
     for row, values in paper.rows.items() if paper else ():
         if name_of(row) in groups:
             groups[name_of(row)].append(Bar(values[kind], PAPER, f"{values[kind]:.2f}"))

@@ -13,8 +13,9 @@ import torch.distributed as dist
 
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench.overlap import Bench, Variant, find_rate
+from scmoe.experiments.bench.overlap import Bench, find_rate
 from scmoe.experiments.bench.pairs import Setting
+from scmoe.experiments.bench.variants import Variant
 from scmoe.experiments.engine.gantt import draw
 from scmoe.experiments.engine.profiles import recorded
 from scmoe.experiments.engine.ranks import run_ranks
@@ -85,7 +86,7 @@ def watch(rank: int, world_size: int, setting: Setting, position: str, out: Path
     timelines: dict[str, dict[str, list[Span]]] = {direction: {} for direction in DIRECTIONS}
     for title, (block, way, chunks) in ROWS.items():
         title, block = title.format(position.capitalize().replace("s", "s-")), block.format(position)
-        choice = bench.choose(block, chunks)
+        (choice,) = bench.choose(block, chunks)
         variant = Variant(block, choice.schedule, way)
         for direction in DIRECTIONS:
             timelines[direction][f"{title}: planned"] = planned_spans(choice, direction, way == "sequential")

@@ -36,7 +36,7 @@ from scmoe.experiments.dryrun.estimated import estimate
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import in_turn, middle
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.engine.report import Report, write_json
+from scmoe.experiments.engine.report import Report, publish
 from scmoe.moe.router import Router
 from scmoe.probes.charts import chart, heading
 from scmoe.runs.seen import SeenRun
@@ -136,14 +136,12 @@ def bench_train(
         for row, own in report["rows"].items():
             over = middle(times[row, "links"][0] / times[row, EVEN][0])
             own |= {"over_balanced": over, "dropped": middle(times[row, "links"][3]), **uneven[row]}
-    table_of(report).show()
-    name = out / f"train-share-{share:g}{kinds_of([] if routing is None else [routing])}"
-    draw(report, name.with_name(f"{name.name}.png"))
-    write_json(name.with_name(f"{name.name}.json"), report)
+    name = f"train-share-{share:g}{kinds_of([] if routing is None else [routing])}"
+    publish(report, tables(report), draw, out / name)
     return report
 
 
-def table_of(report: dict[str, Any]) -> Report:
+def tables(report: dict[str, Any]) -> list[Report]:
     title = "{config}, {steps} steps, {ranks} ranks, links of {link_mbit:.0f} Mbit/s; medians of {rounds} rounds:"
     columns = {
         "tokens/s": "{tokens_per_s:.0f}",
@@ -160,7 +158,7 @@ def table_of(report: dict[str, Any]) -> Report:
         columns["busiest rank"] = "{max_over_mean_ranks:.2f}"
         columns |= {"over balanced": "{over_balanced:.2f}", "dropped": "{dropped:.1%}"}
         del columns["validation loss"]
-    return Report(title.format_map(report), report["rows"], columns)
+    return [Report(title.format_map(report), report["rows"], columns)]
 
 
 def made_by(routing: str, config: Config, pair: Setting, ranks: int) -> dict[str, float]:
@@ -218,10 +216,8 @@ def trained(
             return {}
         run = SeenRun(Path(summary["run_dir"]))
         rates = [row["time/tokens_per_s"] for row in run.metrics if "time/tokens_per_s" in row]
-        tokens, curve = (
-            int(run.config["data.global_batch_size"]) * int(run.config["data.seq_len"]),
-            run.curve("val/loss"),
-        )
+        tokens = int(run.config["data.global_batch_size"]) * int(run.config["data.seq_len"])
+        curve = run.curve("val/loss")
         step_s, waited = tokens / middle(rates[len(rates) // 2 :]), middle(WAITED or [0.0])
         dropped = middle([row["moe/drop_share"] for row in run.metrics if "moe/drop_share" in row] or [0.0])
         found = {"step_s": step_s, "exposed_rows_s": waited, "val_loss": curve[-1][1], "dropped": dropped}

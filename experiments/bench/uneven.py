@@ -16,8 +16,9 @@ from typing import Any
 
 from scmoe.experiments.bench.loads import BALANCED, Load, Place, counts_of, load_of
 from scmoe.experiments.bench.overlap import Measured, way_of
-from scmoe.experiments.bench.pairs import ROWS, TOP_K, Setting
+from scmoe.experiments.bench.pairs import TOP_K, Setting
 from scmoe.experiments.bench.speed_chart import name_of, ranks_of
+from scmoe.experiments.bench.variants import windows_of
 from scmoe.experiments.engine.clock import middle, quartiles
 from scmoe.experiments.engine.report import Report
 from scmoe.probes.charts import chart, heading
@@ -35,17 +36,14 @@ def beside_balanced(
     setting: Setting, ranks: int, found: Measured, control: Measured, row: str, balanced: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the figures of a row at a load beside the balanced one. balanced: its figures there."""
-    block, own, even = ROWS[row][0], found.times[found.best[row]], found.times[control.best[row]]
-    schedule, load = found.best[row].schedule, load_of(found.load)
-    modelled = None
+    block, own, even = setting.block_of(row), found.times[found.best[row]], found.times[control.best[row]]
+    load, modelled = load_of(found.load), None
     if load.kind != "ragged" and setting.layout in (None, "dropless") and setting.nodes == 1:
-        place, times = (
-            Place(setting.num_experts, TOP_K.get(block, 1), ranks),
-            control.choices[row].times[schedule.chunks],
-        )
-        computing = elapsed_time(schedule, times) - exposed_time(schedule, times)
-        window = [window_s(schedule, times, load, place, setting.tokens, step) for step in range(setting.rounds)]
-        modelled = middle(way_of(found, block, "free", BALANCED).train) + setting.pairs * (middle(window) - computing)
+        place = Place(setting.num_experts, TOP_K.get(block, 1), ranks)
+        windows = windows_of(found.best[row], control.choices[row])
+        computing = sum(elapsed_time(*each) - exposed_time(*each) for each in windows)
+        took = [sum(window_s(*w, load, place, setting.tokens, step) for w in windows) for step in range(setting.rounds)]
+        modelled = middle(way_of(found, block, "free", BALANCED).train) + middle(took) - computing
     free, even_free = (way_of(found, block, "free", load) for load in (found.load, BALANCED))
     return {
         "over_balanced_forward": middle(own.forward / even.forward),
@@ -110,30 +108,26 @@ def show(report: dict[str, Any]) -> None:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Draw the time of a training step over the balanced one against the load of the busiest rank: a line a row."""
-    reports = sorted(report["loads"], key=lambda own: own["load"]["max_over_mean_ranks"])
-    found = {row: [own["rows"][row] for own in reports] for row in reports[0]["rows"]}
-    lines = {
-        row: [(own["max_over_mean_ranks"], own["over_balanced_train"], own["over_balanced_quartiles"]) for own in every]
-        for row, every in found.items()
-    }
-    first = reports[0]
+    """Draw the time of a training step over the balanced one."""
+    first = report["loads"][0]
     share = f"communication share {first['balanced_share']:.2f}"
     words = f"Uneven routing, {first['compute']} compute, {ranks_of(first)}, {share}"
-    draw_lines(lines, path, words, "training step over its balanced one")
+    draw_lines(report["loads"], "over_balanced_train", path, words, "training step over its balanced one")
 
 
-def draw_lines(
-    lines: Mapping[str, Sequence[tuple[float, float, Sequence[float]]]], path: Path, words: str, what: str
-) -> None:
-    """lines: for each row the imbalances, and at each the time over the balanced one and its quartiles."""
+def draw_lines(reports: Sequence[Mapping[str, Any]], over: str, path: Path, words: str, what: str) -> None:
+    """Draw a time over its balanced one against the load of the busiest rank, a line for each row. reports: of each
+    load. over: the key of that ratio in a row; its quartiles are `over_balanced_quartiles`."""
+    reports = sorted(reports, key=lambda own: own["load"]["max_over_mean_ranks"])
     with chart(path, 4.2) as figure:
         axis = figure.subplots()
-        for row, points in lines.items():
-            label = name_of(row) + (", pipelined" if row.endswith("_pipelined") else "")
-            at, over, quartiles = zip(*points, strict=True)
-            (line,) = axis.plot([1.0, *at], [1.0, *over], marker="o", label=label)
-            axis.vlines(at, *zip(*quartiles, strict=True), color=line.get_color())
+        for row in reports[0]["rows"]:
+            label = name_of(row, reports[0].get("every", 2)) + (", pipelined" if row.endswith("_pipelined") else "")
+            points = [own["rows"][row] for own in reports]
+            at = [own["max_over_mean_ranks"] for own in points]
+            (line,) = axis.plot([1.0, *at], [1.0, *(own[over] for own in points)], marker="o", label=label)
+            quartiles = zip(*(own["over_balanced_quartiles"] for own in points), strict=True)
+            axis.vlines(at, *quartiles, color=line.get_color())
         axis.set(xlabel="rows of the busiest rank over the mean", ylabel=what)
         axis.grid(axis="y")
         axis.legend()

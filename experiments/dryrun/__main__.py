@@ -6,29 +6,11 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
-from rich.table import Column, Table
-
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.engine.command_line import KeyValue, call
+from scmoe.experiments.engine.command_line import KeyValue, call, numbers_of
 
 GIB = 2**30
 WAYS, PRECISIONS, RECOMPUTE = ("replicated", "sharded"), ("32-true", "bf16-mixed"), ("false", "true")  # of presets
-
-
-def read(words: Sequence[str]) -> tuple[dict[str, int], list[str]]:
-    """Return ranks and samples, and the other words."""
-    sizes, overrides = dict[str, int](), list[str]()
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in ("ranks", "samples"):
-            overrides.append(word)
-        elif not value.isdecimal() or int(value) < 1:
-            raise ConfigError(f"command line: {key} is {value!r}, allowed: a number, 1 or more")
-        else:
-            sizes[key] = int(value)
-    if "ranks" not in sizes and sizes:
-        raise ConfigError("command line: samples without ranks, allowed: both, or data.global_batch_size alone")
-    return sizes, overrides
 
 
 def facts_of(run: Any) -> dict[str, Any]:
@@ -41,17 +23,15 @@ def facts_of(run: Any) -> dict[str, Any]:
     }
 
 
-def dry_run_table(run: Any, title: str) -> Table:
-    made = Table("of rank 0", Column("number", justify="right"), title=title, title_justify="left")
-    for name in ("weights", "gradients", "optimizer"):
-        made.add_row(f"GiB of {name}", f"{getattr(run, name) / GIB:,.4g}", end_section=name == "optimizer")
-    for phase, size in run.peak.items():
-        made.add_row(f"GiB at the peak, made in {phase}", f"{size / GIB:,.4g}")
-    made.add_row("GiB at the peak", f"{sum(run.peak.values()) / GIB:,.4g}", end_section=True)
-    made.add_row("TFLOPs of a step", f"{run.flops / 1e12:,.4g}", end_section=True)
-    for name, size in run.collectives.items():
-        made.add_row(f"MiB of a step: {name}", f"{size / 2**20:,.4g}")
-    return made
+def numbers(run: Any) -> dict[str, float]:
+    """Return what the table of a DryRun shows, by the names of its lines."""
+    return {
+        **{f"GiB of {name}": getattr(run, name) / GIB for name in ("weights", "gradients", "optimizer")},
+        **{f"GiB at the peak, made in {phase}": size / GIB for phase, size in run.peak.items()},
+        "GiB at the peak": sum(run.peak.values()) / GIB,
+        "TFLOPs of a step": run.flops / 1e12,
+        **{f"MiB of a step: {name}": size / 2**20 for name, size in run.collectives.items()},
+    }
 
 
 def preset_rows(ranks: int, samples: int, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -78,10 +58,12 @@ def main(config: str, /, *words: KeyValue) -> None:
         words: ranks=N for the number of ranks, on nodes of 8 or of trainer.devices=N (default: as CONFIG sets them),
             samples=N for the samples of a rank in a batch (default: 1), and key=value
     """
-    sizes, overrides = read(words)
+    sizes, overrides = numbers_of(words, ("ranks", "samples"))
+    if "ranks" not in sizes and sizes:
+        raise ConfigError("command line: samples without ranks, allowed: both, or data.global_batch_size alone")
     from scmoe.config.load import load
     from scmoe.experiments.dryrun.counted_step import dry_run, load_for, with_slots
-    from scmoe.training.run.printout import console
+    from scmoe.experiments.engine.report import Report, console
 
     ranks, samples = sizes.get("ranks"), sizes.get("samples", 1)
     if config == "presets":
@@ -98,7 +80,9 @@ def main(config: str, /, *words: KeyValue) -> None:
     world = settings.trainer.devices * settings.trainer.num_nodes
     print(f"one step of rank 0 of {world:,} ranks is run on tensors without numbers", file=sys.stderr, flush=True)
     run = dry_run(settings)
-    console().print(dry_run_table(run, f"dry run of rank 0 of {world}, dense weights {settings.strategy.dense}"))
+    lines = {name: {"number": number} for name, number in numbers(run).items()}
+    title = f"dry run of rank 0 of {world}, dense weights {settings.strategy.dense}"
+    Report(title, lines, {"number": "{number:,.4g}"}, "of rank 0").show()
     print(json.dumps(facts_of(run)))
 
 

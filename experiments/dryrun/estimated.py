@@ -27,14 +27,8 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.registry import IMAGES
 from scmoe.footprint.memory import Job, Split, rank_memory
-from scmoe.footprint.model_cost import (
-    WEIGHT_BYTES,
-    forward_flops,
-    moe_uses,
-    rank_parameters,
-    training_flops,
-    transfer_bytes,
-)
+from scmoe.footprint.model_cost import COMPUTE_BYTES, WEIGHT_BYTES, forward_flops, moe_uses, rows_sent, training_flops
+from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, Capacity, buffer_size, expert_capacity
 from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
 from scmoe.training.run.printout import count_parameters, total_and_active
@@ -178,3 +172,23 @@ def estimate_table(facts: dict[str, Any]) -> Table:
     if (ratio := facts["rows_over_gradients"]) is not None:
         made.add_row("rows over gradients", f"{ratio:.3g}", "bytes that leave a rank in a step; gradients by a ring")
     return made
+
+
+def transfer_bytes(model: nn.Module, precision: str, wire_bytes: int | None = None) -> list[float]:
+    """Bytes of a token in one All-to-All, for each use of an MoE module; bytes that stay on their rank included.
+
+    Forward has two All-to-Alls, dispatch and combine, and backward two more of the same size. A token's own rank holds
+    one in EP of the experts, so (EP - 1) / EP of the bytes travel where the load is even. wire_bytes: of an element
+    between ranks; None: those of the type that is computed in.
+    """
+    width = wire_bytes or COMPUTE_BYTES[precision]
+    return [rows_sent(moe, copies) * moe.experts.w_in_eDF.shape[1] * width for moe, copies in moe_uses(model)]
+
+
+def rank_parameters(model: nn.Module, ep_size: int) -> tuple[int, int]:
+    """Returns the number of replicated parameters, and of the expert parameters that one of ep_size ranks holds.
+
+    model: the whole model. Tied parameters count once."""
+    experts = {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
+    replicated = sum(p.numel() for p in model.parameters() if p not in experts)
+    return replicated, sum(p.numel() for p in experts) // ep_size

@@ -74,6 +74,20 @@ def call(*words: str) -> int:
     return 2
 
 
+def numbers_of(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    """Return the numbers of the words NAME=N with these names, and the other words. Raises ConfigError."""
+    numbers, others = dict[str, int](), list[str]()
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in names:
+            others.append(word)
+        elif not value.isdecimal() or int(value) < 1:
+            raise ConfigError(f"command line: {key} is {value!r}, allowed: a number, 1 or more")
+        else:
+            numbers[key] = int(value)
+    return numbers, others
+
+
 def app_of(verb: str = "") -> App:
     """Return the command line. The script of `verb` is imported, any other one only where it is needed."""
     screen = console(stderr=False)

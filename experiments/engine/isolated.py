@@ -20,7 +20,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from scmoe.files.replacing import replacing
+from scmoe.files.writing import replacing
 
 Pieces = Mapping[str, Callable[[], Any]]
 TAIL_LINES = 30  # of an output or a traceback

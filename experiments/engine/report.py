@@ -7,14 +7,17 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
+LONG = 60  # letters of a cell that may be broken
 WIDTH = 170  # columns of the widest table, also where a terminal has fewer
 
 
@@ -33,10 +36,13 @@ class Report:
 
     def show(self) -> None:
         """Print a table on standard error."""
-        numbers = (Column(heading, justify="right", no_wrap=True) for heading in self.columns)
-        table = Table(Column(self.first, no_wrap=True), *numbers, title=self.title, title_justify="left")
+        columns: list[Column] = []
+        for heading, *cells in zip([self.first, *self.columns], *self.cells(), strict=True):
+            short = max(map(len, cells), default=0) < LONG
+            columns.append(Column(Text(heading), justify="right" if columns else "left", no_wrap=short))
+        table = Table(*columns, title=Text(self.title), title_justify="left")
         for cells in self.cells():
-            table.add_row(*cells)
+            table.add_row(*map(Text, cells))  # as Text, brackets are no markup
         console(WIDTH).print(table)
 
     def markdown(self) -> str:
@@ -60,6 +66,16 @@ def write_json(path: Path, report: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write a report into a file, whose folder need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1))
+
+
+def publish(report: Mapping[str, Any], tables: Sequence[Report], draw: Callable[[Any, Path], None], name: Path) -> None:
+    """Print a report's tables, and write it and its chart: the files NAME.json and NAME.png, whose folder need not
+    exist."""
+    for table in tables:
+        table.show()
+    write_json(Path(f"{name}.json"), report)
+    draw(report, Path(f"{name}.png"))
+    print(f"chart and figures: {name}.png, .json", file=sys.stderr)
 
 
 def bullets_and_tables(value: Any) -> list[str]:

@@ -170,7 +170,7 @@ def flip(count: int, dense: str = "replicated") -> dict[str, int]:
         run_ranks(write_old, 2, Path(name), dense)
         path, draw, refused = Path(name) / "checkpoints" / LAST, Random(0), 0
         model = build_model(tiny_run.tiny(1), ParallelContext())
-        load_model(path, model, "model.")
+        load_model(path, model)
         files = sorted(path.iterdir())
         for _ in tiny_run.progress(range(count), "flipping"):
             file = draw.choice(files)
@@ -179,9 +179,9 @@ def flip(count: int, dense: str = "replicated") -> dict[str, int]:
             content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
             file.write_bytes(content)
             try:
-                load_model(path, model, "model.")
+                load_model(path, model)
             except durable.BrokenCheckpoint as error:
                 refused += str(file) in str(error)
             file.write_bytes(whole)
-        load_model(path, model, "model.")
+        load_model(path, model)
     return {"flips": count, "refused": refused}

@@ -24,20 +24,9 @@ import numpy as np
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench.speed_chart import KINDS, PIPELINED, conditions, name_of, speed_bars
+from scmoe.experiments.engine.bars import bar_legend, grouped_bars, height_of
 from scmoe.experiments.figures.concepts import pair, timelines
-from scmoe.probes.charts import (
-    BLUE,
-    ORANGE,
-    RED,
-    SKY,
-    SMALL,
-    bar_legend,
-    chart,
-    grouped_bars,
-    heading,
-    height_of,
-    title,
-)
+from scmoe.probes.charts import BLUE, ORANGE, RED, SKY, SMALL, chart, heading, title
 from scmoe.probes.gating import draw_gating
 from scmoe.probes.similarity import draw_similarity
 from scmoe.runs.seen import open_run
@@ -98,6 +87,8 @@ def read_reports(sources: Sequence[Path]) -> Reports:
             raise ConfigError(f"{path} has the rows {', '.join(report['rows'])}, required: top2 and one of ScMoE")
         if level != "block":
             raise ConfigError(f"{path} is of --level {level}, allowed: block")
+        if report.get("every", 2) != 2:
+            raise ConfigError(f"{path} is of --every {report['every']}, allowed: 2, the paper's pairs")
         if scenario in found:
             one = "allowed: one of each; name the files in place of their folder"
             raise ConfigError(f"{path} is the second report at --share {scenario.pair_share:g}, {one}")

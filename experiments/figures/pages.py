@@ -40,18 +40,17 @@ OVERVIEW = RESULTS / "README.md"
 GENERATED = re.compile(r"(?<=<!-- make figures writes this part -->\n).*(?=<!-- end of this part -->)", re.DOTALL)
 HEADLINE = "overlap-real-iteration-2-ranks-share-0.52"  # the report that README shows
 FIGURE_8 = PAGES / "figure-8"  # what `make figure8` has measured
-DRAW: dict[str, Callable[[Any, Path], None]] = {  # by the first words of a report's name
-    "overlap-": speed_chart.draw,
-    "uneven-inference-": inference.draw_loads,
-    "uneven-": uneven.draw,
-    "inference-": inference.draw,
-    "train-": training.draw,
-    "growth": growth.draw,
-    "routing": routing_study.draw,
-    "figure-13": offload.draw,
-    "figure-9": draw_measured,
-    "figure-10": draw_measured,
+BENCHES: dict[str, Any] = {  # by the first words of a report's name: modules that have `draw` and `tables` of it
+    "overlap-": speed_chart,
+    "uneven-inference-": inference,
+    "uneven-": uneven,
+    "inference-": inference,
+    "train-": training,
+    "growth": growth,
+    "routing": routing_study,
+    "figure-13": offload,
 }
+DRAW = {start: bench.draw for start, bench in BENCHES.items()} | dict.fromkeys(("figure-9", "figure-10"), draw_measured)
 
 
 def pictures() -> dict[str, Callable[[Path], None]]:
@@ -129,8 +128,8 @@ def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any]
         return page, *of_a_table(said, data)
     if name == "figure-13":
         data["paper"] = offload.PAPERS
-    elif data.get("wanted_share") in speed_chart.PAPERS:
-        data["paper"] = speed_chart.PAPERS[data["wanted_share"]].rows
+    elif "wanted_share" in data and (printed := speed_chart.paper_of(data)):
+        data["paper"] = printed.rows
     return page, said, data
 
 
@@ -200,77 +199,6 @@ def tables_of(name: str, data: dict[str, Any]) -> list[Report]:
     return make(data) if make else []
 
 
-def overlap_tables(report: dict[str, Any]) -> list[Report]:
-    title = (
-        "Links of {link_mbit:.0f} Mbit/s, {ranks} ranks, {compute} compute, communication share {comm_share:.3f}, "
-        "limit {limit_forward:.2f} forward and {limit_train:.2f} training, {rounds} rounds, {iterations} iterations:"
-    )
-    columns = {
-        "forward": "{forward_speedup:.2f}",
-        "training": "{train_speedup:.2f} [{train_quartiles[0]:.2f}, {train_quartiles[1]:.2f}]",
-        "hidden forward, backward": "{overlap_forward:.0%}, {overlap_backward:.0%}",
-        "slot x chunks": "{slot} x {chunks}",
-    }
-    if report["level"] == "iteration":  # its limit has the gradients, which differ from row to row
-        columns |= {"gradients, MB": "{gradient_mb:.0f}", "limit": "{limit_train:.2f}", "of it": "{of_limit:.3f}"}
-    columns["auto / best"] = "{auto_over_best:.3f}"
-    return [Report(title.format_map(report), report["rows"], columns)]
-
-
-def inference_tables(report: dict[str, Any]) -> list[Report]:
-    columns = {
-        "sequential": "{ways[sequential]:.2f}",
-        "1, 2, 4 chunks": "{ways[overlapped x 1]:.2f}, {ways[overlapped x 2]:.2f}, {ways[overlapped x 4]:.2f}",
-        "plan": "{speedup:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]",
-        "limit": "{limit:.2f}",
-        "ms": "{ms:.1f}",
-    }
-    found = []
-    for shape, words in (("prefill", "{prompt} tokens a rank"), ("decode", "one token of {batch} texts a rank")):
-        rows = {name: row[shape] for name, row in report["rows"].items()}
-        share = f"communication share {report['comm_share'][shape]:.2f}"
-        title = f"{shape.capitalize()}, {words.format_map(report)}, links of {report['link_mbit']:.0f} Mbit/s, {share}:"
-        found.append(Report(title, rows, columns))
-    return found
-
-
-def growth_tables(report: dict[str, Any]) -> list[Report]:
-    both = "{{rows[{0}][forward_speedup]:.2f}}, {{rows[{0}][train_speedup]:.2f}}".format
-    columns = {
-        "share": "{comm_share:.2f}",
-        "limit": "{limit_forward:.2f}, {limit_train:.2f}",
-        "top-2, ms": "{rows[top2][forward_ms]:.0f}, {rows[top2][train_ms]:.0f}",
-        **{row: both(row) for row in growth.SHOWN},
-        "peak, MB": "{rows[scmoe_pos2][peak_mb]:.0f}, {rows[scmoe_pos2_pipelined][peak_mb]:.0f}",
-    }
-    rows = {f"{point[of]} {of}": point for of, points in report.items() for point in points}
-    kinds = ", ".join(f"{of} {points[0]['compute']}" for of, points in report.items())
-    title = f"Compute: {kinds}. Two values are forward, training; of the peak, `scmoe_pos2` and `scmoe_pos2_pipelined`."
-    return [Report(title, rows, columns, "a rank's tokens, ranks or experts")]
-
-
-def offload_tables(report: dict[str, Any]) -> list[Report]:
-    latencies, memory = {}, {}
-    for name, own in report["architectures"].items():
-        memory[name] = own["memory"]
-        for case in own["cases"]:
-            if case["ways"] and case["tokens"] == 1:
-                latencies[f"{name}, {case['rate_mb_s']:,.0f}"] = case
-    ways = {f"{way}, ms": f"{{ways[{way}][latency_ms]:.1f}}" for way in ("resident", "blocking", "determinate")}
-    columns = {
-        **ways,
-        "taken away": "{ways[determinate][hidden]:.0%}",
-        "limit": "{ways[determinate][bound]:.0%}",
-        "speculative, ms": "{ways[speculative][latency_ms]:.1f}",
-        "hit rate": "{ways[speculative][hit_rate]:.0%}",
-        "times kept": "{kept} of {tried}",
-    }
-    peaks = {"fixed weights": "{fixed_mb:.0f}"}
-    peaks |= {way: f"{{peak_mb[{way}]:.0f}}" for way in ("resident", "determinate")}
-    latency = Report("Latency of the MoE block, one token:", latencies, columns, "row, MB/s")
-    return [latency, Report("Peak memory beyond the fixed weights, MB:", memory, peaks)]
-
-
 def scenario_tables(data: dict[str, Any]) -> list[Report]:
     over = "{{paper_over[{0}]}}; {{over[forward][{0}][1]:.2f}}, {{over[train][{0}][1]:.2f}}".format
     columns = {
@@ -295,19 +223,12 @@ def preset_tables(data: dict[str, Any]) -> list[Report]:
     return [Report("Peak of rank 0, GiB:", rows, columns, "preset, dense weights")]
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], list[Report]]] = {  # by the first words of an experiment's name
-    "overlap-": overlap_tables,
-    "uneven-inference-": lambda report: [table for own in report["loads"] for table in inference.tables_of_load(own)],
-    "uneven-": uneven.tables,
-    "inference-": inference_tables,
-    "train-": lambda report: [training.table_of(report)],
-    "growth": growth_tables,
-    "routing": routing_study.tables,
-    "figure-13": offload_tables,
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+TABLES = {  # by the first words of an experiment's name
+    **{start: bench.tables for start, bench in BENCHES.items()},
     "figure-8": scenario_tables,
     "dryrun": preset_tables,
 }
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())

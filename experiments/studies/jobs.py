@@ -22,7 +22,7 @@ from typing import IO, Any
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import to_yaml
-from scmoe.files.replacing import replacing, write_durably
+from scmoe.files.writing import replacing, write_durably
 from scmoe.runs.seen import DEFAULTS, flat
 
 TRAIN = (sys.executable, "-m", "scmoe.experiments.train")
@@ -57,7 +57,7 @@ class Job:
     name: str
     title: str
     study: Path
-    home: Path  # the folder of its run directories
+    home: Path | None  # the folder of its run directories; None: it trains nothing
     arguments: Sequence[str]
     launcher: Sequence[str] = TRAIN
     again: Sequence[str] = ()
@@ -77,7 +77,7 @@ class Job:
 
     def run_dirs(self) -> list[Path]:
         """Return the run directories of this job, the newest first."""
-        found = sorted((path.parent for path in self.home.glob("*/config.yaml")), reverse=True)
+        found = sorted((path.parent for path in self.home.glob("*/config.yaml")), reverse=True) if self.home else []
         return [run_dir for run_dir in found if self.is_own(run_dir)]
 
     def to_resume(self) -> Path | None:

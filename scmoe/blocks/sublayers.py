@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from scmoe.blocks.kv_cache import KVCache
-from scmoe.moe.activation import ACTIVATIONS
-from scmoe.moe.experts import Experts
+from scmoe.moe.experts import ACTIVATIONS, Experts
 
 YARN_POSITIONS, MOST_TURNS = 4096, 32  # in every published model with YaRN that we read
 

@@ -135,26 +135,6 @@ def training_flops(forward: dict[str, float], recompute: bool = False) -> float:
     return 3 * sum(forward.values()) + recompute * sum(forward.get(kind, 0.0) for kind in RECOMPUTED)
 
 
-def transfer_bytes(model: nn.Module, precision: str, wire_bytes: int | None = None) -> list[float]:
-    """Bytes of a token in one All-to-All, for each use of an MoE module; bytes that stay on their rank included.
-
-    Forward has two All-to-Alls, dispatch and combine, and backward two more of the same size. A token's own rank holds
-    one in EP of the experts, so (EP - 1) / EP of the bytes travel where the load is even. wire_bytes: of an element
-    between ranks; None: those of the type that is computed in.
-    """
-    width = wire_bytes or COMPUTE_BYTES[precision]
-    return [rows_sent(moe, copies) * moe.experts.w_in_eDF.shape[1] * width for moe, copies in moe_uses(model)]
-
-
-def rank_parameters(model: nn.Module, ep_size: int) -> tuple[int, int]:
-    """Returns the number of replicated parameters, and of the expert parameters that one of ep_size ranks holds.
-
-    model: the whole model. Tied parameters count once."""
-    experts = {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
-    replicated = sum(p.numel() for p in model.parameters() if p not in experts)
-    return replicated, sum(p.numel() for p in experts) // ep_size
-
-
 def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, set[nn.Parameter]]]:
     """Yield the kind of each part, its module, and its parameters without those of earlier parts (tied weights).
 

@@ -1,14 +1,27 @@
-"""Ranks start together, with equally many batches, and stop together, at the same step (faults 12 and 16).
+"""Ranks start together, with equally many batches, stop together, at the same step, and fail together (faults 12, 14
+and 16).
 
 SIGTERM or Ctrl-C on any rank sets a flag. Ranks exchange their flags at every step and read the sum one step later, so
 all of them stop at one step, with exit code 143 or 130 and, if they were training, with one complete checkpoint.
 Lightning's own handler broadcasts inside the signal handler, while other ranks are in other collectives: a deadlock. So
 it is not installed.
+
+When a collective fails because another rank left it, its error gets a note that names the missing rank. The
+collective's own error only says that it timed out or that a connection closed. So the remaining ranks contact each
+other once more, briefly, in a group that the broken collective has not used. `dist.monitored_barrier` would name the
+missing ranks too, but if rank 0 is missing it waits for the group's timeout instead of its own.
 """
 
+import atexit
+import os
+import re
 import signal
+import subprocess
 import threading
+import time
+import traceback
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +38,8 @@ from scmoe.parallel.mesh import ParallelContext
 
 EXIT_CODE = 128 + signal.SIGTERM
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ROLL_CALL_S = 3.0
+LEFT_ALONE = re.compile(r"timed out|connection closed|connection reset|broken pipe", re.IGNORECASE)
 
 
 class StopSignal:
@@ -230,3 +245,61 @@ class SavePostponed(Callback):
         while postponed:
             path = next(iter(postponed))
             trainer.save_checkpoint(path, postponed.pop(path))
+
+
+# ---------------------------------------------------------------------- a rank that has left
+
+
+def note_absent(error: BaseException, context: ParallelContext) -> list[int]:
+    """Return the ranks that do not answer; add them, and where this rank waited, to the error.
+
+    If the error is not that of a collective that another rank has left, it stays as it is, and the list is empty.
+    """
+    if not isinstance(error, RuntimeError) or not LEFT_ALONE.search(str(error)):
+        return []
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
+    where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name}" if frames else "the start"
+    absent = roll_call(context)
+    if absent:
+        answer = f"no answer from rank {', '.join(map(str, absent))}"
+    else:
+        answer = "all ranks answer, so one was late" if context.rank == 0 else "rank 0 answers; its error says more"
+    error.add_note(f"rank {context.rank} waited at {where}; roll call: {answer}")
+    return absent
+
+
+def roll_call(context: ParallelContext) -> list[int]:
+    """Return the ranks that do not answer within ROLL_CALL_S: rank 0 asks all, the others ask rank 0 alone."""
+    group, deadline, absent = context.checkpoint_group, time.monotonic() + ROLL_CALL_S, []
+    words = {rank: torch.zeros(1) for rank in (range(1, context.world_size) if context.rank == 0 else [0])}
+    answers = {}
+    for rank, word in words.items():
+        try:
+            answer = (dist.irecv if context.rank == 0 else dist.isend)(word, rank, group=group)
+            assert answer is not None, "this rank is in the group"
+            answers[rank] = answer
+        except RuntimeError:  # its connection is closed
+            absent.append(rank)
+    for rank, answer in answers.items():
+        try:
+            answer.wait(timedelta(seconds=max(0.1, deadline - time.monotonic())))
+        except RuntimeError:
+            absent.append(rank)
+    return sorted(absent)
+
+
+def end_job_at_exit(children: Sequence[subprocess.Popen[bytes]], absent: Sequence[int], parent: int | None) -> None:
+    """When this process exits, end the other processes of the job on this machine, which may be stopped or stuck.
+
+    children: local ranks 1, 2, ..., if this process has started them. Those in `absent` are killed. The others and the
+    parent (its process id, if it is a rank of this job) are continued in case they are stopped: they then find
+    themselves alone and end with a traceback of their own.
+    """
+
+    def end() -> None:
+        for local_rank, child in enumerate(children, 1):
+            child.send_signal(signal.SIGKILL if local_rank in absent else signal.SIGCONT)
+        if parent is not None and os.getppid() == parent:
+            os.kill(parent, signal.SIGCONT)
+
+    atexit.register(end)

@@ -3,7 +3,7 @@
 Launchers, ranks, the bucketed and overlapped reduction of dense gradients, no_sync and precision plugins are those of
 Lightning's DDPStrategy. One class with parts, which each hook names in order:
 
-    job           lockstep.py: ranks start and stop together; roll_call.py: a rank that raises ends all of them
+    job           lockstep.py: ranks start and stop together, and a rank that raises ends all of them
     wrapped       parallel/update/wrap.py: DDP or FSDP2, the experts' reducer, pacing
     guard         guarded_update.py: one global gradient norm, and no update without a check
     checkpoints   parallel/checkpoint/: can be loaded on any number of ranks
@@ -34,8 +34,7 @@ from torch.optim import Optimizer
 from scmoe.lightning import seam
 from scmoe.lightning.debug import CompareCollectives
 from scmoe.lightning.guarded_update import check_callbacks, check_precision, guard_updates
-from scmoe.lightning.lockstep import Job, SavePostponed
-from scmoe.lightning.roll_call import end_job_at_exit, note_absent
+from scmoe.lightning.lockstep import Job, SavePostponed, end_job_at_exit, note_absent
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import check_can_be_saved, model_state, optimizer_state, tied_weights
 from scmoe.parallel.dense import (

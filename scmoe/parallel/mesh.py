@@ -9,7 +9,6 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -109,22 +108,10 @@ class ParallelContext:
         dist.gather_object(value, values, group=self.control_group)
         return values
 
-    @contextmanager
-    def same_error_on_all_ranks(self) -> Iterator[None]:
-        """Raise on every rank what rank 0 raises inside, so that no rank waits for one that has given up."""
-        failure: list[Any] = [None]
-        try:
-            yield
-        except (OSError, ValueError, TypeError) as error:
-            failure = [error]
-        dist.broadcast_object_list(failure, group=self.checkpoint_group)
-        if failure[0] is not None:
-            raise failure[0]
-
     def together(self, work: Callable[[], Any]) -> None:
-        """Do long work on every rank, each its own, and raise on every rank what the first of them raises.
-
-        Ranks ask each other every second who still works, so the work may take longer than a collective's timeout."""
+        """Do work on every rank, each its own, and raise on every rank what the first of them raises, so that no rank
+        waits for one that has given up. Ranks ask each other every second who still works, so the work may take longer
+        than a collective's timeout."""
         failures: list[Any] = [None] * self.world_size
 
         def do() -> None:

@@ -1,6 +1,6 @@
 """The adaptive schedule (section 3.2): measure the operators of this model on this hardware, then choose.
 
-The planner uses ordinary training steps. Their results stay bit-identical for every slot. inference_planner.py uses
+The planner uses ordinary training steps. Their results stay bit-identical for every slot. inference/planned.py uses
 passes in place of steps, up to `price`.
 
     warm up     as configured

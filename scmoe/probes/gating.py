@@ -60,9 +60,9 @@ def best_two(router: Router, x_TD: Tensor) -> tuple[Tensor, Tensor]:
     return ids_T2, scores_TE.gather(-1, ids_T2)
 
 
-def gating_means(sums_L5: Tensor) -> Tensor:
-    """[L, 4]: the quantities of each MoE layer, from sums over tokens and ranks."""
-    return sums_L5[:, :4] / sums_L5[:, 4:]
+def means(sums: Tensor) -> Tensor:
+    """The means of a probe's sums, which are rows with what they count in the last column."""
+    return sums[:, :-1] / sums[:, -1:]
 
 
 class GatingProbe:

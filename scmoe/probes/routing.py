@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from scmoe.files.tensors import write_in_turn
+from scmoe.files.writing import write_in_turn
 from scmoe.moe.router import Router
 from scmoe.moe.tokens import Routing
 

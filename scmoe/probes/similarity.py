@@ -85,11 +85,6 @@ class SimilarityProbe:
             handle.remove()
 
 
-def similarity_mean(sums: Tensor) -> Tensor:
-    """[N, N]: the mean over ranks, from the sum of their results."""
-    return sums[:, :-1] / sums[:, -1:]
-
-
 def similarity_metrics(matrix: Any) -> dict[str, float]:
     """The mean similarity of neighbours: representations with one sub-layer between them."""
     neighbours = torch.as_tensor(matrix).diagonal(1)

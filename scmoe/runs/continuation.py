@@ -204,7 +204,7 @@ def passes_of(
         return passes, dict.fromkeys(("prefill", "decode"), "as configured: " + (", ".join(as_set) or "dense"))
     longest = max(map(len, prompts))
     prompt = min(longest, request.piece or longest)
-    planned = plan_passes(model, request.batch_size, prompt, None, context.ep_size)
+    planned = plan_passes(model, request.batch_size, prompt, context.ep_size)
     return replace(passes, begin=planned), {shape: str(plan) for shape, plan in planned.plans.items()}
 
 

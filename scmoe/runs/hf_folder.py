@@ -31,13 +31,12 @@ from torch import Tensor
 from scmoe.config.fields import Config
 from scmoe.config.load import load_text
 from scmoe.config.registry import ARCHITECTURES
-from scmoe.files.replacing import replacing, write_durably
+from scmoe.files.writing import replacing, write_durably, write_in_turn
 from scmoe.init_from.families import ALWAYS, KEYS, READERS, YARN, family_of
 from scmoe.init_from.names import in_their_layout, zero_expert_names
 from scmoe.init_from.pretrained import model_settings, settings_of
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.loading import check_same_model, read_named, tensors_of
-from scmoe.parallel.checkpoint.saving import write_whole
+from scmoe.parallel.checkpoint.loading import NETWORK, network_in, read_named
 from scmoe.training.assembly.model import build_model_on_meta
 
 OURS = "scmoe"
@@ -60,7 +59,6 @@ CANDIDATES = {  # model.family, model.attention, moe.architecture: the model_typ
 GPT2_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
-STORED = "model.model."  # what the names of the network's weights begin with in a checkpoint
 
 CARD = """---
 {head}---
@@ -97,10 +95,8 @@ def write_folder(
     tokenizer: of the data, or None. ValueError: a broken checkpoint, another model's, or no language model.
     """
     content = hf_config(config, None if tokenizer is None else tokenizer.end_of_text)
-    durable.verify(checkpoint)
-    stored = {name.removeprefix(STORED): t for name, t in tensors_of(checkpoint).items() if name.startswith(STORED)}
-    own = dict(build_model_on_meta(config).named_parameters())
-    check_same_model(checkpoint, own, {name: tuple(t.shape) for name, t in stored.items()})
+    model = build_model_on_meta(config)
+    stored = network_in(checkpoint, model)
     content["dtype"] = str(next(iter(stored.values())).dtype).removeprefix("torch.")
     folder.mkdir(parents=True, exist_ok=True)
     for old in (*folder.glob("model*.safetensors"), folder / INDEX, folder / "config.json"):
@@ -111,7 +107,7 @@ def write_folder(
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer, config.data.seq_len)
     if not (folder / "README.md").exists():
-        step, parameters = durable.read_manifest(checkpoint)["step"], sum(p.numel() for p in own.values())
+        step, parameters = durable.read_manifest(checkpoint)["step"], sum(p.numel() for p in model.parameters())
         write_durably(folder / "README.md", model_card(config, content, step, parameters))
     write_json_durably(folder / "config.json", content)
     return content["model_type"]
@@ -133,10 +129,10 @@ def write_weights(checkpoint: Path, folder: Path, content: dict[str, Any], shard
     total = 0
     for i, group in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
-        read = read_named(checkpoint, [STORED + name for name in group])
-        theirs = {name: t for ours in group for name, t in renamed(content, ours, read.pop(STORED + ours))}
+        read = read_named(checkpoint, [NETWORK + name for name in group])
+        theirs = {name: t for ours in group for name, t in renamed(content, ours, read.pop(NETWORK + ours))}
         with replacing(folder / file) as partial:
-            write_whole(theirs, partial, {"format": "pt"})
+            write_in_turn(theirs, theirs.__getitem__, partial, {"format": "pt"})
         places |= dict.fromkeys(theirs, file)
         total += sum(t.nbytes for t in theirs.values())
     if len(shards) > 1:

@@ -52,7 +52,7 @@ def load_trained(path: str | Path, which: Which = "last") -> Any:
         raise ValueError(f"{path} holds no model. {give}")
     checkpoint = find_checkpoint(path, which)
     model = build(config_of(path, checkpoint))
-    load_model(checkpoint, model, prefix="model.")
+    load_model(checkpoint, model)
     return model
 
 
@@ -94,7 +94,7 @@ def offloaded(config: Config, source: Path) -> Iterator[tuple[Any, Cache]]:
     written where it is missing. Raises ConfigError for what cannot be honoured, and for a store that cannot be used.
     """
     folder = (source.parents[1] if source.is_dir() else source.parent) / "offload"
-    path, offload = folder / f"{source.name}.experts.safetensors", config.offload
+    path = folder / f"{source.name}.experts.safetensors"
     torch.set_num_threads(cpu_threads(config))
     torch.use_deterministic_algorithms(config.trainer.deterministic)
     on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
@@ -104,9 +104,7 @@ def offloaded(config: Config, source: Path) -> Iterator[tuple[Any, Cache]]:
             folder.mkdir(exist_ok=True)
             print(f"experts are written to {relative(path)}", file=sys.stderr, flush=True)
             store_experts(config, source, path)
-        model, cache = load_offloaded(
-            config, source, path, device=device, way=offload.way, slots=offload.slots, rate_mb_s=offload.rate_mb_s
-        )
+        model, cache = load_offloaded(config, source, path, device)
     except (OSError, ValueError) as error:
         way_out = f"; remove {relative(path)} and it is written again" if isinstance(error, StoreError) else ""
         raise ConfigError(f"offload: {error}{way_out}") from error
@@ -115,26 +113,19 @@ def offloaded(config: Config, source: Path) -> Iterator[tuple[Any, Cache]]:
 
 
 def load_offloaded(
-    config: Config,
-    source: Path,
-    path: Path,
-    *,
-    device: torch.device | None = None,
-    way: str = "determinate",
-    slots: int | None = None,
-    rate_mb_s: float | None = None,
+    config: Config, source: Path, path: Path, device: torch.device | None = None
 ) -> tuple[nn.Module, Cache]:
-    """Return the model in evaluation mode, with experts from the store at `path`, and the cache, to be closed at the
-    end. The arguments after `path` and the errors are those of `offload_experts`."""
-    model = build_model_on_meta(config).eval()
+    """Return the model in evaluation mode, with experts from the store at `path` as config.offload says, and the cache,
+    to be closed at the end. Errors are those of `offload_experts`."""
+    model, offload = build_model_on_meta(config).eval(), config.offload
     read, of_experts = reader(source, model), tuple(f"{layer}." for layer in expert_layers(model))
     own = {p: name for name, p in model.named_parameters() if not name.startswith(of_experts)}
     filled = {p: nn.Parameter(read(name).to(device, p.dtype), requires_grad=False) for p, name in own.items()}
     tied = model.named_parameters(remove_duplicate=False)  # a tied weight is filled under each of its names
     model.load_state_dict({name: filled[p] for name, p in tied if p in filled}, strict=False, assign=True)
-    return model, offload_experts(model, path, way=way, slots=slots, rate_mb_s=rate_mb_s)
+    return model, offload_experts(model, path, way=offload.way, slots=offload.slots, rate_mb_s=offload.rate_mb_s)
 
 
 def reader(source: Path, model: nn.Module) -> Read:
     """Return a function that reads a parameter of `model` by name. ValueError: the source belongs to another model."""
-    return weights_by_name(source, model, "model.") if source.is_dir() else exported_by_name(source, model)
+    return weights_by_name(source, model) if source.is_dir() else exported_by_name(source, model)

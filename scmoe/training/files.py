@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from scmoe.files.replacing import replacing
+from scmoe.files.writing import replacing
 
 STARS = "*****"
 KEY_NAMES = re.compile(  # of environment variables that hold keys; PWD and OLDPWD are folders

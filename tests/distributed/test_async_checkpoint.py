@@ -70,7 +70,7 @@ def test_a_checkpoint_written_in_parallel_with_training_has_the_weights_of_its_s
     for folder in (tmp_path / "blocking", tmp_path / "background"):
         assert [path.name for path in folder.iterdir()] == [f"step={STEPS}.ckpt"]
         model = build_model(tiny("position=pos2 top_k=2"), ParallelContext()).double()
-        load_model(folder / f"step={STEPS}.ckpt", model, prefix="model.")
+        load_model(folder / f"step={STEPS}.ckpt", model)
         stored.append(model.state_dict())
     expected, got = stored
     assert all(torch.equal(got[name], weight) for name, weight in expected.items())

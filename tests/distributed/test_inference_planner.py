@@ -12,13 +12,13 @@ from torch import nn
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.experiments.bench.emulated import EmulatedOperator
 from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.inference.planned import InferencePlan, fastest, plan_inference
 from scmoe.moe.dispatcher import Traffic
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.wire.all_to_all import Exchange, all_to_all
 from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
-from scmoe.planning.inference_planner import InferencePlan, fastest, plan_inference
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_shortcut, tiny_sublayers
 

@@ -117,7 +117,7 @@ def weights(path: Path) -> dict[str, Tensor]:
     from tests.support.trainings import tiny
 
     model = build_model(tiny(MODEL), ParallelContext()).double()
-    load_model(path, model, prefix="model.")
+    load_model(path, model)
     return model.state_dict()
 
 

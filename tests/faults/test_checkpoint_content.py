@@ -177,7 +177,7 @@ def test_all_experts_are_on_disk(tmp_path):
     """One process reads all experts from a checkpoint of two ranks with four experts each; no two experts are equal."""
     ranks = run_ranks(restored.write_whole, 2, tmp_path)
     model = build_model(tiny_run.tiny(1), ParallelContext())
-    load_model(tmp_path / "checkpoints" / LAST, model, "model.")
+    load_model(tmp_path / "checkpoints" / LAST, model)
     saved = restored.whole(ranks)
     for name, p in model.named_parameters():
         assert torch.equal(p, saved[f"model.{name}"]), name

@@ -79,7 +79,7 @@ def test_twenty_killed_saves_in_a_row_lose_nothing_and_do_not_fill_the_disk(tmp_
         path = durable.newest_good(folder / "checkpoints")
         assert durable.verify(path) in (newest, step)
         newest = durable.verify(path)
-        load_model(path, model, "model.")
+        load_model(path, model)
         assert {float(value) for p in model.parameters() for value in p.detach().unique()} == {newest}
     assert newest > NEW, "some were killed after the new checkpoint was whole"
     run_ranks(save_new, 2, folder)
@@ -189,4 +189,4 @@ def test_all_ranks_refuse_a_damaged_shard(tmp_path):
         run_ranks(read, 2, tmp_path / "read", path, timeout_s=30, grace_s=30)
     assert "later: " in str(error.value)
     with pytest.raises(durable.BrokenCheckpoint, match=names[-1]):
-        load_model(path, build_model(tiny_run.tiny(1), ParallelContext()), "model.")
+        load_model(path, build_model(tiny_run.tiny(1), ParallelContext()))

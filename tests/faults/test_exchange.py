@@ -1,4 +1,4 @@
-"""Two hops where ranks are not on two levels, or with a rank that does not take part."""
+"""Two hops with a rank that does not take part."""
 
 from __future__ import annotations
 
@@ -9,38 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.mesh import build_context
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
 TIMEOUT_S = 5.0  # also of the set-up of the groups, in which a busy machine may take seconds
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "trainer.devices=4 strategy.ep_size=4",
-        "trainer.devices=4 trainer.num_nodes=2 strategy.ep_size=2",
-        "trainer.devices=4 trainer.num_nodes=2",
-        "trainer.devices=4 trainer.num_nodes=3 strategy.ep_size=6 moe.num_experts=12",
-        "trainer.devices=1 trainer.num_nodes=2 strategy.ep_size=2",
-    ],
-    ids=["one node", "within a node", "within a node by default", "unequal numbers", "one rank on a node"],
-)
-def test_two_hops_without_two_levels_are_refused_before_the_start(layout):
-    words = [*layout.split(), "data.global_batch_size=24"]
-    for way in ("auto", "flat"):
-        load(None, [*words, f"strategy.exchange={way}"])
-    with pytest.raises(ConfigError, match=r"strategy\.exchange is 'hierarchical', allowed: auto \| flat, unless"):
-        load(None, [*words, "strategy.exchange=hierarchical"])
-
-
-def test_an_unknown_exchange_is_refused():
-    with pytest.raises(ValueError, match=r"exchange is 'two', allowed: auto \| flat \| hierarchical"):
-        ExpertParallelStrategy(exchange="two")
 
 
 def absent(rank: int, world_size: int) -> float:

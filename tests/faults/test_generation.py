@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from scmoe.experiments.engine.command_line import call
+from scmoe.parallel.checkpoint.durable import start_of
 from scmoe.runs.on_ranks import ending_together
 from tests.support.commands import ROOT, train_on_text
 
@@ -60,18 +61,11 @@ def generating(run_dir: Path, out: Path):
         process.wait()
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def said_at_the_end(process: subprocess.Popen[str], other: int) -> str:
     """Waits until both ranks have ended and closed their stderr."""
     _, said = process.communicate(timeout=TIMEOUT_S + PATIENCE_S)
     deadline = time.monotonic() + PATIENCE_S
-    while is_running(other):
+    while start_of(other):
         assert time.monotonic() < deadline, "rank 1 is still there"
         time.sleep(0.1)
     return said

@@ -26,9 +26,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor
 
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.lightning.roll_call import LEFT_ALONE, roll_call
+from scmoe.lightning.lockstep import LEFT_ALONE, roll_call
 from scmoe.lightning.strategy import START_TIMEOUT_S, ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
+from scmoe.parallel.checkpoint.durable import start_of
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
@@ -257,13 +258,6 @@ def test_a_rank_that_is_stuck_is_ended(tmp_path, rank):
 def left_of(pids: list[int]) -> list[int]:
     """Returns the processes that are still there after the time in which all of them must end."""
     deadline = time.monotonic() + TIMEOUT_S + 2 * SLACK_S
-    while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
+    while (left := [pid for pid in pids if start_of(pid)]) and time.monotonic() < deadline:
         time.sleep(0.2)
     return left
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False

@@ -18,7 +18,6 @@ from functools import cache
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from scmoe.experiments.engine.ranks import run_ranks
@@ -162,17 +161,6 @@ def test_the_hundred_steps_train_and_are_clipped(optimizer):
     assert len(values["train/grad_norm"]) == STEPS
     assert sum(norm > CLIP for norm in values["train/grad_norm"]) > STEPS / 2
     assert sum(values["train/loss"][-20:]) < sum(values["train/loss"][:20])
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_replicas_are_bit_identical(layout):
-    """Compares dense weights on all ranks after all steps. `assemble` compares each expert on all its ranks."""
-    for optimizer in OPTIMIZERS:
-        ranks = many(layout, f"fp64 {optimizer}")
-        dense = ranks[0]["after"].keys() - ranks[0]["experts"]
-        assert len(dense) > 10
-        for rank in ranks[1:]:
-            assert all(torch.equal(rank["after"][name], ranks[0]["after"][name]) for name in dense)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -11,12 +11,10 @@ from unittest.mock import patch
 import pytest
 from torch import Tensor
 
-from scmoe.config.leaves import ConfigError
+from scmoe.experiments.dryrun.estimated import rank_parameters
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.faults import damaged, restored, tiny_run
-from scmoe.footprint.model_cost import rank_parameters
 from scmoe.lightning.lockstep import EXIT_CODE
-from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.dense import estimates_of, pick_dense, ways
 from scmoe.parallel.mesh import ParallelContext
@@ -136,36 +134,6 @@ def test_sigterm_to_one_rank_saves_one_step_and_the_resumed_run_is_bit_identical
 
 
 # ---------------------------------------------------------------------- refusals and auto
-
-
-@pytest.mark.representative
-@pytest.mark.parametrize(
-    "text, says",
-    [
-        ("strategy.dense=hybrid", "strategy.dense is 'hybrid', allowed: replicated | sharded | auto, unless trainer."),
-        (
-            "strategy.dense=sharded strategy.ep_size=1 trainer.devices=16 data.global_batch_size=16",
-            "replicated, as a width of 24 is no multiple of the 16 ranks that hold the same experts",
-        ),
-        (
-            "strategy.dense=auto optim.name=muon",
-            "strategy.dense is 'auto', allowed: replicated, as optim.name=muon updates whole",
-        ),
-        ("strategy.dense=whole", "strategy.dense is 'whole', allowed: replicated | sharded | hybrid | auto"),
-    ],
-)
-def test_a_layout_that_cannot_be_is_refused_by_key(text, says):
-    with pytest.raises(ConfigError) as error:
-        tiny(text, 4)
-    assert says in str(error.value)
-
-
-@pytest.mark.representative
-def test_arguments_of_ddp_and_unknown_ways_are_refused():
-    with pytest.raises(ValueError, match="find_unused_parameters is an argument of DDP, allowed: with dense='replic"):
-        ExpertParallelStrategy(dense="sharded", find_unused_parameters=True)
-    with pytest.raises(ValueError, match="dense is 'split', allowed: replicated, sharded, hybrid, auto"):
-        ExpertParallelStrategy(dense="split")
 
 
 def fitted_twice(rank: int, world_size: int) -> None:

@@ -64,16 +64,14 @@ MUTANTS = (
     .replaces("        dist.all_reduce(slowest, dist.ReduceOp.MAX, self.group)\n", "")
     .caught_by(TWO_HOPS),
     # ------------------------------------------------------------------ gradients and updates
-    Mutant("no-1/EP", f"{UPDATE}/reducer.py")
-    .replaces("return grad / self.context.ep_size", "return grad")
-    .caught_by(EP),
-    Mutant("no-mean-over-EDP", f"{UPDATE}/reducer.py")
+    Mutant("no-1/EP", f"{UPDATE}/wrap.py").replaces("return grad / self.context.ep_size", "return grad").caught_by(EP),
+    Mutant("no-mean-over-EDP", f"{UPDATE}/wrap.py")
     .replaces("            flat /= self.context.edp_size\n", "")
     .caught_by(DP),
     Mutant("no_sync-ignored", f"{UPDATE}/wrap.py")
     .replaces("self.reducer.enabled = False", "self.reducer.enabled = True")
     .caught_by(f"{DIST}/test_strategy.py::test_expert_gradients_are_sent_once_a_step"),
-    Mutant("frozen-experts-waited-for", f"{UPDATE}/reducer.py")
+    Mutant("frozen-experts-waited-for", f"{UPDATE}/wrap.py")
     .replaces("[p for p in self.shards if p.requires_grad]", "self.shards")
     .caught_by(f"{DIST}/test_strategy.py::test_experts_that_are_unfrozen_during_training_have_the_gradients_of_others"),
     Mutant("gradients-beside-rows", f"{UPDATE}/pacing.py")

@@ -85,17 +85,6 @@ def test_logits_and_gradients(family, changes, tmp_path):
         assert_close(grads[name], grad, TOLERANCE, name)
 
 
-@pytest.mark.parametrize(
-    ("family", "words"), [("llama", "architecture=top_k top_k=2 every=1"), ("gpt2", "architecture=scmoe position=pos2")]
-)
-def test_an_upcycled_model_equals_the_dense_one(family, words, tmp_path):
-    theirs = their_model(family)
-    theirs.save_pretrained(tmp_path)
-    overrides = [f"moe.{word}" for word in words.split()]
-    ours = build_model_to_train(config_of(family, tmp_path, *overrides), ParallelContext()).eval()
-    assert_close(ours(ids()).logits_BSV, theirs(ids()).logits, TOLERANCE)
-
-
 def test_a_bare_model_in_several_files_with_fewer_positions_is_read(tmp_path):
     """The first GPT-2 files have names without a prefix; a model may use only the first positions."""
     theirs = their_model("gpt2")

@@ -15,7 +15,7 @@ from scmoe.experiments.bench.inference import BLOCKS, OVERLAPPED, SHAPES, WAYS, 
 from scmoe.experiments.bench.loads import BALANCED
 from scmoe.experiments.bench.pairs import Setting, default_schedule
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.planning import inference_planner
+from scmoe.inference import planned
 
 pytestmark = pytest.mark.inference
 ROUNDS = np.array([1.0, 1.25, 1.5])  # a machine that slows down: ratios are the same in every round
@@ -50,7 +50,7 @@ FEW = ("top2", "shared_expert", "pos2")
 
 def measure_briefly(rank: int, world_size: int, setting: Setting, batch: int) -> Any:
     """Measures few blocks and plans from few passes: a plan's times are not looked at here."""
-    with patch.object(inference, "BLOCKS", FEW), patch.object(inference_planner, "ROUNDS", 2):
+    with patch.object(inference, "BLOCKS", FEW), patch.object(planned, "ROUNDS", 2):
         return measure(rank, world_size, setting, batch)
 
 

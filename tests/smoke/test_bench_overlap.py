@@ -106,10 +106,34 @@ def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path, capsys):
     assert report["gradient_mb"] == report["rows"]["top2"]["gradient_mb"] == 2 * pair * 4 / 2**20
 
 
+@pytest.mark.parametrize(
+    ("row", "compute"),
+    [("scmoe_pos2", "real"), pytest.param("farskip_pipelined", "emulated", marks=pytest.mark.faults)],
+)
+def test_bench_overlap_of_an_iteration_with_an_moe_in_every_block(row, compute, tiny_on_loopback, tmp_path, capsys):
+    """Of four blocks the first has a shorter window at Nous' tap."""
+    words = ("--every", "1", "--level", "iteration", "--ffn-dim", "128", "--rounds", "2", "--out", str(tmp_path))
+    assert call("bench", "overlap", "--rows", row, "--compute", compute, *words) == 0
+    report = json.loads(capsys.readouterr().out)
+    own = report["rows"][row]
+    assert len(own["auto_slots"]) == 4 and own["of_limit"] > 0
+    assert row != "scmoe_pos2" or own["auto_slots"][0] in ("slot 0", "slot 1")
+    # each block has a norm of the MoE, a gate, attention, and a shared expert where it is not top-2; where they are
+    # real, also biases and a norm of attention. Nous' tap has a norm
+    block = 2 * 32 + 8 * 32 + 4 * 32 * 32 + (2 * 32 + 4 * 32 if compute == "real" else 0)
+    shared = 2 * 32 * 128 + (32 + 128 if compute == "real" else 0)
+    tap_norm = 2 * 32 if row == "scmoe_pos2" else 0
+    assert report["gradient_mb"] == 4 * block * 4 / 2**20
+    assert own["gradient_mb"] == 4 * (block + shared + tap_norm) * 4 / 2**20
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.stem == f"overlap-{compute}-iteration-2-ranks-share-0.52-every-1"
+
+
 @pytest.mark.faults
-def test_bench_overlap_at_two_loads(tiny_on_loopback, tmp_path, capsys):
+@pytest.mark.parametrize("every", ["2", "1"])
+def test_bench_overlap_at_two_loads(every, tiny_on_loopback, tmp_path, capsys):
     """The loads are measured beside the balanced one, and a rank that gets all rows says so."""
-    loads = ("--load", "hot_rank:2", "--load", "burst:1.5:1")
+    loads = ("--load", "hot_rank:2", "--load", "burst:1.5:1", "--every", every)
     assert call("bench", "overlap", *ROWS, *loads, "--compute", "real", "--out", str(tmp_path)) == 0
     reports = json.loads(capsys.readouterr().out)["loads"]
     assert [report["load"]["name"] for report in reports] == ["hot_rank:2", "burst:1.5:1"]

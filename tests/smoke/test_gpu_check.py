@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-from pathlib import Path
 
 import pytest
 
 from scmoe.experiments.bench.gpu import PARTS, write_report
 from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.engine.isolated import Part, Place, run_parts
+from scmoe.parallel.checkpoint.durable import start_of
 from tests.support.commands import run
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
@@ -82,20 +81,11 @@ def test_a_part_that_fails_hangs_crashes_or_lacks_a_package_is_reported_and_the_
     assert "No module named 'tests.support.no_such_module'" in found["is_no_module"]["why"]
     for name in ("fails", "hangs", "crashes", "is fine"):
         assert found[name]["pieces"]["first"] == {"value": 1}, "what was measured before the end stays"
-    assert not is_running(int(pid_file.read_text())), "what a part has started ends with it"
+    assert start_of(int(pid_file.read_text())) is None, "what a part has started ends with it"
     assert write_report(Place("cpu", True, out), found) == []
     report = (out / "report.md").read_text()
     assert all(part["why"] in report for part in found.values() if "why" in part)
     assert json.loads((out / "results.json").read_text())["parts"] == found
-
-
-def is_running(pid: int) -> bool:
-    """Returns whether a process is there and not merely unreaped."""
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (ProcessLookupError, FileNotFoundError):
-        return False
 
 
 @pytest.mark.parametrize(

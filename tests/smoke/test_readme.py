@@ -50,7 +50,6 @@ QUICK = "trainer.max_steps=3 trainer.val_every=3 trainer.checkpoint_every=3 trai
 ELSEWHERE = {  # command: the test that makes its run
     "make test": "tests/smoke/test_readme.py",
     "make train CONFIG=configs/quickstart_vision.yaml": "tests/smoke/test_vision.py",
-    "make sweep CONFIG=configs/sweep/smoke.yaml": "tests/smoke/test_sweep.py",
     "make reproduce SCALE=smoke": "tests/smoke/test_reproduce.py",
     **{
         f'make train CONFIG=configs/debug.yaml ARGS="trainer.devices=2 {words}"': "tests/smoke/test_train.py"
@@ -80,6 +79,7 @@ SAYS = {
     "make train CONFIG=configs/quickstart_instella.yaml": '"steps": 3',
     ".venv/bin/python docs/examples/longcat_roundtrip.py": "model_type longcat_flash",
     "make fig13": '"equal_bits": true',
+    "make sweep CONFIG=configs/sweep/smoke.yaml": '"best": {',
     "make list": "configs/quickstart.yaml",
     'make train CONFIG=docs/examples/my_architecture.yaml ARGS="trainer.devices=2"': "step 4: between",
     'make list ARGS="extensions=[docs.examples.my_architecture]"': "moe.architecture=parallel",
@@ -90,7 +90,7 @@ SAYS = {
     ".venv/bin/python docs/examples/load_export.py exported/model.safetensors": "likeliest next token",
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': "runs/further/",
 }
-SLOW = ("make fig13", *SMALL)
+SLOW = ("make fig13", "make sweep CONFIG=configs/sweep/smoke.yaml", *SMALL)
 KINDS = {command.removeprefix("make ").split()[0]: command for command in reversed(COMMANDS)}  # the first of each kind
 
 

@@ -12,7 +12,6 @@ from scmoe.config.fields import Config
 from scmoe.init_from.pretrained import model_settings
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.export import FORMAT_VERSION
-from scmoe.parallel.checkpoint.saving import write_whole
 from tests.support.models import tiny, tiny_model
 
 FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1")}
@@ -36,5 +35,5 @@ def write_checkpoint(model: torch.nn.Module, folder: Path, step: int) -> None:
     partial = durable.partial_path(folder, "0" * 8)
     partial.mkdir()
     weights = {f"model.model.{name}": p.detach().clone() for name, p in model.named_parameters()}
-    write_whole(weights, partial / "all.safetensors")
+    save_file(weights, partial / "all.safetensors")
     durable.commit(partial, folder, step, {"all.safetensors": durable.fingerprint(partial / "all.safetensors")})

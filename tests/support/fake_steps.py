@@ -33,7 +33,7 @@ from scmoe.config.load import load
 from scmoe.experiments.dryrun.counted_step import make_batch, tensors_in
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.update.guard import Guard
-from scmoe.parallel.update.reducer import ExpertGradientReducer
+from scmoe.parallel.update.wrap import ExpertGradientReducer
 from scmoe.training.assembly.model import build_module
 from tests.support import broken_steps
 from tests.support.architectures import overrides

@@ -10,7 +10,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from scmoe.moe.dispatcher import Blocking
 from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import POSITIONS, Schedule
 from tests.support.models import DIM
@@ -23,9 +22,9 @@ def schedules(position: str) -> list[Schedule]:
     return [schedule for n in (1, 2) for schedule in slots(Schedule("scmoe", position, chunks=n))]
 
 
-def run(schedule: Schedule, capacity_factor: float | None, blocking=None) -> Log:
+def run(schedule: Schedule, capacity_factor: float | None) -> Log:
     log = Log()
-    block = recorded_shortcut_block(schedule, capacity_factor, log, blocking)
+    block = recorded_shortcut_block(schedule, capacity_factor, log)
     x_BSD = torch.randn(2, 6, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     block(x_BSD.requires_grad_()).y_BSD.square().sum().backward()
     return log
@@ -51,14 +50,3 @@ def test_backward_runs_the_nodes_of_forward_in_reverse(position, capacity_factor
             assert (dispatch, combine) == tuple(map(list, schedule.around_experts)), schedule
         else:
             assert dispatch[-1] == "experts" == combine[0], schedule
-
-
-@every_position
-def test_blocking_hides_nothing_in_either_direction(position):
-    """This is the negative control and the sequential baseline: each wait follows its start directly."""
-    for schedule in schedules(position):
-        log = run(schedule, 2.0, Blocking)
-        for transfer in [f"{name} {chunk}" for name in ("dispatch", "combine") for chunk in range(schedule.chunks)]:
-            where = schedule, transfer
-            assert log.forward.index(f"{transfer} wait") == log.forward.index(f"{transfer} start") + 1, where
-            assert log.backward.index(f"{transfer} start") == log.backward.index(f"{transfer} wait") + 1, where

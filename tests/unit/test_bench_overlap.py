@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from scmoe.experiments.bench.overlap import Seconds, Variant, nearest, through_link
-from scmoe.experiments.bench.overlap_report import PAYLOAD, least_times, rows_over_gradients
+from scmoe.config.load import load
+from scmoe.experiments.bench.overlap import Seconds, nearest, through_link
+from scmoe.experiments.bench.overlap_report import PAYLOAD, in_parallel, least_time, least_times, rows_over_gradients
 from scmoe.experiments.bench.pairs import Setting, tokens_for
+from scmoe.experiments.bench.stacks import config_of
+from scmoe.experiments.bench.variants import Variant, chosen_by
 from scmoe.experiments.engine.command_line import call
+from scmoe.planning.pricing import LayerChoice
+from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
@@ -36,6 +41,10 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA d
         ("overlap --share 1.5", "--share is 1.5"),
         ("overlap --tokens 100 --seq-len 64", "--tokens is 100, allowed: multiples of --seq-len (64)"),
         ("overlap --rows top2 top9", "--rows has top9"),
+        ("overlap --rows farskip", "--rows has farskip, allowed with --every 2: top2 | "),
+        ("overlap --every 1 --rows scmoe_pos3", "--rows has scmoe_pos3, allowed with --every 1: top2 | "),
+        ("overlap --every 3", "--every"),
+        ("overlap --dim 100", "model.dim is 100, allowed: a multiple of"),
         ("overlap --nodes 2", "--nodes is 2"),
         ("overlap --nodes 3 --ranks 4", "--nodes is 3"),
         ("overlap --exchange hierarchical", "--exchange is hierarchical"),
@@ -49,9 +58,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA d
         ("growth --of ranks --points 1", "--points has 1, allowed: 2 or more"),
         ("timeline --ranks 3", "--ranks is 3, allowed: divisors of the 8 experts from 2 on"),
         ("timeline --share 1.5", "--share"),
-        ("exchange --between-mbit 0", "--between-mbit"),
         ("dense --ranks 3", "--ranks is 3"),
-        ("dense --rounds 0", "--rounds"),
         ("generation --tokens 1", "--tokens is 1"),
     ],
 )
@@ -65,13 +72,14 @@ def test_the_rows_of_a_node_s_ranks_share_its_card():
     assert [through_link(*at) for at in ((2, 1), (4, 1), (4, 2), (8, 2))] == [0.5, 0.75, 1.0, 2.0]
 
 
-@pytest.mark.parametrize(("ratio", "accumulate"), [(3.0, 1), (1.0, 1), (3.0, 4)])
-def test_the_tokens_of_a_batch_give_the_wanted_ratio_of_rows_and_gradients(ratio, accumulate):
-    """By the report's own count of both, with the gradients of two attentions and an MLP of each pair; two ranks."""
-    setting = Setting(level="iteration", dim=256, ffn_dim=1024, seq_len=16, accumulate=accumulate)
+@pytest.mark.parametrize(("ratio", "accumulate", "every"), [(3.0, 1, 2), (1.0, 1, 2), (3.0, 4, 2), (3.0, 1, 1)])
+def test_the_tokens_of_a_batch_give_the_wanted_ratio_of_rows_and_gradients(ratio, accumulate, every):
+    """By the report's own count of both, with the gradients of four attentions, and of an MLP in each block that has no
+    MoE; two ranks."""
+    setting = Setting(level="iteration", every=every, dim=256, ffn_dim=1024, seq_len=16, accumulate=accumulate)
     setting = replace(setting, tokens=tokens_for(ratio, setting))
-    weights = 2 * 4 * 256**2 + 2 * 256 * 1024
-    found = SimpleNamespace(gradients={"top2": [(0.5, 4 * weights)] * setting.pairs})
+    weights = 4 * 4 * 256**2 + (2 * 2 * 256 * 1024 if every == 2 else 0)
+    found = SimpleNamespace(gradients={"top2": [(0.5, 4 * weights)]})
     assert rows_over_gradients(setting, 2, found, "top2") == pytest.approx(ratio, rel=0.02)  # whole sequences
 
 
@@ -92,3 +100,49 @@ def test_schedules_near_the_best_by_trial_go_into_the_rounds():
     tried = {variants[slot]: Seconds(0.0, pair, 0.0, 0.0, 0.0) for slot, pair in trials.items()}
     assert nearest([*variants.values()], tried) == [variants[slot] for slot in (1, 3, 2)]
     assert nearest([variants[0], variants[1]], tried) == [variants[1]]
+
+
+@pytest.mark.parametrize(
+    ("block", "preset"), [("nvidia", "nvidia_shortcut"), ("nous", "nous"), ("farskip", "instella_moe")]
+)
+def test_a_row_with_an_moe_in_every_block_is_wired_as_its_preset(block, preset):
+    own, published = config_of(block, Setting(every=1)).moe, load(f"model/{preset}").moe
+    for name in ("architecture", "every", "position", "first_position", "tap_norm", "combine", "after_norm"):
+        assert getattr(own, name) == getattr(published, name), name
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_planners_choice_runs_in_every_block_as_chosen(chunks):
+    """The first block's window is shorter. A choice of one place for both is a variant that is tried, so it is not
+    measured twice."""
+    first, carried = (slots(Schedule("scmoe", tap, chunks=chunks)) for tap in ("first", "carried"))
+    variants = [Variant("nous", schedule) for schedule in carried]
+    tried = {variant: variant.of_blocks((first[0], carried[0])) for variant in variants}
+    for schedules in ([a, b] for a in first for b in carried):
+        chosen = chosen_by([LayerChoice(schedule, {}, ()) for schedule in schedules], "nous", "balanced")
+        assert chosen.of_blocks((first[0], carried[0])) == schedules
+        assert (chosen in tried) == (schedules in tried.values())
+    assert [schedule.slot for schedule, _ in tried.values()] == [0, 0, 1, 1], "the last slot up to the place"
+
+
+# ---------------------------------------------------------------------- the least time of an iteration
+
+
+@pytest.mark.parametrize(
+    ("transfers", "end"),
+    [
+        ([], 10.0),
+        ([(0.0, 4.0), (3.0, 5.0)], 10.0),  # all of it hides
+        ([(0.0, 4.0), (0.0, 9.0)], 13.0),  # the link is busy from the start
+        ([(2.0, 9.0), (2.0, 4.0)], 15.0),  # the link is idle until there is something to send
+        ([(9.5, 2.0), (0.0, 1.0)], 11.5),  # the last gradient is sent after the computation
+        ([(0.0, 8.0), (4.0, 1.0), (6.0, 5.0)], 14.0),  # the backlog at 6 is 3 long
+    ],
+)
+def test_transfers_take_turns_beside_the_computation(transfers, end):
+    assert in_parallel(10.0, transfers) == end
+
+
+def test_an_iteration_has_no_gradients_in_forward_and_updates_after_the_last():
+    assert least_time(5.0, 10.0, 1.0, rows=2.0, gradients=[(1.0, 3.0)]) == 16.0
+    assert least_time(5.0, 10.0, 1.0, rows=7.0, gradients=[(1.0, 6.0)]) == 7.0 + 13.0 + 1.0

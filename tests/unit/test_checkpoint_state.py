@@ -1,7 +1,10 @@
-"""What a checkpoint holds beside tensors is read back as it was, or refused before anything is written."""
+"""What a checkpoint holds beside tensors is read back as it was, or refused before anything is written. Generators of
+random numbers continue from their saved states, whose shapes never change.
+"""
 
 import enum
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 
 from scmoe.parallel.checkpoint.loading import check_same_groups
-from scmoe.parallel.checkpoint.state import check_can_be_saved, from_json, to_text
+from scmoe.parallel.checkpoint.state import check_can_be_saved, from_json, rng_states, set_rng_states, to_text
 
 
 class Colour(enum.Enum):
@@ -81,3 +84,22 @@ def test_another_number_of_optimizers_or_groups_is_refused():
         check_same_groups(Path("x.ckpt"), [one], [one, two])
     with pytest.raises(ValueError, match="2 parameter groups of optimizer 0, which begin with a, no weight; here"):
         check_same_groups(Path("x.ckpt"), [one], [two])
+
+
+def draw():
+    return [torch.rand(3).tolist(), random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn()]
+
+
+@pytest.mark.parametrize("normals", [0, 1])  # normals are drawn in pairs, and the generator keeps the second
+def test_restored_generators_draw_the_same_numbers(normals):
+    torch.manual_seed(1), random.seed(1), np.random.seed(1)
+    for _ in range(normals):
+        draw()
+    states = {name: state.clone() for name, state in rng_states().items()}
+    expected = [draw() for _ in range(3)]
+    assert [draw() for _ in range(3)] != expected
+    later = rng_states()
+    for name, state in states.items():  # a reader of a checkpoint allocates by these shapes
+        assert (state.shape, state.dtype) == (later[name].shape, later[name].dtype)
+    set_rng_states(states)
+    assert [draw() for _ in range(3)] == expected

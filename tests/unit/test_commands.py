@@ -66,12 +66,6 @@ def test_what_no_verb_can_mean_is_refused_in_one_line(words, capsys):
     assert (said.out, said.err.count("\n")) == ("", 1) and words.split()[-1].upper() in said.err.upper()
 
 
-@pytest.mark.parametrize("verb", ["generate", "evaluate", "export", "resume"])
-def test_a_missing_run_is_asked_for_by_example(verb, capsys):
-    assert call(verb) == 2
-    assert "runs/latest" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("words", [("table", "table3"), ("reproduce",)])
 def test_a_scale_that_no_table_has_is_refused_before_packages_are_imported(words, capsys, monkeypatch):
     monkeypatch.setattr(f"scmoe.experiments.{words[0]}.require", None)
@@ -112,14 +106,6 @@ def test_the_next_command_is_named_as_it_works_here(monkeypatch, tmp_path):
     assert scmoe("runs") == "'my venv/bin/scmoe' runs"
     monkeypatch.setenv("PATH", str(program.parent))
     assert scmoe("runs") == "scmoe runs"
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_every_shell_completes_every_verb(shell):
-    script = app_of().generate_completion(shell=shell)
-    assert [verb for verb in [*VERBS, *(what for _, what in SUBVERBS)] if verb not in script] == []
-    if shell == "bash":
-        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
 def test_every_verb_is_a_script_which_calls_it():

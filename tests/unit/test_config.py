@@ -128,6 +128,7 @@ def test_impossible_combination_names_its_key(key, overrides):
         "moe.architecture=dense model.layers=3",
         "schedule.slot=4 moe.position=pos3 moe.tap_norm=shared",
         "strategy.ep_size=4 trainer.devices=2 trainer.num_nodes=2",
+        "strategy.exchange=flat trainer.devices=4 strategy.ep_size=4",
         "data.name=text data.path=somewhere",
     ],
 )

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from scmoe.experiments.bench import emulated
-from scmoe.experiments.bench.overlap import Bench, Variant
+from scmoe.experiments.bench.overlap import Bench
 from scmoe.experiments.bench.pairs import Setting
+from scmoe.experiments.bench.variants import Variant
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
@@ -114,7 +115,7 @@ def test_experts_equal_those_on_a_cpu(dtype, tolerance, counts, activation):
 
 def planned(rank: int, world_size: int) -> None:
     bench = small_bench()
-    choice = bench.choose("pos2", (1, 2))
+    (choice,) = bench.choose("pos2", (1, 2))
     assert list(choice.times) == [1, 2]
     for times in choice.times.values():
         for direction in (times.forward, times.backward):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.files.replacing import replacing
+from scmoe.files.writing import replacing
 from scmoe.parallel.checkpoint import durable
 
 FILES = {"meta.json": b'{"lr": 0.1}', "shard-1.safetensors": bytes(range(200)), "shard-2.safetensors": b"\0" * 64}

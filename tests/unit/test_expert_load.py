@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import resource
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,13 +16,8 @@ import torch
 from matplotlib.figure import Figure
 
 from scmoe.moe.balance import SINGLE_STEPS, over_steps, step_load
-from scmoe.training.assembly.data import build_datamodule
-from scmoe.training.assembly.model import build_module
-from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.analysis import PATIENCE, CollapseAlarm, ExpertLoad, draw_load, worst_layers
-from scmoe.training.callbacks.bookkeeping import DataPosition
 from scmoe.training.files import try_to_append
-from tests.support.models import tiny
 from tests.support.pictures import assert_readable
 
 
@@ -183,23 +177,3 @@ def test_a_break_resets_the_count():
         assert alarm(sums) == []
     assert alarms(alarm, window_of([97, 1, 1, 1]), PATIENCE - 1) == []
     assert len(alarms(alarm, window_of([97, 1, 1, 1]), 1)) == 1
-
-
-def test_a_run_with_a_rigged_router_warns_in_one_line():
-    """The gate of the second MoE layer sends every token to expert 0."""
-    words = (f"trainer.max_steps={PATIENCE + 3}", "trainer.accelerator=cpu", "trainer.log_every=1", "optim.lr=1e-5")
-    config = tiny(*words, "trainer.progress=false", "model.layers=4", "moe.noisy=false", "data.global_batch_size=4")
-    module = build_module(config)
-    module.configure_model()
-    with torch.no_grad():
-        block = module.model.blocks[1]
-        block.tap_norm.weight.zero_()
-        block.tap_norm.bias.fill_(1.0)
-        block.moe.router.gate.weight[1:] = 0.0
-        block.moe.router.gate.weight[0] = 1.0
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        build_trainer(config, [DataPosition(), ExpertLoad()], []).fit(module, build_datamodule(config))
-    (line,) = [str(warning.message) for warning in caught if "collapsed" in str(warning.message)]
-    assert line.startswith("MoE layer 1: the router has collapsed, expert 0 gets 100% of the tokens")
-    assert "\n" not in line

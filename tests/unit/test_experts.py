@@ -1,14 +1,17 @@
-"""All ways of computing the routed experts equal a loop, and their weights do not depend on the EP degree."""
+"""All ways of computing the routed experts equal a loop, and their weights do not depend on the EP degree. Each
+activation equals its formula.
+"""
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from scmoe.moe.experts import Experts, batched_mlps, choose_mlps, grouped_mlps, mlps_in_turn, zero_if_idle
+from scmoe.moe.experts import ACTIVATIONS, Experts, batched_mlps, choose_mlps, grouped_mlps, mlps_in_turn, zero_if_idle
 from tests import reference
 from tests.support.models import assert_close, gradients, randomise
 
@@ -171,3 +174,34 @@ def test_the_gradient_of_an_idle_expert_is_zero_whatever_the_kernel_leaves_there
     w_eDF.grad = None
     w_eDF.backward(left)
     assert w_eDF.grad[1].isnan().all()
+
+
+# ---------------------------------------------------------------------- activations
+
+
+def hidden() -> Tensor:
+    return torch.randn(7, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(3).requires_grad_()
+
+
+def gelu_tanh(h: Tensor) -> Tensor:
+    return h / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+
+
+FORMULAS = {
+    "gelu": reference.gelu,
+    "gelu_tanh": gelu_tanh,
+    "swiglu": lambda h: h[:, :6] * torch.sigmoid(h[:, :6]) * h[:, 6:],
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_equals_its_formula_and_its_derivative_autograds(name):
+    act, h, plain = ACTIVATIONS[name], hidden(), hidden()
+    a = act.forward(h)
+    assert a.shape[1] * act.widening == h.shape[1]
+    assert_close(a, FORMULAS[name](plain))
+    weights = torch.randn(a.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (FORMULAS[name](plain) * weights).sum().backward()
+    assert_close(act.into(h.detach(), torch.empty_like(a)), a)
+    assert_close(act.in_place(h.detach().clone()), a)
+    assert_close(act.backward_into(weights, h.detach(), torch.empty_like(h)), plain.grad)

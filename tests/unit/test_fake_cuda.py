@@ -98,18 +98,3 @@ def test_two_communicators_carry_rows_and_gradients_in_one_order_on_all_ranks(de
 def test_a_fault_in_a_step_is_detected(device, fault):
     with pytest.raises(StepError, match=FAULTS[fault][1]):
         device("gpt position=pos2 trainer.precision=bf16-mixed", 4, fault)
-
-
-@pytest.mark.parametrize(("ranks", "place"), [(1, r"layout\.py.*in arrange_filled"), (4, r"dispatcher\.py.*in wait")])
-def test_dropless_rows_are_counted_on_the_host_in_one_place(device, ranks, place):
-    """docs/decisions/0024-dropless.md: with padding on one rank, with announced counts on several."""
-    with pytest.raises(StepError, match=place):
-        device("gpt position=pos2 capacity_factor=null trainer.precision=bf16-mixed", ranks)
-
-
-@pytest.mark.parametrize("chunks", (1, 2))
-def test_dropless_rows_in_buffers_ask_the_host_for_nothing(device, record_property, chunks):
-    words = "capacity_factor=null rows=buffers dropless_ceiling=1.5"
-    done = device(f"gpt position=pos2 {words} trainer.precision=bf16-mixed schedule.chunks={chunks}", 4)
-    assert done.reads == done.steps == 2 and done.exchanges == 4 * chunks * done.steps
-    record_property("fake_cuda_steps", done.steps)

@@ -14,8 +14,9 @@ from matplotlib.figure import Figure
 
 from scmoe.config.load import load, to_yaml
 from scmoe.experiments.bench import growth, overlap_report, speed_chart
-from scmoe.experiments.bench.overlap import Measured, Seconds, Variant
-from scmoe.experiments.bench.pairs import ROWS, USUAL_ROWS, Setting, default_schedule
+from scmoe.experiments.bench.overlap import Measured, Seconds
+from scmoe.experiments.bench.pairs import ROWS, Setting, default_schedule, usual_rows
+from scmoe.experiments.bench.variants import Variant
 from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.figures.measured import SCENARIOS, module_share, read_reports
 from scmoe.planning.pricing import OPERATORS, STREAM, LayerChoice
@@ -23,7 +24,7 @@ from scmoe.schedule.cost import OperatorTimes
 from tests.support.pictures import assert_readable, assert_values_off_the_bars
 
 ROOT = Path(__file__).parents[2]
-SHOWN = tuple(row for row in USUAL_ROWS if "pos1" not in row and "pos3" not in row)  # as `make figure8`
+SHOWN = tuple(row for row in usual_rows(2) if "pos1" not in row and "pos3" not in row)  # as `make figure8`
 ROUNDS = np.array([1.0, 1.25, 1.5])  # a machine that slows down: ratios are the same in every round
 
 
@@ -36,20 +37,22 @@ def report_of(share: float, rows: tuple[str, ...] = SHOWN, **setting: Any) -> di
 
     ScMoE hides everything. Other rows are as slow as sequential top-2. Operators of top-2 take 0.1 s each.
     """
+    asked = Setting(share, rows=rows, **setting)
     times, choices, best = {}, {}, {}
     operators = {op: 0.1 if op in STREAM else 0.0 for op in OPERATORS}
     for row in rows:
-        block, (chunks, *_) = ROWS[row]
+        block, (chunks, *_) = ROWS[asked.every][row]
         schedule = default_schedule(block)
         for way in ("sequential", "free"):
             times[Variant(block, schedule, way)] = seconds(1.0, 2.5) if way == "sequential" else seconds(1 - share, 2.3)
-        choices[row] = LayerChoice(schedule, {n: OperatorTimes(operators, operators) for n in (1, chunks)}, (1.0, 2.0))
+        choice = LayerChoice(schedule, {n: OperatorTimes(operators, operators) for n in (1, chunks)}, (1.0, 2.0))
+        choices[row] = [choice] * asked.moe_blocks
         best[row] = Variant(block, schedule, f"own {row}")
         times[best[row]] = seconds(1 - share, 2.3) if row.startswith("scmoe") else seconds(1.0, 2.5)
     peaks = dict.fromkeys(rows, 1.0)
-    gradients = {block: [(0.5, 2**20)] for block, _ in ROWS.values()}
+    gradients = {asked.block_of(row): [(0.5, 2**20)] for row in rows}
     found = Measured(100.0, choices, best, best, peaks, times, gradients, iterations=9)
-    return overlap_report.summary(Setting(share, rows=rows, **setting), 2, found)
+    return overlap_report.summary(asked, 2, found)
 
 
 def test_ratios_of_a_report_are_those_of_its_times():
@@ -71,6 +74,7 @@ def test_the_model_of_an_iteration_has_the_exposed_time_of_both_pairs():
     of_pair = report_of(0.52)["rows"]["top2"]["measured_over_model"]
     of_two = report_of(0.52, level="iteration", shaped=False)["rows"]["top2"]["measured_over_model"]
     assert 2.5 / of_two - 2.3 == pytest.approx(2 * (2.5 / of_pair - 2.3)) and of_pair > of_two
+    assert report_of(0.52, every=1)["rows"]["top2"]["measured_over_model"] == of_two, "two blocks with an MoE each"
 
 
 def write_report(folder: Path, share: float, **changes: object) -> Path:
@@ -145,19 +149,20 @@ def test_a_picture_of_the_docs_needs_no_source(number, tmp_path, drawn, capsys):
 
 
 def test_charts_of_the_bench_are_readable(tmp_path, drawn):
-    speed_chart.draw(report_of(0.52, tuple(ROWS)), tmp_path / "overlap.png")
+    speed_chart.draw(report_of(0.52, tuple(ROWS[2])), tmp_path / "overlap.png")
+    speed_chart.draw(report_of(0.52, tuple(ROWS[1]), every=1), tmp_path / "every-1.png")
     points = [{**report_of(0.5, tuple(growth.ROWS)), "ranks": ranks} for ranks in (2, 4, 8)]
     growth.draw({"ranks": points}, tmp_path / "growth.png")
-    assert len(drawn) == 2
+    assert len(drawn) == 3
     for figure in drawn:
         assert_readable(figure)
         assert_values_off_the_bars(figure)
 
 
 def test_the_limit_of_top2_is_drawn_at_rows_of_as_much_computation():
-    groups = speed_chart.speed_bars(report_of(0.52, tuple(ROWS)), "forward", None)
+    groups = speed_chart.speed_bars(report_of(0.52, tuple(ROWS[2])), "forward", None)
     without = {name for name, bars in groups.items() if all(bar.limit is None for bar in bars)}
-    assert without == {speed_chart.name_of(row) for row in ("top1", "top3", "scmoe2") if row in ROWS}
+    assert without == {speed_chart.name_of(row) for row in ("top1", "top3", "scmoe2")}
     assert all(bar.limit is not None for name, bars in groups.items() if name not in without for bar in bars)
 
 
@@ -195,6 +200,7 @@ def test_what_a_figure_cannot_be_drawn_from_is_said_in_one_line(tmp_path, capsys
     (tmp_path / "no.json").write_text("[]")
     other, twice = write_report(tmp_path, 0.3), write_report(tmp_path, 0.52)
     of_iteration = write_report(tmp_path, 0.11, level="iteration")
+    in_every_block = write_report(tmp_path, 0.521, wanted_share=0.52, every=1)
     rows = write_report(tmp_path, 0.42)
     rows.write_text(json.dumps(report_of(0.42, ("top2", "top1"))))
     for words, message in (
@@ -209,6 +215,7 @@ def test_what_a_figure_cannot_be_drawn_from_is_said_in_one_line(tmp_path, capsys
         (["8", other], "was measured at --share 0.3, allowed: 0.52 (8xA30-PCIe), 0.42 (16xA800, two nodes), 0.11"),
         (["8", twice, twice], "is the second report at --share 0.52, allowed: one of each; name the files in place"),
         (["1", of_iteration], "is of --level iteration, allowed: block"),
+        (["8", in_every_block], "is of --every 1, allowed: 2, the paper's pairs"),
         (["0", run], "Picture 0 shows the reports"),
         (["8", rows], "has the rows top2, top1, required: top2 and one of ScMoE"),
     ):

@@ -14,7 +14,7 @@ from scmoe.config.load import load
 from scmoe.moe.router import Router
 from scmoe.moe.scores import Scoring, by_sign
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.probes.gating import GatingProbe, gating_means, gating_metrics, gating_sums
+from scmoe.probes.gating import GatingProbe, gating_metrics, gating_sums, means
 from scmoe.training.assembly.model import build_model
 from tests.support.models import assert_close, hooks, randomise, tiny, tiny_batch, tiny_model
 
@@ -43,7 +43,7 @@ def test_quantities_equal_those_by_hand():
     sums = gating_sums(current, preceding, router)
     distances = [b - a, math.hypot(a, a), 0.0]
     assert sums.tolist() == pytest.approx([2, sum(distances), 0.75 + 0.75 + 0.9, 0.9 + 0.75 + 0.9, 3])
-    assert gating_means(sums[None])[0].tolist() == pytest.approx([x / 3 for x in sums[:4].tolist()])
+    assert means(sums[None])[0].tolist() == pytest.approx([x / 3 for x in sums[:4].tolist()])
     # DGMoE: if both would choose the same expert, the current one gets its second best: 1/4 and 1/10
     assert gating_sums(current, preceding, router, distinct=True)[2].item() == pytest.approx(0.25 + 0.75 + 0.1)
 
@@ -95,8 +95,8 @@ def test_any_block_can_be_measured_and_is_unchanged_afterwards(architecture, pos
     assert torch.equal(model(ids).logits_BSV, plain)
     probe.remove()
     assert hooks(model) == 0
-    means = gating_means(probe.result())
-    assert means.shape == (2, 4) and (means[:, 1] > 0).all() and (means[:, 0] >= 0).all() and (means[:, 0] <= 1).all()
+    found = means(probe.result())
+    assert found.shape == (2, 4) and (found[:, 1] > 0).all() and (found[:, 0] >= 0).all() and (found[:, 0] <= 1).all()
     model(ids)
     assert len(probe.sums) == 2, "a removed probe measures nothing more"
 
@@ -121,7 +121,7 @@ def test_equal_representations_repeat_all_selections():
     nn.init.zeros_(model.blocks[0].sublayers[2].f.out.bias)
     probe = GatingProbe(model, "pos1")
     model(tiny_batch(config)[0])
-    repeated, distance, current, preceding = gating_means(probe.result())[0]
+    repeated, distance, current, preceding = means(probe.result())[0]
     assert repeated == 1 and distance == 0 and current == preceding
 
 

@@ -14,7 +14,6 @@ from scmoe.experiments.bench.loads import (
     BALANCED,
     Now,
     Place,
-    copies,
     counts_of,
     deal,
     ids_of,
@@ -88,11 +87,6 @@ def test_heat_above_one_choice_of_every_token_goes_to_the_other_experts():
     """Half of the copies of a top-2 routing at most; zipf:3 has 83 % for expert 0."""
     own = shares(load_of("zipf:3"), Place(EXPERTS, 2, 2))
     assert own[0] == 0.5 and sum(own) == pytest.approx(1) and max(own[1:]) <= 0.5
-
-
-def test_whole_copies_sum_to_the_total():
-    assert copies([0.4, 0.35, 0.25], 10) == [4, 4, 2] or copies([0.4, 0.35, 0.25], 10) == [4, 3, 3]
-    assert sum(copies([1 / 7] * 7, 100)) == 100
 
 
 def test_the_hot_rank_moves_and_a_burst_ends():

@@ -35,6 +35,12 @@ def test_a_cell_is_empty_where_a_row_lacks_its_value():
     assert report.markdown().splitlines() == ["conditions", "", *table]
 
 
+def test_brackets_are_shown(capsys):
+    Report("medians, [quartiles]", {"a": {"ms": 1}}, {"[low high]": "[{ms}]"}).show()
+    shown = capsys.readouterr().err
+    assert all(text in shown for text in ("medians, [quartiles]", "[low high]", "[1]"))
+
+
 def test_nested_values_are_bullets_and_tables():
     lines = bullets_and_tables({"a": 0.123456, "rows": {"x|y": {"ms": 1.0}, "z": {"error": "broken\nhere"}}})
     head = ["- a: 0.1235", "", "rows:", "", "|  | ms | error |", "| --- | --- | --- |"]

@@ -8,15 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scmoe.config.load import load
-from scmoe.experiments.dryrun.estimated import rows_of_block
-from scmoe.footprint.model_cost import (
-    forward_flops,
-    moe_uses,
-    rank_parameters,
-    routed_copies,
-    training_flops,
-    transfer_bytes,
-)
+from scmoe.experiments.dryrun.estimated import rank_parameters, rows_of_block, transfer_bytes
+from scmoe.footprint.model_cost import forward_flops, moe_uses, routed_copies, training_flops
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model, build_model_on_meta

@@ -8,7 +8,8 @@ import torch
 
 from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.probes.similarity import SimilarityProbe, cosine_matrix, draw_similarity, similarity_mean, similarity_metrics
+from scmoe.probes.gating import means
+from scmoe.probes.similarity import SimilarityProbe, cosine_matrix, draw_similarity, similarity_metrics
 from scmoe.training.assembly.model import build_model
 from tests.support.models import assert_close, hooks, randomise, tiny, tiny_batch, tiny_model
 
@@ -29,7 +30,7 @@ def test_cosines_by_hand():
 def test_the_mean_over_ranks_and_the_metric():
     one, other = torch.tensor([[1.0, 0.2], [0.2, 1.0]]), torch.tensor([[1.0, 0.6], [0.6, 1.0]])
     ones = torch.ones(2, 1)
-    mean = similarity_mean(torch.cat([one, ones], 1) + torch.cat([other, ones], 1))
+    mean = means(torch.cat([one, ones], 1) + torch.cat([other, ones], 1))
     assert_close(mean, torch.tensor([[1.0, 0.4], [0.4, 1.0]]), 1e-6)
     assert similarity_metrics(mean.numpy()) == {"similarity/neighbours": pytest.approx(0.4)}
     across = np.array([[1.0, 0.5, np.nan], [0.5, 1.0, np.nan], [np.nan, np.nan, 1.0]])
@@ -64,7 +65,7 @@ def test_every_representation_is_read_once_in_order(words, labels):
     embedded = model.tokens(ids) + model.positions.weight[: ids.shape[1]]
     assert torch.equal(first, embedded.flatten(0, 1))
     assert torch.equal(model.head(model.norm(last)), plain.flatten(0, 1))
-    matrix = similarity_mean(probe.result())
+    matrix = means(probe.result())
     assert_close(matrix, matrix.T, 1e-12)
     assert_close(matrix.diagonal(), torch.ones(len(labels), dtype=torch.float64), 1e-12)
     model(ids)
@@ -84,7 +85,7 @@ def test_stages_of_an_image_model_are_not_compared_with_each_other():
     parts += "4 attention", "4 MLP", "5 attention", "5 MoE", "6 attention", "6 MLP", "7 attention", "7 MoE"
     assert [label for label in probe.labels() if label != "input"] == list(parts)
     assert [i for i, label in enumerate(probe.labels()) if label == "input"] == [0, 5, 10, 15]
-    matrix = similarity_mean(probe.result())
+    matrix = means(probe.result())
     blocks = matrix.isfinite().double()
     assert torch.equal(blocks, torch.block_diag(*[torch.ones(5, 5, dtype=torch.float64)] * 4))
     assert_close(matrix.diagonal(), torch.ones(20, dtype=torch.float64), 1e-12)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from scmoe.config.load import load
 from scmoe.experiments.studies.sweep.search import Trial, bands, best, hopeless, propose, total
 from scmoe.experiments.studies.sweep.sweep_file import Sweep, read
-from scmoe.experiments.studies.sweep.sweep_report import draw, markdown, ranked, write_report
+from scmoe.experiments.studies.sweep.sweep_report import draw, ranked, table, write_report
 from tests.support.pictures import assert_readable
 from tests.support.sweeps import GOOD
 
@@ -152,7 +152,7 @@ def test_the_report_says_which_was_best(sweep_of, tmp_path):
     lines = (sweep.folder / "results.csv").read_text().splitlines()
     assert lines[0] == "trial,state,optim.lr,moe.combine,val/loss,steps,seconds,run_dir,reason"
     assert lines[2].startswith("2,finished,0.01,cg1,1,2,")
-    assert "FloatingPointError: [no] / number |" in markdown(sweep, trials)
+    assert "FloatingPointError: [no] / number |" in table(sweep, trials).markdown()
     config = load(summary["best"]["config"])
     assert (config.optim.lr, config.name) == (0.01, "debug")
     assert (sweep.folder / "chart.png").exists()

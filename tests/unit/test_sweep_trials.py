@@ -1,6 +1,6 @@
 """A local sweep marks failed trials, resumes cut ones, skips finished ones, and leaves no process behind.
 
-The trials are toy trainings, which start quickly; tests/smoke/test_sweep.py has real ones.
+The trials are toy trainings, which start quickly; the README's command has real ones.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,8 +9,6 @@ import pytest
 import torch
 
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load
-from scmoe.experiments.bench.pairs import ROWS
 from scmoe.experiments.studies.table.make import plan_table
 from scmoe.experiments.studies.table.table_file import Options, load_table
 from scmoe.experiments.studies.table.table_runs import plan_runs
@@ -20,7 +17,6 @@ from scmoe.training.assembly.model import build_model, build_model_on_meta
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/experiment"
-EXPERIMENTS = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("*/table.yaml")])
 TABLES = sorted(path.parent.name for path in CONFIGS.glob("*/table.yaml"))
 
 
@@ -28,8 +24,7 @@ TABLES = sorted(path.parent.name for path in CONFIGS.glob("*/table.yaml"))
 def test_every_row_builds_and_every_metric_is_made(name, tmp_path):
     table = load_table(name, CONFIGS)
     assert {"smoke", "small"} <= table.scales.keys()
-    assert "paper" in table.scales or name.endswith("_lr"), "a search is for models of one size"
-    assert {row.speed for row in table.rows} <= {None, *ROWS}
+    assert "paper" in table.scales or name not in PAPER
     keys = [key for metric in table.metrics_from("evaluation") for key in metric.keys]
     for scale in table.scales.values():
         runs = plan_runs(table, scale, tmp_path, 1)
@@ -80,22 +75,6 @@ def test_a_table_has_the_papers_values(name):
         assert tuple(row.paper.get(metric) for row in rows) == values
 
 
-def test_the_papers_averages_of_table2_are_those_of_its_tasks():
-    tasks = ("HellaSwag", "PIQA", "WinoGrande", "BoolQ", "ARC-E", "OBQA", "RACE", "MathQA")
-    six = [task for task in tasks if task not in ("HellaSwag", "RACE")]
-    for row in load_table("table2", CONFIGS).rows:
-        assert row.paper["average of eight"] == pytest.approx(sum(map(row.paper.get, tasks)) / 8, abs=0.006)
-        assert row.paper["average of six"] == pytest.approx(sum(map(row.paper.get, six)) / 6, abs=1e-4)
-
-
-def test_table3_trains_as_the_paper_does():
-    table = load_table("table3", CONFIGS)
-    small = load(table.scales["small"].config)
-    assert table.scales["small"].seeds >= 5
-    assert small.trainer.max_steps * small.data.global_batch_size * small.data.seq_len >= 4e6
-    assert (small.moe.capacity_factor, small.moe.load_balance_coef) == (2.0, 0.01)
-
-
 @pytest.mark.parametrize("name", ("table1", "table2", "table3", "table4", "table7"))
 def test_rows_begin_with_the_same_weights(name, tmp_path):
     """All weights of a baseline are in every row that is compared with it, with equal values; rows only add modules."""
@@ -114,11 +93,6 @@ def test_rows_begin_with_the_same_weights(name, tmp_path):
     gate = next(key for key in second if key.endswith("router.gate.weight"))
     assert not torch.equal(first_seed[0][gate], second[gate]), "seeds have different weights"
     assert len({run.config.data for run in runs}) == 1
-
-
-def test_an_unknown_table_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"table is 'table33', allowed: .*table3"):
-        load_table("table33", CONFIGS)
 
 
 @pytest.mark.parametrize(
@@ -147,15 +121,6 @@ def test_a_table_that_is_wrong_is_refused(tmp_path, change, says):
         load_table("table3", tmp_path)
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(CONFIGS)))
-def test_an_experiment_opens_with_the_papers_values_its_command_and_its_cost(path):
-    head = re.match(r"(#.*\n)+", path.read_text())
-    assert head is not None
-    found = re.findall(r"^#   (paper|command|cost)  +\S", head[0], re.MULTILINE)
-    assert found == ["paper", "command", "cost"]
-    assert re.search(r"\d\.\d|\d{2}\.\d", head[0])
-
-
 def test_what_a_table_cannot_honour_is_refused(tmp_path):
     plan_table(load_table("table4", CONFIGS), Options(jobs=1), [f"runs_dir={tmp_path}", "trainer.devices=2"])
     table, own = load_table("table4", CONFIGS), [f"runs_dir={tmp_path}"]
@@ -169,6 +134,8 @@ def test_what_a_table_cannot_honour_is_refused(tmp_path):
     ):
         with pytest.raises(ConfigError, match=says):
             plan_table(table, options, [*own, *words])
+    with pytest.raises(ConfigError, match=r"table is 'table33', allowed: .*table3"):
+        load_table("table33", CONFIGS)
 
 
 def test_the_command_of_a_plan_makes_it_again(tmp_path):

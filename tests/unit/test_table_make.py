@@ -19,9 +19,9 @@ from scmoe.experiments.studies import batch
 from scmoe.experiments.studies.batch import Batch
 from scmoe.experiments.studies.jobs import Job, State, clock, lock_of
 from scmoe.experiments.studies.table import make
-from scmoe.experiments.studies.table.make import Evaluations, make_runs, measure_speeds
+from scmoe.experiments.studies.table.make import Evaluations, make_runs, measure_speeds, plan_table
 from scmoe.experiments.studies.table.results import read_speeds
-from scmoe.experiments.studies.table.table_file import Row, Scale, load_table
+from scmoe.experiments.studies.table.table_file import Options, Row, Scale, load_table
 from scmoe.experiments.studies.table.table_runs import Run, adopt, plan_runs, read_states
 
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,8 @@ class Fakes:
     def bench(self, words: tuple[str, ...]) -> None:
         share, out = (words[words.index(option) + 1] for option in ("--share", "--out"))
         Path(out).mkdir(parents=True, exist_ok=True)
-        path = Path(out) / f"overlap-emulated-block-2-ranks-share-{share}.json"
+        every = "-every-1" if "--every" in words else ""
+        path = Path(out) / f"overlap-emulated-block-2-ranks-share-{share}{every}.json"
         path.write_text(json.dumps({"words": words}))
         self.calls.append(f"bench {share}")
 
@@ -131,10 +132,11 @@ def test_runs_of_another_config_are_made_again(fakes, tmp_path):
     assert statuses(plan(tmp_path)) == ["waiting"] * 4, "each run keeps only its last state"
 
 
-def test_a_stopped_table_goes_on_with_its_checkpoints(fakes, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_table_goes_on_with_its_checkpoints(number, fakes, tmp_path):
     runs = plan(tmp_path)
-    fakes.orders["scmoe-seed1"] = SystemExit(143)
-    assert made(runs) == signal.SIGTERM
+    fakes.orders["scmoe-seed1"] = SystemExit(128 + number)
+    assert made(runs) == number
     assert statuses(runs) == ["finished", "cut", "waiting", "waiting"] and runs[1].state.done == 0.3
     fakes.calls.clear()
     assert made(runs) == 0
@@ -158,12 +160,6 @@ def test_what_a_killed_batch_and_an_earlier_version_have_left_is_read_again(fake
     assert kept["summary"] == {"val_loss": 3.25}
     assert kept["curve"] == [(2, 3.5), (4, 3.25)], "steps count from 0; the last validation comes after the last step"
     assert runs[1].state.results["digest"] == runs[1].digest
-
-
-def test_two_batches_cannot_run_one_table(tmp_path):
-    runs = plan(tmp_path)
-    with lock_of(runs[0].job.study), pytest.raises(ConfigError, match="another process is running this study"):
-        made(runs)
 
 
 def test_a_run_that_ends_without_its_metric_has_failed(fakes, tmp_path):
@@ -194,14 +190,6 @@ def test_a_training_that_does_not_stop_is_killed_at_the_second_request(tmp_path)
     assert one.state.status == "cut" and signal.getsignal(signal.SIGINT) == before
     with lock_of(tmp_path):
         pass  # the killed processes have released the lock
-
-
-def test_ctrl_c_in_a_training_of_this_process_ends_the_batch(fakes, tmp_path):
-    runs = plan(tmp_path)
-    fakes.orders = {"top-2-seed1": ValueError("no\nmemory"), "scmoe-seed1": SystemExit(130)}
-    assert made(runs) == signal.SIGINT
-    assert statuses(runs) == ["failed", "cut", "waiting", "waiting"]
-    assert runs[0].state.error == "exit code 1: ValueError: no memory"
 
 
 def test_time_left_is_that_of_runs_in_parallel(tmp_path):
@@ -305,3 +293,14 @@ def test_speeds_are_measured_at_every_share_until_the_command_changes(fakes, tmp
     measure("--rounds", "2")
     assert fakes.calls == ["bench 0.15", "bench 0.52"]
     assert measure("--rounds", "5")[-1] == "5"
+    assert measure("--every", "1")[-1] == "1"
+    assert len(list((tmp_path / "speed").iterdir())) == 2, "speeds by an earlier command are removed"
+
+
+@pytest.mark.parametrize("words", [("--every", "1"), ("--every=1", "--rounds", "9")])
+def test_a_row_that_the_testbed_cannot_measure_is_refused_before_the_first_training(words):
+    scale = replace(TABLE3.scales["smoke"], bench=words)
+    with pytest.raises(ConfigError, match=r"speed of 'ScMoE Pos-3, CG-1' is 'scmoe_pos3', allowed: top2 \| .*farskip"):
+        plan_table(replace(TABLE3, scales={"smoke": scale}), Options(), ())
+    known = [row for row in TABLE3.rows if row.speed != "scmoe_pos3"]
+    assert plan_table(replace(TABLE3, rows=known, scales={"smoke": scale}), Options(), ()).runs

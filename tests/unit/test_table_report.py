@@ -11,7 +11,7 @@ from random import Random
 import pytest
 from matplotlib.figure import Figure
 
-from scmoe.experiments.bench.pairs import USUAL_ROWS
+from scmoe.experiments.bench.pairs import usual_rows
 from scmoe.experiments.studies.jobs import State
 from scmoe.experiments.studies.table.make import make_table, plan_table
 from scmoe.experiments.studies.table.results import loss_at, results, step_reached
@@ -45,7 +45,7 @@ def state_of(loss: float, digest: str, **more: object) -> State:
 def write_speeds(folder: Path, share: float) -> None:
     """Writes a report of `bench overlap` with the speeds of SPEEDS."""
     row = {"links": "shaped", "compute": "emulated", "train_quartiles": [1.1, 1.9], "forward_quartiles": [1.1, 2.0]}
-    rows = {name: {**row, "train_speedup": SPEEDS.get(name, 1.0), "forward_speedup": 1.75} for name in USUAL_ROWS}
+    rows = {name: {**row, "train_speedup": SPEEDS.get(name, 1.0), "forward_speedup": 1.75} for name in usual_rows(2)}
     head = {"comm_share": share + 0.01, "link_mbit": 200.0, "ranks": 2, "compute": "emulated", "level": "block"}
     facts = {"rounds": 9, "limit_forward": 2.1, "limit_train": 1.8, "rows": rows}
     path = folder / f"speed/overlap-emulated-block-2-ranks-share-{share:g}.json"
@@ -221,18 +221,6 @@ def test_speeds_stand_beside_the_papers_and_a_missing_one_says_why(tmp_path):
     assert found["rows"][0]["ours"]["mean"] == 50.0, "a share of images is shown in percent, as in the paper"
     row = "| ScMoE Pos-2 | paper 1.43; ours 1.50 [1.10, 1.90] | paper 1.66; ours 1.75 [1.10, 2.00] |"
     assert row in markdown(found)
-
-
-def test_sizes_are_compared_with_their_own_baseline(tmp_path):
-    table, runs = planned_of("table6", tmp_path, 2)
-    for run in runs:
-        large = run.config.model.dim == 16
-        run.job.state = state_of(5.0, run.digest, val_accuracy=0.6 if large else 0.5)
-    found, rows = of(table, runs)
-    assert {rows[f"ScMoE Pos-2, {size}"]["minus_baseline"]["mean"] for size in "SB"} == {0.0}
-    assert rows["ScMoE Pos-2, B"]["paper"]["difference"] == pytest.approx(80.56 - 80.48)
-    assert rows["DGMoE-Share Pos-2, S"]["paper"]["difference"] == pytest.approx(78.45 - 79.33)
-    assert found["comparisons"] == 9
 
 
 def test_the_order_of_a_table_with_two_models_is_that_of_differences(tmp_path):

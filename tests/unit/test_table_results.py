@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy
 import pytest
 from scipy import stats
 
@@ -34,13 +33,6 @@ def test_a_difference_is_taken_seed_by_seed():
     assert found["p"] == pytest.approx(0.0742, abs=1e-4)
     ends = [found["low"], found["high"]]
     assert ends == pytest.approx([2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)], abs=1e-4)
-
-
-def test_noise_that_rows_share_does_not_hide_a_difference():
-    """Seeds differ by 1, rows by 0.01: the paired test detects the difference."""
-    baseline = {seed: float(seed) for seed in range(5)}
-    values = {seed: seed - 0.01 - 0.001 * (seed % 2) for seed in range(5)}
-    assert compare(values, baseline)["p"] < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -79,13 +71,6 @@ def test_seeds_needed_are_those_of_exact_power(effect, comparisons, seeds):
     """The first four are G*Power's, of a paired t-test. For the last three, where scipy's other tail is NaN, the power
     was integrated over the deviation."""
     assert seeds_needed(0.1, -0.1 * effect, comparisons) == seeds
-
-
-def test_seeds_needed_find_the_difference_as_often_as_promised():
-    n, random = seeds_needed(1.0, 1.0, comparisons=7), numpy.random.default_rng(0)
-    found = stats.ttest_1samp(random.normal(1.0, 1.0, size=(n, 4000)), 0.0).pvalue < 0.05 / 7
-    assert 0.78 < found.mean() < 0.88
-    assert seeds_needed(1.0, 1.0) < n < seeds_needed(1.0, 0.5, comparisons=7)
     assert seeds_needed(1.0, 1e-6) is None
 
 

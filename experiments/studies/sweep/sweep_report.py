@@ -1,7 +1,6 @@
 """What a sweep writes into its folder: results.csv, summary.md, chart.png and best.yaml."""
 
 import csv
-import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +9,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
-from rich.table import Column, Table
-from rich.text import Text
 
 from scmoe.config.load import load, to_yaml
-from scmoe.experiments.engine.report import markdown_table
+from scmoe.experiments.engine.report import Report
 from scmoe.experiments.studies.sweep.search import Trial, best
 from scmoe.experiments.studies.sweep.sweep_file import Sweep, words
 from scmoe.probes.charts import SMALL, WIDTH, chart, heading
@@ -33,7 +30,7 @@ def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
         for t in trials:
             values = (t.parameters[name] for name in sweep.axes)
             rows.writerow([t.number, t.state, *values, t.value, t.steps, round(t.seconds, 1), t.run_dir, t.reason])
-    (sweep.folder / "summary.md").write_text(markdown(sweep, trials))
+    (sweep.folder / "summary.md").write_text(f"# {table(sweep, trials).markdown()}\n![](chart.png)\n")
     draw(sweep, trials, sweep.folder / "chart.png")
     states, path = Counter(trial.state for trial in trials), sweep.folder / "best.yaml"
     counts = {"finished": states["finished"] + states["stopped"], "failed": states["failed"]}
@@ -53,34 +50,18 @@ def ranked(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
     return sorted(trials, key=lambda trial: (order.get(trial.state, 2), sign * (trial.value or 0.0)))
 
 
-def _head(sweep: Sweep) -> list[str]:
-    return ["trial", "state", *sweep.axes, sweep.metric, "steps", "time", "why"]
-
-
-def _cells(sweep: Sweep, trial: Trial) -> list[str]:
-    """Return the texts of `_head`'s columns."""
-    given = [trial.parameters[name] for name in sweep.axes]
-    values = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in given]
-    value = "" if trial.value is None or trial.state == "failed" else f"{trial.value:.4f}"
-    return [str(trial.number), trial.state, *values, value, str(trial.steps), f"{trial.seconds:.0f} s", trial.reason]
-
-
-def markdown(sweep: Sweep, trials: Sequence[Trial]) -> str:
-    lines = markdown_table(_head(sweep), [_cells(sweep, trial) for trial in ranked(sweep, trials)])
-    return "\n".join([f"# Sweep {sweep.name}: {sweep.method}, {_goal(sweep)}", "", *lines, "", "![](chart.png)", ""])
-
-
-def rich_table(sweep: Sweep, trials: Sequence[Trial]) -> Table:
-    columns = [Column(name, no_wrap=name != "why") for name in _head(sweep)]
-    table = Table(*columns, title=f"sweep {sweep.name}: {_goal(sweep)}", title_justify="left", title_style="bold")
+def table(sweep: Sweep, trials: Sequence[Trial]) -> Report:
+    """Return the trials, the best first."""
+    rows = {}
     for trial in ranked(sweep, trials):
-        style = {"failed": "red", "stopped": "dim"}.get(trial.state, "bold" if trial is best(sweep, trials) else "")
-        table.add_row(*map(Text, _cells(sweep, trial)), style=style)  # Text: a reason may hold brackets
-    return table
-
-
-def _goal(sweep: Sweep) -> str:
-    return f"{sweep.metric}, {'lowest' if sweep.minimize else 'highest'} first"
+        given = {name: trial.parameters[name] for name in sweep.axes}
+        values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in given.items()}
+        result = None if trial.state == "failed" else trial.value
+        rows[str(trial.number)] = {**vars(trial), "values": values, "result": result}
+    columns = {"state": "{state}", **{name: f"{{values[{name}]}}" for name in sweep.axes}, sweep.metric: "{result:.4f}"}
+    columns |= {"steps": "{steps}", "time": "{seconds:.0f} s", "why": "{reason}"}
+    goal = f"{sweep.metric}, {'lowest' if sweep.minimize else 'highest'} first"
+    return Report(f"Sweep {sweep.name}: {sweep.method}, {goal}", rows, columns, "trial")
 
 
 def draw(sweep: Sweep, trials: Sequence[Trial], path: Path) -> None:
@@ -124,18 +105,12 @@ def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> Non
     if (first := best(sweep, trials)) is not None and first.value is not None:
         label = f"best: trial {first.number}, {first.value:.4g}"
         dots([first], "best", label, s=190, marker="*", edgecolors="black", linewidths=0.6)
+    if failed := [x(t) for t in trials if t.state == "failed"]:
+        panel.update_datalim([(place, 0.0) for place in failed], updatey=False)
+        edge = panel.get_xaxis_transform()  # y from 0 to 1
+        cross: dict[str, Any] = {"s": 48, "marker": "x", "clip_on": False, "label": "failed"}
+        panel.scatter(failed, [0.97] * len(failed), c=COLORS["failed"], transform=edge, **cross)
     panel.margins(0.08, 0.15)
-    low, high = panel.get_xlim() if judged and numeric else (-math.inf, math.inf)
-    edge = panel.get_xaxis_transform()  # y from 0 to 1
-    for i, t in enumerate(t for t in trials if t.state == "failed"):
-        place = min(max(x(t), low), high)
-        cross: dict[str, Any] = {"s": 48, "marker": "x", "clip_on": False, "label": None if i else "failed"}
-        panel.scatter([place], [0.97], c=COLORS["failed"], transform=edge, **cross)
-        if place != x(t):  # it lies outside: its value is written, and the axis stays as wide as the others need
-            text |= {"xycoords": edge, "ha": "right", "va": "center", "color": COLORS["failed"]}
-            panel.annotate(f"{x(t):.3g} ", (place, 0.97), (-6, 0), **text)
-    if judged and numeric:
-        panel.set_xlim(low, high)
     if categories:
         letters = max(LETTERS // len(categories), 5)
         panel.set_xticks(range(len(categories)), [fill(name, letters) for name in categories])

@@ -8,11 +8,13 @@ Speeds of architectures are measured on the testbed, last and alone, since other
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,7 +25,7 @@ from scmoe.experiments.bench.pairs import ROWS
 from scmoe.experiments.studies.batch import Batch, Watch
 from scmoe.experiments.studies.checks import refusal
 from scmoe.experiments.studies.jobs import Job, State, clock, lock_of
-from scmoe.experiments.studies.table.results import read_speeds
+from scmoe.experiments.studies.table.results import read_speeds, share_of
 from scmoe.experiments.studies.table.table_file import Options, Scale, Table, load_table
 from scmoe.experiments.studies.table.table_report import write_report
 from scmoe.experiments.studies.table.table_runs import (
@@ -101,9 +103,10 @@ def plan_table(table: Table, options: Options, overrides: Sequence[str]) -> Plan
 
     Where the scale's data set is not on this machine, the plan is that of another scale, if the table names one.
     """
-    for row in table.rows:
-        if row.speed is not None and row.speed not in ROWS:
-            raise refusal(f"{table.name}: speed of {row.name!r}", row.speed, " | ".join(ROWS))
+    for scale, row in product(table.scales.values(), table.rows):
+        known = ROWS[2] | ROWS[1] if scale.bench is None else ROWS[every_of(scale.bench)]
+        if row.speed is not None and row.speed not in known:
+            raise refusal(f"{table.name}: speed of {row.name!r}", row.speed, " | ".join(known))
     for folder in options.from_:
         if not any(folder.glob("*/states/*.json")):
             allowed = "a folder of tables that has <table>-<scale>/states/, such as docs/results"
@@ -273,8 +276,7 @@ class Evaluations:
         name, study = f"{run.job.name}-evaluation", run.job.study
         title = f"evaluation of {run.row.name}, seed {run.seed}"
         words = [str(run.state.run_dir), *registry.words(run.config.extensions, {}), *self.words]
-        home = study / "no-run-of-an-evaluation"
-        self.jobs.append(Job(name, title, study, home, words, EVALUATE, judge=partial(self.judge, run=run)))
+        self.jobs.append(Job(name, title, study, None, words, EVALUATE, judge=partial(self.judge, run=run)))
         return self.jobs[-1]
 
     def judge(self, job: Job, run: Run) -> None:
@@ -287,6 +289,11 @@ class Evaluations:
         else:
             run.state.results |= {"evaluation": found, "evaluated_by": self.words}
             run.job.keep()
+
+
+def every_of(bench: Sequence[str]) -> int:
+    """Return the option --every of words of `bench overlap`."""
+    return 1 if re.search(r"--every[ =]1\b", " ".join(bench)) else 2
 
 
 def measure_speeds(table: Table, scale: Scale, folder: Path, lock: IO[str]) -> tuple[list[Job], int]:
@@ -303,13 +310,14 @@ def measure_speeds(table: Table, scale: Scale, folder: Path, lock: IO[str]) -> t
     rows = dict.fromkeys(["top2", *(row.speed for row in table.rows if row.speed)])
     jobs = []
     for share in table.shares if scale.shares is None else scale.shares:
-        name, title, home = f"speed-{share:g}", f"speed at a share of {share:g}", folder / "no-run-of-a-measurement"
+        name, title = f"speed-{share:g}", f"speed at a share of {share:g}"
         words = ["overlap", "--share", f"{share:g}", "--rows", *rows, "--out", str(folder / "speed"), *scale.bench]
-        job = Job(name, title, folder, home, words, BENCH, judge=judge)
+        job = Job(name, title, folder, None, words, BENCH, judge=judge)
         if job.read().results != {"command": words} or share not in read_speeds(folder):
             job.state.status = "waiting"
-            for old in (folder / "speed").glob(f"*-share-{share:g}.*"):  # its name holds what was measured
-                old.unlink()
+            for old in (folder / "speed").glob("*-share-*.*"):  # its name holds what was measured
+                if share_of(old) == share:
+                    old.unlink()
         jobs.append(job)
     watch = Watch(lambda job: "")
     with watch.bar:

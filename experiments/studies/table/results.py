@@ -22,9 +22,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import pairwise, permutations
+from itertools import permutations
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 import numpy
@@ -44,8 +44,12 @@ Report = Mapping[str, Any]  # of `bench overlap`
 
 def read_speeds(folder: Path) -> dict[float, dict[str, Any]]:
     """Return the reports of `bench overlap` by share, as its files in <folder>/speed/ are named."""
-    reports = sorted((folder / "speed").glob("*-share-*.json"))
-    return {float(path.stem.rpartition("-share-")[2]): json.loads(path.read_text()) for path in reports}
+    return {share_of(path): json.loads(path.read_text()) for path in sorted((folder / "speed").glob("*-share-*.json"))}
+
+
+def share_of(path: Path) -> float:
+    """Return the share in the name of a report, which may have more after it, such as `-every-1`."""
+    return float(path.stem.rpartition("-share-")[2].partition("-")[0])
 
 
 def results(table: Table, scale: str, runs: Sequence[Run], command: str) -> dict[str, Any]:
@@ -187,7 +191,8 @@ def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
 def _of_testbed(report: Report) -> dict[str, Any]:
     """Return what a reader must know of a measurement of speeds."""
     names = ("comm_share", "link_mbit", "ranks", "compute", "level", "rounds", "limit_forward", "limit_train")
-    return {name: report[name] for name in names} | {"links": next(iter(report["rows"].values()))["links"]}
+    links = next(iter(report["rows"].values()))["links"]
+    return {name: report[name] for name in names} | {"links": links, "every": report.get("every", 2)}
 
 
 def at_equal_time(table: Table, done: Sequence[Run], speeds: Mapping[float, Report]) -> dict[str, dict[str, Any]]:
@@ -237,10 +242,10 @@ def step_reached(steps: int, speed: float, fastest: float) -> float:
 
 def loss_at(curve: Sequence[Sequence[float]], step: float) -> float | None:
     """Return the loss at a step, between two points of the curve on a straight line; None outside the curve."""
-    for (before, earlier), (after, later) in pairwise(curve):
-        if before <= step <= after:
-            return earlier + (later - earlier) * (step - before) / (after - before)
-    return next((loss for at, loss in curve if at == step), None)
+    if not curve or not curve[0][0] <= step <= curve[-1][0]:
+        return None
+    steps, losses = zip(*curve, strict=True)
+    return float(numpy.interp(step, steps, losses))
 
 
 def describe(values: Mapping[int, float]) -> dict[str, Any]:
@@ -251,13 +256,12 @@ def describe(values: Mapping[int, float]) -> dict[str, Any]:
     n, all_values = len(values), list(values.values())
     if n == 0:
         return {"mean": None, "std": None, "n": 0, "median": None, "range": None, "far": 0}
-    mean, middle = math.fsum(all_values) / n, median(all_values)
-    squares = math.fsum((value - mean) ** 2 for value in all_values)
+    middle = median(all_values)
     distances = [abs(value - middle) for value in all_values]
     allowed = max(FAR_DEVIATIONS * median(distances), FAR_SHARE * abs(middle))
     return {
-        "mean": mean,
-        "std": math.sqrt(squares / (n - 1)) if n > 1 else None,
+        "mean": fmean(all_values),
+        "std": stdev(all_values) if n > 1 else None,
         "n": n,
         "median": middle,
         "range": [min(all_values), max(all_values)],

@@ -58,7 +58,9 @@ def markdown(found: Results) -> str:
     columns += ["median, range, far", "ours: minus baseline", "interval", "p (n)"]
     for group in dict.fromkeys(group for row in found["rows"] for group in row["groups"]):
         cells = [_cells(row, metric, form) for row in found["rows"] if group in row["groups"]]
-        lines += ["", f"## {group[0].upper()}{group[1:]}", "", *markdown_table(columns, cells, numbers=True)]
+        used = [i for i in range(len(columns)) if any(row[i] for row in cells)]  # the paper may print nothing
+        headings, *cells = ([row[i] for i in used] for row in (columns, *cells))
+        lines += ["", f"## {group[0].upper()}{group[1:]}", "", *markdown_table(headings, cells, numbers=True)]
     lines += [*_other_metrics(found), *_speeds(found), *_equal_time(found), "", *_decisions(found)]
     if power := found["power"]:
         seeds = (f"a difference of {d} needs {n or 'more than 10,000'} seeds" for d, n in power["seeds_needed"].items())
@@ -101,10 +103,11 @@ def _numbers(between: str, form: str, *values: float | None) -> str:
 
 
 def _other_metrics(found: Results) -> list[str]:
-    """Return a table of the metrics that do not decide, the paper's value and ours in each cell."""
+    """Return a table of the metrics that do not decide: in each cell the paper's value, if it prints any, and ours."""
     names = list(found["metrics"])[1:]
     if not names:
         return []
+    printed = {name for row in found["rows"] for name in row["paper"]}
 
     def cell(row: Results, name: str) -> str:
         ours, paper = row["others"][name]["ours"], _numbers("", "{:g}", row["paper"].get(name))
@@ -112,7 +115,7 @@ def _other_metrics(found: Results) -> list[str]:
             own = f"{ours['mean']:.2f} [{_numbers(', ', '{:.2f}', *spread)}]"
         else:
             own = "-" if ours["mean"] is None else _spread(ours, form_of(found["metrics"][name]["unit"]))
-        return f"paper {paper or '-'}; ours {own}"
+        return f"paper {paper or '-'}; ours {own}" if name in printed else own
 
     columns = ["row", *(f"{name}, {found['metrics'][name]['unit']}" for name in names)]
     cells = [[row["name"], *(cell(row, name) for name in names)] for row in found["rows"]]
@@ -129,12 +132,16 @@ def _speeds(found: Results) -> list[str]:
     for share, speed in found["speeds"].items():
         lines += [
             "",
-            f"Speed-ups at a share of {share} ({speed['comm_share']:.2f} as measured): one pair of blocks over "
+            f"Speed-ups at a share of {share} ({speed['comm_share']:.2f} as measured): {_blocks(speed)} over "
             f"sequential top-2, {speed['compute']} compute, {speed['ranks']} ranks, {speed['links']} links, medians of "
             f"{speed['rounds']} rounds, [quartiles]; with all communication hidden {speed['limit_train']:.2f} in "
             f"training and {speed['limit_forward']:.2f} in inference.",
         ]
     return lines
+
+
+def _blocks(speed: Results) -> str:
+    return "two blocks with an MoE each" if speed.get("every", 2) == 1 else "one pair of blocks"
 
 
 def _equal_time(found: Results) -> list[str]:

@@ -14,7 +14,6 @@ digest of the run's config: a run of equal digest need not be made again, whethe
 """
 
 import json
-import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import load, to_yaml
 from scmoe.experiments.dryrun.estimated import estimate
+from scmoe.experiments.studies.checks import is_number
 from scmoe.experiments.studies.jobs import Job, State, digest_of
 from scmoe.experiments.studies.table.table_file import Row, Scale, Table
 from scmoe.parallel.checkpoint.loading import read_meta
@@ -164,9 +164,7 @@ def look_up(tree: Any, dotted: str) -> float | None:
     if not isinstance(tree, dict):
         return None
     if dotted in tree:
-        found = tree[dotted]
-        is_number = isinstance(found, (int, float)) and not isinstance(found, bool)
-        return float(found) if is_number and math.isfinite(found) else None
+        return float(tree[dotted]) if is_number(tree[dotted]) else None
     below = (look_up(tree[key], dotted[len(key) + 1 :]) for key in tree if dotted.startswith(f"{key}."))
     return next((found for found in below if found is not None), None)
 

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from scmoe.files.replacing import replacing
-from scmoe.files.tensors import bytes_of, places_of, write_in_turn
+from scmoe.files.writing import bytes_of, places_of, replacing, write_in_turn
 from scmoe.moe.experts import Experts
 
 FORMAT = "scmoe-experts-1"

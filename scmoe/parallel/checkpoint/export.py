@@ -9,11 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from scmoe.files.replacing import replacing
-from scmoe.files.tensors import write_in_turn
+from scmoe.files.writing import replacing, write_in_turn
 from scmoe.moe.experts import Experts
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.loading import check_same_model, read_named, tensors_of
+from scmoe.parallel.checkpoint.loading import NETWORK, check_same_model, network_in, read_named
 from scmoe.parallel.dense import put
 
 FORMAT_VERSION = "2"
@@ -21,28 +20,19 @@ EXPORT = ".safetensors"  # how the name of an exported file ends
 
 
 def consolidate(
-    checkpoint: Path,
-    out: Path,
-    model: nn.Module,
-    settings: Mapping[str, Any],
-    prefix: str = "model.",
-    tokenizer: str | None = None,
+    checkpoint: Path, out: Path, model: nn.Module, settings: Mapping[str, Any], tokenizer: str | None = None
 ) -> None:
     """Write the weights of a checkpoint to one safetensors file, experts by global id; the file is complete or absent.
     Memory holds one weight at a time.
 
     model: whole, on any device. settings: of the model, for the file's header, because names and shapes do not
-    determine it. prefix: the model's name in the LightningModule, with its dot; it is removed. tokenizer: its digest,
-    for the header. ValueError: a broken checkpoint, or another model's.
+    determine it. tokenizer: its digest, for the header. ValueError: a broken checkpoint, or another model's.
     """
-    step = durable.verify(checkpoint)
-    start = f"model.{prefix}"
-    weights = {name.removeprefix(start): t for name, t in tensors_of(checkpoint).items() if name.startswith(start)}
-    check_same_model(checkpoint, dict(model.named_parameters()), {name: tuple(t.shape) for name, t in weights.items()})
-    header = {"format": "pt", "format_version": FORMAT_VERSION, "step": str(step), "settings": json.dumps(settings)}
+    weights, step = network_in(checkpoint, model), str(durable.read_manifest(checkpoint)["step"])
+    header = {"format": "pt", "format_version": FORMAT_VERSION, "step": step, "settings": json.dumps(settings)}
     header |= {"checkpoint": checkpoint.name} | ({} if tokenizer is None else {"tokenizer": tokenizer})
     with replacing(out) as partial:
-        write_in_turn(weights, lambda name: read_named(checkpoint, [start + name])[start + name], partial, header)
+        write_in_turn(weights, lambda name: read_named(checkpoint, [NETWORK + name])[NETWORK + name], partial, header)
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.state import META, as_dtensor, from_json, model_state, rng_states
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
+NETWORK = "model.model."  # what the names of the network's weights begin with: the LightningModule's, and its `model`
+
 
 def read_whole(path: Path, start: str = "") -> dict[str, Tensor]:
     """Return the tensors whose names begin with `start`, with the experts of all ranks, on the CPU of one process."""
@@ -75,9 +77,9 @@ def load_checkpoint(
     """
     context.together(lambda: durable.verify(path, slice(context.rank, None, context.world_size)))
     meta = WithoutTensors(read_meta(path))
-    stored = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    stored: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     wanted: dict[str, Tensor] = {f"model.{name}": t for name, t in model_state(module, context).items()}
-    there = _stored_shapes(stored)
+    there = {name: tuple(entry.size) for name, entry in stored.items() if name.startswith("model.")}
     if not strict:
         wanted = {name: t for name, t in wanted.items() if name in there}
         there = {name: there[name] for name in wanted}
@@ -124,36 +126,34 @@ def check_same_groups(path: Path, here: Sequence[Any], there: Sequence[Any]) -> 
             )
 
 
+def network_in(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Return the network's weights by their names in the model, on the meta device: nothing is read. ValueError: a
+    broken checkpoint, or another model's. model: may be on the meta device."""
+    durable.verify(path)
+    weights = {name.removeprefix(NETWORK): t for name, t in tensors_of(path).items() if name.startswith(NETWORK)}
+    check_same_model(path, dict(model.named_parameters()), {name: tuple(t.shape) for name, t in weights.items()})
+    return weights
+
+
 @torch.no_grad()
-def load_model(path: Path, model: nn.Module, prefix: str = "") -> None:
-    """Read only the weights, into a whole model in one process.
-
-    prefix: the model's name in the LightningModule, with its dot. ValueError: broken, or another model's checkpoint.
-    """
-    reader = _of_model(path, model, prefix)
-    _fill({f"model.{prefix}{name}": p.detach() for name, p in model.named_parameters()}, reader)
+def load_model(path: Path, model: nn.Module) -> None:
+    """Read only the weights, into a whole model in one process. ValueError: as `network_in`."""
+    network_in(path, model)
+    weights = {NETWORK + name: p.detach() for name, p in model.named_parameters()}
+    _fill(weights, HuggingFaceStorageReader(str(path)))
 
 
-def weights_by_name(path: Path, model: nn.Module, prefix: str = "") -> Callable[[str], Tensor]:
-    """Return a function that reads one parameter by its name in the model, which may be on the meta device. Arguments
-    and errors are those of `load_model`."""
-    reader, own = _of_model(path, model, prefix), dict(model.named_parameters())
+def weights_by_name(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
+    """Return a function that reads one parameter by its name in the model. ValueError: as `network_in`."""
+    network_in(path, model)
+    reader, own = HuggingFaceStorageReader(str(path)), dict(model.named_parameters())
 
     def read(name: str) -> Tensor:
         value = torch.empty_like(own[name], device="cpu", requires_grad=False)
-        _fill({f"model.{prefix}{name}": value}, reader)
+        _fill({NETWORK + name: value}, reader)
         return value
 
     return read
-
-
-def _of_model(path: Path, model: nn.Module, prefix: str) -> HuggingFaceStorageReader:
-    """Return the reader of a checkpoint that is whole and of this model."""
-    own = {f"model.{prefix}{name}": p for name, p in model.named_parameters()}
-    durable.verify(path)
-    reader = HuggingFaceStorageReader(str(path))
-    check_same_model(path, own, _stored_shapes(reader.read_metadata().state_dict_metadata))
-    return reader
 
 
 def _allocate_state(
@@ -176,10 +176,6 @@ def _allocate_state(
             optimizer.state[p][key.removeprefix(start)] = value
             wanted[key] = as_dtensor(value, context) if like and p in shards else value
     return wanted
-
-
-def _stored_shapes(stored: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(entry.size) for name, entry in stored.items() if name.startswith("model.")}
 
 
 def check_same_model(path: Path, own: Mapping[str, Tensor], there: Mapping[str, tuple[int, ...]]) -> None:

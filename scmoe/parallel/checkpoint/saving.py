@@ -11,8 +11,6 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -20,7 +18,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.optim import Optimizer
 
-from scmoe.files.replacing import sync, write_durably
+from scmoe.files.writing import write_durably, write_in_turn
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_checkpoint, read_whole
 from scmoe.parallel.checkpoint.state import FULL, META, set_rng_states, split, to_text
@@ -43,16 +41,18 @@ class Saving:
         self.partial = durable.partial_path(path, token[0])
         self.meta = ""
         with self._all_or_nothing():
-            with context.same_error_on_all_ranks():
-                if context.rank == 0:
-                    self.meta = to_text(meta)
-                    durable.make_folder(path.parent)
-                    durable.sweep(path.parent, path.name)
-                    self.partial.mkdir()
+            context.together(lambda: self._begin(meta) if context.rank == 0 else None)
             self.writer = _ShardWriter(self.partial)
             save = dcp.async_save if background else dcp.save
             writing = save(tensors, storage_writer=self.writer, process_group=context.checkpoint_group)
         self.writing: Any = writing if background else None
+
+    def _begin(self, meta: dict[str, Any]) -> None:
+        """Make the folder that is written into, on rank 0."""
+        self.meta = to_text(meta)
+        durable.make_folder(self.path.parent)
+        durable.sweep(self.path.parent, self.path.name)
+        self.partial.mkdir()
 
     def is_written(self) -> bool:
         """Return whether this rank has written its part, so that `finish` does not wait for it."""
@@ -178,18 +178,9 @@ class _ShardWriter(HuggingFaceStorageWriter):
         return written
 
 
-def write_whole(tensors: dict[str, Tensor], path: Path, header: dict[str, str] | None = None) -> None:
-    """Write one durable file. OSError: for example, the disk is full."""
-    try:
-        save_file(tensors, path, metadata=header)
-    except SafetensorError as error:
-        raise OSError(f"{path} could not be written: {error}") from error
-    sync(path)
-
-
 def _merge(folder: Path) -> None:
     """Merge the shards into one file. DCP's own `enable_consolidation` accepts no integers, such as random states."""
-    shards = list(folder.glob("*.safetensors"))
-    write_whole(read_whole(folder), folder / FULL)
+    shards, tensors = list(folder.glob("*.safetensors")), read_whole(folder)
+    write_in_turn(tensors, tensors.__getitem__, folder / FULL)
     for shard in shards:
         shard.unlink()

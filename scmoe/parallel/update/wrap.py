@@ -3,12 +3,16 @@
     replicated dense weights   DDP averages their gradients, ExpertGradientReducer those of the experts; paced on CPUs
     split dense weights        FSDP2 gathers all weights and sums all gradients (dense.py); paced on CPUs
 
-After backward every gradient is that of the mean of the ranks' losses.
+After backward every gradient is that of the mean of the ranks' losses. Each rank's loss is a mean over its own tokens.
+The gradient of a shard of experts arrives summed over its EP group, whose tokens it has seen, because the All-to-All's
+backward adds it up. So it is divided by EP when it arrives, and averaged over EDP when backward ends: accumulating
+batches then works as it does under DDP.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +24,94 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scmoe.parallel.dense import prefetch, reshard
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
-from scmoe.parallel.torch_seam import has_gradient_hooks, hide_from_ddp, scatter_by
+from scmoe.parallel.torch_seam import call_after_backward, has_gradient_hooks, hide_from_ddp, scatter_by
 from scmoe.parallel.update.pacing import BUCKET_MB, Pacer, is_paced, pacing
-from scmoe.parallel.update.reducer import ExpertGradientReducer
 
 SUMS_OF_A_UNIT = 3  # at most: of its dense weights, of those in float32, and of its experts
+
+
+class ExpertGradientReducer:
+    """Averages expert gradients over the expert-data-parallel group, in buckets that are sent while backward runs.
+
+    Buckets fill in reverse order of registration, which is roughly the order of backward. They are sent strictly in
+    order, so that all ranks send them in the same order. While not `enabled`, gradients accumulate on this rank only.
+    A frozen shard is in no bucket; it may be frozen or unfrozen between steps, on all ranks together.
+
+    pacer: sums over that group when rows leave its link free; None: full buckets are sent at once.
+    """
+
+    def __init__(self, shards: Sequence[nn.Parameter], context: ParallelContext, pacer: Pacer | None = None) -> None:
+        self.context, self.enabled = context, True
+        at_once: Callable[[Tensor], Any] = partial(dist.all_reduce, group=context.edp_group, async_op=True)
+        self.start = pacer.start if pacer else at_once
+        self.bucket_bytes = int((BUCKET_MB if pacer else 25.0) * 2**20)  # as DDP's
+        self.shards = [*reversed(shards)]
+        self.hooks: list[Any] = []
+        for p in self.shards:
+            trained = p.requires_grad
+            p.requires_grad_()  # else torch accepts no hooks
+            self.hooks.append(p.register_post_accumulate_grad_hook(self._ready))
+            if context.ep_size > 1:
+                self.hooks.append(p.register_hook(self._scale))
+            p.requires_grad_(trained)
+        self.listening = False
+
+    def _listen(self) -> None:
+        """Begin a backward pass."""
+        self.listening = True
+        self.buckets = list(_buckets([p for p in self.shards if p.requires_grad], self.bucket_bytes))
+        self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
+        self.missing = [len(bucket) for bucket in self.buckets]
+        self.in_flight: list[tuple[Any, Tensor, list[Tensor]]] = []
+        call_after_backward(self._finish)
+
+    def _scale(self, grad: Tensor) -> Tensor:
+        return grad / self.context.ep_size
+
+    def _ready(self, p: nn.Parameter) -> None:
+        if not self.enabled or self.context.edp_size == 1:
+            return
+        if not self.listening:
+            self._listen()
+        self.missing[self.bucket_of[p]] -= 1
+        while len(self.in_flight) < len(self.buckets) and self.missing[len(self.in_flight)] == 0:
+            self._launch(len(self.in_flight))
+
+    def _launch(self, i: int) -> None:
+        grads = []
+        for p in self.buckets[i]:
+            if p.grad is None:  # it took no part in this loss, but the mean over the group needs every rank
+                p.grad = torch.zeros_like(p)
+            grads.append(p.grad)
+        flat = torch.cat([g.flatten() for g in grads])
+        self.in_flight.append((self.start(flat), flat, grads))
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        while len(self.in_flight) < len(self.buckets):
+            self._launch(len(self.in_flight))
+        for work, flat, grads in self.in_flight:
+            work.wait()
+            flat /= self.context.edp_size
+            for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                g.copy_(mean.view_as(g))
+        self.listening = False
+
+    def remove(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _buckets(parameters: Sequence[nn.Parameter], max_bytes: int) -> Iterator[list[nn.Parameter]]:
+    """Yield consecutive parameters of one dtype, at most max_bytes in total, or a single larger one."""
+    bucket: list[nn.Parameter] = []
+    for p in parameters:
+        if bucket and (p.dtype != bucket[0].dtype or sum(q.nbytes for q in bucket) + p.nbytes > max_bytes):
+            yield bucket
+            bucket = []
+        bucket.append(p)
+    if bucket:
+        yield bucket
 
 
 class PacedScatter:
@@ -77,19 +164,13 @@ class PacedScatter:
 
 
 class Wrapped:
-    """A wrapped model: call `module` instead of the model, and `backward` instead of the loss's own. `close` ends it.
+    """A wrapped model: call `module` in place of the model, and `backward` in place of the loss's. `close` ends it."""
 
-    reducer: that of the experts; None where weights are split. scatters: sums of split weights, where they are paced.
-    """
+    reducer: ExpertGradientReducer | None = None  # of the experts; None where weights are split
+    scatters: PacedScatter | None = None  # sums of split weights, where they are paced
 
-    def __init__(
-        self,
-        module: nn.Module,
-        world_size: int,
-        reducer: ExpertGradientReducer | None = None,
-        scatters: PacedScatter | None = None,
-    ) -> None:
-        self.module, self.world_size, self.reducer, self.scatters = module, world_size, reducer, scatters
+    def __init__(self, module: nn.Module, world_size: int) -> None:
+        self.module, self.world_size = module, world_size
         self.at_close = ExitStack()
 
     def own_part(self, loss: Tensor) -> Tensor:

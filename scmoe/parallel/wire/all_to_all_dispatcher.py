@@ -32,8 +32,9 @@ class AllToAllDispatcher:
     buffered: rows are in buffers (moe/layout.py): all ranks send equally many, empty ones included.
     ceiling: rows that a rank may receive, over its fair share; None: any number.
     exchange: how rows travel; None: by All-to-All over the group.
-    recorder: notes the times of transfers that run in parallel; None: they are not noted.
     """
+
+    recorder: Recorder | None = None  # notes the times of transfers that run in parallel
 
     def __init__(
         self,
@@ -41,11 +42,10 @@ class AllToAllDispatcher:
         num_experts: int,
         ceiling: float | None = None,
         exchange: Exchange | None = None,
-        recorder: Recorder | None = None,
         counts_group: Any = None,
         buffered: bool = False,
     ) -> None:
-        self.group, self.num_experts, self.ceiling, self.recorder = group, num_experts, ceiling, recorder
+        self.group, self.num_experts, self.ceiling = group, num_experts, ceiling
         self.counts_group, self.buffered = counts_group or group, buffered
         self.exchange = exchange or all_to_all(group)
         self.ep_size = dist.get_world_size(group)

@@ -155,17 +155,7 @@ class OverNccl:
         met.record_stream(self.first)  # the memory of these is another stream's; the caller keeps target and rows
         for buffer in (regrouped, arrived):
             buffer.record_stream(self.second)
-        return OnEvent(self.second.record_event())
-
-
-@dataclass(frozen=True)
-class OnEvent:
-    """The work queued on a stream before an event. `wait` makes the current stream wait, not the host."""
-
-    event: Any
-
-    def wait(self) -> None:
-        self.event.wait()
+        return self.second.record_event()  # `wait` makes the current stream wait, not the host
 
 
 ROUNDS = 5  # after a first one, which may have to connect the ranks

@@ -1,12 +1,20 @@
-"""Builds the blocks of a configuration: an architecture wires the parts of any model family.
+"""Builds the blocks of a configuration, and their routers: an architecture wires the parts of any model family.
 
-An architecture is a function (config, context, parts of each layer) -> blocks, registered by its name.
+An architecture is a function (config, context, parts of each layer) -> blocks, registered by its name. A router is a
+function (config) -> Scoring:
+
+    softmax     the paper's: softmax, weights as moe.renormalise says; no selection bias unless moe.bias_rate gives one
+    deepseek    DeepSeek-V3 and Instella-MoE: sigmoid, kept weights normalised, bias by sign, loss per sequence
+    longcat     LongCat-Flash: softmax over experts and zero experts, raw weights, bias in proportion
+
+Left out: DeepSeek-V3's groups of experts, of which a token keeps some. Instella has one group, LongCat-Flash none.
 """
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, update_wrapper
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,16 +27,18 @@ from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import DenseBlock, SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual, Rotary
 from scmoe.config.fields import Config
-from scmoe.config.registry import ARCHITECTURES
+from scmoe.config.leaves import ConfigError, show
+from scmoe.config.registry import ARCHITECTURES, ROUTERS
 from scmoe.config.rules import ACTIVATIONS, SHORTCUTS, resolve_ep_size, taps
 from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.dispatcher import Narrowed
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, rows_of
+from scmoe.moe.router import Router, round_robin
+from scmoe.moe.scores import Scoring, by_sign, in_proportion
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.schedule.schedule import Schedule
-from scmoe.training.assembly.routers import build_router
 
 
 @dataclass(frozen=True)
@@ -36,18 +46,18 @@ class Parts:
     """What the blocks of a family are made of, at one width."""
 
     dim: int
-    ffn_dim: int  # of a routed expert
     norm: Callable[[], nn.Module]
     mlp: Callable[..., nn.Module]  # of Block-MLP and of the shared expert; ffn_dim: another width
     attention: Callable[[], nn.Module]
     after: Callable[[], nn.Module]  # applied to a sub-layer's output before it is added: dropout
-    activation: str = "gelu"  # of the routed experts
+    experts: Callable[[int, range], Any]  # of the number of all routed experts, and of the ids that this rank holds
+    sublayer: Callable[[nn.Module, nn.Module, nn.Module], Any] = Residual  # of a norm, an operator, and `after`
 
-    def attention_sublayer(self) -> Residual:
-        return Residual(self.norm(), self.attention(), self.after())
+    def attention_sublayer(self) -> Any:
+        return self.sublayer(self.norm(), self.attention(), self.after())
 
-    def mlp_sublayer(self, *ffn_dim: int) -> Residual:
-        return Residual(self.norm(), self.mlp(*ffn_dim), self.after())
+    def mlp_sublayer(self, *ffn_dim: int) -> Any:
+        return self.sublayer(self.norm(), self.mlp(*ffn_dim), self.after())
 
     def dense_block(self, *ffn_dim: int) -> DenseBlock:
         """ffn_dim: of its MLP, where it is another one than that of the other MLPs."""
@@ -77,12 +87,11 @@ def decoder_parts(
 
     return Parts(
         dim,
-        config.moe.ffn_dim or ffn_dim,
         norm=lambda: norm(dim),
         mlp=lambda ffn_dim=ffn_dim: MLP(dim, ffn_dim, bias=bias, activation=activation),
         attention=attention,
         after=lambda: nn.Dropout(model.dropout) if model.dropout else nn.Identity(),
-        activation=activation,
+        experts=partial(Experts, dim, config.moe.ffn_dim or ffn_dim, activation=activation),
     )
 
 
@@ -97,6 +106,7 @@ PARTS: dict[str, Callable[[Config], Parts]] = {
     "llama": llama_parts,
 }
 register_architecture = ARCHITECTURES.register
+register_router = ROUTERS.register
 
 
 def build_blocks(config: Config, context: ParallelContext) -> list[nn.Module]:
@@ -114,38 +124,6 @@ def dense(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> l
     return [layer.dense_block() for layer in parts]
 
 
-@register_architecture("top_k")
-def top_k(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    return moe_blocks(TopKBlock, config, context, parts)
-
-
-@register_architecture("shared_expert")
-def shared_expert(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    return moe_blocks(SharedExpertBlock, config, context, parts)
-
-
-@register_architecture("scmoe")
-def scmoe(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    return moe_blocks(ShortcutBlock, config, context, parts)
-
-
-@register_architecture("farskip")
-def farskip(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    return moe_blocks(FarSkipBlock, config, context, parts)
-
-
-@register_architecture("dgmoe")
-def dgmoe(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    return moe_blocks(DoubleGateBlock, config, context, parts)
-
-
-@register_architecture("dgmoe_share")
-def dgmoe_share(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    blocks = dgmoe(config, context, parts)
-    share_moe([block for block in blocks if isinstance(block, MoEBlock)])
-    return blocks
-
-
 def moe_blocks(
     block: type[MoEBlock], config: Config, context: ParallelContext, parts: Sequence[Parts]
 ) -> list[nn.Module]:
@@ -156,6 +134,17 @@ def moe_blocks(
     leading = [dense(layer, width) for layer, width in zip(parts, widths, strict=False)]
     starts = range(len(widths), len(parts), every)
     return leading + [moe_block(block, config, context, parts[i : i + every], first=i == starts[0]) for i in starts]
+
+
+for block in (TopKBlock, SharedExpertBlock, ShortcutBlock, FarSkipBlock, DoubleGateBlock):
+    register_architecture(block.architecture)(update_wrapper(partial(moe_blocks, block), moe_blocks))
+
+
+@register_architecture("dgmoe_share")
+def dgmoe_share(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    blocks = moe_blocks(DoubleGateBlock, config, context, parts)
+    share_moe([block for block in blocks if isinstance(block, MoEBlock)])
+    return blocks
 
 
 def moe_block(
@@ -196,8 +185,7 @@ def moe_block(
 
 def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoEStream:
     moe, router = config.moe, build_router(config, parts.dim)
-    local = context.local_experts(moe.num_experts)
-    experts = Experts(parts.dim, parts.ffn_dim, moe.num_experts, local, parts.activation)
+    experts = parts.experts(moe.num_experts, context.local_experts(moe.num_experts))
     ep_size = max(context.ep_size, resolve_ep_size(config))  # an estimate for many ranks is made in one process
     filled = moe.rows == "filled" or (moe.rows == "auto" and config.trainer.accelerator == "cpu")
     rows = rows_of(moe.capacity_factor, filled)
@@ -207,3 +195,40 @@ def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoES
     if config.strategy.wire_dtype is not None and context.ep_size > 1:
         dispatcher = Narrowed(dispatcher, getattr(torch, config.strategy.wire_dtype))
     return MoEStream(router, experts, dispatcher, rows, zeros_return_input=moe.zero_output == "input")
+
+
+@register_router("softmax")
+def softmax(config: Config) -> Scoring:
+    return Scoring(normalise=config.moe.renormalise, rule=None if config.moe.bias_rate is None else by_sign)
+
+
+@register_router("deepseek")
+def deepseek(config: Config) -> Scoring:
+    return Scoring(torch.sigmoid, sums_to_one=False, rule=by_sign, rate=0.002, per_sequence=True)
+
+
+@register_router("longcat")
+def longcat(config: Config) -> Scoring:
+    return Scoring(normalise=False, rule=in_proportion, rate=0.1)
+
+
+def build_router(config: Config, dim: int) -> Router:
+    """ConfigError: moe.bias_rate is set, but an extension's router has no rule."""
+    moe = config.moe
+    scoring = replace(ROUTERS[moe.router](config), scale=moe.router_scale)
+    if moe.bias_rate is not None:
+        if moe.bias_rate and scoring.rule is None:
+            name = show(moe.router)
+            raise ConfigError(f"moe.bias_rate is {moe.bias_rate}, allowed: null or 0, as moe.router={name} has no rule")
+        scoring = replace(scoring, rate=moe.bias_rate)
+    if moe.balanced_routing:  # the gate's choice is ignored, so nothing may be learned from it
+        scoring = replace(scoring, rule=None)
+    return Router(
+        dim,
+        moe.num_experts,
+        moe.top_k,
+        scoring=scoring,
+        noisy=moe.noisy,
+        deal=round_robin(moe.num_experts, moe.top_k) if moe.balanced_routing else None,
+        zero_experts=moe.zero_experts,
+    )

@@ -23,6 +23,7 @@ from scmoe.config.registry import FAMILIES, IMAGES, OPTIMIZERS, import_extension
 from scmoe.init_from.pretrained import Checkpoint, check_settings, read_export, read_hf, settings_of
 from scmoe.init_from.upcycle import fill, sources_of, with_zero_experts
 from scmoe.models.decoder import GPT, Llama
+from scmoe.moe.experts import Experts
 from scmoe.parallel.dense import materialise, put, shard
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.blocks import Parts, build_blocks, stack
@@ -129,11 +130,11 @@ def build_swin(config: Config, context: ParallelContext) -> Any:
         drop_path = model.drop_path * (sum(depths[:stage]) + i) / (sum(depths) - 1)
         return Parts(
             dim,
-            4 * dim,
             norm=nn.Identity,  # SwinV2 normalises after the sub-layer
             mlp=lambda: MLP(dim, 4 * dim),
             attention=lambda: ShiftedWindows(dim, heads, grid, model.window, shifted=i % 2 == 1),
             after=lambda: PostNorm(dim, drop_path),
+            experts=partial(Experts, dim, 4 * dim),
         )
 
     dense = replace(config, moe=replace(moe, architecture="dense"))

@@ -32,9 +32,9 @@ from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.extras import install_command
 from scmoe.moe.balance import SINGLE_STEPS, load_metrics, over_steps, step_load
 from scmoe.probes.charts import BLUE, ORANGE, SMALL, chart, title
-from scmoe.probes.gating import GatingProbe, draw_gating, gating_means, gating_metrics
+from scmoe.probes.gating import GatingProbe, draw_gating, gating_metrics, means
 from scmoe.probes.routing import Recorded, RoutingProbe, write_routing
-from scmoe.probes.similarity import SimilarityProbe, draw_similarity, similarity_mean, similarity_metrics
+from scmoe.probes.similarity import SimilarityProbe, draw_similarity, similarity_metrics
 from scmoe.training.callbacks.bookkeeping import ends_step, logs_now
 from scmoe.training.files import try_to_append, try_to_draw, try_to_write
 
@@ -210,22 +210,20 @@ Probe = GatingProbe | SimilarityProbe
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is measured. attach: makes the probe. average: turns its result, summed over ranks, into values, which
-    metrics and draw take."""
+    """What is measured. attach: makes the probe. metrics, draw: take the means of its sums over all ranks."""
 
     name: str
     attach: Callable[[Any], Probe]
-    average: Callable[[Tensor], Tensor]
     metrics: Callable[[Any], dict[str, float]]
     draw: Callable[[Any, Any, Any, Path], None]
 
 
 def gating(position: str) -> Quantity:
     """Return Fig. 9's quantity. position: of the tap."""
-    return Quantity("gating", partial(GatingProbe, position=position), gating_means, gating_metrics, draw_gating)
+    return Quantity("gating", partial(GatingProbe, position=position), gating_metrics, draw_gating)
 
 
-SIMILARITY = Quantity("similarity", SimilarityProbe, similarity_mean, similarity_metrics, draw_similarity)
+SIMILARITY = Quantity("similarity", SimilarityProbe, similarity_metrics, draw_similarity)
 
 
 class Analysis(Callback):
@@ -261,7 +259,7 @@ class Analysis(Callback):
         probe, self.probe = self.probe, None
         probe.remove()
         total = module.parallel_context.sum_over_ranks(probe.result())
-        values = self.quantity.average(total).cpu().numpy()
+        values = means(total).cpu().numpy()
         for logger in trainer.loggers:
             logger.log_metrics(self.quantity.metrics(values), self.step)
         self.labels, self.records[self.step] = probe.labels(), values

@@ -26,7 +26,7 @@ from typing import Any
 
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.files.replacing import replacing
+from scmoe.files.writing import replacing
 from scmoe.parallel.checkpoint.durable import start_of
 from scmoe.training.files import redacted, write_json
 

@@ -35,6 +35,7 @@ from scmoe.training.modules import MoEModule
 from scmoe.training.run.directory import relative
 
 SAMPLES, SAMPLE_TOKENS = 3, 40
+LOADS = ("step_load_max", "rank_load_max", "step_drop", "dead_experts")  # of the steps since the last log
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
@@ -165,7 +166,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         "world_size": trainer.world_size,
         "drop_share": metrics.get("val/drop_share"),
         "load_max_ratio": metrics.get("val/load_max"),
-        **{name: metrics.get(f"moe/{name}") for name in ("step_load_max", "rank_load_max", "step_drop", "dead_experts")},
+        **{name: metrics.get(f"moe/{name}") for name in LOADS},
         "skipped": len(data.skipped) + sum(c.total(module) for c in callbacks if isinstance(c, SkippedImages)),
         **of_images,
     }
