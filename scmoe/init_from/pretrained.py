@@ -118,6 +118,8 @@ def stored_in(paths: list[Path]) -> dict[str, Stored]:
 
 def check_settings(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
     """Raise ValueError naming all keys in which a checkpoint's settings differ. A dense one may become any MoE."""
+    if there.get("moe.zero_experts"):  # LongCat-Flash's return their input, and so did all of earlier exports
+        there = {"moe.zero_output": "input", **there}
     other = [
         f"{key} is {show(here[key]) if key in here else 'unknown'}, allowed: {show(value)}"
         for key, value in there.items()
@@ -153,7 +155,8 @@ def model_settings(config: Config) -> dict[str, Any]:
         keys += ["model.attention", *(leaf.key for leaf in leaves(config.model.latent, "model.latent."))]
     if architecture != "dense":
         keys += ["moe.after_norm", "moe.num_experts", "moe.top_k", "moe.renormalise", "moe.noisy", "moe.every"]
-        keys += ["moe.ffn_dim", "moe.router", "moe.router_scale", "moe.zero_experts", "moe.leading_dense"]
+        keys += ["moe.ffn_dim", "moe.router", "moe.router_scale", "moe.leading_dense", "moe.zero_experts"]
+        keys.append("moe.zero_output")
     own = architecture not in ARCHITECTURES.built_in  # an extension's, which may read all of these
     if architecture in SHORTCUTS or own:
         keys += ["moe.position", "moe.first_position", "moe.tap_norm"]

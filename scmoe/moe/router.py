@@ -27,7 +27,7 @@ class Router(nn.Module):
     scoring: scores, weights, selection bias. noisy: Eq. 4's noise in training.
     deal: returns the expert ids [T, K] of tokens [T, D]; the gate's choice is ignored, its weights are not. For
     measurements of speed, such as `round_robin`.
-    zero_experts: further ids, from num_experts on, whose expert returns its input (stream.py).
+    zero_experts: further ids, from num_experts on, whose expert computes nothing (stream.py).
     Raises ValueError unless top_k is in 1..num_experts.
     """
 

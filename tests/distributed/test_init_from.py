@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.runs.hf_folder import write_folder
@@ -20,7 +21,7 @@ from scmoe.training.run.resume import resumption
 from scmoe.training.run.train import train
 from tests.support.architectures import LATENT_ATTENTION, overrides
 from tests.support.exports import dense, export, write_checkpoint
-from tests.support.models import tiny_model
+from tests.support.models import tiny, tiny_model
 
 pytestmark = pytest.mark.dist
 
@@ -34,6 +35,7 @@ CASES = {
     "dense": ("llama", "moe.architecture=dense"),
     "top-2": ("llama", "moe.architecture=top_k moe.top_k=2"),
     "pos2": ("gpt", "moe.position=pos2"),
+    "retrofit": ("moe", "moe.top_k=2 moe.zero_experts=3 moe.zero_output=zero"),
     "dense gpt": ("gpt", "moe.architecture=dense"),
     "longcat": (
         "longcat",
@@ -45,7 +47,8 @@ CASES = {
 def config_of(case: str, world_size: int, folder: Path, *further: str):
     source, words = CASES[case]
     weights = f"hf:{folder}/longcat" if source == "longcat" else f"scmoe:{folder}/{source}.safetensors"
-    words += f" model.family={'gpt' if source == 'gpt' else 'llama'} trainer.devices={world_size} init_from={weights}"
+    family = "llama" if source in ("llama", "longcat") else "gpt"
+    words += f" model.family={family} trainer.devices={world_size} init_from={weights}"
     words += " model.kv_heads=1" if source == "llama" else ""
     return load(None, [*TRAINED, *words.split(), *further])
 
@@ -64,6 +67,7 @@ def first_losses(rank: int, world_size: int, folder: Path, cases: list[str]) -> 
 def folder(tmp_path) -> Path:
     for family in ("gpt", "llama"):
         export(dense(family), tmp_path / f"{family}.safetensors")
+    export(tiny("moe.num_experts=4", "moe.top_k=2"), tmp_path / "moe.safetensors")
     config = config_of("longcat", 1, tmp_path)
     write_checkpoint(tiny_model(config, torch.float32), tmp_path / "step=0.ckpt", step=0)
     assert write_folder(tmp_path / "step=0.ckpt", tmp_path / "longcat", config) == "longcat_flash"
@@ -73,8 +77,8 @@ def folder(tmp_path) -> Path:
 def test_two_ranks_start_with_the_dense_models_loss(folder):
     """Float64 sums in another order differ by about 1e-12 of a loss of about 6."""
     (one,) = run_ranks(first_losses, 1, folder, list(CASES))
-    for two in run_ranks(first_losses, 2, folder, ["top-2", "pos2", "longcat"]):
-        assert abs(two["longcat"] - one["longcat"]) < 1e-11
+    for two in run_ranks(first_losses, 2, folder, ["top-2", "pos2", "longcat", "retrofit"]):
+        assert all(abs(two[case] - one[case]) < 1e-11 for case in ("longcat", "retrofit"))
         for case, expected in (("top-2", "dense"), ("pos2", "dense gpt")):
             for losses in (one, two):
                 assert abs(losses[case] - one[expected]) < 1e-11, case
@@ -82,10 +86,13 @@ def test_two_ranks_start_with_the_dense_models_loss(folder):
 
 
 def start_and_resume(rank: int, world_size: int, folder: Path) -> tuple[int, int]:
-    config = config_of("pos2", world_size, folder, f"runs_dir={folder}/runs", "trainer.checkpoint_every=1")
+    config = config_of("retrofit", world_size, folder, f"runs_dir={folder}/runs", "trainer.checkpoint_every=1")
     first = train(config)
-    (folder / "gpt.safetensors").unlink()
+    (folder / "moe.safetensors").unlink()
     config, resumed = resumption(Path(first["run_dir"]), ["trainer.max_steps=2"])
+    assert (config.moe.zero_experts, config.moe.zero_output) == (3, "zero")
+    with pytest.raises(ConfigError, match=r"moe\.zero_output is 'input', allowed: 'zero'"):
+        resumption(Path(first["run_dir"]), ["moe.zero_output=input"])
     last = train(config, (), resumed)
     return first["steps"], last["steps"]
 

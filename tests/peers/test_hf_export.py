@@ -64,6 +64,8 @@ KINDS = {  # words: model_type
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.balanced_routing=true": "scmoe",
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 model.norm_eps=1e-6 model.rope_theta=1e6": "mixtral",
     f"{LONGCAT} moe.router=longcat moe.router_scale=6 moe.zero_experts=2 moe.ffn_dim=32": "longcat_flash",
+    # its zero experts return their input
+    f"{LONGCAT} moe.router=longcat moe.zero_experts=2 moe.zero_output=zero": "scmoe",
     f"{LONGCAT} moe.router=longcat moe.position=pos1": "scmoe",
     f"{LONGCAT} moe.router=deepseek": "scmoe",
     f"{LONGCAT} moe.router=longcat model.latent.q_rank=null": "scmoe",

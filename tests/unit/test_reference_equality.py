@@ -63,6 +63,7 @@ def oracle(config: Config, model: torch.nn.Module) -> tuple[dict, dict, referenc
         config.model.latent.scaled,
         config.model.rope_theta,
         config.model.latent.yarn_factor,
+        moe.zero_output,
     )
     answer = reference.gpt(weights, spec, *tiny_batch(config))
     values = {name: getattr(answer, name) for name in ("logits", "token_loss", "load_balance_loss", "z_loss")}
@@ -100,6 +101,8 @@ ROUTERS = {
     "longcat-dgmoe": "architecture=dgmoe router=longcat zero_experts=2",
     "softmax-with-bias-and-zero-experts": "position=pos1 top_k=2 bias_rate=0.1 zero_experts=2",
     "deepseek-with-zero-experts": "architecture=top_k every=1 top_k=2 router=deepseek zero_experts=2",
+    "retrofit": "position=pos2 top_k=3 router=deepseek router_scale=2.5 zero_experts=3 zero_output=zero",
+    "retrofit-dgmoe": "architecture=dgmoe zero_experts=2 zero_output=zero",
     "farskip-after-a-dense-block": "architecture=farskip every=1 top_k=2 leading_dense=[56] model.layers=3",
     "widths-and-leading-dense-blocks": "architecture=dgmoe_share ffn_dim=40 leading_dense=[56,8] model.layers=6",
 }
@@ -204,12 +207,12 @@ def test_a_wrong_oracle_is_detected(change, monkeypatch):
         check_against_oracle(config)
 
 
-@pytest.mark.parametrize("change", [{"router": "softmax"}, {"router_scale": 1.0}], ids=str)
+@pytest.mark.parametrize("change", [{"router": "softmax"}, {"router_scale": 1.0}, {"zero_output": "input"}], ids=str)
 def test_an_oracle_with_another_router_is_detected(change, monkeypatch):
     honest = reference.gpt
     monkeypatch.setattr(reference, "gpt", lambda w, spec, *batch: honest(w, spec._replace(**change), *batch))
     with pytest.raises(AssertionError, match="differs"):
-        check_against_oracle(config_of(ROUTERS["deepseek"], "moe.capacity_factor=null"))
+        check_against_oracle(config_of(ROUTERS["retrofit"], "moe.capacity_factor=null"))
 
 
 def test_an_oracle_without_dgmoes_rule_is_detected(monkeypatch):

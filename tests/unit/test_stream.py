@@ -13,7 +13,7 @@ from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, Capacity, Target, rows_of
 from scmoe.moe.router import Router
-from scmoe.moe.scores import Scoring
+from scmoe.moe.scores import Scoring, by_sign
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import MoEOutput
 from tests.support.models import DIM, EXPERTS, FFN, assert_close, gradients, randomise, tiny_stream
@@ -65,10 +65,10 @@ class Counting(LocalDispatcher):
         return super().dispatch(rows_RD, counts)
 
 
-def zero_stream(capacity_factor: float | None = None, weight: float = 0.0) -> MoEStream:
+def zero_stream(capacity_factor: float | None = None, weight: float = 0.0, returns_input: bool = True) -> MoEStream:
     """Returns a stream whose gate prefers zero experts with a large `weight`, whatever the token."""
     router = Router(DIM, EXPERTS, 2, scoring=Scoring(normalise=False, scale=6), zero_experts=3)
-    stream = MoEStream(router, Experts(DIM, FFN, EXPERTS), Counting(), rows_of(capacity_factor))
+    stream = MoEStream(router, Experts(DIM, FFN, EXPERTS), Counting(), rows_of(capacity_factor), returns_input)
     randomise(stream.double())
     with torch.no_grad():
         router.gate.weight[EXPERTS:, 0] += weight
@@ -96,6 +96,53 @@ def test_tokens_that_choose_only_zero_experts_send_nothing_and_come_back_scaled(
     assert stream.dispatcher.sent == 0 and output.stats.counts_E.sum() == 0
     assert_close(output.y_BSD, x * routing.topk_weights_TK.sum(-1).view(2, 12, 1))
     assert not grads["experts.w_in_eDF"].any() and grads["router.gate.weight"].any()
+
+
+def test_a_zero_expert_that_returns_0_adds_0_and_sends_nothing():
+    """A token that chooses such experts alone gets exactly 0, and the tap has no gradient through them."""
+    stream, x = zero_stream(weight=1e3, returns_input=False), tokens()
+    x[..., 0] = 1.0
+    x[1, :, 0] = -1.0  # the second sequence chooses experts alone
+    assert stream.begin(x).tap_TD is None
+    stream.dispatcher.sent = 0
+    output, grads = outcome(stream, x)
+    assert stream.dispatcher.sent == output.stats.counts_E.sum() == 24 and output.stats.num_dropped == 0
+    assert not output.y_BSD[0].any() and output.y_BSD[1].abs().amax(-1).min() > 0
+    assert not grads["x"][0].any() and grads["x"][1].any()
+    copies = zero_stream(weight=1e3)
+    copies.load_state_dict(stream.state_dict())
+    assert torch.equal(copies(x).y_BSD[1], output.y_BSD[1])
+
+
+def test_a_batch_of_zero_experts_alone_gives_zeros():
+    stream, x = zero_stream(weight=1e3, returns_input=False), tokens()
+    x[..., 0] = 1.0
+    output, grads = outcome(stream, x)
+    assert stream.dispatcher.sent == 0
+    assert all((t == 0).all() for t in (output.y_BSD, *grads.values()))
+
+
+@pytest.mark.parametrize("top_k", (1, 2))
+@pytest.mark.parametrize("returns_input", (True, False))
+def test_zero_experts_that_are_never_chosen_change_no_bit(returns_input, top_k):
+    """Sigmoid scores do not depend on each other, and -inf as a selection bias rules an expert out."""
+    scoring = Scoring(torch.sigmoid, sums_to_one=False, scale=2.5, rule=by_sign)
+    plain, further = (Router(DIM, EXPERTS, top_k, scoring=scoring, zero_experts=zero) for zero in (0, 3))
+    streams = [
+        MoEStream(router, Experts(DIM, FFN, EXPERTS), Counting(), zeros_return_input=returns_input).double()
+        for router in (plain, further)
+    ]
+    randomise(streams[0])
+    with torch.no_grad():
+        plain.gate.weight.mul_(8).round_().div_(8)  # so that products do not depend on the number of rows
+        streams[1].experts.load_state_dict(streams[0].experts.state_dict())
+        further.gate.weight[:EXPERTS], further.gate.weight[EXPERTS:] = plain.gate.weight, 2.0
+        further.bias.weight[:EXPERTS], further.bias.weight[EXPERTS:] = plain.bias.weight, -math.inf
+    (old, old_grads), (new, grads) = (outcome(stream, tokens()) for stream in streams)
+    assert torch.equal(old.y_BSD, new.y_BSD)
+    assert streams[0].dispatcher.sent == streams[1].dispatcher.sent == 24 * top_k
+    assert not grads["router.gate.weight"][EXPERTS:].any()
+    assert all(torch.equal(grads[name], g) for name, g in old_grads.items() if name.startswith("experts"))
 
 
 def test_zero_experts_take_their_share_of_a_capacity():

@@ -194,7 +194,7 @@ def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoES
     dispatcher = context.dispatcher(moe.num_experts, moe.dropless_ceiling, isinstance(rows, Buffers))
     if config.strategy.wire_dtype is not None and context.ep_size > 1:
         dispatcher = Narrowed(dispatcher, getattr(torch, config.strategy.wire_dtype))
-    return MoEStream(router, experts, dispatcher, rows)
+    return MoEStream(router, experts, dispatcher, rows, zeros_return_input=moe.zero_output == "input")
 
 
 @register_router("softmax")
