@@ -20,7 +20,7 @@ LIBRARY = {  # room: lines at most
     "scmoe/files": 90,
     "scmoe/schedule": 350,
     "scmoe/config": 1290,
-    "scmoe/moe": 1500,
+    "scmoe/moe": 1520,
     "scmoe/blocks": 790,
     "scmoe/models": 370,
     "scmoe/planning": 520,
@@ -57,7 +57,7 @@ SMALL_FILES = {
     "scmoe/blocks/farskip.py": "a wiring of its own, beside those that others import too",
     "scmoe/lightning/known_to_lightning.py": "runs while Lightning is imported",
 }
-CLOSURES = {"scmoe/moe/stream.py": 10, "scmoe/lightning/strategy.py": 30, "scmoe/training/run/train.py": 88}  # files
+CLOSURES = {"scmoe/moe/stream.py": 14, "scmoe/lightning/strategy.py": 33, "scmoe/training/run/train.py": 93}  # files
 HASATTR = 2
 ONLY_IN = {  # outer module: where it may be used
     "torch.distributed": (
