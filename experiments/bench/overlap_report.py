@@ -18,7 +18,7 @@ from scmoe.experiments.bench import uneven
 from scmoe.experiments.bench.exchange import why_no_nodes
 from scmoe.experiments.bench.loads import BALANCED, Place, imbalance, kinds_of, load_of, why_impossible
 from scmoe.experiments.bench.overlap import Measured, measure_loads, through_link, way_of
-from scmoe.experiments.bench.pairs import ROWS, TOP_K, USUAL_RATIO, Setting
+from scmoe.experiments.bench.pairs import ROWS, USUAL_RATIO, Setting
 from scmoe.experiments.bench.speed_chart import draw, ranks_of
 from scmoe.experiments.bench.stacks import config_of, rows_of_layout
 from scmoe.experiments.bench.variants import of_each_kind, windows_of
@@ -58,6 +58,8 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
         at += f"-ratio-{setting.rows_per_gradient:g}"
     if setting.every == 1:
         at += "-every-1"
+    if setting.top_k != 1:
+        at += f"-top-{setting.top_k}"
     if setting.layout is not None:
         at += f"-{setting.layout.replace(':', '-')}"
     at += kinds_of(setting.loads)
@@ -108,7 +110,7 @@ def why_no_load(setting: Setting, ranks: int) -> str | None:
     rows_of_layout(setting)
     for load in map(load_of, setting.loads):
         for block in dict.fromkeys(["top2", *map(setting.block_of, setting.rows)]):
-            place = Place(setting.num_experts, TOP_K.get(block, 1), ranks)
+            place = Place(setting.num_experts, setting.top_k_of(block), ranks)
             if refused := why_impossible(load, place, setting.sequences):
                 return refused
         if load.kind == "ragged" and setting.layout not in (None, "dropless"):
@@ -142,6 +144,7 @@ def summary(
         "compute": setting.compute,
         "level": setting.level,
         "every": setting.every,
+        "top_k": setting.top_k,
         "rounds": setting.rounds,
         "iterations": found.iterations,
         "limit_forward": limit_forward,
@@ -189,7 +192,7 @@ def summary(
 
 def made_by(setting: Setting, ranks: int, load: str, block: str) -> dict[str, float]:
     """Return how uneven a load makes the routing of a block."""
-    place = Place(setting.num_experts, TOP_K.get(block, 1), ranks)
+    place = Place(setting.num_experts, setting.top_k_of(block), ranks)
     return imbalance(load_of(load), place, setting.sequences, setting.seq_len)
 
 
@@ -259,7 +262,7 @@ def gradient_mb(found: Measured, block: str) -> float:
 
 def row_bytes(setting: Setting, ranks: int, block: str) -> float:
     """Return the bytes of rows that leave by a link in one direction of one batch: two transfers of each MoE."""
-    rows = 2 * setting.moe_blocks * TOP_K.get(block, 1) * setting.tokens * through_link(ranks, setting.nodes)
+    rows = 2 * setting.moe_blocks * setting.top_k_of(block) * setting.tokens * through_link(ranks, setting.nodes)
     return rows * setting.dim * getattr(torch, setting.dtype).itemsize
 
 

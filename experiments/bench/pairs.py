@@ -33,7 +33,7 @@ ROWS: dict[int, dict[str, tuple[str, tuple[int, ...]]]] = {  # by `every`; row: 
     },
     1: {**BASELINES, **{row + way: (block, CHUNKS[way]) for way in CHUNKS for row, block in IN_EVERY_BLOCK.items()}},
 }
-TOP_K = {"top2": 2, "top3": 3, "scmoe2": 2}  # routed experts of a token; 1 in all other blocks
+TOP_K = {"top1": 1, "top2": 2, "top3": 3, "scmoe2": 2}  # routed experts of a token; others have Setting.top_k
 TAPS = {**{position: position for position in POSITIONS}, "scmoe2": "pos2", "nvidia": "pos1", "nous": "carried"}
 WIRINGS: dict[str, tuple[str, ...]] = {  # block: what a configuration says of it (docs/shortcuts.md), but every and K
     **{name: ("moe.architecture=top_k",) for name in ("top1", "top2", "top3")},
@@ -65,6 +65,7 @@ class Setting:
     Args:
         link_mbit: rate of the links; by default it is searched for the share
         every: blocks with an MoE: every second one, or each one
+        top_k: routed experts of a token in rows whose names do not say it; the paper's have 1
         nodes: on which the ranks are; the rate is that of the nodes' network cards
         exchange: between nodes
         layout: dropless | capacity:F | buffers:C (default: capacity:1, and dropless with --load)
@@ -86,6 +87,7 @@ class Setting:
     accumulate: Annotated[int, INNER] = 1
     rows_per_gradient: Annotated[float | None, INNER] = None
     num_experts: Count = 8
+    top_k: Count = 1
     attention_ms: Positive = 45.0
     attention_to_mlp: Positive = 3.0
     shaped: Annotated[bool, INNER] = True
@@ -116,6 +118,9 @@ class Setting:
 
     def block_of(self, row: str) -> str:
         return ROWS[self.every][row][0]
+
+    def top_k_of(self, block: str) -> int:
+        return TOP_K.get(block, self.top_k)
 
 
 def tokens_for(ratio: float, setting: Setting) -> int:

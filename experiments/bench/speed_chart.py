@@ -1,5 +1,6 @@
 """Charts of speed-ups over sequential top-2: a group of bars for each architecture, the paper's values among them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,7 +61,8 @@ def name_of(row: str, every: int = 2) -> str:
 
 def paper_of(report: dict[str, Any]) -> Printed | None:
     """Return the paper's speed-ups on the machine that a report of `bench overlap` emulates: they are of pairs."""
-    return PAPERS.get(report["wanted_share"]) if report.get("every", 2) == 2 else None
+    usual = report.get("every", 2) == 2 and report.get("top_k", 1) == 1
+    return PAPERS.get(report["wanted_share"]) if usual else None
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -71,12 +73,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
         for axis, (word, groups) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
             grouped_bars(axis, groups)
             axis.set(title=word, xlabel="speed-up over\nsequential top-2")
-        what = "One pair of blocks" if report["level"] == "block" else "One iteration of two pairs"
-        if report.get("every", 2) == 1:
-            number = "Two" if report["level"] == "block" else "One iteration of four"
-            what = f"{number} blocks with an MoE each"
         share = f"{100 * report['comm_share']:.0f} % of top-2's inference is communication"
-        heading(figure, f"{what}, {conditions(report)}: {share}")
+        heading(figure, f"{blocks_of(report)}, {conditions(report)}: {share}")
         colors = {"one chunk": BLUE}
         if any(row.endswith(PIPELINED) for row in report["rows"]):
             colors["pipelined (2 or 4 chunks)"] = SKY
@@ -84,6 +82,16 @@ def draw(report: dict[str, Any], path: Path) -> None:
             colors[paper.where] = PAPER
         quartiles = f"quartiles of {report['rounds']} rounds"
         bar_legend(figure, colors, quartiles, "limit: all communication hidden", ncols=1)
+
+
+def blocks_of(report: Mapping[str, Any]) -> str:
+    """Return what a report of `bench overlap` has measured."""
+    is_iteration, top_k = report["level"] == "iteration", report.get("top_k", 1)
+    if report.get("every", 2) == 1:
+        what = "One iteration of four blocks with an MoE each" if is_iteration else "Two blocks with an MoE each"
+    else:
+        what = "One iteration of two pairs" if is_iteration else "One pair of blocks"
+    return what if top_k == 1 else f"{what}, {top_k} routed experts a token"
 
 
 def tables(report: dict[str, Any]) -> list[Report]:
@@ -101,7 +109,7 @@ def tables(report: dict[str, Any]) -> list[Report]:
         columns |= {"gradients, MB": "{gradient_mb:.0f}", "limit": "{limit_train:.2f}", "of it": "{of_limit:.3f}"}
     columns["auto / best"] = "{auto_over_best:.3f}"
     if report.get("every", 2) == 1:
-        title = f"Two blocks with an MoE each. {title}"
+        title = f"{blocks_of(report)}. {title}"
     return [Report(title.format_map(report), report["rows"], columns)]
 
 

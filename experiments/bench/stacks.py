@@ -14,7 +14,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.experiments.bench.emulated import EmulatedAttention, EmulatedExperts, EmulatedOperator
 from scmoe.experiments.bench.loads import Now, Place, deal
-from scmoe.experiments.bench.pairs import TOP_K, WIRINGS, Setting
+from scmoe.experiments.bench.pairs import WIRINGS, Setting
 from scmoe.experiments.engine.step import Step
 from scmoe.models.units import through
 from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows
@@ -45,7 +45,7 @@ def config_of(name: str, setting: Setting) -> Config:
     """Return the configuration of a row of blocks. ConfigError: they cannot have these sizes."""
     s = setting
     sizes = {"layers": s.layers, "dim": s.dim, "heads": s.heads, "ffn_dim": s.ffn_dim}
-    moe = {"every": s.every, "num_experts": s.num_experts, "top_k": TOP_K.get(name, 1)}
+    moe = {"every": s.every, "num_experts": s.num_experts, "top_k": s.top_k_of(name)}
     words = [f"model.{key}={size}" for key, size in sizes.items()] + [f"moe.{key}={n}" for key, n in moe.items()]
     return load(None, [*words, *WIRINGS[name]])
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from scmoe.experiments.bench.loads import BALANCED, Load, Place, counts_of, load_of
 from scmoe.experiments.bench.overlap import Measured, way_of
-from scmoe.experiments.bench.pairs import TOP_K, Setting
+from scmoe.experiments.bench.pairs import Setting
 from scmoe.experiments.bench.speed_chart import name_of, ranks_of
 from scmoe.experiments.bench.variants import windows_of
 from scmoe.experiments.engine.clock import middle, quartiles
@@ -39,7 +39,7 @@ def beside_balanced(
     block, own, even = setting.block_of(row), found.times[found.best[row]], found.times[control.best[row]]
     load, modelled = load_of(found.load), None
     if load.kind != "ragged" and setting.layout in (None, "dropless") and setting.nodes == 1:
-        place = Place(setting.num_experts, TOP_K.get(block, 1), ranks)
+        place = Place(setting.num_experts, setting.top_k_of(block), ranks)
         windows = windows_of(found.best[row], control.choices[row])
         computing = sum(elapsed_time(*each) - exposed_time(*each) for each in windows)
         took = [sum(window_s(*w, load, place, setting.tokens, step) for w in windows) for step in range(setting.rounds)]

@@ -192,7 +192,8 @@ def _of_testbed(report: Report) -> dict[str, Any]:
     """Return what a reader must know of a measurement of speeds."""
     names = ("comm_share", "link_mbit", "ranks", "compute", "level", "rounds", "limit_forward", "limit_train")
     links = next(iter(report["rows"].values()))["links"]
-    return {name: report[name] for name in names} | {"links": links, "every": report.get("every", 2)}
+    others = {"links": links, "every": report.get("every", 2), "top_k": report.get("top_k", 1)}
+    return {name: report[name] for name in names} | others
 
 
 def at_equal_time(table: Table, done: Sequence[Run], speeds: Mapping[float, Report]) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from scmoe.experiments.bench.speed_chart import blocks_of
 from scmoe.experiments.engine.report import markdown_table
 from scmoe.experiments.studies.jobs import clock
 from scmoe.experiments.studies.table.results import FAR_DEVIATIONS, FAR_SHARE, POWER, rank_correlation, results
@@ -141,7 +142,8 @@ def _speeds(found: Results) -> list[str]:
 
 
 def _blocks(speed: Results) -> str:
-    return "two blocks with an MoE each" if speed.get("every", 2) == 1 else "one pair of blocks"
+    what = blocks_of(speed)
+    return what[0].lower() + what[1:]
 
 
 def _equal_time(found: Results) -> list[str]:
