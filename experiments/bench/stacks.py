@@ -44,7 +44,8 @@ def make_blocks(name: str, setting: Setting, group: Any, now: Now) -> list[MoEBl
 def config_of(name: str, setting: Setting) -> Config:
     """Return the configuration of a row of blocks. ConfigError: they cannot have these sizes."""
     s = setting
-    sizes = {"layers": s.layers, "dim": s.dim, "heads": s.heads, "ffn_dim": s.ffn_dim}
+    heads = s.heads if s.compute == "real" else 1  # emulated attention has none
+    sizes = {"layers": s.layers, "dim": s.dim, "heads": heads, "ffn_dim": s.ffn_dim}
     moe = {"every": s.every, "num_experts": s.num_experts, "top_k": s.top_k_of(name)}
     words = [f"model.{key}={size}" for key, size in sizes.items()] + [f"moe.{key}={n}" for key, n in moe.items()]
     return load(None, [*words, *WIRINGS[name]])

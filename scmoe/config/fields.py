@@ -57,7 +57,7 @@ class MoEConfig:
     ffn_dim: int | None = option(None, "hidden width of a routed expert; null: model.ffn_dim", WIDTH)
     zero_experts: int = option(0, "further experts that compute nothing, for which nothing is sent", Range(0, 2**16))
     zero_output: Literal["input", "zero"] = option(
-        "input", "what zero experts return; zero: 0, as experts must that are added to a trained model (init_from)"
+        "input", "what zero experts return; zero: 0, which is required for those added to a trained model (init_from)"
     )
     leading_dense: list[int] = option([], "hidden widths of the MLPs of dense blocks before all others; []: none")
     position: Literal["pos1", "pos2", "pos3"] = option("pos2", "where ScMoE and DGMoE tap the preceding layer")

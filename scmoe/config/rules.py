@@ -181,7 +181,7 @@ def _unused(config: Config) -> Refusals:
         (moe.router in OWN_WEIGHTS, f"moe.router={moe.router} fixes it", "moe.renormalise"),
         (moe.balanced_routing, "moe.balanced_routing=true ignores the gate's choice", "moe.bias_rate"),
         (moe.balanced_routing, "moe.balanced_routing=true deals to other experts only", "moe.zero_experts"),
-        (moe.zero_experts == 0, "moe.zero_experts=0 has none", "moe.zero_output"),
+        (moe.zero_experts == 0, "there are none with moe.zero_experts=0", "moe.zero_output"),
         (moe.num_experts == 1, "the gate has no choice with moe.num_experts=1", "analysis.gating_every"),
         (moe.architecture == "dgmoe_share", "two pairs share one MoE module", "schedule.auto"),
         (config.schedule.auto, "schedule.auto=true chooses it", "schedule.slot", "schedule.inside_attention"),

@@ -1,6 +1,6 @@
 """The passes of a generation: prefill reads prompts, whole or in pieces; decode reads one token of each text.
 
-They run without gradients, and not in inference mode, in which FSDP cannot begin.
+They set no_grad and not inference mode, because FSDP cannot begin in it. A caller without FSDP may set it.
 """
 
 from collections.abc import Callable, Sequence

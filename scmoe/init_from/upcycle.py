@@ -90,8 +90,8 @@ def with_zero_experts(checkpoint: Checkpoint, zero_experts: int, output: str, se
     if not routers or checkpoint.settings.get("moe.zero_experts"):
         return checkpoint
     if output != "zero":
-        added = f"moe.zero_experts={zero_experts} that return their input would change its output"
-        raise ValueError(f"its model has no zero experts, and {added}: set moe.zero_output=zero")
+        added = f"{zero_experts} that return their input would change its output"
+        raise ValueError(f"its model has no zero experts; {added}: set moe.zero_output=zero")
 
     def read(name: str, expert: int | None) -> Tensor:
         weight = checkpoint.read(name, expert)

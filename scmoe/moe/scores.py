@@ -2,7 +2,7 @@
 
     chosen     the top k of s_i + b_i, over N experts and Z zero experts
     weights    gamma s_i, or gamma s_i / sum of the kept s: the bias chooses and never weighs
-    bias       after each update  b_i += rate s_0 rule(c_i / fair share),  for the N experts; that of zero experts stays
+    bias       after each update  b_i += rate s_0 rule(c_i / fair share),  for the N experts; zero experts' stays
 
 c_i are the copies of expert i in all batches of the step, before any is dropped; the fair share is K T / (N + Z). So N
 experts get K N / (N + Z) of a token's K copies. s_0 is the score of an expert where all logits are equal: 1 / (N + Z)

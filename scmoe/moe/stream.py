@@ -124,11 +124,13 @@ class dropless:
     """Run the model dropless inside, whatever its rows. With a capacity a token's result depends on its batch.
 
     For inference, not for training: the routers' sums are not computed, and stats are None. It holds for MoE modules in
-    blocks of users too, which know nothing of it. Generation enters one at each token, so entering it is cheap."""
+    blocks of users too, which know nothing of it. Generation enters one at each token, so entering it is cheap. It is
+    not entered inside itself, and takes the rows of when it was made."""
 
     def __init__(self, model: nn.Module) -> None:
         self.streams = [module for module in model.modules() if isinstance(module, MoEStream)]
-        self.rows = [stream.rows.dropless(stream.router.num_experts) for stream in self.streams]  # of outside, inside
+        # dropless ones; while it is entered, those of before
+        self.rows = [stream.rows.dropless(stream.router.num_experts) for stream in self.streams]
 
     def __enter__(self) -> None:
         self.swap()

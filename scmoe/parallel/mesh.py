@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -108,10 +109,23 @@ class ParallelContext:
         dist.gather_object(value, values, group=self.control_group)
         return values
 
+    @contextmanager
+    def same_error_on_all_ranks(self) -> Iterator[None]:
+        """Raise on every rank what rank 0 raises inside, so that no rank waits for one that has given up. A rank 0 that
+        is stuck inside ends the others after the timeout."""
+        failure: list[Any] = [None]
+        try:
+            yield
+        except (OSError, ValueError, TypeError) as error:
+            failure = [error]
+        dist.broadcast_object_list(failure, group=self.checkpoint_group)
+        if failure[0] is not None:
+            raise failure[0]
+
     def together(self, work: Callable[[], Any]) -> None:
-        """Do work on every rank, each its own, and raise on every rank what the first of them raises, so that no rank
-        waits for one that has given up. Ranks ask each other every second who still works, so the work may take longer
-        than a collective's timeout."""
+        """Do long work on every rank, each its own, and raise on every rank what the first of them raises.
+
+        Ranks ask each other every second who still works, so the work may take longer than a collective's timeout."""
         failures: list[Any] = [None] * self.world_size
 
         def do() -> None:
@@ -127,7 +141,9 @@ class ParallelContext:
             thread.join(timeout=1)
             done.fill_(not thread.is_alive())
             dist.all_reduce(done, dist.ReduceOp.MIN, group=self.checkpoint_group)
-        dist.all_gather_object(failures, failures[self.rank], group=self.checkpoint_group)
+        own = failures[self.rank]
+        dist.all_gather_object(failures, own, group=self.checkpoint_group)
+        failures[self.rank] = own  # with its traceback, which a copy has not
         for failure in failures:
             if failure is not None:
                 raise failure

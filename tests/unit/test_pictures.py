@@ -68,7 +68,7 @@ def test_every_report_has_a_page(monkeypatch):
     assert {each.name for each in found} == reports | names and len(found) == len(reports | names)
     assert {each.name for each in found if not len(each.said["reading"].split()) <= 80} == set()
     shown = {name for each in found for name in each.said.get("pictures", ())}
-    assert {name for name in pictures() if name.startswith((*DRAW, "figure-", "table"))} == shown
+    assert {name for name in pictures() if name.startswith((*DRAW, "figure-", "table", "balance", "family"))} == shown
 
 
 def test_a_page_has_the_numbers_of_its_json(tmp_path, monkeypatch):

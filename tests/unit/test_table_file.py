@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from scmoe.config.leaves import ConfigError
+from scmoe.config.load import load
 from scmoe.experiments.studies.table.make import plan_table
 from scmoe.experiments.studies.table.table_file import Options, load_table
 from scmoe.experiments.studies.table.table_runs import plan_runs
@@ -17,6 +19,7 @@ from scmoe.training.assembly.model import build_model, build_model_on_meta
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/experiment"
+EXPERIMENTS = sorted([*CONFIGS.glob("*.yaml"), *CONFIGS.glob("*/table.yaml")])
 TABLES = sorted(path.parent.name for path in CONFIGS.glob("*/table.yaml"))
 
 
@@ -148,3 +151,28 @@ def test_a_table_without_its_data_set_runs_at_another_scale(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)  # the paths of data sets are relative
     plan = plan_table(load_table("table1", CONFIGS), Options("small"), [f"runs_dir={tmp_path}"])
     assert (plan.scale_name, plan.folder.name) == ("digits", "table1-digits")
+
+
+def test_the_papers_averages_of_table2_are_those_of_its_tasks():
+    tasks = ("HellaSwag", "PIQA", "WinoGrande", "BoolQ", "ARC-E", "OBQA", "RACE", "MathQA")
+    six = [task for task in tasks if task not in ("HellaSwag", "RACE")]
+    for row in load_table("table2", CONFIGS).rows:
+        assert row.paper["average of eight"] == pytest.approx(sum(map(row.paper.get, tasks)) / 8, abs=0.006)
+        assert row.paper["average of six"] == pytest.approx(sum(map(row.paper.get, six)) / 6, abs=1e-4)
+
+
+def test_table3_trains_as_the_paper_does():
+    table = load_table("table3", CONFIGS)
+    small = load(table.scales["small"].config)
+    assert table.scales["small"].seeds >= 5
+    assert small.trainer.max_steps * small.data.global_batch_size * small.data.seq_len >= 4e6
+    assert (small.moe.capacity_factor, small.moe.load_balance_coef) == (2.0, 0.01)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_an_experiment_opens_with_the_papers_values_its_command_and_its_cost(path):
+    head = re.match(r"(#.*\n)+", path.read_text())
+    assert head is not None
+    found = re.findall(r"^#   (paper|command|cost)  +\S", head[0], re.MULTILINE)
+    assert found == ["paper", "command", "cost"]
+    assert re.search(r"\d\.\d|\d{2}\.\d", head[0])

@@ -304,3 +304,9 @@ def test_a_row_that_the_testbed_cannot_measure_is_refused_before_the_first_train
         plan_table(replace(TABLE3, scales={"smoke": scale}), Options(), ())
     known = [row for row in TABLE3.rows if row.speed != "scmoe_pos3"]
     assert plan_table(replace(TABLE3, rows=known, scales={"smoke": scale}), Options(), ()).runs
+
+
+def test_two_batches_cannot_run_one_table(tmp_path):
+    runs = plan(tmp_path)
+    with lock_of(runs[0].job.study), pytest.raises(ConfigError, match="another process is running this study"):
+        made(runs)

@@ -246,3 +246,15 @@ def test_no_report_is_made_over_runs_that_have_read_different_data(tmp_path, cap
     made = make_table(plan)
     assert (made.finished, made.failed, *plan.folder.glob("table.md")) == (4, 1)
     assert capsys.readouterr().err.endswith(f"; remove {plan.runs[1].job.state_file}\n")
+
+
+def test_sizes_are_compared_with_their_own_baseline(tmp_path):
+    table, runs = planned_of("table6", tmp_path, 2)
+    for run in runs:
+        large = run.config.model.dim == 16
+        run.job.state = state_of(5.0, run.digest, val_accuracy=0.6 if large else 0.5)
+    found, rows = of(table, runs)
+    assert {rows[f"ScMoE Pos-2, {size}"]["minus_baseline"]["mean"] for size in "SB"} == {0.0}
+    assert rows["ScMoE Pos-2, B"]["paper"]["difference"] == pytest.approx(80.56 - 80.48)
+    assert rows["DGMoE-Share Pos-2, S"]["paper"]["difference"] == pytest.approx(78.45 - 79.33)
+    assert found["comparisons"] == 9

@@ -1,6 +1,7 @@
 """What a sweep writes into its folder: results.csv, summary.md, chart.png and best.yaml."""
 
 import csv
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,12 +106,18 @@ def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> Non
     if (first := best(sweep, trials)) is not None and first.value is not None:
         label = f"best: trial {first.number}, {first.value:.4g}"
         dots([first], "best", label, s=190, marker="*", edgecolors="black", linewidths=0.6)
-    if failed := [x(t) for t in trials if t.state == "failed"]:
-        panel.update_datalim([(place, 0.0) for place in failed], updatey=False)
-        edge = panel.get_xaxis_transform()  # y from 0 to 1
-        cross: dict[str, Any] = {"s": 48, "marker": "x", "clip_on": False, "label": "failed"}
-        panel.scatter(failed, [0.97] * len(failed), c=COLORS["failed"], transform=edge, **cross)
     panel.margins(0.08, 0.15)
+    low, high = panel.get_xlim() if judged and numeric else (-math.inf, math.inf)
+    edge = panel.get_xaxis_transform()  # y from 0 to 1
+    for i, t in enumerate(t for t in trials if t.state == "failed"):
+        place = min(max(x(t), low), high)
+        cross: dict[str, Any] = {"s": 48, "marker": "x", "clip_on": False, "label": None if i else "failed"}
+        panel.scatter([place], [0.97], c=COLORS["failed"], transform=edge, **cross)
+        if place != x(t):  # it lies outside: its value is written, and the axis stays as wide as the others need
+            text |= {"xycoords": edge, "ha": "right", "va": "center", "color": COLORS["failed"]}
+            panel.annotate(f"{x(t):.3g} ", (place, 0.97), (-6, 0), **text)
+    if judged and numeric:
+        panel.set_xlim(low, high)
     if categories:
         letters = max(LETTERS // len(categories), 5)
         panel.set_xticks(range(len(categories)), [fill(name, letters) for name in categories])

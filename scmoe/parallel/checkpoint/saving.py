@@ -41,18 +41,16 @@ class Saving:
         self.partial = durable.partial_path(path, token[0])
         self.meta = ""
         with self._all_or_nothing():
-            context.together(lambda: self._begin(meta) if context.rank == 0 else None)
+            with context.same_error_on_all_ranks():
+                if context.rank == 0:
+                    self.meta = to_text(meta)
+                    durable.make_folder(path.parent)
+                    durable.sweep(path.parent, path.name)
+                    self.partial.mkdir()
             self.writer = _ShardWriter(self.partial)
             save = dcp.async_save if background else dcp.save
             writing = save(tensors, storage_writer=self.writer, process_group=context.checkpoint_group)
         self.writing: Any = writing if background else None
-
-    def _begin(self, meta: dict[str, Any]) -> None:
-        """Make the folder that is written into, on rank 0."""
-        self.meta = to_text(meta)
-        durable.make_folder(self.path.parent)
-        durable.sweep(self.path.parent, self.path.name)
-        self.partial.mkdir()
 
     def is_written(self) -> bool:
         """Return whether this rank has written its part, so that `finish` does not wait for it."""

@@ -133,7 +133,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
     What only a validation finds is None in a run without one (trainer.limit_val_batches=0). The bits of the unigram are
     those of the whole split: None where a validation reads a part of it.
     """
-    steps, of_training = trainer.global_step, dict(trainer.callback_metrics)  # a validation of its own removes these
+    steps, of_training = trainer.global_step, dict(trainer.callback_metrics)  # the validation below removes these
     if module.validated_step != steps and trainer.limit_val_batches != 0:
         count_steps_from(trainer, steps - 1)  # the row is that of the last step, which is counted from 0
         trainer.validate(module, data, verbose=False)
