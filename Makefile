@@ -116,7 +116,7 @@ REPORTS := $(addprefix $(KEPT)/, $(addsuffix .json, \
   overlap-real-block-2-ranks-share-0.52 overlap-real-block-2-ranks-share-0.15 overlap-real-iteration-2-ranks-share-0.52 \
   overlap-real-iteration-2-ranks-share-0.52-ratio-0.3 \
   overlap-emulated-iteration-2-ranks-share-0.52 overlap-emulated-iteration-4-ranks-share-0.52 \
-  overlap-emulated-block-2-ranks-share-0.52 overlap-emulated-block-2-ranks-share-0.52-every-1 \
+  overlap-emulated-block-2-ranks-share-0.52 overlap-emulated-block-2-ranks-share-0.52-every-1-top-2 \
   overlap-emulated-block-2-ranks-share-0.35 overlap-emulated-block-4-ranks-share-0.35 \
   growth routing inference-2-ranks-share-0.52 inference-2-ranks-share-0.15 \
   $(addprefix uneven-, emulated-block-2-ranks-share-0.52-hot_rank emulated-block-4-ranks-share-0.49-hot_rank \
@@ -141,8 +141,8 @@ $(KEPT)/overlap-emulated-iteration-4-ranks-share-0.52.json:  # 16 min
 	@$(KEEP) overlap --out $(KEPT) $(SLEEPING) --attention-ms 90 --ranks 4
 $(KEPT)/overlap-emulated-block-2-ranks-share-0.52.json:  # 9 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.52
-EVERY_1 := --every 1 --rows top2 shared_expert scmoe_pos1 scmoe_pos2 farskip
-$(KEPT)/overlap-emulated-block-2-ranks-share-0.52-every-1.json:  # 7 min
+EVERY_1 := --every 1 --top-k 2 --rows top2 shared_expert scmoe_pos1 scmoe_pos2 farskip
+$(KEPT)/overlap-emulated-block-2-ranks-share-0.52-every-1-top-2.json:  # 7 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.52 $(EVERY_1)
 $(KEPT)/overlap-emulated-block-2-ranks-share-0.35.json:  # 11 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.35 --attention-ms 60

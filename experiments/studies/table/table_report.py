@@ -167,7 +167,7 @@ def _equal_time(found: Results) -> list[str]:
         "## Quality at equal time",
         "",
         "Validation loss of each row at the time at which the fastest row ends. Times are by the measured speed-ups of "
-        "one pair of blocks in training, without the sum of the gradients and the optimizer; p takes them as exact. A "
+        "the measured blocks in training, without the sum of the gradients and the optimizer; p takes them as exact. A "
         "slower row is read off its own curve at the step that it has reached by then, before its learning rate has "
         "come down to its end. In brackets: that step; then the difference to the baseline at the same time and its "
         "corrected p.",
