@@ -302,7 +302,7 @@ def draw_equal_time(found: Results, path: Path) -> None:
                 minus = column["rows"][name]["minus_baseline"]
                 if minus["mean"] is not None:
                     _draw_mean(axis, minus, place + shift, COLORS[i], label)
-        below = "validation loss minus the baseline's at the same time\nmean and interval; left is better"
+        below = "validation loss minus the\nbaseline's at the same time:\nmean and interval; left is better"
         _explain(figure, [axis], names, below, 1)
         left_out = [f"without a measured speed: {in_paper(name)}" for name in without_speed(found)]
         heading(figure, "\n".join([f"Quality at equal time, {found['scale']}", found["title"], *left_out]))
@@ -340,7 +340,7 @@ def _explain(figure: Any, panels: Sequence[Axes], names: list[str], below: str, 
 
 def in_paper(name: str) -> str:
     """Return a row's name as the paper writes it."""
-    name = re.sub(r"\b(Pos-\d)(?! in)", r"(\1)", name, count=1)
+    name = re.sub(r"(?<=\w )(Pos-\d)(?! in)", r"(\1)", name, count=1)
     return re.sub(r"^top-", "Standard top-", name).replace("shared-expert", "Shared-expert")
 
 
