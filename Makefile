@@ -148,7 +148,7 @@ $(KEPT)/overlap-emulated-block-2-ranks-share-0.35.json:  # 11 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.35 --attention-ms 60
 $(KEPT)/overlap-emulated-block-4-ranks-share-0.35.json:  # 8 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.35 --ranks 4 --attention-ms 60 --rounds 5
-$(KEPT)/routing.json:  # 25 min, seven trainings
+$(KEPT)/routing.json:  # 35 min, ten trainings
 	@$(KEEP) routing --out $(KEPT)
 $(KEPT)/growth.json:  # 23 min
 	@$(KEEP) growth --out $(KEPT)
