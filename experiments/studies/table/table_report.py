@@ -59,7 +59,7 @@ def markdown(found: Results) -> str:
     columns += ["median, range, far", "ours: minus baseline", "interval", "p (n)"]
     for group in dict.fromkeys(group for row in found["rows"] for group in row["groups"]):
         cells = [_cells(row, metric, form) for row in found["rows"] if group in row["groups"]]
-        used = [i for i in range(len(columns)) if any(row[i] for row in cells)]  # the paper may print nothing
+        used = [i for i, name in enumerate(columns) if "paper" not in name or any(row[i] for row in cells)]
         headings, *cells = ([row[i] for i in used] for row in (columns, *cells))
         lines += ["", f"## {group[0].upper()}{group[1:]}", "", *markdown_table(headings, cells, numbers=True)]
     lines += [*_other_metrics(found), *_speeds(found), *_equal_time(found), "", *_decisions(found)]
