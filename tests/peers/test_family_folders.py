@@ -245,7 +245,7 @@ def test_further_modules_are_not_read(tmp_path):
         ("longcat", {"norm_topk_prob": True}, (), "norm_topk_prob is True, allowed: False"),
         ("longcat", {"head_dim": 8}, (), "head_dim is 8, allowed: 4"),
         ("longcat", {}, ("model.layers=2",), "model.layers is 2, allowed: 4"),
-        ("longcat", {}, ("moe.zero_experts=2",), "moe.zero_experts=2 that return their input would change its output"),
+        ("longcat", {}, ("moe.zero_experts=2",), "2 that return their input would change its output"),
         ("longcat, zero experts", {}, ("moe.zero_output=zero",), "moe.zero_output is 'zero', allowed: 'input'"),
         ("longcat", {}, ("moe.tap_norm=own",), "moe.tap_norm is 'own', allowed: 'shared'"),
         ("longcat", {}, ("model.norm_eps=1e-5",), "model.norm_eps is 1e-05, allowed: 0.01"),
