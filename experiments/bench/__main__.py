@@ -252,11 +252,10 @@ def inference(
     Args:
         load: uneven routing (bench/loads.py), measured beside the balanced one; each --load is one more
     """
-    given = locals()
     from scmoe.experiments.bench.inference import bench_inference
 
     links.require()
-    print(json.dumps(bench_inference(**given)))
+    print(json.dumps(bench_inference(share, prompt, batch, rounds, ranks, load, out)))
 
 
 @main.command

@@ -13,7 +13,7 @@ Left out: DeepSeek-V3's groups of experts, of which a token keeps some. Instella
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, update_wrapper
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,13 +136,34 @@ def moe_blocks(
     return leading + [moe_block(block, config, context, parts[i : i + every], first=i == starts[0]) for i in starts]
 
 
-for block in (TopKBlock, SharedExpertBlock, ShortcutBlock, FarSkipBlock, DoubleGateBlock):
-    register_architecture(block.architecture)(update_wrapper(partial(moe_blocks, block), moe_blocks))
+@register_architecture("top_k")
+def top_k(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    return moe_blocks(TopKBlock, config, context, parts)
+
+
+@register_architecture("shared_expert")
+def shared_expert(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    return moe_blocks(SharedExpertBlock, config, context, parts)
+
+
+@register_architecture("scmoe")
+def scmoe(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    return moe_blocks(ShortcutBlock, config, context, parts)
+
+
+@register_architecture("farskip")
+def farskip(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    return moe_blocks(FarSkipBlock, config, context, parts)
+
+
+@register_architecture("dgmoe")
+def dgmoe(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+    return moe_blocks(DoubleGateBlock, config, context, parts)
 
 
 @register_architecture("dgmoe_share")
 def dgmoe_share(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    blocks = moe_blocks(DoubleGateBlock, config, context, parts)
+    blocks = dgmoe(config, context, parts)
     share_moe([block for block in blocks if isinstance(block, MoEBlock)])
     return blocks
 
