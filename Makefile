@@ -114,16 +114,16 @@ KEPT := docs/figures
 KEEP := $(PY) -m experiments.bench
 REPORTS := $(addprefix $(KEPT)/, $(addsuffix .json, \
   overlap-real-block-2-ranks-share-0.52 overlap-real-block-2-ranks-share-0.15 overlap-real-iteration-2-ranks-share-0.52 \
-  overlap-real-iteration-2-ranks-share-0.52-ratio-0.3 \
+  overlap-real-iteration-2-ranks-share-0.52-ratio-1 overlap-real-iteration-2-ranks-share-0.52-ratio-0.3 \
   overlap-emulated-iteration-2-ranks-share-0.52 overlap-emulated-iteration-4-ranks-share-0.52 \
   overlap-emulated-block-2-ranks-share-0.52 overlap-emulated-block-2-ranks-share-0.52-every-1-top-2 \
   overlap-emulated-block-2-ranks-share-0.35 overlap-emulated-block-4-ranks-share-0.35 \
-  growth routing inference-2-ranks-share-0.52 inference-2-ranks-share-0.15 \
+  train-share-0.52 growth routing inference-2-ranks-share-0.52 inference-2-ranks-share-0.15 \
   $(addprefix uneven-, emulated-block-2-ranks-share-0.52-hot_rank emulated-block-4-ranks-share-0.49-hot_rank \
   emulated-iteration-2-ranks-share-0.52-hot_rank real-block-2-ranks-share-0.52-hot_rank-recorded \
   real-iteration-2-ranks-share-0.52-hot_rank inference-2-ranks-share-0.52-hot_rank)))
 
-reports: $(REPORTS)  ## measure what the docs' pictures show, 3.5 h on an idle machine; remove a report to measure it again
+reports: $(REPORTS)  ## measure what the docs' pictures show, 4 h on an idle machine; remove a report to measure it again
 $(REPORTS): | $(READY)
 $(KEPT)/overlap-real-block-2-ranks-share-0.52.json:  # 10 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.52 --compute real
@@ -132,6 +132,8 @@ $(KEPT)/overlap-real-block-2-ranks-share-0.15.json:  # 11 min
 ITERATION := --share 0.52 --compute real --level iteration --rows top2 shared_expert scmoe_pos2 scmoe_pos3
 $(KEPT)/overlap-real-iteration-2-ranks-share-0.52.json:  # 12 min
 	@$(KEEP) overlap --out $(KEPT) $(ITERATION) --rounds 15
+$(KEPT)/overlap-real-iteration-2-ranks-share-0.52-ratio-1.json:  # 4 min
+	@$(KEEP) overlap --out $(KEPT) $(ITERATION) --rows-per-gradient 1
 $(KEPT)/overlap-real-iteration-2-ranks-share-0.52-ratio-0.3.json:  # 5 min
 	@$(KEEP) overlap --out $(KEPT) $(ITERATION) --rows-per-gradient 0.3 --seq-len 64
 SLEEPING := --share 0.52 --level iteration --rows top2 shared_expert scmoe_pos2 scmoe_pos3
@@ -148,6 +150,8 @@ $(KEPT)/overlap-emulated-block-2-ranks-share-0.35.json:  # 11 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.35 --attention-ms 60
 $(KEPT)/overlap-emulated-block-4-ranks-share-0.35.json:  # 8 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.35 --ranks 4 --attention-ms 60 --rounds 5
+$(KEPT)/train-share-0.52.json:  # 30 min, 24 trainings
+	@$(KEEP) train --out $(KEPT)
 $(KEPT)/routing.json:  # 35 min, ten trainings
 	@$(KEEP) routing --out $(KEPT)
 $(KEPT)/growth.json:  # 23 min
@@ -163,8 +167,8 @@ $(KEPT)/uneven-emulated-block-4-ranks-share-0.49-hot_rank.json:  # 15 min
 	  --rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3
 $(KEPT)/uneven-emulated-iteration-2-ranks-share-0.52-hot_rank.json:  # 19 min
 	@$(KEEP) overlap --out $(KEPT) $(SLEEPING) --attention-ms 60 --load hot_rank:1.7 --rounds 7
-$(KEPT)/uneven-real-block-2-ranks-share-0.52-hot_rank-recorded.json:  # 14 min
-	@$(KEEP) overlap --out $(KEPT) --share 0.52 --compute real --load hot_rank:1.7 \
+$(KEPT)/uneven-real-block-2-ranks-share-0.52-hot_rank-recorded.json:  # 25 min
+	@$(KEEP) overlap --out $(KEPT) --share 0.52 --compute real $(UNEVEN) --load hot_rank:2 \
 	  --load recorded:$(KEPT)/routing-table3-top2.safetensors --rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3
 $(KEPT)/uneven-real-iteration-2-ranks-share-0.52-hot_rank.json:  # 20 min
 	@$(KEEP) overlap --out $(KEPT) $(ITERATION) $(UNEVEN)

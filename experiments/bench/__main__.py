@@ -193,7 +193,7 @@ def overlap(
 @main.command
 def train(
     *overrides: str,
-    config: str = "quickstart",
+    config: str = "experiment/slow_network",
     share: Share = 0.52,
     ranks: int = 2,
     rounds: Count = 3,

@@ -70,6 +70,22 @@ def test_ratios_of_a_report_are_those_of_its_times():
     assert report["fastest_forward"]["over"]["top2"] == pytest.approx(1 / 0.48)
 
 
+def test_luck_in_half_of_the_rounds_makes_no_schedule_the_best():
+    """All three take 1 s; each of the other two is 20 % faster in some rounds and slower in the others."""
+    even, block, schedule = np.array([1, 0, 1, 0, 1, 0]), "top2", default_schedule("top2")
+    trains = {"own": 1.0 + 0 * even, "early": 1.2 - 0.4 * even, "late": 0.8 + 0.4 * even}
+    variants = {name: Variant(block, schedule, name) for name in trains}
+    times = {variants[name]: seconds(1.0, 1.0)._replace(train=train) for name, train in trains.items()}
+
+    def ratio(best: str) -> float:
+        found = Measured(None, {}, {"row": variants[best]}, {"row": variants["own"]}, {}, times, {}, 6)
+        return overlap_report.auto_over_best(found._replace(finalists={"row": list(variants.values())}), "row")
+
+    assert ratio("own") < 1
+    times[variants["early"]] = seconds(1.0, 1.0)._replace(train=0.8 + 0 * even)
+    assert ratio("early") == pytest.approx(1.25), "a schedule that is faster in every round"
+
+
 def test_the_model_of_an_iteration_has_the_exposed_time_of_both_pairs():
     of_pair = report_of(0.52)["rows"]["top2"]["measured_over_model"]
     of_two = report_of(0.52, level="iteration", shaped=False)["rows"]["top2"]["measured_over_model"]
