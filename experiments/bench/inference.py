@@ -40,7 +40,7 @@ from scmoe.inference.passes import Shape
 from scmoe.inference.planned import PASSES, InferencePlan, a_pass, best_schedules, pass_seconds, plan_inference
 from scmoe.models.decoder import GPT
 from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, ReadByHost
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, ReadByHost
 from scmoe.probes.charts import BLUE, PAPER, RED, chart, heading
 from scmoe.schedule.schedule import POSITIONS, Schedule
 

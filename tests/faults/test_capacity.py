@@ -20,7 +20,7 @@ from scmoe.moe.router import Router
 from scmoe.moe.scores import THE_PAPERS
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import Routing
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from tests.support.models import assert_close, randomise
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]

@@ -21,8 +21,7 @@ from scmoe.moe.layout import rows_of
 from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.wire.all_to_all import Transfer
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Transfer
 from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import assert_close, gradients, randomise
