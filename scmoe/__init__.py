@@ -18,8 +18,7 @@ if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
     from scmoe.config.load import load as load_config
     from scmoe.inference.generate import generate, stream
     from scmoe.inference.passes import Passes
-    from scmoe.inference.sampling import Sampling
-    from scmoe.inference.stopping import Stopping
+    from scmoe.inference.sampling import Sampling, Stopping
     from scmoe.lightning.strategy import ExpertParallelStrategy
     from scmoe.parallel.mesh import ParallelContext
     from scmoe.runs.trained import load_trained as load
@@ -71,7 +70,7 @@ NAMES = {  # name: module and the name there
     "stream": ("scmoe.inference.generate", "stream"),
     "Passes": ("scmoe.inference.passes", "Passes"),
     "Sampling": ("scmoe.inference.sampling", "Sampling"),
-    "Stopping": ("scmoe.inference.stopping", "Stopping"),
+    "Stopping": ("scmoe.inference.sampling", "Stopping"),
 }
 
 

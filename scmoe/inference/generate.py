@@ -19,8 +19,7 @@ from torch import Tensor
 
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.inference.passes import ALONE, Passes, decode, read_prompts
-from scmoe.inference.sampling import Sampling, choose
-from scmoe.inference.stopping import Reason, Stopping
+from scmoe.inference.sampling import Reason, Sampling, Stopping, choose
 from scmoe.models.decoder import Decoder
 from scmoe.moe.layout import Buffers
 from scmoe.moe.stream import dropless

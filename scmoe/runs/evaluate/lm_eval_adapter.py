@@ -26,7 +26,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.datamodules.tokenizer import Tokenizer
 from scmoe.inference.generate import padded
 from scmoe.inference.passes import decode, prefill
-from scmoe.inference.stopping import Stopping
+from scmoe.inference.sampling import Stopping
 from scmoe.runs.evaluate.scoring import Scorer, batches
 from scmoe.runs.evaluate.tasks import Registered, Task
 

@@ -24,7 +24,7 @@ from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.footprint.model_cost import parts, routed_copies
 from scmoe.inference.generate import generate
-from scmoe.inference.stopping import Stopping
+from scmoe.inference.sampling import Stopping
 from scmoe.lightning.seam import count_steps_from
 from scmoe.models.decoder import Decoder
 from scmoe.moe.experts import Experts
