@@ -16,8 +16,7 @@ from scmoe.lightning.known_to_lightning import teach_lightning
 if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
     from scmoe.api import MoE, ScMoEBlock, data_parallel, load_balance_loss
     from scmoe.config.load import load as load_config
-    from scmoe.inference.generate import generate, stream
-    from scmoe.inference.passes import Passes
+    from scmoe.inference.generate import Passes, generate, stream
     from scmoe.inference.sampling import Sampling, Stopping
     from scmoe.lightning.strategy import ExpertParallelStrategy
     from scmoe.parallel.mesh import ParallelContext
@@ -68,7 +67,7 @@ NAMES = {  # name: module and the name there
     "load": ("scmoe.runs.trained", "load_trained"),
     "generate": ("scmoe.inference.generate", "generate"),
     "stream": ("scmoe.inference.generate", "stream"),
-    "Passes": ("scmoe.inference.passes", "Passes"),
+    "Passes": ("scmoe.inference.generate", "Passes"),
     "Sampling": ("scmoe.inference.sampling", "Sampling"),
     "Stopping": ("scmoe.inference.sampling", "Stopping"),
 }

@@ -36,7 +36,7 @@ from scmoe.experiments.engine.bars import Bar, bar_legend, grouped_bars, height_
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, quartiles
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.engine.report import Report, publish
-from scmoe.inference.passes import Shape
+from scmoe.inference.generate import Shape
 from scmoe.inference.planned import PASSES, InferencePlan, a_pass, best_schedules, pass_seconds, plan_inference
 from scmoe.models.decoder import GPT
 from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt

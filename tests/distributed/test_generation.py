@@ -14,8 +14,8 @@ import torch
 from scmoe.config.load import load
 from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.inference.generate import Passes
 from scmoe.inference.generate import generate as generate_here
-from scmoe.inference.passes import Passes
 from scmoe.inference.sampling import GREEDY, Stopping
 from scmoe.parallel.mesh import ParallelContext, build_context
 from scmoe.training.assembly.model import build_model
