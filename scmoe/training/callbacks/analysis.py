@@ -35,7 +35,7 @@ from scmoe.probes.charts import BLUE, ORANGE, SMALL, chart, title
 from scmoe.probes.gating import GatingProbe, draw_gating, gating_metrics, means
 from scmoe.probes.routing import Recorded, RoutingProbe, write_routing
 from scmoe.probes.similarity import SimilarityProbe, draw_similarity, similarity_metrics
-from scmoe.training.callbacks.bookkeeping import ends_step, logs_now
+from scmoe.training.callbacks.measurements import ends_step, logs_now
 from scmoe.training.files import try_to_append, try_to_draw, try_to_write
 
 CELLS = 16  # of a heat map with numbers in its cells, in a row; with more experts they would not be readable
