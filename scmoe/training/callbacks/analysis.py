@@ -32,9 +32,16 @@ from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.extras import install_command
 from scmoe.moe.balance import SINGLE_STEPS, load_metrics, over_steps, step_load
 from scmoe.probes.charts import BLUE, ORANGE, SMALL, chart, title
-from scmoe.probes.gating import GatingProbe, draw_gating, gating_metrics, means
 from scmoe.probes.routing import Recorded, RoutingProbe, write_routing
-from scmoe.probes.similarity import SimilarityProbe, draw_similarity, similarity_metrics
+from scmoe.probes.similarity import (
+    GatingProbe,
+    SimilarityProbe,
+    draw_gating,
+    draw_similarity,
+    gating_metrics,
+    means,
+    similarity_metrics,
+)
 from scmoe.training.callbacks.measurements import ends_step, logs_now
 from scmoe.training.files import try_to_append, try_to_draw, try_to_write
 
