@@ -3,7 +3,7 @@
     over balanced   time of a row at its best schedule, over its time at the balanced load and the schedule that is best
                     there, in the same round
     straggler       what of it is computation of the busiest rank: T_free(load) / T_free(balanced) - 1
-    model           T_free(balanced) and what the timeline of all ranks (schedule/play.py) adds to it, from the times
+    model           T_free(balanced) and what the timeline of all ranks (schedule/cost.py) adds to it, from the times
                     of the operators at the balanced load and the rows of each rank. There is none where rows are
                     dropped, where ranks have different numbers of tokens, or where they share a node's card
 
@@ -22,8 +22,7 @@ from scmoe.experiments.bench.variants import windows_of
 from scmoe.experiments.engine.clock import middle, quartiles
 from scmoe.experiments.engine.report import Report
 from scmoe.probes.charts import chart, heading
-from scmoe.schedule.cost import OperatorTimes, elapsed_time, exposed_time, per_chunk
-from scmoe.schedule.play import elapsed, play_ranks, shares
+from scmoe.schedule.cost import OperatorTimes, elapsed, elapsed_time, exposed_time, per_chunk, play_ranks, shares
 from scmoe.schedule.schedule import Schedule
 
 KEPT = (  # of the balanced
