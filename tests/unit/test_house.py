@@ -17,7 +17,7 @@ TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 
 # A room may import itself and what stands above it. The laboratory imports the library, never the other way.
 LIBRARY = {  # room: lines at most
-    "scmoe/files": 90,
+    "scmoe/files": 175,
     "scmoe/schedule": 350,
     "scmoe/config": 1290,
     "scmoe/moe": 1520,
@@ -66,7 +66,7 @@ ONLY_IN = {  # outer module: where it may be used
     ),
     "lightning": ("scmoe/lightning/", "scmoe/training/", "datamodules/", "experiments/"),
     "pytorch_lightning": (),  # its other name
-    "os.environ": ("scmoe/parallel/mesh.py", "scmoe/training/run/", "scmoe/training/files.py", "experiments/"),
+    "os.environ": ("scmoe/parallel/mesh.py", "scmoe/training/run/", "scmoe/files/writing.py", "experiments/"),
     "os.getenv": (),
     **{
         f"{module}.{name}": ("scmoe/", "experiments/engine/clock.py", "experiments/studies/table/results.py")

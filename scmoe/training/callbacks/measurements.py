@@ -16,10 +16,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from scmoe.config.fields import Config
 from scmoe.config.load import to_yaml
+from scmoe.files.writing import redacted, try_to_write
 from scmoe.footprint.model_cost import forward_flops, parts, peak_tflops, training_flops
 from scmoe.parallel.mesh import expert_parameters
 from scmoe.parallel.update.guard import squares
-from scmoe.training.files import redacted, try_to_write
 
 
 def ends_step(trainer: Trainer, batch_idx: int) -> bool:
