@@ -28,9 +28,8 @@ from scmoe.experiments.bench.loads import BALANCED, Now, Place, imbalance, kinds
 from scmoe.experiments.bench.overlap import find_rate, say
 from scmoe.experiments.bench.pairs import TOP_K, Setting, check_ranks, default_schedule
 from scmoe.experiments.bench.speed_chart import PAPERS, Printed, name_of
-from scmoe.experiments.bench.stacks import make_blocks
+from scmoe.experiments.bench.stacks import Variant, make_blocks
 from scmoe.experiments.bench.uneven import draw_lines
-from scmoe.experiments.bench.variants import Variant
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, quartiles

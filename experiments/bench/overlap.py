@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from scmoe.experiments.bench import emulated
 from scmoe.experiments.bench.loads import BALANCED, Now, load_of, sequences_of
 from scmoe.experiments.bench.pairs import ROWS, Setting, default_schedule
-from scmoe.experiments.bench.stacks import make_blocks, make_step, rows_of_layout
-from scmoe.experiments.bench.variants import Variant, chosen_by, of_each_kind
+from scmoe.experiments.bench.stacks import Variant, chosen_by, make_blocks, make_step, of_each_kind, rows_of_layout
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, slowest
 from scmoe.experiments.engine.profiles import peak_bytes

@@ -20,8 +20,7 @@ from scmoe.experiments.bench.loads import BALANCED, Place, imbalance, kinds_of, 
 from scmoe.experiments.bench.overlap import Measured, measure_loads, through_link, way_of
 from scmoe.experiments.bench.pairs import ROWS, USUAL_RATIO, Setting
 from scmoe.experiments.bench.speed_chart import draw, ranks_of
-from scmoe.experiments.bench.stacks import config_of, rows_of_layout
-from scmoe.experiments.bench.variants import of_each_kind, windows_of
+from scmoe.experiments.bench.stacks import config_of, of_each_kind, rows_of_layout, windows_of
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import middle, quartiles
 from scmoe.experiments.engine.ranks import run_ranks

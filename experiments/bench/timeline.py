@@ -15,7 +15,7 @@ from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench.overlap import Bench, find_rate
 from scmoe.experiments.bench.pairs import Setting
-from scmoe.experiments.bench.variants import Variant
+from scmoe.experiments.bench.stacks import Variant
 from scmoe.experiments.engine.gantt import draw
 from scmoe.experiments.engine.profiles import recorded
 from scmoe.experiments.engine.ranks import run_ranks

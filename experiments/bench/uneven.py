@@ -18,7 +18,7 @@ from scmoe.experiments.bench.loads import BALANCED, Load, Place, counts_of, load
 from scmoe.experiments.bench.overlap import Measured, way_of
 from scmoe.experiments.bench.pairs import Setting
 from scmoe.experiments.bench.speed_chart import name_of, ranks_of
-from scmoe.experiments.bench.variants import windows_of
+from scmoe.experiments.bench.stacks import windows_of
 from scmoe.experiments.engine.clock import middle, quartiles
 from scmoe.experiments.engine.report import Report
 from scmoe.probes.charts import chart, heading

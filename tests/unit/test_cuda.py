@@ -13,7 +13,7 @@ import torch.distributed as dist
 from scmoe.experiments.bench import emulated
 from scmoe.experiments.bench.overlap import Bench
 from scmoe.experiments.bench.pairs import Setting
-from scmoe.experiments.bench.variants import Variant
+from scmoe.experiments.bench.stacks import Variant
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
