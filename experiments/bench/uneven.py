@@ -101,11 +101,6 @@ def words_of(report: dict[str, Any]) -> str:
     return f"{words}. First values are forward, second ones training, of `hidden` backward:"
 
 
-def show(report: dict[str, Any]) -> None:
-    for table in tables(report):
-        table.show()
-
-
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the time of a training step over the balanced one."""
     first = report["loads"][0]
