@@ -1,8 +1,8 @@
 """Writes files that survive a crash, and files that a run can do without; and removes keys from what a run keeps.
 
-A file that must be there (`replacing`, `write_durably`) is complete and on the disk, or as it was before: for it a full
-disk is an error. Where a run can do without a file (`try_to_write`), a full disk costs this file and one warning, not
-the run (fault 32); an earlier version stays whole.
+A file that must be there (`replacing`, `write_durably`, `write_whole`) is complete and on the disk, or as it was
+before: for it a full disk is an error. Where a run can do without a file (`try_to_write`), a full disk costs this file
+and one warning, not the run (fault 32); an earlier version stays whole.
 
 Safetensors files are written one tensor after another, so that memory holds one of them. Such a file is the length of
 its index in 8 bytes, the index in JSON, padded with spaces so that the data is aligned, and the tensors' bytes without
@@ -53,6 +53,13 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_durably(path: Path, text: str) -> None:
     path.write_text(text)
     sync(path)
+
+
+def write_whole(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON that must be there; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        write_durably(partial, json.dumps(values, indent=2) + "\n")
 
 
 def sync(path: Path) -> None:

@@ -17,7 +17,7 @@ TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 
 # A room may import itself and what stands above it. The laboratory imports the library, never the other way.
 LIBRARY = {  # room: lines at most
-    "scmoe/files": 175,
+    "scmoe/files": 185,
     "scmoe/schedule": 350,
     "scmoe/config": 1290,
     "scmoe/moe": 1520,
