@@ -16,10 +16,8 @@ from scmoe.lightning.known_to_lightning import teach_lightning
 if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
     from scmoe.api import MoE, ScMoEBlock, data_parallel, load_balance_loss
     from scmoe.config.load import load as load_config
-    from scmoe.inference.generate import generate, stream
-    from scmoe.inference.passes import Passes
-    from scmoe.inference.sampling import Sampling
-    from scmoe.inference.stopping import Stopping
+    from scmoe.inference.generate import Passes, generate, stream
+    from scmoe.inference.sampling import Sampling, Stopping
     from scmoe.lightning.strategy import ExpertParallelStrategy
     from scmoe.parallel.mesh import ParallelContext
     from scmoe.runs.trained import load_trained as load
@@ -69,9 +67,9 @@ NAMES = {  # name: module and the name there
     "load": ("scmoe.runs.trained", "load_trained"),
     "generate": ("scmoe.inference.generate", "generate"),
     "stream": ("scmoe.inference.generate", "stream"),
-    "Passes": ("scmoe.inference.passes", "Passes"),
+    "Passes": ("scmoe.inference.generate", "Passes"),
     "Sampling": ("scmoe.inference.sampling", "Sampling"),
-    "Stopping": ("scmoe.inference.stopping", "Stopping"),
+    "Stopping": ("scmoe.inference.sampling", "Stopping"),
 }
 
 

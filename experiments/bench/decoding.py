@@ -26,8 +26,7 @@ from scmoe.config.load import load
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, seconds
 from scmoe.experiments.engine.report import Report
 from scmoe.inference.generate import generate, stream
-from scmoe.inference.sampling import GREEDY
-from scmoe.inference.stopping import Stopping
+from scmoe.inference.sampling import GREEDY, Stopping
 from scmoe.moe.operators import Mark, Recorder
 from scmoe.moe.stream import dropless
 from scmoe.parallel.mesh import ParallelContext

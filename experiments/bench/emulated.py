@@ -3,7 +3,7 @@
 Emulated operators sleep for a calibrated time, forward and backward, so that more ranks than cores can run in parallel
 with real transfers. Backward takes twice as long, as for products: the input's gradient, and the weight's.
 Exchanges without a network are free, or go over a GPU's bus to the host and back. Each is an Exchange for
-parallel/wire/all_to_all_dispatcher.py, so all code around it is the code that runs between ranks.
+parallel/wire/all_to_all.py, so all code around it is the code that runs between ranks.
 """
 
 import time

@@ -40,7 +40,7 @@ from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.wrap import Wrapped
 from scmoe.runs.seen import SeenRun
-from scmoe.schedule.play import Span
+from scmoe.schedule.cost import Span
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 from scmoe.training.run.train import train as run_training
 

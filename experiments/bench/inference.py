@@ -28,19 +28,18 @@ from scmoe.experiments.bench.loads import BALANCED, Now, Place, imbalance, kinds
 from scmoe.experiments.bench.overlap import find_rate, say
 from scmoe.experiments.bench.pairs import TOP_K, Setting, check_ranks, default_schedule
 from scmoe.experiments.bench.speed_chart import PAPERS, Printed, name_of
-from scmoe.experiments.bench.stacks import make_blocks
+from scmoe.experiments.bench.stacks import Variant, make_blocks
 from scmoe.experiments.bench.uneven import draw_lines
-from scmoe.experiments.bench.variants import Variant
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, quartiles
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.engine.report import Report, publish
-from scmoe.inference.passes import Shape
+from scmoe.inference.generate import Shape
 from scmoe.inference.planned import PASSES, InferencePlan, a_pass, best_schedules, pass_seconds, plan_inference
 from scmoe.models.decoder import GPT
 from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, ReadByHost
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, ReadByHost
 from scmoe.probes.charts import BLUE, PAPER, RED, chart, heading
 from scmoe.schedule.schedule import POSITIONS, Schedule
 

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from scmoe.experiments.bench import emulated
 from scmoe.experiments.bench.loads import BALANCED, Now, load_of, sequences_of
 from scmoe.experiments.bench.pairs import ROWS, Setting, default_schedule
-from scmoe.experiments.bench.stacks import make_blocks, make_step, rows_of_layout
-from scmoe.experiments.bench.variants import Variant, chosen_by, of_each_kind
+from scmoe.experiments.bench.stacks import Variant, chosen_by, make_blocks, make_step, of_each_kind, rows_of_layout
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, slowest
 from scmoe.experiments.engine.profiles import peak_bytes
@@ -34,8 +33,7 @@ from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.layout import Buffers
 from scmoe.moe.operators import Recorder
 from scmoe.parallel.mesh import build_context, expert_parameters
-from scmoe.parallel.wire.all_to_all import Carried, Link, all_to_all
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Carried, Link, all_to_all
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import LayerChoice
 from scmoe.schedule.cost import slots

@@ -14,18 +14,16 @@ import torch
 
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench import uneven
+from scmoe.experiments.bench import speed_chart, uneven
 from scmoe.experiments.bench.exchange import why_no_nodes
 from scmoe.experiments.bench.loads import BALANCED, Place, imbalance, kinds_of, load_of, why_impossible
 from scmoe.experiments.bench.overlap import Measured, measure_loads, through_link, way_of
 from scmoe.experiments.bench.pairs import ROWS, USUAL_RATIO, Setting
-from scmoe.experiments.bench.speed_chart import draw, ranks_of
-from scmoe.experiments.bench.stacks import config_of, rows_of_layout
-from scmoe.experiments.bench.variants import of_each_kind, windows_of
+from scmoe.experiments.bench.stacks import config_of, of_each_kind, rows_of_layout, windows_of
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import middle, quartiles
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.engine.report import Report, write_json
+from scmoe.experiments.engine.report import publish
 from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
 
 PAYLOAD = 1448 / 1514  # of what a link carries; the rest is headers of TCP, IP and Ethernet
@@ -67,10 +65,8 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
     if setting.loads:
         control = found[BALANCED], report
         report = {"loads": [summary(setting, ranks, found[load], control) for load in setting.loads]}
-    write_json(out / f"{name}.json", report)
-    (uneven.show if setting.loads else show)(report)
-    (uneven.draw if setting.loads else draw)(report, out / f"{name}.png")
-    print(f"chart and figures: {out / name}.png, .json", file=sys.stderr)
+    bench = uneven if setting.loads else speed_chart
+    publish(report, bench.tables(report), bench.draw, out / name)
     return report
 
 
@@ -336,30 +332,3 @@ def operators_ms(times: OperatorTimes) -> dict[str, dict[str, float]]:
     """Return the times of a row's operators from the gate on, one at a time, forward and in training."""
     forward = {op: 1e3 * seconds for op, seconds in times.forward.items() if seconds}
     return {"forward": forward, "train": {op: ms + 1e3 * times.backward[op] for op, ms in forward.items()}}
-
-
-def show(report: dict[str, Any]) -> None:
-    title = (
-        f"{report['compute']} compute, {ranks_of(report)}, {report['level']}, communication share "
-        f"{report['comm_share']:.2f}; limit {report['limit_forward']:.2f} forward, {report['limit_train']:.2f} "
-        f"training; medians of {report['rounds']} rounds, [quartiles]"
-    )
-    if report.get("every", 2) == 1:
-        title = f"an MoE in every block, {title}"
-    columns = {
-        "forward": "{forward_speedup:.2f} [{forward_quartiles[0]:.2f} {forward_quartiles[1]:.2f}]",
-        "training": "{train_speedup:.2f} [{train_quartiles[0]:.2f} {train_quartiles[1]:.2f}]",
-        "hidden fwd": "{overlap_forward:.0%}",
-        "bwd": "{overlap_backward:.0%}",
-        "slot x chunks": "{slot} x {chunks}",
-        "inside": "{inside_attention}",
-        "auto": "{auto_slot} x {auto_chunks}",
-        "auto inside": "{auto_inside_attention}",
-        "/ best": "{auto_over_best:.3f}",
-        "/ model": "{measured_over_model:.3f}",
-        "peak": "{peak_mb:.0f} MB",
-    }
-    if report["level"] == "iteration":
-        title += f"; {report['rows_over_gradients']:.2f} bytes of rows for a byte of gradients (top-2)"
-        columns["of its limit"] = "{of_limit:.3f}"
-    Report(title, report["rows"], columns).show()

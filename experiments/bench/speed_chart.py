@@ -95,9 +95,13 @@ def blocks_of(report: Mapping[str, Any]) -> str:
 
 
 def tables(report: dict[str, Any]) -> list[Report]:
+    """Return the table of a report of `bench overlap`."""
+    where = conditions(report)  # a GPU's bus, or the loopback device as it is
+    if report["link_mbit"] is not None:
+        where = f"Links of {report['link_mbit']:.0f} Mbit/s, {ranks_of(report)}, {report['compute']} compute"
     title = (
-        "Links of {link_mbit:.0f} Mbit/s, {ranks} ranks, {compute} compute, communication share {comm_share:.3f}, "
-        "limit {limit_forward:.2f} forward and {limit_train:.2f} training, {rounds} rounds, {iterations} iterations:"
+        f"{where}, communication share {{comm_share:.3f}}, limit {{limit_forward:.2f}} forward and {{limit_train:.2f}} "
+        "training, {rounds} rounds, {iterations} iterations:"
     )
     columns = {
         "forward": "{forward_speedup:.2f}",

@@ -15,14 +15,13 @@ from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench.overlap import Bench, find_rate
 from scmoe.experiments.bench.pairs import Setting
-from scmoe.experiments.bench.variants import Variant
+from scmoe.experiments.bench.stacks import Variant
 from scmoe.experiments.engine.gantt import draw
 from scmoe.experiments.engine.profiles import recorded
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.operators import Direction, Recorder
 from scmoe.planning.pricing import DIRECTIONS, LayerChoice, from_tap, plan_from_json
-from scmoe.schedule.cost import per_chunk
-from scmoe.schedule.play import Span, elapsed, play
+from scmoe.schedule.cost import Span, elapsed, per_chunk, play
 
 STEPS = 5
 ROWS = {  # title: (block, way, numbers of chunks to choose from)

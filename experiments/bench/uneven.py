@@ -3,7 +3,7 @@
     over balanced   time of a row at its best schedule, over its time at the balanced load and the schedule that is best
                     there, in the same round
     straggler       what of it is computation of the busiest rank: T_free(load) / T_free(balanced) - 1
-    model           T_free(balanced) and what the timeline of all ranks (schedule/play.py) adds to it, from the times
+    model           T_free(balanced) and what the timeline of all ranks (schedule/cost.py) adds to it, from the times
                     of the operators at the balanced load and the rows of each rank. There is none where rows are
                     dropped, where ranks have different numbers of tokens, or where they share a node's card
 
@@ -18,12 +18,11 @@ from scmoe.experiments.bench.loads import BALANCED, Load, Place, counts_of, load
 from scmoe.experiments.bench.overlap import Measured, way_of
 from scmoe.experiments.bench.pairs import Setting
 from scmoe.experiments.bench.speed_chart import name_of, ranks_of
-from scmoe.experiments.bench.variants import windows_of
+from scmoe.experiments.bench.stacks import windows_of
 from scmoe.experiments.engine.clock import middle, quartiles
 from scmoe.experiments.engine.report import Report
 from scmoe.probes.charts import chart, heading
-from scmoe.schedule.cost import OperatorTimes, elapsed_time, exposed_time, per_chunk
-from scmoe.schedule.play import elapsed, play_ranks, shares
+from scmoe.schedule.cost import OperatorTimes, elapsed, elapsed_time, exposed_time, per_chunk, play_ranks, shares
 from scmoe.schedule.schedule import Schedule
 
 KEPT = (  # of the balanced
@@ -100,11 +99,6 @@ def words_of(report: dict[str, Any]) -> str:
         f"{report['balanced_share']:.2f} at balance, {report['comm_share']:.2f} here"
     )
     return f"{words}. First values are forward, second ones training, of `hidden` backward:"
-
-
-def show(report: dict[str, Any]) -> None:
-    for table in tables(report):
-        table.show()
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from scmoe.probes.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, SMALL, chart, heading
-from scmoe.schedule.play import Span, elapsed
+from scmoe.schedule.cost import Span, elapsed
 from scmoe.schedule.schedule import PARTS
 
 COLORS = {"attention": BLUE, "mlp": SKY, "shared_expert": GREEN, "experts": ORANGE, "dispatch": RED, "combine": PURPLE}

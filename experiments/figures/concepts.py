@@ -10,9 +10,8 @@ from matplotlib.patches import FancyBboxPatch
 
 from scmoe.experiments.engine.gantt import COLORS, DARK, OTHER, draw
 from scmoe.probes.charts import PAPER, SMALL, chart
-from scmoe.schedule.cost import OperatorTimes, best_schedule, elapsed_time, per_chunk
+from scmoe.schedule.cost import OperatorTimes, best_schedule, elapsed_time, per_chunk, play
 from scmoe.schedule.cost import slots as all_slots
-from scmoe.schedule.play import play
 from scmoe.schedule.schedule import PARTS, POSITIONS, Schedule
 
 # Units of one MLP: attention 3 (as in the testbed's emulated compute), and transfers such that a top-2 pair spends

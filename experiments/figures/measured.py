@@ -27,10 +27,9 @@ from scmoe.experiments.bench.speed_chart import KINDS, PIPELINED, conditions, na
 from scmoe.experiments.engine.bars import bar_legend, grouped_bars, height_of
 from scmoe.experiments.figures.concepts import pair, timelines
 from scmoe.probes.charts import BLUE, ORANGE, RED, SKY, SMALL, chart, heading, title
-from scmoe.probes.gating import draw_gating
-from scmoe.probes.similarity import draw_similarity
+from scmoe.probes.similarity import draw_gating, draw_similarity
 from scmoe.runs.seen import open_run
-from scmoe.schedule.play import TRANSFERS
+from scmoe.schedule.cost import TRANSFERS
 
 PCIE_MODULE, PCIE_PAIR = 0.60, 0.52
 REST = (1 / PCIE_PAIR - 1) / (1 / PCIE_MODULE - 1) - 1

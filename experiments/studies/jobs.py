@@ -22,7 +22,7 @@ from typing import IO, Any
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import to_yaml
-from scmoe.files.writing import replacing, write_durably
+from scmoe.files.writing import write_whole
 from scmoe.runs.seen import DEFAULTS, flat
 
 TRAIN = (sys.executable, "-m", "scmoe.experiments.train")
@@ -111,13 +111,6 @@ class Job:
 
     def keep(self) -> None:
         write_whole(self.state_file, asdict(self.state))
-
-
-def write_whole(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON so that the file is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        write_durably(partial, json.dumps(values, indent=2) + "\n")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
-from scmoe.inference.passes import Shape, decode, prefill
+from scmoe.inference.generate import Shape, decode, prefill
 from scmoe.models.decoder import Decoder
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.operators import Recorder

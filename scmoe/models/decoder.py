@@ -11,7 +11,7 @@ from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.sublayers import MLP, SelfAttention
 from scmoe.models.units import residual_stream, through
 from scmoe.moe.experts import Experts, named_generator
-from scmoe.moe.scores import SelectionBias
+from scmoe.moe.router import SelectionBias
 from scmoe.moe.tokens import RouterStats
 
 

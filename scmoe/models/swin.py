@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from scmoe.blocks.sublayers import SelfAttention
 from scmoe.models.units import residual_stream, through
 from scmoe.moe.experts import Experts, named_generator
-from scmoe.moe.scores import SelectionBias
+from scmoe.moe.router import SelectionBias
 from scmoe.moe.tokens import RouterStats
 
 STD = 0.02  # of all products, as in timm

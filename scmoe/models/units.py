@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from scmoe.moe.router import Router
-from scmoe.moe.scores import SelectionBias
+from scmoe.moe.router import Router, SelectionBias
 from scmoe.moe.tokens import HandedOn, RouterStats
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.profiler import record_function
 
-from scmoe.schedule.play import TRANSFERS, Span
+from scmoe.schedule.cost import TRANSFERS, Span
 
 Direction = Literal["forward", "backward"]
 

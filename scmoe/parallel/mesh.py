@@ -22,8 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher, Narrowed
 from scmoe.moe.experts import Experts
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.wire.all_to_all import Carried, Exchange, Link, all_to_all
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Carried, Exchange, Link, all_to_all
 from scmoe.parallel.wire.hierarchical import FastestExchange, hierarchical
 
 EXCHANGES = ("auto", "flat", "hierarchical")

@@ -229,7 +229,7 @@ def shortlist(priced: Mapping[int, Sequence[list[LayerChoice]]]) -> list[list[La
     """The candidates that are worth a trial: the best price of each number of chunks, and those NEAR the lowest.
 
     priced: by number of chunks, those of the lowest price first. Prices of numbers of chunks cannot be compared: they
-    omit what more and smaller transfers cost, and what chunks gain under uneven rows (schedule/play.py)."""
+    omit what more and smaller transfers cost, and what chunks gain under uneven rows (schedule/cost.py)."""
     best = [candidates[0] for candidates in priced.values()]
     assert len(best) <= CANDIDATES
     others = sorted((c for candidates in priced.values() for c in candidates[1:]), key=predicted)

@@ -18,8 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scmoe.moe.operators import Direction, Mark, Recorder
-from scmoe.schedule.cost import PER_CHUNK, OperatorTimes, elapsed_time, exposed_time, mismatch, slots
-from scmoe.schedule.play import TRANSFERS, Span
+from scmoe.schedule.cost import PER_CHUNK, TRANSFERS, OperatorTimes, Span, elapsed_time, exposed_time, mismatch, slots
 from scmoe.schedule.schedule import PARTS, Schedule
 
 STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")

@@ -1,8 +1,19 @@
-"""Fig. 10, 14, 15: cosine similarity of all intermediate representations of a model.
+"""How similar representations are: of a gate's two inputs (Fig. 9), and all of a model's (Fig. 10, 14, 15).
 
-A representation is a value of the residual stream: the input, and the stream after each attention, MLP or MoE module.
-An entry of the matrix is the mean over tokens of the cosine of two representations. If their widths differ, as between
-the stages of SwinV2, the entry is NaN.
+Fig. 9, the current and the preceding layer's representations and one gate:
+
+    a  share of tokens whose likeliest expert is the same for both            repeated_selection
+    b  L2 distance of the two, as the gate reads them                         l2_distance
+    c  mean probability of the expert that the current one goes to            score_current
+    d  mean probability of the expert that the preceding one goes to          score_preceding
+
+Noise on the logits is left out. In DGMoE, where both would choose one expert, the current representation goes to its
+second best, and (c) is the probability of that one. In blocks without a tap, the preceding representation is read at a
+position that the caller chooses, through the block's only norm.
+
+Fig. 10, cosine similarity. A representation is a value of the residual stream: the input, and the stream after each
+attention, MLP or MoE module. An entry of the matrix is the mean over tokens of the cosine of two representations. If
+their widths differ, as between the stages of SwinV2, the entry is NaN.
 """
 
 import math
@@ -18,9 +29,133 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.sublayers import MLP
-from scmoe.probes.charts import SMALL, chart, heading
+from scmoe.moe.router import Router
+from scmoe.probes.charts import PAPER, SMALL, chart, heading
+from scmoe.schedule.schedule import POSITIONS
+
+TITLES = {
+    "repeated_selection": "(a) repeated selection",
+    "l2_distance": "(b) L2 distance",
+    "score_current": "(c) gating score, current",
+    "score_preceding": "(d) gating score, preceding",
+}
+
+PAPERS_MOST = 0.98  # the only number that the paper prints for Fig. 9: (a) in SwinV2-MoE-S
+
+
+@torch.no_grad()
+def gating_sums(current_TD: Tensor, preceding_TD: Tensor, router: Router, distinct: bool = False) -> Tensor:
+    """[5] float64: the four quantities summed over tokens, then the number of tokens. Add them up over ranks.
+
+    distinct: DGMoE's rule: the current representation does not go to the expert of the preceding one.
+    """
+    wide = torch.promote_types(current_TD.dtype, torch.float32)
+    with torch.autocast(current_TD.device.type, enabled=False):
+        current_TD, preceding_TD = current_TD.to(wide), preceding_TD.to(wide)
+        best_T2, scores_T2 = best_two(router, current_TD)
+        before_T2, scores_before_T2 = best_two(router, preceding_TD)
+        repeated_T = best_T2[:, 0] == before_T2[:, 0]
+        score_T = scores_T2[:, 1].where(repeated_T, scores_T2[:, 0]) if distinct else scores_T2[:, 0]
+        distance_T = (current_TD - preceding_TD).norm(dim=-1)
+    columns = repeated_T, distance_T, score_T, scores_before_T2[:, 0], torch.ones_like(distance_T)
+    return torch.stack([column.double().sum() for column in columns])
+
+
+def best_two(router: Router, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, 2]: the two experts that the gate prefers for each token, and their scores."""
+    logits_TE = router.without_noise(x_TD)
+    scores_TE = router.scoring.score(logits_TE)
+    ids_T2 = router.preference(logits_TE, scores_TE).topk(2).indices
+    return ids_T2, scores_TE.gather(-1, ids_T2)
+
+
+def means(sums: Tensor) -> Tensor:
+    """The means of a probe's sums, which are rows with what they count in the last column."""
+    return sums[:, :-1] / sums[:, -1:]
+
+
+class GatingProbe:
+    """Reads every MoE block of a model by hooks during one forward pass; call `remove` afterwards.
+
+    position: where the preceding representation is read in blocks without a tap.
+    """
+
+    def __init__(self, model: Any, position: str = "pos2") -> None:
+        self.position = position
+        self.sums: list[Tensor] = []
+        self.handles: list[RemovableHandle] = []
+        for block in model.blocks:
+            if isinstance(block, MoEBlock):
+                self._watch(block)
+
+    def _watch(self, block: MoEBlock) -> None:
+        without_tap = max(0, len(block.sublayers) - POSITIONS[self.position])
+        reads_tap, tap_norm = block.tap_norm, block.tap_norm
+        if reads_tap is None or tap_norm is None:
+            reads_tap, tap_norm = block.sublayers[without_tap], block.norm
+        seen: dict[str, Tensor] = {}
+
+        def note(name: str) -> Any:
+            return lambda module, args: seen.update({name: args[0].detach()})
+
+        def compare(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            current = block.norm.forward(seen.pop("current"))  # forward: past this probe's own hooks
+            preceding = tap_norm.forward(seen.pop("preceding"))
+            mask = args[1] if len(args) > 1 else None
+            if mask is None:
+                mask = torch.ones_like(current[..., 0], dtype=torch.bool)
+            router, distinct = block.moe.router, isinstance(block, DoubleGateBlock)
+            self.sums.append(gating_sums(current[mask], preceding[mask], router, distinct))
+
+        self.handles += [
+            reads_tap.register_forward_pre_hook(note("preceding")),
+            block.norm.register_forward_pre_hook(note("current")),
+            block.register_forward_hook(compare, prepend=True),  # before FSDP splits the weights again
+        ]
+
+    def result(self) -> Tensor:
+        """[L, 5] sums over this rank's tokens."""
+        return torch.stack(self.sums)
+
+    def labels(self) -> list[str]:
+        return [f"MoE layer {i}" for i in range(len(self.sums))]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def gating_metrics(means_L4: Any) -> dict[str, float]:
+    """The mean of each quantity over layers."""
+    return {f"gating/{name}": float(value) for name, value in zip(TITLES, means_L4.mean(0), strict=True)}
+
+
+def draw_gating(steps: Sequence[int], labels: Sequence[str], values: Any, path: Path, words: str = "") -> None:
+    """Draws four panels over training steps, with a line for each MoE layer. values: [steps, layers, 4]."""
+    from matplotlib import colormaps
+
+    _, distance, *scores = values.max((0, 1)).tolist()
+    tops = (1.1, distance or 1.0, max(scores), max(scores))  # (c) and (d) share a scale
+    shades = colormaps["viridis"].resampled(max(2, len(labels)) + 1)
+    with chart(path, 5.6 + 0.2 * (len(labels) // 4)) as figure:
+        for i, (axis, name) in enumerate(zip(figure.subplots(2, 2, sharex=True).flat, TITLES, strict=True)):
+            for layer, label in enumerate(labels):
+                axis.plot(steps, values[:, layer, i], color=shades(layer), marker=".", linewidth=1.5, label=label)
+            handles, names = axis.get_legend_handles_labels()
+            axis.set(title=TITLES[name], ylim=(0, 1.08 * tops[i]))
+            axis.grid(axis="y")
+            if name == "repeated_selection":
+                axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+                axis.axhline(PAPERS_MOST, color=PAPER, linestyle="--", linewidth=1)
+                axis.text(steps[0], PAPERS_MOST + 0.02, "paper: up to 98 %", va="bottom", color=PAPER, fontsize=SMALL)
+            if i >= 2:
+                axis.set_xlabel("optimizer step")
+        heading(figure, words)
+        figure.legend(handles, names, loc="outside lower left", ncols=min(4, len(labels)), columnspacing=1.0)
+
 
 NUMBERED = 12  # a panel with up to so many representations has its entries written into it
 

@@ -21,13 +21,11 @@ from scmoe.config.registry import ARCHITECTURES, IMAGES
 from scmoe.config.rules import resolve_ep_size
 from scmoe.datamodules.text import TextDataModule
 from scmoe.datamodules.tokenizer import Tokenizer
-from scmoe.inference.generate import Step, check_length, collect, stream
+from scmoe.inference.generate import Passes, Step, check_length, collect, stream
 from scmoe.inference.offload.cache import Cache
-from scmoe.inference.passes import Passes
 from scmoe.inference.planned import plan_passes
 from scmoe.inference.prompts import Prompt
-from scmoe.inference.sampling import Sampling
-from scmoe.inference.stopping import Stopping
+from scmoe.inference.sampling import Sampling, Stopping
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.on_ranks import ending_together, find_weights, start_ranks
 from scmoe.runs.trained import offloaded

@@ -31,7 +31,7 @@ from torch import Tensor
 from scmoe.config.fields import Config
 from scmoe.config.load import load_text
 from scmoe.config.registry import ARCHITECTURES
-from scmoe.files.writing import replacing, write_durably, write_in_turn
+from scmoe.files.writing import replacing, write_durably, write_in_turn, write_whole
 from scmoe.init_from.families import ALWAYS, KEYS, READERS, YARN, family_of
 from scmoe.init_from.names import in_their_layout, zero_expert_names
 from scmoe.init_from.pretrained import model_settings, settings_of
@@ -103,13 +103,13 @@ def write_folder(
         old.unlink(missing_ok=True)
     write_weights(checkpoint, folder, content, list(groups(stored, shard_bytes)))
     ends = {key: content[key] for key in ("bos_token_id", "eos_token_id") if content[key] is not None}
-    write_json_durably(folder / "generation_config.json", {**ends, "max_length": config.data.seq_len})
+    write_whole(folder / "generation_config.json", {**ends, "max_length": config.data.seq_len})
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer, config.data.seq_len)
     if not (folder / "README.md").exists():
         step, parameters = durable.read_manifest(checkpoint)["step"], sum(p.numel() for p in model.parameters())
         write_durably(folder / "README.md", model_card(config, content, step, parameters))
-    write_json_durably(folder / "config.json", content)
+    write_whole(folder / "config.json", content)
     return content["model_type"]
 
 
@@ -136,7 +136,7 @@ def write_weights(checkpoint: Path, folder: Path, content: dict[str, Any], shard
         places |= dict.fromkeys(theirs, file)
         total += sum(t.nbytes for t in theirs.values())
     if len(shards) > 1:
-        write_json_durably(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        write_whole(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
 def renamed(content: dict[str, Any], ours: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -165,11 +165,7 @@ def write_tokenizer(folder: Path, tokenizer: Any, seq_len: int) -> None:
         "clean_up_tokenization_spaces": False,
         "add_prefix_space": False,
     }
-    write_json_durably(folder / "tokenizer_config.json", settings)
-
-
-def write_json_durably(path: Path, content: dict[str, Any]) -> None:
-    write_durably(path, json.dumps(content, indent=2) + "\n")
+    write_whole(folder / "tokenizer_config.json", settings)
 
 
 def dropless(config: Config) -> Config:

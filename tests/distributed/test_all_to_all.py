@@ -18,8 +18,7 @@ from torch.autograd import Function
 
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.dispatcher import Traffic
-from scmoe.parallel.wire.all_to_all import Transfer, all_to_all, point_to_point
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Transfer, all_to_all, point_to_point
 
 pytestmark = pytest.mark.dist
 

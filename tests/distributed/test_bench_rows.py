@@ -13,7 +13,7 @@ from torch import Tensor
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.experiments.bench.overlap import Bench
 from scmoe.experiments.bench.pairs import ROWS, Setting, default_schedule
-from scmoe.experiments.bench.variants import Variant
+from scmoe.experiments.bench.stacks import Variant
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.schedule.cost import slots
 from tests.support.models import assert_close

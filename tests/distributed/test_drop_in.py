@@ -20,7 +20,7 @@ from torch import nn
 import scmoe
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.experts import Experts
-from scmoe.moe.scores import Scoring, SelectionBias, by_sign
+from scmoe.moe.router import Scoring, SelectionBias, by_sign
 from scmoe.parallel.dense import local, make_equal, shard, with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context
 from scmoe.training.assembly.blocks import build_blocks

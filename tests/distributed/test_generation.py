@@ -14,10 +14,9 @@ import torch
 from scmoe.config.load import load
 from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.inference.generate import Passes
 from scmoe.inference.generate import generate as generate_here
-from scmoe.inference.passes import Passes
-from scmoe.inference.sampling import GREEDY
-from scmoe.inference.stopping import Stopping
+from scmoe.inference.sampling import GREEDY, Stopping
 from scmoe.parallel.mesh import ParallelContext, build_context
 from scmoe.training.assembly.model import build_model
 from tests.support.commands import called, command_in_ranks, train_in_ranks, train_on_text

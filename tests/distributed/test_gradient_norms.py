@@ -10,8 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.bookkeeping import DataPosition
-from scmoe.training.callbacks.measurements import GradientNorms
+from scmoe.training.callbacks.measurements import DataPosition, GradientNorms
 from tests.support.trainings import RecordingModel, tiny
 
 pytestmark = pytest.mark.dist

@@ -17,8 +17,7 @@ from scmoe.moe.dispatcher import Traffic
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.wire.all_to_all import Exchange, all_to_all
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Exchange, all_to_all
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_shortcut, tiny_sublayers
 

@@ -16,7 +16,7 @@ from scmoe.runs.hf_folder import write_folder
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.bookkeeping import DataPosition
+from scmoe.training.callbacks.measurements import DataPosition
 from scmoe.training.run.resume import resumption
 from scmoe.training.run.train import train
 from tests.support.architectures import LATENT_ATTENTION, overrides

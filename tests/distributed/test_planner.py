@@ -24,7 +24,7 @@ from scmoe.moe.layout import Capacity
 from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.planning import planner as planner_module
 from scmoe.planning import pricing
 from scmoe.planning.planner import DRIFTED_IN_TURN, FEWEST_ROUNDS, STEPS_EACH, WARMUP_STEPS, Planner

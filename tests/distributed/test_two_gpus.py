@@ -102,7 +102,7 @@ def save(rank: int, world_size: int, folder: Path, accelerator: str, words: str)
     from scmoe.training.assembly.data import build_datamodule
     from scmoe.training.assembly.model import build_module
     from scmoe.training.assembly.trainer import build_trainer
-    from scmoe.training.callbacks.bookkeeping import DataPosition
+    from scmoe.training.callbacks.measurements import DataPosition
     from tests.support.trainings import tiny
 
     config = tiny(f"{MODEL} trainer.accelerator={accelerator} {words}", world_size)

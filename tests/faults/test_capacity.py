@@ -16,11 +16,10 @@ from scmoe.api import MoE
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.experts import Activation, Experts
 from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows, rows_of
-from scmoe.moe.router import Router
-from scmoe.moe.scores import THE_PAPERS
+from scmoe.moe.router import THE_PAPERS, Router
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import Routing
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from tests.support.models import assert_close, randomise
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]

@@ -10,7 +10,7 @@ import torch
 
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, ReadByHost, check_ceiling
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, ReadByHost, check_ceiling
 from scmoe.training.assembly.model import build_module
 from tests.support.failing import failure, fit
 from tests.support.trainings import tiny

@@ -12,7 +12,7 @@ from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.bookkeeping import DataPosition
+from scmoe.training.callbacks.measurements import DataPosition
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 

@@ -18,7 +18,7 @@ from scmoe.parallel.wire.all_to_all import Transfer
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.analysis import PATIENCE, ExpertLoad
-from scmoe.training.callbacks.bookkeeping import DataPosition
+from scmoe.training.callbacks.measurements import DataPosition
 from tests.support.trainings import RecordingModel, tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]

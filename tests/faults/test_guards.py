@@ -34,7 +34,7 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.bookkeeping import DataPosition
+from scmoe.training.callbacks.measurements import DataPosition
 from tests.support.failing import MODEL, failure, fit
 from tests.support.trainings import tiny
 

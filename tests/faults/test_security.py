@@ -14,6 +14,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.files.writing import redacted
 from scmoe.models.decoder import GPT
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_model
@@ -22,7 +23,6 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer
-from scmoe.training.files import redacted
 from scmoe.training.run.directory import create_run_dir
 from tests.support.commands import CANARY, run
 from tests.support.trainings import tiny

@@ -33,19 +33,19 @@ MUTANTS = (
     Mutant("error-of-a-transfer-raised-once", f"{WIRE}/all_to_all.py")
     .replaces("                works[0].wait()  #", "                works.pop(0).wait()\n                continue  #")
     .caught_by(f"{UNIT}/test_pacing.py::test_an_error_of_rows_reaches_both_that_wait_for_them"),
-    Mutant("rows-left-grouped-by-sender", f"{WIRE}/all_to_all_dispatcher.py")
+    Mutant("rows-left-grouped-by-sender", f"{WIRE}/all_to_all.py")
     .replaces(
         "order_R = experts_of_rows(counts, rows_RD.shape[0]).argsort(stable=True)",
         "order_R = torch.arange(sum(counts.traffic.received), device=rows_RD.device)",
     )
     .caught_by(EP),
-    Mutant("empty-buffer-rows-computed", f"{WIRE}/all_to_all_dispatcher.py")
+    Mutant("empty-buffer-rows-computed", f"{WIRE}/all_to_all.py")
     .replaces("contiguous(), right=True)", "contiguous(), right=False)")
     .caught_by(f"{FAULTS}/test_capacity.py::test_enough_slots_are_bit_identical_to_dropless"),
-    Mutant("ceiling-of-the-total", f"{WIRE}/all_to_all_dispatcher.py")
+    Mutant("ceiling-of-the-total", f"{WIRE}/all_to_all.py")
     .replaces("fair = sum(received) / len(received)", "fair = sum(received)")
     .caught_by(f"{FAULTS}/test_ceiling.py::test_the_ceiling_is_a_multiple_of_the_fair_share"),
-    Mutant("a-ceiling-for-each-chunk", f"{WIRE}/all_to_all_dispatcher.py")
+    Mutant("a-ceiling-for-each-chunk", f"{WIRE}/all_to_all.py")
     .replaces(
         "check_ceiling(rows.sum((0, 1)).tolist(), self.ceiling)",
         "[check_ceiling(r, self.ceiling) for r in rows.sum(0).tolist()]",

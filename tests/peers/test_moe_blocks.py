@@ -25,8 +25,7 @@ from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import SharedExpertBlock
 from scmoe.blocks.sublayers import MLP, Residual
 from scmoe.moe.coefficient import CG1, DirectAdd
-from scmoe.moe.router import Router
-from scmoe.moe.scores import Scoring, by_sign, in_proportion
+from scmoe.moe.router import Router, Scoring, by_sign, in_proportion
 from scmoe.moe.tokens import Routing
 from scmoe.schedule.schedule import Schedule
 from tests.support.peers import DIM, EXPERTS, FFN, Called, Take, check_equal, stacked, stream, swiglu_mlp, under

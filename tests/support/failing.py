@@ -11,7 +11,7 @@ from scmoe.experiments.engine.ranks import GRACE_S, RankError, run_ranks
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.bookkeeping import DataPosition
+from scmoe.training.callbacks.measurements import DataPosition
 from scmoe.training.modules import LanguageModel
 
 MODEL = "position=pos2 strategy.ep_size=2"

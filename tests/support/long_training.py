@@ -12,7 +12,7 @@ from scmoe.moe.router import Router
 from scmoe.parallel.mesh import expert_parameters
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.bookkeeping import DataPosition
+from scmoe.training.callbacks.measurements import DataPosition
 from scmoe.training.modules import LanguageModel
 from tests.support.trainings import RecordingModel
 

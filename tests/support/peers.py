@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Experts
-from scmoe.moe.router import Router
-from scmoe.moe.scores import Scoring
+from scmoe.moe.router import Router, Scoring
 from scmoe.moe.stream import MoEStream
 from tests.support.models import assert_close, gradients, randomise
 

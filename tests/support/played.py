@@ -1,4 +1,4 @@
-"""A pair of blocks with 1,024 tokens of width 512 a rank, played on ranks with links of 115 Mbit/s (schedule/play.py).
+"""A pair of blocks with 1,024 tokens of width 512 a rank, played on ranks with links of 115 Mbit/s (schedule/cost.py).
 
 Attention takes 90 ms and an MLP 30 ms; backward computes twice as long and sends the same rows.
 """
@@ -10,8 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from scmoe.planning.pricing import OPERATORS, names_of, seconds_of
-from scmoe.schedule.cost import OperatorTimes, per_chunk
-from scmoe.schedule.play import TRANSFERS, Share, Span, elapsed, play_ranks, shares
+from scmoe.schedule.cost import TRANSFERS, OperatorTimes, Share, Span, elapsed, per_chunk, play_ranks, shares
 from scmoe.schedule.schedule import SUBLAYERS, Schedule
 
 ROW_MS = 512 * 4 * 8 / (115e6 * 1448 / 1514) * 1e3  # payload of a frame

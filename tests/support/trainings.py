@@ -28,7 +28,7 @@ from scmoe.parallel.mesh import expert_parameters
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.bookkeeping import DataPosition
+from scmoe.training.callbacks.measurements import DataPosition
 from scmoe.training.modules import LanguageModel, MoEModule
 from scmoe.training.muon import adamw
 from tests.support.architectures import overrides

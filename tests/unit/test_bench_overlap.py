@@ -13,8 +13,7 @@ from scmoe.config.load import load
 from scmoe.experiments.bench.overlap import Seconds, nearest, through_link
 from scmoe.experiments.bench.overlap_report import PAYLOAD, in_parallel, least_time, least_times, rows_over_gradients
 from scmoe.experiments.bench.pairs import Setting, tokens_for
-from scmoe.experiments.bench.stacks import config_of
-from scmoe.experiments.bench.variants import Variant, chosen_by
+from scmoe.experiments.bench.stacks import Variant, chosen_by, config_of
 from scmoe.experiments.engine.command_line import call
 from scmoe.planning.pricing import LayerChoice
 from scmoe.schedule.cost import slots

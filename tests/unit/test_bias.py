@@ -10,8 +10,7 @@ from lightning.pytorch import Callback, Trainer
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.registry import ROUTERS
-from scmoe.moe.router import Router
-from scmoe.moe.scores import Scoring, SelectionBias, by_sign, in_proportion
+from scmoe.moe.router import Router, Scoring, SelectionBias, by_sign, in_proportion
 from scmoe.moe.stream import move_biases
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_module

@@ -12,9 +12,9 @@ from scmoe.schedule.cost import (
     exposed_time,
     mismatch,
     overlap_efficiency,
+    play,
     slots,
 )
-from scmoe.schedule.play import play
 from scmoe.schedule.schedule import ARCHITECTURES, PARTS, Schedule
 
 OPERATORS = (

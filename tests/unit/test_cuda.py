@@ -13,7 +13,7 @@ import torch.distributed as dist
 from scmoe.experiments.bench import emulated
 from scmoe.experiments.bench.overlap import Bench
 from scmoe.experiments.bench.pairs import Setting
-from scmoe.experiments.bench.variants import Variant
+from scmoe.experiments.bench.stacks import Variant
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
@@ -21,8 +21,7 @@ from scmoe.moe.layout import rows_of
 from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.wire.all_to_all import Transfer
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Transfer
 from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import assert_close, gradients, randomise

@@ -13,8 +13,7 @@ import torch
 from scmoe.config.leaves import ConfigError
 from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.inference.generate import generate
-from scmoe.inference.sampling import Sampling
-from scmoe.inference.stopping import Stopping
+from scmoe.inference.sampling import Sampling, Stopping
 from scmoe.runs.evaluate.evaluation import tasks_table
 from scmoe.runs.evaluate.scoring import Score, Scorer
 from scmoe.runs.evaluate.tasks import (

@@ -15,9 +15,9 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from scmoe.files.writing import try_to_append
 from scmoe.moe.balance import SINGLE_STEPS, over_steps, step_load
 from scmoe.training.callbacks.analysis import PATIENCE, CollapseAlarm, ExpertLoad, draw_load, worst_layers
-from scmoe.training.files import try_to_append
 from tests.support.pictures import assert_readable
 
 

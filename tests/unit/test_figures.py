@@ -16,7 +16,7 @@ from scmoe.config.load import load, to_yaml
 from scmoe.experiments.bench import growth, overlap_report, speed_chart
 from scmoe.experiments.bench.overlap import Measured, Seconds
 from scmoe.experiments.bench.pairs import ROWS, Setting, default_schedule, usual_rows
-from scmoe.experiments.bench.variants import Variant
+from scmoe.experiments.bench.stacks import Variant
 from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.figures.measured import SCENARIOS, module_share, read_reports
 from scmoe.planning.pricing import OPERATORS, STREAM, LayerChoice

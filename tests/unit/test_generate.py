@@ -10,10 +10,8 @@ from torch import Tensor
 
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.inference import prompts as prompts_file
-from scmoe.inference.generate import generate, stream
-from scmoe.inference.passes import Passes, decode, prefill, read_prompts
-from scmoe.inference.sampling import GREEDY, Sampling, choose
-from scmoe.inference.stopping import Stopping
+from scmoe.inference.generate import Passes, decode, generate, prefill, read_prompts, stream
+from scmoe.inference.sampling import GREEDY, Sampling, Stopping, choose
 from scmoe.moe.layout import Buffers
 from scmoe.moe.stream import MoEStream, dropless
 from tests.support.architectures import BETWEEN_BLOCKS, EVERY_BLOCK, LATENT, LATENT_ATTENTION, TABLES, overrides

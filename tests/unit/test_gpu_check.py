@@ -15,7 +15,7 @@ from scmoe.experiments.bench import gpu, gpu_steps
 from scmoe.experiments.bench.layer import compare
 from scmoe.experiments.engine.isolated import Place
 from scmoe.experiments.engine.profiles import device_work, host_waits, operator_ms, within
-from scmoe.schedule.play import Span
+from scmoe.schedule.cost import Span
 
 
 def test_all_clocks_together_leave_half_a_minute_of_nine():

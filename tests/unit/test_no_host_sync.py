@@ -19,8 +19,7 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, rows_of
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.wire.all_to_all import buffer_for
-from scmoe.parallel.wire.all_to_all_dispatcher import AllToAllDispatcher, ReadByHost
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, ReadByHost, buffer_for
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import DIM, EXPERTS, FFN, tiny_shortcut
 

@@ -20,8 +20,7 @@ import torch
 from scmoe.planning import planner as planner_module
 from scmoe.planning.planner import CANDIDATES, MOST_TRIES, Overlap, Planner, shortlist, still_fastest
 from scmoe.planning.pricing import LayerChoice, predicted
-from scmoe.schedule.cost import OperatorTimes, slots
-from scmoe.schedule.play import Share
+from scmoe.schedule.cost import OperatorTimes, Share, slots
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from tests.support.played import hot_rank, sample_of, step_ms

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scmoe.schedule.cost import slots
-from scmoe.schedule.play import EVEN, TRANSFERS, elapsed, play, play_ranks, shares
+from scmoe.schedule.cost import EVEN, TRANSFERS, elapsed, play, play_ranks, shares, slots
 from scmoe.schedule.schedule import ARCHITECTURES, PARTS, Schedule
 from tests.support.played import hot_rank, step_ms
 

@@ -15,8 +15,7 @@ from scmoe.moe.operators import Direction, Mark, Recorder
 from scmoe.planning import pricing
 from scmoe.planning.planner import hidden_part
 from scmoe.planning.pricing import DIRECTIONS, OPERATORS, LayerChoice, at_place, measured, noted, place_of, price
-from scmoe.schedule.cost import slots
-from scmoe.schedule.play import TRANSFERS
+from scmoe.schedule.cost import TRANSFERS, slots
 from scmoe.schedule.schedule import Schedule
 
 MS = {

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from scmoe.moe.router import Router, round_robin
-from scmoe.moe.scores import Scoring
+from scmoe.moe.router import Router, Scoring, round_robin
 from tests import reference
 from tests.support.models import DIM, EXPERTS, assert_close, randomise
 

@@ -16,8 +16,7 @@ from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, compile_sublayers
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import LocalDispatcher
-from scmoe.schedule.cost import slots
-from scmoe.schedule.play import TRANSFERS
+from scmoe.schedule.cost import TRANSFERS, slots
 from scmoe.schedule.schedule import ARCHITECTURES, PARTS, SUBLAYERS, Schedule
 from tests.support.models import DIM, FFN, tiny_shortcut, tiny_stream, tiny_sublayers
 

@@ -12,8 +12,7 @@ from scmoe.moe.balance import integer_sums
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, Capacity, Target, rows_of
-from scmoe.moe.router import Router
-from scmoe.moe.scores import Scoring, by_sign
+from scmoe.moe.router import Router, Scoring, by_sign
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import MoEOutput
 from tests.support.models import DIM, EXPERTS, FFN, assert_close, gradients, randomise, tiny_stream

@@ -20,9 +20,10 @@ import yaml
 from scmoe.config import registry
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.studies.batch import Batch, Watch
-from scmoe.experiments.studies.jobs import Job, State, digest_of, lock_of, write_whole
+from scmoe.experiments.studies.jobs import Job, State, digest_of, lock_of
 from scmoe.experiments.studies.sweep.search import Trial, best, hopeless, propose, total
 from scmoe.experiments.studies.sweep.sweep_file import Sweep, words
+from scmoe.files.writing import write_whole
 from scmoe.runs.seen import SeenRun
 
 

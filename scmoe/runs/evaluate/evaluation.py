@@ -25,13 +25,13 @@ from scmoe.config.registry import IMAGES, named
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
+from scmoe.files.writing import warn_once, write_json
 from scmoe.moe.stream import dropless
 from scmoe.parallel.checkpoint.durable import read_manifest
 from scmoe.runs.evaluate.scoring import Forward, Scorer, Text, open_text, run_on_rank_zero, score_test_split, score_text
 from scmoe.runs.evaluate.tasks import OWN_TASKS, Registered, Task, read_task
 from scmoe.runs.on_ranks import config_without_training, ending_together, start_ranks
 from scmoe.training.assembly.data import build_datamodule, kept_data, prepare_data
-from scmoe.training.files import warn_once, write_json
 from scmoe.training.run.directory import read_state, relative
 from scmoe.training.run.loggers import close_loggers, wandb_logger, wandb_mode
 from scmoe.training.run.machine import is_rank_zero

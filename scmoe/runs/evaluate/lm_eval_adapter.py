@@ -24,9 +24,8 @@ from scipy.stats import binomtest
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.config.leaves import ConfigError
 from scmoe.datamodules.tokenizer import Tokenizer
-from scmoe.inference.generate import padded
-from scmoe.inference.passes import decode, prefill
-from scmoe.inference.stopping import Stopping
+from scmoe.inference.generate import decode, padded, prefill
+from scmoe.inference.sampling import Stopping
 from scmoe.runs.evaluate.scoring import Scorer, batches
 from scmoe.runs.evaluate.tasks import Registered, Task
 

@@ -34,8 +34,7 @@ from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.dispatcher import Narrowed
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, rows_of
-from scmoe.moe.router import Router, round_robin
-from scmoe.moe.scores import Scoring, by_sign, in_proportion
+from scmoe.moe.router import Router, Scoring, by_sign, in_proportion, round_robin
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.schedule.schedule import Schedule

@@ -25,8 +25,17 @@ from scmoe.parallel.dense import ways
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from scmoe.training.callbacks.analysis import SIMILARITY, Analysis, ExpertLoad, RecordRouting, gating
-from scmoe.training.callbacks.bookkeeping import DataPosition, KeptConfig, LogLines, SkippedImages
-from scmoe.training.callbacks.measurements import GradientNorms, Memory, ProfileSteps, StepTimes, Throughput
+from scmoe.training.callbacks.measurements import (
+    DataPosition,
+    GradientNorms,
+    KeptConfig,
+    LogLines,
+    Memory,
+    ProfileSteps,
+    SkippedImages,
+    StepTimes,
+    Throughput,
+)
 
 register_callback = CALLBACKS.register
 

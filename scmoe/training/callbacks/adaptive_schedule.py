@@ -10,10 +10,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from scmoe.blocks.moe_block import moe_blocks_of
+from scmoe.files.writing import write_json
 from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
 from scmoe.planning.pricing import LayerChoice, plan_from_json, plan_to_json
-from scmoe.training.callbacks.bookkeeping import logs_now
-from scmoe.training.files import write_json
+from scmoe.training.callbacks.measurements import logs_now
 
 
 class AdaptiveSchedule(Callback):

@@ -30,13 +30,20 @@ from torch import Tensor
 from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.extras import install_command
+from scmoe.files.writing import try_to_append, try_to_draw, try_to_write
 from scmoe.moe.balance import SINGLE_STEPS, load_metrics, over_steps, step_load
 from scmoe.probes.charts import BLUE, ORANGE, SMALL, chart, title
-from scmoe.probes.gating import GatingProbe, draw_gating, gating_metrics, means
 from scmoe.probes.routing import Recorded, RoutingProbe, write_routing
-from scmoe.probes.similarity import SimilarityProbe, draw_similarity, similarity_metrics
-from scmoe.training.callbacks.bookkeeping import ends_step, logs_now
-from scmoe.training.files import try_to_append, try_to_draw, try_to_write
+from scmoe.probes.similarity import (
+    GatingProbe,
+    SimilarityProbe,
+    draw_gating,
+    draw_similarity,
+    gating_metrics,
+    means,
+    similarity_metrics,
+)
+from scmoe.training.callbacks.measurements import ends_step, logs_now
 
 CELLS = 16  # of a heat map with numbers in its cells, in a row; with more experts they would not be readable
 PATIENCE = 5  # logged windows in a row

@@ -26,9 +26,8 @@ from typing import Any
 
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.files.writing import replacing
+from scmoe.files.writing import redacted, replacing, write_json
 from scmoe.parallel.checkpoint.durable import start_of
-from scmoe.training.files import redacted, write_json
 
 UNNAMED_KEYS = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")  # not in a run's name
 VALUE_CHARS, SLUG_CHARS = 24, 64  # of one value, and of all; with the stamp well below a file system's 255 bytes

@@ -27,8 +27,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
+from scmoe.files.writing import redacted, warn_once, write_json
 from scmoe.parallel.checkpoint.durable import read_manifest
-from scmoe.training.files import redacted, warn_once, write_json
 
 HAS_WANDB = find_spec("wandb") is not None
 WANDB_TROUBLE: tuple[type[Exception], ...] = (OSError,)

@@ -24,13 +24,12 @@ from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.footprint.model_cost import parts, routed_copies
 from scmoe.inference.generate import generate
-from scmoe.inference.stopping import Stopping
+from scmoe.inference.sampling import Stopping
 from scmoe.lightning.seam import count_steps_from
 from scmoe.models.decoder import Decoder
 from scmoe.moe.experts import Experts
 from scmoe.training.assembly.model import build_model_on_meta
-from scmoe.training.callbacks.bookkeeping import SkippedImages
-from scmoe.training.callbacks.measurements import Memory, Throughput
+from scmoe.training.callbacks.measurements import Memory, SkippedImages, Throughput
 from scmoe.training.modules import MoEModule
 from scmoe.training.run.directory import relative
 

@@ -18,11 +18,11 @@ from scmoe.config.registry import words
 from scmoe.config.rules import shortened
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.text import TextDataModule
+from scmoe.files.writing import redacted, warn_once, write_json
 from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, read_manifest
 from scmoe.training.assembly.data import build_datamodule, prepare_data
 from scmoe.training.assembly.model import build_model_on_meta, build_module, initial_weights
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
-from scmoe.training.files import redacted, warn_once, write_json
 from scmoe.training.run.directory import create_run_dir, refuse_running, relative, show_life, write_config, write_state
 from scmoe.training.run.loggers import build_loggers, close_loggers, describe, log_inputs, log_results
 from scmoe.training.run.machine import check_machine, is_rank_zero, keep_freed_memory
