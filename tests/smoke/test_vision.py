@@ -15,6 +15,7 @@ SHORT = (
     "trainer.val_every=2",
     "trainer.checkpoint_every=2",
     "data.val_sequences=21",
+    "data.global_batch_size=16",
     "logger.mode=disabled",
 )
 

@@ -5,6 +5,8 @@ The weights are chosen so that every term of the mathematics shows in the result
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,7 @@ TINY = (
 )
 
 
+@cache
 def tiny(*overrides: str) -> Config:
     from scmoe.config.load import load  # here, so that the `gpu` tests run without omegaconf
 
