@@ -1,7 +1,5 @@
 """`bench inference` on two ranks without links measures every row in both shapes; its report has the times' ratios."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any

@@ -4,8 +4,6 @@
 way, so here they measure a tiny pair on the loopback device, without a rate, and try each schedule once.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

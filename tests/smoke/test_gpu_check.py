@@ -3,8 +3,6 @@
 What a card measures is not tested here: its streams, kernels and clocks.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 

@@ -3,8 +3,6 @@
 The runs are those of configs/debug.yaml in ranks of run_ranks, which start in 0.1 s.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 from importlib.util import find_spec

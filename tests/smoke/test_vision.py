@@ -1,7 +1,5 @@
 """These tests run the vision quickstart on two ranks: its last line, the best checkpoint, missing data."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -3,8 +3,6 @@
 One process, `scenario`, makes all trainings, because every start of Python with torch costs seconds.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

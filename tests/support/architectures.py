@@ -4,8 +4,6 @@ A word without a dot is a key of the section `moe`. `TABLES` has the rows of Tab
 has the name of its position alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -3,8 +3,6 @@
 The weights are chosen so that every term of the mathematics shows in the result.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

@@ -1,7 +1,5 @@
 """What every picture must be: readable on a phone and in print, with words that cover nothing."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

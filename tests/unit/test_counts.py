@@ -1,7 +1,5 @@
 """`make params` gives the paper's totals, and the output of `make estimate` is JSON for other programs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

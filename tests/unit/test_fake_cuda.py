@@ -2,8 +2,6 @@
 host waits once, for the guard. The steps run on fake tensors of `cuda`, without a GPU (docs/fake-cuda.md).
 """
 
-from __future__ import annotations
-
 import pytest
 
 from tests.support import fake_cuda

@@ -1,7 +1,5 @@
 """Generation with a cache equals generation without one, token for token, and each text equals itself alone."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

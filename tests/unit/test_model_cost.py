@@ -1,7 +1,5 @@
 """A rank's FLOPs, sent bytes and parameters are those of a real tiny model."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -1,7 +1,5 @@
 """Offloaded experts give the bits of resident ones, within their slots, whatever is fetched, guessed or late."""
 
-from __future__ import annotations
-
 import copy
 import time
 import weakref

@@ -4,8 +4,6 @@ The tolerance is 1e-12 of the largest entry in float64: both sides do the same s
 thousand terms of rounding error 1e-16 each. A wrong term changes the result by 1e-3 or more.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

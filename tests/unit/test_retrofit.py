@@ -1,7 +1,5 @@
 """Zero experts that are added to a trained MoE: what is copied, what is drawn, and what is refused."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

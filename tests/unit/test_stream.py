@@ -1,7 +1,5 @@
 """The whole MoE stream handles padding, capacity, unbalanced routing, several open streams and mixed precision."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

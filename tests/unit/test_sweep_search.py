@@ -1,7 +1,5 @@
 """Search methods and early stopping are functions of the earlier trials."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 

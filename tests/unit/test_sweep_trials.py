@@ -3,8 +3,6 @@
 The trials are toy trainings, which start quickly; the README's command has real ones.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import os

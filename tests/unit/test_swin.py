@@ -3,8 +3,6 @@
 The tolerance is 1e-12 of the largest entry in float64, for the reasons in test_reference_equality.py.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """The tables of configs/experiment build and hold the paper's values; mistakes are refused."""
 
-from __future__ import annotations
-
 import re
 from itertools import pairwise
 from pathlib import Path
