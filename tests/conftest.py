@@ -10,7 +10,8 @@ from hypothesis import settings
 
 from scmoe.experiments.engine.ranks import PRELOADED
 
-PRELOADED.append("scmoe.training.run.train")  # with wandb: many tests run commands in ranks
+# Tests import these in ranks. Each would take a tenth of a second there, or more.
+PRELOADED.extend(["scmoe.training.run.train", "pytest", "tests.support.commands"])
 pytest.register_assert_rewrite("tests.support")  # so that a failing assert there shows its values
 torch.set_num_threads(1)
 settings.register_profile(

@@ -1,11 +1,8 @@
 """`bench inference` on two ranks without links measures every row in both shapes; its report has the times' ratios."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -16,6 +13,7 @@ from scmoe.experiments.bench.loads import BALANCED
 from scmoe.experiments.bench.pairs import Setting, default_schedule
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.inference import planned
+from scmoe.planning import planner
 
 pytestmark = pytest.mark.inference
 ROUNDS = np.array([1.0, 1.25, 1.5])  # a machine that slows down: ratios are the same in every round
@@ -45,13 +43,13 @@ def test_ratios_are_those_of_the_times():
     assert own["decode_tokens_per_s"] == pytest.approx(2 * 8 / 0.25)
 
 
-FEW = ("top2", "shared_expert", "pos2")
+FEW = ("top2", "pos2")
 
 
 def measure_briefly(rank: int, world_size: int, setting: Setting, batch: int) -> Any:
     """Measures few blocks and plans from few passes: a plan's times are not looked at here."""
-    with patch.object(inference, "BLOCKS", FEW), patch.object(planned, "ROUNDS", 2):
-        return measure(rank, world_size, setting, batch)
+    inference.BLOCKS, planned.ROUNDS, planner.STEPS_EACH = FEW, 1, 1
+    return measure(rank, world_size, setting, batch)
 
 
 @pytest.mark.dist
@@ -62,7 +60,7 @@ def test_all_rows_are_measured_and_reported(tmp_path, monkeypatch):
     setting = replace(setting, loads=("hot_rank:2",), layout="dropless")
     found = run_ranks(measure_briefly, 2, setting, 8)[0]
     report = summary(setting, 8, 2, found[BALANCED])
-    assert list(report["rows"]) == ["top2", "shared_expert", "scmoe_pos2"]
+    assert list(report["rows"]) == ["top2", "scmoe_pos2"]
     for row in report["rows"].values():
         for shape in SHAPES:
             own = row[shape]

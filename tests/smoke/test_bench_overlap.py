@@ -1,10 +1,8 @@
 """These tests run `bench overlap`, `timeline` and `growth` with small sizes and check what they print and draw.
 
 `bench overlap` runs as a user runs it, on shaped links where links can be shaped. The other two measure in the same
-way, so here they measure a tiny pair on the loopback device, without a rate.
+way, so here they measure a tiny pair on the loopback device, without a rate, and try each schedule once.
 """
-
-from __future__ import annotations
 
 import json
 from collections.abc import Callable
@@ -13,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from scmoe.experiments.bench import growth, overlap_report, timeline
+from scmoe.experiments.bench import growth, overlap, overlap_report, timeline
 from scmoe.experiments.bench.pairs import Setting
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.planning import planner
 from tests.support.commands import run
 
 pytestmark = [pytest.mark.dist, pytest.mark.smoke]
@@ -33,7 +32,7 @@ ROW = {
 
 def check(report: dict[str, Any]) -> None:
     assert report.keys() >= TOP and report["rows"].keys() == {"top2", "scmoe_pos2_pipelined"}
-    assert all(row.keys() >= ROW and row["auto_over_best"] >= 0.5 for row in report["rows"].values())
+    assert all(row.keys() >= ROW and row["auto_over_best"] > 0 for row in report["rows"].values())
     pipelined = report["rows"]["scmoe_pos2_pipelined"]
     assert pipelined["chunks"] in (2, 4) and pipelined["auto_chunks"] in (2, 4) and 0 <= pipelined["auto_slot"] <= 3
     assert report["rows"]["top2"]["peak_mb"] > 0 and report["rows"]["top2"]["inside_gain"] is None
@@ -42,7 +41,7 @@ def check(report: dict[str, Any]) -> None:
 
 def test_bench_overlap(tmp_path):
     """The block has emulated operators, and the command searches for the rate of the links."""
-    sizes = ("--tokens", "128", "--seq-len", "32", "--dim", "64", "--attention-ms", "4", "--share", "0.3")
+    sizes = ("--tokens", "128", "--seq-len", "32", "--dim", "64", "--attention-ms", "1", "--share", "0.3")
     report = run("-m", "experiments.bench", "overlap", *ROWS, *sizes, "--out", str(tmp_path)).summary
     check(report)
     for row in report["rows"].values():
@@ -78,6 +77,7 @@ def test_bench_train(tmp_path):
 
 def without_rate(rank: int, world_size: int, measure: Callable[..., Any], setting: Setting, *args: Any) -> Any:
     links.set_rate = lambda mbit: None
+    overlap.TRIALS, planner.STEPS_EACH, planner.MOST_TRIES = 1, 1, 6
     rate = setting.link_mbit or 100.0  # the command does not search for a rate that is given
     return measure(rank, world_size, replace(setting, link_mbit=rate, tokens=64, seq_len=32, dim=32), *args)
 

@@ -8,8 +8,6 @@ visible at once (in float32 it reached 0.09). It is far below any real change: i
 load-balance coefficient moved a loss by 0.012, and 3e-5 of the learning rate by 0.0018.
 """
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,15 +1,16 @@
 """The commands of the README and of the pages are understood, and run; so do their Python examples.
 
-They run in a folder of links to this checkout. Only the number of steps is reduced: the quickstart takes 3 of its steps
-and is resumed to 5. A page's commands use what earlier ones have left: the README's `make train` leaves the newest run.
+They run in a folder of links to this checkout, at a small size: the quickstart takes 3 steps of a smaller model and is
+resumed to 5. A page's commands use what earlier ones have left: the README's `make train` leaves the newest run.
 `make test` runs one command of each kind, `make test-faults` all of them, but for those that another test runs.
 
-`make train` runs as written. For the other targets, `make --dry-run` names the program, which then runs in a forked
-process, because a start of Python with torch costs five seconds.
+`make --dry-run` names the program, which then runs in a forked process, because a start of Python with torch costs five
+seconds.
 """
 
 import os
 import re
+import runpy
 import shlex
 import subprocess
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from scmoe.experiments.engine.command_line import app_of
+from scmoe.experiments.engine.ranks import run_ranks
 from tests.support.commands import undocumented
 from tests.support.forked import python
 
@@ -45,8 +47,10 @@ SMALL = [line for line in commands("docs/clusters.md") if "configs/debug.yaml" i
 COMMANDS = list(dict.fromkeys([line for page in PAGES for line in commands(page)] + SMALL))
 RESULTS = "\n".join(page.read_text() for page in sorted((ROOT / "docs/results").rglob("*.md")))
 MEASURING = sorted(set(re.findall(r"^`(make [^`]+)`", RESULTS, re.MULTILINE)))  # they take hours
-AS_WRITTEN, PYTHON = ("make setup", "make train"), ".venv/bin/python"
+AS_WRITTEN, PYTHON = "make setup", ".venv/bin/python"
 QUICK = "trainer.max_steps=3 trainer.val_every=3 trainer.checkpoint_every=3 trainer.log_every=1 data.val_sequences=8"
+SMALLER = f"model.layers=2 model.dim=64 model.heads=2 {QUICK}"
+(DRYRUN,) = (command for command in COMMANDS if command.startswith("make dryrun "))
 ELSEWHERE = {  # command: the test that makes its run
     "make test": "tests/smoke/test_readme.py",
     "make train CONFIG=configs/quickstart_vision.yaml": "tests/smoke/test_vision.py",
@@ -57,8 +61,10 @@ ELSEWHERE = {  # command: the test that makes its run
     },
 }
 SHORT = {
-    "make train": ["make", "train", f"ARGS={QUICK}"],
-    'make resume ARGS="trainer.max_steps=400"': ["make", "resume", "ARGS=trainer.max_steps=5"],
+    "make train": ["make", "train", f"ARGS={SMALLER}"],
+    'make resume ARGS="trainer.max_steps=400"': [
+        *("make", "resume", "ARGS=trainer.max_steps=5 trainer.devices=1 strategy.ep_size=1")
+    ],
     **{
         f"make train CONFIG=configs/quickstart_{name}.yaml": [
             *("make", "train", f"CONFIG=configs/quickstart_{name}.yaml", f"ARGS={QUICK}")
@@ -66,9 +72,11 @@ SHORT = {
         for name in ("longcat", "instella")
     },
     "make evaluate": ["make", "evaluate", "ARGS=--limit 5 --stride 256 --text docs/concepts.md"],
+    "make params": ["make", "params", "ARGS=gpt2_moe_small_tiny"],
+    DRYRUN: shlex.split(DRYRUN.removesuffix('"') + ' model.layers=2"'),
     "make fig13": ["make", "fig13", "ARGS=--quick --architectures scmoe_pos2 --tokens 4"],
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': [
-        *("make", "train", f"ARGS=init_from=scmoe:exported/model.safetensors name=further {QUICK}")
+        *("make", "train", f"ARGS=init_from=scmoe:exported/model.safetensors name=further {SMALLER}")
     ],
 }
 SAYS = {
@@ -162,7 +170,7 @@ def test_every_command_is_understood(command, folder):
 def test_every_command_runs(command, folder):
     """Commands run in the order of the pages: resume and generate use the newest run."""
     words = SHORT.get(command, shlex.split(command))
-    if words[0] == "make" and command not in AS_WRITTEN:
+    if words[0] == "make" and command != AS_WRITTEN:
         (line,) = of_make(words, folder)
         words = shlex.split(line)
     out, err = run(words, folder)
@@ -185,7 +193,11 @@ def test_every_logged_metric_is_in_the_table(folder):
     assert not [name for file in files for name in undocumented(file)]
 
 
-def test_the_examples_run(folder):
+def run_script(rank: int, world_size: int, script: Path) -> None:
+    runpy.run_path(str(script), run_name="__main__")
+
+
+def test_the_examples_run():
     """The pages show a part of each script; the export's script is among the commands above. How a checkpoint is loaded
     without the Strategy is tested by tests/faults/test_lightning_users.py."""
     *others, load_export = blocks("docs/runs.md", "python")
@@ -204,4 +216,4 @@ def test_the_examples_run(folder):
     assert parallel in (ROOT / "docs/examples/my_architecture.py").read_text()
     script = ROOT / "docs/examples/expert_parallel.py"
     assert expert_parallel in script.read_text()
-    run([PYTHON, str(script)], folder)
+    run_ranks(run_script, 2, script)

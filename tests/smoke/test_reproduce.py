@@ -1,7 +1,5 @@
 """The command of all tables at the scale `smoke` trains every row and writes every table's files."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -4,8 +4,6 @@ The runs are those of configs/debug.yaml, four steps each. `launched` starts its
 are in ranks of run_ranks.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

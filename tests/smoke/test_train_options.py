@@ -3,8 +3,6 @@
 The runs are those of configs/debug.yaml in ranks of run_ranks, which start in 0.1 s.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 from importlib.util import find_spec
@@ -18,6 +16,7 @@ from scmoe.training.run.resume import find_checkpoint
 from tests.support.commands import EXACT, ROOT, Done, resume_in_ranks, rows_of, train_in_ranks
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
+TENSORBOARD = find_spec("tensorboard") is not None or find_spec("tensorboardX") is not None
 
 
 def train(folder: Path, *words: str, ranks: int = 1) -> Done:
@@ -36,17 +35,24 @@ def column(folder: Path, metric: str) -> dict[int, float]:
     return {int(row["step"]): float(row[metric]) for row in rows_of(folder / "metrics.csv") if metric in row}
 
 
-def test_every_rank_writes_a_trace_of_the_steps_that_are_named(tmp_path):
-    folder = run_dir(train(tmp_path, "trainer.profile_steps=1:3", "analysis.expert_load=true", ranks=2))
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory) -> Path:
+    """Returns a run of two ranks that leaves traces, the load of experts and, if installed, files of TensorBoard."""
+    tensorboard = f"logger.tensorboard={str(TENSORBOARD).lower()}"
+    words = ("trainer.profile_steps=1:3", "analysis.expert_load=true", tensorboard)
+    return run_dir(train(tmp_path_factory.mktemp("observed"), *words, ranks=2))
+
+
+def test_every_rank_writes_a_trace_of_the_steps_that_are_named(observed):
     names = [f"steps-1-3-rank-{rank}.json.gz" for rank in range(2)]
-    assert sorted(path.name for path in (folder / "traces").iterdir()) == names
+    assert sorted(path.name for path in (observed / "traces").iterdir()) == names
     for name in names:
-        events = json.loads(gzip.decompress((folder / "traces" / name).read_bytes()))["traceEvents"]
+        events = json.loads(gzip.decompress((observed / "traces" / name).read_bytes()))["traceEvents"]
         updates = [event for event in events if event.get("name", "").startswith("Optimizer.step#")]
         assert len(updates) == 2, "two steps"
         assert {"scmoe/dispatch", "scmoe/experts"} <= {event.get("name") for event in events}
-    assert (folder / "analysis" / "expert_load.png").stat().st_size > 1000
-    assert len((folder / "analysis" / "expert_load.csv").read_text().splitlines()) == 1 + 4
+    assert (observed / "analysis" / "expert_load.png").stat().st_size > 1000
+    assert len((observed / "analysis" / "expert_load.csv").read_text().splitlines()) == 1 + 4
 
 
 def test_early_stopping_ends_all_ranks_after_so_many_validations(tmp_path):
@@ -183,20 +189,15 @@ def test_further_arguments_reach_the_trainer_or_are_refused(tmp_path):
         assert refused.code == 2 and said in line
 
 
-def test_tensorboard_gets_the_metrics_or_is_refused(tmp_path):
-    done = train(tmp_path, "logger.tensorboard=true")
-    if not (find_spec("tensorboard") or find_spec("tensorboardX")):
-        assert done.code == 2
-        assert "logger.tensorboard is True, allowed: false, as TensorBoard is not installed" in done.err
-        pytest.skip("tensorboard is not installed (extra `tensorboard`)")
+@pytest.mark.skipif(not TENSORBOARD, reason="tensorboard is not installed (extra `tensorboard`)")
+def test_tensorboard_gets_the_metrics(observed):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-    folder = run_dir(done)
-    found = EventAccumulator(str(folder / "tensorboard"))
+    found = EventAccumulator(str(observed / "tensorboard"))
     found.Reload()
     logged = {event.step: event.value for event in found.Scalars("train/loss")}
-    assert logged == pytest.approx(column(folder, "train/loss"))
+    assert logged == pytest.approx(column(observed, "train/loss"))
     content = found.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     values = HParamsPluginData.FromString(content).session_start_info.hparams
     assert (values["optim.lr"].number_value, values["moe.architecture"].string_value) == (1e-3, "scmoe")

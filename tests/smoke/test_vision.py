@@ -1,7 +1,5 @@
 """These tests run the vision quickstart on two ranks: its last line, the best checkpoint, missing data."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ SHORT = (
     "trainer.val_every=2",
     "trainer.checkpoint_every=2",
     "data.val_sequences=21",
+    "data.global_batch_size=16",
     "logger.mode=disabled",
 )
 

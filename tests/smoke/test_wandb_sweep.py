@@ -1,7 +1,5 @@
 """A sweep at W&B, here a server on 127.0.0.1: the agent's trials, how they are stopped, and a server that is gone."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

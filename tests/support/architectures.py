@@ -4,7 +4,10 @@ A word without a dot is a key of the section `moe`. `TABLES` has the rows of Tab
 has the name of its position alone.
 """
 
-from __future__ import annotations
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
 
 TABLES = {
     "top-1": "architecture=top_k top_k=1",
@@ -54,6 +57,10 @@ AFTER_NORM = {
     "dgmoe-after-norm": "architecture=dgmoe after_norm=true",
 }
 
+# One row for each wiring; other rows of the tables differ from one of these in top-k and coefficients.
+KINDS = ("top-2", "shared-cg1", "pos1", "pos2", "pos3", "l0-pos1", "dgmoe", "dgmoe-share")
+QUICK = {"dense", *KINDS, *EVERY_BLOCK, *BETWEEN_BLOCKS, *AFTER_NORM}
+
 # The architectures that each comparison goes through. Those of GPT and LLaMA on several ranks: tests/support/cases.py.
 LANGUAGE_WITH_ORACLE = {
     **TABLES,
@@ -97,3 +104,8 @@ def overrides(words: str) -> list[str]:
     """Returns words such as `top_k=2 model.layers=4` as the command line takes them."""
     keys = {word: word.partition("=")[0] for word in words.split()}
     return [word if "." in key or key == "extensions" else f"moe.{word}" for word, key in keys.items()]
+
+
+def with_marks(names: Iterable[str]) -> list[Any]:
+    """Returns the names as parameters of a test, of which `make test` has those of QUICK and `make test-faults` all."""
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.faults) for name in names]

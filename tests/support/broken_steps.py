@@ -1,7 +1,5 @@
 """These faults are put into a training step of tests/support/fake_steps.py, which must raise."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any

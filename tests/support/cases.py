@@ -1,7 +1,5 @@
 """These are the trainings that tests/distributed/test_ep_equality.py compares, by name, as words of the config."""
 
-from __future__ import annotations
-
 from tests.support.architectures import AFTER_NORM, BETWEEN_BLOCKS, EVERY_BLOCK, LATENT_ATTENTION, TABLES
 
 ARCHITECTURES = TABLES | EVERY_BLOCK | BETWEEN_BLOCKS

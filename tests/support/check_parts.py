@@ -1,7 +1,5 @@
 """Parts that fail, hang and crash, for tests of what runs them in isolation."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """This module runs commands, in their own process or in ranks, and reads what they leave."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import io

@@ -1,7 +1,5 @@
 """This module compares the records of N ranks (`tests.support.trainings`) with those of one process or of others."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """These overrides are impossible, alone or together. The key next to each is the one that the error must name."""
 
-from __future__ import annotations
-
 IMPOSSIBLE = [
     ("model.dim", "model.dim=250"),
     ("model.layers", "model.layers=3"),

@@ -1,7 +1,5 @@
 """This module draws configurations for the fuzz test: from each field's type and range, and from beyond both."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from hypothesis import strategies as st

@@ -1,7 +1,5 @@
 """This module makes configs of dense models, and writes models as `make export` and as a training does."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """This module trains on ranks that must fail, and returns how they fail."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

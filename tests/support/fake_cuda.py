@@ -3,8 +3,6 @@
 The shim must be loaded before torch, so this module does not import torch at its top, and no test process loads it.
 """
 
-from __future__ import annotations
-
 import ctypes
 import multiprocessing
 import shutil

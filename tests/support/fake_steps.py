@@ -5,8 +5,6 @@ where the host would wait for the device, where tensors of two devices meet, and
 process of tests/support/fake_cuda.py.
 """
 
-from __future__ import annotations
-
 import sys
 import traceback
 import warnings

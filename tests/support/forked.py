@@ -4,8 +4,6 @@ A start of Python with them takes five seconds of processor time; a fork of the 
 program runs as `__main__`, in its own session, with its own environment, folder and exit code.
 """
 
-from __future__ import annotations
-
 import atexit
 import multiprocessing
 import os

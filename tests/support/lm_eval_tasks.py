@@ -1,7 +1,5 @@
 """This module writes task files for lm-eval."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """This module makes the training of many steps that the tests of numerics compare, and records it on one rank."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint

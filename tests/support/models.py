@@ -3,7 +3,7 @@
 The weights are chosen so that every term of the mathematics shows in the result.
 """
 
-from __future__ import annotations
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ TINY = (
 )
 
 
+@cache
 def tiny(*overrides: str) -> Config:
     from scmoe.config.load import load  # here, so that the `gpu` tests run without omegaconf
 

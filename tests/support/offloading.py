@@ -1,7 +1,5 @@
 """This module makes models with stores of their experts, and a source of experts that is as late as it may be."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

@@ -3,8 +3,6 @@
 It counts the bytes of storages on the host while the model is built. Results are plain, so that ranks can return them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any, NamedTuple

@@ -3,8 +3,6 @@
 The tolerance is 1e-5 of the largest entry in float32: the same sums in another order, with rounding errors of 6e-8.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """These dispatchers and modules record when they run, forward and backward."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +18,7 @@ class _Mark(Function):
     """This identity function writes its name into a log when it runs forward and when it runs backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, name: str, log: Log) -> Tensor:
+    def forward(ctx, x: Tensor, name: str, log: "Log") -> Tensor:
         ctx.name, ctx.log = name, log
         log.forward.append(name)
         return x.view_as(x)

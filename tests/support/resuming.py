@@ -1,7 +1,5 @@
 """This module trains on one rank as a user does, with checkpoints and resuming, and compares the ends of two runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """This module writes texts of made-up sentences, and finds the folder of the paper's tasks."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

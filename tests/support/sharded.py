@@ -3,8 +3,6 @@
 Dense weights are split over all ranks, or (hybrid) over the ranks of a node of two, with a copy on each node.
 """
 
-from __future__ import annotations
-
 from tests.support.cases import ARCHITECTURES, CLIP, SEQUENTIAL, SLOTS
 
 SHARDED = "strategy.dense=sharded"

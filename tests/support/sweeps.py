@@ -1,7 +1,5 @@
 """This sweep file has every kind of key. Tests change one key at a time."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]

@@ -1,7 +1,5 @@
 """This module writes a folder of small documents, and opens it as text data on one rank of several."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any

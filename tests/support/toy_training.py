@@ -6,8 +6,6 @@ Its val/loss is |log10 lr + 2| + 1 / step, and NaN in the last step for a learni
 fails; SIGTERM saves and exits with 143.
 """
 
-from __future__ import annotations
-
 import csv
 import math
 import signal

@@ -4,8 +4,6 @@ A training takes three SGD steps through the real Strategy and Trainer. AdamW wo
 out again. `run_ranks` runs `train` and `train_cases` on every rank.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from functools import partial

@@ -1,7 +1,5 @@
 """These transfers deliver their rows late. They replace `all_to_all.point_to_point` inside the ranks."""
 
-from __future__ import annotations
-
 import os
 import threading
 from collections.abc import Callable

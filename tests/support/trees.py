@@ -1,7 +1,5 @@
 """A copy of this repository's tree, for what leaves files in it or changes them."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from pathlib import Path

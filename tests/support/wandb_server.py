@@ -4,8 +4,6 @@ It answers the GraphQL operations, file streams and uploads of the W&B client an
 "well", "error" (every request gets 500) or "nothing" (requests hang). `close` stops it.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

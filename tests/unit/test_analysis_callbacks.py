@@ -1,7 +1,5 @@
 """The analyses of Fig. 9 and 10 measure at their steps, store what they measured, and add nothing when they are off."""
 
-from __future__ import annotations
-
 import csv
 
 import numpy as np

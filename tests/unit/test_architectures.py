@@ -1,7 +1,5 @@
 """The list of architectures has every row of the paper's tables, and every model family is tested with all rows."""
 
-from __future__ import annotations
-
 import pytest
 
 from scmoe.config.fields import Config

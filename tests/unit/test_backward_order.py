@@ -5,8 +5,6 @@ start waits for that transfer. Identity nodes of `Log` are next to those nodes a
 backbone; they record when they run. The autograd engine decides the order; these tests fail if it changes.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 

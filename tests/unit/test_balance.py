@@ -1,7 +1,5 @@
 """The routers' sums and losses have known values and do not depend on how the tokens are split over ranks."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

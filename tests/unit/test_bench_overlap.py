@@ -1,7 +1,5 @@
 """Benches refuse impossible options, and the best schedules of the trials of `bench overlap` go into its rounds."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Selection biases move as their rules say, by the load of all batches of a step, and by nothing else."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Direct Add, CG-1 and CG-2 (Eq. 14-16) equal the oracle."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

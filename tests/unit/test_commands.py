@@ -1,7 +1,5 @@
 """Every verb of the command line answers --help and refuses what it does not know, before torch is imported."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Every YAML loads, and every wrong configuration gives one ConfigError line before anything runs."""
 
-from __future__ import annotations
-
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The configuration's help fits its width, has every field and a catalogue, and does not import torch."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -3,8 +3,6 @@
 Tests of equality make modules and optimizers by themselves, so they would not see that a builder drops a value.
 """
 
-from __future__ import annotations
-
 import math
 
 import pytest

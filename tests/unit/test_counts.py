@@ -1,7 +1,5 @@
 """`make params` gives the paper's totals, and the output of `make estimate` is JSON for other programs."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -18,15 +16,6 @@ XL = "configs/model/gpt3_moe_xl.yaml"
 
 def last_line(capsys) -> dict:
     return json.loads(capsys.readouterr().out)
-
-
-@pytest.mark.parametrize(
-    "preset, architecture, millions", [("gpt2_moe_small", "top_2", 323), ("swinv2_moe_s", "dgmoe", 157)]
-)
-def test_totals_equal_the_papers(preset, architecture, millions):
-    if preset.startswith("swin"):
-        pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
-    assert round(parameters.count(preset, parameters.ARCHITECTURES[architecture])["total"] / 1e6) == millions
 
 
 def test_totals_of_the_shortcut_family_are_the_published_ones(capsys):
@@ -50,13 +39,14 @@ def test_totals_of_the_shortcut_family_are_the_published_ones(capsys):
 
 
 def test_dgmoe_share_differs_from_the_paper_by_one_expert_per_shared_pair():
-    """The paper's 124M fits if each of four second pairs keeps one expert (docs/decisions/0016-parameter-counts.md)."""
+    """The paper has 157M without sharing. Its 124M fits if each of four second pairs keeps one expert
+    (docs/decisions/0016-parameter-counts.md)."""
     pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
     words = (parameters.ARCHITECTURES[name] for name in ("dgmoe_share", "dgmoe"))
     ours, without = (parameters.count("swinv2_moe_s", each)["total"] for each in words)
     expert, gate = 2 * 384 * 1536, 384 * 8
     assert without - ours == 4 * (8 * expert + gate)
-    assert round((ours + 4 * expert) / 1e6) == 124
+    assert (round(without / 1e6), round((ours + 4 * expert) / 1e6)) == (157, 124)
 
 
 def test_params_prints_json_for_the_given_preset(capsys):

@@ -4,8 +4,6 @@ Experts equal those on a CPU, NCCL's All-to-All of one rank changes no bit, and 
 test_no_host_sync.py and test_experts.py also test the parts that require no GPU.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.distributed as dist

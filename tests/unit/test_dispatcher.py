@@ -1,7 +1,5 @@
 """The local dispatcher sends nothing, and the sequential baseline waits for each transfer and changes no bit."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """All paths, links, names in files, modules, make targets and config keys in README and docs exist."""
 
-from __future__ import annotations
-
 import re
 import runpy
 import sys

@@ -3,8 +3,6 @@
 `make docs` builds the whole site, where mkdocs checks every link. These tests need no build.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

@@ -4,8 +4,6 @@ test_reference_equality.py compares outputs and gradients with Eq. 23, test_sche
 tests/distributed/test_double_gate.py tests several ranks and checkpoints.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """A dry run counts what the estimate computes: bytes of collectives and states exactly, a peak below the bound."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

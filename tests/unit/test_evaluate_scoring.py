@@ -1,7 +1,5 @@
 """Scores of tokens: every token once, with enough context, independent of padding and of the other texts."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Own tasks are true and the same every time, tasks that are read are checked, and lm-eval counts as by hand."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from pathlib import Path

@@ -3,8 +3,6 @@
 The alarm for a collapsed router ignores busy experts and short peaks, and warns once per layer.
 """
 
-from __future__ import annotations
-
 import csv
 import resource
 from pathlib import Path

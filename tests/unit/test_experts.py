@@ -2,8 +2,6 @@
 activation equals its formula.
 """
 
-from __future__ import annotations
-
 import math
 from itertools import pairwise
 

@@ -1,7 +1,5 @@
 """What is registered is checked, listed and built like what comes with scmoe; what cannot handle it says so."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

@@ -1,7 +1,5 @@
 """A package that is not installed is named in one line, with a command that installs it; the extras are pyproject's."""
 
-from __future__ import annotations
-
 import re
 import tomllib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Figures are drawn from runs and reports, can be read on a phone, and say what they cannot be drawn from."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Fig. 9's quantities equal those by hand, and the probe reads what the gate reads and removes its hooks."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

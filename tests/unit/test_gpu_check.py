@@ -3,8 +3,6 @@
 No card is needed: the profile is written by hand in the form in which torch exports one.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -3,8 +3,6 @@
 There is no NCCL here, so the calls are recorded.
 """
 
-from __future__ import annotations
-
 import os
 from datetime import timedelta
 from types import SimpleNamespace

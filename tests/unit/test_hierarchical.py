@@ -3,8 +3,6 @@
 A row is the pair (sender, its place there). The tests play both hops for all ranks of a grid of nodes.
 """
 
-from __future__ import annotations
-
 from itertools import chain
 
 import torch

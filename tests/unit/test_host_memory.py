@@ -1,7 +1,5 @@
 """Freed memory is kept for the next step."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

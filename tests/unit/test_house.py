@@ -1,7 +1,5 @@
 """Rooms keep their order and their budgets of lines, imports have no circle, and some things exist only once."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections import Counter

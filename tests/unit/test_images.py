@@ -1,7 +1,5 @@
 """Image data has known formats, a fixed order, random changes by position, smoothed labels and filler."""
 
-from __future__ import annotations
-
 import gzip
 import random
 import struct

@@ -3,8 +3,6 @@
 SLURM is simulated: a fake srun records its arguments. Nothing is trained.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

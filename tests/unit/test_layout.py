@@ -1,7 +1,5 @@
 """Layouts, encode and decode obey these laws for random routings with padding, capacities and chunks."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Loads make the imbalance that their formulas say, for distinct experts of a token and equal chunks of tokens."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The clock runs variants in turn and leaves the rounds to warm up out; the report shows what its rows have."""
 
-from __future__ import annotations
-
 from scmoe.experiments.engine.clock import in_turn, middle, quartiles, undisturbed
 from scmoe.experiments.engine.report import Report, bullets_and_tables
 

@@ -1,7 +1,5 @@
 """A rank's weights, gradients and moments have exactly the bytes of a real tiny model; activations are bounded."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

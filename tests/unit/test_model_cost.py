@@ -1,7 +1,5 @@
 """A rank's FLOPs, sent bytes and parameters are those of a real tiny model."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -95,8 +93,10 @@ class Weighing(LocalDispatcher):
         return super().combine(rows_RD, receipt)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed"])
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "dense"])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [(name, "32-true") for name in MODELS if name != "dense"] + [("scmoe", "64-true"), ("scmoe", "bf16-mixed")],
+)
 def test_transfer_bytes_are_what_a_dispatcher_receives(name, precision):
     config, dtype = tiny(*MODELS[name].split()), torch.float64 if precision == "64-true" else torch.float32
     model, (ids, _) = tiny_model(config, dtype), tiny_batch(config, BATCH)

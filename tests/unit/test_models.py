@@ -1,7 +1,5 @@
 """Both language models pass the same tests: causality, maximum length, mixed precision."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 
 import pytest

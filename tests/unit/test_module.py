@@ -1,7 +1,5 @@
 """The LightningModule adds up validations exactly, and clips in every precision."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from lightning.pytorch import Trainer

@@ -4,8 +4,6 @@ The tests need no device: tensors on `meta` have shapes but no numbers, so code 
 the code paths of a device (moe/experts.py). test_cuda.py does the same on a GPU.
 """
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from unittest.mock import patch
 

@@ -1,7 +1,5 @@
 """The recorder changes no bit, and sees the operators in the order of the schedule, forward and backward."""
 
-from __future__ import annotations
-
 from unittest.mock import patch
 
 import pytest

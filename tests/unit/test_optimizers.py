@@ -1,7 +1,5 @@
 """Muon updates every matrix by itself, an expert's too; each parameter is in one list; state can be loaded."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """Gradients let rows go first: no piece begins while rows are in flight, so rows wait behind two pieces at most."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections import deque

@@ -1,7 +1,5 @@
 """The pictures and pages of results are those that `make figures` would make now; all readers can read them."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

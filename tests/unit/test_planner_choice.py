@@ -4,8 +4,6 @@ Ranks are those of tests/support/played.py, with 1 ms of latency for each transf
 What ran is printed once.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

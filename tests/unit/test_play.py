@@ -1,7 +1,5 @@
 """A timeline of one rank equals that of every rank where rows are even; with uneven rows the busiest rank decides."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import pairwise
 

@@ -1,8 +1,7 @@
-"""The models of Tables 8 and 9 have the right sizes, and build with every architecture of Tables 1 to 7 that fits.
+"""The models of Tables 8 and 9 have the right sizes, and build with every kind of block that fits.
 
-Those of LongCat-Flash, Instella-MoE, NVIDIA and NousResearch have one architecture each."""
-
-from __future__ import annotations
+tests/unit/test_table_file.py builds the rows of Tables 1 to 7. Those of LongCat-Flash, Instella-MoE, NVIDIA and
+NousResearch have one architecture each."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,23 +13,24 @@ from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 from scmoe.training.run.printout import count_parameters, total_and_active
-from tests.support.architectures import TABLES, overrides
+from tests.support.architectures import KINDS, TABLES, overrides
 from tests.support.models import randomise
 
 MODELS = Path(__file__).parents[2] / "configs/model"
 LANGUAGE = ("gpt2_moe_small", "gpt2_moe_medium", "gpt3_moe_xl", "llama2_moe")
 NAMES = (*LANGUAGE, "swinv2_moe_s", "swinv2_moe_b")
+OF_KINDS = {name: TABLES[name] for name in KINDS}
 AT_POS1 = {  # with an MoE in every block there is no other position
     name.replace("pos2", "pos1"): words.replace("pos2", "pos1")
-    for name, words in TABLES.items()
+    for name, words in OF_KINDS.items()
     if "pos1" not in name and "pos3" not in name
 }
 FIRST_OF_A_FAMILY = ("gpt2_moe_small", "llama2_moe", "swinv2_moe_s")
 FAMILY = ("longcat_flash", "instella_moe", "nvidia_shortcut", "nous")
-CASES = [  # every architecture at one size of each family, and three at its other sizes
+CASES = [  # every kind at one size of each family, and three at its other sizes
     (name, architecture, words)
     for name in NAMES
-    for architecture, words in (AT_POS1 if name == "llama2_moe" else TABLES).items()
+    for architecture, words in (AT_POS1 if name == "llama2_moe" else OF_KINDS).items()
     if name in FIRST_OF_A_FAMILY or architecture in ("top-2", "pos2", "dgmoe-share")
 ]
 CASES += [(name, "own", "") for name in FAMILY]

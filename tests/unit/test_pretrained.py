@@ -3,8 +3,6 @@
 tests/peers checks equality with transformers' own models; here folders are written by hand, without that library.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

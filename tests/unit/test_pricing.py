@@ -4,8 +4,6 @@ Ranks are played by formula. Rank 0 has `load` times its fair share of the rows.
 own rows have arrived, whatever its peers wait for, as with gloo. Each rank has a clock of its own.
 """
 
-from __future__ import annotations
-
 from unittest.mock import patch
 
 import pytest

@@ -1,7 +1,5 @@
 """Recorded routings are what the routers chose, and what is read is what was written."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

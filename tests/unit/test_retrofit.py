@@ -1,7 +1,5 @@
 """Zero experts that are added to a trained MoE: what is copied, what is drawn, and what is refused."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from scmoe.init_from.upcycle import with_rows
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model_to_train
 from tests.support.exports import FAMILIES, dense, export
-from tests.support.models import assert_close, tiny, tiny_batch, tiny_model
+from tests.support.models import assert_close, tiny, tiny_batch
 
 TRAINED = ("model.layers=4", "moe.top_k=2", "moe.router=deepseek", "moe.capacity_factor=null", "moe.noisy=true")
 ZEROS = ("moe.zero_experts=3", "moe.zero_output=zero")
@@ -135,9 +133,3 @@ def test_an_export_says_what_zero_experts_return(tmp_path):
     for word in ("moe.zero_output=input", ZEROS[1]):
         export(tiny(ZEROS[0], word), tmp_path / "model.safetensors")
         assert f"moe.zero_output={read_export(tmp_path / 'model.safetensors').settings['moe.zero_output']}" == word
-
-
-def test_outputs_with_zeros_and_with_copies_of_the_input_differ():
-    config, (ids, _) = tiny(*TRAINED, *ZEROS), tiny_batch(tiny())
-    zeros, copies = tiny_model(config), tiny_model(tiny(*TRAINED, ZEROS[0]))
-    assert (zeros(ids).logits_BSV - copies(ids).logits_BSV).abs().max() > 1e-2

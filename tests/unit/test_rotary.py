@@ -3,8 +3,6 @@
 test_reference_equality.py compares the attention that uses them with the oracle.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """The gate (Eq. 2-5) equals the oracle, and its switches have their effects."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

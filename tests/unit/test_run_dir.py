@@ -1,7 +1,5 @@
 """The name of a run's directory shows how the run differs from others; its last state is right however it ends."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 from pathlib import Path

@@ -1,7 +1,5 @@
 """States, curves and differences are read from run directories, and runs are listed and compared by them."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

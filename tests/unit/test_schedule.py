@@ -1,7 +1,5 @@
 """The schedule is a value, and the blocks execute it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, replace
 

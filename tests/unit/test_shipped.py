@@ -1,7 +1,5 @@
 """A configuration is found by its name: in the current folder first, then among those that come with scmoe."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

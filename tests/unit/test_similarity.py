@@ -1,7 +1,5 @@
 """The matrix of Fig. 10 is right, and the probe reads every representation of the residual stream once."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The times of a step, its FLOP/s and MFU mean what their names say, and nothing waits for a device."""
 
-from __future__ import annotations
-
 import math
 from types import SimpleNamespace
 from typing import Any

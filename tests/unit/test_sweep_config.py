@@ -1,7 +1,5 @@
 """A sweep file's wrong settings and unknown keys are refused by name, and distributions give the right values."""
 
-from __future__ import annotations
-
 import copy
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A table trains, evaluates and measures what is not finished; what fails says why, and is made again."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

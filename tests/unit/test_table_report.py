@@ -1,7 +1,5 @@
 """A table's results have differences, decisions, speeds and losses at equal time; its page and charts show them."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

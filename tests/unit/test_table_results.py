@@ -1,7 +1,5 @@
 """A table's means, corrected differences and numbers of seeds are right."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

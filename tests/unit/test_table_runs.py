@@ -1,7 +1,5 @@
 """Runs of a table differ only in their model, are not made twice here or elsewhere, and can be launched elsewhere."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """The tokens of text data are the text, every world size sees the same batches, and resuming changes nothing."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from functools import partial

@@ -1,7 +1,5 @@
 """Tokenizers keep text and bytes, and a tokenizer that loses bytes is refused."""
 
-from __future__ import annotations
-
 import json
 from functools import partial
 

@@ -3,8 +3,6 @@
 The tolerance is 1e-12 in float64: the upcycled model adds up the same numbers in another order.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """A W&B key is looked for where W&B itself does, so `logger.mode: auto` uses W&B where W&B would find a key."""
 
-from __future__ import annotations
-
 import pytest
 
 from scmoe.training.run.loggers import has_wandb_key
