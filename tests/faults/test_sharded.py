@@ -22,10 +22,10 @@ from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model_on_meta, build_module
 from scmoe.training.assembly.trainer import build_trainer, dense_estimates
 from scmoe.training.modules import LanguageModel
-from tests.support.cases import ARCHITECTURES, SLOTS
-from tests.support.comparison import assemble, assert_same, assert_same_bits
+from tests.support.cases import ARCHITECTURES
+from tests.support.comparison import assemble, assert_same
 from tests.support.failing import failure
-from tests.support.sharded import EVERY_ON_EIGHT, EVERY_ON_FOUR, SLOTTED
+from tests.support.sharded import EVERY_ON_EIGHT, EVERY_ON_FOUR
 from tests.support.trainings import tiny, train_cases
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 SHARDED = tiny_run.WAYS["sharded"]
 
 
-# ---------------------------------------------------------------------- every architecture, way, EP degree and slot
+# ---------------------------------------------------------------------- every architecture, way and EP degree
 
 
 PARTS = [(4, i) for i in range(6)] + [(8, i) for i in range(5)]  # each within the time of a test
@@ -48,13 +48,6 @@ def test_every_architecture_equals_one_process(world_size, part):
     ranks = run_ranks(train_cases, world_size, {case: text for case, (_, text) in cases.items()}, timeout_s=280)
     for case, (name, _) in cases.items():
         assert_same([rank[case] for rank in ranks], assemble([one[name]]))
-
-
-def test_no_slot_changes_a_bit():
-    ranks = run_ranks(train_cases, 4, SLOTTED, timeout_s=280)
-    for position, slot, chunks in SLOTS:
-        slotted, sequential = ([rank[key] for rank in ranks] for key in ((position, slot, chunks), (position, chunks)))
-        assert_same_bits(slotted, sequential)
 
 
 # ---------------------------------------------------------------------- checkpoints

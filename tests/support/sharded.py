@@ -5,7 +5,7 @@ Dense weights are split over all ranks, or (hybrid) over the ranks of a node of 
 
 from __future__ import annotations
 
-from tests.support.cases import ARCHITECTURES, CLIP, SEQUENTIAL, SLOTS
+from tests.support.cases import ARCHITECTURES, CLIP, SLOTS
 
 SHARDED = "strategy.dense=sharded"
 HYBRID = "strategy.dense=hybrid trainer.devices={} trainer.num_nodes=2"
@@ -13,7 +13,7 @@ CLIPPED = f"trainer.accumulate=2 trainer.gradient_clip={CLIP}"
 ONE = {  # trainings of one process
     "clipped": f"position=pos2 top_k=2 {CLIPPED}",
     "norm": f"position=pos3 tap_norm=shared {CLIPPED}",
-    **{name: ARCHITECTURES[name] for name in ("dgmoe-share", "pos3", "pos2-every-block", "instella")},
+    **{name: ARCHITECTURES[name] for name in ("dgmoe-share", "pos2-every-block", "instella")},
 }
 
 
@@ -29,8 +29,6 @@ FOUR = {
     "dgmoe-share, EP 4": ("dgmoe-share", f"{ONE['dgmoe-share']} {words('sharded', 4, 4)}"),
     "pos2-every-block, EP 1": ("pos2-every-block", f"{ONE['pos2-every-block']} {words('sharded', 1, 4)}"),
     "instella, EP 2": ("instella", f"{ONE['instella']} schedule.inside_attention=true {words('hybrid', 2, 4)}"),
-    "pos3, slot 1": ("pos3", f"position=pos3 schedule.slot=1 schedule.chunks=2 {words('sharded', 2, 4)}"),
-    "pos3, sequential": ("pos3", f"position=pos3 schedule.chunks=2 sequential {words('sharded', 2, 4)}"),
 }
 
 # The whole suite: every architecture both ways, with EP 1, 2 and 4 in turn on four ranks, and 2 and 4 on eight.
@@ -43,5 +41,4 @@ EVERY_ON_EIGHT = {
     name: (name, f"{text} {words(('sharded', 'hybrid')[i // 2 % 2], (2, 4)[i % 2], 8)}")
     for i, (name, text) in enumerate(ARCHITECTURES.items())
 }
-SLOTTED = {key: f"{text} {words('sharded', 2, 4)}" for key, text in SLOTS.items()}
-SLOTTED |= {key: f"{text} {words('sharded', 2, 4)}" for key, text in SEQUENTIAL.items()}
+SLOTS_ON_FOUR = {name: (schedule, f"{text} {words('sharded', 2, 4)}") for name, (schedule, text) in SLOTS.items()}
