@@ -36,9 +36,13 @@ def shorten(rank: int, world_size: int, loader: str, how: str = "") -> None:
     fit(config, data=data)
 
 
-@pytest.mark.representative
 @pytest.mark.parametrize(
-    ("loader", "how"), [("train", ""), ("val", ""), ("val", "strategy.ep_size=1 strategy.dense=sharded")]
+    ("loader", "how"),
+    [
+        pytest.param("train", "", marks=pytest.mark.representative),
+        ("val", ""),
+        pytest.param("val", "strategy.ep_size=1 strategy.dense=sharded", marks=pytest.mark.representative),
+    ],
 )
 def test_uneven_batches_are_refused_before_the_first(loader, how):
     """The refusal comes at once, not minutes later from the timeout of a collective."""

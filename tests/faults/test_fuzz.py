@@ -69,7 +69,7 @@ def fuzz(examples: int) -> None:
 @pytest.mark.representative
 @pytest.mark.timeout(600)
 def test_drawn_configurations_train_or_are_refused_in_one_line():
-    fuzz(12)
+    fuzz(8)
 
 
 @pytest.mark.fuzz

@@ -264,12 +264,8 @@ def fit_early(rank: int, world_size: int, when: str, ep_size: int | None) -> Non
 @pytest.mark.parametrize(
     ("when", "message"),
     [
-        (
-            "in __init__",
-            r"ValueError: moe\.experts holds experts 0 to 7 on rank \d, allowed: (0 to 3|4 to 7) of 8; build the model "
-            r"in configure_model or setup, from self\.parallel_context",
-        ),
-        ("added", r"ValueError: more\.experts\.w_in_eDF was added after fit had begun\. Add experts in configure"),
+        ("in __init__", r"ValueError: moe\.experts holds experts 0 to 7 on rank \d, allowed: (0 to 3|4 to 7) of 8; "),
+        ("added", r"ValueError: more\.experts\.w_in_eDF was added after fit had begun"),
     ],
 )
 def test_experts_that_the_strategy_cannot_shard_are_refused(when, message):
@@ -283,14 +279,14 @@ def test_experts_in_init_are_accepted_where_each_rank_has_all():
 # ---------------------------------------------------------------------- callbacks that copy the module
 
 
-def fit_averaged(rank: int, world_size: int, folder: Path, name: str) -> None:
-    callback = EMAWeightAveraging() if name == "EMAWeightAveraging" else StochasticWeightAveraging(0.1)
-    fit(rank, world_size, folder, [callback])
+def fit_averaged(rank: int, world_size: int, folder: Path) -> None:
+    for callback in (EMAWeightAveraging(), StochasticWeightAveraging(0.1)):
+        with pytest.raises(ValueError, match=f"the callback {type(callback).__name__} keeps a copy"):
+            fit(rank, world_size, folder, [callback])
 
 
-@pytest.mark.parametrize("name", ["EMAWeightAveraging", "StochasticWeightAveraging"])
-def test_callbacks_that_average_weights_in_a_copy_are_refused_by_name(name, tmp_path):
-    assert f"ValueError: the callback {name} keeps a copy" in failure(fit_averaged, 2, tmp_path, name)
+def test_callbacks_that_average_weights_in_a_copy_are_refused_by_name(tmp_path):
+    run_ranks(fit_averaged, 2, tmp_path)
 
 
 # ---------------------------------------------------------------------- how many parameters

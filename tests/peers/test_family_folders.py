@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,15 @@ def ids() -> Tensor:
     return torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """Returns a folder with one of theirs for each case."""
+    made = tmp_path_factory.mktemp("folders")
+    for case in CASES:
+        save(their_model(case), made / case, case)
+    return made
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients(case, tmp_path):
     theirs = their_model(case)
@@ -264,9 +274,9 @@ def test_further_modules_are_not_read(tmp_path):
         ("instella", {}, SHARED_EXPERT, "moe.architecture is 'shared_expert', allowed: 'farskip'"),
     ],
 )
-def test_another_model_is_refused_by_name(case, changes, words, said, tmp_path):
-    save(their_model(case), tmp_path, case)
-    change(tmp_path, **changes)
+def test_another_model_is_refused_by_name(case, changes, words, said, folders, tmp_path):
+    folder = Path(shutil.copytree(folders / case, tmp_path / "changed"))
+    change(folder, **changes)
     with pytest.raises(ValueError, match="init_from is ") as raised:
-        build_model_to_train(config_of(case, tmp_path, *words), ParallelContext())
+        build_model_to_train(config_of(case, folder, *words), ParallelContext())
     assert said in str(raised.value)
