@@ -148,6 +148,7 @@ def uninterrupted_and_resumed(rank: int, world_size: int, folder: Path) -> tuple
     return uninterrupted, fit(config, None, folder / f"step={HALF}.ckpt")
 
 
+@pytest.mark.faults
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path):
     """Everything random is on: augmentation, mixing, drop path, gate noise."""
     for uninterrupted, resumed in run_ranks(uninterrupted_and_resumed, 2, tmp_path):

@@ -1,7 +1,7 @@
 """Faults 1 to 6 of docs/faults.md: real saves by two ranks are killed, fail or are damaged.
 
 `python -m experiments.faults` does the same at every point; these tests take fewer. tests/unit/test_durable.py tests
-the commit alone.
+the commit alone: it is killed at every call, and every flipped bit is found.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def save_over_by_renames(
     return damaged.save_over(rank, world_size, folder, victim, background, operation)
 
 
-@pytest.mark.parametrize("background", [pytest.param(False, marks=pytest.mark.representative), True])
+@pytest.mark.parametrize("background", [False, True])
 def test_sigkill_between_the_two_renames_loses_nothing(background, tmp_path):
     """This is the only moment at which no directory has the checkpoint's own name."""
     (tmp_path / "record").mkdir()
@@ -176,7 +176,6 @@ def test_a_disk_that_refuses_to_write_is_an_error_on_every_rank(background, trou
 # ---------------------------------------------------------------------- damage
 
 
-@pytest.mark.representative
 def test_every_flipped_bit_is_refused():
     assert damaged.flip(100) == {"flips": 100, "refused": 100}
 
