@@ -29,15 +29,15 @@ from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import expert_parameters
+from tests.support.cases import split
 from tests.support.comparison import TOLERANCE
 from tests.support.resuming import HALF, fit, largest_difference
-from tests.support.sharded import words
 from tests.support.trainings import RecordingModel, be_on_nodes, tiny, train, whole
 
 pytestmark = pytest.mark.dist
 
 MODEL = "position=pos2 top_k=2 optim.lr=0.01 optim.warmup_steps=2 trainer.max_steps=6"
-LAYOUTS = {"hybrid, EP 1": words("hybrid", 1, 4), "replicated, EP 4": "strategy.ep_size=4"}
+LAYOUTS = {"hybrid, EP 1": split("hybrid", 1, 4), "replicated, EP 4": "strategy.ep_size=4"}
 PRECISIONS = {
     "fp32": "trainer.precision=32-true",
     "bf16": "trainer.precision=bf16-mixed",
@@ -48,7 +48,7 @@ PRECISIONS = {
 
 def resumed_in_layouts(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
     """Returns a run with sharded weights, whose checkpoint is written in parallel, and runs that continue from it."""
-    first = f"{MODEL} strategy.async_checkpoint=true {words('sharded', 2, 4)}"
+    first = f"{MODEL} strategy.async_checkpoint=true {split('sharded', 2, 4)}"
     runs = {"uninterrupted": fit(tiny(first, 4), folder)}
     for name, text in LAYOUTS.items():
         config = tiny(f"{MODEL} {text}", 4)
@@ -109,7 +109,7 @@ class Watched(RecordingModel):
 def in_precisions(rank: int, world_size: int, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     found = {}
     for name in names:
-        config = tiny(f"position=pos2 {PRECISIONS[name]} {words('sharded', 2, 4)}", 4)
+        config = tiny(f"position=pos2 {PRECISIONS[name]} {split('sharded', 2, 4)}", 4)
         module = Watched(config, compiled=name == "compiled")
         originals = {kind: getattr(dist, kind) for kind in ("all_gather_single", "reduce_scatter_single")}
 

@@ -22,10 +22,9 @@ from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model_on_meta, build_module
 from scmoe.training.assembly.trainer import build_trainer, dense_estimates
 from scmoe.training.modules import LanguageModel
-from tests.support.cases import ARCHITECTURES
+from tests.support.cases import ARCHITECTURES, split
 from tests.support.comparison import assemble, assert_same
 from tests.support.failing import failure
-from tests.support.sharded import EVERY_ON_EIGHT, EVERY_ON_FOUR
 from tests.support.trainings import tiny, train_cases
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
@@ -36,12 +35,21 @@ SHARDED = tiny_run.WAYS["sharded"]
 # ---------------------------------------------------------------------- every architecture, way and EP degree
 
 
+ON_FOUR = {  # case: its architecture and words; EP 1, 2 and 4 in turn
+    f"{name}, {how}": (name, f"{text} {split(how, (1, 2, 4)[(i + j) % 3], 4)}")
+    for j, how in enumerate(("sharded", "hybrid"))
+    for i, (name, text) in enumerate(ARCHITECTURES.items())
+}
+ON_EIGHT = {
+    name: (name, f"{text} {split(('sharded', 'hybrid')[i // 2 % 2], (2, 4)[i % 2], 8)}")
+    for i, (name, text) in enumerate(ARCHITECTURES.items())
+}
 PARTS = [(4, i) for i in range(6)] + [(8, i) for i in range(5)]  # each within the time of a test
 
 
 @pytest.mark.parametrize("world_size, part", PARTS)
 def test_every_architecture_equals_one_process(world_size, part):
-    every = EVERY_ON_FOUR if world_size == 4 else EVERY_ON_EIGHT
+    every = ON_FOUR if world_size == 4 else ON_EIGHT
     cases = dict(list(every.items())[part :: 6 if world_size == 4 else 5])
     names = {name for name, _ in cases.values()}
     (one,) = run_ranks(train_cases, 1, {name: ARCHITECTURES[name] for name in names})

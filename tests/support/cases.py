@@ -1,4 +1,4 @@
-"""These are the trainings that tests/distributed/test_ep_equality.py compares, by name, as words of the config."""
+"""These are trainings that are compared on one rank and on several, by name, as words of the config."""
 
 from __future__ import annotations
 
@@ -72,3 +72,10 @@ SLOTS = {name: (schedule, ARCHITECTURES[name]) for name, schedule in SCHEDULES.i
 SLOTS_ON_TWO = {name: (schedule, f"{text} {EP2}") for name, (schedule, text) in SLOTS.items()}
 SLOTS_ON_FOUR = {"pos3": (SCHEDULES["pos3"], f"{SLOTS['pos3'][1]} {EP4}")}  # the longest window
 WIRE = {"pos2": (SCHEDULES["pos2"], f"position=pos2 {EP2} trainer.precision=32-true strategy.wire_dtype=bfloat16")}
+
+
+def split(how: str, ep_size: int, ranks: int) -> str:
+    """Returns words: dense weights are split over all ranks (sharded), or (hybrid) over the ranks of each of two nodes,
+    with a copy on each node."""
+    nodes = f" trainer.devices={ranks // 2} trainer.num_nodes=2" if how == "hybrid" else ""
+    return f"strategy.dense={how} strategy.ep_size={ep_size}{nodes}"
