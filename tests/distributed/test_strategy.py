@@ -298,7 +298,7 @@ class Gradients(Callback):
 def own_trainer(
     rank: int, world_size: int, strategy: Any, cls: type[LanguageModel] = LanguageModel, accumulate: int = 1
 ) -> dict[str, torch.Tensor]:
-    """Trains with a Trainer that a user has written. Returns every gradient of every step."""
+    """Trains with a Trainer that a user has written. Returns every gradient of every step, and the last norm."""
     config = tiny("position=pos2 optim.lr=0.01", world_size)
     gradients = Gradients()
     module = cls(lambda context: build_model(config, context), max_steps=2, make_optimizer=partial(adamw, lr=0.01))
@@ -318,7 +318,28 @@ def own_trainer(
         limit_val_batches=0,
     )
     trainer.fit(module, build_datamodule(config))
-    return gradients.found
+    return gradients.found | {"norm": trainer.callback_metrics["train/grad_norm"]}
+
+
+def alone(rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
+    return [own_trainer(rank, world_size, strategy) for strategy in ("auto", "expert_parallel")]
+
+
+def test_a_plain_trainer_is_bit_identical_to_one_with_the_strategy():
+    ((plain, with_strategy),) = run_ranks(alone, 1)
+    assert plain.keys() == with_strategy.keys() and plain["norm"] > 0
+    assert not [name for name, value in plain.items() if not torch.equal(value, with_strategy[name])]
+
+
+class Poisoned(LanguageModel):
+    def task_loss(self, batch: dict[str, torch.Tensor]) -> Any:
+        nats, *others = super().task_loss(batch)
+        return nats * float("nan"), *others
+
+
+def test_a_plain_trainer_stops_at_a_nan():
+    with pytest.raises(RankError, match=r"FloatingPointError: .* first not finite: rank 0: loss"):
+        run_ranks(own_trainer, 1, "auto", Poisoned)
 
 
 def test_an_ep_size_that_does_not_divide_the_number_of_ranks_is_refused():
