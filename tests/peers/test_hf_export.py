@@ -154,9 +154,14 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path):
     assert loaded.eos_token_id == tokenizer.end_of_text == theirs(tmp_path / "hf").config.eos_token_id
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize(
-    "words", ["moe.architecture=scmoe", f"{LLAMA} moe.architecture=dgmoe moe.noisy=false", INSTELLA]
+    ("words", "use_cache"),
+    [
+        ("moe.architecture=scmoe", True),
+        ("moe.architecture=scmoe", False),
+        (f"{LLAMA} moe.architecture=dgmoe moe.noisy=false", True),
+        (INSTELLA, True),
+    ],
 )
 def test_padding_on_the_left_changes_no_token(words, use_cache, tmp_path):
     """Each text of a batch continues as alone, and as the network itself says without a cache. In float64."""
