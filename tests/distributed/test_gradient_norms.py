@@ -8,11 +8,8 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.training.assembly.data import build_datamodule
-from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.bookkeeping import DataPosition
 from scmoe.training.callbacks.measurements import GradientNorms
-from tests.support.trainings import RecordingModel, tiny
+from tests.support.trainings import RecordingModel, fit, tiny
 
 pytestmark = pytest.mark.dist
 
@@ -33,9 +30,7 @@ def norms_of(rank: int, world_size: int, words: str) -> list[dict[str, float]]:
     """Returns the norms of each step on this rank."""
     config = tiny(words, world_size)
     module = Norms(config)
-    callbacks = [DataPosition(), GradientNorms(), ModelCheckpoint(save_top_k=0)]  # else Lightning's own saves a file
-    trainer = build_trainer(config, callbacks, [])
-    trainer.fit(module, build_datamodule(config))
+    fit(config, GradientNorms(), ModelCheckpoint(save_top_k=0), module=module)  # else Lightning's own saves a file
     return [
         {**norms, "all": float(whole)}
         for norms, whole in zip(module.norms, module.logged["train/grad_norm"], strict=True)

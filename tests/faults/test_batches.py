@@ -14,8 +14,8 @@ from scmoe.datamodules import sequences
 from scmoe.lightning.lockstep import check_even
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.data import build_datamodule
-from tests.support.failing import MODEL, failure, fit
-from tests.support.trainings import tiny
+from tests.support.failing import MODEL, failure
+from tests.support.trainings import fit, tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 

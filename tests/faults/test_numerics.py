@@ -18,19 +18,15 @@ from functools import cache
 from typing import Any
 
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from scmoe.config.fields import Config
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import expert_parameters
-from scmoe.training.assembly.data import build_datamodule
-from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.bookkeeping import DataPosition
 from scmoe.training.modules import LanguageModel
 from tests.support.comparison import assemble
-from tests.support.trainings import RecordingModel, tiny
+from tests.support.trainings import RecordingModel, fit, tiny
 
 pytestmark = [
     *(pytest.mark.dist, pytest.mark.faults),
@@ -70,15 +66,14 @@ def turned(batch: dict[str, Tensor], places: int) -> dict[str, Tensor]:
     return {name: t.roll(places, 0) for name, t in batch.items()}
 
 
-def fit(config: Config, optimizer: str, places: int = 0) -> dict[str, Any]:
+def train(config: Config, optimizer: str, places: int = 0) -> dict[str, Any]:
     """Trains on this rank, with sequences rotated by `places`. Returns its record in the form that `assemble` takes."""
     module = (AdamWModel if optimizer == "adamw" else RecordingModel)(config)
     routed = count_routings(module)
     if places:
         step = module.training_step
         module.training_step = lambda batch, batch_idx: step(turned(batch, places), batch_idx)  # type: ignore[method-assign]
-    trainer = build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
-    trainer.fit(module, build_datamodule(config))
+    fit(config, module=module)
     return {
         **{moment: getattr(module, moment) for moment in ("logged", "gradients", "drawn", "before")},
         "outputs": module.outputs[-3:],  # of the last batches only, to save memory
@@ -107,7 +102,7 @@ def count_routings(module: LanguageModel) -> list[str]:
 
 def fit_cases(rank: int, world_size: int, cases: dict[str, tuple[str, str, int]]) -> dict[str, dict[str, Any]]:
     """Trains each case on this rank. cases: name -> (words of the config, optimizer, places)."""
-    return {name: fit(tiny(words, world_size), *how) for name, (words, *how) in cases.items()}
+    return {name: train(tiny(words, world_size), *how) for name, (words, *how) in cases.items()}
 
 
 def cases_of(layout: str) -> dict[str, tuple[str, str, int]]:

@@ -18,14 +18,13 @@ from scmoe.lightning.lockstep import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.dense import estimates_of, pick_dense, ways
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model_on_meta, build_module
-from scmoe.training.assembly.trainer import build_trainer, dense_estimates
+from scmoe.training.assembly.trainer import dense_estimates
 from scmoe.training.modules import LanguageModel
 from tests.support.cases import ARCHITECTURES, split
 from tests.support.comparison import assemble, assert_same
 from tests.support.failing import failure
-from tests.support.trainings import tiny, train_cases
+from tests.support.trainings import fit, tiny, train_cases
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -97,7 +96,7 @@ def poisoned(rank: int, world_size: int) -> None:
     config = tiny(f"position=pos2 {' '.join(SHARDED)}", world_size)
     module = build_module(config)
     module.__class__ = Poisoned
-    build_trainer(config, [], []).fit(module, build_datamodule(config))
+    fit(config, module=module)
 
 
 @pytest.mark.representative
@@ -140,9 +139,8 @@ def test_sigterm_to_one_rank_saves_one_step_and_the_resumed_run_is_bit_identical
 def fitted_twice(rank: int, world_size: int) -> None:
     config = tiny("position=pos2 trainer.max_steps=1 strategy.dense=sharded", world_size)
     module = build_module(config)
-    build_trainer(config, [], []).fit(module, build_datamodule(config))
-    other = tiny("position=pos2 trainer.max_steps=1", world_size)
-    build_trainer(other, [], []).fit(module, build_datamodule(other))
+    fit(config, module=module)
+    fit(tiny("position=pos2 trainer.max_steps=1", world_size), module=module)
 
 
 def test_a_module_that_is_split_is_not_trained_as_replicated():

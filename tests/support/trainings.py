@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -29,7 +29,7 @@ from scmoe.parallel.mesh import expert_parameters
 from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.data import build_datamodule
-from scmoe.training.assembly.model import build_model
+from scmoe.training.assembly.model import build_model, build_module
 from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.bookkeeping import DataPosition
 from scmoe.training.modules import LanguageModel, MoEModule
@@ -170,11 +170,19 @@ def starve(model: torch.nn.Module) -> None:
         put(block.moe.router.gate.weight, gate)
 
 
+def fit(config: Config, *callbacks: Callback, module: Any = None, data: Any = None, **how: Any) -> Any:
+    """Trains on this rank and returns the Trainer. Without callbacks no checkpoint is kept.
+
+    module, data: those of the config by default. how: further arguments of Trainer.fit."""
+    trainer = build_trainer(config, [DataPosition(), *(callbacks or [ModelCheckpoint(save_top_k=0)])], [])
+    trainer.fit(module or build_module(config), data or build_datamodule(config), **how)
+    return trainer
+
+
 def train(config: Config, module: Recording | None = None) -> dict[str, Any]:
     """Trains on this rank and returns its record, with its shards of the experts."""
     module = module or RecordingModel(config)
-    trainer = build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
-    trainer.fit(module, build_datamodule(config))
+    fit(config, module=module)
     return {
         "logged": module.logged,
         "outputs": module.outputs,
