@@ -18,19 +18,7 @@ from torch import Tensor
 
 from scmoe.config.fields import Config
 from scmoe.experiments.engine.ranks import run_ranks
-from tests.support.cases import (
-    ARCHITECTURES,
-    CLIP,
-    EP2,
-    FOUR,
-    ONE,
-    OTHERS,
-    QUICK,
-    SLOTS_ON_FOUR,
-    SLOTS_ON_TWO,
-    TWO,
-    WIRE,
-)
+from tests.support.cases import ARCHITECTURES, CLIP, EP2, FOUR, ONE, OTHERS, QUICK, SLOTS, TWO
 from tests.support.comparison import (
     MOMENTS,
     TOLERANCE,
@@ -100,19 +88,22 @@ def test_two_ranks_equal_one_with_every_other_architecture():
         assert size > 1e6 * TOLERANCE, (name, gradient)
 
 
-@pytest.mark.parametrize(("world_size", "cases"), [(2, SLOTS_ON_TWO), (4, SLOTS_ON_FOUR)], ids=["EP 2", "EP 4"])
-def test_no_slot_changes_a_bit(world_size, cases, one):
+@pytest.mark.parametrize(("ranks", "names"), [(2, tuple(SLOTS)), (4, ("pos3",))], ids=["EP 2", "EP 4"])
+def test_no_slot_changes_a_bit(ranks, names, one):
     """Chunks change rounding alone: with any number of them ranks compute what one process does with one."""
-    ranks = run_ranks(train_at_every_slot, world_size, cases)
-    for case, (schedule, _) in cases.items():
-        assert_no_slot_changes_a_bit([records[case] for records in ranks], schedule, one[case])
+    cases = {name: (SLOTS[name][0], f"{SLOTS[name][1]} strategy.ep_size={ranks}") for name in names}
+    of_ranks = run_ranks(train_at_every_slot, ranks, cases)
+    for name, (schedule, _) in cases.items():
+        assert_no_slot_changes_a_bit([records[name] for records in of_ranks], schedule, one[name])
 
 
 def test_bfloat16_rows_on_the_wire_change_only_rounding(two):
     """This is off by default. Rounding is 4e-3, on the routed experts' share of a loss of 5; weights stay float32."""
     assert Config().strategy.wire_dtype is None
-    wire = [records["pos2"] for records in run_ranks(train_at_every_slot, 2, WIRE)]
-    assert_no_slot_changes_a_bit(wire, WIRE["pos2"][0], None)
+    schedule, text = SLOTS["pos2"]
+    text += f" {EP2} trainer.precision=32-true strategy.wire_dtype=bfloat16"
+    wire = [records["wire"] for records in run_ranks(train_at_every_slot, 2, {"wire": (schedule, text)})]
+    assert_no_slot_changes_a_bit(wire, schedule, None)
     narrow, plain = (assemble(records)["train/loss"][0] for records in (wire, two["fp32"]))
     assert 0 < abs(narrow - plain) <= 1e-2
     assert {p.dtype for p in wire[0]["after"].values()} == {torch.float32}

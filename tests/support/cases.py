@@ -67,9 +67,6 @@ OTHERS = {  # trainings of two ranks
 SCHEDULES = {position: Schedule("scmoe", position) for position in POSITIONS} | {"farskip": Schedule("farskip")}
 # case: (its schedule, words) of a training at every slot
 SLOTS = {name: (schedule, ARCHITECTURES[name]) for name, schedule in SCHEDULES.items()}
-SLOTS_ON_TWO = {name: (schedule, f"{text} {EP2}") for name, (schedule, text) in SLOTS.items()}
-SLOTS_ON_FOUR = {"pos3": (SCHEDULES["pos3"], f"{SLOTS['pos3'][1]} {EP4}")}  # the longest window
-WIRE = {"pos2": (SCHEDULES["pos2"], f"position=pos2 {EP2} trainer.precision=32-true strategy.wire_dtype=bfloat16")}
 
 
 def split(how: str, ep_size: int, ranks: int) -> str:
