@@ -55,22 +55,25 @@ def file_of(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / evaluation.FILE).read_text())
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_ranks_change_no_bit(runs, name, tmp_path, monkeypatch):
+def test_tasks_on_ranks_have_the_bits_of_one_process(runs, tmp_path, monkeypatch):
     """`write` is a task of lm-eval whose answers the model writes, scored by the letters that they share with ABC."""
     pytest.importorskip("lm_eval", reason="needs the extra `eval`")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "rows").write_text("\n".join(json.dumps({"query": "The " * n, "answer": ABC}) for n in range(6)))
     write_task(tmp_path, "write", writing(".", 8, "chrf"))
-    asked = ("--limit", "6", "--tasks", "cloze,next_sentence,write", "--data", str(tmp_path))
-    alone = evaluated(1, runs[name], *asked)
+    asked = (runs["scmoe"], "--limit", "6", "--tasks", "cloze,next_sentence,write", "--data", str(tmp_path))
+    alone = evaluated(1, *asked)
     assert set(alone) >= {"test_loss", "perplexity", "tasks"}
     assert set(alone["tasks"]) == {"cloze", "next_sentence", "write"} and alone["tasks"]["write"]["chrf"] > 0
     assert all(task["questions"] == 6 for task in alone["tasks"].values())
-    kept = file_of(runs[name])
-    world_size, words = (2, ()) if name == "scmoe" else (4, ("strategy.ep_size=2",))
-    assert evaluated(world_size, runs[name], *asked, *words) == alone
-    assert file_of(runs[name]) == kept
+    kept = file_of(runs["scmoe"])
+    assert evaluated(2, *asked) == alone
+    assert file_of(runs["scmoe"]) == kept
+
+
+def test_a_text_on_four_ranks_has_the_bits_of_one_process(runs):
+    asked = (runs["dgmoe"], "--tasks", "none")
+    assert evaluated(4, *asked, "strategy.ep_size=2") == evaluated(1, *asked)
 
 
 def test_results_are_merged_by_what_was_asked(runs, tmp_path):
