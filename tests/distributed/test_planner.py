@@ -229,10 +229,8 @@ def test_after_drift_all_ranks_make_the_same_new_choice():
     ours, theirs = run_ranks(planned_training, 2, Schedule("scmoe", "pos2", 0), (1,), steps, drifts_at)
     (before, *_), (after, *_) = ours.choices
     assert ours.choices == theirs.choices and ours.ran == theirs.ran
-    assert (
-        before.schedule == Schedule("scmoe", "pos2", 1)
-        and ours.ran[first : drifts_at + DRIFTED_IN_TURN] == [(1, 1)] * 5
-    )
+    assert before.schedule == Schedule("scmoe", "pos2", 1)
+    assert ours.ran[first : drifts_at + DRIFTED_IN_TURN] == [(1, 1)] * 5
     assert after.schedule == Schedule("scmoe", "pos2", 2) and ours.ran[-1] == (2, 1)
 
 
@@ -275,9 +273,7 @@ def disagree(rank: int, world_size: int) -> None:
 
 
 def test_ranks_that_choose_differently_are_stopped():
-    with pytest.raises(
-        RankError, match=r"rank 1 chose \(slot, inside attention, chunks\) .*\[0, 0, 2\]\], rank 0 .*\[0, 0, 1\]\]"
-    ):
+    with pytest.raises(RankError, match=r"rank 1 chose .*\[0, 0, 2\]\], rank 0 .*\[0, 0, 1\]\]"):
         run_ranks(disagree, 2)
 
 

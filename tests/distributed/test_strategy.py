@@ -83,9 +83,7 @@ def test_further_training_changes_every_weight(written):
 
 def test_a_checkpoint_holds_nothing_that_is_executed_when_read(written):
     _, folder = written
-    assert {path.name for path in folder.iterdir()} == {f"step={HALF}.ckpt", f"step={WHOLE}.ckpt"}, (
-        "nothing else is there"
-    )
+    assert {path.name for path in folder.iterdir()} == {f"step={HALF}.ckpt", f"step={WHOLE}.ckpt"}
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert suffixes == {".json", ".safetensors"}
 

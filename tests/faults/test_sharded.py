@@ -144,10 +144,7 @@ def fitted_twice(rank: int, world_size: int) -> None:
 
 
 def test_a_module_that_is_split_is_not_trained_as_replicated():
-    said = failure(fitted_twice, 1)
-    assert (
-        "ValueError: dense is replicated, but an earlier run has made this module's weights sharded; allowed:" in said
-    )
+    assert "ValueError: dense is replicated, but an earlier run" in failure(fitted_twice, 1)
 
 
 @pytest.mark.representative
