@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -31,7 +31,7 @@ from scmoe.parallel.mesh import expert_parameters
 from tests.support.cases import split
 from tests.support.comparison import TOLERANCE
 from tests.support.resuming import HALF, fit, largest_difference
-from tests.support.trainings import RecordingModel, be_on_nodes, tiny, train, whole
+from tests.support.trainings import RecordingModel, be_on_nodes, tiny, train, users_trainer, whole
 
 pytestmark = pytest.mark.dist
 
@@ -172,19 +172,10 @@ def own_module(rank: int, dense: str, folder: Path) -> dict[str, Any]:
     loader = DataLoader(TensorDataset(ids), batch_size=4, sampler=sampler, generator=torch.Generator())
 
     def trainer(steps: int) -> Any:
-        return Trainer(
-            accelerator="cpu",
-            devices=2,
-            strategy=ExpertParallelStrategy(ep_size=1, dense=dense),
-            precision="64-true",
-            max_steps=steps,
-            gradient_clip_val=0.1,
-            callbacks=[ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=1)],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
+        saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=1)
+        how = {"precision": "64-true", "gradient_clip_val": 0.1, "use_distributed_sampler": False}
+        strategy = ExpertParallelStrategy(ep_size=1, dense=dense)
+        return users_trainer(2, strategy, max_steps=steps, callbacks=[saves], enable_checkpointing=True, **how)
 
     module, first = Own(), trainer(2)
     first.fit(module, loader, loader)

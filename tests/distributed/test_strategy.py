@@ -19,7 +19,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, random_split
@@ -36,7 +36,7 @@ from scmoe.training.modules import LanguageModel
 from scmoe.training.muon import adamw
 from tests.support.comparison import TOLERANCE
 from tests.support.resuming import HALF, WHOLE, fit, largest_difference, whole
-from tests.support.trainings import tiny, train
+from tests.support.trainings import tiny, train, users_trainer
 
 pytestmark = pytest.mark.dist
 
@@ -255,17 +255,7 @@ class Seeing(LightningModule):
 def sampled(rank: int, world_size: int, strategy: str) -> tuple[list[list[int]], list[int], list[float]]:
     torch.manual_seed(1)
     module = Seeing()
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=world_size,
-        strategy=strategy,
-        max_epochs=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module)
+    users_trainer(world_size, strategy, max_epochs=2).fit(module)
     return module.seen, module.held_out, module.drawn
 
 
@@ -300,20 +290,9 @@ def own_trainer(
     config = tiny("position=pos2 optim.lr=0.01", world_size)
     gradients = Gradients()
     module = cls(lambda context: build_model(config, context), max_steps=2, make_optimizer=partial(adamw, lr=0.01))
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=world_size,
-        strategy=strategy,
-        precision="64-true",
-        max_steps=2,
-        accumulate_grad_batches=accumulate,
-        callbacks=[gradients],
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
+    how = {"precision": "64-true", "use_distributed_sampler": False, "limit_val_batches": 0}
+    trainer = users_trainer(
+        world_size, strategy, max_steps=2, accumulate_grad_batches=accumulate, callbacks=[gradients], **how
     )
     trainer.fit(module, build_datamodule(config))
     return gradients.found | {"norm": trainer.callback_metrics["train/grad_norm"]}

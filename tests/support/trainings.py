@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -168,6 +169,12 @@ def starve(model: torch.nn.Module) -> None:
         put(block.tap_norm.weight, weight)
         put(block.tap_norm.bias, bias)
         put(block.moe.router.gate.weight, gate)
+
+
+def users_trainer(devices: int, strategy: Any, **further: Any) -> Trainer:
+    """Returns a Trainer on CPUs as a user writes it. It logs, saves and shows nothing, unless `further` says so."""
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return Trainer(accelerator="cpu", devices=devices, strategy=strategy, **(off | further))
 
 
 def fit(config: Config, *callbacks: Callback, module: Any = None, data: Any = None, **how: Any) -> Any:
