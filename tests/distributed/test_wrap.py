@@ -1,5 +1,5 @@
-"""All code that trains wraps its model with `wrap`: the Strategy, the step of the benches, and `data_parallel`. Their
-gradients are those of one process, in float64 up to the order of sums.
+"""All code that trains wraps its model with `wrap`: the Strategy, the step of the benches, and `data_parallel`, which
+test_drop_in.py compares. Their gradients are those of one process, in float64 up to the order of sums.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 import scmoe
@@ -18,7 +17,6 @@ from scmoe.experiments.engine.step import Step
 from scmoe.moe.experts import Experts
 from scmoe.parallel.mesh import ParallelContext, build_context
 from scmoe.parallel.update.wrap import Wrapped, wrap
-from tests.support.trainings import users_trainer
 
 DIM, EXPERTS, RANKS = 8, 4, 2
 pytestmark = pytest.mark.dist
@@ -29,7 +27,7 @@ class Model(nn.Module):
 
     def __init__(self, group: object = None) -> None:
         super().__init__()
-        self.group, self.block = group, scmoe.ScMoEBlock(DIM, 2, EXPERTS, top_k=2, group=group)
+        self.block = scmoe.ScMoEBlock(DIM, 2, EXPERTS, group=group)
         generator = torch.Generator().manual_seed(0)
         for module in self.modules():
             if isinstance(module, Experts):
@@ -41,8 +39,7 @@ class Model(nn.Module):
         self.double()
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        y_BSD, stats = self.block(x_BSD)
-        return y_BSD.square().mean() + 0.1 * scmoe.load_balance_loss([stats], self.group)
+        return self.block(x_BSD)[0].square().mean()
 
 
 class Module(LightningModule):
@@ -69,14 +66,15 @@ def batch() -> Tensor:
     return torch.randn(RANKS, 2, 4, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def of_all_callers(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
+def of_all_callers(rank: int, world_size: int, folder: str) -> dict[str, dict[str, Tensor]]:
     x_BSD, module = batch()[rank], Module()
-    trainer = users_trainer(world_size, scmoe.ExpertParallelStrategy(), max_steps=1)
+    trainer = Trainer(
+        **{"strategy": scmoe.ExpertParallelStrategy(), "accelerator": "cpu", "devices": world_size, "max_steps": 1},
+        **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
+        default_root_dir=folder,
+    )
     trainer.fit(module, torch.utils.data.DataLoader([x_BSD], batch_size=None))
     found = {"Strategy": module.found}
-    model = Model(dist.group.WORLD)
-    scmoe.data_parallel(model, dist.group.WORLD)(x_BSD).backward()
-    found["data_parallel"] = gradients(model)
     context = build_context(world_size, torch.device("cpu"), timedelta(seconds=60))
     for name in ("paced", "ddp"):
         model = Model(context)
@@ -88,12 +86,13 @@ def of_all_callers(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def test_all_callers_give_the_gradients_of_one_process():
+def test_all_callers_give_the_gradients_of_one_process(tmp_path):
     model = Model()
     step = Step(Wrapped(model, 1), ParallelContext())
-    step.backward(step.model(batch().flatten(0, 1)))
+    for x_BSD in batch():
+        step.backward(step.model(x_BSD) / RANKS)
     expected = gradients(model)
-    of_ranks = run_ranks(of_all_callers, RANKS)
+    of_ranks = run_ranks(of_all_callers, RANKS, str(tmp_path))
     for rank, callers in enumerate(of_ranks):
         for caller, found in callers.items():
             assert found.keys() == expected.keys(), caller
