@@ -26,7 +26,7 @@ from tests.support.trainings import tiny
 
 pytestmark = pytest.mark.dist
 
-STEPS, SLOW_S = 6, 0.3
+STEPS, SLOW_S = 3, 0.3
 write_data = HuggingFaceStorageWriter.write_data
 
 

@@ -22,9 +22,12 @@ from tests.support.wandb_server import wandb_server
 
 pytestmark = pytest.mark.dist
 
-ARCHITECTURES = {  # with a capacity that drops, chunks, and what only ranks have
+ARCHITECTURES = {  # with a capacity that drops, chunks, and what only ranks have; the second with W&B
     "scmoe": ("moe.capacity_factor=1", "schedule.chunks=2", "strategy.wire_dtype=bfloat16", "strategy.dense=sharded"),
-    "dgmoe": ("moe.architecture=dgmoe", "moe.capacity_factor=null", "moe.rows=buffers", "moe.dropless_ceiling=2"),
+    "dgmoe": (
+        *("moe.architecture=dgmoe", "moe.capacity_factor=null", "moe.rows=buffers", "moe.dropless_ceiling=2"),
+        "logger.mode=offline",
+    ),
 }
 
 ABC = "abcdefghijklmnopqrstuvwxyz the of and"
@@ -32,8 +35,8 @@ ABC = "abcdefghijklmnopqrstuvwxyz the of and"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """Returns the directories of runs of two ranks on a small text, with W&B offline."""
-    sizes = ("data.seq_len=32", "trainer.max_steps=3", "logger.mode=offline", "moe.noisy=false")
+    """Returns the directories of runs of two ranks on a small text."""
+    sizes = ("data.seq_len=32", "trainer.max_steps=3", "moe.noisy=false")
     return {
         name: train_on_text(tmp_path_factory.mktemp(name), 2, *sizes, *overrides)
         for name, overrides in ARCHITECTURES.items()
@@ -52,22 +55,25 @@ def file_of(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / evaluation.FILE).read_text())
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_ranks_change_no_bit(runs, name, tmp_path, monkeypatch):
+def test_tasks_on_ranks_have_the_bits_of_one_process(runs, tmp_path, monkeypatch):
     """`write` is a task of lm-eval whose answers the model writes, scored by the letters that they share with ABC."""
     pytest.importorskip("lm_eval", reason="needs the extra `eval`")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "rows").write_text("\n".join(json.dumps({"query": "The " * n, "answer": ABC}) for n in range(12)))
+    (tmp_path / "rows").write_text("\n".join(json.dumps({"query": "The " * n, "answer": ABC}) for n in range(6)))
     write_task(tmp_path, "write", writing(".", 8, "chrf"))
-    asked = ("--limit", "12", "--tasks", "cloze,next_sentence,write", "--data", str(tmp_path))
-    alone = evaluated(1, runs[name], *asked)
+    asked = (runs["scmoe"], "--limit", "6", "--tasks", "cloze,next_sentence,write", "--data", str(tmp_path))
+    alone = evaluated(1, *asked)
     assert set(alone) >= {"test_loss", "perplexity", "tasks"}
     assert set(alone["tasks"]) == {"cloze", "next_sentence", "write"} and alone["tasks"]["write"]["chrf"] > 0
-    assert all(task["questions"] == 12 for task in alone["tasks"].values())
-    kept = file_of(runs[name])
-    world_size, words = (2, ()) if name == "scmoe" else (4, ("strategy.ep_size=2",))
-    assert evaluated(world_size, runs[name], *asked, *words) == alone
-    assert file_of(runs[name]) == kept
+    assert all(task["questions"] == 6 for task in alone["tasks"].values())
+    kept = file_of(runs["scmoe"])
+    assert evaluated(2, *asked) == alone
+    assert file_of(runs["scmoe"]) == kept
+
+
+def test_a_text_on_four_ranks_has_the_bits_of_one_process(runs):
+    asked = (runs["dgmoe"], "--tasks", "none")
+    assert evaluated(4, *asked, "strategy.ep_size=2") == evaluated(1, *asked)
 
 
 def test_results_are_merged_by_what_was_asked(runs, tmp_path):
@@ -124,7 +130,7 @@ def test_trouble_with_wandb_loses_no_result(runs, monkeypatch, capsys):
     def fails(*_: Any) -> None:
         raise RuntimeError("no server\nat all")
 
-    run_dir, config = runs["scmoe"], load(runs["scmoe"] / "config.yaml")
+    run_dir, config = runs["dgmoe"], load(runs["dgmoe"] / "config.yaml")
     monkeypatch.setattr(evaluation, "wandb_logger", fails)
     evaluation.log_to_wandb(run_dir, config, {"test": {"loss": 1.0}, "text": None, "tasks": {}, "step": 3})
     err = capsys.readouterr().err

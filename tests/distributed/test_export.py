@@ -24,7 +24,7 @@ pytestmark = pytest.mark.dist
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
-    sizes = ("trainer.devices=2", "strategy.ep_size=2", "logger.mode=disabled")
+    sizes = ("trainer.devices=2", "strategy.ep_size=2", "trainer.max_steps=2")
     done = train_in_ranks(2, "configs/debug.yaml", *sizes, f"runs_dir={runs}")
     assert call("export", done.summary["run_dir"]) == 0
     return type(runs)(done.summary["run_dir"])

@@ -1,4 +1,5 @@
-"""Muon, and the architecture of docs/extending.md: two ranks give the weights and moments of one, resumed or not.
+"""Muon, the architecture of docs/extending.md, and DGMoE-Share, in which two pairs share one module: two ranks give the
+weights and moments of one, resumed or not.
 
 The bound is 1e-12 in float64, as in test_ep_equality.py. Muon computes in bfloat16, from moments that differ by 1e-16:
 a rounding to bfloat16, 4e-3, would differ for one of 1e13 numbers.
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.training.assembly.model import build_module
@@ -21,11 +23,12 @@ from tests.support.trainings import tiny
 
 pytestmark = pytest.mark.dist
 
-USUAL = "top_k=2 optim.lr=0.01 optim.warmup_steps=2 trainer.max_steps=6"
+USUAL = "optim.lr=0.01 optim.warmup_steps=2 trainer.max_steps=6"
 EXTENSION = "extensions=[docs.examples.my_architecture]"
 CASES = {
-    "muon": f"{USUAL} position=pos2 optim.name=muon model.family=llama trainer.gradient_clip=0.25",
-    "parallel": f"{USUAL} {EXTENSION} architecture=parallel data.name=counting options.stride=3 optim.name=sgd",
+    "muon": f"{USUAL} position=pos2 top_k=2 optim.name=muon model.family=llama trainer.gradient_clip=0.25",
+    "shared": f"{USUAL} architecture=dgmoe_share model.layers=4",
+    "parallel": f"{USUAL} {EXTENSION} architecture=parallel top_k=2 data.name=counting options.stride=3 optim.name=sgd",
 }
 Ends = dict[str, dict[str, Any]]
 
@@ -41,8 +44,12 @@ def on_one(rank: int, world_size: int, folder: Path) -> tuple[Ends, Ends]:
 
 
 @pytest.fixture(scope="module")
-def ends(tmp_path_factory) -> tuple[list[Ends], Ends, Ends]:
-    folder = tmp_path_factory.mktemp("begun")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("begun")
+
+
+@pytest.fixture(scope="module")
+def ends(folder) -> tuple[list[Ends], Ends, Ends]:
     two = run_ranks(on_two, 2, folder)
     ((one, resumed),) = run_ranks(on_one, 1, folder)
     return two, one, resumed
@@ -55,7 +62,16 @@ def test_two_ranks_equal_one(case, ends):
     for end in (one[case], resumed[case]):
         error, name = largest_difference([end], ranks)
         assert error <= TOLERANCE, name
-    assert sum(name.endswith("momentum_buffer") for name in whole(ranks)) > 2, "moments are compared"
+    assert sum(" " in name for name in whole(ranks)) > 2, "moments are compared"
+
+
+def test_a_shared_module_is_saved_once(ends, folder):
+    written = set()
+    for file in (folder / "shared" / f"step={HALF}.ckpt").glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            written |= set(tensors.keys())
+    experts = {name for name in written if name.startswith("model.") and ".experts." in name}
+    assert experts == {f"model.model.blocks.0.moe.experts.{w}" for w in ("w_in_eDF", "w_out_eFD")}
 
 
 def test_a_spawned_rank_imports_the_extension(tmp_path):

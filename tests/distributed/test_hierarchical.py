@@ -109,9 +109,7 @@ def check_all(rank: int, world_size: int) -> list[str]:
     for group, way in ((two, "hierarchical"), (contexts["auto"], "auto")):
         assert MoE(DIM, EXPERTS, group=group).dispatcher.exchange == contexts[way].carried()
     flat_moe = MoE(DIM, EXPERTS, group=two.ep_group)
-    with pytest.raises(
-        ValueError, match="rows would not travel in two hops, allowed with exchange=hierarchical: a new"
-    ):
+    with pytest.raises(ValueError, match="rows would not travel in two hops"):
         check_experts(flat_moe, two)
     check_experts(flat_moe, contexts["auto"])
     with pytest.raises(ValueError, match="holds experts 0 to"):

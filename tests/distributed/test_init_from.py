@@ -7,21 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.runs.hf_folder import write_folder
-from scmoe.training.assembly.data import build_datamodule
-from scmoe.training.assembly.model import build_module
-from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.measurements import DataPosition
 from scmoe.training.run.resume import resumption
 from scmoe.training.run.train import train
 from tests.support.architectures import LATENT_ATTENTION, overrides
 from tests.support.exports import dense, export, write_checkpoint
 from tests.support.models import tiny, tiny_model
+from tests.support.trainings import fit
 
 pytestmark = pytest.mark.dist
 
@@ -57,9 +53,7 @@ def first_losses(rank: int, world_size: int, folder: Path, cases: list[str]) -> 
     losses = {}
     for case in cases:
         config = config_of(case, world_size, folder, "trainer.precision=64-true")
-        trainer = build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
-        trainer.fit(build_module(config), build_datamodule(config))
-        losses[case] = trainer.callback_metrics["train/loss"].item()
+        losses[case] = fit(config).callback_metrics["train/loss"].item()
     return losses
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.lightning.strategy import ExpertParallelStrategy
@@ -24,7 +23,7 @@ from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import seed_everything
 from scmoe.training.callbacks.measurements import DataPosition
 from tests.support.forked import python
-from tests.support.trainings import tiny
+from tests.support.trainings import tiny, users_trainer
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -51,21 +50,9 @@ def train(start_method: str) -> dict[str, str]:
     """Takes four steps on two ranks, with dropout and clipping. Returns nothing on ranks other than 0."""
     config = tiny("position=pos2 model.dropout=0.1 optim.warmup_steps=1 trainer.max_steps=4", RANKS)
     seed_everything(config)
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=RANKS,
-        strategy=ExpertParallelStrategy(timeout_s=60, start_method=start_method),
-        precision="64-true",
-        max_steps=4,
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[OneThread()],
-    )
+    strategy = ExpertParallelStrategy(timeout_s=60, start_method=start_method)
+    how = {"precision": "64-true", "use_distributed_sampler": False, "limit_val_batches": 0}
+    trainer = users_trainer(RANKS, strategy, max_steps=4, callbacks=[OneThread()], **how)
     trainer.fit(build_module(config), build_datamodule(config))
     if not trainer.is_global_zero:
         return {}

@@ -64,7 +64,8 @@ def inside(function: str, ranks: int = 2) -> list[str]:
     """Returns the command of a program that enters its own network and runs a function of this file on some ranks."""
     code = (
         "import sys, json; from scmoe.experiments.engine import links; links.enter(); "
-        "from scmoe.experiments.engine.ranks import PRELOADED, run_ranks; PRELOADED[2:] = []; "  # only torch is needed
+        "from scmoe.experiments.engine.ranks import PRELOADED, run_ranks; "
+        "PRELOADED[2:] = ['scmoe.lightning.seam']; "  # what a rank imports
         f"from tests.distributed.test_links import {function}; "
         f"print(json.dumps(run_ranks({function}, {ranks}, own_links=True)))"
     )

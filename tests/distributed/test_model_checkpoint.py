@@ -21,7 +21,7 @@ from tests.support.trainings import tiny
 
 pytestmark = pytest.mark.dist
 
-SCORES = [3.0, 1.0, 5.0, 0.0, 4.0, 2.0]  # of steps 1 to 6
+SCORES = [3.0, 1.0, 0.0, 2.0]  # of steps 1 to 4
 
 
 class Score(DataPosition):
@@ -76,7 +76,7 @@ def fit(
     assert best.best_model_path == known[0]
     found, tested = weights(module), list[bool]()
     if test:
-        module.test_step = lambda batch, batch_idx: tested.append(same(weights(module), score.weights_after[4]))
+        module.test_step = lambda batch, batch_idx: tested.append(same(weights(module), score.weights_after[3]))
         trainer.test(module, data, ckpt_path="best", weights_only=True, verbose=False)
     return Run([Path(path).name for path in known], found, tested)
 
@@ -89,8 +89,8 @@ def in_all_ways(rank: int, world_size: int, folder: Path, background: bool) -> t
     """Returns the runs by name, and the steps of the checkpoints that they left."""
     runs, left = {"whole": fit(folder / "whole", background, True, test=True)}, {"whole": steps_in(folder / "whole")}
     runs["linked"], left["linked"] = fit(folder / "linked", background, "link"), steps_in(folder / "linked")
-    runs["resumed"] = fit(folder / "whole", background, True, folder / "whole/step=4.ckpt")
-    runs["stopped"] = fit(folder / "stopped", background, True, "last", stop_after=3)  # there is no last: from step 0
+    runs["resumed"] = fit(folder / "whole", background, True, folder / "whole/step=3.ckpt")
+    runs["stopped"] = fit(folder / "stopped", background, True, "last", stop_after=2)  # there is no last: from step 0
     left["stopped"] = steps_in(folder / "stopped")
     runs["from last"] = fit(folder / "stopped", background, True, "last")
     left["from last"] = steps_in(folder / "stopped")
@@ -107,12 +107,12 @@ def in_all_ways(rank: int, world_size: int, folder: Path, background: bool) -> t
 )
 def test_the_best_two_and_the_last_are_kept_and_resumed_from(background, tmp_path):
     (first, left), (second, _) = run_ranks(in_all_ways, 2, tmp_path, background)
-    assert left["whole"] == {"step=2.ckpt": 2, "step=4.ckpt": 4, "last.ckpt": 6}
-    assert left["linked"] == left["whole"] | {"last.ckpt": 4}, "a link points to the last that was saved"
-    assert left["stopped"]["last.ckpt"] == 3 and left["from last"]["last.ckpt"] == len(SCORES)
+    assert left["whole"] == {"step=2.ckpt": 2, "step=3.ckpt": 3, "last.ckpt": 4}
+    assert left["linked"] == left["whole"] | {"last.ckpt": 3}, "a link points to the last that was saved"
+    assert left["stopped"]["last.ckpt"] == 2 and left["from last"]["last.ckpt"] == len(SCORES)
     for runs in (first, second):
         for name in ("whole", "linked", "resumed"):
-            assert runs[name].best == ["step=4.ckpt", "step=2.ckpt"], "the checkpoint holds the best of the first run"
+            assert runs[name].best == ["step=3.ckpt", "step=2.ckpt"], "the checkpoint holds the best of the first run"
         whole = runs["whole"]
         assert whole.tested and all(whole.tested), "Lightning tests its own best"
         assert not same(whole.found, runs["stopped"].found)

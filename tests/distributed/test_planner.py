@@ -35,10 +35,11 @@ from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_shortcut, ti
 
 pytestmark = pytest.mark.dist
 ONE = patch.object(planner_module, "CANDIDATES", 1)  # the lowest price is chosen, without a trial
+ATTENTION_MS = 5.0  # longer than every other operator
 
 
-def build(rank: int, world_size: int) -> list[MoEBlock]:
-    """Returns a ScMoE pair with a slow attention, and a standard pair."""
+def build(rank: int, world_size: int, attention_ms: float = 0.0) -> list[MoEBlock]:
+    """Returns a ScMoE pair whose last attention takes so long, and has no parts, and a standard pair."""
     own = range(rank * EXPERTS // world_size, (rank + 1) * EXPERTS // world_size)
 
     def stream() -> MoEStream:
@@ -46,7 +47,7 @@ def build(rank: int, world_size: int) -> list[MoEBlock]:
         return MoEStream(Router(DIM, EXPERTS, 1), Experts(DIM, FFN, EXPERTS, own), dispatcher, Capacity(2.0))
 
     slow = tiny_sublayers()
-    slow[2] = nn.Sequential(slow[2], EmulatedOperator(20.0))
+    slow[2] = nn.Sequential(slow[2], EmulatedOperator(attention_ms))
     shortcut = tiny_shortcut(stream(), Schedule("scmoe", "pos2", 3), slow)
     standard = TopKBlock(tiny_sublayers(), nn.LayerNorm(DIM), stream(), Schedule("top_k"))
     return [randomise(block.double()) for block in (shortcut, standard)]
@@ -64,8 +65,9 @@ def train(blocks: list[MoEBlock], optimizer: torch.optim.Optimizer, seed: int) -
 @ONE
 def training(rank: int, world_size: int, kind: str) -> tuple[list[torch.Tensor], list[LayerChoice], int]:
     """Returns weights after some SGD steps, the choices, and how many steps waited for each transfer at once."""
-    dist.init_process_group("gloo")
-    blocks = build(rank, world_size)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    blocks = build(rank, world_size, ATTENTION_MS)
     optimizer = torch.optim.SGD([p for b in blocks for p in b.parameters()], lr=0.1)
     planner = Planner(blocks, None, torch.device("cpu"), chunk_counts=(1,), fixed=kind == "fixed")
     blocking = 0
@@ -85,10 +87,12 @@ def training(rank: int, world_size: int, kind: str) -> tuple[list[torch.Tensor],
     return [p.detach() for b in blocks for p in b.parameters()], planner.choices, blocking
 
 
+def trainings(rank: int, world_size: int) -> list[tuple[list[torch.Tensor], list[LayerChoice], int]]:
+    return [training(rank, world_size, kind) for kind in ("none", "auto", "fixed")]
+
+
 def test_the_choice_is_equal_on_all_ranks_and_changes_no_bit():
-    plain = run_ranks(training, 2, "none")
-    auto = run_ranks(training, 2, "auto")
-    fixed = run_ranks(training, 2, "fixed")
+    plain, auto, fixed = zip(*run_ranks(trainings, 2), strict=True)
     for results in (auto, fixed):
         for (weights, _, blocking), (expected, _, _) in zip(results, plain, strict=True):
             assert all(torch.equal(w, e) for w, e in zip(weights, expected, strict=True))
@@ -97,7 +101,8 @@ def test_the_choice_is_equal_on_all_ranks_and_changes_no_bit():
     assert choices == others and [len(choice.times) for choice in choices] == [1, 1]
     whole = [schedule for schedule in slots(Schedule("scmoe", "pos2")) if not schedule.inside_attention]
     assert choices[0].schedule == best_schedule(whole, choices[0].times)  # the slow attention has no parts
-    assert choices[0].times[1].forward["attention"] >= 20e-3 and choices[0].times[1].backward["attention"] >= 40e-3
+    slow_s, of_one = ATTENTION_MS / 1e3, choices[0].times[1]
+    assert of_one.forward["attention"] >= slow_s and of_one.backward["attention"] >= 2 * slow_s
     assert choices[1].schedule == Schedule("top_k")
     assert fixed[0][1][0].schedule == Schedule("scmoe", "pos2", 3)
 
@@ -172,10 +177,9 @@ def planned_training(
     return log
 
 
-@pytest.mark.parametrize("fastest", [(2, 2), (3, 1)])
-def test_schedules_of_low_price_are_tried_in_turn_and_the_one_with_the_fastest_step_is_chosen(fastest):
+def test_schedules_of_low_price_are_tried_in_turn_and_the_one_with_the_fastest_step_is_chosen():
     """Dispatch hides behind the MLP at slots 1 to 3, so their prices are equal: only a step shows which is faster."""
-    measured, candidates = WARMUP_STEPS + 2 * STEPS_EACH, [(1, 1), (2, 2), (2, 1), (3, 1)]
+    measured, candidates, fastest = WARMUP_STEPS + 2 * STEPS_EACH, [(1, 1), (2, 2), (2, 1), (3, 1)], (2, 2)
     steps = measured + FEWEST_ROUNDS * len(candidates)
     arguments = (Schedule("scmoe", "pos2", 3), (1, 2), steps + 2, 10**6, {fastest: 0.9})
     for log in run_ranks(planned_training, 2, *arguments):
@@ -203,18 +207,17 @@ def test_a_step_takes_as_long_as_on_the_slowest_rank():
     assert first == second >= own >= 0.05
 
 
-def same_chunks(rank: int, world_size: int, chunks: int) -> list[Log]:
+def four_chunks(rank: int, world_size: int) -> list[Log]:
     steps = WARMUP_STEPS + STEPS_EACH + 2
-    own = Schedule("scmoe", "pos2", 3, chunks)
-    return [planned_training(rank, world_size, own, counts, steps) for counts in (None, (chunks,), ())]
+    own = Schedule("scmoe", "pos2", 3, chunks=4)
+    return [planned_training(rank, world_size, own, counts, steps) for counts in (None, (4,), ())]
 
 
-@pytest.mark.parametrize("chunks", [2, 4])
-def test_a_fixed_number_of_chunks_is_kept_in_every_step_and_no_bit_changes(chunks):
-    for plain, auto, fixed in run_ranks(same_chunks, 2, chunks):
-        assert {c for log in (plain, auto, fixed) for _, c in log.ran} == {chunks}
-        assert auto.choices[0][0].schedule.slot != 3 and auto.choices[0][0].schedule.chunks == chunks
-        assert fixed.choices[0][0].schedule == Schedule("scmoe", "pos2", 3, chunks)
+def test_a_fixed_number_of_chunks_is_kept_in_every_step_and_no_bit_changes():
+    for plain, auto, fixed in run_ranks(four_chunks, 2):
+        assert {chunks for log in (plain, auto, fixed) for _, chunks in log.ran} == {4}
+        assert auto.choices[0][0].schedule.slot != 3 and auto.choices[0][0].schedule.chunks == 4
+        assert fixed.choices[0][0].schedule == Schedule("scmoe", "pos2", 3, chunks=4)
         for log in (auto, fixed):
             assert all(torch.equal(w, e) for w, e in zip(log.weights, plain.weights, strict=True))
 
@@ -226,22 +229,23 @@ def test_after_drift_all_ranks_make_the_same_new_choice():
     ours, theirs = run_ranks(planned_training, 2, Schedule("scmoe", "pos2", 0), (1,), steps, drifts_at)
     (before, *_), (after, *_) = ours.choices
     assert ours.choices == theirs.choices and ours.ran == theirs.ran
-    assert (
-        before.schedule == Schedule("scmoe", "pos2", 1)
-        and ours.ran[first : drifts_at + DRIFTED_IN_TURN] == [(1, 1)] * 5
-    )
+    assert before.schedule == Schedule("scmoe", "pos2", 1)
+    assert ours.ran[first : drifts_at + DRIFTED_IN_TURN] == [(1, 1)] * 5
     assert after.schedule == Schedule("scmoe", "pos2", 2) and ours.ran[-1] == (2, 1)
 
 
-@pytest.mark.parametrize("steps", [0, WARMUP_STEPS + 1, WARMUP_STEPS + STEPS_EACH + 1])
-def test_a_closed_planner_leaves_nothing_on_the_blocks(steps):
+def test_a_closed_planner_leaves_nothing_on_the_blocks():
     """Training ends in the warm-up, while transfers are waited for at once, or after the choice."""
-    for clean, schedule in run_ranks(closed, 2, steps):
-        assert clean and schedule == Schedule("scmoe", "pos2", 1 if steps > WARMUP_STEPS + STEPS_EACH else 3)
+    own, chosen = Schedule("scmoe", "pos2", 3), Schedule("scmoe", "pos2", 1)
+    assert run_ranks(closed_after_each, 2) == [[(True, own), (True, own), (True, chosen)]] * 2
+
+
+def closed_after_each(rank: int, world_size: int) -> list[tuple[bool, Schedule]]:
+    dist.init_process_group("gloo")
+    return [closed(rank, world_size, n) for n in (0, WARMUP_STEPS + 1, WARMUP_STEPS + STEPS_EACH + 1)]
 
 
 def closed(rank: int, world_size: int, steps: int) -> tuple[bool, Schedule]:
-    dist.init_process_group("gloo")
     blocks = build(rank, world_size)
     planner = Planner(blocks, None, torch.device("cpu"), (1,))
     with ONE, patch.object(pricing, "noted", lambda recorder, schedule, directions: rigged(SLOW_MLP, rank, schedule)):
@@ -269,9 +273,7 @@ def disagree(rank: int, world_size: int) -> None:
 
 
 def test_ranks_that_choose_differently_are_stopped():
-    with pytest.raises(
-        RankError, match=r"rank 1 chose \(slot, inside attention, chunks\) .*\[0, 0, 2\]\], rank 0 .*\[0, 0, 1\]\]"
-    ):
+    with pytest.raises(RankError, match=r"rank 1 chose .*\[0, 0, 2\]\], rank 0 .*\[0, 0, 1\]\]"):
         run_ranks(disagree, 2)
 
 

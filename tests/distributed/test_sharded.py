@@ -7,36 +7,40 @@ tests/faults/test_sharded.py does so for every architecture, on four and eight r
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-from torch import Tensor
 
 from scmoe.experiments.engine.ranks import run_ranks
-from tests.support.comparison import assemble, assert_same, assert_same_bits
-from tests.support.sharded import FOUR, ONE
-from tests.support.trainings import train_cases
+from tests.support.cases import CLIPPED, SLOTS, split
+from tests.support.comparison import assemble, assert_no_slot_changes_a_bit, assert_same
+from tests.support.trainings import train_at_every_slot, train_cases
 
 pytestmark = pytest.mark.dist
 
 
-@pytest.fixture(scope="module")
-def one() -> dict[str, dict[str, list[Tensor]]]:
-    (records,) = run_ranks(train_cases, 1, ONE)
-    return {name: assemble([record]) for name, record in records.items()}
-
-
-@pytest.fixture(scope="module")
-def four() -> dict[str, list[dict[str, Any]]]:
-    ranks = run_ranks(train_cases, 4, {name: text for name, (_, text) in FOUR.items()}, timeout_s=600)
-    return {name: [records[name] for records in ranks] for name in FOUR}
+CASES = {  # case: words of one process, further ones of four
+    "clipped, EP 2": (f"position=pos2 top_k=2 {CLIPPED}", split("sharded", 2, 4)),
+    "norm, recompute, hybrid, EP 1": (
+        f"position=pos3 tap_norm=shared {CLIPPED}",
+        f"trainer.recompute=true {split('hybrid', 1, 4)}",
+    ),
+}
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("case", FOUR)
-def test_four_ranks_equal_one(case, one, four):
-    assert_same(four[case], one[FOUR[case][0]])
+@pytest.mark.parametrize("case", CASES)
+def test_four_ranks_equal_one(case):
+    text, further = CASES[case]
+    (one,) = run_ranks(train_cases, 1, {case: text})
+    ranks = run_ranks(train_cases, 4, {case: f"{text} {further}"})
+    assert_same([records[case] for records in ranks], assemble([one[case]]))
 
 
-def test_a_slot_changes_no_bit(four):
-    assert_same_bits(four["pos3, slot 1"], four["pos3, sequential"])
+OTHERS = [name for name in SLOTS if name != "pos3"]  # pos3 has the longest window
+
+
+@pytest.mark.parametrize("name", ["pos3", *(pytest.param(name, marks=pytest.mark.faults) for name in OTHERS)])
+def test_no_slot_changes_a_bit(name):
+    schedule, text = SLOTS[name]
+    (one,) = run_ranks(train_cases, 1, {name: text})
+    ranks = run_ranks(train_at_every_slot, 4, {name: (schedule, f"{text} {split('sharded', 2, 4)}")})
+    assert_no_slot_changes_a_bit([records[name] for records in ranks], schedule, assemble([one[name]]))

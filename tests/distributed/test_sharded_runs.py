@@ -14,10 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
@@ -29,15 +28,15 @@ from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import expert_parameters
+from tests.support.cases import split
 from tests.support.comparison import TOLERANCE
 from tests.support.resuming import HALF, fit, largest_difference
-from tests.support.sharded import words
-from tests.support.trainings import RecordingModel, be_on_nodes, tiny, train, whole
+from tests.support.trainings import RecordingModel, be_on_nodes, tiny, train, users_trainer, whole
 
 pytestmark = pytest.mark.dist
 
 MODEL = "position=pos2 top_k=2 optim.lr=0.01 optim.warmup_steps=2 trainer.max_steps=6"
-LAYOUTS = {"hybrid, EP 1": words("hybrid", 1, 4), "replicated, EP 4": "strategy.ep_size=4"}
+LAYOUTS = {"hybrid, EP 1": split("hybrid", 1, 4), "replicated, EP 4": "strategy.ep_size=4"}
 PRECISIONS = {
     "fp32": "trainer.precision=32-true",
     "bf16": "trainer.precision=bf16-mixed",
@@ -48,7 +47,7 @@ PRECISIONS = {
 
 def resumed_in_layouts(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
     """Returns a run with sharded weights, whose checkpoint is written in parallel, and runs that continue from it."""
-    first = f"{MODEL} strategy.async_checkpoint=true {words('sharded', 2, 4)}"
+    first = f"{MODEL} strategy.async_checkpoint=true {split('sharded', 2, 4)}"
     runs = {"uninterrupted": fit(tiny(first, 4), folder)}
     for name, text in LAYOUTS.items():
         config = tiny(f"{MODEL} {text}", 4)
@@ -109,7 +108,7 @@ class Watched(RecordingModel):
 def in_precisions(rank: int, world_size: int, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     found = {}
     for name in names:
-        config = tiny(f"position=pos2 {PRECISIONS[name]} {words('sharded', 2, 4)}", 4)
+        config = tiny(f"position=pos2 {PRECISIONS[name]} {split('sharded', 2, 4)}", 4)
         module = Watched(config, compiled=name == "compiled")
         originals = {kind: getattr(dist, kind) for kind in ("all_gather_single", "reduce_scatter_single")}
 
@@ -173,23 +172,14 @@ def own_module(rank: int, dense: str, folder: Path) -> dict[str, Any]:
     loader = DataLoader(TensorDataset(ids), batch_size=4, sampler=sampler, generator=torch.Generator())
 
     def trainer(steps: int) -> Any:
-        return Trainer(
-            accelerator="cpu",
-            devices=2,
-            strategy=ExpertParallelStrategy(ep_size=1, dense=dense),
-            precision="64-true",
-            max_steps=steps,
-            gradient_clip_val=0.1,
-            callbacks=[ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=1)],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
+        saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=1)
+        how = {"precision": "64-true", "gradient_clip_val": 0.1, "use_distributed_sampler": False}
+        strategy = ExpertParallelStrategy(ep_size=1, dense=dense)
+        return users_trainer(2, strategy, max_steps=steps, callbacks=[saves], enable_checkpointing=True, **how)
 
     module, first = Own(), trainer(2)
     first.fit(module, loader, loader)
-    found = {"split": isinstance(module.tokens.weight, DTensor), "kind": isinstance(module, FSDPModule)}
+    found = {"split": isinstance(module.tokens.weight, DTensor)}
     values = [first.validate(module, loader, verbose=False)[0]["val"], *first.predict(module, loader)]
     first.save_checkpoint(folder / "after.ckpt")  # after a forward without backward
     second = trainer(4)

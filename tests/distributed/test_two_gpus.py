@@ -99,15 +99,10 @@ def save(rank: int, world_size: int, folder: Path, accelerator: str, words: str)
     """Trains three steps, with a checkpoint of each."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    from scmoe.training.assembly.data import build_datamodule
-    from scmoe.training.assembly.model import build_module
-    from scmoe.training.assembly.trainer import build_trainer
-    from scmoe.training.callbacks.measurements import DataPosition
-    from tests.support.trainings import tiny
+    from tests.support.trainings import fit, tiny
 
     config = tiny(f"{MODEL} trainer.accelerator={accelerator} {words}", world_size)
-    checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
-    build_trainer(config, [DataPosition(), checkpoints], []).fit(build_module(config), build_datamodule(config))
+    fit(config, ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1))
 
 
 def weights(path: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -21,6 +21,7 @@ from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import Routing
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from tests.support.models import assert_close, randomise
+from tests.support.trainings import users_trainer
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -151,16 +152,9 @@ class Predicting(LightningModule):
 
 def predictions(rank: int, world_size: int) -> list[tuple[int, Tensor]]:
     """Returns for each batch its number of samples, and how far the result is from that of all experts in a process."""
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=world_size,
-        strategy="expert_parallel",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
     x_BSD = torch.randn(7, TOKENS, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    results = trainer.predict(Predicting(), DataLoader(TensorDataset(x_BSD), batch_size=2))
+    loader = DataLoader(TensorDataset(x_BSD), batch_size=2)
+    results = users_trainer(world_size, "expert_parallel").predict(Predicting(), loader)
     torch.manual_seed(1)
     whole = MoE(DIM, EXPERTS, ffn_dim=FFN, capacity_factor=2.0).double()
     with torch.no_grad():

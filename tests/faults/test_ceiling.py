@@ -12,8 +12,8 @@ from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, ReadByHost, check_ceiling
 from scmoe.training.assembly.model import build_module
-from tests.support.failing import failure, fit
-from tests.support.trainings import tiny
+from tests.support.failing import failure
+from tests.support.trainings import fit, tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -38,7 +38,7 @@ def train_collapsed(world_size: int, ceiling: str) -> None:
 
     module.configure_model = collapsed
     try:
-        fit(config, module)
+        fit(config, module=module)
     finally:
         assert all(isinstance(m.dispatcher, AllToAllDispatcher) for m in module.modules() if isinstance(m, MoEStream))
 

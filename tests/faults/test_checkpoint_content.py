@@ -37,7 +37,7 @@ def save_slowly_then_train_on(rank: int, world_size: int, folder: Path) -> set[f
     trainer, path, fsync = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST, os.fsync
 
     def slow(handle: int) -> None:
-        time.sleep(0.3)
+        time.sleep(0.1)
         fsync(handle)
 
     found = set()

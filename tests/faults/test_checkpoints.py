@@ -1,7 +1,7 @@
 """Faults 1 to 6 of docs/faults.md: real saves by two ranks are killed, fail or are damaged.
 
 `python -m experiments.faults` does the same at every point; these tests take fewer. tests/unit/test_durable.py tests
-the commit alone.
+the commit alone: it is killed at every call, and every flipped bit is found.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def save_over_by_renames(
     return damaged.save_over(rank, world_size, folder, victim, background, operation)
 
 
-@pytest.mark.parametrize("background", [pytest.param(False, marks=pytest.mark.representative), True])
+@pytest.mark.parametrize("background", [False, True])
 def test_sigkill_between_the_two_renames_loses_nothing(background, tmp_path):
     """This is the only moment at which no directory has the checkpoint's own name."""
     (tmp_path / "record").mkdir()
@@ -148,18 +148,24 @@ def save_with_trouble(rank: int, world_size: int, folder: Path, trouble: str, ba
     return said
 
 
-@pytest.mark.parametrize("background", [False, True])
+TROUBLES = [
+    ("file too large", 0, "File too large"),
+    ("file too large", 1, "File too large"),
+    ("no space at fsync", 0, "No space left on device"),
+    ("no space at fsync", 1, "No space left on device"),
+    ("not a directory", 0, "(Not a directory|File exists)"),
+]
+
+
 @pytest.mark.parametrize(
-    "trouble, bad_rank, says",
+    "background, trouble, bad_rank, says",
     [
-        pytest.param("file too large", 0, "File too large", marks=pytest.mark.representative),
-        ("file too large", 1, "File too large"),
-        ("no space at fsync", 0, "No space left on device"),
-        ("no space at fsync", 1, "No space left on device"),
-        ("not a directory", 0, "(Not a directory|File exists)"),
+        pytest.param(False, *TROUBLES[0], marks=pytest.mark.representative),
+        *((False, *trouble) for trouble in TROUBLES[1:]),
+        *((True, *trouble) for trouble in TROUBLES),
     ],
 )
-def test_a_disk_that_refuses_to_write_is_an_error_on_every_rank(trouble, bad_rank, says, background, tmp_path):
+def test_a_disk_that_refuses_to_write_is_an_error_on_every_rank(background, trouble, bad_rank, says, tmp_path):
     """No rank hangs, the old checkpoint stays whole, and the next save leaves nothing behind."""
     for said in run_ranks(save_with_trouble, 2, tmp_path, trouble, bad_rank, background, timeout_s=60):
         assert re.search(says, said), said
@@ -170,7 +176,6 @@ def test_a_disk_that_refuses_to_write_is_an_error_on_every_rank(trouble, bad_ran
 # ---------------------------------------------------------------------- damage
 
 
-@pytest.mark.representative
 def test_every_flipped_bit_is_refused():
     assert damaged.flip(100) == {"flips": 100, "refused": 100}
 

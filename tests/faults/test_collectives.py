@@ -14,8 +14,8 @@ from torch import Tensor
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.lightning.debug import CompareCollectives, OrderError
 from scmoe.training.assembly.model import build_module
-from tests.support.failing import MODEL, failure, fit
-from tests.support.trainings import tiny
+from tests.support.failing import MODEL, failure
+from tests.support.trainings import fit, tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -105,7 +105,7 @@ def add_a_sum(rank: int, world_size: int) -> None:
 
     if rank == 1:
         module.on_after_backward = one_more
-    fit(config, module)
+    fit(config, module=module)
 
 
 def test_the_debug_mode_of_a_run_names_the_first_difference():
@@ -116,10 +116,10 @@ def test_the_debug_mode_of_a_run_names_the_first_difference():
 
 def trained_weights(rank: int, world_size: int, debug: bool) -> dict[str, Tensor]:
     config = tiny(f"{MODEL} strategy.debug_collectives={str(debug).lower()}", world_size)
-    before = dist.all_reduce
-    weights = {name: p.detach().clone() for name, p in fit(config).named_parameters()}
+    before, module = dist.all_reduce, build_module(config)
+    fit(config, module=module)
     assert dist.all_reduce is before, "the comparison is removed at the end"
-    return weights
+    return {name: p.detach() for name, p in module.named_parameters()}
 
 
 def test_comparing_changes_no_number():

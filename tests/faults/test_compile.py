@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch._dynamo.utils import counters
 
 from scmoe.config.load import load
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
-from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.measurements import DataPosition
+from tests.support.trainings import fit
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -30,8 +27,7 @@ def graphs(words: str) -> tuple[list[int], float, int]:
     torch.manual_seed(1)
     module, counts = build_module(config), list[int]()
     module.on_validation_end = lambda: counts.append(counters["stats"]["unique_graphs"])  # type: ignore
-    trainer = build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
-    trainer.fit(module, build_datamodule(config))
+    trainer = fit(config, module=module)
     return counts, float(trainer.callback_metrics["train/loss"]), sum(counters["graph_break"].values())
 
 

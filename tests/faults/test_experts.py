@@ -15,11 +15,8 @@ from torch import Tensor
 
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.parallel.wire.all_to_all import Transfer
-from scmoe.training.assembly.data import build_datamodule
-from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.analysis import PATIENCE, ExpertLoad
-from scmoe.training.callbacks.measurements import DataPosition
-from tests.support.trainings import RecordingModel, tiny
+from tests.support.trainings import RecordingModel, fit, tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -95,10 +92,9 @@ def collapse(rank: int, world_size: int, logit: float) -> tuple[dict[str, float]
     config = tiny(words, world_size)
     module = Rigged(config)
     module.logit = logit
-    trainer = build_trainer(config, [DataPosition(), ExpertLoad()], [])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(module, build_datamodule(config))
+        trainer = fit(config, ExpertLoad(), module=module)
     said = [str(warning.message) for warning in caught if "collapsed" in str(warning.message)]
     return {name: float(value) for name, value in trainer.callback_metrics.items() if "moe/" in name}, said
 

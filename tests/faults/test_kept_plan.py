@@ -23,7 +23,7 @@ def planned(tmp_path_factory) -> Path:
     """Returns the directory of a finished run on two ranks whose schedule was chosen by measurement."""
     runs = tmp_path_factory.mktemp("planned")
     words = ("schedule=auto", "schedule.chunks=null", f"trainer.max_steps={CHOSEN + 1}", f"runs_dir={runs}")
-    saves = ("trainer.val_every=100", "trainer.checkpoint_every=100")  # once, at the end
+    saves = ("trainer.val_every=100", "trainer.checkpoint_every=100", "trainer.log_every=100")  # once, at the end
     done = train_in_ranks(2, "configs/debug.yaml", "trainer.devices=2", *words, *saves)
     assert done.code == 0, done.err
     assert "plan: MoE layer 1: " in done.err

@@ -139,11 +139,7 @@ SLURM = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "x
         ({**TORCHRUN, "WORLD_SIZE": "2"}, [], "trainer.devices is 1, allowed: .* as torchrun has started: .*\\(2\\)"),
         (SLURM, ["trainer.devices=2"], "trainer.devices is 2, allowed: .* as SLURM has started: .*ntasks-per-node=4"),
         ({}, ["trainer.num_nodes=2"], "trainer.num_nodes is 2, allowed: 1, or .* MASTER_ADDR and MASTER_PORT and NODE"),
-        (
-            {"MASTER_ADDR": "a", "MASTER_PORT": "1"},
-            ["trainer.num_nodes=2"],
-            "num_nodes is 2, allowed: .* set NODE_RANK",
-        ),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "1"}, ["trainer.num_nodes=2"], "num_nodes is 2, .* set NODE_RANK"),
     ],
     ids=["torchrun", "SLURM", "no launcher", "half of the variables"],
 )

@@ -30,25 +30,25 @@ from scmoe.training.modules import LanguageModel
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.representative)])
+@pytest.mark.parametrize(
+    "world_size, workers", [(1, 0), (1, 2), (2, 0), pytest.param(2, 2, marks=pytest.mark.representative)]
+)
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(world_size, workers):
     """The run has dropout, gate noise, shuffled samples, gradients accumulated over two batches, and a validation after
-    every step. It resumes at the first step, one in the middle and the last but one."""
-    assert restored.resume(3, [world_size], [workers]) == {"compared": 3, "bit_equal": 3}
+    every step. It resumes at the first step and the last but one."""
+    assert restored.resume(2, [world_size], [workers]) == {"compared": 2, "bit_equal": 2}
 
 
-def weights_after(rank: int, world_size: int, folder: Path, workers: int, val_every: int) -> dict[str, Tensor]:
+def weights_after(rank: int, world_size: int, folder: Path, val_every: int) -> dict[str, Tensor]:
     words = ("trainer.max_steps=3", f"trainer.checkpoint_every={tiny_run.NEVER}", f"trainer.val_every={val_every}")
-    config = tiny_run.tiny(world_size, *words, f"data.workers={workers}", "data.val_sequences=16")
+    config = tiny_run.tiny(world_size, *words, "data.val_sequences=16")
     return dict(tiny_run.tensors(tiny_run.fit(config, folder)))
 
 
 @pytest.mark.representative
-@pytest.mark.parametrize("workers", [0, 2])
-def test_validating_changes_no_dropout(workers, tmp_path):
+def test_validating_changes_no_dropout(tmp_path):
     """Each validation starts a loader, which must not draw from the generator that dropout draws from."""
-    seldom, often = (run_ranks(weights_after, 1, tmp_path / str(n), workers, n)[0] for n in (1000, 1))
+    seldom, often = (run_ranks(weights_after, 1, tmp_path / str(n), n)[0] for n in (1000, 1))
     assert tiny_run.same(seldom, often)
 
 

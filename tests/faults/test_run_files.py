@@ -23,7 +23,7 @@ from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.run.resume import resumption
-from tests.support.commands import command_here, resume_in_ranks, train_in_ranks
+from tests.support.commands import command_here, resume_in_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
 
@@ -32,12 +32,27 @@ LEFT = ["best-step=2.ckpt", "step=3.ckpt"]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    """Returns the directory of a finished run of three steps on two ranks."""
+def trained(tmp_path_factory) -> tuple[Path, list[set[str]]]:
+    """Returns the directory of a finished run of three steps on two ranks, and what each rank wrote there."""
     runs = tmp_path_factory.mktemp("finished")
-    done = train_in_ranks(2, "configs/debug.yaml", "trainer.devices=2", *STEPS, f"runs_dir={runs}")
-    assert done.code == 0, done.err
-    return (runs / "latest").resolve()
+    command = ("configs/debug.yaml", "trainer.devices=2", *STEPS, f"runs_dir={runs}")
+    files = run_ranks(written, 2, runs, "train", command)
+    return (runs / "latest").resolve(), files
+
+
+@pytest.fixture(scope="module")
+def finished(trained) -> Path:
+    return trained[0]
+
+
+@pytest.fixture(scope="module")
+def resumed(finished, tmp_path_factory) -> tuple[Path, list[set[str]]]:
+    """Returns a copy of that run, resumed by two ranks for a step and by one for another, and what the two wrote."""
+    run_dir = Path(shutil.copytree(finished, tmp_path_factory.mktemp("resumed") / "run"))
+    files = run_ranks(written, 2, run_dir, "resume", (str(run_dir), "trainer.max_steps=4", "trainer.devices=2"))
+    done = resume_in_ranks(1, str(run_dir), "trainer.max_steps=5", "trainer.devices=1")
+    assert done.summary["steps"] == 5
+    return run_dir, files
 
 
 @pytest.fixture
@@ -90,9 +105,8 @@ def test_an_export_replaces_no_other_config(finished, tmp_path, capsys):
     assert "moe.position is 'pos1', allowed: 'pos2', as in" in capsys.readouterr().err
 
 
-def test_a_resumed_run_keeps_only_its_own_last_step(run_dir):
-    resumed = resume_in_ranks(1, str(run_dir), "trainer.max_steps=5", "trainer.devices=1")
-    assert resumed.summary["steps"] == 5
+def test_a_resumed_run_keeps_only_its_own_last_step(resumed):
+    run_dir, _ = resumed
     assert [name for name in saved(run_dir) if name.startswith("step")] == ["step=5.ckpt"]
     assert SeenRun(run_dir).steps == 5
 
@@ -122,12 +136,9 @@ def test_another_model_or_experiment_is_refused_and_nothing_is_written(run_dir, 
     assert contents(run_dir) == before
 
 
-def test_a_resumption_keeps_its_config_beside_the_first_one(run_dir):
-    first = (run_dir / "config.yaml").read_bytes()
-    for steps, devices in ((4, 2), (5, 1)):
-        more = (f"trainer.max_steps={steps}", f"trainer.devices={devices}")
-        assert resume_in_ranks(devices, str(run_dir), *more).summary["steps"] == steps
-    assert (run_dir / "config.yaml").read_bytes() == first
+def test_a_resumption_keeps_its_config_beside_the_first_one(finished, resumed):
+    run_dir, _ = resumed
+    assert (run_dir / "config.yaml").read_bytes() == (finished / "config.yaml").read_bytes()
     kept = [load(run_dir / f"config-from-{step}.yaml").trainer for step in (3, 4)]
     assert [(trainer.max_steps, trainer.devices) for trainer in kept] == [(4, 2), (5, 1)]
 
@@ -172,11 +183,8 @@ def written(rank: int, world_size: int, folder: Path, verb: str, arguments: tupl
     return {path for path in found if "checkpoints/" not in path}
 
 
-def test_only_rank_0_writes_into_the_run_directory(tmp_path):
-    new = ("configs/debug.yaml", "trainer.devices=2", *STEPS, f"runs_dir={tmp_path}", "logger.mode=offline")
-    resumed = (str(tmp_path / "latest"), "trainer.max_steps=4")
-    for verb, arguments in (("train", new), ("resume", resumed)):
-        first, second = run_ranks(written, 2, tmp_path, verb, arguments)
+def test_only_rank_0_writes_into_the_run_directory(trained, resumed):
+    for _, (first, second) in (trained, resumed):
         assert any(path.endswith("state.json") or ".tmp-state.json" in path for path in first), "the hook sees writes"
         assert second == set()
 

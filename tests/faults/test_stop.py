@@ -29,7 +29,7 @@ from tests.support.resuming import before_each_validation_batch, exit_code
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
-BATCHES, AT_BATCH = 20, 3  # of a validation; the batch in which a rank receives SIGTERM
+BATCHES, AT_BATCH = 10, 3  # of a validation; the batch in which a rank receives SIGTERM
 CONFIG = (
     *("trainer.max_steps=4", "trainer.val_every=2", "trainer.accumulate=2"),
     f"trainer.checkpoint_every={tiny_run.NEVER}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.mutation.mutant import CHECKPOINT, DIST, FAULTS, LIGHTNING, PARALLEL, UNIT, Mutant
 
-LAYOUTS = f"{DIST}/test_strategy.py::test_a_run_resumed_in_another_layout_equals_an_uninterrupted_one[2-ep_sizes0]"
+LAYOUTS = f"{DIST}/test_strategy.py::test_a_run_resumed_in_another_layout_equals_an_uninterrupted_one[2-1]"
 KILLED = f"{UNIT}/test_durable.py::test_a_kill_at_any_call_leaves_the_old_or_the_new_checkpoint"
 
 MUTANTS = (

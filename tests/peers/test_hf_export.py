@@ -22,7 +22,7 @@ from scmoe.config.load import load
 from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.runs.hf_folder import write_folder
+from scmoe.runs.hf_folder import hf_config, write_folder
 from scmoe.training.assembly.model import build_model_to_train
 from tests.support.architectures import LATENT, LATENT_ATTENTION, overrides
 from tests.support.exports import write_checkpoint
@@ -43,37 +43,37 @@ KINDS = {  # words: model_type
     "moe.architecture=dense": "gpt2",
     f"{LLAMA} moe.architecture=dense moe.noisy=true": "llama",  # without a gate it has no noise
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1": "mixtral",
+    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 model.norm_eps=1e-6 model.rope_theta=1e6": "mixtral",
     f"{LLAMA} moe.architecture=shared_expert": "qwen2_moe",
     f"{LLAMA} moe.architecture=shared_expert moe.top_k=2 moe.every=1": "qwen2_moe",
     f"{LLAMA} moe.architecture=shared_expert moe.top_k=2 moe.renormalise=false": "qwen2_moe",
-    f"{LLAMA} moe.architecture=shared_expert moe.combine=cg2": "scmoe",
-    f"{LLAMA} moe.architecture=top_k moe.top_k=2": "scmoe",  # Mixtral has an MoE in every block
-    f"{LLAMA} moe.architecture=top_k moe.top_k=1 moe.every=1": "scmoe",  # there its weight is 1
-    f"{LLAMA} moe.architecture=shared_expert moe.noisy=true": "scmoe",  # weights of the noise have no place there
-    "moe.architecture=dense model.activation=swiglu": "scmoe",
+    f"{LONGCAT} moe.router=longcat moe.router_scale=6 moe.zero_experts=2 moe.ffn_dim=32": "longcat_flash",
+    f"{DEEPSEEK} moe.ffn_dim=8 moe.leading_dense=[40,40] model.latent.yarn_factor=4": "deepseek_v3",
     "moe.architecture=scmoe moe.capacity_factor=0.5": "scmoe",
     f"{LLAMA} moe.architecture=scmoe moe.position=pos3 moe.combine=cg2 moe.coefficient_input=tap": "scmoe",
     "moe.architecture=dgmoe_share model.layers=4": "scmoe",
-    # gates and shapes that these model types do not have
-    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.router=deepseek": "scmoe",
     f"{LLAMA} moe.router=longcat moe.top_k=2 moe.router_scale=6 moe.zero_experts=2 moe.ffn_dim=32 "
     "moe.leading_dense=[40,48]": "scmoe",
     "moe.every=1 moe.after_norm=true": "scmoe",
-    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.after_norm=true": "scmoe",  # Mixtral has no such norm
     INSTELLA: "scmoe",
-    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.balanced_routing=true": "scmoe",
-    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 model.norm_eps=1e-6 model.rope_theta=1e6": "mixtral",
-    f"{LONGCAT} moe.router=longcat moe.router_scale=6 moe.zero_experts=2 moe.ffn_dim=32": "longcat_flash",
-    # its zero experts return their input
-    f"{LONGCAT} moe.router=longcat moe.zero_experts=2 moe.zero_output=zero": "scmoe",
-    f"{LONGCAT} moe.router=longcat moe.position=pos1": "scmoe",
-    f"{LONGCAT} moe.router=deepseek": "scmoe",
-    f"{LONGCAT} moe.router=longcat model.latent.q_rank=null": "scmoe",
-    f"{LONGCAT} moe.router=longcat moe.tap_norm=own moe.every=1 moe.position=pos1 model.layers=1": "scmoe",
-    f"{DEEPSEEK} moe.ffn_dim=8 moe.leading_dense=[40,40] model.latent.yarn_factor=4": "deepseek_v3",
-    f"{DEEPSEEK} moe.ffn_dim=16": "scmoe",  # the shared expert is as wide as 1.5 of them
-    f"{DEEPSEEK} moe.leading_dense=[40,48]": "scmoe",
 }
+OURS = (  # no other model type has all of their settings
+    f"{LLAMA} moe.architecture=shared_expert moe.combine=cg2",
+    f"{LLAMA} moe.architecture=top_k moe.top_k=2",  # Mixtral has an MoE in every block
+    f"{LLAMA} moe.architecture=top_k moe.top_k=1 moe.every=1",  # there its weight is 1
+    f"{LLAMA} moe.architecture=shared_expert moe.noisy=true",  # weights of the noise have no place there
+    "moe.architecture=dense model.activation=swiglu",
+    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.router=deepseek",
+    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.after_norm=true",  # Mixtral has no such norm
+    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.balanced_routing=true",
+    f"{LONGCAT} moe.router=longcat moe.zero_experts=2 moe.zero_output=zero",  # there they return their input
+    f"{LONGCAT} moe.router=longcat moe.position=pos1",
+    f"{LONGCAT} moe.router=deepseek",
+    f"{LONGCAT} moe.router=longcat model.latent.q_rank=null",
+    f"{LONGCAT} moe.router=longcat moe.tap_norm=own moe.every=1 moe.position=pos1 model.layers=1",
+    f"{DEEPSEEK} moe.ffn_dim=16",  # the shared expert is as wide as 1.5 of them
+    f"{DEEPSEEK} moe.leading_dense=[40,48]",
+)
 LENGTH = 12
 TEXT = "My fellow citizens, the state of the union: naïve 🙂 \n\n  two  spaces."
 
@@ -126,6 +126,11 @@ def test_logits_and_weights(words, tmp_path):
             assert torch.equal(p, started.get_parameter(name)), name
 
 
+@pytest.mark.parametrize("words", OURS)
+def test_settings_that_no_other_model_type_has_are_of_ours(words):
+    assert hf_config(config_of(words), None)["model_type"] == "scmoe"
+
+
 def test_a_large_model_is_written_in_several_files(tmp_path):
     words = f"{LLAMA} moe.architecture=shared_expert"
     model, _ = exported(words, tmp_path, shard_bytes=20_000)
@@ -149,9 +154,14 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path):
     assert loaded.eos_token_id == tokenizer.end_of_text == theirs(tmp_path / "hf").config.eos_token_id
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize(
-    "words", ["moe.architecture=scmoe", f"{LLAMA} moe.architecture=dgmoe moe.noisy=false", INSTELLA]
+    ("words", "use_cache"),
+    [
+        ("moe.architecture=scmoe", True),
+        ("moe.architecture=scmoe", False),
+        (f"{LLAMA} moe.architecture=dgmoe moe.noisy=false", True),
+        (INSTELLA, True),
+    ],
 )
 def test_padding_on_the_left_changes_no_token(words, use_cache, tmp_path):
     """Each text of a batch continues as alone, and as the network itself says without a cache. In float64."""

@@ -5,6 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scmoe.schedule.schedule import Schedule
+from tests.support.trainings import steps_at_every_slot
+
 TOLERANCE = 1e-12  # in float64; tests/distributed/test_ep_equality.py gives the reason
 MOMENTS = ("drawn", "before", "after")  # weights from the seed, weights made for the test, weights after training
 
@@ -75,3 +78,20 @@ def assert_same_bits(records: list[dict[str, Any]], others: list[dict[str, Any]]
     for record, other in zip(records, others, strict=True):
         assert len(record["outputs"]) == len(other["outputs"]) >= 3
         assert all(torch.equal(a, b) for a, b in zip(record["outputs"], other["outputs"], strict=True))
+
+
+def assert_no_slot_changes_a_bit(
+    records: list[dict[str, Any]], schedule: Schedule, expected: dict[str, list[Tensor]] | None
+) -> None:
+    """Asserts of trainings at every slot that steps with equally many chunks are bit-identical in losses, norms, all
+    gradients, and outputs of each rank. expected: what one process computes, within TOLERANCE."""
+    values = {name: steps for name, steps in assemble(records).items() if len(steps) > 1}  # no weights
+    first = 0
+    for step, (place, at_once) in enumerate(steps_at_every_slot(schedule)):
+        first = step if at_once else first
+        for name, steps in values.items():
+            assert step == 0 or torch.equal(steps[step], steps[first]), f"{name}, {place}"
+            error = 0.0 if expected is None else (steps[step] - expected[name][0]).abs().max()
+            assert error <= TOLERANCE, f"{name}, {place}"
+        for outputs in (record["outputs"] for record in records):
+            assert step == 0 or torch.equal(outputs[step], outputs[first]), place

@@ -1,25 +1,12 @@
-"""This module trains on ranks that must fail, and returns how they fail."""
+"""This module runs ranks that must fail, and returns how they fail."""
 
 from typing import Any
 
 import pytest
 
-from scmoe.config.fields import Config
 from scmoe.experiments.engine.ranks import GRACE_S, RankError, run_ranks
-from scmoe.training.assembly.data import build_datamodule
-from scmoe.training.assembly.model import build_module
-from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.measurements import DataPosition
-from scmoe.training.modules import LanguageModel
 
 MODEL = "position=pos2 strategy.ep_size=2"
-
-
-def fit(config: Config, module: LanguageModel | None = None, data: Any = None) -> LanguageModel:
-    module = module or build_module(config)
-    trainer = build_trainer(config, [DataPosition()], [])
-    trainer.fit(module, data or build_datamodule(config))
-    return module
 
 
 def failure(fn: Any, world_size: int, *args: Any, all_fail: bool = False) -> str:

@@ -12,25 +12,20 @@ from torch import Tensor
 
 from scmoe.config.fields import Config
 from scmoe.parallel.mesh import expert_parameters
-from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
-from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.measurements import DataPosition
 from scmoe.training.modules import LanguageModel
+from tests.support.trainings import fit as train
 from tests.support.trainings import whole as gathered
 
 HALF, WHOLE = 3, 6
 
 
-def fit(
-    config: Config, folder: Path | None = None, checkpoint: Path | None = None, steps: int = WHOLE
-) -> dict[str, Any]:
+def fit(config: Config, folder: Path | None = None, checkpoint: Path | None = None) -> dict[str, Any]:
     """Trains on this rank, keeps a checkpoint of every third step and returns what must be equal."""
-    module = build_module(config)
     checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=HALF, save_top_k=-1 if folder else 0)
-    trainer = build_trainer(config, [DataPosition(), checkpoints], [])
-    trainer.fit(module, build_datamodule(config), ckpt_path=checkpoint, weights_only=True)
-    assert trainer.global_step == steps
+    module = build_module(config)
+    trainer = train(config, checkpoints, module=module, ckpt_path=checkpoint, weights_only=True)
+    assert trainer.global_step == WHOLE
     names = {p: name for name, p in module.model.named_parameters()}
     (optimizer,) = trainer.optimizers
     tensors = {name: gathered(p) for p, name in names.items()}
@@ -40,7 +35,7 @@ def fit(
         "tensors": tensors,
         "experts": {names[p] for _, p in expert_parameters(module.model)},
         "ep_size": module.parallel_context.ep_size,
-        "consumed": trainer.datamodule.consumed_samples,  # type: ignore[attr-defined]
+        "consumed": trainer.datamodule.consumed_samples,
         "lr": trainer.optimizers[0].param_groups[0]["lr"],
     }
 

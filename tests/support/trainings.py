@@ -6,25 +6,29 @@ out again. `run_ranks` runs `train` and `train_cases` on every rank.
 
 import hashlib
 import os
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.experts import Experts
-from scmoe.moe.stream import MoEStream
 from scmoe.parallel.dense import put, reshard
 from scmoe.parallel.mesh import expert_parameters
+from scmoe.schedule.cost import slots
+from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.data import build_datamodule
-from scmoe.training.assembly.model import build_model
+from scmoe.training.assembly.model import build_model, build_module
 from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.measurements import DataPosition
 from scmoe.training.modules import LanguageModel, MoEModule
@@ -49,10 +53,9 @@ class Recording(MoEModule):
     """This module trains with plain SGD, with weights that make every term visible, and records what training computed.
 
     starved: the gate sends every token to the first half of the experts.
-    sequential: every transfer is waited for at once.
     """
 
-    def __init__(self, config: Config, starved: bool = False, sequential: bool = False, **task: Any) -> None:
+    def __init__(self, config: Config, starved: bool = False, **task: Any) -> None:
         optim, trainer, moe = config.optim, config.trainer, config.moe
         super().__init__(
             lambda context: build_model(config, context),
@@ -63,7 +66,7 @@ class Recording(MoEModule):
             z_loss_coef=moe.z_loss_coef,
             **task,
         )
-        self.lr, self.starved, self.sequential = optim.lr, starved, sequential
+        self.lr, self.starved = optim.lr, starved
         self.outputs: list[Tensor] = []
         self.logged: dict[str, list[Tensor]] = {"train/loss": [], "train/load_balance_loss": [], "train/grad_norm": []}
         self.gradients: list[dict[str, Tensor | None]] = []
@@ -78,8 +81,6 @@ class Recording(MoEModule):
             randomise(self.model)
             if self.starved:
                 starve(self.model)
-            for stream in [m for m in self.model.modules() if isinstance(m, MoEStream) and self.sequential]:
-                stream.dispatcher = Blocking(stream.dispatcher)
             self.model.register_forward_hook(lambda module, args, out: self.outputs.append(out[0].detach().clone()))
             if hasattr(self.model, "dropout"):
                 self.model.dropout.register_forward_hook(lambda module, args, out: self.dropped.append(out == 0))
@@ -114,6 +115,33 @@ class RecordingModel(Recording, LanguageModel):
     pass
 
 
+def steps_at_every_slot(schedule: Schedule) -> list[tuple[Schedule, bool]]:
+    """Returns schedules, and whether transfers are waited for at once: for each number of chunks at first, where every
+    slot follows. A further step comes before them, as DDP makes its buckets again after the first backward."""
+    steps = [(schedule, False)]
+    for chunks in (1, 2, 3):
+        places = slots(replace(schedule, chunks=chunks))
+        steps += [(places[0], True), *((place, False) for place in places)]
+    return steps
+
+
+class AtEverySlot(RecordingModel):
+    """Takes `steps_at_every_slot`, all with the same batch and the same weights: its learning rate is 0."""
+
+    def __init__(self, config: Config, schedule: Schedule) -> None:
+        super().__init__(config)
+        self.steps, self.lr = steps_at_every_slot(schedule), 0.0
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
+        if self.global_step == 0:
+            self.batch = batch
+            self.dispatchers = [(block, block.moe.dispatcher) for block in moe_blocks_of(self.model)]
+        schedule, at_once = self.steps[self.global_step]
+        for block, dispatcher in self.dispatchers:
+            block.run_as(schedule, Blocking(dispatcher) if at_once else dispatcher)
+        return super().training_step(self.batch, batch_idx)
+
+
 @torch.no_grad()
 def randomise(model: torch.nn.Module) -> None:
     """Sets weights by the parameter's name alone, not its shard: no bias is 0, no norm weight is 1, experts differ."""
@@ -141,11 +169,25 @@ def starve(model: torch.nn.Module) -> None:
         put(block.moe.router.gate.weight, gate)
 
 
-def train(config: Config, module: Recording | None = None, **how: bool) -> dict[str, Any]:
-    """Trains on this rank and returns its record, with its shards of the experts. how: options of RecordingModel."""
-    module = module or RecordingModel(config, **how)
-    trainer = build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
-    trainer.fit(module, build_datamodule(config))
+def users_trainer(devices: int, strategy: Any, **further: Any) -> Trainer:
+    """Returns a Trainer on CPUs as a user writes it. It logs, saves and shows nothing, unless `further` says so."""
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return Trainer(accelerator="cpu", devices=devices, strategy=strategy, **(off | further))
+
+
+def fit(config: Config, *callbacks: Callback, module: Any = None, data: Any = None, **how: Any) -> Any:
+    """Trains on this rank and returns the Trainer. Without callbacks no checkpoint is kept.
+
+    module, data: those of the config by default. how: further arguments of Trainer.fit."""
+    trainer = build_trainer(config, [DataPosition(), *(callbacks or [ModelCheckpoint(save_top_k=0)])], [])
+    trainer.fit(module or build_module(config), data or build_datamodule(config), **how)
+    return trainer
+
+
+def train(config: Config, module: Recording | None = None) -> dict[str, Any]:
+    """Trains on this rank and returns its record, with its shards of the experts."""
+    module = module or RecordingModel(config)
+    fit(config, module=module)
     return {
         "logged": module.logged,
         "outputs": module.outputs,
@@ -177,19 +219,32 @@ def be_on_nodes(rank: int, devices: int) -> None:
 def train_cases(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Returns one record per case; all cases run in one start of the ranks.
 
-    In a case `... starved` half of the experts get no token; in a case `... sequential` every transfer is waited for at
-    once."""
+    In a case `... starved` half of the experts get no token."""
     records = {}
     for name, text in cases.items():
-        words = text.split()
-        try:
-            how = {word: word in words for word in ("starved", "sequential")}
-            config = tiny(" ".join(w for w in words if w not in how), world_size)
-            be_on_nodes(rank, config.trainer.devices)
-            records[name] = train(config, **how)
-            if config.strategy.dense == "replicated":  # DTensor keeps the names of groups from one training to the next
-                end_groups()
-        except BaseException as error:
-            error.add_note(f"case {name}: {text}")
-            raise
+        config = tiny(text.replace(" starved", ""), world_size)
+        records[name] = train_case(rank, config, RecordingModel(config, starved="starved" in text.split()), text)
     return records
+
+
+def train_at_every_slot(
+    rank: int, world_size: int, cases: dict[str, tuple[Schedule, str]]
+) -> dict[str, dict[str, Any]]:
+    """Returns one record per case, of a training at every slot of its schedule."""
+    records = {}
+    for name, (schedule, text) in cases.items():
+        config = tiny(f"{text} trainer.max_steps={len(steps_at_every_slot(schedule))}", world_size)
+        records[name] = train_case(rank, config, AtEverySlot(config, schedule), text)
+    return records
+
+
+def train_case(rank: int, config: Config, module: RecordingModel, text: str) -> dict[str, Any]:
+    try:
+        be_on_nodes(rank, config.trainer.devices)
+        record = train(config, module)
+        if config.strategy.dense == "replicated":  # DTensor keeps the names of groups from one training to the next
+            end_groups()
+    except BaseException as error:
+        error.add_note(f"case {text}")
+        raise
+    return record

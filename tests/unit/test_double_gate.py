@@ -1,7 +1,7 @@
 """DGMoE gives the two halves of a token distinct experts, hides transfers, and can share one module in two pairs.
 
 test_reference_equality.py compares outputs and gradients with Eq. 23, test_schedule.py the order of operators;
-tests/distributed/test_double_gate.py tests several ranks and checkpoints.
+tests/distributed/test_extensions.py tests several ranks and checkpoints.
 """
 
 import pytest
