@@ -134,7 +134,7 @@ class Job:
         self.has_begun = False  # the first batch of this training
         self.polls_left = 0  # batches of this validation, test or prediction at which all ranks can still ask
         self.poll: Poll
-        self.trainer: Any
+        self.trainer: Any = None
         self.checkpoints: Checkpoints
 
     def open(self, trainer: Any, checkpoints: Checkpoints, is_launched: bool) -> None:
@@ -220,6 +220,8 @@ class Job:
         raise SystemExit(0 if self.is_launched else self.stop.exit_code)
 
     def close(self) -> None:
+        if self.trainer is None:  # the Strategy has refused it, and `open` was not reached
+            return
         if not seam.was_interrupted(self.trainer):  # else other ranks may never come here
             self.checkpoints.finish()
             self.ask_and_wait()  # so that a stop during or after the last step still ends in 143
