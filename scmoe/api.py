@@ -109,7 +109,8 @@ def load_balance_loss(stats: Sequence[RouterStats], group: Any = None) -> Tensor
 
 def data_parallel(module: nn.Module, group: Any) -> DistributedDataParallel:
     """Return the module in DDP over the group that shares its experts: after backward every gradient is that of the
-    mean of the ranks' losses. A LightningModule needs `ExpertParallelStrategy` instead, which does this too.
+    mean of the ranks' losses. Keep it until backward has ended: as with any DDP module, nothing is summed without it.
+    A LightningModule needs `ExpertParallelStrategy` instead, which does this too.
 
     ValueError: the experts of the module do not belong to this rank of the group."""
     if group is None and dist.get_world_size() > 1 and any(True for _ in expert_parameters(module)):

@@ -1,4 +1,4 @@
-"""The drop-in block is the block that a configuration builds, and gives on two ranks what it gives on one."""
+"""The drop-in block is the block that a configuration builds. test_wrap.py has its gradients on two ranks."""
 
 import io
 import math
@@ -19,7 +19,6 @@ from torch import nn
 
 import scmoe
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.moe.experts import Experts
 from scmoe.moe.router import Scoring, SelectionBias, by_sign
 from scmoe.parallel.dense import local, make_equal, shard, with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context
@@ -79,43 +78,6 @@ def test_a_module_with_experts_can_be_pickled(make):
 
 
 # ---------------------------------------------------------------------- on two ranks
-
-
-def batch() -> torch.Tensor:
-    return torch.randn(4, 8, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-
-def gradients(rank: int, world_size: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Trains one step on this rank's part of the batch. Returns its output, and all gradients with all experts."""
-    torch.manual_seed(1)
-    torch.set_default_dtype(torch.float64)
-    if world_size > 1:
-        dist.init_process_group("gloo")
-    group = dist.group.WORLD  # None where there are no ranks
-    block = scmoe.ScMoEBlock(16, 2, 4, 2, ffn_dim=32, group=group)
-    model: nn.Module = block if group is None else scmoe.data_parallel(block, group)
-    y, stats = model(batch().chunk(world_size)[rank])
-    (y.square().mean() + 0.1 * scmoe.load_balance_loss([stats], group)).backward()
-    found = {}
-    for name, p in block.named_parameters():
-        assert p.grad is not None
-        found[name] = p.grad
-        if group is not None and isinstance(block.get_submodule(name.rpartition(".")[0]), Experts):
-            parts = [torch.empty_like(p.grad) for _ in range(world_size)]
-            dist.all_gather(parts, p.grad.contiguous())
-            found[name] = torch.cat(parts)
-    return y.detach(), found
-
-
-@pytest.mark.dist
-def test_two_ranks_give_the_outputs_and_gradients_of_one():
-    ((expected_y, expected),) = run_ranks(gradients, 1)
-    ranks = run_ranks(gradients, 2)
-    torch.testing.assert_close(torch.cat([y for y, _ in ranks]), expected_y, rtol=0, atol=1e-12)  # order of sums
-    for _, found in ranks:
-        assert found.keys() == expected.keys()
-        for name, grad in found.items():
-            torch.testing.assert_close(grad, expected[name], rtol=0, atol=1e-12, msg=name)
 
 
 def wrapped_wrongly(rank: int, world_size: int) -> list[str]:

@@ -1,5 +1,5 @@
-"""All code that trains wraps its model with `wrap`: the Strategy, the step of the benches, and `data_parallel`, which
-test_drop_in.py compares. Their gradients are those of one process, in float64 up to the order of sums.
+"""All code that trains wraps its model with `wrap`: the Strategy, the step of the benches, and `data_parallel`. Their
+gradients are those of one process, in float64 up to the order of sums.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ class Model(nn.Module):
 
     def __init__(self, group: object = None) -> None:
         super().__init__()
-        self.block = scmoe.ScMoEBlock(DIM, 2, EXPERTS, group=group)
+        self.group, self.block = group, scmoe.ScMoEBlock(DIM, 2, EXPERTS, top_k=2, group=group)
         generator = torch.Generator().manual_seed(0)
         for module in self.modules():
             if isinstance(module, Experts):
@@ -39,7 +40,8 @@ class Model(nn.Module):
         self.double()
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.block(x_BSD)[0].square().mean()
+        y_BSD, stats = self.block(x_BSD)
+        return y_BSD.square().mean() + 0.1 * scmoe.load_balance_loss([stats], self.group)
 
 
 class Module(LightningModule):
@@ -75,6 +77,10 @@ def of_all_callers(rank: int, world_size: int, folder: str) -> dict[str, dict[st
     )
     trainer.fit(module, torch.utils.data.DataLoader([x_BSD], batch_size=None))
     found = {"Strategy": module.found}
+    model = Model(dist.group.WORLD)
+    ddp = scmoe.data_parallel(model, dist.group.WORLD)
+    ddp(x_BSD).backward()
+    found["data_parallel"] = gradients(model)
     context = build_context(world_size, torch.device("cpu"), timedelta(seconds=60))
     for name in ("paced", "ddp"):
         model = Model(context)
@@ -89,8 +95,7 @@ def of_all_callers(rank: int, world_size: int, folder: str) -> dict[str, dict[st
 def test_all_callers_give_the_gradients_of_one_process(tmp_path):
     model = Model()
     step = Step(Wrapped(model, 1), ParallelContext())
-    for x_BSD in batch():
-        step.backward(step.model(x_BSD) / RANKS)
+    step.backward(step.model(batch().flatten(0, 1)))
     expected = gradients(model)
     of_ranks = run_ranks(of_all_callers, RANKS, str(tmp_path))
     for rank, callers in enumerate(of_ranks):
