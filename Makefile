@@ -119,7 +119,8 @@ REPORTS := $(addprefix $(KEPT)/, $(addsuffix .json, \
   overlap-emulated-block-2-ranks-share-0.52 overlap-emulated-block-2-ranks-share-0.52-every-1-top-2 \
   overlap-emulated-block-2-ranks-share-0.35 overlap-emulated-block-4-ranks-share-0.35 \
   train-share-0.52 growth routing inference-2-ranks-share-0.52 inference-2-ranks-share-0.15 \
-  $(addprefix uneven-, emulated-block-2-ranks-share-0.52-hot_rank emulated-block-4-ranks-share-0.49-hot_rank \
+  $(addprefix uneven-, emulated-block-2-ranks-share-0.52-hot_rank \
+  emulated-block-2-ranks-share-0.52-hot_rank-recorded emulated-block-4-ranks-share-0.49-hot_rank \
   emulated-iteration-2-ranks-share-0.52-hot_rank real-block-2-ranks-share-0.52-hot_rank-recorded \
   real-iteration-2-ranks-share-0.52-hot_rank inference-2-ranks-share-0.52-hot_rank)))
 
@@ -162,6 +163,9 @@ $(KEPT)/inference-2-ranks-share-%.json:  # 4 min
 UNEVEN := --load hot_rank:1.3 --load hot_rank:1.7
 $(KEPT)/uneven-emulated-block-2-ranks-share-0.52-hot_rank.json:  # 15 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.52 --load hot_rank:1.7 --rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3
+$(KEPT)/uneven-emulated-block-2-ranks-share-0.52-hot_rank-recorded.json:  # 20 min
+	@$(KEEP) overlap --out $(KEPT) --share 0.52 --load hot_rank:1.7 --load recorded:$(KEPT)/routing-table3-top2.safetensors \
+	  --rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3
 $(KEPT)/uneven-emulated-block-4-ranks-share-0.49-hot_rank.json:  # 15 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.49 --attention-ms 90 --ranks 4 --load hot_rank:1.7 --rounds 7 \
 	  --rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3
