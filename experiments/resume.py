@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.engine.command_line import KeyValue, call, numbers_of
+from scmoe.experiments.engine.command_line import KeyValue, call
 
 
 def main(run: Path, /, *overrides: KeyValue) -> None:
@@ -22,10 +22,10 @@ def main(run: Path, /, *overrides: KeyValue) -> None:
         from scmoe.training.run.directory import why_no_checkpoint
 
         raise ConfigError(why_no_checkpoint(run_dir))
-    from scmoe.training.run.resume import resumption
+    from scmoe.training.run.resume import resumption, step_of
 
-    numbers, settings = numbers_of(overrides, ("step",))
-    config, resumed = resumption(run_dir, settings, numbers.get("step"))
+    step, settings = step_of(overrides)
+    config, resumed = resumption(run_dir, settings, step)
     from scmoe.training.run.train import train
 
     summary = train(config, settings, resumed)

@@ -235,15 +235,16 @@ def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str
 def auto_over_best(found: Measured, row: str) -> float:
     """Return the training time of the planner's choice over that of the best schedule.
 
-    Every second round names the best, and the others compare. Of schedules that are equally fast, the best in some
-    rounds has had luck in them, and the planner's choice would look slower there than it is."""
+    Half of the rounds choose the best schedule, the other half compare, and the reverse; the result is the mean of the
+    two medians. In the rounds that choose it, the best was also lucky. It is below 1 where luck has chosen a schedule
+    that is slower than the planner's. With one round it has chosen the best too."""
     chosen, schedules = found.times[found.chosen[row]].train, [found.best[row], *found.finalists.get(row, ())]
     halves = [slice(start, None, 2) for start in range(min(2, len(chosen)))]
-    ratios: list[float] = []
-    for names, compares in zip(halves, reversed(halves), strict=True):
-        best = min((found.times[v].train for v in schedules), key=lambda train: middle(train[names]))
-        ratios += (chosen[compares] / best[compares]).tolist()
-    return middle(ratios)
+    medians = []
+    for choose, compare in zip(halves, reversed(halves), strict=True):
+        best = min((found.times[v].train for v in schedules), key=lambda train: middle(train[choose]))
+        medians.append(middle(chosen[compare] / best[compare]))
+    return sum(medians) / len(medians)
 
 
 def inside_gain(found: Measured, row: str) -> dict[str, Any] | None:

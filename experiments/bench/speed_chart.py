@@ -107,14 +107,20 @@ def tables(report: dict[str, Any]) -> list[Report]:
         "forward": "{forward_speedup:.2f}",
         "training": "{train_speedup:.2f} [{train_quartiles[0]:.2f}, {train_quartiles[1]:.2f}]",
         "hidden forward, backward": "{overlap_forward:.0%}, {overlap_backward:.0%}",
-        "slot x chunks": "{slot} x {chunks}",
+        "slot x chunks": "{place} x {chunks}",
     }
     if report["level"] == "iteration":  # its limit has the gradients, which differ from row to row
         columns |= {"gradients, MB": "{gradient_mb:.0f}", "limit": "{limit_train:.2f}", "of it": "{of_limit:.3f}"}
     columns["auto / best"] = "{auto_over_best:.3f}"
     if report.get("every", 2) == 1:
         title = f"{blocks_of(report)}. {title}"
-    return [Report(title.format_map(report), report["rows"], columns)]
+    return [Report(title.format_map(report), with_places(report["rows"]), columns)]
+
+
+def with_places(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the rows, each with the place of its experts: the slot, and whether it is inside the attention there."""
+    inside = {name: " inside" if row.get("inside_attention") else "" for name, row in rows.items()}
+    return {name: {**row, "place": f"{row['slot']}{inside[name]}"} for name, row in rows.items()}
 
 
 def speed_bars(report: dict[str, Any], kind: str, paper: Printed | None) -> dict[str, list[Bar]]:

@@ -17,7 +17,7 @@ from typing import Any
 from scmoe.experiments.bench.loads import BALANCED, Load, Place, counts_of, load_of
 from scmoe.experiments.bench.overlap import Measured, way_of
 from scmoe.experiments.bench.pairs import Setting
-from scmoe.experiments.bench.speed_chart import name_of, ranks_of
+from scmoe.experiments.bench.speed_chart import name_of, ranks_of, with_places
 from scmoe.experiments.bench.stacks import windows_of
 from scmoe.experiments.engine.clock import middle, quartiles
 from scmoe.experiments.engine.report import Report
@@ -78,13 +78,13 @@ def tables(report: dict[str, Any]) -> list[Report]:
         "over top-2": "{forward_speedup:.2f}, {train_speedup:.2f}",
         "hidden": "{overlap_forward:.0%}, {overlap_backward:.0%}",
         "at balance": "{balanced[overlap_forward]:.0%}, {balanced[overlap_backward]:.0%}",
-        "slot x chunks": "{slot} x {chunks}",
+        "slot x chunks": "{place} x {chunks}",
         "auto / best": "{auto_over_best:.3f}",
         "/ model": "{measured_over_model:.3f}",
     }
     of_layout = {"dropped": "{dropped:.1%}", "peak, MB": "{peak_mb:.0f}"}
     return [
-        Report(words_of(own), own["rows"], columns if own["layout"] == "dropless" else columns | of_layout)
+        Report(words_of(own), with_places(own["rows"]), columns if own["layout"] == "dropless" else columns | of_layout)
         for own in report["loads"]
     ]
 

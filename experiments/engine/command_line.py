@@ -75,10 +75,10 @@ def call(*words: str) -> int:
 
 
 def numbers_of(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, int], list[str]]:
-    """Return the numbers of the words NAME=N or --NAME=N with these names, and the other words. Raises ConfigError."""
+    """Return the numbers of the words NAME=N with these names, and the other words. Raises ConfigError."""
     numbers, others = dict[str, int](), list[str]()
     for word in words:
-        key, _, value = word.removeprefix("--").partition("=")
+        key, _, value = word.partition("=")
         if key not in names:
             others.append(word)
         elif not value.isdecimal() or int(value) < 1:

@@ -69,11 +69,11 @@ def write_json(path: Path, report: Mapping[str, Any] | Sequence[Any]) -> None:
 
 
 def publish(report: Mapping[str, Any], tables: Sequence[Report], draw: Callable[[Any, Path], None], name: Path) -> None:
-    """Print a report's tables, and write it and its chart: the files NAME.json and NAME.png, whose folder need not
+    """Write a report, print its tables, and draw its chart: the files NAME.json and NAME.png, whose folder need not
     exist."""
+    write_json(Path(f"{name}.json"), report)
     for table in tables:
         table.show()
-    write_json(Path(f"{name}.json"), report)
     draw(report, Path(f"{name}.png"))
     print(f"chart and figures: {name}.png, .json", file=sys.stderr)
 

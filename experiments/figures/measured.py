@@ -27,7 +27,7 @@ from scmoe.experiments.bench.speed_chart import KINDS, PIPELINED, conditions, na
 from scmoe.experiments.engine.bars import bar_legend, grouped_bars, height_of
 from scmoe.experiments.figures.concepts import pair, timelines
 from scmoe.probes.charts import BLUE, ORANGE, RED, SKY, SMALL, chart, heading, title
-from scmoe.probes.similarity import draw_gating, draw_similarity
+from scmoe.probes.representations import draw_gating, draw_similarity
 from scmoe.runs.seen import open_run
 from scmoe.schedule.cost import TRANSFERS
 

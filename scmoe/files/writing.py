@@ -118,7 +118,8 @@ KEY_SHAPES = re.compile(
 )
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
+def try_to_write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write JSON that a run can do without: where it cannot be written, warn and go on. Else: `write_whole`."""
     text = json.dumps(values, indent=2) + "\n"
     try_to_write(path, lambda partial: partial.write_text(text))
 

@@ -220,7 +220,7 @@ class Job:
         raise SystemExit(0 if self.is_launched else self.stop.exit_code)
 
     def close(self) -> None:
-        if self.trainer is None:  # the Strategy has refused it, and `open` was not reached
+        if self.trainer is None:  # the Strategy has refused a callback, so `open` never ran
             return
         if not seam.was_interrupted(self.trainer):  # else other ranks may never come here
             self.checkpoints.finish()

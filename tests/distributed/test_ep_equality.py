@@ -1,6 +1,6 @@
 """N processes must compute the same as one process (strategy, reducer, dispatcher, clipping).
 
-A tiny GPT takes three SGD steps through the real Strategy and Trainer. These are compared with one process: losses,
+A tiny model takes one or three SGD steps by the real Strategy and Trainer. These are compared with one process: losses,
 every gradient (expert shards put together by global expert id), gradient norms, and the parameters before and after.
 The optimizer is SGD, because AdamW would divide a wrong scale of a gradient out again.
 
@@ -42,14 +42,14 @@ def one() -> dict[str, dict[str, list[Tensor]]]:
 @pytest.fixture(scope="module")
 def two() -> dict[str, list[dict[str, Any]]]:
     cases = {name: text for name, (_, text) in TWO.items()} | OTHERS
-    ranks = run_ranks(train_cases, 2, cases)
+    ranks = run_ranks(train_cases, 2, cases, timeout_s=280)
     return {name: [records[name] for records in ranks] for name in cases}
 
 
 @pytest.fixture(scope="module")
 def four() -> dict[str, list[dict[str, Any]]]:
     cases = {name: text for name, (_, text) in FOUR.items()}
-    ranks = run_ranks(train_cases, 4, cases)
+    ranks = run_ranks(train_cases, 4, cases, timeout_s=280)
     return {name: [records[name] for records in ranks] for name in cases}
 
 

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.training.callbacks.measurements import GradientNorms
+from scmoe.training.callbacks.progress import GradientNorms
 from tests.support.trainings import RecordingModel, fit, tiny
 
 pytestmark = pytest.mark.dist

@@ -16,7 +16,7 @@ from scmoe.parallel.checkpoint import durable
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer, seed_everything
-from scmoe.training.callbacks.measurements import DataPosition
+from scmoe.training.callbacks.progress import DataPosition
 from tests.support.trainings import tiny
 
 pytestmark = pytest.mark.dist

@@ -19,7 +19,7 @@ from scmoe.datamodules.positioned import IGNORE
 from scmoe.datamodules.text import text
 from scmoe.experiments.engine.command_line import call
 from scmoe.training.assembly.data import build_datamodule
-from scmoe.training.callbacks.measurements import SkippedImages
+from scmoe.training.callbacks.progress import SkippedImages
 
 pytestmark = [pytest.mark.faults, pytest.mark.representative]
 

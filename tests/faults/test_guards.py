@@ -190,7 +190,12 @@ def end(run: subprocess.Popen[str]) -> None:
     run.wait()
 
 
-@pytest.mark.parametrize("rank, phase", [*((1, phase) for phase in PHASES), (0, "forward")])
+QUICK = pytest.param(1, "forward", marks=pytest.mark.representative)
+
+
+@pytest.mark.parametrize(
+    "rank, phase", [QUICK, *((1, phase) for phase in PHASES if phase != "forward"), (0, "forward")]
+)
 def test_a_rank_that_raises_ends_all_ranks_and_its_error_comes_first(tmp_path, rank, phase):
     run = start_failing(tmp_path, "raises", rank, phase, LONG_S, OFTEN)  # connections close, so no rank waits that long
     try:

@@ -35,7 +35,7 @@ LEFT = ["best-step=2.ckpt", "step=3.ckpt"]
 def trained(tmp_path_factory) -> tuple[Path, list[set[str]]]:
     """Returns the directory of a finished run of three steps on two ranks, and what each rank wrote there."""
     runs = tmp_path_factory.mktemp("finished")
-    command = ("configs/debug.yaml", "trainer.devices=2", *STEPS, f"runs_dir={runs}")
+    command = ("configs/debug.yaml", "trainer.devices=2", *STEPS, f"runs_dir={runs}", "logger.mode=offline")
     files = run_ranks(written, 2, runs, "train", command)
     return (runs / "latest").resolve(), files
 

@@ -58,7 +58,7 @@ def test_a_part_that_fails_hangs_crashes_or_lacks_a_package_is_reported_and_the_
     pid_file, module = tmp_path / "pid", "tests.support.check_parts:pieces"
     parts = {
         "fails": Part("Fails", module, 30, (), ("fail",)),
-        "hangs": Part("Hangs", module, 3, (), ("hang", str(pid_file))),
+        "hangs": Part("Hangs", module, 5, (), ("hang", str(pid_file))),
         "crashes": Part("Crashes", module, 30, (), ("crash",)),
         "lacks": Part("Lacks a package", module, 30, ("json", "no_such_package"), ("measure",)),
         "is_no_module": Part("Cannot be imported", "tests.support.no_such_module:pieces", 30, ()),

@@ -125,9 +125,10 @@ def scenario(folder: Path) -> None:
         report("uploaded", server)
 
     run_loggers.INIT_TIMEOUT_S = 2.0
-    with wandb_server() as server:
-        server.answer = "nothing"
-        training(server, "nothing from the start", "logger.mode=auto")
+    for answer in ("error", "nothing"):
+        with wandb_server() as server:
+            server.answer = answer
+            training(server, f"{answer} from the start", "logger.mode=auto")
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +239,7 @@ def result(report: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in report["summary"].items() if key not in measured}
 
 
-@pytest.mark.parametrize("name", ["online", "offline", "trouble", "nothing from the start"])
+@pytest.mark.parametrize("name", ["online", "offline", "trouble", "error from the start", "nothing from the start"])
 def test_logging_changes_no_result(name, reports):
     assert result(reports[name]) == result(reports["disabled"])
 
@@ -259,6 +260,7 @@ def test_the_command_of_the_warning_uploads_every_row_once(reports):
     assert losses(arrived) == losses(online)
 
 
-def test_a_server_that_answers_nothing_from_the_start_causes_one_warning(reports):
-    (warning,) = warnings(reports["nothing from the start"])
+@pytest.mark.parametrize("answer", ["error", "nothing"])
+def test_a_server_that_is_broken_from_the_start_causes_one_warning(answer, reports):
+    (warning,) = warnings(reports[f"{answer} from the start"])
     assert "goes offline" in warning

@@ -59,7 +59,7 @@ AFTER_NORM = {
 
 # One row for each wiring; other rows of the tables differ from one of these in top-k and coefficients.
 KINDS = ("top-2", "shared-cg1", "pos1", "pos2", "pos3", "l0-pos1", "dgmoe", "dgmoe-share")
-QUICK = {"dense", *KINDS, *EVERY_BLOCK, *BETWEEN_BLOCKS, *AFTER_NORM}
+SLOW = TABLES.keys() - set(KINDS)
 
 # The architectures that each comparison goes through. Those of GPT and LLaMA on several ranks: tests/support/cases.py.
 LANGUAGE_WITH_ORACLE = {
@@ -107,5 +107,5 @@ def overrides(words: str) -> list[str]:
 
 
 def with_marks(names: Iterable[str]) -> list[Any]:
-    """Returns the names as parameters of a test, of which `make test` has those of QUICK and `make test-faults` all."""
-    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.faults) for name in names]
+    """Returns the names as parameters of a test; those of SLOW are in `make test-faults` alone."""
+    return [pytest.param(name, marks=pytest.mark.faults if name in SLOW else ()) for name in names]

@@ -4,7 +4,7 @@ from scmoe.schedule.schedule import POSITIONS, Schedule
 from tests.support.architectures import AFTER_NORM, BETWEEN_BLOCKS, EVERY_BLOCK, LATENT_ATTENTION, TABLES
 
 ARCHITECTURES = TABLES | EVERY_BLOCK | BETWEEN_BLOCKS
-LLAMA = "model.family=llama model.heads=4 model.kv_heads=2 trainer.max_steps=1"  # GPT takes three steps
+LLAMA = "model.family=llama model.heads=4 model.kv_heads=2 trainer.max_steps=1"
 ARCHITECTURES |= {f"llama, {name}": f"{text} {LLAMA}" for name, text in ARCHITECTURES.items()}
 ARCHITECTURES |= {"nvidia": AFTER_NORM["nvidia"]}
 ARCHITECTURES |= {

@@ -30,7 +30,7 @@ from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_module
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.measurements import DataPosition
+from scmoe.training.callbacks.progress import DataPosition
 from scmoe.training.modules import LanguageModel, MoEModule
 from scmoe.training.muon import adamw
 from tests.support.architectures import overrides
@@ -136,6 +136,7 @@ class AtEverySlot(RecordingModel):
         if self.global_step == 0:
             self.batch = batch
             self.dispatchers = [(block, block.moe.dispatcher) for block in moe_blocks_of(self.model)]
+            assert self.dispatchers
         schedule, at_once = self.steps[self.global_step]
         for block, dispatcher in self.dispatchers:
             block.run_as(schedule, Blocking(dispatcher) if at_once else dispatcher)

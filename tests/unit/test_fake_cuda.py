@@ -22,13 +22,14 @@ ARCHITECTURES = {  # words, and how often one step routes and sends
 }
 PRECISIONS, RECOMPUTE, RANKS, CHUNKS = ("32-true", "bf16-mixed"), ("false", "true"), (1, 4), (1, 2)
 OF_SWIN = ("pos2", "dgmoe_share")  # in `make test`: Swin takes longest
+BOTH = ("pos2", "dgmoe")  # in both precisions of GPT in `make test`
 
 
 def cases():
     """Returns every architecture of GPT in both precisions, of LLaMA in one, and of Swin in the other. Each
     architecture meets every pair of the choices, but precision and ranks only together with its neighbour.
 
-    In `make test` each meets every choice once: GPT has one precision on one rank, LLaMA the other one on four.
+    In `make test` GPT has one precision on one rank and LLaMA the other one on four; those of BOTH meet every choice.
     """
     found = []
     for i, (name, (words, streams)) in enumerate(ARCHITECTURES.items()):
@@ -39,7 +40,7 @@ def cases():
                 all_words += f" schedule.chunks={chunks}"
             runs = streams + (family == "swin" and streams > 0)  # stage 4 of Swin is top-2
             sent = 4 * chunks * runs if ranks > 1 else 0  # dispatch and combine, and the way back of both gradients
-            quick = name in OF_SWIN if family == "swin" else family == "llama" or p == i % 2
+            quick = name in OF_SWIN if family == "swin" else family == "llama" or p == i % 2 or name in BOTH
             marks = () if quick else pytest.mark.faults
             found.append(pytest.param(all_words, ranks, sent, id=f"{family}-{name}-{PRECISIONS[p]}", marks=marks))
     return found

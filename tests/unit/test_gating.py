@@ -11,7 +11,7 @@ from torch import nn
 from scmoe.config.load import load
 from scmoe.moe.router import Router, Scoring, by_sign
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.probes.similarity import GatingProbe, gating_metrics, gating_sums, means
+from scmoe.probes.representations import GatingProbe, gating_metrics, gating_sums, means
 from scmoe.training.assembly.model import build_model
 from tests.support.models import assert_close, hooks, randomise, tiny, tiny_batch, tiny_model
 

@@ -6,7 +6,7 @@ import torch
 
 from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.probes.similarity import SimilarityProbe, cosine_matrix, draw_similarity, means, similarity_metrics
+from scmoe.probes.representations import SimilarityProbe, cosine_matrix, draw_similarity, means, similarity_metrics
 from scmoe.training.assembly.model import build_model
 from tests.support.models import assert_close, hooks, randomise, tiny, tiny_batch, tiny_model
 

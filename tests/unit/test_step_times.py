@@ -9,7 +9,7 @@ import torch
 
 from scmoe.footprint.model_cost import BF16_TFLOPS, forward_flops, peak_tflops
 from scmoe.training.callbacks import measurements
-from scmoe.training.callbacks.measurements import LogLines, StepTimes, Throughput
+from scmoe.training.callbacks.progress import LogLines, StepTimes, Throughput
 from tests.support.models import tiny, tiny_model
 
 

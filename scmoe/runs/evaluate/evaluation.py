@@ -25,7 +25,7 @@ from scmoe.config.registry import IMAGES, named
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
-from scmoe.files.writing import warn_once, write_json
+from scmoe.files.writing import try_to_write_json, warn_once
 from scmoe.moe.stream import dropless
 from scmoe.parallel.checkpoint.durable import read_manifest
 from scmoe.runs.evaluate.scoring import Forward, Scorer, Text, open_text, run_on_rank_zero, score_test_split, score_text
@@ -205,7 +205,7 @@ def keep_results(run_dir: Path, checkpoint: str, found: Mapping[str, Any], weigh
     tasks = {**earlier.get("tasks", {}), **found["tasks"]}
     one = {"step": found["step"], "weights": weights, "test": found["test"], "texts": texts, "tasks": tasks}
     kept[checkpoint] = one
-    write_json(run_dir / FILE, kept)
+    try_to_write_json(run_dir / FILE, kept)
 
 
 def log_to_wandb(run_dir: Path, config: Config, found: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ from scmoe.parallel.dense import ways
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from scmoe.training.callbacks.analysis import SIMILARITY, Analysis, ExpertLoad, RecordRouting, gating
-from scmoe.training.callbacks.measurements import (
+from scmoe.training.callbacks.progress import (
     DataPosition,
     GradientNorms,
     KeptConfig,

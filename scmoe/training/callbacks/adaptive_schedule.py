@@ -10,10 +10,10 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from scmoe.blocks.moe_block import moe_blocks_of
-from scmoe.files.writing import write_json
+from scmoe.files.writing import try_to_write_json
 from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
 from scmoe.planning.pricing import LayerChoice, plan_from_json, plan_to_json
-from scmoe.training.callbacks.measurements import logs_now
+from scmoe.training.callbacks.progress import logs_now
 
 
 class AdaptiveSchedule(Callback):
@@ -92,7 +92,7 @@ class AdaptiveSchedule(Callback):
             if self.auto and trainer.is_global_zero:
                 print("\n".join(plan_lines(choices)), file=sys.stderr, flush=True)
                 if self.plan is not None:
-                    write_json(self.plan, plan_to_json(choices, self.conditions(trainer), trainer.global_step))
+                    try_to_write_json(self.plan, plan_to_json(choices, self.conditions(trainer), trainer.global_step))
         if overlap is not None and logs_now(trainer, batch_idx):
             hidden = zip(("overlap/forward", "overlap/backward"), overlap.efficiency, strict=True)
             module.log_dict({name: share for name, share in hidden if share is not None})

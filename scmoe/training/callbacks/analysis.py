@@ -33,8 +33,7 @@ from scmoe.config.extras import install_command
 from scmoe.files.writing import try_to_append, try_to_draw, try_to_write
 from scmoe.moe.balance import SINGLE_STEPS, load_metrics, over_steps, step_load
 from scmoe.probes.charts import BLUE, ORANGE, SMALL, chart, title
-from scmoe.probes.routing import Recorded, RoutingProbe, write_routing
-from scmoe.probes.similarity import (
+from scmoe.probes.representations import (
     GatingProbe,
     SimilarityProbe,
     draw_gating,
@@ -43,7 +42,8 @@ from scmoe.probes.similarity import (
     means,
     similarity_metrics,
 )
-from scmoe.training.callbacks.measurements import ends_step, logs_now
+from scmoe.probes.routing import Recorded, RoutingProbe, write_routing
+from scmoe.training.callbacks.progress import ends_step, logs_now
 
 CELLS = 16  # of a heat map with numbers in its cells, in a row; with more experts they would not be readable
 PATIENCE = 5  # logged windows in a row

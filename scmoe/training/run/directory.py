@@ -26,7 +26,7 @@ from typing import Any
 
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.files.writing import redacted, replacing, write_json
+from scmoe.files.writing import redacted, replacing, try_to_write_json
 from scmoe.parallel.checkpoint.durable import start_of
 
 UNNAMED_KEYS = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")  # not in a run's name
@@ -129,7 +129,7 @@ def why_no_checkpoint(run_dir: Path, which: str = "last") -> str:
 def write_state(run_dir: Path, state: str) -> None:
     """Write the state of the run that this process makes."""
     process = {"pid": os.getpid(), "started": start_of(os.getpid()), "host": platform.node()}
-    write_json(run_dir / STATE, {"state": state, **process})
+    try_to_write_json(run_dir / STATE, {"state": state, **process})
 
 
 def show_life(run_dir: Path) -> threading.Event:

@@ -27,7 +27,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
-from scmoe.files.writing import redacted, warn_once, write_json
+from scmoe.files.writing import redacted, try_to_write_json, warn_once
 from scmoe.parallel.checkpoint.durable import read_manifest
 
 HAS_WANDB = find_spec("wandb") is not None
@@ -250,7 +250,7 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
         wandb.teardown()  # otherwise its process would see the id as in use
         run = start(mode="offline")
     kept = {"id": run_id, "project": run.project or project, "entity": run.entity or None, "mode": resolved}
-    write_json(record, kept)
+    try_to_write_json(record, kept)
     define_metrics(run)
     return SafeWandbLogger(experiment=run)
 
@@ -320,7 +320,7 @@ def _log_input(run: Any, kind: str, facts: Mapping[str, Any]) -> None:
     allowed = re.sub(r"[^\w.-]", "-", f"{kind}-{facts['name']}")[:100]
     artifact = wandb.Artifact(allowed, type=kind, metadata=dict(facts))
     path = Path(run.settings.sync_dir, f"{kind}.json")
-    write_json(path, facts)
+    try_to_write_json(path, facts)
     artifact.add_file(str(path), policy="immutable", skip_cache=True)  # equal facts are the same version
     run.log_artifact(artifact)
 

@@ -29,7 +29,7 @@ from scmoe.lightning.seam import count_steps_from
 from scmoe.models.decoder import Decoder
 from scmoe.moe.experts import Experts
 from scmoe.training.assembly.model import build_model_on_meta
-from scmoe.training.callbacks.measurements import Memory, SkippedImages, Throughput
+from scmoe.training.callbacks.progress import Memory, SkippedImages, Throughput
 from scmoe.training.modules import MoEModule
 from scmoe.training.run.directory import relative
 

@@ -7,6 +7,7 @@ Every checkpoint holds the configuration with which it was written, so no edited
 """
 
 import json
+import re
 import sys
 import uuid
 import warnings
@@ -26,6 +27,7 @@ from scmoe.training.assembly.data import kept_tokenizer
 from scmoe.training.run.directory import relative, why_no_checkpoint
 
 REFUSED_SINCE = ("strategy.wire_dtype=null",)  # where it has no effect, earlier versions accepted it
+STEP = re.compile(r"(--)?step=")
 Which = Literal["last", "best"]
 # Everything else makes another model or another experiment.
 MAY_CHANGE = (
@@ -106,6 +108,14 @@ def set_aside(run_dir: Path, paths: Sequence[Path]) -> None:
         aside.parent.mkdir(exist_ok=True)
         path.rename(aside)
         print(f"set aside: {relative(path)} is now {relative(aside)}", file=sys.stderr, flush=True)
+
+
+def step_of(words: Sequence[str]) -> tuple[int | None, list[str]]:
+    """Split `step=N` from the overrides of a resumption; None without it. ConfigError: N is no number of steps."""
+    given = [word.removeprefix("--").removeprefix("step=") for word in words if STEP.match(word)]
+    if given and not given[-1].isdecimal():
+        raise ConfigError(f"command line: step is {show(given[-1])}, allowed: a number of steps")
+    return int(given[-1]) if given else None, [word for word in words if not STEP.match(word)]
 
 
 def config_of(run_dir: Path, checkpoint: Path, overrides: Sequence[str] = ()) -> Config:

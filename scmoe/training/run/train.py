@@ -18,7 +18,7 @@ from scmoe.config.registry import words
 from scmoe.config.rules import shortened
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.text import TextDataModule
-from scmoe.files.writing import redacted, warn_once, write_json
+from scmoe.files.writing import redacted, try_to_write_json, warn_once
 from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, read_manifest
 from scmoe.training.assembly.data import build_datamodule, prepare_data
 from scmoe.training.assembly.model import build_model_on_meta, build_module, initial_weights
@@ -66,7 +66,7 @@ def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None
         summary = summarise(trainer, module, data)
         if directory is not None:
             summary = {"run_dir": str(relative(directory)), **summary}
-            write_json(directory / "summary.json", summary)
+            try_to_write_json(directory / "summary.json", summary)
         samples = sample_text(trainer, module, data)
         if directory is not None:
             load = directory / "analysis" / "expert_load.png"

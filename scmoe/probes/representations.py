@@ -36,7 +36,7 @@ from scmoe.moe.router import Router
 from scmoe.probes.charts import PAPER, SMALL, chart, heading
 from scmoe.schedule.schedule import POSITIONS
 
-TITLES = {
+GATING_TITLES = {
     "repeated_selection": "(a) repeated selection",
     "l2_distance": "(b) L2 distance",
     "score_current": "(c) gating score, current",
@@ -130,7 +130,7 @@ class GatingProbe:
 
 def gating_metrics(means_L4: Any) -> dict[str, float]:
     """The mean of each quantity over layers."""
-    return {f"gating/{name}": float(value) for name, value in zip(TITLES, means_L4.mean(0), strict=True)}
+    return {f"gating/{name}": float(value) for name, value in zip(GATING_TITLES, means_L4.mean(0), strict=True)}
 
 
 def draw_gating(steps: Sequence[int], labels: Sequence[str], values: Any, path: Path, words: str = "") -> None:
@@ -141,11 +141,11 @@ def draw_gating(steps: Sequence[int], labels: Sequence[str], values: Any, path: 
     tops = (1.1, distance or 1.0, max(scores), max(scores))  # (c) and (d) share a scale
     shades = colormaps["viridis"].resampled(max(2, len(labels)) + 1)
     with chart(path, 5.6 + 0.2 * (len(labels) // 4)) as figure:
-        for i, (axis, name) in enumerate(zip(figure.subplots(2, 2, sharex=True).flat, TITLES, strict=True)):
+        for i, (axis, name) in enumerate(zip(figure.subplots(2, 2, sharex=True).flat, GATING_TITLES, strict=True)):
             for layer, label in enumerate(labels):
                 axis.plot(steps, values[:, layer, i], color=shades(layer), marker=".", linewidth=1.5, label=label)
             handles, names = axis.get_legend_handles_labels()
-            axis.set(title=TITLES[name], ylim=(0, 1.08 * tops[i]))
+            axis.set(title=GATING_TITLES[name], ylim=(0, 1.08 * tops[i]))
             axis.grid(axis="y")
             if name == "repeated_selection":
                 axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
