@@ -141,7 +141,7 @@ def test_a_killed_sweep_keeps_its_state_and_holds_its_lock_while_its_trial_runs(
     assert refused.code == 2
     assert "another process is running this study" in refused.err
     until(lambda: not alive(tmp_path))
-    assert sweep(pause="0.3@0.1").summary["finished"] == 2
+    assert sweep(pause="0.3@0.1").summary["finished"] == 3
 
 
 def test_hyperband_stops_trials_early(sweep, tmp_path):
