@@ -180,8 +180,8 @@ $(KEPT)/uneven-real-block-2-ranks-share-0.52-hot_rank-recorded.json:  # 25 min
 	  --load recorded:$(KEPT)/routing-table3-top2.safetensors --rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3
 $(KEPT)/uneven-real-iteration-2-ranks-share-0.52-hot_rank.json:  # 20 min
 	@$(KEEP) overlap --out $(KEPT) $(ITERATION) $(UNEVEN)
-$(KEPT)/uneven-inference-2-ranks-share-0.52-hot_rank.json:  # 12 min
-	@$(KEEP) inference --out $(KEPT) --share 0.52 $(UNEVEN) --load hot_rank:2
+$(KEPT)/uneven-inference-2-ranks-share-0.52-hot_rank.json:  # 6 min
+	@$(KEEP) inference --out $(KEPT) --share 0.52 --load hot_rank:1.7
 
 recording: $(READY)  ## run the quickstart once more and draw its terminal into the README's picture
 	@$(PY) -m tests.terminal --from training docs/figures/train.svg make train
