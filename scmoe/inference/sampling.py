@@ -101,7 +101,7 @@ class Stopping:
         if "" in self.strings:
             raise ValueError("a stop string is empty, allowed: one character or more")
         if self.strings and self.decode is None:
-            raise ValueError("stop strings are given without `decode`, allowed: with it; pass tokenizer.decode")
+            raise ValueError("stop strings require `decode`, which turns ids into text; pass tokenizer.decode")
 
     def reason(self, ids: Sequence[int]) -> Reason | None:
         """Returns why a text with these new tokens ends; None: it goes on. Call it after each token."""
