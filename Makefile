@@ -42,7 +42,7 @@ resume: $(READY)  ## resume RUN (the newest), or from STEP of it
 generate: $(READY)  ## continue PROMPT="a text" with the model of RUN (default: the newest)
 	@$(PY) -m experiments.generate $(or $(RUN),runs/latest) $(if $(PROMPT),--prompt '$(subst ','\'',$(PROMPT))') $(ARGS)
 
-evaluate: $(READY)  ## score RUN (the newest): test split, perplexity, TASKS=piqa,... of the folder DATA
+evaluate: $(READY)  ## score RUN (the newest): test split, perplexity, TASKS=piqa,... of lm-eval, or of the folder DATA
 	@$(PY) -m experiments.evaluate $(or $(RUN),runs/latest) $(if $(TASKS),--tasks $(TASKS)) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 export: $(READY)  ## write the model of RUN (the newest): one safetensors file, or with FORMAT=hf a Hugging Face folder

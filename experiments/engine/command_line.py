@@ -32,7 +32,7 @@ VERBS = {
     "check-data": "read all data of a config, and name files that cannot be read",
     "estimate": "estimate what a training costs, without starting it",
     "dryrun": "run one step of a job of any size on tensors without numbers, and count",
-    "bench": "measure the layer, exchanges, overlap, growth, the guard, generation, one pair's timeline",
+    "bench": "measure overlap, inference, a training on a slow network, routing, the layer and more",
     "gpu-check": "check everything on one GPU, in nine minutes",
     "figure": "draw a figure of the paper, from a run or from reports",
     "fig13": "measure and draw Fig. 13, offloaded experts",
