@@ -70,6 +70,8 @@ def layer(
         capacity: capacity factor (default: dropless)
     """
     given = locals()
+    if top_k > experts:
+        raise ConfigError(f"--top-k is {top_k}, allowed: at most --experts ({experts})")
     from scmoe.experiments.bench.layer import bench_layer
 
     print(json.dumps(bench_layer(**given) | given))
@@ -104,11 +106,15 @@ def dense(
         share: communication share of a sequential top-2 pair, on shaped links (default: the loopback device)
     """
     given = locals()
-    from scmoe.experiments.bench.step_cost import dense_cost
+    from scmoe.config.load import load as load_config
+    from scmoe.experiments.bench.step_cost import SIZE, dense_cost
     from scmoe.experiments.engine.ranks import run_ranks
 
     if ranks % 2 or ranks % ep_size:
         raise ConfigError(f"--ranks is {ranks}, allowed: multiples of 2 nodes and of --ep-size ({ep_size})")
+    name, parts = ("--ep-size", ep_size) if share is None else ("--ranks", ranks)  # on all ranks for the links' rate
+    if (experts := load_config(None, [*SIZE, *overrides]).moe.num_experts) % parts:
+        raise ConfigError(f"{name} is {parts}, allowed: divisors of the {experts} experts")
     if share is not None:
         links.require()
     args = ep_size, batch, rounds, share, overrides
@@ -182,12 +188,13 @@ def overlap(
         loads=tuple(dict.fromkeys(load)),
         device=device,
     )
+    ranks = ranks or (1 if gpu else 2)
     if setting.level == "iteration" and tokens is None:
         ratio = rows_per_gradient or USUAL_RATIO
-        setting = replace(setting, tokens=tokens_for(ratio, setting), rows_per_gradient=ratio)
+        setting = replace(setting, tokens=tokens_for(ratio, setting, max(2, ranks)), rows_per_gradient=ratio)
     from scmoe.experiments.bench.overlap_report import bench_overlap
 
-    print(json.dumps(bench_overlap(setting, ranks or (1 if gpu else 2), out)))
+    print(json.dumps(bench_overlap(setting, ranks, out)))
 
 
 @main.command

@@ -80,7 +80,7 @@ def tables(report: dict[str, list[dict[str, Any]]]) -> list[Report]:
         "limit": "{limit_forward:.2f}, {limit_train:.2f}",
         "top-2, ms": "{rows[top2][forward_ms]:.0f}, {rows[top2][train_ms]:.0f}",
         **{row: both(row) for row in SHOWN},
-        "peak, MB": "{rows[scmoe_pos2][peak_mb]:.0f}, {rows[scmoe_pos2_pipelined][peak_mb]:.0f}",
+        "peak, MiB": "{rows[scmoe_pos2][peak_mb]:.0f}, {rows[scmoe_pos2_pipelined][peak_mb]:.0f}",
     }
     words = "Two values are forward, training; of the peak, `scmoe_pos2` and `scmoe_pos2_pipelined`."
     found = []

@@ -11,6 +11,7 @@ beside the balanced one. Ratios are to sequential top-2 in the same shape, taken
 is its own time without transfers.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -89,6 +90,7 @@ class InferenceBench:
         torch.manual_seed(0)
         self.models: dict[str, Any] = {}
         self.now = Now(load_of(BALANCED))
+        self.turns = Counter[Way]()  # how often each way ran: the steps of its load
         for name in BLOCKS:
             blocks = make_blocks(name, setting, self.group, self.now)
             self.models[name] = GPT(VOCABULARY, setting.seq_len + 1, setting.dim, blocks).eval()
@@ -104,14 +106,15 @@ class InferenceBench:
         return self.seconds(Way(variant.block, "prefill", variant.way, variant.schedule))
 
     def seconds(self, way: Way) -> float:
-        self.now.load = load_of(way.load)
+        self.now.load, self.now.step = load_of(way.load), self.turns[way]
+        self.turns[way] += 1
         dispatcher: Any = self.paid if way.name.startswith("overlapped") else Blocking(self.paid)
         self.models[way.block].blocks[0].run_as(way.schedule, self.free if way.name == "free" else dispatcher)
         return pass_seconds(self.passes[way.block, way.shape], self.group, CPU, PASSES[way.shape])
 
     def plan(self, block: str, shape: Shape, load: str) -> tuple[InferencePlan, list[Way]]:
         """The plan of a model in one shape at a load, and all its ways, at the best slots."""
-        self.now.load = load_of(load)
+        self.now.load, self.now.step = load_of(load), 0
         schedule, blocks, run = default_schedule(block), self.models[block].blocks, self.passes[block, shape]
         blocks[0].run_as(schedule, self.paid)
         plan = plan_inference(blocks, run, self.group, CPU, CHUNKS, PASSES[shape])

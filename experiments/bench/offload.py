@@ -11,6 +11,7 @@ One torch thread, so that the thread that reads has a core. A token is computed 
 """
 
 import copy
+import os
 import sys
 import tempfile
 import time
@@ -32,6 +33,7 @@ from scmoe.config.load import load
 from scmoe.experiments.bench.speed_chart import name_of
 from scmoe.experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from scmoe.experiments.engine.clock import CPU, middle, undisturbed
+from scmoe.experiments.engine.isolated import follow_caller
 from scmoe.experiments.engine.profiles import anonymous_mb, peak_mb
 from scmoe.experiments.engine.report import Report, publish
 from scmoe.inference.offload.cache import Cache, FileReader
@@ -118,7 +120,7 @@ def measure(setting: Setting, architecture: str, rates: tuple[float, ...] | None
                 for tokens in setting.tokens:
                     times = rounds(variants, caches, tokens, setting)
                     cases.append({"tokens": tokens, **figures(times, model, setting, rate)})
-        memory = peaks(model, path, max(setting.tokens), setting)
+        memory = peaks(model, path, max(setting.tokens))
     return {"cases": cases, "memory": memory, "rates": rates}
 
 
@@ -238,7 +240,7 @@ def block_and_window(operators: list[Operators], model: nn.Module) -> tuple[floa
     return middle(block), middle(between)
 
 
-def peaks(model: nn.Module, path: Path, tokens: int, setting: Setting) -> dict[str, Any]:
+def peaks(model: nn.Module, path: Path, tokens: int) -> dict[str, Any]:
     """Returns the peak of each way in MB beyond the fixed weights, and these. The model loses its experts."""
     batches = [torch.randint(256, (1, t)) for t in (1, 1, tokens)]
     found = {RESIDENT: peak_mb(model, batches)}
@@ -260,7 +262,8 @@ def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
     report, rates = dict[str, Any](), None
     for architecture in sorted(setting.architectures, key=list(ARCHITECTURES).index):
         print(f"measuring {name_of(architecture)}", file=sys.stderr)
-        with ProcessPoolExecutor(1, get_context("spawn")) as alone:
+        ends = (partial(os._exit, 1),)
+        with ProcessPoolExecutor(1, get_context("spawn"), follow_caller, ends) as alone:
             report[architecture] = alone.submit(measure, setting, architecture, rates).result()
         rates = report[architecture]["rates"]
     equal_bits = all(case["equal_bits"] for own in report.values() for case in own["cases"])

@@ -9,7 +9,7 @@ share of communication.
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from scmoe.experiments.bench import emulated
 from scmoe.experiments.bench.loads import BALANCED, Now, load_of, sequences_of
-from scmoe.experiments.bench.pairs import ROWS, Setting, default_schedule
+from scmoe.experiments.bench.pairs import ROWS, Setting, default_schedule, through_link
 from scmoe.experiments.bench.stacks import Variant, chosen_by, make_blocks, make_step, of_each_kind, rows_of_layout
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, slowest
@@ -209,17 +209,26 @@ class Bench:
 
     def peak_mb(self, variant: Variant) -> float:
         """Most memory that a training step of any rank holds over what it finds."""
-        step = self.set(variant)
-        return float(slowest(peak_bytes(self.device, lambda: step.train(self.x)) / 2**20))
+        peaks = [peak_bytes(self.device, partial(step.train, self.x)) for step in self.steps_of(variant)]
+        return float(slowest(max(peaks) / 2**20))
 
     @torch.no_grad()
     def dropped(self, variant: Variant) -> float:
         """Share of the routed copies of all ranks that the layout drops."""
-        self.set(variant)
-        stats = self.stacks[variant.block][0](self.x).stats
-        found = torch.stack([stats.num_dropped, stats.counts_E.sum()]).double()
+        blocks = self.stacks[variant.block]
+        found = torch.zeros(2, dtype=torch.float64)
+        for _ in self.steps_of(variant):
+            stats = blocks[0](self.x).stats
+            found += torch.stack([stats.num_dropped, stats.counts_E.sum()]).double().cpu()
         dist.all_reduce(found)
         return float(found[0] / found[1])
+
+    def steps_of(self, variant: Variant) -> Iterator[Step]:
+        """Make the blocks run as the variant says, with each routing that its load makes in the rounds."""
+        load = load_of(variant.load)
+        for turn in range(min(self.setting.rounds, load.period * load.phases(dist.get_world_size()))):
+            self.turns[variant] = turn
+            yield self.set(variant)
 
 
 def set_rates(mbit: float, nodes: int) -> None:
@@ -296,7 +305,6 @@ def measure_loads(rank: int, world_size: int, setting: Setting) -> dict[str, Mea
         rate = find_rate(setting, bench.set_rate, bench.infer, rate)
     times = bench.rounds(chain(references, *finalists.values()), setting.rounds)
     best = {at: min(variants, key=lambda v: middle(times[v].train)) for at, variants in finalists.items()}
-    bench.turns.clear()
     peaks = {at: bench.peak_mb(v) for at, v in best.items()}
     dropped = {at: bench.dropped(v) for at, v in best.items()} if setting.loads else {}
     gradients = {block: bench.gradients(block) for block in bench.stacks}
@@ -327,11 +335,6 @@ def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> li
     seconds = {v: min(tried[v].train) for v in variants}  # a disturbance only makes a trial longer
     ranked = sorted(variants, key=lambda v: seconds[v])
     return [v for v in ranked[:FINALISTS] if seconds[v] <= NEAR * seconds[ranked[0]]]
-
-
-def through_link(ranks: int, nodes: int) -> float:
-    """The rows that leave by a link (the rank's own, or its node's card), as a multiple of the rows of one rank."""
-    return 1 - 1 / ranks if nodes == 1 else ranks / nodes * (1 - 1 / nodes)
 
 
 def find_rate(

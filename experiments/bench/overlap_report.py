@@ -17,8 +17,8 @@ from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench import speed_chart, uneven
 from scmoe.experiments.bench.exchange import why_no_nodes
 from scmoe.experiments.bench.loads import BALANCED, Place, imbalance, kinds_of, load_of, why_impossible
-from scmoe.experiments.bench.overlap import Measured, measure_loads, through_link, way_of
-from scmoe.experiments.bench.pairs import ROWS, USUAL_RATIO, Setting
+from scmoe.experiments.bench.overlap import Measured, measure_loads, way_of
+from scmoe.experiments.bench.pairs import ROWS, USUAL_RATIO, Setting, through_link
 from scmoe.experiments.bench.stacks import config_of, of_each_kind, rows_of_layout, windows_of
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import middle, quartiles
@@ -54,6 +54,8 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
     at = f"share-{setting.share:g}" if setting.link_mbit is None else f"{setting.link_mbit:g}-mbit"
     if setting.rows_per_gradient not in (None, USUAL_RATIO):
         at += f"-ratio-{setting.rows_per_gradient:g}"
+    if setting.accumulate != 1:
+        at += f"-accumulate-{setting.accumulate}"
     if setting.every == 1:
         at += "-every-1"
     if setting.top_k != 1:
@@ -198,7 +200,8 @@ def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str
     own, top2 = found.times[found.best[name]], way_of(found, "top2", "sequential")
     sequential, free = way_of(found, block, "sequential"), way_of(found, block, "free")
     forward, train = top2.forward / own.forward, top2.train / own.train
-    exposed = sum(exposed_time(*each) for each in windows_of(found.best[name], found.choices[name]))
+    windows = windows_of(found.best[name], found.choices[name])
+    exposed = setting.accumulate * sum(exposed_time(*each) for each in windows)
     row = {
         "forward_ms": 1e3 * middle(own.forward),
         "train_ms": 1e3 * middle(own.train),

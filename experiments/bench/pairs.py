@@ -123,17 +123,23 @@ class Setting:
         return TOP_K.get(block, self.top_k)
 
 
-def tokens_for(ratio: float, setting: Setting) -> int:
+def tokens_for(ratio: float, setting: Setting, ranks: int) -> int:
     """Return the tokens of a batch with which a rank sends so many bytes of rows for a byte of dense gradients in a
     training step of top-2, in whole sequences.
 
-    A block with an MoE sends 2 copies of a token, there and back, forward and backward, and a row of one rank in R
-    leaves it with probability 1 - 1 / R; a ring sends 2 (1 - 1 / R) of the gradients of each block's attention, and of
-    the MLP of a block without an MoE."""
+    A block with an MoE sends 2 copies of a token, there and back, forward and backward; a ring sends 2 (1 - 1 / R) of
+    the gradients of each block's attention, and of the MLP of a block without an MoE."""
     mlps = setting.layers - setting.moe_blocks
-    gradients = 2 * (4 * setting.layers * setting.dim**2 + 2 * mlps * setting.dim * setting.ffn_dim)
+    gradients = 2 * (1 - 1 / ranks) * (4 * setting.layers * setting.dim**2 + 2 * mlps * setting.dim * setting.ffn_dim)
     rows_of_a_token = 4 * TOP_K["top2"] * setting.moe_blocks * setting.dim * setting.accumulate
+    rows_of_a_token *= through_link(ranks, setting.nodes)
     return max(1, round(ratio * gradients / rows_of_a_token / setting.seq_len)) * setting.seq_len
+
+
+def through_link(ranks: int, nodes: int) -> float:
+    """Return the rows that leave by a link (the rank's own, or its node's card), as a multiple of the rows of one
+    rank."""
+    return 1 - 1 / ranks if nodes == 1 else ranks / nodes * (1 - 1 / nodes)
 
 
 def pair_of(config: Config, share: float, tokens: int) -> Setting:

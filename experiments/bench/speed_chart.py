@@ -110,7 +110,7 @@ def tables(report: dict[str, Any]) -> list[Report]:
         "slot x chunks": "{place} x {chunks}",
     }
     if report["level"] == "iteration":  # its limit has the gradients, which differ from row to row
-        columns |= {"gradients, MB": "{gradient_mb:.0f}", "limit": "{limit_train:.2f}", "of it": "{of_limit:.3f}"}
+        columns |= {"gradients, MiB": "{gradient_mb:.0f}", "limit": "{limit_train:.2f}", "of it": "{of_limit:.3f}"}
     columns["auto / best"] = "{auto_over_best:.3f}"
     if report.get("every", 2) == 1:
         title = f"{blocks_of(report)}. {title}"

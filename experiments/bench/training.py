@@ -57,13 +57,14 @@ WAITED: list[float] = []  # seconds of each timed step of this process's trainin
 
 
 class Windows(Callback):
-    """Notes what the MoE windows of each timed step wait for transfers."""
+    """Notes what the MoE windows of each timed step wait for transfers. One of its batches is timed."""
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         for callback in trainer.callbacks:
             if isinstance(callback, AdaptiveSchedule) and callback.planner and callback.planner.overlap:
                 free = sum(sum(choice.free) for choice in callback.planner.choices)
-                WAITED.append(sum(callback.planner.overlap.seconds) - free)
+                waited = sum(callback.planner.overlap.seconds) - free
+                WAITED.append(trainer.accumulate_grad_batches * waited)
 
 
 class Loaded(Callback):
@@ -101,6 +102,8 @@ def bench_train(
     words = [*overrides, f"trainer.devices={ranks}", f"strategy.ep_size={ranks}"]
     configs = {row: load(config, [*words, *ARCHITECTURES[row]]) for row in rows}
     first = configs[rows[0]]
+    if first.trainer.limit_val_batches == 0:
+        raise ConfigError("trainer.limit_val_batches is 0, allowed: 1 or more, as losses are compared")
     samples = first.data.global_batch_size // (ranks * first.trainer.accumulate)
     pair = pair_of(first, share, samples * first.data.seq_len)
     uneven = {} if routing is None else {row: made_by(routing, own, pair, ranks) for row, own in configs.items()}

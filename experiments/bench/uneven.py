@@ -42,7 +42,8 @@ def beside_balanced(
         windows = windows_of(found.best[row], control.choices[row])
         computing = sum(elapsed_time(*each) - exposed_time(*each) for each in windows)
         took = [sum(window_s(*w, load, place, setting.tokens, step) for w in windows) for step in range(setting.rounds)]
-        modelled = middle(way_of(found, block, "free", BALANCED).train) + middle(took) - computing
+        added = setting.accumulate * (middle(took) - computing)
+        modelled = middle(way_of(found, block, "free", BALANCED).train) + added
     free, even_free = (way_of(found, block, "free", load) for load in (found.load, BALANCED))
     return {
         "over_balanced_forward": middle(own.forward / even.forward),
@@ -82,7 +83,7 @@ def tables(report: dict[str, Any]) -> list[Report]:
         "auto / best": "{auto_over_best:.3f}",
         "/ model": "{measured_over_model:.3f}",
     }
-    of_layout = {"dropped": "{dropped:.1%}", "peak, MB": "{peak_mb:.0f}"}
+    of_layout = {"dropped": "{dropped:.1%}", "peak, MiB": "{peak_mb:.0f}"}
     return [
         Report(words_of(own), with_places(own["rows"]), columns if own["layout"] == "dropless" else columns | of_layout)
         for own in report["loads"]

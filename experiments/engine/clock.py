@@ -84,6 +84,6 @@ def middle(values: Any) -> float:
 
 
 def quartiles(values: Any) -> list[float]:
-    """Return the first and the third quartile."""
+    """Return the first and the third quartile; of two values these themselves."""
     first, _, third = quantiles(values, n=4)
-    return [float(first), float(third)]
+    return [float(max(first, min(values))), float(min(third, max(values)))]

@@ -11,10 +11,12 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -84,9 +86,11 @@ def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
     process: Any = context.Process(target=_become_part, args=(part, place, results, output))
     if isinstance(started := attempt(process.start), dict):
         return {"state": "failed", "why": started["error"], "pieces": {}}
-    process.join(part.clock_s)
-    code = process.exitcode
-    end(process, GRACE_S)
+    try:
+        process.join(part.clock_s)
+        code = process.exitcode
+    finally:  # also after Ctrl-C, which does not reach the part's own session
+        end(process, GRACE_S)
     pieces = json.loads(results.read_text()) if results.exists() else {}
     if code != 0:
         ended = "stopped by its clock" if code is None else f"the process ended with {code}"
@@ -104,6 +108,13 @@ def end(process: Any, wait_s: float | None = None) -> None:
     except ProcessLookupError:  # it has ended, or does not lead a group yet
         process.kill()
     process.join(wait_s)
+
+
+def follow_caller(end: Callable[[], Any]) -> None:
+    """Calls `end` in a thread of this process when the process that has started it ends."""
+    caller = multiprocessing.parent_process()
+    assert caller is not None
+    threading.Thread(target=lambda: (caller.join(), end()), daemon=True).start()
 
 
 def attempt(measure: Callable[[], Any]) -> Any:
@@ -130,6 +141,7 @@ def tail(path: Path) -> str:
 
 def _become_part(part: Part, place: Place, results: Path, output: Path) -> None:
     os.setsid()
+    follow_caller(partial(os.killpg, 0, signal.SIGKILL))
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     multiprocessing.set_start_method(None, force=True)  # data workers start in the usual way
@@ -143,5 +155,5 @@ def _become_part(part: Part, place: Place, results: Path, output: Path) -> None:
     for name, measure in pieces.items():
         print(name, flush=True)
         done[name] = attempt(measure)
-        with replacing(results) as partial:
-            partial.write_text(json.dumps(done))
+        with replacing(results) as file:
+            file.write_text(json.dumps(done))

@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from scmoe.files.writing import replacing
+
 LONG = 60  # letters of a cell that may be broken
 WIDTH = 170  # columns of the widest table, also where a terminal has fewer
 
@@ -65,7 +67,8 @@ def console(width: int | None = None, stderr: bool = True) -> Console:
 def write_json(path: Path, report: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write a report into a file, whose folder need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1))
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(report, indent=1))
 
 
 def publish(report: Mapping[str, Any], tables: Sequence[Report], draw: Callable[[Any, Path], None], name: Path) -> None:

@@ -86,11 +86,17 @@ def read_reports(sources: Sequence[Path]) -> Reports:
             raise ConfigError(f"{path} has the rows {', '.join(report['rows'])}, required: top2 and one of ScMoE")
         if level != "block":
             raise ConfigError(f"{path} is of --level {level}, allowed: block")
-        if report.get("every", 2) != 2:
-            raise ConfigError(f"{path} is of --every {report['every']}, allowed: 2, the paper's pairs")
+        for option, usual in (("every", 2), ("top_k", 1), ("layout", None)):
+            if (own := report.get(option, usual)) != usual:
+                name = f"--{option.replace('_', '-')}"
+                raise ConfigError(f"{path} is of {name} {own}, allowed: {usual or 'none'}, as in the paper")
         if scenario in found:
             one = "allowed: one of each; name the files in place of their folder"
             raise ConfigError(f"{path} is the second report at --share {scenario.pair_share:g}, {one}")
+        first = next(iter(found.values()), report)
+        for option in ("compute", "ranks", "device"):
+            if report[option] != first[option]:
+                raise ConfigError(f"{path} has {option} {report[option]}, others {first[option]}; allowed: one of them")
         found[scenario] = report
     if not found:
         where = ", ".join(map(str, sources)) or "nothing"

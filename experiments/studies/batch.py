@@ -62,10 +62,12 @@ class Batch:
                     if not running:
                         return signals[0] if signals else 0
                     self._follow(running, signals)
-            finally:  # after an error of this process: no training may outlive it
+            finally:  # after an error of this process, such as a full disk: no training may outlive it
                 for one in running:
                     one.stop(kill=True)
-                    self._close(one)
+                for one in running:
+                    with suppress(OSError):
+                        self._close(one)
 
     def _follow(self, running: list[Running], signals: list[int]) -> None:
         """Close the trainings that have ended, and stop those that must not go on."""

@@ -1,5 +1,6 @@
 """`bench inference` on two ranks without links measures every row in both shapes; its report has the times' ratios."""
 
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 
 from scmoe.experiments.bench import inference
 from scmoe.experiments.bench.inference import BLOCKS, OVERLAPPED, SHAPES, WAYS, Way, at_load, draw, measure, summary
-from scmoe.experiments.bench.loads import BALANCED
+from scmoe.experiments.bench.loads import BALANCED, Now, load_of
 from scmoe.experiments.bench.pairs import Setting, default_schedule
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.inference import planned
@@ -41,6 +42,21 @@ def test_ratios_are_those_of_the_times():
     assert (own["ttft_ms"], own["tpot_ms"]) == (pytest.approx(200), pytest.approx(250)), "medians, in ms"
     assert own["prefill_tokens_per_s"] == pytest.approx(2 * 64 / 0.2)
     assert own["decode_tokens_per_s"] == pytest.approx(2 * 8 / 0.25)
+
+
+def test_each_pass_takes_the_next_routing_of_its_load(monkeypatch):
+    dealt = []
+    monkeypatch.setattr(inference, "pass_seconds", lambda *_: dealt.append((bench.now.load.name, bench.now.step)))
+    bench: Any = object.__new__(inference.InferenceBench)
+    bench.now, bench.turns, bench.paid, bench.free, bench.group = Now(load_of(BALANCED)), Counter(), None, None, None
+    bench.models = {"top2": SimpleNamespace(blocks=[SimpleNamespace(run_as=lambda *_: None)])}
+    bench.passes = {("top2", "prefill"): None}
+    rotating, balanced = (
+        Way("top2", "prefill", "free", default_schedule("top2"), load) for load in ("rotating:2:1", BALANCED)
+    )
+    for way in (rotating, balanced, rotating):
+        bench.seconds(way)
+    assert dealt == [("rotating:2:1", 0), (BALANCED, 0), ("rotating:2:1", 1)]
 
 
 FEW = ("top2", "pos2")

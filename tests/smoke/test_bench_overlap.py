@@ -7,11 +7,12 @@ way, so here they measure a tiny pair on the loopback device, without a rate, an
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from scmoe.experiments.bench import growth, overlap, overlap_report, timeline
+from scmoe.experiments.bench import growth, overlap, overlap_report, timeline, training
 from scmoe.experiments.bench.pairs import Setting
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.command_line import call
@@ -91,6 +92,15 @@ def tiny_on_loopback(monkeypatch):
     monkeypatch.setattr(links, "enter", lambda *_: None)
     for module in (growth, overlap_report, timeline):
         monkeypatch.setattr(module, "run_ranks", measured)
+
+
+def test_a_step_waits_in_each_of_its_batches(monkeypatch):
+    monkeypatch.setattr(training, "WAITED", [])
+    callback = training.AdaptiveSchedule(auto=True, chunks=(1,))
+    choice = SimpleNamespace(free=(1.0, 2.0))
+    callback.planner = SimpleNamespace(overlap=SimpleNamespace(seconds=(1.5, 2.75)), choices=[choice])
+    training.Windows().on_train_batch_end(SimpleNamespace(callbacks=[callback], accumulate_grad_batches=4))
+    assert training.WAITED == [4 * 1.25]
 
 
 def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path, capsys):

@@ -5,6 +5,10 @@ What a card measures is not tested here: its streams, kernels and clocks.
 
 import gzip
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -84,6 +88,20 @@ def test_a_part_that_fails_hangs_crashes_or_lacks_a_package_is_reported_and_the_
     report = (out / "report.md").read_text()
     assert all(part["why"] in report for part in found.values() if "why" in part)
     assert json.loads((out / "results.json").read_text())["parts"] == found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_part_ends_with_the_check(number, tmp_path):
+    pid_file = tmp_path / "pid"
+    part = f"Part('Hangs', 'tests.support.check_parts:pieces', 300, (), ('hang', {str(pid_file)!r}))"
+    code = f"from scmoe.experiments.engine.isolated import *; run_parts({{'a': {part}}}, Place('cpu', True, Path()))"
+    check = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    while not (pid_file.exists() and pid_file.read_text()):
+        time.sleep(0.1)
+    check.send_signal(number)
+    assert check.wait(60) != 0
+    while start_of(int(pid_file.read_text())) is not None:
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from scmoe.config.load import load
-from scmoe.experiments.bench.overlap import Seconds, nearest, through_link
+from scmoe.experiments.bench.overlap import Seconds, nearest
 from scmoe.experiments.bench.overlap_report import PAYLOAD, in_parallel, least_time, least_times, rows_over_gradients
-from scmoe.experiments.bench.pairs import Setting, tokens_for
+from scmoe.experiments.bench.pairs import Setting, through_link, tokens_for
 from scmoe.experiments.bench.stacks import Variant, chosen_by, config_of
 from scmoe.experiments.engine.command_line import call
 from scmoe.planning.pricing import LayerChoice
@@ -56,6 +56,9 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA d
         ("timeline --ranks 3", "--ranks is 3, allowed: divisors of the 8 experts from 2 on"),
         ("timeline --share 1.5", "--share"),
         ("dense --ranks 3", "--ranks is 3"),
+        ("dense --ranks 6 --ep-size 3", "--ep-size is 3, allowed: divisors of the 8 experts"),
+        ("dense --ranks 6 --share 0.5", "--ranks is 6, allowed: divisors of the 8 experts"),
+        ("layer --experts 1", "--top-k is 2, allowed: at most --experts (1)"),
         ("generation --tokens 1", "--tokens is 1"),
     ],
 )
@@ -69,15 +72,19 @@ def test_the_rows_of_a_node_s_ranks_share_its_card():
     assert [through_link(*at) for at in ((2, 1), (4, 1), (4, 2), (8, 2))] == [0.5, 0.75, 1.0, 2.0]
 
 
-@pytest.mark.parametrize(("ratio", "accumulate", "every"), [(3.0, 1, 2), (1.0, 1, 2), (3.0, 4, 2), (3.0, 1, 1)])
-def test_the_tokens_of_a_batch_give_the_wanted_ratio_of_rows_and_gradients(ratio, accumulate, every):
+@pytest.mark.parametrize(
+    ("ratio", "accumulate", "every", "ranks", "nodes"),
+    [(3.0, 1, 2, 2, 1), (1.0, 1, 2, 2, 1), (3.0, 4, 2, 2, 1), (3.0, 1, 1, 2, 1), (3.0, 1, 2, 4, 1), (3.0, 1, 2, 4, 2)],
+)
+def test_the_tokens_of_a_batch_give_the_wanted_ratio_of_rows_and_gradients(ratio, accumulate, every, ranks, nodes):
     """By the report's own count of both, with the gradients of four attentions, and of an MLP in each block that has no
-    MoE; two ranks."""
-    setting = Setting(level="iteration", every=every, dim=256, ffn_dim=1024, seq_len=16, accumulate=accumulate)
-    setting = replace(setting, tokens=tokens_for(ratio, setting))
+    MoE."""
+    sizes = {"dim": 256, "ffn_dim": 1024, "seq_len": 16}
+    setting = Setting(level="iteration", every=every, accumulate=accumulate, nodes=nodes, **sizes)
+    setting = replace(setting, tokens=tokens_for(ratio, setting, ranks))
     weights = 4 * 4 * 256**2 + (2 * 2 * 256 * 1024 if every == 2 else 0)
     found = SimpleNamespace(gradients={"top2": [(0.5, 4 * weights)]})
-    assert rows_over_gradients(setting, 2, found, "top2") == pytest.approx(ratio, rel=0.02)  # whole sequences
+    assert rows_over_gradients(setting, ranks, found, "top2") == pytest.approx(ratio, rel=0.02)  # whole sequences
 
 
 def test_gradients_are_summed_beside_the_last_batch_only():

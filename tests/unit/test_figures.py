@@ -88,6 +88,8 @@ def test_the_model_of_an_iteration_has_the_exposed_time_of_both_pairs():
     of_pair = report_of(0.52)["rows"]["top2"]["measured_over_model"]
     of_two = report_of(0.52, level="iteration", shaped=False)["rows"]["top2"]["measured_over_model"]
     assert 2.5 / of_two - 2.3 == pytest.approx(2 * (2.5 / of_pair - 2.3)) and of_pair > of_two
+    accumulated = report_of(0.52, level="iteration", shaped=False, accumulate=3)["rows"]["top2"]
+    assert 2.5 / accumulated["measured_over_model"] - 2.3 == pytest.approx(3 * (2.5 / of_two - 2.3))
     assert report_of(0.52, every=1)["rows"]["top2"]["measured_over_model"] == of_two, "two blocks with an MoE each"
 
 
@@ -215,6 +217,8 @@ def test_what_a_figure_cannot_be_drawn_from_is_said_in_one_line(tmp_path, capsys
     other, twice = write_report(tmp_path, 0.3), write_report(tmp_path, 0.52)
     of_iteration = write_report(tmp_path, 0.11, level="iteration")
     in_every_block = write_report(tmp_path, 0.521, wanted_share=0.52, every=1)
+    two_experts = write_report(tmp_path, 0.522, wanted_share=0.52, top_k=2)
+    real = write_report(tmp_path, 0.421, wanted_share=0.42, compute="real")
     rows = write_report(tmp_path, 0.42)
     rows.write_text(json.dumps(report_of(0.42, ("top2", "top1"))))
     for words, message in (
@@ -229,7 +233,9 @@ def test_what_a_figure_cannot_be_drawn_from_is_said_in_one_line(tmp_path, capsys
         (["8", other], "was measured at --share 0.3, allowed: 0.52 (8xA30-PCIe), 0.42 (16xA800, two nodes), 0.11"),
         (["8", twice, twice], "is the second report at --share 0.52, allowed: one of each; name the files in place"),
         (["1", of_iteration], "is of --level iteration, allowed: block"),
-        (["8", in_every_block], "is of --every 1, allowed: 2, the paper's pairs"),
+        (["8", in_every_block], "is of --every 1, allowed: 2, as in the paper"),
+        (["8", two_experts], "is of --top-k 2, allowed: 1, as in the paper"),
+        (["8", twice, real], "has compute real, others emulated"),
         (["0", run], "Picture 0 shows the reports"),
         (["8", rows], "has the rows top2, top1, required: top2 and one of ScMoE"),
     ):

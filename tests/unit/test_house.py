@@ -24,7 +24,7 @@ LIBRARY = {  # room: lines at most
     "scmoe/planning": 520,
     "scmoe/probes": 500,
     "scmoe/inference": 1050,
-    "scmoe/footprint": 460,
+    "scmoe/footprint": 465,
     "scmoe/parallel": 2620,
     "scmoe/api.py": 140,
     "scmoe/init_from": 785,
@@ -36,11 +36,11 @@ LIBRARY = {  # room: lines at most
     "scmoe/__init__.py": 120,
 }
 LABORATORY = {
-    "experiments/engine": 1160,
+    "experiments/engine": 1185,
     "experiments/faults": 520,
     "experiments/dryrun": 635,
-    "experiments/bench": 4600,
-    "experiments/studies": 2770,
+    "experiments/bench": 4630,
+    "experiments/studies": 2775,
     "experiments/figures": 640,
     "experiments": 810,  # the entries: a file for each verb
 }

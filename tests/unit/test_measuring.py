@@ -23,6 +23,7 @@ def test_a_time_is_undisturbed_if_the_process_had_its_core():
     assert undisturbed(lambda: 7, float("inf"))[1] > 0
     assert undisturbed(lambda: 7, -1) == (7, None)
     assert (middle([3, 1, 2]), quartiles([1, 2, 3, 4, 5, 6, 7])) == (2, [2, 6])
+    assert quartiles([2, 1]) == [1, 2], "not beyond what was measured"
 
 
 def test_a_cell_is_empty_where_a_row_lacks_its_value():

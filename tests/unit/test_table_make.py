@@ -1,5 +1,6 @@
 """A table trains, evaluates and measures what is not finished; what fails says why, and is made again."""
 
+import errno
 import json
 import os
 import shutil
@@ -74,7 +75,8 @@ class Fakes:
         Path(out).mkdir(parents=True, exist_ok=True)
         every = "-every-1" if "--every" in words else ""
         path = Path(out) / f"overlap-emulated-block-2-ranks-share-{share}{every}.json"
-        path.write_text(json.dumps({"words": words}))
+        rows = dict.fromkeys(words[words.index("--rows") + 1 : words.index("--out")])
+        path.write_text(json.dumps({"words": words, "rows": rows}))
         self.calls.append(f"bench {share}")
 
 
@@ -190,6 +192,17 @@ def test_a_training_that_does_not_stop_is_killed_at_the_second_request(tmp_path)
         pass  # the killed processes have released the lock
 
 
+def test_a_full_disk_leaves_no_training_behind(tmp_path):
+    def full(job: Job) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    jobs = [Job(s, s, tmp_path, None, [s], ("sleep",), judge=full) for s in ("0.1", "60")]
+    with lock_of(tmp_path) as lock, pytest.raises(OSError, match="No space left"):
+        Batch(jobs, 2, 2, lambda batch, ended: None).run(lock)
+    with lock_of(tmp_path):
+        pass  # both processes have released the lock
+
+
 def test_time_left_is_that_of_runs_in_parallel(tmp_path):
     states = [State("finished"), State("running", done=0.5), State()]
     jobs = [Job("a", "a", tmp_path, tmp_path, [], state=state) for state in states]
@@ -283,7 +296,7 @@ def test_speeds_are_measured_at_every_share_until_the_command_changes(fakes, tmp
         with lock_of(tmp_path) as lock:
             jobs, _ = measure_speeds(TABLE3, replace(TABLE3.scales["smoke"], bench=words), tmp_path, lock)
         assert {job.state.status for job in jobs} == {"finished"}
-        return read_speeds(tmp_path)[0.52]["words"]
+        return read_speeds(TABLE3, tmp_path)[0.52]["words"]
 
     first = measure("--rounds", "2")
     rows = first[first.index("--rows") + 1 : first.index("--out")]
@@ -293,6 +306,8 @@ def test_speeds_are_measured_at_every_share_until_the_command_changes(fakes, tmp
     assert measure("--rounds", "5")[-1] == "5"
     assert measure("--every", "1")[-1] == "1"
     assert len(list((tmp_path / "speed").iterdir())) == 2, "speeds by an earlier command are removed"
+    further = replace(TABLE3, rows=[*TABLE3.rows, replace(TABLE3.rows[0], speed="farskip")])
+    assert read_speeds(further, tmp_path) == {}, "reports that lack a row are measured again"
 
 
 @pytest.mark.parametrize("words", [("--every", "1"), ("--every=1", "--rounds", "9")])

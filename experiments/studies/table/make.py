@@ -313,9 +313,9 @@ def measure_speeds(table: Table, scale: Scale, folder: Path, lock: IO[str]) -> t
         name, title = f"speed-{share:g}", f"speed at a share of {share:g}"
         words = ["overlap", "--share", f"{share:g}", "--rows", *rows, "--out", str(folder / "speed"), *scale.bench]
         job = Job(name, title, folder, None, words, BENCH, judge=judge)
-        if job.read().results != {"command": words} or share not in read_speeds(folder):
+        if job.read().results != {"command": words} or share not in read_speeds(table, folder):
             job.state.status = "waiting"
-            for old in (folder / "speed").glob("*-share-*.*"):  # its name holds what was measured
+            for old in (folder / "speed").glob("*-share-*.*"):  # of other rows or options
                 if share_of(old) == share:
                     old.unlink()
         jobs.append(job)

@@ -42,9 +42,15 @@ Values = Mapping[int, float]  # by seed
 Report = Mapping[str, Any]  # of `bench overlap`
 
 
-def read_speeds(folder: Path) -> dict[float, dict[str, Any]]:
-    """Return the reports of `bench overlap` by share, as its files in <folder>/speed/ are named."""
-    return {share_of(path): json.loads(path.read_text()) for path in sorted((folder / "speed").glob("*-share-*.json"))}
+def read_speeds(table: Table, folder: Path) -> dict[float, dict[str, Any]]:
+    """Return the reports of `bench overlap` by share, as its files in <folder>/speed/ are named. One that lacks a row
+    of the table is left out: it is to be measured again."""
+    wanted, found = {row.speed for row in table.rows if row.speed is not None}, {}
+    for path in sorted((folder / "speed").glob("*-share-*.json")):
+        report = json.loads(path.read_text())
+        if wanted <= report["rows"].keys():
+            found[share_of(path)] = report
+    return found
 
 
 def share_of(path: Path) -> float:
@@ -54,7 +60,7 @@ def share_of(path: Path) -> float:
 
 def results(table: Table, scale: str, runs: Sequence[Run], command: str) -> dict[str, Any]:
     """Return what results.json holds, as far as the runs have come. command: the one that makes the table."""
-    speeds = read_speeds(runs[0].job.study)
+    speeds = read_speeds(table, runs[0].job.study)
     done = finished(runs)
     columns = {metric.name: _column(table, metric, done, speeds) for metric in table.metrics}
     first = table.decides

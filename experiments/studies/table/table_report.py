@@ -1,6 +1,5 @@
 """What a table writes into its folder: results.json, table.md and charts, our values beside the paper's."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from scmoe.experiments.studies.jobs import clock
 from scmoe.experiments.studies.table.results import FAR_DEVIATIONS, FAR_SHARE, POWER, rank_correlation, results
 from scmoe.experiments.studies.table.table_file import Table
 from scmoe.experiments.studies.table.table_runs import Run
+from scmoe.files.writing import write_whole
 from scmoe.probes.charts import BLUE, GREEN, ORANGE, PAPER, SKY, SMALL, chart, heading
 
 Results = Mapping[str, Any]  # of a table, or a part of them
@@ -30,7 +30,7 @@ def write_report(table: Table, scale: str, runs: Sequence[Run], command: str) ->
     command: the one that makes the table."""
     folder = runs[0].job.study
     found = results(table, scale, runs, command)
-    (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+    write_whole(folder / "results.json", found)
     (folder / "table.md").write_text(markdown(found))
     draw_differences(found, folder / "chart.png")
     names = ["table.md", "results.json", "chart.png"]

@@ -30,6 +30,7 @@ from scmoe.experiments.dryrun.estimated import estimate
 from scmoe.experiments.studies.checks import is_number
 from scmoe.experiments.studies.jobs import Job, State, digest_of
 from scmoe.experiments.studies.table.table_file import Row, Scale, Table
+from scmoe.files.writing import write_whole
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.parallel.checkpoint.state import META
 from scmoe.runs.seen import SeenRun, flat
@@ -194,7 +195,7 @@ def save(runs: Sequence[Run], to: Path) -> Path:
     results = json.loads((study / "results.json").read_text())
     for row in results["rows"]:
         row["run_dirs"] = []  # they stay on this machine
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_whole(folder / "results.json", results)
     (folder / "table.md").write_text((study / "table.md").read_text())
     for run in finished(runs):
         state = json.loads(run.job.state_file.read_text()) | {"run_dir": None}
