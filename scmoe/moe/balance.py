@@ -32,7 +32,7 @@ def router_stats(
         counts_E, counts_Z = counts_E[:num_experts], counts_E[num_experts:]
         num_dropped = num_dropped - counts_Z.sum()
     if seq_len is not None:
-        copies_BE = count(ids_N.view(T // seq_len, -1), E).to(scores_TE.dtype)
+        copies_BE = count(ids_N.view(T // max(seq_len, 1), seq_len * K), E).to(scores_TE.dtype)
         f_BE = copies_BE / copies_BE.sum(1, keepdim=True).clamp(min=1)
         scores_TE = scores_TE * f_BE.repeat_interleave(seq_len, 0)
     return RouterStats(counts_E, scores_TE.sum(0), z_T.sum(), num_tokens, num_dropped, K, seq_len is not None)
