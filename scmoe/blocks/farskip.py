@@ -58,10 +58,7 @@ class FarSkipBlock(MoEBlock):
             if self.schedule.slot == 0:
                 state = self.moe.run_experts(state)
             h_BSD = self.operator("attention", partial(attention, onto=x_BSD), routed_free_BSD, *cache)
-        if self.schedule.slot == 1:
-            state = self.moe.run_experts(state)
-        y_BSD = h_BSD + self.after(self.operator("shared_expert", self.shared_expert, u_BSD))
-        if self.schedule.slot == 2:
-            state = self.moe.run_experts(state)
+        shared_BSD, state = self.through_shared_expert(u_BSD, state)
+        y_BSD = h_BSD + self.after(shared_BSD)
         routed_BSD, stats = self.moe.finish(state)
         return HandedOn(y_BSD + self.after(routed_BSD), stats, y_BSD)

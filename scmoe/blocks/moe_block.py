@@ -107,6 +107,17 @@ class MoEBlock(Operators):
             x_BSD = self.operator(self.schedule.window[slot], sublayer, x_BSD, *cache)
         return x_BSD, state
 
+    def through_shared_expert(self, u_BSD: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
+        """Run the shared expert, which ends the window; and the experts, where their slot is right before or after."""
+        assert self.shared_expert is not None
+        last = len(self.schedule.window)
+        if self.schedule.slot == last - 1:
+            state = self.moe.run_experts(state)
+        shared_BSD = self.operator("shared_expert", self.shared_expert, u_BSD)
+        if self.schedule.slot == last:
+            state = self.moe.run_experts(state)
+        return shared_BSD, state
+
     def around_experts(
         self, attention: Any, x_BSD: Tensor, state: StreamState, *cache: KVCache, onto: Tensor | None = None
     ) -> tuple[Tensor, StreamState]:

@@ -50,11 +50,7 @@ class ShortcutBlock(MoEBlock):
         state = self.moe.begin(tap_BSD, mask_BS, self.schedule.chunks)
         x_BSD, state = self.through_window(x_BSD, state, *cache)
         u_BSD = self.norm(x_BSD)
-        if self.schedule.slot == len(self.schedule.window) - 1:
-            state = self.moe.run_experts(state)
-        shared_BSD = self.operator("shared_expert", self.shared_expert, u_BSD)
-        if self.schedule.slot == len(self.schedule.window):
-            state = self.moe.run_experts(state)
+        shared_BSD, state = self.through_shared_expert(u_BSD, state)
         routed_BSD, stats = self.moe.finish(state)
         read_BSD = tap_BSD if self.coefficient_reads_tap else u_BSD
         y_BSD = x_BSD + self.after(self.coefficient(read_BSD, shared_BSD, routed_BSD))

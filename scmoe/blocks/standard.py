@@ -55,10 +55,6 @@ class SharedExpertBlock(MoEBlock):
         x_BSD = self.before_tap(x_BSD, *cache)
         u_BSD = self.norm(x_BSD)
         state = self.moe.begin(u_BSD, mask_BS, self.schedule.chunks)
-        if self.schedule.slot == 0:
-            state = self.moe.run_experts(state)
-        shared_BSD = self.operator("shared_expert", self.shared_expert, u_BSD)
-        if self.schedule.slot == 1:
-            state = self.moe.run_experts(state)
+        shared_BSD, state = self.through_shared_expert(u_BSD, state)
         routed_BSD, stats = self.moe.finish(state)
         return MoEOutput(x_BSD + self.after(self.coefficient(u_BSD, shared_BSD, routed_BSD)), stats)

@@ -1,7 +1,8 @@
 """The parts of a Transformer block: attention with rotary positions, MLP, and the residual sub-layer around each."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -200,15 +201,11 @@ def recompute_activations(model: nn.Module) -> None:
     """
     module: Any
     for module in outermost(model, (Residual, MLP, Experts)):
-        module.forward = recomputed(module.forward)
+        module.forward = partial(recompute, module, "forward")
         if is_parted(module):
-            module.core = recomputed(module.core)
+            module.core = partial(recompute, module, "core")
 
 
-def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns `forward` with checkpointing. As a function of its own, unlike a partial, it can be compiled."""
-
-    def recompute(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    return recompute
+def recompute(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
+    """Runs a method of a module's class with checkpointing. A copy of the partial has the copy of the module."""
+    return checkpoint(getattr(type(module), method), module, *args, use_reentrant=False, **kwargs)

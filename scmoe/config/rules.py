@@ -153,6 +153,7 @@ def _unused(config: Config) -> Refusals:
     extension, family = moe.architecture not in ARCHITECTURES.built_in, config.model.family
     no_tap = not extension and moe.architecture not in SHORTCUTS
     no_shared_expert = not extension and moe.architecture not in ("shared_expert", "scmoe", "farskip")
+    too_far = moe.every == 1 and moe.position != "pos1" and (no_tap or family == "swin")  # swin: in stage 4
     farskip, latent = moe.architecture == "farskip", config.model.attention == "latent"
     no_files = data.name in DATASETS.built_in and data.name not in ("text", "image_folder")
     images = data.name in IMAGES
@@ -172,6 +173,7 @@ def _unused(config: Config) -> Refusals:
         (no_shared_expert, f"{wiring} has no shared expert to combine with", "moe.combine"),
         (farskip, f"{wiring} adds shared and routed output one after the other", "moe.combine", "moe.after_norm"),
         (farskip, f"the experts of {wiring} read one representation", "analysis.gating_every"),
+        (too_far, "with moe.every=1 a block without a tap needs moe.position=pos1", "analysis.gating_every"),
         (not latent, "only model.attention=latent has latents", *OF_LATENTS),
         (latent, "model.attention=latent has one latent for all heads", "model.kv_heads"),
         (family in FAMILIES.built_in and family != "llama", f"model.family={family} fixes it", *OF_LLAMA),

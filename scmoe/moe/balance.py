@@ -32,7 +32,7 @@ def router_stats(
         counts_E, counts_Z = counts_E[:num_experts], counts_E[num_experts:]
         num_dropped = num_dropped - counts_Z.sum()
     if seq_len is not None:
-        copies_BE = count(ids_N.view(T // seq_len, -1), E).to(scores_TE.dtype)
+        copies_BE = count(ids_N.view(T // max(seq_len, 1), seq_len * K), E).to(scores_TE.dtype)
         f_BE = copies_BE / copies_BE.sum(1, keepdim=True).clamp(min=1)
         scores_TE = scores_TE * f_BE.repeat_interleave(seq_len, 0)
     return RouterStats(counts_E, scores_TE.sum(0), z_T.sum(), num_tokens, num_dropped, K, seq_len is not None)
@@ -48,7 +48,8 @@ def load_balance_loss(stats: list[RouterStats], sums_LE2: Tensor, world_size: in
 
     f_i: share of the global batch's copies that goes to expert i. P_i: mean score of expert i over the global batch.
     Per sequence (DeepSeek-V3, Eq. 17-20) f_i and P_i are those of a sequence, and the loss is the mean over sequences,
-    weighted by their tokens. E counts zero experts, each of which has the same share of their copies.
+    weighted by their tokens. E counts zero experts. In f of the global batch each of them has the same share of their
+    copies, in f of a sequence its own copies.
     stats: this rank's sums. sums_LE2: integer_sums, added up over world_size ranks.
     """
     score_sums_LE = torch.stack([s.score_sums_E for s in stats])
@@ -85,7 +86,7 @@ def load_metrics(sums_LE2: Tensor) -> dict[str, Tensor]:
     load_max: the busiest expert's copies over the fair share, worst layer. load_entropy: mean over layers; 1 for an
     even load, 0 where one expert takes all. dead_experts: experts without a token, summed over layers. drop_share:
     share of all copies that was dropped. real_experts: copies of a token that go to an expert and not to a zero expert,
-    mean over layers.
+    mean over layers; in DGMoE, copies of one of a token's two representations.
     """
     sums_LE2 = sums_LE2.double()
     counts_LE, tokens_L, dropped_L = sums_LE2[:, :-2], sums_LE2[:, -2], sums_LE2[:, -1]

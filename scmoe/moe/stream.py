@@ -115,7 +115,7 @@ class MoEStream(Operators):
     def sums(self, routing: Routing, layout: Layout, mask_T: Tensor | None, shape: torch.Size) -> RouterStats:
         """The sums of which losses and metrics are computed."""
         scoring = self.router.scoring
-        seq_len = shape[1:-1].numel() if scoring.per_sequence else None
+        seq_len = (shape[1:-1] or shape[:-1]).numel() if scoring.per_sequence else None  # [T, D] is one sequence
         routing = routing._replace(scores_TE=scoring.shares(routing.scores_TE))
         return router_stats(routing, layout, mask_T, self.router.num_experts, seq_len)
 

@@ -80,7 +80,7 @@ def means(sums: Tensor) -> Tensor:
 class GatingProbe:
     """Reads every MoE block of a model by hooks during one forward pass; call `remove` afterwards.
 
-    position: where the preceding representation is read in blocks without a tap.
+    position: where the preceding representation is read in blocks without a tap, which must have as many sub-layers.
     """
 
     def __init__(self, model: Any, position: str = "pos2") -> None:
@@ -92,10 +92,9 @@ class GatingProbe:
                 self._watch(block)
 
     def _watch(self, block: MoEBlock) -> None:
-        without_tap = max(0, len(block.sublayers) - POSITIONS[self.position])
         reads_tap, tap_norm = block.tap_norm, block.tap_norm
         if reads_tap is None or tap_norm is None:
-            reads_tap, tap_norm = block.sublayers[without_tap], block.norm
+            reads_tap, tap_norm = block.sublayers[-POSITIONS[self.position]], block.norm
         seen: dict[str, Tensor] = {}
 
         def note(name: str) -> Any:

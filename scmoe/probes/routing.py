@@ -14,6 +14,7 @@ representation, then that of the current one. T and K may differ between layers,
 """
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from scmoe.blocks.double_gate import DoubleGateBlock
+from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.files.writing import write_in_turn
-from scmoe.moe.router import Router
 from scmoe.moe.tokens import Routing
 
 
@@ -39,20 +41,22 @@ class RoutingProbe:
     """Keeps the experts that every router of a model chooses during one forward pass, by hooks; call `remove` then."""
 
     def __init__(self, model: nn.Module) -> None:
-        routers = [module for module in model.modules() if isinstance(module, Router)]
-        self.num_experts = routers[0].num_experts
+        blocks = moe_blocks_of(model)
+        routers = dict.fromkeys(block.moe.router for block in blocks)  # DGMoE-Share: two blocks have one
+        self.calls = [2 if isinstance(block, DoubleGateBlock) else 1 for block in blocks]  # of its router
+        self.num_experts = blocks[0].moe.router.num_experts
         self.ids: list[Tensor] = []  # [T, K] of each call, in the order of calls
         self.handles = [router.register_forward_hook(self._keep) for router in routers]
 
     def _keep(self, router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
         self.ids.append(routing.topk_ids_TK.clamp(max=self.num_experts))  # zero experts have ids above it
 
-    def result(self, num_layers: int) -> list[Tensor]:
-        """Return the ids [T, K] of each MoE layer in host memory, in a small type. A router that was called twice in
-        each layer (DGMoE) gives both choices side by side."""
-        calls, rest = divmod(len(self.ids), num_layers)
-        assert calls and not rest
-        layers = [torch.cat(self.ids[i : i + calls], dim=1) for i in range(0, len(self.ids), calls)]
+    def result(self) -> list[Tensor]:
+        """Return the ids [T, K] of each MoE layer in host memory, in a small type. The two choices of a router that was
+        called twice in its layer (DGMoE) are side by side."""
+        assert len(self.ids) == sum(self.calls)
+        ids = iter(self.ids)
+        layers = [torch.cat([*islice(ids, calls)], dim=1) for calls in self.calls]
         return [ids_TK.to(type_of(self.num_experts)).cpu() for ids_TK in layers]
 
     def remove(self) -> None:

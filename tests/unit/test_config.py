@@ -122,6 +122,8 @@ def test_impossible_combination_names_its_key(key, overrides):
     "overrides",
     [
         "moe.every=1 moe.architecture=top_k",
+        "moe.every=1 moe.architecture=top_k moe.position=pos1 analysis.gating_every=5",
+        "moe.every=1 moe.position=pos2 analysis.gating_every=5",
         "moe.every=1 moe.position=pos1 model.layers=3 schedule.slot=2",
         "moe.architecture=dense model.layers=3",
         "schedule.slot=4 moe.position=pos3 moe.tap_norm=shared",

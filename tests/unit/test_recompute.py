@@ -1,5 +1,8 @@
 """Activation checkpointing changes no bit, keeps fewer bytes, and routes once."""
 
+import pickle
+from copy import deepcopy
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -8,6 +11,7 @@ from scmoe.config.load import load
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model
+from tests.support.models import tiny, tiny_batch, tiny_model
 
 TINY = "model.dim=32 model.heads=2 model.layers=4 moe.num_experts=4 moe.top_k=2 moe.noisy=true model.dropout=0.1"
 INSIDE = "schedule.inside_attention=true"
@@ -56,3 +60,14 @@ def test_recomputing_changes_no_bit_and_keeps_less(architecture, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True)), "dropout and noise included"
     assert kept_again < 0.6 * kept
     assert routed == routed_again == 2, "the routing is kept and not recomputed"
+
+
+@pytest.mark.parametrize("copied", (deepcopy, lambda model: pickle.loads(pickle.dumps(model))), ids=("copy", "pickle"))
+def test_a_copy_computes_with_its_own_weights(copied):
+    config = tiny("trainer.recompute=true", INSIDE)
+    model, (ids, _) = tiny_model(config), tiny_batch(config)
+    copy, before = copied(model), model(ids).logits_BSV
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    assert torch.equal(copy(ids).logits_BSV, before)

@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from scmoe.config.load import load
 from scmoe.experiments.bench.routing_study import KEPT, KEPT_STEPS, SHOWN, drops, figures, loads
 from scmoe.moe.balance import load_max
 from scmoe.moe.layout import count
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.probes.routing import Recorded, RoutingProbe, read_routing, selected, shape_of, write_routing
+from scmoe.training.assembly.model import build_model
 from scmoe.training.callbacks.analysis import RecordRouting
 from tests.support.models import hooks, tiny, tiny_batch, tiny_model
 
@@ -68,12 +70,29 @@ def test_the_probe_has_what_the_gates_choose(num_choices, words):
         model(input_ids)
     for handle in handles:
         handle.remove()
-    layers = probe.result(len(stats))
+    layers = probe.result()
     assert [tuple(ids_TK.shape) for ids_TK in layers] == [(input_ids.numel(), num_choices)] * 2
     assert torch.equal(torch.cat(layers, 1), torch.cat(by_hand, 1))
     for ids_TK, own in zip(layers, stats, strict=True):
         assert torch.equal(count(ids_TK.long().flatten(), 4), own.counts_E)
         assert ids_TK.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("architecture", ("dgmoe", "dgmoe_share"))
+def test_double_gates_and_other_gates_are_recorded_in_one_model(architecture):
+    """Stage 3 of SwinV2 has two pairs with a double gate at 4 x 4 places, stage 4 has a top-2 gate at 2 x 2."""
+    pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
+    words = (
+        *("model.family=swin", "model.layers=4", "model.dim=8", "model.heads=1", "model.patch_size=2"),
+        *("model.window=2", "data.name=digits", "data.image_size=32", "data.num_classes=5"),
+    )
+    model = build_model(load(None, [*words, f"moe.architecture={architecture}"]))
+    probe = RoutingProbe(model)
+    _, stats = model(torch.randn(3, 3, 32, 32))
+    layers = probe.result()
+    assert [tuple(ids_TK.shape) for ids_TK in layers] == [(48, 2), (48, 2), (12, 2)]
+    for ids_TK, own in zip(layers, stats, strict=True):
+        assert torch.equal(count(ids_TK.long().flatten(), probe.num_experts), own.counts_E)
 
 
 # ---------------------------------------------------------------------- files
@@ -153,10 +172,8 @@ def test_a_folder_that_cannot_be_made_ends_no_training(tmp_path, capsys):
     (tmp_path / "analysis").write_text("a file")
     callback = RecordRouting(1, tmp_path / "analysis")
     callback.on_train_start(SimpleNamespace(global_step=0), None)
-    callback.step, callback.probe = 0, SimpleNamespace(result=lambda _: [torch.zeros(2, 1)], num_experts=2)
-    callback.on_train_batch_end(
-        None, SimpleNamespace(parallel_context=ParallelContext()), {"step_sums_LE2": [0]}, None, 0
-    )
+    callback.step, callback.probe = 0, SimpleNamespace(result=lambda: [torch.zeros(2, 1)], num_experts=2)
+    callback.on_train_batch_end(None, SimpleNamespace(parallel_context=ParallelContext()))
     assert "step-00000000.safetensors is not written" in capsys.readouterr().err
 
 

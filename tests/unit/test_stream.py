@@ -49,6 +49,24 @@ def test_in_use_no_buffer_drops_a_token():
     assert rows.dropless(EXPERTS).arrange(ids_TK, None, Target(EXPERTS, num_ranks, training=False)).num_dropped == 0
 
 
+@pytest.mark.parametrize("shape", ((0, 12), (2, 0), (0,)))
+def test_a_load_balance_loss_of_each_sequence_takes_no_tokens(shape):
+    stats = sequence_stream()(torch.zeros(*shape, DIM, dtype=torch.float64)).stats
+    assert stats.num_tokens == 0 and stats.score_sums_E.tolist() == [0] * EXPERTS
+
+
+def test_tokens_without_a_batch_dimension_are_one_sequence():
+    stream, x = sequence_stream(), tokens(1)
+    assert torch.equal(stream(x[0]).stats.score_sums_E, stream(x).stats.score_sums_E)
+
+
+def sequence_stream() -> MoEStream:
+    """Returns a stream whose load-balance loss is that of each sequence."""
+    stream = tiny_stream()
+    stream.router.scoring = Scoring(per_sequence=True)
+    return stream
+
+
 # ---------------------------------------------------------------------- zero experts
 
 

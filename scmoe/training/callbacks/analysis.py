@@ -315,12 +315,11 @@ class RecordRouting(Callback):
         if self.probe is not None:
             self.probe.remove()  # a module that is recomputed in backward routes again
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
         if self.probe is None:
             return
         probe, self.probe = self.probe, None
-        own = probe.result(len(outputs["step_sums_LE2"]))
-        of_ranks = module.parallel_context.gather_on_rank_zero(own)
+        of_ranks = module.parallel_context.gather_on_rank_zero(probe.result())
         if of_ranks is not None and self.folder is not None:
             ids = [torch.cat(layer)[None] for layer in zip(*of_ranks, strict=True)]
             recorded = Recorded([self.step], ids, probe.num_experts, len(of_ranks))
