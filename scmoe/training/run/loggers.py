@@ -339,7 +339,7 @@ def log_results(
         for key, value in shown.items():
             logger.attempt(partial(logger.experiment.log, {key: value, STEP: step}), (Exception,))
         for callback in callbacks:
-            # a resumed run whose directory was moved, and that has not validated since, has a path and no score
+            # a run that has not validated since it was resumed, and whose best checkpoints are gone, has no score
             if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_score is not None:
                 best, score = Path(callback.best_model_path), {callback.monitor: callback.best_model_score.item()}
                 logger.attempt(partial(_log_checkpoint, logger.experiment, best, score), (Exception,))
