@@ -129,4 +129,5 @@ IMPOSSIBLE = [
     ("name", "name=../x"),
     ("name", "name=a/b"),
     ("name", "name=.hidden"),
+    ("name", "name=latest"),
 ]
