@@ -64,6 +64,15 @@ def write_whole(path: Path, values: Mapping[str, Any]) -> None:
         write_durably(partial, json.dumps(values, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file that a crash may have cut: {} where it is missing, or not whole."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
 def sync(path: Path) -> None:
     """Make a file's content, or a folder's entries, durable."""
     handle = os.open(path, os.O_RDONLY)
