@@ -18,6 +18,7 @@ from scmoe.config.fields import Config
 from scmoe.config.load import to_yaml
 from scmoe.files.writing import redacted, try_to_write
 from scmoe.footprint.model_cost import forward_flops, parts, peak_tflops, training_flops
+from scmoe.parallel.dense import GIB
 from scmoe.parallel.mesh import expert_parameters
 from scmoe.parallel.update.guard import squares
 
@@ -96,7 +97,6 @@ class SkippedImages(Callback):
 
 
 STAGES = ("forward", "backward", "update")
-GIB = 2**30
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 
