@@ -73,7 +73,7 @@ def say(trainer: Trainer, names: Sequence[str]) -> None:
 class SkippedImages(Callback):
     """Logs data/skipped: how often a training of data.on_error=skip has met an image that cannot be read.
 
-    `total` counts those of validations too. An image counts each time it is met.
+    `total` counts those of validations too. An image counts each time it is met. Checkpoints keep the count.
     """
 
     def __init__(self) -> None:
@@ -94,6 +94,13 @@ class SkippedImages(Callback):
 
     def on_validation_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         self.count(batch)
+
+    def on_save_checkpoint(self, trainer: Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        own = self.of_rank.to(trainer.strategy.root_device, copy=True)  # reduce writes into it
+        checkpoint["skipped_images"] = int(trainer.strategy.reduce(own, reduce_op="sum"))
+
+    def on_load_checkpoint(self, trainer: Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        self.of_rank = torch.tensor(checkpoint.get("skipped_images", 0) if trainer.is_global_zero else 0)
 
 
 STAGES = ("forward", "backward", "update")
