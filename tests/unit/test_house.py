@@ -15,7 +15,7 @@ TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 
 # A room may import itself and what stands above it. The laboratory imports the library, never the other way.
 LIBRARY = {  # room: lines at most
-    "scmoe/files": 200,
+    "scmoe/files": 195,
     "scmoe/schedule": 340,
     "scmoe/config": 1290,
     "scmoe/moe": 1510,
@@ -30,7 +30,7 @@ LIBRARY = {  # room: lines at most
     "scmoe/init_from": 785,
     "scmoe/lightning": 1210,
     "datamodules": 1320,
-    "scmoe/training": 3300,
+    "scmoe/training": 3290,
     "scmoe/runs": 1845,
     "scmoe/hf.py": 160,
     "scmoe/__init__.py": 120,
