@@ -216,6 +216,8 @@ def _model(config: Config) -> Refusals:
     model, weights = config.model, config.init_from
     if not NAME.fullmatch(config.name):  # it becomes a folder in runs_dir and must not lead out of it
         yield "name", "letters, digits, '.', '_' and '-', a letter or digit first, at most 100 in all"
+    if config.name.lower() == "latest":
+        yield "name", "another name, as RUNS_DIR/latest is the link to the newest run"
     if model.attention == "full" and model.dim % model.heads:
         yield "model.dim", f"a multiple of model.heads, {model.heads}"
     if model.heads % (model.kv_heads or model.heads):

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 DTYPES = {  # of torch: as safetensors calls them
     **{"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"},
     **{"torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8"},
-    "torch.bool": "BOOL",
+    **{"torch.uint64": "U64", "torch.uint32": "U32", "torch.uint16": "U16", "torch.complex64": "C64"},
+    **{"torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.bool": "BOOL"},
+    **{"torch.float8_e4m3fnuz": "F8_E4M3FNUZ", "torch.float8_e5m2fnuz": "F8_E5M2FNUZ"},
 }
 
 
@@ -60,6 +62,15 @@ def write_whole(path: Path, values: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         write_durably(partial, json.dumps(values, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file that a crash may have cut: {} where it is missing, or not whole."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
 
 
 def sync(path: Path) -> None:

@@ -28,12 +28,26 @@ def expert_parallel(**arguments: Any) -> Any:
 def reading_directories(load: Callable[..., Any]) -> Callable[..., Any]:
     """Return `load`, which reads one file, with our directories read by one process too."""
 
-    def read(path: Any, *args: Any, **kwargs: Any) -> Any:
+    def read(path: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
         from scmoe.parallel.checkpoint.durable import MANIFEST
         from scmoe.parallel.checkpoint.loading import read_for_lightning
 
-        if isinstance(path, (str, Path)) and (Path(path) / MANIFEST).is_file():
-            return read_for_lightning(Path(path))
-        return load(path, *args, **kwargs)
+        if not isinstance(path, (str, Path)) or not (Path(path) / MANIFEST).is_file():
+            return load(path, map_location, *args, **kwargs)
+        checkpoint, device = read_for_lightning(Path(path)), place_of(map_location)
+        weights = {name: weight.to(device) for name, weight in checkpoint["state_dict"].items()}
+        return {**checkpoint, "state_dict": weights}
 
     return read
+
+
+def place_of(map_location: Any) -> Any:
+    """Return the device to which torch.load would move tensors of the CPU. map_location: as torch.load takes it."""
+    import torch
+
+    if callable(map_location):
+        moved = map_location(torch.UntypedStorage(0), "cpu")
+        return "cpu" if moved is None else moved.device
+    if isinstance(map_location, dict):
+        return map_location.get("cpu", "cpu")
+    return "cpu" if map_location is None else map_location

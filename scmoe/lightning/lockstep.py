@@ -72,7 +72,8 @@ class StopSignal:
 class Poll:
     """Sums flags over all ranks. Each sum is started in one call and read in the next, so that no call waits for it.
 
-    group: a gloo group of all ranks that carries nothing else at the same time.
+    group: a gloo group of all ranks. What else it carries must begin in the same order on all ranks, as gloo matches
+    collectives by their order.
     """
 
     def __init__(self, group: Any, num_flags: int) -> None:

@@ -173,6 +173,48 @@ class LastCheckpoint(ModelCheckpoint):
                 trainer.strategy.remove_checkpoint(path)  # once the new one is complete
 
 
+class BestCheckpoints(ModelCheckpoint):
+    """Keeps the checkpoints of the best validations, as `best-step=N.ckpt`.
+
+    Lightning's own, in a resumed run, forgets them if the run's directory was moved, counts those that are gone, and
+    never removes one if fewer are kept than before.
+    """
+
+    def __init__(self, folder: Path | None, monitor: str, mode: str, kept: int) -> None:
+        super().__init__(folder, "best-{step}", monitor=monitor, mode=mode, save_top_k=kept)
+
+    @property
+    def state_key(self) -> str:
+        """As Lightning's own: under this key the checkpoints of all versions hold the state."""
+        return super().state_key.replace(type(self).__qualname__, "ModelCheckpoint", 1)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict | {"dirpath": self.dirpath})
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Of the checkpoints in the loaded state, keep the best that are in this folder."""
+        super().on_train_start(trainer, pl_module)
+        if not self.best_k_models:
+            return
+        assert self.dirpath is not None, "the Trainer has set it"
+        scores = {str(Path(self.dirpath) / Path(path).name): score for path, score in self.best_k_models.items()}
+        best_first = sorted(scores, key=scores.__getitem__, reverse=self.mode == "max")
+        there = trainer.strategy.broadcast([path for path in best_first if Path(path).exists()])  # as rank 0 sees it
+        kept = there[: self.save_top_k]
+        self.best_k_models = {path: scores[path] for path in kept}
+        self.best_model_path, self.kth_best_model_path = (kept[0], kept[-1]) if kept else ("", "")
+        self.best_model_score = scores.get(self.best_model_path)
+        self.kth_value = scores.get(self.kth_best_model_path, self.kth_value)
+
+    def _save_checkpoint(self, trainer: Any, filepath: str) -> None:
+        super()._save_checkpoint(trainer, filepath)
+        names = {Path(path).name for path in self.best_k_models}
+        for path in Path(filepath).parent.glob("best-step=*.ckpt"):
+            step = re.fullmatch(r"best-step=(\d+)(-v\d+)?\.ckpt", path.name)
+            if step and int(step[1]) < trainer.global_step and path.name not in names:
+                trainer.strategy.remove_checkpoint(path)
+
+
 class StepProgressBar(RichProgressBar):
     """Lightning's rich progress bar, on standard error, without the epoch: a training is one long epoch of steps.
 

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scmoe.models.units import exact_parameters, router_parameters, units, whole_parameters
-from scmoe.parallel.mesh import ParallelContext, expert_parameters, start_communicators
+from scmoe.parallel.mesh import ParallelContext, expert_parameters, group_by_rows, start_communicators
 
 ROOM = 0.8  # of a rank's memory; the rest is for buffers of transfers and the allocator's gaps
 GIB = 2**30
@@ -60,11 +60,8 @@ def with_dense_mesh(
 
     axes = {"copies": rows.T, "shards": rows} if how == "hybrid" else {"shards": rows}
 
-    def by_rows(ranks: Tensor, name: str) -> Any:
-        return dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, group_desc=name)[0]
-
     def mesh(purpose: str) -> DeviceMesh:
-        groups = [by_rows(grid, f"{purpose}-{axis}") for axis, grid in axes.items()]
+        groups = [group_by_rows(grid, f"{purpose}-{axis}", timeout) for axis, grid in axes.items()]
         if device.type == "cuda":
             start_communicators(groups, device)
         if how == "hybrid":
@@ -74,7 +71,7 @@ def with_dense_mesh(
     context = replace(context, dense_mesh=mesh("dense"), exact_mesh=mesh("exact"))
     if device.type == "cpu":  # sums begin on a thread (update/wrap.py), and FSDP gathers experts over mesh["edp"]
         assert context.mesh is not None
-        context = replace(context, edp_group=by_rows(context.mesh.mesh.T, "expert gradients"))
+        context = replace(context, edp_group=group_by_rows(context.mesh.mesh.T, "expert gradients", timeout))
     return context
 
 
@@ -171,9 +168,10 @@ def local(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def make_equal(module: nn.Module, context: ParallelContext) -> None:
-    """Broadcast each part of a weight from the first rank that holds it to the others, as DDP does for whole weights.
+    """Broadcast each part of a weight from the first rank that holds it to the others, and split modules' buffers from
+    rank 0, as DDP does for whole modules.
 
-    The parts differ if the ranks' generators differed when the module was built."""
+    They differ if the ranks' generators differed when the module was built."""
     groups = {p: context.edp_group for _, p in expert_parameters(module) if context.edp_size > 1}
     groups |= dict.fromkeys(whole_parameters(module), dist.group.WORLD if context.world_size > 1 else None)
     for p in module.parameters():
@@ -183,6 +181,10 @@ def make_equal(module: nn.Module, context: ParallelContext) -> None:
             group = groups.get(p)
         if group is not None:
             dist.broadcast(local(p), dist.get_global_rank(group, 0), group)
+    for buffer in module.buffers() if context.dense_mesh is not None else ():
+        sent = buffer.contiguous()
+        dist.broadcast(sent, 0)
+        buffer.copy_(sent)
 
 
 def copies(tensor: DTensor) -> int:

@@ -2,7 +2,8 @@
 
 Ranks form a grid ("edp", "ep"), EP innermost: rank = edp * EP + ep, so that an EP group lies within a node if it fits.
 Experts are split over `ep` and replicated over `edp` (expert data parallel); dense weights are replicated over all
-ranks. Each purpose has its own process group, so that collectives of two purposes never share a communicator.
+ranks. Each kind of traffic has its own process group, so that its collectives never wait for those of another kind;
+what ranks ask each other on the host (stop? as many batches? where is the NaN?) shares the control group.
 """
 
 import os
@@ -34,8 +35,8 @@ class ParallelContext:
 
     `ep_group` carries the All-to-All, `counts_group` how many rows come in it, `edp_group` the expert gradients,
     `gradient_group` (on CPUs) dense gradients that are paced, `checkpoint_group` (gloo) checkpoints, `control_group`
-    (gloo) requests to stop; the default group carries dense gradients that are not paced, losses and metrics. `link`
-    knows the All-to-All in flight. `exchange`: how rows travel; None: flat, by one All-to-All over `ep_group`.
+    (gloo) what ranks ask each other; the default group carries dense gradients that are not paced, losses and metrics.
+    `link` knows the All-to-All in flight. `exchange`: how rows travel; None: flat, by one All-to-All over `ep_group`.
     `dense_mesh`: the ranks over which dense weights are split (dense.py); None: each rank holds them whole.
     `exact_mesh`: the same ranks, for the weights that are gathered in float32.
     """
@@ -176,17 +177,15 @@ def build_context(
         )
     grid = torch.arange(world_size).view(-1, ep_size)
 
-    def by_rows(ranks: Tensor, name: str, **options: Any) -> Any:
-        return dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, group_desc=name, **options)[0]
-
     def urgent_by_rows(ranks: Tensor, name: str) -> Any:  # a transfer's kernels are short, and other ranks wait for it
         if device.type != "cuda":
-            return by_rows(ranks, name)
+            return group_by_rows(ranks, name, timeout)
         from scmoe.parallel.torch_seam import urgent
 
-        return by_rows(ranks, name, pg_options=urgent(timeout))
+        return group_by_rows(ranks, name, timeout, pg_options=urgent(timeout))
 
-    ep_group, counts_group, edp_group = urgent_by_rows(grid, "ep"), by_rows(grid, "counts"), by_rows(grid.T, "edp")
+    ep_group, counts_group = urgent_by_rows(grid, "ep"), group_by_rows(grid, "counts", timeout)
+    edp_group = group_by_rows(grid.T, "edp", timeout)
     gradient_group = dist.new_group(timeout=timeout, group_desc="gradients") if device.type == "cpu" else None
     levels: tuple[Any, ...] = ()
     if two_levels:
@@ -202,6 +201,11 @@ def build_context(
     if rows and exchange == "auto":
         rows = FastestExchange({"flat": all_to_all(ep_group), "hierarchical": rows}, control_group, say)
     return ParallelContext(rank, world_size, ep_size, mesh, *groups, exchange=rows)
+
+
+def group_by_rows(ranks: Tensor, name: str, timeout: timedelta, **options: Any) -> Any:
+    """Make a group of each row of a matrix of ranks and return this rank's. Every rank must call it."""
+    return dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, group_desc=name, **options)[0]
 
 
 def crosses_nodes(ep_size: int, ranks_per_node: int) -> bool:

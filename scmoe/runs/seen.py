@@ -1,7 +1,6 @@
 """Runs as their directories show them: state, best loss, speed, curves, and how their configs differ."""
 
 import csv
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import parse_yaml, to_yaml
+from scmoe.files.writing import read_json
 from scmoe.training.run.directory import read_state
 
 WIDTH = 1000  # without a terminal: one line for each run, however long, which can be searched and copied
@@ -57,8 +57,7 @@ class SeenRun:
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(self.path / "summary.json")
 
     @property
     def state(self) -> str:

@@ -109,13 +109,15 @@ def drawn_apart(rank: int, world_size: int, how: str) -> list[torch.Tensor]:
     moe.router.bias = SelectionBias(4, 0, Scoring(rule=by_sign))
     nn.init.constant_(moe.router.bias.weight, rank)
     module = nn.Sequential(nn.Linear(16, 16), moe)
+    module.register_buffer("statistics", torch.rand(3, 2).T)
     if how == "hybrid":
         context = with_dense_mesh(context, how, 2, device, timeout)
         shard(module, context, "32-true")
     make_equal(module, context)
     names = ["0.weight"] if how == "hybrid" else ["1.experts.w_in_eDF", "1.experts.w_out_eFD"]
     names.append("1.router.bias.weight")
-    return [local(module.get_parameter(name)).detach().clone() for name in names]
+    buffers = [module.statistics] if how == "hybrid" else []  # else DDP makes them equal
+    return [*(local(module.get_parameter(name)).detach().clone() for name in names), *buffers]
 
 
 @pytest.mark.dist

@@ -1,5 +1,5 @@
 """Lightning's ModelCheckpoint keeps the best k and the last of this library's checkpoints, in the foreground and in
-parallel with training, and a run resumes from the last."""
+parallel with training, and a run resumes from the last. A resumed run keeps the best as its configuration says."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.demos.boring_classes import BoringModel
 
+from scmoe.config.load import load
 from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.lightning.seam import LastCheckpoint
 from scmoe.parallel.checkpoint import durable
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
-from scmoe.training.assembly.trainer import build_trainer, seed_everything
+from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.callbacks.progress import DataPosition
 from tests.support.trainings import tiny
 
@@ -118,3 +121,52 @@ def test_the_best_two_and_the_last_are_kept_and_resumed_from(background, tmp_pat
         assert not same(whole.found, runs["stopped"].found)
         for name in ("linked", "resumed", "from last"):
             assert same(runs[name].found, whole.found), name
+
+
+class Validated(BoringModel):
+    SCORES = (2.0, 1.0, 3.0, 1.5, 0.5)  # of steps 1 to 5
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/bits_per_byte", self.SCORES[self.global_step - 1])
+
+
+def keep_best(folder: Path, steps: int, kept: int, resume_from: Path | None) -> tuple[list[str], list[str]]:
+    """Trains in one process as a run does. Returns the best checkpoints that are known, the best first, and all."""
+    callbacks: list[Callback] = build_callbacks(load(None, [f"trainer.save_top_k={kept}"]), folder)
+    (best,) = (c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor)
+    trainer = Trainer(
+        **{"max_epochs": -1, "max_steps": steps, "val_check_interval": 1, "check_val_every_n_epoch": None},
+        **dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False),
+        callbacks=[LastCheckpoint(folder / "checkpoints", 1), best],
+        **{"accelerator": "cpu", "num_sanity_val_steps": 0, "limit_val_batches": 1},
+    )
+    trainer.fit(Validated(), ckpt_path=resume_from, weights_only=True)
+    known = sorted(best.best_k_models, key=best.best_k_models.__getitem__)
+    assert [best.best_model_path, best.kth_best_model_path] == [known[0], known[-1]]
+    return [Path(path).name for path in known], sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_a_resumed_run_that_was_moved_keeps_as_many_of_the_best_as_configured(tmp_path):
+    known, _ = keep_best(tmp_path / "there", 3, 3, None)
+    assert known == ["best-step=2.ckpt", "best-step=1.ckpt", "best-step=3.ckpt"]
+    here = (tmp_path / "there").rename(tmp_path / "here")
+    (here / "checkpoints/best-step=1.ckpt").unlink()
+    known, files = keep_best(here, 4, 1, here / "checkpoints/best-step=3.ckpt")
+    assert known == ["best-step=2.ckpt"] and files == ["best-step=2.ckpt", "best-step=3.ckpt", "step=4.ckpt"]
+    known, files = keep_best(here, 5, 1, here / "checkpoints/step=4.ckpt")
+    assert known == ["best-step=5.ckpt"] and files == ["best-step=5.ckpt", "step=5.ckpt"]
+
+
+def test_a_resumed_run_stops_early_with_the_patience_of_its_configuration():
+    three, ten = (
+        next(
+            c
+            for c in build_callbacks(load(None, [f"trainer.early_stopping={n}"]), None)
+            if isinstance(c, EarlyStopping)
+        )
+        for n in (3, 10)
+    )
+    three.wait_count = 3
+    assert three.state_key == EarlyStopping(three.monitor, mode=three.mode).state_key, "of earlier versions"
+    ten.load_state_dict(three.state_dict())
+    assert (ten.patience, ten.wait_count) == (10, 3)

@@ -133,6 +133,19 @@ def test_the_count_of_skipped_images_is_logged_and_in_the_summary():
     assert module.logged == {"data/skipped": 5.0} and counted.total(module) == 5
 
 
+def test_a_resumed_run_goes_on_counting_skipped_images():
+    def sum_of_ranks(count, reduce_op):
+        return count.add_(3)
+
+    strategy, checkpoint = SimpleNamespace(reduce=sum_of_ranks, root_device=torch.device("cpu")), dict[str, int]()
+    counted = [SkippedImages() for _ in range(3)]
+    counted[0].count({"skipped": torch.tensor([1, 1])})
+    counted[0].on_save_checkpoint(SimpleNamespace(strategy=strategy), None, checkpoint)  # type: ignore
+    for rank in (0, 1):
+        counted[1 + rank].on_load_checkpoint(SimpleNamespace(is_global_zero=rank == 0), None, checkpoint)  # type: ignore
+    assert [int(c.of_rank) for c in counted] == [2, 5, 0]
+
+
 def test_check_data_names_every_unreadable_file(images, tmp_path, capsys):
     assert call("check-data", *swin(images)) == 2
     said = capsys.readouterr()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.plugins.io import torch_io
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelSummary, StochasticWeightAveraging
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
@@ -99,6 +100,23 @@ def test_one_process_reads_a_directory_of_any_number_of_ranks(trained):
     torch.testing.assert_close(predictions_of(module), expected, rtol=0, atol=1e-6)
     (first, second) = Trainer(devices=1, **QUIET).predict(Model(16), data(), ckpt_path=checkpoint)
     torch.testing.assert_close(torch.cat([first, second]), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("where", "device"),
+    [
+        (None, "cpu"),
+        ("meta", "meta"),
+        (torch.device("meta"), "meta"),
+        ({"cpu": "meta", "cuda:0": "cpu"}, "meta"),
+        ({"cuda:0": "meta"}, "cpu"),
+        (lambda storage, location: storage, "cpu"),
+        (lambda storage, location: torch.UntypedStorage(0, device="meta"), "meta"),
+    ],
+)
+def test_a_directory_is_read_to_where_torch_would_load_a_file(trained, where, device):
+    read = torch_io.pl_load(trained[0], map_location=where)
+    assert {weight.device.type for weight in read["state_dict"].values()} == {device}
 
 
 def test_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_before(trained, tmp_path):

@@ -199,6 +199,16 @@ def test_good_steps_keep_nothing_and_start_no_collective():
     assert not gather.called
 
 
+def test_a_weight_that_is_a_modules_output_gets_no_hook_a_step():
+    table = nn.Module()
+    table.weight = nn.Parameter(torch.ones(2))
+    table.forward = lambda: table.weight
+    Guard(nn.Sequential(table))
+    for _ in range(3):
+        table().sum().backward()
+    assert not table.weight._backward_hooks
+
+
 @pytest.mark.representative
 def test_batches_without_a_check_keep_no_more_than_one_batch():
     """Optimizers may be stepped past Lightning, which then calls no check. A NaN among many losses is remembered."""

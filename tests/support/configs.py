@@ -132,4 +132,5 @@ IMPOSSIBLE = [
     ("name", "name=../x"),
     ("name", "name=a/b"),
     ("name", "name=.hidden"),
+    ("name", "name=latest"),
 ]

@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
+from safetensors.torch import load, load_file, save
+from torch import nn
 
+from scmoe.files.writing import write_in_turn
 from scmoe.parallel.checkpoint.loading import check_same_groups
-from scmoe.parallel.checkpoint.state import check_can_be_saved, from_json, rng_states, set_rng_states, to_text
+from scmoe.parallel.checkpoint.state import check_can_be_saved, from_json, rng_states, set_rng_states, split, to_text
+from scmoe.parallel.mesh import ParallelContext
 
 
 class Colour(enum.Enum):
@@ -47,6 +51,29 @@ def test_tensors_and_paths_are_read_back():
 def test_what_cannot_be_read_back_is_refused(x):
     with pytest.raises(TypeError, match="plain values"):
         to_text({"x": x})
+
+
+def test_tensors_of_any_strides_and_of_two_names_can_be_saved():
+    module, table = nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last), torch.rand(4)
+    module.transposed = nn.Parameter(torch.rand(2, 3).T)
+    for name in ("one", "other"):
+        module.register_buffer(name, table)
+    moments = {"state": {"weight": {"exp_avg": module.weight.detach() + 1}}, "param_groups": []}
+    checkpoint = {"state_dict": module.state_dict(), "optimizer_states": [moments]}
+    read = load(save(split(checkpoint, ParallelContext())[0]))
+    assert all(torch.equal(read[f"model.{name}"], tensor) for name, tensor in module.state_dict().items())
+    assert torch.equal(read["optimizer_0.weight.exp_avg"], module.weight + 1)
+
+
+def test_one_full_file_holds_tensors_of_every_type(tmp_path):
+    eighths = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
+    names = ("float64", "bfloat16", "bool", "uint8", "uint16", "uint32", "uint64", "complex64", *eighths)
+    tensors = {name: torch.tensor([0, 1, 0]).to(getattr(torch, name)) for name in names}
+    write_in_turn(tensors, tensors.__getitem__, tmp_path / "all.safetensors")
+    read = load_file(tmp_path / "all.safetensors")
+    assert {name: (t.dtype, t.to(torch.complex64).tolist()) for name, t in read.items()} == {
+        name: (getattr(torch, name), [0, 1, 0]) for name in names
+    }
 
 
 class Stateful(Callback):

@@ -128,7 +128,7 @@ def test_a_kill_during_removal_leaves_no_part_of_the_checkpoint(tmp_path, monkey
     write(tmp_path / "a.ckpt", 1)
     write(tmp_path / "b.ckpt", 2)
 
-    def killed(path):
+    def killed(path, **_):
         (path / "meta.json").unlink()
         raise Killed
 
@@ -280,6 +280,21 @@ def test_what_nfs_keeps_of_a_removed_file_does_not_break_a_checkpoint(tmp_path):
     write(tmp_path / "a.ckpt", 1)
     (tmp_path / "a.ckpt" / ".nfs000000000001").write_bytes(b"shard")
     assert durable.verify(tmp_path / "a.ckpt") == 1
+
+
+def test_a_folder_that_cannot_be_removed_now_is_swept_later(tmp_path, monkeypatch):
+    """NFS keeps files that a reader holds open. Rank 0 alone removes, so an error would leave the others waiting."""
+
+    def not_empty(path, **_):
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+
+    write(tmp_path / "a.ckpt", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", not_empty)
+        durable.remove(tmp_path / "a.ckpt")
+    assert os.listdir(tmp_path) != [] and not list(tmp_path.glob("*.ckpt"))
+    durable.sweep(tmp_path, "b.ckpt")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_checkpoint_of_one_file_is_of_another_strategy(tmp_path):

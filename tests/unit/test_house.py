@@ -15,7 +15,7 @@ TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 
 # A room may import itself and what stands above it. The laboratory imports the library, never the other way.
 LIBRARY = {  # room: lines at most
-    "scmoe/files": 185,
+    "scmoe/files": 195,
     "scmoe/schedule": 340,
     "scmoe/config": 1290,
     "scmoe/moe": 1510,
@@ -25,12 +25,12 @@ LIBRARY = {  # room: lines at most
     "scmoe/probes": 500,
     "scmoe/inference": 1050,
     "scmoe/footprint": 465,
-    "scmoe/parallel": 2620,
+    "scmoe/parallel": 2640,
     "scmoe/api.py": 140,
     "scmoe/init_from": 785,
-    "scmoe/lightning": 1160,
+    "scmoe/lightning": 1210,
     "datamodules": 1320,
-    "scmoe/training": 3265,
+    "scmoe/training": 3290,
     "scmoe/runs": 1845,
     "scmoe/hf.py": 160,
     "scmoe/__init__.py": 120,

@@ -14,7 +14,7 @@ from scmoe.runs.evaluate.evaluation import keep_results, read_results
 from scmoe.training.run import train
 from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, slug_of
 from scmoe.training.run.loggers import csv_logger
-from scmoe.training.run.printout import resume_command
+from scmoe.training.run.printout import print_start, resume_command
 from scmoe.training.run.resume import Resumed
 from scmoe.training.run.train import open_run
 from tests.support.commands import rows_of
@@ -99,6 +99,11 @@ def test_a_run_that_cannot_open_its_loggers_has_failed(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError), open_run(load(None, [f"runs_dir={tmp_path}"]), [], None):
         pass
     assert json.loads((tmp_path / "latest" / "state.json").read_text())["state"] == "failed"
+
+
+def test_a_path_with_brackets_is_printed_as_it_is(tmp_path, capsys):
+    print_start(load(None, []), tmp_path, tmp_path / "[/x]" / "a[lr]")
+    assert f"continuing from {tmp_path}/[/x]/a[lr]" in capsys.readouterr().err
 
 
 def test_other_ranks_open_nothing(tmp_path, monkeypatch):

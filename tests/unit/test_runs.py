@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -93,15 +94,27 @@ def test_a_run_that_another_process_trains_cannot_be_resumed(tmp_path):
     refuse_running(tmp_path)  # it has ended
 
 
-def test_a_run_that_another_machine_trains_cannot_be_resumed_until_it_is_silent(tmp_path):
+@pytest.mark.parametrize("host", ["elsewhere", platform.node()])  # a container may have the host's name
+def test_a_run_that_another_machine_trains_cannot_be_resumed_until_it_is_silent(tmp_path, host):
     write_state(tmp_path, "running")
-    change_state(tmp_path, host="elsewhere", pid=2**22 + 1)  # its process is not visible here
+    change_state(tmp_path, host=host, machine="0123abcd", pid=2**22 + 1)  # its process is not visible here
     assert read_state(tmp_path) == "running"
-    with pytest.raises(ConfigError, match="on elsewhere"):
+    with pytest.raises(ConfigError, match=f"on {host}"):
         refuse_running(tmp_path)
     make_silent(tmp_path)
     assert read_state(tmp_path) == "cut"
     refuse_running(tmp_path)
+
+
+def test_files_that_a_crash_has_cut_count_as_missing(folder, capsys):
+    run = runs.open_run("latest", folder)
+    for cut in ("", '{"state": "runn'):
+        (run.path / "summary.json").write_text(cut)
+        (run.path / "state.json").write_text(cut)
+        refuse_running(run.path)
+        assert (run.state, runs.SeenRun(run.path).summary) == ("finished", {})
+    assert call("runs", str(folder)) == 0
+    assert "6 of 6 runs" in capsys.readouterr().out
 
 
 def test_a_living_run_touches_its_state(tmp_path, monkeypatch):

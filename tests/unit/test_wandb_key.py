@@ -1,8 +1,12 @@
-"""A W&B key is looked for where W&B itself does, so `logger.mode: auto` uses W&B where W&B would find a key."""
+"""A W&B key is looked for where W&B itself does, so `logger.mode: auto` uses W&B where W&B would find a key. Where
+W&B cannot start, the reason is named."""
 
 import pytest
+import wandb
 
-from scmoe.training.run.loggers import has_wandb_key
+from scmoe.config.leaves import ConfigError
+from scmoe.config.load import load
+from scmoe.training.run.loggers import has_wandb_key, wandb_logger
 
 OURS, LAB = "api.wandb.ai", "http://wandb.lab:8080"
 
@@ -30,3 +34,13 @@ def test_a_key_in_netrc_counts_only_for_its_server(entry, variables, found, tmp_
         path = tmp_path / variables.get("NETRC", ".netrc")
         path.write_text(f"machine {entry} login user password {'k' * 40}\n")
     assert has_wandb_key() == found
+
+
+def test_an_error_of_wandb_without_a_text_is_named_by_its_type(tmp_path, monkeypatch):
+    def refused(**_):
+        raise ConnectionResetError
+
+    monkeypatch.setattr(wandb, "setup", lambda settings: None)
+    monkeypatch.setattr(wandb, "init", refused)
+    with pytest.raises(ConfigError, match="ConnectionResetError"):
+        wandb_logger(tmp_path, load(None, ["logger.mode=online"]))

@@ -35,7 +35,7 @@ class BrokenCheckpoint(ValueError):
 
 def new_token() -> str:
     """Return the end of a partial directory's name: 8 random digits, and this process."""
-    return f"{uuid.uuid4().hex[:8]}-{_machine()}-{os.getpid()}-{start_of(os.getpid()) or 0}"
+    return f"{uuid.uuid4().hex[:8]}-{machine()}-{os.getpid()}-{start_of(os.getpid()) or 0}"
 
 
 def partial_path(path: Path, token: str) -> Path:
@@ -166,7 +166,7 @@ def remove(path: Path) -> None:
     elif path.exists():
         aside = partial_path(path, new_token())
         os.rename(path, aside)
-        shutil.rmtree(aside)
+        shutil.rmtree(aside, ignore_errors=True)  # NFS keeps what a reader holds open; `sweep` removes it later
 
 
 def sweep(folder: Path, name: str = "") -> None:
@@ -189,14 +189,14 @@ def _is_being_written(aside: Path, name: str) -> bool:
     counts as ended if it wrote under the name that is written next, or changed nothing for a day."""
     named = ASIDE.fullmatch(aside.name)
     assert named is not None, "it is one of _asides"
-    if named[4] == _machine() and named[6] != "0":
+    if named[4] == machine() and named[6] != "0":
         return named[5] != str(os.getpid()) and start_of(int(named[5])) == named[6]
     with suppress(OSError):
         return named[1] != name and time.time() - aside.stat().st_mtime < DAY_S
     return False
 
 
-def _machine() -> str:
+def machine() -> str:
     """Return 8 digits for this host and its process ids; a container has its own ids, perhaps under the host's name."""
     with suppress(OSError):
         return hashlib.sha256(f"{platform.node()} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]

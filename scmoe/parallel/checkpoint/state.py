@@ -11,7 +11,7 @@ when it is read.
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,18 @@ def split(checkpoint: dict[str, Any], context: ParallelContext) -> tuple[dict[st
         for i, state in enumerate(checkpoint["optimizer_states"]):
             for name, values in state["state"].items():
                 tensors.update({f"optimizer_{i}.{name}.{k}": torch.as_tensor(v) for k, v in values.items()})
-    return tensors, meta
+    return dict(_each_in_its_own_storage(tensors)), meta
+
+
+def _each_in_its_own_storage(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Copy what safetensors refuses: other strides (channels_last), and a second name of the same storage."""
+    seen = set[int]()
+    for name, tensor in tensors.items():
+        part = local(tensor)
+        if not part.is_contiguous() or part.data_ptr() in seen:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        seen.add(part.data_ptr())
+        yield name, tensor
 
 
 def as_dtensor(experts: Tensor, context: ParallelContext) -> Tensor:

@@ -39,7 +39,8 @@ class Guard:
         def hook(_: nn.Module, args: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled():
                 self._note(f"output of {name}", output.detach().sum())
-                output.register_hook(lambda grad: self._note(f"gradient into {name}", grad.sum()))
+                if not output.is_leaf:  # on a weight that is returned as it is, hooks of all steps would stay
+                    output.register_hook(lambda grad: self._note(f"gradient into {name}", grad.sum()))
 
         return hook
 

@@ -18,6 +18,7 @@ from scmoe.config.fields import Config
 from scmoe.config.load import to_yaml
 from scmoe.files.writing import redacted, try_to_write
 from scmoe.footprint.model_cost import forward_flops, parts, peak_tflops, training_flops
+from scmoe.parallel.dense import GIB
 from scmoe.parallel.mesh import expert_parameters
 from scmoe.parallel.update.guard import squares
 
@@ -72,7 +73,7 @@ def say(trainer: Trainer, names: Sequence[str]) -> None:
 class SkippedImages(Callback):
     """Logs data/skipped: how often a training of data.on_error=skip has met an image that cannot be read.
 
-    `total` counts those of validations too. An image counts each time it is met.
+    `total` counts those of validations too. An image counts each time it is met. Checkpoints keep the count.
     """
 
     def __init__(self) -> None:
@@ -94,9 +95,15 @@ class SkippedImages(Callback):
     def on_validation_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         self.count(batch)
 
+    def on_save_checkpoint(self, trainer: Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        own = self.of_rank.to(trainer.strategy.root_device, copy=True)  # reduce writes into it
+        checkpoint["skipped_images"] = int(trainer.strategy.reduce(own, reduce_op="sum"))
+
+    def on_load_checkpoint(self, trainer: Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        self.of_rank = torch.tensor(checkpoint.get("skipped_images", 0) if trainer.is_global_zero else 0)
+
 
 STAGES = ("forward", "backward", "update")
-GIB = 2**30
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
 
 

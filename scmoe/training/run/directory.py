@@ -26,8 +26,8 @@ from typing import Any
 
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.files.writing import redacted, replacing, try_to_write_json
-from scmoe.parallel.checkpoint.durable import start_of
+from scmoe.files.writing import read_json, redacted, replacing, try_to_write_json
+from scmoe.parallel.checkpoint.durable import machine, start_of
 
 UNNAMED_KEYS = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")  # not in a run's name
 VALUE_CHARS, SLUG_CHARS = 24, 64  # of one value, and of all; with the stamp well below a file system's 255 bytes
@@ -122,13 +122,13 @@ def why_no_checkpoint(run_dir: Path, which: str = "last") -> str:
 
 # The state of a run is running, finished, failed or cut. A killed process cannot write `cut`. It leaves `running`
 # behind, with its id and start time; where that process no longer exists, `running` is read as `cut`. Another machine
-# cannot see the process, so a run touches its file while it lives; on another machine it counts as running until the
+# or container cannot see the process, so a run touches its file while it lives; there it counts as running until the
 # file has not been touched for SILENT_S.
 
 
 def write_state(run_dir: Path, state: str) -> None:
     """Write the state of the run that this process makes."""
-    process = {"pid": os.getpid(), "started": start_of(os.getpid()), "host": platform.node()}
+    process = {"pid": os.getpid(), "started": start_of(os.getpid()), "host": platform.node(), "machine": machine()}
     try_to_write_json(run_dir / STATE, {"state": state, **process})
 
 
@@ -146,11 +146,11 @@ def show_life(run_dir: Path) -> threading.Event:
 
 
 def read_state(run_dir: Path) -> str:
-    """Return running, finished, failed or cut. An old run without state.json is finished if it has a summary."""
-    if not (path := run_dir / STATE).exists():
+    """Return running, finished, failed or cut. A run without a whole state.json is finished if it has a summary."""
+    kept = read_json(run_dir / STATE)
+    if not kept:
         return "finished" if (run_dir / "summary.json").exists() else "cut"
-    kept: dict[str, Any] = json.loads(path.read_text())
-    return "cut" if kept["state"] == "running" and not _lives(kept, path) else kept["state"]
+    return "cut" if kept["state"] == "running" and not _lives(kept, run_dir / STATE) else kept["state"]
 
 
 def refuse_running(run_dir: Path) -> None:
@@ -158,10 +158,11 @@ def refuse_running(run_dir: Path) -> None:
     if read_state(run_dir) != "running":
         return
     path = run_dir / STATE
-    kept: dict[str, Any] = json.loads(path.read_text())
-    if kept["host"] != platform.node():
+    kept = read_json(path)
+    if kept.get("machine") != machine():
+        where = f"on {kept['host']}, perhaps in a container,"
         raise ConfigError(
-            f"process {kept['pid']} on {kept['host']} is training {run_dir}; stop it first, or, if it was killed, "
+            f"process {kept['pid']} {where} is training {run_dir}; stop it first, or, if it was killed, "
             f"wait {SILENT_S / 60:g} minutes from then on, or delete {path}"
         )
     if kept["pid"] != os.getpid() and kept["started"] is not None:
@@ -170,6 +171,6 @@ def refuse_running(run_dir: Path) -> None:
 
 def _lives(kept: dict[str, Any], path: Path) -> bool:
     """Return whether the process of a state file exists; on another machine, whether it was touched lately."""
-    if kept["host"] == platform.node():
+    if kept.get("machine") == machine():
         return start_of(kept["pid"]) == kept["started"]
     return time.time() - path.stat().st_mtime <= SILENT_S

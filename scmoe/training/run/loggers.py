@@ -5,7 +5,6 @@ and W&B stop with one warning (fault 32).
 """
 
 import csv
-import json
 import netrc
 import os
 import re
@@ -27,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
-from scmoe.files.writing import redacted, try_to_write_json, warn_once
+from scmoe.files.writing import read_json, redacted, try_to_write_json, warn_once
 from scmoe.parallel.checkpoint.durable import read_manifest
 
 HAS_WANDB = find_spec("wandb") is not None
@@ -212,7 +211,7 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     resolved: Literal["online", "offline"] = "offline" if offline else "online"
     record = run_dir / "wandb_run.json"
     # The variables may have changed since, and a sweep decides the id, the project and the entity of its trials.
-    kept = json.loads(record.read_text()) if record.exists() else {}
+    kept = read_json(record)
     run_id = kept.get("id") or os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
     project = logger.project or kept.get("project") or wandb_project(config)
     settings = wandb.Settings(
@@ -243,7 +242,7 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     try:
         run = start(mode=resolved)
     except WANDB_TROUBLE as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         if mode != "auto" or offline:
             raise ConfigError(f"logger.mode is {resolved}, allowed here: offline | disabled: {reason}") from error
         print(f"warning: Weights & Biases goes offline: {reason}", file=sys.stderr, flush=True)
@@ -339,7 +338,7 @@ def log_results(
         for key, value in shown.items():
             logger.attempt(partial(logger.experiment.log, {key: value, STEP: step}), (Exception,))
         for callback in callbacks:
-            # a resumed run whose directory was moved, and that has not validated since, has a path and no score
+            # a run that has not validated since it was resumed, and whose best checkpoints are gone, has no score
             if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_score is not None:
                 best, score = Path(callback.best_model_path), {callback.monitor: callback.best_model_score.item()}
                 logger.attempt(partial(_log_checkpoint, logger.experiment, best, score), (Exception,))

@@ -25,7 +25,7 @@ from scmoe.config.registry import IMAGES
 from scmoe.footprint.memory import Job, rank_memory
 from scmoe.footprint.model_cost import forward_flops, training_flops
 from scmoe.lightning.seam import rank_without_trainer
-from scmoe.parallel.dense import memory_in_use, memory_limit
+from scmoe.parallel.dense import GIB, memory_in_use, memory_limit
 from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
 from scmoe.training.assembly.trainer import cpu_threads
 
@@ -33,7 +33,6 @@ LAUNCHERS: dict[str, type[ClusterEnvironment]] = {"torchrun": TorchElasticEnviro
 OF_NODE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")  # without a launcher, how the machines of a job find each other
 THREAD_FLOPS, GPU_FLOPS = 1e10, 1e13  # a second, of a CPU thread and of a GPU: less than most of them do
 FEW_THREADS = 64  # which any machine can start, however few cores it has
-GIB = 2**30
 MEMINFO = Path("/proc/meminfo")
 ROUNDED_UP = 1.005  # so that three digits are not less than the number
 PROCESS_GIB = 0.3  # of a process with torch and Lightning, on a CPU

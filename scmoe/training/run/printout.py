@@ -117,7 +117,7 @@ def print_start(config: Config, run_dir: Path, checkpoint: Path | None) -> None:
     out.print(f"config of {relative(run_dir)}:", to_yaml(config), sep="\n", soft_wrap=True, markup=False)
     out.print(model_table(count_parameters(build_model_on_meta(config))))
     if checkpoint is not None:
-        out.print(f"continuing from {relative(checkpoint)}", soft_wrap=True)
+        out.print(f"continuing from {relative(checkpoint)}", soft_wrap=True, markup=False)
 
 
 def console() -> Console:

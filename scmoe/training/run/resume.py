@@ -6,7 +6,6 @@
 Every checkpoint holds the configuration with which it was written, so no edited file can misdescribe its weights.
 """
 
-import json
 import re
 import sys
 import uuid
@@ -21,6 +20,7 @@ from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import load_text, parse_yaml, read_text
 from scmoe.config.registry import named, words
 from scmoe.config.rules import last_step
+from scmoe.files.writing import read_json
 from scmoe.parallel.checkpoint.durable import UNREAD, BrokenCheckpoint, checkpoints, newest_good, read_manifest, verify
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.training.assembly.data import kept_tokenizer
@@ -191,7 +191,6 @@ def record_of(run_dir: Path, step: int) -> Path:
 
 def summary_if_done(run: Resumed, config: Config) -> dict[str, Any] | None:
     """Return the summary of a run that has done all its steps; None where steps or the summary are missing."""
-    path = run.run_dir / "summary.json"
-    summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    summary = read_json(run.run_dir / "summary.json")
     is_done = summary.get("steps") == last_step(config) <= read_manifest(run.checkpoint)["step"]
     return summary if is_done and run.step is None else None
