@@ -43,6 +43,7 @@ def check_prompt(prompt: Prompt, where: str) -> None:
     try:
         (prompt.text or "").encode()
     except UnicodeEncodeError as error:  # half of a pair of surrogates, or bytes of the command line that are not UTF-8
-        raise ValueError(f"{where} the prompt's character {error.start + 1} is not Unicode, allowed: valid UTF-8") from error
+        bad = f"the prompt's character {error.start + 1} is not Unicode, allowed: valid UTF-8"
+        raise ValueError(f"{where} {bad}") from error
     if not 0 <= prompt.seed < 2**63:
         raise ValueError(f"{where} the seed is {prompt.seed}, allowed: 0 to 2^63 - 1")

@@ -71,8 +71,8 @@ def test_a_later_source_overrides_an_earlier_one(write):
 
 
 def test_an_entry_of_a_mapping_replaces_what_an_earlier_source_has_there():
-    options = load(None, ["extensions=[json]", "options={a: {b: 1}, c: {d: 1}}", "options.a={}", "options.c=[2]"]).options
-    assert options == {"a": {}, "c": [2]}
+    words = ("extensions=[json]", "options={a: {b: 1}, c: {d: 1}}", "options.a={}", "options.c=[2]")
+    assert load(None, words).options == {"a": {}, "c": [2]}
 
 
 def test_extends_is_relative_to_its_file_and_can_be_nested(write):
