@@ -4,6 +4,7 @@ Its signature and its docstring are its command line, which cyclopts reads (docs
 Scripts import torch, Lightning and the like inside the function, so `--help` and a wrong request are answered at once.
 """
 
+import errno
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -69,6 +70,10 @@ def call(*words: str) -> int:
         print(f"error: {lacks}", file=sys.stderr)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {error}", file=sys.stderr)  # a name that the request gives, as pathlib raises
     except KeyboardInterrupt:
         return 130
     return 2

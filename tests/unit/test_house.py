@@ -36,7 +36,7 @@ LIBRARY = {  # room: lines at most
     "scmoe/__init__.py": 120,
 }
 LABORATORY = {
-    "experiments/engine": 1160,
+    "experiments/engine": 1170,
     "experiments/faults": 520,
     "experiments/dryrun": 635,
     "experiments/bench": 4600,
