@@ -14,7 +14,7 @@ from scmoe.config.load import load
 from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.evaluate import evaluation
-from scmoe.runs.evaluate.scoring import run_on_rank_zero
+from scmoe.runs.evaluate.scoring import Scorer, run_on_rank_zero, score_test_split
 from tests.support.commands import called, command_in_ranks, train_on_text
 from tests.support.lm_eval_tasks import write_task, writing
 from tests.support.sentences import sentences
@@ -76,6 +76,21 @@ def test_a_text_on_four_ranks_has_the_bits_of_one_process(runs):
     alone = evaluated(1, *asked)
     assert alone["perplexity"] > 0
     assert evaluated(4, *asked, "strategy.ep_size=2") == alone
+
+
+def test_the_test_split_is_scored_in_batches_of_one_rank(runs, monkeypatch):
+    """A capacity then applies to as many sequences as in the training. Without one, a batch has BATCH_TOKENS."""
+    seen = []
+
+    def spied(scorer: Scorer, data: Any) -> dict[str, Any]:
+        seen.append(tuple(next(iter(data.test_dataloader()))["input_ids"].shape))
+        return score_test_split(scorer, data)
+
+    monkeypatch.setattr(evaluation, "score_test_split", spied)
+    monkeypatch.setattr(evaluation, "BATCH_TOKENS", 32)
+    for name in ("scmoe", "dgmoe"):
+        evaluated(1, runs[name], "--tasks", "none")
+    assert seen == [(2, 32), (1, 32)]
 
 
 def test_results_are_merged_by_what_was_asked(runs, tmp_path):

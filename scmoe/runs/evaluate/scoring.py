@@ -159,8 +159,8 @@ def _wide(logits: Tensor) -> Tensor:
 def score_test_split(scorer: Scorer, data: PositionedDataModule) -> dict[str, Any]:
     """Return the loss of the test split in nats per token (image), and bits per byte of text or accuracy of images.
 
-    It is computed as a validation of one rank computes it: the windows of a text do not overlap, and experts have the
-    run's own capacity. Images have two splits: there the test split is the one of validation, whole.
+    It is computed as a rank computes a validation: the windows of a text do not overlap, and experts have the run's own
+    capacity. Images have two splits: there the test split is the one of validation, whole.
     """
     of_text, device = isinstance(data, SequenceDataModule), scorer.device
     nats, hits, targets, num_bytes = 0.0, 0, 0, 0
