@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from scmoe.config.load import load
 from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.runs.evaluate import evaluation
+from scmoe.runs.evaluate import evaluation, scoring
 from scmoe.runs.evaluate.scoring import Scorer, run_on_rank_zero, score_test_split
 from tests.support.commands import called, command_in_ranks, train_on_text
 from tests.support.lm_eval_tasks import write_task, writing
@@ -181,6 +183,25 @@ def passes(rank: int, world_size: int, raises: bool) -> Any:
 def test_ranks_take_part_in_every_pass_and_end_together():
     alone = [[1.0], [2.0], [3.0]]
     assert run_ranks(passes, 3, False) == [("done", alone), (None, alone), (None, alone)]
+
+
+def slow(rank: int, world_size: int) -> Any:
+    """Lets rank 0 work longer than the timeout of a collective before its only pass."""
+    torch.distributed.init_process_group("gloo")
+    group = torch.distributed.new_group(timeout=timedelta(seconds=2))
+    scoring.GO_ON_S, seen = 0.5, []
+
+    def work(forward: Any) -> str:
+        time.sleep(3)
+        forward(torch.ones(1), None)
+        return "done"
+
+    context, padding = ParallelContext(rank, world_size, control_group=group), (torch.ones(1), torch.tensor([False]))
+    return run_on_rank_zero(work, lambda *given: seen.append(given), padding, context), len(seen)
+
+
+def test_rank_0_may_work_longer_between_passes_than_a_collective_may_take():
+    assert run_ranks(slow, 2) == [("done", 1), (None, 1)]
 
 
 def test_an_error_of_rank_0_lets_the_others_end():
