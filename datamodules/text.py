@@ -12,6 +12,8 @@ Splits are deterministic and keep the order of the source, so that held-out text
 import hashlib
 import json
 import os
+import shutil
+import socket
 import tempfile
 from collections.abc import Iterable
 from contextlib import suppress
@@ -26,7 +28,7 @@ from rich.console import Console
 from rich.progress import Progress, track
 
 from scmoe.datamodules.sequences import SequenceDataModule, TokenSplits
-from scmoe.datamodules.tokenizer import Tokenizer, make_tokenizer, pieces, tokenizer_file
+from scmoe.datamodules.tokenizer import PIECE_CHARS, Tokenizer, make_tokenizer, pieces, tokenizer_file
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 0.05  # share of a text's characters, for each of val and test
@@ -214,8 +216,11 @@ def build_cache(folder: Path, content: str, source: Source, tokenizer: str, voca
     if is_whole(folder):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
+    here = f".building-{this_machine()}-"
+    for left in folder.parent.glob(f"{here}*"):
+        remove_if_dead(left)
     # Beside it, not in /tmp, as a rename is atomic only within one file system.
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder.parent) as building:
+    with tempfile.TemporaryDirectory(prefix=f"{here}{os.getpid()}-", dir=folder.parent) as building:
         fresh = Path(building) / "fresh"
         fresh.mkdir()
         _write(fresh, content, source, tokenizer, vocab_size)
@@ -227,6 +232,21 @@ def build_cache(folder: Path, content: str, source: Source, tokenizer: str, voca
         except OSError:
             if not is_whole(folder):  # otherwise another process was first, and its cache is equal
                 raise
+
+
+def remove_if_dead(building: Path) -> None:
+    """Removes a temporary folder of this machine if its process, whose number is in the name, was killed."""
+    with suppress(PermissionError):  # the process is another user's
+        try:
+            os.kill(int(building.name.split("-")[-2]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(building, ignore_errors=True)
+
+
+def this_machine() -> str:
+    """Returns a name for this host and its process ids; a container has its own ids, perhaps under the host's name."""
+    ids = Path("/proc/self/ns/pid")
+    return f"{socket.gethostname()}-{ids.stat().st_ino if ids.exists() else 0}"
 
 
 def is_whole(folder: Path) -> bool:
@@ -269,14 +289,18 @@ def _write(folder: Path, content: str, source: Source, kind: str, vocab_size: in
 def _write_split(
     path: Path, documents: Iterable[str], tokenizer: Tokenizer, dtype: str, progress: Progress
 ) -> dict[str, int]:
-    """Writes one split and returns its counts. Raises ValueError where the tokens do not add up to the text's bytes."""
+    """Writes one split and returns its counts. Raises ValueError where the tokens do not add up to the text's bytes, or
+    where decoding those of the first PIECE_CHARS characters does not give the text back."""
     num_tokens = num_bytes = decoded_bytes = 0
     token_bytes_V = tokenizer.token_bytes()
     end = np.array([tokenizer.end_of_text], dtype)
+    lossless = "data.tokenizer must be a byte-level BPE without normalizer and prefix space, or like LLaMA's"
     with path.open("wb") as file:
         for document in progress.track(documents, description=f"tokenizing {path.stem}"):
             for piece in pieces(document):
                 ids = tokenizer.encode(piece)
+                if num_bytes < PIECE_CHARS and tokenizer.decode(ids) != piece:
+                    raise ValueError(f"the tokenizer changes the {path.stem} text, such as its capitals; {lossless}")
                 ids.astype(dtype).tofile(file)
                 num_tokens += len(ids)
                 num_bytes += len(piece.encode())
@@ -286,7 +310,7 @@ def _write_split(
     if decoded_bytes != num_bytes:
         raise ValueError(
             f"the tokenizer turns {num_bytes} bytes of {path.stem} text into {decoded_bytes}: bits per byte would be "
-            "wrong; data.tokenizer must be a byte-level BPE without normalizer and prefix space, or like LLaMA's"
+            f"wrong; {lossless}"
         )
     return {"tokens": num_tokens, "bytes": num_bytes}
 

@@ -44,7 +44,9 @@ def main(
             return
         beside = out.parent / "config.yaml"
         of_run = beside.resolve() == run_dir / "config.yaml"
-        if not of_run and not out.exists() and beside.exists() and beside.read_text() != to_yaml(config):
+        others = [file for file in out.parent.glob("[!.]*.safetensors") if file != out]
+        used = beside.exists() and (others or not out.exists())
+        if not of_run and used and beside.read_text() != to_yaml(config):
             raise ConfigError(f"--out is {str(out)!r}, whose folder has another config.yaml, allowed: another folder")
         out.parent.mkdir(parents=True, exist_ok=True)
         tokenizer = kept_tokenizer(checkpoint)

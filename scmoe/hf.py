@@ -17,12 +17,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from scmoe.datamodules.positioned import IGNORE
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.hf_folder import OURS, our_config
 from scmoe.training.assembly.model import build_network
-
-IGNORE = -100
 
 
 class ScMoEConfig(PretrainedConfig):

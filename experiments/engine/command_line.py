@@ -71,10 +71,11 @@ def call(*words: str) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENAMETOOLONG, errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        if error.errno != errno.ENAMETOOLONG:  # such a name is in the request, as pathlib raises
+            return 1
     except KeyboardInterrupt:
         return 130
     return 2

@@ -121,7 +121,7 @@ class DataConfig:
     global_batch_size: int = option(32, "sequences (images) per optimizer step, of all ranks together", COUNT)
     val_sequences: int | None = option(None, "sequences (images) that a validation uses; null: all", COUNT)
     image_size: int = option(192, "images: width and height of the model's input in pixels", PIXELS)
-    num_classes: int = option(1000, "images: number of classes of the data set", IDS)
+    num_classes: int = option(1000, "images: number of classes of the data set", Range(2, 2**24))
     augment: Literal["none", "imagenet"] = option("none", "images: imagenet adds crops, flips, RandAugment, erasing")
     mixup: float = option(0.0, "images: alpha of mixup; 0: no mixup", WEIGHT)
     cutmix: float = option(0.0, "images: alpha of cutmix; with mixup, each gets half the batches; 0: none", WEIGHT)

@@ -147,7 +147,7 @@ def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
             raise ConfigError(f"{source}: unknown key {show(key)}, {_hint(key)}")
         try:
             typed = _guessed(value) if in_mapping else _typed(key, value)
-            OmegaConf.update(tree, key, typed, merge=in_mapping, force_add=in_mapping)
+            OmegaConf.update(tree, key, typed, merge=False, force_add=in_mapping)
         except ValueError as error:  # OmegaConf's ValidationError is one
             hint = "; no interpolation" if "${" in str(value) else ""
             raise ConfigError(f"{source}: {key} is {show(value)}, allowed: {_allowed(key)}{hint}") from error

@@ -37,8 +37,13 @@ def read_prompts(path: Path, first_seed: int) -> list[Prompt]:
 
 
 def check_prompt(prompt: Prompt, where: str) -> None:
-    """Raise ValueError for an empty text, and for a seed that a generator does not take."""
+    """Raise ValueError for a text that is empty or not Unicode, and for a seed that a generator does not take."""
     if prompt.text is not None and not prompt.text:
         raise ValueError(f"{where} the prompt is empty, allowed: a text, or no prompt to begin a document")
+    try:
+        (prompt.text or "").encode()
+    except UnicodeEncodeError as error:  # half of a pair of surrogates, or bytes of the command line that are not UTF-8
+        bad = f"the prompt's character {error.start + 1} is not Unicode, allowed: valid UTF-8"
+        raise ValueError(f"{where} {bad}") from error
     if not 0 <= prompt.seed < 2**63:
         raise ValueError(f"{where} the seed is {prompt.seed}, allowed: 0 to 2^63 - 1")

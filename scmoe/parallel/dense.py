@@ -232,9 +232,11 @@ def pick_dense(estimates: Mapping[str, float], memory: float) -> tuple[str, str]
     return how, f"a rank of {memory / GIB:.3g} GiB is estimated to need, in GiB: {needed}"
 
 
-def ways(world_size: int, node_size: int) -> list[str]:
+def ways(module: nn.Module, world_size: int, edp_size: int, node_size: int) -> list[str]:
     """Return the ways of keeping dense weights, the least communication first. There is no `hybrid` where a node has
-    one rank or all."""
+    one rank or all, and only `replicated` where an expert's width is no multiple of the edp_size ranks that hold it."""
+    if any(p.shape[1] % edp_size for _, p in expert_parameters(module)):  # as `shard` requires
+        return ["replicated"]
     return ["replicated", "hybrid", "sharded"] if 1 < node_size < world_size else ["replicated", "sharded"]
 
 
@@ -248,7 +250,7 @@ def estimates_of(module: nn.Module, context: ParallelContext, node_size: int) ->
         "hybrid": dense / node_size + experts / context.edp_size,
         "sharded": dense / context.world_size + experts / context.edp_size,
     }
-    return {way: 8 * weights[way] for way in ways(context.world_size, node_size)}
+    return {way: 8 * weights[way] for way in ways(module, context.world_size, context.edp_size, node_size)}
 
 
 def memory_of_rank(device: torch.device, node_size: int) -> float:

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load_text
-from scmoe.config.registry import ARCHITECTURES
-from scmoe.files.writing import replacing, write_durably, write_in_turn, write_whole
+from scmoe.config.registry import ARCHITECTURES, ROUTERS
+from scmoe.files.writing import replacing, sync, write_durably, write_in_turn, write_whole
 from scmoe.init_from.families import ALWAYS, KEYS, READERS, YARN, family_of
 from scmoe.init_from.names import in_their_layout, zero_expert_names
 from scmoe.init_from.pretrained import model_settings, settings_of
@@ -108,7 +108,8 @@ def write_folder(
         write_tokenizer(folder, tokenizer, config.data.seq_len)
     if not (folder / "README.md").exists():
         step, parameters = durable.read_manifest(checkpoint)["step"], sum(p.numel() for p in model.parameters())
-        write_durably(folder / "README.md", model_card(config, content, step, parameters))
+        with replacing(folder / "README.md") as partial:
+            write_durably(partial, model_card(config, content, step, parameters))
     write_whole(folder / "config.json", content)
     return content["model_type"]
 
@@ -154,7 +155,9 @@ def renamed(content: dict[str, Any], ours: str, weight: Tensor) -> Iterator[tupl
 
 
 def write_tokenizer(folder: Path, tokenizer: Any, seq_len: int) -> None:
-    tokenizer.save(folder / "tokenizer.json")
+    with replacing(folder / "tokenizer.json") as partial:
+        tokenizer.save(partial)
+        sync(partial)
     end = tokenizer.end_token
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -175,12 +178,15 @@ def dropless(config: Config) -> Config:
 
 
 def hf_config(config: Config, end_of_text: int | None) -> dict[str, Any]:
-    """Return the content of config.json. end_of_text: an id, or None. ValueError: it is no language model."""
+    """Return the content of config.json. end_of_text: an id, or None. ValueError: it is no language model, or a part of
+    it is an extension's, whose options config.json does not keep."""
     if config.model.family not in ("gpt", "llama"):
         raise ValueError(f"model.family is {config.model.family}, allowed with --format hf: gpt | llama")
-    if config.moe.architecture not in ARCHITECTURES.built_in:
-        extension = f"an extension defines moe.architecture={config.moe.architecture}"
-        raise ValueError(f"--format hf cannot export the model: {extension}. Use --format safetensors.")
+    moe = config.moe
+    for key, name, names in (("architecture", moe.architecture, ARCHITECTURES), ("router", moe.router, ROUTERS)):
+        if name not in names.built_in:
+            extension = f"an extension defines moe.{key}={name}"
+            raise ValueError(f"--format hf cannot export the model: {extension}. Use --format safetensors.")
     content = native_config(config) or own_config(config)
     return {**content, "bos_token_id": end_of_text, "eos_token_id": end_of_text, "dtype": "float32"}
 
@@ -260,8 +266,11 @@ def own_config(config: Config) -> dict[str, Any]:
 def our_config(content: dict[str, Any], source: str) -> Config:
     """Return our configuration for a config.json. ValueError: it has a setting that our models do not support."""
     if content.get("model_type") == OURS:
-        return load_text(json.dumps(content["scmoe"]), source)
-    given, problems, _ = READERS[family_of(content)](content)
+        return load_text(json.dumps(content.get("scmoe")), source)
+    try:
+        given, problems, _ = READERS[family_of(content)](content)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"{source} is not that of a {family_of(content)}: {error!r}") from error
     if problems:
         raise ValueError(f"{source}: {'; '.join(problems)}")
     length = content.get("n_positions") or content.get("max_position_embeddings")

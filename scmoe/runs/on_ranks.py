@@ -13,8 +13,8 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_kept
 from scmoe.config.registry import named
-from scmoe.init_from.pretrained import check_settings, settings_of
-from scmoe.parallel.checkpoint.export import EXPORT, load_weights, read_settings
+from scmoe.parallel.checkpoint.export import EXPORT, load_weights
+from scmoe.runs.trained import check_export
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.modules import MoEModule
@@ -43,10 +43,7 @@ def find_weights(run: Path, which: Which, overrides: Sequence[str]) -> tuple[Pat
         checkpoint = find_checkpoint(run, which)
         return checkpoint, config_without_training(partial(config_of, run, checkpoint), checkpoint, overrides)
     config = config_without_training(partial(load_kept, run.parent / "config.yaml"), run, overrides)
-    try:
-        check_settings(settings_of(config), read_settings(run))
-    except ValueError as error:
-        raise ConfigError(f"{run} cannot be used with the config.yaml beside it: {error}") from error
+    check_export(run, config)
     return run, config
 
 

@@ -4,6 +4,7 @@ import csv
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -19,6 +20,7 @@ from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import parse_yaml, to_yaml
+from scmoe.config.registry import IMAGES
 from scmoe.files.writing import read_json
 from scmoe.training.run.directory import read_state
 
@@ -48,12 +50,15 @@ class SeenRun:
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
-        """The rows of metrics.csv without empty cells."""
-        path = self.path / "metrics.csv"
+        """The rows of metrics.csv without empty cells. Half a row, which a crash may leave, is left out."""
+        path, rows = self.path / "metrics.csv", list[dict[str, float]]()
         if not path.exists():
             return []
         with path.open(newline="") as file:
-            return [{k: float(v) for k, v in row.items() if k and v} for row in csv.DictReader(file)]
+            for row in csv.DictReader(file):
+                with suppress(TypeError, ValueError):  # a cell that is missing is None
+                    rows.append({key: float(value) for key, value in row.items() if value != ""})
+        return rows
 
     @cached_property
     def summary(self) -> dict[str, Any]:
@@ -78,7 +83,7 @@ class SeenRun:
     @property
     def counts(self) -> str:
         """The unit of the run's data: tokens or images."""
-        return "images" if self.config["model.family"] == "swin" else "tokens"
+        return "images" if self.config["data.name"] in IMAGES else "tokens"
 
     @property
     def per_s(self) -> float | None:

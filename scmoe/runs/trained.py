@@ -21,9 +21,9 @@ from scmoe.inference.offload.cache import Cache
 from scmoe.inference.offload.migration import offload_experts
 from scmoe.inference.offload.store import Read, StoreError, expert_layers, write_store
 from scmoe.init_from.families import READERS
-from scmoe.init_from.pretrained import read_config, read_hf, stored_in
+from scmoe.init_from.pretrained import check_settings, read_config, read_hf, settings_of, stored_in
 from scmoe.init_from.upcycle import fill
-from scmoe.parallel.checkpoint.export import EXPORT, exported_by_name, load_weights
+from scmoe.parallel.checkpoint.export import EXPORT, exported_by_name, load_weights, read_settings
 from scmoe.parallel.checkpoint.loading import check_same_model, load_model, weights_by_name
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.hf_folder import OURS, dropless, our_config
@@ -44,7 +44,9 @@ def load_trained(path: str | Path, which: Which = "last") -> Any:
     if (path / "config.json").exists():
         return load_folder(path)
     if path.suffix == EXPORT:
-        model = build(load_kept(path.parent / "config.yaml"))
+        config = load_kept(path.parent / "config.yaml")
+        check_export(path, config)
+        model = build(config)
         load_weights(path, model)
         return model
     if not (path / "checkpoints").is_dir():
@@ -54,6 +56,14 @@ def load_trained(path: str | Path, which: Which = "last") -> Any:
     model = build(config_of(path, checkpoint))
     load_model(checkpoint, model)
     return model
+
+
+def check_export(file: Path, config: Config) -> None:
+    """Raise ConfigError if the config.yaml beside an exported file describes another model than the file's header."""
+    try:
+        check_settings(settings_of(config), read_settings(file))
+    except ValueError as error:
+        raise ConfigError(f"{file} cannot be used with the config.yaml beside it: {error}") from error
 
 
 def build(config: Config) -> Any:

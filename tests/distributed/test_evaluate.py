@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from torch import Tensor
 from scmoe.config.load import load
 from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.runs.evaluate import evaluation
-from scmoe.runs.evaluate.scoring import run_on_rank_zero
+from scmoe.runs.evaluate import evaluation, scoring
+from scmoe.runs.evaluate.scoring import Scorer, run_on_rank_zero, score_test_split
 from tests.support.commands import called, command_in_ranks, train_on_text
 from tests.support.lm_eval_tasks import write_task, writing
 from tests.support.sentences import sentences
@@ -76,6 +78,21 @@ def test_a_text_on_four_ranks_has_the_bits_of_one_process(runs):
     alone = evaluated(1, *asked)
     assert alone["perplexity"] > 0
     assert evaluated(4, *asked, "strategy.ep_size=2") == alone
+
+
+def test_the_test_split_is_scored_in_batches_of_one_rank(runs, monkeypatch):
+    """A capacity then applies to as many sequences as in the training. Without one, a batch has BATCH_TOKENS."""
+    seen = []
+
+    def spied(scorer: Scorer, data: Any) -> dict[str, Any]:
+        seen.append(tuple(next(iter(data.test_dataloader()))["input_ids"].shape))
+        return score_test_split(scorer, data)
+
+    monkeypatch.setattr(evaluation, "score_test_split", spied)
+    monkeypatch.setattr(evaluation, "BATCH_TOKENS", 32)
+    for name in ("scmoe", "dgmoe"):
+        evaluated(1, runs[name], "--tasks", "none")
+    assert seen == [(2, 32), (1, 32)]
 
 
 def test_results_are_merged_by_what_was_asked(runs, tmp_path):
@@ -166,6 +183,25 @@ def passes(rank: int, world_size: int, raises: bool) -> Any:
 def test_ranks_take_part_in_every_pass_and_end_together():
     alone = [[1.0], [2.0], [3.0]]
     assert run_ranks(passes, 3, False) == [("done", alone), (None, alone), (None, alone)]
+
+
+def slow(rank: int, world_size: int) -> Any:
+    """Lets rank 0 work longer than the timeout of a collective before its only pass."""
+    torch.distributed.init_process_group("gloo")
+    group = torch.distributed.new_group(timeout=timedelta(seconds=2))
+    scoring.GO_ON_S, seen = 0.5, []
+
+    def work(forward: Any) -> str:
+        time.sleep(3)
+        forward(torch.ones(1), None)
+        return "done"
+
+    context, padding = ParallelContext(rank, world_size, control_group=group), (torch.ones(1), torch.tensor([False]))
+    return run_on_rank_zero(work, lambda *given: seen.append(given), padding, context), len(seen)
+
+
+def test_rank_0_may_work_longer_between_passes_than_a_collective_may_take():
+    assert run_ranks(slow, 2) == [("done", 1), (None, 1)]
 
 
 def test_an_error_of_rank_0_lets_the_others_end():

@@ -6,7 +6,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import scmoe
-from scmoe.config.load import load
+from scmoe.config.load import load, to_yaml
 from scmoe.experiments.engine.command_line import call
 from scmoe.inference.offload.migration import offload_experts
 from scmoe.moe.layout import Dropless
@@ -83,6 +83,14 @@ def test_a_run_of_two_ranks_is_loaded_from_any_form(run_dir):
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
     with pytest.raises(ValueError, match="holds no model"):
         scmoe.load(run_dir / "checkpoints")
+
+
+def test_an_export_beside_another_models_config_is_refused(run_dir, tmp_path):
+    """Its weights have the same names and shapes."""
+    (tmp_path / "model.safetensors").symlink_to(run_dir / "export/model.safetensors")
+    (tmp_path / "config.yaml").write_text(to_yaml(load(run_dir / "config.yaml", ["moe.position=pos1"])))
+    with pytest.raises(ValueError, match=r"moe\.position is 'pos1', allowed: 'pos2'"):
+        scmoe.load(tmp_path / "model.safetensors")
 
 
 def test_another_model_is_refused_and_its_weights_are_named(run_dir):

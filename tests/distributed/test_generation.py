@@ -110,6 +110,7 @@ def test_offloaded_experts_write_the_same_texts(run_dir, tmp_path):
         (["--max-tokens", "48"], "prompt 1 has 1 tokens and max_tokens is 48, allowed: 48"),
         (["--prompt", "Peace" * 60], "shorten the prompt"),
         (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "a\udcff"], "the prompt's character 2 is not Unicode"),
         (["--temperature", "nan"], "temperature is nan, allowed: 0"),
         (["--stop", ""], "a stop string is empty"),
         (["--seed", "-1"], "the seed is -1, allowed: 0 to 2^63 - 1"),
@@ -148,6 +149,7 @@ def test_a_plan_is_refused_where_two_blocks_share_one_module(monkeypatch):
         '{"prompt": 1}',
         '{"prompt": "a", "seed": true}',
         '{"prompt": ""}',
+        '{"prompt": "\\ud800"}',
         f'{{"prompt": "a", "seed": {2**63}}}',
     ],
 )

@@ -101,6 +101,10 @@ def test_an_export_replaces_no_other_config(finished, tmp_path, capsys):
     assert call("export", str(finished), "--out", str(tmp_path / "model.safetensors")) == 2
     assert "another config.yaml" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    for name in ("model", "other"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert call("export", str(finished), "--out", str(tmp_path / "model.safetensors")) == 2, "other.safetensors uses it"
+    assert (tmp_path / "config.yaml").read_text() == "seed: 7\n" and "another config.yaml" in capsys.readouterr().err
     assert call("export", str(finished), "moe.position=pos1") == 2, "it would be called another model"
     assert "moe.position is 'pos1', allowed: 'pos2', as in" in capsys.readouterr().err
 

@@ -158,10 +158,17 @@ def test_auto_takes_the_first_way_that_has_room():
     needed = {"replicated": 36.0, "hybrid": 4.5, "sharded": 3.1875}
     picked = [pick_dense(needed, memory)[0] for memory in (45.1, 44.9, 5.7, 5.5, 1.0)]
     assert picked == ["replicated", "hybrid", "hybrid", "sharded", "sharded"]
-    assert ways(4, node_size=4) == ["replicated", "sharded"]
+    assert ways(model, 4, edp_size=4, node_size=4) == ["replicated", "sharded"]
 
 
 @pytest.mark.representative
 def test_auto_of_a_config_counts_activations():
     few, many = (dense_estimates(tiny(f"strategy.dense=auto data.global_batch_size={n}", 4)) for n in (8, 64))
     assert list(few) == ["replicated", "sharded"] and all(many[way] > few[way] for way in few)
+
+
+def test_auto_splits_no_expert_whose_width_cannot_be_split():
+    """`sharded` is refused there: three ranks hold each expert, of width 16."""
+    config = tiny("strategy.dense=auto strategy.ep_size=1 data.global_batch_size=6", 3)
+    assert list(dense_estimates(config)) == ["replicated"]
+    assert list(estimates_of(build_model_on_meta(config), ParallelContext(world_size=3), node_size=3)) == ["replicated"]

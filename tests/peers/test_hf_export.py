@@ -145,6 +145,28 @@ def test_a_large_model_is_written_in_several_files(tmp_path):
     assert [path.name for path in (tmp_path / "hf").glob("model*")] == ["model.safetensors"], "old files are gone"
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "README.md"])
+def test_a_folder_never_has_half_of_a_file(name, tmp_path, monkeypatch):
+    write_text = Path.write_text
+
+    def full_disk(path: Path, text: str, *how: Any, **named: Any) -> None:
+        write_text(path, text[:9] if path.name.endswith(name) else text, *how, **named)
+        if path.name.endswith(name):
+            raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        exported("moe.architecture=scmoe", tmp_path, tokenizer=make_tokenizer("bpe", 300, [TEXT]))
+    assert (tmp_path / "hf" / "model.safetensors").exists() and not list((tmp_path / "hf").glob(f"*{name}"))
+
+
+@pytest.mark.parametrize("family", ["scmoe", "gpt2", "mixtral"])
+def test_a_config_of_a_folder_that_is_not_whole_is_refused(family, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        scmoe.load(tmp_path)
+
+
 def test_the_tokenizer_gives_the_same_ids(tmp_path):
     tokenizer = make_tokenizer("bpe", 300, [TEXT * 3])
     exported("moe.architecture=scmoe", tmp_path, tokenizer=tokenizer)

@@ -70,6 +70,11 @@ def test_a_later_source_overrides_an_earlier_one(write):
     assert (config.optim.lr, config.model.dim, config.model.layers, config.seed) == (1.0, 128, 8, 4)
 
 
+def test_an_entry_of_a_mapping_replaces_what_an_earlier_source_has_there():
+    words = ("extensions=[json]", "options={a: {b: 1}, c: {d: 1}}", "options.a={}", "options.c=[2]")
+    assert load(None, words).options == {"a": {}, "c": [2]}
+
+
 def test_extends_is_relative_to_its_file_and_can_be_nested(write):
     write("base.yaml", "seed: 5\n")
     write("a/middle.yaml", "extends: ../base.yaml\nname: middle\n")

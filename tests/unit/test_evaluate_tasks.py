@@ -95,6 +95,14 @@ def test_a_file_that_is_no_task_is_an_error_with_its_line(lines, says, tmp_path)
         read_task(file)
 
 
+def test_a_file_that_cannot_be_read_is_an_error_with_its_name(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(json.dumps(LINE).encode() + b"\xe9")
+    (tmp_path / "folder.jsonl").mkdir()
+    for name in ("latin", "folder"):
+        with pytest.raises(ConfigError, match=rf"{name}\.jsonl cannot be read"):
+            read_task(tmp_path / f"{name}.jsonl")
+
+
 def test_one_answer_counts_where_all_questions_have_the_same_choices():
     questions = [Question(f"{i}?", ("no", "yes"), int(i > 2)) for i in range(10)]
     assert Task("yes", questions, "acc", "here").one_answer == 0.7

@@ -12,13 +12,13 @@ from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.config.help import catalogue
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS, Registry, words
+from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS, ROUTERS, Registry, words
 from scmoe.experiments.dryrun.estimated import estimate
 from scmoe.experiments.engine.command_line import call
 from scmoe.footprint.model_cost import parts as parts_of
 from scmoe.init_from.pretrained import model_settings
 from scmoe.models.decoder import GPT
-from scmoe.moe.router import Router
+from scmoe.moe.router import Router, Scoring
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.hf_folder import hf_config
 from scmoe.training.assembly.blocks import decoder_parts, moe_blocks, stack
@@ -33,7 +33,7 @@ PARALLEL = (EXTENSION, "moe.architecture=parallel")
 @pytest.fixture(autouse=True)
 def kept_registries(monkeypatch):
     """What a test registers is forgotten."""
-    for registry in (ARCHITECTURES, CALLBACKS, FAMILIES, DATASETS):
+    for registry in (ARCHITECTURES, CALLBACKS, FAMILIES, DATASETS, ROUTERS):
         monkeypatch.setattr(registry, "makers", dict(registry.makers))
 
 
@@ -85,6 +85,9 @@ def test_costs_are_estimated_from_the_modules_and_an_export_for_hugging_face_is_
     assert 0 < facts["flops_forward"] < scmoe["flops_forward"], "it has no shared expert"
     with pytest.raises(ValueError, match=r"an extension defines moe\.architecture=parallel"):
         hf_config(config, None)
+    ROUTERS.register("mine")(lambda config: Scoring())
+    with pytest.raises(ValueError, match=r"an extension defines moe\.router=mine"):
+        hf_config(load(None, [*TINY, "moe.router=mine"]), None)
 
 
 class Turned(Router):

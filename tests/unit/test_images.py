@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.datamodules.images import (
     ImageDataModule,
@@ -116,6 +117,8 @@ def test_missing_or_wrong_data_is_named(tmp_path, fashion, folder):
         fashion_mnist(fashion)
     with pytest.raises(ValueError, match=r"data\.num_classes is 7, allowed: 10"):
         module(digits(), num_classes=7)
+    with pytest.raises(ConfigError, match=r"data\.num_classes is 1, allowed: int, 2 to"):  # there is no such accuracy
+        load("configs/quickstart_fashion.yaml", ["data.num_classes=1"])
 
 
 HEADER = bytes((0, 0, 8, 1)) + struct.pack(">I", 3)

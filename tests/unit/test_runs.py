@@ -142,11 +142,19 @@ def test_curves_are_over_tokens(folder):
     assert (run.steps, run.best_loss, run.per_s) == (4, 4.25, 300.0)
 
 
+@pytest.mark.parametrize("half", ["4,2", "4,2.5,,1e-", "4,2.5,,10.0,4,2"])
+def test_half_a_row_is_left_out(half, folder):
+    run = runs.open_run("latest", folder)
+    (run.path / "metrics.csv").write_text(METRICS + half)
+    assert (run.steps, run.best_loss, run.per_s) == (4, 4.25, 300.0)
+    assert call("runs", str(folder)) == 0
+
+
 def test_a_run_on_images_counts_images(folder):
     run_dir = make_run(folder, "vision/20261101-120004-v")
     text = (run_dir / "config.yaml").read_text()
-    assert "family: gpt" in text
-    (run_dir / "config.yaml").write_text(text.replace("family: gpt", "family: swin"))
+    assert "name: synthetic" in text
+    (run_dir / "config.yaml").write_text(text.replace("name: synthetic", "name: digits"))
     (run_dir / "metrics.csv").write_text(METRICS.replace("tokens_per_s", "images_per_s"))
     run = runs.open_run(str(run_dir))
     assert run.curve("val/loss") == [(8.0, 4.5), (16.0, 4.25)]
@@ -228,7 +236,8 @@ def test_a_folder_that_is_no_run_is_named_as_what_it_is(verb, tmp_path, capsys):
         assert says in line and str(tmp_path / name) in line
 
 
-@pytest.mark.parametrize("verb", ("runs", "compare"))
-def test_a_missing_run_is_reported_in_one_line(verb, tmp_path, capsys):
-    assert call(verb, str(tmp_path / "no")) == 2
+@pytest.mark.parametrize("name", ["no", 300 * "n"], ids=len)
+@pytest.mark.parametrize("verb", ["runs", "compare", "resume", "export"])
+def test_a_missing_run_is_reported_in_one_line(verb, name, tmp_path, capsys):
+    assert call(verb, str(tmp_path / name)) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,7 +1,10 @@
 """The tokens of text data are the text, every world size sees the same batches, and resuming changes nothing."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
@@ -12,7 +15,7 @@ import torch
 
 from scmoe.datamodules.positioned import SampleOrder
 from scmoe.datamodules.sequences import SyntheticDataModule, SyntheticTokens
-from scmoe.datamodules.text import hugging_face, sotu, text
+from scmoe.datamodules.text import hugging_face, sotu, text, this_machine
 from scmoe.datamodules.tokenizer import END_OF_TEXT, make_tokenizer
 from tests.support.texts import open_texts, opened, write_texts
 
@@ -101,6 +104,16 @@ def test_damaged_cache_is_rebuilt(make, damage, tmp_path):
     (folder / damage).write_bytes(before[damage][:-2])
     make(cache_dir=str(tmp_path))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_what_a_killed_preparation_left_is_removed(make, tmp_path):
+    """What a living process builds stays."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    for pid in (ended.pid, os.getppid()):
+        (tmp_path / f".building-{this_machine()}-{pid}-abc" / "fresh").mkdir(parents=True)
+    make(cache_dir=str(tmp_path))
+    assert [path.name.split("-")[-2] for path in tmp_path.glob(".building-*")] == [str(os.getppid())]
 
 
 def test_cache_holds_the_documents(make, folder):

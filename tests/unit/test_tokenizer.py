@@ -67,9 +67,12 @@ def test_without_a_network_gpt2_says_what_to_do_in_one_line(monkeypatch):
         make_tokenizer("gpt2", 50257, [])
 
 
-def test_a_tokenizer_that_loses_bytes_is_refused(make, tmp_path, trained):
+@pytest.mark.parametrize(
+    "normalizer", [tokenizers.normalizers.BertNormalizer(strip_accents=True), tokenizers.normalizers.Replace("s", "S")]
+)
+def test_a_tokenizer_that_loses_bytes_or_changes_letters_is_refused(normalizer, make, tmp_path, trained):
     inner = tokenizers.Tokenizer.from_str(trained._inner.to_str())
-    inner.normalizer = tokenizers.normalizers.BertNormalizer(strip_accents=True)
+    inner.normalizer = normalizer
     inner.save(str(tmp_path / "lossy.json"))
     with pytest.raises(ValueError, match="byte-level BPE without normalizer"):
         make(tokenizer=str(tmp_path / "lossy.json"))

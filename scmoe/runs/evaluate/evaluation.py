@@ -7,7 +7,7 @@ which has an entry for each checkpoint.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -28,7 +28,16 @@ from scmoe.datamodules.text import TextDataModule
 from scmoe.files.writing import try_to_write_json, warn_once
 from scmoe.moe.stream import dropless
 from scmoe.parallel.checkpoint.durable import read_manifest
-from scmoe.runs.evaluate.scoring import Forward, Scorer, Text, open_text, run_on_rank_zero, score_test_split, score_text
+from scmoe.runs.evaluate.scoring import (
+    BATCH_TOKENS,
+    Forward,
+    Scorer,
+    Text,
+    open_text,
+    run_on_rank_zero,
+    score_test_split,
+    score_text,
+)
 from scmoe.runs.evaluate.tasks import OWN_TASKS, Registered, Task, read_task
 from scmoe.runs.on_ranks import config_without_training, ending_together, start_ranks
 from scmoe.training.assembly.data import build_datamodule, kept_data, prepare_data
@@ -120,7 +129,9 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
     checkpoint = find_checkpoint(run_dir, request.which)
     config = config_without_training(partial(config_of, run_dir, checkpoint), checkpoint, request.overrides)
     read_results(run_dir)  # its refusal, before other ranks start
-    material = read_material(config, checkpoint, request) if is_rank_zero() else None
+    loggers = [word for word in request.overrides if word.removeprefix("--").startswith("logger.")]
+    of_run = config_of(run_dir, checkpoint, [*loggers, *named(request.overrides), *REFUSED_SINCE])
+    material = read_material(with_batch_of_a_rank(config, of_run), checkpoint, request) if is_rank_zero() else None
     module, trainer = start_ranks(config, checkpoint)
     device, plugin, model = trainer.strategy.root_device, trainer.precision_plugin, module.model
 
@@ -141,9 +152,7 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
     manifest = read_manifest(checkpoint)
     found["step"], files = manifest["step"], json.dumps(manifest["files"], sort_keys=True)
     keep_results(run_dir, checkpoint.name, found, weights=sha256(files.encode()).hexdigest()[:16])
-    loggers = [word for word in request.overrides if word.removeprefix("--").startswith("logger.")]
-    loggers += [*named(request.overrides), *REFUSED_SINCE]
-    log_to_wandb(run_dir, config_of(run_dir, checkpoint, loggers), found)
+    log_to_wandb(run_dir, of_run, found)
     return {
         "run_dir": str(relative(run_dir)),
         "which": request.which,
@@ -152,6 +161,17 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
         "perplexity": found["text"] and found["text"]["perplexity"],
         **found,
     }
+
+
+def with_batch_of_a_rank(config: Config, of_run: Config) -> Config:
+    """Return the configuration with the batch of one rank of the training, as a capacity applies to a rank's batch.
+
+    Where a batch changes no result, it has about BATCH_TOKENS tokens, so that its logits need less memory."""
+    data, trainer, moe = config.data, config.trainer, config.moe
+    batch = data.global_batch_size // (trainer.accumulate * of_run.trainer.devices * of_run.trainer.num_nodes)
+    if (moe.capacity_factor is None or moe.architecture == "dense") and data.name not in IMAGES:
+        batch = min(batch, BATCH_TOKENS // data.seq_len)
+    return replace(config, data=replace(data, global_batch_size=max(1, batch)), trainer=replace(trainer, accumulate=1))
 
 
 def padding_of(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:

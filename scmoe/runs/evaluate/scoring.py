@@ -5,7 +5,9 @@ window that shows the model at least `context - stride` of the tokens before it,
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -25,6 +27,8 @@ from scmoe.training.modules import cross_entropy_sum
 
 BATCH_TOKENS = 2048  # of a batch, padding included: with a vocabulary of 50,000 its logits take 0.4 GB
 TEST_SPLIT = "test split"
+END, PASS, GO_ON = range(3)  # what rank 0 announces
+GO_ON_S = 1.0  # between announcements of the last kind
 T = TypeVar("T")
 Forward = Callable[..., Any]
 """Computes the model's output for (inputs, mask, and what else it reads): its first entry is the logits."""
@@ -40,36 +44,51 @@ def run_on_rank_zero(
     products are those of one process.
 
     padding: inputs and mask of the smallest batch without any real sample. An error of `work` is raised on rank 0, and
-    the other ranks return.
+    the other ranks return. Between passes `work` may take longer than a collective's timeout: a thread of rank 0 then
+    says again and again that it goes on.
     """
     if context.rank != 0:
-        while _another_pass(context, True):
-            model(*padding)
+        while (said := _announce(context)) != END:
+            if said == PASS:
+                model(*padding)
         return None
     others_wait = True  # for the next announcement
+    announcing, ended = threading.Lock(), threading.Event()
+
+    def go_on() -> None:
+        with suppress(RuntimeError):  # a rank has died: the next announcement raises it, too
+            while not ended.wait(GO_ON_S):
+                with announcing:
+                    if others_wait and not ended.is_set():
+                        _announce(context, GO_ON)
 
     def forward(inputs: Tensor, mask: Tensor | None, *rest: Any) -> Any:
         nonlocal others_wait
-        _another_pass(context, True)
-        others_wait = False
-        output = model(inputs, mask, *rest)
-        others_wait = True
+        with announcing:
+            _announce(context, PASS)
+            others_wait = False
+            output = model(inputs, mask, *rest)
+            others_wait = True
         return output
 
+    if context.world_size > 1:
+        threading.Thread(target=go_on, name="go-on", daemon=True).start()
     try:
         return work(forward)
     finally:
-        if others_wait:  # else the others are inside a pass and would not receive it
-            _another_pass(context, False)
+        with announcing:
+            ended.set()
+            if others_wait:  # else the others are inside a pass and would not receive it
+                _announce(context, END)
 
 
-def _another_pass(context: ParallelContext, more: bool) -> bool:
-    """Return on every rank what rank 0 says: whether another pass comes."""
+def _announce(context: ParallelContext, what: int = END) -> int:
+    """Return on every rank `what` of rank 0: END, PASS or GO_ON."""
     if context.world_size == 1:
-        return more
-    flag = torch.tensor([more], dtype=torch.uint8)
-    dist.broadcast(flag, src=0, group=context.control_group)
-    return bool(flag.item())
+        return what
+    said = torch.tensor([what], dtype=torch.uint8)
+    dist.broadcast(said, src=0, group=context.control_group)
+    return int(said)
 
 
 class Window(NamedTuple):
@@ -159,8 +178,8 @@ def _wide(logits: Tensor) -> Tensor:
 def score_test_split(scorer: Scorer, data: PositionedDataModule) -> dict[str, Any]:
     """Return the loss of the test split in nats per token (image), and bits per byte of text or accuracy of images.
 
-    It is computed as a validation of one rank computes it: the windows of a text do not overlap, and experts have the
-    run's own capacity. Images have two splits: there the test split is the one of validation, whole.
+    It is computed as a rank computes a validation: the windows of a text do not overlap, and experts have the run's own
+    capacity. Images have two splits: there the test split is the one of validation, whole.
     """
     of_text, device = isinstance(data, SequenceDataModule), scorer.device
     nats, hits, targets, num_bytes = 0.0, 0, 0, 0

@@ -73,15 +73,19 @@ class Registered(NamedTuple):
 
 
 def read_task(path: Path) -> Task:
-    """Return the task of a file NAME.jsonl. ConfigError: a line is no question."""
+    """Return the task of a file NAME.jsonl. ConfigError: it cannot be read, or a line is no question."""
     questions, prompt = [], PROMPTS.get(path.stem, "")
-    with path.open(encoding="utf-8") as file:  # str.splitlines would cut a text at U+2028, too
-        for number, line in enumerate(file, 1):
-            try:
-                questions.append(question_of(json.loads(line), prompt))
-            except (KeyError, TypeError, ValueError) as error:
-                form = "A question is a JSON object with query, choices and gold."
-                raise ConfigError(f"{path}, line {number}: {why_no_question(error)}. {form}") from error
+    try:
+        with path.open(encoding="utf-8") as file:  # str.splitlines would cut a text at U+2028, too
+            lines = list(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the task {path} cannot be read as UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            questions.append(question_of(json.loads(line), prompt))
+        except (KeyError, TypeError, ValueError) as error:
+            form = "A question is a JSON object with query, choices and gold."
+            raise ConfigError(f"{path}, line {number}: {why_no_question(error)}. {form}") from error
     if not questions or len({question.end is None for question in questions}) > 1:
         raise ConfigError(f"{path} has {len(questions)} questions, but needs one or more, all of one form.")
     return Task(path.stem, questions, "acc", str(path))

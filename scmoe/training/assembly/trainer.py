@@ -121,7 +121,8 @@ def cpu_threads(config: Config) -> int:
 def dense_estimates(config: Config) -> dict[str, float]:
     """Return for each way of keeping dense weights the bytes that a rank needs at most, activations included."""
     job, model = Job.of(config), build_model_on_meta(config)
-    return {way: rank_memory(model, replace(job, dense=way))["total"] for way in ways(job.ranks, job.node_size)}
+    possible = ways(model, job.ranks, job.dp_size, job.node_size)
+    return {way: rank_memory(model, replace(job, dense=way))["total"] for way in possible}
 
 
 def build_strategy(config: Config) -> ExpertParallelStrategy:
