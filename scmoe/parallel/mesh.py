@@ -179,14 +179,15 @@ def build_context(
     def by_rows(ranks: Tensor, name: str, **options: Any) -> Any:
         return dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, group_desc=name, **options)[0]
 
-    def urgent_by_rows(ranks: Tensor, name: str) -> Any:  # a transfer's kernels are short, and other ranks wait for it
+    def urgent_by_rows(ranks: Tensor, name: str) -> Any:  # its kernels are short, and other ranks or the host wait
         if device.type != "cuda":
             return by_rows(ranks, name)
         from scmoe.parallel.torch_seam import urgent
 
         return by_rows(ranks, name, pg_options=urgent(timeout))
 
-    ep_group, counts_group, edp_group = urgent_by_rows(grid, "ep"), by_rows(grid, "counts"), by_rows(grid.T, "edp")
+    ep_group, counts_group = urgent_by_rows(grid, "ep"), urgent_by_rows(grid, "counts")
+    edp_group = by_rows(grid.T, "edp")
     gradient_group = dist.new_group(timeout=timeout, group_desc="gradients") if device.type == "cpu" else None
     levels: tuple[Any, ...] = ()
     if two_levels:
