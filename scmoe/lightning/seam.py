@@ -201,7 +201,7 @@ class StepProgressBar(RichProgressBar):
     def get_metrics(self, *arguments: Any) -> dict[str, Any]:
         """Return the metrics without the logger's version."""
         trainer = arguments[0]
-        if not self.shown or not trainer.training or trainer._logger_connector.should_update_logs:
+        if not self.shown or not trainer.training or trainer.global_step % max(trainer.log_every_n_steps, 1) == 0:
             self.shown = {name: float(value) for name, value in shown_metrics(trainer).items()}
         return self.shown
 

@@ -157,13 +157,9 @@ def choose_mlps(rows_RD: Tensor, counts_e: Tensor | None) -> MLPs:
 def has_grouped_kernel(rows_RD: Tensor) -> bool:
     """Return whether torch (2.13) multiplies these groups in one kernel: bfloat16 on cards of capability 9.x and 10.x.
     Elsewhere it multiplies one after another too, and reads the counts on the host in each of its six products."""
-    on_gpu = rows_RD.device.type == "cuda"  # tensors on `meta` take the way of a new GPU
-    return rows_RD.dtype == torch.bfloat16 and (not on_gpu or capability(rows_RD.device) in (9, 10))
-
-
-def capability(device: torch.device) -> int:
-    """Return the major compute capability of a GPU: 9 for Hopper, 10 for Blackwell."""
-    return torch.cuda.get_device_capability(device)[0]
+    if rows_RD.is_cuda and torch.cuda.get_device_capability(rows_RD.device)[0] not in (9, 10):
+        return False
+    return rows_RD.dtype == torch.bfloat16  # tensors on `meta` take the way of a new GPU
 
 
 def batched_mlps(
@@ -180,7 +176,7 @@ def grouped_mlps(
 ) -> Tensor:
     """All experts in one kernel per product, where the device has it. float32 and bfloat16."""
     ends_e = counts_e.cumsum(0).to(torch.int32)
-    if rows_RD.is_cuda and capability(rows_RD.device) == 10:
+    if rows_RD.is_cuda and torch.cuda.get_device_capability(rows_RD.device)[0] == 10:  # Blackwell
         w_in_eDF, w_out_eFD = zero_if_idle(w_in_eDF, counts_e), zero_if_idle(w_out_eFD, counts_e)
     hidden_RF = act.forward(F.grouped_mm(rows_RD, w_in_eDF, offs=ends_e))
     return F.grouped_mm(hidden_RF, w_out_eFD, offs=ends_e)

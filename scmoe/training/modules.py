@@ -110,9 +110,8 @@ class MoEModule(LightningModule):
             earlier_LE2 = self.step_sums_LE2
             self.step_sums_LE2 = load_sums_LE2 if earlier_LE2 is None else load_sums_LE2 + earlier_LE2
             shown |= {"train/load_balance_loss": balance.detach(), "train/router_z_loss": z.detach()}
-        # on the host and not in Lightning's progress bar: both would wait for the device in every batch
         lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        self.log("train/lr", torch.tensor(lr, dtype=torch.float64, device="cpu"))
+        self.log("train/lr", torch.tensor(lr, dtype=torch.float64, device="cpu"))  # a float is copied to the device
         means = self.parallel_context.sum_over_ranks(torch.stack([*shown.values()])) / world_size
         for name, mean in zip(shown, means, strict=True):
             self.log_of_step(name, mean)

@@ -222,7 +222,6 @@ def wrap(
     if paced:
         ddp.setdefault("bucket_cap_mb", BUCKET_MB)
     ddp.setdefault("gradient_as_bucket_view", True)
-    # built on the stream of the forward pass, else backward would synchronise two streams for each weight
     wrapped = Wrapped(DistributedDataParallel(model, **ddp), context.world_size)
     pacer = wrapped.at_close.enter_context(pacing(wrapped.module, context)) if paced else None
     wrapped.reducer = ExpertGradientReducer([*shards.values()], context, pacer)

@@ -6,7 +6,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +65,7 @@ class LogLines(Callback):
 
 
 def say(trainer: Trainer, wanted: Callable[[str], bool]) -> None:
-    shown = shown_metrics(trainer).items()
-    values = "  ".join(f"{name} {float(value):,.4g}" for name, value in shown if wanted(name))
+    values = "  ".join(f"{name} {float(value):,.4g}" for name, value in shown_metrics(trainer).items() if wanted(name))
     print(f"step {trainer.global_step}/{trainer.max_steps}  {values}", file=sys.stderr, flush=True)
 
 
@@ -153,7 +151,7 @@ class StepTimes(Callback):
         self.data_s, self.batches = 0.0, 0
         for stage, spans in self.spans.items():
             ended = [passed(end) for _, end in spans]  # asked once: an event may pass at any moment
-            seconds = [seconds_between(*span) for span in compress(spans, ended)]
+            seconds = [seconds_between(*span) for span, has in zip(spans, ended, strict=True) if has]
             self.spans[stage] = [span for span, has in zip(spans, ended, strict=True) if not has]
             if seconds:
                 found[stage] = per_step * sum(seconds) / len(seconds)
@@ -226,8 +224,7 @@ class Throughput(Callback):
         self.started, self.warm = now, True
         if logs_now(trainer, batch_idx):
             rate = self.count * self.window_batches / self.window_seconds
-            # on the host, where Lightning reads it after every batch
-            module.log(f"time/{self.name}", torch.tensor(rate, device="cpu"), prog_bar=True)
+            module.log(f"time/{self.name}", torch.tensor(rate, device="cpu"), prog_bar=True)  # read after every batch
             module.log_dict({f"time/{key}": value for key, value in self.utilisation(rate).items() if value})
             self.window_batches, self.window_seconds = 0, 0.0
 
