@@ -123,12 +123,26 @@ class Attention(PartedAttention):
         seen: dict[str, Any] = {"is_causal": True}
         if cache is not None:
             k_BHSd, v_BHSd, seen = cache.extend(self, k_BHSd, v_BHSd)
-        grouped = self.kv_heads < self.heads
-        y_BHSd = F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSd, **seen, enable_gqa=grouped)
-        return y_BHSd.transpose(1, 2).flatten(2)
+        return attend(q_BHSd, k_BHSd, v_BHSd, seen).transpose(1, 2).flatten(2)
 
     def context(self, seq_len: int) -> int:
         return seq_len
+
+
+def attend(q_BHSd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, seen: dict[str, Any]) -> Tensor:
+    """Returns softmax(Q K^T / sqrt(d)) V [B, H, S, d]; H / G heads of Q read one of K and V. seen: as in KVCache."""
+    grouped = k_BGLd.shape[1] < q_BHSd.shape[1]
+    if grouped and "attn_mask" in seen and q_BHSd.is_cuda:  # none of a GPU's fused kernels takes a mask and groups
+        return attend_by_group(q_BHSd, k_BGLd, v_BGLd, seen["attn_mask"])
+    return F.scaled_dot_product_attention(q_BHSd, k_BGLd, v_BGLd, **seen, enable_gqa=grouped)
+
+
+def attend_by_group(q_BHSd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, mask_B1SL: Tensor) -> Tensor:
+    """The same without groups and without copies of K and V: the heads of a group are further rows of one head."""
+    groups, S = k_BGLd.shape[1], q_BHSd.shape[2]
+    q_BGSd = q_BHSd.unflatten(1, (groups, -1)).flatten(2, 3)
+    mask_B1SL = mask_B1SL.repeat(1, 1, q_BGSd.shape[2] // S, 1)
+    return F.scaled_dot_product_attention(q_BGSd, k_BGLd, v_BGLd, mask_B1SL).unflatten(2, (-1, S)).flatten(1, 2)
 
 
 class MLP(nn.Module):

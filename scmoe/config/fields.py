@@ -73,8 +73,8 @@ class MoEConfig:
     rows: Literal["auto", "filled", "slots", "buffers"] = option(
         "auto",
         "which rows are sent; filled: filled slots only; slots: all slots of the capacity; buffers: dropless, a buffer "
-        "for each rank, dropless_ceiling times its fair share; auto: filled without a capacity or with "
-        "trainer.accelerator=cpu, else slots",
+        "for each rank, dropless_ceiling times its fair share, where the host waits for no GPU of compute capability "
+        "9 or 10 in bf16; auto: filled without a capacity or with trainer.accelerator=cpu, else slots",
     )
     overflow: Literal["drop", "refuse"] = option(
         "drop", "rows=buffers: drop copies beyond a buffer and count them, or raise an error after the step"

@@ -9,8 +9,8 @@
 
 `total` is the larger of two moments, the loss and the backward of the busiest block. It is an upper bound: gradients
 count in full, though backward allocates most of them while it frees activations (docs/decisions/0037-dry-run.md has
-bound / peak). It holds for an even load of dropless experts. Not counted: the allocator's gaps, and SwinV2's position
-bias, which is kept once a batch.
+bound / peak). It holds for an even load of dropless experts. Not counted: the allocator's gaps, SwinV2's position bias,
+which is kept once a batch, and what chunks add that schedule=auto chooses.
 
 What autograd keeps, in numbers a row. D is the width, F the width inside an MLP, R the rows at the experts (empty slots
 included); w and a are 1 for GELU and 2 for SwiGLU:
@@ -40,6 +40,7 @@ from typing import Any
 from torch import nn
 
 from scmoe.blocks.latent import LatentAttention
+from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.blocks.sublayers import MLP, Attention, Residual, SelfAttention, outermost
 from scmoe.config.fields import Config
 from scmoe.config.rules import resolve_ep_size
@@ -218,8 +219,10 @@ def gathered(split: Split) -> tuple[int, int]:
         if job.precision == "bf16-mixed":
             apart = split.exact | split.experts
             narrow = 2 * sum(split.held(p) for p in parameters if p not in apart)
-            for moe, copies in moe_uses(split.model):  # every gate of a block has its own
-                narrow += 2 * (copies // moe.router.top_k) * sum(map(split.held, moe.experts.parameters()))
+            chunks = {block.moe: block.schedule.chunks for block in moe_blocks_of(split.model) if not job.recompute}
+            for moe, copies in moe_uses(split.model):  # every gate and every chunk of a block has its own
+                uses = copies // moe.router.top_k * chunks.get(moe, 1)
+                narrow += 2 * uses * sum(map(split.held, moe.experts.parameters()))
         held = {p: split.held(p) * split.bytes_of(p) for p in parameters}
         averaged = sum(held[p] for p in split.experts) if job.dp_size > 1 else 0
         return narrow, narrow + max(held.values()) + averaged

@@ -9,7 +9,6 @@ the measurements. The activation functions are those of MLPs too: GELU, GPT-2's 
 Each has its derivative, because the experts' backward is written by hand.
 """
 
-import functools
 import hashlib
 from collections.abc import Callable
 from functools import partial
@@ -147,12 +146,20 @@ def named_generator(name: str) -> torch.Generator:
 
 def choose_mlps(rows_RD: Tensor, counts_e: Tensor | None) -> MLPs:
     """Return the way to compute the experts. CPU: one expert after another. GPU: batched if all have the same number of
-    rows (no host synchronisation), otherwise grouped; in float64, which grouped products lack, one after another."""
+    rows, otherwise grouped (neither waits for the device); where a GPU has no grouped kernel, one after another."""
     if rows_RD.device.type == "cpu":
         return mlps_in_turn
-    if counts_e is None:
+    if counts_e is None or not rows_RD.shape[0]:
         return batched_mlps
-    return mlps_in_turn if rows_RD.dtype == torch.float64 else grouped_mlps
+    return grouped_mlps if has_grouped_kernel(rows_RD) else mlps_in_turn
+
+
+def has_grouped_kernel(rows_RD: Tensor) -> bool:
+    """Return whether torch (2.13) multiplies these groups in one kernel: bfloat16 on cards of capability 9.x and 10.x.
+    Elsewhere it multiplies one after another too, and reads the counts on the host in each of its six products."""
+    if rows_RD.is_cuda and torch.cuda.get_device_capability(rows_RD.device)[0] not in (9, 10):
+        return False
+    return rows_RD.dtype == torch.bfloat16  # tensors on `meta` take the way of a new GPU
 
 
 def batched_mlps(
@@ -167,17 +174,12 @@ def batched_mlps(
 def grouped_mlps(
     rows_RD: Tensor, w_in_eDF: Tensor, w_out_eFD: Tensor, counts_e: Tensor, act: Activation = ACTIVATIONS["gelu"]
 ) -> Tensor:
-    """All experts in one kernel per product. float32 and bfloat16; only some devices run it without the host."""
+    """All experts in one kernel per product, where the device has it. float32 and bfloat16."""
     ends_e = counts_e.cumsum(0).to(torch.int32)
-    if on_blackwell():
+    if rows_RD.is_cuda and torch.cuda.get_device_capability(rows_RD.device)[0] == 10:  # Blackwell
         w_in_eDF, w_out_eFD = zero_if_idle(w_in_eDF, counts_e), zero_if_idle(w_out_eFD, counts_e)
     hidden_RF = act.forward(F.grouped_mm(rows_RD, w_in_eDF, offs=ends_e))
     return F.grouped_mm(hidden_RF, w_out_eFD, offs=ends_e)
-
-
-@functools.cache
-def on_blackwell() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 10
 
 
 def zero_if_idle(w_eDF: Tensor, counts_e: Tensor) -> Tensor:

@@ -177,14 +177,14 @@ def build_context(
         )
     grid = torch.arange(world_size).view(-1, ep_size)
 
-    def urgent_by_rows(ranks: Tensor, name: str) -> Any:  # a transfer's kernels are short, and other ranks wait for it
+    def urgent_by_rows(ranks: Tensor, name: str) -> Any:  # its kernels are short, and other ranks or the host wait
         if device.type != "cuda":
             return group_by_rows(ranks, name, timeout)
         from scmoe.parallel.torch_seam import urgent
 
         return group_by_rows(ranks, name, timeout, pg_options=urgent(timeout))
 
-    ep_group, counts_group = urgent_by_rows(grid, "ep"), group_by_rows(grid, "counts", timeout)
+    ep_group, counts_group = urgent_by_rows(grid, "ep"), urgent_by_rows(grid, "counts")
     edp_group = group_by_rows(grid.T, "edp", timeout)
     gradient_group = dist.new_group(timeout=timeout, group_desc="gradients") if device.type == "cpu" else None
     levels: tuple[Any, ...] = ()

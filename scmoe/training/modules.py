@@ -110,17 +110,18 @@ class MoEModule(LightningModule):
             earlier_LE2 = self.step_sums_LE2
             self.step_sums_LE2 = load_sums_LE2 if earlier_LE2 is None else load_sums_LE2 + earlier_LE2
             shown |= {"train/load_balance_loss": balance.detach(), "train/router_z_loss": z.detach()}
-        self.log("train/lr", self.optimizers().param_groups[0]["lr"])  # type: ignore[union-attr]
+        lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        self.log("train/lr", torch.tensor(lr, dtype=torch.float64, device="cpu"))  # a float is copied to the device
         means = self.parallel_context.sum_over_ranks(torch.stack([*shown.values()])) / world_size
         for name, mean in zip(shown, means, strict=True):
-            self.log_of_step(name, mean, prog_bar=name == "train/loss")
+            self.log_of_step(name, mean)
         return {"loss": loss, "step_sums_LE2": self.step_sums_LE2}
 
-    def log_of_step(self, name: str, value: Tensor, **how: Any) -> None:
+    def log_of_step(self, name: str, value: Tensor) -> None:
         """Log the mean over the batches that a step accumulates. Lightning keeps the value of the last one."""
         recent = self.recent.setdefault(name, deque(maxlen=self.accumulated))
         recent.append(value)
-        self.log(name, value if len(recent) == 1 else torch.stack([*recent]).mean(), **how)
+        self.log(name, value if len(recent) == 1 else torch.stack([*recent]).mean())
 
     def global_sums(self, stats: list[RouterStats], num_targets: Tensor) -> tuple[Tensor | None, Tensor]:
         """Sum the routers' integers and the number of targets over all ranks, in one all-reduce for all layers."""

@@ -114,7 +114,8 @@ def in_precisions(rank: int, world_size: int, names: tuple[str, ...]) -> dict[st
 
         def noted(kind: str, module: Watched = module, originals: dict[str, Any] = originals) -> Any:
             def collective(*args: Any, **kwargs: Any) -> Any:
-                module.collectives.append(time.perf_counter())
+                if getattr(kwargs.get("group"), "group_desc", None) != "counts":  # FSDP's own
+                    module.collectives.append(time.perf_counter())
                 return originals[kind](*args, **kwargs)
 
             return collective

@@ -4,6 +4,7 @@ gradients are those of one process, in float64 up to the order of sums.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import scmoe
 from scmoe.experiments.engine.ranks import run_ranks
@@ -42,6 +44,19 @@ class Model(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         y_BSD, stats = self.block(x_BSD)
         return y_BSD.square().mean() + 0.1 * scmoe.load_balance_loss([stats], self.group)
+
+
+def test_on_a_gpu_ddp_is_built_on_the_stream_of_the_forward_pass(monkeypatch):
+    """On another stream each gradient would wait for that one."""
+    found = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: found.append("another stream"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr("scmoe.parallel.update.wrap.DistributedDataParallel", lambda *_, **__: found.append("ddp"))
+    model = nn.Module()
+    with FakeTensorMode():
+        model.weight = nn.Parameter(torch.empty(8, device="cuda"))
+    wrap(model, ParallelContext())
+    assert found == ["ddp"]
 
 
 class Module(LightningModule):

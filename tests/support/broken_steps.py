@@ -51,6 +51,14 @@ def times_float64(y_TE: torch.Tensor) -> torch.Tensor:
     return y_TE @ torch.eye(y_TE.shape[-1], dtype=torch.float64, device=y_TE.device)
 
 
+def log_a_number(self: MoEModule, name: str, value: torch.Tensor) -> None:
+    self.log(name, 0.5)
+
+
+def log_for_the_bar(self: MoEModule, name: str, value: torch.Tensor) -> None:
+    self.log(name, value, prog_bar=True)
+
+
 def new_tensor(*shape: int) -> torch.Tensor:
     """Returns a tensor whose device was forgotten."""
     return torch.zeros(shape)
@@ -61,6 +69,8 @@ FAULTS: dict[str, tuple[Fault, str]] = {  # the fault, and what the error must s
     "ids.tolist()": (after(Router, "choose", lambda ids: ids.new_tensor(ids.tolist())), READ),
     "if loads.any()": (after(MoEModule, "global_sums", lambda sums: sums if sums[0].any() else None), READ),
     "if norm > max_norm": (in_place_of(torch.nn.utils, "clip_grads_with_norm_", clip_after_a_look), READ),
+    "log(0.5)": (in_place_of(MoEModule, "log_of_step", log_a_number), "a number of the host is logged"),
+    "log(loss, prog_bar=True)": (in_place_of(MoEModule, "log_of_step", log_for_the_bar), "the progress bar reads"),
     "y[y > 0]": (after(MLP, "forward", lambda y: y + y[y > 0].sum()), "DynamicOutputShapeException"),
     "x.cpu().to(device)": (in_place_of(ParallelContext, "sum_over_ranks", sum_on_the_host), "uses cpu and cuda"),
     "a row without a device": (after(MLP, "forward", lambda y: y + new_tensor(y.shape[-1])), "two devices"),

@@ -56,4 +56,5 @@ def _load(shim: str) -> None:
     torch.set_num_threads(1)
     torch.cuda._lazy_init = lambda: None
     torch.cuda.is_bf16_supported = lambda *_, **__: True
+    torch.cuda.get_device_capability = lambda *_: (9, 0)
     amp.amp_definitely_not_available = lambda: False

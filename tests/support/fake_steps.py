@@ -195,6 +195,14 @@ def recorded(name: str, order: list[tuple[str, str, int]]) -> Iterator[None]:
         yield
 
 
+def log(name: str, value: Any, prog_bar: bool = False) -> None:
+    """Raises DeviceFault where Lightning would copy a number to the device, or read what the progress bar shows."""
+    if not isinstance(value, Tensor):
+        raise DeviceFault(f"a number of the host is logged: {name}")
+    if prog_bar and value.is_cuda:
+        raise DeviceFault(f"the progress bar reads a number of the device: {name}")
+
+
 def attempt(words: str, ranks: int = 1, broken: str | None = None, rank: int = 1) -> Outcome:
     """Does what `train` does. Raises StepError where it raises."""
     try:
@@ -221,7 +229,7 @@ def train(words: str, ranks: int = 1, broken: str | None = None, rank: int = 1) 
     with context_of(ranks, rank) as context, fault, rows, sums, patch.object(torch, "compile", compile):
         module, strategy = build_module(config), OnFakeCuda(context)
         module.parallel_context = context
-        module.log = lambda name, value, **_: None  # type: ignore[method-assign]  # Lightning's copies need numbers
+        module.log = log  # type: ignore[method-assign]  # Lightning's copies need numbers
         mixed = config.trainer.precision == "bf16-mixed"
         plugin = MixedPrecision("bf16-mixed", "cuda") if mixed else Precision()
         trainer = Trainer(

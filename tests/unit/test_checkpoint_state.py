@@ -5,6 +5,8 @@ random numbers continue from their saved states, whose shapes never change.
 import enum
 import json
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,9 +16,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from safetensors.torch import load, load_file, save
 from torch import nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.futures import Future
 
 from scmoe.files.writing import write_in_turn
 from scmoe.parallel.checkpoint.loading import check_same_groups
+from scmoe.parallel.checkpoint.saving import _ShardWriter
 from scmoe.parallel.checkpoint.state import check_can_be_saved, from_json, rng_states, set_rng_states, split, to_text
 from scmoe.parallel.mesh import ParallelContext
 
@@ -130,3 +135,24 @@ def test_restored_generators_draw_the_same_numbers(normals):
         assert (state.shape, state.dtype) == (later[name].shape, later[name].dtype)
     set_rng_states(states)
     assert [draw() for _ in range(3)] == expected
+
+
+def test_a_checkpoint_is_written_on_the_device_of_its_rank(tmp_path, monkeypatch):
+    """It is written in a new thread, which begins on device 0."""
+    of_thread, seen = threading.local(), []
+
+    def write_data(*_):
+        seen.append(torch.cuda.current_device())
+        written = Future()
+        written.set_result([])
+        return written
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", write_data)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(of_thread, "device", 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(of_thread, "device", device))
+    torch.cuda.set_device(3)
+    writer = _ShardWriter(tmp_path)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(writer.write_data, None, None).result()
+    assert seen == [3]

@@ -1,7 +1,8 @@
 """On a GPU, transfers in parallel with computation change no bit, and with fixed capacity the host never waits.
 
 Experts equal those on a CPU, NCCL's All-to-All of one rank changes no bit, and the planner measures with events.
-test_no_host_sync.py and test_experts.py also test the parts that require no GPU.
+test_no_host_sync.py and test_experts.py also test the parts that require no GPU. What trains a bench here runs on a CPU
+too, so that a mistake in it is found without a GPU.
 """
 
 import pytest
@@ -24,23 +25,31 @@ from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import assert_close, gradients, randomise
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
-SMALL = dict(dim=64, ffn_dim=128, tokens=128, seq_len=32, compute="real", device="cuda", shaped=False, bus=True)
+ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"))
+SMALL = dict(dim=64, ffn_dim=128, tokens=128, seq_len=32, compute="real", shaped=False, bus=True)
+on_any_device = pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=ON_GPU)))
 
 
-def small_bench() -> Bench:
+def gpu(test):
+    """A test that needs a GPU."""
+    for mark in ON_GPU:
+        test = mark(test)
+    return test
+
+
+def small_bench(device: str) -> Bench:
     dist.init_process_group("gloo")
-    return Bench(Setting(0.5, rows=("scmoe_pos2",), **SMALL))
+    return Bench(Setting(0.5, rows=("scmoe_pos2",), device=device, **SMALL))
 
 
-def results(rank: int, world_size: int) -> dict[str, list[torch.Tensor]]:
+def results(rank: int, world_size: int, device: str) -> dict[str, list[torch.Tensor]]:
     """Returns output and gradients of a ScMoE pair under several schedules."""
-    bench = small_bench()
+    bench = small_bench(device)
     found = {}
     for way, slot in [("sequential", 1), *(("overlapped", slot) for slot in range(4))]:
         step = bench.set(Variant("pos2", Schedule("scmoe", "pos2", slot), way))
         y = step.model(bench.x)
-        step.backward(y)
+        step.backward(y, torch.ones_like(y))
         gradients = [p.grad.cpu() for p in bench.stacks["pos2"][0].parameters() if p.grad is not None]
         found[f"{way} {slot}"] = [y.detach().cpu(), bench.x.grad.cpu(), *gradients]
         step.model.zero_grad()
@@ -48,41 +57,44 @@ def results(rank: int, world_size: int) -> dict[str, list[torch.Tensor]]:
     return found
 
 
-def test_every_slot_is_bit_identical_to_sequential():
-    found = run_ranks(results, 1)[0]
+@on_any_device
+def test_every_slot_is_bit_identical_to_sequential(device):
+    found = run_ranks(results, 1, device)[0]
     expected = found.pop("sequential 1")
     for name, tensors in found.items():
         assert all(torch.equal(t, e) for t, e in zip(tensors, expected, strict=True)), name
 
 
-def recorded(rank: int, world_size: int) -> list[str]:
-    bench = small_bench()
+def recorded(rank: int, world_size: int, device: str) -> list[str]:
+    bench = small_bench(device)
     recorder = Recorder(bench.device)
     step = bench.set(Variant("pos2", Schedule("scmoe", "pos2", 1), "sequential"), recorder)
     assert isinstance(bench.stacks["pos2"][0].moe.dispatcher, Blocking)
-    step.backward(step.model(bench.x))
+    step.train(bench.x)
     spans = recorder.spans("forward")
     assert all(span.end >= span.start for span in spans)
     return [span.operator for span in spans]
 
 
-def test_operators_are_timed_by_events():
-    assert run_ranks(recorded, 1)[0] == ["attention", *Schedule("scmoe", "pos2", 1).operators()]
+@on_any_device
+def test_operators_are_timed_by_events(device):
+    assert run_ranks(recorded, 1, device)[0] == ["attention", *Schedule("scmoe", "pos2", 1).operators()]
 
 
 def steps_without_host_waits(rank: int, world_size: int, schedule: Schedule, way: str, autocast: bool) -> None:
     """Raises RuntimeError if the host waits for the device, except in the first step, which allocates and compiles."""
-    bench = small_bench()
+    bench = small_bench("cuda")
     step = bench.set(Variant("pos2", schedule, way))
     for mode in ("default", "error"):
         torch.cuda.set_sync_debug_mode(mode)
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             y = step.model(bench.x)
-        step.backward(y)
+        step.backward(y, torch.ones_like(y))
         step.model.zero_grad()
     torch.cuda.set_sync_debug_mode("default")
 
 
+@gpu
 @pytest.mark.parametrize("autocast", (False, True), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("way", ("overlapped", "sequential"))
 @pytest.mark.parametrize("schedule", (Schedule("scmoe", "pos2", 1), Schedule("scmoe", "pos2", 2, 4)), ids=str)
@@ -90,6 +102,7 @@ def test_with_fixed_capacity_the_host_never_waits_for_the_device(schedule, way, 
     run_ranks(steps_without_host_waits, 1, schedule, way, autocast)
 
 
+@gpu
 @pytest.mark.parametrize("activation", ("gelu", "swiglu"))
 @pytest.mark.parametrize("counts", (None, [5, 0, 7, 4]), ids=("equal", "counted"))
 @pytest.mark.parametrize(
@@ -111,7 +124,7 @@ def test_experts_equal_those_on_a_cpu(dtype, tolerance, counts, activation):
 
 
 def planned(rank: int, world_size: int) -> None:
-    bench = small_bench()
+    bench = small_bench("cuda")
     (choice,) = bench.choose("pos2", (1, 2))
     assert list(choice.times) == [1, 2]
     for times in choice.times.values():
@@ -120,6 +133,7 @@ def planned(rank: int, world_size: int) -> None:
     assert choice.schedule in [s for c in (1, 2) for s in slots(Schedule("scmoe", "pos2", chunks=c))]
 
 
+@gpu
 def test_the_planner_measures_with_events():
     run_ranks(planned, 1)
 
@@ -142,12 +156,14 @@ def over_nccl(rank: int, world_size: int, factor: float | None, chunks: int) -> 
     dist.destroy_process_group()
 
 
+@gpu
 @pytest.mark.parametrize("chunks", (1, 3))
 @pytest.mark.parametrize("factor", (1.5, None), ids=("fixed capacity", "dropless"))
 def test_nccl_with_one_rank_changes_no_bit(factor, chunks):
     run_ranks(over_nccl, 1, factor, chunks)
 
 
+@gpu
 def test_buffers_in_flight_are_not_allocated_again():
     """An allocation during a transfer never gets the memory of sent or received rows, forward or backward."""
     device = torch.device("cuda")

@@ -19,6 +19,7 @@ TINY, RANKS, SAMPLES = "configs/model/gpt3_moe_xl_tiny.yaml", 16, 8
 CASES = {
     "replicated": "moe.noisy=true strategy.ep_size=4 schedule.chunks=2",
     "replicated, recompute": "trainer.recompute=true trainer.precision=bf16-mixed",
+    "chunks": "schedule.chunks=8 trainer.precision=bf16-mixed",
     "dgmoe-share": "moe.architecture=dgmoe_share model.layers=4",
     "buffers": "moe.capacity_factor=null moe.rows=buffers moe.dropless_ceiling=1.5 trainer.precision=bf16-mixed",
     "sharded": "strategy.dense=sharded",

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scmoe.moe.experts import ACTIVATIONS, Experts, batched_mlps, choose_mlps, grouped_mlps, mlps_in_turn, zero_if_idle
 from tests import reference
@@ -92,8 +93,21 @@ def test_the_chosen_way_avoids_waits_of_the_host():
     counts = torch.tensor([2, 2, 2, 2])
     assert chosen("meta", torch.float32, None) is chosen("meta", torch.float64, None) is batched_mlps
     assert chosen("meta", torch.bfloat16, counts) is grouped_mlps
-    assert chosen("meta", torch.float64, counts) is mlps_in_turn
+    assert chosen("meta", torch.float64, counts) is chosen("meta", torch.float32, counts) is mlps_in_turn
     assert chosen("cpu", torch.float32, None) is chosen("cpu", torch.bfloat16, counts) is mlps_in_turn
+
+
+@pytest.mark.parametrize(("card", "grouped"), [((8, 0), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)])
+def test_experts_are_grouped_on_cards_that_have_a_kernel_for_it(card, grouped, monkeypatch):
+    """On other cards, and without a row, torch's grouped products wait or are not defined."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: card)
+    counts = torch.tensor([2, 2, 2, 2])
+    with FakeTensorMode():
+        chosen = [
+            choose_mlps(torch.empty(number, DIM, dtype=dtype, device="cuda"), counts)
+            for number, dtype in ((8, torch.bfloat16), (8, torch.float32), (0, torch.bfloat16))
+        ]
+    assert chosen == [grouped_mlps if grouped else mlps_in_turn, mlps_in_turn, batched_mlps]
 
 
 def test_computes_in_the_dtype_of_the_rows():

@@ -1,12 +1,15 @@
 """Generation with a cache equals generation without one, token for token, and each text equals itself alone."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.sublayers import attend, attend_by_group
 from scmoe.inference import prompts as prompts_file
 from scmoe.inference.generate import Passes, decode, generate, prefill, read_prompts, stream
 from scmoe.inference.sampling import GREEDY, Sampling, Stopping, choose
@@ -105,6 +108,27 @@ def test_padding_leaves_no_trace_in_the_cache():
         assert_close(logits_BV[0], last_logits(model, [1, 2, 3, 7]))
         with pytest.raises(ValueError, match="a text has 7 tokens, allowed: up to 6, the cache's capacity"):
             decode(model, torch.tensor([7, 8]), [True, True], cache)
+
+
+@pytest.mark.parametrize("new", (1, 3))
+def test_on_a_gpu_a_mask_and_groups_of_heads_do_not_meet(new, monkeypatch):
+    """Its fused kernels take one of the two. The result is the same up to the order of sums."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q, k, v = draw(2, 6, new, 8), draw(2, 2, 7, 8), draw(2, 2, 7, 8)
+    mask = torch.arange(7) <= torch.tensor([[5], [3]])[:, None, None]
+    mask = mask.expand(2, 1, new, 7)
+    assert_close(attend_by_group(q, k, v, mask), attend(q, k, v, {"attn_mask": mask}), 1e-12)
+    used, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attention(*tensors, enable_gqa=False, **seen):
+        used.append(enable_gqa)
+        return real(*tensors, **seen, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
+    with FakeTensorMode():
+        *qkv, on_gpu = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in (q, k, v, mask)]
+        y = attend(*qkv, {"attn_mask": on_gpu})
+    assert used == [False] and y.shape == q.shape
 
 
 def test_the_cache_holds_the_heads_of_keys_only():

@@ -55,12 +55,12 @@ def test_every_group_has_the_timeout_and_only_transfers_are_urgent(device):
     made, _ = groups_of(1, 8, 4, device, "hierarchical", 2)
     assert all(given["timeout"] == TIMEOUT for given in made)
     urgent = {given["group_desc"]: given.get("pg_options") for given in made}
-    of_transfers = [urgent.pop(name) for name in ("ep", "within", "between")]
+    of_transfers = [urgent.pop(name) for name in ("ep", "counts", "within", "between")]
     # torch warns of options with another timeout than the group's
     options = SimpleNamespace(is_high_priority_stream=True, _timeout=TIMEOUT)
-    assert of_transfers == [options if device == "cuda" else None] * 3
+    assert of_transfers == [options if device == "cuda" else None] * 4
     gradients = ["gradients"] * (device == "cpu")
-    assert urgent == dict.fromkeys(("counts", "edp", *gradients, "checkpoint", "control"))
+    assert urgent == dict.fromkeys(("edp", *gradients, "checkpoint", "control"))
 
 
 def test_all_ranks_make_and_start_their_groups_in_one_order():

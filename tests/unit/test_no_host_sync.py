@@ -80,7 +80,8 @@ def dropless(chunks: int, buffer: float | None) -> None:
     with patch.object(dist, "get_world_size", return_value=2):
         dispatcher = AllToAllDispatcher(None, EXPERTS, exchange=counted, buffered=buffer is not None)
     schedule = Schedule("scmoe", "pos2", chunks=chunks)
-    with patch.object(dist, "all_gather", return_value=Ready(None)), patch.object(dist, "get_rank", return_value=0):
+    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    with patch.object(dist, gather, return_value=Ready(None)), patch.object(dist, "get_rank", return_value=0):
         run(dispatcher, range(EXPERTS // 2), schedule, None, False, torch.bfloat16, buffer)
 
 

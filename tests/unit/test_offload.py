@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from scmoe.inference.offload import migration
-from scmoe.inference.offload.cache import Cache, FileReader
-from scmoe.inference.offload.migration import WAYS, offload_experts
+from scmoe.inference.offload.cache import Cache, FileReader, PinnedCopies
+from scmoe.inference.offload.migration import WAYS, Fetching, offload_experts
 from scmoe.inference.offload.store import Store, expert_layers, write_store
+from scmoe.moe.dispatcher import ChunkCounts
 from scmoe.runs import trained
 from tests.support.architectures import EVERY_BLOCK, TABLES, with_marks
 from tests.support.exports import export
@@ -200,6 +201,40 @@ def test_a_model_is_built_without_its_experts_in_memory(tmp_path, monkeypatch):
         assert not names and not [name for name, p in model.named_parameters() if p.is_meta]
         assert model.head.weight is model.tokens.weight
         assert equal(logits(model), logits(whole))
+
+
+def test_the_host_reads_the_counts_of_a_layer_once(store):
+    """Each read waits for the device; the experts get what dispatch has read."""
+    reads = []
+
+    class OnDevice(torch.Tensor):
+        def cpu(self):
+            reads.append("dispatch")
+            return self.as_subclass(torch.Tensor)
+
+        def tolist(self):
+            reads.append("again")
+            return self.cpu().tolist()
+
+    (layer, _), *_ = store.places
+    fetching = Fetching(Cache(store, Late(store), 2, 2, torch.device("cpu")), layer)
+    counts = ChunkCounts(3, torch.tensor([[2, 0, 1]]).as_subclass(OnDevice))
+    _, receipt = fetching.dispatch(torch.zeros(3, 8), counts)
+    assert receipt.num_tokens_per_expert_e.tolist() == [2, 0, 1] and reads == ["dispatch"]
+
+
+def test_pinned_experts_are_on_the_host_whatever_the_default_device(store, monkeypatch):
+    real, devices = torch.empty, set()
+
+    def empty(num_bytes, dtype, pin_memory, device=None):
+        devices.add(device)
+        return real(num_bytes, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", empty)  # without a GPU nothing can be pinned
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    pinned = PinnedCopies(store, torch.device("cpu")).pinned
+    assert devices == {"cpu"}
+    assert all(equal(store.weights(key, held), store.expected[key]) for key, held in pinned.items())
 
 
 @pytest.mark.gpu

@@ -250,3 +250,31 @@ def test_a_narrow_terminal_shows_each_metric_beside_its_value(monkeypatch):
     lines = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", written.getvalue()).splitlines()
     for shown in ("train/loss: 5.198", "time/tokens_per_s: 6541.845"):
         assert any(line.rstrip().endswith(shown) for line in lines), shown
+
+
+class OfALongTraining(StepProgressBar):
+    """Notes what it shows after each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[str, float]] = []
+
+    def get_metrics(self, *arguments):
+        self.seen.append(super().get_metrics(*arguments))
+        return self.seen[-1]
+
+
+def test_the_progress_bar_reads_the_loss_of_logged_steps_alone():
+    """Reading it waits for the device. The first step's is shown, so that the bar is never empty."""
+
+    class Model(BoringModel):
+        def training_step(self, batch, index):
+            self.log("train/loss", torch.tensor(float(index)))
+            return super().training_step(batch, index)
+
+    bar = OfALongTraining()
+    off = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    Trainer(max_steps=7, limit_val_batches=0, log_every_n_steps=3, callbacks=[bar], accelerator="cpu", **off).fit(
+        Model()
+    )
+    assert [shown["train/loss"] for shown in bar.seen[:7]] == [0, 0, 2, 2, 2, 5, 5]

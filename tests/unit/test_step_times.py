@@ -95,6 +95,21 @@ def test_on_a_device_nothing_waits_and_the_last_update_counts_later(monkeypatch)
     assert len(times.spans["update"]) == 1, "spans are dropped once they are counted"
 
 
+def test_an_event_that_passes_while_a_step_is_logged_counts_at_the_next_log(monkeypatch):
+    """Each event has passed when it is asked for the second time."""
+
+    def event(enable_timing: bool) -> Any:
+        answers = iter([False])
+        return SimpleNamespace(record=int, elapsed_time=lambda end: 1e3, query=lambda: next(answers, True))
+
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    times, logged = StepTimes(), Logged("cuda")
+    for i in range(2):
+        batch(times, logged, i)
+    assert ["time/forward_ms" in row for row in logged.rows] == [False, True]
+    assert [len(spans) for spans in times.spans.values()] == [1, 1, 1]
+
+
 def test_model_flops_have_no_empty_slots():
     words = "model.layers=2 moe.num_experts=4 moe.top_k=2 moe.architecture=top_k"
     slots, dropless = (
@@ -144,9 +159,9 @@ def test_a_peak_is_known_or_absent(device, precision, known):
 
 
 def test_without_a_terminal_a_validation_has_a_line_of_its_own(capsys):
-    shown = {"v_num": 0, "train/loss": 3.0, "val/loss": 2.0}
+    shown = {"progress_bar_metrics": {"val/loss": 2.0}, "logged_metrics": {"train/loss": 3.0, "train/lr": 1e-3}}
     numbers = {"global_step": 4, "max_steps": 8, "accumulate_grad_batches": 1, "log_every_n_steps": 1}
-    trainer: Any = SimpleNamespace(**numbers, is_global_zero=True, progress_bar_metrics=shown)
+    trainer: Any = SimpleNamespace(**numbers, is_global_zero=True, **shown)
     module: Any = None
     LogLines().on_train_batch_end(trainer, module, None, None, 3)
     LogLines().on_validation_end(trainer, module)

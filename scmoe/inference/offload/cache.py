@@ -57,7 +57,8 @@ class PinnedCopies:
     def __init__(self, store: Store, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
         self.pinned = {
-            key: torch.empty(store.num_bytes(key), dtype=torch.uint8, pin_memory=True) for key in store.places
+            key: torch.empty(store.num_bytes(key), dtype=torch.uint8, pin_memory=True, device="cpu")
+            for key in store.places
         }
         for key, target in self.pinned.items():
             store.read_into(key, target)

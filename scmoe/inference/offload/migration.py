@@ -38,7 +38,7 @@ class OffloadedExperts(nn.Module):
         self.cache, self.layer = cache, layer
 
     def forward(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
-        """rows_RD: grouped by expert. counts_e: rows of each. Returns [R, D] in the same order."""
+        """rows_RD: grouped by expert. counts_e: rows of each, on the host. Returns [R, D] in the same order."""
         if torch.is_grad_enabled() and rows_RD.requires_grad:
             raise RuntimeError("offloaded experts have no gradients: call the model inside torch.inference_mode()")
         y_RD, counts = torch.empty_like(rows_RD), counts_e.tolist()
@@ -69,10 +69,11 @@ class Fetching:
 
     def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
         assert counts is not None, "the numbers of rows are known where only filled slots are computed"
-        needed = self.cache.in_turn(self.layer, counts.counts_from_e[0].tolist())
+        counts_e = counts.counts_from_e[0].cpu()  # once: the experts get them on the host
+        needed = self.cache.in_turn(self.layer, counts_e.tolist())
         self.cache.count(needed)
         self.cache.prefetch(needed if self.guessed is None else needed + guess(*self.guessed, rows_RD))
-        return Fetched(self.cache, needed, rows_RD), Receipt(counts.counts_from_e[0])
+        return Fetched(self.cache, needed, rows_RD), Receipt(counts_e)
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
         return Ready(rows_RD)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
@@ -167,9 +168,12 @@ class _ShardWriter(HuggingFaceStorageWriter):
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), save_distributed=True)
         self.folder = folder
+        self.device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         self.fingerprints: dict[str, dict[str, Any]] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        if self.device is not None:  # a new thread begins on device 0, where its rank would allocate a CUDA context
+            torch.cuda.set_device(self.device)
         written = super().write_data(plan, planner)
         names = sorted({result.storage_data.relative_path for result in written.wait()})
         self.fingerprints = {name: durable.fingerprint(self.folder / name) for name in names}

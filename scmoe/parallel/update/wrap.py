@@ -224,9 +224,7 @@ def wrap(
     if paced:
         ddp.setdefault("bucket_cap_mb", BUCKET_MB)
     ddp.setdefault("gradient_as_bucket_view", True)
-    own_stream = torch.cuda.stream(torch.cuda.Stream()) if device.type == "cuda" else nullcontext()
-    with own_stream:  # as torch's notes on DDP and CUDA streams ask for
-        wrapped = Wrapped(DistributedDataParallel(model, **ddp), context.world_size)
+    wrapped = Wrapped(DistributedDataParallel(model, **ddp), context.world_size)
     pacer = wrapped.at_close.enter_context(pacing(wrapped.module, context)) if paced else None
     wrapped.reducer = ExpertGradientReducer([*shards.values()], context, pacer)
     wrapped.at_close.callback(wrapped.reducer.remove)

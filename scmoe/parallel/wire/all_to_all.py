@@ -255,8 +255,10 @@ class AllToAllDispatcher:
 
     def announce(self, counts_PE: Tensor) -> Announced:
         """Every rank receives the counts of all ranks, so that all of them notice if one would receive too many."""
-        gathered = counts_PE.new_empty(self.ep_size, *counts_PE.shape)
-        work = dist.all_gather(list(gathered), counts_PE.contiguous(), group=self.counts_group, async_op=True)
+        gathered = counts_PE.new_empty(self.ep_size * len(counts_PE), counts_PE.shape[1])
+        # into one tensor: NCCL would copy a list from one, with a kernel for each rank
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name in older torch
+        work = gather(gathered, counts_PE.contiguous(), group=self.counts_group, async_op=True)
         by_rank = gathered.view(self.ep_size, len(counts_PE), self.ep_size, -1)  # [sender, chunk, receiver, e]
         rank = dist.get_rank(self.group)
         if self.buffered:

@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from scmoe.config.fields import Config
 from scmoe.config.load import to_yaml
 from scmoe.files.writing import redacted, try_to_write
 from scmoe.footprint.model_cost import forward_flops, parts, peak_tflops, training_flops
+from scmoe.lightning.seam import shown_metrics
 from scmoe.parallel.dense import GIB
 from scmoe.parallel.mesh import expert_parameters
 from scmoe.parallel.update.guard import squares
@@ -57,16 +58,15 @@ class LogLines(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if logs_now(trainer, batch_idx) and trainer.is_global_zero:
-            say(trainer, [name for name in trainer.progress_bar_metrics if not name.startswith("val/")])
+            say(trainer, lambda name: not name.startswith("val/"))
 
     def on_validation_end(self, trainer: Trainer, module: Any) -> None:
         if trainer.is_global_zero:
-            say(trainer, [name for name in trainer.progress_bar_metrics if name.startswith("val/")])
+            say(trainer, lambda name: name.startswith("val/"))
 
 
-def say(trainer: Trainer, names: Sequence[str]) -> None:
-    shown = trainer.progress_bar_metrics
-    values = "  ".join(f"{name} {float(shown[name]):,.4g}" for name in names if name != "v_num")
+def say(trainer: Trainer, wanted: Callable[[str], bool]) -> None:
+    values = "  ".join(f"{name} {float(value):,.4g}" for name, value in shown_metrics(trainer).items() if wanted(name))
     print(f"step {trainer.global_step}/{trainer.max_steps}  {values}", file=sys.stderr, flush=True)
 
 
@@ -157,8 +157,9 @@ class StepTimes(Callback):
         found = {"data": per_step * self.data_s / self.batches} if self.batches else {}
         self.data_s, self.batches = 0.0, 0
         for stage, spans in self.spans.items():
-            seconds = [seconds_between(*span) for span in spans if passed(span[1])]
-            self.spans[stage] = [span for span in spans if not passed(span[1])]
+            ended = [passed(end) for _, end in spans]  # asked once: an event may pass at any moment
+            seconds = [seconds_between(*span) for span, has in zip(spans, ended, strict=True) if has]
+            self.spans[stage] = [span for span, has in zip(spans, ended, strict=True) if not has]
             if seconds:
                 found[stage] = per_step * sum(seconds) / len(seconds)
         module.log_dict({f"time/{stage}_ms": value for stage, value in found.items()})
@@ -230,7 +231,7 @@ class Throughput(Callback):
         self.started, self.warm = now, True
         if logs_now(trainer, batch_idx):
             rate = self.count * self.window_batches / self.window_seconds
-            module.log(f"time/{self.name}", rate, prog_bar=True)
+            module.log(f"time/{self.name}", torch.tensor(rate, device="cpu"), prog_bar=True)  # read after every batch
             module.log_dict({f"time/{key}": value for key, value in self.utilisation(rate).items() if value})
             self.window_batches, self.window_seconds = 0, 0.0
 
