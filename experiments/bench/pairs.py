@@ -131,8 +131,8 @@ def tokens_for(ratio: float, setting: Setting, ranks: int) -> int:
     the gradients of each block's attention, and of the MLP of a block without an MoE."""
     mlps = setting.layers - setting.moe_blocks
     gradients = 2 * (1 - 1 / ranks) * (4 * setting.layers * setting.dim**2 + 2 * mlps * setting.dim * setting.ffn_dim)
-    rows_of_a_token = 4 * TOP_K["top2"] * setting.moe_blocks * setting.dim * setting.accumulate
-    rows_of_a_token *= through_link(ranks, setting.nodes)
+    copies = 4 * TOP_K["top2"] * setting.moe_blocks * setting.accumulate
+    rows_of_a_token = copies * setting.dim * through_link(ranks, setting.nodes)
     return max(1, round(ratio * gradients / rows_of_a_token / setting.seq_len)) * setting.seq_len
 
 

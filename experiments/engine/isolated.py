@@ -114,7 +114,12 @@ def follow_caller(end: Callable[[], Any]) -> None:
     """Calls `end` in a thread of this process when the process that has started it ends."""
     caller = multiprocessing.parent_process()
     assert caller is not None
-    threading.Thread(target=lambda: (caller.join(), end()), daemon=True).start()
+
+    def follow() -> None:
+        caller.join()
+        end()
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def attempt(measure: Callable[[], Any]) -> Any:
