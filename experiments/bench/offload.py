@@ -11,7 +11,7 @@ One torch thread, so that the thread that reads has a core. A token is computed 
 """
 
 import copy
-import os
+import signal
 import sys
 import tempfile
 import time
@@ -262,7 +262,7 @@ def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
     report, rates = dict[str, Any](), None
     for architecture in sorted(setting.architectures, key=list(ARCHITECTURES).index):
         print(f"measuring {name_of(architecture)}", file=sys.stderr)
-        ends = (partial(os._exit, 1),)
+        ends = (partial(signal.raise_signal, signal.SIGKILL),)
         with ProcessPoolExecutor(1, get_context("spawn"), follow_caller, ends) as alone:
             report[architecture] = alone.submit(measure, setting, architecture, rates).result()
         rates = report[architecture]["rates"]

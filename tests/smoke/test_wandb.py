@@ -74,6 +74,9 @@ def scenario(folder: Path) -> None:
     with wandb_server() as server:
         training(server, "online", "logger.mode=auto")
         run_dir = (folder / "online" / "latest").resolve()
+        (best,) = run_dir.glob("checkpoints/best-step=*.ckpt")  # the resumed run replaces it
+        sizes = {str(file.relative_to(best)): file.stat().st_size for file in best.rglob("*") if file.is_file()}
+        (folder / "best.json").write_text(json.dumps([best.name, sizes]))
         (folder / "resumed").symlink_to("online")
         training(server, "resumed", "logger.mode=auto", "trainer.max_steps=6", run_dir=run_dir)
 
@@ -203,11 +206,7 @@ def test_the_data_and_the_tokenizer_arrive_as_names_and_hashes(reports):
 def test_the_best_checkpoint_arrives_as_a_model(reports):
     (artifact,), bits = of_type(reports["online"], "model"), column(reports["online"]["runs"][0], "val/bits_per_byte")
     assert artifact["committed"] and "best" in artifact["aliases"]
-    checkpoint = Path(
-        reports["online"]["summary"]["run_dir"], "checkpoints", f"best-step={artifact['metadata']['step']}.ckpt"
-    )
-    sizes = {str(file.relative_to(checkpoint)): file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()}
-    assert artifact["files"] == sizes
+    assert reports["best"] == [f"best-step={artifact['metadata']['step']}.ckpt", artifact["files"]]
     assert artifact["metadata"]["val/bits_per_byte"] == pytest.approx(min(bits))
 
 
