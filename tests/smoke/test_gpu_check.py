@@ -94,7 +94,10 @@ def test_a_part_that_fails_hangs_crashes_or_lacks_a_package_is_reported_and_the_
 def test_a_part_ends_with_the_check(number, tmp_path):
     pid_file = tmp_path / "pid"
     part = f"Part('Hangs', 'tests.support.check_parts:pieces', 300, (), ('hang', {str(pid_file)!r}))"
-    code = f"from scmoe.experiments.engine.isolated import *; run_parts({{'a': {part}}}, Place('cpu', True, Path()))"
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background has none
+    )
+    code += f"from scmoe.experiments.engine.isolated import *; run_parts({{'a': {part}}}, Place('cpu', True, Path()))"
     check = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     while not (pid_file.exists() and pid_file.read_text()):
         time.sleep(0.1)
