@@ -2,8 +2,8 @@
 
 Every architecture trains one configuration with the same data, seed and steps: with Lightning, logging, validation and
 checkpoints. They train in turn, round after round, on the links and on links without a rate; ratios are taken within a
-round. A step's time is the median of the second half of the run, when the schedule is chosen; validation and
-checkpoints are left out.
+round, before which the links' rate is searched. A step's time is the median of the second half of the run, when the
+schedule is chosen; validation and checkpoints are left out.
 
     compute             a step on links without a rate
     exposed rows        what the MoE windows of a step wait for transfers, forward and backward (planner.Overlap)
@@ -107,14 +107,15 @@ def bench_train(
     samples = first.data.global_batch_size // (ranks * first.trainer.accumulate)
     pair = pair_of(first, share, samples * first.data.seq_len)
     uneven = {} if routing is None else {row: made_by(routing, own, pair, ranks) for row, own in configs.items()}
-    mbit = run_ranks(searched, ranks, pair, timeout_s=1800, own_links=True)[0]
-    print(f"links at {mbit:.0f} Mbit/s", file=sys.stderr)
+    rates: list[float] = []  # of each round, as the machine's speed drifts
     curves: dict[str, list[tuple[float, float]]] = {}
 
     def one(row: str, way: str) -> list[float]:
+        if (row, way) == (rows[0], WAYS[0]):  # a round begins
+            rates.extend(run_ranks(searched, ranks, pair, *rates[-1:], timeout_s=1800, own_links=True)[:1])
         print(f"training {row}, {'links without a rate' if way == 'free' else way}", file=sys.stderr)
         own = [*words, *ARCHITECTURES[row]]
-        rate = None if way == "free" else mbit
+        rate = None if way == "free" else rates[-1]
         dealt = BALANCED if way == EVEN else routing
         found = run_ranks(trained, ranks, config, own, rate, dealt, timeout_s=3600, own_links=True)[0]
         if way == "links":
@@ -128,7 +129,7 @@ def bench_train(
         "config": config,
         "overrides": list(overrides),
         "wanted_share": share,
-        "link_mbit": mbit,
+        "link_mbit": middle(rates),
         "ranks": ranks,
         "rounds": rounds,
         "steps": first.trainer.max_steps,
@@ -194,11 +195,11 @@ def row_of(
     }
 
 
-def searched(rank: int, world_size: int, pair: Setting) -> float:
-    """Runs on every rank. Returns the links' rate in Mbit/s."""
+def searched(rank: int, world_size: int, pair: Setting, start: float | None = None) -> float:
+    """Runs on every rank. Returns the links' rate in Mbit/s. start: the search begins there."""
     dist.init_process_group("gloo")
     bench = Bench(pair)
-    return find_rate(pair, bench.set_rate, bench.infer)
+    return find_rate(pair, bench.set_rate, bench.infer, start)
 
 
 def trained(

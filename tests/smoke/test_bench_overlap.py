@@ -66,7 +66,7 @@ def test_bench_exchange_on_two_nodes():
 def test_bench_train(tmp_path):
     """Both architectures train the debug configuration on the links and without a rate."""
     words = ("trainer.max_steps=60", "trainer.log_every=2", "trainer.val_every=30", "data.name=synthetic")
-    rows = ("--rows", "top2", "--rows", "scmoe_pos2", "--rounds", "1", "--out", str(tmp_path))
+    rows = ("--rows", "top2", "--rows", "scmoe_pos2", "--rounds", "2", "--out", str(tmp_path))
     report = run("-m", "experiments.bench", "train", "--config", "debug", *rows, *words).summary
     assert report["rows"].keys() == {"top2", "scmoe_pos2"} and report["rows"]["top2"]["speedup"] == 1.0
     for row in report["rows"].values():
