@@ -12,7 +12,7 @@ from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any
 
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
@@ -185,8 +185,7 @@ class BestCheckpoints(ModelCheckpoint):
 
     @property
     def state_key(self) -> str:
-        """As Lightning's own: under this key the checkpoints of all versions hold the state."""
-        return super().state_key.replace(type(self).__qualname__, "ModelCheckpoint", 1)
+        return as_of_base(self, super().state_key)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict | {"dirpath": self.dirpath})
@@ -213,6 +212,22 @@ class BestCheckpoints(ModelCheckpoint):
             step = re.fullmatch(r"best-step=(\d+)(-v\d+)?\.ckpt", path.name)
             if step and int(step[1]) < trainer.global_step and path.name not in names:
                 trainer.strategy.remove_checkpoint(path)
+
+
+class Patience(EarlyStopping):
+    """Lightning's EarlyStopping, but a resumed run has the patience of its configuration, not of its checkpoint."""
+
+    @property
+    def state_key(self) -> str:
+        return as_of_base(self, super().state_key)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict | {"patience": self.patience})
+
+
+def as_of_base(callback: ModelCheckpoint | EarlyStopping, key: str) -> str:
+    """Return a callback's key with the name of Lightning's class: checkpoints of all versions have its state there."""
+    return key.replace(type(callback).__qualname__, type(callback).__mro__[1].__qualname__, 1)
 
 
 def shown_metrics(trainer: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -19,7 +19,7 @@ from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import CALLBACKS, IMAGES
 from scmoe.config.rules import last_step, resolve_ep_size, validates
 from scmoe.footprint.memory import Job, rank_memory
-from scmoe.lightning.seam import BestCheckpoints, LastCheckpoint, StepProgressBar
+from scmoe.lightning.seam import BestCheckpoints, LastCheckpoint, Patience, StepProgressBar
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.dense import ways
 from scmoe.training.assembly.model import build_model_on_meta
@@ -82,18 +82,6 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     if trainer.progress:
         callbacks.append(StepProgressBar() if sys.stderr.isatty() else LogLines())
     return callbacks + [CALLBACKS[name](**options) for name, options in config.callbacks.items()]
-
-
-class Patience(EarlyStopping):
-    """Lightning's EarlyStopping, but a resumed run has the patience of its configuration, not of its checkpoint."""
-
-    @property
-    def state_key(self) -> str:
-        """As Lightning's own: under this key the checkpoints of all versions hold the state."""
-        return super().state_key.replace(type(self).__qualname__, "EarlyStopping", 1)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict | {"patience": self.patience})
 
 
 def timing_conditions(config: Config) -> dict[str, Any]:
