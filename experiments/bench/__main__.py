@@ -203,7 +203,7 @@ def train(
     config: str = "experiment/slow_network",
     share: Share = 0.52,
     ranks: int = 2,
-    rounds: Count = 3,
+    rounds: Count = 10,
     rows: list[Literal["top2", "shared_expert", "scmoe_pos2", "scmoe_pos3"]] | None = None,
     load: str | None = None,
     out: Path = OUT,
@@ -213,6 +213,7 @@ def train(
     Args:
         overrides: key=value, of the config
         share: communication share of a sequential top-2 pair of the config's sizes, forward
+        rounds: turns of each training in the second half of its steps
         rows: the first is what the others are compared with (default: all)
         load: uneven routing (bench/loads.py) in place of the routers' choices, beside balanced routing
     """

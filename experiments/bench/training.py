@@ -1,9 +1,10 @@
 """What a slow network costs `scmoe train`, and what a shortcut hides of it: the product itself, on links with a rate.
 
 Every architecture trains one configuration with the same data, seed and steps: with Lightning, logging, validation and
-checkpoints. They train in turn, round after round, on the links and on links without a rate; ratios are taken within a
-round, before which the links' rate is searched. A step's time is the median of the second half of the run, when the
-schedule is chosen; validation and checkpoints are left out.
+checkpoints, on the links and on links without a rate. All trainings are alive at once, each in its own processes and
+network, and one runs at a time: a turn is a few steps, and a round has a turn of each, so ratios within a round compare
+what ran within a minute. The links' rate is searched before each round. The first half of a training, in which the
+schedule is chosen, is its turn of the first round, which is left out, as validation and checkpoints are.
 
     compute             a step on links without a rate
     exposed rows        what the MoE windows of a step wait for transfers, forward and backward (planner.Overlap)
@@ -14,8 +15,12 @@ links with balanced routing. Losses mean nothing then.
 """
 
 import sys
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -52,19 +57,89 @@ ARCHITECTURES = {  # the first is sequential: nothing can be hidden in it
 }
 WAYS = ("links", "free")
 EVEN = "balanced, links"  # with a load, the same on the links with balanced routing
-NUMBERS = ("step_s", "exposed_rows_s", "val_loss", "dropped")
-WAITED: list[float] = []  # seconds of each timed step of this process's training
+LONGEST_S = 8 * 3600.0  # of all turns together
 
 
-class Windows(Callback):
-    """Notes what the MoE windows of each timed step wait for transfers. One of its batches is timed."""
+class Turns(Callback):
+    """Holds a training until its turn, and answers it with the medians of its steps: seconds, and what the MoE windows
+    wait for transfers.
+
+    turn: the rank's end of a pipe, on which the links' rate in Mbit/s comes, or None. ends: the numbers of steps after
+    which the turns end. Answered at the end of a batch, so validation and checkpoints run untimed in the next turn.
+    """
+
+    def __init__(self, turn: Connection, ends: Sequence[int]) -> None:
+        self.turn, self.ends = turn, ends
+        self.begun: float | None = None
+        self.step = 0
+        self.steps_s: list[float] = []
+        self.waited_s: list[float] = []
+
+    def begin(self) -> None:
+        links.set_rate(self.turn.recv())
+        self.steps_s, self.waited_s = [], []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.begun is None:
+            self.begun = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.note_windows(trainer)
+        if trainer.global_step == self.step:  # more batches belong to this step
+            return
+        assert self.begun is not None
+        self.steps_s.append(time.perf_counter() - self.begun)
+        self.begun, self.step = None, trainer.global_step
+        if self.step in self.ends:
+            self.turn.send([middle(self.steps_s), middle(self.waited_s or [0.0])])
+            self.begin()
+
+    def note_windows(self, trainer: Any) -> None:
         for callback in trainer.callbacks:
             if isinstance(callback, AdaptiveSchedule) and callback.planner and callback.planner.overlap:
                 free = sum(sum(choice.free) for choice in callback.planner.choices)
                 waited = sum(callback.planner.overlap.seconds) - free
-                WAITED.append(trainer.accumulate_grad_batches * waited)
+                self.waited_s.append(trainer.accumulate_grad_batches * waited)  # one batch of a step is timed
+
+
+class Training:
+    """A training in its own processes and network, which runs in its turns."""
+
+    def __init__(self, pool: ThreadPoolExecutor, ranks: int, *what: Any) -> None:
+        """what: config, words, load and ends for `trained`."""
+        pipes = [Pipe() for _ in range(ranks)]
+        self.turns = [ours for ours, _ in pipes]
+        theirs = [end for _, end in pipes]
+        self.found: Future[dict[str, Any]] = pool.submit(in_own_network, ranks, theirs, *what)
+
+    def turn(self, mbit: float | None) -> list[float]:
+        """Let it run until the end of its turn. Return what the slowest rank answers. Raises RankError."""
+        try:
+            for turn in self.turns:
+                turn.send(mbit)
+            return np.max([turn.recv() for turn in self.turns], axis=0).tolist()
+        except (EOFError, ConnectionError):
+            self.found.result()
+            raise
+
+    def finish(self) -> dict[str, Any]:
+        for turn in self.turns:
+            turn.send(None)
+        return self.found.result()
+
+    def stop(self) -> None:
+        for turn in self.turns:
+            turn.close()
+
+
+def in_own_network(ranks: int, theirs: Sequence[Connection], *what: Any) -> dict[str, Any]:
+    """Runs in a thread for each training, so that each has a network."""
+    try:
+        links.enter_another()
+        return run_ranks(trained, ranks, theirs, *what, timeout_s=LONGEST_S, own_links=True)[0]
+    finally:
+        for end in theirs:
+            end.close()
 
 
 class Loaded(Callback):
@@ -107,39 +182,49 @@ def bench_train(
     samples = first.data.global_batch_size // (ranks * first.trainer.accumulate)
     pair = pair_of(first, share, samples * first.data.seq_len)
     uneven = {} if routing is None else {row: made_by(routing, own, pair, ranks) for row, own in configs.items()}
+    steps = first.trainer.max_steps
+    turn = steps // 2 // rounds
+    if turn == 0:
+        raise ConfigError(f"--rounds is {rounds}, allowed: 1 to {steps // 2}, half of trainer.max_steps")
+    ends = range(steps - rounds * turn, steps + 1, turn)
+    ways = WAYS if routing is None else (*WAYS, EVEN)
     rates: list[float] = []  # of each round, as the machine's speed drifts
-    curves: dict[str, list[tuple[float, float]]] = {}
 
     def one(row: str, way: str) -> list[float]:
         if (row, way) == (rows[0], WAYS[0]):  # a round begins
             rates.extend(run_ranks(searched, ranks, pair, *rates[-1:], timeout_s=1800, own_links=True)[:1])
-        print(f"training {row}, {'links without a rate' if way == 'free' else way}", file=sys.stderr)
-        own = [*words, *ARCHITECTURES[row]]
-        rate = None if way == "free" else rates[-1]
-        dealt = BALANCED if way == EVEN else routing
-        found = run_ranks(trained, ranks, config, own, rate, dealt, timeout_s=3600, own_links=True)[0]
-        if way == "links":
-            curves[row] = found["curve"]
-        return [found[name] for name in NUMBERS]
+        return trainings[row, way].turn(None if way == "free" else rates[-1])
 
-    ways = WAYS if routing is None else (*WAYS, EVEN)
-    variants = {(row, way): partial(one, row, way) for row in rows for way in ways}
-    times = in_turn(variants, rounds, warm_up=0)
+    with ThreadPoolExecutor(len(rows) * len(ways)) as pool:
+        trainings = {
+            (row, way): Training(
+                pool, ranks, config, [*words, *ARCHITECTURES[row]], BALANCED if way == EVEN else routing, ends
+            )
+            for row in rows
+            for way in ways
+        }
+        try:
+            variants = {(row, way): partial(one, row, way) for row, way in trainings}
+            times = in_turn(variants, rounds, say=partial(print, file=sys.stderr))
+            found = {name: training.finish() for name, training in trainings.items()}
+        finally:
+            for training in trainings.values():
+                training.stop()
     report: dict[str, Any] = {
         "config": config,
         "overrides": list(overrides),
         "wanted_share": share,
-        "link_mbit": middle(rates),
+        "link_mbit": middle(rates[1:]),
         "ranks": ranks,
         "rounds": rounds,
-        "steps": first.trainer.max_steps,
-        "rows": {row: row_of(configs[row], times, row, rows[0], curves[row]) for row in rows},
+        "steps": steps,
+        "rows": {row: row_of(configs[row], times, row, rows[0], found[row, "links"]["curve"]) for row in rows},
     }
     if routing is not None:
         report["load"] = {"name": routing, **uneven[rows[0]]}
         for row, own in report["rows"].items():
             over = middle(times[row, "links"][0] / times[row, EVEN][0])
-            own |= {"over_balanced": over, "dropped": middle(times[row, "links"][3]), **uneven[row]}
+            own |= {"over_balanced": over, "dropped": found[row, "links"]["dropped"], **uneven[row]}
     name = f"train-share-{share:g}{kinds_of([] if routing is None else [routing])}"
     publish(report, tables(report), draw, out / name)
     return report
@@ -179,7 +264,7 @@ def row_of(
     config: Config, times: dict[tuple[str, str], Any], row: str, first: str, curve: list[tuple[float, float]]
 ) -> dict[str, Any]:
     """Return the figures of a row. curve: (tokens, validation loss)."""
-    (step, rows, losses, _), (free, *_) = (times[row, way] for way in WAYS)
+    (step, rows), (free, _) = (times[row, way] for way in WAYS)
     tokens = config.data.global_batch_size * config.data.seq_len
     step_s = middle(step)
     return {
@@ -190,7 +275,7 @@ def row_of(
         "exposed_rows_s": middle(rows),
         "exposed_gradients_s": middle(step - free - rows),
         "rows_over_gradients": estimate(config)["rows_over_gradients"],
-        "val_loss": float(losses[-1]),
+        "val_loss": curve[-1][1],
         "val_losses": [[seen / tokens * step_s, loss] for seen, loss in curve],  # seconds of training
     }
 
@@ -203,29 +288,31 @@ def searched(rank: int, world_size: int, pair: Setting, start: float | None = No
 
 
 def trained(
-    rank: int, world_size: int, config: str, words: Sequence[str], mbit: float | None, routing: str | None
+    rank: int,
+    world_size: int,
+    turns: Sequence[Connection],
+    config: str,
+    words: Sequence[str],
+    routing: str | None,
+    ends: Sequence[int],
 ) -> dict[str, Any]:
     """Runs on every rank; the caller uses rank 0's result."""
-    links.set_rate(mbit)
-    register_callback("windows")(Windows)
+    held = Turns(turns[rank], ends)
+    held.begin()
+    register_callback("turns")(lambda: held)
     if routing is not None:
         register_callback("loaded")(partial(Loaded, routing))
         words = [*words, "callbacks.loaded={}"]
     with TemporaryDirectory() as folder:
-        own = [*words, "callbacks.windows={}", "logger.mode=disabled"]
+        own = [*words, "callbacks.turns={}", "logger.mode=disabled"]
         if rank == 0:
             own.append(f"runs_dir={folder}")
         summary = train(load(config, own))
         if summary is None:
             return {}
         run = SeenRun(Path(summary["run_dir"]))
-        rates = [row["time/tokens_per_s"] for row in run.metrics if "time/tokens_per_s" in row]
-        tokens = int(run.config["data.global_batch_size"]) * int(run.config["data.seq_len"])
-        curve = run.curve("val/loss")
-        step_s, waited = tokens / middle(rates[len(rates) // 2 :]), middle(WAITED or [0.0])
-        dropped = middle([row["moe/drop_share"] for row in run.metrics if "moe/drop_share" in row] or [0.0])
-        found = {"step_s": step_s, "exposed_rows_s": waited, "val_loss": curve[-1][1], "dropped": dropped}
-        return found | {"curve": curve}
+        dropped = [row["moe/drop_share"] for row in run.metrics if "moe/drop_share" in row]
+        return {"curve": run.curve("val/loss"), "dropped": middle(dropped or [0.0])}
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -20,12 +20,14 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 
 from scmoe.config.leaves import ConfigError
 
 SUBNET = "10.77.0"
 BRIDGE, BRIDGE_ADDRESS = "bridge", f"{SUBNET}.254"
 ENTERED = "SCMOE_TESTBED_NETWORK"  # set inside the program's own namespace
+AT_BRIDGE = "SCMOE_TESTBED_BRIDGE"  # the file of the namespace of the bridge, set in a rank
 CLONE_NEWNET = 0x40000000
 
 
@@ -58,12 +60,7 @@ def enter(nodes: int = 1) -> None:
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler logs its start and stop
     sys.stdout.flush()
     sys.stderr.flush()
-    up = [
-        "ip link set lo up",
-        f"ip link add {BRIDGE} type bridge",
-        f"ip addr add {BRIDGE_ADDRESS}/24 dev {BRIDGE}",
-        f"ip link set {BRIDGE} up",
-    ]
+    up = _bridge()
     for node in range(nodes) if nodes > 1 else ():
         up += [
             f"ip link add node{node} type bridge",
@@ -74,6 +71,22 @@ def enter(nodes: int = 1) -> None:
         ]
     up.append('exec "$@"')
     os.execvp("unshare", [*_unshare(), "sh", "-c", " && ".join(up), "sh", sys.executable, *sys.orig_argv[1:]])
+
+
+def enter_another() -> None:
+    """Moves this thread, and the ranks that it will start, into one more namespace with a bridge."""
+    leave()
+    for command in _bridge():
+        _run(command)
+
+
+def _bridge() -> list[str]:
+    return [
+        "ip link set lo up",
+        f"ip link add {BRIDGE} type bridge",
+        f"ip addr add {BRIDGE_ADDRESS}/24 dev {BRIDGE}",
+        f"ip link set {BRIDGE} up",
+    ]
 
 
 def require(nodes: int = 1) -> None:
@@ -88,23 +101,28 @@ def _unshare() -> list[str]:
     return ["unshare", *user, "--net"]
 
 
-def attach(pid: int, rank: int, node: int | None = None) -> None:
-    """Connects the namespace of process `pid`, which has called `leave`, to the bridge, or to that of its node."""
+def attach(pid: int, rank: int, node: int | None = None) -> str:
+    """Connects the namespace of process `pid`, which has called `leave`, to the bridge, or to that of its node.
+
+    Returns the file of the bridge's namespace, which is that of this thread.
+    """
     # the kernel may not yet have removed the link of an earlier rank
     subprocess.run(["ip", "link", "del", f"link{rank}"], capture_output=True)
     _run(f"ip link add link{rank} type veth peer name eth0 netns {pid}")
     _run(f"ip link set link{rank} master {BRIDGE if node is None else f'node{node}'} up")
+    return f"/proc/{os.getpid()}/task/{threading.get_native_id()}/ns/net"
 
 
 def leave() -> None:
-    """Moves this process, which must have one thread, into a new network namespace without links. Raises OSError."""
+    """Moves this thread into a new network namespace without links. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNET) != 0:
         raise OSError(ctypes.get_errno(), f"no network namespace: {os.strerror(ctypes.get_errno())}")
 
 
-def bring_up(rank: int) -> None:
-    """Gives the rank's link its address; the link has no rate yet."""
+def bring_up(rank: int, at_bridge: str) -> None:
+    """Gives the rank's link its address; the link has no rate yet. at_bridge: what `attach` returned."""
+    os.environ[AT_BRIDGE] = at_bridge
     _run("ip link set lo up")
     _run(f"ip addr add {SUBNET}.{rank + 1}/24 dev eth0")
     _run("ip link set eth0 up")
@@ -119,15 +137,14 @@ def set_rate(mbit: float | None) -> None:
 
 
 def set_card_rate(node: int, mbit: float) -> None:
-    """Sets the rate at which all ranks of a node together send to other nodes and receive from them. A rank calls it:
-    the card is in the namespace of its parent."""
+    """Sets the rate at which all ranks of a node together send to other nodes and receive. A rank calls it."""
     for device in (f"up{node}", f"down{node}"):
         _shape(device, mbit, _at_bridge())
 
 
 def _at_bridge() -> str:
-    """The start of a command for the other ends of the ranks' links, which are in the namespace of their parent."""
-    return f"nsenter --net=/proc/{os.getppid()}/ns/net "
+    """The start of a command for what is at the bridge: the other ends of the ranks' links, and the nodes' cards."""
+    return f"nsenter --net={os.environ[AT_BRIDGE]} "
 
 
 def _shape(device: str, mbit: float | None, inside: str = "") -> None:

@@ -97,8 +97,7 @@ def _attach(pipe: Connection, pid: int | None, rank: int, node: int | None) -> N
     except EOFError:
         raise RankError(f"rank {rank} ended before it had a network namespace") from None
     assert pid is not None
-    links.attach(pid, rank, node)
-    pipe.send_bytes(b"attached")
+    pipe.send_bytes(links.attach(pid, rank, node).encode())
 
 
 def _collect(pipes: list[Connection], timeout_s: float, grace_s: float) -> list[Any]:
@@ -141,8 +140,7 @@ def _run_rank(
     if own_links:
         links.leave()
         pipe.send_bytes(b"left")
-        pipe.recv_bytes()
-        links.bring_up(rank)
+        links.bring_up(rank, pipe.recv_bytes().decode())
     multiprocessing.set_start_method(None, force=True)  # data workers start in the usual way
     threading.Thread(target=_end_with_caller, args=(pipe,), daemon=True).start()
     _set_variables(rank, world_size, nodes, links.BRIDGE_ADDRESS if own_links else "127.0.0.1", port)

@@ -7,6 +7,7 @@ way, so here they measure a tiny pair on the loopback device, without a rate, an
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import Pipe
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,12 +96,17 @@ def tiny_on_loopback(monkeypatch):
 
 
 def test_a_step_waits_in_each_of_its_batches(monkeypatch):
-    monkeypatch.setattr(training, "WAITED", [])
-    callback = training.AdaptiveSchedule(auto=True, chunks=(1,))
+    schedule = training.AdaptiveSchedule(auto=True, chunks=(1,))
     choice = SimpleNamespace(free=(1.0, 2.0))
-    callback.planner = SimpleNamespace(overlap=SimpleNamespace(seconds=(1.5, 2.75)), choices=[choice])
-    training.Windows().on_train_batch_end(SimpleNamespace(callbacks=[callback], accumulate_grad_batches=4))
-    assert training.WAITED == [4 * 1.25]
+    schedule.planner = SimpleNamespace(overlap=SimpleNamespace(seconds=(1.5, 2.75)), choices=[choice])
+    caller, turn = Pipe()
+    held = training.Turns(turn, ends=(1,))
+    monkeypatch.setattr(links, "set_rate", lambda mbit: None)
+    caller.send(None)  # the next turn
+    for step in (0, 0, 0, 1):
+        held.on_train_batch_start()
+        held.on_train_batch_end(SimpleNamespace(callbacks=[schedule], accumulate_grad_batches=4, global_step=step))
+    assert caller.recv()[1] == 4 * 1.25 and not caller.poll()
 
 
 def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path, capsys):
