@@ -203,7 +203,7 @@ def train(
     config: str = "experiment/slow_network",
     share: Share = 0.52,
     ranks: int = 2,
-    rounds: Count = 10,
+    rounds: Rounds = 10,
     rows: list[Literal["top2", "shared_expert", "scmoe_pos2", "scmoe_pos3"]] | None = None,
     load: str | None = None,
     out: Path = OUT,

@@ -7,7 +7,7 @@ what ran within a minute. The links' rate is searched before each round. The fir
 schedule is chosen, is its turn of the first round, which is left out, as validation and checkpoints are.
 
     compute             a step on links without a rate
-    exposed rows        what the MoE windows of a step wait for transfers, forward and backward (planner.Overlap)
+    exposed rows        what the MoE windows of a step, forward and backward, take longer than without a rate
     exposed gradients   what else a step takes longer than without a rate: sums that backward does not hide
 
 With a load (loads.py) routers deal tokens by it in place of their own choices, and each architecture also trains on the
@@ -39,10 +39,11 @@ from scmoe.experiments.bench.pairs import Setting, pair_of
 from scmoe.experiments.bench.speed_chart import name_of
 from scmoe.experiments.dryrun.estimated import estimate
 from scmoe.experiments.engine import links
-from scmoe.experiments.engine.clock import in_turn, middle
+from scmoe.experiments.engine.clock import in_turn, middle, quartiles
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.engine.report import Report, publish
 from scmoe.moe.router import Router
+from scmoe.planning.planner import Overlap
 from scmoe.probes.charts import chart, heading
 from scmoe.runs.seen import SeenRun
 from scmoe.training.assembly.trainer import register_callback
@@ -61,8 +62,8 @@ LONGEST_S = 8 * 3600.0  # of all turns together
 
 
 class Turns(Callback):
-    """Holds a training until its turn, and answers it with the medians of its steps: seconds, and what the MoE windows
-    wait for transfers.
+    """Holds a training until its turn, and answers it with the medians of its steps: seconds, and those of them in MoE
+    windows (planner.Overlap).
 
     turn: the rank's end of a pipe, on which the links' rate in Mbit/s comes, or None. ends: the numbers of steps after
     which the turns end. Answered at the end of a batch, so validation and checkpoints run untimed in the next turn.
@@ -73,11 +74,12 @@ class Turns(Callback):
         self.begun: float | None = None
         self.step = 0
         self.steps_s: list[float] = []
-        self.waited_s: list[float] = []
+        self.windows_s: list[float] = []
+        self.overlap: Overlap | None = None  # of the last timed step
 
     def begin(self) -> None:
         links.set_rate(self.turn.recv())
-        self.steps_s, self.waited_s = [], []
+        self.steps_s, self.windows_s = [], []
 
     def on_train_batch_start(self, *_: Any) -> None:
         if self.begun is None:
@@ -91,15 +93,17 @@ class Turns(Callback):
         self.steps_s.append(time.perf_counter() - self.begun)
         self.begun, self.step = None, trainer.global_step
         if self.step in self.ends:
-            self.turn.send([middle(self.steps_s), middle(self.waited_s or [0.0])])
+            self.turn.send([middle(self.steps_s), middle(self.windows_s or [0.0])])
             self.begin()
 
     def note_windows(self, trainer: Any) -> None:
         for callback in trainer.callbacks:
-            if isinstance(callback, AdaptiveSchedule) and callback.planner and callback.planner.overlap:
-                free = sum(sum(choice.free) for choice in callback.planner.choices)
-                waited = sum(callback.planner.overlap.seconds) - free
-                self.waited_s.append(trainer.accumulate_grad_batches * waited)  # one batch of a step is timed
+            if isinstance(callback, AdaptiveSchedule) and callback.planner:
+                callback.planner.drifted = 0  # the machine's speed drifts between turns; the choice is kept
+                overlap = callback.planner.overlap
+                if overlap is not None and overlap is not self.overlap:
+                    self.overlap = overlap
+                    self.windows_s.append(trainer.accumulate_grad_batches * sum(overlap.seconds))  # one batch is timed
 
 
 class Training:
@@ -235,6 +239,7 @@ def tables(report: dict[str, Any]) -> list[Report]:
     columns = {
         "tokens/s": "{tokens_per_s:.0f}",
         "over the first": "{speedup:.2f}",
+        "[quartiles]": "[{quartiles[0]:.2f} {quartiles[1]:.2f}]",
         "step": "{step_s:.3f} s",
         "compute": "{compute_s:.3f} s",
         "exposed rows": "{exposed_rows_s:.3f} s",
@@ -264,12 +269,14 @@ def row_of(
     config: Config, times: dict[tuple[str, str], Any], row: str, first: str, curve: list[tuple[float, float]]
 ) -> dict[str, Any]:
     """Return the figures of a row. curve: (tokens, validation loss)."""
-    (step, rows), (free, _) = (times[row, way] for way in WAYS)
+    (step, windows), (free, free_windows) = (times[row, way] for way in WAYS)
+    rows, speedups = windows - free_windows, times[first, "links"][0] / step
     tokens = config.data.global_batch_size * config.data.seq_len
     step_s = middle(step)
     return {
         "tokens_per_s": tokens / step_s,
-        "speedup": middle(times[first, "links"][0] / step),
+        "speedup": middle(speedups),
+        "quartiles": quartiles(speedups),
         "step_s": step_s,
         "compute_s": middle(free),
         "exposed_rows_s": middle(rows),

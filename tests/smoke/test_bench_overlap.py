@@ -97,8 +97,7 @@ def tiny_on_loopback(monkeypatch):
 
 def test_a_step_waits_in_each_of_its_batches(monkeypatch):
     schedule = training.AdaptiveSchedule(auto=True, chunks=(1,))
-    choice = SimpleNamespace(free=(1.0, 2.0))
-    schedule.planner = SimpleNamespace(overlap=SimpleNamespace(seconds=(1.5, 2.75)), choices=[choice])
+    schedule.planner = SimpleNamespace(overlap=SimpleNamespace(seconds=(1.5, 2.75)), drifted=1)
     caller, turn = Pipe()
     held = training.Turns(turn, ends=(1,))
     monkeypatch.setattr(links, "set_rate", lambda mbit: None)
@@ -106,7 +105,7 @@ def test_a_step_waits_in_each_of_its_batches(monkeypatch):
     for step in (0, 0, 0, 1):
         held.on_train_batch_start()
         held.on_train_batch_end(SimpleNamespace(callbacks=[schedule], accumulate_grad_batches=4, global_step=step))
-    assert caller.recv()[1] == 4 * 1.25 and not caller.poll()
+    assert caller.recv()[1] == 4 * 4.25 and not caller.poll()
 
 
 def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path, capsys):
