@@ -177,7 +177,7 @@ $(KEPT)/uneven-emulated-iteration-2-ranks-share-0.52-hot_rank.json:  # 19 min
 $(KEPT)/uneven-real-block-2-ranks-share-0.52-hot_rank-recorded.json:  # 25 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.52 --compute real --load hot_rank:1.3 --load hot_rank:1.7 --load hot_rank:2 \
 	  --load recorded:$(KEPT)/routing-table3-top2.safetensors --rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3
-$(KEPT)/uneven-real-iteration-2-ranks-share-0.52-hot_rank.json:  # 13 min
+$(KEPT)/uneven-real-iteration-2-ranks-share-0.52-hot_rank.json:  # 22 min
 	@$(KEEP) overlap --out $(KEPT) $(ITERATION) --load hot_rank:1.7
 $(KEPT)/uneven-inference-2-ranks-share-0.52-hot_rank.json:  # 6 min
 	@$(KEEP) inference --out $(KEPT) --share 0.52 --load hot_rank:1.7
