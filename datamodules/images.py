@@ -17,6 +17,7 @@ import gzip
 import hashlib
 import random
 import struct
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,11 +120,8 @@ def digits() -> ImageSplits:
     found = load_digits()
     pixels_NHW, labels_N = (found.images * (255 / 16)).astype(np.uint8), found.target
     held_out_N = np.arange(len(labels_N)) % DIGITS_HELD_OUT == 0
-    return _in_memory(
-        "digits",
-        ArrayImages(pixels_NHW[~held_out_N], labels_N[~held_out_N]),
-        ArrayImages(pixels_NHW[held_out_N], labels_N[held_out_N]),
-    )
+    splits = [ArrayImages(pixels_NHW[own_N], labels_N[own_N]) for own_N in (~held_out_N, held_out_N)]
+    return _in_memory("digits", *splits)
 
 
 def fashion_mnist(folder: Path) -> ImageSplits:
@@ -177,8 +175,10 @@ def read_idx(file: Path, dims: int) -> np.ndarray:
             data = stream.read(size)
             if len(data) != size or stream.read(1):
                 raise ValueError(f"{file}: does not have the {size} bytes that its header states")
-    except (OSError, EOFError) as error:  # OSError: also a file that is not gzip
+    except (OSError, EOFError, zlib.error) as error:  # OSError: also a file that is not gzip
         raise ValueError(f"{file}: {error}; allowed: {allowed}") from error
+    except (OverflowError, MemoryError) as error:
+        raise ValueError(f"{file}: states a size that does not fit into memory; allowed: {allowed}") from error
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 

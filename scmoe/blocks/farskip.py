@@ -17,8 +17,6 @@ stream does, so no stream stays open from block to block: Y is the `carry`. The 
 block's queries, keys and values beside combine. In such a block they would follow the shared expert, and be the carry.
 """
 
-from functools import partial
-
 from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import KVCache
@@ -49,15 +47,10 @@ class FarSkipBlock(MoEBlock):
         self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache, carry: Tensor | None = None
     ) -> HandedOn:
         """carry: Y_l, the stream without the preceding routed output; None: in the first block, X_0."""
-        u_BSD, (attention,) = self.norm(x_BSD), self.after_tap()
+        u_BSD = self.norm(x_BSD)
         state = self.moe.begin(u_BSD, mask_BS, self.schedule.chunks)
         routed_free_BSD = x_BSD if carry is None else carry
-        if self.schedule.inside_attention:
-            h_BSD, state = self.around_experts(attention, routed_free_BSD, state, *cache, onto=x_BSD)
-        else:
-            if self.schedule.slot == 0:
-                state = self.moe.run_experts(state)
-            h_BSD = self.operator("attention", partial(attention, onto=x_BSD), routed_free_BSD, *cache)
+        h_BSD, state = self.through_window(routed_free_BSD, state, *cache, onto=x_BSD)
         shared_BSD, state = self.through_shared_expert(u_BSD, state)
         y_BSD = h_BSD + self.after(shared_BSD)
         routed_BSD, stats = self.moe.finish(state)

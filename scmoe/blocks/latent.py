@@ -111,6 +111,3 @@ class LatentAttention(PartedAttention):
     @property
     def mixed(self) -> int:
         return self.heads * (self.sizes.nope_dim + self.sizes.rope_dim + self.sizes.value_dim)
-
-    def context(self, seq_len: int) -> int:
-        return seq_len

@@ -7,6 +7,7 @@ Each architecture's forward fills this line with its own terms: standard.py, sho
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -96,15 +97,19 @@ class MoEBlock(Operators):
             x_BSD = self.operator(name, sublayer, x_BSD, *cache)
         return x_BSD
 
-    def through_window(self, x_BSD: Tensor, state: StreamState, *cache: KVCache) -> tuple[Tensor, StreamState]:
-        """Run the sub-layers after the tap; and the experts, where their slot is before or inside one of these."""
+    def through_window(
+        self, x_BSD: Tensor, state: StreamState, *cache: KVCache, onto: Tensor | None = None
+    ) -> tuple[Tensor, StreamState]:
+        """Run the sub-layers after the tap; and the experts, where their slot is before or inside one of these.
+        onto: Residual's, where there is one sub-layer."""
         for slot, sublayer in enumerate(self.after_tap()):
             if slot == self.schedule.slot and self.schedule.inside_attention:
-                x_BSD, state = self.around_experts(sublayer, x_BSD, state, *cache)
+                x_BSD, state = self.around_experts(sublayer, x_BSD, state, *cache, onto=onto)
                 continue
             if slot == self.schedule.slot:
                 state = self.moe.run_experts(state)
-            x_BSD = self.operator(self.schedule.window[slot], sublayer, x_BSD, *cache)
+            f: Any = sublayer if onto is None else partial(sublayer, onto=onto)
+            x_BSD = self.operator(self.schedule.window[slot], f, x_BSD, *cache)
         return x_BSD, state
 
     def through_shared_expert(self, u_BSD: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:

@@ -73,8 +73,8 @@ class SelfAttention(nn.Module):
         return 2 * self.dim
 
     def context(self, seq_len: int) -> int:
-        """Number of rows that each row attends to, masked ones included."""
-        raise NotImplementedError
+        """Number of rows that each row attends to, masked ones included; fewer within windows."""
+        return seq_len
 
 
 class PartedAttention(SelfAttention):
@@ -124,9 +124,6 @@ class Attention(PartedAttention):
         if cache is not None:
             k_BHSd, v_BHSd, seen = cache.extend(self, k_BHSd, v_BHSd)
         return attend(q_BHSd, k_BHSd, v_BHSd, seen).transpose(1, 2).flatten(2)
-
-    def context(self, seq_len: int) -> int:
-        return seq_len
 
 
 def attend(q_BHSd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, seen: dict[str, Any]) -> Tensor:

@@ -123,31 +123,22 @@ def pass_seconds(forward: Callable[[], Any], group: Any, device: torch.device, p
     return slowest(clock, group) / passes
 
 
-class PlannedPasses:
-    """Makes a model run as planned for the shape that comes next; use it as Passes.begin."""
-
-    def __init__(self, model: Decoder, plans: dict[Shape, InferencePlan]) -> None:
-        self.blocks, self.plans = moe_blocks_of(model), plans
-        self.dispatchers = [block.moe.dispatcher for block in self.blocks]
-
-    def __call__(self, shape: Shape) -> None:
-        self.plans[shape].run(self.blocks, self.dispatchers)
-
-
-def plan_passes(model: Decoder, batch_size: int, prompt: int, ep_size: int) -> PlannedPasses:
-    """Measures both shapes and returns their plans. Every rank must call it; each with its own numbers.
+def plan_passes(
+    model: Decoder, batch_size: int, prompt: int, ep_size: int
+) -> tuple[dict[Shape, InferencePlan], Callable[[Shape], None]]:
+    """Measures both shapes. Returns their plans, and a function for Passes.begin that makes the model run as planned.
+    Every rank must call it; each with its own numbers.
 
     prompt: tokens of a text that one prefill reads. Random tokens are read, since times hardly depend on which."""
-    vocab_size, device = model.head.out_features, model.head.weight.device
+    blocks, vocab_size, device = moe_blocks_of(model), model.head.out_features, model.head.weight.device
+    dispatchers = [block.moe.dispatcher for block in blocks]
     ids_BS = torch.randint(vocab_size, (batch_size, prompt), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode(), dropless(model):
         plans = {
-            shape: plan_inference(
-                moe_blocks_of(model), a_pass(model, shape, ids_BS), None, device, passes=passes, ep_size=ep_size
-            )
+            shape: plan_inference(blocks, a_pass(model, shape, ids_BS), None, device, passes=passes, ep_size=ep_size)
             for shape, passes in PASSES.items()
         }
-    return PlannedPasses(model, plans)
+    return plans, lambda shape: plans[shape].run(blocks, dispatchers)
 
 
 def a_pass(model: Decoder, shape: Shape, ids_BS: Tensor) -> Callable[[], Tensor]:

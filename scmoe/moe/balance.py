@@ -15,9 +15,9 @@ from scmoe.moe.tokens import RouterStats, Routing
 
 
 def router_stats(
-    routing: Routing, layout: Layout, mask_T: Tensor | None, num_experts: int | None = None, seq_len: int | None = None
+    routing: Routing, layout: Layout, mask_T: Tensor | None, num_experts: int, seq_len: int | None = None
 ) -> RouterStats:
-    """routing.scores_TE: must sum to one for each token. num_experts: without zero experts; None: there are none.
+    """routing.scores_TE: must sum to one for each token. num_experts: without zero experts, whose copies need no row.
     seq_len: of the sequences, if the load-balance loss is that of each sequence; None: it is that of the batch."""
     scores_TE, z_T = routing.scores_TE, routing.logits_TE.logsumexp(-1).square()
     (T, E), K = scores_TE.shape, routing.topk_ids_TK.shape[1]
@@ -26,11 +26,8 @@ def router_stats(
         scores_TE, z_T = scores_TE * mask_T[:, None], z_T * mask_T
         num_tokens = mask_T.sum()
     ids_N = routing.topk_ids_TK.flatten()
-    counts_E = count(ids_N, E)
-    num_dropped = layout.num_dropped - (T - num_tokens) * K
-    if num_experts is not None and num_experts < E:  # a zero expert's copies need no row
-        counts_E, counts_Z = counts_E[:num_experts], counts_E[num_experts:]
-        num_dropped = num_dropped - counts_Z.sum()
+    counts_E, counts_Z = count(ids_N, E).tensor_split([num_experts])
+    num_dropped = layout.num_dropped - (T - num_tokens) * K - counts_Z.sum()
     if seq_len is not None:
         copies_BE = count(ids_N.view(T // max(seq_len, 1), seq_len * K), E).to(scores_TE.dtype)
         f_BE = copies_BE / copies_BE.sum(1, keepdim=True).clamp(min=1)

@@ -24,19 +24,14 @@ from scmoe.moe.operators import without_autocast
 
 
 class Activation(NamedTuple):
-    """forward(h): act(h). in_place(h): the same, in h's memory. into(h, out): the same, into a buffer.
+    """forward(h): act(h). into(h, out): the same, into a buffer, which may be the first columns of h.
     backward_into(da, h, out): the gradient of h, given that of act(h), into a buffer. Buffers that are reused stay in
     the processor's cache."""
 
     forward: Callable[[Tensor], Tensor]
-    in_place: Callable[[Tensor], Tensor]
     into: Callable[[Tensor, Tensor], Tensor]
     backward_into: Callable[[Tensor, Tensor, Tensor], Tensor]
     widening: int = 1  # columns of h for each column of act(h)
-
-
-def gelu_in_place(h_RF: Tensor, approximate: str) -> Tensor:
-    return gelu_into(h_RF, h_RF, approximate)
 
 
 def gelu_into(h_RF: Tensor, out_RF: Tensor, approximate: str) -> Tensor:
@@ -51,7 +46,6 @@ def gelu(approximate: str) -> Activation:
     """Its functions are those of this module, so that a module with experts can be pickled."""
     return Activation(
         partial(F.gelu, approximate=approximate),
-        partial(gelu_in_place, approximate=approximate),
         partial(gelu_into, approximate=approximate),
         partial(gelu_backward_into, approximate=approximate),
     )
@@ -60,11 +54,6 @@ def gelu(approximate: str) -> Activation:
 def swiglu(h_RF2: Tensor) -> Tensor:
     gate_RF, up_RF = h_RF2.chunk(2, dim=-1)
     return F.silu(gate_RF) * up_RF
-
-
-def swiglu_in_place(h_RF2: Tensor) -> Tensor:
-    gate_RF, up_RF = h_RF2.chunk(2, dim=-1)
-    return F.silu(gate_RF, inplace=True).mul_(up_RF)
 
 
 def swiglu_into(h_RF2: Tensor, out_RF: Tensor) -> Tensor:
@@ -83,7 +72,7 @@ def swiglu_backward_into(da_RF: Tensor, h_RF2: Tensor, out_RF2: Tensor) -> Tenso
 ACTIVATIONS = {
     "gelu": gelu("none"),
     "gelu_tanh": gelu("tanh"),
-    "swiglu": Activation(swiglu, swiglu_in_place, swiglu_into, swiglu_backward_into, widening=2),
+    "swiglu": Activation(swiglu, swiglu_into, swiglu_backward_into, widening=2),
 }
 
 MLPs = Callable[[Tensor, Tensor, Tensor, Any, Activation], Tensor]
@@ -221,7 +210,7 @@ def _in_turn(
         if n > 0:  # few tokens leave most experts without rows
             h = h[:n]
             torch.mm(x, w_in_DF, out=h)
-            a = act.into(h, a_RF[:n]) if keep else act.in_place(h)
+            a = act.into(h, a_RF[:n] if keep else h[:, : len(w_out_FD)])
             torch.mm(a, w_out_FD, out=y)
     return y_RD, hidden_RF
 

@@ -18,7 +18,7 @@ There are three layouts:
              in the order of its experts. Empty rows are sent but not computed. Copies that do not fit are dropped.
 
 With P chunks the rows of chunk p are contiguous, in the order (chunk, expert). `filled` cuts the tokens into chunks,
-`slots` cuts the slots of every expert, so the number of chunks does not change which copies are dropped. Both
+`slots` the slots of every expert, `buffers` every buffer, so P does not change which copies are dropped. Both
 directions are gathers, forward and backward: a scatter-add would be slower and, on CUDA, not deterministic.
 """
 
@@ -213,10 +213,7 @@ def buffer_size(num_tokens: int, top_k: int, num_ranks: int, ceiling: float) -> 
 
 
 def arrange_buffers(topk_ids_TK: Tensor, num_experts: int, num_ranks: int, size: int, num_chunks: int = 1) -> Layout:
-    """Chooses a row in the buffer of its expert's rank for every copy. Expert id num_experts means none.
-
-    With P chunks every buffer is cut into P equal parts, so the number of chunks does not change what is dropped.
-    """
+    """Chooses a row in the buffer of its expert's rank for every copy. Expert id num_experts means none."""
     (T, K), E, P, device = topk_ids_TK.shape, num_experts, num_chunks, topk_ids_TK.device
     part = math.ceil(size / P)  # of a buffer in one chunk
     of_rank = E // num_ranks

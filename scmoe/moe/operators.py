@@ -128,16 +128,14 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 def _edge(recorder: Recorder, name: str, begins: bool, value: Any) -> Any:
     """Passes the tensors of `value` that carry a gradient through one edge, and returns the value with the results."""
-    if not torch.is_grad_enabled():
-        recorder.marks.append(Mark(name, "forward", begins, recorder.now()))
-        return value
     tensors: list[Tensor] = []
 
     def collect(tensor: Tensor) -> Tensor:
         tensors.append(tensor)
         return tensor
 
-    _replace_tensors(value, collect)
+    if torch.is_grad_enabled():
+        _replace_tensors(value, collect)
     if not tensors:
         recorder.marks.append(Mark(name, "forward", begins, recorder.now()))
         return value

@@ -202,8 +202,8 @@ def passes_of(
         return passes, dict.fromkeys(("prefill", "decode"), "as configured: " + (", ".join(as_set) or "dense"))
     longest = max(map(len, prompts))
     prompt = min(longest, request.piece or longest)
-    planned = plan_passes(model, request.batch_size, prompt, context.ep_size)
-    return replace(passes, begin=planned), {shape: str(plan) for shape, plan in planned.plans.items()}
+    plans, begin = plan_passes(model, request.batch_size, prompt, context.ep_size)
+    return replace(passes, begin=begin), {shape: str(plan) for shape, plan in plans.items()}
 
 
 def shown(steps: Iterable[Step], stopping: Stopping, show: Callable[[str], None]) -> Iterator[Step]:

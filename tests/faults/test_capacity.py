@@ -59,7 +59,6 @@ def exactly(rank: int, world_size: int) -> None:
     experts = Experts(DIM, FFN, EXPERTS, here)
     experts.act = Activation(
         torch.relu,
-        torch.relu_,
         lambda h_RF, out_RF: torch.clamp(h_RF, min=0, out=out_RF),
         lambda da_RF, h_RF, out_RF: torch.mul(da_RF, h_RF > 0, out=out_RF),
     )

@@ -34,7 +34,8 @@ def stats_of(
     if mask_T is not None:
         ids_TK = ids_TK.where(mask_T[:, None], EXPERTS)
     layout = arrange_filled(ids_TK, EXPERTS) if capacity is None else arrange_slots(ids_TK, EXPERTS, capacity)
-    return router_stats(Routing(ids_TK, scores_TE.gather(1, ids_TK % EXPERTS), scores_TE, logits_TE), layout, mask_T)
+    routing = Routing(ids_TK, scores_TE.gather(1, ids_TK % EXPERTS), scores_TE, logits_TE)
+    return router_stats(routing, layout, mask_T, EXPERTS)
 
 
 def losses(stats: list[RouterStats]) -> tuple[Tensor, Tensor]:

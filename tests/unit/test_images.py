@@ -130,6 +130,7 @@ BAD_IDX = {
     "two-dimensional": gzip.compress(bytes((0, 0, 8, 2)) + HEADER[4:] * 2 + bytes(9)),
     "short": gzip.compress(HEADER + b"ab"),
     "long": gzip.compress(HEADER + b"abcd"),
+    "damaged gzip": gzip.compress(HEADER)[:10] + b"\xff",  # a block of a type that does not exist
 }
 
 
@@ -140,6 +141,12 @@ def test_a_bad_idx_file_is_refused_in_one_line(case, tmp_path):
     with pytest.raises(ValueError, match=r"x\.gz") as caught:
         read_idx(file, 1)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_idx_file_of_impossible_size_is_refused(tmp_path):
+    (tmp_path / "x.gz").write_bytes(gzip.compress(bytes((0, 0, 8, 3)) + b"\xff" * 12))
+    with pytest.raises(ValueError, match=r"x\.gz"):
+        read_idx(tmp_path / "x.gz", 3)
 
 
 # ---------------------------------------------------------------------- order, randomness, labels

@@ -105,7 +105,10 @@ class Store:
         expected = 8 + length + max(ends.values(), default=0)
         if size != expected:
             raise StoreError(f"{path} has {size} bytes, and {expected} were written: it is cut, or something was added")
-        if _digest_of_data(self.file, 8 + length) != content:
+        with open(self.file, "rb", closefd=False) as file:
+            file.seek(8 + length)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != content:
             raise StoreError(f"{path} is damaged: its content is not what was written")
         first = {name: 8 + length + entry["data_offsets"][0] for name, entry in wanted.items()}
         return {
@@ -170,12 +173,3 @@ def _shapes(layers: Mapping[str, Experts]) -> dict[str, Tensor]:
             shapes[f"{layer}.{e}.w_in_DF"] = experts.w_in_eDF[0]
             shapes[f"{layer}.{e}.w_out_FD"] = experts.w_out_eFD[0]
     return shapes
-
-
-def _digest_of_data(file: int, begin: int) -> str:
-    """Returns the digest of an open file from byte `begin` on."""
-    digest = hashlib.sha256()
-    while piece := os.pread(file, PIECE, begin):
-        digest.update(piece)
-        begin += len(piece)
-    return digest.hexdigest()
