@@ -68,8 +68,7 @@ class CompareCollectives:
             if group is None or group.group_desc != "checkpoint":
                 target = next(iter(given.values()), None)  # a tensor or a list of tensors; a barrier has none
                 target = target[0] if isinstance(target, (list, tuple)) and target else target
-                target = None if name in OBJECTS else target
-                self.compare(_describe(name, target if isinstance(target, Tensor) else None, group))
+                self.compare(_describe(name, target, group))
             return original(*args, **kwargs)
 
         return collective
@@ -87,9 +86,9 @@ class CompareCollectives:
         self.count += 1
 
 
-def _describe(name: str, tensor: Tensor | None, group: Any) -> str:
+def _describe(name: str, tensor: Any, group: Any) -> str:
     what = name
-    if tensor is not None:
+    if isinstance(tensor, Tensor) and name not in OBJECTS:
         what += f" of {tensor.dtype} {tuple(tensor.shape[1:]) if name in ROWS else tuple(tensor.shape)}"
     return f"{what} in group {'default' if group is None else group.group_desc} at {_caller()}"
 

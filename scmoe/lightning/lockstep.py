@@ -76,13 +76,13 @@ class Poll:
     collectives by their order.
     """
 
-    def __init__(self, group: Any, num_flags: int) -> None:
-        self.group, self.num_flags = group, num_flags
+    def __init__(self, group: Any) -> None:
+        self.group = group
         self.in_flight: tuple[dist.Work, Tensor] | None = None
 
     def any_rank(self, *flags: bool) -> list[bool]:
         """Return for each flag whether any rank raised it in the call before. All ranks must call it equally often."""
-        answers = self.close()
+        answers = self.close() or [False] * len(flags)
         sums = torch.tensor(flags, dtype=torch.int64)
         self.in_flight = (dist.all_reduce(sums, group=self.group, async_op=True), sums)
         return answers
@@ -94,9 +94,9 @@ class Poll:
         return least.item()
 
     def close(self) -> list[bool]:
-        """Wait for the sum in flight and return it; all False if there is none."""
+        """Wait for the sum in flight and return it; an empty list if there is none."""
         if self.in_flight is None:
-            return [False] * self.num_flags
+            return []
         work, sums = self.in_flight
         work.wait()
         self.in_flight = None
@@ -140,7 +140,7 @@ class Job:
 
     def open(self, trainer: Any, checkpoints: Checkpoints, is_launched: bool) -> None:
         self.trainer, self.checkpoints, self.is_launched = trainer, checkpoints, is_launched
-        self.stop, self.poll = StopSignal(), Poll(self.context.control_group, num_flags=2)
+        self.stop, self.poll = StopSignal(), Poll(self.context.control_group)
         self.stop.take()
         seam.leave_stop_signals_alone(trainer)
 

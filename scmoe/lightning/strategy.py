@@ -42,7 +42,6 @@ from scmoe.parallel.dense import (
     check_dense,
     check_placements,
     estimates_of,
-    is_sharded,
     make_equal,
     memory_of_rank,
     pick_dense,
@@ -219,7 +218,7 @@ class ExpertParallelStrategy(DDPStrategy):
     def model_to_device(self) -> None:
         if self.dense == "auto" and self.dense_estimates is None and not self.is_split:
             self._split("auto", estimates_of(self.module, self.context, self.num_processes))
-        if self.is_split and not is_sharded(self.module):
+        if self.is_split and not any(isinstance(p, DTensor) for p in self.module.parameters()):
             shard(self.module, self.context, self.precision_plugin.precision)
         check_placements(self.module, self.context)
         # else every rank's experts would be overwritten with rank 0's: by DDP, and by Lightning where it does not fit
@@ -260,11 +259,10 @@ class ExpertParallelStrategy(DDPStrategy):
         self.job.begin_training()
         check_can_be_saved(self.module.trainer)
         check_experts(self.module, self.context)
-        known = self.wrapped.reducer.shards if self.wrapped.reducer else ()
-        new = {name: p for name, p in expert_parameters(self.module) if p.requires_grad and p not in {*known}}
-        added = [name for name, p in new.items() if not isinstance(p, DTensor)]
-        if added:
-            raise ValueError(f"{added[0]} was added after fit had begun. Add experts in configure_model or setup")
+        known = {*self.wrapped.reducer.shards} if self.wrapped.reducer else set()
+        for name, p in expert_parameters(self.module):
+            if p.requires_grad and p not in known and not isinstance(p, DTensor):
+                raise ValueError(f"{name} was added after fit had begun. Add experts in configure_model or setup")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.job.begin_batch(batch_idx)

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scmoe.models.units import exact_parameters, router_parameters, units, whole_parameters
 from scmoe.parallel.mesh import ParallelContext, expert_parameters, group_by_rows, start_communicators
+from scmoe.parallel.torch_seam import gather_as_kept, gather_in_background, split_over
 
 ROOM = 0.8  # of a rank's memory; the rest is for buffers of transfers and the allocator's gaps
 GIB = 2**30
@@ -51,22 +52,20 @@ def with_dense_mesh(
 
     node_size: ranks of one node, with consecutive numbers. ValueError: `hybrid` where a node has one rank or all.
     """
-    rows = torch.arange(context.world_size).view(1, -1)
+    ranks = torch.arange(context.world_size)
+    axes = {"shards": ranks.view(1, -1)}
     if how == "hybrid":
         if not 1 < node_size < context.world_size or context.world_size % node_size:
-            ranks = f"{context.world_size} ranks, {node_size} a node"
-            raise ValueError(f"dense is hybrid with {ranks}, allowed: 2 or more nodes of 2 or more ranks; use sharded")
-        rows = rows.view(-1, node_size)
-
-    axes = {"copies": rows.T, "shards": rows} if how == "hybrid" else {"shards": rows}
+            given = f"{context.world_size} ranks, {node_size} a node"
+            raise ValueError(f"dense is hybrid with {given}, allowed: 2 or more nodes of 2 or more ranks; use sharded")
+        ranks = ranks.view(-1, node_size)
+        axes = {"copies": ranks.T, "shards": ranks}
 
     def mesh(purpose: str) -> DeviceMesh:
         groups = [group_by_rows(grid, f"{purpose}-{axis}", timeout) for axis, grid in axes.items()]
         if device.type == "cuda":
             start_communicators(groups, device)
-        if how == "hybrid":
-            return DeviceMesh.from_group(groups, device.type, mesh=rows, mesh_dim_names=tuple(axes))
-        return DeviceMesh.from_group(groups[0], device.type, mesh_dim_names=tuple(axes))
+        return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=tuple(axes))
 
     context = replace(context, dense_mesh=mesh("dense"), exact_mesh=mesh("exact"))
     if device.type == "cpu":  # sums begin on a thread (update/wrap.py), and FSDP gathers experts over mesh["edp"]
@@ -83,8 +82,6 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
     Under bf16-true routers alone are in float32. Selection biases are not split.
     ValueError: an expert's width is not a multiple of the number of ranks that hold this expert.
     """
-    from scmoe.parallel.torch_seam import gather_as_kept, split_over  # here, as it imports Lightning
-
     assert context.mesh is not None and context.dense_mesh is not None and context.exact_mesh is not None
     experts = dict(expert_parameters(module))
     for name, p in experts.items():
@@ -92,7 +89,7 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
             allowed = f"a multiple of the {context.edp_size} ranks that hold these experts; raise ep_size"
             raise ValueError(f"{name} is {tuple(p.shape)}, allowed for dim 1 where dense weights are split: {allowed}")
     mixed = precision == "bf16-mixed"
-    places = {p: over_edp for over_edp in [split_over(context.mesh["edp"], 1)] for p in experts.values()}
+    places = dict.fromkeys(experts.values(), split_over(context.mesh["edp"], 1))
     in_float32 = split_over(context.exact_mesh, 0)
     unsplit = whole_parameters(module)
     if mixed:
@@ -127,8 +124,6 @@ def prefetch(module: nn.Module, wanted: bool = True) -> None:
 
     On CPUs alone, where FSDP would wait for each gather. On GPUs it gathers on a stream, ahead of the computation.
     """
-    from scmoe.parallel.torch_seam import gather_in_background
-
     mesh = next(p.device_mesh for p in module.parameters() if isinstance(p, DTensor))
     if mesh.device_type == "cpu":
         in_order = [m for m in [module, *(unit[0] for unit in units(module))] if isinstance(m, FSDPModule)]
@@ -148,10 +143,6 @@ def check_placements(module: nn.Module, context: ParallelContext) -> None:
             f"dense is {names[wanted]}, but an earlier run has made this module's weights {names[found]}; allowed: "
             f"dense={names[found]}, or a new module that loads the checkpoint"
         )
-
-
-def is_sharded(module: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) for p in module.parameters())
 
 
 def reshard(module: nn.Module) -> None:

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher, Narrowed
 from scmoe.moe.experts import Experts
 from scmoe.moe.stream import MoEStream
+from scmoe.parallel.torch_seam import urgent
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Carried, Exchange, Link, all_to_all
 from scmoe.parallel.wire.hierarchical import FastestExchange, hierarchical
 
@@ -180,8 +181,6 @@ def build_context(
     def urgent_by_rows(ranks: Tensor, name: str) -> Any:  # its kernels are short, and other ranks or the host wait
         if device.type != "cuda":
             return group_by_rows(ranks, name, timeout)
-        from scmoe.parallel.torch_seam import urgent
-
         return group_by_rows(ranks, name, timeout, pg_options=urgent(timeout))
 
     ep_group, counts_group = urgent_by_rows(grid, "ep"), urgent_by_rows(grid, "counts")

@@ -33,7 +33,6 @@ WARMUP_STEPS, STEPS_EACH = 3, 3  # the second: with each number of chunks
 NEAR, CANDIDATES = 1.1, 6  # tried: the best price of each number of chunks, and others up to NEAR times the lowest
 FEWEST_ROUNDS, MOST_TRIES = 5, 48  # the second: steps of all candidates together
 LOSS = 0.01  # of a step: a smaller difference between candidates need not be decided
-REFERENCES = ("sequential", "free")  # times of a choice: each transfer waited for at once, and without transfers
 LEAST_SHARE = 0.1  # of communication: below it, its hidden part is smaller than the noise of the times
 NOISE = 0.05  # of a hidden part: further below 0 or above 1, the step was disturbed
 DRIFT, DRIFTED_IN_TURN = 1.5, 3  # a drifted step takes DRIFT times as long or as short as usual; so many in turn
@@ -211,7 +210,8 @@ class Planner:
     def note_overlap(self, sample_L2O: Tensor) -> None:
         """Computes the overlap of a timed step, and measures again after DRIFTED_IN_TURN drifted ones."""
         seconds = sample_L2O[:, :, -1].sum(0).tolist()
-        sequential, free = ([sum(getattr(c, kind)[d] for c in self.choices) for d in (0, 1)] for kind in REFERENCES)
+        sequential = [sum(times) for times in zip(*(choice.sequential for choice in self.choices), strict=True)]
+        free = [sum(times) for times in zip(*(choice.free for choice in self.choices), strict=True)]
         shares = [1 - f / s if s else 0.0 for s, f in zip(sequential, free, strict=True)]  # 0: backward without MoE
         each = zip(shares, seconds, sequential, free, strict=True)
         efficiency = [hidden_part(*times) if share >= LEAST_SHARE else None for share, *times in each]

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.dist
 def ask(rank: int, world_size: int) -> list[list[bool]]:
     """Rank 1 says yes to the first question at the second call, and never to the other question."""
     dist.init_process_group("gloo")
-    poll = Poll(dist.group.WORLD, num_flags=2)
+    poll = Poll(dist.group.WORLD)
     answers = [poll.any_rank(rank == 1 and call == 1, False) for call in range(4)]
     return [*answers, poll.close()]
 

@@ -151,10 +151,9 @@ def newest_good(folder: Path, prefix: str = "", share: slice = slice(None)) -> P
     for _, _, path in sorted(found, reverse=True):
         try:
             verify(path, share)
+            return path
         except BrokenCheckpoint as error:
             warnings.warn(f"passed over: {error}", stacklevel=2)
-        else:
-            return path
     raise FileNotFoundError(f"{folder} has no whole checkpoint")
 
 

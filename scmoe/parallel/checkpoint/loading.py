@@ -36,7 +36,7 @@ def read_named(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
     """Return these tensors of a checkpoint, with the experts of all ranks, on the CPU of one process."""
     there = tensors_of(path)
     whole = {name: torch.empty_like(there[name], device="cpu") for name in names}
-    _fill(whole, HuggingFaceStorageReader(str(path)))
+    _fill(whole, path)
     return whole
 
 
@@ -58,11 +58,11 @@ def read_for_lightning(path: Path) -> dict[str, Any]:
     return {**meta, "state_dict": weights}
 
 
-def _fill(tensors: dict[str, Tensor], reader: HuggingFaceStorageReader) -> None:
+def _fill(tensors: dict[str, Tensor], path: Path) -> None:
     """Read into these tensors in one process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
 
 
 @torch.no_grad()
@@ -76,10 +76,9 @@ def load_checkpoint(
     checkpoint, or another model's.
     """
     context.together(lambda: durable.verify(path, slice(context.rank, None, context.world_size)))
-    meta = WithoutTensors(read_meta(path))
-    stored: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    meta, stored = WithoutTensors(read_meta(path)), tensors_of(path)
     wanted: dict[str, Tensor] = {f"model.{name}": t for name, t in model_state(module, context).items()}
-    there = {name: tuple(entry.size) for name, entry in stored.items() if name.startswith("model.")}
+    there = {name: tuple(t.shape) for name, t in stored.items() if name.startswith("model.")}
     if not strict:
         wanted = {name: t for name, t in wanted.items() if name in there}
         there = {name: there[name] for name in wanted}
@@ -140,24 +139,24 @@ def load_model(path: Path, model: nn.Module) -> None:
     """Read only the weights, into a whole model in one process. ValueError: as `network_in`."""
     network_in(path, model)
     weights = {NETWORK + name: p.detach() for name, p in model.named_parameters()}
-    _fill(weights, HuggingFaceStorageReader(str(path)))
+    _fill(weights, path)
 
 
 def weights_by_name(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
     """Return a function that reads one parameter by its name in the model. ValueError: as `network_in`."""
     network_in(path, model)
-    reader, own = HuggingFaceStorageReader(str(path)), dict(model.named_parameters())
+    own = dict(model.named_parameters())
 
     def read(name: str) -> Tensor:
         value = torch.empty_like(own[name], device="cpu", requires_grad=False)
-        _fill({NETWORK + name: value}, reader)
+        _fill({NETWORK + name: value}, path)
         return value
 
     return read
 
 
 def _allocate_state(
-    prefix: str, module: nn.Module, optimizer: Optimizer, stored: dict[str, Any], context: ParallelContext
+    prefix: str, module: nn.Module, optimizer: Optimizer, stored: Mapping[str, Tensor], context: ParallelContext
 ) -> dict[str, Tensor]:
     """Put empty state of the stored names into the optimizer; return it, for dcp.load to fill in place."""
     shards = {p for _, p in expert_parameters(module)}
@@ -166,11 +165,11 @@ def _allocate_state(
     for name, p in module.named_parameters():
         start = f"{prefix}.{name}."
         for key in [k for k in stored if k.startswith(start)]:
-            size, dtype = stored[key].size, stored[key].properties.dtype
+            size, dtype = stored[key].shape, stored[key].dtype
             device = p.device if len(size) or steps_on_device else "cpu"
             like = size == p.shape or (p in shards and len(size) == p.dim() and size[1:] == p.shape[1:])
             weight = stored.get(f"model.{name}")
-            if like and weight is not None and dtype == weight.properties.dtype:
+            if like and weight is not None and dtype == weight.dtype:
                 dtype = p.dtype  # moments have the type of their weight, which may be another one now
             value = torch.empty_like(p, dtype=dtype) if like else torch.empty(size, dtype=dtype, device=device)
             optimizer.state[p][key.removeprefix(start)] = value

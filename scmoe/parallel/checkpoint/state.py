@@ -132,14 +132,14 @@ def to_text(x: Any) -> str:
 
 def check_can_be_saved(trainer: Any) -> None:
     """Raise TypeError for hyper-parameters, or for state of a callback, that a checkpoint could not hold."""
-    states: dict[str, Any] = {}
+    states: list[tuple[str, Any]] = []
     for holder in (trainer.lightning_module, trainer.datamodule):
         if holder is not None:
-            states[f"a hyper-parameter of {type(holder).__name__}"] = holder.hparams
+            states.append((f"a hyper-parameter of {type(holder).__name__}", holder.hparams))
     for callback in trainer.callbacks:
         with suppress(Exception):  # it may not have a state before the first step
-            states[f"the state of the callback {type(callback).__name__}"] = callback.state_dict()
-    for what, state in states.items():
+            states.append((f"the state of the callback {type(callback).__name__}", callback.state_dict()))
+    for what, state in states:
         try:
             to_text(state)
         except TypeError as error:

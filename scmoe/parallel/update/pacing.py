@@ -22,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.wire.all_to_all import Link
 
 REDUCTIONS = ("ddp", "paced")
@@ -128,19 +127,3 @@ def _errors_to(done: Future[Tensor]) -> Iterator[None]:
     except Exception as error:
         if not done.done():
             done.set_exception(error)  # type: ignore[arg-type]
-
-
-@contextmanager
-def pacing(ddp: Any, context: ParallelContext) -> Iterator[Pacer]:
-    """Pace the gradients of `ddp`, a DistributedDataParallel before its first step. Yield a second Pacer, for experts.
-
-    Dense and expert buckets need two Pacers, because the order between them may differ from rank to rank: the bucket of
-    an unused parameter is sent at the end.
-    """
-    dense, experts = Pacer(context.gradient_group, context.link), Pacer(context.edp_group, context.link)
-    ddp.register_comm_hook(None, dense.mean_of_bucket)
-    try:
-        yield experts
-    finally:
-        dense.stop()
-        experts.stop()

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from scmoe.parallel.dense import prefetch, reshard
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.torch_seam import call_after_backward, has_gradient_hooks, hide_from_ddp, scatter_by
-from scmoe.parallel.update.pacing import BUCKET_MB, Pacer, is_paced, pacing
+from scmoe.parallel.update.pacing import BUCKET_MB, Pacer, is_paced
 
 SUMS_OF_A_UNIT = 3  # at most: of its dense weights, of those in float32, and of its experts
 
@@ -219,13 +219,20 @@ def wrap(
         return _over_fsdp(model, context, hidden)
     shards = dict(expert_parameters(model))
     hide_from_ddp(model, shards)
-    device = next(model.parameters()).device
-    paced = is_paced(reductions, device)
+    paced = is_paced(reductions, next(model.parameters()).device)
     if paced:
         ddp.setdefault("bucket_cap_mb", BUCKET_MB)
     ddp.setdefault("gradient_as_bucket_view", True)
-    wrapped = Wrapped(DistributedDataParallel(model, **ddp), context.world_size)
-    pacer = wrapped.at_close.enter_context(pacing(wrapped.module, context)) if paced else None
+    module = DistributedDataParallel(model, **ddp)
+    wrapped = Wrapped(module, context.world_size)
+    pacer: Pacer | None = None
+    if paced:
+        # two, because the order of dense and expert buckets may differ from rank to rank: DDP sends the bucket of an
+        # unused parameter at the end
+        dense, pacer = Pacer(context.gradient_group, context.link), Pacer(context.edp_group, context.link)
+        module.register_comm_hook(None, dense.mean_of_bucket)
+        wrapped.at_close.callback(dense.stop)
+        wrapped.at_close.callback(pacer.stop)
     wrapped.reducer = ExpertGradientReducer([*shards.values()], context, pacer)
     wrapped.at_close.callback(wrapped.reducer.remove)
     return wrapped
@@ -237,19 +244,11 @@ def _over_fsdp(model: nn.Module, context: ParallelContext, hidden: bool) -> Wrap
     if not hidden:
         prefetch(model, False)
     elif mesh.ndim == 1 and mesh.device_type == "cpu":
-        wrapped.scatters = wrapped.at_close.enter_context(paced_scatters(model, context))
-    return wrapped
-
-
-@contextmanager
-def paced_scatters(module: nn.Module, context: ParallelContext) -> Iterator[PacedScatter]:
-    """Pace the gradients of a module whose weights are split over all ranks. Yields what each backward runs in."""
-    reshard(module)  # so that its parameters are those which get the sums
-    pacer = Pacer(context.gradient_group, context.link)
-    scatter = PacedScatter(pacer, context, list(module.parameters()))
-    with ExitStack() as at_end:
-        at_end.callback(pacer.stop)
-        for unit in module.modules():
+        reshard(model)  # so that its parameters are those which get the sums
+        pacer = Pacer(context.gradient_group, context.link)
+        wrapped.at_close.callback(pacer.stop)
+        wrapped.scatters = PacedScatter(pacer, context, list(model.parameters()))
+        for unit in model.modules():
             if isinstance(unit, FSDPModule):
-                at_end.callback(scatter_by(unit, scatter))
-        yield scatter
+                wrapped.at_close.callback(scatter_by(unit, wrapped.scatters))
+    return wrapped

@@ -77,16 +77,16 @@ def point_to_point(target: Tensor, rows: Tensor, received: list[int], sent: list
     take turns. Posting takes some milliseconds while other rows arrive, so a thread does it while the caller computes
     (docs/decisions/0019-point-to-point.md has the measurements).
     """
-    return Posted(_poster().submit(post, target, rows, received, sent, group))
+    return Posted(thread("all-to-all").submit(post, target, rows, received, sent, group))
 
 
 @functools.cache
-def _poster() -> ThreadPoolExecutor:
-    """One thread for all layers, directions and groups, so that the order of posting stays equal on all ranks."""
-    return ThreadPoolExecutor(1, "all-to-all")
+def thread(name: str) -> ThreadPoolExecutor:
+    """One for all layers, directions and groups, so that the order of posting stays equal on all ranks."""
+    return ThreadPoolExecutor(1, name)
 
 
-os.register_at_fork(after_in_child=_poster.cache_clear)
+os.register_at_fork(after_in_child=thread.cache_clear)
 
 
 @torch.inference_mode()
@@ -103,17 +103,23 @@ def post(target: Tensor, rows: Tensor, received: list[int], sent: list[int], gro
 
 
 class Posted:
-    """Sends and receives as one work. Two threads may wait for it: a recorder's and the one that needs the rows."""
+    """Sends and receives as one work. Two threads may wait for it: a recorder's and the one that needs the rows.
 
-    def __init__(self, posted: Future[list[Any]]) -> None:
-        self.posted, self.lock = posted, threading.Lock()
+    on_arrival: is called once, when the rows are there."""
 
+    def __init__(self, posted: Future[list[Any]], on_arrival: Callable[[], object] | None = None) -> None:
+        self.posted, self.on_arrival, self.lock = posted, on_arrival, threading.Lock()
+
+    @torch.no_grad()
     def wait(self) -> None:
         with self.lock:
             works = self.posted.result()
             while works:
                 works[0].wait()  # where it raises, it does so for the second thread too
                 works.pop(0)
+            if self.on_arrival is not None:
+                self.on_arrival()
+            self.on_arrival = None
 
 
 class Link:

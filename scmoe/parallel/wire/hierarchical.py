@@ -12,13 +12,9 @@ like any other, with the numbers of rows transposed. With `strategy.exchange: au
 by measurement whether rows take one hop or two.
 """
 
-import functools
-import os
-import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -92,7 +88,8 @@ def hierarchical(within: Any, between: Any) -> Exchange:
 
 
 def over_gloo(target: Tensor, met: Tensor, rows: Tensor, hops: Hops, within: Any, between: Any) -> Work:
-    """A thread waits for the first hop and posts the second: gloo's works have no callbacks."""
+    """A thread waits for the first hop and posts the second: gloo's works have no callbacks. It is not the thread that
+    posts the first hops: that of the next exchange must not wait for this one's rows."""
     arrived = torch.empty_like(target)
     first = all_to_all.point_to_point(met, rows, row_sums(hops.between), row_sums(hops.first), between)
 
@@ -101,36 +98,8 @@ def over_gloo(target: Tensor, met: Tensor, rows: Tensor, hops: Hops, within: Any
         regrouped = swap_blocks(met, hops.between)
         return all_to_all.post(arrived, regrouped, row_sums(hops.last), column_sums(hops.between), within)
 
-    return Regrouped(all_to_all.Posted(_relay().submit(second)), arrived, hops.last, target)
-
-
-@functools.cache
-def _relay() -> ThreadPoolExecutor:
-    """One thread, so that second hops are posted in the order of the first ones, which is equal on all ranks. It is not
-    the thread that posts the first hops: that of the next exchange must not wait for this one's rows."""
-    return ThreadPoolExecutor(1, "second-hop")
-
-
-os.register_at_fork(after_in_child=_relay.cache_clear)
-
-
-@dataclass(eq=False)
-class Regrouped:
-    """Rows that are put in the order of their senders on arrival. Two threads may wait, as for all_to_all.Posted."""
-
-    work: Work
-    arrived: Tensor | None
-    blocks: Blocks
-    target: Tensor
-    lock: Any = field(default_factory=threading.Lock)
-
-    @torch.no_grad()
-    def wait(self) -> None:
-        with self.lock:
-            self.work.wait()
-            if self.arrived is not None:
-                swap_blocks(self.arrived, self.blocks, self.target)
-            self.arrived = None
+    posted = all_to_all.thread("second-hop").submit(second)
+    return all_to_all.Posted(posted, partial(swap_blocks, arrived, hops.last, target))
 
 
 class OverNccl:
