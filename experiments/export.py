@@ -30,14 +30,14 @@ def main(
     from scmoe.runs.hf_folder import write_folder
     from scmoe.training.assembly.data import kept_tokenizer, tokenizer_of
     from scmoe.training.assembly.model import build_model_on_meta
-    from scmoe.training.run.resume import REFUSED_SINCE, config_of, find_checkpoint, refuse_other_model
+    from scmoe.training.run.resume import config_of, find_checkpoint, refuse_other_model
 
     run_dir = run.resolve()
     out = out or run_dir / "export" / ("hf" if format == "hf" else "model.safetensors")
     try:
         checkpoint = find_checkpoint(run_dir, which)
-        config = config_of(run_dir, checkpoint, [*overrides, *REFUSED_SINCE])
-        refuse_other_model(config, config_of(run_dir, checkpoint, [*named(overrides), *REFUSED_SINCE]), checkpoint)
+        config = config_of(run_dir, checkpoint, overrides)
+        refuse_other_model(config, config_of(run_dir, checkpoint, named(overrides)), checkpoint)
         if format == "hf":
             kind = write_folder(checkpoint, out, config, tokenizer_of(config, checkpoint))
             print(f"{out}, model_type {kind}, from the {which} checkpoint, {checkpoint.name}")

@@ -5,8 +5,6 @@ from dataclasses import field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-Rule = tuple[object, str, str]  # whether a value is refused, its key, and what is allowed instead
-
 
 class ConfigError(ValueError):
     """An error in one line: where, which key, what was given, what is allowed."""

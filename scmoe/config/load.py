@@ -61,7 +61,6 @@ def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_kept(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Return `load_text` of a file."""
     return load_text(read_text(path), str(path), overrides)
 
 
@@ -134,7 +133,6 @@ def read_text(path: Path, extended: str = "") -> str:
 
 
 def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
-    """Put the values of a mapping into the tree."""
     seen: set[str] = set()
     for key, value in _pairs(mapping):
         if key in seen:  # once in a section and once as a dotted key

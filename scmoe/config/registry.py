@@ -95,9 +95,9 @@ def reason(name: str, error: Exception) -> str:
     return f"{'' if isinstance(error, ConfigError) else f'{type(error).__name__}: '}{error}{where}"
 
 
-def named(overrides: Sequence[str]) -> list[str]:
-    """Return those overrides that name extensions."""
-    return [override for override in overrides if override.removeprefix("--").partition("=")[0] == "extensions"]
+def named(overrides: Sequence[str], section: str = "extensions") -> list[str]:
+    """Return the overrides that set this section of the configuration, or a field in it."""
+    return [word for word in overrides if re.split("[.=]", word.removeprefix("--"))[0] == section]
 
 
 def words(extensions: Sequence[str], callbacks: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,17 @@ OF_LLAMA = ("model.attention", "model.norm_eps", "model.rope_theta")
 Refusals = Iterator[tuple[str, str]]  # a key, and what is allowed for it
 
 
-def validate(config: Config, source: str = "config") -> None:
+def validate(config: Config, source: str) -> None:
     """Raise ConfigError for the first value or combination that cannot run. source: where it is from."""
-    for check in (_ranges, _extensions, _unused, _model, _moe, _schedule, _ranks, _offload, _data, _trainer):
+    checks = (_ranges, _extensions, _unused, _model, _moe, _schedule, _ranks, _offload, _data, _trainer)
+    refuse(config, *checks, prefix=f"{source}: ")
+
+
+def refuse(config: Config, *checks: Callable[[Config], Refusals], prefix: str = "") -> None:
+    """Raise ConfigError for the first value that a check refuses. prefix: of the message."""
+    for check in checks:
         for key, allowed in check(config):
-            raise ConfigError(f"{source}: {key} is {show(flatten(config)[key])}, allowed: {allowed}")
+            raise ConfigError(f"{prefix}{key} is {show(flatten(config)[key])}, allowed: {allowed}")
 
 
 def taps(config: Config) -> tuple[str, str]:
@@ -98,11 +104,6 @@ def last_step(config: Config) -> int:
     trainer = config.trainer
     limit = trainer.limit_train_batches
     return trainer.max_steps if limit is None else min(trainer.max_steps, limit // trainer.accumulate)
-
-
-def validates(config: Config) -> bool:
-    """Return whether a run validates at all."""
-    return config.trainer.limit_val_batches != 0
 
 
 def shortened(config: Config) -> Config:

@@ -111,15 +111,12 @@ def _read_file(path: Path) -> Recorded:
             f"{path} is not a recorded routing: {error}. Record one with analysis.record_routing=N."
         ) from error
     for layer, ids_STK in enumerate(ids):
-        if ids_STK.dim() != 3 or len(ids_STK) != len(steps) or not within(ids_STK, num_experts):
+        in_range = bool(((ids_STK >= 0) & (ids_STK <= num_experts)).all())
+        if ids_STK.dim() != 3 or len(ids_STK) != len(steps) or not in_range:
             raise ValueError(
                 f"{path}, layer {layer}: expert ids must be [steps, tokens, choices], from 0 to {num_experts}."
             )
     return Recorded(steps, ids, num_experts, num_ranks)
-
-
-def within(ids_STK: Tensor, num_experts: int) -> bool:
-    return not ids_STK.numel() or bool(ids_STK.min() >= 0 and ids_STK.max() <= num_experts)
 
 
 def selected(recorded: Recorded, steps: Sequence[int]) -> Recorded:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +150,16 @@ def write_all(
     most = request.max_tokens or min(USUAL_TOKENS, model.max_seq_len - max(map(len, prompts)))
     stopping = Stopping(most, frozenset({tokenizer.end_of_text}), request.stop_strings, tokenizer.decode)
     passes, what_ran = passes_of(model, context, prompts, request)
-    tokens, clock = 0, Clock()
+    tokens, seconds, first_s = 0, 0.0, 0.0
     for start in range(0, len(prompts), block := request.batch_size * context.world_size):
         own = slice(start + context.rank, start + block, context.world_size)
-        steps = clock.timed(stream(model, prompts[own], stopping, request.sampling, seeds[own], passes))
+        steps = stream(model, prompts[own], stopping, request.sampling, seeds[own], passes)
+        begun = time.perf_counter()
+        first = [*islice(steps, 1)]
+        first_s = first_s or time.perf_counter() - begun
+        steps = chain(first, steps)
         texts = collect(shown(steps, stopping, show) if show else steps, len(prompts[own]))
+        seconds += time.perf_counter() - begun
         of_ranks = context.gather_on_rank_zero(texts)
         if of_ranks is None:
             continue
@@ -168,27 +174,11 @@ def write_all(
     return {
         "texts": len(prompts),
         "tokens": tokens,
-        "seconds": clock.seconds,
-        "tokens_per_s": tokens / clock.seconds,
-        "first_token_ms": 1e3 * (clock.first_s or 0.0),
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+        "first_token_ms": 1e3 * first_s,
         "ran": what_ran,
     }
-
-
-class Clock:
-    """Times generations: `seconds` of all, and `first_s` until the first step of the first one."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self.first_s: float | None = None
-
-    def timed(self, steps: Iterator[Step]) -> Iterator[Step]:
-        """Pass the steps on."""
-        begun = time.perf_counter()
-        for step in steps:
-            self.first_s = self.first_s or time.perf_counter() - begun
-            yield step
-        self.seconds += time.perf_counter() - begun
 
 
 def passes_of(

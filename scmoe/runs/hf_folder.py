@@ -56,7 +56,6 @@ CANDIDATES = {  # model.family, model.attention, moe.architecture: the model_typ
     ("llama", "latent", "shared_expert"): "deepseek_v3",
     ("llama", "latent", "scmoe"): "longcat_flash",
 }
-GPT2_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_new"}
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 
@@ -218,7 +217,7 @@ def written(family: str, config: Config) -> dict[str, Any]:
             "attn_pdrop": 0.0,
             "n_positions": config.data.seq_len,
             "layer_norm_epsilon": 1e-5,
-            "activation_function": GPT2_ACTIVATIONS.get(activation, activation),
+            "activation_function": "gelu_new" if activation == "gelu_tanh" else activation,
         }
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rope_theta}
     if model.latent.yarn_factor != 1:

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, flatten
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import parse_yaml, to_yaml
 from scmoe.config.registry import IMAGES
 from scmoe.files.writing import read_json
@@ -142,7 +142,7 @@ def open_run(name: str, folder: Path = Path("runs")) -> SeenRun:
 
 def differences(runs: Sequence[SeenRun]) -> dict[str, list[str]]:
     """Return the keys that are not equal in all runs, and their values by run."""
-    keys = [key for key in flatten(Config()) if not key.startswith(NOT_COMPARED)]
+    keys = [key for key in DEFAULTS if not key.startswith(NOT_COMPARED)]
     columns = {key: [run.config[key] for run in runs] for key in keys}
     return {key: values for key, values in columns.items() if len(set(values)) > 1}
 

@@ -30,6 +30,7 @@ from scmoe.runs.hf_folder import OURS, dropless, our_config
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 from scmoe.training.assembly.trainer import cpu_threads
 from scmoe.training.run.directory import relative
+from scmoe.training.run.machine import has_gpus
 from scmoe.training.run.resume import Which, config_of, find_checkpoint
 
 
@@ -107,8 +108,7 @@ def offloaded(config: Config, source: Path) -> Iterator[tuple[Any, Cache]]:
     path = folder / f"{source.name}.experts.safetensors"
     torch.set_num_threads(cpu_threads(config))
     torch.use_deterministic_algorithms(config.trainer.deterministic)
-    on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
+    device = torch.device("cuda" if has_gpus(config) else "cpu")
     try:
         if not path.exists():
             folder.mkdir(exist_ok=True)

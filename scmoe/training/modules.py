@@ -165,15 +165,12 @@ class MoEModule(LightningModule):
         self.validated_step = self.global_step
         return nats, targets
 
-    def never_decays(self) -> set[nn.Parameter]:
-        """Return parameters without weight decay, besides norms, biases and position embeddings."""
-        return set()
-
     def trained(self) -> Trained:
-        """Weight decay applies to matrices; norms, biases and embeddings, unless one is also the head, have none."""
-        decays = {
-            p for m in self.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(False) if p.dim() > 1
-        } - self.never_decays()
+        """Weight decay applies to matrices, but not to embeddings, unless one is also the head, and not to what the
+        network's `no_weight_decay` returns."""
+        others = [m for m in self.modules() if not isinstance(m, nn.Embedding)]
+        decays = {p for m in others for p in m.parameters(False) if p.dim() > 1}
+        decays -= getattr(self.model, "no_weight_decay", set)()
         parameters = [p for p in self.parameters() if p.requires_grad]
         experts, head = {p for _, p in expert_parameters(self)}, set(self.model.head.parameters())
         matrices = {p for p in decays - head if p.dim() == 2 or p in experts}
@@ -281,6 +278,3 @@ class ImageClassifier(MoEModule):
         self.finish_validation()
         self.log("val/accuracy", self.val_accuracy.compute(), prog_bar=True)
         self.val_accuracy.reset()
-
-    def never_decays(self) -> set[nn.Parameter]:
-        return getattr(self.model, "no_weight_decay", set)()  # an extension's network may have none

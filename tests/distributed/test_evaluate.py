@@ -156,6 +156,13 @@ def test_trouble_with_wandb_loses_no_result(runs, monkeypatch, capsys):
     assert err.count("\n") == 1 and "no server" in err
 
 
+def test_an_override_of_the_whole_section_reaches_wandb(runs, monkeypatch):
+    modes = []
+    monkeypatch.setattr(evaluation, "log_to_wandb", lambda run_dir, config, found: modes.append(config.logger.mode))
+    assert called("evaluate", str(runs["dgmoe"]), "--tasks", "none", "logger={mode: disabled}").code == 0
+    assert modes == ["disabled"]
+
+
 # ---------------------------------------------------------------------- rank 0 and the others
 
 

@@ -165,7 +165,7 @@ def test_where_beginnings_differ_the_end_is_scored(adapter):
 def test_a_context_and_its_answer_are_encoded_as_one_text(adapter):
     tokenizer = make_tokenizer("bpe", 400, TEXT)
     model = adapter.ModelOfRun(None, tokenizer)
-    pairs = (("The state of the", " union."), ("The state of the ", "union."), ("", " peace"), ("a", "b"))
+    pairs = (("The state of the", " union."), ("The state of the ", "union."), ("", " peace"), ("a", "b"), ("", ""))
     for context, answer in pairs:
         ids, first = model.ids_of(context, answer)
         assert ids[0] == tokenizer.end_of_text

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.utilities import rank_zero_only
 
-from scmoe.config.load import load
+from scmoe.config.load import load, to_yaml
 from scmoe.runs.evaluate.evaluation import keep_results, read_results
-from scmoe.training.run import train
+from scmoe.training.run import resume, train
 from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, slug_of
 from scmoe.training.run.loggers import csv_logger
 from scmoe.training.run.printout import print_start, resume_command
@@ -125,6 +125,12 @@ def test_other_ranks_open_nothing(tmp_path, monkeypatch):
 def test_the_command_that_trains_further_can_be_used(words, steps, more, tmp_path):
     command = resume_command(tmp_path, steps, load(None, ["trainer.max_steps=20", *words]))
     assert command.replace("'", "").endswith(f"resume {tmp_path}{more}")
+
+
+def test_a_kept_setting_that_an_earlier_version_accepted_is_left_out(monkeypatch):
+    kept = to_yaml(load(None)).replace("wire_dtype: null", "wire_dtype: bfloat16")
+    monkeypatch.setattr(resume, "config_text", lambda *_: (kept, "kept"))
+    assert resume.config_of(Path("run"), Path("run/checkpoints/step=4.ckpt")) == load(None)
 
 
 def test_another_checkpoint_of_the_same_name_has_results_of_its_own(tmp_path):

@@ -44,7 +44,7 @@ from scmoe.training.assembly.data import build_datamodule, kept_data, prepare_da
 from scmoe.training.run.directory import read_state, relative
 from scmoe.training.run.loggers import close_loggers, wandb_logger, wandb_mode
 from scmoe.training.run.machine import is_rank_zero
-from scmoe.training.run.resume import REFUSED_SINCE, Which, config_of, find_checkpoint
+from scmoe.training.run.resume import Which, config_of, find_checkpoint
 
 FILE = "evaluation.json"
 Found = dict[str, Any]
@@ -129,8 +129,7 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
     checkpoint = find_checkpoint(run_dir, request.which)
     config = config_without_training(partial(config_of, run_dir, checkpoint), checkpoint, request.overrides)
     read_results(run_dir)  # its refusal, before other ranks start
-    loggers = [word for word in request.overrides if word.removeprefix("--").startswith("logger.")]
-    of_run = config_of(run_dir, checkpoint, [*loggers, *named(request.overrides), *REFUSED_SINCE])
+    of_run = config_of(run_dir, checkpoint, [*named(request.overrides, "logger"), *named(request.overrides)])
     material = read_material(with_batch_of_a_rank(config, of_run), checkpoint, request) if is_rank_zero() else None
     module, trainer = start_ranks(config, checkpoint)
     device, plugin, model = trainer.strategy.root_device, trainer.precision_plugin, module.model

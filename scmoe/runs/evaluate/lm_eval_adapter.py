@@ -108,7 +108,7 @@ class ModelOfRun(LM):
         """
         stripped = context.rstrip(" ")
         whole = self.tokenizer.encode(context + continuation)
-        begin = min(len(self.tokenizer.encode(stripped)), len(whole) - 1)
+        begin = min(len(self.tokenizer.encode(stripped)), max(0, len(whole) - 1))
         return np.r_[self.tokenizer.end_of_text, whole], 1 + begin
 
 

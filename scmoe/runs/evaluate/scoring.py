@@ -145,7 +145,8 @@ class Scorer:
             mask_BS[row, : stop - 1 - start] = True
         labels_BS = labels_BS.to(self.device)
         logits_BSV = self.forward(inputs_BS.to(self.device), mask_BS.to(self.device))[0]
-        nats_BS = F.cross_entropy(_wide(logits_BSV).mT, labels_BS, ignore_index=IGNORE, reduction="none")
+        wide_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
+        nats_BS = F.cross_entropy(wide_BSV.mT, labels_BS, ignore_index=IGNORE, reduction="none")
         likeliest_BS = (logits_BSV.argmax(-1) == labels_BS) | (labels_BS == IGNORE)
         return nats_BS.double().sum(1).tolist(), likeliest_BS.all(1).tolist()
 
@@ -169,10 +170,6 @@ def batches(items: Iterable[T], length: Callable[[T], int]) -> Iterator[Sequence
         size = max(1, BATCH_TOKENS // length(ordered[start]))
         yield ordered[start : start + size]
         start += size
-
-
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def score_test_split(scorer: Scorer, data: PositionedDataModule) -> dict[str, Any]:

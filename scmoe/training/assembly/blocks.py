@@ -135,34 +135,19 @@ def moe_blocks(
     return leading + [moe_block(block, config, context, parts[i : i + every], first=i == starts[0]) for i in starts]
 
 
-@register_architecture("top_k")
-def top_k(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    return moe_blocks(TopKBlock, config, context, parts)
+def register_moe_blocks(block: type[MoEBlock]) -> None:
+    @register_architecture(block.architecture)
+    def blocks(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+        return moe_blocks(block, config, context, parts)
 
 
-@register_architecture("shared_expert")
-def shared_expert(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    return moe_blocks(SharedExpertBlock, config, context, parts)
-
-
-@register_architecture("scmoe")
-def scmoe(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    return moe_blocks(ShortcutBlock, config, context, parts)
-
-
-@register_architecture("farskip")
-def farskip(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    return moe_blocks(FarSkipBlock, config, context, parts)
-
-
-@register_architecture("dgmoe")
-def dgmoe(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    return moe_blocks(DoubleGateBlock, config, context, parts)
+for block in (TopKBlock, SharedExpertBlock, ShortcutBlock, FarSkipBlock, DoubleGateBlock):
+    register_moe_blocks(block)
 
 
 @register_architecture("dgmoe_share")
 def dgmoe_share(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-    blocks = dgmoe(config, context, parts)
+    blocks = moe_blocks(DoubleGateBlock, config, context, parts)
     share_moe([block for block in blocks if isinstance(block, MoEBlock)])
     return blocks
 

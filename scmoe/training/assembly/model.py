@@ -101,18 +101,11 @@ def build_network(config: Config, context: ParallelContext) -> Any:
 
 
 @register_family("gpt")
-def build_gpt(config: Config, context: ParallelContext) -> Any:
-    return build_decoder(GPT, config, context)
-
-
 @register_family("llama")
-def build_llama(config: Config, context: ParallelContext) -> Any:
-    return build_decoder(partial(Llama, norm_eps=config.model.norm_eps), config, context)
-
-
-def build_decoder(decoder: Callable[..., Any], config: Config, context: ParallelContext) -> Any:
-    blocks = build_blocks(config, context)
-    return decoder(config.data.vocab_size, config.data.seq_len, config.model.dim, blocks, config.model.dropout)
+def build_decoder(config: Config, context: ParallelContext) -> Any:
+    model, blocks = config.model, build_blocks(config, context)
+    decoder: Callable[..., Any] = GPT if model.family == "gpt" else partial(Llama, norm_eps=model.norm_eps)
+    return decoder(config.data.vocab_size, config.data.seq_len, model.dim, blocks, model.dropout)
 
 
 @register_family("swin", images=True)

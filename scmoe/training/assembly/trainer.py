@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import CALLBACKS, IMAGES
-from scmoe.config.rules import last_step, resolve_ep_size, validates
+from scmoe.config.rules import last_step, resolve_ep_size
 from scmoe.footprint.memory import Job, rank_memory
 from scmoe.lightning.seam import BestCheckpoints, LastCheckpoint, Patience, StepProgressBar
 from scmoe.lightning.strategy import ExpertParallelStrategy
@@ -63,7 +63,7 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         Memory(),
         LastCheckpoint(checkpoints, trainer.checkpoint_every),
     ]
-    if validates(config) and trainer.save_top_k:
+    if trainer.limit_val_batches != 0 and trainer.save_top_k:
         callbacks.append(BestCheckpoints(checkpoints, best, mode, trainer.save_top_k))
     if (patience := trainer.early_stopping) is not None:
         callbacks.append(Patience(best, patience=patience, mode=mode, check_on_train_epoch_end=False))

@@ -31,6 +31,7 @@ class AdaptiveSchedule(Callback):
         self, auto: bool, chunks: tuple[int, ...], plan: Path | None = None, settings: dict[str, Any] | None = None
     ) -> None:
         self.auto, self.chunks, self.plan, self.settings = auto, chunks, plan, settings or {}
+        self.conditions: dict[str, Any] = {}  # under which a plan is valid
         self.planner: Planner | None = None
         self.shown: list[LayerChoice] = []
         self.show_what_ran = False
@@ -44,7 +45,8 @@ class AdaptiveSchedule(Callback):
         in_a_step = trainer.accumulate_grad_batches
         fixed = not self.auto
         self.planner = Planner(blocks, None, module.device, self.chunks, fixed, context.ep_size, batches=in_a_step)
-        if self.auto and self.take_kept_plan(trainer):
+        self.conditions = {"ep_size": context.ep_size, **self.planner.conditions, **self.settings}
+        if self.auto and self.take_kept_plan(trainer, self.planner):
             return
         batches = (trainer.max_steps - trainer.global_step) * in_a_step
         if self.auto and batches <= self.planner.steps_to_choose:
@@ -53,22 +55,15 @@ class AdaptiveSchedule(Callback):
                 "perhaps all run without a choice; raise trainer.max_steps, or give schedule.slot and schedule.chunks"
             )
 
-    def take_kept_plan(self, trainer: Trainer) -> bool:
+    def take_kept_plan(self, trainer: Trainer, planner: Planner) -> bool:
         """Make the planner follow the plan of the resumed run, if it is valid here too. Return whether it is."""
-        assert self.planner is not None
         kept: Any = None
         if self.plan is not None and self.plan.exists():
-            kept = read_plan(self.plan, self.conditions(trainer))
+            kept = read_plan(self.plan, self.conditions)
         kept = trainer.strategy.broadcast(kept)
         if kept is not None:
-            self.planner.take(plan_from_json(kept))
+            planner.take(plan_from_json(kept))
         return kept is not None
-
-    def conditions(self, trainer: Trainer) -> dict[str, Any]:
-        """Return the conditions under which a plan is valid."""
-        assert self.planner is not None
-        context: Any = trainer.lightning_module.parallel_context
-        return {"ep_size": context.ep_size, **self.planner.conditions, **self.settings}
 
     def on_train_end(self, *_: Any) -> None:
         if self.planner is not None:
@@ -92,7 +87,7 @@ class AdaptiveSchedule(Callback):
             if self.auto and trainer.is_global_zero:
                 print("\n".join(plan_lines(choices)), file=sys.stderr, flush=True)
                 if self.plan is not None:
-                    try_to_write_json(self.plan, plan_to_json(choices, self.conditions(trainer), trainer.global_step))
+                    try_to_write_json(self.plan, plan_to_json(choices, self.conditions, trainer.global_step))
         if overlap is not None and logs_now(trainer, batch_idx):
             hidden = zip(("overlap/forward", "overlap/backward"), overlap.efficiency, strict=True)
             module.log_dict({name: share for name, share in hidden if share is not None})

@@ -59,7 +59,6 @@ class ExpertLoad(Callback):
 
     def __init__(self, folder: Path | None = None) -> None:
         self.table = folder and folder / "expert_load.csv"
-        self.picture = folder and folder / "expert_load.png"
         self.sums_LE2: Tensor | None = None
         self.steps: list[Tensor] = []  # the load of each step since the last log
         self.last: list[list[int]] = []  # the integer sums of the last log
@@ -107,13 +106,13 @@ class ExpertLoad(Callback):
         try_to_append(table, as_csv([*header, *rows]))
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
-        if self.picture is None or self.table is None or not self.last:
+        if self.table is None or not self.last:
             return
         if find_spec("matplotlib") is None:
             rank_zero_warn(f"no heat map of the experts' load is drawn; it needs {install_command('matplotlib')}")
         else:
             table, counts_LE = self.table, [counts_E for *counts_E, _, _ in self.last]
-            try_to_draw(self.picture, lambda path: draw_load(counts_LE, path, worst_layers(table)))
+            try_to_draw(table.with_suffix(".png"), lambda path: draw_load(counts_LE, path, worst_layers(table)))
 
 
 def as_csv(rows: list[list[Any]]) -> str:
@@ -243,7 +242,6 @@ class Analysis(Callback):
     def __init__(self, quantity: Quantity, every: int, folder: Path | None) -> None:
         self.quantity, self.every = quantity, every
         self.table = folder and folder / f"{quantity.name}.npz"
-        self.picture = folder and folder / f"{quantity.name}.png"
         self.probe: Probe | None = None
         self.labels: list[str] = []
         self.records: dict[int, Any] = {}
@@ -275,8 +273,8 @@ class Analysis(Callback):
             try_to_write(self.table, lambda path: np.savez(path, steps=steps, labels=labels, values=values))
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
-        if self.picture is not None and self.records:
-            try_to_draw(self.picture, partial(self.quantity.draw, *self._all()))
+        if self.table is not None and self.records:
+            try_to_draw(self.table.with_suffix(".png"), partial(self.quantity.draw, *self._all()))
 
     def on_exception(self, *_: Any) -> None:
         if self.probe is not None:

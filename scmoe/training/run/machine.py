@@ -7,11 +7,9 @@ import ctypes
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from difflib import get_close_matches
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,8 +18,9 @@ from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvi
 
 from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, Rule, flatten, show
+from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import IMAGES
+from scmoe.config.rules import Refusals, refuse
 from scmoe.footprint.memory import Job, rank_memory
 from scmoe.footprint.model_cost import forward_flops, training_flops
 from scmoe.lightning.seam import rank_without_trainer
@@ -62,20 +61,13 @@ def check_machine(config: Config) -> None:
         require("analysis", "matplotlib")
     check_devices(config)
     if is_rank_zero():
-        _refuse(config, _folders)
+        refuse(config, _folders)
         check_size(config)
 
 
 def check_devices(config: Config) -> None:
     """Raise ConfigError for devices or ranks that are not here."""
-    _refuse(config, _packages, _devices, _launcher)
-
-
-def _refuse(config: Config, *checks: Callable[[Config], Iterator[Rule]]) -> None:
-    values = flatten(config)
-    for refused, key, allowed in chain.from_iterable(check(config) for check in checks):
-        if refused:
-            raise ConfigError(f"{key} is {show(values[key])}, allowed: {allowed}")
+    refuse(config, _packages, _devices, _launcher)
 
 
 def check_resident(config: Config) -> None:
@@ -85,33 +77,35 @@ def check_resident(config: Config) -> None:
         raise ConfigError(f"offload.way is {show(config.offload.way)}, allowed here: {only}")
 
 
-def _packages(config: Config) -> Iterator[Rule]:
+def _packages(config: Config) -> Refusals:
     """Check what only other packages know: the arguments of Lightning's Trainer, and whether TensorBoard is here."""
     known = inspect.signature(Trainer).parameters
     for name in sorted(config.trainer.extra.keys() - known):
         near = get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        yield True, "trainer.extra", f"arguments of Lightning's Trainer; {name} is not one{hint}"
-    missing = config.logger.tensorboard and not any(map(find_spec, ("tensorboard", "tensorboardX")))
-    yield missing, "logger.tensorboard", "false, as TensorBoard is not installed: " + install_command("tensorboard")
+        yield "trainer.extra", f"arguments of Lightning's Trainer; {name} is not one{hint}"
+    if config.logger.tensorboard and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
+        yield "logger.tensorboard", "false, as TensorBoard is not installed: " + install_command("tensorboard")
 
 
-def _devices(config: Config) -> Iterator[Rule]:
+def _devices(config: Config) -> Refusals:
     trainer, gpus = config.trainer, torch.cuda.device_count()
-    yield trainer.accelerator == "gpu" and not gpus, "trainer.accelerator", "auto | cpu, as there is no GPU here"
+    if trainer.accelerator == "gpu" and not gpus:
+        yield "trainer.accelerator", "auto | cpu, as there is no GPU here"
     most = max(os.cpu_count() or 1, FEW_THREADS)
-    yield (trainer.threads or 1) > most, "trainer.threads", f"null or at most {most} on this machine"
-    short = has_gpus(config) and trainer.devices > gpus
-    yield short, "trainer.devices", f"at most {gpus}, the GPUs of this machine, or trainer.accelerator=cpu"
-    paced = config.strategy.reductions == "paced" and has_gpus(config)
-    yield paced, "strategy.reductions", "null | ddp on a GPU, whose all-reduces the host cannot pace"
+    if (trainer.threads or 1) > most:
+        yield "trainer.threads", f"null or at most {most} on this machine"
+    if has_gpus(config) and trainer.devices > gpus:
+        yield "trainer.devices", f"at most {gpus}, the GPUs of this machine, or trainer.accelerator=cpu"
+    if has_gpus(config) and config.strategy.reductions == "paced":
+        yield "strategy.reductions", "null | ddp on a GPU, whose all-reduces the host cannot pace"
 
 
 def has_gpus(config: Config) -> bool:
     return config.trainer.accelerator != "cpu" and torch.cuda.is_available()
 
 
-def _launcher(config: Config) -> Iterator[Rule]:
+def _launcher(config: Config) -> Refusals:
     """Check that the launcher starts as many ranks as are configured: the others would wait for a missing one."""
     trainer = config.trainer
     for name, launcher in LAUNCHERS.items():
@@ -119,20 +113,21 @@ def _launcher(config: Config) -> Iterator[Rule]:
             try:
                 launcher().validate_settings(trainer.devices, trainer.num_nodes)
             except ValueError as error:
-                yield True, "trainer.devices", f"with trainer.num_nodes, as many ranks as {name} has started: {error}"
+                yield "trainer.devices", f"with trainer.num_nodes, as many ranks as {name} has started: {error}"
             return
     missing = [name for name in OF_NODE if name not in os.environ]
-    alone = f"1, or start it with torchrun or srun, or set {' and '.join(missing)} on every machine"
-    yield trainer.num_nodes > 1 and missing, "trainer.num_nodes", alone
+    if trainer.num_nodes > 1 and missing:
+        alone = f"1, or start it with torchrun or srun, or set {' and '.join(missing)} on every machine"
+        yield "trainer.num_nodes", alone
 
 
-def _folders(config: Config) -> Iterator[Rule]:
+def _folders(config: Config) -> Refusals:
     folders = {"runs_dir": config.runs_dir}
     if config.data.name not in (*IMAGES, "synthetic"):
         folders["data.cache_dir"] = config.data.cache_dir
     for key, folder in folders.items():
-        why = why_not_writable(Path(folder))
-        yield why, key, f"a folder that can be written: {why}"
+        if (why := why_not_writable(Path(folder))) is not None:
+            yield key, f"a folder that can be written: {why}"
 
 
 def why_not_writable(folder: Path) -> str | None:

@@ -73,7 +73,6 @@ def model_table(counts: Mapping[str, tuple[int, int, int]]) -> Table:
 
 
 def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
-    """Return results and samples as a panel."""
     table = Table.grid(padding=(0, 2))
     rows = {"steps": f"{summary['steps']:,} on {summary['world_size']} ranks, EP = {summary['ep_size']}"}
     unit = "images" if "val_accuracy" in summary else "tokens"
@@ -183,7 +182,6 @@ def sample_text(trainer: Trainer, module: MoEModule, data: PositionedDataModule)
 
 
 def say_done(run_dir: Path, summary: dict[str, Any], config: Config) -> dict[str, Any]:
-    """Say that a run has nothing left to do, and return its summary."""
     more = resume_command(run_dir, summary["steps"], config)
     print(f"nothing to do: all {summary['steps']} steps are done; for more: {more}", file=sys.stderr)
     return summary

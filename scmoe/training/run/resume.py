@@ -119,8 +119,8 @@ def step_of(words: Sequence[str]) -> tuple[int | None, list[str]]:
 
 
 def config_of(run_dir: Path, checkpoint: Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the configuration with which a checkpoint was written, without its callbacks."""
-    return load_text(*config_text(run_dir, checkpoint), overrides)
+    """Return the configuration with which a checkpoint was written, without its callbacks and REFUSED_SINCE."""
+    return load_text(*config_text(run_dir, checkpoint), [*REFUSED_SINCE, *overrides])
 
 
 def config_text(run_dir: Path, checkpoint: Path) -> tuple[str, str]:
@@ -149,7 +149,7 @@ def resumption(run_dir: Path, overrides: Sequence[str], step: int | None = None)
     """
     checkpoint = find_checkpoint(run_dir, share=UNREAD) if step is None else checkpoint_of(run_dir, step)
     done = read_manifest(checkpoint)["step"]
-    was = config_of(run_dir, checkpoint, [*named(overrides), *REFUSED_SINCE])
+    was = config_of(run_dir, checkpoint, named(overrides))
     earlier = record_of(run_dir, done)  # the run was resumed from here before, and saved no later checkpoint
     text, source = (read_text(earlier), str(earlier)) if earlier.exists() else config_text(run_dir, checkpoint)
     config = load_text(text, source, overrides)
@@ -166,7 +166,7 @@ def resumption(run_dir: Path, overrides: Sequence[str], step: int | None = None)
 def refuse_kept_callbacks(text: str, source: str, overrides: Sequence[str]) -> None:
     """Raise ConfigError if the run had callbacks and the command names none: a kept configuration runs no code."""
     kept = parse_yaml(text, source).get("callbacks")
-    if kept and not any(word.removeprefix("--").startswith("callbacks") for word in overrides):
+    if kept and not named(overrides, "callbacks"):
         raise ConfigError(
             f"{source}: callbacks is {show(kept)}, but the configuration in a run runs no callback; "
             f"add {' '.join(words((), kept))} to the command, or callbacks={{}} to go on without"
