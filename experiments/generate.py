@@ -26,7 +26,7 @@ def main(
     batch_size: int = 8,
     prefill_tokens: int | None = None,
     plan: bool = False,
-) -> int:
+) -> None:
     """Continue texts with the model of a run or of an export, whatever number of ranks the run had.
 
     One text is shown as it is written. With --prompts FILE the texts go to --out FILE, as JSON lines; several ranks
@@ -76,7 +76,6 @@ def main(
         print(*speed_lines(speed), sep="\n", file=sys.stderr)
         if out is not None:
             print(json.dumps(speed), flush=True)
-    return 0
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from typing import Any
 from scmoe.config.extras import require, scmoe
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.engine.command_line import KeyValue, call
+from scmoe.experiments.engine.report import say
 
 
 def run_here(sweep: Any, again: str) -> int:
@@ -14,17 +15,15 @@ def run_here(sweep: Any, again: str) -> int:
         require("method bayes (grid and random do not)", "optuna")
     from scmoe.experiments.studies.sweep.sweep_report import table, write_report
     from scmoe.experiments.studies.sweep.trials import run_trials
-    from scmoe.runs.seen import console
 
     trials, signum = run_trials(sweep)
-    summary, screen = write_report(sweep, trials), console(stderr=True)
+    summary = write_report(sweep, trials)
     table(sweep, trials).show()
-    lines = [f"results      {sweep.folder}"]
+    say(f"results      {sweep.folder}")
     if summary["best"]:
-        lines.append(f"best         {scmoe('train', summary['best']['config'])}")
+        say(f"best         {scmoe('train', summary['best']['config'])}")
     if signum:
-        lines.append(f"go on        {again}")
-    screen.print(*lines, sep="\n", soft_wrap=True, markup=False, highlight=False)  # a path may hold brackets
+        say(f"go on        {again}")
     print(json.dumps(summary), flush=True)
     return 128 + signum if signum else 0 if summary["finished"] else 1
 
@@ -53,7 +52,7 @@ def main(file: str, /, *overrides: KeyValue, local: bool = False) -> int:
         if has_wandb_key():
             from scmoe.experiments.studies.sweep.trials import run_online
 
-            path, code = run_online(sweep, lambda line: print(line, file=sys.stderr, flush=True))
+            path, code = run_online(sweep)
             print(json.dumps({"sweep": path, "exit_code": code}), flush=True)
             return code if code >= 0 else 128 - code
     return run_here(sweep, scmoe("sweep", file, "--local", *overrides))

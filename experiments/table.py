@@ -3,6 +3,7 @@ import sys
 
 from scmoe.config.extras import require
 from scmoe.experiments.engine.command_line import call
+from scmoe.experiments.engine.report import say
 from scmoe.experiments.studies.table.table_file import Options, check_scale, load_table
 
 USUAL = Options()
@@ -22,7 +23,7 @@ def main(table: str, /, *overrides: str, options: Options = USUAL) -> int:
     read = load_table(table)
     check_scale(read, options.scale)
     require("a table", "matplotlib", "scipy")
-    from scmoe.experiments.studies.table.make import make_table, plan_table, say
+    from scmoe.experiments.studies.table.make import make_table, plan_table
 
     plan = plan_table(read, options, overrides)
     seeds = len(plan.runs) // len(read.rows)

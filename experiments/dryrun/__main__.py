@@ -63,7 +63,7 @@ def main(config: str, /, *words: KeyValue) -> None:
         raise ConfigError("command line: samples without ranks, allowed: both, or data.global_batch_size alone")
     from scmoe.config.load import load
     from scmoe.experiments.dryrun.counted_step import dry_run, load_for, with_slots
-    from scmoe.experiments.engine.report import Report, console
+    from scmoe.experiments.engine.report import Report, console, say
 
     ranks, samples = sizes.get("ranks"), sizes.get("samples", 1)
     if config == "presets":
@@ -76,9 +76,9 @@ def main(config: str, /, *words: KeyValue) -> None:
     given = load(config, overrides) if ranks is None else load_for(config, ranks, samples, overrides)
     settings = with_slots(given)
     if settings != given:
-        print("moe.rows=slots is set: a dry run has no data, so it counts every slot of the capacity", file=sys.stderr)
+        say("moe.rows=slots is set: a dry run has no data, so it counts every slot of the capacity")
     world = settings.trainer.devices * settings.trainer.num_nodes
-    print(f"one step of rank 0 of {world:,} ranks is run on tensors without numbers", file=sys.stderr, flush=True)
+    say(f"one step of rank 0 of {world:,} ranks is run on tensors without numbers")
     run = dry_run(settings)
     lines = {name: {"number": number} for name, number in numbers(run).items()}
     title = f"dry run of rank 0 of {world}, dense weights {settings.strategy.dense}"

@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from operator import attrgetter
 from typing import Any
 from unittest.mock import patch
 
@@ -34,12 +33,13 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from scmoe.blocks.sublayers import recompute_activations
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, show
+from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import load
 from scmoe.config.registry import IMAGES
 from scmoe.config.rules import resolve_ep_size
+from scmoe.experiments.engine.step import bytes_of
 from scmoe.moe import experts
-from scmoe.parallel.dense import local, materialise, shard, with_dense_mesh
+from scmoe.parallel.dense import materialise, shard, with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
 from scmoe.parallel.update.guard import clip_grad_norm
 from scmoe.parallel.update.wrap import wrap
@@ -117,7 +117,7 @@ def check(config: Config) -> None:
     ]
     for refused, key, allowed in rules:
         if refused:
-            raise ConfigError(f"dry run: {key} is {show(attrgetter(key)(config))}, allowed: {allowed}")
+            raise ConfigError(f"dry run: {key} is {show(flatten(config)[key])}, allowed: {allowed}")
 
 
 def dry_run(config: Config) -> DryRun:
@@ -180,11 +180,10 @@ def step(config: Config, module: Any) -> DryRun:
         counting.phase = "update"
         clip_grad_norm(parameters, shards, config.trainer.gradient_clip, context)
         optimizer.step()
-    moments = [local(value) for state in optimizer.state.values() for value in state.values()]
     return DryRun(
-        weights=sum(local(p).nbytes for p in parameters),
-        gradients=sum(local(p.grad).nbytes for p in parameters),
-        optimizer=sum(moment.nbytes for moment in moments),
+        weights=bytes_of(parameters),
+        gradients=bytes_of(p.grad for p in parameters),
+        optimizer=bytes_of(value for state in optimizer.state.values() for value in state.values()),
         peak=dict(counting.peak),
         flops=counting.flops,
         collectives=dict(counting.collectives),

@@ -28,7 +28,6 @@ from scmoe.config.leaves import ConfigError
 from scmoe.config.registry import IMAGES
 from scmoe.footprint.memory import Job, Split, rank_memory
 from scmoe.footprint.model_cost import COMPUTE_BYTES, WEIGHT_BYTES, forward_flops, moe_uses, rows_sent, training_flops
-from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, Capacity, buffer_size, expert_capacity
 from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
 from scmoe.training.run.printout import count_parameters, total_and_active
@@ -45,12 +44,13 @@ def estimate(config: Config) -> dict[str, Any]:
         raise ConfigError("strategy.dense is auto, allowed in an estimate: replicated | sharded | hybrid")
     model = build_model_on_meta(config)
     total, active = total_and_active(count_parameters(model))
-    replicated, experts = rank_parameters(model, job.ep_size)
+    split = Split(model, job)
+    experts = sum(p.numel() for p in split.experts)
+    replicated, experts_per_rank = total - experts, experts // job.ep_size
     unit, tokens = ("image", 1) if config.data.name in IMAGES else ("token", job.seq_len)
     forward = forward_flops(model, job.seq_len)
     sent, rows = transfer_bytes(model, job.precision, job.wire_bytes), model.rows_per_sample(job.seq_len)
     together = sum(size * rows[moe] for size, (moe, _) in zip(sent, moe_uses(model), strict=True)) / tokens
-    split = Split(model, job)
     row_bytes = 4 * together * tokens * job.samples * job.accumulate * (1 - 1 / job.ep_size)
     gradient_bytes = 2 * (1 - 1 / job.ranks) * replicated * WEIGHT_BYTES[job.precision]  # by a ring of all ranks
     return {
@@ -63,8 +63,8 @@ def estimate(config: Config) -> dict[str, Any]:
         "samples_per_rank": job.samples,
         "params_total": total,
         "params_active": active,
-        "params_per_rank": replicated + experts,
-        "params_per_rank_experts": experts,
+        "params_per_rank": replicated + experts_per_rank,
+        "params_per_rank_experts": experts_per_rank,
         "unit": unit,
         "flops_forward": sum(forward.values()) / tokens,
         "flops_training": training_flops(forward, job.recompute) / tokens,
@@ -185,12 +185,3 @@ def transfer_bytes(model: nn.Module, precision: str, wire_bytes: int | None = No
     """
     width = wire_bytes or COMPUTE_BYTES[precision]
     return [rows_sent(moe, copies) * moe.experts.w_in_eDF.shape[1] * width for moe, copies in moe_uses(model)]
-
-
-def rank_parameters(model: nn.Module, ep_size: int) -> tuple[int, int]:
-    """Returns the number of replicated parameters, and of the expert parameters that one of ep_size ranks holds.
-
-    model: the whole model. Tied parameters count once."""
-    experts = {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
-    replicated = sum(p.numel() for p in model.parameters() if p not in experts)
-    return replicated, sum(p.numel() for p in experts) // ep_size

@@ -22,7 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from scmoe.files.writing import replacing
+from scmoe.experiments.engine.report import say
+from scmoe.files.writing import read_json, replacing
 
 Pieces = Mapping[str, Callable[[], Any]]
 TAIL_LINES = 30  # of an output or a traceback
@@ -72,10 +73,6 @@ def run_parts(parts: Mapping[str, Part], place: Place) -> dict[str, dict[str, An
     return found
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
     """Runs one part in a process. work: where its results and its output are kept, under two suffixes."""
     if lacking := [name for name in part.packages if find_spec(name) is None]:
@@ -91,7 +88,7 @@ def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
         code = process.exitcode
     finally:  # also after Ctrl-C, which does not reach the part's own session
         end(process, GRACE_S)
-    pieces = json.loads(results.read_text()) if results.exists() else {}
+    pieces = read_json(results)
     if code != 0:
         ended = "stopped by its clock" if code is None else f"the process ended with {code}"
         why = f"{ended} after {len(pieces)} pieces; the end of its output:\n{tail(output)}"

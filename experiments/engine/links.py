@@ -133,25 +133,22 @@ def set_rate(mbit: float | None) -> None:
     """Sets the rate at which this rank sends and receives, in Mbit/s; None: no limit. A rank calls it."""
     _shape("eth0", mbit)
     if int(os.environ["WORLD_SIZE"]) > 2:
-        _shape(f"link{os.environ['RANK']}", mbit, _at_bridge())
+        _shape(f"link{os.environ['RANK']}", mbit, at_bridge=True)
 
 
 def set_card_rate(node: int, mbit: float) -> None:
     """Sets the rate at which all ranks of a node together send to other nodes and receive. A rank calls it."""
     for device in (f"up{node}", f"down{node}"):
-        _shape(device, mbit, _at_bridge())
+        _shape(device, mbit, at_bridge=True)
 
 
-def _at_bridge() -> str:
-    """The start of a command for what is at the bridge: the other ends of the ranks' links, and the nodes' cards."""
-    return f"nsenter --net={os.environ[AT_BRIDGE]} "
-
-
-def _shape(device: str, mbit: float | None, inside: str = "") -> None:
+def _shape(device: str, mbit: float | None, at_bridge: bool = False) -> None:
+    """at_bridge: of the other ends of the ranks' links, and of the nodes' cards."""
+    tc = f"nsenter --net={os.environ[AT_BRIDGE]} tc" if at_bridge else "tc"
     if mbit is None:
-        subprocess.run(f"{inside}tc qdisc del dev {device} root".split(), capture_output=True)  # fails if there is none
+        subprocess.run(f"{tc} qdisc del dev {device} root".split(), capture_output=True)  # fails if there is none
     else:
-        _run(f"{inside}tc qdisc replace dev {device} root {_tbf(mbit)}")
+        _run(f"{tc} qdisc replace dev {device} root {_tbf(mbit)}")
 
 
 def _tbf(mbit: float) -> str:

@@ -79,9 +79,9 @@ def contains(outer: Event, inner: Event) -> bool:
     return outer["ts"] <= inner["ts"] < outer["ts"] + outer["dur"]
 
 
-def innermost(events: Sequence[Event], call: Event, kinds: tuple[str, ...], prefix: str = "") -> str | None:
+def innermost(events: Sequence[Event], call: Event, kind: str, prefix: str = "") -> str | None:
     """Returns the name of the shortest range around a call on its thread."""
-    around = [e for e in events if e["cat"] in kinds and e["tid"] == call["tid"] and contains(e, call)]
+    around = [e for e in events if e["cat"] == kind and e["tid"] == call["tid"] and contains(e, call)]
     around = [e for e in around if e is not call and e["name"].startswith(prefix)]
     return min(around, key=lambda e: e["dur"])["name"] if around else None
 
@@ -95,7 +95,7 @@ def operator_ms(events: Sequence[Event]) -> dict[str, float]:
             found[e["name"].removeprefix(PREFIX)] += e["dur"] / 1e3
         return dict(found)
     operator_of = {
-        call["args"]["correlation"]: innermost(ranges, call, ("user_annotation",), PREFIX)
+        call["args"]["correlation"]: innermost(ranges, call, "user_annotation", PREFIX)
         for call in events
         if call["cat"] in CALLS
     }
@@ -126,8 +126,8 @@ def host_waits(events: Sequence[Event]) -> dict[str, int]:
     waits: Counter[str] = Counter()
     for call in events:
         if call["cat"] in CALLS and call["name"] in WAITS:
-            torchs = innermost(events, call, ("cpu_op",)) or "outside an operator"
-            ours = innermost(events, call, ("user_annotation",), PREFIX)
+            torchs = innermost(events, call, "cpu_op") or "outside an operator"
+            ours = innermost(events, call, "user_annotation", PREFIX)
             waits[f"{call['name']} in {torchs}" + (f" of {ours}" if ours else "")] += 1
     return dict(waits)
 

@@ -64,6 +64,11 @@ def console(width: int | None = None, stderr: bool = True) -> Console:
     return Console(stderr=stderr, width=width)
 
 
+def say(line: str) -> None:
+    """Print a line on standard error at once."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def write_json(path: Path, report: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write a report into a file, whose folder need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +83,7 @@ def publish(report: Mapping[str, Any], tables: Sequence[Report], draw: Callable[
     for table in tables:
         table.show()
     draw(report, Path(f"{name}.png"))
-    print(f"chart and figures: {name}.png, .json", file=sys.stderr)
+    say(f"chart and figures: {name}.png, .json")
 
 
 def bullets_and_tables(value: Any) -> list[str]:

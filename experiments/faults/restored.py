@@ -88,18 +88,16 @@ def trained(rank: int, folder: Path, layout: Layout) -> Any:
     return tiny_run.one_step(layout.ranks, folder, *layout.overrides())
 
 
-def write_whole(rank: int, world_size: int, folder: Path, layout: Layout | None = None) -> dict[str, Tensor]:
-    """Save the state after one step, where moments and experts all differ. Returns it. layout: None: EP over all."""
-    trainer = trained(rank, folder, layout or Layout(world_size, world_size))
+def write_whole(rank: int, world_size: int, folder: Path, layout: Layout) -> dict[str, Tensor]:
+    """Save the state after one step, where moments and experts all differ. Returns it."""
+    trainer = trained(rank, folder, layout)
     path, context = folder / "checkpoints" / LAST, trainer.strategy.context
     Saving(path, tiny_run.state(trainer, OLD), context, background=False).finish()
     return gathered(trainer)
 
 
-def read_all(
-    rank: int, world_size: int, folder: Path, paths: list[Path], layout: Layout | None = None
-) -> list[dict[str, Tensor]]:
-    trainer, found = trained(rank, folder, layout or Layout(world_size, world_size)), []
+def read_all(rank: int, world_size: int, folder: Path, paths: list[Path], layout: Layout) -> list[dict[str, Tensor]]:
+    trainer, found = trained(rank, folder, layout), []
     for path in paths:
         tiny_run.mark(trainer, -1)
         tiny_run.load_into(trainer, path)
@@ -113,10 +111,10 @@ def gathered(trainer: Any) -> dict[str, Tensor]:
     return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in named}
 
 
-def whole(ranks: list[dict[str, Tensor]], ep_size: int | None = None) -> dict[str, Tensor]:
+def whole(ranks: list[dict[str, Tensor]], ep_size: int) -> dict[str, Tensor]:
     """Concatenate the experts by their global ids; the rest must be equal on all ranks, and experts on ranks with the
-    same ones. ep_size: None: all ranks."""
-    together, ep_size = dict(ranks[0]), ep_size or len(ranks)
+    same ones."""
+    together = dict(ranks[0])
     for name, t in ranks[0].items():
         holders = ranks[:1]
         if ".experts." in name and t.dim():

@@ -121,14 +121,11 @@ def ranks(path: Path) -> None:
                 words = f"Experts\n{2 * rank}, {2 * rank + 1}" if label == "Experts" else label
                 _box(axis, x, y, 2.8, words, COLORS.get(label.lower(), PAPER))
             _arrow(axis, (18.6, y), (19.9, y))
-        for color, left, right, name in (
-            (COLORS["dispatch"], 5.9, 9.3, "dispatch"),
-            (COLORS["combine"], 12.3, 15.7, "combine"),
-        ):
+        for name, left, right in (("dispatch", 5.9, 9.3), ("combine", 12.3, 15.7)):
             for sender in rows.values():
                 for receiver in rows.values():
-                    _arrow(axis, (left, sender), (right, receiver), color)
-            axis.text((left + right) / 2, 8.0, name, ha="center", fontsize=9, color=color)
+                    _arrow(axis, (left, sender), (right, receiver), COLORS[name])
+            axis.text((left + right) / 2, 8.0, name, ha="center", fontsize=9, color=COLORS[name])
         note = "Each token goes to the rank of its expert, and its result comes back."
         axis.text(0.0, 0.0, note, fontsize=SMALL, style="italic")
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
+from scmoe.config.rules import SHORTCUTS
 from scmoe.experiments.bench.speed_chart import KINDS, PIPELINED, conditions, name_of, speed_bars
 from scmoe.experiments.engine.bars import bar_legend, grouped_bars, height_of
 from scmoe.experiments.figures.concepts import pair, timelines
@@ -183,7 +184,6 @@ ARCHITECTURE_WORDS = {
     "shared_expert": "Shared-expert",
     "dense": "dense",
 }
-TAPPED = ("scmoe", "dgmoe", "dgmoe_share")  # the architectures that have a position
 
 
 def draw_figure(number: int, sources: Sequence[str], out: Path | None) -> list[Path]:
@@ -192,7 +192,12 @@ def draw_figure(number: int, sources: Sequence[str], out: Path | None) -> list[P
     sources: the directory of a run, or files and folders of reports of `bench overlap`. out: None: beside the sources.
     """
     if number in EXPLAINED:
-        return explained(number, sources, out or PAGES)
+        if sources:
+            measured = f"To measure Fig. 7, run {scmoe('bench', 'timeline')}"
+            raise ConfigError(f"Fig. {number} is a drawing without data. Leave {sources[0]!r} out. {measured}")
+        path = (out or PAGES) / f"{EXPLAINED[number].__name__}.png"
+        EXPLAINED[number](path)
+        return [path]
     if number in OF_A_RUN:
         return of_a_run(number, sources, out)
     reports = read_reports([Path(source) for source in sources])
@@ -203,16 +208,6 @@ def draw_figure(number: int, sources: Sequence[str], out: Path | None) -> list[P
     return files
 
 
-def explained(number: int, sources: Sequence[str], folder: Path) -> list[Path]:
-    """Draw a picture of the docs that has no measurement."""
-    if sources:
-        measured = f"To measure Fig. 7, run {scmoe('bench', 'timeline')}"
-        raise ConfigError(f"Fig. {number} is a drawing without data. Leave {sources[0]!r} out. {measured}")
-    path = folder / f"{EXPLAINED[number].__name__}.png"
-    EXPLAINED[number](path)
-    return [path]
-
-
 def of_a_run(number: int, sources: Sequence[str], out: Path | None) -> list[Path]:
     """Draw what the callback `Analysis` has measured in a run, and write it as JSON too."""
     if len(sources) != 1:
@@ -221,9 +216,8 @@ def of_a_run(number: int, sources: Sequence[str], out: Path | None) -> list[Path
     run = open_run(sources[0])
     path, key = run.path / "analysis" / f"{name}.npz", f"analysis.{name}_every"
     if not path.exists():
-        value = "null" if run.config[key] == "None" else run.config[key]
         required = f"Fig. {number} requires a run that was trained with {key}=N, N in optimizer steps"
-        raise ConfigError(f"{key} is {value} in {run.path}, and there is no analysis/{name}.npz; {required}")
+        raise ConfigError(f"{key} is {run.config[key]} in {run.path}, and there is no analysis/{name}.npz; {required}")
     with np.load(path, allow_pickle=False) as stored:
         found = {"number": number, "words": words_of(number, run.config)}
         found |= {name: stored[name].tolist() for name in ("steps", "labels", "values")}
@@ -237,7 +231,7 @@ def of_a_run(number: int, sources: Sequence[str], out: Path | None) -> list[Path
 def words_of(number: int, config: Mapping[str, str]) -> str:
     """Return the title of a figure of a run: its model as the paper would name it, and its data."""
     architecture, family = config["moe.architecture"], config["model.family"].upper()
-    position = f" ({config['moe.position'].replace('pos', 'Pos-')})" if architecture in TAPPED else ""
+    position = f" ({config['moe.position'].replace('pos', 'Pos-')})" if architecture in SHORTCUTS else ""
     name = ARCHITECTURE_WORDS.get(architecture, architecture).replace("{moe.top_k}", config["moe.top_k"]) + position
     size = f"{config['model.layers']} layers, width {config['model.dim']}"
     return f"Fig. {number}: {family}, {size}, {name}, {config['data.name']}"

@@ -22,7 +22,7 @@ from typing import IO, Any
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import to_yaml
-from scmoe.files.writing import write_whole
+from scmoe.files.writing import read_json, write_whole
 from scmoe.runs.seen import DEFAULTS, flat
 
 TRAIN = (sys.executable, "-m", "scmoe.experiments.train")
@@ -93,7 +93,7 @@ class Job:
 
     def read(self) -> State:
         """Set the state from its file. The caller holds the lock, so a job that was running has been interrupted."""
-        self.state = State(**json.loads(self.state_file.read_text())) if self.state_file.exists() else State()
+        self.state = State(**read_json(self.state_file))
         if self.state.status == "running":
             self.state.status = "cut"
         return self.state

@@ -29,10 +29,10 @@ COLORS = {"finished": "green", "running": "cyan", "failed": "red", "cut": "yello
 NOT_COMPARED = ("name", "runs_dir", "logger.")  # where a run is kept, not what it is
 
 
-def console(stderr: bool = False) -> Console:
-    """Return a terminal's console, or a very wide one. stderr: on standard error, where standard output is JSON."""
-    made = Console(stderr=stderr, highlight=False)
-    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=WIDTH)
+def console() -> Console:
+    """Return a terminal's console, or a very wide one."""
+    made = Console(highlight=False)
+    return made if made.is_terminal else Console(highlight=False, width=WIDTH)
 
 
 @dataclass(frozen=True)

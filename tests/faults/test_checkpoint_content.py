@@ -128,15 +128,16 @@ def write_full(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 
 def test_one_full_file_is_read_at_any_ep_degree(tmp_path):
     """Weights and moments are equal to those of the ranks that saved them."""
-    expected = restored.whole(run_ranks(write_full, 2, tmp_path))
+    expected = restored.whole(run_ranks(write_full, 2, tmp_path), 2)
     paths = [tmp_path / f"{background}.ckpt" for background in (False, True)]
     for path in paths:
         assert files_of(path) == [FULL, "manifest.json", "meta.json"]
         assert durable.verify(path) == OLD
     for world_size in (1, 2, 4):
-        ranks = run_ranks(restored.read_all, world_size, tmp_path / str(world_size), paths)
+        layout = restored.Layout(world_size, world_size)
+        ranks = run_ranks(restored.read_all, world_size, tmp_path / str(world_size), paths, layout)
         for found in zip(*ranks, strict=True):
-            assert tiny_run.same(restored.whole(list(found)), expected)
+            assert tiny_run.same(restored.whole(list(found), world_size), expected)
 
 
 def put_together_without_room(rank: int, world_size: int, folder: Path) -> str:
@@ -175,10 +176,10 @@ def test_a_run_resumed_from_one_full_file_is_bit_identical(tmp_path):
 
 def test_all_experts_are_on_disk(tmp_path):
     """One process reads all experts from a checkpoint of two ranks with four experts each; no two experts are equal."""
-    ranks = run_ranks(restored.write_whole, 2, tmp_path)
+    ranks = run_ranks(restored.write_whole, 2, tmp_path, restored.Layout(2, 2))
     model = build_model(tiny_run.tiny(1), ParallelContext())
     load_model(tmp_path / "checkpoints" / LAST, model)
-    saved = restored.whole(ranks)
+    saved = restored.whole(ranks, 2)
     for name, p in model.named_parameters():
         assert torch.equal(p, saved[f"model.{name}"]), name
     for name, _ in expert_parameters(model):

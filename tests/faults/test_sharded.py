@@ -11,9 +11,9 @@ from unittest.mock import patch
 import pytest
 from torch import Tensor
 
-from scmoe.experiments.dryrun.estimated import rank_parameters
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.faults import damaged, restored, tiny_run
+from scmoe.footprint.memory import Job, Split
 from scmoe.lightning.lockstep import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.dense import estimates_of, pick_dense, ways
@@ -151,7 +151,8 @@ def test_a_module_that_is_split_is_not_trained_as_replicated():
 def test_auto_takes_the_first_way_that_has_room():
     """A rank of 64 in nodes of 8, EP 8: twice its weights, gradients, and two moments."""
     model = build_model_on_meta(tiny("", 1))
-    dense, experts = (4 * number for number in rank_parameters(model, 1))
+    experts = 4 * sum(p.numel() for p in Split(model, Job()).experts)
+    dense = 4 * sum(p.numel() for p in model.parameters()) - experts
     estimates = estimates_of(model, ParallelContext(world_size=64, ep_size=8), node_size=8)
     split = {"hybrid": dense / 8 + experts / 8, "sharded": dense / 64 + experts / 8}
     assert estimates == {"replicated": 8 * (dense + experts)} | {way: 8 * size for way, size in split.items()}

@@ -104,7 +104,7 @@ def test_a_server_that_does_not_answer_a_sweep_is_an_error(monkeypatch):
             monkeypatch.setenv(name, value)
         monkeypatch.chdir(ROOT)
         with pytest.raises(ConfigError, match=r"^Weights & Biases takes no sweep, allowed here: --local: "):
-            run_online(read("configs/sweep/smoke.yaml"), print)
+            run_online(read("configs/sweep/smoke.yaml"))
         with pytest.raises(ConfigError, match=r"^logger\.mode is 'disabled', W&B would see no trial, allowed "):
-            run_online(read("configs/sweep/smoke.yaml", ["logger.mode=disabled"]), print)
+            run_online(read("configs/sweep/smoke.yaml", ["logger.mode=disabled"]))
     wandb.teardown()

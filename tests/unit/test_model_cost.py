@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scmoe.config.load import load
-from scmoe.experiments.dryrun.estimated import rank_parameters, rows_of_block, transfer_bytes
+from scmoe.experiments.dryrun.estimated import estimate, rows_of_block, transfer_bytes
 from scmoe.footprint.model_cost import forward_flops, moe_uses, routed_copies, training_flops
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.parallel.mesh import ParallelContext
@@ -53,10 +53,11 @@ def test_flops_and_parameters_are_those_of_a_real_rank(name):
     assert sum(forward.values()) == counted(model, ids, backward=False)
     assert training_flops(forward) == counted(model, ids, backward=True)
     whole = sum(p.numel() for p in model.parameters())
-    assert sum(rank_parameters(model, 1)) == total_and_active(count_parameters(model))[0] == whole
+    assert total_and_active(count_parameters(model))[0] == estimate(config)["params_per_rank"] == whole
     if name != "dense":
         share = build_model(config, OneOfTwo(rank=1, world_size=2, ep_size=2))
-        assert sum(rank_parameters(model, 2)) == sum(p.numel() for p in share.parameters())
+        facts = estimate(tiny(*MODELS[name].split(), "trainer.devices=2"))
+        assert facts["params_per_rank"] == sum(p.numel() for p in share.parameters())
         assert total_and_active(count_parameters(share)) == total_and_active(count_parameters(model))
 
 

@@ -38,6 +38,8 @@ BAD = [
     ("parameters/optim.lr", 1e-3, "parameters.optim.lr is 0.001"),
     ("parameters/optim.lr", {"values": [1e-3], "value": 1}, "unknown key 'values' in parameters.optim.lr"),
     ("parameters/optim.lr", {"distribution": "gamma"}, "parameters.optim.lr.distribution is 'gamma'"),
+    ("parameters/optim.lr", {"distribution": ["uniform"]}, "parameters.optim.lr.distribution is ['uniform']"),
+    ("parameters/optim.lr", {"distribution": "log_uniform", "min": 16, "max": 1024}, "optim.lr is 6.8"),
     ("parameters/optim.lr", {"distribution": "uniform", "min": 0.1}, "parameters.optim.lr.max is missing"),
     ("parameters/optim.lr", {"min": "1e-4", "max": 1e-2}, "a number; YAML reads 1e-3 as a text"),
     ("parameters/optim.lr", {"min": 1e-2, "max": 1e-4}, "parameters.optim.lr.min is 0.01, allowed: less than max"),
@@ -96,7 +98,9 @@ def test_a_wrong_setting_is_refused_by_its_name(path, value, said, tmp_path):
     assert len(str(caught.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("text", [None, "", "- a\n", "method: [\n", "!!python/object/apply:os.getcwd []\n"])
+@pytest.mark.parametrize(
+    "text", [None, "", "- a\n", "method: [\n", "name: 2026-99-99\n", "!!python/object/apply:os.getcwd []\n"]
+)
 def test_a_file_that_is_not_a_sweep_is_refused(text, tmp_path):
     if text is not None:
         (tmp_path / "s.yaml").write_text(text)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from scmoe.config.load import load
 from scmoe.experiments.studies.sweep.search import Trial, bands, best, hopeless, propose, total
 from scmoe.experiments.studies.sweep.sweep_file import Sweep, read
-from scmoe.experiments.studies.sweep.sweep_report import draw, ranked, table, write_report
+from scmoe.experiments.studies.sweep.sweep_report import draw, table, write_report
 from tests.support.pictures import assert_readable
 from tests.support.sweeps import GOOD
 
@@ -142,7 +142,7 @@ def test_the_report_says_which_was_best(sweep_of, tmp_path):
     failed.reason = "FloatingPointError: [no] | number"
     trials = [trial(1, 3), trial(2, 9, 1), trial(3, 9, 2, state="stopped"), failed]
     assert best(sweep, trials) is trials[1]
-    assert [t.number for t in ranked(sweep, trials)] == [2, 1, 3, 4]
+    assert list(table(sweep, trials).rows) == ["2", "1", "3", "4"]
     sweep.folder.mkdir(parents=True)
     summary = write_report(sweep, trials)
     assert {key: summary[key] for key in ("trials", "finished", "failed")} == {"trials": 4, "finished": 3, "failed": 1}

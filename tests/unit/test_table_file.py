@@ -113,6 +113,7 @@ def test_rows_begin_with_the_same_weights(name, tmp_path):
         (("speed: top2", "baseline: top-3"), "baseline of 'top-2' is 'top-3', allowed: 'top-2'"),
         (("setting: top-2", "setting: B"), "setting of 'top-2' is 'B', allowed: top-2, shared-expert, ScMoE at scale"),
         (("minutes: 0.5", "otherwise: digits"), "scales.smoke.otherwise is 'digits', allowed: smoke, small, paper"),
+        (("bench: --compute emulated", "bench: --compute 'emulated"), "table.yaml: No closing quotation"),
         (("name: ScMoE Pos-1, CG-1", "name: ScMoE Pos 2 CG 1"), "same name"),
     ],
 )

@@ -124,6 +124,6 @@ def hopeless(sweep: Sweep, trial: Trial, others: Sequence[Trial]) -> bool:
         return False
     band = passed[-1]
     at_band = sorted(sign * t.history[band - 1] for t in [*others, trial] if len(t.history) >= band)
-    threshold = at_band[min(int(len(at_band) / rule.get("eta", 3)), len(at_band) - 1)]
+    threshold = at_band[int(len(at_band) / rule.get("eta", 3))]
     judged = trial.history[band - 1 : band] if rule.get("strict", True) else trial.history
     return min(sign * value for value in judged) > threshold

@@ -70,6 +70,7 @@ AXIS = {
 }
 GRID = ("constant", "categorical", "categorical_w_probabilities", "int_uniform", "q_uniform")
 TRAIN = ("experiments.train", "scmoe.experiments.train")  # the first exists in a checkout only
+MOST_EXPONENT = 700.0  # e to this is still a float; no parameter can be so large
 PROBES = 20  # number of combinations in which a value is tried before it is refused
 
 
@@ -116,7 +117,7 @@ class Axis:
             if kind == "inv_log_uniform":  # log 1/x is uniform
                 x = -x
         if "log" in kind:
-            x = math.exp(x)
+            x = math.exp(min(x, MOST_EXPONENT))
         return round(x / q) * q if self.distribution.startswith("q_") else x
 
 
@@ -169,10 +170,10 @@ def read(path: str, extra: Sequence[str] = ()) -> Sweep:
         base = load(config, overrides)
         sweep = Sweep(name, raw, raw["method"], metric["name"], minimize, axes, launcher, config, overrides, base)
         _probe(sweep)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not a sweep file that can be read: {error}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that does not exist
+        raise ConfigError(f"{path}: not a sweep file that can be read: {error}") from error
     return sweep
 
 
@@ -257,7 +258,7 @@ def read_axis(name: str, spec: Any, method: str) -> Axis:
         guesses = {"value": "constant", "probabilities": "categorical_w_probabilities", "values": "categorical"}
         guess = "int_uniform" if are_ints else "uniform"
         kind = next((guess for given, guess in guesses.items() if given in spec), guess)
-    if kind not in DISTRIBUTIONS:
+    if not isinstance(kind, str) or kind not in DISTRIBUTIONS:
         raise refusal(f"{key}.distribution", kind, " | ".join(DISTRIBUTIONS))
     fields = DISTRIBUTIONS[kind].split()
     rules = {field: AXIS[field] for field in ("distribution", *fields)}

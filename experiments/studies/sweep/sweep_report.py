@@ -45,16 +45,11 @@ def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
     return found
 
 
-def ranked(sweep: Sweep, trials: Sequence[Trial]) -> list[Trial]:
+def table(sweep: Sweep, trials: Sequence[Trial]) -> Report:
     """Return the trials, the best first, those without a result last."""
     order, sign = {"finished": 0, "stopped": 1}, 1 if sweep.minimize else -1
-    return sorted(trials, key=lambda trial: (order.get(trial.state, 2), sign * (trial.value or 0.0)))
-
-
-def table(sweep: Sweep, trials: Sequence[Trial]) -> Report:
-    """Return the trials, the best first."""
     rows = {}
-    for trial in ranked(sweep, trials):
+    for trial in sorted(trials, key=lambda trial: (order.get(trial.state, 2), sign * (trial.value or 0.0))):
         given = {name: trial.parameters[name] for name in sweep.axes}
         values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in given.items()}
         result = None if trial.state == "failed" else trial.value

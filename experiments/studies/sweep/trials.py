@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import yaml
 
 from scmoe.config import registry
 from scmoe.config.leaves import ConfigError
+from scmoe.experiments.engine.report import say
 from scmoe.experiments.studies.batch import Batch, Watch
 from scmoe.experiments.studies.jobs import Job, State, digest_of, lock_of
 from scmoe.experiments.studies.sweep.search import Trial, best, hopeless, propose, total
@@ -124,11 +124,11 @@ def _logged(sweep: Sweep, job: Job) -> dict[str, Any]:
     return {"history": history, "steps": min(steps, most)}  # the last validation is logged after the last step
 
 
-def run_online(sweep: Sweep, say: Callable[[str], None]) -> tuple[str, int]:
+def run_online(sweep: Sweep) -> tuple[str, int]:
     """Create the sweep at W&B and run an agent, which takes trials until the server has no more.
 
-    say: receives the commands that create such a sweep, join it and resume it. Returns the sweep's path at W&B and an
-    exit code. Raises ConfigError where W&B does not take the sweep.
+    Says the commands that create such a sweep, join it and resume it. Returns the sweep's path at W&B and an exit code.
+    Raises ConfigError where W&B does not take the sweep.
     """
     import wandb
 

@@ -7,7 +7,6 @@ Speeds of architectures are measured on the testbed, last and alone, since other
 <table's folder>/speed/ has the reports of `bench overlap`, one for each share of communication.
 """
 
-import json
 import re
 import sys
 import time
@@ -22,6 +21,7 @@ from scmoe.config import registry
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.experiments.bench.pairs import ROWS
+from scmoe.experiments.engine.report import say
 from scmoe.experiments.studies.batch import Batch, Watch
 from scmoe.experiments.studies.checks import refusal
 from scmoe.experiments.studies.jobs import Job, State, clock, lock_of
@@ -40,17 +40,14 @@ from scmoe.experiments.studies.table.table_runs import (
     save,
     write_launch_files,
 )
-from scmoe.runs.seen import SeenRun, console
+from scmoe.files.writing import read_json
+from scmoe.runs.seen import SeenRun
 from scmoe.training.assembly.data import build_datamodule
 
 EVALUATE = (sys.executable, "-m", "scmoe.experiments.evaluate")
 BENCH = (sys.executable, "-m", "scmoe.experiments.bench")
 RESUMES = "the same command resumes it"
 AGAIN = ("waiting", "cut", "failed")  # states of jobs that are made, or made again
-
-
-def say(line: str) -> None:
-    console(stderr=True).print(line, soft_wrap=True, markup=False)
 
 
 @dataclass(frozen=True)
@@ -175,7 +172,7 @@ def make_table(plan: Plan) -> Made:
         for path in files:
             say(str(path))
     if signal:
-        say("stopped; the same command resumes it")
+        say(f"stopped; {RESUMES}")
     return made
 
 
@@ -282,8 +279,7 @@ class Evaluations:
     def judge(self, job: Job, run: Run) -> None:
         """Put what a finished evaluation has found into the state of its run. It has failed if a metric is missing."""
         path = Path(job.arguments[0]) / "evaluation.json"  # an entry for each checkpoint
-        entries = json.loads(path.read_text()) if path.exists() else {}
-        found: dict[str, Any] = max(entries.values(), key=lambda entry: entry["step"], default={})
+        found: dict[str, Any] = max(read_json(path).values(), key=lambda entry: entry["step"], default={})
         if lacks := missing(self.needed, found):
             job.fail(f"it ended without a finite {', '.join(lacks)} in evaluation.json")
         else:

@@ -135,7 +135,7 @@ def load_table(name: str, root: Path | None = None) -> Table:
         raise ConfigError(f"table is {name!r}, allowed: {', '.join(table_names(root or FOLDER))}")
     try:
         return _table(name, path.parent, parse_yaml(path.read_text(encoding="utf-8"), "the file"))
-    except ConfigError as error:
+    except ValueError as error:  # ConfigError, or a text that is not UTF-8, or a quotation without its end
         raise ConfigError(f"{path}: {error}") from error
 
 

@@ -131,19 +131,15 @@ def _speeds(found: Results) -> list[str]:
     """Return a sentence for each share of communication: how its speeds were measured."""
     lines = []
     for share, speed in found["speeds"].items():
+        blocks = blocks_of(speed)
         lines += [
             "",
-            f"Speed-ups at a share of {share} ({speed['comm_share']:.2f} as measured): {_blocks(speed)} over "
-            f"sequential top-2, {speed['compute']} compute, {speed['ranks']} ranks, {speed['links']} links, medians of "
-            f"{speed['rounds']} rounds, [quartiles]; with all communication hidden {speed['limit_train']:.2f} in "
-            f"training and {speed['limit_forward']:.2f} in inference.",
+            f"Speed-ups at a share of {share} ({speed['comm_share']:.2f} as measured): {blocks[0].lower()}{blocks[1:]} "
+            f"over sequential top-2, {speed['compute']} compute, {speed['ranks']} ranks, {speed['links']} links, "
+            f"medians of {speed['rounds']} rounds, [quartiles]; with all communication hidden "
+            f"{speed['limit_train']:.2f} in training and {speed['limit_forward']:.2f} in inference.",
         ]
     return lines
-
-
-def _blocks(speed: Results) -> str:
-    what = blocks_of(speed)
-    return what[0].lower() + what[1:]
 
 
 def _equal_time(found: Results) -> list[str]:
