@@ -161,18 +161,17 @@ def overlap(
     """
     if share is not None and setting.link_mbit is not None:
         raise ConfigError("--share and --link-mbit exclude each other: the rate is searched for the share, or given")
-    if reductions is not None and setting.level != "iteration":
-        raise ConfigError(f"--reductions belongs to --level iteration, and --level is {setting.level}")
-    if setting.level != "iteration" and (rows_per_gradient or accumulate):
-        name = "--rows-per-gradient" if rows_per_gradient else "--accumulate"
-        raise ConfigError(f"{name} belongs to --level iteration, and --level is {setting.level}")
+    iteration = setting.level == "iteration"
+    gradients = {"--reductions": reductions, "--rows-per-gradient": rows_per_gradient, "--accumulate": accumulate}
+    if not iteration and (given := [name for name, value in gradients.items() if value]):
+        raise ConfigError(f"{given[0]} belongs to --level iteration, and --level is {setting.level}")
     if rows_per_gradient is not None and tokens is not None:
         raise ConfigError("--rows-per-gradient and --tokens exclude each other: the tokens are found, or given")
     gpu = device == "cuda"
     compute = compute or ("real" if gpu else "emulated")
-    if compute == "emulated" and (heads or (ffn_dim and setting.level == "block")):  # an iteration has its gradients
+    if compute == "emulated" and (heads or (ffn_dim and not iteration)):  # an iteration has its gradients
         raise ConfigError(f"--{'heads' if heads else 'ffn-dim'} belongs to real compute, and --compute is emulated")
-    usual_dim, usual_heads = (256, 4) if setting.level == "iteration" else (Setting.dim, Setting.heads)
+    usual_dim, usual_heads = (256, 4) if iteration else (Setting.dim, Setting.heads)
     dim = dim or usual_dim
     setting = replace(
         setting,
@@ -189,7 +188,7 @@ def overlap(
         device=device,
     )
     ranks = ranks or (1 if gpu else 2)
-    if setting.level == "iteration" and tokens is None:
+    if iteration and tokens is None:
         ratio = rows_per_gradient or USUAL_RATIO
         setting = replace(setting, tokens=tokens_for(ratio, setting, max(2, ranks)), rows_per_gradient=ratio)
     from scmoe.experiments.bench.overlap_report import bench_overlap
@@ -217,7 +216,8 @@ def train(
         rows: the first is what the others are compared with (default: all)
         load: uneven routing (bench/loads.py) in place of the routers' choices, beside balanced routing
     """
-    check_ranks(ranks)
+    if ranks < 2:
+        raise ConfigError(f"--ranks is {ranks}, allowed: 2 or more, as one rank sends nothing")
     links.require()
     from scmoe.experiments.bench.training import ARCHITECTURES, bench_train
 
@@ -262,7 +262,6 @@ def inference(
     """
     from scmoe.experiments.bench.inference import bench_inference
 
-    links.require()
     print(json.dumps(bench_inference(share, prompt, batch, rounds, ranks, load, out)))
 
 

@@ -14,6 +14,7 @@ quickstart's sizes and random weights; a document's end does not stop them.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from statistics import mean
 from typing import Any
 
@@ -27,7 +28,7 @@ from scmoe.experiments.engine.clock import CPU, in_turn, middle, seconds
 from scmoe.experiments.engine.report import Report
 from scmoe.inference.generate import generate, stream
 from scmoe.inference.sampling import GREEDY, Stopping
-from scmoe.moe.operators import Mark, Recorder
+from scmoe.moe.operators import Recorder
 from scmoe.moe.stream import dropless
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.hf_folder import hf_config, renamed
@@ -62,7 +63,7 @@ def bench_generation(batches: Sequence[int], prompt: int, tokens: int, threads: 
     dense_kinds = beside_transformers(replace(config, moe=replace(config.moe, architecture="dense")))
     kinds: dict[tuple[int, str], Kind] = {}
     for batch in batches:
-        ids_BS = drawn(config, batch, prompt)
+        ids_BS = torch.randint(config.data.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
         of_batch = cache_kinds(model, ids_BS, tokens, operators[batch]) | dense_kinds(ids_BS, tokens)
         kinds |= {(batch, name): kind for name, kind in of_batch.items()}
     numbers = in_turn(kinds, rounds, warm_up=0)
@@ -90,11 +91,6 @@ def bench_generation(batches: Sequence[int], prompt: int, tokens: int, threads: 
     return by_batch[batches[-1]] | {"by_batch": by_batch}
 
 
-def drawn(config: Config, batch: int, prompt: int) -> Tensor:
-    """Return prompts of random tokens."""
-    return torch.randint(config.data.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
-
-
 def cache_kinds(model: Any, ids_BS: Tensor, tokens: int, operators: list[dict[str, float]]) -> dict[str, Kind]:
     """Return generation with a cache, without, and with its operators recorded. The first two return times in ms: of
     all, a step, the first token; of all. The third returns a step over its operators, whose times it appends to
@@ -111,9 +107,12 @@ def cache_kinds(model: Any, ids_BS: Tensor, tokens: int, operators: list[dict[st
         return [timed_ms(lambda: uncached(model, ids_BS, tokens), expected_BS)]
 
     def recorded_steps() -> list[float]:
+        longer = []
         with recorded(model) as recorder:
             _, steps_ms, own = cached(model, ids_BS, tokens, recorder)
-            longer = [uncached_operators(model, expected_BS[:, : ids_BS.shape[1] + n], recorder) for n in some]
+            for n in some:
+                uncached(model, expected_BS[:, : ids_BS.shape[1] + n], 1)
+                longer.append(sum(taken_ms(recorder).values()))
         operators.extend(own[1:])
         totals_ms = [sum(of_step.values()) for of_step in own]
         over_operators = [ms / total_ms for ms, total_ms in zip(steps_ms[1:], totals_ms[1:], strict=True)]
@@ -136,8 +135,8 @@ def beside_transformers(config: Config) -> Callable[[Tensor, int], dict[str, Kin
     assert not unknown and set(missing) <= {"lm_head.weight"}, "tied to the embedding; all others are set"
 
     def kinds(ids_BS: Tensor, tokens: int) -> dict[str, Kind]:
-        def write_ours(new: int = tokens) -> Tensor:
-            written = generate(ours, ids_BS.tolist(), Stopping(new), GREEDY)
+        def write_ours() -> Tensor:
+            written = generate(ours, ids_BS.tolist(), Stopping(tokens), GREEDY)
             return torch.cat([ids_BS, torch.tensor([ids for ids, _ in written])], 1)
 
         def write_theirs(new: int = tokens) -> Tensor:
@@ -186,12 +185,6 @@ def taken_ms(recorder: Recorder) -> dict[str, float]:
     return own
 
 
-def uncached_operators(model: Any, ids_BS: Tensor, recorder: Recorder) -> float:
-    """Return the time in ms of the operators of one pass over these texts."""
-    uncached(model, ids_BS, 1)
-    return sum(taken_ms(recorder).values())
-
-
 @torch.inference_mode()
 def uncached(model: Any, ids_BS: Tensor, tokens: int) -> Tensor:
     with dropless(model):
@@ -206,16 +199,11 @@ def uncached(model: Any, ids_BS: Tensor, tokens: int) -> Tensor:
 def recorded(model: Any) -> Iterator[Recorder]:
     """Note the times of the blocks' operators, and of the product with the vocabulary as `head`."""
     recorder = Recorder(CPU)
-
-    def note(begins: bool) -> None:
-        recorder.marks.append(Mark("head", "forward", begins, recorder.now()))
-
-    begins = model.head.register_forward_pre_hook(lambda *_: note(True))
-    ends = model.head.register_forward_hook(lambda *_: note(False))
+    model.head.forward = partial(recorder.around, "head", model.head.forward)
     for block in moe_blocks_of(model):
         block.run_as(block.schedule, block.moe.dispatcher, recorder)
-    with begins, ends:  # these remove the hooks
-        yield recorder
+    yield recorder
+    del model.head.forward
     for block in moe_blocks_of(model):
         block.run_as(block.schedule, block.moe.dispatcher)
 

@@ -22,7 +22,7 @@ from scmoe.experiments.engine.clock import CPU, in_turn, middle, quartiles
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.experiments.engine.report import Report
 from scmoe.parallel.mesh import build_context, crosses_nodes
-from scmoe.parallel.wire.all_to_all import Exchange, all_to_all
+from scmoe.parallel.wire.all_to_all import Exchange
 from scmoe.schedule.cost import overlap_efficiency
 
 WAYS = ("flat", "hierarchical")
@@ -70,31 +70,29 @@ def measure(
     """Runs on every rank; the caller uses rank 0's result."""
     dist.init_process_group("gloo")
     set_rates(between_mbit, nodes)
-    says: list[str] = []
-    context = build_context(world_size, CPU, timedelta(seconds=300), "auto", world_size // nodes, says.append)
+    context = build_context(world_size, CPU, timedelta(seconds=300), "auto", world_size // nodes, lambda _: None)
     auto: Any = context.exchange
-    exchanges = {"flat": all_to_all(context.ep_group), "hierarchical": auto.exchanges["hierarchical"]}
     report: dict[str, Any] = {"rows": {way: {} for way in WAYS}, "auto": {}}
     for kb in kilobytes:
         rows = torch.randn(kb * 1024 // ROW * world_size, ROW // 4)
         report["auto"][str(kb)] = auto.choose(rows, None)
-        before = in_turn({way: partial(seconds, one, rows) for way, one in exchanges.items()}, rounds, over_ranks=True)
-        work = {way: WORK * middle(own) for way, own in before.items()}
+        alone = {way: partial(seconds, one, rows) for way, one in auto.exchanges.items()}
+        work = {way: WORK * middle(own) for way, own in in_turn(alone, rounds, over_ranks=True).items()}
         runs = {}
-        for way, one in exchanges.items():
-            runs[way, "alone"] = partial(seconds, one, rows)
+        for way, one in auto.exchanges.items():
+            runs[way, "alone"] = alone[way]
             runs[way, "beside"] = partial(seconds, one, rows, work=work[way])
             runs[way, "pieces"] = partial(seconds, one, rows, pieces=PIECES)
         times = in_turn(runs, rounds, over_ranks=True)
         for way in WAYS:
-            alone = times[way, "alone"]
-            speed = times["flat", "alone"] / alone
+            own = times[way, "alone"]
+            speed = times["flat", "alone"] / own
             report["rows"][way][str(kb)] = {
-                "ms": 1e3 * middle(alone),
+                "ms": 1e3 * middle(own),
                 "speedup": middle(speed),
                 "quartiles": quartiles(speed),
-                "hidden": middle(overlap_efficiency(times[way, "beside"], work[way] + alone, work[way])),
-                "pieces": middle(times[way, "pieces"] / alone),
+                "hidden": middle(overlap_efficiency(times[way, "beside"], work[way] + own, work[way])),
+                "pieces": middle(times[way, "pieces"] / own),
             }
     return report
 

@@ -78,7 +78,7 @@ def write_report(place: Place, parts: Mapping[str, Mapping[str, Any]]) -> list[s
 
 def trim(folder: Path) -> list[str]:
     """Removes the largest files until the folder, with both reports, keeps to the limits FILES and TOTAL_MB."""
-    files = sorted((path for path in folder.iterdir()), key=lambda path: path.stat().st_size)
+    files = sorted(folder.iterdir(), key=lambda path: path.stat().st_size)
     removed = []
     while len(files) > FILES - 2 or sum(path.stat().st_size for path in files) > (TOTAL_MB - 5) * 10**6:
         largest = files.pop()
@@ -95,15 +95,14 @@ def tests(place: Place) -> Pieces:
 
 
 class Outcomes:
-    """A plugin of pytest that keeps the outcome of each test, and why it was not passed."""
+    """A plugin of pytest that keeps the report of each test: its outcome, and in `longrepr` why it was not passed."""
 
     def __init__(self) -> None:
-        self.of: dict[str, str] = {}
-        self.why: dict[str, str] = {}
+        self.of: dict[str, Any] = {}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.outcome != "passed":
-            self.of[report.nodeid], self.why[report.nodeid] = report.outcome, str(report.longrepr)
+            self.of[report.nodeid] = report
 
 
 def run_tests(files: Sequence[str], expected: str) -> dict[str, int]:
@@ -112,13 +111,13 @@ def run_tests(files: Sequence[str], expected: str) -> dict[str, int]:
 
     outcomes = Outcomes()
     code = pytest.main([*(str(ROOT / file) for file in files), *OPTIONS], plugins=[outcomes])
-    counts = Counter(outcomes.of.values())
+    counts = Counter(report.outcome for report in outcomes.of.values())
     others = [
-        name
-        for name, outcome in outcomes.of.items()
-        if outcome != expected and not (outcome == "skipped" and MAY_SKIP.search(outcomes.why[name]))
+        report
+        for report in outcomes.of.values()
+        if report.outcome != expected and not (report.outcome == "skipped" and MAY_SKIP.search(str(report.longrepr)))
     ]
     if code != 0 or others or not counts[expected]:
-        lines = [f"{name}: {outcomes.why[name].splitlines()[-1]}" for name in others[:SHOWN]]
+        lines = [f"{report.nodeid}: {str(report.longrepr).splitlines()[-1]}" for report in others[:SHOWN]]
         raise RuntimeError("\n".join([*lines, f"pytest ended with {int(code)}, {dict(counts)}"]))
     return dict(counts)

@@ -25,6 +25,7 @@ from torch.profiler import record_function
 from scmoe.config.fields import Config
 from scmoe.config.load import SHIPPED, load
 from scmoe.experiments.bench import emulated, speed_chart
+from scmoe.experiments.bench.loads import BALANCED
 from scmoe.experiments.bench.overlap import measure
 from scmoe.experiments.bench.overlap_report import summary
 from scmoe.experiments.bench.pairs import Setting
@@ -226,8 +227,7 @@ def overlap(place: Place, share: float) -> Pieces:
 def overlapped_rows(place: Place, share: float) -> dict[str, Any]:
     """Returns the report of `bench overlap`, and draws it."""
     setting = setting_at(place, share)
-    found = run_alone(measure, setting)
-    report = summary(setting, 1, found)
+    report = summary(setting, 1, run_alone(measure, setting)[BALANCED])
     report["chart"] = drawn(speed_chart.draw, report, place.out / f"overlap-{share:g}.png")
     sizes = {"dim": setting.dim, "ffn_dim": setting.ffn_dim, "tokens": setting.tokens, "seq_len": setting.seq_len}
     return {"wanted_share": share, **sizes, "dtype": setting.dtype, **report}

@@ -15,6 +15,7 @@ from typing import Any
 
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
+from scmoe.experiments.bench.loads import BALANCED
 from scmoe.experiments.bench.overlap import measure
 from scmoe.experiments.bench.overlap_report import summary, why_uneven
 from scmoe.experiments.bench.pairs import Setting
@@ -43,7 +44,7 @@ def bench_growth(of: Sequence[str], points: Sequence[int] | None, rounds: int, o
         for value in points or POINTS[name]:
             print(f"{name}: {value}", file=sys.stderr)
             setting, ranks = at(name, value, found[0]["link_mbit"] if found else None, rounds)
-            result = run_ranks(measure, ranks, setting, timeout_s=1800, own_links=True)[0]
+            result = run_ranks(measure, ranks, setting, timeout_s=1800, own_links=True)[0][BALANCED]
             found.append({**summary(setting, ranks, result), name: value})
             write_json(so_far, report)
     publish(report, tables(report), draw, out / "growth")
@@ -106,8 +107,7 @@ def draw(report: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axis.set_xticks(places, [str(p[of]) for p in points])
             axis.margins(0.12)
             axis.grid(axis="y")
-            words = "tokens of a rank" if of == "tokens" else of
-            axis.set(xlabel=words, ylabel="speed-up of training")
+            axis.set(xlabel="tokens of a rank" if of == "tokens" else of, ylabel="speed-up of training")
             title(axis, f"{of}, {points[0]['compute']} compute", 60)
         rounds = next(iter(report.values()))[0]["rounds"]
         heading(figure, f"A pair of blocks against sequential top-2; vertical lines: quartiles of {rounds} rounds")

@@ -14,9 +14,10 @@ is its own time without transfers.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench import emulated
 from scmoe.experiments.bench.loads import BALANCED, Now, Place, imbalance, kinds_of, load_of, why_impossible
 from scmoe.experiments.bench.overlap import find_rate, say
-from scmoe.experiments.bench.pairs import TOP_K, Setting, check_ranks, default_schedule
+from scmoe.experiments.bench.pairs import Setting, check_ranks, default_schedule
 from scmoe.experiments.bench.speed_chart import PAPERS, Printed, name_of
 from scmoe.experiments.bench.stacks import Variant, make_blocks
 from scmoe.experiments.bench.uneven import draw_lines
@@ -40,9 +41,10 @@ from scmoe.inference.generate import Shape
 from scmoe.inference.planned import PASSES, InferencePlan, a_pass, best_schedules, pass_seconds, plan_inference
 from scmoe.models.decoder import GPT
 from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
+from scmoe.parallel.mesh import build_context
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, ReadByHost
 from scmoe.probes.charts import BLUE, PAPER, RED, chart, heading
-from scmoe.schedule.schedule import POSITIONS, Schedule
+from scmoe.schedule.schedule import POSITIONS
 
 BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")
 CHUNKS = (1, 2, 4)
@@ -70,29 +72,20 @@ class Free:
         return self.inner.combine(rows_RD, receipt)
 
 
-class Way(NamedTuple):
-    """How one model runs in passes of one shape. name: sequential, overlapped x 2, free. load: of its experts."""
-
-    block: str
-    shape: Shape
-    name: str
-    schedule: Schedule
-    load: str = BALANCED
-
-
 class InferenceBench:
     """Holds the models of one rank and runs passes. setting: its tokens are the prompt's, in one sequence."""
 
     def __init__(self, setting: Setting, batch: int) -> None:
         assert setting.compute == "real" and setting.tokens == setting.seq_len
         self.setting = setting
-        self.group = dist.new_group()
+        context = build_context(dist.get_world_size(), CPU, timedelta(seconds=300))
+        self.group = context.ep_group
         torch.manual_seed(0)
         self.models: dict[str, Any] = {}
         self.now = Now(load_of(BALANCED))
-        self.turns = Counter[Way]()  # how often each way ran: the steps of its load
+        self.turns = Counter[tuple[Shape, Variant]]()  # how often each one ran: the steps of its load
         for name in BLOCKS:
-            blocks = make_blocks(name, setting, self.group, self.now)
+            blocks = make_blocks(name, setting, context, self.now)
             self.models[name] = GPT(VOCABULARY, setting.seq_len + 1, setting.dim, blocks).eval()
         self.paid = AllToAllDispatcher(self.group, setting.num_experts)
         self.free = Free(AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free))
@@ -101,26 +94,25 @@ class InferenceBench:
             ids_BS = torch.randint(VOCABULARY, (texts, setting.tokens))
             self.passes |= {(name, shape): a_pass(model, shape, ids_BS) for name, model in self.models.items()}
 
-    def infer(self, variant: Variant) -> float:
-        """Seconds of a prefill."""
-        return self.seconds(Way(variant.block, "prefill", variant.way, variant.schedule))
+    def seconds(self, shape: Shape, variant: Variant) -> float:
+        """Seconds of a pass. variant: its way is sequential, free, or overlapped x 2."""
+        self.now.load, self.now.step = load_of(variant.load), self.turns[shape, variant]
+        self.turns[shape, variant] += 1
+        dispatcher: Any = self.free if variant.way == "free" else self.paid
+        if variant.way == "sequential":
+            dispatcher = Blocking(self.paid)
+        self.models[variant.block].blocks[0].run_as(variant.schedule, dispatcher)
+        return pass_seconds(self.passes[variant.block, shape], self.group, CPU, PASSES[shape])
 
-    def seconds(self, way: Way) -> float:
-        self.now.load, self.now.step = load_of(way.load), self.turns[way]
-        self.turns[way] += 1
-        dispatcher: Any = self.paid if way.name.startswith("overlapped") else Blocking(self.paid)
-        self.models[way.block].blocks[0].run_as(way.schedule, self.free if way.name == "free" else dispatcher)
-        return pass_seconds(self.passes[way.block, way.shape], self.group, CPU, PASSES[way.shape])
-
-    def plan(self, block: str, shape: Shape, load: str) -> tuple[InferencePlan, list[Way]]:
+    def plan(self, block: str, shape: Shape, load: str) -> tuple[InferencePlan, list[Variant]]:
         """The plan of a model in one shape at a load, and all its ways, at the best slots."""
         self.now.load, self.now.step = load_of(load), 0
         schedule, blocks, run = default_schedule(block), self.models[block].blocks, self.passes[block, shape]
         blocks[0].run_as(schedule, self.paid)
         plan = plan_inference(blocks, run, self.group, CPU, CHUNKS, PASSES[shape])
         best = best_schedules(blocks, run, self.group, CPU, CHUNKS)
-        overlapped = [Way(block, shape, f"overlapped x {chunks}", best[chunks][0], load) for chunks in CHUNKS]
-        return plan, [*(Way(block, shape, way, schedule, load) for way in ("sequential", "free")), *overlapped]
+        overlapped = [Variant(block, best[chunks][0], f"overlapped x {chunks}", load) for chunks in CHUNKS]
+        return plan, [*(Variant(block, schedule, way, load) for way in ("sequential", "free")), *overlapped]
 
 
 def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[str, dict[str, Any]]:
@@ -129,19 +121,18 @@ def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[st
     dist.init_process_group("gloo")
     with torch.inference_mode():
         bench = InferenceBench(setting, batch)
-        rate = find_rate(setting, links.set_rate, bench.infer) if setting.shaped else None
+        rate = find_rate(setting, links.set_rate, partial(bench.seconds, "prefill")) if setting.shaped else None
         plans: dict[str, dict[tuple[str, str], InferencePlan]] = {}
-        ways: list[Way] = []
+        runs: dict[tuple[Shape, Variant], Any] = {}
         for load in dict.fromkeys((BALANCED, *setting.loads)):
             plans[load] = {}
             for block in BLOCKS:
                 say(f"planning {block}" + (f" at {load}" if setting.loads else ""))
                 for shape in SHAPES:
-                    plans[load][block, shape], of_shape = bench.plan(block, shape, load)
-                    ways += of_shape
-        runs = {way: partial(bench.seconds, way) for way in ways}
+                    plans[load][block, shape], variants = bench.plan(block, shape, load)
+                    runs |= {(shape, variant): partial(bench.seconds, shape, variant) for variant in variants}
         times = in_turn(runs, setting.rounds, over_ranks=True, say=say)
-        own = {load: {way: seconds for way, seconds in times.items() if way.load == load} for load in plans}
+        own = {load: {at: seconds for at, seconds in times.items() if at[1].load == load} for load in plans}
         return {load: {"rate": rate, "plans": plans[load], "times": own[load]} for load in plans}
 
 
@@ -152,7 +143,7 @@ def bench_inference(
 
     share: of communication in a sequential top-2 prefill of `prompt` tokens a rank. batch: texts that a rank decodes.
     load: of the experts, beside the balanced one, whose report then has one of each load in `loads`.
-    The program must be in a network namespace (links.enter). ConfigError: an option that cannot be honoured.
+    The program starts again in a network namespace. ConfigError: an option that cannot be honoured.
     """
     require("bench inference", "matplotlib")
     check_ranks(ranks)
@@ -168,9 +159,10 @@ def bench_inference(
     for own in map(load_of, loads):
         if own.kind == "ragged":
             raise ConfigError(f"--load is {own.name}, allowed: others, as prompts have equal lengths")
-        for top_k in {TOP_K.get(block, 1) for block in BLOCKS}:
+        for top_k in {*map(setting.top_k_of, BLOCKS)}:
             if refused := why_impossible(own, Place(experts, top_k, ranks), setting.sequences):
                 raise ConfigError(refused)
+    links.require()
     found = run_ranks(measure, ranks, setting, batch, timeout_s=3600, own_links=True)[0]
     report = summary(setting, batch, ranks, found[BALANCED])
     name = f"inference-{ranks}-ranks-share-{share:g}"
@@ -185,24 +177,21 @@ def at_load(setting: Setting, batch: int, ranks: int, found: dict[str, Any], loa
     """Return the report of a load: for each row and shape also the planned way's time over its balanced one."""
     report = {"load": {"name": load}, **summary(setting, batch, ranks, found[load])}
     even = summary(setting, batch, ranks, found[BALANCED])
+    times = {
+        at: {(v.block, shape, v.way): s for (shape, v), s in found[at]["times"].items()} for at in (load, BALANCED)
+    }
     for block in BLOCKS:
         row = f"scmoe_{block}" if block in POSITIONS else block
-        place = Place(setting.num_experts, TOP_K.get(block, 1), ranks)
+        place = Place(setting.num_experts, setting.top_k_of(block), ranks)
         for shape, tokens in zip(SHAPES, (setting.tokens, batch), strict=True):
             uneven = imbalance(load_of(load), place, 1, tokens)
             own, balanced = report["rows"][row][shape], even["rows"][row][shape]
-            times = [planned(found[at], block, shape, plan["auto"]) for at, plan in ((load, own), (BALANCED, balanced))]
-            over = times[0] / times[1]
+            over = times[load][block, shape, own["auto"]] / times[BALANCED][block, shape, balanced["auto"]]
             own |= {"over_balanced": middle(over), "over_balanced_quartiles": quartiles(over), **uneven}
             own["balanced"] = balanced["speedup"]
             if (block, shape) == (BLOCKS[0], SHAPES[0]):
                 report["load"] |= uneven
     return report
-
-
-def planned(result: dict[str, Any], block: str, shape: str, name: str) -> Any:
-    """Return the seconds of one way by rounds."""
-    return next(s for way, s in result["times"].items() if (way.block, way.shape, way.name) == (block, shape, name))
 
 
 def draw_loads(report: dict[str, Any], path: Path) -> None:
@@ -215,8 +204,8 @@ def draw_loads(report: dict[str, Any], path: Path) -> None:
 
 def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) -> dict[str, Any]:
     """Return the medians of the rounds, by row. result: what `measure` returned on rank 0 for one load."""
-    times = {(way.block, way.shape, way.name): seconds for way, seconds in result["times"].items()}
-    schedules = {(way.block, way.shape, way.name): way.schedule for way in result["times"]}
+    times = {(v.block, shape, v.way): seconds for (shape, v), seconds in result["times"].items()}
+    schedules = {(v.block, shape, v.way): v.schedule for shape, v in result["times"]}
 
     def shape_of(block: str, shape: str) -> dict[str, Any]:
         top2 = times["top2", shape, "sequential"]

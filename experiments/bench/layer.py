@@ -180,20 +180,14 @@ def compare(
 
     variants: functions that make a module and its input. One that cannot be made or run has its error instead.
     """
-    found: dict[str, Any] = {}
-    runs: dict[str, Callable[[], Any]] = {}
 
     def first(make: Callable[[], Made]) -> Callable[[], Any]:
         run = forward_and_train(*make(), device)
         run()
         return run
 
-    for name, make in variants.items():
-        made = attempt(partial(first, make))
-        if isinstance(made, dict):
-            found[name] = made
-        else:
-            runs[name] = made
+    found = {name: attempt(partial(first, make)) for name, make in variants.items()}
+    runs = {name: run for name, run in found.items() if callable(run)}
     times = in_turn(runs, rounds, WARM_UP_ON_DEVICE)
     for name, (forward, train) in times.items():
         found[name] = {"forward_ms": 1e3 * middle(forward), "train_ms": 1e3 * middle(train)}
@@ -201,7 +195,7 @@ def compare(
         if name in times and other in times:
             forward, train = times[name] / times[other]
             found[name] |= {"over": other, "forward_ratio": middle(forward), "train_ratio": middle(train)}
-    return {name: found[name] for name in variants}
+    return found
 
 
 def on_device(place: Place) -> Pieces:

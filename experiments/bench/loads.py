@@ -127,13 +127,10 @@ def why_impossible(load: Load, place: Place, sequences: int) -> str | None:
     if load.kind == "ragged":
         most = (ranks * sequences - ranks + 1) / sequences  # the others have one sequence each
         if not (1 <= load.heat <= most and (load.heat * sequences).is_integer()):
-            return (
-                f"{said} with {ranks} ranks of {sequences} sequences: multiples of {1 / sequences:g} from 1 to {most:g}"
-            )
+            steps = f"multiples of {1 / sequences:g} from 1 to {most:g}"
+            return f"{said} with {ranks} ranks of {sequences} sequences: {steps}"
     if load.kind == "recorded" and load.num_experts != experts:
-        return (
-            f"{said}: recordings of {experts} experts, as --num-experts is {experts}; it is one of {load.num_experts}"
-        )
+        return f"{said}: recordings of {experts} experts; it is one of {load.num_experts}"
     if load.kind == "recorded" and min(map(len, load.entries), default=0) < ranks:
         return f"{said} with {ranks} ranks: recordings with a token for each rank, apart from padding"
     return None
@@ -174,7 +171,7 @@ def zipf(load: Load, place: Place) -> list[float]:
         return shares_E
     # expert i of the heat's order goes to rank 0, 1, 1, 0, .. as its next expert
     places = [(ranks - 1 - i % ranks if i // ranks % 2 else i % ranks, i // ranks) for i in range(experts)]
-    return [shares_E[places.index((e // (experts // ranks), e % (experts // ranks)))] for e in range(experts)]
+    return [shares_E[places.index(divmod(e, experts // ranks))] for e in range(experts)]
 
 
 def capped(shares_E: Sequence[float], most: float) -> list[float]:
@@ -251,16 +248,14 @@ def replayed(ids_TK: Tensor, place: Place, rank: int, num_tokens: int) -> Tensor
     next expert."""
     part_TK = ids_TK.tensor_split(place.ranks)[rank]
     own_TK = part_TK[torch.arange(num_tokens) * len(part_TK) // num_tokens, : place.top_k]
+    first_T = own_TK[:, 0]
+    candidates = [first_T.roll(-distance) for distance in range(1, 65)]
+    candidates += [(first_T + expert) % place.num_experts for expert in range(1, place.num_experts)]
     while own_TK.shape[1] < place.top_k:
         further_T = torch.full((num_tokens,), -1)
-        for distance in range(1, 65):
-            later_T = own_TK[:, 0].roll(-distance)
-            is_new_T = (further_T < 0) & (own_TK != later_T[:, None]).all(-1)
-            further_T = later_T.where(is_new_T, further_T)
-        for expert in range(1, place.num_experts):
-            next_T = (own_TK[:, 0] + expert) % place.num_experts
-            is_new_T = (further_T < 0) & (own_TK != next_T[:, None]).all(-1)
-            further_T = next_T.where(is_new_T, further_T)
+        for other_T in candidates:
+            is_new_T = (further_T < 0) & (own_TK != other_T[:, None]).all(-1)
+            further_T = other_T.where(is_new_T, further_T)
         own_TK = torch.cat([own_TK, further_T[:, None]], 1)
     return own_TK
 

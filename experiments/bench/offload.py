@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.extras import require
 from scmoe.config.load import load
+from scmoe.experiments.bench.pairs import ROWS, TOP_K, WIRINGS
 from scmoe.experiments.bench.speed_chart import name_of
 from scmoe.experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from scmoe.experiments.engine.clock import CPU, middle, undisturbed
@@ -44,13 +45,7 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.probes.charts import BLUE, PAPER, RED, SKY, chart, heading, title
 from scmoe.training.assembly.model import build_model
 
-ARCHITECTURES = {  # in the order of measuring: the first one gives the rates
-    "scmoe_pos2": ("moe.architecture=scmoe", "moe.position=pos2"),
-    "scmoe_pos1": ("moe.architecture=scmoe", "moe.position=pos1"),
-    "scmoe_pos3": ("moe.architecture=scmoe", "moe.position=pos3"),
-    "shared_expert": ("moe.architecture=shared_expert",),
-    "top2": ("moe.architecture=top_k", "moe.top_k=2"),
-}
+ARCHITECTURES = ("scmoe_pos2", "scmoe_pos1", "scmoe_pos3", "shared_expert", "top2")  # the first one gives the rates
 RESIDENT = "resident"
 Operators = dict[str, list[float]]  # the seconds of each execution of a block's operators
 TRIALS = 2  # of a rate
@@ -77,7 +72,7 @@ class Setting:
     rounds: int = 15
     limit_s: float = 10.0
     max_wait: float = 0.03
-    architectures: tuple[str, ...] = tuple(ARCHITECTURES)
+    architectures: tuple[str, ...] = ARCHITECTURES
 
     @property
     def expert_mb(self) -> float:
@@ -151,8 +146,9 @@ def build(setting: Setting, architecture: str) -> nn.Module:
     s = setting
     model = (f"layers={2 * s.pairs}", f"dim={s.dim}", f"heads={s.heads}", f"ffn_dim={s.ffn_dim}")
     data = ("data.name=synthetic", "data.vocab_size=256", f"data.seq_len={max(*s.tokens, 8)}")
-    moe = (f"moe.num_experts={s.num_experts}", "moe.capacity_factor=null", *ARCHITECTURES[architecture])
-    config = load(None, [*(f"model.{size}" for size in model), *data, *moe])
+    block, _ = ROWS[2][architecture]
+    moe = (f"moe.num_experts={s.num_experts}", f"moe.top_k={TOP_K.get(block, 1)}", "moe.capacity_factor=null")
+    config = load(None, [*(f"model.{size}" for size in model), *data, *moe, *WIRINGS[block]])
     return build_model(config, ParallelContext()).eval()
 
 
@@ -260,7 +256,7 @@ def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
     """Measure every architecture, print tables, write chart and figures into `out`; return the rows of one token."""
     require("fig13", "matplotlib")
     report, rates = dict[str, Any](), None
-    for architecture in sorted(setting.architectures, key=list(ARCHITECTURES).index):
+    for architecture in sorted(setting.architectures, key=ARCHITECTURES.index):
         print(f"measuring {name_of(architecture)}", file=sys.stderr)
         ends = (partial(signal.raise_signal, signal.SIGKILL),)
         with ProcessPoolExecutor(1, get_context("spawn"), follow_caller, ends) as alone:

@@ -32,8 +32,8 @@ from scmoe.experiments.engine.step import Step
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.layout import Buffers
 from scmoe.moe.operators import Recorder
-from scmoe.parallel.mesh import build_context, expert_parameters
-from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Carried, Link, all_to_all
+from scmoe.parallel.mesh import build_context
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import LayerChoice
 from scmoe.schedule.cost import slots
@@ -66,29 +66,25 @@ class Bench:
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.device = setting, torch.device(setting.device)
-        self.group = dist.new_group()
+        ranks, timeout = dist.get_world_size(), timedelta(seconds=300)
+        context = build_context(ranks, CPU, timeout, setting.exchange, ranks // setting.nodes, say)
         torch.manual_seed(0)
         names = dict.fromkeys(["top2", *map(setting.block_of, setting.rows)])
         dtype = getattr(torch, setting.dtype)
         self.now = Now(load_of(BALANCED))
         self.stacks = {
-            n: [block.to(self.device, dtype) for block in make_blocks(n, setting, self.group, self.now)] for n in names
+            n: [block.to(self.device, dtype) for block in make_blocks(n, setting, context, self.now)] for n in names
         }
-        link, exchange = Link(), all_to_all(self.group)
-        if setting.exchange != "flat":
-            ranks, timeout = dist.get_world_size(), timedelta(seconds=300)
-            context = build_context(ranks, CPU, timeout, setting.exchange, ranks // setting.nodes, say)
-            exchange = context.exchange or exchange
         buffered = isinstance(rows_of_layout(setting), Buffers)
-        self.dispatcher = partial(AllToAllDispatcher, self.group, setting.num_experts, buffered=buffered)
-        self.paid = self.dispatcher(exchange=Carried(exchange, link))
+        self.dispatcher = partial(AllToAllDispatcher, context.ep_group, setting.num_experts, buffered=buffered)
+        self.paid = self.dispatcher(exchange=context.carried())
         if setting.bus:
             self.set_rate(1.0)
         self.free = self.dispatcher(exchange=emulated.free)
-        self.steps = {n: make_step(stack, setting, self.group, link) for n, stack in self.stacks.items()}
+        self.steps = {n: make_step(stack, setting, context) for n, stack in self.stacks.items()}
         self.inputs = {}
         for load in dict.fromkeys((BALANCED, *setting.loads)):
-            own = sequences_of(load_of(load), setting.sequences, dist.get_world_size())[dist.get_rank()]
+            own = sequences_of(load_of(load), setting.sequences, ranks)[dist.get_rank()]
             shape = own, setting.seq_len, setting.dim
             self.inputs[load] = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
         self.iterations = 0  # timed so far: an inference and a training step each
@@ -191,13 +187,12 @@ class Bench:
         """Return (ready, bytes) of each gradient that is summed over ranks (all but the experts'). ready: when it is
         computed, as a share of the time of backward without transfers."""
         step = self.set(Variant(block, default_schedule(block), "alone"))
-        shards = {p for _, p in expert_parameters(step.model)}
         ready: dict[nn.Parameter, float] = {}
 
         def note(p: nn.Parameter) -> None:
             ready[p] = self.time()[0]
 
-        hooks = [p.register_post_accumulate_grad_hook(note) for p in step.model.parameters() if p not in shards]
+        hooks = [p.register_post_accumulate_grad_hook(note) for p in step.parameters if p not in step.shards]
         with step.wrapped.no_sync():
             y, start = step.model(self.x), self.time()[0]
             step.backward(y, torch.ones_like(y))
@@ -248,22 +243,28 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+class Row(NamedTuple):
+    """One row at one load. choices: the planner's. chosen: its variant. finalists: the variants of the rounds, with the
+    best one. peak_mb: memory of a step. dropped: share of copies; None where no uneven load is measured."""
+
+    choices: Sequence[LayerChoice]
+    chosen: Variant
+    finalists: Sequence[Variant]
+    best: Variant
+    peak_mb: float
+    dropped: float | None = None
+
+
 class Measured(NamedTuple):
-    """What was measured at one load. rate: Bench.set_rate's, None without one. By row: the planner's choices, the best
-    variant, the planner's, and the memory of a step in MB. times: of each variant, of all loads. gradients: by block
-    (Bench.gradients). iterations: timed in all. dropped: share of copies, by row. finalists: by row."""
+    """What was measured at one load. rate: Bench.set_rate's, None without one. times: of each variant, of all loads.
+    gradients: by block (Bench.gradients). iterations: timed in all."""
 
     rate: float | None
-    choices: dict[str, list[LayerChoice]]
-    best: dict[str, Variant]
-    chosen: dict[str, Variant]
-    peaks: dict[str, float]
-    times: dict[Variant, Seconds]
-    gradients: dict[str, list[tuple[float, int]]]
+    rows: Mapping[str, Row]
+    times: Mapping[Variant, Seconds]
+    gradients: Mapping[str, Sequence[tuple[float, int]]]
     iterations: int
     load: str = BALANCED
-    dropped: Mapping[str, float] = {}
-    finalists: Mapping[str, Sequence[Variant]] = {}
 
 
 def way_of(found: Measured, block: str, way: str, load: str | None = None) -> Seconds:
@@ -271,12 +272,7 @@ def way_of(found: Measured, block: str, way: str, load: str | None = None) -> Se
     return found.times[Variant(block, default_schedule(block), way, load or found.load)]
 
 
-def measure(rank: int, world_size: int, setting: Setting) -> Measured:
-    """Measures at the balanced load, as `measure_loads`."""
-    return measure_loads(rank, world_size, setting)[BALANCED]
-
-
-def measure_loads(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]:
+def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]:
     """Runs on every rank; the caller uses rank 0's result. Returns what was measured at each load, of balance first.
 
     Measures, round by round, the best schedules of each row, the planner's choice, and each block sequential and free.
@@ -285,49 +281,32 @@ def measure_loads(rank: int, world_size: int, setting: Setting) -> dict[str, Mea
     dist.init_process_group("gloo")
     bench = Bench(setting)
     rate = find_rate(setting, bench.set_rate, bench.infer) if setting.shaped or setting.bus else None
-    choices, candidates = {}, {}
+    choices, chosen, candidates = {}, {}, {}
     for load, row in product(bench.inputs, setting.rows):
         say(f"planning {row}" + (f" at {load}" if setting.loads else ""))
         block, counts = ROWS[setting.every][row]
         choices[load, row] = bench.choose(block, counts, load)
+        chosen[load, row] = chosen_by(choices[load, row], block, load)
         schedules = [s for c in counts for s in slots(replace(default_schedule(block), chunks=c))]
         candidates[load, row] = [Variant(block, schedule, load=load) for schedule in schedules]
-    chosen = {(load, row): chosen_by(own, setting.block_of(row), load) for (load, row), own in choices.items()}
     tried = bench.rounds(chain(*candidates.values()), TRIALS, "trying every schedule: ")
-    finalists = {at: [*nearest(variants, tried), chosen[at]] for at, variants in candidates.items()}
+    finalists = {}
     for at, variants in candidates.items():
-        for own in of_each_kind(variants):
-            finalists[at] += nearest(own, tried)[:1]
+        best_of_each = [nearest(own, tried)[0] for own in of_each_kind(variants)]
+        finalists[at] = [*nearest(variants, tried), chosen[at], *best_of_each]
     ways = ("sequential", "free", "alone") if setting.level == "iteration" else ("sequential", "free")
     blocks = [(block, default_schedule(block)) for block in bench.stacks]
     references = [Variant(*block, way, load) for load in bench.inputs for block in blocks for way in ways]
     if rate is not None:  # the machine's speed has drifted since the search
         rate = find_rate(setting, bench.set_rate, bench.infer, rate)
     times = bench.rounds(chain(references, *finalists.values()), setting.rounds)
-    best = {at: min(variants, key=lambda v: middle(times[v].train)) for at, variants in finalists.items()}
-    peaks = {at: bench.peak_mb(v) for at, v in best.items()}
-    dropped = {at: bench.dropped(v) for at, v in best.items()} if setting.loads else {}
+    rows: dict[str, dict[str, Row]] = {load: {} for load in bench.inputs}
+    for (load, row), variants in finalists.items():
+        best = min(variants, key=lambda v: middle(times[v].train))
+        dropped = bench.dropped(best) if setting.loads else None
+        rows[load][row] = Row(choices[load, row], chosen[load, row], variants, best, bench.peak_mb(best), dropped)
     gradients = {block: bench.gradients(block) for block in bench.stacks}
-
-    def of(load: str, found: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
-        return {row: value for (own, row), value in found.items() if own == load}
-
-    return {
-        load: Measured(
-            rate,
-            of(load, choices),
-            of(load, best),
-            of(load, chosen),
-            of(load, peaks),
-            times,
-            gradients,
-            bench.iterations,
-            load,
-            of(load, dropped),
-            of(load, finalists),
-        )
-        for load in bench.inputs
-    }
+    return {load: Measured(rate, own, times, gradients, bench.iterations, load) for load, own in rows.items()}
 
 
 def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> list[Variant]:

@@ -4,7 +4,7 @@ Ratios are to sequential top-2, taken round by round, medians.
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench import speed_chart, uneven
 from scmoe.experiments.bench.exchange import why_no_nodes
 from scmoe.experiments.bench.loads import BALANCED, Place, imbalance, kinds_of, load_of, why_impossible
-from scmoe.experiments.bench.overlap import Measured, measure_loads, way_of
+from scmoe.experiments.bench.overlap import Measured, Row, Seconds, measure, way_of
 from scmoe.experiments.bench.pairs import ROWS, USUAL_RATIO, Setting, through_link
-from scmoe.experiments.bench.stacks import config_of, of_each_kind, rows_of_layout, windows_of
+from scmoe.experiments.bench.stacks import Variant, config_of, of_each_kind, rows_of_layout, windows_of
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import middle, quartiles
 from scmoe.experiments.engine.ranks import run_ranks
@@ -46,7 +46,7 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
         links.enter(setting.nodes)
     elif not gpu:
         print(f"links cannot be shaped here ({missing}): loopback as it is, marked in every row", file=sys.stderr)
-    found = run_ranks(measure_loads, ranks, setting, timeout_s=3600, own_links=setting.shaped, nodes=setting.nodes)[0]
+    found = run_ranks(measure, ranks, setting, timeout_s=3600, own_links=setting.shaped, nodes=setting.nodes)[0]
     report = summary(setting, ranks, found[BALANCED])
     machine = "cuda" if gpu else f"{ranks}-ranks"
     if setting.nodes > 1:
@@ -174,7 +174,7 @@ def summary(
             row |= made_by(setting, ranks, found.load, setting.block_of(name))
     if setting.layout is not None:
         report["layout"] = setting.layout
-    best = {name: found.times[variant] for name, variant in found.best.items()}
+    best = {name: found.times[row.best] for name, row in found.rows.items()}
     fastest = max(rows, key=lambda name: rows[name]["forward_speedup"])
     over_fastest = {name: middle(own.forward / best[fastest].forward) for name, own in best.items()}
     report["fastest_forward"] = {"row": fastest, "over": over_fastest}
@@ -184,7 +184,7 @@ def summary(
         train = {name: all_quartiles(own.train / best[quickest].train) for name, own in best.items()}
         report["fastest_scmoe"] = {"row": quickest, "over": {"forward": forward, "train": train}}
     if "top2" in rows:
-        report["top2_operators_ms"] = operators_ms(found.choices["top2"][0].times[1])
+        report["top2_operators_ms"] = operators_ms(found.rows["top2"].choices[0].times[1])
     return {**report, "rows": rows}
 
 
@@ -196,13 +196,14 @@ def made_by(setting: Setting, ranks: int, load: str, block: str) -> dict[str, fl
 
 def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str, Any]:
     """Return the figures of one row: its best schedule beside sequential top-2."""
-    block, schedule, chosen = setting.block_of(name), found.best[name].schedule, found.chosen[name]
-    own, top2 = found.times[found.best[name]], way_of(found, "top2", "sequential")
+    row, block = found.rows[name], setting.block_of(name)
+    schedule, chosen = row.best.schedule, row.chosen.schedule
+    own, top2 = found.times[row.best], way_of(found, "top2", "sequential")
     sequential, free = way_of(found, block, "sequential"), way_of(found, block, "free")
     forward, train = top2.forward / own.forward, top2.train / own.train
-    windows = windows_of(found.best[name], found.choices[name])
+    windows = windows_of(row.best, row.choices)
     exposed = setting.accumulate * sum(exposed_time(*each) for each in windows)
-    row = {
+    figures = {
         "forward_ms": 1e3 * middle(own.forward),
         "train_ms": 1e3 * middle(own.train),
         "forward_speedup": middle(forward),
@@ -214,52 +215,52 @@ def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str
         "slot": schedule.slot,
         "inside_attention": schedule.inside_attention,
         "chunks": schedule.chunks,
-        "auto_slot": chosen.schedule.slot,
-        "auto_inside_attention": chosen.schedule.inside_attention,
-        "inside_gain": inside_gain(found, name),
-        "auto_chunks": chosen.schedule.chunks,
-        "auto_over_best": auto_over_best(found, name),
+        "auto_slot": chosen.slot,
+        "auto_inside_attention": chosen.inside_attention,
+        "inside_gain": inside_gain(row, found.times),
+        "auto_chunks": chosen.chunks,
+        "auto_over_best": auto_over_best(row, found.times),
         "measured_over_model": middle(own.train) / (middle(free.train) + exposed),
-        "peak_mb": found.peaks[name],
+        "peak_mb": row.peak_mb,
         "links": "bus" if setting.bus else "shaped" if setting.shaped else "loopback",
         "compute": setting.compute,
     }
     if setting.every == 1:  # Nous' first block has a shorter window
-        row["auto_slots"] = [choice.schedule.place for choice in found.choices[name]]
+        figures["auto_slots"] = [choice.schedule.place for choice in row.choices]
     if setting.level == "iteration":
-        row["gradient_mb"] = gradient_mb(found, block)
-        row["rows_over_gradients"] = rows_over_gradients(setting, ranks, found, block)
+        figures["gradient_mb"] = gradient_mb(found, block)
+        figures["rows_over_gradients"] = rows_over_gradients(setting, ranks, found, block)
     if has_limit(setting, found):
         least = least_times(setting, ranks, found, block)
-        row |= {"limit_train": middle(top2.train / least), "of_limit": middle(least / own.train)}
-    return row
+        figures |= {"limit_train": middle(top2.train / least), "of_limit": middle(least / own.train)}
+    return figures
 
 
-def auto_over_best(found: Measured, row: str) -> float:
+def auto_over_best(row: Row, times: Mapping[Variant, Seconds]) -> float:
     """Return the training time of the planner's choice over that of the best schedule.
 
     Half of the rounds choose the best schedule, the other half compare, and the reverse; the result is the mean of the
     two medians. In the rounds that choose it, the best was also lucky. It is below 1 where luck has chosen a schedule
     that is slower than the planner's. With one round it has chosen the best too."""
-    chosen, schedules = found.times[found.chosen[row]].train, [found.best[row], *found.finalists.get(row, ())]
+    chosen = times[row.chosen].train
     halves = [slice(start, None, 2) for start in range(min(2, len(chosen)))]
     medians = []
     for choose, compare in zip(halves, reversed(halves), strict=True):
-        best = min((found.times[v].train for v in schedules), key=lambda train: middle(train[choose]))
+        best = min((times[v].train for v in row.finalists), key=lambda train: middle(train[choose]))
         medians.append(middle(chosen[compare] / best[compare]))
     return sum(medians) / len(medians)
 
 
-def inside_gain(found: Measured, row: str) -> dict[str, Any] | None:
+def inside_gain(row: Row, times: Mapping[Variant, Seconds]) -> dict[str, Any] | None:
     """Return what experts inside attention gain: the time of the row's best schedule between operators over that of its
     best one inside, as quartiles with the median between them. None: the window has no attention."""
-    kinds = of_each_kind(found.finalists.get(row, ()))
+    kinds = of_each_kind(row.finalists)
     if len(kinds) < 2:
         return None
-    whole, inside = (min(own, key=lambda v: middle(found.times[v].train)) for own in kinds)
+    whole, inside = (min(own, key=lambda v: middle(times[v].train)) for own in kinds)
     return {
-        "forward": all_quartiles(found.times[whole].forward / found.times[inside].forward),
-        "train": all_quartiles(found.times[whole].train / found.times[inside].train),
+        "forward": all_quartiles(times[whole].forward / times[inside].forward),
+        "train": all_quartiles(times[whole].train / times[inside].train),
         "between": f"{whole.schedule.place} x {whole.schedule.chunks}",
         "inside": f"{inside.schedule.place} x {inside.schedule.chunks}",
     }

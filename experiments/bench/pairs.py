@@ -137,8 +137,7 @@ def tokens_for(ratio: float, setting: Setting, ranks: int) -> int:
 
 
 def through_link(ranks: int, nodes: int) -> float:
-    """Return the rows that leave by a link (the rank's own, or its node's card), as a multiple of the rows of one
-    rank."""
+    """Return the rows that leave by a link (a rank's own, or its node's card), over the rows of one rank."""
     return 1 - 1 / ranks if nodes == 1 else ranks / nodes * (1 - 1 / nodes)
 
 

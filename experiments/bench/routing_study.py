@@ -143,13 +143,12 @@ def tables(report: Mapping[str, Any]) -> list[Report]:
     four = "{{{0}[{1}][1]:.2f}} [{{{0}[{1}][0]:.2f}}, {{{0}[{1}][2]:.2f}}] {{{0}[{1}][3]:.2f}}".format
     found = []
     words = {"start": "The first 25 steps", "early": "Steps 25 to 74", "end": "The last 75 steps"}
-    for when, title in words.items():
+    for when, steps in words.items():
         columns = {part: four(when, part) for part in ("experts", "EP 2", "EP 4")}
         columns["sums of ten steps: experts, EP 4"] = f"{{{when}[sums of experts]:.2f}}, {{{when}[sums of EP 4]:.2f}}"
         columns["dropped: median, worst"] = f"{{{when}[dropped][1]:.0%}}, {{{when}[dropped][3]:.0%}}"
-        found.append(
-            Report(f"{title}: median, quartiles and worst of single steps.", report["rows"], columns, "training")
-        )
+        title = f"{steps}: median, quartiles and worst of single steps."
+        found.append(Report(title, report["rows"], columns, "training"))
     return found
 
 

@@ -95,7 +95,6 @@ def blocks_of(report: Mapping[str, Any]) -> str:
 
 
 def tables(report: dict[str, Any]) -> list[Report]:
-    """Return the table of a report of `bench overlap`."""
     where = conditions(report)  # a GPU's bus, or the loopback device as it is
     if report["link_mbit"] is not None:
         where = f"Links of {report['link_mbit']:.0f} Mbit/s, {ranks_of(report)}, {report['compute']} compute"
@@ -145,7 +144,6 @@ def limit_of(report: dict[str, Any], row: str, kind: str) -> float | None:
 
 
 def ranks_of(report: dict[str, Any]) -> str:
-    """Return the report's ranks in words."""
     on_nodes = f" on {report['nodes']} nodes ({report['exchange']} exchange)" if "nodes" in report else ""
     return f"{report['ranks']} ranks{on_nodes}"
 

@@ -6,10 +6,8 @@ A variant is what is measured in one turn: each block of a row runs at a schedul
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
@@ -24,26 +22,24 @@ from scmoe.models.units import through
 from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.wrap import Wrapped, wrap
-from scmoe.parallel.wire.all_to_all import Link
 from scmoe.planning.pricing import LayerChoice
 from scmoe.schedule.cost import OperatorTimes, slots
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.blocks import PARTS, Parts, stack
 
 
-def make_blocks(name: str, setting: Setting, group: Any, now: Now) -> list[MoEBlock]:
+def make_blocks(name: str, setting: Setting, context: ParallelContext, now: Now) -> list[MoEBlock]:
     """The blocks of a row, built as a training builds them, with this rank's share of the experts.
 
     name: a block's name in ROWS. now: the load, which the times depend on in place of the choices of an untrained
     gate."""
-    ranks, rank, config = dist.get_world_size(group), dist.get_rank(group), config_of(name, setting)
+    config = config_of(name, setting)
     parts = PARTS[config.model.family](config) if setting.compute == "real" else emulated_parts(setting)
-    context = ParallelContext(rank, ranks, ranks, ep_group=group)
     blocks = moe_blocks_of(nn.ModuleList(stack(config, context, [parts] * setting.layers)))
     assert len(blocks) == setting.moe_blocks
-    place = Place(setting.num_experts, config.moe.top_k, ranks)
+    place = Place(setting.num_experts, config.moe.top_k, context.ep_size)
     for block in blocks:
-        block.moe.router.deal = deal(place, rank, now)
+        block.moe.router.deal = deal(place, context.ep_rank, now)
         block.moe.rows = rows_of_layout(setting)
     return blocks
 
@@ -86,25 +82,16 @@ def rows_of_layout(setting: Setting) -> Rows:
     raise ConfigError(f"--layout is {setting.layout}, allowed: dropless | capacity:F | buffers:C, 0 < F, C <= 1e6")
 
 
-def make_step(blocks: Sequence[nn.Module], setting: Setting, group: Any, link: Link) -> Step:
-    """Return a training step of blocks; at iteration level with the gradients' reduction and the optimizer's step.
-
-    group: of the experts. link: the rows'.
-    """
+def make_step(blocks: Sequence[nn.Module], setting: Setting, context: ParallelContext) -> Step:
+    """Return a training step of blocks; at iteration level with the gradients' reduction and the optimizer's step."""
     model = Stack(*blocks)
-    ranks = dist.get_world_size(group)
     if setting.level == "block":
         return Step(Wrapped(model, 1), ParallelContext())
-    context = ParallelContext(
-        dist.get_rank(group), ranks, ranks, ep_group=group, gradient_group=dist.new_group(), link=link
-    )
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     return Step(wrap(model, context, setting.reductions), context, optimizer)
 
 
 class Stack(nn.Sequential):
-    """Blocks in a row."""
-
     def forward(self, x_BSD: Tensor) -> Tensor:
         return through(self, x_BSD, None)[0]
 
@@ -149,9 +136,7 @@ def placed(own: Schedule, like: Schedule) -> Schedule:
     return [each for each in places if (each.slot, each.inside_attention) <= at or each is places[0]][-1]
 
 
-def of_each_kind(variants: Iterable[Variant]) -> list[list[Variant]]:
+def of_each_kind(variants: Sequence[Variant]) -> list[list[Variant]]:
     """The variants whose experts run between operators, and those inside attention, if there are any."""
-    kinds: dict[bool, list[Variant]] = {}
-    for variant in variants:
-        kinds.setdefault(variant.schedule.inside_attention, []).append(variant)
-    return [kinds[inside] for inside in sorted(kinds)]
+    kinds = [[v for v in variants if v.schedule.inside_attention is inside] for inside in (False, True)]
+    return [own for own in kinds if own]

@@ -13,6 +13,7 @@ are a share of its forward time. `at_once` is sharded as FSDP does it on gloo: i
 a GPU the guard's small reductions cost kernel launches, which this does not measure.
 """
 
+import re
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -64,7 +65,7 @@ def dense_cost(
         hybrid = with_dense_mesh(context, "hybrid", world_size // 2, CPU, timeout)
         steps["hybrid"] = Training(hybrid, batch, config)
     times = in_turn(steps, rounds, WARM_UP)
-    report: dict[str, Any] = {}
+    report: dict[str, Any] = {} if mbit is None else {"link_mbit": mbit}
     for way, (wall, processor, sent) in times.items():
         report[way] = {
             "ms": 1e3 * middle(wall),
@@ -74,8 +75,6 @@ def dense_cost(
         }
         if mbit is not None:
             report[way]["link_ms"] = 1e3 * middle(sent) * 8 / (mbit * 1e6)
-    if mbit is not None:
-        report["link_mbit"] = mbit
     return report
 
 
@@ -104,11 +103,8 @@ class Training:
 
 def sent_bytes() -> int:
     """Return how many bytes this rank's link has sent since it came up; 0 where there is none."""
-    for line in Path("/proc/self/net/dev").read_text().splitlines():
-        device, _, counters = line.partition(":")
-        if device.strip() == "eth0":
-            return int(counters.split()[8])
-    return 0
+    found = re.search(r"^ *eth0:(.*)", Path("/proc/self/net/dev").read_text(), re.MULTILINE)
+    return int(found[1].split()[8]) if found else 0
 
 
 def guard_cost(overrides: Sequence[str]) -> dict[str, float]:

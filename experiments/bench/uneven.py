@@ -35,11 +35,12 @@ def beside_balanced(
     setting: Setting, ranks: int, found: Measured, control: Measured, row: str, balanced: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the figures of a row at a load beside the balanced one. balanced: its figures there."""
-    block, own, even = setting.block_of(row), found.times[found.best[row]], found.times[control.best[row]]
+    block, here, there = setting.block_of(row), found.rows[row], control.rows[row]
+    own, even = found.times[here.best], found.times[there.best]
     load, modelled = load_of(found.load), None
     if load.kind != "ragged" and setting.layout in (None, "dropless") and setting.nodes == 1:
         place = Place(setting.num_experts, setting.top_k_of(block), ranks)
-        windows = windows_of(found.best[row], control.choices[row])
+        windows = windows_of(here.best, there.choices)
         computing = sum(elapsed_time(*each) - exposed_time(*each) for each in windows)
         took = [sum(window_s(*w, load, place, setting.tokens, step) for w in windows) for step in range(setting.rounds)]
         added = setting.accumulate * (middle(took) - computing)
@@ -52,7 +53,7 @@ def beside_balanced(
         "straggler_forward": middle(free.forward / even_free.forward) - 1,
         "straggler_train": middle(free.train / even_free.train) - 1,
         "measured_over_model": None if modelled is None else middle(own.train) / modelled,
-        "dropped": found.dropped[row],
+        "dropped": here.dropped,
         "balanced": {key: balanced[key] for key in KEPT},
     }
 
@@ -71,7 +72,6 @@ def window_s(schedule: Schedule, times: OperatorTimes, load: Load, place: Place,
 
 
 def tables(report: dict[str, Any]) -> list[Report]:
-    """Return a table for each load."""
     columns = {
         "rank, expert": "{max_over_mean_ranks:.2f}, {max_over_mean_experts:.2f}",
         "over balanced": "{over_balanced_forward:.2f}, {over_balanced_train:.2f}",

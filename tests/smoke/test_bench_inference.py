@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from scmoe.experiments.bench import inference
-from scmoe.experiments.bench.inference import BLOCKS, OVERLAPPED, SHAPES, WAYS, Way, at_load, draw, measure, summary
+from scmoe.experiments.bench.inference import BLOCKS, OVERLAPPED, SHAPES, WAYS, at_load, draw, measure, summary
 from scmoe.experiments.bench.loads import BALANCED, Now, load_of
 from scmoe.experiments.bench.pairs import Setting, default_schedule
+from scmoe.experiments.bench.stacks import Variant
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.inference import planned
 from scmoe.planning import planner
@@ -27,7 +28,7 @@ def test_ratios_are_those_of_the_times():
     for block in BLOCKS:
         schedule = default_schedule(block)
         for shape in SHAPES:
-            times |= {Way(block, shape, name, schedule): SECONDS[name] * ROUNDS for name in (*WAYS, "free")}
+            times |= {(shape, Variant(block, schedule, name)): SECONDS[name] * ROUNDS for name in (*WAYS, "free")}
             overlapped = block == "pos2" and shape == "prefill"
             plans[block, shape] = SimpleNamespace(schedules=[schedule], overlapped=overlapped)
     setting = Setting(0.5, tokens=64, seq_len=64, rounds=3)
@@ -52,10 +53,10 @@ def test_each_pass_takes_the_next_routing_of_its_load(monkeypatch):
     bench.models = {"top2": SimpleNamespace(blocks=[SimpleNamespace(run_as=lambda *_: None)])}
     bench.passes = {("top2", "prefill"): None}
     rotating, balanced = (
-        Way("top2", "prefill", "free", default_schedule("top2"), load) for load in ("rotating:2:1", BALANCED)
+        Variant("top2", default_schedule("top2"), "free", load) for load in ("rotating:2:1", BALANCED)
     )
-    for way in (rotating, balanced, rotating):
-        bench.seconds(way)
+    for variant in (rotating, balanced, rotating):
+        bench.seconds("prefill", variant)
     assert dealt == [("rotating:2:1", 0), (BALANCED, 0), ("rotating:2:1", 1)]
 
 

@@ -77,6 +77,14 @@ def test_bench_train(tmp_path):
     assert (tmp_path / "train-share-0.52.png").exists()
 
 
+def test_bench_train_takes_as_many_ranks_as_share_the_experts_of_its_config(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(links, "require", lambda: None)
+    monkeypatch.setattr(training, "bench_train", lambda *args: given.append(args))
+    assert call("bench", "train", "moe.num_experts=6", "--ranks", "3") == 0
+    assert given[0][1:4] == (("moe.num_experts=6",), 0.52, 3)
+
+
 def without_rate(rank: int, world_size: int, measure: Callable[..., Any], setting: Setting, *args: Any) -> Any:
     links.set_rate = lambda mbit: None
     overlap.TRIALS, planner.STEPS_EACH, planner.MOST_TRIES = 1, 1, 6
