@@ -13,8 +13,6 @@ from scmoe.schedule.schedule import POSITIONS, Schedule
 from tests.support.models import DIM
 from tests.support.recording import Log, between, recorded_shortcut_block
 
-every_position = pytest.mark.parametrize("position", POSITIONS)
-
 
 def schedules(position: str) -> list[Schedule]:
     return [schedule for n in (1, 2) for schedule in slots(Schedule("scmoe", position, chunks=n))]
@@ -28,7 +26,7 @@ def run(schedule: Schedule, capacity_factor: float | None) -> Log:
     return log
 
 
-@every_position
+@pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("capacity_factor", (None, 2.0), ids=("dropless", "capacity"))
 def test_backward_runs_the_nodes_of_forward_in_reverse(position, capacity_factor):
     """In backward, the window after the slot hides combine's gradient; the window before it hides dispatch's. Chunks

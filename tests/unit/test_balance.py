@@ -20,7 +20,6 @@ from scmoe.moe.balance import (
 )
 from scmoe.moe.layout import arrange_filled, arrange_slots
 from scmoe.moe.tokens import RouterStats, Routing
-from tests import reference
 from tests.support.models import assert_close
 
 EXPERTS = 4
@@ -47,16 +46,6 @@ def random_logits(num_tokens: int = 12, seed: int = 0) -> Tensor:
     return torch.randn(num_tokens, EXPERTS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("top_k", (1, 2, 3))
-def test_losses_equal_the_oracle(top_k):
-    logits = [random_logits(seed=seed) for seed in (0, 1)]
-    balance, z = losses([stats_of(layer, top_k) for layer in logits])
-    chosen = [layer.topk(top_k).indices.tolist() for layer in logits]
-    expected = [reference.load_balance_loss(c, layer.softmax(-1)) for c, layer in zip(chosen, logits, strict=True)]
-    assert_close(balance, sum(expected) / 2)
-    assert_close(z, sum(reference.z_loss(layer) for layer in logits) / 2)
-
-
 def test_losses_of_an_even_load_a_collapsed_router_and_equal_logits():
     """The logsumexp of E equal logits x is x + log E."""
     even = torch.eye(EXPERTS, dtype=torch.float64).repeat(3, 1) * 5
@@ -66,20 +55,6 @@ def test_losses_of_an_even_load_a_collapsed_router_and_equal_logits():
     assert losses([stats_of(collapsed)])[0].item() == pytest.approx(EXPERTS, abs=1e-12)
     equal = losses([stats_of(torch.full((5, EXPERTS), 2.0, dtype=torch.float64))])[1]
     assert equal.item() == pytest.approx((2 + math.log(EXPERTS)) ** 2, abs=1e-12)
-
-
-def test_gradients_of_the_losses_have_the_right_sign():
-    """The balance loss lowers the busiest expert's probability, and the z-loss lowers the logits."""
-    logits = random_logits().abs()
-    logits[:, 1] += 3
-    logits.requires_grad_()
-    stats = [stats_of(logits)]
-    balance, z = losses(stats)
-    (grad,) = torch.autograd.grad(balance, logits, retain_graph=True)
-    assert (grad[:, 1] > 0).all()
-    (grad,) = torch.autograd.grad(z, logits)
-    assert (grad > 0).all()
-    assert not stats[0].counts_E.requires_grad
 
 
 @given(st.data(), st.integers(1, 4), st.sampled_from((1, 2)), st.booleans())

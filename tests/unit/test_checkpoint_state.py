@@ -39,7 +39,7 @@ def read_back(x):
     [
         {(1, 2): 3, ("a", (None, 0.5)): [1, {"b": True}]},
         {0: "zero", None: "none", 1.5: {(): "empty"}},
-        {"__items__": 5, "__tuple__": {"__tensor__": (1,)[0]}},
+        {"__items__": 5, "__tuple__": {"__tensor__": 1}},
     ],
 )
 def test_any_dictionary_is_read_back(x):

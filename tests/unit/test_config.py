@@ -63,23 +63,19 @@ def test_an_empty_config_has_the_defaults(write):
 
 
 def test_a_later_source_overrides_an_earlier_one(write):
+    """`extends` is relative to its file, and can be nested."""
     write("base.yaml", "seed: 1\nmodel: {layers: 2, dim: 64}\noptim: {lr: 1}\n")
-    write("model/big.yaml", "model: {layers: 6, dim: 128}\n")
-    path = write("own.yaml", "extends: [base.yaml, model/big.yaml]\nmodel: {layers: 8}\nmoe: {}\n")
+    write("named.yaml", "name: big\nmodel: {layers: 3, dim: 128}\n")
+    write("model/big.yaml", "extends: ../named.yaml\nmodel: {layers: 6}\n")
+    path = write("own/own.yaml", "extends: [../base.yaml, ../model/big.yaml]\nmodel: {layers: 8}\nmoe: {}\n")
     config = load(path, ["seed=3", "--seed=4"])
     assert (config.optim.lr, config.model.dim, config.model.layers, config.seed) == (1.0, 128, 8, 4)
+    assert config.name == "big"
 
 
 def test_an_entry_of_a_mapping_replaces_what_an_earlier_source_has_there():
     words = ("extensions=[json]", "options={a: {b: 1}, c: {d: 1}}", "options.a={}", "options.c=[2]")
     assert load(None, words).options == {"a": {}, "c": [2]}
-
-
-def test_extends_is_relative_to_its_file_and_can_be_nested(write):
-    write("base.yaml", "seed: 5\n")
-    write("a/middle.yaml", "extends: ../base.yaml\nname: middle\n")
-    config = load(write("b/own.yaml", "extends: ../a/middle.yaml\n"))
-    assert (config.seed, config.name) == (5, "middle")
 
 
 @pytest.mark.parametrize(

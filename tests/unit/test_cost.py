@@ -4,7 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scmoe.experiments.engine.gantt import draw
 from scmoe.schedule.cost import (
     OperatorTimes,
     best_schedule,
@@ -12,7 +11,6 @@ from scmoe.schedule.cost import (
     exposed_time,
     mismatch,
     overlap_efficiency,
-    play,
     slots,
 )
 from scmoe.schedule.schedule import ARCHITECTURES, PARTS, Schedule
@@ -76,9 +74,3 @@ def test_inside_attention_is_the_best_where_it_divides_the_window_by_the_transfe
 @pytest.mark.parametrize(("overlapped", "efficiency"), [(10, 1), (15, 0.5), (20, 0), (22, -0.2)])
 def test_overlap_efficiency(overlapped, efficiency):
     assert overlap_efficiency(overlapped, sequential=20, free=10) == pytest.approx(efficiency)
-
-
-def test_a_timeline_is_drawn(tmp_path):
-    times = dict.fromkeys(OPERATORS, 1.0)
-    draw({"pos2": play(Schedule("scmoe", "pos2").operators(), times)}, tmp_path / "figures" / "t.png", "title")
-    assert (tmp_path / "figures" / "t.png").read_bytes().startswith(b"\x89PNG")

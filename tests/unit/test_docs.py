@@ -4,6 +4,7 @@ import re
 import runpy
 import sys
 from collections.abc import Iterator
+from fnmatch import filter as matching
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ TOP = ("scmoe", "datamodules", "experiments", "tests", "configs", "docs")
 PACKAGES = tuple(  # runs/ in a page is the folder of a user's runs
     f"{path.name}/" for path in (ROOT / "scmoe").iterdir() if (path / "__init__.py").exists() and path.name != "runs"
 )
+FILES = {path.name for top in TOP for path in (ROOT / top).rglob("*.*")}
 BELOW_TESTS = tuple(f"{path.name}/" for path in (ROOT / "tests").iterdir() if path.is_dir())
 
 
@@ -51,11 +53,9 @@ def named_paths(page: Path) -> Iterator[str]:
 def exists(name: str, page: Path) -> bool:
     """Looks in the root, the page's folder, scmoe/, tests/, and everywhere for a bare file name. Globs are allowed."""
     name = name.removesuffix("/")
-    folders = [ROOT, page.parent, ROOT / "scmoe", ROOT / "tests"]
     if "/" not in name and "." in name:
-        folders += [ROOT / top for top in TOP]
-        return any(next(folder.rglob(name), None) for folder in folders[2:])
-    return any(next(folder.glob(name), None) for folder in folders)
+        return bool(matching(FILES, name))
+    return any(next(folder.glob(name), None) for folder in (ROOT, page.parent, ROOT / "scmoe", ROOT / "tests"))
 
 
 def anchors(page: Path) -> list[str]:

@@ -8,36 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from scmoe.blocks.double_gate import DoubleGateBlock, add_stats, share_moe
+from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router, round_robin
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.model import build_model, build_module
 from scmoe.training.run.printout import count_parameters, total_and_active
-from tests.support.models import DIM, EXPERTS, randomise, tiny, tiny_batch, tiny_model, tiny_stream, tiny_sublayers
+from tests.support.models import DIM, EXPERTS, tiny, tiny_stream, tiny_sublayers
 from tests.support.recording import Log, Recorded, RecordingDispatcher, between
 
-
-def double_gate_block(schedule: Schedule, stream=None) -> DoubleGateBlock:
-    stream = stream or tiny_stream(1)
-    block = DoubleGateBlock(tiny_sublayers(), nn.LayerNorm(DIM), stream, schedule, tap_norm=nn.LayerNorm(DIM))
-    return randomise(block.double(), seed=1)
-
-
 # ---------------------------------------------------------------------- the rule
-
-
-def test_if_the_best_expert_is_taken_the_second_best_is_chosen_with_its_own_probability():
-    router = Router(3, 3, 1)
-    with torch.no_grad():
-        router.gate.weight.copy_(torch.eye(3))
-    x_TD = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [0.0, 0.0, 5.0]])
-    routing = router(x_TD, None, torch.tensor([[0], [1], [3], [2]]))  # 3 means none
-    assert routing.topk_ids_TK[:3].tolist() == [[1], [0], [0]]
-    assert routing.topk_ids_TK[3].item() in (0, 1), "a tie, but not the expert that is taken"
-    scores = torch.tensor([3.0, 2.0, 1.0]).softmax(0)
-    assert torch.allclose(routing.topk_weights_TK[:2, 0], scores[[1, 0]])
 
 
 @pytest.mark.parametrize("value", (0.0, 1.0))
@@ -60,34 +41,6 @@ def test_padding_takes_no_expert_and_a_balanced_gate_stays_balanced():
     assert (padded.topk_ids_TK[5:] == EXPERTS).all() and (padded.topk_weights_TK[5:] == 0).all()
 
 
-def test_the_two_halves_of_a_token_go_to_two_experts(monkeypatch):
-    """Without the rule, many tokens, but not all, would use one expert twice."""
-    routings, without_rule, forward = [], [], Router.forward
-
-    def spy(self, x_TD, mask_T=None, excluded_T1=None):
-        routings.append(forward(self, x_TD, mask_T, excluded_T1))
-        without_rule.append(forward(self, x_TD, mask_T))
-        return routings[-1]
-
-    monkeypatch.setattr(Router, "forward", spy)
-    config = tiny("moe.architecture=dgmoe", "data.seq_len=64")
-    tiny_model(config)(tiny_batch(config)[0])
-    preceding, current = (r.topk_ids_TK for r in routings)
-    free = without_rule[1].topk_ids_TK
-    repeated = free == preceding
-    assert 0.1 < repeated.double().mean() < 0.9
-    assert (current != preceding).all()
-    assert (current == free)[~repeated].all()
-
-
-def test_both_halves_count_as_load():
-    block, x_BSD = double_gate_block(Schedule("dgmoe", "pos2")), torch.randn(2, 7, DIM, dtype=torch.float64)
-    stats = block(x_BSD, torch.arange(7).expand(2, 7) < 5).stats
-    assert stats.num_tokens == stats.counts_E.sum() == 2 * 10
-    assert stats.score_sums_E.sum().item() == pytest.approx(20)
-    assert [t.item() for t in add_stats(stats, stats)[2:5]] == [2 * t.item() for t in stats[2:5]]
-
-
 # ---------------------------------------------------------------------- schedule
 
 
@@ -97,9 +50,9 @@ def test_the_preceding_halfs_transfers_hide_behind_the_backbone_and_backward_mir
     log, schedule = Log(), Schedule("dgmoe", f"pos{position}", slot)
     stream = tiny_stream(1, dispatcher=RecordingDispatcher(log))
     stream.experts = Recorded("experts", stream.experts, log)
-    block = double_gate_block(schedule, stream)
     names = ("attention", "mlp", "attention")
-    block.sublayers = nn.ModuleList(Recorded(*part, log) for part in zip(names, block.sublayers, strict=True))
+    sublayers = [Recorded(*part, log) for part in zip(names, tiny_sublayers(), strict=True)]
+    block = DoubleGateBlock(sublayers, nn.LayerNorm(DIM), stream, schedule, tap_norm=nn.LayerNorm(DIM)).double()
     x_BSD = torch.randn(2, 6, DIM, dtype=torch.float64)
     block(x_BSD.requires_grad_()).y_BSD.square().sum().backward()
 
@@ -112,14 +65,6 @@ def test_the_preceding_halfs_transfers_hide_behind_the_backbone_and_backward_mir
 
 
 # ---------------------------------------------------------------------- DGMoE-Share
-
-
-def test_every_second_pair_shares_the_module_of_the_pair_before_it():
-    blocks = [double_gate_block(Schedule("dgmoe", "pos2"), tiny_stream(1, seed=i)) for i in range(5)]
-    share_moe(blocks)
-    modules = [block.moe for block in blocks]
-    assert modules[0] is modules[1] and modules[2] is modules[3]
-    assert len({id(m) for m in modules}) == 3
 
 
 def test_a_shared_module_is_initialised_counted_and_optimized_once():

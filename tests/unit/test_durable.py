@@ -43,18 +43,6 @@ def test_any_flipped_bit_is_found(tmp_path):
     assert durable.verify(path) == 7
 
 
-@pytest.mark.parametrize("name", [*FILES, durable.MANIFEST])
-def test_a_missing_or_cut_file_is_named(tmp_path, name):
-    write(tmp_path / "a.ckpt", 7)
-    shutil.copytree(tmp_path / "a.ckpt", tmp_path / "b.ckpt")
-    (tmp_path / "a.ckpt" / name).unlink()
-    with pytest.raises(durable.BrokenCheckpoint, match=name):
-        durable.verify(tmp_path / "a.ckpt")
-    os.truncate(tmp_path / "b.ckpt" / name, 5)
-    with pytest.raises(durable.BrokenCheckpoint, match=name):
-        durable.verify(tmp_path / "b.ckpt")
-
-
 def test_a_shard_of_another_save_is_refused(tmp_path):
     """Steps never mix: an extra shard and a shard of another checkpoint are refused."""
     write(tmp_path / "a.ckpt", 7)
@@ -69,15 +57,6 @@ def test_a_shard_of_another_save_is_refused(tmp_path):
 
 class Killed(BaseException):
     """This is not an Exception, so `except Exception` does not catch it."""
-
-
-def can_exchange(folder):
-    """Returns whether two names can be exchanged in this folder."""
-    one, other = folder / "one", folder / "other"
-    one.mkdir(), other.mkdir()
-    exchanged = durable.exchange(one, other)
-    one.rmdir(), other.rmdir()
-    return exchanged
 
 
 def test_a_kill_at_any_call_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch):
@@ -180,18 +159,17 @@ def a_folder(path):
     path.mkdir()
 
 
-@pytest.mark.parametrize("damage, says", [(no_json, "manifest.json is damaged"), (a_folder, "has no manifest.json")])
-def test_a_manifest_that_cannot_be_read_is_named_and_passed_over(tmp_path, damage, says):
-    for step in (1, 2):
-        write(tmp_path / f"step={step}.ckpt", step)
-    damage(tmp_path / "step=2.ckpt" / durable.MANIFEST)
-    with pytest.warns(UserWarning, match=f"passed over: .*step=2.ckpt.*{says}") as warned:
-        assert durable.newest_good(tmp_path).name == "step=1.ckpt"
-    assert len(warned) == 1
+@pytest.mark.parametrize(
+    "bad, damage, says",
+    [
+        ("manifest.json", no_json, "manifest.json is damaged"),
+        ("manifest.json", a_folder, "has no manifest.json"),
+        *((bad, None, f"{bad} cannot be read: Input/output error") for bad in ("manifest.json", "meta.json")),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_is_named_and_passed_over(tmp_path, monkeypatch, bad, damage, says):
+    """damage: of the bad file; None: its disk fails."""
 
-
-@pytest.mark.parametrize("bad", ["manifest.json", "meta.json"])
-def test_a_checkpoint_whose_disk_fails_is_named_and_passed_over(tmp_path, monkeypatch, bad):
     def failing(path, *mode, plain=open):
         if str(path).endswith(f"step=2.ckpt/{bad}"):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -199,15 +177,20 @@ def test_a_checkpoint_whose_disk_fails_is_named_and_passed_over(tmp_path, monkey
 
     for step in (1, 2):
         write(tmp_path / f"step={step}.ckpt", step)
-    monkeypatch.setattr(builtins, "open", failing)
-    monkeypatch.setattr(Path, "read_bytes", lambda path: failing(path, "rb").read())
-    with pytest.warns(UserWarning, match=f"passed over: .*step=2.ckpt.{bad} cannot be read: Input/output error"):
+    if damage is not None:
+        damage(tmp_path / "step=2.ckpt" / bad)
+    else:
+        monkeypatch.setattr(builtins, "open", failing)
+        monkeypatch.setattr(Path, "read_bytes", lambda path: failing(path, "rb").read())
+    with pytest.warns(UserWarning, match=f"passed over: .*step=2.ckpt.*{says}") as warned:
         assert durable.newest_good(tmp_path).name == "step=1.ckpt"
+    assert [warning.category for warning in warned].count(UserWarning) == 1
 
 
 def test_the_name_of_a_replaced_checkpoint_is_never_missing(tmp_path, monkeypatch):
     """Lightning's ckpt_path="last" would start from the beginning at such a moment."""
-    if not can_exchange(tmp_path):
+    (tmp_path / "one").mkdir(), (tmp_path / "other").mkdir()
+    if not durable.exchange(tmp_path / "one", tmp_path / "other"):
         pytest.skip("this file system cannot exchange two names")
     write(tmp_path / "last.ckpt", 1)
     rename, seen = os.rename, []
@@ -223,21 +206,16 @@ def test_new_folders_are_durable(tmp_path, monkeypatch):
     assert (tmp_path / "a" / "b").is_dir() and set(synced) == {tmp_path, tmp_path / "a"}
 
 
-def another_process_writes(path, step):
-    """Begins a checkpoint in another process, which waits. Returns that process and the partial directory."""
-    lines = "import sys; from pathlib import Path; from scmoe.parallel.checkpoint import durable"
-    lines += "\npartial = durable.partial_path(Path(sys.argv[1]), durable.new_token())"
-    lines += "\npartial.mkdir(); print(partial, flush=True); sys.stdin.read()"
-    given = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    writer = subprocess.Popen([sys.executable, "-c", lines, str(path)], **given)
-    return writer, Path(writer.stdout.readline().strip())
-
-
 def test_two_writers_of_one_folder_leave_each_others_checkpoints_alone(tmp_path):
     """Also between the two renames of the other one. Once it is killed, its leftovers are removed."""
     write(tmp_path / "theirs.ckpt", 1)
-    writer, partial = another_process_writes(tmp_path / "theirs.ckpt", 2)
+    lines = "import sys; from pathlib import Path; from scmoe.parallel.checkpoint import durable"
+    lines += "\npartial = durable.partial_path(Path(sys.argv[1]), durable.new_token())"
+    lines += "\npartial.mkdir(); print(partial, flush=True); sys.stdin.read()"
+    program = [sys.executable, "-c", lines, str(tmp_path / "theirs.ckpt")]
+    writer = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
+        partial = Path(writer.stdout.readline().strip())
         moved = tmp_path / partial.name.replace(".tmp-", ".old-")
         os.rename(tmp_path / "theirs.ckpt", moved)
         write(tmp_path / "mine.ckpt", 3)

@@ -55,11 +55,6 @@ def expected(step: int) -> list[list[str]]:
     return [[*map(str, row), *(f"{x:.4g}" for x in more)] for row, more in zip(both, single, strict=True)]
 
 
-def test_rows_are_the_sums_since_the_last_log(tmp_path):
-    train(ExpertLoad(tmp_path), 0, 5)
-    assert rows(tmp_path) == [HEADER, *expected(1), *expected(3)]
-
-
 def test_the_load_of_a_step_is_that_of_all_its_batches():
     """Two batches of a step are uneven the other way round, so the step is even; the second step is not."""
     LOGGED.clear()
@@ -89,8 +84,9 @@ def test_the_worst_layer_of_each_logged_step_is_found_in_the_table(tmp_path):
     assert worst_layers(tmp_path / "expert_load.csv") == {1: [max(of_sums), *map(max, *found)]}
 
 
-def test_a_resumed_run_keeps_whole_rows_before_its_step(tmp_path):
-    train(ExpertLoad(tmp_path), 0, 6)
+def test_rows_are_the_sums_since_the_last_log_and_those_of_a_resumed_run_follow_its_own(tmp_path):
+    train(ExpertLoad(tmp_path), 0, 5)
+    assert rows(tmp_path) == [HEADER, *expected(1), *expected(3)]
     with (tmp_path / "expert_load.csv").open("a") as file:
         file.write("1,0,2")  # a killed run leaves half a row
     train(ExpertLoad(tmp_path), 2, 4)

@@ -41,36 +41,28 @@ def model_of(words: str = "", family: str = "gpt", dtype: torch.dtype = torch.fl
 
 
 @torch.inference_mode()
-def uncached(model, prompt: list[int], new: int = NEW) -> list[int]:
-    """Returns the likeliest tokens, each from a pass over the whole text so far."""
-    ids = list(prompt)
-    for _ in range(new):
-        with dropless(model):
-            ids.append(int(model(torch.tensor([ids])).logits_BSV[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
-@torch.inference_mode()
 def last_logits(model, ids: list[int]) -> torch.Tensor:
     """Returns the logits of the next token, from a pass without a cache."""
     with dropless(model):
         return model(torch.tensor([ids])).logits_BSV[0, -1]
 
 
-def ids_of(continuations) -> list[list[int]]:
-    return [ids for ids, _ in continuations]
+@torch.inference_mode()
+def uncached(model, prompt: list[int], written: list[int]) -> list[int]:
+    """Returns the likeliest token after the prompt and after each that was written, from one pass without a cache."""
+    with dropless(model):
+        logits_BSV = model(torch.tensor([[*prompt, *written[:-1]]])).logits_BSV
+    return logits_BSV[0, len(prompt) - 1 :].argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
 def test_tokens_are_those_without_a_cache_and_of_each_text_alone(family, name):
     model = model_of(ARCHITECTURES[name], family)
-    written = ids_of(generate(model, PROMPTS, Stopping(NEW), GREEDY))
-    assert written == [uncached(model, prompt) for prompt in PROMPTS]
+    for dtype in (torch.float64, torch.float32) if name == "pos2" else (torch.float64,):
+        written = [ids for ids, _ in generate(model.to(dtype), PROMPTS, Stopping(NEW), GREEDY)]
+        assert [len(ids) for ids in written] == [NEW] * len(PROMPTS)
+        assert written == [uncached(model, *text) for text in zip(PROMPTS, written, strict=True)]
     assert len({token for ids in written for token in ids}) > 5, "the texts are too simple to see a fault"
-    if name == "pos2":
-        model = model.float()
-        written = ids_of(generate(model, PROMPTS, Stopping(NEW), GREEDY))
-        assert written == [uncached(model, prompt) for prompt in PROMPTS]
 
 
 def test_a_sampled_text_equals_itself_alone():
@@ -131,17 +123,12 @@ def test_on_a_gpu_a_mask_and_groups_of_heads_do_not_meet(new, monkeypatch):
     assert used == [False] and y.shape == q.shape
 
 
-def test_the_cache_holds_the_heads_of_keys_only():
-    model, cache = model_of(family="llama"), KVCache(1, 5)
-    prefill(model, torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool), cache)
-    assert {buffer.shape for pair in cache.buffers.values() for buffer in pair} == {(1, 1, 6, 8)}  # not 2 heads
-
-
-def test_the_cache_of_latent_attention_holds_one_latent_and_one_key():
-    model, cache = model_of(LATENT, "latent"), KVCache(1, 5)
+@pytest.mark.parametrize(("family", "words", "sizes"), [("llama", "", (8, 8)), ("latent", LATENT, (8, 4))])
+def test_the_cache_holds_one_head_of_keys_or_one_latent_and_one_key(family, words, sizes):
+    model, cache = model_of(words, family), KVCache(1, 5)  # of 2 heads; latent attention's have 10 and 5 features
     prefill(model, torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool), cache)
     shapes = [[tuple(buffer.shape) for buffer in pair] for pair in cache.buffers.values()]
-    assert shapes == [[(1, 1, 6, 8), (1, 1, 6, 4)]] * 2  # not 2 heads of 10 and 5 features
+    assert shapes == [[(1, 1, 6, size) for size in sizes]] * 2
 
 
 def test_a_model_is_unchanged_between_the_passes_of_two_texts():

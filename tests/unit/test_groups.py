@@ -52,7 +52,8 @@ def groups_of(
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_every_group_has_the_timeout_and_only_transfers_are_urgent(device):
-    made, _ = groups_of(1, 8, 4, device, "hierarchical", 2)
+    made, started = groups_of(1, 8, 4, device, "hierarchical", 2)
+    assert device == "cuda" or not started, "gloo needs no start"
     assert all(given["timeout"] == TIMEOUT for given in made)
     urgent = {given["group_desc"]: given.get("pg_options") for given in made}
     of_transfers = [urgent.pop(name) for name in ("ep", "counts", "within", "between")]
@@ -63,20 +64,16 @@ def test_every_group_has_the_timeout_and_only_transfers_are_urgent(device):
     assert urgent == dict.fromkeys(("edp", *gradients, "checkpoint", "control"))
 
 
-def test_all_ranks_make_and_start_their_groups_in_one_order():
+ON_NODES = {"within": [[0, 1], [2, 3], [4, 5], [6, 7]], "between": [[0, 2], [1, 3], [4, 6], [5, 7]]}
+
+
+@pytest.mark.parametrize(("network", "hops"), [((), {}), (("hierarchical", 2), ON_NODES)], ids=("flat", "two hops"))
+def test_all_ranks_make_and_start_their_groups_in_one_order(network, hops):
     """A communicator of NCCL is a collective of its group's ranks, so other orders on other ranks would hang."""
-    first, *others = [groups_of(rank, 4, 2, "cuda") for rank in range(4)]
-    assert first[1] == [None, "ep", "counts", "edp", "wait"]
-    assert others == [first] * 3
-
-
-def test_ranks_on_nodes_make_two_more_groups_in_one_order():
-    first, *others = [groups_of(rank, 8, 4, "cuda", "hierarchical", 2) for rank in range(8)]
-    assert first[1] == [None, "ep", "counts", "edp", "within", "between", "wait"]
+    first, *others = [groups_of(rank, 8, 4, "cuda", *network) for rank in range(8)]
+    assert first[1] == [None, "ep", "counts", "edp", *hops, "wait"]
     assert others == [first] * 7
-    ranks = {given["group_desc"]: given.get("ranks") for given in first[0]}
-    assert ranks["within"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert ranks["between"] == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert {given["group_desc"]: given["ranks"] for given in first[0] if given["group_desc"] in ON_NODES} == hops
 
 
 @pytest.mark.parametrize("ep_size, places", [(4, None), (4, 8), (4, 4), (4, 3), (2, 1)])
@@ -99,10 +96,6 @@ def test_nccl_starts_kernels_in_the_order_of_their_launch_unless_the_user_has_ch
     monkeypatch.setattr(torch.version, "cuda", cuda)
     mesh.order_launches_of_nccl()
     assert os.environ.get(name) == used
-
-
-def test_gloo_needs_no_start():
-    assert groups_of(0, 2, 2, "cpu")[1] == []
 
 
 @pytest.mark.parametrize(

@@ -80,11 +80,3 @@ def test_equal_numbers_are_a_case_of_any_numbers(nodes, places, n, data):
     ranks = nodes * places
     rank = data.draw(st.integers(0, ranks - 1))
     assert equal_hops(n * ranks, nodes, places) == hops_of(torch.full((ranks, ranks), n), rank, places)
-
-
-@given(st.integers(1, 4), st.integers(1, 4), st.data())
-def test_swapping_twice_changes_nothing(a, b, data):
-    blocks = [[data.draw(st.integers(0, 3)) for _ in range(b)] for _ in range(a)]
-    rows = torch.arange(sum(row_sums(blocks)))[:, None]
-    swapped = [list(column) for column in zip(*blocks, strict=True)]
-    assert torch.equal(swap_blocks(swap_blocks(rows, blocks), swapped), rows)

@@ -85,12 +85,24 @@ def experts_of_rows(case: Case, layout: Layout) -> list[int]:
 @given(cases())
 @example(Case(torch.tensor([[0], [0]]), 1, 1, 1))  # two tokens, one slot: a random case does not always have this
 @example(Case(torch.tensor([[0], [0]]), 1, 1, 1, filled=True))
-def test_exactly_the_oracles_copies_are_kept(case):
+def test_exactly_the_oracles_copies_are_kept_each_in_a_row_of_its_own_with_its_expert(case):
     """First choices come first, then early tokens; padding takes no slot; chunks change nothing."""
     layout = case.layout()
-    num_rows = len(layout.tokens_R)
+    (num_tokens, top_k), num_rows = case.ids_TK.shape, len(layout.tokens_R)
     assert {(t, k) for t, k in (layout.rows_TK < num_rows).nonzero().tolist()} == kept(case)
     assert layout.num_dropped == case.ids_TK.numel() - len(kept(case))
+    experts = experts_of_rows(case, layout)
+    assert len(experts) == num_rows
+    taken = {}
+    for t, k in kept(case):
+        row = layout.rows_TK[t, k].item()
+        assert row not in taken
+        taken[row] = t * top_k + k
+        assert layout.tokens_R[row] == t and layout.copies_R[row] == t * top_k + k
+        assert experts[row] == case.ids_TK[t, k]
+    empty = [row for row in range(num_rows) if row not in taken]
+    assert all(layout.copies_R[row] == num_tokens * top_k and layout.tokens_R[row] == 0 for row in empty)
+    assert case.has_slots or not empty
 
 
 @given(cases(), st.integers(0, 10))
@@ -104,24 +116,6 @@ def test_a_limit_drops_what_the_same_capacity_drops_and_keeps_the_shapes(case, l
         if case.has_slots:
             assert torch.equal(limited.rows_TK[is_kept], case.layout().rows_TK[is_kept])
             assert len(limited.tokens_R) == len(case.layout().tokens_R)
-
-
-@given(cases())
-def test_every_kept_copy_has_its_own_row_with_its_expert(case):
-    layout = case.layout()
-    (num_tokens, top_k), num_rows = case.ids_TK.shape, len(layout.tokens_R)
-    experts = experts_of_rows(case, layout)
-    assert len(experts) == num_rows
-    taken = {}
-    for t, k in kept(case):
-        row = layout.rows_TK[t, k].item()
-        assert row not in taken
-        taken[row] = t * top_k + k
-        assert layout.tokens_R[row] == t and layout.copies_R[row] == t * top_k + k
-        assert experts[row] == case.ids_TK[t, k]
-    empty = [row for row in range(num_rows) if row not in taken]
-    assert all(layout.copies_R[row] == num_tokens * top_k and layout.tokens_R[row] == 0 for row in empty)
-    assert case.has_slots or not empty
 
 
 @given(cases())
@@ -140,9 +134,10 @@ def test_counts_are_those_of_the_copies(case):
 
 
 @given(cases())
-def test_encode_gives_each_row_its_token(case):
+def test_encode_gives_each_row_its_token_and_decode_undoes_it(case):
+    """Each kept copy comes back with its weight; a dropped copy adds nothing."""
     layout = case.layout()
-    x_TD = whole_numbers(case.ids_TK.shape[0], 8)
+    x_TD, weights_TK = whole_numbers(case.ids_TK.shape[0], 8), whole_numbers(*case.ids_TK.shape)
     chunks = encoded(x_TD, layout)
     assert len(chunks) == case.num_chunks
     for p, (rows, counts) in enumerate(chunks):
@@ -151,15 +146,8 @@ def test_encode_gives_each_row_its_token(case):
             assert counts.counts_from_e.sum() == len(rows)
         else:
             assert counts is None and len(rows) == len(layout.tokens_R) // case.num_chunks
-    assert torch.equal(torch.cat([rows for rows, _ in chunks]), x_TD[layout.tokens_R])
-
-
-@given(cases())
-def test_decode_undoes_encode(case):
-    """Each kept copy comes back with its weight; a dropped copy adds nothing."""
-    layout = case.layout()
-    x_TD, weights_TK = whole_numbers(case.ids_TK.shape[0], 8), whole_numbers(*case.ids_TK.shape)
-    rows = torch.cat([rows for rows, _ in encoded(x_TD, layout)])
+    rows = torch.cat([rows for rows, _ in chunks])
+    assert torch.equal(rows, x_TD[layout.tokens_R])
     is_kept = layout.rows_TK < len(layout.tokens_R)
     assert torch.equal(decode(rows, weights_TK, layout), (weights_TK * is_kept).sum(1, keepdim=True) * x_TD)
 
@@ -235,17 +223,6 @@ def test_a_buffer_holds_the_first_copies_of_its_rank_in_the_order_of_its_experts
             assert experts == sorted(experts) and all(row in filled for row in range(start, start + len(experts)))
             counts = layout.counts_PE[p, rank * of_rank : (rank + 1) * of_rank].tolist()
             assert counts == [experts.count(e) for e in range(rank * of_rank, (rank + 1) * of_rank)]
-
-
-@pytest.mark.parametrize("capacity", (None, 2))
-def test_padding_alone(capacity):
-    ids_TK = torch.full((3, 2), 4)
-    layout = arrange_filled(ids_TK, 4) if capacity is None else arrange_slots(ids_TK, 4, capacity)
-    x_TD = torch.ones(3, 8, requires_grad=True)
-    ((rows, _),) = encoded(x_TD, layout)
-    y_TD = decode(rows, torch.zeros(3, 2), layout)
-    y_TD.sum().backward()
-    assert torch.equal(y_TD, torch.zeros(3, 8)) and torch.equal(x_TD.grad, torch.zeros(3, 8))
 
 
 def test_empty_slots_send_nothing_back():

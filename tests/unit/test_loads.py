@@ -44,14 +44,10 @@ FORMULAS = {  # load: max over mean of ranks, of experts, with 2 ranks and 8 exp
 }
 
 
-def phases(name: str, place: Place) -> range:
-    return range(load_of(name).phases(place.ranks))
-
-
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", LOADS)
 def test_tokens_choose_distinct_experts_and_all_copies_are_dealt(name, place):
-    for phase in phases(name, place):
+    for phase in range(load_of(name).phases(place.ranks)):
         ids_TK = ids_of(load_of(name), place, 0, TOKENS, phase)
         assert ids_TK.shape == (TOKENS, place.top_k) and int(ids_TK.min()) >= 0 and int(ids_TK.max()) < EXPERTS
         assert all(len({*ids}) == place.top_k for ids in ids_TK.tolist())
