@@ -3,10 +3,13 @@
 The weights are chosen so that every term of the mathematics shows in the result.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual
@@ -70,6 +73,21 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
     missing = [name for name, p in trained.items() if p.grad is None]
     assert not missing, f"no gradient: {missing}"
     return {name: p.grad.clone() for name, p in trained.items()}
+
+
+@contextmanager
+def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Yields a dict that has, after the end, the bytes of each storage that autograd keeps; no weights, no buffers."""
+    kept: dict[int, int] = {}
+
+    def keep(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with saved_tensors_hooks(keep, lambda t: t):
+        yield kept
+    for t in (*model.parameters(), *model.buffers()):
+        kept.pop(t.untyped_storage().data_ptr(), None)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12, what: str = "") -> None:

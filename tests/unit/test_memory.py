@@ -3,14 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from scmoe.config.load import load
 from scmoe.footprint.memory import Job, Split, activations, gathered, rank_memory
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module, updated_by_muon
-from tests.support.models import OneOfTwo, tiny
+from tests.support.models import OneOfTwo, kept_for_backward, tiny
 
 DTYPES = {"32-true": torch.float32, "64-true": torch.float64, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}
 
@@ -64,22 +62,6 @@ CASES = {
 }
 
 
-def kept_for_backward(model: nn.Module, batch: torch.Tensor, precision: str) -> tuple[int, int]:
-    """Returns the bytes that autograd keeps (each storage once, no weights), and those of one copy of the logits."""
-    kept: dict[int, int] = {}
-
-    def keep(t: torch.Tensor) -> torch.Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    mixed = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
-    with saved_tensors_hooks(keep, lambda t: t), mixed:
-        logits = model(batch)[0].float().flatten(0, -2)
-        F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64))
-    constant = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    return sum(size for storage, size in kept.items() if storage not in constant), logits.nbytes
-
-
 @pytest.mark.parametrize(("precision", "recompute"), [("32-true", False), ("32-true", True), ("bf16-mixed", False)])
 @pytest.mark.parametrize("case", CASES)
 def test_the_bound_on_activations_is_not_below_what_autograd_keeps_and_not_far_above(case, precision, recompute):
@@ -90,8 +72,10 @@ def test_the_bound_on_activations_is_not_below_what_autograd_keeps_and_not_far_a
         preset, words = "configs/model/swinv2_moe_s.yaml", words[len(WIDE) :]
         batch = torch.randn(8, 3, 96, 96)
     model = build_model(load(preset, words), ParallelContext())
-    measured, logits = kept_for_backward(model, batch, precision)
+    with kept_for_backward(model) as kept, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        logits = model(batch)[0].float().flatten(0, -2)
+        F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64))
     job = Job(samples=len(batch), seq_len=64, precision=precision, recompute=recompute, on_gpu=False)
     at_loss, _ = activations(model, job)
-    bound = at_loss - 2 * logits + gathered(Split(model, job))[0]  # two copies of the logits are gradients
-    assert 0.95 < bound / measured < 1.3
+    bound = at_loss - 2 * logits.nbytes + gathered(Split(model, job))[0]  # two copies of the logits are gradients
+    assert 0.95 < bound / sum(kept.values()) < 1.3

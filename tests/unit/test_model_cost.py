@@ -77,7 +77,6 @@ def test_recomputing_adds_a_forward_pass_without_its_last_products():
     forward = forward_flops(model, 12)
     spared = 12 * 2 * (2 * 16 * 16 + 2 * 24 * 16)  # last products of two attentions, an MLP and the shared expert
     assert training_flops(forward, recompute=True) - spared == counted(model, ids, backward=True)
-    assert training_flops(forward, recompute=True) > training_flops(forward)
 
 
 class Weighing(LocalDispatcher):

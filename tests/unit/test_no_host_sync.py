@@ -11,10 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scmoe.experiments.bench.emulated import free
 from scmoe.moe.dispatcher import ChunkCounts, Dispatcher, LocalDispatcher, Ready, Traffic
 from scmoe.moe.experts import Experts
-from scmoe.moe.layout import Buffers, rows_of
+from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, ReadByHost, buffer_for
@@ -29,23 +28,22 @@ def no_autocast(monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
 
 
-def two_ranks() -> AllToAllDispatcher:
-    """Returns the dispatcher of one of two ranks; its exchange returns the rank's own rows."""
+def sent(rows: torch.Tensor, traffic: Traffic | None) -> tuple[torch.Tensor, Ready]:
+    """An exchange of meta rows, of equal or of announced numbers."""
+    return buffer_for(rows, traffic), Ready(rows)
+
+
+def two_ranks(buffered: bool = False) -> AllToAllDispatcher:
+    """Returns the dispatcher of one of two ranks."""
     with patch.object(dist, "get_world_size", return_value=2):
-        return AllToAllDispatcher(None, EXPERTS, exchange=free)
+        return AllToAllDispatcher(None, EXPERTS, exchange=sent, buffered=buffered)
 
 
 def run(
-    dispatcher: Dispatcher,
-    experts: range,
-    schedule: Schedule,
-    factor: float | None,
-    masked: bool,
-    dtype: torch.dtype = torch.float32,
-    buffer: float | None = None,
+    dispatcher: Dispatcher, schedule: Schedule, rows: Rows, masked: bool = False, dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """Runs forward and backward of a ScMoE pair, the losses on the routing included."""
-    rows = rows_of(factor) if buffer is None else Buffers(buffer)
+    experts = range(EXPERTS // 2 if isinstance(dispatcher, AllToAllDispatcher) else EXPERTS)
     stream = MoEStream(Router(DIM, EXPERTS, 2), Experts(DIM, FFN, EXPERTS, experts), dispatcher, rows)
     block = tiny_shortcut(stream, schedule).to("meta", dtype)
     x = torch.empty(2, 12, DIM, device="meta", dtype=dtype, requires_grad=True)
@@ -62,65 +60,50 @@ def run(
 )
 @pytest.mark.parametrize("ranks", (1, 2))
 def test_forward_and_backward_ask_the_host_for_nothing(ranks, schedule, masked):
-    if ranks == 1:
-        run(LocalDispatcher(), range(EXPERTS), schedule, 1.25, masked)
-    else:
-        run(two_ranks(), range(EXPERTS // 2), schedule, 1.25, masked)
+    run(LocalDispatcher() if ranks == 1 else two_ranks(), schedule, Capacity(1.25), masked, torch.float32)
 
 
 # ---------------------------------------------------------------------- dropless on two ranks
 
 
-def counted(rows: torch.Tensor, traffic: Traffic | None) -> tuple[torch.Tensor, Ready]:
-    """An exchange of meta rows, of equal or of announced numbers."""
-    return buffer_for(rows, traffic), Ready(rows)
-
-
-def dropless(chunks: int, buffer: float | None) -> None:
-    with patch.object(dist, "get_world_size", return_value=2):
-        dispatcher = AllToAllDispatcher(None, EXPERTS, exchange=counted, buffered=buffer is not None)
+def on_two_ranks(chunks: int, rows: Rows) -> None:
     schedule = Schedule("scmoe", "pos2", chunks=chunks)
     gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     with patch.object(dist, gather, return_value=Ready(None)), patch.object(dist, "get_rank", return_value=0):
-        run(dispatcher, range(EXPERTS // 2), schedule, None, False, torch.bfloat16, buffer)
-
-
-def known_counts(announced: ReadByHost) -> list[ChunkCounts]:
-    """Stands for the one place where the host reads: half of the 48 copies go to each rank, in equal chunks."""
-    READS.append(announced)
-    chunks = announced.by_rank.shape[1]
-    n = 24 // chunks
-    traffic = Traffic((n, n), (n, n), torch.full((2, 2), n))
-    return [ChunkCounts(2 * n, announced.by_rank[:, p, 0], traffic) for p in range(chunks)]
-
-
-READS: list[ReadByHost] = []
+        run(two_ranks(isinstance(rows, Buffers)), schedule, rows)
 
 
 @pytest.mark.parametrize("chunks", (1, 3))
 def test_dropless_waits_for_the_device_once_a_layer(chunks, monkeypatch):
     """docs/decisions/0024-dropless.md has the list: with this one wait answered, nothing else asks the host."""
+    reads, n = [], 24 // chunks
+
+    def known_counts(announced: ReadByHost) -> list[ChunkCounts]:
+        """Half of the 48 copies go to each rank, in equal chunks."""
+        reads.append(announced)
+        traffic = Traffic((n, n), (n, n), torch.full((2, 2), n))
+        return [ChunkCounts(2 * n, announced.by_rank[:, p, 0], traffic) for p in range(chunks)]
+
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-        dropless(chunks, None)
-    READS.clear()
+        on_two_ranks(chunks, Dropless())
     monkeypatch.setattr(ReadByHost, "wait", known_counts)
-    dropless(chunks, None)
-    assert len(READS) == 1
+    on_two_ranks(chunks, Dropless())
+    assert len(reads) == 1
 
 
 @pytest.mark.parametrize("chunks", (1, 3))
 def test_buffers_ask_the_host_for_nothing(chunks):
-    dropless(chunks, 1.5)
+    on_two_ranks(chunks, Buffers(1.5))
 
 
 def test_dropless_on_one_rank_asks_the_host_for_nothing():
     """Every copy has a row, so the number of rows is known without the counts."""
-    run(LocalDispatcher(), range(EXPERTS), Schedule("scmoe", "pos2"), None, False, torch.bfloat16)
+    run(LocalDispatcher(), Schedule("scmoe", "pos2"), Dropless())
 
 
 def test_a_request_to_the_host_is_detected():
     """Padding and several chunks make dropless ask for numbers of rows."""
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-        run(LocalDispatcher(), range(EXPERTS), Schedule("scmoe", "pos2"), None, True, torch.bfloat16)
+        run(LocalDispatcher(), Schedule("scmoe", "pos2"), Dropless(), masked=True)
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-        run(LocalDispatcher(), range(EXPERTS), Schedule("scmoe", "pos2", chunks=2), None, False, torch.bfloat16)
+        run(LocalDispatcher(), Schedule("scmoe", "pos2", chunks=2), Dropless())

@@ -10,6 +10,7 @@ import inspect
 import re
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -236,6 +237,11 @@ def test_loops_that_only_compute_outputs_can_run_without_inference_mode():
     assert not any(loop.inference_mode for loop in [*loops, trainer.fit_loop.epoch_loop.val_loop])
 
 
+def train(model: BoringModel, bar: StepProgressBar, **options: Any) -> None:
+    off = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    Trainer(limit_val_batches=0, callbacks=[bar], accelerator="cpu", **off, **options).fit(model)
+
+
 def test_a_narrow_terminal_shows_each_metric_beside_its_value(monkeypatch):
     class Model(BoringModel):
         def training_step(self, batch, index):
@@ -245,23 +251,10 @@ def test_a_narrow_terminal_shows_each_metric_beside_its_value(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     bar, written = StepProgressBar(), StringIO()
     bar._console_kwargs = {"file": written, "width": 80, "force_terminal": True}
-    off = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    Trainer(max_steps=3, limit_val_batches=0, callbacks=[bar], accelerator="cpu", **off).fit(Model())
+    train(Model(), bar, max_steps=3)
     lines = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", written.getvalue()).splitlines()
     for shown in ("train/loss: 5.198", "time/tokens_per_s: 6541.845"):
         assert any(line.rstrip().endswith(shown) for line in lines), shown
-
-
-class OfALongTraining(StepProgressBar):
-    """Notes what it shows after each step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[dict[str, float]] = []
-
-    def get_metrics(self, *arguments):
-        self.seen.append(super().get_metrics(*arguments))
-        return self.seen[-1]
 
 
 def test_the_progress_bar_reads_the_loss_of_logged_steps_alone():
@@ -272,9 +265,11 @@ def test_the_progress_bar_reads_the_loss_of_logged_steps_alone():
             self.log("train/loss", torch.tensor(float(index)))
             return super().training_step(batch, index)
 
-    bar = OfALongTraining()
-    off = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-    Trainer(max_steps=7, limit_val_batches=0, log_every_n_steps=3, callbacks=[bar], accelerator="cpu", **off).fit(
-        Model()
-    )
-    assert [shown["train/loss"] for shown in bar.seen[:7]] == [0, 0, 2, 2, 2, 5, 5]
+    class Bar(StepProgressBar):
+        def get_metrics(self, *arguments):
+            seen.append(super().get_metrics(*arguments))
+            return seen[-1]
+
+    seen: list[dict[str, float]] = []
+    train(Model(), Bar(), max_steps=7, log_every_n_steps=3)
+    assert [shown["train/loss"] for shown in seen[:7]] == [0, 0, 2, 2, 2, 5, 5]

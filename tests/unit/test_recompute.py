@@ -5,58 +5,37 @@ from copy import deepcopy
 
 import pytest
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
-from scmoe.config.load import load
 from scmoe.moe.router import Router
-from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.assembly.model import build_model
-from tests.support.models import tiny, tiny_batch, tiny_model
+from tests.support.models import kept_for_backward, tiny, tiny_batch, tiny_model
 
-TINY = "model.dim=32 model.heads=2 model.layers=4 moe.num_experts=4 moe.top_k=2 moe.noisy=true model.dropout=0.1"
 INSIDE = "schedule.inside_attention=true"
 ARCHITECTURES = (
     *("top_k", "shared_expert", "scmoe", f"scmoe {INSIDE}"),
     *(f"farskip moe.every=1 model.layers=2{words}" for words in ("", f" {INSIDE}")),
 )
-SIZES = "data.name=synthetic data.vocab_size=64 data.seq_len=16"
 
 
-def step(architecture, recompute, monkeypatch):
+def step(architecture, recompute):
     """Returns the logits with all gradients, the bytes kept for backward, and the number of router calls."""
-    overrides = [
-        *TINY.split(),
-        *SIZES.split(),
-        *f"moe.architecture={architecture}".split(),
-        f"trainer.recompute={recompute}",
-    ]
-    model = build_model(load(None, overrides), ParallelContext()).double()
-    routed, forward, kept = [], Router.forward, {}
-
-    def counting(self, *arguments):
-        routed.append(1)
-        return forward(self, *arguments)
-
-    def keep(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Router, "forward", counting)
-        torch.manual_seed(3)
-        ids = torch.randint(64, (4, 16))
-        with saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = model(ids).logits_BSV
-        logits.square().sum().backward()
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    activations = sum(size for pointer, size in kept.items() if pointer not in parameters)
-    return [logits, *(p.grad for p in model.parameters())], activations, len(routed)
+    words = f"model.layers=4 moe.top_k=2 moe.noisy=true model.dropout=0.1 moe.architecture={architecture}"
+    config = tiny(*words.split(), f"trainer.recompute={recompute}")
+    model, (ids, _) = tiny_model(config), tiny_batch(config)
+    routed = []
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(lambda *_: routed.append(1))
+    torch.manual_seed(3)
+    with kept_for_backward(model) as kept:
+        logits = model(ids).logits_BSV
+    logits.square().sum().backward()
+    return [logits, *(p.grad for p in model.parameters())], sum(kept.values()), len(routed)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_recomputing_changes_no_bit_and_keeps_less(architecture, monkeypatch):
-    plain, kept, routed = step(architecture, False, monkeypatch)
-    again, kept_again, routed_again = step(architecture, True, monkeypatch)
+def test_recomputing_changes_no_bit_and_keeps_less(architecture):
+    plain, kept, routed = step(architecture, False)
+    again, kept_again, routed_again = step(architecture, True)
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True)), "dropout and noise included"
     assert kept_again < 0.6 * kept
     assert routed == routed_again == 2, "the routing is kept and not recomputed"

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from scmoe.config.load import load
@@ -15,7 +16,6 @@ from scmoe.moe.layout import count
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.probes.routing import Recorded, RoutingProbe, read_routing, selected, shape_of, write_routing
-from scmoe.training.assembly.model import build_model
 from scmoe.training.callbacks.analysis import RecordRouting
 from tests.support.models import hooks, tiny, tiny_batch, tiny_model
 
@@ -86,7 +86,7 @@ def test_double_gates_and_other_gates_are_recorded_in_one_model(architecture):
         *("model.family=swin", "model.layers=4", "model.dim=8", "model.heads=1", "model.patch_size=2"),
         *("model.window=2", "data.name=digits", "data.image_size=32", "data.num_classes=5"),
     )
-    model = build_model(load(None, [*words, f"moe.architecture={architecture}"]))
+    model = tiny_model(load(None, [*words, f"moe.architecture={architecture}"]), torch.float32)
     probe = RoutingProbe(model)
     _, stats = model(torch.randn(3, 3, 32, 32))
     layers = probe.result()
@@ -120,16 +120,11 @@ def test_a_folder_is_read_as_one_file(tmp_path):
         selected(found, [6])
 
 
-def test_padding_is_in_no_expert():
-    assert count(torch.tensor([[0, 3, 4, 4, 3, 1], [2, 2, 2, 4, 4, 4]]), 4).tolist() == [[1, 1, 0, 2], [0, 0, 3, 0]]
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-3])
-
-
 BROKEN = {
-    "cut": (cut, r"is not a recorded routing: .*analysis\.record_routing=N"),
+    "cut": (
+        lambda path: path.write_bytes(path.read_bytes()[:-3]),
+        r"is not a recorded routing: .*analysis\.record_routing=N",
+    ),
     "text": (lambda path: path.write_text("step,layer"), "is not a recorded routing"),
     "absent": (Path.unlink, "is not a recorded routing"),
     "weights": (lambda path: save({"gate": torch.zeros(2)}, path), "is not a recorded routing"),
@@ -149,8 +144,6 @@ def steps_and(**layers: Tensor) -> dict[str, Tensor]:
 
 
 def save(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
     save_file(tensors, path, {"num_experts": "4", "num_ranks": "1"})
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scmoe.config.leaves import ConfigError
-from scmoe.init_from.pretrained import check_settings, read_export
+from scmoe.init_from.pretrained import check_settings
 from scmoe.init_from.upcycle import with_rows
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model_to_train
@@ -127,9 +127,3 @@ def test_a_dense_model_gets_them_only_beside_a_shared_expert(tmp_path):
         assert_close(start(file, *words)(ids).logits_BSV, expected, 1e-12)
         assert "moe.zero_output=zero and a shared expert" in refusal(file, *words, "moe.architecture=top_k")
         assert "moe.zero_output=zero and a shared expert" in refusal(file, *words, "moe.zero_output=input")
-
-
-def test_an_export_says_what_zero_experts_return(tmp_path):
-    for word in ("moe.zero_output=input", ZEROS[1]):
-        export(tiny(ZEROS[0], word), tmp_path / "model.safetensors")
-        assert f"moe.zero_output={read_export(tmp_path / 'model.safetensors').settings['moe.zero_output']}" == word

@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -61,7 +61,6 @@ def test_runs_that_differ_have_different_names(one, other):
     assert slug_of(one) != slug_of(other)
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.sampled_from(["data.path", "init_from", "seed"]), st.text()), max_size=4))
 def test_a_slug_is_short_and_safe(pairs):
     slug = slug_of([f"{key}={value}" for key, value in pairs])

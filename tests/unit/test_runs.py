@@ -57,11 +57,6 @@ def change_state(run_dir: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def make_silent(run_dir: Path) -> None:
-    silent_since = time.time() - SILENT_S - 60
-    os.utime(run_dir / "state.json", (silent_since, silent_since))
-
-
 def test_the_state_is_what_was_written_while_the_process_lives(tmp_path):
     assert read_state(tmp_path) == "cut"
     (tmp_path / "summary.json").write_text("{}")
@@ -101,7 +96,8 @@ def test_a_run_that_another_machine_trains_cannot_be_resumed_until_it_is_silent(
     assert read_state(tmp_path) == "running"
     with pytest.raises(ConfigError, match=f"on {host}"):
         refuse_running(tmp_path)
-    make_silent(tmp_path)
+    silent_since = time.time() - SILENT_S - 60
+    os.utime(tmp_path / "state.json", (silent_since, silent_since))
     assert read_state(tmp_path) == "cut"
     refuse_running(tmp_path)
 

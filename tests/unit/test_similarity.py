@@ -5,10 +5,8 @@ import pytest
 import torch
 
 from scmoe.config.load import load
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.probes.representations import SimilarityProbe, cosine_matrix, draw_similarity, means, similarity_metrics
-from scmoe.training.assembly.model import build_model
-from tests.support.models import assert_close, hooks, randomise, tiny, tiny_batch, tiny_model
+from tests.support.models import assert_close, hooks, tiny, tiny_batch, tiny_model
 
 
 def test_cosines_by_hand():
@@ -74,7 +72,7 @@ def test_stages_of_an_image_model_are_not_compared_with_each_other():
     pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
     words = "model.family=swin model.layers=2 model.dim=8 model.heads=1 model.patch_size=2 model.window=2"
     words += " data.name=digits data.image_size=32 data.num_classes=5"
-    model = randomise(build_model(load(None, words.split()), ParallelContext()))
+    model = tiny_model(load(None, words.split()), torch.float32)
     probe = SimilarityProbe(model)
     model(torch.randn(2, 3, 32, 32))
     probe.remove()

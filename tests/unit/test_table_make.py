@@ -60,7 +60,10 @@ class Fakes:
             entries = {"step=1.ckpt": {"step": 1, "texts": {}}, "step=4.ckpt": {"step": 4, "texts": words and TEXTS}}
             (run_dir / "evaluation.json").write_text(json.dumps(entries))
         else:
-            leave(run_dir)
+            environment = {"cpus": 2, "platform": "Linux-6", "git_commit": "abc", "packages": {"torch": "2.13"}}
+            (run_dir / "env.json").write_text(json.dumps(environment))
+            (run_dir / "metrics.csv").write_text("step,val/loss\n1,3.5\n4,3.25\n")
+            (run_dir / "summary.json").write_text(json.dumps({"val_loss": 3.25}))
         return 0
 
     def begun(self, config: str, words: tuple[str, ...]) -> Path:
@@ -78,14 +81,6 @@ class Fakes:
         rows = dict.fromkeys(words[words.index("--rows") + 1 : words.index("--out")])
         path.write_text(json.dumps({"words": words, "rows": rows}))
         self.calls.append(f"bench {share}")
-
-
-def leave(run_dir: Path) -> None:
-    """Writes what a finished training leaves."""
-    environment = {"cpus": 2, "platform": "Linux-6", "git_commit": "abc", "packages": {"torch": "2.13"}}
-    (run_dir / "env.json").write_text(json.dumps(environment))
-    (run_dir / "metrics.csv").write_text("step,val/loss\n1,3.5\n4,3.25\n")
-    (run_dir / "summary.json").write_text(json.dumps({"val_loss": 3.25}))
 
 
 @pytest.fixture
@@ -317,9 +312,3 @@ def test_a_row_that_the_testbed_cannot_measure_is_refused_before_the_first_train
         plan_table(replace(TABLE3, scales={"smoke": scale}), Options(), ())
     known = [row for row in TABLE3.rows if row.speed != "scmoe_pos3"]
     assert plan_table(replace(TABLE3, rows=known, scales={"smoke": scale}), Options(), ()).runs
-
-
-def test_two_batches_cannot_run_one_table(tmp_path):
-    runs = plan(tmp_path)
-    with lock_of(runs[0].job.study), pytest.raises(ConfigError, match="another process is running this study"):
-        made(runs)

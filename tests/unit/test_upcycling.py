@@ -3,8 +3,6 @@
 The tolerance is 1e-12 in float64: the upcycled model adds up the same numbers in another order.
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -12,8 +10,9 @@ from scmoe.init_from.pretrained import read_export
 from scmoe.init_from.upcycle import fill
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model
+from tests.support.architectures import overrides
 from tests.support.exports import FAMILIES, dense, export
-from tests.support.models import OneOfTwo, assert_close, tiny, tiny_batch
+from tests.support.models import assert_close, tiny, tiny_batch
 
 UPCYCLED = {
     "top-2": ("llama", "architecture=top_k top_k=2"),
@@ -32,43 +31,20 @@ UPCYCLED = {
 }
 
 
-def upcycle(name: str, file: Path, context: ParallelContext | None = None, *overrides: str) -> torch.nn.Module:
-    """Returns an upcycled model, in float64 so that rounding is small."""
-    family, words = UPCYCLED[name]
-    words = [f"moe.{word}" for word in words.split()]
-    config = tiny(*FAMILIES[family], *words, *overrides, "model.layers=4", "moe.capacity_factor=null")
-    model = build_model(config, context or ParallelContext()).double()
-    fill(model, read_export(file))
-    return model
-
-
-@pytest.mark.parametrize("name", UPCYCLED)
-def test_upcycled_equals_dense_and_routed_experts_of_a_shared_one_learn_from_zero(name, tmp_path):
-    file = tmp_path / "model.safetensors"
-    config = dense(UPCYCLED[name][0], "model.layers=4")
+@pytest.mark.parametrize(("family", "words"), UPCYCLED.values(), ids=UPCYCLED)
+def test_upcycled_equals_dense_and_routed_experts_of_a_shared_one_learn_from_zero(family, words, tmp_path):
+    config, file = dense(family, "model.layers=4"), tmp_path / "model.safetensors"
     expected, (ids, _) = export(config, file), tiny_batch(config)
-    model = upcycle(name, file)
+    config = tiny(*FAMILIES[family], *overrides(words), "model.layers=4", "moe.capacity_factor=null")
+    model = build_model(config, ParallelContext()).double()
+    fill(model, read_export(file))
     logits, stats = model(ids)
     assert_close(logits, expected(ids).logits_BSV, 1e-12)
     assert all((s.counts_E > 0).sum() > 1 for s in stats), "more than one expert must be used"
-    if name.startswith("top"):
+    if words.startswith("architecture=top_k"):
         return
     logits.square().sum().backward()
     for block in model.blocks:
         experts = block.moe.experts
         assert not experts.w_out_eFD.any() and experts.w_out_eFD.grad.abs().max() > 0
         assert torch.equal(experts.w_in_eDF[0], experts.w_in_eDF[1]) and experts.w_in_eDF.any()
-
-
-@pytest.mark.parametrize("name", ["top-2", "pos2"])
-def test_a_rank_takes_its_experts(name, tmp_path):
-    file = tmp_path / "model.safetensors"
-    export(dense(UPCYCLED[name][0], "model.layers=4"), file)
-    whole = upcycle(name, file)
-    shares = [
-        upcycle(name, file, OneOfTwo(rank=rank, world_size=2, ep_size=2), "trainer.devices=2", "strategy.ep_size=2")
-        for rank in (0, 1)
-    ]
-    for path, p in whole.named_parameters():
-        parts = [share.get_parameter(path) for share in shares]
-        assert torch.equal(torch.cat(parts) if "experts" in path else parts[1], p), path
