@@ -1,4 +1,4 @@
-"""These tests check transfers and the dispatcher alone, on ranks: what arrives, what comes back, and when.
+"""These tests check the dispatcher and its transfers alone, on ranks: what arrives, what comes back, and when.
 
 Every rank can make the rows of every rank, so each knows what it must receive and what gradient must come back. Rows
 are only moved, and no sum changes its order: results must be bit-identical.
@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.autograd import Function
 
 from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.moe.dispatcher import Traffic
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Transfer, all_to_all, point_to_point
 
 pytestmark = pytest.mark.dist
@@ -29,59 +28,28 @@ def random(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def uneven_counts(world_size: int, num_columns: int) -> Tensor:
-    """Returns the number of rows by [rank, column]. Some are 0, among them all of rank 0 and all of the last column."""
-    counts = torch.randint(0, 4, (world_size, num_columns), generator=torch.Generator().manual_seed(world_size))
+def uneven_counts(world_size: int, num_experts: int) -> Tensor:
+    """Returns the number of rows by [rank, expert]. Some are 0, among them all of rank 0 and all of the last expert."""
+    counts = torch.randint(0, 4, (world_size, num_experts), generator=torch.Generator().manual_seed(world_size))
     counts[0], counts[:, -1] = 0, 0
     counts[1, 0] = 5
     assert (counts[1:, :-1] == 0).any()
     return counts
 
 
-# ---------------------------------------------------------------------- one transfer
-
-
-def transfer_rows(rank: int, world_size: int) -> None:
-    dist.init_process_group("gloo")
-    for empty in (False, True):
-        transfer_uneven_rows(rank, world_size, empty)
-
-
-def transfer_uneven_rows(rank: int, world_size: int, empty: bool) -> None:
-    counts = uneven_counts(world_size, world_size) * (not empty)
-    rows = [random(int(counts[s].sum()), DIM, seed=s) for s in range(world_size)]
-    factors = [random(int(counts[:, s].sum()), DIM, seed=100 + s) for s in range(world_size)]
-
-    mine = rows[rank].clone().requires_grad_()
-    transfer = Transfer(all_to_all(None), Traffic(counts[rank].tolist(), counts[:, rank].tolist(), counts))
-    received = transfer.start(mine).wait()
-    blocks = [rows[s].split(counts[s].tolist())[rank] for s in range(world_size)]
-    assert torch.equal(received, torch.cat(blocks)), "rows are in the order of their senders"
-
-    (received * factors[rank]).sum().backward()
-    returned = [factors[s].split(counts[:, s].tolist())[rank] for s in range(world_size)]
-    assert torch.equal(mine.grad, torch.cat(returned)), "each row's gradient comes from the rank that received the row"
-    with pytest.raises(AssertionError, match="awaited once"):
-        transfer.wait()
-
-
-def test_rows_and_their_gradients_reach_their_ranks():
-    run_ranks(transfer_rows, 4)
-
-
-# ---------------------------------------------------------------------- the dispatcher
-
-
 def dispatch_and_combine(rank: int, world_size: int) -> None:
     dist.init_process_group("gloo")
-    for equal in (False, True):
-        multiply_rows(rank, world_size, equal)
+    uneven = uneven_counts(world_size, world_size * LOCAL_EXPERTS)
+    for counts in (uneven, torch.zeros_like(uneven)):
+        multiply_rows(rank, counts, equal=False)
+    multiply_rows(rank, torch.full_like(uneven, 3), equal=True)
 
 
-def multiply_rows(rank: int, world_size: int, equal: bool) -> None:
-    """Each expert multiplies by its own vector, so a row in the wrong place shows in forward and in backward."""
-    num_experts, C = world_size * LOCAL_EXPERTS, 3
-    counts = torch.full((world_size, num_experts), C) if equal else uneven_counts(world_size, num_experts)
+def multiply_rows(rank: int, counts: Tensor, equal: bool) -> None:
+    """Each expert multiplies by its own vector, so a row in the wrong place shows in forward and in backward.
+
+    counts: rows by [rank, expert]. equal: the dispatcher may rely on equal numbers."""
+    world_size, num_experts = counts.shape
     rows = [random(int(counts[s].sum()), DIM, seed=s) for s in range(world_size)]
     vectors_ED = random(num_experts, DIM, seed=200)
     here = range(rank * LOCAL_EXPERTS, (rank + 1) * LOCAL_EXPERTS)
@@ -93,6 +61,8 @@ def multiply_rows(rank: int, world_size: int, equal: bool) -> None:
     received = pending.wait()
     by_expert = [[rows[s].split(counts[s].tolist())[e] for s in range(world_size)] for e in here]
     assert torch.equal(received, torch.cat([torch.cat(senders) for senders in by_expert])), "order: expert, sender"
+    with pytest.raises(AssertionError, match="awaited once"):
+        pending.wait()
     if equal:
         assert receipt.num_tokens_per_expert_e is None
     else:

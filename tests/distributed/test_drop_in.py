@@ -2,7 +2,6 @@
 
 import io
 import math
-import os
 import re
 import socket
 import subprocess
@@ -10,7 +9,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,9 +21,9 @@ from scmoe.moe.router import Scoring, SelectionBias, by_sign
 from scmoe.parallel.dense import local, make_equal, shard, with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context
 from scmoe.training.assembly.blocks import build_blocks
+from tests.support.commands import ROOT, environment
 from tests.support.forked import python
 
-ROOT = Path(__file__).parents[2]
 SIZES = "model.dim=16 model.heads=2 model.layers=2 data.seq_len=8 moe.num_experts=4"
 
 
@@ -166,8 +164,8 @@ def test_the_lines_of_the_readme_run():
 
 def example(name: str, **variables: str) -> str:
     """Returns what the script prints."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    code, out, err = python(str(ROOT / "docs/examples" / name), cwd=ROOT, env=env, timeout_s=120)
+    script = str(ROOT / "docs/examples" / name)
+    code, out, err = python(script, cwd=ROOT, env=environment(**variables), timeout_s=120)
     assert code == 0, err
     return out
 

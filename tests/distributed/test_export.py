@@ -26,8 +26,8 @@ def run_dir(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     sizes = ("trainer.devices=2", "strategy.ep_size=2", "trainer.max_steps=2")
     done = train_in_ranks(2, "configs/debug.yaml", *sizes, f"runs_dir={runs}")
-    assert call("export", done.summary["run_dir"]) == 0
-    return type(runs)(done.summary["run_dir"])
+    assert call("export", str(done.run_dir)) == 0
+    return done.run_dir
 
 
 def model(run_dir, *overrides):

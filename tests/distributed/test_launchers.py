@@ -6,12 +6,10 @@ This file is also the program that they launch: `python -m tests.distributed.tes
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,12 +20,12 @@ from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import seed_everything
 from scmoe.training.callbacks.progress import DataPosition
+from tests.support.commands import ROOT, environment
 from tests.support.forked import python
 from tests.support.trainings import tiny, users_trainer
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
-ROOT = Path(__file__).parents[2]
 RANKS = 2
 PROGRAM = ("-m", "tests.distributed.test_launchers")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}")
@@ -59,13 +57,8 @@ def train(start_method: str) -> dict[str, str]:
     return {name: trainer.callback_metrics[name].item().hex() for name in ("train/loss", "train/grad_norm")}
 
 
-def environment() -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC_", "MASTER_", "SLURM_"))}
-    return env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
 def start(*command: str, **variables: str) -> subprocess.Popen[str]:
-    env = environment() | variables
+    env = environment(**variables)
     return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE)
 
 

@@ -14,13 +14,14 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 from scmoe.config.load import load
 from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.experiments.faults.tiny_run import same
 from scmoe.lightning.seam import LastCheckpoint
 from scmoe.parallel.checkpoint import durable
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.callbacks.progress import DataPosition
-from tests.support.trainings import tiny
+from tests.support.trainings import tiny, users_trainer
 
 pytestmark = pytest.mark.dist
 
@@ -44,10 +45,6 @@ class Score(DataPosition):
 
 def weights(module: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(weight, b[name]) for name, weight in a.items())
 
 
 class Run(NamedTuple):
@@ -134,12 +131,9 @@ def keep_best(folder: Path, steps: int, kept: int, resume_from: Path | None) -> 
     """Trains in one process as a run does. Returns the best checkpoints that are known, the best first, and all."""
     callbacks: list[Callback] = build_callbacks(load(None, [f"trainer.save_top_k={kept}"]), folder)
     (best,) = (c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor)
-    trainer = Trainer(
-        **{"max_epochs": -1, "max_steps": steps, "val_check_interval": 1, "check_val_every_n_epoch": None},
-        **dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False),
-        callbacks=[LastCheckpoint(folder / "checkpoints", 1), best],
-        **{"accelerator": "cpu", "num_sanity_val_steps": 0, "limit_val_batches": 1},
-    )
+    how = {"max_epochs": -1, "max_steps": steps, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    how |= {"num_sanity_val_steps": 0, "limit_val_batches": 1, "enable_checkpointing": True}
+    trainer = users_trainer(1, "auto", callbacks=[LastCheckpoint(folder / "checkpoints", 1), best], **how)
     trainer.fit(Validated(), ckpt_path=resume_from, weights_only=True)
     known = sorted(best.best_k_models, key=best.best_k_models.__getitem__)
     assert [best.best_model_path, best.kth_best_model_path] == [known[0], known[-1]]
@@ -157,15 +151,13 @@ def test_a_resumed_run_that_was_moved_keeps_as_many_of_the_best_as_configured(tm
     assert known == ["best-step=5.ckpt"] and files == ["best-step=5.ckpt", "step=5.ckpt"]
 
 
+def early_stopping(patience: int) -> EarlyStopping:
+    config = load(None, [f"trainer.early_stopping={patience}"])
+    return next(c for c in build_callbacks(config, None) if isinstance(c, EarlyStopping))
+
+
 def test_a_resumed_run_stops_early_with_the_patience_of_its_configuration():
-    three, ten = (
-        next(
-            c
-            for c in build_callbacks(load(None, [f"trainer.early_stopping={n}"]), None)
-            if isinstance(c, EarlyStopping)
-        )
-        for n in (3, 10)
-    )
+    three, ten = early_stopping(3), early_stopping(10)
     three.wait_count = 3
     assert three.state_key == EarlyStopping(three.monitor, mode=three.mode).state_key, "of earlier versions"
     ten.load_state_dict(three.state_dict())

@@ -262,11 +262,9 @@ def test_losses_under_bf16_mixed_are_near_those_in_float32(one, four):
 @pytest.mark.faults
 def test_other_precisions_and_compiled_sublayers(one):
     """With weights in bfloat16 each update is rounded too, but those of the gates."""
-    names = ("fp32", "bf16 weights", "compiled")
-    ranks = run_ranks(in_precisions, 4, names, timeout_s=280)
-    for name, tolerance, dtype in zip(
-        names, (1e-5, 1e-1, 1e-5), (torch.float32, torch.bfloat16, torch.float32), strict=True
-    ):
+    cases = {"fp32": (1e-5, torch.float32), "bf16 weights": (1e-1, torch.bfloat16), "compiled": (1e-5, torch.float32)}
+    ranks = run_ranks(in_precisions, 4, tuple(cases), timeout_s=280)
+    for name, (tolerance, dtype) in cases.items():
         assert_near(ranks, name, one[1], tolerance)
         for rank in ranks:
             assert rank[name]["gathered"] == {"gate": torch.float32, "matrix": dtype, "stream": dtype}

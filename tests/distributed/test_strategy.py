@@ -46,25 +46,22 @@ MODEL = "position=pos2 top_k=2 optim.lr=0.01 optim.warmup_steps=2 trainer.max_st
 # ---------------------------------------------------------------------- resume
 
 
-def uninterrupted_run(rank: int, world_size: int, text: str, folder: Path) -> dict[str, Any]:
-    return fit(tiny(text, world_size), folder)
-
-
-def resumed_run(rank: int, world_size: int, text: str, checkpoint: Path) -> dict[str, Any]:
-    return fit(tiny(text, world_size), None, checkpoint)
+def run(rank: int, world_size: int, text: str, folder: Path | None, checkpoint: Path | None) -> dict[str, Any]:
+    return fit(tiny(text, world_size), folder, checkpoint)
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> tuple[list[dict[str, Any]], Path]:
     """Returns an uninterrupted run on two ranks with EP 2, and the folder of its checkpoints."""
     folder = tmp_path_factory.mktemp("written")
-    return run_ranks(uninterrupted_run, 2, f"{MODEL} strategy.ep_size=2", folder), folder
+    return run_ranks(run, 2, f"{MODEL} strategy.ep_size=2", folder, None), folder
 
 
 @pytest.mark.parametrize("world_size, ep_size", [(2, 1), (4, 2), (1, 1)])
 def test_a_run_resumed_in_another_layout_equals_an_uninterrupted_one(world_size, ep_size, written):
     uninterrupted, folder = written
-    resumed = run_ranks(resumed_run, world_size, f"{MODEL} strategy.ep_size={ep_size}", folder / f"step={HALF}.ckpt")
+    words, checkpoint = f"{MODEL} strategy.ep_size={ep_size}", folder / f"step={HALF}.ckpt"
+    resumed = run_ranks(run, world_size, words, None, checkpoint)
     error, name = largest_difference(resumed, uninterrupted)
     assert error <= TOLERANCE, name
     assert resumed[0]["consumed"] == uninterrupted[0]["consumed"]

@@ -128,15 +128,11 @@ def test_checkpoints_written_beside_training_equal_those_of_one_rank(dense, tmp_
 
 
 def test_texts_equal_those_of_one_rank(tmp_path, accelerator: str = "gpu"):
-    from tests.support.commands import command_in_ranks, train_in_ranks
-    from tests.support.sentences import sentences
+    from tests.support.commands import command_in_ranks, train_on_text
 
-    (tmp_path / "text.txt").write_text("\n".join(sentences(700, seed) for seed in range(4)))
     prompts = [{"prompt": text} for text in ("Peace", "The union of people", "Labor and land. State")]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
-    text = ("data.name=text", f"data.path={tmp_path}/text.txt", "data.vocab_size=300", "data.seq_len=48")
-    paths = (f"data.cache_dir={tmp_path}/cache", f"runs_dir={tmp_path}", "trainer.max_steps=3")
-    run_dir = train_in_ranks(1, "configs/debug.yaml", *text, *paths).summary["run_dir"]
+    run_dir = str(train_on_text(tmp_path, 1, "data.seq_len=48", "trainer.max_steps=3"))
     found = []
     for world_size in (1, 2):
         out = tmp_path / f"{world_size}.jsonl"

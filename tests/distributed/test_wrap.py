@@ -10,7 +10,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -20,6 +20,7 @@ from scmoe.experiments.engine.step import Step
 from scmoe.moe.experts import Experts
 from scmoe.parallel.mesh import ParallelContext, build_context
 from scmoe.parallel.update.wrap import Wrapped, wrap
+from tests.support.trainings import users_trainer
 
 DIM, EXPERTS, RANKS = 8, 4, 2
 pytestmark = pytest.mark.dist
@@ -83,13 +84,9 @@ def batch() -> Tensor:
     return torch.randn(RANKS, 2, 4, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def of_all_callers(rank: int, world_size: int, folder: str) -> dict[str, dict[str, Tensor]]:
+def of_all_callers(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
     x_BSD, module = batch()[rank], Module()
-    trainer = Trainer(
-        **{"strategy": scmoe.ExpertParallelStrategy(), "accelerator": "cpu", "devices": world_size, "max_steps": 1},
-        **dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False),
-        default_root_dir=folder,
-    )
+    trainer = users_trainer(world_size, scmoe.ExpertParallelStrategy(), max_steps=1)
     trainer.fit(module, torch.utils.data.DataLoader([x_BSD], batch_size=None))
     found = {"Strategy": module.found}
     model = Model(dist.group.WORLD)
@@ -107,12 +104,12 @@ def of_all_callers(rank: int, world_size: int, folder: str) -> dict[str, dict[st
     return found
 
 
-def test_all_callers_give_the_gradients_of_one_process(tmp_path):
+def test_all_callers_give_the_gradients_of_one_process():
     model = Model()
     step = Step(Wrapped(model, 1), ParallelContext())
     step.backward(step.model(batch().flatten(0, 1)))
     expected = gradients(model)
-    of_ranks = run_ranks(of_all_callers, RANKS, str(tmp_path))
+    of_ranks = run_ranks(of_all_callers, RANKS)
     for rank, callers in enumerate(of_ranks):
         for caller, found in callers.items():
             assert found.keys() == expected.keys(), caller

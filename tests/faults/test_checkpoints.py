@@ -12,7 +12,6 @@ import random
 import re
 import resource
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,31 +31,6 @@ def test_sigkill_during_a_save_loses_nothing_mixes_no_steps_and_leaves_nothing()
     found = damaged.kill(points=4, random=6)
     assert found["killed"] >= 24, "at some operations of both kinds of saves"
     assert (found["lost"], found["mixed"], found["leftovers"]) == (0, 0, 0)
-
-
-def save_over_by_renames(
-    rank: int, world_size: int, folder: Path, victim: str, background: bool, operation: int | None = None
-) -> dict[str, Any]:
-    """Does so where the file system cannot exchange two names, as NFS cannot."""
-    durable.exchange = lambda one, other: False
-    return damaged.save_over(rank, world_size, folder, victim, background, operation)
-
-
-@pytest.mark.parametrize("background", [False, True])
-def test_sigkill_between_the_two_renames_loses_nothing(background, tmp_path):
-    """This is the only moment at which no directory has the checkpoint's own name."""
-    (tmp_path / "record").mkdir()
-    operations = run_ranks(save_over_by_renames, 2, tmp_path / "record", "first", background)[0]["operations"]
-    renames = [i for i, what in enumerate(operations) if what.startswith("os.rename")]
-    assert len(renames) == 2
-    with pytest.raises(RankError, match="ended without a report"):
-        run_ranks(save_over_by_renames, 2, tmp_path / "killed", "all", background, renames[1])
-    folder = tmp_path / "killed" / "checkpoints"
-    assert not (folder / LAST).exists()
-    assert durable.verify(durable.newest_good(folder)) == OLD
-    ((found,),) = run_ranks(damaged.inspect, 1, [folder])
-    assert found == {"lost": 0, "mixed": 0, "leftovers": 0}
-    assert durable.verify(folder / LAST) == OLD
 
 
 def save_new(rank: int, world_size: int, folder: Path) -> None:
@@ -85,30 +59,6 @@ def test_twenty_killed_saves_in_a_row_lose_nothing_and_do_not_fill_the_disk(tmp_
     run_ranks(save_new, 2, folder)
     assert os.listdir(folder / "checkpoints") == [LAST]
     assert durable.verify(folder / "checkpoints" / LAST) == NEW
-
-
-# ---------------------------------------------------------------------- overwriting
-
-
-def watch_overwriting(rank: int, world_size: int, folder: Path) -> list[int | None]:
-    """Returns the step of the whole checkpoint under the name at each operation of an overwriting save."""
-    trainer, path = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST
-    tiny_run.save_marked(trainer, path, OLD)
-    seen: list[int | None] = []
-    if rank == 0:
-        damaged.at_each_operation(lambda what: seen.append(durable.verify(path) if path.exists() else None))
-    tiny_run.save_marked(trainer, path, NEW)
-    return seen
-
-
-@pytest.mark.representative
-def test_last_is_never_overwritten_in_place(tmp_path):
-    """Its name holds the old checkpoint, then the new one, each verified by content. Where two names cannot be
-    exchanged, it holds nothing during one rename."""
-    seen = run_ranks(watch_overwriting, 2, tmp_path)[0]
-    old, new, none = seen.count(OLD), seen.count(NEW), seen.count(None)
-    assert seen == [OLD] * old + [None] * none + [NEW] * new and none <= 1
-    assert old > 5 and new > 1
 
 
 # ---------------------------------------------------------------------- a disk that refuses to write

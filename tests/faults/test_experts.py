@@ -7,7 +7,6 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from typing import Any
 
 import pytest
 import torch
@@ -64,43 +63,35 @@ def test_buffers_are_held_until_the_wait_and_no_longer():
 # ---------------------------------------------------------------------- a router with extreme logits
 
 
-def rig(module: Any, logit: float) -> None:
-    """For every token, expert 0 gets this logit, the last expert its negative, the others 0."""
-    module.configure_model()
-    for block in module.model.blocks:
-        with torch.no_grad():
-            block.tap_norm.weight.zero_()
-            block.tap_norm.bias.zero_()
-            block.tap_norm.bias[0] = 1.0
-            block.moe.router.gate.weight.zero_()
-            block.moe.router.gate.weight[0, 0], block.moe.router.gate.weight[-1, 0] = logit, -logit
-
-
 class Rigged(RecordingModel):
-    logit = 0.0
+    """For every token, expert 0 gets the logit 20, the last expert its negative, the others 0."""
 
+    @torch.no_grad()
     def configure_model(self) -> None:
         if self.model is None:
             super().configure_model()
-            rig(self, self.logit)
+            for block in self.model.blocks:
+                block.tap_norm.weight.zero_()
+                block.tap_norm.bias.zero_()
+                block.tap_norm.bias[0] = 1.0
+                block.moe.router.gate.weight.zero_()
+                block.moe.router.gate.weight[0, 0], block.moe.router.gate.weight[-1, 0] = 20.0, -20.0
 
 
-def collapse(rank: int, world_size: int, logit: float) -> tuple[dict[str, float], list[str]]:
+def collapse(rank: int, world_size: int) -> tuple[dict[str, float], list[str]]:
     """Returns the metrics of the last step, and the warnings of a collapse."""
     steps = PATIENCE + 1
     words = f"position=pos2 strategy.ep_size=2 trainer.max_steps={steps} trainer.log_every=1 optim.lr=1e-6"
     config = tiny(words, world_size)
-    module = Rigged(config)
-    module.logit = logit
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer = fit(config, ExpertLoad(), module=module)
+        trainer = fit(config, ExpertLoad(), module=Rigged(config))
     said = [str(warning.message) for warning in caught if "collapsed" in str(warning.message)]
     return {name: float(value) for name, value in trainer.callback_metrics.items() if "moe/" in name}, said
 
 
 def test_a_collapsed_router_is_measured_and_named():
-    (metrics, said), (others, silent) = run_ranks(collapse, 2, 20.0)
+    (metrics, said), (others, silent) = run_ranks(collapse, 2)
     assert metrics == others, "metrics count the tokens of all ranks"
     assert (metrics["moe/load_max"], metrics["moe/load_entropy"], metrics["moe/dead_experts"]) == (8.0, 0.0, 7.0)
     assert [line.partition(" gets ")[0] for line in said] == ["MoE layer 0: the router has collapsed, expert 0"]

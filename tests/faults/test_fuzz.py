@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 import time
 from collections import Counter
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import Leaf, leaves
-from tests.support.commands import ROOT
+from tests.support.commands import ROOT, environment
 from tests.support.forked import python
 
 pytestmark = [pytest.mark.faults]
@@ -82,9 +81,7 @@ def check(words: list[str]) -> None:
     """Trains two steps of a small config with these overrides in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
         own = [f"runs_dir={folder}/runs", f"data.cache_dir={folder}/cache", "trainer.max_steps=2", *LIMITS]
-        env = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB_", "PYTEST_", "MASTER_"))}
-        env |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        env |= {"PYTHONPATH": str(ROOT), "SCMOE_LIMIT_GIB": str(GROWTH_GIB)}
+        env = environment(HF_HUB_OFFLINE="1", SCMOE_LIMIT_GIB=str(GROWTH_GIB))
         before = time.monotonic()
         arguments = "-m", "tests.support.limited_train", str(ROOT / "configs/debug.yaml"), *own, *words
         code, out, err = python(*arguments, cwd=Path(folder), env=env, timeout_s=ENDS_WITHIN_S)

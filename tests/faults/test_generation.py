@@ -7,9 +7,7 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +16,7 @@ import pytest
 from scmoe.experiments.engine.command_line import call
 from scmoe.parallel.checkpoint.durable import start_of
 from scmoe.runs.on_ranks import ending_together
-from tests.support.commands import ROOT, train_on_text
+from tests.support.commands import children, running, train_on_text
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.inference]
 
@@ -36,29 +34,15 @@ def run_dir(tmp_path_factory) -> Path:
 def generating(run_dir: Path, out: Path):
     """Yields the two ranks' processes once texts have been written; nothing of them is left afterwards."""
     asked = ["--prompts", str(run_dir.parents[1] / "prompts.jsonl"), "--out", str(out), "--max-tokens", "40"]
-    command = [sys.executable, "-m", "experiments.generate", str(run_dir), *asked]
-    process = subprocess.Popen(
-        [*command, "trainer.devices=2", f"strategy.timeout_s={TIMEOUT_S}"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
-    )
-    try:
+    command = ["-m", "experiments.generate", str(run_dir), *asked]
+    with running(*command, "trainer.devices=2", f"strategy.timeout_s={TIMEOUT_S}") as process:
         deadline = time.monotonic() + 3 * PATIENCE_S
         while not (out.exists() and out.stat().st_size) and process.poll() is None:
             assert time.monotonic() < deadline, "no text is written"
             time.sleep(0.1)
         assert process.poll() is None, process.stderr.read()
-        other = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-        yield process, int(*other)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        (other,) = children(process.pid)
+        yield process, other
 
 
 def said_at_the_end(process: subprocess.Popen[str], other: int) -> str:

@@ -6,16 +6,15 @@ end the others itself.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 import warnings
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import pytest
@@ -32,13 +31,11 @@ from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.durable import start_of
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_module
+from tests.support.commands import TRAIN, children, running
 from tests.support.failing import MODEL, failure
 from tests.support.trainings import fit, tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
-
-ROOT = Path(__file__).parents[2]
-
 
 # ---------------------------------------------------------------------- how long a rank waits
 
@@ -148,46 +145,25 @@ PHASES = {  # where a rank fails, and in which call of it
     "validation": ("scmoe.training.modules:LanguageModel.validation_step", 1),
     "save": ("scmoe.parallel.checkpoint.saving:dcp.save", 1),
 }
-TIMEOUT_S, LONG_S = 30.0, 100.0
-ENDLESS = ("trainer.max_steps=1000000", "trainer.val_every=1000000", "trainer.checkpoint_every=1000000")
-OFTEN = ("trainer.val_every=2", "trainer.checkpoint_every=3")
+TIMEOUT_S, LONG_S = 30.0, 100.0  # where connections close, no rank waits that long
+ENDLESS = (
+    *("trainer.max_steps=1000000", "trainer.val_every=1000000", "trainer.checkpoint_every=1000000"),
+    f"strategy.timeout_s={TIMEOUT_S}",
+)
+PATIENT = ("trainer.val_every=2", "trainer.checkpoint_every=3", f"strategy.timeout_s={LONG_S}")
 SLACK_S = 30.0  # for the interpreter's end and Lightning's observer, which looks every 5 s
 
 
-def start(
-    tmp_path: Path, *command: str, overrides: tuple[str, ...] = ENDLESS, timeout_s: float = TIMEOUT_S
-) -> subprocess.Popen[str]:
-    arguments = ["configs/debug.yaml", "trainer.devices=2", f"runs_dir={tmp_path}", f"strategy.timeout_s={timeout_s}"]
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "TORCHELASTIC_", "MASTER_"))}
-    return subprocess.Popen(
-        [sys.executable, *command, *arguments, *overrides],
-        cwd=ROOT,
-        env={**env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def training(tmp_path: Path, command: tuple[str, ...], *overrides: str) -> AbstractContextManager[Popen[str]]:
+    return running(*command, "configs/debug.yaml", "trainer.devices=2", f"runs_dir={tmp_path}", *overrides)
 
 
-def start_failing(
-    tmp_path: Path, how: str, rank: int, phase: str, timeout_s: float = TIMEOUT_S, overrides: tuple[str, ...] = ENDLESS
-) -> subprocess.Popen[str]:
+def failing(tmp_path: Path, how: str, rank: int, phase: str) -> tuple[str, ...]:
+    """Returns the words of a train command with a rank that fails."""
     script = tmp_path / "failing.py"
     script.write_text(FAILING)
     place, call = PHASES[phase]
-    return start(tmp_path, str(script), how, str(rank), place, str(call), overrides=overrides, timeout_s=timeout_s)
-
-
-def children(pid: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-    return [int(child) for child in found.stdout.split()]
-
-
-def end(run: subprocess.Popen[str]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
+    return str(script), how, str(rank), place, str(call)
 
 
 QUICK = pytest.param(1, "forward", marks=pytest.mark.representative)
@@ -197,11 +173,8 @@ QUICK = pytest.param(1, "forward", marks=pytest.mark.representative)
     "rank, phase", [QUICK, *((1, phase) for phase in PHASES if phase != "forward"), (0, "forward")]
 )
 def test_a_rank_that_raises_ends_all_ranks_and_its_error_comes_first(tmp_path, rank, phase):
-    run = start_failing(tmp_path, "raises", rank, phase, LONG_S, OFTEN)  # connections close, so no rank waits that long
-    try:
+    with training(tmp_path, failing(tmp_path, "raises", rank, phase), *PATIENT) as run:
         _, said = run.communicate(timeout=2 * LONG_S)  # until every rank has closed its stderr
-    finally:
-        end(run)
     assert run.returncode != 0
     before, _, after = said.partition(f"RuntimeError: rank {rank} is broken")
     assert after, said
@@ -211,14 +184,11 @@ def test_a_rank_that_raises_ends_all_ranks_and_its_error_comes_first(tmp_path, r
 @pytest.mark.parametrize("how", (signal.SIGKILL, signal.SIGSTOP))
 @pytest.mark.parametrize("rank", (0, 1))
 def test_a_rank_killed_or_stopped_ends_the_run(tmp_path, rank, how):
-    run = start(tmp_path, "-m", "experiments.train")
-    try:
+    with training(tmp_path, TRAIN, *ENDLESS) as run:
         assert any(line.startswith("step 3/") for line in run.stderr), "the run does not train"
         (other,) = children(run.pid)
         os.kill(other if rank == 1 else run.pid, how)
         assert not left_of([run.pid, other]), "a rank is still there"
-    finally:
-        end(run)
     said = run.stderr.read()
     if how == signal.SIGSTOP:
         assert re.search(r"[Tt]imed out", said), said
@@ -241,12 +211,9 @@ def test_a_roll_call_names_the_missing_ranks():
 @pytest.mark.parametrize("rank", (0, 1))
 def test_a_rank_that_is_stuck_is_ended(tmp_path, rank):
     """The rank is in an endless loop, so only SIGKILL can end it."""
-    run = start_failing(tmp_path, "stuck", rank, "step")
-    try:
+    with training(tmp_path, failing(tmp_path, "stuck", rank, "step"), *ENDLESS) as run:
         assert any(line.startswith("step 3/") for line in run.stderr), "the run does not train"
         assert not left_of([run.pid, *children(run.pid)])
-    finally:
-        end(run)
 
 
 def left_of(pids: list[int]) -> list[int]:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.plugins.io import torch_io
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelSummary, StochasticWeightAveraging
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 from lightning.pytorch.utilities.model_summary import summarize
 from torch import Tensor
@@ -27,10 +27,9 @@ from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.modules import LanguageModel
 from tests.support.failing import failure
+from tests.support.trainings import users_trainer
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
-
-QUIET: dict[str, Any] = dict(accelerator="cpu", logger=False, enable_progress_bar=False)
 
 
 class Model(LightningModule):
@@ -71,9 +70,8 @@ def predictions_of(module: Model) -> Tensor:
 
 def fit(rank: int, world_size: int, folder: Path, callbacks: list[Callback], full: bool = False) -> Tensor:
     """Trains one step and returns the trained model's predictions of all rows."""
-    strategy = ExpertParallelStrategy(full_checkpoint=full)
-    keep = {"default_root_dir": folder, "callbacks": callbacks}
-    trainer = Trainer(devices=world_size, strategy=strategy, max_steps=1, **keep, **QUIET)
+    keep = {"default_root_dir": folder, "callbacks": callbacks, "enable_checkpointing": True}
+    trainer = users_trainer(world_size, ExpertParallelStrategy(full_checkpoint=full), max_steps=1, **keep)
     module = Model(16)
     trainer.fit(module, data())
     return predictions_of(module)
@@ -98,7 +96,7 @@ def test_one_process_reads_a_directory_of_any_number_of_ranks(trained):
     module = Model.load_from_checkpoint(checkpoint)
     assert len(module.moe.experts.expert_ids) == 8
     torch.testing.assert_close(predictions_of(module), expected, rtol=0, atol=1e-6)
-    (first, second) = Trainer(devices=1, **QUIET).predict(Model(16), data(), ckpt_path=checkpoint)
+    (first, second) = users_trainer(1, "auto").predict(Model(16), data(), ckpt_path=checkpoint)
     torch.testing.assert_close(torch.cat([first, second]), expected, rtol=0, atol=1e-6)
 
 
@@ -121,7 +119,7 @@ def test_a_directory_is_read_to_where_torch_would_load_a_file(trained, where, de
 
 def test_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_before(trained, tmp_path):
     checkpoint, _ = trained
-    trainer = Trainer(devices=1, max_steps=1, enable_checkpointing=False, **QUIET)
+    trainer = users_trainer(1, "auto", max_steps=1)
     trainer.fit(Model(16), data())
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     assert Model.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=True).dim == 16
@@ -171,9 +169,8 @@ def used(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def trained(module: Model, background: bool = False, **given: Any) -> Any:
-        saver = ModelCheckpoint(folder / "saver", save_top_k=0)
-        strategy = ExpertParallelStrategy(async_checkpoint=background)
-        trainer = Trainer(devices=world_size, strategy=strategy, max_steps=1, callbacks=[saver], **QUIET)
+        how = {"callbacks": [ModelCheckpoint(folder / "saver", save_top_k=0)], "enable_checkpointing": True}
+        trainer = users_trainer(world_size, ExpertParallelStrategy(async_checkpoint=background), max_steps=1, **how)
         trainer.fit(module, data(), **given)
         return trainer
 
@@ -275,8 +272,7 @@ class Early(Model):
 
 
 def fit_early(rank: int, world_size: int, when: str, ep_size: int | None) -> None:
-    given = {"strategy": ExpertParallelStrategy(ep_size), "max_steps": 1, "enable_checkpointing": False}
-    Trainer(devices=world_size, **given, **QUIET).fit(Early(when), data())
+    users_trainer(world_size, ExpertParallelStrategy(ep_size), max_steps=1).fit(Early(when), data())
 
 
 @pytest.mark.parametrize(
@@ -319,10 +315,7 @@ def summarised(rank: int, world_size: int) -> tuple[int, list[str]]:
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
-    summary = ModelSummary()
-    given = {"callbacks": [summary], "enable_checkpointing": False}
-    trainer = Trainer(devices=world_size, strategy="expert_parallel", max_steps=1, **given, **QUIET)
-    module = Model(16)
+    trainer, module = users_trainer(world_size, "expert_parallel", max_steps=1, enable_model_summary=True), Model(16)
     trainer.fit(module, data())
     return summarize(module).total_parameters, [line for line in said if "experts" in line]
 
@@ -343,9 +336,7 @@ def fit_by_name(rank: int, world_size: int) -> list[Tensor]:
     found = []
     for strategy, clip in (("expert_parallel", 0.01), ("ddp", 0.01), ("expert_parallel", None)):
         torch.manual_seed(1)
-        given = {"max_steps": 2, "gradient_clip_val": clip, "enable_checkpointing": False}
-        trainer = Trainer(devices=world_size, strategy=strategy, **given, **QUIET)
-        module = Model(16)
+        trainer, module = users_trainer(world_size, strategy, max_steps=2, gradient_clip_val=clip), Model(16)
         module.configure_optimizers = lambda module=module: torch.optim.SGD(module.parameters(), lr=10.0)
         trainer.fit(module, data())
         found.append(predictions_of(module))
@@ -362,8 +353,7 @@ def test_a_trainer_takes_the_strategy_by_name_and_clips_as_with_ddp():
 def handlers(rank: int, world_size: int) -> dict[str, list[Any]]:
     """Returns the handlers of SIGINT and SIGTERM before a Trainer's first run and after each."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-    trainer = Trainer(devices=1, strategy="expert_parallel", max_steps=1, enable_checkpointing=False, **QUIET)
-    module = Model(16)
+    trainer, module = users_trainer(1, "expert_parallel", max_steps=1), Model(16)
     module.validation_step = module.test_step = lambda batch, batch_idx: None
     found = {"before": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]}
     for verb in ("fit", "validate", "test", "predict"):
@@ -404,4 +394,4 @@ def test_arguments_that_no_run_could_have_are_refused(arguments, message):
 def test_float16_is_refused(plugin):
     """On a CPU, Lightning replaces 16-mixed by bf16-mixed, so the test passes the plugin."""
     with pytest.raises(ValueError, match=rf"trainer\.precision is {plugin.precision}, allowed: 32-true, bf16-mixed"):
-        Trainer(devices=2, strategy=ExpertParallelStrategy(), plugins=[plugin], **QUIET)
+        users_trainer(2, ExpertParallelStrategy(), plugins=[plugin])

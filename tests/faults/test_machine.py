@@ -11,25 +11,24 @@ import pytest
 from torch.distributed import DistNetworkError
 
 from scmoe.config.load import load
-from scmoe.experiments.engine.command_line import call
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel import dense as dense_weights
 from scmoe.training.assembly.trainer import cpu_threads
 from scmoe.training.run import machine
 from scmoe.training.run.loggers import wandb_mode
 from scmoe.training.run.machine import check_machine, is_rank_zero
+from tests.support.commands import called
 from tests.support.exports import dense, export
 
 pytestmark = [pytest.mark.faults, pytest.mark.representative]
 
 
-def refusal(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -> str:
+def refusal(folder: Path, *overrides: str) -> str:
     """Returns the one line with which a run is refused."""
     runs = folder / "runs"
-    assert call("train", "configs/debug.yaml", f"runs_dir={runs}", *overrides) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert not runs.exists()
-    return line
+    done = called("train", "configs/debug.yaml", f"runs_dir={runs}", *overrides)
+    assert (done.code, done.err.count("\n"), runs.exists()) == (2, 1, False)
+    return done.err.strip()
 
 
 def number_in(line: str, pattern: str) -> float:
@@ -52,19 +51,19 @@ def number_in(line: str, pattern: str) -> float:
         ("moe.num_experts=1000000", "int, 1 to 2^16"),
     ],
 )
-def test_sizes_that_nothing_could_compute_are_refused(override, allowed, tmp_path, capsys):
-    assert f"allowed: {allowed}" in refusal(capsys, tmp_path, override)
+def test_sizes_that_nothing_could_compute_are_refused(override, allowed, tmp_path):
+    assert f"allowed: {allowed}" in refusal(tmp_path, override)
 
 
 def test_without_experts_any_width_is_allowed():
     assert load("configs/debug.yaml", ["model.dim=36", "moe.architecture=dense"]).model.dim == 36
 
 
-def test_a_run_that_needs_more_memory_than_there_is_is_refused_by_the_limit_that_lifts(tmp_path, capsys):
+def test_a_run_that_needs_more_memory_than_there_is_is_refused_by_the_limit_that_lifts(tmp_path):
     large = ("moe.num_experts=60000", "model.dim=4096")
-    line = refusal(capsys, tmp_path, *large)
+    line = refusal(tmp_path, *large)
     assert number_in(line, r"a rank needs about (\S+) GiB") > number_in(line, r"(\S+) GiB are free")
-    line = refusal(capsys, tmp_path, "trainer.max_memory_gib=0.1")
+    line = refusal(tmp_path, "trainer.max_memory_gib=0.1")
     needed = number_in(line, r"trainer\.max_memory_gib=(\S+) starts it anyway")
     check_machine(load("configs/debug.yaml", [f"trainer.max_memory_gib={needed}"]))
 
@@ -93,9 +92,9 @@ def test_a_machine_without_proc_is_measured_by_all_its_memory_and_cores(monkeypa
     assert (cpu_threads(one), cpu_threads(two)) == (os.cpu_count(), max(1, os.cpu_count() // 2))
 
 
-def test_a_step_of_hours_is_refused_by_the_limit_that_lifts(tmp_path, capsys):
+def test_a_step_of_hours_is_refused_by_the_limit_that_lifts(tmp_path):
     long = ("data.seq_len=1000000", "trainer.max_memory_gib=1000")
-    line = refusal(capsys, tmp_path, *long)
+    line = refusal(tmp_path, *long)
     seconds = number_in(line, r"trainer\.max_step_s=(\S+) starts it anyway")
     check_machine(load("configs/debug.yaml", [*long, f"trainer.max_step_s={seconds}"]))
 
@@ -112,10 +111,10 @@ def test_a_step_of_hours_is_refused_by_the_limit_that_lifts(tmp_path, capsys):
         (0, ["trainer.threads=1024"], "trainer.threads is 1024, allowed: null or at most "),
     ],
 )
-def test_devices_and_threads_that_are_not_there_are_refused(gpus, overrides, message, tmp_path, capsys, monkeypatch):
+def test_devices_and_threads_that_are_not_there_are_refused(gpus, overrides, message, tmp_path, monkeypatch):
     monkeypatch.setattr(machine.torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: gpus > 0)
-    assert message in refusal(capsys, tmp_path, *overrides)
+    assert message in refusal(tmp_path, *overrides)
 
 
 @pytest.mark.parametrize(
@@ -143,12 +142,12 @@ SLURM = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "x
     ],
     ids=["torchrun", "SLURM", "no launcher", "half of the variables"],
 )
-def test_ranks_that_nobody_starts_are_not_waited_for(variables, overrides, message, tmp_path, capsys, monkeypatch):
+def test_ranks_that_nobody_starts_are_not_waited_for(variables, overrides, message, tmp_path, monkeypatch):
     for name in machine.OF_NODE:  # a Trainer of an earlier test may have left them
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    assert re.search(message, refusal(capsys, tmp_path, *overrides))
+    assert re.search(message, refusal(tmp_path, *overrides))
 
 
 def test_ranks_that_do_not_find_each_other_in_time_say_which_setting_to_raise(monkeypatch):
@@ -168,15 +167,15 @@ def test_ranks_that_do_not_find_each_other_in_time_say_which_setting_to_raise(mo
 
 
 @pytest.mark.parametrize("key", ["runs_dir", "data.cache_dir"])
-def test_a_folder_that_cannot_be_written_is_refused(key, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_is_refused(key, tmp_path):
     (tmp_path / "file").touch()
     text = "data.name=sotu", "data.vocab_size=300"
     for folder in ("/proc/nowhere", str(tmp_path / "file" / "below")):
-        line = refusal(capsys, tmp_path, *text, f"{key}={folder}")
+        line = refusal(tmp_path, *text, f"{key}={folder}")
         assert f"{key} is '{folder[:40]}" in line and ", allowed: a folder that can be written: " in line
 
 
-def test_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared(tmp_path, capsys):
+def test_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared(tmp_path):
     """Of two ranks the other one is not started either."""
     (tmp_path / "data.txt").write_text("It was a bright cold day, and the clocks were striking.\n" * 200)
     (tmp_path / "no.safetensors").write_text("nothing")
@@ -188,7 +187,7 @@ def test_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared(tmp
         *(("hf", "nowhere"), ("hf", "hf")),
     ):
         weights = f"init_from={kind}:{tmp_path / name}"
-        line = refusal(capsys, tmp_path, *text, "data.vocab_size=300", "trainer.devices=2", weights)
+        line = refusal(tmp_path, *text, "data.vocab_size=300", "trainer.devices=2", weights)
         assert line.startswith("error: init_from is ")
         assert not (tmp_path / "cache").exists()
 
@@ -197,16 +196,16 @@ def test_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared(tmp
 
 
 @pytest.mark.parametrize("url", ["api.wandb.ai", "ftp://x", "http://[bad", "http://x:port", "http://"])
-def test_a_malformed_server_is_refused_unless_wandb_is_off(url, tmp_path, capsys, monkeypatch):
+def test_a_malformed_server_is_refused_unless_wandb_is_off(url, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", url)
-    assert f"WANDB_BASE_URL is {url!r}, allowed: such as https://" in refusal(capsys, tmp_path, "logger.mode=offline")
+    assert f"WANDB_BASE_URL is {url!r}, allowed: such as https://" in refusal(tmp_path, "logger.mode=offline")
     assert wandb_mode(load("configs/debug.yaml", ["logger.mode=disabled"])) == "disabled"
 
 
-def test_wandb_mode_decides_where_the_config_does_not(tmp_path, capsys, monkeypatch):
+def test_wandb_mode_decides_where_the_config_does_not(tmp_path, monkeypatch):
     auto, online = (load("configs/debug.yaml", [f"logger.mode={mode}"]) for mode in ("auto", "online"))
     for mode in ("online", "offline", "disabled"):
         monkeypatch.setenv("WANDB_MODE", mode)
         assert (wandb_mode(auto), wandb_mode(online)) == (mode, "online")
     monkeypatch.setenv("WANDB_MODE", "of")
-    assert "WANDB_MODE is 'of', allowed: online | offline | disabled" in refusal(capsys, tmp_path, "logger.mode=auto")
+    assert "WANDB_MODE is 'of', allowed: online | offline | disabled" in refusal(tmp_path, "logger.mode=auto")

@@ -176,17 +176,8 @@ def test_one_process_stops_too():
     assert "first not finite: rank 0: output of model.blocks.0.moe.experts" in failure(poison, 1, "output")
 
 
-class Counted(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Linear(2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner(x)
-
-
 def test_good_steps_keep_nothing_and_start_no_collective():
-    module = Counted()
+    module = nn.Sequential(nn.Linear(2, 2))
     guard = Guard(module)
     with patch.object(dist, "all_gather_object") as gather:
         for _ in range(3):
@@ -212,7 +203,7 @@ def test_a_weight_that_is_a_modules_output_gets_no_hook_a_step():
 @pytest.mark.representative
 def test_batches_without_a_check_keep_no_more_than_one_batch():
     """Optimizers may be stepped past Lightning, which then calls no check. A NaN among many losses is remembered."""
-    module = Counted()
+    module = nn.Sequential(nn.Linear(2, 2))
     guard = Guard(module)
     for loss in (1.0, math.nan, 1.0):
         module(torch.ones(1, 2)).sum().backward()

@@ -23,10 +23,10 @@ from torch import Tensor
 from scmoe.config.fields import Config
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.router import Router
-from scmoe.parallel.mesh import expert_parameters
 from scmoe.training.modules import LanguageModel
+from tests.support import trainings
 from tests.support.comparison import assemble
-from tests.support.trainings import RecordingModel, fit, tiny
+from tests.support.trainings import RecordingModel, tiny
 
 pytestmark = [
     *(pytest.mark.dist, pytest.mark.faults),
@@ -73,15 +73,7 @@ def train(config: Config, optimizer: str, places: int = 0) -> dict[str, Any]:
     if places:
         step = module.training_step
         module.training_step = lambda batch, batch_idx: step(turned(batch, places), batch_idx)  # type: ignore[method-assign]
-    fit(config, module=module)
-    return {
-        **{moment: getattr(module, moment) for moment in ("logged", "gradients", "drawn", "before")},
-        "outputs": module.outputs[-3:],  # of the last batches only, to save memory
-        "after": module.weights(),
-        "experts": {name for name, _ in expert_parameters(module.model)},
-        "ep": (module.parallel_context.ep_rank, module.parallel_context.ep_size),
-        "routed": routed,
-    }
+    return trainings.train(config, module) | {"outputs": None, "routed": routed}  # outputs would take much memory
 
 
 def count_routings(module: LanguageModel) -> list[str]:

@@ -10,22 +10,18 @@ from typing import Any
 
 import pytest
 
-from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.files.writing import redacted
-from scmoe.models.decoder import GPT
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.checkpoint.state import from_json
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.assembly.data import build_datamodule
-from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module
-from scmoe.training.assembly.trainer import build_callbacks, build_trainer
+from scmoe.training.assembly.model import build_model
 from scmoe.training.run.directory import create_run_dir
 from tests.support.commands import CANARY, run
-from tests.support.trainings import tiny
+from tests.support.trainings import fit, tiny
 
 pytestmark = [pytest.mark.faults]
 
@@ -134,11 +130,7 @@ def written(tmp_path_factory) -> Path:
 
 
 def write_checkpoint(rank: int, world_size: int, folder: Path) -> None:
-    config = tiny("position=pos2 trainer.max_steps=1", world_size)
-    module = build_module(config)
-    trainer = build_trainer(config, build_callbacks(config, None)[:1], [])
-    trainer.fit(module, build_datamodule(config))
-    trainer.save_checkpoint(folder / "step=1.ckpt")
+    fit(tiny("position=pos2 trainer.max_steps=1", world_size)).save_checkpoint(folder / "step=1.ckpt")
 
 
 def reseal(path: Path) -> None:
@@ -183,7 +175,7 @@ def test_the_payload_works_where_pickles_are_read(tmp_path):
 
 
 @pytest.mark.representative
-def test_resuming_reads_meta_as_json(written, tmp_path):
+def test_resuming_reads_meta_as_json(tmp_path):
     """Only resuming reads meta.json, so the tests with `load_model` do not cover it."""
     proof = tmp_path / "executed"
     with pytest.raises(ValueError):
@@ -231,13 +223,6 @@ def test_nothing_in_a_yaml_is_executed(text, tmp_path, monkeypatch):
     assert len(str(caught.value).splitlines()) == 1
     assert not proof.exists()
     assert CANARY not in str(caught.value)
-
-
-@pytest.mark.representative
-def test_no_value_of_a_config_names_a_class():
-    """A value is a text, a number or a list of its field's type. A registered name is one too."""
-    assert not [key for key in vars(Config()) if key.startswith("_")]
-    assert GPT is type(build_model_on_meta(load(None, ["data.name=synthetic"])))
 
 
 # ---------------------------------------------------------------------- names

@@ -10,7 +10,6 @@ import os
 import signal
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -25,7 +24,7 @@ from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.modules import LanguageModel
-from tests.support.resuming import before_each_validation_batch, exit_code
+from tests.support.resuming import before_each, exit_code
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -54,7 +53,7 @@ def run(
         trainer = tiny_run.fit(tiny_run.tiny(world_size, *CONFIG), folder, resume_from)
         tensors.update({name: t.clone() for name, t in tiny_run.tensors(trainer).items()})
 
-    with before_each_validation_batch(note):
+    with before_each("validation_step", note):
         return exit_code(fit), validated, tensors
 
 
@@ -88,19 +87,17 @@ def validations(
 ) -> tuple[Any, list[int]]:
     """Returns a run's exit code, and the steps after which it validated. stop_at: rank 1 receives SIGTERM in it."""
     steps: list[int] = []
-    training_step = LanguageModel.training_step
 
-    def stopping(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> Any:
+    def stop(module: LanguageModel, batch_idx: int) -> None:
         if rank == 1 and module.global_step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        return training_step(module, batch, batch_idx)
 
     def note(module: LanguageModel, batch_idx: int) -> None:
         if batch_idx == 0:
             steps.append(module.global_step)
 
     config = tiny_run.tiny(world_size, *NINE, *CONFIG[3:])
-    with patch.object(LanguageModel, "training_step", stopping), before_each_validation_batch(note):
+    with before_each("training_step", stop), before_each("validation_step", note):
         return exit_code(lambda: tiny_run.fit(config, folder, resume_from)), steps
 
 
@@ -136,7 +133,7 @@ def keep_best(
     seed_everything(config)
     trainer = build_trainer(config, [*build_callbacks(config, folder)[:1], best], [])
     module, data = build_module(config), build_datamodule(config)
-    with before_each_validation_batch(note):
+    with before_each("validation_step", note):
         code = exit_code(lambda: trainer.fit(module, data, ckpt_path=resume_from, weights_only=True))
     scores = {Path(path).name: float(score) for path, score in best.best_k_models.items()}
     paths = best.best_model_path, best.last_model_path, best.kth_best_model_path
@@ -178,7 +175,7 @@ def uneven(rank: int, world_size: int, folder: Path) -> tuple[Any, int]:
 
     seed_everything(config)
     trainer = build_trainer(config, build_callbacks(config, folder), [])
-    with before_each_validation_batch(note):
+    with before_each("validation_step", note):
         code = exit_code(lambda: trainer.fit(build_module(config), data))
     return code, validated
 

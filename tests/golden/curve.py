@@ -10,7 +10,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from tests.support.commands import ROOT, rows_of, train_in_ranks
+from tests.support.commands import rows_of, train_in_ranks
 
 STORED = Path(__file__).with_name("curve.json")
 RUN = (  # the quickstart's text and tokenizer, so that its prepared data is used again
@@ -25,7 +25,7 @@ METRICS = ("train/loss", "val/loss")
 def train(folder: Path, *changes: str, ranks: int = 1) -> dict[str, list[float]]:
     """Returns the losses of all steps and validations. changes: further overrides."""
     done = train_in_ranks(ranks, *RUN, f"runs_dir={folder}", *changes)
-    rows = rows_of(ROOT / done.summary["run_dir"] / "metrics.csv")
+    rows = rows_of(done.run_dir / "metrics.csv")
     return {name: [float(row[name]) for row in rows if name in row] for name in METRICS}
 
 

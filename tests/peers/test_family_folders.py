@@ -170,22 +170,21 @@ def folders(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients(case, tmp_path):
+def test_logits_and_gradients(case, folders, tmp_path):
     theirs = their_model(case)
-    save(theirs, tmp_path, case)
-    ours = build_model_to_train(config_of(case, tmp_path), ParallelContext())
+    ours = build_model_to_train(config_of(case, folders / case), ParallelContext())
     logits = ours(ids()).logits_BSV
     their_logits = instella_logits(theirs, ids()) if case == "instella" else theirs(ids()).logits
     assert_close(logits, their_logits, TOLERANCE)
-    assert_close(scmoe.load(tmp_path)(ids()).logits_BSV, their_logits, TOLERANCE)
+    assert_close(scmoe.load(folders / case)(ids()).logits_BSV, their_logits, TOLERANCE)
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
     (logits * weights).sum().backward()
     (their_logits * weights).sum().backward()
     with torch.no_grad():
         for p in theirs.parameters():
             p.copy_(p.grad)
-    save(theirs, tmp_path / "gradients", case)
-    expected, found = read_hf(tmp_path / "gradients"), gradients(ours)
+    save(theirs, tmp_path, case)
+    expected, found = read_hf(tmp_path), gradients(ours)
     if case == "llama, tied":  # ours are two weights with a gradient each
         found["tokens.weight"] = found["head.weight"] = found["tokens.weight"] + found["head.weight"]
     for name, grad in found.items():
@@ -196,15 +195,13 @@ def test_logits_and_gradients(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["longcat", "longcat, zero experts", "deepseek"])
-def test_a_round_trip_changes_no_byte(case, tmp_path):
+def test_a_round_trip_changes_no_byte(case, folders, tmp_path):
     """What nothing reads is written as zeros: gate and up projections of zero experts."""
-    theirs = their_model(case)
-    save(theirs, tmp_path / "in", case)
-    config = config_of(case, tmp_path / "in")
+    theirs, config = their_model(case), config_of(case, folders / case)
     write_checkpoint(build_model_to_train(config, ParallelContext()), tmp_path / "step=3.ckpt", step=3)
     kind = write_folder(tmp_path / "step=3.ckpt", tmp_path / "out", config)
-    assert kind == json.loads((tmp_path / "in" / "config.json").read_text())["model_type"]
-    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("in", "out"))
+    assert kind == CASES[case]["model_type"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (folders / case, tmp_path / "out"))
     assert before.keys() == after.keys()
     zero_experts = [f".experts.{e}." for e in range(4, 8)]
     for name, weight in before.items():
@@ -223,19 +220,16 @@ def test_a_bare_model_in_several_files_with_fewer_positions_is_read(tmp_path):
     assert_close(ours(ids()[:, :8]).logits_BSV, theirs(ids()[:, :8]).logits, TOLERANCE)
 
 
-def test_a_rank_reads_only_its_own_experts(tmp_path, monkeypatch):
-    theirs, read = their_model("longcat, zero experts"), []
-    theirs.save_pretrained(tmp_path)
-    whole = build_model_to_train(config_of("longcat, zero experts", tmp_path), ParallelContext())
-    original = pretrained.Stored.read
+def test_a_rank_reads_only_its_own_experts(folders, monkeypatch):
+    case, read, original = "longcat, zero experts", [], pretrained.Stored.read
+    whole = build_model_to_train(config_of(case, folders / case), ParallelContext())
 
     def noted(stored: Any, row: int | None = None) -> Tensor:
         read.append(stored.name)
         return original(stored, row)
 
     monkeypatch.setattr(pretrained.Stored, "read", noted)
-    two = ("trainer.devices=2", "strategy.ep_size=2")
-    config = config_of("longcat, zero experts", tmp_path, *two)
+    config = config_of(case, folders / case, "trainer.devices=2", "strategy.ep_size=2")
     half = build_model_to_train(config, OneOfTwo(rank=1, world_size=2, ep_size=2))
     of_experts = {name.split(".experts.")[1].split(".")[0] for name in read if ".experts." in name}
     assert of_experts == {"2", "3"} and len(read) == len(set(read))
@@ -245,21 +239,19 @@ def test_a_rank_reads_only_its_own_experts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("case", ("longcat", "deepseek"))
-def test_zero_experts_are_added_to_a_folder(case, tmp_path):
+def test_zero_experts_are_added_to_a_folder(case, folders):
     """Never chosen, they leave the logits as they are where a score does not depend on the others, as a softmax's."""
-    theirs = their_model(case)
-    save(theirs, tmp_path, case)
     zeros = ("moe.zero_experts=3", "moe.zero_output=zero")
-    ours = build_model_to_train(config_of(case, tmp_path, *zeros), ParallelContext())
+    ours = build_model_to_train(config_of(case, folders / case, *zeros), ParallelContext())
     for router in (module for module in ours.modules() if isinstance(module, Router)):
         assert router.gate.weight.shape == (7, 16) and router.gate.weight[4:].any(1).all()
         router.bias.weight.data[4:] = -math.inf
     if case == "deepseek":
-        assert_close(ours(ids()).logits_BSV, theirs(ids()).logits, TOLERANCE)
+        assert_close(ours(ids()).logits_BSV, their_model(case)(ids()).logits, TOLERANCE)
 
 
-def test_the_class_decides_where_no_type_is_declared(tmp_path):
-    their_model("longcat").save_pretrained(tmp_path)
+def test_the_class_decides_where_no_type_is_declared(folders, tmp_path):
+    shutil.copytree(folders / "longcat", tmp_path, dirs_exist_ok=True)
     content = json.loads((tmp_path / "config.json").read_text())
     del content["model_type"]
     (tmp_path / "config.json").write_text(json.dumps(content))
@@ -267,11 +259,10 @@ def test_the_class_decides_where_no_type_is_declared(tmp_path):
     assert scmoe.load(tmp_path).max_seq_len == LENGTH
 
 
-def test_further_modules_are_not_read(tmp_path):
+def test_further_modules_are_not_read(folders, tmp_path):
     """Published folders have modules that predict further tokens, which are neither read nor refused."""
     for case, name in (("longcat", "model.mtp.norm.weight"), ("deepseek", "model.layers.3.eh_proj.weight")):
-        folder = tmp_path / case
-        their_model(case).save_pretrained(folder)
+        folder = Path(shutil.copytree(folders / case, tmp_path / case))
         weights = load_file(folder / "model.safetensors")
         save_file({**weights, name: torch.zeros(3)}, folder / "model.safetensors", {"format": "pt"})
         build_model_to_train(config_of(case, folder), ParallelContext())

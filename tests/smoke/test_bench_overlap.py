@@ -16,13 +16,13 @@ import pytest
 from scmoe.experiments.bench import growth, overlap, overlap_report, timeline, training
 from scmoe.experiments.bench.pairs import Setting
 from scmoe.experiments.engine import links
-from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.planning import planner
-from tests.support.commands import run
+from tests.support.commands import called, run
 
 pytestmark = [pytest.mark.dist, pytest.mark.smoke]
 MISSING = links.why_not()
+on_links = pytest.mark.skipif(MISSING is not None, reason=f"links cannot be shaped here: {MISSING}")
 ROWS = ("--rows", "top2", "scmoe_pos2_pipelined", "--rounds", "2")
 TOP = {"comm_share", "link_mbit", "ranks", "device", "compute", "level", "rounds", "rows"}
 ROW = {
@@ -47,13 +47,13 @@ def test_bench_overlap(tmp_path):
     report = run("-m", "experiments.bench", "overlap", *ROWS, *sizes, "--out", str(tmp_path)).summary
     check(report)
     for row in report["rows"].values():
-        assert row["links"] == ("loopback" if links.why_not() else "shaped") and row["compute"] == "emulated"
+        assert row["links"] == ("loopback" if MISSING else "shaped") and row["compute"] == "emulated"
     assert "gradient_mb" not in report and "of_limit" not in report["rows"]["top2"]
     assert len(list(tmp_path.glob("*.png"))) == 1
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(MISSING is not None, reason=f"links cannot be shaped here: {MISSING}")
+@on_links
 def test_bench_exchange_on_two_nodes():
     report = run("-m", "experiments.bench", "exchange", "--kilobytes", "1", "256", "--rounds", "2").summary
     assert report["rows"].keys() == {"flat", "hierarchical"} and report["auto"].keys() == {"1", "256"}
@@ -63,7 +63,7 @@ def test_bench_exchange_on_two_nodes():
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(MISSING is not None, reason=f"links cannot be shaped here: {MISSING}")
+@on_links
 def test_bench_train(tmp_path):
     """Both architectures train the debug configuration on the links and without a rate."""
     words = ("trainer.max_steps=60", "trainer.log_every=2", "trainer.val_every=30", "data.name=synthetic")
@@ -116,11 +116,10 @@ def test_a_step_waits_in_each_of_its_batches(monkeypatch):
     assert caller.recv()[1] == 4 * 4.25 and not caller.poll()
 
 
-def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path, capsys):
+def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path):
     """The iteration has real operators, and their gradients are summed over the ranks."""
     words = ("--compute", "real", "--level", "iteration", "--ffn-dim", "128", "--out", str(tmp_path))
-    assert call("bench", "overlap", *ROWS, *words) == 0
-    report = json.loads(capsys.readouterr().out)
+    report = called("bench", "overlap", *ROWS, *words).summary
     check(report)
     # each of two top-2 pairs has a norm, a gate, attention and MLP in float32
     pair = 4 * 2 * 32 + 8 * 32 + 2 * (4 * 32 * 32 + 4 * 32) + 2 * 32 * 128 + 32 + 128
@@ -133,11 +132,10 @@ def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path, capsys):
     ("row", "compute"),
     [("scmoe_pos2", "real"), pytest.param("farskip_pipelined", "emulated", marks=pytest.mark.faults)],
 )
-def test_bench_overlap_of_an_iteration_with_an_moe_in_every_block(row, compute, tiny_on_loopback, tmp_path, capsys):
+def test_bench_overlap_of_an_iteration_with_an_moe_in_every_block(row, compute, tiny_on_loopback, tmp_path):
     """Of four blocks the first has a shorter window at Nous' tap."""
     words = ("--every", "1", "--level", "iteration", "--ffn-dim", "128", "--rounds", "2", "--out", str(tmp_path))
-    assert call("bench", "overlap", "--rows", row, "--compute", compute, *words) == 0
-    report = json.loads(capsys.readouterr().out)
+    report = called("bench", "overlap", "--rows", row, "--compute", compute, *words).summary
     own = report["rows"][row]
     assert len(own["auto_slots"]) == 4 and own["of_limit"] > 0
     assert row != "scmoe_pos2" or own["auto_slots"][0] in ("slot 0", "slot 1")
@@ -154,11 +152,11 @@ def test_bench_overlap_of_an_iteration_with_an_moe_in_every_block(row, compute, 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("every", ["2", "1"])
-def test_bench_overlap_at_two_loads(every, tiny_on_loopback, tmp_path, capsys):
+def test_bench_overlap_at_two_loads(every, tiny_on_loopback, tmp_path):
     """The loads are measured beside the balanced one, and a rank that gets all rows says so."""
     loads = ("--load", "hot_rank:2", "--load", "burst:1.5:1", "--every", every)
-    assert call("bench", "overlap", *ROWS, *loads, "--compute", "real", "--out", str(tmp_path)) == 0
-    reports = json.loads(capsys.readouterr().out)["loads"]
+    words = (*ROWS, *loads, "--compute", "real", "--out", str(tmp_path))
+    reports = called("bench", "overlap", *words).summary["loads"]
     assert [report["load"]["name"] for report in reports] == ["hot_rank:2", "burst:1.5:1"]
     for report in reports:
         check(report)
@@ -177,17 +175,17 @@ def test_bench_overlap_at_two_loads(every, tiny_on_loopback, tmp_path, capsys):
         pytest.param("buffers:2", 0.0, marks=pytest.mark.faults),
     ],
 )
-def test_a_layout_drops_what_a_load_has_above_it(layout, dropped, tiny_on_loopback, tmp_path, capsys):
+def test_a_layout_drops_what_a_load_has_above_it(layout, dropped, tiny_on_loopback, tmp_path):
     """Of 1.5 times its share a rank takes one: it drops a third of three quarters of all copies."""
     words = ("--rows", "scmoe_pos3", "--rounds", "2", "--load", "hot_rank:1.5", "--layout", layout)
-    assert call("bench", "overlap", *words, "--out", str(tmp_path)) == 0
-    (row,) = json.loads(capsys.readouterr().out)["loads"][0]["rows"].values()
+    found = called("bench", "overlap", *words, "--out", str(tmp_path)).summary
+    (row,) = found["loads"][0]["rows"].values()
     assert row["dropped"] == dropped and row["measured_over_model"] is None
 
 
 @pytest.mark.faults
 def test_timeline(tiny_on_loopback, tmp_path):
-    assert call("bench", "timeline", "--share", "0.3", "--out", str(tmp_path)) == 0
+    assert called("bench", "timeline", "--share", "0.3", "--out", str(tmp_path)).code == 0
     assert {path.name for path in tmp_path.glob("*.png")} == {"forward.png", "backward.png"}
     trace = json.loads((tmp_path / "pos2-overlapped-1-chunks.json").read_text())
     names = {event.get("name") for event in trace["traceEvents"]}
@@ -196,10 +194,9 @@ def test_timeline(tiny_on_loopback, tmp_path):
 
 
 @pytest.mark.faults
-def test_bench_growth(tiny_on_loopback, tmp_path, capsys):
+def test_bench_growth(tiny_on_loopback, tmp_path):
     small = ("--points", "256", "512", "--rounds", "2", "--out", str(tmp_path))
-    assert call("bench", "growth", "--of", "tokens", *small) == 0
-    points = json.loads(capsys.readouterr().out)["tokens"]
+    points = called("bench", "growth", "--of", "tokens", *small).summary["tokens"]
     assert [point["tokens"] for point in points] == [256, 512]
     assert points[0]["link_mbit"] == points[1]["link_mbit"]
     assert all(point["compute"] == "emulated" and point.keys() >= TOP for point in points)

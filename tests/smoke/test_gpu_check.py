@@ -6,8 +6,6 @@ What a card measures is not tested here: its streams, kernels and clocks.
 import gzip
 import json
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -16,7 +14,7 @@ from scmoe.experiments.bench.gpu import PARTS, write_report
 from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.engine.isolated import Part, Place, run_parts
 from scmoe.parallel.checkpoint.durable import start_of
-from tests.support.commands import run
+from tests.support.commands import run, running
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 FILES = {
@@ -94,15 +92,12 @@ def test_a_part_that_fails_hangs_crashes_or_lacks_a_package_is_reported_and_the_
 def test_a_part_ends_with_the_check(number, tmp_path):
     pid_file = tmp_path / "pid"
     part = f"Part('Hangs', 'tests.support.check_parts:pieces', 300, (), ('hang', {str(pid_file)!r}))"
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background has none
-    )
-    code += f"from scmoe.experiments.engine.isolated import *; run_parts({{'a': {part}}}, Place('cpu', True, Path()))"
-    check = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-    while not (pid_file.exists() and pid_file.read_text()):
-        time.sleep(0.1)
-    check.send_signal(number)
-    assert check.wait(60) != 0
+    code = f"from scmoe.experiments.engine.isolated import *; run_parts({{'a': {part}}}, Place('cpu', True, Path()))"
+    with running("-c", code) as check:
+        while not (pid_file.exists() and pid_file.read_text()):
+            time.sleep(0.1)
+        check.send_signal(number)
+        assert check.wait(60) != 0
     while start_of(int(pid_file.read_text())) is not None:
         time.sleep(0.1)
 

@@ -5,36 +5,23 @@ It leaves one complete checkpoint of one step and can be resumed.
 
 import os
 import signal
-import subprocess
-import sys
-from functools import partial
 
 import pytest
 
 from scmoe.config.extras import scmoe
 from scmoe.parallel.checkpoint.durable import newest_good, verify
-from tests.support.commands import resume_in_ranks, rows_of
+from tests.support.commands import TRAIN, children, resume_in_ranks, rows_of, running
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.faults]
 
-RUN = [sys.executable, "-m", "experiments.train", "configs/debug.yaml", "trainer.devices=2"]
+RUN = (*TRAIN, "configs/debug.yaml", "trainer.devices=2", "trainer.log_every=1")
 PATIENCE_S = 60.0  # the docs promise 10 s on a machine without other work
-ENDLESS = ["trainer.max_steps=1000000", "trainer.val_every=1000000", "trainer.checkpoint_every=1000000"]
-
-
-def children(pid):
-    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
-    return [int(child) for child in found.stdout.split()]
+ENDLESS = ("trainer.max_steps=1000000", "trainer.val_every=1000000", "trainer.checkpoint_every=1000000")
 
 
 @pytest.mark.parametrize("ranks", ((0,), (1,), (0, 1), "ctrl-c"))
 def test_a_run_that_is_stopped_saves_and_exits_with_the_signals_code(tmp_path, ranks):
-    command = [*RUN, *ENDLESS, "trainer.log_every=1", f"runs_dir={tmp_path}"]
-    pipe, interruptible = subprocess.PIPE, partial(signal.signal, signal.SIGINT, signal.default_int_handler)
-    run = subprocess.Popen(
-        command, stderr=pipe, stdout=pipe, text=True, start_new_session=True, preexec_fn=interruptible
-    )
-    try:
+    with running(*RUN, *ENDLESS, f"runs_dir={tmp_path}") as run:
         assert any(line.startswith("step 3/") for line in run.stderr), "the run does not train"
         (other,) = children(run.pid)
         if ranks == "ctrl-c":
@@ -43,8 +30,6 @@ def test_a_run_that_is_stopped_saves_and_exits_with_the_signals_code(tmp_path, r
             for rank in ranks:
                 os.kill((run.pid, other)[rank], signal.SIGTERM)
         out, err = run.communicate(timeout=PATIENCE_S)
-    finally:
-        run.kill()
     assert run.returncode == (130 if ranks == "ctrl-c" else 143), err
     assert f"to continue: {scmoe('resume', tmp_path)}" in err and not out
     checkpoints = tmp_path / "latest" / "checkpoints"

@@ -12,10 +12,10 @@ import pytest
 
 from tests.support.commands import (
     EXACT,
-    ROOT,
     SUMMARY,
     TRAIN,
     Done,
+    column,
     resume_in_ranks,
     rows_of,
     run,
@@ -47,9 +47,8 @@ def test_the_last_line_is_the_summary(launched, alone):
         assert list(summary) == SUMMARY.split()
         assert (summary["steps"], summary["world_size"], summary["ep_size"]) == (4, ranks, ranks)
         assert all(isinstance(value, (int, float)) for key, value in summary.items() if key != "run_dir")
-        run_dir = ROOT / summary["run_dir"]
-        assert json.loads((run_dir / "summary.json").read_text()) == summary
-        last = [row for row in rows_of(run_dir / "metrics.csv") if "val/loss" in row][-1]
+        assert json.loads((done.run_dir / "summary.json").read_text()) == summary
+        last = [row for row in rows_of(done.run_dir / "metrics.csv") if "val/loss" in row][-1]
         for key, name in (("drop_share", "drop_share"), ("load_max_ratio", "load_max"), ("val_loss", "loss")):
             assert summary[key] == pytest.approx(float(last[f"val/{name}"]), rel=1e-5), key
         assert summary["perplexity"] == pytest.approx(math.exp(summary["val_loss"]), rel=1e-5)
@@ -65,10 +64,10 @@ def test_the_number_of_ranks_does_not_change_the_loss(launched, alone):
 
 def test_resume_continues_where_the_run_stopped(launched):
     done, runs = launched
-    run_dir = ROOT / done.summary["run_dir"]
+    run_dir = done.run_dir
     before = rows_of(run_dir / "metrics.csv")
     resumed = resume_in_ranks(2, str(runs / "latest"), "trainer.max_steps=6")
-    assert (resumed.summary["steps"], resumed.summary["run_dir"]) == (6, str(run_dir))
+    assert (resumed.summary["steps"], resumed.run_dir) == (6, run_dir)
     assert list(runs.glob("debug/*")) == [run_dir], "there is no second run"
     after = rows_of(run_dir / "metrics.csv")
     assert after[: len(before)] == before
@@ -85,12 +84,11 @@ def test_a_run_plans_its_schedule_and_logs_its_overlap(tmp_path):
     done = plan(
         tmp_path, "schedule.chunks=1", "trainer.max_steps=57", "trainer.val_every=57", "trainer.checkpoint_every=57"
     )
-    metrics = ROOT / done.summary["run_dir"] / "metrics.csv"
-    assert not undocumented(metrics)
+    assert not undocumented(done.run_dir / "metrics.csv")
     overlaps = ("overlap/forward", "overlap/backward")
-    shares = {int(row["step"]): float(row[k]) for row in rows_of(metrics) for k in overlaps if k in row}
-    assert min(shares, default=6) >= 6, "logged steps after three of warm-up, three that are measured, and trials"
-    assert all(0 <= share <= 1.05 for share in shares.values()), "where they cannot be measured, they are left out"
+    shares = [logged for name in overlaps for logged in column(done.run_dir, name).items()]
+    assert all(step >= 6 for step, _ in shares), "after three steps of warm-up, three that are measured, and trials"
+    assert all(0 <= share <= 1.05 for _, share in shares), "where they cannot be measured, they are left out"
     assert "plan: MoE layer" in done.err
     (ran,) = [line for line in done.err.splitlines() if line.startswith("ran: ")]
     assert ran.startswith("ran: gloo, slot ") and " ms of all MoE windows a step, predicted " in ran

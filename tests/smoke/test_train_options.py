@@ -13,7 +13,7 @@ import pytest
 from scmoe.parallel.checkpoint.durable import verify
 from scmoe.runs.seen import SeenRun
 from scmoe.training.run.resume import find_checkpoint
-from tests.support.commands import EXACT, ROOT, Done, resume_in_ranks, rows_of, train_in_ranks
+from tests.support.commands import EXACT, ROOT, Done, column, resume_in_ranks, train_in_ranks
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 TENSORBOARD = find_spec("tensorboard") is not None or find_spec("tensorboardX") is not None
@@ -23,16 +23,8 @@ def train(folder: Path, *words: str, ranks: int = 1) -> Done:
     return train_in_ranks(ranks, "configs/debug.yaml", f"runs_dir={folder}", f"trainer.devices={ranks}", *words)
 
 
-def run_dir(done: Done) -> Path:
-    return ROOT / done.summary["run_dir"]
-
-
 def checkpoints(folder: Path) -> dict[str, int]:
     return {path.name: verify(path) for path in (folder / "checkpoints").iterdir()}
-
-
-def column(folder: Path, metric: str) -> dict[int, float]:
-    return {int(row["step"]): float(row[metric]) for row in rows_of(folder / "metrics.csv") if metric in row}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +32,7 @@ def observed(tmp_path_factory) -> Path:
     """Returns a run of two ranks that leaves traces, the load of experts and, if installed, files of TensorBoard."""
     tensorboard = f"logger.tensorboard={str(TENSORBOARD).lower()}"
     words = ("trainer.profile_steps=1:3", "analysis.expert_load=true", tensorboard)
-    return run_dir(train(tmp_path_factory.mktemp("observed"), *words, ranks=2))
+    return train(tmp_path_factory.mktemp("observed"), *words, ranks=2).run_dir
 
 
 def test_every_rank_writes_a_trace_of_the_steps_that_are_named(observed):
@@ -60,8 +52,8 @@ def test_early_stopping_ends_all_ranks_after_so_many_validations(tmp_path):
     words = ("trainer.max_steps=40", "trainer.val_every=1", "trainer.early_stopping=3", "optim.lr=1e-30")
     done = train(tmp_path, *words, ranks=2)
     assert done.summary["steps"] == 4
-    assert list(column(run_dir(done), "val/loss")) == [0, 1, 2, 3]
-    resumed = resume_in_ranks(2, str(run_dir(done)), "trainer.early_stopping=null", "trainer.max_steps=6")
+    assert list(column(done.run_dir, "val/loss")) == [0, 1, 2, 3]
+    resumed = resume_in_ranks(2, str(done.run_dir), "trainer.early_stopping=null", "trainer.max_steps=6")
     assert resumed.summary["steps"] == 6, "it goes on where it was stopped"
 
 
@@ -69,7 +61,7 @@ def test_early_stopping_ends_all_ranks_after_so_many_validations(tmp_path):
 def many(tmp_path_factory) -> Path:
     """Returns a run of eight steps that keeps the checkpoints of its three best validations, on two ranks."""
     words = ("trainer.max_steps=8", "trainer.val_every=1", "trainer.save_top_k=3", "optim.lr=1e-2")
-    return run_dir(train(tmp_path_factory.mktemp("many"), *words, ranks=2))
+    return train(tmp_path_factory.mktemp("many"), *words, ranks=2).run_dir
 
 
 def test_the_best_validations_are_kept_and_the_best_one_is_found(many):
@@ -104,7 +96,7 @@ def test_limits_end_a_run_and_shorten_validations(tmp_path):
         train(tmp_path, f"trainer.limit_train_batches={n}", "trainer.accumulate=2", "trainer.max_steps=6", *words)
         for n, words in ((6, ["trainer.limit_val_batches=1"]), ("null", []))
     ]
-    short, whole = map(run_dir, ends)
+    short, whole = (done.run_dir for done in ends)
     unigrams = [done.summary["unigram_bits_per_byte"] for done in ends]
     assert unigrams[0] is None and unigrams[1] > 0, "it is that of the whole split"
     lr, of_all = column(short, "train/lr"), column(whole, "train/lr")
@@ -123,7 +115,7 @@ def test_a_text_run_without_validation_says_so_and_ends_with_samples(tmp_path):
     first = train(tmp_path, *text, *split, ranks=2)
     assert first.summary["val_loss"] is None and first.summary["steps"] == 4
     assert "none, as trainer.limit_val_batches is 0" in first.err
-    folder = run_dir(first)
+    folder = first.run_dir
     assert not column(folder, "val/loss") and set(checkpoints(folder)) == {"step=4.ckpt"}
     (folder / "summary.json").unlink()
     done = resume_in_ranks(2, str(folder))
@@ -134,7 +126,7 @@ def test_a_text_run_without_validation_says_so_and_ends_with_samples(tmp_path):
 def test_overfitting_repeats_the_first_batches_also_when_it_is_resumed(tmp_path):
     """At a learning rate near 0 the same batch has the same loss."""
     words = ("trainer.overfit_batches=2", "trainer.max_steps=5", "optim.lr=1e-30", "moe.noisy=false")
-    folder = run_dir(train(tmp_path, *words, ranks=2))
+    folder = train(tmp_path, *words, ranks=2).run_dir
     losses = list(column(folder, "train/loss").values())
     assert losses == [losses[0], losses[1]] * 2 + [losses[0]]
     assert losses[0] != losses[1]
@@ -147,12 +139,12 @@ def test_overfitting_repeats_the_first_batches_also_when_it_is_resumed(tmp_path)
 @pytest.mark.faults
 def test_a_resumed_run_may_have_another_precision_and_not_another_accumulate(tmp_path):
     """Moments take the type of their weights. Lightning counts batches, so an update would fall between two steps."""
-    folder = run_dir(train(tmp_path))
+    folder = train(tmp_path).run_dir
     refused = resume_in_ranks(1, str(folder), "trainer.accumulate=2", "trainer.max_steps=6")
     assert (refused.code, refused.err.count("trainer.accumulate is 2, allowed: 1")) == (2, 1)
     done = resume_in_ranks(1, str(folder), "trainer.precision=64-true", "trainer.max_steps=6")
     assert done.summary["steps"] == 6, done.err
-    whole = run_dir(train(tmp_path / "whole", "trainer.max_steps=6"))
+    whole = train(tmp_path / "whole", "trainer.max_steps=6").run_dir
     expected = column(whole, "train/lr")[4]
     assert column(folder, "train/lr")[4] == pytest.approx(expected, rel=1e-6), "the first step has the new cosine, too"
 
@@ -161,14 +153,14 @@ def test_a_resumed_run_may_have_another_precision_and_not_another_accumulate(tmp
 def test_losses_of_a_step_are_those_of_all_its_batches(tmp_path):
     """The same samples in one batch and in two; dropout, noise and a loss that is no mean over samples would differ."""
     words = (*EXACT, "model.dropout=0", "moe.load_balance_coef=0", "trainer.precision=64-true")
-    one, two = (run_dir(train(tmp_path / str(n), *words, f"trainer.accumulate={n}")) for n in (1, 2))
+    one, two = (train(tmp_path / str(n), *words, f"trainer.accumulate={n}").run_dir for n in (1, 2))
     for name in ("train/loss", "train/router_z_loss"):
         assert column(two, name) == pytest.approx(column(one, name), rel=1e-6)
 
 
 def test_a_fast_dev_run_goes_through_everything_once(tmp_path):
     done = train(tmp_path, "trainer.fast_dev_run=true", "logger.mode=offline", "trainer.early_stopping=1")
-    folder = run_dir(done)
+    folder = done.run_dir
     assert done.summary["steps"] == 1 and done.summary["val_loss"] > 0
     assert set(checkpoints(folder)) == {"step=1.ckpt"}
     assert not list(folder.glob("wandb*"))

@@ -1,10 +1,8 @@
 """These tests run the vision quickstart on two ranks: its last line, the best checkpoint, missing data."""
 
-from pathlib import Path
-
 import pytest
 
-from tests.support.commands import ROOT, SUMMARY, Done, command_in_ranks, rows_of, train_in_ranks, undocumented
+from tests.support.commands import SUMMARY, Done, column, command_in_ranks, train_in_ranks, undocumented
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 
@@ -19,14 +17,13 @@ SHORT = (
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> tuple[Done, Path]:
-    runs = tmp_path_factory.mktemp("vision")
-    words = ("configs/quickstart_vision.yaml", f"runs_dir={runs}", *SHORT, "trainer.log_every=1")
-    return train_in_ranks(2, *words), runs
+def trained(tmp_path_factory) -> Done:
+    words = (f"runs_dir={tmp_path_factory.mktemp('vision')}", *SHORT, "trainer.log_every=1")
+    return train_in_ranks(2, "configs/quickstart_vision.yaml", *words)
 
 
 def test_the_last_line_is_the_summary(trained):
-    summary = trained[0].summary
+    summary = trained.summary
     assert list(summary) == [*SUMMARY.split(), "val_accuracy", "data", "images_per_s"]
     assert summary["bits_per_byte"] is None and summary["unigram_bits_per_byte"] is None, "images have no bytes"
     assert summary["perplexity"] is None, "images have no next token"
@@ -39,17 +36,11 @@ def test_the_last_line_is_the_summary(trained):
 
 
 def test_the_best_checkpoint_has_the_highest_accuracy(trained):
-    done, _ = trained
-    run_dir = ROOT / done.summary["run_dir"]
-    accuracies = {
-        int(row["step"]) + 1: float(row["val/accuracy"])
-        for row in rows_of(run_dir / "metrics.csv")
-        if "val/accuracy" in row
-    }
-    assert sorted(accuracies) == [2, 4]
-    assert not undocumented(run_dir / "metrics.csv")
-    (best,) = (run_dir / "checkpoints").glob("best-*.ckpt")
-    assert accuracies[int(best.stem.partition("step=")[2])] == max(accuracies.values())
+    accuracies = column(trained.run_dir, "val/accuracy")
+    assert sorted(accuracies) == [1, 3]
+    assert not undocumented(trained.run_dir / "metrics.csv")
+    (best,) = (trained.run_dir / "checkpoints").glob("best-*.ckpt")
+    assert accuracies[int(best.stem.partition("step=")[2]) - 1] == max(accuracies.values())
 
 
 def test_missing_data_is_an_error(tmp_path):
@@ -62,7 +53,7 @@ def test_missing_data_is_an_error(tmp_path):
 
 @pytest.mark.faults
 def test_images_are_evaluated_on_the_whole_split_and_refuse_tasks(trained):
-    run_dir = trained[0].summary["run_dir"]
+    run_dir = trained.summary["run_dir"]
     alone = command_in_ranks("evaluate", 1, run_dir).summary
     assert alone == command_in_ranks("evaluate", 2, run_dir, "trainer.devices=2").summary
     assert (alone["test"]["images"], alone["test"]["split"]) == (360, "val"), "every fifth of 1,797 digits"

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.commands import ROOT
-from tests.support.wandb_server import KEY, WandbServer, environment, wandb_server
+from tests.support.commands import ROOT, environment
+from tests.support.wandb_server import KEY, WandbServer, wandb_server
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.timeout(600)]
 

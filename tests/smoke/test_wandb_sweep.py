@@ -15,8 +15,8 @@ import yaml
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.studies.sweep.sweep_file import read
 from scmoe.experiments.studies.sweep.trials import run_online
-from tests.support.commands import ROOT
-from tests.support.wandb_server import environment, wandb_server
+from tests.support.commands import ROOT, environment
+from tests.support.wandb_server import wandb_server
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.timeout(600)]
 
@@ -31,7 +31,7 @@ def test_a_sweep_through_an_agent(tmp_path):
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(ours))
     with wandb_server() as server:
         words = (str(tmp_path / "two.yaml"), f"runs_dir={tmp_path}")
-        command, env = [sys.executable, "-m", "experiments.sweep", *words], environment() | server.variables
+        command, env = [sys.executable, "-m", "experiments.sweep", *words], environment(**server.variables)
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"sweep": "me/scmoe/sweep001", "exit_code": 0}
@@ -42,10 +42,9 @@ def test_a_sweep_through_an_agent(tmp_path):
     sent = server.sweep
     assert sent.pop("command")[-2:] == [*words[1:], "${args_no_hyphens}"]
     assert sent == {key: value for key, value in ours.items() if key != "command"}, "only the command differs"
-    (run,) = server.runs.values()
-    assert run.name == "trial1", "the agent gives the ids"
-    assert (run.config["init_from"], run.exit_code, run.sweep) == (None, 0, "sweep001")
-    assert len(run.column("train/loss")) == 4 and run.column("val/loss")
+    assert server.run.name == "trial1", "the agent gives the ids"
+    assert (server.run.config["init_from"], server.run.exit_code, server.run.sweep) == (None, 0, "sweep001")
+    assert len(server.run.column("train/loss")) == 4 and server.run.column("val/loss")
     assert [artifact.run for artifact in server.artifacts if artifact.type == "model"] == ["trial1"]
     ids = {json.loads(path.read_text())["id"] for path in tmp_path.glob("debug/*/wandb_run.json")}
     assert ids == {"trial1"}, "a resumed trial must be the same run"
@@ -79,7 +78,7 @@ def test_a_trial_that_w_and_b_stops_and_one_that_is_interrupted_are_saved(tmp_pa
             time.sleep(0.1)
 
     with wandb_server() as server, (tmp_path / "said").open("w") as said:
-        command, env = [sys.executable, "-m", "experiments.sweep", *words], environment() | server.variables
+        command, env = [sys.executable, "-m", "experiments.sweep", *words], environment(**server.variables)
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=said, stderr=said, start_new_session=True)
         until_it_trains("trial0")
         server.stopped.add("trial0")

@@ -5,8 +5,11 @@ import csv
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,27 +40,54 @@ class Done(NamedTuple):
         assert self.code == 0, self.err
         return json.loads(self.out)
 
+    @property
+    def run_dir(self) -> Path:
+        return ROOT / self.summary["run_dir"]
 
-def run(*arguments: str, **variables: str) -> Done:
-    """Runs Python with these arguments in the repository's root, without the variables of tests or of a W&B account."""
-    private = ("WANDB_", "TORCHELASTIC_", "MASTER_", "PYTEST_")
+
+def environment(**variables: str) -> dict[str, str]:
+    """Returns the variables of this process without those of tests, launchers and a W&B account, and these."""
+    private = ("WANDB_", "TORCHELASTIC_", "MASTER_", "PYTEST_", "SLURM_")
     names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
     env = {k: v for k, v in os.environ.items() if not k.startswith(private) and k not in names}
-    env |= {"OMP_NUM_THREADS": "1", **variables}
+    return env | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+
+
+def run(*arguments: str, **variables: str) -> Done:
+    """Runs Python with these arguments in the repository's root."""
+    env = environment(**variables)
     if arguments[0] == "-m":
         return Done(*python(*arguments, cwd=ROOT, env=env, timeout_s=250))
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-def train_in_ranks(world_size: int, *arguments: str, **variables: str) -> Done:
-    """Runs the train command in ranks of run_ranks; returns the output of rank 0."""
-    return command_in_ranks("train", world_size, *arguments, **variables)
+@contextlib.contextmanager
+def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Starts Python with these arguments in the repository's root, in a session of its own, which is killed at the end.
+
+    Ctrl-C interrupts it; a job in the background would ignore it."""
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
-def resume_in_ranks(world_size: int, *arguments: str, **variables: str) -> Done:
-    """Runs the resume command in ranks of run_ranks; returns the output of rank 0."""
-    return command_in_ranks("resume", world_size, *arguments, **variables)
+def children(pid: int) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in found.stdout.split()]
 
 
 def command_in_ranks(verb: str, world_size: int, *arguments: str, **variables: str) -> Done:
@@ -68,6 +98,9 @@ def command_in_ranks(verb: str, world_size: int, *arguments: str, **variables: s
     first, *others = run_ranks(command_here, world_size, verb, arguments, variables)
     assert all((done.code, done.out) == (first.code, "") for done in others), "only rank 0 prints"
     return first
+
+
+train_in_ranks, resume_in_ranks = (partial(command_in_ranks, verb) for verb in ("train", "resume"))
 
 
 def command_here(rank: int, world_size: int, verb: str, arguments: tuple[str, ...], variables: dict[str, str]) -> Done:
@@ -91,7 +124,7 @@ def train_on_text(folder: Path, world_size: int, *overrides: str) -> Path:
     (folder / "text.txt").write_text("\n".join(sentences(700, seed) for seed in range(4)))
     text = ("data.name=text", f"data.path={folder}/text.txt", "data.vocab_size=300", f"data.cache_dir={folder}/cache")
     words = (f"trainer.devices={world_size}", f"runs_dir={folder}", "name=text", *overrides)
-    return Path(train_in_ranks(world_size, "configs/debug.yaml", *text, *words).summary["run_dir"]).resolve()
+    return train_in_ranks(world_size, "configs/debug.yaml", *text, *words).run_dir.resolve()
 
 
 def undocumented(metrics: Path) -> list[str]:
@@ -105,3 +138,8 @@ def rows_of(metrics: Path) -> list[dict[str, str]]:
     """Returns the rows of a metrics.csv without empty cells; a metric's column is empty until it is first logged."""
     with metrics.open(newline="") as file:
         return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def column(run_dir: Path, metric: str) -> dict[int, float]:
+    """Returns a metric of a run by step."""
+    return {int(row["step"]): float(row[metric]) for row in rows_of(run_dir / "metrics.csv") if metric in row}

@@ -60,9 +60,9 @@ def tiny_model(config: Config, dtype: torch.dtype = torch.float64, seed: int = 0
     return randomise(build_model(config, ParallelContext()).to(dtype), seed)
 
 
-def tiny_batch(config: Config, batch_size: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
+def tiny_batch(config: Config, batch_size: int = 2) -> tuple[Tensor, Tensor]:
     """Returns input ids and labels [B, S]."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.data.vocab_size, (batch_size, config.data.seq_len + 1), generator=generator)
     return ids[:, :-1], ids[:, 1:]
 
@@ -113,10 +113,9 @@ def tiny_stream(
     return randomise(stream.to(dtype), seed)
 
 
-def tiny_sublayers(dim: int = DIM) -> list[nn.Module]:
+def tiny_sublayers() -> list[nn.Module]:
     """Returns the sublayers of a pair: attention, MLP, attention."""
-    parts = [Attention(dim, 2), MLP(dim, FFN), Attention(dim, 2)]
-    return [Residual(nn.LayerNorm(dim), part) for part in parts]
+    return [Residual(nn.LayerNorm(DIM), part) for part in (Attention(DIM, 2), MLP(DIM, FFN), Attention(DIM, 2))]
 
 
 def tiny_shortcut(
@@ -126,10 +125,8 @@ def tiny_shortcut(
     shared_expert: nn.Module | None = None,
 ) -> ShortcutBlock:
     """Returns a ScMoE pair with CG-1."""
-    shared_expert = shared_expert or MLP(DIM, FFN)
-    norm, tap_norm, coefficient = nn.LayerNorm(DIM), nn.LayerNorm(DIM), CG1(DIM)
-    parts = {"tap_norm": tap_norm, "shared_expert": shared_expert, "coefficient": coefficient}
-    return ShortcutBlock(sublayers or tiny_sublayers(), norm, stream, schedule, **parts)
+    parts = {"tap_norm": nn.LayerNorm(DIM), "shared_expert": shared_expert or MLP(DIM, FFN), "coefficient": CG1(DIM)}
+    return ShortcutBlock(sublayers or tiny_sublayers(), nn.LayerNorm(DIM), stream, schedule, **parts)
 
 
 def hooks(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ from torch.autograd import Function
 
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.sublayers import MLP, is_parted
-from scmoe.moe.dispatcher import Announced, ChunkCounts, Dispatcher, LocalDispatcher, Pending, Receipt
+from scmoe.moe.dispatcher import Announced, ChunkCounts, LocalDispatcher, Pending, Receipt
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import DIM, FFN, randomise, tiny_shortcut, tiny_stream, tiny_sublayers
 
@@ -74,8 +74,8 @@ class RecordedPending:
 class RecordingDispatcher:
     """This dispatcher marks where a transfer starts and where it is waited for: the two autograd nodes."""
 
-    def __init__(self, log: Log, inner: Dispatcher | None = None) -> None:
-        self.log, self.inner = log, inner or LocalDispatcher()
+    def __init__(self, log: Log) -> None:
+        self.log, self.inner = log, LocalDispatcher()
         self.dispatches, self.combines = 0, 0
 
     def announce(self, counts_PE: Tensor) -> Announced:

@@ -50,15 +50,15 @@ def exit_code(run: Callable[[], Any]) -> Any:
 
 
 @contextmanager
-def before_each_validation_batch(note: Callable[[LanguageModel, int], Any]) -> Iterator[None]:
-    """Calls note(module, batch_idx) before each batch that a LanguageModel validates."""
-    validation_step = LanguageModel.validation_step
+def before_each(step: str, note: Callable[[LanguageModel, int], Any]) -> Iterator[None]:
+    """Calls note(module, batch_idx) before each `training_step` or `validation_step` of a LanguageModel."""
+    original = getattr(LanguageModel, step)
 
-    def noted(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> None:
+    def noted(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> Any:
         note(module, batch_idx)
-        validation_step(module, batch, batch_idx)
+        return original(module, batch, batch_idx)
 
-    with patch.object(LanguageModel, "validation_step", noted):
+    with patch.object(LanguageModel, step, noted):
         yield
 
 

@@ -6,7 +6,6 @@ It answers the GraphQL operations, file streams and uploads of the W&B client an
 
 import gzip
 import json
-import os
 import re
 import sys
 import threading
@@ -314,8 +313,3 @@ def wandb_server() -> Iterator[WandbServer]:
         yield server
     finally:
         server.close()
-
-
-def environment() -> dict[str, str]:
-    """Returns the variables of this process without those of W&B and of tests."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "PYTEST_"))}
