@@ -81,7 +81,7 @@ def test_bench_train_takes_as_many_ranks_as_share_the_experts_of_its_config(tmp_
     given = []
     monkeypatch.setattr(links, "require", lambda: None)
     monkeypatch.setattr(training, "bench_train", lambda *args: given.append(args))
-    assert call("bench", "train", "moe.num_experts=6", "--ranks", "3") == 0
+    assert called("bench", "train", "moe.num_experts=6", "--ranks", "3").code == 0
     assert given[0][1:4] == (("moe.num_experts=6",), 0.52, 3)
 
 
