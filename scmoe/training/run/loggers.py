@@ -29,12 +29,14 @@ from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.files.writing import read_json, redacted, try_to_write_json, warn_once
 from scmoe.parallel.checkpoint.durable import read_manifest
 
-HAS_WANDB = find_spec("wandb") is not None
+HAS_WANDB = True
 WANDB_TROUBLE: tuple[type[Exception], ...] = (OSError,)
-if HAS_WANDB:
+try:
     import wandb
 
     WANDB_TROUBLE = (wandb.Error, OSError)  # the server refuses or does not answer, or W&B's own process is gone
+except ImportError:  # it is not installed, or an installation is damaged
+    HAS_WANDB = False
 
 DEFAULT_SERVER = "https://api.wandb.ai"
 INIT_TIMEOUT_S = 20.0  # how long a server may take to answer
@@ -188,6 +190,7 @@ def wandb_mode(config: Config) -> str:
         return "disabled"
     if mode != "disabled":
         require(f"logger.mode={mode}", "wandb")
+        import_module("wandb")  # raises what is wrong with a damaged installation
     if not whole and mode != "disabled":
         raise ConfigError(f"WANDB_BASE_URL is {show(url)}, allowed: such as {DEFAULT_SERVER}, or unset")
     return mode
