@@ -125,15 +125,16 @@ def write_full(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 
 def test_one_full_file_is_read_at_any_ep_degree(tmp_path):
     """Weights and moments are equal to those of the ranks that saved them."""
-    expected = restored.whole(run_ranks(write_full, 2, tmp_path))
+    expected = restored.whole(run_ranks(write_full, 2, tmp_path), 2)
     paths = [tmp_path / f"{background}.ckpt" for background in (False, True)]
     for path in paths:
         assert files_of(path) == [FULL, "manifest.json", "meta.json"]
         assert durable.verify(path) == OLD
     for world_size in (1, 2, 4):
-        ranks = run_ranks(restored.read_all, world_size, tmp_path / str(world_size), paths)
+        layout = restored.Layout(world_size, world_size)
+        ranks = run_ranks(restored.read_all, world_size, tmp_path / str(world_size), paths, layout)
         for found in zip(*ranks, strict=True):
-            assert tiny_run.same(restored.whole(list(found)), expected)
+            assert tiny_run.same(restored.whole(list(found), world_size), expected)
 
 
 def put_together_without_room(rank: int, world_size: int, folder: Path) -> str:
