@@ -202,10 +202,12 @@ def recorded(model: Any) -> Iterator[Recorder]:
     model.head.forward = partial(recorder.around, "head", model.head.forward)
     for block in moe_blocks_of(model):
         block.run_as(block.schedule, block.moe.dispatcher, recorder)
-    yield recorder
-    del model.head.forward
-    for block in moe_blocks_of(model):
-        block.run_as(block.schedule, block.moe.dispatcher)
+    try:
+        yield recorder
+    finally:
+        del model.head.forward
+        for block in moe_blocks_of(model):
+            block.run_as(block.schedule, block.moe.dispatcher)
 
 
 def show(

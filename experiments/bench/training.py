@@ -40,7 +40,7 @@ from scmoe.experiments.bench.speed_chart import name_of
 from scmoe.experiments.dryrun.estimated import estimate
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import in_turn, middle, quartiles
-from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.experiments.engine.report import Report, publish
 from scmoe.moe.router import Router
 from scmoe.planning.planner import Overlap
@@ -124,7 +124,7 @@ class Training:
             return np.max([turn.recv() for turn in self.turns], axis=0).tolist()
         except (EOFError, ConnectionError):
             self.found.result()
-            raise
+            raise RankError("a training ended before its last turn") from None
 
     def finish(self) -> dict[str, Any]:
         for turn in self.turns:
@@ -183,13 +183,15 @@ def bench_train(
     first = configs[rows[0]]
     if first.trainer.limit_val_batches == 0:
         raise ConfigError("trainer.limit_val_batches is 0, allowed: 1 or more, as losses are compared")
+    if (early := first.trainer.early_stopping) is not None:
+        raise ConfigError(f"trainer.early_stopping is {early}, allowed: null, as all trainings take all steps")
     samples = first.data.global_batch_size // (ranks * first.trainer.accumulate)
     pair = pair_of(first, share, samples * first.data.seq_len)
     uneven = {} if routing is None else {row: made_by(routing, own, pair, ranks) for row, own in configs.items()}
     steps = first.trainer.max_steps
     turn = steps // 2 // rounds
     if turn == 0:
-        raise ConfigError(f"--rounds is {rounds}, allowed: 1 to {steps // 2}, half of trainer.max_steps")
+        raise ConfigError(f"--rounds is {rounds}, allowed: 2 to {steps // 2}, half of trainer.max_steps")
     ends = range(steps - rounds * turn, steps + 1, turn)
     ways = WAYS if routing is None else (*WAYS, EVEN)
     rates: list[float] = []  # of each round, as the machine's speed drifts

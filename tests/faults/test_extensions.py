@@ -141,7 +141,7 @@ BAD = {
     "syntax": ("def f(:\n", "SyntaxError: ", "line 1)"),
     "imports": ("import a_module_that_is_not_there\n", "No module named 'a_module_that_is_not_there' ("),
     "several": ("raise ValueError('a\\nb')\n", "ValueError: a b ("),
-    "built_in": (REGISTERS.format("architecture", "top_k", "", "print"), "has it"),
+    "built_in": (REGISTERS.format("architecture", "top_k", "", "print"), "TopKBlock has it"),
     "optimizer": (REGISTERS.format("optimizer", "adamw", "", "print"), "assembly.model.build_adamw has it"),
     "twice": (2 * REGISTERS.format("dataset", "twice", ", images=True", "print"), "builtins.print has it"),
     "dotted": (REGISTERS.format("family", "a.b", "", "print"), "the name is 'a.b', allowed: letters"),

@@ -6,6 +6,7 @@ way, so here they measure a tiny pair on the loopback device, without a rate, an
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing import Pipe
 from types import SimpleNamespace
@@ -13,10 +14,11 @@ from typing import Any
 
 import pytest
 
+from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench import growth, overlap, overlap_report, timeline, training
 from scmoe.experiments.bench.pairs import Setting
 from scmoe.experiments.engine import links
-from scmoe.experiments.engine.ranks import run_ranks
+from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.planning import planner
 from tests.support.commands import called, run
 
@@ -114,6 +116,21 @@ def test_a_step_waits_in_each_of_its_batches(monkeypatch):
         held.on_train_batch_start()
         held.on_train_batch_end(SimpleNamespace(callbacks=[schedule], accumulate_grad_batches=4, global_step=step))
     assert caller.recv()[1] == 4 * 4.25 and not caller.poll()
+
+
+def test_a_training_that_ends_before_its_last_turn_is_an_error(monkeypatch):
+    def ends_early(ranks: int, theirs: list[Any]) -> dict[str, Any]:
+        theirs[0].close()
+        return {}
+
+    monkeypatch.setattr(training, "in_own_network", ends_early)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RankError, match="before its last turn"):
+        training.Training(pool, 1).turn(None)
+
+
+def test_bench_train_refuses_to_stop_early(tmp_path):
+    with pytest.raises(ConfigError, match="early_stopping"):
+        training.bench_train("debug", ["trainer.early_stopping=1"], 0.52, 2, 2, ["top2"], None, tmp_path)
 
 
 def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path):

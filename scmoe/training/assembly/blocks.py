@@ -136,13 +136,15 @@ def moe_blocks(
 
 
 def register_moe_blocks(block: type[MoEBlock]) -> None:
-    @register_architecture(block.architecture)
     def blocks(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
         return moe_blocks(block, config, context, parts)
 
+    blocks.__qualname__ = block.__qualname__  # an error about a name that is taken shows it
+    register_architecture(block.architecture)(blocks)
 
-for block in (TopKBlock, SharedExpertBlock, ShortcutBlock, FarSkipBlock, DoubleGateBlock):
-    register_moe_blocks(block)
+
+for _block in (TopKBlock, SharedExpertBlock, ShortcutBlock, FarSkipBlock, DoubleGateBlock):
+    register_moe_blocks(_block)
 
 
 @register_architecture("dgmoe_share")
