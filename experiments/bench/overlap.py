@@ -6,6 +6,7 @@ share of communication.
     rounds                   all variants in turn, then again; ratios are taken within a round
 """
 
+import math
 import sys
 import time
 from collections import Counter
@@ -39,6 +40,7 @@ from scmoe.planning.pricing import LayerChoice
 from scmoe.schedule.cost import slots
 
 SEARCH_ROUNDS = 15  # at each rate; with fewer, the error at a share of 0.15 is as large as the transfers are long
+STRAYS, DRIFTS = 8.0, 2.0  # by how much a searched rate may differ from the estimate; from that of the round before
 TRIALS = 3  # of each schedule
 WITHIN = 8  # rate of a rank's link within its node, over that of the node's card
 NEAR, FINALISTS = 1.03, 3  # up to FINALISTS schedules of a row go into the rounds: those NEAR the best in the trials
@@ -331,6 +333,9 @@ def find_rate(
         t_free = middle(in_turn({free: runs[free]}, SEARCH_ROUNDS, over_ranks=True)[free])
         sent_bits = 2 * 2 * s.moe_blocks * s.tokens * s.dim * 32 * through_link(dist.get_world_size(), s.nodes)
         rate = sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
+    # transfers below the links' burst take no time at any rate, so a search of theirs would stray
+    widest = STRAYS if start is None else DRIFTS
+    least, most = (0.0, math.inf) if s.bus else (rate / widest, rate * widest)
     for _ in range(8):
         set_rate(rate)
         times = in_turn(runs, SEARCH_ROUNDS, over_ranks=True)
@@ -341,6 +346,7 @@ def find_rate(
             break
         factor = share / (1 - share) / (wanted / (1 - wanted))
         rate *= min(2.0, max(0.5, factor))  # a disturbed measurement must not stop the link
+        rate = min(most, max(least, rate))
     else:
         set_rate(rate)
     return rate

@@ -170,8 +170,7 @@ class MoEModule(LightningModule):
         network's `no_weight_decay` returns."""
         others = [m for m in self.modules() if not isinstance(m, nn.Embedding)]
         decays = {p for m in others for p in m.parameters(False) if p.dim() > 1}
-        if hasattr(self.model, "no_weight_decay"):
-            decays -= self.model.no_weight_decay()
+        decays -= getattr(self.model, "no_weight_decay", set)()
         parameters = [p for p in self.parameters() if p.requires_grad]
         experts, head = {p for _, p in expert_parameters(self)}, set(self.model.head.parameters())
         matrices = {p for p in decays - head if p.dim() == 2 or p in experts}

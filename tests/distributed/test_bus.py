@@ -49,6 +49,23 @@ def test_a_larger_share_has_a_lower_rate():
     assert 0 < found[0.6] < found[0.1]
 
 
+def rates_tried(rank: int, world_size: int) -> list[list[float]]:
+    """Returns the rates that two searches try where no rate changes the share. The second begins as the first."""
+    dist.init_process_group("gloo")
+    setting, seconds = Setting(0.52, rows=("top2",), **SMALL | {"bus": False}), {"sequential": 1.0, "free": 0.7}
+    first: list[float] = []
+    second: list[float] = []
+    find_rate(setting, first.append, lambda variant: seconds[variant.way])
+    find_rate(setting, second.append, lambda variant: seconds[variant.way], first[0])
+    return [first, second]
+
+
+@pytest.mark.dist
+def test_a_search_does_not_stray_where_the_share_does_not_follow_the_rate():
+    first, second = run_ranks(rates_tried, 2)[0]
+    assert min(first) == first[0] / 8 and min(second) == first[0] / 2
+
+
 def noted(rank: int, world_size: int) -> list[str]:
     dist.init_process_group("gloo")
     bench = Bench(Setting(0.5, rows=("scmoe_pos2",), dtype="bfloat16", **SMALL))
