@@ -25,6 +25,7 @@ from scmoe.probes.charts import chart, heading
 from scmoe.schedule.cost import OperatorTimes, elapsed, elapsed_time, exposed_time, per_chunk, play_ranks, shares
 from scmoe.schedule.schedule import Schedule
 
+APART = 0.006  # between rows at the same load, so that their quartiles do not cover each other
 KEPT = (  # of the balanced
     *("overlap_forward", "overlap_backward", "forward_speedup", "train_speedup"),
     *("slot", "inside_attention", "chunks"),
@@ -105,9 +106,10 @@ def words_of(report: dict[str, Any]) -> str:
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the time of a training step over the balanced one."""
     first = report["loads"][0]
-    share = f"communication share {first['balanced_share']:.2f}"
-    words = f"Uneven routing, {first['compute']} compute, {ranks_of(first)}, {share}"
-    draw_lines(report["loads"], "over_balanced_train", path, words, "training step over its balanced one")
+    of = "A pair" if first["level"] == "block" else "An iteration"
+    words = f"{of}, {first['compute']} compute, {ranks_of(first)}, share {first['balanced_share']:.2f}"
+    what = "training step over its balanced one"
+    draw_lines(report["loads"], "over_balanced_train", path, words, what)
 
 
 def draw_lines(reports: Sequence[Mapping[str, Any]], over: str, path: Path, words: str, what: str) -> None:
@@ -116,10 +118,10 @@ def draw_lines(reports: Sequence[Mapping[str, Any]], over: str, path: Path, word
     reports = sorted(reports, key=lambda own: own["load"]["max_over_mean_ranks"])
     with chart(path, 4.2) as figure:
         axis = figure.subplots()
-        for row in reports[0]["rows"]:
+        for i, row in enumerate(reports[0]["rows"]):
             label = name_of(row, reports[0].get("every", 2)) + (", pipelined" if row.endswith("_pipelined") else "")
             points = [own["rows"][row] for own in reports]
-            at = [own["max_over_mean_ranks"] for own in points]
+            at = [own["max_over_mean_ranks"] + APART * i for own in points]
             (line,) = axis.plot([1.0, *at], [1.0, *(own[over] for own in points)], marker="o", label=label)
             quartiles = zip(*(own["over_balanced_quartiles"] for own in points), strict=True)
             axis.vlines(at, *quartiles, color=line.get_color())
