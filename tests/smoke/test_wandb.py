@@ -21,6 +21,7 @@ from tests.support.wandb_server import KEY, WandbServer, wandb_server
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.timeout(600)]
 
+LONGEST_S = 400  # of all trainings; after it, the stacks of all threads say what waits
 DEBUG = ("configs/debug.yaml", "logger.project=wire", "logger.group=together", "logger.tags=[a,b]")
 
 
@@ -33,6 +34,14 @@ def client(server: WandbServer) -> Iterator[None]:
     os.environ |= server.variables
     yield
     wandb.teardown()
+
+
+def run_to_its_end(log: Path, cwd: Path, env: dict[str, str], *arguments: str) -> tuple[int, str]:
+    """Runs Python, returns its exit code and its output. That is a file, as W&B's own processes may keep a pipe open
+    after their parent has ended."""
+    with log.open("wb") as file:
+        done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, stdout=file, stderr=file)
+    return done.returncode, log.read_text()
 
 
 def scenario(folder: Path) -> None:
@@ -66,10 +75,8 @@ def scenario(folder: Path) -> None:
         report(name, server, summary=summary, said=said.getvalue())
         return said.getvalue()
 
-    def command(server: WandbServer, *words: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, **server.variables}
-        python = [sys.executable, "-m"]
-        return subprocess.run([*python, *words], cwd=folder, env=environment, capture_output=True, text=True)
+    def command(server: WandbServer, *words: str) -> tuple[int, str]:
+        return run_to_its_end(folder / "command.log", folder, {**os.environ, **server.variables}, "-m", *words)
 
     with wandb_server() as server:
         training(server, "online", "logger.mode=auto")
@@ -85,8 +92,8 @@ def scenario(folder: Path) -> None:
         assert not server.requests
         sync = sync_command((folder / "offline" / "latest").resolve())
         assert sync is not None
-        done = command(server, *sync.split())
-        report("synced", server, said=done.stderr, code=done.returncode)
+        code, said = command(server, *sync.split())
+        report("synced", server, said=said, code=code)
 
     with wandb_server() as server, client(server):
         described = {"WANDB_NOTES": "of the environment", "WANDB_TAGS": "c,d", "WANDB_JOB_TYPE": "probe"}
@@ -137,9 +144,16 @@ def scenario(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("wire")
-    code = f"from pathlib import Path; from tests.smoke.test_wandb import scenario; scenario(Path({str(folder)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code = f"""if True:
+        import faulthandler
+        from pathlib import Path
+        from tests.smoke.test_wandb import scenario
+
+        faulthandler.dump_traceback_later({LONGEST_S}, exit=True)
+        scenario(Path({str(folder)!r}))
+    """
+    ended, said = run_to_its_end(folder / "scenario.log", ROOT, environment(), "-c", code)
+    assert ended == 0, said
     assert not [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
