@@ -37,7 +37,7 @@ from scmoe.parallel.mesh import build_context
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import LayerChoice
-from scmoe.schedule.cost import slots
+from scmoe.schedule.cost import TRANSFERS, OperatorTimes, slots
 
 SEARCH_ROUNDS = 15  # at each rate; with fewer, the error at a share of 0.15 is as large as the transfers are long
 STRAYS, DRIFTS = 8.0, 2.0  # by how much a searched rate may differ from the estimate; from that of the round before
@@ -300,7 +300,8 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
     blocks = [(block, default_schedule(block)) for block in bench.stacks]
     references = [Variant(*block, way, load) for load in bench.inputs for block in blocks for way in ways]
     if rate is not None:  # the machine's speed has drifted since the search
-        rate = find_rate(setting, bench.set_rate, bench.infer, rate)
+        before, rate = rate, find_rate(setting, bench.set_rate, bench.infer, rate)
+        choices = {at: [with_transfers(own, before / rate) for own in each] for at, each in choices.items()}
     times = bench.rounds(chain(references, *finalists.values()), setting.rounds)
     rows: dict[str, dict[str, Row]] = {load: {} for load in bench.inputs}
     for (load, row), variants in finalists.items():
@@ -309,6 +310,16 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
         rows[load][row] = Row(choices[load, row], chosen[load, row], variants, best, bench.peak_mb(best), dropped)
     gradients = {block: bench.gradients(block) for block in bench.stacks}
     return {load: Measured(rate, own, times, gradients, bench.iterations, load) for load, own in rows.items()}
+
+
+def with_transfers(choice: LayerChoice, factor: float) -> LayerChoice:
+    """Return a choice whose transfers take `factor` times as long."""
+
+    def at(times: Mapping[str, float]) -> dict[str, float]:
+        return {op: factor * t if op in TRANSFERS else t for op, t in times.items()}
+
+    each = choice.times.items()
+    return replace(choice, times={n: OperatorTimes(at(own.forward), at(own.backward)) for n, own in each})
 
 
 def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> list[Variant]:

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from scmoe.config.load import load
-from scmoe.experiments.bench.overlap import Seconds, nearest
+from scmoe.experiments.bench.overlap import Seconds, nearest, with_transfers
 from scmoe.experiments.bench.overlap_report import PAYLOAD, in_parallel, least_time, least_times, rows_over_gradients
 from scmoe.experiments.bench.pairs import Setting, through_link, tokens_for
 from scmoe.experiments.bench.stacks import Variant, chosen_by, config_of
 from scmoe.experiments.engine.command_line import call
 from scmoe.planning.pricing import LayerChoice
-from scmoe.schedule.cost import slots
+from scmoe.schedule.cost import OperatorTimes, slots
 from scmoe.schedule.schedule import Schedule
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
@@ -131,6 +131,13 @@ def test_a_planners_choice_runs_in_every_block_as_chosen(chunks):
         assert chosen.of_blocks((first[0], carried[0])) == schedules
         assert (chosen in tried) == (schedules in tried.values())
     assert [schedule.slot for schedule, _ in tried.values()] == [0, 0, 1, 1], "the last slot up to the place"
+
+
+def test_the_model_prices_transfers_at_the_rate_of_the_measurement():
+    """The search for the rate runs again after planning, as the machine's speed drifts."""
+    planned = OperatorTimes({"experts": 5.0, "dispatch": 2.0, "combine": 1.0}, {"dispatch": 4.0})
+    choice = with_transfers(LayerChoice(slots(Schedule("scmoe", "carried"))[0], {1: planned}, ()), 2.0)
+    assert choice.times[1] == OperatorTimes({"experts": 5.0, "dispatch": 4.0, "combine": 2.0}, {"dispatch": 8.0})
 
 
 # ---------------------------------------------------------------------- the least time of an iteration

@@ -93,6 +93,13 @@ def test_rows_are_the_sums_since_the_last_log_and_those_of_a_resumed_run_follow_
     assert rows(tmp_path) == [HEADER, *expected(1), *expected(3)]
 
 
+@pytest.mark.parametrize("left", ["", "step,layer,exp"])
+def test_a_run_that_was_killed_before_its_first_row_has_a_header_when_it_is_resumed(left, tmp_path):
+    (tmp_path / "expert_load.csv").write_text(left)
+    train(ExpertLoad(tmp_path), 0, 5)
+    assert rows(tmp_path) == [HEADER, *expected(1), *expected(3)]
+
+
 def test_a_text_that_cannot_be_appended_leaves_the_file_as_it_was(tmp_path, capsys):
     path = tmp_path / "table.csv"
     try_to_append(path, "one\n")

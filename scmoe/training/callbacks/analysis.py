@@ -71,7 +71,9 @@ class ExpertLoad(Callback):
         if self.table is not None and self.table.exists():
             with self.table.open(newline="") as file:
                 rows = list(csv.reader(file))
-            whole = [row for row in rows if len(row) == len(rows[0])]  # a killed run may have left half a row
+            if len(rows) < 2:  # a killed run may have left half a header
+                return self.table.unlink()
+            whole = [row for row in rows if len(row) == len(rows[0])]  # or half a row
             kept = [*rows[:1], *(row for row in whole[1:] if int(row[0]) < trainer.global_step)]
             if kept and SINGLE_STEPS[0] not in kept[0]:  # a table of an earlier version
                 kept = [[*kept[0], *SINGLE_STEPS], *([*row, *[""] * len(SINGLE_STEPS)] for row in kept[1:])]
