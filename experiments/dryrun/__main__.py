@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -35,14 +36,19 @@ def numbers(run: Any) -> dict[str, float]:
 
 
 def preset_rows(ranks: int, samples: int, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield a dry run of every preset with each layout of dense weights, in two precisions, with recompute or not."""
+    """Yield a dry run of every preset with each layout of dense weights, in two precisions, with recompute or not.
+
+    Presets without a capacity have one of 1 here, which is all rows of balanced routing."""
     from scmoe.config.load import SHIPPED
     from scmoe.experiments.dryrun.counted_step import dry_run, load_for, with_slots
 
     presets = sorted((SHIPPED / "model").glob("*.yaml"))
     for path, dense, precision, recompute in product(presets, WAYS, PRECISIONS, RECOMPUTE):
         words = [f"strategy.dense={dense}", f"trainer.precision={precision}", f"trainer.recompute={recompute}"]
-        facts = facts_of(dry_run(with_slots(load_for(path, ranks, samples, [*overrides, *words]))))
+        config = load_for(path, ranks, samples, [*overrides, *words])
+        if config.moe.capacity_factor is None:
+            config = replace(config, moe=replace(config.moe, capacity_factor=1.0))
+        facts = facts_of(dry_run(with_slots(config)))
         row = {"preset": path.stem, "dense": dense, "precision": precision, "recompute": recompute == "true"}
         yield row | {key: round(facts[key], 6) for key in ("peak_gib", "states_gib")}
 

@@ -10,7 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.dryrun.counted_step import Counting, check, dry_run, load_for
+from scmoe.experiments.dryrun import counted_step
+from scmoe.experiments.dryrun.__main__ import preset_rows
+from scmoe.experiments.dryrun.counted_step import Counting, DryRun, check, dry_run, load_for
 from scmoe.experiments.dryrun.estimated import estimate
 from scmoe.experiments.engine.command_line import call
 
@@ -71,6 +73,16 @@ def test_counting_equals_torchs_tracker_where_its_hooks_hold_nothing():
             model(x).sum().backward()
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
     assert counting.peak.total() == peak > 128 * 64 * 4
+
+
+def test_every_preset_can_be_dry_run(monkeypatch):
+    """Some have no capacity, so their rows would depend on the data. The steps are not run here."""
+    nothing = DryRun(0, 0, 0, {}, 0, {})
+    monkeypatch.setattr(counted_step, "dry_run", lambda config: check(config) or nothing)
+    monkeypatch.setattr("scmoe.experiments.dryrun.__main__.RECOMPUTE", ("true",))
+    monkeypatch.setattr("scmoe.experiments.dryrun.__main__.PRECISIONS", ("32-true",))
+    presets = {row["preset"] for row in preset_rows(64, 2, ())}
+    assert {"longcat_flash", "instella_moe", "nvidia_shortcut", "nous", "swinv2_moe_b"} <= presets
 
 
 def test_a_config_for_cpus_is_dry_run_with_all_slots_and_the_command_says_so(capsys):
