@@ -161,8 +161,8 @@ $(KEPT)/growth.json:  # 23 min
 $(KEPT)/inference-2-ranks-share-%.json:  # 4 min
 	@$(KEEP) inference --out $(KEPT) --share $*
 # Uneven routing: all loads of a report in the same rounds, with a balanced control.
-$(KEPT)/uneven-emulated-block-2-ranks-share-0.52-hot_rank.json:  # 15 min
-	@$(KEEP) overlap --out $(KEPT) --share 0.52 --load hot_rank:1.7 --rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3
+$(KEPT)/uneven-emulated-block-2-ranks-share-0.52-hot_rank.json:  # 16 min
+	@$(KEEP) overlap --out $(KEPT) --share 0.52 --load hot_rank:1.7 --rounds 5
 $(KEPT)/uneven-emulated-block-2-ranks-share-0.52-hot_rank-recorded.json:  # 13 min
 	@$(KEEP) overlap --out $(KEPT) --share 0.52 --load hot_rank:1.7 --load recorded:$(KEPT)/routing-table3-top2.safetensors \
 	  --rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3

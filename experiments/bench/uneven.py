@@ -116,16 +116,20 @@ def draw_lines(reports: Sequence[Mapping[str, Any]], over: str, path: Path, word
     """Draw a time over its balanced one against the load of the busiest rank, a line for each row. reports: of each
     load. over: the key of that ratio in a row; its quartiles are `over_balanced_quartiles`."""
     reports = sorted(reports, key=lambda own: own["load"]["max_over_mean_ranks"])
-    with chart(path, 4.2) as figure:
+    rows = reports[0]["rows"]
+    bases = list(dict.fromkeys(row.removesuffix("_pipelined") for row in rows))
+    with chart(path, 3.9 + 0.12 * len(rows)) as figure:
         axis = figure.subplots()
-        for i, row in enumerate(reports[0]["rows"]):
-            label = name_of(row, reports[0].get("every", 2)) + (", pipelined" if row.endswith("_pipelined") else "")
+        for i, row in enumerate(rows):
+            base = row.removesuffix("_pipelined")
+            color, name = f"C{bases.index(base)}", name_of(row, reports[0].get("every", 2))
+            line, label = ("-o", name) if row == base else ("--o", f"{name}, pipelined")
             points = [own["rows"][row] for own in reports]
             at = [own["max_over_mean_ranks"] + APART * i for own in points]
-            (line,) = axis.plot([1.0, *at], [1.0, *(own[over] for own in points)], marker="o", label=label)
+            axis.plot([1.0, *at], [1.0, *(own[over] for own in points)], line, color=color, label=label)
             quartiles = zip(*(own["over_balanced_quartiles"] for own in points), strict=True)
-            axis.vlines(at, *quartiles, color=line.get_color())
+            axis.vlines(at, *quartiles, color=color)
         axis.set(xlabel="rows of the busiest rank over the mean", ylabel=what)
         axis.grid(axis="y")
-        axis.legend()
+        figure.legend(loc="outside lower left", ncols=2)
         heading(figure, words)
