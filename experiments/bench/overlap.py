@@ -300,8 +300,9 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
     blocks = [(block, default_schedule(block)) for block in bench.stacks]
     references = [Variant(*block, way, load) for load in bench.inputs for block in blocks for way in ways]
     if rate is not None:  # the machine's speed has drifted since the search
-        before, rate = rate, find_rate(setting, bench.set_rate, bench.infer, rate)
-        choices = {at: [with_transfers(own, before / rate) for own in each] for at, each in choices.items()}
+        planned = rate
+        rate = find_rate(setting, bench.set_rate, bench.infer, planned)
+        choices = {at: [with_transfers(choice, planned / rate) for choice in own] for at, own in choices.items()}
     times = bench.rounds(chain(references, *finalists.values()), setting.rounds)
     rows: dict[str, dict[str, Row]] = {load: {} for load in bench.inputs}
     for (load, row), variants in finalists.items():
@@ -315,11 +316,11 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
 def with_transfers(choice: LayerChoice, factor: float) -> LayerChoice:
     """Return a choice whose transfers take `factor` times as long."""
 
-    def at(times: Mapping[str, float]) -> dict[str, float]:
+    def longer(times: Mapping[str, float]) -> dict[str, float]:
         return {op: factor * t if op in TRANSFERS else t for op, t in times.items()}
 
-    each = choice.times.items()
-    return replace(choice, times={n: OperatorTimes(at(own.forward), at(own.backward)) for n, own in each})
+    times = {n: OperatorTimes(longer(own.forward), longer(own.backward)) for n, own in choice.times.items()}
+    return replace(choice, times=times)
 
 
 def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> list[Variant]:

@@ -108,8 +108,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     first = report["loads"][0]
     of = "A pair" if first["level"] == "block" else "An iteration"
     words = f"{of}, {first['compute']} compute, {ranks_of(first)}, share {first['balanced_share']:.2f}"
-    what = "training step over its balanced one"
-    draw_lines(report["loads"], "over_balanced_train", path, words, what)
+    draw_lines(report["loads"], "over_balanced_train", path, words, "training step over its balanced one")
 
 
 def draw_lines(reports: Sequence[Mapping[str, Any]], over: str, path: Path, words: str, what: str) -> None:
@@ -122,8 +121,9 @@ def draw_lines(reports: Sequence[Mapping[str, Any]], over: str, path: Path, word
         axis = figure.subplots()
         for i, row in enumerate(rows):
             base = row.removesuffix("_pipelined")
-            color, name = f"C{bases.index(base)}", name_of(row, reports[0].get("every", 2))
-            line, label = ("-o", name) if row == base else ("--o", f"{name}, pipelined")
+            color = f"C{bases.index(base)}"
+            line = "-o" if row == base else "--o"
+            label = name_of(row, reports[0].get("every", 2)) + ("" if row == base else ", pipelined")
             points = [own["rows"][row] for own in reports]
             at = [own["max_over_mean_ranks"] + APART * i for own in points]
             axis.plot([1.0, *at], [1.0, *(own[over] for own in points)], line, color=color, label=label)

@@ -4,6 +4,7 @@ One process, `scenario`, makes all trainings, because every start of Python with
 """
 
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -46,6 +47,7 @@ def run_to_its_end(log: Path, cwd: Path, env: dict[str, str], *arguments: str) -
 
 def scenario(folder: Path) -> None:
     """Writes into the folder, for each training, what the server received and what the training printed."""
+    faulthandler.dump_traceback_later(LONGEST_S, exit=True)
     from lightning.pytorch import Callback
 
     from scmoe.config.load import load
@@ -144,14 +146,7 @@ def scenario(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("wire")
-    code = f"""if True:
-        import faulthandler
-        from pathlib import Path
-        from tests.smoke.test_wandb import scenario
-
-        faulthandler.dump_traceback_later({LONGEST_S}, exit=True)
-        scenario(Path({str(folder)!r}))
-    """
+    code = f"from pathlib import Path; from tests.smoke.test_wandb import scenario; scenario(Path({str(folder)!r}))"
     ended, said = run_to_its_end(folder / "scenario.log", ROOT, environment(), "-c", code)
     assert ended == 0, said
     assert not [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]

@@ -72,7 +72,8 @@ class ExpertLoad(Callback):
             with self.table.open(newline="") as file:
                 rows = list(csv.reader(file))
             if len(rows) < 2:  # a killed run may have left half a header
-                return self.table.unlink()
+                self.table.unlink()
+                return
             whole = [row for row in rows if len(row) == len(rows[0])]  # or half a row
             kept = [*rows[:1], *(row for row in whole[1:] if int(row[0]) < trainer.global_step)]
             if kept and SINGLE_STEPS[0] not in kept[0]:  # a table of an earlier version
