@@ -71,7 +71,8 @@ def main(
     if out is None:
         speed = generate_texts(run.resolve(), request, lambda text: print(), partial(print, end="", flush=True))
     else:
-        speed = generate_texts(run.resolve(), request, to_file(out))
+        with to_file(out) as write:
+            speed = generate_texts(run.resolve(), request, write)
     if speed is not None:
         print(*speed_lines(speed), sep="\n", file=sys.stderr)
         if out is not None:

@@ -209,8 +209,11 @@ def shown(steps: Iterable[Step], stopping: Stopping, show: Callable[[str], None]
         yield step
 
 
-def to_file(path: Path) -> Callable[[dict[str, Any]], None]:
-    """Return a function that writes lines into a file, on rank 0 only. Until the first one, the file is as it was."""
+@contextmanager
+def to_file(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Give a function that writes lines into a file, on rank 0 only. Until the first line the file is as it was: an
+    earlier one keeps its lines, and a new one is removed."""
+    is_new = not path.exists()
     try:
         file = path.open("a", encoding="utf-8") if is_rank_zero() else None
     except OSError as error:
@@ -218,11 +221,18 @@ def to_file(path: Path) -> Callable[[dict[str, Any]], None]:
     earlier = path.is_file()  # a pipe holds nothing to remove
 
     def write(text: dict[str, Any]) -> None:
-        nonlocal earlier
+        nonlocal earlier, is_new
         assert file is not None, "only rank 0 writes"
+        is_new = False
         if earlier:
             file.truncate(0)
             earlier = False
         print(json.dumps(text, ensure_ascii=False), file=file, flush=True)
 
-    return write
+    try:
+        yield write
+    finally:
+        if file is not None:
+            file.close()
+            if is_new:
+                path.unlink(missing_ok=True)

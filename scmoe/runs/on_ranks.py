@@ -13,11 +13,13 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_kept
 from scmoe.config.registry import named
+from scmoe.parallel.checkpoint.durable import UNREAD, BrokenCheckpoint
 from scmoe.parallel.checkpoint.export import EXPORT, load_weights
 from scmoe.runs.trained import check_export
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.modules import MoEModule
+from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import check_devices, check_resident
 from scmoe.training.run.resume import REFUSED_SINCE, Which, config_of, find_checkpoint, refuse_other_model
 from scmoe.training.run.train import silence_lightning
@@ -37,10 +39,11 @@ WITHOUT = (
 def find_weights(run: Path, which: Which, overrides: Sequence[str]) -> tuple[Path, Config]:
     """Return a run's checkpoint, or the exported file itself, and the configuration with which it is used.
 
-    ConfigError: there is none, or as in `config_without_training`.
+    Of a checkpoint no file is read through here, as every rank does this: it is verified where it is loaded, by each
+    rank a share of its files. ConfigError: there is none, or as in `config_without_training`.
     """
     if run.suffix != EXPORT:
-        checkpoint = find_checkpoint(run, which)
+        checkpoint = find_checkpoint(run, which, UNREAD)
         return checkpoint, config_without_training(partial(config_of, run, checkpoint), checkpoint, overrides)
     config = config_without_training(partial(load_kept, run.parent / "config.yaml"), run, overrides)
     check_export(run, config)
@@ -78,7 +81,11 @@ def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
             warnings.filterwarnings("ignore", message)
         # without batches it starts the ranks, and places and reads the model
         checkpoint: dict[str, Any] = {} if exported else {"ckpt_path": weights, "weights_only": True}
-        trainer.validate(module, [], verbose=False, **checkpoint)
+        try:
+            trainer.validate(module, [], verbose=False, **checkpoint)
+        except BrokenCheckpoint as error:
+            error.add_note(f"Move {relative(weights)} out of its folder, and the checkpoint before it is used.")
+            raise
     if exported:
         with ending_together(trainer):
             load_weights(weights, module.model)

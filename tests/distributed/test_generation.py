@@ -17,9 +17,10 @@ from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.inference.generate import Passes
 from scmoe.inference.generate import generate as generate_here
 from scmoe.inference.sampling import GREEDY, Stopping
+from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.mesh import ParallelContext, build_context
 from scmoe.training.assembly.model import build_model
-from tests.support.commands import called, command_in_ranks, train_in_ranks, train_on_text
+from tests.support.commands import called, command_here, command_in_ranks, train_in_ranks, train_on_text
 from tests.support.models import tiny
 from tests.support.sentences import sentences
 
@@ -165,6 +166,49 @@ def test_a_refused_request_leaves_earlier_texts(run_dir, tmp_path):
     out.write_text("earlier\n")
     assert called("generate", str(tmp_path / "none"), "--prompts", str(prompts), "--out", str(out)).code == 2
     assert out.read_text() == "earlier\n"
+    out.unlink()
+    assert called("generate", str(tmp_path / "none"), "--prompts", str(prompts), "--out", str(out)).code == 2
+    assert not out.exists(), "a file that was not there is not made"
+
+
+def test_ranks_share_the_reading_of_a_checkpoint(run_dir, tmp_path):
+    """Each file is read once to verify it, whatever the number of ranks: generate on two, evaluate on one."""
+    generate = ("generate", str(run_dir), "--max-tokens", "1", "trainer.devices=2")
+    evaluate = ("evaluate", str(run_dir), "--tasks", "none", "--which", "best", "logger.mode=disabled")
+    files = [
+        sorted(file.name for file in (run_dir / "checkpoints" / name).iterdir() if file.name != durable.MANIFEST)
+        for name in ("step=3.ckpt", "best-step=2.ckpt")
+    ]
+    of_ranks = run_ranks(verified, 2, generate)
+    assert sorted(name for names in of_ranks for name in names) == files[0] and all(of_ranks)
+    assert sorted(verified(0, 1, evaluate)) == files[1]
+
+
+def test_a_damaged_checkpoint_is_found_where_it_is_loaded(run_dir, tmp_path):
+    """The error says how to use the one before it."""
+    damaged = Path(shutil.copytree(run_dir, tmp_path / "run"))
+    shard = next((damaged / "checkpoints/step=3.ckpt").glob("shard*"))
+    shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    with pytest.raises(durable.BrokenCheckpoint, match=rf"{shard.name} is damaged") as caught:
+        called("generate", str(damaged))
+    shutil.move(damaged / "checkpoints/step=3.ckpt", tmp_path)
+    assert "step=3.ckpt out of its folder" in "".join(caught.value.__notes__)
+    assert "best-step=2.ckpt" in called("generate", str(damaged), "--max-tokens", "1").err
+
+
+def verified(rank: int, world_size: int, words: tuple[str, ...]) -> list[str]:
+    """Runs a verb; returns the files of checkpoints whose content it compares with the manifest."""
+    names: list[str] = []
+    fingerprint = durable.fingerprint
+
+    def spied(path: Path) -> dict[str, Any]:
+        names.append(path.name)
+        return fingerprint(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable, "fingerprint", spied)
+        assert command_here(rank, world_size, words[0], words[1:], {}).code == 0
+    return names
 
 
 def test_a_text_that_makes_another_tokenizer_is_refused(run_dir, tmp_path):

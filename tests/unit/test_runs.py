@@ -113,6 +113,21 @@ def test_files_that_a_crash_has_cut_count_as_missing(folder, capsys):
     assert "6 of 6 runs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"pid": 1}, {"state": "paused"}, {"state": "running"}, {"state": "running", "pid": "1", "host": "a"}],
+    ids=str,
+)
+def test_a_state_of_another_form_counts_as_missing(folder, capsys, other):
+    run = runs.open_run("latest", folder)
+    (run.path / "state.json").write_text(json.dumps(other))
+    (run.path / "summary.json").unlink(missing_ok=True)
+    refuse_running(run.path)
+    assert run.state == "cut"
+    assert call("runs", str(folder)) == 0
+    assert "6 of 6 runs" in capsys.readouterr().out
+
+
 def test_a_living_run_touches_its_state(tmp_path, monkeypatch):
     monkeypatch.setattr("scmoe.training.run.directory.BEAT_S", 0.01)
     write_state(tmp_path, "running")

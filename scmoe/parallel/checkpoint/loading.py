@@ -41,8 +41,11 @@ def read_named(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """Return everything in a checkpoint except its tensors."""
-    return json.loads((path / META).read_text(), object_hook=from_json)
+    """Return everything in a checkpoint except its tensors. BrokenCheckpoint: the file is damaged."""
+    try:
+        return json.loads((path / META).read_text(encoding="utf-8"), object_hook=from_json)
+    except ValueError as error:
+        raise durable.BrokenCheckpoint(f"{path / META} is damaged: {error}") from error
 
 
 def read_for_lightning(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.files.writing import try_to_write_json, warn_once
 from scmoe.moe.stream import dropless
-from scmoe.parallel.checkpoint.durable import read_manifest
+from scmoe.parallel.checkpoint.durable import UNREAD, read_manifest
 from scmoe.runs.evaluate.scoring import (
     BATCH_TOKENS,
     Forward,
@@ -126,7 +126,7 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
 
     Raises ConfigError for what cannot be evaluated, before another rank starts.
     """
-    checkpoint = find_checkpoint(run_dir, request.which)
+    checkpoint = find_checkpoint(run_dir, request.which, UNREAD)  # verified where it is loaded, by each rank a share
     config = config_without_training(partial(config_of, run_dir, checkpoint), checkpoint, request.overrides)
     read_results(run_dir)  # its refusal, before other ranks start
     of_run = config_of(run_dir, checkpoint, [*named(request.overrides, "logger"), *named(request.overrides)])

@@ -32,6 +32,7 @@ from scmoe.parallel.checkpoint.durable import machine, start_of
 UNNAMED_KEYS = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")  # not in a run's name
 VALUE_CHARS, SLUG_CHARS = 24, 64  # of one value, and of all; with the stamp well below a file system's 255 bytes
 STATE = "state.json"
+STATES = ("running", "finished", "failed", "cut")
 BEAT_S, SILENT_S = 60.0, 600.0  # the second is longer than clocks of machines differ, and than a shared disk is away
 
 
@@ -146,11 +147,21 @@ def show_life(run_dir: Path) -> threading.Event:
 
 
 def read_state(run_dir: Path) -> str:
-    """Return running, finished, failed or cut. A run without a whole state.json is finished if it has a summary."""
-    kept = read_json(run_dir / STATE)
+    """Return running, finished, failed or cut. A run without a whole state.json, or with one of another form, is
+    finished if it has a summary."""
+    kept = _kept_state(run_dir)
     if not kept:
         return "finished" if (run_dir / "summary.json").exists() else "cut"
     return "cut" if kept["state"] == "running" and not _lives(kept, run_dir / STATE) else kept["state"]
+
+
+def _kept_state(run_dir: Path) -> dict[str, Any]:
+    """Return what `write_state` has written; {} where the file is missing, not whole or of another form."""
+    kept = read_json(run_dir / STATE)
+    process = (kept.get("pid"), kept.get("host"), kept.get("started", 0))
+    types = (int, str, str | None)
+    is_ours = kept.get("state") in STATES and all(map(isinstance, process, types))
+    return kept if is_ours else {}
 
 
 def refuse_running(run_dir: Path) -> None:
@@ -158,7 +169,7 @@ def refuse_running(run_dir: Path) -> None:
     if read_state(run_dir) != "running":
         return
     path = run_dir / STATE
-    kept = read_json(path)
+    kept = _kept_state(run_dir)
     if kept.get("machine") != machine():
         where = f"on {kept['host']}, perhaps in a container,"
         raise ConfigError(

@@ -42,20 +42,21 @@ MUST_STAY = ("trainer.overfit_batches", "trainer.accumulate")
 def find_checkpoint(run_dir: Path, which: Which = "last", share: slice = slice(None)) -> Path:
     """Return the run's checkpoint of the latest step, or the one with the best validation.
 
-    share: which of its files are read, as in `verify`. Raises ConfigError for a run that has no such checkpoint.
+    share: which of its files are read, as in `verify`; of others only the size is compared. Raises ConfigError for a
+    run that has no such checkpoint.
     """
     folder = run_dir / "checkpoints"
     try:
         newest = newest_good(folder, share=share)
-        return best_checkpoint(newest, folder) if which == "best" else newest
+        return best_checkpoint(newest, folder, share) if which == "best" else newest
     except FileNotFoundError as error:
         raise ConfigError(why_no_checkpoint(run_dir, which)) from error
 
 
-def best_checkpoint(newest: Path, folder: Path) -> Path:
+def best_checkpoint(newest: Path, folder: Path, share: slice = slice(None)) -> Path:
     """Return the whole checkpoint with the best validation. The newest one knows the scores of all that are kept.
 
-    FileNotFoundError: there is none.
+    share: as in `verify`. FileNotFoundError: there is none.
     """
     scores: dict[str, float] = {}
     for name, state in read_meta(newest).get("callbacks", {}).items():
@@ -64,12 +65,12 @@ def best_checkpoint(newest: Path, folder: Path) -> Path:
             scores = {Path(path).name: sign * float(score) for path, score in state["best_k_models"].items()}
     for name in sorted(scores, key=scores.__getitem__, reverse=True):
         try:
-            verify(folder / name)
+            verify(folder / name, share)
         except BrokenCheckpoint as error:
             warnings.warn(f"passed over: {error}", stacklevel=2)
         else:
             return folder / name
-    return newest_good(folder, "best-")
+    return newest_good(folder, "best-", share)
 
 
 def checkpoint_of(run_dir: Path, step: int) -> Path:
