@@ -241,7 +241,7 @@ def this_machine() -> str:
 def is_whole(folder: Path) -> bool:
     """Returns whether every file exists with the size that the header states. The header is written last."""
     try:
-        files = json.loads((folder / "header.json").read_text())["files"]
+        files = json.loads((folder / "header.json").read_text(encoding="utf-8"))["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError, KeyError):
         return False
@@ -272,7 +272,7 @@ def _write(folder: Path, content: str, source: Source, kind: str, vocab_size: in
         "splits": splits,
         "files": {name: (folder / name).stat().st_size for name in names},
     }
-    (folder / "header.json").write_text(json.dumps(header, indent=2) + "\n")
+    (folder / "header.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_split(
@@ -363,7 +363,10 @@ class TextDataModule(SequenceDataModule):
 
     @cached_property
     def splits(self) -> TokenSplits:
-        token_bytes_V, header = self.tokenizer.token_bytes(), json.loads((self.folder / "header.json").read_text())
+        token_bytes_V, header = (
+            self.tokenizer.token_bytes(),
+            json.loads((self.folder / "header.json").read_text(encoding="utf-8")),
+        )
         tokens = {
             split: TokenFile(self.folder / f"{split}.bin", header["dtype"], header["splits"][split]["tokens"])
             for split in SPLITS

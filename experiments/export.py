@@ -46,13 +46,13 @@ def main(
         of_run = beside.resolve() == run_dir / "config.yaml"
         others = [file for file in out.parent.glob("[!.]*.safetensors") if file != out]
         used = beside.exists() and (others or not out.exists())
-        if not of_run and used and beside.read_text() != to_yaml(config):
+        if not of_run and used and beside.read_text(encoding="utf-8") != to_yaml(config):
             raise ConfigError(f"--out is {str(out)!r}, whose folder has another config.yaml, allowed: another folder")
         out.parent.mkdir(parents=True, exist_ok=True)
         tokenizer = kept_tokenizer(checkpoint)
         consolidate(checkpoint, out, build_model_on_meta(config), model_settings(config), tokenizer=tokenizer)
         if not of_run:  # how the run began
-            beside.write_text(to_yaml(config))
+            beside.write_text(to_yaml(config), encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ConfigError(str(error)) from error
     print(f"{out}, from the {which} checkpoint, {checkpoint.name}")

@@ -60,7 +60,7 @@ def write_report(place: Place, parts: Mapping[str, Mapping[str, Any]]) -> list[s
     which files it removed to keep the limits."""
     facts, removed = machine(place.device), trim(place.out)
     results = {"machine": facts, "tiny": place.tiny, "parts": parts, "removed": removed}
-    (place.out / "results.json").write_text(json.dumps(results, indent=1))
+    (place.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     lines = ["# GPU check", "", *bullets(facts), *(f"- removed: {line}" for line in removed), ""]
     if place.tiny:
         lines += ["**A trial at tiny sizes: no number here says anything about speed.**", ""]
@@ -72,7 +72,7 @@ def write_report(place: Place, parts: Mapping[str, Mapping[str, Any]]) -> list[s
             lines += ["", f"{part['state']}:", "", "```text", part["why"], "```"]
         for piece, value in part["pieces"].items():
             lines += ["", f"### {piece}", "", *bullets_and_tables(value)]
-    (place.out / "report.md").write_text("\n".join(lines) + "\n")
+    (place.out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return removed
 
 

@@ -90,7 +90,7 @@ def trained(name: str, work: Path) -> Path:
         if done.returncode:
             raise ConfigError(f"the training {name!r} has failed, see above. Run the bench again after a repair")
         (runs_dir / "done.json").write_bytes(done.stdout)
-    summary = json.loads((runs_dir / "done.json").read_text())
+    summary = json.loads((runs_dir / "done.json").read_text(encoding="utf-8"))
     return Path(summary["run_dir"]) / "analysis" / "routing"
 
 

@@ -103,7 +103,7 @@ class Training:
 
 def sent_bytes() -> int:
     """Return how many bytes this rank's link has sent since it came up; 0 where there is none."""
-    found = re.search(r"^ *eth0:(.*)", Path("/proc/self/net/dev").read_text(), re.MULTILINE)
+    found = re.search(r"^ *eth0:(.*)", Path("/proc/self/net/dev").read_text(encoding="utf-8"), re.MULTILINE)
     return int(found[1].split()[8]) if found else 0
 
 

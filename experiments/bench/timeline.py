@@ -57,7 +57,7 @@ def draw_plan(run_dir: Path) -> dict[str, Any]:
     """Draw the plan of a run, forward and backward, into its folder `analysis`. ConfigError: it has no plan."""
     path = run_dir / "plan.json"
     try:
-        choices = plan_from_json(json.loads(path.read_text()))
+        choices = plan_from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         allowed = "a run with schedule=auto that has chosen"
         raise ConfigError(f"--run is {str(run_dir)!r}, allowed: {allowed}: {error}") from error

@@ -46,7 +46,9 @@ def undisturbed(run: Callable[[], Result], max_wait: float) -> tuple[Result, flo
 def _waited_s() -> float:
     """Returns the seconds that the threads of this process have been ready to run and had no core, so far."""
     threads = os.listdir("/proc/self/task")
-    return sum(int(Path(f"/proc/self/task/{t}/schedstat").read_text().split()[1]) for t in threads) / 1e9
+    return (
+        sum(int(Path(f"/proc/self/task/{t}/schedstat").read_text(encoding="utf-8").split()[1]) for t in threads) / 1e9
+    )
 
 
 def in_turn(

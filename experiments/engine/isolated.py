@@ -137,7 +137,7 @@ def errors_in(value: Any) -> Iterator[str]:
 
 
 def tail(path: Path) -> str:
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    lines = path.read_text(errors="replace", encoding="utf-8").splitlines() if path.exists() else []
     return "\n".join(lines[-TAIL_LINES:]) or "(nothing)"
 
 
@@ -158,4 +158,4 @@ def _become_part(part: Part, place: Place, results: Path, output: Path) -> None:
         print(name, flush=True)
         done[name] = attempt(measure)
         with replacing(results) as file:
-            file.write_text(json.dumps(done))
+            file.write_text(json.dumps(done), encoding="utf-8")

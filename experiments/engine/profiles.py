@@ -134,7 +134,7 @@ def host_waits(events: Sequence[Event]) -> dict[str, int]:
 
 def anonymous_mb() -> float:
     """Returns RssAnon in MB: memory that no file backs."""
-    found = re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
+    found = re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.M)
     assert found is not None
     return int(found[1]) * 1024 / 1e6
 

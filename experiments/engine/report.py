@@ -73,7 +73,7 @@ def write_json(path: Path, report: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write a report into a file, whose folder need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
-        partial.write_text(json.dumps(report, indent=1))
+        partial.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
 def publish(report: Mapping[str, Any], tables: Sequence[Report], draw: Callable[[Any, Path], None], name: Path) -> None:

@@ -72,7 +72,7 @@ def save_over(
     trainer = tiny_run.one_step(world_size, folder, *WAYS[dense])
     pids = folder / "pids"
     pids.mkdir(parents=True, exist_ok=True)
-    (pids / str(rank)).write_text(str(os.getpid()))
+    (pids / str(rank)).write_text(str(os.getpid()), encoding="utf-8")
     trainer.strategy.barrier()  # every rank has written its id, over that of an earlier call
     *before, last = steps
     for step in before:
@@ -84,7 +84,7 @@ def save_over(
             if victim == "all":
                 for other in pids.iterdir():
                     if other.name != str(rank):
-                        os.kill(int(other.read_text()), signal.SIGKILL)
+                        os.kill(int(other.read_text(encoding="utf-8")), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
         done.append(what)
 

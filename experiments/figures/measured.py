@@ -76,7 +76,7 @@ def read_reports(sources: Sequence[Path]) -> Reports:
     found: Reports = {}
     for path in paths:
         try:
-            report = json.loads(path.read_text())
+            report = json.loads(path.read_text(encoding="utf-8"))
             scenario = shares.get(report["wanted_share"])
             complete, level = {"top2_operators_ms", "fastest_scmoe"} <= report.keys(), report["level"]
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -224,7 +224,7 @@ def of_a_run(number: int, sources: Sequence[str], out: Path | None) -> list[Path
     *drawn, data = [(out or path.parent) / f"figure-{number}{end}" for end in (*PRINTED, ".json")]
     for file in drawn:
         draw_measured(found, file)
-    data.write_text(json.dumps(found) + "\n")
+    data.write_text(json.dumps(found) + "\n", encoding="utf-8")
     return [*drawn, data]
 
 

@@ -85,7 +85,7 @@ def write_pages(out: Path | None) -> list[Path]:
         files.append((out or PAGES) / f"{name}.png")
         draw(files[-1])
     for path, text in pages().items() if out is None else ():
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         files.append(path)
     return files
 
@@ -103,7 +103,7 @@ class Experiment:
 def pages() -> dict[Path, str]:
     """Return the text of each page of results by its file: one for each experiment, and the overview."""
     every = experiments()
-    shown = GENERATED.sub(lambda _: overview(every), OVERVIEW.read_text())
+    shown = GENERATED.sub(lambda _: overview(every), OVERVIEW.read_text(encoding="utf-8"))
     return {each.page: text_of(each) for each in every} | {OVERVIEW: shown}
 
 
@@ -224,7 +224,7 @@ def preset_tables(data: dict[str, Any]) -> list[Report]:
 
 
 def read(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 TABLES = {  # by the first words of an experiment's name

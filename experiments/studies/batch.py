@@ -141,7 +141,7 @@ class Running:
             job.state.done = 0.0
         job.keep()
         job.log.parent.mkdir(parents=True, exist_ok=True)
-        with job.log.open("w" if run_dir is None else "a") as log:
+        with job.log.open("w" if run_dir is None else "a", encoding="utf-8") as log:
             if here:
                 program, *arguments = words[len(job.launcher) - 1 :]
                 self.code = _call((program.rpartition(".")[2], *arguments), log)

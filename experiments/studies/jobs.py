@@ -117,7 +117,7 @@ class Job:
 def lock_of(study: Path) -> Iterator[IO[str]]:
     """Hold the lock of a study. Raises ConfigError where another process holds it."""
     study.mkdir(parents=True, exist_ok=True)
-    with (study / "lock").open("w") as lock:
+    with (study / "lock").open("w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

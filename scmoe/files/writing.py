@@ -53,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_durably(path: Path, text: str) -> None:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     sync(path)
 
 
@@ -132,7 +132,7 @@ KEY_SHAPES = re.compile(
 def try_to_write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write JSON that a run can do without: where it cannot be written, warn and go on. Else: `write_whole`."""
     text = json.dumps(values, indent=2) + "\n"
-    try_to_write(path, lambda partial: partial.write_text(text))
+    try_to_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def try_to_write(path: Path, write: Callable[[Path], object]) -> None:

@@ -255,7 +255,7 @@ def memory_of_rank(device: torch.device, node_size: int) -> float:
 def memory_limit() -> float:
     """Return the bytes that the container of this process may use; infinite without a limit."""
     file = CONTAINER / "memory.max"
-    limit = file.read_text().strip() if file.exists() else "max"
+    limit = file.read_text(encoding="utf-8").strip() if file.exists() else "max"
     return math.inf if limit == "max" else float(limit)
 
 
@@ -263,5 +263,5 @@ def memory_in_use() -> float:
     """Return the bytes that the container uses, without pages of files that are not in use: they are given back."""
     if not (CONTAINER / "memory.current").exists():
         return 0.0
-    stat = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
-    return float((CONTAINER / "memory.current").read_text()) - float(stat.get("inactive_file", 0))
+    stat = dict(line.split() for line in (CONTAINER / "memory.stat").read_text(encoding="utf-8").splitlines())
+    return float((CONTAINER / "memory.current").read_text(encoding="utf-8")) - float(stat.get("inactive_file", 0))

@@ -54,7 +54,7 @@ class SeenRun:
         path, rows = self.path / "metrics.csv", list[dict[str, float]]()
         if not path.exists():
             return []
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 with suppress(TypeError, ValueError):  # a cell that is missing is None
                     rows.append({key: float(value) for key, value in row.items() if value != ""})

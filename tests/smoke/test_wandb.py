@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from scmoe.training.run.directory import git
 from tests.support.commands import ROOT, environment
 from tests.support.wandb_server import KEY, WandbServer, wandb_server
 
@@ -179,8 +180,10 @@ def test_a_run_arrives_complete(reports):
     assert column(arrived, "trainer/global_step") == [0, 1, 1, 2, 3, 3], "there are four steps and two validations"
     assert len(column(arrived, "train/loss")) == 4
     assert column(arrived, "val/loss")[-1] == pytest.approx(report["summary"]["val_loss"])
-    assert arrived["summary"]["val/loss"] == {"min": pytest.approx(min(column(arrived, "val/loss")))}
-    assert arrived["summary"]["train/lr"] == column(arrived, "train/lr")[-1], "the last one"
+    assert arrived["sent"]["commit"] == git("rev-parse", "HEAD")
+    for name in ("val/loss", "train/loss", "train/lr"):
+        assert arrived["summary"][name] == column(arrived, name)[-1], "a number, by which W&B sorts"
+    assert arrived["summary"]["val/loss_min"] == pytest.approx(min(column(arrived, "val/loss")))
     assert arrived["exit_code"] == 0
     assert not warnings(report)
 
@@ -208,6 +211,7 @@ def test_the_data_and_the_tokenizer_arrive_as_names_and_hashes(reports):
     data, tokenizer = of_type(reports["described"], "dataset", "tokenizer")[:2]
     assert (data["name"], data["metadata"]) == ("dataset-sotu", {"name": "sotu", "subset": None, "content": "a"})
     assert (tokenizer["name"], tokenizer["metadata"]["content"]) == ("tokenizer-tokenizer.json", "b")
+    assert all(artifact["used"] and not artifact["run"] for artifact in (data, tokenizer)), "inputs, not outputs"
     (of_run,) = of_type(reports["online"], "dataset")
     assert of_run["metadata"]["name"] == "synthetic" and of_run["metadata"]["content"]
 
@@ -225,6 +229,7 @@ def test_a_resumed_run_is_the_same_run(reports):
     assert column(arrived, "trainer/global_step") == [0, 1, 1, 2, 3, 3, 4, 5, 5]
     assert arrived["config"]["trainer"]["max_steps"] == 6
     assert column(arrived, "val/loss")[-1] == pytest.approx(reports["resumed"]["summary"]["val_loss"])
+    assert arrived["summary"]["train/loss_min"] == pytest.approx(min(column(arrived, "train/loss"))), "of both parts"
     assert not warnings(reports["resumed"])
 
 

@@ -32,7 +32,7 @@ class Run:
     group: str | None = None
     tags: list[str] = field(default_factory=list)
     sweep: str | None = None
-    sent: dict[str, Any] = field(default_factory=dict)  # entity, jobType, notes, displayName
+    sent: dict[str, Any] = field(default_factory=dict)  # entity, jobType, notes, displayName, commit
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -46,11 +46,12 @@ class Run:
 class Artifact:
     type: str
     name: str
-    run: str
+    run: str | None  # whose output it is
     metadata: dict[str, Any]
     aliases: list[str]
     files: dict[str, bytes] = field(default_factory=dict)
     committed: bool = False
+    used: bool = False  # by a run, as its input
 
 
 class WandbServer:
@@ -124,7 +125,9 @@ class WandbServer:
         run = self.runs.setdefault(name, Run(name))
         run.project, run.group = v.get("project") or run.project, v.get("groupName") or run.group
         run.tags, run.sweep = v.get("tags") or run.tags, v.get("sweep") or run.sweep
-        run.sent = {key: v[key] for key in ("entity", "jobType", "notes", "displayName") if v.get(key)} | run.sent
+        run.sent = {
+            key: v[key] for key in ("entity", "jobType", "notes", "displayName", "commit") if v.get(key)
+        } | run.sent
         config = json.loads(v.get("config") or "{}")
         run.config |= {key: entry["value"] for key, entry in config.items() if key != "_wandb"}
         return {"upsertBucket": {"bucket": _bucket(run), "inserted": inserted}}
@@ -139,7 +142,7 @@ class WandbServer:
     def _CreateArtifact(self, v: dict[str, Any]) -> dict[str, Any]:
         v = v["input"]
         metadata, aliases = json.loads(v["metadata"] or "{}"), [alias["alias"] for alias in v["aliases"]]
-        artifact = Artifact(v["artifactTypeName"], v["artifactCollectionName"], v["runName"], metadata, aliases)
+        artifact = Artifact(v["artifactTypeName"], v["artifactCollectionName"], v.get("runName"), metadata, aliases)
         self.artifacts.append(artifact)
         identity = str(len(self.artifacts) - 1)
         sequence = {"id": "s", "latestArtifact": None}
@@ -173,6 +176,11 @@ class WandbServer:
     def _CommitArtifact(self, v: dict[str, Any]) -> dict[str, Any]:
         self.artifacts[int(v["artifactID"])].committed = True
         return {"commitArtifact": {"artifact": {"id": v["artifactID"], "digest": "d"}}}
+
+    def _UseArtifact(self, v: dict[str, Any]) -> dict[str, Any]:
+        identity = v.get("artifactID") or v["input"]["artifactID"]
+        self.artifacts[int(identity)].used = True
+        return {"useArtifact": {"artifact": {"id": identity}}}
 
     def _ArtifactByID(self, v: dict[str, Any]) -> dict[str, Any]:
         artifact = self.artifacts[int(v["id"])]

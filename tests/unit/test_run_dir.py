@@ -1,7 +1,9 @@
 """The name of a run's directory shows how the run differs from others; its last state is right however it ends."""
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from scmoe.config.load import load, to_yaml
 from scmoe.runs.evaluate.evaluation import keep_results, read_results
 from scmoe.training.run import resume, train
 from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, slug_of
-from scmoe.training.run.loggers import csv_logger
+from scmoe.training.run.file_loggers import csv_logger
 from scmoe.training.run.printout import print_start, resume_command
 from scmoe.training.run.resume import Resumed
 from scmoe.training.run.train import open_run
@@ -144,3 +146,16 @@ def test_a_half_row_of_an_earlier_crash_is_left_out(tmp_path):
     (tmp_path / "metrics.csv").write_text("a,step,z\n1.0,0,2.0\n1.0,1,2.0\n1.0")
     kept = csv_logger(tmp_path, 1).experiment
     assert rows_of(tmp_path / "metrics.csv") == [{"a": "1.0", "step": "0", "z": "2.0"}] and not kept.metrics
+
+
+def test_a_run_directory_is_written_in_utf_8_in_any_locale(tmp_path):
+    """In the locale C without UTF-8 mode, Python decodes the command line's bytes as surrogates."""
+    override = "logger.notes=größer →"
+    code = (
+        "import sys; from pathlib import Path; from scmoe.training.run.directory import create_run_dir;"
+        "create_run_dir(Path(sys.argv[1]), 'x', sys.argv[2:], 'name: x')"
+    )
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), override], check=True, env=env)
+    (written,) = tmp_path.glob("x/*/overrides.txt")
+    assert written.read_text(encoding="utf-8") == f"{override}\n"

@@ -25,13 +25,13 @@ LABELS = {"finished": "finished", "stopped": "stopped early", "failed": "failed"
 
 def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
     """Write the files, as far as the trials have come. Returns the summary."""
-    with (sweep.folder / "results.csv").open("w", newline="") as file:
+    with (sweep.folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(["trial", "state", *sweep.axes, sweep.metric, "steps", "seconds", "run_dir", "reason"])
         for t in trials:
             values = (t.parameters[name] for name in sweep.axes)
             rows.writerow([t.number, t.state, *values, t.value, t.steps, round(t.seconds, 1), t.run_dir, t.reason])
-    (sweep.folder / "summary.md").write_text(f"# {table(sweep, trials).markdown()}\n![](chart.png)\n")
+    (sweep.folder / "summary.md").write_text(f"# {table(sweep, trials).markdown()}\n![](chart.png)\n", encoding="utf-8")
     draw(sweep, trials, sweep.folder / "chart.png")
     states, path = Counter(trial.state for trial in trials), sweep.folder / "best.yaml"
     counts = {"finished": states["finished"] + states["stopped"], "failed": states["failed"]}
@@ -39,7 +39,7 @@ def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
     if (first := best(sweep, trials)) is not None:
         config = load(sweep.config, [*sweep.overrides, *words(first.parameters)])
         origin = f"# Trial {first.number} of the sweep {sweep.name}, {sweep.metric} {first.value:.6g}."
-        path.write_text(f"{origin}\n{to_yaml(config)}")
+        path.write_text(f"{origin}\n{to_yaml(config)}", encoding="utf-8")
         result = {"trial": first.number, sweep.metric: first.value, "parameters": first.parameters}
         found["best"] = {**result, "run_dir": first.run_dir, "config": str(path)}
     return found

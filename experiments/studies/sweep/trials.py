@@ -101,12 +101,16 @@ def _begun(sweep: Sweep) -> list[Job]:
     path = sweep.folder / "sweep.json"
     same = {key: value for key, value in sweep.raw.items() if key not in ("run_cap", "name", "description")}
     now: dict[str, Any] = json.loads(json.dumps(same)) | {sweep.config: digest_of(sweep.base)}
-    was = {sweep.config: digest_of(sweep.base)} | (json.loads(path.read_text()) if path.exists() else now)
+    was = {sweep.config: digest_of(sweep.base)} | (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+    )
     if changed := [key for key in {**was, **now} if was.get(key) != now.get(key)]:
         allowed = "the file as it was, another name, or that folder removed"
         raise ConfigError(f"{', '.join(changed)} is not as it was when {sweep.folder} was begun, allowed: {allowed}")
     write_whole(path, now)
-    found = [State(**json.loads(kept.read_text())) for kept in (sweep.folder / "states").glob("trial-*.json")]
+    found = [
+        State(**json.loads(kept.read_text(encoding="utf-8"))) for kept in (sweep.folder / "states").glob("trial-*.json")
+    ]
     jobs = [_job(sweep, state) for state in sorted(found, key=lambda state: state.results["number"])]
     for job in jobs:
         job.read()
@@ -146,7 +150,7 @@ def run_online(sweep: Sweep) -> tuple[str, int]:
         raise ConfigError(f"Weights & Biases takes no sweep, allowed here: --local: {error}") from error
     sweep.folder.mkdir(parents=True, exist_ok=True)
     given, join = sweep.folder / "sweep.yaml", f"PATH=$PWD/.venv/bin:$PATH wandb agent {sweep_path}"
-    given.write_text(yaml.safe_dump(sweep.raw, sort_keys=False))
+    given.write_text(yaml.safe_dump(sweep.raw, sort_keys=False), encoding="utf-8")
     say(f"the sweep was created at W&B, as by:\n    wandb sweep --entity {entity} --project {project} {given}")
     say(f"agents may join from other machines, each in its copy of this folder, with:\n    {join}")
     agent = [sys.executable, "-m", "wandb", "agent", "--forward-signals", sweep_path]

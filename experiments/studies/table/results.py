@@ -47,7 +47,7 @@ def read_speeds(table: Table, folder: Path) -> dict[float, dict[str, Any]]:
     of the table is left out: it is to be measured again."""
     wanted, found = {row.speed for row in table.rows if row.speed is not None}, {}
     for path in sorted((folder / "speed").glob("*-share-*.json")):
-        report = json.loads(path.read_text())
+        report = json.loads(path.read_text(encoding="utf-8"))
         if wanted <= report["rows"].keys():
             found[share_of(path)] = report
     return found

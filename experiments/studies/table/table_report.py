@@ -31,7 +31,7 @@ def write_report(table: Table, scale: str, runs: Sequence[Run], command: str) ->
     folder = runs[0].job.study
     found = results(table, scale, runs, command)
     write_whole(folder / "results.json", found)
-    (folder / "table.md").write_text(markdown(found))
+    (folder / "table.md").write_text(markdown(found), encoding="utf-8")
     draw_differences(found, folder / "chart.png")
     names = ["table.md", "results.json", "chart.png"]
     if len(found["equal_time"]) > 1:  # a speed has been measured

@@ -136,7 +136,7 @@ def same_config(run_dir: Path, config: Config) -> bool:
 
 def results_of(run: SeenRun, digest: str) -> dict[str, Any]:
     """Return the results that a state keeps of a finished run. curve: points (steps done, validation loss)."""
-    environment = json.loads((run.path / "env.json").read_text())
+    environment = json.loads((run.path / "env.json").read_text(encoding="utf-8"))
     last = int(run.config["trainer.max_steps"])  # after which the last validation is logged
     curve = {min(int(row["step"]) + 1, last): row["val/loss"] for row in run.metrics if "val/loss" in row}
     return {
@@ -175,7 +175,7 @@ def adopt(runs: Sequence[Run], folders: Iterable[Path], can_use: Callable[[State
     wanted = [run for run in runs if run.state.status != "finished"]
     found: dict[str, tuple[Path, State]] = {}
     for path in [path for folder in folders for path in sorted(folder.glob("*/states/*.json"))] if wanted else ():
-        state = State(**json.loads(path.read_text()))
+        state = State(**json.loads(path.read_text(encoding="utf-8")))
         if state.status == "finished" and can_use(state) and (digest := state.results.get("digest")):
             found.setdefault(digest, (path, state))
     given = [run for run in wanted if run.digest in found]
@@ -192,14 +192,14 @@ def save(runs: Sequence[Run], to: Path) -> Path:
     study = runs[0].job.study
     folder = to / study.name
     (folder / "states").mkdir(parents=True, exist_ok=True)
-    results = json.loads((study / "results.json").read_text())
+    results = json.loads((study / "results.json").read_text(encoding="utf-8"))
     for row in results["rows"]:
         row["run_dirs"] = []  # they stay on this machine
     write_whole(folder / "results.json", results)
-    (folder / "table.md").write_text((study / "table.md").read_text())
+    (folder / "table.md").write_text((study / "table.md").read_text(encoding="utf-8"), encoding="utf-8")
     for run in finished(runs):
-        state = json.loads(run.job.state_file.read_text()) | {"run_dir": None}
-        (folder / "states" / run.job.state_file.name).write_text(json.dumps(state) + "\n")
+        state = json.loads(run.job.state_file.read_text(encoding="utf-8")) | {"run_dir": None}
+        (folder / "states" / run.job.state_file.name).write_text(json.dumps(state) + "\n", encoding="utf-8")
     return folder
 
 
@@ -215,7 +215,7 @@ def write_launch_files(runs: Sequence[Run]) -> list[str]:
         for run in runs:
             start = torchrun if head is TORCHRUN else f"{sbatch} --job-name={run.job.name} experiments/train.sbatch"
             lines.append(f"{start} {shlex.join(run.job.arguments[1:])}\n")
-        path.write_text("".join(lines))
+        path.write_text("".join(lines), encoding="utf-8")
     return [f"bash {path}" for path in scripts]
 
 

@@ -205,7 +205,7 @@ def machine() -> str:
 def start_of(pid: int) -> str | None:
     """Return when the process started, in clock ticks since boot; None if it does not exist or there is no /proc."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
         return None
     state, *fields = stat.rpartition(")")[2].split()

@@ -99,7 +99,7 @@ class AdaptiveSchedule(Callback):
 def read_plan(path: Path, conditions: dict[str, Any]) -> dict[str, Any] | None:
     """Return a plan that holds under these conditions; else say in one line why it is measured again."""
     try:
-        plan: dict[str, Any] = json.loads(path.read_text())
+        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         plan_from_json(plan)
         there = plan["conditions"]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -69,7 +69,7 @@ class ExpertLoad(Callback):
         blocks = enumerate(moe_blocks_of(module))
         self.alarm = CollapseAlarm({layer for layer, block in blocks if isinstance(block, DoubleGateBlock)})
         if self.table is not None and self.table.exists():
-            with self.table.open(newline="") as file:
+            with self.table.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.reader(file))
             if len(rows) < 2:  # a killed run may have left half a header
                 self.table.unlink()
@@ -78,7 +78,7 @@ class ExpertLoad(Callback):
             kept = [*rows[:1], *(row for row in whole[1:] if int(row[0]) < trainer.global_step)]
             if kept and SINGLE_STEPS[0] not in kept[0]:  # a table of an earlier version
                 kept = [[*kept[0], *SINGLE_STEPS], *([*row, *[""] * len(SINGLE_STEPS)] for row in kept[1:])]
-            try_to_write(self.table, lambda path: path.write_text(as_csv(kept)))
+            try_to_write(self.table, lambda path: path.write_text(as_csv(kept), encoding="utf-8"))
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         sums_LE2 = outputs["step_sums_LE2"]
@@ -128,7 +128,7 @@ def worst_layers(table: Path) -> dict[int, list[float]]:
     """Return for each logged step in an ExpertLoad's table the worst layer's load: of the sums over steps, then
     the first four of SINGLE_STEPS. Rows of an earlier version, without these, are left out."""
     found: dict[int, list[float]] = {}
-    with table.open(newline="") as file:
+    with table.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if row[SINGLE_STEPS[0]]:
                 counts_E = [int(row[f"expert_{i}"]) for i in range(sum(name.startswith("expert_") for name in row))]

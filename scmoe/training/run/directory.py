@@ -45,8 +45,8 @@ def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config
         run_dir = run_dir.with_name(f"{stamp}-{slug}-{uuid.uuid4().hex[:4]}")
     run_dir.mkdir(parents=True)
     write_config(run_dir / "config.yaml", config_yaml)
-    (run_dir / "overrides.txt").write_text("".join(f"{o}\n" for o in overrides))
-    (run_dir / "env.json").write_text(json.dumps(environment(), indent=2))
+    (run_dir / "overrides.txt").write_text("".join(f"{o}\n" for o in overrides), "utf-8", "surrogateescape")
+    (run_dir / "env.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
     point_latest(root, run_dir)
     return run_dir
 
@@ -69,7 +69,7 @@ def slug_of(overrides: Sequence[str]) -> str:
 def write_config(path: Path, config_yaml: str) -> None:
     """Raises OSError where it cannot write; an earlier file is then unchanged."""
     with replacing(path) as partial:
-        partial.write_text(config_yaml)
+        partial.write_text(config_yaml, encoding="utf-8")
 
 
 def point_latest(root: Path, run_dir: Path) -> None:

@@ -4,30 +4,32 @@ Once training has started, none ends a run: while the disk is full, rows of metr
 and W&B stop with one warning (fault 32).
 """
 
-import csv
+import math
 import netrc
 import os
 import re
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
 
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, flatten, show
+from scmoe.config.leaves import ConfigError, show
 from scmoe.files.writing import read_json, redacted, try_to_write_json, warn_once
 from scmoe.parallel.checkpoint.durable import read_manifest
+from scmoe.training.run.directory import git
+from scmoe.training.run.file_loggers import SafeTensorBoardLogger, csv_logger, rows_of, tensorboard_logger
 
 HAS_WANDB = True
 WANDB_TROUBLE: tuple[type[Exception], ...] = (OSError,)
@@ -43,8 +45,10 @@ INIT_TIMEOUT_S = 20.0  # how long a server may take to answer
 FINISH_TIMEOUT_S = 60.0  # how long the last uploads may take; the rest stays in the run directory
 UPLOAD_BYTES_PER_S = 1e6  # the slowest upload of a checkpoint that is waited for
 STEP = "trainer/global_step"
-BEST = {"min": ("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte"), "max": ("val/accuracy",)}
-SHOWN = ("train/loss", "val/loss")  # on TensorBoard's page HParams
+BEST = {  # metrics of which W&B's summary has the best value too, as `val/loss_min`
+    **dict.fromkeys(("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte"), "min"),
+    "val/accuracy": "max",
+}
 
 
 def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> list[Logger]:
@@ -70,93 +74,6 @@ def close_loggers(loggers: Sequence[Logger], status: str = "success") -> None:
         logger.finalize(status)
         if isinstance(logger, SafeWandbLogger):
             logger.close(status)
-
-
-def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
-    """Return the logger of metrics.csv. It keeps the rows before resumed_step; later ones will be logged again.
-
-    Lightning's logger deletes an earlier file.
-    """
-    path, kept = run_dir / "metrics.csv", []
-    if resumed_step is not None and path.exists():
-        with path.open(newline="") as file:
-            whole = (row for row in csv.DictReader(file) if None not in row.values())  # a crash may leave half a row
-            kept = [row for row in whole if int(row["step"]) < resumed_step]
-    logger = SafeCSVLogger(run_dir, name="", version="")
-    writer = logger.experiment
-    if kept:
-        writer.metrics_keys, writer.metrics = list(kept[0]), kept
-        logger.save()
-    return logger
-
-
-class SafeCSVLogger(CSVLogger):
-    """Keeps rows in memory, with one warning, while they cannot be written.
-
-    Lightning's logger would end the training and leave half a row, or, after a new column, half a file.
-    """
-
-    def save(self) -> None:
-        writer, path = self.experiment, Path(self.experiment.metrics_file_path)
-        before, keys = path.read_bytes() if path.exists() else None, list(writer.metrics_keys)
-        try:
-            super().save()
-        except OSError as error:
-            writer.metrics_keys = keys
-            with suppress(OSError):
-                _put_back(path, before)
-            warn_once(f"{path} cannot be written, its rows stay in memory: {error.strerror or error}")
-
-
-def _put_back(path: Path, before: bytes | None) -> None:
-    """Give a file its earlier content. Where rows were only added it is cut, which takes no room on a full disk."""
-    if before is None:
-        path.unlink(missing_ok=True)
-    elif path.read_bytes().startswith(before):
-        os.truncate(path, len(before))
-    else:
-        path.write_bytes(before)
-
-
-def tensorboard_logger(run_dir: Path, config: Config, resumed_step: int | None) -> TensorBoardLogger:
-    """resumed_step: events from this step on, which an earlier part of the run has left, are not shown."""
-    logger = SafeTensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=resumed_step)
-    logger.log_config(flatten(redacted(config)))
-    return logger
-
-
-class SafeTensorBoardLogger(TensorBoardLogger):
-    """Stops logging with one warning where its files cannot be written."""
-
-    lost = False
-
-    def log_config(self, values: Mapping[str, Any]) -> None:
-        """Fill the page HParams, whose columns of results are the losses that will be logged."""
-        self._try(self._hparams, {key: v if isinstance(v, (bool, int, float)) else str(v) for key, v in values.items()})
-
-    def _hparams(self, values: dict[str, Any]) -> None:
-        package = "torch.utils.tensorboard" if find_spec("tensorboard") else "tensorboardX"
-        self.hparams.update(values)
-        for part in import_module(f"{package}.summary").hparams(values, dict.fromkeys(SHOWN, 0.0)):
-            self.experiment.file_writer.add_summary(part)
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self._try(super().log_metrics, metrics, step)
-
-    def save(self) -> None:
-        self._try(super().save)
-
-    def finalize(self, status: str) -> None:
-        self._try(super().finalize, status)
-
-    def _try(self, action: Any, *arguments: Any) -> None:
-        if self.lost:
-            return
-        try:
-            action(*arguments)
-        except OSError as error:
-            self.lost = True
-            warn_once(f"TensorBoard receives nothing more of this run: {error.strerror or error}")
 
 
 def has_wandb_key() -> bool:
@@ -220,7 +137,8 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     settings = wandb.Settings(
         console="off",
         silent=True,
-        disable_git=True,
+        disable_git=True,  # it would upload the changes to the code, keys too
+        git_commit=git("rev-parse", "HEAD"),
         init_timeout=INIT_TIMEOUT_S,
         finish_timeout=FINISH_TIMEOUT_S,
         finish_timeout_raises=True,
@@ -253,18 +171,12 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
         run = start(mode="offline")
     kept = {"id": run_id, "project": run.project or project, "entity": run.entity or None, "mode": resolved}
     try_to_write_json(record, kept)
-    define_metrics(run)
-    return SafeWandbLogger(experiment=run)
-
-
-def define_metrics(run: Any) -> None:
-    """Define the x axis of every chart, and which value of a metric stands for a run: the best of losses, else the
-    last."""
     run.define_metric(STEP)
-    run.define_metric("*", step_metric=STEP, step_sync=True)
-    for summary, names in BEST.items():
-        for name in names:
-            run.define_metric(name, step_metric=STEP, step_sync=True, summary=summary)
+    run.define_metric("*", step_metric=STEP, step_sync=True)  # the x axis of every chart
+    made = SafeWandbLogger(experiment=run)
+    for row in rows_of(run_dir / "metrics.csv"):  # of the part before a resumption
+        made.keep_best({name: float(row[name]) for name in BEST if row.get(name)})
+    return made
 
 
 class SafeWandbLogger(WandbLogger):
@@ -272,8 +184,26 @@ class SafeWandbLogger(WandbLogger):
 
     lost = False
 
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.best: dict[str, float] = {}
+
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.attempt(partial(super().log_metrics, metrics, step))
+        self.attempt(partial(self.keep_best, metrics))
+
+    def keep_best(self, metrics: Mapping[str, float]) -> None:
+        """Keep the best values of BEST in the run's summary, each as a number under a name of its own.
+
+        W&B's own way, `define_metric(summary="min")`, makes the summary of `val/loss` a mapping, by which W&B can
+        neither sort runs nor choose the best trial of a sweep.
+        """
+        for name in BEST.keys() & metrics.keys():
+            value, before = float(metrics[name]), self.best.get(name)
+            is_better = before is None or (value < before if BEST[name] == "min" else value > before)
+            if is_better and math.isfinite(value):
+                self.best[name] = value
+                self.experiment.summary[f"{name}_{BEST[name]}"] = value
 
     def log_hyperparams(self, params: Any) -> None:
         self.attempt(partial(super().log_hyperparams, params))
@@ -324,7 +254,22 @@ def _log_input(run: Any, kind: str, facts: Mapping[str, Any]) -> None:
     path = Path(run.settings.sync_dir, f"{kind}.json")
     try_to_write_json(path, facts)
     artifact.add_file(str(path), policy="immutable", skip_cache=True)  # equal facts are the same version
-    run.log_artifact(artifact)
+    if run.offline:
+        run.log_artifact(artifact)  # an output: only a server can record what a run uses
+        return
+    errors: list[Exception] = []
+
+    def use() -> None:
+        try:
+            run.use_artifact(artifact)
+        except Exception as error:
+            errors.append(error)
+
+    using = threading.Thread(target=use, daemon=True)
+    using.start()
+    using.join(INIT_TIMEOUT_S)  # W&B itself waits without a limit
+    if errors:
+        raise errors[0]
 
 
 def log_results(

@@ -175,7 +175,7 @@ def _free_bytes() -> float:
     """Return the free memory of this machine; where there is no /proc, as on macOS, all of it."""
     if not MEMINFO.exists():
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    lines = dict(line.split(":") for line in MEMINFO.read_text().splitlines())
+    lines = dict(line.split(":") for line in MEMINFO.read_text(encoding="utf-8").splitlines())
     return float(lines["MemAvailable"].split()[0]) * 1024
 
 

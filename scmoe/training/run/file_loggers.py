@@ -1,0 +1,114 @@
+"""The loggers that write files: metrics.csv and TensorBoard's events.
+
+While the disk is full, rows of metrics.csv are kept in memory; TensorBoard stops with one warning (fault 32).
+"""
+
+import csv
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from scmoe.config.fields import Config
+from scmoe.config.leaves import flatten
+from scmoe.files.writing import redacted, warn_once
+
+SHOWN = ("train/loss", "val/loss")  # on TensorBoard's page HParams
+
+
+def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
+    """Return the logger of metrics.csv. It keeps the rows before resumed_step; later ones will be logged again.
+
+    Lightning's logger deletes an earlier file.
+    """
+    kept = []
+    if resumed_step is not None:
+        kept = [row for row in rows_of(run_dir / "metrics.csv") if int(row["step"]) < resumed_step]
+    logger = SafeCSVLogger(run_dir, name="", version="")
+    writer = logger.experiment
+    if kept:
+        writer.metrics_keys, writer.metrics = list(kept[0]), kept
+        logger.save()
+    return logger
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """Return the whole rows of a metrics.csv, none if there is no file. A crash may leave half a row."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
+class SafeCSVLogger(CSVLogger):
+    """Keeps rows in memory, with one warning, while they cannot be written.
+
+    Lightning's logger would end the training and leave half a row, or, after a new column, half a file.
+    """
+
+    def save(self) -> None:
+        writer, path = self.experiment, Path(self.experiment.metrics_file_path)
+        before, keys = path.read_bytes() if path.exists() else None, list(writer.metrics_keys)
+        try:
+            super().save()
+        except OSError as error:
+            writer.metrics_keys = keys
+            with suppress(OSError):
+                _put_back(path, before)
+            warn_once(f"{path} cannot be written, its rows stay in memory: {error.strerror or error}")
+
+
+def _put_back(path: Path, before: bytes | None) -> None:
+    """Give a file its earlier content. Where rows were only added it is cut, which takes no room on a full disk."""
+    if before is None:
+        path.unlink(missing_ok=True)
+    elif path.read_bytes().startswith(before):
+        os.truncate(path, len(before))
+    else:
+        path.write_bytes(before)
+
+
+def tensorboard_logger(run_dir: Path, config: Config, resumed_step: int | None) -> TensorBoardLogger:
+    """resumed_step: events from this step on, which an earlier part of the run has left, are not shown."""
+    logger = SafeTensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=resumed_step)
+    logger.log_config(flatten(redacted(config)))
+    return logger
+
+
+class SafeTensorBoardLogger(TensorBoardLogger):
+    """Stops logging with one warning where its files cannot be written."""
+
+    lost = False
+
+    def log_config(self, values: Mapping[str, Any]) -> None:
+        """Fill the page HParams, whose columns of results are the losses that will be logged."""
+        self._try(self._hparams, {key: v if isinstance(v, (bool, int, float)) else str(v) for key, v in values.items()})
+
+    def _hparams(self, values: dict[str, Any]) -> None:
+        package = "torch.utils.tensorboard" if find_spec("tensorboard") else "tensorboardX"
+        self.hparams.update(values)
+        for part in import_module(f"{package}.summary").hparams(values, dict.fromkeys(SHOWN, 0.0)):
+            self.experiment.file_writer.add_summary(part)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._try(super().log_metrics, metrics, step)
+
+    def save(self) -> None:
+        self._try(super().save)
+
+    def finalize(self, status: str) -> None:
+        self._try(super().finalize, status)
+
+    def _try(self, action: Any, *arguments: Any) -> None:
+        if self.lost:
+            return
+        try:
+            action(*arguments)
+        except OSError as error:
+            self.lost = True
+            warn_once(f"TensorBoard receives nothing more of this run: {error.strerror or error}")
