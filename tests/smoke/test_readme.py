@@ -1,4 +1,4 @@
-"""The commands of the README and of the pages are understood, and run; so do their Python examples.
+"""The commands of the README and of the pages run; so do their Python examples.
 
 They run in a folder of links to this checkout, at a small size: the quickstart takes 3 steps of a smaller model and is
 resumed to 5. A page's commands use what earlier ones have left: the README's `make train` leaves the newest run.
@@ -14,15 +14,22 @@ import runpy
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, TensorDataset
 
-from scmoe.experiments.engine.command_line import app_of
+import scmoe
+from scmoe.config.registry import ROUTERS
+from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.engine.ranks import run_ranks
-from tests.support.commands import undocumented
+from scmoe.moe.router import Scoring, by_sign
+from tests.support.commands import train_on_text, undocumented
 from tests.support.forked import python
+from tests.support.pages import GUIDES, ROOT, blocks, commands
 
-ROOT = Path(__file__).parents[2]
 NAMES = (
     *("runs", "inference", "offload", "hugging-face", "configuration", "studies", "strategy", "tests"),
     *("index", "quickstart", "how-to/data", "how-to/evaluate", "how-to/export", "how-to/model", "how-to/resume"),
@@ -33,14 +40,6 @@ NOT_RUN = {
     f"docs/{name}.md": "needs eight GPUs; tests/unit/test_launch_files.py"
     for name in ("clusters", "how-to/gpus", "how-to/slurm")
 }
-
-
-def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-
-
-def commands(page: str) -> list[str]:
-    return [line for block in blocks(page, "bash") for line in block.splitlines()]
 
 
 SMALL = [line for line in commands("docs/clusters.md") if "configs/debug.yaml" in line]  # two processes, seconds
@@ -154,18 +153,6 @@ def of_make(command: list[str], folder: Path) -> list[str]:
     return run(["make", "--dry-run", *command[1:]], folder)[0].splitlines()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_is_understood(command, folder):
-    """What `make` starts, or the page itself, has words that the command line takes."""
-    words = shlex.split(command)
-    (line,) = of_make(words, folder)[-1:] if words[0] == "make" else [command]
-    if found := re.search(r"(?:-m experiments\.|/scmoe )(.*)", line):
-        verb, *arguments = shlex.split(found[1].replace("check_data", "check-data"))
-        app_of(verb).parse_args([verb, *arguments], exit_on_error=False, print_error=False)
-    else:
-        assert re.search(r"-m pytest|docs/examples/|echo", line)
-
-
 @pytest.mark.parametrize("command", [with_marks(command) for command in COMMANDS if command not in ELSEWHERE])
 def test_every_command_runs(command, folder):
     """Commands run in the order of the pages: resume and generate use the newest run."""
@@ -197,23 +184,70 @@ def run_script(rank: int, world_size: int, script: Path) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-def test_the_examples_run():
-    """The pages show a part of each script; the export's script is among the commands above. How a checkpoint is loaded
-    without the Strategy is tested by tests/faults/test_lightning_users.py."""
-    *others, load_export = blocks("docs/runs.md", "python")
-    for part in others:
-        compile(part, "docs/runs.md", "exec")
-    expert_parallel, *more = blocks("docs/strategy.md", "python")
-    for part in more:
-        compile(part, "docs/strategy.md", "exec")
-    assert load_export in (ROOT / "docs/examples/load_export.py").read_text()
-    drop_in, configure_model = blocks("docs/how-to/model.md", "python")
-    assert drop_in in (ROOT / "docs/examples/drop_in.py").read_text() and configure_model == expert_parallel
-    load_hf, load_any = blocks("docs/hugging-face.md", "python")
-    assert load_hf in (ROOT / "docs/examples/load_hf.py").read_text()
-    compile(load_any, "docs/hugging-face.md", "exec")
-    (parallel,) = blocks("docs/extending.md", "python")
-    assert parallel in (ROOT / "docs/examples/my_architecture.py").read_text()
-    script = ROOT / "docs/examples/expert_parallel.py"
-    assert expert_parallel in script.read_text()
-    run_ranks(run_script, 2, script)
+def test_the_script_of_the_strategy_runs():
+    run_ranks(run_script, 2, ROOT / "docs/examples/expert_parallel.py")
+
+
+# ---------------------------------------------------------------------- Python of the pages
+
+SCRIPTS = [path.read_text(encoding="utf-8") for path in (ROOT / "docs/examples").glob("*.py")]
+
+
+def unindented(code: str) -> str:
+    return "\n".join(line.strip() for line in code.strip().splitlines())
+
+
+def is_in_a_script(block: str) -> bool:
+    """Returns whether a block is a part of a script of docs/examples, all of which run in a test."""
+    return any(unindented(block) in unindented(script) for script in SCRIPTS)
+
+
+PYTHON_BLOCKS = [
+    pytest.param(block, id=f"{page.stem}-{number}")
+    for page in GUIDES
+    for number, block in enumerate(blocks(page, "python"))
+    if not is_in_a_script(block)
+]
+
+
+def rows(number: int) -> DataLoader[Any]:
+    """Returns one batch of this number of tensors."""
+    return DataLoader(TensorDataset(*(torch.randn(2, 16, 64) for _ in range(number))), batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def at_a_run(tmp_path_factory):
+    """Returns a folder with what the blocks read: runs/latest, its exports, a checkpoint of a module of one's own, and
+    the class of that module."""
+    folder = tmp_path_factory.mktemp("python")
+    sizes = ("data.seq_len=64", "model.layers=4", "trainer.max_steps=2", "analysis.record_routing=1")
+    run_dir = train_on_text(folder, 1, *sizes)
+    (folder / "runs").mkdir()
+    (folder / "runs/latest").symlink_to(run_dir)
+    for words in ((), ("--format", "hf")):
+        out = folder / "exported" / ("hf" if words else "model.safetensors")
+        assert call("export", str(run_dir), "--out", str(out), *words) == 0
+    regression: Any = runpy.run_path(str(ROOT / "docs/examples/expert_parallel.py"))["Regression"]
+
+    class MyModule(regression):
+        def predict_step(self, batch):
+            return self.moe(batch[0])[0]
+
+    quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "devices": 1}
+    trainer = Trainer(strategy="expert_parallel", max_steps=1, enable_checkpointing=False, **quiet)
+    trainer.fit(MyModule(), rows(2))
+    trainer.save_checkpoint(folder / "checkpoints/step=100.ckpt")
+    return folder, MyModule
+
+
+@pytest.mark.parametrize("block", PYTHON_BLOCKS)
+def test_python_can_be_copied(block, at_a_run, monkeypatch):
+    """A block runs as it is, with the names that its page has explained before it."""
+    folder, my_module = at_a_run
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(ROUTERS, "makers", dict(ROUTERS.makers))
+    names = {"scmoe": scmoe, "torch": torch, "Path": Path, "Scoring": Scoring, "by_sign": by_sign}
+    names |= {"Trainer": Trainer, "MyModule": my_module, "loader": rows(1)}
+    names |= {"x": torch.randn(1, 4, 256), "task_loss": lambda y: y.square().mean()}
+    names |= {"model": scmoe.load("exported/model.safetensors"), "ids": torch.zeros(1, 8, dtype=torch.int64)}
+    exec(block, names)

@@ -1,19 +1,32 @@
-"""All paths, links, names in files, modules, make targets and config keys in README and docs exist."""
+"""Whatever README and docs name exists: paths, links, names in files, modules, make targets, keys.
+
+What a user may copy from a page is right: YAML loads, and scmoe takes the words of each command.
+tests/smoke/test_readme.py runs them.
+"""
 
 import re
 import runpy
+import subprocess
 import sys
 from collections.abc import Iterator
 from fnmatch import filter as matching
 from pathlib import Path
 
 import pytest
+import yaml
+from cyclopts import CycloptsError
 
+import docs.examples.my_architecture  # noqa: F401  else the fixture would forget what it registers
 from scmoe.config.fields import Config
-from scmoe.config.leaves import leaves
-from scmoe.experiments.engine.command_line import VERBS
+from scmoe.config.leaves import ConfigError, leaves
+from scmoe.config.load import load
+from scmoe.config.registry import ARCHITECTURES
+from scmoe.experiments.dryrun.counted_step import load_for
+from scmoe.experiments.engine.command_line import VERBS, app_of, numbers_of
+from scmoe.experiments.studies.sweep.sweep_file import read
+from scmoe.experiments.studies.table.table_file import load_table
+from tests.support.pages import GUIDES, ROOT, all_commands, blocks, program_of
 
-ROOT = Path(__file__).parents[2]
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -152,3 +165,90 @@ def test_workflows_name_the_commits_of_their_actions():
     files = sorted((ROOT / ".github/workflows").glob("*.yml"))
     used = [word for file in files for word in re.findall(r"uses: (\S+)", file.read_text())]
     assert used and not [word for word in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", word)]
+
+
+# ---------------------------------------------------------------------- what a user copies
+
+COMMANDS = list(dict.fromkeys(command for page in GUIDES for command in all_commands(page)))
+INLINE = {text for page in GUIDES for text in code(page) if re.match(r"(make|scmoe) [a-z-]+ .*\w", text)}
+NO_VERB = re.compile(r"make (setup|test|docs|wheel-test)\b|.*docs/examples/")
+NO_FIELD = ("ep", "dp", "ranks", "samples", "step")  # words of a verb
+TAKES_A_CONFIG = ("train", "estimate", "dryrun", "check-data")
+FREE = ("options.", "callbacks.", "schedule")  # mappings, and schedule=auto
+MINE = """
+import scmoe
+
+@scmoe.register_architecture("mine")
+def mine(config, context, parts):
+    return []
+"""
+
+
+@pytest.mark.parametrize("page", [page for page in GUIDES if blocks(page, "yaml")], ids=lambda page: page.stem)
+def test_yaml_can_be_copied(page, tmp_path, monkeypatch):
+    """A block is a sweep, a table or a configuration: after a table, the one that lies beside it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(ARCHITECTURES, "makers", dict(ARCHITECTURES.makers))
+    (tmp_path / "my_module.py").write_text(MINE)
+    folder, table = tmp_path / "configs/experiment/mine", None
+    folder.mkdir(parents=True)
+    for block in blocks(page, "yaml"):
+        tree = yaml.safe_load(block)
+        if "rows" in tree:
+            (folder / "table.yaml").write_text(block)
+            (scale,) = tree["scales"].values()
+            table = folder / scale["config"]
+        elif "method" in tree:
+            (tmp_path / "my-sweep.yaml").write_text(block)
+            assert read("my-sweep.yaml").axes.keys() == tree["parameters"].keys()
+        else:
+            (table or tmp_path / "my.yaml").write_text(block)
+            assert load(table or "my.yaml").name == tree.get("name", "debug")
+    if table is not None:
+        for row in load_table("mine").rows:
+            load(table, row.overrides)
+    sys.modules.pop("my_module", None)
+
+
+def refused(command: str) -> str | None:
+    """Returns why scmoe would refuse the words of a command; None if it takes them."""
+    try:
+        words = program_of(command)
+        if not words:
+            return None if NO_VERB.match(command) else "it starts no verb of scmoe"
+        verb, *arguments = words
+        app_of(verb).parse_args(words, exit_on_error=False, print_error=False)
+        given = [word for word in arguments[1:] if re.match(r"[a-z_.]+=(?!\.\.\.)", word)]
+        numbers, given = numbers_of(given, NO_FIELD)
+        if verb in TAKES_A_CONFIG and arguments[0] not in ("presets", "--help"):
+            config = "quickstart" if arguments[0] in ("my.yaml", "...") else arguments[0]
+            if "ranks" in numbers:
+                load_for(config, numbers["ranks"], 1, given)
+            else:
+                load(config, given)
+        fields = {word.partition("=")[0] for word in given} - {leaf.key for leaf in leaves(Config())}
+        unknown = {field for field in fields if not field.startswith(FREE)}
+        return f"unknown: {unknown}" if unknown else None
+    except (CycloptsError, ConfigError, subprocess.CalledProcessError) as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, *sorted(INLINE)])
+def test_a_command_can_be_copied(command):
+    assert refused(command) is None
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["make none", "make train CONFIG=none", "scmoe generate runs/a --none 1", "scmoe export runs/a moe.none=1"],
+)
+def test_a_wrong_command_is_found(command):
+    assert refused(command)
+
+
+def test_every_block_names_its_language_and_those_to_copy_are_tested():
+    fences = {page: re.findall(r"^ *```(\w*)", page.read_text(encoding="utf-8"), re.M)[::2] for page in PAGES}
+    used = {language for found in fences.values() for language in found}
+    assert used <= {"bash", "yaml", "python", "text", "json", "bibtex"}
+    assert {page for page, found in fences.items() if {"bash", "yaml", "python"} & {*found}} <= {*GUIDES}
