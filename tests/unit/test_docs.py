@@ -138,6 +138,22 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 160
 
 
+def test_the_readmes_results_have_one_number_a_cell():
+    table = (ROOT / "README.md").read_text().partition("## Results")[2].partition("\n\nSpeeds")[0]
+    rows = [line.strip("| ").split("|") for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 5
+    for _, *numbers in rows:
+        assert all(re.fullmatch(r"-?\d+\.\d+|", number.strip()) for number in numbers), numbers
+
+
+def test_the_index_leads_to_every_page():
+    index = (ROOT / "docs/index.md").read_text()
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/how-to").glob("*.md")]
+    names = {page.relative_to(ROOT / "docs").as_posix() for page in pages} - {"index.md", "log.md"}
+    linked = {target.partition("#")[0] for target in re.findall(r"\]\(([^)]*)\)", index)}
+    assert names - linked == set()
+
+
 def test_a_wrong_name_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
