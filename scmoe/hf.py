@@ -32,11 +32,12 @@ from scmoe.training.assembly.model import build_network
 
 
 class ScMoEConfig(PretrainedConfig):
-    """scmoe: sections of our own configuration, from which the network is built; None: the defaults.
+    """scmoe: sections of our own configuration, from which the network is built; None: defaults.
 
-    output_router_logits: add the load-balance loss times router_aux_loss_coef (None: that of the training) to the loss.
-    use_cache: of a forward in evaluation mode that does not say it. Sizes under transformers' names follow from
-    `scmoe`; a model is not built where they differ.
+    output_router_logits: add the load-balance loss times router_aux_loss_coef to the loss.
+    router_aux_loss_coef: None: that of the training. use_cache: what a pass in evaluation mode does
+    that is not told. Sizes under transformers' names follow from `scmoe`; others are refused when a
+    model is built.
     """
 
     model_type = OURS
@@ -109,13 +110,14 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         for name, value in config.sizes().items():
             if (declared := getattr(config, name, value)) != value:
                 raise ValueError(
-                    f"config.{name} is {declared}, but the model's own settings, config.scmoe, make it {value}. Change "
-                    "the settings in config.scmoe."
+                    f"config.{name} is {declared}, but the model's own settings, config.scmoe, make it "
+                    f"{value}. Change the settings in config.scmoe."
                 )
         if config._attn_implementation != "sdpa":
             raise ValueError(
-                f"attn_implementation is {config._attn_implementation}, but a model of type {OURS} computes attention "
-                "by torch's scaled_dot_product_attention only. Leave it out, or use sdpa."
+                f"attn_implementation is {config._attn_implementation}, but a model of type {OURS} "
+                "computes attention by torch's scaled_dot_product_attention only. Leave it out, or use "
+                "sdpa."
             )
         self.gradient_checkpointing = False
         self.model: Any = build_network(config.ours(), ParallelContext())
@@ -125,18 +127,17 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """Return the names that the network shares, whatever the family: heads, norms of taps, MoE modules (DGMoE-Share).
-        transformers ties each to its first name."""
+        """Return names of parameters that the network shares, each with its first name, to which
+        transformers ties it: heads, norms of taps, MoE modules (DGMoE-Share)."""
         return dict(self._tied_weights_keys or {})
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
-        """As transformers' own, which would also mark a weight that the folder has under none of its names."""
-        absent = {
-            first for name, first in self.all_tied_weights_keys.items() if {name, first} <= loading_info.missing_keys
-        }
+        """Mark as transformers' own does, but no weight that the folder has under none of its names."""
+        missing, tied = loading_info.missing_keys, self.all_tied_weights_keys.items()
+        absent = {first for name, first in tied if {name, first} <= missing}
         super().mark_tied_weights_as_initialized(loading_info)
         for name in absent:
-            self.get_parameter(name)._is_hf_initialized = False
+            vars(self.get_parameter(name)).pop("_is_hf_initialized", None)
         loading_info.missing_keys |= absent
 
     @torch.no_grad()
@@ -162,7 +163,7 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.head = value
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own. The settings follow, so that a saved folder is read again."""
+        """Resize as transformers' own does. The settings follow, so a saved folder can be read."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.config.scmoe["data"]["vocab_size"] = self.config.vocab_size
         return embeddings
@@ -171,11 +172,11 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         enable: bool = True,
         gradient_checkpointing_func: Callable[..., Any] = checkpoint,
-        every_n_layers: int = 1,
+        every_n_layers: int = 1,  # of blocks; one of two layers is one
     ) -> None:
-        """transformers calls it. What is recomputed is that of trainer.recompute: not the routing."""
+        """Recompute in backward what trainer.recompute does: not the routing. transformers calls it."""
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise ValueError("use_reentrant=True is given, which this model does not support. Use use_reentrant=False.")
+            raise ValueError("use_reentrant is True, which is not supported. Use use_reentrant=False.")
         keep_activations(self.model)
         if enable:
             chosen = nn.ModuleList(list(self.model.blocks)[::every_n_layers])
@@ -198,17 +199,21 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **others: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """input_ids: [B, S], or their embeddings as inputs_embeds [B, S, D], to which learned positions are added here.
+        """Return logits [B, S, V], and what else is asked for.
 
-        attention_mask: [B, tokens in the cache + new ones], 0 at padding, which may be on either side of a text.
-        labels: the ids, -100 where not counted. logits_to_keep: logits of this many last tokens; 0: all.
-        cache: has the tokens before; the new ones are appended. use_cache: make one; None: as the config says in
-        evaluation mode, False in training mode.
-        output_hidden_states: return the stream before the first layer and after each, the last one after the norm.
-        output_router_logits: return the load-balance loss as aux_loss, and add it to the loss with the config's weight.
-        num_items_in_batch: counted labels of all batches of a step, whose losses then add up to their mean.
-        Raises ValueError for every other argument that is set, for a mask of another shape, for a static cache and for
-        a cache with gradient checkpointing.
+        input_ids: [B, S]. inputs_embeds: their embeddings [B, S, D] instead, without positions.
+        attention_mask: [B, tokens in the cache + new ones], 0 at padding, on either side of a text.
+        labels: the ids, -100 where not counted. cache: has the tokens before; new ones are appended.
+        use_cache: make a cache; None: as the config says in evaluation mode, False in training mode.
+        logits_to_keep: logits of this many last tokens; 0: all.
+        output_hidden_states: return the stream before the first layer and after each layer, the last
+        one after the norm.
+        output_router_logits: return the load-balance loss as aux_loss, and add it to the loss with the
+        config's weight.
+        num_items_in_batch: counted labels of all batches of a step, whose losses then add up to their
+        mean.
+        Raises ValueError for every other argument that is set, for a mask of another shape, for a
+        static cache and for a cache with gradient checkpointing.
         """
         if unread := [name for name, value in others.items() if value is not None and value is not False]:
             raise ValueError(f"{unread[0]} is given, but a model of type {OURS} does not read it. Leave it out.")
@@ -225,7 +230,7 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         mask_BS = None if bool(mask_BL.all()) else mask_BL[:, -seq_len:]
         show_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if not isinstance(show_states, bool | None):
-            raise ValueError(f"output_hidden_states is {show_states}, allowed: True, for the states of all layers, False")
+            raise ValueError(f"output_hidden_states is {show_states}, allowed: True (all layers), False")
         last_B = None
         if logits_to_keep == 1 and not show_states:
             last_B = torch.full((batch_size,), seq_len - 1, device=tokens.device)
@@ -251,10 +256,11 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("The cache is static, which a model of type scmoe does not support. Use a DynamicCache.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled() and (use_cache or cache):
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        if recomputes and (use_cache or cache is not None):
             raise ValueError(
-                "A cache is asked for with gradient checkpointing, whose backward would append the same tokens again. "
-                "Use use_cache=False in training."
+                "A cache is asked for with gradient checkpointing, whose backward would append the same "
+                "tokens again. Use use_cache=False in training."
             )
         return DynamicCache(config=self.config) if use_cache and cache is None else cache
 
@@ -272,8 +278,9 @@ def whole_mask(attention_mask: Tensor | None, size: tuple[int, int], device: tor
 
 @contextmanager
 def recorded_states(network: Any, show: bool) -> Iterator[list[Tensor]]:
-    """Give a list that a pass fills with its hidden states: embeddings, then the stream after each layer, the last one
-    after the norm. A block of two layers gives the stream after its MLP too. show: else the list stays empty."""
+    """Give a list that a pass fills with its hidden states: the embeddings, then the stream after each
+    layer, the last one after the norm. A block of two layers also gives the stream after its MLP.
+    show: without it the list stays empty."""
     states: list[Tensor] = []
     handles = []
     if show:

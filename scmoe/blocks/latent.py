@@ -116,8 +116,8 @@ class LatentAttention(PartedAttention):
 def weight_of(linear: nn.Module, like: Tensor) -> Tensor:
     """Return W of a module x W^T, for x of the size, dtype and device of `like`.
 
-    With adapters (LoRA), quantised or offloaded weights, W is what the module returns for the identity; else it is the
-    parameter. The products with 0 and 1 would cost as much as `like.shape[-1]` tokens.
+    With adapters (LoRA), quantised or offloaded weights, W is what the module returns for the
+    identity; else it is the parameter. The identity costs as much as `like.shape[-1]` tokens.
     """
     hooked = "forward" in vars(linear) or linear._forward_pre_hooks or linear._forward_hooks
     if type(linear) is nn.Linear and not hooked:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.moe.experts import ACTIVATIONS, Experts
 
-METHODS = ("forward", "core")  # that can be recomputed; the second is that of attention in two parts
+METHODS = ("forward", "core")  # that can be recomputed; core: of attention in two parts
 YARN_POSITIONS, MOST_TURNS = 4096, 32  # in every published model with YaRN that we read
 
 
@@ -236,7 +236,7 @@ def recompute(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Runs a method of a module with checkpointing. A copy of the partial has the copy of the module.
+    """Runs a method of a module with checkpointing. A copy of the partial has the module's copy.
 
     before: what the module had as this method; None: that of its class."""
     f = partial(getattr(type(module), method), module) if before is None else before

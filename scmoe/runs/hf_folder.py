@@ -59,7 +59,8 @@ CANDIDATES = {  # model.family, model.attention, moe.architecture: the model_typ
 }
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
-HEADER = {"format": "pt", "written_by": "scmoe"}  # of a file of weights; transformers requires the first entry
+# in each file of weights; transformers reads the first entry, and the second marks a file that an export may replace
+HEADER = {"format": "pt", "written_by": "scmoe"}
 
 CARD = """---
 {head}---
@@ -123,9 +124,9 @@ def refuse_other_files(folder: Path, content: dict[str, Any], init_from: str | N
 
     content: of its config.json. init_from: the training's; that folder is never written to."""
     advice = "Choose another folder with --out, or remove its files first."
-    if init_from is not None and init_from.startswith("hf:"):
-        if Path(init_from.removeprefix("hf:")).resolve() == folder.resolve():
-            raise ValueError(f"{folder} is the folder that the training started from. {advice}")
+    kind, _, source = (init_from or "").partition(":")
+    if kind == "hf" and Path(source).resolve() == folder.resolve():
+        raise ValueError(f"{folder} is the folder that the training started from. {advice}")
     for file in weight_files(folder):
         try:
             with safe_open(file, framework="pt") as weights:
@@ -133,12 +134,13 @@ def refuse_other_files(folder: Path, content: dict[str, Any], init_from: str | N
         except (OSError, SafetensorError):
             header = {}
         if header.get("written_by") != HEADER["written_by"]:
-            raise ValueError(f"{file} was not written by an export of this version, which would remove it. {advice}")
+            raise ValueError(f"{file} is not of an export, which would remove it. {advice}")
     kept = read_json(folder / "config.json")
     of_training = {"dtype", "bos_token_id", "eos_token_id"}
     expected = {key: value for key, value in json.loads(json.dumps(content)).items() if key not in of_training}
-    if (folder / "config.json").exists() and any(kept.get(key) != value for key, value in expected.items()):
-        raise ValueError(f"{folder / 'config.json'} is that of another model, and an export would remove it. {advice}")
+    differs = any(kept.get(key) != value for key, value in expected.items())
+    if (folder / "config.json").exists() and differs:
+        raise ValueError(f"{folder} has the config.json of another model. {advice}")
 
 
 def groups(stored: dict[str, Tensor], shard_bytes: int) -> Iterator[list[str]]:
