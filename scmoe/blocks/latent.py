@@ -97,7 +97,7 @@ class LatentAttention(PartedAttention):
     ) -> Tensor:
         """The same without keys and values of the L tokens: queries meet latents, and the results are multiplied."""
         nope, _, value = self.sizes[2:]
-        w_Hnc, w_Hvc = self.kv_up.weight.unflatten(0, (self.heads, -1)).split([nope, value], 1)
+        w_Hnc, w_Hvc = weight_of(self.kv_up, c_B1Lc).unflatten(0, (self.heads, -1)).split([nope, value], 1)
         q_BHSd = torch.cat([q_BHSn @ w_Hnc, q_BHSr], -1)
         k_BHLd = torch.cat([c_B1Lc, k_B1Lr], -1).expand(-1, self.heads, -1, -1)
         c_BHLc = c_B1Lc.expand(-1, self.heads, -1, -1)
@@ -111,3 +111,15 @@ class LatentAttention(PartedAttention):
     @property
     def mixed(self) -> int:
         return self.heads * (self.sizes.nope_dim + self.sizes.rope_dim + self.sizes.value_dim)
+
+
+def weight_of(linear: nn.Module, like: Tensor) -> Tensor:
+    """Return W of a module x W^T, for x of the size, dtype and device of `like`.
+
+    With adapters (LoRA), quantised or offloaded weights, W is what the module returns for the
+    identity; else it is the parameter. The identity costs as much as `like.shape[-1]` tokens.
+    """
+    hooked = "forward" in vars(linear) or linear._forward_pre_hooks or linear._forward_hooks
+    if type(linear) is nn.Linear and not hooked:
+        return linear.weight
+    return linear(torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)).mT

@@ -1,7 +1,7 @@
 """The parts of a Transformer block: attention with rotary positions, MLP, and the residual sub-layer around each."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.moe.experts import ACTIVATIONS, Experts
 
+METHODS = ("forward", "core")  # that can be recomputed; core: of attention in two parts
 YARN_POSITIONS, MOST_TURNS = 4096, 32  # in every published model with YaRN that we read
 
 
@@ -204,19 +205,39 @@ def compile_sublayers(model: nn.Module) -> int:
     return len(parts)
 
 
-def recompute_activations(model: nn.Module) -> None:
+def recompute_activations(model: nn.Module, keep_input: Callable[..., Any] = checkpoint) -> None:
     """Makes every sub-layer, shared expert and Experts module of `model` keep its input, not its activations.
 
     Routing, layout and transfers are not repeated in backward: a second routing could differ (noise, ties), and a
     second transfer would cost the time that the shortcut hides.
+    keep_input: called as torch's checkpoint.
     """
-    module: Any
     for module in outermost(model, (Residual, MLP, Experts)):
-        module.forward = partial(recompute, module, "forward")
-        if is_parted(module):
-            module.core = partial(recompute, module, "core")
+        for method in METHODS if is_parted(module) else METHODS[:1]:
+            before = vars(module).get(method)  # hooks of accelerate stand there
+            setattr(module, method, partial(recompute, module, method, before, keep_input))
 
 
-def recompute(module: nn.Module, method: str, *args: Any, **kwargs: Any) -> Any:
-    """Runs a method of a module's class with checkpointing. A copy of the partial has the copy of the module."""
-    return checkpoint(getattr(type(module), method), module, *args, use_reentrant=False, **kwargs)
+def keep_activations(model: nn.Module) -> None:
+    """Undoes `recompute_activations`."""
+    for module in model.modules():
+        for method in METHODS:
+            current = vars(module).get(method)
+            if isinstance(current, partial) and current.func is recompute:
+                before = current.args[2]
+                delattr(module, method) if before is None else setattr(module, method, before)
+
+
+def recompute(
+    module: nn.Module,
+    method: str,
+    before: Callable[..., Any] | None,
+    keep_input: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Runs a method of a module with checkpointing. A copy of the partial has the module's copy.
+
+    before: what the module had as this method; None: that of its class."""
+    f = partial(getattr(type(module), method), module) if before is None else before
+    return keep_input(f, *args, use_reentrant=False, **kwargs)

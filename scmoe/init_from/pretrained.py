@@ -22,6 +22,12 @@ from scmoe.init_from.families import READERS, family_of
 from scmoe.init_from.names import in_our_layout, is_unread
 from scmoe.parallel.checkpoint.export import read_settings
 
+# A reader makes a name for each matrix of each expert before it compares them with the files, so a wrong number would
+# fill the memory. Published models have up to 130 layers, and up to 24,000 experts in all layers together.
+MOST_LAYERS, MOST_EXPERTS = 2000, 200_000
+LAYERS = ("n_layer", "num_hidden_layers", "num_layers", "first_k_dense_replace", "layers")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "zero_expert_num", "zero_experts")
+
 
 class Checkpoint(NamedTuple):
     """The weights in files, and what is known about them."""
@@ -45,7 +51,7 @@ def read_export(file: Path) -> Checkpoint:
 def read_hf(folder: Path) -> Checkpoint:
     """Read a folder of transformers' `save_pretrained`: config.json and *.safetensors. Raises ValueError for others."""
     config = read_config(folder, tuple(READERS))
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     if not files:
         raise ValueError(f"{folder} has no weights in *.safetensors; other formats are not read")
     family, stored = family_of(config), stored_in(files)
@@ -88,7 +94,23 @@ def read_config(folder: Path, families: tuple[str, ...]) -> dict[str, Any]:
         raise ValueError(f"{folder}: config.json cannot be read: {error!r}") from error
     if family not in families:
         raise ValueError(f"{folder}: model_type is {family!r}, allowed: {', '.join(families)}")
+    layers, experts = largest(content, LAYERS), largest(content, EXPERTS)
+    if layers > MOST_LAYERS or layers * experts > MOST_EXPERTS:
+        allowed = f"up to {MOST_LAYERS} layers, and up to {MOST_EXPERTS} experts in all layers together"
+        raise ValueError(f"{folder}: config.json has {layers} layers with {experts} experts, allowed: {allowed}")
     return content
+
+
+def largest(content: Mapping[str, Any], names: tuple[str, ...]) -> int:
+    """Return the largest number that a config.json has under these names, in sections too; 0: it has none."""
+    numbers = [value for name, value in content.items() if name in names and isinstance(value, int)]
+    sections = [value for value in content.values() if isinstance(value, dict)]
+    return max(numbers + [largest(section, names) for section in sections], default=0)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a folder, without hidden ones, which a killed export leaves half written."""
+    return sorted(folder.glob("[!.]*.safetensors"))
 
 
 class Stored(NamedTuple):

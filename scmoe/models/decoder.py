@@ -57,12 +57,13 @@ class Decoder(nn.Module):
     ) -> LMOutput:
         """Returns the logits of each next token. mask_BS False: padding, at the end of a sequence.
 
+        ids_BS: or embeddings of the tokens, [B, S, D].
         cache: holds the tokens before these; call `cache.expect` for these first. last_B: index of the one token in a
         row whose logits are returned, as [B, 1, V]."""
         seq_len = ids_BS.shape[1] if cache is None else cache.longest
         if seq_len > self.max_seq_len:
             raise ValueError(f"a sequence has {seq_len} tokens, allowed: up to data.seq_len, {self.max_seq_len}")
-        x_BSD = residual_stream(self.tokens(ids_BS))
+        x_BSD = residual_stream(self.embed(ids_BS))
         if self.positions is not None:
             steps_S = torch.arange(seq_len, device=ids_BS.device) if cache is None else cache.positions_BS
             x_BSD = x_BSD + self.positions(steps_S)
@@ -71,6 +72,9 @@ class Decoder(nn.Module):
         if last_B is not None:
             x_BSD = x_BSD.take_along_dim(last_B[:, None, None], 1)
         return LMOutput(self.head(self.norm(x_BSD)), all_stats)
+
+    def embed(self, ids_BS: Tensor) -> Tensor:
+        return ids_BS if ids_BS.is_floating_point() else self.tokens(ids_BS)
 
     @torch.no_grad()
     def init_weights(self, seed: int, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:

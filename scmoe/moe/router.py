@@ -105,6 +105,14 @@ class SelectionBias(nn.Module):
             self.weight[: self.num_experts] += (self.step * self.rule(load_E)).to(self.weight.dtype)
 
 
+class Gate(nn.Linear):
+    """x W^T in float32, or wider where x is. It is called like any module, so adapters and hooks of it have effect."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+        return F.linear(x_TD, self.weight.to(x_TD.dtype))
+
+
 class Router(nn.Module):
     """Scores all experts and keeps the top k of each token. Without another `scoring` they are the softmax's.
 
@@ -136,8 +144,8 @@ class Router(nn.Module):
         self.zero_experts, self.num_ids = zero_experts, num_experts + zero_experts  # the second also means none
         self.normalise = scoring.normalise and top_k > 1
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)  # the default may be bfloat16
-        self.gate = nn.Linear(dim, self.num_ids, bias=False, dtype=wide)
-        self.noise = nn.Linear(dim, self.num_ids, bias=False, dtype=wide) if noisy else None
+        self.gate = Gate(dim, self.num_ids, bias=False, dtype=wide)
+        self.noise = Gate(dim, self.num_ids, bias=False, dtype=wide) if noisy else None
         self.bias = None if scoring.rule is None else SelectionBias(num_experts, zero_experts, scoring)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
@@ -183,14 +191,12 @@ class Router(nn.Module):
     def logits(self, x_TD: Tensor) -> Tensor:
         logits_TE = self.without_noise(x_TD)
         if self.noise is not None and self.training:
-            x_TD = x_TD.to(logits_TE.dtype)
-            spread_TE = F.softplus(F.linear(x_TD, self.noise.weight.to(x_TD.dtype)))
+            spread_TE = F.softplus(self.noise(x_TD))
             logits_TE = logits_TE + torch.randn_like(logits_TE) * spread_TE
         return logits_TE
 
     def without_noise(self, x_TD: Tensor) -> Tensor:
-        x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-        return F.linear(x_TD, self.gate.weight.to(x_TD.dtype))
+        return self.gate(x_TD)
 
 
 def round_robin(num_experts: int, top_k: int) -> Callable[[Tensor], Tensor]:

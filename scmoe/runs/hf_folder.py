@@ -26,15 +26,16 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load_text
 from scmoe.config.registry import ARCHITECTURES, ROUTERS
-from scmoe.files.writing import replacing, sync, write_durably, write_in_turn, write_whole
+from scmoe.files.writing import read_json, replacing, sync, write_durably, write_in_turn, write_whole
 from scmoe.init_from.families import ALWAYS, KEYS, READERS, YARN, family_of
 from scmoe.init_from.names import in_their_layout, zero_expert_names
-from scmoe.init_from.pretrained import model_settings, settings_of
+from scmoe.init_from.pretrained import model_settings, settings_of, weight_files
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import NETWORK, network_in, read_named
 from scmoe.training.assembly.model import build_model_on_meta
@@ -58,6 +59,8 @@ CANDIDATES = {  # model.family, model.attention, moe.architecture: the model_typ
 }
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
+# in each file of weights; transformers reads the first entry, and the second marks a file that an export may replace
+HEADER = {"format": "pt", "written_by": "scmoe"}
 
 CARD = """---
 {head}---
@@ -91,18 +94,21 @@ def write_folder(
 ) -> str:
     """Write the folder and return its model_type. Each file is complete or absent, and config.json comes last.
 
-    tokenizer: of the data, or None. ValueError: a broken checkpoint, another model's, or no language model.
+    tokenizer: of the data, or None. ValueError: a broken checkpoint, another model's, or no language model; or the
+    folder has files that are not an export of this model.
     """
     content = hf_config(config, None if tokenizer is None else tokenizer.end_of_text)
     model = build_model_on_meta(config)
     stored = network_in(checkpoint, model)
     content["dtype"] = str(next(iter(stored.values())).dtype).removeprefix("torch.")
+    refuse_other_files(folder, content, config.init_from)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (*folder.glob("model*.safetensors"), folder / INDEX, folder / "config.json"):
+    of_killed_export = folder.glob(".tmp-????????-*")
+    for old in (*weight_files(folder), *of_killed_export, folder / INDEX, folder / "config.json"):
         old.unlink(missing_ok=True)
     write_weights(checkpoint, folder, content, list(groups(stored, shard_bytes)))
     ends = {key: content[key] for key in ("bos_token_id", "eos_token_id") if content[key] is not None}
-    write_whole(folder / "generation_config.json", {**ends, "max_length": config.data.seq_len})
+    write_whole(folder / "generation_config.json", ends)
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer, config.data.seq_len)
     if not (folder / "README.md").exists():
@@ -111,6 +117,30 @@ def write_folder(
             write_durably(partial, model_card(config, content, step, parameters))
     write_whole(folder / "config.json", content)
     return content["model_type"]
+
+
+def refuse_other_files(folder: Path, content: dict[str, Any], init_from: str | None) -> None:
+    """Raise ValueError where an export would remove weights or a config.json that are not an export of this model.
+
+    content: of its config.json. init_from: the training's; that folder is never written to."""
+    advice = "Choose another folder with --out, or remove its files first."
+    kind, _, source = (init_from or "").partition(":")
+    if kind == "hf" and Path(source).resolve() == folder.resolve():
+        raise ValueError(f"{folder} is the folder that the training started from. {advice}")
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                header = weights.metadata() or {}
+        except (OSError, SafetensorError):
+            header = {}
+        if header.get("written_by") != HEADER["written_by"]:
+            raise ValueError(f"{file} is not of an export, which would remove it. {advice}")
+    kept = read_json(folder / "config.json")
+    of_training = {"dtype", "bos_token_id", "eos_token_id"}
+    expected = {key: value for key, value in json.loads(json.dumps(content)).items() if key not in of_training}
+    differs = any(kept.get(key) != value for key, value in expected.items())
+    if (folder / "config.json").exists() and differs:
+        raise ValueError(f"{folder} has the config.json of another model. {advice}")
 
 
 def groups(stored: dict[str, Tensor], shard_bytes: int) -> Iterator[list[str]]:
@@ -132,7 +162,7 @@ def write_weights(checkpoint: Path, folder: Path, content: dict[str, Any], shard
         read = read_named(checkpoint, [NETWORK + name for name in group])
         theirs = {name: t for ours in group for name, t in renamed(content, ours, read.pop(NETWORK + ours))}
         with replacing(folder / file) as partial:
-            write_in_turn(theirs, theirs.__getitem__, partial, {"format": "pt"})
+            write_in_turn(theirs, theirs.__getitem__, partial, HEADER)
         places |= dict.fromkeys(theirs, file)
         total += sum(t.nbytes for t in theirs.values())
     if len(shards) > 1:
@@ -253,12 +283,24 @@ def own_config(config: Config) -> dict[str, Any]:
             "schedule": asdict(kept.schedule),
             "data": {"name": "synthetic", "vocab_size": config.data.vocab_size, "seq_len": config.data.seq_len},
         },
+        **sizes_of(config),
+    }
+
+
+def sizes_of(config: Config) -> dict[str, Any]:
+    """Return the settings of a model of type scmoe under transformers' names, for programs that read them. With latent
+    attention a cache has one head, whose keys are the latents."""
+    given, model, latent = settings_of(config), config.model, config.model.attention == "latent"
+    return {
         "vocab_size": config.data.vocab_size,
-        "hidden_size": config.model.dim,
-        "num_hidden_layers": config.model.layers,
-        "num_attention_heads": config.model.heads,
+        "hidden_size": model.dim,
+        "intermediate_size": given["model.ffn_dim"],
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": 1 if latent else given["model.kv_heads"],
+        "head_dim": model.latent.kv_rank if latent else model.dim // model.heads,
         "max_position_embeddings": config.data.seq_len,
-        "tie_word_embeddings": config.model.family == "gpt",
+        "tie_word_embeddings": model.family == "gpt",
     }
 
 

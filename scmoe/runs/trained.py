@@ -21,7 +21,7 @@ from scmoe.inference.offload.cache import Cache
 from scmoe.inference.offload.migration import offload_experts
 from scmoe.inference.offload.store import Read, StoreError, expert_layers, write_store
 from scmoe.init_from.families import READERS
-from scmoe.init_from.pretrained import check_settings, read_config, read_hf, settings_of, stored_in
+from scmoe.init_from.pretrained import check_settings, read_config, read_hf, settings_of, stored_in, weight_files
 from scmoe.init_from.upcycle import fill
 from scmoe.parallel.checkpoint.export import EXPORT, exported_by_name, load_weights, read_settings
 from scmoe.parallel.checkpoint.loading import check_same_model, load_model, weights_by_name
@@ -79,7 +79,7 @@ def load_folder(folder: Path) -> Any:
     if content.get("model_type") != OURS:
         fill(model, read_hf(folder))
         return model
-    own, stored = dict(model.named_parameters()), stored_in(sorted(folder.glob("*.safetensors")))
+    own, stored = dict(model.named_parameters()), stored_in(weight_files(folder))
     theirs = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
     if "head.weight" not in own:  # it is tied
         theirs.pop("head.weight", None)

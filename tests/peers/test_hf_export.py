@@ -145,6 +145,37 @@ def test_a_large_model_is_written_in_several_files(tmp_path):
     assert [path.name for path in (tmp_path / "hf").glob("model*")] == ["model.safetensors"], "old files are gone"
 
 
+@pytest.mark.parametrize("words", ["moe.architecture=scmoe", "moe.architecture=dense"])
+def test_an_export_replaces_only_exports_of_its_model(words, tmp_path):
+    """Its own are replaced, a killed one's too. transformers saves a fine-tuned model under the same names."""
+    exported(words, tmp_path)
+    config, folder = config_of(words), tmp_path / "hf"
+    write_folder(tmp_path / "step=3.ckpt", folder, config)
+    (folder / ".tmp-0123abcd-model.safetensors").write_bytes(b"half a header")
+    (folder / "config.json").unlink()
+    scmoe_files = {"generation_config.json", "README.md", "config.json", "model.safetensors"}
+    write_folder(tmp_path / "step=3.ckpt", folder, config)
+    assert {path.name for path in folder.iterdir()} == scmoe_files
+
+    def assert_refused(folder: Path, config: Config) -> None:
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(ValueError, match=re.escape(str(folder))):
+            write_folder(tmp_path / "step=3.ckpt", folder, config)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    assert_refused(folder, config_of(f"{words} init_from=hf:{folder}"))
+    theirs(folder).save_pretrained(tmp_path / "tuned")
+    assert_refused(tmp_path / "tuned", config)
+    kept = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(kept | {"vocab_size": 301}))
+    assert_refused(folder, config)
+
+
+def test_generation_has_no_length_that_warns(tmp_path):
+    exported("moe.architecture=scmoe", tmp_path)
+    assert "max_length" not in json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "README.md"])
 def test_a_folder_never_has_half_of_a_file(name, tmp_path, monkeypatch):
     write_text = Path.write_text
@@ -213,7 +244,8 @@ def test_the_registered_class_is_saved_and_refuses_what_it_does_not_read(tmp_pat
     with torch.inference_mode():
         alone = model(ids()[:1, :-3]).logits[0]
         assert_close(model(ids(), attention_mask=mask).logits[0, :-3], alone, 1e-5)
-        assert len(model(ids(), return_dict=False)) == 1 and model(ids(), logits_to_keep=1).logits.shape[1] == 1
+        assert len(model(ids(), use_cache=False, return_dict=False)) == 1
+        assert model(ids(), logits_to_keep=1).logits.shape[1] == 1
     static = transformers.StaticCache(config=model.config, max_cache_len=LENGTH)
     wrong_ones = ({"position_ids": ids()}, {"inputs_embeds": ids()}, {"attention_mask": mask[:, 1:]}, {"cache": static})
     for wrong in wrong_ones:

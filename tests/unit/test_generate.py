@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.latent import LatentAttention
 from scmoe.blocks.sublayers import attend, attend_by_group
 from scmoe.inference import prompts as prompts_file
 from scmoe.inference.generate import Passes, decode, generate, prefill, read_prompts, stream
@@ -129,6 +130,27 @@ def test_the_cache_holds_one_head_of_keys_or_one_latent_and_one_key(family, word
     prefill(model, torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool), cache)
     shapes = [[tuple(buffer.shape) for buffer in pair] for pair in cache.buffers.values()]
     assert shapes == [[(1, 1, 6, size) for size in sizes]] * 2
+
+
+def test_an_adapter_of_latent_attention_acts_with_a_cache_too():
+    """The weight is not read past what wraps the module: offloading and adapters work there."""
+    model = model_of(LATENT, "latent")
+    products = [module.kv_up for module in model.modules() if isinstance(module, LatentAttention)]
+
+    def decoded() -> torch.Tensor:
+        cache = KVCache(1, 6)
+        with dropless(model), torch.no_grad():
+            prefill(model, torch.tensor([[4, 5, 6]]), torch.ones(1, 3, dtype=torch.bool), cache)
+            return decode(model, torch.tensor([7]), [True], cache)[0]
+
+    plain = decoded()
+    for product in products:
+        product.register_forward_hook(lambda module, inputs, output: None)
+    assert torch.equal(decoded(), plain)
+    for product in products:
+        product.register_forward_hook(lambda module, inputs, output: output + 0.5 * output.flip(-1))
+    assert (decoded() - plain).abs().max() > 1e-3
+    assert_close(decoded(), last_logits(model, [4, 5, 6, 7]))
 
 
 def test_a_model_is_unchanged_between_the_passes_of_two_texts():

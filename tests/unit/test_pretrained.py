@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
-from scmoe.init_from.pretrained import READERS, check_settings, read_export, settings_of
+from scmoe.init_from.pretrained import READERS, check_settings, read_config, read_export, settings_of
 from scmoe.init_from.upcycle import fill
 from scmoe.parallel.checkpoint.export import FORMAT_VERSION
 from scmoe.parallel.mesh import ParallelContext
@@ -155,6 +155,27 @@ def test_a_folder_without_a_readable_checkpoint_is_refused(tmp_path):
     assert "has no weights in *.safetensors" in refusal(config)
     (tmp_path / "model.safetensors").write_bytes(b"no header")
     assert "model.safetensors cannot be read" in refusal(config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 10**5},
+        {"model_type": "deepseek_v3", "first_k_dense_replace": 10**9},
+        {"model_type": "mixtral", "num_local_experts": 10**6},
+        {"model_type": "scmoe", "scmoe": {"model": {"layers": 10**5}}},
+    ],
+)
+def test_a_config_with_far_too_many_layers_is_refused_before_it_is_read(changes, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA | changes))
+    with pytest.raises(ValueError, match="layers"):
+        read_config(tmp_path, ("scmoe", *READERS))
+
+
+def test_a_file_that_a_killed_export_has_left_is_not_read(tmp_path):
+    llama_folder(tmp_path)
+    (tmp_path / ".tmp-0123abcd-model.safetensors").write_bytes(b"half a header")
+    assert_starts_from(dense("llama", f"init_from=hf:{tmp_path}"), tiny_model(dense("llama"), torch.float32))
 
 
 def test_an_export_of_another_format_is_refused(tmp_path):

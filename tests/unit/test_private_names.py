@@ -62,6 +62,8 @@ OTHERS = {
     *("_dynamo", "_timeout", "_profiler_enabled"),
     "_fingerprint",  # Hugging Face data sets have it
     "_is_hf_initialized",  # transformers marks weights that it has read; tests/peers/test_hf_export.py holds it
+    "_attn_implementation",  # of transformers' configs; tests/peers/test_transformers_mixins.py holds it
+    *("_forward_hooks", "_forward_pre_hooks"),
 }
 DRY_RUN = {  # what fake tensors, their modes and their groups are called; test_dry_run.py uses each
     "experiments/dryrun/counted_step.py": {
@@ -79,7 +81,8 @@ SEAMS = ("scmoe/lightning/seam.py", "scmoe/parallel/torch_seam.py")
 ELSEWHERE = {(path, name) for path, names in DRY_RUN.items() for name in names}
 ELSEWHERE |= {("datamodules/text.py", "_fingerprint"), ("scmoe/lightning/known_to_lightning.py", "pl_load")}
 ELSEWHERE |= {("scmoe/hf.py", "_is_hf_initialized"), ("scmoe/moe/router.py", "_apply")}
-ELSEWHERE |= {("scmoe/moe/operators.py", "_profiler_enabled")}
+ELSEWHERE |= {("scmoe/moe/operators.py", "_profiler_enabled"), ("scmoe/hf.py", "_attn_implementation")}
+ELSEWHERE |= {("scmoe/blocks/latent.py", name) for name in ("_forward_hooks", "_forward_pre_hooks")}
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -95,6 +98,7 @@ def test_the_others_exist():
     assert inspect.getsource(_SignalConnector).count("signal.signal(") == 1, "only _register_signal sets handlers"
     assert "_batches_that_stepped" in inspect.getsource(_TrainingEpochLoop.on_load_checkpoint)
     assert hasattr(nn.Module(), "_compiled_call_impl")
+    assert not nn.Module()._forward_hooks and not nn.Module()._forward_pre_hooks
     assert torch.autograd._profiler_enabled() is False
     assert torch._dynamo.config.recompile_limit >= 8
     assert callable(Variable._execution_engine.queue_callback)

@@ -86,6 +86,23 @@ def test_noise_is_that_of_eq_4_and_only_in_training():
     assert router().noise is None
 
 
+def test_hooks_of_the_gate_and_of_the_noise_have_effect():
+    """Programs that keep weights elsewhere, and adapters, act where a module is called."""
+    gate, x = router(noisy=True), tokens()
+    for linear in (gate.gate, gate.noise):
+        torch.manual_seed(0)
+        expected = gate(x).logits_TE
+        weight, linear.weight.data = linear.weight.data, torch.zeros_like(linear.weight)
+
+        def bring_weight(module: Any, inputs: Any, weight: torch.Tensor = weight) -> None:
+            module.weight.data = weight
+
+        handle = linear.register_forward_pre_hook(bring_weight)
+        torch.manual_seed(0)
+        assert torch.equal(gate(x).logits_TE, expected)
+        handle.remove()
+
+
 @pytest.mark.parametrize("num_tokens", (1, 5, 24))
 @pytest.mark.parametrize("top_k", (1, 2, 5))
 def test_balanced_routing_is_even_to_one_copy(top_k, num_tokens):
