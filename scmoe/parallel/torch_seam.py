@@ -86,7 +86,9 @@ def call_after_backward(callback: Callable[[], None]) -> None:
 
 def set_default_timeout(timeout: timedelta) -> None:
     """Let no later collective of the default process group wait longer. Single receives over gloo keep their limit."""
-    dist.distributed_c10d._set_pg_timeout(timeout)
+    public = getattr(dist, "set_timeout", None)  # new in torch 2.15, where the private name warns at each call
+    set_timeout = public or dist.distributed_c10d._set_pg_timeout
+    set_timeout(timeout)
 
 
 def urgent(timeout: timedelta) -> Any:

@@ -8,6 +8,8 @@ and shows its name.
 import ast
 import inspect
 import re
+import warnings
+from datetime import timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.autograd import Variable
-from torch.distributed import distributed_c10d
+from torch.distributed import HashStore, distributed_c10d
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
@@ -36,6 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scmoe.lightning.seam import StepProgressBar, without_inference_mode
 from scmoe.lightning.strategy import ExpertParallelStrategy
+from scmoe.parallel.torch_seam import set_default_timeout
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,7 +54,6 @@ SIGNATURES = {  # name: its owner, its parameters
     "_register_ddp_hooks": (DDPStrategy, ["self"]),
     "_get_train_description": (RichProgressBar, ["self", "current_epoch"]),
     "_apply": (nn.Module, ["self", "fn", "recurse"]),
-    "_set_pg_timeout": (distributed_c10d, ["timeout", "group"]),
 }
 OTHERS = {
     *("_ddp_params_and_buffers_to_ignore", "_last_global_step_saved"),
@@ -59,7 +61,7 @@ OTHERS = {
     *("_execution_engine", "_compiled_call_impl", "_ddp_kwargs"),
     *("_fully_shard", "_fsdp_common", "_get_fsdp_state", "_fsdp_param_groups"),
     *("_set_unshard_async_op", "_reduce_scatter_comm", "_post_accumulate_grad_hooks"),
-    *("_dynamo", "_timeout", "_profiler_enabled"),
+    *("_dynamo", "_timeout", "_profiler_enabled", "_set_pg_timeout"),
     "_fingerprint",  # Hugging Face data sets have it
     "_is_hf_initialized",  # transformers marks weights that it has read; tests/peers/test_hf_export.py holds it
     "_attn_implementation",  # of transformers' configs; tests/peers/test_transformers_mixins.py holds it
@@ -105,8 +107,20 @@ def test_the_others_exist():
     assert rank_zero_only.rank == 0, "known before a Trainer exists"
     assert "_ddp_params_and_buffers_to_ignore" in inspect.getsource(DistributedDataParallel.__init__)
     assert DDPStrategy(bucket_cap_mb=3.0)._ddp_kwargs == {"bucket_cap_mb": 3.0}
-    assert "backend_options._timeout" in inspect.getsource(distributed_c10d._new_process_group_helper)
+    assert "if backend_options._timeout != " in inspect.getsource(distributed_c10d), "torch warns of another timeout"
     assert "**self._ddp_kwargs" in inspect.getsource(DDPStrategy._setup_model)
+
+
+def test_the_default_timeout_is_set_by_a_name_that_does_not_warn():
+    """torch 2.15 has a public name for it, and its private name warns there."""
+    distributed_c10d.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings(action="error"):
+            set_default_timeout(timedelta(seconds=37))
+        gloo = distributed_c10d.group.WORLD._get_backend(torch.device("cpu"))
+        assert gloo.options._timeout == timedelta(seconds=37)
+    finally:
+        distributed_c10d.destroy_process_group()
 
 
 def test_fsdp_places_parameters_by_process_group_and_reads_a_groups_policy_late():
