@@ -69,7 +69,9 @@ def noted_in(trainer: Any, path: Path, background: bool) -> dict[str, list[str]]
         return fingerprint(path)
 
     with patch.object(durable, "fingerprint", noted):
-        saving = Saving(path, tiny_run.state(trainer, OLD), trainer.lightning_module, trainer.strategy.context, background)
+        saving = Saving(
+            path, tiny_run.state(trainer, OLD), trainer.lightning_module, trainer.strategy.context, background
+        )
         moment = "finishing"
         saving.finish()
         moment = "loading"

@@ -1,4 +1,4 @@
-"""State of users' own code in checkpoints: extra state, metrics, hooks, callbacks that average weights, odd optimizers."""
+"""State of users' own code in checkpoints: extra state, metrics, hooks, callbacks, odd optimizers."""
 
 from __future__ import annotations
 
@@ -344,7 +344,8 @@ def refused(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     trainer, module = trainer_of("expert_parallel", folder=folder), Saving(add_words)
     trainer.fit(module, data())
     trainer.save_checkpoint(folder / "words.ckpt")
-    trainer_of("expert_parallel", folder=folder).fit(again := Saving(add_words), data(), ckpt_path=folder / "words.ckpt")
+    again = Saving(add_words)
+    trainer_of("expert_parallel", folder=folder).fit(again, data(), ckpt_path=folder / "words.ckpt")
     found["words"] = again.read
     try:
         trainer.fit(module, data(), ckpt_path=folder / "absent.ckpt")

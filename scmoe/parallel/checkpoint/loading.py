@@ -108,8 +108,8 @@ def load_checkpoint(
     groups, further = meta.pop("param_groups", []), meta.pop(OPTIMIZER, Incomplete({}, {}))
     if optimizers and groups:
         check_same_groups(path, [optimizer.param_groups for optimizer in optimizers], groups)
-        for reason in further.reasons.values():
-            raise ValueError(f"{path}: {reason}")
+        if further.reasons:
+            raise ValueError(f"{path}: {next(iter(further.reasons.values()))}")
     for i, (optimizer, saved_groups) in enumerate(zip(optimizers, groups, strict=False)):
         optimizer.state.clear()
         wanted.update(_allocate_state(f"optimizer_{i}", module, optimizer, stored, context))
@@ -144,7 +144,6 @@ def _of_module(
     ValueError: the module and the checkpoint have other entries, and `strict`."""
     is_kept, tied = kept_in(module), tied_weights(module)
     wanted: dict[str, Tensor] = {}
-    absent = set(entries.reasons) if strict else set()
     for name, x in with_dtensors(state, module, context).items():
         key = f"model.{name}"
         if name in tied or name in entries:
@@ -159,8 +158,10 @@ def _of_module(
     check_same_model(path, wanted, there if strict else {name: there[name] for name in wanted})
     if strict and (unknown := sorted(entries.keys() - state.keys())):
         raise ValueError(f"{path} holds another model: {unknown[0]} is absent here")
-    for name in absent & state.keys():
-        raise ValueError(f"{path}: {entries.reasons[name]}, or set strict_loading=False to leave it as it is")
+    if strict and entries.reasons:
+        raise ValueError(
+            f"{path}: {next(iter(entries.reasons.values()))}, or set strict_loading=False to leave it as it is"
+        )
     return wanted
 
 

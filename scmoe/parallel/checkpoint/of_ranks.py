@@ -52,7 +52,10 @@ class Incomplete(dict[str, Any]):
         return super().__contains__(key) or key in self.reasons
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        try:
+            return self[key]
+        except KeyError:
+            return default
 
     def pop(self, key: str, *default: Any) -> Any:
         if key in self.reasons:
@@ -60,33 +63,33 @@ class Incomplete(dict[str, Any]):
         return super().pop(key, *default)
 
 
-def contents(
-    checkpoint: dict[str, Any], module: nn.Module, context: ParallelContext
-) -> tuple[dict[str, Tensor], str]:
+def contents(checkpoint: dict[str, Any], module: nn.Module, context: ParallelContext) -> tuple[dict[str, Tensor], str]:
     """Return this rank's tensors of a checkpoint, and the text of its meta.json. Every rank must call it.
 
+    Ranks ask each other in the control group, because a thread may use the checkpoint group for an earlier checkpoint.
     TypeError, ValueError, on every rank: it has something that cannot be saved; the message names it."""
     tensors: dict[str, Tensor] = {}
     entries: dict[Key, _Entry] = {}
-    with context.same_error_on_all_ranks():
+    group = context.control_group
+    with context.same_error_on_all_ranks(group):
         tensors, meta = split(checkpoint, module, context)
         entries = {key: _Entry(key, value) for key, value in _entries_of(meta)}
         check_types(tensors)
     of_ranks: list[Any] = [None] * context.world_size
-    dist.all_gather_object(of_ranks, {key: e.digest for key, e in entries.items()}, group=context.checkpoint_group)
-    keys = {key: None for digests in of_ranks for key in digests}
+    dist.all_gather_object(of_ranks, {key: entry.digest for key, entry in entries.items()}, group=group)
+    keys = dict.fromkeys(key for digests in of_ranks for key in digests)
     differing = [key for key in keys if len({digests.get(key) for digests in of_ranks}) > 1]
     for key in differing:
         if key in entries:
             entries[key].is_of(context.rank)
-    for key in [key for key, entry in entries.items() if key[0] == MODULE and isinstance(entry.value, Tensor)]:
-        if key not in differing:
+    for key in entries.keys() - set(differing):
+        if key[0] == MODULE and isinstance(entries[key].value, Tensor):  # as any reader of weights expects it
             tensors[f"model.{key[1]}"] = entries.pop(key).value
     for entry in entries.values():
         tensors.update(entry.tensors)
     others: list[Any] = [None] * context.world_size
     own = {key: entries[key].json for key in differing if key in entries}
-    dist.all_gather_object(others, own if context.rank else {}, group=context.checkpoint_group)
+    dist.all_gather_object(others, own if context.rank else {}, group=group)
     return dict(each_in_its_own_storage(tensors)), _text(entries, differing, others, context)
 
 
@@ -164,26 +167,27 @@ def of_this_rank(meta: dict[str, Any], context: ParallelContext) -> Incomplete:
     """Return what meta.json holds for this rank, if it reads in this layout."""
     differ = meta.pop(OF_RANKS, {"layout": [], "keys": [], "ranks": []})
     same_layout = differ["layout"] == layout(context)
-    reasons: dict[Any, dict[str, str]] = {}
+    own = Incomplete(meta, {})
+    for name in BY_NAME:
+        if name in meta or any(key[0] == name for key in differ["keys"]):
+            own[name] = Incomplete(meta.get(name, {}), {})
     for key, of_ranks in zip(differ["keys"], differ["ranks"], strict=True):
-        inner = meta.get(key[0], {}) if len(key) > 1 else meta
-        values = of_ranks | ({0: inner[key[-1]]} if key[-1] in inner else {})
+        *outer, name = key
+        inner = own[outer[0]] if outer else own
+        values = dict(of_ranks)
+        if name in inner:
+            values[0] = inner.pop(name)
         if same_layout and context.rank in values:
-            meta.setdefault(key[0], {})
-            (meta[key[0]] if len(key) > 1 else meta)[key[-1]] = values[context.rank]
-        elif same_layout:
-            inner.pop(key[-1], None)
-        elif any(has_tensors(value) for value in values.values()):
-            inner.pop(key[-1], None)
-            reasons.setdefault(key[0] if len(key) > 1 else None, {})[key[-1]] = (
+            inner[name] = values[context.rank]
+        elif not same_layout and any(has_tensors(value) for value in values.values()):
+            inner.reasons[name] = (
                 f"{title(key)} differs between the ranks that saved it and holds tensors, so it can be read only by "
                 f"ranks in the same layout: {differ['layout'][0]} ranks, ep_size {differ['layout'][1]} and the same "
                 "strategy.dense. Use this layout, or leave out what reads it"
             )
-    for key in BY_NAME:
-        if key in meta or key in reasons:
-            meta[key] = Incomplete(meta.get(key, {}), reasons.get(key, {}))
-    return Incomplete(meta, reasons.get(None, {}))
+        elif not same_layout and 0 in values:
+            inner[name] = values[0]
+    return own
 
 
 def has_tensors(x: Any) -> bool:
