@@ -92,7 +92,7 @@ def write_whole(rank: int, world_size: int, folder: Path, layout: Layout) -> dic
     """Save the state after one step, where moments and experts all differ. Returns it."""
     trainer = trained(rank, folder, layout)
     path, context = folder / "checkpoints" / LAST, trainer.strategy.context
-    Saving(path, tiny_run.state(trainer, OLD), context, background=False).finish()
+    Saving(path, tiny_run.state(trainer, OLD), trainer.lightning_module, context, background=False).finish()
     return gathered(trainer)
 
 

@@ -102,7 +102,7 @@ def mark(trainer: Any, step: int) -> None:
 def save_marked(trainer: Any, path: Path, step: int, background: bool = False) -> None:
     """Save tensors that are equal to the step. background: training reaches NEXT while the checkpoint is written."""
     mark(trainer, step)
-    saving = Saving(path, state(trainer, step), trainer.strategy.context, background)
+    saving = Saving(path, state(trainer, step), trainer.lightning_module, trainer.strategy.context, background)
     if background:
         mark(trainer, NEXT)
     saving.finish()

@@ -29,14 +29,18 @@ def reading_directories(load: Callable[..., Any]) -> Callable[..., Any]:
     """Return `load`, which reads one file, with our directories read by one process too."""
 
     def read(path: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+        from torch import Tensor
+
         from scmoe.parallel.checkpoint.durable import MANIFEST
         from scmoe.parallel.checkpoint.loading import read_for_lightning
 
         if not isinstance(path, (str, Path)) or not (Path(path) / MANIFEST).is_file():
             return load(path, map_location, *args, **kwargs)
         checkpoint, device = read_for_lightning(Path(path)), place_of(map_location)
-        weights = {name: weight.to(device) for name, weight in checkpoint["state_dict"].items()}
-        return {**checkpoint, "state_dict": weights}
+        for name, entry in checkpoint["state_dict"].items():
+            if isinstance(entry, Tensor):  # not every extra state is one
+                checkpoint["state_dict"][name] = entry.to(device)
+        return checkpoint
 
     return read
 

@@ -231,11 +231,25 @@ class Job:
 
 
 class SavePostponed(Callback):
-    """Saves what was requested inside a step: once it is taken, or at the end of a training that ends inside it."""
+    """Saves what was requested inside a step: once it is taken, or at the end of a training that ends inside it.
+
+    After the first step it also makes what a checkpoint would hold, without writing it, so that something that cannot
+    be saved ends the run then and not hours later. Without a callback that saves it does not."""
+
+    def __init__(self) -> None:
+        self.has_checked = False
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         if not seam.accumulated_batches(trainer):
+            self.check(trainer)
             self.save(trainer)
+
+    def check(self, trainer: Any) -> None:
+        if trainer.checkpoint_callbacks and not self.has_checked:
+            self.has_checked = True
+            weights_only = all(getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks)
+            saved = seam.what_is_saved(trainer, weights_only)
+            trainer.strategy.checkpoints.check(saved, trainer.lightning_module)
 
     def on_train_end(self, trainer: Any, *_: Any) -> None:
         if seam.accumulated_batches(trainer) and trainer.strategy.checkpoints.postponed:

@@ -74,6 +74,12 @@ def count_steps_from(trainer: Any, step: int) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
+def what_is_saved(trainer: Any, weights_only: bool) -> dict[str, Any]:
+    """Return the dictionary that the Trainer gives to a strategy's save_checkpoint. Every hook of a save is called."""
+    saved: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only)
+    return saved
+
+
 def mark_step_as_saved(trainer: Any) -> None:
     """Let every ModelCheckpoint know that the current step is saved already.
 

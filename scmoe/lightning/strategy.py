@@ -354,7 +354,7 @@ class ExpertParallelStrategy(DDPStrategy):
             rank_zero_warn("a checkpoint inside a step is saved at its end, as gradients are in no checkpoint")
             self.checkpoints.postponed[path] = "optimizer_states" not in state
             return
-        self.checkpoints.save(path, state | {"tied_weights": tied_weights(self.module)})
+        self.checkpoints.save(path, state | {"tied_weights": tied_weights(self.module)}, self.module)
         if not self.takes_steps:  # else nothing would complete it
             self.checkpoints.finish()
 

@@ -111,29 +111,29 @@ class ParallelContext:
         return values
 
     @contextmanager
-    def same_error_on_all_ranks(self) -> Iterator[None]:
-        """Raise on every rank what rank 0 raises inside, so that no rank waits for one that has given up. A rank 0 that
-        is stuck inside ends the others after the timeout."""
-        failure: list[Any] = [None]
+    def same_error_on_all_ranks(self, group: Any = None) -> Iterator[None]:
+        """Raise on every rank what the first of them raises inside, so that no rank waits for one that has given up. A
+        rank that is stuck inside ends the others after the timeout. There must be no collective inside.
+
+        group: in which ranks ask each other; None: `checkpoint_group`."""
+        failure: Exception | None = None
         try:
             yield
-        except (OSError, ValueError, TypeError) as error:
-            failure = [error]
-        dist.broadcast_object_list(failure, group=self.checkpoint_group)
-        if failure[0] is not None:
-            raise failure[0]
+        except Exception as error:
+            failure = error
+        self._raise_first(failure, group or self.checkpoint_group)
 
     def together(self, work: Callable[[], Any]) -> None:
         """Do long work on every rank, each its own, and raise on every rank what the first of them raises.
 
         Ranks ask each other every second who still works, so the work may take longer than a collective's timeout."""
-        failures: list[Any] = [None] * self.world_size
+        failures: list[Exception] = []
 
         def do() -> None:
             try:
                 work()
             except Exception as error:
-                failures[self.rank] = error
+                failures.append(error)
 
         thread = threading.Thread(target=do, name="together", daemon=True)
         thread.start()
@@ -142,12 +142,20 @@ class ParallelContext:
             thread.join(timeout=1)
             done.fill_(not thread.is_alive())
             dist.all_reduce(done, dist.ReduceOp.MIN, group=self.checkpoint_group)
-        own = failures[self.rank]
-        dist.all_gather_object(failures, own, group=self.checkpoint_group)
-        failures[self.rank] = own  # with its traceback, which a copy has not
-        for failure in failures:
-            if failure is not None:
-                raise failure
+        self._raise_first(failures[0] if failures else None, self.checkpoint_group)
+
+    def _raise_first(self, failure: Exception | None, group: Any) -> None:
+        """Raise on every rank the failure of the first rank that has one. Every rank must call it."""
+        sent: Exception | None = failure
+        if failure is not None and not isinstance(failure, (OSError, ValueError, TypeError)):
+            sent = RuntimeError(f"{type(failure).__name__}: {failure}")  # a type of a user may not survive the way
+        failures: list[Any] = [None] * self.world_size
+        dist.all_gather_object(failures, sent, group=group)
+        if failure is not None:
+            failures[self.rank] = failure  # with its traceback, which a copy has not
+        for first in failures:
+            if first is not None:
+                raise first
 
 
 def build_context(

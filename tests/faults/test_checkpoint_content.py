@@ -69,7 +69,9 @@ def noted_in(trainer: Any, path: Path, background: bool) -> dict[str, list[str]]
         return fingerprint(path)
 
     with patch.object(durable, "fingerprint", noted):
-        saving = Saving(path, tiny_run.state(trainer, OLD), trainer.strategy.context, background)
+        saving = Saving(
+            path, tiny_run.state(trainer, OLD), trainer.lightning_module, trainer.strategy.context, background
+        )
         moment = "finishing"
         saving.finish()
         moment = "loading"
@@ -119,7 +121,8 @@ def write_full(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     trainer = tiny_run.one_step(world_size, folder)
     for background in (False, True):
         state, context = tiny_run.state(trainer, OLD), trainer.strategy.context
-        Saving(folder / f"{background}.ckpt", state, context, background, full=True).finish()
+        module = trainer.lightning_module
+        Saving(folder / f"{background}.ckpt", state, module, context, background, full=True).finish()
     return tiny_run.tensors(trainer)
 
 
@@ -144,7 +147,8 @@ def put_together_without_room(rank: int, world_size: int, folder: Path) -> str:
     largest = max(file.stat().st_size for file in path.iterdir())
     _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest + 100, limit))
-    saving = Saving(path, tiny_run.state(trainer, NEW), trainer.strategy.context, background=False, full=True)
+    state, context = tiny_run.state(trainer, NEW), trainer.strategy.context
+    saving = Saving(path, state, trainer.lightning_module, context, background=False, full=True)
     try:
         saving.finish()
     except OSError as error:

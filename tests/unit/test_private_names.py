@@ -24,6 +24,7 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
@@ -52,12 +53,13 @@ SIGNATURES = {  # name: its owner, its parameters
     "_save_checkpoint": (ModelCheckpoint, ["self", "trainer", "filepath"]),
     "_register_signal": (_SignalConnector, ["signum", "handlers"]),
     "_register_ddp_hooks": (DDPStrategy, ["self"]),
+    "dump_checkpoint": (_CheckpointConnector, ["self", "weights_only"]),
     "_get_train_description": (RichProgressBar, ["self", "current_epoch"]),
     "_apply": (nn.Module, ["self", "fn", "recurse"]),
 }
 OTHERS = {
     *("_ddp_params_and_buffers_to_ignore", "_last_global_step_saved"),
-    *("_batches_that_stepped", "_signal_connector"),
+    *("_batches_that_stepped", "_signal_connector", "_checkpoint_connector"),
     *("_execution_engine", "_compiled_call_impl", "_ddp_kwargs"),
     *("_fully_shard", "_fsdp_common", "_get_fsdp_state", "_fsdp_param_groups"),
     *("_set_unshard_async_op", "_reduce_scatter_comm", "_post_accumulate_grad_hooks"),

@@ -33,6 +33,10 @@ class BrokenCheckpoint(ValueError):
     """A checkpoint differs from what was written; the message names the file."""
 
 
+class MissingCheckpoint(BrokenCheckpoint, FileNotFoundError):
+    """There is nothing at the path. Every strategy of Lightning raises FileNotFoundError then."""
+
+
 def new_token() -> str:
     """Return the end of a partial directory's name: 8 random digits, and this process."""
     return f"{uuid.uuid4().hex[:8]}-{machine()}-{os.getpid()}-{start_of(os.getpid()) or 0}"
@@ -106,7 +110,10 @@ def verify(path: Path, share: slice = slice(None)) -> int:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return {"step", "files"} of a checkpoint. BrokenCheckpoint: it has no manifest, or a damaged one."""
+    """Return {"step", "files"} of a checkpoint. BrokenCheckpoint: it has no manifest, or a damaged one, or there is
+    nothing at the path (MissingCheckpoint)."""
+    if not os.path.lexists(path):
+        raise MissingCheckpoint(f"{path} does not exist. Give the path of a checkpoint")
     if path.is_file():
         raise BrokenCheckpoint(
             f"{path} is one file, which another strategy of Lightning has saved; ExpertParallelStrategy reads only the "

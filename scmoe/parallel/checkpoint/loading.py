@@ -10,12 +10,30 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.state import META, as_dtensor, from_json, model_state, rng_states
+from scmoe.parallel.checkpoint.of_ranks import Incomplete, of_this_rank, replaced, stored_in, with_tensors
+from scmoe.parallel.checkpoint.state import (
+    META,
+    MODULE,
+    OPTIMIZER,
+    as_dtensor,
+    from_json,
+    kept_in,
+    parameter_names,
+    rng_states,
+    tied_weights,
+    with_dtensors,
+)
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
+NOT_GIVEN = (
+    "on_load_checkpoint reads checkpoint[{!r}], which ExpertParallelStrategy does not give: each rank has "
+    "read its part of the tensors in place before the hook. Change the module's weights in the hook instead, "
+    "or set strict_loading=False to load a checkpoint that lacks some of them"
+)
 NETWORK = "model.model."  # what the names of the network's weights begin with: the LightningModule's, and its `model`
 
 
@@ -41,7 +59,10 @@ def read_named(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """Return everything in a checkpoint except its tensors. BrokenCheckpoint: the file is damaged."""
+    """Return everything in a checkpoint except its tensors, as `of_ranks.contents` has written it.
+
+    Raises BrokenCheckpoint where the file is damaged.
+    """
     try:
         return json.loads((path / META).read_text(encoding="utf-8"), object_hook=from_json)
     except ValueError as error:
@@ -54,11 +75,18 @@ def read_for_lightning(path: Path) -> dict[str, Any]:
     For `load_from_checkpoint` and Trainers without ExpertParallelStrategy. ValueError: no whole checkpoint.
     """
     durable.verify(path)
-    meta = read_meta(path)
-    meta.pop("param_groups", None)
+    meta = of_this_rank(read_meta(path), ParallelContext())
+    for name in ("param_groups", OPTIMIZER):
+        meta.pop(name, None)
+    meta = with_tensors(meta, read_named(path, stored_in(meta)))
     weights = {name.removeprefix("model."): tensor for name, tensor in read_whole(path, "model.").items()}
+    entries = meta.pop(MODULE, Incomplete({}, {}))
+    for reason in entries.reasons.values():
+        warnings.warn(f"not loaded: {reason}", stacklevel=2)
+    weights |= entries
     weights |= {name: weights[first] for name, first in meta.pop("tied_weights", {}).items() if first in weights}
-    return {**meta, "state_dict": weights}
+    meta["state_dict"] = weights
+    return meta
 
 
 def _fill(tensors: dict[str, Tensor], path: Path) -> None:
@@ -74,22 +102,22 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Read a checkpoint into the module and the optimizers and return the rest.
 
-    strict: both must have the same tensors; if not, the others stay as they are. Each rank verifies its share of the
+    strict: both must have the same entries; if not, the others stay as they are. Each rank verifies its share of the
     files. The key "rng_states" holds this rank's states, if as many ranks wrote as read. ValueError: no whole
-    checkpoint, or another model's.
+    checkpoint, or another model's. An optimizer has no other state afterwards than the checkpoint's.
     """
     context.together(lambda: durable.verify(path, slice(context.rank, None, context.world_size)))
-    meta, stored = WithoutTensors(read_meta(path)), tensors_of(path)
-    wanted: dict[str, Tensor] = {f"model.{name}": t for name, t in model_state(module, context).items()}
-    there = {name: tuple(t.shape) for name, t in stored.items() if name.startswith("model.")}
-    if not strict:
-        wanted = {name: t for name, t in wanted.items() if name in there}
-        there = {name: there[name] for name in wanted}
-    check_same_model(path, wanted, there)
-    groups = meta.pop("param_groups", [])
+    meta, stored = of_this_rank(read_meta(path), context), tensors_of(path)
+    entries = meta.pop(MODULE, Incomplete({}, {}))
+    state = module.state_dict()
+    wanted = _of_module(path, module, state, entries, stored, context, strict)
+    groups, further = meta.pop("param_groups", []), meta.pop(OPTIMIZER, Incomplete({}, {}))
     if optimizers and groups:
         check_same_groups(path, [optimizer.param_groups for optimizer in optimizers], groups)
+        if further.reasons:
+            raise ValueError(f"{path}: {next(iter(further.reasons.values()))}")
     for i, (optimizer, saved_groups) in enumerate(zip(optimizers, groups, strict=False)):
+        optimizer.state.clear()
         wanted.update(_allocate_state(f"optimizer_{i}", module, optimizer, stored, context))
         for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
             group.update({k: v for k, v in saved.items() if k != "params"})
@@ -97,21 +125,86 @@ def load_checkpoint(
         names = [name for name in rng_states() if f"rng.{name}.{context.rank}" in stored]
         meta["rng_states"] = {name: torch.empty_like(rng_states()[name]) for name in names}
         wanted |= {f"rng.{name}.{context.rank}": state for name, state in meta["rng_states"].items()}
+    others = {name: _allocated(stored[name]) for name in stored_in([entries, further, meta])}
+    wanted |= others
     dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), process_group=context.checkpoint_group)
-    return meta
+    _give(module, state, wanted, dict(with_tensors(entries, others)))
+    if groups:
+        _put_further_state(module, optimizers, with_tensors(further, others))
+    meta.reasons |= {key: NOT_GIVEN.format(key) for key in ("state_dict", "optimizer_states")}
+    return with_tensors(meta, others)
 
 
-class WithoutTensors(dict[str, Any]):
-    """A checkpoint without its tensors, as `on_load_checkpoint` receives it."""
+def _of_module(
+    path: Path,
+    module: nn.Module,
+    state: Mapping[str, Any],
+    entries: Incomplete,
+    stored: Mapping[str, Tensor],
+    context: ParallelContext,
+    strict: bool,
+) -> dict[str, Tensor]:
+    """Return the tensors for the entries of the module's state_dict that a checkpoint has as tensors. Those of
+    parameters and buffers are the module's own; others are new. entries: which it has in meta.json.
 
-    def __missing__(self, key: str) -> Any:
-        if key not in ("state_dict", "optimizer_states"):
-            raise KeyError(key)
+    ValueError: the module and the checkpoint have other entries, and `strict`."""
+    is_kept, tied = kept_in(module), tied_weights(module)
+    wanted: dict[str, Tensor] = {}
+    for name, x in with_dtensors(state, module, context).items():
+        key = f"model.{name}"
+        if name in tied or name in entries:
+            continue
+        if key in stored:
+            wanted[key] = x if is_kept(x) else _allocated(stored[key])
+        elif isinstance(x, Tensor) and strict:
+            wanted[key] = x
+        elif strict:
+            raise ValueError(f"{path} holds another model: {name} is absent there")
+    there = {name: tuple(t.shape) for name, t in stored.items() if name.startswith("model.")}
+    check_same_model(path, wanted, there if strict else {name: there[name] for name in wanted})
+    if strict and (unknown := sorted(entries.keys() - state.keys())):
+        raise ValueError(f"{path} holds another model: {unknown[0]} is absent here")
+    if strict and entries.reasons:
         raise ValueError(
-            f"on_load_checkpoint reads checkpoint[{key!r}], which ExpertParallelStrategy does not give: each rank has "
-            "read its part of the tensors in place before the hook. Change the module's weights in the hook instead, "
-            "or set strict_loading=False to load a checkpoint that lacks some of them"
+            f"{path}: {next(iter(entries.reasons.values()))}, or set strict_loading=False to leave it as it is"
         )
+    return wanted
+
+
+def _allocated(like: Tensor) -> Tensor:
+    return torch.empty_like(like, device="cpu")
+
+
+def _give(module: nn.Module, state: dict[str, Any], read: Mapping[str, Tensor], entries: Mapping[str, Any]) -> None:
+    """Call `load_state_dict` with what was read, so that hooks and overrides of modules get it, as in other strategies.
+
+    state: the module's; tensors of parameters and buffers hold already what was read."""
+    tied, is_kept = tied_weights(module), kept_in(module)
+    for name, x in [*state.items()]:
+        key = f"model.{tied.get(name, name)}"
+        if name in entries:
+            state[name] = entries[name]
+        elif key not in read:
+            del state[name]  # the checkpoint does not have it
+        elif not is_kept(x) and not isinstance(read[key], DTensor):
+            state[name] = read[key]
+    module.load_state_dict(state, strict=False)
+
+
+def _put_further_state(module: nn.Module, optimizers: Sequence[Optimizer], further: Mapping[str, Any]) -> None:
+    """Put state into optimizers that is not like its weight. further: by the optimizer's number and a name."""
+    for key, values in further.items():
+        number, _, name = key.partition(".")
+        if int(number) < len(optimizers):
+            optimizer = optimizers[int(number)]
+            parameters = {name: p for p, name in parameter_names(module, optimizer).items()}
+            if name not in parameters:
+                optimizer.state[name] = values
+            else:
+                device = parameters[name].device
+                optimizer.state[parameters[name]].update(
+                    replaced(values, lambda x, device=device: x.to(device) if isinstance(x, Tensor) else x)
+                )
 
 
 def check_same_groups(path: Path, here: Sequence[Any], there: Sequence[Any]) -> None:

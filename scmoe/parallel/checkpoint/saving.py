@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 from scmoe.files.writing import write_durably, write_in_turn
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_checkpoint, read_whole
-from scmoe.parallel.checkpoint.state import FULL, META, set_rng_states, split, to_text
+from scmoe.parallel.checkpoint.of_ranks import contents
+from scmoe.parallel.checkpoint.state import FULL, META, set_rng_states
 from scmoe.parallel.mesh import ParallelContext
 
 
@@ -31,20 +32,24 @@ class Saving:
     its place once `finish` has returned on every rank."""
 
     def __init__(
-        self, path: Path, checkpoint: dict[str, Any], context: ParallelContext, background: bool, full: bool = False
+        self,
+        path: Path,
+        checkpoint: dict[str, Any],
+        module: nn.Module,
+        context: ParallelContext,
+        background: bool,
+        full: bool = False,
     ) -> None:
         """Every rank must construct it. background: return once the tensors are copied, and write in a thread. full: in
         the end rank 0 merges all shards into one file, in its memory."""
         self.path, self.context, self.step, self.full = path, context, checkpoint["global_step"], full
-        tensors, meta = split(checkpoint, context)
+        tensors, self.meta = contents(checkpoint, module, context)
         token: list[Any] = [durable.new_token()]
         dist.broadcast_object_list(token, group=context.checkpoint_group)
         self.partial = durable.partial_path(path, token[0])
-        self.meta = ""
         with self._all_or_nothing():
             with context.same_error_on_all_ranks():
                 if context.rank == 0:
-                    self.meta = to_text(meta)
                     durable.make_folder(path.parent)
                     durable.sweep(path.parent, path.name)
                     self.partial.mkdir()
@@ -114,12 +119,16 @@ class Checkpoints:
         self.outdated: list[Path] = []  # removed once the save that replaces them is complete
         self.rng_states: dict[str, Tensor] | None = None  # loaded and not yet restored
 
-    def save(self, path: Path, state: dict[str, Any]) -> None:
+    def save(self, path: Path, state: dict[str, Any], module: nn.Module) -> None:
         """state: Lightning's checkpoint dictionary."""
         self.finish()
-        self.saving = Saving(path, state, self.context, self.background, self.full)
+        self.saving = Saving(path, state, module, self.context, self.background, self.full)
         if not self.background:
             self.finish()
+
+    def check(self, state: dict[str, Any], module: nn.Module) -> None:
+        """Raise on every rank what `save` would raise for something that cannot be saved. Nothing is written."""
+        contents(state, module, self.context)
 
     def is_writing(self) -> bool:
         """Return whether this rank still writes its part of a checkpoint."""

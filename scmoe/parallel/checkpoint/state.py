@@ -3,7 +3,7 @@
     <name>.ckpt/manifest.json                    step, size and hash of every file
                 meta.json                        everything except tensors
                 shard-*.safetensors              (or all.safetensors) model.<name>, optimizer_<i>.<name>.<state>,
-                                                 rng.<generator>.<rank>
+                                                 rng.<generator>.<rank>, rest.<key>.<number>
 
 A DTensor says which slice of a weight a rank holds. Nothing in these files can execute code
 when it is read.
@@ -11,13 +11,16 @@ when it is read.
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
@@ -26,18 +29,60 @@ from scmoe.parallel.dense import local
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 META = "meta.json"
-MARKS = {"__tensor__", "__tuple__", "__items__"}  # keys by which `from_json` knows what is no JSON
+MARKS = {"__tensor__", "__stored__", "__tuple__", "__set__", "__items__"}  # by these `from_json` knows what is no JSON
 FULL = "all.safetensors"
+MODULE, OPTIMIZER = "module_entries", "optimizer_entries"  # keys of meta.json, see `split`
+OUTSIDE = "outside the module"  # what the names of an optimizer's parameters begin with that the module does not have
+LARGEST_IN_JSON = 64  # elements of a tensor; larger ones are stored as tensors
 
 
-def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Tensor]:
-    """Return the module's tensors by name; tensors that are split over ranks are DTensors. They share storage with the
-    module, so reading into them loads the module. A tied weight occurs once, under its first name. Calling `state_dict`
-    makes FSDP split again what it has gathered."""
-    shards = {name for name, _ in expert_parameters(module)}
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of meta.json that is in the files of tensors, under this name."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A value for which `to_json` has been called already."""
+
+    json: Any
+
+
+def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Any]:
+    """Return the module's state_dict; tensors that are split over ranks are DTensors. Parameters and buffers share
+    storage with the module. A tied weight occurs once, under its first name. Calling `state_dict` makes FSDP split
+    again what it has gathered."""
     tied = tied_weights(module)
-    state = ((name, t) for name, t in module.state_dict().items() if name not in tied)
-    return {name: as_dtensor(t, context) if name in shards else t for name, t in state}
+    return {name: x for name, x in with_dtensors(module.state_dict(), module, context).items() if name not in tied}
+
+
+def with_dtensors(state: Mapping[str, Any], module: nn.Module, context: ParallelContext) -> dict[str, Any]:
+    """Return the entries of a state_dict, the experts' as DTensors in the same storage."""
+    shards = {name for name, _ in expert_parameters(module)}
+    return {
+        name: as_dtensor(x, context) if name in shards and isinstance(x, Tensor) else x for name, x in state.items()
+    }
+
+
+def kept_in(module: nn.Module) -> Callable[[Any], bool]:
+    """Return a function that says whether an entry of the module's state_dict is the memory of a parameter or buffer,
+    or a part of experts. Others are made by the call: extra state, copies of a hook, states of metrics."""
+    kept = {_memory(t) for t in (*module.parameters(), *module.buffers())}
+
+    def is_kept(x: Any) -> bool:
+        return isinstance(x, DTensor) or (isinstance(x, Tensor) and _memory(x) in kept)
+
+    return is_kept
+
+
+def _memory(tensor: Tensor) -> tuple[torch.device, int]:
+    part = local(tensor)
+    try:
+        return part.device, part.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # some subclasses of Tensor; `check_types` refuses them by name
+        return part.device, 0
 
 
 def tied_weights(module: nn.Module) -> dict[str, str]:
@@ -47,11 +92,12 @@ def tied_weights(module: nn.Module) -> dict[str, str]:
 
 
 def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelContext) -> dict[str, Any]:
-    """Return {"state": {parameter name: {...}}, "param_groups": [...]}, with names in place of torch's positions.
+    """Return {"state": {parameter name: {...}}, "param_groups": [...]}, with names in place of torch's positions. State
+    that belongs to no parameter keeps its key.
 
     ValueError: state of experts that is neither of the weight's shape nor a number, so ranks' parts cannot be joined.
     """
-    names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
+    names = parameter_names(module, optimizer)
     shards = {p for _, p in expert_parameters(module)}
     for p in shards & optimizer.state.keys() if context.ep_size > 1 else ():
         for k, v in optimizer.state[p].items():
@@ -60,28 +106,90 @@ def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelCo
                     f"the optimizer keeps {k} {tuple(v.shape)} of {names[p]} {tuple(p.shape)}, allowed for experts of "
                     "several ranks: state of the weight's own shape, and single numbers"
                 )
-    state = {
-        names[p]: {k: as_dtensor(v, context) if p in shards and _is_like(v, p) else v for k, v in values.items()}
-        for p, values in optimizer.state.items()
-    }
+    state: dict[Any, Any] = {}
+    for p, values in optimizer.state.items():
+        if p in shards:
+            values = {k: as_dtensor(v, context) if _is_like(v, p) else v for k, v in values.items()}
+        if p not in names and not isinstance(p, str):
+            raise ValueError(f"the optimizer has state of a {type(p).__name__} that is in none of its groups")
+        state[names.get(p, p)] = values
     groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
     return {"state": state, "param_groups": groups}
 
 
-def split(checkpoint: dict[str, Any], context: ParallelContext) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split Lightning's checkpoint dictionary into named tensors and the rest; add the random states."""
+def parameter_names(module: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
+    """Return the names of the module's and the optimizer's parameters. One that only the optimizer has is named by its
+    place in the groups."""
+    names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
+    for i, group in enumerate(optimizer.param_groups):
+        for j, p in enumerate(group["params"]):
+            names.setdefault(p, f"{OUTSIDE}/{i}/{j}")
+    return names
+
+
+def split(
+    checkpoint: dict[str, Any], module: nn.Module, context: ParallelContext
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split Lightning's checkpoint dictionary into named tensors and the rest; add the random states.
+
+    Tensors are the module's own, and state of optimizers that is like its weight or a single number. In the rest,
+    MODULE has the further entries of the state_dict by name, and OPTIMIZER the further state by `<number>.<name>`.
+    """
     tensors = {f"rng.{name}.{context.rank}": state for name, state in rng_states().items()}
-    tensors.update({f"model.{name}": t for name, t in checkpoint["state_dict"].items()})
     meta = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
+    is_kept, entries = kept_in(module), checkpoint["state_dict"].items()
+    tensors.update({f"model.{name}": t for name, t in entries if is_kept(t)})
+    if further := {name: x for name, x in entries if not is_kept(x)}:
+        meta[MODULE] = further
     if "optimizer_states" in checkpoint:
         meta["param_groups"] = [state["param_groups"] for state in checkpoint["optimizer_states"]]
+        parameters = dict(module.named_parameters())
         for i, state in enumerate(checkpoint["optimizer_states"]):
             for name, values in state["state"].items():
-                tensors.update({f"optimizer_{i}.{name}.{k}": torch.as_tensor(v) for k, v in values.items()})
-    return dict(_each_in_its_own_storage(tensors)), meta
+                moments = _moments(values, parameters.get(name))
+                tensors.update({f"optimizer_{i}.{name}.{k}": v for k, v in moments.items()})
+                if not isinstance(values, dict) or len(moments) < len(values):
+                    others = {k: v for k, v in values.items() if k not in moments} if moments else values
+                    meta.setdefault(OPTIMIZER, {})[f"{i}.{name}"] = others
+    return tensors, meta
 
 
-def _each_in_its_own_storage(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _moments(values: Any, weight: Tensor | None) -> dict[str, Tensor]:
+    """Return the state of a weight that is like it, or a single number, in tensors that ranks can join."""
+    if weight is None or not isinstance(values, dict):
+        return {}
+    shape = weight.shape
+    return {
+        k: v
+        for k, v in values.items()
+        if isinstance(v, Tensor) and (v.numel() == 1 or v.shape == shape or isinstance(v, DTensor))
+    }
+
+
+def check_types(tensors: Mapping[str, Tensor]) -> None:
+    """Raise TypeError for a tensor that the files cannot hold: of another type or layout, or without memory."""
+    refused = {dtype for dtype in {t.dtype for t in tensors.values()} if not _can_be_stored(dtype)}
+    for name, tensor in tensors.items():
+        part = local(tensor)
+        if tensor.dtype in refused:
+            what = f"its type is {tensor.dtype}, which safetensors does not have"
+        elif part.layout != torch.strided:
+            what = f"its layout is {part.layout}"
+        elif part.numel() and _memory(part)[1] == 0:
+            what = f"it is a {type(part).__name__} without memory of its own on the device {part.device}"
+        else:
+            continue
+        raise TypeError(f"{name} cannot be saved: {what}. Convert it to plain tensors, or leave it out")
+
+
+def _can_be_stored(dtype: torch.dtype) -> bool:
+    try:
+        return load(save({"x": torch.empty(1, dtype=dtype)}))["x"].dtype == dtype
+    except (KeyError, ValueError, RuntimeError, SafetensorError):
+        return False
+
+
+def each_in_its_own_storage(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Copy what safetensors refuses: other strides (channels_last), and a second name of the same storage."""
     seen = set[int]()
     for name, tensor in tensors.items():
@@ -102,30 +210,38 @@ def _is_like(value: Any, p: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == p.shape
 
 
-def to_json(x: Any) -> Any:
-    """Convert containers, numbers, strings and small tensors to JSON values. TypeError: anything else."""
+def to_json(x: Any, store: Callable[[Tensor], str]) -> Any:
+    """Convert containers, numbers, strings and tensors to JSON values. TypeError: anything else.
+
+    store: takes a large tensor and returns the name under which it is stored."""
     if x is None or isinstance(x, (bool, int, float, str)):
         return x
+    if isinstance(x, Encoded):
+        return x.json
+    if isinstance(x, DTensor):
+        raise TypeError("a checkpoint holds DTensors of parameters alone. Keep x.to_local() of this one")
     if isinstance(x, Tensor):
+        if x.numel() > LARGEST_IN_JSON or x.is_complex():
+            return {"__stored__": store(x)}
         return {"__tensor__": x.tolist(), "dtype": str(x.dtype).removeprefix("torch.")}
-    if isinstance(x, (list, tuple)):
-        return [to_json(v) for v in x]
+    if isinstance(x, list):
+        return [to_json(v, store) for v in x]
+    if isinstance(x, tuple):
+        return {"__tuple__": [to_json(v, store) for v in x]}
+    if isinstance(x, (set, frozenset)):  # sorted, because ranks hash strings differently
+        return {"__set__": sorted((to_json(v, store) for v in x), key=json.dumps), "frozen": isinstance(x, frozenset)}
     if isinstance(x, dict):
         if all(isinstance(k, str) for k in x) and not MARKS & x.keys():
-            return {k: to_json(v) for k, v in x.items()}
-        return {"__items__": [[_key_to_json(k), to_json(v)] for k, v in x.items()]}
+            return {k: to_json(v, store) for k, v in x.items()}
+        return {"__items__": [[to_json(k, store), to_json(v, store)] for k, v in x.items()]}
     if isinstance(x, Path):
         return str(x)
     raise TypeError(f"a checkpoint holds tensors and plain values, not {type(x).__name__}: {x!r:.80}")
 
 
-def _key_to_json(x: Any) -> Any:
-    return {"__tuple__": [_key_to_json(v) for v in x]} if isinstance(x, tuple) else to_json(x)
-
-
 def to_text(x: Any) -> str:
-    """Return the JSON text of `to_json`, which `from_json` can read. TypeError: as `to_json`, or it cannot be read."""
-    text = json.dumps(to_json(x))
+    """Return JSON text that `from_json` can read. TypeError: as `to_json`, or it cannot be read."""
+    text = json.dumps(to_json(x, lambda tensor: "elsewhere"))
     json.loads(text, object_hook=from_json)
     return text
 
@@ -154,6 +270,10 @@ def from_json(x: dict[str, Any]) -> Any:
         dtype = getattr(torch, x["dtype"])
         assert isinstance(dtype, torch.dtype)
         return torch.tensor(x["__tensor__"], dtype=dtype)
+    if "__stored__" in x:
+        return Stored(x["__stored__"])
+    if "__set__" in x:
+        return frozenset(x["__set__"]) if x["frozen"] else set(x["__set__"])
     return dict(x["__items__"]) if "__items__" in x else x
 
 
