@@ -25,10 +25,10 @@ LIBRARY = {  # room: lines at most
     "scmoe/probes": 500,
     "scmoe/inference": 1035,
     "scmoe/footprint": 465,
-    "scmoe/parallel": 2590,
+    "scmoe/parallel": 3130,
     "scmoe/api.py": 135,
     "scmoe/init_from": 785,
-    "scmoe/lightning": 1235,
+    "scmoe/lightning": 1300,
     "datamodules": 1335,
     "scmoe/training": 3235,
     "scmoe/runs": 1890,
@@ -55,7 +55,7 @@ SMALL_FILES = {
     "scmoe/blocks/farskip.py": "a wiring of its own, beside those that others import too",
     "scmoe/lightning/known_to_lightning.py": "runs while Lightning is imported",
 }
-CLOSURES = {"scmoe/moe/stream.py": 11, "scmoe/lightning/strategy.py": 30, "scmoe/training/run/train.py": 80}  # files
+CLOSURES = {"scmoe/moe/stream.py": 11, "scmoe/lightning/strategy.py": 30, "scmoe/training/run/train.py": 81}  # files
 HASATTR = 2
 ONLY_IN = {  # outer module: where it may be used
     "torch.distributed": (
