@@ -44,7 +44,7 @@ class CompareCollectives:
     """While installed, the functions in WATCHED compare first. Every rank must construct it: it makes a group."""
 
     def __init__(self, timeout: timedelta) -> None:
-        self.group = dist.new_group(backend="gloo", timeout=timeout, group_desc="debug")
+        self.group: Any = dist.new_group(backend="gloo", timeout=timeout, group_desc="debug")
         self.gather = dist.all_gather_object  # the original, which compares nothing
         self.originals: list[tuple[Any, str, Callable[..., Any]]] = []
         self.count = 0

@@ -35,7 +35,8 @@ def gather_as_kept(unit: FSDPModule, place: ShardPlacementResult) -> None:
     """Let a unit's parameters that `place` has split be gathered in their own dtype, whatever the unit's policy says.
     Call it before the first forward."""
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for group in unit._get_fsdp_state()._fsdp_param_groups:
+    groups: list[Any] = unit._get_fsdp_state()._fsdp_param_groups
+    for group in groups:
         if group.mesh_info is place.mesh_info:
             group.mp_policy = policy
             for parameter in group.fsdp_params:  # from torch 2.15 on each has its own

@@ -36,14 +36,22 @@ struct CUDAHooks final : at::CUDAHooksInterface {
   bool hasPrimaryContext(c10::DeviceIndex) const override { return true; }
   c10::DeviceIndex deviceCount() const override { return 1; }
   c10::DeviceIndex getCurrentDevice() const override { return 0; }
+  // A build with CUDA asks for these before attention. Before torch 2.15 there is no second one to override.
+  long versionCuDNN() const override { return 0; }
+  long versionRuntimeCuDNN() const { return 0; }
 };
 
 }  // namespace
 
-namespace c10::impl {
-C10_REGISTER_GUARD_IMPL(CUDA, OneDevice)
+// A build of torch with CUDA registers a guard when it is loaded, so this is called again after that.
+extern "C" void register_device() {
+  static const OneDevice guard;
+  c10::impl::DeviceGuardImplRegistrar(c10::DeviceType::CUDA, &guard);
 }
 
 namespace at {
-REGISTER_CUDA_HOOKS(CUDAHooks)
-}
+// It has hooks too, which torch does not take while there are some of a higher priority.
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
+}  // namespace at
+
+static const bool registered = (register_device(), true);

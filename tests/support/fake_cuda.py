@@ -5,6 +5,7 @@ The shim must be loaded before torch, so this module does not import torch at it
 
 import ctypes
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -17,10 +18,6 @@ COMPILERS = ("c++", "g++", "clang++")
 
 def missing() -> str | None:
     """Returns what the shim cannot do without here, or None."""
-    import torch
-
-    if torch.version.cuda is not None:
-        return "this torch is built with CUDA; the shim extends a build for the CPU"
     return None if compiler() else f"no C++ compiler here: {', '.join(COMPILERS)}"
 
 
@@ -49,12 +46,17 @@ def process_with(shim: Path) -> ProcessPoolExecutor:
 def _load(shim: str) -> None:
     """Loads the shim. Then patches the functions of torch's Python part that ask the driver what the device can do."""
     assert "torch" not in sys.modules, "torch has asked for the device already"
-    ctypes.CDLL(shim)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a build with CUDA would use a real device
+    library = ctypes.CDLL(shim)
     import torch
+    import torch.backends.cuda as kernels
     import torch.cuda.amp.common as amp
 
+    library.register_device()
     torch.set_num_threads(1)
     torch.cuda._lazy_init = lambda: None
     torch.cuda.is_bf16_supported = lambda *_, **__: True
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     amp.amp_definitely_not_available = lambda: False
+    for use in (kernels.enable_flash_sdp, kernels.enable_mem_efficient_sdp, kernels.enable_cudnn_sdp):
+        use(False)  # which of them suits the device, a build with CUDA would ask its driver

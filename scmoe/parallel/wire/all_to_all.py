@@ -59,7 +59,7 @@ def all_to_all(group: Any) -> Exchange:
         target = buffer_for(rows, traffic)
         if gloo:
             return target, point_to_point(target, rows, received, sent, group)
-        return target, dist.all_to_all_single(target, rows, received, sent, group=group, async_op=True)
+        return target, collective(target, rows, received, sent, group)
 
     return exchange
 
@@ -100,6 +100,13 @@ def post(target: Tensor, rows: Tensor, received: list[int], sent: list[int], gro
     works += [dist.isend(sources[peer], group=group, group_dst=peer) for peer in after if sources[peer].numel()]
     targets[rank].copy_(sources[rank])
     return works
+
+
+def collective(target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any) -> Work:
+    """Start one collective on the group's own stream."""
+    work = dist.all_to_all_single(target, rows, received, sent, group=group, async_op=True)
+    assert work is not None, "this rank is in the group"
+    return work
 
 
 class Posted:

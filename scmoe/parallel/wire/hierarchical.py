@@ -114,12 +114,12 @@ class OverNccl:
         self.first.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.first):
             received, sent = row_sums(hops.between), row_sums(hops.first)
-            dist.all_to_all_single(met, rows, received, sent, group=between, async_op=True).wait()
+            all_to_all.collective(met, rows, received, sent, between).wait()
             regrouped = swap_blocks(met, hops.between)
         self.second.wait_stream(self.first)
         with torch.cuda.stream(self.second):
             received, sent = row_sums(hops.last), column_sums(hops.between)
-            dist.all_to_all_single(arrived, regrouped, received, sent, group=within, async_op=True).wait()
+            all_to_all.collective(arrived, regrouped, received, sent, within).wait()
             swap_blocks(arrived, hops.last, target)
         met.record_stream(self.first)  # the memory of these is another stream's; the caller keeps target and rows
         for buffer in (regrouped, arrived):
