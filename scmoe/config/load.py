@@ -25,7 +25,7 @@ from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, leaves, show
 from scmoe.config.registry import import_extensions, named, refuse_kept
-from scmoe.config.rules import validate
+from scmoe.config.rules import unread_position, validate
 
 SHIPPED = Path(__file__).parents[1] / "configs"  # in a checkout a link, in an installed package a folder
 _LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
@@ -55,6 +55,8 @@ def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     tree = copy.deepcopy(_defaults())
     _merge(tree, _mapping(parse_yaml(text, source), source), source)
     OmegaConf.update(tree, "callbacks", {}, merge=False)
+    if unread_position(OmegaConf.to_object(tree)):  # an earlier version took any, and kept it
+        OmegaConf.update(tree, "moe.position", _LEAVES["moe.position"].value)
     if not named(overrides):
         refuse_kept(tree.extensions, source)
     return _finished(tree, overrides, source)

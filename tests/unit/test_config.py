@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from scmoe.config.fields import Config, LoggerConfig
 from scmoe.config.leaves import ConfigError, flatten
-from scmoe.config.load import load, to_yaml
+from scmoe.config.load import load, load_text, to_yaml
 from scmoe.config.rules import resolve_ep_size
 from tests.support.configs import IMPOSSIBLE
 
@@ -135,6 +135,16 @@ def test_impossible_combination_names_its_key(key, overrides):
 )
 def test_possible_combination_passes(overrides):
     load(None, overrides.split())
+
+
+def test_a_kept_configuration_may_have_a_position_that_nothing_reads():
+    """Earlier versions took it. A user's own configuration may not."""
+    words = ("moe.architecture=top_k", "moe.position=pos3")
+    assert "moe.position is 'pos3', allowed: pos2, as" in refusal(None, *words)
+    text = to_yaml(load(None, words[:1])).replace("position: pos2", "position: pos3", 1)
+    assert "position: pos3" in text and load_text(text, "kept") == load(None, words[:1])
+    with pytest.raises(ConfigError, match=r"moe\.position is 'pos3'"):
+        load_text(text, "kept", words[1:])
 
 
 @pytest.mark.parametrize(

@@ -220,9 +220,10 @@ def longcat(config: Config) -> Scoring:
 
 
 def build_router(config: Config, dim: int) -> Router:
-    """ConfigError: moe.bias_rate is set, but an extension's router has no rule."""
+    """ConfigError: moe.router of an extension returns no Scoring, or one that cannot be used; or it has no rule, and
+    moe.bias_rate is set."""
     moe = config.moe
-    scoring = replace(ROUTERS[moe.router](config), scale=moe.router_scale)
+    scoring = scoring_of(config)
     if moe.bias_rate is not None:
         if moe.bias_rate and scoring.rule is None:
             name = show(moe.router)
@@ -239,3 +240,20 @@ def build_router(config: Config, dim: int) -> Router:
         deal=round_robin(moe.num_experts, moe.top_k) if moe.balanced_routing else None,
         zero_experts=moe.zero_experts,
     )
+
+
+def scoring_of(config: Config) -> Scoring:
+    """Return the values of moe.router, its scale times moe.router_scale. Errors are those of `build_router`."""
+    moe = config.moe
+    make = ROUTERS[moe.router]
+    function = getattr(make, "__qualname__", type(make).__name__)
+    named = f"moe.router is {show(moe.router)} ({make.__module__}.{function})"
+    scoring = make(config)
+    if not isinstance(scoring, Scoring):
+        got = f"{type(scoring).__module__}.{type(scoring).__qualname__}"
+        raise ConfigError(f"{named}, which returns {got}. It must return a Scoring of scmoe/moe/router.py.")
+    try:
+        scoring.check(moe.num_experts + moe.zero_experts)
+    except ValueError as error:
+        raise ConfigError(f"{named}: {error}") from error
+    return replace(scoring, scale=scoring.scale * moe.router_scale)
