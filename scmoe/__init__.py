@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
     from scmoe.inference.sampling import Sampling, Stopping
     from scmoe.lightning.strategy import ExpertParallelStrategy
     from scmoe.parallel.mesh import ParallelContext
+    from scmoe.runs.seen import train
     from scmoe.runs.trained import load_trained as load
     from scmoe.training.assembly.blocks import register_architecture, register_router
     from scmoe.training.assembly.data import register_dataset
@@ -48,6 +49,7 @@ __all__ = [
     "register_optimizer",
     "register_router",
     "stream",
+    "train",
 ]
 NAMES = {  # name: module and the name there
     "MoE": ("scmoe.api", "MoE"),
@@ -65,6 +67,7 @@ NAMES = {  # name: module and the name there
     "register_optimizer": ("scmoe.training.assembly.model", "register_optimizer"),
     "register_router": ("scmoe.training.assembly.blocks", "register_router"),
     "load": ("scmoe.runs.trained", "load_trained"),
+    "train": ("scmoe.runs.seen", "train"),
     "generate": ("scmoe.inference.generate", "generate"),
     "stream": ("scmoe.inference.generate", "stream"),
     "Passes": ("scmoe.inference.generate", "Passes"),
