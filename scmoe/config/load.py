@@ -105,7 +105,10 @@ def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> Non
     text, identity = read_text(path, f", which {children[-1]} extends" if children else ""), path.resolve()
     if identity in children:
         raise ConfigError(f"{path}: extends itself: {' > '.join(map(str, (*children, identity)))}")
-    mapping = _mapping(parse_yaml(text, str(path)) or {}, str(path))  # an empty file is an empty mapping
+    parsed = parse_yaml(text, str(path))
+    if parsed == "":  # a file that was cut off, or not saved yet: {} says that the defaults are meant
+        raise ConfigError(f"{path}: the file is empty; write at least one key, or {{}} for the defaults")
+    mapping = _mapping(parsed, str(path))
     extends = mapping.pop("extends", [])
     parents = [extends] if isinstance(extends, str) else extends
     if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
@@ -128,8 +131,9 @@ def read_text(path: Path, extended: str = "") -> str:
     except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a path with a null byte
         hint = ""
         if isinstance(error, FileNotFoundError):
-            names = [Path(name).stem for name in shipped_and_own()]
-            near = "".join(f"; did you mean {name}?" for name in get_close_matches(path.stem, names, 1))
+            paths = [name.removeprefix("configs/").removesuffix(".yaml") for name in shipped_and_own()]
+            names = {Path(name).stem: name for name in paths}
+            near = "".join(f"; did you mean {names[n]}?" for n in get_close_matches(path.stem, names, 1))
             hint = f"{near}; {scmoe('list')} shows all names"
         raise ConfigError(f"{path}{extended}: cannot be read: {error}{hint}") from error
 
@@ -254,11 +258,13 @@ def parse_yaml(text: str, source: str) -> Any:
 def find(name: str | Path, folder: Path = Path()) -> Path:
     """Return the file of a configuration: in a folder (the current one) first, then among those that come with scmoe.
 
-    name: quickstart, quickstart.yaml, configs/quickstart.yaml, experiment/table3/small. If there is no such file,
-    return folder / name, so that reading it is the error.
+    name: quickstart, quickstart.yaml, configs/quickstart.yaml, experiment/table3/small, or a preset of configs/model
+    such as longcat_flash. If there is no such file, return folder / name, so that reading it is the error.
     """
     name = str(name)
-    for path in (folder / name, folder / "configs" / name, SHIPPED / name.removeprefix("configs/")):
+    shipped = SHIPPED / name.removeprefix("configs/")
+    presets = () if "/" in name else (folder / "configs/model" / name, SHIPPED / "model" / name)
+    for path in (folder / name, folder / "configs" / name, shipped, *presets):
         for file in (str(path), f"{path}.yaml"):
             if os.path.isfile(file):  # no error for a name that no file can have
                 return Path(file)

@@ -56,10 +56,18 @@ def test_any_text_and_number_survives_saving(tmp_path_factory, name, runs_dir, g
     assert load(path) == config
 
 
-def test_an_empty_config_has_the_defaults(write):
-    assert load(None) == load(write("empty.yaml", "")) == load(write("comment.yaml", "# nothing\n")) == Config()
+def test_an_empty_mapping_has_the_defaults_and_an_empty_file_is_refused(write):
+    assert load(None) == load(write("defaults.yaml", "{}\n")) == Config()
+    for text in ("", "# nothing\n"):
+        assert "the file is empty" in refusal(write("empty.yaml", text))
     with pytest.raises(FrozenInstanceError):
         load(None).seed = 2
+
+
+def test_a_preset_is_found_by_its_bare_name_and_what_is_suggested_is_found():
+    assert load("longcat_flash") == load("model/longcat_flash") == load("longcat_flash.yaml")
+    suggested = refusal("slow_netwrk").partition("did you mean ")[2].partition("?")[0]
+    assert load(suggested) == load("experiment/slow_network")
 
 
 def test_a_later_source_overrides_an_earlier_one(write):
