@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from scmoe.lightning.known_to_lightning import teach_lightning
 
 if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
-    from scmoe.api import MoE, ScMoEBlock, data_parallel, load_balance_loss
+    from scmoe.api import MoE, ScMoEBlock, data_parallel, load_balance_loss, move_biases
     from scmoe.config.load import load as load_config
     from scmoe.inference.generate import Passes, generate, stream
     from scmoe.inference.sampling import Sampling, Stopping
     from scmoe.lightning.strategy import ExpertParallelStrategy
+    from scmoe.moe.router import Scoring
     from scmoe.parallel.mesh import ParallelContext
     from scmoe.runs.seen import train
     from scmoe.runs.trained import load_trained as load
@@ -35,6 +36,7 @@ __all__ = [
     "Passes",
     "Sampling",
     "ScMoEBlock",
+    "Scoring",
     "Stopping",
     "build_model",
     "data_parallel",
@@ -42,6 +44,7 @@ __all__ = [
     "load",
     "load_balance_loss",
     "load_config",
+    "move_biases",
     "register_architecture",
     "register_callback",
     "register_dataset",
@@ -56,6 +59,8 @@ NAMES = {  # name: module and the name there
     "ScMoEBlock": ("scmoe.api", "ScMoEBlock"),
     "data_parallel": ("scmoe.api", "data_parallel"),
     "load_balance_loss": ("scmoe.api", "load_balance_loss"),
+    "move_biases": ("scmoe.api", "move_biases"),
+    "Scoring": ("scmoe.moe.router", "Scoring"),
     "ParallelContext": ("scmoe.parallel.mesh", "ParallelContext"),
     "ExpertParallelStrategy": ("scmoe.lightning.strategy", "ExpertParallelStrategy"),
     "load_config": ("scmoe.config.load", "load"),

@@ -56,9 +56,9 @@ class Scoring:
 
     score: scores [T, N + Z] of logits; a score increases with its own logit. sums_to_one: those of a token do; if not,
     the load-balance loss divides them by their sum. normalise: weights are divided by the sum of a token's kept scores,
-    where it keeps 2 or more. scale: gamma; in a configuration moe.router_scale multiplies it. rule: moves the selection bias; None: there is no bias. rate: of the bias,
-    relative to the score of equal logits; 0: the bias stays as it is. per_sequence: the load-balance loss is that of
-    each sequence, not that of the global batch.
+    where it keeps 2 or more. scale: gamma; moe.router_scale multiplies it. rule: moves the selection bias; None: there
+    is no bias. rate: of the bias, relative to the score of equal logits; 0: the bias stays as it is. per_sequence: the
+    load-balance loss is that of each sequence, not that of the global batch.
     """
 
     score: Score = softmax
@@ -112,6 +112,9 @@ class Scoring:
 
 
 THE_PAPERS = Scoring()  # Eq. 2-5
+DEEPSEEK = Scoring(torch.sigmoid, sums_to_one=False, rule=by_sign, rate=0.002, per_sequence=True)
+LONGCAT = Scoring(normalise=False, rule=in_proportion, rate=0.1)
+SCORINGS = {"softmax": THE_PAPERS, "deepseek": DEEPSEEK, "longcat": LONGCAT}
 
 
 class SelectionBias(nn.Module):

@@ -93,8 +93,8 @@ def test_costs_are_estimated_from_the_modules_and_an_export_for_hugging_face_is_
 
 def test_the_scale_of_a_router_is_kept_and_the_configuration_multiplies_it():
     ROUTERS.register("mine")(lambda config: Scoring(scale=2.5))
-    for words, scale in (((), 2.5), (("moe.router_scale=2",), 5.0)):
-        model = build_model(load(None, [*TINY, "moe.router=mine", *words]))
+    for factor, scale in ((1, 2.5), (2, 5.0)):
+        model = build_model(load(None, [*TINY, "moe.router=mine", f"moe.router_scale={factor}"]))
         assert model.blocks[0].moe.router.scoring.scale == scale
 
 

@@ -3,8 +3,8 @@
 tests/unit/test_table_file.py builds the rows of Tables 1 to 7. Those of LongCat-Flash, Instella-MoE, NVIDIA and
 NousResearch have one architecture each."""
 
-from dataclasses import replace
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest

@@ -34,7 +34,7 @@ from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.dispatcher import Narrowed
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, rows_of
-from scmoe.moe.router import Router, Scoring, by_sign, in_proportion, round_robin
+from scmoe.moe.router import DEEPSEEK, LONGCAT, Router, Scoring, by_sign, round_robin
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.schedule.schedule import Schedule
@@ -211,12 +211,12 @@ def softmax(config: Config) -> Scoring:
 
 @register_router("deepseek")
 def deepseek(config: Config) -> Scoring:
-    return Scoring(torch.sigmoid, sums_to_one=False, rule=by_sign, rate=0.002, per_sequence=True)
+    return DEEPSEEK
 
 
 @register_router("longcat")
 def longcat(config: Config) -> Scoring:
-    return Scoring(normalise=False, rule=in_proportion, rate=0.1)
+    return LONGCAT
 
 
 def build_router(config: Config, dim: int) -> Router:
