@@ -79,7 +79,6 @@ def test_other_shortcuts_and_routers_are_those_of_a_configuration(shortcut, rout
         ({"shortcut": "none"}, "shortcut is 'none', allowed: scmoe | longcat"),
         ({"shortcut": "farskip", "combine": "cg1"}, "combine is 'cg1', allowed: None"),
         ({"router": "relu"}, "router is 'relu', allowed: softmax | deepseek | longcat"),
-        ({"router": Scoring(torch.sigmoid)}, "sums_to_one"),
         ({"heads": 3}, "heads is 3, allowed: divisors of dim"),
         ({"top_k": 5}, "top_k is 5, allowed: 1..num_experts"),
         ({"expert_slot": 9}, "slot is 9, allowed"),
@@ -94,6 +93,13 @@ def test_wrong_numbers_are_refused(given, message):
     make = scmoe.MoE if "activation" in given else partial(scmoe.ScMoEBlock, heads=2)
     with pytest.raises(ValueError, match=re.escape(message)):
         make(**{"dim": 16, "num_experts": 4, **given})
+
+
+def test_a_router_of_ones_own_is_taken_and_checked():
+    scoring = Scoring(torch.sigmoid, sums_to_one=False, scale=2.0)
+    assert scmoe.ScMoEBlock(16, 2, 4, router=scoring).moe.router.scoring is scoring
+    with pytest.raises(ValueError, match="sums_to_one"):
+        scmoe.MoE(16, 4, router=Scoring(torch.sigmoid))
 
 
 @pytest.mark.parametrize("shape", [(8, 16), (1, 2, 8, 16)], ids=str)
