@@ -100,6 +100,19 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
+def changes_to_yaml(config: Config) -> str:
+    """Return the fields that are not at their defaults as YAML; "" if all are."""
+    changed: dict[str, Any] = {}
+    for leaf in leaves(config):
+        if leaf.value != _LEAVES[leaf.key].value:
+            *sections, name = leaf.key.split(".")
+            place = changed
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[name] = leaf.value
+    return yaml.safe_dump(changed, sort_keys=False) if changed else ""
+
+
 def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> None:
     """Merge the files that a file extends, then the file. children: the chain of files that extend it."""
     text, identity = read_text(path, f", which {children[-1]} extends" if children else ""), path.resolve()

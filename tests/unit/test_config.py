@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scmoe.config.fields import Config, LoggerConfig
-from scmoe.config.leaves import ConfigError, flatten
+from scmoe.config.leaves import ConfigError, flatten, four_digits
 from scmoe.config.load import load, load_text, to_yaml
 from scmoe.config.rules import resolve_ep_size
 from tests.support.configs import IMPOSSIBLE
@@ -62,6 +62,10 @@ def test_an_empty_mapping_has_the_defaults_and_an_empty_file_is_refused(write):
         assert "the file is empty" in refusal(write("empty.yaml", text))
     with pytest.raises(FrozenInstanceError):
         load(None).seed = 2
+
+
+def test_a_large_number_is_written_with_all_its_digits():
+    assert [four_digits(x) for x in (86020.4, 1234.5, 0.00012345)] == ["86,020", "1,234", "0.0001234"]
 
 
 def test_a_preset_is_found_by_its_bare_name_and_what_is_suggested_is_found():

@@ -211,3 +211,19 @@ def test_the_words_that_name_callbacks_again_are_read_as_they_were():
     given = words(["my_architecture"], {"mine": options})
     assert given[0] == "extensions=[my_architecture]" and "callbacks.mine.path=a/b-c.txt" in given
     assert load(None, given[1:]).callbacks == {"mine": options}
+
+
+def test_frozen_experts_are_not_trained_and_all_else_is():
+    @ARCHITECTURES.register("frozen")
+    def frozen(config, context, parts):
+        blocks = moe_blocks(ShortcutBlock, config, context, parts)
+        for block in blocks:
+            block.moe.experts.requires_grad_(False)
+        return blocks
+
+    module = build_module(load(None, [*TINY, "moe.architecture=frozen"]))
+    module.configure_model()
+    trained = {p for group in module.trained() for p in group}
+    assert {name for name, p in module.named_parameters() if p not in trained} == {
+        name for name, _ in module.named_parameters() if ".experts." in name
+    }

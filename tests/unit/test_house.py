@@ -38,9 +38,9 @@ LIBRARY = {  # room: lines at most
 LABORATORY = {
     "experiments/engine": 1200,
     "experiments/faults": 515,
-    "experiments/dryrun": 625,
+    "experiments/dryrun": 640,
     "experiments/bench": 4700,
-    "experiments/studies": 2760,
+    "experiments/studies": 2800,
     "experiments/figures": 630,
     "experiments": 820,  # the entries: a file for each verb
     "scmoe/__main__.py": 10,  # python -m scmoe
