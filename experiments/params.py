@@ -13,13 +13,14 @@ from scmoe.experiments.engine.command_line import call
 from scmoe.experiments.engine.report import Report
 
 PRESETS = SHIPPED / "model"
+NO_TAP = "moe.position=pos2"  # the default: without a tap no other position is allowed
 # Positions share a row: a tap's norm has the same size everywhere. So do CG-1, CG-2 and Direct Add, to 2 D a module.
 ARCHITECTURES = {
-    "dense": "moe.architecture=dense",
-    "top_1": "moe.architecture=top_k moe.top_k=1",
-    "top_2": "moe.architecture=top_k moe.top_k=2",
-    "top_3": "moe.architecture=top_k moe.top_k=3",
-    "shared_expert": "moe.architecture=shared_expert moe.top_k=1",
+    "dense": f"moe.architecture=dense {NO_TAP}",
+    "top_1": f"moe.architecture=top_k moe.top_k=1 {NO_TAP}",
+    "top_2": f"moe.architecture=top_k moe.top_k=2 {NO_TAP}",
+    "top_3": f"moe.architecture=top_k moe.top_k=3 {NO_TAP}",
+    "shared_expert": f"moe.architecture=shared_expert moe.top_k=1 {NO_TAP}",
     "scmoe": "moe.architecture=scmoe moe.top_k=1",
     "scmoe_2": "moe.architecture=scmoe moe.top_k=2",
     "dgmoe": "moe.architecture=dgmoe moe.top_k=1",

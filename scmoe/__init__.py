@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from scmoe.lightning.known_to_lightning import teach_lightning
 
 if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
-    from scmoe.api import MoE, ScMoEBlock, data_parallel, load_balance_loss
+    from scmoe.api import MoE, ScMoEBlock, data_parallel, load_balance_loss, move_biases
     from scmoe.config.load import load as load_config
     from scmoe.inference.generate import Passes, generate, stream
     from scmoe.inference.sampling import Sampling, Stopping
     from scmoe.lightning.strategy import ExpertParallelStrategy
+    from scmoe.moe.router import Scoring
     from scmoe.parallel.mesh import ParallelContext
+    from scmoe.runs.seen import train
     from scmoe.runs.trained import load_trained as load
     from scmoe.training.assembly.blocks import register_architecture, register_router
     from scmoe.training.assembly.data import register_dataset
@@ -34,6 +36,7 @@ __all__ = [
     "Passes",
     "Sampling",
     "ScMoEBlock",
+    "Scoring",
     "Stopping",
     "build_model",
     "data_parallel",
@@ -41,6 +44,7 @@ __all__ = [
     "load",
     "load_balance_loss",
     "load_config",
+    "move_biases",
     "register_architecture",
     "register_callback",
     "register_dataset",
@@ -48,12 +52,15 @@ __all__ = [
     "register_optimizer",
     "register_router",
     "stream",
+    "train",
 ]
 NAMES = {  # name: module and the name there
     "MoE": ("scmoe.api", "MoE"),
     "ScMoEBlock": ("scmoe.api", "ScMoEBlock"),
     "data_parallel": ("scmoe.api", "data_parallel"),
     "load_balance_loss": ("scmoe.api", "load_balance_loss"),
+    "move_biases": ("scmoe.api", "move_biases"),
+    "Scoring": ("scmoe.moe.router", "Scoring"),
     "ParallelContext": ("scmoe.parallel.mesh", "ParallelContext"),
     "ExpertParallelStrategy": ("scmoe.lightning.strategy", "ExpertParallelStrategy"),
     "load_config": ("scmoe.config.load", "load"),
@@ -65,6 +72,7 @@ NAMES = {  # name: module and the name there
     "register_optimizer": ("scmoe.training.assembly.model", "register_optimizer"),
     "register_router": ("scmoe.training.assembly.blocks", "register_router"),
     "load": ("scmoe.runs.trained", "load_trained"),
+    "train": ("scmoe.runs.seen", "train"),
     "generate": ("scmoe.inference.generate", "generate"),
     "stream": ("scmoe.inference.generate", "stream"),
     "Passes": ("scmoe.inference.generate", "Passes"),

@@ -157,7 +157,9 @@ def overlap(
             of a batch (default: 3)
         accumulate: batches of a step, whose gradients are summed once (default: 1)
         rows: rows to measure (default: all)
-        load: uneven routing (bench/loads.py), measured beside the balanced one; each --load is one more
+        load: uneven routing, measured beside the balanced one; each --load is one more. Forms (bench/loads.py):
+            zipf:A, spread:A, hot_expert:X, hot_rank:X, empty_rank, rotating:X:N, burst:X:N, ragged:X, recorded:FILE;
+            A is an exponent, X a multiple of the mean, N a number of steps
     """
     if share is not None and setting.link_mbit is not None:
         raise ConfigError("--share and --link-mbit exclude each other: the rate is searched for the share, or given")
@@ -214,7 +216,7 @@ def train(
         share: communication share of a sequential top-2 pair of the config's sizes, forward
         rounds: turns of each training in the second half of its steps
         rows: the first is what the others are compared with (default: all)
-        load: uneven routing (bench/loads.py) in place of the routers' choices, beside balanced routing
+        load: uneven routing (its forms: bench overlap --help) in place of the routers' choices, beside balanced routing
     """
     if ranks < 2:
         raise ConfigError(f"--ranks is {ranks}, allowed: 2 or more, as one rank sends nothing")
@@ -258,7 +260,8 @@ def inference(
     """Prefill and decode between ranks, sequential, overlapped and as planned.
 
     Args:
-        load: uneven routing (bench/loads.py), measured beside the balanced one; each --load is one more
+        load: uneven routing (its forms: bench overlap --help), measured beside the balanced one; each --load is one
+            more
     """
     from scmoe.experiments.bench.inference import bench_inference
 

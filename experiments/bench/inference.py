@@ -27,7 +27,7 @@ from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench import emulated
 from scmoe.experiments.bench.loads import BALANCED, Now, Place, imbalance, kinds_of, load_of, why_impossible
-from scmoe.experiments.bench.overlap import find_rate, say
+from scmoe.experiments.bench.overlap import find_rate, say, warn_of_share
 from scmoe.experiments.bench.pairs import Setting, check_ranks, default_schedule
 from scmoe.experiments.bench.speed_chart import PAPERS, Printed, name_of
 from scmoe.experiments.bench.stacks import Variant, make_blocks
@@ -165,6 +165,7 @@ def bench_inference(
     links.require()
     found = run_ranks(measure, ranks, setting, batch, timeout_s=3600, own_links=True)[0]
     report = summary(setting, batch, ranks, found[BALANCED])
+    warn_of_share(share, report["comm_share"]["prefill"])
     name = f"inference-{ranks}-ranks-share-{share:g}"
     if loads:
         report["loads"] = [at_load(setting, batch, ranks, found, own) for own in loads]

@@ -29,6 +29,7 @@ from scmoe.experiments.bench.stacks import Variant, chosen_by, make_blocks, make
 from scmoe.experiments.engine import links
 from scmoe.experiments.engine.clock import CPU, in_turn, middle, slowest
 from scmoe.experiments.engine.profiles import peak_bytes
+from scmoe.experiments.engine.report import say as tell
 from scmoe.experiments.engine.step import Step
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.layout import Buffers
@@ -42,6 +43,7 @@ from scmoe.schedule.cost import TRANSFERS, OperatorTimes, slots
 SEARCH_ROUNDS = 15  # at each rate; with fewer, the error at a share of 0.15 is as large as the transfers are long
 STRAYS, DRIFTS = 8.0, 2.0  # by how much a searched rate may differ from the estimate; from that of the round before
 TRIALS = 3  # of each schedule
+FAR_FROM_SHARE = 0.05  # of communication: what is measured from what was asked for
 WITHIN = 8  # rate of a rank's link within its node, over that of the node's card
 NEAR, FINALISTS = 1.03, 3  # up to FINALISTS schedules of a row go into the rounds: those NEAR the best in the trials
 
@@ -328,6 +330,15 @@ def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> li
     seconds = {v: min(tried[v].train) for v in variants}  # a disturbance only makes a trial longer
     ranked = sorted(variants, key=lambda v: seconds[v])
     return [v for v in ranked[:FINALISTS] if seconds[v] <= NEAR * seconds[ranked[0]]]
+
+
+def warn_of_share(wanted: float | None, measured: float) -> None:
+    """Say where a rate was searched for a share of communication that the measurement has not met."""
+    if wanted is not None and abs(measured - wanted) > FAR_FROM_SHARE:
+        tell(
+            f"warning: the communication share is {measured:.2f}, but {wanted:g} was asked for. The result is that of "
+            f"{measured:.2f}. Measure again with other work stopped, or give other sizes."
+        )
 
 
 def find_rate(

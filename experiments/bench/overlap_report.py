@@ -17,7 +17,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.experiments.bench import speed_chart, uneven
 from scmoe.experiments.bench.exchange import why_no_nodes
 from scmoe.experiments.bench.loads import BALANCED, Place, imbalance, kinds_of, load_of, why_impossible
-from scmoe.experiments.bench.overlap import Measured, Row, Seconds, measure, way_of
+from scmoe.experiments.bench.overlap import Measured, Row, Seconds, measure, warn_of_share, way_of
 from scmoe.experiments.bench.pairs import ROWS, USUAL_RATIO, Setting, through_link
 from scmoe.experiments.bench.stacks import Variant, config_of, of_each_kind, rows_of_layout, windows_of
 from scmoe.experiments.engine import links
@@ -48,6 +48,8 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
         print(f"links cannot be shaped here ({missing}): loopback as it is, marked in every row", file=sys.stderr)
     found = run_ranks(measure, ranks, setting, timeout_s=3600, own_links=setting.shaped, nodes=setting.nodes)[0]
     report = summary(setting, ranks, found[BALANCED])
+    if setting.shaped or setting.bus:
+        warn_of_share(report["wanted_share"], report["comm_share"])
     machine = "cuda" if gpu else f"{ranks}-ranks"
     if setting.nodes > 1:
         machine += f"-{setting.nodes}-nodes-{setting.exchange}"

@@ -316,7 +316,7 @@ def trained(
         own = [*words, "callbacks.turns={}", "logger.mode=disabled"]
         if rank == 0:
             own.append(f"runs_dir={folder}")
-        summary = train(load(config, own))
+        summary = train(load(config, own), quiet=True)
         if summary is None:
             return {}
         run = SeenRun(Path(summary["run_dir"]))

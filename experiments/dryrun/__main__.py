@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from scmoe.config.leaves import ConfigError
+from scmoe.config.leaves import ConfigError, four_digits
 from scmoe.experiments.engine.command_line import KeyValue, call, numbers_of
 
 GIB = 2**30
@@ -75,7 +75,7 @@ def main(config: str, /, *words: KeyValue) -> None:
     if config == "presets":
         rows = []
         for row in preset_rows(ranks or 64, samples, overrides):
-            cells = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values())
+            cells = (four_digits(value) if isinstance(value, float) else str(value) for value in row.values())
             console().print(" ".join(cells))
             rows.append(row)
         return print(json.dumps(rows))
@@ -86,9 +86,9 @@ def main(config: str, /, *words: KeyValue) -> None:
     world = settings.trainer.devices * settings.trainer.num_nodes
     say(f"one step of rank 0 of {world:,} ranks is run on tensors without numbers")
     run = dry_run(settings)
-    lines = {name: {"number": number} for name, number in numbers(run).items()}
+    lines = {name: {"number": four_digits(number)} for name, number in numbers(run).items()}
     title = f"dry run of rank 0 of {world}, dense weights {settings.strategy.dense}"
-    Report(title, lines, {"number": "{number:,.4g}"}, "of rank 0").show()
+    Report(title, lines, {"number": "{number}"}, "of rank 0").show()
     print(json.dumps(facts_of(run)))
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError
+from scmoe.config.leaves import ConfigError, four_digits
 from scmoe.config.registry import IMAGES
 from scmoe.footprint.memory import Job, Split, rank_memory
 from scmoe.footprint.model_cost import COMPUTE_BYTES, WEIGHT_BYTES, forward_flops, moe_uses, rows_sent, training_flops
@@ -149,9 +149,9 @@ def estimate_table(facts: dict[str, Any]) -> Table:
     unit = {"token": "a token", "image": "an image"}[facts["unit"]]
     by_kind = ", ".join(f"{kind} {flops / 1e9:.3g}" for kind, flops in facts["flops_forward_by_kind"].items())
     formula = "2 x weights of every product + 4 S D of every attention: "
-    made.add_row(f"GFLOPs of {unit}, forward", f"{facts['flops_forward'] / 1e9:.4g}", formula + by_kind)
+    made.add_row(f"GFLOPs of {unit}, forward", four_digits(facts["flops_forward"] / 1e9), formula + by_kind)
     flops, again = facts["flops_training"], " + forward of what is recomputed" if facts["recompute"] else ""
-    made.add_row(f"GFLOPs of {unit}, training", f"{flops / 1e9:.4g}", f"3 x forward{again}", end_section=True)
+    made.add_row(f"GFLOPs of {unit}, training", four_digits(flops / 1e9), f"3 x forward{again}", end_section=True)
     forward, training = (facts[f"all_to_all_bytes_{kind}"] for kind in ("forward", "training"))
     widths = " | ".join(f"{size:,.0f}" for size in sorted(set(sent))) or "no MoE module"
     made.add_row("All-to-All bytes of a token", widths, "one transfer of one MoE module")
@@ -170,7 +170,9 @@ def estimate_table(facts: dict[str, Any]) -> Table:
     for name, size in facts["memory_bytes"].items():
         made.add_row(f"MiB of a rank: {name}", f"{size / MIB:,.0f}", notes.get(name, ""), end_section=name == "total")
     for name, size in facts["collectives_bytes"].items():
-        made.add_row(f"MiB of a step: {name}", f"{size / MIB:,.4g}", "bytes that a rank sends, its own share included")
+        made.add_row(
+            f"MiB of a step: {name}", four_digits(size / MIB), "bytes that a rank sends, its own share included"
+        )
     if (ratio := facts["rows_over_gradients"]) is not None:
         made.add_row("rows over gradients", f"{ratio:.3g}", "bytes that leave a rank in a step; gradients by a ring")
     return made

@@ -86,12 +86,19 @@ class Batch:
             time.sleep(POLL_S)
 
     def seconds_left(self) -> float | None:
-        """Estimate from this session's progress; None: nothing to estimate from."""
-        progress = sum(job.progress for job in self.jobs)
+        """Estimate from this session's progress; None: nothing to estimate from.
+
+        The time before a training's first line is that of its start, which must not count as time of steps.
+        """
+        moved = [job for job in self.jobs if job.progress > job.begun_progress]
+        progress = sum(job.progress - job.begun_progress for job in moved)
         if self.total is None or progress < 0.01:
             return None
-        worked_s = sum(job.worked_s for job in self.jobs)
-        return (self.total - self.done()) * worked_s / progress / max(1, self.slots)
+        job_s = sum(job.worked_s - job.begun_s for job in moved) / progress
+        start_s = sum(max(0.0, job.begun_s - job_s * job.begun_progress) for job in moved) / len(moved)
+        begun = sum(job.state.status == "running" or job.state.has_ended for job in self.jobs)
+        seconds = (self.total - self.done()) * job_s + max(0, self.total - begun) * start_s
+        return seconds / max(1, self.slots)
 
     def done(self) -> float:
         """Return how many jobs are done; a part of one counts."""

@@ -66,6 +66,8 @@ class Job:
     state: State = field(default_factory=State)
     worked_s: float = 0.0  # in this session
     progress: float = 0.0  # of this session, as a share of the job
+    begun_s: float = 0.0  # worked_s and progress at the first line of its log, if that came early
+    begun_progress: float = 0.0
 
     @property
     def log(self) -> Path:
@@ -105,6 +107,8 @@ class Job:
         self.state.seconds += seconds
         self.worked_s += seconds
         self.progress += self.state.done - before
+        if 0 < self.progress < 0.5 and not self.begun_progress:
+            self.begun_s, self.begun_progress = self.worked_s, self.progress
 
     def fail(self, why: str) -> None:
         self.state.status, self.state.error = "failed", why

@@ -1,9 +1,11 @@
 """This installation: how a user calls `scmoe`, and how to install packages that only some verbs need."""
 
+import os
 import shlex
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, requires
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution, requires
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -56,11 +58,31 @@ def install_command(*modules: str) -> str:
 def scmoe(*words: object) -> str:
     """Return the command `scmoe WORDS`, for messages that name the next command, ready to copy.
 
-    Where PATH does not find this Python's `scmoe`, such as in a checkout used through `make`, it is named by its path.
+    Where PATH does not find this installation's `scmoe`, such as in a checkout used through `make`, it is named by its
+    path. Where there is none, the command is `python -m scmoe WORDS`.
     """
-    beside = Path(sys.executable).with_name("scmoe")
-    if not beside.exists() or shutil.which("scmoe") == str(beside):
-        program = Path("scmoe")
-    else:
-        program = beside.relative_to(Path.cwd()) if beside.is_relative_to(Path.cwd()) else beside
-    return shlex.join(map(str, (program, *words)))
+    program = own_program()
+    if program is None:
+        return shlex.join(map(str, (nearby(Path(sys.executable)), "-m", "scmoe", *words)))
+    on_path = shutil.which("scmoe")
+    found = on_path is not None and Path(on_path).resolve() == program.resolve()
+    return shlex.join(map(str, ("scmoe" if found else nearby(program), *words)))
+
+
+def nearby(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+@cache
+def own_program() -> Path | None:
+    """Return the `scmoe` that was installed with this package; None: there is none, or it is another installation's."""
+    try:
+        installed = distribution("scmoe")
+    except PackageNotFoundError:  # a checkout or a copy that was not installed
+        return None
+    package = Path(str(installed.locate_file("scmoe/__init__.py")))
+    if package.exists() and not package.samefile(Path(__file__).parents[1] / "__init__.py"):
+        return None
+    listed = [file for file in installed.files or () if file.name == "scmoe" and file.parent.name == "bin"]
+    places = [Path(os.path.normpath(str(installed.locate_file(file)))) for file in listed]
+    return next((place for place in places if place.exists()), None)

@@ -83,7 +83,7 @@ class MoEConfig:
         None, "dropless: rows that a rank may receive, in multiples of its fair share; null: no limit", Range(1, 1e6)
     )
     router: str = option("softmax", "scores, weights, selection bias; docs/routers.md", names=ROUTERS.names)
-    router_scale: float = option(1.0, "factor of the routed experts' weights (gamma)", ABOVE_0)
+    router_scale: float = option(1.0, "factor of the routed experts' weights (gamma), times the router's own", ABOVE_0)
     bias_rate: float | None = option(
         None, "step of the selection bias over the score of equal logits; 0: it stays; null: the router's own", SHARE
     )

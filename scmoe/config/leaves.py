@@ -38,6 +38,11 @@ def number(value: float) -> str:
     return f"{value:g}".replace("e+0", "e")
 
 
+def four_digits(value: float) -> str:
+    """Return a number with four digits; a large one with all digits before the point, and not as 8.6e+04."""
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:,.4g}"
+
+
 def option(
     default: Any, help: str, range: Range | None = None, names: Callable[[], tuple[str, ...]] | None = None
 ) -> Any:

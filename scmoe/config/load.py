@@ -25,7 +25,7 @@ from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, leaves, show
 from scmoe.config.registry import import_extensions, named, refuse_kept
-from scmoe.config.rules import validate
+from scmoe.config.rules import unread_position, validate
 
 SHIPPED = Path(__file__).parents[1] / "configs"  # in a checkout a link, in an installed package a folder
 _LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
@@ -55,6 +55,8 @@ def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     tree = copy.deepcopy(_defaults())
     _merge(tree, _mapping(parse_yaml(text, source), source), source)
     OmegaConf.update(tree, "callbacks", {}, merge=False)
+    if unread_position(OmegaConf.to_object(tree)):  # an earlier version took any, and kept it
+        OmegaConf.update(tree, "moe.position", _LEAVES["moe.position"].value)
     if not named(overrides):
         refuse_kept(tree.extensions, source)
     return _finished(tree, overrides, source)
@@ -98,12 +100,28 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False)
 
 
+def changes_to_yaml(config: Config) -> str:
+    """Return the fields that are not at their defaults as YAML; "" if all are."""
+    changed: dict[str, Any] = {}
+    for leaf in leaves(config):
+        if leaf.value != _LEAVES[leaf.key].value:
+            *sections, name = leaf.key.split(".")
+            place = changed
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[name] = leaf.value
+    return yaml.safe_dump(changed, sort_keys=False) if changed else ""
+
+
 def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> None:
     """Merge the files that a file extends, then the file. children: the chain of files that extend it."""
     text, identity = read_text(path, f", which {children[-1]} extends" if children else ""), path.resolve()
     if identity in children:
         raise ConfigError(f"{path}: extends itself: {' > '.join(map(str, (*children, identity)))}")
-    mapping = _mapping(parse_yaml(text, str(path)) or {}, str(path))  # an empty file is an empty mapping
+    parsed = parse_yaml(text, str(path))
+    if parsed == "":  # a file that was cut off, or not saved yet: {} says that the defaults are meant
+        raise ConfigError(f"{path}: the file is empty; write at least one key, or {{}} for the defaults")
+    mapping = _mapping(parsed, str(path))
     extends = mapping.pop("extends", [])
     parents = [extends] if isinstance(extends, str) else extends
     if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
@@ -126,8 +144,9 @@ def read_text(path: Path, extended: str = "") -> str:
     except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a path with a null byte
         hint = ""
         if isinstance(error, FileNotFoundError):
-            names = [Path(name).stem for name in shipped_and_own()]
-            near = "".join(f"; did you mean {name}?" for name in get_close_matches(path.stem, names, 1))
+            paths = [name.removeprefix("configs/").removesuffix(".yaml") for name in shipped_and_own()]
+            names = {Path(name).stem: name for name in paths}
+            near = "".join(f"; did you mean {names[n]}?" for n in get_close_matches(path.stem, names, 1))
             hint = f"{near}; {scmoe('list')} shows all names"
         raise ConfigError(f"{path}{extended}: cannot be read: {error}{hint}") from error
 
@@ -252,11 +271,13 @@ def parse_yaml(text: str, source: str) -> Any:
 def find(name: str | Path, folder: Path = Path()) -> Path:
     """Return the file of a configuration: in a folder (the current one) first, then among those that come with scmoe.
 
-    name: quickstart, quickstart.yaml, configs/quickstart.yaml, experiment/table3/small. If there is no such file,
-    return folder / name, so that reading it is the error.
+    name: quickstart, quickstart.yaml, configs/quickstart.yaml, experiment/table3/small, or a preset of configs/model
+    such as longcat_flash. If there is no such file, return folder / name, so that reading it is the error.
     """
     name = str(name)
-    for path in (folder / name, folder / "configs" / name, SHIPPED / name.removeprefix("configs/")):
+    shipped = SHIPPED / name.removeprefix("configs/")
+    presets = () if "/" in name else (folder / "configs/model" / name, SHIPPED / "model" / name)
+    for path in (folder / name, folder / "configs" / name, shipped, *presets):
         for file in (str(path), f"{path}.yaml"):
             if os.path.isfile(file):  # no error for a name that no file can have
                 return Path(file)

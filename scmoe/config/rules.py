@@ -169,6 +169,7 @@ def _unused(config: Config) -> Refusals:
         (extension, f"{wiring} is an extension's, whose gates are not known", *OF_GATES),
         (extension, f"{wiring} is an extension's, whose taps are not known", "analysis.similarity_every"),
         (no_tap, f"{wiring} has no tap", "moe.first_position", "moe.tap_norm"),
+        (unread_position(config), f"{wiring} has no tap", "moe.position"),
         (not extension and moe.architecture != "scmoe", f"{wiring} reads no tap there", "moe.coefficient_input"),
         (moe.combine == "direct_add", "moe.combine=direct_add has no coefficients", "moe.coefficient_input"),
         (no_shared_expert, f"{wiring} has no shared expert to combine with", "moe.combine"),
@@ -211,6 +212,13 @@ def _unused(config: Config) -> Refusals:
         for key in keys:
             if unused and values[key] != defaults[key]:
                 yield key, f"{plain(defaults[key])}, as {why}"
+
+
+def unread_position(config: Config) -> bool:
+    """Return whether nothing reads moe.position: there is no tap, and no measurement of gates compares with one."""
+    architecture = config.moe.architecture
+    has_tap = architecture in SHORTCUTS or architecture not in ARCHITECTURES.built_in
+    return not has_tap and config.analysis.gating_every is None
 
 
 def _model(config: Config) -> Refusals:

@@ -12,8 +12,10 @@ from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any
 
+from lightning.fabric.utilities.imports import _IS_INTERACTIVE
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
@@ -104,6 +106,40 @@ def set_rank_without_trainer(rank: int) -> None:
 def started_ranks(strategy: Any) -> Sequence[subprocess.Popen[bytes]]:
     """Return the processes of local ranks 1, 2, ... if this process has started them as subprocesses."""
     return getattr(strategy.launcher, "procs", [])
+
+
+class ChildRanks(_MultiProcessingLauncher):
+    """Starts all ranks as children by spawn or fork. Lightning's own gives the calling process the metrics of rank 0;
+    this one also gives it the counts of the loops, such as trainer.global_step."""
+
+    def get_extra_results(self, trainer: Any) -> dict[str, Any]:
+        counts = trainer.fit_loop.state_dict()
+        counts["state_dict"] = {}  # of data loaders, which no process may continue
+        return {**super().get_extra_results(trainer), "counts": counts}
+
+    def update_main_process_results(self, trainer: Any, extra: dict[str, Any]) -> None:
+        super().update_main_process_results(trainer, extra)
+        trainer.fit_loop.load_state_dict(extra["counts"])
+        trainer.fit_loop.restarting = False
+
+
+def own_launcher(strategy: Any, launcher: Any) -> Any:
+    """Return what starts the ranks in place of Lightning's launcher. Raise RuntimeError in a notebook or an interactive
+    Python where several ranks would be started: their program cannot be run again.
+
+    There, Lightning refuses a launcher even for one rank, which needs none: None.
+    """
+    if type(launcher) is _MultiProcessingLauncher:
+        return ChildRanks(strategy, launcher._start_method)
+    starts = isinstance(launcher, _SubprocessScriptLauncher)
+    if not (starts and _IS_INTERACTIVE) or strategy.cluster_environment.creates_processes_externally:
+        return launcher
+    if strategy.num_processes * strategy.num_nodes > 1:
+        raise RuntimeError(
+            "Several ranks cannot be started by their command in a notebook or an interactive Python. Use "
+            "ExpertParallelStrategy(start_method='fork') in the Trainer, or scmoe.train(config)."
+        )
+    return None
 
 
 def leave_stop_signals_alone(trainer: Any) -> None:

@@ -127,6 +127,7 @@ class ExpertParallelStrategy(DDPStrategy):
         self.job = Job()
         self.wrapped: Wrapped
         self.checkpoints: Checkpoints
+        self.started_by: Any = None  # Lightning's launcher of ranks, or the one in its place
         self.parent: int | None = None  # process id of local rank 0, if that process has started this one
         self.in_training = False  # from `setup` for fit to the end of training
         self.at_teardown = ExitStack()  # removes what `setup` has hooked into the module, the plugin and torch
@@ -146,6 +147,12 @@ class ExpertParallelStrategy(DDPStrategy):
     @property
     def is_split(self) -> bool:
         return self.context.dense_mesh is not None
+
+    @property
+    def launcher(self) -> Any:
+        if self.started_by is None:
+            self.started_by = seam.own_launcher(self, super().launcher)
+        return self.started_by
 
     def setup_environment(self) -> None:
         check_callbacks(self.module.trainer.callbacks)

@@ -35,6 +35,8 @@ from scmoe.moe.tokens import Routing
 Score = Callable[[Tensor], Tensor]
 Rule = Callable[[Tensor], Tensor]
 LEAST = 1e-20  # of a sum of scores by which others are divided: sigmoid scores may all be 0
+PROBES, STEP = 8, 0.5  # rows of logits that a score is checked with, and by how much one logit grows
+ROUNDING = 1e-4  # of a sum of scores that should be 1
 softmax: Score = partial(torch.softmax, dim=-1)
 
 
@@ -54,9 +56,9 @@ class Scoring:
 
     score: scores [T, N + Z] of logits; a score increases with its own logit. sums_to_one: those of a token do; if not,
     the load-balance loss divides them by their sum. normalise: weights are divided by the sum of a token's kept scores,
-    where it keeps 2 or more. scale: gamma. rule: moves the selection bias; None: there is no bias. rate: of the bias,
-    relative to the score of equal logits; 0: the bias stays as it is. per_sequence: the load-balance loss is that of
-    each sequence, not that of the global batch.
+    where it keeps 2 or more. scale: gamma; moe.router_scale multiplies it. rule: moves the selection bias; None: there
+    is no bias. rate: of the bias, relative to the score of equal logits; 0: the bias stays as it is. per_sequence: the
+    load-balance loss is that of each sequence, not that of the global batch.
     """
 
     score: Score = softmax
@@ -71,8 +73,48 @@ class Scoring:
         """The scores of each token as a distribution over the experts."""
         return scores_TE if self.sums_to_one else scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=LEAST)
 
+    def check(self, num_ids: int) -> None:
+        """Compute scores of a few rows of logits. ValueError: they are not what `score` and `sums_to_one` promise."""
+        if not 0 < self.scale < float("inf"):
+            raise ValueError(f"Scoring.scale is {self.scale}. It must be finite and above 0.")
+        with torch.device("cpu"):  # the model may be on the meta device, which has no numbers
+            logits_PE = torch.randn(PROBES, num_ids, generator=torch.Generator(), dtype=torch.float32)
+            chosen_P1 = torch.arange(PROBES)[:, None] % num_ids
+            higher_PE = logits_PE.scatter_add(-1, chosen_P1, torch.full((PROBES, 1), STEP, dtype=torch.float32))
+            scores_PE, higher_scores_PE = self._scores(logits_PE), self._scores(higher_PE)
+        if not (scores_PE.isfinite().all() and (scores_PE >= 0).all()):
+            raise ValueError(
+                f"Scoring.score gives scores from {scores_PE.min():.3g} to {scores_PE.max():.3g}. They become weights "
+                "of experts and must be finite, 0 or more."
+            )
+        growth_P1 = (higher_scores_PE - scores_PE).gather(-1, chosen_P1)
+        if num_ids > 1 and ((growth_P1 < 0).any() or not (growth_P1 > 0).any()):
+            raise ValueError(
+                "Scoring.score does not increase with its own logit. Experts with the highest logits are chosen, so "
+                "their scores must be the highest."
+            )
+        sums_P = scores_PE.sum(-1)
+        if self.sums_to_one and (sums_P - 1).abs().max() > ROUNDING:
+            raise ValueError(
+                f"Scoring.score gives a token scores whose sum is between {sums_P.min():.3g} and {sums_P.max():.3g}, "
+                "but sums_to_one is True. Set sums_to_one=False; the load-balance loss then divides by the sum."
+            )
+
+    def _scores(self, logits_PE: Tensor) -> Tensor:
+        try:
+            scores_PE = self.score(logits_PE)
+        except Exception as error:  # whatever a function of a user raises
+            raise ValueError(f"Scoring.score cannot be computed: {type(error).__name__}: {error}") from error
+        if not isinstance(scores_PE, Tensor) or scores_PE.shape != logits_PE.shape:
+            shape = list(scores_PE.shape) if isinstance(scores_PE, Tensor) else type(scores_PE).__name__
+            raise ValueError(f"Scoring.score gives {shape} for logits {list(logits_PE.shape)}. Return equal shapes.")
+        return scores_PE
+
 
 THE_PAPERS = Scoring()  # Eq. 2-5
+DEEPSEEK = Scoring(torch.sigmoid, sums_to_one=False, rule=by_sign, rate=0.002, per_sequence=True)
+LONGCAT = Scoring(normalise=False, rule=in_proportion, rate=0.1)
+SCORINGS = {"softmax": THE_PAPERS, "deepseek": DEEPSEEK, "longcat": LONGCAT}
 
 
 class SelectionBias(nn.Module):
@@ -123,7 +165,7 @@ class Router(nn.Module):
     deal: returns the expert ids [T, K] of tokens [T, D]; the gate's choice is ignored, its weights are not. For
     measurements of speed, such as `round_robin`.
     zero_experts: further ids, from num_experts on, whose expert computes nothing (stream.py).
-    Raises ValueError unless top_k is in 1..num_experts.
+    Raises ValueError unless top_k is in 1..num_experts, and for a score that is not one (`Scoring.check`).
     """
 
     def __init__(
@@ -142,6 +184,7 @@ class Router(nn.Module):
             raise ValueError(f"top_k is {top_k}, allowed: 1..num_experts ({num_experts})")
         self.num_experts, self.top_k, self.deal, self.scoring = num_experts, top_k, deal, scoring
         self.zero_experts, self.num_ids = zero_experts, num_experts + zero_experts  # the second also means none
+        scoring.check(self.num_ids)
         self.normalise = scoring.normalise and top_k > 1
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)  # the default may be bfloat16
         self.gate = Gate(dim, self.num_ids, bias=False, dtype=wide)

@@ -126,6 +126,17 @@ def _leaves(tree: dict[str, Any], section: str = "") -> Iterator[tuple[str, Any]
 DEFAULTS = flat(to_yaml(Config()))
 
 
+def train(config: Config) -> SeenRun | None:
+    """Train a configuration and return its run: `metrics`, `summary`, `curve("val/loss")`, `path` for `scmoe.load`.
+
+    Return None on a rank other than 0 that torchrun or SLURM has started. Errors are those of `train_from_python`.
+    """
+    from scmoe.training.run.from_python import train_from_python  # Lightning, which listing runs does not need
+
+    run_dir = train_from_python(config)
+    return None if run_dir is None else SeenRun(run_dir)
+
+
 def find_runs(folder: Path) -> list[SeenRun]:
     """Return all run directories below a folder, the newest first."""
     found = [SeenRun(path.parent) for path in folder.rglob("overrides.txt") if (path.parent / "config.yaml").exists()]

@@ -39,11 +39,46 @@ def test_it_is_the_block_of_a_configuration(position, combine):
     assert torch.equal(block(x_BSD)[0], built(x_BSD)[0])
 
 
+EVERY_BLOCK = "model.layers=2 moe.every=1 moe.combine=direct_add"
+CONFIGURED = {
+    "longcat": "moe.position=pos2 moe.tap_norm=shared moe.combine=direct_add",
+    "nvidia": f"{EVERY_BLOCK} moe.position=pos1 moe.after_norm=true",
+    "nous": f"{EVERY_BLOCK} moe.position=pos2",
+    "farskip": "model.layers=2 moe.every=1 moe.architecture=farskip",
+    "dgmoe": "moe.architecture=dgmoe moe.position=pos3",
+}
+
+
+@pytest.mark.parametrize("shortcut", CONFIGURED)
+@pytest.mark.parametrize("router", ["softmax", "longcat"])
+def test_other_shortcuts_and_routers_are_those_of_a_configuration(shortcut, router):
+    top_k, experts = 1 if shortcut == "dgmoe" else 2, {"router": router, "zero_experts": 2}
+    words = f"{SIZES} moe.capacity_factor=null moe.top_k={top_k} moe.router={router} moe.zero_experts=2"
+    built = build_blocks(scmoe.load_config(None, f"{words} {CONFIGURED[shortcut]}".split()), ParallelContext())
+    ours, theirs = {"x_BSD": torch.randn(2, 8, 16)}, {}
+    theirs |= ours
+    for i, block in enumerate(built):
+        position = {"nous": ("first", "carried")[i], "dgmoe": "pos3"}.get(shortcut)
+        mine = scmoe.ScMoEBlock(16, 2, 4, top_k, position, shortcut=shortcut, **experts)
+        mine.load_state_dict(block.state_dict())
+        assert mine.schedule == block.schedule and mine.moe.router.scoring == block.moe.router.scoring
+        y, stats, *carry = mine(**ours)
+        y_built, _, *carry_built = block(**theirs)
+        assert torch.equal(y, y_built)
+        ours, theirs = ({"x_BSD": x, **({"carry": c[0]} if c else {})} for x, c in ((y, carry), (y_built, carry_built)))
+    if router == "longcat":
+        scmoe.move_biases(mine, [stats])
+        assert mine.moe.router.bias.weight.any()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"combine": "cg3"}, "combine is 'cg3', allowed: direct_add | cg1 | cg2"),
         ({"position": "carried"}, "position is 'carried', allowed: pos1 | pos2 | pos3"),
+        ({"shortcut": "none"}, "shortcut is 'none', allowed: scmoe | longcat"),
+        ({"shortcut": "farskip", "combine": "cg1"}, "combine is 'cg1', allowed: None"),
+        ({"router": "relu"}, "router is 'relu', allowed: softmax | deepseek | longcat"),
         ({"heads": 3}, "heads is 3, allowed: divisors of dim"),
         ({"top_k": 5}, "top_k is 5, allowed: 1..num_experts"),
         ({"expert_slot": 9}, "slot is 9, allowed"),
@@ -58,6 +93,13 @@ def test_wrong_numbers_are_refused(given, message):
     make = scmoe.MoE if "activation" in given else partial(scmoe.ScMoEBlock, heads=2)
     with pytest.raises(ValueError, match=re.escape(message)):
         make(**{"dim": 16, "num_experts": 4, **given})
+
+
+def test_a_router_of_ones_own_is_taken_and_checked():
+    scoring = Scoring(torch.sigmoid, sums_to_one=False, scale=2.0)
+    assert scmoe.ScMoEBlock(16, 2, 4, router=scoring).moe.router.scoring is scoring
+    with pytest.raises(ValueError, match="sums_to_one"):
+        scmoe.MoE(16, 4, router=Scoring(torch.sigmoid))
 
 
 @pytest.mark.parametrize("shape", [(8, 16), (1, 2, 8, 16)], ids=str)

@@ -52,6 +52,7 @@ def train(start_method: str) -> dict[str, str]:
     how = {"precision": "64-true", "use_distributed_sampler": False, "limit_val_batches": 0}
     trainer = users_trainer(RANKS, strategy, max_steps=4, callbacks=[OneThread()], **how)
     trainer.fit(build_module(config), build_datamodule(config))
+    assert trainer.global_step == 4, "in the process that has started the ranks, too"
     if not trainer.is_global_zero:
         return {}
     return {name: trainer.callback_metrics[name].item().hex() for name in ("train/loss", "train/grad_norm")}

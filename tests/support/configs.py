@@ -54,6 +54,7 @@ IMPOSSIBLE = [
     ("moe.first_position", "moe.every=1 moe.position=pos1 moe.first_position=pos2"),
     ("moe.first_position", "moe.architecture=top_k moe.first_position=pos1"),
     ("moe.tap_norm", "moe.architecture=shared_expert moe.tap_norm=shared"),
+    ("moe.position", "moe.architecture=farskip moe.every=1 moe.position=pos1"),
     ("moe.top_k", "moe.architecture=dgmoe moe.top_k=2"),
     ("moe.num_experts", "moe.architecture=dgmoe moe.num_experts=1"),
     ("moe.combine", "moe.architecture=dgmoe moe.combine=cg2"),

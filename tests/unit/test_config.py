@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scmoe.config.fields import Config, LoggerConfig
-from scmoe.config.leaves import ConfigError, flatten
-from scmoe.config.load import load, to_yaml
+from scmoe.config.leaves import ConfigError, flatten, four_digits
+from scmoe.config.load import load, load_text, to_yaml
 from scmoe.config.rules import resolve_ep_size
 from tests.support.configs import IMPOSSIBLE
 
@@ -56,10 +56,22 @@ def test_any_text_and_number_survives_saving(tmp_path_factory, name, runs_dir, g
     assert load(path) == config
 
 
-def test_an_empty_config_has_the_defaults(write):
-    assert load(None) == load(write("empty.yaml", "")) == load(write("comment.yaml", "# nothing\n")) == Config()
+def test_an_empty_mapping_has_the_defaults_and_an_empty_file_is_refused(write):
+    assert load(None) == load(write("defaults.yaml", "{}\n")) == Config()
+    for text in ("", "# nothing\n"):
+        assert "the file is empty" in refusal(write("empty.yaml", text))
     with pytest.raises(FrozenInstanceError):
         load(None).seed = 2
+
+
+def test_a_large_number_is_written_with_all_its_digits():
+    assert [four_digits(x) for x in (86020.4, 1234.5, 0.00012345)] == ["86,020", "1,234", "0.0001234"]
+
+
+def test_a_preset_is_found_by_its_bare_name_and_what_is_suggested_is_found():
+    assert load("longcat_flash") == load("model/longcat_flash") == load("longcat_flash.yaml")
+    suggested = refusal("slow_netwrk").partition("did you mean ")[2].partition("?")[0]
+    assert load(suggested) == load("experiment/slow_network")
 
 
 def test_a_later_source_overrides_an_earlier_one(write):
@@ -135,6 +147,16 @@ def test_impossible_combination_names_its_key(key, overrides):
 )
 def test_possible_combination_passes(overrides):
     load(None, overrides.split())
+
+
+def test_a_kept_configuration_may_have_a_position_that_nothing_reads():
+    """Earlier versions took it. A user's own configuration may not."""
+    words = ("moe.architecture=top_k", "moe.position=pos3")
+    assert "moe.position is 'pos3', allowed: pos2, as" in refusal(None, *words)
+    text = to_yaml(load(None, words[:1])).replace("position: pos2", "position: pos3", 1)
+    assert "position: pos3" in text and load_text(text, "kept") == load(None, words[:1])
+    with pytest.raises(ConfigError, match=r"moe\.position is 'pos3'"):
+        load_text(text, "kept", words[1:])
 
 
 @pytest.mark.parametrize(

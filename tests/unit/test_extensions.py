@@ -24,6 +24,7 @@ from scmoe.runs.hf_folder import hf_config
 from scmoe.training.assembly.blocks import decoder_parts, moe_blocks, stack
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module
+from scmoe.training.run.machine import check_machine
 from tests.support.models import TINY
 
 EXTENSION = "extensions=[docs.examples.my_architecture]"
@@ -88,6 +89,39 @@ def test_costs_are_estimated_from_the_modules_and_an_export_for_hugging_face_is_
     ROUTERS.register("mine")(lambda config: Scoring())
     with pytest.raises(ValueError, match=r"an extension defines moe\.router=mine"):
         hf_config(load(None, [*TINY, "moe.router=mine"]), None)
+
+
+def test_the_scale_of_a_router_is_kept_and_the_configuration_multiplies_it():
+    ROUTERS.register("mine")(lambda config: Scoring(scale=2.5))
+    for factor, scale in ((1, 2.5), (2, 5.0)):
+        model = build_model(load(None, [*TINY, "moe.router=mine", f"moe.router_scale={factor}"]))
+        assert model.blocks[0].moe.router.scoring.scale == scale
+
+
+@pytest.mark.parametrize(
+    ("made", "wrong"),
+    [
+        (Scoring(torch.sigmoid), "sums_to_one"),
+        (Scoring(lambda logits: -logits, sums_to_one=False), "finite, 0 or more"),
+        (Scoring(lambda logits: torch.sigmoid(-logits), sums_to_one=False), "does not increase"),
+        (Scoring(lambda logits: logits.sum(), sums_to_one=False), "equal shapes"),
+        (Scoring(torch.nn.functional.gumbel_softmax, scale=-1.0), "scale"),
+        (Scoring(lambda logits: logits.no_such_method()), "AttributeError"),
+        ("softmax", "must return a Scoring"),
+    ],
+)
+def test_a_router_that_gives_no_usable_weights_is_refused_by_its_name_at_the_start(made, wrong):
+    ROUTERS.register("mine")(lambda config: made)
+    with pytest.raises(ConfigError, match=rf"moe\.router is 'mine' \(tests\.unit\.test_extensions.*{wrong}"):
+        check_machine(load(None, [*TINY, "moe.router=mine"]))
+
+
+def test_a_score_may_make_tensors_and_reach_its_highest_value():
+    def clipped(logits):
+        return (logits + torch.linspace(0, 1, logits.shape[-1])).clamp(0, 1)
+
+    ROUTERS.register("mine")(lambda config: Scoring(clipped, sums_to_one=False))
+    build_model_on_meta(load(None, [*TINY, "moe.router=mine"]))
 
 
 class Turned(Router):
@@ -177,3 +211,19 @@ def test_the_words_that_name_callbacks_again_are_read_as_they_were():
     given = words(["my_architecture"], {"mine": options})
     assert given[0] == "extensions=[my_architecture]" and "callbacks.mine.path=a/b-c.txt" in given
     assert load(None, given[1:]).callbacks == {"mine": options}
+
+
+def test_frozen_experts_are_not_trained_and_all_else_is():
+    @ARCHITECTURES.register("frozen")
+    def frozen(config, context, parts):
+        blocks = moe_blocks(ShortcutBlock, config, context, parts)
+        for block in blocks:
+            block.moe.experts.requires_grad_(False)
+        return blocks
+
+    module = build_module(load(None, [*TINY, "moe.architecture=frozen"]))
+    module.configure_model()
+    trained = {p for group in module.trained() for p in group}
+    assert {name for name, p in module.named_parameters() if p not in trained} == {
+        name for name, _ in module.named_parameters() if ".experts." in name
+    }

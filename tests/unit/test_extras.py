@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -37,6 +37,33 @@ def test_the_command_is_that_of_a_checkout_or_names_the_packages(monkeypatch):
     monkeypatch.setattr(extras, "CHECKOUT", Path("no-such-checkout"))
     monkeypatch.setattr(extras, "requires", lambda name: stated)
     assert install_command("tokenizers") == "pip install 'tokenizers>=0.21'"
+
+
+class Installed:
+    """A distribution with a package and a program in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.files = folder, [PurePosixPath("scmoe/__init__.py"), PurePosixPath("bin/scmoe")]
+
+    def locate_file(self, file: str | PurePosixPath) -> Path:
+        return self.folder / file
+
+
+@pytest.mark.parametrize("package", ["ours", "another", "none"])
+def test_the_next_command_names_the_program_of_this_package(package, tmp_path, monkeypatch):
+    """With another installation beside this Python, that one's program would run other code."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/scmoe").touch()
+    if package == "ours":
+        (tmp_path / "scmoe").symlink_to(ROOT / "scmoe")
+    elif package == "another":
+        (tmp_path / "scmoe").mkdir()
+        (tmp_path / "scmoe/__init__.py").touch()
+    monkeypatch.setattr(extras, "distribution", lambda name: Installed(tmp_path))
+    extras.own_program.cache_clear()
+    command = extras.scmoe("runs")
+    extras.own_program.cache_clear()
+    assert command.endswith("-m scmoe runs") if package == "another" else command == f"{tmp_path}/bin/scmoe runs"
 
 
 def test_what_is_missing_is_named(monkeypatch):

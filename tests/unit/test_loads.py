@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench import emulated
+from scmoe.experiments.bench import emulated, overlap
+from scmoe.experiments.bench.__main__ import overlap as verb
 from scmoe.experiments.bench.loads import (
     BALANCED,
+    KINDS,
     Now,
     Place,
     counts_of,
@@ -190,3 +192,15 @@ def test_the_page_has_the_break_even_of_its_formulas():
     table = page.split("| experts and link (8 ranks) |")[1].split("\n\n")[0]
     found = [[int(n) for n in re.findall(r"\| (\d+)(?= )", line)] for line in table.splitlines()[2:]]
     assert found == [[round(n) for n in row] for row in expected]
+
+
+def test_the_help_names_every_form_of_a_load():
+    assert [form for form in KINDS.split()[1:] if form not in verb.__doc__] == []
+
+
+def test_a_share_that_is_missed_is_said(capsys):
+    overlap.warn_of_share(0.3, 0.43)
+    assert "0.43" in capsys.readouterr().err
+    overlap.warn_of_share(0.3, 0.32)
+    overlap.warn_of_share(None, 0.43)
+    assert capsys.readouterr().err == ""

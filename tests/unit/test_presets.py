@@ -3,6 +3,7 @@
 tests/unit/test_table_file.py builds the rows of Tables 1 to 7. Those of LongCat-Flash, Instella-MoE, NVIDIA and
 NousResearch have one architecture each."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,7 +41,8 @@ def preset(name: str, words: str):
     """Reads a preset; of the words only those of the section moe are used, since a preset has its own layers."""
     if name.startswith("swin"):
         pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
-    return load(MODELS / f"{name}.yaml", [word for word in overrides(words) if word.startswith("moe.")])
+    no_tap = ["moe.position=pos2"] if re.search("top_k |shared_expert", words) else []
+    return load(MODELS / f"{name}.yaml", [*no_tap, *(w for w in overrides(words) if w.startswith("moe."))])
 
 
 @pytest.mark.parametrize(("name", "architecture", "words"), CASES, ids=[f"{n}-{a}" for n, a, _ in CASES])

@@ -208,7 +208,7 @@ def test_settings_that_do_not_define_the_model_may_differ(tmp_path):
     """Keys of the training, and keys that this architecture does not read, may have other values."""
     file, top_2 = tmp_path / "model.safetensors", ("moe.architecture=top_k", "moe.top_k=2")
     export(tiny(*top_2), file)
-    start(tiny(*top_2, "moe.position=pos1", "moe.capacity_factor=null", "model.dropout=0.1", f"init_from=scmoe:{file}"))
+    start(tiny(*top_2, "moe.rows=filled", "moe.capacity_factor=null", "model.dropout=0.1", f"init_from=scmoe:{file}"))
 
 
 @pytest.mark.parametrize("word", ("model.norm_eps=1e-6", "model.rope_theta=5e4"))

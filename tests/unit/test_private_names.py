@@ -23,7 +23,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
@@ -55,11 +55,15 @@ SIGNATURES = {  # name: its owner, its parameters
     "_register_ddp_hooks": (DDPStrategy, ["self"]),
     "dump_checkpoint": (_CheckpointConnector, ["self", "weights_only"]),
     "_get_train_description": (RichProgressBar, ["self", "current_epoch"]),
+    "get_extra_results": (_MultiProcessingLauncher, ["self", "trainer"]),
+    "update_main_process_results": (_MultiProcessingLauncher, ["self", "trainer", "extra"]),
     "_apply": (nn.Module, ["self", "fn", "recurse"]),
 }
 OTHERS = {
     *("_ddp_params_and_buffers_to_ignore", "_last_global_step_saved"),
     *("_batches_that_stepped", "_signal_connector", "_checkpoint_connector"),
+    # test_from_python.py and test_launchers.py use them
+    *("_IS_INTERACTIVE", "_MultiProcessingLauncher", "_SubprocessScriptLauncher", "_start_method"),
     *("_execution_engine", "_compiled_call_impl", "_ddp_kwargs"),
     *("_fully_shard", "_fsdp_common", "_get_fsdp_state", "_fsdp_param_groups"),
     *("_set_unshard_async_op", "_reduce_scatter_comm", "_post_accumulate_grad_hooks"),

@@ -4,19 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
 
-from scmoe.config.load import load, to_yaml
+from scmoe.config.load import changes_to_yaml, load, load_text, to_yaml
 from scmoe.runs.evaluate.evaluation import keep_results, read_results
 from scmoe.training.run import resume, train
 from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, slug_of
 from scmoe.training.run.file_loggers import csv_logger
-from scmoe.training.run.printout import print_start, resume_command
+from scmoe.training.run.printout import print_start, resume_command, summary_panel
 from scmoe.training.run.resume import Resumed
 from scmoe.training.run.train import open_run
 from tests.support.commands import rows_of
@@ -105,6 +107,36 @@ def test_a_run_that_cannot_open_its_loggers_has_failed(tmp_path, monkeypatch):
 def test_a_path_with_brackets_is_printed_as_it_is(tmp_path, capsys):
     print_start(load(None, []), tmp_path, tmp_path / "[/x]" / "a[lr]")
     assert f"continuing from {tmp_path}/[/x]/a[lr]" in capsys.readouterr().err
+
+
+def test_a_quiet_run_prints_nothing_and_another_one_what_differs_from_the_defaults(tmp_path, capsys):
+    config = load(None, [f"runs_dir={tmp_path}", "moe.position=pos3", "logger.mode=disabled", "trainer.max_steps=7"])
+    with open_run(config, [], None, quiet=True):
+        assert capsys.readouterr().err == ""
+    with open_run(config, [], None) as (run_dir, _):
+        said = capsys.readouterr().err
+    assert "position: pos3" in said and "optim:" not in said
+    text = changes_to_yaml(config)
+    assert text in said and load_text(text, "shown") == config == load_text((run_dir / "config.yaml").read_text(), "")
+    assert changes_to_yaml(load(None)) == ""
+
+
+def test_the_summary_says_what_is_of_the_validation_and_what_of_the_training():
+    loads = {"load_max_ratio": 2.1, "drop_share": 0.25, "step_load_max": 1.5, "rank_load_max": 1.2, "step_drop": 0.125}
+    others = dict.fromkeys(("val_loss", "tokens_per_s", "model_tflops"))
+    summary = {**loads, **others, "steps": 4, "world_size": 1, "ep_size": 1, "skipped": 0, "run_dir": "runs/a"}
+    with (printed := Console(width=200, file=StringIO())).capture() as shown:
+        printed.print(summary_panel(summary, []))
+    lines = shown.get().splitlines()
+    for number, part in (
+        ("2.10", "validation"),
+        ("25.00%", "validation"),
+        ("1.50", "training"),
+        ("12.50%", "training"),
+    ):
+        (line,) = [line for line in lines if number in line]
+        assert part in line
+    assert "on 1 rank," in shown.get()
 
 
 def test_other_ranks_open_nothing(tmp_path, monkeypatch):

@@ -204,6 +204,19 @@ def test_time_left_is_that_of_runs_in_parallel(tmp_path):
     assert Batch(jobs, 2, 3, lambda batch, ended: None).seconds_left() is None
     jobs[1].worked_s, jobs[1].progress = 100.0, 0.5
     assert Batch(jobs, 2, 3, lambda batch, ended: None).seconds_left() == pytest.approx(1.5 * 200 / 2)
+
+
+def test_time_left_does_not_take_a_start_for_steps(tmp_path):
+    """A training of 200 steps of 0.1 s, which has started in 30 s, is seen at its steps 2 and 4."""
+    job = Job("a", "a", tmp_path, tmp_path, [], state=State("running"))
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    batch = Batch([job], 1, 1, lambda batch, ended: None)
+    for step, seconds in ((2, 30.2), (4, 0.2)):
+        job.log.write_text(f"step {step}/200  train/loss 1\n")
+        job.advance(seconds)
+    assert batch.seconds_left() == pytest.approx(196 * 0.1)
+    batch.total = 2
+    assert batch.seconds_left() == pytest.approx(196 * 0.1 + 30 + 20)
     assert [clock(s) for s in (5, 65, 3700)] == ["5 s", "1 min 05 s", "1 h 01 min"]
 
 

@@ -6,6 +6,7 @@ import wandb
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
+from scmoe.training.run import machine
 from scmoe.training.run.loggers import has_wandb_key, wandb_logger
 
 OURS, LAB = "api.wandb.ai", "http://wandb.lab:8080"
@@ -34,6 +35,15 @@ def test_a_key_in_netrc_counts_only_for_its_server(entry, variables, found, tmp_
         path = tmp_path / variables.get("NETRC", ".netrc")
         path.write_text(f"machine {entry} login user password {'k' * 40}\n")
     assert has_wandb_key() == found
+
+
+@pytest.mark.parametrize("words", [["logger.mode=online"], []])
+def test_online_without_a_key_is_refused_before_anything_is_built(words, tmp_path, monkeypatch):
+    for name, value in {"HOME": tmp_path, "WANDB_API_KEY": "", "NETRC": "", "WANDB_MODE": "online"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(machine, "build_model_on_meta", None)
+    with pytest.raises(ConfigError, match="is online, but no key"):
+        machine.check_machine(load(None, [*words, f"runs_dir={tmp_path}"]))
 
 
 def test_an_error_of_wandb_without_a_text_is_named_by_its_type(tmp_path, monkeypatch):

@@ -55,6 +55,11 @@ def markdown(found: Results) -> str:
         f"95 %. far: values further than {FAR_DEVIATIONS} median absolute deviations and {100 * FAR_SHARE:g} % from "
         "their row's median.",
     ]
+    if found["scale"] == "smoke":
+        lines[2:2] = [
+            "**The numbers of this scale mean nothing.** It shows that every row trains and writes its files.",
+            "",
+        ]
     columns = ["row", "parameters (active)", "paper", "paper: minus baseline", "ours: mean ± std (n)"]
     columns += ["median, range, far", "ours: minus baseline", "interval", "p (n)"]
     for group in dict.fromkeys(group for row in found["rows"] for group in row["groups"]):

@@ -7,6 +7,7 @@ training; a context that is too long loses its beginning.
 
 import logging
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from scmoe.datamodules.tokenizer import Tokenizer
 from scmoe.inference.generate import decode, padded, prefill
 from scmoe.inference.sampling import Stopping
 from scmoe.runs.evaluate.scoring import Scorer, batches
-from scmoe.runs.evaluate.tasks import Registered, Task
+from scmoe.runs.evaluate.tasks import OWN_TASKS, Registered, Task
 
 # Means of ones and zeros; the first one that a task of lm-eval has judges it.
 OF_ONES = ("acc", "acc_norm", "acc_mutual_info", "exact_match")
@@ -201,9 +202,10 @@ def load_registered(names: Sequence[str], folder: Path | None) -> dict[str, Regi
     for name in names:
         if name not in manager.all_tasks:
             where = f"a file {name}.jsonl in the folder of --data" if folder is None else f"{folder / name}.jsonl"
-            raise ConfigError(
-                f"--tasks has {name!r}, allowed: cloze, next_sentence, {where}, a task of lm-eval ('lm-eval ls tasks')"
-            )
+            near = get_close_matches(name, [*OWN_TASKS, *manager.all_tasks], 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            allowed = f"cloze, next_sentence, {where}, a task of lm-eval ('lm-eval ls tasks')"
+            raise ConfigError(f"--tasks has {name!r}, allowed: {allowed}{hint}")
         try:
             loaded: Any = manager.load([name])
         except Exception as error:  # of data sets, of a task's own code, of packages that it needs

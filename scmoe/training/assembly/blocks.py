@@ -34,7 +34,7 @@ from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.dispatcher import Narrowed
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, rows_of
-from scmoe.moe.router import Router, Scoring, by_sign, in_proportion, round_robin
+from scmoe.moe.router import DEEPSEEK, LONGCAT, Router, Scoring, by_sign, round_robin
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.schedule.schedule import Schedule
@@ -211,18 +211,19 @@ def softmax(config: Config) -> Scoring:
 
 @register_router("deepseek")
 def deepseek(config: Config) -> Scoring:
-    return Scoring(torch.sigmoid, sums_to_one=False, rule=by_sign, rate=0.002, per_sequence=True)
+    return DEEPSEEK
 
 
 @register_router("longcat")
 def longcat(config: Config) -> Scoring:
-    return Scoring(normalise=False, rule=in_proportion, rate=0.1)
+    return LONGCAT
 
 
 def build_router(config: Config, dim: int) -> Router:
-    """ConfigError: moe.bias_rate is set, but an extension's router has no rule."""
+    """ConfigError: moe.router of an extension returns no Scoring, or one that cannot be used; or it has no rule, and
+    moe.bias_rate is set."""
     moe = config.moe
-    scoring = replace(ROUTERS[moe.router](config), scale=moe.router_scale)
+    scoring = scoring_of(config)
     if moe.bias_rate is not None:
         if moe.bias_rate and scoring.rule is None:
             name = show(moe.router)
@@ -239,3 +240,20 @@ def build_router(config: Config, dim: int) -> Router:
         deal=round_robin(moe.num_experts, moe.top_k) if moe.balanced_routing else None,
         zero_experts=moe.zero_experts,
     )
+
+
+def scoring_of(config: Config) -> Scoring:
+    """Return the values of moe.router, its scale times moe.router_scale. Errors are those of `build_router`."""
+    moe = config.moe
+    make = ROUTERS[moe.router]
+    function = getattr(make, "__qualname__", type(make).__name__)
+    named = f"moe.router is {show(moe.router)} ({make.__module__}.{function})"
+    scoring = make(config)
+    if not isinstance(scoring, Scoring):
+        got = f"{type(scoring).__module__}.{type(scoring).__qualname__}"
+        raise ConfigError(f"{named}, which returns {got}. It must return a Scoring of scmoe/moe/router.py.")
+    try:
+        scoring.check(moe.num_experts + moe.zero_experts)
+    except ValueError as error:
+        raise ConfigError(f"{named}: {error}") from error
+    return replace(scoring, scale=scoring.scale * moe.router_scale)

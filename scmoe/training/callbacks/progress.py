@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from scmoe.config.fields import Config
+from scmoe.config.leaves import four_digits
 from scmoe.config.load import to_yaml
 from scmoe.files.writing import redacted, try_to_write
 from scmoe.footprint.model_cost import forward_flops, parts, peak_tflops, training_flops
@@ -66,7 +67,8 @@ class LogLines(Callback):
 
 
 def say(trainer: Trainer, wanted: Callable[[str], bool]) -> None:
-    values = "  ".join(f"{name} {float(value):,.4g}" for name, value in shown_metrics(trainer).items() if wanted(name))
+    metrics = {name: float(value) for name, value in shown_metrics(trainer).items() if wanted(name)}
+    values = "  ".join(f"{name} {four_digits(value)}" for name, value in metrics.items())
     print(f"step {trainer.global_step}/{trainer.max_steps}  {values}", file=sys.stderr, flush=True)
 
 

@@ -78,7 +78,7 @@ def close_loggers(loggers: Sequence[Logger], status: str = "success") -> None:
 
 def has_wandb_key() -> bool:
     """Look where W&B does: in the environment, and in netrc under the server's name and port."""
-    if os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     server = urlparse(os.environ.get("WANDB_BASE_URL") or DEFAULT_SERVER).netloc
     path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
@@ -111,6 +111,16 @@ def wandb_mode(config: Config) -> str:
     if not whole and mode != "disabled":
         raise ConfigError(f"WANDB_BASE_URL is {show(url)}, allowed: such as {DEFAULT_SERVER}, or unset")
     return mode
+
+
+def check_wandb_key(config: Config) -> None:
+    """Raise ConfigError where W&B must be online and has no key, before anything is built."""
+    if wandb_mode(config) == "online" and not has_wandb_key():
+        way = "logger.mode" if config.logger.mode == "online" else "WANDB_MODE"
+        raise ConfigError(
+            f"{way} is online, but no key of Weights & Biases is found. Call `wandb login` or set "
+            "WANDB_API_KEY, or use logger.mode=offline."
+        )
 
 
 def wandb_project(config: Config) -> str:

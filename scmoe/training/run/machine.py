@@ -53,7 +53,7 @@ def check_machine(config: Config) -> None:
 
     Rank 0 alone checks folders and free memory: they can change while the other ranks start.
     """
-    from scmoe.training.run.loggers import wandb_mode  # here, as benches run where W&B cannot be imported
+    from scmoe.training.run.loggers import check_wandb_key, wandb_mode  # here: benches run without W&B
 
     wandb_mode(config)
     check_resident(config)
@@ -61,6 +61,7 @@ def check_machine(config: Config) -> None:
         require("analysis", "matplotlib")
     check_devices(config)
     if is_rank_zero():
+        check_wandb_key(config)
         refuse(config, _folders)
         check_size(config)
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
-from scmoe.config.load import to_yaml
+from scmoe.config.load import changes_to_yaml
 from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
@@ -74,7 +74,8 @@ def model_table(counts: Mapping[str, tuple[int, int, int]]) -> Table:
 
 def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
     table = Table.grid(padding=(0, 2))
-    rows = {"steps": f"{summary['steps']:,} on {summary['world_size']} ranks, EP = {summary['ep_size']}"}
+    ranks = f"{summary['world_size']} rank{'s' if summary['world_size'] > 1 else ''}"
+    rows = {"steps": f"{summary['steps']:,} on {ranks}, EP = {summary['ep_size']}"}
     unit = "images" if "val_accuracy" in summary else "tokens"
     if summary["val_loss"] is None:
         rows["validation"] = "none, as trainer.limit_val_batches is 0"
@@ -95,11 +96,13 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
         device = f"; {summary['peak_device_gib']:.2f} GiB of a GPU" if "peak_device_gib" in summary else ""
         rows["peak memory"] = f"{summary['peak_host_gib']:.2f} GiB of the host{device}, the rank with most"
     if summary["load_max_ratio"] is not None:
-        rows["expert load"] = f"busiest expert {summary['load_max_ratio']:.2f} x the mean, in the worst layer"
-        rows["dropped"] = f"{summary['drop_share']:.2%} of routed tokens"
+        rows["validation load"] = f"busiest expert {summary['load_max_ratio']:.2f} x the mean, in the worst layer"
+        rows["validation drops"] = f"{summary['drop_share']:.2%} of routed tokens"
     if summary["step_load_max"] is not None:
         expert, rank = summary["step_load_max"], summary["rank_load_max"]
-        rows["load of a step"] = f"busiest expert {expert:.2f} x the mean, busiest rank {rank:.2f}, in the last steps"
+        rows["training load"] = f"busiest expert {expert:.2f} x the mean, busiest rank {rank:.2f}, in the last steps"
+        if summary["step_drop"] is not None:
+            rows["training drops"] = f"{summary['step_drop']:.2%} of routed tokens, in the last steps"
     if summary["skipped"]:
         rows["skipped"] = f"{summary['skipped']:,} times a file that cannot be read (data.on_error=skip)"
     rows["run directory"] = str(summary["run_dir"])
@@ -111,9 +114,11 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
 
 
 def print_start(config: Config, run_dir: Path, checkpoint: Path | None) -> None:
-    """Print the configuration and the model, and the checkpoint that a resumed run continues from."""
-    out = console()
-    out.print(f"config of {relative(run_dir)}:", to_yaml(config), sep="\n", soft_wrap=True, markup=False)
+    """Print what differs from the default configuration, the model, and the checkpoint that a resumed run continues
+    from."""
+    out, run = console(), relative(run_dir)
+    title = f"config of {run}, where it is not the default; {run}/config.yaml has all of it:"
+    out.print(title, changes_to_yaml(config), sep="\n", soft_wrap=True, markup=False)
     out.print(model_table(count_parameters(build_model_on_meta(config))))
     if checkpoint is not None:
         out.print(f"continuing from {relative(checkpoint)}", soft_wrap=True, markup=False)

@@ -30,10 +30,13 @@ from scmoe.training.run.printout import console, print_start, print_summary, sam
 from scmoe.training.run.resume import Resumed, record_of, set_aside, set_aside_later, summary_if_done
 
 
-def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None = None) -> dict[str, Any] | None:
+def train(
+    config: Config, overrides: Sequence[str] = (), resumed: Resumed | None = None, quiet: bool = False
+) -> dict[str, Any] | None:
     """Train and return the summary, which is also in the run directory; return None on ranks other than 0.
 
-    resumed: the run to continue; None starts a new run. A run that is done is not touched.
+    resumed: the run to continue; None starts a new run. A run that is done is not touched. quiet: print neither the
+    config nor the summary, as where the run directory will not be kept.
     """
     config = shortened(config)
     if resumed is not None:
@@ -49,7 +52,7 @@ def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None
     weights = replace(config, init_from=None) if resumed is not None else config  # a checkpoint has weights of its own
     if is_rank_zero():
         prepare(weights, data)
-    with open_run(config, overrides, resumed) as (directory, loggers):
+    with open_run(config, overrides, resumed, quiet) as (directory, loggers):
         if directory is not None:
             log_inputs(loggers, config, data.state_dict())
             if resumed is not None and resumed.step is not None:
@@ -73,7 +76,8 @@ def train(config: Config, overrides: Sequence[str] = (), resumed: Resumed | None
             log_results(loggers, trainer.global_step, samples, load, trainer.checkpoint_callbacks)
     if directory is None or not trainer.is_global_zero:
         return None
-    print_summary(directory, summary, samples, config)
+    if not quiet:
+        print_summary(directory, summary, samples, config)
     return summary
 
 
@@ -89,9 +93,9 @@ def prepare(config: Config, data: PositionedDataModule) -> None:
 
 @contextmanager
 def open_run(
-    config: Config, overrides: Sequence[str], resumed: Resumed | None
+    config: Config, overrides: Sequence[str], resumed: Resumed | None, quiet: bool = False
 ) -> Iterator[tuple[Path | None, list[Logger]]]:
-    """Open the run and print what it will do; on exit, close its loggers and write its last state.
+    """Open the run and print what it will do, unless quiet; on exit, close its loggers and write its last state.
 
     It yields the directory and the loggers; on ranks other than 0, None and none.
     resumed: the run to continue, whose config.yaml stays as the run began; None creates a directory.
@@ -111,9 +115,11 @@ def open_run(
     write_state(run_dir, "running")
     ended = show_life(run_dir)
     try:
-        print_start(kept, run_dir, checkpoint)
+        if not quiet:
+            print_start(kept, run_dir, checkpoint)
         loggers = build_loggers(config, run_dir, step)
-        console().print(f"metrics go to {' and to '.join(map(describe, loggers))}")
+        if not quiet:
+            console().print(f"metrics go to {' and to '.join(map(describe, loggers))}")
         yield run_dir, loggers
         state = "finished"
     except SystemExit:

@@ -1,0 +1,83 @@
+"""Trains from a Python program or a notebook, on one rank or several: what `scmoe.train` does.
+
+One rank trains in the calling process, and so do ranks that torchrun or SLURM has started. Several ranks are started
+from here as `scmoe train` in a process of its own, because the calling program must not run again for each of them, and
+a process that has used CUDA cannot be forked. Its console output is passed on, so that a notebook shows it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from scmoe.config.fields import Config
+from scmoe.config.load import to_yaml
+from scmoe.training.run.machine import LAUNCHERS, check_machine
+from scmoe.training.run.train import train
+
+INTERRUPTED = 130  # exit code of a training that Ctrl-C has stopped
+OF_A_RANK = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def train_from_python(config: Config) -> Path | None:
+    """Train and return the run directory; None on a rank other than 0 that torchrun or SLURM has started.
+
+    Ctrl-C saves a checkpoint and raises KeyboardInterrupt. ConfigError: the configuration cannot run on this machine.
+    RuntimeError: ranks that were started from here have failed; they have said why.
+    """
+    launched = any(launcher.detect() for launcher in LAUNCHERS.values())
+    if config.trainer.devices == 1 or config.trainer.num_nodes > 1 or launched:
+        summary = _train_here(config)
+    else:
+        check_machine(config)  # errors of the other process would be lines of text
+        summary = _train_in_another_process(config)
+    return None if summary is None else Path(summary["run_dir"]).absolute()
+
+
+def _train_here(config: Config) -> dict[str, Any] | None:
+    try:
+        return train(config)
+    except SystemExit as error:
+        if error.code == INTERRUPTED:
+            raise KeyboardInterrupt from error
+        raise
+
+
+def _train_in_another_process(config: Config) -> dict[str, Any]:
+    others = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
+    paths = os.pathsep.join(path for path in sys.path if path)  # modules that this process finds
+    with TemporaryDirectory(prefix="scmoe-") as folder:
+        file = Path(folder, "config.yaml")
+        file.write_text(to_yaml(config), encoding="utf-8")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "scmoe", "train", str(file)],
+            env=others | {"PYTHONPATH": paths},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+        assert process.stdout is not None
+        shown = threading.Thread(target=_pass_on, args=(process.stderr,), daemon=True)
+        shown.start()
+        try:
+            said = process.stdout.read()
+            process.wait()
+        except KeyboardInterrupt:
+            process.terminate()  # it saves and ends; a Ctrl-C that it has got as well asks for the same
+            process.wait()
+            raise
+        finally:
+            shown.join(timeout=10)
+    if process.returncode:
+        raise RuntimeError(f"The training has ended with exit code {process.returncode}. Its output says why.")
+    return json.loads(said)
+
+
+def _pass_on(stream: Any) -> None:
+    for line in stream:
+        print(line, end="", file=sys.stderr, flush=True)
