@@ -33,6 +33,10 @@ class BrokenCheckpoint(ValueError):
     """A checkpoint differs from what was written; the message names the file."""
 
 
+class NoCheckpoint(BrokenCheckpoint, FileNotFoundError):
+    """There is nothing at a checkpoint's path. Other strategies raise FileNotFoundError too."""
+
+
 def new_token() -> str:
     """Return the end of a partial directory's name: 8 random digits, and this process."""
     return f"{uuid.uuid4().hex[:8]}-{machine()}-{os.getpid()}-{start_of(os.getpid()) or 0}"
@@ -112,6 +116,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             f"{path} is one file, which another strategy of Lightning has saved; ExpertParallelStrategy reads only the "
             "directories that it has saved itself. Load the file's state_dict into the module before fit instead"
         )
+    if not path.exists():
+        raise NoCheckpoint(f"{path} is missing: there is no such checkpoint")
     if not (path / MANIFEST).is_file():
         raise BrokenCheckpoint(f"{path} is not a complete checkpoint: it has no {MANIFEST}")
     try:

@@ -40,6 +40,18 @@ def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Tensor
     return {name: as_dtensor(t, context) if name in shards else t for name, t in state}
 
 
+def own_part(module: nn.Module, state: dict[str, Tensor], context: ParallelContext) -> dict[str, Tensor]:
+    """Return what this rank writes of `model_state`.
+
+    Buffers, such as running statistics, may differ from rank to rank. Rank 0's are written, as DDP
+    sends these to all ranks before each forward; else a checkpoint would mix those of several ranks.
+    """
+    if context.rank == 0:
+        return state
+    parameters = {name for name, _ in module.named_parameters()}
+    return {name: t for name, t in state.items() if name in parameters or isinstance(t, DTensor)}
+
+
 def tied_weights(module: nn.Module) -> dict[str, str]:
     """Return the further names of tied weights, each with the weight's first name."""
     first = {p: name for name, p in module.named_parameters()}
@@ -50,9 +62,18 @@ def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelCo
     """Return {"state": {parameter name: {...}}, "param_groups": [...]}, with names in place of torch's positions.
 
     ValueError: state of experts that is neither of the weight's shape nor a number, so ranks' parts cannot be joined.
+    TypeError: state that is no tensor and no number, such as the lists of LBFGS.
     """
     names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     shards = {p for _, p in expert_parameters(module)}
+    for p, values in optimizer.state.items():
+        for k, v in values.items():
+            if not isinstance(v, (Tensor, int, float)):
+                raise TypeError(
+                    f"{type(optimizer).__name__} keeps {k} of {names[p]} as {type(v).__name__}; of an "
+                    "optimizer a checkpoint holds tensors and numbers. Use another optimizer, or "
+                    "save_weights_only=True"
+                )
     for p in shards & optimizer.state.keys() if context.ep_size > 1 else ():
         for k, v in optimizer.state[p].items():
             if isinstance(v, Tensor) and v.numel() > 1 and not _is_like(v, p):
