@@ -34,7 +34,7 @@ from torch import Tensor
 from scmoe.lightning import seam
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.dense import reshard
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 EXIT_CODE = 128 + signal.SIGTERM
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -167,7 +167,8 @@ class Job:
     def begin(self, stage: str, batches: Sequence[float]) -> None:
         """Let ranks ask at as many batches as the rank with the fewest has. If that number is unknown they cannot ask,
         and a SIGTERM ends the process at once."""
-        if self.context.ep_size > 1 or self.context.dense_mesh is not None:  # else nothing keeps ranks in step
+        shares_experts = self.context.ep_size > 1 and any(expert_parameters(self.trainer.lightning_module))
+        if shares_experts or self.context.dense_mesh is not None:  # else nothing keeps ranks in step
             check_even(stage, batches, self.context)
         fewest = self.poll.smallest(sum(batches))
         can_stop = not seam.accumulated_batches(self.trainer)  # else the step must end first

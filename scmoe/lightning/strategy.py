@@ -36,7 +36,7 @@ from scmoe.lightning.debug import CompareCollectives
 from scmoe.lightning.guarded_update import check_callbacks, check_precision, guard_updates
 from scmoe.lightning.lockstep import Job, SavePostponed, end_job_at_exit, note_absent
 from scmoe.parallel.checkpoint.saving import Checkpoints
-from scmoe.parallel.checkpoint.state import check_can_be_saved, model_state, optimizer_state, tied_weights
+from scmoe.parallel.checkpoint.state import check_can_be_saved, model_state, optimizer_state, own_part, tied_weights
 from scmoe.parallel.dense import (
     Steps,
     check_dense,
@@ -361,7 +361,9 @@ class ExpertParallelStrategy(DDPStrategy):
             rank_zero_warn("a checkpoint inside a step is saved at its end, as gradients are in no checkpoint")
             self.checkpoints.postponed[path] = "optimizer_states" not in state
             return
-        self.checkpoints.save(path, state | {"tied_weights": tied_weights(self.module)}, self.module)
+        written = own_part(self.module, state["state_dict"], self.context)
+        tied = tied_weights(self.module)
+        self.checkpoints.save(path, state | {"state_dict": written, "tied_weights": tied}, self.module)
         if not self.takes_steps:  # else nothing would complete it
             self.checkpoints.finish()
 

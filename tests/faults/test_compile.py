@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 from scmoe.config.load import load
 from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.training.assembly.model import build_module
+from tests.support.architectures import LATENT
 from tests.support.trainings import fit
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
@@ -31,7 +32,12 @@ def graphs(words: str) -> tuple[list[int], float, int]:
     return counts, float(trainer.callback_metrics["train/loss"]), sum(counters["graph_break"].values())
 
 
-@pytest.mark.parametrize("words", ["model.layers=4", "model.family=llama trainer.recompute=true"])
+LATENT_WITH_ZERO_EXPERTS = f"model.family=llama {LATENT} moe.router=longcat moe.zero_experts=2"
+
+
+@pytest.mark.parametrize(
+    "words", ["model.layers=4", "model.family=llama trainer.recompute=true", LATENT_WITH_ZERO_EXPERTS]
+)
 def test_nothing_is_compiled_again_after_the_first_validation(words):
     """Each kind of part has a graph with gradients and one without, however many layers there are."""
     ((none, plain, _), (counts, loss, breaks)) = run_ranks(both, 1, words, timeout_s=280)[0]

@@ -50,7 +50,7 @@ TWO = {
     "buffers, dgmoe": ("dgmoe", f"{ONE['dgmoe']} {EP2} {BUFFERS}=2"),
 }
 FOUR = {
-    **{f"{name}, EP 4": (name, f"{ONE[name]} {EP4}") for name in ("clipped", "starved", "longcat router", "farskip")},
+    **{f"{name}, EP 4": (name, f"{ONE[name]} {EP4}") for name in ("clipped", "starved", "farskip", *ROUTERS)},
     **{f"{name}, DP 2 x EP 2": (name, f"{ONE[name]} {EP2}") for name in ("clipped top-2", "longcat router")},
     "buffers, EP 4": ("pos2", f"position=pos2 {EP4} {BUFFERS}=4"),
 }

@@ -16,7 +16,8 @@ from scmoe.inference.offload.migration import WAYS, Fetching, offload_experts
 from scmoe.inference.offload.store import Store, expert_layers, write_store
 from scmoe.moe.dispatcher import ChunkCounts
 from scmoe.runs import trained
-from tests.support.architectures import EVERY_BLOCK, TABLES, with_marks
+from tests.support.architectures import BETWEEN_BLOCKS, EVERY_BLOCK, LATENT_ATTENTION, TABLES, with_marks
+from tests.support.cases import ROUTERS
 from tests.support.exports import export
 from tests.support.models import tiny, tiny_batch
 from tests.support.offloading import DROPLESS, Late, stored
@@ -25,6 +26,9 @@ pytestmark = pytest.mark.inference
 IDS, _ = tiny_batch(tiny())
 BATCHES = (IDS, IDS[:1, :1], IDS[:, :3])  # prefill with more active experts than slots, and single tokens
 FURTHER = {"noisy": "position=pos2 noisy=true", "swiglu": "position=pos1 model.family=llama"}
+FURTHER |= {f"zero experts, {name}": words for name, words in ROUTERS.items()} | BETWEEN_BLOCKS
+WITH_EXPERTS = {name: words for name, words in LATENT_ATTENTION.items() if name != "latent-dense"}
+FURTHER |= {name: f"{words} model.family=llama" for name, words in WITH_EXPERTS.items()}
 CASES = {**TABLES, **EVERY_BLOCK, **FURTHER}
 
 

@@ -104,6 +104,7 @@ def test_gradients_are_paced_where_the_host_decides_when_they_are_sent():
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     assert [is_paced(how, cpu) for how in (None, "paced", "ddp")] == [True, True, False]
     assert [is_paced(how, gpu) for how in (None, "ddp")] == [False, False]
+    assert not is_paced(None, cpu, sparse=True)
     with pytest.raises(ValueError, match="reductions is 'paced', allowed on a GPU: 'ddp'"):
         is_paced("paced", gpu)
     with pytest.raises(ValueError, match=r"reductions is 'fast', allowed: ddp \| paced \| None"):

@@ -85,6 +85,18 @@ def _memory(tensor: Tensor) -> tuple[torch.device, int]:
         return part.device, 0
 
 
+def own_part(module: nn.Module, state: dict[str, Tensor], context: ParallelContext) -> dict[str, Tensor]:
+    """Return what this rank writes of `model_state`.
+
+    Buffers, such as running statistics, may differ from rank to rank. Rank 0's are written, as DDP
+    sends these to all ranks before each forward; else a checkpoint would mix those of several ranks.
+    """
+    if context.rank == 0:
+        return state
+    buffers = {name for name, _ in module.named_buffers()}
+    return {name: x for name, x in state.items() if name not in buffers or isinstance(x, DTensor)}
+
+
 def tied_weights(module: nn.Module) -> dict[str, str]:
     """Return the further names of tied weights, each with the weight's first name."""
     first = {p: name for name, p in module.named_parameters()}

@@ -125,7 +125,7 @@ def squares(
         elif p.grad is not None and p in shards:
             parts[context.edp_size].append(p.grad)
         elif p.grad is not None:
-            replicated.append(p.grad)
+            replicated.append(p.grad.coalesce().values() if p.grad.is_sparse else p.grad)
     square = torch.zeros((), device=device)
     for holders, gradients in parts.items():
         square = square + total_norm(gradients, device).square() / holders
@@ -133,5 +133,7 @@ def squares(
 
 
 def total_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """Return the joint norm, on `device`: of an empty list torch returns a norm on the CPU, which NCCL refuses."""
-    return torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
+    """Return the joint norm, on `device`, in 32 bits or more, so that the root of its square is the
+    norm again. Of an empty list torch returns a norm on the CPU, which NCCL refuses."""
+    norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
+    return norm if norm.dtype.itemsize > 2 else norm.float()

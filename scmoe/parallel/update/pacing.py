@@ -29,15 +29,20 @@ PIECE_MB, IN_FLIGHT = 1.0, 2  # with one in flight the link is idle until every 
 BUCKET_MB = 1.0  # small, so that the first gradients are sent early
 
 
-def is_paced(reductions: str | None, device: torch.device) -> bool:
-    """Return whether gradients are summed by a Pacer. reductions: ddp | paced; None: paced where it is possible."""
+def is_paced(reductions: str | None, device: torch.device, sparse: bool = False) -> bool:
+    """Return whether gradients are summed by a Pacer.
+
+    reductions: ddp | paced; None: paced where it is possible. sparse: some gradients are sparse
+    tensors, as those of nn.Embedding(sparse=True)."""
     if reductions not in (None, *REDUCTIONS):
         raise ValueError(f"reductions is {reductions!r}, allowed: {' | '.join(REDUCTIONS)} | None")
     if reductions == "paced" and device.type != "cpu":
         raise ValueError(
             "reductions is 'paced', allowed on a GPU: 'ddp': all-reduces run on the device, which the host cannot pace"
         )
-    return reductions != "ddp" and device.type == "cpu"
+    if reductions == "paced" and sparse:
+        raise ValueError("reductions is 'paced', allowed with sparse gradients: 'ddp'")
+    return reductions != "ddp" and device.type == "cpu" and not sparse
 
 
 class _Piece(NamedTuple):

@@ -207,6 +207,10 @@ class Wrapped:
         self.at_close.close()
 
 
+def has_sparse_gradients(model: nn.Module) -> bool:
+    return any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse for m in model.modules())
+
+
 def wrap(
     model: nn.Module, context: ParallelContext, reductions: str | None = None, hidden: bool = True, **ddp: Any
 ) -> Wrapped:
@@ -219,7 +223,7 @@ def wrap(
         return _over_fsdp(model, context, hidden)
     shards = dict(expert_parameters(model))
     hide_from_ddp(model, shards)
-    paced = is_paced(reductions, next(model.parameters()).device)
+    paced = is_paced(reductions, next(model.parameters()).device, has_sparse_gradients(model))
     if paced:
         ddp.setdefault("bucket_cap_mb", BUCKET_MB)
     ddp.setdefault("gradient_as_bucket_view", True)
