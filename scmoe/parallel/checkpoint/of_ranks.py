@@ -110,7 +110,7 @@ class _Entry:
     def __init__(self, key: Key, value: Any) -> None:
         self.key, self.value = key, value
         self._encode("")
-        digest = hashlib.sha256(json.dumps(self.json).encode())
+        digest = hashlib.sha256(json.dumps(self.json, sort_keys=True).encode())
         for tensor in self.tensors.values():
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(_bytes_of(tensor))
