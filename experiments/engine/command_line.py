@@ -5,8 +5,13 @@ Scripts import torch, Lightning and the like inside the function, so `--help` an
 """
 
 import errno
+import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Annotated, Any, TypeVar
 
@@ -40,6 +45,8 @@ VERBS = {
     "faults": "break checkpoints on purpose and count what survives",
 }
 ROOMS = ("bench", "dryrun", "faults")  # verbs that are folders
+INTERRUPTED = 128 + signal.SIGINT
+AGAIN_S = 1.0  # a second Ctrl-C within this time is the same one
 HELP_COLUMNS = 120  # where standard output is no terminal
 HYPHENS = Parameter(allow_leading_hyphen=True)
 KeyValue = Annotated[str, HYPHENS]  # --key=value is an override too
@@ -53,6 +60,54 @@ def main() -> None:
 
 
 def call(*words: str) -> int:
+    """Run `scmoe WORDS` in this process and return its exit code, as `answer`; after Ctrl-C 130,
+    whatever a library makes of the interruption: an import that is cut off may raise ImportError,
+    and Lightning exits with 1."""
+    with noting_ctrl_c() as interruption:
+        try:
+            code = answer(*words)
+        except BaseException:
+            if interruption.first_s is None:
+                raise
+        return code if interruption.first_s is None else INTERRUPTED
+
+
+class CtrlC(KeyboardInterrupt):
+    """Python kills itself with SIGINT after a KeyboardInterrupt, of exactly this class, that has
+    passed through `exec`, which many imports use."""
+
+
+class Interruption:
+    """A handler of SIGINT: CtrlC is raised once; a second Ctrl-C, AGAIN_S later or more, ends the
+    process at once."""
+
+    def __init__(self) -> None:
+        self.first_s: float | None = None  # when it came
+
+    def __call__(self, *_: Any) -> None:
+        if self.first_s is None:
+            self.first_s = time.monotonic()
+            raise CtrlC
+        if time.monotonic() - self.first_s > AGAIN_S:
+            os._exit(INTERRUPTED)
+
+
+@contextmanager
+def noting_ctrl_c() -> Iterator[Interruption]:
+    """Handle Ctrl-C inside by what this yields, unless it is ignored, as in a background job. After
+    a Ctrl-C it is ignored: a second one, while the process ends, would raise, or kill it."""
+    interruption, before = Interruption(), signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
+        yield interruption
+        return
+    signal.signal(signal.SIGINT, interruption)
+    try:
+        yield interruption
+    finally:
+        signal.signal(signal.SIGINT, before if interruption.first_s is None else signal.SIG_IGN)
+
+
+def answer(*words: str) -> int:
     """Run `scmoe WORDS` in this process. Return its exit code: for a wrong request or a missing package 2, and the
     reason is one line on standard error; after Ctrl-C 130."""
     try:
@@ -77,7 +132,7 @@ def call(*words: str) -> int:
         if error.errno != errno.ENAMETOOLONG:  # such a name is in the request, as pathlib raises
             return 1
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     return 2
 
 

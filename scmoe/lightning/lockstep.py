@@ -1,10 +1,12 @@
 """Ranks start together, with equally many batches, stop together, at the same step, and fail together (faults 12, 14
 and 16).
 
-SIGTERM or Ctrl-C on any rank sets a flag. Ranks exchange their flags at every step and read the sum one step later, so
-all of them stop at one step, with exit code 143 or 130 and, if they were training, with one complete checkpoint.
-Lightning's own handler broadcasts inside the signal handler, while other ranks are in other collectives: a deadlock. So
-it is not installed.
+SIGTERM, SIGHUP (a terminal that is gone) or Ctrl-C on any rank sets a flag. Ranks exchange their
+flags at every step and read the sum one step later, so all of them stop at one step, with exit code
+143, 129 or 130 and, if they were training, with one complete checkpoint. Lightning's own handlers
+broadcast or save inside the signal handler, while other ranks are in other collectives: a deadlock.
+So they are not installed. Under SLURM the signal that asks to requeue the job (SIGUSR1) sets a flag
+too; at the agreed step the ranks do what Lightning's handler does.
 
 When a collective fails because another rank left it, its error gets a note that names the missing rank. The
 collective's own error only says that it timed out or that a connection closed. So the remaining ranks contact each
@@ -13,10 +15,13 @@ missing ranks too, but if rank 0 is missing it waits for the group's timeout ins
 """
 
 import atexit
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -29,6 +34,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from scmoe.lightning import seam
@@ -37,23 +43,38 @@ from scmoe.parallel.dense import reshard
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 EXIT_CODE = 128 + signal.SIGTERM
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+INTERRUPTED = 128 + signal.SIGINT
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# a second Ctrl-C within this time is the same one: a key pressed twice, or sent by a wrapper too
+AGAIN_S = 1.0
 ROLL_CALL_S = 3.0
 LEFT_ALONE = re.compile(r"timed out|connection closed|connection reset|broken pipe", re.IGNORECASE)
 
 
 class StopSignal:
-    """The process's SIGTERM and SIGINT (Ctrl-C) as a flag, `received`. Only the main thread can take signals."""
+    """The process's SIGNALS as a flag, `received`. Only the main thread can take signals.
 
-    def __init__(self) -> None:
-        self.received = False
-        self.exit_code = EXIT_CODE
+    requeue: the signal that asks to requeue a SLURM job, which sets the flag `must_requeue` too;
+    None: there is none.
+    code_of_second: the exit code at a second Ctrl-C.
+    """
+
+    def __init__(self, requeue: int | None = None, code_of_second: int = INTERRUPTED) -> None:
+        self.received, self.must_requeue = False, False
+        self.exit_code, self.code_of_second = EXIT_CODE, code_of_second
+        self.requeue = requeue
+        self.interrupted_s = math.inf  # the time of the first Ctrl-C
         self.before: dict[int, Any] = {}  # the handlers that were replaced
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return SIGNALS if self.requeue is None else (*SIGNALS, self.requeue)
+
     def take(self) -> None:
-        """From here on a signal only sets the flag, unless it is ignored; a second Ctrl-C interrupts at once."""
+        """From here on a signal only sets the flag, unless it is ignored. A second Ctrl-C, AGAIN_S
+        after the first or later, ends the process at once."""
         if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
+            for number in self.numbers:
                 if number not in self.before and signal.getsignal(number) != signal.SIG_IGN:
                     self.before[number] = signal.signal(number, self._note) or signal.SIG_DFL
 
@@ -65,8 +86,26 @@ class StopSignal:
 
     def _note(self, number: int, _: Any) -> None:
         self.received, self.exit_code = True, 128 + number
+        self.must_requeue = self.must_requeue or number == self.requeue
+        if number == signal.SIGHUP:
+            discard_output_of_closed_terminal()
         if number == signal.SIGINT:
-            signal.signal(number, self.before[number])
+            now = time.monotonic()
+            if now - self.interrupted_s > AGAIN_S:
+                raise SystemExit(self.code_of_second)
+            self.interrupted_s = min(self.interrupted_s, now)
+
+
+def discard_output_of_closed_terminal() -> None:
+    """Let what this process prints go nowhere where its terminal is gone: writing would raise
+    before the save."""
+    for descriptor in (1, 2):
+        try:
+            os.write(descriptor, b"")
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 class Poll:
@@ -140,9 +179,12 @@ class Job:
 
     def open(self, trainer: Any, checkpoints: Checkpoints, is_launched: bool) -> None:
         self.trainer, self.checkpoints, self.is_launched = trainer, checkpoints, is_launched
-        self.stop, self.poll = StopSignal(), Poll(self.context.control_group)
+        self.stop = StopSignal(seam.requeue_signal(trainer), 0 if is_launched else INTERRUPTED)
+        self.poll = Poll(self.context.control_group)
         self.stop.take()
-        seam.leave_stop_signals_alone(trainer)
+        seam.leave_signals_alone(trainer, self.stop.numbers)
+        if self.stop.requeue is not None and shutil.which("scontrol") is None:
+            self._say("warning: scontrol is not found: a signal of SLURM saves and stops, but requeues nothing")
 
     def begin_training(self) -> None:
         check_even("train", [self.trainer.num_training_batches], self.context)
@@ -150,13 +192,16 @@ class Job:
         self.ask()  # so that no rank begins the first batch if one was stopped before it
         seam.skip_sigterm_broadcast(self.trainer)
 
-    def begin_batch(self, batch_idx: int) -> None:
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.ask()
         self.checkpoints.restore_random_state()  # not earlier: making data loaders draws from the generator
         if not self.has_begun:  # not earlier: a validation that runs again may find this step to be the best
             self.has_begun = True
             seam.mark_step_as_saved(self.trainer)
+        context = self.context
+        if context.ep_size > 1:
+            context.even.begin(tensors_in(batch), context.control_group, context.ep_size)
 
     def begin_validation(self) -> None:
         trainer = self.trainer
@@ -191,10 +236,11 @@ class Job:
 
     def ask(self) -> None:
         """Ask all ranks whether one still writes a checkpoint or must stop, and act on the answers of the last call."""
-        still_writing, stop = self.poll.any_rank(self.checkpoints.is_writing(), self.stop.received)
+        flags = self.checkpoints.is_writing(), self.stop.received, self.stop.must_requeue
+        still_writing, stop, requeue = self.poll.any_rank(*flags)
         self.checkpoints.finish_unless(still_writing)
         if stop:
-            self._save_and_exit()
+            self._save_and_exit(requeue)
 
     def ask_and_wait(self) -> None:
         """Ask once all ranks are here, and act on the answer at once."""
@@ -202,8 +248,11 @@ class Job:
         self.ask()
         self.ask()
 
-    def _save_and_exit(self) -> None:
+    def _save_and_exit(self, requeue: bool) -> None:
         """Save a checkpoint, if there is anything new to save, and exit; all ranks do this at the same step.
+
+        requeue: put the SLURM job into the queue again, unless it is a run of `scmoe train`: the
+        command of its job would start a new run.
 
         A rank that Lightning's launcher has started exits with 0: any other code would make the launcher kill rank 0,
         which may still be closing loggers.
@@ -215,11 +264,27 @@ class Job:
             seam.forget_started_batch(trainer)
             if isinstance(last := trainer.checkpoint_callback, seam.LastCheckpoint):
                 last.save(trainer)
+            elif requeue and self.stop.requeue is not None:
+                self.checkpoints.finish()
+                # the job must not end before the checkpoint is complete
+                self.checkpoints.background = False
+                seam.save_and_requeue(trainer, self.stop.requeue)
             else:
                 folder = getattr(last, "dirpath", None) or trainer.default_root_dir
-                trainer.save_checkpoint(Path(folder) / f"step={trainer.global_step}.ckpt")
+                path = Path(folder) / f"step={trainer.global_step}.ckpt"
+                trainer.save_checkpoint(path)
+                self.checkpoints.finish()
+                step = trainer.global_step
+                self._say(f"stopped at step {step}; to go on: trainer.fit(..., ckpt_path={str(path)!r})")
+        elif requeue:
+            self._say("stopped without saving, as nothing was trained; the job is not requeued")
         self.checkpoints.finish()
+        self.poll.close()
         raise SystemExit(0 if self.is_launched else self.stop.exit_code)
+
+    def _say(self, line: str) -> None:
+        if self.context.rank == 0:
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.trainer is None:  # the Strategy has refused a callback, so `open` never ran
@@ -229,6 +294,18 @@ class Job:
             self.ask_and_wait()  # so that a stop during or after the last step still ends in 143
             self.poll.close()
         self.stop.give_back()
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """Return the tensors of a batch, where Lightning would move them to the device."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    apply_to_collection(batch, Tensor, note)
+    return found
 
 
 class SavePostponed(Callback):

@@ -4,21 +4,26 @@ An upgrade can rename or change any of them without notice, so tests/unit/test_p
 refuses its use elsewhere. `trainer` is always a Lightning Trainer, `plugin` a precision plugin.
 """
 
+import os
 import re
-import signal
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import Any
 
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
+
+from scmoe.parallel.checkpoint import durable
+from scmoe.parallel.checkpoint.loading import read_meta
+from scmoe.parallel.checkpoint.saving import Checkpoints
 
 BAR, WIDE = 10, 120  # columns of the progress bar, and of a terminal that has room for all metrics on its line
 
@@ -142,8 +147,9 @@ def own_launcher(strategy: Any, launcher: Any) -> Any:
     return None
 
 
-def leave_stop_signals_alone(trainer: Any) -> None:
-    """Keep Lightning from setting handlers of SIGTERM and SIGINT; it sets those of other signals as before.
+def leave_signals_alone(trainer: Any, numbers: Collection[int]) -> None:
+    """Keep Lightning from setting handlers of these signals; it sets those of other signals as
+    before.
 
     At its end it would put back the handlers that it found when training began: the Strategy's, which has ended then.
     """
@@ -151,10 +157,89 @@ def leave_stop_signals_alone(trainer: Any) -> None:
     register = type(connector)._register_signal
 
     def register_others(number: int, handler: Any) -> None:
-        if number not in (signal.SIGTERM, signal.SIGINT):
+        if number not in numbers:
             register(number, handler)
 
     connector._register_signal = register_others
+
+
+def requeue_signal(trainer: Any) -> int | None:
+    """Return the signal by which SLURM asks Lightning to save and to put the job into the queue
+    again, if any."""
+    environment = trainer.strategy.cluster_environment
+    if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
+        return None
+    return environment.requeue_signal
+
+
+def save_and_requeue(trainer: Any, number: int) -> None:
+    """Do what Lightning does in its handler of that signal. It saves `hpc_ckpt_N.ckpt` in the
+    Trainer's `default_root_dir`, where the next start of the job looks for it, and rank 0 calls
+    scontrol. Every rank must call it at the same step."""
+    trainer._signal_connector._slurm_sigusr_handler_fn(number, None)
+
+
+def make_groups_of_finetuning(trainer: Any, checkpoint: Path) -> None:
+    """Give each BaseFinetuning its saved state and let it make the parameter groups of that moment.
+
+    Lightning lets it do so in `on_fit_start`, which comes before a checkpoint is read under this
+    Strategy."""
+    finetuning = [callback for callback in trainer.callbacks if isinstance(callback, BaseFinetuning)]
+    if not finetuning:
+        return
+    durable.verify(checkpoint, durable.UNREAD)
+    states = read_meta(checkpoint).get("callbacks", {})
+    for callback in finetuning:
+        if callback.state_key in states:
+            callback.load_state_dict(states[callback.state_key])
+            BaseFinetuning.on_fit_start(callback, trainer, trainer.lightning_module)
+
+
+def end_restart_of_finetuning(trainer: Any) -> None:
+    """Keep a further fit from making these groups again: Lightning gives the callbacks their state
+    a second time."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, BaseFinetuning):
+            callback._restarting = False
+
+
+def await_saves(trainer: Any, checkpoints: Checkpoints) -> Callable[[], None]:
+    """Let ModelCheckpoints know of checkpoints that are not there yet: they give their names to no
+    other checkpoint, and link `last.ckpt` to one only when it is there. Return the function that
+    undoes this."""
+    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    for callback in callbacks:
+        await_saves_of(callback, checkpoints)
+
+    def undo() -> None:
+        for callback in callbacks:
+            vars(callback).pop("file_exists", None)
+            vars(callback).pop("_link_checkpoint", None)
+
+    return undo
+
+
+def await_saves_of(callback: Any, checkpoints: Checkpoints) -> None:
+    exists, link = callback.file_exists, callback._link_checkpoint
+
+    def exists_or_comes(filepath: Any, trainer: Any) -> bool:
+        return checkpoints.is_coming(Path(filepath)) or exists(filepath, trainer)
+
+    def link_when_saved(trainer: Any, filepath: str, linkpath: str) -> None:
+        if checkpoints.is_coming(Path(filepath)):
+            checkpoints.when_saved[Path(filepath)] = lambda: link(trainer, filepath, linkpath)
+        else:
+            link(trainer, filepath, linkpath)
+
+    callback.file_exists, callback._link_checkpoint = exists_or_comes, link_when_saved
+
+
+def is_of_trainer(path: Path, trainer: Any) -> bool:
+    """Return whether a checkpoint is in a folder of this Trainer. Its path may be from a file of another person."""
+    folders = [folder for c in trainer.checkpoint_callbacks if (folder := getattr(c, "dirpath", None))]
+    inside = any(Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(f)) for f in folders)
+    of_tuner = path.parent == Path(trainer.default_root_dir)
+    return path.name != ".." and (inside or of_tuner)
 
 
 def skip_sigterm_broadcast(trainer: Any) -> None:

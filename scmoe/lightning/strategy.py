@@ -55,6 +55,7 @@ from scmoe.parallel.mesh import (
     check_experts,
     expert_parameters,
     order_launches_of_nccl,
+    stop_using_loopback,
     use_loopback_for_gloo,
     what_prevents_overlap,
 )
@@ -157,8 +158,8 @@ class ExpertParallelStrategy(DDPStrategy):
     def setup_environment(self) -> None:
         check_callbacks(self.module.trainer.callbacks)
         order_launches_of_nccl()
-        if self.num_nodes == 1:
-            use_loopback_for_gloo()
+        if self.num_nodes == 1 and use_loopback_for_gloo():
+            self.at_teardown.callback(stop_using_loopback)
         try:
             super().setup_environment()
         except (DistNetworkError, DistStoreError) as error:
@@ -219,6 +220,7 @@ class ExpertParallelStrategy(DDPStrategy):
             self.job.trained, self.in_training = self.module, True
             trainer.callbacks.append(postponed := SavePostponed())  # last, as all state of the step is then complete
             self.at_teardown.callback(trainer.callbacks.remove, postponed)
+            self.at_teardown.callback(seam.await_saves(trainer, self.checkpoints))
             self.at_teardown.callback(guard_updates(self.precision_plugin, self.module, self.context).remove)
             torch.cuda.manual_seed(self._seed_of_rank())
 
@@ -265,6 +267,7 @@ class ExpertParallelStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         self.job.begin_training()
         check_can_be_saved(self.module.trainer)
+        seam.end_restart_of_finetuning(self.module.trainer)
         check_experts(self.module, self.context)
         known = {*self.wrapped.reducer.shards} if self.wrapped.reducer else set()
         for name, p in expert_parameters(self.module):
@@ -272,7 +275,7 @@ class ExpertParallelStrategy(DDPStrategy):
                 raise ValueError(f"{name} was added after fit had begun. Add experts in configure_model or setup")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self.job.begin_batch(batch_idx)
+        self.job.begin_batch(batch, batch_idx)
 
     def on_validation_start(self) -> None:
         self.job.begin_validation()
@@ -375,12 +378,18 @@ class ExpertParallelStrategy(DDPStrategy):
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.is_alone:
             return
-        if is_of_trainer(Path(filepath), self.module.trainer):
+        if seam.is_of_trainer(Path(filepath), self.module.trainer):
             self.checkpoints.remove(Path(filepath))
         else:
             rank_zero_warn(f"{filepath} is not removed: it is outside the folders of this Trainer's checkpoints")
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
+        """RuntimeError: this process is no rank."""
+        if self.context.mesh is None:
+            raise RuntimeError(
+                "no checkpoint can be saved here: the ranks, which hold the experts, do not exist before fit, "
+                "and end with it after spawn or fork. Save inside fit, for example with ModelCheckpoint"
+            )
         return model_state(self.module, self.context)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -392,15 +401,9 @@ class ExpertParallelStrategy(DDPStrategy):
             self.job.trained = None
         optimizers = self.optimizers if seam.is_fitting(self.module.trainer) else []
         path = Path(self.broadcast(checkpoint_path))
+        if optimizers:
+            seam.make_groups_of_finetuning(self.module.trainer, path)
         return self.checkpoints.load(path, self.module, optimizers, self.module.strict_loading)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Do nothing: load_checkpoint has read the weights already."""
-
-
-def is_of_trainer(path: Path, trainer: Any) -> bool:
-    """Return whether a checkpoint is in a folder of this Trainer. Its path may be from a file of another person."""
-    folders = [folder for c in trainer.checkpoint_callbacks if (folder := getattr(c, "dirpath", None))]
-    inside = any(Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(f)) for f in folders)
-    of_tuner = path.parent == Path(trainer.default_root_dir)
-    return path.name != ".." and (inside or of_tuner)

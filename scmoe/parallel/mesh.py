@@ -25,9 +25,11 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.torch_seam import urgent
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Carried, Exchange, Link, all_to_all
+from scmoe.parallel.wire.even_rows import EvenRows
 from scmoe.parallel.wire.hierarchical import FastestExchange, hierarchical
 
 EXCHANGES = ("auto", "flat", "hierarchical")
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads when a group is made
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,14 @@ class ParallelContext:
     `ep_group` carries the All-to-All, `counts_group` how many rows come in it, `edp_group` the expert gradients,
     `gradient_group` (on CPUs) dense gradients that are paced, `checkpoint_group` (gloo) checkpoints, `control_group`
     (gloo) what ranks ask each other; the default group carries dense gradients that are not paced, losses and metrics.
-    `link` knows the All-to-All in flight. `exchange`: how rows travel; None: flat, by one All-to-All over `ep_group`.
-    `dense_mesh`: the ranks over which dense weights are split (dense.py); None: each rank holds them whole.
+    `link` knows the All-to-All in flight. `even` checks numbers of rows that are not announced.
+    `exchange`: how rows travel; None: flat, by one All-to-All over `ep_group`.
+    `dense_mesh`: the ranks over which dense weights are split (dense.py); None: each rank holds
+    them whole.
     `exact_mesh`: the same ranks, for the weights that are gathered in float32.
-    """
+
+    A deep copy of a module shares its context. A pickle holds the place alone, without groups and
+    meshes."""
 
     rank: int = 0
     world_size: int = 1
@@ -53,9 +59,20 @@ class ParallelContext:
     checkpoint_group: Any = None
     control_group: Any = None
     link: Link = field(default_factory=Link)
+    even: EvenRows = field(default_factory=EvenRows)
     exchange: Exchange | None = None
     dense_mesh: DeviceMesh | None = None
     exact_mesh: DeviceMesh | None = None
+
+    def __copy__(self) -> "ParallelContext":
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ParallelContext":
+        return self
+
+    def __reduce__(self) -> Any:
+        """Where each rank has all experts, a process that reads the pickle needs no other one."""
+        return ParallelContext, () if self.ep_size == 1 else (self.rank, self.world_size, self.ep_size)
 
     @property
     def edp_size(self) -> int:
@@ -78,7 +95,13 @@ class ParallelContext:
         if self.ep_size == 1:
             return LocalDispatcher()
         return AllToAllDispatcher(
-            self.ep_group, num_experts, ceiling, self.carried(), counts_group=self.counts_group, buffered=buffered
+            self.ep_group,
+            num_experts,
+            ceiling,
+            self.carried(),
+            counts_group=self.counts_group,
+            buffered=buffered,
+            even=self.even,
         )
 
     def carried(self) -> Exchange:
@@ -290,8 +313,16 @@ def what_prevents_overlap() -> list[str]:
     return lines
 
 
-def use_loopback_for_gloo() -> None:
+def use_loopback_for_gloo() -> bool:
     """Let gloo use the loopback interface on one machine, unless the user has named another: by default it uses the
-    host name's address, which many laptops and containers cannot reach."""
-    if "GLOO_SOCKET_IFNAME" not in os.environ and "lo" in (name for _, name in socket.if_nameindex()):
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    host name's address, which many laptops and containers cannot reach. Return whether
+    GLOO_INTERFACE was set."""
+    if GLOO_INTERFACE in os.environ or "lo" not in (name for _, name in socket.if_nameindex()):
+        return False
+    os.environ[GLOO_INTERFACE] = "lo"
+    return True
+
+
+def stop_using_loopback() -> None:
+    """Undo `use_loopback_for_gloo`. Groups that exist go on as they are."""
+    os.environ.pop(GLOO_INTERFACE, None)

@@ -28,7 +28,7 @@ LIBRARY = {  # room: lines at most
     "scmoe/parallel": 3130,
     "scmoe/api.py": 260,
     "scmoe/init_from": 820,
-    "scmoe/lightning": 1300,
+    "scmoe/lightning": 1430,
     "datamodules": 1340,
     "scmoe/training": 3450,
     "scmoe/runs": 1950,
@@ -36,19 +36,19 @@ LIBRARY = {  # room: lines at most
     "scmoe/__init__.py": 120,
 }
 LABORATORY = {
-    "experiments/engine": 1205,
+    "experiments/engine": 1270,
     "experiments/faults": 515,
     "experiments/dryrun": 640,
     "experiments/bench": 4700,
     "experiments/studies": 2800,
     "experiments/figures": 630,
-    "experiments": 820,  # the entries: a file for each verb
+    "experiments": 825,  # the entries: a file for each verb
     "scmoe/__main__.py": 10,  # python -m scmoe
 }
 ROOMS = [*LIBRARY, *LABORATORY]
 FILE_LINES, ENTRY_LINES = 420, 100
 CLASS_LINES, CLASS_METHODS = 180, 25
-LONG_CLASSES = {"ExpertParallelStrategy": (330, 45)}  # one class with parts, where Lightning has many hooks
+LONG_CLASSES = {"ExpertParallelStrategy": (335, 45)}  # one class with parts, where Lightning has many hooks
 SMALL_FILE = 80  # lines; a smaller file with one importer is a part of it, but for these
 SMALL_FILES = {
     "experiments/studies/compare.py": "what the verb compare draws",

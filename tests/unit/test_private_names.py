@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins import MixedPrecision, Precision
@@ -52,6 +52,8 @@ SIGNATURES = {  # name: its owner, its parameters
     "_after_closure": (Precision, ["self", "model", "optimizer"]),
     "_save_checkpoint": (ModelCheckpoint, ["self", "trainer", "filepath"]),
     "_register_signal": (_SignalConnector, ["signum", "handlers"]),
+    "_slurm_sigusr_handler_fn": (_SignalConnector, ["self", "signum", "_"]),
+    "_link_checkpoint": (ModelCheckpoint, ["trainer", "filepath", "linkpath"]),
     "_register_ddp_hooks": (DDPStrategy, ["self"]),
     "dump_checkpoint": (_CheckpointConnector, ["self", "weights_only"]),
     "_get_train_description": (RichProgressBar, ["self", "current_epoch"]),
@@ -60,7 +62,7 @@ SIGNATURES = {  # name: its owner, its parameters
     "_apply": (nn.Module, ["self", "fn", "recurse"]),
 }
 OTHERS = {
-    *("_ddp_params_and_buffers_to_ignore", "_last_global_step_saved"),
+    *("_ddp_params_and_buffers_to_ignore", "_last_global_step_saved", "_restarting"),
     *("_batches_that_stepped", "_signal_connector", "_checkpoint_connector"),
     # test_from_python.py and test_launchers.py use them
     *("_IS_INTERACTIVE", "_MultiProcessingLauncher", "_SubprocessScriptLauncher", "_start_method"),
@@ -84,7 +86,7 @@ UNDOCUMENTED = {  # undocumented names without an underscore
     *("FSDPMeshInfo", "HSDPMeshInfo", "ShardPlacementResult"),
     *("epoch_loop", "val_loop", "batch_progress", "TrainerStatus", "procs", "rank_zero_only", "pl_load"),
 }
-PYTHONS = {"_fields", "_getframe", "_replace"}
+PYTHONS = {"_exit", "_fields", "_getframe", "_replace"}
 SEAMS = ("scmoe/lightning/seam.py", "scmoe/parallel/torch_seam.py")
 ELSEWHERE = {(path, name) for path, names in DRY_RUN.items() for name in names}
 ELSEWHERE |= {("datamodules/text.py", "_fingerprint"), ("scmoe/lightning/known_to_lightning.py", "pl_load")}
@@ -101,6 +103,10 @@ def test_signature(name):
 
 def test_the_others_exist():
     assert ModelCheckpoint()._last_global_step_saved == 0
+    assert "if self._restarting:" in inspect.getsource(BaseFinetuning.on_fit_start)
+    assert "self._link_checkpoint(trainer, self._last_checkpoint_saved, filepath)" in inspect.getsource(ModelCheckpoint)
+    assert "self.file_exists(filepath, trainer)" in inspect.getsource(ModelCheckpoint)
+    assert "not self._has_already_handler(sigusr)" in inspect.getsource(_SignalConnector)
     assert "self._last_global_step_saved == trainer.global_step" in inspect.getsource(ModelCheckpoint)
     assert isinstance(Trainer(logger=False, accelerator="cpu")._signal_connector, _SignalConnector)
     assert inspect.getsource(_SignalConnector).count("signal.signal(") == 1, "only _register_signal sets handlers"

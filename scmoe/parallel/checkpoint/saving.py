@@ -4,7 +4,7 @@ At most one checkpoint of a run is being written, and none is removed before its
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,8 @@ class Checkpoints:
         self.context, self.background, self.full = context, background, full
         self.saving: Saving | None = None
         self.postponed: dict[Path, bool] = {}  # to be saved once the step is taken; whether weights only
+        # called on every rank once this path is complete
+        self.when_saved: dict[Path, Callable[[], None]] = {}
         self.asked_about: Saving | None = None  # the save that the last `is_writing` of all ranks was about
         self.outdated: list[Path] = []  # removed once the save that replaces them is complete
         self.rng_states: dict[str, Tensor] | None = None  # loaded and not yet restored
@@ -134,6 +136,10 @@ class Checkpoints:
         """Return whether this rank still writes its part of a checkpoint."""
         return self.saving is not None and not self.saving.is_written()
 
+    def is_coming(self, path: Path) -> bool:
+        """Return whether a checkpoint at this path has been requested and is not complete."""
+        return path in self.postponed or (self.saving is not None and self.saving.path == path)
+
     def finish_unless(self, still_writing: bool) -> None:
         """Complete the save if no rank was writing it when all ranks were last asked."""
         if self.saving is not None and self.saving is self.asked_about and not still_writing:
@@ -144,7 +150,10 @@ class Checkpoints:
         """Wait until the checkpoint that is being written, if any, is complete; then remove the outdated ones."""
         if self.saving is not None:
             saving, self.saving = self.saving, None
+            when_saved = self.when_saved.pop(saving.path, None)
             saving.finish()
+            if when_saved is not None:
+                when_saved()
             outdated, self.outdated = self.outdated, []
             for path in outdated:
                 if path not in self.postponed:

@@ -22,6 +22,34 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.torch_seam import is_compiled
 
 
+class Watch:
+    """A forward hook that notes the output of a module, and the gradient of it, under a name. A
+    copy of the module, or what is read from a pickle of it, is not watched."""
+
+    def __init__(self, guard: "Guard", name: str) -> None:
+        self.guard, self.name = guard, name
+
+    def __call__(self, _: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled():
+            self.guard.note(f"output of {self.name}", output.detach().sum())
+            # on a weight that is returned as it is, hooks of all steps would stay
+            if not output.is_leaf:
+                output.register_hook(self._note_gradient)
+
+    def _note_gradient(self, gradient: Tensor) -> None:
+        self.guard.note(f"gradient into {self.name}", gradient.sum())
+
+    def __reduce__(self) -> Any:
+        return Unwatched, ()
+
+
+class Unwatched:
+    """A forward hook that does nothing."""
+
+    def __call__(self, *_: Any) -> None:
+        pass
+
+
 class Guard:
     """Watches those modules inside `module` that have parameters of their own."""
 
@@ -30,27 +58,18 @@ class Guard:
         self.trace: dict[str, Tensor] = {}  # by what was computed: the sum of its entries
         compiled = {inner for child in module.modules() if is_compiled(child) for inner in child.modules()}
         self.hooks = [
-            child.register_forward_hook(self._watch(name or type(child).__name__))
+            child.register_forward_hook(Watch(self, name or type(child).__name__))
             for name, child in module.named_modules()
             if next(child.parameters(recurse=False), None) is not None and child not in compiled
         ]
 
-    def _watch(self, name: str) -> Any:
-        def hook(_: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.requires_grad and torch.is_grad_enabled():
-                self._note(f"output of {name}", output.detach().sum())
-                if not output.is_leaf:  # on a weight that is returned as it is, hooks of all steps would stay
-                    output.register_hook(lambda grad: self._note(f"gradient into {name}", grad.sum()))
-
-        return hook
-
-    def _note(self, name: str, total: Tensor) -> None:
+    def note(self, name: str, total: Tensor) -> None:
         """Keep one number a name, however many batches there are; what was not finite once stays so."""
         self.trace[name] = total if name not in self.trace else self.trace[name] * 0 + total
 
     def note_loss(self, loss: Tensor) -> None:
         """Must be called for each batch, before its backward."""
-        self._note("loss", loss.detach().sum())
+        self.note("loss", loss.detach().sum())
 
     def loss_as_zero(self) -> Tensor | float:
         """Return 0, or NaN if a loss since the last check was not finite; to be added to a sum over ranks."""
@@ -103,7 +122,8 @@ def clip_grad_norm(
     zero: `Guard.loss_as_zero()`; a NaN on one rank makes the norm NaN on all ranks.
     """
     parameters = list(parameters)
-    of_parts, of_replicated = squares(parameters, shards, context, parameters[0].device)
+    device = parameters[0].device if parameters else torch.as_tensor(zero).device
+    of_parts, of_replicated = squares(parameters, shards, context, device)
     norm = (context.sum_over_ranks(of_parts + zero) + of_replicated).sqrt()
     if max_norm is not None:
         split = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]

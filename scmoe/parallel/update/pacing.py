@@ -27,6 +27,7 @@ from scmoe.parallel.wire.all_to_all import Link
 REDUCTIONS = ("ddp", "paced")
 PIECE_MB, IN_FLIGHT = 1.0, 2  # with one in flight the link is idle until every rank has begun the next
 BUCKET_MB = 1.0  # small, so that the first gradients are sent early
+STOP_S = 2.0  # to end the thread; it may wait for a rank that has failed
 
 
 def is_paced(reductions: str | None, device: torch.device, sparse: bool = False) -> bool:
@@ -61,7 +62,8 @@ class Pacer:
         self.group, self.link, self.piece_bytes = group, link, int(piece_mb * 2**20)
         self.queue: SimpleQueue[_Piece | None] = SimpleQueue()
         # a daemon: a rank that fails must not wait at its end for a peer that will never send
-        threading.Thread(target=self._run, name="gradients", daemon=True).start()
+        self.thread = threading.Thread(target=self._run, name="gradients", daemon=True)
+        self.thread.start()
 
     def start(self, flat: Tensor) -> Future[Tensor]:
         """Sum a tensor of one dimension in place. The result is the tensor itself."""
@@ -105,7 +107,10 @@ class Pacer:
         return self.start(bucket.buffer().mul_(1 / dist.get_world_size(self.group)))
 
     def stop(self) -> None:
+        """End the thread. Python would kill one that still runs at exit inside torch, which aborts
+        the process."""
         self.queue.put(None)
+        self.thread.join(STOP_S)
 
     def _run(self) -> None:
         in_flight: deque[tuple[Callable[[], None], _Piece]] = deque()

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from scmoe.models.units import whole_parameters
 from scmoe.parallel.dense import prefetch, reshard
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.torch_seam import call_after_backward, has_gradient_hooks, hide_from_ddp, scatter_by
@@ -219,6 +220,9 @@ def wrap(
     reductions: ddp | paced; None: paced on CPUs. hidden: False lets FSDP wait for each gather and each sum, which is
     what `bench dense` compares with. ddp: arguments of DistributedDataParallel.
     """
+    # `model.requires_grad_()` has reached it; DDP would wait for its gradient
+    for bias in whole_parameters(model):
+        bias.requires_grad_(False)
     if context.dense_mesh is not None:
         return _over_fsdp(model, context, hidden)
     shards = dict(expert_parameters(model))

@@ -32,6 +32,7 @@ from torch.autograd import Function
 from scmoe.moe.dispatcher import Announced, Arriving, ChunkCounts, Pending, Receipt, Traffic
 from scmoe.moe.layout import gather
 from scmoe.moe.operators import Recorder
+from scmoe.parallel.wire.even_rows import EvenRows
 
 
 class Work(Protocol):
@@ -242,7 +243,10 @@ class AllToAllDispatcher:
     buffered: rows are in buffers (moe/layout.py): all ranks send equally many, empty ones included.
     ceiling: rows that a rank may receive, over its fair share; None: any number.
     exchange: how rows travel; None: by All-to-All over the group.
-    """
+    even: checks numbers of rows that are not announced; None: nothing is checked.
+
+    A deep copy of a module shares this with the module. A pickle cannot hold process groups: what
+    is read from one raises at its first exchange."""
 
     recorder: Recorder | None = None  # notes the times of transfers that run in parallel
 
@@ -254,11 +258,23 @@ class AllToAllDispatcher:
         exchange: Exchange | None = None,
         counts_group: Any = None,
         buffered: bool = False,
+        even: EvenRows | None = None,
     ) -> None:
         self.group, self.num_experts, self.ceiling = group, num_experts, ceiling
-        self.counts_group, self.buffered = counts_group or group, buffered
+        self.counts_group, self.buffered, self.even = counts_group or group, buffered, even
         self.exchange = exchange or all_to_all(group)
         self.ep_size = dist.get_world_size(group)
+
+    def __copy__(self) -> Self:
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def __reduce__(self) -> Any:
+        return WithoutGroup, (self.num_experts, self.ep_size)
 
     def recorded_by(self, recorder: Recorder) -> "AllToAllDispatcher":
         """The same dispatcher with a recorder."""
@@ -279,6 +295,8 @@ class AllToAllDispatcher:
         return ReadByHost(work, by_rank, rank, self.ceiling)
 
     def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
+        if self.even is not None and (counts is None or counts.traffic is None):
+            self.even.check(len(rows_RD))
         if counts is None:
             regroup = partial(swap, outer=self.ep_size, inner=self.num_experts // self.ep_size)
             return Arriving(self.start("dispatch", rows_RD), regroup), Receipt(None)
@@ -299,6 +317,24 @@ class AllToAllDispatcher:
 
     def start(self, operator: str, rows_RD: Tensor, traffic: Traffic | None = None) -> Transfer:
         return Transfer(self.exchange, traffic, operator, self.recorder).start(rows_RD)
+
+
+@dataclass(frozen=True)
+class WithoutGroup:
+    """What a pickle holds of an AllToAllDispatcher."""
+
+    num_experts: int
+    ep_size: int
+
+    def refuse(self, *_: Any) -> Any:
+        """Raise RuntimeError: there are no ranks to send rows to."""
+        raise RuntimeError(
+            "this module was read from a pickle, which holds no process group: it has the experts of one "
+            f"of {self.ep_size} ranks and cannot reach the others. Build the module again and load a "
+            "checkpoint into it"
+        )
+
+    announce = dispatch = combine = refuse
 
 
 @dataclass(frozen=True)
