@@ -55,7 +55,9 @@ def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     tree = copy.deepcopy(_defaults())
     _merge(tree, _mapping(parse_yaml(text, source), source), source)
     OmegaConf.update(tree, "callbacks", {}, merge=False)
-    if unread_position(OmegaConf.to_object(tree)):  # an earlier version took any, and kept it
+    kept = OmegaConf.to_object(tree)
+    assert isinstance(kept, Config)
+    if unread_position(kept):  # an earlier version took any, and kept it
         OmegaConf.update(tree, "moe.position", _LEAVES["moe.position"].value)
     if not named(overrides):
         refuse_kept(tree.extensions, source)

@@ -79,6 +79,8 @@ class Scoring:
             raise ValueError(f"Scoring.scale is {self.scale}. It must be finite and above 0.")
         with torch.device("cpu"):  # the model may be on the meta device, which has no numbers
             logits_PE = torch.randn(PROBES, num_ids, generator=torch.Generator(), dtype=torch.float32)
+            if type(logits_PE) is not Tensor:  # a dry run's tensors have no numbers
+                return
             chosen_P1 = torch.arange(PROBES)[:, None] % num_ids
             higher_PE = logits_PE.scatter_add(-1, chosen_P1, torch.full((PROBES, 1), STEP, dtype=torch.float32))
             scores_PE, higher_scores_PE = self._scores(logits_PE), self._scores(higher_PE)
