@@ -34,19 +34,19 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 train: $(READY)  ## train CONFIG, with ARGS as overrides
-	@$(PY) -m experiments.train $(CONFIG) $(ARGS)
+	@$(PY) -m scmoe train $(CONFIG) $(ARGS)
 
 resume: $(READY)  ## resume RUN (the newest), or from STEP of it
-	@$(PY) -m experiments.resume $(or $(RUN),runs/latest) $(if $(STEP),step=$(STEP)) $(ARGS)
+	@$(PY) -m scmoe resume $(or $(RUN),runs/latest) $(if $(STEP),step=$(STEP)) $(ARGS)
 
 generate: $(READY)  ## continue PROMPT="a text" with the model of RUN (default: the newest)
-	@$(PY) -m experiments.generate $(or $(RUN),runs/latest) $(if $(PROMPT),--prompt '$(subst ','\'',$(PROMPT))') $(ARGS)
+	@$(PY) -m scmoe generate $(or $(RUN),runs/latest) $(if $(PROMPT),--prompt '$(subst ','\'',$(PROMPT))') $(ARGS)
 
 evaluate: $(READY)  ## score RUN (the newest): test split, perplexity, TASKS=piqa,... of lm-eval, or of the folder DATA
-	@$(PY) -m experiments.evaluate $(or $(RUN),runs/latest) $(if $(TASKS),--tasks $(TASKS)) $(if $(DATA),--data $(DATA)) $(ARGS)
+	@$(PY) -m scmoe evaluate $(or $(RUN),runs/latest) $(if $(TASKS),--tasks $(TASKS)) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 export: $(READY)  ## write the model of RUN (the newest): one safetensors file, or with FORMAT=hf a Hugging Face folder
-	@$(PY) -m experiments.export $(or $(RUN),runs/latest) $(if $(FORMAT),--format $(FORMAT)) $(ARGS)
+	@$(PY) -m scmoe export $(or $(RUN),runs/latest) $(if $(FORMAT),--format $(FORMAT)) $(ARGS)
 
 reproduce: $(READY)  ## all tables of the paper at SCALE (smoke, small, digits or paper), in turn; can be stopped and continued
 	@$(PY) -m experiments.reproduce --scale $(or $(SCALE),smoke) $(ARGS)
@@ -58,29 +58,29 @@ table3: $(READY)  ## the same as table TABLE=table3
 	@$(PY) -m experiments.table table3 --scale $(or $(SCALE),smoke) $(ARGS)
 
 runs: $(READY)  ## list runs: state, best loss, tokens/s, differences in their configs
-	@$(PY) -m experiments.runs $(ARGS)
+	@$(PY) -m scmoe runs $(ARGS)
 
 compare: $(READY)  ## draw the curves of RUNS="a b c" and show the differences in their configs
 	@test -n "$(RUNS)" || { echo 'compare: RUNS is missing, such as RUNS="runs/a runs/b"; make runs lists them' >&2; exit 2; }
-	@$(PY) -m experiments.compare $(RUNS) $(ARGS)
+	@$(PY) -m scmoe compare $(RUNS) $(ARGS)
 
 sweep: $(READY)  ## run the W&B sweep file CONFIG=configs/sweep/lr.yaml: at W&B with a key, otherwise here
-	@$(PY) -m experiments.sweep $(if $(filter file,$(origin CONFIG)),configs/sweep/lr.yaml,$(CONFIG)) $(ARGS)
+	@$(PY) -m scmoe sweep $(if $(filter file,$(origin CONFIG)),configs/sweep/lr.yaml,$(CONFIG)) $(ARGS)
 
 list: $(READY)  ## list configs, models, data sets, architectures
-	@$(PY) -m experiments.list $(ARGS)
+	@$(PY) -m scmoe list $(ARGS)
 
 check-data: $(READY)  ## read all data of CONFIG and name files that cannot be read
-	@$(PY) -m experiments.check_data $(CONFIG) $(ARGS)
+	@$(PY) -m scmoe check-data $(CONFIG) $(ARGS)
 
 params: $(READY)  ## count the parameters of every preset and architecture, next to the paper's
-	@$(PY) -m experiments.params $(ARGS)
+	@$(PY) -m scmoe params $(ARGS)
 
 estimate: $(READY)  ## what CONFIG costs on ARGS="ep=8 dp=2": FLOPs, bytes, memory; starts nothing
-	@$(PY) -m experiments.estimate $(CONFIG) $(ARGS)
+	@$(PY) -m scmoe estimate $(CONFIG) $(ARGS)
 
 dryrun: $(READY)  ## one step of CONFIG on ARGS="ranks=1024" in this process, on tensors without numbers: memory, bytes
-	@$(PY) -m experiments.dryrun $(CONFIG) $(ARGS)
+	@$(PY) -m scmoe dryrun $(CONFIG) $(ARGS)
 
 bench: $(READY)  ## time of the MoE layer over that of its dense products
 	@$(PY) -m experiments.bench layer $(ARGS)

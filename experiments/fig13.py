@@ -3,8 +3,8 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from scmoe.experiments.bench.pairs import Count, Positive
-from scmoe.experiments.engine.command_line import call
+from experiments.bench.pairs import Count, Positive
+from scmoe.command_line import call
 
 Architecture = Literal["scmoe_pos1", "scmoe_pos2", "scmoe_pos3", "shared_expert", "top2"]
 
@@ -30,7 +30,7 @@ def main(
         limit_s: seconds for each case (default: 10)
         out: folder
     """
-    from scmoe.experiments.bench.offload import QUICK, Setting, bench_offload
+    from experiments.bench.offload import QUICK, Setting, bench_offload
 
     given: dict[str, Any] = {"rounds": rounds, "limit_s": limit_s}
     given["architectures"] = None if architectures is None else tuple(architectures)

@@ -3,8 +3,8 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.engine.command_line import call
 
 
 def main(number: Literal[0, 1, 4, 7, 8, 9, 10], /, *sources: str, out: Path | None = None) -> None:
@@ -31,8 +31,8 @@ def main(number: Literal[0, 1, 4, 7, 8, 9, 10], /, *sources: str, out: Path | No
     from scmoe.config.extras import require
 
     require("figure", "matplotlib")
-    from scmoe.experiments.figures.measured import draw_figure
-    from scmoe.experiments.figures.pages import write_pages
+    from docs.build.pages import write_pages
+    from experiments.figures.measured import draw_figure
 
     files = draw_figure(number, sources, out) if number else write_pages(out)
     print(json.dumps({"figure": number, "files": [str(path) for path in files]}))

@@ -4,8 +4,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal
 
+from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.engine.command_line import call
 
 OLDEST_TORCH = (2, 10)
 
@@ -31,8 +31,8 @@ def main(
     """
     import torch
 
-    from scmoe.experiments.bench.gpu import PARTS, write_report
-    from scmoe.experiments.engine.isolated import Place, run_parts
+    from experiments.bench.gpu import PARTS, write_report
+    from experiments.engine.isolated import Place, run_parts
 
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         raise ConfigError(f"torch is {torch.__version__}, allowed: 2.10 or later")

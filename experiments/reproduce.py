@@ -2,11 +2,11 @@ import json
 import re
 import sys
 
+from experiments.table import USUAL
+from experiments.tables.table_file import Options, check_scale, load_table, table_names
+from scmoe.command_line import call
 from scmoe.config.extras import require
-from scmoe.experiments.engine.command_line import call
-from scmoe.experiments.engine.report import say
-from scmoe.experiments.studies.table.table_file import Options, check_scale, load_table, table_names
-from scmoe.experiments.table import USUAL
+from scmoe.report import say
 
 
 def main(*overrides: str, tables: list[str] | None = None, options: Options = USUAL) -> int:
@@ -25,7 +25,7 @@ def main(*overrides: str, tables: list[str] | None = None, options: Options = US
     for name in names:
         check_scale(load_table(name), options.scale)
     require("a table", "matplotlib", "scipy")
-    from scmoe.experiments.studies.table.make import reproduce
+    from experiments.tables.make import reproduce
 
     if left := [name for name in numbered if name not in names and not tables]:
         say(f"without {', '.join(left)}, which have no scale {options.scale}")

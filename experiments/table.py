@@ -1,10 +1,10 @@
 import json
 import sys
 
+from experiments.tables.table_file import Options, check_scale, load_table
+from scmoe.command_line import call
 from scmoe.config.extras import require
-from scmoe.experiments.engine.command_line import call
-from scmoe.experiments.engine.report import say
-from scmoe.experiments.studies.table.table_file import Options, check_scale, load_table
+from scmoe.report import say
 
 USUAL = Options()
 
@@ -23,7 +23,7 @@ def main(table: str, /, *overrides: str, options: Options = USUAL) -> int:
     read = load_table(table)
     check_scale(read, options.scale)
     require("a table", "matplotlib", "scipy")
-    from scmoe.experiments.studies.table.make import make_table, plan_table
+    from experiments.tables.make import make_table, plan_table
 
     plan = plan_table(read, options, overrides)
     seeds = len(plan.runs) // len(read.rows)

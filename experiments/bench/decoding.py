@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.engine.clock import CPU, in_turn, middle, seconds
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.fields import Config
 from scmoe.config.load import load
-from scmoe.experiments.engine.clock import CPU, in_turn, middle, seconds
-from scmoe.experiments.engine.report import Report
 from scmoe.inference.generate import generate, stream
 from scmoe.inference.sampling import GREEDY, Stopping
 from scmoe.moe.operators import Recorder
 from scmoe.moe.stream import dropless
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.report import Report
 from scmoe.runs.hf_folder import hf_config, renamed
 from scmoe.training.assembly.model import build_model
 

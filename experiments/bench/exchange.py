@@ -17,12 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scmoe.experiments.bench.overlap import WITHIN, set_rates
-from scmoe.experiments.engine.clock import CPU, in_turn, middle, quartiles
-from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.engine.report import Report
+from experiments.bench.overlap import WITHIN, set_rates
+from experiments.engine.clock import CPU, in_turn, middle, quartiles
+from experiments.engine.ranks import run_ranks
 from scmoe.parallel.mesh import build_context, crosses_nodes
 from scmoe.parallel.wire.all_to_all import Exchange
+from scmoe.report import Report
 from scmoe.schedule.cost import overlap_efficiency
 
 WAYS = ("flat", "hierarchical")

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from scmoe.experiments.engine.isolated import Part, Pieces, Place
-from scmoe.experiments.engine.report import bullets, bullets_and_tables, table_of
+from experiments.engine.isolated import Part, Pieces, Place
+from scmoe.report import bullets, bullets_and_tables, table_of
 
 FILES, TOTAL_MB = 8, 60  # the most that a check leaves
 NAMED = ("torch", "triton", "lightning", "numpy", "matplotlib", "transformers")
-HERE = "scmoe.experiments.bench"
+HERE = "experiments.bench"
 MODELS = ("numpy", "rich", "lightning", "torchmetrics", "safetensors")  # what the Strategy and the models import
 CONFIGS = (*MODELS, "omegaconf")
 PARTS = {

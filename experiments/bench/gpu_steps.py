@@ -22,23 +22,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
+from experiments.bench import emulated, speed_chart
+from experiments.bench.loads import BALANCED
+from experiments.bench.overlap import measure
+from experiments.bench.overlap_report import summary
+from experiments.bench.pairs import Setting
+from experiments.bench.timeline import watch
+from experiments.engine import gantt, profiles
+from experiments.engine.clock import in_turn, middle, seconds
+from experiments.engine.isolated import Pieces, Place
+from experiments.engine.ranks import run_alone
 from scmoe.config.fields import Config
 from scmoe.config.load import SHIPPED, load
-from scmoe.experiments.bench import emulated, speed_chart
-from scmoe.experiments.bench.loads import BALANCED
-from scmoe.experiments.bench.overlap import measure
-from scmoe.experiments.bench.overlap_report import summary
-from scmoe.experiments.bench.pairs import Setting
-from scmoe.experiments.bench.timeline import watch
-from scmoe.experiments.engine import gantt, profiles
-from scmoe.experiments.engine.clock import in_turn, middle, seconds
-from scmoe.experiments.engine.isolated import Pieces, Place
-from scmoe.experiments.engine.ranks import run_alone
-from scmoe.experiments.engine.step import Step
 from scmoe.footprint.memory import Job, rank_memory
 from scmoe.footprint.model_cost import forward_flops, peak_tflops, training_flops
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped
 from scmoe.runs.seen import SeenRun
 from scmoe.schedule.cost import Span

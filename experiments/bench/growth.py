@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.bench.loads import BALANCED
+from experiments.bench.overlap import measure
+from experiments.bench.overlap_report import summary, why_uneven
+from experiments.bench.pairs import Setting
+from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench.loads import BALANCED
-from scmoe.experiments.bench.overlap import measure
-from scmoe.experiments.bench.overlap_report import summary, why_uneven
-from scmoe.experiments.bench.pairs import Setting
-from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.engine.report import Report, publish, write_json
 from scmoe.probes.charts import BLUE, GREEN, ORANGE, SKY, chart, heading, title
+from scmoe.report import Report, publish, write_json
 
 POINTS = {"tokens": (512, 1024, 2048), "ranks": (2, 4, 8), "experts": (8, 32, 128)}
 SHOWN = {  # name, colour and marker of each row beside top-2

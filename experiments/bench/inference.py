@@ -23,20 +23,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from experiments.bench import emulated
+from experiments.bench.loads import BALANCED, Now, Place, imbalance, kinds_of, load_of, why_impossible
+from experiments.bench.overlap import find_rate, say, warn_of_share
+from experiments.bench.pairs import Setting, check_ranks, default_schedule
+from experiments.bench.speed_chart import PAPERS, Printed, name_of
+from experiments.bench.stacks import Variant, make_blocks
+from experiments.bench.uneven import draw_lines
+from experiments.engine import links
+from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
+from experiments.engine.clock import CPU, in_turn, middle, quartiles
+from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench import emulated
-from scmoe.experiments.bench.loads import BALANCED, Now, Place, imbalance, kinds_of, load_of, why_impossible
-from scmoe.experiments.bench.overlap import find_rate, say, warn_of_share
-from scmoe.experiments.bench.pairs import Setting, check_ranks, default_schedule
-from scmoe.experiments.bench.speed_chart import PAPERS, Printed, name_of
-from scmoe.experiments.bench.stacks import Variant, make_blocks
-from scmoe.experiments.bench.uneven import draw_lines
-from scmoe.experiments.engine import links
-from scmoe.experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
-from scmoe.experiments.engine.clock import CPU, in_turn, middle, quartiles
-from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.engine.report import Report, publish
 from scmoe.inference.generate import Shape
 from scmoe.inference.planned import PASSES, InferencePlan, a_pass, best_schedules, pass_seconds, plan_inference
 from scmoe.models.decoder import GPT
@@ -44,6 +43,7 @@ from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
 from scmoe.parallel.mesh import build_context
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, ReadByHost
 from scmoe.probes.charts import BLUE, PAPER, RED, chart, heading
+from scmoe.report import Report, publish
 from scmoe.schedule.schedule import POSITIONS
 
 BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")

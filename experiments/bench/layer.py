@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scmoe.experiments.engine.clock import CPU, in_turn, middle, seconds
-from scmoe.experiments.engine.isolated import Pieces, Place, attempt
-from scmoe.experiments.engine.report import Report
+from experiments.engine.clock import CPU, in_turn, middle, seconds
+from experiments.engine.isolated import Pieces, Place, attempt
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Activation, Experts, batched_mlps, grouped_mlps
 from scmoe.moe.layout import rows_of
 from scmoe.moe.router import Router, round_robin
 from scmoe.moe.stream import MoEStream
+from scmoe.report import Report
 from scmoe.training.run.machine import keep_freed_memory
 
 Made = tuple[nn.Module, Tensor]  # a module and its input

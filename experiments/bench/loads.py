@@ -28,8 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from experiments.engine.clock import middle
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.engine.clock import middle
 from scmoe.moe.balance import load_max
 from scmoe.moe.router import round_robin
 from scmoe.probes.routing import read_routing

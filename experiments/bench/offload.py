@@ -27,22 +27,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.bench.pairs import ROWS, TOP_K, WIRINGS
+from experiments.bench.speed_chart import name_of
+from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
+from experiments.engine.clock import CPU, middle, undisturbed
+from experiments.engine.isolated import follow_caller
+from experiments.engine.profiles import anonymous_mb, peak_mb
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.extras import require
 from scmoe.config.load import load
-from scmoe.experiments.bench.pairs import ROWS, TOP_K, WIRINGS
-from scmoe.experiments.bench.speed_chart import name_of
-from scmoe.experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
-from scmoe.experiments.engine.clock import CPU, middle, undisturbed
-from scmoe.experiments.engine.isolated import follow_caller
-from scmoe.experiments.engine.profiles import anonymous_mb, peak_mb
-from scmoe.experiments.engine.report import Report, publish
 from scmoe.inference.offload.cache import Cache, FileReader
 from scmoe.inference.offload.migration import WAYS, offload_experts
 from scmoe.inference.offload.store import expert_layers, write_store
 from scmoe.moe.operators import Recorder
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.probes.charts import BLUE, PAPER, RED, SKY, chart, heading, title
+from scmoe.report import Report, publish
 from scmoe.training.assembly.model import build_model
 
 ARCHITECTURES = ("scmoe_pos2", "scmoe_pos1", "scmoe_pos3", "shared_expert", "top2")  # the first one gives the rates

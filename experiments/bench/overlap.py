@@ -22,22 +22,22 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from scmoe.experiments.bench import emulated
-from scmoe.experiments.bench.loads import BALANCED, Now, load_of, sequences_of
-from scmoe.experiments.bench.pairs import ROWS, Setting, default_schedule, through_link
-from scmoe.experiments.bench.stacks import Variant, chosen_by, make_blocks, make_step, of_each_kind, rows_of_layout
-from scmoe.experiments.engine import links
-from scmoe.experiments.engine.clock import CPU, in_turn, middle, slowest
-from scmoe.experiments.engine.profiles import peak_bytes
-from scmoe.experiments.engine.report import say as tell
-from scmoe.experiments.engine.step import Step
+from experiments.bench import emulated
+from experiments.bench.loads import BALANCED, Now, load_of, sequences_of
+from experiments.bench.pairs import ROWS, Setting, default_schedule, through_link
+from experiments.bench.stacks import Variant, chosen_by, make_blocks, make_step, of_each_kind, rows_of_layout
+from experiments.engine import links
+from experiments.engine.clock import CPU, in_turn, middle, slowest
+from experiments.engine.profiles import peak_bytes
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.layout import Buffers
 from scmoe.moe.operators import Recorder
 from scmoe.parallel.mesh import build_context
+from scmoe.parallel.update.step import Step
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import LayerChoice
+from scmoe.report import say as tell
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes, slots
 
 SEARCH_ROUNDS = 15  # at each rate; with fewer, the error at a share of 0.15 is as large as the transfers are long

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from experiments.bench import speed_chart, uneven
+from experiments.bench.exchange import why_no_nodes
+from experiments.bench.loads import BALANCED, Place, imbalance, kinds_of, load_of, why_impossible
+from experiments.bench.overlap import Measured, Row, Seconds, measure, warn_of_share, way_of
+from experiments.bench.pairs import ROWS, USUAL_RATIO, Setting, through_link
+from experiments.bench.stacks import Variant, config_of, of_each_kind, rows_of_layout, windows_of
+from experiments.engine import links
+from experiments.engine.clock import middle, quartiles
+from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench import speed_chart, uneven
-from scmoe.experiments.bench.exchange import why_no_nodes
-from scmoe.experiments.bench.loads import BALANCED, Place, imbalance, kinds_of, load_of, why_impossible
-from scmoe.experiments.bench.overlap import Measured, Row, Seconds, measure, warn_of_share, way_of
-from scmoe.experiments.bench.pairs import ROWS, USUAL_RATIO, Setting, through_link
-from scmoe.experiments.bench.stacks import Variant, config_of, of_each_kind, rows_of_layout, windows_of
-from scmoe.experiments.engine import links
-from scmoe.experiments.engine.clock import middle, quartiles
-from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.engine.report import publish
+from scmoe.report import publish
 from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
 
 PAYLOAD = 1448 / 1514  # of what a link carries; the rest is headers of TCP, IP and Ethernet

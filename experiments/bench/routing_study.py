@@ -21,11 +21,11 @@ from torch import Tensor
 
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.engine.report import Report, write_json
 from scmoe.moe.balance import load_max
 from scmoe.moe.layout import count, expert_capacity
 from scmoe.probes.charts import BLUE, GREEN, ORANGE, chart, heading
 from scmoe.probes.routing import Recorded, read_routing, selected, write_routing
+from scmoe.report import Report, write_json
 
 TWIN = ("experiment/table3/small", "trainer.max_steps=512")  # a quarter of the steps of the table
 TOP_2 = ("moe.architecture=top_k", "moe.top_k=2")
@@ -86,7 +86,7 @@ def trained(name: str, work: Path) -> Path:
         print(f"training {name}", file=sys.stderr)
         config, *words = RUNS[name]
         words += ["analysis.record_routing=1", f"runs_dir={runs_dir}", "logger.mode=disabled", "trainer.progress=false"]
-        done = subprocess.run([sys.executable, "-m", "scmoe.experiments.train", config, *words], stdout=subprocess.PIPE)
+        done = subprocess.run([sys.executable, "-m", "scmoe", "train", config, *words], stdout=subprocess.PIPE)
         if done.returncode:
             raise ConfigError(f"the training {name!r} has failed, see above. Run the bench again after a repair")
         (runs_dir / "done.json").write_bytes(done.stdout)

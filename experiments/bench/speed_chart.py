@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scmoe.experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
-from scmoe.experiments.engine.report import Report
+from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from scmoe.probes.charts import BLUE, PAPER, SKY, chart, heading
+from scmoe.report import Report
 
 NAMES = {
     "top2": "Standard top-2",

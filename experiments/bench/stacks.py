@@ -10,17 +10,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from experiments.bench.emulated import EmulatedAttention, EmulatedExperts, EmulatedOperator
+from experiments.bench.loads import BALANCED, Now, Place, deal
+from experiments.bench.pairs import WIRINGS, Setting
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.experiments.bench.emulated import EmulatedAttention, EmulatedExperts, EmulatedOperator
-from scmoe.experiments.bench.loads import BALANCED, Now, Place, deal
-from scmoe.experiments.bench.pairs import WIRINGS, Setting
-from scmoe.experiments.engine.step import Step
 from scmoe.models.units import through
 from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped, wrap
 from scmoe.planning.pricing import LayerChoice
 from scmoe.schedule.cost import OperatorTimes, slots

@@ -26,15 +26,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.bench.overlap import Bench, find_rate
+from experiments.bench.pairs import pair_of
+from experiments.engine.clock import CPU, in_turn, middle, seconds
 from scmoe.config.fields import Config
 from scmoe.config.load import load
-from scmoe.experiments.bench.overlap import Bench, find_rate
-from scmoe.experiments.bench.pairs import pair_of
-from scmoe.experiments.engine.clock import CPU, in_turn, middle, seconds
-from scmoe.experiments.engine.step import Step
 from scmoe.parallel.dense import with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context
 from scmoe.parallel.update.guard import Guard, clip_grad_norm
+from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import wrap
 from scmoe.training.assembly.model import build_model
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch.distributed as dist
 
+from experiments.bench.overlap import Bench, find_rate
+from experiments.bench.pairs import Setting
+from experiments.bench.stacks import Variant
+from experiments.engine.gantt import draw
+from experiments.engine.profiles import recorded
+from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench.overlap import Bench, find_rate
-from scmoe.experiments.bench.pairs import Setting
-from scmoe.experiments.bench.stacks import Variant
-from scmoe.experiments.engine.gantt import draw
-from scmoe.experiments.engine.profiles import recorded
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.operators import Direction, Recorder
 from scmoe.planning.pricing import DIRECTIONS, LayerChoice, from_tap, plan_from_json
 from scmoe.schedule.cost import Span, elapsed, per_chunk, play

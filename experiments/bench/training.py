@@ -29,22 +29,22 @@ import numpy as np
 import torch.distributed as dist
 from lightning.pytorch import Callback
 
+from experiments.bench.loads import BALANCED, Now, Place, deal, imbalance, kinds_of, load_of, why_impossible
+from experiments.bench.overlap import Bench, find_rate
+from experiments.bench.pairs import Setting, pair_of
+from experiments.bench.speed_chart import name_of
+from experiments.engine import links
+from experiments.engine.clock import in_turn, middle, quartiles
+from experiments.engine.ranks import RankError, run_ranks
 from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.experiments.bench.loads import BALANCED, Now, Place, deal, imbalance, kinds_of, load_of, why_impossible
-from scmoe.experiments.bench.overlap import Bench, find_rate
-from scmoe.experiments.bench.pairs import Setting, pair_of
-from scmoe.experiments.bench.speed_chart import name_of
-from scmoe.experiments.dryrun.estimated import estimate
-from scmoe.experiments.engine import links
-from scmoe.experiments.engine.clock import in_turn, middle, quartiles
-from scmoe.experiments.engine.ranks import RankError, run_ranks
-from scmoe.experiments.engine.report import Report, publish
+from scmoe.estimate.estimated import estimate
 from scmoe.moe.router import Router
 from scmoe.planning.planner import Overlap
 from scmoe.probes.charts import chart, heading
+from scmoe.report import Report, publish
 from scmoe.runs.seen import SeenRun
 from scmoe.training.assembly.trainer import register_callback
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule

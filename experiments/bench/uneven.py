@@ -14,14 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scmoe.experiments.bench.loads import BALANCED, Load, Place, counts_of, load_of
-from scmoe.experiments.bench.overlap import Measured, way_of
-from scmoe.experiments.bench.pairs import Setting
-from scmoe.experiments.bench.speed_chart import name_of, ranks_of, with_places
-from scmoe.experiments.bench.stacks import windows_of
-from scmoe.experiments.engine.clock import middle, quartiles
-from scmoe.experiments.engine.report import Report
+from experiments.bench.loads import BALANCED, Load, Place, counts_of, load_of
+from experiments.bench.overlap import Measured, way_of
+from experiments.bench.pairs import Setting
+from experiments.bench.speed_chart import name_of, ranks_of, with_places
+from experiments.bench.stacks import windows_of
+from experiments.engine.clock import middle, quartiles
 from scmoe.probes.charts import chart, heading
+from scmoe.report import Report
 from scmoe.schedule.cost import OperatorTimes, elapsed, elapsed_time, exposed_time, per_chunk, play_ranks, shares
 from scmoe.schedule.schedule import Schedule
 

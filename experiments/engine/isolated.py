@@ -22,8 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from scmoe.experiments.engine.report import say
 from scmoe.files.writing import read_json, replacing
+from scmoe.report import say
 
 Pieces = Mapping[str, Callable[[], Any]]
 TAIL_LINES = 30  # of an output or a traceback
@@ -79,7 +79,7 @@ def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
         return {"state": "missing", "why": f"not installed: {', '.join(lacking)}", "pieces": {}}
     results, output = work.with_suffix(".json"), work.with_suffix(".txt")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["scmoe.experiments.engine.preload"])
+    context.set_forkserver_preload(["experiments.engine.preload"])
     process: Any = context.Process(target=_become_part, args=(part, place, results, output))
     if isinstance(started := attempt(process.start), dict):
         return {"state": "failed", "why": started["error"], "pieces": {}}

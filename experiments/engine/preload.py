@@ -3,7 +3,7 @@
 from contextlib import suppress
 from importlib import import_module
 
-from scmoe.experiments.engine.ranks import PRELOADED
+from experiments.engine.ranks import PRELOADED
 
 for name in PRELOADED:
     with suppress(Exception):  # a part that needs it raises the same error, where it is reported

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe.experiments.engine import links
-from scmoe.experiments.engine.isolated import end
+from experiments.engine import links
+from experiments.engine.isolated import end
 from scmoe.parallel.mesh import use_loopback_for_gloo
 
 PRELOADED = ["torch", "torch.distributed", "lightning.pytorch", "scmoe.training.assembly.trainer", __name__]

@@ -10,7 +10,7 @@ and an MLP too. With REST the time of these over the module's computation,
 REST follows from 8xA30-PCIe, where f is 0.60 and Table 1's rows imply an s of 0.52. For 8xA800-NVLink the formula then
 gives 0.11, which is what Table 2's rows imply.
 
-Fig. 9 and 10 are drawn from a run that has measured them. Fig. 4 and 7 need no measurement (concepts.py).
+Fig. 9 and 10 are drawn from a run that has measured them. Fig. 4 and 7 need no measurement (timelines.py).
 """
 
 import json
@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from experiments.bench.speed_chart import KINDS, PIPELINED, conditions, name_of, speed_bars
+from experiments.engine.bars import bar_legend, grouped_bars, height_of
+from experiments.figures.timelines import pair, timelines
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
 from scmoe.config.rules import SHORTCUTS
-from scmoe.experiments.bench.speed_chart import KINDS, PIPELINED, conditions, name_of, speed_bars
-from scmoe.experiments.engine.bars import bar_legend, grouped_bars, height_of
-from scmoe.experiments.figures.concepts import pair, timelines
 from scmoe.probes.charts import BLUE, ORANGE, RED, SKY, SMALL, chart, heading, title
 from scmoe.probes.representations import draw_gating, draw_similarity
 from scmoe.runs.seen import open_run

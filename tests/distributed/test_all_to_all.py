@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Transfer, all_to_all, point_to_point
 
 pytestmark = pytest.mark.dist

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.engine.ranks import run_ranks
 from scmoe.config.load import load
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.probes.routing import read_routing
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module

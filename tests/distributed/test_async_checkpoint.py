@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.mesh import ParallelContext

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from experiments.bench.overlap import Bench
+from experiments.bench.pairs import ROWS, Setting, default_schedule
+from experiments.bench.stacks import Variant
+from experiments.engine.ranks import run_ranks
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.experiments.bench.overlap import Bench
-from scmoe.experiments.bench.pairs import ROWS, Setting, default_schedule
-from scmoe.experiments.bench.stacks import Variant
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.schedule.cost import slots
 from tests.support.models import assert_close
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
 from tests.support.cases import ROUTERS, split
 from tests.support.comparison import TOLERANCE, assemble, assert_same
 from tests.support.resuming import HALF, fit, largest_difference, whole

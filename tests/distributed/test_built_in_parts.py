@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from experiments.engine.ranks import run_ranks
 from scmoe.config.load import load
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.runs.hf_folder import hf_config, renamed
 from tests.support.architectures import overrides
 from tests.support.exports import export

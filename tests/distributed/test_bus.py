@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scmoe.experiments.bench import emulated
-from scmoe.experiments.bench.overlap import Bench, find_rate
-from scmoe.experiments.bench.pairs import Setting
-from scmoe.experiments.bench.stacks import Variant
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.bench import emulated
+from experiments.bench.overlap import Bench, find_rate
+from experiments.bench.pairs import Setting
+from experiments.bench.stacks import Variant
+from experiments.engine.ranks import run_ranks
 from scmoe.moe.operators import Recorder
 from scmoe.schedule.schedule import Schedule
 

@@ -9,8 +9,8 @@ from unittest.mock import patch
 
 import pytest
 
-from scmoe.experiments.engine.command_line import call
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
+from scmoe.command_line import call
 from scmoe.moe.experts import Experts
 
 pytestmark = pytest.mark.dist

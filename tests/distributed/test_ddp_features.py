@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.strategies import DDPStrategy
 
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from tests.support import lightning_checkpoints, lightning_loops, lightning_updates
 from tests.support.lightning_net import FEATURES, Runs, differences

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 import scmoe
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
 from scmoe.moe.router import Scoring, SelectionBias, by_sign
 from scmoe.parallel.dense import local, make_equal, shard, with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from experiments.engine.ranks import run_ranks
 from scmoe.config.fields import Config
-from scmoe.experiments.engine.ranks import run_ranks
 from tests.support.cases import ARCHITECTURES, CLIP, EP2, FOUR, ONE, OTHERS, QUICK, SLOTS, TWO
 from tests.support.comparison import (
     TOLERANCE,

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from experiments.engine.ranks import RankError, run_ranks
 from scmoe.config.load import load
-from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.evaluate import evaluation, scoring
 from scmoe.runs.evaluate.scoring import Scorer, run_on_rank_zero, score_test_split

@@ -6,8 +6,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import scmoe
+from scmoe.command_line import call
 from scmoe.config.load import load, to_yaml
-from scmoe.experiments.engine.command_line import call
 from scmoe.inference.offload.migration import offload_experts
 from scmoe.moe.layout import Dropless
 from scmoe.parallel.checkpoint.durable import newest_good, verify

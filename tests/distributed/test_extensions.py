@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
 from scmoe.training.assembly.model import build_module
 from tests.support.comparison import TOLERANCE
 from tests.support.resuming import HALF, fit, largest_difference, whole

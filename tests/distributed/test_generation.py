@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from experiments.engine.ranks import run_ranks
+from scmoe.command_line import call
 from scmoe.config.load import load
-from scmoe.experiments.engine.command_line import call
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.inference.generate import Passes
 from scmoe.inference.generate import generate as generate_here
 from scmoe.inference.sampling import GREEDY, Stopping

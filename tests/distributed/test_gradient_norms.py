@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
 from scmoe.training.callbacks.progress import GradientNorms
 from tests.support.trainings import RecordingModel, fit, tiny
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from experiments.engine.ranks import run_ranks
 from scmoe.api import MoE
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.lightning.debug import CompareCollectives
 from scmoe.moe.dispatcher import Narrowed, Traffic
 from scmoe.moe.experts import Experts

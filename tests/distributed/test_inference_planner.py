@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from experiments.bench.emulated import EmulatedOperator
+from experiments.engine.ranks import run_ranks
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.experiments.bench.emulated import EmulatedOperator
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.inference.planned import InferencePlan, fastest, plan_inference
 from scmoe.moe.dispatcher import Traffic
 from scmoe.moe.experts import Experts

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.engine.ranks import run_ranks
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.runs.hf_folder import write_folder
 from scmoe.training.run.resume import resumption
 from scmoe.training.run.train import train

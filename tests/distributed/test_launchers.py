@@ -14,7 +14,7 @@ from functools import cache
 import pytest
 import torch
 
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module

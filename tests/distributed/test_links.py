@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scmoe.experiments.engine import links
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine import links
+from experiments.engine.ranks import run_ranks
 
 WHY_NOT = links.why_not()
 pytestmark = [
@@ -63,8 +63,8 @@ def hang(rank: int, world_size: int) -> None:
 def inside(function: str, ranks: int = 2) -> list[str]:
     """Returns the command of a program that enters its own network and runs a function of this file on some ranks."""
     code = (
-        "import sys, json; from scmoe.experiments.engine import links; links.enter(); "
-        "from scmoe.experiments.engine.ranks import PRELOADED, run_ranks; "
+        "import sys, json; from experiments.engine import links; links.enter(); "
+        "from experiments.engine.ranks import PRELOADED, run_ranks; "
         "PRELOADED[2:] = ['scmoe.lightning.seam']; "  # what a rank imports
         f"from tests.distributed.test_links import {function}; "
         f"print(json.dumps(run_ranks({function}, {ranks}, own_links=True)))"

@@ -12,15 +12,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
+from experiments.engine.ranks import run_ranks
 from scmoe.config.load import load
-from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.faults.tiny_run import same
 from scmoe.lightning.seam import LastCheckpoint
 from scmoe.parallel.checkpoint import durable
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.callbacks.progress import DataPosition
+from tests.support.faults.tiny_run import same
 from tests.support.trainings import tiny, users_trainer
 
 pytestmark = pytest.mark.dist

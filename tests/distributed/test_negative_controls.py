@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe.experiments.engine.ranks import RankError, run_ranks
+from experiments.engine.ranks import RankError, run_ranks
 from scmoe.lightning import strategy
 from scmoe.parallel.update import wrap
 from scmoe.parallel.update.wrap import ExpertGradientReducer

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import scmoe
+from experiments.engine.ranks import run_ranks
 from scmoe.blocks.moe_block import moe_blocks_of
-from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.engine.step import Step
 from scmoe.parallel.mesh import build_context
 from scmoe.parallel.update.pacing import REDUCTIONS, Pacer
+from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import wrap
 from scmoe.parallel.wire.all_to_all import Transfer
 from scmoe.schedule.cost import slots

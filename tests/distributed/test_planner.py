@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from experiments.bench.emulated import EmulatedOperator
+from experiments.engine.ranks import RankError, run_ranks
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import TopKBlock
-from scmoe.experiments.bench.emulated import EmulatedOperator
-from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Capacity

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
 from tests.support.cases import CLIPPED, SLOTS, split
 from tests.support.comparison import assemble, assert_no_slot_changes_a_bit, assert_same
 from tests.support.trainings import train_at_every_slot, train_cases

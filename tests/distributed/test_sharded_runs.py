@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from experiments.engine.ranks import run_ranks
 from scmoe.api import ScMoEBlock
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.lightning import strategy
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.moe.operators import Recorder

@@ -24,8 +24,8 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, random_split
 
+from experiments.engine.ranks import RankError, run_ranks
 from scmoe.api import MoE
-from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
 from scmoe.parallel.update.pacing import PIECE_MB, Pacer

@@ -12,9 +12,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from experiments.engine.ranks import run_ranks
 from scmoe.config.fields import Config
 from scmoe.config.load import load
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model
 from scmoe.training.assembly.trainer import build_trainer

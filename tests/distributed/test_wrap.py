@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import scmoe
-from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.engine.step import Step
+from experiments.engine.ranks import run_ranks
 from scmoe.moe.experts import Experts
 from scmoe.parallel.mesh import ParallelContext, build_context
+from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped, wrap
 from tests.support.trainings import users_trainer
 

@@ -14,10 +14,10 @@ import torch
 from lightning.pytorch import LightningModule
 from PIL import Image
 
+from scmoe.command_line import call
 from scmoe.config.load import load
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.datamodules.text import text
-from scmoe.experiments.engine.command_line import call
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.callbacks.progress import SkippedImages
 

@@ -12,8 +12,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from experiments.engine.ranks import run_ranks
 from scmoe.api import MoE
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.experts import Activation, Experts
 from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows, rows_of
 from scmoe.moe.router import THE_PAPERS, Router

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, ReadByHost, check_ceiling
 from scmoe.training.assembly.model import build_module

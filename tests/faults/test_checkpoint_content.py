@@ -15,12 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.faults import restored, tiny_run
-from scmoe.experiments.faults.tiny_run import LAST, NEW, OLD
+from experiments.engine.ranks import run_ranks
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.saving import Saving
 from scmoe.parallel.checkpoint.state import FULL
+from tests.support.faults import restored, tiny_run
+from tests.support.faults.tiny_run import LAST, NEW, OLD
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 

@@ -1,6 +1,6 @@
 """Faults 1 to 6 of docs/faults.md: real saves by two ranks are killed, fail or are damaged.
 
-`python -m experiments.faults` does the same at every point; these tests take fewer. tests/unit/test_durable.py tests
+`python -m tests.support.faults` does the same at every point; these tests take fewer. tests/unit/test_durable.py tests
 the commit alone: it is killed at every call, and every flipped bit is found.
 """
 
@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.experiments.engine.ranks import RankError, run_ranks
-from scmoe.experiments.faults import damaged, tiny_run
-from scmoe.experiments.faults.tiny_run import LAST, NEW, OLD
+from experiments.engine.ranks import RankError, run_ranks
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model
+from tests.support.faults import damaged, tiny_run
+from tests.support.faults.tiny_run import LAST, NEW, OLD
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
 from scmoe.lightning.debug import CompareCollectives, OrderError
 from scmoe.training.assembly.model import build_module
 from tests.support.failing import MODEL, failure

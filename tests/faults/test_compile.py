@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from experiments.engine.ranks import run_ranks
 from scmoe.config.load import load
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.training.assembly.model import build_module
 from tests.support.architectures import LATENT
 from tests.support.trainings import fit

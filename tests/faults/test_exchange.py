@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
 from scmoe.parallel.mesh import build_context
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]

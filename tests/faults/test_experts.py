@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
 from scmoe.parallel.wire.all_to_all import Transfer
 from scmoe.training.callbacks.analysis import PATIENCE, ExpertLoad
 from tests.support.trainings import RecordingModel, fit, tiny

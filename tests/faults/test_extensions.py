@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 import scmoe
+from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import scmoe as scmoe_command
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.training.run.resume import Resumed
 from scmoe.training.run.train import open_run
 from tests.support.commands import Done, command_here

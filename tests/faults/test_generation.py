@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from scmoe.experiments.engine.command_line import call
+from scmoe.command_line import call
 from scmoe.parallel.checkpoint.durable import start_of
 from scmoe.runs.on_ranks import ending_together
 from tests.support.commands import children, running, train_on_text
@@ -34,7 +34,7 @@ def run_dir(tmp_path_factory) -> Path:
 def generating(run_dir: Path, out: Path):
     """Yields the two ranks' processes once texts have been written; nothing of them is left afterwards."""
     asked = ["--prompts", str(run_dir.parents[1] / "prompts.jsonl"), "--out", str(out), "--max-tokens", "40"]
-    command = ["-m", "experiments.generate", str(run_dir), *asked]
+    command = ["-m", "scmoe", "generate", str(run_dir), *asked]
     with running(*command, "trainer.devices=2", f"strategy.timeout_s={TIMEOUT_S}") as process:
         deadline = time.monotonic() + 3 * PATIENCE_S
         while not (out.exists() and out.stat().st_size) and process.poll() is None:

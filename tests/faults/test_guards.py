@@ -24,7 +24,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor
 
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
 from scmoe.lightning.lockstep import LEFT_ALONE, roll_call
 from scmoe.lightning.strategy import START_TIMEOUT_S, ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
@@ -133,7 +133,7 @@ def broken(*args, **kwargs):
         raise RuntimeError(f"rank {rank} is broken")
     return healthy(*args, **kwargs)
 setattr(owner, name, staticmethod(broken) if static else broken)
-from scmoe.experiments.engine.command_line import call
+from scmoe.command_line import call
 sys.exit(call("train", *sys.argv[5:]))
 """
 PHASES = {  # where a rank fails, and in which call of it

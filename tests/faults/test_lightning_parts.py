@@ -20,8 +20,8 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasti
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from experiments.engine.ranks import run_ranks
 from scmoe.api import MoE
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.moe.router import Router, Scoring
 from scmoe.parallel.checkpoint import durable

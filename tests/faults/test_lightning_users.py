@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.model_summary import summarize
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router

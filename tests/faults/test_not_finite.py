@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.guard import Guard
 from scmoe.training.assembly.data import build_datamodule

@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from experiments.engine.ranks import run_ranks
 from scmoe.config.fields import Config
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.router import Router
 from scmoe.training.modules import LanguageModel
 from tests.support import trainings

@@ -1,7 +1,7 @@
 """Faults 8, 9 and 11: a run resumes at any step, at any EP degree and on any number of ranks.
 
-`python -m experiments.faults resume` and `reshard` test every step and every pair of EP degrees. Fault 12, SIGTERM, is
-in tests/smoke/test_stop.py.
+`python -m tests.support.faults resume` and `reshard` test every step and every pair of EP degrees. Fault 12, SIGTERM,
+is in tests/smoke/test_stop.py.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.faults import restored, tiny_run
+from experiments.engine.ranks import run_ranks
 from scmoe.parallel.checkpoint import durable, saving
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer, seed_everything
 from scmoe.training.callbacks.progress import DataPosition
 from scmoe.training.modules import LanguageModel
+from tests.support.faults import restored, tiny_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from experiments.engine.ranks import RankError, run_ranks
+from scmoe.command_line import call
 from scmoe.config.extras import scmoe
 from scmoe.config.load import load
-from scmoe.experiments.engine.command_line import call
-from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.durable import verify
 from scmoe.runs.seen import SeenRun

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from experiments.engine.ranks import run_ranks
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.files.writing import redacted
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_model

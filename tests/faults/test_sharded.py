@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.faults import damaged, restored, tiny_run
+from experiments.engine.ranks import run_ranks
 from scmoe.footprint.memory import Job, Split
 from scmoe.lightning.lockstep import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
@@ -23,6 +22,7 @@ from scmoe.training.modules import LanguageModel
 from tests.support.cases import ARCHITECTURES, split
 from tests.support.comparison import assemble, assert_same
 from tests.support.failing import failure
+from tests.support.faults import damaged, restored, tiny_run
 from tests.support.resuming import before_each
 from tests.support.trainings import fit, tiny, train_cases
 

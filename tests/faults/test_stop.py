@@ -16,14 +16,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from scmoe.experiments.engine.ranks import run_ranks
-from scmoe.experiments.faults import tiny_run
+from experiments.engine.ranks import run_ranks
 from scmoe.lightning.lockstep import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.modules import LanguageModel
+from tests.support.faults import tiny_run
 from tests.support.resuming import before_each, exit_code
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]

@@ -17,8 +17,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from scmoe.experiments.engine.ranks import RankError, run_ranks
-from scmoe.experiments.faults import tiny_run
+from experiments.engine.ranks import RankError, run_ranks
 from scmoe.lightning.lockstep import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
 from scmoe.training.assembly.data import build_datamodule
@@ -26,6 +25,7 @@ from scmoe.training.assembly.model import build_model
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.modules import LanguageModel
 from scmoe.training.muon import adamw
+from tests.support.faults import tiny_run
 from tests.support.resuming import exit_code
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]

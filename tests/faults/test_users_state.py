@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import CatMetric, MeanMetric
 
 import scmoe
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.mesh import ParallelContext

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from scmoe.experiments.bench import inference
-from scmoe.experiments.bench.inference import BLOCKS, OVERLAPPED, SHAPES, WAYS, at_load, draw, measure, summary
-from scmoe.experiments.bench.loads import BALANCED, Now, load_of
-from scmoe.experiments.bench.pairs import Setting, default_schedule
-from scmoe.experiments.bench.stacks import Variant
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.bench import inference
+from experiments.bench.inference import BLOCKS, OVERLAPPED, SHAPES, WAYS, at_load, draw, measure, summary
+from experiments.bench.loads import BALANCED, Now, load_of
+from experiments.bench.pairs import Setting, default_schedule
+from experiments.bench.stacks import Variant
+from experiments.engine.ranks import run_ranks
 from scmoe.inference import planned
 from scmoe.planning import planner
 

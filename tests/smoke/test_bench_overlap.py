@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
+from experiments.bench import growth, overlap, overlap_report, timeline, training
+from experiments.bench.pairs import Setting
+from experiments.engine import links
+from experiments.engine.ranks import RankError, run_ranks
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench import growth, overlap, overlap_report, timeline, training
-from scmoe.experiments.bench.pairs import Setting
-from scmoe.experiments.engine import links
-from scmoe.experiments.engine.ranks import RankError, run_ranks
 from scmoe.planning import planner
 from tests.support.commands import called, run
 

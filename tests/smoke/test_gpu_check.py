@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from scmoe.experiments.bench.gpu import PARTS, write_report
-from scmoe.experiments.engine.command_line import call
-from scmoe.experiments.engine.isolated import Part, Place, run_parts
+from experiments.bench.gpu import PARTS, write_report
+from experiments.engine.isolated import Part, Place, run_parts
+from scmoe.command_line import call
 from scmoe.parallel.checkpoint.durable import start_of
 from tests.support.commands import run, running
 
@@ -31,7 +31,7 @@ def test_all_parts_run_on_a_cpu_without_some_packages_and_leave_eight_files(tmp_
         (packages / name).mkdir(parents=True)
         (packages / name / "__init__.py").write_text(f"raise ImportError('{name} is not needed')\n")
     script = f"import sys; sys.path.insert(0, {str(packages)!r})\n"
-    script += "from scmoe.experiments.engine.command_line import call\n"
+    script += "from scmoe.command_line import call\n"
     script += f"sys.exit(call('gpu-check', '--device', 'cpu', '--tiny', '--out', {str(out)!r}))"
     done = run("-c", script)
     assert done.summary["parts"] == dict.fromkeys(PARTS, "ok"), done.err
@@ -92,7 +92,7 @@ def test_a_part_that_fails_hangs_crashes_or_lacks_a_package_is_reported_and_the_
 def test_a_part_ends_with_the_check(number, tmp_path):
     pid_file = tmp_path / "pid"
     part = f"Part('Hangs', 'tests.support.check_parts:pieces', 300, (), ('hang', {str(pid_file)!r}))"
-    code = f"from scmoe.experiments.engine.isolated import *; run_parts({{'a': {part}}}, Place('cpu', True, Path()))"
+    code = f"from experiments.engine.isolated import *; run_parts({{'a': {part}}}, Place('cpu', True, Path()))"
     with running("-c", code) as check:
         while not (pid_file.exists() and pid_file.read_text()):
             time.sleep(0.1)

@@ -22,9 +22,9 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 import scmoe
+from experiments.engine.ranks import run_ranks
+from scmoe.command_line import call
 from scmoe.config.registry import ROUTERS
-from scmoe.experiments.engine.command_line import call
-from scmoe.experiments.engine.ranks import run_ranks
 from scmoe.moe.router import Scoring, by_sign
 from tests.support.commands import train_on_text, undocumented
 from tests.support.forked import python

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.tables.table_file import load_table
 from scmoe.config.load import load
-from scmoe.experiments.studies.table.table_file import load_table
 from tests.support.commands import ROOT, Done, run
 
 SMOKE = ("--scale", "smoke", "--seeds", "1", "analysis.expert_load=false")  # its chart takes a fifth of such a run

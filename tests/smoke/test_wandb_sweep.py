@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.studies.sweep.sweep_file import read
-from scmoe.experiments.studies.sweep.trials import run_online
+from scmoe.sweeps.sweep_file import read
+from scmoe.sweeps.trials import run_online
 from tests.support.commands import ROOT, environment
 from tests.support.wandb_server import wandb_server
 
@@ -31,7 +31,7 @@ def test_a_sweep_through_an_agent(tmp_path):
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(ours))
     with wandb_server() as server:
         words = (str(tmp_path / "two.yaml"), f"runs_dir={tmp_path}")
-        command, env = [sys.executable, "-m", "experiments.sweep", *words], environment(**server.variables)
+        command, env = [sys.executable, "-m", "scmoe", "sweep", *words], environment(**server.variables)
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == {"sweep": "me/scmoe/sweep001", "exit_code": 0}
@@ -78,7 +78,7 @@ def test_a_trial_that_w_and_b_stops_and_one_that_is_interrupted_are_saved(tmp_pa
             time.sleep(0.1)
 
     with wandb_server() as server, (tmp_path / "said").open("w") as said:
-        command, env = [sys.executable, "-m", "experiments.sweep", *words], environment(**server.variables)
+        command, env = [sys.executable, "-m", "scmoe", "sweep", *words], environment(**server.variables)
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=said, stderr=said, start_new_session=True)
         until_it_trains("trial0")
         server.stopped.add("trial0")

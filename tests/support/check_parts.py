@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scmoe.experiments.engine.isolated import Place
+from experiments.engine.isolated import Place
 
 
 def pieces(place: Place, second: str, argument: str = "") -> dict[str, Callable[[], Any]]:

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scmoe.experiments.engine.command_line import call
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks
+from scmoe.command_line import call
 from tests.support.forked import python
 from tests.support.sentences import sentences
 
@@ -26,7 +26,7 @@ SUMMARY = (
 )
 EXACT = ("moe.capacity_factor=null", "moe.noisy=false")  # dropping and noise depend on the number of ranks
 CANARY = "0123456789abcdef" * 2 + "canary00"  # as long as a key
-TRAIN = ("-m", "experiments.train")
+TRAIN = ("-m", "scmoe", "train")
 
 
 class Done(NamedTuple):

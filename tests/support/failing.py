@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from scmoe.experiments.engine.ranks import GRACE_S, RankError, run_ranks
+from experiments.engine.ranks import GRACE_S, RankError, run_ranks
 
 MODEL = "position=pos2 strategy.ep_size=2"
 

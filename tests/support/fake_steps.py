@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load
-from scmoe.experiments.dryrun.counted_step import make_batch, tensors_in
+from scmoe.estimate.counted_step import make_batch, tensors_in
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.update.guard import Guard
 from scmoe.parallel.update.wrap import ExpertGradientReducer

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scmoe.experiments.engine.isolated import end
-from scmoe.experiments.engine.ranks import PRELOADED
+from experiments.engine.isolated import end
+from experiments.engine.ranks import PRELOADED
 
 
 def python(*arguments: str, cwd: Path, env: Mapping[str, str], timeout_s: float) -> tuple[int, str, str]:

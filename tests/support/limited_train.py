@@ -8,7 +8,7 @@ import resource
 import sys
 from pathlib import Path
 
-from scmoe.experiments.engine.command_line import call
+from scmoe.command_line import call
 
 GIB = 2**30
 RESERVED_GIB = 8  # for the stacks and the heaps of threads

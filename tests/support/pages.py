@@ -52,7 +52,7 @@ def program_of(command: str) -> list[str]:
         default = "configs/experiment/gpt2_moe_small.yaml"
         verb = ["resume", run[1]] if run else ["train", config[1] if config else default]
         return [*verb, *shlex.split(overrides)]
-    found = re.search(r"(?:-m experiments\.|(?:^|/)scmoe )(.*)", command)
+    found = re.search(r"(?:-m experiments\.|-m scmoe |(?:^|/)scmoe )(.*)", command)
     if not found:
         return []
     verb, *arguments = shlex.split(found[1])

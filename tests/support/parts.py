@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scmoe.config.fields import Config
-from scmoe.experiments.dryrun.counted_step import Counting
+from scmoe.estimate.counted_step import Counting
 from scmoe.models.units import units
 from scmoe.moe.experts import Experts
 from scmoe.parallel.dense import local, put, with_dense_mesh

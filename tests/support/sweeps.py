@@ -4,9 +4,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 GOOD = {
-    "program": "experiments/train.py",
+    "program": "scmoe/__main__.py",
     "command": [
-        *("${env}", "${interpreter}", "-m", "experiments.train"),
+        *("${env}", "${interpreter}", "-m", "scmoe", "train"),
         *(str(ROOT / "configs/debug.yaml"), "trainer.max_steps=3", "${args_no_hyphens}"),
     ],
     "method": "random",

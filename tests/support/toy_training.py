@@ -1,6 +1,6 @@
-"""This program replaces experiments.train in tests of the sweep around it: it starts at once and learns nothing.
+"""This program replaces scmoe train in tests of the sweep around it: it starts at once and learns nothing.
 
-`python -m tests.support.toy_training SECONDS@RATE experiments.train CONFIG key=value ...`, or with `experiments.resume
+`python -m tests.support.toy_training SECONDS@RATE train CONFIG key=value ...`, or with `resume
 RUN_DIR` in its place. At the learning rate RATE each step takes SECONDS; at others it takes no time.
 Its val/loss is |log10 lr + 2| + 1 / step, and NaN in the last step for a learning rate of 0.5. A learning rate of 1
 fails; SIGTERM saves and exits with 143.
@@ -20,7 +20,7 @@ from scmoe.config.load import load, to_yaml
 
 def main(pause: str, program: str, arguments: list[str]) -> int:
     pause_s, paused_lr = map(float, pause.split("@"))
-    if program == "experiments.resume":
+    if program == "resume":
         run_dir = Path(arguments[0])
         config = load(run_dir / "config.yaml")
     else:

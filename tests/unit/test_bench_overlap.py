@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.bench.overlap import Seconds, nearest, with_transfers
+from experiments.bench.overlap_report import PAYLOAD, in_parallel, least_time, least_times, rows_over_gradients
+from experiments.bench.pairs import Setting, through_link, tokens_for
+from experiments.bench.stacks import Variant, chosen_by, config_of
+from scmoe.command_line import call
 from scmoe.config.load import load
-from scmoe.experiments.bench.overlap import Seconds, nearest, with_transfers
-from scmoe.experiments.bench.overlap_report import PAYLOAD, in_parallel, least_time, least_times, rows_over_gradients
-from scmoe.experiments.bench.pairs import Setting, through_link, tokens_for
-from scmoe.experiments.bench.stacks import Variant, chosen_by, config_of
-from scmoe.experiments.engine.command_line import call
 from scmoe.planning.pricing import LayerChoice
 from scmoe.schedule.cost import OperatorTimes, slots
 from scmoe.schedule.schedule import Schedule

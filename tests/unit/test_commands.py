@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from scmoe import __version__
+from scmoe import __version__, command_line
+from scmoe.command_line import LABORATORY, VERBS, app_of, call, module_of
 from scmoe.config.extras import scmoe
-from scmoe.experiments.engine.command_line import ROOMS, VERBS, app_of, call
 
 ROOT = Path(__file__).parents[2]
 SUBVERBS = [("bench", what) for what in ("layer", "overlap", "growth", "guard", "generation", "inference", "timeline")]
-SUBVERBS += [("faults", what) for what in ("kill", "flip", "resume", "reshard")]
 HEAVY = ("torch", "matplotlib", "wandb", "lightning", "scipy", "optuna")
 # This program calls each verb as `scmoe VERB`, and prints for each of its arguments the exit code, what was printed,
 # and which heavy packages were imported by then.
 WALK = f"""
 import contextlib, io, json, sys
 sys.path.insert(0, {str(ROOT)!r})
-from scmoe.experiments.engine.command_line import call
+from scmoe import command_line
+from scmoe.command_line import call
 
 for words in json.loads(sys.argv[1]):
     for last in ("--help", "--no-such-option"):
@@ -58,7 +58,7 @@ def test_scmoe_lists_its_verbs_and_says_its_version(capsys):
 @pytest.mark.parametrize(
     "words, says",
     [
-        *(("tarin", "tarin"), ("bench", "BENCH"), ("bench lier", "lier"), ("faults", "FAULTS"), ("runs a b", "b")),
+        *(("tarin", "tarin"), ("bench", "BENCH"), ("bench lier", "lier"), ("runs a b", "b")),
         *(("figure 2", "2"), ("--verison", "--verison")),
         *((verb, "runs/latest") for verb in ("generate", "evaluate", "export", "resume")),  # a missing run, by example
     ],
@@ -71,7 +71,7 @@ def test_what_no_verb_can_mean_is_refused_in_one_line(words, says, capsys):
 
 @pytest.mark.parametrize("words", [("table", "table3"), ("reproduce",)])
 def test_a_scale_that_no_table_has_is_refused_before_packages_are_imported(words, capsys, monkeypatch):
-    monkeypatch.setattr(f"scmoe.experiments.{words[0]}.require", None)
+    monkeypatch.setattr(f"experiments.{words[0]}.require", None)
     assert call(*words, "--scale", "nonsense") == 2
     assert "--scale is 'nonsense'" in capsys.readouterr().err
 
@@ -89,8 +89,6 @@ OF_TABLE = "options=Options(scale='small', jobs=None, seeds=None, from_=[PosixPa
         ("table t --scale smoke --from a a=1 --from b --scale small", ("t", "a=1", OF_TABLE)),  # the last one counts
         ("gpu-check --tiny --parts layer gpt2", ("tiny=True", "parts=['layer', 'gpt2']")),
         ("bench growth --of tokens ranks --rounds 3", ("of=['tokens', 'ranks']", "rounds=3")),
-        ("faults kill --points 3", ("points=3",)),
-        ("faults kill --points all", ("points=all",)),
     ],
 )
 def test_overrides_and_options_may_be_mixed(words, given):
@@ -119,11 +117,20 @@ def test_every_shell_completes_every_verb(shell):
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
 
 
-def test_every_verb_is_a_script_which_calls_it():
-    """So `python -m experiments.VERB` is `scmoe VERB`."""
-    scripts = {path.stem: path for path in (ROOT / "experiments").glob("*.py")}
-    scripts |= {verb: ROOT / "experiments" / verb / "__main__.py" for verb in ROOMS}
-    assert scripts.keys() - {"__init__"} == {verb.replace("-", "_") for verb in VERBS}
-    for verb in VERBS:
-        last = scripts[verb.replace("-", "_")].read_text().splitlines()[-1]
-        assert last == f'    sys.exit(call("{verb}", *sys.argv[1:]))'
+def test_every_module_of_a_verb_is_a_verb():
+    """A verb of the laboratory is also a script: `python -m experiments.VERB` is `scmoe VERB`."""
+    modules = {path.stem for path in (ROOT / "scmoe/cli").glob("*.py")} - {"__init__"}
+    assert modules == {verb.replace("-", "_") for verb in VERBS if verb not in LABORATORY}
+    for verb in LABORATORY:
+        script = ROOT / f"{module_of(verb).replace('.', '/')}.py"
+        assert script.read_text(encoding="utf-8").splitlines()[-1] == f'    sys.exit(call("{verb}", *sys.argv[1:]))'
+
+
+def test_a_verb_of_the_laboratory_needs_this_checkout(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(command_line, "CHECKOUT", tmp_path / "pyproject.toml")
+    assert call("bench", "layer") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "checkout" in said
+    (tmp_path / "experiments").mkdir()  # another one than Python finds
+    assert call("bench", "layer") == 2
+    assert "experiments" in capsys.readouterr().err

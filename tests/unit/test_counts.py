@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments import params as parameters
+from scmoe.command_line import call
 from scmoe.config.load import load
-from scmoe.experiments import params as parameters
-from scmoe.experiments.engine.command_line import call
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model
 

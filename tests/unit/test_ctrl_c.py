@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from scmoe.experiments.engine import command_line
+from scmoe import command_line
 from scmoe.lightning import lockstep
 
 

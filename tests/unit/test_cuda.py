@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scmoe.experiments.bench import emulated
-from scmoe.experiments.bench.overlap import Bench
-from scmoe.experiments.bench.pairs import Setting
-from scmoe.experiments.bench.stacks import Variant
-from scmoe.experiments.engine.ranks import run_ranks
+from experiments.bench import emulated
+from experiments.bench.overlap import Bench
+from experiments.bench.pairs import Setting
+from experiments.bench.stacks import Variant
+from experiments.engine.ranks import run_ranks
 from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import rows_of

@@ -17,14 +17,14 @@ import yaml
 from cyclopts import CycloptsError
 
 import docs.examples.my_architecture  # noqa: F401  else the fixture would forget what it registers
+from experiments.tables.table_file import load_table
+from scmoe.command_line import VERBS, app_of, numbers_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, leaves
 from scmoe.config.load import load
 from scmoe.config.registry import ARCHITECTURES
-from scmoe.experiments.dryrun.counted_step import load_for
-from scmoe.experiments.engine.command_line import VERBS, app_of, numbers_of
-from scmoe.experiments.studies.sweep.sweep_file import read
-from scmoe.experiments.studies.table.table_file import load_table
+from scmoe.estimate.counted_step import load_for
+from scmoe.sweeps.sweep_file import read
 from tests.support.pages import GUIDES, ROOT, all_commands, blocks, program_of
 
 PAGES = [

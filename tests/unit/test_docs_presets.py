@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from experiments import params as parameters
+from experiments.bench.pairs import WIRINGS
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import flatten
 from scmoe.config.load import load
-from scmoe.experiments import params as parameters
-from scmoe.experiments.bench.pairs import WIRINGS
 from scmoe.init_from.families import READERS
 from scmoe.moe.router import softmax
 from scmoe.runs.hf_folder import hf_config

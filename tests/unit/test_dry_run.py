@@ -9,12 +9,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
+from scmoe.cli.dryrun import preset_rows
+from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.dryrun import counted_step
-from scmoe.experiments.dryrun.__main__ import preset_rows
-from scmoe.experiments.dryrun.counted_step import Counting, DryRun, check, dry_run, load_for
-from scmoe.experiments.dryrun.estimated import estimate
-from scmoe.experiments.engine.command_line import call
+from scmoe.estimate import counted_step
+from scmoe.estimate.counted_step import Counting, DryRun, check, dry_run, load_for
+from scmoe.estimate.estimated import estimate
 
 EXCHANGES, ON_NODES = ("flat", "hierarchical"), "trainer.devices=4 strategy.ep_size=8"
 TINY, RANKS, SAMPLES = "configs/model/gpt3_moe_xl_tiny.yaml", 16, 8
@@ -79,8 +79,8 @@ def test_every_preset_can_be_dry_run(monkeypatch):
     """Some have no capacity, so their rows would depend on the data. The steps are not run here."""
     nothing = DryRun(0, 0, 0, {}, 0, {})
     monkeypatch.setattr(counted_step, "dry_run", lambda config: check(config) or nothing)
-    monkeypatch.setattr("scmoe.experiments.dryrun.__main__.RECOMPUTE", ("true",))
-    monkeypatch.setattr("scmoe.experiments.dryrun.__main__.PRECISIONS", ("32-true",))
+    monkeypatch.setattr("scmoe.cli.dryrun.RECOMPUTE", ("true",))
+    monkeypatch.setattr("scmoe.cli.dryrun.PRECISIONS", ("32-true",))
     presets = {row["preset"] for row in preset_rows(64, 2, ())}
     assert {"longcat_flash", "instella_moe", "nvidia_shortcut", "nous", "swinv2_moe_b"} <= presets
 

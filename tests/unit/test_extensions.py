@@ -9,12 +9,12 @@ from torch import nn
 import docs.examples.my_architecture  # noqa: F401  else the fixture would forget what it registers
 from scmoe.blocks.farskip import FarSkipBlock
 from scmoe.blocks.shortcut import ShortcutBlock
+from scmoe.command_line import call
 from scmoe.config.help import catalogue
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS, ROUTERS, Registry, words
-from scmoe.experiments.dryrun.estimated import estimate
-from scmoe.experiments.engine.command_line import call
+from scmoe.estimate.estimated import estimate
 from scmoe.footprint.model_cost import parts as parts_of
 from scmoe.init_from.pretrained import model_settings
 from scmoe.models.decoder import GPT

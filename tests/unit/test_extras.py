@@ -6,11 +6,11 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from experiments import list as verb
+from scmoe.command_line import call
 from scmoe.config import extras
 from scmoe.config.extras import EXTRAS, explained, install_command, require
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments import list as verb
-from scmoe.experiments.engine.command_line import call
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

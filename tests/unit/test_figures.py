@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from experiments.bench import growth, overlap_report, speed_chart
+from experiments.bench.overlap import Measured, Row, Seconds
+from experiments.bench.pairs import ROWS, Setting, default_schedule, usual_rows
+from experiments.bench.stacks import Variant
+from experiments.figures.measured import SCENARIOS, module_share, read_reports
+from scmoe.command_line import call
 from scmoe.config.load import load, to_yaml
-from scmoe.experiments.bench import growth, overlap_report, speed_chart
-from scmoe.experiments.bench.overlap import Measured, Row, Seconds
-from scmoe.experiments.bench.pairs import ROWS, Setting, default_schedule, usual_rows
-from scmoe.experiments.bench.stacks import Variant
-from scmoe.experiments.engine.command_line import call
-from scmoe.experiments.figures.measured import SCENARIOS, module_share, read_reports
 from scmoe.planning.pricing import OPERATORS, STREAM, LayerChoice
 from scmoe.schedule.cost import OperatorTimes
 from tests.support.pictures import assert_readable, assert_values_off_the_bars

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from scmoe.experiments.bench import gpu, gpu_steps
-from scmoe.experiments.bench.layer import compare
-from scmoe.experiments.engine.isolated import Place
-from scmoe.experiments.engine.profiles import device_work, host_waits, operator_ms, within
+from experiments.bench import gpu, gpu_steps
+from experiments.bench.layer import compare
+from experiments.engine.isolated import Place
+from experiments.engine.profiles import device_work, host_waits, operator_ms, within
 from scmoe.schedule.cost import Span
 
 

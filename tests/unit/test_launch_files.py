@@ -19,7 +19,7 @@ BATCH_FILE = ROOT / "experiments/train.sbatch"
 PAGES = [(ROOT / f"docs/{name}.md").read_text() for name in ("clusters", "how-to/gpus", "how-to/slurm")]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)]
 COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitlines()))
-TORCHRUN = [line for line in COMMANDS if "torchrun" in line and "experiments.train" in line]
+TORCHRUN = [line for line in COMMANDS if "torchrun" in line and "-m scmoe train" in line]
 
 
 def sbatch_options() -> dict[str, str]:
@@ -48,8 +48,8 @@ def simulated(folder: Path, *arguments: str, **variables: str) -> list[str]:
 def test_the_batch_file_starts_a_process_for_each_gpu(tmp_path):
     options, words = sbatch_options(), simulated(tmp_path, "trainer.accumulate=2")
     assert options["GPUS_PER_NODE"] == options["NTASKS_PER_NODE"] and options["JOB_NAME"] not in ("bash", "interactive")
-    program = words.index("experiments.train")
-    assert words[:program] == ["--kill-on-bad-exit=1", ".venv/bin/python", "-m"]
+    program = words.index("train")
+    assert words[:program] == ["--kill-on-bad-exit=1", ".venv/bin/python", "-m", "scmoe"]
     trainer = config_of(words[program + 1 :]).trainer
     assert [str(n) for n in (trainer.devices, trainer.num_nodes, trainer.threads)] == [
         *(options["NTASKS_PER_NODE"], options["NODES"], options["CPUS_PER_TASK"])
@@ -59,14 +59,14 @@ def test_the_batch_file_starts_a_process_for_each_gpu(tmp_path):
 
 def test_the_batch_file_takes_a_config_or_a_run(tmp_path):
     words = simulated(tmp_path, CONFIG="configs/experiment/swinv2_moe_s.yaml")
-    assert config_of(words[words.index("experiments.train") + 1 :]).name == "swinv2_moe_s"
+    assert config_of(words[words.index("train") + 1 :]).name == "swinv2_moe_s"
     words = simulated(tmp_path, RUN="runs/latest")
-    assert words[words.index("experiments.resume") + 1 :][:1] == ["runs/latest"]
+    assert words[words.index("resume") + 1 :][:1] == ["runs/latest"]
 
 
 @pytest.mark.parametrize("command", TORCHRUN)
 def test_torchrun_starts_as_many_processes_as_the_config_requires(command):
     words = shlex.split(command)
     options = dict(word.removeprefix("--").partition("=")[::2] for word in words if word.startswith("--"))
-    trainer = config_of(words[words.index("experiments.train") + 1 :]).trainer
+    trainer = config_of(words[words.index("train") + 1 :]).trainer
     assert trainer.devices == int(options["nproc-per-node"]) and trainer.num_nodes == int(options.get("nnodes", 1))

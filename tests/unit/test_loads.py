@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench import emulated, overlap
-from scmoe.experiments.bench.__main__ import overlap as verb
-from scmoe.experiments.bench.loads import (
+from experiments.bench import emulated, overlap
+from experiments.bench.__main__ import overlap as verb
+from experiments.bench.loads import (
     BALANCED,
     KINDS,
     Now,
@@ -23,7 +22,8 @@ from scmoe.experiments.bench.loads import (
     shares,
     why_impossible,
 )
-from scmoe.experiments.engine.command_line import call
+from scmoe.command_line import call
+from scmoe.config.leaves import ConfigError
 from scmoe.moe.dispatcher import Traffic
 from scmoe.probes.routing import Recorded, write_routing
 

@@ -1,7 +1,7 @@
 """The clock runs variants in turn and leaves the rounds to warm up out; the report shows what its rows have."""
 
-from scmoe.experiments.engine.clock import in_turn, middle, quartiles, undisturbed
-from scmoe.experiments.engine.report import Report, bullets_and_tables
+from experiments.engine.clock import in_turn, middle, quartiles, undisturbed
+from scmoe.report import Report, bullets_and_tables
 
 
 def test_variants_run_in_turn_and_rounds_to_warm_up_are_left_out():

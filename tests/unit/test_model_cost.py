@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scmoe.config.load import load
-from scmoe.experiments.dryrun.estimated import estimate, rows_of_block, transfer_bytes
+from scmoe.estimate.estimated import estimate, rows_of_block, transfer_bytes
 from scmoe.footprint.model_cost import forward_flops, moe_uses, routed_copies, training_flops
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.parallel.mesh import ParallelContext

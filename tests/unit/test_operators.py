@@ -5,7 +5,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from scmoe.experiments.bench.emulated import EmulatedExperts, EmulatedOperator
+from experiments.bench.emulated import EmulatedExperts, EmulatedOperator
 from scmoe.moe.dispatcher import Blocking, LocalDispatcher
 from scmoe.moe.operators import Recorder
 from scmoe.moe.router import Router

@@ -13,10 +13,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
+from docs.build.pages import CONDITIONS, DRAW, PAGES, RESULTS, experiments, pages, pictures
+from experiments.bench.speed_chart import PAPERS, name_of
+from experiments.tables.table_file import load_table
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.bench.speed_chart import PAPERS, name_of
-from scmoe.experiments.figures.pages import CONDITIONS, DRAW, PAGES, RESULTS, experiments, pages, pictures
-from scmoe.experiments.studies.table.table_file import load_table
 from scmoe.probes import charts
 from tests import terminal
 from tests.support.pictures import assert_readable, assert_values_off_the_bars

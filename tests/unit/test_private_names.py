@@ -76,7 +76,7 @@ OTHERS = {
     *("_forward_hooks", "_forward_pre_hooks"),
 }
 DRY_RUN = {  # what fake tensors, their modes and their groups are called; test_dry_run.py uses each
-    "experiments/dryrun/counted_step.py": {
+    "scmoe/estimate/counted_step.py": {
         *("_subclasses", "_internal", "_guards", "_python_dispatch", "_cdata"),
         *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
     }

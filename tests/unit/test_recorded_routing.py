@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from experiments.bench.routing_study import KEPT, KEPT_STEPS, SHOWN, drops, figures, loads
 from scmoe.config.load import load
-from scmoe.experiments.bench.routing_study import KEPT, KEPT_STEPS, SHOWN, drops, figures, loads
 from scmoe.moe.balance import load_max
 from scmoe.moe.layout import count
 from scmoe.moe.router import Router

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load, to_yaml
-from scmoe.experiments.engine.command_line import call
-from scmoe.experiments.studies import compare
 from scmoe.runs import seen as runs
+from scmoe.sweeps import compare
 from scmoe.training.run.directory import SILENT_S, read_state, refuse_running, show_life, start_of, write_state
 from tests.support.pictures import assert_readable
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from experiments.tables.table_file import load_table
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import SHIPPED, find, load, shipped_and_own
-from scmoe.experiments.studies.sweep.sweep_file import read
-from scmoe.experiments.studies.table.table_file import load_table
+from scmoe.sweeps.sweep_file import read
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +29,7 @@ def test_every_shipped_configuration_has_names(name):
 
 
 def test_the_links_of_the_package_are_the_folders_of_the_repository():
-    for name in ("configs", "datamodules", "experiments"):
+    for name in ("configs", "datamodules"):
         assert (ROOT / "scmoe" / name).is_symlink() and (ROOT / "scmoe" / name).samefile(ROOT / name)
     assert SHIPPED.samefile(ROOT / "configs")
 
@@ -60,4 +60,4 @@ def test_an_unknown_name_is_refused_with_the_verb_that_lists_them():
 
 def test_tables_and_sweeps_are_found_too():
     assert load_table("table3").rows == load_table("table3", ROOT / "configs/experiment").rows
-    assert read("sweep/smoke").launcher[-1] == "scmoe.experiments.train"
+    assert read("sweep/smoke").launcher[-2:] == ["scmoe", "train"]

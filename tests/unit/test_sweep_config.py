@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scmoe.config.leaves import ConfigError
-from scmoe.experiments.studies.sweep.sweep_file import DISTRIBUTIONS, read, read_axis
+from scmoe.sweeps.sweep_file import DISTRIBUTIONS, read, read_axis
 from tests.support.sweeps import GOOD
 
 ROOT = Path(__file__).parents[2]
-NO_CONFIG = ["${env}", "${interpreter}", "-m", "experiments.train", "${args_no_hyphens}"]
-ENVIRONMENT = [*GOOD["command"][:5], "name=${envvar:HOME}", "${args_no_hyphens}"]
+NO_CONFIG = ["${env}", "${interpreter}", "-m", "scmoe", "train", "${args_no_hyphens}"]
+ENVIRONMENT = [*GOOD["command"][:6], "name=${envvar:HOME}", "${args_no_hyphens}"]
 
 # path of the changed setting, its new value (None: removed), and text that the refusal must contain
 BAD = [
@@ -34,7 +34,7 @@ BAD = [
     ("command", NO_CONFIG, "command is ["),
     ("command", GOOD["command"][:-1], "command is ["),
     ("command", ENVIRONMENT, "command has 'name=${envvar:HOME}'"),
-    ("command", None, "command is missing, allowed: [..., experiments.train, CONFIG"),
+    ("command", None, "command is missing, allowed: [..., scmoe, train, CONFIG"),
     ("parameters/optim.lr", 1e-3, "parameters.optim.lr is 0.001"),
     ("parameters/optim.lr", {"values": [1e-3], "value": 1}, "unknown key 'values' in parameters.optim.lr"),
     ("parameters/optim.lr", {"distribution": "gamma"}, "parameters.optim.lr.distribution is 'gamma'"),
@@ -83,9 +83,18 @@ def test_a_good_file_is_read(tmp_path):
     sweep = read(write(tmp_path, GOOD), ["seed=3"])
     assert (sweep.name, sweep.metric, sweep.minimize, sweep.run_cap) == ("s", "val/loss", True, 3)
     assert sweep.overrides == ["trainer.max_steps=3", "seed=3"]
-    assert sweep.launcher[-2:] == ["-m", "experiments.train"]
+    assert sweep.launcher[-3:] == ["-m", "scmoe", "train"]
     assert sweep.raw["command"] == [*GOOD["command"][:-1], "seed=3", "${args_no_hyphens}"], "for W&B's agent"
     assert {**sweep.raw, "command": None} == {**GOOD, "command": None}, "no other key is changed"
+
+
+@pytest.mark.parametrize("program", [["-m", "experiments.train"], ["-m", "scmoe.experiments.train"], ["${program}"]])
+def test_a_file_that_names_an_old_program_still_runs(program, tmp_path):
+    start = GOOD["command"].index("-m")
+    command = [*GOOD["command"][:start], *program, *GOOD["command"][start + 3 :]]
+    sweep = read(write(tmp_path, {**GOOD, "program": "experiments/train.py", "command": command}))
+    assert sweep.launcher[-1] == "train" and sweep.config == read(write(tmp_path, GOOD)).config
+    assert sweep.raw["program"] == "scmoe/__main__.py" and "experiments" not in " ".join(sweep.raw["command"])
 
 
 @pytest.mark.parametrize(("path", "value", "said"), BAD, ids=[f"{path} {value}"[:60] for path, value, _ in BAD])

@@ -8,9 +8,9 @@ import yaml
 from matplotlib.figure import Figure
 
 from scmoe.config.load import load
-from scmoe.experiments.studies.sweep.search import Trial, bands, best, hopeless, propose, total
-from scmoe.experiments.studies.sweep.sweep_file import Sweep, read
-from scmoe.experiments.studies.sweep.sweep_report import draw, table, write_report
+from scmoe.sweeps.search import Trial, bands, best, hopeless, propose, total
+from scmoe.sweeps.sweep_file import Sweep, read
+from scmoe.sweeps.sweep_report import draw, table, write_report
 from tests.support.pictures import assert_readable
 from tests.support.sweeps import GOOD
 

@@ -17,14 +17,14 @@ from typing import Any
 import pytest
 import yaml
 
+from scmoe.command_line import call
 from scmoe.config.extras import scmoe
-from scmoe.experiments.engine.command_line import call
 from tests.support.commands import ROOT, Done
 
 SWEEP: dict[str, Any] = {
-    "program": "experiments/train.py",
+    "program": "scmoe/__main__.py",
     "command": [
-        *("${interpreter}", "-m", "tests.support.toy_training", "0@0", "experiments.train"),
+        *("${interpreter}", "-m", "tests.support.toy_training", "0@0", "train"),
         *("configs/debug.yaml", "trainer.max_steps=6", "${args_no_hyphens}"),
     ],
     "method": "grid",
@@ -55,7 +55,7 @@ def sweep(tmp_path, monkeypatch, capsys) -> Callable[..., Done]:
 
 def start(folder: Path, pause: str) -> subprocess.Popen[str]:
     verb, *words = words_of(folder, pause)
-    command = [sys.executable, "-m", f"experiments.{verb}", *words]
+    command = [sys.executable, "-m", "scmoe", verb, *words]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments.tables.make import plan_table
+from experiments.tables.table_file import Options, load_table
+from experiments.tables.table_runs import plan_runs
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.experiments.studies.table.make import plan_table
-from scmoe.experiments.studies.table.table_file import Options, load_table
-from scmoe.experiments.studies.table.table_runs import plan_runs
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 

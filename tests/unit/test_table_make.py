@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from experiments.tables import make
+from experiments.tables.make import Evaluations, make_runs, measure_speeds, plan_table
+from experiments.tables.results import read_speeds
+from experiments.tables.table_file import Options, Row, Scale, load_table
+from experiments.tables.table_runs import Run, adopt, plan_runs, read_states
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load, to_yaml
-from scmoe.experiments.studies import batch
-from scmoe.experiments.studies.batch import Batch
-from scmoe.experiments.studies.jobs import Job, State, clock, lock_of
-from scmoe.experiments.studies.table import make
-from scmoe.experiments.studies.table.make import Evaluations, make_runs, measure_speeds, plan_table
-from scmoe.experiments.studies.table.results import read_speeds
-from scmoe.experiments.studies.table.table_file import Options, Row, Scale, load_table
-from scmoe.experiments.studies.table.table_runs import Run, adopt, plan_runs, read_states
+from scmoe.sweeps import batch
+from scmoe.sweeps.batch import Batch
+from scmoe.sweeps.jobs import Job, State, clock, lock_of
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/experiment"

@@ -9,19 +9,13 @@ from random import Random
 import pytest
 from matplotlib.figure import Figure
 
-from scmoe.experiments.bench.pairs import usual_rows
-from scmoe.experiments.studies.jobs import State
-from scmoe.experiments.studies.table.make import make_table, plan_table
-from scmoe.experiments.studies.table.results import loss_at, results, step_reached
-from scmoe.experiments.studies.table.table_file import Options, Table, load_table
-from scmoe.experiments.studies.table.table_report import (
-    draw_differences,
-    draw_equal_time,
-    markdown,
-    without_speed,
-    write_report,
-)
-from scmoe.experiments.studies.table.table_runs import Run, plan_runs
+from experiments.bench.pairs import usual_rows
+from experiments.tables.make import make_table, plan_table
+from experiments.tables.results import loss_at, results, step_reached
+from experiments.tables.table_file import Options, Table, load_table
+from experiments.tables.table_report import draw_differences, draw_equal_time, markdown, without_speed, write_report
+from experiments.tables.table_runs import Run, plan_runs
+from scmoe.sweeps.jobs import State
 
 CONFIGS = Path(__file__).parents[2] / "configs/experiment"
 POS1, POS2, POS3 = (f"ScMoE Pos-{i}, CG-1" for i in (1, 2, 3))

@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from scmoe.experiments.studies.table.results import compare, describe, holm, rank_correlation, seeds_needed
+from experiments.tables.results import compare, describe, holm, rank_correlation, seeds_needed
 
 
 def test_mean_and_sample_deviation():

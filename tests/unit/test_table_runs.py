@@ -10,12 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load, to_yaml
-from scmoe.experiments.studies.jobs import State, digest_of
-from scmoe.experiments.studies.table.table_file import Row, load_table
-from scmoe.experiments.studies.table.table_runs import (
+from experiments.tables.table_file import Row, load_table
+from experiments.tables.table_runs import (
     Run,
     adopt,
     check_memory,
@@ -27,6 +23,10 @@ from scmoe.experiments.studies.table.table_runs import (
     save,
     write_launch_files,
 )
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError
+from scmoe.config.load import load, to_yaml
+from scmoe.sweeps.jobs import State, digest_of
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/experiment"

@@ -1,0 +1,234 @@
+"""Draws the pictures of the docs, and writes the pages of docs/results, all from stored reports and results.
+
+A measuring command with `--out docs/figures` writes its report, NAME.json, and NAME.png. `table --to docs/results`
+writes NAME/results.json. docs/results/NAME.json has the table of a measurement without a report. This file draws a
+picture for each report and for each table, and the pictures of assumed operator times, which need no measurement.
+
+conditions.json says what a report does not: title, command, date, machine, a short reading, and which of its numbers
+the overview shows (`results`, texts that `str.format` fills in). A NAME.json of docs/results says so itself.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from docs.build.concepts import CONCEPTS
+from experiments.bench import growth, inference, offload, routing_study, speed_chart, training, uneven
+from experiments.figures.measured import (
+    EXPLAINED,
+    PAGES,
+    PCIE_OVER,
+    Scenario,
+    draw_measured,
+    draw_shares,
+    draw_speeds,
+    module_share,
+    read_reports,
+)
+from experiments.tables.table_report import draw_differences, draw_equal_time, markdown
+from scmoe.config.leaves import ConfigError
+from scmoe.report import Report
+
+RESULTS = Path("docs/results")
+CONDITIONS = RESULTS / "conditions.json"
+OVERVIEW = RESULTS / "README.md"
+GENERATED = re.compile(r"(?<=<!-- make figures writes this part -->\n).*(?=<!-- end of this part -->)", re.DOTALL)
+HEADLINE = "overlap-real-iteration-2-ranks-share-0.52"  # the report that README shows
+FIGURE_8 = PAGES / "figure-8"  # what `make figure8` has measured
+BENCHES: dict[str, Any] = {  # by the first words of a report's name: modules that have `draw` and `tables` of it
+    "overlap-": speed_chart,
+    "uneven-inference-": inference,
+    "uneven-": uneven,
+    "inference-": inference,
+    "train-": training,
+    "growth": growth,
+    "routing": routing_study,
+    "figure-13": offload,
+}
+DRAW = {start: bench.draw for start, bench in BENCHES.items()} | dict.fromkeys(("figure-9", "figure-10"), draw_measured)
+
+
+def pictures() -> dict[str, Callable[[Path], None]]:
+    """Return for the name of each picture of the docs what draws it into a file. Raises ConfigError."""
+    found: dict[str, Callable[[Path], None]] = {draw.__name__: draw for draw in (*EXPLAINED.values(), *CONCEPTS)}
+    reports = {path.stem: path for path in sorted(PAGES.glob("*.json"))}
+    for name, path in reports.items():
+        kind = next((start for start in DRAW if name.startswith(start)), None)
+        if kind is None:
+            raise ConfigError(f"{path} is no report that is drawn, allowed: names that begin with {' | '.join(DRAW)}")
+        found[name] = partial(DRAW[kind], read(path))
+    if any(FIGURE_8.glob("*.json")):
+        scenarios = read_reports([FIGURE_8])
+        found |= {"figure-1": partial(draw_shares, scenarios), "figure-8": partial(draw_speeds, scenarios)}
+    for path in sorted(RESULTS.glob("*/results.json")):
+        if "_lr-" in path.parent.name:  # a search for learning rates has no picture
+            continue
+        results = read(path)
+        found[path.parent.name] = partial(draw_differences, results)
+        if len(results["equal_time"]) > 1:
+            found[f"{path.parent.name}-equal-time"] = partial(draw_equal_time, results)
+    if HEADLINE in found:
+        found["headline"] = found[HEADLINE]
+    return found
+
+
+def write_pages(out: Path | None) -> list[Path]:
+    """Draw all pictures of the docs into `out`; None: where the docs show them, and write all pages of results.
+    Returns the files."""
+    files = []
+    for name, draw in pictures().items():
+        files.append((out or PAGES) / f"{name}.png")
+        draw(files[-1])
+    for path, text in pages().items() if out is None else ():
+        path.write_text(text, encoding="utf-8")
+        files.append(path)
+    return files
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment. said: title, command, date, machine, group, reading, results. data: what its numbers are from."""
+
+    name: str
+    page: Path
+    said: Mapping[str, Any]
+    data: dict[str, Any]
+
+
+def pages() -> dict[Path, str]:
+    """Return the text of each page of results by its file: one for each experiment, and the overview."""
+    every = experiments()
+    shown = GENERATED.sub(lambda _: overview(every), OVERVIEW.read_text(encoding="utf-8"))
+    return {each.page: text_of(each) for each in every} | {OVERVIEW: shown}
+
+
+def experiments() -> list[Experiment]:
+    measured = [Experiment(name, *page_and_data(name, said)) for name, said in read(CONDITIONS).items()]
+    others = {path: read(path) for path in sorted(RESULTS.glob("*.json")) if path != CONDITIONS}
+    return measured + [Experiment(path.stem, path.with_suffix(".md"), said, said) for path, said in others.items()]
+
+
+def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """Return the file of an experiment's page, what is said of it, and its data with the paper's values."""
+    results = RESULTS / name / "results.json"
+    if results.exists():
+        return results.with_name("table.md"), *of_a_table(said, read(results))
+    page, path = RESULTS / f"{name}.md", RESULTS / f"{name}.json"
+    if name == FIGURE_8.name:
+        return page, said, {"scenarios": [scenario_row(*each) for each in read_reports([FIGURE_8]).items()]}
+    data = read(path if path.exists() else PAGES / f"{name}.json")
+    if isinstance(data, list):
+        return page, said, {"rows": data}
+    if "table" in data:
+        return page, *of_a_table(said, data)
+    if name == "figure-13":
+        data["paper"] = offload.PAPERS
+    elif "wanted_share" in data and (printed := speed_chart.paper_of(data)):
+        data["paper"] = printed.rows
+    return page, said, data
+
+
+def of_a_table(said: dict[str, Any], data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a table of the paper says of itself, unless `said` does, and its data, rows also by their names."""
+    day = data["dates"][-1]
+    own = {"title": data["title"], "command": data["command"], "machine": data["machines"][0]}
+    own["date"] = f"{day[:4]}-{day[4:6]}-{day[6:]}"
+    return own | said, {**data, "by_name": {row["name"]: row for row in data["rows"]}}
+
+
+def text_of(each: Experiment) -> str:
+    """Return an experiment's page. A table of the paper has its title and its conditions in its own text."""
+    said, up = each.said, "../" * len(each.page.relative_to(RESULTS).parts)
+    shown = [f"![{words}]({up}figures/{name}.png)" for name, words in said.get("pictures", {}).items()]
+    if "table" in each.data:
+        title, rest = markdown(each.data).split("\n\n", 1)
+        parts = [title, said["reading"], *shown, rest]
+    else:
+        command = f"`{said['command']}`, " if "command" in said else ""
+        origin = f"{command}{said['date']}, {said['machine']}{said.get('note', '')}. [Method]({up[3:]}method.md)."
+        tables = [table.markdown() for table in tables_of(each.name, each.data)]
+        parts = [f"# {said['title']}", origin, said["reading"], *tables, *shown]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def overview(found: Sequence[Experiment]) -> str:
+    """Return a table for each group of experiments, with a row for each result, and links to the others' pages."""
+    columns = {name: f"{{{name}}}" for name in ("ours", "limit", "paper")}
+    columns |= {"command": "`{command}`", "date, machine": "{date}, {machine}", "page": "[numbers]({link})"}
+    parts = []
+    for group in dict.fromkeys(each.said["group"] for each in found):
+        rows, others = {}, []
+        for each in (each for each in found if each.said["group"] == group):
+            link = each.page.relative_to(RESULTS)
+            for what, numbers in each.said["results"].items():
+                filled = {column: text.format_map(each.data) for column, text in numbers.items()}
+                rows[what] = {**each.said, **filled, "link": link}
+            if not each.said["results"]:
+                others.append(f"[{each.said['title']}]({link})")
+        parts += [f"## {group}", Report("", rows, columns, "what").markdown()]
+        parts += [f"Also: {', '.join(others)}."] if others else []
+    return "\n" + "\n\n".join(part.strip() for part in parts) + "\n\n"
+
+
+def scenario_row(scenario: Scenario, report: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of one hardware scenario, the paper's beside ours."""
+    fastest = report["fastest_scmoe"]
+    return {
+        "name": scenario.name,
+        "share": report["comm_share"],
+        "paper_share": scenario.pair_share,
+        "module": module_share(report, "forward"),
+        "paper_module": scenario.module_share,
+        "hidden": report["rows"][fastest["row"]]["overlap_forward"],
+        "paper_hidden": scenario.hidden,
+        "over": fastest["over"],
+        "paper_over": {row: scenario.over.get(row, "-") for row in PCIE_OVER},
+    }
+
+
+def tables_of(name: str, data: dict[str, Any]) -> list[Report]:
+    """Return the tables of an experiment's page."""
+    if "tables" in data:
+        return [Report(**table) for table in data["tables"]]
+    make = next((make for start, make in TABLES.items() if name.startswith(start)), None)
+    return make(data) if make else []
+
+
+def scenario_tables(data: dict[str, Any]) -> list[Report]:
+    over = "{{paper_over[{0}]}}; {{over[forward][{0}][1]:.2f}}, {{over[train][{0}][1]:.2f}}".format
+    columns = {
+        "share of the pair": "{paper_share:.0%}; {share:.0%}",
+        "of the MoE module": "{paper_module:.0%}; {module:.0%}",
+        "hidden": "{paper_hidden:.0%}; {hidden:.0%}",
+        **{f"over {row}": over(row) for row in PCIE_OVER},
+    }
+    title = "In each cell the paper's value, then ours; speeds of the faster Pos-2 in inference, training."
+    return [Report(title, {row["name"]: row for row in data["scenarios"]}, columns, "scenario")]
+
+
+def preset_tables(data: dict[str, Any]) -> list[Report]:
+    rows = dict[str, dict[str, Any]]()
+    for case in data["rows"]:
+        if not case["preset"].endswith("_tiny"):
+            cells = rows.setdefault(f"{case['preset']}, {case['dense']}", {})
+            cells[f"{case['precision']}, {case['recompute']}"] = case
+    columns = {}
+    for precision, recompute in product(("32-true", "bf16-mixed"), (False, True)):
+        columns[precision + (", recompute" if recompute else "")] = f"{{{precision}, {recompute}[peak_gib]:.3g}}"
+    return [Report("Peak of rank 0, GiB:", rows, columns, "preset, dense weights")]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+TABLES = {  # by the first words of an experiment's name
+    **{start: bench.tables for start, bench in BENCHES.items()},
+    "figure-8": scenario_tables,
+    "dryrun": preset_tables,
+}

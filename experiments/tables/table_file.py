@@ -1,0 +1,260 @@
+"""A table's file: its metrics, its rows with the paper's values, and the scales at which it can be run.
+
+metrics   the first decides: rows are compared, drawn and ordered by it
+rows      overrides of the scale's config; each is compared with its baseline
+scales    config, seeds, and what is done after the trainings: `evaluate` and `bench`, the words of two commands
+"""
+
+import math
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from os.path import normpath
+from pathlib import Path
+from typing import Any
+
+from cyclopts import Parameter
+
+from scmoe.command_line import OneEach
+from scmoe.config.leaves import ConfigError
+from scmoe.config.load import SHIPPED, find, parse_yaml
+from scmoe.sweeps.checks import LIST, MAPPING, TEXT, Rule, check, one_of, refusal
+
+FOLDER = SHIPPED / "experiment"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """source: summary (of a run), evaluation (of a run), speed (the testbed), paper (not measured here)."""
+
+    name: str
+    unit: str
+    better: str  # lower | higher
+    source: str
+    keys: tuple[str, ...]  # dotted, in the source; the metric is their mean
+    times: float  # the source's value is multiplied by this
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    groups: tuple[str, ...]  # parts of the table that show it
+    paper: Mapping[str, float]  # by metric
+    overrides: tuple[str, ...]  # key=value, on the config of the scale
+    baseline: str  # the row that it is compared with; its own name: it is one
+    speed: str | None = None  # the testbed's row of the same architecture
+    setting: str | None = None  # one of the scale's `settings`
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+    @property
+    def is_baseline(self) -> bool:
+        return self.baseline == self.name
+
+
+@dataclass(frozen=True)
+class Scale:
+    config: Path
+    seeds: int  # 1 to this
+    jobs: int | None  # runs in parallel; 0: all in one process; None: launch files only
+    minutes: float = 0.0  # of the whole table at this scale, as measured or calculated in its file's header
+    evaluate: tuple[str, ...] | None = None  # the evaluate command's words after the run; None: no evaluation
+    bench: tuple[str, ...] | None = None  # the words of `bench overlap`; None: no speeds
+    shares: tuple[float, ...] | None = None  # those of the table's shares that are measured at this scale; None: all
+    otherwise: str | None = None  # the scale that is run where the config's data set is not on this machine
+    gpu_gib: float = 80.0  # memory of a GPU for which launch files are written
+    # key=value by name, for the rows that name it: the size of a model, or a learning rate, differs between scales
+    settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    name: str
+    title: str
+    metrics: tuple[Metric, ...]
+    rows: tuple[Row, ...]
+    scales: Mapping[str, Scale]
+    share: float | None = None  # share of communication at which the testbed measures speeds
+    equal_time: tuple[float, ...] = ()  # shares at which losses are compared at equal time
+
+    @property
+    def decides(self) -> Metric:
+        return self.metrics[0]
+
+    @property
+    def comparisons(self) -> int:
+        return sum(not row.is_baseline for row in self.rows)
+
+    @property
+    def shares(self) -> list[float]:
+        """All shares of communication at which speeds are measured."""
+        return sorted({*self.equal_time, *([] if self.share is None else [self.share])})
+
+    def metrics_from(self, source: str) -> list[Metric]:
+        return [metric for metric in self.metrics if metric.source == source]
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Options:
+    """The options that `table` and `reproduce` share.
+
+    Args:
+        scale: one of table.yaml: smoke | small | digits | paper
+        jobs: number of runs in parallel; 0: all in this process
+        seeds: seeds 1 to this
+        from_: take the results of runs of equal configuration from this folder, such as docs/results; may be repeated
+        to: copy results and states of finished runs into this folder, after taking those that it has
+    """
+
+    scale: str = "smoke"
+    jobs: int | None = None
+    seeds: int | None = None
+    from_: OneEach[Path] = ()
+    to: Path | None = None
+
+
+def table_names(root: Path = FOLDER) -> list[str]:
+    return sorted(found.parent.name for found in root.glob("*/table.yaml"))
+
+
+def load_table(name: str, root: Path | None = None) -> Table:
+    """Read the table of <root>/<name>/table.yaml. Raises ConfigError, in one line, for what cannot be read.
+
+    root: None: configs/experiment of the current folder, or the shipped one where it has no such table.
+    """
+    path = root / name / "table.yaml" if root else find(f"configs/experiment/{name}/table.yaml")
+    if not path.is_file():
+        raise ConfigError(f"table is {name!r}, allowed: {', '.join(table_names(root or FOLDER))}")
+    try:
+        return _table(name, path.parent, parse_yaml(path.read_text(encoding="utf-8"), "the file"))
+    except ValueError as error:  # ConfigError, or a text that is not UTF-8, or a quotation without its end
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def check_scale(table: Table, scale: str) -> None:
+    """Raise ConfigError for a scale that the table does not have."""
+    if scale not in table.scales:
+        raise ConfigError(f"--scale is {scale!r}, allowed for {table.name}: {', '.join(table.scales)}")
+
+
+def _table(name: str, folder: Path, tree: Any) -> Table:
+    check("", tree, TABLE, ("title", "metrics", "baseline", "scales", "rows"))
+    metrics = tuple(_metric(key, entry) for key, entry in tree["metrics"].items())
+    rows = tuple(_row(entry, tree["baseline"], tree["metrics"]) for entry in tree["rows"])
+    scales = {scale: _scale(scale, folder, entry, tree["scales"]) for scale, entry in tree["scales"].items()}
+    if len({row.slug for row in rows}) < len(rows):
+        raise ConfigError("rows have the same name, allowed: names that differ in letters or digits")
+    names = [row.name for row in rows]
+    baselines = {"baseline": tree["baseline"], **{f"baseline of {row.name!r}": row.baseline for row in rows}}
+    for key, baseline in baselines.items():
+        if baseline not in names:
+            raise refusal(key, baseline, ", ".join(map(repr, names)))
+    for (scale, made), row in product(scales.items(), rows):
+        if row.setting is not None and row.setting not in made.settings:
+            allowed = f"{', '.join(made.settings) or 'none'} at scale {scale}"
+            raise refusal(f"setting of {row.name!r}", row.setting, allowed)
+    if "share" not in tree and any(metric.source == "speed" for metric in metrics):
+        raise ConfigError("share is missing, allowed: a number between 0 and 1, at which the metrics of speed hold")
+    share = float(tree["share"]) if "share" in tree else None
+    return Table(name, tree["title"], metrics, rows, scales, share, _floats(tree.get("equal_time", ())))
+
+
+def _metric(name: str, entry: Any) -> Metric:
+    check(f"metrics.{name}", entry, METRIC, ("unit", "better", "from"))
+    keys = entry.get("key", name)
+    keys = (keys,) if isinstance(keys, str) else tuple(keys)
+    return Metric(name, entry["unit"], entry["better"], entry["from"], keys, float(entry.get("times", 1)))
+
+
+def _row(entry: Any, baseline: str, metrics: Iterable[str]) -> Row:
+    check("a row", entry, ROW, ("name", "groups", "paper", "overrides"))
+    check(f"paper of {entry['name']!r}", entry["paper"], dict.fromkeys(metrics, NUMBER))
+    paper = {metric: float(value) for metric, value in entry["paper"].items()}
+    words, own_baseline = _overrides(entry["overrides"]), entry.get("baseline", baseline)
+    return Row(
+        entry["name"], tuple(entry["groups"]), paper, words, own_baseline, entry.get("speed"), entry.get("setting")
+    )
+
+
+def _scale(name: str, folder: Path, entry: Any, scales: Mapping[str, Any]) -> Scale:
+    check(f"scales.{name}", entry, SCALE, ("config", "seeds", "jobs"))
+    otherwise = entry.get("otherwise")
+    if otherwise is not None and otherwise not in scales:
+        raise refusal(f"scales.{name}.otherwise", otherwise, ", ".join(scales))
+    return Scale(
+        config=Path(normpath(folder / entry["config"])),
+        seeds=int(entry["seeds"]),
+        jobs=None if entry["jobs"] == "launch" else int(entry["jobs"]),
+        minutes=float(entry.get("minutes", Scale.minutes)),
+        evaluate=tuple(shlex.split(entry["evaluate"])) if "evaluate" in entry else None,
+        bench=tuple(shlex.split(entry["bench"])) if "bench" in entry else None,
+        shares=_floats(entry["shares"]) if "shares" in entry else None,
+        otherwise=otherwise,
+        gpu_gib=float(entry.get("gpu_gib", Scale.gpu_gib)),
+        settings={setting: _overrides(own) for setting, own in entry.get("settings", {}).items()},
+    )
+
+
+def _overrides(entry: Mapping[str, str]) -> tuple[str, ...]:
+    return tuple(f"{key}={value}" for key, value in entry.items())
+
+
+def _floats(texts: Sequence[str]) -> tuple[float, ...]:
+    return tuple(map(float, texts))
+
+
+def _between(least: float, most: float, allowed: str) -> Rule:
+    """Return the rule of a finite number between two others, as a text, which is what parse_yaml gives."""
+
+    def is_allowed(text: Any) -> bool:
+        try:
+            return math.isfinite(float(text)) and least < float(text) < most
+        except (TypeError, ValueError):
+            return False
+
+    return is_allowed, allowed
+
+
+NUMBER = _between(-math.inf, math.inf, "a number, such as 3.27")
+ABOVE_0 = _between(0, math.inf, "a number above 0")
+SHARE = _between(0, 1, "a number between 0 and 1")
+SHARES: Rule = (lambda v: isinstance(v, list) and all(map(SHARE[0], v)), "a list of numbers between 0 and 1")
+TEXTS: Rule = (lambda v: isinstance(v, str) or LIST[0](v), "a text or a list")
+VALUES: Rule = (lambda v: isinstance(v, dict), "a mapping of keys to values")
+SETTINGS: Rule = (lambda v: isinstance(v, dict) and all(map(VALUES[0], v.values())), "names, each with a mapping")
+TABLE: dict[str, Rule] = {
+    **dict.fromkeys(("title", "baseline"), TEXT),
+    **dict.fromkeys(("metrics", "scales"), MAPPING),
+    "share": SHARE,
+    "equal_time": SHARES,
+    "rows": LIST,
+}
+METRIC: dict[str, Rule] = {
+    "unit": TEXT,
+    "better": one_of("lower", "higher"),
+    "from": one_of("summary", "evaluation", "speed", "paper"),
+    "key": TEXTS,
+    "times": NUMBER,
+}
+ROW: dict[str, Rule] = {
+    **dict.fromkeys(("name", "baseline", "speed", "setting"), TEXT),
+    "groups": LIST,
+    **dict.fromkeys(("paper", "overrides"), VALUES),
+}
+SCALE: dict[str, Rule] = {
+    **dict.fromkeys(("config", "evaluate", "bench", "otherwise"), TEXT),
+    "seeds": (lambda text: str(text).isdecimal() and int(text) > 0, "1 or more"),
+    "jobs": (lambda text: text == "launch" or str(text).isdecimal(), "0 or more | launch"),
+    "minutes": ABOVE_0,
+    "settings": SETTINGS,
+    "shares": SHARES,
+    "gpu_gib": ABOVE_0,
+}

@@ -1,0 +1,31 @@
+from dataclasses import replace
+
+from scmoe.command_line import KeyValue
+from scmoe.config.leaves import ConfigError
+
+
+def main(config: str, /, *overrides: KeyValue) -> None:
+    """Read all data of a config, and name each file that cannot be read. No training is started.
+
+    Exit code 2: a file cannot be read, unless data.on_error=skip; or the data cannot be used at all.
+
+    Args:
+        config: a YAML file, or the name of a shipped one
+        overrides: key=value, such as data.path=FOLDER
+    """
+    from scmoe.config.load import load
+    from scmoe.training.assembly.data import build_datamodule, prepare_data
+
+    settings = load(config, overrides)
+    data = build_datamodule(replace(settings, data=replace(settings.data, on_error="skip")))  # it notes each file
+    prepare_data(data, warn=False)
+    found, name = data.unreadable(), settings.data.name
+    for line in found:
+        print(line)
+    if not found:
+        print(f"all data of {name} can be read")
+    elif settings.data.on_error == "skip":
+        print(f"{len(found)} file(s) cannot be read and will be skipped; all other data of {name} can be read")
+    else:
+        them = "Repair or remove them; data.on_error=skip trains without them."
+        raise ConfigError(f"{len(found)} file(s) cannot be read. {them}")

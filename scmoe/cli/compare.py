@@ -1,0 +1,24 @@
+from pathlib import Path
+
+
+def main(run: str, /, *more: str, out: Path = Path("runs/compare.png")) -> None:
+    """Compare runs: their curves over the tokens (images) they saw, and how their configs differ.
+
+    The last line on standard output is the path of the picture.
+
+    Args:
+        run: directory of a run, or its path below runs/
+        more: other runs
+        out: picture
+    """
+    from scmoe.config.extras import require
+    from scmoe.runs.seen import console, open_run
+
+    require("compare", "matplotlib")
+    runs = [open_run(name) for name in (run, *more)]
+    from scmoe.sweeps.compare import differences_table, draw, results_table
+
+    letters = [chr(ord("a") + i) if i < 26 else str(i + 1) for i in range(len(runs))]
+    console().print(results_table(runs, letters), differences_table(runs, letters), sep="\n")
+    draw(runs, letters, out)
+    print(out)

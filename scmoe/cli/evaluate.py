@@ -1,0 +1,40 @@
+import json
+from pathlib import Path
+from typing import Literal
+
+
+def main(
+    run: Path,
+    /,
+    *overrides: str,
+    which: Literal["last", "best"] = "last",
+    tasks: str | None = None,
+    data: Path | None = None,
+    text: Path | None = None,
+    stride: int | None = None,
+    limit: int | None = None,
+) -> None:
+    """Evaluate a checkpoint of a run: loss of the test split, perplexity of a text, tasks.
+
+    The results go to RUN/evaluation.json and to the run's own W&B run. Standard output is the results as
+    JSON. They do not depend on the number of ranks (trainer.devices=2).
+
+    Args:
+        run: a run's directory, such as runs/latest
+        overrides: key=value, what a resumed run may change, too
+        which: checkpoint
+        tasks: comma-separated: cloze and next_sentence, made from the text, files of --data, tasks of lm-eval such as
+            hellaswag; none (default: the first two)
+        data: folder of NAME.jsonl for tasks, such as piqa.jsonl, or of lm-eval's YAML files
+        text: UTF-8 file for perplexity and own tasks (default: the test split)
+        stride: tokens that a window scores (default: half the context)
+        limit: questions of a task, the first ones (default: all)
+    """
+    from scmoe.runs.evaluate.evaluation import Request, evaluate, shown
+    from scmoe.training.run.printout import console
+
+    names = None if tasks is None else () if tasks == "none" else tuple(tasks.split(","))
+    found = evaluate(run.resolve(), Request(which, names, data, text, stride, limit, overrides))
+    if found is not None:
+        console().print(f"the {which} checkpoint, {found['checkpoint']}", *shown(found), sep="\n")
+        print(json.dumps(found), flush=True)

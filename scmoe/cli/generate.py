@@ -1,0 +1,79 @@
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Literal
+
+from scmoe.command_line import HYPHENS, OneEach
+from scmoe.config.leaves import ConfigError
+
+
+def main(
+    run: Path,
+    /,
+    *overrides: str,
+    which: Literal["last", "best"] = "last",
+    prompt: Annotated[str | None, HYPHENS] = None,
+    prompts: Path | None = None,
+    out: Path | None = None,
+    max_tokens: int | None = None,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    stop: OneEach[str] = (),
+    seed: int = 0,
+    batch_size: int = 8,
+    prefill_tokens: int | None = None,
+    plan: bool = False,
+) -> None:
+    """Continue texts with the model of a run or of an export, whatever number of ranks the run had.
+
+    One text is shown as it is written. With --prompts FILE the texts go to --out FILE, as JSON lines; several ranks
+    (trainer.devices=2) share the prompts and the experts. The model is dropless, whatever its capacity factor.
+
+    Args:
+        run: directory of a run, such as runs/latest, or an exported file
+        overrides: key=value, what a resumed run may change, too
+        which: checkpoint
+        prompt: text to continue (default: the start of a document)
+        prompts: JSON lines: {"prompt": "..."} or {"prompt": "...", "seed": 7}
+        out: where the texts of --prompts go, as JSON lines
+        max_tokens: new tokens of a text at most (default: 100, or what fits)
+        temperature: 0: always the likeliest token
+        top_k: choose among this many of the most likely tokens; 0: among all
+        top_p: choose among the most likely tokens that have this probability together
+        repetition_penalty: above 1: tokens of the text so far become less likely
+        stop: text that ends a text; may be repeated
+        seed: of the first text; others count up from it
+        batch_size: texts of a rank at a time
+        prefill_tokens: tokens of a prompt that one pass reads (default: all)
+        plan: measure first how ranks overlap prefill and decode best
+    """
+    if (prompts is None) != (out is None):
+        raise ConfigError("--prompts and --out go together")
+    if prompts is not None and prompt is not None:
+        raise ConfigError("--prompt and --prompts exclude each other")
+    if prompts is not None and out is not None and prompts.resolve() == out.resolve():
+        raise ConfigError(f"--out is {str(out)!r}, which is the file of --prompts. Give another file.")
+    from scmoe.inference.prompts import Prompt, check_prompt, read_prompts
+    from scmoe.inference.sampling import Sampling
+    from scmoe.runs.continuation import Request, generate_texts, speed_lines, to_file
+
+    try:
+        sampling = Sampling(temperature, top_k or None, top_p, repetition_penalty)
+        texts = [Prompt(prompt, seed)] if prompts is None else read_prompts(prompts, seed)
+        if prompts is None:
+            check_prompt(texts[0], "--prompt")
+        request = Request(texts, max_tokens, sampling, tuple(stop), which, batch_size, prefill_tokens, plan, overrides)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if out is None:
+        speed = generate_texts(run.resolve(), request, lambda text: print(), partial(print, end="", flush=True))
+    else:
+        with to_file(out) as write:
+            speed = generate_texts(run.resolve(), request, write)
+    if speed is not None:
+        print(*speed_lines(speed), sep="\n", file=sys.stderr)
+        if out is not None:
+            print(json.dumps(speed), flush=True)

@@ -1,0 +1,23 @@
+
+from scmoe.command_line import KeyValue
+
+
+def main(*extensions: KeyValue) -> None:
+    """List the configurations, models, architectures, data sets and optimizers to choose from.
+
+    Args:
+        extensions: extensions=[...], modules whose names are listed too
+    """
+    from rich.table import Column, Table
+
+    from scmoe.config.help import catalogue
+    from scmoe.config.load import load
+    from scmoe.report import console
+
+    load(None, extensions)
+    screen = console(stderr=False)
+    for title, rows in catalogue().items():
+        table = Table(Column(style="cyan", no_wrap=True), show_header=False, box=None, padding=(0, 2))
+        for row in rows:
+            table.add_row(*filter(None, row))
+        screen.print(f"[bold]{title}[/bold]", table, "", sep="\n")

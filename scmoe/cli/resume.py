@@ -1,0 +1,32 @@
+import json
+from pathlib import Path
+
+from scmoe.command_line import KeyValue
+from scmoe.config.leaves import ConfigError
+
+
+def main(run: Path, /, *overrides: KeyValue) -> None:
+    """Resume a run from its newest checkpoint, or from that of a step. Standard output is the run's summary as
+    JSON, and everything else goes to standard error.
+
+    Exit codes: 2, the request was wrong and nothing was started; 143 or 130, stopped by SIGTERM or Ctrl-C with a
+    checkpoint.
+
+    Args:
+        run: a run's directory, such as runs/latest
+        overrides: step=N for the checkpoint of that step, and key=value for what a resumed run may change
+    """
+    run_dir = run.resolve()
+    if not any(run_dir.glob("checkpoints/*")):
+        from scmoe.training.run.directory import why_no_checkpoint
+
+        raise ConfigError(why_no_checkpoint(run_dir))
+    from scmoe.training.run.resume import resumption, step_of
+
+    step, settings = step_of(overrides)
+    config, resumed = resumption(run_dir, settings, step)
+    from scmoe.training.run.train import train
+
+    summary = train(config, settings, resumed)
+    if summary is not None:
+        print(json.dumps(summary), flush=True)

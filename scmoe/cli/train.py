@@ -1,0 +1,29 @@
+import json
+
+from cyclopts import App
+
+from scmoe.command_line import KeyValue
+from scmoe.config.help import help_text
+
+main = App(name="train", help_epilogue=help_text())
+
+
+@main.default
+def start(config: str, /, *overrides: KeyValue) -> None:
+    """Train a model. Standard output is the run's summary as JSON, and everything else goes to standard error.
+
+    Exit codes: 2, the request was wrong and nothing was started; 143 or 130, stopped by SIGTERM or Ctrl-C with a
+    checkpoint.
+
+    Args:
+        config: a YAML file, or the name of a shipped one, such as quickstart
+        overrides: key=value, of the keys below; --key=value works too
+    """
+    from scmoe.config.load import load
+
+    settings = load(config, overrides)
+    from scmoe.training.run.train import train
+
+    summary = train(settings, overrides)
+    if summary is not None:
+        print(json.dumps(summary), flush=True)

@@ -1,0 +1,342 @@
+"""A training step of rank 0 of a job of any size, in one process: tensors have shapes and dtypes, but no numbers.
+
+Tensors are fake (torch's FakeTensorMode), and so is the process group: a collective takes its tensors and returns. The
+step is the library's own: forward, backward with DDP and the experts' reducer or with FSDP2, the global gradient norm,
+AdamW, whose moments exist from the start. What operators do is counted from their calls alone, without hooks: torch's
+own trackers, MemTracker and FlopCounterMode, put hooks on every module, and these hold gradients of outputs and what
+activation checkpointing computes again longer than autograd does (docs/decisions/0037-dry-run.md).
+
+Tensors are on the CPU, where torch needs no GPU; experts and RMSNorm run as on a GPU unless trainer.accelerator is cpu.
+Left out: time, streams, the allocator's gaps, Lightning's loop, the guard's sums, what autocast does on a GPU alone.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import Function
+from torch.distributed.tensor import DTensor
+from torch.futures import Future
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+
+from scmoe.blocks.sublayers import recompute_activations
+from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError, flatten, show
+from scmoe.config.load import load
+from scmoe.config.registry import IMAGES
+from scmoe.config.rules import resolve_ep_size
+from scmoe.moe import experts
+from scmoe.parallel.dense import materialise, shard, with_dense_mesh
+from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
+from scmoe.parallel.update.guard import clip_grad_norm
+from scmoe.parallel.update.step import bytes_of
+from scmoe.parallel.update.wrap import wrap
+from scmoe.training.assembly.model import build_module, build_network
+
+NODE = 8  # ranks of a node, where there are more and trainer.devices is not given
+CPU, TIMEOUT = torch.device("cpu"), timedelta(seconds=60)
+DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
+COLLECTIVES = {  # by the operator that torch calls
+    "allreduce_": "all_reduce",
+    "alltoall_base_": "all_to_all",
+    "allgather_": "all_gather",
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "broadcast_": "broadcast",
+}
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """Bytes of rank 0, FLOPs of its batch, bytes of each collective in a step.
+
+    weights, gradients, optimizer: totals. peak: bytes at the moment of peak memory, by the phase that allocated them:
+    `gradients` are DDP's buckets; the experts' gradients are allocated in `backward`."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    peak: dict[str, int]
+    flops: int
+    collectives: dict[str, int]
+
+
+def load_for(source: Any, ranks: int, samples: int, overrides: Sequence[str]) -> Config:
+    """Return the config on so many ranks with so many samples each, on nodes of NODE ranks, or of trainer.devices if
+    an override sets them.
+
+    ConfigError: ranks is no multiple of a node's, an override sets what ranks and samples decide, or a rule is broken.
+    """
+    given = dict(override.removeprefix("--").split("=", 1) for override in overrides if "=" in override)
+    for key in ("trainer.num_nodes", "data.global_batch_size"):
+        if key in given:
+            raise ConfigError(f"command line: {key} is {given[key]}, allowed: ranks=N samples=N, which set it")
+    devices = given.get("trainer.devices", str(min(NODE, ranks)))
+    node = int(devices) if devices.isdecimal() else 0
+    if node and ranks % node:
+        allowed = f"multiples of the ranks of a node, {node}; trainer.devices=N sets another number"
+        raise ConfigError(f"command line: ranks is {ranks}, allowed: {allowed}")
+    nodes = ranks // node if node else 1  # without a number above 0, `load` refuses trainer.devices
+    sizes = [f"trainer.num_nodes={nodes}", f"data.global_batch_size={ranks * samples}"]
+    return load(source, [f"trainer.devices={devices}", *overrides, *sizes])
+
+
+def with_slots(config: Config) -> Config:
+    """Return the config with moe.rows=slots where `auto` would mean filled slots, whose number depends on the data."""
+    moe, on_cpu = config.moe, config.trainer.accelerator == "cpu"
+    limited = moe.architecture != "dense" and moe.capacity_factor is not None
+    return replace(config, moe=replace(moe, rows="slots")) if limited and on_cpu and moe.rows == "auto" else config
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for settings that a dry run cannot show: shapes that depend on data, more than one batch."""
+    trainer, moe, why = config.trainer, config.moe, "the number of rows must not depend on the data"
+    dense, buffers, narrow = moe.architecture == "dense", moe.rows == "buffers", trainer.precision.startswith("bf16")
+    dropless = moe.capacity_factor is None and not buffers
+    filled = moe.rows == "filled" or (moe.rows == "auto" and trainer.accelerator == "cpu")
+    rules = [
+        (trainer.compile, "trainer.compile", "false"),
+        (trainer.accumulate > 1, "trainer.accumulate", "1, as one batch is run"),
+        (config.strategy.exchange == "hierarchical", "strategy.exchange", "auto | flat"),
+        (config.strategy.dense == "auto", "strategy.dense", "replicated | sharded | hybrid"),
+        (not dense and dropless, "moe.capacity_factor", f"a number, or moe.rows=buffers with a ceiling: {why}"),
+        (not dense and not dropless and filled, "moe.rows", f"slots: {why}"),
+        (buffers and not narrow, "trainer.precision", "bf16-mixed | bf16-true for moe.rows=buffers, as torch has it"),
+    ]
+    for refused, key, allowed in rules:
+        if refused:
+            raise ConfigError(f"dry run: {key} is {show(flatten(config)[key])}, allowed: {allowed}")
+
+
+def dry_run(config: Config) -> DryRun:
+    """Run one step of rank 0. The config says how many ranks there are. Raises ConfigError."""
+    check(config)
+    trainer = config.trainer
+    world_size = trainer.devices * trainer.num_nodes
+    with fake_ranks(world_size, resolve_ep_size(config)) as context, ExitStack() as inside:
+        if (dense := config.strategy.dense) != "replicated":
+            context = with_dense_mesh(context, dense, trainer.devices, CPU, TIMEOUT)
+        with torch.device("meta"):
+            model = build_network(config, context).to(DTYPES.get(trainer.precision, torch.float32))
+        module: Any = build_module(config)
+        module.model, module.parallel_context = model, context
+        inside.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # those on meta
+        if trainer.accelerator != "cpu":
+            inside.enter_context(patch.object(experts, "choose_mlps", choose_mlps_on_gpu))
+            inside.enter_context(patch.object(nn.functional, "rms_norm", rms_norm_on_gpu))
+        return step(config, module)
+
+
+def step(config: Config, module: Any) -> DryRun:
+    """module: its model is on the meta device. FakeTensorMode must be on."""
+    model, context = module.model, module.parallel_context
+    precision, split = config.trainer.precision, context.dense_mesh is not None
+    if split:
+        shard(model, context, precision)
+    materialise(model, CPU)
+    for owner in model.modules():
+        for name, buffer in [*owner.named_buffers(recurse=False)]:
+            setattr(owner, name, torch.empty_like(buffer, device=CPU))
+    if config.trainer.recompute:
+        recompute_activations(model)
+    optimizer = module.configure_optimizers()["optimizer"]
+    module.log, module.optimizers = lambda *_, **__: None, lambda: optimizer  # they ask the Trainer
+    parameters, shards = list(model.parameters()), {p for _, p in expert_parameters(model)}
+    for p in parameters:  # so that the moments are there before the step
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    optimizer.zero_grad()
+    batch = make_batch(config, context)
+
+    counting = Counting()
+    counting.add([*parameters, *model.buffers()])
+    counting.phase = "optimizer"
+    counting.add(value for state in optimizer.state.values() for value in state.values())
+    counting.phase = "batch"
+    counting.add(batch.values())
+    with counting, counting.resizing():
+        if not split and context.world_size > 1:
+            counting.phase = "gradients"
+            module.model = wrap(model, context, "ddp", init_sync=False).module
+            module.model.register_comm_hook(None, reduce)
+        counting.phase = "forward"
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = module.training_step(batch, 0)["loss"]
+        counting.phase = "backward"
+        (loss / context.world_size if split else loss).backward()
+        del loss
+        counting.phase = "update"
+        clip_grad_norm(parameters, shards, config.trainer.gradient_clip, context)
+        optimizer.step()
+    return DryRun(
+        weights=bytes_of(parameters),
+        gradients=bytes_of(p.grad for p in parameters),
+        optimizer=bytes_of(value for state in optimizer.state.values() for value in state.values()),
+        peak=dict(counting.peak),
+        flops=counting.flops,
+        collectives=dict(counting.collectives),
+    )
+
+
+@contextmanager
+def fake_ranks(world_size: int, ep_size: int) -> Iterator[ParallelContext]:
+    """Give the place of rank 0 among ranks that do not exist. All groups are there, and send nothing."""
+    new_group = dist.new_group
+
+    def new_fake_group(*args: Any, **given: Any) -> Any:
+        return new_group(*args, **given | {"backend": "fake"})
+
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    try:
+        with patch.object(dist, "new_group", new_fake_group):  # gloo's would look for the others
+            context = build_context(ep_size, CPU, TIMEOUT)
+        yield context if world_size > 1 else ParallelContext()
+    finally:
+        dist.destroy_process_group()
+
+
+def reduce(_: Any, bucket: dist.GradBucket) -> Future[Tensor]:
+    """What DDP does by itself, but its own future has no result in a fake group."""
+    dist.all_reduce(bucket.buffer())
+    done: Future[Tensor] = Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+def choose_mlps_on_gpu(_: Tensor, counts_e: Tensor | None) -> experts.MLPs:
+    return experts.batched_mlps if counts_e is None else experts.grouped_mlps
+
+
+def rms_norm_on_gpu(x: Tensor, shape: Any, weight: Tensor, eps: float | None) -> Tensor:
+    """A GPU's kernel needs equal dtypes."""
+    return OneKernel.apply(x, weight) if x.dtype == weight.dtype else torch.rms_norm(x, shape, weight, eps)
+
+
+class OneKernel(Function):
+    """Keeps and returns what a GPU's RMSNorm does, without numbers; the host computes it in steps, which keep more."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1]))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, _):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
+def make_batch(config: Config, context: ParallelContext) -> dict[str, Tensor]:
+    data = config.data
+    samples = data.global_batch_size // context.world_size
+    if data.name in IMAGES:
+        images = torch.zeros(samples, 3, data.image_size, data.image_size)
+        return {"images": images, "labels": torch.zeros(samples, data.num_classes)}
+    ids = torch.zeros(samples, data.seq_len, dtype=torch.int64)
+    return {"input_ids": ids, "labels": ids}
+
+
+class Counting(TorchDispatchMode):
+    """Counts while it is entered, in a FakeTensorMode. A storage counts from the operator that makes it until nothing
+    refers to it.
+
+    live: bytes by the phase in which their storage was made. peak: `live` when its sum was largest. flops: of products
+    and attention. collectives: bytes by operator and group, `sent_bytes` of each call.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.phase = "weights"
+        self.live, self.peak, self.collectives = Counter[str](), Counter[str](), Counter[str]()
+        self.flops = 0
+        self.sizes: dict[int, tuple[str, int]] = {}  # phase and bytes of each storage
+        self.fake = active_fake_mode()
+
+    def add(self, tensors: Iterable[Any]) -> None:
+        """Count tensors that were made before, in the current phase."""
+        for tensor in tensors:
+            storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+            key = storage._cdata
+            if key not in self.sizes:
+                self.sizes[key] = self.phase, 0
+                self._resize(key, storage.nbytes())
+                weakref.finalize(storage, self._resize, key, None)
+
+    def _resize(self, key: int, size: int | None) -> None:
+        """Note that a storage has so many bytes; None: it is gone."""
+        phase, before = self.sizes.pop(key)
+        self.live[phase] += (size or 0) - before
+        if size is not None:
+            self.sizes[key] = phase, size
+            if self.live.total() > self.peak.total():
+                self.peak = self.live.copy()
+
+    @contextmanager
+    def resizing(self) -> Iterator[None]:
+        """Inside, storages that FSDP empties and fills again count with their new size; operators do not show it."""
+        resize = torch.UntypedStorage.resize_
+
+        def counted(storage: torch.UntypedStorage, size: int) -> Any:
+            resized = resize(storage, size)
+            if storage._cdata in self.sizes:
+                self._resize(storage._cdata, storage.nbytes())
+            return resized
+
+        with patch.object(torch.UntypedStorage, "resize_", counted):
+            yield
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it calls again, with this rank's parts
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if active_fake_mode() is self.fake:  # else DTensor asks for a shape
+            self.add(tensors_in([out]))
+            self.flops += flops_of(func.overloadpacket, args, kwargs, out)
+            if func.namespace == "c10d":
+                name, size = sent_bytes(func, args)
+                self.collectives[name] += size
+        return out
+
+
+def flops_of(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Return FLOPs of products and attention. torch does not count attention of the CPU; its backward has twice those
+    of forward, as for every product: the scores that a kernel computes again are not counted."""
+    aten = torch.ops.aten
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        return sdpa_flop_count(*(t.shape for t in args[:3]))
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return 2 * sdpa_flop_count(*(t.shape for t in args[1:4]))
+    return flop_registry[packet](*args, **kwargs, out_val=out) if packet in flop_registry else 0
+
+
+def sent_bytes(func: Any, args: Any) -> tuple[str, int]:
+    """Return a collective's name and group, and the bytes that a rank sends in it, its own share included.
+
+    An all-reduce is a reduce-scatter and an all-gather, so it sends its tensor twice. The others send the larger of
+    what goes in and what comes out."""
+    name = func.name().partition("::")[2].partition(".")[0]
+    group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+    sizes = [sum(t.nbytes for t in tensors_in([arg])) for arg in args]
+    who = "all" if group.group_desc == "default_pg" else group.group_desc
+    return f"{COLLECTIVES[name]} {who}", (1 + (name == "allreduce_")) * max(sizes)
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from tensors_in(value)

@@ -1,0 +1,129 @@
+"""Which trial comes next, and which one is stopped early: W&B's methods, as functions of the trials so far.
+
+There is no other state, so an interrupted sweep continues as if it had not been. bayes is optuna's tree-structured
+Parzen estimator on each parameter's quantiles; early stopping is Hyperband's bands as W&B defines them
+(docs/decisions/0022-search.md says why optuna's other samplers and its pruners are not used).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from random import Random
+from typing import Any
+
+from scmoe.sweeps.sweep_file import Sweep, grid
+
+# A point of the search space: for each parameter the index of its choice, or the quantile of its distribution. Only
+# bayes needs them.
+Point = dict[str, int | float]
+
+
+@dataclass
+class Trial:
+    """number: from 1. history: the metric's values, in the order of logging."""
+
+    number: int
+    point: Point
+    parameters: dict[str, Any]
+    state: str = "running"  # or finished | stopped (early) | failed | cut
+    history: list[float] = field(default_factory=list)
+    steps: int = 0
+    seconds: float = 0.0
+    run_dir: str = ""
+    reason: str = ""
+
+    @property
+    def value(self) -> float | None:
+        """The value that judges the trial: the last one, as in W&B's summary. None: there is none, or it is NaN."""
+        return self.history[-1] if self.history and math.isfinite(self.history[-1]) else None
+
+
+def best(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
+    """Return the first of the finished trials with the best value; None: there is none."""
+    sign = 1 if sweep.minimize else -1
+    judged = [trial for trial in trials if trial.state == "finished" and trial.value is not None]
+    return min(judged, key=lambda trial: sign * (trial.value or 0.0), default=None)
+
+
+def target_reached(sweep: Sweep, trials: Sequence[Trial]) -> bool:
+    """Is a trial as good as metric.target? It ends the sweep."""
+    target, first = sweep.raw.get("metric", {}).get("target"), best(sweep, trials)
+    if target is None or first is None or first.value is None:
+        return False
+    return first.value <= target if sweep.minimize else first.value >= target
+
+
+def propose(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
+    """Return the next trial; None: there is none. Equal trials give an equal next one."""
+    if (sweep.run_cap is not None and len(trials) >= sweep.run_cap) or target_reached(sweep, trials):
+        return None
+    number = len(trials) + 1
+    if sweep.method == "bayes":
+        point = _bayes(sweep, trials)
+        return Trial(number, point, {name: sweep.axes[name].at(place) for name, place in point.items()})
+    if sweep.method == "grid":
+        parameters = next(islice(grid(sweep), len(trials), None), None)
+        return None if parameters is None else Trial(number, {}, parameters)
+    draw = Random(f"{sweep.base.seed} {len(trials)}")
+    return Trial(number, {}, {name: axis.quantile(draw.random()) for name, axis in sweep.axes.items()})
+
+
+def total(sweep: Sweep) -> int | None:
+    """Return how many trials there will be at most; None: unlimited."""
+    sizes = [sweep.run_cap] if sweep.run_cap is not None else []
+    if sweep.method == "grid":
+        sizes.append(math.prod(len(axis.grid) for axis in sweep.axes.values()))
+    return min(sizes, default=None)
+
+
+def _bayes(sweep: Sweep, trials: Sequence[Trial]) -> Point:
+    """A failed trial counts with the value that metric.impute chooses, so that the search avoids its neighbourhood."""
+    import optuna
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions: dict[str, BaseDistribution] = {
+        name: FloatDistribution(0, 1) if axis.choices is None else CategoricalDistribution(range(len(axis.choices)))
+        for name, axis in sweep.axes.items()
+    }
+    sampler = optuna.samplers.TPESampler(seed=sweep.base.seed + len(trials), multivariate=True)
+    study = optuna.create_study(sampler=sampler, direction="minimize" if sweep.minimize else "maximize")
+    ended = [trial for trial in trials if trial.state in ("finished", "stopped", "failed")]
+    for trial in ended:
+        value = _imputed(sweep, trial, ended) if trial.state == "failed" else trial.value
+        if value is not None:
+            study.add_trial(optuna.create_trial(params=trial.point, distributions=distributions, value=value))
+    return study.ask(distributions).params
+
+
+def _imputed(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> float | None:
+    how = sweep.raw["metric"].get("impute", "worst")
+    if how == "latest" and trial.value is not None:
+        return trial.value
+    values = (t.value for t in trials if t.state != "failed" and t.value is not None)
+    return (min if sweep.minimize == (how == "best") else max)(values, default=None)
+
+
+def bands(rule: dict[str, Any]) -> list[int]:
+    """Return the numbers of values at which a trial is judged: max_iter / eta^i, i = 1..s, or min_iter * eta^i."""
+    eta = rule.get("eta", 3)
+    if "max_iter" in rule:
+        return sorted({int(rule["max_iter"] / eta**i) for i in range(1, rule["s"] + 1)} - {0})
+    return [int(rule["min_iter"] * eta**i) for i in range(20)]
+
+
+def hopeless(sweep: Sweep, trial: Trial, others: Sequence[Trial]) -> bool:
+    """Return whether Hyperband stops the trial: at the last band that it has passed, which n trials have reached, its
+    value is worse than the (floor(n / eta) + 1)-th best of theirs.
+
+    early_terminate.strict: compare the trial's value at the band; otherwise its best value so far.
+    """
+    rule, sign = sweep.raw.get("early_terminate"), 1 if sweep.minimize else -1
+    if not rule or not (passed := [band for band in bands(rule) if band <= len(trial.history)]):
+        return False
+    band = passed[-1]
+    at_band = sorted(sign * t.history[band - 1] for t in [*others, trial] if len(t.history) >= band)
+    threshold = at_band[int(len(at_band) / rule.get("eta", 3))]
+    judged = trial.history[band - 1 : band] if rule.get("strict", True) else trial.history
+    return min(sign * value for value in judged) > threshold
