@@ -9,6 +9,7 @@ import pytest
 
 from scmoe import __version__, command_line
 from scmoe.command_line import LABORATORY, VERBS, app_of, call, module_of
+from scmoe.config import extras
 from scmoe.config.extras import scmoe
 
 ROOT = Path(__file__).parents[2]
@@ -100,13 +101,16 @@ def test_the_next_command_is_named_as_it_works_here(monkeypatch, tmp_path):
     program = tmp_path / "my venv/bin/scmoe"
     program.parent.mkdir(parents=True)
     program.touch(mode=0o755)
-    monkeypatch.setattr(sys, "executable", str(program.with_name("python")))
+    monkeypatch.setattr(extras, "own_program", lambda: program)  # test_extras.py tests which one that is
     monkeypatch.setenv("PATH", "/usr/bin")
     assert scmoe("runs", "a b") == f"'{program}' runs 'a b'"
     monkeypatch.chdir(tmp_path)
     assert scmoe("runs") == "'my venv/bin/scmoe' runs"
     monkeypatch.setenv("PATH", str(program.parent))
     assert scmoe("runs") == "scmoe runs"
+    monkeypatch.setattr(extras, "own_program", lambda: None)
+    monkeypatch.setattr(sys, "executable", str(program.with_name("python")))
+    assert scmoe("runs") == "'my venv/bin/python' -m scmoe runs"
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
