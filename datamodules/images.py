@@ -1,14 +1,15 @@
-"""Images for classification: Fashion-MNIST's files, scikit-learn's digits, or a folder of folders such as ImageNet-1K,
-with timm's transforms, mixup and label smoothing.
+"""Images for classification: Fashion-MNIST's files, scikit-learn's digits, or a folder of folders
+such as ImageNet-1K, with timm's transforms, mixup and label smoothing.
 
     training    {"images": float32 [B, 3, S, S], "labels": float32 [B, C]}, labels as probabilities
     val         {"images", "labels": int64 [B]}; filler has label -100 and only zeros
     both        "skipped": int64 [B], the number of unreadable images that each sample replaces
 
-Order and resuming are those of text: the position determines the sample (`positioned.py`). Random crops, colours and
-erased parts depend on the seed and the position, random mixing on the position of the batch's first sample, so the
-number of workers or an interruption changes nothing. Mixing pairs the images of one rank's batch: with it, and only
-with it, the number of ranks changes what is trained on.
+Order and resuming are those of text: the position determines the sample (`positioned.py`). Random
+crops, colours and erased parts depend on the seed and the position, random mixing on the position
+of the batch's first sample, so the number of workers or an interruption changes nothing. Mixing
+pairs the images of one rank's batch: with it, and only with it, the number of ranks changes what is
+trained on.
 
 A data set that is missing is an error that says how to get it. No other is used in its place.
 """
@@ -38,7 +39,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from scmoe.datamodules.positioned import IGNORE, PositionedDataModule, SampleOrder
 
 Augment = Literal["none", "imagenet"]
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # from Debian's package dataset-fashion-mnist
+FASHION_MNIST = Path(
+    "/usr/share/datasets/fashion-mnist"
+)  # from Debian's package dataset-fashion-mnist
 IDX_UINT8 = 8
 DIGITS_HELD_OUT = 5  # every fifth digit is for validation, as the file is ordered by writer
 
@@ -73,12 +76,15 @@ class FolderImages:
         try:
             return self.folder[i]
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others
-            raise UnreadableImage(f"data.path: {self.folder.samples[i][0]} cannot be read: {error}") from error
+            raise UnreadableImage(
+                f"data.path: {self.folder.samples[i][0]} cannot be read: {error}"
+            ) from error
 
 
 @dataclass(frozen=True)
 class ImageSplits:
-    """Training and validation images, the number of classes, and a text that identifies the content."""
+    """Training and validation images, the number of classes, and a text that identifies the
+    content."""
 
     name: str
     images: Mapping[str, Images]
@@ -103,7 +109,8 @@ class ArrayImages:
 def open_images(name: str, path: str | None) -> ImageSplits:
     """Returns the splits train and val of `fashion_mnist`, `digits` or `image_folder`.
 
-    path: a folder; None: the usual place. Raises ValueError or ModuleNotFoundError where the data set is missing.
+    path: a folder; None: the usual place. Raises ValueError or ModuleNotFoundError where the data
+    set is missing.
     """
     if name == "digits":
         return digits()
@@ -120,37 +127,49 @@ def digits() -> ImageSplits:
     found = load_digits()
     pixels_NHW, labels_N = (found.images * (255 / 16)).astype(np.uint8), found.target
     held_out_N = np.arange(len(labels_N)) % DIGITS_HELD_OUT == 0
-    splits = [ArrayImages(pixels_NHW[own_N], labels_N[own_N]) for own_N in (~held_out_N, held_out_N)]
+    splits = [
+        ArrayImages(pixels_NHW[own_N], labels_N[own_N]) for own_N in (~held_out_N, held_out_N)
+    ]
     return _in_memory("digits", *splits)
 
 
 def fashion_mnist(folder: Path) -> ImageSplits:
-    """Returns 60,000 images of clothes, 28 x 28, and 10,000 (the test set) for validation, from four idx files."""
+    """Returns 60,000 images of clothes, 28 x 28, and 10,000 (the test set) for validation, from
+    four idx files."""
     if not folder.is_dir():
         raise ValueError(
-            f"data.name fashion_mnist: there is no folder {folder}; run apt-get install dataset-fashion-mnist, or set "
-            "data.path to a folder with the four *-ubyte.gz files, or use data.name=digits"
+            f"data.name fashion_mnist: there is no folder {folder}; run apt-get install"
+            " dataset-fashion-mnist, or set data.path to a folder with the four *-ubyte.gz files,"
+            " or use data.name=digits"
         )
     splits = []
     for stem in ("train", "t10k"):
         pixels_NHW = read_idx(folder / f"{stem}-images-idx3-ubyte.gz", 3)
         labels_N = read_idx(folder / f"{stem}-labels-idx1-ubyte.gz", 1)
         if len(pixels_NHW) != len(labels_N):
-            raise ValueError(f"{folder}: {stem} has {len(pixels_NHW)} images and {len(labels_N)} labels")
+            raise ValueError(
+                f"{folder}: {stem} has {len(pixels_NHW)} images and {len(labels_N)} labels"
+            )
         splits.append(ArrayImages(pixels_NHW, labels_N))
     return _in_memory("fashion_mnist", *splits)
 
 
 def image_folder(folder: Path) -> ImageSplits:
-    """Opens folders train and val with a folder of images for each class, numbered in order of name, as ImageNet-1K."""
+    """Opens folders train and val with a folder of images for each class, numbered in order of
+    name, as ImageNet-1K."""
     from torchvision.datasets import ImageFolder
 
     try:
         train, val = (ImageFolder(str(folder / split)) for split in ("train", "val"))
     except FileNotFoundError as error:
-        raise ValueError(f"data.path is {folder}, allowed: a folder with train/CLASS and val/CLASS: {error}") from error
+        raise ValueError(
+            f"data.path is {folder}, allowed: a folder with train/CLASS and val/CLASS: {error}"
+        ) from error
     if train.classes != val.classes:
-        raise ValueError(f"{folder}: train and val have different classes: {set(train.classes) ^ set(val.classes)}")
+        raise ValueError(
+            f"{folder}: train and val have different classes:"
+            f" {set(train.classes) ^ set(val.classes)}"
+        )
     names = hashlib.sha256()  # of names, as the contents may be 100 GB
     for file, _ in [*train.samples, *val.samples]:
         names.update(f"{Path(file).relative_to(folder)}\n".encode())
@@ -161,8 +180,8 @@ def image_folder(folder: Path) -> ImageSplits:
 def read_idx(file: Path, dims: int) -> np.ndarray:
     """Returns the uint8 array of `dims` dimensions in a gzipped idx file (LeCun's MNIST format).
 
-    Header: two zero bytes, the type, the number of dimensions, then each size as a big-endian uint32. Raises
-    ValueError for any other file. It reads no more than the size in the header.
+    Header: two zero bytes, the type, the number of dimensions, then each size as a big-endian
+    uint32. Raises ValueError for any other file. It reads no more than the size in the header.
     """
     allowed = f"a gzipped idx file of {dims}-dimensional uint8"
     try:
@@ -178,7 +197,9 @@ def read_idx(file: Path, dims: int) -> np.ndarray:
     except (OSError, EOFError, zlib.error) as error:  # OSError: also a file that is not gzip
         raise ValueError(f"{file}: {error}; allowed: {allowed}") from error
     except (OverflowError, MemoryError) as error:
-        raise ValueError(f"{file}: states a size that does not fit into memory; allowed: {allowed}") from error
+        raise ValueError(
+            f"{file}: states a size that does not fit into memory; allowed: {allowed}"
+        ) from error
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
@@ -194,7 +215,8 @@ def _in_memory(name: str, train: ArrayImages, val: ArrayImages) -> ImageSplits:
 
 
 def train_transform(size: int, augment: Augment) -> Callable[..., Tensor]:
-    """Return the transform of `augment`: the whole image, or crop, flip, RandAugment and erasing as for Swin."""
+    """Return the transform of `augment`: the whole image, or crop, flip, RandAugment and erasing as
+    for Swin."""
     if augment == "none":
         return eval_transform(size, augment)
     return create_transform(
@@ -209,12 +231,15 @@ def train_transform(size: int, augment: Augment) -> Callable[..., Tensor]:
 
 
 def eval_transform(size: int, augment: Augment) -> Callable[..., Tensor]:
-    return create_transform(size, interpolation="bicubic", crop_pct=0.9 if augment == "imagenet" else 1.0)
+    return create_transform(
+        size, interpolation="bicubic", crop_pct=0.9 if augment == "imagenet" else 1.0
+    )
 
 
 @dataclass(eq=False)
 class TrainImages(Dataset):
-    """Gives as item p the sample at position p of the whole training, transformed at random from (seed, p).
+    """Gives as item p the sample at position p of the whole training, transformed at random from
+    (seed, p).
 
     skip: the next image takes the place of one that cannot be read; `skipped` counts such images.
     """
@@ -235,7 +260,12 @@ class TrainImages(Dataset):
                 if not self.skip or skipped == len(self.images):
                     raise
         with drawn_from(self.order.seed, position):
-            return {"images": self.transform(picture), "labels": label, "position": position, "skipped": skipped}
+            return {
+                "images": self.transform(picture),
+                "labels": label,
+                "position": position,
+                "skipped": skipped,
+            }
 
 
 class EvalImages(Dataset):
@@ -245,7 +275,12 @@ class EvalImages(Dataset):
     """
 
     def __init__(
-        self, images: Images, transform: Callable[..., Tensor], limit: int | None, size: int, skip: bool = False
+        self,
+        images: Images,
+        transform: Callable[..., Tensor],
+        limit: int | None,
+        size: int,
+        skip: bool = False,
     ) -> None:
         self.images, self.transform, self.size, self.skip = images, transform, size, skip
         self.limit = len(images) if limit is None else min(limit, len(images))
@@ -267,11 +302,18 @@ class EvalImages(Dataset):
 
 
 class Batch:
-    """Collates training samples: labels become smoothed probabilities, and images are mixed where configured."""
+    """Collates training samples: labels become smoothed probabilities, and images are mixed where
+    configured."""
 
-    def __init__(self, num_classes: int, smoothing: float, mixup: float, cutmix: float, seed: int) -> None:
+    def __init__(
+        self, num_classes: int, smoothing: float, mixup: float, cutmix: float, seed: int
+    ) -> None:
         self.num_classes, self.smoothing, self.seed = num_classes, smoothing, seed
-        self.mix = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=num_classes) if mixup or cutmix else None
+        self.mix = (
+            Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=num_classes)
+            if mixup or cutmix
+            else None
+        )
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = default_collate(list(samples))
@@ -296,7 +338,8 @@ def drawn_from(seed: int, position: int) -> Iterator[None]:
 
 
 class ImageDataModule(PositionedDataModule):
-    """Makes loaders over `splits`. A sample is an image. val_images: images that a validation uses; None: all."""
+    """Makes loaders over `splits`. A sample is an image. val_images: images that a validation uses;
+    None: all."""
 
     def __init__(
         self,
@@ -314,7 +357,9 @@ class ImageDataModule(PositionedDataModule):
     ) -> None:
         super().__init__(**position)
         if num_classes != splits.num_classes:
-            raise ValueError(f"data.num_classes is {num_classes}, allowed: {splits.num_classes}, as in the data")
+            raise ValueError(
+                f"data.num_classes is {num_classes}, allowed: {splits.num_classes}, as in the data"
+            )
         self.name, self.splits = splits.name, splits
         self.train_transform = train_transform(image_size, augment)
         self.eval_transform = eval_transform(image_size, augment)
@@ -326,7 +371,9 @@ class ImageDataModule(PositionedDataModule):
 
     def train_dataloader(self) -> DataLoader:
         images = self.splits.images["train"]
-        dataset = TrainImages(images, SampleOrder(len(images), self.seed), self.train_transform, self.skip)
+        dataset = TrainImages(
+            images, SampleOrder(len(images), self.seed), self.train_transform, self.skip
+        )
         return self.train_loader(dataset, np.asarray, self.batch)  # its items are positions
 
     def val_dataloader(self) -> DataLoader:
@@ -337,7 +384,9 @@ class ImageDataModule(PositionedDataModule):
         return self.held_out_loader(None)
 
     def held_out_loader(self, limit: int | None) -> DataLoader:
-        images = EvalImages(self.splits.images["val"], self.eval_transform, limit, self.image_size, self.skip)
+        images = EvalImages(
+            self.splits.images["val"], self.eval_transform, limit, self.image_size, self.skip
+        )
         return self.eval_loader(images)
 
     def unreadable(self) -> list[str]:

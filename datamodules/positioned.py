@@ -1,11 +1,12 @@
 """Which sample comes when, on which rank: a function of the global sample position only.
 
-Training sees positions p = 0, 1, 2, ...; position p is sample `permutation(p // N)[p % N]` of the N samples. A
-micro-batch takes the next M positions, and the ranks take them in turn. So any number of ranks sees the same
-global batches in the same order, batches run on across epochs, and one number is all that resuming needs.
+Training sees positions p = 0, 1, 2, ...; position p is sample `permutation(p // N)[p % N]` of the N
+samples. A micro-batch takes the next M positions, and the ranks take them in turn. So any number of
+ranks sees the same global batches in the same order, batches run on across epochs, and one number
+is all that resuming needs.
 
-`PositionedDataModule` keeps this number in checkpoints. Run the Trainer with `use_distributed_sampler=False`, and call
-`advance()` at the end of every training batch.
+`PositionedDataModule` keeps this number in checkpoints. Run the Trainer with
+`use_distributed_sampler=False`, and call `advance()` at the end of every training batch.
 """
 
 import os
@@ -49,11 +50,12 @@ class SampleOrder:
 
 @dataclass(frozen=True)
 class Batches:
-    """A batch sampler that yields this rank's share of every micro-batch from position `start()` on.
+    """A batch sampler that yields this rank's share of every micro-batch from position `start()`
+    on.
 
-    order: positions to the items of a data set.
-    `len` is the number of micro-batches of the whole training, also after a resume: Lightning subtracts those that are
-    done. The position is read once, when iteration starts, as workers then fetch ahead of the training.
+    order: positions to the items of a data set. `len` is the number of micro-batches of the whole
+    training, also after a resume: Lightning subtracts those that are done. The position is read
+    once, when iteration starts, as workers then fetch ahead of the training.
     """
 
     order: Callable[[np.ndarray], np.ndarray]
@@ -76,11 +78,11 @@ class Batches:
 class PositionedDataModule(LightningDataModule):
     """Knows position, checkpoint state and place among the ranks, and makes the loaders.
 
-    global_batch_size: samples of one optimizer step, of all ranks and `accumulate` micro-batches together.
-    num_batches: micro-batches of the whole training, max_steps x accumulate.
-    overfit: train on the first so many micro-batches of the order again and again; None: on all samples.
-    `consumed_samples` is the position in the order of samples. `skipped` says, in a line for each, why files are left
-    out.
+    global_batch_size: samples of one optimizer step, of all ranks and `accumulate` micro-batches
+    together. num_batches: micro-batches of the whole training, max_steps x accumulate. overfit:
+    train on the first so many micro-batches of the order again and again; None: on all samples.
+    `consumed_samples` is the position in the order of samples. `skipped` says, in a line for each,
+    why files are left out.
     """
 
     def __init__(
@@ -95,7 +97,8 @@ class PositionedDataModule(LightningDataModule):
         super().__init__()
         if global_batch_size < 1 or accumulate < 1 or global_batch_size % accumulate:
             raise ValueError(
-                f"data.global_batch_size is {global_batch_size}; allowed: multiples of trainer.accumulate, {accumulate}"
+                f"data.global_batch_size is {global_batch_size}; allowed: multiples of"
+                f" trainer.accumulate, {accumulate}"
             )
         self.global_batch_size, self.accumulate = global_batch_size, accumulate
         self.micro_batch, self.num_batches = global_batch_size // accumulate, num_batches
@@ -123,31 +126,42 @@ class PositionedDataModule(LightningDataModule):
         for key, ours in self.identity().items():
             if state_dict[key] != ours:
                 raise ValueError(
-                    f"the checkpoint's {key} is {state_dict[key]}, here it is {ours}: its position means other "
-                    "samples; resume with the data settings and seed of that run"
+                    f"the checkpoint's {key} is {state_dict[key]}, here it is {ours}: its position"
+                    " means other samples; resume with the data settings and seed of that run"
                 )
         self.consumed_samples = state_dict["consumed_samples"]
 
     def train_loader(
         self, dataset: Dataset, order: Callable[..., Any], collate: Callable[..., Any] | None = None
     ) -> DataLoader:
-        """Return the loader of the training from the current position on. order: positions to items of `dataset`."""
+        """Return the loader of the training from the current position on. order: positions to items
+        of `dataset`."""
         period = (self.overfit or self.num_batches) * self.micro_batch
 
         def repeated(positions: np.ndarray) -> np.ndarray:
             return order(positions % period)
 
-        return self._loader(dataset, repeated, self.num_batches, lambda: self.consumed_samples, collate)
+        return self._loader(
+            dataset, repeated, self.num_batches, lambda: self.consumed_samples, collate
+        )
 
     def eval_loader(self, dataset: Sized) -> DataLoader:
-        """Return a loader that gives all ranks equally many batches of one shape, as all must take part in collectives.
+        """Return a loader that gives all ranks equally many batches of one shape, as all must take
+        part in collectives.
 
         Items from `len(dataset)` on are filler, which `dataset` must recognise.
         """
-        return self._loader(dataset, np.asarray, -(-len(dataset) // self.micro_batch), lambda: 0, None)
+        return self._loader(
+            dataset, np.asarray, -(-len(dataset) // self.micro_batch), lambda: 0, None
+        )
 
     def _loader(
-        self, dataset: Any, order: Any, num_batches: int, start: Callable[[], int], collate: Callable[..., Any] | None
+        self,
+        dataset: Any,
+        order: Any,
+        num_batches: int,
+        start: Callable[[], int],
+        collate: Callable[..., Any] | None,
     ) -> DataLoader:
         rank, world = self.rank_and_world()
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
@@ -161,8 +175,8 @@ class PositionedDataModule(LightningDataModule):
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
             pin_memory=on_gpu,  # else a copy to the GPU waits for the stream
-            # For the seeds of workers. Else each start of a loader would draw from the global generator, and dropout
-            # would depend on whether there was a validation.
+            # For the seeds of workers. Else each start of a loader would draw from the global
+            # generator, and dropout would depend on whether there was a validation.
             generator=torch.Generator().manual_seed(self.seed + rank),
         )
 
@@ -171,24 +185,30 @@ class PositionedDataModule(LightningDataModule):
             dataset.note(exception)
 
     def rank_and_world(self) -> tuple[int, int]:
-        rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        rank, world = (
+            (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        )
         if self.micro_batch % world:
             raise ValueError(
-                f"data.global_batch_size is {self.global_batch_size}; allowed: multiples of ranks x "
-                f"trainer.accumulate, {world} x {self.accumulate}"
+                f"data.global_batch_size is {self.global_batch_size}; allowed: multiples of ranks x"
+                f" trainer.accumulate, {world} x {self.accumulate}"
             )
         return rank, world
 
 
 class Watched(Dataset):
-    """Finds the sample that a data worker was reading when it died or raised; PyTorch names only the worker.
+    """Finds the sample that a data worker was reading when it died or raised; PyTorch names only
+    the worker.
 
-    Workers note each sample of `dataset` before they read it, in memory shared with the loader's process.
+    Workers note each sample of `dataset` before they read it, in memory shared with the loader's
+    process.
     """
 
     def __init__(self, dataset: Dataset, workers: int) -> None:
         self.dataset = dataset
-        self.reading_W2 = torch.full((workers, 2), -1, dtype=torch.int64).share_memory_()  # process, sample
+        self.reading_W2 = torch.full(
+            (workers, 2), -1, dtype=torch.int64
+        ).share_memory_()  # process, sample
 
     def __len__(self) -> int:
         assert isinstance(self.dataset, Sized)
@@ -207,4 +227,6 @@ class Watched(Dataset):
         name = type(self.dataset).__name__
         for worker, (pid, sample) in enumerate(self.reading_W2.tolist()):
             if sample >= 0 and (pid in pids or worker in raised):
-                error.add_note(f"data worker {worker} (pid {pid}) was reading sample {sample} of {name}")
+                error.add_note(
+                    f"data worker {worker} (pid {pid}) was reading sample {sample} of {name}"
+                )

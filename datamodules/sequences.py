@@ -1,9 +1,11 @@
-"""Turns a flat array of tokens into batches, for text (`text.py`) and for the synthetic tokens of benchmarks.
+"""Turns a flat array of tokens into batches, for text (`text.py`) and for the synthetic tokens of
+benchmarks.
 
     training    {"input_ids", "labels"}: int64 [B, S], labels are the next tokens
-    val, test   also "num_bytes": int64 [B], UTF-8 bytes of a window's targets, and "padding_mask": bool [B, S], True
-                at real tokens. Windows do not overlap and cover every target once; the last one is padded. Padding and
-                filler windows have input id 0, label -100 and no bytes.
+    val, test   also "num_bytes": int64 [B], UTF-8 bytes of a window's targets, and "padding_mask":
+                bool [B, S], True at real tokens. Windows do not overlap and cover every target
+                once; the last one is padded. Padding and filler windows have input id 0, label -100
+                and no bytes.
 
 The order of samples is in `positioned.py`.
 """
@@ -31,7 +33,8 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class TokenSplits:
-    """Tokens of train, val and test, the bytes of each id (int64 [V]), and a text that identifies the content."""
+    """Tokens of train, val and test, the bytes of each id (int64 [V]), and a text that identifies
+    the content."""
 
     tokens: Mapping[str, Tokens]
     token_bytes_V: np.ndarray
@@ -55,9 +58,12 @@ class TrainSequences(Dataset):
 
 
 class EvalWindows(Dataset):
-    """Gives windows of S targets that cover the tokens once, or `limit` of them evenly spread; then filler."""
+    """Gives windows of S targets that cover the tokens once, or `limit` of them evenly spread; then
+    filler."""
 
-    def __init__(self, tokens: Tokens, seq_len: int, token_bytes_V: np.ndarray, limit: int | None) -> None:
+    def __init__(
+        self, tokens: Tokens, seq_len: int, token_bytes_V: np.ndarray, limit: int | None
+    ) -> None:
         self.tokens, self.seq_len, self.token_bytes_V = tokens, seq_len, token_bytes_V
         self.num_windows = -(-max(0, len(tokens) - 1) // seq_len)
         self.limit = self.num_windows if limit is None else min(limit, self.num_windows)
@@ -66,27 +72,41 @@ class EvalWindows(Dataset):
         return self.limit
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        input_ids, labels = np.zeros(self.seq_len, np.int64), np.full(self.seq_len, IGNORE, np.int64)
+        input_ids, labels = (
+            np.zeros(self.seq_len, np.int64),
+            np.full(self.seq_len, IGNORE, np.int64),
+        )
         window = self.window(i) if i < self.limit else np.empty(0, np.int64)
         real = max(0, len(window) - 1)
         input_ids[:real], labels[:real] = window[:-1], window[1:]
         num_bytes = self.token_bytes_V[window[1:]].sum()
         mask = np.arange(self.seq_len) < real
-        return {"input_ids": input_ids, "labels": labels, "num_bytes": num_bytes, "padding_mask": mask}
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "num_bytes": num_bytes,
+            "padding_mask": mask,
+        }
 
     def window(self, i: int) -> np.ndarray:
-        """Returns the tokens of window `i`, int64, up to S + 1: the first is only input, the last only target."""
+        """Returns the tokens of window `i`, int64, up to S + 1: the first is only input, the last
+        only target."""
         start = i * self.num_windows // self.limit * self.seq_len
         return self.tokens[start : start + self.seq_len + 1].astype(np.int64)
 
 
 class SequenceDataModule(PositionedDataModule):
-    """Makes loaders over the `TokenSplits` that a subclass opens as `splits`. A sample is a sequence."""
+    """Makes loaders over the `TokenSplits` that a subclass opens as `splits`. A sample is a
+    sequence."""
 
-    def __init__(self, *, seq_len: int = 256, val_sequences: int | None = None, **position: Any) -> None:
+    def __init__(
+        self, *, seq_len: int = 256, val_sequences: int | None = None, **position: Any
+    ) -> None:
         super().__init__(**position)
         if seq_len < 1 or (val_sequences is not None and val_sequences < 1):
-            raise ValueError(f"data.seq_len is {seq_len}, data.val_sequences {val_sequences}; allowed: 1 or more")
+            raise ValueError(
+                f"data.seq_len is {seq_len}, data.val_sequences {val_sequences}; allowed: 1 or more"
+            )
         self.seq_len, self.val_sequences = seq_len, val_sequences
 
     @cached_property
@@ -98,8 +118,12 @@ class SequenceDataModule(PositionedDataModule):
         for split, tokens in self.splits.tokens.items():
             least = self.seq_len + 1 if split == "train" else 2  # an input and a target
             if len(tokens) < least:
-                allowed = f"allowed: {least} or more with data.seq_len {self.seq_len}; give more text"
-                raise ValueError(f"the split {split} of the data has {len(tokens)} tokens, {allowed}")
+                allowed = (
+                    f"allowed: {least} or more with data.seq_len {self.seq_len}; give more text"
+                )
+                raise ValueError(
+                    f"the split {split} of the data has {len(tokens)} tokens, {allowed}"
+                )
 
     def train_dataloader(self) -> DataLoader:
         dataset = TrainSequences(self.splits.tokens["train"], self.seq_len)
@@ -112,9 +136,12 @@ class SequenceDataModule(PositionedDataModule):
         return self.eval_loader(self.eval_windows("test"))
 
     def eval_windows(self, split: str) -> EvalWindows:
-        """Returns the windows of `split` that its loader reads; `val_sequences` limits those of val."""
+        """Returns the windows of `split` that its loader reads; `val_sequences` limits those of
+        val."""
         limit = self.val_sequences if split == "val" else None
-        return EvalWindows(self.splits.tokens[split], self.seq_len, self.splits.token_bytes_V, limit)
+        return EvalWindows(
+            self.splits.tokens[split], self.seq_len, self.splits.token_bytes_V, limit
+        )
 
     def unigram_bits_per_byte(self) -> float:
         """Returns the bits per UTF-8 byte of a unigram model, which any trained model must beat.
@@ -125,7 +152,9 @@ class SequenceDataModule(PositionedDataModule):
         train = self.splits.tokens["train"]
         train_count_V = np.ones(len(token_bytes_V))
         for start in range(0, len(train), COUNT_CHUNK):
-            train_count_V += np.bincount(train[start : start + COUNT_CHUNK], minlength=len(token_bytes_V))
+            train_count_V += np.bincount(
+                train[start : start + COUNT_CHUNK], minlength=len(token_bytes_V)
+            )
         windows = self.eval_windows("val")
         target_count_V = np.zeros(len(token_bytes_V), np.int64)
         for i in range(len(windows)):
@@ -139,10 +168,12 @@ class SequenceDataModule(PositionedDataModule):
 
 @dataclass(frozen=True)
 class SyntheticTokens:
-    """Gives `length` pseudo-random ids below `vocab_size`, without a file or a tokenizer. stream: the split's number.
+    """Gives `length` pseudo-random ids below `vocab_size`, without a file or a tokenizer. stream:
+    the split's number.
 
-    Token t of a stream is a hash of (seed, t), so any slice can be computed anywhere, in any order. All ids are equally
-    likely and independent: there is nothing to learn, and the loss stays at ln V.
+    Token t of a stream is a hash of (seed, t), so any slice can be computed anywhere, in any order.
+    All ids are equally likely and independent: there is nothing to learn, and the loss stays at ln
+    V.
     """
 
     seed: int
@@ -160,7 +191,8 @@ class SyntheticTokens:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64 (Steele, Lea, Flood 2014): a bijection of uint64 that turns a counter into pseudo-random numbers."""
+    """SplitMix64 (Steele, Lea, Flood 2014): a bijection of uint64 that turns a counter into
+    pseudo-random numbers."""
     x = x * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -168,7 +200,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class SyntheticDataModule(SequenceDataModule):
-    """Has 65,536 sequences for training and `val_sequences` (None: 64) each for validation and test.
+    """Has 65,536 sequences for training and `val_sequences` (None: 64) each for validation and
+    test.
 
     Each token counts as one byte, so bits per byte are bits per token.
     """
@@ -185,4 +218,6 @@ class SyntheticDataModule(SequenceDataModule):
             split: SyntheticTokens(self.seed, stream, count * self.seq_len + 1, self.vocab_size)
             for stream, (split, count) in enumerate(sequences.items())
         }
-        return TokenSplits(tokens, np.ones(self.vocab_size, np.int64), f"synthetic-{self.vocab_size}")
+        return TokenSplits(
+            tokens, np.ones(self.vocab_size, np.int64), f"synthetic-{self.vocab_size}"
+        )

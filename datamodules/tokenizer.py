@@ -1,11 +1,13 @@
 """Converts text to token ids and back without loss, by BPE over bytes.
 
-A vocabulary is trained here (`bpe`), is GPT-2's (`gpt2`), or comes from a `tokenizer.json`. All three become the same
-`tokenizers` object, so every token cache holds a `tokenizer.json`, and reading it requires no network.
+A vocabulary is trained here (`bpe`), is GPT-2's (`gpt2`), or comes from a `tokenizer.json`. All
+three become the same `tokenizers` object, so every token cache holds a `tokenizer.json`, and
+reading it requires no network.
 
-A file may be of either lossless kind: GPT-2's, where every byte is a letter, or LLaMA's (SentencePiece), where a space
-is the letter "▁" and characters without a token become the tokens <0x00> to <0xFF> of their bytes. LLaMA adds a space
-before every text and removes it when decoding; here none is added, so that tokens stand for the text's bytes only.
+A file may be of either lossless kind: GPT-2's, where every byte is a letter, or LLaMA's
+(SentencePiece), where a space is the letter "▁" and characters without a token become the tokens
+<0x00> to <0xFF> of their bytes. LLaMA adds a space before every text and removes it when decoding;
+here none is added, so that tokens stand for the text's bytes only.
 """
 
 import json
@@ -30,22 +32,30 @@ TRAIN_CHARS = 200_000_000  # with more text BPE's counts hardly change, but its 
 
 
 class Tokenizer:
-    """A lossless tokenizer with a special token that ends a text; encoding a text never gives this token.
+    """A lossless tokenizer with a special token that ends a text; encoding a text never gives this
+    token.
 
-    `vocab_size` is one more than the largest id; `end_of_text` is the special token's id, `end_token` its text.
+    `vocab_size` is one more than the largest id; `end_of_text` is the special token's id,
+    `end_token` its text.
     """
 
     def __init__(self, inner: "tokenizers.Tokenizer", origin: str) -> None:
         self.origin = origin
         ends = {token: i for token in ENDS if (i := inner.token_to_id(token)) is not None}
         if not ends:
-            raise ValueError(f"data.tokenizer {origin} has none of the tokens {', '.join(ENDS)}; add a special token")
+            raise ValueError(
+                f"data.tokenizer {origin} has none of the tokens {', '.join(ENDS)}; add a special"
+                " token"
+            )
         self._bytes: list[int] | None = None  # ids of BYTES, in a vocabulary of LLaMA's kind
         if getattr(inner.model, "byte_fallback", False):
             inner = _without_prefix(inner)
             self._bytes = [i for i in map(inner.token_to_id, BYTES) if i is not None]
             if len(self._bytes) < len(BYTES):
-                raise ValueError(f"data.tokenizer {origin} has {len(self._bytes)} of the 256 tokens <0x00> to <0xFF>")
+                raise ValueError(
+                    f"data.tokenizer {origin} has {len(self._bytes)} of the 256 tokens <0x00> to"
+                    " <0xFF>"
+                )
         inner.encode_special_tokens = True  # a text that spells out "<|endoftext|>" is text
         inner.no_truncation()
         inner.no_padding()
@@ -55,7 +65,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads a `tokenizer.json`. Raises FileNotFoundError where it is missing, ValueError for another file."""
+        """Reads a `tokenizer.json`. Raises FileNotFoundError where it is missing, ValueError for
+        another file."""
         import tokenizers
 
         try:
@@ -93,7 +104,8 @@ class Tokenizer:
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def require_room(self, vocab_size: int) -> None:
-        """Raises ValueError where this tokenizer has more than `vocab_size` ids, those of the model."""
+        """Raises ValueError where this tokenizer has more than `vocab_size` ids, those of the
+        model."""
         if self.vocab_size > vocab_size:
             raise ValueError(
                 f"data.vocab_size is {vocab_size}, allowed: {self.vocab_size} or more, "
@@ -101,7 +113,8 @@ class Tokenizer:
             )
 
     def token_bytes(self) -> np.ndarray:
-        """Returns the number of UTF-8 bytes of each id, int64 [V]; 0 for special tokens and unused ids."""
+        """Returns the number of UTF-8 bytes of each id, int64 [V]; 0 for special tokens and unused
+        ids."""
         added = self._inner.get_added_tokens_decoder()
         num_bytes_V = np.zeros(self.vocab_size, np.int64)
         for token, i in self._inner.get_vocab(with_added_tokens=True).items():
@@ -119,7 +132,9 @@ class Tokenizer:
 def make_tokenizer(kind: str, vocab_size: int, train_texts: Iterable[str]) -> Tokenizer:
     """Returns the tokenizer that `data.tokenizer` names; `train_texts` are read for `bpe` only."""
     if kind in ("bpe", "gpt2"):
-        tokenizer = Tokenizer(_gpt2() if kind == "gpt2" else _train_bpe(train_texts, vocab_size), kind)
+        tokenizer = Tokenizer(
+            _gpt2() if kind == "gpt2" else _train_bpe(train_texts, vocab_size), kind
+        )
     else:
         tokenizer = Tokenizer.load(tokenizer_file(kind))
     tokenizer.require_room(vocab_size)
@@ -129,12 +144,16 @@ def make_tokenizer(kind: str, vocab_size: int, train_texts: Iterable[str]) -> To
 def tokenizer_file(kind: str) -> Path:
     """Returns `kind` as the path of an existing file. Raises ValueError where there is none."""
     if not Path(kind).is_file():
-        raise ValueError(f"data.tokenizer is {kind!r}; allowed: bpe, gpt2, or the path of an existing tokenizer.json")
+        raise ValueError(
+            f"data.tokenizer is {kind!r}; allowed: bpe, gpt2, or the path of an existing"
+            " tokenizer.json"
+        )
     return Path(kind)
 
 
 def pieces(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
-    """Cuts `text` into pieces of about `size` characters, after line ends where there are any. ValueError: no text."""
+    """Cuts `text` into pieces of about `size` characters, after line ends where there are any.
+    ValueError: no text."""
     if not isinstance(text, str):
         raise ValueError(f"a document is {text!r}, allowed: a text in every row")
     start = 0
@@ -158,11 +177,16 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> "tokenizers.Tokenizer":
             room -= len(piece)
 
     inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)  # splits words like GPT-2's
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=True
+    )  # splits words like GPT-2's
     inner.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     inner.train_from_iterator(beginning(), trainer)
     return inner
@@ -175,13 +199,14 @@ def _gpt2() -> "tokenizers.Tokenizer":
         return tokenizers.Tokenizer.from_pretrained(GPT2)
     except Exception as error:
         raise ValueError(
-            f"data.tokenizer gpt2 cannot be downloaded: save the tokenizer.json of https://huggingface.co/{GPT2} and "
-            "set data.tokenizer to its path"
+            "data.tokenizer gpt2 cannot be downloaded: save the tokenizer.json of"
+            f" https://huggingface.co/{GPT2} and set data.tokenizer to its path"
         ) from error
 
 
 def _without_prefix(inner: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
-    """Removes the space that LLaMA's kind adds before a text, in both forms in which transformers writes it."""
+    """Removes the space that LLaMA's kind adds before a text, in both forms in which transformers
+    writes it."""
     import tokenizers
 
     described = json.loads(inner.to_str())

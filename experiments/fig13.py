@@ -18,12 +18,14 @@ def main(
     limit_s: Positive | None = None,
     out: Path = Path("runs/fig13"),
 ) -> None:
-    """Measure Fig. 13 on this machine: latency and memory of resident and offloaded experts. Standard output is JSON.
+    """Measure Fig. 13 on this machine: latency and memory of resident and offloaded experts.
+    Standard output is JSON.
 
     Experts are in a file in the page cache, and the device is this process's memory.
 
     Args:
-        quick: a tiny model, two rounds, every time kept: tries the command in seconds, and its figures say nothing
+        quick: a tiny model, two rounds, every time kept: tries the command in seconds, and its
+            figures say nothing
         architectures: (default: all)
         tokens: tokens of a forward pass (default: 1 4 64)
         rounds: times to keep of each way (default: 15)
@@ -35,7 +37,9 @@ def main(
     given: dict[str, Any] = {"rounds": rounds, "limit_s": limit_s}
     given["architectures"] = None if architectures is None else tuple(architectures)
     given["tokens"] = None if tokens is None else tuple(sorted(set(tokens)))
-    settings = (QUICK if quick else {}) | {name: value for name, value in given.items() if value is not None}
+    settings = (QUICK if quick else {}) | {
+        name: value for name, value in given.items() if value is not None
+    }
     print(json.dumps(bench_offload(out, Setting(**settings))))
 
 

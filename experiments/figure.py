@@ -8,7 +8,8 @@ from scmoe.config.leaves import ConfigError
 
 
 def main(number: Literal[0, 1, 4, 7, 8, 9, 10], /, *sources: str, out: Path | None = None) -> None:
-    """Draw a figure of the paper, or all of the docs. Standard output is JSON: the figure, its files.
+    """Draw a figure of the paper, or all of the docs. Standard output is JSON: the figure, its
+    files.
 
     1   share of All-to-All in the time               reports of `bench overlap`, or their folder
     4   a pair of blocks with the shortcut            nothing
@@ -18,8 +19,8 @@ def main(number: Literal[0, 1, 4, 7, 8, 9, 10], /, *sources: str, out: Path | No
     10  similarity of representations (also 14, 15)   a run with analysis.similarity_every
     0   all pictures and pages of results             what is kept in docs/figures and docs/results
 
-    PNG and PDF go to the folder `analysis` of the run, to that of the first report, or (0, 4, 7; PNG) to docs/figures.
-    9 and 10 also write what they draw, as JSON.
+    PNG and PDF go to the folder `analysis` of the run, to that of the first report, or (0, 4, 7;
+    PNG) to docs/figures. 9 and 10 also write what they draw, as JSON.
 
     Args:
         number: its number in the paper, or 0

@@ -17,11 +17,12 @@ def main(
     tiny: bool = False,
     parts: list[str] | None = None,
 ) -> int:
-    """Check scmoe on one GPU in nine minutes: tests, speed of the layer, overlap, GPT2-MoE-Small, a short training.
+    """Check scmoe on one GPU in nine minutes: tests, speed of the layer, overlap, GPT2-MoE-Small, a
+    short training.
 
-    Each part runs in its own process with its own clock. The folder gets report.md, results.json, pictures and traces,
-    at most 8 files. Standard output is JSON with the state of each part; the exit code is 0 if all are
-    ok.
+    Each part runs in its own process with its own clock. The folder gets report.md, results.json,
+    pictures and traces, at most 8 files. Standard output is JSON with the state of each part; the
+    exit code is 0 if all are ok.
 
     Args:
         out: a new or empty folder (default: runs/gpu-check/ and the time)
@@ -37,7 +38,9 @@ def main(
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         raise ConfigError(f"torch is {torch.__version__}, allowed: 2.10 or later")
     if device == "cpu" and not tiny:
-        raise ConfigError("--device is cpu, allowed: with --tiny, as the sizes of a card take hours on a CPU")
+        raise ConfigError(
+            "--device is cpu, allowed: with --tiny, as the sizes of a card take hours on a CPU"
+        )
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, and there is no CUDA device here")
     names = parts or list(PARTS)
@@ -51,7 +54,9 @@ def main(
     results = run_parts({name: PARTS[name] for name in names}, place)
     write_report(place, results)
     states = {name: part["state"] for name, part in results.items()}
-    print(json.dumps({"out": str(out), "device": place.device, "tiny": place.tiny, "parts": states}))
+    print(
+        json.dumps({"out": str(out), "device": place.device, "tiny": place.tiny, "parts": states})
+    )
     return 0 if set(states.values()) == {"ok"} else 1
 
 

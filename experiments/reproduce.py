@@ -12,16 +12,20 @@ from scmoe.report import say
 def main(*overrides: str, tables: list[str] | None = None, options: Options = USUAL) -> int:
     """Run all tables of the paper in turn, at one scale, and set our values beside the paper's.
 
-    What each table costs is said first. Finished runs are skipped and interrupted ones are resumed, failed ones do not
-    end it; Ctrl-C stops with a checkpoint of each. Standard output is JSON: rows with a result by table.
-    Exit codes: 1, something failed; 2, the request was wrong; 130, stopped.
+    What each table costs is said first. Finished runs are skipped and interrupted ones are resumed,
+    failed ones do not end it; Ctrl-C stops with a checkpoint of each. Standard output is JSON: rows
+    with a result by table. Exit codes: 1, something failed; 2, the request was wrong; 130, stopped.
 
     Args:
         overrides: key=value, for every run
         tables: such as table3 (default: tables 1 to 7)
     """
     numbered = [name for name in table_names() if re.fullmatch(r"table\d+", name)]
-    names = tables or [name for name in numbered if options.scale in load_table(name).scales] or numbered
+    names = (
+        tables
+        or [name for name in numbered if options.scale in load_table(name).scales]
+        or numbered
+    )
     for name in names:
         check_scale(load_table(name), options.scale)
     require("a table", "matplotlib", "scipy")

@@ -12,8 +12,8 @@ USUAL = Options()
 def main(table: str, /, *overrides: str, options: Options = USUAL) -> int:
     """Run a table of the paper and set our values beside the paper's.
 
-    Finished runs are skipped and interrupted ones are resumed; Ctrl-C stops with a checkpoint of each. The files are in
-    <runs_dir>/tables/<table>-<scale>; standard output is a summary as JSON.
+    Finished runs are skipped and interrupted ones are resumed; Ctrl-C stops with a checkpoint of
+    each. The files are in <runs_dir>/tables/<table>-<scale>; standard output is a summary as JSON.
     Exit codes: 1, a run failed; 2, the request was wrong; 130, stopped.
 
     Args:

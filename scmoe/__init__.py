@@ -1,7 +1,8 @@
 """scmoe: shortcut-connected mixture of experts on PyTorch Lightning.
 
-`import scmoe` makes Lightning know `Trainer(strategy="expert_parallel")` and read our checkpoint directories, before or
-after Lightning is imported. It imports neither Lightning nor torch: the names of `__all__` are imported at first use.
+`import scmoe` makes Lightning know `Trainer(strategy="expert_parallel")` and read our checkpoint
+directories, before or after Lightning is imported. It imports neither Lightning nor torch: the
+names of `__all__` are imported at first use.
 """
 
 import sys
@@ -83,7 +84,9 @@ NAMES = {  # name: module and the name there
 
 def __getattr__(name: str) -> Any:
     if name not in NAMES:
-        raise AttributeError(f"module 'scmoe' has no attribute {name!r}, allowed: {', '.join(__all__)}")
+        raise AttributeError(
+            f"module 'scmoe' has no attribute {name!r}, allowed: {', '.join(__all__)}"
+        )
     module, there = NAMES[name]
     globals()[name] = value = getattr(import_module(module), there)
     return value
@@ -96,7 +99,9 @@ def __dir__() -> list[str]:
 class AfterLightning(MetaPathFinder):
     """Finds `lightning.pytorch` as usual, and calls `teach_lightning` once it is imported."""
 
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, fullname: str, path: Any, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if fullname != "lightning.pytorch":
             return None
         sys.meta_path.remove(self)

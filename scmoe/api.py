@@ -1,14 +1,16 @@
 """A ScMoE block and an MoE module from numbers, for anyone's nn.Module, on one rank or many.
 
-    block = scmoe.ScMoEBlock(dim=256, heads=8, num_experts=8, top_k=1, position="pos2", combine="cg1")
-    y_BSD, stats = block(x_BSD)
+    block = scmoe.ScMoEBlock(dim=256, heads=8, num_experts=8, top_k=1, position="pos2",
+    combine="cg1") y_BSD, stats = block(x_BSD)
 
-The functions put the classes of blocks/ and moe/ together as training/assembly/ does for a GPT. Other parts (rotary
-positions, another norm) are given to those classes. `stats` are what `load_balance_loss` and `move_biases` read.
+The functions put the classes of blocks/ and moe/ together as training/assembly/ does for a GPT.
+Other parts (rotary positions, another norm) are given to those classes. `stats` are what
+`load_balance_loss` and `move_biases` read.
 
-group: a process group of torch.distributed whose ranks share the experts and train on batches of their own; None: this
-process holds all experts. Every rank calls the function, with the same seed. Rows travel flat between the ranks of a
-group. MoE and ScMoEBlock also take the Strategy's `parallel_context`; then they travel as its `exchange` says.
+group: a process group of torch.distributed whose ranks share the experts and train on batches of
+their own; None: this process holds all experts. Every rank calls the function, with the same seed.
+Rows travel flat between the ranks of a group. MoE and ScMoEBlock also take the Strategy's
+`parallel_context`; then they travel as its `exchange` says.
 """
 
 from collections import OrderedDict
@@ -39,8 +41,8 @@ from scmoe.schedule.schedule import POSITIONS, SUBLAYERS, Schedule
 
 @dataclass(frozen=True)
 class Wiring:
-    """The parts of a block with a shortcut. position, combine: the default of what may be chosen; None: there is no
-    choice to make."""
+    """The parts of a block with a shortcut. position, combine: the default of what may be chosen;
+    None: there is no choice to make."""
 
     block: type[MoEBlock]
     sublayers: tuple[str, ...]
@@ -57,7 +59,9 @@ AT, GATES = tuple(POSITIONS), tuple(COEFFICIENT_GATES)
 ADDED = ("direct_add",)
 SHORTCUTS = {  # docs/shortcuts.md compares them
     "scmoe": Wiring(ShortcutBlock, PAIR, "pos2", "cg1", AT, GATES),
-    "longcat": Wiring(ShortcutBlock, PAIR, "pos2", "direct_add", ("pos2",), ADDED, shares_norm=True),
+    "longcat": Wiring(
+        ShortcutBlock, PAIR, "pos2", "direct_add", ("pos2",), ADDED, shares_norm=True
+    ),
     "nvidia": Wiring(ShortcutBlock, BLOCK, "pos1", "direct_add", ("pos1",), ADDED, norm_after=True),
     "nous": Wiring(ShortcutBlock, BLOCK, "carried", "direct_add", ("first", "carried"), ADDED),
     "farskip": Wiring(FarSkipBlock, BLOCK),
@@ -80,10 +84,11 @@ def MoE(
 ) -> MoEStream:
     """Return sum_i G(x)_i E_i(x) (Eq. 1), called as y, stats = moe(x) for x of [..., dim].
 
-    ffn_dim: None: 4 dim. activation: gelu | gelu_tanh | swiglu. capacity_factor: None: no token is dropped.
-    router: softmax | deepseek | longcat, or a `Scoring` of one's own; what has a selection bias needs `move_biases`
-    after each update, and a score per sequence x of [batch, sequence, dim].
-    zero_experts: further experts that compute nothing and return their input, or 0 with zero_output="zero".
+    ffn_dim: None: 4 dim. activation: gelu | gelu_tanh | swiglu. capacity_factor: None: no token is
+    dropped. router: softmax | deepseek | longcat, or a `Scoring` of one's own; what has a selection
+    bias needs `move_biases` after each update, and a score per sequence x of [batch, sequence,
+    dim]. zero_experts: further experts that compute nothing and return their input, or 0 with
+    zero_output="zero".
     """
     scoring = SCORINGS[_chosen("router", router, SCORINGS)] if isinstance(router, str) else router
     _chosen("activation", activation, ACTIVATIONS)
@@ -116,8 +121,8 @@ def ScMoEBlock(
     inside_attention: bool = False,
     group: Any = None,
 ) -> MoEBlock:
-    """Return a pair of Transformer blocks, or for nvidia, nous and farskip one block, whose experts read an earlier
-    layer (Eq. 7-10). They are causal and pre-norm.
+    """Return a pair of Transformer blocks, or for nvidia, nous and farskip one block, whose experts
+    read an earlier layer (Eq. 7-10). They are causal and pre-norm.
 
     It is called as y, stats = block(x) for x of [batch, sequence, dim]. farskip and nous also return what the next
     block needs, y, stats, carry = block(x, carry=carry). farskip's first block needs no carry; that of nous has
@@ -133,7 +138,9 @@ def ScMoEBlock(
     schedule = Schedule(wiring.block.architecture, tap, expert_slot, chunks, inside_attention)
     ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
     parts = {"attention": lambda: Attention(dim, heads), "mlp": lambda: MLP(dim, ffn_dim)}
-    sublayers = [Residual(nn.LayerNorm(dim), parts[name](), nn.Dropout(dropout)) for name in wiring.sublayers]
+    sublayers = [
+        Residual(nn.LayerNorm(dim), parts[name](), nn.Dropout(dropout)) for name in wiring.sublayers
+    ]
     norm = nn.LayerNorm(dim)
     moe = MoE(
         dim,
@@ -173,20 +180,26 @@ def _chosen(name: str, value: str, allowed: Iterable[str]) -> str:
 
 
 def move_biases(module: nn.Module, stats: Sequence[RouterStats], group: Any = None) -> None:
-    """Move the selection biases of all routers in a module. Call it after each update, on every rank.
+    """Move the selection biases of all routers in a module. Call it after each update, on every
+    rank.
 
-    stats: of the MoE modules in their order, of the step's one batch. group: as for `load_balance_loss`.
+    stats: of the MoE modules in their order, of the step's one batch. group: as for
+    `load_balance_loss`.
     """
     stream.move_biases(module, _global_sums(stats, group))
 
 
 def load_balance_loss(stats: Sequence[RouterStats], group: Any = None) -> Tensor:
-    """Return the mean over modules of E sum_i f_i P_i: 1 for an even load, E where one expert takes all.
+    """Return the mean over modules of E sum_i f_i P_i: 1 for an even load, E where one expert takes
+    all.
 
-    group: the ranks whose batches make the global batch, each of which calls this; a `ParallelContext`: all ranks;
-    None: this process alone. The mean over the ranks is the loss of the global batch.
+    group: the ranks whose batches make the global batch, each of which calls this; a
+    `ParallelContext`: all ranks; None: this process alone. The mean over the ranks is the loss of
+    the global batch.
     """
-    return balance.load_balance_loss([*stats], _global_sums(stats, group), context_of(group).world_size)
+    return balance.load_balance_loss(
+        [*stats], _global_sums(stats, group), context_of(group).world_size
+    )
 
 
 def _global_sums(stats: Sequence[RouterStats], group: Any) -> Tensor:
@@ -198,13 +211,17 @@ def _global_sums(stats: Sequence[RouterStats], group: Any) -> Tensor:
 
 
 def data_parallel(module: nn.Module, group: Any) -> DistributedDataParallel:
-    """Return the module in DDP over the group that shares its experts: after backward every gradient is that of the
-    mean of the ranks' losses. Keep it until backward has ended: as with any DDP module, nothing is summed without it.
-    A LightningModule needs `ExpertParallelStrategy` instead, which does this too.
+    """Return the module in DDP over the group that shares its experts: after backward every
+    gradient is that of the mean of the ranks' losses. Keep it until backward has ended: as with any
+    DDP module, nothing is summed without it. A LightningModule needs `ExpertParallelStrategy`
+    instead, which does this too.
 
     ValueError: the experts of the module do not belong to this rank of the group."""
     if group is None and dist.get_world_size() > 1 and any(True for _ in expert_parameters(module)):
-        own = "the group that shares the experts; if every rank has all experts, DistributedDataParallel is enough"
+        own = (
+            "the group that shares the experts; if every rank has all experts,"
+            " DistributedDataParallel is enough"
+        )
         raise ValueError(f"group is None on several ranks, allowed: {own}")
     context = context_of(group)
     check_experts(module, context)
@@ -214,12 +231,15 @@ def data_parallel(module: nn.Module, group: Any) -> DistributedDataParallel:
 
 
 def context_of(group: Any) -> ParallelContext:
-    """Return the place of this rank in a group that shares one set of experts; of a context, the context."""
+    """Return the place of this rank in a group that shares one set of experts; of a context, the
+    context."""
     if group is None:
         return ParallelContext()
     if isinstance(group, ParallelContext):
         return group
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
-        raise ValueError("this rank is not in the group that was given, allowed: a group with this rank, or None")
+        raise ValueError(
+            "this rank is not in the group that was given, allowed: a group with this rank, or None"
+        )
     return ParallelContext(rank, size, size, ep_group=group)

@@ -1,9 +1,10 @@
-"""The `scmoe` command. Each verb is a module whose `main` is a typed function (or an App of several).
+"""The `scmoe` command. Each verb is a module whose `main` is a typed function (or an App of
+several).
 
-A user's verbs are the modules of scmoe/cli/. The verbs of the laboratory are modules of `experiments/`, which exists
-in a checkout only. A signature and a docstring are a command line, which cyclopts reads
-(docs/decisions/0032-command-line.md). Verbs import torch, Lightning and the like inside the function, so `--help` and a
-wrong request are answered at once.
+A user's verbs are the modules of scmoe/cli/. The verbs of the laboratory are modules of
+`experiments/`, which exists in a checkout only. A signature and a docstring are a command line,
+which cyclopts reads (docs/decisions/0032-command-line.md). Verbs import torch, Lightning and the
+like inside the function, so `--help` and a wrong request are answered at once.
 """
 
 import errno
@@ -42,12 +43,21 @@ VERBS = {
     "check-data": "read all data of a config, and name files that cannot be read",
     "estimate": "estimate what a training costs, without starting it",
     "dryrun": "run one step of a job of any size on tensors without numbers, and count",
-    "bench": "measure overlap, inference, a training on a slow network, routing, the layer and more",
+    "bench": (
+        "measure overlap, inference, a training on a slow network, routing, the layer and more"
+    ),
     "gpu-check": "check everything on one GPU, in nine minutes",
     "figure": "draw a figure of the paper, from a run or from reports",
     "fig13": "measure and draw Fig. 13, offloaded experts",
 }
-LABORATORY = ("table", "reproduce", "bench", "gpu-check", "figure", "fig13")  # verbs of experiments/
+LABORATORY = (
+    "table",
+    "reproduce",
+    "bench",
+    "gpu-check",
+    "figure",
+    "fig13",
+)  # verbs of experiments/
 INTERRUPTED = 128 + signal.SIGINT
 AGAIN_S = 1.0  # a second Ctrl-C within this time is the same one
 HELP_COLUMNS = 120  # where standard output is no terminal
@@ -100,7 +110,10 @@ def noting_ctrl_c() -> Iterator[Interruption]:
     """Handle Ctrl-C inside by what this yields, unless it is ignored, as in a background job. After
     a Ctrl-C it is ignored: a second one, while the process ends, would raise, or kill it."""
     interruption, before = Interruption(), signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or before in (signal.SIG_IGN, None):
+    if threading.current_thread() is not threading.main_thread() or before in (
+        signal.SIG_IGN,
+        None,
+    ):
         yield interruption
         return
     signal.signal(signal.SIGINT, interruption)
@@ -111,17 +124,24 @@ def noting_ctrl_c() -> Iterator[Interruption]:
 
 
 def answer(*words: str) -> int:
-    """Run `scmoe WORDS` in this process. Return its exit code: for a wrong request or a missing package 2, and the
-    reason is one line on standard error; after Ctrl-C 130."""
+    """Run `scmoe WORDS` in this process. Return its exit code: for a wrong request or a missing
+    package 2, and the reason is one line on standard error; after Ctrl-C 130."""
     try:
         require_checkout(words[0] if words else "")
-        act, given, _ = app_of(*words[:1]).parse_args([*words], exit_on_error=False, print_error=False)
+        act, given, _ = app_of(*words[:1]).parse_args(
+            [*words], exit_on_error=False, print_error=False
+        )
         if act.__name__ == "help_print" and words and not {"-h", "--help"} & {*words}:
             raise ConfigError(f"{words[0]} is incomplete, allowed: see {scmoe(words[0], '--help')}")
         return act(*given.args, **given.kwargs) or 0
     except CycloptsError as error:
-        said = " ".join(str(error).split()).replace("RUN requires an argument", "RUN is missing, such as runs/latest")
-        print(f"error: {said} See {scmoe(*(w for w in words[:1] if w in VERBS), '--help')}", file=sys.stderr)
+        said = " ".join(str(error).split()).replace(
+            "RUN requires an argument", "RUN is missing, such as runs/latest"
+        )
+        print(
+            f"error: {said} See {scmoe(*(w for w in words[:1] if w in VERBS), '--help')}",
+            file=sys.stderr,
+        )
     except ModuleNotFoundError as error:
         lacks = explained(error)
         if lacks is None:
@@ -141,7 +161,8 @@ def answer(*words: str) -> int:
 
 
 def numbers_of(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, int], list[str]]:
-    """Return the numbers of the words NAME=N with these names, and the other words. Raises ConfigError."""
+    """Return the numbers of the words NAME=N with these names, and the other words. Raises
+    ConfigError."""
     numbers, others = dict[str, int](), list[str]()
     for word in words:
         key, _, value = word.partition("=")
@@ -155,7 +176,8 @@ def numbers_of(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, in
 
 
 def app_of(verb: str = "") -> App:
-    """Return the command line. The script of `verb` is imported, any other one only where it is needed."""
+    """Return the command line. The script of `verb` is imported, any other one only where it is
+    needed."""
     screen = console(stderr=False)
     app = App(
         name="scmoe",
@@ -163,7 +185,9 @@ def app_of(verb: str = "") -> App:
         help_format="plaintext",
         version=f"scmoe {__version__}",
         console=screen if screen.is_terminal else console(HELP_COLUMNS, stderr=False),
-        default_parameter=Parameter(negative=(), consume_multiple=True, allow_repeating=True, show_default=default),
+        default_parameter=Parameter(
+            negative=(), consume_multiple=True, allow_repeating=True, show_default=default
+        ),
         suppress_keyboard_interrupt=False,
     )
     for place, (name, what) in enumerate(VERBS.items()):
@@ -184,7 +208,8 @@ def module_of(verb: str) -> str:
 
 
 def require_checkout(verb: str) -> None:
-    """Raise ConfigError if `verb` is one of the laboratory and its modules are not those of this package's checkout."""
+    """Raise ConfigError if `verb` is one of the laboratory and its modules are not those of this
+    package's checkout."""
     if verb not in LABORATORY:
         return
     folder = CHECKOUT.parent / "experiments"
@@ -196,8 +221,8 @@ def require_checkout(verb: str) -> None:
     spec = find_spec("experiments")
     if spec is None or spec.origin is None or Path(spec.origin).parent != folder:
         raise ConfigError(
-            f"scmoe {verb} needs {folder}, but another module named experiments comes first on Python's path. "
-            f"Call it from {CHECKOUT.parent}"
+            f"scmoe {verb} needs {folder}, but another module named experiments comes first on"
+            f" Python's path. Call it from {CHECKOUT.parent}"
         )
 
 

@@ -1,10 +1,12 @@
-"""`import scmoe.hf` makes transformers' Auto classes know the models of this project (requires transformers).
+"""`import scmoe.hf` makes transformers' Auto classes know the models of this project (requires
+transformers).
 
     import scmoe.hf
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(folder)      # of make export FORMAT=hf
 
-The code is that of the installed package; nothing of the folder is executed, and trust_remote_code is not used.
+The code is that of the installed package; nothing of the folder is executed, and trust_remote_code
+is not used.
 """
 
 import copy
@@ -16,7 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -65,10 +73,12 @@ class ScMoEConfig(PretrainedConfig):
 
 
 class PaddedCache:
-    """Stands where the model reads a KVCache; keys and values are in transformers' cache, or only in this pass.
+    """Stands where the model reads a KVCache; keys and values are in transformers' cache, or only
+    in this pass.
 
-    mask_BL: of the tokens before and of the new ones, the last seq_len. False: padding, anywhere: no other token sees
-    it, and it takes no position. causal: there are no tokens before, and no padding precedes a token.
+    mask_BL: of the tokens before and of the new ones, the last seq_len. False: padding, anywhere:
+    no other token sees it, and it takes no position. causal: there are no tokens before, and no
+    padding precedes a token.
     """
 
     def __init__(self, cache: Cache | None, mask_BL: Tensor, seq_len: int, causal: bool) -> None:
@@ -81,7 +91,9 @@ class PaddedCache:
         seen_B1SL = mask_BL[:, None, None] & (keys_L < queries_S1) | (keys_L == queries_S1)
         self.seen: dict[str, Any] = {"is_causal": True} if causal else {"attn_mask": seen_B1SL}
 
-    def extend(self, attention: nn.Module, k_BHSd: Tensor, v_BHSd: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    def extend(
+        self, attention: nn.Module, k_BHSd: Tensor, v_BHSd: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """As KVCache.extend. Attention modules are called in the order of the layers."""
         if self.cache is not None:
             k_BHSd, v_BHSd = self.cache.update(k_BHSd, v_BHSd, self.layer)
@@ -96,11 +108,20 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
     config: ScMoEConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    accepts_loss_kwargs = True  # transformers' Trainer gives num_items_in_batch, and does not divide the loss itself
+    accepts_loss_kwargs = (
+        True  # transformers' Trainer gives num_items_in_batch, and does not divide the loss itself
+    )
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = [  # noqa: RUF012
-        *("DenseBlock", "FarSkipDenseBlock", "TopKBlock", "SharedExpertBlock", "ShortcutBlock", "FarSkipBlock"),
+        *(
+            "DenseBlock",
+            "FarSkipDenseBlock",
+            "TopKBlock",
+            "SharedExpertBlock",
+            "ShortcutBlock",
+            "FarSkipBlock",
+        ),
         "DoubleGateBlock",
     ]
     _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012
@@ -110,20 +131,24 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         for name, value in config.sizes().items():
             if (declared := getattr(config, name, value)) != value:
                 raise ValueError(
-                    f"config.{name} is {declared}, but the model's own settings, config.scmoe, make it "
-                    f"{value}. Change the settings in config.scmoe."
+                    f"config.{name} is {declared}, but the model's own settings, config.scmoe, make"
+                    f" it {value}. Change the settings in config.scmoe."
                 )
         if config._attn_implementation != "sdpa":
             raise ValueError(
-                f"attn_implementation is {config._attn_implementation}, but a model of type {OURS} "
-                "computes attention by torch's scaled_dot_product_attention only. Leave it out, or use "
-                "sdpa."
+                f"attn_implementation is {config._attn_implementation}, but a model of type {OURS}"
+                " computes attention by torch's scaled_dot_product_attention only. Leave it out,"
+                " or use sdpa."
             )
         self.gradient_checkpointing = False
         self.model: Any = build_network(config.ours(), ParallelContext())
         first_names = {p: f"model.{name}" for name, p in self.model.named_parameters()}
-        all_names = {f"model.{name}": p for name, p in self.model.named_parameters(remove_duplicate=False)}
-        self._tied_weights_keys = {name: first_names[p] for name, p in all_names.items() if name != first_names[p]}
+        all_names = {
+            f"model.{name}": p for name, p in self.model.named_parameters(remove_duplicate=False)
+        }
+        self._tied_weights_keys = {
+            name: first_names[p] for name, p in all_names.items() if name != first_names[p]
+        }
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
@@ -132,7 +157,8 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         return dict(self._tied_weights_keys or {})
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
-        """Mark as transformers' own does, but no weight that the folder has under none of its names."""
+        """Mark as transformers' own does, but no weight that the folder has under none of its
+        names."""
         missing, tied = loading_info.missing_keys, self.all_tied_weights_keys.items()
         absent = {first for name, first in tied if {name, first} <= missing}
         super().mark_tied_weights_as_initialized(loading_info)
@@ -143,7 +169,11 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def initialize_weights(self) -> None:
         """Draw weights as a training does, except those that transformers has read: it marks them."""
-        read = {p for p in self.model.parameters() if p.is_meta or getattr(p, "_is_hf_initialized", False)}
+        read = {
+            p
+            for p in self.model.parameters()
+            if p.is_meta or getattr(p, "_is_hf_initialized", False)
+        }
         if read < set(self.model.parameters()):
             of_folder = [(p, p.clone()) for p in read]
             self.model.init_weights(int(torch.randint(2**62, (), device="cpu")))
@@ -174,9 +204,12 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         gradient_checkpointing_func: Callable[..., Any] = checkpoint,
         every_n_layers: int = 1,  # of blocks; one of two layers is one
     ) -> None:
-        """Recompute in backward what trainer.recompute does: not the routing. transformers calls it."""
+        """Recompute in backward what trainer.recompute does: not the routing. transformers calls
+        it."""
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise ValueError("use_reentrant is True, which is not supported. Use use_reentrant=False.")
+            raise ValueError(
+                "use_reentrant is True, which is not supported. Use use_reentrant=False."
+            )
         keep_activations(self.model)
         if enable:
             chosen = nn.ModuleList(list(self.model.blocks)[::every_n_layers])
@@ -203,22 +236,26 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
 
         input_ids: [B, S]. inputs_embeds: their embeddings [B, S, D] instead, without positions.
         attention_mask: [B, tokens in the cache + new ones], 0 at padding, on either side of a text.
-        labels: the ids, -100 where not counted. cache: has the tokens before; new ones are appended.
-        use_cache: make a cache; None: as the config says in evaluation mode, False in training mode.
-        logits_to_keep: logits of this many last tokens; 0: all.
-        output_hidden_states: return the stream before the first layer and after each layer, the last
-        one after the norm.
-        output_router_logits: return the load-balance loss as aux_loss, and add it to the loss with the
-        config's weight.
-        num_items_in_batch: counted labels of all batches of a step, whose losses then add up to their
-        mean.
-        Raises ValueError for every other argument that is set, for a mask of another shape, for a
-        static cache and for a cache with gradient checkpointing.
+        labels: the ids, -100 where not counted. cache: has the tokens before; new ones are
+        appended. use_cache: make a cache; None: as the config says in evaluation mode, False in
+        training mode. logits_to_keep: logits of this many last tokens; 0: all.
+        output_hidden_states: return the stream before the first layer and after each layer, the
+        last one after the norm. output_router_logits: return the load-balance loss as aux_loss, and
+        add it to the loss with the config's weight. num_items_in_batch: counted labels of all
+        batches of a step, whose losses then add up to their mean. Raises ValueError for every other
+        argument that is set, for a mask of another shape, for a static cache and for a cache with
+        gradient checkpointing.
         """
-        if unread := [name for name, value in others.items() if value is not None and value is not False]:
-            raise ValueError(f"{unread[0]} is given, but a model of type {OURS} does not read it. Leave it out.")
+        if unread := [
+            name for name, value in others.items() if value is not None and value is not False
+        ]:
+            raise ValueError(
+                f"{unread[0]} is given, but a model of type {OURS} does not read it. Leave it out."
+            )
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Both or none of input_ids and inputs_embeds are given. Give one of them.")
+            raise ValueError(
+                "Both or none of input_ids and inputs_embeds are given. Give one of them."
+            )
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         assert tokens is not None
         batch_size, seq_len = tokens.shape[:2]
@@ -228,71 +265,102 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         causal = not past and not bool((mask_BL[:, 1:] & ~mask_BL[:, :-1]).any())
         padded = None if cache is None and causal else PaddedCache(cache, mask_BL, seq_len, causal)
         mask_BS = None if bool(mask_BL.all()) else mask_BL[:, -seq_len:]
-        show_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        show_states = (
+            self.config.output_hidden_states
+            if output_hidden_states is None
+            else output_hidden_states
+        )
         if not isinstance(show_states, bool | None):
-            raise ValueError(f"output_hidden_states is {show_states}, allowed: True (all layers), False")
+            raise ValueError(
+                f"output_hidden_states is {show_states}, allowed: True (all layers), False"
+            )
         last_B = None
         if logits_to_keep == 1 and not show_states:
             last_B = torch.full((batch_size,), seq_len - 1, device=tokens.device)
         with recorded_states(self.model, show_states is True) as states:
             logits_BSV, stats = self.model(tokens, mask_BS, padded, last_B)
         logits_BSV, loss, aux_loss = logits_BSV[:, -logits_to_keep:], None, None
-        if stats and (self.config.output_router_logits if output_router_logits is None else output_router_logits):
+        if stats and (
+            self.config.output_router_logits
+            if output_router_logits is None
+            else output_router_logits
+        ):
             aux_loss = load_balance_loss(stats, integer_sums(stats))
         if labels is not None:
             targets_N, wide_NV = labels[:, 1:].flatten(), logits_BSV[:, :-1].flatten(0, 1).float()
             counted = (targets_N != IGNORE).sum()
-            loss = F.cross_entropy(wide_NV, targets_N, ignore_index=IGNORE, reduction="sum") / counted.clamp(min=1)
+            loss = F.cross_entropy(
+                wide_NV, targets_N, ignore_index=IGNORE, reduction="sum"
+            ) / counted.clamp(min=1)
             loss = loss if aux_loss is None else loss + self.config.router_aux_loss_coef * aux_loss
             loss = loss if num_items_in_batch is None else loss * counted / num_items_in_batch
         hidden_states = tuple(states) if show_states else None
         return MoeCausalLMOutputWithPast(
-            loss=loss, aux_loss=aux_loss, logits=logits_BSV, cache=cache, hidden_states=hidden_states
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits_BSV,
+            cache=cache,
+            hidden_states=hidden_states,
         )
 
     def cache_for(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         """Return the cache of a pass: the given one, a new one, or None."""
         if cache is not None and cache.is_compileable:
-            raise ValueError("The cache is static, which a model of type scmoe does not support. Use a DynamicCache.")
+            raise ValueError(
+                "The cache is static, which a model of type scmoe does not support. Use a"
+                " DynamicCache."
+            )
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         if recomputes and (use_cache or cache is not None):
             raise ValueError(
-                "A cache is asked for with gradient checkpointing, whose backward would append the same "
-                "tokens again. Use use_cache=False in training."
+                "A cache is asked for with gradient checkpointing, whose backward would append the"
+                " same tokens again. Use use_cache=False in training."
             )
         return DynamicCache(config=self.config) if use_cache and cache is None else cache
 
 
-def whole_mask(attention_mask: Tensor | None, size: tuple[int, int], device: torch.device) -> Tensor:
-    """Return the mask [B, L] of all tokens, True at tokens. ValueError: it has another shape than `size`."""
+def whole_mask(
+    attention_mask: Tensor | None, size: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Return the mask [B, L] of all tokens, True at tokens. ValueError: it has another shape than
+    `size`."""
     if attention_mask is None:
         return torch.ones(size, dtype=torch.bool, device=device)
     if attention_mask.shape != size:
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, but it must be {size}: texts, all tokens"
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but it must be {size}: texts,"
+            " all tokens"
         )
     return attention_mask.bool()
 
 
 @contextmanager
 def recorded_states(network: Any, show: bool) -> Iterator[list[Tensor]]:
-    """Give a list that a pass fills with its hidden states: the embeddings, then the stream after each
-    layer, the last one after the norm. A block of two layers also gives the stream after its MLP.
-    show: without it the list stays empty."""
+    """Give a list that a pass fills with its hidden states: the embeddings, then the stream after
+    each layer, the last one after the norm. A block of two layers also gives the stream after its
+    MLP. show: without it the list stays empty."""
     states: list[Tensor] = []
     handles = []
     if show:
         blocks = list(network.blocks)
-        handles.append(blocks[0].register_forward_pre_hook(lambda _, inputs: states.append(inputs[0])))
+        handles.append(
+            blocks[0].register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+        )
         for block in blocks:
             if len(block.sublayers) == 3:
                 mlp = block.sublayers[1]
-                handles.append(mlp.register_forward_hook(lambda _, inputs, y_BSD: states.append(y_BSD)))
+                handles.append(
+                    mlp.register_forward_hook(lambda _, inputs, y_BSD: states.append(y_BSD))
+                )
             if block is not blocks[-1]:
-                handles.append(block.register_forward_hook(lambda _, inputs, output: states.append(output[0])))
-        handles.append(network.norm.register_forward_hook(lambda _, inputs, y_BSD: states.append(y_BSD)))
+                handles.append(
+                    block.register_forward_hook(lambda _, inputs, output: states.append(output[0]))
+                )
+        handles.append(
+            network.norm.register_forward_hook(lambda _, inputs, y_BSD: states.append(y_BSD))
+        )
     try:
         yield states
     finally:

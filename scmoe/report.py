@@ -1,7 +1,8 @@
-"""One report for every measurement: a title that gives the conditions, rows, and columns with their formats.
+"""One report for every measurement: a title that gives the conditions, rows, and columns with their
+formats.
 
-    rows = {"top2": {"ms": 12.3, "quartiles": [11.9, 12.8]}}
-    Report("medians of 9 rounds", rows, {"ms": "{ms:.1f}", "[quartiles]": "[{quartiles[0]:.1f} {quartiles[1]:.1f}]"})
+    rows = {"top2": {"ms": 12.3, "quartiles": [11.9, 12.8]}} Report("medians of 9 rounds", rows,
+    {"ms": "{ms:.1f}", "[quartiles]": "[{quartiles[0]:.1f} {quartiles[1]:.1f}]"})
 
 `bullets_and_tables` needs no columns: it shows any nested dictionaries as Markdown.
 """
@@ -25,8 +26,10 @@ WIDTH = 170  # columns of the widest table, also where a terminal has fewer
 
 @dataclass(frozen=True)
 class Report:
-    """title: conditions. rows: values by the row's name. columns: the format of a cell by its heading, such as
-    {"ms": "{ms:.1f}"}; where a row lacks the value, the cell is empty. first: the heading of the names."""
+    """title: conditions. rows: values by the row's name. columns: the format of a cell by its
+    heading, such as {"ms": "{ms:.1f}"}; where a row lacks the value, the cell is empty. first: the
+    heading of the names.
+    """
 
     title: str
     rows: Mapping[str, Mapping[str, Any]]
@@ -34,14 +37,19 @@ class Report:
     first: str = "row"
 
     def cells(self) -> list[list[str]]:
-        return [[name, *(_cell(text, row) for text in self.columns.values())] for name, row in self.rows.items()]
+        return [
+            [name, *(_cell(text, row) for text in self.columns.values())]
+            for name, row in self.rows.items()
+        ]
 
     def show(self) -> None:
         """Print a table on standard error."""
         columns: list[Column] = []
         for heading, *cells in zip([self.first, *self.columns], *self.cells(), strict=True):
             short = max(map(len, cells), default=0) < LONG
-            columns.append(Column(Text(heading), justify="right" if columns else "left", no_wrap=short))
+            columns.append(
+                Column(Text(heading), justify="right" if columns else "left", no_wrap=short)
+            )
         table = Table(*columns, title=Text(self.title), title_justify="left")
         for cells in self.cells():
             table.add_row(*map(Text, cells))  # as Text, brackets are no markup
@@ -49,7 +57,9 @@ class Report:
 
     def markdown(self) -> str:
         """Return the table as GitHub's Markdown, below its title."""
-        return "\n".join([self.title, "", *markdown_table([self.first, *self.columns], self.cells()), ""])
+        return "\n".join(
+            [self.title, "", *markdown_table([self.first, *self.columns], self.cells()), ""]
+        )
 
 
 def _cell(text: str, row: Mapping[str, Any]) -> str:
@@ -60,7 +70,8 @@ def _cell(text: str, row: Mapping[str, Any]) -> str:
 
 
 def console(width: int | None = None, stderr: bool = True) -> Console:
-    """Return a console on standard error, as standard output is JSON alone. width: in columns; None: the terminal's."""
+    """Return a console on standard error, as standard output is JSON alone. width: in columns;
+    None: the terminal's."""
     return Console(stderr=stderr, width=width)
 
 
@@ -76,9 +87,14 @@ def write_json(path: Path, report: Mapping[str, Any] | Sequence[Any]) -> None:
         partial.write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
-def publish(report: Mapping[str, Any], tables: Sequence[Report], draw: Callable[[Any, Path], None], name: Path) -> None:
-    """Write a report, print its tables, and draw its chart: the files NAME.json and NAME.png, whose folder need not
-    exist."""
+def publish(
+    report: Mapping[str, Any],
+    tables: Sequence[Report],
+    draw: Callable[[Any, Path], None],
+    name: Path,
+) -> None:
+    """Write a report, print its tables, and draw its chart: the files NAME.json and NAME.png, whose
+    folder need not exist."""
     write_json(Path(f"{name}.json"), report)
     for table in tables:
         table.show()
@@ -87,13 +103,16 @@ def publish(report: Mapping[str, Any], tables: Sequence[Report], draw: Callable[
 
 
 def bullets_and_tables(value: Any) -> list[str]:
-    """Return a value's lines as Markdown: plain entries as a list, each dictionary of dictionaries as a table."""
+    """Return a value's lines as Markdown: plain entries as a list, each dictionary of dictionaries
+    as a table."""
     if not isinstance(value, dict):
         return [in_one_line(value)]
     if "error" in value:
         return ["```text", value["error"], "```"]
     maps = {key: own for key, own in value.items() if isinstance(own, dict) and own}
-    tables = {key: own for key, own in maps.items() if all(isinstance(row, dict) for row in own.values())}
+    tables = {
+        key: own for key, own in maps.items() if all(isinstance(row, dict) for row in own.values())
+    }
     lines = bullets({key: own for key, own in value.items() if key not in tables})
     for key, rows in tables.items():
         lines += ["", f"{key}:", "", *table_of(rows)]
@@ -107,12 +126,17 @@ def bullets(values: Mapping[str, Any]) -> list[str]:
 def table_of(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a Markdown table with a line for each row and a column for each key that a row has."""
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
-    cells = [[name, *(in_one_line(row.get(key, "")) for key in columns)] for name, row in rows.items()]
+    cells = [
+        [name, *(in_one_line(row.get(key, "")) for key in columns)] for name, row in rows.items()
+    ]
     return markdown_table(["", *columns], cells)
 
 
-def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False) -> list[str]:
-    """Return the lines of a table in GitHub's Markdown. numbers: all columns but the first are at the right."""
+def markdown_table(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: bool = False
+) -> list[str]:
+    """Return the lines of a table in GitHub's Markdown. numbers: all columns but the first are at
+    the right."""
     cells = [[cell.replace("|", "/") for cell in row] for row in rows]
     sides = ["---", *["---:" if numbers else "---" for _ in headings[1:]]]
     return [f"| {' | '.join(row)} |" for row in (headings, sides, *cells)]

@@ -1,4 +1,5 @@
-"""Every test process has one thread: tests run in parallel, and sums have the same order everywhere."""
+"""Every test process has one thread: tests run in parallel, and sums have the same order
+everywhere."""
 
 from __future__ import annotations
 
@@ -20,7 +21,11 @@ settings.register_profile(
 settings.load_profile("scmoe")
 
 
-LONG = ("test_readme.py", "test_reproduce.py", "test_sweep_trials.py")  # a file is one worker's, so they begin first
+LONG = (
+    "test_readme.py",
+    "test_reproduce.py",
+    "test_sweep_trials.py",
+)  # a file is one worker's, so they begin first
 
 
 def pytest_collection_modifyitems(items):
@@ -29,15 +34,22 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def no_traces_of_a_launcher():
-    """Removes what a Trainer in this process has set, or every program that a later test starts would take its port."""
+    """Removes what a Trainer in this process has set, or every program that a later test starts
+    would take its port."""
     yield
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Prints how many training steps were checked on fake tensors of a device (tests/unit/test_fake_cuda.py)."""
+    """Prints how many training steps were checked on fake tensors of a device
+    (tests/unit/test_fake_cuda.py)."""
     passed = terminalreporter.getreports("passed")
-    steps = sum(value for report in passed for name, value in report.user_properties if name == "fake_cuda_steps")
+    steps = sum(
+        value
+        for report in passed
+        for name, value in report.user_properties
+        if name == "fake_cuda_steps"
+    )
     if steps:
         terminalreporter.write_line(f"fake_cuda: {steps} training steps checked")

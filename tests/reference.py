@@ -1,7 +1,9 @@
-"""This oracle computes every architecture of the paper: flat, slow and obviously correct. It imports nothing of scmoe.
+"""This oracle computes every architecture of the paper: flat, slow and obviously correct. It
+imports nothing of scmoe.
 
-The functions take a dict of weight tensors, with the names of `model.state_dict()`, and plain tensors. They compute
-tokens and experts one by one; gradients come from autograd. All fast code is compared with these functions.
+The functions take a dict of weight tensors, with the names of `model.state_dict()`, and plain
+tensors. They compute tokens and experts one by one; gradients come from autograd. All fast code is
+compared with these functions.
 
     Eq. 1        gpt(..., Spec("top_k"))            Eq. 2-5    gate
     Eq. 6        gpt(..., Spec("shared_expert"))    Eq. 7-10   gpt(..., Spec("scmoe"))
@@ -9,9 +11,9 @@ tokens and experts one by one; gradients come from autograd. All fast code is co
     Eq. 23       gpt(..., Spec("dgmoe"))            A.7        gpt(..., Spec("dgmoe_share"))
     FarSkip      gpt(..., Spec("farskip"))          latent attention, where the weights have latents
 
-The weights determine the family. GPT has position embeddings and biases. LLaMA has neither: it has RMSNorm, rotary
-positions, its own output weights, fewer heads of K and V if they have fewer rows, and SwiGLU if W_in is twice as wide
-as W_out requires.
+The weights determine the family. GPT has position embeddings and biases. LLaMA has neither: it has
+RMSNorm, rotary positions, its own output weights, fewer heads of K and V if they have fewer rows,
+and SwiGLU if W_in is twice as wide as W_out requires.
 
 Dropout, padding and forced balanced routing are left out.
 """
@@ -68,7 +70,9 @@ class Answer(NamedTuple):
     load_balance_loss: Tensor | None
     z_loss: Tensor | None
     dropped: list[int]  # of each MoE layer
-    copies: list[list[int]]  # of each MoE layer: routed copies per expert, before any is dropped, no zero experts
+    copies: list[
+        list[int]
+    ]  # of each MoE layer: routed copies per expert, before any is dropped, no zero experts
 
 
 # ---------------------------------------------------------------------- parts of a Transformer
@@ -105,23 +109,29 @@ def mlp(w: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def turning(i: int, half: int, theta: float, yarn_factor: float) -> float:
-    """Returns by how much feature pair i of `half` turns from one position to the next: theta^(-i/half).
+    """Returns by how much feature pair i of `half` turns from one position to the next:
+    theta^(-i/half).
 
-    YaRN divides it by its factor where it turns less than once in 4096 positions, leaves it where it turns 32 times,
-    and interpolates between the two pairs where that is so.
+    YaRN divides it by its factor where it turns less than once in 4096 positions, leaves it where
+    it turns 32 times, and interpolates between the two pairs where that is so.
     """
     speed = theta ** (-i / half)
-    once, often = (half * math.log(4096 / (2 * math.pi * turns)) / math.log(theta) for turns in (1, 32))
+    once, often = (
+        half * math.log(4096 / (2 * math.pi * turns)) / math.log(theta) for turns in (1, 32)
+    )
     first, last = max(math.floor(often), 0), min(math.ceil(once), 2 * half - 1)
     slowed = min(max((i - first) / max(last - first, 0.001), 0), 1)
     return slowed * speed / yarn_factor + (1 - slowed) * speed
 
 
 def rotate(x: Tensor, theta: float = 10000.0, yarn_factor: float = 1.0) -> Tensor:
-    """Adds rotary positions to x [S, d]: features i and i + d/2, one complex number, turn by s times `turning`."""
+    """Adds rotary positions to x [S, d]: features i and i + d/2, one complex number, turn by s
+    times `turning`."""
     seq_len, half = x.shape[0], x.shape[1] // 2
     z = torch.complex(x[:, :half], x[:, half:])
-    angles = [[s * turning(i, half, theta, yarn_factor) for i in range(half)] for s in range(seq_len)]
+    angles = [
+        [s * turning(i, half, theta, yarn_factor) for i in range(half)] for s in range(seq_len)
+    ]
     z = z * torch.exp(1j * torch.tensor(angles, dtype=x.dtype))
     return torch.cat([z.real, z.imag], -1)
 
@@ -132,7 +142,8 @@ def rotate_pairs(x: Tensor, spec: Spec) -> Tensor:
 
 
 def latent_attention(w: Weights, name: str, x: Tensor, spec: Spec) -> Tensor:
-    """Computes multi-head latent attention of x [B, S, D] as published, one sequence and head at a time."""
+    """Computes multi-head latent attention of x [B, S, D] as published, one sequence and head at a
+    time."""
     dim, seq_len, heads = x.shape[2], x.shape[1], spec.heads
     kv_rank = len(w[f"{name}.kv_norm.weight"])
     rope = len(w[f"{name}.kv_down.weight"]) - kv_rank
@@ -166,7 +177,8 @@ def latent_attention(w: Weights, name: str, x: Tensor, spec: Spec) -> Tensor:
 
 
 def attention(w: Weights, name: str, x: Tensor, spec: Spec) -> Tensor:
-    """Computes causal attention of x [B, S, D], one sequence and head at a time. qkv has heads of Q, then K, then V."""
+    """Computes causal attention of x [B, S, D], one sequence and head at a time. qkv has heads of
+    Q, then K, then V."""
     if f"{name}.kv_down.weight" in w:
         return latent_attention(w, name, x, spec)
     heads = spec.heads
@@ -180,7 +192,9 @@ def attention(w: Weights, name: str, x: Tensor, spec: Spec) -> Tensor:
         outputs = []
         for h in range(heads):
             kv = h // (heads // kv_heads)
-            q, k, v = (qkv[:, i * size : (i + 1) * size] for i in (h, heads + kv, heads + kv_heads + kv))
+            q, k, v = (
+                qkv[:, i * size : (i + 1) * size] for i in (h, heads + kv, heads + kv_heads + kv)
+            )
             if "positions.weight" not in w:
                 q, k = rotate(q, spec.rope_theta), rotate(k, spec.rope_theta)
             match = (q @ k.T / math.sqrt(size)).masked_fill(future, -math.inf)
@@ -202,7 +216,11 @@ def add_mlp(w: Weights, name: str, x: Tensor) -> Tensor:
 
 def scores_of(logits: Tensor, router: str) -> Tensor:
     """Returns the scores of a token's experts: sigmoids for deepseek, else probabilities."""
-    return 1 / (1 + torch.exp(-logits)) if router == "deepseek" else torch.exp(logits - torch.logsumexp(logits, 0))
+    return (
+        1 / (1 + torch.exp(-logits))
+        if router == "deepseek"
+        else torch.exp(logits - torch.logsumexp(logits, 0))
+    )
 
 
 def gate(
@@ -213,10 +231,12 @@ def gate(
     scale: float = 1.0,
     bias: Tensor | None = None,
 ) -> tuple[list[int], list[Tensor]]:
-    """Returns a token's experts, most likely first, and weights, from logits [E] (Eq. 2-5). taken: left out (A.2).
+    """Returns a token's experts, most likely first, and weights, from logits [E] (Eq. 2-5). taken:
+    left out (A.2).
 
-    The weights are the scores of the kept experts, for k >= 2 over their sum: for the softmax that is a softmax over
-    the kept logits. LongCat's are the scores. bias: added to the scores for the choice alone.
+    The weights are the scores of the kept experts, for k >= 2 over their sum: for the softmax that
+    is a softmax over the kept logits. LongCat's are the scores. bias: added to the scores for the
+    choice alone.
     """
     scores = scores_of(logits, router)
     preferred = scores if bias is None else scores + bias
@@ -226,11 +246,14 @@ def gate(
     return kept, [scale * scores[i] / total for i in kept]
 
 
-def moved_bias(bias: list[float], copies: list[int], all_copies: int, router: str, rate: float) -> list[float]:
-    """Returns a selection bias after an update. bias: of experts, then of zero experts, whose bias stays.
+def moved_bias(
+    bias: list[float], copies: list[int], all_copies: int, router: str, rate: float
+) -> list[float]:
+    """Returns a selection bias after an update. bias: of experts, then of zero experts, whose bias
+    stays.
 
-    copies: of each expert, in the whole step. all_copies: those to zero experts included. rate: relative to the score
-    of equal logits.
+    copies: of each expert, in the whole step. all_copies: those to zero experts included. rate:
+    relative to the score of equal logits.
     """
     fair = all_copies / len(bias)
     equal = 0.5 if router == "deepseek" else 1 / len(bias)
@@ -248,8 +271,11 @@ def noisy_logits(x: Tensor, w_gate: Tensor, w_noise: Tensor, normal: Tensor) -> 
     return x @ w_gate.T + normal * torch.log1p(torch.exp(x @ w_noise.T))
 
 
-def kept_copies(chosen: list[list[int]], num_experts: int, capacity: int | None) -> set[tuple[int, int]]:
-    """Returns the kept (token, choice) pairs: first choices before second ones, then early tokens before late ones.
+def kept_copies(
+    chosen: list[list[int]], num_experts: int, capacity: int | None
+) -> set[tuple[int, int]]:
+    """Returns the kept (token, choice) pairs: first choices before second ones, then early tokens
+    before late ones.
 
     Choices of zero experts, from num_experts on, are not among them."""
     room = [math.inf if capacity is None else capacity] * num_experts
@@ -262,25 +288,34 @@ def kept_copies(chosen: list[list[int]], num_experts: int, capacity: int | None)
     return kept
 
 
-def capacity_of(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float | None) -> int | None:
+def capacity_of(
+    num_tokens: int, num_experts: int, top_k: int, capacity_factor: float | None
+) -> int | None:
     """In exact arithmetic: in floating point 1.1 x 50 is above 55."""
     if capacity_factor is None:
         return None
     return math.ceil(Fraction(str(capacity_factor)) * num_tokens * top_k / num_experts)
 
 
-def routed_experts(w: Weights, name: str, x: Tensor, spec: Spec, taken: list[int] | None = None) -> Routed:
-    """Computes sum_i G(x)_i E_i(x) for tokens x [T, D], one by one. taken: each token's expert to leave out (A.2).
+def routed_experts(
+    w: Weights, name: str, x: Tensor, spec: Spec, taken: list[int] | None = None
+) -> Routed:
+    """Computes sum_i G(x)_i E_i(x) for tokens x [T, D], one by one. taken: each token's expert to
+    leave out (A.2).
 
     Ids from the number of experts on are zero experts, which return their input or 0.
     """
-    w_gate, w_in, w_out = (w[f"{name}.{k}"] for k in ("router.gate.weight", "experts.w_in_eDF", "experts.w_out_eFD"))
+    w_gate, w_in, w_out = (
+        w[f"{name}.{k}"] for k in ("router.gate.weight", "experts.w_in_eDF", "experts.w_out_eFD")
+    )
     num_tokens, num_experts, top_k = len(x), len(w_in), spec.top_k
     logits = torch.stack([token @ w_gate.T for token in x])
     how = spec.router, spec.router_scale, w.get(f"{name}.router.bias.weight")
     gates = [gate(logits[t], top_k, taken[t] if taken else None, *how) for t in range(num_tokens)]
     chosen = [experts for experts, _ in gates]
-    kept = kept_copies(chosen, num_experts, capacity_of(num_tokens, len(w_gate), top_k, spec.capacity_factor))
+    kept = kept_copies(
+        chosen, num_experts, capacity_of(num_tokens, len(w_gate), top_k, spec.capacity_factor)
+    )
     outputs, dropped = [], 0
     for t in range(num_tokens):
         y = torch.zeros_like(x[t])
@@ -293,7 +328,9 @@ def routed_experts(w: Weights, name: str, x: Tensor, spec: Spec, taken: list[int
                 dropped += 1
         outputs.append(y)
     scores = torch.stack([scores_of(token, spec.router) for token in logits])
-    return Routed(torch.stack(outputs), chosen, scores / scores.sum(-1, keepdim=True), logits, dropped)
+    return Routed(
+        torch.stack(outputs), chosen, scores / scores.sum(-1, keepdim=True), logits, dropped
+    )
 
 
 def merge(combine: str, w_gate: Tensor | None, x: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
@@ -305,18 +342,25 @@ def merge(combine: str, w_gate: Tensor | None, x: Tensor, shared: Tensor, routed
         return shared / (1 + torch.exp(-(x @ w_gate.T))) + routed
     assert combine == "cg2"
     e = torch.exp(x @ w_gate.T)
-    return e[..., :1] / e.sum(-1, keepdim=True) * shared + e[..., 1:] / e.sum(-1, keepdim=True) * routed
+    return (
+        e[..., :1] / e.sum(-1, keepdim=True) * shared
+        + e[..., 1:] / e.sum(-1, keepdim=True) * routed
+    )
 
 
 def load_balance_loss(chosen: list[list[int]], scores: Tensor, zero_experts: int = 0) -> Tensor:
-    """Returns E sum_i f_i P_i: f_i is the share of routed copies that expert i gets, P_i is its mean score. The copies
-    of zero experts, the last ones, count as if they were spread evenly over these."""
+    """Returns E sum_i f_i P_i: f_i is the share of routed copies that expert i gets, P_i is its
+    mean score. The copies of zero experts, the last ones, count as if they were spread evenly over
+    these."""
     num_tokens, num_experts = scores.shape
     total = scores.new_zeros(())
     for i in range(num_experts):
         copies = sum(experts.count(i) for experts in chosen)
         if i >= num_experts - zero_experts:
-            copies = sum(j >= num_experts - zero_experts for experts in chosen for j in experts) / zero_experts
+            copies = (
+                sum(j >= num_experts - zero_experts for experts in chosen for j in experts)
+                / zero_experts
+            )
         total = total + copies / (num_tokens * len(chosen[0])) * scores[:, i].sum() / num_tokens
     return num_experts * total
 
@@ -335,11 +379,16 @@ def z_loss(logits: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- blocks and model
 
 PAIR = ("sublayers.0", "sublayers.1", "sublayers.2")  # names of attention l, MLP l, attention l+1
-FOLLOWING = {"pos1": -1, "pos2": -2, "pos3": -3}  # which of the sub-layers follows the tap, from the end
+FOLLOWING = {
+    "pos1": -1,
+    "pos2": -2,
+    "pos3": -3,
+}  # which of the sub-layers follows the tap, from the end
 
 
 class Left(NamedTuple):
-    """What a block leaves for the next one. after_attention: M_{l-1}. without_routed: FarSkip's Y_l."""
+    """What a block leaves for the next one. after_attention: M_{l-1}. without_routed: FarSkip's
+    Y_l."""
 
     after_attention: Tensor | None = None
     without_routed: Tensor | None = None
@@ -348,8 +397,8 @@ class Left(NamedTuple):
 def moe_block(
     w: Weights, name: str, h_in: Tensor, spec: Spec, position: str, owner: str, left: Left
 ) -> tuple[Tensor, Routed, Left]:
-    """Computes a pair (Block-MLP, Block-MoE) or one Block-MoE. position: the tap's. owner: the block of its MoE. left:
-    what the block before leaves."""
+    """Computes a pair (Block-MLP, Block-MoE) or one Block-MoE. position: the tap's. owner: the
+    block of its MoE. left: what the block before leaves."""
     names = [f"{name}.{part}" for part in (PAIR if spec.every == 2 else PAIR[:1])]
 
     def routed(x: Tensor, taken: list[int] | None = None) -> Routed:
@@ -371,17 +420,22 @@ def moe_block(
         taps = {"pos1": h_mlp, "pos2": h_mh, "pos3": h_in}
     else:
         h = add_attention(w, names[0], h_in, spec)
-        # the preceding block's output is this block's input; its H^MH is what it leaves, but in the first block
+        # the preceding block's output is this block's input; its H^MH is what it leaves, but in the
+        # first block
         taps = {"pos1": h_in, "pos2": h if left.after_attention is None else left.after_attention}
 
     def add(y: Tensor) -> Tensor:
-        return h + (layer_norm(w, f"{name}.after.norm", y) if f"{name}.after.norm.weight" in w else y)
+        return h + (
+            layer_norm(w, f"{name}.after.norm", y) if f"{name}.after.norm.weight" in w else y
+        )
 
     u = layer_norm(w, f"{name}.norm", h)
     if spec.architecture == "top_k":  # Eq. 1
         moe = routed(u)
         return add(moe.y), moe, Left(h)
-    tap_norm = f"{name}.tap_norm" if spec.tap_norm == "own" else f"{names[FOLLOWING[position]]}.norm"
+    tap_norm = (
+        f"{name}.tap_norm" if spec.tap_norm == "own" else f"{names[FOLLOWING[position]]}.norm"
+    )
     if spec.architecture in ("dgmoe", "dgmoe_share"):  # Eq. 23, A.7
         preceding = routed(layer_norm(w, tap_norm, taps[position]))
         current = routed(u, [experts[0] for experts in preceding.chosen])
@@ -399,15 +453,19 @@ def moe_block(
 
 
 def both(a: Routed, b: Routed) -> Routed:
-    """Joins two uses of one MoE module: outputs are added, and loads count as if there were twice as many tokens."""
+    """Joins two uses of one MoE module: outputs are added, and loads count as if there were twice
+    as many tokens."""
     joined = torch.cat([a.scores, b.scores]), torch.cat([a.logits, b.logits])
     return Routed(a.y + b.y, a.chosen + b.chosen, *joined, a.dropped + b.dropped)
 
 
 def gpt(w: Weights, spec: Spec, ids: Tensor, labels: Tensor) -> Answer:
-    """Computes pre-norm blocks and the mean next-token loss. GPT has learned positions and tied output weights."""
+    """Computes pre-norm blocks and the mean next-token loss. GPT has learned positions and tied
+    output weights."""
     positions = w.get("positions.weight", torch.zeros(ids.shape[1], 1))
-    rows = [[w["tokens.weight"][i] + positions[s] for s, i in enumerate(row)] for row in ids.tolist()]
+    rows = [
+        [w["tokens.weight"][i] + positions[s] for s, i in enumerate(row)] for row in ids.tolist()
+    ]
     x = torch.stack([torch.stack(row) for row in rows])
     modules: list[Routed] = []
     left = Left()
@@ -429,13 +487,19 @@ def gpt(w: Weights, spec: Spec, ids: Tensor, labels: Tensor) -> Answer:
             x, moe, left = moe_block(w, f"blocks.{i}", x, spec, position, f"blocks.{owner}", left)
             modules.append(moe)
     logits = layer_norm(w, "norm", x) @ w.get("head.weight", w["tokens.weight"]).T
-    targets = [(b, s, label) for b, row in enumerate(labels.tolist()) for s, label in enumerate(row)]
-    token_loss = sum(torch.logsumexp(logits[b, s], 0) - logits[b, s, label] for b, s, label in targets) / len(targets)
+    targets = [
+        (b, s, label) for b, row in enumerate(labels.tolist()) for s, label in enumerate(row)
+    ]
+    token_loss = sum(
+        torch.logsumexp(logits[b, s], 0) - logits[b, s, label] for b, s, label in targets
+    ) / len(targets)
     if not modules:
         return Answer(logits, token_loss, None, None, [], [])
     experts = spec.num_experts or modules[0].scores.shape[1]
     if spec.router == "deepseek":
-        balance = sum(sequence_loss(m.chosen, m.scores, ids.shape[1]) for m in modules) / len(modules)
+        balance = sum(sequence_loss(m.chosen, m.scores, ids.shape[1]) for m in modules) / len(
+            modules
+        )
     else:
         zero = modules[0].scores.shape[1] - experts
         balance = sum(load_balance_loss(m.chosen, m.scores, zero) for m in modules) / len(modules)

@@ -1,8 +1,9 @@
-"""This oracle computes SwinV2-MoE: flat, slow and obviously correct. It imports nothing of scmoe or timm.
+"""This oracle computes SwinV2-MoE: flat, slow and obviously correct. It imports nothing of scmoe or
+timm.
 
-Windows are groups of places that are looked up one by one; MoE modules are `reference.routed_experts`. All sub-layers
-are post-norm: x + norm(f(x)), without a norm before f (docs/decisions/0014-post-norm.md). Drop path and filler pictures
-are left out.
+Windows are groups of places that are looked up one by one; MoE modules are
+`reference.routed_experts`. All sub-layers are post-norm: x + norm(f(x)), without a norm before f
+(docs/decisions/0014-post-norm.md). Drop path and filler pictures are left out.
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ def patches(w: Weights, images: Tensor, size: int) -> Tensor:
     weight, bias = w["patches.proj.weight"].flatten(1), w["patches.proj.bias"]
     steps = range(0, images.shape[-1], size)
     rows = [
-        torch.stack([images[:, :, i : i + size, j : j + size].flatten(1) @ weight.T + bias for j in steps], 1)
+        torch.stack(
+            [images[:, :, i : i + size, j : j + size].flatten(1) @ weight.T + bias for j in steps],
+            1,
+        )
         for i in steps
     ]
     return layer_norm(w, "patches.norm", torch.stack(rows, 1))
@@ -68,7 +72,8 @@ def merge_patches(w: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def position_bias(w: Weights, name: str, window: int, heads: int) -> Tensor:
-    """Returns 16 sigmoid(MLP(log-spaced distance)), [rows, columns of the query minus those of the key, heads]."""
+    """Returns 16 sigmoid(MLP(log-spaced distance)), [rows, columns of the query minus those of the
+    key, heads]."""
     # in float32, as in timm
     distances = torch.arange(-(window - 1), window, dtype=torch.float32) / max(window - 1, 1) * 8
     spaced = (distances.sign() * torch.log2(distances.abs() + 1) / 3).double()
@@ -78,10 +83,13 @@ def position_bias(w: Weights, name: str, window: int, heads: int) -> Tensor:
 
 
 def window_groups(side: int, window: int, shift: int) -> list[list[tuple[int, int]]]:
-    """Returns groups of places that attend to each other: windows of the map moved by `shift`, cut at its border."""
+    """Returns groups of places that attend to each other: windows of the map moved by `shift`, cut
+    at its border."""
 
     def cell(i: int) -> tuple[int, bool]:
-        return (i - shift) % side // window, i < shift  # places that have wrapped around are separate
+        return (
+            i - shift
+        ) % side // window, i < shift  # places that have wrapped around are separate
 
     groups: dict[tuple, list[tuple[int, int]]] = {}
     for i in range(side):
@@ -90,7 +98,9 @@ def window_groups(side: int, window: int, shift: int) -> list[list[tuple[int, in
     return list(groups.values())
 
 
-def window_attention(w: Weights, name: str, x: Tensor, heads: int, window: int, shifted: bool) -> Tensor:
+def window_attention(
+    w: Weights, name: str, x: Tensor, heads: int, window: int, shifted: bool
+) -> Tensor:
     """Computes cosine attention of x [B, H, W, D] within windows, one group and one head at a time."""
     side, dim = x.shape[1], x.shape[-1]
     window, shift = (window, window // 2 if shifted else 0) if window < side else (side, 0)
@@ -98,7 +108,9 @@ def window_attention(w: Weights, name: str, x: Tensor, heads: int, window: int, 
     bias = position_bias(w, name, window, heads)
     scale = torch.exp(w[f"{name}.logit_scale"].clamp(max=math.log(100)))
     nothing = torch.zeros_like(w[f"{name}.q_bias"])
-    qkv = x @ w[f"{name}.qkv.weight"].T + torch.cat([w[f"{name}.q_bias"], nothing, w[f"{name}.v_bias"]])
+    qkv = x @ w[f"{name}.qkv.weight"].T + torch.cat(
+        [w[f"{name}.q_bias"], nothing, w[f"{name}.v_bias"]]
+    )
     y = torch.zeros_like(x)
     for group in window_groups(side, window, shift):
         rows, columns = (torch.tensor(places) for places in zip(*group, strict=True))
@@ -107,7 +119,8 @@ def window_attention(w: Weights, name: str, x: Tensor, heads: int, window: int, 
         down, right = r[:, None] - r + window - 1, c[:, None] - c + window - 1
         for h in range(heads):
             q, k, v = (
-                qkv[:, rows, columns, i * dim + h * size : i * dim + (h + 1) * size] for i in range(3)
+                qkv[:, rows, columns, i * dim + h * size : i * dim + (h + 1) * size]
+                for i in range(3)
             )  # [B, places, size]
             q, k = (t / (t**2).sum(-1, keepdim=True).sqrt() for t in (q, k))
             match = q @ k.transpose(1, 2) * scale[h] + bias[down, right, h]
@@ -124,12 +137,18 @@ def swin(w: Weights, spec: SwinSpec, images: Tensor) -> SwinAnswer:
 
     def add_attention(name: str, h: Tensor, stage: int, i: int) -> Tensor:
         heads = spec.heads * 2**stage
-        return add(name, h, window_attention(w, f"{name}.f.attention", h, heads, spec.window, shifted=i % 2 == 1))
+        return add(
+            name,
+            h,
+            window_attention(w, f"{name}.f.attention", h, heads, spec.window, shifted=i % 2 == 1),
+        )
 
     def add_mlp(name: str, h: Tensor) -> Tensor:
         return add(name, h, mlp(w, f"{name}.f", h))
 
-    def moe_block(name: str, h_in: Tensor, stage: int, i: int, architecture: str, position: str, owner: str) -> Tensor:
+    def moe_block(
+        name: str, h_in: Tensor, stage: int, i: int, architecture: str, position: str, owner: str
+    ) -> Tensor:
         """Computes layer i and, if every second layer has MoE, layer i + 1."""
         if spec.every == 2:
             h_mh = add_attention(f"{name}.sublayers.0", h_in, stage, i)

@@ -1,8 +1,10 @@
-"""This command records what a terminal shows of a command, as an SVG: `python -m tests.terminal OUT.svg make train`.
+"""This command records what a terminal shows of a command, as an SVG: `python -m tests.terminal
+OUT.svg make train`.
 
-The command runs in a pseudo-terminal, so it prints as it does for a person: with colours and progress bars. The picture
-shows the lines as they stand at the end, from the first one that begins with FROM (--from; without it, from the first).
-A font is named, none is loaded, so the picture needs no network.
+The command runs in a pseudo-terminal, so it prints as it does for a person: with colours and
+progress bars. The picture shows the lines as they stand at the end, from the first one that begins
+with FROM (--from; without it, from the first). A font is named, none is loaded, so the picture
+needs no network.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ SVG = f"""<svg class="rich-terminal" viewBox="0 0 {{width}} {{height}}" xmlns="h
 
 
 def record(command: list[str]) -> str:
-    """Run the command in a terminal of COLUMNS and return all that it printed. Raises SystemExit if it fails."""
+    """Run the command in a terminal of COLUMNS and return all that it printed. Raises SystemExit if
+    it fails."""
     printed = bytearray()
 
     def keep(descriptor: int) -> bytes:
@@ -74,13 +77,17 @@ def record(command: list[str]) -> str:
     except OSError:  # on Linux the last process has closed the terminal
         pass
     if code := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
-        raise SystemExit(f"{' '.join(command)} failed with {code}:\n{printed.decode(errors='replace')[-2000:]}")
+        raise SystemExit(
+            f"{' '.join(command)} failed with {code}:\n{printed.decode(errors='replace')[-2000:]}"
+        )
     return printed.decode(errors="replace")
 
 
 def lines_of(printed: str) -> list[Text]:
     """Return the lines that a terminal shows at the end: what was written over is gone."""
-    screen: list[list[tuple[str, str]]] = [[]]  # of each column the codes of its colours, and its letter
+    screen: list[list[tuple[str, str]]] = [
+        []
+    ]  # of each column the codes of its colours, and its letter
     row = column = 0
     style = ""
     for found in CODES.finditer(printed):
@@ -103,7 +110,10 @@ def lines_of(printed: str) -> list[Text]:
         screen += [[] for _ in range(row + 1 - len(screen))]
     return [
         Text.from_ansi(
-            "".join(f"{style}{''.join(c for _, c in cells)}\x1b[0m" for style, cells in groupby(line, FIRST))
+            "".join(
+                f"{style}{''.join(c for _, c in cells)}\x1b[0m"
+                for style, cells in groupby(line, FIRST)
+            )
         )
         for line in screen
     ]
@@ -113,15 +123,21 @@ def draw(lines: list[Text], out: Path) -> None:
     console = Console(record=True, width=COLUMNS, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
     for line in lines:
         line.rstrip()
-        for part in line.divide(range(COLUMNS, len(line), COLUMNS)):  # a terminal breaks lines anywhere
+        for part in line.divide(
+            range(COLUMNS, len(line), COLUMNS)
+        ):  # a terminal breaks lines anywhere
             console.print(part, no_wrap=True, highlight=False)
     svg = console.export_svg(title="scmoe", theme=THEME, code_format=SVG, unique_id="scmoe")
     out.write_text(re.sub(r"<text [^>]*>\s*</text>\n?", "", svg), encoding="utf-8")  # ends of lines
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--from", dest="start", default="", help="words at the beginning of the first line shown")
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument(
+        "--from", dest="start", default="", help="words at the beginning of the first line shown"
+    )
     options.add_argument("out", type=Path, help="the SVG")
     options.add_argument("command", nargs=argparse.REMAINDER, help="what is run")
     given = options.parse_args()

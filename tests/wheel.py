@@ -1,11 +1,14 @@
-"""This command builds the wheel, installs it into environments of its own, and runs verbs there, far from the checkout.
+"""This command builds the wheel, installs it into environments of its own, and runs verbs there,
+far from the checkout.
 
-`python -m tests.wheel`; the last line on standard output is JSON, {"verbs": {verb: "ok"}, "seconds": ...}.
+`python -m tests.wheel`; the last line on standard output is JSON, {"verbs": {verb: "ok"},
+"seconds": ...}.
 
-An environment holds the wheel and links to those packages of this Python that the wheel's metadata ask for, with what
-they ask for themselves: `core` without extras, `all` with the extra `all`. So it is shown that the wheel is complete,
-that the stated dependencies are enough for these verbs, and that a verb which lacks an extra says so in one line. It is
-not shown that an index offers these packages, nor that other versions of them work.
+An environment holds the wheel and links to those packages of this Python that the wheel's metadata
+ask for, with what they ask for themselves: `core` without extras, `all` with the extra `all`. So it
+is shown that the wheel is complete, that the stated dependencies are enough for these verbs, and
+that a verb which lacks an extra says so in one line. It is not shown that an index offers these
+packages, nor that other versions of them work.
 """
 
 from __future__ import annotations
@@ -28,8 +31,19 @@ from packaging.utils import canonicalize_name
 from tests.support.trees import copy_tree
 
 ROOT = Path(__file__).parents[1]
-SHORT = ("trainer.max_steps=2", "trainer.val_every=2", "trainer.log_every=1", "data.val_sequences=8")
-TINY = ("model.dim=16", "model.heads=2", "data.seq_len=16", "moe.num_experts=4", "data.global_batch_size=4")
+SHORT = (
+    "trainer.max_steps=2",
+    "trainer.val_every=2",
+    "trainer.log_every=1",
+    "data.val_sequences=8",
+)
+TINY = (
+    "model.dim=16",
+    "model.heads=2",
+    "data.seq_len=16",
+    "moe.num_experts=4",
+    "data.global_batch_size=4",
+)
 SYNTHETIC = ("data.name=synthetic", "data.vocab_size=64")
 LIBRARY = """
 import sys, scmoe
@@ -50,50 +64,77 @@ def main() -> int:
         check_contents(wheel)
         core, everything = (environment(folder / extra, wheel, extra) for extra in ("core", "all"))
         verbs = core_verbs(core, folder) + all_verbs(everything, folder)
-    print(json.dumps({"verbs": dict.fromkeys(verbs, "ok"), "seconds": round(time.monotonic() - began, 1)}))
+    print(
+        json.dumps(
+            {"verbs": dict.fromkeys(verbs, "ok"), "seconds": round(time.monotonic() - began, 1)}
+        )
+    )
     return 0
 
 
 def build(folder: Path) -> Path:
     """Builds from a copy, since a build leaves files in its tree."""
     copy_tree(folder / "tree")
-    pip("wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(folder / "dist"), str(folder / "tree"))
+    pip(
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "-w",
+        str(folder / "dist"),
+        str(folder / "tree"),
+    )
     (wheel,) = (folder / "dist").glob("*.whl")
     return wheel
 
 
 def check_contents(wheel: Path) -> None:
-    """Every file is in the package's folder or the metadata's; every module and every configuration is there."""
+    """Every file is in the package's folder or the metadata's; every module and every configuration
+    is there."""
     names = {path for path in ZipFile(wheel).namelist() if not path.endswith("/")}
     tops = {path.partition("/")[0] for path in names}
     assert tops == {"scmoe", f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}, tops
     wanted = set()
     for top in ("scmoe", "scmoe/datamodules", "scmoe/configs"):
-        files = [path for path in (ROOT / top).rglob("*") if path.suffix in (".py", ".yaml", ".typed")]
+        files = [
+            path for path in (ROOT / top).rglob("*") if path.suffix in (".py", ".yaml", ".typed")
+        ]
         wanted |= {f"{top}/{path.relative_to(ROOT / top)}" for path in files}
     assert wanted <= names, sorted(wanted - names)
 
 
 def environment(folder: Path, wheel: Path, extra: str) -> Path:
-    """Returns the folder of programs of a new environment with the wheel. extra: `core`, or an extra of the wheel."""
+    """Returns the folder of programs of a new environment with the wheel. extra: `core`, or an
+    extra of the wheel."""
     venv.create(folder, with_pip=False, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
     pip("--python", str(folder / "bin/python"), "install", "--no-deps", "--no-index", str(wheel))
     (metadata,) = site.glob("scmoe-*.dist-info/METADATA")
-    needs = [Requirement(need) for need in re.findall(r"^Requires-Dist: (.*)", metadata.read_text(), re.M)]
+    needs = [
+        Requirement(need)
+        for need in re.findall(r"^Requires-Dist: (.*)", metadata.read_text(), re.M)
+    ]
     for package in closure(needs, "scmoe", {extra}):
-        for top in {file.parts[0] for file in distribution(package).files or ()} - {"..", "__pycache__"}:
+        for top in {file.parts[0] for file in distribution(package).files or ()} - {
+            "..",
+            "__pycache__",
+        }:
             link, target = site / top, Path(str(distribution(package).locate_file(top)))
             if target.exists() and not link.exists():
                 link.symlink_to(target)
     return folder / "bin"
 
 
-def closure(requirements: list[Requirement], of: str, extras: set[str], seen: frozenset[str] = frozenset()) -> set[str]:
-    """Returns the names of all packages that these requirements need, those of the given extras among them."""
+def closure(
+    requirements: list[Requirement], of: str, extras: set[str], seen: frozenset[str] = frozenset()
+) -> set[str]:
+    """Returns the names of all packages that these requirements need, those of the given extras
+    among them."""
     found: set[str] = set()
     for need in requirements:
-        if need.marker and not any(need.marker.evaluate({"extra": extra}) for extra in (extras or {""})):
+        if need.marker and not any(
+            need.marker.evaluate({"extra": extra}) for extra in extras or {""}
+        ):
             continue
         name = canonicalize_name(need.name)
         key = f"{name}[{','.join(sorted(need.extras))}]"
@@ -115,7 +156,9 @@ def core_verbs(programs: Path, folder: Path) -> tuple[str, ...]:
     away.mkdir()
     out = succeeds(programs / "python", "-c", LIBRARY, at=away)
     assert str(ROOT) not in out
-    version = succeeds(programs / "python", "-c", "import scmoe; print('scmoe', scmoe.__version__)", at=away)
+    version = succeeds(
+        programs / "python", "-c", "import scmoe; print('scmoe', scmoe.__version__)", at=away
+    )
     assert succeeds(programs / "scmoe", "--version", at=away) == version
     assert "configs/experiment/table3/small.yaml" in succeeds(programs / "scmoe", "list", at=away)
     counts = json.loads(succeeds(programs / "scmoe", "params", "gpt2_moe_small", at=away))
@@ -132,7 +175,16 @@ def core_verbs(programs: Path, folder: Path) -> tuple[str, ...]:
     assert json.loads(done)["world_size"] == 2 and (away / "runs/mine").is_dir()
     done = succeeds(programs / "scmoe", "resume", "runs/latest", "trainer.max_steps=3", at=away)
     assert json.loads(done)["steps"] == 3
-    return "import scmoe", "--version", "list", "params", "estimate", "missing extras", "train without extras", "resume"
+    return (
+        "import scmoe",
+        "--version",
+        "list",
+        "params",
+        "estimate",
+        "missing extras",
+        "train without extras",
+        "resume",
+    )
 
 
 def all_verbs(programs: Path, folder: Path) -> tuple[str, ...]:
@@ -143,7 +195,9 @@ def all_verbs(programs: Path, folder: Path) -> tuple[str, ...]:
     done = succeeds(programs / "scmoe", "train", "quickstart", *SHORT, at=away)
     assert json.loads(done)["steps"] == 2
     words = *SYNTHETIC, *TINY, "trainer.max_steps=2", "analysis.expert_load=false"
-    made = json.loads(succeeds(programs / "scmoe", "sweep", "sweep/smoke", "--local", *words, at=away))
+    made = json.loads(
+        succeeds(programs / "scmoe", "sweep", "sweep/smoke", "--local", *words, at=away)
+    )
     assert made["failed"] == 0 and made["finished"] > 0, made
     exported = succeeds(programs / "scmoe", "export", "runs/latest", at=away)
     assert ".safetensors" in exported, exported
@@ -166,8 +220,16 @@ def refused(*command: object, at: Path) -> str:
 
 def run(*command: object, at: Path) -> subprocess.CompletedProcess[str]:
     words = [str(word) for word in command]
-    print(f"wheel: {Path(words[0]).name} {' '.join(words[1:])[:60].splitlines()[0]}", file=sys.stderr, flush=True)
-    env = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "TMPDIR", "LANG")}
+    print(
+        f"wheel: {Path(words[0]).name} {' '.join(words[1:])[:60].splitlines()[0]}",
+        file=sys.stderr,
+        flush=True,
+    )
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name in ("PATH", "HOME", "TMPDIR", "LANG")
+    }
     env |= {"OMP_NUM_THREADS": "1", "PATH": f"{command[0].parent}:{env.get('PATH', '')}"}  # type: ignore[attr-defined]
     return subprocess.run(words, cwd=at, env=env, capture_output=True, text=True, timeout=250)
 

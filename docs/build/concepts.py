@@ -17,11 +17,14 @@ UNIT = "time from the tap, in units of one MLP"
 
 
 def windows(path: Path) -> None:
-    """Draw the sub-layers of a pair, and below them the tap and the window of each position (section 3.1)."""
+    """Draw the sub-layers of a pair, and below them the tap and the window of each position
+    (section 3.1)."""
     with chart(path, 2.5) as figure:
         axis = canvas(figure.subplots(), 20, 8.3)
         lefts = (3.0, 7.2, 11.4, 15.6)
-        for left, label in zip(lefts, ("Attention", "MLP", "Attention", "Shared\nexpert"), strict=True):
+        for left, label in zip(
+            lefts, ("Attention", "MLP", "Attention", "Shared\nexpert"), strict=True
+        ):
             arrow(axis, (left - 1.4, 6.6), (left, 6.6))
             box(axis, left, 6.6, 2.8, label)
         arrow(axis, (18.4, 6.6), (19.9, 6.6))
@@ -33,12 +36,17 @@ def windows(path: Path) -> None:
             axis.plot([tap], [6.6], "o", color="black", markersize=4)
             words = f"window, slots 0 to {len(Schedule('scmoe', position).window)}"
             box(axis, tap, y, 18.8 - tap, words, OTHER)
-            axis.text(0.0, y, position.replace("pos", "Pos-"), va="center", fontweight="bold", fontsize=9)
+            axis.text(
+                0.0, y, position.replace("pos", "Pos-"), va="center", fontweight="bold", fontsize=9
+            )
 
 
 def slots(path: Path) -> None:
     """Draw ScMoE at Pos-2 with the experts at each slot of its window (section 3.2)."""
-    times = {choice: elapsed_time(choice, OperatorTimes(TIMES)) for choice in all_slots(Schedule("scmoe", "pos2"))}
+    times = {
+        choice: elapsed_time(choice, OperatorTimes(TIMES))
+        for choice in all_slots(Schedule("scmoe", "pos2"))
+    }
     lines = {}
     for choice, time in times.items():
         note = ", shortest" if time == min(times.values()) else ""
@@ -47,11 +55,14 @@ def slots(path: Path) -> None:
 
 
 def chunks(path: Path) -> None:
-    """Draw the MoE stream of standard top-2 whole and in chunks: one chunk's experts hide another's transfer."""
+    """Draw the MoE stream of standard top-2 whole and in chunks: one chunk's experts hide another's
+    transfer."""
     lines = {}
     for n in (1, 2, 4):
         choice = Schedule("top_k", chunks=n)
-        lines["1 chunk" if n == 1 else f"{n} chunks"] = play(choice.operators(), per_chunk(choice, TOP2_TIMES))
+        lines["1 chunk" if n == 1 else f"{n} chunks"] = play(
+            choice.operators(), per_chunk(choice, TOP2_TIMES)
+        )
     draw(lines, path, "Standard top-2: the rows of its MoE stream in chunks", UNIT)
 
 

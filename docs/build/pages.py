@@ -1,11 +1,14 @@
-"""Draws the pictures of the docs, and writes the pages of docs/results, all from stored reports and results.
+"""Draws the pictures of the docs, and writes the pages of docs/results, all from stored reports and
+results.
 
-A measuring command with `--out docs/figures` writes its report, NAME.json, and NAME.png. `table --to docs/results`
-writes NAME/results.json. docs/results/NAME.json has the table of a measurement without a report. This file draws a
-picture for each report and for each table, and the pictures of assumed operator times, which need no measurement.
+A measuring command with `--out docs/figures` writes its report, NAME.json, and NAME.png. `table
+--to docs/results` writes NAME/results.json. docs/results/NAME.json has the table of a measurement
+without a report. This file draws a picture for each report and for each table, and the pictures of
+assumed operator times, which need no measurement.
 
-conditions.json says what a report does not: title, command, date, machine, a short reading, and which of its numbers
-the overview shows (`results`, texts that `str.format` fills in). A NAME.json of docs/results says so itself.
+conditions.json says what a report does not: title, command, date, machine, a short reading, and
+which of its numbers the overview shows (`results`, texts that `str.format` fills in). A NAME.json
+of docs/results says so itself.
 """
 
 import json
@@ -18,7 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from docs.build.concepts import CONCEPTS
-from experiments.bench import growth, inference, offload, routing_study, speed_chart, training, uneven
+from experiments.bench import (
+    growth,
+    inference,
+    offload,
+    routing_study,
+    speed_chart,
+    training,
+    uneven,
+)
 from experiments.figures.measured import (
     EXPLAINED,
     PAGES,
@@ -37,10 +48,14 @@ from scmoe.report import Report
 RESULTS = Path("docs/results")
 CONDITIONS = RESULTS / "conditions.json"
 OVERVIEW = RESULTS / "README.md"
-GENERATED = re.compile(r"(?<=<!-- make figures writes this part -->\n).*(?=<!-- end of this part -->)", re.DOTALL)
+GENERATED = re.compile(
+    r"(?<=<!-- make figures writes this part -->\n).*(?=<!-- end of this part -->)", re.DOTALL
+)
 HEADLINE = "overlap-real-iteration-2-ranks-share-0.52"  # the report that README shows
 FIGURE_8 = PAGES / "figure-8"  # what `make figure8` has measured
-BENCHES: dict[str, Any] = {  # by the first words of a report's name: modules that have `draw` and `tables` of it
+BENCHES: dict[
+    str, Any
+] = {  # by the first words of a report's name: modules that have `draw` and `tables` of it
     "overlap-": speed_chart,
     "uneven-inference-": inference,
     "uneven-": uneven,
@@ -50,21 +65,32 @@ BENCHES: dict[str, Any] = {  # by the first words of a report's name: modules th
     "routing": routing_study,
     "figure-13": offload,
 }
-DRAW = {start: bench.draw for start, bench in BENCHES.items()} | dict.fromkeys(("figure-9", "figure-10"), draw_measured)
+DRAW = {start: bench.draw for start, bench in BENCHES.items()} | dict.fromkeys(
+    ("figure-9", "figure-10"), draw_measured
+)
 
 
 def pictures() -> dict[str, Callable[[Path], None]]:
-    """Return for the name of each picture of the docs what draws it into a file. Raises ConfigError."""
-    found: dict[str, Callable[[Path], None]] = {draw.__name__: draw for draw in (*EXPLAINED.values(), *CONCEPTS)}
+    """Return for the name of each picture of the docs what draws it into a file. Raises
+    ConfigError."""
+    found: dict[str, Callable[[Path], None]] = {
+        draw.__name__: draw for draw in (*EXPLAINED.values(), *CONCEPTS)
+    }
     reports = {path.stem: path for path in sorted(PAGES.glob("*.json"))}
     for name, path in reports.items():
         kind = next((start for start in DRAW if name.startswith(start)), None)
         if kind is None:
-            raise ConfigError(f"{path} is no report that is drawn, allowed: names that begin with {' | '.join(DRAW)}")
+            raise ConfigError(
+                f"{path} is no report that is drawn, allowed: names that begin with"
+                f" {' | '.join(DRAW)}"
+            )
         found[name] = partial(DRAW[kind], read(path))
     if any(FIGURE_8.glob("*.json")):
         scenarios = read_reports([FIGURE_8])
-        found |= {"figure-1": partial(draw_shares, scenarios), "figure-8": partial(draw_speeds, scenarios)}
+        found |= {
+            "figure-1": partial(draw_shares, scenarios),
+            "figure-8": partial(draw_speeds, scenarios),
+        }
     for path in sorted(RESULTS.glob("*/results.json")):
         if "_lr-" in path.parent.name:  # a search for learning rates has no picture
             continue
@@ -78,8 +104,8 @@ def pictures() -> dict[str, Callable[[Path], None]]:
 
 
 def write_pages(out: Path | None) -> list[Path]:
-    """Draw all pictures of the docs into `out`; None: where the docs show them, and write all pages of results.
-    Returns the files."""
+    """Draw all pictures of the docs into `out`; None: where the docs show them, and write all pages
+    of results. Returns the files."""
     files = []
     for name, draw in pictures().items():
         files.append((out or PAGES) / f"{name}.png")
@@ -92,7 +118,8 @@ def write_pages(out: Path | None) -> list[Path]:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment. said: title, command, date, machine, group, reading, results. data: what its numbers are from."""
+    """One experiment. said: title, command, date, machine, group, reading, results. data: what its
+    numbers are from."""
 
     name: str
     page: Path
@@ -101,26 +128,36 @@ class Experiment:
 
 
 def pages() -> dict[Path, str]:
-    """Return the text of each page of results by its file: one for each experiment, and the overview."""
+    """Return the text of each page of results by its file: one for each experiment, and the
+    overview."""
     every = experiments()
     shown = GENERATED.sub(lambda _: overview(every), OVERVIEW.read_text(encoding="utf-8"))
     return {each.page: text_of(each) for each in every} | {OVERVIEW: shown}
 
 
 def experiments() -> list[Experiment]:
-    measured = [Experiment(name, *page_and_data(name, said)) for name, said in read(CONDITIONS).items()]
+    measured = [
+        Experiment(name, *page_and_data(name, said)) for name, said in read(CONDITIONS).items()
+    ]
     others = {path: read(path) for path in sorted(RESULTS.glob("*.json")) if path != CONDITIONS}
-    return measured + [Experiment(path.stem, path.with_suffix(".md"), said, said) for path, said in others.items()]
+    return measured + [
+        Experiment(path.stem, path.with_suffix(".md"), said, said) for path, said in others.items()
+    ]
 
 
 def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """Return the file of an experiment's page, what is said of it, and its data with the paper's values."""
+    """Return the file of an experiment's page, what is said of it, and its data with the paper's
+    values."""
     results = RESULTS / name / "results.json"
     if results.exists():
         return results.with_name("table.md"), *of_a_table(said, read(results))
     page, path = RESULTS / f"{name}.md", RESULTS / f"{name}.json"
     if name == FIGURE_8.name:
-        return page, said, {"scenarios": [scenario_row(*each) for each in read_reports([FIGURE_8]).items()]}
+        return (
+            page,
+            said,
+            {"scenarios": [scenario_row(*each) for each in read_reports([FIGURE_8]).items()]},
+        )
     data = read(path if path.exists() else PAGES / f"{name}.json")
     if isinstance(data, list):
         return page, said, {"rows": data}
@@ -134,7 +171,8 @@ def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any]
 
 
 def of_a_table(said: dict[str, Any], data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what a table of the paper says of itself, unless `said` does, and its data, rows also by their names."""
+    """Return what a table of the paper says of itself, unless `said` does, and its data, rows also
+    by their names."""
     day = data["dates"][-1]
     own = {"title": data["title"], "command": data["command"], "machine": data["machines"][0]}
     own["date"] = f"{day[:4]}-{day[4:6]}-{day[6:]}"
@@ -142,24 +180,35 @@ def of_a_table(said: dict[str, Any], data: dict[str, Any]) -> tuple[dict[str, An
 
 
 def text_of(each: Experiment) -> str:
-    """Return an experiment's page. A table of the paper has its title and its conditions in its own text."""
+    """Return an experiment's page. A table of the paper has its title and its conditions in its own
+    text."""
     said, up = each.said, "../" * len(each.page.relative_to(RESULTS).parts)
-    shown = [f"![{words}]({up}figures/{name}.png)" for name, words in said.get("pictures", {}).items()]
+    shown = [
+        f"![{words}]({up}figures/{name}.png)" for name, words in said.get("pictures", {}).items()
+    ]
     if "table" in each.data:
         title, rest = markdown(each.data).split("\n\n", 1)
         parts = [title, said["reading"], *shown, rest]
     else:
         command = f"`{said['command']}`, " if "command" in said else ""
-        origin = f"{command}{said['date']}, {said['machine']}{said.get('note', '')}. [Method]({up[3:]}method.md)."
+        origin = (
+            f"{command}{said['date']}, {said['machine']}{said.get('note', '')}."
+            f" [Method]({up[3:]}method.md)."
+        )
         tables = [table.markdown() for table in tables_of(each.name, each.data)]
         parts = [f"# {said['title']}", origin, said["reading"], *tables, *shown]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
 def overview(found: Sequence[Experiment]) -> str:
-    """Return a table for each group of experiments, with a row for each result, and links to the others' pages."""
+    """Return a table for each group of experiments, with a row for each result, and links to the
+    others' pages."""
     columns = {name: f"{{{name}}}" for name in ("ours", "limit", "paper")}
-    columns |= {"command": "`{command}`", "date, machine": "{date}, {machine}", "page": "[numbers]({link})"}
+    columns |= {
+        "command": "`{command}`",
+        "date, machine": "{date}, {machine}",
+        "page": "[numbers]({link})",
+    }
     parts = []
     for group in dict.fromkeys(each.said["group"] for each in found):
         rows, others = {}, []
@@ -207,7 +256,10 @@ def scenario_tables(data: dict[str, Any]) -> list[Report]:
         "hidden": "{paper_hidden:.0%}; {hidden:.0%}",
         **{f"over {row}": over(row) for row in PCIE_OVER},
     }
-    title = "In each cell the paper's value, then ours; speeds of the faster Pos-2 in inference, training."
+    title = (
+        "In each cell the paper's value, then ours; speeds of the faster Pos-2 in inference,"
+        " training."
+    )
     return [Report(title, {row["name"]: row for row in data["scenarios"]}, columns, "scenario")]
 
 
@@ -219,7 +271,9 @@ def preset_tables(data: dict[str, Any]) -> list[Report]:
             cells[f"{case['precision']}, {case['recompute']}"] = case
     columns = {}
     for precision, recompute in product(("32-true", "bf16-mixed"), (False, True)):
-        columns[precision + (", recompute" if recompute else "")] = f"{{{precision}, {recompute}[peak_gib]:.3g}}"
+        columns[precision + (", recompute" if recompute else "")] = (
+            f"{{{precision}, {recompute}[peak_gib]:.3g}}"
+        )
     return [Report("Peak of rank 0, GiB:", rows, columns, "preset, dense weights")]
 
 

@@ -6,7 +6,9 @@ import scmoe
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.block = scmoe.ScMoEBlock(dim=64, heads=4, num_experts=8, top_k=1, position="pos2", combine="cg1")
+        self.block = scmoe.ScMoEBlock(
+            dim=64, heads=4, num_experts=8, top_k=1, position="pos2", combine="cg1"
+        )
 
     def forward(self, x):
         y, stats = self.block(x)

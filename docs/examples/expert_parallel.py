@@ -1,4 +1,5 @@
-"""A LightningModule of your own with an expert-parallel MoE layer: `python docs/examples/expert_parallel.py`."""
+"""A LightningModule of your own with an expert-parallel MoE layer: `python
+docs/examples/expert_parallel.py`."""
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,8 @@ if __name__ == "__main__":
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
-        strategy="expert_parallel",  # all ranks share the experts; scmoe.ExpertParallelStrategy(ep_size=...) for fewer
+        # all ranks share the experts; scmoe.ExpertParallelStrategy(ep_size=...) for fewer
+        strategy="expert_parallel",
         max_steps=20,
         gradient_clip_val=1.0,
         logger=False,
@@ -43,4 +45,6 @@ if __name__ == "__main__":
     )
     trainer.fit(Regression(), loader)
     if trainer.is_global_zero:
-        print(f"loss after {trainer.global_step} steps: {trainer.callback_metrics['loss'].item():.6f}")
+        print(
+            f"loss after {trainer.global_step} steps: {trainer.callback_metrics['loss'].item():.6f}"
+        )

@@ -1,4 +1,5 @@
-"""Load what `make export` wrote, without Lightning, and predict the next token. Without a file: the newest run's.
+"""Load what `make export` wrote, without Lightning, and predict the next token. Without a file: the
+newest run's.
 
 .venv/bin/python docs/examples/load_export.py exported/model.safetensors
 """
@@ -33,7 +34,10 @@ def main() -> None:
     with torch.inference_mode():
         probabilities = model(ids).logits_BSV[0, -1].softmax(-1)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    print(f"likeliest next token: {probabilities.argmax().item()}, probability {probabilities.max().item():.3f}")
+    print(
+        f"likeliest next token: {probabilities.argmax().item()}, probability"
+        f" {probabilities.max().item():.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Adds an architecture, a data set, an optimizer and a callback to scmoe, without a change of scmoe.
+"""Adds an architecture, a data set, an optimizer and a callback to scmoe, without a change of
+scmoe.
 
-`extensions: [docs.examples.my_architecture]` in a config imports this file; docs/extending.md explains it.
+`extensions: [docs.examples.my_architecture]` in a config imports this file; docs/extending.md
+explains it.
 """
 
 import math
@@ -26,14 +28,17 @@ from scmoe.training.muon import Trained
 
 
 class ParallelBlock(nn.Module):
-    """x + attention(norm(x)) + MoE(norm(x)): all of the block's attention hides the experts' transfers."""
+    """x + attention(norm(x)) + MoE(norm(x)): all of the block's attention hides the experts'
+    transfers."""
 
     def __init__(self, attention: nn.Module, norm: nn.Module, moe: MoEStream) -> None:
         super().__init__()
         self.attention, self.norm, self.moe = attention, norm, moe
 
     def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
-        state = self.moe.begin(self.norm(x_BSD), mask_BS)  # the rows are on their way to the experts
+        state = self.moe.begin(
+            self.norm(x_BSD), mask_BS
+        )  # the rows are on their way to the experts
         attended_BSD = self.attention(x_BSD, *cache)
         routed_BSD, stats = self.moe.finish(self.moe.run_experts(state))
         return MoEOutput(attended_BSD + routed_BSD, stats)
@@ -42,7 +47,10 @@ class ParallelBlock(nn.Module):
 @scmoe.register_architecture("parallel")
 def parallel(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
     """Return the blocks of all layers. parts: of the model family, for each layer."""
-    return [ParallelBlock(p.attention_sublayer(), p.norm(), build_stream(config, context, p)) for p in parts]
+    return [
+        ParallelBlock(p.attention_sublayer(), p.norm(), build_stream(config, context, p))
+        for p in parts
+    ]
 
 
 class Counting(SequenceDataModule):
@@ -55,31 +63,47 @@ class Counting(SequenceDataModule):
     @cached_property
     def splits(self) -> TokenSplits:
         lengths = {"train": 1 << 16, "val": 1 << 12, "test": 1 << 12}
-        tokens = {split: np.arange(length) * self.stride % self.vocab_size for split, length in lengths.items()}
-        return TokenSplits(tokens, np.ones(self.vocab_size, np.int64), f"counting-{self.vocab_size}-{self.stride}")
+        tokens = {
+            split: np.arange(length) * self.stride % self.vocab_size
+            for split, length in lengths.items()
+        }
+        return TokenSplits(
+            tokens, np.ones(self.vocab_size, np.int64), f"counting-{self.vocab_size}-{self.stride}"
+        )
 
 
 @scmoe.register_dataset("counting")
 def counting(config: Config, position: Mapping[str, Any]) -> Counting:
-    """position: batch size, seed and the like, for every data set. `options` holds what only this file reads."""
+    """position: batch size, seed and the like, for every data set. `options` holds what only this
+    file reads."""
     data, stride = config.data, config.options.get("stride", 1)
-    return Counting(data.vocab_size, stride, seq_len=data.seq_len, val_sequences=data.val_sequences, **position)
+    return Counting(
+        data.vocab_size, stride, seq_len=data.seq_len, val_sequences=data.val_sequences, **position
+    )
 
 
 @scmoe.register_optimizer("sgd")
 def sgd(config: Config, parameters: Trained) -> torch.optim.Optimizer:
-    decayed = {"params": [*parameters.matrices, *parameters.decayed], "weight_decay": config.optim.weight_decay}
-    return torch.optim.SGD([decayed, {"params": parameters.undecayed}], lr=config.optim.lr, momentum=0.9)
+    decayed = {
+        "params": [*parameters.matrices, *parameters.decayed],
+        "weight_decay": config.optim.weight_decay,
+    }
+    return torch.optim.SGD(
+        [decayed, {"params": parameters.undecayed}], lr=config.optim.lr, momentum=0.9
+    )
 
 
 @scmoe.register_callback("surprise")
 class Surprise(Callback):
-    """Says between how many tokens the model hesitates, exp(loss), every so many steps. Every rank has a callback."""
+    """Says between how many tokens the model hesitates, exp(loss), every so many steps. Every rank
+    has a callback."""
 
     def __init__(self, every: int = 10) -> None:
         self.every = every
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+    ) -> None:
         if trainer.is_global_zero and trainer.global_step % self.every == 0:
             tokens = math.exp(outputs["loss"].item())
             print(f"step {trainer.global_step}: between {tokens:.0f} tokens", file=sys.stderr)

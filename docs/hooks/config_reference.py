@@ -34,14 +34,22 @@ def page() -> str:
     for section, fields in groupby(leaves(Config()), key=lambda leaf: leaf.key.rpartition(".")[0]):
         about = SECTIONS.get(section, "")
         heading = f"`{section}`: {about}".removesuffix(": ") if section else about
-        text += f"\n## {heading}\n\n| field | type | range | default | meaning |\n| --- | --- | --- | --- | --- |\n"
+        text += (
+            f"\n## {heading}\n\n| field | type | range | default | meaning |\n| --- | --- | --- |"
+            " --- | --- |\n"
+        )
         text += "".join(map(row, fields))
     return text
 
 
 def row(leaf: Leaf) -> str:
     """Return a field's row of the table; `#moe.position` of the page leads to it."""
-    default = str(leaf.value).lower() if isinstance(leaf.value, bool) else show(leaf.value).strip("'")
+    default = (
+        str(leaf.value).lower() if isinstance(leaf.value, bool) else show(leaf.value).strip("'")
+    )
     kind = leaf._replace(range=None).allowed
     meaning = escape(leaf.help, quote=False).replace("|", "\\|")
-    return f"| `{leaf.key}`{{ #{leaf.key} }} | `{kind}` | {leaf.range or ''} | `{default}` | {meaning} |\n"
+    return (
+        f"| `{leaf.key}`{{ #{leaf.key} }} | `{kind}` | {leaf.range or ''} | `{default}` |"
+        f" {meaning} |\n"
+    )

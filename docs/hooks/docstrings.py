@@ -1,6 +1,7 @@
 """Makes Markdown of this project's docstrings, for the pages of the Python reference.
 
-A line such as `ep_size: number of ranks; None: all.` becomes an item of a list, and `<` stays what it is.
+A line such as `ep_size: number of ranks; None: all.` becomes an item of a list, and `<` stays what
+it is.
 """
 
 import re
@@ -19,7 +20,8 @@ class PlainDocstrings(Extension):
 
 
 def markdown(docstring: str, parameters: Sequence[str] = ()) -> str:
-    """Return a docstring with its lines of parameters as a list. Indented blocks, which are drawings, stay."""
+    """Return a docstring with its lines of parameters as a list. Indented blocks, which are
+    drawings, stay."""
     if parameters:  # several may stand in one line
         docstring = re.sub(rf"(?<=[.;]) (?=(?:{'|'.join(parameters)}): )", "\n", docstring)
     lines: list[str] = []
@@ -32,7 +34,13 @@ def markdown(docstring: str, parameters: Sequence[str] = ()) -> str:
                 lines.append("")
         elif line.startswith(("Raises ", "Returns ")) and lines and lines[-1]:
             lines.append("")
-        elif not drawing and line and lines and lines[-1].startswith(("- ", "  ")) and not lines[-1].startswith("    "):
+        elif (
+            not drawing
+            and line
+            and lines
+            and lines[-1].startswith(("- ", "  "))
+            and not lines[-1].startswith("    ")
+        ):
             line = f"  {line}"
         lines.append(line if drawing else line.replace("<", "&lt;"))
     return "\n".join(lines)

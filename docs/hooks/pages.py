@@ -1,7 +1,8 @@
-"""A hook of mkdocs: pages that are made when the site is built, the navigation, and links that leave docs/.
+"""A hook of mkdocs: pages that are made when the site is built, the navigation, and links that
+leave docs/.
 
-The same Markdown is read on GitHub, where a link may lead to any file of the repository. On the site such a link leads
-to a page that shows the file, so that the site is whole without a network.
+The same Markdown is read on GitHub, where a link may lead to any file of the repository. On the
+site such a link leads to a page that shows the file, so that the site is whole without a network.
 """
 
 import re
@@ -19,7 +20,11 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import leaves
 
 ROOT = Path(__file__).parents[2]
-MOVED = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+MOVED = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
 BACK = {there: here for here, there in MOVED.items() if here != "README.md"}
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[)#])")
 # `moe.position` or `moe.position=pos1`, but not as the words of a link
@@ -27,7 +32,9 @@ FIELD = re.compile(r"(?<![`\[])(`(\w+\.\w+)(?:=[^`\s]+)?`)(?![`\]])")
 FIELDS = {leaf.key for leaf in leaves(Config())}
 FENCE = re.compile(r"(```.*?```)", re.DOTALL)
 PYTHON = {  # pages of the Python reference: what each package is for
-    "files": "Files that are replaced safely, and safetensors that are written one tensor at a time.",
+    "files": (
+        "Files that are replaced safely, and safetensors that are written one tensor at a time."
+    ),
     "schedule": "The schedule as a value, its cost, and the timeline that it gives.",
     "moe": "Router, layout, experts, balance, and the MoE stream in three verbs.",
     "blocks": "Transformer blocks: standard, shared expert, ScMoE, DGMoE.",
@@ -35,24 +42,35 @@ PYTHON = {  # pages of the Python reference: what each package is for
     "planning": "The planner, which measures operators and chooses schedules.",
     "parallel": "Ranks: All-to-All, dense weights, checkpoints, stopping and failing together.",
     "lightning": "The Strategy, for Lightning's Trainer.",
-    "inference": "Generation of text with a cache, and experts that are kept in a file and fetched.",
+    "inference": (
+        "Generation of text with a cache, and experts that are kept in a file and fetched."
+    ),
     "probes": "Gating and similarity of a run, and charts.",
     "footprint": "Parameters, FLOPs and memory, by calculation.",
     "init_from": "Weights of other models.",
     "datamodules": "Text, images and synthetic tokens as Lightning data modules.",
     "training": "LightningModules, callbacks, and how a run is built and run.",
     "runs": "What is done with a finished run: generate, evaluate, export.",
-    "sweeps": "Sweeps on this machine: files, search, trials; batches of trainings, and comparing runs.",
-    "estimate": "What a training costs: a bound, and a step that is counted on tensors without numbers.",
+    "sweeps": (
+        "Sweeps on this machine: files, search, trials; batches of trainings, and comparing runs."
+    ),
+    "estimate": (
+        "What a training costs: a bound, and a step that is counted on tensors without numbers."
+    ),
     "config": "The configuration: fields, rules, loading.",
 }
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    pages = {"reference/configuration.md": config_reference.page(), "reference/scmoe.md": public_names()}
+    pages = {
+        "reference/configuration.md": config_reference.page(),
+        "reference/scmoe.md": public_names(),
+    }
     pages |= {f"reference/{name}.md": package(name, about) for name, about in PYTHON.items()}
     pages |= {there: (ROOT / here).read_text(encoding="utf-8") for there, here in BACK.items()}
-    texts = {in_repository(file.src_uri): file.content_string for file in files.documentation_pages()}
+    texts = {
+        in_repository(file.src_uri): file.content_string for file in files.documentation_pages()
+    }
     texts |= {in_repository(name): text for name, text in pages.items()}
     for page, text in texts.items():
         for target in links(text, page):
@@ -72,13 +90,18 @@ def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
 def on_post_page(output: str, page: Page, **kwargs: Any) -> None:
     """Raises an error for what a browser would load from the network."""
     loaded = re.findall(r"<(?:script|img|iframe)[^>]+src=\"?(?:https?:)?//[^\s>\"]+", output)
-    loaded += [tag for tag in re.findall(r"<link[^>]+href=\"?(?:https?:)?//[^>]+>", output) if "canonical" not in tag]
+    loaded += [
+        tag
+        for tag in re.findall(r"<link[^>]+href=\"?(?:https?:)?//[^>]+>", output)
+        if "canonical" not in tag
+    ]
     if loaded:
         raise ValueError(f"{page.file.src_uri} loads {loaded[0]}, allowed: files of the site only")
 
 
 def in_repository(name: str) -> str:
-    """Return where the text of a page of the site stands in the repository, such as docs/runs.md for runs.md."""
+    """Return where the text of a page of the site stands in the repository, such as docs/runs.md
+    for runs.md."""
     return BACK.get(name, f"docs/{name}")
 
 
@@ -90,24 +113,41 @@ def shown_at(path: str) -> str:
 
 
 def links(text: str, page: str) -> list[str]:
-    """Return the files of the repository, outside fenced blocks, to which a page of the repository links."""
+    """Return the files of the repository, outside fenced blocks, to which a page of the repository
+    links."""
     text = FENCE.sub("", text)
-    targets = (normpath(f"{dirname(page)}/{link}".lstrip("/")) for link in LINK.findall(text) if ":" not in link)
+    targets = (
+        normpath(f"{dirname(page)}/{link}".lstrip("/"))
+        for link in LINK.findall(text)
+        if ":" not in link
+    )
     return [target for target in targets if (ROOT / target).is_file()]
 
 
 def rewritten(text: str, name: str) -> str:
-    """Return a page's text with its links as links to files of the site, and names of fields as links to them."""
+    """Return a page's text with its links as links to files of the site, and names of fields as
+    links to them."""
     page, top = in_repository(name), relpath(".", dirname(name) or ".")
 
     def link(match: re.Match[str]) -> str:
         target = normpath(f"{dirname(page)}/{match[1]}".lstrip("/"))
-        return relpath(shown_at(target), dirname(name) or ".") if (ROOT / target).is_file() else match[1]
+        return (
+            relpath(shown_at(target), dirname(name) or ".")
+            if (ROOT / target).is_file()
+            else match[1]
+        )
 
     def field(match: re.Match[str]) -> str:
-        return f"[{match[1]}]({top}/reference/configuration.md#{match[2]})" if match[2] in FIELDS else match[1]
+        return (
+            f"[{match[1]}]({top}/reference/configuration.md#{match[2]})"
+            if match[2] in FIELDS
+            else match[1]
+        )
 
-    parts = [part if FENCE.match(part) else FIELD.sub(field, LINK.sub(link, part)) for part in FENCE.split(text)]
+    parts = [
+        part if FENCE.match(part) else FIELD.sub(field, LINK.sub(link, part))
+        for part in FENCE.split(text)
+    ]
     return "".join(parts)
 
 
@@ -115,7 +155,10 @@ def source(path: str) -> str:
     """Return a page that shows a file of the repository."""
     language = {".py": "python", ".sbatch": "bash", ".yaml": "yaml"}.get(Path(path).suffix, "text")
     text = (ROOT / path).read_text(encoding="utf-8")
-    return f"---\nhide: [toc]\nsearch:\n  exclude: true\n---\n# `{path}`\n\n````{language}\n{text}````\n"
+    return (
+        "---\nhide: [toc]\nsearch:\n  exclude: true\n---\n#"
+        f" `{path}`\n\n````{language}\n{text}````\n"
+    )
 
 
 def public_names() -> str:
@@ -123,22 +166,32 @@ def public_names() -> str:
     import scmoe
 
     names = "".join(f"\n::: scmoe.{name}\n" for name in scmoe.__all__)
-    return f"# scmoe\n\nWhat `import scmoe` offers. [The guide](../strategy.md) shows how to use it.\n{names}"
+    return (
+        "# scmoe\n\nWhat `import scmoe` offers. [The guide](../strategy.md) shows how to use"
+        f" it.\n{names}"
+    )
 
 
 def package(name: str, about: str) -> str:
     """Return the page of a package: each of its modules, in the order of their names."""
     folder = ROOT / "scmoe" / name
-    files = [path.relative_to(ROOT).with_suffix("") for path in sorted(folder.rglob("*.py")) if path.stem != "__init__"]
+    files = [
+        path.relative_to(ROOT).with_suffix("")
+        for path in sorted(folder.rglob("*.py"))
+        if path.stem != "__init__"
+    ]
     modules = "".join(f"\n::: {'.'.join(file.parts)}\n" for file in files)
     return f"# scmoe.{name}\n\n{about}\n{modules}"
 
 
 def with_all(pages: list[str], nav: list[Any]) -> list[Any]:
-    """Return the navigation with its patterns (`decisions/*`) filled in, and with the pages that it does not name."""
+    """Return the navigation with its patterns (`decisions/*`) filled in, and with the pages that it
+    does not name."""
     named = {name for name in strings(nav) if "*" not in name}
     whole = filled(nav, [page for page in pages if page not in named])
-    rest = [page for page in pages if page not in {*strings(whole)} and not page.startswith("source/")]
+    rest = [
+        page for page in pages if page not in {*strings(whole)} and not page.startswith("source/")
+    ]
     return [*whole, {"Further pages": rest}] if rest else whole
 
 
@@ -146,7 +199,9 @@ def strings(nav: Any) -> list[str]:
     """Return the pages and patterns of a navigation."""
     if isinstance(nav, str):
         return [nav]
-    return [name for part in (nav.values() if isinstance(nav, dict) else nav) for name in strings(part)]
+    return [
+        name for part in (nav.values() if isinstance(nav, dict) else nav) for name in strings(part)
+    ]
 
 
 def filled(nav: list[Any], pages: list[str]) -> list[Any]:

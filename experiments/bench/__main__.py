@@ -1,6 +1,8 @@
-"""`scmoe bench` measures on this machine what one rank does, and pairs of blocks and exchanges between ranks.
+"""`scmoe bench` measures on this machine what one rank does, and pairs of blocks and exchanges
+between ranks.
 
-A command imports what it measures with inside itself, so that its help and a wrong request are answered at once.
+A command imports what it measures with inside itself, so that its help and a wrong request are
+answered at once.
 """
 
 import json
@@ -11,7 +13,16 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter, validators
 
-from experiments.bench.pairs import USUAL_RATIO, Count, Positive, Rounds, Setting, check_ranks, tokens_for, usual_rows
+from experiments.bench.pairs import (
+    USUAL_RATIO,
+    Count,
+    Positive,
+    Rounds,
+    Setting,
+    check_ranks,
+    tokens_for,
+    usual_rows,
+)
 from experiments.engine import links
 from scmoe.command_line import OneEach, call
 from scmoe.config.extras import require
@@ -27,16 +38,24 @@ main = App(name="bench", help="Measure on this machine. Standard output is JSON.
 
 @main.command
 def generation(
-    *, batch: list[Count] | None = None, prompt: Count = 32, tokens: Count = 256, rounds: Count = 3, threads: Count = 1
+    *,
+    batch: list[Count] | None = None,
+    prompt: Count = 32,
+    tokens: Count = 256,
+    rounds: Count = 3,
+    threads: Count = 1,
 ) -> None:
     """Generation with a cache and without, and beside transformers' GPT-2.
 
     Args:
-        batch: numbers of texts; the result is that of the last, and of each under `by_batch` (default: 1 4)
+        batch: numbers of texts; the result is that of the last, and of each under `by_batch`
+            (default: 1 4)
     """
     given = locals() | {"batch": (batch or [1, 4])[-1]}
     if tokens < 2:
-        raise ConfigError(f"--tokens is {tokens}, allowed: 2 or more, as the first one is no decoding step")
+        raise ConfigError(
+            f"--tokens is {tokens}, allowed: 2 or more, as the first one is no decoding step"
+        )
     require("bench generation", "transformers")
     from experiments.bench.decoding import bench_generation
 
@@ -94,7 +113,8 @@ def dense(
     Args:
         overrides: key=value, of a small model's config
         batch: sequences of a rank
-        share: communication share of a sequential top-2 pair, on shaped links (default: the loopback device)
+        share: communication share of a sequential top-2 pair, on shaped links (default: the
+            loopback device)
     """
     given = locals()
     from experiments.bench.step_cost import SIZE, dense_cost
@@ -102,8 +122,12 @@ def dense(
     from scmoe.config.load import load as load_config
 
     if ranks % 2 or ranks % ep_size:
-        raise ConfigError(f"--ranks is {ranks}, allowed: multiples of 2 nodes and of --ep-size ({ep_size})")
-    name, parts = ("--ep-size", ep_size) if share is None else ("--ranks", ranks)  # on all ranks for the links' rate
+        raise ConfigError(
+            f"--ranks is {ranks}, allowed: multiples of 2 nodes and of --ep-size ({ep_size})"
+        )
+    name, parts = (
+        ("--ep-size", ep_size) if share is None else ("--ranks", ranks)
+    )  # on all ranks for the links' rate
     if (experts := load_config(None, [*SIZE, *overrides]).moe.num_experts) % parts:
         raise ConfigError(f"{name} is {parts}, allowed: divisors of the {experts} experts")
     if share is not None:
@@ -144,26 +168,43 @@ def overlap(
         ffn_dim: (default: 4 times --dim)
         heads: (default: 8; at level iteration 4)
         tokens: of one rank in one batch (default: 1024; at level iteration as --rows-per-gradient)
-        rows_per_gradient: bytes of rows over bytes of gradients that a rank sends in a step of top-2, met by the tokens
-            of a batch (default: 3)
+        rows_per_gradient: bytes of rows over bytes of gradients that a rank sends in a step of
+            top-2, met by the tokens of a batch (default: 3)
         accumulate: batches of a step, whose gradients are summed once (default: 1)
         rows: rows to measure (default: all)
-        load: uneven routing, measured beside the balanced one; each --load is one more. Forms (bench/loads.py):
-            zipf:A, spread:A, hot_expert:X, hot_rank:X, empty_rank, rotating:X:N, burst:X:N, ragged:X, recorded:FILE;
-            A is an exponent, X a multiple of the mean, N a number of steps
+        load: uneven routing, measured beside the balanced one; each --load is one more. Forms
+            (bench/loads.py): zipf:A, spread:A, hot_expert:X, hot_rank:X, empty_rank, rotating:X:N,
+            burst:X:N, ragged:X, recorded:FILE; A is an exponent, X a multiple of the mean, N a
+            number of steps
     """
     if share is not None and setting.link_mbit is not None:
-        raise ConfigError("--share and --link-mbit exclude each other: the rate is searched for the share, or given")
+        raise ConfigError(
+            "--share and --link-mbit exclude each other: the rate is searched for the share, or"
+            " given"
+        )
     iteration = setting.level == "iteration"
-    gradients = {"--reductions": reductions, "--rows-per-gradient": rows_per_gradient, "--accumulate": accumulate}
+    gradients = {
+        "--reductions": reductions,
+        "--rows-per-gradient": rows_per_gradient,
+        "--accumulate": accumulate,
+    }
     if not iteration and (given := [name for name, value in gradients.items() if value]):
-        raise ConfigError(f"{given[0]} belongs to --level iteration, and --level is {setting.level}")
+        raise ConfigError(
+            f"{given[0]} belongs to --level iteration, and --level is {setting.level}"
+        )
     if rows_per_gradient is not None and tokens is not None:
-        raise ConfigError("--rows-per-gradient and --tokens exclude each other: the tokens are found, or given")
+        raise ConfigError(
+            "--rows-per-gradient and --tokens exclude each other: the tokens are found, or given"
+        )
     gpu = device == "cuda"
     compute = compute or ("real" if gpu else "emulated")
-    if compute == "emulated" and (heads or (ffn_dim and not iteration)):  # an iteration has its gradients
-        raise ConfigError(f"--{'heads' if heads else 'ffn-dim'} belongs to real compute, and --compute is emulated")
+    if compute == "emulated" and (
+        heads or (ffn_dim and not iteration)
+    ):  # an iteration has its gradients
+        raise ConfigError(
+            f"--{'heads' if heads else 'ffn-dim'} belongs to real compute, and --compute is"
+            " emulated"
+        )
     usual_dim, usual_heads = (256, 4) if iteration else (Setting.dim, Setting.heads)
     dim = dim or usual_dim
     setting = replace(
@@ -183,7 +224,9 @@ def overlap(
     ranks = ranks or (1 if gpu else 2)
     if iteration and tokens is None:
         ratio = rows_per_gradient or USUAL_RATIO
-        setting = replace(setting, tokens=tokens_for(ratio, setting, max(2, ranks)), rows_per_gradient=ratio)
+        setting = replace(
+            setting, tokens=tokens_for(ratio, setting, max(2, ranks)), rows_per_gradient=ratio
+        )
     from experiments.bench.overlap_report import bench_overlap
 
     print(json.dumps(bench_overlap(setting, ranks, out)))
@@ -200,26 +243,38 @@ def train(
     load: str | None = None,
     out: Path = OUT,
 ) -> None:
-    """What a slow network costs `scmoe train` of each architecture, and what a shortcut hides of it.
+    """What a slow network costs `scmoe train` of each architecture, and what a shortcut hides of
+    it.
 
     Args:
         overrides: key=value, of the config
         share: communication share of a sequential top-2 pair of the config's sizes, forward
         rounds: turns of each training in the second half of its steps
         rows: the first is what the others are compared with (default: all)
-        load: uneven routing (its forms: bench overlap --help) in place of the routers' choices, beside balanced routing
+        load: uneven routing (its forms: bench overlap --help) in place of the routers' choices,
+            beside balanced routing
     """
     if ranks < 2:
         raise ConfigError(f"--ranks is {ranks}, allowed: 2 or more, as one rank sends nothing")
     links.require()
     from experiments.bench.training import ARCHITECTURES, bench_train
 
-    print(json.dumps(bench_train(config, overrides, share, ranks, rounds, rows or list(ARCHITECTURES), load, out)))
+    print(
+        json.dumps(
+            bench_train(
+                config, overrides, share, ranks, rounds, rows or list(ARCHITECTURES), load, out
+            )
+        )
+    )
 
 
 @main.command
 def growth(
-    *, of: list[Grows] | None = None, points: list[int] | None = None, rounds: Rounds = 5, out: Path = OUT
+    *,
+    of: list[Grows] | None = None,
+    points: list[int] | None = None,
+    rounds: Rounds = 5,
+    out: Path = OUT,
 ) -> None:
     """How the time of a pair of blocks, and what overlap saves of it, grow.
 
@@ -251,8 +306,8 @@ def inference(
     """Prefill and decode between ranks, sequential, overlapped and as planned.
 
     Args:
-        load: uneven routing (its forms: bench overlap --help), measured beside the balanced one; each --load is one
-            more
+        load: uneven routing (its forms: bench overlap --help), measured beside the balanced one;
+            each --load is one more
     """
     from experiments.bench.inference import bench_inference
 
@@ -264,7 +319,8 @@ def routing(*trainings: str, work: Path = Path("runs/routing"), out: Path = OUT)
     """How uneven the routing of real trainings is in each step, at their start and end.
 
     Args:
-        trainings: names (default: the quickstart with each balance rule, and small twins of Table 3)
+        trainings: names (default: the quickstart with each balance rule, and small twins of Table
+            3)
         work: folder of their runs; one that is there is not trained again
     """
     from experiments.bench.routing_study import bench_routing
@@ -292,7 +348,13 @@ def exchange(
     if refused := why_no_nodes(nodes, ranks):
         raise ConfigError(refused)
     links.require(nodes)
-    print(json.dumps(bench_exchange(nodes, ranks, between_mbit, kilobytes or [1, 4, 16, 64, 256, 1024], rounds)))
+    print(
+        json.dumps(
+            bench_exchange(
+                nodes, ranks, between_mbit, kilobytes or [1, 4, 16, 64, 256, 1024], rounds
+            )
+        )
+    )
 
 
 @main.command
@@ -314,7 +376,9 @@ def timeline(
 
     if run is not None:
         if (share, ranks, compute, position, out) != (0.52, 2, "emulated", "pos2", TIMELINE):
-            raise ConfigError("--run draws the plan of a run and measures nothing. Leave the other options out")
+            raise ConfigError(
+                "--run draws the plan of a run and measures nothing. Leave the other options out"
+            )
         return print(json.dumps(timeline.draw_plan(run)))
     check_ranks(ranks)
     links.require()

@@ -1,14 +1,17 @@
-"""Generation: with a cache over without, a decoding step over its operators, and transformers' GPT-2 beside ours.
+"""Generation: with a cache over without, a decoding step over its operators, and transformers'
+GPT-2 beside ours.
 
-    uncached      each token is a pass over the whole text so far; logits of its last token alone, as with a cache
-    operators     those of the blocks and the vocabulary's product, timed in place; the rest of a step is norms, sums of
-                  residuals, masks, choosing tokens, and Python
-    cache_limit   what a cache would gain on this machine if passes were operators alone: a step reads as many weights
-                  for a few rows as a pass does for many, so it is far from the ratio of their multiplications
+    uncached      each token is a pass over the whole text so far; logits of its last token alone,
+                  as with a cache
+    operators     those of the blocks and the vocabulary's product, timed in place; the rest of a
+                  step is norms, sums of residuals, masks, choosing tokens, and Python
+    cache_limit   what a cache would gain on this machine if passes were operators alone: a step
+                  reads as many weights for a few rows as a pass does for many, so it is far from
+                  the ratio of their multiplications
     transformers  `generate` of its GPT-2, which has the weights of our dense model
 
-All kinds run in turn, round after round, on the same prompts, and ratios are taken within a round. The models have the
-quickstart's sizes and random weights; a document's end does not stop them.
+All kinds run in turn, round after round, on the same prompts, and ratios are taken within a round.
+The models have the quickstart's sizes and random weights; a document's end does not stop them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -52,26 +55,39 @@ ROWS = {  # of the table: words, limit
 Kind = Callable[[], list[float]]
 
 
-def bench_generation(batches: Sequence[int], prompt: int, tokens: int, threads: int, rounds: int) -> dict[str, Any]:
-    """Print tables and return medians, of the last batch size and of each. It requires transformers.
+def bench_generation(
+    batches: Sequence[int], prompt: int, tokens: int, threads: int, rounds: int
+) -> dict[str, Any]:
+    """Print tables and return medians, of the last batch size and of each. It requires
+    transformers.
 
     Raises AssertionError where two kinds of generation differ in a token."""
     torch.set_num_threads(threads)
     config = load(CONFIG, [f"data.seq_len={prompt + tokens}"])
     model = build_model(config, ParallelContext()).eval()
-    operators: dict[int, list[dict[str, float]]] = {batch: [] for batch in batches}  # ms, of each decoding step
-    dense_kinds = beside_transformers(replace(config, moe=replace(config.moe, architecture="dense")))
+    operators: dict[int, list[dict[str, float]]] = {
+        batch: [] for batch in batches
+    }  # ms, of each decoding step
+    dense_kinds = beside_transformers(
+        replace(config, moe=replace(config.moe, architecture="dense"))
+    )
     kinds: dict[tuple[int, str], Kind] = {}
     for batch in batches:
-        ids_BS = torch.randint(config.data.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0))
-        of_batch = cache_kinds(model, ids_BS, tokens, operators[batch]) | dense_kinds(ids_BS, tokens)
+        ids_BS = torch.randint(
+            config.data.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(0)
+        )
+        of_batch = cache_kinds(model, ids_BS, tokens, operators[batch]) | dense_kinds(
+            ids_BS, tokens
+        )
         kinds |= {(batch, name): kind for name, kind in of_batch.items()}
     numbers = in_turn(kinds, rounds, warm_up=0)
 
     def of(batch: int) -> dict[str, float]:
         total_ms, tpot_ms, ttft_ms = numbers[batch, "cached"]
         over_operators, limit = numbers[batch, "recorded"]
-        uncached_ms, dense_ms, transformers_ms = (numbers[batch, n][0] for n in ("uncached", "dense", "transformers"))
+        uncached_ms, dense_ms, transformers_ms = (
+            numbers[batch, n][0] for n in ("uncached", "dense", "transformers")
+        )
         found = {
             "cached_over_uncached": uncached_ms / total_ms,
             "cache_limit": limit,
@@ -91,10 +107,13 @@ def bench_generation(batches: Sequence[int], prompt: int, tokens: int, threads: 
     return by_batch[batches[-1]] | {"by_batch": by_batch}
 
 
-def cache_kinds(model: Any, ids_BS: Tensor, tokens: int, operators: list[dict[str, float]]) -> dict[str, Kind]:
-    """Return generation with a cache, without, and with its operators recorded. The first two return times in ms: of
-    all, a step, the first token; of all. The third returns a step over its operators, whose times it appends to
-    `operators`, and the operators of all passes without a cache over those with one."""
+def cache_kinds(
+    model: Any, ids_BS: Tensor, tokens: int, operators: list[dict[str, float]]
+) -> dict[str, Kind]:
+    """Return generation with a cache, without, and with its operators recorded. The first two
+    return times in ms: of all, a step, the first token; of all. The third returns a step over its
+    operators, whose times it appends to `operators`, and the operators of all passes without a
+    cache over those with one."""
     expected_BS = cached(model, ids_BS, tokens)[0]  # the first calls of a process are slower
     uncached(model, ids_BS, 2)
     some = range((tokens - 1) % EVERY // 2, tokens, EVERY)
@@ -115,14 +134,17 @@ def cache_kinds(model: Any, ids_BS: Tensor, tokens: int, operators: list[dict[st
                 longer.append(sum(taken_ms(recorder).values()))
         operators.extend(own[1:])
         totals_ms = [sum(of_step.values()) for of_step in own]
-        over_operators = [ms / total_ms for ms, total_ms in zip(steps_ms[1:], totals_ms[1:], strict=True)]
+        over_operators = [
+            ms / total_ms for ms, total_ms in zip(steps_ms[1:], totals_ms[1:], strict=True)
+        ]
         return [middle(over_operators), mean(longer) / mean(totals_ms)]
 
     return {"cached": with_cache, "uncached": without, "recorded": recorded_steps}
 
 
 def beside_transformers(config: Config) -> Callable[[Tensor, int], dict[str, Kind]]:
-    """Return a function (prompts, tokens) -> `generate` of our dense model and of transformers' with equal weights.
+    """Return a function (prompts, tokens) -> `generate` of our dense model and of transformers'
+    with equal weights.
 
     Both return the time of all tokens in ms. config: of a dense model."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -130,9 +152,15 @@ def beside_transformers(config: Config) -> Callable[[Tensor, int], dict[str, Kin
     ours = build_model(config, ParallelContext()).eval()
     content = hf_config(config, None)
     theirs = GPT2LMHeadModel(GPT2Config(**content)).eval()
-    weights = {name: w for own, p in ours.named_parameters() for name, w in renamed(content, own, p.detach())}
+    weights = {
+        name: w
+        for own, p in ours.named_parameters()
+        for name, w in renamed(content, own, p.detach())
+    }
     missing, unknown = theirs.load_state_dict(weights, strict=False)
-    assert not unknown and set(missing) <= {"lm_head.weight"}, "tied to the embedding; all others are set"
+    assert not unknown and set(missing) <= {"lm_head.weight"}, (
+        "tied to the embedding; all others are set"
+    )
 
     def kinds(ids_BS: Tensor, tokens: int) -> dict[str, Kind]:
         def write_ours() -> Tensor:
@@ -141,7 +169,9 @@ def beside_transformers(config: Config) -> Callable[[Tensor, int], dict[str, Kin
 
         def write_theirs(new: int = tokens) -> Tensor:
             mask_BS = torch.ones_like(ids_BS)
-            return theirs.generate(ids_BS, attention_mask=mask_BS, max_new_tokens=new, do_sample=False)
+            return theirs.generate(
+                ids_BS, attention_mask=mask_BS, max_new_tokens=new, do_sample=False
+            )
 
         expected_BS = write_ours()
         write_theirs(2)
@@ -154,7 +184,8 @@ def beside_transformers(config: Config) -> Callable[[Tensor, int], dict[str, Kin
 
 
 def timed_ms(write: Callable[[], Tensor], expected_BS: Tensor) -> float:
-    """Return the time of one call. Raises AssertionError where it returns other tokens than expected."""
+    """Return the time of one call. Raises AssertionError where it returns other tokens than
+    expected."""
     texts: list[Tensor] = []
     ms = 1e3 * seconds(lambda: texts.append(write()))
     assert torch.equal(texts[0], expected_BS), "two kinds of generation differ in a token"
@@ -165,7 +196,8 @@ def timed_ms(write: Callable[[], Tensor], expected_BS: Tensor) -> float:
 def cached(
     model: Any, ids_BS: Tensor, tokens: int, recorder: Recorder | None = None
 ) -> tuple[Tensor, list[float], list[dict[str, float]]]:
-    """Return the texts [B, S + tokens], and the times in ms of each step and, if it is recorded, of its operators."""
+    """Return the texts [B, S + tokens], and the times in ms of each step and, if it is recorded, of
+    its operators."""
     steps = stream(model, ids_BS.tolist(), Stopping(tokens), GREEDY)
     columns: list[Any] = []
     times_ms, operators_ms = [], []
@@ -211,10 +243,16 @@ def recorded(model: Any) -> Iterator[Recorder]:
 
 
 def show(
-    by_batch: dict[int, dict[str, float]], operators: dict[int, list[dict[str, float]]], prompt: int, tokens: int
+    by_batch: dict[int, dict[str, float]],
+    operators: dict[int, list[dict[str, float]]],
+    prompt: int,
+    tokens: int,
 ) -> None:
     medians = {
-        name: {f"batch {batch}": middle([own[name] for own in steps]) for batch, steps in operators.items()}
+        name: {
+            f"batch {batch}": middle([own[name] for own in steps])
+            for batch, steps in operators.items()
+        }
         for name in next(iter(operators.values()))[0]
     }
     columns = {f"batch {batch}": f"{{batch {batch}:.3f}}" for batch in by_batch}
@@ -225,5 +263,7 @@ def show(
     }
     if (max(by_batch), prompt, tokens) != USUAL:
         rows[ROWS["cached_over_uncached"][0]]["limit"] = ""
-    columns = {f"batch {batch}": f"{{batch {batch}:.3g}}" for batch in by_batch} | {"limit": "{limit}"}
+    columns = {f"batch {batch}": f"{{batch {batch}:.3g}}" for batch in by_batch} | {
+        "limit": "{limit}"
+    }
     Report(f"{prompt} + {tokens} tokens", rows, columns, "generation").show()

@@ -1,9 +1,11 @@
-"""Stand-ins for operators and for the network. Shapes, rows and gradients are those of the real ones.
+"""Stand-ins for operators and for the network. Shapes, rows and gradients are those of the real
+ones.
 
-Emulated operators sleep for a calibrated time, forward and backward, so that more ranks than cores can run in parallel
-with real transfers. Backward takes twice as long, as for products: the input's gradient, and the weight's.
-Exchanges without a network are free, or go over a GPU's bus to the host and back. Each is an Exchange for
-parallel/wire/all_to_all.py, so all code around it is the code that runs between ranks.
+Emulated operators sleep for a calibrated time, forward and backward, so that more ranks than cores
+can run in parallel with real transfers. Backward takes twice as long, as for products: the input's
+gradient, and the weight's. Exchanges without a network are free, or go over a GPU's bus to the host
+and back. Each is an Exchange for parallel/wire/all_to_all.py, so all code around it is the code
+that runs between ranks.
 """
 
 import time
@@ -17,8 +19,8 @@ from torch.autograd import Function
 from scmoe.moe.dispatcher import Ready, Traffic
 from scmoe.parallel.wire.all_to_all import Exchange, Work
 
-# Of the products of an attention of width D over S tokens, 6 D^2 + 2 D S (causal) + 2 D^2 a token, the last are the
-# output projection's: 0.22 to 0.17 for S from D / 2 to 2 D.
+# Of the products of an attention of width D over S tokens, 6 D^2 + 2 D S (causal) + 2 D^2 a token,
+# the last are the output projection's: 0.22 to 0.17 for S from D / 2 to 2 D.
 OUT_PART = 0.2
 
 
@@ -52,8 +54,9 @@ class EmulatedOperator(nn.Module):
 
 
 class EmulatedAttention(nn.Module):
-    """Replaces an attention sub-layer, which has two parts: its output projection takes OUT_PART of `ms`, and its core
-    the rest. Arguments as above. onto: as Residual's; None: the sub-layer is the identity."""
+    """Replaces an attention sub-layer, which has two parts: its output projection takes OUT_PART of
+    `ms`, and its core the rest. Arguments as above. onto: as Residual's; None: the sub-layer is the
+    identity."""
 
     parted = True
 
@@ -62,13 +65,16 @@ class EmulatedAttention(nn.Module):
         self.core = EmulatedOperator((1 - OUT_PART) * ms, 3 * num_weights // 4, tokens)
         self.out = EmulatedOperator(OUT_PART * ms, num_weights // 4, tokens)
 
-    def forward(self, x_BSD: Tensor, onto: Tensor | None = None, core: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, onto: Tensor | None = None, core: Tensor | None = None
+    ) -> Tensor:
         y_BSD = self.out(self.core(x_BSD) if core is None else core)
         return y_BSD if onto is None else onto + y_BSD
 
 
 class EmulatedExperts(nn.Module):
-    """Replaces moe.experts.Experts: the identity, after us_per_row microseconds for each row that is not empty."""
+    """Replaces moe.experts.Experts: the identity, after us_per_row microseconds for each row that
+    is not empty."""
 
     def __init__(self, us_per_row: float, num_experts: int, expert_ids: range) -> None:
         super().__init__()
@@ -80,18 +86,22 @@ class EmulatedExperts(nn.Module):
 
 
 def free(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
-    """Free communication: every rank keeps its rows, as if they came from its peers. It gets as many as these would
-    send: where it has fewer, the others are zero."""
+    """Free communication: every rank keeps its rows, as if they came from its peers. It gets as
+    many as these would send: where it has fewer, the others are zero."""
     missing = 0 if traffic is None else sum(traffic.received) - len(rows)
     if missing:
-        rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing > 0 else rows[:missing]
+        rows = (
+            torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+            if missing > 0
+            else rows[:missing]
+        )
     return rows, Ready(rows)
 
 
 @dataclass(frozen=True)
 class OnStream:
-    """Copies on a stream of their own, between two events. `wait` waits like NCCL's: the current stream waits for them,
-    the host does not."""
+    """Copies on a stream of their own, between two events. `wait` waits like NCCL's: the current
+    stream waits for them, the host does not."""
 
     events: tuple[Any, Any]
 
@@ -100,12 +110,14 @@ class OnStream:
 
 
 def over_the_bus(device: torch.device, rate: float = 1.0) -> Exchange:
-    """Copies rows to pinned host memory and back on a separate stream, as an All-to-All between GPUs on PCIe without
-    peer access does; one GPU is enough. The copies run in parallel with the computation of the current stream.
+    """Copies rows to pinned host memory and back on a separate stream, as an All-to-All between
+    GPUs on PCIe without peer access does; one GPU is enough. The copies run in parallel with the
+    computation of the current stream.
 
-    rate: the transfers' rate, as a multiple of the bus's own. At 0.4 every row is copied 2.5 times. At 4 a quarter of
-    the rows is copied to the host and back; the others stay on the device, like the rows that an All-to-All keeps.
-    device: on a CPU rows are copied from memory to memory at once, so that the code around it can be tested.
+    rate: the transfers' rate, as a multiple of the bus's own. At 0.4 every row is copied 2.5 times.
+    At 4 a quarter of the rows is copied to the host and back; the others stay on the device, like
+    the rows that an All-to-All keeps. device: on a CPU rows are copied from memory to memory at
+    once, so that the code around it can be tested.
     """
     stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
@@ -121,7 +133,9 @@ def over_the_bus(device: torch.device, rate: float = 1.0) -> Exchange:
             events[0].record()
             _there_and_back(rows, target, rate)
             events[1].record()
-        rows.record_stream(stream)  # the caching allocator must not hand either buffer out before the copies are done
+        rows.record_stream(
+            stream
+        )  # the caching allocator must not hand either buffer out before the copies are done
         target.record_stream(stream)
         return target, OnStream(events)
 
@@ -134,7 +148,9 @@ def _there_and_back(rows: Tensor, target: Tensor, rate: float) -> None:
     numbers = travelling(len(rows), rate)
     most = max(numbers, default=0)
     target[most:].copy_(rows[most:])
-    on_host = torch.empty((most, *rows.shape[1:]), dtype=rows.dtype, pin_memory=rows.is_cuda and most > 0)
+    on_host = torch.empty(
+        (most, *rows.shape[1:]), dtype=rows.dtype, pin_memory=rows.is_cuda and most > 0
+    )
     for number in numbers:
         on_host[:number].copy_(rows[:number], non_blocking=True)
         target[:number].copy_(on_host[:number], non_blocking=True)

@@ -1,8 +1,9 @@
-"""Parts of `make gpu-check` that train: steps of GPT2-MoE-Small, pairs of blocks, the quickstart's model.
+"""Parts of `make gpu-check` that train: steps of GPT2-MoE-Small, pairs of blocks, the quickstart's
+model.
 
-Transfers between blocks are copies of real rows over the bus on a stream of their own, in parallel with real
-computation in bf16. The rate of the copies is searched until communication is the wanted share of a sequential top-2
-pair.
+Transfers between blocks are copies of real rows over the bus on a stream of their own, in parallel
+with real computation in bf16. The rate of the copies is searched until communication is the wanted
+share of a sequential top-2 pair.
 """
 
 import gzip
@@ -47,7 +48,12 @@ from scmoe.training.run.train import train as run_training
 
 ROOT = Path(__file__).resolve().parents[2]  # of the checkout
 GPT2 = "experiment/gpt2_moe_small.yaml"  # Table 8
-ON_ONE = ("data.path=null", "strategy.ep_size=1", "trainer.devices=1", "trainer.precision=bf16-mixed")
+ON_ONE = (
+    "data.path=null",
+    "strategy.ep_size=1",
+    "trainer.devices=1",
+    "trainer.precision=bf16-mixed",
+)
 TINY_MODEL = (
     *("model.layers=2", "model.dim=48", "model.heads=6", "data.vocab_size=512", "data.seq_len=32"),
     *("data.global_batch_size=4", "optim.warmup_steps=4", "trainer.max_steps=30"),
@@ -63,9 +69,13 @@ BATCHES = (64, 32, 16, 8, 4, 2, 1)  # samples of a step of GPT2-MoE-Small: the m
 ROOM = 0.75  # of the free memory, for the estimate
 LEAST_FALL = 0.5  # nats per token, from the first tenth of the steps to the last
 SHARE = 0.52  # of communication, in the pictures
-PAIR: dict[str, Any] = dict(dim=1024, ffn_dim=4096, heads=16, tokens=16384, seq_len=1024, dtype="bfloat16", rounds=9)
+PAIR: dict[str, Any] = dict(
+    dim=1024, ffn_dim=4096, heads=16, tokens=16384, seq_len=1024, dtype="bfloat16", rounds=9
+)
 TINY_ROWS = ("top2", "shared_expert", "scmoe_pos2", "scmoe_pos2_pipelined")
-TINY_PAIR = PAIR | dict(dim=32, ffn_dim=64, heads=2, tokens=64, seq_len=32, rounds=2, rows=TINY_ROWS)
+TINY_PAIR = PAIR | dict(
+    dim=32, ffn_dim=64, heads=2, tokens=64, seq_len=32, rounds=2, rows=TINY_ROWS
+)
 KEPT = "pos2-overlapped-1-chunks.json"  # of the traces, by timeline.py
 
 
@@ -75,7 +85,8 @@ def config_of(place: Place, name: str, *overrides: str) -> Config:
 
 
 class TrainStep:
-    """Forward under bf16 autocast, loss with balance, backward, clipping, AdamW; on random tokens [samples, S]."""
+    """Forward under bf16 autocast, loss with balance, backward, clipping, AdamW; on random tokens
+    [samples, S]."""
 
     def __init__(self, config: Config, device: torch.device, samples: int) -> None:
         self.config, self.device, self.samples = config, device, samples
@@ -83,14 +94,18 @@ class TrainStep:
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         self.step = Step(Wrapped(model, 1), ParallelContext(), optimizer, clip=1.0)
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(config.data.vocab_size, (samples, config.data.seq_len + 1), generator=generator)
+        ids = torch.randint(
+            config.data.vocab_size, (samples, config.data.seq_len + 1), generator=generator
+        )
         self.ids = ids.to(device)
 
     def loss(self) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16):
             logits_BSV, stats = self.step.model(self.ids[:, :-1])
         nats = F.cross_entropy(logits_BSV.flatten(0, 1).float(), self.ids[:, 1:].flatten())
-        return nats + self.config.moe.load_balance_coef * load_balance_loss(stats, integer_sums(stats))
+        return nats + self.config.moe.load_balance_coef * load_balance_loss(
+            stats, integer_sums(stats)
+        )
 
     def __call__(self) -> None:
         with record_function("step"):
@@ -104,8 +119,8 @@ class TrainStep:
 
 
 def profiled(place: Place) -> Pieces:
-    """The operators of a training step by the profiler, and where the host waits for the device. With fixed capacity
-    nothing of a step may wait; dropless the host reads the number of rows."""
+    """The operators of a training step by the profiler, and where the host waits for the device.
+    With fixed capacity nothing of a step may wait; dropless the host reads the number of rows."""
     return {
         "fixed capacity": lambda: profile_step(place, "step.json.gz"),
         "dropless": lambda: profile_step(place, None, "moe.capacity_factor=null"),
@@ -125,7 +140,9 @@ def profile_step(place: Place, trace: str | None, *overrides: str) -> dict[str, 
     events = profiles.within(found, "step")
     waits = profiles.host_waits(events)
     if place.device == "cuda" and not profiles.device_work(events)["kernels"]:
-        raise RuntimeError("the profiler has recorded no kernel of the step, so it cannot trace this device")
+        raise RuntimeError(
+            "the profiler has recorded no kernel of the step, so it cannot trace this device"
+        )
     if waits and config.moe.capacity_factor is not None:
         raise RuntimeError(f"with fixed capacity the host waited for the device: {waits}")
     return {
@@ -143,9 +160,9 @@ def gpt2(place: Place) -> Pieces:
 
 
 def measure_step(place: Place) -> dict[str, Any]:
-    """Returns rates of a step of GPT2-MoE-Small at its own shape, medians over rounds, and its peak memory. MFU is
-    training FLOPs (footprint/model_cost.py) over what the device could do: by its datasheet, and by a product of two
-    large bf16 matrices, measured in turn with the step."""
+    """Returns rates of a step of GPT2-MoE-Small at its own shape, medians over rounds, and its peak
+    memory. MFU is training FLOPs (footprint/model_cost.py) over what the device could do: by its
+    datasheet, and by a product of two large bf16 matrices, measured in turn with the step."""
     device, config = torch.device(place.device), config_of(place, GPT2, "data.name=synthetic")
     seq_len, model = config.data.seq_len, build_model_on_meta(config)
     job = Job(samples=2, seq_len=seq_len, precision="bf16-mixed", on_gpu=device.type == "cuda")
@@ -156,11 +173,16 @@ def measure_step(place: Place) -> dict[str, Any]:
     step = TrainStep(config, device, job.samples)
     size = 256 if place.tiny else 8192
     square = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-    runs = {"step": partial(seconds, step, device), "product": partial(seconds, lambda: square @ square, device)}
+    runs = {
+        "step": partial(seconds, step, device),
+        "product": partial(seconds, lambda: square @ square, device),
+    }
     times = in_turn(runs, 3 if place.tiny else 10, WARM_UP)
     step_s = middle(times["step"])
     product_flops = 2 * size**3 / middle(times["product"])
-    achieved = job.samples * training_flops(forward_flops(model, seq_len, empty_slots=False)) / step_s
+    achieved = (
+        job.samples * training_flops(forward_flops(model, seq_len, empty_slots=False)) / step_s
+    )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     sheet = peak_tflops(name, "bf16-mixed")
     estimate = rank_memory(model, job)
@@ -186,17 +208,26 @@ def training(place: Place) -> Pieces:
 
 
 def train(place: Place) -> dict[str, Any]:
-    """Trains the quickstart's model in bf16 on the pages in docs/, which every checkout has. Returns the loss in tenths
-    of the training. RuntimeError: it has not fallen by LEAST_FALL."""
+    """Trains the quickstart's model in bf16 on the pages in docs/, which every checkout has.
+    Returns the loss in tenths of the training. RuntimeError: it has not fallen by LEAST_FALL."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ("data.name=text", f"data.path={ROOT / 'docs'}", f"data.cache_dir={folder}", f"runs_dir={folder}")
+        words = (
+            "data.name=text",
+            f"data.path={ROOT / 'docs'}",
+            f"data.cache_dir={folder}",
+            f"runs_dir={folder}",
+        )
         accelerator = f"trainer.accelerator={'gpu' if place.device == 'cuda' else 'cpu'}"
         config = config_of(place, "quickstart.yaml", *words, accelerator, *QUIET)
         start = time.perf_counter()
         summary = run_training(config)
         taken_s = time.perf_counter() - start
         assert summary is not None
-        losses = [row["train/loss"] for row in SeenRun(Path(summary["run_dir"])).metrics if "train/loss" in row]
+        losses = [
+            row["train/loss"]
+            for row in SeenRun(Path(summary["run_dir"])).metrics
+            if "train/loss" in row
+        ]
     tenth = max(1, len(losses) // 10)
     tenths = [mean(losses[i : i + tenth]) for i in range(0, len(losses), tenth)]
     if not tenths[-1] < tenths[0] - LEAST_FALL:
@@ -220,7 +251,8 @@ def setting_at(place: Place, share: float) -> Setting:
 
 
 def overlap(place: Place, share: float) -> Pieces:
-    """How much every architecture hides, as `bench overlap` measures it, on the streams of one device."""
+    """How much every architecture hides, as `bench overlap` measures it, on the streams of one
+    device."""
     return {"transfers": lambda: transfers(place), "rows": lambda: overlapped_rows(place, share)}
 
 
@@ -229,14 +261,22 @@ def overlapped_rows(place: Place, share: float) -> dict[str, Any]:
     setting = setting_at(place, share)
     report = summary(setting, 1, run_alone(measure, setting)[BALANCED])
     report["chart"] = drawn(speed_chart.draw, report, place.out / f"overlap-{share:g}.png")
-    sizes = {"dim": setting.dim, "ffn_dim": setting.ffn_dim, "tokens": setting.tokens, "seq_len": setting.seq_len}
+    sizes = {
+        "dim": setting.dim,
+        "ffn_dim": setting.ffn_dim,
+        "tokens": setting.tokens,
+        "seq_len": setting.seq_len,
+    }
     return {"wanted_share": share, **sizes, "dtype": setting.dtype, **report}
 
 
 def transfers(place: Place) -> dict[str, Any]:
-    """Returns what one transfer is on the device: copies and kernels, and how much it slows a computation down.
+    """Returns what one transfer is on the device: copies and kernels, and how much it slows a
+    computation down.
 
-    streaming_multiprocessors: those that its kernels can occupy at most; 0 where copy engines do all of it."""
+    streaming_multiprocessors: those that its kernels can occupy at most; 0 where copy engines do
+    all of it.
+    """
     device, setting = torch.device(place.device), setting_at(place, 0.5)
     exchange = emulated.over_the_bus(device)
     x = torch.randn(setting.tokens, setting.dim, device=device, dtype=torch.bfloat16)
@@ -256,7 +296,10 @@ def transfers(place: Place) -> dict[str, Any]:
 
     runs = {run.__name__: partial(seconds, run, device) for run in (transfer, compute, both)}
     times = in_turn(runs, 3 if place.tiny else 15, WARM_UP)
-    facts: dict[str, Any] = {"mb": x.nbytes / 2**20, **{f"{name}_ms": 1e3 * middle(own) for name, own in times.items()}}
+    facts: dict[str, Any] = {
+        "mb": x.nbytes / 2**20,
+        **{f"{name}_ms": 1e3 * middle(own) for name, own in times.items()},
+    }
     facts["gb_per_s_there_and_back"] = x.nbytes / 1e6 / facts["transfer_ms"]
     facts["both_over_longer"] = facts["both_ms"] / max(facts["transfer_ms"], facts["compute_ms"])
     if device.type == "cuda":
@@ -274,8 +317,10 @@ def pictures(place: Place) -> Pieces:
 
 
 def timelines(place: Place) -> dict[str, Any]:
-    """Draws the operators of one pair on the device's streams, forward and backward, as in Fig. 7, and keeps a trace.
-    Returns for each measured timeline its milliseconds and `beside`, which says in numbers what the pictures show."""
+    """Draws the operators of one pair on the device's streams, forward and backward, as in Fig. 7,
+    and keeps a trace. Returns for each measured timeline its milliseconds and `beside`, which says
+    in numbers what the pictures show.
+    """
     with tempfile.TemporaryDirectory() as folder:
         rate, found = run_alone(watch, setting_at(place, SHARE), "pos2", Path(folder))
         (place.out / "pair.json.gz").write_bytes(gzip.compress(Path(folder, KEPT).read_bytes()))
@@ -284,18 +329,24 @@ def timelines(place: Place) -> dict[str, Any]:
     for direction, spans_of in found.items():
         measured = {title: spans for title, spans in spans_of.items() if title.endswith("measured")}
         facts[direction] = {
-            title: {"ms": max(s.end for s in spans), "beside": beside(spans)} for title, spans in measured.items()
+            title: {"ms": max(s.end for s in spans), "beside": beside(spans)}
+            for title, spans in measured.items()
         }
         title = f"One pair from the tap to its end, {direction}: real compute, {card}"
-        facts[f"{direction}_picture"] = drawn(gantt.draw, measured, place.out / f"{direction}.png", title, "ms")
+        facts[f"{direction}_picture"] = drawn(
+            gantt.draw, measured, place.out / f"{direction}.png", title, "ms"
+        )
     return facts
 
 
 def beside(spans: Sequence[Span]) -> float:
-    """Returns the share of the transfers' time in which an operator computes. Operators do not overlap each other."""
+    """Returns the share of the transfers' time in which an operator computes. Operators do not
+    overlap each other."""
     transfers = [s for s in spans if s.is_transfer]
     others = [s for s in spans if not s.is_transfer]
-    both = sum(max(0.0, min(t.end, o.end) - max(t.start, o.start)) for t in transfers for o in others)
+    both = sum(
+        max(0.0, min(t.end, o.end) - max(t.start, o.start)) for t in transfers for o in others
+    )
     return both / sum(t.end - t.start for t in transfers)
 
 

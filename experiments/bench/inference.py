@@ -1,14 +1,16 @@
-"""`bench inference`: what overlap gains in prefill and in decode, in small GPTs of one pair of blocks, on links whose
-rate gives prefill a share of communication.
+"""`bench inference`: what overlap gains in prefill and in decode, in small GPTs of one pair of
+blocks, on links whose rate gives prefill a share of communication.
 
     prefill   each rank reads a prompt into an empty cache: the time to the first token
-    decode    each rank reads one token of each of `batch` texts, whose prompts are in the cache: the time of a token
-    ways      sequential; overlapped with 1, 2 and 4 chunks, at the best slots for the shape; free, without transfers
+    decode    each rank reads one token of each of `batch` texts, whose prompts are in the cache:
+              the time of a token
+    ways      sequential; overlapped with 1, 2 and 4 chunks, at the best slots for the shape; free,
+              without transfers
     auto      the way that the plan of inference takes
 
-The models are dropless. Their experts get equal shares, or with `--load` those of uneven routing (loads.py), measured
-beside the balanced one. Ratios are to sequential top-2 in the same shape, taken round by round, medians. A row's limit
-is its own time without transfers.
+The models are dropless. Their experts get equal shares, or with `--load` those of uneven routing
+(loads.py), measured beside the balanced one. Ratios are to sequential top-2 in the same shape,
+taken round by round, medians. A row's limit is its own time without transfers.
 """
 
 from collections import Counter
@@ -24,7 +26,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from experiments.bench import emulated
-from experiments.bench.loads import BALANCED, Now, Place, imbalance, kinds_of, load_of, why_impossible
+from experiments.bench.loads import (
+    BALANCED,
+    Now,
+    Place,
+    imbalance,
+    kinds_of,
+    load_of,
+    why_impossible,
+)
 from experiments.bench.overlap import find_rate, say, warn_of_share
 from experiments.bench.pairs import Setting, check_ranks, default_schedule
 from experiments.bench.speed_chart import PAPERS, Printed, name_of
@@ -37,7 +47,14 @@ from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.inference.generate import Shape
-from scmoe.inference.planned import PASSES, InferencePlan, a_pass, best_schedules, pass_seconds, plan_inference
+from scmoe.inference.planned import (
+    PASSES,
+    InferencePlan,
+    a_pass,
+    best_schedules,
+    pass_seconds,
+    plan_inference,
+)
 from scmoe.models.decoder import GPT
 from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
 from scmoe.parallel.mesh import build_context
@@ -56,13 +73,16 @@ SHAPES: tuple[Shape, ...] = ("prefill", "decode")
 
 @dataclass(frozen=True)
 class Free:
-    """Transfers that return their own rows at once, and numbers of rows as if all ranks had announced the same."""
+    """Transfers that return their own rows at once, and numbers of rows as if all ranks had
+    announced the same."""
 
     inner: AllToAllDispatcher
 
     def announce(self, counts_PE: Tensor) -> Any:
         ranks = self.inner.ep_size
-        by_rank = counts_PE.expand(ranks, *counts_PE.shape).reshape(ranks, len(counts_PE), ranks, -1)
+        by_rank = counts_PE.expand(ranks, *counts_PE.shape).reshape(
+            ranks, len(counts_PE), ranks, -1
+        )
         return ReadByHost(Ready(None), by_rank, dist.get_rank(self.inner.group), None)
 
     def dispatch(self, rows_RD: Tensor, counts: Any) -> tuple[Pending, Receipt]:
@@ -73,7 +93,8 @@ class Free:
 
 
 class InferenceBench:
-    """Holds the models of one rank and runs passes. setting: its tokens are the prompt's, in one sequence."""
+    """Holds the models of one rank and runs passes. setting: its tokens are the prompt's, in one
+    sequence."""
 
     def __init__(self, setting: Setting, batch: int) -> None:
         assert setting.compute == "real" and setting.tokens == setting.seq_len
@@ -83,16 +104,22 @@ class InferenceBench:
         torch.manual_seed(0)
         self.models: dict[str, Any] = {}
         self.now = Now(load_of(BALANCED))
-        self.turns = Counter[tuple[Shape, Variant]]()  # how often each one ran: the steps of its load
+        self.turns = Counter[
+            tuple[Shape, Variant]
+        ]()  # how often each one ran: the steps of its load
         for name in BLOCKS:
             blocks = make_blocks(name, setting, context, self.now)
             self.models[name] = GPT(VOCABULARY, setting.seq_len + 1, setting.dim, blocks).eval()
         self.paid = AllToAllDispatcher(self.group, setting.num_experts)
-        self.free = Free(AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free))
+        self.free = Free(
+            AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free)
+        )
         self.passes: dict[tuple[str, Shape], Any] = {}
         for shape, texts in zip(SHAPES, (1, batch), strict=True):
             ids_BS = torch.randint(VOCABULARY, (texts, setting.tokens))
-            self.passes |= {(name, shape): a_pass(model, shape, ids_BS) for name, model in self.models.items()}
+            self.passes |= {
+                (name, shape): a_pass(model, shape, ids_BS) for name, model in self.models.items()
+            }
 
     def seconds(self, shape: Shape, variant: Variant) -> float:
         """Seconds of a pass. variant: its way is sequential, free, or overlapped x 2."""
@@ -107,21 +134,34 @@ class InferenceBench:
     def plan(self, block: str, shape: Shape, load: str) -> tuple[InferencePlan, list[Variant]]:
         """The plan of a model in one shape at a load, and all its ways, at the best slots."""
         self.now.load, self.now.step = load_of(load), 0
-        schedule, blocks, run = default_schedule(block), self.models[block].blocks, self.passes[block, shape]
+        schedule, blocks, run = (
+            default_schedule(block),
+            self.models[block].blocks,
+            self.passes[block, shape],
+        )
         blocks[0].run_as(schedule, self.paid)
         plan = plan_inference(blocks, run, self.group, CPU, CHUNKS, PASSES[shape])
         best = best_schedules(blocks, run, self.group, CPU, CHUNKS)
-        overlapped = [Variant(block, best[chunks][0], f"overlapped x {chunks}", load) for chunks in CHUNKS]
-        return plan, [*(Variant(block, schedule, way, load) for way in ("sequential", "free")), *overlapped]
+        overlapped = [
+            Variant(block, best[chunks][0], f"overlapped x {chunks}", load) for chunks in CHUNKS
+        ]
+        return plan, [
+            *(Variant(block, schedule, way, load) for way in ("sequential", "free")),
+            *overlapped,
+        ]
 
 
 def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[str, dict[str, Any]]:
-    """Runs on every rank; the caller uses rank 0's result: for each load, of balance first, the rate, the plans, and
-    seconds of each way by rounds."""
+    """Runs on every rank; the caller uses rank 0's result: for each load, of balance first, the
+    rate, the plans, and seconds of each way by rounds."""
     dist.init_process_group("gloo")
     with torch.inference_mode():
         bench = InferenceBench(setting, batch)
-        rate = find_rate(setting, links.set_rate, partial(bench.seconds, "prefill")) if setting.shaped else None
+        rate = (
+            find_rate(setting, links.set_rate, partial(bench.seconds, "prefill"))
+            if setting.shaped
+            else None
+        )
         plans: dict[str, dict[tuple[str, str], InferencePlan]] = {}
         runs: dict[tuple[Shape, Variant], Any] = {}
         for load in dict.fromkeys((BALANCED, *setting.loads)):
@@ -130,20 +170,28 @@ def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[st
                 say(f"planning {block}" + (f" at {load}" if setting.loads else ""))
                 for shape in SHAPES:
                     plans[load][block, shape], variants = bench.plan(block, shape, load)
-                    runs |= {(shape, variant): partial(bench.seconds, shape, variant) for variant in variants}
+                    runs |= {
+                        (shape, variant): partial(bench.seconds, shape, variant)
+                        for variant in variants
+                    }
         times = in_turn(runs, setting.rounds, over_ranks=True, say=say)
-        own = {load: {at: seconds for at, seconds in times.items() if at[1].load == load} for load in plans}
+        own = {
+            load: {at: seconds for at, seconds in times.items() if at[1].load == load}
+            for load in plans
+        }
         return {load: {"rate": rate, "plans": plans[load], "times": own[load]} for load in plans}
 
 
 def bench_inference(
     share: float, prompt: int, batch: int, rounds: int, ranks: int, load: Sequence[str], out: Path
 ) -> dict[str, Any]:
-    """Measure, print a table, and write chart and figures into the folder `out`. Returns the report.
+    """Measure, print a table, and write chart and figures into the folder `out`. Returns the
+    report.
 
-    share: of communication in a sequential top-2 prefill of `prompt` tokens a rank. batch: texts that a rank decodes.
-    load: of the experts, beside the balanced one, whose report then has one of each load in `loads`.
-    The program starts again in a network namespace. ConfigError: an option that cannot be honoured.
+    share: of communication in a sequential top-2 prefill of `prompt` tokens a rank. batch: texts
+    that a rank decodes. load: of the experts, beside the balanced one, whose report then has one of
+    each load in `loads`. The program starts again in a network namespace. ConfigError: an option
+    that cannot be honoured.
     """
     require("bench inference", "matplotlib")
     check_ranks(ranks)
@@ -154,11 +202,19 @@ def bench_inference(
             raise ConfigError(f"--{option} is {tokens}, allowed: {allowed}")
     loads = tuple(dict.fromkeys(load))
     setting = Setting(
-        share, compute="real", rounds=rounds, tokens=prompt, seq_len=prompt, loads=loads, layout="dropless"
+        share,
+        compute="real",
+        rounds=rounds,
+        tokens=prompt,
+        seq_len=prompt,
+        loads=loads,
+        layout="dropless",
     )
     for own in map(load_of, loads):
         if own.kind == "ragged":
-            raise ConfigError(f"--load is {own.name}, allowed: others, as prompts have equal lengths")
+            raise ConfigError(
+                f"--load is {own.name}, allowed: others, as prompts have equal lengths"
+            )
         for top_k in {*map(setting.top_k_of, BLOCKS)}:
             if refused := why_impossible(own, Place(experts, top_k, ranks), setting.sequences):
                 raise ConfigError(refused)
@@ -174,12 +230,16 @@ def bench_inference(
     return report
 
 
-def at_load(setting: Setting, batch: int, ranks: int, found: dict[str, Any], load: str) -> dict[str, Any]:
-    """Return the report of a load: for each row and shape also the planned way's time over its balanced one."""
+def at_load(
+    setting: Setting, batch: int, ranks: int, found: dict[str, Any], load: str
+) -> dict[str, Any]:
+    """Return the report of a load: for each row and shape also the planned way's time over its
+    balanced one."""
     report = {"load": {"name": load}, **summary(setting, batch, ranks, found[load])}
     even = summary(setting, batch, ranks, found[BALANCED])
     times = {
-        at: {(v.block, shape, v.way): s for (shape, v), s in found[at]["times"].items()} for at in (load, BALANCED)
+        at: {(v.block, shape, v.way): s for (shape, v), s in found[at]["times"].items()}
+        for at in (load, BALANCED)
     }
     for block in BLOCKS:
         row = f"scmoe_{block}" if block in POSITIONS else block
@@ -187,8 +247,15 @@ def at_load(setting: Setting, batch: int, ranks: int, found: dict[str, Any], loa
         for shape, tokens in zip(SHAPES, (setting.tokens, batch), strict=True):
             uneven = imbalance(load_of(load), place, 1, tokens)
             own, balanced = report["rows"][row][shape], even["rows"][row][shape]
-            over = times[load][block, shape, own["auto"]] / times[BALANCED][block, shape, balanced["auto"]]
-            own |= {"over_balanced": middle(over), "over_balanced_quartiles": quartiles(over), **uneven}
+            over = (
+                times[load][block, shape, own["auto"]]
+                / times[BALANCED][block, shape, balanced["auto"]]
+            )
+            own |= {
+                "over_balanced": middle(over),
+                "over_balanced_quartiles": quartiles(over),
+                **uneven,
+            }
             own["balanced"] = balanced["speedup"]
             if (block, shape) == (BLOCKS[0], SHAPES[0]):
                 report["load"] |= uneven
@@ -197,14 +264,21 @@ def at_load(setting: Setting, batch: int, ranks: int, found: dict[str, Any], loa
 
 def draw_loads(report: dict[str, Any], path: Path) -> None:
     """Draw the time of a planned prefill over the balanced one."""
-    reports = [own | {"rows": {row: both["prefill"] for row, both in own["rows"].items()}} for own in report["loads"]]
+    reports = [
+        own | {"rows": {row: both["prefill"] for row, both in own["rows"].items()}}
+        for own in report["loads"]
+    ]
     share = f"communication share {report['comm_share']['prefill']:.2f}"
-    words = f"Uneven routing, prefill of {report['prompt']} tokens, real compute, {report['ranks']} ranks, {share}"
+    words = (
+        f"Uneven routing, prefill of {report['prompt']} tokens, real compute, {report['ranks']}"
+        f" ranks, {share}"
+    )
     draw_lines(reports, "over_balanced", path, words, "prefill over its balanced one")
 
 
 def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) -> dict[str, Any]:
-    """Return the medians of the rounds, by row. result: what `measure` returned on rank 0 for one load."""
+    """Return the medians of the rounds, by row. result: what `measure` returned on rank 0 for one
+    load."""
     times = {(v.block, shape, v.way): seconds for (shape, v), seconds in result["times"].items()}
     schedules = {(v.block, shape, v.way): v.schedule for shape, v in result["times"]}
 
@@ -222,7 +296,9 @@ def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) ->
             "gain": middle(times[block, shape, "sequential"] / times[block, shape, auto]),
             "ways": {name: middle(ratios[name]) for name in WAYS},
             "slots": {name: schedules[block, shape, name].slot for name in OVERLAPPED},
-            "inside_attention": {name: schedules[block, shape, name].inside_attention for name in OVERLAPPED},
+            "inside_attention": {
+                name: schedules[block, shape, name].inside_attention for name in OVERLAPPED
+            },
         }
 
     def row(block: str) -> dict[str, Any]:
@@ -238,7 +314,10 @@ def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) ->
             "decode": decode,
         }
 
-    shares = {shape: middle(1 - times["top2", shape, "free"] / times["top2", shape, "sequential"]) for shape in SHAPES}
+    shares = {
+        shape: middle(1 - times["top2", shape, "free"] / times["top2", shape, "sequential"])
+        for shape in SHAPES
+    }
     return {
         "wanted_share": setting.share,
         "comm_share": shares,
@@ -252,14 +331,17 @@ def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) ->
 
 
 def tables(report: dict[str, Any]) -> list[Report]:
-    """Return a table for each shape, at balance and at each load. Speed-ups are over sequential top-2 at that load."""
+    """Return a table for each shape, at balance and at each load. Speed-ups are over sequential
+    top-2 at that load."""
     return [table_of(own, shape) for own in (report, *report.get("loads", ())) for shape in SHAPES]
 
 
 def table_of(report: dict[str, Any], shape: Shape) -> Report:
     columns = {
         "sequential": "{ways[sequential]:.2f}",
-        "1, 2, 4 chunks": "{ways[overlapped x 1]:.2f}, {ways[overlapped x 2]:.2f}, {ways[overlapped x 4]:.2f}",
+        "1, 2, 4 chunks": (
+            "{ways[overlapped x 1]:.2f}, {ways[overlapped x 2]:.2f}, {ways[overlapped x 4]:.2f}"
+        ),
         "plan": "{speedup:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]",
         "its way": "{auto}",
         "limit": "{limit:.2f}",
@@ -267,31 +349,46 @@ def table_of(report: dict[str, Any], shape: Shape) -> Report:
         "tokens/s": "{tokens_per_s:,.0f}",
     }
     words = "{prompt} tokens a rank" if shape == "prefill" else "one token of {batch} texts a rank"
-    words += f", links of {{link_mbit:.0f}} Mbit/s, communication share {report['comm_share'][shape]:.2f}"
+    words += (
+        ", links of {link_mbit:.0f} Mbit/s, communication share"
+        f" {report['comm_share'][shape]:.2f}"
+    )
     if "load" in report:
         words = f"{report['load']['name']}, {words}"
-        columns["imbalance: ranks, experts"] = "{max_over_mean_ranks:.2f}, {max_over_mean_experts:.2f}"
+        columns["imbalance: ranks, experts"] = (
+            "{max_over_mean_ranks:.2f}, {max_over_mean_experts:.2f}"
+        )
         columns |= {"over balanced": "{over_balanced:.2f}", "plan at balance": "{balanced:.2f}"}
     title = f"{shape.capitalize()}, {words}, medians of {{rounds}} rounds:".format_map(report)
-    rows = {name: row[shape] | {"tokens_per_s": row[f"{shape}_tokens_per_s"]} for name, row in report["rows"].items()}
+    rows = {
+        name: row[shape] | {"tokens_per_s": row[f"{shape}_tokens_per_s"]}
+        for name, row in report["rows"].items()
+    }
     return Report(title, rows, columns)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Draw each row sequential and as planned, with its limit, for prefill and decode; with loads, as draw_loads."""
+    """Draw each row sequential and as planned, with its limit, for prefill and decode; with loads,
+    as draw_loads."""
     if "loads" in report:
         return draw_loads(report, path)
     paper = PAPERS.get(report["wanted_share"])
     panels = {shape: bars(report, shape, paper if shape == "prefill" else None) for shape in SHAPES}
     lines = 3 if paper else 2
     with chart(path, 2.5 + height_of(panels["prefill"], lines)) as figure:
-        for axis, (shape, groups) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+        for axis, (shape, groups) in zip(
+            figure.subplots(1, 2, sharey=True), panels.items(), strict=True
+        ):
             grouped_bars(axis, groups, lines=lines)
-            tokens = f"{report['prompt']} tokens" if shape == "prefill" else f"{report['batch']} texts"
+            tokens = (
+                f"{report['prompt']} tokens" if shape == "prefill" else f"{report['batch']} texts"
+            )
             share = 100 * report["comm_share"][shape]
             axis.set(title=f"{shape}, {tokens} a rank,\n{share:.0f} % communication")
             axis.set_xlabel("speed-up over\nsequential top-2")
-        links = f"links of {report['link_mbit']:.0f} Mbit/s between {report['ranks']} ranks on one CPU"
+        links = (
+            f"links of {report['link_mbit']:.0f} Mbit/s between {report['ranks']} ranks on one CPU"
+        )
         heading(figure, f"Inference, a pair of blocks, real compute, {links}")
         colors = {"sequential": RED, "as planned": BLUE} | ({paper.where: PAPER} if paper else {})
         quartiles = f"quartiles of {report['rounds']} rounds"
@@ -309,6 +406,8 @@ def bars(report: dict[str, Any], shape: str, paper: Printed | None) -> dict[str,
             Bar(planned, BLUE, f"{planned:.2f}", own["quartiles"], own["limit"]),
         ]
         if paper and row in paper.rows:
-            group.append(Bar(paper.rows[row]["forward"], PAPER, f"{paper.rows[row]['forward']:.2f}"))
+            group.append(
+                Bar(paper.rows[row]["forward"], PAPER, f"{paper.rows[row]['forward']:.2f}")
+            )
         groups[name_of(row)] = group
     return groups

@@ -1,16 +1,20 @@
-"""The time of the MoE layer over that of the dense products that it contains, on this machine and on one GPU.
+"""The time of the MoE layer over that of the dense products that it contains, on this machine and
+on one GPU.
 
-The roofline is the longer of two times: the dense products', and that of moving the experts' weights through memory at
-the measured bandwidth, read once in each pass, their gradients written once. A dense product reads one expert's worth.
+The roofline is the longer of two times: the dense products', and that of moving the experts'
+weights through memory at the measured bandwidth, read once in each pass, their gradients written
+once. A dense product reads one expert's worth.
 
-The part `layer` of `make gpu-check` (on_device) has the layer in float32 and bfloat16, with 8 and 64 experts:
+The part `layer` of `make gpu-check` (on_device) has the layer in float32 and bfloat16, with 8 and
+64 experts:
 
     fixed capacity   over two batched products on as many rows
     dropless         over two grouped products on as many rows
-    transformers     its Mixtral block and our dropless layer, both SwiGLU, of the same shapes and so of equal FLOPs
+    transformers     its Mixtral block and our dropless layer, both SwiGLU, of the same shapes and
+                     so of equal FLOPs
 
-There the products have no activation between them. Tokens are dealt to the experts in turn, so every expert has as many
-rows as in the products; beside transformers an untrained gate chooses.
+There the products have no activation between them. Tokens are dealt to the experts in turn, so
+every expert has as many rows as in the products; beside transformers an untrained gate chooses.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,10 +40,17 @@ Made = tuple[nn.Module, Tensor]  # a module and its input
 WARM_UP, WARM_UP_ON_DEVICE = 2, 3  # rounds
 READ_BYTES = 1 << 30  # more than any cache holds
 TOP_K = 2  # on a device
-NO_ACTIVATION = Activation(lambda h: h, lambda h, out: out.copy_(h), lambda da, h, out: out.copy_(da))
+NO_ACTIVATION = Activation(
+    lambda h: h, lambda h, out: out.copy_(h), lambda da, h, out: out.copy_(da)
+)
 PRODUCTS, BATCHED, LAYER = "dense products", "batched products of the experts", "MoE layer"
 GELU, DROPLESS = "dense products with GELU", "MoE layer, dropless"
-KEYS = {PRODUCTS: "", BATCHED: "_over_batched", GELU: "_with_gelu", DROPLESS: "_over_dropless"}  # of ratios, as JSON
+KEYS = {
+    PRODUCTS: "",
+    BATCHED: "_over_batched",
+    GELU: "_with_gelu",
+    DROPLESS: "_over_dropless",
+}  # of ratios, as JSON
 
 
 class DenseProducts(nn.Module):
@@ -58,12 +69,16 @@ class DenseProducts(nn.Module):
 class ExpertProducts(nn.Module):
     """The two products of every expert on rows of equal numbers. way: batched_mlps or grouped_mlps."""
 
-    def __init__(self, experts: Experts, way: Callable[..., Tensor], counts_E: Tensor | None = None) -> None:
+    def __init__(
+        self, experts: Experts, way: Callable[..., Tensor], counts_E: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.experts, self.way, self.counts_E = experts, way, counts_E
 
     def forward(self, rows_RD: Tensor) -> Tensor:
-        return self.way(rows_RD, self.experts.w_in_eDF, self.experts.w_out_eFD, self.counts_E, NO_ACTIVATION)
+        return self.way(
+            rows_RD, self.experts.w_in_eDF, self.experts.w_out_eFD, self.counts_E, NO_ACTIVATION
+        )
 
 
 def bench_layer(
@@ -76,9 +91,11 @@ def bench_layer(
     threads: int,
     capacity: float | None = None,
 ) -> dict[str, Any]:
-    """Return the layer's times, router to decode, over those of the two products and over the roofline; medians.
+    """Return the layer's times, router to decode, over those of the two products and over the
+    roofline; medians.
 
-    capacity: the layer drops what is beyond a capacity factor, and is compared with the dropless layer too.
+    capacity: the layer drops what is beyond a capacity factor, and is compared with the dropless
+    layer too.
     """
     keep_freed_memory()
     torch.set_num_threads(threads)
@@ -94,22 +111,34 @@ def bench_layer(
         LAYER: (MoEStream(router, module, LocalDispatcher(), rows_of(capacity, filled=True)), x),
     }
     if tokens * top_k % experts == 0:
-        variants[BATCHED] = ExpertProducts(random_weights(Experts(dim, ffn_dim, experts), CPU), batched_mlps), rows
+        variants[BATCHED] = (
+            ExpertProducts(random_weights(Experts(dim, ffn_dim, experts), CPU), batched_mlps),
+            rows,
+        )
     if capacity is not None:
         variants[DROPLESS] = MoEStream(router, module, LocalDispatcher()), x
     if find_spec("transformers"):  # with three products an expert, of 2/3 of the width
         block = mixtral_block(dim, 2 * ffn_dim // 3 // 8 * 8, experts, top_k, "grouped_mm")
         variants["transformers, grouped, as many FLOPs"] = random_weights(block, x.device), x
-    times = in_turn({name: forward_and_train(*variant) for name, variant in variants.items()}, rounds, WARM_UP)
+    times = in_turn(
+        {name: forward_and_train(*variant) for name, variant in variants.items()}, rounds, WARM_UP
+    )
     bandwidth = read_bytes_per_s()
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    moved = np.array([[weights], [3 * weights]]) / bandwidth  # weights read in each pass, gradients written
+    moved = (
+        np.array([[weights], [3 * weights]]) / bandwidth
+    )  # weights read in each pass, gradients written
     roofline = f"roofline, {bandwidth / 1e9:.1f} GB/s"
     times[roofline] = np.maximum(times[PRODUCTS], moved)
-    ms = {name: [1e3 * middle(kind) for kind in own] for name, own in times.items()}  # forward, train
+    ms = {
+        name: [1e3 * middle(kind) for kind in own] for name, own in times.items()
+    }  # forward, train
     ratios = {name: [middle(kind) for kind in times[LAYER] / own] for name, own in times.items()}
 
-    sizes = f"D={dim} F={ffn_dim} E={experts}, {tokens} tokens, top-{top_k}, capacity factor {capacity or 'none'}"
+    sizes = (
+        f"D={dim} F={ffn_dim} E={experts}, {tokens} tokens, top-{top_k}, capacity factor"
+        f" {capacity or 'none'}"
+    )
     columns = {
         "forward ms": "{ms[0]:.1f}",
         "forward + backward ms": "{ms[1]:.1f}",
@@ -117,7 +146,12 @@ def bench_layer(
         "forward + backward": "{ratio[1]:.3f}",
     }
     shown = {name: {"ms": ms[name], "ratio": ratios[name]} for name in times}
-    Report(f"MoE layer, {sizes}, {threads} thread(s), medians of {rounds} rounds", shown, columns, "variant").show()
+    Report(
+        f"MoE layer, {sizes}, {threads} thread(s), medians of {rounds} rounds",
+        shown,
+        columns,
+        "variant",
+    ).show()
     found: dict[str, Any] = {}
     for name, key in KEYS.items():
         if name in ratios:
@@ -127,33 +161,43 @@ def bench_layer(
 
 
 def read_bytes_per_s() -> float:
-    """Return the bandwidth of this process's threads when they read numbers that are in no cache; the best of five."""
+    """Return the bandwidth of this process's threads when they read numbers that are in no cache;
+    the best of five."""
     numbers = torch.ones(READ_BYTES // 4)
     return READ_BYTES / min(seconds(numbers.sum) for _ in range(5))
 
 
-def mixtral_block(dim: int, ffn_dim: int, num_experts: int, top_k: int, implementation: str) -> nn.Module:
+def mixtral_block(
+    dim: int, ffn_dim: int, num_experts: int, top_k: int, implementation: str
+) -> nn.Module:
     """Return transformers' block on the meta device. implementation: how it computes its experts."""
     from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
-    sizes: dict[str, Any] = dict(hidden_size=dim, intermediate_size=ffn_dim, num_local_experts=num_experts)
-    how: dict[str, Any] = dict(num_experts_per_tok=top_k, hidden_act="silu", experts_implementation=implementation)
+    sizes: dict[str, Any] = dict(
+        hidden_size=dim, intermediate_size=ffn_dim, num_local_experts=num_experts
+    )
+    how: dict[str, Any] = dict(
+        num_experts_per_tok=top_k, hidden_act="silu", experts_implementation=implementation
+    )
     with torch.device("meta"):
         return MixtralSparseMoeBlock(MixtralConfig(**sizes, **how))
 
 
 @torch.no_grad()
 def random_weights(module: Any, device: torch.device) -> Any:
-    """Return the module on the device with weights that are drawn there, which is faster than on the host."""
+    """Return the module on the device with weights that are drawn there, which is faster than on
+    the host."""
     module = module.to_empty(device=device)
     for p in module.parameters():
         p.normal_(std=0.02)
     return module
 
 
-def forward_and_train(module: nn.Module, x: Tensor, device: torch.device = CPU) -> Callable[[], tuple[float, float]]:
-    """Return what gives the seconds of a forward pass without gradients, and of one with backward into gradients that
-    do not exist yet, as after zero_grad()."""
+def forward_and_train(
+    module: nn.Module, x: Tensor, device: torch.device = CPU
+) -> Callable[[], tuple[float, float]]:
+    """Return what gives the seconds of a forward pass without gradients, and of one with backward
+    into gradients that do not exist yet, as after zero_grad()."""
 
     def output() -> Tensor:
         out = module(x)
@@ -174,11 +218,16 @@ def forward_and_train(module: nn.Module, x: Tensor, device: torch.device = CPU) 
 
 
 def compare(
-    device: torch.device, variants: Mapping[str, Callable[[], Made]], over: Mapping[str, str], rounds: int
+    device: torch.device,
+    variants: Mapping[str, Callable[[], Made]],
+    over: Mapping[str, str],
+    rounds: int,
 ) -> dict[str, Any]:
-    """Return for each variant its median forward_ms and train_ms, and its ratios to the variant that `over` names.
+    """Return for each variant its median forward_ms and train_ms, and its ratios to the variant
+    that `over` names.
 
-    variants: functions that make a module and its input. One that cannot be made or run has its error instead.
+    variants: functions that make a module and its input. One that cannot be made or run has its
+    error instead.
     """
 
     def first(make: Callable[[], Made]) -> Callable[[], Any]:
@@ -194,12 +243,20 @@ def compare(
     for name, other in over.items():
         if name in times and other in times:
             forward, train = times[name] / times[other]
-            found[name] |= {"over": other, "forward_ratio": middle(forward), "train_ratio": middle(train)}
+            found[name] |= {
+                "over": other,
+                "forward_ratio": middle(forward),
+                "train_ratio": middle(train),
+            }
     return found
 
 
 def on_device(place: Place) -> Pieces:
-    sizes = dict(dim=32, ffn_dim=96, tokens=64) if place.tiny else dict(dim=1024, ffn_dim=4096, tokens=8192)
+    sizes = (
+        dict(dim=32, ffn_dim=96, tokens=64)
+        if place.tiny
+        else dict(dim=1024, ffn_dim=4096, tokens=8192)
+    )
     rounds = 3 if place.tiny else 15
     device = torch.device(place.device)
     found: dict[str, Callable[[], Any]] = {}
@@ -211,9 +268,16 @@ def on_device(place: Place) -> Pieces:
 
 
 def measure(
-    device: torch.device, dtype: torch.dtype, num_experts: int, rounds: int, dim: int, ffn_dim: int, tokens: int
+    device: torch.device,
+    dtype: torch.dtype,
+    num_experts: int,
+    rounds: int,
+    dim: int,
+    ffn_dim: int,
+    tokens: int,
 ) -> dict[str, Any]:
-    """Returns times and ratios of all variants. SwiGLU has three products, so its hidden width is 2/3 of ffn_dim."""
+    """Returns times and ratios of all variants. SwiGLU has three products, so its hidden width is
+    2/3 of ffn_dim."""
     narrow = 2 * ffn_dim // 3 // 8 * 8
 
     def x() -> Tensor:

@@ -1,6 +1,8 @@
-"""Uneven routing as a value: which share of the copies each expert gets, and the experts that each token goes to.
+"""Uneven routing as a value: which share of the copies each expert gets, and the experts that each
+token goes to.
 
-    p_e                share of the T K copies of a step that go to expert e; a rank has E / R neighbouring experts
+    p_e                share of the T K copies of a step that go to expert e; a rank has E / R
+                       neighbouring experts
     balanced           1 / E
     zipf:A             (e + 1)^-A over the sum of these: the hot experts are neighbours
     spread:A           the same heat, dealt to the ranks in the order 0, 1, 1, 0, .., hottest first
@@ -9,13 +11,14 @@
     empty_rank         0 for each expert of the last rank; the others have equal parts
     rotating:X:N       hot_rank:X, and the next rank is the hot one after every N steps
     burst:X:N          rotating:X:N with N balanced steps after every N hot ones
-    ragged:X           balanced, but rank 0 has X times the mean number of tokens; the others share the rest
-    recorded:FILE      the choices of a recorded run (scmoe/probes/routing.py), in turn; FILE:STEP and FILE:STEP:LAYER
-                       are a part of it
+    ragged:X           balanced, but rank 0 has X times the mean number of tokens; the others share
+                       the rest
+    recorded:FILE      the choices of a recorded run (scmoe/probes/routing.py), in turn; FILE:STEP
+                       and FILE:STEP:LAYER are a part of it
 
-A token goes to K distinct experts, so p_e is at most 1 / K: what zipf has above it goes to the other experts in
-proportion. All ranks deal the same choices to their tokens (but for `recorded`). Copies of hot and cold experts are
-mixed along the tokens, so chunks of tokens have equal loads.
+A token goes to K distinct experts, so p_e is at most 1 / K: what zipf has above it goes to the
+other experts in proportion. All ranks deal the same choices to their tokens (but for `recorded`).
+Copies of hot and cold experts are mixed along the tokens, so chunks of tokens have equal loads.
 """
 
 import re
@@ -35,7 +38,10 @@ from scmoe.moe.router import round_robin
 from scmoe.probes.routing import read_routing
 
 BALANCED = "balanced"
-KINDS = "balanced zipf:A spread:A hot_expert:X hot_rank:X empty_rank rotating:X:N burst:X:N ragged:X recorded:FILE"
+KINDS = (
+    "balanced zipf:A spread:A hot_expert:X hot_rank:X empty_rank rotating:X:N burst:X:N ragged:X"
+    " recorded:FILE"
+)
 FORMS = {form.partition(":")[0]: form for form in KINDS.split()}
 
 
@@ -60,7 +66,9 @@ class Load:
 
     def phases(self, ranks: int) -> int:
         """The number of different routings; they repeat in this order."""
-        return {"rotating": ranks, "burst": 2 * ranks, "recorded": len(self.entries)}.get(self.kind, 1)
+        return {"rotating": ranks, "burst": 2 * ranks, "recorded": len(self.entries)}.get(
+            self.kind, 1
+        )
 
     def phase(self, step: int, ranks: int) -> int:
         return step // self.period % self.phases(ranks)
@@ -88,7 +96,9 @@ def load_of(text: str) -> Load:
     try:
         numbers = float((values or ["1"])[0]), int((values[1:] or ["1"])[0])
     except ValueError:
-        raise ConfigError(f"--load is {text}, allowed: {FORMS[kind]}, A and X numbers, N a whole number") from None
+        raise ConfigError(
+            f"--load is {text}, allowed: {FORMS[kind]}, A and X numbers, N a whole number"
+        ) from None
     return Load(text, kind, *numbers)
 
 
@@ -98,15 +108,25 @@ def recorded(text: str) -> Load:
         found = read_routing(Path(file))
     except ValueError as error:
         raise ConfigError(f"--load is {text}: {error}") from error
-    for what, given, there in (("step", step, found.steps), ("layer", layer, range(len(found.ids)))):
+    for what, given, there in (
+        ("step", step, found.steps),
+        ("layer", layer, range(len(found.ids))),
+    ):
         if given is not None and int(given) not in there:
             raise ConfigError(f"--load is {text}, allowed as {what}: {', '.join(map(str, there))}")
     steps = range(len(found.steps)) if step is None else [found.steps.index(int(step))]
     ids = found.ids if layer is None else [found.ids[int(layer)]]
     entries = [ids_STK[s] for s in steps for ids_STK in ids]
-    entries = [ids_TK[(ids_TK < found.num_experts).all(-1)] for ids_TK in entries]  # no padding, no zero experts
+    entries = [
+        ids_TK[(ids_TK < found.num_experts).all(-1)] for ids_TK in entries
+    ]  # no padding, no zero experts
     # any number of steps from the first on is spread over the whole recording
-    return Load(text, "recorded", num_experts=found.num_experts, entries=[entries[i] for i in mixed(len(entries))])
+    return Load(
+        text,
+        "recorded",
+        num_experts=found.num_experts,
+        entries=[entries[i] for i in mixed(len(entries))],
+    )
 
 
 def why_impossible(load: Load, place: Place, sequences: int) -> str | None:
@@ -132,7 +152,9 @@ def why_impossible(load: Load, place: Place, sequences: int) -> str | None:
     if load.kind == "recorded" and load.num_experts != experts:
         return f"{said}: recordings of {experts} experts; it is one of {load.num_experts}"
     if load.kind == "recorded" and min(map(len, load.entries), default=0) < ranks:
-        return f"{said} with {ranks} ranks: recordings with a token for each rank, apart from padding"
+        return (
+            f"{said} with {ranks} ranks: recordings with a token for each rank, apart from padding"
+        )
     return None
 
 
@@ -170,7 +192,9 @@ def zipf(load: Load, place: Place) -> list[float]:
     if load.kind == "zipf":
         return shares_E
     # expert i of the heat's order goes to rank 0, 1, 1, 0, .. as its next expert
-    places = [(ranks - 1 - i % ranks if i // ranks % 2 else i % ranks, i // ranks) for i in range(experts)]
+    places = [
+        (ranks - 1 - i % ranks if i // ranks % 2 else i % ranks, i // ranks) for i in range(experts)
+    ]
     return [shares_E[places.index(divmod(e, experts // ranks))] for e in range(experts)]
 
 
@@ -209,7 +233,8 @@ def sequences_of(load: Load, mean: int, ranks: int) -> list[int]:
 
 
 def deal(place: Place, rank: int, now: Now) -> Callable[[Tensor], Tensor]:
-    """Return a router's deal of expert ids (moe/router.py) by the load of `now`. rank: among those of the experts."""
+    """Return a router's deal of expert ids (moe/router.py) by the load of `now`. rank: among those
+    of the experts."""
     return partial(_dealt, place, rank, now)
 
 
@@ -226,13 +251,15 @@ def ids_of(load: Load, place: Place, rank: int, num_tokens: int, phase: int = 0)
     if load.kind == "recorded":
         return replayed(load.entries[phase], place, rank, num_tokens)
     counts_E = torch.tensor(copies(shares(load, place, phase), num_tokens * place.top_k))
-    # the copies in the order of experts, cut into K rows: an expert has at most T copies, so at most one in a column
+    # the copies in the order of experts, cut into K rows: an expert has at most T copies, so at
+    # most one in a column
     line_N = torch.arange(place.num_experts).repeat_interleave(counts_E)
     return line_N.view(place.top_k, num_tokens).T[mixed(num_tokens)].contiguous()
 
 
 def mixed(length: int) -> Tensor:
-    """A permutation of which every part of neighbours is spread evenly over the whole (van der Corput's sequence)."""
+    """A permutation of which every part of neighbours is spread evenly over the whole (van der
+    Corput's sequence)."""
     numbers, reversed_ = torch.arange(length), torch.zeros(length, dtype=torch.int64)
     for _ in range(max(1, (length - 1).bit_length())):
         reversed_ = reversed_ * 2 + numbers % 2
@@ -241,11 +268,12 @@ def mixed(length: int) -> Tensor:
 
 
 def replayed(ids_TK: Tensor, place: Place, rank: int, num_tokens: int) -> Tensor:
-    """[T, K] of this rank's part of a recorded batch: tokens at equal distances of it, or each one several times.
+    """[T, K] of this rank's part of a recorded batch: tokens at equal distances of it, or each one
+    several times.
 
-    Of more recorded choices the first K are taken. Of fewer, a further choice of a token is the first choice of a later
-    token that has another one, so it has the same distribution; where nearly all tokens go to one expert, it is the
-    next expert."""
+    Of more recorded choices the first K are taken. Of fewer, a further choice of a token is the
+    first choice of a later token that has another one, so it has the same distribution; where
+    nearly all tokens go to one expert, it is the next expert."""
     part_TK = ids_TK.tensor_split(place.ranks)[rank]
     own_TK = part_TK[torch.arange(num_tokens) * len(part_TK) // num_tokens, : place.top_k]
     first_T = own_TK[:, 0]
@@ -263,25 +291,32 @@ def replayed(ids_TK: Tensor, place: Place, rank: int, num_tokens: int) -> Tensor
 # ---------------------------------------------------------------------- what a load makes
 
 
-def counts_of(load: Load, place: Place, tokens: Sequence[int], phase: int, chunks: int = 1) -> Tensor:
+def counts_of(
+    load: Load, place: Place, tokens: Sequence[int], phase: int, chunks: int = 1
+) -> Tensor:
     """[P, senders, E] copies. tokens: of each rank."""
     found = []
     for rank, own in enumerate(tokens):
         ids_TK = ids_of(load, place, rank, own, phase)
         size = -(-own // chunks)
         parts = [ids_TK[p * size : (p + 1) * size].flatten() for p in range(chunks)]
-        found.append(torch.stack([torch.bincount(part, minlength=place.num_experts) for part in parts]))
+        found.append(
+            torch.stack([torch.bincount(part, minlength=place.num_experts) for part in parts])
+        )
     return torch.stack(found, 1)
 
 
 def imbalance(load: Load, place: Place, sequences: int, seq_len: int) -> dict[str, float]:
-    """Return the copies of the busiest rank, those of the busiest expert, and the tokens of the rank that has the most,
-    each over its mean: of the most uneven phase, or the median of recorded routings."""
+    """Return the copies of the busiest rank, those of the busiest expert, and the tokens of the
+    rank that has the most, each over its mean: of the most uneven phase, or the median of recorded
+    routings."""
     tokens = [seq_len * own for own in sequences_of(load, sequences, place.ranks)]
     found = []
     for phase in range(load.phases(place.ranks)):
         counts_1E = counts_of(load, place, tokens, phase).sum(1)
-        found.append([load_max(counts_1E, parts).item() for parts in (place.ranks, place.num_experts)])
+        found.append(
+            [load_max(counts_1E, parts).item() for parts in (place.ranks, place.num_experts)]
+        )
     of = middle if load.kind == "recorded" else max
     ranks, experts = (of(own) for own in zip(*found, strict=True))
     return {

@@ -1,13 +1,17 @@
-"""`fig13`: latency and memory of a language model whose experts are resident or offloaded, in every way (Fig. 13).
+"""`fig13`: latency and memory of a language model whose experts are resident or offloaded, in every
+way (Fig. 13).
 
-    variants    resident, blocking, determinate, speculative: models that share all weights but the experts'
-    rate        the cache is memory and the store is a file in the page cache, read at a bounded rate: that at which
-                blocking makes the MoE block of ScMoE Pos-2, one token, longer by a given share
-    rounds      all variants in turn, with new tokens in each. A time is kept if the process had its cores: its threads
-                waited for one during at most `max_wait` of it (schedstat)
+    variants    resident, blocking, determinate, speculative: models that share all weights but the
+                experts'
+    rate        the cache is memory and the store is a file in the page cache, read at a bounded
+                rate: that at which blocking makes the MoE block of ScMoE Pos-2, one token, longer
+                by a given share
+    rounds      all variants in turn, with new tokens in each. A time is kept if the process had its
+                cores: its threads waited for one during at most `max_wait` of it (schedstat)
     memory      anonymous memory of the process beyond what it holds without experts and slots
 
-One torch thread, so that the thread that reads has a core. A token is computed alone: no cached keys and values.
+One torch thread, so that the thread that reads has a core. A token is computed alone: no cached
+keys and values.
 """
 
 import copy
@@ -45,22 +49,36 @@ from scmoe.probes.charts import BLUE, PAPER, RED, SKY, chart, heading, title
 from scmoe.report import Report, publish
 from scmoe.training.assembly.model import build_model
 
-ARCHITECTURES = ("scmoe_pos2", "scmoe_pos1", "scmoe_pos3", "shared_expert", "top2")  # the first one gives the rates
+ARCHITECTURES = (
+    "scmoe_pos2",
+    "scmoe_pos1",
+    "scmoe_pos3",
+    "shared_expert",
+    "top2",
+)  # the first one gives the rates
 RESIDENT = "resident"
 Operators = dict[str, list[float]]  # the seconds of each execution of a block's operators
 TRIALS = 2  # of a rate
 QUICK: dict[str, Any] = dict(
-    dim=64, ffn_dim=128, heads=2, pairs=2, tokens=(1, 8), rounds=2, limit_s=2.0, max_wait=float("inf")
+    dim=64,
+    ffn_dim=128,
+    heads=2,
+    pairs=2,
+    tokens=(1, 8),
+    rounds=2,
+    limit_s=2.0,
+    max_wait=float("inf"),
 )
-# Blocking's extra latency over an MoE block's; the share of it that migration hides; the share of peak memory saved
+# Blocking's extra latency over an MoE block's; the share of it that migration hides; the share of
+# peak memory saved
 PAPERS = {"GPT2-MoE-Medium": (0.8, 0.75, 0.5), "GPT3-MoE-XL": (2.4, 0.25, 0.6)}
 COLORS = {"blocking": RED, "determinate": BLUE, "speculative": SKY}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """costs: of blocking, one token, over the resident MoE block; each gives a rate. tokens: of a forward pass. rounds:
-    to keep of each case, in at most limit_s seconds."""
+    """costs: of blocking, one token, over the resident MoE block; each gives a rate. tokens: of a
+    forward pass. rounds: to keep of each case, in at most limit_s seconds."""
 
     dim: int = 1024
     ffn_dim: int = 4096
@@ -97,8 +115,9 @@ class Times:
 
 
 def measure(setting: Setting, architecture: str, rates: tuple[float, ...] | None) -> dict[str, Any]:
-    """Returns the figures of one architecture. rates: in MB/s; None: those that give the setting's costs. It requires a
-    process of its own, because memory that was freed before is not seen when it is used again."""
+    """Returns the figures of one architecture. rates: in MB/s; None: those that give the setting's
+    costs. It requires a process of its own, because memory that was freed before is not seen when
+    it is used again."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model, cases = build(setting, architecture), []
@@ -107,7 +126,9 @@ def measure(setting: Setting, architecture: str, rates: tuple[float, ...] | None
         write_store(path, model)
         with ExitStack() as closing:
             variants = {RESIDENT: model} | {way: sharing(model) for way in WAYS}
-            caches = [closing.enter_context(offload_experts(variants[way], path, way=way)) for way in WAYS]
+            caches = [
+                closing.enter_context(offload_experts(variants[way], path, way=way)) for way in WAYS
+            ]
             if rates is None:
                 rates = tuple(find_rate(variants, caches, cost, setting) for cost in setting.costs)
             for rate in rates:
@@ -125,15 +146,19 @@ def set_rate(caches: list[Cache], rate_mb_s: float) -> None:
         cache.source.rate_mb_s = rate_mb_s
 
 
-def find_rate(variants: dict[str, nn.Module], caches: list[Cache], cost: float, setting: Setting) -> float:
-    """Returns the rate at which blocking makes a block longer by `cost` of its time. More than the fetch counts: the
-    thread's start, and what the fetch drives out of the processor's caches."""
+def find_rate(
+    variants: dict[str, nn.Module], caches: list[Cache], cost: float, setting: Setting
+) -> float:
+    """Returns the rate at which blocking makes a block longer by `cost` of its time. More than the
+    fetch counts: the thread's start, and what the fetch drives out of the processor's caches."""
     two, fetch_s = {name: variants[name] for name in (RESIDENT, "blocking")}, 0.0
     few = replace(setting, rounds=min(9, setting.rounds))
     for _ in range(1 + TRIALS):
         times = rounds(two, caches, min(setting.tokens), few)
         if not times.kept:
-            raise RuntimeError(f"the process had no core in {setting.limit_s:g} s: measure on a quieter machine")
+            raise RuntimeError(
+                f"the process had no core in {setting.limit_s:g} s: measure on a quieter machine"
+            )
         resident_s, blocking_s = (middle(own) for own in times.seconds.values())
         wanted_s = cost * block_and_window(times.operators, variants[RESIDENT])[0]
         extra_s = (blocking_s - resident_s) / setting.pairs if fetch_s else wanted_s
@@ -147,7 +172,11 @@ def build(setting: Setting, architecture: str) -> nn.Module:
     model = (f"layers={2 * s.pairs}", f"dim={s.dim}", f"heads={s.heads}", f"ffn_dim={s.ffn_dim}")
     data = ("data.name=synthetic", "data.vocab_size=256", f"data.seq_len={max(*s.tokens, 8)}")
     block, _ = ROWS[2][architecture]
-    moe = (f"moe.num_experts={s.num_experts}", f"moe.top_k={TOP_K.get(block, 1)}", "moe.capacity_factor=null")
+    moe = (
+        f"moe.num_experts={s.num_experts}",
+        f"moe.top_k={TOP_K.get(block, 1)}",
+        "moe.capacity_factor=null",
+    )
     config = load(None, [*(f"model.{size}" for size in model), *data, *moe, *WIRINGS[block]])
     return build_model(config, ParallelContext()).eval()
 
@@ -157,7 +186,9 @@ def sharing(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def rounds(variants: dict[str, nn.Module], caches: list[Cache], tokens: int, setting: Setting) -> Times:
+def rounds(
+    variants: dict[str, nn.Module], caches: list[Cache], tokens: int, setting: Setting
+) -> Times:
     """Runs all variants in turn until enough times of each are kept, or the time is over."""
     times, deadline = Times({name: [] for name in variants}), time.monotonic() + setting.limit_s
     for variant in variants.values():
@@ -172,7 +203,9 @@ def rounds(variants: dict[str, nn.Module], caches: list[Cache], tokens: int, set
             logits[name] = out.logits_BSV
             if seconds is not None:
                 times.seconds[name].append(seconds)
-        operators, seconds = undisturbed(partial(in_place, variants[RESIDENT], ids), setting.max_wait)
+        operators, seconds = undisturbed(
+            partial(in_place, variants[RESIDENT], ids), setting.max_wait
+        )
         if seconds is not None:
             times.operators += operators
         times.active += [float((stats.counts_E > 0).sum()) for stats in out.stats]
@@ -185,10 +218,16 @@ def rounds(variants: dict[str, nn.Module], caches: list[Cache], tokens: int, set
 def figures(times: Times, model: nn.Module, setting: Setting, rate: float) -> dict[str, Any]:
     """Returns the figures of one case; no ways if nothing was kept.
 
-    The latency of an offloaded MoE block is that of a resident one plus the model's extra time per MoE block. bound:
-    the largest share of a fetch that can be hidden. The window hides it and, if several experts are fetched, the
-    computation of all of them but the last."""
-    case = {"rate_mb_s": rate, "kept": times.kept, "tried": times.tried, "equal_bits": times.equal_bits, "ways": {}}
+    The latency of an offloaded MoE block is that of a resident one plus the model's extra time per
+    MoE block. bound: the largest share of a fetch that can be hidden. The window hides it and, if
+    several experts are fetched, the computation of all of them but the last."""
+    case = {
+        "rate_mb_s": rate,
+        "kept": times.kept,
+        "tried": times.tried,
+        "equal_bits": times.equal_bits,
+        "ways": {},
+    }
     if not times.kept:
         return case
     block_s, window_s = block_and_window(times.operators, model)
@@ -198,18 +237,28 @@ def figures(times: Times, model: nn.Module, setting: Setting, rate: float) -> di
     taken = {name: middle(own) for name, own in times.seconds.items()}
     extra = {name: (s - taken[RESIDENT]) / setting.pairs for name, s in taken.items()}
     windows = {"determinate": window_s, "speculative": taken[RESIDENT] / setting.pairs}
-    ways: dict[str, Any] = {RESIDENT: {"latency_ms": 1e3 * block_s, "hidden": None, "bound": None, "hit_rate": None}}
+    ways: dict[str, Any] = {
+        RESIDENT: {"latency_ms": 1e3 * block_s, "hidden": None, "bound": None, "hit_rate": None}
+    }
     for way in WAYS:
         bound = min(1.0, (windows[way] + experts_s) / fetch_s) if way in windows else 0.0
         hidden, hit_rate = 1 - extra[way] / extra["blocking"], times.hit_rate[way]
-        ways[way] = dict(latency_ms=1e3 * (block_s + extra[way]), hidden=hidden, bound=bound, hit_rate=hit_rate)
+        ways[way] = dict(
+            latency_ms=1e3 * (block_s + extra[way]), hidden=hidden, bound=bound, hit_rate=hit_rate
+        )
     ms = {"block_ms": 1e3 * block_s, "window_ms": 1e3 * window_s, "fetch_ms": 1e3 * fetch_s}
-    return {**case, **ms, "active": active, "blocking_costs": extra["blocking"] / block_s, "ways": ways}
+    return {
+        **case,
+        **ms,
+        "active": active,
+        "blocking_costs": extra["blocking"] / block_s,
+        "ways": ways,
+    }
 
 
 def in_place(model: nn.Module, ids: Tensor) -> list[Operators]:
-    """Runs the resident model and returns the operators of each block. Alone they would be faster, with their weights
-    in the processor's caches."""
+    """Runs the resident model and returns the operators of each block. Alone they would be faster,
+    with their weights in the processor's caches."""
     blocks, found = moe_blocks_of(model), list[Operators]()
     recorders = [Recorder(CPU) for _ in blocks]
     for block, recorder in zip(blocks, recorders, strict=True):
@@ -224,20 +273,24 @@ def in_place(model: nn.Module, ids: Tensor) -> list[Operators]:
 
 
 def block_and_window(operators: list[Operators], model: nn.Module) -> tuple[float, float]:
-    """Returns the seconds of a resident MoE block (its attention, MoE module and shared expert), and of the backbone's
-    operators between gate and experts: medians."""
+    """Returns the seconds of a resident MoE block (its attention, MoE module and shared expert),
+    and of the backbone's operators between gate and experts: medians."""
     window = moe_blocks_of(model)[0].schedule.window
     block, between = [], []
     for own in operators:
         *_, last_attention = own["attention"]
-        block.append(last_attention + sum(sum(s) for name, s in own.items() if name not in ("attention", "mlp")))
+        block.append(
+            last_attention
+            + sum(sum(s) for name, s in own.items() if name not in ("attention", "mlp"))
+        )
         # of several executions of an operator, the last ones are in the window
         between.append(sum(sum(own[name][-window.count(name) :]) for name in set(window)))
     return middle(block), middle(between)
 
 
 def peaks(model: nn.Module, path: Path, tokens: int) -> dict[str, Any]:
-    """Returns the peak of each way in MB beyond the fixed weights, and these. The model loses its experts."""
+    """Returns the peak of each way in MB beyond the fixed weights, and these. The model loses its
+    experts."""
     batches = [torch.randint(256, (1, t)) for t in (1, 1, tokens)]
     found = {RESIDENT: peak_mb(model, batches)}
     for experts in expert_layers(model).values():
@@ -253,7 +306,8 @@ def peaks(model: nn.Module, path: Path, tokens: int) -> dict[str, Any]:
 
 
 def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
-    """Measure every architecture, print tables, write chart and figures into `out`; return the rows of one token."""
+    """Measure every architecture, print tables, write chart and figures into `out`; return the rows
+    of one token."""
     require("fig13", "matplotlib")
     report, rates = dict[str, Any](), None
     for architecture in sorted(setting.architectures, key=ARCHITECTURES.index):
@@ -271,12 +325,15 @@ def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
 
 
 def rows_of(report: dict[str, Any]) -> dict[str, Any]:
-    """Return {architecture: {way: figures}} of the first case, which has the fewest tokens and the lowest cost."""
+    """Return {architecture: {way: figures}} of the first case, which has the fewest tokens and the
+    lowest cost."""
     found = {}
     for architecture, own in report.items():
         case, peaks = own["cases"][0], own["memory"]["peak_mb"]
         same = {"tokens": case["tokens"], "rate_mb_s": case["rate_mb_s"]}
-        found[architecture] = {w: {**f, "peak_mb": peaks[w], **same} for w, f in case["ways"].items()}
+        found[architecture] = {
+            w: {**f, "peak_mb": peaks[w], **same} for w, f in case["ways"].items()
+        }
     return found
 
 
@@ -298,12 +355,17 @@ def tables(found: dict[str, Any]) -> list[Report]:
     }
     peaks = {way: f"{{peak_mb[{way}]:.0f}}" for way in (RESIDENT, *COLORS)}
     title = (
-        "Latency of the MoE block, width {dim}, {ffn_dim} in an expert, {num_experts} experts, {pairs} MoE layers, one "
-        "thread; a time is kept if the process waited for a core during at most {max_wait:.0%} of it; medians:"
+        "Latency of the MoE block, width {dim}, {ffn_dim} in an expert, {num_experts} experts,"
+        " {pairs} MoE layers, one thread; a time is kept if the process waited for a core during at"
+        " most {max_wait:.0%} of it; medians:"
     ).format_map(found["setting"])
     return [
         Report(title, latencies, columns, "row, tokens, MB/s"),
-        Report("Peak memory beyond the fixed weights, MB:", memory, {"fixed weights": "{fixed_mb:.0f}", **peaks}),
+        Report(
+            "Peak memory beyond the fixed weights, MB:",
+            memory,
+            {"fixed weights": "{fixed_mb:.0f}", **peaks},
+        ),
     ]
 
 
@@ -313,9 +375,14 @@ def draw(found: dict[str, Any], path: Path) -> None:
     rates = next(iter(report.values()))["rates"]
     panels = {}
     for rate, model in zip(rates, PAPERS, strict=False):
-        words = f"MoE block, {tokens} token{'s' if tokens > 1 else ''}, experts fetched at {rate / 1e3:.1f} GB/s"
+        words = (
+            f"MoE block, {tokens} token{'s' if tokens > 1 else ''}, experts fetched at"
+            f" {rate / 1e3:.1f} GB/s"
+        )
         panels[f"{words}:\n% longer than with resident experts"] = latency_bars(report, rate, model)
-    panels["Peak memory, fixed weights and experts or slots:\n% of that with resident experts"] = memory_bars(report)
+    panels["Peak memory, fixed weights and experts or slots:\n% of that with resident experts"] = (
+        memory_bars(report)
+    )
     heights = [height_of(groups) for groups in panels.values()]
     with chart(path, 0.9 + 0.8 * len(panels) + sum(heights)) as figure:
         axes = figure.subplots(len(heights), 1, height_ratios=heights)
@@ -327,20 +394,26 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def latency_bars(report: dict[str, Any], rate: float, model: str) -> dict[str, list[Bar]]:
-    """Return how much longer a block takes at this rate, in %, and the paper's model for which the rate stands."""
+    """Return how much longer a block takes at this rate, in %, and the paper's model for which the
+    rate stands."""
     cost, hidden, _ = PAPERS[model]
     printed = {"blocking": cost, "determinate": cost * (1 - hidden)}
     groups = {model: [percent(share, PAPER, f" {way}") for way, share in printed.items()]}
     for architecture, own in report.items():
         case = next(case for case in own["cases"] if case["rate_mb_s"] == rate)
         if ways := case["ways"]:  # else no time was kept
-            over = {way: ways[way]["latency_ms"] / ways[RESIDENT]["latency_ms"] - 1 for way in COLORS}
-            groups[name_of(architecture)] = [percent(share, COLORS[way]) for way, share in over.items()]
+            over = {
+                way: ways[way]["latency_ms"] / ways[RESIDENT]["latency_ms"] - 1 for way in COLORS
+            }
+            groups[name_of(architecture)] = [
+                percent(share, COLORS[way]) for way, share in over.items()
+            ]
     return groups
 
 
 def memory_bars(report: dict[str, Any]) -> dict[str, list[Bar]]:
-    """Return all weights on the device and the activations, as a share of that with resident experts."""
+    """Return all weights on the device and the activations, as a share of that with resident
+    experts."""
     groups = {model: [percent(1 - less, PAPER)] for model, (_, _, less) in PAPERS.items()}
     for architecture, own in report.items():
         fixed, peaks = own["memory"]["fixed_mb"], own["memory"]["peak_mb"]

@@ -1,8 +1,8 @@
-"""The measurement of `bench overlap` on one rank: a row of blocks under every schedule, on links whose rate gives a
-share of communication.
+"""The measurement of `bench overlap` on one rank: a row of blocks under every schedule, on links
+whose rate gives a share of communication.
 
-    share of communication   s = 1 - T_free / T_sequential, forward, of a standard top-2 row; hiding all communication
-                             speeds the row up by 1 / (1 - s) at most
+    share of communication   s = 1 - T_free / T_sequential, forward, of a standard top-2 row; hiding
+                             all communication speeds the row up by 1 / (1 - s) at most
     rounds                   all variants in turn, then again; ratios are taken within a round
 """
 
@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from experiments.bench import emulated
 from experiments.bench.loads import BALANCED, Now, load_of, sequences_of
 from experiments.bench.pairs import ROWS, Setting, default_schedule, through_link
-from experiments.bench.stacks import Variant, chosen_by, make_blocks, make_step, of_each_kind, rows_of_layout
+from experiments.bench.stacks import (
+    Variant,
+    chosen_by,
+    make_blocks,
+    make_step,
+    of_each_kind,
+    rows_of_layout,
+)
 from experiments.engine import links
 from experiments.engine.clock import CPU, in_turn, middle, slowest
 from experiments.engine.profiles import peak_bytes
@@ -40,18 +47,28 @@ from scmoe.planning.pricing import LayerChoice
 from scmoe.report import say as tell
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes, slots
 
-SEARCH_ROUNDS = 15  # at each rate; with fewer, the error at a share of 0.15 is as large as the transfers are long
-STRAYS, DRIFTS = 8.0, 2.0  # by how much a searched rate may differ from the estimate; from that of the round before
+# at each rate; with fewer, the error at a share of 0.15 is as large as the transfers are long
+SEARCH_ROUNDS = 15
+STRAYS, DRIFTS = (
+    8.0,
+    2.0,
+)  # by how much a searched rate may differ from the estimate; from that of the round before
 TRIALS = 3  # of each schedule
 FAR_FROM_SHARE = 0.05  # of communication: what is measured from what was asked for
 WITHIN = 8  # rate of a rank's link within its node, over that of the node's card
-NEAR, FINALISTS = 1.03, 3  # up to FINALISTS schedules of a row go into the rounds: those NEAR the best in the trials
+NEAR, FINALISTS = (
+    1.03,
+    3,
+)  # up to FINALISTS schedules of a row go into the rounds: those NEAR the best in the trials
 
 
 class Seconds(NamedTuple):
-    """The times of a variant: this rank's in one round, or arrays over rounds, of the slowest rank in each.
+    """The times of a variant: this rank's in one round, or arrays over rounds, of the slowest rank
+    in each.
 
-    cpu: processor time of the process. train_forward, update: parts of `train`, the first of all batches of a step."""
+    cpu: processor time of the process. train_forward, update: parts of `train`, the first of all
+    batches of a step.
+    """
 
     forward: Any
     train: Any
@@ -77,10 +94,15 @@ class Bench:
         dtype = getattr(torch, setting.dtype)
         self.now = Now(load_of(BALANCED))
         self.stacks = {
-            n: [block.to(self.device, dtype) for block in make_blocks(n, setting, context, self.now)] for n in names
+            n: [
+                block.to(self.device, dtype) for block in make_blocks(n, setting, context, self.now)
+            ]
+            for n in names
         }
         buffered = isinstance(rows_of_layout(setting), Buffers)
-        self.dispatcher = partial(AllToAllDispatcher, context.ep_group, setting.num_experts, buffered=buffered)
+        self.dispatcher = partial(
+            AllToAllDispatcher, context.ep_group, setting.num_experts, buffered=buffered
+        )
         self.paid = self.dispatcher(exchange=context.carried())
         if setting.bus:
             self.set_rate(1.0)
@@ -90,27 +112,37 @@ class Bench:
         for load in dict.fromkeys((BALANCED, *setting.loads)):
             own = sequences_of(load_of(load), setting.sequences, ranks)[dist.get_rank()]
             shape = own, setting.seq_len, setting.dim
-            self.inputs[load] = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
+            self.inputs[load] = torch.randn(
+                shape, device=self.device, dtype=dtype, requires_grad=True
+            )
         self.iterations = 0  # timed so far: an inference and a training step each
-        self.turns = Counter[Variant]()  # how often each variant ran in these rounds: the steps of its load
+        self.turns = Counter[
+            Variant
+        ]()  # how often each variant ran in these rounds: the steps of its load
 
     def set_rate(self, rate: float) -> None:
-        """Sets the rate at which this rank sends, in Mbit/s or as a multiple of its bus's, or its node's card sends."""
+        """Sets the rate at which this rank sends, in Mbit/s or as a multiple of its bus's, or its
+        node's card sends."""
         if self.setting.bus:
             self.paid = self.dispatcher(exchange=emulated.over_the_bus(self.device, rate))
         else:
             set_rates(rate, self.setting.nodes)
 
     def set(self, variant: Variant, recorder: Recorder | None = None) -> Step:
-        """Makes the blocks run as the variant says. recorder: notes operators, and transfers that overlap."""
+        """Makes the blocks run as the variant says. recorder: notes operators, and transfers that
+        overlap."""
         dispatcher: Dispatcher = self.free
         if variant.way == "overlapped":
             dispatcher = self.paid if recorder is None else self.paid.recorded_by(recorder)
-        elif variant.way == "sequential":  # a transfer that is waited for at once is an operator like any other
+        elif (
+            variant.way == "sequential"
+        ):  # a transfer that is waited for at once is an operator like any other
             dispatcher = Blocking(self.paid)
         self.now.load, self.now.step = load_of(variant.load), self.turns[variant]
         blocks = self.stacks[variant.block]
-        for block, schedule in zip(blocks, variant.of_blocks(block.schedule for block in blocks), strict=True):
+        for block, schedule in zip(
+            blocks, variant.of_blocks(block.schedule for block in blocks), strict=True
+        ):
             block.run_as(schedule, dispatcher, recorder)
         return self.steps[variant.block]
 
@@ -162,14 +194,19 @@ class Bench:
         self.turns[variant] += 1
         return Seconds(forward, t3 - t0, in_forward, cpu_forward, c3 - c0, t3 - t2)
 
-    def rounds(self, variants: Iterable[Variant], rounds: int, what: str = "") -> dict[Variant, Seconds]:
-        """Runs all variants in turn, `rounds` times. A load that changes with the steps makes one in each round."""
+    def rounds(
+        self, variants: Iterable[Variant], rounds: int, what: str = ""
+    ) -> dict[Variant, Seconds]:
+        """Runs all variants in turn, `rounds` times. A load that changes with the steps makes one
+        in each round."""
         self.turns.clear()
         runs = {variant: partial(self.seconds, variant) for variant in variants}
         times = in_turn(runs, rounds, warm_up=0, over_ranks=True, say=lambda line: say(what + line))
         return {variant: Seconds(*own) for variant, own in times.items()}
 
-    def choose(self, block: str, chunk_counts: Sequence[int], load: str = BALANCED) -> list[LayerChoice]:
+    def choose(
+        self, block: str, chunk_counts: Sequence[int], load: str = BALANCED
+    ) -> list[LayerChoice]:
         """The planner's choice for each block, made from training steps as in a run."""
         step = self.set(Variant(block, default_schedule(block), load=load))
         batches = self.setting.accumulate
@@ -188,15 +225,19 @@ class Bench:
         return planner.choices
 
     def gradients(self, block: str) -> list[tuple[float, int]]:
-        """Return (ready, bytes) of each gradient that is summed over ranks (all but the experts'). ready: when it is
-        computed, as a share of the time of backward without transfers."""
+        """Return (ready, bytes) of each gradient that is summed over ranks (all but the experts').
+        ready: when it is computed, as a share of the time of backward without transfers."""
         step = self.set(Variant(block, default_schedule(block), "alone"))
         ready: dict[nn.Parameter, float] = {}
 
         def note(p: nn.Parameter) -> None:
             ready[p] = self.time()[0]
 
-        hooks = [p.register_post_accumulate_grad_hook(note) for p in step.parameters if p not in step.shards]
+        hooks = [
+            p.register_post_accumulate_grad_hook(note)
+            for p in step.parameters
+            if p not in step.shards
+        ]
         with step.wrapped.no_sync():
             y, start = step.model(self.x), self.time()[0]
             step.backward(y, torch.ones_like(y))
@@ -208,7 +249,9 @@ class Bench:
 
     def peak_mb(self, variant: Variant) -> float:
         """Most memory that a training step of any rank holds over what it finds."""
-        peaks = [peak_bytes(self.device, partial(step.train, self.x)) for step in self.steps_of(variant)]
+        peaks = [
+            peak_bytes(self.device, partial(step.train, self.x)) for step in self.steps_of(variant)
+        ]
         return float(slowest(max(peaks) / 2**20))
 
     @torch.no_grad()
@@ -223,16 +266,19 @@ class Bench:
         return float(found[0] / found[1])
 
     def steps_of(self, variant: Variant) -> Iterator[Step]:
-        """Make the blocks run as the variant says, with each routing that its load makes in the rounds."""
+        """Make the blocks run as the variant says, with each routing that its load makes in the
+        rounds."""
         load = load_of(variant.load)
-        for turn in range(min(self.setting.rounds, load.period * load.phases(dist.get_world_size()))):
+        for turn in range(
+            min(self.setting.rounds, load.period * load.phases(dist.get_world_size()))
+        ):
             self.turns[variant] = turn
             yield self.set(variant)
 
 
 def set_rates(mbit: float, nodes: int) -> None:
-    """Sets the rate at which this rank sends and receives; with several nodes that of its node's card, and its own to
-    WITHIN times as much. Every rank must call it."""
+    """Sets the rate at which this rank sends and receives; with several nodes that of its node's
+    card, and its own to WITHIN times as much. Every rank must call it."""
     if nodes > 1:
         node, place = divmod(dist.get_rank(), dist.get_world_size() // nodes)
         if place == 0:
@@ -248,8 +294,10 @@ def say(line: str) -> None:
 
 
 class Row(NamedTuple):
-    """One row at one load. choices: the planner's. chosen: its variant. finalists: the variants of the rounds, with the
-    best one. peak_mb: memory of a step. dropped: share of copies; None where no uneven load is measured."""
+    """One row at one load. choices: the planner's. chosen: its variant. finalists: the variants of
+    the rounds, with the best one. peak_mb: memory of a step. dropped: share of copies; None where
+    no uneven load is measured.
+    """
 
     choices: Sequence[LayerChoice]
     chosen: Variant
@@ -260,8 +308,8 @@ class Row(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What was measured at one load. rate: Bench.set_rate's, None without one. times: of each variant, of all loads.
-    gradients: by block (Bench.gradients). iterations: timed in all."""
+    """What was measured at one load. rate: Bench.set_rate's, None without one. times: of each
+    variant, of all loads. gradients: by block (Bench.gradients). iterations: timed in all."""
 
     rate: float | None
     rows: Mapping[str, Row]
@@ -277,14 +325,17 @@ def way_of(found: Measured, block: str, way: str, load: str | None = None) -> Se
 
 
 def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]:
-    """Runs on every rank; the caller uses rank 0's result. Returns what was measured at each load, of balance first.
+    """Runs on every rank; the caller uses rank 0's result. Returns what was measured at each load,
+    of balance first.
 
-    Measures, round by round, the best schedules of each row, the planner's choice, and each block sequential and free.
-    Planning and trials warm all of them up. The best of a row is the best by its rounds, because a trial is too short
-    to separate schedules with similar times."""
+    Measures, round by round, the best schedules of each row, the planner's choice, and each block
+    sequential and free. Planning and trials warm all of them up. The best of a row is the best by
+    its rounds, because a trial is too short to separate schedules with similar times."""
     dist.init_process_group("gloo")
     bench = Bench(setting)
-    rate = find_rate(setting, bench.set_rate, bench.infer) if setting.shaped or setting.bus else None
+    rate = (
+        find_rate(setting, bench.set_rate, bench.infer) if setting.shaped or setting.bus else None
+    )
     choices, chosen, candidates = {}, {}, {}
     for load, row in product(bench.inputs, setting.rows):
         say(f"planning {row}" + (f" at {load}" if setting.loads else ""))
@@ -298,21 +349,33 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
     for at, variants in candidates.items():
         best_of_each = [nearest(own, tried)[0] for own in of_each_kind(variants)]
         finalists[at] = [*nearest(variants, tried), chosen[at], *best_of_each]
-    ways = ("sequential", "free", "alone") if setting.level == "iteration" else ("sequential", "free")
+    ways = (
+        ("sequential", "free", "alone") if setting.level == "iteration" else ("sequential", "free")
+    )
     blocks = [(block, default_schedule(block)) for block in bench.stacks]
-    references = [Variant(*block, way, load) for load in bench.inputs for block in blocks for way in ways]
+    references = [
+        Variant(*block, way, load) for load in bench.inputs for block in blocks for way in ways
+    ]
     if rate is not None:  # the machine's speed has drifted since the search
         planned = rate
         rate = find_rate(setting, bench.set_rate, bench.infer, planned)
-        choices = {at: [with_transfers(choice, planned / rate) for choice in own] for at, own in choices.items()}
+        choices = {
+            at: [with_transfers(choice, planned / rate) for choice in own]
+            for at, own in choices.items()
+        }
     times = bench.rounds(chain(references, *finalists.values()), setting.rounds)
     rows: dict[str, dict[str, Row]] = {load: {} for load in bench.inputs}
     for (load, row), variants in finalists.items():
         best = min(variants, key=lambda v: middle(times[v].train))
         dropped = bench.dropped(best) if setting.loads else None
-        rows[load][row] = Row(choices[load, row], chosen[load, row], variants, best, bench.peak_mb(best), dropped)
+        rows[load][row] = Row(
+            choices[load, row], chosen[load, row], variants, best, bench.peak_mb(best), dropped
+        )
     gradients = {block: bench.gradients(block) for block in bench.stacks}
-    return {load: Measured(rate, own, times, gradients, bench.iterations, load) for load, own in rows.items()}
+    return {
+        load: Measured(rate, own, times, gradients, bench.iterations, load)
+        for load, own in rows.items()
+    }
 
 
 def with_transfers(choice: LayerChoice, factor: float) -> LayerChoice:
@@ -321,7 +384,10 @@ def with_transfers(choice: LayerChoice, factor: float) -> LayerChoice:
     def longer(times: Mapping[str, float]) -> dict[str, float]:
         return {op: factor * t if op in TRANSFERS else t for op, t in times.items()}
 
-    times = {n: OperatorTimes(longer(own.forward), longer(own.backward)) for n, own in choice.times.items()}
+    times = {
+        n: OperatorTimes(longer(own.forward), longer(own.backward))
+        for n, own in choice.times.items()
+    }
     return replace(choice, times=times)
 
 
@@ -336,25 +402,41 @@ def warn_of_share(wanted: float | None, measured: float) -> None:
     """Say where a rate was searched for a share of communication that the measurement has not met."""
     if wanted is not None and abs(measured - wanted) > FAR_FROM_SHARE:
         tell(
-            f"warning: the communication share is {measured:.2f}, but {wanted:g} was asked for. The result is that of "
-            f"{measured:.2f}. Measure again with other work stopped, or give other sizes."
+            f"warning: the communication share is {measured:.2f}, but {wanted:g} was asked for. The"
+            f" result is that of {measured:.2f}. Measure again with other work stopped, or give"
+            " other sizes."
         )
 
 
 def find_rate(
-    s: Setting, set_rate: Callable[[float], None], infer: Callable[[Variant], float], start: float | None = None
+    s: Setting,
+    set_rate: Callable[[float], None],
+    infer: Callable[[Variant], float],
+    start: float | None = None,
 ) -> float:
-    """Sets the rate (Bench.set_rate) and returns it: the given one, or the one at which communication is the wanted
-    share of sequential top-2. infer: returns the seconds of a forward pass of top-2. start: begins there."""
+    """Sets the rate (Bench.set_rate) and returns it: the given one, or the one at which
+    communication is the wanted share of sequential top-2. infer: returns the seconds of a forward
+    pass of top-2. start: begins there.
+    """
     if s.link_mbit is not None:
         set_rate(s.link_mbit)
         return s.link_mbit
-    sequential, free = (Variant("top2", default_schedule("top2"), way) for way in ("sequential", "free"))
+    sequential, free = (
+        Variant("top2", default_schedule("top2"), way) for way in ("sequential", "free")
+    )
     runs = {variant: partial(infer, variant) for variant in (sequential, free)}
     wanted, rate = s.share, 1.0 if start is None else start
     if start is None and not s.bus:
         t_free = middle(in_turn({free: runs[free]}, SEARCH_ROUNDS, over_ranks=True)[free])
-        sent_bits = 2 * 2 * s.moe_blocks * s.tokens * s.dim * 32 * through_link(dist.get_world_size(), s.nodes)
+        sent_bits = (
+            2
+            * 2
+            * s.moe_blocks
+            * s.tokens
+            * s.dim
+            * 32
+            * through_link(dist.get_world_size(), s.nodes)
+        )
         rate = sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
     # transfers below the links' burst take no time at any rate, so a search of theirs would stray
     widest = STRAYS if start is None else DRIFTS

@@ -31,10 +31,11 @@ OF_EMULATED = ("attention_ms", "attention_to_mlp")
 
 
 def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
-    """Measure, print a table, and write chart and figures into the folder `out`. Returns the report.
+    """Measure, print a table, and write chart and figures into the folder `out`. Returns the
+    report.
 
-    ConfigError: an option that cannot be honoured. The program starts again in a network namespace, where links can be
-    shaped.
+    ConfigError: an option that cannot be honoured. The program starts again in a network namespace,
+    where links can be shaped.
     """
     require("bench overlap", "matplotlib")
     if refused := why_refused(setting, ranks):
@@ -45,8 +46,13 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
     if setting.shaped:
         links.enter(setting.nodes)
     elif not gpu:
-        print(f"links cannot be shaped here ({missing}): loopback as it is, marked in every row", file=sys.stderr)
-    found = run_ranks(measure, ranks, setting, timeout_s=3600, own_links=setting.shaped, nodes=setting.nodes)[0]
+        print(
+            f"links cannot be shaped here ({missing}): loopback as it is, marked in every row",
+            file=sys.stderr,
+        )
+    found = run_ranks(
+        measure, ranks, setting, timeout_s=3600, own_links=setting.shaped, nodes=setting.nodes
+    )[0]
     report = summary(setting, ranks, found[BALANCED])
     if setting.shaped or setting.bus:
         warn_of_share(report["wanted_share"], report["comm_share"])
@@ -68,26 +74,34 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
     name = f"{'uneven' if setting.loads else 'overlap'}-{setting.compute}-{setting.level}-{machine}-{at}"
     if setting.loads:
         control = found[BALANCED], report
-        report = {"loads": [summary(setting, ranks, found[load], control) for load in setting.loads]}
+        report = {
+            "loads": [summary(setting, ranks, found[load], control) for load in setting.loads]
+        }
     bench = uneven if setting.loads else speed_chart
     publish(report, bench.tables(report), bench.draw, out / name)
     return report
 
 
 def why_refused(setting: Setting, ranks: int) -> str | None:
-    """Return why the first option that cannot be honoured is refused; None: all can. ConfigError: no blocks have these
-    sizes."""
+    """Return why the first option that cannot be honoured is refused; None: all can. ConfigError:
+    no blocks have these sizes."""
     if setting.device == "cuda":
         if setting.link_mbit is not None:
             return "--link-mbit belongs to links, and one GPU has none: its rows go over its bus"
         if ranks != 1:
             return f"--ranks is {ranks}, allowed with --device cuda: 1"
         if setting.compute != "real":
-            return "--compute is emulated, allowed with --device cuda: real (a host that sleeps keeps no GPU busy)"
+            return (
+                "--compute is emulated, allowed with --device cuda: real (a host that sleeps keeps"
+                " no GPU busy)"
+            )
         if not torch.cuda.is_available():
             return "--device is cuda, and there is no CUDA device here"
         if setting.loads or setting.layout:
-            return "--load and --layout belong to links: rows over the bus of one GPU have equal numbers"
+            return (
+                "--load and --layout belong to links: rows over the bus of one GPU have equal"
+                " numbers"
+            )
     elif ranks < 2:
         return f"--ranks is {ranks}, allowed: 2 or more, as one rank sends nothing"
     if setting.nodes != 1 and (refused := why_no_nodes(setting.nodes, ranks)):
@@ -96,17 +110,24 @@ def why_refused(setting: Setting, ranks: int) -> str | None:
         return f"--exchange is {setting.exchange}, allowed with --nodes 1: flat"
     for name in OF_EMULATED:
         if setting.compute != "emulated" and getattr(setting, name) != getattr(Setting, name):
-            return f"--{name.replace('_', '-')} belongs to emulated compute, and --compute is {setting.compute}"
+            return (
+                f"--{name.replace('_', '-')} belongs to emulated compute, and --compute is"
+                f" {setting.compute}"
+            )
     if not 0 < setting.share < 1:
         return f"--share is {setting.share:g}, allowed: above 0 and below 1"
     if unknown := [row for row in setting.rows if row not in ROWS[setting.every]]:
-        return f"--rows has {unknown[0]}, allowed with --every {setting.every}: {' | '.join(ROWS[setting.every])}"
+        return (
+            f"--rows has {unknown[0]}, allowed with --every {setting.every}:"
+            f" {' | '.join(ROWS[setting.every])}"
+        )
     config_of("top2", setting)
     return why_uneven(setting, ranks) or why_no_load(setting, ranks)
 
 
 def why_no_load(setting: Setting, ranks: int) -> str | None:
-    """Return why a load cannot be dealt; None: all can. Raises ConfigError for one that is none, as for a layout."""
+    """Return why a load cannot be dealt; None: all can. Raises ConfigError for one that is none, as
+    for a layout."""
     rows_of_layout(setting)
     for load in map(load_of, setting.loads):
         for block in dict.fromkeys(["top2", *map(setting.block_of, setting.rows)]):
@@ -119,7 +140,8 @@ def why_no_load(setting: Setting, ranks: int) -> str | None:
 
 
 def why_uneven(setting: Setting, ranks: int) -> str | None:
-    """Return why tokens cannot be cut into sequences, or experts be shared by ranks; None: both can."""
+    """Return why tokens cannot be cut into sequences, or experts be shared by ranks; None: both
+    can."""
     if setting.tokens % setting.seq_len:
         return f"--tokens is {setting.tokens}, allowed: multiples of --seq-len ({setting.seq_len})"
     if setting.num_experts % ranks:
@@ -128,10 +150,13 @@ def why_uneven(setting: Setting, ranks: int) -> str | None:
 
 
 def summary(
-    setting: Setting, ranks: int, found: Measured, control: tuple[Measured, dict[str, Any]] | None = None
+    setting: Setting,
+    ranks: int,
+    found: Measured,
+    control: tuple[Measured, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Return the medians of the rounds, by row. found: what `measure` returned on rank 0. control: the same
-    of the balanced load in the same rounds, and its report, if this is another load."""
+    """Return the medians of the rounds, by row. found: what `measure` returned on rank 0. control:
+    the same of the balanced load in the same rounds, and its report, if this is another load."""
     sequential, free = way_of(found, "top2", "sequential"), way_of(found, "top2", "free")
     limit_forward = middle(sequential.forward / free.forward)
     least = least_times(setting, ranks, found, "top2") if has_limit(setting, found) else free.train
@@ -182,8 +207,12 @@ def summary(
     report["fastest_forward"] = {"row": fastest, "over": over_fastest}
     if scmoe := [name for name in rows if name.startswith("scmoe")]:
         quickest = min(scmoe, key=lambda name: rows[name]["train_ms"])
-        forward = {name: all_quartiles(own.forward / best[quickest].forward) for name, own in best.items()}
-        train = {name: all_quartiles(own.train / best[quickest].train) for name, own in best.items()}
+        forward = {
+            name: all_quartiles(own.forward / best[quickest].forward) for name, own in best.items()
+        }
+        train = {
+            name: all_quartiles(own.train / best[quickest].train) for name, own in best.items()
+        }
         report["fastest_scmoe"] = {"row": quickest, "over": {"forward": forward, "train": train}}
     if "top2" in rows:
         report["top2_operators_ms"] = operators_ms(found.rows["top2"].choices[0].times[1])
@@ -212,8 +241,12 @@ def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str
         "train_speedup": middle(train),
         "forward_quartiles": quartiles(forward),
         "train_quartiles": quartiles(train),
-        "overlap_forward": middle(overlap_efficiency(own.forward, sequential.forward, free.forward)),
-        "overlap_backward": middle(overlap_efficiency(own.backward, sequential.backward, free.backward)),
+        "overlap_forward": middle(
+            overlap_efficiency(own.forward, sequential.forward, free.forward)
+        ),
+        "overlap_backward": middle(
+            overlap_efficiency(own.backward, sequential.backward, free.backward)
+        ),
         "slot": schedule.slot,
         "inside_attention": schedule.inside_attention,
         "chunks": schedule.chunks,
@@ -234,16 +267,20 @@ def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str
         figures["rows_over_gradients"] = rows_over_gradients(setting, ranks, found, block)
     if has_limit(setting, found):
         least = least_times(setting, ranks, found, block)
-        figures |= {"limit_train": middle(top2.train / least), "of_limit": middle(least / own.train)}
+        figures |= {
+            "limit_train": middle(top2.train / least),
+            "of_limit": middle(least / own.train),
+        }
     return figures
 
 
 def auto_over_best(row: Row, times: Mapping[Variant, Seconds]) -> float:
     """Return the training time of the planner's choice over that of the best schedule.
 
-    Half of the rounds choose the best schedule, the other half compare, and the reverse; the result is the mean of the
-    two medians. In the rounds that choose it, the best was also lucky. It is below 1 where luck has chosen a schedule
-    that is slower than the planner's. With one round it has chosen the best too."""
+    Half of the rounds choose the best schedule, the other half compare, and the reverse; the result
+    is the mean of the two medians. In the rounds that choose it, the best was also lucky. It is
+    below 1 where luck has chosen a schedule that is slower than the planner's. With one round it
+    has chosen the best too."""
     chosen = times[row.chosen].train
     halves = [slice(start, None, 2) for start in range(min(2, len(chosen)))]
     medians = []
@@ -254,8 +291,10 @@ def auto_over_best(row: Row, times: Mapping[Variant, Seconds]) -> float:
 
 
 def inside_gain(row: Row, times: Mapping[Variant, Seconds]) -> dict[str, Any] | None:
-    """Return what experts inside attention gain: the time of the row's best schedule between operators over that of its
-    best one inside, as quartiles with the median between them. None: the window has no attention."""
+    """Return what experts inside attention gain: the time of the row's best schedule between
+    operators over that of its best one inside, as quartiles with the median between them. None: the
+    window has no attention.
+    """
     kinds = of_each_kind(row.finalists)
     if len(kinds) < 2:
         return None
@@ -269,7 +308,8 @@ def inside_gain(row: Row, times: Mapping[Variant, Seconds]) -> dict[str, Any] | 
 
 
 def has_limit(setting: Setting, found: Measured) -> bool:
-    """Whether an iteration's limit is known, which has gradients: it requires the rate of the links, and even rows."""
+    """Whether an iteration's limit is known, which has gradients: it requires the rate of the
+    links, and even rows."""
     return setting.level == "iteration" and setting.shaped and found.load == BALANCED
 
 
@@ -278,14 +318,21 @@ def gradient_mb(found: Measured, block: str) -> float:
 
 
 def row_bytes(setting: Setting, ranks: int, block: str) -> float:
-    """Return the bytes of rows that leave by a link in one direction of one batch: two transfers of each MoE."""
-    rows = 2 * setting.moe_blocks * setting.top_k_of(block) * setting.tokens * through_link(ranks, setting.nodes)
+    """Return the bytes of rows that leave by a link in one direction of one batch: two transfers of
+    each MoE."""
+    rows = (
+        2
+        * setting.moe_blocks
+        * setting.top_k_of(block)
+        * setting.tokens
+        * through_link(ranks, setting.nodes)
+    )
     return rows * setting.dim * getattr(torch, setting.dtype).itemsize
 
 
 def rows_over_gradients(setting: Setting, ranks: int, found: Measured, block: str) -> float:
-    """Return the bytes of rows over the bytes of gradients that a rank sends in one training step, the latter by a ring
-    of all ranks."""
+    """Return the bytes of rows over the bytes of gradients that a rank sends in one training step,
+    the latter by a ring of all ranks."""
     gradients = 2 * (1 - 1 / ranks) * gradient_mb(found, block) * 2**20
     return 2 * setting.accumulate * row_bytes(setting, ranks, block) / gradients
 
@@ -296,9 +343,11 @@ def all_quartiles(values: Any) -> list[float]:
 
 
 def in_parallel(computation: float, transfers: Iterable[tuple[float, float]]) -> float:
-    """Return the shortest time in which a computation and all transfers can end; the transfers take turns on one link.
+    """Return the shortest time in which a computation and all transfers can end; the transfers take
+    turns on one link.
 
-    transfers: for each, its earliest start, counted from the start of the computation, and its duration.
+    transfers: for each, its earliest start, counted from the start of the computation, and its
+    duration.
     """
     end, after = computation, 0.0
     for ready, duration in sorted(transfers, reverse=True):
@@ -308,25 +357,33 @@ def in_parallel(computation: float, transfers: Iterable[tuple[float, float]]) ->
 
 
 def least_time(
-    forward: float, backward: float, update: float, rows: float, gradients: Iterable[tuple[float, float]]
+    forward: float,
+    backward: float,
+    update: float,
+    rows: float,
+    gradients: Iterable[tuple[float, float]],
 ) -> float:
-    """Return a lower bound on the time of an iteration whose links also carry gradients: only waits that cannot be
-    avoided count. A transfer of rows can start at any time of its direction, and all computation of this direction can
-    hide it; a gradient can be sent when it is computed; the update needs all of them.
+    """Return a lower bound on the time of an iteration whose links also carry gradients: only waits
+    that cannot be avoided count. A transfer of rows can start at any time of its direction, and all
+    computation of this direction can hide it; a gradient can be sent when it is computed; the
+    update needs all of them.
 
-    forward, backward, update: computation alone. rows: time of the transfers of a direction. gradients: when in
-    backward each can start, and how long its sum over the ranks takes."""
+    forward, backward, update: computation alone. rows: time of the transfers of a direction.
+    gradients: when in backward each can start, and how long its sum over the ranks takes."""
     return max(forward, rows) + in_parallel(backward, [(0.0, rows), *gradients]) + update
 
 
 def least_times(setting: Setting, ranks: int, found: Measured, block: str) -> Any:
-    """Return the least time of an iteration in each round, from its times without transfers. A ring sends
-    2 (ranks - 1) / ranks of the gradients' bytes, all of them beside the last batch's backward."""
+    """Return the least time of an iteration in each round, from its times without transfers. A ring
+    sends 2 (ranks - 1) / ranks of the gradients' bytes, all of them beside the last batch's
+    backward."""
     assert found.rate is not None
     alone, batches = way_of(found, block, "alone"), setting.accumulate
     bytes_per_s = found.rate * 1e6 / 8 * PAYLOAD
     rows = row_bytes(setting, ranks, block) / bytes_per_s
-    sums = [(part, 2 * (1 - 1 / ranks) * size / bytes_per_s) for part, size in found.gradients[block]]
+    sums = [
+        (part, 2 * (1 - 1 / ranks) * size / bytes_per_s) for part, size in found.gradients[block]
+    ]
     forward, backward = alone.train_forward / batches, (alone.backward - alone.update) / batches
     least = []
     for f, b, update in zip(forward, backward, alone.update, strict=True):
@@ -336,6 +393,10 @@ def least_times(setting: Setting, ranks: int, found: Measured, block: str) -> An
 
 
 def operators_ms(times: OperatorTimes) -> dict[str, dict[str, float]]:
-    """Return the times of a row's operators from the gate on, one at a time, forward and in training."""
+    """Return the times of a row's operators from the gate on, one at a time, forward and in
+    training."""
     forward = {op: 1e3 * seconds for op, seconds in times.forward.items() if seconds}
-    return {"forward": forward, "train": {op: ms + 1e3 * times.backward[op] for op, ms in forward.items()}}
+    return {
+        "forward": forward,
+        "train": {op: ms + 1e3 * times.backward[op] for op, ms in forward.items()},
+    }

@@ -1,8 +1,9 @@
 """What the benches of blocks can be asked for.
 
     every 2    a pair, Block-MLP and Block-MoE, as in the paper
-    every 1    two blocks with an MoE each: the wirings of NVIDIA, NousResearch and FarSkip beside the baselines. There
-               are two because the last two of these read what the block before hands on
+    every 1    two blocks with an MoE each: the wirings of NVIDIA, NousResearch and FarSkip beside
+               the baselines. There are two because the last two of these read what the block before
+               hands on
 
 Nothing here imports torch, so the command line reads it.
 """
@@ -18,24 +19,56 @@ from scmoe.schedule.schedule import POSITIONS, Schedule
 
 Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 Positive = Annotated[float, Parameter(validator=validators.Number(gt=0))]
-Rounds = Annotated[int, Parameter(validator=validators.Number(gte=2))]  # of which quartiles are taken
-INNER = Parameter(parse=False)  # no option of `bench overlap`, or one whose default depends on others
-USUAL_RATIO = 3.0  # bytes of rows for a byte of gradients in an iteration; the paper's: docs/results/method.md
+Rounds = Annotated[
+    int, Parameter(validator=validators.Number(gte=2))
+]  # of which quartiles are taken
+INNER = Parameter(
+    parse=False
+)  # no option of `bench overlap`, or one whose default depends on others
+# bytes of rows for a byte of gradients in an iteration; the paper's: docs/results/method.md
+USUAL_RATIO = 3.0
 CHUNKS = {"": (1,), "_pipelined": (2, 4)}  # numbers of chunks to choose from
-BASELINES = {name + way: (name, CHUNKS[way]) for name in ("top2", "top1", "shared_expert") for way in CHUNKS}
+BASELINES = {
+    name + way: (name, CHUNKS[way]) for name in ("top2", "top1", "shared_expert") for way in CHUNKS
+}
 IN_EVERY_BLOCK = {"scmoe_pos1": "nvidia", "scmoe_pos2": "nous", "farskip": "farskip"}
 BY_REQUEST = ("top3", "scmoe2")  # Table 4's; scmoe2 routes each token to two experts, at Pos-2
-ROWS: dict[int, dict[str, tuple[str, tuple[int, ...]]]] = {  # by `every`; row: (block, numbers of chunks)
+ROWS: dict[
+    int, dict[str, tuple[str, tuple[int, ...]]]
+] = {  # by `every`; row: (block, numbers of chunks)
     2: {
         **BASELINES,
-        **{f"scmoe_{position}{way}": (position, CHUNKS[way]) for way in CHUNKS for position in POSITIONS},
+        **{
+            f"scmoe_{position}{way}": (position, CHUNKS[way])
+            for way in CHUNKS
+            for position in POSITIONS
+        },
         **{name: (name, CHUNKS[""]) for name in BY_REQUEST},
     },
-    1: {**BASELINES, **{row + way: (block, CHUNKS[way]) for way in CHUNKS for row, block in IN_EVERY_BLOCK.items()}},
+    1: {
+        **BASELINES,
+        **{
+            row + way: (block, CHUNKS[way])
+            for way in CHUNKS
+            for row, block in IN_EVERY_BLOCK.items()
+        },
+    },
 }
-TOP_K = {"top1": 1, "top2": 2, "top3": 3, "scmoe2": 2}  # routed experts of a token; others have Setting.top_k
-TAPS = {**{position: position for position in POSITIONS}, "scmoe2": "pos2", "nvidia": "pos1", "nous": "carried"}
-WIRINGS: dict[str, tuple[str, ...]] = {  # block: what a configuration says of it (docs/shortcuts.md), but every and K
+TOP_K = {
+    "top1": 1,
+    "top2": 2,
+    "top3": 3,
+    "scmoe2": 2,
+}  # routed experts of a token; others have Setting.top_k
+TAPS = {
+    **{position: position for position in POSITIONS},
+    "scmoe2": "pos2",
+    "nvidia": "pos1",
+    "nous": "carried",
+}
+WIRINGS: dict[
+    str, tuple[str, ...]
+] = {  # block: what a configuration says of it (docs/shortcuts.md), but every and K
     **{name: ("moe.architecture=top_k",) for name in ("top1", "top2", "top3")},
     **{name: (f"moe.architecture={name}",) for name in ("shared_expert", "farskip")},
     **{position: (f"moe.position={position}",) for position in POSITIONS},
@@ -55,12 +88,13 @@ def usual_rows(every: int) -> tuple[str, ...]:
 class Setting:
     """A measurement of a row of blocks: one pair, or two in an iteration.
 
-    share: of communication, reached by a search for the links' rate. compute: real | emulated. shaped: whether the
-    links have a rate at all. bus: rows go over the device's bus instead of links (emulated.over_the_bus), and the share
-    is reached by its rate. reductions: of the gradients, as the Strategy's. dim, ffn_dim, heads: of every block.
-    tokens: of one rank in one batch, in sequences of seq_len. accumulate: batches of a training step.
-    rows_per_gradient: the ratio for which the tokens were chosen (tokens_for); None: they were given.
-    loads: of the experts (loads.py), beside the balanced one, which is always measured.
+    share: of communication, reached by a search for the links' rate. compute: real | emulated.
+    shaped: whether the links have a rate at all. bus: rows go over the device's bus instead of
+    links (emulated.over_the_bus), and the share is reached by its rate. reductions: of the
+    gradients, as the Strategy's. dim, ffn_dim, heads: of every block. tokens: of one rank in one
+    batch, in sequences of seq_len. accumulate: batches of a training step. rows_per_gradient: the
+    ratio for which the tokens were chosen (tokens_for); None: they were given. loads: of the
+    experts (loads.py), beside the balanced one, which is always measured.
 
     Args:
         link_mbit: rate of the links; by default it is searched for the share
@@ -124,25 +158,32 @@ class Setting:
 
 
 def tokens_for(ratio: float, setting: Setting, ranks: int) -> int:
-    """Return the tokens of a batch with which a rank sends so many bytes of rows for a byte of dense gradients in a
-    training step of top-2, in whole sequences.
+    """Return the tokens of a batch with which a rank sends so many bytes of rows for a byte of
+    dense gradients in a training step of top-2, in whole sequences.
 
-    A block with an MoE sends 2 copies of a token, there and back, forward and backward; a ring sends 2 (1 - 1 / R) of
-    the gradients of each block's attention, and of the MLP of a block without an MoE."""
+    A block with an MoE sends 2 copies of a token, there and back, forward and backward; a ring
+    sends 2 (1 - 1 / R) of the gradients of each block's attention, and of the MLP of a block
+    without an MoE."""
     mlps = setting.layers - setting.moe_blocks
-    gradients = 2 * (1 - 1 / ranks) * (4 * setting.layers * setting.dim**2 + 2 * mlps * setting.dim * setting.ffn_dim)
+    gradients = (
+        2
+        * (1 - 1 / ranks)
+        * (4 * setting.layers * setting.dim**2 + 2 * mlps * setting.dim * setting.ffn_dim)
+    )
     copies = 4 * TOP_K["top2"] * setting.moe_blocks * setting.accumulate
     rows_of_a_token = copies * setting.dim * through_link(ranks, setting.nodes)
     return max(1, round(ratio * gradients / rows_of_a_token / setting.seq_len)) * setting.seq_len
 
 
 def through_link(ranks: int, nodes: int) -> float:
-    """Return the rows that leave by a link (a rank's own, or its node's card), over the rows of one rank."""
+    """Return the rows that leave by a link (a rank's own, or its node's card), over the rows of one
+    rank."""
     return 1 - 1 / ranks if nodes == 1 else ranks / nodes * (1 - 1 / nodes)
 
 
 def pair_of(config: Config, share: float, tokens: int) -> Setting:
-    """Return a pair of a configuration's sizes, on which the links' rate is searched. tokens: of one rank."""
+    """Return a pair of a configuration's sizes, on which the links' rate is searched. tokens: of
+    one rank."""
     model, data = config.model, config.data
     return Setting(
         share,
@@ -161,11 +202,14 @@ def pair_of(config: Config, share: float, tokens: int) -> Setting:
 def check_ranks(ranks: int) -> None:
     """Raise ConfigError for a number of ranks that cannot share the usual number of experts."""
     if ranks < 2 or Setting.num_experts % ranks:
-        raise ConfigError(f"--ranks is {ranks}, allowed: divisors of the {Setting.num_experts} experts from 2 on")
+        raise ConfigError(
+            f"--ranks is {ranks}, allowed: divisors of the {Setting.num_experts} experts from 2 on"
+        )
 
 
 def default_schedule(block: str) -> Schedule:
-    """The experts in the middle of the window, in one chunk. block: a block's name in ROWS; of a row, the last one."""
+    """The experts in the middle of the window, in one chunk. block: a block's name in ROWS; of a
+    row, the last one."""
     if block in TAPS:
         return Schedule("scmoe", TAPS[block])
     return Schedule(block if block in ("shared_expert", "farskip") else "top_k")

@@ -1,4 +1,5 @@
-"""Charts of speed-ups over sequential top-2: a group of bars for each architecture, the paper's values among them."""
+"""Charts of speed-ups over sequential top-2: a group of bars for each architecture, the paper's
+values among them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +18,10 @@ NAMES = {
     **{f"scmoe_pos{i}": f"ScMoE (Pos-{i})" for i in (1, 2, 3)},
     "farskip": "FarSkip",
 }
-IN_EVERY_BLOCK = {"scmoe_pos1": "NVIDIA (Pos-1)", "scmoe_pos2": "Nous (Pos-2)"}  # wirings with an MoE in every block
+IN_EVERY_BLOCK = {
+    "scmoe_pos1": "NVIDIA (Pos-1)",
+    "scmoe_pos2": "Nous (Pos-2)",
+}  # wirings with an MoE in every block
 OTHER_WORK = ("top1", "top3", "scmoe2")  # rows of less or more computation than top-2
 KINDS = {"forward": "inference", "train": "training"}
 PIPELINED = "_pipelined"
@@ -54,13 +58,14 @@ PAPERS = {  # by the share of communication that emulates the machine
 
 
 def name_of(row: str, every: int = 2) -> str:
-    """Return the paper's name of a row's architecture, such as `ScMoE (Pos-2)` for scmoe_pos2_pipelined. every: blocks
-    with an MoE (pairs.py)."""
+    """Return the paper's name of a row's architecture, such as `ScMoE (Pos-2)` for
+    scmoe_pos2_pipelined. every: blocks with an MoE (pairs.py)."""
     return (NAMES | IN_EVERY_BLOCK if every == 1 else NAMES)[row.removesuffix(PIPELINED)]
 
 
 def paper_of(report: dict[str, Any]) -> Printed | None:
-    """Return the paper's speed-ups on the machine that a report of `bench overlap` emulates: they are of pairs."""
+    """Return the paper's speed-ups on the machine that a report of `bench overlap` emulates: they
+    are of pairs."""
     usual = report.get("every", 2) == 2 and report.get("top_k", 1) == 1
     return PAPERS.get(report["wanted_share"]) if usual else None
 
@@ -70,7 +75,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     paper = paper_of(report)
     panels = {word: speed_bars(report, kind, paper) for kind, word in KINDS.items()}
     with chart(path, 2.3 + height_of(panels["training"])) as figure:
-        for axis, (word, groups) in zip(figure.subplots(1, 2, sharey=True), panels.items(), strict=True):
+        for axis, (word, groups) in zip(
+            figure.subplots(1, 2, sharey=True), panels.items(), strict=True
+        ):
             grouped_bars(axis, groups)
             axis.set(title=word, xlabel="speed-up over\nsequential top-2")
         share = f"{100 * report['comm_share']:.0f} % of top-2's inference is communication"
@@ -88,7 +95,11 @@ def blocks_of(report: Mapping[str, Any]) -> str:
     """Return what a report of `bench overlap` has measured."""
     is_iteration, top_k = report["level"] == "iteration", report.get("top_k", 1)
     if report.get("every", 2) == 1:
-        what = "One iteration of four blocks with an MoE each" if is_iteration else "Two blocks with an MoE each"
+        what = (
+            "One iteration of four blocks with an MoE each"
+            if is_iteration
+            else "Two blocks with an MoE each"
+        )
     else:
         what = "One iteration of two pairs" if is_iteration else "One pair of blocks"
     return what if top_k == 1 else f"{what}, {top_k} routed experts a token"
@@ -97,10 +108,13 @@ def blocks_of(report: Mapping[str, Any]) -> str:
 def tables(report: dict[str, Any]) -> list[Report]:
     where = conditions(report)  # a GPU's bus, or the loopback device as it is
     if report["link_mbit"] is not None:
-        where = f"Links of {report['link_mbit']:.0f} Mbit/s, {ranks_of(report)}, {report['compute']} compute"
+        where = (
+            f"Links of {report['link_mbit']:.0f} Mbit/s, {ranks_of(report)}, {report['compute']}"
+            " compute"
+        )
     title = (
-        f"{where}, communication share {{comm_share:.3f}}, limit {{limit_forward:.2f}} forward and {{limit_train:.2f}} "
-        "training, {rounds} rounds, {iterations} iterations:"
+        f"{where}, communication share {{comm_share:.3f}}, limit {{limit_forward:.2f}} forward and"
+        " {limit_train:.2f} training, {rounds} rounds, {iterations} iterations:"
     )
     columns = {
         "forward": "{forward_speedup:.2f}",
@@ -109,7 +123,11 @@ def tables(report: dict[str, Any]) -> list[Report]:
         "slot x chunks": "{place} x {chunks}",
     }
     if report["level"] == "iteration":  # its limit has the gradients, which differ from row to row
-        columns |= {"gradients, MiB": "{gradient_mb:.0f}", "limit": "{limit_train:.2f}", "of it": "{of_limit:.3f}"}
+        columns |= {
+            "gradients, MiB": "{gradient_mb:.0f}",
+            "limit": "{limit_train:.2f}",
+            "of it": "{of_limit:.3f}",
+        }
     columns["auto / best"] = "{auto_over_best:.3f}"
     if report.get("every", 2) == 1:
         title = f"{blocks_of(report)}. {title}"
@@ -117,7 +135,8 @@ def tables(report: dict[str, Any]) -> list[Report]:
 
 
 def with_places(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the rows, each with the place of its experts: the slot, and whether it is inside the attention there."""
+    """Return the rows, each with the place of its experts: the slot, and whether it is inside the
+    attention there."""
     inside = {name: " inside" if row.get("inside_attention") else "" for name, row in rows.items()}
     return {name: {**row, "place": f"{row['slot']}{inside[name]}"} for name, row in rows.items()}
 
@@ -127,7 +146,9 @@ def speed_bars(report: dict[str, Any], kind: str, paper: Printed | None) -> dict
     groups: dict[str, list[Bar]] = {}
     for row, own in report["rows"].items():
         value, color = own[f"{kind}_speedup"], SKY if row.endswith(PIPELINED) else BLUE
-        bar = Bar(value, color, f"{value:.2f}", own[f"{kind}_quartiles"], limit_of(report, row, kind))
+        bar = Bar(
+            value, color, f"{value:.2f}", own[f"{kind}_quartiles"], limit_of(report, row, kind)
+        )
         groups.setdefault(name_of(row, report.get("every", 2)), []).append(bar)
     for row, values in paper.rows.items() if paper else ():
         if name_of(row) in groups:
@@ -144,16 +165,22 @@ def limit_of(report: dict[str, Any], row: str, kind: str) -> float | None:
 
 
 def ranks_of(report: dict[str, Any]) -> str:
-    on_nodes = f" on {report['nodes']} nodes ({report['exchange']} exchange)" if "nodes" in report else ""
+    on_nodes = (
+        f" on {report['nodes']} nodes ({report['exchange']} exchange)" if "nodes" in report else ""
+    )
     return f"{report['ranks']} ranks{on_nodes}"
 
 
 def conditions(report: dict[str, Any], *others: dict[str, Any]) -> str:
-    """Return where reports of `bench overlap` were measured, which differ in the rate of their links only."""
+    """Return where reports of `bench overlap` were measured, which differ in the rate of their
+    links only."""
     rates = ", ".join(f"{each['link_mbit'] or 0:.0f}" for each in (report, *others))
     links = {
         "shaped": f"links of {rates} Mbit/s between {ranks_of(report)} on one CPU",
         "loopback": f"loopback as it is between {ranks_of(report)} on one CPU",
-        "bus": f"rows over the bus of a {report['device']} at {report.get('bus_rate', 1.0):.2g} times its rate",
+        "bus": (
+            f"rows over the bus of a {report['device']} at {report.get('bus_rate', 1.0):.2g} times"
+            " its rate"
+        ),
     }
     return f"{report['compute']} compute, {links[next(iter(report['rows'].values()))['links']]}"

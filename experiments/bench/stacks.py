@@ -1,4 +1,5 @@
-"""The rows of blocks that `bench overlap` measures, of real or of emulated operators, and their training step.
+"""The rows of blocks that `bench overlap` measures, of real or of emulated operators, and their
+training step.
 
 A variant is what is measured in one turn: each block of a row runs at a schedule of its own window.
 """
@@ -31,10 +32,12 @@ from scmoe.training.assembly.blocks import PARTS, Parts, stack
 def make_blocks(name: str, setting: Setting, context: ParallelContext, now: Now) -> list[MoEBlock]:
     """The blocks of a row, built as a training builds them, with this rank's share of the experts.
 
-    name: a block's name in ROWS. now: the load, which the times depend on in place of the choices of an untrained
-    gate."""
+    name: a block's name in ROWS. now: the load, which the times depend on in place of the choices
+    of an untrained gate."""
     config = config_of(name, setting)
-    parts = PARTS[config.model.family](config) if setting.compute == "real" else emulated_parts(setting)
+    parts = (
+        PARTS[config.model.family](config) if setting.compute == "real" else emulated_parts(setting)
+    )
     blocks = moe_blocks_of(nn.ModuleList(stack(config, context, [parts] * setting.layers)))
     assert len(blocks) == setting.moe_blocks
     place = Place(setting.num_experts, config.moe.top_k, context.ep_size)
@@ -50,7 +53,9 @@ def config_of(name: str, setting: Setting) -> Config:
     heads = s.heads if s.compute == "real" else 1  # emulated attention has none
     sizes = {"layers": s.layers, "dim": s.dim, "heads": heads, "ffn_dim": s.ffn_dim}
     moe = {"every": s.every, "num_experts": s.num_experts, "top_k": s.top_k_of(name)}
-    words = [f"model.{key}={size}" for key, size in sizes.items()] + [f"moe.{key}={n}" for key, n in moe.items()]
+    words = [f"model.{key}={size}" for key, size in sizes.items()] + [
+        f"moe.{key}={n}" for key, n in moe.items()
+    ]
     return load(None, [*words, *WIRINGS[name]])
 
 
@@ -71,7 +76,9 @@ def emulated_parts(setting: Setting) -> Parts:
 
 def rows_of_layout(setting: Setting) -> Rows:
     """Raises ConfigError for a layout that does not exist."""
-    kind, _, number = (setting.layout or ("dropless" if setting.loads else "capacity:1")).partition(":")
+    kind, _, number = (setting.layout or ("dropless" if setting.loads else "capacity:1")).partition(
+        ":"
+    )
     try:
         if kind == "dropless" and not number:
             return Dropless()
@@ -79,11 +86,14 @@ def rows_of_layout(setting: Setting) -> Rows:
             return Capacity(float(number)) if kind == "capacity" else Buffers(float(number))
     except ValueError:
         pass
-    raise ConfigError(f"--layout is {setting.layout}, allowed: dropless | capacity:F | buffers:C, 0 < F, C <= 1e6")
+    raise ConfigError(
+        f"--layout is {setting.layout}, allowed: dropless | capacity:F | buffers:C, 0 < F, C <= 1e6"
+    )
 
 
 def make_step(blocks: Sequence[nn.Module], setting: Setting, context: ParallelContext) -> Step:
-    """Return a training step of blocks; at iteration level with the gradients' reduction and the optimizer's step."""
+    """Return a training step of blocks; at iteration level with the gradients' reduction and the
+    optimizer's step."""
     model = Stack(*blocks)
     if setting.level == "block":
         return Step(Wrapped(model, 1), ParallelContext())
@@ -98,10 +108,11 @@ class Stack(nn.Sequential):
 
 @dataclass(frozen=True)
 class Variant:
-    """Blocks with a schedule. way: overlapped, sequential (each transfer is waited for at once), free, or alone (free,
-    and gradients stay on their ranks). load: of their experts (loads.py).
+    """Blocks with a schedule. way: overlapped, sequential (each transfer is waited for at once),
+    free, or alone (free, and gradients stay on their ranks). load: of their experts (loads.py).
 
-    schedule: of the last block; the others have the same place, or as `placed` says. own: that of each, if it is not.
+    schedule: of the last block; the others have the same place, or as `placed` says. own: that of
+    each, if it is not.
     """
 
     block: str
@@ -119,24 +130,39 @@ def chosen_by(choices: Sequence[LayerChoice], block: str, load: str) -> Variant:
     """Return the variant of a planner's choices for the blocks of a row."""
     schedules = [choice.schedule for choice in choices]
     variant = Variant(block, schedules[-1], load=load)
-    return variant if variant.of_blocks(schedules) == schedules else replace(variant, own=tuple(schedules))
+    return (
+        variant
+        if variant.of_blocks(schedules) == schedules
+        else replace(variant, own=tuple(schedules))
+    )
 
 
-def windows_of(variant: Variant, choices: Sequence[LayerChoice]) -> list[tuple[Schedule, OperatorTimes]]:
-    """Return the schedule of each block of a row, and the times of its operators as the planner has measured them."""
+def windows_of(
+    variant: Variant, choices: Sequence[LayerChoice]
+) -> list[tuple[Schedule, OperatorTimes]]:
+    """Return the schedule of each block of a row, and the times of its operators as the planner has
+    measured them."""
     schedules = variant.of_blocks(choice.schedule for choice in choices)
-    return [(each, choice.times[each.chunks]) for each, choice in zip(schedules, choices, strict=True)]
+    return [
+        (each, choice.times[each.chunks]) for each, choice in zip(schedules, choices, strict=True)
+    ]
 
 
 def placed(own: Schedule, like: Schedule) -> Schedule:
-    """Return a block's own schedule at the place of another block's, in as many chunks. Where its window is shorter, it
-    is the last place before, as the planner chooses it (planning/pricing.py)."""
+    """Return a block's own schedule at the place of another block's, in as many chunks. Where its
+    window is shorter, it is the last place before, as the planner chooses it (planning/pricing.py).
+    """
     places = slots(replace(own, chunks=like.chunks))
     at = like.slot, like.inside_attention
-    return [each for each in places if (each.slot, each.inside_attention) <= at or each is places[0]][-1]
+    return [
+        each for each in places if (each.slot, each.inside_attention) <= at or each is places[0]
+    ][-1]
 
 
 def of_each_kind(variants: Sequence[Variant]) -> list[list[Variant]]:
-    """The variants whose experts run between operators, and those inside attention, if there are any."""
-    kinds = [[v for v in variants if v.schedule.inside_attention is inside] for inside in (False, True)]
+    """The variants whose experts run between operators, and those inside attention, if there are
+    any."""
+    kinds = [
+        [v for v in variants if v.schedule.inside_attention is inside] for inside in (False, True)
+    ]
     return [own for own in kinds if own]

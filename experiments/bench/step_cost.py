@@ -1,16 +1,20 @@
-"""What a training step costs: with dense weights that are split, and with the guard against NaN and Inf.
+"""What a training step costs: with dense weights that are split, and with the guard against NaN and
+Inf.
 
-A step is forward, backward, clipping and AdamW of a configured model on random tokens, on one thread of each rank.
-Variants run in turn, and ratios are taken within a round.
+A step is forward, backward, clipping and AdamW of a configured model on random tokens, on one
+thread of each rank. Variants run in turn, and ratios are taken within a round.
 
-`bench dense`, dense weights that are replicated (DDP), or split over all ranks or a node's (FSDP2). The ranks are
-joined by the loopback device, or by links of the rate at which the transfers of a sequential top-2 pair of this size
-are a share of its forward time. `at_once` is sharded as FSDP does it on gloo: it waits for each gather and each sum.
+`bench dense`, dense weights that are replicated (DDP), or split over all ranks or a node's (FSDP2).
+The ranks are joined by the loopback device, or by links of the rate at which the transfers of a
+sequential top-2 pair of this size are a share of its forward time. `at_once` is sharded as FSDP
+does it on gloo: it waits for each gather and each sum.
 
-    link    time in which a rank's link carries what it sends in a step: rows, gathers, scatters, sums
+    link    time in which a rank's link carries what it sends in a step: rows, gathers, scatters,
+            sums
 
-`bench guard`, one process with the guard's hooks and its check (fault 27), and without. It holds for this processor: on
-a GPU the guard's small reductions cost kernel launches, which this does not measure.
+`bench guard`, one process with the guard's hooks and its check (fault 27), and without. It holds
+for this processor: on a GPU the guard's small reductions cost kernel launches, which this does not
+measure.
 """
 
 import re
@@ -39,14 +43,28 @@ from scmoe.parallel.update.wrap import wrap
 from scmoe.training.assembly.model import build_model
 
 WARM_UP, GUARD_ROUNDS = 2, 15
-SIZE = ("data.name=synthetic", "data.seq_len=128", "data.vocab_size=4096", "model.layers=4", "model.dim=256")
+SIZE = (
+    "data.name=synthetic",
+    "data.seq_len=128",
+    "data.vocab_size=4096",
+    "model.layers=4",
+    "model.dim=256",
+)
 
 
 def dense_cost(
-    rank: int, world_size: int, ep_size: int, batch: int, rounds: int, share: float | None, overrides: Sequence[str]
+    rank: int,
+    world_size: int,
+    ep_size: int,
+    batch: int,
+    rounds: int,
+    share: float | None,
+    overrides: Sequence[str],
 ) -> dict[str, Any]:
-    """Runs on every rank; the caller uses rank 0's result: medians. hybrid has two nodes. batch: sequences of a rank.
-    share: of communication, on links of the rank's own; None: loopback. overrides: key=value, over SIZE."""
+    """Runs on every rank; the caller uses rank 0's result: medians. hybrid has two nodes. batch:
+    sequences of a rank. share: of communication, on links of the rank's own; None: loopback.
+    overrides: key=value, over SIZE.
+    """
     dist.init_process_group("gloo")
     config, timeout = load(None, [*SIZE, *overrides]), timedelta(seconds=600)
     mbit = None
@@ -79,9 +97,12 @@ def dense_cost(
 
 
 class Training:
-    """A model with its optimizer, on this rank. Calling it takes a step. hidden: gathers and sums, as in a run."""
+    """A model with its optimizer, on this rank. Calling it takes a step. hidden: gathers and sums,
+    as in a run."""
 
-    def __init__(self, context: ParallelContext, batch: int, config: Config, hidden: bool = True) -> None:
+    def __init__(
+        self, context: ParallelContext, batch: int, config: Config, hidden: bool = True
+    ) -> None:
         model = build_model(config, context)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         self.step = Step(wrap(model, context, hidden=hidden), context, optimizer, clip=1.0)
@@ -89,7 +110,8 @@ class Training:
         self.states_bytes = 0  # with the gradients of the last step
 
     def __call__(self) -> tuple[float, float, float]:
-        """Return wall-clock and processor seconds, and bytes that this rank has sent to its link, if it has one."""
+        """Return wall-clock and processor seconds, and bytes that this rank has sent to its link,
+        if it has one."""
         dist.barrier()
         sent, wall, processor = sent_bytes(), time.perf_counter(), time.process_time()
         self.step.backward(nats(self.step.model, self.ids))
@@ -103,7 +125,9 @@ class Training:
 
 def sent_bytes() -> int:
     """Return how many bytes this rank's link has sent since it came up; 0 where there is none."""
-    found = re.search(r"^ *eth0:(.*)", Path("/proc/self/net/dev").read_text(encoding="utf-8"), re.MULTILINE)
+    found = re.search(
+        r"^ *eth0:(.*)", Path("/proc/self/net/dev").read_text(encoding="utf-8"), re.MULTILINE
+    )
     return int(found[1].split()[8]) if found else 0
 
 
@@ -134,7 +158,12 @@ def guard_cost(overrides: Sequence[str]) -> dict[str, float]:
     times = in_turn(runs, GUARD_ROUNDS, WARM_UP)
     with_ms, without_ms = (1e3 * middle(times[guarded]) for guarded in (True, False))
     share = middle(times[True] / times[False] - 1)
-    return {"rounds": GUARD_ROUNDS, "with_ms": with_ms, "without_ms": without_ms, "share_of_a_step": share}
+    return {
+        "rounds": GUARD_ROUNDS,
+        "with_ms": with_ms,
+        "without_ms": without_ms,
+        "share_of_a_step": share,
+    }
 
 
 def nats(model: nn.Module, ids: Tensor) -> Tensor:

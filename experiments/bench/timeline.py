@@ -1,4 +1,5 @@
-"""One pair's operators, measured and planned, as charts in the manner of Fig. 7, and Chrome traces of training steps.
+"""One pair's operators, measured and planned, as charts in the manner of Fig. 7, and Chrome traces
+of training steps.
 
 The five timelines of the figure (ROWS) run on shaped links as in `bench overlap`.
 """
@@ -33,20 +34,30 @@ ROWS = {  # title: (block, way, numbers of chunks to choose from)
 }
 
 
-def bench_timeline(share: float, compute: str, position: str, ranks: int, out: Path) -> dict[str, Any]:
-    """Write a Gantt chart of forward and one of backward into `out`, and a Chrome trace of a training step of each
-    timeline, operators named scmoe/<name> (open it in ui.perfetto.dev).
+def bench_timeline(
+    share: float, compute: str, position: str, ranks: int, out: Path
+) -> dict[str, Any]:
+    """Write a Gantt chart of forward and one of backward into `out`, and a Chrome trace of a
+    training step of each timeline, operators named scmoe/<name> (open it in ui.perfetto.dev).
 
-    share: communication share of sequential top-2, forward. The caller has entered a network namespace (links.py).
+    share: communication share of sequential top-2, forward. The caller has entered a network
+    namespace (links.py).
     """
     require("bench timeline", "matplotlib")
     setting = Setting(share, compute=compute)
     out.mkdir(parents=True, exist_ok=True)
-    rate, timelines = run_ranks(watch, ranks, setting, position, out, timeout_s=900, own_links=True)[0]
+    rate, timelines = run_ranks(
+        watch, ranks, setting, position, out, timeout_s=900, own_links=True
+    )[0]
     for direction in DIRECTIONS:
         machine = f"{compute} compute, {ranks} ranks, links of {rate:.0f} Mbit/s"
         path = out / f"{direction}.png"
-        draw(timelines[direction], path, f"One pair from the tap to its end, {direction}: {machine}", "ms")
+        draw(
+            timelines[direction],
+            path,
+            f"One pair from the tap to its end, {direction}: {machine}",
+            "ms",
+        )
         print(f"drawn: {path}", file=sys.stderr)
     traces = [str(path) for path in sorted(out.glob("*.json"))]
     print(f"traces: {', '.join(traces)}", file=sys.stderr)
@@ -54,7 +65,8 @@ def bench_timeline(share: float, compute: str, position: str, ranks: int, out: P
 
 
 def draw_plan(run_dir: Path) -> dict[str, Any]:
-    """Draw the plan of a run, forward and backward, into its folder `analysis`. ConfigError: it has no plan."""
+    """Draw the plan of a run, forward and backward, into its folder `analysis`. ConfigError: it has
+    no plan."""
     path = run_dir / "plan.json"
     try:
         choices = plan_from_json(json.loads(path.read_text(encoding="utf-8")))
@@ -66,29 +78,42 @@ def draw_plan(run_dir: Path) -> dict[str, Any]:
         rows = {}
         for layer, choice in enumerate(choices, 1):
             schedule = choice.schedule
-            title = f"MoE layer {layer}: {schedule.name}, {schedule.place}, {schedule.chunks} chunk(s)"
-            rows[f"MoE layer {layer}, sequential"] = planned_spans(choice, direction, sequential=True)
+            title = (
+                f"MoE layer {layer}: {schedule.name}, {schedule.place}, {schedule.chunks} chunk(s)"
+            )
+            rows[f"MoE layer {layer}, sequential"] = planned_spans(
+                choice, direction, sequential=True
+            )
             rows[title] = planned_spans(choice, direction, sequential=False)
         picture = run_dir / "analysis" / f"plan-{direction}.png"
-        words = f"The plan of {run_dir.resolve().name}, from the tap to the end of a block, {direction}"
+        words = (
+            f"The plan of {run_dir.resolve().name}, from the tap to the end of a block, {direction}"
+        )
         draw(rows, picture, words, "ms")
         print(f"drawn: {picture}", file=sys.stderr)
         pictures.append(str(picture))
     return {"pictures": pictures}
 
 
-def watch(rank: int, world_size: int, setting: Setting, position: str, out: Path) -> tuple[float, dict[str, Any]]:
+def watch(
+    rank: int, world_size: int, setting: Setting, position: str, out: Path
+) -> tuple[float, dict[str, Any]]:
     """Runs on every rank. Returns the rate (Bench.set_rate), and by direction {title: spans in ms}."""
     dist.init_process_group("gloo")
     bench = Bench(setting)
     rate = find_rate(setting, bench.set_rate, bench.infer)  # of the links, or of the bus
     timelines: dict[str, dict[str, list[Span]]] = {direction: {} for direction in DIRECTIONS}
     for title, (block, way, chunks) in ROWS.items():
-        title, block = title.format(position.capitalize().replace("s", "s-")), block.format(position)
+        title, block = (
+            title.format(position.capitalize().replace("s", "s-")),
+            block.format(position),
+        )
         (choice,) = bench.choose(block, chunks)
         variant = Variant(block, choice.schedule, way)
         for direction in DIRECTIONS:
-            timelines[direction][f"{title}: planned"] = planned_spans(choice, direction, way == "sequential")
+            timelines[direction][f"{title}: planned"] = planned_spans(
+                choice, direction, way == "sequential"
+            )
             timelines[direction][f"{title}: measured"] = measured_spans(bench, variant, direction)
         trace(bench, variant, out / f"{block}-{way}-{choice.schedule.chunks}-chunks.json")
     return rate, timelines
@@ -112,12 +137,15 @@ def measured_spans(bench: Bench, variant: Variant, direction: Direction) -> list
         step.train(bench.x)
         _, spans = from_tap(recorder.spans(direction), direction)
         start = min(span.start for span in spans)
-        steps.append([Span(s.operator, 1e3 * (s.start - start), 1e3 * (s.end - start)) for s in spans])
+        steps.append(
+            [Span(s.operator, 1e3 * (s.start - start), 1e3 * (s.end - start)) for s in spans]
+        )
     return one_at_a_time(sorted(steps[1:], key=elapsed)[STEPS // 2])
 
 
 def one_at_a_time(spans: list[Span]) -> list[Span]:
-    """Shortens transfers, which are noted from their launch on, to the time on the link: it carries one at a time."""
+    """Shortens transfers, which are noted from their launch on, to the time on the link: it carries
+    one at a time."""
     shown, free = [], 0.0
     for span in sorted(spans, key=lambda span: span.end):
         if span.is_transfer:

@@ -1,17 +1,21 @@
-"""What a slow network costs `scmoe train`, and what a shortcut hides of it: the product itself, on links with a rate.
+"""What a slow network costs `scmoe train`, and what a shortcut hides of it: the product itself, on
+links with a rate.
 
-Every architecture trains one configuration with the same data, seed and steps: with Lightning, logging, validation and
-checkpoints, on the links and on links without a rate. All trainings are alive at once, each in its own processes and
-network, and one runs at a time: a turn is a few steps, and a round has a turn of each, so ratios within a round compare
-what ran within a minute. The links' rate is searched before each round. The first half of a training, in which the
-schedule is chosen, is its turn of the first round, which is left out, as validation and checkpoints are.
+Every architecture trains one configuration with the same data, seed and steps: with Lightning,
+logging, validation and checkpoints, on the links and on links without a rate. All trainings are
+alive at once, each in its own processes and network, and one runs at a time: a turn is a few steps,
+and a round has a turn of each, so ratios within a round compare what ran within a minute. The
+links' rate is searched before each round. The first half of a training, in which the schedule is
+chosen, is its turn of the first round, which is left out, as validation and checkpoints are.
 
     compute             a step on links without a rate
-    exposed rows        what the MoE windows of a step, forward and backward, take longer than without a rate
-    exposed gradients   what else a step takes longer than without a rate: sums that backward does not hide
+    exposed rows        what the MoE windows of a step, forward and backward, take longer than
+                        without a rate
+    exposed gradients   what else a step takes longer than without a rate: sums that backward does
+                        not hide
 
-With a load (loads.py) routers deal tokens by it in place of their own choices, and each architecture also trains on the
-links with balanced routing. Losses mean nothing then.
+With a load (loads.py) routers deal tokens by it in place of their own choices, and each
+architecture also trains on the links with balanced routing. Losses mean nothing then.
 """
 
 import sys
@@ -29,7 +33,16 @@ import numpy as np
 import torch.distributed as dist
 from lightning.pytorch import Callback
 
-from experiments.bench.loads import BALANCED, Now, Place, deal, imbalance, kinds_of, load_of, why_impossible
+from experiments.bench.loads import (
+    BALANCED,
+    Now,
+    Place,
+    deal,
+    imbalance,
+    kinds_of,
+    load_of,
+    why_impossible,
+)
 from experiments.bench.overlap import Bench, find_rate
 from experiments.bench.pairs import Setting, pair_of
 from experiments.bench.speed_chart import name_of
@@ -62,11 +75,12 @@ LONGEST_S = 8 * 3600.0  # of all turns together
 
 
 class Turns(Callback):
-    """Holds a training until its turn, and answers it with the medians of its steps: seconds, and those of them in MoE
-    windows (planner.Overlap).
+    """Holds a training until its turn, and answers it with the medians of its steps: seconds, and
+    those of them in MoE windows (planner.Overlap).
 
-    turn: the rank's end of a pipe, on which the links' rate in Mbit/s comes, or None. ends: the numbers of steps after
-    which the turns end. Answered at the end of a batch, so validation and checkpoints run untimed in the next turn.
+    turn: the rank's end of a pipe, on which the links' rate in Mbit/s comes, or None. ends: the
+    numbers of steps after which the turns end. Answered at the end of a batch, so validation and
+    checkpoints run untimed in the next turn.
     """
 
     def __init__(self, turn: Connection, ends: Sequence[int]) -> None:
@@ -99,11 +113,15 @@ class Turns(Callback):
     def note_windows(self, trainer: Any) -> None:
         for callback in trainer.callbacks:
             if isinstance(callback, AdaptiveSchedule) and callback.planner:
-                callback.planner.drifted = 0  # the machine's speed drifts between turns; the choice is kept
+                callback.planner.drifted = (
+                    0  # the machine's speed drifts between turns; the choice is kept
+                )
                 overlap = callback.planner.overlap
                 if overlap is not None and overlap is not self.overlap:
                     self.overlap = overlap
-                    self.windows_s.append(trainer.accumulate_grad_batches * sum(overlap.seconds))  # one batch is timed
+                    self.windows_s.append(
+                        trainer.accumulate_grad_batches * sum(overlap.seconds)
+                    )  # one batch is timed
 
 
 class Training:
@@ -117,7 +135,8 @@ class Training:
         self.found: Future[dict[str, Any]] = pool.submit(in_own_network, ranks, theirs, *what)
 
     def turn(self, mbit: float | None) -> list[float]:
-        """Let it run until the end of its turn. Return what the slowest rank answers. Raises RankError."""
+        """Let it run until the end of its turn. Return what the slowest rank answers. Raises
+        RankError."""
         try:
             for turn in self.turns:
                 turn.send(mbit)
@@ -173,38 +192,55 @@ def bench_train(
 ) -> dict[str, Any]:
     """Measure, print a table, and write chart and figures into `out`. Returns the report.
 
-    share: of communication, of a sequential top-2 pair of the configuration's sizes. routing: a load of the
-    experts; None: routers choose. The caller has entered a network namespace (links.py). ConfigError: the load cannot
-    be dealt.
+    share: of communication, of a sequential top-2 pair of the configuration's sizes. routing: a
+    load of the experts; None: routers choose. The caller has entered a network namespace
+    (links.py). ConfigError: the load cannot be dealt.
     """
     require("bench train", "matplotlib")
     words = [*overrides, f"trainer.devices={ranks}", f"strategy.ep_size={ranks}"]
     configs = {row: load(config, [*words, *ARCHITECTURES[row]]) for row in rows}
     first = configs[rows[0]]
     if first.trainer.limit_val_batches == 0:
-        raise ConfigError("trainer.limit_val_batches is 0, allowed: 1 or more, as losses are compared")
+        raise ConfigError(
+            "trainer.limit_val_batches is 0, allowed: 1 or more, as losses are compared"
+        )
     if (early := first.trainer.early_stopping) is not None:
-        raise ConfigError(f"trainer.early_stopping is {early}, allowed: null, as all trainings take all steps")
+        raise ConfigError(
+            f"trainer.early_stopping is {early}, allowed: null, as all trainings take all steps"
+        )
     samples = first.data.global_batch_size // (ranks * first.trainer.accumulate)
     pair = pair_of(first, share, samples * first.data.seq_len)
-    uneven = {} if routing is None else {row: made_by(routing, own, pair, ranks) for row, own in configs.items()}
+    uneven = (
+        {}
+        if routing is None
+        else {row: made_by(routing, own, pair, ranks) for row, own in configs.items()}
+    )
     steps = first.trainer.max_steps
     turn = steps // 2 // rounds
     if turn == 0:
-        raise ConfigError(f"--rounds is {rounds}, allowed: 2 to {steps // 2}, half of trainer.max_steps")
+        raise ConfigError(
+            f"--rounds is {rounds}, allowed: 2 to {steps // 2}, half of trainer.max_steps"
+        )
     ends = range(steps - rounds * turn, steps + 1, turn)
     ways = WAYS if routing is None else (*WAYS, EVEN)
     rates: list[float] = []  # of each round, as the machine's speed drifts
 
     def one(row: str, way: str) -> list[float]:
         if (row, way) == (rows[0], WAYS[0]):  # a round begins
-            rates.extend(run_ranks(searched, ranks, pair, *rates[-1:], timeout_s=1800, own_links=True)[:1])
+            rates.extend(
+                run_ranks(searched, ranks, pair, *rates[-1:], timeout_s=1800, own_links=True)[:1]
+            )
         return trainings[row, way].turn(None if way == "free" else rates[-1])
 
     with ThreadPoolExecutor(len(rows) * len(ways)) as pool:
         trainings = {
             (row, way): Training(
-                pool, ranks, config, [*words, *ARCHITECTURES[row]], BALANCED if way == EVEN else routing, ends
+                pool,
+                ranks,
+                config,
+                [*words, *ARCHITECTURES[row]],
+                BALANCED if way == EVEN else routing,
+                ends,
             )
             for row in rows
             for way in ways
@@ -224,7 +260,10 @@ def bench_train(
         "ranks": ranks,
         "rounds": rounds,
         "steps": steps,
-        "rows": {row: row_of(configs[row], times, row, rows[0], found[row, "links"]["curve"]) for row in rows},
+        "rows": {
+            row: row_of(configs[row], times, row, rows[0], found[row, "links"]["curve"])
+            for row in rows
+        },
     }
     if routing is not None:
         report["load"] = {"name": routing, **uneven[rows[0]]}
@@ -237,7 +276,10 @@ def bench_train(
 
 
 def tables(report: dict[str, Any]) -> list[Report]:
-    title = "{config}, {steps} steps, {ranks} ranks, links of {link_mbit:.0f} Mbit/s; medians of {rounds} rounds:"
+    title = (
+        "{config}, {steps} steps, {ranks} ranks, links of {link_mbit:.0f} Mbit/s; medians of"
+        " {rounds} rounds:"
+    )
     columns = {
         "tokens/s": "{tokens_per_s:.0f}",
         "over the first": "{speedup:.2f}",
@@ -258,9 +300,12 @@ def tables(report: dict[str, Any]) -> list[Report]:
 
 
 def made_by(routing: str, config: Config, pair: Setting, ranks: int) -> dict[str, float]:
-    """Return how uneven a load makes a configuration's routing. Raises ConfigError where it cannot be dealt."""
+    """Return how uneven a load makes a configuration's routing. Raises ConfigError where it cannot
+    be dealt."""
     if load_of(routing).kind == "ragged":
-        raise ConfigError(f"--load is {routing}, allowed: others, as all ranks train on equally many tokens")
+        raise ConfigError(
+            f"--load is {routing}, allowed: others, as all ranks train on equally many tokens"
+        )
     place = Place(config.moe.num_experts, config.moe.top_k, ranks)
     if refused := why_impossible(load_of(routing), place, pair.sequences):
         raise ConfigError(refused)
@@ -268,7 +313,11 @@ def made_by(routing: str, config: Config, pair: Setting, ranks: int) -> dict[str
 
 
 def row_of(
-    config: Config, times: dict[tuple[str, str], Any], row: str, first: str, curve: list[tuple[float, float]]
+    config: Config,
+    times: dict[tuple[str, str], Any],
+    row: str,
+    first: str,
+    curve: list[tuple[float, float]],
 ) -> dict[str, Any]:
     """Return the figures of a row. curve: (tokens, validation loss)."""
     (step, windows), (free, free_windows) = (times[row, way] for way in WAYS)
@@ -285,7 +334,9 @@ def row_of(
         "exposed_gradients_s": middle(step - free - rows),
         "rows_over_gradients": estimate(config)["rows_over_gradients"],
         "val_loss": curve[-1][1],
-        "val_losses": [[seen / tokens * step_s, loss] for seen, loss in curve],  # seconds of training
+        "val_losses": [
+            [seen / tokens * step_s, loss] for seen, loss in curve
+        ],  # seconds of training
     }
 
 
@@ -330,8 +381,20 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axis = figure.subplots()
         for row, found in report["rows"].items():
             seconds, losses = np.asarray(found["val_losses"]).T
-            axis.plot(seconds, losses, marker="o", label=f"{name_of(row)}: {found['tokens_per_s']:.0f} tokens/s")
-        axis.set(xlabel="seconds of training, without validation and checkpoints", ylabel="validation loss")
+            axis.plot(
+                seconds,
+                losses,
+                marker="o",
+                label=f"{name_of(row)}: {found['tokens_per_s']:.0f} tokens/s",
+            )
+        axis.set(
+            xlabel="seconds of training, without validation and checkpoints",
+            ylabel="validation loss",
+        )
         axis.grid(axis="y")
         axis.legend()
-        heading(figure, f"{report['config']} on {report['ranks']} ranks, links of {report['link_mbit']:.0f} Mbit/s")
+        heading(
+            figure,
+            f"{report['config']} on {report['ranks']} ranks, links of {report['link_mbit']:.0f}"
+            " Mbit/s",
+        )

@@ -9,7 +9,8 @@ BAR, GAP = 0.17, 0.14  # inches of a bar with its value, and between groups of b
 
 
 class Bar(NamedTuple):
-    """text: its value, which stands beside the bars. quartiles: ends of a whisker. limit: a line across the bar."""
+    """text: its value, which stands beside the bars. quartiles: ends of a whisker. limit: a line
+    across the bar."""
 
     value: float
     color: str
@@ -23,16 +24,24 @@ def height_of(groups: Mapping[str, Sequence[Bar]], lines: int = 0) -> float:
     return sum(BAR * max(lines, len(bars)) + GAP for bars in groups.values())
 
 
-def grouped_bars(axis: Any, groups: Mapping[str, Sequence[Bar]], room: float = 0.24, lines: int = 0) -> None:
-    """Draw groups of bars from top to bottom, with names at the left and values in a column at the right.
+def grouped_bars(
+    axis: Any, groups: Mapping[str, Sequence[Bar]], room: float = 0.24, lines: int = 0
+) -> None:
+    """Draw groups of bars from top to bottom, with names at the left and values in a column at the
+    right.
 
-    The column begins where everything else has ended, so no value lies on a bar, on a whisker or on a line.
-    room: width of the column over that of the axis. lines: a group has room for at least so many bars, so that the
-    groups of two axes stand side by side.
+    The column begins where everything else has ended, so no value lies on a bar, on a whisker or on
+    a line. room: width of the column over that of the axis. lines: a group has room for at least so
+    many bars, so that the groups of two axes stand side by side.
     """
     from matplotlib.ticker import MaxNLocator
 
-    ends = [x for bars in groups.values() for b in bars for x in (b.value, b.limit or 0, *(b.quartiles or ()))]
+    ends = [
+        x
+        for bars in groups.values()
+        for b in bars
+        for x in (b.value, b.limit or 0, *(b.quartiles or ()))
+    ]
     end, top = 1.02 * max(ends), 0.0
     names: dict[str, float] = {}
     for name, bars in groups.items():
@@ -50,11 +59,15 @@ def grouped_bars(axis: Any, groups: Mapping[str, Sequence[Bar]], room: float = 0
     axis.tick_params(axis="y", length=0)
     axis.set(ylim=(top - GAP / 2, -GAP / 2), xlim=(0, end / (1 - room)))
     axis.spines.bottom.set_bounds(0, end)
-    axis.set_xticks([tick for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, end) if tick <= end])
+    axis.set_xticks(
+        [tick for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, end) if tick <= end]
+    )
     axis.grid(axis="x")
 
 
-def bar_legend(figure: Any, colors: Mapping[str, str], quartiles: str = "", limit: str = "", ncols: int = 2) -> None:
+def bar_legend(
+    figure: Any, colors: Mapping[str, str], quartiles: str = "", limit: str = "", ncols: int = 2
+) -> None:
     """Say below a figure what its colours are, and in these words what its whiskers and limits are."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -65,4 +78,6 @@ def bar_legend(figure: Any, colors: Mapping[str, str], quartiles: str = "", limi
     if limit:
         mark: Any = {"marker": "|", "markersize": 10, "markeredgewidth": 2.5, "linestyle": ""}
         handles.append(Line2D([], [], color=ORANGE, label=limit, **mark))
-    figure.legend(handles=handles, loc="outside lower left", ncols=ncols, columnspacing=1.2, handlelength=1.4)
+    figure.legend(
+        handles=handles, loc="outside lower left", ncols=ncols, columnspacing=1.2, handlelength=1.4
+    )

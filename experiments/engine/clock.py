@@ -1,7 +1,8 @@
-"""One clock for every measurement: variants in turn, round after round; ratios within a round; medians and quartiles.
+"""One clock for every measurement: variants in turn, round after round; ratios within a round;
+medians and quartiles.
 
-The speed of a shared machine drifts, so a variant is compared only with what ran in the same round. Where ranks measure
-together, a round counts as the slowest rank has it.
+The speed of a shared machine drifts, so a variant is compared only with what ran in the same round.
+Where ranks measure together, a round counts as the slowest rank has it.
 """
 
 import os
@@ -21,7 +22,8 @@ Result = TypeVar("Result")
 
 
 def seconds(run: Callable[[], Any], device: torch.device = CPU) -> float:
-    """Return the time of one call: on the host's clock, on CUDA between two events of the current stream."""
+    """Return the time of one call: on the host's clock, on CUDA between two events of the current
+    stream."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
@@ -35,8 +37,8 @@ def seconds(run: Callable[[], Any], device: torch.device = CPU) -> float:
 
 
 def undisturbed(run: Callable[[], Result], max_wait: float) -> tuple[Result, float | None]:
-    """Returns what `run` returns and its seconds; None for these if the threads of this process were ready to run and
-    had no core for more than a share max_wait of them."""
+    """Returns what `run` returns and its seconds; None for these if the threads of this process
+    were ready to run and had no core for more than a share max_wait of them."""
     waited, begun = _waited_s(), time.perf_counter()
     result = run()
     seconds = time.perf_counter() - begun
@@ -44,10 +46,15 @@ def undisturbed(run: Callable[[], Result], max_wait: float) -> tuple[Result, flo
 
 
 def _waited_s() -> float:
-    """Returns the seconds that the threads of this process have been ready to run and had no core, so far."""
+    """Returns the seconds that the threads of this process have been ready to run and had no core,
+    so far."""
     threads = os.listdir("/proc/self/task")
     return (
-        sum(int(Path(f"/proc/self/task/{t}/schedstat").read_text(encoding="utf-8").split()[1]) for t in threads) / 1e9
+        sum(
+            int(Path(f"/proc/self/task/{t}/schedstat").read_text(encoding="utf-8").split()[1])
+            for t in threads
+        )
+        / 1e9
     )
 
 
@@ -60,8 +67,9 @@ def in_turn(
 ) -> dict[Name, np.ndarray]:
     """Run all variants once in each round, after rounds to warm up that are left out.
 
-    variants: each returns what it has measured, a number or nested sequences of numbers. over_ranks: every rank calls
-    this, and each number is that of the slowest rank. say: gets a line a round. Returns [..., rounds] by variant.
+    variants: each returns what it has measured, a number or nested sequences of numbers.
+    over_ranks: every rank calls this, and each number is that of the slowest rank. say: gets a line
+    a round. Returns [..., rounds] by variant.
     """
     measured: dict[Name, list[Any]] = {name: [] for name in variants}
     for i in range(warm_up + rounds):
@@ -69,12 +77,18 @@ def in_turn(
             say(f"round {max(0, i + 1 - warm_up)} of {rounds}, {len(variants)} variants")
         for name, run in variants.items():
             measured[name].append(run())
-    kept = {name: np.asarray(values[warm_up:], dtype=np.float64) for name, values in measured.items()}
-    return {name: np.moveaxis(slowest(values) if over_ranks else values, 0, -1) for name, values in kept.items()}
+    kept = {
+        name: np.asarray(values[warm_up:], dtype=np.float64) for name, values in measured.items()
+    }
+    return {
+        name: np.moveaxis(slowest(values) if over_ranks else values, 0, -1)
+        for name, values in kept.items()
+    }
 
 
 def slowest(values: Any) -> np.ndarray:
-    """Return the maximum of each number over all ranks. Every rank must call it. values: numbers, nested equally."""
+    """Return the maximum of each number over all ranks. Every rank must call it. values: numbers,
+    nested equally."""
     worst = torch.as_tensor(np.asarray(values, dtype=np.float64))
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     return worst.numpy()

@@ -1,4 +1,5 @@
-"""Draws played or measured operators like Fig. 7: a row of computation above a row of communication."""
+"""Draws played or measured operators like Fig. 7: a row of computation above a row of
+communication."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,13 +8,23 @@ from scmoe.probes.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, SMALL, ch
 from scmoe.schedule.cost import Span, elapsed
 from scmoe.schedule.schedule import PARTS
 
-COLORS = {"attention": BLUE, "mlp": SKY, "shared_expert": GREEN, "experts": ORANGE, "dispatch": RED, "combine": PURPLE}
+COLORS = {
+    "attention": BLUE,
+    "mlp": SKY,
+    "shared_expert": GREEN,
+    "experts": ORANGE,
+    "dispatch": RED,
+    "combine": PURPLE,
+}
 OTHER = "#bab0ac"
 DARK = (BLUE, GREEN, RED)  # letters on these are white
 
 
-def draw(timelines: Mapping[str, Sequence[Span]], path: Path, words: str, unit: str = "time") -> None:
-    """Draws a pair of rows (computation above, communication below) for each timeline, on one axis. words: a title."""
+def draw(
+    timelines: Mapping[str, Sequence[Span]], path: Path, words: str, unit: str = "time"
+) -> None:
+    """Draws a pair of rows (computation above, communication below) for each timeline, on one axis.
+    words: a title."""
     end = max(elapsed(spans) for spans in timelines.values())
     with chart(path, 1.7 + 1.15 * len(timelines)) as figure:
         axis = figure.subplots()
@@ -24,16 +35,32 @@ def draw(timelines: Mapping[str, Sequence[Span]], path: Path, words: str, unit: 
                 color = COLORS.get(whole, OTHER)
                 axis.barh(row, length, left=span.start, height=0.9, color=color, edgecolor="white")
                 label = span.operator.replace("_", "\n")
-                if length > 0.0155 * end * (1 + max(map(len, label.split("\n")))):  # room for the letters
+                if length > 0.0155 * end * (
+                    1 + max(map(len, label.split("\n")))
+                ):  # room for the letters
                     x, ink = (span.start + span.end) / 2, "white" if color in DARK else "black"
-                    axis.text(x, row, label, ha="center", va="center", color=ink, fontsize=SMALL, linespacing=0.85)
+                    axis.text(
+                        x,
+                        row,
+                        label,
+                        ha="center",
+                        va="center",
+                        color=ink,
+                        fontsize=SMALL,
+                        linespacing=0.85,
+                    )
             axis.vlines(elapsed(spans), -3 * i - 1.5, -3 * i + 0.5, color="black", linewidth=1)
-            axis.text(elapsed(spans), -3 * i - 0.5, f" {elapsed(spans):.1f}", va="center", fontsize=9)
+            axis.text(
+                elapsed(spans), -3 * i - 0.5, f" {elapsed(spans):.1f}", va="center", fontsize=9
+            )
             axis.text(0, -3 * i + 0.6, name, fontweight="bold", va="bottom")
         ticks = [-3 * i - row for i in range(len(timelines)) for row in (0, 1)]
         axis.set_yticks(ticks, ["compute", "All-to-All"] * len(timelines))
         axis.set(ylim=(-3 * len(timelines) + 1.3, 1.6), xlim=(0, end * 1.1), xlabel=unit)
         heading(figure, words)
         colors = COLORS | {"route, encode, decode": OTHER}
-        handles = [axis.barh(0, 0, color=color, label=name.replace("_", " ")) for name, color in colors.items()]
+        handles = [
+            axis.barh(0, 0, color=color, label=name.replace("_", " "))
+            for name, color in colors.items()
+        ]
         figure.legend(handles=handles, loc="outside lower left", ncols=3)

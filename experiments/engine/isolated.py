@@ -1,8 +1,10 @@
-"""Runs parts one after another, each in a process of its own that is killed when its clock runs out.
+"""Runs parts one after another, each in a process of its own that is killed when its clock runs
+out.
 
-A part is a function that returns named pieces; each measures one thing and returns values that JSON has. A piece that
-raises costs its own result only. A part that raises, crashes, hangs or lacks a package is reported, and the next one
-starts. A part writes a file after every piece, so what it has measured before it ended stays.
+A part is a function that returns named pieces; each measures one thing and returns values that JSON
+has. A piece that raises costs its own result only. A part that raises, crashes, hangs or lacks a
+package is reported, and the next one starts. A part writes a file after every piece, so what it has
+measured before it ended stays.
 """
 
 import json
@@ -32,8 +34,8 @@ GRACE_S = 10.0  # for a killed process to end; one that waits in the driver may 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the parts run. device: cuda | cpu, on which torch has one thread. tiny: small sizes, for a trial. out: the
-    folder of pictures and traces."""
+    """Where the parts run. device: cuda | cpu, on which torch has one thread. tiny: small sizes,
+    for a trial. out: the folder of pictures and traces."""
 
     device: str
     tiny: bool
@@ -42,9 +44,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Part:
-    """what: a heading of the report. pieces: `module:function`, imported in the part's process. clock_s: after this
-    time the part is stopped; pieces that are done stay. packages: names to import, without which the part does not
-    start. arguments: of the function, after the place."""
+    """what: a heading of the report. pieces: `module:function`, imported in the part's process.
+    clock_s: after this time the part is stopped; pieces that are done stay. packages: names to
+    import, without which the part does not start. arguments: of the function, after the place."""
 
     what: str
     pieces: str
@@ -56,17 +58,23 @@ class Part:
 def run_parts(parts: Mapping[str, Part], place: Place) -> dict[str, dict[str, Any]]:
     """Returns for each part its state, seconds and pieces; `why`, where the state is not ok.
 
-    state: ok | failed (a piece raised, or the process ended) | stopped (its clock ran out) | missing (a package).
+    state: ok | failed (a piece raised, or the process ended) | stopped (its clock ran out) |
+    missing (a package).
     """
     found = {}
-    # the server must not start CUDA, or no process forked from it could; torch then asks the driver's monitor instead
+    # the server must not start CUDA, or no process forked from it could; torch then asks the
+    # driver's monitor instead
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     with tempfile.TemporaryDirectory() as folder:
         for number, (name, part) in enumerate(parts.items(), 1):
             start = time.monotonic()
             say(f"part {number} of {len(parts)}: {part.what}, {part.clock_s:g} s at most")
             own = run_part(part, place, Path(folder, name))
-            own |= {"clock_s": part.clock_s, "what": part.what, "seconds": round(time.monotonic() - start, 1)}
+            own |= {
+                "clock_s": part.clock_s,
+                "what": part.what,
+                "seconds": round(time.monotonic() - start, 1),
+            }
             reason = f": {own['why'].splitlines()[-1]}" if "why" in own else ""
             say(f"  {own['state']} after {own['seconds']:g} s{reason}")
             found[name] = own
@@ -74,7 +82,8 @@ def run_parts(parts: Mapping[str, Part], place: Place) -> dict[str, dict[str, An
 
 
 def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
-    """Runs one part in a process. work: where its results and its output are kept, under two suffixes."""
+    """Runs one part in a process. work: where its results and its output are kept, under two
+    suffixes."""
     if lacking := [name for name in part.packages if find_spec(name) is None]:
         return {"state": "missing", "why": f"not installed: {', '.join(lacking)}", "pieces": {}}
     results, output = work.with_suffix(".json"), work.with_suffix(".txt")
@@ -99,7 +108,8 @@ def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
 
 
 def end(process: Any, wait_s: float | None = None) -> None:
-    """Kills a process and all processes that it has started. wait_s: for its end; None: until it has ended."""
+    """Kills a process and all processes that it has started. wait_s: for its end; None: until it
+    has ended."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:  # it has ended, or does not lead a group yet

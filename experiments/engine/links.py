@@ -1,18 +1,24 @@
-"""Ranks of one machine on their own network: each in a network namespace, with a link shaped to a rate.
+"""Ranks of one machine on their own network: each in a network namespace, with a link shaped to a
+rate.
 
-    rank 0 [eth0] --- link0 [bridge 10.77.0.254] link1 --- [eth0] rank 1        each eth0: tc tbf, a rate, no delay
+    rank 0 [eth0] --- link0 [bridge 10.77.0.254] link1 --- [eth0] rank 1        each eth0: tc tbf, a
+                                                                                rate, no delay
 
-With more than two ranks each link0, link1, ... has the rate too, so a rank that all others send to receives no faster.
-With two ranks, what one receives is what the other sends.
+With more than two ranks each link0, link1, ... has the rate too, so a rank that all others send to
+receives no faster. With two ranks, what one receives is what the other sends.
 
-Ranks can be on several nodes: each node has a bridge of its own, and a network card, which its ranks share.
+Ranks can be on several nodes: each node has a bridge of its own, and a network card, which its
+ranks share.
 
-    ranks of node 0 --- [node0] up0 --- down0 [bridge] down1 --- up1 [node1] --- ranks of node 1    each up, down: tbf
+    ranks of node 0 --- [node0] up0 --- down0 [bridge] down1 --- up1 [node1] --- ranks of node 1    each
+                                                                                                    up,
+                                                                                                    down:
+                                                                                                    tbf
 
-The program first moves into a new network namespace (`enter`, as root or through a user namespace), and each rank then
-makes one for itself. A namespace without a name ends with its last process, and links end with their namespace, so
-nothing is left behind when the program is killed. Requires util-linux's `unshare` and iproute2's `ip` and `tc`;
-`why_not` says what is missing.
+The program first moves into a new network namespace (`enter`, as root or through a user namespace),
+and each rank then makes one for itself. A namespace without a name ends with its last process, and
+links end with their namespace, so nothing is left behind when the program is killed. Requires
+util-linux's `unshare` and iproute2's `ip` and `tc`; `why_not` says what is missing.
 """
 
 import ctypes
@@ -43,20 +49,25 @@ def why_not() -> str | None:
             return f"{tool} is not installed"
     trial = ["ip link add veth0 type veth peer name veth1", "ip link add bridge0 type bridge"]
     trial.append(f"tc qdisc add dev veth0 root {_tbf(1)}")
-    done = subprocess.run([*_unshare(), "sh", "-c", " && ".join(trial)], capture_output=True, text=True)
+    done = subprocess.run(
+        [*_unshare(), "sh", "-c", " && ".join(trial)], capture_output=True, text=True
+    )
     said = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
     return None if done.returncode == 0 else said[-1]
 
 
 def enter(nodes: int = 1) -> None:
-    """Replaces this process by the same program in a new network namespace with a bridge. Returns if it is inside.
+    """Replaces this process by the same program in a new network namespace with a bridge. Returns
+    if it is inside.
 
     nodes: that ranks will be on.
     """
     if inside():
         return
     os.environ[ENTERED] = "1"
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # c10d warns that the addresses here have no names
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # c10d warns that the addresses here have no names
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler logs its start and stop
     sys.stdout.flush()
     sys.stderr.flush()
@@ -70,7 +81,10 @@ def enter(nodes: int = 1) -> None:
             f"ip link set down{node} master {BRIDGE} up",
         ]
     up.append('exec "$@"')
-    os.execvp("unshare", [*_unshare(), "sh", "-c", " && ".join(up), "sh", sys.executable, *sys.orig_argv[1:]])
+    os.execvp(
+        "unshare",
+        [*_unshare(), "sh", "-c", " && ".join(up), "sh", sys.executable, *sys.orig_argv[1:]],
+    )
 
 
 def enter_another() -> None:
@@ -102,7 +116,8 @@ def _unshare() -> list[str]:
 
 
 def attach(pid: int, rank: int, node: int | None = None) -> str:
-    """Connects the namespace of process `pid`, which has called `leave`, to the bridge, or to that of its node.
+    """Connects the namespace of process `pid`, which has called `leave`, to the bridge, or to that
+    of its node.
 
     Returns the file of the bridge's namespace, which is that of this thread.
     """
@@ -117,11 +132,14 @@ def leave() -> None:
     """Moves this thread into a new network namespace without links. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNET) != 0:
-        raise OSError(ctypes.get_errno(), f"no network namespace: {os.strerror(ctypes.get_errno())}")
+        raise OSError(
+            ctypes.get_errno(), f"no network namespace: {os.strerror(ctypes.get_errno())}"
+        )
 
 
 def bring_up(rank: int, at_bridge: str) -> None:
-    """Gives the rank's link its address; the link has no rate yet. at_bridge: what `attach` returned."""
+    """Gives the rank's link its address; the link has no rate yet. at_bridge: what `attach`
+    returned."""
     os.environ[AT_BRIDGE] = at_bridge
     _run("ip link set lo up")
     _run(f"ip addr add {SUBNET}.{rank + 1}/24 dev eth0")
@@ -130,14 +148,16 @@ def bring_up(rank: int, at_bridge: str) -> None:
 
 
 def set_rate(mbit: float | None) -> None:
-    """Sets the rate at which this rank sends and receives, in Mbit/s; None: no limit. A rank calls it."""
+    """Sets the rate at which this rank sends and receives, in Mbit/s; None: no limit. A rank calls
+    it."""
     _shape("eth0", mbit)
     if int(os.environ["WORLD_SIZE"]) > 2:
         _shape(f"link{os.environ['RANK']}", mbit, at_bridge=True)
 
 
 def set_card_rate(node: int, mbit: float) -> None:
-    """Sets the rate at which all ranks of a node together send to other nodes and receive. A rank calls it."""
+    """Sets the rate at which all ranks of a node together send to other nodes and receive. A rank
+    calls it."""
     for device in (f"up{node}", f"down{node}"):
         _shape(device, mbit, at_bridge=True)
 
@@ -146,16 +166,19 @@ def _shape(device: str, mbit: float | None, at_bridge: bool = False) -> None:
     """at_bridge: of the other ends of the ranks' links, and of the nodes' cards."""
     tc = f"nsenter --net={os.environ[AT_BRIDGE]} tc" if at_bridge else "tc"
     if mbit is None:
-        subprocess.run(f"{tc} qdisc del dev {device} root".split(), capture_output=True)  # fails if there is none
+        subprocess.run(
+            f"{tc} qdisc del dev {device} root".split(), capture_output=True
+        )  # fails if there is none
     else:
         _run(f"{tc} qdisc replace dev {device} root {_tbf(mbit)}")
 
 
 def _tbf(mbit: float) -> str:
-    """A token bucket: a burst passes at once, and the latency is long enough that no packet is dropped.
+    """A token bucket: a burst passes at once, and the latency is long enough that no packet is
+    dropped.
 
-    With a burst below 64 kB, the largest segment, the processor must cut segments into packets, which takes five times
-    the processor time of a transfer (docs/results/transfers.md).
+    With a burst below 64 kB, the largest segment, the processor must cut segments into packets,
+    which takes five times the processor time of a transfer (docs/results/transfers.md).
     """
     return f"tbf rate {mbit * 1e3:.0f}kbit burst 128kb latency 2000ms"
 

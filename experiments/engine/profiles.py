@@ -1,7 +1,9 @@
-"""What a step takes: its operators, kernels, waits and memory by torch's profiler, its memory by Linux.
+"""What a step takes: its operators, kernels, waits and memory by torch's profiler, its memory by
+Linux.
 
-Events are those of a Chrome trace: dictionaries with `cat`, `name`, `ts` and `dur` in microseconds, `tid` and `args`.
-A kernel belongs to the operator (scmoe/<name>) inside which the host launched it. Operators are named in forward only.
+Events are those of a Chrome trace: dictionaries with `cat`, `name`, `ts` and `dur` in microseconds,
+`tid` and `args`. A kernel belongs to the operator (scmoe/<name>) inside which the host launched it.
+Operators are named in forward only.
 """
 
 import gzip
@@ -21,13 +23,20 @@ from torch.profiler import ProfilerActivity, profile
 Event = dict[str, Any]
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 CALLS = ("cuda_runtime", "cuda_driver")
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy", "cuStreamSynchronize")
+WAITS = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "cudaMemcpy",
+    "cuStreamSynchronize",
+)
 PREFIX = "scmoe/"
 TOP = 10  # kernels that are listed
 
 
 def recorded(device: torch.device, step: Callable[[], object], memory: bool = False) -> profile:
-    """Returns the profile of one call of `step`, which the device has finished. memory: with every allocation."""
+    """Returns the profile of one call of `step`, which the device has finished. memory: with every
+    allocation."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities, profile_memory=memory) as found:
         step()
@@ -37,7 +46,8 @@ def recorded(device: torch.device, step: Callable[[], object], memory: bool = Fa
 
 
 def events_of(found: profile, keep: Path | None = None) -> list[Event]:
-    """Returns the events of a profile. keep: write them there too, as a Chrome trace that is compressed by gzip."""
+    """Returns the events of a profile. keep: write them there too, as a Chrome trace that is
+    compressed by gzip."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
         found.export_chrome_trace(str(path))
@@ -55,8 +65,12 @@ def peak_bytes(device: torch.device, step: Callable[[], object]) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    events = [e for e in events_of(recorded(device, step, memory=True)) if e.get("name") == "[memory]"]
-    changes = (e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"]))  # below 0 where memory is freed
+    events = [
+        e for e in events_of(recorded(device, step, memory=True)) if e.get("name") == "[memory]"
+    ]
+    changes = (
+        e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])
+    )  # below 0 where memory is freed
     return max(itertools.accumulate(changes))
 
 
@@ -66,13 +80,15 @@ def spans(events: Iterable[Event]) -> list[Event]:
 
 
 def within(events: Iterable[Event], name: str) -> list[Event]:
-    """Returns the events that the host began inside the range `name` (record_function), on any thread, and the work of
-    the device that it launched there."""
+    """Returns the events that the host began inside the range `name` (record_function), on any
+    thread, and the work of the device that it launched there."""
     events = spans(events)
     outer = next(e for e in events if e["name"] == name and e["cat"] == "user_annotation")
     inside = [e for e in events if e["cat"] not in ON_DEVICE and contains(outer, e)]
     launched = {e["args"]["correlation"] for e in inside if e["cat"] in CALLS}
-    return inside + [e for e in events if e["cat"] in ON_DEVICE and e["args"].get("correlation") in launched]
+    return inside + [
+        e for e in events if e["cat"] in ON_DEVICE and e["args"].get("correlation") in launched
+    ]
 
 
 def contains(outer: Event, inner: Event) -> bool:
@@ -81,13 +97,16 @@ def contains(outer: Event, inner: Event) -> bool:
 
 def innermost(events: Sequence[Event], call: Event, kind: str, prefix: str = "") -> str | None:
     """Returns the name of the shortest range around a call on its thread."""
-    around = [e for e in events if e["cat"] == kind and e["tid"] == call["tid"] and contains(e, call)]
+    around = [
+        e for e in events if e["cat"] == kind and e["tid"] == call["tid"] and contains(e, call)
+    ]
     around = [e for e in around if e is not call and e["name"].startswith(prefix)]
     return min(around, key=lambda e: e["dur"])["name"] if around else None
 
 
 def operator_ms(events: Sequence[Event]) -> dict[str, float]:
-    """Returns the milliseconds of each operator in forward: of its work on the device, or, without one, on the host."""
+    """Returns the milliseconds of each operator in forward: of its work on the device, or, without
+    one, on the host."""
     ranges = [e for e in events if e["cat"] == "user_annotation" and e["name"].startswith(PREFIX)]
     found: defaultdict[str, float] = defaultdict(float)
     if not any(e["cat"] in ON_DEVICE for e in events):
@@ -106,7 +125,8 @@ def operator_ms(events: Sequence[Event]) -> dict[str, float]:
 
 
 def device_work(events: Sequence[Event]) -> dict[str, Any]:
-    """Returns the number of kernels and copies, their milliseconds, and the kernels that take the most."""
+    """Returns the number of kernels and copies, their milliseconds, and the kernels that take the
+    most."""
     kernels = [e for e in events if e["cat"] == "kernel"]
     copies = [e for e in events if e["cat"] in ON_DEVICE and e["cat"] != "kernel"]
     by_name: Counter[str] = Counter()
@@ -122,7 +142,8 @@ def device_work(events: Sequence[Event]) -> dict[str, Any]:
 
 
 def host_waits(events: Sequence[Event]) -> dict[str, int]:
-    """Returns how often the host waited for the device, by call, operator of torch and operator of the block."""
+    """Returns how often the host waited for the device, by call, operator of torch and operator of
+    the block."""
     waits: Counter[str] = Counter()
     for call in events:
         if call["cat"] in CALLS and call["name"] in WAITS:
@@ -134,14 +155,16 @@ def host_waits(events: Sequence[Event]) -> dict[str, int]:
 
 def anonymous_mb() -> float:
     """Returns RssAnon in MB: memory that no file backs."""
-    found = re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.M)
+    found = re.search(
+        r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.M
+    )
     assert found is not None
     return int(found[1]) * 1024 / 1e6
 
 
 def peak_mb(step: Callable[[Any], object], batches: Iterable[Any]) -> float:
-    """Returns the most anonymous memory that the process holds while `step` runs on each batch. A thread looks every
-    millisecond, so a shorter peak inside a step may be missed."""
+    """Returns the most anonymous memory that the process holds while `step` runs on each batch. A
+    thread looks every millisecond, so a shorter peak inside a step may be missed."""
     seen, done = [anonymous_mb()], threading.Event()
 
     def watch() -> None:

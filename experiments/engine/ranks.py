@@ -1,8 +1,10 @@
-"""Runs a function in N processes on this machine, with torchrun's variables, and returns the N results.
+"""Runs a function in N processes on this machine, with torchrun's variables, and returns the N
+results.
 
-Processes are forked from a server that has imported torch, Lightning and this library, so a rank starts in 0.1 s. They
-are not forked from the caller: its autograd threads and locks do not survive a fork. The caller hosts the store at
-which the ranks meet, so no other program can take its port. A rank ends when the caller's end of its pipe closes.
+Processes are forked from a server that has imported torch, Lightning and this library, so a rank
+starts in 0.1 s. They are not forked from the caller: its autograd threads and locks do not survive
+a fork. The caller hosts the store at which the ranks meet, so no other program can take its port. A
+rank ends when the caller's end of its pipe closes.
 """
 
 import io
@@ -26,12 +28,19 @@ from experiments.engine import links
 from experiments.engine.isolated import end
 from scmoe.parallel.mesh import use_loopback_for_gloo
 
-PRELOADED = ["torch", "torch.distributed", "lightning.pytorch", "scmoe.training.assembly.trainer", __name__]
+PRELOADED = [
+    "torch",
+    "torch.distributed",
+    "lightning.pytorch",
+    "scmoe.training.assembly.trainer",
+    __name__,
+]
 GRACE_S = 0.5
 
 
 class RankError(RuntimeError):
-    """A rank raised, ended without a result, or took too long. The message starts with the first failure."""
+    """A rank raised, ended without a result, or took too long. The message starts with the first
+    failure."""
 
 
 class _Report(NamedTuple):
@@ -51,13 +60,15 @@ def run_ranks(
     nodes: int = 1,
     grace_s: float = GRACE_S,
 ) -> list[Any]:
-    """Returns [fn(rank, world_size, *args) for each rank], each run in its own process with one torch thread.
+    """Returns [fn(rank, world_size, *args) for each rank], each run in its own process with one
+    torch thread.
 
-    fn: a function of a module; a Trainer or `init_process_group` in it joins the ranks. args and results are pickled.
-    No rank ends before all have their results. Raises RankError. Every process has ended by then, and on return.
-    own_links: each rank in its own network namespace (links.py); call `links.enter` first. Else on the loopback device.
-    nodes: the variables are those of torchrun on so many machines. With own_links each node has a network card.
-    grace_s: after a first failure, how long others that failed at the same time may take to report.
+    fn: a function of a module; a Trainer or `init_process_group` in it joins the ranks. args and
+    results are pickled. No rank ends before all have their results. Raises RankError. Every process
+    has ended by then, and on return. own_links: each rank in its own network namespace (links.py);
+    call `links.enter` first. Else on the loopback device. nodes: the variables are those of
+    torchrun on so many machines. With own_links each node has a network card. grace_s: after a
+    first failure, how long others that failed at the same time may take to report.
     """
     assert links.inside() or not own_links
     context = multiprocessing.get_context("forkserver")
@@ -85,7 +96,8 @@ def run_ranks(
 
 
 def run_alone(fn: Callable[..., Any], *args: Any) -> Any:
-    """Returns fn(0, 1, *args), run in this process as the only rank. Call it once in a process: its group stays."""
+    """Returns fn(0, 1, *args), run in this process as the only rank. Call it once in a process: its
+    group stays."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     _set_variables(0, 1, 1, "127.0.0.1", store.port)
     return fn(0, 1, *args)
@@ -108,7 +120,10 @@ def _collect(pipes: list[Connection], timeout_s: float, grace_s: float) -> list[
         ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
         failed = any(report.failure for report in reports.values())
         if not ready and not failed:
-            raise RankError(f"no result within {timeout_s:g} s from rank {', '.join(map(str, waiting.values()))}")
+            raise RankError(
+                f"no result within {timeout_s:g} s from rank"
+                f" {', '.join(map(str, waiting.values()))}"
+            )
         if not ready:
             break
         for pipe in ready:
@@ -119,7 +134,9 @@ def _collect(pipes: list[Connection], timeout_s: float, grace_s: float) -> list[
     if failures := {rank: report for rank, report in reports.items() if report.failure}:
         first, *later = sorted(failures, key=lambda rank: failures[rank].time_s)
         lines = [f"rank {first} of {len(pipes)} failed first:\n{failures[first].failure}"]
-        lines += [f"rank {rank}, later: {str(failures[rank].failure).splitlines()[-1]}" for rank in later]
+        lines += [
+            f"rank {rank}, later: {str(failures[rank].failure).splitlines()[-1]}" for rank in later
+        ]
         raise RankError("\n".join(lines))
     return [reports[rank].result for rank in range(len(pipes))]
 
@@ -128,13 +145,24 @@ def _receive(pipe: Connection) -> _Report:
     try:
         return pickle.loads(pipe.recv_bytes())  # safe: only the rank can write into its pipe
     except (EOFError, ConnectionError):
-        return _Report(0.0, None, "the process ended without a report: killed, or out of memory")  # peers fail later
+        return _Report(
+            0.0, None, "the process ended without a report: killed, or out of memory"
+        )  # peers fail later
 
 
 def _run_rank(
-    pipe: Connection, rank: int, world_size: int, nodes: int, port: int, own_links: bool, fn: Any, *args: Any
+    pipe: Connection,
+    rank: int,
+    world_size: int,
+    nodes: int,
+    port: int,
+    own_links: bool,
+    fn: Any,
+    *args: Any,
 ) -> None:
-    from scmoe.lightning.seam import set_rank_without_trainer  # here: the caller need not import Lightning
+    from scmoe.lightning.seam import (
+        set_rank_without_trainer,
+    )  # here: the caller need not import Lightning
 
     os.setsid()
     if own_links:
@@ -143,7 +171,9 @@ def _run_rank(
         links.bring_up(rank, pipe.recv_bytes().decode())
     multiprocessing.set_start_method(None, force=True)  # data workers start in the usual way
     threading.Thread(target=_end_with_caller, args=(pipe,), daemon=True).start()
-    _set_variables(rank, world_size, nodes, links.BRIDGE_ADDRESS if own_links else "127.0.0.1", port)
+    _set_variables(
+        rank, world_size, nodes, links.BRIDGE_ADDRESS if own_links else "127.0.0.1", port
+    )
     torch.set_num_threads(1)
     set_rank_without_trainer(rank)
     try:
@@ -158,10 +188,16 @@ def _run_rank(
 
 
 class _Pickler(pickle.Pickler):
-    """Writes a tensor as its bytes. Torch's own way makes a file in memory for each, which takes ten times as long."""
+    """Writes a tensor as its bytes. Torch's own way makes a file in memory for each, which takes
+    ten times as long."""
 
     def reducer_override(self, value: Any) -> Any:
-        if type(value) is not Tensor or value.requires_grad or value.layout != torch.strided or value.numel() == 0:
+        if (
+            type(value) is not Tensor
+            or value.requires_grad
+            or value.layout != torch.strided
+            or value.numel() == 0
+        ):
             return NotImplemented
         data = value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         return _tensor, (data, value.dtype, value.shape)
@@ -184,7 +220,11 @@ def _set_variables(rank: int, world_size: int, nodes: int, address: str, port: i
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), GROUP_RANK=str(node))
     os.environ.update(LOCAL_RANK=str(place), LOCAL_WORLD_SIZE=str(places))
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-    os.environ.update(TORCHELASTIC_RUN_ID="ranks", TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+    os.environ.update(
+        TORCHELASTIC_RUN_ID="ranks",
+        TORCHELASTIC_USE_AGENT_STORE="True",
+        TORCHELASTIC_RESTART_COUNT="0",
+    )
     use_loopback_for_gloo()
 
 

@@ -1,16 +1,19 @@
-"""The figures that show measurements: the paper's by their numbers, and the first picture of the README.
+"""The figures that show measurements: the paper's by their numbers, and the first picture of the
+README.
 
-Fig. 1 and 8, how much time All-to-All takes and what hiding it gains, are drawn from reports of `bench overlap`: one
-for each of the paper's hardware scenarios, which is emulated by its share of communication. The paper prints the share
-f of the MoE module's time. The bench takes the share s of a top-2 pair, which is smaller, because a pair has attention
-and an MLP too. With REST the time of these over the module's computation,
+Fig. 1 and 8, how much time All-to-All takes and what hiding it gains, are drawn from reports of
+`bench overlap`: one for each of the paper's hardware scenarios, which is emulated by its share of
+communication. The paper prints the share f of the MoE module's time. The bench takes the share s of
+a top-2 pair, which is smaller, because a pair has attention and an MLP too. With REST the time of
+these over the module's computation,
 
     s = f / (f + (1 - f) (1 + REST))
 
-REST follows from 8xA30-PCIe, where f is 0.60 and Table 1's rows imply an s of 0.52. For 8xA800-NVLink the formula then
-gives 0.11, which is what Table 2's rows imply.
+REST follows from 8xA30-PCIe, where f is 0.60 and Table 1's rows imply an s of 0.52. For
+8xA800-NVLink the formula then gives 0.11, which is what Table 2's rows imply.
 
-Fig. 9 and 10 are drawn from a run that has measured them. Fig. 4 and 7 need no measurement (timelines.py).
+Fig. 9 and 10 are drawn from a run that has measured them. Fig. 4 and 7 need no measurement
+(timelines.py).
 """
 
 import json
@@ -39,9 +42,11 @@ COLORS = {"All-to-All": RED, "gate, encode, experts, decode": ORANGE, "attention
 
 @dataclass(frozen=True, eq=False)
 class Scenario:
-    """One of the paper's machines. module_share: share of All-to-All in the MoE module's time (section 3 and Fig. 1).
+    """One of the paper's machines. module_share: share of All-to-All in the MoE module's time
+    (section 3 and Fig. 1).
 
-    hidden: the share of ScMoE's communication that is hidden. over: ScMoE's speed over that of other rows, per pair.
+    hidden: the share of ScMoE's communication that is hidden. over: ScMoE's speed over that of
+    other rows, per pair.
     """
 
     name: str
@@ -68,9 +73,14 @@ Reports = dict[Scenario, dict[str, Any]]
 def read_reports(sources: Sequence[Path]) -> Reports:
     """Return the report of each scenario that has one, in the paper's order. Raises ConfigError.
 
-    sources: files that `bench overlap` has written, or folders of them. Its option --share says which scenario it is.
+    sources: files that `bench overlap` has written, or folders of them. Its option --share says
+    which scenario it is.
     """
-    paths = [file for path in sources for file in (sorted(path.glob("overlap-*.json")) if path.is_dir() else [path])]
+    paths = [
+        file
+        for path in sources
+        for file in (sorted(path.glob("overlap-*.json")) if path.is_dir() else [path])
+    ]
     shares = {scenario.pair_share: scenario for scenario in SCENARIOS}
     allowed = ", ".join(f"{share:g} ({scenario.name})" for share, scenario in shares.items())
     found: Reports = {}
@@ -78,31 +88,47 @@ def read_reports(sources: Sequence[Path]) -> Reports:
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
             scenario = shares.get(report["wanted_share"])
-            complete, level = {"top2_operators_ms", "fastest_scmoe"} <= report.keys(), report["level"]
+            complete, level = (
+                {"top2_operators_ms", "fastest_scmoe"} <= report.keys(),
+                report["level"],
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} is no report of bench overlap: {error!r}") from error
         if scenario is None:
-            raise ConfigError(f"{path} was measured at --share {report['wanted_share']}, allowed: {allowed}")
+            raise ConfigError(
+                f"{path} was measured at --share {report['wanted_share']}, allowed: {allowed}"
+            )
         if not complete:
-            raise ConfigError(f"{path} has the rows {', '.join(report['rows'])}, required: top2 and one of ScMoE")
+            raise ConfigError(
+                f"{path} has the rows {', '.join(report['rows'])}, required: top2 and one of ScMoE"
+            )
         if level != "block":
             raise ConfigError(f"{path} is of --level {level}, allowed: block")
         for option, usual in (("every", 2), ("top_k", 1), ("layout", None)):
             if (own := report.get(option, usual)) != usual:
                 name = f"--{option.replace('_', '-')}"
-                raise ConfigError(f"{path} is of {name} {own}, allowed: {usual or 'none'}, as in the paper")
+                raise ConfigError(
+                    f"{path} is of {name} {own}, allowed: {usual or 'none'}, as in the paper"
+                )
         if scenario in found:
             one = "allowed: one of each; name the files in place of their folder"
-            raise ConfigError(f"{path} is the second report at --share {scenario.pair_share:g}, {one}")
+            raise ConfigError(
+                f"{path} is the second report at --share {scenario.pair_share:g}, {one}"
+            )
         first = next(iter(found.values()), report)
         for option in ("compute", "ranks", "device"):
             if report[option] != first[option]:
-                raise ConfigError(f"{path} has {option} {report[option]}, others {first[option]}; allowed: one of them")
+                raise ConfigError(
+                    f"{path} has {option} {report[option]}, others {first[option]}; allowed: one of"
+                    " them"
+                )
         found[scenario] = report
     if not found:
         where = ", ".join(map(str, sources)) or "nothing"
         writes = f"{scmoe('bench', 'overlap')} writes them"
-        raise ConfigError(f"reports of bench overlap are looked for in {where}: none is there; {writes}")
+        raise ConfigError(
+            f"reports of bench overlap are looked for in {where}: none is there; {writes}"
+        )
     return {scenario: found[scenario] for scenario in SCENARIOS if scenario in found}
 
 
@@ -113,7 +139,8 @@ def module_share(report: dict[str, Any], kind: str) -> float:
 
 
 def draw_shares(reports: Reports, path: Path) -> None:
-    """Draw Fig. 1: the time of a sequential top-2 pair as All-to-All, the module's computation, and the rest."""
+    """Draw Fig. 1: the time of a sequential top-2 pair as All-to-All, the module's computation, and
+    the rest."""
     with chart(path, 1.4 + 1.6 * len(reports)) as figure:
         panels = figure.subplots(len(reports), 1, squeeze=False)[:, 0]
         for axis, (scenario, report) in zip(panels, reports.items(), strict=True):
@@ -122,41 +149,65 @@ def draw_shares(reports: Reports, path: Path) -> None:
                 widths = share, share / of_module - share, 1 - share / of_module
                 for i, color in enumerate(COLORS.values()):
                     axis.barh(place, widths[i], 0.4, left=sum(widths[:i]), color=color)
-                text = f"{word}: {100 * share:.0f} % of the pair, {100 * of_module:.0f} % of the MoE module"
+                text = (
+                    f"{word}: {100 * share:.0f} % of the pair, {100 * of_module:.0f} % of the MoE"
+                    " module"
+                )
                 axis.text(0, place - 0.25, text, va="bottom", fontsize=SMALL)
             axis.set(ylim=(1.3, -0.7), xlim=(0, 1))
             axis.set_yticks([])
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
             of_module, of_pair = 100 * scenario.module_share, 100 * scenario.pair_share
-            title(axis, f"{scenario.name}\npaper: {of_module:.0f} % of the MoE module, so {of_pair:.0f} % of a pair")
+            title(
+                axis,
+                f"{scenario.name}\npaper: {of_module:.0f} % of the MoE module, so {of_pair:.0f} %"
+                " of a pair",
+            )
         heading(figure, f"Fig. 1: All-to-All in sequential top-2, {conditions(*reports.values())}")
         bar_legend(figure, COLORS, ncols=1)
 
 
 def draw_speeds(reports: Reports, path: Path) -> None:
-    """Draw Fig. 8: for each scenario a panel of inference and one of training, and how much faster ScMoE is."""
+    """Draw Fig. 8: for each scenario a panel of inference and one of training, and how much faster
+    ScMoE is."""
     panels = {
-        scenario: {kind: speed_bars(report, kind, None) for kind in KINDS} for scenario, report in reports.items()
+        scenario: {kind: speed_bars(report, kind, None) for kind in KINDS}
+        for scenario, report in reports.items()
     }
     heights = [height_of(groups["train"]) for groups in panels.values()]
-    with chart(path, 1.9 + sum(heights) + sum(0.55 + 0.17 * len(_words(*each)) for each in reports.items())) as figure:
-        rows = figure.subplots(len(panels), len(KINDS), sharey="row", height_ratios=heights, squeeze=False)
+    with chart(
+        path, 1.9 + sum(heights) + sum(0.55 + 0.17 * len(_words(*each)) for each in reports.items())
+    ) as figure:
+        rows = figure.subplots(
+            len(panels), len(KINDS), sharey="row", height_ratios=heights, squeeze=False
+        )
         for axes, (scenario, of_kinds) in zip(rows, panels.items(), strict=True):
             for axis, (kind, groups) in zip(axes, of_kinds.items(), strict=True):
                 grouped_bars(axis, groups)
-                axis.annotate(KINDS[kind], (0, 1), (0, 5), xycoords="axes fraction", textcoords="offset points")
+                axis.annotate(
+                    KINDS[kind],
+                    (0, 1),
+                    (0, 5),
+                    xycoords="axes fraction",
+                    textcoords="offset points",
+                )
             axes[0].set_title("\n".join(_words(scenario, reports[scenario])), pad=24)
         for axis in rows[-1]:
             axis.set_xlabel("speed-up over\nsequential top-2")
         first = next(iter(reports.values()))
-        heading(figure, f"Fig. 8: a pair of blocks, {conditions(*reports.values())}\nRatios are of inference, training")
+        heading(
+            figure,
+            f"Fig. 8: a pair of blocks, {conditions(*reports.values())}\nRatios are of inference,"
+            " training",
+        )
         colors = {"one chunk": BLUE, "pipelined (2 or 4 chunks)": SKY}
         limit = "limit: all of top-2's communication hidden"
         bar_legend(figure, colors, f"quartiles of {first['rounds']} rounds", limit, ncols=1)
 
 
 def _words(scenario: Scenario, report: dict[str, Any]) -> list[str]:
-    """Return what is above a scenario's panels: its shares, and ScMoE's speed over that of other rows."""
+    """Return what is above a scenario's panels: its shares, and ScMoE's speed over that of other
+    rows."""
     fastest = report["fastest_scmoe"]
     hidden = 100 * report["rows"][fastest["row"]]["overlap_forward"]
     lines = [
@@ -165,7 +216,11 @@ def _words(scenario: Scenario, report: dict[str, Any]) -> list[str]:
     ]
     for row in scenario.over or ("shared_expert",):
         values = ", ".join(f"{fastest['over'][kind][row][1]:.2f}" for kind in KINDS)
-        name = f"pipelined {name_of(row).removeprefix('Standard ')}" if row.endswith(PIPELINED) else name_of(row)
+        name = (
+            f"pipelined {name_of(row).removeprefix('Standard ')}"
+            if row.endswith(PIPELINED)
+            else name_of(row)
+        )
         printed = f" (paper: {scenario.over[row]:.2f})" if scenario.over else ""
         lines.append(f"ScMoE over {name}: {values}{printed}")
     return lines
@@ -189,12 +244,15 @@ ARCHITECTURE_WORDS = {
 def draw_figure(number: int, sources: Sequence[str], out: Path | None) -> list[Path]:
     """Draw a figure of the paper and return its files: PNG, and PDF for print. Raises ConfigError.
 
-    sources: the directory of a run, or files and folders of reports of `bench overlap`. out: None: beside the sources.
+    sources: the directory of a run, or files and folders of reports of `bench overlap`. out: None:
+    beside the sources.
     """
     if number in EXPLAINED:
         if sources:
             measured = f"To measure Fig. 7, run {scmoe('bench', 'timeline')}"
-            raise ConfigError(f"Fig. {number} is a drawing without data. Leave {sources[0]!r} out. {measured}")
+            raise ConfigError(
+                f"Fig. {number} is a drawing without data. Leave {sources[0]!r} out. {measured}"
+            )
         path = (out or PAGES) / f"{EXPLAINED[number].__name__}.png"
         EXPLAINED[number](path)
         return [path]
@@ -202,7 +260,10 @@ def draw_figure(number: int, sources: Sequence[str], out: Path | None) -> list[P
         return of_a_run(number, sources, out)
     reports = read_reports([Path(source) for source in sources])
     folder = Path(sources[0])
-    files = [(out or (folder if folder.is_dir() else folder.parent)) / f"figure-{number}{end}" for end in PRINTED]
+    files = [
+        (out or (folder if folder.is_dir() else folder.parent)) / f"figure-{number}{end}"
+        for end in PRINTED
+    ]
     for path in files:
         OF_REPORTS[number](reports, path)
     return files
@@ -211,13 +272,20 @@ def draw_figure(number: int, sources: Sequence[str], out: Path | None) -> list[P
 def of_a_run(number: int, sources: Sequence[str], out: Path | None) -> list[Path]:
     """Draw what the callback `Analysis` has measured in a run, and write it as JSON too."""
     if len(sources) != 1:
-        raise ConfigError(f"Fig. {number} shows one run, and {len(sources)} are given. Give one run directory")
+        raise ConfigError(
+            f"Fig. {number} shows one run, and {len(sources)} are given. Give one run directory"
+        )
     name, _ = OF_A_RUN[number]
     run = open_run(sources[0])
     path, key = run.path / "analysis" / f"{name}.npz", f"analysis.{name}_every"
     if not path.exists():
-        required = f"Fig. {number} requires a run that was trained with {key}=N, N in optimizer steps"
-        raise ConfigError(f"{key} is {run.config[key]} in {run.path}, and there is no analysis/{name}.npz; {required}")
+        required = (
+            f"Fig. {number} requires a run that was trained with {key}=N, N in optimizer steps"
+        )
+        raise ConfigError(
+            f"{key} is {run.config[key]} in {run.path}, and there is no analysis/{name}.npz;"
+            f" {required}"
+        )
     with np.load(path, allow_pickle=False) as stored:
         found = {"number": number, "words": words_of(number, run.config)}
         found |= {name: stored[name].tolist() for name in ("steps", "labels", "values")}
@@ -231,8 +299,15 @@ def of_a_run(number: int, sources: Sequence[str], out: Path | None) -> list[Path
 def words_of(number: int, config: Mapping[str, str]) -> str:
     """Return the title of a figure of a run: its model as the paper would name it, and its data."""
     architecture, family = config["moe.architecture"], config["model.family"].upper()
-    position = f" ({config['moe.position'].replace('pos', 'Pos-')})" if architecture in SHORTCUTS else ""
-    name = ARCHITECTURE_WORDS.get(architecture, architecture).replace("{moe.top_k}", config["moe.top_k"]) + position
+    position = (
+        f" ({config['moe.position'].replace('pos', 'Pos-')})" if architecture in SHORTCUTS else ""
+    )
+    name = (
+        ARCHITECTURE_WORDS.get(architecture, architecture).replace(
+            "{moe.top_k}", config["moe.top_k"]
+        )
+        + position
+    )
     size = f"{config['model.layers']} layers, width {config['model.dim']}"
     return f"Fig. {number}: {family}, {size}, {name}, {config['data.name']}"
 

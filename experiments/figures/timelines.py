@@ -14,8 +14,8 @@ from scmoe.schedule.cost import OperatorTimes, best_schedule, play
 from scmoe.schedule.cost import slots as all_slots
 from scmoe.schedule.schedule import PARTS, Schedule
 
-# Units of one MLP: attention 3 (as in the testbed's emulated compute), and transfers such that a top-2 pair spends
-# about half its time in them (testbed: share 0.52).
+# Units of one MLP: attention 3 (as in the testbed's emulated compute), and transfers such that a
+# top-2 pair spends about half its time in them (testbed: share 0.52).
 TIMES = {
     "attention": 3.0,
     **dict(zip(PARTS, (2.4, 0.6), strict=True)),
@@ -23,18 +23,27 @@ TIMES = {
     **dict.fromkeys(("dispatch", "combine"), 2.45),
     **dict.fromkeys(("route", "encode", "decode"), 0.1),
 }
-TOP2_TIMES = {**TIMES, **{op: 2 * TIMES[op] for op in ("experts", "dispatch", "combine")}}  # twice the rows
+TOP2_TIMES = {
+    **TIMES,
+    **{op: 2 * TIMES[op] for op in ("experts", "dispatch", "combine")},
+}  # twice the rows
 
 
 def timelines(path: Path) -> None:
-    """Draw a standard top-2 pair that waits for its transfers, and ScMoE at Pos-2 with the best slot (Fig. 7)."""
+    """Draw a standard top-2 pair that waits for its transfers, and ScMoE at Pos-2 with the best
+    slot (Fig. 7)."""
     standard = ("attention", "mlp", "attention", *Schedule("top_k").operators())
-    whole = [choice for choice in all_slots(Schedule("scmoe", "pos2")) if not choice.inside_attention]
+    whole = [
+        choice for choice in all_slots(Schedule("scmoe", "pos2")) if not choice.inside_attention
+    ]
     schedule = best_schedule(whole, {1: OperatorTimes(TIMES)})
     shortcut = ("attention", *schedule.operators())
     pairs = {"Standard top-2, sequential": play(standard, TOP2_TIMES, sequential=True)}
     pairs[f"ScMoE (Pos-2), experts at slot {schedule.slot}"] = play(shortcut, TIMES)
-    title = "One pair, forward, by the cost model (attention 3, MLP 1, All-to-All of one expert per token 2.45)"
+    title = (
+        "One pair, forward, by the cost model (attention 3, MLP 1, All-to-All of one expert per"
+        " token 2.45)"
+    )
     draw(pairs, path, title, "time, in units of one MLP")
 
 
@@ -57,7 +66,13 @@ def pair(path: Path) -> None:
         axis.plot([18.6, 18.9], [stream, stream], color="black", linewidth=1.3)
         arrow(axis, (18.9, stream), (18.9, backbone - 0.6))
         axis.text(
-            18.9, backbone, "+", fontsize=14, ha="center", va="center", bbox={"boxstyle": "circle", "fc": "white"}
+            18.9,
+            backbone,
+            "+",
+            fontsize=14,
+            ha="center",
+            va="center",
+            bbox={"boxstyle": "circle", "fc": "white"},
         )
         arrow(axis, (19.5, backbone), (20.8, backbone))
         axis.text(0.3, 5.9, "Block-MLP (layer l)", fontweight="bold")
@@ -73,13 +88,31 @@ def canvas(axis: Axes, width: float, height: float, bottom: float = 0.0) -> Axes
     return axis
 
 
-def box(axis: Axes, left: float, y: float, width: float, words: str, color: str | None = None) -> None:
-    """Draw a box around the height y, with words in it. color: None is that of the operator of this name."""
+def box(
+    axis: Axes, left: float, y: float, width: float, words: str, color: str | None = None
+) -> None:
+    """Draw a box around the height y, with words in it. color: None is that of the operator of this
+    name."""
     color = color or COLORS.get(words.lower().replace("\n", "_"), PAPER)
     ink = "white" if color in (*DARK, PAPER) else "black"
-    axis.add_patch(FancyBboxPatch((left, y - 0.55), width, 1.1, boxstyle="round,pad=0.1", color=color))
-    axis.text(left + width / 2, y, words, ha="center", va="center", color=ink, fontsize=SMALL, linespacing=0.95)
+    axis.add_patch(
+        FancyBboxPatch((left, y - 0.55), width, 1.1, boxstyle="round,pad=0.1", color=color)
+    )
+    axis.text(
+        left + width / 2,
+        y,
+        words,
+        ha="center",
+        va="center",
+        color=ink,
+        fontsize=SMALL,
+        linespacing=0.95,
+    )
 
 
-def arrow(axis: Axes, start: tuple[float, float], end: tuple[float, float], color: str = "black") -> None:
-    axis.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "->", "color": color, "linewidth": 1.3})
+def arrow(
+    axis: Axes, start: tuple[float, float], end: tuple[float, float], color: str = "black"
+) -> None:
+    axis.annotate(
+        "", xy=end, xytext=start, arrowprops={"arrowstyle": "->", "color": color, "linewidth": 1.3}
+    )

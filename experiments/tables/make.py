@@ -1,10 +1,12 @@
 """Tables from beginning to end: their trainings, evaluations and speeds, then their files.
 
-A run is evaluated right after its training, and the results for its last checkpoint go into the run's state. So a state
-that is kept, or committed, lacks nothing for which the run's weights would be needed.
+A run is evaluated right after its training, and the results for its last checkpoint go into the
+run's state. So a state that is kept, or committed, lacks nothing for which the run's weights would
+be needed.
 
-Speeds of architectures are measured on the testbed, last and alone, since other work on the machine would change them.
-<table's folder>/speed/ has the reports of `bench overlap`, one for each share of communication.
+Speeds of architectures are measured on the testbed, last and alone, since other work on the machine
+would change them. <table's folder>/speed/ has the reports of `bench overlap`, one for each share of
+communication.
 """
 
 import re
@@ -77,7 +79,9 @@ class Plan:
     def command(self) -> str:
         """The make command of this table, without runs_dir, --from and --to."""
         seeds = len(self.runs) // len(self.table.rows)
-        words = [word for word in self.overrides if not word.removeprefix("--").startswith("runs_dir=")]
+        words = [
+            word for word in self.overrides if not word.removeprefix("--").startswith("runs_dir=")
+        ]
         if seeds != self.scale.seeds:
             words.insert(0, f"--seeds {seeds}")
         arguments = f' ARGS="{" ".join(words)}"' if words else ""
@@ -86,7 +90,8 @@ class Plan:
 
 @dataclass
 class Made:
-    """The outcome of a table. failed: trainings, evaluations and measurements. signal: that stopped it, or 0."""
+    """The outcome of a table. failed: trainings, evaluations and measurements. signal: that stopped
+    it, or 0."""
 
     finished: int = 0
     failed: int = 0
@@ -96,9 +101,11 @@ class Made:
 
 
 def plan_table(table: Table, options: Options, overrides: Sequence[str]) -> Plan:
-    """Return the plan of a table at a scale that it has. Raises ConfigError for what cannot be honoured.
+    """Return the plan of a table at a scale that it has. Raises ConfigError for what cannot be
+    honoured.
 
-    Where the scale's data set is not on this machine, the plan is that of another scale, if the table names one.
+    Where the scale's data set is not on this machine, the plan is that of another scale, if the
+    table names one.
     """
     for scale, row in product(table.scales.values(), table.rows):
         known = ROWS[2] | ROWS[1] if scale.bench is None else ROWS[every_of(scale.bench)]
@@ -119,19 +126,28 @@ def plan_table(table: Table, options: Options, overrides: Sequence[str]) -> Plan
             config = load(scale.config, overrides)
     seeds = scale.seeds if options.seeds is None else options.seeds
     if seeds < 1 or (options.jobs or 0) < 0:
-        raise ConfigError(f"--seeds is {seeds}, --jobs is {options.jobs}, allowed: 1 or more, 0 or more")
+        raise ConfigError(
+            f"--seeds is {seeds}, --jobs is {options.jobs}, allowed: 1 or more, 0 or more"
+        )
     folder = Path(config.runs_dir) / "tables" / f"{table.name}-{name}"
     plan = Plan(table, name, options, overrides, plan_runs(table, scale, folder, seeds, overrides))
     if (to := options.to) is not None:
         if (to / folder.name).resolve() == folder.resolve():
-            raise refusal("--to", str(to), "a folder other than that of the tables, such as docs/results")
+            raise refusal(
+                "--to", str(to), "a folder other than that of the tables, such as docs/results"
+            )
         if plan.jobs is None:
             raise refusal("--to", str(to), "at a scale whose runs are made here")
     trainer = plan.runs[0].config.trainer
     if plan.jobs is None and trainer.num_nodes > 1:
         raise ConfigError(f"trainer.num_nodes is {trainer.num_nodes}, allowed in launch files: 1")
-    if plan.jobs == 0 and trainer.devices * trainer.num_nodes > 1:  # Lightning would start this command again
-        raise ConfigError("--jobs is 0, allowed for runs of several ranks: 1 or more, as each needs its own processes")
+    if (
+        plan.jobs == 0 and trainer.devices * trainer.num_nodes > 1
+    ):  # Lightning would start this command again
+        raise ConfigError(
+            "--jobs is 0, allowed for runs of several ranks: 1 or more, as each needs its own"
+            " processes"
+        )
     return plan
 
 
@@ -151,7 +167,9 @@ def make_table(plan: Plan) -> Made:
     speeds: list[Job] = []
     with lock_of(plan.folder) as lock:
         _take_up(plan, evaluations)
-        needed = dict.fromkeys(["val_loss", *(key for m in table.metrics_from("summary") for key in m.keys)])
+        needed = dict.fromkeys(
+            ["val_loss", *(key for m in table.metrics_from("summary") for key in m.keys)]
+        )
         signal = make_runs(runs, lock, plan.jobs, [*needed], evaluations)
         if not signal:
             speeds, signal = measure_speeds(table, plan.scale, plan.folder, lock)
@@ -164,7 +182,10 @@ def make_table(plan: Plan) -> Made:
     made = Made(len(done), len(failed), cut, signal, len(rows))
     if other := _of_other_data(done):
         made.failed += 1
-        say(f"failed: the report, as runs have read different data; remove {' '.join(map(str, other))}")
+        say(
+            "failed: the report, as runs have read different data; remove"
+            f" {' '.join(map(str, other))}"
+        )
     elif done:
         files = write_report(table, plan.scale_name, runs, plan.command)
         if plan.options.to is not None:
@@ -177,7 +198,8 @@ def make_table(plan: Plan) -> Made:
 
 
 def _take_up(plan: Plan, evaluations: "Evaluations") -> None:
-    """Set the states of runs: those of earlier calls, and of equal runs of other tables and of the folders given.
+    """Set the states of runs: those of earlier calls, and of equal runs of other tables and of the
+    folders given.
 
     A state that lacks an evaluation is of use only where the run's weights are.
     """
@@ -191,21 +213,31 @@ def _take_up(plan: Plan, evaluations: "Evaluations") -> None:
     if found := adopt(runs, sources, evaluations.can_use):
         say(f"{found} of {len(runs)} runs are taken from runs of equal configuration")
     if again := sum(run.state.status == "waiting" for run in lost):
-        say(f"{again} finished runs are trained again: an evaluation is missing, and so are their weights")
+        say(
+            f"{again} finished runs are trained again: an evaluation is missing, and so are their"
+            " weights"
+        )
 
 
 def _of_other_data(done: Sequence[Run]) -> list[Path]:
-    """Return the state files of runs that have read other data than the newest one. Earlier versions noted no data."""
+    """Return the state files of runs that have read other data than the newest one. Earlier
+    versions noted no data."""
     noted = [run for run in done if run.state.results.get("data")]
     newest = max(noted, key=lambda run: run.job.state_file.stat().st_mtime, default=None)
-    return [run.job.state_file for run in noted if newest and run.state.results["data"] != newest.state.results["data"]]
+    return [
+        run.job.state_file
+        for run in noted
+        if newest and run.state.results["data"] != newest.state.results["data"]
+    ]
 
 
-def make_runs(runs: Sequence[Run], lock: IO[str], jobs: int, needed: Sequence[str], evaluations: "Evaluations") -> int:
+def make_runs(
+    runs: Sequence[Run], lock: IO[str], jobs: int, needed: Sequence[str], evaluations: "Evaluations"
+) -> int:
     """Train and evaluate what is not finished, `jobs` in parallel (0: all in this process).
 
-    needed: keys of the summary without which a training has failed. What failed is tried again. Returns the signal that
-    ended it, or 0. The caller has read the states and holds the lock.
+    needed: keys of the summary without which a training has failed. What failed is tried again.
+    Returns the signal that ended it, or 0. The caller has read the states and holds the lock.
     """
 
     def judge(job: Job, run: Run) -> Job | None:
@@ -221,7 +253,11 @@ def make_runs(runs: Sequence[Run], lock: IO[str], jobs: int, needed: Sequence[st
         if job in evaluations.jobs:
             return ""
         summary = job.state.results.get("summary")
-        return ", ".join(f"{key} {look_up(summary, key):.4f}" for key in needed) if summary else RESUMES
+        return (
+            ", ".join(f"{key} {look_up(summary, key):.4f}" for key in needed)
+            if summary
+            else RESUMES
+        )
 
     for run in runs:
         run.job.judge = partial(judge, run=run)
@@ -250,20 +286,23 @@ class Evaluations:
         self.jobs: list[Job] = []
 
     def lacking(self, state: State) -> bool:
-        """Does a finished run lack a metric of an evaluation, or was it evaluated by another command?"""
+        """Does a finished run lack a metric of an evaluation, or was it evaluated by another
+        command?"""
         kept = state.results
         by_another = bool(self.needed) and kept.get("evaluated_by") != self.words
         return by_another or bool(missing(self.needed, kept.get("evaluation")))
 
     def can_use(self, state: State) -> bool:
-        """Does a finished run lack nothing, or can it be evaluated here, because its weights are on this machine?"""
+        """Does a finished run lack nothing, or can it be evaluated here, because its weights are on
+        this machine?"""
         weights = Path(state.run_dir).glob("checkpoints/*.ckpt") if state.run_dir else ()
         return not self.lacking(state) or any(weights)
 
     def job(self, run: Run) -> Job | None:
         """Return the job that evaluates a finished run; None: nothing is lacking.
 
-        What another command has found is dropped, so that a table never compares two kinds of evaluation.
+        What another command has found is dropped, so that a table never compares two kinds of
+        evaluation.
         """
         if not self.lacking(run.state):
             return None
@@ -273,13 +312,18 @@ class Evaluations:
         name, study = f"{run.job.name}-evaluation", run.job.study
         title = f"evaluation of {run.row.name}, seed {run.seed}"
         words = [str(run.state.run_dir), *registry.words(run.config.extensions, {}), *self.words]
-        self.jobs.append(Job(name, title, study, None, words, EVALUATE, judge=partial(self.judge, run=run)))
+        self.jobs.append(
+            Job(name, title, study, None, words, EVALUATE, judge=partial(self.judge, run=run))
+        )
         return self.jobs[-1]
 
     def judge(self, job: Job, run: Run) -> None:
-        """Put what a finished evaluation has found into the state of its run. It has failed if a metric is missing."""
+        """Put what a finished evaluation has found into the state of its run. It has failed if a
+        metric is missing."""
         path = Path(job.arguments[0]) / "evaluation.json"  # an entry for each checkpoint
-        found: dict[str, Any] = max(read_json(path).values(), key=lambda entry: entry["step"], default={})
+        found: dict[str, Any] = max(
+            read_json(path).values(), key=lambda entry: entry["step"], default={}
+        )
         if lacks := missing(self.needed, found):
             job.fail(f"it ended without a finite {', '.join(lacks)} in evaluation.json")
         else:
@@ -292,8 +336,11 @@ def every_of(bench: Sequence[str]) -> int:
     return 1 if re.search(r"--every[ =]1\b", " ".join(bench)) else 2
 
 
-def measure_speeds(table: Table, scale: Scale, folder: Path, lock: IO[str]) -> tuple[list[Job], int]:
-    """Measure the rows' speeds at every share of the table, unless it was done by the same command before.
+def measure_speeds(
+    table: Table, scale: Scale, folder: Path, lock: IO[str]
+) -> tuple[list[Job], int]:
+    """Measure the rows' speeds at every share of the table, unless it was done by the same command
+    before.
 
     Returns the jobs, of which failed ones say why, and the signal that stopped them, or 0.
     """
@@ -307,7 +354,16 @@ def measure_speeds(table: Table, scale: Scale, folder: Path, lock: IO[str]) -> t
     jobs = []
     for share in table.shares if scale.shares is None else scale.shares:
         name, title = f"speed-{share:g}", f"speed at a share of {share:g}"
-        words = ["overlap", "--share", f"{share:g}", "--rows", *rows, "--out", str(folder / "speed"), *scale.bench]
+        words = [
+            "overlap",
+            "--share",
+            f"{share:g}",
+            "--rows",
+            *rows,
+            "--out",
+            str(folder / "speed"),
+            *scale.bench,
+        ]
         job = Job(name, title, folder, None, words, BENCH, judge=judge)
         if job.read().results != {"command": words} or share not in read_speeds(table, folder):
             job.state.status = "waiting"
@@ -321,10 +377,12 @@ def measure_speeds(table: Table, scale: Scale, folder: Path, lock: IO[str]) -> t
 
 
 def reproduce(names: Sequence[str], options: Options, overrides: Sequence[str]) -> dict[str, Any]:
-    """Make tables in turn. Return {tables: rows with a result by number, failed, cut, seconds, signal}.
+    """Make tables in turn. Return {tables: rows with a result by number, failed, cut, seconds,
+    signal}.
 
-    Each table's file states its minutes; the time left is corrected by the time that the earlier tables took. Raises
-    ConfigError for an error in the options or in a table's file before anything starts.
+    Each table's file states its minutes; the time left is corrected by the time that the earlier
+    tables took. Raises ConfigError for an error in the options or in a table's file before anything
+    starts.
     """
     plans = [plan_table(load_table(name), options, overrides) for name in dict.fromkeys(names)]
     costs = []
@@ -339,7 +397,9 @@ def reproduce(names: Sequence[str], options: Options, overrides: Sequence[str]) 
     started = time.monotonic()
     for i, plan in enumerate(plans):
         before, left = sum(costs[:i]), sum(costs[i:])
-        ratio = (time.monotonic() - started) / before if before else 1.0  # of measured over stated time
+        ratio = (
+            (time.monotonic() - started) / before if before else 1.0
+        )  # of measured over stated time
         if left:
             say(f"{len(plans) - i} of {len(plans)} tables to do, about {clock(left * ratio)} left")
         say(plan.table.title)

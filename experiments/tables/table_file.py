@@ -1,8 +1,10 @@
-"""A table's file: its metrics, its rows with the paper's values, and the scales at which it can be run.
+"""A table's file: its metrics, its rows with the paper's values, and the scales at which it can be
+run.
 
 metrics   the first decides: rows are compared, drawn and ordered by it
 rows      overrides of the scale's config; each is compared with its baseline
-scales    config, seeds, and what is done after the trainings: `evaluate` and `bench`, the words of two commands
+scales    config, seeds, and what is done after the trainings: `evaluate` and `bench`, the words of
+          two commands
 """
 
 import math
@@ -27,7 +29,8 @@ FOLDER = SHIPPED / "experiment"
 
 @dataclass(frozen=True)
 class Metric:
-    """source: summary (of a run), evaluation (of a run), speed (the testbed), paper (not measured here)."""
+    """source: summary (of a run), evaluation (of a run), speed (the testbed), paper (not measured
+    here)."""
 
     name: str
     unit: str
@@ -61,13 +64,22 @@ class Scale:
     config: Path
     seeds: int  # 1 to this
     jobs: int | None  # runs in parallel; 0: all in one process; None: launch files only
-    minutes: float = 0.0  # of the whole table at this scale, as measured or calculated in its file's header
-    evaluate: tuple[str, ...] | None = None  # the evaluate command's words after the run; None: no evaluation
+    minutes: float = (
+        0.0  # of the whole table at this scale, as measured or calculated in its file's header
+    )
+    evaluate: tuple[str, ...] | None = (
+        None  # the evaluate command's words after the run; None: no evaluation
+    )
     bench: tuple[str, ...] | None = None  # the words of `bench overlap`; None: no speeds
-    shares: tuple[float, ...] | None = None  # those of the table's shares that are measured at this scale; None: all
-    otherwise: str | None = None  # the scale that is run where the config's data set is not on this machine
+    shares: tuple[float, ...] | None = (
+        None  # those of the table's shares that are measured at this scale; None: all
+    )
+    otherwise: str | None = (
+        None  # the scale that is run where the config's data set is not on this machine
+    )
     gpu_gib: float = 80.0  # memory of a GPU for which launch files are written
-    # key=value by name, for the rows that name it: the size of a model, or a learning rate, differs between scales
+    # key=value by name, for the rows that name it: the size of a model, or a learning rate, differs
+    # between scales
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -110,8 +122,10 @@ class Options:
         scale: one of table.yaml: smoke | small | digits | paper
         jobs: number of runs in parallel; 0: all in this process
         seeds: seeds 1 to this
-        from_: take the results of runs of equal configuration from this folder, such as docs/results; may be repeated
-        to: copy results and states of finished runs into this folder, after taking those that it has
+        from_: take the results of runs of equal configuration from this folder, such as
+            docs/results; may be repeated
+        to: copy results and states of finished runs into this folder, after taking those that it
+            has
     """
 
     scale: str = "smoke"
@@ -126,34 +140,48 @@ def table_names(root: Path = FOLDER) -> list[str]:
 
 
 def load_table(name: str, root: Path | None = None) -> Table:
-    """Read the table of <root>/<name>/table.yaml. Raises ConfigError, in one line, for what cannot be read.
+    """Read the table of <root>/<name>/table.yaml. Raises ConfigError, in one line, for what cannot
+    be read.
 
-    root: None: configs/experiment of the current folder, or the shipped one where it has no such table.
+    root: None: configs/experiment of the current folder, or the shipped one where it has no such
+    table.
     """
     path = root / name / "table.yaml" if root else find(f"configs/experiment/{name}/table.yaml")
     if not path.is_file():
         raise ConfigError(f"table is {name!r}, allowed: {', '.join(table_names(root or FOLDER))}")
     try:
         return _table(name, path.parent, parse_yaml(path.read_text(encoding="utf-8"), "the file"))
-    except ValueError as error:  # ConfigError, or a text that is not UTF-8, or a quotation without its end
+    except (
+        ValueError
+    ) as error:  # ConfigError, or a text that is not UTF-8, or a quotation without its end
         raise ConfigError(f"{path}: {error}") from error
 
 
 def check_scale(table: Table, scale: str) -> None:
     """Raise ConfigError for a scale that the table does not have."""
     if scale not in table.scales:
-        raise ConfigError(f"--scale is {scale!r}, allowed for {table.name}: {', '.join(table.scales)}")
+        raise ConfigError(
+            f"--scale is {scale!r}, allowed for {table.name}: {', '.join(table.scales)}"
+        )
 
 
 def _table(name: str, folder: Path, tree: Any) -> Table:
     check("", tree, TABLE, ("title", "metrics", "baseline", "scales", "rows"))
     metrics = tuple(_metric(key, entry) for key, entry in tree["metrics"].items())
     rows = tuple(_row(entry, tree["baseline"], tree["metrics"]) for entry in tree["rows"])
-    scales = {scale: _scale(scale, folder, entry, tree["scales"]) for scale, entry in tree["scales"].items()}
+    scales = {
+        scale: _scale(scale, folder, entry, tree["scales"])
+        for scale, entry in tree["scales"].items()
+    }
     if len({row.slug for row in rows}) < len(rows):
-        raise ConfigError("rows have the same name, allowed: names that differ in letters or digits")
+        raise ConfigError(
+            "rows have the same name, allowed: names that differ in letters or digits"
+        )
     names = [row.name for row in rows]
-    baselines = {"baseline": tree["baseline"], **{f"baseline of {row.name!r}": row.baseline for row in rows}}
+    baselines = {
+        "baseline": tree["baseline"],
+        **{f"baseline of {row.name!r}": row.baseline for row in rows},
+    }
     for key, baseline in baselines.items():
         if baseline not in names:
             raise refusal(key, baseline, ", ".join(map(repr, names)))
@@ -162,16 +190,23 @@ def _table(name: str, folder: Path, tree: Any) -> Table:
             allowed = f"{', '.join(made.settings) or 'none'} at scale {scale}"
             raise refusal(f"setting of {row.name!r}", row.setting, allowed)
     if "share" not in tree and any(metric.source == "speed" for metric in metrics):
-        raise ConfigError("share is missing, allowed: a number between 0 and 1, at which the metrics of speed hold")
+        raise ConfigError(
+            "share is missing, allowed: a number between 0 and 1, at which the metrics of speed"
+            " hold"
+        )
     share = float(tree["share"]) if "share" in tree else None
-    return Table(name, tree["title"], metrics, rows, scales, share, _floats(tree.get("equal_time", ())))
+    return Table(
+        name, tree["title"], metrics, rows, scales, share, _floats(tree.get("equal_time", ()))
+    )
 
 
 def _metric(name: str, entry: Any) -> Metric:
     check(f"metrics.{name}", entry, METRIC, ("unit", "better", "from"))
     keys = entry.get("key", name)
     keys = (keys,) if isinstance(keys, str) else tuple(keys)
-    return Metric(name, entry["unit"], entry["better"], entry["from"], keys, float(entry.get("times", 1)))
+    return Metric(
+        name, entry["unit"], entry["better"], entry["from"], keys, float(entry.get("times", 1))
+    )
 
 
 def _row(entry: Any, baseline: str, metrics: Iterable[str]) -> Row:
@@ -180,7 +215,13 @@ def _row(entry: Any, baseline: str, metrics: Iterable[str]) -> Row:
     paper = {metric: float(value) for metric, value in entry["paper"].items()}
     words, own_baseline = _overrides(entry["overrides"]), entry.get("baseline", baseline)
     return Row(
-        entry["name"], tuple(entry["groups"]), paper, words, own_baseline, entry.get("speed"), entry.get("setting")
+        entry["name"],
+        tuple(entry["groups"]),
+        paper,
+        words,
+        own_baseline,
+        entry.get("speed"),
+        entry.get("setting"),
     )
 
 
@@ -212,7 +253,8 @@ def _floats(texts: Sequence[str]) -> tuple[float, ...]:
 
 
 def _between(least: float, most: float, allowed: str) -> Rule:
-    """Return the rule of a finite number between two others, as a text, which is what parse_yaml gives."""
+    """Return the rule of a finite number between two others, as a text, which is what parse_yaml
+    gives."""
 
     def is_allowed(text: Any) -> bool:
         try:
@@ -226,10 +268,16 @@ def _between(least: float, most: float, allowed: str) -> Rule:
 NUMBER = _between(-math.inf, math.inf, "a number, such as 3.27")
 ABOVE_0 = _between(0, math.inf, "a number above 0")
 SHARE = _between(0, 1, "a number between 0 and 1")
-SHARES: Rule = (lambda v: isinstance(v, list) and all(map(SHARE[0], v)), "a list of numbers between 0 and 1")
+SHARES: Rule = (
+    lambda v: isinstance(v, list) and all(map(SHARE[0], v)),
+    "a list of numbers between 0 and 1",
+)
 TEXTS: Rule = (lambda v: isinstance(v, str) or LIST[0](v), "a text or a list")
 VALUES: Rule = (lambda v: isinstance(v, dict), "a mapping of keys to values")
-SETTINGS: Rule = (lambda v: isinstance(v, dict) and all(map(VALUES[0], v.values())), "names, each with a mapping")
+SETTINGS: Rule = (
+    lambda v: isinstance(v, dict) and all(map(VALUES[0], v.values())),
+    "names, each with a mapping",
+)
 TABLE: dict[str, Rule] = {
     **dict.fromkeys(("title", "baseline"), TEXT),
     **dict.fromkeys(("metrics", "scales"), MAPPING),

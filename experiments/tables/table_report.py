@@ -1,4 +1,5 @@
-"""What a table writes into its folder: results.json, table.md and charts, our values beside the paper's."""
+"""What a table writes into its folder: results.json, table.md and charts, our values beside the
+paper's."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -48,43 +49,83 @@ def markdown(found: Results) -> str:
     lines = [
         f"# {found['title']}",
         "",
-        f"Scale `{found['scale']}`: {found['model']}; {found['data']}, {found['seen']}, {finished} runs finished, "
-        f"{failed} failed. The metric is {with_unit}; {found['metrics'][metric]['better']} is better.",
-        f"Differences are taken seed by seed. p is that of a paired t-test over seeds, two-sided, corrected for "
-        f"{found['comparisons']} comparisons by Holm's method; the intervals are Bonferroni's and hold together at "
-        f"95 %. far: values further than {FAR_DEVIATIONS} median absolute deviations and {100 * FAR_SHARE:g} % from "
-        "their row's median.",
+        (
+            f"Scale `{found['scale']}`: {found['model']}; {found['data']}, {found['seen']},"
+            f" {finished} runs finished, {failed} failed. The metric is {with_unit};"
+            f" {found['metrics'][metric]['better']} is better."
+        ),
+        (
+            "Differences are taken seed by seed. p is that of a paired t-test over seeds,"
+            f" two-sided, corrected for {found['comparisons']} comparisons by Holm's method; the"
+            " intervals are Bonferroni's and hold together at 95 %. far: values further than"
+            f" {FAR_DEVIATIONS} median absolute deviations and {100 * FAR_SHARE:g} % from their"
+            " row's median."
+        ),
     ]
     if found["scale"] == "smoke":
         lines[2:2] = [
-            "**The numbers of this scale mean nothing.** It shows that every row trains and writes its files.",
+            (
+                "**The numbers of this scale mean nothing.** It shows that every row trains and"
+                " writes its files."
+            ),
             "",
         ]
-    columns = ["row", "parameters (active)", "paper", "paper: minus baseline", "ours: mean ± std (n)"]
+    columns = [
+        "row",
+        "parameters (active)",
+        "paper",
+        "paper: minus baseline",
+        "ours: mean ± std (n)",
+    ]
     columns += ["median, range, far", "ours: minus baseline", "interval", "p (n)"]
     for group in dict.fromkeys(group for row in found["rows"] for group in row["groups"]):
         cells = [_cells(row, metric, form) for row in found["rows"] if group in row["groups"]]
-        used = [i for i, name in enumerate(columns) if "paper" not in name or any(row[i] for row in cells)]
+        used = [
+            i
+            for i, name in enumerate(columns)
+            if "paper" not in name or any(row[i] for row in cells)
+        ]
         headings, *cells = ([row[i] for i in used] for row in (columns, *cells))
-        lines += ["", f"## {group[0].upper()}{group[1:]}", "", *markdown_table(headings, cells, numbers=True)]
+        lines += [
+            "",
+            f"## {group[0].upper()}{group[1:]}",
+            "",
+            *markdown_table(headings, cells, numbers=True),
+        ]
     lines += [*_other_metrics(found), *_speeds(found), *_equal_time(found), "", *_decisions(found)]
     if power := found["power"]:
-        seeds = (f"a difference of {d} needs {n or 'more than 10,000'} seeds" for d, n in power["seeds_needed"].items())
+        seeds = (
+            f"a difference of {d} needs {n or 'more than 10,000'} seeds"
+            for d, n in power["seeds_needed"].items()
+        )
         pooled, largest = form.format(power["pooled_std"]), form.format(power["largest_std"])
         lines += [
             "",
-            f"Power: differences of this spread (standard deviation {pooled} over all rows, at most {largest}) need "
-            f"this many seeds to be found with probability {POWER:g}: {', '.join(seeds)}. These are the paper's "
-            "smallest and largest difference.",
+            (
+                f"Power: differences of this spread (standard deviation {pooled} over all rows, at"
+                f" most {largest}) need this many seeds to be found with probability {POWER:g}:"
+                f" {', '.join(seeds)}. These are the paper's smallest and largest difference."
+            ),
         ]
     return "\n".join([*lines, *_order(found), *_origin(found)]) + "\n"
 
 
 def _cells(row: Results, metric: str, form: str) -> list[str]:
-    paper, ours, minus, signed = row["paper"], row["ours"], row["minus_baseline"], form.replace(":", ":+")
-    size = f"{row['params_total'] / 1e6:.2f}M ({row['params_active'] / 1e6:.2f}M)" if row["params_total"] else ""
+    paper, ours, minus, signed = (
+        row["paper"],
+        row["ours"],
+        row["minus_baseline"],
+        form.replace(":", ":+"),
+    )
+    size = (
+        f"{row['params_total'] / 1e6:.2f}M ({row['params_active'] / 1e6:.2f}M)"
+        if row["params_total"]
+        else ""
+    )
     robust = (
-        f"{form.format(ours['median'])}, {_numbers(' to ', form, *ours['range'])}, {ours['far']}" if ours["n"] else ""
+        f"{form.format(ours['median'])}, {_numbers(' to ', form, *ours['range'])}, {ours['far']}"
+        if ours["n"]
+        else ""
     )
     cells = [row["name"], size, _numbers("", form, paper.get(metric))]
     if minus is None:
@@ -109,7 +150,8 @@ def _numbers(between: str, form: str, *values: float | None) -> str:
 
 
 def _other_metrics(found: Results) -> list[str]:
-    """Return a table of the metrics that do not decide: in each cell the paper's value, if it prints any, and ours."""
+    """Return a table of the metrics that do not decide: in each cell the paper's value, if it
+    prints any, and ours."""
     names = list(found["metrics"])[1:]
     if not names:
         return []
@@ -120,7 +162,11 @@ def _other_metrics(found: Results) -> list[str]:
         if spread := ours.get("quartiles"):
             own = f"{ours['mean']:.2f} [{_numbers(', ', '{:.2f}', *spread)}]"
         else:
-            own = "-" if ours["mean"] is None else _spread(ours, form_of(found["metrics"][name]["unit"]))
+            own = (
+                "-"
+                if ours["mean"] is None
+                else _spread(ours, form_of(found["metrics"][name]["unit"]))
+            )
         return f"paper {paper or '-'}; ours {own}" if name in printed else own
 
     columns = ["row", *(f"{name}, {found['metrics'][name]['unit']}" for name in names)]
@@ -139,10 +185,14 @@ def _speeds(found: Results) -> list[str]:
         blocks = blocks_of(speed)
         lines += [
             "",
-            f"Speed-ups at a share of {share} ({speed['comm_share']:.2f} as measured): {blocks[0].lower()}{blocks[1:]} "
-            f"over sequential top-2, {speed['compute']} compute, {speed['ranks']} ranks, {speed['links']} links, "
-            f"medians of {speed['rounds']} rounds, [quartiles]; with all communication hidden "
-            f"{speed['limit_train']:.2f} in training and {speed['limit_forward']:.2f} in inference.",
+            (
+                f"Speed-ups at a share of {share} ({speed['comm_share']:.2f} as measured):"
+                f" {blocks[0].lower()}{blocks[1:]} over sequential top-2, {speed['compute']}"
+                f" compute, {speed['ranks']} ranks, {speed['links']} links, medians of"
+                f" {speed['rounds']} rounds, [quartiles]; with all communication hidden"
+                f" {speed['limit_train']:.2f} in training and {speed['limit_forward']:.2f} in"
+                " inference."
+            ),
         ]
     return lines
 
@@ -160,24 +210,33 @@ def _equal_time(found: Results) -> list[str]:
             text += f" {minus['mean']:+.4f}, p {_p(minus)}"
         return text
 
-    columns = ["equal tokens" if share == "equal_tokens" else f"equal time, share {share}" for share in shares]
+    columns = [
+        "equal tokens" if share == "equal_tokens" else f"equal time, share {share}"
+        for share in shares
+    ]
     names = list(shares["equal_tokens"]["rows"])
     cells = [[name, *(cell(column["rows"][name]) for column in shares.values())] for name in names]
     lines = [
         "",
         "## Quality at equal time",
         "",
-        "Validation loss of each row at the time at which the fastest row ends. Times are by the measured speed-ups of "
-        "the measured blocks in training, without the sum of the gradients and the optimizer; p takes them as exact. A "
-        "slower row is read off its own curve at the step that it has reached by then, before its learning rate has "
-        "come down to its end. In brackets: that step; then the difference to the baseline at the same time and its "
-        "corrected p.",
+        (
+            "Validation loss of each row at the time at which the fastest row ends. Times are by"
+            " the measured speed-ups of the measured blocks in training, without the sum of the"
+            " gradients and the optimizer; p takes them as exact. A slower row is read off its own"
+            " curve at the step that it has reached by then, before its learning rate has come down"
+            " to its end. In brackets: that step; then the difference to the baseline at the same"
+            " time and its corrected p."
+        ),
     ]
     if len(shares) == 1:
         lines.append("No speed has been measured at this scale, or the measurement failed.")
     lines += ["", *markdown_table(["row", *columns], cells, numbers=True)]
     if left_out := without_speed(found):
-        lines += ["", f"Left out, as the testbed has no such row to measure: {'; '.join(left_out)}."]
+        lines += [
+            "",
+            f"Left out, as the testbed has no such row to measure: {'; '.join(left_out)}.",
+        ]
     return lines
 
 
@@ -189,7 +248,10 @@ def _decisions(found: Results) -> list[str]:
         for row in found["rows"]:
             minus = (row if metric == found["metric"] else row["others"][metric])["minus_baseline"]
             if minus is not None and minus["decided"]:
-                decided.append(f"{row['name']} is {'above' if minus['mean'] > 0 else 'below'} {row['baseline']}")
+                decided.append(
+                    f"{row['name']} is {'above' if minus['mean'] > 0 else 'below'}"
+                    f" {row['baseline']}"
+                )
             elif minus is not None and minus["mean"] is not None:
                 open_.append(row["name"])
         if decided or open_:
@@ -199,14 +261,22 @@ def _decisions(found: Results) -> list[str]:
 
 
 def _order(found: Results) -> list[str]:
-    """Return whether differences are in the paper's order. Values are not compared: a table may have two models."""
-    compared = [(row["paper"]["difference"], row["minus_baseline"]) for row in found["rows"] if row["minus_baseline"]]
+    """Return whether differences are in the paper's order. Values are not compared: a table may
+    have two models."""
+    compared = [
+        (row["paper"]["difference"], row["minus_baseline"])
+        for row in found["rows"]
+        if row["minus_baseline"]
+    ]
     pairs = [(theirs, ours["mean"]) for theirs, ours in compared if theirs is not None]
     ours = {mean for _, mean in pairs}
     if len(pairs) < 3 or len(ours) < 2 or None in ours:
         return []
     statistic, p = rank_correlation(pairs)
-    order = f"Order of the {len(pairs)} differences, ours against the paper's: Spearman's rank correlation"
+    order = (
+        f"Order of the {len(pairs)} differences, ours against the paper's: Spearman's rank"
+        " correlation"
+    )
     return ["", f"{order} {statistic:+.2f} (p {p:.2f})."]
 
 
@@ -214,7 +284,10 @@ def _origin(found: Results) -> list[str]:
     days = ", ".join(f"{date[:4]}-{date[4:6]}-{date[6:]}" for date in found["dates"])
     machines, torch = ", ".join(found["machines"]), ", ".join(found["torch"])
     commits = ", ".join(commit[:9] for commit in found["git_commits"])
-    command = f"`{found['command']}` ({found['config']}), {days}, {clock(found['seconds_of_all_runs'])} of runs"
+    command = (
+        f"`{found['command']}` ({found['config']}), {days}, {clock(found['seconds_of_all_runs'])}"
+        " of runs"
+    )
     lines = ["", f"{command}, {machines}, torch {torch}, commit {commits}."]
     if found["taken_from"]:
         origins = ", ".join(f"{count} from {name}" for name, count in found["taken_from"].items())
@@ -266,14 +339,17 @@ def _draw_paper(axis: Axes, papers: Mapping[int, float | None], signed: str) -> 
 
 
 def _draw_ours(axis: Axes, differences: Mapping[int, Results], signed: str) -> None:
-    """Draw a dot for each seed, their mean and its interval; an arrow where that goes on beyond the axis."""
+    """Draw a dot for each seed, their mean and its interval; an arrow where that goes on beyond the
+    axis."""
     for place, minus in differences.items():
         if minus["mean"] is not None:
             seeds = list(minus["by_seed"].values())
             _draw_mean(axis, minus, place, OURS, "mean", "interval of the mean")
             axis.plot(seeds, [place] * len(seeds), "o", color=SEED, markersize=4, label="one seed")
             _label(axis, signed.format(minus["mean"]), minus["mean"], place)
-    edge = BEYOND * max((abs(x) for minus in differences.values() for x in minus["by_seed"].values()), default=0.0)
+    edge = BEYOND * max(
+        (abs(x) for minus in differences.values() for x in minus["by_seed"].values()), default=0.0
+    )
     if edge:
         axis.set_xlim(-edge, edge)
     for place, minus in differences.items():
@@ -282,7 +358,9 @@ def _draw_ours(axis: Axes, differences: Mapping[int, Results], signed: str) -> N
                 axis.plot(x, place, marker, color=OURS, markersize=7, clip_on=False)
 
 
-def _draw_mean(axis: Axes, minus: Results, place: float, color: str, mean: str, interval: str = "") -> None:
+def _draw_mean(
+    axis: Axes, minus: Results, place: float, color: str, mean: str, interval: str = ""
+) -> None:
     """Draw a difference and its interval, with these labels."""
     if minus["low"] is not None:
         axis.hlines(place, minus["low"], minus["high"], color=color, linewidth=2, label=interval)
@@ -290,23 +368,34 @@ def _draw_mean(axis: Axes, minus: Results, place: float, color: str, mean: str, 
 
 
 def draw_equal_time(found: Results, path: Path) -> None:
-    """Draw each row's difference to its baseline in validation loss: at equal tokens, and at equal time by share."""
+    """Draw each row's difference to its baseline in validation loss: at equal tokens, and at equal
+    time by share."""
     columns = found["equal_time"]
     of_rows = columns["equal_tokens"]["rows"]
     names = [name for name, own in of_rows.items() if own["minus_baseline"] is not None]
     with chart(path, 2.0 + 0.7 * len(names)) as figure:
         axis = figure.subplots()
         for i, (share, column) in enumerate(columns.items()):
-            label = "equal tokens" if share == "equal_tokens" else f"equal time, share of communication {share}"
+            label = (
+                "equal tokens"
+                if share == "equal_tokens"
+                else f"equal time, share of communication {share}"
+            )
             shift = 0.22 * ((len(columns) - 1) / 2 - i)
             for place, name in _from_the_top(names).items():
                 minus = column["rows"][name]["minus_baseline"]
                 if minus["mean"] is not None:
                     _draw_mean(axis, minus, place + shift, COLORS[i], label)
-        below = "validation loss minus the\nbaseline's at the same time:\nmean and interval; left is better"
+        below = (
+            "validation loss minus the\nbaseline's at the same time:\nmean and interval; left is"
+            " better"
+        )
         _explain(figure, [axis], names, below, 1)
         left_out = [f"without a measured speed: {in_paper(name)}" for name in without_speed(found)]
-        heading(figure, "\n".join([f"Quality at equal time, {found['scale']}", found["title"], *left_out]))
+        heading(
+            figure,
+            "\n".join([f"Quality at equal time, {found['scale']}", found["title"], *left_out]),
+        )
 
 
 def without_speed(found: Results) -> list[str]:
@@ -316,21 +405,30 @@ def without_speed(found: Results) -> list[str]:
 
 
 def form_of(unit: str) -> str:
-    """Return the format of a metric's values: a loss in nats with four decimals, others with two, as in the paper."""
+    """Return the format of a metric's values: a loss in nats with four decimals, others with two,
+    as in the paper."""
     return "{:.4f}" if unit.startswith("nats") else "{:.2f}"
 
 
-def _explain(figure: Any, panels: Sequence[Axes], names: list[str], below: str, columns: int) -> None:
-    """Name the rows at the left, what is drawn below each panel, and the marks in a legend of so many columns."""
+def _explain(
+    figure: Any, panels: Sequence[Axes], names: list[str], below: str, columns: int
+) -> None:
+    """Name the rows at the left, what is drawn below each panel, and the marks in a legend of so
+    many columns."""
     words = [in_paper(name) for name in names]
-    words = [name if len(name) <= SHORT_NAME else name.replace(", ", ",\n").replace(") (", ")\n(") for name in words]
+    words = [
+        name if len(name) <= SHORT_NAME else name.replace(", ", ",\n").replace(") (", ")\n(")
+        for name in words
+    ]
     panels[0].set_yticks(range(len(names), 0, -1), words)
     panels[0].set_ylim(0.3, len(names) + 0.9)
     for axis in panels:
         axis.set_xlabel(below)
         axis.axvline(0, color="black", linewidth=0.8)
         axis.xaxis.set_major_locator(MaxNLocator(4))
-        axis.xaxis.set_major_formatter(lambda x, _: f"{round(x, 9) + 0:g}".replace("-", "\N{MINUS SIGN}"))
+        axis.xaxis.set_major_formatter(
+            lambda x, _: f"{round(x, 9) + 0:g}".replace("-", "\N{MINUS SIGN}")
+        )
         axis.grid(axis="x")
         axis.spines["left"].set_visible(False)
         axis.tick_params(axis="y", length=0)
@@ -346,6 +444,15 @@ def in_paper(name: str) -> str:
 
 
 def _label(axis: Axes, text: str, x: float, y: float) -> None:
-    behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # the line at 0 may cross a figure
-    place: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": SMALL, "color": "#444444"}
+    behind = {
+        "facecolor": "white",
+        "edgecolor": "none",
+        "pad": 0.5,
+    }  # the line at 0 may cross a figure
+    place: dict[str, Any] = {
+        "textcoords": "offset points",
+        "ha": "center",
+        "fontsize": SMALL,
+        "color": "#444444",
+    }
     axis.annotate(text, (x, y), (0, 7), bbox=behind, **place)

@@ -1,16 +1,18 @@
-"""The runs of a table, rows x seeds, each an ordinary training; what is kept of them; launch files for elsewhere.
+"""The runs of a table, rows x seeds, each an ordinary training; what is kept of them; launch files
+for elsewhere.
 
     <runs_dir>/tables/<table>-<scale>/   runs/<row>-seed<s>/<stamp>-.../   run directories
                                          lock  states/  logs/              scmoe/sweeps/jobs.py
 
-Rows see the same data in the same order: they share everything but `model`, `moe`, `schedule`, an extension's `options`
-and the learning rate, which a search may have chosen for each architecture. A weight's initial value depends on its
-name and the seed, so what two rows have in common starts with equal values. A run counts as this table's only if its
-config is the same as it would be now.
+Rows see the same data in the same order: they share everything but `model`, `moe`, `schedule`, an
+extension's `options` and the learning rate, which a search may have chosen for each architecture. A
+weight's initial value depends on its name and the seed, so what two rows have in common starts with
+equal values. A run counts as this table's only if its config is the same as it would be now.
 
-A state file has all that a report reads of a run, so it outlives the run's directory and its machine. It also holds a
-digest of the run's config: a run of equal digest need not be made again, whether it belongs to another table (Tables 1,
-5 and 6 have rows in common) or was made on another machine and committed (docs/results/).
+A state file has all that a report reads of a run, so it outlives the run's directory and its
+machine. It also holds a digest of the run's config: a run of equal digest need not be made again,
+whether it belongs to another table (Tables 1, 5 and 6 have rows in common) or was made on another
+machine and committed (docs/results/).
 """
 
 import json
@@ -35,7 +37,14 @@ from scmoe.runs.seen import SeenRun, flat
 from scmoe.sweeps.checks import is_number
 from scmoe.sweeps.jobs import Job, State, digest_of
 
-OWN = ("model.", "moe.", "schedule.", "optim.lr", "options", "name")  # keys in which rows may differ
+OWN = (
+    "model.",
+    "moe.",
+    "schedule.",
+    "optim.lr",
+    "options",
+    "name",
+)  # keys in which rows may differ
 TORCHRUN = """\
 #!/bin/bash
 # {title} for one machine with {devices} GPUs, one run after the other. From the repository's folder: bash {path}
@@ -83,17 +92,23 @@ def finished(runs: Iterable[Run]) -> list[Run]:
     return [run for run in runs if run.state.status == "finished"]
 
 
-def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: Sequence[str] = ()) -> list[Run]:
-    """Return all runs of a table, seed by seed, so that an interrupted table has whole comparisons in it.
+def plan_runs(
+    table: Table, scale: Scale, folder: Path, seeds: int, overrides: Sequence[str] = ()
+) -> list[Run]:
+    """Return all runs of a table, seed by seed, so that an interrupted table has whole comparisons
+    in it.
 
-    Raises ConfigError for a row that would not see the same training as the others, and for an override of what rows,
-    or the table, set themselves.
+    Raises ConfigError for a row that would not see the same training as the others, and for an
+    override of what rows, or the table, set themselves.
     """
     set_here = [*(row.overrides for row in table.rows), *scale.settings.values()]
     own_keys = {"name", "seed", *(word.partition("=")[0] for words in set_here for word in words)}
     for word in overrides:
         if (key := word.removeprefix("--").partition("=")[0]) in own_keys:
-            raise ConfigError(f"{word} is given, allowed: keys other than {key}, which each run of a table sets itself")
+            raise ConfigError(
+                f"{word} is given, allowed: keys other than {key}, which each run of a table sets"
+                " itself"
+            )
     runs = []
     for number, (seed, row) in enumerate(product(range(1, seeds + 1), table.rows), 1):
         name, home = f"{row.slug}-seed{seed}", folder / "runs"
@@ -105,7 +120,9 @@ def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: S
         title = f"run {number} of {seeds * len(table.rows)} ({row.name}, seed {seed})"
         own = partial(same_config, config=config)
         again = registry.words(config.extensions, config.callbacks)
-        job = Job(name, title, folder, home / name, [str(scale.config), *words], again=again, is_own=own)
+        job = Job(
+            name, title, folder, home / name, [str(scale.config), *words], again=again, is_own=own
+        )
         runs.append(Run(row, seed, config, job))
     first = flatten(runs[0].config)
     for run in runs[: len(table.rows)]:
@@ -117,35 +134,48 @@ def plan_runs(table: Table, scale: Scale, folder: Path, seeds: int, overrides: S
 
 
 def read_states(runs: Sequence[Run]) -> None:
-    """Set the runs' states from their files; a state that belongs to a run of another config counts as none."""
+    """Set the runs' states from their files; a state that belongs to a run of another config counts
+    as none."""
     for run in runs:
         state = run.job.read()
         if state.status == "finished" and state.results.get("digest") == run.digest:
             continue
         if state.run_dir and Path(state.run_dir) not in run.job.run_dirs():
             run.job.state = State()
-        elif state.status == "finished":  # it does not hold what is kept today: its result is read again
+        elif (
+            state.status == "finished"
+        ):  # it does not hold what is kept today: its result is read again
             run.job.state = State("cut", state.run_dir, state.seconds) if state.run_dir else State()
 
 
 def same_config(run_dir: Path, config: Config) -> bool:
-    """Is this a run of this config, wherever it is logged? A newer field than the run counts unless at its default."""
+    """Is this a run of this config, wherever it is logged? A newer field than the run counts unless
+    at its default."""
     was = SeenRun(run_dir).config
-    return all(was[key] == value for key, value in flat(to_yaml(config)).items() if not key.startswith("logger."))
+    return all(
+        was[key] == value
+        for key, value in flat(to_yaml(config)).items()
+        if not key.startswith("logger.")
+    )
 
 
 def results_of(run: SeenRun, digest: str) -> dict[str, Any]:
-    """Return the results that a state keeps of a finished run. curve: points (steps done, validation loss)."""
+    """Return the results that a state keeps of a finished run. curve: points (steps done,
+    validation loss)."""
     environment = json.loads((run.path / "env.json").read_text(encoding="utf-8"))
     last = int(run.config["trainer.max_steps"])  # after which the last validation is logged
-    curve = {min(int(row["step"]) + 1, last): row["val/loss"] for row in run.metrics if "val/loss" in row}
+    curve = {
+        min(int(row["step"]) + 1, last): row["val/loss"] for row in run.metrics if "val/loss" in row
+    }
     return {
         "digest": digest,
         "data": data_of(run.path),
         "summary": {key: value for key, value in run.summary.items() if key != "run_dir"},
         "curve": sorted(curve.items()),
         "environment": {
-            "machine": f"{environment['cpus']} CPU cores, {environment['platform'].partition('-')[0]}",
+            "machine": (
+                f"{environment['cpus']} CPU cores, {environment['platform'].partition('-')[0]}"
+            ),
             "torch": environment["packages"]["torch"],
             "git_commit": environment["git_commit"],
             "date": run.path.name[:8],
@@ -154,41 +184,61 @@ def results_of(run: SeenRun, digest: str) -> dict[str, Any]:
 
 
 def data_of(run_dir: Path) -> str | None:
-    """Return the digest of the data that a run has read, as its checkpoints have it; None: it has none."""
-    metas = (read_meta(path) for path in sorted(run_dir.glob("checkpoints/*.ckpt")) if (path / META).exists())
+    """Return the digest of the data that a run has read, as its checkpoints have it; None: it has
+    none."""
+    metas = (
+        read_meta(path)
+        for path in sorted(run_dir.glob("checkpoints/*.ckpt"))
+        if (path / META).exists()
+    )
     parts = (part for meta in metas for part in meta.values() if isinstance(part, dict))
     return next((str(part["data"]) for part in parts if "consumed_samples" in part), None)
 
 
 def look_up(tree: Any, dotted: str) -> float | None:
-    """Return the finite number under a dotted key of nested mappings; None: none. A name may have dots in it."""
+    """Return the finite number under a dotted key of nested mappings; None: none. A name may have
+    dots in it."""
     if not isinstance(tree, dict):
         return None
     if dotted in tree:
         return float(tree[dotted]) if is_number(tree[dotted]) else None
-    below = (look_up(tree[key], dotted[len(key) + 1 :]) for key in tree if dotted.startswith(f"{key}."))
+    below = (
+        look_up(tree[key], dotted[len(key) + 1 :]) for key in tree if dotted.startswith(f"{key}.")
+    )
     return next((found for found in below if found is not None), None)
 
 
 def adopt(runs: Sequence[Run], folders: Iterable[Path], can_use: Callable[[State], bool]) -> int:
-    """Give runs that are not finished the state of an equal run in <folder>/*/states/. Returns how many it gave."""
+    """Give runs that are not finished the state of an equal run in <folder>/*/states/. Returns how
+    many it gave."""
     wanted = [run for run in runs if run.state.status != "finished"]
     found: dict[str, tuple[Path, State]] = {}
-    for path in [path for folder in folders for path in sorted(folder.glob("*/states/*.json"))] if wanted else ():
+    for path in (
+        [path for folder in folders for path in sorted(folder.glob("*/states/*.json"))]
+        if wanted
+        else ()
+    ):
         state = State(**json.loads(path.read_text(encoding="utf-8")))
-        if state.status == "finished" and can_use(state) and (digest := state.results.get("digest")):
+        if (
+            state.status == "finished"
+            and can_use(state)
+            and (digest := state.results.get("digest"))
+        ):
             found.setdefault(digest, (path, state))
     given = [run for run in wanted if run.digest in found]
     for run in given:
         path, run.job.state = found[run.digest]
-        if (table := path.parent.parent.name) != run.job.study.name:  # else it is a copy of this one
+        if (
+            table := path.parent.parent.name
+        ) != run.job.study.name:  # else it is a copy of this one
             run.job.state.results["from"] = table
         run.job.keep()
     return len(given)
 
 
 def save(runs: Sequence[Run], to: Path) -> Path:
-    """Copy the results, as JSON and as a page, and the states of finished runs into <to>/<table>-<scale>/."""
+    """Copy the results, as JSON and as a page, and the states of finished runs into
+    <to>/<table>-<scale>/."""
     study = runs[0].job.study
     folder = to / study.name
     (folder / "states").mkdir(parents=True, exist_ok=True)
@@ -196,31 +246,46 @@ def save(runs: Sequence[Run], to: Path) -> Path:
     for row in results["rows"]:
         row["run_dirs"] = []  # they stay on this machine
     write_whole(folder / "results.json", results)
-    (folder / "table.md").write_text((study / "table.md").read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / "table.md").write_text(
+        (study / "table.md").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     for run in finished(runs):
         state = json.loads(run.job.state_file.read_text(encoding="utf-8")) | {"run_dir": None}
-        (folder / "states" / run.job.state_file.name).write_text(json.dumps(state) + "\n", encoding="utf-8")
+        (folder / "states" / run.job.state_file.name).write_text(
+            json.dumps(state) + "\n", encoding="utf-8"
+        )
     return folder
 
 
 def write_launch_files(runs: Sequence[Run]) -> list[str]:
     """Write torchrun.sh and slurm.sh into the table's folder. Returns the commands that start them."""
-    folder, devices, config = runs[0].job.study, runs[0].config.trainer.devices, shlex.quote(runs[0].job.arguments[0])
+    folder, devices, config = (
+        runs[0].job.study,
+        runs[0].config.trainer.devices,
+        shlex.quote(runs[0].job.arguments[0]),
+    )
     folder.mkdir(parents=True, exist_ok=True)
     torchrun = f".venv/bin/torchrun --standalone --nproc-per-node={devices} -m scmoe train {config}"
-    sbatch = f"CONFIG={config} sbatch --nodes=1 --ntasks-per-node={devices} --gpus-per-node={devices}"
+    sbatch = (
+        f"CONFIG={config} sbatch --nodes=1 --ntasks-per-node={devices} --gpus-per-node={devices}"
+    )
     scripts = {folder / "torchrun.sh": TORCHRUN, folder / "slurm.sh": SLURM}
     for path, head in scripts.items():
         lines = [head.format(title=f"{folder.name}: {len(runs)} runs", devices=devices, path=path)]
         for run in runs:
-            start = torchrun if head is TORCHRUN else f"{sbatch} --job-name={run.job.name} experiments/train.sbatch"
+            start = (
+                torchrun
+                if head is TORCHRUN
+                else f"{sbatch} --job-name={run.job.name} experiments/train.sbatch"
+            )
             lines.append(f"{start} {shlex.join(run.job.arguments[1:])}\n")
         path.write_text("".join(lines), encoding="utf-8")
     return [f"bash {path}" for path in scripts]
 
 
 def check_memory(table: Table, runs: Sequence[Run], gpu_gib: float) -> Iterator[tuple[str, bool]]:
-    """Yield for each row a line with what `make estimate` says of its run, and whether it fits a GPU of that memory."""
+    """Yield for each row a line with what `make estimate` says of its run, and whether it fits a
+    GPU of that memory."""
     for run in runs[: len(table.rows)]:
         facts = estimate(run.config)
         gib, flops = facts["memory_bytes"]["total"] / 2**30, facts["flops_training"] * run.seen

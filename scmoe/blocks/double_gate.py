@@ -1,15 +1,19 @@
-"""DGMoE (Eq. 23): one MoE module routes two representations, the preceding layer's and the current one's, top-1 each.
+"""DGMoE (Eq. 23): one MoE module routes two representations, the preceding layer's and the current
+one's, top-1 each.
 
-    pair at Pos-2     h -> attention -> MLP -> attention -> H -> norm -> route, dispatch, experts, combine -> + H
+    pair at Pos-2     h -> attention -> MLP -> attention -> H -> norm -> route, dispatch, experts,
+                      combine -> + H
                                    |                                                                       ^
-                                  tap -> norm -> route, dispatch, experts, combine ------------------------+
+                                  tap -> norm -> route, dispatch, experts, combine
+                                  ------------------------+
 
-The preceding half begins at the tap and ends at the end of the block, so its transfers hide behind the backbone as
-ScMoE's do. The transfers of the current half are not hidden. If both halves choose the same expert for a token, the
-current half goes to its second-best expert: the router compares expert ids (A.2).
-DGMoE-Share (A.7): two pairs of blocks share one MoE module, `share_moe`.
+The preceding half begins at the tap and ends at the end of the block, so its transfers hide behind
+the backbone as ScMoE's do. The transfers of the current half are not hidden. If both halves choose
+the same expert for a token, the current half goes to its second-best expert: the router compares
+expert ids (A.2). DGMoE-Share (A.7): two pairs of blocks share one MoE module, `share_moe`.
 
-The module's load is the sum of both halves, because its experts serve both (docs/decisions/0017-double-gate.md).
+The module's load is the sum of both halves, because its experts serve both
+(docs/decisions/0017-double-gate.md).
 """
 
 from collections.abc import Sequence
@@ -24,7 +28,8 @@ from scmoe.moe.tokens import MoEOutput, RouterStats
 class DoubleGateBlock(MoEBlock):
     """H + sum_i [G(H)_i E_i(H) + G(tap)_i E_i(tap)], where H is the output of the last sub-layer.
 
-    schedule: the experts run on the tap at its slot. The current half is one operator, `current`, after the window.
+    schedule: the experts run on the tap at its slot. The current half is one operator, `current`,
+    after the window.
     """
 
     architecture = "dgmoe"
@@ -39,7 +44,10 @@ class DoubleGateBlock(MoEBlock):
         arguments = self.norm(x_BSD), mask_BS, self.schedule.chunks, preceding.routing.topk_ids_TK
         current_BSD, current_stats = self.operator("current", self.moe, *arguments)
         preceding_BSD, preceding_stats = self.moe.finish(preceding)
-        return MoEOutput(x_BSD + self.after(current_BSD + preceding_BSD), add_stats(current_stats, preceding_stats))
+        return MoEOutput(
+            x_BSD + self.after(current_BSD + preceding_BSD),
+            add_stats(current_stats, preceding_stats),
+        )
 
 
 def add_stats(a: RouterStats | None, b: RouterStats | None) -> RouterStats | None:
@@ -56,7 +64,7 @@ def add_stats(a: RouterStats | None, b: RouterStats | None) -> RouterStats | Non
 
 
 def share_moe(blocks: Sequence[nn.Module]) -> None:
-    """DGMoE-Share: each second block takes the MoE module of the block before it. The last of an odd number keeps its
-    own."""
+    """DGMoE-Share: each second block takes the MoE module of the block before it. The last of an
+    odd number keeps its own."""
     for first, second in zip(blocks[::2], blocks[1::2], strict=False):
         second.moe = first.moe

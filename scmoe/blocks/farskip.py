@@ -1,5 +1,5 @@
-"""FarSkip (arXiv 2511.11505): attention reads the stream without the routed output of the block before, and all experts
-read the block's own input.
+"""FarSkip (arXiv 2511.11505): attention reads the stream without the routed output of the block
+before, and all experts read the block's own input.
 
     X_l --+-----------------------> + -----------> + ---+--------> + --> X_{l+1}
           |                         ^              ^    |          ^
@@ -12,9 +12,10 @@ read the block's own input.
     Y_{l+1} = (X_l + A(n(Y_l))) + SE(u_l)          in this order
     X_{l+1} = Y_{l+1} + R(u_l)
 
-In the first block Y_0 = X_0. Dispatch hides behind attention, combine behind the shared expert. A block ends where its
-stream does, so no stream stays open from block to block: Y is the `carry`. The publication also computes the next
-block's queries, keys and values beside combine. In such a block they would follow the shared expert, and be the carry.
+In the first block Y_0 = X_0. Dispatch hides behind attention, combine behind the shared expert. A
+block ends where its stream does, so no stream stays open from block to block: Y is the `carry`. The
+publication also computes the next block's queries, keys and values beside combine. In such a block
+they would follow the shared expert, and be the carry.
 """
 
 from torch import Tensor, nn
@@ -26,7 +27,8 @@ from scmoe.moe.tokens import HandedOn, MoEOutput
 
 
 class FarSkipDenseBlock(nn.Module):
-    """A dense block of the same model, before all others: X + A(n(X)) + MLP(n'(X)), so both read its input."""
+    """A dense block of the same model, before all others: X + A(n(X)) + MLP(n'(X)), so both read
+    its input."""
 
     def __init__(self, attention: Residual, mlp: Residual) -> None:
         super().__init__()
@@ -44,9 +46,14 @@ class FarSkipBlock(MoEBlock):
     shared_expert: nn.Module
 
     def forward(
-        self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache, carry: Tensor | None = None
+        self,
+        x_BSD: Tensor,
+        mask_BS: Tensor | None = None,
+        *cache: KVCache,
+        carry: Tensor | None = None,
     ) -> HandedOn:
-        """carry: Y_l, the stream without the preceding routed output; None: in the first block, X_0."""
+        """carry: Y_l, the stream without the preceding routed output; None: in the first block,
+        X_0."""
         u_BSD = self.norm(x_BSD)
         state = self.moe.begin(u_BSD, mask_BS, self.schedule.chunks)
         routed_free_BSD = x_BSD if carry is None else carry

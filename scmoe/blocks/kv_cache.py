@@ -1,11 +1,14 @@
-"""Keys and values of the tokens that each text of a batch has so far (KV cache). The caller holds it, no module does.
+"""Keys and values of the tokens that each text of a batch has so far (KV cache). The caller holds
+it, no module does.
 
     cache = KVCache(batch_size, capacity)
-    cache.expect([1, 1, 0], 1)        positions of the tokens that come next, and which keys each of them sees
+    cache.expect([1, 1, 0], 1)        positions of the tokens that come next, and which keys each of
+                                      them sees
     model(ids_BS, mask_BS, cache)     each attention module appends its keys and values
 
-A pass may bring a whole prompt, a piece of one, or one new token of each text. Texts are padded at their end, so a
-token has the same position in every batch, and the first pass is causal attention without another mask.
+A pass may bring a whole prompt, a piece of one, or one new token of each text. Texts are padded at
+their end, so a token has the same position in every batch, and the first pass is causal attention
+without another mask.
 """
 
 from collections.abc import Sequence
@@ -16,33 +19,47 @@ from torch import Tensor, nn
 
 
 class KVCache:
-    """Buffers of `capacity` tokens for each text. Those of an attention module are made at its first call of `extend`.
+    """Buffers of `capacity` tokens for each text. Those of an attention module are made at its
+    first call of `extend`.
 
-    What is kept is the module's choice: keys and values of each head, or one latent and one key for all (latent.py).
+    What is kept is the module's choice: keys and values of each head, or one latent and one key for
+    all (latent.py).
 
-    lengths: tokens of each text, with those of the next pass; the host counts them, so nothing waits for the device.
-    positions_BS: of the next pass's tokens; 0: padding.
+    lengths: tokens of each text, with those of the next pass; the host counts them, so nothing
+    waits for the device. positions_BS: of the next pass's tokens; 0: padding.
     """
 
     def __init__(self, batch_size: int, capacity: int, device: torch.device | None = None) -> None:
         self.capacity = capacity
         self.lengths, self.longest = [0] * batch_size, 0
         self.positions_BS: Tensor
-        self.buffers: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # [B, H, capacity + 1, d]: keys, values
+        self.buffers: dict[
+            nn.Module, tuple[Tensor, Tensor]
+        ] = {}  # [B, H, capacity + 1, d]: keys, values
         self._places_L = torch.arange(capacity, device=device)
-        self._ends_B1 = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # the lengths, on the device
-        self._slots_B1S1: Tensor  # place of each expected token; padding's is the text's spare one, the last
+        self._ends_B1 = torch.zeros(
+            batch_size, 1, dtype=torch.int64, device=device
+        )  # the lengths, on the device
+        self._slots_B1S1: (
+            Tensor  # place of each expected token; padding's is the text's spare one, the last
+        )
         self._seen: dict[str, Any]
 
     def expect(self, new: Sequence[int], seq_len: int) -> None:
         """Makes place for the tokens of the next pass.
 
-        new: tokens of each text, at most seq_len; what follows them in a row of seq_len tokens is padding, which is not
-        kept. Raises ValueError where a text would exceed the capacity."""
-        is_first, self.lengths = self.longest == 0, [old + n for old, n in zip(self.lengths, new, strict=True)]
+        new: tokens of each text, at most seq_len; what follows them in a row of seq_len tokens is
+        padding, which is not kept. Raises ValueError where a text would exceed the capacity."""
+        is_first, self.lengths = (
+            self.longest == 0,
+            [old + n for old, n in zip(self.lengths, new, strict=True)],
+        )
         self.longest = max(self.lengths)
         if self.longest > self.capacity:
-            raise ValueError(f"a text has {self.longest} tokens, allowed: up to {self.capacity}, the cache's capacity")
+            raise ValueError(
+                f"a text has {self.longest} tokens, allowed: up to {self.capacity}, the cache's"
+                " capacity"
+            )
         steps_S = torch.arange(seq_len, device=self._ends_B1.device)
         self.positions_BS = slots_BS = self._ends_B1 + steps_S
         new_B1: int | Tensor = seq_len
@@ -57,10 +74,15 @@ class KVCache:
         elif seq_len == 1 and min(self.lengths) == self.longest and min(new) == 1:
             self._seen = {}  # the new tokens are all texts' last ones
         else:
-            self._seen = {"attn_mask": self._places_L[: self.longest] <= self.positions_BS[:, None, :, None]}
+            self._seen = {
+                "attn_mask": self._places_L[: self.longest] <= self.positions_BS[:, None, :, None]
+            }
 
-    def extend(self, attention: nn.Module, k_BHSd: Tensor, v_BHSd: Tensor) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Appends keys and values. Returns all of them [B, H, L, d], and the mask for scaled_dot_product_attention.
+    def extend(
+        self, attention: nn.Module, k_BHSd: Tensor, v_BHSd: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Appends keys and values. Returns all of them [B, H, L, d], and the mask for
+        scaled_dot_product_attention.
 
         Their sizes d may differ."""
         if attention not in self.buffers:

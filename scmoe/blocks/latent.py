@@ -1,18 +1,22 @@
-"""Multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434): queries, and keys with values, through a low rank.
+"""Multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434): queries, and keys with values,
+through a low rank.
 
     c_q = norm(W_qa x) s_q                      a query's latent; without one, q = W_q x
     [q_h, r_h] = W_qb c_q                       of head h: without a position, and turned by it
-    [c, r] = W_kva x, c = norm(c) s_kv          latent of keys and values; one turned key for all heads
+    [c, r] = W_kva x, c = norm(c) s_kv          latent of keys and values; one turned key for all
+                                                heads
     [k_h, v_h] = W_kvb c
     A_h = softmax((q_h k_h + turn(r_h) turn(r)) / sqrt(nope + rope)) v_h
     out = W_o [A_1 .. A_H], or W_o (sigmoid(W_g x) * [A_1 .. A_H]) with a gate
 
-A cache holds c and turn(r) of each token instead of keys and values of all heads. With earlier tokens in the cache,
-W_kvb is applied to queries and results instead of to every latent of the cache: q_h (W_k c) = (q_h W_k) c.
+A cache holds c and turn(r) of each token instead of keys and values of all heads. With earlier
+tokens in the cache, W_kvb is applied to queries and results instead of to every latent of the
+cache: q_h (W_k c) = (q_h W_k) c.
 
-s_q, s_kv: sqrt(D / rank) in LongCat-Flash, else 1. The gate is Instella's. The norms have an epsilon of their own. The
-turned features are adjacent pairs. With YaRN the scores are multiplied by (0.1 ln factor + 1)^2, as in DeepSeek-V3.
-Letters of dims here: c latent, n nope, r rope, v value, L tokens in the cache.
+s_q, s_kv: sqrt(D / rank) in LongCat-Flash, else 1. The gate is Instella's. The norms have an
+epsilon of their own. The turned features are adjacent pairs. With YaRN the scores are multiplied by
+(0.1 ln factor + 1)^2, as in DeepSeek-V3. Letters of dims here: c latent, n nope, r rope, v value, L
+tokens in the cache.
 """
 
 import math
@@ -29,7 +33,8 @@ LATENT_EPS = 1e-6  # of both norms, in every published model
 
 
 class LatentSizes(NamedTuple):
-    """Ranks of the latents, and features of a head: of queries and keys without and with a position, of values."""
+    """Ranks of the latents, and features of a head: of queries and keys without and with a
+    position, of values."""
 
     q_rank: int | None  # None: queries have no latent
     kv_rank: int
@@ -39,18 +44,29 @@ class LatentSizes(NamedTuple):
 
 
 class LatentAttention(PartedAttention):
-    """Causal. scaled: the latents are multiplied by sqrt(dim / rank). gated: the heads' results by a sigmoid of x."""
+    """Causal. scaled: the latents are multiplied by sqrt(dim / rank). gated: the heads' results by
+    a sigmoid of x."""
 
     def __init__(
-        self, dim: int, heads: int, sizes: LatentSizes, rotary: Rotary, scaled: bool = False, gated: bool = False
+        self,
+        dim: int,
+        heads: int,
+        sizes: LatentSizes,
+        rotary: Rotary,
+        scaled: bool = False,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         q_rank, kv_rank, nope, rope, value = sizes
         if rope % 2:
-            raise ValueError(f"rope_dim is {rope}, allowed: even numbers, as positions turn pairs of features")
+            raise ValueError(
+                f"rope_dim is {rope}, allowed: even numbers, as positions turn pairs of features"
+            )
         self.dim, self.heads, self.sizes, self.rotary = dim, heads, sizes, rotary
         self.scale = (nope + rope) ** -0.5 * (0.1 * math.log(rotary.yarn_factor) + 1) ** 2
-        self.q_scale, self.kv_scale = ((dim / rank) ** 0.5 if scaled and rank else 1.0 for rank in (q_rank, kv_rank))
+        self.q_scale, self.kv_scale = (
+            (dim / rank) ** 0.5 if scaled and rank else 1.0 for rank in (q_rank, kv_rank)
+        )
         self.q_down = None if q_rank is None else nn.Linear(dim, q_rank, bias=False)
         self.q_norm = None if q_rank is None else nn.RMSNorm(q_rank, LATENT_EPS)
         self.q_up = nn.Linear(q_rank or dim, heads * (nope + rope), bias=False)
@@ -65,7 +81,10 @@ class LatentAttention(PartedAttention):
         positions = None if cache is None else cache.positions_BS[:, None]
         q_BHSn, q_BHSr = self.queries(x_BSD)
         latent_BSc, k_BSr = self.kv_down(x_BSD).split([self.sizes.kv_rank, self.sizes.rope_dim], -1)
-        c_B1Sc, k_B1Sr = (self.kv_norm(latent_BSc) * self.kv_scale)[:, None], self.turn(k_BSr[:, None], positions)
+        c_B1Sc, k_B1Sr = (
+            (self.kv_norm(latent_BSc) * self.kv_scale)[:, None],
+            self.turn(k_BSr[:, None], positions),
+        )
         q_BHSr = self.turn(q_BHSr, positions)
         seen: dict[str, Any] = {"is_causal": True}
         if cache is not None:
@@ -85,7 +104,8 @@ class LatentAttention(PartedAttention):
     def of_latents(
         self, q_BHSn: Tensor, q_BHSr: Tensor, c_B1Sc: Tensor, k_B1Sr: Tensor, seen: dict[str, Any]
     ) -> Tensor:
-        """Attention with the keys and values of all heads, [B, H, S, value]. seen: what each query sees."""
+        """Attention with the keys and values of all heads, [B, H, S, value]. seen: what each query
+        sees."""
         kv_BHSd = self.kv_up(c_B1Sc[:, 0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_BHSn, v_BHSv = kv_BHSd.split([self.sizes.nope_dim, self.sizes.value_dim], -1)
         k_BHSd = torch.cat([k_BHSn, k_B1Sr.expand(-1, self.heads, -1, -1)], -1)
@@ -95,9 +115,12 @@ class LatentAttention(PartedAttention):
     def in_latents(
         self, q_BHSn: Tensor, q_BHSr: Tensor, c_B1Lc: Tensor, k_B1Lr: Tensor, seen: dict[str, Any]
     ) -> Tensor:
-        """The same without keys and values of the L tokens: queries meet latents, and the results are multiplied."""
+        """The same without keys and values of the L tokens: queries meet latents, and the results
+        are multiplied."""
         nope, _, value = self.sizes[2:]
-        w_Hnc, w_Hvc = weight_of(self.kv_up, c_B1Lc).unflatten(0, (self.heads, -1)).split([nope, value], 1)
+        w_Hnc, w_Hvc = (
+            weight_of(self.kv_up, c_B1Lc).unflatten(0, (self.heads, -1)).split([nope, value], 1)
+        )
         q_BHSd = torch.cat([q_BHSn @ w_Hnc, q_BHSr], -1)
         k_BHLd = torch.cat([c_B1Lc, k_B1Lr], -1).expand(-1, self.heads, -1, -1)
         c_BHLc = c_B1Lc.expand(-1, self.heads, -1, -1)

@@ -1,8 +1,11 @@
-"""What every block with an MoE module shares: its parts, its schedule, and the one place that sets how it runs.
+"""What every block with an MoE module shares: its parts, its schedule, and the one place that sets
+how it runs.
 
-    sub-layers before the tap -> begin -> sub-layers after the tap, with the experts at their slot -> finish
+    sub-layers before the tap -> begin -> sub-layers after the tap, with the experts at their slot
+    -> finish
 
-Each architecture's forward fills this line with its own terms: standard.py, shortcut.py, double_gate.py, farskip.py.
+Each architecture's forward fills this line with its own terms: standard.py, shortcut.py,
+double_gate.py, farskip.py.
 """
 
 from collections.abc import Sequence
@@ -21,18 +24,20 @@ from scmoe.schedule.schedule import PARTS, SUBLAYERS, Schedule
 
 
 class MoEBlock(Operators):
-    """The base of all architectures. A block is called as block(x_BSD, mask_BS) and returns an MoEOutput.
+    """The base of all architectures. A block is called as block(x_BSD, mask_BS) and returns an
+    MoEOutput.
 
-    With a KVCache as a third argument its attention modules also read earlier tokens' keys and values. A block that
-    returns HandedOn leaves an activation for the next block, which gets it as `carry` (models/units.py).
+    With a KVCache as a third argument its attention modules also read earlier tokens' keys and
+    values. A block that returns HandedOn leaves an activation for the next block, which gets it as
+    `carry` (models/units.py).
 
-    sublayers: of one block (attention) or of a pair (attention, MLP, attention).
-    norm: reads the output of the last sub-layer; in FarSkip, the block's input.
-    after: the MoE module's output passes through it before it is added: a norm, dropout; in SwinV2, norm and drop path.
-    tap_norm: reads the tap, where the architecture has one. shared_expert, coefficient: where it has a shared expert.
-    coefficient_reads_tap: the coefficient gate reads the (normed) tap instead of the shared expert's input.
-    Raises ValueError for a position that requires more sub-layers than there are, and for a top_k that is not 1 where
-    the MoE module gates twice.
+    sublayers: of one block (attention) or of a pair (attention, MLP, attention). norm: reads the
+    output of the last sub-layer; in FarSkip, the block's input. after: the MoE module's output
+    passes through it before it is added: a norm, dropout; in SwinV2, norm and drop path. tap_norm:
+    reads the tap, where the architecture has one. shared_expert, coefficient: where it has a shared
+    expert. coefficient_reads_tap: the coefficient gate reads the (normed) tap instead of the shared
+    expert's input. Raises ValueError for a position that requires more sub-layers than there are,
+    and for a top_k that is not 1 where the MoE module gates twice.
     """
 
     architecture: str
@@ -54,24 +59,33 @@ class MoEBlock(Operators):
         assert schedule.architecture == self.architecture
         assert (tap_norm is not None) == (schedule.position is not None)
         assert (shared_expert is not None) == ("shared_expert" in schedule.window)
-        assert (coefficient is not None) == (shared_expert is not None and schedule.architecture != "farskip")
+        assert (coefficient is not None) == (
+            shared_expert is not None and schedule.architecture != "farskip"
+        )
         after_tap = schedule.sublayers_after_tap
         if len(sublayers) < after_tap:
             raise ValueError(
-                f"the block has {len(sublayers)} sub-layers, allowed at position {schedule.position}: {after_tap} or "
-                "more; give a position nearer to the end"
+                f"the block has {len(sublayers)} sub-layers, allowed at position"
+                f" {schedule.position}: {after_tap} or more; give a position nearer to the end"
             )
         if self.architecture == "dgmoe" and moe.router.top_k != 1:
-            raise ValueError(f"top_k is {moe.router.top_k}, allowed where an MoE module gates twice: 1")
+            raise ValueError(
+                f"top_k is {moe.router.top_k}, allowed where an MoE module gates twice: 1"
+            )
         self.sublayers, self.tap_norm, self.norm = nn.ModuleList(sublayers), tap_norm, norm
         self.shared_expert, self.coefficient = shared_expert, coefficient
         self.moe, self.after = moe, after or nn.Identity()
         self.schedule, self.coefficient_reads_tap = schedule, coefficient_reads_tap
-        self.tap = len(sublayers) - after_tap  # index of the sub-layer after the tap; without a tap, their number
+        self.tap = (
+            len(sublayers) - after_tap
+        )  # index of the sub-layer after the tap; without a tap, their number
         self.check(schedule)
 
-    def run_as(self, schedule: Schedule, dispatcher: Dispatcher, recorder: Recorder | None = None) -> None:
-        """Sets how the block runs: slot and chunks, how rows travel, and what notes the operators' times."""
+    def run_as(
+        self, schedule: Schedule, dispatcher: Dispatcher, recorder: Recorder | None = None
+    ) -> None:
+        """Sets how the block runs: slot and chunks, how rows travel, and what notes the operators'
+        times."""
         assert schedule.name == self.schedule.name, "a block keeps its architecture and its tap"
         self.check(schedule)
         self.schedule, self.recorder = schedule, recorder
@@ -79,14 +93,18 @@ class MoEBlock(Operators):
 
     def check(self, schedule: Schedule) -> None:
         """ValueError: the schedule runs experts inside an attention that has no two parts."""
-        if schedule.inside_attention and not is_parted(attention := self.after_tap()[schedule.slot]):
+        if schedule.inside_attention and not is_parted(
+            attention := self.after_tap()[schedule.slot]
+        ):
             name = type(getattr(attention, "f", attention)).__name__
-            raise ValueError(f"schedule.inside_attention is True, allowed for attention by {name}: False")
+            raise ValueError(
+                f"schedule.inside_attention is True, allowed for attention by {name}: False"
+            )
 
     @property
     def divided(self) -> Schedule:
-        """The schedule at the slot where all its operators can be timed: inside the window's first attention, if every
-        attention there has two parts. Else the schedule as it is."""
+        """The schedule at the slot where all its operators can be timed: inside the window's first
+        attention, if every attention there has two parts. Else the schedule as it is."""
         slots, sublayers = self.schedule.attentions, self.after_tap()
         if not slots or not all(is_parted(sublayers[slot]) for slot in slots):
             return self.schedule
@@ -100,8 +118,8 @@ class MoEBlock(Operators):
     def through_window(
         self, x_BSD: Tensor, state: StreamState, *cache: KVCache, onto: Tensor | None = None
     ) -> tuple[Tensor, StreamState]:
-        """Run the sub-layers after the tap; and the experts, where their slot is before or inside one of these.
-        onto: Residual's, where there is one sub-layer."""
+        """Run the sub-layers after the tap; and the experts, where their slot is before or inside
+        one of these. onto: Residual's, where there is one sub-layer."""
         for slot, sublayer in enumerate(self.after_tap()):
             if slot == self.schedule.slot and self.schedule.inside_attention:
                 x_BSD, state = self.around_experts(sublayer, x_BSD, state, *cache, onto=onto)
@@ -112,8 +130,11 @@ class MoEBlock(Operators):
             x_BSD = self.operator(self.schedule.window[slot], f, x_BSD, *cache)
         return x_BSD, state
 
-    def through_shared_expert(self, u_BSD: Tensor, state: StreamState) -> tuple[Tensor, StreamState]:
-        """Run the shared expert, which ends the window; and the experts, where their slot is right before or after."""
+    def through_shared_expert(
+        self, u_BSD: Tensor, state: StreamState
+    ) -> tuple[Tensor, StreamState]:
+        """Run the shared expert, which ends the window; and the experts, where their slot is right
+        before or after."""
         assert self.shared_expert is not None
         last = len(self.schedule.window)
         if self.schedule.slot == last - 1:
@@ -124,13 +145,24 @@ class MoEBlock(Operators):
         return shared_BSD, state
 
     def around_experts(
-        self, attention: Any, x_BSD: Tensor, state: StreamState, *cache: KVCache, onto: Tensor | None = None
+        self,
+        attention: Any,
+        x_BSD: Tensor,
+        state: StreamState,
+        *cache: KVCache,
+        onto: Tensor | None = None,
     ) -> tuple[Tensor, StreamState]:
-        """Run an attention sub-layer in two parts, and the experts between them. onto: as Residual's."""
+        """Run an attention sub-layer in two parts, and the experts between them. onto: as
+        Residual's."""
         core, out = PARTS
         core_BSv = self.operator(core, attention.core, x_BSD, *cache)
         state = self.moe.run_experts(state)
-        return self.operator(out, lambda core_BSv: attention(x_BSD, onto=onto, core=core_BSv), core_BSv), state
+        return (
+            self.operator(
+                out, lambda core_BSv: attention(x_BSD, onto=onto, core=core_BSv), core_BSv
+            ),
+            state,
+        )
 
     def after_tap(self) -> list[nn.Module]:
         """The sub-layers of the window, in order: sub-layer i runs right after slot i."""

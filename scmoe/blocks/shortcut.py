@@ -1,25 +1,28 @@
-"""ScMoE (Eq. 7-10): the routed experts read the *preceding* layer, so their transfers hide behind the backbone.
+"""ScMoE (Eq. 7-10): the routed experts read the *preceding* layer, so their transfers hide behind
+the backbone.
 
-    pair at Pos-2          h -> attention -> MLP -> attention -> H -> norm -> SE -> coefficient -> + H
+    pair at Pos-2          h -> attention -> MLP -> attention -> H -> norm -> SE -> coefficient -> +
+                           H
                                         |                                           ^
                                        tap -> norm -> route, dispatch, experts, combine
 
-The sub-layers of a pair are (attention, MLP, attention), of a block with an MoE in every block (attention). The
-position says which sub-layer the tap comes before:
+The sub-layers of a pair are (attention, MLP, attention), of a block with an MoE in every block
+(attention). The position says which sub-layer the tap comes before:
 
     Pos-1  before the last attention: the preceding block's output      H_l^MLP
     Pos-2  before the MLP                                                H_l^MH
     Pos-3  before the first attention: the pair's input                  H_{l-1}
 
-With an MoE in every block, Pos-2 taps the *preceding* block after its attention. That block hands M on as the `carry`:
+With an MoE in every block, Pos-2 taps the *preceding* block after its attention. That block hands M
+on as the `carry`:
 
     X_l -> attention --+--> M_l -> norm -> SE -> coefficient -> + M_l -> X_{l+1}
                        |                           ^
     M_{l-1} -> norm -> route, dispatch, experts, combine
                        +---------------------------------------------> M_l
 
-The first block has no preceding one: its tap is its own M_0, and only the shared expert hides its transfers.
-NousResearch wires ScMoE in this way (torchtitan, models/moe/scmoe.py).
+The first block has no preceding one: its tap is its own M_0, and only the shared expert hides its
+transfers. NousResearch wires ScMoE in this way (torchtitan, models/moe/scmoe.py).
 """
 
 from torch import Tensor, nn
@@ -39,13 +42,23 @@ class ShortcutBlock(MoEBlock):
     coefficient: nn.Module
 
     def forward(
-        self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache, carry: Tensor | None = None
+        self,
+        x_BSD: Tensor,
+        mask_BS: Tensor | None = None,
+        *cache: KVCache,
+        carry: Tensor | None = None,
     ) -> MoEOutput | HandedOn:
         """carry: the preceding block's, for a tap that lies there. ValueError: it is missing."""
         x_BSD = self.before_tap(x_BSD, *cache)
         if (carry is None) == (self.schedule.position == "carried"):
-            allowed = "what the block before leaves" if carry is None else "None, as it taps its own sub-layers"
-            raise ValueError(f"carry is {type(carry).__name__}, allowed for {self.schedule.name}: {allowed}")
+            allowed = (
+                "what the block before leaves"
+                if carry is None
+                else "None, as it taps its own sub-layers"
+            )
+            raise ValueError(
+                f"carry is {type(carry).__name__}, allowed for {self.schedule.name}: {allowed}"
+            )
         tap_BSD = self.tap_norm(x_BSD if carry is None else carry)
         state = self.moe.begin(tap_BSD, mask_BS, self.schedule.chunks)
         x_BSD, state = self.through_window(x_BSD, state, *cache)
@@ -54,4 +67,8 @@ class ShortcutBlock(MoEBlock):
         routed_BSD, stats = self.moe.finish(state)
         read_BSD = tap_BSD if self.coefficient_reads_tap else u_BSD
         y_BSD = x_BSD + self.after(self.coefficient(read_BSD, shared_BSD, routed_BSD))
-        return HandedOn(y_BSD, stats, x_BSD) if self.schedule.position in BETWEEN_BLOCKS else MoEOutput(y_BSD, stats)
+        return (
+            HandedOn(y_BSD, stats, x_BSD)
+            if self.schedule.position in BETWEEN_BLOCKS
+            else MoEOutput(y_BSD, stats)
+        )

@@ -5,7 +5,8 @@
                             |                                          ^
                             +-----------------> SE --------------------+
 
-h is the output of the last sub-layer of one block (attention) or of a pair (attention, MLP, attention).
+h is the output of the last sub-layer of one block (attention) or of a pair (attention, MLP,
+attention).
 """
 
 from collections.abc import Sequence
@@ -44,7 +45,8 @@ class TopKBlock(MoEBlock):
 class SharedExpertBlock(MoEBlock):
     """h + SE(h) + sum_i G(h)_i E_i(h) (Eq. 6): the shared expert can hide one of the two transfers.
 
-    At slot 0 the experts run first and the shared expert hides combine; at slot 1 it hides dispatch and they run last.
+    At slot 0 the experts run first and the shared expert hides combine; at slot 1 it hides dispatch
+    and they run last.
     """
 
     architecture = "shared_expert"

@@ -1,4 +1,5 @@
-"""The parts of a Transformer block: attention with rotary positions, MLP, and the residual sub-layer around each."""
+"""The parts of a Transformer block: attention with rotary positions, MLP, and the residual
+sub-layer around each."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -18,16 +19,18 @@ YARN_POSITIONS, MOST_TURNS = 4096, 32  # in every published model with YaRN that
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding (RoPE) in LLaMA's form: features i and i + d/2 of a head are turned as one plane.
+    """Rotary position embedding (RoPE) in LLaMA's form: features i and i + d/2 of a head are turned
+    as one plane.
 
         (a, b) at position s  ->  (a cos - b sin, b cos + a sin),   angle = s theta^(-2i/d)
 
-    So the product of a query and a key depends on their distance only. It turns [..., S, d] with an even d, and has no
-    weights. Each call computes the angles again, in float32 or wider: no buffer exists that a change of dtype could
-    round.
+    So the product of a query and a key depends on their distance only. It turns [..., S, d] with an
+    even d, and has no weights. Each call computes the angles again, in float32 or wider: no buffer
+    exists that a change of dtype could round.
 
-    yarn_factor: above 1, planes that turn less than once in 4096 positions turn as many times slower, planes that turn
-    32 times or more are as before, and those between are interpolated (YaRN, arXiv 2309.00071, section 3.2).
+    yarn_factor: above 1, planes that turn less than once in 4096 positions turn as many times
+    slower, planes that turn 32 times or more are as before, and those between are interpolated
+    (YaRN, arXiv 2309.00071, section 3.2).
     """
 
     def __init__(self, theta: float = 10000.0, yarn_factor: float = 1.0) -> None:
@@ -42,21 +45,32 @@ class Rotary(nn.Module):
         speeds_d = self.theta**-powers_d
         if self.yarn_factor != 1:
             speeds_d = speeds_d * (1 - self.slowed(size, speeds_d) * (1 - 1 / self.yarn_factor))
-        positions_S = torch.arange(seq_len, device=x_Sd.device) if positions_S is None else positions_S
+        positions_S = (
+            torch.arange(seq_len, device=x_Sd.device) if positions_S is None else positions_S
+        )
         angles_Sd = positions_S.to(wide)[..., None] * speeds_d
         cos_Sd, sin_Sd = angles_Sd.cos(), angles_Sd.sin()
         a_Sd, b_Sd = x_Sd.chunk(2, dim=-1)
-        return torch.cat([a_Sd * cos_Sd - b_Sd * sin_Sd, b_Sd * cos_Sd + a_Sd * sin_Sd], dim=-1).to(x_Sd.dtype)
+        return torch.cat([a_Sd * cos_Sd - b_Sd * sin_Sd, b_Sd * cos_Sd + a_Sd * sin_Sd], dim=-1).to(
+            x_Sd.dtype
+        )
 
     def slowed(self, size: int, speeds_d: Tensor) -> Tensor:
-        """How far each plane is slowed down, 0 to 1: a ramp from the plane that turns 32 times to that of one turn."""
+        """How far each plane is slowed down, 0 to 1: a ramp from the plane that turns 32 times to
+        that of one turn."""
 
         def plane(turns: int) -> float:
-            return size * math.log(YARN_POSITIONS / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+            return (
+                size * math.log(YARN_POSITIONS / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+            )
 
         first = max(math.floor(plane(MOST_TURNS)), 0)
         last = max(min(math.ceil(plane(1)), size - 1), first + 0.001)  # the ramp may be a step
-        return ((torch.arange(size // 2, device=speeds_d.device) - first) / (last - first)).clamp(0, 1).to(speeds_d)
+        return (
+            ((torch.arange(size // 2, device=speeds_d.device) - first) / (last - first))
+            .clamp(0, 1)
+            .to(speeds_d)
+        )
 
 
 class SelfAttention(nn.Module):
@@ -70,7 +84,8 @@ class SelfAttention(nn.Module):
 
     @property
     def mixed(self) -> int:
-        """Multiplications of a row for each row that it attends to: of keys, and of values, all heads together."""
+        """Multiplications of a row for each row that it attends to: of keys, and of values, all
+        heads together."""
         return 2 * self.dim
 
     def context(self, seq_len: int) -> int:
@@ -82,8 +97,8 @@ class PartedAttention(SelfAttention):
     """Attention in two parts, between which a schedule can run experts."""
 
     def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The heads' results of each row: all up to the output projection. cache: has what it keeps of the tokens
-        before x; that of x is appended."""
+        """The heads' results of each row: all up to the output projection. cache: has what it keeps
+        of the tokens before x; that of x is appended."""
         raise NotImplementedError
 
     def forward(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -91,15 +106,21 @@ class PartedAttention(SelfAttention):
 
 
 class Attention(PartedAttention):
-    """Causal multi-head self-attention, softmax(Q K^T / sqrt(D/H)) V. Flash attention where torch has it.
+    """Causal multi-head self-attention, softmax(Q K^T / sqrt(D/H)) V. Flash attention where torch
+    has it.
 
-    kv_heads: heads of K and V, each read by heads / kv_heads of Q (grouped-query attention); None: as many as heads.
-    rotary: turns Q and K by their positions; None: the input contains its positions.
-    Raises ValueError where heads do not divide dim, or kv_heads do not divide heads.
+    kv_heads: heads of K and V, each read by heads / kv_heads of Q (grouped-query attention); None:
+    as many as heads. rotary: turns Q and K by their positions; None: the input contains its
+    positions. Raises ValueError where heads do not divide dim, or kv_heads do not divide heads.
     """
 
     def __init__(
-        self, dim: int, heads: int, bias: bool = True, kv_heads: int | None = None, rotary: Rotary | None = None
+        self,
+        dim: int,
+        heads: int,
+        bias: bool = True,
+        kv_heads: int | None = None,
+        rotary: Rotary | None = None,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
@@ -114,8 +135,12 @@ class Attention(PartedAttention):
     def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
         """cache: has the keys and values of the tokens before x; those of x are appended."""
         if x_BSD.dim() != 3:
-            raise ValueError(f"x has the shape {tuple(x_BSD.shape)}, allowed: (batch, sequence, {self.dim})")
-        all_BHSd = self.qkv(x_BSD).unflatten(-1, (self.heads + 2 * self.kv_heads, -1)).transpose(1, 2)
+            raise ValueError(
+                f"x has the shape {tuple(x_BSD.shape)}, allowed: (batch, sequence, {self.dim})"
+            )
+        all_BHSd = (
+            self.qkv(x_BSD).unflatten(-1, (self.heads + 2 * self.kv_heads, -1)).transpose(1, 2)
+        )
         q_BHSd, k_BHSd, v_BHSd = all_BHSd.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if self.rotary is not None:
             positions = None if cache is None else cache.positions_BS[:, None]
@@ -128,23 +153,32 @@ class Attention(PartedAttention):
 
 
 def attend(q_BHSd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, seen: dict[str, Any]) -> Tensor:
-    """Returns softmax(Q K^T / sqrt(d)) V [B, H, S, d]; H / G heads of Q read one of K and V. seen: as in KVCache."""
+    """Returns softmax(Q K^T / sqrt(d)) V [B, H, S, d]; H / G heads of Q read one of K and V. seen:
+    as in KVCache."""
     grouped = k_BGLd.shape[1] < q_BHSd.shape[1]
-    if grouped and "attn_mask" in seen and q_BHSd.is_cuda:  # none of a GPU's fused kernels takes a mask and groups
+    if (
+        grouped and "attn_mask" in seen and q_BHSd.is_cuda
+    ):  # none of a GPU's fused kernels takes a mask and groups
         return attend_by_group(q_BHSd, k_BGLd, v_BGLd, seen["attn_mask"])
     return F.scaled_dot_product_attention(q_BHSd, k_BGLd, v_BGLd, **seen, enable_gqa=grouped)
 
 
 def attend_by_group(q_BHSd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, mask_B1SL: Tensor) -> Tensor:
-    """The same without groups and without copies of K and V: the heads of a group are further rows of one head."""
+    """The same without groups and without copies of K and V: the heads of a group are further rows
+    of one head."""
     groups, S = k_BGLd.shape[1], q_BHSd.shape[2]
     q_BGSd = q_BHSd.unflatten(1, (groups, -1)).flatten(2, 3)
     mask_B1SL = mask_B1SL.repeat(1, 1, q_BGSd.shape[2] // S, 1)
-    return F.scaled_dot_product_attention(q_BGSd, k_BGLd, v_BGLd, mask_B1SL).unflatten(2, (-1, S)).flatten(1, 2)
+    return (
+        F.scaled_dot_product_attention(q_BGSd, k_BGLd, v_BGLd, mask_B1SL)
+        .unflatten(2, (-1, S))
+        .flatten(1, 2)
+    )
 
 
 class MLP(nn.Module):
-    """act(x W_in) W_out: the MLP of Block-MLP, and the shared expert. For SwiGLU W_in holds gate and up."""
+    """act(x W_in) W_out: the MLP of Block-MLP, and the shared expert. For SwiGLU W_in holds gate
+    and up."""
 
     def __init__(self, dim: int, ffn_dim: int, bias: bool = True, activation: str = "gelu") -> None:
         super().__init__()
@@ -160,10 +194,12 @@ class MLP(nn.Module):
 
 
 class Residual(nn.Module):
-    """x + after(f(norm(x))). Pre-norm: a norm, and dropout after. Post-norm: no norm before, and the norm after.
+    """x + after(f(norm(x))). Pre-norm: a norm, and dropout after. Post-norm: no norm before, and
+    the norm after.
 
-    onto: what the result is added to instead of x (FarSkip).
-    core: the result of `core` for x; what is left to compute is attention's output projection, and the sum."""
+    onto: what the result is added to instead of x (FarSkip). core: the result of `core` for x; what
+    is left to compute is attention's output projection, and the sum.
+    """
 
     f: Any
 
@@ -176,7 +212,9 @@ class Residual(nn.Module):
         """The first part of an attention sub-layer; forward with the result is the second."""
         return self.f.core(self.norm(x_BSD), *cache)
 
-    def forward(self, x_BSD: Tensor, *cache: KVCache, onto: Tensor | None = None, core: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, *cache: KVCache, onto: Tensor | None = None, core: Tensor | None = None
+    ) -> Tensor:
         y_BSD = self.f(self.norm(x_BSD), *cache) if core is None else self.f.out(core)
         return (x_BSD if onto is None else onto) + self.after(y_BSD)
 
@@ -188,15 +226,24 @@ def is_parted(sublayer: nn.Module) -> bool:
 
 def outermost(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
     """Yields the modules of these classes that are not inside a sub-layer."""
-    inside = {child for m in model.modules() if isinstance(m, Residual) for child in m.modules() if child is not m}
-    yield from (module for module in model.modules() if isinstance(module, kinds) and module not in inside)
+    inside = {
+        child
+        for m in model.modules()
+        if isinstance(m, Residual)
+        for child in m.modules()
+        if child is not m
+    }
+    yield from (
+        module for module in model.modules() if isinstance(module, kinds) and module not in inside
+    )
 
 
 def compile_sublayers(model: nn.Module) -> int:
-    """Compiles every sub-layer and shared expert of `model` and returns their number. A first step takes seconds.
+    """Compiles every sub-layer and shared expert of `model` and returns their number. A first step
+    takes seconds.
 
-    A whole block cannot be one graph: the MoE stream's layout and transfers are not compiled, and each of them would be
-    a graph break. Sub-layers of equal shape share one graph.
+    A whole block cannot be one graph: the MoE stream's layout and transfers are not compiled, and
+    each of them would be a graph break. Sub-layers of equal shape share one graph.
     """
     parts: list[Any] = list(outermost(model, (Residual, MLP)))
     for part in parts:
@@ -206,11 +253,12 @@ def compile_sublayers(model: nn.Module) -> int:
 
 
 def recompute_activations(model: nn.Module, keep_input: Callable[..., Any] = checkpoint) -> None:
-    """Makes every sub-layer, shared expert and Experts module of `model` keep its input, not its activations.
+    """Makes every sub-layer, shared expert and Experts module of `model` keep its input, not its
+    activations.
 
-    Routing, layout and transfers are not repeated in backward: a second routing could differ (noise, ties), and a
-    second transfer would cost the time that the shortcut hides.
-    keep_input: called as torch's checkpoint.
+    Routing, layout and transfers are not repeated in backward: a second routing could differ
+    (noise, ties), and a second transfer would cost the time that the shortcut hides. keep_input:
+    called as torch's checkpoint.
     """
     for module in outermost(model, (Residual, MLP, Experts)):
         for method in METHODS if is_parted(module) else METHODS[:1]:

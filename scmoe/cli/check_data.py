@@ -7,7 +7,8 @@ from scmoe.config.leaves import ConfigError
 def main(config: str, /, *overrides: KeyValue) -> None:
     """Read all data of a config, and name each file that cannot be read. No training is started.
 
-    Exit code 2: a file cannot be read, unless data.on_error=skip; or the data cannot be used at all.
+    Exit code 2: a file cannot be read, unless data.on_error=skip; or the data cannot be used at
+    all.
 
     Args:
         config: a YAML file, or the name of a shipped one
@@ -17,7 +18,9 @@ def main(config: str, /, *overrides: KeyValue) -> None:
     from scmoe.training.assembly.data import build_datamodule, prepare_data
 
     settings = load(config, overrides)
-    data = build_datamodule(replace(settings, data=replace(settings.data, on_error="skip")))  # it notes each file
+    data = build_datamodule(
+        replace(settings, data=replace(settings.data, on_error="skip"))
+    )  # it notes each file
     prepare_data(data, warn=False)
     found, name = data.unreadable(), settings.data.name
     for line in found:
@@ -25,7 +28,10 @@ def main(config: str, /, *overrides: KeyValue) -> None:
     if not found:
         print(f"all data of {name} can be read")
     elif settings.data.on_error == "skip":
-        print(f"{len(found)} file(s) cannot be read and will be skipped; all other data of {name} can be read")
+        print(
+            f"{len(found)} file(s) cannot be read and will be skipped; all other data of {name} can"
+            " be read"
+        )
     else:
         them = "Repair or remove them; data.on_error=skip trains without them."
         raise ConfigError(f"{len(found)} file(s) cannot be read. {them}")

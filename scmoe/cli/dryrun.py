@@ -1,4 +1,5 @@
-"""`scmoe dryrun` runs one training step of rank 0 of a large job in this process, on tensors without numbers."""
+"""`scmoe dryrun` runs one training step of rank 0 of a large job in this process, on tensors
+without numbers."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,11 @@ from scmoe.command_line import KeyValue, numbers_of
 from scmoe.config.leaves import ConfigError, four_digits
 
 GIB = 2**30
-WAYS, PRECISIONS, RECOMPUTE = ("replicated", "sharded"), ("32-true", "bf16-mixed"), ("false", "true")  # of presets
+WAYS, PRECISIONS, RECOMPUTE = (
+    ("replicated", "sharded"),
+    ("32-true", "bf16-mixed"),
+    ("false", "true"),
+)  # of presets
 
 
 def facts_of(run: Any) -> dict[str, Any]:
@@ -26,7 +31,10 @@ def facts_of(run: Any) -> dict[str, Any]:
 def numbers(run: Any) -> dict[str, float]:
     """Return what the table of a DryRun shows, by the names of its lines."""
     return {
-        **{f"GiB of {name}": getattr(run, name) / GIB for name in ("weights", "gradients", "optimizer")},
+        **{
+            f"GiB of {name}": getattr(run, name) / GIB
+            for name in ("weights", "gradients", "optimizer")
+        },
         **{f"GiB at the peak, made in {phase}": size / GIB for phase, size in run.peak.items()},
         "GiB at the peak": sum(run.peak.values()) / GIB,
         "TFLOPs of a step": run.flops / 1e12,
@@ -35,7 +43,8 @@ def numbers(run: Any) -> dict[str, float]:
 
 
 def preset_rows(ranks: int, samples: int, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield a dry run of every preset with each layout of dense weights, in two precisions, with recompute or not.
+    """Yield a dry run of every preset with each layout of dense weights, in two precisions, with
+    recompute or not.
 
     Presets without a capacity have one of 1 here, which is all rows of balanced routing."""
     from scmoe.config.load import SHIPPED
@@ -43,29 +52,42 @@ def preset_rows(ranks: int, samples: int, overrides: Sequence[str]) -> Iterator[
 
     presets = sorted((SHIPPED / "model").glob("*.yaml"))
     for path, dense, precision, recompute in product(presets, WAYS, PRECISIONS, RECOMPUTE):
-        words = [f"strategy.dense={dense}", f"trainer.precision={precision}", f"trainer.recompute={recompute}"]
+        words = [
+            f"strategy.dense={dense}",
+            f"trainer.precision={precision}",
+            f"trainer.recompute={recompute}",
+        ]
         config = load_for(path, ranks, samples, [*overrides, *words])
         if config.moe.capacity_factor is None:
             config = replace(config, moe=replace(config.moe, capacity_factor=1.0))
         facts = facts_of(dry_run(with_slots(config)))
-        row = {"preset": path.stem, "dense": dense, "precision": precision, "recompute": recompute == "true"}
+        row = {
+            "preset": path.stem,
+            "dense": dense,
+            "precision": precision,
+            "recompute": recompute == "true",
+        }
         yield row | {key: round(facts[key], 6) for key in ("peak_gib", "states_gib")}
 
 
 def main(config: str, /, *words: KeyValue) -> None:
-    """Run one training step of rank 0 of a large job in this process, on tensors without numbers, and count.
+    """Run one training step of rank 0 of a large job in this process, on tensors without numbers,
+    and count.
 
     Standard output is JSON.
 
     Args:
-        config: a YAML file or the name of a shipped one; or presets, which runs every preset in each layout of dense
-            weights, in two precisions, with recompute or not
-        words: ranks=N for the number of ranks, on nodes of 8 or of trainer.devices=N (default: as CONFIG sets them),
-            samples=N for the samples of a rank in a batch (default: 1), and key=value
+        config: a YAML file or the name of a shipped one; or presets, which runs every preset in
+            each layout of dense weights, in two precisions, with recompute or not
+        words: ranks=N for the number of ranks, on nodes of 8 or of trainer.devices=N (default: as
+            CONFIG sets them), samples=N for the samples of a rank in a batch (default: 1), and
+            key=value
     """
     sizes, overrides = numbers_of(words, ("ranks", "samples"))
     if "ranks" not in sizes and sizes:
-        raise ConfigError("command line: samples without ranks, allowed: both, or data.global_batch_size alone")
+        raise ConfigError(
+            "command line: samples without ranks, allowed: both, or data.global_batch_size alone"
+        )
     from scmoe.config.load import load
     from scmoe.estimate.counted_step import dry_run, load_for, with_slots
     from scmoe.report import Report, console, say
@@ -74,11 +96,16 @@ def main(config: str, /, *words: KeyValue) -> None:
     if config == "presets":
         rows = []
         for row in preset_rows(ranks or 64, samples, overrides):
-            cells = (four_digits(value) if isinstance(value, float) else str(value) for value in row.values())
+            cells = (
+                four_digits(value) if isinstance(value, float) else str(value)
+                for value in row.values()
+            )
             console().print(" ".join(cells))
             rows.append(row)
         return print(json.dumps(rows))
-    given = load(config, overrides) if ranks is None else load_for(config, ranks, samples, overrides)
+    given = (
+        load(config, overrides) if ranks is None else load_for(config, ranks, samples, overrides)
+    )
     settings = with_slots(given)
     if settings != given:
         say("moe.rows=slots is set: a dry run has no data, so it counts every slot of the capacity")

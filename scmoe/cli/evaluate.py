@@ -16,15 +16,15 @@ def main(
 ) -> None:
     """Evaluate a checkpoint of a run: loss of the test split, perplexity of a text, tasks.
 
-    The results go to RUN/evaluation.json and to the run's own W&B run. Standard output is the results as
-    JSON. They do not depend on the number of ranks (trainer.devices=2).
+    The results go to RUN/evaluation.json and to the run's own W&B run. Standard output is the
+    results as JSON. They do not depend on the number of ranks (trainer.devices=2).
 
     Args:
         run: a run's directory, such as runs/latest
         overrides: key=value, what a resumed run may change, too
         which: checkpoint
-        tasks: comma-separated: cloze and next_sentence, made from the text, files of --data, tasks of lm-eval such as
-            hellaswag; none (default: the first two)
+        tasks: comma-separated: cloze and next_sentence, made from the text, files of --data, tasks
+            of lm-eval such as hellaswag; none (default: the first two)
         data: folder of NAME.jsonl for tasks, such as piqa.jsonl, or of lm-eval's YAML files
         text: UTF-8 file for perplexity and own tasks (default: the test split)
         stride: tokens that a window scores (default: half the context)

@@ -13,7 +13,8 @@ def main(
     format: Literal["safetensors", "hf"] = "safetensors",
     out: Path | None = None,
 ) -> None:
-    """Write the model of a run's last or best checkpoint as one file or as a Hugging Face folder, whatever its ranks.
+    """Write the model of a run's last or best checkpoint as one file or as a Hugging Face folder,
+    whatever its ranks.
 
     Args:
         run: a run's directory, such as runs/latest
@@ -46,10 +47,19 @@ def main(
         others = [file for file in out.parent.glob("[!.]*.safetensors") if file != out]
         used = beside.exists() and (others or not out.exists())
         if not of_run and used and beside.read_text(encoding="utf-8") != to_yaml(config):
-            raise ConfigError(f"--out is {str(out)!r}, whose folder has another config.yaml, allowed: another folder")
+            raise ConfigError(
+                f"--out is {str(out)!r}, whose folder has another config.yaml, allowed: another"
+                " folder"
+            )
         out.parent.mkdir(parents=True, exist_ok=True)
         tokenizer = kept_tokenizer(checkpoint)
-        consolidate(checkpoint, out, build_model_on_meta(config), model_settings(config), tokenizer=tokenizer)
+        consolidate(
+            checkpoint,
+            out,
+            build_model_on_meta(config),
+            model_settings(config),
+            tokenizer=tokenizer,
+        )
         if not of_run:  # how the run began
             beside.write_text(to_yaml(config), encoding="utf-8")
     except (OSError, ValueError) as error:

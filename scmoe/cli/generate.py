@@ -29,8 +29,9 @@ def main(
 ) -> None:
     """Continue texts with the model of a run or of an export, whatever number of ranks the run had.
 
-    One text is shown as it is written. With --prompts FILE the texts go to --out FILE, as JSON lines; several ranks
-    (trainer.devices=2) share the prompts and the experts. The model is dropless, whatever its capacity factor.
+    One text is shown as it is written. With --prompts FILE the texts go to --out FILE, as JSON
+    lines; several ranks (trainer.devices=2) share the prompts and the experts. The model is
+    dropless, whatever its capacity factor.
 
     Args:
         run: directory of a run, such as runs/latest, or an exported file
@@ -55,7 +56,9 @@ def main(
     if prompts is not None and prompt is not None:
         raise ConfigError("--prompt and --prompts exclude each other")
     if prompts is not None and out is not None and prompts.resolve() == out.resolve():
-        raise ConfigError(f"--out is {str(out)!r}, which is the file of --prompts. Give another file.")
+        raise ConfigError(
+            f"--out is {str(out)!r}, which is the file of --prompts. Give another file."
+        )
     from scmoe.inference.prompts import Prompt, check_prompt, read_prompts
     from scmoe.inference.sampling import Sampling
     from scmoe.runs.continuation import Request, generate_texts, speed_lines, to_file
@@ -65,11 +68,23 @@ def main(
         texts = [Prompt(prompt, seed)] if prompts is None else read_prompts(prompts, seed)
         if prompts is None:
             check_prompt(texts[0], "--prompt")
-        request = Request(texts, max_tokens, sampling, tuple(stop), which, batch_size, prefill_tokens, plan, overrides)
+        request = Request(
+            texts,
+            max_tokens,
+            sampling,
+            tuple(stop),
+            which,
+            batch_size,
+            prefill_tokens,
+            plan,
+            overrides,
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if out is None:
-        speed = generate_texts(run.resolve(), request, lambda text: print(), partial(print, end="", flush=True))
+        speed = generate_texts(
+            run.resolve(), request, lambda text: print(), partial(print, end="", flush=True)
+        )
     else:
         with to_file(out) as write:
             speed = generate_texts(run.resolve(), request, write)

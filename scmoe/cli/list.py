@@ -1,4 +1,3 @@
-
 from scmoe.command_line import KeyValue
 
 
@@ -17,7 +16,9 @@ def main(*extensions: KeyValue) -> None:
     load(None, extensions)
     screen = console(stderr=False)
     for title, rows in catalogue().items():
-        table = Table(Column(style="cyan", no_wrap=True), show_header=False, box=None, padding=(0, 2))
+        table = Table(
+            Column(style="cyan", no_wrap=True), show_header=False, box=None, padding=(0, 2)
+        )
         for row in rows:
             table.add_row(*filter(None, row))
         screen.print(f"[bold]{title}[/bold]", table, "", sep="\n")

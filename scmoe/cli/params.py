@@ -1,8 +1,9 @@
-"""`scmoe params` counts parameters of presets and architectures, and shows the published totals beside them.
+"""`scmoe params` counts parameters of presets and architectures, and shows the published totals
+beside them.
 
-Presets are the files of configs/model. Those of the paper have a row for each architecture (Table 8 and A.7); a preset
-of another publication, which names its router, has the one of its own. Models are built on the meta device, so they
-need no memory.
+Presets are the files of configs/model. Those of the paper have a row for each architecture (Table 8
+and A.7); a preset of another publication, which names its router, has the one of its own. Models
+are built on the meta device, so they need no memory.
 """
 
 import json
@@ -12,7 +13,8 @@ from scmoe.report import Report
 
 PRESETS = SHIPPED / "model"
 NO_TAP = "moe.position=pos2"  # the default: without a tap no other position is allowed
-# Positions share a row: a tap's norm has the same size everywhere. So do CG-1, CG-2 and Direct Add, to 2 D a module.
+# Positions share a row: a tap's norm has the same size everywhere. So do CG-1, CG-2 and Direct Add,
+# to 2 D a module.
 ARCHITECTURES = {
     "dense": f"moe.architecture=dense {NO_TAP}",
     "top_1": f"moe.architecture=top_k moe.top_k=1 {NO_TAP}",
@@ -39,14 +41,16 @@ PUBLISHED = {  # Table 8's totals are those of standard top-2
 def main(*presets: str) -> None:
     """Count the parameters of presets and architectures, and show the published totals beside them.
 
-    Standard output is JSON: {preset: {architecture: {"total": ..., "active": ...}}}; active parameters
-    are those that one token uses.
+    Standard output is JSON: {preset: {architecture: {"total": ..., "active": ...}}}; active
+    parameters are those that one token uses.
 
     Args:
         presets: names of files in configs/model, without .yaml (default: all)
     """
     names = presets or sorted(path.stem for path in PRESETS.glob("*.yaml"))
-    counts = {name: {row: count(name, words) for row, words in rows(name).items()} for name in names}
+    counts = {
+        name: {row: count(name, words) for row, words in rows(name).items()} for name in names
+    }
     shown = {}
     for preset, each in counts.items():
         for row, sizes in each.items():

@@ -6,15 +6,16 @@ from scmoe.config.leaves import ConfigError
 
 
 def main(run: Path, /, *overrides: KeyValue) -> None:
-    """Resume a run from its newest checkpoint, or from that of a step. Standard output is the run's summary as
-    JSON, and everything else goes to standard error.
+    """Resume a run from its newest checkpoint, or from that of a step. Standard output is the run's
+    summary as JSON, and everything else goes to standard error.
 
-    Exit codes: 2, the request was wrong and nothing was started; 143 or 130, stopped by SIGTERM or Ctrl-C with a
-    checkpoint.
+    Exit codes: 2, the request was wrong and nothing was started; 143 or 130, stopped by SIGTERM or
+    Ctrl-C with a checkpoint.
 
     Args:
         run: a run's directory, such as runs/latest
-        overrides: step=N for the checkpoint of that step, and key=value for what a resumed run may change
+        overrides: step=N for the checkpoint of that step, and key=value for what a resumed run may
+            change
     """
     run_dir = run.resolve()
     if not any(run_dir.glob("checkpoints/*")):

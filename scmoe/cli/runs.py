@@ -4,10 +4,12 @@ from scmoe.config.leaves import ConfigError
 
 
 def main(folder: Path = Path("runs"), /, *, last: int = 30) -> None:
-    """List the runs of a folder, the newest first: state, best loss, speed, and how their configs differ.
+    """List the runs of a folder, the newest first: state, best loss, speed, and how their configs
+    differ.
 
-    Best loss is the lowest val/loss; tokens/s is the summary's value, or the last logged one. "differs in" shows what
-    differs from more than half of the runs shown of the same experiment: those of one name, one sweep or one table.
+    Best loss is the lowest val/loss; tokens/s is the summary's value, or the last logged one.
+    "differs in" shows what differs from more than half of the runs shown of the same experiment:
+    those of one name, one sweep or one table.
 
     Args:
         folder: where to look
@@ -19,4 +21,6 @@ def main(folder: Path = Path("runs"), /, *, last: int = 30) -> None:
         raise ConfigError(f"the folder of runs is {str(folder)!r}, allowed: an existing folder")
     runs = find_runs(folder)
     shown = runs[:last]
-    console().print(table_of(shown, folder), f"{len(shown)} of {len(runs)} runs in {folder}", sep="\n")
+    console().print(
+        table_of(shown, folder), f"{len(shown)} of {len(runs)} runs in {folder}", sep="\n"
+    )

@@ -30,10 +30,11 @@ def run_here(sweep: Any, again: str) -> int:
 def main(file: str, /, *overrides: KeyValue, local: bool = False) -> int:
     """Search over parameters, as a W&B sweep file says.
 
-    With a W&B key the sweep is W&B's: it is created there, an agent starts here, and others may join from anywhere.
-    Without a key, or with --local, the same file runs here; the same command resumes it. Standard output is then
-    {"trials": .., "finished": .., "failed": .., "best": ..}.
-    Exit codes: 2, the request was wrong and nothing was started; 1, no trial finished; 130 or 143, stopped.
+    With a W&B key the sweep is W&B's: it is created there, an agent starts here, and others may
+    join from anywhere. Without a key, or with --local, the same file runs here; the same command
+    resumes it. Standard output is then {"trials": .., "finished": .., "failed": .., "best": ..}.
+    Exit codes: 2, the request was wrong and nothing was started; 1, no trial finished; 130 or 143,
+    stopped.
 
     Args:
         file: a W&B sweep file, such as configs/sweep/lr.yaml

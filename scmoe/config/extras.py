@@ -1,4 +1,5 @@
-"""This installation: how a user calls `scmoe`, and how to install packages that only some verbs need."""
+"""This installation: how a user calls `scmoe`, and how to install packages that only some verbs
+need."""
 
 import os
 import shlex
@@ -23,7 +24,9 @@ EXTRAS = {  # extra: modules
     "eval": ("lm_eval",),
     "hf": ("transformers",),
 }
-CHECKOUT = Path(__file__).parents[2] / "pyproject.toml"  # absent where scmoe is installed from a wheel
+CHECKOUT = (
+    Path(__file__).parents[2] / "pyproject.toml"
+)  # absent where scmoe is installed from a wheel
 
 
 def require(purpose: str, *modules: str) -> None:
@@ -58,8 +61,8 @@ def install_command(*modules: str) -> str:
 def scmoe(*words: object) -> str:
     """Return the command `scmoe WORDS`, for messages that name the next command, ready to copy.
 
-    Where PATH does not find this installation's `scmoe`, such as in a checkout used through `make`, it is named by its
-    path. Where there is none, the command is `python -m scmoe WORDS`.
+    Where PATH does not find this installation's `scmoe`, such as in a checkout used through `make`,
+    it is named by its path. Where there is none, the command is `python -m scmoe WORDS`.
     """
     program = own_program()
     if program is None:
@@ -75,7 +78,8 @@ def nearby(path: Path) -> Path:
 
 @cache
 def own_program() -> Path | None:
-    """Return the `scmoe` that was installed with this package; None: there is none, or it is another installation's."""
+    """Return the `scmoe` that was installed with this package; None: there is none, or it is
+    another installation's."""
     try:
         installed = distribution("scmoe")
     except PackageNotFoundError:  # a checkout or a copy that was not installed
@@ -83,6 +87,8 @@ def own_program() -> Path | None:
     package = Path(str(installed.locate_file("scmoe/__init__.py")))
     if package.exists() and not package.samefile(Path(__file__).parents[1] / "__init__.py"):
         return None
-    listed = [file for file in installed.files or () if file.name == "scmoe" and file.parent.name == "bin"]
+    listed = [
+        file for file in installed.files or () if file.name == "scmoe" and file.parent.name == "bin"
+    ]
     places = [Path(os.path.normpath(str(installed.locate_file(file)))) for file in listed]
     return next((place for place in places if place.exists()), None)

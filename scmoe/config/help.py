@@ -38,7 +38,10 @@ def catalogue() -> dict[str, list[tuple[str, str]]]:
     for name, path in shipped_and_own().items():
         title = "Sweeps" if name.startswith("configs/sweep/") else "Configurations"
         found[title].append((name, _first_comment(path)))
-    found |= {title: [(f"{key}={choice}", "") for choice in choices[key]] for title, key in CATALOGUE.items()}
+    found |= {
+        title: [(f"{key}={choice}", "") for choice in choices[key]]
+        for title, key in CATALOGUE.items()
+    }
     if CALLBACKS.names():
         found["Callbacks"] = [(f"callbacks.{name}", "") for name in CALLBACKS.names()]
     return found
@@ -48,7 +51,10 @@ def _lines(row: tuple[str, ...]) -> list[str]:
     """Return a row of the table as lines of text, each cell wrapped in its column."""
     cells = [wrap(cell, width) or [""] for cell, width in zip(row, WIDTHS, strict=True)]
     columns = zip_longest(*cells, fillvalue="")
-    return ["  ".join(part.ljust(width) for part, width in zip(line, WIDTHS, strict=True)).rstrip() for line in columns]
+    return [
+        "  ".join(part.ljust(width) for part, width in zip(line, WIDTHS, strict=True)).rstrip()
+        for line in columns
+    ]
 
 
 def _first_comment(path: Path) -> str:

@@ -1,4 +1,5 @@
-"""Walks a tree of dataclasses whose fields are options, and describes their values for help and error messages."""
+"""Walks a tree of dataclasses whose fields are options, and describes their values for help and
+error messages."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import field, fields, is_dataclass
@@ -26,7 +27,10 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         least, most = number(self.least), number(self.most)
-        forms = {"least": f"above {least}, at most {most}", "most": f"{least} or more, below {most}"}
+        forms = {
+            "least": f"above {least}, at most {most}",
+            "most": f"{least} or more, below {most}",
+        }
         return forms.get(self.without or "", f"{least} to {most}")
 
 
@@ -39,12 +43,16 @@ def number(value: float) -> str:
 
 
 def four_digits(value: float) -> str:
-    """Return a number with four digits; a large one with all digits before the point, and not as 8.6e+04."""
+    """Return a number with four digits; a large one with all digits before the point, and not as
+    8.6e+04."""
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:,.4g}"
 
 
 def option(
-    default: Any, help: str, range: Range | None = None, names: Callable[[], tuple[str, ...]] | None = None
+    default: Any,
+    help: str,
+    range: Range | None = None,
+    names: Callable[[], tuple[str, ...]] | None = None,
 ) -> Any:
     """Return a field with its default, the line that `--help` shows, and its range.
 
@@ -81,7 +89,12 @@ class Leaf(NamedTuple):
         """The values of a Literal without null, or the registered names; () for any other field."""
         if self.names is not None:
             return self.names()
-        return tuple(choice for kind in self.types if get_origin(kind) is Literal for choice in get_args(kind))
+        return tuple(
+            choice
+            for kind in self.types
+            if get_origin(kind) is Literal
+            for choice in get_args(kind)
+        )
 
     @property
     def allowed(self) -> str:
@@ -93,7 +106,9 @@ class Leaf(NamedTuple):
             list[int]: "list[int]",
             dict[str, Any]: "mapping",
         }
-        others = [kind for kind in self.types if get_origin(kind) is not Literal and self.names is None]
+        others = [
+            kind for kind in self.types if get_origin(kind) is not Literal and self.names is None
+        ]
         words = [*map(str, self.choices), *(names.get(kind, kind.__name__) for kind in others)]
         return " | ".join(words) + (f", {self.range}" if self.range else "")
 

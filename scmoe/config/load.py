@@ -1,11 +1,12 @@
 """Reads YAML files and overrides into a validated `Config`, and writes it back.
 
-A YAML file may name other files under `extends:`, relative to itself or as `find` finds them. Later sources
-override earlier ones: defaults, the extended files in their order, the file, the command line.
+A YAML file may name other files under `extends:`, relative to itself or as `find` finds them. Later
+sources override earlier ones: defaults, the extended files in their order, the file, the command
+line.
 
-All values in a file are read as text, and the field's type decides what a text means: `1e-3` is a number in optim.lr
-and a text in a name. PyYAML's BaseLoader builds no objects and nothing is interpolated. Tags, anchors, aliases and
-repeated keys are errors.
+All values in a file are read as text, and the field's type decides what a text means: `1e-3` is a
+number in optim.lr and a text in a name. PyYAML's BaseLoader builds no objects and nothing is
+interpolated. Tags, anchors, aliases and repeated keys are errors.
 """
 
 import copy
@@ -27,7 +28,9 @@ from scmoe.config.leaves import ConfigError, leaves, show
 from scmoe.config.registry import import_extensions, named, refuse_kept
 from scmoe.config.rules import unread_position, validate
 
-SHIPPED = Path(__file__).parents[1] / "configs"  # in a checkout a link, in an installed package a folder
+SHIPPED = (
+    Path(__file__).parents[1] / "configs"
+)  # in a checkout a link, in an installed package a folder
 _LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
 _SECTIONS = {key.rpartition(".")[0] for key in _LEAVES if "." in key}
 _MAPPINGS = tuple(f"{leaf.key}." for leaf in _LEAVES.values() if leaf.type == dict[str, Any])
@@ -37,8 +40,9 @@ _NULL = ("", "~", "null", "None")
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Return the validated configuration of a YAML file and overrides `key=value` or `--key=value`.
 
-    path: a file or a name that `find` finds; None for the defaults only. Raises ConfigError, in one line, for a
-    file that cannot be read, an unknown key, a value of another type or range, and a combination that cannot run.
+    path: a file or a name that `find` finds; None for the defaults only. Raises ConfigError, in one
+    line, for a file that cannot be read, an unknown key, a value of another type or range, and a
+    combination that cannot run.
     """
     tree = copy.deepcopy(_defaults())
     if path is not None:
@@ -47,10 +51,11 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
-    """Return the validated configuration of a text of `to_yaml`, kept in a run or an export, and overrides.
+    """Return the validated configuration of a text of `to_yaml`, kept in a run or an export, and
+    overrides.
 
-    A kept configuration runs no code: its callbacks are left out. Its extensions are refused unless an override names
-    them or they are imported already (registry.py). source: its name in messages.
+    A kept configuration runs no code: its callbacks are left out. Its extensions are refused unless
+    an override names them or they are imported already (registry.py). source: its name in messages.
     """
     tree = copy.deepcopy(_defaults())
     _merge(tree, _mapping(parse_yaml(text, source), source), source)
@@ -69,14 +74,20 @@ def load_kept(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def _finished(tree: DictConfig, overrides: Sequence[str], source: str) -> Config:
-    """Merge the overrides into the tree and validate it. source: where its values are from; "" for the defaults."""
+    """Merge the overrides into the tree and validate it. source: where its values are from; "" for
+    the defaults."""
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
-            raise ConfigError(f"command line: {override!r} has no value, allowed: key=value or --key=value")
+            raise ConfigError(
+                f"command line: {override!r} has no value, allowed: key=value or --key=value"
+            )
         value = parse_yaml(text, f"command line: {key}")
         if "#" in text and (comment := _comment_in(text)):
-            raise ConfigError(f"command line: {key} ends with the comment {show(comment)}, allowed: {key}='\"...\"'")
+            raise ConfigError(
+                f"command line: {key} ends with the comment {show(comment)}, allowed:"
+                f" {key}='\"...\"'"
+            )
         _merge(tree, {key: value}, "command line")
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
@@ -89,7 +100,8 @@ def _finished(tree: DictConfig, overrides: Sequence[str], source: str) -> Config
 
 @cache
 def _defaults() -> DictConfig:
-    """Return the defaults as a tree that can be changed. A copy takes a quarter of the time of a new one."""
+    """Return the defaults as a tree that can be changed. A copy takes a quarter of the time of a
+    new one."""
     tree = OmegaConf.structured(Config)
     for section in _SECTIONS:  # OmegaConf makes a frozen dataclass read-only
         OmegaConf.set_readonly(OmegaConf.select(tree, section), False)
@@ -116,13 +128,21 @@ def changes_to_yaml(config: Config) -> str:
 
 
 def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> None:
-    """Merge the files that a file extends, then the file. children: the chain of files that extend it."""
-    text, identity = read_text(path, f", which {children[-1]} extends" if children else ""), path.resolve()
+    """Merge the files that a file extends, then the file. children: the chain of files that extend
+    it."""
+    text, identity = (
+        read_text(path, f", which {children[-1]} extends" if children else ""),
+        path.resolve(),
+    )
     if identity in children:
         raise ConfigError(f"{path}: extends itself: {' > '.join(map(str, (*children, identity)))}")
     parsed = parse_yaml(text, str(path))
-    if parsed == "":  # a file that was cut off, or not saved yet: {} says that the defaults are meant
-        raise ConfigError(f"{path}: the file is empty; write at least one key, or {{}} for the defaults")
+    if (
+        parsed == ""
+    ):  # a file that was cut off, or not saved yet: {} says that the defaults are meant
+        raise ConfigError(
+            f"{path}: the file is empty; write at least one key, or {{}} for the defaults"
+        )
     mapping = _mapping(parsed, str(path))
     extends = mapping.pop("extends", [])
     parents = [extends] if isinstance(extends, str) else extends
@@ -135,7 +155,9 @@ def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> Non
 
 def _mapping(value: Any, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ConfigError(f"{source}: the file is {show(value)}, allowed: a mapping of keys to values")
+        raise ConfigError(
+            f"{source}: the file is {show(value)}, allowed: a mapping of keys to values"
+        )
     return value
 
 
@@ -143,12 +165,19 @@ def read_text(path: Path, extended: str = "") -> str:
     """Return the text of a configuration. extended: who extends it, for the error message."""
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: bytes that are not UTF-8, a path with a null byte
+    except (
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: bytes that are not UTF-8, a path with a null byte
         hint = ""
         if isinstance(error, FileNotFoundError):
-            paths = [name.removeprefix("configs/").removesuffix(".yaml") for name in shipped_and_own()]
+            paths = [
+                name.removeprefix("configs/").removesuffix(".yaml") for name in shipped_and_own()
+            ]
             names = {Path(name).stem: name for name in paths}
-            near = "".join(f"; did you mean {names[n]}?" for n in get_close_matches(path.stem, names, 1))
+            near = "".join(
+                f"; did you mean {names[n]}?" for n in get_close_matches(path.stem, names, 1)
+            )
             hint = f"{near}; {scmoe('list')} shows all names"
         raise ConfigError(f"{path}{extended}: cannot be read: {error}{hint}") from error
 
@@ -169,7 +198,9 @@ def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
             OmegaConf.update(tree, key, typed, merge=False, force_add=in_mapping)
         except ValueError as error:  # OmegaConf's ValidationError is one
             hint = "; no interpolation" if "${" in str(value) else ""
-            raise ConfigError(f"{source}: {key} is {show(value)}, allowed: {_allowed(key)}{hint}") from error
+            raise ConfigError(
+                f"{source}: {key} is {show(value)}, allowed: {_allowed(key)}{hint}"
+            ) from error
 
 
 def _allowed(key: str) -> str:
@@ -183,7 +214,8 @@ def _allowed(key: str) -> str:
 
 
 def _typed(key: str, value: Any) -> Any:
-    """Return a text, or a list of texts, as OmegaConf takes it for a field. ValueError: the field has no such value."""
+    """Return a text, or a list of texts, as OmegaConf takes it for a field. ValueError: the field
+    has no such value."""
     if key in _SECTIONS:
         raise ValueError
     leaf = _LEAVES[key]
@@ -199,7 +231,8 @@ def _typed(key: str, value: Any) -> Any:
 
 
 def _guessed(value: Any) -> Any:
-    """Return a value of a mapping whose entries have no type here: null, true or false, a number, else a text."""
+    """Return a value of a mapping whose entries have no type here: null, true or false, a number,
+    else a text."""
     if isinstance(value, list):
         return [_guessed(each) for each in value]
     if value == {}:  # a callback without options
@@ -214,7 +247,8 @@ def _guessed(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    """Return a text of YAML. ValueError: another value, or OmegaConf's signs for interpolation and a missing value."""
+    """Return a text of YAML. ValueError: another value, or OmegaConf's signs for interpolation and
+    a missing value."""
     if not isinstance(value, str) or "${" in value or value == "???":
         raise ValueError
     return value
@@ -236,7 +270,8 @@ def _pairs(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _hint(key: str) -> str:
-    """Suggest the known key that was likely meant: the field of this name or of the most similar one."""
+    """Suggest the known key that was likely meant: the field of this name or of the most similar
+    one."""
     by_name = {known.rpartition(".")[2]: known for known in reversed(_LEAVES)}
     near = get_close_matches(key.rpartition(".")[2], by_name, 1)
     return f"did you mean {by_name[near[0]]}?" if near else "see --help for all keys"
@@ -248,12 +283,15 @@ class _Loader(yaml.BaseLoader):
         names = [key.value for key, _ in node.value]
         if len(mapping) < len(names):
             twice = next(key for key, _ in reversed(node.value) if names.count(key.value) > 1)
-            raise yaml.constructor.ConstructorError(problem=f"{twice.value} comes twice", problem_mark=twice.start_mark)
+            raise yaml.constructor.ConstructorError(
+                problem=f"{twice.value} comes twice", problem_mark=twice.start_mark
+            )
         return mapping
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Return the mappings, lists and texts of a YAML text; "" if it is empty. Raises ConfigError for other YAML.
+    """Return the mappings, lists and texts of a YAML text; "" if it is empty. Raises ConfigError
+    for other YAML.
 
     source: the file or "command line", for error messages.
     """
@@ -261,20 +299,30 @@ def parse_yaml(text: str, source: str) -> Any:
         for token in yaml.scan(text):
             if isinstance(token, (yaml.TagToken, yaml.AnchorToken, yaml.AliasToken)):
                 line = token.start_mark.line + 1
-                raise ConfigError(f"{source}: line {line}: a tag (!), anchor (&) or alias (*), allowed: plain YAML")
+                raise ConfigError(
+                    f"{source}: line {line}: a tag (!), anchor (&) or alias (*), allowed: plain"
+                    " YAML"
+                )
         value = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
-        raise ConfigError(f"{source}: line {error.problem_mark.line + 1}: bad YAML: {error.problem}") from error
-    except (yaml.YAMLError, RecursionError) as error:  # forbidden characters; nesting that is too deep
+        raise ConfigError(
+            f"{source}: line {error.problem_mark.line + 1}: bad YAML: {error.problem}"
+        ) from error
+    except (
+        yaml.YAMLError,
+        RecursionError,
+    ) as error:  # forbidden characters; nesting that is too deep
         raise ConfigError(f"{source}: bad YAML: {error}") from error
     return "" if value is None else value
 
 
 def find(name: str | Path, folder: Path = Path()) -> Path:
-    """Return the file of a configuration: in a folder (the current one) first, then among those that come with scmoe.
+    """Return the file of a configuration: in a folder (the current one) first, then among those
+    that come with scmoe.
 
-    name: quickstart, quickstart.yaml, configs/quickstart.yaml, experiment/table3/small, or a preset of configs/model
-    such as longcat_flash. If there is no such file, return folder / name, so that reading it is the error.
+    name: quickstart, quickstart.yaml, configs/quickstart.yaml, experiment/table3/small, or a preset
+    of configs/model such as longcat_flash. If there is no such file, return folder / name, so that
+    reading it is the error.
     """
     name = str(name)
     shipped = SHIPPED / name.removeprefix("configs/")
@@ -287,7 +335,10 @@ def find(name: str | Path, folder: Path = Path()) -> Path:
 
 
 def shipped_and_own() -> dict[str, Path]:
-    """Return all configurations that `find` finds by name from the current folder: configs/quickstart.yaml, ..."""
+    """Return all configurations that `find` finds by name from the current folder:
+    configs/quickstart.yaml, ..."""
     roots = (SHIPPED, Path("configs"))
-    found = {f"configs/{file.relative_to(root)}": file for root in roots for file in root.rglob("*.yaml")}
+    found = {
+        f"configs/{file.relative_to(root)}": file for root in roots for file in root.rglob("*.yaml")
+    }
     return dict(sorted(found.items()))

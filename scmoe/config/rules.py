@@ -1,8 +1,8 @@
 """Checks a configuration: the range of each number, and combinations that cannot run.
 
-A rule yields a key and what is allowed instead, where it holds. An error is raised before a process starts or a file is
-written, in one line that names the key. Not checked here: what depends on the machine (does it have the GPUs, does the
-data exist); that is checked where it is used.
+A rule yields a key and what is allowed instead, where it holds. An error is raised before a process
+starts or a file is written, in one line that names the key. Not checked here: what depends on the
+machine (does it have the GPUs, does the data exist); that is checked where it is used.
 """
 
 import inspect
@@ -20,7 +20,11 @@ from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, 
 from scmoe.schedule.schedule import Schedule
 
 ACTIVATIONS = {"gpt": "gelu", "llama": "swiglu"}  # what model.activation: null means
-SHORTCUTS = {"scmoe": "scmoe", "dgmoe": "dgmoe", "dgmoe_share": "dgmoe"}  # architectures with a tap: their schedules'
+SHORTCUTS = {
+    "scmoe": "scmoe",
+    "dgmoe": "dgmoe",
+    "dgmoe_share": "dgmoe",
+}  # architectures with a tap: their schedules'
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # file systems take 255 bytes
 STEPS = re.compile(r"(\d{1,10}):(\d{1,10})")  # of trainer.profile_steps
@@ -29,11 +33,16 @@ INIT_FROM = re.compile(r"(hf|scmoe):.+")
 # Arguments of Lightning's Trainer that trainer.extra must not hold, and what decides them.
 OWN_ARGUMENTS = {
     **{entry.name: f"trainer.{entry.name}" for entry in fields(TrainerConfig)},
-    **dict.fromkeys(("max_epochs", "min_epochs", "check_val_every_n_epoch"), "trainer.max_steps and trainer.val_every"),
+    **dict.fromkeys(
+        ("max_epochs", "min_epochs", "check_val_every_n_epoch"),
+        "trainer.max_steps and trainer.val_every",
+    ),
     "val_check_interval": "trainer.val_every",
     "log_every_n_steps": "trainer.log_every",
     "accumulate_grad_batches": "trainer.accumulate",
-    **dict.fromkeys(("gradient_clip_val", "gradient_clip_algorithm"), "trainer.gradient_clip, which is a norm"),
+    **dict.fromkeys(
+        ("gradient_clip_val", "gradient_clip_algorithm"), "trainer.gradient_clip, which is a norm"
+    ),
     "profiler": "trainer.profile_steps",
     "enable_checkpointing": "trainer.checkpoint_every and trainer.save_top_k",
     "enable_progress_bar": "trainer.progress",
@@ -41,7 +50,9 @@ OWN_ARGUMENTS = {
     "strategy": "the section strategy",
     "logger": "the section logger",
     "callbacks": "the sections callbacks, trainer and analysis",
-    **dict.fromkeys(("use_distributed_sampler", "reload_dataloaders_every_n_epochs"), "the data module"),
+    **dict.fromkeys(
+        ("use_distributed_sampler", "reload_dataloaders_every_n_epochs"), "the data module"
+    ),
     **dict.fromkeys(("plugins", "sync_batchnorm"), "the Strategy, which is ExpertParallelStrategy"),
     "enable_model_summary": "the table of parameters that a run prints",
     "num_sanity_val_steps": "the Strategy, which checks batches before the first one",
@@ -54,15 +65,29 @@ LEAST_IDS = 2  # with one, there is nothing to predict
 
 # Fields that have no meaning for images, and fields that have a meaning for images only.
 NOT_FOR_IMAGES = (
-    # swin: MLPs have 4 x the stage's dim, drop_path replaces dropout, no norm before a sub-layer could be shared, and
-    # there is one after the MoE module anyway
-    *("model.ffn_dim", "model.kv_heads", "model.activation", "model.dropout", "moe.tap_norm", "moe.after_norm"),
+    # swin: MLPs have 4 x the stage's dim, drop_path replaces dropout, no norm before a sub-layer
+    # could be shared, and there is one after the MoE module anyway
+    *(
+        "model.ffn_dim",
+        "model.kv_heads",
+        "model.activation",
+        "model.dropout",
+        "moe.tap_norm",
+        "moe.after_norm",
+    ),
     *("moe.ffn_dim", "moe.leading_dense"),
     *("data.tokenizer", "data.vocab_size", "data.seq_len", "data.cache_dir"),
 )
 ONLY_FOR_IMAGES = (
     *("model.patch_size", "model.window", "model.drop_path"),
-    *("data.image_size", "data.num_classes", "data.augment", "data.mixup", "data.cutmix", "data.label_smoothing"),
+    *(
+        "data.image_size",
+        "data.num_classes",
+        "data.augment",
+        "data.mixup",
+        "data.cutmix",
+        "data.label_smoothing",
+    ),
 )
 OF_GATES = ("offload.way", "analysis.gating_every", "analysis.record_routing")
 OWN_WEIGHTS = ("deepseek", "longcat")  # routers whose weights do not depend on moe.renormalise
@@ -72,8 +97,20 @@ Refusals = Iterator[tuple[str, str]]  # a key, and what is allowed for it
 
 
 def validate(config: Config, source: str) -> None:
-    """Raise ConfigError for the first value or combination that cannot run. source: where it is from."""
-    checks = (_ranges, _extensions, _unused, _model, _moe, _schedule, _ranks, _offload, _data, _trainer)
+    """Raise ConfigError for the first value or combination that cannot run. source: where it is
+    from."""
+    checks = (
+        _ranges,
+        _extensions,
+        _unused,
+        _model,
+        _moe,
+        _schedule,
+        _ranks,
+        _offload,
+        _data,
+        _trainer,
+    )
     refuse(config, *checks, prefix=f"{source}: ")
 
 
@@ -85,38 +122,53 @@ def refuse(config: Config, *checks: Callable[[Config], Refusals], prefix: str = 
 
 
 def taps(config: Config) -> tuple[str, str]:
-    """Return where a shortcut's tap is in the first MoE block, and in the others, as Schedule.position."""
+    """Return where a shortcut's tap is in the first MoE block, and in the others, as
+    Schedule.position."""
     moe = config.moe
-    if moe.every == 1 and moe.position == "pos2":  # it lies in the preceding block, which the first one lacks
+    if (
+        moe.every == 1 and moe.position == "pos2"
+    ):  # it lies in the preceding block, which the first one lacks
         return "first", "carried"
     return moe.first_position or moe.position, moe.position
 
 
 def resolve_ep_size(config: Config) -> int:
-    """Return the number of expert-parallel ranks: as configured, else the most on a machine that divide the experts."""
+    """Return the number of expert-parallel ranks: as configured, else the most on a machine that
+    divide the experts."""
     if config.strategy.ep_size is not None:
         return config.strategy.ep_size
-    return 1 if config.moe.architecture == "dense" else math.gcd(config.moe.num_experts, config.trainer.devices)
+    return (
+        1
+        if config.moe.architecture == "dense"
+        else math.gcd(config.moe.num_experts, config.trainer.devices)
+    )
 
 
 def last_step(config: Config) -> int:
     """Return the number of optimizer steps after which a run ends."""
     trainer = config.trainer
     limit = trainer.limit_train_batches
-    return trainer.max_steps if limit is None else min(trainer.max_steps, limit // trainer.accumulate)
+    return (
+        trainer.max_steps if limit is None else min(trainer.max_steps, limit // trainer.accumulate)
+    )
 
 
 def shortened(config: Config) -> Config:
-    """Return the configuration of the trial where fast_dev_run is set, otherwise the configuration as it is.
+    """Return the configuration of the trial where fast_dev_run is set, otherwise the configuration
+    as it is.
 
-    One optimizer step and one batch of validation. The only logger is metrics.csv, and the only checkpoint is that of
-    the end.
+    One optimizer step and one batch of validation. The only logger is metrics.csv, and the only
+    checkpoint is that of the end.
     """
     if not config.trainer.fast_dev_run:
         return config
-    trainer = replace(config.trainer, max_steps=1, log_every=1, limit_train_batches=None, limit_val_batches=1)
+    trainer = replace(
+        config.trainer, max_steps=1, log_every=1, limit_train_batches=None, limit_val_batches=1
+    )
     trainer = replace(trainer, save_top_k=0, early_stopping=None, profile_steps=None)
-    return replace(config, trainer=trainer, logger=replace(config.logger, mode="disabled", tensorboard=False))
+    return replace(
+        config, trainer=trainer, logger=replace(config.logger, mode="disabled", tensorboard=False)
+    )
 
 
 def _ranges(config: Config) -> Refusals:
@@ -133,7 +185,11 @@ def _extensions(config: Config) -> Refusals:
     names = CALLBACKS.names()
     for name, options in config.callbacks.items():
         if name not in names:
-            yield "callbacks", " | ".join(names) or "{}, as no callback is registered; name its module in extensions"
+            yield (
+                "callbacks",
+                " | ".join(names)
+                or "{}, as no callback is registered; name its module in extensions",
+            )
         if not isinstance(options, dict):
             yield "callbacks", f"options of {name} by name, or {{}}"
         try:
@@ -150,47 +206,134 @@ def _unused(config: Config) -> Refusals:
     Which fields an extension's architecture, model or data set reads is its own.
     """
     moe, data, trainer, strategy = config.moe, config.data, config.trainer, config.strategy
-    name, wiring, dense = f"data.name={data.name}", f"moe.architecture={moe.architecture}", moe.architecture == "dense"
+    name, wiring, dense = (
+        f"data.name={data.name}",
+        f"moe.architecture={moe.architecture}",
+        moe.architecture == "dense",
+    )
     extension, family = moe.architecture not in ARCHITECTURES.built_in, config.model.family
     no_tap = not extension and moe.architecture not in SHORTCUTS
-    no_shared_expert = not extension and moe.architecture not in ("shared_expert", "scmoe", "farskip")
-    too_far = moe.every == 1 and moe.position != "pos1" and (no_tap or family == "swin")  # swin: in stage 4
+    no_shared_expert = not extension and moe.architecture not in (
+        "shared_expert",
+        "scmoe",
+        "farskip",
+    )
+    too_far = (
+        moe.every == 1 and moe.position != "pos1" and (no_tap or family == "swin")
+    )  # swin: in stage 4
     farskip, latent = moe.architecture == "farskip", config.model.attention == "latent"
     no_files = data.name in DATASETS.built_in and data.name not in ("text", "image_folder")
     images = data.name in IMAGES
-    fits = family in FAMILIES.built_in and images == (family in FAMILIES.images)  # else data.name is refused
+    fits = family in FAMILIES.built_in and images == (
+        family in FAMILIES.images
+    )  # else data.name is refused
     unread: tuple[tuple[Any, ...], ...] = (
         # condition, why, fields
-        (dense, f"{wiring} has no experts", "moe.dropless_ceiling", "moe.rows", "schedule.slot", "schedule.auto"),
-        (dense, f"{wiring} has no experts", *OF_GATES, "moe.after_norm", "moe.ffn_dim", "moe.leading_dense"),
-        (dense, f"{wiring} has no experts", "moe.router", "moe.router_scale", "moe.bias_rate", "moe.zero_experts"),
+        (
+            dense,
+            f"{wiring} has no experts",
+            "moe.dropless_ceiling",
+            "moe.rows",
+            "schedule.slot",
+            "schedule.auto",
+        ),
+        (
+            dense,
+            f"{wiring} has no experts",
+            *OF_GATES,
+            "moe.after_norm",
+            "moe.ffn_dim",
+            "moe.leading_dense",
+        ),
+        (
+            dense,
+            f"{wiring} has no experts",
+            "moe.router",
+            "moe.router_scale",
+            "moe.bias_rate",
+            "moe.zero_experts",
+        ),
         (dense, f"{wiring} has no experts", "schedule.inside_attention"),
         (extension, f"{wiring} is an extension's, which the planner cannot price", "schedule.auto"),
         (extension, f"{wiring} is an extension's, whose gates are not known", *OF_GATES),
-        (extension, f"{wiring} is an extension's, whose taps are not known", "analysis.similarity_every"),
+        (
+            extension,
+            f"{wiring} is an extension's, whose taps are not known",
+            "analysis.similarity_every",
+        ),
         (no_tap, f"{wiring} has no tap", "moe.first_position", "moe.tap_norm"),
         (unread_position(config), f"{wiring} has no tap", "moe.position"),
-        (not extension and moe.architecture != "scmoe", f"{wiring} reads no tap there", "moe.coefficient_input"),
-        (moe.combine == "direct_add", "moe.combine=direct_add has no coefficients", "moe.coefficient_input"),
+        (
+            not extension and moe.architecture != "scmoe",
+            f"{wiring} reads no tap there",
+            "moe.coefficient_input",
+        ),
+        (
+            moe.combine == "direct_add",
+            "moe.combine=direct_add has no coefficients",
+            "moe.coefficient_input",
+        ),
         (no_shared_expert, f"{wiring} has no shared expert to combine with", "moe.combine"),
-        (farskip, f"{wiring} adds shared and routed output one after the other", "moe.combine", "moe.after_norm"),
+        (
+            farskip,
+            f"{wiring} adds shared and routed output one after the other",
+            "moe.combine",
+            "moe.after_norm",
+        ),
         (farskip, f"the experts of {wiring} read one representation", "analysis.gating_every"),
-        (too_far, "with moe.every=1 a block without a tap needs moe.position=pos1", "analysis.gating_every"),
+        (
+            too_far,
+            "with moe.every=1 a block without a tap needs moe.position=pos1",
+            "analysis.gating_every",
+        ),
         (not latent, "only model.attention=latent has latents", *OF_LATENTS),
         (latent, "model.attention=latent has one latent for all heads", "model.kv_heads"),
-        (family in FAMILIES.built_in and family != "llama", f"model.family={family} fixes it", *OF_LLAMA),
-        (moe.capacity_factor is not None, "only moe.capacity_factor=null is dropless", "moe.dropless_ceiling"),
+        (
+            family in FAMILIES.built_in and family != "llama",
+            f"model.family={family} fixes it",
+            *OF_LLAMA,
+        ),
+        (
+            moe.capacity_factor is not None,
+            "only moe.capacity_factor=null is dropless",
+            "moe.dropless_ceiling",
+        ),
         (moe.rows != "buffers", "only moe.rows=buffers has buffers", "moe.overflow"),
         (moe.top_k == 1, "moe.top_k=1 always keeps the raw probability", "moe.renormalise"),
         (moe.router in OWN_WEIGHTS, f"moe.router={moe.router} fixes it", "moe.renormalise"),
-        (moe.balanced_routing, "moe.balanced_routing=true ignores the gate's choice", "moe.bias_rate"),
-        (moe.balanced_routing, "moe.balanced_routing=true deals to other experts only", "moe.zero_experts"),
+        (
+            moe.balanced_routing,
+            "moe.balanced_routing=true ignores the gate's choice",
+            "moe.bias_rate",
+        ),
+        (
+            moe.balanced_routing,
+            "moe.balanced_routing=true deals to other experts only",
+            "moe.zero_experts",
+        ),
         (moe.zero_experts == 0, "there are none with moe.zero_experts=0", "moe.zero_output"),
-        (moe.num_experts == 1, "the gate has no choice with moe.num_experts=1", "analysis.gating_every"),
+        (
+            moe.num_experts == 1,
+            "the gate has no choice with moe.num_experts=1",
+            "analysis.gating_every",
+        ),
         (moe.architecture == "dgmoe_share", "two pairs share one MoE module", "schedule.auto"),
-        (config.schedule.auto, "schedule.auto=true chooses it", "schedule.slot", "schedule.inside_attention"),
-        (trainer.compile, "trainer.compile=true makes one graph of attention", "schedule.inside_attention"),
-        (family == "swin", "model.family=swin has an attention that is one operator", "schedule.inside_attention"),
+        (
+            config.schedule.auto,
+            "schedule.auto=true chooses it",
+            "schedule.slot",
+            "schedule.inside_attention",
+        ),
+        (
+            trainer.compile,
+            "trainer.compile=true makes one graph of attention",
+            "schedule.inside_attention",
+        ),
+        (
+            family == "swin",
+            "model.family=swin has an attention that is one operator",
+            "schedule.inside_attention",
+        ),
         (data.name in ("sotu", "synthetic", "digits"), f"{name} reads no path", "data.path"),
         (data.name != "hf", f"{name} has no subsets", "data.subset"),
         (no_files, f"{name} has no files that could be left out", "data.on_error"),
@@ -199,13 +342,39 @@ def _unused(config: Config) -> Refusals:
         (family not in ("gpt", "llama"), f"model.family={family} reads no checkpoint", "init_from"),
         (config.optim.name == "adamw", "optim.name=adamw has optim.beta1", "optim.momentum"),
         (config.optim.name == "muon", "optim.name=muon updates whole matrices", "strategy.dense"),
-        (strategy.dense != "replicated", "DDP sums with strategy.dense=replicated only", "strategy.reductions"),
-        (trainer.limit_val_batches == 0, "trainer.limit_val_batches=0 validates nothing", "trainer.early_stopping"),
+        (
+            strategy.dense != "replicated",
+            "DDP sums with strategy.dense=replicated only",
+            "strategy.reductions",
+        ),
+        (
+            trainer.limit_val_batches == 0,
+            "trainer.limit_val_batches=0 validates nothing",
+            "trainer.early_stopping",
+        ),
         # Hooks that are added later to a compiled block do not run.
-        (trainer.compile, "trainer.compile=true runs no hooks", "analysis.gating_every", "analysis.similarity_every"),
-        (config.offload.way == "resident", "offload.way=resident fetches none", "offload.slots", "offload.rate_mb_s"),
-        (trainer.precision != "32-true", "only experts of trainer.precision=32-true are fetched", "offload.way"),
-        (trainer.devices * trainer.num_nodes > 1, "each of several ranks holds experts of its own", "offload.way"),
+        (
+            trainer.compile,
+            "trainer.compile=true runs no hooks",
+            "analysis.gating_every",
+            "analysis.similarity_every",
+        ),
+        (
+            config.offload.way == "resident",
+            "offload.way=resident fetches none",
+            "offload.slots",
+            "offload.rate_mb_s",
+        ),
+        (
+            trainer.precision != "32-true",
+            "only experts of trainer.precision=32-true are fetched",
+            "offload.way",
+        ),
+        (
+            trainer.devices * trainer.num_nodes > 1,
+            "each of several ranks holds experts of its own",
+            "offload.way",
+        ),
     )
     values, defaults = flatten(config), flatten(Config())
     for unused, why, *keys in unread:
@@ -215,7 +384,8 @@ def _unused(config: Config) -> Refusals:
 
 
 def unread_position(config: Config) -> bool:
-    """Return whether nothing reads moe.position: there is no tap, and no measurement of gates compares with one."""
+    """Return whether nothing reads moe.position: there is no tap, and no measurement of gates
+    compares with one."""
     architecture = config.moe.architecture
     has_tap = architecture in SHORTCUTS or architecture not in ARCHITECTURES.built_in
     return not has_tap and config.analysis.gating_every is None
@@ -223,8 +393,13 @@ def unread_position(config: Config) -> bool:
 
 def _model(config: Config) -> Refusals:
     model, weights = config.model, config.init_from
-    if not NAME.fullmatch(config.name):  # it becomes a folder in runs_dir and must not lead out of it
-        yield "name", "letters, digits, '.', '_' and '-', a letter or digit first, at most 100 in all"
+    if not NAME.fullmatch(
+        config.name
+    ):  # it becomes a folder in runs_dir and must not lead out of it
+        yield (
+            "name",
+            "letters, digits, '.', '_' and '-', a letter or digit first, at most 100 in all",
+        )
     if config.name.lower() == "latest":
         yield "name", "another name, as RUNS_DIR/latest is the link to the newest run"
     if model.attention == "full" and model.dim % model.heads:
@@ -234,11 +409,17 @@ def _model(config: Config) -> Refusals:
     if model.latent.rope_dim % 2:
         yield "model.latent.rope_dim", "an even number, as positions turn pairs of features"
     if model.attention == "full" and model.family == "llama" and model.dim // model.heads % 2:
-        yield "model.heads", f"a divisor of model.dim, {model.dim}, with an even quotient for rotary embedding"
+        yield (
+            "model.heads",
+            f"a divisor of model.dim, {model.dim}, with an even quotient for rotary embedding",
+        )
     if weights is not None and not INIT_FROM.fullmatch(weights):
         yield "init_from", "null, hf:FOLDER or scmoe:FILE"
     newest = os.path.abspath(Path(config.runs_dir) / "latest") + os.sep
-    for key, path in (("init_from", (weights or "").partition(":")[2]), ("data.tokenizer", config.data.tokenizer)):
+    for key, path in (
+        ("init_from", (weights or "").partition(":")[2]),
+        ("data.tokenizer", config.data.tokenizer),
+    ):
         if os.path.abspath(path).startswith(newest):
             yield key, f"another path: {config.runs_dir}/latest will be the directory of this run"
 
@@ -248,12 +429,21 @@ def _moe(config: Config) -> Refusals:
     if moe.rows == "slots" and moe.capacity_factor is None:
         yield "moe.rows", "auto | filled | buffers where moe.capacity_factor=null"
     if moe.rows == "buffers" and (moe.capacity_factor is not None or moe.dropless_ceiling is None):
-        yield "moe.rows", "auto | filled | slots, unless moe.capacity_factor=null and moe.dropless_ceiling is set"
+        yield (
+            "moe.rows",
+            (
+                "auto | filled | slots, unless moe.capacity_factor=null and moe.dropless_ceiling"
+                " is set"
+            ),
+        )
     if moe.architecture == "dense":
         return
     unit = 2 if model.family == "swin" else 8  # stages 3 and 4 are 4 and 8 times as wide
     if model.dim % unit:
-        yield "model.dim", f"a multiple of {unit}: products of experts need rows aligned to 16 bytes"
+        yield (
+            "model.dim",
+            f"a multiple of {unit}: products of experts need rows aligned to 16 bytes",
+        )
     if moe.ffn_dim is None and (model.ffn_dim or 8) % 8:
         yield "model.ffn_dim", "null or a multiple of 8, as with model.dim; or give moe.ffn_dim"
     if (moe.ffn_dim or 8) % 8:
@@ -262,7 +452,10 @@ def _moe(config: Config) -> Refusals:
         yield "moe.top_k", f"at most moe.num_experts, {moe.num_experts}"
     others = model.layers - len(moe.leading_dense)
     if others < moe.every or not all(1 <= width <= 2**17 for width in moe.leading_dense):
-        yield "moe.leading_dense", f"widths of 1 to 2^17, at most {model.layers - moe.every} of model.layers"
+        yield (
+            "moe.leading_dense",
+            f"widths of 1 to 2^17, at most {model.layers - moe.every} of model.layers",
+        )
     if others % moe.every:
         without = " plus the number of moe.leading_dense" if moe.leading_dense else ""
         yield "model.layers", f"a multiple of moe.every, {moe.every}{without}"
@@ -281,13 +474,25 @@ def _moe(config: Config) -> Refusals:
         if moe.first_position is not None and moe.first_position != "pos1":
             yield "moe.first_position", "pos1 | null where moe.every=1"
         if moe.position == "pos2" and moe.first_position is not None:
-            yield "moe.first_position", "null, as the first block's tap is its own where moe.every=1 and pos2"
+            yield (
+                "moe.first_position",
+                "null, as the first block's tap is its own where moe.every=1 and pos2",
+            )
         if moe.position == "pos2" and moe.tap_norm == "shared":
-            yield "moe.tap_norm", "own, as the norm after the tap is the preceding block's where moe.every=1 and pos2"
+            yield (
+                "moe.tap_norm",
+                (
+                    "own, as the norm after the tap is the preceding block's where moe.every=1 and"
+                    " pos2"
+                ),
+            )
     if moe.architecture == "farskip" and moe.every != 1:
         yield "moe.every", f"1, as {chosen} is a block with attention and an MoE module"
     if moe.architecture == "farskip" and model.family in FAMILIES.images:
-        yield "moe.architecture", f"another one: {model.family} normalises the sum of what farskip adds one by one"
+        yield (
+            "moe.architecture",
+            f"another one: {model.family} normalises the sum of what farskip adds one by one",
+        )
 
 
 def _schedule(config: Config) -> Refusals:
@@ -295,20 +500,33 @@ def _schedule(config: Config) -> Refusals:
     if moe.architecture == "dense":
         if schedule.chunks not in (None, 1):
             yield "schedule.chunks", "1 or null, as moe.architecture=dense has no MoE stream"
-    elif (schedule.slot is not None or schedule.inside_attention) and moe.architecture in ARCHITECTURES.built_in:
+    elif (
+        schedule.slot is not None or schedule.inside_attention
+    ) and moe.architecture in ARCHITECTURES.built_in:
         for position in taps(config) if moe.architecture in SHORTCUTS else (None,):
             each = Schedule(SHORTCUTS.get(moe.architecture, moe.architecture), position)
             if schedule.slot is not None and schedule.slot > len(each.window):
                 yield "schedule.slot", f"0 to {len(each.window)} for {each.name}"
             elif schedule.inside_attention and not each.attentions:
-                yield "schedule.inside_attention", f"false for {each.name}, as its window has no attention"
+                yield (
+                    "schedule.inside_attention",
+                    f"false for {each.name}, as its window has no attention",
+                )
             elif schedule.inside_attention and schedule.slot not in (None, *each.attentions):
                 allowed = " | ".join(map(str, each.attentions))
-                yield "schedule.slot", f"{allowed} | null for {each.name} where schedule.inside_attention=true"
+                yield (
+                    "schedule.slot",
+                    f"{allowed} | null for {each.name} where schedule.inside_attention=true",
+                )
 
 
 def _ranks(config: Config) -> Refusals:
-    moe, trainer, strategy, ep_size = config.moe, config.trainer, config.strategy, config.strategy.ep_size or 1
+    moe, trainer, strategy, ep_size = (
+        config.moe,
+        config.trainer,
+        config.strategy,
+        config.strategy.ep_size or 1,
+    )
     dense, world = moe.architecture == "dense", trainer.devices * trainer.num_nodes
     if dense and ep_size > 1:
         yield "strategy.ep_size", "1 or null, as moe.architecture=dense has no experts"
@@ -326,16 +544,23 @@ def _ranks(config: Config) -> Refusals:
     if strategy.dense in ("sharded", "hybrid") and not dense:
         dim, holders = config.model.dim, world // resolve_ep_size(config)
         swin = config.model.family == "swin"  # its MoEs are in the stages 3 and 4
-        widths = (4 * dim, 8 * dim) if swin else (dim, moe.ffn_dim or config.model.ffn_dim or 4 * dim)
+        widths = (
+            (4 * dim, 8 * dim) if swin else (dim, moe.ffn_dim or config.model.ffn_dim or 4 * dim)
+        )
         if odd := " and ".join(str(width) for width in widths if width % holders):
-            why = f"a width of {odd} is no multiple of the {holders} ranks that hold the same experts"
+            why = (
+                f"a width of {odd} is no multiple of the {holders} ranks that hold the same experts"
+            )
             yield "strategy.dense", f"replicated, as {why}; or raise strategy.ep_size"
     batches = world * trainer.accumulate
     if config.data.global_batch_size % batches:
         parts = "trainer.devices x trainer.num_nodes x trainer.accumulate"
         yield "data.global_batch_size", f"a multiple of {parts}, {batches}"
     if strategy.wire_dtype is not None and resolve_ep_size(config) == 1:
-        yield "strategy.wire_dtype", "null, as no rows travel where every rank has all experts (strategy.ep_size)"
+        yield (
+            "strategy.wire_dtype",
+            "null, as no rows travel where every rank has all experts (strategy.ep_size)",
+        )
 
 
 def _offload(config: Config) -> Refusals:
@@ -373,18 +598,29 @@ def _swin(config: Config) -> Refusals:
         yield "data.image_size", f"a multiple of 8 x model.patch_size, {step}"
     widths = [data.image_size // model.patch_size // 2**stage for stage in range(4)]
     if any(width > model.window and width % model.window for width in widths):
-        yield "model.window", f"a divisor of the width of each larger feature map: {', '.join(map(str, widths))}"
+        yield (
+            "model.window",
+            f"a divisor of the width of each larger feature map: {', '.join(map(str, widths))}",
+        )
     pairs = 2 * config.trainer.devices * config.trainer.num_nodes * config.trainer.accumulate
     if (data.mixup or data.cutmix) and data.global_batch_size % pairs:
-        yield "data.global_batch_size", f"a multiple of {pairs}, as mixup and cutmix need pairs in every rank's batch"
+        yield (
+            "data.global_batch_size",
+            f"a multiple of {pairs}, as mixup and cutmix need pairs in every rank's batch",
+        )
 
 
 def _trainer(config: Config) -> Refusals:
     trainer, last = config.trainer, last_step(config)
     if (trainer.limit_train_batches or 0) % trainer.accumulate:
-        yield "trainer.limit_train_batches", f"null or a multiple of trainer.accumulate, {trainer.accumulate}"
+        yield (
+            "trainer.limit_train_batches",
+            f"null or a multiple of trainer.accumulate, {trainer.accumulate}",
+        )
     if trainer.early_stopping is not None and trainer.val_every > last:
-        why = f"no validation takes place with trainer.val_every={trainer.val_every} in {last} steps"
+        why = (
+            f"no validation takes place with trainer.val_every={trainer.val_every} in {last} steps"
+        )
         yield "trainer.early_stopping", f"null, as {why}"
     if trainer.profile_steps is not None:
         given = STEPS.fullmatch(trainer.profile_steps)
@@ -393,4 +629,7 @@ def _trainer(config: Config) -> Refusals:
     for name in sorted(trainer.extra.keys() & OWN_ARGUMENTS.keys()):
         yield "trainer.extra", f"a mapping without {name}, which {OWN_ARGUMENTS[name]} decides"
     if "max_time" in trainer.extra and trainer.accumulate > 1:
-        yield "trainer.extra", "max_time with trainer.accumulate=1, else it may end a run between a step's batches"
+        yield (
+            "trainer.extra",
+            "max_time with trainer.accumulate=1, else it may end a run between a step's batches",
+        )

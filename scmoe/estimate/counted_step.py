@@ -1,13 +1,16 @@
-"""A training step of rank 0 of a job of any size, in one process: tensors have shapes and dtypes, but no numbers.
+"""A training step of rank 0 of a job of any size, in one process: tensors have shapes and dtypes,
+but no numbers.
 
-Tensors are fake (torch's FakeTensorMode), and so is the process group: a collective takes its tensors and returns. The
-step is the library's own: forward, backward with DDP and the experts' reducer or with FSDP2, the global gradient norm,
-AdamW, whose moments exist from the start. What operators do is counted from their calls alone, without hooks: torch's
-own trackers, MemTracker and FlopCounterMode, put hooks on every module, and these hold gradients of outputs and what
-activation checkpointing computes again longer than autograd does (docs/decisions/0037-dry-run.md).
+Tensors are fake (torch's FakeTensorMode), and so is the process group: a collective takes its
+tensors and returns. The step is the library's own: forward, backward with DDP and the experts'
+reducer or with FSDP2, the global gradient norm, AdamW, whose moments exist from the start. What
+operators do is counted from their calls alone, without hooks: torch's own trackers, MemTracker and
+FlopCounterMode, put hooks on every module, and these hold gradients of outputs and what activation
+checkpointing computes again longer than autograd does (docs/decisions/0037-dry-run.md).
 
-Tensors are on the CPU, where torch needs no GPU; experts and RMSNorm run as on a GPU unless trainer.accelerator is cpu.
-Left out: time, streams, the allocator's gaps, Lightning's loop, the guard's sums, what autocast does on a GPU alone.
+Tensors are on the CPU, where torch needs no GPU; experts and RMSNorm run as on a GPU unless
+trainer.accelerator is cpu. Left out: time, streams, the allocator's gaps, Lightning's loop, the
+guard's sums, what autocast does on a GPU alone.
 """
 
 import weakref
@@ -62,8 +65,9 @@ COLLECTIVES = {  # by the operator that torch calls
 class DryRun:
     """Bytes of rank 0, FLOPs of its batch, bytes of each collective in a step.
 
-    weights, gradients, optimizer: totals. peak: bytes at the moment of peak memory, by the phase that allocated them:
-    `gradients` are DDP's buckets; the experts' gradients are allocated in `backward`."""
+    weights, gradients, optimizer: totals. peak: bytes at the moment of peak memory, by the phase
+    that allocated them: `gradients` are DDP's buckets; the experts' gradients are allocated in
+    `backward`."""
 
     weights: int
     gradients: int
@@ -74,15 +78,20 @@ class DryRun:
 
 
 def load_for(source: Any, ranks: int, samples: int, overrides: Sequence[str]) -> Config:
-    """Return the config on so many ranks with so many samples each, on nodes of NODE ranks, or of trainer.devices if
-    an override sets them.
+    """Return the config on so many ranks with so many samples each, on nodes of NODE ranks, or of
+    trainer.devices if an override sets them.
 
-    ConfigError: ranks is no multiple of a node's, an override sets what ranks and samples decide, or a rule is broken.
+    ConfigError: ranks is no multiple of a node's, an override sets what ranks and samples decide,
+    or a rule is broken.
     """
-    given = dict(override.removeprefix("--").split("=", 1) for override in overrides if "=" in override)
+    given = dict(
+        override.removeprefix("--").split("=", 1) for override in overrides if "=" in override
+    )
     for key in ("trainer.num_nodes", "data.global_batch_size"):
         if key in given:
-            raise ConfigError(f"command line: {key} is {given[key]}, allowed: ranks=N samples=N, which set it")
+            raise ConfigError(
+                f"command line: {key} is {given[key]}, allowed: ranks=N samples=N, which set it"
+            )
     devices = given.get("trainer.devices", str(min(NODE, ranks)))
     node = int(devices) if devices.isdecimal() else 0
     if node and ranks % node:
@@ -94,16 +103,26 @@ def load_for(source: Any, ranks: int, samples: int, overrides: Sequence[str]) ->
 
 
 def with_slots(config: Config) -> Config:
-    """Return the config with moe.rows=slots where `auto` would mean filled slots, whose number depends on the data."""
+    """Return the config with moe.rows=slots where `auto` would mean filled slots, whose number
+    depends on the data."""
     moe, on_cpu = config.moe, config.trainer.accelerator == "cpu"
     limited = moe.architecture != "dense" and moe.capacity_factor is not None
-    return replace(config, moe=replace(moe, rows="slots")) if limited and on_cpu and moe.rows == "auto" else config
+    return (
+        replace(config, moe=replace(moe, rows="slots"))
+        if limited and on_cpu and moe.rows == "auto"
+        else config
+    )
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError for settings that a dry run cannot show: shapes that depend on data, more than one batch."""
+    """Raise ConfigError for settings that a dry run cannot show: shapes that depend on data, more
+    than one batch."""
     trainer, moe, why = config.trainer, config.moe, "the number of rows must not depend on the data"
-    dense, buffers, narrow = moe.architecture == "dense", moe.rows == "buffers", trainer.precision.startswith("bf16")
+    dense, buffers, narrow = (
+        moe.architecture == "dense",
+        moe.rows == "buffers",
+        trainer.precision.startswith("bf16"),
+    )
     dropless = moe.capacity_factor is None and not buffers
     filled = moe.rows == "filled" or (moe.rows == "auto" and trainer.accelerator == "cpu")
     rules = [
@@ -111,9 +130,17 @@ def check(config: Config) -> None:
         (trainer.accumulate > 1, "trainer.accumulate", "1, as one batch is run"),
         (config.strategy.exchange == "hierarchical", "strategy.exchange", "auto | flat"),
         (config.strategy.dense == "auto", "strategy.dense", "replicated | sharded | hybrid"),
-        (not dense and dropless, "moe.capacity_factor", f"a number, or moe.rows=buffers with a ceiling: {why}"),
+        (
+            not dense and dropless,
+            "moe.capacity_factor",
+            f"a number, or moe.rows=buffers with a ceiling: {why}",
+        ),
         (not dense and not dropless and filled, "moe.rows", f"slots: {why}"),
-        (buffers and not narrow, "trainer.precision", "bf16-mixed | bf16-true for moe.rows=buffers, as torch has it"),
+        (
+            buffers and not narrow,
+            "trainer.precision",
+            "bf16-mixed | bf16-true for moe.rows=buffers, as torch has it",
+        ),
     ]
     for refused, key, allowed in rules:
         if refused:
@@ -192,7 +219,8 @@ def step(config: Config, module: Any) -> DryRun:
 
 @contextmanager
 def fake_ranks(world_size: int, ep_size: int) -> Iterator[ParallelContext]:
-    """Give the place of rank 0 among ranks that do not exist. All groups are there, and send nothing."""
+    """Give the place of rank 0 among ranks that do not exist. All groups are there, and send
+    nothing."""
     new_group = dist.new_group
 
     def new_fake_group(*args: Any, **given: Any) -> Any:
@@ -221,11 +249,16 @@ def choose_mlps_on_gpu(_: Tensor, counts_e: Tensor | None) -> experts.MLPs:
 
 def rms_norm_on_gpu(x: Tensor, shape: Any, weight: Tensor, eps: float | None) -> Tensor:
     """A GPU's kernel needs equal dtypes."""
-    return OneKernel.apply(x, weight) if x.dtype == weight.dtype else torch.rms_norm(x, shape, weight, eps)
+    return (
+        OneKernel.apply(x, weight)
+        if x.dtype == weight.dtype
+        else torch.rms_norm(x, shape, weight, eps)
+    )
 
 
 class OneKernel(Function):
-    """Keeps and returns what a GPU's RMSNorm does, without numbers; the host computes it in steps, which keep more."""
+    """Keeps and returns what a GPU's RMSNorm does, without numbers; the host computes it in steps,
+    which keep more."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -249,11 +282,12 @@ def make_batch(config: Config, context: ParallelContext) -> dict[str, Tensor]:
 
 
 class Counting(TorchDispatchMode):
-    """Counts while it is entered, in a FakeTensorMode. A storage counts from the operator that makes it until nothing
-    refers to it.
+    """Counts while it is entered, in a FakeTensorMode. A storage counts from the operator that
+    makes it until nothing refers to it.
 
-    live: bytes by the phase in which their storage was made. peak: `live` when its sum was largest. flops: of products
-    and attention. collectives: bytes by operator and group, `sent_bytes` of each call.
+    live: bytes by the phase in which their storage was made. peak: `live` when its sum was largest.
+    flops: of products and attention. collectives: bytes by operator and group, `sent_bytes` of each
+    call.
     """
 
     def __init__(self) -> None:
@@ -267,7 +301,9 @@ class Counting(TorchDispatchMode):
     def add(self, tensors: Iterable[Any]) -> None:
         """Count tensors that were made before, in the current phase."""
         for tensor in tensors:
-            storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+            storage = (
+                tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            ).untyped_storage()
             key = storage._cdata
             if key not in self.sizes:
                 self.sizes[key] = self.phase, 0
@@ -285,7 +321,8 @@ class Counting(TorchDispatchMode):
 
     @contextmanager
     def resizing(self) -> Iterator[None]:
-        """Inside, storages that FSDP empties and fills again count with their new size; operators do not show it."""
+        """Inside, storages that FSDP empties and fills again count with their new size; operators
+        do not show it."""
         resize = torch.UntypedStorage.resize_
 
         def counted(storage: torch.UntypedStorage, size: int) -> Any:
@@ -312,8 +349,9 @@ class Counting(TorchDispatchMode):
 
 
 def flops_of(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """Return FLOPs of products and attention. torch does not count attention of the CPU; its backward has twice those
-    of forward, as for every product: the scores that a kernel computes again are not counted."""
+    """Return FLOPs of products and attention. torch does not count attention of the CPU; its
+    backward has twice those of forward, as for every product: the scores that a kernel computes
+    again are not counted."""
     aten = torch.ops.aten
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:
         return sdpa_flop_count(*(t.shape for t in args[:3]))
@@ -323,12 +361,15 @@ def flops_of(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 def sent_bytes(func: Any, args: Any) -> tuple[str, int]:
-    """Return a collective's name and group, and the bytes that a rank sends in it, its own share included.
+    """Return a collective's name and group, and the bytes that a rank sends in it, its own share
+    included.
 
-    An all-reduce is a reduce-scatter and an all-gather, so it sends its tensor twice. The others send the larger of
-    what goes in and what comes out."""
+    An all-reduce is a reduce-scatter and an all-gather, so it sends its tensor twice. The others
+    send the larger of what goes in and what comes out."""
     name = func.name().partition("::")[2].partition(".")[0]
-    group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+    group = next(
+        dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject)
+    )
     sizes = [sum(t.nbytes for t in tensors_in([arg])) for arg in args]
     who = "all" if group.group_desc == "default_pg" else group.group_desc
     return f"{COLLECTIVES[name]} {who}", (1 + (name == "allreduce_")) * max(sizes)

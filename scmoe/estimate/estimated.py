@@ -1,17 +1,24 @@
-"""What a training costs, without starting it: parameters, FLOPs, bytes of collectives, memory of a rank.
+"""What a training costs, without starting it: parameters, FLOPs, bytes of collectives, memory of a
+rank.
 
-ep ranks share one set of experts, dp such sets are replicas: ep x dp ranks, data parallel over all of them. Numbers are
-computed from the model on the meta device, by the formulas of scmoe/footprint and those of collectives below. What a
-rank sends in one training step:
+ep ranks share one set of experts, dp such sets are replicas: ep x dp ranks, data parallel over all
+of them. Numbers are computed from the model on the meta device, by the formulas of scmoe/footprint
+and those of collectives below. What a rank sends in one training step:
 
-    All-to-All         dispatch and combine of each MoE module, and the gradients of both: 4 times the rows in buffers
-    all-reduce         DDP's dense gradients, and the experts' over the ranks that hold the same ones: 8 B a parameter
-    all-gather         weights that are split: a block's before forward and before backward, the last one's once
-    reduce-scatter     their gradients: 12 B a parameter with the two gathers; 8 B where weights are gathered in bf16
+    All-to-All         dispatch and combine of each MoE module, and the gradients of both: 4 times
+                       the rows in buffers
+    all-reduce         DDP's dense gradients, and the experts' over the ranks that hold the same
+                       ones: 8 B a parameter
+    all-gather         weights that are split: a block's before forward and before backward, the
+                       last one's once
+    reduce-scatter     their gradients: 12 B a parameter with the two gathers; 8 B where weights are
+                       gathered in bf16
     broadcast          DDP's, of SwinV2's masks and coordinates before each forward
-    small ones         routers' sums and the number of targets, the gradient norm, counts of dropless rows
+    small ones         routers' sums and the number of targets, the gradient norm, counts of
+                       dropless rows
 
-A rank's own share counts too; of N ranks, (N - 1) / N of the bytes travel. An all-reduce sends its tensor twice.
+A rank's own share counts too; of N ranks, (N - 1) / N of the bytes travel. An all-reduce sends its
+tensor twice.
 """
 
 import math
@@ -27,21 +34,33 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, four_digits
 from scmoe.config.registry import IMAGES
 from scmoe.footprint.memory import Job, Split, rank_memory
-from scmoe.footprint.model_cost import COMPUTE_BYTES, WEIGHT_BYTES, forward_flops, moe_uses, rows_sent, training_flops
+from scmoe.footprint.model_cost import (
+    COMPUTE_BYTES,
+    WEIGHT_BYTES,
+    forward_flops,
+    moe_uses,
+    rows_sent,
+    training_flops,
+)
 from scmoe.moe.layout import Buffers, Capacity, buffer_size, expert_capacity
 from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
 from scmoe.training.run.printout import count_parameters, total_and_active
 
 MIB = 2**20
 INTEGER = 8  # bytes
-MOMENTS = {"adamw": "AdamW's two moments", "muon": "Muon's moment of matrices, AdamW's two of the rest"}
+MOMENTS = {
+    "adamw": "AdamW's two moments",
+    "muon": "Muon's moment of matrices, AdamW's two of the rest",
+}
 
 
 def estimate(config: Config) -> dict[str, Any]:
     """Return the costs of a config: per token (image), and for one rank."""
     job = Job.of(config)
     if job.dense == "auto":
-        raise ConfigError("strategy.dense is auto, allowed in an estimate: replicated | sharded | hybrid")
+        raise ConfigError(
+            "strategy.dense is auto, allowed in an estimate: replicated | sharded | hybrid"
+        )
     model = build_model_on_meta(config)
     total, active = total_and_active(count_parameters(model))
     split = Split(model, job)
@@ -49,10 +68,17 @@ def estimate(config: Config) -> dict[str, Any]:
     replicated, experts_per_rank = total - experts, experts // job.ep_size
     unit, tokens = ("image", 1) if config.data.name in IMAGES else ("token", job.seq_len)
     forward = forward_flops(model, job.seq_len)
-    sent, rows = transfer_bytes(model, job.precision, job.wire_bytes), model.rows_per_sample(job.seq_len)
-    together = sum(size * rows[moe] for size, (moe, _) in zip(sent, moe_uses(model), strict=True)) / tokens
+    sent, rows = (
+        transfer_bytes(model, job.precision, job.wire_bytes),
+        model.rows_per_sample(job.seq_len),
+    )
+    together = (
+        sum(size * rows[moe] for size, (moe, _) in zip(sent, moe_uses(model), strict=True)) / tokens
+    )
     row_bytes = 4 * together * tokens * job.samples * job.accumulate * (1 - 1 / job.ep_size)
-    gradient_bytes = 2 * (1 - 1 / job.ranks) * replicated * WEIGHT_BYTES[job.precision]  # by a ring of all ranks
+    gradient_bytes = (
+        2 * (1 - 1 / job.ranks) * replicated * WEIGHT_BYTES[job.precision]
+    )  # by a ring of all ranks
     return {
         "ep_size": job.ep_size,
         "dp_size": job.dp_size,
@@ -80,7 +106,8 @@ def estimate(config: Config) -> dict[str, Any]:
 
 
 def step_traffic(split: Split) -> dict[str, int]:
-    """Return bytes by collective and group (`all`: all ranks; the others as ParallelContext names them)."""
+    """Return bytes by collective and group (`all`: all ranks; the others as ParallelContext names
+    them)."""
     sent, job = Counter[str](), split.job
     if job.ranks == 1:
         return {}
@@ -93,12 +120,18 @@ def step_traffic(split: Split) -> dict[str, int]:
             size = 4 * num_rows * block.moe.experts.w_in_eDF.shape[1] * width * job.accumulate
             sent[f"all_to_all {group}"] += size
         sent["all_gather counts"] += counts * INTEGER * job.accumulate
-    sums = sum(block.moe.router.num_experts + 2 for block in blocks) + 1  # of each router, and the number of targets
+    sums = (
+        sum(block.moe.router.num_experts + 2 for block in blocks) + 1
+    )  # of each router, and the number of targets
     losses = 3 if blocks else 1  # the task's, and the routers' two
-    scalars = max(4, WEIGHT_BYTES[job.precision]) * (losses * job.accumulate + 1)  # the losses, and the gradient norm
+    scalars = max(4, WEIGHT_BYTES[job.precision]) * (
+        losses * job.accumulate + 1
+    )  # the losses, and the gradient norm
     sent["all_reduce all"] += 2 * (sums * INTEGER * job.accumulate + scalars)
     if job.dense == "replicated":
-        sent["broadcast all"] += sum(buffer.nbytes for buffer in split.model.buffers()) * job.accumulate
+        sent["broadcast all"] += (
+            sum(buffer.nbytes for buffer in split.model.buffers()) * job.accumulate
+        )
     for p in split.model.parameters():
         add_weight(split, p, sent)
     return {name: size for name, size in sent.items() if size}
@@ -112,12 +145,16 @@ def add_weight(split: Split, p: nn.Parameter, sent: Counter[str]) -> None:
     copies = (job.dp_size if is_expert else job.ranks) // shards
     if job.dense == "replicated":
         if copies > 1:
-            sent["all_reduce edp" if is_expert else "all_reduce all"] += 2 * split.held(p) * split.bytes_of(p)
+            sent["all_reduce edp" if is_expert else "all_reduce all"] += (
+                2 * split.held(p) * split.bytes_of(p)
+            )
         return
     mesh = "exact" if job.precision.startswith("bf16") and p in split.exact else "dense"
     group = "edp" if is_expert else f"{mesh}-shards"
     if shards > 1:
-        gathers = 1 if p in split.outside or p in split.blocks[-1] else 2  # backward begins with the last block
+        gathers = (
+            1 if p in split.outside or p in split.blocks[-1] else 2
+        )  # backward begins with the last block
         sent[f"all_gather {group}"] += gathers * split.gathered_bytes(p) * job.accumulate
         sent[f"reduce_scatter {group}"] += split.summed_bytes(p) * job.accumulate
     if copies > 1:
@@ -140,50 +177,94 @@ def rows_of_block(block: MoEBlock, tokens: int, ep_size: int) -> tuple[int, int]
 
 
 def estimate_table(facts: dict[str, Any]) -> Table:
-    ep, dp, sent = facts["ep_size"], facts["dp_size"], facts["all_to_all_bytes_per_token_and_transfer"]
+    ep, dp, sent = (
+        facts["ep_size"],
+        facts["dp_size"],
+        facts["all_to_all_bytes_per_token_and_transfer"],
+    )
     title = f"estimate for EP {ep} x DP {dp}, {facts['precision']}"
-    made = Table("quantity", Column("value", justify="right"), "how", title=title, title_justify="left")
-    made.add_row("parameters", f"{facts['params_total']:,}", f"{facts['params_active']:,} active per token")
+    made = Table(
+        "quantity", Column("value", justify="right"), "how", title=title, title_justify="left"
+    )
+    made.add_row(
+        "parameters", f"{facts['params_total']:,}", f"{facts['params_active']:,} active per token"
+    )
     of_experts = f"{facts['params_per_rank_experts']:,} in 1/{ep} of the experts"
-    made.add_row("parameters of a rank", f"{facts['params_per_rank']:,}", of_experts, end_section=True)
+    made.add_row(
+        "parameters of a rank", f"{facts['params_per_rank']:,}", of_experts, end_section=True
+    )
     unit = {"token": "a token", "image": "an image"}[facts["unit"]]
-    by_kind = ", ".join(f"{kind} {flops / 1e9:.3g}" for kind, flops in facts["flops_forward_by_kind"].items())
+    by_kind = ", ".join(
+        f"{kind} {flops / 1e9:.3g}" for kind, flops in facts["flops_forward_by_kind"].items()
+    )
     formula = "2 x weights of every product + 4 S D of every attention: "
-    made.add_row(f"GFLOPs of {unit}, forward", four_digits(facts["flops_forward"] / 1e9), formula + by_kind)
-    flops, again = facts["flops_training"], " + forward of what is recomputed" if facts["recompute"] else ""
-    made.add_row(f"GFLOPs of {unit}, training", four_digits(flops / 1e9), f"3 x forward{again}", end_section=True)
+    made.add_row(
+        f"GFLOPs of {unit}, forward", four_digits(facts["flops_forward"] / 1e9), formula + by_kind
+    )
+    flops, again = (
+        facts["flops_training"],
+        (" + forward of what is recomputed" if facts["recompute"] else ""),
+    )
+    made.add_row(
+        f"GFLOPs of {unit}, training",
+        four_digits(flops / 1e9),
+        f"3 x forward{again}",
+        end_section=True,
+    )
     forward, training = (facts[f"all_to_all_bytes_{kind}"] for kind in ("forward", "training"))
     widths = " | ".join(f"{size:,.0f}" for size in sorted(set(sent))) or "no MoE module"
     made.add_row("All-to-All bytes of a token", widths, "one transfer of one MoE module")
-    made.add_row(f"  of {unit}, forward", f"{forward:,.0f}", f"dispatch and combine, {len(sent)} modules")
+    made.add_row(
+        f"  of {unit}, forward", f"{forward:,.0f}", f"dispatch and combine, {len(sent)} modules"
+    )
     made.add_row(f"  of {unit}, training", f"{training:,.0f}", "and their gradients")
     travel = f"{training * facts['all_to_all_share_that_travels']:,.0f}"
     made.add_row("  of which travel", travel, f"{ep - 1} of {ep}", end_section=True)
     recompute = "on" if facts["recompute"] else "off"
     notes = {
         "weights": f"dense weights {facts['dense']}",
-        "optimizer": MOMENTS.get(facts["optimizer"], f"AdamW's two moments; {facts['optimizer']} may differ"),
+        "optimizer": MOMENTS.get(
+            facts["optimizer"], f"AdamW's two moments; {facts['optimizer']} may differ"
+        ),
         "gathered": "at most: gathered blocks, bfloat16 copies, gradients on their way",
-        "activations": f"at most, batch of {facts['samples_per_rank']} a rank, recompute {recompute}",
+        "activations": (
+            f"at most, batch of {facts['samples_per_rank']} a rank, recompute {recompute}"
+        ),
         "total": "upper bound on the peak of the step, without fragmentation",
     }
     for name, size in facts["memory_bytes"].items():
-        made.add_row(f"MiB of a rank: {name}", f"{size / MIB:,.0f}", notes.get(name, ""), end_section=name == "total")
+        made.add_row(
+            f"MiB of a rank: {name}",
+            f"{size / MIB:,.0f}",
+            notes.get(name, ""),
+            end_section=name == "total",
+        )
     for name, size in facts["collectives_bytes"].items():
         made.add_row(
-            f"MiB of a step: {name}", four_digits(size / MIB), "bytes that a rank sends, its own share included"
+            f"MiB of a step: {name}",
+            four_digits(size / MIB),
+            "bytes that a rank sends, its own share included",
         )
     if (ratio := facts["rows_over_gradients"]) is not None:
-        made.add_row("rows over gradients", f"{ratio:.3g}", "bytes that leave a rank in a step; gradients by a ring")
+        made.add_row(
+            "rows over gradients",
+            f"{ratio:.3g}",
+            "bytes that leave a rank in a step; gradients by a ring",
+        )
     return made
 
 
 def transfer_bytes(model: nn.Module, precision: str, wire_bytes: int | None = None) -> list[float]:
-    """Bytes of a token in one All-to-All, for each use of an MoE module; bytes that stay on their rank included.
+    """Bytes of a token in one All-to-All, for each use of an MoE module; bytes that stay on their
+    rank included.
 
-    Forward has two All-to-Alls, dispatch and combine, and backward two more of the same size. A token's own rank holds
-    one in EP of the experts, so (EP - 1) / EP of the bytes travel where the load is even. wire_bytes: of an element
-    between ranks; None: those of the type that is computed in.
+    Forward has two All-to-Alls, dispatch and combine, and backward two more of the same size. A
+    token's own rank holds one in EP of the experts, so (EP - 1) / EP of the bytes travel where the
+    load is even. wire_bytes: of an element between ranks; None: those of the type that is computed
+    in.
     """
     width = wire_bytes or COMPUTE_BYTES[precision]
-    return [rows_sent(moe, copies) * moe.experts.w_in_eDF.shape[1] * width for moe, copies in moe_uses(model)]
+    return [
+        rows_sent(moe, copies) * moe.experts.w_in_eDF.shape[1] * width
+        for moe, copies in moe_uses(model)
+    ]

@@ -1,12 +1,14 @@
-"""Writes files that survive a crash, and files that a run can do without; and removes keys from what a run keeps.
+"""Writes files that survive a crash, and files that a run can do without; and removes keys from
+what a run keeps.
 
-A file that must be there (`replacing`, `write_durably`, `write_whole`) is complete and on the disk, or as it was
-before: for it a full disk is an error. Where a run can do without a file (`try_to_write`), a full disk costs this file
-and one warning, not the run (fault 32); an earlier version stays whole.
+A file that must be there (`replacing`, `write_durably`, `write_whole`) is complete and on the disk,
+or as it was before: for it a full disk is an error. Where a run can do without a file
+(`try_to_write`), a full disk costs this file and one warning, not the run (fault 32); an earlier
+version stays whole.
 
-Safetensors files are written one tensor after another, so that memory holds one of them. Such a file is the length of
-its index in 8 bytes, the index in JSON, padded with spaces so that the data is aligned, and the tensors' bytes without
-gaps.
+Safetensors files are written one tensor after another, so that memory holds one of them. Such a
+file is the length of its index in 8 bytes, the index in JSON, padded with spaces so that the data
+is aligned, and the tensors' bytes without gaps.
 
 Keys are in configs, command lines and changes to the code (fault 33).
 """
@@ -27,9 +29,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = {  # of torch: as safetensors calls them
-    **{"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"},
-    **{"torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8"},
-    **{"torch.uint64": "U64", "torch.uint32": "U32", "torch.uint16": "U16", "torch.complex64": "C64"},
+    **{
+        "torch.float64": "F64",
+        "torch.float32": "F32",
+        "torch.float16": "F16",
+        "torch.bfloat16": "BF16",
+    },
+    **{
+        "torch.int64": "I64",
+        "torch.int32": "I32",
+        "torch.int16": "I16",
+        "torch.int8": "I8",
+        "torch.uint8": "U8",
+    },
+    **{
+        "torch.uint64": "U64",
+        "torch.uint32": "U32",
+        "torch.uint16": "U16",
+        "torch.complex64": "C64",
+    },
     **{"torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.bool": "BOOL"},
     **{"torch.float8_e4m3fnuz": "F8_E4M3FNUZ", "torch.float8_e5m2fnuz": "F8_E5M2FNUZ"},
 }
@@ -37,14 +55,17 @@ DTYPES = {  # of torch: as safetensors calls them
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of a new file beside `path`, which it replaces at the end, and not if writing it fails.
+    """Yield the path of a new file beside `path`, which it replaces at the end, and not if writing
+    it fails.
 
     Its suffix is the same, as some writers choose the format by it.
     """
     partial = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         partial.touch()
-        mode = partial.stat().st_mode  # as the process's umask says; safetensors would let only this user read it
+        mode = (
+            partial.stat().st_mode
+        )  # as the process's umask says; safetensors would let only this user read it
         yield partial
         partial.chmod(mode)
         partial.replace(path)
@@ -65,7 +86,8 @@ def write_whole(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file that a crash may have cut: {} where it is missing, or not whole."""
+    """Return the JSON object in a file that a crash may have cut: {} where it is missing, or not
+    whole."""
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -83,10 +105,15 @@ def sync(path: Path) -> None:
 
 
 def write_in_turn(
-    shapes: Mapping[str, "Tensor"], read: Callable[[str], "Tensor"], path: Path, header: Mapping[str, str] | None = None
+    shapes: Mapping[str, "Tensor"],
+    read: Callable[[str], "Tensor"],
+    path: Path,
+    header: Mapping[str, str] | None = None,
 ) -> None:
-    """Write one durable file. shapes: tensors with the types and shapes of what `read` gives by name; in their order,
-    but for wide types, which come first. Raises OSError where it cannot be written: for example, the disk is full."""
+    """Write one durable file. shapes: tensors with the types and shapes of what `read` gives by
+    name; in their order, but for wide types, which come first. Raises OSError where it cannot be
+    written: for example, the disk is full.
+    """
     index: dict[str, Any] = {} if header is None else {"__metadata__": dict(header)}
     places = places_of(shapes)
     text = json.dumps(index | places).encode()
@@ -102,11 +129,16 @@ def write_in_turn(
 
 
 def places_of(shapes: Mapping[str, "Tensor"]) -> dict[str, dict[str, Any]]:
-    """Return the index's entry for each tensor, in the order of the data: wide types first, to be aligned."""
+    """Return the index's entry for each tensor, in the order of the data: wide types first, to be
+    aligned."""
     places, end = {}, 0
     for name, t in sorted(shapes.items(), key=lambda item: -item[1].itemsize):
         start, end = end, end + t.nbytes
-        places[name] = {"dtype": DTYPES[str(t.dtype)], "shape": list(t.shape), "data_offsets": [start, end]}
+        places[name] = {
+            "dtype": DTYPES[str(t.dtype)],
+            "shape": list(t.shape),
+            "data_offsets": [start, end],
+        }
     return places
 
 
@@ -130,13 +162,15 @@ KEY_SHAPES = re.compile(
 
 
 def try_to_write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write JSON that a run can do without: where it cannot be written, warn and go on. Else: `write_whole`."""
+    """Write JSON that a run can do without: where it cannot be written, warn and go on. Else:
+    `write_whole`."""
     text = json.dumps(values, indent=2) + "\n"
     try_to_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def try_to_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file that replaces `path`; where it cannot be written, warn and leave `path` as it was."""
+    """Have `write` make a file that replaces `path`; where it cannot be written, warn and leave
+    `path` as it was."""
     try:
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as partial:
@@ -146,7 +180,8 @@ def try_to_write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def try_to_draw(path: Path, draw: Callable[[Path], object]) -> None:
-    """Draw a picture. Whatever the drawing raises is one warning: the checkpoint of the last step is saved after it."""
+    """Draw a picture. Whatever the drawing raises is one warning: the checkpoint of the last step
+    is saved after it."""
     try:
         try_to_write(path, draw)
     except Exception as error:
@@ -154,7 +189,8 @@ def try_to_draw(path: Path, draw: Callable[[Path], object]) -> None:
 
 
 def try_to_append(path: Path, text: str) -> None:
-    """Add a text to a file that may not exist yet. Where it cannot be written, the file is as before."""
+    """Add a text to a file that may not exist yet. Where it cannot be written, the file is as
+    before."""
     size = path.stat().st_size if path.exists() else None
     try:
         path.parent.mkdir(exist_ok=True)
@@ -174,9 +210,15 @@ def warn_once(text: str) -> None:
 def redacted(value: Any, variables: Mapping[str, str] = os.environ) -> Any:
     """Return `value` with stars for keys, in texts, lists, mappings and dataclasses.
 
-    Keys are what looks like one of W&B or Hugging Face, and the lines of variables with one of KEY_NAMES.
+    Keys are what looks like one of W&B or Hugging Face, and the lines of variables with one of
+    KEY_NAMES.
     """
-    lines = {line.strip() for name, text in variables.items() if KEY_NAMES.search(name) for line in text.splitlines()}
+    lines = {
+        line.strip()
+        for name, text in variables.items()
+        if KEY_NAMES.search(name)
+        for line in text.splitlines()
+    }
     keys = sorted((line for line in lines if len(line) >= SHORTEST_KEY), key=len, reverse=True)
     return _starred(value, re.compile("|".join([*map(re.escape, keys), KEY_SHAPES.pattern])))
 
@@ -189,5 +231,7 @@ def _starred(value: Any, keys: re.Pattern[str]) -> Any:
     if isinstance(value, dict):
         return {k: _starred(v, keys) for k, v in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _starred(getattr(value, f.name), keys) for f in fields(value)})
+        return replace(
+            value, **{f.name: _starred(getattr(value, f.name), keys) for f in fields(value)}
+        )
     return value

@@ -1,19 +1,23 @@
-"""Memory of a rank of a training: exact weights, gradients and moments, and an upper bound on the rest of a step.
+"""Memory of a rank of a training: exact weights, gradients and moments, and an upper bound on the
+rest of a step.
 
-    weights       one number per parameter that the rank holds: the replicated ones, and 1 / EP of the experts; where
-                  dense weights are split over ranks, its parts of both
+    weights       one number per parameter that the rank holds: the replicated ones, and 1 / EP of
+                  the experts; where dense weights are split over ranks, its parts of both
     gradients     the same, without the routers' selection biases
-    optimizer     AdamW: two moments per parameter, and a step count of 4 bytes per tensor; Muon: one moment
-    gathered      weights and gradients beside its own: gathered blocks, bfloat16 copies, gradients on their way
+    optimizer     AdamW: two moments per parameter, and a step count of 4 bytes per tensor; Muon:
+                  one moment
+    gathered      weights and gradients beside its own: gathered blocks, bfloat16 copies, gradients
+                  on their way
     activations   what autograd keeps of a batch, and what the backward of one part allocates
 
-`total` is the larger of two moments, the loss and the backward of the busiest block. It is an upper bound: gradients
-count in full, though backward allocates most of them while it frees activations (docs/decisions/0037-dry-run.md has
-bound / peak). It holds for an even load of dropless experts. Not counted: the allocator's gaps, SwinV2's position bias,
-which is kept once a batch, and what chunks add that schedule=auto chooses.
+`total` is the larger of two moments, the loss and the backward of the busiest block. It is an upper
+bound: gradients count in full, though backward allocates most of them while it frees activations
+(docs/decisions/0037-dry-run.md has bound / peak). It holds for an even load of dropless experts.
+Not counted: the allocator's gaps, SwinV2's position bias, which is kept once a batch, and what
+chunks add that schedule=auto chooses.
 
-What autograd keeps, in numbers a row. D is the width, F the width inside an MLP, R the rows at the experts (empty slots
-included); w and a are 1 for GELU and 2 for SwiGLU:
+What autograd keeps, in numbers a row. D is the width, F the width inside an MLP, R the rows at the
+experts (empty slots included); w and a are 1 for GELU and 2 for SwiGLU:
 
     norm                  2 D                     its input and its output; on a CPU RMSNorm keeps a third
     attention             (1 + 2 kv/h) D + D      Q, K, V and their result; Q, K, V again with rotary positions
@@ -26,9 +30,9 @@ included); w and a are 1 for GELU and 2 for SwiGLU:
     dropout               D
     logits                3 V, in float32         log-probabilities, their gradient and that of the logits
 
-With activation checkpointing only the inputs of sub-layers are kept, D each. The largest sub-layer, shared expert or
-experts module is computed again in its backward, with as many gradients. Under autocast the residual stream and the
-inputs of norms are float32.
+With activation checkpointing only the inputs of sub-layers are kept, D each. The largest sub-layer,
+shared expert or experts module is computed again in its backward, with as many gradients. Under
+autocast the residual stream and the inputs of norms are float32.
 """
 
 import math
@@ -54,9 +58,11 @@ from scmoe.moe.experts import Experts
 class Job:
     """What a training asks of each of its ranks.
 
-    ranks: all of the job; ep_size of them share one set of experts, and node_size are on a node. samples: of a rank in
-    one batch; accumulate: batches of a step. dense: replicated, sharded or hybrid. wire_bytes: of a number that is sent
-    between experts; None: as it is computed. two_hops: rows are sent between nodes and then within one."""
+    ranks: all of the job; ep_size of them share one set of experts, and node_size are on a node.
+    samples: of a rank in one batch; accumulate: batches of a step. dense: replicated, sharded or
+    hybrid. wire_bytes: of a number that is sent between experts; None: as it is computed. two_hops:
+    rows are sent between nodes and then within one.
+    """
 
     ranks: int = 1
     ep_size: int = 1
@@ -114,15 +120,20 @@ class Job:
 
 @dataclass(frozen=True)
 class Split:
-    """Which part of each parameter a rank holds, and what it gathers and sums. model: the whole model, on any device.
+    """Which part of each parameter a rank holds, and what it gathers and sums. model: the whole
+    model, on any device.
 
-        replicated    dense weights whole on every rank; experts whole on the ranks that hold the same ones (edp)
-        sharded       dense weights over all ranks, experts over edp, each block gathered as one unit (FSDP2)
-        hybrid        dense weights over the ranks of a node, with a copy on each node; experts over edp
+        replicated    dense weights whole on every rank; experts whole on the ranks that hold the
+                      same ones (edp)
+        sharded       dense weights over all ranks, experts over edp, each block gathered as one
+                      unit (FSDP2)
+        hybrid        dense weights over the ranks of a node, with a copy on each node; experts over
+                      edp
 
-    Dense weights are split on dim 0, of which each rank but the last has the same number of rows, rounded up; what is
-    gathered has as many rows on every rank. Experts are split on dim 1, evenly. Under bf16-mixed, matrices are gathered
-    in bfloat16, but routers and vectors in float32, and all gradients are summed in float32.
+    Dense weights are split on dim 0, of which each rank but the last has the same number of rows,
+    rounded up; what is gathered has as many rows on every rank. Experts are split on dim 1, evenly.
+    Under bf16-mixed, matrices are gathered in bfloat16, but routers and vectors in float32, and all
+    gradients are summed in float32.
     """
 
     model: Any
@@ -134,15 +145,21 @@ class Split:
 
     @cached_property
     def exact(self) -> set[nn.Parameter]:
-        """The parameters that stay in float32 when the others are gathered in bfloat16, or are kept in it."""
+        """The parameters that stay in float32 when the others are gathered in bfloat16, or are kept
+        in it."""
         true = self.job.precision == "bf16-true"
-        return (router_parameters if true else exact_parameters)(self.model) - whole_parameters(self.model)
+        return (router_parameters if true else exact_parameters)(self.model) - whole_parameters(
+            self.model
+        )
 
     @cached_property
     def blocks(self) -> list[set[nn.Parameter]]:
-        """The parameters that are gathered together, in the order of forward: those of a block, or of two that share
-        some."""
-        return [{p for block in unit for p in block.parameters() if p.requires_grad} for unit in units(self.model)]
+        """The parameters that are gathered together, in the order of forward: those of a block, or
+        of two that share some."""
+        return [
+            {p for block in unit for p in block.parameters() if p.requires_grad}
+            for unit in units(self.model)
+        ]
 
     @cached_property
     def outside(self) -> set[nn.Parameter]:
@@ -179,18 +196,31 @@ class Split:
 
     def summed_bytes(self, p: nn.Parameter) -> int:
         """Bytes of a gradient in the sum over ranks."""
-        return self.held(p) * self.shards(p) * (4 if self.job.precision.startswith("bf16") else self.bytes_of(p))
+        return (
+            self.held(p)
+            * self.shards(p)
+            * (4 if self.job.precision.startswith("bf16") else self.bytes_of(p))
+        )
 
 
 def rank_memory(model: Any, job: Job, by_muon: Collection[nn.Parameter] = ()) -> dict[str, int]:
-    """Return bytes on rank 0: weights, gradients, optimizer; at most: gathered, activations, and the total at the peak.
+    """Return bytes on rank 0: weights, gradients, optimizer; at most: gathered, activations, and
+    the total at the peak.
 
-    model: the whole model, on any device. by_muon: parameters that Muon updates; AdamW updates the others."""
+    model: the whole model, on any device. by_muon: parameters that Muon updates; AdamW updates the
+    others.
+    """
     split = Split(model, job)
     parameters = list(model.parameters())
     trained = [p for p in parameters if p.requires_grad]
-    weights, gradients = (sum(split.held(p) * split.bytes_of(p) for p in some) for some in (parameters, trained))
-    optimizer = 2 * gradients + 4 * len(trained) - sum(split.held(p) * split.bytes_of(p) + 4 for p in by_muon)
+    weights, gradients = (
+        sum(split.held(p) * split.bytes_of(p) for p in some) for some in (parameters, trained)
+    )
+    optimizer = (
+        2 * gradients
+        + 4 * len(trained)
+        - sum(split.held(p) * split.bytes_of(p) + 4 for p in by_muon)
+    )
     gathered_at_loss, gathered_in_block = gathered(split)
     kept_at_loss, kept_in_block = activations(model, job)
     working = max(gathered_at_loss + kept_at_loss, gathered_in_block + kept_in_block)
@@ -206,12 +236,14 @@ def rank_memory(model: Any, job: Job, by_muon: Collection[nn.Parameter] = ()) ->
 
 
 def gathered(split: Split) -> tuple[int, int]:
-    """Return bytes of weights and gradients beside those that a rank holds: at the loss, and in a block's backward.
+    """Return bytes of weights and gradients beside those that a rank holds: at the loss, and in a
+    block's backward.
 
-    replicated    autocast's copies of matrices; in backward one gradient before it is added, and the experts' gradients
-                  while they are averaged
-    split         the weights outside blocks and one block; in backward the head's gradient, a block and the one before
-                  it, one gradient before it is put in order, and the block's gradients in the reduce-scatter
+    replicated    autocast's copies of matrices; in backward one gradient before it is added, and
+                  the experts' gradients while they are averaged
+    split         the weights outside blocks and one block; in backward the head's gradient, a block
+                  and the one before it, one gradient before it is put in order, and the block's
+                  gradients in the reduce-scatter
     """
     job, parameters = split.job, list(split.model.parameters())
     if job.dense == "replicated":
@@ -219,8 +251,14 @@ def gathered(split: Split) -> tuple[int, int]:
         if job.precision == "bf16-mixed":
             apart = split.exact | split.experts
             narrow = 2 * sum(split.held(p) for p in parameters if p not in apart)
-            chunks = {block.moe: block.schedule.chunks for block in moe_blocks_of(split.model) if not job.recompute}
-            for moe, copies in moe_uses(split.model):  # every gate and every chunk of a block has its own
+            chunks = {
+                block.moe: block.schedule.chunks
+                for block in moe_blocks_of(split.model)
+                if not job.recompute
+            }
+            for moe, copies in moe_uses(
+                split.model
+            ):  # every gate and every chunk of a block has its own
                 uses = copies // moe.router.top_k * chunks.get(moe, 1)
                 narrow += 2 * uses * sum(map(split.held, moe.experts.parameters()))
         held = {p: split.held(p) * split.bytes_of(p) for p in parameters}
@@ -237,10 +275,15 @@ def gathered(split: Split) -> tuple[int, int]:
 
 
 def activations(model: Any, job: Job) -> tuple[int, int]:
-    """Return bytes of a batch's activations and their gradients: at the loss, and in the busiest block's backward."""
+    """Return bytes of a batch's activations and their gradients: at the loss, and in the busiest
+    block's backward."""
     rows = model.rows_per_sample(job.seq_len)
     of_steps = {module for step in model.steps for module in step.modules()}
-    kept = sum(rows.get(module, 0.0) * kept_by(module, 0, job) for module in model.modules() if module not in of_steps)
+    kept = sum(
+        rows.get(module, 0.0) * kept_by(module, 0, job)
+        for module in model.modules()
+        if module not in of_steps
+    )
     busiest = 0.0
     for step in model.steps:
         outside, inputs, parts = kept_in(step, rows, job)
@@ -248,20 +291,30 @@ def activations(model: Any, job: Job) -> tuple[int, int]:
         largest = max(parts, default=0.0)  # its gradients, and itself where it is computed again
         busiest = max(busiest, kept + (2 * largest if job.recompute else largest))
     if job.two_hops:  # rows between the hops, regrouped, and as they arrive
-        sent = [rows_sent(moe, copies) * rows[moe] * moe.experts.w_in_eDF.shape[1] for moe, copies in moe_uses(model)]
+        sent = [
+            rows_sent(moe, copies) * rows[moe] * moe.experts.w_in_eDF.shape[1]
+            for moe, copies in moe_uses(model)
+        ]
         busiest += 3 * max(sent, default=0.0) * job.compute_bytes
     logits = rows[model.head] * model.head.out_features * job.wide_bytes
     return round(job.samples * (kept + 3 * logits)), round(job.samples * busiest)
 
 
-def kept_in(step: nn.Module, rows: Mapping[nn.Module, float], job: Job) -> tuple[float, float, list[float]]:
-    """Return the bytes of one sample that autograd keeps in a step of forward: outside the parts that checkpointing
-    computes again, as inputs of these parts, and inside each of them."""
+def kept_in(
+    step: nn.Module, rows: Mapping[nn.Module, float], job: Job
+) -> tuple[float, float, list[float]]:
+    """Return the bytes of one sample that autograd keeps in a step of forward: outside the parts
+    that checkpointing computes again, as inputs of these parts, and inside each of them."""
     parts = list(outermost(step, (Residual, MLP)))
     residuals = [part for part in parts if isinstance(part, Residual)]
     dim: Any = residuals[0].f.dim if residuals else 0
-    inside = [sum(rows.get(module, 0.0) * kept_by(module, dim, job) for module in part.modules()) for part in parts]
-    outside = sum(rows.get(module, 0.0) * kept_by(module, dim, job) for module in step.modules()) - sum(inside)
+    inside = [
+        sum(rows.get(module, 0.0) * kept_by(module, dim, job) for module in part.modules())
+        for part in parts
+    ]
+    outside = sum(
+        rows.get(module, 0.0) * kept_by(module, dim, job) for module in step.modules()
+    ) - sum(inside)
     for moe, copies in moe_uses(step):
         gates = copies // moe.router.top_k
         num_rows = rows_sent(moe, copies) * rows[moe]
@@ -275,12 +328,15 @@ def kept_in(step: nn.Module, rows: Mapping[nn.Module, float], job: Job) -> tuple
 
 
 def kept_by(module: Any, dim: int, job: Job) -> float:
-    """Return the bytes of one row that autograd keeps in a module, without its submodules. dim: of the stream."""
+    """Return the bytes of one row that autograd keeps in a module, without its submodules. dim: of
+    the stream."""
     c = job.compute_bytes
     if isinstance(module, nn.LayerNorm):
         return module.weight.numel() * (job.stream_bytes + c)
     if isinstance(module, nn.RMSNorm):  # it is one kernel on a GPU
-        return module.weight.numel() * (job.stream_bytes + c + (0 if job.on_gpu else job.wide_bytes))
+        return module.weight.numel() * (
+            job.stream_bytes + c + (0 if job.on_gpu else job.wide_bytes)
+        )
     if isinstance(module, Attention):
         turned = 0 if module.rotary is None else module.qkv.out_features
         return c * (module.qkv.out_features + turned + module.dim)

@@ -1,17 +1,21 @@
-"""What a model costs, computed from its modules: products, transfers, parameters; and what a GPU computes at its peak.
-Nothing is run; the model may be on the meta device.
+"""What a model costs, computed from its modules: products, transfers, parameters; and what a GPU
+computes at its peak. Nothing is run; the model may be on the meta device.
 
-A multiplication and an addition count as two FLOPs, so the product of a row and a matrix W costs 2 |W|:
+A multiplication and an addition count as two FLOPs, so the product of a row and a matrix W costs 2
+|W|:
 
-    forward    2 |W| of every Linear and convolution + 2 |W_expert| of every row that an expert computes
-               + 4 S D of every token's attention: Q K^T and its product with V over the whole context S;
+    forward    2 |W| of every Linear and convolution + 2 |W_expert| of every row that an expert
+               computes + 4 S D of every token's attention: Q K^T and its product with V over the
+               whole context S;
                  with latents, 2 S of the features of all heads' keys and values
     backward   twice that: each product has two, for its input and for its weight
-    training   forward + backward, + forward again of what activation checkpointing repeats (an upper bound: torch
-               leaves out the last product of each sub-layer, because its result is not used)
+    training   forward + backward, + forward again of what activation checkpointing repeats (an
+               upper bound: torch leaves out the last product of each sub-layer, because its result
+               is not used)
 
-The masked half of causal attention counts, as is usual for kernels. Not counted: everything that is not a product
-(softmax, norms, activations, the layout of the MoE stream), and SwinV2's position bias, computed once a batch.
+The masked half of causal attention counts, as is usual for kernels. Not counted: everything that is
+not a product (softmax, norms, activations, the layout of the MoE stream), and SwinV2's position
+bias, computed once a batch.
 """
 
 from collections import defaultdict
@@ -28,8 +32,18 @@ from scmoe.moe.layout import Buffers, Capacity
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 
-WEIGHT_BYTES = {"32-true": 4, "bf16-mixed": 4, "bf16-true": 2, "64-true": 8}  # of a weight, its gradient, its moments
-COMPUTE_BYTES = {"32-true": 4, "bf16-mixed": 2, "bf16-true": 2, "64-true": 8}  # of activations and sent rows
+WEIGHT_BYTES = {
+    "32-true": 4,
+    "bf16-mixed": 4,
+    "bf16-true": 2,
+    "64-true": 8,
+}  # of a weight, its gradient, its moments
+COMPUTE_BYTES = {
+    "32-true": 4,
+    "bf16-mixed": 2,
+    "bf16-true": 2,
+    "64-true": 8,
+}  # of activations and sent rows
 PRODUCTS: dict[type[nn.Module], str] = {  # kinds of FLOPs, beside those of experts and head
     SelfAttention: "attention",
     MLP: "MLP",
@@ -68,7 +82,8 @@ BF16_TFLOPS = {
 
 
 def moe_uses(model: nn.Module) -> Iterator[tuple[MoEStream, int]]:
-    """Yields each MoE module once for every block that uses it, with the copies of a token that the block routes."""
+    """Yields each MoE module once for every block that uses it, with the copies of a token that the
+    block routes."""
     for block in model.modules():
         for child in block.children():
             if isinstance(child, MoEStream):
@@ -76,7 +91,8 @@ def moe_uses(model: nn.Module) -> Iterator[tuple[MoEStream, int]]:
 
 
 def routed_copies(model: nn.Module) -> dict[Experts, float]:
-    """Copies of a token that each Experts module computes in one forward pass, summed over its uses."""
+    """Copies of a token that each Experts module computes in one forward pass, summed over its
+    uses."""
     copies = defaultdict[Experts, float](float)
     for moe, routed in moe_uses(model):
         copies[moe.experts] += real_copies(moe, routed)
@@ -89,8 +105,9 @@ def real_copies(moe: MoEStream, copies: int) -> float:
 
 
 def rows_computed(moe: MoEStream, copies: int) -> float:
-    """Rows that the experts compute for a token, empty slots included; where slots are filled alone, at most. A
-    capacity counts as it is, not rounded up to whole slots and to equal chunks."""
+    """Rows that the experts compute for a token, empty slots included; where slots are filled
+    alone, at most. A capacity counts as it is, not rounded up to whole slots and to equal chunks.
+    """
     if isinstance(moe.rows, Capacity) and not moe.rows.filled:
         most = copies * moe.router.num_experts / moe.router.top_k  # a token chooses an expert once
         return min(moe.rows.factor * real_copies(moe, copies), most)
@@ -98,15 +115,19 @@ def rows_computed(moe: MoEStream, copies: int) -> float:
 
 
 def rows_sent(moe: MoEStream, copies: int) -> float:
-    """Rows that are sent for a token, and for which the experts allocate memory; with buffers, empty rows count too."""
-    return copies * moe.rows.ceiling if isinstance(moe.rows, Buffers) else rows_computed(moe, copies)
+    """Rows that are sent for a token, and for which the experts allocate memory; with buffers,
+    empty rows count too."""
+    return (
+        copies * moe.rows.ceiling if isinstance(moe.rows, Buffers) else rows_computed(moe, copies)
+    )
 
 
 def forward_flops(model: Any, seq_len: int, empty_slots: bool = True) -> dict[str, float]:
-    """FLOPs of one sample's forward pass by kind of module. seq_len: tokens of a text; not read for pictures.
+    """FLOPs of one sample's forward pass by kind of module. seq_len: tokens of a text; not read for
+    pictures.
 
-    empty_slots: count what experts compute in empty slots. Without it these are the model FLOPs, of which MFU is a
-    share: one product for each routed copy, a dropped copy included."""
+    empty_slots: count what experts compute in empty slots. Without it these are the model FLOPs, of
+    which MFU is a share: one product for each routed copy, a dropped copy included."""
     rows, flops = model.rows_per_sample(seq_len), defaultdict[str, float](float)
     kind_of = {model.head: "head"}
     for name, module in model.named_modules():
@@ -123,7 +144,10 @@ def forward_flops(model: Any, seq_len: int, empty_slots: bool = True) -> dict[st
     for moe, copies in moe_uses(model):
         size = sum(p[0].numel() for p in moe.experts.parameters())
         flops["experts"] += (
-            rows[moe] * 2 * size * (rows_computed(moe, copies) if empty_slots else real_copies(moe, copies))
+            rows[moe]
+            * 2
+            * size
+            * (rows_computed(moe, copies) if empty_slots else real_copies(moe, copies))
         )
         gate = sum(p.numel() for p in moe.router.parameters() if p.requires_grad)
         flops["gate"] += rows[moe] * 2 * gate * copies / moe.router.top_k
@@ -132,16 +156,22 @@ def forward_flops(model: Any, seq_len: int, empty_slots: bool = True) -> dict[st
 
 def training_flops(forward: dict[str, float], recompute: bool = False) -> float:
     """FLOPs of one sample's training step."""
-    return 3 * sum(forward.values()) + recompute * sum(forward.get(kind, 0.0) for kind in RECOMPUTED)
+    return 3 * sum(forward.values()) + recompute * sum(
+        forward.get(kind, 0.0) for kind in RECOMPUTED
+    )
 
 
 def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, set[nn.Parameter]]]:
-    """Yield the kind of each part, its module, and its parameters without those of earlier parts (tied weights).
+    """Yield the kind of each part, its module, and its parameters without those of earlier parts
+    (tied weights).
 
     Every parameter is in one part; what is in no known module is in the last one, "other".
     """
     seen: set[nn.Parameter] = set()
-    for name, module in [*model.named_modules(), ("other", model)]:  # the model itself last: the rest
+    for name, module in [
+        *model.named_modules(),
+        ("other", model),
+    ]:  # the model itself last: the rest
         kind = NAMED_PARTS.get(name.rpartition(".")[2]) or kind_in(PARTS, module)
         if kind and (own := set(module.parameters()) - seen):
             seen |= own
@@ -153,11 +183,11 @@ def kind_in(kinds: Mapping[type[nn.Module], str], module: nn.Module) -> str | No
 
 
 def peak_tflops(device_name: str | None, precision: str) -> float | None:
-    """Return the TFLOP/s of a GPU of this name, as torch.cuda.get_device_name gives it; None where they are not known:
-    another card, float32, a CPU (None). Variants of one card differ by a third.
+    """Return the TFLOP/s of a GPU of this name, as torch.cuda.get_device_name gives it; None where
+    they are not known: another card, float32, a CPU (None). Variants of one card differ by a third.
 
-    It is the denominator of MFU: the vendor's rate of bfloat16 products on tensor cores, dense (data sheets of NVIDIA
-    print the rate with sparsity, which is twice that).
+    It is the denominator of MFU: the vendor's rate of bfloat16 products on tensor cores, dense
+    (data sheets of NVIDIA print the rate with sparsity, which is twice that).
 
         A100   https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
         H100   https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet

@@ -1,16 +1,20 @@
-"""Continues texts token by token, with a cache of keys and values: prefill the prompts, then decode.
+"""Continues texts token by token, with a cache of keys and values: prefill the prompts, then
+decode.
 
-    prefill                     reads the prompts, whole or in pieces: the logits of each one's next token
+    prefill                     reads the prompts, whole or in pieces: the logits of each one's next
+                                token
     choose, decode, choose ...  reads one token of each text at a time
 
-The model is dropless while it generates: under a capacity, what a token becomes would depend on the other texts of the
-batch and, for k >= 2, on later tokens. So a text is equal, token for token, to the one that the model writes without a
-cache, and to the one that it writes alone.
+The model is dropless while it generates: under a capacity, what a token becomes would depend on the
+other texts of the batch and, for k >= 2, on later tokens. So a text is equal, token for token, to
+the one that the model writes without a cache, and to the one that it writes alone.
 
-Under expert parallelism every rank has its own texts and takes part in every pass. A rank whose texts have ended goes
-on with tokens that are routed nowhere, until `Passes.all_ranks` says that all have ended.
+Under expert parallelism every rank has its own texts and takes part in every pass. A rank whose
+texts have ended goes on with tokens that are routed nowhere, until `Passes.all_ranks` says that all
+have ended.
 
-Passes set no_grad and not inference mode, because FSDP cannot begin in it. A caller without FSDP may set it.
+Passes set no_grad and not inference mode, because FSDP cannot begin in it. A caller without FSDP
+may set it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,9 +37,10 @@ Shape = Literal["prefill", "decode"]
 class Passes:
     """How the passes of a generation run.
 
-    all_ranks: whether a statement is true on all ranks (ParallelContext.true_on_all_ranks); with one rank, the
-    statement itself. piece: tokens of a prompt that one pass reads; None: all of them. begin: called with the shape of
-    the passes that come next, so that the model can run as is best for it (planned.py).
+    all_ranks: whether a statement is true on all ranks (ParallelContext.true_on_all_ranks); with
+    one rank, the statement itself. piece: tokens of a prompt that one pass reads; None: all of
+    them. begin: called with the shape of the passes that come next, so that the model can run as is
+    best for it (planned.py).
     """
 
     all_ranks: Callable[[bool], bool] = bool
@@ -46,10 +51,14 @@ class Passes:
 ALONE = Passes()
 
 
-def read_prompts(model: Decoder, ids_BS: Tensor, mask_BS: Tensor, cache: KVCache, passes: Passes) -> Tensor:
+def read_prompts(
+    model: Decoder, ids_BS: Tensor, mask_BS: Tensor, cache: KVCache, passes: Passes
+) -> Tensor:
     """Reads all prompts, piece by piece; returns [B, V], the logits after each row's last token.
 
-    Every rank takes as many passes as the one with the longest prompt, and brings padding when its own are read."""
+    Every rank takes as many passes as the one with the longest prompt, and brings padding when its
+    own are read.
+    """
     longest = ids_BS.shape[1]
     size, start, logits_BV = passes.piece or longest, 0, None
     while logits_BV is None or not passes.all_ranks(start >= longest):
@@ -57,16 +66,23 @@ def read_prompts(model: Decoder, ids_BS: Tensor, mask_BS: Tensor, cache: KVCache
         if start >= longest:
             piece_BS, own_BS = ids_BS[:, :1], torch.zeros_like(mask_BS[:, :1])
         after_BV = prefill(model, piece_BS, own_BS, cache)
-        logits_BV = after_BV if logits_BV is None else after_BV.where(own_BS.any(1, keepdim=True), logits_BV)
+        logits_BV = (
+            after_BV
+            if logits_BV is None
+            else after_BV.where(own_BS.any(1, keepdim=True), logits_BV)
+        )
         start += size
     return logits_BV
 
 
 @torch.no_grad()
 def prefill(model: Decoder, ids_BS: Tensor, mask_BS: Tensor, cache: KVCache) -> Tensor:
-    """Reads prompts, or the next piece of each; returns [B, V], the logits after each row's last token.
+    """Reads prompts, or the next piece of each; returns [B, V], the logits after each row's last
+    token.
 
-    mask_BS False: padding, at the end of a row. A row of padding alone has logits without a meaning."""
+    mask_BS False: padding, at the end of a row. A row of padding alone has logits without a
+    meaning.
+    """
     new_B, seq_len = mask_BS.sum(1), ids_BS.shape[1]
     new = new_B.tolist()
     cache.expect(new, seq_len)
@@ -76,14 +92,16 @@ def prefill(model: Decoder, ids_BS: Tensor, mask_BS: Tensor, cache: KVCache) -> 
 
 @torch.no_grad()
 def decode(model: Decoder, ids_B: Tensor, going: Sequence[bool], cache: KVCache) -> Tensor:
-    """Reads one token of each text and returns [B, V]. going False: the text has ended, and its token is padding."""
+    """Reads one token of each text and returns [B, V]. going False: the text has ended, and its
+    token is padding."""
     cache.expect(list(map(int, going)), 1)
     mask_B1 = None if all(going) else torch.tensor(going, device=ids_B.device)[:, None]
     return model(ids_B[:, None], mask_B1, cache).logits_BSV[:, 0]
 
 
 class Step(NamedTuple):
-    """One token of each text; None: the text has ended before. reasons: why a text ends with it; None: it goes on."""
+    """One token of each text; None: the text has ended before. reasons: why a text ends with it;
+    None: it goes on."""
 
     ids: list[int | None]
     reasons: list[Reason | None]
@@ -130,17 +148,22 @@ def stream(
 ) -> Iterator[Step]:
     """Yields the next token of all texts at a time.
 
-    prompts: token ids; of any lengths. sampling: None: `Sampling()`. seeds: of each text; None: 0, 1, 2, ...
-    passes: on several ranks with ParallelContext.true_on_all_ranks. Every rank must then take every step, a rank
-    without prompts too.
-    Raises ValueError for a prompt without a token, with an id that the model does not have, or with no room for
-    max_tokens in the model's context, for a model in training mode, and between ranks with moe.rows=buffers.
+    prompts: token ids; of any lengths. sampling: None: `Sampling()`. seeds: of each text; None: 0,
+    1, 2, ... passes: on several ranks with ParallelContext.true_on_all_ranks. Every rank must then
+    take every step, a rank without prompts too. Raises ValueError for a prompt without a token,
+    with an id that the model does not have, or with no room for max_tokens in the model's context,
+    for a model in training mode, and between ranks with moe.rows=buffers.
     """
     seeds = range(len(prompts)) if seeds is None else seeds
     if model.training:
-        raise ValueError("the model is in training mode, allowed: evaluation mode; call model.eval()")
+        raise ValueError(
+            "the model is in training mode, allowed: evaluation mode; call model.eval()"
+        )
     inside = dropless(model)
-    if any(isinstance(moe.rows, Buffers) for moe in inside.streams) and passes.all_ranks is not bool:
+    if (
+        any(isinstance(moe.rows, Buffers) for moe in inside.streams)
+        and passes.all_ranks is not bool
+    ):
         raise ValueError(
             "moe.rows is buffers, which needs equally many tokens on every rank, "
             "allowed for texts of several ranks: filled"
@@ -149,21 +172,32 @@ def stream(
     for row, prompt in enumerate(prompts):
         check_length(len(prompt), stopping.max_tokens, model.max_seq_len, f"prompt {row}")
         if not 0 <= min(prompt) <= max(prompt) < vocab_size:
-            raise ValueError(f"prompt {row} has ids {min(prompt)} to {max(prompt)}, allowed: 0 to {vocab_size - 1}")
+            raise ValueError(
+                f"prompt {row} has ids {min(prompt)} to {max(prompt)}, allowed: 0 to"
+                f" {vocab_size - 1}"
+            )
     if len(seeds) != len(prompts):
-        raise ValueError(f"{len(seeds)} seeds are given, allowed: one for each of the {len(prompts)} prompts")
+        raise ValueError(
+            f"{len(seeds)} seeds are given, allowed: one for each of the {len(prompts)} prompts"
+        )
     return _steps(model, inside, prompts, stopping, sampling or Sampling(), seeds, passes)
 
 
 def check_length(length: int, max_tokens: int, context: int, name: str) -> None:
-    """Raises ValueError unless a prompt of so many tokens and max_tokens new ones fit into the context."""
+    """Raises ValueError unless a prompt of so many tokens and max_tokens new ones fit into the
+    context."""
     if length == 0:
-        raise ValueError(f"{name} is empty, allowed: one token or more, such as the end of text before a document")
-    if length + max_tokens > context:
-        advice = f"reduce max_tokens to {context - length}" if length < context else "shorten the prompt"
         raise ValueError(
-            f"{name} has {length} tokens and max_tokens is {max_tokens}, allowed: {context} together, the model's "
-            f"context (data.seq_len); {advice}"
+            f"{name} is empty, allowed: one token or more, such as the end of text before a"
+            " document"
+        )
+    if length + max_tokens > context:
+        advice = (
+            f"reduce max_tokens to {context - length}" if length < context else "shorten the prompt"
+        )
+        raise ValueError(
+            f"{name} has {length} tokens and max_tokens is {max_tokens}, allowed: {context}"
+            f" together, the model's context (data.seq_len); {advice}"
         )
 
 
@@ -177,10 +211,14 @@ def _steps(
     passes: Passes,
 ) -> Iterator[Step]:
     device = model.head.weight.device
-    ids_BS, mask_BS = (t.to(device) for t in padded(prompts or [[]]))  # a rank without texts brings padding alone
+    ids_BS, mask_BS = (
+        t.to(device) for t in padded(prompts or [[]])
+    )  # a rank without texts brings padding alone
     batch_size, longest = ids_BS.shape
-    generators = [torch.Generator().manual_seed(seed) for seed in (seeds or [0])]
-    had_BV = torch.zeros(batch_size, model.head.out_features, dtype=torch.bool, device=device).scatter_(1, ids_BS, True)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or [0]]
+    had_BV = torch.zeros(
+        batch_size, model.head.out_features, dtype=torch.bool, device=device
+    ).scatter_(1, ids_BS, True)
     written: list[list[int]] = [[] for _ in prompts]
     going = [True] * len(prompts)
     cache = KVCache(batch_size, longest + stopping.max_tokens - 1, device)
@@ -207,8 +245,11 @@ def _steps(
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Returns ids [B, S], padded at the end with each text's first token, and the mask of real tokens."""
+    """Returns ids [B, S], padded at the end with each text's first token, and the mask of real
+    tokens."""
     lengths_B = torch.tensor([len(prompt) for prompt in prompts])
     longest = max(1, int(lengths_B.max()))
-    rows = [[*prompt, *[prompt[0] if prompt else 0] * (longest - len(prompt))] for prompt in prompts]
+    rows = [
+        [*prompt, *[prompt[0] if prompt else 0] * (longest - len(prompt))] for prompt in prompts
+    ]
     return torch.tensor(rows), torch.arange(longest) < lengths_B[:, None]

@@ -1,14 +1,18 @@
 """The plan of inference: how the MoE layers run in prefill, and how in decode.
 
-Prefill has many tokens and long transfers; decode has few tokens, and its transfers are all latency. So each shape has
-a plan of its own, which is measured on forward passes of that shape:
+Prefill has many tokens and long transfers; decode has few tokens, and its transfers are all
+latency. So each shape has a plan of its own, which is measured on forward passes of that shape:
 
-    measure   as in training (planning/planner.py), by forward times alone: for each number of chunks, the best slot of
+    measure   as in training (planning/planner.py), by forward times alone: for each number of
+              chunks, the best slot of
     price     every MoE layer
-    try       passes in turn, round after round: sequential, and overlapped with each number of chunks
-    choose    the way with the least time; where overlap gains less than LEAST_GAIN, the plan is sequential
+    try       passes in turn, round after round: sequential, and overlapped with each number of
+              chunks
+    choose    the way with the least time; where overlap gains less than LEAST_GAIN, the plan is
+              sequential
 
-All ranks choose by the same numbers: operator times as in planning/pricing.py, passes by the slowest rank.
+All ranks choose by the same numbers: operator times as in planning/pricing.py, passes by the
+slowest rank.
 """
 
 import copy
@@ -40,8 +44,9 @@ LEAST_GAIN = 0.02  # of a pass; a smaller gain is within the noise, and sequenti
 class InferencePlan:
     """How the MoE layers run in passes of one shape.
 
-    schedules: of each MoE layer. overlapped: False: each transfer is waited for at once. seconds: of a pass, the median
-    over rounds of the slowest rank, by way: `sequential`, `overlapped x 2` for two chunks.
+    schedules: of each MoE layer. overlapped: False: each transfer is waited for at once. seconds:
+    of a pass, the median over rounds of the slowest rank, by way: `sequential`, `overlapped x 2`
+    for two chunks.
     """
 
     schedules: tuple[Schedule, ...]
@@ -57,7 +62,9 @@ class InferencePlan:
         """One line for `what ran`: the way, and the times by which it was chosen."""
         slots = sorted({f"{schedule.place} x {schedule.chunks}" for schedule in self.schedules})
         way = f"overlapped, {', '.join(slots)} (slot x chunks)" if self.overlapped else "sequential"
-        return f"{way}; a pass takes " + ", ".join(f"{1e3 * s:.1f} ms {name}" for name, s in self.seconds.items())
+        return f"{way}; a pass takes " + ", ".join(
+            f"{1e3 * s:.1f} ms {name}" for name, s in self.seconds.items()
+        )
 
 
 def plan_inference(
@@ -69,15 +76,22 @@ def plan_inference(
     passes: int = 1,
     ep_size: int | None = None,
 ) -> InferencePlan:
-    """Returns the plan for passes like `forward`, and leaves the blocks as they were. Every rank must call it.
+    """Returns the plan for passes like `forward`, and leaves the blocks as they were. Every rank
+    must call it.
 
-    forward: runs one pass without gradients, each time of the same shape, through all `blocks`. group: the ranks whose
-    times count; they must run the same number of passes. passes: timed together, where one is too short to time.
-    ep_size: consecutive ranks of the group that exchange rows; None: all.
+    forward: runs one pass without gradients, each time of the same shape, through all `blocks`.
+    group: the ranks whose times count; they must run the same number of passes. passes: timed
+    together, where one is too short to time. ep_size: consecutive ranks of the group that exchange
+    rows; None: all.
     """
-    own, dispatchers = tuple(block.schedule for block in blocks), [block.moe.dispatcher for block in blocks]
+    own, dispatchers = (
+        tuple(block.schedule for block in blocks),
+        [block.moe.dispatcher for block in blocks],
+    )
     ways = {"sequential": InferencePlan(own, False, {})}
-    for chunks, schedules in best_schedules(blocks, forward, group, device, chunk_counts, ep_size).items():
+    for chunks, schedules in best_schedules(
+        blocks, forward, group, device, chunk_counts, ep_size
+    ).items():
         ways[f"overlapped x {chunks}"] = InferencePlan(schedules, True, {})
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
@@ -104,7 +118,10 @@ def best_schedules(
         forward()
         planner.end_step()
     planner.close()
-    return {chunks: tuple(choice.schedule for choice in choices) for chunks, (choices, *_) in planner.priced.items()}
+    return {
+        chunks: tuple(choice.schedule for choice in choices)
+        for chunks, (choices, *_) in planner.priced.items()
+    }
 
 
 def fastest(seconds: Mapping[str, float]) -> str:
@@ -113,9 +130,11 @@ def fastest(seconds: Mapping[str, float]) -> str:
     return best if seconds[best] <= (1 - LEAST_GAIN) * seconds["sequential"] else "sequential"
 
 
-def pass_seconds(forward: Callable[[], Any], group: Any, device: torch.device, passes: int) -> float:
-    """Seconds of a pass on the slowest rank, the mean of `passes`, all work of the device included. Every rank must
-    call it, and all begin together."""
+def pass_seconds(
+    forward: Callable[[], Any], group: Any, device: torch.device, passes: int
+) -> float:
+    """Seconds of a pass on the slowest rank, the mean of `passes`, all work of the device included.
+    Every rank must call it, and all begin together."""
     clock = Recorder(device)
     start_clocks([clock], group)
     for _ in range(passes):
@@ -126,16 +145,26 @@ def pass_seconds(forward: Callable[[], Any], group: Any, device: torch.device, p
 def plan_passes(
     model: Decoder, batch_size: int, prompt: int, ep_size: int
 ) -> tuple[dict[Shape, InferencePlan], Callable[[Shape], None]]:
-    """Measures both shapes. Returns their plans, and a function for Passes.begin that makes the model run as planned.
-    Every rank must call it; each with its own numbers.
+    """Measures both shapes. Returns their plans, and a function for Passes.begin that makes the
+    model run as planned. Every rank must call it; each with its own numbers.
 
-    prompt: tokens of a text that one prefill reads. Random tokens are read, since times hardly depend on which."""
-    blocks, vocab_size, device = moe_blocks_of(model), model.head.out_features, model.head.weight.device
+    prompt: tokens of a text that one prefill reads. Random tokens are read, since times hardly
+    depend on which.
+    """
+    blocks, vocab_size, device = (
+        moe_blocks_of(model),
+        model.head.out_features,
+        model.head.weight.device,
+    )
     dispatchers = [block.moe.dispatcher for block in blocks]
-    ids_BS = torch.randint(vocab_size, (batch_size, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+    ids_BS = torch.randint(
+        vocab_size, (batch_size, prompt), generator=torch.Generator().manual_seed(0)
+    ).to(device)
     with torch.inference_mode(), dropless(model):
         plans = {
-            shape: plan_inference(blocks, a_pass(model, shape, ids_BS), None, device, passes=passes, ep_size=ep_size)
+            shape: plan_inference(
+                blocks, a_pass(model, shape, ids_BS), None, device, passes=passes, ep_size=ep_size
+            )
             for shape, passes in PASSES.items()
         }
     return plans, lambda shape: plans[shape].run(blocks, dispatchers)

@@ -1,4 +1,5 @@
-"""Reads prompts from JSON lines: {"prompt": "My fellow citizens", "seed": 7}. The seed may be left out."""
+"""Reads prompts from JSON lines: {"prompt": "My fellow citizens", "seed": 7}. The seed may be left
+out."""
 
 import json
 from pathlib import Path
@@ -13,7 +14,8 @@ class Prompt(NamedTuple):
 
 
 def read_prompts(path: Path, first_seed: int) -> list[Prompt]:
-    """Return the prompts of a file; one without a seed gets first_seed + its number. ValueError: names the line."""
+    """Return the prompts of a file; one without a seed gets first_seed + its number. ValueError:
+    names the line."""
     try:
         with path.open(encoding="utf-8") as file:  # str.splitlines would cut a text at U+2028, too
             lines = [line.rstrip("\n") for line in file]
@@ -26,7 +28,11 @@ def read_prompts(path: Path, first_seed: int) -> list[Prompt]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number + 1}: not JSON: {error}") from error
         known = isinstance(given, dict) and given.keys() <= {"prompt", "seed"}
-        if not known or not isinstance(given.get("prompt"), str) or type(given.get("seed", 0)) is not int:
+        if (
+            not known
+            or not isinstance(given.get("prompt"), str)
+            or type(given.get("seed", 0)) is not int
+        ):
             form = '{"prompt": "a text"}, and a number as "seed" if wanted'
             raise ValueError(f"{path}, line {number + 1} is {line[:80]}, allowed: {form}")
         prompts.append(Prompt(given["prompt"], given.get("seed", first_seed + number)))
@@ -37,12 +43,17 @@ def read_prompts(path: Path, first_seed: int) -> list[Prompt]:
 
 
 def check_prompt(prompt: Prompt, where: str) -> None:
-    """Raise ValueError for a text that is empty or not Unicode, and for a seed that a generator does not take."""
+    """Raise ValueError for a text that is empty or not Unicode, and for a seed that a generator
+    does not take."""
     if prompt.text is not None and not prompt.text:
-        raise ValueError(f"{where} the prompt is empty, allowed: a text, or no prompt to begin a document")
+        raise ValueError(
+            f"{where} the prompt is empty, allowed: a text, or no prompt to begin a document"
+        )
     try:
         (prompt.text or "").encode()
-    except UnicodeEncodeError as error:  # half of a pair of surrogates, or bytes of the command line that are not UTF-8
+    except (
+        UnicodeEncodeError
+    ) as error:  # half of a pair of surrogates, or bytes of the command line that are not UTF-8
         bad = f"the prompt's character {error.start + 1} is not Unicode, allowed: valid UTF-8"
         raise ValueError(f"{where} {bad}") from error
     if not 0 <= prompt.seed < 2**63:

@@ -1,8 +1,10 @@
-"""Chooses the next token of each text from its logits (greedy, temperature, top-k, top-p, repetition penalty), and says
-where a text ends: after so many tokens, at a stop token, or at a stop string, which may cross tokens.
+"""Chooses the next token of each text from its logits (greedy, temperature, top-k, top-p,
+repetition penalty), and says where a text ends: after so many tokens, at a stop token, or at a stop
+string, which may cross tokens.
 
-The order is that of transformers: penalty, temperature, top-k, top-p. Each text has a random generator of its own, on
-the host, and takes one number of it per token, so what it becomes does not depend on the other texts of its batch.
+The order is that of transformers: penalty, temperature, top-k, top-p. Each text has a random
+generator of its own, on the host, and takes one number of it per token, so what it becomes does not
+depend on the other texts of its batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +19,10 @@ from torch import Tensor
 class Sampling:
     """How a token is chosen.
 
-    temperature: divides the logits; 0: always the likeliest token. top_k: choose among so many of the likeliest; None:
-    all. top_p: choose among the fewest of the likeliest that have this probability together. repetition_penalty: makes
-    tokens that the text already has less likely (Keskar et al. 2019); 1: none. Raises ValueError for other values.
+    temperature: divides the logits; 0: always the likeliest token. top_k: choose among so many of
+    the likeliest; None: all. top_p: choose among the fewest of the likeliest that have this
+    probability together. repetition_penalty: makes tokens that the text already has less likely
+    (Keskar et al. 2019); 1: none. Raises ValueError for other values.
     """
 
     temperature: float = 0.8
@@ -29,27 +32,39 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature:g}, allowed: 0 (the likeliest token) or more")
+            raise ValueError(
+                f"temperature is {self.temperature:g}, allowed: 0 (the likeliest token) or more"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k is {self.top_k}, allowed: 1 or more, or none for all tokens")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p:g}, allowed: above 0, at most 1")
         if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty:g}, allowed: above 0; 1 for none")
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty:g}, allowed: above 0; 1 for none"
+            )
 
 
 GREEDY = Sampling(temperature=0.0, top_k=None)
 
 
-def choose(logits_BV: Tensor, sampling: Sampling, had_BV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-    """Returns [B] token ids. had_BV: whether a text has a token already. generators: of each text, on the host."""
-    device, wide_BV = logits_BV.device, logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
+def choose(
+    logits_BV: Tensor, sampling: Sampling, had_BV: Tensor, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Returns [B] token ids. had_BV: whether a text has a token already. generators: of each text,
+    on the host."""
+    device, wide_BV = (
+        logits_BV.device,
+        logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)),
+    )
     logits_BV = penalised(wide_BV, sampling.repetition_penalty, had_BV)
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     if torch.are_deterministic_algorithms_enabled():
         logits_BV = logits_BV.cpu()  # CUDA has no deterministic cumsum
-    kept_BV = keep_top_p(keep_top_k(logits_BV / sampling.temperature, sampling.top_k), sampling.top_p)
+    kept_BV = keep_top_p(
+        keep_top_k(logits_BV / sampling.temperature, sampling.top_k), sampling.top_p
+    )
     # A float32 draw is at most 1 - 2^-24, so the product with the total stays below it.
     draws_B = torch.cat([torch.rand(1, generator=generator) for generator in generators]).double()
     sums_BV = kept_BV.double().softmax(-1).cumsum(-1)
@@ -58,7 +73,8 @@ def choose(logits_BV: Tensor, sampling: Sampling, had_BV: Tensor, generators: Se
 
 
 def penalised(logits_BV: Tensor, penalty: float, had_BV: Tensor) -> Tensor:
-    """Divides positive logits of tokens that the text has by the penalty, and multiplies negative ones by it."""
+    """Divides positive logits of tokens that the text has by the penalty, and multiplies negative
+    ones by it."""
     if penalty == 1:
         return logits_BV
     return logits_BV.where(~had_BV, (logits_BV / penalty).where(logits_BV > 0, logits_BV * penalty))
@@ -73,7 +89,8 @@ def keep_top_k(logits_BV: Tensor, top_k: int | None) -> Tensor:
 
 
 def keep_top_p(logits_BV: Tensor, top_p: float) -> Tensor:
-    """Sets the logits of the least likely tokens to -inf, which have a probability of at most 1 - top_p together."""
+    """Sets the logits of the least likely tokens to -inf, which have a probability of at most 1 -
+    top_p together."""
     if top_p == 1:
         return logits_BV
     ascending_BV, order_BV = logits_BV.sort(-1)
@@ -87,8 +104,8 @@ Reason = Literal["length", "stop_token", "stop_string"]
 
 @dataclass(frozen=True)
 class Stopping:
-    """max_tokens: new tokens of a text at most. tokens: ids that end it. strings: texts that end it; they require
-    `decode`, which turns ids into text. Raises ValueError for other values."""
+    """max_tokens: new tokens of a text at most. tokens: ids that end it. strings: texts that end
+    it; they require `decode`, which turns ids into text. Raises ValueError for other values."""
 
     max_tokens: int
     tokens: frozenset[int] = frozenset()
@@ -101,14 +118,18 @@ class Stopping:
         if "" in self.strings:
             raise ValueError("a stop string is empty, allowed: one character or more")
         if self.strings and self.decode is None:
-            raise ValueError("stop strings require `decode`, which turns ids into text; pass tokenizer.decode")
+            raise ValueError(
+                "stop strings require `decode`, which turns ids into text; pass tokenizer.decode"
+            )
 
     def reason(self, ids: Sequence[int]) -> Reason | None:
-        """Returns why a text with these new tokens ends; None: it goes on. Call it after each token."""
+        """Returns why a text with these new tokens ends; None: it goes on. Call it after each
+        token."""
         if ids[-1] in self.tokens:
             return "stop_token"
         if self.strings and self.decode is not None:
-            # A token has a byte or more, a character 4 bytes or less: a string that ends now began within this tail.
+            # A token has a byte or more, a character 4 bytes or less: a string that ends now began
+            # within this tail.
             tail = self.decode(ids[-4 * max(map(len, self.strings)) - 4 :])
             if any(string in tail for string in self.strings):
                 return "stop_string"
@@ -117,8 +138,8 @@ class Stopping:
     def text(self, ids: Sequence[int], ended: bool = True) -> str:
         """Returns the text of new tokens, without the stop token and before the first stop string.
 
-        ended: False leaves out the end of it that later tokens could change: half a character, or what may become a
-        stop string."""
+        ended: False leaves out the end of it that later tokens could change: half a character, or
+        what may become a stop string."""
         assert self.decode is not None
         text = self.decode([i for i in ids if i not in self.tokens])
         for string in self.strings:
@@ -126,9 +147,13 @@ class Stopping:
         if ended:
             return text
         text = text.rstrip("\ufffd")
-        return text[: len(text) - max((overlap(text, string) for string in self.strings), default=0)]
+        return text[
+            : len(text) - max((overlap(text, string) for string in self.strings), default=0)
+        ]
 
 
 def overlap(text: str, string: str) -> int:
     """Returns the length of the longest end of `text` with which `string` begins."""
-    return next((n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0)
+    return next(
+        (n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0
+    )

@@ -1,8 +1,10 @@
-"""The models of transformers that have an equivalent here: GPT-2, LLaMA, Mixtral, Qwen2-MoE, DeepSeek-V3 and
-LongCat-Flash. Also AMD's Instella-MoE, which has the names of DeepSeek-V3 and another wiring.
+"""The models of transformers that have an equivalent here: GPT-2, LLaMA, Mixtral, Qwen2-MoE,
+DeepSeek-V3 and LongCat-Flash. Also AMD's Instella-MoE, which has the names of DeepSeek-V3 and
+another wiring.
 
-KEYS and ALWAYS relate a config.json to our configuration, for reading (READERS) and for writing (runs/hf_folder.py).
-For a config.json, a reader returns our settings, settings that our models do not support, and the names of its weights.
+KEYS and ALWAYS relate a config.json to our configuration, for reading (READERS) and for writing
+(runs/hf_folder.py). For a config.json, a reader returns our settings, settings that our models do
+not support, and the names of its weights.
 """
 
 from collections.abc import Mapping
@@ -35,7 +37,9 @@ LLAMA_KEYS = {  # our key: theirs
     "data.vocab_size": "vocab_size",
 }
 LATENT_KEYS = {
-    **{key: LLAMA_KEYS[key] for key in LLAMA_KEYS if key not in ("model.kv_heads", "model.ffn_dim")},
+    **{
+        key: LLAMA_KEYS[key] for key in LLAMA_KEYS if key not in ("model.kv_heads", "model.ffn_dim")
+    },
     "model.latent.q_rank": "q_lora_rank",
     "model.latent.kv_rank": "kv_lora_rank",
     "model.latent.nope_dim": "qk_nope_head_dim",
@@ -44,7 +48,11 @@ LATENT_KEYS = {
     "moe.num_experts": "n_routed_experts",
     "moe.router_scale": "routed_scaling_factor",
 }
-DEEPSEEK_KEYS = {**LATENT_KEYS, "moe.top_k": "num_experts_per_tok", "moe.ffn_dim": "moe_intermediate_size"}
+DEEPSEEK_KEYS = {
+    **LATENT_KEYS,
+    "moe.top_k": "num_experts_per_tok",
+    "moe.ffn_dim": "moe_intermediate_size",
+}
 KEYS = {
     "gpt2": {
         "model.layers": "n_layer",
@@ -54,7 +62,11 @@ KEYS = {
         "data.vocab_size": "vocab_size",
     },
     "llama": LLAMA_KEYS,
-    "mixtral": {**LLAMA_KEYS, "moe.num_experts": "num_local_experts", "moe.top_k": "num_experts_per_tok"},
+    "mixtral": {
+        **LLAMA_KEYS,
+        "moe.num_experts": "num_local_experts",
+        "moe.top_k": "num_experts_per_tok",
+    },
     "qwen2_moe": {
         **LLAMA_KEYS,
         "moe.num_experts": "num_experts",
@@ -72,18 +84,32 @@ KEYS = {
         "moe.ffn_dim": "expert_ffn_hidden_size",
     },
 }
-DEEPSEEK = {"n_group": 1, "topk_group": 1, "moe_layer_freq": 1, "norm_topk_prob": True, "rope_interleave": True}
+DEEPSEEK = {
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": True,
+    "rope_interleave": True,
+}
 ALWAYS: dict[str, dict[str, Any]] = {  # values that our models have
     "llama": {"attention_bias": False, "mlp_bias": False},
     "mixtral": {"sliding_window": None},
     "qwen2_moe": {"mlp_only_layers": [], "qkv_bias": False, "use_sliding_window": False},
     "deepseek_v3": {**DEEPSEEK, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "instella_moe": {**DEEPSEEK, "farskip": True, "gated_attention": True, "farskip_start_idx": 0},
-    "longcat_flash": {"router_bias": False, "zero_expert_type": "identity", "attention_method": "MLA"},
+    "longcat_flash": {
+        "router_bias": False,
+        "zero_expert_type": "identity",
+        "attention_method": "MLA",
+    },
 }
 PLAIN_ROUTER = {"moe.router": "softmax", "moe.router_scale": 1.0, "moe.noisy": False}
 ALWAYS["instella_moe"] |= {"attn_only_farskip": False, "mlp_only_farskip": False}
-ALWAYS["longcat_flash"] |= {"mla_scale_q_lora": True, "mla_scale_kv_lora": True, "norm_topk_prob": False}
+ALWAYS["longcat_flash"] |= {
+    "mla_scale_q_lora": True,
+    "mla_scale_kv_lora": True,
+    "norm_topk_prob": False,
+}
 DEFAULTS = {  # of transformers, where a config.json leaves them out
     "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
     "longcat_flash": {"rms_norm_eps": 1e-5, "rope_theta": 1e7},
@@ -96,8 +122,10 @@ INSTELLA, LONGCAT = "InstellaMoEForCausalLM", "LongcatFlashForCausalLM"
 
 
 def family_of(config: Mapping[str, Any]) -> Any:
-    """Return the name of the reader of a config.json. It is the model_type, but Instella-MoE declares that of
-    DeepSeek-V3, and some folders of LongCat-Flash declare none: there the class decides. KeyError: none is declared."""
+    """Return the name of the reader of a config.json. It is the model_type, but Instella-MoE
+    declares that of DeepSeek-V3, and some folders of LongCat-Flash declare none: there the class
+    decides. KeyError: none is declared.
+    """
     classes = config.get("architectures") or ()
     if INSTELLA in classes:
         return "instella_moe"
@@ -107,7 +135,11 @@ def family_of(config: Mapping[str, Any]) -> Any:
 def read_gpt2(config: dict[str, Any]) -> Reading:
     gelu = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
     given = {**config, "n_inner": config.get("n_inner") or 4 * config["n_embd"]}
-    allowed = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    allowed = {
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    }
     problems = others(config, allowed | {"add_cross_attention": False, "tie_word_embeddings": True})
     if (activation := config.get("activation_function", "gelu_new")) not in gelu:
         problems.append(f"activation_function is {activation!r}, allowed: {', '.join(gelu)}")
@@ -135,35 +167,67 @@ def read_llama(config: dict[str, Any]) -> Reading:
 
 
 def read_mixtral(config: dict[str, Any]) -> Reading:
-    """Mixtral: standard top-k in every block. One expert would have the weight 1 there, and its probability here."""
+    """Mixtral: standard top-k in every block. One expert would have the weight 1 there, and its
+    probability here."""
     settings, problems = llama_settings("mixtral", config)
     if settings["moe.top_k"] < 2:
         problems.append(f"num_experts_per_tok is {settings['moe.top_k']}, allowed: 2 or more")
-    settings |= {"moe.architecture": "top_k", "moe.renormalise": True, "moe.every": 1, **PLAIN_ROUTER}
+    settings |= {
+        "moe.architecture": "top_k",
+        "moe.renormalise": True,
+        "moe.every": 1,
+        **PLAIN_ROUTER,
+    }
     settings["moe.ffn_dim"] = settings["model.ffn_dim"]
-    return settings, problems, outer_names(config) | moe_names(settings, "block_sparse_moe", ("w1", "w3", "w2"))
+    return (
+        settings,
+        problems,
+        outer_names(config) | moe_names(settings, "block_sparse_moe", ("w1", "w3", "w2")),
+    )
 
 
 def read_qwen2_moe(config: dict[str, Any]) -> Reading:
-    """Qwen2-MoE: a shared expert with a sigmoid gate, which is CG-1 of the shared-expert architecture."""
-    config, width = {"decoder_sparse_step": 1, "norm_topk_prob": False, **config}, config["intermediate_size"]
+    """Qwen2-MoE: a shared expert with a sigmoid gate, which is CG-1 of the shared-expert
+    architecture."""
+    config, width = (
+        {"decoder_sparse_step": 1, "norm_topk_prob": False, **config},
+        config["intermediate_size"],
+    )
     settings, problems = llama_settings("qwen2_moe", config)
-    problems += others(config, {"moe_intermediate_size": width, "shared_expert_intermediate_size": width})
+    problems += others(
+        config, {"moe_intermediate_size": width, "shared_expert_intermediate_size": width}
+    )
     one = settings["moe.top_k"] == 1
     if settings["moe.every"] not in (1, 2) or (one and settings["moe.renormalise"]):
-        problems.append("decoder_sparse_step allowed: 1 or 2; norm_topk_prob allowed for one expert per token: false")
-    settings |= {"moe.architecture": "shared_expert", "moe.renormalise": one or settings["moe.renormalise"]}
-    settings |= {"moe.combine": "cg1", "moe.coefficient_input": "current", "moe.ffn_dim": width, **PLAIN_ROUTER}
+        problems.append(
+            "decoder_sparse_step allowed: 1 or 2; norm_topk_prob allowed for one expert per token:"
+            " false"
+        )
+    settings |= {
+        "moe.architecture": "shared_expert",
+        "moe.renormalise": one or settings["moe.renormalise"],
+    }
+    settings |= {
+        "moe.combine": "cg1",
+        "moe.coefficient_input": "current",
+        "moe.ffn_dim": width,
+        **PLAIN_ROUTER,
+    }
     return settings, problems, outer_names(config) | moe_names(settings, "mlp", PROJECTIONS)
 
 
 def read_deepseek_v3(config: dict[str, Any]) -> Reading:
-    """DeepSeek-V3 with one group of experts: the shared-expert architecture with Direct Add and latent attention."""
+    """DeepSeek-V3 with one group of experts: the shared-expert architecture with Direct Add and
+    latent attention."""
     settings, problems, names = deepseek("deepseek_v3", config)
     classes = config.get("architectures") or ["DeepseekV3ForCausalLM"]
     if classes != ["DeepseekV3ForCausalLM"]:
         problems.append(f"architectures is {classes}, allowed: DeepseekV3ForCausalLM or {INSTELLA}")
-    return settings | {"moe.architecture": "shared_expert", "moe.combine": "direct_add"}, problems, names
+    return (
+        settings | {"moe.architecture": "shared_expert", "moe.combine": "direct_add"},
+        problems,
+        names,
+    )
 
 
 def read_instella_moe(config: dict[str, Any]) -> Reading:
@@ -175,12 +239,19 @@ def read_instella_moe(config: dict[str, Any]) -> Reading:
 
 
 def deepseek(family: str, config: dict[str, Any]) -> Reading:
-    """What DeepSeek-V3 and Instella-MoE share. Modules that predict further tokens (MTP) are not read."""
+    """What DeepSeek-V3 and Instella-MoE share. Modules that predict further tokens (MTP) are not
+    read."""
     settings, problems = latent_settings(family, config)
-    experts, shared, dense = settings["moe.num_experts"], config["n_shared_experts"], config["first_k_dense_replace"]
+    experts, shared, dense = (
+        settings["moe.num_experts"],
+        config["n_shared_experts"],
+        config["first_k_dense_replace"],
+    )
     if not shared or settings["moe.top_k"] < 2:
         one = "n_shared_experts allowed: 1 or more; num_experts_per_tok allowed: 2 or more"
-        problems.append(f"n_shared_experts is {shared}, num_experts_per_tok is {settings['moe.top_k']}, {one}")
+        problems.append(
+            f"n_shared_experts is {shared}, num_experts_per_tok is {settings['moe.top_k']}, {one}"
+        )
     settings |= {
         "model.ffn_dim": (shared or 0) * settings["moe.ffn_dim"],
         "model.latent.gated": family == "instella_moe",
@@ -191,7 +262,9 @@ def deepseek(family: str, config: dict[str, Any]) -> Reading:
     names = outer_names(config)
     for block in range(settings["model.layers"]):
         own, layer = f"blocks.{block}", f"layers.{block}"
-        names |= latent_names(f"{own}.sublayers.0", f"{layer}.input_layernorm", f"{layer}.self_attn", settings)
+        names |= latent_names(
+            f"{own}.sublayers.0", f"{layer}.input_layernorm", f"{layer}.self_attn", settings
+        )
         if block < dense:
             names |= sublayer_names(block, 1, layer, LLAMA)
             continue
@@ -204,15 +277,25 @@ def deepseek(family: str, config: dict[str, Any]) -> Reading:
 
 
 def read_longcat_flash(config: dict[str, Any]) -> Reading:
-    """LongCat-Flash: a layer is a pair with a shortcut from Pos-2, whose tap has the norm of the MLP after it. Modules
-    that predict further tokens (MTP) are not read, and neither are matrices of zero experts, which nothing uses."""
+    """LongCat-Flash: a layer is a pair with a shortcut from Pos-2, whose tap has the norm of the
+    MLP after it. Modules that predict further tokens (MTP) are not read, and neither are matrices
+    of zero experts, which nothing uses.
+    """
     zero_experts, pairs = config.get("zero_expert_num") or 0, config["num_layers"]
     given = {**config, "num_hidden_layers": 2 * pairs, "zero_expert_num": zero_experts}
     settings, problems = latent_settings("longcat_flash", given)
     if pairs < 1 or settings["model.latent.q_rank"] is None:
-        problems.append(f"num_layers is {pairs}, q_lora_rank is {config['q_lora_rank']}, allowed: 1 or more each")
+        problems.append(
+            f"num_layers is {pairs}, q_lora_rank is {config['q_lora_rank']}, allowed: 1 or more"
+            " each"
+        )
     settings |= {
-        **{"model.latent.scaled": True, "moe.architecture": "scmoe", "moe.every": 2, "moe.position": "pos2"},
+        **{
+            "model.latent.scaled": True,
+            "moe.architecture": "scmoe",
+            "moe.every": 2,
+            "moe.position": "pos2",
+        },
         **{"moe.first_position": "pos2", "moe.tap_norm": "shared", "moe.combine": "direct_add"},
         **{"moe.coefficient_input": "current", "moe.router": "longcat", "moe.leading_dense": []},
     }
@@ -234,19 +317,36 @@ def read_longcat_flash(config: dict[str, Any]) -> Reading:
 
 def llama_settings(family: str, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the settings of LLaMA or a relative, and problems."""
-    heads, dim, flat = config["num_attention_heads"], config["hidden_size"], flattened(family, config)
+    heads, dim, flat = (
+        config["num_attention_heads"],
+        config["hidden_size"],
+        flattened(family, config),
+    )
     flat["head_dim"] = config.get("head_dim") or dim // heads
     allowed = {"rope_type": "default", "hidden_act": "silu", "head_dim": dim // heads}
     problems = others(flat, {**allowed, **ALWAYS["llama"], **ALWAYS[family]})
     settings = {ours: flat[theirs] for ours, theirs in KEYS[family].items()}
-    return settings | {"model.family": "llama", "model.activation": "swiglu", "model.attention": "full"}, problems
+    return (
+        settings
+        | {"model.family": "llama", "model.activation": "swiglu", "model.attention": "full"},
+        problems,
+    )
 
 
 def latent_settings(family: str, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return the settings of a model with latent attention, and problems. Its only type of rotary positions beside the
-    default one is YaRN, with the numbers of DeepSeek-V3."""
-    flat, rope_dim, heads = flattened(family, config), config["qk_rope_head_dim"], config["num_attention_heads"]
-    allowed = {"hidden_act": "silu", "head_dim": rope_dim, "num_key_value_heads": heads, "attention_bias": False}
+    """Return the settings of a model with latent attention, and problems. Its only type of rotary
+    positions beside the default one is YaRN, with the numbers of DeepSeek-V3."""
+    flat, rope_dim, heads = (
+        flattened(family, config),
+        config["qk_rope_head_dim"],
+        config["num_attention_heads"],
+    )
+    allowed = {
+        "hidden_act": "silu",
+        "head_dim": rope_dim,
+        "num_key_value_heads": heads,
+        "attention_bias": False,
+    }
     allowed["qk_head_dim"] = config["qk_nope_head_dim"] + rope_dim
     yarn = flat["rope_type"] == "yarn"
     if yarn:
@@ -258,17 +358,30 @@ def latent_settings(family: str, config: dict[str, Any]) -> tuple[dict[str, Any]
     problems = others(flat, {**allowed, **ALWAYS[family]})
     settings = {ours: flat[theirs] for ours, theirs in KEYS[family].items()}
     settings |= {"model.family": "llama", "model.activation": "swiglu", "model.attention": "latent"}
-    settings |= {"model.latent.scaled": False, "model.latent.gated": False, "moe.after_norm": False, "moe.noisy": False}
+    settings |= {
+        "model.latent.scaled": False,
+        "model.latent.gated": False,
+        "moe.after_norm": False,
+        "moe.noisy": False,
+    }
     return settings | {"model.latent.yarn_factor": flat["factor"] if yarn else 1.0}, problems
 
 
 def flattened(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json with the values of rotary positions beside the others, and with transformers' defaults."""
+    """Return a config.json with the values of rotary positions beside the others, and with
+    transformers' defaults."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     defaults = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0} | DEFAULTS.get(family, {})
     kept = {key: value for key, value in config.items() if value is not None or key not in defaults}
-    flat = {**defaults, **kept, **rope, "rope_type": rope.get("rope_type", rope.get("type", "default"))}
-    return flat | {"num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"]}
+    flat = {
+        **defaults,
+        **kept,
+        **rope,
+        "rope_type": rope.get("rope_type", rope.get("type", "default")),
+    }
+    return flat | {
+        "num_key_value_heads": config.get("num_key_value_heads") or config["num_attention_heads"]
+    }
 
 
 def others(config: Mapping[str, Any], allowed: Mapping[str, Any]) -> list[str]:

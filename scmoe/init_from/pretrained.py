@@ -1,8 +1,9 @@
-"""Reads weights under our names: folders of transformers' models (families.py), and files of `make export`.
+"""Reads weights under our names: folders of transformers' models (families.py), and files of `make
+export`.
 
-Only local safetensors and JSON files are read: no download, no pickle. Names and shapes are read at once, and each
-weight, or each expert of a stack, when upcycle.py copies it into a model. The settings that determine a model are
-compared with those of the weights.
+Only local safetensors and JSON files are read: no download, no pickle. Names and shapes are read at
+once, and each weight, or each expert of a stack, when upcycle.py copies it into a model. The
+settings that determine a model are compared with those of the weights.
 """
 
 import json
@@ -22,34 +23,52 @@ from scmoe.init_from.families import READERS, family_of
 from scmoe.init_from.names import in_our_layout, is_unread
 from scmoe.parallel.checkpoint.export import read_settings
 
-# A reader makes a name for each matrix of each expert before it compares them with the files, so a wrong number would
-# fill the memory. Published models have up to 130 layers, and up to 24,000 experts in all layers together.
+# A reader makes a name for each matrix of each expert before it compares them with the files, so a
+# wrong number would fill the memory. Published models have up to 130 layers, and up to 24,000
+# experts in all layers together.
 MOST_LAYERS, MOST_EXPERTS = 2000, 200_000
 LAYERS = ("n_layer", "num_hidden_layers", "num_layers", "first_k_dense_replace", "layers")
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "zero_expert_num", "zero_experts")
+EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "zero_expert_num",
+    "zero_experts",
+)
 
 
 class Checkpoint(NamedTuple):
     """The weights in files, and what is known about them."""
 
-    weights: dict[str, Tensor]  # under our names, in the layout of our parameters, on the meta device
-    read: Callable[[str, int | None], Tensor]  # reads one of them; of a stack of experts, the expert of this number
+    weights: dict[
+        str, Tensor
+    ]  # under our names, in the layout of our parameters, on the meta device
+    read: Callable[
+        [str, int | None], Tensor
+    ]  # reads one of them; of a stack of experts, the expert of this number
     labels: dict[str, str]  # the name of each in the files
-    settings: dict[str, Any]  # the config's keys that the weights belong to, as far as the files say
+    settings: dict[
+        str, Any
+    ]  # the config's keys that the weights belong to, as far as the files say
     problems: list[str]  # what is missing, unknown or different; with any, no weight may be read
 
 
 def read_export(file: Path) -> Checkpoint:
     """Read a file of `make export`, dense or MoE. Raises ValueError for any other file."""
     settings, stored = read_settings(file), stored_in([file])
-    if settings.get("model.family") == "llama":  # version 0.2.0 had these values only, and no keys for them
+    if (
+        settings.get("model.family") == "llama"
+    ):  # version 0.2.0 had these values only, and no keys for them
         settings = {"model.norm_eps": 1e-5, "model.rope_theta": 10000.0, **settings}
     weights = {name: tensor.on_meta for name, tensor in stored.items()}
-    return Checkpoint(weights, lambda name, e: stored[name].read(e), {name: name for name in stored}, settings, [])
+    return Checkpoint(
+        weights, lambda name, e: stored[name].read(e), {name: name for name in stored}, settings, []
+    )
 
 
 def read_hf(folder: Path) -> Checkpoint:
-    """Read a folder of transformers' `save_pretrained`: config.json and *.safetensors. Raises ValueError for others."""
+    """Read a folder of transformers' `save_pretrained`: config.json and *.safetensors. Raises
+    ValueError for others."""
     config = read_config(folder, tuple(READERS))
     files = weight_files(folder)
     if not files:
@@ -59,7 +78,10 @@ def read_hf(folder: Path) -> Checkpoint:
         settings, problems, names = READERS[family](config)
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{folder}: config.json is not that of a {family}: {error!r}") from error
-    theirs = {name.removeprefix("transformer.").removeprefix("model."): tensor for name, tensor in stored.items()}
+    theirs = {
+        name.removeprefix("transformer.").removeprefix("model."): tensor
+        for name, tensor in stored.items()
+    }
     wanted = {part for parts in names.values() for part in parts}
     problems += [f"{name} is missing" for name in sorted(wanted - theirs.keys())]
     further = sorted(theirs.keys() - wanted)
@@ -74,7 +96,9 @@ def read_hf(folder: Path) -> Checkpoint:
         weight = in_our_layout(family, ours, torch.cat([theirs[part].read() for part in parts]), 1)
         return weight if expert is None else weight[0]
 
-    labels = {ours: " + ".join(parts) for ours, parts in names.items() if theirs.keys() >= set(parts)}
+    labels = {
+        ours: " + ".join(parts) for ours, parts in names.items() if theirs.keys() >= set(parts)
+    }
     weights: dict[str, Tensor] = {}
     for ours, label in labels.items():
         found = [theirs[part].on_meta for part in names[ours]]
@@ -86,7 +110,8 @@ def read_hf(folder: Path) -> Checkpoint:
 
 
 def read_config(folder: Path, families: tuple[str, ...]) -> dict[str, Any]:
-    """Return the content of config.json. ValueError: there is none, or its model is of none of these families."""
+    """Return the content of config.json. ValueError: there is none, or its model is of none of
+    these families."""
     try:
         content: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         family = family_of(content)
@@ -96,25 +121,32 @@ def read_config(folder: Path, families: tuple[str, ...]) -> dict[str, Any]:
         raise ValueError(f"{folder}: model_type is {family!r}, allowed: {', '.join(families)}")
     layers, experts = largest(content, LAYERS), largest(content, EXPERTS)
     if layers > MOST_LAYERS or layers * experts > MOST_EXPERTS:
-        allowed = f"up to {MOST_LAYERS} layers, and up to {MOST_EXPERTS} experts in all layers together"
-        raise ValueError(f"{folder}: config.json has {layers} layers with {experts} experts, allowed: {allowed}")
+        allowed = (
+            f"up to {MOST_LAYERS} layers, and up to {MOST_EXPERTS} experts in all layers together"
+        )
+        raise ValueError(
+            f"{folder}: config.json has {layers} layers with {experts} experts, allowed: {allowed}"
+        )
     return content
 
 
 def largest(content: Mapping[str, Any], names: tuple[str, ...]) -> int:
-    """Return the largest number that a config.json has under these names, in sections too; 0: it has none."""
+    """Return the largest number that a config.json has under these names, in sections too; 0: it
+    has none."""
     numbers = [value for name, value in content.items() if name in names and isinstance(value, int)]
     sections = [value for value in content.values() if isinstance(value, dict)]
     return max(numbers + [largest(section, names) for section in sections], default=0)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder, without hidden ones, which a killed export leaves half written."""
+    """Return the safetensors files of a folder, without hidden ones, which a killed export leaves
+    half written."""
     return sorted(folder.glob("[!.]*.safetensors"))
 
 
 class Stored(NamedTuple):
-    """A tensor in a file of which only the header is read. The file is mapped into memory: ranks of a node share it."""
+    """A tensor in a file of which only the header is read. The file is mapped into memory: ranks of
+    a node share it."""
 
     file: Any  # of safe_open, which stays open
     name: str
@@ -122,7 +154,9 @@ class Stored(NamedTuple):
 
     def read(self, row: int | None = None) -> Tensor:
         """Return the tensor, or one row of its first dim."""
-        return self.file.get_tensor(self.name) if row is None else self.file.get_slice(self.name)[row]
+        return (
+            self.file.get_tensor(self.name) if row is None else self.file.get_slice(self.name)[row]
+        )
 
 
 def stored_in(paths: list[Path]) -> dict[str, Stored]:
@@ -134,13 +168,18 @@ def stored_in(paths: list[Path]) -> dict[str, Stored]:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-        stored |= {n: Stored(file, n, torch.empty(shape, device="meta")) for n, shape in shapes.items()}
+        stored |= {
+            n: Stored(file, n, torch.empty(shape, device="meta")) for n, shape in shapes.items()
+        }
     return stored
 
 
 def check_settings(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
-    """Raise ValueError naming all keys in which a checkpoint's settings differ. A dense one may become any MoE."""
-    if there.get("moe.zero_experts"):  # LongCat-Flash's return their input, and so did all of earlier exports
+    """Raise ValueError naming all keys in which a checkpoint's settings differ. A dense one may
+    become any MoE."""
+    if there.get(
+        "moe.zero_experts"
+    ):  # LongCat-Flash's return their input, and so did all of earlier exports
         there = {"moe.zero_output": "input", **there}
     other = [
         f"{key} is {show(here[key]) if key in here else 'unknown'}, allowed: {show(value)}"
@@ -164,8 +203,12 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def model_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that a model must share to take these weights. An export has them in its header."""
-    architecture, keys = config.moe.architecture, ["model.family", "model.layers", "model.dim", "model.heads"]
+    """Return the settings that a model must share to take these weights. An export has them in its
+    header."""
+    architecture, keys = (
+        config.moe.architecture,
+        ["model.family", "model.layers", "model.dim", "model.heads"],
+    )
     if config.model.family in FAMILIES.images:
         keys += ["model.patch_size", "model.window", "data.image_size", "data.num_classes"]
     else:
@@ -174,10 +217,26 @@ def model_settings(config: Config) -> dict[str, Any]:
         keys += ["model.norm_eps", "model.rope_theta"]
     keys.append("moe.architecture")
     if config.model.attention == "latent":
-        keys += ["model.attention", *(leaf.key for leaf in leaves(config.model.latent, "model.latent."))]
+        keys += [
+            "model.attention",
+            *(leaf.key for leaf in leaves(config.model.latent, "model.latent.")),
+        ]
     if architecture != "dense":
-        keys += ["moe.after_norm", "moe.num_experts", "moe.top_k", "moe.renormalise", "moe.noisy", "moe.every"]
-        keys += ["moe.ffn_dim", "moe.router", "moe.router_scale", "moe.leading_dense", "moe.zero_experts"]
+        keys += [
+            "moe.after_norm",
+            "moe.num_experts",
+            "moe.top_k",
+            "moe.renormalise",
+            "moe.noisy",
+            "moe.every",
+        ]
+        keys += [
+            "moe.ffn_dim",
+            "moe.router",
+            "moe.router_scale",
+            "moe.leading_dense",
+            "moe.zero_experts",
+        ]
         keys.append("moe.zero_output")
     own = architecture not in ARCHITECTURES.built_in  # an extension's, which may read all of these
     if architecture in SHORTCUTS or own:

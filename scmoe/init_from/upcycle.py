@@ -1,20 +1,24 @@
-"""Copies the weights of a checkpoint into a model, unchanged, or from a dense checkpoint into an MoE ("upcycling"), or
-from an MoE into one with zero experts ("retrofit").
+"""Copies the weights of a checkpoint into a model, unchanged, or from a dense checkpoint into an
+MoE ("upcycling"), or from an MoE into one with zero experts ("retrofit").
 
-An upcycled model gives the dense model's output up to rounding, as long as no copy is dropped (moe.capacity_factor):
+An upcycled model gives the dense model's output up to rounding, as long as no copy is dropped
+(moe.capacity_factor):
 
-    standard top-k          each expert is the MLP, and the gate's weights sum to one (top_k >= 2, renormalised)
-    shared-expert, ScMoE    the shared expert is the MLP, with twice its W_out where a coefficient gate halves it (the
-                            gate's weights are 0, and sigmoid(0) = 1/2); experts have the MLP's W_in and W_out = 0, so
-                            the routed output starts at 0 and grows in training
+    standard top-k          each expert is the MLP, and the gate's weights sum to one (top_k >= 2,
+                            renormalised)
+    shared-expert, ScMoE    the shared expert is the MLP, with twice its W_out where a coefficient
+                            gate halves it (the gate's weights are 0, and sigmoid(0) = 1/2); experts
+                            have the MLP's W_in and W_out = 0, so the routed output starts at 0 and
+                            grows in training
 
 The tap's own norm is the MLP's norm. The router's gate keeps its drawn weights.
 
-A retrofit (ZEDA: "Post-Trained MoE Can Skip Half Experts via Self-Distillation", 2026) copies all weights and adds rows
-to the routers. The zero experts return 0: copies of the input would spoil the trained model (20.7 points, not 81.0).
+A retrofit (ZEDA: "Post-Trained MoE Can Skip Half Experts via Self-Distillation", 2026) copies all
+weights and adds rows to the routers. The zero experts return 0: copies of the input would spoil the
+trained model (20.7 points, not 81.0).
 
-Under expert parallelism a rank takes the experts that it holds. Shapes are compared on the meta device; then one
-weight, or one expert, is read at a time.
+Under expert parallelism a rank takes the experts that it holds. Shapes are compared on the meta
+device; then one weight, or one expert, is read at a time.
 """
 
 import re
@@ -31,12 +35,17 @@ from scmoe.init_from.pretrained import Checkpoint
 from scmoe.moe.coefficient import DirectAdd
 from scmoe.moe.experts import Experts, named_generator
 
-OF_ROUTERS = re.compile(r".+\.router\.(gate|noise|bias)\.weight")  # these have a row for each expert
+OF_ROUTERS = re.compile(
+    r".+\.router\.(gate|noise|bias)\.weight"
+)  # these have a row for each expert
 
 
 @torch.no_grad()
-def fill(model: Any, checkpoint: Checkpoint, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
-    """Set every weight of `model` from the checkpoint. ValueError, before any is set: it names all mismatches.
+def fill(
+    model: Any, checkpoint: Checkpoint, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_
+) -> None:
+    """Set every weight of `model` from the checkpoint. ValueError, before any is set: it names all
+    mismatches.
 
     put: copies a value into a weight, or into the part of a weight that this rank holds."""
     found = sources_of(model, checkpoint)
@@ -56,7 +65,8 @@ def fill(model: Any, checkpoint: Checkpoint, put: Callable[[Tensor, Tensor], Any
 
 
 def sources_of(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return for each weight of `model` the name of that in the checkpoint from which it is set; no weight is read.
+    """Return for each weight of `model` the name of that in the checkpoint from which it is set; no
+    weight is read.
 
     model: may be on the meta device. ValueError: it names all mismatches."""
     own = dict(model.named_parameters())
@@ -64,7 +74,9 @@ def sources_of(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     if upcycled:
         check_upcycling(model, checkpoint)
     named = {name: dense_name(name, model) if upcycled else name for name in own}
-    sources = {name: source for name, source in named.items() if source is not None}  # a gate has none
+    sources = {
+        name: source for name, source in named.items() if source is not None
+    }  # a gate has none
     problems, share = list(checkpoint.problems), upcycled_weight if upcycled else own_share
     for name, source in sources.items():
         weight, wanted = checkpoint.weights.get(source), own[name].shape
@@ -73,7 +85,9 @@ def sources_of(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
                 problems.append(f"{source} is missing")
         elif share(name, weight, model).shape != wanted:
             allowed = f"a shape that gives {name} {tuple(wanted)}"
-            problems.append(f"{checkpoint.labels[source]} is {tuple(weight.shape)}, allowed: {allowed}")
+            problems.append(
+                f"{checkpoint.labels[source]} is {tuple(weight.shape)}, allowed: {allowed}"
+            )
     unused = checkpoint.weights.keys() - set(sources.values())
     problems += [f"{checkpoint.labels[name]} is unknown" for name in sorted(unused)]
     if problems:
@@ -81,12 +95,19 @@ def sources_of(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     return sources
 
 
-def with_zero_experts(checkpoint: Checkpoint, zero_experts: int, output: str, seed: int) -> Checkpoint:
-    """Return the checkpoint of an MoE that has no zero experts as one that has them, and any other as it is.
+def with_zero_experts(
+    checkpoint: Checkpoint, zero_experts: int, output: str, seed: int
+) -> Checkpoint:
+    """Return the checkpoint of an MoE that has no zero experts as one that has them, and any other
+    as it is.
 
     output: moe.zero_output. ValueError: it is not zero.
     """
-    routers = {name for name, weight in checkpoint.weights.items() if OF_ROUTERS.fullmatch(name) and weight.dim()}
+    routers = {
+        name
+        for name, weight in checkpoint.weights.items()
+        if OF_ROUTERS.fullmatch(name) and weight.dim()
+    }
     if not routers or checkpoint.settings.get("moe.zero_experts"):
         return checkpoint
     if output != "zero":
@@ -95,61 +116,84 @@ def with_zero_experts(checkpoint: Checkpoint, zero_experts: int, output: str, se
 
     def read(name: str, expert: int | None) -> Tensor:
         weight = checkpoint.read(name, expert)
-        return with_rows(weight, zero_experts, f"{seed}/zero experts of {name}") if name in routers else weight
+        return (
+            with_rows(weight, zero_experts, f"{seed}/zero experts of {name}")
+            if name in routers
+            else weight
+        )
 
     old = {name: checkpoint.weights[name] for name in routers}
-    grown = {name: w.new_empty((len(w) + zero_experts, *w.shape[1:])) for name, w in old.items()}  # on the meta device
+    grown = {
+        name: w.new_empty((len(w) + zero_experts, *w.shape[1:])) for name, w in old.items()
+    }  # on the meta device
     settings = {**checkpoint.settings, "moe.zero_experts": zero_experts, "moe.zero_output": "zero"}
     return checkpoint._replace(weights=checkpoint.weights | grown, read=read, settings=settings)
 
 
 def with_rows(weight: Tensor, further: int, name: str) -> Tensor:
-    """Return a router's weight [E, D] or bias [E] with further rows, which depend on the old ones and on `name` alone.
+    """Return a router's weight [E, D] or bias [E] with further rows, which depend on the old ones
+    and on `name` alone.
 
-    Rows are drawn with the mean and variance that the old ones have in each feature, so that new experts compete with
-    old ones from the start. A bias of zero experts does not move, so it is the mean for each of them.
+    Rows are drawn with the mean and variance that the old ones have in each feature, so that new
+    experts compete with old ones from the start. A bias of zero experts does not move, so it is the
+    mean for each of them.
     """
     old = weight.double()
     spread = old.std(0, correction=0) if weight.dim() > 1 else old.new_zeros(())
-    fresh = torch.randn((further, *weight.shape[1:]), generator=named_generator(name), dtype=old.dtype, device="cpu")
+    fresh = torch.randn(
+        (further, *weight.shape[1:]), generator=named_generator(name), dtype=old.dtype, device="cpu"
+    )
     return torch.cat([weight, (old.mean(0) + spread * fresh).to(weight.dtype)])
 
 
 def is_upcycled(model: Any, checkpoint: Checkpoint) -> bool:
     names = [name for name, _ in model.named_parameters()]
-    return any(".moe." in name for name in names) and not any(".moe." in name for name in checkpoint.weights)
+    return any(".moe." in name for name in names) and not any(
+        ".moe." in name for name in checkpoint.weights
+    )
 
 
 def check_upcycling(model: Any, checkpoint: Checkpoint) -> None:
     """Raise ValueError where the model cannot give the dense model's output."""
     for block in model.blocks:
         if isinstance(block, MoEBlock) and any(True for _ in block.after.parameters()):
-            raise ValueError("a dense checkpoint into an MoE requires moe.after_norm=false: no norm follows its MLPs")
+            raise ValueError(
+                "a dense checkpoint into an MoE requires moe.after_norm=false: no norm follows its"
+                " MLPs"
+            )
         zeros = isinstance(block, MoEBlock) and block.moe.router.zero_experts > 0
         if zeros and (block.moe.zeros_return_input or isinstance(block, TopKBlock)):
-            allowed = "moe.zero_experts=0, or moe.zero_output=zero and a shared expert: others change the output"
+            allowed = (
+                "moe.zero_experts=0, or moe.zero_output=zero and a shared expert: others change the"
+                " output"
+            )
             raise ValueError(f"a dense checkpoint into an MoE requires {allowed}")
         if isinstance(block, TopKBlock):
             if not block.moe.router.normalise or block.moe.router.scoring.scale != 1:
                 raise ValueError(
-                    "a dense checkpoint into a top_k MoE requires moe.top_k >= 2 and weights that sum to one: "
-                    "moe.renormalise or moe.router=deepseek, and moe.router_scale=1"
+                    "a dense checkpoint into a top_k MoE requires moe.top_k >= 2 and weights that"
+                    " sum to one: moe.renormalise or moe.router=deepseek, and moe.router_scale=1"
                 )
             if any(name.endswith(".f.w_in.bias") for name in checkpoint.weights):
-                raise ValueError("experts have no biases, but the checkpoint's MLPs do; a shared expert may have them")
+                raise ValueError(
+                    "experts have no biases, but the checkpoint's MLPs do; a shared expert may have"
+                    " them"
+                )
         elif not isinstance(block, (SharedExpertBlock, ShortcutBlock)):
             wanted = "moe.architecture top_k, shared_expert or scmoe, and moe.leading_dense=[]"
             raise ValueError(f"a dense checkpoint into an MoE requires {wanted}")
 
 
 def dense_name(name: str, model: Any) -> str | None:
-    """Return the dense model's name of a parameter of an MoE model; None where the dense model has none.
+    """Return the dense model's name of a parameter of an MoE model; None where the dense model has
+    none.
 
-    A pair holds attention, MLP and attention of two dense blocks; with moe.every=1, a block holds one attention. The
-    MLP of the last of these dense blocks, with its norm, becomes the MoE module.
+    A pair holds attention, MLP and attention of two dense blocks; with moe.every=1, a block holds
+    one attention. The MLP of the last of these dense blocks, with its norm, becomes the MoE module.
     """
     match = re.fullmatch(
-        r"blocks\.(\d+)\.(?:sublayers\.(\d)|(norm|tap_norm|shared_expert|moe|coefficient))\.(.+)", name
+        r"blocks\.(\d+)\.(?:sublayers\.(\d)|(norm|tap_norm|shared_expert|moe|coefficient))\.(.+)",
+        name,
     )
     if match is None:
         return name
@@ -159,7 +203,10 @@ def dense_name(name: str, model: Any) -> str | None:
         return f"blocks.{blocks_each * int(block) + int(sublayer) // 2}.sublayers.{int(sublayer) % 2}.{rest}"
     mlp = f"blocks.{blocks_each * (int(block) + 1) - 1}.sublayers.1"
     if part == "moe":
-        return {"experts.w_in_eDF": f"{mlp}.f.w_in.weight", "experts.w_out_eFD": f"{mlp}.f.w_out.weight"}.get(rest)
+        return {
+            "experts.w_in_eDF": f"{mlp}.f.w_in.weight",
+            "experts.w_out_eFD": f"{mlp}.f.w_out.weight",
+        }.get(rest)
     return {"shared_expert": f"{mlp}.f.{rest}", "coefficient": None}.get(part, f"{mlp}.norm.{rest}")
 
 
@@ -176,13 +223,17 @@ def upcycled_weight(name: str, weight: Tensor, model: Any) -> Tensor:
 
 
 def own_share(name: str, weight: Tensor, model: Any) -> Tensor:
-    """Return the part of a weight that this model holds: this rank's experts, the first max_seq_len positions."""
+    """Return the part of a weight that this model holds: this rank's experts, the first max_seq_len
+    positions."""
     module = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, Experts) and weight.dim() == 3:
         return weight[module.expert_ids.start : module.expert_ids.stop]
-    return weight[: model.max_seq_len] if name == "positions.weight" and weight.dim() == 2 else weight
+    return (
+        weight[: model.max_seq_len] if name == "positions.weight" and weight.dim() == 2 else weight
+    )
 
 
 def has_halves(block: Any) -> bool:
-    """Return whether a gate weighs shared and routed output. With weights of 0 it halves the shared output."""
+    """Return whether a gate weighs shared and routed output. With weights of 0 it halves the shared
+    output."""
     return not isinstance(block, TopKBlock) and not isinstance(block.coefficient, DirectAdd)

@@ -1,8 +1,9 @@
-"""Between backward and update: one global gradient norm, and no update without a check by the guard (faults 22, 27).
+"""Between backward and update: one global gradient norm, and no update without a check by the guard
+(faults 22, 27).
 
-Lightning's precision plugins clip by the norm of what a rank holds. It differs from rank to rank, because each holds
-other experts. They also check nothing if nothing is clipped. Left out: a torch optimizer that is stepped without
-Lightning (`use_pl_optimizer=False`).
+Lightning's precision plugins clip by the norm of what a rank holds. It differs from rank to rank,
+because each holds other experts. They also check nothing if nothing is clipped. Left out: a torch
+optimizer that is stepped without Lightning (`use_pl_optimizer=False`).
 """
 
 from collections.abc import Iterable
@@ -25,7 +26,12 @@ class GuardedUpdate:
 
     def __init__(self, plugin: Any, module: nn.Module, context: ParallelContext) -> None:
         check_precision(plugin)
-        self.plugin, self.original, self.module, self.context = plugin, type(plugin), module, context
+        self.plugin, self.original, self.module, self.context = (
+            plugin,
+            type(plugin),
+            module,
+            context,
+        )
         self.guard = Guard(module)
         self.norm: Tensor | None = None
         plugin.pre_backward, plugin.clip_gradients = self.before_backward, self.clip
@@ -39,7 +45,8 @@ class GuardedUpdate:
     def after_backward(self, module: Any, optimizer: Optimizer) -> None:
         """Everything that happens before this optimizer's update.
 
-        FloatingPointError, on every rank: a gradient is not finite. RuntimeError: the module clips in another way.
+        FloatingPointError, on every rank: a gradient is not finite. RuntimeError: the module clips
+        in another way.
         """
         self.norm = None
         original_after_closure(self.plugin, module, optimizer)
@@ -47,16 +54,19 @@ class GuardedUpdate:
             self.clip_by_norm(optimizer, None)
         elif self.norm is None:
             raise RuntimeError(
-                f"{type(module).__name__}.configure_gradient_clipping did not call self.clip_gradients, so no update "
-                "was made: each rank would clip by a norm of its own, and a NaN would pass; call "
-                "self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm) there"
+                f"{type(module).__name__}.configure_gradient_clipping did not call"
+                " self.clip_gradients, so no update was made: each rank would clip by a norm of"
+                " its own, and a NaN would pass; call self.clip_gradients(optimizer,"
+                " gradient_clip_val, gradient_clip_algorithm) there"
             )
 
-    def clip(self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: str = "norm") -> None:
+    def clip(
+        self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: str = "norm"
+    ) -> None:
         """Gradients that are not clipped by their norm are checked all the same.
 
-        The plugin itself does not clip by the norm: that of bf16-mixed refuses a fused optimizer, which would undo the
-        scale of gradients only later. Only float16 has such a scale.
+        The plugin itself does not clip by the norm: that of bf16-mixed refuses a fused optimizer,
+        which would undo the scale of gradients only later. Only float16 has such a scale.
         """
         if clip_val > 0 and gradient_clip_algorithm == "norm":
             self.clip_by_norm(optimizer, clip_val)
@@ -66,7 +76,9 @@ class GuardedUpdate:
 
     def clip_by_norm(self, optimizer: Optimizer, clip_val: float | None) -> None:
         """Compute the global norm, clip by it (clip_val None: change nothing) and check it."""
-        order = {p: i for i, p in enumerate(self.module.parameters())}  # the norm's last bits depend on the order
+        order = {
+            p: i for i, p in enumerate(self.module.parameters())
+        }  # the norm's last bits depend on the order
         held = (p for group in optimizer.param_groups for p in group["params"])
         shards = {p for _, p in expert_parameters(self.module)}
         parameters = sorted(held, key=lambda p: order.get(p, len(order)))
@@ -82,7 +94,8 @@ class GuardedUpdate:
 
 
 def guard_updates(plugin: Any, module: nn.Module, context: ParallelContext) -> GuardedUpdate:
-    """Return the GuardedUpdate of `module` in this precision plugin; the first call for a module installs it."""
+    """Return the GuardedUpdate of `module` in this precision plugin; the first call for a module
+    installs it."""
     installed = plugin.clip_gradients.__self__
     if isinstance(installed, GuardedUpdate) and installed.module is module:
         return installed
@@ -90,13 +103,20 @@ def guard_updates(plugin: Any, module: nn.Module, context: ParallelContext) -> G
 
 
 def check_precision(plugin: Any) -> None:
-    """Raise ValueError for float16: unscaled gradients vanish in it, and a scaler skips a step on one rank alone."""
+    """Raise ValueError for float16: unscaled gradients vanish in it, and a scaler skips a step on
+    one rank alone."""
     if plugin is not None and plugin.precision in ("16-true", "16-mixed"):
         allowed = "32-true, bf16-mixed, bf16-true, 64-true"
-        raise ValueError(f"trainer.precision is {plugin.precision}, allowed: {allowed}; float16 has too small a range")
+        raise ValueError(
+            f"trainer.precision is {plugin.precision}, allowed: {allowed}; float16 has too small a"
+            " range"
+        )
 
 
-COPYING = (WeightAveraging, StochasticWeightAveraging)  # their copy of the module would hold one rank's experts
+COPYING = (
+    WeightAveraging,
+    StochasticWeightAveraging,
+)  # their copy of the module would hold one rank's experts
 
 
 def check_callbacks(callbacks: Iterable[Any]) -> None:
@@ -104,6 +124,7 @@ def check_callbacks(callbacks: Iterable[Any]) -> None:
     for callback in callbacks:
         if isinstance(callback, COPYING):
             raise ValueError(
-                f"the callback {type(callback).__name__} keeps a copy of the module, with one rank's experts alone; "
-                "allowed with expert_parallel: callbacks that do not copy it; average weights of checkpoints instead"
+                f"the callback {type(callback).__name__} keeps a copy of the module, with one"
+                " rank's experts alone; allowed with expert_parallel: callbacks that do not copy"
+                " it; average weights of checkpoints instead"
             )

@@ -1,6 +1,7 @@
 """Makes Lightning know the strategy's name, and read a checkpoint that is a directory of ours.
 
-Called by `import scmoe`, perhaps while other files of scmoe are being imported, so all imports are inside functions.
+Called by `import scmoe`, perhaps while other files of scmoe are being imported, so all imports are
+inside functions.
 """
 
 from collections.abc import Callable
@@ -46,7 +47,8 @@ def reading_directories(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def place_of(map_location: Any) -> Any:
-    """Return the device to which torch.load would move tensors of the CPU. map_location: as torch.load takes it."""
+    """Return the device to which torch.load would move tensors of the CPU. map_location: as
+    torch.load takes it."""
     import torch
 
     if callable(map_location):

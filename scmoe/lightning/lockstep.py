@@ -1,5 +1,5 @@
-"""Ranks start together, with equally many batches, stop together, at the same step, and fail together (faults 12, 14
-and 16).
+"""Ranks start together, with equally many batches, stop together, at the same step, and fail
+together (faults 12, 14 and 16).
 
 SIGTERM, SIGHUP (a terminal that is gone) or Ctrl-C on any rank sets a flag. Ranks exchange their
 flags at every step and read the sum one step later, so all of them stop at one step, with exit code
@@ -8,10 +8,11 @@ broadcast or save inside the signal handler, while other ranks are in other coll
 So they are not installed. Under SLURM the signal that asks to requeue the job (SIGUSR1) sets a flag
 too; at the agreed step the ranks do what Lightning's handler does.
 
-When a collective fails because another rank left it, its error gets a note that names the missing rank. The
-collective's own error only says that it timed out or that a connection closed. So the remaining ranks contact each
-other once more, briefly, in a group that the broken collective has not used. `dist.monitored_barrier` would name the
-missing ranks too, but if rank 0 is missing it waits for the group's timeout instead of its own.
+When a collective fails because another rank left it, its error gets a note that names the missing
+rank. The collective's own error only says that it timed out or that a connection closed. So the
+remaining ranks contact each other once more, briefly, in a group that the broken collective has not
+used. `dist.monitored_barrier` would name the missing ranks too, but if rank 0 is missing it waits
+for the group's timeout instead of its own.
 """
 
 import atexit
@@ -79,7 +80,8 @@ class StopSignal:
                     self.before[number] = signal.signal(number, self._note) or signal.SIG_DFL
 
     def give_back(self) -> None:
-        """From here on a signal does what it did before `take`; by default SIGTERM ends the process at once."""
+        """From here on a signal does what it did before `take`; by default SIGTERM ends the process
+        at once."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}
@@ -109,10 +111,11 @@ def discard_output_of_closed_terminal() -> None:
 
 
 class Poll:
-    """Sums flags over all ranks. Each sum is started in one call and read in the next, so that no call waits for it.
+    """Sums flags over all ranks. Each sum is started in one call and read in the next, so that no
+    call waits for it.
 
-    group: a gloo group of all ranks. What else it carries must begin in the same order on all ranks, as gloo matches
-    collectives by their order.
+    group: a gloo group of all ranks. What else it carries must begin in the same order on all
+    ranks, as gloo matches collectives by their order.
     """
 
     def __init__(self, group: Any) -> None:
@@ -120,7 +123,8 @@ class Poll:
         self.in_flight: tuple[dist.Work, Tensor] | None = None
 
     def any_rank(self, *flags: bool) -> list[bool]:
-        """Return for each flag whether any rank raised it in the call before. All ranks must call it equally often."""
+        """Return for each flag whether any rank raised it in the call before. All ranks must call
+        it equally often."""
         answers = self.close() or [False] * len(flags)
         sums = torch.tensor(flags, dtype=torch.int64)
         self.in_flight = (dist.all_reduce(sums, group=self.group, async_op=True), sums)
@@ -143,7 +147,8 @@ class Poll:
 
 
 def check_even(stage: str, batches: Sequence[float], context: ParallelContext) -> None:
-    """Raise ValueError on every rank if ranks have different numbers of batches. Every rank must call it.
+    """Raise ValueError on every rank if ranks have different numbers of batches. Every rank must
+    call it.
 
     A rank without a next batch would leave the others waiting in a collective until the timeout.
     batches: one number for each loader; inf if its length is unknown.
@@ -153,15 +158,18 @@ def check_even(stage: str, batches: Sequence[float], context: ParallelContext) -
     of_ranks: list[Any] = [None] * context.world_size
     dist.all_gather_object(of_ranks, [float(n) for n in batches], group=context.control_group)
     if any(counts != of_ranks[0] for counts in of_ranks):
-        counts = "; ".join(f"rank {rank}: {' + '.join(f'{n:g}' for n in ns)}" for rank, ns in enumerate(of_ranks))
+        counts = "; ".join(
+            f"rank {rank}: {' + '.join(f'{n:g}' for n in ns)}" for rank, ns in enumerate(of_ranks)
+        )
         raise ValueError(
-            f"ranks have different numbers of {stage} batches ({counts}), allowed: the same number on each rank; "
-            f"pad the last batches, or set limit_{stage}_batches"
+            f"ranks have different numbers of {stage} batches ({counts}), allowed: the same number"
+            f" on each rank; pad the last batches, or set limit_{stage}_batches"
         )
 
 
 class Job:
-    """The part of the Strategy that keeps ranks in step. `open` comes before everything else, `close` at the end.
+    """The part of the Strategy that keeps ranks in step. `open` comes before everything else,
+    `close` at the end.
 
     context: the rank's place. is_launched: another rank of this job has started this process.
     """
@@ -170,9 +178,13 @@ class Job:
         self.context = ParallelContext()
         self.is_launched = False
         self.stop = StopSignal()
-        self.trained: Any = None  # the module, while it holds the weights of its last step of training
+        self.trained: Any = (
+            None  # the module, while it holds the weights of its last step of training
+        )
         self.has_begun = False  # the first batch of this training
-        self.polls_left = 0  # batches of this validation, test or prediction at which all ranks can still ask
+        self.polls_left = (
+            0  # batches of this validation, test or prediction at which all ranks can still ask
+        )
         self.poll: Poll
         self.trainer: Any = None
         self.checkpoints: Checkpoints
@@ -184,7 +196,10 @@ class Job:
         self.stop.take()
         seam.leave_signals_alone(trainer, self.stop.numbers)
         if self.stop.requeue is not None and shutil.which("scontrol") is None:
-            self._say("warning: scontrol is not found: a signal of SLURM saves and stops, but requeues nothing")
+            self._say(
+                "warning: scontrol is not found: a signal of SLURM saves and stops, but requeues"
+                " nothing"
+            )
 
     def begin_training(self) -> None:
         check_even("train", [self.trainer.num_training_batches], self.context)
@@ -195,8 +210,11 @@ class Job:
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.ask()
-        self.checkpoints.restore_random_state()  # not earlier: making data loaders draws from the generator
-        if not self.has_begun:  # not earlier: a validation that runs again may find this step to be the best
+        # not earlier: making data loaders draws from the generator
+        self.checkpoints.restore_random_state()
+        if (
+            not self.has_begun
+        ):  # not earlier: a validation that runs again may find this step to be the best
             self.has_begun = True
             seam.mark_step_as_saved(self.trainer)
         context = self.context
@@ -205,15 +223,22 @@ class Job:
 
     def begin_validation(self) -> None:
         trainer = self.trainer
-        self.begin("val", trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches)
+        self.begin(
+            "val",
+            trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches,
+        )
         if not trainer.sanity_checking:
             seam.forget_stopped_validation(trainer)
 
     def begin(self, stage: str, batches: Sequence[float]) -> None:
-        """Let ranks ask at as many batches as the rank with the fewest has. If that number is unknown they cannot ask,
-        and a SIGTERM ends the process at once."""
-        shares_experts = self.context.ep_size > 1 and any(expert_parameters(self.trainer.lightning_module))
-        if shares_experts or self.context.dense_mesh is not None:  # else nothing keeps ranks in step
+        """Let ranks ask at as many batches as the rank with the fewest has. If that number is
+        unknown they cannot ask, and a SIGTERM ends the process at once."""
+        shares_experts = self.context.ep_size > 1 and any(
+            expert_parameters(self.trainer.lightning_module)
+        )
+        if (
+            shares_experts or self.context.dense_mesh is not None
+        ):  # else nothing keeps ranks in step
             check_even(stage, batches, self.context)
         fewest = self.poll.smallest(sum(batches))
         can_stop = not seam.accumulated_batches(self.trainer)  # else the step must end first
@@ -232,10 +257,13 @@ class Job:
     def end_evaluation(self) -> None:
         self.polls_left = 0
         self.stop.take()
-        reshard(self.trainer.lightning_module)  # what follows finds the weights that optimizers hold
+        reshard(
+            self.trainer.lightning_module
+        )  # what follows finds the weights that optimizers hold
 
     def ask(self) -> None:
-        """Ask all ranks whether one still writes a checkpoint or must stop, and act on the answers of the last call."""
+        """Ask all ranks whether one still writes a checkpoint or must stop, and act on the answers
+        of the last call."""
         flags = self.checkpoints.is_writing(), self.stop.received, self.stop.must_requeue
         still_writing, stop, requeue = self.poll.any_rank(*flags)
         self.checkpoints.finish_unless(still_writing)
@@ -249,13 +277,14 @@ class Job:
         self.ask()
 
     def _save_and_exit(self, requeue: bool) -> None:
-        """Save a checkpoint, if there is anything new to save, and exit; all ranks do this at the same step.
+        """Save a checkpoint, if there is anything new to save, and exit; all ranks do this at the
+        same step.
 
         requeue: put the SLURM job into the queue again, unless it is a run of `scmoe train`: the
         command of its job would start a new run.
 
-        A rank that Lightning's launcher has started exits with 0: any other code would make the launcher kill rank 0,
-        which may still be closing loggers.
+        A rank that Lightning's launcher has started exits with 0: any other code would make the
+        launcher kill rank 0, which may still be closing loggers.
         """
         trainer = self.trainer
         if self.trained is trainer.lightning_module and not seam.accumulated_batches(trainer):
@@ -275,7 +304,9 @@ class Job:
                 trainer.save_checkpoint(path)
                 self.checkpoints.finish()
                 step = trainer.global_step
-                self._say(f"stopped at step {step}; to go on: trainer.fit(..., ckpt_path={str(path)!r})")
+                self._say(
+                    f"stopped at step {step}; to go on: trainer.fit(..., ckpt_path={str(path)!r})"
+                )
         elif requeue:
             self._say("stopped without saving, as nothing was trained; the job is not requeued")
         self.checkpoints.finish()
@@ -309,10 +340,12 @@ def tensors_in(batch: Any) -> list[Tensor]:
 
 
 class SavePostponed(Callback):
-    """Saves what was requested inside a step: once it is taken, or at the end of a training that ends inside it.
+    """Saves what was requested inside a step: once it is taken, or at the end of a training that
+    ends inside it.
 
-    After the first step it also makes what a checkpoint would hold, without writing it, so that something that cannot
-    be saved ends the run then and not hours later. Without a callback that saves it does not."""
+    After the first step it also makes what a checkpoint would hold, without writing it, so that
+    something that cannot be saved ends the run then and not hours later. Without a callback that
+    saves it does not."""
 
     def __init__(self) -> None:
         self.has_checked = False
@@ -325,13 +358,18 @@ class SavePostponed(Callback):
     def check(self, trainer: Any) -> None:
         if trainer.checkpoint_callbacks and not self.has_checked:
             self.has_checked = True
-            weights_only = all(getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks)
+            weights_only = all(
+                getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks
+            )
             saved = seam.what_is_saved(trainer, weights_only)
             trainer.strategy.checkpoints.check(saved, trainer.lightning_module)
 
     def on_train_end(self, trainer: Any, *_: Any) -> None:
         if seam.accumulated_batches(trainer) and trainer.strategy.checkpoints.postponed:
-            rank_zero_warn("training ended inside a step: checkpoints hold the step before, without its gradients")
+            rank_zero_warn(
+                "training ended inside a step: checkpoints hold the step before, without its"
+                " gradients"
+            )
         trainer.strategy.in_training = False
         self.save(trainer)
 
@@ -348,25 +386,40 @@ class SavePostponed(Callback):
 def note_absent(error: BaseException, context: ParallelContext) -> list[int]:
     """Return the ranks that do not answer; add them, and where this rank waited, to the error.
 
-    If the error is not that of a collective that another rank has left, it stays as it is, and the list is empty.
+    If the error is not that of a collective that another rank has left, it stays as it is, and the
+    list is empty.
     """
     if not isinstance(error, RuntimeError) or not LEFT_ALONE.search(str(error)):
         return []
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename]
-    where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name}" if frames else "the start"
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if "site-packages" not in f.filename
+    ]
+    where = (
+        f"{Path(frames[-1].filename).name}:{frames[-1].lineno}, {frames[-1].name}"
+        if frames
+        else "the start"
+    )
     absent = roll_call(context)
     if absent:
         answer = f"no answer from rank {', '.join(map(str, absent))}"
     else:
-        answer = "all ranks answer, so one was late" if context.rank == 0 else "rank 0 answers; its error says more"
+        answer = (
+            "all ranks answer, so one was late"
+            if context.rank == 0
+            else "rank 0 answers; its error says more"
+        )
     error.add_note(f"rank {context.rank} waited at {where}; roll call: {answer}")
     return absent
 
 
 def roll_call(context: ParallelContext) -> list[int]:
-    """Return the ranks that do not answer within ROLL_CALL_S: rank 0 asks all, the others ask rank 0 alone."""
+    """Return the ranks that do not answer within ROLL_CALL_S: rank 0 asks all, the others ask rank
+    0 alone."""
     group, deadline, absent = context.checkpoint_group, time.monotonic() + ROLL_CALL_S, []
-    words = {rank: torch.zeros(1) for rank in (range(1, context.world_size) if context.rank == 0 else [0])}
+    words = {
+        rank: torch.zeros(1)
+        for rank in (range(1, context.world_size) if context.rank == 0 else [0])
+    }
     answers = {}
     for rank, word in words.items():
         try:
@@ -383,12 +436,15 @@ def roll_call(context: ParallelContext) -> list[int]:
     return sorted(absent)
 
 
-def end_job_at_exit(children: Sequence[subprocess.Popen[bytes]], absent: Sequence[int], parent: int | None) -> None:
-    """When this process exits, end the other processes of the job on this machine, which may be stopped or stuck.
+def end_job_at_exit(
+    children: Sequence[subprocess.Popen[bytes]], absent: Sequence[int], parent: int | None
+) -> None:
+    """When this process exits, end the other processes of the job on this machine, which may be
+    stopped or stuck.
 
-    children: local ranks 1, 2, ..., if this process has started them. Those in `absent` are killed. The others and the
-    parent (its process id, if it is a rank of this job) are continued in case they are stopped: they then find
-    themselves alone and end with a traceback of their own.
+    children: local ranks 1, 2, ..., if this process has started them. Those in `absent` are killed.
+    The others and the parent (its process id, if it is a rank of this job) are continued in case
+    they are stopped: they then find themselves alone and end with a traceback of their own.
     """
 
     def end() -> None:

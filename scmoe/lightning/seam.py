@@ -1,7 +1,9 @@
-"""The only file that uses undocumented names of Lightning; each function says what it gives. torch's: torch_seam.py.
+"""The only file that uses undocumented names of Lightning; each function says what it gives.
+torch's: torch_seam.py.
 
-An upgrade can rename or change any of them without notice, so tests/unit/test_private_names.py checks each name and
-refuses its use elsewhere. `trainer` is always a Lightning Trainer, `plugin` a precision plugin.
+An upgrade can rename or change any of them without notice, so tests/unit/test_private_names.py
+checks each name and refuses its use elsewhere. `trainer` is always a Lightning Trainer, `plugin` a
+precision plugin.
 """
 
 import os
@@ -13,10 +15,18 @@ from shutil import get_terminal_size
 from typing import Any
 
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
-from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EarlyStopping,
+    ModelCheckpoint,
+    RichProgressBar,
+)
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import (
+    _MultiProcessingLauncher,
+    _SubprocessScriptLauncher,
+)
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from torch.optim import Optimizer
@@ -25,7 +35,10 @@ from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.parallel.checkpoint.saving import Checkpoints
 
-BAR, WIDE = 10, 120  # columns of the progress bar, and of a terminal that has room for all metrics on its line
+BAR, WIDE = (
+    10,
+    120,
+)  # columns of the progress bar, and of a terminal that has room for all metrics on its line
 
 
 def is_fitting(trainer: Any) -> bool:
@@ -36,8 +49,14 @@ def is_fitting(trainer: Any) -> bool:
 def without_inference_mode(trainer: Any) -> None:
     """Let validation, test and prediction run under no_grad.
 
-    In inference mode, which Lightning uses where the backend is not gloo, FSDP cannot gather weights."""
-    for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):  # that of fit uses no_grad
+    In inference mode, which Lightning uses where the backend is not gloo, FSDP cannot gather
+    weights.
+    """
+    for loop in (
+        trainer.validate_loop,
+        trainer.test_loop,
+        trainer.predict_loop,
+    ):  # that of fit uses no_grad
         loop.inference_mode = False
 
 
@@ -56,8 +75,8 @@ def accumulated_batches(trainer: Any) -> int:
 
 
 def restart_validation(trainer: Any) -> None:
-    """Reset the progress of the running validation, so that a run resumed from a checkpoint saved now does all of it.
-    A sanity check leaves no trace in a checkpoint."""
+    """Reset the progress of the running validation, so that a run resumed from a checkpoint saved
+    now does all of it. A sanity check leaves no trace in a checkpoint."""
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
     if is_fitting(trainer) and (trainer.validating or trainer.sanity_checking):
         progress.reset()
@@ -67,7 +86,8 @@ def restart_validation(trainer: Any) -> None:
 
 
 def forget_started_batch(trainer: Any) -> None:
-    """Do not count the batch that was started but not run before a stop: Lightning places validations by this count."""
+    """Do not count the batch that was started but not run before a stop: Lightning places
+    validations by this count."""
     trainer.fit_loop.epoch_loop.batch_progress.total.reset_on_restart()
 
 
@@ -77,12 +97,14 @@ def forget_stopped_validation(trainer: Any) -> None:
 
 
 def count_steps_from(trainer: Any, step: int) -> None:
-    """Let the next row be logged under this step; after a stop between two batches Lightning's count is one ahead."""
+    """Let the next row be logged under this step; after a stop between two batches Lightning's
+    count is one ahead."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
 def what_is_saved(trainer: Any, weights_only: bool) -> dict[str, Any]:
-    """Return the dictionary that the Trainer gives to a strategy's save_checkpoint. Every hook of a save is called."""
+    """Return the dictionary that the Trainer gives to a strategy's save_checkpoint. Every hook of a
+    save is called."""
     saved: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only)
     return saved
 
@@ -90,8 +112,9 @@ def what_is_saved(trainer: Any, weights_only: bool) -> dict[str, Any]:
 def mark_step_as_saved(trainer: Any) -> None:
     """Let every ModelCheckpoint know that the current step is saved already.
 
-    A resumed ModelCheckpoint does not know. It would save again after the first batch, which with accumulation lies in
-    the middle of a step, and overwrite the checkpoint that the run was resumed from.
+    A resumed ModelCheckpoint does not know. It would save again after the first batch, which with
+    accumulation lies in the middle of a step, and overwrite the checkpoint that the run was resumed
+    from.
     """
     for callback in trainer.checkpoint_callbacks:
         if hasattr(callback, "_last_global_step_saved"):
@@ -104,18 +127,21 @@ def rank_without_trainer() -> int:
 
 
 def set_rank_without_trainer(rank: int) -> None:
-    """Set what `rank_without_trainer` returns, for a process that imported Lightning before its variables were set."""
+    """Set what `rank_without_trainer` returns, for a process that imported Lightning before its
+    variables were set."""
     rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
 
 def started_ranks(strategy: Any) -> Sequence[subprocess.Popen[bytes]]:
-    """Return the processes of local ranks 1, 2, ... if this process has started them as subprocesses."""
+    """Return the processes of local ranks 1, 2, ... if this process has started them as
+    subprocesses."""
     return getattr(strategy.launcher, "procs", [])
 
 
 class ChildRanks(_MultiProcessingLauncher):
-    """Starts all ranks as children by spawn or fork. Lightning's own gives the calling process the metrics of rank 0;
-    this one also gives it the counts of the loops, such as trainer.global_step."""
+    """Starts all ranks as children by spawn or fork. Lightning's own gives the calling process the
+    metrics of rank 0; this one also gives it the counts of the loops, such as trainer.global_step.
+    """
 
     def get_extra_results(self, trainer: Any) -> dict[str, Any]:
         counts = trainer.fit_loop.state_dict()
@@ -129,20 +155,25 @@ class ChildRanks(_MultiProcessingLauncher):
 
 
 def own_launcher(strategy: Any, launcher: Any) -> Any:
-    """Return what starts the ranks in place of Lightning's launcher. Raise RuntimeError in a notebook or an interactive
-    Python where several ranks would be started: their program cannot be run again.
+    """Return what starts the ranks in place of Lightning's launcher. Raise RuntimeError in a
+    notebook or an interactive Python where several ranks would be started: their program cannot be
+    run again.
 
     There, Lightning refuses a launcher even for one rank, which needs none: None.
     """
     if type(launcher) is _MultiProcessingLauncher:
         return ChildRanks(strategy, launcher._start_method)
     starts = isinstance(launcher, _SubprocessScriptLauncher)
-    if not (starts and _IS_INTERACTIVE) or strategy.cluster_environment.creates_processes_externally:
+    if (
+        not (starts and _IS_INTERACTIVE)
+        or strategy.cluster_environment.creates_processes_externally
+    ):
         return launcher
     if strategy.num_processes * strategy.num_nodes > 1:
         raise RuntimeError(
-            "Several ranks cannot be started by their command in a notebook or an interactive Python. Use "
-            "ExpertParallelStrategy(start_method='fork') in the Trainer, or scmoe.train(config)."
+            "Several ranks cannot be started by their command in a notebook or an interactive"
+            " Python. Use ExpertParallelStrategy(start_method='fork') in the Trainer, or"
+            " scmoe.train(config)."
         )
     return None
 
@@ -151,7 +182,8 @@ def leave_signals_alone(trainer: Any, numbers: Collection[int]) -> None:
     """Keep Lightning from setting handlers of these signals; it sets those of other signals as
     before.
 
-    At its end it would put back the handlers that it found when training began: the Strategy's, which has ended then.
+    At its end it would put back the handlers that it found when training began: the Strategy's,
+    which has ended then.
     """
     connector = trainer._signal_connector
     register = type(connector)._register_signal
@@ -184,7 +216,9 @@ def make_groups_of_finetuning(trainer: Any, checkpoint: Path) -> None:
 
     Lightning lets it do so in `on_fit_start`, which comes before a checkpoint is read under this
     Strategy."""
-    finetuning = [callback for callback in trainer.callbacks if isinstance(callback, BaseFinetuning)]
+    finetuning = [
+        callback for callback in trainer.callbacks if isinstance(callback, BaseFinetuning)
+    ]
     if not finetuning:
         return
     durable.verify(checkpoint, durable.UNREAD)
@@ -235,15 +269,21 @@ def await_saves_of(callback: Any, checkpoints: Checkpoints) -> None:
 
 
 def is_of_trainer(path: Path, trainer: Any) -> bool:
-    """Return whether a checkpoint is in a folder of this Trainer. Its path may be from a file of another person."""
-    folders = [folder for c in trainer.checkpoint_callbacks if (folder := getattr(c, "dirpath", None))]
-    inside = any(Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(f)) for f in folders)
+    """Return whether a checkpoint is in a folder of this Trainer. Its path may be from a file of
+    another person."""
+    folders = [
+        folder for c in trainer.checkpoint_callbacks if (folder := getattr(c, "dirpath", None))
+    ]
+    inside = any(
+        Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(f)) for f in folders
+    )
     of_tuner = path.parent == Path(trainer.default_root_dir)
     return path.name != ".." and (inside or of_tuner)
 
 
 def skip_sigterm_broadcast(trainer: Any) -> None:
-    """Remove the blocking broadcast from rank 0 by which Lightning asks for SIGTERM before every batch."""
+    """Remove the blocking broadcast from rank 0 by which Lightning asks for SIGTERM before every
+    batch."""
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
@@ -258,7 +298,8 @@ def register_ddp_hooks(strategy: Any) -> None:
 
 
 def replace_after_closure(plugin: Any, hook: Callable[[Any, Optimizer], None] | None) -> None:
-    """Call hook(module, optimizer) after backward and before the update, in place of the plugin's own function.
+    """Call hook(module, optimizer) after backward and before the update, in place of the plugin's
+    own function.
 
     None puts the plugin's own function back.
     """
@@ -268,15 +309,17 @@ def replace_after_closure(plugin: Any, hook: Callable[[Any, Optimizer], None] | 
 
 
 def original_after_closure(plugin: Any, module: Any, optimizer: Optimizer) -> None:
-    """Do what a precision plugin itself does between backward and update: call hooks, then let the module clip."""
+    """Do what a precision plugin itself does between backward and update: call hooks, then let the
+    module clip."""
     type(plugin)._after_closure(plugin, module, optimizer)
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps the newest checkpoint alone, as `step=N.ckpt`: of every n-th step, of a stop, of the end of training.
+    """Keeps the newest checkpoint alone, as `step=N.ckpt`: of every n-th step, of a stop, of the
+    end of training.
 
-    Lightning's own saves nothing at the end, and leaves the checkpoint from which a run was resumed. With another
-    save_top_k, -1 or 0, it keeps all checkpoints or makes none.
+    Lightning's own saves nothing at the end, and leaves the checkpoint from which a run was
+    resumed. With another save_top_k, -1 or 0, it keeps all checkpoints or makes none.
     """
 
     def __init__(self, folder: Path | None, every_n_steps: int) -> None:
@@ -303,8 +346,8 @@ class LastCheckpoint(ModelCheckpoint):
 class BestCheckpoints(ModelCheckpoint):
     """Keeps the checkpoints of the best validations, as `best-step=N.ckpt`.
 
-    Lightning's own, in a resumed run, forgets them if the run's directory was moved, counts those that are gone, and
-    never removes one if fewer are kept than before.
+    Lightning's own, in a resumed run, forgets them if the run's directory was moved, counts those
+    that are gone, and never removes one if fewer are kept than before.
     """
 
     def __init__(self, folder: Path | None, monitor: str, mode: str, kept: int) -> None:
@@ -323,9 +366,14 @@ class BestCheckpoints(ModelCheckpoint):
         if not self.best_k_models:
             return
         assert self.dirpath is not None, "the Trainer has set it"
-        scores = {str(Path(self.dirpath) / Path(path).name): score for path, score in self.best_k_models.items()}
+        scores = {
+            str(Path(self.dirpath) / Path(path).name): score
+            for path, score in self.best_k_models.items()
+        }
         best_first = sorted(scores, key=scores.__getitem__, reverse=self.mode == "max")
-        there = trainer.strategy.broadcast([path for path in best_first if Path(path).exists()])  # as rank 0 sees it
+        there = trainer.strategy.broadcast(
+            [path for path in best_first if Path(path).exists()]
+        )  # as rank 0 sees it
         kept = there[: self.save_top_k]
         self.best_k_models = {path: scores[path] for path in kept}
         self.best_model_path, self.kth_best_model_path = (kept[0], kept[-1]) if kept else ("", "")
@@ -342,7 +390,8 @@ class BestCheckpoints(ModelCheckpoint):
 
 
 class Patience(EarlyStopping):
-    """Lightning's EarlyStopping, but a resumed run has the patience of its configuration, not of its checkpoint."""
+    """Lightning's EarlyStopping, but a resumed run has the patience of its configuration, not of
+    its checkpoint."""
 
     @property
     def state_key(self) -> str:
@@ -353,28 +402,34 @@ class Patience(EarlyStopping):
 
 
 def as_of_base(callback: ModelCheckpoint | EarlyStopping, key: str) -> str:
-    """Return a callback's key with the name of Lightning's class: checkpoints of all versions have its state there."""
+    """Return a callback's key with the name of Lightning's class: checkpoints of all versions have
+    its state there."""
     return key.replace(type(callback).__qualname__, type(callback).__mro__[1].__qualname__, 1)
 
 
 def shown_metrics(trainer: Any) -> dict[str, Any]:
-    """Return the metrics of the progress bar, and train/loss. Reading the loss waits for the device; Lightning would
-    read it after every batch on every rank, so it is not logged with prog_bar."""
+    """Return the metrics of the progress bar, and train/loss. Reading the loss waits for the
+    device; Lightning would read it after every batch on every rank, so it is not logged with
+    prog_bar."""
     loss = {name: value for name, value in trainer.logged_metrics.items() if name == "train/loss"}
     return loss | trainer.progress_bar_metrics
 
 
 class StepProgressBar(RichProgressBar):
-    """Lightning's rich progress bar, on standard error, without the epoch: a training is one long epoch of steps.
+    """Lightning's rich progress bar, on standard error, without the epoch: a training is one long
+    epoch of steps.
 
-    In a terminal of fewer than WIDE columns each metric has its own line, so that its value stands beside its name.
-    In training the values are those of the last logged step.
+    In a terminal of fewer than WIDE columns each metric has its own line, so that its value stands
+    beside its name. In training the values are those of the last logged step.
     """
 
     def __init__(self) -> None:
         self.shown: dict[str, Any] = {}
         between = " " if get_terminal_size().columns >= WIDE else "\n"
-        super().__init__(theme=RichProgressBarTheme(metrics_text_delimiter=between), console_kwargs={"stderr": True})
+        super().__init__(
+            theme=RichProgressBarTheme(metrics_text_delimiter=between),
+            console_kwargs={"stderr": True},
+        )
 
     def configure_columns(self, trainer: Any) -> list[Any]:
         """Return a short bar, and no batches per second, which the logged throughput says."""
@@ -385,7 +440,11 @@ class StepProgressBar(RichProgressBar):
     def get_metrics(self, *arguments: Any) -> dict[str, Any]:
         """Return the metrics without the logger's version."""
         trainer = arguments[0]
-        if not self.shown or not trainer.training or trainer.global_step % max(trainer.log_every_n_steps, 1) == 0:
+        if (
+            not self.shown
+            or not trainer.training
+            or trainer.global_step % max(trainer.log_every_n_steps, 1) == 0
+        ):
             self.shown = {name: float(value) for name, value in shown_metrics(trainer).items()}
         return self.shown
 

@@ -1,14 +1,17 @@
-"""`Trainer(strategy="expert_parallel")`: DDP or FSDP2 for dense weights, expert parallelism for `Experts` modules.
+"""`Trainer(strategy="expert_parallel")`: DDP or FSDP2 for dense weights, expert parallelism for
+`Experts` modules.
 
-Launchers, ranks, the bucketed and overlapped reduction of dense gradients, no_sync and precision plugins are those of
-Lightning's DDPStrategy. One class with parts, which each hook names in order:
+Launchers, ranks, the bucketed and overlapped reduction of dense gradients, no_sync and precision
+plugins are those of Lightning's DDPStrategy. One class with parts, which each hook names in order:
 
-    job           lockstep.py: ranks start and stop together, and a rank that raises ends all of them
+    job           lockstep.py: ranks start and stop together, and a rank that raises ends all of
+                  them
     wrapped       parallel/update/wrap.py: DDP or FSDP2, the experts' reducer, pacing
     guard         guarded_update.py: one global gradient norm, and no update without a check
     checkpoints   parallel/checkpoint/: can be loaded on any number of ranks
 
-The LightningModule finds its place in the mesh in `self.parallel_context`, set before `configure_model` is called.
+The LightningModule finds its place in the mesh in `self.parallel_context`, set before
+`configure_model` is called.
 """
 
 import os
@@ -36,7 +39,13 @@ from scmoe.lightning.debug import CompareCollectives
 from scmoe.lightning.guarded_update import check_callbacks, check_precision, guard_updates
 from scmoe.lightning.lockstep import Job, SavePostponed, end_job_at_exit, note_absent
 from scmoe.parallel.checkpoint.saving import Checkpoints
-from scmoe.parallel.checkpoint.state import check_can_be_saved, model_state, optimizer_state, own_part, tied_weights
+from scmoe.parallel.checkpoint.state import (
+    check_can_be_saved,
+    model_state,
+    optimizer_state,
+    own_part,
+    tied_weights,
+)
 from scmoe.parallel.dense import (
     Steps,
     check_dense,
@@ -63,38 +72,46 @@ from scmoe.parallel.torch_seam import hide_from_ddp, set_default_timeout
 from scmoe.parallel.update.wrap import Wrapped, wrap
 
 LONGEST_S = 1e6  # what a timeout may be
-START_TIMEOUT_S = 600.0  # for ranks to meet: they import, read data and build their modules at different speeds
+START_TIMEOUT_S = (
+    600.0  # for ranks to meet: they import, read data and build their modules at different speeds
+)
 
 
 class ExpertParallelStrategy(DDPStrategy):
-    """Splits experts over groups of `ep_size` ranks; everything else is replicated on all ranks, or split as well.
+    """Splits experts over groups of `ep_size` ranks; everything else is replicated on all ranks, or
+    split as well.
 
-    ep_size: number of ranks that share one set of experts; None: all ranks.
-    timeout_s: seconds that a collective may take before the job ends with an error. Until all ranks have met and built
+    ep_size: number of ranks that share one set of experts; None: all ranks. timeout_s: seconds that
+    a collective may take before the job ends with an error. Until all ranks have met and built
         their modules the limit is START_TIMEOUT_S, if that is longer.
-    async_checkpoint: training continues while a checkpoint is written; the files are complete some steps later.
-    debug_collectives: ranks compare every collective before they take part in it; slow.
-    full_checkpoint: rank 0 merges the shards of all ranks into one file.
-    reductions: how gradients are sent. ddp: in full buckets; paced (CPUs): in pieces, after rows; None: paced on CPUs.
-    exchange: how rows travel between nodes: flat | hierarchical | auto (mesh.build_context).
-    dense: "replicated": dense weights on all ranks, under DDP. "sharded": over all ranks, and experts over the ranks
-        that hold the same ones, under FSDP2. "hybrid": over the ranks of a node, with a copy on each node. "auto": the
-        first of replicated, hybrid and sharded that a rank's memory has room for.
-    dense_estimates: for auto, bytes that a rank needs each way; None: twice the weights, gradients and AdamW's moments.
-    ddp: further arguments of DDPStrategy.
+    async_checkpoint: training continues while a checkpoint is written; the files are complete some
+    steps later. debug_collectives: ranks compare every collective before they take part in it;
+    slow. full_checkpoint: rank 0 merges the shards of all ranks into one file. reductions: how
+    gradients are sent. ddp: in full buckets; paced (CPUs): in pieces, after rows; None: paced on
+    CPUs. exchange: how rows travel between nodes: flat | hierarchical | auto (mesh.build_context).
+    dense: "replicated": dense weights on all ranks, under DDP. "sharded": over all ranks, and
+    experts over the ranks
+        that hold the same ones, under FSDP2. "hybrid": over the ranks of a node, with a copy on
+        each node. "auto": the first of replicated, hybrid and sharded that a rank's memory has room
+        for.
+    dense_estimates: for auto, bytes that a rank needs each way; None: twice the weights, gradients
+    and AdamW's moments. ddp: further arguments of DDPStrategy.
 
-    Lightning finds out who starts the ranks: torchrun or SLURM if their environment variables are set, else this
-    process. With start_method="popen" (the default) this process is rank 0 and runs its own command again for each
-    other rank. With "spawn" (the module must be picklable) or "fork" (for notebooks) all ranks are child processes,
-    which end with `fit`: this process then has the metrics and the checkpoints, but not the trained weights, and a
-    SIGTERM must go to the children; this process then ends with an error instead of exit code 143.
+    Lightning finds out who starts the ranks: torchrun or SLURM if their environment variables are
+    set, else this process. With start_method="popen" (the default) this process is rank 0 and runs
+    its own command again for each other rank. With "spawn" (the module must be picklable) or "fork"
+    (for notebooks) all ranks are child processes, which end with `fit`: this process then has the
+    metrics and the checkpoints, but not the trained weights, and a SIGTERM must go to the children;
+    this process then ends with an error instead of exit code 143.
 
-    A rank that has raised takes part in no further collective: the other ranks may be anywhere, and waiting for them
-    would hide the error. Callbacks that save after an exception (OnExceptionCheckpoint,
-    ModelCheckpoint(save_on_exception=True)) find every collective skipped.
+    A rank that has raised takes part in no further collective: the other ranks may be anywhere, and
+    waiting for them would hide the error. Callbacks that save after an exception
+    (OnExceptionCheckpoint, ModelCheckpoint(save_on_exception=True)) find every collective skipped.
     """
 
-    restore_checkpoint_after_setup = True  # shards, optimizers and groups must exist before a checkpoint can be read
+    restore_checkpoint_after_setup = (
+        True  # shards, optimizers and groups must exist before a checkpoint can be read
+    )
     lightning_restore_optimizer = False  # load_checkpoint does it
 
     def __init__(
@@ -113,7 +130,9 @@ class ExpertParallelStrategy(DDPStrategy):
         if ep_size is not None and ep_size < 1:
             raise ValueError(f"ep_size is {ep_size}, allowed: None or a number of ranks, 1 or more")
         if not 0 < timeout_s <= LONGEST_S:
-            raise ValueError(f"timeout_s is {timeout_s}, allowed: above 0, at most {LONGEST_S:g} seconds")
+            raise ValueError(
+                f"timeout_s is {timeout_s}, allowed: above 0, at most {LONGEST_S:g} seconds"
+            )
         check_dense(dense, ddp if reductions is None else ddp | {"reductions": reductions})
         if exchange not in EXCHANGES:
             raise ValueError(f"exchange is {exchange!r}, allowed: {' | '.join(EXCHANGES)}")
@@ -129,9 +148,13 @@ class ExpertParallelStrategy(DDPStrategy):
         self.wrapped: Wrapped
         self.checkpoints: Checkpoints
         self.started_by: Any = None  # Lightning's launcher of ranks, or the one in its place
-        self.parent: int | None = None  # process id of local rank 0, if that process has started this one
+        self.parent: int | None = (
+            None  # process id of local rank 0, if that process has started this one
+        )
         self.in_training = False  # from `setup` for fit to the end of training
-        self.at_teardown = ExitStack()  # removes what `setup` has hooked into the module, the plugin and torch
+        self.at_teardown = (
+            ExitStack()
+        )  # removes what `setup` has hooked into the module, the plugin and torch
 
     # ------------------------------------------------------------------ the rank and its place
 
@@ -164,8 +187,9 @@ class ExpertParallelStrategy(DDPStrategy):
             super().setup_environment()
         except (DistNetworkError, DistStoreError) as error:
             raise TimeoutError(
-                f"the ranks did not find each other within {self.start_timeout.total_seconds():g} s; start all of "
-                "them, and check that each can reach MASTER_ADDR; a larger strategy.timeout_s lets them wait longer"
+                f"the ranks did not find each other within {self.start_timeout.total_seconds():g}"
+                " s; start all of them, and check that each can reach MASTER_ADDR; a larger"
+                " strategy.timeout_s lets them wait longer"
             ) from error
         if self.is_launched:
             self.parent = os.getppid()
@@ -177,21 +201,27 @@ class ExpertParallelStrategy(DDPStrategy):
             network = self.exchange, self.num_processes, self._say
             self._use(build_context(ep_size, self.root_device, self.timeout, *network))
             self._split(self.dense, self.dense_estimates)
-            self.checkpoints = Checkpoints(self.context, self.async_checkpoint, self.full_checkpoint)
+            self.checkpoints = Checkpoints(
+                self.context, self.async_checkpoint, self.full_checkpoint
+            )
         self._use(self.context)
 
     def _use(self, context: ParallelContext) -> None:
         self.context = self.job.context = self.module.parallel_context = context
 
     def _split(self, how: str, estimates: Mapping[str, float] | None) -> None:
-        """Set `context.dense_mesh` if dense weights are split. Every rank must call it. how: auto is decided by rank 0,
-        from the estimates, and stays open without them."""
+        """Set `context.dense_mesh` if dense weights are split. Every rank must call it. how: auto
+        is decided by rank 0, from the estimates, and stays open without them."""
         if how == "auto" and estimates is not None:
             memory = memory_of_rank(self.root_device, self.num_processes)
             how, why = self.broadcast(pick_dense(estimates, memory))
             self._say(f"strategy.dense=auto: dense weights are {how}; {why}")
         if how in ("sharded", "hybrid"):
-            self._use(with_dense_mesh(self.context, how, self.num_processes, self.root_device, self.timeout))
+            self._use(
+                with_dense_mesh(
+                    self.context, how, self.num_processes, self.root_device, self.timeout
+                )
+            )
 
     def _say(self, line: str) -> None:
         """Print on rank 0. Lightning's own loggers may be silent."""
@@ -204,24 +234,35 @@ class ExpertParallelStrategy(DDPStrategy):
         self.barrier()
         set_default_timeout(self.timeout)
         check_experts(self.module, self.context)
-        if self.context.ep_size > 1 and any(isinstance(callback, ModelSummary) for callback in trainer.callbacks):
-            rank_zero_info(f"The model summary counts this rank's experts: 1 of {self.context.ep_size} parts of them.")
+        if self.context.ep_size > 1 and any(
+            isinstance(callback, ModelSummary) for callback in trainer.callbacks
+        ):
+            rank_zero_info(
+                f"The model summary counts this rank's experts: 1 of {self.context.ep_size} parts"
+                " of them."
+            )
         self.job.open(trainer, self.checkpoints, self.is_launched)
         super().setup(trainer)  # calls model_to_device and, for fit, configure_ddp
         make_equal(self.module, self.context)
         if self.is_split:
             seam.without_inference_mode(trainer)
-            self.model = Steps(self.module)  # so that hooks of FSDP on the LightningModule itself run around its steps
+            self.model = Steps(
+                self.module
+            )  # so that hooks of FSDP on the LightningModule itself run around its steps
         if self.debug_collectives:
             compare = CompareCollectives(self.timeout)
             compare.install()
             self.at_teardown.callback(compare.remove)
         if seam.is_fitting(trainer):
             self.job.trained, self.in_training = self.module, True
-            trainer.callbacks.append(postponed := SavePostponed())  # last, as all state of the step is then complete
+            trainer.callbacks.append(
+                postponed := SavePostponed()
+            )  # last, as all state of the step is then complete
             self.at_teardown.callback(trainer.callbacks.remove, postponed)
             self.at_teardown.callback(seam.await_saves(trainer, self.checkpoints))
-            self.at_teardown.callback(guard_updates(self.precision_plugin, self.module, self.context).remove)
+            self.at_teardown.callback(
+                guard_updates(self.precision_plugin, self.module, self.context).remove
+            )
             torch.cuda.manual_seed(self._seed_of_rank())
 
     def model_to_device(self) -> None:
@@ -230,7 +271,8 @@ class ExpertParallelStrategy(DDPStrategy):
         if self.is_split and not any(isinstance(p, DTensor) for p in self.module.parameters()):
             shard(self.module, self.context, self.precision_plugin.precision)
         check_placements(self.module, self.context)
-        # else every rank's experts would be overwritten with rank 0's: by DDP, and by Lightning where it does not fit
+        # else every rank's experts would be overwritten with rank 0's: by DDP, and by Lightning
+        # where it does not fit
         own = self.module.named_parameters() if self.is_split else expert_parameters(self.module)
         hide_from_ddp(self.module, [name for name, _ in own])
         super().model_to_device()
@@ -272,7 +314,9 @@ class ExpertParallelStrategy(DDPStrategy):
         known = {*self.wrapped.reducer.shards} if self.wrapped.reducer else set()
         for name, p in expert_parameters(self.module):
             if p.requires_grad and p not in known and not isinstance(p, DTensor):
-                raise ValueError(f"{name} was added after fit had begun. Add experts in configure_model or setup")
+                raise ValueError(
+                    f"{name} was added after fit had begun. Add experts in configure_model or setup"
+                )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.job.begin_batch(batch, batch_idx)
@@ -295,8 +339,8 @@ class ExpertParallelStrategy(DDPStrategy):
         return int(torch.randint(2**62, (), device="cpu")) + self.global_rank
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Inside, ranks draw different numbers, for dropout and gate noise. Outside, they draw equal ones: each rank
-        draws the order of all samples and takes its share of them."""
+        """Inside, ranks draw different numbers, for dropout and gate noise. Outside, they draw
+        equal ones: each rank draws the order of all samples and takes its share of them."""
         seed = self._seed_of_rank()
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(seed)
@@ -332,7 +376,8 @@ class ExpertParallelStrategy(DDPStrategy):
 
     @property
     def is_global_zero(self) -> bool:
-        """False on every rank that is alone: it must not remove or link checkpoints, because the save was skipped."""
+        """False on every rank that is alone: it must not remove or link checkpoints, because the
+        save was skipped."""
         return super().is_global_zero and not self.is_alone
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
@@ -348,25 +393,35 @@ class ExpertParallelStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if self.context.world_size > 1:
-            end_job_at_exit(seam.started_ranks(self), note_absent(exception, self.context), self.parent)
+            end_job_at_exit(
+                seam.started_ranks(self), note_absent(exception, self.context), self.parent
+            )
 
     # ------------------------------------------------------------------ checkpoints
 
-    def save_checkpoint(self, state: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, state: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
         if storage_options is not None:
-            raise ValueError("storage_options is not supported: a checkpoint is a local directory; leave it out")
+            raise ValueError(
+                "storage_options is not supported: a checkpoint is a local directory; leave it out"
+            )
         if self.is_alone:
             why = "saving takes all ranks, and this rank does not know where the others are"
             warnings.warn(f"no checkpoint is saved after an exception: {why}", stacklevel=1)
             return
         path = Path(self.broadcast(filepath))
         if seam.accumulated_batches(self.module.trainer) and self.takes_steps:
-            rank_zero_warn("a checkpoint inside a step is saved at its end, as gradients are in no checkpoint")
+            rank_zero_warn(
+                "a checkpoint inside a step is saved at its end, as gradients are in no checkpoint"
+            )
             self.checkpoints.postponed[path] = "optimizer_states" not in state
             return
         written = own_part(self.module, state["state_dict"], self.context)
         tied = tied_weights(self.module)
-        self.checkpoints.save(path, state | {"state_dict": written, "tied_weights": tied}, self.module)
+        self.checkpoints.save(
+            path, state | {"state_dict": written, "tied_weights": tied}, self.module
+        )
         if not self.takes_steps:  # else nothing would complete it
             self.checkpoints.finish()
 
@@ -381,22 +436,29 @@ class ExpertParallelStrategy(DDPStrategy):
         if seam.is_of_trainer(Path(filepath), self.module.trainer):
             self.checkpoints.remove(Path(filepath))
         else:
-            rank_zero_warn(f"{filepath} is not removed: it is outside the folders of this Trainer's checkpoints")
+            rank_zero_warn(
+                f"{filepath} is not removed: it is outside the folders of this Trainer's"
+                " checkpoints"
+            )
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """RuntimeError: this process is no rank."""
         if self.context.mesh is None:
             raise RuntimeError(
-                "no checkpoint can be saved here: the ranks, which hold the experts, do not exist before fit, "
-                "and end with it after spawn or fork. Save inside fit, for example with ModelCheckpoint"
+                "no checkpoint can be saved here: the ranks, which hold the experts, do not exist"
+                " before fit, and end with it after spawn or fork. Save inside fit, for example"
+                " with ModelCheckpoint"
             )
         return model_state(self.module, self.context)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         return optimizer_state(self.module, optimizer, self.context)
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read weights and optimizer state in place and return the rest. Nothing in the files can execute code."""
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read weights and optimizer state in place and return the rest. Nothing in the files can
+        execute code."""
         if not seam.is_fitting(self.module.trainer):
             self.job.trained = None
         optimizers = self.optimizers if seam.is_fitting(self.module.trainer) else []

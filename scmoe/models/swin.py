@@ -1,8 +1,10 @@
-"""Swin Transformer V2 (Liu et al. 2022) over any stack of blocks: four stages, between which 2 x 2 patches are merged.
+"""Swin Transformer V2 (Liu et al. 2022) over any stack of blocks: four stages, between which 2 x 2
+patches are merged.
 
-Feature maps are [B, H, W, D]; a token is a place of the map, D doubles from stage to stage and H, W halve. SwinV2
-normalises after each sub-layer, x + drop_path(norm(f(x))), so its blocks have parts without a norm before and with
-`PostNorm` after (docs/decisions/0014-post-norm.md). Attention, patch embedding and merging are timm's.
+Feature maps are [B, H, W, D]; a token is a place of the map, D doubles from stage to stage and H, W
+halve. SwinV2 normalises after each sub-layer, x + drop_path(norm(f(x))), so its blocks have parts
+without a norm before and with `PostNorm` after (docs/decisions/0014-post-norm.md). Attention, patch
+embedding and merging are timm's.
 """
 
 import math
@@ -12,7 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.layers import DropPath, PatchEmbed
-from timm.models.swin_transformer_v2 import PatchMerging, SwinTransformerV2Block, window_partition, window_reverse
+from timm.models.swin_transformer_v2 import (
+    PatchMerging,
+    SwinTransformerV2Block,
+    window_partition,
+    window_reverse,
+)
 from torch import Tensor, nn
 
 from scmoe.blocks.sublayers import SelfAttention
@@ -32,7 +39,8 @@ class ClassifierOutput(NamedTuple):
 class ShiftedWindows(SelfAttention):
     """Self-attention within windows of the map, which every second block shifts by half a window.
 
-    grid: height and width of the map. If the window is not smaller than the map, it is the map and is not shifted.
+    grid: height and width of the map. If the window is not smaller than the map, it is the map and
+    is not shifted.
     """
 
     mask: Tensor | None  # no attention across the map's border
@@ -45,17 +53,26 @@ class ShiftedWindows(SelfAttention):
         self.dim, self.heads, self.grid = dim, heads, grid
 
     def reset_parameters(self) -> None:
-        """Set what is not drawn: scales, biases, and the buffers (tables, mask), which move to the weights' device."""
+        """Set what is not drawn: scales, biases, and the buffers (tables, mask), which move to the
+        weights' device."""
         for module in (self, self.attention):
             for name, buffer in [*module.named_buffers(recurse=False)]:
-                setattr(module, name, torch.empty_like(buffer, device=self.attention.proj.weight.device))
+                setattr(
+                    module, name, torch.empty_like(buffer, device=self.attention.proj.weight.device)
+                )
         self.attention.reset_parameters()
         if self.mask is not None:
             row_H = torch.arange(self.grid, device=self.mask.device)
-            part_H = (row_H >= self.grid - self.window[0]).int() + (row_H >= self.grid - self.shift[0]).int()
-            part_BHWD = (3 * part_H[:, None] + part_H)[None, :, :, None]  # the shift joins what is apart on the map
+            part_H = (row_H >= self.grid - self.window[0]).int() + (
+                row_H >= self.grid - self.shift[0]
+            ).int()
+            part_BHWD = (3 * part_H[:, None] + part_H)[
+                None, :, :, None
+            ]  # the shift joins what is apart on the map
             part_NS = window_partition(part_BHWD, self.window).flatten(1)
-            self.mask.zero_().masked_fill_(part_NS[:, None] != part_NS[:, :, None], -100.0)  # as in timm
+            self.mask.zero_().masked_fill_(
+                part_NS[:, None] != part_NS[:, :, None], -100.0
+            )  # as in timm
 
     def forward(self, x_BHWD: Tensor) -> Tensor:
         up, left = self.shift
@@ -81,19 +98,29 @@ class PostNorm(nn.Module):
 
 
 class Swin(nn.Module):
-    """stages: the blocks of each; a block is called as block(x_BHWD, mask_BHW) and returns an MoEOutput.
+    """stages: the blocks of each; a block is called as block(x_BHWD, mask_BHW) and returns an
+    MoEOutput.
 
     dim: width of the first stage."""
 
     stages: Any  # a list of lists of modules
 
     def __init__(
-        self, image_size: int, patch_size: int, dim: int, num_classes: int, stages: Sequence[Sequence[nn.Module]]
+        self,
+        image_size: int,
+        patch_size: int,
+        dim: int,
+        num_classes: int,
+        stages: Sequence[Sequence[nn.Module]],
     ) -> None:
         super().__init__()
-        self.patches = PatchEmbed(image_size, patch_size, 3, dim, norm_layer=nn.LayerNorm, output_fmt="NHWC")
+        self.patches = PatchEmbed(
+            image_size, patch_size, 3, dim, norm_layer=nn.LayerNorm, output_fmt="NHWC"
+        )
         widths = [dim * 2**i for i in range(len(stages))]
-        self.merges = nn.ModuleList([nn.Identity(), *(PatchMerging(width) for width in widths[:-1])])
+        self.merges = nn.ModuleList(
+            [nn.Identity(), *(PatchMerging(width) for width in widths[:-1])]
+        )
         self.stages = nn.ModuleList(nn.ModuleList(blocks) for blocks in stages)
         self.norm = nn.LayerNorm(widths[-1])
         self.head = nn.Linear(widths[-1], num_classes)
@@ -105,7 +132,11 @@ class Swin(nn.Module):
     @property
     def steps(self) -> list[nn.Module]:
         """Merges and blocks in the order of forward."""
-        return [step for merge, stage in zip(self.merges, self.stages, strict=True) for step in (merge, *stage)][1:]
+        return [
+            step
+            for merge, stage in zip(self.merges, self.stages, strict=True)
+            for step in (merge, *stage)
+        ][1:]
 
     def forward(self, images_BCHW: Tensor, mask_B: Tensor | None = None) -> ClassifierOutput:
         """mask_B False: a filler picture, which is routed nowhere."""
@@ -120,10 +151,12 @@ class Swin(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
-        """timm's: products N(0, 0.02), patches as a convolution's. A block starts as the identity: its norms are 0.
+        """timm's: products N(0, 0.02), patches as a convolution's. A block starts as the identity:
+        its norms are 0.
 
-        The result depends only on the seed, names and shapes: not on the rank, the EP degree or earlier draws. Buffers
-        are computed again. put: copies a value into a weight, or into the part of a weight that this rank holds.
+        The result depends only on the seed, names and shapes: not on the rank, the EP degree or
+        earlier draws. Buffers are computed again. put: copies a value into a weight, or into the
+        part of a weight that this rank holds.
         """
         for name, module in self.named_modules():
             if isinstance(module, Experts):
@@ -132,19 +165,27 @@ class Swin(nn.Module):
                 module.reset_parameters()
             elif isinstance(module, nn.Linear):
                 generator = named_generator(f"{seed}/{name}")
-                put(module.weight, torch.randn(module.weight.shape, generator=generator, device="cpu") * STD)
+                put(
+                    module.weight,
+                    torch.randn(module.weight.shape, generator=generator, device="cpu") * STD,
+                )
                 if module.bias is not None:
                     module.bias.zero_()
             elif isinstance(module, nn.Conv2d):
                 bound = 1 / math.sqrt(module.weight[0].numel())
                 for kind, weight in module.named_parameters():
                     generator = named_generator(f"{seed}/{name}/{kind}")
-                    put(weight, (2 * torch.rand(weight.shape, generator=generator, device="cpu") - 1) * bound)
+                    put(
+                        weight,
+                        (2 * torch.rand(weight.shape, generator=generator, device="cpu") - 1)
+                        * bound,
+                    )
         for norm in [module.norm for module in self.modules() if isinstance(module, PostNorm)]:
             norm.weight.zero_()
 
     def rows_per_sample(self, seq_len: int) -> dict[nn.Module, float]:
-        """Rows that each module sees of one sample: the places of the map at its stage. seq_len is not read."""
+        """Rows that each module sees of one sample: the places of the map at its stage. seq_len is
+        not read."""
         rows = dict.fromkeys(self.head.modules(), 1.0)
         places = float(self.patches.num_patches)
         rows |= dict.fromkeys(self.patches.modules(), places)
@@ -153,9 +194,14 @@ class Swin(nn.Module):
             rows |= dict.fromkeys(chain(merge.modules(), stage.modules()), places)
         rows |= dict.fromkeys(self.norm.modules(), places)
         windows = (module for module in self.modules() if isinstance(module, ShiftedWindows))
-        position_biases = chain.from_iterable(w.attention.cpb_mlp.modules() for w in windows)  # once a batch
+        position_biases = chain.from_iterable(
+            w.attention.cpb_mlp.modules() for w in windows
+        )  # once a batch
         return rows | dict.fromkeys(position_biases, 0.0)
 
     def no_weight_decay(self) -> set[nn.Parameter]:
-        """The parameters that timm does not decay, apart from norms and biases: attention scales and position bias."""
-        return {p for name, p in self.named_parameters() if "cpb_mlp" in name or "logit_scale" in name}
+        """The parameters that timm does not decay, apart from norms and biases: attention scales
+        and position bias."""
+        return {
+            p for name, p in self.named_parameters() if "cpb_mlp" in name or "logit_scale" in name
+        }

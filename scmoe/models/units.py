@@ -1,5 +1,5 @@
-"""The residual stream: its type, and its way through the blocks. Which modules FSDP gathers as one unit, and which
-parameters it gathers in float32, if dense weights are split."""
+"""The residual stream: its type, and its way through the blocks. Which modules FSDP gathers as one
+unit, and which parameters it gathers in float32, if dense weights are split."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,9 @@ def through(
 ) -> tuple[Tensor, list[RouterStats]]:
     """Return the stream after the blocks, and the routers' sums of those that have one.
 
-    cache: a KVCache in generation. A block that follows one with HandedOn gets as `carry` what that one leaves."""
+    cache: a KVCache in generation. A block that follows one with HandedOn gets as `carry` what that
+    one leaves.
+    """
     all_stats: list[RouterStats] = []
     carry_BSD: Tensor | None = None
     for block in blocks:
@@ -30,8 +32,10 @@ def through(
 
 
 def units(module: nn.Module) -> list[list[nn.Module]]:
-    """Return what is gathered together: each entry of the outermost `nn.ModuleList`s, which hold a model's blocks.
-    Neighbours that share a weight (DGMoE-Share) are one unit. Everything else is gathered with the whole module."""
+    """Return what is gathered together: each entry of the outermost `nn.ModuleList`s, which hold a
+    model's blocks. Neighbours that share a weight (DGMoE-Share) are one unit. Everything else is
+    gathered with the whole module.
+    """
     found: list[list[nn.Module]] = []
     for block in _entries(module):
         own = set(block.parameters())
@@ -51,8 +55,8 @@ def _entries(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def exact_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """Return what stays in float32 where matrices are gathered in bfloat16: routers (without selection biases, which
-    nothing gathers), and vectors (norms, biases, scales of heads)."""
+    """Return what stays in float32 where matrices are gathered in bfloat16: routers (without
+    selection biases, which nothing gathers), and vectors (norms, biases, scales of heads)."""
     vectors = {p for p in module.parameters() if math.prod(p.shape[1:]) == 1}
     return (router_parameters(module) | vectors) - whole_parameters(module)
 
@@ -63,12 +67,16 @@ def router_parameters(module: nn.Module) -> set[nn.Parameter]:
 
 
 def whole_parameters(module: nn.Module) -> set[nn.Parameter]:
-    """Return what every rank keeps whole where dense weights are split: the routers' selection biases, of which each
-    rank moves its own by the same numbers."""
+    """Return what every rank keeps whole where dense weights are split: the routers' selection
+    biases, of which each rank moves its own by the same numbers."""
     return {m.weight for m in module.modules() if isinstance(m, SelectionBias)}
 
 
 def residual_stream(x: Tensor) -> Tensor:
-    """Return x in float32 or wider under autocast, where what comes before the blocks may be gathered in bfloat16: then
-    every block adds to it in float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)) if torch.is_autocast_enabled(x.device.type) else x
+    """Return x in float32 or wider under autocast, where what comes before the blocks may be
+    gathered in bfloat16: then every block adds to it in float32."""
+    return (
+        x.to(torch.promote_types(x.dtype, torch.float32))
+        if torch.is_autocast_enabled(x.device.type)
+        else x
+    )

@@ -4,7 +4,8 @@
     CG-1         sigmoid(W x) SE + routed            W in R^{1 x D}
     CG-2         c_0 SE + c_1 routed,  c = softmax(W x)   W in R^{2 x D}
 
-x is the MoE module's input: the current layer's representation, or the tap (docs/decisions/0002-coefficient-input.md).
+x is the MoE module's input: the current layer's representation, or the tap
+(docs/decisions/0002-coefficient-input.md).
 """
 
 from torch import Tensor, nn

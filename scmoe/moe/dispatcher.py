@@ -1,9 +1,10 @@
-"""The dispatcher sends rows to the experts and back. It is the one object that differs between one rank and many.
+"""The dispatcher sends rows to the experts and back. It is the one object that differs between one
+rank and many.
 
-`dispatch` and `combine` start a transfer and return a Pending; `wait()` returns the rows. Other work runs in between.
-Where experts get different numbers of rows, `announce` exchanges the numbers of all chunks first, in one transfer that
-starts at the gate.
-This file has the protocol, the dispatcher of one rank, and two wrappers; that of many ranks is in parallel/wire/.
+`dispatch` and `combine` start a transfer and return a Pending; `wait()` returns the rows. Other
+work runs in between. Where experts get different numbers of rows, `announce` exchanges the numbers
+of all chunks first, in one transfer that starts at the gate. This file has the protocol, the
+dispatcher of one rank, and two wrappers; that of many ranks is in parallel/wire/.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,7 +34,9 @@ class Receipt:
 
     num_tokens_per_expert_e: Tensor | None  # rows for each local expert; None: all equal
     traffic: Traffic | None = None  # of the dispatch; None: equal numbers between all ranks
-    order_R: Tensor | None = None  # received row of each expert-contiguous row; None: all numbers are equal
+    order_R: Tensor | None = (
+        None  # received row of each expert-contiguous row; None: all numbers are equal
+    )
     place_R: Tensor | None = None  # its inverse
 
 
@@ -61,12 +64,14 @@ class Dispatcher(Protocol):
         """Starts telling all ranks how many rows of each chunk go to each expert."""
 
     def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
-        """Starts sending rows, grouped by expert, to the experts' ranks. The pending rows are grouped by local expert.
+        """Starts sending rows, grouped by expert, to the experts' ranks. The pending rows are
+        grouped by local expert.
 
         counts: of this chunk, as announced; None: all experts get the same number."""
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
-        """Starts sending the experts' rows back to their ranks; they arrive in the order of the dispatched rows."""
+        """Starts sending the experts' rows back to their ranks; they arrive in the order of the
+        dispatched rows."""
 
 
 class Ready(NamedTuple):
@@ -96,7 +101,9 @@ class LocalDispatcher:
         """The host reads the numbers of rows only where there are several chunks to split."""
         chunks = counts_PE.chunk(counts_PE.shape[0])
         sizes = [None] if len(chunks) == 1 else counts_PE.sum(1).tolist()
-        return Ready([ChunkCounts(size, counts_1E) for size, counts_1E in zip(sizes, chunks, strict=True)])
+        return Ready(
+            [ChunkCounts(size, counts_1E) for size, counts_1E in zip(sizes, chunks, strict=True)]
+        )
 
     def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
         return Ready(rows_RD), Receipt(None if counts is None else counts.counts_from_e[0])
@@ -107,7 +114,8 @@ class LocalDispatcher:
 
 @dataclass(frozen=True)
 class Blocking:
-    """The sequential baseline: waits for every transfer of `inner` at once, in forward and therefore in backward."""
+    """The sequential baseline: waits for every transfer of `inner` at once, in forward and
+    therefore in backward."""
 
     inner: Dispatcher
 
@@ -124,9 +132,11 @@ class Blocking:
 
 @dataclass(frozen=True)
 class Narrowed:
-    """Sends rows and their gradients in another dtype than they are computed in: bfloat16 halves the bytes.
+    """Sends rows and their gradients in another dtype than they are computed in: bfloat16 halves
+    the bytes.
 
-    Rows that stay on their rank are converted too, so the result does not depend on where an expert is.
+    Rows that stay on their rank are converted too, so the result does not depend on where an expert
+    is.
     """
 
     inner: Dispatcher
@@ -140,4 +150,7 @@ class Narrowed:
         return Arriving(pending, partial(Tensor.to, dtype=rows_RD.dtype)), receipt
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
-        return Arriving(self.inner.combine(rows_RD.to(self.dtype), receipt), partial(Tensor.to, dtype=rows_RD.dtype))
+        return Arriving(
+            self.inner.combine(rows_RD.to(self.dtype), receipt),
+            partial(Tensor.to, dtype=rows_RD.dtype),
+        )

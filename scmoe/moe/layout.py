@@ -1,25 +1,29 @@
 """Encode and decode: tokens to expert-contiguous rows, and back.
 
-A layout chooses the row of each routed copy, `encode` fills the rows, `decode` sums a token's copies with their
-weights. Which copies have a row is a value that the stream has, Rows:
+A layout chooses the row of each routed copy, `encode` fills the rows, `decode` sums a token's
+copies with their weights. Which copies have a row is a value that the stream has, Rows:
 
     Dropless()                every copy
-    Capacity(factor, filled)  of each expert C copies, `factor` times its fair share: first choices first, early tokens
-                              first. The others are dropped.
-    Buffers(ceiling)          dropless without waiting for the host: of each rank so many copies as its buffer holds,
-                              `ceiling` times its fair share. The others are dropped.
+    Capacity(factor, filled)  of each expert C copies, `factor` times its fair share: first choices
+                              first, early tokens first. The others are dropped.
+    Buffers(ceiling)          dropless without waiting for the host: of each rank so many copies as
+                              its buffer holds, `ceiling` times its fair share. The others are
+                              dropped.
 
 There are three layouts:
 
-    filled   every copy that is not dropped has a row; counts_PE holds the number of rows of each expert
-    slots    each expert has C rows. Shapes depend on no data, so nothing waits for the host. An empty slot repeats
-             token 0: its result is not used, and its gradient is zero.
-    buffers  dropless, without waiting for the host: all rows for the experts of one rank share a buffer of fixed size,
-             in the order of its experts. Empty rows are sent but not computed. Copies that do not fit are dropped.
+    filled   every copy that is not dropped has a row; counts_PE holds the number of rows of each
+             expert
+    slots    each expert has C rows. Shapes depend on no data, so nothing waits for the host. An
+             empty slot repeats token 0: its result is not used, and its gradient is zero.
+    buffers  dropless, without waiting for the host: all rows for the experts of one rank share a
+             buffer of fixed size, in the order of its experts. Empty rows are sent but not
+             computed. Copies that do not fit are dropped.
 
-With P chunks the rows of chunk p are contiguous, in the order (chunk, expert). `filled` cuts the tokens into chunks,
-`slots` the slots of every expert, `buffers` every buffer, so P does not change which copies are dropped. Both
-directions are gathers, forward and backward: a scatter-add would be slower and, on CUDA, not deterministic.
+With P chunks the rows of chunk p are contiguous, in the order (chunk, expert). `filled` cuts the
+tokens into chunks, `slots` the slots of every expert, `buffers` every buffer, so P does not change
+which copies are dropped. Both directions are gathers, forward and backward: a scatter-add would be
+slower and, on CUDA, not deterministic.
 """
 
 import math
@@ -34,14 +38,17 @@ from scmoe.moe.dispatcher import Announced, ChunkCounts
 
 
 class Layout(NamedTuple):
-    """The place of each routed copy among the rows. A copy that was dropped, or is padding, has row R."""
+    """The place of each routed copy among the rows. A copy that was dropped, or is padding, has row
+    R."""
 
     rows_TK: Tensor  # row of each copy, 0..R
     tokens_R: Tensor  # token of each row
     copies_R: Tensor  # copy t K + k of each row, or T K: an empty slot
     counts_PE: Tensor | None  # rows per chunk and expert; None: all equal
     num_chunks: int
-    complete: bool = False  # every copy has a row and every row a copy, as far as the host knows without asking
+    complete: bool = (
+        False  # every copy has a row and every row a copy, as far as the host knows without asking
+    )
 
     @property
     def num_dropped(self) -> Tensor:
@@ -50,13 +57,14 @@ class Layout(NamedTuple):
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
-    """Slots of an expert for num_tokens tokens of one rank: capacity_factor times the fair share, rounded up, and at
-    most one for each token, which chooses an expert once."""
+    """Slots of an expert for num_tokens tokens of one rank: capacity_factor times the fair share,
+    rounded up, and at most one for each token, which chooses an expert once."""
     return min(num_tokens, int(rounded_up(capacity_factor * num_tokens * top_k / num_experts)))
 
 
 def rounded_up(rows: Any) -> Any:
-    """A number of rows rounded up. A product such as 1.1 x 50 is a rounding error above 55, and counts as 55."""
+    """A number of rows rounded up. A product such as 1.1 x 50 is a rounding error above 55, and
+    counts as 55."""
     rows = rows * (1 - 1e-12)
     return rows.ceil() if isinstance(rows, Tensor) else math.ceil(rows)
 
@@ -74,14 +82,19 @@ def places(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def drop_beyond(topk_ids_TK: Tensor, num_experts: int, room: int | Tensor) -> Tensor:
-    """The same ids, with num_experts, which means none, for every copy beyond the first `room` of its expert."""
+    """The same ids, with num_experts, which means none, for every copy beyond the first `room` of
+    its expert."""
     return topk_ids_TK.where(places(topk_ids_TK, num_experts) < room, num_experts)
 
 
-def arrange_filled(topk_ids_TK: Tensor, num_experts: int, num_chunks: int = 1, padded: bool = True) -> Layout:
+def arrange_filled(
+    topk_ids_TK: Tensor, num_experts: int, num_chunks: int = 1, padded: bool = True
+) -> Layout:
     """Chooses a row for every copy. Expert id num_experts means none.
 
-    padded: there may be such ids. Without them the host knows the number of rows and does not wait for it."""
+    padded: there may be such ids. Without them the host knows the number of rows and does not wait
+    for it.
+    """
     (T, K), E, P = topk_ids_TK.shape, num_experts, num_chunks
     group_N = topk_ids_TK.flatten()
     if P > 1:
@@ -90,7 +103,9 @@ def arrange_filled(topk_ids_TK: Tensor, num_experts: int, num_chunks: int = 1, p
     counts_PE = count(group_N, P * E).view(P, E)
     num_rows = int(counts_PE.sum()) if padded else T * K
     order_N = group_N.argsort(stable=True)
-    rows_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(T * K, device=order_N.device))
+    rows_N = torch.empty_like(order_N).scatter_(
+        0, order_N, torch.arange(T * K, device=order_N.device)
+    )
     copies_R = order_N[:num_rows]
     complete = num_rows == T * K
     rows_TK = (rows_N if complete else rows_N.clamp(max=num_rows)).view(T, K)
@@ -98,17 +113,26 @@ def arrange_filled(topk_ids_TK: Tensor, num_experts: int, num_chunks: int = 1, p
 
 
 def arrange_slots(
-    topk_ids_TK: Tensor, num_experts: int, capacity: int, num_chunks: int = 1, room: int | Tensor | None = None
+    topk_ids_TK: Tensor,
+    num_experts: int,
+    capacity: int,
+    num_chunks: int = 1,
+    room: int | Tensor | None = None,
 ) -> Layout:
-    """Chooses one of its expert's `capacity` slots for every copy. Expert id num_experts means none.
+    """Chooses one of its expert's `capacity` slots for every copy. Expert id num_experts means
+    none.
 
-    room: number of an expert's slots that may be used; unlike `capacity` it may depend on the data. None: all."""
+    room: number of an expert's slots that may be used; unlike `capacity` it may depend on the data.
+    None: all.
+    """
     (T, K), E, P = topk_ids_TK.shape, num_experts, num_chunks
     place_TK = places(topk_ids_TK, num_experts)
     slots = math.ceil(capacity / P)  # of one expert in one chunk
     num_rows = P * E * slots
     rows_TK = place_TK // slots * (E * slots) + topk_ids_TK * slots + place_TK % slots
-    rows_TK = rows_TK.where((place_TK < (capacity if room is None else room)) & (topk_ids_TK < E), num_rows)
+    rows_TK = rows_TK.where(
+        (place_TK < (capacity if room is None else room)) & (topk_ids_TK < E), num_rows
+    )
     copies_R = invert(rows_TK.flatten(), num_rows)
     tokens_R = (copies_R // K).where(copies_R < T * K, 0)
     return Layout(rows_TK.contiguous(), tokens_R, copies_R, None, P)
@@ -122,14 +146,17 @@ def invert(rows_N: Tensor, num_rows: int) -> Tensor:
 
 
 def count(groups_N: Tensor, num_groups: int) -> Tensor:
-    """[.., num_groups]: how often each number occurs in each row [.., N]; num_groups itself is left out. bincount would
-    wait for the device."""
+    """[.., num_groups]: how often each number occurs in each row [.., N]; num_groups itself is left
+    out. bincount would wait for the device."""
     zeros = groups_N.new_zeros(*groups_N.shape[:-1], num_groups + 1)
     return zeros.scatter_add_(-1, groups_N, torch.ones_like(groups_N))[..., :num_groups]
 
 
-def encode(x_TD: Tensor, layout: Layout, announced: Announced | None) -> list[tuple[Tensor, ChunkCounts | None]]:
-    """Returns for each chunk its rows [R/P, D] and their counts (None: all equal). Waits for `announced` last."""
+def encode(
+    x_TD: Tensor, layout: Layout, announced: Announced | None
+) -> list[tuple[Tensor, ChunkCounts | None]]:
+    """Returns for each chunk its rows [R/P, D] and their counts (None: all equal). Waits for
+    `announced` last."""
     rows_RD = gather(x_TD, layout.tokens_R, layout.rows_TK, layout.complete)
     if announced is None:
         return [(rows, None) for rows in rows_RD.chunk(layout.num_chunks)]
@@ -140,7 +167,8 @@ def encode(x_TD: Tensor, layout: Layout, announced: Announced | None) -> list[tu
 
 
 def decode(rows_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
-    """y_t = sum_k w_tk rows[row of copy (t, k)]; a copy without a row adds nothing. Returns [T, D] in rows' dtype."""
+    """y_t = sum_k w_tk rows[row of copy (t, k)]; a copy without a row adds nothing. Returns [T, D]
+    in rows' dtype."""
     weights_TK = weights_TK.to(rows_RD.dtype)
     if not torch.is_grad_enabled():
         return _weighted_sum(rows_RD, weights_TK, layout)
@@ -150,13 +178,15 @@ def decode(rows_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
 def _weighted_sum(rows_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
     y_TD = _pick(rows_RD, layout.rows_TK[:, 0], layout.complete).mul_(weights_TK[:, :1])
     for k in range(1, weights_TK.shape[1]):
-        y_TD.addcmul_(_pick(rows_RD, layout.rows_TK[:, k], layout.complete), weights_TK[:, k : k + 1])
+        y_TD.addcmul_(
+            _pick(rows_RD, layout.rows_TK[:, k], layout.complete), weights_TK[:, k : k + 1]
+        )
     return y_TD
 
 
 def gather(x_TD: Tensor, tokens_R: Tensor, rows_TK: Tensor, complete: bool) -> Tensor:
-    """x[tokens_R]. rows_TK must be the inverse of tokens_R, so that the gradient is a gather too. complete: every
-    entry of rows_TK is a row."""
+    """x[tokens_R]. rows_TK must be the inverse of tokens_R, so that the gradient is a gather too.
+    complete: every entry of rows_TK is a row."""
     if not torch.is_grad_enabled():
         return x_TD.index_select(0, tokens_R)
     return _Gather.apply(x_TD, tokens_R, rows_TK, complete)
@@ -202,18 +232,24 @@ class _Decode(Function):
         grad_rows_RD = grad_TD.index_select(0, tokens_R)
         # the weight's gradient is the dot product of the row and its token's gradient
         dots_R = torch.linalg.vecdot(grad_rows_RD, rows_RD)
-        grad_weights_TK = _pick(dots_R[:, None], rows_TK.flatten(), ctx.complete).view_as(weights_TK)
+        grad_weights_TK = _pick(dots_R[:, None], rows_TK.flatten(), ctx.complete).view_as(
+            weights_TK
+        )
         weights_R = _pick(weights_TK.reshape(-1, 1), copies_R, ctx.complete)
         return grad_rows_RD.mul_(weights_R), grad_weights_TK, None
 
 
 def buffer_size(num_tokens: int, top_k: int, num_ranks: int, ceiling: float) -> int:
-    """Rows of a rank's buffer for num_tokens tokens: `ceiling` times the fair share, and no more than all of them."""
+    """Rows of a rank's buffer for num_tokens tokens: `ceiling` times the fair share, and no more
+    than all of them."""
     return min(int(rounded_up(ceiling * num_tokens * top_k / num_ranks)), num_tokens * top_k)
 
 
-def arrange_buffers(topk_ids_TK: Tensor, num_experts: int, num_ranks: int, size: int, num_chunks: int = 1) -> Layout:
-    """Chooses a row in the buffer of its expert's rank for every copy. Expert id num_experts means none."""
+def arrange_buffers(
+    topk_ids_TK: Tensor, num_experts: int, num_ranks: int, size: int, num_chunks: int = 1
+) -> Layout:
+    """Chooses a row in the buffer of its expert's rank for every copy. Expert id num_experts means
+    none."""
     (T, K), E, P, device = topk_ids_TK.shape, num_experts, num_chunks, topk_ids_TK.device
     part = math.ceil(size / P)  # of a buffer in one chunk
     of_rank = E // num_ranks
@@ -243,9 +279,10 @@ def arrange_buffers(topk_ids_TK: Tensor, num_experts: int, num_ranks: int, size:
 class Target(NamedTuple):
     """What the copies are sent to.
 
-    num_ranks: ranks that share the experts. training: every rank has equally many tokens. zero_experts: their copies
-    have the id num_experts here, which means none; the fair share of a capacity is one in num_experts + zero_experts.
-    Which copies these are depends on the data, so the host must read the number of rows.
+    num_ranks: ranks that share the experts. training: every rank has equally many tokens.
+    zero_experts: their copies have the id num_experts here, which means none; the fair share of a
+    capacity is one in num_experts + zero_experts. Which copies these are depends on the data, so
+    the host must read the number of rows.
     """
 
     num_experts: int
@@ -262,10 +299,12 @@ class Rows(Protocol):
     def sums(self) -> bool: ...
 
     def arrange(self, ids_TK: Tensor, mask_T: Tensor | None, target: Target) -> Layout:
-        """Chooses the row of each copy of this rank's tokens. mask_T False: padding, which takes no row."""
+        """Chooses the row of each copy of this rank's tokens. mask_T False: padding, which takes no
+        row."""
 
     def dropless(self, num_experts: int) -> "Rows":
-        """The arrangement for inference: it drops nothing, fits the same dispatcher, and computes no sums."""
+        """The arrangement for inference: it drops nothing, fits the same dispatcher, and computes
+        no sums."""
 
 
 @dataclass(frozen=True)
@@ -282,8 +321,8 @@ class Dropless:
 
 @dataclass(frozen=True)
 class Capacity:
-    """filled: send and compute only the filled slots. The host must know how many there are: this is free on a CPU, and
-    a synchronisation on a GPU."""
+    """filled: send and compute only the filled slots. The host must know how many there are: this
+    is free on a CPU, and a synchronisation on a GPU."""
 
     factor: float
     filled: bool = False
@@ -291,19 +330,25 @@ class Capacity:
 
     def __post_init__(self) -> None:
         if not 0 < self.factor <= 1e6:
-            raise ValueError(f"capacity_factor is {self.factor}, allowed: None, or above 0 and at most 1e6")
+            raise ValueError(
+                f"capacity_factor is {self.factor}, allowed: None, or above 0 and at most 1e6"
+            )
 
     def arrange(self, ids_TK: Tensor, mask_T: Tensor | None, target: Target) -> Layout:
-        """Outside training ranks may have different numbers of tokens, and therefore of slots: they announce the
-        filled ones."""
+        """Outside training ranks may have different numbers of tokens, and therefore of slots: they
+        announce the filled ones."""
         num_tokens, top_k = ids_TK.shape
         num_experts, shares = target.num_experts, target.num_experts + target.zero_experts
         capacity = expert_capacity(num_tokens, shares, top_k, self.factor)
         room: int | Tensor = capacity
-        if mask_T is not None:  # padding adds no capacity: its slots stay empty, so that shapes depend on no data
+        if (
+            mask_T is not None
+        ):  # padding adds no capacity: its slots stay empty, so that shapes depend on no data
             room = rounded_up(self.factor * mask_T.sum().double() * top_k / shares)
         if self.filled or (not target.training and target.num_ranks > 1):
-            return arrange_filled(drop_beyond(ids_TK, num_experts, room), num_experts, target.chunks)
+            return arrange_filled(
+                drop_beyond(ids_TK, num_experts, room), num_experts, target.chunks
+            )
         return arrange_slots(ids_TK, num_experts, capacity, target.chunks, room)
 
     def dropless(self, num_experts: int) -> Rows:
@@ -330,5 +375,6 @@ class Buffers:
 
 
 def rows_of(capacity_factor: float | None, filled: bool = False) -> Rows:
-    """capacity_factor: None: dropless. Raises ValueError for one that is not above 0 or is above 1e6."""
+    """capacity_factor: None: dropless. Raises ValueError for one that is not above 0 or is above
+    1e6."""
     return Dropless() if capacity_factor is None else Capacity(capacity_factor, filled)

@@ -1,10 +1,10 @@
 """The operators of a block under their names, and a recorder that notes when each one runs.
 
-Operators are what the schedule moves and the planner prices: route, encode, dispatch, experts, combine, decode,
-attention (or its parts attention_core, attention_out), mlp, shared_expert, current. In a profile they are called
-scmoe/<name>. With a recorder, an operator runs between two edges: identity functions that note the time, in forward
-when they are passed, in backward when all their gradients have arrived. Nothing waits for a device, and results stay
-bit-identical.
+Operators are what the schedule moves and the planner prices: route, encode, dispatch, experts,
+combine, decode, attention (or its parts attention_core, attention_out), mlp, shared_expert,
+current. In a profile they are called scmoe/<name>. With a recorder, an operator runs between two
+edges: identity functions that note the time, in forward when they are passed, in backward when all
+their gradients have arrived. Nothing waits for a device, and results stay bit-identical.
 """
 
 import threading
@@ -35,15 +35,17 @@ class Mark(NamedTuple):
 class Recorder:
     """Records when the operators of one block run.
 
-    A transfer that is waited for at once (moe.dispatcher.Blocking) is an operator like any other. A transfer that runs
-    in parallel is noted by `watch`.
+    A transfer that is waited for at once (moe.dispatcher.Blocking) is an operator like any other. A
+    transfer that runs in parallel is noted by `watch`.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.zero: Any = None  # the time from which `spans` counts, as `now` gave it; None: any
         self.marks: list[Mark] = []
-        self.transfers: list[tuple[Direction, str, Any, Any]] = []  # name, start, end; times as in Mark
+        self.transfers: list[
+            tuple[Direction, str, Any, Any]
+        ] = []  # name, start, end; times as in Mark
         self.watchers: list[threading.Thread] = []
         self.inside_operator = False
 
@@ -55,7 +57,8 @@ class Recorder:
         return event
 
     def around(self, name: str, f: Callable[..., Any], *inputs: Any) -> Any:
-        """Returns f(*inputs), run between two edges. An operator inside another one is not noted separately."""
+        """Returns f(*inputs), run between two edges. An operator inside another one is not noted
+        separately."""
         if self.inside_operator:
             return f(*inputs)
         inputs = _edge(self, name, True, inputs)
@@ -65,8 +68,10 @@ class Recorder:
         return _edge(self, name, False, outputs)
 
     def watch(self, name: str, direction: Direction, work: Any) -> None:
-        """Notes a transfer. On a host it lasts from now until it is done, and two threads must be able to wait for the
-        work. On a CUDA device it lasts between the work's two `events`; without them (NCCL) it is not noted."""
+        """Notes a transfer. On a host it lasts from now until it is done, and two threads must be
+        able to wait for the work. On a CUDA device it lasts between the work's two `events`;
+        without them (NCCL) it is not noted.
+        """
         if self.device.type == "cuda":
             events = getattr(work, "events", None)
             self.transfers += [] if events is None else [(direction, name, *events)]
@@ -81,7 +86,8 @@ class Recorder:
         self.watchers[-1].start()
 
     def spans(self, direction: Direction) -> list[Span]:
-        """Every operator that began and ended, in seconds of one clock. Waits for the device and the transfers."""
+        """Every operator that began and ended, in seconds of one clock. Waits for the device and
+        the transfers."""
         while self.watchers:
             self.watchers.pop().join()
         seconds = self._clock()
@@ -108,7 +114,8 @@ class Recorder:
 
 
 class Operators(nn.Module):
-    """A module whose forward is made of named operators. recorder: notes their times; None: they are not noted."""
+    """A module whose forward is made of named operators. recorder: notes their times; None: they
+    are not noted."""
 
     recorder: Recorder | None = None
 
@@ -123,11 +130,16 @@ class Operators(nn.Module):
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     """Returns a context without autocast; where there is none already, one that costs nothing."""
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
+    return (
+        torch.autocast(device_type, enabled=False)
+        if torch.is_autocast_enabled(device_type)
+        else nullcontext()
+    )
 
 
 def _edge(recorder: Recorder, name: str, begins: bool, value: Any) -> Any:
-    """Passes the tensors of `value` that carry a gradient through one edge, and returns the value with the results."""
+    """Passes the tensors of `value` that carry a gradient through one edge, and returns the value
+    with the results."""
     tensors: list[Tensor] = []
 
     def collect(tensor: Tensor) -> Tensor:

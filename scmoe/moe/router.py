@@ -4,16 +4,17 @@ H(x) = x W_gate + eps,  eps = N(0, 1) softplus(x W_noise) in training;  G(x) = s
 For k = 1 a softmax over the kept logits is identically 1 and would give the gate no gradient; see
 docs/decisions/0001-gate.md for the reading used here. Losses on the routing are in balance.py.
 
-The paper's gate is a softmax. What differs between routers (scores, weights, the selection bias and its rule) are
-values of `Scoring`:
+The paper's gate is a softmax. What differs between routers (scores, weights, the selection bias and
+its rule) are values of `Scoring`:
 
     chosen     the top k of s_i + b_i, over N experts and Z zero experts
     weights    gamma s_i, or gamma s_i / sum of the kept s: the bias chooses and never weighs
     bias       after each update  b_i += rate s_0 rule(c_i / fair share),  for the N experts; zero experts' stays
 
-c_i are the copies of expert i in all batches of the step, before any is dropped; the fair share is K T / (N + Z). So N
-experts get K N / (N + Z) of a token's K copies. s_0 is the score of an expert where all logits are equal: 1 / (N + Z)
-for softmax, 1/2 for sigmoid. A rate relative to it means the same for both, whatever the number of experts.
+c_i are the copies of expert i in all batches of the step, before any is dropped; the fair share is
+K T / (N + Z). So N experts get K N / (N + Z) of a token's K copies. s_0 is the score of an expert
+where all logits are equal: 1 / (N + Z) for softmax, 1/2 for sigmoid. A rate relative to it means
+the same for both, whatever the number of experts.
 
     by_sign         sign(1 - load)       DeepSeek-V3: its step 0.001 is a rate of 0.002 (arXiv 2408.15664)
     in_proportion   1 - load             LongCat-Flash: its mu is the rate (arXiv 2509.01322)
@@ -35,7 +36,10 @@ from scmoe.moe.tokens import Routing
 Score = Callable[[Tensor], Tensor]
 Rule = Callable[[Tensor], Tensor]
 LEAST = 1e-20  # of a sum of scores by which others are divided: sigmoid scores may all be 0
-PROBES, STEP = 8, 0.5  # rows of logits that a score is checked with, and by how much one logit grows
+PROBES, STEP = (
+    8,
+    0.5,
+)  # rows of logits that a score is checked with, and by how much one logit grows
 ROUNDING = 1e-4  # of a sum of scores that should be 1
 softmax: Score = partial(torch.softmax, dim=-1)
 
@@ -54,10 +58,11 @@ def in_proportion(load_E: Tensor) -> Tensor:
 class Scoring:
     """The values by which routers differ.
 
-    score: scores [T, N + Z] of logits; a score increases with its own logit. sums_to_one: those of a token do; if not,
-    the load-balance loss divides them by their sum. normalise: weights are divided by the sum of a token's kept scores,
-    where it keeps 2 or more. scale: gamma; moe.router_scale multiplies it. rule: moves the selection bias; None: there
-    is no bias. rate: of the bias, relative to the score of equal logits; 0: the bias stays as it is. per_sequence: the
+    score: scores [T, N + Z] of logits; a score increases with its own logit. sums_to_one: those of
+    a token do; if not, the load-balance loss divides them by their sum. normalise: weights are
+    divided by the sum of a token's kept scores, where it keeps 2 or more. scale: gamma;
+    moe.router_scale multiplies it. rule: moves the selection bias; None: there is no bias. rate: of
+    the bias, relative to the score of equal logits; 0: the bias stays as it is. per_sequence: the
     load-balance loss is that of each sequence, not that of the global batch.
     """
 
@@ -71,45 +76,62 @@ class Scoring:
 
     def shares(self, scores_TE: Tensor) -> Tensor:
         """The scores of each token as a distribution over the experts."""
-        return scores_TE if self.sums_to_one else scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=LEAST)
+        return (
+            scores_TE
+            if self.sums_to_one
+            else scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=LEAST)
+        )
 
     def check(self, num_ids: int) -> None:
-        """Compute scores of a few rows of logits. ValueError: they are not what `score` and `sums_to_one` promise."""
+        """Compute scores of a few rows of logits. ValueError: they are not what `score` and
+        `sums_to_one` promise."""
         if not 0 < self.scale < float("inf"):
             raise ValueError(f"Scoring.scale is {self.scale}. It must be finite and above 0.")
         with torch.device("cpu"):  # the model may be on the meta device, which has no numbers
-            logits_PE = torch.randn(PROBES, num_ids, generator=torch.Generator(), dtype=torch.float32)
+            logits_PE = torch.randn(
+                PROBES, num_ids, generator=torch.Generator(), dtype=torch.float32
+            )
             if type(logits_PE) is not Tensor:  # a dry run's tensors have no numbers
                 return
             chosen_P1 = torch.arange(PROBES)[:, None] % num_ids
-            higher_PE = logits_PE.scatter_add(-1, chosen_P1, torch.full((PROBES, 1), STEP, dtype=torch.float32))
+            higher_PE = logits_PE.scatter_add(
+                -1, chosen_P1, torch.full((PROBES, 1), STEP, dtype=torch.float32)
+            )
             scores_PE, higher_scores_PE = self._scores(logits_PE), self._scores(higher_PE)
         if not (scores_PE.isfinite().all() and (scores_PE >= 0).all()):
             raise ValueError(
-                f"Scoring.score gives scores from {scores_PE.min():.3g} to {scores_PE.max():.3g}. They become weights "
-                "of experts and must be finite, 0 or more."
+                f"Scoring.score gives scores from {scores_PE.min():.3g} to {scores_PE.max():.3g}."
+                " They become weights of experts and must be finite, 0 or more."
             )
         growth_P1 = (higher_scores_PE - scores_PE).gather(-1, chosen_P1)
         if num_ids > 1 and ((growth_P1 < 0).any() or not (growth_P1 > 0).any()):
             raise ValueError(
-                "Scoring.score does not increase with its own logit. Experts with the highest logits are chosen, so "
-                "their scores must be the highest."
+                "Scoring.score does not increase with its own logit. Experts with the highest"
+                " logits are chosen, so their scores must be the highest."
             )
         sums_P = scores_PE.sum(-1)
         if self.sums_to_one and (sums_P - 1).abs().max() > ROUNDING:
             raise ValueError(
-                f"Scoring.score gives a token scores whose sum is between {sums_P.min():.3g} and {sums_P.max():.3g}, "
-                "but sums_to_one is True. Set sums_to_one=False; the load-balance loss then divides by the sum."
+                f"Scoring.score gives a token scores whose sum is between {sums_P.min():.3g} and"
+                f" {sums_P.max():.3g}, but sums_to_one is True. Set sums_to_one=False; the"
+                " load-balance loss then divides by the sum."
             )
 
     def _scores(self, logits_PE: Tensor) -> Tensor:
         try:
             scores_PE = self.score(logits_PE)
         except Exception as error:  # whatever a function of a user raises
-            raise ValueError(f"Scoring.score cannot be computed: {type(error).__name__}: {error}") from error
+            raise ValueError(
+                f"Scoring.score cannot be computed: {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(scores_PE, Tensor) or scores_PE.shape != logits_PE.shape:
-            shape = list(scores_PE.shape) if isinstance(scores_PE, Tensor) else type(scores_PE).__name__
-            raise ValueError(f"Scoring.score gives {shape} for logits {list(logits_PE.shape)}. Return equal shapes.")
+            shape = (
+                list(scores_PE.shape) if isinstance(scores_PE, Tensor) else type(scores_PE).__name__
+            )
+            raise ValueError(
+                f"Scoring.score gives {shape} for logits {list(logits_PE.shape)}. Return equal"
+                " shapes."
+            )
         return scores_PE
 
 
@@ -122,15 +144,17 @@ SCORINGS = {"softmax": THE_PAPERS, "deepseek": DEEPSEEK, "longcat": LONGCAT}
 class SelectionBias(nn.Module):
     """b: added to the scores for the choice of experts. It has no gradient; `move` changes it.
 
-    It is a parameter and not a buffer: DDP sends buffers before each forward, and weights are read by their names as
-    parameters. Router keeps it in float32, and every rank has the whole of it.
+    It is a parameter and not a buffer: DDP sends buffers before each forward, and weights are read
+    by their names as parameters. Router keeps it in float32, and every rank has the whole of it.
     """
 
     def __init__(self, num_experts: int, zero_experts: int, scoring: Scoring) -> None:
         super().__init__()
         assert scoring.rule is not None
         self.num_experts, self.rule = num_experts, scoring.rule
-        equal = torch.zeros(num_experts + zero_experts, dtype=torch.float64, device="cpu")  # the next line reads it
+        equal = torch.zeros(
+            num_experts + zero_experts, dtype=torch.float64, device="cpu"
+        )  # the next line reads it
         self.step = scoring.rate * scoring.score(equal).mean().item()
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.weight = nn.Parameter(torch.zeros(len(equal), dtype=wide), requires_grad=False)
@@ -143,14 +167,16 @@ class SelectionBias(nn.Module):
 
     @torch.no_grad()
     def move(self, counts_E: Tensor, num_copies: Tensor) -> None:
-        """counts_E: copies of each expert, over all ranks. num_copies: of all experts, zero experts included."""
+        """counts_E: copies of each expert, over all ranks. num_copies: of all experts, zero experts
+        included."""
         if self.step:  # in float64: the load of a fair share is exactly 1
             load_E = counts_E.double() * len(self.weight) / num_copies.clamp(min=1)
             self.weight[: self.num_experts] += (self.step * self.rule(load_E)).to(self.weight.dtype)
 
 
 class Gate(nn.Linear):
-    """x W^T in float32, or wider where x is. It is called like any module, so adapters and hooks of it have effect."""
+    """x W^T in float32, or wider where x is. It is called like any module, so adapters and hooks of
+    it have effect."""
 
     def forward(self, x_TD: Tensor) -> Tensor:
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
@@ -158,16 +184,18 @@ class Gate(nn.Linear):
 
 
 class Router(nn.Module):
-    """Scores all experts and keeps the top k of each token. Without another `scoring` they are the softmax's.
+    """Scores all experts and keeps the top k of each token. Without another `scoring` they are the
+    softmax's.
 
-    Logits and scores are float32, or wider where the input is: bf16 logits tie and overflow the softmax. The weights
-    stay in float32 in a module of bfloat16: a step of a selection bias would be rounded away.
+    Logits and scores are float32, or wider where the input is: bf16 logits tie and overflow the
+    softmax. The weights stay in float32 in a module of bfloat16: a step of a selection bias would
+    be rounded away.
 
-    scoring: scores, weights, selection bias. noisy: Eq. 4's noise in training.
-    deal: returns the expert ids [T, K] of tokens [T, D]; the gate's choice is ignored, its weights are not. For
-    measurements of speed, such as `round_robin`.
-    zero_experts: further ids, from num_experts on, whose expert computes nothing (stream.py).
-    Raises ValueError unless top_k is in 1..num_experts, and for a score that is not one (`Scoring.check`).
+    scoring: scores, weights, selection bias. noisy: Eq. 4's noise in training. deal: returns the
+    expert ids [T, K] of tokens [T, D]; the gate's choice is ignored, its weights are not. For
+    measurements of speed, such as `round_robin`. zero_experts: further ids, from num_experts on,
+    whose expert computes nothing (stream.py). Raises ValueError unless top_k is in 1..num_experts,
+    and for a score that is not one (`Scoring.check`).
     """
 
     def __init__(
@@ -185,22 +213,34 @@ class Router(nn.Module):
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}, allowed: 1..num_experts ({num_experts})")
         self.num_experts, self.top_k, self.deal, self.scoring = num_experts, top_k, deal, scoring
-        self.zero_experts, self.num_ids = zero_experts, num_experts + zero_experts  # the second also means none
+        self.zero_experts, self.num_ids = (
+            zero_experts,
+            num_experts + zero_experts,
+        )  # the second also means none
         scoring.check(self.num_ids)
         self.normalise = scoring.normalise and top_k > 1
-        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)  # the default may be bfloat16
+        wide = torch.promote_types(
+            torch.get_default_dtype(), torch.float32
+        )  # the default may be bfloat16
         self.gate = Gate(dim, self.num_ids, bias=False, dtype=wide)
         self.noise = Gate(dim, self.num_ids, bias=False, dtype=wide) if noisy else None
-        self.bias = None if scoring.rule is None else SelectionBias(num_experts, zero_experts, scoring)
+        self.bias = (
+            None if scoring.rule is None else SelectionBias(num_experts, zero_experts, scoring)
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         return super()._apply(lambda tensor: _wide(tensor, fn(tensor)), recurse)
 
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, excluded_T1: Tensor | None = None) -> Routing:
+    def forward(
+        self, x_TD: Tensor, mask_T: Tensor | None = None, excluded_T1: Tensor | None = None
+    ) -> Routing:
         """Routes each token. mask_T False: padding, which gets expert id num_ids and weight 0.
 
-        excluded_T1: an expert that each token must not go to (num_ids: none); requires top_k = 1."""
-        x_TD = x_TD.view_as(x_TD)  # the gradients of gate and noise are added up first, so all sums have a fixed order
+        excluded_T1: an expert that each token must not go to (num_ids: none); requires top_k = 1.
+        """
+        x_TD = x_TD.view_as(
+            x_TD
+        )  # the gradients of gate and noise are added up first, so all sums have a fixed order
         with without_autocast(x_TD.device.type):
             logits_TE = self.logits(x_TD)
             scores_TE = self.scoring.score(logits_TE)
@@ -216,7 +256,8 @@ class Router(nn.Module):
         return Routing(topk_ids_TK, weights_TK, scores_TE, logits_TE)
 
     def choose(self, x_TD: Tensor, preference_TE: Tensor, excluded_T1: Tensor | None) -> Tensor:
-        """Return expert ids, the most preferred first. DGMoE: the second where the first is excluded_T1."""
+        """Return expert ids, the most preferred first. DGMoE: the second where the first is
+        excluded_T1."""
         if excluded_T1 is None:
             if self.deal is not None:
                 return self.deal(x_TD)
@@ -230,7 +271,8 @@ class Router(nn.Module):
         return best_T1.where(best_T1 != excluded_T1, second_T1)
 
     def preference(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
-        """By what experts are chosen: scores + bias. Without a bias the logits have the same order, and fewer ties."""
+        """By what experts are chosen: scores + bias. Without a bias the logits have the same order,
+        and fewer ties."""
         return logits_TE if self.bias is None else self.bias(scores_TE)
 
     def logits(self, x_TD: Tensor) -> Tensor:

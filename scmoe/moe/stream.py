@@ -1,15 +1,18 @@
-"""The MoE stream: begin, run_experts, finish, and time for the backbone in between (section 3.2, Fig. 6).
+"""The MoE stream: begin, run_experts, finish, and time for the backbone in between (section 3.2,
+Fig. 6).
 
     begin(tap)          route, encode, start dispatch
     run_experts(state)  wait, compute, start combine
     finish(state)       wait, decode
 
-A zero expert returns its input (LongCat-Flash, arXiv 2509.01322), or 0 where it was added to a trained model. Its
-copies get no row, so nothing is sent or computed for them. finish adds weight x tap, or nothing.
+A zero expert returns its input (LongCat-Flash, arXiv 2509.01322), or 0 where it was added to a
+trained model. Its copies get no row, so nothing is sent or computed for them. finish adds weight x
+tap, or nothing.
 
-State travels in return values, so several streams may be open at once and nothing is left on the module.
-Backward is the mirror: finish's backward starts the gradient's transfer, begin's waits for the last one.
-In a compiled block the verbs themselves are not compiled, because their shapes depend on the data.
+State travels in return values, so several streams may be open at once and nothing is left on the
+module. Backward is the mirror: finish's backward starts the gradient's transfer, begin's waits for
+the last one. In a compiled block the verbs themselves are not compiled, because their shapes depend
+on the data.
 """
 
 from typing import NamedTuple
@@ -27,7 +30,8 @@ from scmoe.moe.tokens import MoEOutput, RouterStats, Routing
 
 
 class StreamState(NamedTuple):
-    """An open stream: its chunks are on their way to the experts (with a receipt each), then on their way back."""
+    """An open stream: its chunks are on their way to the experts (with a receipt each), then on
+    their way back."""
 
     shape: torch.Size
     routing: Routing
@@ -41,7 +45,8 @@ class StreamState(NamedTuple):
 class MoEStream(Operators):
     """Router, experts and the dispatcher between them.
 
-    rows: how the rows are arranged (layout.py); None: dropless. zeros_return_input: else zero experts return 0.
+    rows: how the rows are arranged (layout.py); None: dropless. zeros_return_input: else zero
+    experts return 0.
     """
 
     def __init__(
@@ -59,12 +64,16 @@ class MoEStream(Operators):
 
     @torch.compiler.disable
     def begin(
-        self, tap_BSD: Tensor, mask_BS: Tensor | None = None, chunks: int = 1, excluded_T1: Tensor | None = None
+        self,
+        tap_BSD: Tensor,
+        mask_BS: Tensor | None = None,
+        chunks: int = 1,
+        excluded_T1: Tensor | None = None,
     ) -> StreamState:
         """mask_BS False: padding, which is routed nowhere and takes no capacity.
 
-        chunks: pieces of the rows, each with its own transfers, so that one's experts hide another's transfer.
-        excluded_T1: an expert that each token must not go to (DGMoE)."""
+        chunks: pieces of the rows, each with its own transfers, so that one's experts hide
+        another's transfer. excluded_T1: an expert that each token must not go to (DGMoE)."""
         x_TD = tap_BSD.flatten(0, -2)
         mask_T = None if mask_BS is None else mask_BS.flatten()
         routing, layout = self.operator("route", self.route, x_TD, mask_T, chunks, excluded_T1)
@@ -81,7 +90,9 @@ class MoEStream(Operators):
         assert state.receipts is not None, "the experts run once"
         returning = []
         for pending, receipt in zip(state.in_flight, state.receipts, strict=True):
-            rows_RD = self.operator("experts", self.experts, pending.wait(), receipt.num_tokens_per_expert_e)
+            rows_RD = self.operator(
+                "experts", self.experts, pending.wait(), receipt.num_tokens_per_expert_e
+            )
             returning.append(self.operator("combine", self.dispatcher.combine, rows_RD, receipt))
         return state._replace(in_flight=returning, receipts=None)
 
@@ -92,11 +103,17 @@ class MoEStream(Operators):
         rows_RD = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
         y_TD = self.operator("decode", decode, rows_RD, state.routing.topk_weights_TK, state.layout)
         if state.tap_TD is not None:
-            y_TD = y_TD + from_zero_experts(state.tap_TD, state.routing, self.router.num_experts).to(y_TD.dtype)
+            y_TD = y_TD + from_zero_experts(
+                state.tap_TD, state.routing, self.router.num_experts
+            ).to(y_TD.dtype)
         return MoEOutput(y_TD.view(state.shape), state.stats)
 
     def forward(
-        self, x_BSD: Tensor, mask_BS: Tensor | None = None, chunks: int = 1, excluded_T1: Tensor | None = None
+        self,
+        x_BSD: Tensor,
+        mask_BS: Tensor | None = None,
+        chunks: int = 1,
+        excluded_T1: Tensor | None = None,
     ) -> MoEOutput:
         """The whole module at once: sum_i G(x)_i E_i(x) (Eq. 1)."""
         return self.finish(self.run_experts(self.begin(x_BSD, mask_BS, chunks, excluded_T1)))
@@ -109,23 +126,31 @@ class MoEStream(Operators):
         ids_TK, router = routing.topk_ids_TK, self.router
         if router.zero_experts:
             ids_TK = ids_TK.clamp(max=router.num_experts)
-        target = Target(router.num_experts, self.num_ranks, chunks, self.training, router.zero_experts)
+        target = Target(
+            router.num_experts, self.num_ranks, chunks, self.training, router.zero_experts
+        )
         return routing, self.rows.arrange(ids_TK, mask_T, target)
 
-    def sums(self, routing: Routing, layout: Layout, mask_T: Tensor | None, shape: torch.Size) -> RouterStats:
+    def sums(
+        self, routing: Routing, layout: Layout, mask_T: Tensor | None, shape: torch.Size
+    ) -> RouterStats:
         """The sums of which losses and metrics are computed."""
         scoring = self.router.scoring
-        seq_len = (shape[1:-1] or shape[:-1]).numel() if scoring.per_sequence else None  # [T, D] is one sequence
+        seq_len = (
+            (shape[1:-1] or shape[:-1]).numel() if scoring.per_sequence else None
+        )  # [T, D] is one sequence
         routing = routing._replace(scores_TE=scoring.shares(routing.scores_TE))
         return router_stats(routing, layout, mask_T, self.router.num_experts, seq_len)
 
 
 class dropless:
-    """Run the model dropless inside, whatever its rows. With a capacity a token's result depends on its batch.
+    """Run the model dropless inside, whatever its rows. With a capacity a token's result depends on
+    its batch.
 
-    For inference, not for training: the routers' sums are not computed, and stats are None. It holds for MoE modules in
-    blocks of users too, which know nothing of it. Generation enters one at each token, so entering it is cheap. It is
-    not entered inside itself, and takes the rows of when it was made."""
+    For inference, not for training: the routers' sums are not computed, and stats are None. It
+    holds for MoE modules in blocks of users too, which know nothing of it. Generation enters one at
+    each token, so entering it is cheap. It is not entered inside itself, and takes the rows of when
+    it was made."""
 
     def __init__(self, model: nn.Module) -> None:
         self.streams = [module for module in model.modules() if isinstance(module, MoEStream)]
@@ -144,28 +169,37 @@ class dropless:
 
 
 def move_biases(model: nn.Module, sums_LE2: Tensor) -> None:
-    """Move the selection bias of each router by the load of a step. sums_LE2: `integer_sums` over ranks and batches.
+    """Move the selection bias of each router by the load of a step. sums_LE2: `integer_sums` over
+    ranks and batches.
 
-    A module that several blocks share (DGMoE-Share) moves once, by the load of all of them. ValueError: blocks of one's
-    own return sums of other MoE modules than those that they hold."""
+    A module that several blocks share (DGMoE-Share) moves once, by the load of all of them.
+    ValueError: blocks of one's own return sums of other MoE modules than those that they hold."""
     parents = [module for module in model.modules() if not isinstance(module, MoEStream)]
-    routers = [child.router for module in parents for child in module.children() if isinstance(child, MoEStream)]
+    routers = [
+        child.router
+        for module in parents
+        for child in module.children()
+        if isinstance(child, MoEStream)
+    ]
     if all(router.bias is None for router in routers):
         return
     if len(routers) != len(sums_LE2):
         raise ValueError(
-            f"The blocks hold {len(routers)} MoE modules and return the sums of {len(sums_LE2)}. A selection bias "
-            "needs the sums of each module, in their order; moe.router=softmax has no bias unless moe.bias_rate is set."
+            f"The blocks hold {len(routers)} MoE modules and return the sums of {len(sums_LE2)}. A"
+            " selection bias needs the sums of each module, in their order; moe.router=softmax has"
+            " no bias unless moe.bias_rate is set."
         )
     for router in dict.fromkeys(routers):
-        sums_E2 = torch.stack([row for row, other in zip(sums_LE2, routers, strict=True) if other is router]).sum(0)
+        sums_E2 = torch.stack(
+            [row for row, other in zip(sums_LE2, routers, strict=True) if other is router]
+        ).sum(0)
         if router.bias is not None:
             router.bias.move(sums_E2[:-2], sums_E2[-2] * router.top_k)
 
 
 def from_zero_experts(x_TD: Tensor, routing: Routing, num_experts: int) -> Tensor:
-    """The sum of the outputs of zero experts that return their input: each token times the weights of its copies to
-    them."""
+    """The sum of the outputs of zero experts that return their input: each token times the weights
+    of its copies to them."""
     weights_TK = routing.topk_weights_TK.where(routing.topk_ids_TK >= num_experts, 0.0)
     return weights_TK.sum(-1, keepdim=True).to(x_TD.dtype) * x_TD
 

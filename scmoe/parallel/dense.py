@@ -1,13 +1,16 @@
-"""Dense weights split over ranks, with FSDP2 (`fully_shard`): each rank keeps a part of every weight, gradient, moment.
+"""Dense weights split over ranks, with FSDP2 (`fully_shard`): each rank keeps a part of every
+weight, gradient, moment.
 
     sharded    dense weights over all ranks
     hybrid     dense weights over the ranks of a node, with a copy on each node
-    both       experts over the ranks that hold the same ones (edp), on dim 1, so that any number of experts is split
+    both       experts over the ranks that hold the same ones (edp), on dim 1, so that any number of
+               experts is split
 
-A block's weights are gathered before its forward and before its backward, and its gradients are summed over the ranks
-and split after its backward. So no collective of FSDP starts between the begin and the end of an MoE stream. FSDP
-divides nothing: the loss is divided by the number of ranks before backward, and all gradients are plain sums. (torch
-divides twice on a mesh of one rank, and gloo has no sum with a factor.)
+A block's weights are gathered before its forward and before its backward, and its gradients are
+summed over the ranks and split after its backward. So no collective of FSDP starts between the
+begin and the end of an MoE stream. FSDP divides nothing: the loss is divided by the number of ranks
+before backward, and all gradients are plain sums. (torch divides twice on a mesh of one rank, and
+gloo has no sum with a factor.)
 """
 
 import itertools
@@ -27,14 +30,25 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scmoe.models.units import exact_parameters, router_parameters, units, whole_parameters
-from scmoe.parallel.mesh import ParallelContext, expert_parameters, group_by_rows, start_communicators
+from scmoe.parallel.mesh import (
+    ParallelContext,
+    expert_parameters,
+    group_by_rows,
+    start_communicators,
+)
 from scmoe.parallel.torch_seam import gather_as_kept, gather_in_background, split_over
 
 ROOM = 0.8  # of a rank's memory; the rest is for buffers of transfers and the allocator's gaps
 GIB = 2**30
 CONTAINER = Path("/sys/fs/cgroup")  # the control group of this process, version 2
 WAYS = ("replicated", "sharded", "hybrid", "auto")
-NOT_OF_DDP = ("accelerator", "parallel_devices", "cluster_environment", "process_group_backend", "start_method")
+NOT_OF_DDP = (
+    "accelerator",
+    "parallel_devices",
+    "cluster_environment",
+    "process_group_backend",
+    "start_method",
+)
 
 
 def check_dense(dense: str, ddp: Mapping[str, Any]) -> None:
@@ -42,22 +56,30 @@ def check_dense(dense: str, ddp: Mapping[str, Any]) -> None:
     if dense not in WAYS:
         raise ValueError(f"dense is {dense!r}, allowed: {', '.join(WAYS)}")
     if dense != "replicated" and (unused := sorted(ddp.keys() - set(NOT_OF_DDP))):
-        raise ValueError(f"{unused[0]} is an argument of DDP, allowed: with dense='replicated' alone; leave it out")
+        raise ValueError(
+            f"{unused[0]} is an argument of DDP, allowed: with dense='replicated' alone; leave"
+            " it out"
+        )
 
 
 def with_dense_mesh(
     context: ParallelContext, how: str, node_size: int, device: torch.device, timeout: timedelta
 ) -> ParallelContext:
-    """Return the context with the meshes of `sharded` or `hybrid`. Every rank of the default group must call it.
+    """Return the context with the meshes of `sharded` or `hybrid`. Every rank of the default group
+    must call it.
 
-    node_size: ranks of one node, with consecutive numbers. ValueError: `hybrid` where a node has one rank or all.
+    node_size: ranks of one node, with consecutive numbers. ValueError: `hybrid` where a node has
+    one rank or all.
     """
     ranks = torch.arange(context.world_size)
     axes = {"shards": ranks.view(1, -1)}
     if how == "hybrid":
         if not 1 < node_size < context.world_size or context.world_size % node_size:
             given = f"{context.world_size} ranks, {node_size} a node"
-            raise ValueError(f"dense is hybrid with {given}, allowed: 2 or more nodes of 2 or more ranks; use sharded")
+            raise ValueError(
+                f"dense is hybrid with {given}, allowed: 2 or more nodes of 2 or more ranks; use"
+                " sharded"
+            )
         ranks = ranks.view(-1, node_size)
         axes = {"copies": ranks.T, "shards": ranks}
 
@@ -68,26 +90,41 @@ def with_dense_mesh(
         return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=tuple(axes))
 
     context = replace(context, dense_mesh=mesh("dense"), exact_mesh=mesh("exact"))
-    if device.type == "cpu":  # sums begin on a thread (update/wrap.py), and FSDP gathers experts over mesh["edp"]
+    if (
+        device.type == "cpu"
+    ):  # sums begin on a thread (update/wrap.py), and FSDP gathers experts over mesh["edp"]
         assert context.mesh is not None
-        context = replace(context, edp_group=group_by_rows(context.mesh.mesh.T, "expert gradients", timeout))
+        context = replace(
+            context, edp_group=group_by_rows(context.mesh.mesh.T, "expert gradients", timeout)
+        )
     return context
 
 
 def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
-    """Split all parameters of `module` as `context.dense_mesh` says; they may be on the meta device.
+    """Split all parameters of `module` as `context.dense_mesh` says; they may be on the meta
+    device.
 
-    precision: Lightning's. Under bf16-mixed, matrices are gathered in bfloat16: gathered in float32, each would have a
-    bfloat16 copy by autocast, kept until backward. Routers and vectors (norms, biases, head scales) stay in float32.
-    Under bf16-true routers alone are in float32. Selection biases are not split.
-    ValueError: an expert's width is not a multiple of the number of ranks that hold this expert.
+    precision: Lightning's. Under bf16-mixed, matrices are gathered in bfloat16: gathered in
+    float32, each would have a bfloat16 copy by autocast, kept until backward. Routers and vectors
+    (norms, biases, head scales) stay in float32. Under bf16-true routers alone are in float32.
+    Selection biases are not split. ValueError: an expert's width is not a multiple of the number of
+    ranks that hold this expert.
     """
-    assert context.mesh is not None and context.dense_mesh is not None and context.exact_mesh is not None
+    assert (
+        context.mesh is not None
+        and context.dense_mesh is not None
+        and context.exact_mesh is not None
+    )
     experts = dict(expert_parameters(module))
     for name, p in experts.items():
         if p.shape[1] % context.edp_size:
-            allowed = f"a multiple of the {context.edp_size} ranks that hold these experts; raise ep_size"
-            raise ValueError(f"{name} is {tuple(p.shape)}, allowed for dim 1 where dense weights are split: {allowed}")
+            allowed = (
+                f"a multiple of the {context.edp_size} ranks that hold these experts; raise ep_size"
+            )
+            raise ValueError(
+                f"{name} is {tuple(p.shape)}, allowed for dim 1 where dense weights are split:"
+                f" {allowed}"
+            )
     mixed = precision == "bf16-mixed"
     places = dict.fromkeys(experts.values(), split_over(context.mesh["edp"], 1))
     in_float32 = split_over(context.exact_mesh, 0)
@@ -120,33 +157,40 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
 
 
 def prefetch(module: nn.Module, wanted: bool = True) -> None:
-    """Let a unit's weights be gathered while the unit before it computes, in forward and in backward.
+    """Let a unit's weights be gathered while the unit before it computes, in forward and in
+    backward.
 
-    On CPUs alone, where FSDP would wait for each gather. On GPUs it gathers on a stream, ahead of the computation.
+    On CPUs alone, where FSDP would wait for each gather. On GPUs it gathers on a stream, ahead of
+    the computation.
     """
     mesh = next(p.device_mesh for p in module.parameters() if isinstance(p, DTensor))
     if mesh.device_type == "cpu":
-        in_order = [m for m in [module, *(unit[0] for unit in units(module))] if isinstance(m, FSDPModule)]
+        in_order = [
+            m for m in [module, *(unit[0] for unit in units(module))] if isinstance(m, FSDPModule)
+        ]
         for unit, following in itertools.pairwise(in_order):
             unit.set_modules_to_forward_prefetch([following] if wanted else [])
         gather_in_background(in_order[0], wanted)
 
 
 def check_placements(module: nn.Module, context: ParallelContext) -> None:
-    """Raise ValueError for a module that an earlier fit has split in another way: its optimizers would fail."""
+    """Raise ValueError for a module that an earlier fit has split in another way: its optimizers
+    would fail."""
     wanted = None if context.dense_mesh is None else context.dense_mesh.ndim
     first = next(iter(module.parameters()), None)
     found = first.device_mesh.ndim if isinstance(first, DTensor) else None
     if first is not None and found != wanted:
         names = {None: "replicated", 1: "sharded", 2: "hybrid"}
         raise ValueError(
-            f"dense is {names[wanted]}, but an earlier run has made this module's weights {names[found]}; allowed: "
-            f"dense={names[found]}, or a new module that loads the checkpoint"
+            f"dense is {names[wanted]}, but an earlier run has made this module's weights"
+            f" {names[found]}; allowed: dense={names[found]}, or a new module that loads the"
+            " checkpoint"
         )
 
 
 def reshard(module: nn.Module) -> None:
-    """Let every parameter be this rank's part again. After a forward without backward the outermost unit is whole."""
+    """Let every parameter be this rank's part again. After a forward without backward the outermost
+    unit is whole."""
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
             unit.reshard()
@@ -159,12 +203,14 @@ def local(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def make_equal(module: nn.Module, context: ParallelContext) -> None:
-    """Broadcast each part of a weight from the first rank that holds it to the others, and split modules' buffers from
-    rank 0, as DDP does for whole modules.
+    """Broadcast each part of a weight from the first rank that holds it to the others, and split
+    modules' buffers from rank 0, as DDP does for whole modules.
 
     They differ if the ranks' generators differed when the module was built."""
     groups = {p: context.edp_group for _, p in expert_parameters(module) if context.edp_size > 1}
-    groups |= dict.fromkeys(whole_parameters(module), dist.group.WORLD if context.world_size > 1 else None)
+    groups |= dict.fromkeys(
+        whole_parameters(module), dist.group.WORLD if context.world_size > 1 else None
+    )
     for p in module.parameters():
         if isinstance(p, DTensor):
             group = p.device_mesh.get_group("copies") if copies(p) > 1 else None
@@ -188,17 +234,22 @@ def copies(tensor: DTensor) -> int:
 def put(target: Tensor, value: Tensor) -> None:
     """Copy this rank's part of a whole value into a tensor, split or not."""
     if isinstance(target, DTensor):
-        value = distribute_tensor(value.detach(), target.device_mesh, target.placements, src_data_rank=None).to_local()
+        value = distribute_tensor(
+            value.detach(), target.device_mesh, target.placements, src_data_rank=None
+        ).to_local()
     local(target).copy_(value)
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:
-    """Give parameters on the meta device memory on `device`, of which nothing is set. Tied ones stay tied."""
+    """Give parameters on the meta device memory on `device`, of which nothing is set. Tied ones
+    stay tied."""
     made: dict[Any, nn.Parameter] = {}
     for owner in module.modules():
         for name, p in list(owner.named_parameters(recurse=False)):
             if p.is_meta:
-                made.setdefault(p, nn.Parameter(torch.empty_like(p, device=device), p.requires_grad))
+                made.setdefault(
+                    p, nn.Parameter(torch.empty_like(p, device=device), p.requires_grad)
+                )
                 setattr(owner, name, made[p])
 
 
@@ -217,23 +268,32 @@ class Steps(nn.Module):
 
 
 def pick_dense(estimates: Mapping[str, float], memory: float) -> tuple[str, str]:
-    """Return the first way whose estimated bytes of a rank have room, else the last one, and why, in a line."""
-    how = next((way for way, needed in estimates.items() if needed <= ROOM * memory), list(estimates)[-1])
+    """Return the first way whose estimated bytes of a rank have room, else the last one, and why,
+    in a line."""
+    how = next(
+        (way for way, needed in estimates.items() if needed <= ROOM * memory), list(estimates)[-1]
+    )
     needed = ", ".join(f"{way} {size / GIB:.3g}" for way, size in estimates.items())
     return how, f"a rank of {memory / GIB:.3g} GiB is estimated to need, in GiB: {needed}"
 
 
 def ways(module: nn.Module, world_size: int, edp_size: int, node_size: int) -> list[str]:
-    """Return the ways of keeping dense weights, the least communication first. There is no `hybrid` where a node has
-    one rank or all, and only `replicated` where an expert's width is no multiple of the edp_size ranks that hold it."""
+    """Return the ways of keeping dense weights, the least communication first. There is no `hybrid`
+    where a node has one rank or all, and only `replicated` where an expert's width is no multiple
+    of the edp_size ranks that hold it.
+    """
     if any(p.shape[1] % edp_size for _, p in expert_parameters(module)):  # as `shard` requires
         return ["replicated"]
-    return ["replicated", "hybrid", "sharded"] if 1 < node_size < world_size else ["replicated", "sharded"]
+    return (
+        ["replicated", "hybrid", "sharded"]
+        if 1 < node_size < world_size
+        else ["replicated", "sharded"]
+    )
 
 
 def estimates_of(module: nn.Module, context: ParallelContext, node_size: int) -> dict[str, float]:
-    """Return for each way twice the bytes of weights, gradients and AdamW's moments; the factor 2 leaves room for
-    activations, whose size is not known here. module: with this rank's experts."""
+    """Return for each way twice the bytes of weights, gradients and AdamW's moments; the factor 2
+    leaves room for activations, whose size is not known here. module: with this rank's experts."""
     experts = sum(p.nbytes for _, p in expert_parameters(module))
     dense = sum(p.nbytes for p in module.parameters()) - experts
     weights = {
@@ -241,11 +301,15 @@ def estimates_of(module: nn.Module, context: ParallelContext, node_size: int) ->
         "hybrid": dense / node_size + experts / context.edp_size,
         "sharded": dense / context.world_size + experts / context.edp_size,
     }
-    return {way: 8 * weights[way] for way in ways(module, context.world_size, context.edp_size, node_size)}
+    return {
+        way: 8 * weights[way]
+        for way in ways(module, context.world_size, context.edp_size, node_size)
+    }
 
 
 def memory_of_rank(device: torch.device, node_size: int) -> float:
-    """Return bytes: of the GPU, or a rank's share of this machine's memory, or of what its container may use."""
+    """Return bytes: of the GPU, or a rank's share of this machine's memory, or of what its
+    container may use."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -260,8 +324,14 @@ def memory_limit() -> float:
 
 
 def memory_in_use() -> float:
-    """Return the bytes that the container uses, without pages of files that are not in use: they are given back."""
+    """Return the bytes that the container uses, without pages of files that are not in use: they
+    are given back."""
     if not (CONTAINER / "memory.current").exists():
         return 0.0
-    stat = dict(line.split() for line in (CONTAINER / "memory.stat").read_text(encoding="utf-8").splitlines())
-    return float((CONTAINER / "memory.current").read_text(encoding="utf-8")) - float(stat.get("inactive_file", 0))
+    stat = dict(
+        line.split()
+        for line in (CONTAINER / "memory.stat").read_text(encoding="utf-8").splitlines()
+    )
+    return float((CONTAINER / "memory.current").read_text(encoding="utf-8")) - float(
+        stat.get("inactive_file", 0)
+    )

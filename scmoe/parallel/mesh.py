@@ -1,9 +1,10 @@
 """The place of a rank in expert parallelism: device mesh and process groups.
 
-Ranks form a grid ("edp", "ep"), EP innermost: rank = edp * EP + ep, so that an EP group lies within a node if it fits.
-Experts are split over `ep` and replicated over `edp` (expert data parallel); dense weights are replicated over all
-ranks. Each kind of traffic has its own process group, so that its collectives never wait for those of another kind;
-what ranks ask each other on the host (stop? as many batches? where is the NaN?) shares the control group.
+Ranks form a grid ("edp", "ep"), EP innermost: rank = edp * EP + ep, so that an EP group lies within
+a node if it fits. Experts are split over `ep` and replicated over `edp` (expert data parallel);
+dense weights are replicated over all ranks. Each kind of traffic has its own process group, so that
+its collectives never wait for those of another kind; what ranks ask each other on the host (stop?
+as many batches? where is the NaN?) shares the control group.
 """
 
 import os
@@ -36,14 +37,14 @@ GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads when a group is made
 class ParallelContext:
     """A rank's place in the mesh. The default is a single process that holds everything.
 
-    `ep_group` carries the All-to-All, `counts_group` how many rows come in it, `edp_group` the expert gradients,
-    `gradient_group` (on CPUs) dense gradients that are paced, `checkpoint_group` (gloo) checkpoints, `control_group`
-    (gloo) what ranks ask each other; the default group carries dense gradients that are not paced, losses and metrics.
-    `link` knows the All-to-All in flight. `even` checks numbers of rows that are not announced.
-    `exchange`: how rows travel; None: flat, by one All-to-All over `ep_group`.
-    `dense_mesh`: the ranks over which dense weights are split (dense.py); None: each rank holds
-    them whole.
-    `exact_mesh`: the same ranks, for the weights that are gathered in float32.
+    `ep_group` carries the All-to-All, `counts_group` how many rows come in it, `edp_group` the
+    expert gradients, `gradient_group` (on CPUs) dense gradients that are paced, `checkpoint_group`
+    (gloo) checkpoints, `control_group` (gloo) what ranks ask each other; the default group carries
+    dense gradients that are not paced, losses and metrics. `link` knows the All-to-All in flight.
+    `even` checks numbers of rows that are not announced. `exchange`: how rows travel; None: flat,
+    by one All-to-All over `ep_group`. `dense_mesh`: the ranks over which dense weights are split
+    (dense.py); None: each rank holds them whole. `exact_mesh`: the same ranks, for the weights that
+    are gathered in float32.
 
     A deep copy of a module shares its context. A pickle holds the place alone, without groups and
     meshes."""
@@ -72,7 +73,9 @@ class ParallelContext:
 
     def __reduce__(self) -> Any:
         """Where each rank has all experts, a process that reads the pickle needs no other one."""
-        return ParallelContext, () if self.ep_size == 1 else (self.rank, self.world_size, self.ep_size)
+        return ParallelContext, (
+            () if self.ep_size == 1 else (self.rank, self.world_size, self.ep_size)
+        )
 
     @property
     def edp_size(self) -> int:
@@ -85,13 +88,18 @@ class ParallelContext:
     def local_experts(self, num_experts: int) -> range:
         """Return the ids of the experts that this rank holds."""
         if num_experts % self.ep_size:
-            raise ValueError(f"num_experts is {num_experts}, allowed: multiples of ep_size ({self.ep_size})")
+            raise ValueError(
+                f"num_experts is {num_experts}, allowed: multiples of ep_size ({self.ep_size})"
+            )
         share = num_experts // self.ep_size
         return range(self.ep_rank * share, (self.ep_rank + 1) * share)
 
-    def dispatcher(self, num_experts: int, ceiling: float | None = None, buffered: bool = False) -> Dispatcher:
-        """Return the dispatcher of one MoE module: All-to-All over the EP group, or local if EP is 1, where a rank
-        receives exactly its fair share and needs no ceiling. buffered: for rows in buffers."""
+    def dispatcher(
+        self, num_experts: int, ceiling: float | None = None, buffered: bool = False
+    ) -> Dispatcher:
+        """Return the dispatcher of one MoE module: All-to-All over the EP group, or local if EP is
+        1, where a rank receives exactly its fair share and needs no ceiling. buffered: for rows in
+        buffers."""
         if self.ep_size == 1:
             return LocalDispatcher()
         return AllToAllDispatcher(
@@ -126,7 +134,8 @@ class ParallelContext:
         return int(true) == self.world_size
 
     def gather_on_rank_zero(self, value: Any) -> list[Any] | None:
-        """Return on rank 0 the values of all ranks in order, None on others. Every rank must call it."""
+        """Return on rank 0 the values of all ranks in order, None on others. Every rank must call
+        it."""
         if self.world_size == 1:
             return [value]
         values: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
@@ -135,8 +144,9 @@ class ParallelContext:
 
     @contextmanager
     def same_error_on_all_ranks(self, group: Any = None) -> Iterator[None]:
-        """Raise on every rank what the first of them raises inside, so that no rank waits for one that has given up. A
-        rank that is stuck inside ends the others after the timeout. There must be no collective inside.
+        """Raise on every rank what the first of them raises inside, so that no rank waits for one
+        that has given up. A rank that is stuck inside ends the others after the timeout. There must
+        be no collective inside.
 
         group: in which ranks ask each other; None: `checkpoint_group`."""
         failure: Exception | None = None
@@ -147,9 +157,12 @@ class ParallelContext:
         self._raise_first(failure, group or self.checkpoint_group)
 
     def together(self, work: Callable[[], Any]) -> None:
-        """Do long work on every rank, each its own, and raise on every rank what the first of them raises.
+        """Do long work on every rank, each its own, and raise on every rank what the first of them
+        raises.
 
-        Ranks ask each other every second who still works, so the work may take longer than a collective's timeout."""
+        Ranks ask each other every second who still works, so the work may take longer than a
+        collective's timeout.
+        """
         failures: list[Exception] = []
 
         def do() -> None:
@@ -171,7 +184,9 @@ class ParallelContext:
         """Raise on every rank the failure of the first rank that has one. Every rank must call it."""
         sent: Exception | None = failure
         if failure is not None and not isinstance(failure, (OSError, ValueError, TypeError)):
-            sent = RuntimeError(f"{type(failure).__name__}: {failure}")  # a type of a user may not survive the way
+            sent = RuntimeError(
+                f"{type(failure).__name__}: {failure}"
+            )  # a type of a user may not survive the way
         failures: list[Any] = [None] * self.world_size
         dist.all_gather_object(failures, sent, group=group)
         if failure is not None:
@@ -189,65 +204,85 @@ def build_context(
     ranks_per_node: int | None = None,
     say: Callable[[str], None] = print,
 ) -> ParallelContext:
-    """Make all groups; every rank of the default group must call it. ValueError: ep_size does not divide the ranks, or
-    they cannot exchange rows in this way.
+    """Make all groups; every rank of the default group must call it. ValueError: ep_size does not
+    divide the ranks, or they cannot exchange rows in this way.
 
-    exchange: flat | hierarchical | auto. ranks_per_node: ranks are numbered node by node; None: all are on one node.
-    say: is given the line with auto's choice, on every rank.
-    Each group is made with the timeout, which it does not inherit from the default group.
-    `init_device_mesh` would use the default group itself for a dimension that spans all ranks.
+    exchange: flat | hierarchical | auto. ranks_per_node: ranks are numbered node by node; None: all
+    are on one node. say: is given the line with auto's choice, on every rank. Each group is made
+    with the timeout, which it does not inherit from the default group. `init_device_mesh` would use
+    the default group itself for a dimension that spans all ranks.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % ep_size:
-        raise ValueError(f"ep_size is {ep_size}, allowed: divisors of the number of ranks ({world_size})")
+        raise ValueError(
+            f"ep_size is {ep_size}, allowed: divisors of the number of ranks ({world_size})"
+        )
     places = ranks_per_node or world_size
     two_levels = exchange != "flat" and crosses_nodes(ep_size, places)
     if exchange == "hierarchical" and not two_levels:
         raise ValueError(
-            f"exchange is hierarchical with ep_size {ep_size} and {places} of {world_size} ranks on a node, allowed: "
-            "several whole nodes in each group of ep_size ranks, and 2 or more ranks on a node; or flat, or auto"
+            f"exchange is hierarchical with ep_size {ep_size} and {places} of {world_size} ranks on"
+            " a node, allowed: several whole nodes in each group of ep_size ranks, and 2 or more"
+            " ranks on a node; or flat, or auto"
         )
     grid = torch.arange(world_size).view(-1, ep_size)
 
-    def urgent_by_rows(ranks: Tensor, name: str) -> Any:  # its kernels are short, and other ranks or the host wait
+    def urgent_by_rows(
+        ranks: Tensor, name: str
+    ) -> Any:  # its kernels are short, and other ranks or the host wait
         if device.type != "cuda":
             return group_by_rows(ranks, name, timeout)
         return group_by_rows(ranks, name, timeout, pg_options=urgent(timeout))
 
     ep_group, counts_group = urgent_by_rows(grid, "ep"), urgent_by_rows(grid, "counts")
     edp_group = group_by_rows(grid.T, "edp", timeout)
-    gradient_group = dist.new_group(timeout=timeout, group_desc="gradients") if device.type == "cpu" else None
+    gradient_group = (
+        dist.new_group(timeout=timeout, group_desc="gradients") if device.type == "cpu" else None
+    )
     levels: tuple[Any, ...] = ()
     if two_levels:
         nodes = grid.view(-1, ep_size // places, places)  # of each EP group
-        levels = urgent_by_rows(nodes.flatten(0, 1), "within"), urgent_by_rows(nodes.mT.flatten(0, 1), "between")
+        levels = (
+            urgent_by_rows(nodes.flatten(0, 1), "within"),
+            urgent_by_rows(nodes.mT.flatten(0, 1), "between"),
+        )
     checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
     control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
-    mesh = DeviceMesh.from_group([edp_group, ep_group], device.type, mesh=grid, mesh_dim_names=("edp", "ep"))
+    mesh = DeviceMesh.from_group(
+        [edp_group, ep_group], device.type, mesh=grid, mesh_dim_names=("edp", "ep")
+    )
     if device.type == "cuda":
         start_communicators((None, ep_group, counts_group, edp_group, *levels), device)
     groups = ep_group, counts_group, edp_group, gradient_group, checkpoint_group, control_group
     rows = hierarchical(*levels) if levels else None
     if rows and exchange == "auto":
-        rows = FastestExchange({"flat": all_to_all(ep_group), "hierarchical": rows}, control_group, say)
+        rows = FastestExchange(
+            {"flat": all_to_all(ep_group), "hierarchical": rows}, control_group, say
+        )
     return ParallelContext(rank, world_size, ep_size, mesh, *groups, exchange=rows)
 
 
 def group_by_rows(ranks: Tensor, name: str, timeout: timedelta, **options: Any) -> Any:
-    """Make a group of each row of a matrix of ranks and return this rank's. Every rank must call it."""
-    return dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=timeout, group_desc=name, **options)[0]
+    """Make a group of each row of a matrix of ranks and return this rank's. Every rank must call
+    it."""
+    return dist.new_subgroups_by_enumeration(
+        ranks.tolist(), timeout=timeout, group_desc=name, **options
+    )[0]
 
 
 def crosses_nodes(ep_size: int, ranks_per_node: int) -> bool:
-    """Return whether each EP group has all ranks of several nodes, and these are nodes of several ranks."""
+    """Return whether each EP group has all ranks of several nodes, and these are nodes of several
+    ranks."""
     return ep_size > ranks_per_node > 1 and ep_size % ranks_per_node == 0
 
 
 def start_communicators(groups: Sequence[Any], device: torch.device) -> None:
-    """Let NCCL make the communicators of these groups (None: the default one) now, in this order on every rank.
+    """Let NCCL make the communicators of these groups (None: the default one) now, in this order on
+    every rank.
 
-    Otherwise each would be made at the first collective of its group, perhaps in a different order on each rank while a
-    transfer runs, and a missing rank would be noticed late. The wait at the end makes the timeout apply to all of them.
+    Otherwise each would be made at the first collective of its group, perhaps in a different order
+    on each rank while a transfer runs, and a missing rank would be noticed late. The wait at the
+    end makes the timeout apply to all of them.
     """
     for group in groups:
         dist.all_reduce(torch.zeros(1, device=device), group=group)
@@ -255,68 +290,83 @@ def start_communicators(groups: Sequence[Any], device: torch.device) -> None:
 
 
 def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield names (from `module`) and tensors of all expert shards. The module's class marks them: unlike an attribute
-    on a tensor, it survives deepcopy, to_empty and compile."""
+    """Yield names (from `module`) and tensors of all expert shards. The module's class marks them:
+    unlike an attribute on a tensor, it survives deepcopy, to_empty and compile."""
     for prefix, child in module.named_modules():
         if isinstance(child, Experts):
             yield from child.named_parameters(prefix, recurse=False)
 
 
 def check_experts(module: nn.Module, context: ParallelContext) -> None:
-    """Raise ValueError for experts that do not belong to this rank, and for rows that do not travel as configured.
+    """Raise ValueError for experts that do not belong to this rank, and for rows that do not travel
+    as configured.
 
-    A model that is built before the ranks exist has all experts. Each rank would train all of them, and they would
-    differ from rank to rank without any error.
+    A model that is built before the ranks exist has all experts. Each rank would train all of them,
+    and they would differ from rank to rank without any error.
     """
     for name, child in module.named_modules():
-        if isinstance(child, Experts) and child.expert_ids != (own := context.local_experts(child.num_experts)):
+        if isinstance(child, Experts) and child.expert_ids != (
+            own := context.local_experts(child.num_experts)
+        ):
             held = child.expert_ids
             raise ValueError(
-                f"{name or type(child).__name__} holds experts {held.start} to {held.stop - 1} on rank {context.rank}, "
-                f"allowed: {own.start} to {own.stop - 1} of {child.num_experts}; build the model in configure_model or "
-                "setup, from self.parallel_context, which __init__ does not have yet"
+                f"{name or type(child).__name__} holds experts {held.start} to {held.stop - 1} on"
+                f" rank {context.rank}, allowed: {own.start} to {own.stop - 1} of"
+                f" {child.num_experts}; build the model in configure_model or setup, from"
+                " self.parallel_context, which __init__ does not have yet"
             )
     for name, child in module.named_modules():
-        if isinstance(child, MoEStream) and context.exchange and not isinstance(context.exchange, FastestExchange):
+        if (
+            isinstance(child, MoEStream)
+            and context.exchange
+            and not isinstance(context.exchange, FastestExchange)
+        ):
             dispatcher: Any = child.dispatcher
             while isinstance(dispatcher, Blocking | Narrowed):
                 dispatcher = dispatcher.inner
             if dispatcher.exchange != context.carried():
                 raise ValueError(
-                    f"{name or type(child).__name__} was built with a process group, or for another Trainer, so its "
-                    "rows would not travel in two hops, allowed with exchange=hierarchical: a new module, built with "
-                    "group=self.parallel_context; or exchange=flat"
+                    f"{name or type(child).__name__} was built with a process group, or for another"
+                    " Trainer, so its rows would not travel in two hops, allowed with"
+                    " exchange=hierarchical: a new module, built with group=self.parallel_context;"
+                    " or exchange=flat"
                 )
 
 
 def order_launches_of_nccl() -> None:
-    """Let NCCL start the kernels of all groups in the order of their launch, which is equal on all ranks, unless the
-    user has chosen (docs/decisions/0038-nodes.md). Call it before the first group is made."""
+    """Let NCCL start the kernels of all groups in the order of their launch, which is equal on all
+    ranks, unless the user has chosen (docs/decisions/0038-nodes.md). Call it before the first group
+    is made."""
     if torch.version.cuda:  # not on ROCm, where crashes with it are known
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
 
 
 def what_prevents_overlap() -> list[str]:
-    """Return a line for each environment variable of this process with which a GPU hides less communication, or none.
+    """Return a line for each environment variable of this process with which a GPU hides less
+    communication, or none.
 
     The number of connections is read when CUDA starts, so it must be set before the command."""
     lines = []
     connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "8")  # CUDA's own default
     if connections.isdecimal() and int(connections) < 8:
         lines.append(
-            f"CUDA_DEVICE_MAX_CONNECTIONS is {connections}: kernels of different streams wait for each other in one "
-            "queue, so less communication is hidden. Set it to 8 to 32, or leave it out"
+            f"CUDA_DEVICE_MAX_CONNECTIONS is {connections}: kernels of different streams wait for"
+            " each other in one queue, so less communication is hidden. Set it to 8 to 32, or"
+            " leave it out"
         )
     for name in ("CUDA_LAUNCH_BLOCKING", "TORCH_NCCL_BLOCKING_WAIT"):
         if os.environ.get(name, "0") not in ("", "0"):
-            lines.append(f"{name} is set: the host waits for the device, so no communication is hidden. Leave it out")
+            lines.append(
+                f"{name} is set: the host waits for the device, so no communication is hidden."
+                " Leave it out"
+            )
     return lines
 
 
 def use_loopback_for_gloo() -> bool:
-    """Let gloo use the loopback interface on one machine, unless the user has named another: by default it uses the
-    host name's address, which many laptops and containers cannot reach. Return whether
-    GLOO_INTERFACE was set."""
+    """Let gloo use the loopback interface on one machine, unless the user has named another: by
+    default it uses the host name's address, which many laptops and containers cannot reach. Return
+    whether GLOO_INTERFACE was set."""
     if GLOO_INTERFACE in os.environ or "lo" not in (name for _, name in socket.if_nameindex()):
         return False
     os.environ[GLOO_INTERFACE] = "lo"

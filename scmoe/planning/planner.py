@@ -1,17 +1,21 @@
-"""The adaptive schedule (section 3.2): measure the operators of this model on this hardware, then choose.
+"""The adaptive schedule (section 3.2): measure the operators of this model on this hardware, then
+choose.
 
-The planner uses ordinary training steps. Their results stay bit-identical for every slot. inference/planned.py uses
-passes in place of steps, up to `price`.
+The planner uses ordinary training steps. Their results stay bit-identical for every slot.
+inference/planned.py uses passes in place of steps, up to `price`.
 
     warm up     as configured
-    measure     transfers one at a time (`Blocking`), some steps with each number of chunks in turn: the time of every
-                operator and transfer, forward and backward
-    price       all of cost.slots with each number of chunks, by the times of the slowest rank (pricing.py)
-    try         whole training steps with the candidates of low price in turn, round after round, until one is left:
-                only a step shows what chunks cost in parallel with computation, and how rows and gradients share a link
-    agree       every rank chooses; rank 0's choice is broadcast, and each rank compares it with its own
-    run         as chosen. Some steps are timed for the overlap efficiency; where their times become unusual, the
-                planner measures again
+    measure     transfers one at a time (`Blocking`), some steps with each number of chunks in turn:
+                the time of every operator and transfer, forward and backward
+    price       all of cost.slots with each number of chunks, by the times of the slowest rank
+                (pricing.py)
+    try         whole training steps with the candidates of low price in turn, round after round,
+                until one is left: only a step shows what chunks cost in parallel with computation,
+                and how rows and gradients share a link
+    agree       every rank chooses; rank 0's choice is broadcast, and each rank compares it with its
+                own
+    run         as chosen. Some steps are timed for the overlap efficiency; where their times become
+                unusual, the planner measures again
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,25 +29,41 @@ from torch import Tensor
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.operators import Direction, Recorder
-from scmoe.planning.pricing import DIRECTIONS, LayerChoice, measured, predicted, price, slowest, start_clocks
+from scmoe.planning.pricing import (
+    DIRECTIONS,
+    LayerChoice,
+    measured,
+    predicted,
+    price,
+    slowest,
+    start_clocks,
+)
 from scmoe.schedule.cost import overlap_efficiency
 from scmoe.schedule.schedule import Schedule
 
 WARMUP_STEPS, STEPS_EACH = 3, 3  # the second: with each number of chunks
-NEAR, CANDIDATES = 1.1, 6  # tried: the best price of each number of chunks, and others up to NEAR times the lowest
+NEAR, CANDIDATES = (
+    1.1,
+    6,
+)  # tried: the best price of each number of chunks, and others up to NEAR times the lowest
 FEWEST_ROUNDS, MOST_TRIES = 5, 48  # the second: steps of all candidates together
 LOSS = 0.01  # of a step: a smaller difference between candidates need not be decided
-LEAST_SHARE = 0.1  # of communication: below it, its hidden part is smaller than the noise of the times
+LEAST_SHARE = (
+    0.1  # of communication: below it, its hidden part is smaller than the noise of the times
+)
 NOISE = 0.05  # of a hidden part: further below 0 or above 1, the step was disturbed
-DRIFT, DRIFTED_IN_TURN = 1.5, 3  # a drifted step takes DRIFT times as long or as short as usual; so many in turn
+DRIFT, DRIFTED_IN_TURN = (
+    1.5,
+    3,
+)  # a drifted step takes DRIFT times as long or as short as usual; so many in turn
 
 
 @dataclass(frozen=True)
 class Overlap:
     """One timed step, all layers together, of the slowest rank (pricing.py); forward and backward.
 
-    shares: of communication in the time without overlap. efficiency: the hidden part of it, 0 to 1 + NOISE; None where
-    it cannot be measured: below LEAST_SHARE, and in a disturbed step.
+    shares: of communication in the time without overlap. efficiency: the hidden part of it, 0 to 1
+    + NOISE; None where it cannot be measured: below LEAST_SHARE, and in a disturbed step.
     """
 
     seconds: list[float]
@@ -54,14 +74,13 @@ class Overlap:
 class Planner:
     """Chooses the schedules of `blocks`.
 
-    group: the ranks that must agree. Each rank calls begin_step and end_step around every training step, and close at
-    the end.
-    chunk_counts: numbers of chunks to choose from; no measured or chosen step runs with another, so with a single one
-    every result stays bit-identical.
-    fixed: keep the schedules as they are and only measure the overlap. All blocks must have one number of chunks then.
-    ep_size: consecutive ranks of the group that exchange rows; None: all.
-    directions: forward alone prices passes of inference.
-    batches: what is called a step here is one of so many batches of an optimizer's step. A trial takes as many.
+    group: the ranks that must agree. Each rank calls begin_step and end_step around every training
+    step, and close at the end. chunk_counts: numbers of chunks to choose from; no measured or
+    chosen step runs with another, so with a single one every result stays bit-identical. fixed:
+    keep the schedules as they are and only measure the overlap. All blocks must have one number of
+    chunks then. ep_size: consecutive ranks of the group that exchange rows; None: all. directions:
+    forward alone prices passes of inference. batches: what is called a step here is one of so many
+    batches of an optimizer's step. A trial takes as many.
     """
 
     def __init__(
@@ -78,7 +97,9 @@ class Planner:
         self.blocks, self.group, self.device, self.fixed = list(blocks), group, device, fixed
         self.ep_size, self.directions, self.batches = ep_size, directions, batches
         self.own = [block.schedule for block in blocks]
-        self.timed = self.own if fixed else [block.divided for block in blocks]  # what measured steps run, but chunks
+        self.timed = (
+            self.own if fixed else [block.divided for block in blocks]
+        )  # what measured steps run, but chunks
         self.chunk_counts = sorted({s.chunks for s in self.own} if fixed else set(chunk_counts))
         assert len(self.chunk_counts) == 1 or not fixed
         self.dispatchers = [block.moe.dispatcher for block in blocks]
@@ -90,11 +111,15 @@ class Planner:
         """Measures again from the next step on."""
         # purpose of each coming step until the next decision; number of chunks, or of the candidate
         self.agenda = [("warm up", 0)] * WARMUP_STEPS
-        self.agenda += [("measure", chunks) for _ in range(STEPS_EACH) for chunks in self.chunk_counts]
+        self.agenda += [
+            ("measure", chunks) for _ in range(STEPS_EACH) for chunks in self.chunk_counts
+        ]
         self.samples: dict[int, list[Tensor]] = {chunks: [] for chunks in self.chunk_counts}
         self.priced: dict[int, list[list[LayerChoice]]] = {}
         self.candidates: list[list[LayerChoice]] = []
-        self.tried: dict[int, list[float]] = {}  # seconds of each round, of the candidates that are left
+        self.tried: dict[
+            int, list[float]
+        ] = {}  # seconds of each round, of the candidates that are left
         self.tries = 0
         self.overlap: Overlap | None = None
         self.drifted = 0
@@ -103,13 +128,22 @@ class Planner:
     @property
     def steps_to_choose(self) -> int:
         """The number of steps after which the choice is made, at most."""
-        several = not self.fixed and (len(self.chunk_counts) > 1 or any(schedule.window for schedule in self.own))
-        return WARMUP_STEPS + STEPS_EACH * len(self.chunk_counts) + MOST_TRIES * self.batches * several
+        several = not self.fixed and (
+            len(self.chunk_counts) > 1 or any(schedule.window for schedule in self.own)
+        )
+        return (
+            WARMUP_STEPS + STEPS_EACH * len(self.chunk_counts) + MOST_TRIES * self.batches * several
+        )
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """The conditions under which a choice is valid: ranks, device, backend, layers and numbers of chunks."""
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+        """The conditions under which a choice is valid: ranks, device, backend, layers and numbers
+        of chunks."""
+        device = (
+            torch.cuda.get_device_name(self.device)
+            if self.device.type == "cuda"
+            else self.device.type
+        )
         ranks, names = dist.get_world_size(), [schedule.name for schedule in self.own]
         place = {"ranks": ranks, "device": device, "backend": self.backend}
         return {**place, "layers": names, "chunks": self.chunk_counts}
@@ -119,7 +153,8 @@ class Planner:
         self.choices, self.agenda = list(choices), []
 
     def close(self) -> None:
-        """Leaves the blocks as chosen, or as configured where there is no choice yet, without recorders."""
+        """Leaves the blocks as chosen, or as configured where there is no choice yet, without
+        recorders."""
         self.recorders = None
         self.run_as([choice.schedule for choice in self.choices] if self.choices else self.own)
 
@@ -134,7 +169,8 @@ class Planner:
 
     @property
     def doing(self) -> tuple[str, int]:
-        """Purpose of the coming step, and the number of chunks that it measures, or of the candidate that it tries."""
+        """Purpose of the coming step, and the number of chunks that it measures, or of the
+        candidate that it tries."""
         return self.agenda[0] if self.agenda else ("run", 0)
 
     def begin_step(self, timed: bool = False) -> None:
@@ -173,7 +209,8 @@ class Planner:
             self.decide()
 
     def decide(self) -> None:
-        """After the measurement and after each round: tries the candidates that are left once more, or chooses."""
+        """After the measurement and after each round: tries the candidates that are left once more,
+        or chooses."""
         if not self.candidates:
             self.priced = price(self.samples, self.own, self.fixed)
             self.candidates = shortlist(self.priced)
@@ -187,34 +224,48 @@ class Planner:
         self.agenda = [("try", i) for i in left for _ in range(self.batches)]
 
     def run_as(
-        self, schedules: Sequence[Schedule], blocking: bool = False, recorders: Sequence[Recorder] | None = None
+        self,
+        schedules: Sequence[Schedule],
+        blocking: bool = False,
+        recorders: Sequence[Recorder] | None = None,
     ) -> None:
-        for i, (block, schedule, dispatcher) in enumerate(zip(self.blocks, schedules, self.dispatchers, strict=True)):
+        for i, (block, schedule, dispatcher) in enumerate(
+            zip(self.blocks, schedules, self.dispatchers, strict=True)
+        ):
             recorder = recorders[i] if recorders else None
             block.run_as(schedule, Blocking(dispatcher) if blocking else dispatcher, recorder)
 
     def agree(self, choices: list[LayerChoice]) -> list[LayerChoice]:
-        """Returns the choices, which are the same on every rank. Raises RuntimeError if ranks chose differently."""
+        """Returns the choices, which are the same on every rank. Raises RuntimeError if ranks chose
+        differently."""
         own = [[c.schedule.slot, c.schedule.inside_attention, c.schedule.chunks] for c in choices]
         mine = torch.tensor(own, dtype=torch.long, device=self.device)
         first = mine.clone()
         dist.broadcast(first, group_src=0, group=self.group)
         if not torch.equal(first, mine):
             raise RuntimeError(
-                f"rank {dist.get_rank()} chose (slot, inside attention, chunks) {mine.tolist()}, rank 0 "
-                f"{first.tolist()}; allowed: the same on all ranks; set schedule.slot, schedule.inside_attention and "
-                "schedule.chunks instead of schedule.auto"
+                f"rank {dist.get_rank()} chose (slot, inside attention, chunks) {mine.tolist()},"
+                f" rank 0 {first.tolist()}; allowed: the same on all ranks; set schedule.slot,"
+                " schedule.inside_attention and schedule.chunks instead of schedule.auto"
             )
         return choices
 
     def note_overlap(self, sample_L2O: Tensor) -> None:
-        """Computes the overlap of a timed step, and measures again after DRIFTED_IN_TURN drifted ones."""
+        """Computes the overlap of a timed step, and measures again after DRIFTED_IN_TURN drifted
+        ones."""
         seconds = sample_L2O[:, :, -1].sum(0).tolist()
-        sequential = [sum(times) for times in zip(*(choice.sequential for choice in self.choices), strict=True)]
+        sequential = [
+            sum(times)
+            for times in zip(*(choice.sequential for choice in self.choices), strict=True)
+        ]
         free = [sum(times) for times in zip(*(choice.free for choice in self.choices), strict=True)]
-        shares = [1 - f / s if s else 0.0 for s, f in zip(sequential, free, strict=True)]  # 0: backward without MoE
+        shares = [
+            1 - f / s if s else 0.0 for s, f in zip(sequential, free, strict=True)
+        ]  # 0: backward without MoE
         each = zip(shares, seconds, sequential, free, strict=True)
-        efficiency = [hidden_part(*times) if share >= LEAST_SHARE else None for share, *times in each]
+        efficiency = [
+            hidden_part(*times) if share >= LEAST_SHARE else None for share, *times in each
+        ]
         if self.overlap is None:
             self.usual.append(sum(seconds))
         self.overlap = Overlap(seconds, shares, efficiency)
@@ -226,10 +277,13 @@ class Planner:
 
 
 def shortlist(priced: Mapping[int, Sequence[list[LayerChoice]]]) -> list[list[LayerChoice]]:
-    """The candidates that are worth a trial: the best price of each number of chunks, and those NEAR the lowest.
+    """The candidates that are worth a trial: the best price of each number of chunks, and those
+    NEAR the lowest.
 
-    priced: by number of chunks, those of the lowest price first. Prices of numbers of chunks cannot be compared: they
-    omit what more and smaller transfers cost, and what chunks gain under uneven rows (schedule/cost.py)."""
+    priced: by number of chunks, those of the lowest price first. Prices of numbers of chunks cannot
+    be compared: they omit what more and smaller transfers cost, and what chunks gain under uneven
+    rows (schedule/cost.py).
+    """
     best = [candidates[0] for candidates in priced.values()]
     assert len(best) <= CANDIDATES
     others = sorted((c for candidates in priced.values() for c in candidates[1:]), key=predicted)
@@ -238,11 +292,11 @@ def shortlist(priced: Mapping[int, Sequence[list[LayerChoice]]]) -> list[list[La
 
 
 def still_fastest(tried: Mapping[int, Sequence[float]]) -> list[int]:
-    """The candidate with the least time, then those that may be faster by more than LOSS: two standard errors of their
-    ratio to it allow it. Before FEWEST_ROUNDS, all.
+    """The candidate with the least time, then those that may be faster by more than LOSS: two
+    standard errors of their ratio to it allow it. Before FEWEST_ROUNDS, all.
 
-    tried: the seconds of each candidate in every round. What disturbs a round disturbs all of it, so times are compared
-    within rounds."""
+    tried: the seconds of each candidate in every round. What disturbs a round disturbs all of it,
+    so times are compared within rounds."""
     names, rounds = list(tried), min(map(len, tried.values()))
     if rounds < FEWEST_ROUNDS:
         return names
@@ -250,10 +304,14 @@ def still_fastest(tried: Mapping[int, Sequence[float]]) -> list[int]:
     first = int((seconds_CR / seconds_CR.quantile(0.5, 0)).quantile(0.5, 1).argmin())
     ratios_CR = seconds_CR / seconds_CR[first]
     least_C = ratios_CR.quantile(0.5, 1) - 2 * ratios_CR.std(1) / rounds**0.5
-    return [names[first], *(name for name, least in zip(names, least_C.tolist(), strict=True) if least < 1 - LOSS)]
+    return [
+        names[first],
+        *(name for name, least in zip(names, least_C.tolist(), strict=True) if least < 1 - LOSS),
+    ]
 
 
 def hidden_part(overlapped: float, sequential: float, free: float) -> float | None:
-    """The hidden part of communication (cost.overlap_efficiency), 0 to 1 + NOISE. None: the step was disturbed."""
+    """The hidden part of communication (cost.overlap_efficiency), 0 to 1 + NOISE. None: the step
+    was disturbed."""
     part = overlap_efficiency(overlapped, sequential, free)
     return max(0.0, part) if -NOISE <= part <= 1 + NOISE else None

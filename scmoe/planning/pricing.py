@@ -1,12 +1,13 @@
-"""From measured seconds to a choice: the time of every operator, and the best schedule of each MoE layer by
-schedule/cost.py. planner.py decides which steps are measured.
+"""From measured seconds to a choice: the time of every operator, and the best schedule of each MoE
+layer by schedule/cost.py. planner.py decides which steps are measured.
 
-With uneven routing ranks compute and send for different times, and wait for each other. So all times are those of the
-slowest rank: an operator begins when the last rank of its EP group begins it, and ends when the last one ends it.
-Waiting for a late peer counts for no operator. Experts wait for no peer, so theirs is the longest time of a rank: with
-chunks, the busiest rank computes while its peers still receive the last chunk.
-The ranks' clocks are compared at an all-reduce (`start_clocks`), not by the time of day: clocks of two machines differ,
-and CUDA events have no common clock.
+With uneven routing ranks compute and send for different times, and wait for each other. So all
+times are those of the slowest rank: an operator begins when the last rank of its EP group begins
+it, and ends when the last one ends it. Waiting for a late peer counts for no operator. Experts wait
+for no peer, so theirs is the longest time of a rank: with chunks, the busiest rank computes while
+its peers still receive the last chunk. The ranks' clocks are compared at an all-reduce
+(`start_clocks`), not by the time of day: clocks of two machines differ, and CUDA events have no
+common clock.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,23 +19,36 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scmoe.moe.operators import Direction, Mark, Recorder
-from scmoe.schedule.cost import PER_CHUNK, TRANSFERS, OperatorTimes, Span, elapsed_time, exposed_time, mismatch, slots
+from scmoe.schedule.cost import (
+    PER_CHUNK,
+    TRANSFERS,
+    OperatorTimes,
+    Span,
+    elapsed_time,
+    exposed_time,
+    mismatch,
+    slots,
+)
 from scmoe.schedule.schedule import PARTS, Schedule
 
 STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")
 OPERATORS = (*STREAM, "attention", *PARTS, "mlp", "shared_expert", "current")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
-WORTH_OWN_SLOTS = 0.98  # of a price: a smaller gain from different slots in each layer is within the noise
+WORTH_OWN_SLOTS = (
+    0.98  # of a price: a smaller gain from different slots in each layer is within the noise
+)
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What one MoE layer runs as, and why. Times are in seconds, transfers one at a time, of the slowest rank of an EP
-    group, the mean over these groups."""
+    """What one MoE layer runs as, and why. Times are in seconds, transfers one at a time, of the
+    slowest rank of an EP group, the mean over these groups."""
 
     schedule: Schedule
     times: dict[int, OperatorTimes]  # by number of chunks
-    sequential: tuple[float, ...]  # forward, backward: from tap to end with the fewest chunks, measured
+    sequential: tuple[
+        float, ...
+    ]  # forward, backward: from tap to end with the fewest chunks, measured
 
     @property
     def predicted(self) -> float:
@@ -55,14 +69,16 @@ class LayerChoice:
     def free(self) -> tuple[float, float]:
         """`sequential` without its transfers."""
         fewest = self.times[min(self.times)]
-        forward, backward = (sum(times[t] for t in TRANSFERS) for times in (fewest.forward, fewest.backward))
+        forward, backward = (
+            sum(times[t] for t in TRANSFERS) for times in (fewest.forward, fewest.backward)
+        )
         return self.sequential[0] - forward, self.sequential[1] - backward
 
 
 def start_clocks(recorders: Sequence[Recorder], group: Any) -> None:
-    """Lets the recorders of all ranks count from one moment: the end of an all-reduce, which all ranks leave within the
-    latency of a message. Every rank must call it. On CUDA the moment is noted on the stream, and the host does not
-    wait."""
+    """Lets the recorders of all ranks count from one moment: the end of an all-reduce, which all
+    ranks leave within the latency of a message. Every rank must call it. On CUDA the moment is
+    noted on the stream, and the host does not wait."""
     dist.all_reduce(torch.zeros(1, device=device_of(group)), group=group)
     zero = recorders[0].now()
     for recorder in recorders:
@@ -70,9 +86,12 @@ def start_clocks(recorders: Sequence[Recorder], group: Any) -> None:
 
 
 def slowest(clock: Recorder, group: Any) -> float:
-    """Seconds from `start_clocks` until now, when the device has finished, of the slowest rank. Every rank must call
-    it."""
-    clock.marks += [Mark("step", "forward", True, clock.zero), Mark("step", "forward", False, clock.now())]
+    """Seconds from `start_clocks` until now, when the device has finished, of the slowest rank.
+    Every rank must call it."""
+    clock.marks += [
+        Mark("step", "forward", True, clock.zero),
+        Mark("step", "forward", False, clock.now()),
+    ]
     (step,) = clock.spans("forward")
     return gather(torch.tensor([step.end], dtype=torch.float64), group).max().item()
 
@@ -84,26 +103,38 @@ def measured(
     ep_size: int | None = None,
     directions: Sequence[Direction] = DIRECTIONS,
 ) -> Tensor:
-    """[L, directions, OPERATORS + 2] seconds, equal on all ranks: the time of each operator between the tap and the end
-    of the block, summed over chunks, and that of the whole attention where it ran in two parts; the time from the tap
-    to the end, had no experts run while a peer still received; and that time as it was. Of the slowest rank as above,
-    the mean over EP groups. Every rank must call it, and `start_clocks` before the operators run.
+    """[L, directions, OPERATORS + 2] seconds, equal on all ranks: the time of each operator between
+    the tap and the end of the block, summed over chunks, and that of the whole attention where it
+    ran in two parts; the time from the tap to the end, had no experts run while a peer still
+    received; and that time as it was. Of the slowest rank as above, the mean over EP groups. Every
+    rank must call it, and `start_clocks` before the operators run.
 
-    ep_size: consecutive ranks of `group` that exchange rows; None: all. directions: forward alone is inference."""
-    own = [noted(recorder, schedule, directions) for recorder, schedule in zip(recorders, schedules, strict=True)]
+    ep_size: consecutive ranks of `group` that exchange rows; None: all. directions: forward alone
+    is inference.
+    """
+    own = [
+        noted(recorder, schedule, directions)
+        for recorder, schedule in zip(recorders, schedules, strict=True)
+    ]
     times_R = gather(torch.cat(own, 1), group)
     times_GR = times_R.unflatten(0, (-1, ep_size or len(times_R)))
     layers = times_GR.split([times_N.shape[1] for times_N in own], 3)
-    return torch.stack([seconds_of(times, schedule) for times, schedule in zip(layers, schedules, strict=True)])
+    return torch.stack(
+        [seconds_of(times, schedule) for times, schedule in zip(layers, schedules, strict=True)]
+    )
 
 
 def noted(recorder: Recorder, schedule: Schedule, directions: Sequence[Direction]) -> Tensor:
-    """[directions, N, 2]: when each operator between the tap and the end of the block begins and ends on this rank, in
-    the order of `names_of`. One that was not noted takes no time, at the tap."""
+    """[directions, N, 2]: when each operator between the tap and the end of the block begins and
+    ends on this rank, in the order of `names_of`. One that was not noted takes no time, at the tap.
+    """
     rows = []
     for direction in directions:
         tap, spans = from_tap(recorder.spans(direction), direction)
-        times = {op: [(span.start, span.end) for span in spans if span.operator == op] for op in OPERATORS}
+        times = {
+            op: [(span.start, span.end) for span in spans if span.operator == op]
+            for op in OPERATORS
+        }
         rows.append([times[op].pop(0) if times[op] else (tap, tap) for op in names_of(schedule)])
     return torch.tensor(rows, dtype=torch.float64)
 
@@ -114,7 +145,8 @@ def names_of(schedule: Schedule) -> list[str]:
 
 
 def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Tensor:
-    """[directions, OPERATORS + 2] seconds, as `measured`. times_GRdN2: as `noted`, of each EP group and rank."""
+    """[directions, OPERATORS + 2] seconds, as `measured`. times_GRdN2: as `noted`, of each EP group
+    and rank."""
     begin_GdN, end_GdN = times_GRdN2.amax(1).unbind(-1)
     took_dN = (end_GdN - begin_GdN).mean(0)
     experts = [name == "experts" for name in names_of(schedule)]
@@ -133,9 +165,12 @@ def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Tensor:
 
 
 def from_tap(spans: Sequence[Span], direction: Direction) -> tuple[float, list[Span]]:
-    """Return the time at the tap, and the spans from the tap to the end of the block; backward is the mirror.
+    """Return the time at the tap, and the spans from the tap to the end of the block; backward is
+    the mirror.
 
-    If everything before the block is frozen, backward ends before the gate; its last span then counts as the tap."""
+    If everything before the block is frozen, backward ends before the gate; its last span then
+    counts as the tap.
+    """
     if direction == "forward":
         tap = next(span.start for span in spans if span.operator == "route")
         return tap, [span for span in spans if span.start >= tap]
@@ -147,25 +182,34 @@ def from_tap(spans: Sequence[Span], direction: Direction) -> tuple[float, list[S
 def price(
     samples: Mapping[int, Sequence[Tensor]], own: Sequence[Schedule], fixed: bool
 ) -> dict[int, list[list[LayerChoice]]]:
-    """Candidates by number of chunks, those of the lowest price first; equal on all ranks, as the samples are.
+    """Candidates by number of chunks, those of the lowest price first; equal on all ranks, as the
+    samples are.
 
-    A candidate has one slot for all layers; a layer that lacks it takes the one before it. Where the best slot of each
-    layer together have a price below WORTH_OWN_SLOTS times the best of these, they are the first candidate.
+    A candidate has one slot for all layers; a layer that lacks it takes the one before it. Where
+    the best slot of each layer together have a price below WORTH_OWN_SLOTS times the best of these,
+    they are the first candidate.
 
     samples: by number of chunks, ascending, what `measured` returned for each step.
     own: the configured schedule of each layer. fixed: it is the only choice.
     """
     steps = [torch.stack(list(own_samples)) for own_samples in samples.values()]
     seconds = torch.stack([own_steps.median(0).values for own_steps in steps])
-    once = [i for i, op in enumerate(OPERATORS) if op not in PER_CHUNK]  # the number of chunks does not change these
+    once = [
+        i for i, op in enumerate(OPERATORS) if op not in PER_CHUNK
+    ]  # the number of chunks does not change these
     seconds[..., once] = torch.cat(steps).median(0).values[..., once]
-    layers = [price_layer(list(samples), seconds[:, layer], schedule, fixed) for layer, schedule in enumerate(own)]
+    layers = [
+        price_layer(list(samples), seconds[:, layer], schedule, fixed)
+        for layer, schedule in enumerate(own)
+    ]
     candidates = {}
     for chunks in samples:
         by_slot = [layer[chunks] for layer in layers]
         places = sorted({place_of(choice) for choices in by_slot for choice in choices})
         at_places = [[at_place(choices, place) for choices in by_slot] for place in places]
-        same_slot = sorted({tuple(map(place_of, own)): own for own in at_places}.values(), key=predicted)
+        same_slot = sorted(
+            {tuple(map(place_of, own)): own for own in at_places}.values(), key=predicted
+        )
         best = [min(choices, key=lambda choice: choice.predicted) for choices in by_slot]
         gains = predicted(best) < WORTH_OWN_SLOTS * predicted(same_slot[0])
         candidates[chunks] = [best, *same_slot] if gains else same_slot
@@ -175,16 +219,22 @@ def price(
 def price_layer(
     chunk_counts: Sequence[int], seconds_C2O: Tensor, own: Schedule, fixed: bool
 ) -> dict[int, list[LayerChoice]]:
-    """The choices of one layer by number of chunks, in the order of slots: inside attention too, where its parts were
-    measured."""
+    """The choices of one layer by number of chunks, in the order of slots: inside attention too,
+    where its parts were measured."""
     times = {}
     for chunks, directions in zip(chunk_counts, seconds_C2O.tolist(), strict=True):
-        times[chunks] = OperatorTimes(*(dict(zip(OPERATORS, seconds, strict=False)) for seconds in directions))
+        times[chunks] = OperatorTimes(
+            *(dict(zip(OPERATORS, seconds, strict=False)) for seconds in directions)
+        )
     sequential = tuple(seconds_C2O[0, :, -2].tolist())  # with the fewest chunks
     choices = {}
     for chunks in chunk_counts:
         in_parts = times[chunks].forward[PARTS[0]] > 0
-        every = [each for each in slots(replace(own, chunks=chunks)) if in_parts or not each.inside_attention]
+        every = [
+            each
+            for each in slots(replace(own, chunks=chunks))
+            if in_parts or not each.inside_attention
+        ]
         schedules = [own] if fixed else every
         choices[chunks] = [LayerChoice(schedule, times, sequential) for schedule in schedules]
     return choices
@@ -196,7 +246,8 @@ def place_of(choice: LayerChoice) -> tuple[int, bool]:
 
 
 def at_place(choices: Sequence[LayerChoice], place: tuple[int, bool]) -> LayerChoice:
-    """The choice of a layer at this place, or at the last one before it. choices: in the order of the window."""
+    """The choice of a layer at this place, or at the last one before it. choices: in the order of
+    the window."""
     return [choice for choice in choices if place_of(choice) <= place or choice is choices[0]][-1]
 
 
@@ -205,11 +256,15 @@ def predicted(choices: Sequence[LayerChoice]) -> float:
     return sum(choice.predicted for choice in choices)
 
 
-def plan_to_json(choices: Sequence[LayerChoice], conditions: dict[str, Any], step: int) -> dict[str, Any]:
-    """Return the plan of a run as JSON values, with times in seconds. step: after which it was chosen.
+def plan_to_json(
+    choices: Sequence[LayerChoice], conditions: dict[str, Any], step: int
+) -> dict[str, Any]:
+    """Return the plan of a run as JSON values, with times in seconds. step: after which it was
+    chosen.
 
     {"step": 27, "conditions": {"ranks": 2, "ep_size": 2, ...},
-     "layers": [{"schedule": {"architecture": "scmoe", "position": "pos2", "expert_slot": 1, "chunks": 2,
+     "layers": [{"schedule": {"architecture": "scmoe", "position": "pos2", "expert_slot": 1,
+     "chunks": 2,
                    "inside_attention": false},
                  "predicted_s": 0.041, "exposed_s": 0.003, "eq11_slot": 2,
                  "times_s": {"2": {"forward": {"attention": 0.004, ...}, "backward": {...}}},
@@ -238,7 +293,9 @@ def plan_from_json(plan: dict[str, Any]) -> list[LayerChoice]:
 
 
 def _choice(layer: dict[str, Any]) -> LayerChoice:
-    times = {int(chunks): OperatorTimes(**directions) for chunks, directions in layer["times_s"].items()}
+    times = {
+        int(chunks): OperatorTimes(**directions) for chunks, directions in layer["times_s"].items()
+    }
     forward, backward = layer["sequential_s"]
     return LayerChoice(Schedule(**layer["schedule"]), times, (forward, backward))
 

@@ -1,10 +1,12 @@
-"""Every chart has this style: it can be read on a page of paper, on a phone, and by colour-blind readers.
+"""Every chart has this style: it can be read on a page of paper, on a phone, and by colour-blind
+readers.
 
-A chart is WIDTH inches wide, and no text is smaller than SMALL points. On a phone with 390 pixels across, a point is
-then a pixel; on a page whose text is 6.5 inches wide, the smallest letters have 10.8 points. Only functions import
-matplotlib, because machines without it measure too.
+A chart is WIDTH inches wide, and no text is smaller than SMALL points. On a phone with 390 pixels
+across, a point is then a pixel; on a page whose text is 6.5 inches wide, the smallest letters have
+10.8 points. Only functions import matplotlib, because machines without it measure too.
 
-A PNG carries a digest of what it shows, so that a test can tell whether drawing it again would show something else.
+A PNG carries a digest of what it shows, so that a test can tell whether drawing it again would show
+something else.
 """
 
 import hashlib
@@ -18,7 +20,14 @@ from typing import Any
 WIDTH = 5.4  # inches
 SMALL = 9.0  # points
 # Okabe and Ito's colours, which colour-blind readers can tell apart
-BLUE, SKY, GREEN, ORANGE, RED, PURPLE = "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7"
+BLUE, SKY, GREEN, ORANGE, RED, PURPLE = (
+    "#0072b2",
+    "#56b4e9",
+    "#009e73",
+    "#e69f00",
+    "#d55e00",
+    "#cc79a7",
+)
 PAPER = "#5f5750"  # values that the paper prints
 STYLE: Any = {
     "font.size": 10,
@@ -39,7 +48,8 @@ STYLE: Any = {
 
 @contextmanager
 def chart(path: Path, height: float, width: float = WIDTH) -> Iterator[Any]:
-    """Gives an empty figure of this size in inches, and writes it to `path` at the end; its suffix is the format."""
+    """Gives an empty figure of this size in inches, and writes it to `path` at the end; its suffix
+    is the format."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -47,7 +57,9 @@ def chart(path: Path, height: float, width: float = WIDTH) -> Iterator[Any]:
         figure = Figure(figsize=(width, height))
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, metadata={"Description": content(figure)} if path.suffix == ".png" else None)
+        figure.savefig(
+            path, metadata={"Description": content(figure)} if path.suffix == ".png" else None
+        )
 
 
 def heading(figure: Any, text: str) -> None:
@@ -56,7 +68,8 @@ def heading(figure: Any, text: str) -> None:
 
 
 def title(axis: Any, text: str, letters: int = 52) -> None:
-    """Sets the title of an axis, in lines of at most so many letters; 52 fill most charts beside names of rows."""
+    """Sets the title of an axis, in lines of at most so many letters; 52 fill most charts beside
+    names of rows."""
     axis.set_title(_in_lines(text, letters))
 
 
@@ -86,7 +99,12 @@ def content(figure: Any) -> str:
             case Spine():
                 return None
             case Text():
-                return part.get_text(), numbers(part.get_position()), part.get_color(), part.get_fontsize()
+                return (
+                    part.get_text(),
+                    numbers(part.get_position()),
+                    part.get_color(),
+                    part.get_fontsize(),
+                )
             case Line2D():
                 return numbers(part.get_xydata()), part.get_color(), str(part.get_linestyle())
             case Patch():
@@ -99,7 +117,10 @@ def content(figure: Any) -> str:
                 return numbers(part.get_array()), part.get_cmap().name
         return None
 
-    words = [text.get_text() for text in [*figure.texts, *(t for own in figure.legends for t in own.get_texts())]]
+    words = [
+        text.get_text()
+        for text in [*figure.texts, *(t for own in figure.legends for t in own.get_texts())]
+    ]
     seen: list[Any] = [{**STYLE, "savefig.dpi": None}, numbers(figure.get_size_inches()), words]
     for axes in figure.axes:
         if axes.get_label() != "<colorbar>":

@@ -1,4 +1,5 @@
-"""How similar representations are: of a gate's two inputs (Fig. 9), and all of a model's (Fig. 10, 14, 15).
+"""How similar representations are: of a gate's two inputs (Fig. 9), and all of a model's (Fig. 10,
+14, 15).
 
 Fig. 9, the current and the preceding layer's representations and one gate:
 
@@ -7,13 +8,15 @@ Fig. 9, the current and the preceding layer's representations and one gate:
     c  mean probability of the expert that the current one goes to            score_current
     d  mean probability of the expert that the preceding one goes to          score_preceding
 
-Noise on the logits is left out. In DGMoE, where both would choose one expert, the current representation goes to its
-second best, and (c) is the probability of that one. In blocks without a tap, the preceding representation is read at a
-position that the caller chooses, through the block's only norm.
+Noise on the logits is left out. In DGMoE, where both would choose one expert, the current
+representation goes to its second best, and (c) is the probability of that one. In blocks without a
+tap, the preceding representation is read at a position that the caller chooses, through the block's
+only norm.
 
-Fig. 10, cosine similarity. A representation is a value of the residual stream: the input, and the stream after each
-attention, MLP or MoE module. An entry of the matrix is the mean over tokens of the cosine of two representations. If
-their widths differ, as between the stages of SwinV2, the entry is NaN.
+Fig. 10, cosine similarity. A representation is a value of the residual stream: the input, and the
+stream after each attention, MLP or MoE module. An entry of the matrix is the mean over tokens of
+the cosine of two representations. If their widths differ, as between the stages of SwinV2, the
+entry is NaN.
 """
 
 import math
@@ -47,10 +50,14 @@ PAPERS_MOST = 0.98  # the only number that the paper prints for Fig. 9: (a) in S
 
 
 @torch.no_grad()
-def gating_sums(current_TD: Tensor, preceding_TD: Tensor, router: Router, distinct: bool = False) -> Tensor:
-    """[5] float64: the four quantities summed over tokens, then the number of tokens. Add them up over ranks.
+def gating_sums(
+    current_TD: Tensor, preceding_TD: Tensor, router: Router, distinct: bool = False
+) -> Tensor:
+    """[5] float64: the four quantities summed over tokens, then the number of tokens. Add them up
+    over ranks.
 
-    distinct: DGMoE's rule: the current representation does not go to the expert of the preceding one.
+    distinct: DGMoE's rule: the current representation does not go to the expert of the preceding
+    one.
     """
     wide = torch.promote_types(current_TD.dtype, torch.float32)
     with torch.autocast(current_TD.device.type, enabled=False):
@@ -58,7 +65,9 @@ def gating_sums(current_TD: Tensor, preceding_TD: Tensor, router: Router, distin
         best_T2, scores_T2 = best_two(router, current_TD)
         before_T2, scores_before_T2 = best_two(router, preceding_TD)
         repeated_T = best_T2[:, 0] == before_T2[:, 0]
-        score_T = scores_T2[:, 1].where(repeated_T, scores_T2[:, 0]) if distinct else scores_T2[:, 0]
+        score_T = (
+            scores_T2[:, 1].where(repeated_T, scores_T2[:, 0]) if distinct else scores_T2[:, 0]
+        )
         distance_T = (current_TD - preceding_TD).norm(dim=-1)
     columns = repeated_T, distance_T, score_T, scores_before_T2[:, 0], torch.ones_like(distance_T)
     return torch.stack([column.double().sum() for column in columns])
@@ -80,7 +89,8 @@ def means(sums: Tensor) -> Tensor:
 class GatingProbe:
     """Reads every MoE block of a model by hooks during one forward pass; call `remove` afterwards.
 
-    position: where the preceding representation is read in blocks without a tap, which must have as many sub-layers.
+    position: where the preceding representation is read in blocks without a tap, which must have as
+    many sub-layers.
     """
 
     def __init__(self, model: Any, position: str = "pos2") -> None:
@@ -101,7 +111,9 @@ class GatingProbe:
             return lambda module, args: seen.update({name: args[0].detach()})
 
         def compare(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            current = block.norm.forward(seen.pop("current"))  # forward: past this probe's own hooks
+            current = block.norm.forward(
+                seen.pop("current")
+            )  # forward: past this probe's own hooks
             preceding = tap_norm.forward(seen.pop("preceding"))
             mask = args[1] if len(args) > 1 else None
             if mask is None:
@@ -112,7 +124,9 @@ class GatingProbe:
         self.handles += [
             reads_tap.register_forward_pre_hook(note("preceding")),
             block.norm.register_forward_pre_hook(note("current")),
-            block.register_forward_hook(compare, prepend=True),  # before FSDP splits the weights again
+            block.register_forward_hook(
+                compare, prepend=True
+            ),  # before FSDP splits the weights again
         ]
 
     def result(self) -> Tensor:
@@ -129,31 +143,55 @@ class GatingProbe:
 
 def gating_metrics(means_L4: Any) -> dict[str, float]:
     """The mean of each quantity over layers."""
-    return {f"gating/{name}": float(value) for name, value in zip(GATING_TITLES, means_L4.mean(0), strict=True)}
+    return {
+        f"gating/{name}": float(value)
+        for name, value in zip(GATING_TITLES, means_L4.mean(0), strict=True)
+    }
 
 
-def draw_gating(steps: Sequence[int], labels: Sequence[str], values: Any, path: Path, words: str = "") -> None:
-    """Draws four panels over training steps, with a line for each MoE layer. values: [steps, layers, 4]."""
+def draw_gating(
+    steps: Sequence[int], labels: Sequence[str], values: Any, path: Path, words: str = ""
+) -> None:
+    """Draws four panels over training steps, with a line for each MoE layer. values: [steps,
+    layers, 4]."""
     from matplotlib import colormaps
 
     _, distance, *scores = values.max((0, 1)).tolist()
     tops = (1.1, distance or 1.0, max(scores), max(scores))  # (c) and (d) share a scale
     shades = colormaps["viridis"].resampled(max(2, len(labels)) + 1)
     with chart(path, 5.6 + 0.2 * (len(labels) // 4)) as figure:
-        for i, (axis, name) in enumerate(zip(figure.subplots(2, 2, sharex=True).flat, GATING_TITLES, strict=True)):
+        for i, (axis, name) in enumerate(
+            zip(figure.subplots(2, 2, sharex=True).flat, GATING_TITLES, strict=True)
+        ):
             for layer, label in enumerate(labels):
-                axis.plot(steps, values[:, layer, i], color=shades(layer), marker=".", linewidth=1.5, label=label)
+                axis.plot(
+                    steps,
+                    values[:, layer, i],
+                    color=shades(layer),
+                    marker=".",
+                    linewidth=1.5,
+                    label=label,
+                )
             handles, names = axis.get_legend_handles_labels()
             axis.set(title=GATING_TITLES[name], ylim=(0, 1.08 * tops[i]))
             axis.grid(axis="y")
             if name == "repeated_selection":
                 axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
                 axis.axhline(PAPERS_MOST, color=PAPER, linestyle="--", linewidth=1)
-                axis.text(steps[0], PAPERS_MOST + 0.02, "paper: up to 98 %", va="bottom", color=PAPER, fontsize=SMALL)
+                axis.text(
+                    steps[0],
+                    PAPERS_MOST + 0.02,
+                    "paper: up to 98 %",
+                    va="bottom",
+                    color=PAPER,
+                    fontsize=SMALL,
+                )
             if i >= 2:
                 axis.set_xlabel("optimizer step")
         heading(figure, words)
-        figure.legend(handles, names, loc="outside lower left", ncols=min(4, len(labels)), columnspacing=1.0)
+        figure.legend(
+            handles, names, loc="outside lower left", ncols=min(4, len(labels)), columnspacing=1.0
+        )
 
 
 NUMBERED = 12  # a panel with up to so many representations has its entries written into it
@@ -168,13 +206,16 @@ def cosine_matrix(representations: Sequence[Tensor]) -> Tensor:
         unit_NTD = torch.stack([F.normalize(x.double(), dim=-1) for x in group])
         size, (_, num_tokens, _) = len(unit_NTD), unit_NTD.shape
         flat_ND = unit_NTD.flatten(1)
-        matrix[start : start + size, start : start + size] = (flat_ND @ flat_ND.T / num_tokens).cpu()
+        matrix[start : start + size, start : start + size] = (
+            flat_ND @ flat_ND.T / num_tokens
+        ).cpu()
         start += size
     return matrix
 
 
 class SimilarityProbe:
-    """Keeps some tokens of every representation of one forward pass, by hooks; call `remove` afterwards.
+    """Keeps some tokens of every representation of one forward pass, by hooks; call `remove`
+    afterwards.
 
     max_tokens: number of tokens that are kept of the batch, evenly spaced.
     """
@@ -192,11 +233,14 @@ class SimilarityProbe:
                 self.handles.append(sublayer.register_forward_hook(partial(self._keep, name)))
                 layer += is_mlp
             if isinstance(block, MoEBlock):
-                self.handles.append(block.register_forward_hook(partial(self._keep, f"{layer} MoE")))
+                self.handles.append(
+                    block.register_forward_hook(partial(self._keep, f"{layer} MoE"))
+                )
                 layer += 1
 
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Keeps the first block's input, and every input of a new width; others are the output of the block before."""
+        """Keeps the first block's input, and every input of a new width; others are the output of
+        the block before."""
         if not self.kept or self.kept[-1][1].shape[-1] != args[0].shape[-1]:
             self._keep("input", module, args, args[0])
 
@@ -207,9 +251,12 @@ class SimilarityProbe:
         self.kept.append((name, x_TD[::step].clone()))
 
     def result(self) -> Tensor:
-        """[N, N + 1]: this rank's matrix, and a column of ones that counts ranks when results are added up."""
+        """[N, N + 1]: this rank's matrix, and a column of ones that counts ranks when results are
+        added up."""
         matrix = cosine_matrix([x for _, x in self.kept])
-        return torch.cat([matrix, torch.ones(len(matrix), 1, dtype=torch.float64)], dim=1).to(self.kept[0][1].device)
+        return torch.cat([matrix, torch.ones(len(matrix), 1, dtype=torch.float64)], dim=1).to(
+            self.kept[0][1].device
+        )
 
     def labels(self) -> list[str]:
         return [name for name, _ in self.kept]
@@ -225,10 +272,13 @@ def similarity_metrics(matrix: Any) -> dict[str, float]:
     return {"similarity/neighbours": float(neighbours.nanmean())}
 
 
-def draw_similarity(steps: Sequence[int], labels: Sequence[str], values: Any, path: Path, words: str = "") -> None:
+def draw_similarity(
+    steps: Sequence[int], labels: Sequence[str], values: Any, path: Path, words: str = ""
+) -> None:
     """Draws the last matrix, one panel below the other for each width. values: [steps, N, N].
 
-    The colour scale starts at the lowest value: neighbours are near 1, and would look the same on a scale from 0.
+    The colour scale starts at the lowest value: neighbours are near 1, and would look the same on a
+    scale from 0.
     """
     starts = [i for i, label in enumerate(labels) if label == "input"] + [len(labels)]
     groups = [slice(a, b) for a, b in pairwise(starts)]

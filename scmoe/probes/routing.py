@@ -1,4 +1,5 @@
-"""Recorded routings: the experts that the tokens of chosen training steps went to, and the file that keeps them.
+"""Recorded routings: the experts that the tokens of chosen training steps went to, and the file
+that keeps them.
 
 A safetensors file, or a folder of such files, each with some of the steps:
 
@@ -8,9 +9,10 @@ A safetensors file, or a folder of such files, each with some of the steps:
                              those to zero experts: nothing is sent for them
     metadata    num_experts, num_ranks
 
-T are the tokens of one batch on all ranks, in the order of ranks: the first T / num_ranks are those of rank 0. Of a
-step that accumulates several batches, it is the first. In DGMoE, K is 2: the expert of the preceding layer's
-representation, then that of the current one. T and K may differ between layers, as between the stages of SwinV2.
+T are the tokens of one batch on all ranks, in the order of ranks: the first T / num_ranks are those
+of rank 0. Of a step that accumulates several batches, it is the first. In DGMoE, K is 2: the expert
+of the preceding layer's representation, then that of the current one. T and K may differ between
+layers, as between the stages of SwinV2.
 """
 
 from collections.abc import Sequence
@@ -38,22 +40,29 @@ class Recorded(NamedTuple):
 
 
 class RoutingProbe:
-    """Keeps the experts that every router of a model chooses during one forward pass, by hooks; call `remove` then."""
+    """Keeps the experts that every router of a model chooses during one forward pass, by hooks;
+    call `remove` then."""
 
     def __init__(self, model: nn.Module) -> None:
         blocks = moe_blocks_of(model)
-        routers = dict.fromkeys(block.moe.router for block in blocks)  # DGMoE-Share: two blocks have one
-        self.calls = [2 if isinstance(block, DoubleGateBlock) else 1 for block in blocks]  # of its router
+        routers = dict.fromkeys(
+            block.moe.router for block in blocks
+        )  # DGMoE-Share: two blocks have one
+        self.calls = [
+            2 if isinstance(block, DoubleGateBlock) else 1 for block in blocks
+        ]  # of its router
         self.num_experts = blocks[0].moe.router.num_experts
         self.ids: list[Tensor] = []  # [T, K] of each call, in the order of calls
         self.handles = [router.register_forward_hook(self._keep) for router in routers]
 
     def _keep(self, router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
-        self.ids.append(routing.topk_ids_TK.clamp(max=self.num_experts))  # zero experts have ids above it
+        self.ids.append(
+            routing.topk_ids_TK.clamp(max=self.num_experts)
+        )  # zero experts have ids above it
 
     def result(self) -> list[Tensor]:
-        """Return the ids [T, K] of each MoE layer in host memory, in a small type. The two choices of a router that was
-        called twice in its layer (DGMoE) are side by side."""
+        """Return the ids [T, K] of each MoE layer in host memory, in a small type. The two choices
+        of a router that was called twice in its layer (DGMoE) are side by side."""
         assert len(self.ids) == sum(self.calls)
         ids = iter(self.ids)
         layers = [torch.cat([*islice(ids, calls)], dim=1) for calls in self.calls]
@@ -66,7 +75,9 @@ class RoutingProbe:
 
 def type_of(num_experts: int) -> torch.dtype:
     """Return the smallest integer type that holds num_experts itself, the id of a padding token."""
-    return next(t for t in (torch.uint8, torch.int16, torch.int32) if num_experts <= torch.iinfo(t).max)
+    return next(
+        t for t in (torch.uint8, torch.int16, torch.int32) if num_experts <= torch.iinfo(t).max
+    )
 
 
 def write_routing(recorded: Recorded, path: Path) -> None:
@@ -82,21 +93,33 @@ def read_routing(path: Path) -> Recorded:
     """Read a file, or all files of a folder. Raises ValueError for what is not a recorded routing."""
     paths = sorted(path.glob("[!.]*.safetensors")) if path.is_dir() else [path]
     if not paths:
-        raise ValueError(f"{path} holds no recorded routing. Record one with analysis.record_routing=N.")
+        raise ValueError(
+            f"{path} holds no recorded routing. Record one with analysis.record_routing=N."
+        )
     files = [_read_file(file) for file in paths]
     first = files[0]
     for file, recorded in zip(paths, files, strict=True):
         if shape_of(recorded) != shape_of(first):
-            raise ValueError(f"{file} has other layers, tokens, experts or ranks than {paths[0]}. Read it by itself.")
+            raise ValueError(
+                f"{file} has other layers, tokens, experts or ranks than {paths[0]}. Read it by"
+                " itself."
+            )
     steps = [step for recorded in files for step in recorded.steps]
     if sorted(set(steps)) != steps:
         raise ValueError(f"{path} has steps that are not in order, or twice: {steps}.")
-    return first._replace(steps=steps, ids=[torch.cat(layer) for layer in zip(*(f.ids for f in files), strict=True)])
+    return first._replace(
+        steps=steps, ids=[torch.cat(layer) for layer in zip(*(f.ids for f in files), strict=True)]
+    )
 
 
 def shape_of(recorded: Recorded) -> list[Any]:
-    """Return what must be equal in the files of a folder: experts, ranks, and T and K of each layer."""
-    return [recorded.num_experts, recorded.num_ranks, *(ids_STK.shape[1:] for ids_STK in recorded.ids)]
+    """Return what must be equal in the files of a folder: experts, ranks, and T and K of each
+    layer."""
+    return [
+        recorded.num_experts,
+        recorded.num_ranks,
+        *(ids_STK.shape[1:] for ids_STK in recorded.ids),
+    ]
 
 
 def _read_file(path: Path) -> Recorded:
@@ -114,7 +137,8 @@ def _read_file(path: Path) -> Recorded:
         in_range = bool(((ids_STK >= 0) & (ids_STK <= num_experts)).all())
         if ids_STK.dim() != 3 or len(ids_STK) != len(steps) or not in_range:
             raise ValueError(
-                f"{path}, layer {layer}: expert ids must be [steps, tokens, choices], from 0 to {num_experts}."
+                f"{path}, layer {layer}: expert ids must be [steps, tokens, choices], from 0 to"
+                f" {num_experts}."
             )
     return Recorded(steps, ids, num_experts, num_ranks)
 
@@ -122,6 +146,8 @@ def _read_file(path: Path) -> Recorded:
 def selected(recorded: Recorded, steps: Sequence[int]) -> Recorded:
     """Return some of the steps. Raises ValueError for one that is not there."""
     if missing := sorted({*steps} - {*recorded.steps}):
-        raise ValueError(f"step {missing[0]} is not recorded, allowed: {', '.join(map(str, recorded.steps))}")
+        raise ValueError(
+            f"step {missing[0]} is not recorded, allowed: {', '.join(map(str, recorded.steps))}"
+        )
     rows = [recorded.steps.index(step) for step in steps]
     return recorded._replace(steps=[*steps], ids=[ids_STK[rows] for ids_STK in recorded.ids])

@@ -1,7 +1,9 @@
-"""Folders of Hugging Face's form: config.json, weights, tokenizer and model card. transformers is not needed for them.
+"""Folders of Hugging Face's form: config.json, weights, tokenizer and model card. transformers is
+not needed for them.
 
     config.json  generation_config.json
-    model.safetensors, or model-00001-of-0000N.safetensors with model.safetensors.index.json above SHARD_BYTES
+    model.safetensors, or model-00001-of-0000N.safetensors with model.safetensors.index.json above
+    SHARD_BYTES
     tokenizer.json  tokenizer_config.json     of a model of text
     README.md    the model card; one that is there stays, as it may have been edited
 
@@ -12,10 +14,11 @@ config.json is that of transformers' own model where there is an equal one, else
     LLaMA, shared-expert, CG-1                             qwen2_moe
     LLaMA, shared-expert, latents, router deepseek         deepseek_v3
     LLaMA, ScMoE Pos-2, scaled latents, router longcat     longcat_flash
-    ScMoE, DGMoE and everything else                       scmoe: the classes that `import scmoe.hf` registers
+    ScMoE, DGMoE and everything else                       scmoe: the classes that `import scmoe.hf`
+                                                           registers
 
-A model is equal where its config.json, read back, gives our settings.
-transformers' models drop no token. So `dropless` is what a folder's configuration means (decision 28).
+A model is equal where its config.json, read back, gives our settings. transformers' models drop no
+token. So `dropless` is what a folder's configuration means (decision 28).
 """
 
 import json
@@ -32,7 +35,14 @@ from torch import Tensor
 from scmoe.config.fields import Config
 from scmoe.config.load import load_text
 from scmoe.config.registry import ARCHITECTURES, ROUTERS
-from scmoe.files.writing import read_json, replacing, sync, write_durably, write_in_turn, write_whole
+from scmoe.files.writing import (
+    read_json,
+    replacing,
+    sync,
+    write_durably,
+    write_in_turn,
+    write_whole,
+)
 from scmoe.init_from.families import ALWAYS, KEYS, READERS, YARN, family_of
 from scmoe.init_from.names import in_their_layout, zero_expert_names
 from scmoe.init_from.pretrained import model_settings, settings_of, weight_files
@@ -59,7 +69,8 @@ CANDIDATES = {  # model.family, model.attention, moe.architecture: the model_typ
 }
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
-# in each file of weights; transformers reads the first entry, and the second marks a file that an export may replace
+# in each file of weights; transformers reads the first entry, and the second marks a file that an
+# export may replace
 HEADER = {"format": "pt", "written_by": "scmoe"}
 
 CARD = """---
@@ -90,12 +101,17 @@ No licence is set. Choose one with a line `license:` at the top. Add what the mo
 
 
 def write_folder(
-    checkpoint: Path, folder: Path, config: Config, tokenizer: Any = None, shard_bytes: int = SHARD_BYTES
+    checkpoint: Path,
+    folder: Path,
+    config: Config,
+    tokenizer: Any = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> str:
-    """Write the folder and return its model_type. Each file is complete or absent, and config.json comes last.
+    """Write the folder and return its model_type. Each file is complete or absent, and config.json
+    comes last.
 
-    tokenizer: of the data, or None. ValueError: a broken checkpoint, another model's, or no language model; or the
-    folder has files that are not an export of this model.
+    tokenizer: of the data, or None. ValueError: a broken checkpoint, another model's, or no
+    language model; or the folder has files that are not an export of this model.
     """
     content = hf_config(config, None if tokenizer is None else tokenizer.end_of_text)
     model = build_model_on_meta(config)
@@ -107,12 +123,17 @@ def write_folder(
     for old in (*weight_files(folder), *of_killed_export, folder / INDEX, folder / "config.json"):
         old.unlink(missing_ok=True)
     write_weights(checkpoint, folder, content, list(groups(stored, shard_bytes)))
-    ends = {key: content[key] for key in ("bos_token_id", "eos_token_id") if content[key] is not None}
+    ends = {
+        key: content[key] for key in ("bos_token_id", "eos_token_id") if content[key] is not None
+    }
     write_whole(folder / "generation_config.json", ends)
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer, config.data.seq_len)
     if not (folder / "README.md").exists():
-        step, parameters = durable.read_manifest(checkpoint)["step"], sum(p.numel() for p in model.parameters())
+        step, parameters = (
+            durable.read_manifest(checkpoint)["step"],
+            sum(p.numel() for p in model.parameters()),
+        )
         with replacing(folder / "README.md") as partial:
             write_durably(partial, model_card(config, content, step, parameters))
     write_whole(folder / "config.json", content)
@@ -120,7 +141,8 @@ def write_folder(
 
 
 def refuse_other_files(folder: Path, content: dict[str, Any], init_from: str | None) -> None:
-    """Raise ValueError where an export would remove weights or a config.json that are not an export of this model.
+    """Raise ValueError where an export would remove weights or a config.json that are not an export
+    of this model.
 
     content: of its config.json. init_from: the training's; that folder is never written to."""
     advice = "Choose another folder with --out, or remove its files first."
@@ -137,14 +159,19 @@ def refuse_other_files(folder: Path, content: dict[str, Any], init_from: str | N
             raise ValueError(f"{file} is not of an export, which would remove it. {advice}")
     kept = read_json(folder / "config.json")
     of_training = {"dtype", "bos_token_id", "eos_token_id"}
-    expected = {key: value for key, value in json.loads(json.dumps(content)).items() if key not in of_training}
+    expected = {
+        key: value
+        for key, value in json.loads(json.dumps(content)).items()
+        if key not in of_training
+    }
     differs = any(kept.get(key) != value for key, value in expected.items())
     if (folder / "config.json").exists() and differs:
         raise ValueError(f"{folder} has the config.json of another model. {advice}")
 
 
 def groups(stored: dict[str, Tensor], shard_bytes: int) -> Iterator[list[str]]:
-    """Yield the names of consecutive tensors with together at most shard_bytes, or of one larger one."""
+    """Yield the names of consecutive tensors with together at most shard_bytes, or of one larger
+    one."""
     group: list[str] = []
     for name, tensor in stored.items():
         if group and sum(stored[other].nbytes for other in group) + tensor.nbytes > shard_bytes:
@@ -154,13 +181,23 @@ def groups(stored: dict[str, Tensor], shard_bytes: int) -> Iterator[list[str]]:
     yield group
 
 
-def write_weights(checkpoint: Path, folder: Path, content: dict[str, Any], shards: list[list[str]]) -> None:
+def write_weights(
+    checkpoint: Path, folder: Path, content: dict[str, Any], shards: list[list[str]]
+) -> None:
     places: dict[str, str] = {}
     total = 0
     for i, group in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        file = (
+            "model.safetensors"
+            if len(shards) == 1
+            else f"model-{i:05}-of-{len(shards):05}.safetensors"
+        )
         read = read_named(checkpoint, [NETWORK + name for name in group])
-        theirs = {name: t for ours in group for name, t in renamed(content, ours, read.pop(NETWORK + ours))}
+        theirs = {
+            name: t
+            for ours in group
+            for name, t in renamed(content, ours, read.pop(NETWORK + ours))
+        }
         with replacing(folder / file) as partial:
             write_in_turn(theirs, theirs.__getitem__, partial, HEADER)
         places |= dict.fromkeys(theirs, file)
@@ -180,7 +217,14 @@ def renamed(content: dict[str, Any], ours: str, weight: Tensor) -> Iterator[tupl
     further = zero_expert_names(ours, names[ours], settings)
     parts += [torch.zeros_like(parts[0]) for _ in further]
     for name, part in zip(names[ours] + further, parts, strict=True):
-        yield name if name == "lm_head.weight" else f"{'transformer' if family == 'gpt2' else 'model'}.{name}", part
+        yield (
+            (
+                name
+                if name == "lm_head.weight"
+                else f"{'transformer' if family == 'gpt2' else 'model'}.{name}"
+            ),
+            part,
+        )
 
 
 def write_tokenizer(folder: Path, tokenizer: Any, seq_len: int) -> None:
@@ -201,21 +245,37 @@ def write_tokenizer(folder: Path, tokenizer: Any, seq_len: int) -> None:
 
 
 def dropless(config: Config) -> Config:
-    """Return the configuration for one process that keeps every token's copies: what a model means without a batch."""
-    moe = replace(config.moe, capacity_factor=None, dropless_ceiling=None, rows="auto", overflow="drop")
-    return replace(config, init_from=None, moe=moe, strategy=type(config.strategy)(), trainer=type(config.trainer)())
+    """Return the configuration for one process that keeps every token's copies: what a model means
+    without a batch."""
+    moe = replace(
+        config.moe, capacity_factor=None, dropless_ceiling=None, rows="auto", overflow="drop"
+    )
+    return replace(
+        config,
+        init_from=None,
+        moe=moe,
+        strategy=type(config.strategy)(),
+        trainer=type(config.trainer)(),
+    )
 
 
 def hf_config(config: Config, end_of_text: int | None) -> dict[str, Any]:
-    """Return the content of config.json. end_of_text: an id, or None. ValueError: it is no language model, or a part of
-    it is an extension's, whose options config.json does not keep."""
+    """Return the content of config.json. end_of_text: an id, or None. ValueError: it is no language
+    model, or a part of it is an extension's, whose options config.json does not keep."""
     if config.model.family not in ("gpt", "llama"):
-        raise ValueError(f"model.family is {config.model.family}, allowed with --format hf: gpt | llama")
+        raise ValueError(
+            f"model.family is {config.model.family}, allowed with --format hf: gpt | llama"
+        )
     moe = config.moe
-    for key, name, names in (("architecture", moe.architecture, ARCHITECTURES), ("router", moe.router, ROUTERS)):
+    for key, name, names in (
+        ("architecture", moe.architecture, ARCHITECTURES),
+        ("router", moe.router, ROUTERS),
+    ):
         if name not in names.built_in:
             extension = f"an extension defines moe.{key}={name}"
-            raise ValueError(f"--format hf cannot export the model: {extension}. Use --format safetensors.")
+            raise ValueError(
+                f"--format hf cannot export the model: {extension}. Use --format safetensors."
+            )
     content = native_config(config) or own_config(config)
     return {**content, "bos_token_id": end_of_text, "eos_token_id": end_of_text, "dtype": "float32"}
 
@@ -225,13 +285,19 @@ def native_config(config: Config) -> dict[str, Any] | None:
     moe = config.moe
     family = CANDIDATES.get((config.model.family, config.model.attention, moe.architecture))
     # neither an added bias nor a deal is among the settings of a model
-    if family is None or moe.balanced_routing or (moe.router == "softmax" and moe.bias_rate is not None):
+    if (
+        family is None
+        or moe.balanced_routing
+        or (moe.router == "softmax" and moe.bias_rate is not None)
+    ):
         return None
     content = written(family, config)
     if READERS[family](content)[1]:
         return None
     read = our_config(content, "config.json")
-    return content if model_settings(read) == model_settings(replace(config, extensions=[])) else None
+    return (
+        content if model_settings(read) == model_settings(replace(config, extensions=[])) else None
+    )
 
 
 def written(family: str, config: Config) -> dict[str, Any]:
@@ -264,15 +330,22 @@ def written(family: str, config: Config) -> dict[str, Any]:
         content["norm_topk_prob"] = config.moe.renormalise and config.moe.top_k > 1
     if family == "deepseek_v3":
         content["num_key_value_heads"] = model.heads
-        content |= {"first_k_dense_replace": len(dense), "intermediate_size": (dense or [given["model.ffn_dim"]])[0]}
-        content |= {"n_shared_experts": given["model.ffn_dim"] // given["moe.ffn_dim"], "num_nextn_predict_layers": 0}
+        content |= {
+            "first_k_dense_replace": len(dense),
+            "intermediate_size": (dense or [given["model.ffn_dim"]])[0],
+        }
+        content |= {
+            "n_shared_experts": given["model.ffn_dim"] // given["moe.ffn_dim"],
+            "num_nextn_predict_layers": 0,
+        }
     if family == "longcat_flash":
         content |= {"num_layers": model.layers // 2, "head_dim": model.latent.rope_dim}
     return content
 
 
 def own_config(config: Config) -> dict[str, Any]:
-    """Return the config.json of a model that only this project has: its sections of our configuration."""
+    """Return the config.json of a model that only this project has: its sections of our
+    configuration."""
     kept = dropless(config)
     return {
         "model_type": OURS,
@@ -281,15 +354,19 @@ def own_config(config: Config) -> dict[str, Any]:
             "model": asdict(kept.model),
             "moe": asdict(kept.moe),
             "schedule": asdict(kept.schedule),
-            "data": {"name": "synthetic", "vocab_size": config.data.vocab_size, "seq_len": config.data.seq_len},
+            "data": {
+                "name": "synthetic",
+                "vocab_size": config.data.vocab_size,
+                "seq_len": config.data.seq_len,
+            },
         },
         **sizes_of(config),
     }
 
 
 def sizes_of(config: Config) -> dict[str, Any]:
-    """Return the settings of a model of type scmoe under transformers' names, for programs that read them. With latent
-    attention a cache has one head, whose keys are the latents."""
+    """Return the settings of a model of type scmoe under transformers' names, for programs that
+    read them. With latent attention a cache has one head, whose keys are the latents."""
     given, model, latent = settings_of(config), config.model, config.model.attention == "latent"
     return {
         "vocab_size": config.data.vocab_size,
@@ -305,7 +382,8 @@ def sizes_of(config: Config) -> dict[str, Any]:
 
 
 def our_config(content: dict[str, Any], source: str) -> Config:
-    """Return our configuration for a config.json. ValueError: it has a setting that our models do not support."""
+    """Return our configuration for a config.json. ValueError: it has a setting that our models do
+    not support."""
     if content.get("model_type") == OURS:
         return load_text(json.dumps(content.get("scmoe")), source)
     try:
@@ -316,25 +394,47 @@ def our_config(content: dict[str, Any], source: str) -> Config:
         raise ValueError(f"{source}: {'; '.join(problems)}")
     length = content.get("n_positions") or content.get("max_position_embeddings")
     data = {"data.seq_len": length, "data.name": "synthetic"}
-    return load_text(json.dumps({"moe.architecture": "dense", **given, **data, "moe.capacity_factor": None}), source)
+    return load_text(
+        json.dumps({"moe.architecture": "dense", **given, **data, "moe.capacity_factor": None}),
+        source,
+    )
 
 
 def model_card(config: Config, content: dict[str, Any], step: int, parameters: int) -> str:
     """Return the text. content: of config.json. parameters: their number."""
     moe, data, trainer = config.moe, config.data, config.trainer
-    of_hub, dense, has_tokenizer = data.name == "hf", moe.architecture == "dense", content["eos_token_id"] is not None
+    of_hub, dense, has_tokenizer = (
+        data.name == "hf",
+        moe.architecture == "dense",
+        content["eos_token_id"] is not None,
+    )
     tags = ["scmoe"] if dense else ["scmoe", "mixture-of-experts"]
-    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    head: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+    }
     if of_hub:
         head["datasets"] = [data.path]
     loading = [
-        "import scmoe.hf  # transformers then knows the model" if content["model_type"] == OURS else "",
-        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if has_tokenizer else ''}\n",
+        (
+            "import scmoe.hf  # transformers then knows the model"
+            if content["model_type"] == OURS
+            else ""
+        ),
+        (
+            "from transformers import"
+            f" AutoModelForCausalLM{', AutoTokenizer' if has_tokenizer else ''}\n"
+        ),
         'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")' if has_tokenizer else "",
     ]
     zero = f" + {moe.zero_experts} zero-computation" if moe.zero_experts else ""
-    how = {"precision": trainer.precision, "gradient_clip": trainer.gradient_clip, "accumulate": trainer.accumulate}
+    how = {
+        "precision": trainer.precision,
+        "gradient_clip": trainer.gradient_clip,
+        "accumulate": trainer.accumulate,
+    }
     sections = {"model": asdict(config.model), "moe": asdict(moe), "optim": asdict(config.optim)}
     return CARD.format(
         head=yaml.safe_dump(head, sort_keys=False),
@@ -346,7 +446,14 @@ def model_card(config: Config, content: dict[str, Any], step: int, parameters: i
         batch=data.global_batch_size,
         seq_len=data.seq_len,
         data=f"the data set {data.path}" if of_hub else f"data.name={data.name}",
-        moe="" if dense else f" Each token goes to {moe.top_k} of {moe.num_experts}{zero} experts; none is dropped.",
+        moe=(
+            ""
+            if dense
+            else (
+                f" Each token goes to {moe.top_k} of {moe.num_experts}{zero} experts; none is"
+                " dropped."
+            )
+        ),
         loading="".join(f"{line}\n" for line in loading if line),
         settings=yaml.safe_dump({**sections, "trainer": how, "seed": config.seed}, sort_keys=False),
     )

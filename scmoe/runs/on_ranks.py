@@ -1,4 +1,5 @@
-"""Puts the model of a run or of an export on its ranks, for commands that do not train: evaluate, generate."""
+"""Puts the model of a run or of an export on its ranks, for commands that do not train: evaluate,
+generate."""
 
 import signal
 import warnings
@@ -21,7 +22,13 @@ from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.modules import MoEModule
 from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import check_devices, check_resident
-from scmoe.training.run.resume import REFUSED_SINCE, Which, config_of, find_checkpoint, refuse_other_model
+from scmoe.training.run.resume import (
+    REFUSED_SINCE,
+    Which,
+    config_of,
+    find_checkpoint,
+    refuse_other_model,
+)
 from scmoe.training.run.train import silence_lightning
 
 # By default. A product of one row differs in its last bits with the number of threads.
@@ -31,26 +38,42 @@ ALONE = (
 )
 # What only helps training, and what would make results depend on the number of ranks.
 WITHOUT = (
-    *("trainer.progress=false", "trainer.compile=false", "trainer.recompute=false", "schedule.auto=false"),
-    *("moe.dropless_ceiling=null", "moe.overflow=drop", "strategy.wire_dtype=null", "strategy.reductions=null"),
+    *(
+        "trainer.progress=false",
+        "trainer.compile=false",
+        "trainer.recompute=false",
+        "schedule.auto=false",
+    ),
+    *(
+        "moe.dropless_ceiling=null",
+        "moe.overflow=drop",
+        "strategy.wire_dtype=null",
+        "strategy.reductions=null",
+    ),
 )
 
 
 def find_weights(run: Path, which: Which, overrides: Sequence[str]) -> tuple[Path, Config]:
-    """Return a run's checkpoint, or the exported file itself, and the configuration with which it is used.
+    """Return a run's checkpoint, or the exported file itself, and the configuration with which it
+    is used.
 
-    Of a checkpoint no file is read through here, as every rank does this: it is verified where it is loaded, by each
-    rank a share of its files. ConfigError: there is none, or as in `config_without_training`.
+    Of a checkpoint no file is read through here, as every rank does this: it is verified where it
+    is loaded, by each rank a share of its files. ConfigError: there is none, or as in
+    `config_without_training`.
     """
     if run.suffix != EXPORT:
         checkpoint = find_checkpoint(run, which, UNREAD)
-        return checkpoint, config_without_training(partial(config_of, run, checkpoint), checkpoint, overrides)
+        return checkpoint, config_without_training(
+            partial(config_of, run, checkpoint), checkpoint, overrides
+        )
     config = config_without_training(partial(load_kept, run.parent / "config.yaml"), run, overrides)
     check_export(run, config)
     return run, config
 
 
-def config_without_training(read: Callable[[Sequence[str]], Config], weights: Path, overrides: Sequence[str]) -> Config:
+def config_without_training(
+    read: Callable[[Sequence[str]], Config], weights: Path, overrides: Sequence[str]
+) -> Config:
     """Return the configuration with which a run's weights are used. read: gives it with overrides.
 
     ConfigError: an override would make another model, or ranks or devices are not here.
@@ -61,7 +84,10 @@ def config_without_training(read: Callable[[Sequence[str]], Config], weights: Pa
     rows = f"moe.rows={'auto' if was.moe.architecture == 'dense' else 'filled'}"
     config = read([*ALONE, *overrides, *WITHOUT, rows])
     if config.strategy.dense != "replicated":  # FSDP does not run in inference mode
-        raise ConfigError(f"strategy.dense is {config.strategy.dense!r}, allowed: replicated, where nothing is trained")
+        raise ConfigError(
+            f"strategy.dense is {config.strategy.dense!r}, allowed: replicated, where nothing is"
+            " trained"
+        )
     check_devices(config)
     return config
 
@@ -69,7 +95,8 @@ def config_without_training(read: Callable[[Sequence[str]], Config], weights: Pa
 def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
     """Start the ranks and read the weights; return the module, in evaluation mode, and its Trainer.
 
-    Every rank must call it, and builds and reads only its experts. ValueError: a broken file, or another model's.
+    Every rank must call it, and builds and reads only its experts. ValueError: a broken file, or
+    another model's.
     """
     check_resident(config)
     silence_lightning()
@@ -80,11 +107,15 @@ def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
         for message in (".*callbacks used to create the checkpoint.*", ".*across ranks is zero.*"):
             warnings.filterwarnings("ignore", message)
         # without batches it starts the ranks, and places and reads the model
-        checkpoint: dict[str, Any] = {} if exported else {"ckpt_path": weights, "weights_only": True}
+        checkpoint: dict[str, Any] = (
+            {} if exported else {"ckpt_path": weights, "weights_only": True}
+        )
         try:
             trainer.validate(module, [], verbose=False, **checkpoint)
         except BrokenCheckpoint as error:
-            error.add_note(f"Move {relative(weights)} out of its folder, and the checkpoint before it is used.")
+            error.add_note(
+                f"Move {relative(weights)} out of its folder, and the checkpoint before it is used."
+            )
             raise
     if exported:
         with ending_together(trainer):
@@ -94,10 +125,11 @@ def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
 
 @contextmanager
 def ending_together(trainer: Any) -> Iterator[None]:
-    """End all ranks where this one raises inside, and name a rank that does not answer, as in training.
+    """End all ranks where this one raises inside, and name a rank that does not answer, as in
+    training.
 
-    Ctrl-C ends in exit code 130, on a rank that Lightning's launcher has started in 0: on any other code the launcher
-    would kill rank 0.
+    Ctrl-C ends in exit code 130, on a rank that Lightning's launcher has started in 0: on any other
+    code the launcher would kill rank 0.
     """
     try:
         yield

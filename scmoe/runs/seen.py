@@ -1,4 +1,5 @@
-"""Runs as their directories show them: state, best loss, speed, curves, and how their configs differ."""
+"""Runs as their directories show them: state, best loss, speed, curves, and how their configs
+differ."""
 
 import csv
 import time
@@ -24,7 +25,8 @@ from scmoe.config.registry import IMAGES
 from scmoe.files.writing import read_json
 from scmoe.training.run.directory import read_state
 
-WIDTH = 1000  # without a terminal: one line for each run, however long, which can be searched and copied
+# without a terminal: one line for each run, however long, which can be searched and copied
+WIDTH = 1000
 COLORS = {"finished": "green", "running": "cyan", "failed": "red", "cut": "yellow"}
 NOT_COMPARED = ("name", "runs_dir", "logger.")  # where a run is kept, not what it is
 
@@ -43,14 +45,18 @@ class SeenRun:
 
     @cached_property
     def config(self) -> dict[str, str]:
-        """Dotted keys and texts, as last resumed; a key that the run's version did not have is at its default."""
-        resumed = sorted(self.path.glob("config-from-*.yaml"), key=lambda path: int(path.stem.rpartition("-")[2]))
+        """Dotted keys and texts, as last resumed; a key that the run's version did not have is at
+        its default."""
+        resumed = sorted(
+            self.path.glob("config-from-*.yaml"), key=lambda path: int(path.stem.rpartition("-")[2])
+        )
         newest = [self.path / "config.yaml", *resumed][-1]
         return {**DEFAULTS, **flat(newest.read_text(encoding="utf-8"))}
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
-        """The rows of metrics.csv without empty cells. Half a row, which a crash may leave, is left out."""
+        """The rows of metrics.csv without empty cells. Half a row, which a crash may leave, is left
+        out."""
         path, rows = self.path / "metrics.csv", list[dict[str, float]]()
         if not path.exists():
             return []
@@ -70,10 +76,13 @@ class SeenRun:
 
     @property
     def steps(self) -> int:
-        """The number of steps, as far as logged or saved. A validation after the last step has one row more."""
+        """The number of steps, as far as logged or saved. A validation after the last step has one
+        row more."""
         rows = [row for row in self.metrics if "train/loss" in row] or self.metrics
         logged = [int(row["step"]) + 1 for row in rows]
-        saved = [int(path.stem.rpartition("=")[2]) for path in self.path.glob("checkpoints/step=*.ckpt")]
+        saved = [
+            int(path.stem.rpartition("=")[2]) for path in self.path.glob("checkpoints/step=*.ckpt")
+        ]
         return max([*logged, *saved], default=0)
 
     @property
@@ -101,10 +110,13 @@ class SeenRun:
             return (self.path / "config.yaml").stat().st_mtime
 
     def curve(self, metric: str) -> list[tuple[float, float]]:
-        """Return points (tokens or images, value) of a metric. A row's step is the last one before it, from 0."""
+        """Return points (tokens or images, value) of a metric. A row's step is the last one before
+        it, from 0."""
         per_step = int(self.config["data.global_batch_size"])
         per_step *= int(self.config["data.seq_len"]) if self.counts == "tokens" else 1
-        return [((row["step"] + 1) * per_step, row[metric]) for row in self.metrics if metric in row]
+        return [
+            ((row["step"] + 1) * per_step, row[metric]) for row in self.metrics if metric in row
+        ]
 
 
 NO_FIELDS = ("callbacks", "options", "trainer.extra")  # of which users choose the keys
@@ -127,11 +139,15 @@ DEFAULTS = flat(to_yaml(Config()))
 
 
 def train(config: Config) -> SeenRun | None:
-    """Train a configuration and return its run: `metrics`, `summary`, `curve("val/loss")`, `path` for `scmoe.load`.
+    """Train a configuration and return its run: `metrics`, `summary`, `curve("val/loss")`, `path`
+    for `scmoe.load`.
 
-    Return None on a rank other than 0 that torchrun or SLURM has started. Errors are those of `train_from_python`.
+    Return None on a rank other than 0 that torchrun or SLURM has started. Errors are those of
+    `train_from_python`.
     """
-    from scmoe.training.run.from_python import train_from_python  # Lightning, which listing runs does not need
+    from scmoe.training.run.from_python import (
+        train_from_python,
+    )  # Lightning, which listing runs does not need
 
     run_dir = train_from_python(config)
     return None if run_dir is None else SeenRun(run_dir)
@@ -139,16 +155,23 @@ def train(config: Config) -> SeenRun | None:
 
 def find_runs(folder: Path) -> list[SeenRun]:
     """Return all run directories below a folder, the newest first."""
-    found = [SeenRun(path.parent) for path in folder.rglob("overrides.txt") if (path.parent / "config.yaml").exists()]
+    found = [
+        SeenRun(path.parent)
+        for path in folder.rglob("overrides.txt")
+        if (path.parent / "config.yaml").exists()
+    ]
     return sorted(found, key=lambda run: run.begun, reverse=True)
 
 
 def open_run(name: str, folder: Path = Path("runs")) -> SeenRun:
-    """Return a run by its directory, or by its path below the folder of runs. Raises ConfigError if there is none."""
+    """Return a run by its directory, or by its path below the folder of runs. Raises ConfigError if
+    there is none."""
     for path in (Path(name), folder / name):
         if (path / "config.yaml").exists():
             return SeenRun(path.resolve() if path.is_symlink() else path)
-    raise ConfigError(f"There is no run {name!r}. Give the directory of a run; {scmoe('runs')} lists them.")
+    raise ConfigError(
+        f"There is no run {name!r}. Give the directory of a run; {scmoe('runs')} lists them."
+    )
 
 
 def differences(runs: Sequence[SeenRun]) -> dict[str, list[str]]:
@@ -159,14 +182,17 @@ def differences(runs: Sequence[SeenRun]) -> dict[str, list[str]]:
 
 
 def differing_fields(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
-    """Return for each run the fields that differ from more than half of its experiment: `optim.lr=0.01`.
+    """Return for each run the fields that differ from more than half of its experiment:
+    `optim.lr=0.01`.
 
     An experiment is the runs in the folder of one sweep or one table, or else of one name.
     """
     by_home: dict[Path, list[SeenRun]] = {}
     for run in runs:
         folders = run.path.absolute().parents[:3]
-        home = next((folder for folder in folders if folder.parent.name in ("sweeps", "tables")), folders[0])
+        home = next(
+            (folder for folder in folders if folder.parent.name in ("sweeps", "tables")), folders[0]
+        )
         by_home.setdefault(home, []).append(run)
     words: dict[SeenRun, list[str]] = {run: [] for run in runs}
     for together in by_home.values():
@@ -179,7 +205,12 @@ def differing_fields(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
 
 
 def table_of(runs: Sequence[SeenRun], folder: Path) -> Table:
-    table = Table(Column("run", overflow="fold"), Column("state", no_wrap=True), box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        Column("run", overflow="fold"),
+        Column("state", no_wrap=True),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
     for name in ("steps", "best val loss", "tokens/s", "age"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("differs in", overflow="fold")
@@ -191,7 +222,11 @@ def table_of(runs: Sequence[SeenRun], folder: Path) -> Table:
             Text(run.state, style=COLORS.get(run.state, "")),
             f"{run.steps}/{run.config['trainer.max_steps']}",
             "" if best is None else f"{best:.4f}",
-            "" if speed is None else f"{speed:,.0f}" + ("" if run.counts == "tokens" else " images/s"),
+            (
+                ""
+                if speed is None
+                else f"{speed:,.0f}" + ("" if run.counts == "tokens" else " images/s")
+            ),
             age(time.time() - run.begun),
             Text(words[run]),
         )

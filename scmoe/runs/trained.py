@@ -1,8 +1,9 @@
 """Loads a trained model into one process, from a run, an exported file or a folder of Hugging Face.
 
-Experts may be offloaded, so that the process never holds all of them: `store_experts` copies them from file to file,
-one layer at a time, and `load_offloaded` reads the other weights alone. It builds the network on the meta device, so
-only language models can be offloaded: vision models have tensors that are no weights.
+Experts may be offloaded, so that the process never holds all of them: `store_experts` copies them
+from file to file, one layer at a time, and `load_offloaded` reads the other weights alone. It
+builds the network on the meta device, so only language models can be offloaded: vision models have
+tensors that are no weights.
 """
 
 import sys
@@ -21,7 +22,14 @@ from scmoe.inference.offload.cache import Cache
 from scmoe.inference.offload.migration import offload_experts
 from scmoe.inference.offload.store import Read, StoreError, expert_layers, write_store
 from scmoe.init_from.families import READERS
-from scmoe.init_from.pretrained import check_settings, read_config, read_hf, settings_of, stored_in, weight_files
+from scmoe.init_from.pretrained import (
+    check_settings,
+    read_config,
+    read_hf,
+    settings_of,
+    stored_in,
+    weight_files,
+)
 from scmoe.init_from.upcycle import fill
 from scmoe.parallel.checkpoint.export import EXPORT, exported_by_name, load_weights, read_settings
 from scmoe.parallel.checkpoint.loading import check_same_model, load_model, weights_by_name
@@ -35,11 +43,12 @@ from scmoe.training.run.resume import Which, config_of, find_checkpoint
 
 
 def load_trained(path: str | Path, which: Which = "last") -> Any:
-    """Return the whole model in eval mode, on the CPU. It is dropless: no token's output depends on other texts.
+    """Return the whole model in eval mode, on the CPU. It is dropless: no token's output depends on
+    other texts.
 
-    path: a run's directory, a .safetensors file of `make export` with config.yaml beside it, or a folder with
-    config.json. which: of a run's checkpoints. ValueError: it is none of these, or is broken, or it was trained with
-    extensions that the program has not imported.
+    path: a run's directory, a .safetensors file of `make export` with config.yaml beside it, or a
+    folder with config.json. which: of a run's checkpoints. ValueError: it is none of these, or is
+    broken, or it was trained with extensions that the program has not imported.
     """
     path = Path(path)
     if (path / "config.json").exists():
@@ -51,7 +60,10 @@ def load_trained(path: str | Path, which: Which = "last") -> Any:
         load_weights(path, model)
         return model
     if not (path / "checkpoints").is_dir():
-        give = "Give the directory of a run, a .safetensors file of make export, or a folder with config.json."
+        give = (
+            "Give the directory of a run, a .safetensors file of make export, or a folder with"
+            " config.json."
+        )
         raise ValueError(f"{path} holds no model. {give}")
     checkpoint = find_checkpoint(path, which)
     model = build(config_of(path, checkpoint))
@@ -60,11 +72,14 @@ def load_trained(path: str | Path, which: Which = "last") -> Any:
 
 
 def check_export(file: Path, config: Config) -> None:
-    """Raise ConfigError if the config.yaml beside an exported file describes another model than the file's header."""
+    """Raise ConfigError if the config.yaml beside an exported file describes another model than the
+    file's header."""
     try:
         check_settings(settings_of(config), read_settings(file))
     except ValueError as error:
-        raise ConfigError(f"{file} cannot be used with the config.yaml beside it: {error}") from error
+        raise ConfigError(
+            f"{file} cannot be used with the config.yaml beside it: {error}"
+        ) from error
 
 
 def build(config: Config) -> Any:
@@ -73,7 +88,8 @@ def build(config: Config) -> Any:
 
 @torch.no_grad()
 def load_folder(folder: Path) -> Any:
-    """Return the model of a folder of Hugging Face's form, written by `make export` or by transformers."""
+    """Return the model of a folder of Hugging Face's form, written by `make export` or by
+    transformers."""
     content = read_config(folder, (OURS, *READERS))
     model = build(our_config(content, str(folder / "config.json")))
     if content.get("model_type") != OURS:
@@ -83,14 +99,17 @@ def load_folder(folder: Path) -> Any:
     theirs = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
     if "head.weight" not in own:  # it is tied
         theirs.pop("head.weight", None)
-    check_same_model(folder, own, {name: tuple(tensor.on_meta.shape) for name, tensor in theirs.items()})
+    check_same_model(
+        folder, own, {name: tuple(tensor.on_meta.shape) for name, tensor in theirs.items()}
+    )
     for name, p in own.items():
         p.copy_(theirs[name].read())
     return model
 
 
 def store_experts(config: Config, source: Path, path: Path) -> None:
-    """Write the experts of a checkpoint (a directory) or of a file of `make export` into the store at `path`.
+    """Write the experts of a checkpoint (a directory) or of a file of `make export` into the store
+    at `path`.
 
     Raises ValueError for a broken source, or another model's."""
     model = build_model_on_meta(config)
@@ -99,10 +118,12 @@ def store_experts(config: Config, source: Path, path: Path) -> None:
 
 @contextmanager
 def offloaded(config: Config, source: Path) -> Iterator[tuple[Any, Cache]]:
-    """Give the model of a checkpoint or an export as config.offload says, and its cache, which is closed at the end.
+    """Give the model of a checkpoint or an export as config.offload says, and its cache, which is
+    closed at the end.
 
-    The store is offload/<name of the source>.experts.safetensors beside the checkpoints, or beside the export. It is
-    written where it is missing. Raises ConfigError for what cannot be honoured, and for a store that cannot be used.
+    The store is offload/<name of the source>.experts.safetensors beside the checkpoints, or beside
+    the export. It is written where it is missing. Raises ConfigError for what cannot be honoured,
+    and for a store that cannot be used.
     """
     folder = (source.parents[1] if source.is_dir() else source.parent) / "offload"
     path = folder / f"{source.name}.experts.safetensors"
@@ -116,7 +137,11 @@ def offloaded(config: Config, source: Path) -> Iterator[tuple[Any, Cache]]:
             store_experts(config, source, path)
         model, cache = load_offloaded(config, source, path, device)
     except (OSError, ValueError) as error:
-        way_out = f"; remove {relative(path)} and it is written again" if isinstance(error, StoreError) else ""
+        way_out = (
+            f"; remove {relative(path)} and it is written again"
+            if isinstance(error, StoreError)
+            else ""
+        )
         raise ConfigError(f"offload: {error}{way_out}") from error
     with cache, torch.inference_mode():
         yield model, cache
@@ -125,17 +150,27 @@ def offloaded(config: Config, source: Path) -> Iterator[tuple[Any, Cache]]:
 def load_offloaded(
     config: Config, source: Path, path: Path, device: torch.device | None = None
 ) -> tuple[nn.Module, Cache]:
-    """Return the model in evaluation mode, with experts from the store at `path` as config.offload says, and the cache,
-    to be closed at the end. Errors are those of `offload_experts`."""
+    """Return the model in evaluation mode, with experts from the store at `path` as config.offload
+    says, and the cache, to be closed at the end. Errors are those of `offload_experts`."""
     model, offload = build_model_on_meta(config).eval(), config.offload
     read, of_experts = reader(source, model), tuple(f"{layer}." for layer in expert_layers(model))
     own = {p: name for name, p in model.named_parameters() if not name.startswith(of_experts)}
-    filled = {p: nn.Parameter(read(name).to(device, p.dtype), requires_grad=False) for p, name in own.items()}
-    tied = model.named_parameters(remove_duplicate=False)  # a tied weight is filled under each of its names
-    model.load_state_dict({name: filled[p] for name, p in tied if p in filled}, strict=False, assign=True)
-    return model, offload_experts(model, path, way=offload.way, slots=offload.slots, rate_mb_s=offload.rate_mb_s)
+    filled = {
+        p: nn.Parameter(read(name).to(device, p.dtype), requires_grad=False)
+        for p, name in own.items()
+    }
+    tied = model.named_parameters(
+        remove_duplicate=False
+    )  # a tied weight is filled under each of its names
+    model.load_state_dict(
+        {name: filled[p] for name, p in tied if p in filled}, strict=False, assign=True
+    )
+    return model, offload_experts(
+        model, path, way=offload.way, slots=offload.slots, rate_mb_s=offload.rate_mb_s
+    )
 
 
 def reader(source: Path, model: nn.Module) -> Read:
-    """Return a function that reads a parameter of `model` by name. ValueError: the source belongs to another model."""
+    """Return a function that reads a parameter of `model` by name. ValueError: the source belongs
+    to another model."""
     return weights_by_name(source, model) if source.is_dir() else exported_by_name(source, model)

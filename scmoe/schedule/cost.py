@@ -1,25 +1,29 @@
-"""What a schedule costs: its operators are played on the computation and the links of the ranks (Fig. 7), which gives
-the elapsed time of the window and the exposed communication; Eq. 11, and the best schedule.
+"""What a schedule costs: its operators are played on the computation and the links of the ranks
+(Fig. 7), which gives the elapsed time of the window and the exposed communication; Eq. 11, and the
+best schedule.
 
-Computation operators run one after another on each rank. A transfer begins when every rank has launched it, and runs in
-parallel with computation until an operator waits for it. A rank's link has two directions, and each carries its
-transfers one after another. A transfer ends, on all ranks, when the busiest direction has carried its rows: every rank
-exchanges rows with the busiest one.
+Computation operators run one after another on each rank. A transfer begins when every rank has
+launched it, and runs in parallel with computation until an operator waits for it. A rank's link has
+two directions, and each carries its transfers one after another. A transfer ends, on all ranks,
+when the busiest direction has carried its rows: every rank exchanges rows with the busiest one.
 
-    even rows      a transfer fills both directions, so transfers take turns: `play`, for all ranks at once
-    uneven rows    the busy rank receives in dispatch and sends in combine, so a chunk's combine runs beside the next
-                   chunk's dispatch: `play_ranks`
+    even rows      a transfer fills both directions, so transfers take turns: `play`, for all ranks
+                   at once
+    uneven rows    the busy rank receives in dispatch and sends in combine, so a chunk's combine
+                   runs beside the next chunk's dispatch: `play_ranks`
 
-Directions are independent with gloo. NCCL runs all transfers of a communicator one after another: there chunks gain
-less under uneven rows than `play_ranks` says.
+Directions are independent with gloo. NCCL runs all transfers of a communicator one after another:
+there chunks gain less under uneven rows than `play_ranks` says.
 
-Eq. 11 chooses the slot by |T_pre - T_disp| + |T_post - T_comb|, a mismatch. The elapsed time of a pair is all its
-computation plus the parts of the transfers that the backbone does not cover, so this module chooses by elapsed time
-(docs/decisions/0007-schedule-slots.md). With one chunk the uncovered parts are
+Eq. 11 chooses the slot by |T_pre - T_disp| + |T_post - T_comb|, a mismatch. The elapsed time of a
+pair is all its computation plus the parts of the transfers that the backbone does not cover, so
+this module chooses by elapsed time (docs/decisions/0007-schedule-slots.md). With one chunk the
+uncovered parts are
 
     max(0, T_disp - T_pre) + max(0, T_comb - T_post)
 
-T_pre, T_post: backbone time before and after the experts. With more chunks, and for backward, the timeline is played.
+T_pre, T_post: backbone time before and after the experts. With more chunks, and for backward, the
+timeline is played.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,8 +50,9 @@ class Span:
 
 
 class Share(NamedTuple):
-    """A rank's rows of one chunk, each over those of an even chunk: what its link sends to the experts of other ranks
-    and receives for its own (on the way back the reverse), and what its experts compute."""
+    """A rank's rows of one chunk, each over those of an even chunk: what its link sends to the
+    experts of other ranks and receives for its own (on the way back the reverse), and what its
+    experts compute."""
 
     sent: float
     received: float
@@ -58,18 +63,25 @@ EVEN = Share(1.0, 1.0, 1.0)
 
 
 def shares(rows_RR: Sequence[Sequence[float]]) -> list[Share]:
-    """Returns the share of each rank, of two or more. rows_RR: rows of a chunk that each rank has for those of each."""
+    """Returns the share of each rank, of two or more. rows_RR: rows of a chunk that each rank has
+    for those of each."""
     ranks = len(rows_RR)
     computed = [sum(column) for column in zip(*rows_RR, strict=True)]
     even = sum(computed) / ranks
     through_link = even * (1 - 1 / ranks)
     return [
-        Share((sum(row) - row[r]) / through_link, (computed[r] - row[r]) / through_link, computed[r] / even)
+        Share(
+            (sum(row) - row[r]) / through_link,
+            (computed[r] - row[r]) / through_link,
+            computed[r] / even,
+        )
         for r, row in enumerate(rows_RR)
     ]
 
 
-def play(operators: Sequence[str], times: Mapping[str, float], sequential: bool = False) -> list[Span]:
+def play(
+    operators: Sequence[str], times: Mapping[str, float], sequential: bool = False
+) -> list[Span]:
     """Returns when each operator runs, in the order of `operators`, where all ranks have even rows."""
     even = [[EVEN]] * max(1, operators.count("dispatch"), operators.count("combine"))
     return play_ranks(operators, times, even, sequential)[0]
@@ -84,11 +96,12 @@ def play_ranks(
 ) -> list[list[Span]]:
     """Returns when each operator runs on each rank, in the order of `operators`.
 
-    operators: Schedule.operators() or .backward_operators(); others may stand before and after. The i-th experts wait
-    for the i-th transfer of the first kind (backward: combine's gradients), decode waits for all (backward: encode).
-    times: the time of each operator, of an even chunk where there are several; one that is missing takes none.
-    shares_PR: of each chunk, those of each rank. starts: when each rank begins, None: at 0, with links that are free.
-    sequential: every transfer is waited for at once, as moe.dispatcher.Blocking does.
+    operators: Schedule.operators() or .backward_operators(); others may stand before and after. The
+    i-th experts wait for the i-th transfer of the first kind (backward: combine's gradients),
+    decode waits for all (backward: encode). times: the time of each operator, of an even chunk
+    where there are several; one that is missing takes none. shares_PR: of each chunk, those of each
+    rank. starts: when each rank begins, None: at 0, with links that are free. sequential: every
+    transfer is waited for at once, as moe.dispatcher.Blocking does.
     """
     ranks = range(len(shares_PR[0]))
     clock = list(starts) if starts else [0.0 for _ in ranks]
@@ -102,7 +115,9 @@ def play_ranks(
         duration = times.get(operator, 0.0)
         if operator in TRANSFERS:
             chunk = shares_PR[len(ends[operator])]
-            rows_R2 = [(s.sent, s.received) if operator == first else (s.received, s.sent) for s in chunk]
+            rows_R2 = [
+                (s.sent, s.received) if operator == first else (s.received, s.sent) for s in chunk
+            ]
             begins, end = carry(max(clock), duration, rows_R2, free_R2)
             ends[operator].append(end)
             for r in ranks:
@@ -123,11 +138,17 @@ def play_ranks(
 
 
 def carry(
-    launched: float, duration: float, rows_R2: Sequence[tuple[float, float]], free_R2: list[list[float]]
+    launched: float,
+    duration: float,
+    rows_R2: Sequence[tuple[float, float]],
+    free_R2: list[list[float]],
 ) -> tuple[list[float], float]:
-    """Returns when a transfer begins on each rank's link, and when it ends on all. Updates `free_R2`.
+    """Returns when a transfer begins on each rank's link, and when it ends on all. Updates
+    `free_R2`.
 
-    launched: by the last rank. rows_R2: through both directions of each link, over those that take `duration`."""
+    launched: by the last rank. rows_R2: through both directions of each link, over those that take
+    `duration`.
+    """
     begins, end = [], launched
     for rows, free in zip(rows_R2, free_R2, strict=True):
         used = [direction for direction in (0, 1) if rows[direction] > 0]
@@ -145,7 +166,8 @@ def elapsed(spans: Sequence[Span]) -> float:
 
 @dataclass(frozen=True)
 class OperatorTimes:
-    """Time of each operator, forward and backward, summed over chunks. Without backward times it is inference."""
+    """Time of each operator, forward and backward, summed over chunks. Without backward times it is
+    inference."""
 
     forward: Mapping[str, float]
     backward: Mapping[str, float] = field(default_factory=dict)
@@ -153,7 +175,10 @@ class OperatorTimes:
 
 def elapsed_time(schedule: Schedule, times: OperatorTimes) -> float:
     """Time from the tap to the end of the block, and back if there are backward times."""
-    directions = (schedule.operators(), times.forward), (schedule.backward_operators(), times.backward)
+    directions = (
+        (schedule.operators(), times.forward),
+        (schedule.backward_operators(), times.backward),
+    )
     return sum(elapsed(play(operators, per_chunk(schedule, own))) for operators, own in directions)
 
 
@@ -162,10 +187,13 @@ def per_chunk(schedule: Schedule, times: Mapping[str, float]) -> dict[str, float
 
 
 def exposed_time(schedule: Schedule, times: OperatorTimes) -> float:
-    """Part of the elapsed time in which the processor waits for a transfer: all but the time of the computation."""
+    """Part of the elapsed time in which the processor waits for a transfer: all but the time of the
+    computation."""
     before, after = schedule.around_experts
     operators = ("route", "encode", *before, *after, *schedule.after_window, "experts", "decode")
-    computing = sum(direction.get(op, 0.0) for direction in (times.forward, times.backward) for op in operators)
+    computing = sum(
+        direction.get(op, 0.0) for direction in (times.forward, times.backward) for op in operators
+    )
     return elapsed_time(schedule, times) - computing
 
 
@@ -178,10 +206,14 @@ def mismatch(schedule: Schedule, times: OperatorTimes) -> float:
 
 
 def slots(schedule: Schedule) -> list[Schedule]:
-    """The same schedule at every slot of its window, and inside each attention of it, in the order of the window."""
+    """The same schedule at every slot of its window, and inside each attention of it, in the order
+    of the window."""
     whole = [(slot, False) for slot in range(len(schedule.window) + 1)]
     inside = [(slot, True) for slot in schedule.attentions]
-    return [replace(schedule, expert_slot=slot, inside_attention=part) for slot, part in sorted(whole + inside)]
+    return [
+        replace(schedule, expert_slot=slot, inside_attention=part)
+        for slot, part in sorted(whole + inside)
+    ]
 
 
 def best_schedule(choices: Iterable[Schedule], times: Mapping[int, OperatorTimes]) -> Schedule:
@@ -190,7 +222,8 @@ def best_schedule(choices: Iterable[Schedule], times: Mapping[int, OperatorTimes
 
 
 def overlap_efficiency(overlapped: Any, sequential: Any, free: Any) -> Any:
-    """1 - (T_overlapped - T_free) / (T_sequential - T_free), FLUX's definition: 1 where all communication is hidden, 0
-    where none is, below 0 where hiding it costs more than it saves. free: the time without communication, so
-    computation that a transfer slows down lowers the efficiency. Numbers, or arrays of them."""
+    """1 - (T_overlapped - T_free) / (T_sequential - T_free), FLUX's definition: 1 where all
+    communication is hidden, 0 where none is, below 0 where hiding it costs more than it saves.
+    free: the time without communication, so computation that a transfer slows down lowers the
+    efficiency. Numbers, or arrays of them."""
     return 1 - (overlapped - free) / (sequential - free)

@@ -1,8 +1,8 @@
-"""The schedule as a value (section 3.2): which backbone operators an MoE stream can hide behind, and where its
-experts run.
+"""The schedule as a value (section 3.2): which backbone operators an MoE stream can hide behind,
+and where its experts run.
 
-The *window* is the backbone computation between the tap and the end of the block. It holds the sub-layers after the
-tap, then the shared expert where the architecture has one (section 3.1):
+The *window* is the backbone computation between the tap and the end of the block. It holds the
+sub-layers after the tap, then the shared expert where the architecture has one (section 3.1):
 
     scmoe, pos1      attention, shared_expert                      slots 0..2
     scmoe, pos2      mlp, attention, shared_expert                 slots 0..3
@@ -14,18 +14,22 @@ tap, then the shared expert where the architecture has one (section 3.1):
     shared_expert    shared_expert                                 slots 0..1
     top_k            nothing                                       slot 0
 
-At slot k the experts run after k operators of the window. Where the next operator is attention, they may also run
-inside it: between its core (norm, projections, softmax) and its output projection. Megatron's ShortcutMoE, FarSkip and
-LongCat-Flash's serving cut their windows there.
+At slot k the experts run after k operators of the window. Where the next operator is attention,
+they may also run inside it: between its core (norm, projections, softmax) and its output
+projection. Megatron's ShortcutMoE, FarSkip and LongCat-Flash's serving cut their windows there.
 
-With an MoE in every block, the tap of Pos-2 lies in the preceding block, which hands it on (`carried`). The first block
-has no preceding one and taps its own sub-layers' output (`first`).
+With an MoE in every block, the tap of Pos-2 lies in the preceding block, which hands it on
+(`carried`). The first block has no preceding one and taps its own sub-layers' output (`first`).
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 
-SUBLAYERS = ("attention", "mlp", "attention")  # of a pair, in order; a block with an MoE in every block has the first
+SUBLAYERS = (
+    "attention",
+    "mlp",
+    "attention",
+)  # of a pair, in order; a block with an MoE in every block has the first
 POSITIONS = {"pos1": 1, "pos2": 2, "pos3": 3}  # sub-layers between the tap and the end of the block
 BETWEEN_BLOCKS = {"carried": 1, "first": 0}  # the same for taps at Pos-2 with an MoE in every block
 PARTS = ("attention_core", "attention_out")  # of an attention that the experts run inside of
@@ -40,14 +44,14 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """When the experts run, and in how many chunks. It changes when operators run, never their results.
+    """When the experts run, and in how many chunks. It changes when operators run, never their
+    results.
 
-    position: where the tap is; None for the architectures without a shortcut.
-    expert_slot: number of operators of the window that run before the experts; None: the middle of the window, or its
-    last attention where they run inside one.
-    chunks: pieces that the rows are cut into, so that one chunk's experts hide another's transfer.
-    inside_attention: the experts run inside the attention after the slot, between its two PARTS.
-    Raises ValueError for a combination that does not exist.
+    position: where the tap is; None for the architectures without a shortcut. expert_slot: number
+    of operators of the window that run before the experts; None: the middle of the window, or its
+    last attention where they run inside one. chunks: pieces that the rows are cut into, so that one
+    chunk's experts hide another's transfer. inside_attention: the experts run inside the attention
+    after the slot, between its two PARTS. Raises ValueError for a combination that does not exist.
     """
 
     architecture: str
@@ -58,28 +62,41 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture is {self.architecture!r}, allowed: {', '.join(ARCHITECTURES)}")
+            raise ValueError(
+                f"architecture is {self.architecture!r}, allowed: {', '.join(ARCHITECTURES)}"
+            )
         allowed = ARCHITECTURES[self.architecture] or (None,)
         if self.position not in allowed:
             names = ", ".join(map(str, allowed))
-            raise ValueError(f"position is {self.position!r}, allowed for {self.architecture}: {names}")
+            raise ValueError(
+                f"position is {self.position!r}, allowed for {self.architecture}: {names}"
+            )
         if self.inside_attention and not self.attentions:
             raise ValueError(f"schedule.inside_attention is True, allowed for {self.name}: False")
         if self.expert_slot is None:
             slot = self.attentions[-1] if self.inside_attention else len(self.window) // 2
             object.__setattr__(self, "expert_slot", slot)
         if not 0 <= self.slot <= len(self.window):
-            raise ValueError(f"schedule.slot is {self.slot}, allowed for {self.name}: 0..{len(self.window)}")
+            raise ValueError(
+                f"schedule.slot is {self.slot}, allowed for {self.name}: 0..{len(self.window)}"
+            )
         if self.inside_attention and self.slot not in self.attentions:
-            inside = f"{self.name} with schedule.inside_attention: {' | '.join(map(str, self.attentions))}"
-            raise ValueError(f"schedule.slot is {self.slot}, allowed for {inside}, as an attention follows")
+            inside = (
+                f"{self.name} with schedule.inside_attention:"
+                f" {' | '.join(map(str, self.attentions))}"
+            )
+            raise ValueError(
+                f"schedule.slot is {self.slot}, allowed for {inside}, as an attention follows"
+            )
         if self.chunks < 1:
             raise ValueError(f"schedule.chunks is {self.chunks}, allowed: 1 or more")
 
     @property
     def name(self) -> str:
         """Architecture and position, for messages."""
-        return self.architecture if self.position is None else f"{self.architecture} {self.position}"
+        return (
+            self.architecture if self.position is None else f"{self.architecture} {self.position}"
+        )
 
     @property
     def slot(self) -> int:
@@ -123,17 +140,19 @@ class Schedule:
         return before, after
 
     def operators(self) -> tuple[str, ...]:
-        """Names of all operators in the order a rank starts them, from the tap to the end of the block."""
+        """Names of all operators in the order a rank starts them, from the tap to the end of the
+        block."""
         begin = ("route", "encode") + ("dispatch",) * self.chunks
         experts = ("experts", "combine") * self.chunks
         before, after = self.around_experts
         return begin + before + experts + after + self.after_window + ("decode",)
 
     def backward_operators(self) -> tuple[str, ...]:
-        """The same for backward, the mirror of forward: the gradients of combine travel first, those of dispatch last.
+        """The same for backward, the mirror of forward: the gradients of combine travel first,
+        those of dispatch last.
 
-        A transfer is listed where it starts. The transfer of the rows' gradients starts right after decode's backward,
-        because forward waits for the rows right before decode.
+        A transfer is listed where it starts. The transfer of the rows' gradients starts right after
+        decode's backward, because forward waits for the rows right before decode.
         """
         begin = ("decode",) + ("combine",) * self.chunks + self.after_window
         experts = ("experts", "dispatch") * self.chunks

@@ -1,8 +1,10 @@
-"""Many trainings as one batch, each in a process of its own (or all in this one), which can be stopped at any time.
+"""Many trainings as one batch, each in a process of its own (or all in this one), which can be
+stopped at any time.
 
-A batch skips finished jobs, resumes interrupted ones from their newest checkpoint, marks failed ones and continues
-with the rest. Ctrl-C and SIGTERM reach every training as SIGTERM: it saves a checkpoint and ends. What differs between
-studies is handed in: which job comes next, what a training's result is, and whether it is worth its time.
+A batch skips finished jobs, resumes interrupted ones from their newest checkpoint, marks failed
+ones and continues with the rest. Ctrl-C and SIGTERM reach every training as SIGTERM: it saves a
+checkpoint and ends. What differs between studies is handed in: which job comes next, what a
+training's result is, and whether it is worth its time.
 """
 
 from __future__ import annotations
@@ -23,7 +25,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from scmoe.command_line import call
 from scmoe.sweeps.jobs import Job, clock, last_line
 
-STOPPED = (143, 130, -signal.SIGTERM, -signal.SIGINT)  # exit codes of a training that was asked to stop
+STOPPED = (
+    143,
+    130,
+    -signal.SIGTERM,
+    -signal.SIGINT,
+)  # exit codes of a training that was asked to stop
 GRACE_S = 60.0  # time for a training that is asked to stop, to write its checkpoint
 POLL_S = 0.1
 SAY_EVERY_S = 60.0  # where there is no terminal
@@ -33,9 +40,9 @@ SAY_EVERY_S = 60.0  # where there is no terminal
 class Batch:
     """Jobs to run, `slots` in parallel (0: one after the other in this process).
 
-    jobs: those known so far. propose: returns the next one after them, or None. look: reads a running job's results and
-    says whether to stop it early. watch: is called now and then, and with each job that has ended. total: how many jobs
-    there will be, None: unlimited.
+    jobs: those known so far. propose: returns the next one after them, or None. look: reads a
+    running job's results and says whether to stop it early. watch: is called now and then, and with
+    each job that has ended. total: how many jobs there will be, None: unlimited.
     """
 
     jobs: list[Job]
@@ -47,22 +54,30 @@ class Batch:
     waiting: list[Job] = field(default_factory=list)
 
     def run(self, lock: IO[str], again: Sequence[str] = ("waiting", "cut")) -> int:
-        """Run the jobs whose status is in `again`, then the proposed ones. Returns the signal that stopped it, or 0."""
+        """Run the jobs whose status is in `again`, then the proposed ones. Returns the signal that
+        stopped it, or 0."""
         for begun in [job for job in self.jobs if job.state.status in again]:
-            if begun.state.status == "cut" and any((path / "summary.json").exists() for path in begun.run_dirs()):
-                self._settle(begun, code=0)  # it came to its end after the process that started it had been killed
+            if begun.state.status == "cut" and any(
+                (path / "summary.json").exists() for path in begun.run_dirs()
+            ):
+                self._settle(
+                    begun, code=0
+                )  # it came to its end after the process that started it had been killed
             else:
                 self.waiting.append(begun)
         running: list[Running] = []
         with _stop_requests() as signals:
             try:
                 while True:
-                    while not signals and len(running) < max(1, self.slots) and (job := self._next()):
+                    while (
+                        not signals and len(running) < max(1, self.slots) and (job := self._next())
+                    ):
                         running.append(Running(job, lock, here=self.slots == 0))
                     if not running:
                         return signals[0] if signals else 0
                     self._follow(running, signals)
-            finally:  # after an error of this process, such as a full disk: no training may outlive it
+            # after an error of this process, such as a full disk: no training may outlive it
+            finally:
                 for one in running:
                     one.stop(kill=True)
                 for one in running:
@@ -88,14 +103,17 @@ class Batch:
     def seconds_left(self) -> float | None:
         """Estimate from this session's progress; None: nothing to estimate from.
 
-        The time before a training's first line is that of its start, which must not count as time of steps.
+        The time before a training's first line is that of its start, which must not count as time
+        of steps.
         """
         moved = [job for job in self.jobs if job.progress > job.begun_progress]
         progress = sum(job.progress - job.begun_progress for job in moved)
         if self.total is None or progress < 0.01:
             return None
         job_s = sum(job.worked_s - job.begun_s for job in moved) / progress
-        start_s = sum(max(0.0, job.begun_s - job_s * job.begun_progress) for job in moved) / len(moved)
+        start_s = sum(max(0.0, job.begun_s - job_s * job.begun_progress) for job in moved) / len(
+            moved
+        )
         begun = sum(job.state.status == "running" or job.state.has_ended for job in self.jobs)
         seconds = (self.total - self.done()) * job_s + max(0, self.total - begun) * start_s
         return seconds / max(1, self.slots)
@@ -116,10 +134,15 @@ class Batch:
             one.job.progress += 1 - before
         self.watch(self, one.job)
 
-    def _settle(self, job: Job, code: int | None, asked: bool = False, hopeless: bool = False) -> None:
+    def _settle(
+        self, job: Job, code: int | None, asked: bool = False, hopeless: bool = False
+    ) -> None:
         """Set and keep the state of a training that ended with this exit code."""
         run_dirs, state = job.run_dirs(), job.state
-        state.run_dir, state.seconds = str(run_dirs[0]) if run_dirs else None, round(state.seconds, 1)
+        state.run_dir, state.seconds = (
+            str(run_dirs[0]) if run_dirs else None,
+            round(state.seconds, 1),
+        )
         self.look(job)
         if code == 0:
             state.status, state.done = "finished", 1.0
@@ -154,10 +177,13 @@ class Running:
                 return
             # A session of its own: Ctrl-C reaches this process alone, which sends SIGTERM.
             held = (lock.fileno(),)
-            self.process = Popen(words, stdin=DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=held)
+            self.process = Popen(
+                words, stdin=DEVNULL, stdout=log, stderr=log, start_new_session=True, pass_fds=held
+            )
 
     def poll(self) -> int | None:
-        """Note how far the training is. Return its exit code; None: it runs. It is killed if it is slow to stop."""
+        """Note how far the training is. Return its exit code; None: it runs. It is killed if it is
+        slow to stop."""
         now = time.monotonic()
         if self.process is not None:
             if self.asked is not None and now - self.asked > GRACE_S:
@@ -168,7 +194,8 @@ class Running:
         return self.code
 
     def stop(self, kill: bool = False, hopeless: bool = False) -> None:
-        """Ask the training to save a checkpoint and end. hopeless: because it is not worth its time."""
+        """Ask the training to save a checkpoint and end. hopeless: because it is not worth its
+        time."""
         self.hopeless = self.hopeless or hopeless
         if self.process is not None and self.process.poll() is None:
             if self.asked is None:
@@ -186,7 +213,8 @@ class Running:
 
 
 def _call(words: Sequence[str], log: IO[str]) -> int:
-    """Run a training in this process: Python does not start again, but nothing can kill the training alone."""
+    """Run a training in this process: Python does not start again, but nothing can kill the
+    training alone."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         with redirect_stdout(log), redirect_stderr(log):
@@ -207,7 +235,9 @@ def _stop_requests() -> Iterator[list[int]]:
 
     def note(number: int, _: Any) -> None:
         signals.append(number)
-        if signal.getsignal(signal.SIGTERM) is not note:  # a training in this process has its own handler
+        if (
+            signal.getsignal(signal.SIGTERM) is not note
+        ):  # a training in this process has its own handler
             signal.raise_signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -219,23 +249,37 @@ def _stop_requests() -> Iterator[list[int]]:
 
 
 class Watch:
-    """Shows a batch on standard error: a bar on a terminal; elsewhere a line for each job and one a minute.
+    """Shows a batch on standard error: a bar on a terminal; elsewhere a line for each job and one a
+    minute.
 
-    It is a batch's `watch`; enter its `bar`. result: the text of an ended job. note: the text at the end of the bar.
+    It is a batch's `watch`; enter its `bar`. result: the text of an ended job. note: the text at
+    the end of the bar.
     """
 
     def __init__(self, result: Callable[[Job], str], note: Callable[[], str] = lambda: "") -> None:
         self.result, self.note, self.said = result, note, time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.1f}/{task.total}"))
-        facts = (TimeElapsedColumn(), TextColumn("{task.fields[left]}"), TextColumn("{task.fields[note]}"))
-        screen = Console(file=sys.stderr)  # this one, also while a training in this process prints into its log
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.1f}/{task.total}"),
+        )
+        facts = (
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[note]}"),
+        )
+        screen = Console(
+            file=sys.stderr
+        )  # this one, also while a training in this process prints into its log
         self.bar = Progress(*columns, *facts, console=screen, disable=not screen.is_terminal)
         self.task = self.bar.add_task("", total=None, left="", note="")
 
     def __call__(self, batch: Batch, ended: Job | None) -> None:
         seconds = batch.seconds_left()
         left = f"about {clock(seconds)} left" if seconds else ""
-        self.bar.update(self.task, completed=batch.done(), total=batch.total, left=left, note=self.note())
+        self.bar.update(
+            self.task, completed=batch.done(), total=batch.total, left=left, note=self.note()
+        )
         if ended:
             facts = [ended.state.error or self.result(ended), clock(ended.state.seconds), left]
             self.say(f"{ended.title} {ended.state.status}: {', '.join(filter(None, facts))}")

@@ -25,12 +25,18 @@ def one_of(*choices: str) -> Rule:
 TEXT: Rule = (lambda value: isinstance(value, str), "a text")
 NUMBER: Rule = (is_number, "a number")
 COUNT: Rule = (lambda value: is_int(value) and value > 0, "a whole number above 0")
-MAPPING: Rule = (lambda value: isinstance(value, dict) and bool(value), "a mapping that is not empty")
+MAPPING: Rule = (
+    lambda value: isinstance(value, dict) and bool(value),
+    "a mapping that is not empty",
+)
 LIST: Rule = (lambda value: isinstance(value, list) and bool(value), "a list that is not empty")
 
 
-def check(place: str, mapping: Any, rules: Mapping[str, Rule], required: Collection[str] = ()) -> None:
-    """Raise ConfigError for a missing or unknown key, and for a value against its rule. place: "" for a whole file."""
+def check(
+    place: str, mapping: Any, rules: Mapping[str, Rule], required: Collection[str] = ()
+) -> None:
+    """Raise ConfigError for a missing or unknown key, and for a value against its rule. place: ""
+    for a whole file."""
     if not isinstance(mapping, dict):
         raise refusal(place or "the file", mapping, "a mapping of keys to values")
     prefix = f"{place}." if place else ""

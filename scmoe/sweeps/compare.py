@@ -1,4 +1,5 @@
-"""Runs side by side: their results, how their configs differ, and their curves over the tokens (images) they saw."""
+"""Runs side by side: their results, how their configs differ, and their curves over the tokens
+(images) they saw."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,9 @@ def results_table(runs: Sequence[SeenRun], letters: Sequence[str]) -> Table:
         curve, speed = run.curve("val/loss"), run.per_s
         losses = [f"{run.best_loss:.4f}", f"{curve[-1][1]:.4f}"] if curve else ["", ""]
         steps = f"{run.steps}/{run.config['trainer.max_steps']}"
-        table.add_row(letter, Text(str(run.path)), run.state, steps, *losses, f"{speed:,.0f}" if speed else "")
+        table.add_row(
+            letter, Text(str(run.path)), run.state, steps, *losses, f"{speed:,.0f}" if speed else ""
+        )
     return table
 
 
@@ -48,8 +51,14 @@ def labels_of(runs: Sequence[SeenRun], letters: Sequence[str]) -> list[str]:
     found = differences(runs)
     labels = []
     for i, (letter, run) in enumerate(zip(letters, runs, strict=True)):
-        words = [f"{key.rpartition('.')[2]} {values[i]}" for key, values in found.items() if not key.endswith("_every")]
-        labels.append(f"{letter}: {run.config['name']}" + (f" ({', '.join(words[:6])})" if words else ""))
+        words = [
+            f"{key.rpartition('.')[2]} {values[i]}"
+            for key, values in found.items()
+            if not key.endswith("_every")
+        ]
+        labels.append(
+            f"{letter}: {run.config['name']}" + (f" ({', '.join(words[:6])})" if words else "")
+        )
     return labels
 
 
@@ -63,7 +72,11 @@ def draw(runs: Sequence[SeenRun], letters: Sequence[str], path: Path) -> None:
             own = [run.curve(metric) for metric in PANELS]
             twins = curves.count(own)
             curves.append(own)
-            line = {"color": colors[i % 10], "linestyle": STYLES[(i // 10 + twins) % len(STYLES)], "linewidth": 1.4}
+            line = {
+                "color": colors[i % 10],
+                "linestyle": STYLES[(i // 10 + twins) % len(STYLES)],
+                "linewidth": 1.4,
+            }
             marker = {"marker": MARKERS[twins % len(MARKERS)], "markersize": 4 + 2 * twins}
             if twins:
                 label += f"; same curves as {letters[curves.index(own)]}"

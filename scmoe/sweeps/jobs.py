@@ -1,11 +1,12 @@
 """One job of a study, and what is kept of it.
 
-<study>/lock                  held by the process that runs the study and, by inheritance, by all its trainings
+<study>/lock                  held by the process that runs the study and, by inheritance, by all
+                              its trainings
         states/<job>.json     what is known of a job: whole or absent
         logs/<job>.log        what its training printed
 
-Runs of equal `digest_of` have equal results, so a table takes them. A sweep goes on only if its base config's is
-unchanged.
+Runs of equal `digest_of` have equal results, so a table takes them. A sweep goes on only if its
+base config's is unchanged.
 """
 
 import fcntl
@@ -28,7 +29,14 @@ from scmoe.runs.seen import DEFAULTS, flat
 TRAIN = (sys.executable, "-m", "scmoe", "train")
 LOG_TAIL = 4096  # bytes
 # where a run is kept and how it is shown: nothing that changes a result
-NOT_IN_DIGEST = ("name", "runs_dir", "logger.", "data.cache_dir", "trainer.progress", "trainer.max_memory_gib")
+NOT_IN_DIGEST = (
+    "name",
+    "runs_dir",
+    "logger.",
+    "data.cache_dir",
+    "trainer.progress",
+    "trainer.max_memory_gib",
+)
 
 
 @dataclass
@@ -49,10 +57,12 @@ class State:
 
 @dataclass(eq=False)
 class Job:
-    """One training of a study. arguments: of the command that starts it; the launcher's last word is `train`.
-    again: extensions and callbacks that the resume command must name, because a kept configuration runs no code.
-    is_own: whether a run directory belongs to this job, not to an earlier job of this name with another config.
-    judge: reads the finished job's results, may call it failed, and may return a job that follows it at once."""
+    """One training of a study. arguments: of the command that starts it; the launcher's last word
+    is `train`. again: extensions and callbacks that the resume command must name, because a kept
+    configuration runs no code. is_own: whether a run directory belongs to this job, not to an
+    earlier job of this name with another config. judge: reads the finished job's results, may call
+    it failed, and may return a job that follows it at once.
+    """
 
     name: str
     title: str
@@ -79,12 +89,19 @@ class Job:
 
     def run_dirs(self) -> list[Path]:
         """Return the run directories of this job, the newest first."""
-        found = sorted((path.parent for path in self.home.glob("*/config.yaml")), reverse=True) if self.home else []
+        found = (
+            sorted((path.parent for path in self.home.glob("*/config.yaml")), reverse=True)
+            if self.home
+            else []
+        )
         return [run_dir for run_dir in found if self.is_own(run_dir)]
 
     def to_resume(self) -> Path | None:
         """Return the newest run directory that has a checkpoint."""
-        return next((run_dir for run_dir in self.run_dirs() if any(run_dir.glob("checkpoints/*.ckpt"))), None)
+        return next(
+            (run_dir for run_dir in self.run_dirs() if any(run_dir.glob("checkpoints/*.ckpt"))),
+            None,
+        )
 
     def command(self, run_dir: Path | None) -> list[str]:
         """Return the command that resumes a run; None: the one that begins the job."""
@@ -93,7 +110,8 @@ class Job:
         return [*self.launcher[:-1], "resume", str(run_dir), *self.again]
 
     def read(self) -> State:
-        """Set the state from its file. The caller holds the lock, so a job that was running has been interrupted."""
+        """Set the state from its file. The caller holds the lock, so a job that was running has
+        been interrupted."""
         self.state = State(**read_json(self.state_file))
         if self.state.status == "running":
             self.state.status = "cut"
@@ -124,14 +142,21 @@ def lock_of(study: Path) -> Iterator[IO[str]]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ConfigError(f"{study}: another process is running this study; wait for it or stop it") from error
+            raise ConfigError(
+                f"{study}: another process is running this study; wait for it or stop it"
+            ) from error
         yield lock
 
 
 def digest_of(config: Config) -> str:
-    """Return a hash of the values that can change a result. Defaults are left out: a new field changes no digest."""
+    """Return a hash of the values that can change a result. Defaults are left out: a new field
+    changes no digest."""
     values = flat(to_yaml(config)).items()
-    own = {key: value for key, value in values if value != DEFAULTS[key] and not key.startswith(NOT_IN_DIGEST)}
+    own = {
+        key: value
+        for key, value in values
+        if value != DEFAULTS[key] and not key.startswith(NOT_IN_DIGEST)
+    }
     return sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -149,7 +174,13 @@ def last_line(log: Path) -> str:
 def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+    return (
+        f"{hours} h {minutes:02} min"
+        if hours
+        else f"{minutes} min {rest:02} s"
+        if minutes
+        else f"{rest} s"
+    )
 
 
 def _tail(log: Path) -> str:

@@ -1,8 +1,10 @@
-"""Which trial comes next, and which one is stopped early: W&B's methods, as functions of the trials so far.
+"""Which trial comes next, and which one is stopped early: W&B's methods, as functions of the trials
+so far.
 
-There is no other state, so an interrupted sweep continues as if it had not been. bayes is optuna's tree-structured
-Parzen estimator on each parameter's quantiles; early stopping is Hyperband's bands as W&B defines them
-(docs/decisions/0022-search.md says why optuna's other samplers and its pruners are not used).
+There is no other state, so an interrupted sweep continues as if it had not been. bayes is optuna's
+tree-structured Parzen estimator on each parameter's quantiles; early stopping is Hyperband's bands
+as W&B defines them (docs/decisions/0022-search.md says why optuna's other samplers and its pruners
+are not used).
 """
 
 import math
@@ -14,8 +16,8 @@ from typing import Any
 
 from scmoe.sweeps.sweep_file import Sweep, grid
 
-# A point of the search space: for each parameter the index of its choice, or the quantile of its distribution. Only
-# bayes needs them.
+# A point of the search space: for each parameter the index of its choice, or the quantile of its
+# distribution. Only bayes needs them.
 Point = dict[str, int | float]
 
 
@@ -35,7 +37,8 @@ class Trial:
 
     @property
     def value(self) -> float | None:
-        """The value that judges the trial: the last one, as in W&B's summary. None: there is none, or it is NaN."""
+        """The value that judges the trial: the last one, as in W&B's summary. None: there is none,
+        or it is NaN."""
         return self.history[-1] if self.history and math.isfinite(self.history[-1]) else None
 
 
@@ -56,17 +59,23 @@ def target_reached(sweep: Sweep, trials: Sequence[Trial]) -> bool:
 
 def propose(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
     """Return the next trial; None: there is none. Equal trials give an equal next one."""
-    if (sweep.run_cap is not None and len(trials) >= sweep.run_cap) or target_reached(sweep, trials):
+    if (sweep.run_cap is not None and len(trials) >= sweep.run_cap) or target_reached(
+        sweep, trials
+    ):
         return None
     number = len(trials) + 1
     if sweep.method == "bayes":
         point = _bayes(sweep, trials)
-        return Trial(number, point, {name: sweep.axes[name].at(place) for name, place in point.items()})
+        return Trial(
+            number, point, {name: sweep.axes[name].at(place) for name, place in point.items()}
+        )
     if sweep.method == "grid":
         parameters = next(islice(grid(sweep), len(trials), None), None)
         return None if parameters is None else Trial(number, {}, parameters)
     draw = Random(f"{sweep.base.seed} {len(trials)}")
-    return Trial(number, {}, {name: axis.quantile(draw.random()) for name, axis in sweep.axes.items()})
+    return Trial(
+        number, {}, {name: axis.quantile(draw.random()) for name, axis in sweep.axes.items()}
+    )
 
 
 def total(sweep: Sweep) -> int | None:
@@ -78,22 +87,31 @@ def total(sweep: Sweep) -> int | None:
 
 
 def _bayes(sweep: Sweep, trials: Sequence[Trial]) -> Point:
-    """A failed trial counts with the value that metric.impute chooses, so that the search avoids its neighbourhood."""
+    """A failed trial counts with the value that metric.impute chooses, so that the search avoids
+    its neighbourhood."""
     import optuna
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     distributions: dict[str, BaseDistribution] = {
-        name: FloatDistribution(0, 1) if axis.choices is None else CategoricalDistribution(range(len(axis.choices)))
+        name: (
+            FloatDistribution(0, 1)
+            if axis.choices is None
+            else CategoricalDistribution(range(len(axis.choices)))
+        )
         for name, axis in sweep.axes.items()
     }
     sampler = optuna.samplers.TPESampler(seed=sweep.base.seed + len(trials), multivariate=True)
-    study = optuna.create_study(sampler=sampler, direction="minimize" if sweep.minimize else "maximize")
+    study = optuna.create_study(
+        sampler=sampler, direction="minimize" if sweep.minimize else "maximize"
+    )
     ended = [trial for trial in trials if trial.state in ("finished", "stopped", "failed")]
     for trial in ended:
         value = _imputed(sweep, trial, ended) if trial.state == "failed" else trial.value
         if value is not None:
-            study.add_trial(optuna.create_trial(params=trial.point, distributions=distributions, value=value))
+            study.add_trial(
+                optuna.create_trial(params=trial.point, distributions=distributions, value=value)
+            )
     return study.ask(distributions).params
 
 
@@ -106,7 +124,8 @@ def _imputed(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> float | Non
 
 
 def bands(rule: dict[str, Any]) -> list[int]:
-    """Return the numbers of values at which a trial is judged: max_iter / eta^i, i = 1..s, or min_iter * eta^i."""
+    """Return the numbers of values at which a trial is judged: max_iter / eta^i, i = 1..s, or
+    min_iter * eta^i."""
     eta = rule.get("eta", 3)
     if "max_iter" in rule:
         return sorted({int(rule["max_iter"] / eta**i) for i in range(1, rule["s"] + 1)} - {0})
@@ -114,8 +133,8 @@ def bands(rule: dict[str, Any]) -> list[int]:
 
 
 def hopeless(sweep: Sweep, trial: Trial, others: Sequence[Trial]) -> bool:
-    """Return whether Hyperband stops the trial: at the last band that it has passed, which n trials have reached, its
-    value is worse than the (floor(n / eta) + 1)-th best of theirs.
+    """Return whether Hyperband stops the trial: at the last band that it has passed, which n trials
+    have reached, its value is worse than the (floor(n / eta) + 1)-th best of theirs.
 
     early_terminate.strict: compare the trial's value at the band; otherwise its best value so far.
     """

@@ -1,8 +1,9 @@
 """A W&B sweep file, read as W&B reads it.
 
-The rules are those of W&B's sweep configuration; the names and values of parameters are those of scmoe.config. A wrong
-file is refused before the first trial. Left out, since nothing here could run it: Launch jobs, several metrics, own
-schedulers, nested parameters, and the distributions beta and q_beta.
+The rules are those of W&B's sweep configuration; the names and values of parameters are those of
+scmoe.config. A wrong file is refused before the first trial. Left out, since nothing here could run
+it: Launch jobs, several metrics, own schedulers, nested parameters, and the distributions beta and
+q_beta.
 """
 
 import math
@@ -51,7 +52,14 @@ HYPERBAND: dict[str, Rule] = {
     "eta": (lambda value: checks.is_number(value) and value > 1, "a number above 1"),
     "strict": (lambda value: isinstance(value, bool), "true | false"),
 }
-BOUNDED = ("int_uniform", "uniform", "log_uniform", "log_uniform_values", "inv_log_uniform", "inv_log_uniform_values")
+BOUNDED = (
+    "int_uniform",
+    "uniform",
+    "log_uniform",
+    "log_uniform_values",
+    "inv_log_uniform",
+    "inv_log_uniform_values",
+)
 DISTRIBUTIONS = {  # and their keys, which are required unless they have a default
     "constant": "value",
     "categorical": "values",
@@ -70,7 +78,9 @@ AXIS = {
 }
 GRID = ("constant", "categorical", "categorical_w_probabilities", "int_uniform", "q_uniform")
 PROGRAM = "scmoe/__main__.py"
-OLD_PROGRAM = "experiments/train.py"  # sweep files of earlier versions name this file, or one of these modules
+OLD_PROGRAM = (  # sweep files of earlier versions name this file, or one of these modules
+    "experiments/train.py"
+)
 OLD_MODULES = ("experiments.train", "scmoe.experiments.train")
 MOST_EXPONENT = 700.0  # e to this is still a float; no parameter can be so large
 PROBES = 20  # number of combinations in which a value is tried before it is refused
@@ -125,7 +135,8 @@ class Axis:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file that can be run. raw: what W&B gets. launcher: the trial's command up to the config file."""
+    """A sweep file that can be run. raw: what W&B gets. launcher: the trial's command up to the
+    config file."""
 
     name: str
     raw: dict[str, Any]
@@ -155,27 +166,49 @@ def words(parameters: dict[str, Any]) -> list[str]:
 def read(path: str, extra: Sequence[str] = ()) -> Sweep:
     """Read a sweep; the overrides `extra` are added to the command of all its trials.
 
-    Raises ConfigError, in one line, for what W&B would refuse, for an unknown parameter, and for what cannot run here.
+    Raises ConfigError, in one line, for what W&B would refuse, for an unknown parameter, and for
+    what cannot run here.
     """
     try:
-        raw = yaml.safe_load(find(path).read_text(encoding="utf-8"))  # as W&B does: 1e-3 is a text, 1.0e-3 a number
+        raw = yaml.safe_load(
+            find(path).read_text(encoding="utf-8")
+        )  # as W&B does: 1e-3 is a text, 1.0e-3 a number
         _check(raw)
         raw = renamed(raw)
         launcher, config, overrides = _command(raw)
         raw = {**raw, "command": [*raw["command"][:-1], *extra, raw["command"][-1]]}
-        axes = {name: read_axis(name, spec, raw["method"]) for name, spec in raw["parameters"].items()}
+        axes = {
+            name: read_axis(name, spec, raw["method"]) for name, spec in raw["parameters"].items()
+        }
         metric = raw.get("metric", {"name": "val/loss"})
         name = raw.get("name", Path(path).stem)
         if not NAME.fullmatch(name):  # it becomes a folder
-            raise refusal("name", name, "letters, digits, '.', '_' and '-', a letter or digit first")
+            raise refusal(
+                "name", name, "letters, digits, '.', '_' and '-', a letter or digit first"
+            )
         minimize = metric.get("goal", "minimize") == "minimize"
         overrides = [*overrides, *extra]
         base = load(config, overrides)
-        sweep = Sweep(name, raw, raw["method"], metric["name"], minimize, axes, launcher, config, overrides, base)
+        sweep = Sweep(
+            name,
+            raw,
+            raw["method"],
+            metric["name"],
+            minimize,
+            axes,
+            launcher,
+            config,
+            overrides,
+            base,
+        )
         _probe(sweep)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that does not exist
+    except (
+        OSError,
+        ValueError,
+        yaml.YAMLError,
+    ) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise ConfigError(f"{path}: not a sweep file that can be read: {error}") from error
     return sweep
 
@@ -186,7 +219,9 @@ def _check(raw: Any) -> None:
     if "metric" in raw:
         check("metric", raw["metric"], METRIC, ("name",))
     elif raw["method"] == "bayes" or "early_terminate" in raw:
-        raise ConfigError("metric is missing, allowed: a metric, which method bayes and early_terminate require")
+        raise ConfigError(
+            "metric is missing, allowed: a metric, which method bayes and early_terminate require"
+        )
     if "early_terminate" in raw:
         check("early_terminate", raw["early_terminate"], HYPERBAND, ("type",))
         needed = {"max_iter", "s"} if "max_iter" in raw["early_terminate"] else {"min_iter"}
@@ -195,7 +230,8 @@ def _check(raw: Any) -> None:
 
 
 def renamed(raw: dict[str, Any]) -> dict[str, Any]:
-    """Return a sweep file with today's name of the program that trains. Files of earlier versions have other names."""
+    """Return a sweep file with today's name of the program that trains. Files of earlier versions
+    have other names."""
     words = {"${program}": ["${program}", "train"]} if raw["program"] == OLD_PROGRAM else {}
     command: list[str] = []
     for word in raw["command"]:
@@ -214,11 +250,17 @@ def _command(raw: dict[str, Any]) -> tuple[list[str], str, list[str]]:
     ends_well = last in (["${args}"], ["${args_no_hyphens}"])
     if not ends_well or not given or "=" in given[0] or not all("=" in word for word in given[1:]):
         raise refusal("command", command, RULES["command"][1])
-    meaning = {"${env}": "/usr/bin/env", "${interpreter}": sys.executable, "${program}": raw["program"]}
+    meaning = {
+        "${env}": "/usr/bin/env",
+        "${interpreter}": sys.executable,
+        "${program}": raw["program"],
+    }
     launcher = [meaning.get(word, word) for word in launcher]
     for word in [*launcher, *given]:
         if "${" in word:
-            raise ConfigError(f"command has {word!r}, allowed: {' | '.join((*meaning, '${args_no_hyphens}'))}")
+            raise ConfigError(
+                f"command has {word!r}, allowed: {' | '.join((*meaning, '${args_no_hyphens}'))}"
+            )
     return launcher, given[0], given[1:]
 
 
@@ -232,7 +274,9 @@ def _probe(sweep: Sweep) -> None:
             load(sweep.config, [f"{name}=0"])  # raises, with a hint
     for name, axis in sweep.axes.items():
         is_grid = sweep.method == "grid"
-        values = axis.grid if is_grid else axis.choices or [axis.quantile(u) for u in (0.0, 0.5, 1.0)]
+        values = (
+            axis.grid if is_grid else axis.choices or [axis.quantile(u) for u in (0.0, 0.5, 1.0)]
+        )
         for value in values:
             refused = None
             for others in islice(grid(sweep) if is_grid else _points(sweep), PROBES):
@@ -260,7 +304,8 @@ def _points(sweep: Sweep) -> Iterator[dict[str, Any]]:
 
 
 def read_axis(name: str, spec: Any, method: str) -> Axis:
-    """Return a parameter's axis. A missing name of the distribution is filled in as W&B does. Raises ConfigError."""
+    """Return a parameter's axis. A missing name of the distribution is filled in as W&B does.
+    Raises ConfigError."""
     key = f"parameters.{name}"
     if not isinstance(spec, dict):
         raise refusal(key, spec, "a mapping with value, values, or a distribution")
@@ -269,7 +314,11 @@ def read_axis(name: str, spec: Any, method: str) -> Axis:
     are_ints = checks.is_int(spec.get("min")) and checks.is_int(spec.get("max"))
     kind = spec.get("distribution")
     if kind is None:
-        guesses = {"value": "constant", "probabilities": "categorical_w_probabilities", "values": "categorical"}
+        guesses = {
+            "value": "constant",
+            "probabilities": "categorical_w_probabilities",
+            "values": "categorical",
+        }
         guess = "int_uniform" if are_ints else "uniform"
         kind = next((guess for given, guess in guesses.items() if given in spec), guess)
     if not isinstance(kind, str) or kind not in DISTRIBUTIONS:
@@ -280,7 +329,10 @@ def read_axis(name: str, spec: Any, method: str) -> Axis:
     if method == "grid" and kind not in GRID:
         raise refusal(f"{key}.distribution", kind, f"{' | '.join(GRID)} for method grid")
     shares, values = spec.get("probabilities"), spec.get("values", [])
-    if shares and not (len(shares) == len(values) and all(checks.is_number(share) and share >= 0 for share in shares)):
+    if shares and not (
+        len(shares) == len(values)
+        and all(checks.is_number(share) and share >= 0 for share in shares)
+    ):
         raise refusal(f"{key}.probabilities", shares, "a number for each value, 0 or more")
     if kind == "int_uniform" and not are_ints:
         raise refusal(f"{key}.min", spec["min"], "whole numbers for min and max of int_uniform")

@@ -27,18 +27,35 @@ def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
     """Write the files, as far as the trials have come. Returns the summary."""
     with (sweep.folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(["trial", "state", *sweep.axes, sweep.metric, "steps", "seconds", "run_dir", "reason"])
+        rows.writerow(
+            ["trial", "state", *sweep.axes, sweep.metric, "steps", "seconds", "run_dir", "reason"]
+        )
         for t in trials:
             values = (t.parameters[name] for name in sweep.axes)
-            rows.writerow([t.number, t.state, *values, t.value, t.steps, round(t.seconds, 1), t.run_dir, t.reason])
-    (sweep.folder / "summary.md").write_text(f"# {table(sweep, trials).markdown()}\n![](chart.png)\n", encoding="utf-8")
+            rows.writerow(
+                [
+                    t.number,
+                    t.state,
+                    *values,
+                    t.value,
+                    t.steps,
+                    round(t.seconds, 1),
+                    t.run_dir,
+                    t.reason,
+                ]
+            )
+    (sweep.folder / "summary.md").write_text(
+        f"# {table(sweep, trials).markdown()}\n![](chart.png)\n", encoding="utf-8"
+    )
     draw(sweep, trials, sweep.folder / "chart.png")
     states, path = Counter(trial.state for trial in trials), sweep.folder / "best.yaml"
     counts = {"finished": states["finished"] + states["stopped"], "failed": states["failed"]}
     found: dict[str, Any] = {"trials": len(trials), **counts, "best": None}
     if (first := best(sweep, trials)) is not None:
         config = load(sweep.config, [*sweep.overrides, *words(first.parameters)])
-        origin = f"# Trial {first.number} of the sweep {sweep.name}, {sweep.metric} {first.value:.6g}."
+        origin = (
+            f"# Trial {first.number} of the sweep {sweep.name}, {sweep.metric} {first.value:.6g}."
+        )
         path.write_text(f"{origin}\n{to_yaml(config)}", encoding="utf-8")
         result = {"trial": first.number, sweep.metric: first.value, "parameters": first.parameters}
         found["best"] = {**result, "run_dir": first.run_dir, "config": str(path)}
@@ -49,22 +66,38 @@ def table(sweep: Sweep, trials: Sequence[Trial]) -> Report:
     """Return the trials, the best first, those without a result last."""
     order, sign = {"finished": 0, "stopped": 1}, 1 if sweep.minimize else -1
     rows = {}
-    for trial in sorted(trials, key=lambda trial: (order.get(trial.state, 2), sign * (trial.value or 0.0))):
+    for trial in sorted(
+        trials, key=lambda trial: (order.get(trial.state, 2), sign * (trial.value or 0.0))
+    ):
         given = {name: trial.parameters[name] for name in sweep.axes}
-        values = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in given.items()}
+        values = {
+            name: f"{value:.4g}" if isinstance(value, float) else value
+            for name, value in given.items()
+        }
         result = None if trial.state == "failed" else trial.value
         rows[str(trial.number)] = {**vars(trial), "values": values, "result": result}
-    columns = {"state": "{state}", **{name: f"{{values[{name}]}}" for name in sweep.axes}, sweep.metric: "{result:.4f}"}
+    columns = {
+        "state": "{state}",
+        **{name: f"{{values[{name}]}}" for name in sweep.axes},
+        sweep.metric: "{result:.4f}",
+    }
     columns |= {"steps": "{steps}", "time": "{seconds:.0f} s", "why": "{reason}"}
     goal = f"{sweep.metric}, {'lowest' if sweep.minimize else 'highest'} first"
     return Report(f"Sweep {sweep.name}: {sweep.method}, {goal}", rows, columns, "trial")
 
 
 def draw(sweep: Sweep, trials: Sequence[Trial], path: Path) -> None:
-    """Draw the metric over each parameter that varies, one panel each. Failed trials are marked at the upper edge."""
-    varied = [name for name in sweep.axes if len({str(trial.parameters[name]) for trial in trials}) > 1]
+    """Draw the metric over each parameter that varies, one panel each. Failed trials are marked at
+    the upper edge."""
+    varied = [
+        name for name in sweep.axes if len({str(trial.parameters[name]) for trial in trials}) > 1
+    ]
     shown = varied or list(sweep.axes)[:1]
-    counts = [f"{n} {word}" for state, word in LABELS.items() if (n := sum(trial.state == state for trial in trials))]
+    counts = [
+        f"{n} {word}"
+        for state, word in LABELS.items()
+        if (n := sum(trial.state == state for trial in trials))
+    ]
     with chart(path, 4.2, max(WIDTH, 3.4 * len(shown) + 0.8)) as figure:
         panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
         for panel, name in zip(panels, shown, strict=True):
@@ -76,7 +109,9 @@ def draw(sweep: Sweep, trials: Sequence[Trial], path: Path) -> None:
 
 def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> None:
     values = [trial.parameters[name] for trial in trials]
-    numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    numeric = all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) for value in values
+    )
     categories = sorted({str(value) for value in values}) if not numeric else []
     floats = numeric and any(isinstance(value, float) for value in values)
     if floats and min(values) > 0 and max(values) / min(values) >= 20:
@@ -94,7 +129,14 @@ def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> Non
 
     judged = [t for t in trials if t.state in ("finished", "stopped") and t.history]
     for state, marker in (("finished", "o"), ("stopped", "v")):
-        dots([t for t in judged if t.state == state], state, LABELS[state], s=42, marker=marker, alpha=0.9)
+        dots(
+            [t for t in judged if t.state == state],
+            state,
+            LABELS[state],
+            s=42,
+            marker=marker,
+            alpha=0.9,
+        )
     text: dict[str, Any] = {"textcoords": "offset points", "fontsize": SMALL}
     for t in judged if len(trials) <= NUMBERED else []:
         panel.annotate(str(t.number), (x(t), t.history[-1]), (5, 5), color="#555555", **text)
@@ -106,9 +148,16 @@ def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> Non
     edge = panel.get_xaxis_transform()  # y from 0 to 1
     for i, t in enumerate(t for t in trials if t.state == "failed"):
         place = min(max(x(t), low), high)
-        cross: dict[str, Any] = {"s": 48, "marker": "x", "clip_on": False, "label": None if i else "failed"}
+        cross: dict[str, Any] = {
+            "s": 48,
+            "marker": "x",
+            "clip_on": False,
+            "label": None if i else "failed",
+        }
         panel.scatter([place], [0.97], c=COLORS["failed"], transform=edge, **cross)
-        if place != x(t):  # it lies outside: its value is written, and the axis stays as wide as the others need
+        if place != x(
+            t
+        ):  # it lies outside: its value is written, and the axis stays as wide as the others need
             text |= {"xycoords": edge, "ha": "right", "va": "center", "color": COLORS["failed"]}
             panel.annotate(f"{x(t):.3g} ", (place, 0.97), (-6, 0), **text)
     if judged and numeric:

@@ -1,4 +1,5 @@
-"""The trials of a sweep: each an ordinary training, one after the other on this machine, or proposed by W&B.
+"""The trials of a sweep: each an ordinary training, one after the other on this machine, or
+proposed by W&B.
 
 <runs_dir>/sweeps/<sweep>/   sweep.json             the sweep as it was begun
                              trial-003/<stamp>-.../ run directories
@@ -30,8 +31,9 @@ from scmoe.sweeps.sweep_file import Sweep, renamed, words
 def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
     """Resume the interrupted trial, then run new ones until the search proposes no more.
 
-    Returns all trials, and the signal that stopped them, or 0. Raises ConfigError where another process runs this
-    sweep, where the sweep is not as it was begun, and where a trial has not logged the sweep's metric.
+    Returns all trials, and the signal that stopped them, or 0. Raises ConfigError where another
+    process runs this sweep, where the sweep is not as it was begun, and where a trial has not
+    logged the sweep's metric.
     """
 
     def next_job() -> Job | None:
@@ -39,16 +41,24 @@ def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
         if trials and trials[-1].state == "finished" and not trials[-1].history:
             rows, number = SeenRun(Path(trials[-1].run_dir)).metrics, trials[-1].number
             known = ", ".join(dict.fromkeys(name for row in rows for name in row if "/" in name))
-            raise ConfigError(f"metric.name is {sweep.metric!r}, which trial {number} has not logged, allowed: {known}")
+            raise ConfigError(
+                f"metric.name is {sweep.metric!r}, which trial {number} has not logged, allowed:"
+                f" {known}"
+            )
         if (proposed := propose(sweep, trials)) is None:
             return None
-        results = {key: vars(proposed)[key] for key in ("number", "point", "parameters", "history", "steps")}
+        results = {
+            key: vars(proposed)[key]
+            for key in ("number", "point", "parameters", "history", "steps")
+        }
         jobs.append(_job(sweep, State(results=results)))
         return jobs[-1]
 
     def look(job: Job) -> bool:
         job.state.results |= _logged(sweep, job)
-        others = [trial_of(other) for other in jobs if other is not job and other.state.status != "failed"]
+        others = [
+            trial_of(other) for other in jobs if other is not job and other.state.status != "failed"
+        ]
         return hopeless(sweep, trial_of(job), others)
 
     def result(job: Job) -> str:
@@ -72,7 +82,11 @@ def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
 def trial_of(job: Job) -> Trial:
     """Return a job as the search sees it."""
     state = job.state
-    facts: dict[str, Any] = {"seconds": state.seconds, "run_dir": state.run_dir or "", "reason": state.error or ""}
+    facts: dict[str, Any] = {
+        "seconds": state.seconds,
+        "run_dir": state.run_dir or "",
+        "reason": state.error or "",
+    }
     return Trial(**state.results, state=state.status, **facts)
 
 
@@ -93,46 +107,73 @@ def _job(sweep: Sweep, state: State) -> Job:
             job.fail(f"its last {sweep.metric} is {trial.history[-1]}")
 
     title = f"trial {number}{of}"
-    return Job(name, title, folder, folder / name, arguments, sweep.launcher, again, judge=judge, state=state)
+    return Job(
+        name,
+        title,
+        folder,
+        folder / name,
+        arguments,
+        sweep.launcher,
+        again,
+        judge=judge,
+        state=state,
+    )
 
 
 def _begun(sweep: Sweep) -> list[Job]:
-    """Return the trials of earlier calls. Raises ConfigError if they were another sweep's; run_cap may change."""
+    """Return the trials of earlier calls. Raises ConfigError if they were another sweep's; run_cap
+    may change."""
     path = sweep.folder / "sweep.json"
-    same = {key: value for key, value in sweep.raw.items() if key not in ("run_cap", "name", "description")}
+    same = {
+        key: value
+        for key, value in sweep.raw.items()
+        if key not in ("run_cap", "name", "description")
+    }
     now: dict[str, Any] = json.loads(json.dumps(same)) | {sweep.config: digest_of(sweep.base)}
     was = {sweep.config: digest_of(sweep.base)} | (
         renamed(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else now
     )
     if changed := [key for key in {**was, **now} if was.get(key) != now.get(key)]:
         allowed = "the file as it was, another name, or that folder removed"
-        raise ConfigError(f"{', '.join(changed)} is not as it was when {sweep.folder} was begun, allowed: {allowed}")
+        raise ConfigError(
+            f"{', '.join(changed)} is not as it was when {sweep.folder} was begun, allowed:"
+            f" {allowed}"
+        )
     write_whole(path, now)
     found = [
-        State(**json.loads(kept.read_text(encoding="utf-8"))) for kept in (sweep.folder / "states").glob("trial-*.json")
+        State(**json.loads(kept.read_text(encoding="utf-8")))
+        for kept in (sweep.folder / "states").glob("trial-*.json")
     ]
-    jobs = [_job(sweep, state) for state in sorted(found, key=lambda state: state.results["number"])]
+    jobs = [
+        _job(sweep, state) for state in sorted(found, key=lambda state: state.results["number"])
+    ]
     for job in jobs:
         job.read()
     return jobs
 
 
 def _logged(sweep: Sweep, job: Job) -> dict[str, Any]:
-    """Return the metric's history and the steps of the trial's newest run; {} before it has logged anything."""
+    """Return the metric's history and the steps of the trial's newest run; {} before it has logged
+    anything."""
     rows = next((SeenRun(run_dir).metrics for run_dir in job.run_dirs()), [])
     if not rows:
         return {}
     history = [row[sweep.metric] for row in rows if sweep.metric in row]
     steps = max((int(row["step"]) + 1 for row in rows if "step" in row), default=0)
-    most = int(job.state.results["parameters"].get("trainer.max_steps", sweep.base.trainer.max_steps))
-    return {"history": history, "steps": min(steps, most)}  # the last validation is logged after the last step
+    most = int(
+        job.state.results["parameters"].get("trainer.max_steps", sweep.base.trainer.max_steps)
+    )
+    return {
+        "history": history,
+        "steps": min(steps, most),
+    }  # the last validation is logged after the last step
 
 
 def run_online(sweep: Sweep) -> tuple[str, int]:
     """Create the sweep at W&B and run an agent, which takes trials until the server has no more.
 
-    Says the commands that create such a sweep, join it and resume it. Returns the sweep's path at W&B and an exit code.
-    Raises ConfigError where W&B does not take the sweep.
+    Says the commands that create such a sweep, join it and resume it. Returns the sweep's path at
+    W&B and an exit code. Raises ConfigError where W&B does not take the sweep.
     """
     import wandb
 
@@ -146,15 +187,25 @@ def run_online(sweep: Sweep) -> tuple[str, int]:
         entity = sweep.raw.get("entity") or sweep.base.logger.entity or wandb.Api().default_entity
         with redirect_stdout(sys.stderr):
             sweep_path = f"{entity}/{project}/{wandb.sweep(sweep.raw, entity, project)}"
-    except (wandb.Error, OSError, ValueError) as error:  # ValueError: the answer is none that wandb can read
-        raise ConfigError(f"Weights & Biases takes no sweep, allowed here: --local: {error}") from error
+    except (
+        wandb.Error,
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: the answer is none that wandb can read
+        raise ConfigError(
+            f"Weights & Biases takes no sweep, allowed here: --local: {error}"
+        ) from error
     sweep.folder.mkdir(parents=True, exist_ok=True)
     given, join = sweep.folder / "sweep.yaml", f"PATH=$PWD/.venv/bin:$PATH wandb agent {sweep_path}"
     given.write_text(yaml.safe_dump(sweep.raw, sort_keys=False), encoding="utf-8")
-    say(f"the sweep was created at W&B, as by:\n    wandb sweep --entity {entity} --project {project} {given}")
+    say(
+        f"the sweep was created at W&B, as by:\n    wandb sweep --entity {entity} --project"
+        f" {project} {given}"
+    )
     say(f"agents may join from other machines, each in its copy of this folder, with:\n    {join}")
     agent = [sys.executable, "-m", "wandb", "agent", "--forward-signals", sweep_path]
-    # The agent calls `python`, which must be this interpreter, and keeps its notes in the sweep's folder.
+    # The agent calls `python`, which must be this interpreter, and keeps its notes in the sweep's
+    # folder.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     settings = {**os.environ, "PATH": path, "WANDB_DIR": str(sweep.folder.absolute())}
     # 2: standard error, for summaries of trials
@@ -163,7 +214,8 @@ def run_online(sweep: Sweep) -> tuple[str, int]:
 
     def stop(signum: int, _: Any) -> None:
         stopped.append(signum)
-        process.terminate()  # the agent sends it to its trial, which saves; at a second signal it waits no longer
+        # the agent sends it to its trial, which saves; at a second signal it waits no longer
+        process.terminate()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)

@@ -1,7 +1,8 @@
-"""The LightningModules: losses over routers and ranks with one optimizer, for language models and for images.
+"""The LightningModules: losses over routers and ranks with one optimizer, for language models and
+for images.
 
-Only `parallel_context` knows about ranks. `LanguageModel` and `ImageClassifier` add what a batch is and how predictions
-are measured.
+Only `parallel_context` knows about ranks. `LanguageModel` and `ImageClassifier` add what a batch is
+and how predictions are measured.
 """
 
 import math
@@ -33,10 +34,10 @@ from scmoe.training.muon import Trained, adamw
 class MoEModule(LightningModule):
     """Minimises task loss + load-balance loss + router z-loss with linear warm-up and cosine decay.
 
-    make_model: builds the network for a place in the mesh; called in `configure_model`, when ranks and groups exist.
-    make_optimizer: gets the parameters that are trained.
-    Losses and metrics are those of the global batch and do not depend on the number of ranks.
-    A subclass defines `task_loss` and `validation_step`, and logs its metrics in `on_validation_epoch_end`.
+    make_model: builds the network for a place in the mesh; called in `configure_model`, when ranks
+    and groups exist. make_optimizer: gets the parameters that are trained. Losses and metrics are
+    those of the global batch and do not depend on the number of ranks. A subclass defines
+    `task_loss` and `validation_step`, and logs its metrics in `on_validation_epoch_end`.
     """
 
     def __init__(
@@ -64,16 +65,20 @@ class MoEModule(LightningModule):
         self.accumulated = 1  # batches of a step
         self.recent: dict[str, deque[Tensor]] = {}  # values of the last batches of a step
         self.val_load_sums: Tensor | None = None
-        self.step_sums_LE2: Tensor | None = None  # the routers' integer sums over the batches of a step, so far
+        self.step_sums_LE2: Tensor | None = (
+            None  # the routers' integer sums over the batches of a step, so far
+        )
         self.validated_step: int | None = None
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **given: Any) -> Any:
-        """As Lightning's, but `make_model` and `max_steps` must be given again: a checkpoint holds no functions."""
+        """As Lightning's, but `make_model` and `max_steps` must be given again: a checkpoint holds
+        no functions."""
         if "make_model" not in given:
             raise TypeError(
-                f"{cls.__name__}.load_from_checkpoint lacks make_model. Give it make_model=partial(scmoe.build_model, "
-                "config) and max_steps=...; scmoe.load(RUN) loads a run's model."
+                f"{cls.__name__}.load_from_checkpoint lacks make_model. Give it"
+                " make_model=partial(scmoe.build_model, config) and max_steps=...; scmoe.load(RUN)"
+                " loads a run's model."
             )
         return super().load_from_checkpoint(checkpoint_path, *args, **given)
 
@@ -81,20 +86,25 @@ class MoEModule(LightningModule):
         if self.model is None:
             self.model = self.make_model(self.parallel_context)
             if self.compiled:
-                allow_graphs(2 * compile_sublayers(self.model))  # with gradients, and in validations without
+                allow_graphs(
+                    2 * compile_sublayers(self.model)
+                )  # with gradients, and in validations without
 
     def task_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RouterStats]]:
-        """Return the summed loss of this rank's targets in nats, their number, and the routers' sums."""
+        """Return the summed loss of this rank's targets in nats, their number, and the routers'
+        sums."""
         raise NotImplementedError
 
     def on_train_start(self) -> None:
-        """A resumed run begins with the rate of its own schedule, which may have another end than the saved one."""
+        """A resumed run begins with the rate of its own schedule, which may have another end than
+        the saved one."""
         scheduler: Any = self.lr_schedulers()
         for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
             group["lr"] = base * self.lr_ratio(scheduler.last_epoch)
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Count logged steps from 0, in a resumed run too: after a stop between batches Lightning is one ahead."""
+        """Count logged steps from 0, in a resumed run too: after a stop between batches Lightning
+        is one ahead."""
         count_steps_from(self.trainer, self.trainer.global_step)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | None]:
@@ -108,31 +118,45 @@ class MoEModule(LightningModule):
             z = router_z_loss(stats, load_sums_LE2, world_size)
             loss = task_loss + self.load_balance_coef * balance + self.z_loss_coef * z
             earlier_LE2 = self.step_sums_LE2
-            self.step_sums_LE2 = load_sums_LE2 if earlier_LE2 is None else load_sums_LE2 + earlier_LE2
-            shown |= {"train/load_balance_loss": balance.detach(), "train/router_z_loss": z.detach()}
+            self.step_sums_LE2 = (
+                load_sums_LE2 if earlier_LE2 is None else load_sums_LE2 + earlier_LE2
+            )
+            shown |= {
+                "train/load_balance_loss": balance.detach(),
+                "train/router_z_loss": z.detach(),
+            }
         lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        self.log("train/lr", torch.tensor(lr, dtype=torch.float64, device="cpu"))  # a float is copied to the device
+        self.log(
+            "train/lr", torch.tensor(lr, dtype=torch.float64, device="cpu")
+        )  # a float is copied to the device
         means = self.parallel_context.sum_over_ranks(torch.stack([*shown.values()])) / world_size
         for name, mean in zip(shown, means, strict=True):
             self.log_of_step(name, mean)
         return {"loss": loss, "step_sums_LE2": self.step_sums_LE2}
 
     def log_of_step(self, name: str, value: Tensor) -> None:
-        """Log the mean over the batches that a step accumulates. Lightning keeps the value of the last one."""
+        """Log the mean over the batches that a step accumulates. Lightning keeps the value of the
+        last one."""
         recent = self.recent.setdefault(name, deque(maxlen=self.accumulated))
         recent.append(value)
         self.log(name, value if len(recent) == 1 else torch.stack([*recent]).mean())
 
-    def global_sums(self, stats: list[RouterStats], num_targets: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Sum the routers' integers and the number of targets over all ranks, in one all-reduce for all layers."""
+    def global_sums(
+        self, stats: list[RouterStats], num_targets: Tensor
+    ) -> tuple[Tensor | None, Tensor]:
+        """Sum the routers' integers and the number of targets over all ranks, in one all-reduce for
+        all layers."""
         if not stats:
             return None, self.parallel_context.sum_over_ranks(num_targets)
         local_LE2 = integer_sums(stats)
-        flat = self.parallel_context.sum_over_ranks(torch.cat([local_LE2.flatten(), num_targets[None]]))
+        flat = self.parallel_context.sum_over_ranks(
+            torch.cat([local_LE2.flatten(), num_targets[None]])
+        )
         return flat[:-1].view_as(local_LE2), flat[-1]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Update, then move the selection biases by the step's load. Where the guard refuses an update, do neither."""
+        """Update, then move the selection biases by the step's load. Where the guard refuses an
+        update, do neither."""
         super().optimizer_step(*args, **kwargs)
         if self.step_sums_LE2 is not None:
             move_biases(self.model, self.step_sums_LE2)
@@ -150,10 +174,13 @@ class MoEModule(LightningModule):
         self.val_targets.update(num_targets)
         if stats:
             sums_LE2 = integer_sums(stats)
-            self.val_load_sums = sums_LE2 if self.val_load_sums is None else self.val_load_sums + sums_LE2
+            self.val_load_sums = (
+                sums_LE2 if self.val_load_sums is None else self.val_load_sums + sums_LE2
+            )
 
     def finish_validation(self) -> tuple[Tensor, Tensor]:
-        """Log val/loss and the load over all ranks, reset both, and return nats and number of targets."""
+        """Log val/loss and the load over all ranks, reset both, and return nats and number of
+        targets."""
         nats, targets = self.val_nats.compute(), self.val_targets.compute()
         self.log("val/loss", nats / targets, prog_bar=True)
         self.val_nats.reset()
@@ -166,8 +193,8 @@ class MoEModule(LightningModule):
         return nats, targets
 
     def trained(self) -> Trained:
-        """Weight decay applies to matrices, but not to embeddings, unless one is also the head, and not to what the
-        network's `no_weight_decay` returns."""
+        """Weight decay applies to matrices, but not to embeddings, unless one is also the head, and
+        not to what the network's `no_weight_decay` returns."""
         others = [m for m in self.modules() if not isinstance(m, nn.Embedding)]
         decays = {p for m in others for p in m.parameters(False) if p.dim() > 1}
         decays -= getattr(self.model, "no_weight_decay", set)()
@@ -183,20 +210,29 @@ class MoEModule(LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.trained())
         scheduler = LambdaLR(optimizer, self.lr_ratio)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     def lr_ratio(self, step: int) -> float:
-        """Return the learning rate over its peak: linear warm-up, then a half cosine to min_lr_ratio at max_steps."""
+        """Return the learning rate over its peak: linear warm-up, then a half cosine to
+        min_lr_ratio at max_steps."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         progress = min(1.0, (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps))
-        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (
+            1 + math.cos(math.pi * progress)
+        )
 
     def on_fit_start(self) -> None:
-        """A plain Trainer clips and checks the same way as ExpertParallelStrategy, which has set this already."""
+        """A plain Trainer clips and checks the same way as ExpertParallelStrategy, which has set
+        this already."""
         guard_updates(self.trainer.precision_plugin, self, self.parallel_context)
         self.accumulated, self.recent = self.trainer.accumulate_grad_batches, {}
-        self.step_sums_LE2 = None  # a stop between a step's batches has left some; the step begins again
+        self.step_sums_LE2 = (
+            None  # a stop between a step's batches has left some; the step begins again
+        )
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         self.clip_gradients(optimizer, self.gradient_clip)
@@ -208,22 +244,26 @@ class MoEModule(LightningModule):
 
 
 def check_overflow(step_sums_LE2: Tensor) -> None:
-    """Raise MemoryError, on every rank and before the update, if a copy of this step was beyond a buffer."""
+    """Raise MemoryError, on every rank and before the update, if a copy of this step was beyond a
+    buffer."""
     if dropped := int(step_sums_LE2[:, -1].sum()):
         raise MemoryError(
-            f"{dropped} routed copies of this step did not fit into a rank's buffer, so no update was made. Raise "
-            "moe.dropless_ceiling or moe.load_balance_coef, or set moe.overflow=drop."
+            f"{dropped} routed copies of this step did not fit into a rank's buffer, so no update"
+            " was made. Raise moe.dropless_ceiling or moe.load_balance_coef, or set"
+            " moe.overflow=drop."
         )
 
 
 def cross_entropy_sum(logits_NC: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum over all targets in nats, in float32 or wider. labels: classes [N] or probabilities [N, C]."""
+    """Return the sum over all targets in nats, in float32 or wider. labels: classes [N] or
+    probabilities [N, C]."""
     logits_NC = logits_NC.to(torch.promote_types(logits_NC.dtype, torch.float32))
     return F.cross_entropy(logits_NC, labels, ignore_index=IGNORE, reduction="sum")
 
 
 def exact_sum() -> SumMetric:
-    """Return a metric that adds up float64 over batches and ranks; a NaN stays, which torchmetrics would leave out."""
+    """Return a metric that adds up float64 over batches and ranks; a NaN stays, which torchmetrics
+    would leave out."""
     metric = SumMetric(nan_strategy="disable")
     metric.set_dtype(torch.float64)
     return metric
@@ -253,7 +293,8 @@ class LanguageModel(MoEModule):
 
 
 class ImageClassifier(MoEModule):
-    """Classifies images [B, 3, S, S]. Labels are probabilities [B, C] in training and classes [B] in validation.
+    """Classifies images [B, 3, S, S]. Labels are probabilities [B, C] in training and classes [B]
+    in validation.
 
     Validation logs val/loss and val/accuracy, over all ranks.
     """
@@ -265,7 +306,11 @@ class ImageClassifier(MoEModule):
     def task_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RouterStats]]:
         labels_BC = batch["labels"]
         logits_BC, stats = self.model(batch["images"])
-        return cross_entropy_sum(logits_BC, labels_BC), torch.full((), len(labels_BC), device=labels_BC.device), stats
+        return (
+            cross_entropy_sum(logits_BC, labels_BC),
+            torch.full((), len(labels_BC), device=labels_BC.device),
+            stats,
+        )
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         labels_B = batch["labels"]

@@ -1,12 +1,13 @@
 """The optimizers: AdamW for everything, or Muon for the matrices and AdamW for the rest.
 
-Muon (Jordan et al. 2024) replaces the running mean of a matrix's gradients by a near-orthogonal matrix. The mathematics
-is that of torch.optim.Muon, which takes single matrices. An experts' weight is a stack of matrices [e, in, out], and
-each of them is updated by itself: so an expert's update does not depend on how many others its rank holds.
+Muon (Jordan et al. 2024) replaces the running mean of a matrix's gradients by a near-orthogonal
+matrix. The mathematics is that of torch.optim.Muon, which takes single matrices. An experts' weight
+is a stack of matrices [e, in, out], and each of them is updated by itself: so an expert's update
+does not depend on how many others its rank holds.
 
-Updates are scaled to the size of AdamW's, 0.2 sqrt(max(in, out)) (Liu et al. 2025, "Muon is scalable for LLM
-training"), so that both share a learning rate. The scale is the same for a matrix and its transpose, as experts are
-stored transposed to Linear layers.
+Updates are scaled to the size of AdamW's, 0.2 sqrt(max(in, out)) (Liu et al. 2025, "Muon is
+scalable for LLM training"), so that both share a learning rate. The scale is the same for a matrix
+and its transpose, as experts are stored transposed to Linear layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +21,9 @@ from torch.optim import Optimizer
 class Trained(NamedTuple):
     """The parameters that are trained; each is in one of the lists.
 
-    matrices: weights of hidden layers and gates [out, in], and of experts, a stack [e, in, out]. decayed: others with
-    weight decay: output layer, convolutions. undecayed: norms, biases, embeddings.
+    matrices: weights of hidden layers and gates [out, in], and of experts, a stack [e, in, out].
+    decayed: others with weight decay: output layer, convolutions. undecayed: norms, biases,
+    embeddings.
     """
 
     matrices: list[nn.Parameter]
@@ -45,7 +47,8 @@ def adamw(
 
 
 class MuonAndAdamW(Optimizer):
-    """Muon for `parameters.matrices`, with the state "momentum_buffer"; AdamW for the others, with its own state."""
+    """Muon for `parameters.matrices`, with the state "momentum_buffer"; AdamW for the others, with
+    its own state."""
 
     def __init__(
         self,
@@ -57,9 +60,18 @@ class MuonAndAdamW(Optimizer):
         eps: float = 1e-8,
         momentum: float = 0.95,
     ) -> None:
-        others = {"params": parameters.decayed, "weight_decay": weight_decay}, {"params": parameters.undecayed}
-        self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, weight_decay=0.0, fused=True)
-        matrices = {"params": parameters.matrices, "weight_decay": weight_decay, "momentum": momentum}
+        others = (
+            {"params": parameters.decayed, "weight_decay": weight_decay},
+            {"params": parameters.undecayed},
+        )
+        self.adamw = torch.optim.AdamW(
+            others, lr=lr, betas=betas, eps=eps, weight_decay=0.0, fused=True
+        )
+        matrices = {
+            "params": parameters.matrices,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+        }
         super().__init__([matrices, *self.adamw.param_groups], self.adamw.defaults)
 
     @torch.no_grad()
@@ -69,22 +81,31 @@ class MuonAndAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.muon_step(self.param_groups[0])
-        self.adamw.param_groups, self.adamw.state = self.param_groups[1:], self.state  # loading may replace both
+        self.adamw.param_groups, self.adamw.state = (
+            self.param_groups[1:],
+            self.state,
+        )  # loading may replace both
         self.adamw.step()
         return loss
 
     def muon_step(self, group: dict[str, Any]) -> None:
-        """Let torch.optim.Muon update views of the matrices, with views of their gradients and of the state."""
+        """Let torch.optim.Muon update views of the matrices, with views of their gradients and of
+        the state."""
         given = [p for p in group["params"] if p.grad is not None]
         if not given:
             return
         for p in given:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        views, moments = split([p.detach() for p in given]), split([self.state[p]["momentum_buffer"] for p in given])
+        views, moments = (
+            split([p.detach() for p in given]),
+            split([self.state[p]["momentum_buffer"] for p in given]),
+        )
         options = {key: group[key] for key in ("lr", "weight_decay", "momentum")}
         muon = torch.optim.Muon(views, **options, adjust_lr_fn="match_rms_adamw")
-        for view, gradient, moment in zip(views, split([p.grad for p in given]), moments, strict=True):
+        for view, gradient, moment in zip(
+            views, split([p.grad for p in given]), moments, strict=True
+        ):
             view.grad = gradient
             muon.state[view]["momentum_buffer"] = moment
         muon.step()

@@ -1,7 +1,8 @@
-"""These tests check the dispatcher and its transfers alone, on ranks: what arrives, what comes back, and when.
+"""These tests check the dispatcher and its transfers alone, on ranks: what arrives, what comes
+back, and when.
 
-Every rank can make the rows of every rank, so each knows what it must receive and what gradient must come back. Rows
-are only moved, and no sum changes its order: results must be bit-identical.
+Every rank can make the rows of every rank, so each knows what it must receive and what gradient
+must come back. Rows are only moved, and no sum changes its order: results must be bit-identical.
 """
 
 from __future__ import annotations
@@ -29,8 +30,11 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def uneven_counts(world_size: int, num_experts: int) -> Tensor:
-    """Returns the number of rows by [rank, expert]. Some are 0, among them all of rank 0 and all of the last expert."""
-    counts = torch.randint(0, 4, (world_size, num_experts), generator=torch.Generator().manual_seed(world_size))
+    """Returns the number of rows by [rank, expert]. Some are 0, among them all of rank 0 and all of
+    the last expert."""
+    counts = torch.randint(
+        0, 4, (world_size, num_experts), generator=torch.Generator().manual_seed(world_size)
+    )
     counts[0], counts[:, -1] = 0, 0
     counts[1, 0] = 5
     assert (counts[1:, :-1] == 0).any()
@@ -46,7 +50,8 @@ def dispatch_and_combine(rank: int, world_size: int) -> None:
 
 
 def multiply_rows(rank: int, counts: Tensor, equal: bool) -> None:
-    """Each expert multiplies by its own vector, so a row in the wrong place shows in forward and in backward.
+    """Each expert multiplies by its own vector, so a row in the wrong place shows in forward and in
+    backward.
 
     counts: rows by [rank, expert]. equal: the dispatcher may rely on equal numbers."""
     world_size, num_experts = counts.shape
@@ -60,7 +65,9 @@ def multiply_rows(rank: int, counts: Tensor, equal: bool) -> None:
     pending, receipt = dispatcher.dispatch(mine, announced)
     received = pending.wait()
     by_expert = [[rows[s].split(counts[s].tolist())[e] for s in range(world_size)] for e in here]
-    assert torch.equal(received, torch.cat([torch.cat(senders) for senders in by_expert])), "order: expert, sender"
+    assert torch.equal(received, torch.cat([torch.cat(senders) for senders in by_expert])), (
+        "order: expert, sender"
+    )
     with pytest.raises(AssertionError, match="awaited once"):
         pending.wait()
     if equal:
@@ -79,7 +86,9 @@ def multiply_rows(rank: int, counts: Tensor, equal: bool) -> None:
     products = [random(*rows[s].shape, seed=300 + s) * rows[s] for s in range(world_size)]
     blocks = [products[s].split(counts[s].tolist()) for s in range(world_size)]
     expected = torch.stack([torch.cat([senders[e] for senders in blocks]).sum(0) for e in here])
-    assert torch.allclose(local_eD.grad, expected, rtol=1e-5, atol=1e-5), "a sum of up to 17 float32 terms"
+    assert torch.allclose(local_eD.grad, expected, rtol=1e-5, atol=1e-5), (
+        "a sum of up to 17 float32 terms"
+    )
 
 
 def test_combine_undoes_dispatch():
@@ -92,7 +101,8 @@ WORK_S = 0.02  # long enough that the order of events does not depend on chance
 
 
 class Work(Function):
-    """This computation runs in parallel with the transfer. It takes WORK_S in forward and in backward."""
+    """This computation runs in parallel with the transfer. It takes WORK_S in forward and in
+    backward."""
 
     @staticmethod
     def forward(ctx, x: Tensor, log: list[tuple[str, float]]) -> Tensor:
@@ -131,13 +141,16 @@ def logged(start: Any, log: list[tuple[str, float]]) -> Any:
     return call
 
 
-def with_and_without_overlap(rank: int, world_size: int) -> list[dict[str, list[tuple[str, float]]]]:
+def with_and_without_overlap(
+    rank: int, world_size: int
+) -> list[dict[str, list[tuple[str, float]]]]:
     dist.init_process_group("gloo")
     return [time_stamps(overlap) for overlap in (True, False)]
 
 
 def time_stamps(overlap: bool) -> dict[str, list[tuple[str, float]]]:
-    """Returns the events of a forward and a backward pass: start, work, wait, or without overlap start, wait, work."""
+    """Returns the events of a forward and a backward pass: start, work, wait, or without overlap
+    start, wait, work."""
     log: list[tuple[str, float]] = []
     rows, other = (torch.ones(4, DIM, requires_grad=True) for _ in range(2))
     with patch("scmoe.parallel.wire.all_to_all.point_to_point", logged(point_to_point, log)):
@@ -157,12 +170,27 @@ def time_stamps(overlap: bool) -> dict[str, list[tuple[str, float]]]:
 
 
 def test_a_transfer_hides_behind_the_work_forward_and_backward():
-    """In backward, the gradient's transfer is launched before the backward of the work and awaited after it. Without
-    work in between nothing is hidden."""
+    """In backward, the gradient's transfer is launched before the backward of the work and awaited
+    after it. Without work in between nothing is hidden."""
     for overlapped, sequential in run_ranks(with_and_without_overlap, 2):
         for way in ("forward", "backward"):
-            assert [name for name, _ in overlapped[way]] == ["launch", "work begins", "work ends", "finish"], way
+            assert [name for name, _ in overlapped[way]] == [
+                "launch",
+                "work begins",
+                "work ends",
+                "finish",
+            ], way
             times = dict(overlapped[way])
             assert times["finish"] - times["launch"] >= WORK_S, way
-        assert [name for name, _ in sequential["forward"]] == ["launch", "finish", "work begins", "work ends"]
-        assert [name for name, _ in sequential["backward"]] == ["work begins", "work ends", "launch", "finish"]
+        assert [name for name, _ in sequential["forward"]] == [
+            "launch",
+            "finish",
+            "work begins",
+            "work ends",
+        ]
+        assert [name for name, _ in sequential["backward"]] == [
+            "work begins",
+            "work ends",
+            "launch",
+            "finish",
+        ]

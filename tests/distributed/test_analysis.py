@@ -1,7 +1,8 @@
-"""Two expert-parallel ranks measure the same values for Fig. 9 and 10 as one process, and record the same routing.
+"""Two expert-parallel ranks measure the same values for Fig. 9 and 10 as one process, and record
+the same routing.
 
-The bound is 1e-9 in float64 after two steps of training: ranks do the same sums in another order, and distances are up
-to about 10.
+The bound is 1e-9 in float64 after two steps of training: ranks do the same sums in another order,
+and distances are up to about 10.
 """
 
 from __future__ import annotations
@@ -23,11 +24,32 @@ from tests.support.architectures import overrides
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 TINY = (
-    *("model.dim=16", "model.heads=2", "moe.num_experts=4", "moe.capacity_factor=null", "data.global_batch_size=8"),
-    *("trainer.accelerator=cpu", "trainer.precision=64-true", "trainer.max_steps=3", "trainer.accumulate=2"),
-    *("trainer.progress=false", "trainer.threads=1", "trainer.checkpoint_every=100", "trainer.val_every=100"),
+    *(
+        "model.dim=16",
+        "model.heads=2",
+        "moe.num_experts=4",
+        "moe.capacity_factor=null",
+        "data.global_batch_size=8",
+    ),
+    *(
+        "trainer.accelerator=cpu",
+        "trainer.precision=64-true",
+        "trainer.max_steps=3",
+        "trainer.accumulate=2",
+    ),
+    *(
+        "trainer.progress=false",
+        "trainer.threads=1",
+        "trainer.checkpoint_every=100",
+        "trainer.val_every=100",
+    ),
     "optim.warmup_steps=1",
-    *("analysis.gating_every=2", "analysis.similarity_every=2", "analysis.record_routing=2", "moe.noisy=false"),
+    *(
+        "analysis.gating_every=2",
+        "analysis.similarity_every=2",
+        "analysis.record_routing=2",
+        "moe.noisy=false",
+    ),
 )
 TEXT = "data.name=synthetic data.vocab_size=64 data.seq_len=8 model.layers=4"
 PICTURES = (
@@ -67,14 +89,21 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("quantity", ["gating", "similarity"])
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_measure_the_same_as_one(case, quantity, folder):
-    one, two = (np.load(folder / str(n) / case / "analysis" / f"{quantity}.npz", allow_pickle=False) for n in (1, 2))
+    one, two = (
+        np.load(folder / str(n) / case / "analysis" / f"{quantity}.npz", allow_pickle=False)
+        for n in (1, 2)
+    )
     assert one["steps"].tolist() == two["steps"].tolist() == [0, 2]
     assert one["labels"].tolist() == two["labels"].tolist()
     np.testing.assert_allclose(two["values"], one["values"], rtol=1e-9, atol=1e-9, equal_nan=True)
     first, last = one["values"]
-    assert np.nanmax(np.abs(last - first)) > 1e-6, "the weights have changed, so the ranks' gradients count, too"
+    assert np.nanmax(np.abs(last - first)) > 1e-6, (
+        "the weights have changed, so the ranks' gradients count, too"
+    )
     if quantity == "gating":
-        assert np.isfinite(two["values"]).all() and (last[:, 1] > 0).all(), "a distance of 0 would show nothing"
+        assert np.isfinite(two["values"]).all() and (last[:, 1] > 0).all(), (
+            "a distance of 0 would show nothing"
+        )
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,5 +1,6 @@
-"""A checkpoint that is written in parallel with training has the weights of its step, and none is removed before its
-successor is complete (fault 7). tests/faults/test_checkpoint_content.py overwrites every tensor meanwhile.
+"""A checkpoint that is written in parallel with training has the weights of its step, and none is
+removed before its successor is complete (fault 7). tests/faults/test_checkpoint_content.py
+overwrites every tensor meanwhile.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ def slowly(*args: Any) -> Any:
 
 
 def train(world_size: int, folder: Path, background: bool) -> tuple[int, list[int]]:
-    """Trains with a checkpoint at every step. Returns how many steps passed while one was being written, and how many
-    complete checkpoints there were at each step after the first checkpoint."""
+    """Trains with a checkpoint at every step. Returns how many steps passed while one was being
+    written, and how many complete checkpoints there were at each step after the first checkpoint.
+    """
     overlapped, whole = 0, []
 
     class Watch(DataPosition):
@@ -52,7 +54,9 @@ def train(world_size: int, folder: Path, background: bool) -> tuple[int, list[in
     words = f"trainer.max_steps={STEPS} strategy.ep_size=2 strategy.async_checkpoint={background}"
     config = tiny(f"position=pos2 top_k=2 {words}", world_size)
     checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=1)
-    build_trainer(config, [Watch(), checkpoints], []).fit(build_module(config), build_datamodule(config))
+    build_trainer(config, [Watch(), checkpoints], []).fit(
+        build_module(config), build_datamodule(config)
+    )
     return overlapped, whole
 
 
@@ -64,7 +68,9 @@ def train_both(rank: int, world_size: int, folder: Path) -> tuple[int, list[int]
 
 def test_a_checkpoint_written_in_parallel_with_training_has_the_weights_of_its_step(tmp_path):
     (overlapped, whole), _ = run_ranks(train_both, 2, tmp_path)
-    assert overlapped > 0, "no step passed while a checkpoint was being written, so this test shows nothing"
+    assert overlapped > 0, (
+        "no step passed while a checkpoint was being written, so this test shows nothing"
+    )
     assert whole and min(whole) >= 1, "there was a moment without a complete checkpoint"
     stored = []
     for folder in (tmp_path / "blocking", tmp_path / "background"):

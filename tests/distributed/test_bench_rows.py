@@ -1,4 +1,5 @@
-"""Rows of `bench overlap --every 1` compute what the equations of their wirings say, and no schedule changes a bit."""
+"""Rows of `bench overlap --every 1` compute what the equations of their wirings say, and no
+schedule changes a bit."""
 
 from __future__ import annotations
 
@@ -27,7 +28,12 @@ def by_equations(name: str, blocks: Sequence[MoEBlock], x: Tensor) -> Tensor:
     """X of the last block by the equations of docs/shortcuts.md. M and Y: what a block hands on."""
     handed_on = None
     for block in blocks:
-        (attention,), norm, shared, routed = block.sublayers, block.norm, block.shared_expert, block.moe
+        (attention,), norm, shared, routed = (
+            block.sublayers,
+            block.norm,
+            block.shared_expert,
+            block.moe,
+        )
         if name == "farskip":
             u = norm(x)
             handed_on = attention(x if handed_on is None else handed_on, onto=x) + shared(u)
@@ -37,13 +43,18 @@ def by_equations(name: str, blocks: Sequence[MoEBlock], x: Tensor) -> Tensor:
         if name == "nvidia":
             x = m + block.after.norm(shared(norm(m)) + routed(block.tap_norm(x)).y_BSD)
         else:
-            x = m + shared(norm(m)) + routed(block.tap_norm(m if handed_on is None else handed_on)).y_BSD
+            x = (
+                m
+                + shared(norm(m))
+                + routed(block.tap_norm(m if handed_on is None else handed_on)).y_BSD
+            )
             handed_on = m
     return x
 
 
 def check_row(bench: Bench, name: str) -> None:
-    """Raises AssertionError: outputs or gradients of a schedule differ from those of the sequential one."""
+    """Raises AssertionError: outputs or gradients of a schedule differ from those of the sequential
+    one."""
     blocks = bench.stacks[name]
 
     def results(variant: Variant) -> list[Tensor]:
@@ -65,8 +76,12 @@ def check_row(bench: Bench, name: str) -> None:
         for variant in [*(Variant(name, place) for place in places), mixed]:
             found = results(variant)
             assert len(found) == len(expected)
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), f"{name} {variant}"
-            assert [block.schedule for block in blocks] == variant.of_blocks(block.schedule for block in blocks)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (
+                f"{name} {variant}"
+            )
+            assert [block.schedule for block in blocks] == variant.of_blocks(
+                block.schedule for block in blocks
+            )
 
 
 def check(rank: int, world_size: int) -> None:
@@ -85,8 +100,8 @@ def dropped(rank: int, world_size: int) -> float:
 
 
 def test_what_is_dropped_is_the_mean_over_the_routings_of_a_load():
-    """In hot steps all rows go to one of two ranks, whose experts have room for half of them; every second step is
-    even."""
+    """In hot steps all rows go to one of two ranks, whose experts have room for half of them; every
+    second step is even."""
     assert run_ranks(dropped, 2) == [0.25, 0.25]
 
 

@@ -1,7 +1,8 @@
 """Routers with selection biases train alike however weights are split, and resume in any layout.
 
-Biases move by the load of all ranks. They are compared with one process, as every other weight is, in
-float64. tests/distributed/test_ep_equality.py has them at EP 2 and 4 with replicated dense weights.
+Biases move by the load of all ranks. They are compared with one process, as every other weight is,
+in float64. tests/distributed/test_ep_equality.py has them at EP 2 and 4 with replicated dense
+weights.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ WRITTEN, READ = "strategy.ep_size=4", split("sharded", 2, 4)
 
 
 def resumed(rank: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Returns for each router an uninterrupted run at EP 4, and one that goes on from its checkpoint
-    with split weights at EP 2."""
+    """Returns for each router an uninterrupted run at EP 4, and one that goes on from its
+    checkpoint with split weights at EP 2."""
     found = {}
     be_on_nodes(rank, 4)
     for name, words in ROUTERS.items():
@@ -76,5 +77,7 @@ def test_biases_resume_in_another_layout(router, trained):
     for ends in (split_ranks, [on_one_rank[router]]):
         error, name = largest_difference([*ends], [*uninterrupted])
         assert error <= TOLERANCE, name
-    biases = [t for name, t in whole([*uninterrupted]).items() if name.endswith("router.bias.weight")]
+    biases = [
+        t for name, t in whole([*uninterrupted]).items() if name.endswith("router.bias.weight")
+    ]
     assert biases and all(t.abs().max() > 1e-3 for t in biases), "biases have moved"

@@ -1,7 +1,8 @@
-"""A model whose weights are split is built in parts: no rank ever holds more than its part and one block.
+"""A model whose weights are split is built in parts: no rank ever holds more than its part and one
+block.
 
-Four ranks build models of which the whole is more, with weights that are drawn and weights from files, and have the
-bits of one process. Models of images are in test_swin_equality.py.
+Four ranks build models of which the whole is more, with weights that are drawn and weights from
+files, and have the bits of one process. Models of images are in test_swin_equality.py.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ SIZE = (
     *("model.layers=8", "model.dim=32", "model.heads=2", "model.ffn_dim=64", "moe.num_experts=4"),
     *("data.name=synthetic", "data.vocab_size=64", "data.seq_len=16"),
 )
-SPLIT = ("strategy.dense=sharded", "strategy.ep_size=2", "trainer.devices=4", "data.global_batch_size=4")
+SPLIT = (
+    "strategy.dense=sharded",
+    "strategy.ep_size=2",
+    "trainer.devices=4",
+    "data.global_batch_size=4",
+)
 MIXTRAL = "model.family=llama architecture=top_k top_k=2 every=1"
 CASES = {
     "drawn": ("position=pos2", None),
@@ -40,15 +46,21 @@ CASES = {
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Has what models start from: exports of an MoE and of a dense model, and a folder as transformers writes it."""
-    for name, words in {"pos2": "position=pos2", "dense": "model.family=llama architecture=dense"}.items():
+    """Has what models start from: exports of an MoE and of a dense model, and a folder as
+    transformers writes it."""
+    for name, words in {
+        "pos2": "position=pos2",
+        "dense": "model.family=llama architecture=dense",
+    }.items():
         export(load(None, [*SIZE, *overrides(words)]), tmp_path / f"{name}.safetensors")
     (tmp_path / "hf").mkdir()
     config = load(None, [*SIZE, *overrides(MIXTRAL)])
     content = hf_config(config, None)
     (tmp_path / "hf" / "config.json").write_text(json.dumps(content))
     for i, (name, p) in enumerate(tiny_model(config, torch.float32).named_parameters()):
-        save_file(dict(renamed(content, name, p.detach())), tmp_path / "hf" / f"model-{i}.safetensors")
+        save_file(
+            dict(renamed(content, name, p.detach())), tmp_path / "hf" / f"model-{i}.safetensors"
+        )
     return tmp_path
 
 
@@ -56,7 +68,9 @@ def built(rank: int, world_size: int, folder: Path) -> dict[str, Built]:
     context, found = split_context(ep_size=2), {}
     for case, (words, source) in CASES.items():
         config = load(None, [*SIZE, *SPLIT, *overrides(words)])
-        found[case] = build_in_parts(replace(config, init_from=source and source.format(folder)), context)
+        found[case] = build_in_parts(
+            replace(config, init_from=source and source.format(folder)), context
+        )
     return found
 
 

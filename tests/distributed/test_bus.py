@@ -1,4 +1,5 @@
-"""Rows that go over a bus arrive unchanged at every rate, and the rate is searched for the share of communication.
+"""Rows that go over a bus arrive unchanged at every rate, and the rate is searched for the share of
+communication.
 
 On a machine without a GPU rows are copied at once; tests/unit/test_cuda.py has the stream.
 """
@@ -25,10 +26,16 @@ def test_rows_arrive_unchanged_at_every_rate(rate):
     rows = torch.randn(40, 8, requires_grad=True)
     target, work = emulated.over_the_bus(torch.device("cpu"), rate)(rows, None)
     work.wait()
-    assert torch.equal(target, rows) and target.data_ptr() != rows.data_ptr() and not target.requires_grad
+    assert (
+        torch.equal(target, rows)
+        and target.data_ptr() != rows.data_ptr()
+        and not target.requires_grad
+    )
 
 
-@pytest.mark.parametrize("rate, numbers", [(0.4, [40, 40, 20]), (0.5, [40, 40]), (1.0, [40]), (4.0, [10]), (1e4, [])])
+@pytest.mark.parametrize(
+    "rate, numbers", [(0.4, [40, 40, 20]), (0.5, [40, 40]), (1.0, [40]), (4.0, [10]), (1e4, [])]
+)
 def test_a_rate_is_reached_by_the_number_of_rows_that_travel(rate, numbers):
     assert emulated.travelling(40, rate) == numbers
 
@@ -50,9 +57,13 @@ def test_a_larger_share_has_a_lower_rate():
 
 
 def rates_tried(rank: int, world_size: int) -> list[list[float]]:
-    """Returns the rates that two searches try where no rate changes the share. The second begins as the first."""
+    """Returns the rates that two searches try where no rate changes the share. The second begins as
+    the first."""
     dist.init_process_group("gloo")
-    setting, seconds = Setting(0.52, rows=("top2",), **SMALL | {"bus": False}), {"sequential": 1.0, "free": 0.7}
+    setting, seconds = (
+        Setting(0.52, rows=("top2",), **SMALL | {"bus": False}),
+        {"sequential": 1.0, "free": 0.7},
+    )
     first: list[float] = []
     second: list[float] = []
     find_rate(setting, first.append, lambda variant: seconds[variant.way])
@@ -72,8 +83,12 @@ def noted(rank: int, world_size: int) -> list[str]:
     recorder = Recorder(bench.device)
     bench.set(Variant("pos2", Schedule("scmoe", "pos2", 1)), recorder).train(bench.x)
     block = bench.stacks["pos2"][0]
-    assert {p.dtype for p in block.parameters()} - {p.dtype for p in block.moe.router.parameters()} == {torch.bfloat16}
-    return [span.operator for direction in ("forward", "backward") for span in recorder.spans(direction)]
+    assert {p.dtype for p in block.parameters()} - {
+        p.dtype for p in block.moe.router.parameters()
+    } == {torch.bfloat16}
+    return [
+        span.operator for direction in ("forward", "backward") for span in recorder.spans(direction)
+    ]
 
 
 @pytest.mark.dist

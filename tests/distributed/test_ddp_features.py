@@ -23,12 +23,22 @@ from tests.support.trainings import end_groups
 pytestmark = pytest.mark.dist
 
 PAGE = Path(__file__).parents[2] / "docs" / "strategy.md"
-MODULES = (lightning_updates, lightning_loops, lightning_checkpoints)  # they add their features when imported
+MODULES = (
+    lightning_updates,
+    lightning_loops,
+    lightning_checkpoints,
+)  # they add their features when imported
 NUMBERS = "/(losses|weights|moments|metrics|logged)/"
 # feature: what every line of `differences` says, and how its row in docs/strategy.md begins
 DIFFERENT = {
-    "clipping_by_other_means": ("/error: absent .* did not call self.clip_gradients", "gradients that are clipped by"),
-    "a_loss_that_is_not_finite": ("/error: absent .* FloatingPointError: gradient norm is nan", "a loss or a gradient"),
+    "clipping_by_other_means": (
+        "/error: absent .* did not call self.clip_gradients",
+        "gradients that are clipped by",
+    ),
+    "a_loss_that_is_not_finite": (
+        "/error: absent .* FloatingPointError: gradient norm is nan",
+        "a loss or a gradient",
+    ),
     "float16": (r"/error: absent .* ValueError: trainer\.precision is 16-mixed", "float16"),
     "bf16_true": (NUMBERS, "clipping with `bf16-true`"),
     "dropout": ("/(masks|drawn)/", "numbers drawn inside"),
@@ -39,11 +49,20 @@ DIFFERENT = {
         "ranks with different numbers",
     ),
     "weight_averaging": ("/error: absent .* WeightAveraging keeps a copy", "`WeightAveraging`"),
-    "ema_weight_averaging": ("/error: absent .* EMAWeightAveraging keeps a copy", "`WeightAveraging`"),
-    "stochastic_weight_averaging": ("/error: absent .* StochasticWeightAveraging keeps a copy", "`WeightAveraging`"),
+    "ema_weight_averaging": (
+        "/error: absent .* EMAWeightAveraging keeps a copy",
+        "`WeightAveraging`",
+    ),
+    "stochastic_weight_averaging": (
+        "/error: absent .* StochasticWeightAveraging keeps a copy",
+        "`WeightAveraging`",
+    ),
     "resume_with_float64": ("/exact: False under ddp, True|/resumed/", "a resumed `64-true`"),
     "lbfgs_in_a_checkpoint": ("/error: absent .* LBFGS keeps .* as list", "`LBFGS`"),
-    "on_load_checkpoint_that_reads_weights": (r"/error: .* reads checkpoint\['state_dict'\]", "`on_load_checkpoint`"),
+    "on_load_checkpoint_that_reads_weights": (
+        r"/error: .* reads checkpoint\['state_dict'\]",
+        "`on_load_checkpoint`",
+    ),
     "checkpoints_of_accumulated_steps": ("/2/", "a checkpoint that is requested inside"),
     "a_checkpoint_after_an_exception": ("/files/", "a checkpoint after an exception"),
 }
@@ -66,7 +85,10 @@ def used(tmp_path_factory) -> list[list[dict[str, Any]]]:
     """Returns what came of all features on each rank, under ddp and under the Strategy."""
     strategies = (DDPStrategy, ExpertParallelStrategy)
     folder = tmp_path_factory.mktemp("used")
-    return [run_ranks(use_all, 2, strategy, folder / strategy.__name__, timeout_s=280) for strategy in strategies]
+    return [
+        run_ranks(use_all, 2, strategy, folder / strategy.__name__, timeout_s=280)
+        for strategy in strategies
+    ]
 
 
 @pytest.mark.parametrize("name", FEATURES)
@@ -82,5 +104,9 @@ def test_a_feature_gives_what_it_gives_under_ddp(name, used):
 
 def test_every_difference_is_on_the_page():
     rows = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
-    missing = [start for _, start in DIFFERENT.values() if not any(row.startswith(f"| {start}") for row in rows)]
+    missing = [
+        start
+        for _, start in DIFFERENT.values()
+        if not any(row.startswith(f"| {start}") for row in rows)
+    ]
     assert missing == []

@@ -1,4 +1,5 @@
-"""The drop-in block is the block that a configuration builds. test_wrap.py has its gradients on two ranks."""
+"""The drop-in block is the block that a configuration builds. test_wrap.py has its gradients on two
+ranks."""
 
 import io
 import math
@@ -30,7 +31,10 @@ SIZES = "model.dim=16 model.heads=2 model.layers=2 data.seq_len=8 moe.num_expert
 @pytest.mark.parametrize("position", ["pos1", "pos2", "pos3"])
 @pytest.mark.parametrize("combine", ["direct_add", "cg1", "cg2"])
 def test_it_is_the_block_of_a_configuration(position, combine):
-    words = f"{SIZES} moe.position={position} moe.combine={combine} moe.top_k=2 moe.capacity_factor=null"
+    words = (
+        f"{SIZES} moe.position={position} moe.combine={combine} moe.top_k=2"
+        " moe.capacity_factor=null"
+    )
     (built,) = build_blocks(scmoe.load_config(None, words.split()), ParallelContext())
     block = scmoe.ScMoEBlock(16, 2, 4, 2, position, combine)
     assert block.schedule == built.schedule
@@ -53,19 +57,28 @@ CONFIGURED = {
 @pytest.mark.parametrize("router", ["softmax", "longcat"])
 def test_other_shortcuts_and_routers_are_those_of_a_configuration(shortcut, router):
     top_k, experts = 1 if shortcut == "dgmoe" else 2, {"router": router, "zero_experts": 2}
-    words = f"{SIZES} moe.capacity_factor=null moe.top_k={top_k} moe.router={router} moe.zero_experts=2"
-    built = build_blocks(scmoe.load_config(None, f"{words} {CONFIGURED[shortcut]}".split()), ParallelContext())
+    words = (
+        f"{SIZES} moe.capacity_factor=null moe.top_k={top_k} moe.router={router} moe.zero_experts=2"
+    )
+    built = build_blocks(
+        scmoe.load_config(None, f"{words} {CONFIGURED[shortcut]}".split()), ParallelContext()
+    )
     ours, theirs = {"x_BSD": torch.randn(2, 8, 16)}, {}
     theirs |= ours
     for i, block in enumerate(built):
         position = {"nous": ("first", "carried")[i], "dgmoe": "pos3"}.get(shortcut)
         mine = scmoe.ScMoEBlock(16, 2, 4, top_k, position, shortcut=shortcut, **experts)
         mine.load_state_dict(block.state_dict())
-        assert mine.schedule == block.schedule and mine.moe.router.scoring == block.moe.router.scoring
+        assert (
+            mine.schedule == block.schedule and mine.moe.router.scoring == block.moe.router.scoring
+        )
         y, stats, *carry = mine(**ours)
         y_built, _, *carry_built = block(**theirs)
         assert torch.equal(y, y_built)
-        ours, theirs = ({"x_BSD": x, **({"carry": c[0]} if c else {})} for x, c in ((y, carry), (y_built, carry_built)))
+        ours, theirs = (
+            {"x_BSD": x, **({"carry": c[0]} if c else {})}
+            for x, c in ((y, carry), (y_built, carry_built))
+        )
     if router == "longcat":
         scmoe.move_biases(mine, [stats])
         assert mine.moe.router.bias.weight.any()
@@ -82,9 +95,15 @@ def test_other_shortcuts_and_routers_are_those_of_a_configuration(shortcut, rout
         ({"heads": 3}, "heads is 3, allowed: divisors of dim"),
         ({"top_k": 5}, "top_k is 5, allowed: 1..num_experts"),
         ({"expert_slot": 9}, "slot is 9, allowed"),
-        *(({"capacity_factor": f}, f"capacity_factor is {f}, allowed: None, or above 0") for f in (-1, 0.0, math.nan)),
+        *(
+            ({"capacity_factor": f}, f"capacity_factor is {f}, allowed: None, or above 0")
+            for f in (-1, 0.0, math.nan)
+        ),
         *(({"ffn_dim": n}, f"ffn_dim is {n}, allowed: 1 or more") for n in (-8, 0)),
-        ({"activation": "swiglu", "ffn_dim": 0}, "dim is 16 and ffn_dim is 0, allowed: multiples of 8"),
+        (
+            {"activation": "swiglu", "ffn_dim": 0},
+            "dim is 16 and ffn_dim is 0, allowed: multiples of 8",
+        ),
         ({"activation": "relu"}, "activation is 'relu', allowed: gelu | gelu_tanh | swiglu"),
     ],
     ids=str,
@@ -104,11 +123,15 @@ def test_a_router_of_ones_own_is_taken_and_checked():
 
 @pytest.mark.parametrize("shape", [(8, 16), (1, 2, 8, 16)], ids=str)
 def test_an_input_without_batch_or_with_more_is_refused(shape):
-    with pytest.raises(ValueError, match=re.escape(f"x has the shape {shape}, allowed: (batch, sequence, 16)")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"x has the shape {shape}, allowed: (batch, sequence, 16)")
+    ):
         scmoe.ScMoEBlock(16, 2, 4)(torch.randn(shape))
 
 
-@pytest.mark.parametrize("make", [partial(scmoe.ScMoEBlock, heads=2), partial(scmoe.MoE, activation="swiglu")])
+@pytest.mark.parametrize(
+    "make", [partial(scmoe.ScMoEBlock, heads=2), partial(scmoe.MoE, activation="swiglu")]
+)
 def test_a_module_with_experts_can_be_pickled(make):
     module, file = make(16, num_experts=4), io.BytesIO()
     torch.save(module, file)
@@ -140,7 +163,8 @@ def test_a_group_that_is_not_that_of_the_experts_is_refused():
 
 
 def drawn_apart(rank: int, world_size: int, how: str) -> list[torch.Tensor]:
-    """Returns this rank's part of all weights of a module that each rank has drawn from another generator."""
+    """Returns this rank's part of all weights of a module that each rank has drawn from another
+    generator."""
     dist.init_process_group("gloo")
     device, timeout = torch.device("cpu"), timedelta(seconds=60)
     context = build_context(1, device, timeout)
@@ -189,8 +213,11 @@ print(type(Trainer(strategy="expert_parallel", accelerator="cpu", logger=False).
 
 
 def test_importing_the_package_needs_no_torch_and_the_block_no_lightning():
-    """Lightning knows the strategy's name all the same. In ranks it is imported before this package."""
-    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=120)
+    """Lightning knows the strategy's name all the same. In ranks it is imported before this
+    package."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=120
+    )
     assert done.stdout == "set()\nset()\nExpertParallelStrategy\n", done.stderr
 
 
@@ -198,7 +225,9 @@ def test_importing_the_package_needs_no_torch_and_the_block_no_lightning():
 
 
 def test_the_lines_of_the_readme_run():
-    (lines,) = re.findall(r"```python\n(import scmoe.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (lines,) = re.findall(
+        r"```python\n(import scmoe.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
     names = {"x": torch.randn(1, 4, 256), "task_loss": lambda y: y.square().mean()}
     exec(lines, names)  # the page's own text
     assert names["loss"].requires_grad and names["y"].shape == (1, 4, 256)
@@ -221,7 +250,15 @@ def test_the_example_of_plain_torch_learns():
 def test_the_example_of_torchrun_learns_on_both_ranks():
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    common = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     with ThreadPoolExecutor(2) as pool:
-        ranks = [pool.submit(example, "two_ranks.py", RANK=rank, LOCAL_RANK=rank, **common) for rank in "01"]
+        ranks = [
+            pool.submit(example, "two_ranks.py", RANK=rank, LOCAL_RANK=rank, **common)
+            for rank in "01"
+        ]
         assert all(re.search(r"step 19: loss 0\.0", rank.result()) for rank in ranks)

@@ -1,11 +1,13 @@
 """N processes must compute the same as one process (strategy, reducer, dispatcher, clipping).
 
-A tiny model takes one or three SGD steps by the real Strategy and Trainer. These are compared with one process: losses,
-every gradient (expert shards put together by global expert id), gradient norms, and the parameters before and after.
-The optimizer is SGD, because AdamW would divide a wrong scale of a gradient out again.
+A tiny model takes one or three SGD steps by the real Strategy and Trainer. These are compared with
+one process: losses, every gradient (expert shards put together by global expert id), gradient
+norms, and the parameters before and after. The optimizer is SGD, because AdamW would divide a wrong
+scale of a gradient out again.
 
-The bound is 1e-12 in float64: N processes do the same sums in another order, over at most some thousand terms with
-rounding errors of 1e-16. A missing factor or term shows at 1e-3 or more, as test_negative_controls.py proves.
+The bound is 1e-12 in float64: N processes do the same sums in another order, over at most some
+thousand terms with rounding errors of 1e-16. A missing factor or term shows at 1e-3 or more, as
+test_negative_controls.py proves.
 """
 
 from __future__ import annotations
@@ -87,9 +89,12 @@ def test_two_ranks_equal_one_with_every_other_architecture():
         assert size > 1e6 * TOLERANCE, (name, gradient)
 
 
-@pytest.mark.parametrize(("ranks", "names"), [(2, tuple(SLOTS)), (4, ("pos3",))], ids=["EP 2", "EP 4"])
+@pytest.mark.parametrize(
+    ("ranks", "names"), [(2, tuple(SLOTS)), (4, ("pos3",))], ids=["EP 2", "EP 4"]
+)
 def test_no_slot_changes_a_bit(ranks, names, one):
-    """Chunks change rounding alone: with any number of them ranks compute what one process does with one."""
+    """Chunks change rounding alone: with any number of them ranks compute what one process does
+    with one."""
     cases = {name: (SLOTS[name][0], f"{SLOTS[name][1]} strategy.ep_size={ranks}") for name in names}
     of_ranks = run_ranks(train_at_every_slot, ranks, cases)
     for name, (schedule, _) in cases.items():
@@ -97,11 +102,14 @@ def test_no_slot_changes_a_bit(ranks, names, one):
 
 
 def test_bfloat16_rows_on_the_wire_change_only_rounding(two):
-    """This is off by default. Rounding is 4e-3, on the routed experts' share of a loss of 5; weights stay float32."""
+    """This is off by default. Rounding is 4e-3, on the routed experts' share of a loss of 5;
+    weights stay float32."""
     assert Config().strategy.wire_dtype is None
     schedule, text = SLOTS["pos2"]
     text += f" {EP2} trainer.precision=32-true strategy.wire_dtype=bfloat16"
-    wire = [records["wire"] for records in run_ranks(train_at_every_slot, 2, {"wire": (schedule, text)})]
+    wire = [
+        records["wire"] for records in run_ranks(train_at_every_slot, 2, {"wire": (schedule, text)})
+    ]
     assert_no_slot_changes_a_bit(wire, schedule, None)
     narrow, plain = (assemble(records)["train/loss"][0] for records in (wire, two["fp32"]))
     assert 0 < abs(narrow - plain) <= 1e-2
@@ -122,7 +130,8 @@ def test_clipping_has_an_effect(one):
 
 @pytest.mark.parametrize("case", ["starved, EP 2", "starved bf16"])
 def test_experts_without_tokens_have_zero_gradients(case, two):
-    """Their rank computes on no rows. If gradients were None, AdamW would not decay and no all-reduce would run."""
+    """Their rank computes on no rows. If gradients were None, AdamW would not decay and no
+    all-reduce would run."""
     busy, idle = two[case]
     for step in range(3):
         for name in busy["experts"]:

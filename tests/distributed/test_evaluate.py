@@ -24,10 +24,21 @@ from tests.support.wandb_server import wandb_server
 
 pytestmark = pytest.mark.dist
 
-ARCHITECTURES = {  # with a capacity that drops, chunks, and what only ranks have; the second with W&B
-    "scmoe": ("moe.capacity_factor=1", "schedule.chunks=2", "strategy.wire_dtype=bfloat16", "strategy.dense=sharded"),
+# with a capacity that drops, chunks, and what only ranks have; the second with W&B
+ARCHITECTURES = {
+    "scmoe": (
+        "moe.capacity_factor=1",
+        "schedule.chunks=2",
+        "strategy.wire_dtype=bfloat16",
+        "strategy.dense=sharded",
+    ),
     "dgmoe": (
-        *("moe.architecture=dgmoe", "moe.capacity_factor=null", "moe.rows=buffers", "moe.dropless_ceiling=2"),
+        *(
+            "moe.architecture=dgmoe",
+            "moe.capacity_factor=null",
+            "moe.rows=buffers",
+            "moe.dropless_ceiling=2",
+        ),
         "logger.mode=offline",
     ),
 }
@@ -50,7 +61,9 @@ def evaluated(world_size: int, run_dir: Path, *words: str) -> dict[str, Any]:
     words = (str(run_dir), f"trainer.devices={world_size}", "logger.mode=disabled", *words)
     if world_size == 1:
         return called("evaluate", *words).summary
-    return command_in_ranks("evaluate", world_size, *words, HF_DATASETS_CACHE=str(run_dir / "datasets")).summary
+    return command_in_ranks(
+        "evaluate", world_size, *words, HF_DATASETS_CACHE=str(run_dir / "datasets")
+    ).summary
 
 
 def file_of(run_dir: Path) -> dict[str, Any]:
@@ -58,15 +71,29 @@ def file_of(run_dir: Path) -> dict[str, Any]:
 
 
 def test_tasks_on_ranks_have_the_bits_of_one_process(runs, tmp_path, monkeypatch):
-    """`write` is a task of lm-eval whose answers the model writes, scored by the letters that they share with ABC."""
+    """`write` is a task of lm-eval whose answers the model writes, scored by the letters that they
+    share with ABC."""
     pytest.importorskip("lm_eval", reason="needs the extra `eval`")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "rows").write_text("\n".join(json.dumps({"query": "The " * n, "answer": ABC}) for n in range(6)))
+    (tmp_path / "rows").write_text(
+        "\n".join(json.dumps({"query": "The " * n, "answer": ABC}) for n in range(6))
+    )
     write_task(tmp_path, "write", writing(".", 8, "chrf"))
-    asked = (runs["scmoe"], "--limit", "6", "--tasks", "cloze,next_sentence,write", "--data", str(tmp_path))
+    asked = (
+        runs["scmoe"],
+        "--limit",
+        "6",
+        "--tasks",
+        "cloze,next_sentence,write",
+        "--data",
+        str(tmp_path),
+    )
     alone = evaluated(1, *asked)
     assert set(alone) >= {"test_loss", "perplexity", "tasks"}
-    assert set(alone["tasks"]) == {"cloze", "next_sentence", "write"} and alone["tasks"]["write"]["chrf"] > 0
+    assert (
+        set(alone["tasks"]) == {"cloze", "next_sentence", "write"}
+        and alone["tasks"]["write"]["chrf"] > 0
+    )
     assert all(task["questions"] == 6 for task in alone["tasks"].values())
     kept = file_of(runs["scmoe"])
     assert evaluated(2, *asked) == alone
@@ -81,7 +108,8 @@ def test_a_text_on_four_ranks_has_the_bits_of_one_process(runs):
 
 
 def test_the_test_split_is_scored_in_batches_of_one_rank(runs, monkeypatch):
-    """A capacity then applies to as many sequences as in the training. Without one, a batch has BATCH_TOKENS."""
+    """A capacity then applies to as many sequences as in the training. Without one, a batch has
+    BATCH_TOKENS."""
     seen = []
 
     def spied(scorer: Scorer, data: Any) -> dict[str, Any]:
@@ -98,11 +126,22 @@ def test_the_test_split_is_scored_in_batches_of_one_rank(runs, monkeypatch):
 def test_results_are_merged_by_what_was_asked(runs, tmp_path):
     pytest.importorskip("lm_eval", reason="needs the extra `eval`")
     (tmp_path / "other.txt").write_text(sentences(50, 9))
-    (tmp_path / "mine.jsonl").write_text(json.dumps({"query": "The", "choices": ["state", "war"], "gold": 0}))
+    (tmp_path / "mine.jsonl").write_text(
+        json.dumps({"query": "The", "choices": ["state", "war"], "gold": 0})
+    )
     run_dir = runs["scmoe"]
     (run_dir / evaluation.FILE).unlink(missing_ok=True)
     first = evaluated(1, run_dir, "--tasks", "cloze", "--limit", "5")
-    last = evaluated(1, run_dir, "--tasks", "mine", "--data", str(tmp_path), "--text", str(tmp_path / "other.txt"))
+    last = evaluated(
+        1,
+        run_dir,
+        "--tasks",
+        "mine",
+        "--data",
+        str(tmp_path),
+        "--text",
+        str(tmp_path / "other.txt"),
+    )
     best = evaluated(1, run_dir, "--tasks", "none", "--which", "best", "--stride", "32")
     kept = file_of(run_dir)
     assert (last["checkpoint"], best["checkpoint"]) == ("step=3.ckpt", "best-step=2.ckpt")
@@ -135,7 +174,10 @@ def test_a_wrong_request_is_one_line(runs, words, says, monkeypatch):
 
 
 def test_results_go_to_the_runs_own_wandb_run(runs):
-    run_dir, words = runs["dgmoe"], ("evaluate", 1, str(runs["dgmoe"]), "--tasks", "none", "logger.mode=online")
+    run_dir, words = (
+        runs["dgmoe"],
+        ("evaluate", 1, str(runs["dgmoe"]), "--tasks", "none", "logger.mode=online"),
+    )
     with wandb_server() as server:
         found = command_in_ranks(*words, **server.variables).summary
         (arrived,) = server.runs.values()
@@ -151,15 +193,22 @@ def test_trouble_with_wandb_loses_no_result(runs, monkeypatch, capsys):
 
     run_dir, config = runs["dgmoe"], load(runs["dgmoe"] / "config.yaml")
     monkeypatch.setattr(evaluation, "wandb_logger", fails)
-    evaluation.log_to_wandb(run_dir, config, {"test": {"loss": 1.0}, "text": None, "tasks": {}, "step": 3})
+    evaluation.log_to_wandb(
+        run_dir, config, {"test": {"loss": 1.0}, "text": None, "tasks": {}, "step": 3}
+    )
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "no server" in err
 
 
 def test_an_override_of_the_whole_section_reaches_wandb(runs, monkeypatch):
     modes = []
-    monkeypatch.setattr(evaluation, "log_to_wandb", lambda run_dir, config, found: modes.append(config.logger.mode))
-    assert called("evaluate", str(runs["dgmoe"]), "--tasks", "none", "logger={mode: disabled}").code == 0
+    monkeypatch.setattr(
+        evaluation, "log_to_wandb", lambda run_dir, config, found: modes.append(config.logger.mode)
+    )
+    assert (
+        called("evaluate", str(runs["dgmoe"]), "--tasks", "none", "logger={mode: disabled}").code
+        == 0
+    )
     assert modes == ["disabled"]
 
 
@@ -203,7 +252,10 @@ def slow(rank: int, world_size: int) -> Any:
         forward(torch.ones(1), None)
         return "done"
 
-    context, padding = ParallelContext(rank, world_size, control_group=group), (torch.ones(1), torch.tensor([False]))
+    context, padding = (
+        ParallelContext(rank, world_size, control_group=group),
+        (torch.ones(1), torch.tensor([False])),
+    )
     return run_on_rank_zero(work, lambda *given: seen.append(given), padding, context), len(seen)
 
 

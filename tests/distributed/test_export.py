@@ -1,4 +1,5 @@
-"""An export holds weights that are bit-identical to the checkpoint's, with experts by global id, for one process."""
+"""An export holds weights that are bit-identical to the checkpoint's, with experts by global id,
+for one process."""
 
 import pytest
 import torch
@@ -36,8 +37,11 @@ def model(run_dir, *overrides):
 
 @pytest.mark.inference
 @pytest.mark.parametrize("kind", ["checkpoint", "export"])
-def test_experts_offloaded_from_a_checkpoint_or_an_export_give_the_same_logits(kind, run_dir, tmp_path):
-    """A store belongs to its weights, wherever they were read; a checkpoint of another step has other weights."""
+def test_experts_offloaded_from_a_checkpoint_or_an_export_give_the_same_logits(
+    kind, run_dir, tmp_path
+):
+    """A store belongs to its weights, wherever they were read; a checkpoint of another step has
+    other weights."""
     file, here = run_dir / "export/model.safetensors", ("trainer.devices=1", "strategy.ep_size=1")
     config = load(run_dir / "config.yaml", (*here, "offload.way=determinate", "offload.slots=3"))
     expected, ids = model(run_dir), torch.randint(64, (2, 16))
@@ -53,7 +57,8 @@ def test_experts_offloaded_from_a_checkpoint_or_an_export_give_the_same_logits(k
 
 
 def test_experts_are_the_shards_in_the_order_of_the_ranks(run_dir):
-    """Reads file by file, without torch.distributed: rank 0 holds experts 0 and 1, rank 1 experts 2 and 3."""
+    """Reads file by file, without torch.distributed: rank 0 holds experts 0 and 1, rank 1 experts 2
+    and 3."""
     loaded = model(run_dir)
     load_weights(run_dir / "export/model.safetensors", loaded)
     shards = sorted(newest_good(run_dir / "checkpoints").glob("shard-*"))
@@ -64,14 +69,20 @@ def test_experts_are_the_shards_in_the_order_of_the_ranks(run_dir):
 
 
 def test_a_run_of_two_ranks_is_loaded_from_any_form(run_dir):
-    """`scmoe.load` takes the run, the file and the folder of Hugging Face's form; transformers is not needed."""
-    assert sorted(f.name for f in (run_dir / "export").iterdir()) == ["config.yaml", "model.safetensors"]
+    """`scmoe.load` takes the run, the file and the folder of Hugging Face's form; transformers is
+    not needed."""
+    assert sorted(f.name for f in (run_dir / "export").iterdir()) == [
+        "config.yaml",
+        "model.safetensors",
+    ]
     with safe_open(run_dir / "export/model.safetensors", framework="pt") as file:
         assert int(file.metadata()["step"]) == verify(newest_good(run_dir / "checkpoints"))
     assert call("export", str(run_dir), "--format", "hf") == 0
     fresh, expected = model(run_dir), model(run_dir)
     load_model(newest_good(run_dir / "checkpoints"), expected)
-    assert any(not torch.equal(p, fresh.get_parameter(n)) for n, p in expected.named_parameters()), "nothing was read"
+    assert any(
+        not torch.equal(p, fresh.get_parameter(n)) for n, p in expected.named_parameters()
+    ), "nothing was read"
     ids = torch.randint(64, (1, 16))
     outputs = []
     for place in (run_dir, run_dir / "export/model.safetensors", run_dir / "export/hf"):
@@ -88,7 +99,9 @@ def test_a_run_of_two_ranks_is_loaded_from_any_form(run_dir):
 def test_an_export_beside_another_models_config_is_refused(run_dir, tmp_path):
     """Its weights have the same names and shapes."""
     (tmp_path / "model.safetensors").symlink_to(run_dir / "export/model.safetensors")
-    (tmp_path / "config.yaml").write_text(to_yaml(load(run_dir / "config.yaml", ["moe.position=pos1"])))
+    (tmp_path / "config.yaml").write_text(
+        to_yaml(load(run_dir / "config.yaml", ["moe.position=pos1"]))
+    )
     with pytest.raises(ValueError, match=r"moe\.position is 'pos1', allowed: 'pos2'"):
         scmoe.load(tmp_path / "model.safetensors")
 

@@ -1,8 +1,8 @@
-"""Muon, the architecture of docs/extending.md, and DGMoE-Share, in which two pairs share one module: two ranks give the
-weights and moments of one, resumed or not.
+"""Muon, the architecture of docs/extending.md, and DGMoE-Share, in which two pairs share one
+module: two ranks give the weights and moments of one, resumed or not.
 
-The bound is 1e-12 in float64, as in test_ep_equality.py. Muon computes in bfloat16, from moments that differ by 1e-16:
-a rounding to bfloat16, 4e-3, would differ for one of 1e13 numbers.
+The bound is 1e-12 in float64, as in test_ep_equality.py. Muon computes in bfloat16, from moments
+that differ by 1e-16: a rounding to bfloat16, 4e-3, would differ for one of 1e13 numbers.
 """
 
 from __future__ import annotations
@@ -26,20 +26,32 @@ pytestmark = pytest.mark.dist
 USUAL = "optim.lr=0.01 optim.warmup_steps=2 trainer.max_steps=6"
 EXTENSION = "extensions=[docs.examples.my_architecture]"
 CASES = {
-    "muon": f"{USUAL} position=pos2 top_k=2 optim.name=muon model.family=llama trainer.gradient_clip=0.25",
+    "muon": (
+        f"{USUAL} position=pos2 top_k=2 optim.name=muon model.family=llama"
+        " trainer.gradient_clip=0.25"
+    ),
     "shared": f"{USUAL} architecture=dgmoe_share model.layers=4",
-    "parallel": f"{USUAL} {EXTENSION} architecture=parallel top_k=2 data.name=counting options.stride=3 optim.name=sgd",
+    "parallel": (
+        f"{USUAL} {EXTENSION} architecture=parallel top_k=2 data.name=counting options.stride=3"
+        " optim.name=sgd"
+    ),
 }
 Ends = dict[str, dict[str, Any]]
 
 
 def on_two(rank: int, world_size: int, folder: Path) -> Ends:
-    return {name: fit(tiny(f"{text} strategy.ep_size=2", 2), folder / name) for name, text in CASES.items()}
+    return {
+        name: fit(tiny(f"{text} strategy.ep_size=2", 2), folder / name)
+        for name, text in CASES.items()
+    }
 
 
 def on_one(rank: int, world_size: int, folder: Path) -> tuple[Ends, Ends]:
     """Returns uninterrupted runs, and the ends of runs that two ranks began."""
-    resumed = {name: fit(tiny(text), None, folder / name / f"step={HALF}.ckpt") for name, text in CASES.items()}
+    resumed = {
+        name: fit(tiny(text), None, folder / name / f"step={HALF}.ckpt")
+        for name, text in CASES.items()
+    }
     return {name: fit(tiny(text)) for name, text in CASES.items()}, resumed
 
 
@@ -62,7 +74,9 @@ def test_two_ranks_equal_one(case, ends):
     for end in (one[case], resumed[case]):
         error, name = largest_difference([end], ranks)
         assert error <= TOLERANCE, name
-    assert sum(name.endswith(("momentum_buffer", "exp_avg")) for name in whole(ranks)) > 2, "moments are compared"
+    assert sum(name.endswith(("momentum_buffer", "exp_avg")) for name in whole(ranks)) > 2, (
+        "moments are compared"
+    )
 
 
 def test_a_shared_module_is_saved_once(ends, folder):

@@ -1,4 +1,5 @@
-"""`scmoe.train` in an interactive Python, as in a notebook: on one rank in the process, on two in others."""
+"""`scmoe.train` in an interactive Python, as in a notebook: on one rank in the process, on two in
+others."""
 
 import json
 import subprocess
@@ -36,7 +37,9 @@ def test_a_notebook_trains_on_one_rank_and_on_two(tmp_path):
     """`-i` makes Lightning take the process for a notebook's."""
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, "-i", str(tmp_path / "program.py"), str(tmp_path / "runs")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), input="", capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), input="", capture_output=True, text=True, timeout=300
+    )
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     assert found == [["finished", 1, 2, "GPT"], ["finished", 2, 2, "GPT"], [True]], done.stderr
     assert done.stderr.count("step 2/2") == 4, "the lines of both trainings are shown"

@@ -1,4 +1,5 @@
-"""`make generate` writes the same texts on any number of ranks, from a checkpoint and from an export."""
+"""`make generate` writes the same texts on any number of ranks, from a checkpoint and from an
+export."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ from scmoe.inference.sampling import GREEDY, Stopping
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.mesh import ParallelContext, build_context
 from scmoe.training.assembly.model import build_model
-from tests.support.commands import called, command_here, command_in_ranks, train_in_ranks, train_on_text
+from tests.support.commands import (
+    called,
+    command_here,
+    command_in_ranks,
+    train_in_ranks,
+    train_on_text,
+)
 from tests.support.models import tiny
 from tests.support.sentences import sentences
 
@@ -32,11 +39,22 @@ PROMPTS = ["Peace", "The union of people", "Labor and land. State", "Congress", 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
-    """Returns the directory of a run of two ranks on a small text, with an export; its experts drop tokens."""
+    """Returns the directory of a run of two ranks on a small text, with an export; its experts drop
+    tokens."""
     folder = tmp_path_factory.mktemp("generate")
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS))
-    sizes = ("data.seq_len=48", "trainer.max_steps=3", "moe.noisy=false", "moe.capacity_factor=1", "schedule.chunks=2")
-    run_dir = train_on_text(folder, 2, *sizes, "strategy.wire_dtype=bfloat16", "strategy.dense=sharded")
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS)
+    )
+    sizes = (
+        "data.seq_len=48",
+        "trainer.max_steps=3",
+        "moe.noisy=false",
+        "moe.capacity_factor=1",
+        "schedule.chunks=2",
+    )
+    run_dir = train_on_text(
+        folder, 2, *sizes, "strategy.wire_dtype=bfloat16", "strategy.dense=sharded"
+    )
     assert call("export", str(run_dir)) == 0
     return run_dir
 
@@ -45,13 +63,27 @@ def prompts_of(run_dir: Path) -> Path:
     return run_dir.parents[1] / "prompts.jsonl"
 
 
-def written(world_size: int, weights: Path, run_dir: Path, out: Path, *words: str) -> list[dict[str, Any]]:
-    """Returns the lines of the file. Products in float64 do not round differently enough to change a draw."""
-    asked = ("--prompts", str(prompts_of(run_dir)), "--out", str(out), "--max-tokens", str(NEW), "--batch-size", "2")
+def written(
+    world_size: int, weights: Path, run_dir: Path, out: Path, *words: str
+) -> list[dict[str, Any]]:
+    """Returns the lines of the file. Products in float64 do not round differently enough to change
+    a draw."""
+    asked = (
+        "--prompts",
+        str(prompts_of(run_dir)),
+        "--out",
+        str(out),
+        "--max-tokens",
+        str(NEW),
+        "--batch-size",
+        "2",
+    )
     ranks = (f"trainer.devices={world_size}", "trainer.precision=64-true")
     done = command_in_ranks("generate", world_size, str(weights), *asked, *ranks, *words)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert done.summary["dropless"] and done.summary["tokens"] == sum(line["tokens"] for line in lines)
+    assert done.summary["dropless"] and done.summary["tokens"] == sum(
+        line["tokens"] for line in lines
+    )
     assert [line["prompt"] for line in lines] == PROMPTS
     return lines
 
@@ -64,16 +96,30 @@ def alone(run_dir) -> list[dict[str, Any]]:
 
 
 def test_texts_do_not_depend_on_ranks_or_on_where_weights_are(run_dir, alone, tmp_path):
-    """Two and four ranks have five prompts in blocks of four and eight, so some ranks have fewer texts, or none."""
+    """Two and four ranks have five prompts in blocks of four and eight, so some ranks have fewer
+    texts, or none."""
     assert len({line["text"] for line in alone}) == len(PROMPTS)
     assert written(4, run_dir, run_dir, tmp_path / "4.jsonl", "strategy.ep_size=2") == alone
     # the longest prompt of a rank, and so its number of pieces, differs between ranks
-    assert written(2, run_dir, run_dir, tmp_path / "2.jsonl", "--prefill-tokens", "3", "--plan") == alone
-    assert written(2, run_dir / "export/model.safetensors", run_dir, tmp_path / "export.jsonl") == alone
+    assert (
+        written(2, run_dir, run_dir, tmp_path / "2.jsonl", "--prefill-tokens", "3", "--plan")
+        == alone
+    )
+    assert (
+        written(2, run_dir / "export/model.safetensors", run_dir, tmp_path / "export.jsonl")
+        == alone
+    )
 
 
 def test_one_text_is_shown_on_rank_0_as_it_comes(run_dir, alone):
-    words = (str(run_dir), "--prompt", PROMPTS[0], "--max-tokens", str(NEW), "trainer.precision=64-true")
+    words = (
+        str(run_dir),
+        "--prompt",
+        PROMPTS[0],
+        "--max-tokens",
+        str(NEW),
+        "trainer.precision=64-true",
+    )
     done = command_in_ranks("generate", 2, *words, "trainer.devices=2")
     assert (done.code, done.out) == (0, alone[0]["text"] + "\n")
     assert "step=3.ckpt" in done.err
@@ -94,7 +140,11 @@ def test_offloaded_experts_write_the_same_texts(run_dir, tmp_path):
     torch.set_num_threads(2)
     for way in ("blocking", "determinate", "speculative"):
         found, speed = texts(run_dir, f"offload.way={way}", "offload.slots=2")
-        assert found == expected and speed["offload"]["way"] == way and 0 < speed["offload"]["hit_rate"] < 1
+        assert (
+            found == expected
+            and speed["offload"]["way"] == way
+            and 0 < speed["offload"]["hit_rate"] < 1
+        )
         stored.append((run_dir / "offload/step=3.ckpt.experts.safetensors").stat().st_mtime_ns)
     assert len(set(stored)) == 1 and torch.get_num_threads() == 1, "as with resident experts"
     assert texts(run_dir / "export/model.safetensors", "offload.way=determinate")[0] == expected
@@ -122,22 +172,38 @@ def test_offloaded_experts_write_the_same_texts(run_dir, tmp_path):
         (["--plan"], "--plan needs experts on several ranks"),
         (["offload.slots=2"], "offload.slots is 2, allowed: null"),
         (["offload.way=blocking", "trainer.devices=2"], "allowed: resident"),
-        (["offload.way=speculative", "offload.slots=1"], "offload.slots is 1, allowed: null, or 2 or more"),
+        (
+            ["offload.way=speculative", "offload.slots=1"],
+            "offload.slots is 1, allowed: null, or 2 or more",
+        ),
         (["moe.top_k=2"], "moe.top_k is 2, allowed: 1"),
         (["trainer.devices=3", "strategy.ep_size=2"], "strategy.ep_size is 2, allowed"),
     ],
 )
 def test_a_wrong_request_is_one_line_before_a_model_is_built(run_dir, monkeypatch, words, says):
-    monkeypatch.setattr("scmoe.runs.continuation.start_ranks", lambda *_: pytest.fail("a model is built"))
-    done = called("generate", str(run_dir), *(word.replace("PROMPTS", str(prompts_of(run_dir))) for word in words))
+    monkeypatch.setattr(
+        "scmoe.runs.continuation.start_ranks", lambda *_: pytest.fail("a model is built")
+    )
+    done = called(
+        "generate",
+        str(run_dir),
+        *(word.replace("PROMPTS", str(prompts_of(run_dir))) for word in words),
+    )
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done
     assert says in done.err
 
 
 def test_a_plan_is_refused_where_two_blocks_share_one_module(monkeypatch):
-    words = ("data.name=sotu", "data.vocab_size=300", "moe.architecture=dgmoe_share", "model.layers=4")
+    words = (
+        "data.name=sotu",
+        "data.vocab_size=300",
+        "moe.architecture=dgmoe_share",
+        "model.layers=4",
+    )
     config = load("configs/debug.yaml", [*words, "trainer.devices=2"])
-    monkeypatch.setattr("scmoe.runs.continuation.find_weights", lambda *_: (Path("step=1.ckpt"), config))
+    monkeypatch.setattr(
+        "scmoe.runs.continuation.find_weights", lambda *_: (Path("step=1.ckpt"), config)
+    )
     done = called("generate", "runs/none", "--plan")
     assert done.code == 2 and "moe.architecture=dgmoe_share" in done.err
 
@@ -156,7 +222,14 @@ def test_a_plan_is_refused_where_two_blocks_share_one_module(monkeypatch):
 )
 def test_a_wrong_line_of_prompts_is_named(tmp_path, line):
     (tmp_path / "wrong.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
-    done = called("generate", "runs/none", "--prompts", str(tmp_path / "wrong.jsonl"), "--out", str(tmp_path / "out"))
+    done = called(
+        "generate",
+        "runs/none",
+        "--prompts",
+        str(tmp_path / "wrong.jsonl"),
+        "--out",
+        str(tmp_path / "out"),
+    )
     assert done.code == 2 and len(done.err.splitlines()) == 1
     assert "wrong.jsonl, line 2" in done.err
 
@@ -164,19 +237,42 @@ def test_a_wrong_line_of_prompts_is_named(tmp_path, line):
 def test_a_refused_request_leaves_earlier_texts(run_dir, tmp_path):
     out, prompts = tmp_path / "out.jsonl", prompts_of(run_dir)
     out.write_text("earlier\n")
-    assert called("generate", str(tmp_path / "none"), "--prompts", str(prompts), "--out", str(out)).code == 2
+    assert (
+        called(
+            "generate", str(tmp_path / "none"), "--prompts", str(prompts), "--out", str(out)
+        ).code
+        == 2
+    )
     assert out.read_text() == "earlier\n"
     out.unlink()
-    assert called("generate", str(tmp_path / "none"), "--prompts", str(prompts), "--out", str(out)).code == 2
+    assert (
+        called(
+            "generate", str(tmp_path / "none"), "--prompts", str(prompts), "--out", str(out)
+        ).code
+        == 2
+    )
     assert not out.exists(), "a file that was not there is not made"
 
 
 def test_ranks_share_the_reading_of_a_checkpoint(run_dir, tmp_path):
-    """Each file is read once to verify it, whatever the number of ranks: generate on two, evaluate on one."""
+    """Each file is read once to verify it, whatever the number of ranks: generate on two, evaluate
+    on one."""
     generate = ("generate", str(run_dir), "--max-tokens", "1", "trainer.devices=2")
-    evaluate = ("evaluate", str(run_dir), "--tasks", "none", "--which", "best", "logger.mode=disabled")
+    evaluate = (
+        "evaluate",
+        str(run_dir),
+        "--tasks",
+        "none",
+        "--which",
+        "best",
+        "logger.mode=disabled",
+    )
     files = [
-        sorted(file.name for file in (run_dir / "checkpoints" / name).iterdir() if file.name != durable.MANIFEST)
+        sorted(
+            file.name
+            for file in (run_dir / "checkpoints" / name).iterdir()
+            if file.name != durable.MANIFEST
+        )
         for name in ("step=3.ckpt", "best-step=2.ckpt")
     ]
     of_ranks = run_ranks(verified, 2, generate)
@@ -218,8 +314,20 @@ def test_a_text_that_makes_another_tokenizer_is_refused(run_dir, tmp_path):
         done = called("generate", str(weights), f"data.path={tmp_path}/other.txt")
         assert done.code == 2 and "another tokenizer than in training" in done.err
     assert call("evaluate", str(run_dir), f"data.path={tmp_path}/other.txt") == 2
-    start = (f"init_from=scmoe:{run_dir}/export/model.safetensors", f"data.path={tmp_path}/other.txt")
-    assert call("train", str(run_dir / "config.yaml"), *start, "trainer.devices=1", f"runs_dir={tmp_path}") == 2
+    start = (
+        f"init_from=scmoe:{run_dir}/export/model.safetensors",
+        f"data.path={tmp_path}/other.txt",
+    )
+    assert (
+        call(
+            "train",
+            str(run_dir / "config.yaml"),
+            *start,
+            "trainer.devices=1",
+            f"runs_dir={tmp_path}",
+        )
+        == 2
+    )
     assert call("export", str(run_dir), "--format", "hf", f"data.path={tmp_path}/other.txt") == 2
 
 
@@ -234,7 +342,12 @@ def test_an_edited_config_of_an_export_is_refused(run_dir, tmp_path):
 
 
 def test_a_run_on_other_data_is_refused(tmp_path):
-    words = ("configs/debug.yaml", "trainer.max_steps=1", "trainer.val_every=1", f"runs_dir={tmp_path}")
+    words = (
+        "configs/debug.yaml",
+        "trainer.max_steps=1",
+        "trainer.val_every=1",
+        f"runs_dir={tmp_path}",
+    )
     done = called("generate", train_in_ranks(1, *words).summary["run_dir"], "--stop", "a")
     assert done.code == 2 and "synthetic data" in done.err
 
@@ -242,19 +355,27 @@ def test_a_run_on_other_data_is_refused(tmp_path):
 # ---------------------------------------------------------------------- in lockstep
 
 
-def continued(rank: int, world_size: int, ep_size: int, prompts: list[list[list[int]]]) -> list[Any]:
+def continued(
+    rank: int, world_size: int, ep_size: int, prompts: list[list[list[int]]]
+) -> list[Any]:
     """Returns the continuations of this rank's prompts."""
     torch.distributed.init_process_group("gloo")
     context = build_context(ep_size, torch.device("cpu"), timedelta(seconds=60))
     model = model_in(context)
-    return generate_here(model, prompts[rank], Stopping(NEW, ENDS), GREEDY, passes=Passes(context.true_on_all_ranks))
+    return generate_here(
+        model, prompts[rank], Stopping(NEW, ENDS), GREEDY, passes=Passes(context.true_on_all_ranks)
+    )
 
 
 ENDS = frozenset(range(0, 64, 7))  # texts end after different numbers of tokens
 
 
 def model_in(context: ParallelContext) -> Any:
-    model = build_model(tiny("data.seq_len=32", "moe.top_k=2", "moe.capacity_factor=null"), context).double().eval()
+    model = (
+        build_model(tiny("data.seq_len=32", "moe.top_k=2", "moe.capacity_factor=null"), context)
+        .double()
+        .eval()
+    )
     for p in model.parameters():
         p.data *= 4  # so that texts differ
     return model
@@ -264,7 +385,10 @@ def test_ranks_go_on_until_the_last_text_has_ended():
     """Rank 1 has no prompt, rank 2 has three: their numbers of texts, tokens and steps differ."""
     prompts = [[[1, 2, 3]], [], [[4], [5, 6, 7, 8], [9, 10]], [[11, 12]]]
     model = model_in(ParallelContext())
-    alone = [[generate_here(model, [prompt], Stopping(NEW, ENDS), GREEDY)[0] for prompt in own] for own in prompts]
+    alone = [
+        [generate_here(model, [prompt], Stopping(NEW, ENDS), GREEDY)[0] for prompt in own]
+        for own in prompts
+    ]
     lengths = {len(text.ids) for own in alone for text in own}
     assert len(lengths) > 1, "all texts end at the same step"
     assert run_ranks(continued, 4, 2, prompts) == alone

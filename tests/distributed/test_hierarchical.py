@@ -1,6 +1,8 @@
-"""On two nodes of two ranks, rows and gradients of the hierarchical exchange are those of the flat one, bit by bit.
+"""On two nodes of two ranks, rows and gradients of the hierarchical exchange are those of the flat
+one, bit by bit.
 
-One start of four ranks checks all cases, and trainings by the Strategy. torchrun's variables say who is on which node.
+One start of four ranks checks all cases, and trainings by the Strategy. torchrun's variables say
+who is on which node.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ def numbers_of_rows() -> dict[str, Tensor]:
 
 
 def moved(context: ParallelContext, by_rank: Tensor | None, rank: int, way: str) -> list[Tensor]:
-    """Returns the rows that arrive and the gradient that comes back, of two transfers that are in flight at once."""
+    """Returns the rows that arrive and the gradient that comes back, of two transfers that are in
+    flight at once."""
     exchange = context.exchange if way == "hierarchical" else all_to_all(context.ep_group)
     traffic = None
     if by_rank is not None:
@@ -74,7 +77,9 @@ def moved(context: ParallelContext, by_rank: Tensor | None, rank: int, way: str)
     rows = [random(num_rows, DIM, seed=10 * i + rank).requires_grad_() for i in range(2)]
     transfers = [Transfer(exchange, traffic).start(own) for own in rows]
     arrived = [transfer.wait() for transfer in transfers]
-    loss = sum((own * random(*own.shape, seed=20 * i + rank)).sum() for i, own in enumerate(arrived))
+    loss = sum(
+        (own * random(*own.shape, seed=20 * i + rank)).sum() for i, own in enumerate(arrived)
+    )
     loss.backward()
     return [*arrived, *(own.grad for own in rows)]
 
@@ -83,7 +88,10 @@ def trained(context: ParallelContext, stream: tuple, rank: int) -> list[Tensor]:
     """Returns output and all gradients of an MoE module."""
     rows, chunks, wire = stream
     torch.manual_seed(7)
-    router, experts = Router(DIM, EXPERTS, 2), Experts(DIM, 16, EXPERTS, context.local_experts(EXPERTS))
+    router, experts = (
+        Router(DIM, EXPERTS, 2),
+        Experts(DIM, 16, EXPERTS, context.local_experts(EXPERTS)),
+    )
     dispatcher = context.dispatcher(EXPERTS, buffered=isinstance(rows, Buffers))
     dispatcher = dispatcher if wire is None else Narrowed(dispatcher, wire)
     moe: nn.Module = MoEStream(router, experts, dispatcher, rows)
@@ -102,9 +110,14 @@ def check_all(rank: int, world_size: int) -> list[str]:
     dist.init_process_group("gloo")
     given = 4, torch.device("cpu"), timedelta(seconds=60)
     lines: list[str] = []
-    contexts = {way: build_context(*given, way, PLACES, lines.append) for way in ("flat", "hierarchical", "auto")}
+    contexts = {
+        way: build_context(*given, way, PLACES, lines.append)
+        for way in ("flat", "hierarchical", "auto")
+    }
     two = contexts["hierarchical"]
-    assert contexts["flat"].exchange is None and isinstance(contexts["auto"].exchange, FastestExchange)
+    assert contexts["flat"].exchange is None and isinstance(
+        contexts["auto"].exchange, FastestExchange
+    )
 
     for group, way in ((two, "hierarchical"), (contexts["auto"], "auto")):
         assert MoE(DIM, EXPERTS, group=group).dispatcher.exchange == contexts[way].carried()
@@ -122,7 +135,9 @@ def check_all(rank: int, world_size: int) -> list[str]:
     for late in (Late, Shuffled):  # hop 1 comes as late as it may, and overtakes others
         with patch.object(flat_module, "point_to_point", delayed(late)):
             for name, case in cases.items():
-                assert same(moved(two, case, rank, "hierarchical"), flat_rows[name]), f"{name}, {late.__name__}"
+                assert same(moved(two, case, rank, "hierarchical"), flat_rows[name]), (
+                    f"{name}, {late.__name__}"
+                )
 
     flat = {name: trained(contexts["flat"], stream, rank) for name, stream in STREAMS.items()}
     for way in ("hierarchical", "auto"):
@@ -135,12 +150,21 @@ def check_all(rank: int, world_size: int) -> list[str]:
     compare.remove()
     assert compare.count > 0
 
-    layout = "top_k=2 trainer.max_steps=2 trainer.devices=2 trainer.num_nodes=2 strategy.ep_size=4 strategy.exchange="
+    layout = (
+        "top_k=2 trainer.max_steps=2 trainer.devices=2 trainer.num_nodes=2 strategy.ep_size=4"
+        " strategy.exchange="
+    )
     with contextlib.redirect_stderr(io.StringIO()) as said:
-        flat_run, two_hops, measured = (train(tiny(layout + way)) for way in ("flat", "hierarchical", "auto"))
-    assert said.getvalue().count("strategy.exchange: ") == (rank == 0), "whatever Lightning's loggers show"
+        flat_run, two_hops, measured = (
+            train(tiny(layout + way)) for way in ("flat", "hierarchical", "auto")
+        )
+    assert said.getvalue().count("strategy.exchange: ") == (rank == 0), (
+        "whatever Lightning's loggers show"
+    )
     for name, weight in flat_run["after"].items():
-        assert torch.equal(two_hops["after"][name], weight) and torch.equal(measured["after"][name], weight), name
+        assert torch.equal(two_hops["after"][name], weight) and torch.equal(
+            measured["after"][name], weight
+        ), name
     return lines
 
 
@@ -148,5 +172,7 @@ def test_two_hops_change_no_bit():
     of_ranks = run_ranks(check_all, RANKS, nodes=NODES)
     (line,) = of_ranks[0]
     assert of_ranks == [[line]] * RANKS, "all ranks agree on the choice, which is made once"
-    assert line.startswith(("strategy.exchange: flat (flat", "strategy.exchange: hierarchical (flat"))
+    assert line.startswith(
+        ("strategy.exchange: flat (flat", "strategy.exchange: hierarchical (flat")
+    )
     assert "hierarchical" in line and line.endswith("of rank 0's first rows)")

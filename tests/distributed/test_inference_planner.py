@@ -1,4 +1,5 @@
-"""The plan of inference: overlapped where a pass is faster for it, sequential where it is not, equal on all ranks."""
+"""The plan of inference: overlapped where a pass is faster for it, sequential where it is not,
+equal on all ranks."""
 
 import time
 from dataclasses import dataclass
@@ -44,9 +45,11 @@ def late(seconds: float) -> Exchange:
     return exchange
 
 
-def plan(rank: int, world_size: int, attention_ms: float, transfer_ms: float) -> tuple[InferencePlan, bool]:
-    """Returns the plan of a pair whose last attention and whose transfers take so long, and whether a pass returns the
-    same bits as before, with the block's own schedule."""
+def plan(
+    rank: int, world_size: int, attention_ms: float, transfer_ms: float
+) -> tuple[InferencePlan, bool]:
+    """Returns the plan of a pair whose last attention and whose transfers take so long, and whether
+    a pass returns the same bits as before, with the block's own schedule."""
     dist.init_process_group("gloo")
     own = range(rank * EXPERTS // world_size, (rank + 1) * EXPERTS // world_size)
     dispatcher = AllToAllDispatcher(dist.group.WORLD, EXPERTS, exchange=late(transfer_ms / 1e3))
@@ -58,14 +61,21 @@ def plan(rank: int, world_size: int, attention_ms: float, transfer_ms: float) ->
     x = torch.randn(2, 8, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
     with torch.no_grad():
         before = block(x).y_BSD
-        chosen = plan_inference([block], lambda: block(x), None, torch.device("cpu"), chunk_counts=(1,))
-        assert block.schedule == schedule and block.moe.dispatcher is dispatcher and block.recorder is None
+        chosen = plan_inference(
+            [block], lambda: block(x), None, torch.device("cpu"), chunk_counts=(1,)
+        )
+        assert (
+            block.schedule == schedule
+            and block.moe.dispatcher is dispatcher
+            and block.recorder is None
+        )
         chosen.run([block], [dispatcher])
         return chosen, torch.equal(block(x).y_BSD, before)
 
 
 def test_overlap_is_planned_where_it_makes_a_pass_faster():
-    """One transfer hides behind the attention, whatever the slot. Times are long beside what other tests add."""
+    """One transfer hides behind the attention, whatever the slot. Times are long beside what other
+    tests add."""
     (first, same), (second, same_too) = run_ranks(plan, 2, 120.0, 60.0)
     assert first == second and same and same_too
     assert first.overlapped
@@ -74,5 +84,10 @@ def test_overlap_is_planned_where_it_makes_a_pass_faster():
 
 
 def test_overlap_that_gains_too_little_is_planned_sequential():
-    assert fastest({"sequential": 1.0, "overlapped x 1": 0.99, "overlapped x 2": 1.2}) == "sequential"
-    assert fastest({"sequential": 1.0, "overlapped x 1": 0.99, "overlapped x 2": 0.97}) == "overlapped x 2"
+    assert (
+        fastest({"sequential": 1.0, "overlapped x 1": 0.99, "overlapped x 2": 1.2}) == "sequential"
+    )
+    assert (
+        fastest({"sequential": 1.0, "overlapped x 1": 0.99, "overlapped x 2": 0.97})
+        == "overlapped x 2"
+    )

@@ -1,5 +1,5 @@
-"""An upcycled dense checkpoint trains on expert-parallel ranks from the dense model's loss, and resumes without it. A
-folder of LongCat-Flash gives every number of ranks the same first loss."""
+"""An upcycled dense checkpoint trains on expert-parallel ranks from the dense model's loss, and
+resumes without it. A folder of LongCat-Flash gives every number of ranks the same first loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ pytestmark = pytest.mark.dist
 TRAINED = (
     *("model.layers=2", "model.dim=16", "model.heads=2", "model.ffn_dim=24", "data.name=synthetic"),
     *("data.vocab_size=64", "data.seq_len=12", "data.global_batch_size=8", "moe.num_experts=4"),
-    *("moe.capacity_factor=null", "trainer.accelerator=cpu", "trainer.max_steps=1", "trainer.progress=false"),
+    *(
+        "moe.capacity_factor=null",
+        "trainer.accelerator=cpu",
+        "trainer.max_steps=1",
+        "trainer.progress=false",
+    ),
     *("trainer.threads=1", "logger.mode=disabled"),
 )
 CASES = {
@@ -35,14 +40,17 @@ CASES = {
     "dense gpt": ("gpt", "moe.architecture=dense"),
     "longcat": (
         "longcat",
-        " ".join(overrides(LATENT_ATTENTION["longcat"])) + " moe.router=longcat moe.zero_experts=2 moe.ffn_dim=32",
+        " ".join(overrides(LATENT_ATTENTION["longcat"]))
+        + " moe.router=longcat moe.zero_experts=2 moe.ffn_dim=32",
     ),
 }
 
 
 def config_of(case: str, world_size: int, folder: Path, *further: str):
     source, words = CASES[case]
-    weights = f"hf:{folder}/longcat" if source == "longcat" else f"scmoe:{folder}/{source}.safetensors"
+    weights = (
+        f"hf:{folder}/longcat" if source == "longcat" else f"scmoe:{folder}/{source}.safetensors"
+    )
     family = "llama" if source in ("llama", "longcat") else "gpt"
     words += f" model.family={family} trainer.devices={world_size} init_from={weights}"
     words += " model.kv_heads=1" if source == "llama" else ""
@@ -80,7 +88,9 @@ def test_two_ranks_start_with_the_dense_models_loss(folder):
 
 
 def start_and_resume(rank: int, world_size: int, folder: Path) -> tuple[int, int]:
-    config = config_of("retrofit", world_size, folder, f"runs_dir={folder}/runs", "trainer.checkpoint_every=1")
+    config = config_of(
+        "retrofit", world_size, folder, f"runs_dir={folder}/runs", "trainer.checkpoint_every=1"
+    )
     first = train(config)
     (folder / "moe.safetensors").unlink()
     config, resumed = resumption(Path(first["run_dir"]), ["trainer.max_steps=2"])

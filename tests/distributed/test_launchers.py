@@ -1,6 +1,8 @@
-"""A training is bit-identical under popen, spawn, fork, torchrun, and as two tasks of a simulated SLURM job.
+"""A training is bit-identical under popen, spawn, fork, torchrun, and as two tasks of a simulated
+SLURM job.
 
-This file is also the program that they launch: `python -m tests.distributed.test_launchers START_METHOD`.
+This file is also the program that they launch: `python -m tests.distributed.test_launchers
+START_METHOD`.
 """
 
 from __future__ import annotations
@@ -32,20 +34,23 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={R
 
 
 class OneThread(DataPosition):
-    """Sets the number of threads when training is set up: Lightning's launcher has set its own number before."""
+    """Sets the number of threads when training is set up: Lightning's launcher has set its own
+    number before."""
 
     def setup(self, *_, **__) -> None:
         torch.set_num_threads(1)
 
 
 def main(start_method: str) -> None:
-    """Trains; rank 0, or the process that started it, prints loss and gradient norm of the last step."""
+    """Trains; rank 0, or the process that started it, prints loss and gradient norm of the last
+    step."""
     if ended := train(start_method):
         print(json.dumps(ended))
 
 
 def train(start_method: str) -> dict[str, str]:
-    """Takes four steps on two ranks, with dropout and clipping. Returns nothing on ranks other than 0."""
+    """Takes four steps on two ranks, with dropout and clipping. Returns nothing on ranks other than
+    0."""
     config = tiny("position=pos2 model.dropout=0.1 optim.warmup_steps=1 trainer.max_steps=4", RANKS)
     seed_everything(config)
     strategy = ExpertParallelStrategy(timeout_s=60, start_method=start_method)
@@ -55,17 +60,27 @@ def train(start_method: str) -> dict[str, str]:
     assert trainer.global_step == 4, "in the process that has started the ranks, too"
     if not trainer.is_global_zero:
         return {}
-    return {name: trainer.callback_metrics[name].item().hex() for name in ("train/loss", "train/grad_norm")}
+    return {
+        name: trainer.callback_metrics[name].item().hex()
+        for name in ("train/loss", "train/grad_norm")
+    }
 
 
 def start(*command: str, **variables: str) -> subprocess.Popen[str]:
     env = environment(**variables)
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE
+    )
 
 
 def slurm_task(rank: int, port: int) -> subprocess.Popen[str]:
     """Starts a task with the variables of `srun --ntasks-per-node=2` that Lightning reads."""
-    job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "train", "SLURM_NODELIST": "127.0.0.1", "SLURM_NNODES": "1"}
+    job = {
+        "SLURM_JOB_ID": "1",
+        "SLURM_JOB_NAME": "train",
+        "SLURM_NODELIST": "127.0.0.1",
+        "SLURM_NNODES": "1",
+    }
     tasks = {"SLURM_NTASKS": str(RANKS), "SLURM_NTASKS_PER_NODE": str(RANKS), "SLURM_NODEID": "0"}
     place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "MASTER_PORT": str(port)}
     return start(*PROGRAM, "popen", **job, **tasks, **place)
@@ -107,7 +122,8 @@ def joined() -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "launcher", ["popen", "spawn", pytest.param("fork", marks=pytest.mark.representative), "torchrun", "slurm"]
+    "launcher",
+    ["popen", "spawn", pytest.param("fork", marks=pytest.mark.representative), "torchrun", "slurm"],
 )
 def test_training_is_bit_identical_under_every_launcher(launcher):
     assert end(launcher) == joined()

@@ -1,4 +1,5 @@
-"""On shaped links each rank has its own network namespace, no rate is exceeded, and nothing is left afterwards."""
+"""On shaped links each rank has its own network namespace, no rate is exceeded, and nothing is left
+afterwards."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ MEGABYTES, MBIT = 1, 80.0
 
 
 def exchange(rank: int, world_size: int) -> float:
-    """Returns the seconds of an all-to-all in which each rank sends a megabyte to the other, barriers included.
+    """Returns the seconds of an all-to-all in which each rank sends a megabyte to the other,
+    barriers included.
 
     It runs once without a rate, then with one; the seconds are those with a rate."""
     dist.init_process_group("gloo")
@@ -61,7 +63,8 @@ def hang(rank: int, world_size: int) -> None:
 
 
 def inside(function: str, ranks: int = 2) -> list[str]:
-    """Returns the command of a program that enters its own network and runs a function of this file on some ranks."""
+    """Returns the command of a program that enters its own network and runs a function of this file
+    on some ranks."""
     code = (
         "import sys, json; from experiments.engine import links; links.enter(); "
         "from experiments.engine.ranks import PRELOADED, run_ranks; "
@@ -80,12 +83,18 @@ def interfaces() -> set[str]:
     "user",
     [
         pytest.param(False, id="as this user"),
-        pytest.param(True, id="in a user namespace", marks=pytest.mark.faults),  # slow, and as the other
+        pytest.param(
+            True, id="in a user namespace", marks=pytest.mark.faults
+        ),  # slow, and as the other
     ],
 )
 def test_a_link_carries_no_more_than_its_rate(user, monkeypatch):
     if user:  # root can use one, too
-        done = subprocess.run(["unshare", "--user", "--map-root-user", "--net", "true"], capture_output=True, text=True)
+        done = subprocess.run(
+            ["unshare", "--user", "--map-root-user", "--net", "true"],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode != 0:
             pytest.skip(f"no user namespaces here: {done.stderr.strip()}")
     before = interfaces()
@@ -94,7 +103,9 @@ def test_a_link_carries_no_more_than_its_rate(user, monkeypatch):
         command = ["unshare", "--user", "--map-root-user", *command]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    least = (MEGABYTES * 2**20 * 8 - 128 * 1024 * 8) / (MBIT * 1e6)  # the bucket's burst passes without delay
+    least = (MEGABYTES * 2**20 * 8 - 128 * 1024 * 8) / (
+        MBIT * 1e6
+    )  # the bucket's burst passes without delay
     seconds = json.loads(done.stdout.splitlines()[-1])
     assert min(seconds) >= least, seconds
     assert interfaces() == before
@@ -115,7 +126,9 @@ def test_nothing_is_left_when_the_program_is_killed():
     assert program.stdout is not None
     pids = [int(program.stdout.readline().split()[1]) for _ in range(2)]
     namespaces = {os.readlink(f"/proc/{pid}/ns/net") for pid in pids}
-    assert len(namespaces | {os.readlink("/proc/self/ns/net")}) == 3, "each rank has its own network"
+    assert len(namespaces | {os.readlink("/proc/self/ns/net")}) == 3, (
+        "each rank has its own network"
+    )
     program.send_signal(signal.SIGKILL)
     program.wait()
     deadline = time.monotonic() + 60

@@ -1,8 +1,8 @@
 """The suite detects that something is missing: a scale, a list, a wait, a rank.
 
-Each control breaks one thing inside the ranks and makes the comparison of test_ep_equality.py. The comparison must then
-fail by at least 1e-6, a million times the allowed difference. Transfers that are late, or overtake each other, must
-change no bit.
+Each control breaks one thing inside the ranks and makes the comparison of test_ep_equality.py. The
+comparison must then fail by at least 1e-6, a million times the allowed difference. Transfers that
+are late, or overtake each other, must change no bit.
 """
 
 from __future__ import annotations
@@ -39,12 +39,14 @@ SHOWS = 1e-6
 
 
 def finish_without_waiting(backward: bool) -> Callable[[Transfer], None]:
-    """Returns a Transfer.finish that does not wait in one direction. A transfer has a gradient only in backward."""
+    """Returns a Transfer.finish that does not wait in one direction. A transfer has a gradient only
+    in backward."""
     real = Transfer.finish
 
     def finish(transfer: Transfer) -> None:
         if (getattr(transfer, "grad", None) is not None) == backward:
-            transfer.work.work.wait()  # the rows are here but are not read; without this wait, peers would run ahead
+            # the rows are here but are not read; without this wait, peers would run ahead
+            transfer.work.work.wait()
             transfer.work = transfer.source = None
         else:
             real(transfer)
@@ -56,9 +58,12 @@ BROKEN: dict[str, Callable[[], list[Any]]] = {
     "nothing": lambda: [],
     "late": lambda: [patch.object(all_to_all, "point_to_point", delayed(Late))],
     "shuffled": lambda: [patch.object(all_to_all, "point_to_point", delayed(Shuffled))],
-    "no 1/EP scale": lambda: [patch.object(ExpertGradientReducer, "_scale", lambda self, grad: grad)],
+    "no 1/EP scale": lambda: [
+        patch.object(ExpertGradientReducer, "_scale", lambda self, grad: grad)
+    ],
     "no DDP ignore list": lambda: [
-        patch.object(caller, "hide_from_ddp", lambda module, names: None) for caller in (strategy, wrap)
+        patch.object(caller, "hide_from_ddp", lambda module, names: None)
+        for caller in (strategy, wrap)
     ],
     "no wait, forward": lambda: [
         patch.object(all_to_all, "point_to_point", delayed(Late)),
@@ -103,9 +108,12 @@ def test_late_transfers_change_no_bit(name, broken):
     assert_same_bits(broken[name], broken["nothing"])
 
 
-@pytest.mark.parametrize("name", ["no 1/EP scale", "no DDP ignore list", "no wait, forward", "no wait, backward"])
+@pytest.mark.parametrize(
+    "name", ["no 1/EP scale", "no DDP ignore list", "no wait, forward", "no wait, backward"]
+)
 def test_a_broken_part_shows(name, one, broken):
-    """Without its ignore list DDP gives every rank the experts of rank 0, so shards are equal that must differ."""
+    """Without its ignore list DDP gives every rank the experts of rank 0, so shards are equal that
+    must differ."""
     error, _ = difference(assemble(broken[name]), one)
     assert error > SHOWS > TOLERANCE
 
@@ -135,7 +143,9 @@ def misbehave(rank: int, world_size: int, how: str) -> int:
     ],
 )
 def test_a_failing_rank_is_named_and_all_end_soon(how, says):
-    with pytest.raises(RankError, match=says):  # before 60 s: after that the message would be "no result"
+    with pytest.raises(
+        RankError, match=says
+    ):  # before 60 s: after that the message would be "no result"
         run_ranks(misbehave, 3, how, timeout_s=2 if how == "hang" else 60)
 
 

@@ -1,7 +1,9 @@
-"""Each communicator carries the same transfers in the same order on all ranks, whatever each rank waits for.
+"""Each communicator carries the same transfers in the same order on all ranks, whatever each rank
+waits for.
 
-In backward two communicators are in use at once: that of the experts' rows, and that of the sums of dense gradients.
-Another order on another rank would hang, or sum different tensors. tests/unit/test_fake_cuda.py has both on a GPU.
+In backward two communicators are in use at once: that of the experts' rows, and that of the sums of
+dense gradients. Another order on another rank would hang, or sum different tensors.
+tests/unit/test_fake_cuda.py has both on a GPU.
 """
 
 from __future__ import annotations
@@ -29,15 +31,17 @@ from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule
 
 DIM, RANKS = 8, 2
-SCHEDULES = [schedule for chunks in (1, 2) for schedule in slots(Schedule("scmoe", "pos2", chunks=chunks))]
+SCHEDULES = [
+    schedule for chunks in (1, 2) for schedule in slots(Schedule("scmoe", "pos2", chunks=chunks))
+]
 STEPS = 2  # DDP makes its buckets again after the first backward
 pytestmark = pytest.mark.dist
 Orders = list[tuple[list[tuple[str, bool]], list[int]]]
 
 
 def orders_of(rank: int, world_size: int, reductions: str) -> Orders:
-    """Returns, of the steps with each schedule, the order of rows (operator, whether in backward) and of sums (numbers
-    of elements). Rank 1 starts every transfer late."""
+    """Returns, of the steps with each schedule, the order of rows (operator, whether in backward)
+    and of sums (numbers of elements). Rank 1 starts every transfer late."""
     dist.init_process_group("gloo")
     context = build_context(world_size, torch.device("cpu"), timedelta(seconds=60))
     model, rows, sums = scmoe.ScMoEBlock(DIM, 2, 4, group=context), [], []
@@ -80,6 +84,8 @@ def test_rows_and_sums_of_gradients_have_one_order_on_all_ranks(reductions):
     assert ours == theirs
     for schedule, (rows, sums) in zip(SCHEDULES, ours, strict=True):
         forward = [(op, False) for op in schedule.operators() if op in ("dispatch", "combine")]
-        backward = [(op, True) for op in schedule.backward_operators() if op in ("dispatch", "combine")]
+        backward = [
+            (op, True) for op in schedule.backward_operators() if op in ("dispatch", "combine")
+        ]
         assert rows == (forward + backward) * STEPS
         assert len(sums) > 2 * STEPS, "there are several buckets"

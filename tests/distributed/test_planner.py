@@ -1,4 +1,5 @@
-"""On two ranks the planner makes one choice, the fastest by its own measurements, and results do not change."""
+"""On two ranks the planner makes one choice, the fastest by its own measurements, and results do
+not change."""
 
 from __future__ import annotations
 
@@ -39,12 +40,15 @@ ATTENTION_MS = 5.0  # longer than every other operator
 
 
 def build(rank: int, world_size: int, attention_ms: float = 0.0) -> list[MoEBlock]:
-    """Returns a ScMoE pair whose last attention takes so long, and has no parts, and a standard pair."""
+    """Returns a ScMoE pair whose last attention takes so long, and has no parts, and a standard
+    pair."""
     own = range(rank * EXPERTS // world_size, (rank + 1) * EXPERTS // world_size)
 
     def stream() -> MoEStream:
         dispatcher = AllToAllDispatcher(dist.group.WORLD, EXPERTS)
-        return MoEStream(Router(DIM, EXPERTS, 1), Experts(DIM, FFN, EXPERTS, own), dispatcher, Capacity(2.0))
+        return MoEStream(
+            Router(DIM, EXPERTS, 1), Experts(DIM, FFN, EXPERTS, own), dispatcher, Capacity(2.0)
+        )
 
     slow = tiny_sublayers()
     slow[2] = nn.Sequential(slow[2], EmulatedOperator(attention_ms))
@@ -63,8 +67,11 @@ def train(blocks: list[MoEBlock], optimizer: torch.optim.Optimizer, seed: int) -
 
 
 @ONE
-def training(rank: int, world_size: int, kind: str) -> tuple[list[torch.Tensor], list[LayerChoice], int]:
-    """Returns weights after some SGD steps, the choices, and how many steps waited for each transfer at once."""
+def training(
+    rank: int, world_size: int, kind: str
+) -> tuple[list[torch.Tensor], list[LayerChoice], int]:
+    """Returns weights after some SGD steps, the choices, and how many steps waited for each
+    transfer at once."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     blocks = build(rank, world_size, ATTENTION_MS)
@@ -75,19 +82,25 @@ def training(rank: int, world_size: int, kind: str) -> tuple[list[torch.Tensor],
         if kind != "none":
             planner.begin_step(timed=step % 2 == 0)
             blocking += isinstance(blocks[0].moe.dispatcher, Blocking)
-            assert not planner.recorders or None not in {recorder.zero for recorder in planner.recorders}
+            assert not planner.recorders or None not in {
+                recorder.zero for recorder in planner.recorders
+            }
         train(blocks, optimizer, seed=10 * step + rank)
         if kind != "none":
             planner.end_step()
     assert all(block.recorder is None and block.moe.recorder is None for block in blocks)
     assert not any(isinstance(block.moe.dispatcher, Blocking) for block in blocks)
     if planner.choices:
-        assert [block.schedule for block in blocks] == [choice.schedule for choice in planner.choices]
+        assert [block.schedule for block in blocks] == [
+            choice.schedule for choice in planner.choices
+        ]
         assert planner.overlap is not None and min(planner.overlap.seconds) > 0
     return [p.detach() for b in blocks for p in b.parameters()], planner.choices, blocking
 
 
-def trainings(rank: int, world_size: int) -> list[tuple[list[torch.Tensor], list[LayerChoice], int]]:
+def trainings(
+    rank: int, world_size: int
+) -> list[tuple[list[torch.Tensor], list[LayerChoice], int]]:
     return [training(rank, world_size, kind) for kind in ("none", "auto", "fixed")]
 
 
@@ -99,8 +112,12 @@ def test_the_choice_is_equal_on_all_ranks_and_changes_no_bit():
             assert blocking == STEPS_EACH
     (_, choices, _), (_, others, _) = auto
     assert choices == others and [len(choice.times) for choice in choices] == [1, 1]
-    whole = [schedule for schedule in slots(Schedule("scmoe", "pos2")) if not schedule.inside_attention]
-    assert choices[0].schedule == best_schedule(whole, choices[0].times)  # the slow attention has no parts
+    whole = [
+        schedule for schedule in slots(Schedule("scmoe", "pos2")) if not schedule.inside_attention
+    ]
+    assert choices[0].schedule == best_schedule(
+        whole, choices[0].times
+    )  # the slow attention has no parts
     slow_s, of_one = ATTENTION_MS / 1e3, choices[0].times[1]
     assert of_one.forward["attention"] >= slow_s and of_one.backward["attention"] >= 2 * slow_s
     assert choices[1].schedule == Schedule("top_k")
@@ -115,12 +132,18 @@ SLOW_ATTENTION = QUICK | {"attention": 0.3, "dispatch": 0.3}  # behind attention
 
 
 def rigged(seconds: dict[str, float], rank: int, schedule: Schedule) -> torch.Tensor:
-    """Returns what `noted` would: each rank has its own times, and twice the chunks make transfers twice as long."""
+    """Returns what `noted` would: each rank has its own times, and twice the chunks make transfers
+    twice as long."""
     chunks = schedule.chunks
-    row = {op: s * (1 + 0.1 * rank) * (chunks if op in ("dispatch", "combine") else 1) for op, s in seconds.items()}
+    row = {
+        op: s * (1 + 0.1 * rank) * (chunks if op in ("dispatch", "combine") else 1)
+        for op, s in seconds.items()
+    }
     end = sum(row.values())
     took = {op: s / (chunks if op in PER_CHUNK else 1) for op, s in row.items()}
-    times = [[end - took[op], end] if op == "decode" else [0.0, took[op]] for op in names_of(schedule)]
+    times = [
+        [end - took[op], end] if op == "decode" else [0.0, took[op]] for op in names_of(schedule)
+    ]
     return torch.tensor([times] * 2, dtype=torch.float64)
 
 
@@ -141,8 +164,8 @@ def planned_training(
 ) -> Log:
     """Takes SGD steps with invented times, which change at step drifts_at.
 
-    chunk_counts: None is no planner, () is a fixed one. tried: the time of a step by slot and chunks of the shortcut
-    block, 1 s where it is missing; None: nothing is tried."""
+    chunk_counts: None is no planner, () is a fixed one. tried: the time of a step by slot and
+    chunks of the shortcut block, 1 s where it is missing; None: nothing is tried."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     blocks = build(rank, world_size)
@@ -151,7 +174,9 @@ def planned_training(
         block.run_as(schedule, block.moe.dispatcher)
     optimizer = torch.optim.SGD([p for b in blocks for p in b.parameters()], lr=0.1)
     planner = (
-        None if chunk_counts is None else Planner(blocks, None, torch.device("cpu"), chunk_counts, not chunk_counts)
+        None
+        if chunk_counts is None
+        else Planner(blocks, None, torch.device("cpu"), chunk_counts, not chunk_counts)
     )
     log, step = Log([], [], []), 0
 
@@ -178,12 +203,20 @@ def planned_training(
 
 
 def test_schedules_of_low_price_are_tried_in_turn_and_the_one_with_the_fastest_step_is_chosen():
-    """Dispatch hides behind the MLP at slots 1 to 3, so their prices are equal: only a step shows which is faster."""
-    measured, candidates, fastest = WARMUP_STEPS + 2 * STEPS_EACH, [(1, 1), (2, 2), (2, 1), (3, 1)], (2, 2)
+    """Dispatch hides behind the MLP at slots 1 to 3, so their prices are equal: only a step shows
+    which is faster."""
+    measured, candidates, fastest = (
+        WARMUP_STEPS + 2 * STEPS_EACH,
+        [(1, 1), (2, 2), (2, 1), (3, 1)],
+        (2, 2),
+    )
     steps = measured + FEWEST_ROUNDS * len(candidates)
     arguments = (Schedule("scmoe", "pos2", 3), (1, 2), steps + 2, 10**6, {fastest: 0.9})
     for log in run_ranks(planned_training, 2, *arguments):
-        assert [chunks for _, chunks in log.ran[:measured]] == [1] * WARMUP_STEPS + [1, 2] * STEPS_EACH
+        assert [chunks for _, chunks in log.ran[:measured]] == [1] * WARMUP_STEPS + [
+            1,
+            2,
+        ] * STEPS_EACH
         assert log.ran[measured:steps] == candidates * FEWEST_ROUNDS
         assert log.ran[steps:] == [fastest] * 2
         ((shortcut, standard),) = log.choices
@@ -226,7 +259,9 @@ def test_after_drift_all_ranks_make_the_same_new_choice():
     first = WARMUP_STEPS + STEPS_EACH
     drifts_at = first + 2
     steps = drifts_at + DRIFTED_IN_TURN + first + 1
-    ours, theirs = run_ranks(planned_training, 2, Schedule("scmoe", "pos2", 0), (1,), steps, drifts_at)
+    ours, theirs = run_ranks(
+        planned_training, 2, Schedule("scmoe", "pos2", 0), (1,), steps, drifts_at
+    )
     (before, *_), (after, *_) = ours.choices
     assert ours.choices == theirs.choices and ours.ran == theirs.ran
     assert before.schedule == Schedule("scmoe", "pos2", 1)
@@ -242,13 +277,22 @@ def test_a_closed_planner_leaves_nothing_on_the_blocks():
 
 def closed_after_each(rank: int, world_size: int) -> list[tuple[bool, Schedule]]:
     dist.init_process_group("gloo")
-    return [closed(rank, world_size, n) for n in (0, WARMUP_STEPS + 1, WARMUP_STEPS + STEPS_EACH + 1)]
+    return [
+        closed(rank, world_size, n) for n in (0, WARMUP_STEPS + 1, WARMUP_STEPS + STEPS_EACH + 1)
+    ]
 
 
 def closed(rank: int, world_size: int, steps: int) -> tuple[bool, Schedule]:
     blocks = build(rank, world_size)
     planner = Planner(blocks, None, torch.device("cpu"), (1,))
-    with ONE, patch.object(pricing, "noted", lambda recorder, schedule, directions: rigged(SLOW_MLP, rank, schedule)):
+    with (
+        ONE,
+        patch.object(
+            pricing,
+            "noted",
+            lambda recorder, schedule, directions: rigged(SLOW_MLP, rank, schedule),
+        ),
+    ):
         for _ in range(steps):
             planner.begin_step(timed=True)
             planner.end_step()
@@ -262,7 +306,9 @@ def closed(rank: int, world_size: int, steps: int) -> tuple[bool, Schedule]:
 def disagree(rank: int, world_size: int) -> None:
     real = pricing.price_layer
 
-    def price(counts: list[int], seconds: torch.Tensor, own: Schedule, fixed: bool) -> dict[int, list[LayerChoice]]:
+    def price(
+        counts: list[int], seconds: torch.Tensor, own: Schedule, fixed: bool
+    ) -> dict[int, list[LayerChoice]]:
         choices = real(counts, seconds, own, fixed)
         times = {chunks: choices[1][0].times[1] for chunks in (1, 2)}
         other = replace(choices[1][0], schedule=Schedule("top_k", chunks=2), times=times)

@@ -1,8 +1,9 @@
-"""Dense weights that are split over ranks change no result: N processes compute the same as one (dense.py).
+"""Dense weights that are split over ranks change no result: N processes compute the same as one
+(dense.py).
 
-As in test_ep_equality.py, a tiny GPT takes three SGD steps through the real Strategy and Trainer, in float64, and
-losses, every gradient, norms, and the weights before and after are within 1e-12 of one process.
-tests/faults/test_sharded.py does so for every architecture, on four and eight ranks.
+As in test_ep_equality.py, a tiny GPT takes three SGD steps through the real Strategy and Trainer,
+in float64, and losses, every gradient, norms, and the weights before and after are within 1e-12 of
+one process. tests/faults/test_sharded.py does so for every architecture, on four and eight ranks.
 """
 
 from __future__ import annotations
@@ -38,9 +39,15 @@ def test_four_ranks_equal_one(case):
 OTHERS = [name for name in SLOTS if name != "pos3"]  # pos3 has the longest window
 
 
-@pytest.mark.parametrize("name", ["pos3", *(pytest.param(name, marks=pytest.mark.faults) for name in OTHERS)])
+@pytest.mark.parametrize(
+    "name", ["pos3", *(pytest.param(name, marks=pytest.mark.faults) for name in OTHERS)]
+)
 def test_no_slot_changes_a_bit(name):
     schedule, text = SLOTS[name]
     (one,) = run_ranks(train_cases, 1, {name: text})
-    ranks = run_ranks(train_at_every_slot, 4, {name: (schedule, f"{text} {split('sharded', 2, 4)}")})
-    assert_no_slot_changes_a_bit([records[name] for records in ranks], schedule, assemble([one[name]]))
+    ranks = run_ranks(
+        train_at_every_slot, 4, {name: (schedule, f"{text} {split('sharded', 2, 4)}")}
+    )
+    assert_no_slot_changes_a_bit(
+        [records[name] for records in ranks], schedule, assemble([one[name]])
+    )

@@ -1,6 +1,8 @@
-"""Runs with split dense weights: resumed in other layouts, in half precision, compiled, and with a user's own module.
+"""Runs with split dense weights: resumed in other layouts, in half precision, compiled, and with a
+user's own module.
 
-One start of four ranks does all of them. A resumed run is within 1e-12 of one process, in float64 under AdamW.
+One start of four ranks does all of them. A resumed run is within 1e-12 of one process, in float64
+under AdamW.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ PRECISIONS = {
 
 
 def resumed_in_layouts(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns a run with sharded weights, whose checkpoint is written in parallel, and runs that continue from it."""
+    """Returns a run with sharded weights, whose checkpoint is written in parallel, and runs that
+    continue from it."""
     first = f"{MODEL} strategy.async_checkpoint=true {split('sharded', 2, 4)}"
     runs = {"uninterrupted": fit(tiny(first, 4), folder)}
     for name, text in LAYOUTS.items():
@@ -61,8 +64,8 @@ def resumed_in_layouts(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 class Watched(RecordingModel):
-    """Notes the types of gathered weights and of the residual stream, and when FSDP's collectives start in and around
-    MoE streams."""
+    """Notes the types of gathered weights and of the residual stream, and when FSDP's collectives
+    start in and around MoE streams."""
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -75,11 +78,15 @@ class Watched(RecordingModel):
                 self.recorders.append(Recorder(torch.device("cpu")))
                 block.run_as(block.schedule, block.moe.dispatcher, self.recorders[-1])
             if isinstance(block, Router):
-                block.register_forward_pre_hook(lambda router, _: self.note("gate", router.gate.weight))
+                block.register_forward_pre_hook(
+                    lambda router, _: self.note("gate", router.gate.weight)
+                )
         embedding = next(m for m in self.model.modules() if isinstance(m, nn.Embedding))
         embedding.register_forward_pre_hook(lambda *_: self.begun.append(len(self.collectives)))
         attention = self.model.blocks[0].sublayers[0]
-        attention.register_forward_pre_hook(lambda sublayer, _: self.note("matrix", sublayer.f.qkv.weight))
+        attention.register_forward_pre_hook(
+            lambda sublayer, _: self.note("matrix", sublayer.f.qkv.weight)
+        )
         attention.register_forward_pre_hook(lambda _, inputs: self.note("stream", inputs[0]))
 
     def note(self, name: str, tensor: Tensor) -> None:
@@ -87,8 +94,8 @@ class Watched(RecordingModel):
         self.gathered[name] = tensor.dtype
 
     def while_open(self) -> list[float]:
-        """Returns when collectives of FSDP started while a block's stream was open: from dispatch to decode, and in
-        backward from decode to encode."""
+        """Returns when collectives of FSDP started while a block's stream was open: from dispatch
+        to decode, and in backward from decode to encode."""
         found = []
         for marks in (recorder.marks for recorder in self.recorders):
             for direction, first, begins, last in (
@@ -96,7 +103,9 @@ class Watched(RecordingModel):
                 ("backward", "decode", False, "encode"),
             ):
                 own = [mark for mark in marks if mark.direction == direction]
-                opened = [mark.time for mark in own if mark.operator == first and mark.begins == begins]
+                opened = [
+                    mark.time for mark in own if mark.operator == first and mark.begins == begins
+                ]
                 closed = [mark.time for mark in own if mark.operator == last and mark.begins]
                 assert len(opened) == len(closed) >= 3
                 for a, b in zip(opened, closed, strict=True):
@@ -110,9 +119,13 @@ def in_precisions(rank: int, world_size: int, names: tuple[str, ...]) -> dict[st
     for name in names:
         config = tiny(f"position=pos2 {PRECISIONS[name]} {split('sharded', 2, 4)}", 4)
         module = Watched(config, compiled=name == "compiled")
-        originals = {kind: getattr(dist, kind) for kind in ("all_gather_single", "reduce_scatter_single")}
+        originals = {
+            kind: getattr(dist, kind) for kind in ("all_gather_single", "reduce_scatter_single")
+        }
 
-        def noted(kind: str, module: Watched = module, originals: dict[str, Any] = originals) -> Any:
+        def noted(
+            kind: str, module: Watched = module, originals: dict[str, Any] = originals
+        ) -> Any:
             def collective(*args: Any, **kwargs: Any) -> Any:
                 if getattr(kwargs.get("group"), "group_desc", None) != "counts":  # FSDP's own
                     module.collectives.append(time.perf_counter())
@@ -132,13 +145,17 @@ def in_precisions(rank: int, world_size: int, names: tuple[str, ...]) -> dict[st
 
 
 class Own(LightningModule):
-    """Knows nothing of split weights: embedding, blocks, a part outside the blocks, and a head that is tied."""
+    """Knows nothing of split weights: embedding, blocks, a part outside the blocks, and a head that
+    is tied."""
 
     def configure_model(self) -> None:
         if not hasattr(self, "blocks"):
             group = self.parallel_context.ep_group
             self.tokens = nn.Embedding(32, 16)
-            blocks = [ScMoEBlock(16, 2, num_experts=4, position="pos1", ffn_dim=16, group=group) for _ in range(2)]
+            blocks = [
+                ScMoEBlock(16, 2, num_experts=4, position="pos1", ffn_dim=16, group=group)
+                for _ in range(2)
+            ]
             self.blocks = nn.ModuleList(blocks)
             self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 32, bias=False)
             self.head.weight = self.tokens.weight
@@ -166,28 +183,38 @@ class Own(LightningModule):
 
 
 def own_module(rank: int, dense: str, folder: Path) -> dict[str, Any]:
-    """Fits, validates, tests, predicts, saves and fits again. Returns every value of that and the weights."""
+    """Fits, validates, tests, predicts, saves and fits again. Returns every value of that and the
+    weights."""
     torch.manual_seed(1)
     ids = torch.randint(32, (16, 9), generator=torch.Generator().manual_seed(2))
     sampler = DistributedSampler(TensorDataset(ids), 2, rank, shuffle=False)
-    loader = DataLoader(TensorDataset(ids), batch_size=4, sampler=sampler, generator=torch.Generator())
+    loader = DataLoader(
+        TensorDataset(ids), batch_size=4, sampler=sampler, generator=torch.Generator()
+    )
 
     def trainer(steps: int) -> Any:
         saves = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=1)
         how = {"precision": "64-true", "gradient_clip_val": 0.1, "use_distributed_sampler": False}
         strategy = ExpertParallelStrategy(ep_size=1, dense=dense)
-        return users_trainer(2, strategy, max_steps=steps, callbacks=[saves], enable_checkpointing=True, **how)
+        return users_trainer(
+            2, strategy, max_steps=steps, callbacks=[saves], enable_checkpointing=True, **how
+        )
 
     module, first = Own(), trainer(2)
     first.fit(module, loader, loader)
     found = {"split": isinstance(module.tokens.weight, DTensor)}
-    values = [first.validate(module, loader, verbose=False)[0]["val"], *first.predict(module, loader)]
+    values = [
+        first.validate(module, loader, verbose=False)[0]["val"],
+        *first.predict(module, loader),
+    ]
     first.save_checkpoint(folder / "after.ckpt")  # after a forward without backward
     second = trainer(4)
     second.fit(module, loader, loader, ckpt_path=folder / "after.ckpt", weights_only=True)
     values.append(second.test(module, loader, verbose=False)[0]["test"])
     fresh = Own()
-    values.append(trainer(4).validate(fresh, loader, ckpt_path=folder / "after.ckpt", verbose=False)[0]["val"])
+    values.append(
+        trainer(4).validate(fresh, loader, ckpt_path=folder / "after.ckpt", verbose=False)[0]["val"]
+    )
     torch.manual_seed(rank)
     again = Own()  # its experts are drawn different on each rank
     trainer(1).fit(again, loader)
@@ -202,7 +229,10 @@ def own_module(rank: int, dense: str, folder: Path) -> dict[str, Any]:
 
 
 def on_four(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    return {"layouts": resumed_in_layouts(rank, folder), "precisions": in_precisions(rank, 4, ("bf16",))}
+    return {
+        "layouts": resumed_in_layouts(rank, folder),
+        "precisions": in_precisions(rank, 4, ("bf16",)),
+    }
 
 
 def on_two(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
@@ -212,7 +242,10 @@ def on_two(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 
 
 def on_one(rank: int, world_size: int) -> tuple[dict[str, Any], list[Tensor]]:
-    return fit(tiny(MODEL)), train(tiny("position=pos2 trainer.precision=32-true"))["logged"]["train/loss"]
+    return (
+        fit(tiny(MODEL)),
+        train(tiny("position=pos2 trainer.precision=32-true"))["logged"]["train/loss"],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +271,8 @@ def test_fsdp_starts_no_collective_inside_an_open_stream(four):
 
 
 def test_weights_are_gathered_while_the_unit_before_computes(four):
-    """A gather is of one type and group: two for what is outside the blocks, which computes first, three for a pair."""
+    """A gather is of one type and group: two for what is outside the blocks, which computes first,
+    three for a pair."""
     for rank in four:
         assert rank["precisions"]["bf16"]["begun"][0] == 2 + 3
 
@@ -249,7 +283,9 @@ def test_under_bf16_mixed_matrices_are_gathered_in_bfloat16_and_gates_in_float32
         assert types == {"gate": torch.float32, "matrix": torch.bfloat16, "stream": torch.float32}
 
 
-def assert_near(ranks: list[dict[str, Any]], name: str, losses: list[Tensor], tolerance: float) -> None:
+def assert_near(
+    ranks: list[dict[str, Any]], name: str, losses: list[Tensor], tolerance: float
+) -> None:
     mean = torch.stack([torch.stack(rank[name]["loss"]).double() for rank in ranks]).mean(0)
     assert (mean - torch.stack(losses).double()).abs().max() <= tolerance, name
 
@@ -262,19 +298,29 @@ def test_losses_under_bf16_mixed_are_near_those_in_float32(one, four):
 @pytest.mark.faults
 def test_other_precisions_and_compiled_sublayers(one):
     """With weights in bfloat16 each update is rounded too, but those of the gates."""
-    cases = {"fp32": (1e-5, torch.float32), "bf16 weights": (1e-1, torch.bfloat16), "compiled": (1e-5, torch.float32)}
+    cases = {
+        "fp32": (1e-5, torch.float32),
+        "bf16 weights": (1e-1, torch.bfloat16),
+        "compiled": (1e-5, torch.float32),
+    }
     ranks = run_ranks(in_precisions, 4, tuple(cases), timeout_s=280)
     for name, (tolerance, dtype) in cases.items():
         assert_near(ranks, name, one[1], tolerance)
         for rank in ranks:
-            assert rank[name]["gathered"] == {"gate": torch.float32, "matrix": dtype, "stream": dtype}
+            assert rank[name]["gathered"] == {
+                "gate": torch.float32,
+                "matrix": dtype,
+                "stream": dtype,
+            }
             assert rank[name]["while open"] == []
 
 
 def test_a_users_own_module_is_split_and_equal_to_replicated(tmp_path):
     ranks = run_ranks(on_two, 2, tmp_path)
     for dense in ("replicated", "auto"):
-        for one, other in zip(*(rank[dense]["experts of a second fit"] for rank in ranks), strict=True):
+        for one, other in zip(
+            *(rank[dense]["experts of a second fit"] for rank in ranks), strict=True
+        ):
             assert torch.equal(one, other), "both ranks hold all experts"
     for rank in ranks:
         replicated, sharded = rank["replicated"], rank["auto"]
@@ -283,6 +329,8 @@ def test_a_users_own_module_is_split_and_equal_to_replicated(tmp_path):
         assert (replicated["values"] - sharded["values"]).abs().max() <= TOLERANCE
         for name, weight in replicated["weights"].items():
             apart = (weight - sharded["weights"][name]).abs()
-            if "qkv.bias" in name:  # K's third has no gradient, and its noise moves it as far as AdamW's step
+            if (
+                "qkv.bias" in name
+            ):  # K's third has no gradient, and its noise moves it as far as AdamW's step
                 apart = apart.unflatten(0, (3, -1))[[0, 2]]
             assert apart.max() <= TOLERANCE, name

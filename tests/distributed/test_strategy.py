@@ -1,8 +1,10 @@
-"""These tests check the Strategy around the steps: resuming in the same or another layout, refusals, registered name.
+"""These tests check the Strategy around the steps: resuming in the same or another layout,
+refusals, registered name.
 
-Trainings here are those of a user: AdamW with warm-up and cosine, checkpoints by ModelCheckpoint, data position by
-DataPosition. A run resumed in the same layout is bit-identical to an uninterrupted one, dropout included. In another
-layout the bound is 1e-12 in float64, because ranks do the same sums in another order.
+Trainings here are those of a user: AdamW with warm-up and cosine, checkpoints by ModelCheckpoint,
+data position by DataPosition. A run resumed in the same layout is bit-identical to an uninterrupted
+one, dropout included. In another layout the bound is 1e-12 in float64, because ranks do the same
+sums in another order.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ MODEL = "position=pos2 top_k=2 optim.lr=0.01 optim.warmup_steps=2 trainer.max_st
 # ---------------------------------------------------------------------- resume
 
 
-def run(rank: int, world_size: int, text: str, folder: Path | None, checkpoint: Path | None) -> dict[str, Any]:
+def run(
+    rank: int, world_size: int, text: str, folder: Path | None, checkpoint: Path | None
+) -> dict[str, Any]:
     return fit(tiny(text, world_size), folder, checkpoint)
 
 
@@ -72,10 +76,16 @@ def test_further_training_changes_every_weight(written):
     """A weight that training does not change would be equal even if resuming did not restore it."""
     uninterrupted, folder = written
     reader = HuggingFaceStorageReader(str(folder / f"step={HALF}.ckpt"))
-    early = {f"model.model.{name}": torch.empty_like(t) for name, t in whole(uninterrupted).items() if " " not in name}
+    early = {
+        f"model.model.{name}": torch.empty_like(t)
+        for name, t in whole(uninterrupted).items()
+        if " " not in name
+    }
     dcp.load(early, storage_reader=reader, no_dist=True)
     late = whole(uninterrupted)
-    assert not [name for name, t in early.items() if torch.equal(t, late[name.removeprefix("model.model.")])]
+    assert not [
+        name for name, t in early.items() if torch.equal(t, late[name.removeprefix("model.model.")])
+    ]
 
 
 def test_a_checkpoint_holds_nothing_that_is_executed_when_read(written):
@@ -88,8 +98,12 @@ def test_a_checkpoint_holds_nothing_that_is_executed_when_read(written):
 # ---------------------------------------------------------------------- what is refused
 
 REFUSED = {  # words, or `seed`, or a damaged checkpoint: what is said
-    "model.ffn_dim=32": r"holds another model: model\.model\.blocks\.0\.\S+ is \(.*\) there and \(.*\) here",
-    "moe.num_experts=4": r"holds another model: model\.model\.blocks\.0\.moe\.\S+ is \(8, .*\) there and \(4, ",
+    "model.ffn_dim=32": (
+        r"holds another model: model\.model\.blocks\.0\.\S+ is \(.*\) there and \(.*\) here"
+    ),
+    "moe.num_experts=4": (
+        r"holds another model: model\.model\.blocks\.0\.moe\.\S+ is \(8, .*\) there and \(4, "
+    ),
     "model.layers=4": r"holds another model: model\.model\.blocks\.1\.\S+ is absent there",
     "seed": r"the checkpoint's seed is 1, here it is 2",
     "without meta.json": r"partial\.ckpt\S* is (missing|not a complete checkpoint)",
@@ -125,13 +139,16 @@ def test_what_a_run_cannot_resume_from_is_refused_by_name(written, tmp_path):
 def count_expert_reductions(rank: int, world_size: int) -> int:
     text = "position=pos2 strategy.ep_size=1 trainer.max_steps=2 trainer.accumulate=2"
     launch = ExpertGradientReducer._launch
-    with patch.object(ExpertGradientReducer, "_launch", autospec=True, side_effect=launch) as counted:
+    with patch.object(
+        ExpertGradientReducer, "_launch", autospec=True, side_effect=launch
+    ) as counted:
         train(tiny(text, world_size))
     return counted.call_count
 
 
 def test_expert_gradients_are_sent_once_a_step():
-    """Only a count shows this: sending them after every batch would give the same numbers, as a mean of means."""
+    """Only a count shows this: sending them after every batch would give the same numbers, as a
+    mean of means."""
     assert run_ranks(count_expert_reductions, 2) == [2, 2]
 
 
@@ -139,8 +156,9 @@ def test_expert_gradients_are_sent_once_a_step():
 
 
 def with_frozen(rank: int, world_size: int) -> dict[tuple[int, bool], list[torch.Tensor | None]]:
-    """Returns this rank's expert gradients of two modules, by EP degree and whether they were frozen at first: of a
-    step in which the first module's experts stay frozen, and of a step in which they do not."""
+    """Returns this rank's expert gradients of two modules, by EP degree and whether they were
+    frozen at first: of a step in which the first module's experts stay frozen, and of a step in
+    which they do not."""
     dist.init_process_group("gloo")
     found = {}
     for ep_size in (1, 2):
@@ -209,14 +227,19 @@ def reduced(rank: int, world_size: int) -> dict[str, list[dict[str, torch.Tensor
         "static graph": (alone | {"static_graph": True}, 1, LanguageModel),
         "an unused weight": (alone | {"find_unused_parameters": True}, 2, WithUnused),
     }
-    # two ranks give the same sums whatever the pieces; of more, each adds in an order that depends on the piece
-    small = patch.object(Pacer.__init__, "__defaults__", (200 / 2**20,) if world_size == 2 else (PIECE_MB,))
+    # two ranks give the same sums whatever the pieces; of more, each adds in an order that depends
+    # on the piece
+    small = patch.object(
+        Pacer.__init__, "__defaults__", (200 / 2**20,) if world_size == 2 else (PIECE_MB,)
+    )
     found: dict[str, list[dict[str, torch.Tensor]]] = {}
     with small:
         for name, (given, accumulate, cls) in cases.items():
             for reductions in ("ddp", "paced"):
                 strategy = ExpertParallelStrategy(reductions=reductions, **given)
-                found.setdefault(name, []).append(own_trainer(rank, world_size, strategy, cls, accumulate))
+                found.setdefault(name, []).append(
+                    own_trainer(rank, world_size, strategy, cls, accumulate)
+                )
     return found
 
 
@@ -232,7 +255,8 @@ def test_when_gradients_are_sent_changes_no_bit(ranks):
 
 
 class Seeing(LightningModule):
-    """Notes the samples that this rank sees and the numbers that it draws in its steps, as dropout does."""
+    """Notes the samples that this rank sees and the numbers that it draws in its steps, as dropout
+    does."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,7 +282,9 @@ class Seeing(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def sampled(rank: int, world_size: int, strategy: str) -> tuple[list[list[int]], list[int], list[float]]:
+def sampled(
+    rank: int, world_size: int, strategy: str
+) -> tuple[list[list[int]], list[int], list[float]]:
     torch.manual_seed(1)
     module = Seeing()
     users_trainer(world_size, strategy, max_epochs=2).fit(module)
@@ -266,8 +292,11 @@ def sampled(rank: int, world_size: int, strategy: str) -> tuple[list[list[int]],
 
 
 def test_samplers_without_a_generator_give_every_sample_to_one_rank():
-    """Each rank draws the order of all samples and takes every second one. What steps draw must differ all the same."""
-    (mine, held_out, my_draws), (theirs, also_held_out, their_draws) = run_ranks(sampled, 2, "expert_parallel")
+    """Each rank draws the order of all samples and takes every second one. What steps draw must
+    differ all the same."""
+    (mine, held_out, my_draws), (theirs, also_held_out, their_draws) = run_ranks(
+        sampled, 2, "expert_parallel"
+    )
     assert held_out == also_held_out
     for here, there in zip(mine, theirs, strict=True):
         assert sorted(here + there + held_out) == list(range(16))
@@ -290,15 +319,29 @@ class Gradients(Callback):
 
 
 def own_trainer(
-    rank: int, world_size: int, strategy: Any, cls: type[LanguageModel] = LanguageModel, accumulate: int = 1
+    rank: int,
+    world_size: int,
+    strategy: Any,
+    cls: type[LanguageModel] = LanguageModel,
+    accumulate: int = 1,
 ) -> dict[str, torch.Tensor]:
-    """Trains with a Trainer that a user has written. Returns every gradient of every step, and the last norm."""
+    """Trains with a Trainer that a user has written. Returns every gradient of every step, and the
+    last norm."""
     config = tiny("position=pos2 optim.lr=0.01", world_size)
     gradients = Gradients()
-    module = cls(lambda context: build_model(config, context), max_steps=2, make_optimizer=partial(adamw, lr=0.01))
+    module = cls(
+        lambda context: build_model(config, context),
+        max_steps=2,
+        make_optimizer=partial(adamw, lr=0.01),
+    )
     how = {"precision": "64-true", "use_distributed_sampler": False, "limit_val_batches": 0}
     trainer = users_trainer(
-        world_size, strategy, max_steps=2, accumulate_grad_batches=accumulate, callbacks=[gradients], **how
+        world_size,
+        strategy,
+        max_steps=2,
+        accumulate_grad_batches=accumulate,
+        callbacks=[gradients],
+        **how,
     )
     trainer.fit(module, build_datamodule(config))
     return gradients.found | {"norm": trainer.callback_metrics["train/grad_norm"]}
@@ -311,7 +354,9 @@ def alone(rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
 def test_a_plain_trainer_is_bit_identical_to_one_with_the_strategy():
     ((plain, with_strategy),) = run_ranks(alone, 1)
     assert plain.keys() == with_strategy.keys() and plain["norm"] > 0
-    assert not [name for name, value in plain.items() if not torch.equal(value, with_strategy[name])]
+    assert not [
+        name for name, value in plain.items() if not torch.equal(value, with_strategy[name])
+    ]
 
 
 class Poisoned(LanguageModel):
@@ -326,5 +371,8 @@ def test_a_plain_trainer_stops_at_a_nan():
 
 
 def test_an_ep_size_that_does_not_divide_the_number_of_ranks_is_refused():
-    with pytest.raises(RankError, match=r"ValueError: ep_size is 3, allowed: divisors of the number of ranks \(2\)\n"):
+    with pytest.raises(
+        RankError,
+        match=r"ValueError: ep_size is 3, allowed: divisors of the number of ranks \(2\)\n",
+    ):
         run_ranks(own_trainer, 2, ExpertParallelStrategy(ep_size=3))

@@ -1,6 +1,7 @@
 """SwinV2-MoE on two ranks equals one process: losses, gradients, weights after each step, accuracy.
 
-The comparison and its tolerance are those of test_ep_equality.py. The images are scikit-learn's digits.
+The comparison and its tolerance are those of test_ep_equality.py. The images are scikit-learn's
+digits.
 """
 
 from __future__ import annotations
@@ -29,17 +30,35 @@ from tests.support.trainings import Recording, end_groups, train
 pytestmark = pytest.mark.dist
 
 TINY = (
-    *("model.family=swin", "model.layers=2", "model.dim=8", "model.heads=1", "model.patch_size=1", "model.window=2"),
-    *("moe.num_experts=4", "moe.capacity_factor=null", "moe.load_balance_coef=0.1", "moe.z_loss_coef=0.01"),
+    *(
+        "model.family=swin",
+        "model.layers=2",
+        "model.dim=8",
+        "model.heads=1",
+        "model.patch_size=1",
+        "model.window=2",
+    ),
+    *(
+        "moe.num_experts=4",
+        "moe.capacity_factor=null",
+        "moe.load_balance_coef=0.1",
+        "moe.z_loss_coef=0.01",
+    ),
     *("data.name=digits", "data.image_size=16", "data.num_classes=10", "data.global_batch_size=8"),
-    *("data.label_smoothing=0.1", "data.val_sequences=13"),  # 13: the last batch is filled up on any number of ranks
+    *(
+        "data.label_smoothing=0.1",
+        "data.val_sequences=13",
+    ),  # 13: the last batch is filled up on any number of ranks
     *("optim.lr=0.1", "trainer.accelerator=cpu", "trainer.precision=64-true"),
     *("trainer.gradient_clip=null", "trainer.progress=false", "trainer.threads=1"),
 )
 
 
 QUICK = ("dense", "top-2", "shared-cg1", "pos2", "dgmoe", "dgmoe-share")  # of `make test`
-THREE_STEPS = ("pos2", "dgmoe-share")  # SGD keeps nothing between steps: one is enough for the others
+THREE_STEPS = (
+    "pos2",
+    "dgmoe-share",
+)  # SGD keeps nothing between steps: one is enough for the others
 
 
 class RecordingClassifier(Recording, ImageClassifier):
@@ -66,8 +85,8 @@ def train_all(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, di
 
 
 class OnTwo(NamedTuple):
-    """built: what a larger model took that is built in parts (test_built_in_parts.py). scale: how scales of attention
-    are gathered under bf16-mixed."""
+    """built: what a larger model took that is built in parts (test_built_in_parts.py). scale: how
+    scales of attention are gathered under bf16-mixed."""
 
     records: dict[str, dict[str, Any]]
     built: Built
@@ -76,7 +95,9 @@ class OnTwo(NamedTuple):
 
 def on_two(rank: int, world_size: int, cases: dict[str, str]) -> OnTwo:
     records, context = train_all(rank, world_size, cases), split_context(ep_size=1)
-    built = build_in_parts(tiny("position=pos2 model.layers=8 trainer.precision=32-true", world_size), context)
+    built = build_in_parts(
+        tiny("position=pos2 model.layers=8 trainer.precision=32-true", world_size), context
+    )
     model = build_model(tiny("position=pos2 trainer.precision=bf16-mixed", world_size), context)
     scales: list[torch.dtype] = []
     attention = model.blocks[0].sublayers[0].f.attention
@@ -86,7 +107,9 @@ def on_two(rank: int, world_size: int, cases: dict[str, str]) -> OnTwo:
     return OnTwo(records, built, scales[0])
 
 
-CASES = {name: f"{SWIN_ON_RANKS[name]} strategy.ep_size={1 if name == 'dense' else 2}" for name in QUICK}
+CASES = {
+    name: f"{SWIN_ON_RANKS[name]} strategy.ep_size={1 if name == 'dense' else 2}" for name in QUICK
+}
 CASES["pos2, sharded"] = "position=pos2 strategy.ep_size=1 strategy.dense=sharded"
 
 
@@ -103,7 +126,9 @@ def two() -> list[OnTwo]:
 def assert_equal(records: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     assert_same(records, assemble([expected]))
     for record in records:
-        assert record["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)  # logged in float32
+        assert record["metrics"] == pytest.approx(
+            expected["metrics"], abs=1e-6
+        )  # logged in float32
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -115,7 +140,9 @@ def test_two_ranks_equal_one(case, one, two):
 def test_two_ranks_equal_one_with_every_other_architecture():
     others = {name: text for name, text in SWIN_ON_RANKS.items() if name not in QUICK}
     (one,) = run_ranks(train_all, 1, others)
-    two = run_ranks(train_all, 2, {name: f"{text} strategy.ep_size=2" for name, text in others.items()})
+    two = run_ranks(
+        train_all, 2, {name: f"{text} strategy.ep_size=2" for name, text in others.items()}
+    )
     for name in others:
         assert_equal([records[name] for records in two], one[name])
 
@@ -130,14 +157,21 @@ def test_under_bf16_mixed_scales_are_gathered_in_float32(two):
     assert [rank.scale for rank in two] == [torch.float32] * 2
 
 
-RANDOM = "data.augment=imagenet data.mixup=0.8 data.cutmix=1 model.drop_path=0.2 moe.noisy=true strategy.ep_size=2"
+RANDOM = (
+    "data.augment=imagenet data.mixup=0.8 data.cutmix=1 model.drop_path=0.2 moe.noisy=true"
+    " strategy.ep_size=2"
+)
 
 
-def uninterrupted_and_resumed(rank: int, world_size: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def uninterrupted_and_resumed(
+    rank: int, world_size: int, folder: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
     config = tiny(f"{RANDOM} trainer.max_steps=6 optim.lr=0.01", world_size)
     torch.manual_seed(1)
     uninterrupted = fit(config, folder)
-    torch.manual_seed(2)  # random numbers must come from the checkpoint and from the position in the data
+    torch.manual_seed(
+        2
+    )  # random numbers must come from the checkpoint and from the position in the data
     return uninterrupted, fit(config, None, folder / f"step={HALF}.ckpt")
 
 
@@ -145,7 +179,11 @@ def uninterrupted_and_resumed(rank: int, world_size: int, folder: Path) -> tuple
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(tmp_path):
     """Everything random is on: augmentation, mixing, drop path, gate noise."""
     for uninterrupted, resumed in run_ranks(uninterrupted_and_resumed, 2, tmp_path):
-        assert not [n for n, t in uninterrupted["tensors"].items() if not torch.equal(t, resumed["tensors"][n])]
+        assert not [
+            n
+            for n, t in uninterrupted["tensors"].items()
+            if not torch.equal(t, resumed["tensors"][n])
+        ]
         assert uninterrupted["consumed"] == resumed["consumed"] == 6 * 8
 
 

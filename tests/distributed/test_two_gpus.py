@@ -1,7 +1,9 @@
-"""On two GPUs, over NCCL, ranks compute what one rank computes: exchanges, split weights, saves, generation.
+"""On two GPUs, over NCCL, ranks compute what one rank computes: exchanges, split weights, saves,
+generation.
 
-Every function takes the accelerator, so that it can be tried with `cpu` on a machine without GPUs. Two hops over nodes
-of several ranks need four GPUs; here each hop runs between the two ranks while the other one is within a rank.
+Every function takes the accelerator, so that it can be tried with `cpu` on a machine without GPUs.
+Two hops over nodes of several ranks need four GPUs; here each hop runs between the two ranks while
+the other one is within a rank.
 """
 
 from __future__ import annotations
@@ -41,9 +43,13 @@ def configurations():
 
 def trained(world_size: int, accelerator: str, cases: dict[str, str]) -> list[dict[str, Any]]:
     """Returns for each rank the records of all cases."""
-    from tests.support.trainings import train_cases  # here, so that this file is collected without omegaconf
+    from tests.support.trainings import (
+        train_cases,
+    )  # here, so that this file is collected without omegaconf
 
-    words = {name: f"{MODEL} trainer.accelerator={accelerator} {text}" for name, text in cases.items()}
+    words = {
+        name: f"{MODEL} trainer.accelerator={accelerator} {text}" for name, text in cases.items()
+    }
     return run_ranks(train_cases, world_size, words, timeout_s=240)
 
 
@@ -72,7 +78,10 @@ def hop(rank: int, world_size: int, accelerator: str) -> None:
     counted = Traffic(BY_RANK[rank].tolist(), BY_RANK[:, rank].tolist(), BY_RANK)
 
     def moved(exchange: Exchange, traffic: Traffic | None) -> list[Tensor]:
-        rows = [torch.randn(4 if traffic is None else sum(traffic.sent), 8, device=device) for _ in range(2)]
+        rows = [
+            torch.randn(4 if traffic is None else sum(traffic.sent), 8, device=device)
+            for _ in range(2)
+        ]
         rows = [own.requires_grad_() for own in rows]
         transfers = [Transfer(exchange, traffic).start(own) for own in rows]
         arrived = [transfer.wait() for transfer in transfers]
@@ -81,7 +90,9 @@ def hop(rank: int, world_size: int, accelerator: str) -> None:
 
     for places in (1, 2):
         ranks = torch.arange(world_size).view(-1, places)
-        within, between = (dist.new_subgroups_by_enumeration(r.tolist())[0] for r in (ranks, ranks.T))
+        within, between = (
+            dist.new_subgroups_by_enumeration(r.tolist())[0] for r in (ranks, ranks.T)
+        )
         for traffic in (None, counted):
             found = []
             for exchange in (all_to_all(dist.group.WORLD), hierarchical(within, between)):
@@ -117,27 +128,39 @@ def weights(path: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dense", ["replicated", "sharded"])
-def test_checkpoints_written_beside_training_equal_those_of_one_rank(dense, tmp_path, accelerator: str = "gpu"):
+def test_checkpoints_written_beside_training_equal_those_of_one_rank(
+    dense, tmp_path, accelerator: str = "gpu"
+):
     run_ranks(save, 1, tmp_path / "one", accelerator, "")
     words = f"strategy.ep_size=2 strategy.dense={dense} strategy.async_checkpoint=true"
     run_ranks(save, 2, tmp_path / "two", accelerator, words)
     for step in (1, 2, 3):
         one, two = (weights(tmp_path / ranks / f"step={step}.ckpt") for ranks in ("one", "two"))
         for name, weight in one.items():
-            torch.testing.assert_close(two[name], weight, rtol=0, atol=1e-6, msg=name)  # AdamW enlarges rounding
+            torch.testing.assert_close(
+                two[name], weight, rtol=0, atol=1e-6, msg=name
+            )  # AdamW enlarges rounding
 
 
 def test_texts_equal_those_of_one_rank(tmp_path, accelerator: str = "gpu"):
     from tests.support.commands import command_in_ranks, train_on_text
 
-    prompts = [{"prompt": text} for text in ("Peace", "The union of people", "Labor and land. State")]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+    prompts = [
+        {"prompt": text} for text in ("Peace", "The union of people", "Labor and land. State")
+    ]
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps(prompt) + "\n" for prompt in prompts)
+    )
     run_dir = str(train_on_text(tmp_path, 1, "data.seq_len=48", "trainer.max_steps=3"))
     found = []
     for world_size in (1, 2):
         out = tmp_path / f"{world_size}.jsonl"
         asked = ("--prompts", f"{tmp_path}/prompts.jsonl", "--out", str(out), "--max-tokens", "12")
-        how = (f"trainer.devices={world_size}", f"trainer.accelerator={accelerator}", "trainer.precision=64-true")
+        how = (
+            f"trainer.devices={world_size}",
+            f"trainer.accelerator={accelerator}",
+            "trainer.precision=64-true",
+        )
         assert command_in_ranks("generate", world_size, run_dir, *asked, *how).code == 0
         found.append(out.read_text())
     assert found[0] == found[1] and found[0].count("\n") == len(prompts)

@@ -1,5 +1,5 @@
-"""All code that trains wraps its model with `wrap`: the Strategy, the step of the benches, and `data_parallel`. Their
-gradients are those of one process, in float64 up to the order of sums.
+"""All code that trains wraps its model with `wrap`: the Strategy, the step of the benches, and
+`data_parallel`. Their gradients are those of one process, in float64 up to the order of sums.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def test_on_a_gpu_ddp_is_built_on_the_stream_of_the_forward_pass(monkeypatch):
     found = []
     monkeypatch.setattr(torch.cuda, "Stream", lambda *_: found.append("another stream"))
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr("scmoe.parallel.update.wrap.DistributedDataParallel", lambda *_, **__: found.append("ddp"))
+    monkeypatch.setattr(
+        "scmoe.parallel.update.wrap.DistributedDataParallel", lambda *_, **__: found.append("ddp")
+    )
     model = nn.Module()
     with FakeTensorMode():
         model.weight = nn.Parameter(torch.empty(8, device="cuda"))
@@ -76,12 +78,18 @@ class Module(LightningModule):
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Returns the gradients by name; of experts those that this rank holds."""
-    return {name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {
+        name.removeprefix("module."): p.grad.clone()
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
 
 
 def batch() -> Tensor:
     """[ranks, B, S, D]"""
-    return torch.randn(RANKS, 2, 4, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        RANKS, 2, 4, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def of_all_callers(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:

@@ -1,5 +1,6 @@
-"""Data that cannot be used is one line that names the file or the split, before a process or run starts; files that
-cannot be read are named, or skipped and counted; all of them are found before a training."""
+"""Data that cannot be used is one line that names the file or the split, before a process or run
+starts; files that cannot be read are named, or skipped and counted; all of them are found before a
+training."""
 
 from __future__ import annotations
 
@@ -35,12 +36,21 @@ def folder_of(tmp_path: Path, **files: bytes) -> Path:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"a": LINE.encode(), "b": "é".encode("latin-1")}, "b.txt cannot be read: 'utf-8' codec can't decode"),
+        (
+            {"a": LINE.encode(), "b": "é".encode("latin-1")},
+            "b.txt cannot be read: 'utf-8' codec can't decode",
+        ),
         ({"a": LINE.encode("utf-16")}, "a.txt cannot be read: 'utf-8' codec can't decode"),
-        ({"a": LINE.encode(), "b": bytes(100)}, "b.txt has zero bytes, so it is no text; allowed: text in UTF-8"),
+        (
+            {"a": LINE.encode(), "b": bytes(100)},
+            "b.txt has zero bytes, so it is no text; allowed: text in UTF-8",
+        ),
         ({}, "allowed: a text, or a folder with texts in .txt or .md files"),
         ({"a": b""}, "allowed: a text, or a folder with texts in .txt or .md files"),
-        ({"a": LINE.encode() * 4}, "tokens, allowed: 1025 or more with data.seq_len 1024; give more text"),
+        (
+            {"a": LINE.encode() * 4},
+            "tokens, allowed: 1025 or more with data.seq_len 1024; give more text",
+        ),
     ],
     ids=["Latin-1", "UTF-16", "binary", "empty folder", "empty file", "too short"],
 )
@@ -48,7 +58,12 @@ def test_data_that_cannot_be_used_is_one_line(files, message, tmp_path, capsys):
     folder, runs = tmp_path / "data", tmp_path / "runs"
     folder.mkdir()
     folder_of(folder, **files)
-    words = ["data.name=text", f"data.path={folder}", f"data.cache_dir={tmp_path}/cache", "data.seq_len=1024"]
+    words = [
+        "data.name=text",
+        f"data.path={folder}",
+        f"data.cache_dir={tmp_path}/cache",
+        "data.seq_len=1024",
+    ]
     settings = [*words, "data.vocab_size=300", "trainer.devices=2", f"runs_dir={runs}"]
     assert call("train", "configs/debug.yaml", *settings) == 2
     said = capsys.readouterr().err.splitlines()
@@ -59,12 +74,28 @@ def test_data_that_cannot_be_used_is_one_line(files, message, tmp_path, capsys):
 def test_unreadable_texts_are_skipped_and_counted(tmp_path, capsys):
     folder, runs = tmp_path / "data", tmp_path / "runs"
     folder.mkdir()
-    folder_of(folder, a=LINE.encode() * 40, b=bytes(100), c="é".encode("latin-1"), d=LINE.encode() * 40)
-    words = ["data.name=text", f"data.path={folder}", f"data.cache_dir={tmp_path}/cache", "data.vocab_size=300"]
-    settings = ["configs/debug.yaml", *words, f"runs_dir={runs}", "trainer.max_steps=1", "data.on_error=skip"]
+    folder_of(
+        folder, a=LINE.encode() * 40, b=bytes(100), c="é".encode("latin-1"), d=LINE.encode() * 40
+    )
+    words = [
+        "data.name=text",
+        f"data.path={folder}",
+        f"data.cache_dir={tmp_path}/cache",
+        "data.vocab_size=300",
+    ]
+    settings = [
+        "configs/debug.yaml",
+        *words,
+        f"runs_dir={runs}",
+        "trainer.max_steps=1",
+        "data.on_error=skip",
+    ]
     assert call("train", *settings) == 0
     said = capsys.readouterr()
-    assert "warning: 2 files are skipped: data.path: " in said.err and "b.txt has zero bytes" in said.err
+    assert (
+        "warning: 2 files are skipped: data.path: " in said.err
+        and "b.txt has zero bytes" in said.err
+    )
     assert json.loads(said.out)["skipped"] == 2
     source = text(folder, skip=True)
     assert "".join("".join(documents) for documents in source.documents.values()) == LINE * 80
@@ -92,7 +123,9 @@ def images(tmp_path):
 
 
 def swin(folder: Path) -> list[str]:
-    words = "data.name=image_folder data.num_classes=2 data.global_batch_size=2 data.val_sequences=null"
+    words = (
+        "data.name=image_folder data.num_classes=2 data.global_batch_size=2 data.val_sequences=null"
+    )
     return ["configs/quickstart_vision.yaml", *words.split(), f"data.path={folder}"]
 
 
@@ -108,12 +141,23 @@ def test_a_damaged_image_is_named_when_it_is_met(images, workers):
 
 
 def test_damaged_images_are_replaced_in_training_left_out_of_validation_and_counted(images):
-    data = build_datamodule(load(swin(images)[0], [*swin(images)[1:], "data.on_error=skip", "trainer.max_steps=3"]))
+    data = build_datamodule(
+        load(swin(images)[0], [*swin(images)[1:], "data.on_error=skip", "trainer.max_steps=3"])
+    )
     train_batches, val_batches = list(data.train_dataloader()), list(data.val_dataloader())
-    assert sum(int(batch["skipped"].sum()) for batch in train_batches) == 1, "three batches of two are one epoch"
-    assert torch.cat([batch["labels"].argmax(1) for batch in train_batches]).bincount().tolist() == [3, 3]
+    assert sum(int(batch["skipped"].sum()) for batch in train_batches) == 1, (
+        "three batches of two are one epoch"
+    )
+    assert torch.cat(
+        [batch["labels"].argmax(1) for batch in train_batches]
+    ).bincount().tolist() == [3, 3]
     assert sum(int(batch["skipped"].sum()) for batch in val_batches) == 1
-    assert sorted(torch.cat([batch["labels"] for batch in val_batches]).tolist()) == [IGNORE, 0, 0, 1]
+    assert sorted(torch.cat([batch["labels"] for batch in val_batches]).tolist()) == [
+        IGNORE,
+        0,
+        0,
+        1,
+    ]
 
 
 def test_the_count_of_skipped_images_is_logged_and_in_the_summary():
@@ -137,12 +181,17 @@ def test_a_resumed_run_goes_on_counting_skipped_images():
     def sum_of_ranks(count, reduce_op):
         return count.add_(3)
 
-    strategy, checkpoint = SimpleNamespace(reduce=sum_of_ranks, root_device=torch.device("cpu")), dict[str, int]()
+    strategy, checkpoint = (
+        SimpleNamespace(reduce=sum_of_ranks, root_device=torch.device("cpu")),
+        dict[str, int](),
+    )
     counted = [SkippedImages() for _ in range(3)]
     counted[0].count({"skipped": torch.tensor([1, 1])})
     counted[0].on_save_checkpoint(SimpleNamespace(strategy=strategy), None, checkpoint)  # type: ignore
     for rank in (0, 1):
-        counted[1 + rank].on_load_checkpoint(SimpleNamespace(is_global_zero=rank == 0), None, checkpoint)  # type: ignore
+        counted[1 + rank].on_load_checkpoint(
+            SimpleNamespace(is_global_zero=rank == 0), None, checkpoint
+        )  # type: ignore
     assert [int(c.of_rank) for c in counted] == [2, 5, 0]
 
 
@@ -162,13 +211,26 @@ def test_check_data_names_every_unreadable_file(images, tmp_path, capsys):
 
 def test_check_data_reads_texts_too(tmp_path, capsys):
     folder_of(tmp_path, a=LINE.encode() * 40, b=bytes(100))
-    words = ["data.name=text", f"data.path={tmp_path}", f"data.cache_dir={tmp_path}/cache", "data.vocab_size=300"]
+    words = [
+        "data.name=text",
+        f"data.path={tmp_path}",
+        f"data.cache_dir={tmp_path}/cache",
+        "data.vocab_size=300",
+    ]
     assert call("check-data", "configs/debug.yaml", *words) == 2
     said = capsys.readouterr()
-    assert "b.txt has zero bytes" in said.out and "skipped" not in said.err, "a training would not skip it"
-    assert call("check-data", "configs/debug.yaml", *words, "data.on_error=skip") == 0, "it may be a gate"
+    assert "b.txt has zero bytes" in said.out and "skipped" not in said.err, (
+        "a training would not skip it"
+    )
+    assert call("check-data", "configs/debug.yaml", *words, "data.on_error=skip") == 0, (
+        "it may be a gate"
+    )
     said = capsys.readouterr()
-    assert "b.txt has zero bytes" in said.out and said.out.splitlines()[-1].startswith("1 file(s) ") and not said.err
+    assert (
+        "b.txt has zero bytes" in said.out
+        and said.out.splitlines()[-1].startswith("1 file(s) ")
+        and not said.err
+    )
     assert call("check-data", "configs/debug.yaml") == 0, "data without files can be checked too"
 
 

@@ -41,16 +41,22 @@ def shorten(rank: int, world_size: int, loader: str, how: str = "") -> None:
     [
         pytest.param("train", "", marks=pytest.mark.representative),
         ("val", ""),
-        pytest.param("val", "strategy.ep_size=1 strategy.dense=sharded", marks=pytest.mark.representative),
+        pytest.param(
+            "val", "strategy.ep_size=1 strategy.dense=sharded", marks=pytest.mark.representative
+        ),
     ],
 )
 def test_uneven_batches_are_refused_before_the_first(loader, how):
     """The refusal comes at once, not minutes later from the timeout of a collective."""
     message = failure(shorten, 2, f"{loader}_dataloader", how, all_fail=True)
     counts = r"rank 0: (\d+); rank 1: (\d+)"
-    found = re.search(rf"ValueError: ranks have different numbers of {loader} batches \({counts}\)", message)
+    found = re.search(
+        rf"ValueError: ranks have different numbers of {loader} batches \({counts}\)", message
+    )
     assert found and int(found[1]) == int(found[2]) + 1, message
-    assert re.search(r"rank [01], later: ValueError: ranks have different numbers", message)  # the same on both ranks
+    assert re.search(
+        r"rank [01], later: ValueError: ranks have different numbers", message
+    )  # the same on both ranks
 
 
 def count_batches(rank: int, world_size: int) -> None:
@@ -75,7 +81,9 @@ def break_worker(rank: int, world_size: int, how: str) -> None:
     (_, second), whole = data.train_dataloader().batch_sampler, sequences.TrainSequences.__getitem__
     fatal = second[1]
 
-    def broken(self: Any, i: int) -> Any:  # runs only in a worker: this process reads no sample itself
+    def broken(
+        self: Any, i: int
+    ) -> Any:  # runs only in a worker: this process reads no sample itself
         if i == fatal and how == "dies":
             os._exit(1)
         if i == fatal:
@@ -91,7 +99,9 @@ def break_worker(rank: int, world_size: int, how: str) -> None:
         raise
 
 
-@pytest.mark.parametrize("how, says", [("dies", "worker .* exited unexpectedly"), ("raises", "no such file")])
+@pytest.mark.parametrize(
+    "how, says", [("dies", "worker .* exited unexpectedly"), ("raises", "no such file")]
+)
 def test_a_data_worker_that_fails_is_named_with_its_sample(how, says):
     message = failure(break_worker, 2, how)
     assert message.startswith("rank 1 of 2 failed first:")

@@ -26,7 +26,12 @@ from tests.support.trainings import users_trainer
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 TOLERANCE = 1e-12
-DIM, FFN, EXPERTS, TOKENS = 16, 24, 8, 12  # FFN: features between an expert's two products; TOKENS: per rank
+DIM, FFN, EXPERTS, TOKENS = (
+    16,
+    24,
+    8,
+    12,
+)  # FFN: features between an expert's two products; TOKENS: per rank
 
 
 class Given(torch.nn.Module):
@@ -44,10 +49,11 @@ class Given(torch.nn.Module):
 
 
 def exactly(rank: int, world_size: int) -> None:
-    """Compares outputs, and the gradients of tokens, gate weights and experts, which sum over both ranks' rows.
+    """Compares outputs, and the gradients of tokens, gate weights and experts, which sum over both
+    ranks' rows.
 
-    Values are small whole numbers, experts use ReLU, and gate weights are 1, 1/2 and 1/4: no product or sum is rounded,
-    so its order has no effect."""
+    Values are small whole numbers, experts use ReLU, and gate weights are 1, 1/2 and 1/4: no
+    product or sum is rounded, so its order has no effect."""
     dist.init_process_group("gloo")
     common, draw = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + rank)
 
@@ -81,12 +87,17 @@ def exactly(rank: int, world_size: int) -> None:
             y, stats = stream(x, None, chunks)
             assert int(stats.num_dropped) == 0
             y.backward(dy_BTD)
-            results[how, chunks] = [y.detach(), *(leaf.grad for leaf in (x, weights, *experts.parameters()))]
+            results[how, chunks] = [
+                y.detach(),
+                *(leaf.grad for leaf in (x, weights, *experts.parameters())),
+            ]
             experts.zero_grad()
     dropless = results[Dropless(), 1]
     assert all(t.abs().max() > 0 and torch.equal(4 * t, (4 * t).round()) for t in dropless)
     for way, tensors in results.items():
-        assert all(torch.equal(t, expected) for t, expected in zip(tensors, dropless, strict=True)), way
+        assert all(
+            torch.equal(t, expected) for t, expected in zip(tensors, dropless, strict=True)
+        ), way
 
 
 @pytest.mark.representative
@@ -119,7 +130,10 @@ def pad_with(factor: float | None, rank: int, world_size: int) -> None:
     mask_BS = mask_BS.view(2, -1)
 
     outputs = []
-    for x, mask in ((x_BSD.where(mask_BS[..., None], 100.0), mask_BS), (x_BSD[mask_BS][None], None)):
+    for x, mask in (
+        (x_BSD.where(mask_BS[..., None], 100.0), mask_BS),
+        (x_BSD[mask_BS][None], None),
+    ):
         y, stats = stream(x, mask)
         y.square().sum().backward()
         outputs.append((y, stats, {name: p.grad.clone() for name, p in stream.named_parameters()}))
@@ -143,15 +157,20 @@ def test_padding_takes_no_slot_and_changes_nothing():
 class Predicting(LightningModule):
     def configure_model(self) -> None:
         torch.manual_seed(1)
-        self.moe = MoE(DIM, EXPERTS, ffn_dim=FFN, capacity_factor=2.0, group=self.parallel_context).double()
+        self.moe = MoE(
+            DIM, EXPERTS, ffn_dim=FFN, capacity_factor=2.0, group=self.parallel_context
+        ).double()
 
     def predict_step(self, batch: list[Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
         return batch[0], self.moe(batch[0])[0]
 
 
 def predictions(rank: int, world_size: int) -> list[tuple[int, Tensor]]:
-    """Returns for each batch its number of samples, and how far the result is from that of all experts in a process."""
-    x_BSD = torch.randn(7, TOKENS, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    """Returns for each batch its number of samples, and how far the result is from that of all
+    experts in a process."""
+    x_BSD = torch.randn(
+        7, TOKENS, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     loader = DataLoader(TensorDataset(x_BSD), batch_size=2)
     results = users_trainer(world_size, "expert_parallel").predict(Predicting(), loader)
     torch.manual_seed(1)
@@ -162,7 +181,8 @@ def predictions(rank: int, world_size: int) -> list[tuple[int, Tensor]]:
 
 @pytest.mark.representative
 def test_ranks_may_have_different_numbers_of_tokens_outside_training():
-    """Lightning gives four of seven samples to the first rank. All slots would then be exchanges of different sizes."""
+    """Lightning gives four of seven samples to the first rank. All slots would then be exchanges of
+    different sizes."""
     sizes = []
     for found in run_ranks(predictions, 2):
         assert all(error <= TOLERANCE for _, error in found)

@@ -1,4 +1,5 @@
-"""Fault 31: a dropless layer refuses more rows than its ceiling, on all ranks, before memory is allocated."""
+"""Fault 31: a dropless layer refuses more rows than its ceiling, on all ranks, before memory is
+allocated."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 
 def all_to_one(rank: int, world_size: int, *ceilings: str) -> None:
-    """Trains once for each ceiling. All rows go to one of two ranks: twice the fair share, and no more."""
+    """Trains once for each ceiling. All rows go to one of two ranks: twice the fair share, and no
+    more."""
     for ceiling in ceilings:
         train_collapsed(world_size, ceiling)
 
@@ -40,19 +42,30 @@ def train_collapsed(world_size: int, ceiling: str) -> None:
     try:
         fit(config, module=module)
     finally:
-        assert all(isinstance(m.dispatcher, AllToAllDispatcher) for m in module.modules() if isinstance(m, MoEStream))
+        assert all(
+            isinstance(m.dispatcher, AllToAllDispatcher)
+            for m in module.modules()
+            if isinstance(m, MoEStream)
+        )
 
 
 @pytest.mark.representative
 @pytest.mark.parametrize(
     ("words", "first"),
     [
-        ("1.5", r"CeilingError: rank 0 of .* would receive \d+ rows, allowed: 1.5 x the fair share"),
-        ("1.5 moe.rows=buffers moe.overflow=refuse", r"MemoryError: \d+ routed copies of this step did not fit"),
+        (
+            "1.5",
+            r"CeilingError: rank 0 of .* would receive \d+ rows, allowed: 1.5 x the fair share",
+        ),
+        (
+            "1.5 moe.rows=buffers moe.overflow=refuse",
+            r"MemoryError: \d+ routed copies of this step did not fit",
+        ),
     ],
 )
 def test_a_ceiling_ends_all_ranks(words, first):
-    """Before memory is allocated, or after the step in which a buffer was full. Both ranks have the same error."""
+    """Before memory is allocated, or after the step in which a buffer was full. Both ranks have the
+    same error."""
     message = failure(all_to_one, 2, words, all_fail=True)
     assert re.search(first, message)
     assert re.search(rf"rank [01], later: .*{first.split()[0]}", message)
@@ -61,11 +74,14 @@ def test_a_ceiling_ends_all_ranks(words, first):
 @pytest.mark.representative
 def test_what_a_ceiling_allows():
     """Buffers for three quarters of the rows drop the others where that is not refused."""
-    run_ranks(all_to_one, 2, "2", "null", "1.5 moe.rows=buffers", "2 moe.rows=buffers moe.overflow=refuse")
+    run_ranks(
+        all_to_one, 2, "2", "null", "1.5 moe.rows=buffers", "2 moe.rows=buffers moe.overflow=refuse"
+    )
 
 
 def test_chunks_do_not_change_what_a_ceiling_allows():
-    """The first chunk goes to rank 0 and the second to rank 1, so that both receive their fair share."""
+    """The first chunk goes to rank 0 and the second to rank 1, so that both receive their fair
+    share."""
     rows = torch.tensor([[[[4], [0]], [[0], [4]]]] * 2)  # [sender, chunk, receiver, e]
     counts = ReadByHost(SimpleNamespace(wait=lambda: None), rows, rank=0, ceiling=1.0).wait()
     assert [chunk.traffic.received for chunk in counts] == [[4, 4], [0, 0]]
@@ -74,5 +90,7 @@ def test_chunks_do_not_change_what_a_ceiling_allows():
 def test_the_ceiling_is_a_multiple_of_the_fair_share():
     check_ceiling([15, 5], 1.5)
     check_ceiling([0, 0], 1.0)
-    with pytest.raises(MemoryError, match=r"rank 1 .* would receive 16 rows, allowed: 1.5 x the fair share of 10 "):
+    with pytest.raises(
+        MemoryError, match=r"rank 1 .* would receive 16 rows, allowed: 1.5 x the fair share of 10 "
+    ):
         check_ceiling([4, 16], 1.5)

@@ -1,4 +1,5 @@
-"""Faults 4 and 7 to 10: what a checkpoint holds, which rank hashes it, and checkpoints in one full file."""
+"""Faults 4 and 7 to 10: what a checkpoint holds, which rank hashes it, and checkpoints in one full
+file."""
 
 from __future__ import annotations
 
@@ -30,8 +31,13 @@ def files_of(path: Path) -> list[str]:
 
 
 def save_slowly_then_train_on(rank: int, world_size: int, folder: Path) -> set[float]:
-    """Overwrites every tensor while or after a checkpoint of OLD is written. Returns what is read back."""
-    trainer, path, fsync = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST, os.fsync
+    """Overwrites every tensor while or after a checkpoint of OLD is written. Returns what is read
+    back."""
+    trainer, path, fsync = (
+        tiny_run.one_step(world_size, folder),
+        folder / "checkpoints" / LAST,
+        os.fsync,
+    )
 
     def slow(handle: int) -> None:
         time.sleep(0.1)
@@ -43,7 +49,9 @@ def save_slowly_then_train_on(rank: int, world_size: int, folder: Path) -> set[f
             tiny_run.save_marked(trainer, path, OLD, background)
             tiny_run.mark(trainer, NEW)
             tiny_run.load_into(trainer, path)
-            found |= {float(value) for t in tiny_run.tensors(trainer).values() for value in t.unique()}
+            found |= {
+                float(value) for t in tiny_run.tensors(trainer).values() for value in t.unique()
+            }
     return found
 
 
@@ -55,22 +63,31 @@ def test_a_slow_save_holds_the_step_at_which_it_started(tmp_path):
 def note_what_is_hashed(rank: int, world_size: int, folder: Path) -> list[dict[str, list[str]]]:
     """Saves in the foreground, then in the background. Returns of each what `noted_in` does."""
     trainer = tiny_run.one_step(world_size, folder)
-    return [noted_in(trainer, folder / f"{background}.ckpt", background) for background in (False, True)]
+    return [
+        noted_in(trainer, folder / f"{background}.ckpt", background) for background in (False, True)
+    ]
 
 
 def noted_in(trainer: Any, path: Path, background: bool) -> dict[str, list[str]]:
-    """Returns the hashed files by their reader: a background thread, or the rank while it saves, finishes or loads."""
+    """Returns the hashed files by their reader: a background thread, or the rank while it saves,
+    finishes or loads."""
     fingerprint, read = durable.fingerprint, {}
     moment = "saving"
 
     def noted(path: Path) -> dict[str, Any]:
-        who = moment if threading.current_thread().name in ("MainThread", "together") else "a thread"
+        who = (
+            moment if threading.current_thread().name in ("MainThread", "together") else "a thread"
+        )
         read.setdefault(who, []).append(path.name)
         return fingerprint(path)
 
     with patch.object(durable, "fingerprint", noted):
         saving = Saving(
-            path, tiny_run.state(trainer, OLD), trainer.lightning_module, trainer.strategy.context, background
+            path,
+            tiny_run.state(trainer, OLD),
+            trainer.lightning_module,
+            trainer.strategy.context,
+            background,
         )
         moment = "finishing"
         saving.finish()
@@ -83,25 +100,36 @@ def noted_in(trainer: Any, path: Path, background: bool) -> dict[str, list[str]]
 def test_each_rank_hashes_its_own_shard_where_it_writes_it(tmp_path):
     """Otherwise rank 0 would read all shards at the end, while training waits."""
     ways = zip(*run_ranks(note_what_is_hashed, 2, tmp_path), strict=True)
-    for ranks, writer, name in zip(ways, ("saving", "a thread"), ("False.ckpt", "True.ckpt"), strict=True):
+    for ranks, writer, name in zip(
+        ways, ("saving", "a thread"), ("False.ckpt", "True.ckpt"), strict=True
+    ):
         shards = [file for file in files_of(tmp_path / name) if file.startswith("shard")]
         assert [file for read in ranks for file in read[writer]] == shards
         assert [read.get("finishing") for read in ranks] == [["meta.json"], None]
         loaded = [file for read in ranks for file in read["loading"]]
-        assert sorted(loaded) == ["meta.json", *shards] and all(read["loading"] for read in ranks), "each file once"
+        assert sorted(loaded) == ["meta.json", *shards] and all(
+            read["loading"] for read in ranks
+        ), "each file once"
         assert durable.verify(tmp_path / name) == OLD
 
 
 def work_together(rank: int, world_size: int, folder: Path) -> tuple[int, str]:
-    """Rank 1 works long, and fails. Returns the number of collectives meanwhile, and what is raised."""
-    context, all_reduce, asked = tiny_run.one_step(world_size, folder).strategy.context, dist.all_reduce, []
+    """Rank 1 works long, and fails. Returns the number of collectives meanwhile, and what is
+    raised."""
+    context, all_reduce, asked = (
+        tiny_run.one_step(world_size, folder).strategy.context,
+        dist.all_reduce,
+        [],
+    )
 
     def work() -> None:
         if rank == 1:
             time.sleep(2.2)
             raise OSError("of rank 1")
 
-    with patch.object(dist, "all_reduce", lambda *args, **kw: asked.append(1) or all_reduce(*args, **kw)):
+    with patch.object(
+        dist, "all_reduce", lambda *args, **kw: asked.append(1) or all_reduce(*args, **kw)
+    ):
         try:
             context.together(work)
         except OSError as error:
@@ -122,7 +150,9 @@ def write_full(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     for background in (False, True):
         state, context = tiny_run.state(trainer, OLD), trainer.strategy.context
         module = trainer.lightning_module
-        Saving(folder / f"{background}.ckpt", state, module, context, background, full=True).finish()
+        Saving(
+            folder / f"{background}.ckpt", state, module, context, background, full=True
+        ).finish()
     return tiny_run.tensors(trainer)
 
 
@@ -162,9 +192,13 @@ def test_no_room_for_one_full_file_is_an_error_on_every_rank(tmp_path):
     assert durable.verify(durable.newest_good(tmp_path / "checkpoints")) == OLD
 
 
-def run_four_steps(rank: int, world_size: int, folder: Path, resume_from: Path | None) -> dict[str, torch.Tensor]:
+def run_four_steps(
+    rank: int, world_size: int, folder: Path, resume_from: Path | None
+) -> dict[str, torch.Tensor]:
     words = ("trainer.max_steps=4", "trainer.checkpoint_every=2", "strategy.full_checkpoint=true")
-    return dict(tiny_run.tensors(tiny_run.fit(tiny_run.tiny(world_size, *words), folder, resume_from)))
+    return dict(
+        tiny_run.tensors(tiny_run.fit(tiny_run.tiny(world_size, *words), folder, resume_from))
+    )
 
 
 def test_a_run_resumed_from_one_full_file_is_bit_identical(tmp_path):

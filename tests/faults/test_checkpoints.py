@@ -1,7 +1,8 @@
 """Faults 1 to 6 of docs/faults.md: real saves by two ranks are killed, fail or are damaged.
 
-`python -m tests.support.faults` does the same at every point; these tests take fewer. tests/unit/test_durable.py tests
-the commit alone: it is killed at every call, and every flipped bit is found.
+`python -m tests.support.faults` does the same at every point; these tests take fewer.
+tests/unit/test_durable.py tests the commit alone: it is killed at every call, and every flipped bit
+is found.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 
 def test_sigkill_during_a_save_loses_nothing_mixes_no_steps_and_leaves_nothing():
-    """Ranks are killed in the foreground and in the background: rank 0, the last rank and all ranks."""
+    """Ranks are killed in the foreground and in the background: rank 0, the last rank and all
+    ranks."""
     found = damaged.kill(points=4, random=6)
     assert found["killed"] >= 24, "at some operations of both kinds of saves"
     assert (found["lost"], found["mixed"], found["leftovers"]) == (0, 0, 0)
@@ -41,7 +43,8 @@ KILLS = 20
 
 
 def test_twenty_killed_saves_in_a_row_lose_nothing_and_do_not_fill_the_disk(tmp_path):
-    """They use one folder, with no complete save between them: each sweeps the leftovers of those before it."""
+    """They use one folder, with no complete save between them: each sweeps the leftovers of those
+    before it."""
     folder, draw = tmp_path / "run", random.Random(0)
     operations = len(run_ranks(damaged.save_over, 2, tmp_path, "first", False)[0]["operations"])
     run_ranks(damaged.write_old, 2, folder)
@@ -49,12 +52,16 @@ def test_twenty_killed_saves_in_a_row_lose_nothing_and_do_not_fill_the_disk(tmp_
     while kills < KILLS:
         step += 1
         victim, background = draw.choice(["first", "last", "all"]), draw.random() < 0.5
-        kills += damaged.killed(folder, victim, background, operation=draw.randrange(operations), steps=[step])
+        kills += damaged.killed(
+            folder, victim, background, operation=draw.randrange(operations), steps=[step]
+        )
         path = durable.newest_good(folder / "checkpoints")
         assert durable.verify(path) in (newest, step)
         newest = durable.verify(path)
         load_model(path, model)
-        assert {float(value) for p in model.parameters() for value in p.detach().unique()} == {newest}
+        assert {float(value) for p in model.parameters() for value in p.detach().unique()} == {
+            newest
+        }
     assert newest > NEW, "some were killed after the new checkpoint was whole"
     run_ranks(save_new, 2, folder)
     assert os.listdir(folder / "checkpoints") == [LAST]
@@ -64,8 +71,11 @@ def test_twenty_killed_saves_in_a_row_lose_nothing_and_do_not_fill_the_disk(tmp_
 # ---------------------------------------------------------------------- a disk that refuses to write
 
 
-def save_with_trouble(rank: int, world_size: int, folder: Path, trouble: str, bad_rank: int, background: bool) -> str:
-    """Returns this rank's error of a save in which one rank's disk refuses to write. A healthy save follows."""
+def save_with_trouble(
+    rank: int, world_size: int, folder: Path, trouble: str, bad_rank: int, background: bool
+) -> str:
+    """Returns this rank's error of a save in which one rank's disk refuses to write. A healthy save
+    follows."""
     trainer, path = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST
     tiny_run.save_marked(trainer, path, OLD)
     target, fsync, limit = path, os.fsync, resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -91,7 +101,9 @@ def save_with_trouble(rank: int, world_size: int, folder: Path, trouble: str, ba
     trainer.strategy.barrier()
     if rank == 0:
         assert durable.verify(durable.newest_good(folder / "checkpoints")) == OLD
-        assert os.listdir(folder / "checkpoints") == [LAST], "a partial checkpoint would keep the disk full"
+        assert os.listdir(folder / "checkpoints") == [LAST], (
+            "a partial checkpoint would keep the disk full"
+        )
         assert said.count("\n") == 0, "one line"
     trainer.strategy.barrier()
     tiny_run.save_marked(trainer, path, NEW)
@@ -115,9 +127,13 @@ TROUBLES = [
         *((True, *trouble) for trouble in TROUBLES),
     ],
 )
-def test_a_disk_that_refuses_to_write_is_an_error_on_every_rank(background, trouble, bad_rank, says, tmp_path):
+def test_a_disk_that_refuses_to_write_is_an_error_on_every_rank(
+    background, trouble, bad_rank, says, tmp_path
+):
     """No rank hangs, the old checkpoint stays whole, and the next save leaves nothing behind."""
-    for said in run_ranks(save_with_trouble, 2, tmp_path, trouble, bad_rank, background, timeout_s=60):
+    for said in run_ranks(
+        save_with_trouble, 2, tmp_path, trouble, bad_rank, background, timeout_s=60
+    ):
         assert re.search(says, said), said
     assert os.listdir(tmp_path / "checkpoints") == [LAST]
     assert durable.verify(tmp_path / "checkpoints" / LAST) == NEW
@@ -138,7 +154,12 @@ def test_all_ranks_refuse_a_damaged_shard(tmp_path):
     run_ranks(damaged.write_old, 2, tmp_path)
     path = tmp_path / "checkpoints" / LAST
     names = sorted(file.name for file in path.iterdir())
-    assert [name.split("-")[0] for name in names] == ["manifest.json", "meta.json", "shard", "shard"]
+    assert [name.split("-")[0] for name in names] == [
+        "manifest.json",
+        "meta.json",
+        "shard",
+        "shard",
+    ]
     os.truncate(path / names[-1], (path / names[-1]).stat().st_size - 1)
     with pytest.raises(RankError, match=f"BrokenCheckpoint: .*{names[-1]} is damaged") as error:
         run_ranks(read, 2, tmp_path / "read", path, timeout_s=30, grace_s=30)

@@ -39,10 +39,18 @@ def swap_two_sums(rank: int, world_size: int, compared: bool) -> list[float]:
 
 @pytest.mark.representative
 def test_collectives_in_another_order_are_named():
-    assert run_ranks(swap_two_sums, 2, False) == [[101.0, 101.0]] * 2, "sums are wrong and there is no error"
+    assert run_ranks(swap_two_sums, 2, False) == [[101.0, 101.0]] * 2, (
+        "sums are wrong and there is no error"
+    )
     message = failure(swap_two_sums, 2, True)
-    assert "OrderError: collective 0 is not the same on all ranks; rank 0: all_reduce of torch.float32 (1,)" in message
-    assert re.search(r"rank 0: \S+ .* at test_collectives\.py:\d+; rank 1: \S+ .* at test_collectives\.py:\d+", message)
+    assert (
+        "OrderError: collective 0 is not the same on all ranks; rank 0: all_reduce of torch.float32"
+        " (1,)" in message
+    )
+    assert re.search(
+        r"rank 0: \S+ .* at test_collectives\.py:\d+; rank 1: \S+ .* at test_collectives\.py:\d+",
+        message,
+    )
 
 
 def arguments_of(rank: int, world_size: int) -> dict[str, tuple[Any, ...]]:
@@ -70,7 +78,8 @@ NOT_ON_GLOO = ("reduce_scatter", "all_to_all")
 
 
 def swap_each(rank: int, world_size: int) -> dict[str, str]:
-    """Runs each collective on all ranks, then on rank 0 while the others run a barrier. Returns the errors of those."""
+    """Runs each collective on all ranks, then on rank 0 while the others run a barrier. Returns the
+    errors of those."""
     dist.init_process_group("gloo")
     compare, said = CompareCollectives(timedelta(seconds=10)), {}
     compare.install()
@@ -78,7 +87,11 @@ def swap_each(rank: int, world_size: int) -> dict[str, str]:
         if name not in NOT_ON_GLOO:
             getattr(dist, name)(*arguments_of(rank, world_size)[name])
         try:
-            getattr(dist, name)(*arguments_of(rank, world_size)[name]) if rank == 0 else dist.barrier()
+            (
+                getattr(dist, name)(*arguments_of(rank, world_size)[name])
+                if rank == 0
+                else dist.barrier()
+            )
         except OrderError as error:
             said[name] = str(error)
     compare.remove()
@@ -90,13 +103,18 @@ def test_every_kind_of_collective_is_watched():
     for said in run_ranks(swap_each, 2):
         assert list(said) == COLLECTIVES
         for name, message in said.items():
-            here = rf"rank 0: {name} .*at test_collectives\.py:\d+; rank 1: barrier in group default"
+            here = (
+                rf"rank 0: {name} .*at test_collectives\.py:\d+; rank 1: barrier in group default"
+            )
             assert re.search(here, message)
 
 
 def add_a_sum(rank: int, world_size: int) -> None:
     """Rank 1 starts one collective more than rank 0 in its second step."""
-    config = tiny(f"{MODEL} trainer.accumulate=1 strategy.debug_collectives=true strategy.timeout_s=20", world_size)
+    config = tiny(
+        f"{MODEL} trainer.accumulate=1 strategy.debug_collectives=true strategy.timeout_s=20",
+        world_size,
+    )
     module = build_module(config)
 
     def one_more() -> None:
@@ -110,8 +128,12 @@ def add_a_sum(rank: int, world_size: int) -> None:
 
 def test_the_debug_mode_of_a_run_names_the_first_difference():
     message = failure(add_a_sum, 2)
-    here = r"rank 1: all_reduce of torch\.float32 \(3,\) in group default at test_collectives\.py:\d+"
-    assert re.search(rf"collective \d+ is not the same on all ranks; rank 0: \S+ .*; {here}", message), message
+    here = (
+        r"rank 1: all_reduce of torch\.float32 \(3,\) in group default at test_collectives\.py:\d+"
+    )
+    assert re.search(
+        rf"collective \d+ is not the same on all ranks; rank 0: \S+ .*; {here}", message
+    ), message
 
 
 def trained_weights(rank: int, world_size: int, debug: bool) -> dict[str, Tensor]:
@@ -123,5 +145,7 @@ def trained_weights(rank: int, world_size: int, debug: bool) -> dict[str, Tensor
 
 
 def test_comparing_changes_no_number():
-    for plain, compared in zip(run_ranks(trained_weights, 2, False), run_ranks(trained_weights, 2, True), strict=True):
+    for plain, compared in zip(
+        run_ranks(trained_weights, 2, False), run_ranks(trained_weights, 2, True), strict=True
+    ):
         assert all(torch.equal(plain[name], compared[name]) for name in plain)

@@ -52,7 +52,9 @@ class Modules:
             sys.modules.pop(name, None)
         for registry in (ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS):
             registry.makers = {
-                name: make for name, make in registry.makers.items() if make is not print and name not in self.names
+                name: make
+                for name, make in registry.makers.items()
+                if make is not print and name not in self.names
             }
             registry.images = [name for name in registry.images if name in registry.makers]
 
@@ -99,7 +101,9 @@ def train_and_use(rank: int, world_size: int, folder: Path) -> None:
         assert (refused.code, len(refused.err.splitlines())) == (2, 1), refused.err
         assert f"if you trust {name}, add extensions=[{name}] to the command" in refused.err
     for path in (run, file):
-        with pytest.raises(ConfigError, match=r"or import it before scmoe\.load; extensions=\[\] goes on without"):
+        with pytest.raises(
+            ConfigError, match=r"or import it before scmoe\.load; extensions=\[\] goes on without"
+        ):
             scmoe.load(path)
     assert command("export", run, "--extensions=[]").code == 0
     assert done() == "", "nothing was imported"
@@ -107,23 +111,34 @@ def train_and_use(rank: int, world_size: int, folder: Path) -> None:
     assert command("export", run, named[0]).code == 0 and done() == "imported"
     assert scmoe.load(run) and scmoe.load(file) and done() == "", "this program has imported it now"
     refused = command("resume", *resume)
-    assert refused.code == 2 and f"add {named[1]} to the command, or callbacks={{}} to go on without" in refused.err
+    assert (
+        refused.code == 2
+        and f"add {named[1]} to the command, or callbacks={{}} to go on without" in refused.err
+    )
     resumed = command("resume", *resume, named[0], f"callbacks.{name}.every=8")
     assert (resumed.code, done()) == (0, "called with 8"), resumed.err
     (checkpoint,) = (folder / "runs/latest/checkpoints").glob("step=3.ckpt")
-    stopped = open_run(load("configs/debug.yaml", named), (), Resumed(folder / "runs/latest", checkpoint, None))
+    stopped = open_run(
+        load("configs/debug.yaml", named), (), Resumed(folder / "runs/latest", checkpoint, None)
+    )
     with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as err, stopped:
         raise SystemExit
-    assert f"to continue: {scmoe_command('resume', folder / 'runs/latest', *named)}" in err.getvalue()
+    assert (
+        f"to continue: {scmoe_command('resume', folder / 'runs/latest', *named)}" in err.getvalue()
+    )
 
 
-@pytest.mark.parametrize("kept", ["extensions: [planted]", "extends: planted", "- a", "callbacks: {planted: 3}"])
+@pytest.mark.parametrize(
+    "kept", ["extensions: [planted]", "extends: planted", "- a", "callbacks: {planted: 3}"]
+)
 def test_a_config_beside_an_export_is_not_trusted(kept, modules, tmp_path):
     """It imports nothing, and extends no other file; its callbacks are left out, whatever they are."""
     modules.write("planted")
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.yaml").write_text(kept)
-    with pytest.raises(ValueError, match=r"if you trust|unknown key 'extends'|a mapping|model\.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"if you trust|unknown key 'extends'|a mapping|model\.safetensors"
+    ):
         scmoe.load(tmp_path / "model.safetensors")
     assert modules.done() == ""
 
@@ -139,12 +154,24 @@ REGISTERS = "import scmoe\nscmoe.register_{}('{}'{})({})\n"
 BAD = {
     "raises": ("x = 1\n1 / 0\n", "ZeroDivisionError: division by zero (", "line 2)"),
     "syntax": ("def f(:\n", "SyntaxError: ", "line 1)"),
-    "imports": ("import a_module_that_is_not_there\n", "No module named 'a_module_that_is_not_there' ("),
+    "imports": (
+        "import a_module_that_is_not_there\n",
+        "No module named 'a_module_that_is_not_there' (",
+    ),
     "several": ("raise ValueError('a\\nb')\n", "ValueError: a b ("),
     "built_in": (REGISTERS.format("architecture", "top_k", "", "print"), "TopKBlock has it"),
-    "optimizer": (REGISTERS.format("optimizer", "adamw", "", "print"), "assembly.model.build_adamw has it"),
-    "twice": (2 * REGISTERS.format("dataset", "twice", ", images=True", "print"), "builtins.print has it"),
-    "dotted": (REGISTERS.format("family", "a.b", "", "print"), "the name is 'a.b', allowed: letters"),
+    "optimizer": (
+        REGISTERS.format("optimizer", "adamw", "", "print"),
+        "assembly.model.build_adamw has it",
+    ),
+    "twice": (
+        2 * REGISTERS.format("dataset", "twice", ", images=True", "print"),
+        "builtins.print has it",
+    ),
+    "dotted": (
+        REGISTERS.format("family", "a.b", "", "print"),
+        "the name is 'a.b', allowed: letters",
+    ),
 }
 
 
@@ -159,12 +186,16 @@ def test_an_extension_that_cannot_be_used_gives_one_line(case, modules):
 
 @pytest.mark.parametrize("name", ["a/b", "../x", ".x", "a b", "os.system(x)", "a.", "-m", "é"])
 def test_a_text_that_is_no_name_of_a_module_gives_one_line(name):
-    assert "allowed: names of modules, such as my_package.my_module" in refusal(f"extensions=['{name}']")
+    assert "allowed: names of modules, such as my_package.my_module" in refusal(
+        f"extensions=['{name}']"
+    )
 
 
 def test_a_module_that_is_not_there_gives_one_line():
     line = refusal("extensions=[my_package.my_module]")
-    assert line.endswith("there is no module my_package; install its package, or set PYTHONPATH to its folder")
+    assert line.endswith(
+        "there is no module my_package; install its package, or set PYTHONPATH to its folder"
+    )
     assert "there is no module tests.nothing" in refusal("extensions=[tests.nothing]")
 
 
@@ -175,12 +206,17 @@ def test_callbacks_and_options_are_checked_before_anything_starts(modules, monke
     )
     name = f"extensions=[{modules.write('checked')}]"
     assert load(None, [name, "callbacks={checked: {}}"]).callbacks == {"checked": {}}
-    assert load(None, [name, "callbacks.checked.every=[1, null]"]).callbacks == {"checked": {"every": [1, None]}}
+    assert load(None, [name, "callbacks.checked.every=[1, null]"]).callbacks == {
+        "checked": {"every": [1, None]}
+    }
     assert "allowed: checked" in refusal(name, "callbacks.chequed={}")
     assert "allowed: options of checked by name, or {}" in refusal(name, "callbacks.checked=3")
-    assert "allowed: options that checked has: got an unexpected keyword argument 'evry'" in refusal(
-        name, "callbacks.checked.evry=3"
+    assert (
+        "allowed: options that checked has: got an unexpected keyword argument 'evry'"
+        in refusal(name, "callbacks.checked.evry=3")
     )
-    assert "which the sections callbacks, trainer and analysis decides" in refusal("trainer.extra.callbacks=[]")
+    assert "which the sections callbacks, trainer and analysis decides" in refusal(
+        "trainer.extra.callbacks=[]"
+    )
     assert "options is {'a': 1}, allowed: {}, as only extensions read it" in refusal("options.a=1")
     assert load(None, [name, "options.a=1"]).options == {"a": 1}

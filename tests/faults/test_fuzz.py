@@ -32,15 +32,60 @@ REFUSED_S: list[float] = []  # on a machine that may do other work, so it is sho
 # ---------------------------------------------------------------------- what is drawn
 
 LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
-# trainer.compile: a compiler takes longer than a case may. The others: cases keep to their folder and to the limits.
+# trainer.compile: a compiler takes longer than a case may. The others: cases keep to their folder
+# and to the limits.
 NOT_DRAWN = {"trainer.compile", "runs_dir", "data.cache_dir"}
 NOT_DRAWN |= {"trainer.max_steps", "trainer.max_memory_gib", "trainer.max_step_s"}
 NOT_DRAWN |= {key for key in LEAVES if key.startswith("model.latent.")}  # each alone is refused
-MOST = {"model.layers": 16, "data.workers": 2}  # below the ends of their ranges, which take minutes to build or start
-NUMBERS = ["0", "-1", "1", "2", "3", "7", "8", "1e-30", "0.5", "1e300", "-1e300", "nan", "inf", "1e400", "10" * 30]
+MOST = {
+    "model.layers": 16,
+    "data.workers": 2,
+}  # below the ends of their ranges, which take minutes to build or start
+NUMBERS = [
+    "0",
+    "-1",
+    "1",
+    "2",
+    "3",
+    "7",
+    "8",
+    "1e-30",
+    "0.5",
+    "1e300",
+    "-1e300",
+    "nan",
+    "inf",
+    "1e400",
+    "10" * 30,
+]
 ODD = [
-    *("", "null", "true", "yes", "[]", "[1, 2]", "{a: 1}", "${oc.env:HOME}", "???", "!!python/name:os.system", "&a b"),
-    *("../x", "/proc/nowhere", "\0", "é" * 200, "a\nb", "'", '"', ": ", "#", "%s%n", "0x10", "1_000"),
+    *(
+        "",
+        "null",
+        "true",
+        "yes",
+        "[]",
+        "[1, 2]",
+        "{a: 1}",
+        "${oc.env:HOME}",
+        "???",
+        "!!python/name:os.system",
+        "&a b",
+    ),
+    *(
+        "../x",
+        "/proc/nowhere",
+        "\0",
+        "é" * 200,
+        "a\nb",
+        "'",
+        '"',
+        ": ",
+        "#",
+        "%s%n",
+        "0x10",
+        "1_000",
+    ),
     *("--help", "\u202e"),
 ]
 
@@ -55,7 +100,9 @@ def usual(leaf: Leaf) -> st.SearchStrategy[str]:
     high = MOST.get(leaf.key, high)
     if int in leaf.types:
         small = st.integers(int(low), int(min(high, low + 64))).map(str)
-        return small | st.sampled_from([str(int(low)), str(int(high)), str(int(high) - 1), str(int(high) // 3)])
+        return small | st.sampled_from(
+            [str(int(low)), str(int(high)), str(int(high) - 1), str(int(high) // 3)]
+        )
     if float in leaf.types:
         return st.floats(low, high).map(repr)
     return st.sampled_from(["x", "null", "a-b_c", "configs", "README.md"])
@@ -63,14 +110,20 @@ def usual(leaf: Leaf) -> st.SearchStrategy[str]:
 
 def value(leaf: Leaf) -> st.SearchStrategy[str]:
     """Returns texts for a field; nine of ten are such as it allows."""
-    beyond = st.sampled_from([*NUMBERS, *ODD]) | st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+    beyond = st.sampled_from([*NUMBERS, *ODD]) | st.text(
+        st.characters(exclude_categories=["Cs"]), max_size=12
+    )
     return st.integers(0, 9).flatmap(lambda i: usual(leaf) if i else beyond)
 
 
 @st.composite
 def overrides(draw: Any) -> list[str]:
     """Draws one to four overrides of different keys."""
-    keys = draw(st.lists(st.sampled_from(sorted(LEAVES.keys() - NOT_DRAWN)), min_size=1, max_size=4, unique=True))
+    keys = draw(
+        st.lists(
+            st.sampled_from(sorted(LEAVES.keys() - NOT_DRAWN)), min_size=1, max_size=4, unique=True
+        )
+    )
     return [f"{key}={draw(value(LEAVES[key]))}" for key in keys]
 
 
@@ -80,10 +133,21 @@ def overrides(draw: Any) -> list[str]:
 def check(words: list[str]) -> None:
     """Trains two steps of a small config with these overrides in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
-        own = [f"runs_dir={folder}/runs", f"data.cache_dir={folder}/cache", "trainer.max_steps=2", *LIMITS]
+        own = [
+            f"runs_dir={folder}/runs",
+            f"data.cache_dir={folder}/cache",
+            "trainer.max_steps=2",
+            *LIMITS,
+        ]
         env = environment(HF_HUB_OFFLINE="1", SCMOE_LIMIT_GIB=str(GROWTH_GIB))
         before = time.monotonic()
-        arguments = "-m", "tests.support.limited_train", str(ROOT / "configs/debug.yaml"), *own, *words
+        arguments = (
+            "-m",
+            "tests.support.limited_train",
+            str(ROOT / "configs/debug.yaml"),
+            *own,
+            *words,
+        )
         code, out, err = python(*arguments, cwd=Path(folder), env=env, timeout_s=ENDS_WITHIN_S)
         seconds = time.monotonic() - before
     said = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -94,7 +158,9 @@ def check(words: list[str]) -> None:
         FOUND["trained"] += 1
     else:
         assert code == 2 and len(said) == 1, (code, err)
-        assert any(key in said[0] for key in LEAVES) or any(word.partition("=")[0] in said[0] for word in words), said
+        assert any(key in said[0] for key in LEAVES) or any(
+            word.partition("=")[0] in said[0] for word in words
+        ), said
         FOUND["refused"] += 1
         REFUSED_S.append(seconds)
 
@@ -104,14 +170,26 @@ def fuzz(examples: int) -> None:
     REFUSED_S.clear()
     quiet = [HealthCheck.too_slow, HealthCheck.data_too_large]
     run = settings(
-        max_examples=examples, deadline=None, phases=[Phase.generate], suppress_health_check=quiet, database=None
+        max_examples=examples,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=quiet,
+        database=None,
     )
     seed(1)(run(given(overrides())(check)))()
-    print(f"fuzz: {examples} configurations: {FOUND['trained']} trained, {FOUND['refused']} refused in one line")
     print(
-        f"fuzz: a refusal took {median(REFUSED_S):.1f} s, at most {max(REFUSED_S):.1f} s, the start of Python included"
+        f"fuzz: {examples} configurations: {FOUND['trained']} trained, {FOUND['refused']} refused"
+        " in one line"
     )
-    assert FOUND.total() >= 0.9 * examples and FOUND["trained"] > 0.1 * examples and FOUND["refused"] > 0.1 * examples
+    print(
+        f"fuzz: a refusal took {median(REFUSED_S):.1f} s, at most {max(REFUSED_S):.1f} s, the start"
+        " of Python included"
+    )
+    assert (
+        FOUND.total() >= 0.9 * examples
+        and FOUND["trained"] > 0.1 * examples
+        and FOUND["refused"] > 0.1 * examples
+    )
 
 
 @pytest.mark.representative

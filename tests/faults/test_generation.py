@@ -1,4 +1,5 @@
-"""Ranks that die while texts are generated, and Ctrl-C. Requests that cannot be met: distributed/test_generation.py."""
+"""Ranks that die while texts are generated, and Ctrl-C. Requests that cannot be met:
+distributed/test_generation.py."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ from tests.support.commands import children, running, train_on_text
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.inference]
 
-TIMEOUT_S, PATIENCE_S = 15.0, 60.0  # of a collective; until all processes have ended, with the interpreter's end
+TIMEOUT_S, PATIENCE_S = (
+    15.0,
+    60.0,
+)  # of a collective; until all processes have ended, with the interpreter's end
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +36,16 @@ def run_dir(tmp_path_factory) -> Path:
 
 @contextlib.contextmanager
 def generating(run_dir: Path, out: Path):
-    """Yields the two ranks' processes once texts have been written; nothing of them is left afterwards."""
-    asked = ["--prompts", str(run_dir.parents[1] / "prompts.jsonl"), "--out", str(out), "--max-tokens", "40"]
+    """Yields the two ranks' processes once texts have been written; nothing of them is left
+    afterwards."""
+    asked = [
+        "--prompts",
+        str(run_dir.parents[1] / "prompts.jsonl"),
+        "--out",
+        str(out),
+        "--max-tokens",
+        "40",
+    ]
     command = ["-m", "scmoe", "generate", str(run_dir), *asked]
     with running(*command, "trainer.devices=2", f"strategy.timeout_s={TIMEOUT_S}") as process:
         deadline = time.monotonic() + 3 * PATIENCE_S
@@ -74,11 +86,15 @@ def test_ctrl_c_ends_all_ranks(run_dir, tmp_path):
 
 
 @pytest.mark.representative
-@pytest.mark.parametrize(("is_launched", "code"), [(False, 130), (True, 0)], ids=["rank 0", "a rank that it started"])
+@pytest.mark.parametrize(
+    ("is_launched", "code"), [(False, 130), (True, 0)], ids=["rank 0", "a rank that it started"]
+)
 def test_ctrl_c_is_the_exit_code_of_rank_0_alone(is_launched, code):
     """Lightning's launcher kills rank 0 where another rank ends with any other code than 0."""
     errors = []
-    trainer = SimpleNamespace(strategy=SimpleNamespace(on_exception=errors.append, is_launched=is_launched))
+    trainer = SimpleNamespace(
+        strategy=SimpleNamespace(on_exception=errors.append, is_launched=is_launched)
+    )
     with pytest.raises(SystemExit) as end, ending_together(trainer):
         raise KeyboardInterrupt
     assert end.value.code == code and len(errors) == 1
@@ -86,7 +102,11 @@ def test_ctrl_c_is_the_exit_code_of_rank_0_alone(is_launched, code):
 
 @pytest.mark.representative
 @pytest.mark.parametrize(
-    ("verb", "first"), [("generate", "continuation.find_weights"), ("evaluate", "evaluate.evaluation.find_checkpoint")]
+    ("verb", "first"),
+    [
+        ("generate", "continuation.find_weights"),
+        ("evaluate", "evaluate.evaluation.find_checkpoint"),
+    ],
 )
 def test_ctrl_c_before_ranks_exist_is_exit_code_130(verb, first, tmp_path, monkeypatch):
     def interrupted(*_):

@@ -1,7 +1,7 @@
 """Faults 13 and 14 of docs/faults.md stop a run: every rank ends soon and says why.
 
-Some tests run their ranks with run_ranks, others run the train command: if a rank is killed or stopped, run_ranks would
-end the others itself.
+Some tests run their ranks with run_ranks, others run the train command: if a rank is killed or
+stopped, run_ranks would end the others itself.
 """
 
 from __future__ import annotations
@@ -41,12 +41,15 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 
 def timeouts(rank: int, world_size: int, seconds: float) -> tuple[list[float], set[float]]:
-    """Returns the timeout of the default group while modules are built, then those of all process groups, in s."""
+    """Returns the timeout of the default group while modules are built, then those of all process
+    groups, in s."""
 
     def of(group: Any) -> float:
         return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
-    config = tiny(f"{MODEL} strategy.timeout_s={seconds} strategy.debug_collectives=true", world_size)
+    config = tiny(
+        f"{MODEL} strategy.timeout_s={seconds} strategy.debug_collectives=true", world_size
+    )
     module, starting = build_module(config), []
     module.setup = lambda stage: starting.append(of(dist.group.WORLD))  # type: ignore[method-assign]
     fit(config, module=module)
@@ -57,8 +60,8 @@ def timeouts(rank: int, world_size: int, seconds: float) -> tuple[list[float], s
 
 @pytest.mark.representative
 def test_no_group_waits_longer_than_the_timeout():
-    """gloo waits half an hour by default, and new groups do not inherit the timeout of the first one. Ranks have longer
-    to start."""
+    """gloo waits half an hour by default, and new groups do not inherit the timeout of the first
+    one. Ranks have longer to start."""
     assert run_ranks(timeouts, 2, 37.0) == [([START_TIMEOUT_S], {37.0})] * 2
     assert ExpertParallelStrategy(timeout_s=1000.0).start_timeout == timedelta(seconds=1000)
     assert ExpertParallelStrategy().timeout == timedelta(minutes=5)
@@ -74,7 +77,11 @@ class Broken(RuntimeError):
 def savers(how: str, folder: Path) -> list[Callback]:
     """Returns callbacks that save every second step, and once more after an exception."""
     if how == "save_on_exception":
-        return [ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_last="link", save_on_exception=True)]
+        return [
+            ModelCheckpoint(
+                folder, "{step}", every_n_train_steps=2, save_last="link", save_on_exception=True
+            )
+        ]
     return [ModelCheckpoint(folder, "{step}", every_n_train_steps=2), OnExceptionCheckpoint(folder)]
 
 
@@ -94,7 +101,9 @@ def raise_and_save(rank: int, world_size: int, bad: int, how: str, folder: Path)
         try:
             fit(config, *savers(how, folder), module=module)
         except Broken as error:
-            lines = [str(line.message) for line in said if "no checkpoint is saved" in str(line.message)]
+            lines = [
+                str(line.message) for line in said if "no checkpoint is saved" in str(line.message)
+            ]
             error.add_note(f"said {len(lines)} time(s): {lines[0]}")
             raise
 
@@ -114,7 +123,8 @@ def test_callbacks_that_save_after_an_exception_wait_for_no_rank(bad, how, tmp_p
 
 # ---------------------------------------------------------------------- a real run, whose ranks are processes
 
-# The train command with a rank that fails. argv: how, that rank, where, in which call, then the command's arguments.
+# The train command with a rank that fails. argv: how, that rank, where, in which call, then the
+# command's arguments.
 FAILING = """
 import importlib, inspect, os, sys
 how, rank, place, turn = sys.argv[1:5]
@@ -154,8 +164,12 @@ PATIENT = ("trainer.val_every=2", "trainer.checkpoint_every=3", f"strategy.timeo
 SLACK_S = 30.0  # for the interpreter's end and Lightning's observer, which looks every 5 s
 
 
-def training(tmp_path: Path, command: tuple[str, ...], *overrides: str) -> AbstractContextManager[Popen[str]]:
-    return running(*command, "configs/debug.yaml", "trainer.devices=2", f"runs_dir={tmp_path}", *overrides)
+def training(
+    tmp_path: Path, command: tuple[str, ...], *overrides: str
+) -> AbstractContextManager[Popen[str]]:
+    return running(
+        *command, "configs/debug.yaml", "trainer.devices=2", f"runs_dir={tmp_path}", *overrides
+    )
 
 
 def failing(tmp_path: Path, how: str, rank: int, phase: str) -> tuple[str, ...]:
@@ -192,18 +206,25 @@ def test_a_rank_killed_or_stopped_ends_the_run(tmp_path, rank, how):
     said = run.stderr.read()
     if how == signal.SIGSTOP:
         assert re.search(r"[Tt]imed out", said), said
-    assert re.search(rf"rank {1 - rank} waited at .*; roll call: no answer from rank {rank}", said), said
+    assert re.search(
+        rf"rank {1 - rank} waited at .*; roll call: no answer from rank {rank}", said
+    ), said
 
 
 def call(rank: int, world_size: int, silent: list[int]) -> list[int] | None:
     dist.init_process_group("gloo")
     group = dist.new_group(backend="gloo")
-    return None if rank in silent else roll_call(ParallelContext(rank, world_size, checkpoint_group=group))
+    return (
+        None
+        if rank in silent
+        else roll_call(ParallelContext(rank, world_size, checkpoint_group=group))
+    )
 
 
 @pytest.mark.representative
 def test_a_roll_call_names_the_missing_ranks():
-    """The roll call has its own timeout; run_ranks would end the ranks before the groups' timeout of half an hour."""
+    """The roll call has its own timeout; run_ranks would end the ranks before the groups' timeout
+    of half an hour."""
     assert run_ranks(call, 4, [2, 3]) == [[2, 3], [], None, None]
     assert run_ranks(call, 2, [0]) == [None, [0]]
 

@@ -1,4 +1,5 @@
-"""A resumed run would measure its schedule again, and perhaps choose another one, which changes bits."""
+"""A resumed run would measure its schedule again, and perhaps choose another one, which changes
+bits."""
 
 from __future__ import annotations
 
@@ -20,10 +21,20 @@ CHOSEN = 60  # steps until the choice at most, of three numbers of chunks
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory) -> Path:
-    """Returns the directory of a finished run on two ranks whose schedule was chosen by measurement."""
+    """Returns the directory of a finished run on two ranks whose schedule was chosen by
+    measurement."""
     runs = tmp_path_factory.mktemp("planned")
-    words = ("schedule=auto", "schedule.chunks=null", f"trainer.max_steps={CHOSEN + 1}", f"runs_dir={runs}")
-    saves = ("trainer.val_every=100", "trainer.checkpoint_every=100", "trainer.log_every=100")  # once, at the end
+    words = (
+        "schedule=auto",
+        "schedule.chunks=null",
+        f"trainer.max_steps={CHOSEN + 1}",
+        f"runs_dir={runs}",
+    )
+    saves = (
+        "trainer.val_every=100",
+        "trainer.checkpoint_every=100",
+        "trainer.log_every=100",
+    )  # once, at the end
     done = train_in_ranks(2, "configs/debug.yaml", "trainer.devices=2", *words, *saves)
     assert done.code == 0, done.err
     assert "plan: MoE layer 1: " in done.err
@@ -37,14 +48,20 @@ def run_dir(planned, tmp_path) -> Path:
 
 def resume(run_dir: Path, ranks: int, *overrides: str) -> str:
     """Returns what a resumption of one step says of the plan."""
-    words = (str(run_dir), f"trainer.max_steps={CHOSEN + 2}", f"trainer.devices={ranks}", *overrides)
+    words = (
+        str(run_dir),
+        f"trainer.max_steps={CHOSEN + 2}",
+        f"trainer.devices={ranks}",
+        *overrides,
+    )
     done = resume_in_ranks(ranks, *words)
     assert done.code == 0, done.err
     return "\n".join(line for line in done.err.splitlines() if line.startswith("plan: "))
 
 
 def test_a_resumed_run_goes_on_with_the_plan_of_its_directory(run_dir):
-    """Its plan is put in place of the measured one, with a slot that no measurement of tiny operators would choose."""
+    """Its plan is put in place of the measured one, with a slot that no measurement of tiny
+    operators would choose."""
     path = run_dir / "plan.json"
     plan = json.loads(path.read_text())
     assert plan["step"] <= CHOSEN and plan["conditions"]["ranks"] == 2
@@ -56,17 +73,23 @@ def test_a_resumed_run_goes_on_with_the_plan_of_its_directory(run_dir):
 
 
 def test_a_plan_of_other_conditions_is_measured_again(run_dir):
-    assert "plan: measured again, as chunks was [1, 2, 4] and is [2] since " in resume(run_dir, 2, "schedule.chunks=2")
+    assert "plan: measured again, as chunks was [1, 2, 4] and is [2] since " in resume(
+        run_dir, 2, "schedule.chunks=2"
+    )
 
 
-@pytest.mark.parametrize("key, other", [("ranks", 4), ("ep_size", 4), ("precision", "bf16-mixed"), ("new", 1)])
+@pytest.mark.parametrize(
+    "key, other", [("ranks", 4), ("ep_size", 4), ("precision", "bf16-mixed"), ("new", 1)]
+)
 def test_each_condition_counts(key, other, planned, capsys):
     path = planned / "plan.json"
     plan = json.loads(path.read_text())
     assert read_plan(path, plan["conditions"]) == plan
     assert read_plan(path, plan["conditions"] | {key: other}) is None
     was = plan["conditions"].get(key, "not kept")
-    assert f"plan: measured again, as {key} was {was} and is {other} since " in capsys.readouterr().err
+    assert (
+        f"plan: measured again, as {key} was {was} and is {other} since " in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("content", ["{", '{"layers": [{"schedule": {}}], "conditions": {}}', "[]"])
@@ -83,6 +106,8 @@ def test_a_plan_survives_its_file_and_is_drawn(planned, capsys, tmp_path):
     assert call("bench", "timeline", "--run", str(planned)) == 0
     pictures = json.loads(capsys.readouterr().out)["pictures"]
     assert [Path(picture).read_bytes()[:4] for picture in pictures] == [b"\x89PNG"] * 2
-    assert call("bench", "timeline", "--run", str(planned), "--ranks", "4") == 2, "nothing is measured"
+    assert call("bench", "timeline", "--run", str(planned), "--ranks", "4") == 2, (
+        "nothing is measured"
+    )
     assert call("bench", "timeline", "--run", str(tmp_path)) == 2
     assert "allowed: a run with schedule=auto that has chosen" in capsys.readouterr().err

@@ -80,7 +80,9 @@ class Copying(Callback):
         self.copied: Any = None
         self.kept = False
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.copied = None
         copy.deepcopy(trainer.callbacks)
         self.copied = copy.deepcopy(pl_module)
@@ -139,7 +141,9 @@ class Lengths(Model):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         x = self.backbone(batch[0])
-        first, second = (x[:, :4], x) if self.shown else (self.cut(x),) * 2  # shown: the second module alone is uneven
+        first, second = (
+            (x[:, :4], x) if self.shown else (self.cut(x),) * 2
+        )  # shown: the second module alone is uneven
         return self.moe(first)[0].mean() + self.more(second)[0].mean()
 
 
@@ -161,7 +165,9 @@ def test_ranks_with_different_numbers_of_tokens_are_named_in_training_with_a_cap
     for dropless, *refused in run_ranks(uneven, 2):
         assert dropless == "step 3"
         for said in refused:
-            assert "different numbers of tokens" in said and "rank 0: " in said and "rank 1: " in said
+            assert (
+                "different numbers of tokens" in said and "rank 0: " in said and "rank 1: " in said
+            )
 
 
 # ---------------------------------------------------------------------- callbacks
@@ -179,7 +185,9 @@ def finetuned(rank: int, world_size: int, folder: Path) -> list[Any]:
     Returns the sizes of the resumed parameter groups, the steps of the backbone's first weight, and
     the number of groups of the new fit."""
     found: list[Any] = []
-    saver = ModelCheckpoint(folder, "{epoch}", every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=True)
+    saver = ModelCheckpoint(
+        folder, "{epoch}", every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=True
+    )
     resumed = Model()
     trainer_of(world_size, Unfreezing(), saver, max_epochs=2).fit(Model(), data())
     trainer = trainer_of(world_size, Unfreezing(), max_epochs=3)
@@ -210,7 +218,9 @@ def in_background(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """Saves in the background under one name, with a link to the last one. A save completes one
     step late at least."""
     found: dict[str, Any] = {}
-    best = ModelCheckpoint(folder / "best", "best", every_n_train_steps=1, monitor="loss", save_top_k=3)
+    best = ModelCheckpoint(
+        folder / "best", "best", every_n_train_steps=1, monitor="loss", save_top_k=3
+    )
     linking = ModelCheckpoint(folder / "link", "{step}", every_n_train_steps=1, save_last="link")
     strategy = ExpertParallelStrategy(async_checkpoint=True)
     trainer_of(world_size, best, strategy=strategy, max_steps=3).fit(Scored(), data(3))
@@ -304,7 +314,9 @@ def test_checkpoints_in_the_background_have_names_of_their_own_and_last_is_whole
         background = rank["in_background"]
         assert sorted(background["best"].values()) == [1, 2, 3]
         assert background["last"] == 3
-        assert background["before"] == ([False, True, True],) * 2, "a link leads to a complete checkpoint"
+        assert background["before"] == ([False, True, True],) * 2, (
+            "a link leads to a complete checkpoint"
+        )
 
 
 def test_a_selection_bias_is_never_trained(found):
@@ -350,13 +362,17 @@ def signalled(rank: int, world_size: int, folder: Path, number: int, background:
 
 
 def test_a_signal_to_requeue_saves_at_one_step_and_requeues_once(tmp_path):
-    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" $(ls -d {tmp_path}/*.ckpt) >> {tmp_path}/asked\n')
+    (tmp_path / "scontrol").write_text(
+        f'#!/bin/sh\necho "$@" $(ls -d {tmp_path}/*.ckpt) >> {tmp_path}/asked\n'
+    )
     (tmp_path / "scontrol").chmod(0o755)
     codes = run_ranks(signalled, 2, tmp_path, signal.SIGUSR1, True)
     assert codes[1] == 128 + signal.SIGUSR1
     (saved,) = tmp_path.glob("*.ckpt")
     assert saved.name == "hpc_ckpt_1.ckpt" and durable.verify(saved) in (3, 4)
-    assert (tmp_path / "asked").read_text() == f"requeue 7 {saved}\n", "once, and the checkpoint is complete then"
+    assert (tmp_path / "asked").read_text() == f"requeue 7 {saved}\n", (
+        "once, and the checkpoint is complete then"
+    )
 
 
 def test_a_terminal_that_is_gone_stops_a_run_as_sigterm_does(tmp_path):

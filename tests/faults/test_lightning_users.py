@@ -1,4 +1,5 @@
-"""What users of Lightning do: modules of their own (faults 41, 56, 57, 59, 60), the strategy's arguments (51, 54)."""
+"""What users of Lightning do: modules of their own (faults 41, 56, 57, 59, 60), the strategy's
+arguments (51, 54)."""
 
 from __future__ import annotations
 
@@ -13,7 +14,11 @@ import pytest
 import torch
 from lightning.fabric.plugins.io import torch_io
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 from lightning.pytorch.utilities.model_summary import summarize
 from torch import Tensor
@@ -46,7 +51,9 @@ class Model(LightningModule):
     def configure_model(self) -> None:
         if not hasattr(self, "moe"):
             self.moe = self.stream()
-            self.same_gate = self.moe.router.gate  # a tied weight, as that of a language model's head
+            self.same_gate = (
+                self.moe.router.gate
+            )  # a tied weight, as that of a language model's head
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self.moe(batch[0])[0].square().mean()
@@ -68,10 +75,14 @@ def predictions_of(module: Model) -> Tensor:
     return torch.cat([module.moe(rows)[0] for (rows,) in data()])
 
 
-def fit(rank: int, world_size: int, folder: Path, callbacks: list[Callback], full: bool = False) -> Tensor:
+def fit(
+    rank: int, world_size: int, folder: Path, callbacks: list[Callback], full: bool = False
+) -> Tensor:
     """Trains one step and returns the trained model's predictions of all rows."""
     keep = {"default_root_dir": folder, "callbacks": callbacks, "enable_checkpointing": True}
-    trainer = users_trainer(world_size, ExpertParallelStrategy(full_checkpoint=full), max_steps=1, **keep)
+    trainer = users_trainer(
+        world_size, ExpertParallelStrategy(full_checkpoint=full), max_steps=1, **keep
+    )
     module = Model(16)
     trainer.fit(module, data())
     return predictions_of(module)
@@ -96,7 +107,7 @@ def test_one_process_reads_a_directory_of_any_number_of_ranks(trained):
     module = Model.load_from_checkpoint(checkpoint)
     assert len(module.moe.experts.expert_ids) == 8
     torch.testing.assert_close(predictions_of(module), expected, rtol=0, atol=1e-6)
-    (first, second) = users_trainer(1, "auto").predict(Model(16), data(), ckpt_path=checkpoint)
+    first, second = users_trainer(1, "auto").predict(Model(16), data(), ckpt_path=checkpoint)
     torch.testing.assert_close(torch.cat([first, second]), expected, rtol=0, atol=1e-6)
 
 
@@ -126,7 +137,9 @@ def test_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_before
     broken = tmp_path / "broken.ckpt"
     broken.mkdir()
     for file in checkpoint.iterdir():
-        (broken / file.name).write_bytes(file.read_bytes()[:-1] if file.suffix == ".safetensors" else file.read_bytes())
+        (broken / file.name).write_bytes(
+            file.read_bytes()[:-1] if file.suffix == ".safetensors" else file.read_bytes()
+        )
     with pytest.raises(ValueError, match=r"broken\.ckpt"):
         Model.load_from_checkpoint(broken)
 
@@ -143,7 +156,9 @@ class Grouped(Model):
     """Has a parameter group more than Model."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        groups = [{"params": list(part.parameters())} for part in (self.moe.router, self.moe.experts)]
+        groups = [
+            {"params": list(part.parameters())} for part in (self.moe.router, self.moe.experts)
+        ]
         return torch.optim.AdamW(groups, lr=0.1)
 
 
@@ -169,8 +184,13 @@ def used(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def trained(module: Model, background: bool = False, **given: Any) -> Any:
-        how = {"callbacks": [ModelCheckpoint(folder / "saver", save_top_k=0)], "enable_checkpointing": True}
-        trainer = users_trainer(world_size, ExpertParallelStrategy(async_checkpoint=background), max_steps=1, **how)
+        how = {
+            "callbacks": [ModelCheckpoint(folder / "saver", save_top_k=0)],
+            "enable_checkpointing": True,
+        }
+        trainer = users_trainer(
+            world_size, ExpertParallelStrategy(async_checkpoint=background), max_steps=1, **how
+        )
         trainer.fit(module, data(), **given)
         return trainer
 
@@ -204,7 +224,9 @@ def used(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     partial.predict(other, data(), ckpt_path=folder / "partial.ckpt")
     found["kept router"] = torch.equal(other.moe.router.gate.weight, own)
     found["loaded experts"] = torch.equal(other.moe.experts.w_in_eDF, first.moe.experts.w_in_eDF)
-    found["strict"] = error(lambda: partial.predict(Model(16), data(), ckpt_path=folder / "partial.ckpt"))
+    found["strict"] = error(
+        lambda: partial.predict(Model(16), data(), ckpt_path=folder / "partial.ckpt")
+    )
 
     victim = folder / "victim"
     for there in (victim, folder / "saver"):
@@ -238,7 +260,9 @@ def test_loading_changes_no_optimizer_of_fit_and_refuses_other_groups_and_hooks(
         assert found["foreign state"] == 0
         assert "1 parameter groups of optimizer 0, which begin with moe." in found["groups"]
         assert found["kept router"] and found["loaded experts"]
-        assert "holds another model: model.moe.router.gate.weight is absent there" in found["strict"]
+        assert (
+            "holds another model: model.moe.router.gate.weight is absent there" in found["strict"]
+        )
         assert "on_load_checkpoint reads checkpoint['state_dict']" in found["state_dict"]
 
 
@@ -257,8 +281,9 @@ def test_a_folder_that_nodes_do_not_share_is_an_error_of_the_save(users):
 
 
 class Early(Model):
-    """when: the MoE module is built in __init__, or one more is added after fit has begun. Each rank would train all
-    its experts, which drift apart, and a checkpoint would hold them once for each rank."""
+    """when: the MoE module is built in __init__, or one more is added after fit has begun. Each
+    rank would train all its experts, which drift apart, and a checkpoint would hold them once for
+    each rank."""
 
     def __init__(self, when: str) -> None:
         super().__init__(16)
@@ -278,7 +303,13 @@ def fit_early(rank: int, world_size: int, when: str, ep_size: int | None) -> Non
 @pytest.mark.parametrize(
     ("when", "message"),
     [
-        ("in __init__", r"ValueError: moe\.experts holds experts 0 to 7 on rank \d, allowed: (0 to 3|4 to 7) of 8; "),
+        (
+            "in __init__",
+            (
+                r"ValueError: moe\.experts holds experts 0 to 7 on rank \d, allowed: (0 to 3|4 to"
+                r" 7) of 8; "
+            ),
+        ),
         ("added", r"ValueError: more\.experts\.w_in_eDF was added after fit had begun"),
     ],
 )
@@ -294,7 +325,9 @@ def test_experts_in_init_are_accepted_where_each_rank_has_all():
 
 
 def fit_averaged(rank: int, world_size: int, folder: Path, name: str) -> None:
-    callback = EMAWeightAveraging() if name == "EMAWeightAveraging" else StochasticWeightAveraging(0.1)
+    callback = (
+        EMAWeightAveraging() if name == "EMAWeightAveraging" else StochasticWeightAveraging(0.1)
+    )
     fit(rank, world_size, folder, [callback])
 
 
@@ -309,13 +342,17 @@ def test_callbacks_that_average_weights_in_a_copy_are_refused_by_name(name, tmp_
 
 
 def summarised(rank: int, world_size: int) -> tuple[int, list[str]]:
-    """Returns the expert parameters that Lightning's summary counts, and what the strategy says of them."""
+    """Returns the expert parameters that Lightning's summary counts, and what the strategy says of
+    them."""
     said: list[str] = []
     logger = logging.getLogger("lightning.pytorch")
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logger.addHandler(handler)
-    trainer, module = users_trainer(world_size, "expert_parallel", max_steps=1, enable_model_summary=True), Model(16)
+    trainer, module = (
+        users_trainer(world_size, "expert_parallel", max_steps=1, enable_model_summary=True),
+        Model(16),
+    )
     trainer.fit(module, data())
     return summarize(module).total_parameters, [line for line in said if "experts" in line]
 
@@ -324,27 +361,36 @@ def test_a_model_summary_says_that_it_counts_this_ranks_experts():
     (first, said), (_, nothing) = run_ranks(summarised, 2)
     gate, expert = 16 * 8, 2 * 16 * 32
     assert first == gate + 4 * expert
-    assert said == ["The model summary counts this rank's experts: 1 of 2 parts of them."] and nothing == []
+    assert (
+        said == ["The model summary counts this rank's experts: 1 of 2 parts of them."]
+        and nothing == []
+    )
 
 
 # ---------------------------------------------------------------------- the strategy's name
 
 
 def fit_by_name(rank: int, world_size: int) -> list[Tensor]:
-    """Trains two steps of SGD, which shows every factor of a gradient, clipped with both strategies, then unclipped.
-    Returns predictions of all rows."""
+    """Trains two steps of SGD, which shows every factor of a gradient, clipped with both
+    strategies, then unclipped. Returns predictions of all rows."""
     found = []
     for strategy, clip in (("expert_parallel", 0.01), ("ddp", 0.01), ("expert_parallel", None)):
         torch.manual_seed(1)
-        trainer, module = users_trainer(world_size, strategy, max_steps=2, gradient_clip_val=clip), Model(16)
-        module.configure_optimizers = lambda module=module: torch.optim.SGD(module.parameters(), lr=10.0)
+        trainer, module = (
+            users_trainer(world_size, strategy, max_steps=2, gradient_clip_val=clip),
+            Model(16),
+        )
+        module.configure_optimizers = lambda module=module: torch.optim.SGD(
+            module.parameters(), lr=10.0
+        )
         trainer.fit(module, data())
         found.append(predictions_of(module))
     return found
 
 
 def test_a_trainer_takes_the_strategy_by_name_and_clips_as_with_ddp():
-    """With `ddp` every rank trains all experts, so the result is the same but for the order of sums."""
+    """With `ddp` every rank trains all experts, so the result is the same but for the order of
+    sums."""
     for split, whole, unclipped in run_ranks(fit_by_name, 2):
         torch.testing.assert_close(split, whole, rtol=0, atol=1e-5)
         assert (unclipped - split).abs().max() > 1e-2
@@ -355,7 +401,9 @@ def handlers(rank: int, world_size: int) -> dict[str, list[Any]]:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     trainer, module = users_trainer(1, "expert_parallel", max_steps=1), Model(16)
     module.validation_step = module.test_step = lambda batch, batch_idx: None
-    found = {"before": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]}
+    found = {
+        "before": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    }
     for verb in ("fit", "validate", "test", "predict"):
         getattr(trainer, verb)(module, data())
         found[verb] = [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -381,7 +429,10 @@ def test_after_a_run_ctrl_c_and_sigterm_do_what_they_did_before():
         ({"timeout_s": 1e300}, r"timeout_s is 1e\+300, allowed"),
         ({"exchange": "two"}, r"exchange is 'two', allowed: auto \| flat \| hierarchical"),
         ({"dense": "split"}, "dense is 'split', allowed: replicated, sharded, hybrid, auto"),
-        ({"dense": "sharded", "find_unused_parameters": True}, "is an argument of DDP, allowed: with dense='replic"),
+        (
+            {"dense": "sharded", "find_unused_parameters": True},
+            "is an argument of DDP, allowed: with dense='replic",
+        ),
     ],
     ids=str,
 )
@@ -393,5 +444,7 @@ def test_arguments_that_no_run_could_have_are_refused(arguments, message):
 @pytest.mark.parametrize("plugin", [HalfPrecision("16-true"), MixedPrecision("16-mixed", "cpu")])
 def test_float16_is_refused(plugin):
     """On a CPU, Lightning replaces 16-mixed by bf16-mixed, so the test passes the plugin."""
-    with pytest.raises(ValueError, match=rf"trainer\.precision is {plugin.precision}, allowed: 32-true, bf16-mixed"):
+    with pytest.raises(
+        ValueError, match=rf"trainer\.precision is {plugin.precision}, allowed: 32-true, bf16-mixed"
+    ):
         users_trainer(2, ExpertParallelStrategy(), plugins=[plugin])

@@ -20,7 +20,9 @@ def test_online_without_a_server_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", CANARY)
     monkeypatch.setenv("WANDB_BASE_URL", NO_SERVER)
     monkeypatch.setattr(loggers, "INIT_TIMEOUT_S", 1.0)
-    with pytest.raises(ConfigError, match=r"^logger.mode is online, allowed here: offline \| disabled: "):
+    with pytest.raises(
+        ConfigError, match=r"^logger.mode is online, allowed here: offline \| disabled: "
+    ):
         loggers.build_loggers(load(None, ["logger.mode=online"]), tmp_path, resumed_step=None)
 
 
@@ -59,9 +61,14 @@ def test_a_full_disk_ends_no_run_that_logs(tmp_path):
     done = run("-c", FULL, str(tmp_path))
     assert done.code == 0, done.err
     assert "went on" in done.out
-    assert done.err.count("metrics.csv cannot be written, its rows stay in memory: File too large") == 1
+    assert (
+        done.err.count("metrics.csv cannot be written, its rows stay in memory: File too large")
+        == 1
+    )
     rows = rows_of(tmp_path / "metrics.csv")
-    assert [int(row["step"]) for row in rows] == list(range(2000)), "rows are kept until there is space"
+    assert [int(row["step"]) for row in rows] == list(range(2000)), (
+        "rows are kept until there is space"
+    )
     assert all(row["a"] == "1.0" for row in rows)
     assert [int(row["step"]) for row in rows if "late" in row] == [1500], "a new column is kept too"
 
@@ -86,17 +93,30 @@ print("went on")
 
 @pytest.mark.slow
 def test_a_run_on_a_full_disk_loses_its_figures_and_ends_normally(tmp_path):
-    """From the first batch on no file can grow beyond 20 bytes, so that none of the run's files can be written."""
+    """From the first batch on no file can grow beyond 20 bytes, so that none of the run's files can
+    be written."""
     done = run("-c", NO_ROOM, str(tmp_path))
     assert done.code == 0, done.err
     assert "went on: 4 steps" in done.out
-    lost = ("gating.npz", "gating.png", "similarity.npz", "similarity.png", "summary.json", "state.json")
+    lost = (
+        "gating.npz",
+        "gating.png",
+        "similarity.npz",
+        "similarity.png",
+        "summary.json",
+        "state.json",
+    )
     for name in lost:
         assert done.err.count(f"{name} is not written: File too large") == 1, done.err
-    assert done.err.count("metrics.csv cannot be written, its rows stay in memory: File too large") == 1
+    assert (
+        done.err.count("metrics.csv cannot be written, its rows stay in memory: File too large")
+        == 1
+    )
     (run_dir,) = tmp_path.glob("scmoe/*")
     assert not list((run_dir / "analysis").iterdir()), "no partial file is left"
-    assert json.loads((run_dir / "state.json").read_text())["state"] == "running", "the earlier file is whole"
+    assert json.loads((run_dir / "state.json").read_text())["state"] == "running", (
+        "the earlier file is whole"
+    )
 
 
 NO_ROOM = """

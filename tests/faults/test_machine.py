@@ -1,5 +1,5 @@
-"""What a run asks of its machine is checked before it starts: sizes, devices and launchers, folders and initial
-weights, W&B's variables. Each refusal is one line, and no run directory is made."""
+"""What a run asks of its machine is checked before it starts: sizes, devices and launchers, folders
+and initial weights, W&B's variables. Each refusal is one line, and no run directory is made."""
 
 from __future__ import annotations
 
@@ -83,7 +83,9 @@ def test_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
 
 def test_a_machine_without_proc_is_measured_by_all_its_memory_and_cores(monkeypatch, tmp_path):
     """As macOS is, whose Python has no sched_getaffinity either."""
-    one, two = (load("configs/debug.yaml", [f"trainer.devices={n}", "trainer.threads=null"]) for n in (1, 2))
+    one, two = (
+        load("configs/debug.yaml", [f"trainer.devices={n}", "trainer.threads=null"]) for n in (1, 2)
+    )
     free = machine.free_gib(one)
     monkeypatch.setattr(dense_weights, "CONTAINER", tmp_path)
     monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
@@ -105,13 +107,27 @@ def test_a_step_of_hours_is_refused_by_the_limit_that_lifts(tmp_path):
 @pytest.mark.parametrize(
     ("gpus", "overrides", "message"),
     [
-        (0, ["trainer.accelerator=gpu"], "trainer.accelerator is 'gpu', allowed: auto | cpu, as there is no GPU"),
-        (1, ["trainer.accelerator=auto", "trainer.devices=2"], "trainer.devices is 2, allowed: at most 1, the GPUs"),
-        (1, ["trainer.accelerator=auto", "strategy.reductions=paced"], "strategy.reductions is 'paced', allowed: null"),
+        (
+            0,
+            ["trainer.accelerator=gpu"],
+            "trainer.accelerator is 'gpu', allowed: auto | cpu, as there is no GPU",
+        ),
+        (
+            1,
+            ["trainer.accelerator=auto", "trainer.devices=2"],
+            "trainer.devices is 2, allowed: at most 1, the GPUs",
+        ),
+        (
+            1,
+            ["trainer.accelerator=auto", "strategy.reductions=paced"],
+            "strategy.reductions is 'paced', allowed: null",
+        ),
         (0, ["trainer.threads=1024"], "trainer.threads is 1024, allowed: null or at most "),
     ],
 )
-def test_devices_and_threads_that_are_not_there_are_refused(gpus, overrides, message, tmp_path, monkeypatch):
+def test_devices_and_threads_that_are_not_there_are_refused(
+    gpus, overrides, message, tmp_path, monkeypatch
+):
     monkeypatch.setattr(machine.torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: gpus > 0)
     assert message in refusal(tmp_path, *overrides)
@@ -119,30 +135,65 @@ def test_devices_and_threads_that_are_not_there_are_refused(gpus, overrides, mes
 
 @pytest.mark.parametrize(
     ("variables", "is_first"),
-    [({}, True), ({"NODE_RANK": "0"}, True), ({"NODE_RANK": "1"}, False), ({"NODE_RANK": "1", "RANK": "0"}, True)],
+    [
+        ({}, True),
+        ({"NODE_RANK": "0"}, True),
+        ({"NODE_RANK": "1"}, False),
+        ({"NODE_RANK": "1", "RANK": "0"}, True),
+    ],
 )
 def test_only_the_first_machines_first_process_is_rank_0(variables, is_first, monkeypatch):
-    """Lightning's own launcher has not numbered the ranks yet, and each machine's process would write a run."""
+    """Lightning's own launcher has not numbered the ranks yet, and each machine's process would
+    write a run."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert is_rank_zero() is is_first
 
 
-TORCHRUN = {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
-SLURM = {"SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "4", "SLURM_JOB_NAME": "x", "SLURM_PROCID": "0"}
+TORCHRUN = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "GROUP_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+    "TORCHELASTIC_RUN_ID": "x",
+}
+SLURM = {
+    "SLURM_NTASKS": "4",
+    "SLURM_NTASKS_PER_NODE": "4",
+    "SLURM_JOB_NAME": "x",
+    "SLURM_PROCID": "0",
+}
 
 
 @pytest.mark.parametrize(
     ("variables", "overrides", "message"),
     [
-        ({**TORCHRUN, "WORLD_SIZE": "2"}, [], "trainer.devices is 1, allowed: .* as torchrun has started: .*\\(2\\)"),
-        (SLURM, ["trainer.devices=2"], "trainer.devices is 2, allowed: .* as SLURM has started: .*ntasks-per-node=4"),
-        ({}, ["trainer.num_nodes=2"], "trainer.num_nodes is 2, allowed: 1, or .* MASTER_ADDR and MASTER_PORT and NODE"),
-        ({"MASTER_ADDR": "a", "MASTER_PORT": "1"}, ["trainer.num_nodes=2"], "num_nodes is 2, .* set NODE_RANK"),
+        (
+            {**TORCHRUN, "WORLD_SIZE": "2"},
+            [],
+            "trainer.devices is 1, allowed: .* as torchrun has started: .*\\(2\\)",
+        ),
+        (
+            SLURM,
+            ["trainer.devices=2"],
+            "trainer.devices is 2, allowed: .* as SLURM has started: .*ntasks-per-node=4",
+        ),
+        (
+            {},
+            ["trainer.num_nodes=2"],
+            "trainer.num_nodes is 2, allowed: 1, or .* MASTER_ADDR and MASTER_PORT and NODE",
+        ),
+        (
+            {"MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            ["trainer.num_nodes=2"],
+            "num_nodes is 2, .* set NODE_RANK",
+        ),
     ],
     ids=["torchrun", "SLURM", "no launcher", "half of the variables"],
 )
-def test_ranks_that_nobody_starts_are_not_waited_for(variables, overrides, message, tmp_path, monkeypatch):
+def test_ranks_that_nobody_starts_are_not_waited_for(
+    variables, overrides, message, tmp_path, monkeypatch
+):
     for name in machine.OF_NODE:  # a Trainer of an earlier test may have left them
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
@@ -159,7 +210,9 @@ def test_ranks_that_do_not_find_each_other_in_time_say_which_setting_to_raise(mo
     strategy = ExpertParallelStrategy(timeout_s=11)
     monkeypatch.setattr(ExpertParallelStrategy.__mro__[1], "setup_environment", too_late)
     strategy._lightning_module = type("Module", (), {"trainer": type("T", (), {"callbacks": []})})()  # type: ignore
-    with pytest.raises(TimeoutError, match=r"within 600 s; start all of them, .*; a larger strategy\.timeout_s"):
+    with pytest.raises(
+        TimeoutError, match=r"within 600 s; start all of them, .*; a larger strategy\.timeout_s"
+    ):
         strategy.setup_environment()
 
 
@@ -172,18 +225,27 @@ def test_a_folder_that_cannot_be_written_is_refused(key, tmp_path):
     text = "data.name=sotu", "data.vocab_size=300"
     for folder in ("/proc/nowhere", str(tmp_path / "file" / "below")):
         line = refusal(tmp_path, *text, f"{key}={folder}")
-        assert f"{key} is '{folder[:40]}" in line and ", allowed: a folder that can be written: " in line
+        assert (
+            f"{key} is '{folder[:40]}" in line
+            and ", allowed: a folder that can be written: " in line
+        )
 
 
 def test_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared(tmp_path):
     """Of two ranks the other one is not started either."""
-    (tmp_path / "data.txt").write_text("It was a bright cold day, and the clocks were striking.\n" * 200)
+    (tmp_path / "data.txt").write_text(
+        "It was a bright cold day, and the clocks were striking.\n" * 200
+    )
     (tmp_path / "no.safetensors").write_text("nothing")
     (tmp_path / "hf").mkdir()
     export(dense("gpt"), tmp_path / "other.safetensors")
     text = ("data.name=text", f"data.path={tmp_path}/data.txt", f"data.cache_dir={tmp_path}/cache")
     for kind, name in (
-        *(("scmoe", "nowhere.safetensors"), ("scmoe", "no.safetensors"), ("scmoe", "other.safetensors")),
+        *(
+            ("scmoe", "nowhere.safetensors"),
+            ("scmoe", "no.safetensors"),
+            ("scmoe", "other.safetensors"),
+        ),
         *(("hf", "nowhere"), ("hf", "hf")),
     ):
         weights = f"init_from={kind}:{tmp_path / name}"
@@ -195,17 +257,25 @@ def test_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared(tmp
 # ---------------------------------------------------------------------- variables of W&B
 
 
-@pytest.mark.parametrize("url", ["api.wandb.ai", "ftp://x", "http://[bad", "http://x:port", "http://"])
+@pytest.mark.parametrize(
+    "url", ["api.wandb.ai", "ftp://x", "http://[bad", "http://x:port", "http://"]
+)
 def test_a_malformed_server_is_refused_unless_wandb_is_off(url, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", url)
-    assert f"WANDB_BASE_URL is {url!r}, allowed: such as https://" in refusal(tmp_path, "logger.mode=offline")
+    assert f"WANDB_BASE_URL is {url!r}, allowed: such as https://" in refusal(
+        tmp_path, "logger.mode=offline"
+    )
     assert wandb_mode(load("configs/debug.yaml", ["logger.mode=disabled"])) == "disabled"
 
 
 def test_wandb_mode_decides_where_the_config_does_not(tmp_path, monkeypatch):
-    auto, online = (load("configs/debug.yaml", [f"logger.mode={mode}"]) for mode in ("auto", "online"))
+    auto, online = (
+        load("configs/debug.yaml", [f"logger.mode={mode}"]) for mode in ("auto", "online")
+    )
     for mode in ("online", "offline", "disabled"):
         monkeypatch.setenv("WANDB_MODE", mode)
         assert (wandb_mode(auto), wandb_mode(online)) == (mode, "online")
     monkeypatch.setenv("WANDB_MODE", "of")
-    assert "WANDB_MODE is 'of', allowed: online | offline | disabled" in refusal(tmp_path, "logger.mode=auto")
+    assert "WANDB_MODE is 'of', allowed: online | offline | disabled" in refusal(
+        tmp_path, "logger.mode=auto"
+    )

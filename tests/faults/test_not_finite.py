@@ -49,7 +49,9 @@ class Poisoned(LanguageModel):
         for hook in hooks:
             hook.remove()
         if here and self.place.startswith("loss"):
-            result["loss"] = result["loss"] + torch.tensor(value)  # leaves all gradients as they are
+            result["loss"] = result["loss"] + torch.tensor(
+                value
+            )  # leaves all gradients as they are
         return result
 
 
@@ -71,7 +73,9 @@ class ByHand(Poisoned):
         optimizer.zero_grad()  # type: ignore[union-attr]
         self.manual_backward(result["loss"])  # type: ignore[arg-type]
         if self.clip is not None:
-            self.clip_gradients(optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")  # type: ignore[arg-type]
+            self.clip_gradients(
+                optimizer, gradient_clip_val=self.clip, gradient_clip_algorithm="norm"
+            )  # type: ignore[arg-type]
         optimizer.step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr, call-arg]
         return result
@@ -102,11 +106,16 @@ def poison(rank: int, world_size: int, place: str, clip: str = "by the module") 
     module.place, module.bad = place, world_size - 1
     trainer = build_trainer(config, [DataPosition()], [])
     if clip == "by value":
-        trainer.gradient_clip_val, trainer.gradient_clip_algorithm = 0.5, GradClipAlgorithmType.VALUE
+        trainer.gradient_clip_val, trainer.gradient_clip_algorithm = (
+            0.5,
+            GradClipAlgorithmType.VALUE,
+        )
     try:
         trainer.fit(module, build_datamodule(config))
     except (FloatingPointError, RuntimeError) as error:
-        same = all(torch.equal(p, old) for p, old in zip(module.parameters(), module.weights, strict=True))
+        same = all(
+            torch.equal(p, old) for p, old in zip(module.parameters(), module.weights, strict=True)
+        )
         error.add_note(f"weights as they were: {same}")
         raise
 
@@ -126,7 +135,10 @@ REPRESENTATIVE = pytest.mark.representative
 @pytest.mark.parametrize(
     ("place", "clip"),
     [
-        *(pytest.param(place, "by the module", marks=REPRESENTATIVE) for place in ("output", "backward")),
+        *(
+            pytest.param(place, "by the module", marks=REPRESENTATIVE)
+            for place in ("output", "backward")
+        ),
         *((place, "by the module") for place in ("output inf", "loss", "loss inf")),
         *(("output", clip) for clip in ("not at all", "by value", "by hand")),
         pytest.param("loss inf", "by hand", marks=REPRESENTATIVE),
@@ -135,7 +147,9 @@ REPRESENTATIVE = pytest.mark.representative
 def test_a_number_that_is_not_finite_stops_all_ranks_before_the_update(place, clip):
     """Modules are watched however they clip, and if they step by hand."""
     message = failure(poison, 2, place, clip, all_fail=clip == "by the module")
-    assert re.search(rf"first not finite: (rank 0: [^;]*; )?rank 1: {re.escape(PLACES[place])}", message), message
+    assert re.search(
+        rf"first not finite: (rank 0: [^;]*; )?rank 1: {re.escape(PLACES[place])}", message
+    ), message
     assert UNCHANGED in message and CHANGED not in message
     if clip == "by the module":
         assert message.count(UNCHANGED) == 2, message
@@ -146,7 +160,10 @@ def clipped(rank: int, world_size: int, by_hand: bool, clip: float | None) -> li
     config = tiny(f"position=pos2 trainer.accumulate=1 strategy.ep_size={world_size}", world_size)
     cls, own = (ByHand, {"clip": clip}) if by_hand else (NotClipped, {})
     module = cls(
-        lambda context: build_model(config, context), max_steps=3, make_optimizer=partial(adamw, lr=0.01), **own
+        lambda context: build_model(config, context),
+        max_steps=3,
+        make_optimizer=partial(adamw, lr=0.01),
+        **own,
     )
     trainer = build_trainer(config, [DataPosition()], [])
     if not by_hand:
@@ -167,13 +184,21 @@ def test_clipping_by_hand_uses_the_global_norm():
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_module_that_clips_by_other_means_is_refused(world_size):
     message = failure(poison, world_size, "", "past the strategy")
-    assert "RuntimeError: PastTheStrategy.configure_gradient_clipping did not call self.clip_gradients" in message
-    assert "call self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm) there" in message
+    assert (
+        "RuntimeError: PastTheStrategy.configure_gradient_clipping did not call self.clip_gradients"
+        in message
+    )
+    assert (
+        "call self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm) there"
+        in message
+    )
     assert UNCHANGED in message and CHANGED not in message
 
 
 def test_one_process_stops_too():
-    assert "first not finite: rank 0: output of model.blocks.0.moe.experts" in failure(poison, 1, "output")
+    assert "first not finite: rank 0: output of model.blocks.0.moe.experts" in failure(
+        poison, 1, "output"
+    )
 
 
 def test_good_steps_keep_nothing_and_start_no_collective():
@@ -202,7 +227,8 @@ def test_a_weight_that_is_a_modules_output_gets_no_hook_a_step():
 
 @pytest.mark.representative
 def test_batches_without_a_check_keep_no_more_than_one_batch():
-    """Optimizers may be stepped past Lightning, which then calls no check. A NaN among many losses is remembered."""
+    """Optimizers may be stepped past Lightning, which then calls no check. A NaN among many losses
+    is remembered."""
     module = nn.Sequential(nn.Linear(2, 2))
     guard = Guard(module)
     for loss in (1.0, math.nan, 1.0):

@@ -1,11 +1,12 @@
-"""These tests compare a hundred steps on 2, 4 and 8 ranks with one process: SGD and AdamW, accumulated and clipped
-(faults 21-25).
+"""These tests compare a hundred steps on 2, 4 and 8 ranks with one process: SGD and AdamW,
+accumulated and clipped (faults 21-25).
 
-    fp64         Loss, gradient norms (2 and infinity) and every gradient at every step, and the final weights, agree
-                 within 1e-10; also with recomputed activations, where the routing must be kept, not computed again.
-    fp32         One step agrees within 1e-6 in all layouts; a tensor's error is its largest one, relative to the
-                 tensor's largest entry. The drift over all steps is compared with that of another order of the same
-                 sums in one process.
+    fp64         Loss, gradient norms (2 and infinity) and every gradient at every step, and the
+                 final weights, agree within 1e-10; also with recomputed activations, where the
+                 routing must be kept, not computed again.
+    fp32         One step agrees within 1e-6 in all layouts; a tensor's error is its largest one,
+                 relative to the tensor's largest entry. The drift over all steps is compared with
+                 that of another order of the same sums in one process.
     bf16-mixed   Training runs and learns, and its first loss is near that of fp64.
 
 Each comparison prints a line of figures; `pytest -s` shows it.
@@ -40,8 +41,8 @@ FP64, FP32, BF16 = (f"trainer.precision={name}" for name in ("64-true", "32-true
 OPTIMIZERS = {"sgd": "optim.lr=0.1", "adamw": "optim.lr=1e-3"}
 RECOMPUTED = "trainer.recompute=true"
 
-# Rounding errors of 1e-16 in sums of some thousand terms are 1e-14 a step, and they grow over a hundred steps; a
-# missing factor or term gives an error of 1e-3 (test_negative_controls.py).
+# Rounding errors of 1e-16 in sums of some thousand terms are 1e-14 a step, and they grow over a
+# hundred steps; a missing factor or term gives an error of 1e-3 (test_negative_controls.py).
 FP64_TOLERANCE = 1e-10
 # Sums of about 1,000 terms with rounding errors of 6e-8, which mostly cancel.
 FP32_TOLERANCE = 1e-6
@@ -49,7 +50,14 @@ FP32_TOLERANCE = 1e-6
 DRIFT_FACTOR = 10
 
 # name: (ranks, ep_size)
-LAYOUTS = {"DP 2": (2, 1), "EP 2": (2, 2), "EP 4": (4, 4), "DP 2 x EP 2": (4, 2), "EP 8": (8, 8), "DP 4 x EP 2": (8, 2)}
+LAYOUTS = {
+    "DP 2": (2, 1),
+    "EP 2": (2, 2),
+    "EP 4": (4, 4),
+    "DP 2 x EP 2": (4, 2),
+    "EP 8": (8, 8),
+    "DP 4 x EP 2": (8, 2),
+}
 DRIFT_LAYOUTS = RECOMPUTED_LAYOUTS = BF16_LAYOUTS = ("EP 2", "DP 2 x EP 2")
 
 
@@ -67,13 +75,17 @@ def turned(batch: dict[str, Tensor], places: int) -> dict[str, Tensor]:
 
 
 def train(config: Config, optimizer: str, places: int = 0) -> dict[str, Any]:
-    """Trains on this rank, with sequences rotated by `places`. Returns its record in the form that `assemble` takes."""
+    """Trains on this rank, with sequences rotated by `places`. Returns its record in the form that
+    `assemble` takes."""
     module = (AdamWModel if optimizer == "adamw" else RecordingModel)(config)
     routed = count_routings(module)
     if places:
         step = module.training_step
         module.training_step = lambda batch, batch_idx: step(turned(batch, places), batch_idx)  # type: ignore[method-assign]
-    return trainings.train(config, module) | {"outputs": None, "routed": routed}  # outputs would take much memory
+    return trainings.train(config, module) | {
+        "outputs": None,
+        "routed": routed,
+    }  # outputs would take much memory
 
 
 def count_routings(module: LanguageModel) -> list[str]:
@@ -92,13 +104,16 @@ def count_routings(module: LanguageModel) -> list[str]:
     return routed
 
 
-def fit_cases(rank: int, world_size: int, cases: dict[str, tuple[str, str, int]]) -> dict[str, dict[str, Any]]:
+def fit_cases(
+    rank: int, world_size: int, cases: dict[str, tuple[str, str, int]]
+) -> dict[str, dict[str, Any]]:
     """Trains each case on this rank. cases: name -> (words of the config, optimizer, places)."""
     return {name: train(tiny(words, world_size), *how) for name, (words, *how) in cases.items()}
 
 
 def cases_of(layout: str) -> dict[str, tuple[str, str, int]]:
-    """Returns the cases of a layout: fp64 and one step in fp32 in all layouts, the rest where it is cheap."""
+    """Returns the cases of a layout: fp64 and one step in fp32 in all layouts, the rest where it is
+    cheap."""
     ep, cases = f"strategy.ep_size={LAYOUTS[layout][1]}", {}
     for optimizer, lr in OPTIMIZERS.items():
         words = f"{TRAINING} {lr} {ep}"
@@ -119,7 +134,11 @@ def one_process_cases() -> dict[str, tuple[str, str, int]]:
         cases[f"fp64 {optimizer}"] = f"{TRAINING} {lr} {FP64}", optimizer, 0
         for places in (0, 1, 3):
             cases[f"fp32 {optimizer} {places}"] = f"{TRAINING} {lr} {FP32}", optimizer, places
-        cases[f"fp32 one step {optimizer}"] = f"{TRAINING} {lr} {FP32} trainer.max_steps=1", optimizer, 0
+        cases[f"fp32 one step {optimizer}"] = (
+            f"{TRAINING} {lr} {FP32} trainer.max_steps=1",
+            optimizer,
+            0,
+        )
     return cases
 
 
@@ -152,12 +171,21 @@ def _all_of_ranks(world_size: int) -> list[dict[str, dict[str, Any]]]:
 def errors(
     actual: dict[str, list[Tensor]], expected: dict[str, list[Tensor]], relative: bool = False
 ) -> dict[str, float]:
-    """Returns the largest difference of each kind over all steps. relative: to each tensor's largest entry.
+    """Returns the largest difference of each kind over all steps. relative: to each tensor's
+    largest entry.
 
-    The qkv bias is separate from the other weights, because a key's bias has no influence on a softmax. Its gradient
-    is rounding alone, which AdamW divides by its own size: it drifts at the learning rate, in one process too.
+    The qkv bias is separate from the other weights, because a key's bias has no influence on a
+    softmax. Its gradient is rounding alone, which AdamW divides by its own size: it drifts at the
+    learning rate, in one process too.
     """
-    worst = {"loss": 0.0, "norm": 0.0, "infinity norm": 0.0, "gradient": 0.0, "weight": 0.0, "qkv bias": 0.0}
+    worst = {
+        "loss": 0.0,
+        "norm": 0.0,
+        "infinity norm": 0.0,
+        "gradient": 0.0,
+        "weight": 0.0,
+        "qkv bias": 0.0,
+    }
     kinds = {"train/loss": "loss", "train/load_balance_loss": "loss", "train/grad_norm": "norm"}
     assert actual.keys() == expected.keys()
     for name in expected:
@@ -187,18 +215,23 @@ def say(what: str, **figures: Any) -> None:
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(
     ("layout", "what"),
-    [*((layout, "fp64") for layout in LAYOUTS), *((layout, "fp64 recomputed") for layout in RECOMPUTED_LAYOUTS)],
+    [
+        *((layout, "fp64") for layout in LAYOUTS),
+        *((layout, "fp64 recomputed") for layout in RECOMPUTED_LAYOUTS),
+    ],
 )
 def test_fp64_equals_one_process_at_every_step(layout, what, optimizer):
-    """The one process keeps all activations. Every batch is routed once in each layer, also where activations are
-    recomputed: backward uses the routing of forward."""
+    """The one process keeps all activations. Every batch is routed once in each layer, also where
+    activations are recomputed: backward uses the routing of forward."""
     ranks = many(layout, f"{what} {optimizer}")
     found = errors(assemble(ranks), one(f"fp64 {optimizer}"))
     say(f"{layout}, {what}, {optimizer}, {STEPS} steps", **found)
     assert max(found.values()) <= FP64_TOLERANCE
     for rank in ranks:
         layers = set(rank["routed"])
-        assert layers and all(rank["routed"].count(layer) == 2 * STEPS for layer in layers)  # two batches a step
+        assert layers and all(
+            rank["routed"].count(layer) == 2 * STEPS for layer in layers
+        )  # two batches a step
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -214,7 +247,11 @@ def test_the_hundred_steps_train_and_are_clipped(optimizer):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fp32_one_step_from_equal_weights(layout, optimizer):
     """The step has two batches and is clipped. The qkv bias under AdamW is left out, see `errors`."""
-    found = errors(assemble(many(layout, f"fp32 one step {optimizer}")), one(f"fp32 one step {optimizer}"), True)
+    found = errors(
+        assemble(many(layout, f"fp32 one step {optimizer}")),
+        one(f"fp32 one step {optimizer}"),
+        True,
+    )
     say(f"{layout}, fp32, {optimizer}, one step, relative to the largest entry", **found)
     if optimizer == "adamw":
         del found["qkv bias"]
@@ -238,7 +275,11 @@ def test_fp32_drifts_no_more_than_another_order_of_sums(layout, optimizer):
 def test_bf16_mixed_runs_and_learns(layout):
     values, expected = assemble(many(layout, "bf16"))["train/loss"], one("fp64 sgd")["train/loss"]
     distance = [float(abs(a - b)) for a, b in zip(values, expected, strict=False)]
-    say(f"{layout}, bf16-mixed, sgd, {BF16_STEPS} steps", loss_at_first=distance[0], loss=max(distance))
+    say(
+        f"{layout}, bf16-mixed, sgd, {BF16_STEPS} steps",
+        loss_at_first=distance[0],
+        loss=max(distance),
+    )
     assert len(values) == 2 * BF16_STEPS  # one a batch, two batches a step
     assert distance[0] <= 1e-2  # rounding 4e-3, averaged over 64 targets
     assert sum(values[-10:]) < sum(values[:10])

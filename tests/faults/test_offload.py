@@ -1,4 +1,5 @@
-"""Offloading with stores that are no longer this model's, too few slots, fetches that fail, Ctrl-C, misuse."""
+"""Offloading with stores that are no longer this model's, too few slots, fetches that fail, Ctrl-C,
+misuse."""
 
 from __future__ import annotations
 
@@ -29,8 +30,12 @@ IDS, _ = tiny_batch(tiny())
 def no_thread_and_no_file_is_left():
     before = open_files()
     yield
-    assert not Counter(open_files()) - Counter(before)  # what earlier tests left may be closed meanwhile
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("experts")]
+    assert not Counter(open_files()) - Counter(
+        before
+    )  # what earlier tests left may be closed meanwhile
+    assert not [
+        thread.name for thread in threading.enumerate() if thread.name.startswith("experts")
+    ]
 
 
 def open_files():
@@ -49,7 +54,11 @@ def test_a_store_that_is_missing_cut_changed_or_another_models_is_named(tmp_path
     refused(model, tmp_path / "none", "cannot be opened: No such file")
     _, other_path = stored("position=pos2", tmp_path, seed=1)
     refused(model, other_path, "belongs to a model with other weights")
-    refused(tiny_model(tiny("model.ffn_dim=32", DROPLESS), torch.float32).eval(), path, "another model's experts")
+    refused(
+        tiny_model(tiny("model.ffn_dim=32", DROPLESS), torch.float32).eval(),
+        path,
+        "another model's experts",
+    )
     refused(copy.deepcopy(model).double(), path, "another model's experts: .*F32.*F64")
     text, size = tmp_path / "text", path.stat().st_size
     text.write_text("no store")
@@ -67,7 +76,12 @@ def test_any_flipped_bit_is_found(tmp_path):
     model, path = stored("position=pos2", tmp_path)
     whole, draw = path.read_bytes(), random.Random(0)
     header = 8 + int.from_bytes(whole[:8], "little")
-    for place in [*range(0, 60, 7), *(draw.randrange(header) for _ in range(40)), header, len(whole) - 1]:
+    for place in [
+        *range(0, 60, 7),
+        *(draw.randrange(header) for _ in range(40)),
+        header,
+        len(whole) - 1,
+    ]:
         flipped = bytearray(whole)
         flipped[place] ^= 1 << draw.randrange(8)
         path.write_bytes(flipped)
@@ -92,7 +106,10 @@ def test_a_fetch_that_fails_ends_the_generation_with_the_experts_name(way, tmp_p
     monkeypatch.setattr(migration, "FileReader", Failing)
     model, path = stored("position=pos2", tmp_path)
     offload_experts(model, path, way=way)
-    with pytest.raises(StoreError, match=r"expert \d of blocks\.\d\.moe\.experts could not be fetched: .*Input/output"):
+    with pytest.raises(
+        StoreError,
+        match=r"expert \d of blocks\.\d\.moe\.experts could not be fetched: .*Input/output",
+    ):
         generate(model)
     with pytest.raises(RuntimeError, match="closed: offload the model again"):
         generate(model)
@@ -154,7 +171,9 @@ def test_what_offloading_cannot_honour_is_refused(tmp_path):
         offload_experts(model, path)
     model.blocks[0].moe.rows = Capacity(2.0, filled=True)
     with offload_experts(model, path):
-        with pytest.raises(RuntimeError, match=r"no gradients: call the model inside torch.inference_mode\(\)"):
+        with pytest.raises(
+            RuntimeError, match=r"no gradients: call the model inside torch.inference_mode\(\)"
+        ):
             model(IDS)
         with pytest.raises(ValueError, match="no routed experts that are not offloaded yet"):
             offload_experts(model, path)

@@ -1,7 +1,7 @@
 """Faults 8, 9 and 11: a run resumes at any step, at any EP degree and on any number of ranks.
 
-`python -m tests.support.faults resume` and `reshard` test every step and every pair of EP degrees. Fault 12, SIGTERM,
-is in tests/smoke/test_stop.py.
+`python -m tests.support.faults resume` and `reshard` test every step and every pair of EP degrees.
+Fault 12, SIGTERM, is in tests/smoke/test_stop.py.
 """
 
 from __future__ import annotations
@@ -31,23 +31,29 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 
 @pytest.mark.parametrize(
-    "world_size, workers", [(1, 0), (1, 2), (2, 0), pytest.param(2, 2, marks=pytest.mark.representative)]
+    "world_size, workers",
+    [(1, 0), (1, 2), (2, 0), pytest.param(2, 2, marks=pytest.mark.representative)],
 )
 def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(world_size, workers):
-    """The run has dropout, gate noise, shuffled samples, gradients accumulated over two batches, and a validation after
-    every step. It resumes at the first step and the last but one."""
+    """The run has dropout, gate noise, shuffled samples, gradients accumulated over two batches,
+    and a validation after every step. It resumes at the first step and the last but one."""
     assert restored.resume(2, [world_size], [workers]) == {"compared": 2, "bit_equal": 2}
 
 
 def weights_after(rank: int, world_size: int, folder: Path, val_every: int) -> dict[str, Tensor]:
-    words = ("trainer.max_steps=3", f"trainer.checkpoint_every={tiny_run.NEVER}", f"trainer.val_every={val_every}")
+    words = (
+        "trainer.max_steps=3",
+        f"trainer.checkpoint_every={tiny_run.NEVER}",
+        f"trainer.val_every={val_every}",
+    )
     config = tiny_run.tiny(world_size, *words, "data.val_sequences=16")
     return dict(tiny_run.tensors(tiny_run.fit(config, folder)))
 
 
 @pytest.mark.representative
 def test_validating_changes_no_dropout(tmp_path):
-    """Each validation starts a loader, which must not draw from the generator that dropout draws from."""
+    """Each validation starts a loader, which must not draw from the generator that dropout draws
+    from."""
     seldom, often = (run_ranks(weights_after, 1, tmp_path / str(n), n)[0] for n in (1000, 1))
     assert tiny_run.same(seldom, often)
 
@@ -61,9 +67,13 @@ def run_without_random_state(
 
 def test_the_comparison_finds_a_random_state_that_is_not_restored(tmp_path):
     """Otherwise the comparison above would show nothing."""
-    ((uninterrupted,),) = run_ranks(restored.run, 1, 0, "replicated", tmp_path / "uninterrupted", [])
+    ((uninterrupted,),) = run_ranks(
+        restored.run, 1, 0, "replicated", tmp_path / "uninterrupted", []
+    )
     saved = [tmp_path / "uninterrupted" / "0" / "checkpoints" / "step=3.ckpt"]
-    ((resumed,),) = run_ranks(run_without_random_state, 1, "replicated", tmp_path / "resumed", saved)
+    ((resumed,),) = run_ranks(
+        run_without_random_state, 1, "replicated", tmp_path / "resumed", saved
+    )
     assert not tiny_run.same(resumed, uninterrupted)
 
 
@@ -93,7 +103,8 @@ STOPPED = 5  # batches after which the second training ends, inside its third st
 
 
 class Watch(Callback):
-    """Notes what is in a folder before each batch. stop_after: training stops after so many batches."""
+    """Notes what is in a folder before each batch. stop_after: training stops after so many
+    batches."""
 
     def __init__(self, folder: Path, stop_after: int | None) -> None:
         self.folder, self.stop_after = folder, stop_after
@@ -102,24 +113,32 @@ class Watch(Callback):
     def on_train_batch_start(self, *_: Any) -> None:
         self.seen.append([path.name for path in self.folder.glob("*.ckpt")])
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         trainer.should_stop = self.stop_after == batch_idx + 1
 
 
-def saved_inside_steps(rank: int, world_size: int, folder: Path) -> tuple[list[list[str]], list[dict[str, Tensor]]]:
-    """Trains steps of two batches with a default ModelCheckpoint and a validation after the third batch. Returns what
-    is in its folder before each batch, and how three runs end: this one, one that resumes from its first checkpoint,
-    and one that stops inside a step."""
+def saved_inside_steps(
+    rank: int, world_size: int, folder: Path
+) -> tuple[list[list[str]], list[dict[str, Tensor]]]:
+    """Trains steps of two batches with a default ModelCheckpoint and a validation after the third
+    batch. Returns what is in its folder before each batch, and how three runs end: this one, one
+    that resumes from its first checkpoint, and one that stops inside a step."""
     ends, watched = [], []
     first = folder / "0" / "epoch=0-step=1.ckpt"
     for i, resume_from, stop_after in ((0, None, None), (1, first, None), (2, None, STOPPED)):
-        config = tiny_run.tiny(world_size, "trainer.accumulate=2", "trainer.max_steps=4", "data.val_sequences=16")
+        config = tiny_run.tiny(
+            world_size, "trainer.accumulate=2", "trainer.max_steps=4", "data.val_sequences=16"
+        )
         seed_everything(config)
         watched.append(Watch(folder / str(i), stop_after))
         best = ModelCheckpoint(folder / str(i), save_top_k=-1)
         trainer: Any = build_trainer(config, [DataPosition(), watched[-1], best], [])
         trainer.val_check_interval, trainer.limit_val_batches = stop_after or 3, 1
-        trainer.fit(build_module(config), build_datamodule(config), ckpt_path=resume_from, weights_only=True)
+        trainer.fit(
+            build_module(config), build_datamodule(config), ckpt_path=resume_from, weights_only=True
+        )
         ends.append(dict(tiny_run.tensors(trainer)))
         ends[-1]["consumed"] = torch.tensor(trainer.datamodule.consumed_samples)
         assert not trainer.strategy.checkpoints.postponed
@@ -128,8 +147,9 @@ def saved_inside_steps(rank: int, world_size: int, folder: Path) -> tuple[list[l
 
 @pytest.mark.representative
 def test_a_checkpoint_that_is_requested_inside_a_step_is_saved_at_its_end(tmp_path):
-    """Gradients are in no checkpoint. It has the name that the callback expects, and a run that resumes from it ends
-    as the uninterrupted one. A training that ends inside a step saves at its end."""
+    """Gradients are in no checkpoint. It has the name that the callback expects, and a run that
+    resumes from it ends as the uninterrupted one. A training that ends inside a step saves at its
+    end."""
     name = "epoch=0-step=1.ckpt"
     for seen, (whole, resumed, _) in run_ranks(saved_inside_steps, 2, tmp_path):
         assert [name in there for there in seen] == [False] * 4 + [True] * 4
@@ -139,13 +159,16 @@ def test_a_checkpoint_that_is_requested_inside_a_step_is_saved_at_its_end(tmp_pa
     assert (last.name, durable.verify(last)) == ("epoch=0-step=2.ckpt", 2)
 
 
-def fit_steps(rank: int, world_size: int, folder: Path, steps: int, resume_from: Path | None) -> None:
+def fit_steps(
+    rank: int, world_size: int, folder: Path, steps: int, resume_from: Path | None
+) -> None:
     words = ("trainer.accumulate=2", f"trainer.max_steps={steps}", "trainer.checkpoint_every=1")
     tiny_run.fit(tiny_run.tiny(world_size, *words), folder, resume_from)
 
 
 def test_a_run_does_not_change_the_checkpoint_that_it_resumes_from(tmp_path):
-    """Lightning's callback would save it again after the first batch, which is in the middle of the next step."""
+    """Lightning's callback would save it again after the first batch, which is in the middle of the
+    next step."""
     run_ranks(fit_steps, 2, tmp_path, 2, None)
     saved = tmp_path / "checkpoints" / "step=2.ckpt"
     before = saved.stat().st_ino, (saved / durable.MANIFEST).read_bytes()
@@ -154,7 +177,9 @@ def test_a_run_does_not_change_the_checkpoint_that_it_resumes_from(tmp_path):
     assert durable.verify(tmp_path / "checkpoints" / "step=3.ckpt") == 3
 
 
-@pytest.mark.parametrize("degrees", [pytest.param((1, 2), marks=pytest.mark.representative), (1, 2, 4, 8)])
+@pytest.mark.parametrize(
+    "degrees", [pytest.param((1, 2), marks=pytest.mark.representative), (1, 2, 4, 8)]
+)
 def test_another_ep_degree_reads_the_same_weights_and_moments(degrees):
     layouts = [restored.Layout(degree, degree) for degree in degrees]
     assert restored.reshard(layouts) == {"pairs": len(degrees) ** 2, "equal": len(degrees) ** 2}

@@ -1,4 +1,5 @@
-"""Faults 33-36: no key is stored, nothing in a YAML or a checkpoint is executed, and runs stay under their root."""
+"""Faults 33-36: no key is stored, nothing in a YAML or a checkpoint is executed, and runs stay
+under their root."""
 
 from __future__ import annotations
 
@@ -48,14 +49,20 @@ def test_a_key_is_in_no_file_of_a_run_and_in_no_file_s_name(tmp_path):
     netrc.chmod(0o600)
     overrides = [f"logger.group={KEYS['a long secret']}", f"logger.project={KEYS['W&B']}"]
     overrides += [f"logger.tags=[{CANARY},{KEYS['Hugging Face']}]"]
-    variables = {"MY_TOKEN": CANARY, "db_password": KEYS["a long secret"], "WANDB_API_KEY": KEYS["W&B's variable"]}
+    variables = {
+        "MY_TOKEN": CANARY,
+        "db_password": KEYS["a long secret"],
+        "WANDB_API_KEY": KEYS["W&B's variable"],
+    }
     variables |= {"HOME": str(tmp_path), "NETRC": str(netrc)}
     written = [key for what, key in KEYS.items() if what != "netrc"]
     done = run("-c", WITH_KEYS, str(tmp_path), json.dumps(written), *overrides, **variables)
     assert done.code == 0, done.err
     (run_dir,) = (tmp_path / "runs").glob("scmoe/*")
     environment = json.loads((run_dir / "env.json").read_text())
-    assert environment["git_diff"].count("*****") == len(written), "the changes are stored without the keys"
+    assert environment["git_diff"].count("*****") == len(written), (
+        "the changes are stored without the keys"
+    )
     assert len(environment["git_commit"]) == 40, "a commit's name is not redacted"
     files = [path for path in (tmp_path / "runs").rglob("*") if path.is_file()]
     assert {"config.yaml", "overrides.txt", "env.json"} <= {path.name for path in files}
@@ -63,7 +70,9 @@ def test_a_key_is_in_no_file_of_a_run_and_in_no_file_s_name(tmp_path):
     for what, key in KEYS.items():
         part = key.split(" ")[-1]  # YAML puts spaces and line ends between words
         assert part not in done.out + done.err, what
-        assert not [path for path in files if part.encode() in str(path).encode() + path.read_bytes()], what
+        assert not [
+            path for path in files if part.encode() in str(path).encode() + path.read_bytes()
+        ], what
 
 
 WITH_KEYS = """
@@ -91,17 +100,28 @@ assert train.train(config, overrides)["steps"] == 2
 @pytest.mark.parametrize(
     ("name", "holds_a_key"),
     [
-        *[(name, True) for name in ("A_TOKEN", "DB_PASSWD", "db_pwd", "MY_CREDENTIALS", "AWS_ACCESS_KEY_ID")],
+        *[
+            (name, True)
+            for name in ("A_TOKEN", "DB_PASSWD", "db_pwd", "MY_CREDENTIALS", "AWS_ACCESS_KEY_ID")
+        ],
         *[(name, False) for name in ("PWD", "OLDPWD", "A_KEYBOARD")],
     ],
 )
 def test_a_variable_that_holds_a_key_is_known_by_its_name(name, holds_a_key):
-    assert redacted("/data/work", {name: "/data/work"}) == ("*****" if holds_a_key else "/data/work")
+    assert redacted("/data/work", {name: "/data/work"}) == (
+        "*****" if holds_a_key else "/data/work"
+    )
 
 
 def test_text_that_is_no_key_is_not_redacted():
-    """Such texts are a snapshot's folder, a commit's short name, a short value, a variable that holds no key."""
-    for text in ("/hub/snapshots/" + "0123456789" * 4 + "/model", "0123456789abcdef", "a short word", "hf_hub"):
+    """Such texts are a snapshot's folder, a commit's short name, a short value, a variable that
+    holds no key."""
+    for text in (
+        "/hub/snapshots/" + "0123456789" * 4 + "/model",
+        "0123456789abcdef",
+        "a short word",
+        "hf_hub",
+    ):
         assert redacted(text, {"A_KEY": "short", "HOME": text}) == text
     given = {"a": ["xx 12345678", 3, None], "b": ("12345678",)}
     assert redacted(given, {"A_KEY": "12345678"}) == {"a": ["xx *****", 3, None], "b": ("*****",)}
@@ -130,14 +150,20 @@ def written(tmp_path_factory) -> Path:
 
 
 def write_checkpoint(rank: int, world_size: int, folder: Path) -> None:
-    fit(tiny("position=pos2 trainer.max_steps=1", world_size)).save_checkpoint(folder / "step=1.ckpt")
+    fit(tiny("position=pos2 trainer.max_steps=1", world_size)).save_checkpoint(
+        folder / "step=1.ckpt"
+    )
 
 
 def reseal(path: Path) -> None:
     """Does what an attacker who knows the format would: writes a manifest of the changed files."""
     step = json.loads((path / durable.MANIFEST).read_text())["step"]
     (path / durable.MANIFEST).unlink()
-    files = {str(file.relative_to(path)): durable.fingerprint(file) for file in path.rglob("*") if file.is_file()}
+    files = {
+        str(file.relative_to(path)): durable.fingerprint(file)
+        for file in path.rglob("*")
+        if file.is_file()
+    }
     (path / durable.MANIFEST).write_text(durable._seal({"step": step, "files": files}))
 
 
@@ -159,7 +185,9 @@ def test_a_pickle_in_a_checkpoint_is_not_run(place, sealed, written, tmp_path):
     refused = None
     try:
         load_model(path, model)
-    except Exception as error:  # the kind of error does not matter here, only whether the pickle was executed
+    except (
+        Exception
+    ) as error:  # the kind of error does not matter here, only whether the pickle was executed
         refused = error
     assert not proof.exists(), "the pickle was executed"
     if not sealed:
@@ -228,8 +256,39 @@ def test_nothing_in_a_yaml_is_executed(text, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------- names
 
 NAMES = (
-    *("../x", "..", ".", "/x", "a/b", "a/../../b", "..\\x", "a\\b", "C:x", "~", "~/x", "~root", "$HOME", "`id`"),
-    *("a b", " a", "a\n", "a\nb", "a\tb", "a\x00b", "-rf", "--help", ".hidden", "_x", "a;b", "a|b", "a*", "a?", "é"),
+    *(
+        "../x",
+        "..",
+        ".",
+        "/x",
+        "a/b",
+        "a/../../b",
+        "..\\x",
+        "a\\b",
+        "C:x",
+        "~",
+        "~/x",
+        "~root",
+        "$HOME",
+        "`id`",
+    ),
+    *(
+        "a b",
+        " a",
+        "a\n",
+        "a\nb",
+        "a\tb",
+        "a\x00b",
+        "-rf",
+        "--help",
+        ".hidden",
+        "_x",
+        "a;b",
+        "a|b",
+        "a*",
+        "a?",
+        "é",
+    ),
     *("\u202etxt", "\uff0e\uff0e\uff0fx", "%2e%2e%2fx", "a" * 300, "{a}", "con:"),
 )
 

@@ -46,13 +46,17 @@ ON_EIGHT = {
 PARTS = {4: 6, 8: 5}  # by number of ranks, each within the time of a test
 
 
-@pytest.mark.parametrize("world_size, part", [(n, part) for n, parts in PARTS.items() for part in range(parts)])
+@pytest.mark.parametrize(
+    "world_size, part", [(n, part) for n, parts in PARTS.items() for part in range(parts)]
+)
 def test_every_architecture_equals_one_process(world_size, part):
     every = ON_FOUR if world_size == 4 else ON_EIGHT
     cases = dict(list(every.items())[part :: PARTS[world_size]])
     names = {name for name, _ in cases.values()}
     (one,) = run_ranks(train_cases, 1, {name: ARCHITECTURES[name] for name in names})
-    ranks = run_ranks(train_cases, world_size, {case: text for case, (_, text) in cases.items()}, timeout_s=280)
+    ranks = run_ranks(
+        train_cases, world_size, {case: text for case, (_, text) in cases.items()}, timeout_s=280
+    )
     for case, (name, _) in cases.items():
         assert_same([rank[case] for rank in ranks], assemble([one[name]]))
 
@@ -62,7 +66,10 @@ def test_every_architecture_equals_one_process(world_size, part):
 
 @pytest.mark.parametrize(
     "layouts",
-    [[restored.Layout(1, 1), restored.Layout(2, 1, "sharded"), restored.Layout(4, 2, "hybrid")], restored.ALL],
+    [
+        [restored.Layout(1, 1), restored.Layout(2, 1, "sharded"), restored.Layout(4, 2, "hybrid")],
+        restored.ALL,
+    ],
 )
 def test_a_checkpoint_of_any_layout_is_read_in_any_other(layouts):
     assert restored.reshard(layouts) == {"pairs": len(layouts) ** 2, "equal": len(layouts) ** 2}
@@ -101,13 +108,22 @@ def poisoned(rank: int, world_size: int) -> None:
 
 @pytest.mark.representative
 def test_a_nan_on_one_rank_stops_all_before_the_update():
-    """Each rank searches the origin in its own part of the weights; a collective there would wait for ever."""
+    """Each rank searches the origin in its own part of the weights; a collective there would wait
+    for ever."""
     said = failure(poisoned, 2, all_fail=True)
     origin = "rank 1: output of model.blocks.0.moe.experts"
-    assert said.count(f"FloatingPointError: gradient norm is nan, no update was made; first not finite: {origin}") == 2
+    assert (
+        said.count(
+            "FloatingPointError: gradient norm is nan, no update was made; first not finite:"
+            f" {origin}"
+        )
+        == 2
+    )
 
 
-def stopped(rank: int, world_size: int, folder: Path, resume_from: Path | None, victim: int | None) -> Any:
+def stopped(
+    rank: int, world_size: int, folder: Path, resume_from: Path | None, victim: int | None
+) -> Any:
     """Returns the exit code of a run, or its tensors. victim: receives SIGTERM in step 2."""
 
     def stop(module: LanguageModel, batch_idx: int) -> None:
@@ -117,7 +133,9 @@ def stopped(rank: int, world_size: int, folder: Path, resume_from: Path | None, 
     words = "trainer.max_steps=5", "strategy.async_checkpoint=true", *SHARDED
     with before_each("training_step", stop):
         try:
-            return tiny_run.tensors(tiny_run.fit(tiny_run.tiny(world_size, *words), folder, resume_from))
+            return tiny_run.tensors(
+                tiny_run.fit(tiny_run.tiny(world_size, *words), folder, resume_from)
+            )
         except SystemExit as end:
             return end.code
 
@@ -153,7 +171,9 @@ def test_auto_takes_the_first_way_that_has_room():
     dense = 4 * sum(p.numel() for p in model.parameters()) - experts
     estimates = estimates_of(model, ParallelContext(world_size=64, ep_size=8), node_size=8)
     split = {"hybrid": dense / 8 + experts / 8, "sharded": dense / 64 + experts / 8}
-    assert estimates == {"replicated": 8 * (dense + experts)} | {way: 8 * size for way, size in split.items()}
+    assert estimates == {"replicated": 8 * (dense + experts)} | {
+        way: 8 * size for way, size in split.items()
+    }
     needed = {"replicated": 36.0, "hybrid": 4.5, "sharded": 3.1875}
     picked = [pick_dense(needed, memory)[0] for memory in (45.1, 44.9, 5.7, 5.5, 1.0)]
     assert picked == ["replicated", "hybrid", "hybrid", "sharded", "sharded"]
@@ -162,7 +182,9 @@ def test_auto_takes_the_first_way_that_has_room():
 
 @pytest.mark.representative
 def test_auto_of_a_config_counts_activations():
-    few, many = (dense_estimates(tiny(f"strategy.dense=auto data.global_batch_size={n}", 4)) for n in (8, 64))
+    few, many = (
+        dense_estimates(tiny(f"strategy.dense=auto data.global_batch_size={n}", 4)) for n in (8, 64)
+    )
     assert list(few) == ["replicated", "sharded"] and all(many[way] > few[way] for way in few)
 
 
@@ -170,4 +192,6 @@ def test_auto_splits_no_expert_whose_width_cannot_be_split():
     """`sharded` is refused there: three ranks hold each expert, of width 16."""
     config = tiny("strategy.dense=auto strategy.ep_size=1 data.global_batch_size=6", 3)
     assert list(dense_estimates(config)) == ["replicated"]
-    assert list(estimates_of(build_model_on_meta(config), ParallelContext(world_size=3), node_size=3)) == ["replicated"]
+    assert list(
+        estimates_of(build_model_on_meta(config), ParallelContext(world_size=3), node_size=3)
+    ) == ["replicated"]

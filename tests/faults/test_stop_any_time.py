@@ -1,7 +1,8 @@
 """Fault 12: SIGTERM may come at any time between set-up and teardown.
 
-All ranks end with 143 and save what they have trained. Where ranks cannot ask each other, the process ends at once.
-SIGTERM during training is in tests/smoke/test_stop.py, during validation in test_stop.py.
+All ranks end with 143 and save what they have trained. Where ranks cannot ask each other, the
+process ends at once. SIGTERM during training is in tests/smoke/test_stop.py, during validation in
+test_stop.py.
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ from tests.support.resuming import exit_code
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 STEPS, BATCHES, AT_BATCH = 3, 20, 3
-CONFIG = ("trainer.accumulate=2", f"trainer.checkpoint_every={tiny_run.NEVER}", f"data.val_sequences={BATCHES * 8}")
+CONFIG = (
+    "trainer.accumulate=2",
+    f"trainer.checkpoint_every={tiny_run.NEVER}",
+    f"data.val_sequences={BATCHES * 8}",
+)
 
 
 class Stopped(LanguageModel):
@@ -39,7 +44,9 @@ class Stopped(LanguageModel):
 
     when, victim = "", 1
     evaluated = 0  # batches of a validation, test or prediction
-    handlers: tuple[tuple[str, Any], ...] = ()  # of SIGTERM, in each batch of training and evaluation
+    handlers: tuple[
+        tuple[str, Any], ...
+    ] = ()  # of SIGTERM, in each batch of training and evaluation
 
     def reach(self, place: str) -> None:
         if place == self.when and self.parallel_context.rank == self.victim:
@@ -75,7 +82,9 @@ class Stopped(LanguageModel):
         pass
 
 
-def build(rank: int, world_size: int, folder: Path, when: str, *overrides: str) -> tuple[Trainer, Stopped, Any]:
+def build(
+    rank: int, world_size: int, folder: Path, when: str, *overrides: str
+) -> tuple[Trainer, Stopped, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)  # without a ModelCheckpoint, checkpoints are saved in the working directory
     config = tiny_run.tiny(world_size, *CONFIG, *overrides)
@@ -100,7 +109,11 @@ def fit(
     before = signal.getsignal(signal.SIGTERM)
     code = exit_code(lambda: trainer.fit(module, data, ckpt_path=resume_from, weights_only=True))
     assert signal.getsignal(signal.SIGTERM) == before, "the earlier handler is restored"
-    return code, trainer.global_step, {name: t.clone() for name, t in tiny_run.tensors(trainer).items()}
+    return (
+        code,
+        trainer.global_step,
+        {name: t.clone() for name, t in tiny_run.tensors(trainer).items()},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +124,9 @@ def uninterrupted(tmp_path_factory) -> list[Any]:
 WHEN = {"set up": 0, "sanity check": 0, "before the first step": 0, "in the last step": STEPS}
 
 
-@pytest.mark.parametrize("when", [*WHEN, pytest.param("after the last step", marks=pytest.mark.representative)])
+@pytest.mark.parametrize(
+    "when", [*WHEN, pytest.param("after the last step", marks=pytest.mark.representative)]
+)
 def test_sigterm_before_the_first_step_or_after_the_last_is_not_lost(when, uninterrupted, tmp_path):
     step = WHEN.get(when, STEPS)
     stopped = run_ranks(fit, 2, tmp_path, when, STEPS, None)
@@ -121,7 +136,9 @@ def test_sigterm_before_the_first_step_or_after_the_last_is_not_lost(when, unint
     resumed = run_ranks(fit, 2, tmp_path / "resumed", "", 2 * STEPS, saved)
     for (code, at, tensors), (_, _, expected) in zip(resumed, uninterrupted, strict=True):
         assert (code, at) == (None, 2 * STEPS)
-        assert when == "sanity check" or tiny_run.same(tensors, expected)  # after a sanity check dropout differs
+        assert when == "sanity check" or tiny_run.same(
+            tensors, expected
+        )  # after a sanity check dropout differs
 
 
 def evaluate(rank: int, world_size: int, folder: Path, verb: str) -> tuple[Any, int]:
@@ -142,7 +159,8 @@ def test_sigterm_in_an_evaluation_ends_it_and_saves_nothing(verb, tmp_path):
 
 
 def evaluate_what_was_trained(rank: int, world_size: int, folder: Path, load: Path | None) -> Any:
-    """load: a checkpoint to evaluate; its weights must not be saved as those of the last training step."""
+    """load: a checkpoint to evaluate; its weights must not be saved as those of the last training
+    step."""
     trainer, module, data = build(rank, world_size, folder, "", f"trainer.max_steps={STEPS}")
     trainer.fit(module, data)
     module.when = "evaluated"
@@ -169,7 +187,9 @@ class WithoutLength(IterableDataset[dict[str, Tensor]]):
 
 
 def validate_without_length(rank: int, world_size: int, folder: Path, when: str) -> list[Any]:
-    trainer, module, data = build(rank, world_size, folder, when, "trainer.max_steps=3", "trainer.val_every=2")
+    trainer, module, data = build(
+        rank, world_size, folder, when, "trainer.max_steps=3", "trainer.val_every=2"
+    )
     data.setup()
     loader = DataLoader(WithoutLength(list(data.val_dataloader())), batch_size=None)
     data.val_dataloader = lambda: loader
@@ -181,5 +201,7 @@ def test_where_ranks_cannot_ask_each_other_a_process_ends_at_once(tmp_path):
     for handlers in run_ranks(validate_without_length, 2, tmp_path, ""):
         assert set(handlers) == {("train", False), ("validate", True)}
         assert handlers[-1] == ("train", False), "after the validation SIGTERM sets a flag again"
-    with pytest.raises(RankError, match="rank 1 of 2 failed first:\nthe process ended without a report"):
+    with pytest.raises(
+        RankError, match="rank 1 of 2 failed first:\nthe process ended without a report"
+    ):
         run_ranks(validate_without_length, 2, tmp_path, "evaluated")

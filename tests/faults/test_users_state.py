@@ -41,14 +41,17 @@ class Extra(nn.Module):
 
 
 class Copied(nn.Module):
-    """A hook saves a copy of its weight under another name, as quantisers do, and an override reads it back."""
+    """A hook saves a copy of its weight under another name, as quantisers do, and an override reads
+    it back."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((3,), 2.0))
         self.loaded = 0
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         destination[f"{prefix}halved"] = self.weight.detach() / 2
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -93,10 +96,16 @@ def data() -> DataLoader[Any]:
     return DataLoader(TensorDataset(rows), batch_size=4)
 
 
-def trainer_of(strategy: Any, *callbacks: Callback, world_size: int = 2, steps: int = 1, folder: Any = None) -> Any:
+def trainer_of(
+    strategy: Any, *callbacks: Callback, world_size: int = 2, steps: int = 1, folder: Any = None
+) -> Any:
     torch.manual_seed(3)
     saver = ModelCheckpoint(folder, "{step}", save_top_k=0)
-    how = {"callbacks": [*callbacks, saver], "enable_checkpointing": True, "default_root_dir": folder}
+    how = {
+        "callbacks": [*callbacks, saver],
+        "enable_checkpointing": True,
+        "default_root_dir": folder,
+    }
     return users_trainer(world_size, strategy, max_steps=steps, **how)
 
 
@@ -104,7 +113,8 @@ def trainer_of(strategy: Any, *callbacks: Callback, world_size: int = 2, steps: 
 
 
 def module_restored(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """Saves a module whose state differs between ranks, and loads it into a new one, with ddp and with the Strategy."""
+    """Saves a module whose state differs between ranks, and loads it into a new one, with ddp and
+    with the Strategy."""
     found: dict[str, Any] = {}
     for strategy in ("ddp", "expert_parallel"):
         trainer, module = trainer_of(strategy, folder=folder), Users()
@@ -118,7 +128,9 @@ def module_restored(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         module.values.update(torch.arange(2.0 + rank))
         trainer.save_checkpoint(folder / f"{strategy}.ckpt")
         new = Users()
-        trainer_of(strategy, folder=folder).fit(new, data(), ckpt_path=folder / f"{strategy}.ckpt", weights_only=False)
+        trainer_of(strategy, folder=folder).fit(
+            new, data(), ckpt_path=folder / f"{strategy}.ckpt", weights_only=False
+        )
         found[strategy] = {
             "extra": new.extra.value.tolist(),
             "large": new.large.value.sum().item(),
@@ -131,11 +143,14 @@ def module_restored(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 
 
 def test_any_module_restores_what_it_restores_under_ddp(tmp_path):
-    """ddp gives rank 0's state to every rank. Here each has its own, which is that of an uninterrupted training."""
+    """ddp gives rank 0's state to every rank. Here each has its own, which is that of an
+    uninterrupted training."""
     first, second = run_ranks(module_restored, 2, tmp_path)
     assert first["expert_parallel"] == first["ddp"]
     expected = first["ddp"] | {"mean": 4.5, "values": [0.0, 1.0, 2.0]}
-    assert second["expert_parallel"] == expected | {"plain": {"words": {"a", "b"}, "pair": (1, [1, None])}}
+    assert second["expert_parallel"] == expected | {
+        "plain": {"words": {"a", "b"}, "pair": (1, [1, None])}
+    }
     loaded = Users.load_from_checkpoint(tmp_path / "expert_parallel.ckpt", strict=False)
     assert (loaded.extra.value.item(), loaded.copied.weight.tolist()) == (7.0, [4.0] * 3)
 
@@ -185,7 +200,9 @@ def callbacks_restored(rank: int, world_size: int, folder: Path) -> dict[str, An
         if ep_size == 2:
             own = averages.weights
             read = callbacks[0].weights
-            found["own"] = read.keys() == own.keys() and all(torch.equal(read[name], own[name]) for name in own)
+            found["own"] = read.keys() == own.keys() and all(
+                torch.equal(read[name], own[name]) for name in own
+            )
     found["experts"] = averages.weights["experts.w_in_eDF"]
     try:
         trainer = trainer_of(ExpertParallelStrategy(ep_size=1), Averages(), folder=folder)
@@ -196,7 +213,8 @@ def callbacks_restored(rank: int, world_size: int, folder: Path) -> dict[str, An
 
 
 def test_each_rank_gets_its_own_state_of_callbacks_back(tmp_path):
-    """In another layout of ranks, numbers are rank 0's and tensors an error by name; never another rank's experts."""
+    """In another layout of ranks, numbers are rank 0's and tensors an error by name; never another
+    rank's experts."""
     ranks = run_ranks(callbacks_restored, 2, tmp_path)
     assert not torch.equal(ranks[0]["experts"], ranks[1]["experts"]), "else the test shows nothing"
     for rank, found in enumerate(ranks):
@@ -206,18 +224,26 @@ def test_each_rank_gets_its_own_state_of_callbacks_back(tmp_path):
     assert (tmp_path / "saved.ckpt" / "meta.json").stat().st_size < 20_000, "tensors are no text"
     Users.load_from_checkpoint(tmp_path / "saved.ckpt")
     with pytest.raises(ValueError, match="Averages"):
-        users_trainer(1, "auto", callbacks=[Averages()]).predict(Users(), data(), ckpt_path=tmp_path / "saved.ckpt")
+        users_trainer(1, "auto", callbacks=[Averages()]).predict(
+            Users(), data(), ckpt_path=tmp_path / "saved.ckpt"
+        )
 
 
 # ---------------------------------------------------------------------- optimizers
 
 
 def losses_after_search(rank: int, world_size: int, folder: Path) -> dict[str, list[float]]:
-    """Searches a learning rate, which trains and then restores the state from before, and trains five steps."""
+    """Searches a learning rate, which trains and then restores the state from before, and trains
+    five steps."""
     found = {}
     for strategy in ("ddp", "expert_parallel"):
-        search = LearningRateFinder(num_training_steps=6, early_stop_threshold=None, update_attr=False)
-        trainer, module = trainer_of(strategy, search, world_size=1, steps=5, folder=folder), Users(lr=0.01)
+        search = LearningRateFinder(
+            num_training_steps=6, early_stop_threshold=None, update_attr=False
+        )
+        trainer, module = (
+            trainer_of(strategy, search, world_size=1, steps=5, folder=folder),
+            Users(lr=0.01),
+        )
         trainer.fit(module, data())
         found[strategy] = module.losses[-5:]
     return found
@@ -235,7 +261,9 @@ class Listing(torch.optim.SGD):
         loss = super().step(closure)
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p].update(history=[torch.ones(5), None], nothing=None, step=3, odd=torch.ones(LARGE))
+                self.state[p].update(
+                    history=[torch.ones(5), None], nothing=None, step=3, odd=torch.ones(LARGE)
+                )
         self.state["of all"] = {"steps": 1}
         return loss
 
@@ -331,7 +359,8 @@ def add_words(checkpoint: dict[str, Any], rank: int) -> None:
 
 
 def refused(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """Trains eight steps with a first checkpoint at the seventh. Returns after how many steps what is refused."""
+    """Trains eight steps with a first checkpoint at the seventh. Returns after how many steps what
+    is refused."""
     found: dict[str, Any] = {}
     for name, add in (("waves", add_complex), ("thing", add_object), ("endless", add_endless)):
         module, saver = Saving(add), ModelCheckpoint(folder / name, every_n_train_steps=7)

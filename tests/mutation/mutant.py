@@ -1,6 +1,7 @@
 """A mutant is a bug that was made before, here or elsewhere, with the tests that must catch it.
 
-tests/mutation/of_ranks.py and of_runs.py list them; mutate.py puts each alone into a copy of the tree.
+tests/mutation/of_ranks.py and of_runs.py list them; mutate.py puts each alone into a copy of the
+tree.
 """
 
 from __future__ import annotations
@@ -28,7 +29,11 @@ class Mutant(NamedTuple):
         return self._replace(tests=tests)
 
     def mutate(self, source: str) -> str:
-        """Returns the source with the bug. ValueError: the text that it replaces does not occur exactly once."""
+        """Returns the source with the bug. ValueError: the text that it replaces does not occur
+        exactly once."""
         if (times := source.count(self.old)) != 1:
-            raise ValueError(f"mutant {self.name}: {self.old!r} occurs {times} times in {self.file}, allowed: once")
+            raise ValueError(
+                f"mutant {self.name}: {self.old!r} occurs {times} times in {self.file}, allowed:"
+                " once"
+            )
         return source.replace(self.old, self.new)

@@ -1,10 +1,13 @@
-"""`make mutate` puts each known bug into a copy of the tree, never into the tree itself, and runs its tests there.
+"""`make mutate` puts each known bug into a copy of the tree, never into the tree itself, and runs
+its tests there.
 
-A bug is caught when its tests fail: pytest's exit code is 1. Code 2, an import that breaks, shows nothing about the
-tests. Without the bug they must pass, because a test that always fails catches nothing.
+A bug is caught when its tests fail: pytest's exit code is 1. Code 2, an import that breaks, shows
+nothing about the tests. Without the bug they must pass, because a test that always fails catches
+nothing.
 
-pytest collects this file only by name, so its options choose mutants (`-k`), run again those that were missed (`--lf`)
-and list them (`--collect-only`). Each worker of pytest-xdist has a copy of its own.
+pytest collects this file only by name, so its options choose mutants (`-k`), run again those that
+were missed (`--lf`) and list them (`--collect-only`). Each worker of pytest-xdist has a copy of its
+own.
 """
 
 from __future__ import annotations
@@ -25,7 +28,17 @@ from tests.support.trees import copy_tree
 
 MUTANTS = (*of_ranks.MUTANTS, *of_runs.MUTANTS)
 # A bug that makes a test hang is caught by the test's own watchdog. -n0: ranks need the cores.
-PYTEST = (sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n0", "--timeout=300")
+PYTEST = (
+    sys.executable,
+    "-m",
+    "pytest",
+    "-x",
+    "-q",
+    "-p",
+    "no:cacheprovider",
+    "-n0",
+    "--timeout=300",
+)
 PASSED, FAILED = 0, 1  # exit codes of pytest
 
 
@@ -60,10 +73,13 @@ def exit_code(tree: Path, test: str) -> int:
 
 
 def run_tests(tree: Path, *tests: str) -> int:
-    """Runs tests of a tree with that tree's own packages. No process that they start outlives the call."""
+    """Runs tests of a tree with that tree's own packages. No process that they start outlives the
+    call."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*PYTEST, *tests], cwd=tree, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        [*PYTEST, *tests], cwd=tree, env=env, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     try:
         return process.wait()
     finally:

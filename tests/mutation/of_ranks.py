@@ -1,10 +1,13 @@
-"""These bugs make results of several ranks differ from those of one process: transfers, gradients, split weights."""
+"""These bugs make results of several ranks differ from those of one process: transfers, gradients,
+split weights."""
 
 from __future__ import annotations
 
 from tests.mutation.mutant import DIST, FAULTS, LIGHTNING, PARALLEL, UNIT, UPDATE, WIRE, Mutant
 
-EP = f"{DIST}/test_negative_controls.py::test_with_nothing_broken_two_ranks_equal_one"  # all gradients
+EP = (  # all gradients
+    f"{DIST}/test_negative_controls.py::test_with_nothing_broken_two_ranks_equal_one"
+)
 DP = f"{DIST}/test_strategy.py::test_a_run_resumed_in_another_layout_equals_an_uninterrupted_one[2-1]"
 TWO_HOPS = f"{DIST}/test_hierarchical.py::test_two_hops_change_no_bit"
 FOUR = f"{DIST}/test_sharded.py::test_four_ranks_equal_one"
@@ -15,23 +18,35 @@ MUTANTS = (
     # ------------------------------------------------------------------ transfers
     Mutant("buffer-not-held", f"{WIRE}/all_to_all.py")
     .replaces(
-        "self.exchange(self.source, traffic)\n", "self.exchange(self.source, traffic)\n        self.source = None\n"
+        "self.exchange(self.source, traffic)\n",
+        "self.exchange(self.source, traffic)\n        self.source = None\n",
     )
     .caught_by(f"{FAULTS}/test_experts.py::test_buffers_are_held_until_the_wait_and_no_longer"),
     Mutant("no-wait-forward", f"{WIRE}/all_to_all.py")
-    .replaces("        transfer.finish()\n        return rows.view_as(rows)\n", "        return rows.view_as(rows)\n")
+    .replaces(
+        "        transfer.finish()\n        return rows.view_as(rows)\n",
+        "        return rows.view_as(rows)\n",
+    )
     .caught_by(f"{DIST}/test_negative_controls.py::test_late_transfers_change_no_bit"),
     Mutant("no-wait-backward", f"{WIRE}/all_to_all.py")
-    .replaces("        transfer.finish()\n        grad, transfer.grad", "        grad, transfer.grad")
+    .replaces(
+        "        transfer.finish()\n        grad, transfer.grad", "        grad, transfer.grad"
+    )
     .caught_by(f"{DIST}/test_negative_controls.py::test_late_transfers_change_no_bit"),
     Mutant("backward-waits-at-once", f"{WIRE}/all_to_all.py")
     .replaces(
         "        transfer.grad = transfer.launch(grad, backward=True)\n",
-        "        transfer.grad = transfer.launch(grad, backward=True)\n        transfer.work.wait()\n",
+        "        transfer.grad = transfer.launch(grad, backward=True)\n       "
+        " transfer.work.wait()\n",
     )
-    .caught_by(f"{DIST}/test_all_to_all.py::test_a_transfer_hides_behind_the_work_forward_and_backward"),
+    .caught_by(
+        f"{DIST}/test_all_to_all.py::test_a_transfer_hides_behind_the_work_forward_and_backward"
+    ),
     Mutant("error-of-a-transfer-raised-once", f"{WIRE}/all_to_all.py")
-    .replaces("                works[0].wait()  #", "                works.pop(0).wait()\n                continue  #")
+    .replaces(
+        "                works[0].wait()  #",
+        "                works.pop(0).wait()\n                continue  #",
+    )
     .caught_by(f"{UNIT}/test_pacing.py::test_an_error_of_rows_reaches_both_that_wait_for_them"),
     Mutant("rows-left-grouped-by-sender", f"{WIRE}/all_to_all.py")
     .replaces(
@@ -55,7 +70,10 @@ MUTANTS = (
     .replaces("by_place[:, place, node]", "by_place[node, :, :, place].T")
     .caught_by(f"{UNIT}/test_hierarchical.py::test_two_hops_equal_one"),
     Mutant("second-hop-not-regrouped", f"{WIRE}/hierarchical.py")
-    .replaces("regrouped = swap_blocks(met, hops.between)\n        return", "regrouped = met\n        return")
+    .replaces(
+        "regrouped = swap_blocks(met, hops.between)\n        return",
+        "regrouped = met\n        return",
+    )
     .caught_by(TWO_HOPS),
     Mutant("second-hop-waits-for-nothing", f"{WIRE}/hierarchical.py")
     .replaces("        first.wait()\n", "")
@@ -64,7 +82,9 @@ MUTANTS = (
     .replaces("        dist.all_reduce(slowest, dist.ReduceOp.MAX, self.group)\n", "")
     .caught_by(TWO_HOPS),
     # ------------------------------------------------------------------ gradients and updates
-    Mutant("no-1/EP", f"{UPDATE}/wrap.py").replaces("return grad / self.context.ep_size", "return grad").caught_by(EP),
+    Mutant("no-1/EP", f"{UPDATE}/wrap.py")
+    .replaces("return grad / self.context.ep_size", "return grad")
+    .caught_by(EP),
     Mutant("no-mean-over-EDP", f"{UPDATE}/wrap.py")
     .replaces("            flat /= self.context.edp_size\n", "")
     .caught_by(DP),
@@ -73,7 +93,9 @@ MUTANTS = (
     .caught_by(f"{DIST}/test_strategy.py::test_expert_gradients_are_sent_once_a_step"),
     Mutant("frozen-experts-waited-for", f"{UPDATE}/wrap.py")
     .replaces("[p for p in self.shards if p.requires_grad]", "self.shards")
-    .caught_by(f"{DIST}/test_strategy.py::test_experts_that_are_unfrozen_during_training_have_the_gradients_of_others"),
+    .caught_by(
+        f"{DIST}/test_strategy.py::test_experts_that_are_unfrozen_during_training_have_the_gradients_of_others"
+    ),
     Mutant("gradients-beside-rows", f"{UPDATE}/pacing.py")
     .replaces("                    self.link.wait()\n", "")
     .caught_by(f"{UNIT}/test_pacing.py::test_rows_wait_behind_the_pieces_in_flight_alone"),
@@ -90,7 +112,9 @@ MUTANTS = (
     .replaces("parts[context.edp_size].append", "parts[context.world_size].append")
     .caught_by(EP),
     Mutant("norm-of-experts-not-averaged", f"{UPDATE}/guard.py")
-    .replaces("total_norm(gradients, device).square() / holders", "total_norm(gradients, device).square()")
+    .replaces(
+        "total_norm(gradients, device).square() / holders", "total_norm(gradients, device).square()"
+    )
     .caught_by(f"{DIST}/test_gradient_norms.py"),
     Mutant("update-despite-non-finite-norm", f"{UPDATE}/guard.py")
     .replaces("        if torch.isfinite(norm):\n", "        if norm.numel() == 1:\n")
@@ -109,7 +133,9 @@ MUTANTS = (
     .caught_by(f"{NOT_FINITE}[output-by hand]"),
     Mutant("clipping-past-strategy-accepted", f"{LIGHTNING}/guarded_update.py")
     .replaces("        elif self.norm is None:\n", "        elif self.guard is None:\n")
-    .caught_by(f"{FAULTS}/test_not_finite.py::test_a_module_that_clips_by_other_means_is_refused[2]"),
+    .caught_by(
+        f"{FAULTS}/test_not_finite.py::test_a_module_that_clips_by_other_means_is_refused[2]"
+    ),
     Mutant("pure-float16-accepted", f"{LIGHTNING}/guarded_update.py")
     .replaces('plugin.precision in ("16-true", "16-mixed")', 'plugin.precision == "16-mixed"')
     .caught_by(f"{FAULTS}/test_lightning_users.py::test_float16_is_refused"),
@@ -118,7 +144,9 @@ MUTANTS = (
     .caught_by(f"{DIST}/test_ep_equality.py::test_each_rank_drops_different_features"),
     Mutant("steps-draw-from-the-samplers-generator", f"{LIGHTNING}/strategy.py")
     .replaces("        with torch.random.fork_rng(devices=()):\n", "        with ExitStack():\n")
-    .caught_by(f"{DIST}/test_strategy.py::test_samplers_without_a_generator_give_every_sample_to_one_rank"),
+    .caught_by(
+        f"{DIST}/test_strategy.py::test_samplers_without_a_generator_give_every_sample_to_one_rank"
+    ),
     # ------------------------------------------------------------------ split dense weights
     Mutant("split-loss-not-divided", f"{UPDATE}/wrap.py")
     .replaces("else loss / self.world_size", "else loss")
@@ -134,7 +162,9 @@ MUTANTS = (
     .caught_by(f"{FOUR}[norm, recompute, hybrid, EP 1]"),
     Mutant("split-gate-rounded", f"{PARALLEL}/dense.py")
     .replaces("            gather_as_kept(part, in_float32)\n", "")
-    .caught_by(f"{RUNS}::test_under_bf16_mixed_matrices_are_gathered_in_bfloat16_and_gates_in_float32"),
+    .caught_by(
+        f"{RUNS}::test_under_bf16_mixed_matrices_are_gathered_in_bfloat16_and_gates_in_float32"
+    ),
     Mutant("split-experts-gathered-in-the-stream", f"{PARALLEL}/dense.py")
     .replaces(
         "blocks, whole = units(module), [module]",
@@ -144,10 +174,15 @@ MUTANTS = (
     .caught_by(f"{RUNS}::test_fsdp_starts_no_collective_inside_an_open_stream"),
     Mutant("split-sums-read-too-early", f"{UPDATE}/wrap.py")
     .replaces("p.grad is not None or p.dtype", "p.dtype")
-    .caught_by(f"{FOUR}[clipped, EP 2]", f"{UNIT}/test_pacing.py::test_sums_that_are_read_at_once_are_waited_for"),
+    .caught_by(
+        f"{FOUR}[clipped, EP 2]",
+        f"{UNIT}/test_pacing.py::test_sums_that_are_read_at_once_are_waited_for",
+    ),
     Mutant("split-backward-ends-before-its-sums", f"{UPDATE}/wrap.py")
     .replaces("            yield\n            self.wait()", "            yield")
-    .caught_by(f"{UNIT}/test_pacing.py::test_backward_of_split_weights_goes_on_until_one_units_sums_are_missing"),
+    .caught_by(
+        f"{UNIT}/test_pacing.py::test_backward_of_split_weights_goes_on_until_one_units_sums_are_missing"
+    ),
     Mutant("whole-weights-after-validation", f"{LIGHTNING}/lockstep.py")
     .replaces("        reshard(self.trainer.lightning_module)  #", "        assert self.trainer  #")
     .caught_by(f"{RUNS}::test_a_users_own_module_is_split_and_equal_to_replicated"),

@@ -1,8 +1,9 @@
-"""Folders of GPT-2, LLaMA, LongCat-Flash, DeepSeek-V3 and Instella-MoE are read into a model that equals theirs.
+"""Folders of GPT-2, LLaMA, LongCat-Flash, DeepSeek-V3 and Instella-MoE are read into a model that
+equals theirs.
 
-Logits and all gradients are equal to 1e-5 of the largest entry in float32. Instella's class is not in transformers: the
-test wires the modules of DeepSeek-V3 by its equations. Every epsilon differs from ours, so that a mix-up shows: that of
-latents' norms is 1e-6 whatever config.json says.
+Logits and all gradients are equal to 1e-5 of the largest entry in float32. Instella's class is not
+in transformers: the test wires the modules of DeepSeek-V3 by its equations. Every epsilon differs
+from ours, so that a mix-up shows: that of latents' norms is 1e-6 whatever config.json says.
 """
 
 from __future__ import annotations
@@ -30,35 +31,85 @@ from scmoe.training.assembly.model import build_model_to_train
 from tests.support.exports import write_checkpoint
 from tests.support.models import OneOfTwo, assert_close, gradients
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed (extra `peers`)"
+)
 pytestmark = pytest.mark.peers
 
 VOCABULARY, LENGTH, TOLERANCE = 50, 12, 1e-5
 GPT2 = {
-    **{"model_type": "gpt2", "vocab_size": VOCABULARY, "n_positions": LENGTH, "n_layer": 4, "n_embd": 16},
+    **{
+        "model_type": "gpt2",
+        "vocab_size": VOCABULARY,
+        "n_positions": LENGTH,
+        "n_layer": 4,
+        "n_embd": 16,
+    },
     **{"n_head": 2, "n_inner": 24},
 }
 LLAMA = {
-    **{"model_type": "llama", "vocab_size": VOCABULARY, "max_position_embeddings": LENGTH, "num_hidden_layers": 4},
-    **{"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24},
+    **{
+        "model_type": "llama",
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": LENGTH,
+        "num_hidden_layers": 4,
+    },
+    **{
+        "hidden_size": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 24,
+    },
     **{"rms_norm_eps": 1e-2},
 }
 SIZES = {
-    **{"vocab_size": VOCABULARY, "hidden_size": 16, "num_attention_heads": 2, "max_position_embeddings": LENGTH},
-    **{"rms_norm_eps": 1e-2, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5},
+    **{
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "max_position_embeddings": LENGTH,
+    },
+    **{
+        "rms_norm_eps": 1e-2,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 5,
+    },
     **{"n_routed_experts": 4, "num_key_value_heads": 2, "attn_implementation": "sdpa"},
 }
 LONGCAT = SIZES | {
-    **{"model_type": "longcat_flash", "num_layers": 2, "q_lora_rank": 6, "head_dim": 4, "ffn_hidden_size": 32},
+    **{
+        "model_type": "longcat_flash",
+        "num_layers": 2,
+        "q_lora_rank": 6,
+        "head_dim": 4,
+        "ffn_hidden_size": 32,
+    },
     **{"expert_ffn_hidden_size": 24, "moe_topk": 2, "routed_scaling_factor": 6.0},
 }
 DEEPSEEK = SIZES | {
-    **{"model_type": "deepseek_v3", "num_hidden_layers": 3, "first_k_dense_replace": 1, "intermediate_size": 40},
-    **{"moe_intermediate_size": 24, "n_shared_experts": 2, "num_experts_per_tok": 2, "routed_scaling_factor": 2.5},
+    **{
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 40,
+    },
+    **{
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "routed_scaling_factor": 2.5,
+    },
     **{"n_group": 1, "topk_group": 1},
 }
 YARN = {
-    **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 4096},
+    **{
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+    },
     **{"beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
 }
 CASES: dict[str, dict[str, Any]] = {
@@ -66,27 +117,63 @@ CASES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama, tied": LLAMA | {"tie_word_embeddings": True},
     "longcat": LONGCAT | {"zero_expert_num": 0},
-    "longcat, zero experts": LONGCAT | {"zero_expert_num": 4, "rope_parameters": {**YARN, "rope_theta": 1e7}},
+    "longcat, zero experts": (
+        LONGCAT | {"zero_expert_num": 4, "rope_parameters": {**YARN, "rope_theta": 1e7}}
+    ),
     "deepseek": DEEPSEEK | {"q_lora_rank": 6, "rope_theta": 50000.0},
     "instella": DEEPSEEK | {"q_lora_rank": None, "rope_parameters": YARN},
 }
 LATENT = {"kv_rank": 8, "nope_dim": 6, "rope_dim": 4, "value_dim": 5}
-DATA = ("data.name=synthetic", f"data.vocab_size={VOCABULARY}", f"data.seq_len={LENGTH}", "moe.capacity_factor=null")
+DATA = (
+    "data.name=synthetic",
+    f"data.vocab_size={VOCABULARY}",
+    f"data.seq_len={LENGTH}",
+    "moe.capacity_factor=null",
+)
 OUR_DENSE = ("model.layers=4", "model.dim=16", "model.ffn_dim=24", "moe.architecture=dense")
-OUR_LLAMA = (*OUR_DENSE, "model.family=llama", "model.heads=4", "model.kv_heads=2", "model.norm_eps=1e-2")
+OUR_LLAMA = (
+    *OUR_DENSE,
+    "model.family=llama",
+    "model.heads=4",
+    "model.kv_heads=2",
+    "model.norm_eps=1e-2",
+)
 OURS = (
-    *("model.family=llama", "model.attention=latent", "model.dim=16", "model.heads=2", "model.norm_eps=1e-2"),
+    *(
+        "model.family=llama",
+        "model.attention=latent",
+        "model.dim=16",
+        "model.heads=2",
+        "model.norm_eps=1e-2",
+    ),
     *(f"model.latent.{key}={size}" for key, size in LATENT.items()),
     *("moe.num_experts=4", "moe.top_k=2", "moe.ffn_dim=24"),
 )
 OUR_LONGCAT = (
     *OURS,
-    *("model.layers=4", "model.ffn_dim=32", "model.latent.q_rank=6", "model.latent.scaled=true", "moe.router=longcat"),
-    *("moe.router_scale=6", "moe.tap_norm=shared", "moe.combine=direct_add", "model.rope_theta=1e7"),
+    *(
+        "model.layers=4",
+        "model.ffn_dim=32",
+        "model.latent.q_rank=6",
+        "model.latent.scaled=true",
+        "moe.router=longcat",
+    ),
+    *(
+        "moe.router_scale=6",
+        "moe.tap_norm=shared",
+        "moe.combine=direct_add",
+        "model.rope_theta=1e7",
+    ),
 )
 OUR_DEEPSEEK = (
     *OURS,
-    *("model.layers=3", "model.ffn_dim=48", "moe.leading_dense=[40]", "moe.every=1", "moe.router=deepseek"),
+    *(
+        "model.layers=3",
+        "model.ffn_dim=48",
+        "moe.leading_dense=[40]",
+        "moe.every=1",
+        "moe.router=deepseek",
+    ),
     "moe.router_scale=2.5",
 )
 SHARED_EXPERT = ("moe.architecture=shared_expert", "moe.combine=direct_add")
@@ -98,12 +185,18 @@ WORDS = {
     "longcat": OUR_LONGCAT,
     "longcat, zero experts": (*OUR_LONGCAT, "moe.zero_experts=4", "model.latent.yarn_factor=40"),
     "deepseek": (*OUR_DEEPSEEK, *SHARED_EXPERT, "model.latent.q_rank=6", "model.rope_theta=5e4"),
-    "instella": (*OUR_DEEPSEEK, "moe.architecture=farskip", "model.latent.gated=true", "model.latent.yarn_factor=40"),
+    "instella": (
+        *OUR_DEEPSEEK,
+        "moe.architecture=farskip",
+        "model.latent.gated=true",
+        "model.latent.yarn_factor=40",
+    ),
 }
 
 
 def instella_logits(theirs: nn.Module, ids_BS: Tensor) -> Tensor:
-    """Computes Instella-MoE's logits with the modules of DeepSeek-V3, each of whose attentions has a `gate_proj`."""
+    """Computes Instella-MoE's logits with the modules of DeepSeek-V3, each of whose attentions has
+    a `gate_proj`."""
     body = theirs.model
     x = y = body.embed_tokens(ids_BS)
     angles = body.rotary_emb(x, torch.arange(ids_BS.shape[1])[None])
@@ -125,12 +218,15 @@ def gated(attention: nn.Module, x_BSD: Tensor, angles: tuple[Tensor, Tensor]) ->
 
 @torch.no_grad()
 def their_model(case: str) -> nn.Module:
-    """Returns a model of theirs in which every term shows: no norm has weight 1, and no selection bias is 0."""
+    """Returns a model of theirs in which every term shows: no norm has weight 1, and no selection
+    bias is 0."""
     config = transformers.AutoConfig.for_model(**CASES[case])
     theirs = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     if case == "instella":
         for attention in (layer.self_attn for layer in theirs.model.layers):
-            attention.gate_proj = nn.Linear(config.hidden_size, attention.o_proj.in_features, bias=False)
+            attention.gate_proj = nn.Linear(
+                config.hidden_size, attention.o_proj.in_features, bias=False
+            )
     generator = torch.Generator().manual_seed(0)
     for part, p in theirs.named_parameters():
         fresh = torch.randn(p.shape, generator=generator)
@@ -186,7 +282,9 @@ def test_logits_and_gradients(case, folders, tmp_path):
     save(theirs, tmp_path, case)
     expected, found = read_hf(tmp_path), gradients(ours)
     if case == "llama, tied":  # ours are two weights with a gradient each
-        found["tokens.weight"] = found["head.weight"] = found["tokens.weight"] + found["head.weight"]
+        found["tokens.weight"] = found["head.weight"] = (
+            found["tokens.weight"] + found["head.weight"]
+        )
     for name, grad in found.items():
         experts = [expected.read(name, e) for e in range(4)] if ".experts." in name else []
         their_grad = torch.stack(experts) if experts else expected.read(name, None)
@@ -198,14 +296,20 @@ def test_logits_and_gradients(case, folders, tmp_path):
 def test_a_round_trip_changes_no_byte(case, folders, tmp_path):
     """What nothing reads is written as zeros: gate and up projections of zero experts."""
     theirs, config = their_model(case), config_of(case, folders / case)
-    write_checkpoint(build_model_to_train(config, ParallelContext()), tmp_path / "step=3.ckpt", step=3)
+    write_checkpoint(
+        build_model_to_train(config, ParallelContext()), tmp_path / "step=3.ckpt", step=3
+    )
     kind = write_folder(tmp_path / "step=3.ckpt", tmp_path / "out", config)
     assert kind == CASES[case]["model_type"]
-    before, after = (load_file(folder / "model.safetensors") for folder in (folders / case, tmp_path / "out"))
+    before, after = (
+        load_file(folder / "model.safetensors") for folder in (folders / case, tmp_path / "out")
+    )
     assert before.keys() == after.keys()
     zero_experts = [f".experts.{e}." for e in range(4, 8)]
     for name, weight in before.items():
-        expected = torch.zeros_like(weight) if any(part in name for part in zero_experts) else weight
+        expected = (
+            torch.zeros_like(weight) if any(part in name for part in zero_experts) else weight
+        )
         assert torch.equal(after[name], expected) and after[name].dtype == weight.dtype, name
     again = type(theirs).from_pretrained(tmp_path / "out").eval()
     assert torch.equal(again(ids()).logits, theirs(ids()).logits)
@@ -240,7 +344,8 @@ def test_a_rank_reads_only_its_own_experts(folders, monkeypatch):
 
 @pytest.mark.parametrize("case", ("longcat", "deepseek"))
 def test_zero_experts_are_added_to_a_folder(case, folders):
-    """Never chosen, they leave the logits as they are where a score does not depend on the others, as a softmax's."""
+    """Never chosen, they leave the logits as they are where a score does not depend on the others,
+    as a softmax's."""
     zeros = ("moe.zero_experts=3", "moe.zero_output=zero")
     ours = build_model_to_train(config_of(case, folders / case, *zeros), ParallelContext())
     for router in (module for module in ours.modules() if isinstance(module, Router)):
@@ -260,8 +365,12 @@ def test_the_class_decides_where_no_type_is_declared(folders, tmp_path):
 
 
 def test_further_modules_are_not_read(folders, tmp_path):
-    """Published folders have modules that predict further tokens, which are neither read nor refused."""
-    for case, name in (("longcat", "model.mtp.norm.weight"), ("deepseek", "model.layers.3.eh_proj.weight")):
+    """Published folders have modules that predict further tokens, which are neither read nor
+    refused."""
+    for case, name in (
+        ("longcat", "model.mtp.norm.weight"),
+        ("deepseek", "model.layers.3.eh_proj.weight"),
+    ):
         folder = Path(shutil.copytree(folders / case, tmp_path / case))
         weights = load_file(folder / "model.safetensors")
         save_file({**weights, name: torch.zeros(3)}, folder / "model.safetensors", {"format": "pt"})
@@ -272,21 +381,71 @@ def test_further_modules_are_not_read(folders, tmp_path):
     ("case", "changes", "words", "said"),
     [
         ("longcat", {"router_bias": True}, (), "router_bias is True, allowed: False"),
-        ("longcat", {"zero_expert_type": "copy"}, (), "zero_expert_type is 'copy', allowed: 'identity'"),
+        (
+            "longcat",
+            {"zero_expert_type": "copy"},
+            (),
+            "zero_expert_type is 'copy', allowed: 'identity'",
+        ),
         ("longcat", {"norm_topk_prob": True}, (), "norm_topk_prob is True, allowed: False"),
         ("longcat", {"head_dim": 8}, (), "head_dim is 8, allowed: 4"),
         ("longcat", {}, ("model.layers=2",), "model.layers is 2, allowed: 4"),
-        ("longcat", {}, ("moe.zero_experts=2",), "2 that return their input would change its output"),
-        ("longcat, zero experts", {}, ("moe.zero_output=zero",), "moe.zero_output is 'zero', allowed: 'input'"),
+        (
+            "longcat",
+            {},
+            ("moe.zero_experts=2",),
+            "2 that return their input would change its output",
+        ),
+        (
+            "longcat, zero experts",
+            {},
+            ("moe.zero_output=zero",),
+            "moe.zero_output is 'zero', allowed: 'input'",
+        ),
         ("longcat", {}, ("moe.tap_norm=own",), "moe.tap_norm is 'own', allowed: 'shared'"),
         ("longcat", {}, ("model.norm_eps=1e-5",), "model.norm_eps is 1e-05, allowed: 0.01"),
-        ("longcat", {}, ("model.rope_theta=10000",), "model.rope_theta is 10000.0, allowed: 10000000.0"),
-        ("deepseek", {"n_group": 8, "topk_group": 4}, (), "n_group is 8, allowed: 1; topk_group is 4, allowed: 1"),
-        ("deepseek", {"architectures": ["KimiForCausalLM"]}, (), "architectures is ['KimiForCausalLM'], allowed: "),
-        ("deepseek", {"rope_parameters": YARN | {"beta_fast": 16}}, TURNED, "beta_fast is 16, allowed: 32"),
-        ("deepseek", {"rope_parameters": YARN | {"mscale": None}}, TURNED, "mscale is None, allowed: 1.0"),
-        ("instella", {"architectures": ["DeepseekV3ForCausalLM"]}, SHARED_EXPERT, "model.latent.gated is True"),
-        ("instella", {"farskip_end_idx": 2}, (), "farskip_end_idx is 2, allowed: num_hidden_layers or more"),
+        (
+            "longcat",
+            {},
+            ("model.rope_theta=10000",),
+            "model.rope_theta is 10000.0, allowed: 10000000.0",
+        ),
+        (
+            "deepseek",
+            {"n_group": 8, "topk_group": 4},
+            (),
+            "n_group is 8, allowed: 1; topk_group is 4, allowed: 1",
+        ),
+        (
+            "deepseek",
+            {"architectures": ["KimiForCausalLM"]},
+            (),
+            "architectures is ['KimiForCausalLM'], allowed: ",
+        ),
+        (
+            "deepseek",
+            {"rope_parameters": YARN | {"beta_fast": 16}},
+            TURNED,
+            "beta_fast is 16, allowed: 32",
+        ),
+        (
+            "deepseek",
+            {"rope_parameters": YARN | {"mscale": None}},
+            TURNED,
+            "mscale is None, allowed: 1.0",
+        ),
+        (
+            "instella",
+            {"architectures": ["DeepseekV3ForCausalLM"]},
+            SHARED_EXPERT,
+            "model.latent.gated is True",
+        ),
+        (
+            "instella",
+            {"farskip_end_idx": 2},
+            (),
+            "farskip_end_idx is 2, allowed: num_hidden_layers or more",
+        ),
         ("instella", {}, SHARED_EXPERT, "moe.architecture is 'shared_expert', allowed: 'farskip'"),
     ],
 )

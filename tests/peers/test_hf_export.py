@@ -1,4 +1,5 @@
-"""A folder of `make export FORMAT=hf` is read by transformers with equal logits, and by us with bit-identical weights.
+"""A folder of `make export FORMAT=hf` is read by transformers with equal logits, and by us with
+bit-identical weights.
 
 float32: sums of another order differ by 1e-6 of the largest logit; the bound is 1e-5.
 """
@@ -28,14 +29,19 @@ from tests.support.architectures import LATENT, LATENT_ATTENTION, overrides
 from tests.support.exports import write_checkpoint
 from tests.support.models import assert_close, tiny_model
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed (extra `peers`)"
+)
 pytestmark = pytest.mark.peers
 
 LLAMA = "model.family=llama model.kv_heads=2"
 INSTELLA = " ".join(["model.family=llama", *overrides(LATENT_ATTENTION["instella"])])
 LONGCAT = " ".join(["model.family=llama", *overrides(LATENT_ATTENTION["longcat"])])
 DEEPSEEK = " ".join(
-    ["model.family=llama", *overrides(f"architecture=shared_expert combine=direct_add every=1 top_k=2 {LATENT}")]
+    [
+        "model.family=llama",
+        *overrides(f"architecture=shared_expert combine=direct_add every=1 top_k=2 {LATENT}"),
+    ]
 )
 DEEPSEEK += " moe.router=deepseek moe.router_scale=2.5"
 KINDS = {  # words: model_type
@@ -43,17 +49,24 @@ KINDS = {  # words: model_type
     "moe.architecture=dense": "gpt2",
     f"{LLAMA} moe.architecture=dense moe.noisy=true": "llama",  # without a gate it has no noise
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1": "mixtral",
-    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 model.norm_eps=1e-6 model.rope_theta=1e6": "mixtral",
+    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 model.norm_eps=1e-6 model.rope_theta=1e6": (
+        "mixtral"
+    ),
     f"{LLAMA} moe.architecture=shared_expert": "qwen2_moe",
     f"{LLAMA} moe.architecture=shared_expert moe.top_k=2 moe.every=1": "qwen2_moe",
     f"{LLAMA} moe.architecture=shared_expert moe.top_k=2 moe.renormalise=false": "qwen2_moe",
-    f"{LONGCAT} moe.router=longcat moe.router_scale=6 moe.zero_experts=2 moe.ffn_dim=32": "longcat_flash",
+    f"{LONGCAT} moe.router=longcat moe.router_scale=6 moe.zero_experts=2 moe.ffn_dim=32": (
+        "longcat_flash"
+    ),
     f"{DEEPSEEK} moe.ffn_dim=8 moe.leading_dense=[40,40] model.latent.yarn_factor=4": "deepseek_v3",
     "moe.architecture=scmoe moe.capacity_factor=0.5": "scmoe",
-    f"{LLAMA} moe.architecture=scmoe moe.position=pos3 moe.combine=cg2 moe.coefficient_input=tap": "scmoe",
+    f"{LLAMA} moe.architecture=scmoe moe.position=pos3 moe.combine=cg2 moe.coefficient_input=tap": (
+        "scmoe"
+    ),
     "moe.architecture=dgmoe_share model.layers=4": "scmoe",
-    f"{LLAMA} moe.router=longcat moe.top_k=2 moe.router_scale=6 moe.zero_experts=2 moe.ffn_dim=32 "
-    "moe.leading_dense=[40,48]": "scmoe",
+    f"{LLAMA} moe.router=longcat moe.top_k=2 moe.router_scale=6 moe.zero_experts=2 moe.ffn_dim=32 moe.leading_dense=[40,48]": (
+        "scmoe"
+    ),
     "moe.every=1 moe.after_norm=true": "scmoe",
     INSTELLA: "scmoe",
 }
@@ -61,12 +74,15 @@ OURS = (  # no other model type has all of their settings
     f"{LLAMA} moe.architecture=shared_expert moe.combine=cg2",
     f"{LLAMA} moe.architecture=top_k moe.top_k=2",  # Mixtral has an MoE in every block
     f"{LLAMA} moe.architecture=top_k moe.top_k=1 moe.every=1",  # there its weight is 1
-    f"{LLAMA} moe.architecture=shared_expert moe.noisy=true",  # weights of the noise have no place there
+    # weights of the noise have no place there
+    f"{LLAMA} moe.architecture=shared_expert moe.noisy=true",
     "moe.architecture=dense model.activation=swiglu",
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.router=deepseek",
-    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.after_norm=true",  # Mixtral has no such norm
+    # Mixtral has no such norm
+    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.after_norm=true",
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.balanced_routing=true",
-    f"{LONGCAT} moe.router=longcat moe.zero_experts=2 moe.zero_output=zero",  # there they return their input
+    # there they return their input
+    f"{LONGCAT} moe.router=longcat moe.zero_experts=2 moe.zero_output=zero",
     f"{LONGCAT} moe.router=longcat moe.position=pos1",
     f"{LONGCAT} moe.router=deepseek",
     f"{LONGCAT} moe.router=longcat model.latent.q_rank=null",
@@ -79,8 +95,19 @@ TEXT = "My fellow citizens, the state of the union: naïve 🙂 \n\n  two  space
 
 
 def config_of(words: str) -> Config:
-    sizes = ("model.layers=4", "model.dim=16", "model.heads=4", "model.ffn_dim=24", "moe.num_experts=6")
-    data = ("data.name=synthetic", "data.vocab_size=300", f"data.seq_len={LENGTH}", "moe.capacity_factor=null")
+    sizes = (
+        "model.layers=4",
+        "model.dim=16",
+        "model.heads=4",
+        "model.ffn_dim=24",
+        "moe.num_experts=6",
+    )
+    data = (
+        "data.name=synthetic",
+        "data.vocab_size=300",
+        f"data.seq_len={LENGTH}",
+        "moe.capacity_factor=null",
+    )
     return load(None, [*sizes, *data, *words.split()])
 
 
@@ -121,7 +148,9 @@ def test_logits_and_weights(words, tmp_path):
         if "capacity" not in words:  # a folder's model drops nothing
             assert_close(ours(ids()).logits_BSV, model(ids()).logits_BSV, 1e-5)
     if kind != "scmoe":  # weights of the folder start another training
-        started = build_model_to_train(config_of(f"{words} init_from=hf:{tmp_path / 'hf'}"), ParallelContext())
+        started = build_model_to_train(
+            config_of(f"{words} init_from=hf:{tmp_path / 'hf'}"), ParallelContext()
+        )
         for name, p in model.named_parameters():
             assert torch.equal(p, started.get_parameter(name)), name
 
@@ -140,14 +169,21 @@ def test_a_large_model_is_written_in_several_files(tmp_path):
     assert set(index["weight_map"].values()) == set(files[:-1])
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
     with torch.inference_mode():
-        assert_close(theirs(tmp_path / "hf")(ids()).logits, scmoe.load(tmp_path / "hf")(ids()).logits_BSV, 1e-5)
+        assert_close(
+            theirs(tmp_path / "hf")(ids()).logits,
+            scmoe.load(tmp_path / "hf")(ids()).logits_BSV,
+            1e-5,
+        )
     write_folder(tmp_path / "step=3.ckpt", tmp_path / "hf", config_of(words))
-    assert [path.name for path in (tmp_path / "hf").glob("model*")] == ["model.safetensors"], "old files are gone"
+    assert [path.name for path in (tmp_path / "hf").glob("model*")] == ["model.safetensors"], (
+        "old files are gone"
+    )
 
 
 @pytest.mark.parametrize("words", ["moe.architecture=scmoe", "moe.architecture=dense"])
 def test_an_export_replaces_only_exports_of_its_model(words, tmp_path):
-    """Its own are replaced, a killed one's too. transformers saves a fine-tuned model under the same names."""
+    """Its own are replaced, a killed one's too. transformers saves a fine-tuned model under the
+    same names."""
     exported(words, tmp_path)
     config, folder = config_of(words), tmp_path / "hf"
     write_folder(tmp_path / "step=3.ckpt", folder, config)
@@ -188,7 +224,9 @@ def test_a_folder_never_has_half_of_a_file(name, tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full_disk)
     with pytest.raises(OSError, match="No space left"):
         exported("moe.architecture=scmoe", tmp_path, tokenizer=make_tokenizer("bpe", 300, [TEXT]))
-    assert (tmp_path / "hf" / "model.safetensors").exists() and not list((tmp_path / "hf").glob(f"*{name}"))
+    assert (tmp_path / "hf" / "model.safetensors").exists() and not list(
+        (tmp_path / "hf").glob(f"*{name}")
+    )
 
 
 @pytest.mark.parametrize("family", ["scmoe", "gpt2", "mixtral"])
@@ -204,7 +242,9 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path):
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert loaded(TEXT)["input_ids"] == tokenizer.encode(TEXT).tolist()
     assert loaded.decode(loaded(TEXT)["input_ids"]) == TEXT
-    assert loaded.eos_token_id == tokenizer.end_of_text == theirs(tmp_path / "hf").config.eos_token_id
+    assert (
+        loaded.eos_token_id == tokenizer.end_of_text == theirs(tmp_path / "hf").config.eos_token_id
+    )
 
 
 @pytest.mark.parametrize(
@@ -217,24 +257,35 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path):
     ],
 )
 def test_padding_on_the_left_changes_no_token(words, use_cache, tmp_path):
-    """Each text of a batch continues as alone, and as the network itself says without a cache. In float64."""
+    """Each text of a batch continues as alone, and as the network itself says without a cache. In
+    float64."""
     exported(words, tmp_path)
     model, lengths, new, seen = theirs(tmp_path / "hf").double(), (2, 6, 4), 6, []
     texts = [ids()[0, :length] for length in lengths]
-    padded = torch.stack([torch.nn.functional.pad(text, (max(lengths) - len(text), 0)) for text in texts])
+    padded = torch.stack(
+        [torch.nn.functional.pad(text, (max(lengths) - len(text), 0)) for text in texts]
+    )
     mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
     how = {"max_new_tokens": new, "do_sample": False, "use_cache": use_cache}
     model.model.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
     together = model.generate(padded, attention_mask=mask.long(), **how)[:, max(lengths) :]
-    assert seen == ([max(lengths)] + [1] * (new - 1) if use_cache else [*range(max(lengths), max(lengths) + new)])
+    assert seen == (
+        [max(lengths)] + [1] * (new - 1)
+        if use_cache
+        else [*range(max(lengths), max(lengths) + new)]
+    )
     assert len(set(together.flatten().tolist())) > 6
     for row, text in enumerate(texts):
         expected = text[None]
         with torch.inference_mode():
             for _ in range(new):
-                expected = torch.cat([expected, model.model(expected).logits_BSV[:, -1:].argmax(-1)], dim=1)
+                expected = torch.cat(
+                    [expected, model.model(expected).logits_BSV[:, -1:].argmax(-1)], dim=1
+                )
         assert torch.equal(together[row], expected[0, len(text) :])
-        assert torch.equal(model.generate(text[None], attention_mask=torch.ones(1, len(text)), **how), expected)
+        assert torch.equal(
+            model.generate(text[None], attention_mask=torch.ones(1, len(text)), **how), expected
+        )
 
 
 def test_the_registered_class_is_saved_and_refuses_what_it_does_not_read(tmp_path):
@@ -247,7 +298,12 @@ def test_the_registered_class_is_saved_and_refuses_what_it_does_not_read(tmp_pat
         assert len(model(ids(), use_cache=False, return_dict=False)) == 1
         assert model(ids(), logits_to_keep=1).logits.shape[1] == 1
     static = transformers.StaticCache(config=model.config, max_cache_len=LENGTH)
-    wrong_ones = ({"position_ids": ids()}, {"inputs_embeds": ids()}, {"attention_mask": mask[:, 1:]}, {"cache": static})
+    wrong_ones = (
+        {"position_ids": ids()},
+        {"inputs_embeds": ids()},
+        {"attention_mask": mask[:, 1:]},
+        {"cache": static},
+    )
     for wrong in wrong_ones:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             model(ids(), **wrong)
@@ -258,12 +314,15 @@ def test_the_registered_class_is_saved_and_refuses_what_it_does_not_read(tmp_pat
 
 
 def test_routers_stay_in_float32_in_a_model_of_bfloat16(tmp_path):
-    """As in a training: bfloat16 would round steps of a selection bias away, and choices would differ."""
+    """As in a training: bfloat16 would round steps of a selection bias away, and choices would
+    differ."""
     exported("moe.architecture=scmoe moe.router=deepseek", tmp_path)
     model = theirs(tmp_path / "hf", dtype=torch.bfloat16)
     of_routers = {name: p.dtype for name, p in model.named_parameters() if ".router." in name}
     assert len(of_routers) > 1 and {*of_routers.values()} == {torch.float32}
-    assert model.model.tokens.weight.dtype == torch.bfloat16 and model(ids()).logits.isfinite().all()
+    assert (
+        model.model.tokens.weight.dtype == torch.bfloat16 and model(ids()).logits.isfinite().all()
+    )
 
 
 def test_weights_that_a_folder_lacks_are_drawn_as_for_a_training(tmp_path):
@@ -282,7 +341,8 @@ def test_weights_that_a_folder_lacks_are_drawn_as_for_a_training(tmp_path):
 
 
 def test_losses_of_accumulated_batches_add_up_to_that_of_one_batch(tmp_path):
-    """transformers' Trainer gives the number of labels of all batches, and does not divide by the number of batches."""
+    """transformers' Trainer gives the number of labels of all batches, and does not divide by the
+    number of batches."""
     exported("moe.architecture=scmoe", tmp_path)
     model, labels = theirs(tmp_path / "hf").double(), ids().clone()
     labels[0, :5] = -100
@@ -291,7 +351,9 @@ def test_losses_of_accumulated_batches_add_up_to_that_of_one_batch(tmp_path):
     model.zero_grad()
     assert model.accepts_loss_kwargs
     parts = [
-        model(row[None], labels=own[None], num_items_in_batch=torch.tensor(LENGTH - 5 + LENGTH - 1)).loss
+        model(
+            row[None], labels=own[None], num_items_in_batch=torch.tensor(LENGTH - 5 + LENGTH - 1)
+        ).loss
         for row, own in zip(ids(), labels, strict=True)
     ]
     sum(parts).backward()
@@ -318,11 +380,22 @@ def test_the_model_card_says_what_the_model_is_and_loads_it(words, tmp_path):
     model, kind = exported(words, tmp_path, tokenizer=make_tokenizer("bpe", 300, [TEXT]))
     card = tmp_path / "hf" / "README.md"
     _, head, text = card.read_text().split("---\n")
-    assert yaml.safe_load(head)["library_name"] == "transformers" and "license" not in yaml.safe_load(head)
-    assert f"{sum(p.numel() for p in model.parameters()):,} parameters" in text and "for 3 of 200" in text
-    assert ("2 of 6 experts" in text) == (kind == "scmoe") and "/data/hidden" not in card.read_text()
-    (code,), (settings,) = (re.findall(f"```{name}\n(.*?)```", text, re.DOTALL) for name in ("python", "yaml"))
-    assert yaml.safe_load(settings)["model"]["dim"] == 16 and ("import scmoe.hf" in code) == (kind == "scmoe")
+    assert yaml.safe_load(head)[
+        "library_name"
+    ] == "transformers" and "license" not in yaml.safe_load(head)
+    assert (
+        f"{sum(p.numel() for p in model.parameters()):,} parameters" in text
+        and "for 3 of 200" in text
+    )
+    assert ("2 of 6 experts" in text) == (
+        kind == "scmoe"
+    ) and "/data/hidden" not in card.read_text()
+    (code,), (settings,) = (
+        re.findall(f"```{name}\n(.*?)```", text, re.DOTALL) for name in ("python", "yaml")
+    )
+    assert yaml.safe_load(settings)["model"]["dim"] == 16 and ("import scmoe.hf" in code) == (
+        kind == "scmoe"
+    )
     names: dict[str, Any] = {}
     exec(code.replace("FOLDER", str(tmp_path / "hf")), names)
     assert names["model"].config.model_type == kind and names["tokenizer"].eos_token_id is not None

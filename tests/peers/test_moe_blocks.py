@@ -1,13 +1,15 @@
-"""Our MoE modules equal those of transformers in outputs and all gradients, with the same random weights.
+"""Our MoE modules equal those of transformers in outputs and all gradients, with the same random
+weights.
 
 Mixtral        top-2, SwiGLU: standard top-k (Eq. 1)
 OLMoE          top-k without renormalisation
 Qwen2-MoE      a shared expert weighed by a sigmoid: CG-1 (Eq. 15)
 Switch         top-1, the raw probability as weight
-DeepSeek-V3    sigmoid scores, a selection bias, normalised weights times gamma, a shared expert (Direct Add)
-LongCat-Flash  the shortcut: the MoE reads the first sub-layer's post-attention norm, its output is added at the end,
-               which is Pos-2 with a shared tap norm and Direct Add; zero experts, a selection bias, raw weights times
-               gamma
+DeepSeek-V3    sigmoid scores, a selection bias, normalised weights times gamma, a shared expert
+               (Direct Add)
+LongCat-Flash  the shortcut: the MoE reads the first sub-layer's post-attention norm, its output is
+               added at the end, which is Pos-2 with a shared tap norm and Direct Add; zero experts,
+               a selection bias, raw weights times gamma
 
 The tolerance is that of tests/support/peers.py, 2e-6 for DeepSeek-V3 and LongCat-Flash.
 """
@@ -28,7 +30,18 @@ from scmoe.moe.coefficient import CG1, DirectAdd
 from scmoe.moe.router import Router, Scoring, by_sign, in_proportion
 from scmoe.moe.tokens import Routing
 from scmoe.schedule.schedule import Schedule
-from tests.support.peers import DIM, EXPERTS, FFN, Called, Take, check_equal, stacked, stream, swiglu_mlp, under
+from tests.support.peers import (
+    DIM,
+    EXPERTS,
+    FFN,
+    Called,
+    Take,
+    check_equal,
+    stacked,
+    stream,
+    swiglu_mlp,
+    under,
+)
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
 pytestmark = pytest.mark.peers
@@ -37,13 +50,22 @@ CLOSE = 2e-6
 SIGMOID = Scoring(torch.sigmoid, sums_to_one=False, scale=2.5, rule=by_sign)
 
 
-@pytest.mark.parametrize(("family", "top_k", "renormalise"), [("Mixtral", 2, True), ("Olmoe", 3, False)])
+@pytest.mark.parametrize(
+    ("family", "top_k", "renormalise"), [("Mixtral", 2, True), ("Olmoe", 3, False)]
+)
 def test_experts_without_a_shared_one(family, top_k, renormalise):
     modeling = import_module(f"transformers.models.{family.lower()}.modeling_{family.lower()}")
     sizes = {"hidden_size": DIM, "intermediate_size": FFN, "num_experts_per_tok": top_k}
-    experts = {"num_local_experts": EXPERTS} if renormalise else {"num_experts": EXPERTS, "norm_topk_prob": False}
+    experts = (
+        {"num_local_experts": EXPERTS}
+        if renormalise
+        else {"num_experts": EXPERTS, "norm_topk_prob": False}
+    )
     config = getattr(modeling, f"{family}Config")(**sizes, **experts)
-    theirs, ours = getattr(modeling, f"{family}SparseMoeBlock")(config), stream(top_k, Scoring(normalise=renormalise))
+    theirs, ours = (
+        getattr(modeling, f"{family}SparseMoeBlock")(config),
+        stream(top_k, Scoring(normalise=renormalise)),
+    )
 
     def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
         return {"router.gate.weight": take(theirs.gate.weight), **stacked(theirs.experts, take)}
@@ -52,7 +74,10 @@ def test_experts_without_a_shared_one(family, top_k, renormalise):
 
 
 def test_qwen2_moe():
-    from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeConfig, Qwen2MoeSparseMoeBlock
+    from transformers.models.qwen2_moe.modeling_qwen2_moe import (
+        Qwen2MoeConfig,
+        Qwen2MoeSparseMoeBlock,
+    )
 
     config = Qwen2MoeConfig(
         hidden_size=DIM,
@@ -66,7 +91,9 @@ def test_qwen2_moe():
     shared_expert = MLP(DIM, 32, bias=False, activation="swiglu")
     moe = stream(2, Scoring(normalise=False))
     schedule = Schedule("shared_expert", None, 0)
-    ours = SharedExpertBlock([], nn.Identity(), moe, schedule, shared_expert=shared_expert, coefficient=CG1(DIM))
+    ours = SharedExpertBlock(
+        [], nn.Identity(), moe, schedule, shared_expert=shared_expert, coefficient=CG1(DIM)
+    )
 
     def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
         return {
@@ -85,7 +112,9 @@ def test_switch_router():
         SwitchTransformersTop1Router,
     )
 
-    config = SwitchTransformersConfig(d_model=DIM, num_experts=EXPERTS, expert_capacity=100, router_jitter_noise=0.0)
+    config = SwitchTransformersConfig(
+        d_model=DIM, num_experts=EXPERTS, expert_capacity=100, router_jitter_noise=0.0
+    )
     theirs, ours = SwitchTransformersTop1Router(config), Router(DIM, EXPERTS, 1)
 
     def run_theirs(x: Tensor) -> Tensor:
@@ -95,7 +124,9 @@ def test_switch_router():
     def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
         return {"gate.weight": take(theirs.classifier.weight)}
 
-    check_equal(ours, theirs, weights, lambda x: columns(*decision(ours(x.flatten(0, 1)))), run_theirs)
+    check_equal(
+        ours, theirs, weights, lambda x: columns(*decision(ours(x.flatten(0, 1)))), run_theirs
+    )
 
 
 def decision(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,15 +134,26 @@ def decision(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def columns(logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
-    """Returns the logits, and the weights in the chosen experts' columns, so that weights and choices are compared."""
+    """Returns the logits, and the weights in the chosen experts' columns, so that weights and
+    choices are compared."""
     return torch.stack([torch.zeros_like(logits_TE).scatter(1, ids_TK, weights_TK), logits_TE])
 
 
 def deepseek_config(num_experts: int, top_k: int) -> Any:
     from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
 
-    sizes = {"hidden_size": DIM, "moe_intermediate_size": FFN, "n_routed_experts": num_experts, "n_shared_experts": 2}
-    router = {"num_experts_per_tok": top_k, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 2.5}
+    sizes = {
+        "hidden_size": DIM,
+        "moe_intermediate_size": FFN,
+        "n_routed_experts": num_experts,
+        "n_shared_experts": 2,
+    }
+    router = {
+        "num_experts_per_tok": top_k,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.5,
+    }
     return DeepseekV3Config(**sizes, **router, norm_topk_prob=True, rms_norm_eps=1e-2)
 
 
@@ -121,7 +163,10 @@ def test_deepseek_v3_router():
     theirs, ours = DeepseekV3TopkRouter(deepseek_config(8, 3)), Router(DIM, 8, 3, scoring=SIGMOID)
 
     def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
-        return {"gate.weight": take(theirs.weight), "bias.weight": take(theirs.e_score_correction_bias)}
+        return {
+            "gate.weight": take(theirs.weight),
+            "bias.weight": take(theirs.e_score_correction_bias),
+        }
 
     def run_ours(x: Tensor) -> Tensor:
         return columns(*decision(ours(x.flatten(0, 1))))
@@ -163,7 +208,10 @@ def test_longcat_flash_router():
     ours = Router(DIM, EXPERTS, 3, scoring=scoring, zero_experts=3)
 
     def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
-        return {"gate.weight": take(theirs.classifier.weight), "bias.weight": take(theirs.e_score_correction_bias)}
+        return {
+            "gate.weight": take(theirs.classifier.weight),
+            "bias.weight": take(theirs.e_score_correction_bias),
+        }
 
     def run_ours(x: Tensor) -> Tensor:
         return columns(*decision(ours(x.flatten(0, 1))))
@@ -177,14 +225,28 @@ def test_longcat_flash(zero_experts):
     from transformers.models.longcat_flash import modeling_longcat_flash as longcat
     from transformers.models.longcat_flash.configuration_longcat_flash import LongcatFlashConfig
 
-    sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    sizes = {
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+    }
     config = LongcatFlashConfig(
         **{"hidden_size": DIM, "num_layers": 1, "num_attention_heads": 2, "head_dim": 4, **sizes},
         **{"ffn_hidden_size": 32, "expert_ffn_hidden_size": FFN, "n_routed_experts": EXPERTS},
-        **{"zero_expert_num": zero_experts, "moe_topk": 3, "routed_scaling_factor": 6.0, "rms_norm_eps": 1e-2},
+        **{
+            "zero_expert_num": zero_experts,
+            "moe_topk": 3,
+            "routed_scaling_factor": 6.0,
+            "rms_norm_eps": 1e-2,
+        },
         attn_implementation="sdpa",
     )
-    theirs, rotary = longcat.LongcatFlashDecoderLayer(config, 0), longcat.LongcatFlashRotaryEmbedding(config)
+    theirs, rotary = (
+        longcat.LongcatFlashDecoderLayer(config, 0),
+        longcat.LongcatFlashRotaryEmbedding(config),
+    )
     angles = rotary(torch.zeros(1, 10, DIM), torch.arange(10)[None])
 
     def norm() -> nn.Module:
@@ -194,7 +256,11 @@ def test_longcat_flash(zero_experts):
         return MLP(DIM, 32, bias=False, activation="swiglu")
 
     attention = [Called(longcat.LongcatFlashMLA(config, i), angles) for i in range(2)]
-    sublayers = [Residual(norm(), attention[0]), Residual(norm(), mlp()), Residual(norm(), attention[1])]
+    sublayers = [
+        Residual(norm(), attention[0]),
+        Residual(norm(), mlp()),
+        Residual(norm(), attention[1]),
+    ]
     ours = ShortcutBlock(
         sublayers,
         tap_norm=sublayers[1].norm,

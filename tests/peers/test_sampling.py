@@ -7,7 +7,9 @@ import torch
 
 from scmoe.inference.sampling import keep_top_k, keep_top_p, penalised
 
-logits_process = pytest.importorskip("transformers.generation.logits_process", reason="needs the extra `peers`")
+logits_process = pytest.importorskip(
+    "transformers.generation.logits_process", reason="needs the extra `peers`"
+)
 
 pytestmark = [pytest.mark.peers, pytest.mark.inference]
 
@@ -26,7 +28,9 @@ def test_top_k(top_k):
 
 @pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999])
 def test_top_p(top_p):
-    assert torch.equal(keep_top_p(logits(), top_p), logits_process.TopPLogitsWarper(top_p)(None, logits()))
+    assert torch.equal(
+        keep_top_p(logits(), top_p), logits_process.TopPLogitsWarper(top_p)(None, logits())
+    )
 
 
 @pytest.mark.parametrize("penalty", [0.7, 1.0, 1.3])

@@ -1,13 +1,17 @@
-"""The shortcut models of others, and latent attention, equal transformers' parts wired by the published equations.
+"""The shortcut models of others, and latent attention, equal transformers' parts wired by the
+published equations.
 
-NVIDIA Megatron-LM     Pos-1 with an MoE in every block, and a norm of the sum of shared and routed output
-NousResearch           Pos-2 with an MoE in every block: the tap is the preceding block's, the first block's its own
+NVIDIA Megatron-LM     Pos-1 with an MoE in every block, and a norm of the sum of shared and routed
+                       output
+NousResearch           Pos-2 with an MoE in every block: the tap is the preceding block's, the first
+                       block's its own
 AMD FarSkip            attention reads the stream without the preceding routed output
-DeepSeek-V3, LongCat   multi-head latent attention, without and with scaled latents; Instella's with a gate
+DeepSeek-V3, LongCat   multi-head latent attention, without and with scaled latents; Instella's with
+                       a gate
 
-None of the first three has a class in transformers. Theirs are attention, experts, MLP and norms; the wiring is written
-here. All epsilons differ from ours, so that a mix-up shows. The tolerance is that of
-tests/support/peers.py.
+None of the first three has a class in transformers. Theirs are attention, experts, MLP and norms;
+the wiring is written here. All epsilons differ from ours, so that a mix-up shows. The tolerance is
+that of tests/support/peers.py.
 """
 
 from __future__ import annotations
@@ -27,7 +31,18 @@ from scmoe.blocks.sublayers import MLP, Attention, Residual, Rotary
 from scmoe.models.units import through
 from scmoe.moe.coefficient import DirectAdd
 from scmoe.schedule.schedule import Schedule
-from tests.support.peers import DIM, EXPERTS, FFN, Called, Take, check_equal, stacked, stream, swiglu_mlp, under
+from tests.support.peers import (
+    DIM,
+    EXPERTS,
+    FFN,
+    Called,
+    Take,
+    check_equal,
+    stacked,
+    stream,
+    swiglu_mlp,
+    under,
+)
 
 pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
 pytestmark = pytest.mark.peers
@@ -51,7 +66,9 @@ class Parts(nn.Module):
 
         sizes = {"hidden_size": DIM, "intermediate_size": FFN}
         config = llama.LlamaConfig(**sizes, num_attention_heads=HEADS, attn_implementation="sdpa")
-        self.attention = Called(llama.LlamaAttention(config, 0), angles_of(llama.LlamaRotaryEmbedding(config)))
+        self.attention = Called(
+            llama.LlamaAttention(config, 0), angles_of(llama.LlamaRotaryEmbedding(config))
+        )
         experts = {"num_experts_per_tok": 2, "num_local_experts": EXPERTS}
         self.moe = mixtral.MixtralSparseMoeBlock(mixtral.MixtralConfig(**sizes, **experts))
         self.shared = llama.LlamaMLP(config)
@@ -91,10 +108,14 @@ def sublayer() -> Residual:
 
 def shortcut(position: str, slot: int, after: nn.Module | None = None) -> ShortcutBlock:
     parts = {"tap_norm": norm(), "shared_expert": mlp(), "coefficient": DirectAdd(DIM)}
-    return ShortcutBlock([sublayer()], norm(), stream(2), Schedule("scmoe", position, slot, 2), after, **parts)
+    return ShortcutBlock(
+        [sublayer()], norm(), stream(2), Schedule("scmoe", position, slot, 2), after, **parts
+    )
 
 
-def check_blocks(ours: list[nn.Module], wiring: Callable[[nn.ModuleList, Tensor], Tensor], *norms: str) -> None:
+def check_blocks(
+    ours: list[nn.Module], wiring: Callable[[nn.ModuleList, Tensor], Tensor], *norms: str
+) -> None:
     def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
         each = (under(str(i), block.weights(take, *norms)) for i, block in enumerate(theirs.blocks))
         return {name: weight for block in each for name, weight in block.items()}
@@ -141,14 +162,32 @@ def test_farskip(slot):
 
     schedule = Schedule("farskip", None, slot, 2)
     ours: list[nn.Module] = [
-        FarSkipBlock([sublayer()], norm(), stream(2), schedule, shared_expert=mlp()) for _ in range(3)
+        FarSkipBlock([sublayer()], norm(), stream(2), schedule, shared_expert=mlp())
+        for _ in range(3)
     ]
     check_blocks(ours, wiring)
 
 
-SIZES = {"q_lora_rank": 6, "kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
-NAMES = {"q_a_proj": "q_down", "q_a_layernorm": "q_norm", "q_b_proj": "q_up", "q_proj": "q_up", "o_proj": "out"}
-NAMES |= {"kv_a_proj_with_mqa": "kv_down", "kv_a_layernorm": "kv_norm", "kv_b_proj": "kv_up", "gate_proj": "gate"}
+SIZES = {
+    "q_lora_rank": 6,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+}
+NAMES = {
+    "q_a_proj": "q_down",
+    "q_a_layernorm": "q_norm",
+    "q_b_proj": "q_up",
+    "q_proj": "q_up",
+    "o_proj": "out",
+}
+NAMES |= {
+    "kv_a_proj_with_mqa": "kv_down",
+    "kv_a_layernorm": "kv_norm",
+    "kv_b_proj": "kv_up",
+    "gate_proj": "gate",
+}
 
 
 class Gated(nn.Module):
@@ -156,7 +195,10 @@ class Gated(nn.Module):
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
-        self.attention, self.gate_proj = attention, nn.Linear(DIM, attention.o_proj.in_features, bias=False)
+        self.attention, self.gate_proj = (
+            attention,
+            nn.Linear(DIM, attention.o_proj.in_features, bias=False),
+        )
 
     def forward(self, hidden_states: Tensor, **others: object) -> tuple[Tensor, ...]:
         gate = self.gate_proj(hidden_states).sigmoid()
@@ -166,7 +208,9 @@ class Gated(nn.Module):
         return output
 
 
-@pytest.mark.parametrize("peer", ("deepseek_v3", "deepseek_v3, no query latent", "deepseek_v3, gated", "longcat_flash"))
+@pytest.mark.parametrize(
+    "peer", ("deepseek_v3", "deepseek_v3, no query latent", "deepseek_v3, gated", "longcat_flash")
+)
 def test_latent_attention(peer):
     from transformers.models.deepseek_v3 import modeling_deepseek_v3 as deepseek
     from transformers.models.deepseek_v3.configuration_deepseek_v3 import DeepseekV3Config
@@ -174,17 +218,31 @@ def test_latent_attention(peer):
     from transformers.models.longcat_flash.configuration_longcat_flash import LongcatFlashConfig
 
     sizes = SIZES | ({} if peer in ("deepseek_v3", "longcat_flash") else {"q_lora_rank": None})
-    given = {"hidden_size": DIM, "num_attention_heads": HEADS, "head_dim": 4, "rms_norm_eps": EPS, **sizes}
+    given = {
+        "hidden_size": DIM,
+        "num_attention_heads": HEADS,
+        "head_dim": 4,
+        "rms_norm_eps": EPS,
+        **sizes,
+    }
     if peer == "longcat_flash":
         config = LongcatFlashConfig(**given, rope_theta=10000.0, attn_implementation="sdpa")
         config.rope_parameters["rope_theta"] = 10000.0
-        attention, rotary = longcat.LongcatFlashMLA(config, 0), longcat.LongcatFlashRotaryEmbedding(config)
+        attention, rotary = (
+            longcat.LongcatFlashMLA(config, 0),
+            longcat.LongcatFlashRotaryEmbedding(config),
+        )
     else:
         config = DeepseekV3Config(**given, num_key_value_heads=HEADS, attn_implementation="sdpa")
-        attention, rotary = deepseek.DeepseekV3Attention(config, 0), deepseek.DeepseekV3RotaryEmbedding(config)
+        attention, rotary = (
+            deepseek.DeepseekV3Attention(config, 0),
+            deepseek.DeepseekV3RotaryEmbedding(config),
+        )
     gated = peer.endswith("gated")
     theirs = Called(Gated(attention) if gated else attention, angles_of(rotary))
-    ours = LatentAttention(DIM, HEADS, LatentSizes(*sizes.values()), Rotary(), peer == "longcat_flash", gated)
+    ours = LatentAttention(
+        DIM, HEADS, LatentSizes(*sizes.values()), Rotary(), peer == "longcat_flash", gated
+    )
 
     def weights(theirs: nn.Module, take: Take) -> dict[str, Tensor]:
         named = ((name.split(".")[-2:], p) for name, p in theirs.named_parameters())

@@ -1,4 +1,5 @@
-"""timm's SwinV2 and ours, with dense blocks and copied weights, have the same logits and gradients, with drop path too.
+"""timm's SwinV2 and ours, with dense blocks and copied weights, have the same logits and gradients,
+with drop path too.
 
 The tolerance is 1e-12 in float64, and 1e-6 with drop path.
 """
@@ -41,8 +42,14 @@ def our_name(name: str) -> str:
 
 
 def config_of(*overrides: str) -> Config:
-    words = "model.family=swin model.layers=4 model.dim=12 model.heads=2 model.patch_size=2 model.window=4"
-    data = "moe.architecture=dense data.name=digits data.image_size=64 data.num_classes=7 model.drop_path=0.3"
+    words = (
+        "model.family=swin model.layers=4 model.dim=12 model.heads=2 model.patch_size=2"
+        " model.window=4"
+    )
+    data = (
+        "moe.architecture=dense data.name=digits data.image_size=64 data.num_classes=7"
+        " model.drop_path=0.3"
+    )
     return load(None, [*words.split(), *data.split(), *overrides])
 
 
@@ -73,7 +80,9 @@ def both(config: Config) -> tuple[torch.nn.Module, torch.nn.Module]:
 @pytest.mark.parametrize("training", (False, True), ids=("eval", "train"))
 def test_dense_model_equals_timms(training):
     theirs, ours = both(config_of())
-    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images = torch.randn(
+        4, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     logits = []
     for model in (theirs, ours):
         torch.manual_seed(0)  # drop path drops the same blocks of the same images
@@ -102,12 +111,17 @@ def test_initial_weights_have_timms_standard_deviations():
 
 
 @pytest.mark.parametrize(
-    ("preset", "name"), [("s", "swinv2_small_window8_256"), ("b", "swinv2_base_window12_192")], ids=("s", "b")
+    ("preset", "name"),
+    [("s", "swinv2_small_window8_256"), ("b", "swinv2_base_window12_192")],
+    ids=("s", "b"),
 )
 def test_dense_presets_are_timms_models(preset, name):
-    """At the size of Table 9 all names and shapes of weights are equal. The models are on `meta` and take no memory."""
+    """At the size of Table 9 all names and shapes of weights are equal. The models are on `meta`
+    and take no memory."""
     with torch.device("meta"):
         theirs = timm.create_model(name, img_size=192, window_size=12, num_classes=1000)
-    ours = build_model_on_meta(load(f"configs/model/swinv2_moe_{preset}.yaml", ["moe.architecture=dense"]))
+    ours = build_model_on_meta(
+        load(f"configs/model/swinv2_moe_{preset}.yaml", ["moe.architecture=dense"])
+    )
     shapes = {our_name(key): p.shape for key, p in theirs.named_parameters()}
     assert shapes == {key: p.shape for key, p in ours.named_parameters()}

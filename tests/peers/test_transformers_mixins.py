@@ -1,7 +1,9 @@
-"""A model of type scmoe answers what the mixins of transformers' own tests ask of a model (ModelTesterMixin,
-GenerationTesterMixin). They are not in its package, so these are their questions, with Mixtral as a control.
+"""A model of type scmoe answers what the mixins of transformers' own tests ask of a model
+(ModelTesterMixin, GenerationTesterMixin). They are not in its package, so these are their
+questions, with Mixtral as a control.
 
-Also what accelerate and PEFT do to a model. float64, so that sums of another order differ by 1e-12 only.
+Also what accelerate and PEFT do to a model. float64, so that sums of another order differ by 1e-12
+only.
 """
 
 from __future__ import annotations
@@ -18,14 +20,20 @@ from scmoe.runs.hf_folder import own_config
 from tests.support.architectures import LATENT_ATTENTION, overrides
 from tests.support.models import assert_close, kept_for_backward, randomise
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `peers`)")
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed (extra `peers`)"
+)
 pytestmark = pytest.mark.peers
 
 GPT = "moe.architecture=scmoe"
 LLAMA = "model.family=llama model.kv_heads=2"
-LATENT = " ".join(["model.family=llama", *overrides(LATENT_ATTENTION["longcat"]), "moe.router=longcat"])
+LATENT = " ".join(
+    ["model.family=llama", *overrides(LATENT_ATTENTION["longcat"]), "moe.router=longcat"]
+)
 SHARED = f"{LLAMA} moe.architecture=dgmoe_share moe.noisy=true"
-FARSKIP = " ".join(["model.family=llama", *overrides(LATENT_ATTENTION["instella"]), "moe.router=deepseek"])
+FARSKIP = " ".join(
+    ["model.family=llama", *overrides(LATENT_ATTENTION["instella"]), "moe.router=deepseek"]
+)
 KINDS = {"gpt": GPT, "latent": LATENT, "shared": SHARED, "farskip": FARSKIP}
 VOCABULARY, LENGTH = 300, 24
 EAGER = "eager"
@@ -39,17 +47,34 @@ def read(folder: Path, kind: str, **how: Any) -> Any:
 def config_of(words: str) -> Any:
     from scmoe.hf import ScMoEConfig
 
-    sizes = ("model.layers=4", "model.dim=16", "model.heads=4", "model.ffn_dim=24", "moe.num_experts=6")
+    sizes = (
+        "model.layers=4",
+        "model.dim=16",
+        "model.heads=4",
+        "model.ffn_dim=24",
+        "moe.num_experts=6",
+    )
     data = ("data.name=synthetic", f"data.vocab_size={VOCABULARY}", f"data.seq_len={LENGTH}")
     content = own_config(load(None, [*sizes, *data, "moe.capacity_factor=null", *words.split()]))
-    return ScMoEConfig(**{key: value for key, value in content.items() if key not in ("model_type", "architectures")})
+    return ScMoEConfig(
+        **{
+            key: value
+            for key, value in content.items()
+            if key not in ("model_type", "architectures")
+        }
+    )
 
 
 def model_of(kind: str) -> Any:
     """Returns a model with random weights in float64, in evaluation mode."""
     if kind == "mixtral":
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_local_experts": 4}
+        sizes = {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_local_experts": 4,
+        }
         config = transformers.MixtralConfig(vocab_size=VOCABULARY, **sizes, **heads)
         config._experts_implementation = EAGER  # the default one has no float64
         model = transformers.MixtralForCausalLM(config)
@@ -107,10 +132,15 @@ def test_a_config_without_arguments_is_whole():
     from scmoe.hf import ScMoEConfig
 
     config = ScMoEConfig()
-    assert config.hidden_size == config.scmoe["model"]["dim"] and config.intermediate_size == 4 * config.hidden_size
+    assert (
+        config.hidden_size == config.scmoe["model"]["dim"]
+        and config.intermediate_size == 4 * config.hidden_size
+    )
 
 
-@pytest.mark.parametrize("name", ["tie_word_embeddings", "hidden_size", "vocab_size", "attn_implementation"])
+@pytest.mark.parametrize(
+    "name", ["tie_word_embeddings", "hidden_size", "vocab_size", "attn_implementation"]
+)
 def test_a_config_that_the_settings_do_not_follow_is_refused(name):
     from scmoe.hf import ScMoEForCausalLM
 
@@ -128,7 +158,9 @@ def test_a_folder_without_its_tied_embedding_is_reported(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.tokens.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    again, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
     assert "model.tokens.weight" in report["missing_keys"]
     assert again.model.head.weight is again.model.tokens.weight and logits(again).isfinite().all()
     assert again.model.tokens.weight.std() < 0.03  # as for a new training
@@ -174,7 +206,9 @@ def test_embeddings_instead_of_ids(kind):
     continued = {"max_new_tokens": 4, "do_sample": False}
     mask = torch.ones_like(ids())
     written = model.generate(inputs_embeds=embeddings, attention_mask=mask, **continued)
-    assert torch.equal(written[:, -4:], model.generate(ids(), attention_mask=mask, **continued)[:, 10:])
+    assert torch.equal(
+        written[:, -4:], model.generate(ids(), attention_mask=mask, **continued)[:, 10:]
+    )
     with pytest.raises(ValueError, match="inputs_embeds"):
         model(ids(), inputs_embeds=embeddings)
 
@@ -203,7 +237,9 @@ def gradients_and_bytes(model: Any) -> tuple[dict[str, torch.Tensor], int]:
     with kept_for_backward(model) as kept:
         loss = model(ids(20, 8), labels=ids(20, 8), use_cache=False).loss
     loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, sum(kept.values())
+    return {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }, sum(kept.values())
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "mixtral"])
@@ -231,7 +267,9 @@ def test_gradient_checkpointing(kind):
 
 
 def test_gradient_checkpointing_keeps_the_hooks_of_accelerate():
-    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed (extra `peers`)")
+    hooks = pytest.importorskip(
+        "accelerate.hooks", reason="accelerate is not installed (extra `peers`)"
+    )
 
     class Counting(hooks.ModelHook):
         calls = 0
@@ -253,11 +291,23 @@ def test_gradient_checkpointing_keeps_the_hooks_of_accelerate():
 def test_transformers_trainer_with_gradient_checkpointing(tmp_path):
     pytest.importorskip("accelerate", reason="accelerate is not installed (extra `peers`)")
     rows = [{"input_ids": row, "labels": row} for row in ids(rows=4)]
-    how = {"max_steps": 1, "report_to": [], "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
+    how = {
+        "max_steps": 1,
+        "report_to": [],
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
     losses = []
     for recompute in (False, True):
-        arguments = transformers.TrainingArguments(tmp_path, gradient_checkpointing=recompute, **how)
-        losses.append(transformers.Trainer(model_of("gpt"), arguments, train_dataset=rows).train().training_loss)
+        arguments = transformers.TrainingArguments(
+            tmp_path, gradient_checkpointing=recompute, **how
+        )
+        losses.append(
+            transformers.Trainer(model_of("gpt"), arguments, train_dataset=rows)
+            .train()
+            .training_loss
+        )
     assert losses[0] == losses[1] > 0
 
 
@@ -266,7 +316,9 @@ def test_transformers_trainer_with_gradient_checkpointing(tmp_path):
 
 @pytest.mark.parametrize("kind", [*KINDS, "mixtral"])
 def test_weights_kept_on_the_cpu_or_on_disk(kind, tmp_path):
-    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed (extra `peers`)")
+    accelerate = pytest.importorskip(
+        "accelerate", reason="accelerate is not installed (extra `peers`)"
+    )
     expected, cached = logits(model_of(kind)), through_cache(model_of(kind))
     on_cpu = accelerate.cpu_offload(model_of(kind), torch.device("cpu"))
     on_disk = accelerate.disk_offload(model_of(kind), tmp_path / "disk", torch.device("cpu"))
@@ -285,7 +337,9 @@ def with_adapters(kind: str, modules: list[str] | str) -> Any:
     """Returns a model with LoRA whose weights are random, in float64."""
     peft = pytest.importorskip("peft", reason="peft is not installed (extra `peers`)")
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=modules, r=2)
-    model = peft.get_peft_model(model_of(kind), config, autocast_adapter_dtype=False).double().eval()
+    model = (
+        peft.get_peft_model(model_of(kind), config, autocast_adapter_dtype=False).double().eval()
+    )
     generator = torch.Generator().manual_seed(1)
     for name, p in model.named_parameters():
         if "lora_" in name:
@@ -315,7 +369,9 @@ def test_adapters_with_new_tokens(tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed (extra `peers`)")
     base = model_of("latent")
     base.resize_token_embeddings(VOCABULARY + 2)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["qkv", "kv_up"], modules_to_save=["tokens", "head"])
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["qkv", "kv_up"], modules_to_save=["tokens", "head"]
+    )
     model = peft.get_peft_model(base, config)
     inputs = torch.full((1, 4), VOCABULARY + 1)
     model(inputs, labels=inputs).loss.backward()

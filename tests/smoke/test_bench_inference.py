@@ -1,4 +1,5 @@
-"""`bench inference` on two ranks without links measures every row in both shapes; its report has the times' ratios."""
+"""`bench inference` on two ranks without links measures every row in both shapes; its report has
+the times' ratios."""
 
 from collections import Counter
 from dataclasses import replace
@@ -9,7 +10,16 @@ import numpy as np
 import pytest
 
 from experiments.bench import inference
-from experiments.bench.inference import BLOCKS, OVERLAPPED, SHAPES, WAYS, at_load, draw, measure, summary
+from experiments.bench.inference import (
+    BLOCKS,
+    OVERLAPPED,
+    SHAPES,
+    WAYS,
+    at_load,
+    draw,
+    measure,
+    summary,
+)
 from experiments.bench.loads import BALANCED, Now, load_of
 from experiments.bench.pairs import Setting, default_schedule
 from experiments.bench.stacks import Variant
@@ -23,37 +33,56 @@ SECONDS = {"sequential": 0.2, "free": 0.1, **dict.fromkeys(OVERLAPPED, 0.16)}
 
 
 def test_ratios_are_those_of_the_times():
-    """Sequential takes 0.2 s, overlapped 0.16 s, without transfers 0.1 s; the plan overlaps only ScMoE's prefill."""
+    """Sequential takes 0.2 s, overlapped 0.16 s, without transfers 0.1 s; the plan overlaps only
+    ScMoE's prefill."""
     times, plans = {}, {}
     for block in BLOCKS:
         schedule = default_schedule(block)
         for shape in SHAPES:
-            times |= {(shape, Variant(block, schedule, name)): SECONDS[name] * ROUNDS for name in (*WAYS, "free")}
+            times |= {
+                (shape, Variant(block, schedule, name)): SECONDS[name] * ROUNDS
+                for name in (*WAYS, "free")
+            }
             overlapped = block == "pos2" and shape == "prefill"
             plans[block, shape] = SimpleNamespace(schedules=[schedule], overlapped=overlapped)
     setting = Setting(0.5, tokens=64, seq_len=64, rounds=3)
     report = summary(setting, 8, 2, {"times": times, "plans": plans, "rate": 145.0})
     own, top2 = report["rows"]["scmoe_pos2"], report["rows"]["top2"]
     assert report["comm_share"] == {shape: pytest.approx(0.5) for shape in SHAPES}
-    assert (own["prefill_speedup"], own["decode_speedup"], top2["prefill_speedup"]) == (pytest.approx(1.25), 1, 1)
+    assert (own["prefill_speedup"], own["decode_speedup"], top2["prefill_speedup"]) == (
+        pytest.approx(1.25),
+        1,
+        1,
+    )
     assert own["prefill"]["quartiles"] == pytest.approx([1.25, 1.25])
     assert own["prefill"]["limit"] == own["decode"]["limit"] == pytest.approx(2)
     assert (own["prefill"]["auto"], own["decode"]["auto"]) == ("overlapped x 1", "sequential")
     assert (own["prefill"]["gain"], own["decode"]["gain"]) == (pytest.approx(1.25), 1)
-    assert (own["ttft_ms"], own["tpot_ms"]) == (pytest.approx(200), pytest.approx(250)), "medians, in ms"
+    assert (own["ttft_ms"], own["tpot_ms"]) == (pytest.approx(200), pytest.approx(250)), (
+        "medians, in ms"
+    )
     assert own["prefill_tokens_per_s"] == pytest.approx(2 * 64 / 0.2)
     assert own["decode_tokens_per_s"] == pytest.approx(2 * 8 / 0.25)
 
 
 def test_each_pass_takes_the_next_routing_of_its_load(monkeypatch):
     dealt = []
-    monkeypatch.setattr(inference, "pass_seconds", lambda *_: dealt.append((bench.now.load.name, bench.now.step)))
+    monkeypatch.setattr(
+        inference, "pass_seconds", lambda *_: dealt.append((bench.now.load.name, bench.now.step))
+    )
     bench: Any = object.__new__(inference.InferenceBench)
-    bench.now, bench.turns, bench.paid, bench.free, bench.group = Now(load_of(BALANCED)), Counter(), None, None, None
+    bench.now, bench.turns, bench.paid, bench.free, bench.group = (
+        Now(load_of(BALANCED)),
+        Counter(),
+        None,
+        None,
+        None,
+    )
     bench.models = {"top2": SimpleNamespace(blocks=[SimpleNamespace(run_as=lambda *_: None)])}
     bench.passes = {("top2", "prefill"): None}
     rotating, balanced = (
-        Variant("top2", default_schedule("top2"), "free", load) for load in ("rotating:2:1", BALANCED)
+        Variant("top2", default_schedule("top2"), "free", load)
+        for load in ("rotating:2:1", BALANCED)
     )
     for variant in (rotating, balanced, rotating):
         bench.seconds("prefill", variant)
@@ -73,7 +102,17 @@ def measure_briefly(rank: int, world_size: int, setting: Setting, batch: int) ->
 @pytest.mark.smoke
 def test_all_rows_are_measured_and_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(inference, "BLOCKS", FEW)
-    setting = Setting(0.5, compute="real", rounds=2, dim=16, ffn_dim=32, heads=2, tokens=16, seq_len=16, shaped=False)
+    setting = Setting(
+        0.5,
+        compute="real",
+        rounds=2,
+        dim=16,
+        ffn_dim=32,
+        heads=2,
+        tokens=16,
+        seq_len=16,
+        shaped=False,
+    )
     setting = replace(setting, loads=("hot_rank:2",), layout="dropless")
     found = run_ranks(measure_briefly, 2, setting, 8)[0]
     report = summary(setting, 8, 2, found[BALANCED])
@@ -83,9 +122,14 @@ def test_all_rows_are_measured_and_reported(tmp_path, monkeypatch):
             own = row[shape]
             assert own["ways"].keys() == set(WAYS) and min(own["ms"], own["limit"]) > 0
             assert set(own["slots"].values()) <= {0, 1, 2, 3, 4}
-    draw({**report, "link_mbit": 145.0}, tmp_path / "chart.png")  # `bench inference` always has links
+    draw(
+        {**report, "link_mbit": 145.0}, tmp_path / "chart.png"
+    )  # `bench inference` always has links
     assert (tmp_path / "chart.png").stat().st_size > 10_000
     uneven = at_load(setting, 8, 2, found, "hot_rank:2")
     assert uneven["load"]["max_over_mean_ranks"] == 2.0
     for row in uneven["rows"].values():
-        assert all(row[shape]["over_balanced"] > 0 and row[shape]["max_over_mean_ranks"] == 2 for shape in SHAPES)
+        assert all(
+            row[shape]["over_balanced"] > 0 and row[shape]["max_over_mean_ranks"] == 2
+            for shape in SHAPES
+        )

@@ -1,7 +1,9 @@
-"""These tests run `bench overlap`, `timeline` and `growth` with small sizes and check what they print and draw.
+"""These tests run `bench overlap`, `timeline` and `growth` with small sizes and check what they
+print and draw.
 
-`bench overlap` runs as a user runs it, on shaped links where links can be shaped. The other two measure in the same
-way, so here they measure a tiny pair on the loopback device, without a rate, and try each schedule once.
+`bench overlap` runs as a user runs it, on shaped links where links can be shaped. The other two
+measure in the same way, so here they measure a tiny pair on the loopback device, without a rate,
+and try each schedule once.
 """
 
 import json
@@ -28,7 +30,14 @@ on_links = pytest.mark.skipif(MISSING is not None, reason=f"links cannot be shap
 ROWS = ("--rows", "top2", "scmoe_pos2_pipelined", "--rounds", "2")
 TOP = {"comm_share", "link_mbit", "ranks", "device", "compute", "level", "rounds", "rows"}
 ROW = {
-    *("forward_ms", "train_ms", "forward_speedup", "train_speedup", "overlap_forward", "overlap_backward"),
+    *(
+        "forward_ms",
+        "train_ms",
+        "forward_speedup",
+        "train_speedup",
+        "overlap_forward",
+        "overlap_backward",
+    ),
     *("inside_attention", "auto_inside_attention"),
     *("slot", "chunks", "auto_slot", "auto_chunks", "peak_mb", "links", "compute"),
 }
@@ -38,18 +47,40 @@ def check(report: dict[str, Any]) -> None:
     assert report.keys() >= TOP and report["rows"].keys() == {"top2", "scmoe_pos2_pipelined"}
     assert all(row.keys() >= ROW for row in report["rows"].values())
     pipelined = report["rows"]["scmoe_pos2_pipelined"]
-    assert pipelined["chunks"] in (2, 4) and pipelined["auto_chunks"] in (2, 4) and 0 <= pipelined["auto_slot"] <= 3
+    assert (
+        pipelined["chunks"] in (2, 4)
+        and pipelined["auto_chunks"] in (2, 4)
+        and 0 <= pipelined["auto_slot"] <= 3
+    )
     assert report["rows"]["top2"]["peak_mb"] > 0 and report["rows"]["top2"]["inside_gain"] is None
-    assert "inside attention" in pipelined["inside_gain"]["inside"] and pipelined["inside_gain"]["train"][1] > 0
+    assert (
+        "inside attention" in pipelined["inside_gain"]["inside"]
+        and pipelined["inside_gain"]["train"][1] > 0
+    )
 
 
 def test_bench_overlap(tmp_path):
     """The block has emulated operators, and the command searches for the rate of the links."""
-    sizes = ("--tokens", "128", "--seq-len", "32", "--dim", "64", "--attention-ms", "1", "--share", "0.3")
-    report = run("-m", "experiments.bench", "overlap", *ROWS, *sizes, "--out", str(tmp_path)).summary
+    sizes = (
+        "--tokens",
+        "128",
+        "--seq-len",
+        "32",
+        "--dim",
+        "64",
+        "--attention-ms",
+        "1",
+        "--share",
+        "0.3",
+    )
+    report = run(
+        "-m", "experiments.bench", "overlap", *ROWS, *sizes, "--out", str(tmp_path)
+    ).summary
     check(report)
     for row in report["rows"].values():
-        assert row["links"] == ("loopback" if MISSING else "shaped") and row["compute"] == "emulated"
+        assert (
+            row["links"] == ("loopback" if MISSING else "shaped") and row["compute"] == "emulated"
+        )
     assert "gradient_mb" not in report and "of_limit" not in report["rows"]["top2"]
     assert len(list(tmp_path.glob("*.png"))) == 1
 
@@ -57,9 +88,16 @@ def test_bench_overlap(tmp_path):
 @pytest.mark.faults
 @on_links
 def test_bench_exchange_on_two_nodes():
-    report = run("-m", "experiments.bench", "exchange", "--kilobytes", "1", "256", "--rounds", "2").summary
-    assert report["rows"].keys() == {"flat", "hierarchical"} and report["auto"].keys() == {"1", "256"}
-    least = (2 * 2 * 256 * 1024 - 2 * 128 * 1024) * 8 / report["between_mbit"] / 1e3  # the buckets' bursts pass at once
+    report = run(
+        "-m", "experiments.bench", "exchange", "--kilobytes", "1", "256", "--rounds", "2"
+    ).summary
+    assert report["rows"].keys() == {"flat", "hierarchical"} and report["auto"].keys() == {
+        "1",
+        "256",
+    }
+    least = (
+        (2 * 2 * 256 * 1024 - 2 * 128 * 1024) * 8 / report["between_mbit"] / 1e3
+    )  # the buckets' bursts pass at once
     for sizes in report["rows"].values():
         assert sizes["256"]["ms"] >= least, "rows of two ranks for two others share the node's card"
 
@@ -68,10 +106,17 @@ def test_bench_exchange_on_two_nodes():
 @on_links
 def test_bench_train(tmp_path):
     """Both architectures train the debug configuration on the links and without a rate."""
-    words = ("trainer.max_steps=60", "trainer.log_every=2", "trainer.val_every=30", "data.name=synthetic")
+    words = (
+        "trainer.max_steps=60",
+        "trainer.log_every=2",
+        "trainer.val_every=30",
+        "data.name=synthetic",
+    )
     rows = ("--rows", "top2", "--rows", "scmoe_pos2", "--rounds", "2", "--out", str(tmp_path))
     report = run("-m", "experiments.bench", "train", "--config", "debug", *rows, *words).summary
-    assert report["rows"].keys() == {"top2", "scmoe_pos2"} and report["rows"]["top2"]["speedup"] == 1.0
+    assert (
+        report["rows"].keys() == {"top2", "scmoe_pos2"} and report["rows"]["top2"]["speedup"] == 1.0
+    )
     for row in report["rows"].values():
         parts = row["compute_s"] + row["exposed_rows_s"] + row["exposed_gradients_s"]
         assert parts == pytest.approx(row["step_s"]) and row["rows_over_gradients"] > 0
@@ -87,16 +132,22 @@ def test_bench_train_takes_as_many_ranks_as_share_the_experts_of_its_config(tmp_
     assert given[0][1:4] == (("moe.num_experts=6",), 0.52, 3)
 
 
-def without_rate(rank: int, world_size: int, measure: Callable[..., Any], setting: Setting, *args: Any) -> Any:
+def without_rate(
+    rank: int, world_size: int, measure: Callable[..., Any], setting: Setting, *args: Any
+) -> Any:
     links.set_rate = lambda mbit: None
     overlap.TRIALS, planner.STEPS_EACH, planner.MOST_TRIES = 1, 1, 6
     rate = setting.link_mbit or 100.0  # the command does not search for a rate that is given
-    return measure(rank, world_size, replace(setting, link_mbit=rate, tokens=64, seq_len=32, dim=32), *args)
+    return measure(
+        rank, world_size, replace(setting, link_mbit=rate, tokens=64, seq_len=32, dim=32), *args
+    )
 
 
 @pytest.fixture
 def tiny_on_loopback(monkeypatch):
-    def measured(measure: Callable[..., Any], ranks: int, setting: Setting, *args: Any, **_: Any) -> list[Any]:
+    def measured(
+        measure: Callable[..., Any], ranks: int, setting: Setting, *args: Any, **_: Any
+    ) -> list[Any]:
         return run_ranks(without_rate, ranks, measure, replace(setting, attention_ms=1.0), *args)
 
     monkeypatch.setattr(links, "inside", lambda: True)
@@ -114,7 +165,9 @@ def test_a_step_waits_in_each_of_its_batches(monkeypatch):
     caller.send(None)  # the next turn
     for step in (0, 0, 0, 1):
         held.on_train_batch_start()
-        held.on_train_batch_end(SimpleNamespace(callbacks=[schedule], accumulate_grad_batches=4, global_step=step))
+        held.on_train_batch_end(
+            SimpleNamespace(callbacks=[schedule], accumulate_grad_batches=4, global_step=step)
+        )
     assert caller.recv()[1] == 4 * 4.25 and not caller.poll()
 
 
@@ -130,12 +183,23 @@ def test_a_training_that_ends_before_its_last_turn_is_an_error(monkeypatch):
 
 def test_bench_train_refuses_to_stop_early(tmp_path):
     with pytest.raises(ConfigError, match="early_stopping"):
-        training.bench_train("debug", ["trainer.early_stopping=1"], 0.52, 2, 2, ["top2"], None, tmp_path)
+        training.bench_train(
+            "debug", ["trainer.early_stopping=1"], 0.52, 2, 2, ["top2"], None, tmp_path
+        )
 
 
 def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path):
     """The iteration has real operators, and their gradients are summed over the ranks."""
-    words = ("--compute", "real", "--level", "iteration", "--ffn-dim", "128", "--out", str(tmp_path))
+    words = (
+        "--compute",
+        "real",
+        "--level",
+        "iteration",
+        "--ffn-dim",
+        "128",
+        "--out",
+        str(tmp_path),
+    )
     report = called("bench", "overlap", *ROWS, *words).summary
     check(report)
     # each of two top-2 pairs has a norm, a gate, attention and MLP in float32
@@ -147,17 +211,33 @@ def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path):
 
 @pytest.mark.parametrize(
     ("row", "compute"),
-    [("scmoe_pos2", "real"), pytest.param("farskip_pipelined", "emulated", marks=pytest.mark.faults)],
+    [
+        ("scmoe_pos2", "real"),
+        pytest.param("farskip_pipelined", "emulated", marks=pytest.mark.faults),
+    ],
 )
-def test_bench_overlap_of_an_iteration_with_an_moe_in_every_block(row, compute, tiny_on_loopback, tmp_path):
+def test_bench_overlap_of_an_iteration_with_an_moe_in_every_block(
+    row, compute, tiny_on_loopback, tmp_path
+):
     """Of four blocks the first has a shorter window at Nous' tap."""
-    words = ("--every", "1", "--level", "iteration", "--ffn-dim", "128", "--rounds", "2", "--out", str(tmp_path))
+    words = (
+        "--every",
+        "1",
+        "--level",
+        "iteration",
+        "--ffn-dim",
+        "128",
+        "--rounds",
+        "2",
+        "--out",
+        str(tmp_path),
+    )
     report = called("bench", "overlap", "--rows", row, "--compute", compute, *words).summary
     own = report["rows"][row]
     assert len(own["auto_slots"]) == 4 and own["of_limit"] > 0
     assert row != "scmoe_pos2" or own["auto_slots"][0] in ("slot 0", "slot 1")
-    # each block has a norm of the MoE, a gate, attention, and a shared expert where it is not top-2; where they are
-    # real, also biases and a norm of attention. Nous' tap has a norm
+    # each block has a norm of the MoE, a gate, attention, and a shared expert where it is not
+    # top-2; where they are real, also biases and a norm of attention. Nous' tap has a norm
     block = 2 * 32 + 8 * 32 + 4 * 32 * 32 + (2 * 32 + 4 * 32 if compute == "real" else 0)
     shared = 2 * 32 * 128 + (32 + 128 if compute == "real" else 0)
     tap_norm = 2 * 32 if row == "scmoe_pos2" else 0
@@ -178,8 +258,19 @@ def test_bench_overlap_at_two_loads(every, tiny_on_loopback, tmp_path):
     for report in reports:
         check(report)
         for row in report["rows"].values():
-            assert min(row["over_balanced_train"], row["over_balanced_forward"], row["measured_over_model"]) > 0
-            assert row["dropped"] == 0 and row["straggler_train"] > -1 and row["balanced"]["train_speedup"] > 0
+            assert (
+                min(
+                    row["over_balanced_train"],
+                    row["over_balanced_forward"],
+                    row["measured_over_model"],
+                )
+                > 0
+            )
+            assert (
+                row["dropped"] == 0
+                and row["straggler_train"] > -1
+                and row["balanced"]["train_speedup"] > 0
+            )
     assert all(row["max_over_mean_ranks"] == 2.0 for row in reports[0]["rows"].values())
     assert len(list(tmp_path.glob("uneven-*.png"))) == 1
 
@@ -188,7 +279,9 @@ def test_bench_overlap_at_two_loads(every, tiny_on_loopback, tmp_path):
     ("layout", "dropped"),
     [
         ("capacity:1", 0.25),
-        pytest.param("buffers:1", 0.25, marks=pytest.mark.faults),  # as the first, by the other layout
+        pytest.param(
+            "buffers:1", 0.25, marks=pytest.mark.faults
+        ),  # as the first, by the other layout
         pytest.param("buffers:2", 0.0, marks=pytest.mark.faults),
     ],
 )
@@ -206,7 +299,17 @@ def test_timeline(tiny_on_loopback, tmp_path):
     assert {path.name for path in tmp_path.glob("*.png")} == {"forward.png", "backward.png"}
     trace = json.loads((tmp_path / "pos2-overlapped-1-chunks.json").read_text())
     names = {event.get("name") for event in trace["traceEvents"]}
-    operators = ("route", "encode", "dispatch", "experts", "combine", "decode", "attention", "mlp", "shared_expert")
+    operators = (
+        "route",
+        "encode",
+        "dispatch",
+        "experts",
+        "combine",
+        "decode",
+        "attention",
+        "mlp",
+        "shared_expert",
+    )
     assert {f"scmoe/{operator}" for operator in operators} <= names
 
 

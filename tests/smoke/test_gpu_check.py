@@ -1,4 +1,5 @@
-"""The GPU check runs with tiny sizes on a CPU, and a part that fails, hangs, crashes or lacks a package costs no other.
+"""The GPU check runs with tiny sizes on a CPU, and a part that fails, hangs, crashes or lacks a
+package costs no other.
 
 What a card measures is not tested here: its streams, kernels and clocks.
 """
@@ -18,7 +19,14 @@ from tests.support.commands import run, running
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 FILES = {
-    *("report.md", "results.json", "overlap-0.52.png", "overlap-0.15.png", "forward.png", "backward.png"),
+    *(
+        "report.md",
+        "results.json",
+        "overlap-0.52.png",
+        "overlap-0.15.png",
+        "forward.png",
+        "backward.png",
+    ),
     *("pair.json.gz", "step.json.gz"),
 }
 MISUSED = ("wandb", "timm", "scipy", "optuna")  # packages that the check must not need
@@ -38,25 +46,49 @@ def test_all_parts_run_on_a_cpu_without_some_packages_and_leave_eight_files(tmp_
     assert {path.name for path in out.iterdir()} == FILES
     parts = json.loads((out / "results.json").read_text())["parts"]
     pieces = {name: part["pieces"] for name, part in parts.items()}
-    assert pieces["tests"]["gpu tests"]["skipped"] > 20 and pieces["tests"]["tests of two GPUs"]["skipped"] >= 4
-    assert len(pieces["layer"]) == 4 and all(len(cell["variants"]) >= 5 for cell in pieces["layer"].values())
+    assert (
+        pieces["tests"]["gpu tests"]["skipped"] > 20
+        and pieces["tests"]["tests of two GPUs"]["skipped"] >= 4
+    )
+    assert len(pieces["layer"]) == 4 and all(
+        len(cell["variants"]) >= 5 for cell in pieces["layer"].values()
+    )
     for cell in pieces["layer"].values():
-        assert all(cell["variants"][name]["train_ratio"] > 0 for name in ("layer, fixed capacity", "layer, dropless"))
-    operators = {"route", "encode", "dispatch", "experts", "combine", "decode", "attention", "mlp", "shared_expert"}
+        assert all(
+            cell["variants"][name]["train_ratio"] > 0
+            for name in ("layer, fixed capacity", "layer, dropless")
+        )
+    operators = {
+        "route",
+        "encode",
+        "dispatch",
+        "experts",
+        "combine",
+        "decode",
+        "attention",
+        "mlp",
+        "shared_expert",
+    }
     assert pieces["step"]["fixed capacity"]["operators_forward_ms"].keys() == operators
     for share in ("0.52", "0.15"):
         report = pieces[f"overlap-{share}"]["rows"]
-        assert report["bus_rate"] > 0 and {row["links"] for row in report["rows"].values()} == {"bus"}
+        assert report["bus_rate"] > 0 and {row["links"] for row in report["rows"].values()} == {
+            "bus"
+        }
     assert 0.5 < pieces["gpt2"]["training step"]["peak_over_estimate"] < 2
     training = pieces["training"]["training"]
     assert training["loss_last_tenth"] < training["loss_first_tenth"] - 0.5
     for direction in ("forward", "backward"):
-        assert all(0 <= row["beside"] <= 1 for row in pieces["pictures"]["timelines"][direction].values())
+        assert all(
+            0 <= row["beside"] <= 1 for row in pieces["pictures"]["timelines"][direction].values()
+        )
     trace = json.loads(gzip.decompress((out / "pair.json.gz").read_bytes()))
     assert "scmoe/attention" in {event.get("name") for event in trace["traceEvents"]}
 
 
-def test_a_part_that_fails_hangs_crashes_or_lacks_a_package_is_reported_and_the_rest_goes_on(tmp_path):
+def test_a_part_that_fails_hangs_crashes_or_lacks_a_package_is_reported_and_the_rest_goes_on(
+    tmp_path,
+):
     pid_file, module = tmp_path / "pid", "tests.support.check_parts:pieces"
     parts = {
         "fails": Part("Fails", module, 30, (), ("fail",)),
@@ -75,12 +107,19 @@ def test_a_part_that_fails_hangs_crashes_or_lacks_a_package_is_reported_and_the_
         **{"is_no_module": "failed", "is fine": "ok"},
     }
     assert found["fails"]["why"].endswith("ValueError: as wanted ")
-    assert found["hangs"]["why"].startswith("stopped by its clock after 1 pieces") and found["hangs"]["seconds"] < 30
-    assert "about to crash" in found["crashes"]["why"] and "ended with -6" in found["crashes"]["why"]
+    assert (
+        found["hangs"]["why"].startswith("stopped by its clock after 1 pieces")
+        and found["hangs"]["seconds"] < 30
+    )
+    assert (
+        "about to crash" in found["crashes"]["why"] and "ended with -6" in found["crashes"]["why"]
+    )
     assert found["lacks"]["why"] == "not installed: no_such_package"
     assert "No module named 'tests.support.no_such_module'" in found["is_no_module"]["why"]
     for name in ("fails", "hangs", "crashes", "is fine"):
-        assert found[name]["pieces"]["first"] == {"value": 1}, "what was measured before the end stays"
+        assert found[name]["pieces"]["first"] == {"value": 1}, (
+            "what was measured before the end stays"
+        )
     assert start_of(int(pid_file.read_text())) is None, "what a part has started ends with it"
     assert write_report(Place("cpu", True, out), found) == []
     report = (out / "report.md").read_text()
@@ -91,8 +130,13 @@ def test_a_part_that_fails_hangs_crashes_or_lacks_a_package_is_reported_and_the_
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_part_ends_with_the_check(number, tmp_path):
     pid_file = tmp_path / "pid"
-    part = f"Part('Hangs', 'tests.support.check_parts:pieces', 300, (), ('hang', {str(pid_file)!r}))"
-    code = f"from experiments.engine.isolated import *; run_parts({{'a': {part}}}, Place('cpu', True, Path()))"
+    part = (
+        f"Part('Hangs', 'tests.support.check_parts:pieces', 300, (), ('hang', {str(pid_file)!r}))"
+    )
+    code = (
+        f"from experiments.engine.isolated import *; run_parts({{'a': {part}}}, Place('cpu', True,"
+        " Path()))"
+    )
     with running("-c", code) as check:
         while not (pid_file.exists() and pid_file.read_text()):
             time.sleep(0.1)

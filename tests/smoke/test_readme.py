@@ -1,11 +1,12 @@
 """The commands of the README and of the pages run; so do their Python examples.
 
-They run in a folder of links to this checkout, at a small size: the quickstart takes 3 steps of a smaller model and is
-resumed to 5. A page's commands use what earlier ones have left: the README's `make train` leaves the newest run.
-`make test` runs one command of each kind, `make test-faults` all of them, but for those that another test runs.
+They run in a folder of links to this checkout, at a small size: the quickstart takes 3 steps of a
+smaller model and is resumed to 5. A page's commands use what earlier ones have left: the README's
+`make train` leaves the newest run. `make test` runs one command of each kind, `make test-faults`
+all of them, but for those that another test runs.
 
-`make --dry-run` names the program, which then runs in a forked process, because a start of Python with torch costs five
-seconds.
+`make --dry-run` names the program, which then runs in a forked process, because a start of Python
+with torch costs five seconds.
 """
 
 import os
@@ -31,8 +32,25 @@ from tests.support.forked import python
 from tests.support.pages import GUIDES, ROOT, blocks, commands
 
 NAMES = (
-    *("runs", "inference", "offload", "hugging-face", "configuration", "studies", "strategy", "tests"),
-    *("index", "quickstart", "how-to/data", "how-to/evaluate", "how-to/export", "how-to/model", "how-to/resume"),
+    *(
+        "runs",
+        "inference",
+        "offload",
+        "hugging-face",
+        "configuration",
+        "studies",
+        "strategy",
+        "tests",
+    ),
+    *(
+        "index",
+        "quickstart",
+        "how-to/data",
+        "how-to/evaluate",
+        "how-to/export",
+        "how-to/model",
+        "how-to/resume",
+    ),
     *("how-to/sweep", "how-to/longcat", "extending"),
 )
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
@@ -42,12 +60,17 @@ NOT_RUN = {
 }
 
 
-SMALL = [line for line in commands("docs/clusters.md") if "configs/debug.yaml" in line]  # two processes, seconds
+SMALL = [
+    line for line in commands("docs/clusters.md") if "configs/debug.yaml" in line
+]  # two processes, seconds
 COMMANDS = list(dict.fromkeys([line for page in PAGES for line in commands(page)] + SMALL))
 RESULTS = "\n".join(page.read_text() for page in sorted((ROOT / "docs/results").rglob("*.md")))
 MEASURING = sorted(set(re.findall(r"^`(make [^`]+)`", RESULTS, re.MULTILINE)))  # they take hours
 AS_WRITTEN, PYTHON = "make setup", ".venv/bin/python"
-QUICK = "trainer.max_steps=3 trainer.val_every=3 trainer.checkpoint_every=3 trainer.log_every=1 data.val_sequences=8"
+QUICK = (
+    "trainer.max_steps=3 trainer.val_every=3 trainer.checkpoint_every=3 trainer.log_every=1"
+    " data.val_sequences=8"
+)
 SMALLER = f"model.layers=2 model.dim=64 model.heads=2 {QUICK}"
 (DRYRUN,) = (command for command in COMMANDS if command.startswith("make dryrun "))
 ELSEWHERE = {  # command: the test that makes its run
@@ -55,7 +78,9 @@ ELSEWHERE = {  # command: the test that makes its run
     "make train CONFIG=configs/quickstart_vision.yaml": "tests/smoke/test_vision.py",
     "make reproduce SCALE=smoke": "tests/smoke/test_reproduce.py",
     **{
-        f'make train CONFIG=configs/debug.yaml ARGS="trainer.devices=2 {words}"': "tests/smoke/test_train.py"
+        f'make train CONFIG=configs/debug.yaml ARGS="trainer.devices=2 {words}"': (
+            "tests/smoke/test_train.py"
+        )
         for words in ("schedule=auto trainer.max_steps=70", "schedule.slot=2 schedule.chunks=2")
     },
 }
@@ -75,7 +100,11 @@ SHORT = {
     DRYRUN: shlex.split(DRYRUN.removesuffix('"') + ' model.layers=2"'),
     "make fig13": ["make", "fig13", "ARGS=--quick --architectures scmoe_pos2 --tokens 4"],
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': [
-        *("make", "train", f"ARGS=init_from=scmoe:exported/model.safetensors name=further {SMALLER}")
+        *(
+            "make",
+            "train",
+            f"ARGS=init_from=scmoe:exported/model.safetensors name=further {SMALLER}",
+        )
     ],
 }
 SAYS = {
@@ -88,22 +117,30 @@ SAYS = {
     "make fig13": '"equal_bits": true',
     "make sweep CONFIG=configs/sweep/smoke.yaml": '"best": {',
     "make list": "configs/quickstart.yaml",
-    'make train CONFIG=docs/examples/my_architecture.yaml ARGS="trainer.devices=2"': "step 4: between",
+    'make train CONFIG=docs/examples/my_architecture.yaml ARGS="trainer.devices=2"': (
+        "step 4: between"
+    ),
     'make list ARGS="extensions=[docs.examples.my_architecture]"': "moe.architecture=parallel",
     'make check-data CONFIG=configs/debug.yaml ARGS="data.name=text data.path=docs/decisions data.vocab_size=512"': (
         "all data of text can be read"
     ),
     ".venv/bin/python docs/examples/load_hf.py exported/hf": "ScMoEForCausalLM",
-    ".venv/bin/python docs/examples/load_export.py exported/model.safetensors": "likeliest next token",
+    ".venv/bin/python docs/examples/load_export.py exported/model.safetensors": (
+        "likeliest next token"
+    ),
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': "runs/further/",
 }
 SLOW = ("make fig13", "make sweep CONFIG=configs/sweep/smoke.yaml", *SMALL)
-KINDS = {command.removeprefix("make ").split()[0]: command for command in reversed(COMMANDS)}  # the first of each kind
+KINDS = {
+    command.removeprefix("make ").split()[0]: command for command in reversed(COMMANDS)
+}  # the first of each kind
 
 
 def with_marks(command: str) -> object:
     quick = command in KINDS.values() and command not in SLOW
-    return pytest.param(command, marks=[pytest.mark.faults, *([pytest.mark.representative] if quick else [])])
+    return pytest.param(
+        command, marks=[pytest.mark.faults, *([pytest.mark.representative] if quick else [])]
+    )
 
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
@@ -114,7 +151,10 @@ def folder(tmp_path_factory):
     if not (ROOT / ".venv/.installed").exists():
         pytest.skip("the commands need the environment that `make setup` makes")
     if subprocess.run(["make", "--question", ".venv/.installed"], cwd=ROOT, check=False).returncode:
-        pytest.fail("the environment is out of date: run `make setup`, or the commands install the folder of links")
+        pytest.fail(
+            "the environment is out of date: run `make setup`, or the commands install the folder"
+            " of links"
+        )
     folder = tmp_path_factory.mktemp("checkout")
     (ROOT / ".cache").mkdir(exist_ok=True)  # prepared data may be shared
     places = ("configs", "datamodules", "docs", "experiments", "scmoe")
@@ -130,7 +170,9 @@ def run(command, folder):
     if command[0] == PYTHON:
         code, out, err = python(*command[1:], cwd=folder, env=env, timeout_s=250)
     else:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=250, env=env)
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, timeout=250, env=env
+        )
         code, out, err = done.returncode, done.stdout, done.stderr
     assert code == 0, f"{command}\n{out}\n{err}"
     return out, err
@@ -143,8 +185,13 @@ def test_the_quickstart_is_three_commands():
 
 
 def test_every_page_with_commands_is_run_or_says_why_not():
-    pages = [page.relative_to(ROOT).as_posix() for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]]
-    assert {page for page in pages if blocks(page, "bash")} == {page for page in PAGES if commands(page)} | set(NOT_RUN)
+    pages = [
+        page.relative_to(ROOT).as_posix()
+        for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    ]
+    assert {page for page in pages if blocks(page, "bash")} == {
+        page for page in PAGES if commands(page)
+    } | set(NOT_RUN)
     assert SMALL, "docs/clusters.md has a command that two CPU cores can run"
 
 
@@ -153,7 +200,9 @@ def of_make(command: list[str], folder: Path) -> list[str]:
     return run(["make", "--dry-run", *command[1:]], folder)[0].splitlines()
 
 
-@pytest.mark.parametrize("command", [with_marks(command) for command in COMMANDS if command not in ELSEWHERE])
+@pytest.mark.parametrize(
+    "command", [with_marks(command) for command in COMMANDS if command not in ELSEWHERE]
+)
 def test_every_command_runs(command, folder):
     """Commands run in the order of the pages: resume and generate use the newest run."""
     words = SHORT.get(command, shlex.split(command))
@@ -171,7 +220,8 @@ def test_every_measurement_has_a_target(command, folder):
 
 
 def test_every_logged_metric_is_in_the_table(folder):
-    """The metrics are those of the runs that the commands above leave; test_train.py and test_vision.py have others."""
+    """The metrics are those of the runs that the commands above leave; test_train.py and
+    test_vision.py have others."""
     files = list(folder.glob("runs/*/*/metrics.csv"))
     if not files:
         pytest.skip("no command of the pages has run in this session")
@@ -217,10 +267,15 @@ def rows(number: int) -> DataLoader[Any]:
 
 @pytest.fixture(scope="module")
 def at_a_run(tmp_path_factory):
-    """Returns a folder with what the blocks read: runs/latest, its exports, a checkpoint of a module of one's own, and
-    the class of that module."""
+    """Returns a folder with what the blocks read: runs/latest, its exports, a checkpoint of a
+    module of one's own, and the class of that module."""
     folder = tmp_path_factory.mktemp("python")
-    sizes = ("data.seq_len=64", "model.layers=4", "trainer.max_steps=2", "analysis.record_routing=1")
+    sizes = (
+        "data.seq_len=64",
+        "model.layers=4",
+        "trainer.max_steps=2",
+        "analysis.record_routing=1",
+    )
     run_dir = train_on_text(folder, 1, *sizes)
     (folder / "runs").mkdir()
     (folder / "runs/latest").symlink_to(run_dir)
@@ -249,5 +304,8 @@ def test_python_can_be_copied(block, at_a_run, monkeypatch):
     names = {"scmoe": scmoe, "torch": torch, "Path": Path, "Scoring": Scoring, "by_sign": by_sign}
     names |= {"Trainer": Trainer, "MyModule": my_module, "loader": rows(1)}
     names |= {"x": torch.randn(1, 4, 256), "task_loss": lambda y: y.square().mean()}
-    names |= {"model": scmoe.load("exported/model.safetensors"), "ids": torch.zeros(1, 8, dtype=torch.int64)}
+    names |= {
+        "model": scmoe.load("exported/model.safetensors"),
+        "ids": torch.zeros(1, 8, dtype=torch.int64),
+    }
     exec(block, names)

@@ -1,4 +1,5 @@
-"""Fault 12: after SIGTERM to either rank of a real run, to both, or Ctrl-C, the run ends with exit code 143 or 130.
+"""Fault 12: after SIGTERM to either rank of a real run, to both, or Ctrl-C, the run ends with exit
+code 143 or 130.
 
 It leaves one complete checkpoint of one step and can be resumed.
 """
@@ -16,7 +17,11 @@ pytestmark = [pytest.mark.smoke, pytest.mark.dist, pytest.mark.faults]
 
 RUN = (*TRAIN, "configs/debug.yaml", "trainer.devices=2", "trainer.log_every=1")
 PATIENCE_S = 60.0  # the docs promise 10 s on a machine without other work
-ENDLESS = ("trainer.max_steps=1000000", "trainer.val_every=1000000", "trainer.checkpoint_every=1000000")
+ENDLESS = (
+    "trainer.max_steps=1000000",
+    "trainer.val_every=1000000",
+    "trainer.checkpoint_every=1000000",
+)
 
 
 @pytest.mark.parametrize("ranks", ((0,), (1,), (0, 1), "ctrl-c"))

@@ -1,7 +1,7 @@
 """These tests run the train command: its launcher, summary, resuming and planning.
 
-The runs are those of configs/debug.yaml, four steps each. `launched` starts its ranks as a user does; the other runs
-are in ranks of run_ranks.
+The runs are those of configs/debug.yaml, four steps each. `launched` starts its ranks as a user
+does; the other runs are in ranks of run_ranks.
 """
 
 import json
@@ -24,12 +24,17 @@ from tests.support.commands import (
 )
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
-ON_TWO = ("trainer.devices=2", "schedule.slot=2", "schedule.chunks=2")  # as a command of docs/configuration.md
+ON_TWO = (
+    "trainer.devices=2",
+    "schedule.slot=2",
+    "schedule.chunks=2",
+)  # as a command of docs/configuration.md
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> tuple[Done, Path]:
-    """Returns a run of two ranks with EP 2 that Lightning's own launcher starts, and the folder of its runs."""
+    """Returns a run of two ranks with EP 2 that Lightning's own launcher starts, and the folder of
+    its runs."""
     runs = tmp_path_factory.mktemp("launched")
     return run(*TRAIN, "configs/debug.yaml", f"runs_dir={runs}", *ON_TWO, *EXACT), runs
 
@@ -38,7 +43,9 @@ def launched(tmp_path_factory) -> tuple[Done, Path]:
 def alone(tmp_path_factory) -> Done:
     """Returns a run of one rank."""
     words = ("trainer.val_every=3", *EXACT)  # its last step is validated after the training
-    return train_in_ranks(1, "configs/debug.yaml", f"runs_dir={tmp_path_factory.mktemp('alone')}", *words)
+    return train_in_ranks(
+        1, "configs/debug.yaml", f"runs_dir={tmp_path_factory.mktemp('alone')}", *words
+    )
 
 
 def test_the_last_line_is_the_summary(launched, alone):
@@ -46,10 +53,16 @@ def test_the_last_line_is_the_summary(launched, alone):
         summary = done.summary
         assert list(summary) == SUMMARY.split()
         assert (summary["steps"], summary["world_size"], summary["ep_size"]) == (4, ranks, ranks)
-        assert all(isinstance(value, (int, float)) for key, value in summary.items() if key != "run_dir")
+        assert all(
+            isinstance(value, (int, float)) for key, value in summary.items() if key != "run_dir"
+        )
         assert json.loads((done.run_dir / "summary.json").read_text()) == summary
         last = [row for row in rows_of(done.run_dir / "metrics.csv") if "val/loss" in row][-1]
-        for key, name in (("drop_share", "drop_share"), ("load_max_ratio", "load_max"), ("val_loss", "loss")):
+        for key, name in (
+            ("drop_share", "drop_share"),
+            ("load_max_ratio", "load_max"),
+            ("val_loss", "loss"),
+        ):
             assert summary[key] == pytest.approx(float(last[f"val/{name}"]), rel=1e-5), key
         assert summary["perplexity"] == pytest.approx(math.exp(summary["val_loss"]), rel=1e-5)
         bits = summary["val_loss"] / math.log(2)
@@ -82,13 +95,21 @@ def plan(folder: Path, *settings: str) -> Done:
 
 def test_a_run_plans_its_schedule_and_logs_its_overlap(tmp_path):
     done = plan(
-        tmp_path, "schedule.chunks=1", "trainer.max_steps=57", "trainer.val_every=57", "trainer.checkpoint_every=57"
+        tmp_path,
+        "schedule.chunks=1",
+        "trainer.max_steps=57",
+        "trainer.val_every=57",
+        "trainer.checkpoint_every=57",
     )
     assert not undocumented(done.run_dir / "metrics.csv")
     overlaps = ("overlap/forward", "overlap/backward")
     shares = [logged for name in overlaps for logged in column(done.run_dir, name).items()]
-    assert all(step >= 6 for step, _ in shares), "after three steps of warm-up, three that are measured, and trials"
-    assert all(0 <= share <= 1.05 for _, share in shares), "where they cannot be measured, they are left out"
+    assert all(step >= 6 for step, _ in shares), (
+        "after three steps of warm-up, three that are measured, and trials"
+    )
+    assert all(0 <= share <= 1.05 for _, share in shares), (
+        "where they cannot be measured, they are left out"
+    )
     assert "plan: MoE layer" in done.err
     (ran,) = [line for line in done.err.splitlines() if line.startswith("ran: ")]
     assert ran.startswith("ran: gloo, slot ") and " ms of all MoE windows a step, predicted " in ran
@@ -97,4 +118,8 @@ def test_a_run_plans_its_schedule_and_logs_its_overlap(tmp_path):
 def test_a_run_too_short_to_plan_says_so_in_one_line(tmp_path):
     done = plan(tmp_path, "trainer.max_steps=2")
     (line,) = [line for line in done.err.splitlines() if "schedule: auto" in line]
-    assert done.code == 0 and "may need 60 batches to choose and 2 are left" in line and "plan: MoE" not in done.err
+    assert (
+        done.code == 0
+        and "may need 60 batches to choose and 2 are left" in line
+        and "plan: MoE" not in done.err
+    )

@@ -1,8 +1,16 @@
-"""These tests run the vision quickstart on two ranks: its last line, the best checkpoint, missing data."""
+"""These tests run the vision quickstart on two ranks: its last line, the best checkpoint, missing
+data."""
 
 import pytest
 
-from tests.support.commands import SUMMARY, Done, column, command_in_ranks, train_in_ranks, undocumented
+from tests.support.commands import (
+    SUMMARY,
+    Done,
+    column,
+    command_in_ranks,
+    train_in_ranks,
+    undocumented,
+)
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 
@@ -25,14 +33,23 @@ def trained(tmp_path_factory) -> Done:
 def test_the_last_line_is_the_summary(trained):
     summary = trained.summary
     assert list(summary) == [*SUMMARY.split(), "val_accuracy", "data", "images_per_s"]
-    assert summary["bits_per_byte"] is None and summary["unigram_bits_per_byte"] is None, "images have no bytes"
+    assert summary["bits_per_byte"] is None and summary["unigram_bits_per_byte"] is None, (
+        "images have no bytes"
+    )
     assert summary["perplexity"] is None, "images have no next token"
     assert summary["tokens_per_s"] == pytest.approx(64 * summary["images_per_s"]), (
         "16 x 16 pixels have 64 patches of 2 x 2"
     )
-    assert (summary["data"], summary["steps"], summary["ep_size"], summary["world_size"]) == ("digits", 4, 2, 2)
+    assert (summary["data"], summary["steps"], summary["ep_size"], summary["world_size"]) == (
+        "digits",
+        4,
+        2,
+        2,
+    )
     share = summary["val_accuracy"] * 21
-    assert share == pytest.approx(round(share), abs=1e-4), "the accuracy counts 21 images on two ranks, and no filler"
+    assert share == pytest.approx(round(share), abs=1e-4), (
+        "the accuracy counts 21 images on two ranks, and no filler"
+    )
 
 
 def test_the_best_checkpoint_has_the_highest_accuracy(trained):
@@ -48,7 +65,11 @@ def test_missing_data_is_an_error(tmp_path):
     done = train_in_ranks(2, "configs/quickstart_fashion.yaml", *words)
     assert done.code == 2
     (line,) = done.err.splitlines()
-    assert line.startswith("error: ") and "dataset-fashion-mnist" in line and "data.name=digits" in line
+    assert (
+        line.startswith("error: ")
+        and "dataset-fashion-mnist" in line
+        and "data.name=digits" in line
+    )
 
 
 @pytest.mark.faults
@@ -56,7 +77,9 @@ def test_images_are_evaluated_on_the_whole_split_and_refuse_tasks(trained):
     run_dir = trained.summary["run_dir"]
     alone = command_in_ranks("evaluate", 1, run_dir).summary
     assert alone == command_in_ranks("evaluate", 2, run_dir, "trainer.devices=2").summary
-    assert (alone["test"]["images"], alone["test"]["split"]) == (360, "val"), "every fifth of 1,797 digits"
+    assert (alone["test"]["images"], alone["test"]["split"]) == (360, "val"), (
+        "every fifth of 1,797 digits"
+    )
     assert (alone["perplexity"], alone["tasks"]) == (None, {})
     assert alone["test_loss"] == alone["test"]["loss"] > 0
     for option, value in (("--tasks", "cloze"), ("--limit", "5"), ("--stride", "5")):

@@ -1,6 +1,8 @@
-"""Runs send the right data to a W&B server, here on 127.0.0.1, and a broken server does not change a training.
+"""Runs send the right data to a W&B server, here on 127.0.0.1, and a broken server does not change
+a training.
 
-One process, `scenario`, makes all trainings, because every start of Python with torch costs seconds.
+One process, `scenario`, makes all trainings, because every start of Python with torch costs
+seconds.
 """
 
 import contextlib
@@ -39,15 +41,18 @@ def client(server: WandbServer) -> Iterator[None]:
 
 
 def run_to_its_end(log: Path, cwd: Path, env: dict[str, str], *arguments: str) -> tuple[int, str]:
-    """Runs Python, returns its exit code and its output. That is a file, as W&B's own processes may keep a pipe open
-    after their parent has ended."""
+    """Runs Python, returns its exit code and its output. That is a file, as W&B's own processes may
+    keep a pipe open after their parent has ended."""
     with log.open("wb") as file:
-        done = subprocess.run([sys.executable, *arguments], cwd=cwd, env=env, stdout=file, stderr=file)
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=cwd, env=env, stdout=file, stderr=file
+        )
     return done.returncode, log.read_text()
 
 
 def scenario(folder: Path) -> None:
-    """Writes into the folder, for each training, what the server received and what the training printed."""
+    """Writes into the folder, for each training, what the server received and what the training
+    printed."""
     faulthandler.dump_traceback_later(LONGEST_S, exit=True)
     from lightning.pytorch import Callback
 
@@ -63,15 +68,28 @@ def scenario(folder: Path) -> None:
         artifacts = [asdict(artifact) for artifact in server.artifacts]
         for artifact in artifacts:
             artifact["files"] = {file: len(content) for file, content in artifact["files"].items()}
-        found = {"runs": [asdict(run) for run in server.runs.values()], "artifacts": artifacts, **more}
+        found = {
+            "runs": [asdict(run) for run in server.runs.values()],
+            "artifacts": artifacts,
+            **more,
+        }
         (folder / f"{name}.json").write_text(json.dumps(found))
 
-    def training(server: WandbServer, name: str, *overrides: str, run_dir: Path | None = None) -> str:
+    def training(
+        server: WandbServer, name: str, *overrides: str, run_dir: Path | None = None
+    ) -> str:
         """Returns what the training printed."""
         said = io.StringIO()
-        with client(server), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            client(server),
+            contextlib.redirect_stderr(said),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             if run_dir is None:
-                config, resumed = load(DEBUG[0], [*DEBUG[1:], f"runs_dir={folder / name}", *overrides]), None
+                config, resumed = (
+                    load(DEBUG[0], [*DEBUG[1:], f"runs_dir={folder / name}", *overrides]),
+                    None,
+                )
             else:
                 config, resumed = resumption(run_dir, overrides)
             summary = run.train(config, (), resumed)
@@ -79,13 +97,19 @@ def scenario(folder: Path) -> None:
         return said.getvalue()
 
     def command(server: WandbServer, *words: str) -> tuple[int, str]:
-        return run_to_its_end(folder / "command.log", folder, {**os.environ, **server.variables}, "-m", *words)
+        return run_to_its_end(
+            folder / "command.log", folder, {**os.environ, **server.variables}, "-m", *words
+        )
 
     with wandb_server() as server:
         training(server, "online", "logger.mode=auto")
         run_dir = (folder / "online" / "latest").resolve()
         (best,) = run_dir.glob("checkpoints/best-step=*.ckpt")  # the resumed run replaces it
-        sizes = {str(file.relative_to(best)): file.stat().st_size for file in best.rglob("*") if file.is_file()}
+        sizes = {
+            str(file.relative_to(best)): file.stat().st_size
+            for file in best.rglob("*")
+            if file.is_file()
+        }
         (folder / "best.json").write_text(json.dumps([best.name, sizes]))
         (folder / "resumed").symlink_to("online")
         training(server, "resumed", "logger.mode=auto", "trainer.max_steps=6", run_dir=run_dir)
@@ -99,16 +123,30 @@ def scenario(folder: Path) -> None:
         report("synced", server, said=said, code=code)
 
     with wandb_server() as server, client(server):
-        described = {"WANDB_NOTES": "of the environment", "WANDB_TAGS": "c,d", "WANDB_JOB_TYPE": "probe"}
-        described |= {"WANDB_PROJECT": "elsewhere", "WANDB_RUN_GROUP": "many", "WANDB_NAME": "named"}
+        described = {
+            "WANDB_NOTES": "of the environment",
+            "WANDB_TAGS": "c,d",
+            "WANDB_JOB_TYPE": "probe",
+        }
+        described |= {
+            "WANDB_PROJECT": "elsewhere",
+            "WANDB_RUN_GROUP": "many",
+            "WANDB_NAME": "named",
+        }
         os.environ |= described
         there = folder / "described"
         draw_load([[1, 2], [2, 1]], there / "load.png", {})
-        for i, words in enumerate(([], ["logger.notes=given", "logger.project=here", "logger.entity=team"])):
+        for i, words in enumerate(
+            ([], ["logger.notes=given", "logger.project=here", "logger.entity=team"])
+        ):
             run_dir = there / str(i)
             run_dir.mkdir()
             loggers = build_loggers(load(None, ["logger.mode=online", *words]), run_dir, None)
-            log_inputs(loggers, load(None, ["data.tokenizer=/data/tokenizer.json"]), {"data": "a", "tokenizer": "b"})
+            log_inputs(
+                loggers,
+                load(None, ["data.tokenizer=/data/tokenizer.json"]),
+                {"data": "a", "tokenizer": "b"},
+            )
             log_results(loggers, 7, ["a text", "another"], there / "load.png")
             close_loggers(loggers)
         report("described", server)
@@ -120,7 +158,8 @@ def scenario(folder: Path) -> None:
         assert not server.requests
 
     class Trouble(Callback):
-        """Lets the server answer with errors after step 1 and not at all after step 2, and closes it after step 3."""
+        """Lets the server answer with errors after step 1 and not at all after step 2, and closes
+        it after step 3."""
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             server.answer = {1: "error", 2: "nothing"}.get(trainer.global_step, server.answer)
@@ -147,15 +186,21 @@ def scenario(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[str, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("wire")
-    code = f"from pathlib import Path; from tests.smoke.test_wandb import scenario; scenario(Path({str(folder)!r}))"
+    code = (
+        "from pathlib import Path; from tests.smoke.test_wandb import scenario;"
+        f" scenario(Path({str(folder)!r}))"
+    )
     ended, said = run_to_its_end(folder / "scenario.log", ROOT, environment(), "-c", code)
     assert ended == 0, said
-    assert not [path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
+    assert not [
+        path for path in folder.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()
+    ]
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
 
 
 def warnings(report: dict[str, Any]) -> list[str]:
-    """The lines that say that something went wrong; the printed config and summary have other words with `error`."""
+    """The lines that say that something went wrong; the printed config and summary have other words
+    with `error`."""
     lines = report["said"].splitlines()
     return [line for line in lines if "warn" in line.lower() or line.lower().startswith("error")]
 
@@ -175,9 +220,18 @@ def of_type(report: dict[str, Any], *types: str) -> list[dict[str, Any]]:
 def test_a_run_arrives_complete(reports):
     report = reports["online"]
     (arrived,) = report["runs"]
-    assert (arrived["project"], arrived["group"], arrived["tags"]) == ("wire", "together", ["a", "b"])
-    assert (arrived["config"]["optim"]["lr"], arrived["config"]["moe"]["architecture"]) == (1e-3, "scmoe")
-    assert column(arrived, "trainer/global_step") == [0, 1, 1, 2, 3, 3], "there are four steps and two validations"
+    assert (arrived["project"], arrived["group"], arrived["tags"]) == (
+        "wire",
+        "together",
+        ["a", "b"],
+    )
+    assert (arrived["config"]["optim"]["lr"], arrived["config"]["moe"]["architecture"]) == (
+        1e-3,
+        "scmoe",
+    )
+    assert column(arrived, "trainer/global_step") == [0, 1, 1, 2, 3, 3], (
+        "there are four steps and two validations"
+    )
     assert len(column(arrived, "train/loss")) == 4
     assert column(arrived, "val/loss")[-1] == pytest.approx(report["summary"]["val_loss"])
     assert arrived["sent"]["commit"] == git("rev-parse", "HEAD")
@@ -193,31 +247,53 @@ def test_fields_describe_a_run_and_variables_where_they_are_null(reports):
     assert (of_environment["project"], given["project"]) == ("elsewhere", "here")
     assert of_environment["group"] == given["group"] == "many"
     assert of_environment["tags"] == given["tags"] == ["c", "d"]
-    assert of_environment["sent"]["notes"] == "of the environment" and given["sent"]["notes"] == "given"
-    assert (of_environment["sent"]["jobType"], of_environment["sent"]["displayName"]) == ("probe", "named")
+    assert (
+        of_environment["sent"]["notes"] == "of the environment"
+        and given["sent"]["notes"] == "given"
+    )
+    assert (of_environment["sent"]["jobType"], of_environment["sent"]["displayName"]) == (
+        "probe",
+        "named",
+    )
     assert given["sent"]["entity"] == "team"
 
 
 def test_samples_arrive_as_a_table_and_the_load_as_a_picture(reports):
     run, _ = reports["described"]["runs"]
-    assert run["summary"]["samples"]["_type"] == "table-file" and run["summary"]["samples"]["nrows"] == 2
+    assert (
+        run["summary"]["samples"]["_type"] == "table-file"
+        and run["summary"]["samples"]["nrows"] == 2
+    )
     assert run["summary"]["moe/expert_load"]["_type"] == "image-file"
     assert len(of_type(reports["described"], "run_table")) == 2
 
 
 def test_the_data_and_the_tokenizer_arrive_as_names_and_hashes(reports):
     for artifact in of_type(reports["described"], "dataset", "tokenizer"):
-        assert artifact["committed"] and list(artifact["files"]) == [f"{artifact['type']}.json"], "none of the text"
+        assert artifact["committed"] and list(artifact["files"]) == [f"{artifact['type']}.json"], (
+            "none of the text"
+        )
     data, tokenizer = of_type(reports["described"], "dataset", "tokenizer")[:2]
-    assert (data["name"], data["metadata"]) == ("dataset-sotu", {"name": "sotu", "subset": None, "content": "a"})
-    assert (tokenizer["name"], tokenizer["metadata"]["content"]) == ("tokenizer-tokenizer.json", "b")
-    assert all(artifact["used"] and not artifact["run"] for artifact in (data, tokenizer)), "inputs, not outputs"
+    assert (data["name"], data["metadata"]) == (
+        "dataset-sotu",
+        {"name": "sotu", "subset": None, "content": "a"},
+    )
+    assert (tokenizer["name"], tokenizer["metadata"]["content"]) == (
+        "tokenizer-tokenizer.json",
+        "b",
+    )
+    assert all(artifact["used"] and not artifact["run"] for artifact in (data, tokenizer)), (
+        "inputs, not outputs"
+    )
     (of_run,) = of_type(reports["online"], "dataset")
     assert of_run["metadata"]["name"] == "synthetic" and of_run["metadata"]["content"]
 
 
 def test_the_best_checkpoint_arrives_as_a_model(reports):
-    (artifact,), bits = of_type(reports["online"], "model"), column(reports["online"]["runs"][0], "val/bits_per_byte")
+    (artifact,), bits = (
+        of_type(reports["online"], "model"),
+        column(reports["online"]["runs"][0], "val/bits_per_byte"),
+    )
     assert artifact["committed"] and "best" in artifact["aliases"]
     assert reports["best"] == [f"best-step={artifact['metadata']['step']}.ckpt", artifact["files"]]
     assert artifact["metadata"]["val/bits_per_byte"] == pytest.approx(min(bits))
@@ -228,8 +304,12 @@ def test_a_resumed_run_is_the_same_run(reports):
     assert arrived["name"] == reports["online"]["runs"][0]["name"]
     assert column(arrived, "trainer/global_step") == [0, 1, 1, 2, 3, 3, 4, 5, 5]
     assert arrived["config"]["trainer"]["max_steps"] == 6
-    assert column(arrived, "val/loss")[-1] == pytest.approx(reports["resumed"]["summary"]["val_loss"])
-    assert arrived["summary"]["train/loss_min"] == pytest.approx(min(column(arrived, "train/loss"))), "of both parts"
+    assert column(arrived, "val/loss")[-1] == pytest.approx(
+        reports["resumed"]["summary"]["val_loss"]
+    )
+    assert arrived["summary"]["train/loss_min"] == pytest.approx(
+        min(column(arrived, "train/loss"))
+    ), "of both parts"
     assert not warnings(reports["resumed"])
 
 
@@ -252,7 +332,9 @@ def result(report: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in report["summary"].items() if key not in measured}
 
 
-@pytest.mark.parametrize("name", ["online", "offline", "trouble", "error from the start", "nothing from the start"])
+@pytest.mark.parametrize(
+    "name", ["online", "offline", "trouble", "error from the start", "nothing from the start"]
+)
 def test_logging_changes_no_result(name, reports):
     assert result(reports[name]) == result(reports["disabled"])
 

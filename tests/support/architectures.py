@@ -1,7 +1,7 @@
 """This module lists every architecture of the paper's tables as words of the config.
 
-A word without a dot is a key of the section `moe`. `TABLES` has the rows of Tables 1 to 7 and of A.7; a row with CG-1
-has the name of its position alone.
+A word without a dot is a key of the section `moe`. `TABLES` has the rows of Tables 1 to 7 and of
+A.7; a row with CG-1 has the name of its position alone.
 """
 
 from collections.abc import Iterable
@@ -44,10 +44,14 @@ LATENT = (
 )
 LATENT_ATTENTION = {  # LLaMA alone has it
     "latent": f"position=pos2 {LATENT}",
-    "longcat": f"position=pos2 top_k=2 tap_norm=shared combine=direct_add {LATENT} model.latent.q_rank=7 "
-    "model.latent.scaled=true",
-    "instella": f"architecture=farskip every=1 top_k=2 {LATENT} model.latent.gated=true "
-    "model.latent.yarn_factor=40 model.rope_theta=5e4",
+    "longcat": (
+        f"position=pos2 top_k=2 tap_norm=shared combine=direct_add {LATENT} model.latent.q_rank=7 "
+        "model.latent.scaled=true"
+    ),
+    "instella": (
+        f"architecture=farskip every=1 top_k=2 {LATENT} model.latent.gated=true "
+        "model.latent.yarn_factor=40 model.rope_theta=5e4"
+    ),
     "latent-dense": f"architecture=dense {LATENT} model.latent.q_rank=8 model.latent.gated=true",
 }
 AFTER_NORM = {
@@ -57,17 +61,21 @@ AFTER_NORM = {
     "dgmoe-after-norm": "architecture=dgmoe after_norm=true",
 }
 
-# One row for each wiring; other rows of the tables differ from one of these in top-k and coefficients.
+# One row for each wiring; other rows of the tables differ from one of these in top-k and
+# coefficients.
 KINDS = ("top-2", "shared-cg1", "pos1", "pos2", "pos3", "l0-pos1", "dgmoe", "dgmoe-share")
 SLOW = TABLES.keys() - set(KINDS)
 
-# The architectures that each comparison goes through. Those of GPT and LLaMA on several ranks: tests/support/cases.py.
+# The architectures that each comparison goes through. Those of GPT and LLaMA on several ranks:
+# tests/support/cases.py.
 LANGUAGE_WITH_ORACLE = {
     **TABLES,
     **EVERY_BLOCK,
     **BETWEEN_BLOCKS,
     **AFTER_NORM,
-    "pos2-every-block-cg2-reads-tap": "position=pos2 every=1 top_k=3 combine=cg2 coefficient_input=tap after_norm=true",
+    "pos2-every-block-cg2-reads-tap": (
+        "position=pos2 every=1 top_k=3 combine=cg2 coefficient_input=tap after_norm=true"
+    ),
     "shared-top-2": "architecture=shared_expert top_k=2",
     "shared-top-3": "architecture=shared_expert top_k=3",
     "pos1-cg2": "position=pos1 combine=cg2",
@@ -103,7 +111,9 @@ SWIN_ON_RANKS = {"dense": "architecture=dense", **TABLES}
 def overrides(words: str) -> list[str]:
     """Returns words such as `top_k=2 model.layers=4` as the command line takes them."""
     keys = {word: word.partition("=")[0] for word in words.split()}
-    return [word if "." in key or key == "extensions" else f"moe.{word}" for word, key in keys.items()]
+    return [
+        word if "." in key or key == "extensions" else f"moe.{word}" for word, key in keys.items()
+    ]
 
 
 def with_marks(names: Iterable[str]) -> list[Any]:

@@ -20,7 +20,9 @@ Fault = Callable[[], AbstractContextManager[Any]]
 def after(owner: type, name: str, spoil: Callable[[Any], Any]) -> Fault:
     """Returns a fault that passes the results of a method through `spoil`."""
     original = getattr(owner, name)
-    return lambda: patch.object(owner, name, lambda *args, **kwargs: spoil(original(*args, **kwargs)))
+    return lambda: patch.object(
+        owner, name, lambda *args, **kwargs: spoil(original(*args, **kwargs))
+    )
 
 
 def in_place_of(owner: Any, name: str, function: Callable[..., Any]) -> Fault:
@@ -67,15 +69,48 @@ def new_tensor(*shape: int) -> torch.Tensor:
 FAULTS: dict[str, tuple[Fault, str]] = {  # the fault, and what the error must say
     "y.max().item()": (after(Router, "logits", lambda y: y + y.max().item()), READ),
     "ids.tolist()": (after(Router, "choose", lambda ids: ids.new_tensor(ids.tolist())), READ),
-    "if loads.any()": (after(MoEModule, "global_sums", lambda sums: sums if sums[0].any() else None), READ),
-    "if norm > max_norm": (in_place_of(torch.nn.utils, "clip_grads_with_norm_", clip_after_a_look), READ),
-    "log(0.5)": (in_place_of(MoEModule, "log_of_step", log_a_number), "a number of the host is logged"),
-    "log(loss, prog_bar=True)": (in_place_of(MoEModule, "log_of_step", log_for_the_bar), "the progress bar reads"),
-    "y[y > 0]": (after(MLP, "forward", lambda y: y + y[y > 0].sum()), "DynamicOutputShapeException"),
-    "x.cpu().to(device)": (in_place_of(ParallelContext, "sum_over_ranks", sum_on_the_host), "uses cpu and cuda"),
-    "a row without a device": (after(MLP, "forward", lambda y: y + new_tensor(y.shape[-1])), "two devices"),
-    "a number without a device": (after(MLP, "forward", lambda y: y * new_tensor()), "uses cpu and cuda"),
-    "experts without a dtype": (in_place_of(Experts, "forward", without_a_common_dtype), "but found torch.float32"),
-    "a weight without a dtype": (after(Router, "logits", times_float64), "multiplies torch.float32 and torch.float64"),
-    "a generator of the host": (in_place_of(Experts, "init_weights", drawn_on_the_device), "uses cpu and cuda"),
+    "if loads.any()": (
+        after(MoEModule, "global_sums", lambda sums: sums if sums[0].any() else None),
+        READ,
+    ),
+    "if norm > max_norm": (
+        in_place_of(torch.nn.utils, "clip_grads_with_norm_", clip_after_a_look),
+        READ,
+    ),
+    "log(0.5)": (
+        in_place_of(MoEModule, "log_of_step", log_a_number),
+        "a number of the host is logged",
+    ),
+    "log(loss, prog_bar=True)": (
+        in_place_of(MoEModule, "log_of_step", log_for_the_bar),
+        "the progress bar reads",
+    ),
+    "y[y > 0]": (
+        after(MLP, "forward", lambda y: y + y[y > 0].sum()),
+        "DynamicOutputShapeException",
+    ),
+    "x.cpu().to(device)": (
+        in_place_of(ParallelContext, "sum_over_ranks", sum_on_the_host),
+        "uses cpu and cuda",
+    ),
+    "a row without a device": (
+        after(MLP, "forward", lambda y: y + new_tensor(y.shape[-1])),
+        "two devices",
+    ),
+    "a number without a device": (
+        after(MLP, "forward", lambda y: y * new_tensor()),
+        "uses cpu and cuda",
+    ),
+    "experts without a dtype": (
+        in_place_of(Experts, "forward", without_a_common_dtype),
+        "but found torch.float32",
+    ),
+    "a weight without a dtype": (
+        after(Router, "logits", times_float64),
+        "multiplies torch.float32 and torch.float64",
+    ),
+    "a generator of the host": (
+        in_place_of(Experts, "init_weights", drawn_on_the_device),
+        "uses cpu and cuda",
+    ),
 }

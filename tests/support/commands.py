@@ -20,11 +20,14 @@ from tests.support.sentences import sentences
 
 ROOT = Path(__file__).parents[2]
 SUMMARY = (
-    "run_dir val_loss perplexity bits_per_byte unigram_bits_per_byte tokens_per_s model_tflops peak_host_gib "
-    "steps params_total params_active ep_size world_size drop_share load_max_ratio step_load_max "
-    "rank_load_max step_drop dead_experts skipped"
+    "run_dir val_loss perplexity bits_per_byte unigram_bits_per_byte tokens_per_s model_tflops"
+    " peak_host_gib steps params_total params_active ep_size world_size drop_share load_max_ratio"
+    " step_load_max rank_load_max step_drop dead_experts skipped"
 )
-EXACT = ("moe.capacity_factor=null", "moe.noisy=false")  # dropping and noise depend on the number of ranks
+EXACT = (
+    "moe.capacity_factor=null",
+    "moe.noisy=false",
+)  # dropping and noise depend on the number of ranks
 CANARY = "0123456789abcdef" * 2 + "canary00"  # as long as a key
 TRAIN = ("-m", "scmoe", "train")
 
@@ -46,7 +49,8 @@ class Done(NamedTuple):
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Returns the variables of this process without those of tests, launchers and a W&B account, and these."""
+    """Returns the variables of this process without those of tests, launchers and a W&B account,
+    and these."""
     private = ("WANDB_", "TORCHELASTIC_", "MASTER_", "PYTEST_", "SLURM_")
     names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
     env = {k: v for k, v in os.environ.items() if not k.startswith(private) and k not in names}
@@ -58,13 +62,16 @@ def run(*arguments: str, **variables: str) -> Done:
     env = environment(**variables)
     if arguments[0] == "-m":
         return Done(*python(*arguments, cwd=ROOT, env=env, timeout_s=250))
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=250
+    )
     return Done(done.returncode, done.stdout, done.stderr)
 
 
 @contextlib.contextmanager
 def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Starts Python with these arguments in the repository's root, in a session of its own, which is killed at the end.
+    """Starts Python with these arguments in the repository's root, in a session of its own, which
+    is killed at the end.
 
     Ctrl-C interrupts it; a job in the background would ignore it."""
     process = subprocess.Popen(
@@ -103,7 +110,9 @@ def command_in_ranks(verb: str, world_size: int, *arguments: str, **variables: s
 train_in_ranks, resume_in_ranks = (partial(command_in_ranks, verb) for verb in ("train", "resume"))
 
 
-def command_here(rank: int, world_size: int, verb: str, arguments: tuple[str, ...], variables: dict[str, str]) -> Done:
+def command_here(
+    rank: int, world_size: int, verb: str, arguments: tuple[str, ...], variables: dict[str, str]
+) -> Done:
     """Runs a verb in this rank of run_ranks."""
     os.chdir(ROOT)
     for name in [name for name in os.environ if name.startswith(("WANDB_", "PYTEST_"))]:
@@ -114,7 +123,10 @@ def command_here(rank: int, world_size: int, verb: str, arguments: tuple[str, ..
 
 def called(verb: str, *arguments: str) -> Done:
     """Runs a verb in this process."""
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
         code = call(verb, *arguments)
     return Done(code, out.getvalue(), err.getvalue())
 
@@ -122,7 +134,12 @@ def called(verb: str, *arguments: str) -> Done:
 def train_on_text(folder: Path, world_size: int, *overrides: str) -> Path:
     """Trains configs/debug.yaml on a small text of made-up sentences; returns the run's directory."""
     (folder / "text.txt").write_text("\n".join(sentences(700, seed) for seed in range(4)))
-    text = ("data.name=text", f"data.path={folder}/text.txt", "data.vocab_size=300", f"data.cache_dir={folder}/cache")
+    text = (
+        "data.name=text",
+        f"data.path={folder}/text.txt",
+        "data.vocab_size=300",
+        f"data.cache_dir={folder}/cache",
+    )
     words = (f"trainer.devices={world_size}", f"runs_dir={folder}", "name=text", *overrides)
     return train_in_ranks(world_size, "configs/debug.yaml", *text, *words).run_dir.resolve()
 
@@ -135,11 +152,16 @@ def undocumented(metrics: Path) -> list[str]:
 
 
 def rows_of(metrics: Path) -> list[dict[str, str]]:
-    """Returns the rows of a metrics.csv without empty cells; a metric's column is empty until it is first logged."""
+    """Returns the rows of a metrics.csv without empty cells; a metric's column is empty until it is
+    first logged."""
     with metrics.open(newline="") as file:
         return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def column(run_dir: Path, metric: str) -> dict[int, float]:
     """Returns a metric of a run by step."""
-    return {int(row["step"]): float(row[metric]) for row in rows_of(run_dir / "metrics.csv") if metric in row}
+    return {
+        int(row["step"]): float(row[metric])
+        for row in rows_of(run_dir / "metrics.csv")
+        if metric in row
+    }

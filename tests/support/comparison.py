@@ -1,4 +1,5 @@
-"""This module compares the records of N ranks (`tests.support.trainings`) with those of one process or of others."""
+"""This module compares the records of N ranks (`tests.support.trainings`) with those of one process
+or of others."""
 
 from typing import Any
 
@@ -9,13 +10,18 @@ from scmoe.schedule.schedule import Schedule
 from tests.support.trainings import steps_at_every_slot
 
 TOLERANCE = 1e-12  # in float64; tests/distributed/test_ep_equality.py gives the reason
-MOMENTS = ("drawn", "before", "after")  # weights from the seed, weights made for the test, weights after training
+MOMENTS = (
+    "drawn",
+    "before",
+    "after",
+)  # weights from the seed, weights made for the test, weights after training
 
 
 def assemble(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
     """Returns the values of N ranks in the form of one process: by name, one per step.
 
-    Asserts that replicas, shards of the same experts and norms are bit-identical on all ranks that hold them.
+    Asserts that replicas, shards of the same experts and norms are bit-identical on all ranks that
+    hold them.
     """
     first, ep_size = records[0], records[0]["ep"][1]
     for record in records:
@@ -24,7 +30,9 @@ def assemble(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
         for moment in MOMENTS:
             for name, value in record[moment].items():
                 other = twin if name in first["experts"] else first
-                assert torch.equal(value, other[moment][name]), f"replicas of {name} differ, {moment}"
+                assert torch.equal(value, other[moment][name]), (
+                    f"replicas of {name} differ, {moment}"
+                )
         assert record["logged"]["train/grad_norm"] == first["logged"]["train/grad_norm"]
 
     def whole(tensors: list[dict[str, Tensor | None]]) -> dict[str, Tensor]:
@@ -37,20 +45,31 @@ def assemble(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
         }
 
     steps = range(len(first["gradients"]))
-    values = {name: mean for name in first["logged"] for mean in [_mean([r["logged"][name] for r in records])]}
+    values = {
+        name: mean
+        for name in first["logged"]
+        for mean in [_mean([r["logged"][name] for r in records])]
+    }
     for step in steps:
         for name, g in whole([r["gradients"][step] for r in records]).items():
             values.setdefault(f"gradient of {name}", []).append(g)
     for moment in MOMENTS:
-        values |= {f"{name} {moment}": [value] for name, value in whole([r[moment] for r in records]).items()}
+        values |= {
+            f"{name} {moment}": [value]
+            for name, value in whole([r[moment] for r in records]).items()
+        }
     return values
 
 
 def _mean(per_rank: list[list[Tensor]]) -> list[Tensor]:
-    return [torch.stack([v.double() for v in values]).mean(0) for values in zip(*per_rank, strict=True)]
+    return [
+        torch.stack([v.double() for v in values]).mean(0) for values in zip(*per_rank, strict=True)
+    ]
 
 
-def difference(actual: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> tuple[float, str]:
+def difference(
+    actual: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]
+) -> tuple[float, str]:
     """Returns the largest difference and its name; the difference is infinite where a value is NaN."""
     assert actual.keys() == expected.keys()
     worst = (0.0, "nothing")
@@ -62,30 +81,43 @@ def difference(actual: dict[str, list[Tensor]], expected: dict[str, list[Tensor]
 
 
 def smallest(values: dict[str, list[Tensor]]) -> tuple[float, str]:
-    """Returns the largest entry of the smallest gradient, and its name. If it were near the tolerance, a comparison
-    would prove nothing about this gradient."""
-    return min((g.abs().max().item(), name) for name, steps in values.items() if "gradient" in name for g in steps)
+    """Returns the largest entry of the smallest gradient, and its name. If it were near the
+    tolerance, a comparison would prove nothing about this gradient."""
+    return min(
+        (g.abs().max().item(), name)
+        for name, steps in values.items()
+        if "gradient" in name
+        for g in steps
+    )
 
 
-def assert_same(records: list[dict[str, Any]], expected: dict[str, list[Tensor]], tolerance: float = TOLERANCE) -> None:
+def assert_same(
+    records: list[dict[str, Any]], expected: dict[str, list[Tensor]], tolerance: float = TOLERANCE
+) -> None:
     error, where = difference(assemble(records), expected)
     assert error <= tolerance, f"{where} differs by {error:.1e}, allowed {tolerance:.0e}"
 
 
 def assert_same_bits(records: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
-    """Asserts that losses, gradients and parameters of all ranks, and the outputs of each rank, are bit-identical."""
+    """Asserts that losses, gradients and parameters of all ranks, and the outputs of each rank, are
+    bit-identical."""
     assert_same(records, assemble(others), tolerance=0.0)
     for record, other in zip(records, others, strict=True):
         assert len(record["outputs"]) == len(other["outputs"]) >= 3
-        assert all(torch.equal(a, b) for a, b in zip(record["outputs"], other["outputs"], strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(record["outputs"], other["outputs"], strict=True)
+        )
 
 
 def assert_no_slot_changes_a_bit(
     records: list[dict[str, Any]], schedule: Schedule, expected: dict[str, list[Tensor]] | None
 ) -> None:
-    """Asserts of trainings at every slot that steps with equally many chunks are bit-identical in losses, norms, all
-    gradients, and outputs of each rank. expected: what one process computes, within TOLERANCE."""
-    values = {name: steps for name, steps in assemble(records).items() if len(steps) > 1}  # no weights
+    """Asserts of trainings at every slot that steps with equally many chunks are bit-identical in
+    losses, norms, all gradients, and outputs of each rank. expected: what one process computes,
+    within TOLERANCE."""
+    values = {
+        name: steps for name, steps in assemble(records).items() if len(steps) > 1
+    }  # no weights
     first = 0
     for step, (place, at_once) in enumerate(steps_at_every_slot(schedule)):
         first = step if at_once else first

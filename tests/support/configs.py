@@ -1,4 +1,5 @@
-"""These overrides are impossible, alone or together. The key next to each is the one that the error must name."""
+"""These overrides are impossible, alone or together. The key next to each is the one that the error
+must name."""
 
 IMPOSSIBLE = [
     ("model.dim", "model.dim=250"),
@@ -46,7 +47,10 @@ IMPOSSIBLE = [
     ("model.latent.gated", "model.family=llama model.latent.gated=true"),
     ("model.latent.rope_dim", "model.family=llama model.attention=latent model.latent.rope_dim=3"),
     ("model.latent.yarn_factor", "model.family=llama model.latent.yarn_factor=2"),
-    ("model.latent.yarn_factor", "model.family=llama model.attention=latent model.latent.yarn_factor=0.5"),
+    (
+        "model.latent.yarn_factor",
+        "model.family=llama model.attention=latent model.latent.yarn_factor=0.5",
+    ),
     ("model.rope_theta", "model.rope_theta=1e6"),
     ("model.rope_theta", "model.family=llama model.rope_theta=1"),
     ("model.norm_eps", "model.norm_eps=1e-6"),
@@ -63,10 +67,19 @@ IMPOSSIBLE = [
     ("model.layers", "moe.architecture=dgmoe_share model.layers=2"),
     ("schedule.slot", "moe.architecture=dgmoe schedule.slot=3 moe.position=pos2"),
     ("analysis.gating_every", "moe.architecture=dense analysis.gating_every=5"),
-    ("analysis.gating_every", "moe.architecture=top_k moe.num_experts=1 moe.top_k=1 analysis.gating_every=5"),
+    (
+        "analysis.gating_every",
+        "moe.architecture=top_k moe.num_experts=1 moe.top_k=1 analysis.gating_every=5",
+    ),
     ("analysis.gating_every", "moe.architecture=top_k moe.every=1 analysis.gating_every=5"),
-    ("analysis.gating_every", "moe.architecture=shared_expert moe.every=1 moe.position=pos3 analysis.gating_every=5"),
-    ("analysis.gating_every", "model.family=swin data.name=digits moe.every=1 analysis.gating_every=5"),
+    (
+        "analysis.gating_every",
+        "moe.architecture=shared_expert moe.every=1 moe.position=pos3 analysis.gating_every=5",
+    ),
+    (
+        "analysis.gating_every",
+        "model.family=swin data.name=digits moe.every=1 analysis.gating_every=5",
+    ),
     ("analysis.gating_every", "analysis.gating_every=0"),
     ("analysis.record_routing", "moe.architecture=dense analysis.record_routing=5"),
     ("analysis.record_routing", "analysis.record_routing=0"),
@@ -117,7 +130,10 @@ IMPOSSIBLE = [
     ("data.tokenizer", "data.tokenizer=runs/latest/export/hf/tokenizer.json"),
     ("strategy.dense", "optim.name=muon strategy.dense=sharded"),
     ("strategy.dense", "strategy.dense=hybrid trainer.devices=4"),
-    ("strategy.dense", "strategy.dense=sharded strategy.ep_size=1 trainer.devices=32 model.ffn_dim=24"),
+    (
+        "strategy.dense",
+        "strategy.dense=sharded strategy.ep_size=1 trainer.devices=32 model.ffn_dim=24",
+    ),
     ("strategy.dense", "strategy.dense=whole"),
     *(  # one node, within a node, within a node by default, unequal numbers, one rank on a node
         ("strategy.exchange", f"strategy.exchange=hierarchical data.global_batch_size=24 {layout}")

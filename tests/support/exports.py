@@ -1,4 +1,5 @@
-"""This module makes configs of dense models, and writes models as `make export` and as a training does."""
+"""This module makes configs of dense models, and writes models as `make export` and as a training
+does."""
 
 import json
 from pathlib import Path
@@ -34,4 +35,6 @@ def write_checkpoint(model: torch.nn.Module, folder: Path, step: int) -> None:
     partial.mkdir()
     weights = {f"model.model.{name}": p.detach().clone() for name, p in model.named_parameters()}
     save_file(weights, partial / "all.safetensors")
-    durable.commit(partial, folder, step, {"all.safetensors": durable.fingerprint(partial / "all.safetensors")})
+    durable.commit(
+        partial, folder, step, {"all.safetensors": durable.fingerprint(partial / "all.safetensors")}
+    )

@@ -10,9 +10,11 @@ MODEL = "position=pos2 strategy.ep_size=2"
 
 
 def failure(fn: Any, world_size: int, *args: Any, all_fail: bool = False) -> str:
-    """Returns the message of the RankError of ranks that must fail. The message of a rank that hangs is different.
+    """Returns the message of the RankError of ranks that must fail. The message of a rank that
+    hangs is different.
 
-    all_fail: every rank does, at the same time; on a busy machine the last one may be seconds late with its report.
+    all_fail: every rank does, at the same time; on a busy machine the last one may be seconds late
+    with its report.
     """
     with pytest.raises(RankError) as caught:
         run_ranks(fn, world_size, *args, timeout_s=60, grace_s=30 if all_fail else GRACE_S)

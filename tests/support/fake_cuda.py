@@ -1,6 +1,8 @@
-"""This module builds the shim of fake_cuda.cpp and starts a process that has loaded it (docs/fake-cuda.md).
+"""This module builds the shim of fake_cuda.cpp and starts a process that has loaded it
+(docs/fake-cuda.md).
 
-The shim must be loaded before torch, so this module does not import torch at its top, and no test process loads it.
+The shim must be loaded before torch, so this module does not import torch at its top, and no test
+process loads it.
 """
 
 import ctypes
@@ -26,7 +28,8 @@ def compiler() -> str | None:
 
 
 def build(folder: Path) -> Path:
-    """Compiles the shim into `folder`, which takes two seconds. Raises CalledProcessError with the compiler's words."""
+    """Compiles the shim into `folder`, which takes two seconds. Raises CalledProcessError with the
+    compiler's words."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
     chosen, shim = compiler(), folder / "fake_cuda.so"
@@ -39,12 +42,14 @@ def build(folder: Path) -> Path:
 
 
 def process_with(shim: Path) -> ProcessPoolExecutor:
-    """Returns an executor of one process that has the shim. Its functions are pickled by name: not those of a test."""
+    """Returns an executor of one process that has the shim. Its functions are pickled by name: not
+    those of a test."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _load, (str(shim),))
 
 
 def _load(shim: str) -> None:
-    """Loads the shim. Then patches the functions of torch's Python part that ask the driver what the device can do."""
+    """Loads the shim. Then patches the functions of torch's Python part that ask the driver what
+    the device can do."""
     assert "torch" not in sys.modules, "torch has asked for the device already"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a build with CUDA would use a real device
     library = ctypes.CDLL(shim)
@@ -58,5 +63,9 @@ def _load(shim: str) -> None:
     torch.cuda.is_bf16_supported = lambda *_, **__: True
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     amp.amp_definitely_not_available = lambda: False
-    for use in (kernels.enable_flash_sdp, kernels.enable_mem_efficient_sdp, kernels.enable_cudnn_sdp):
+    for use in (
+        kernels.enable_flash_sdp,
+        kernels.enable_mem_efficient_sdp,
+        kernels.enable_cudnn_sdp,
+    ):
         use(False)  # which of them suits the device, a build with CUDA would ask its driver

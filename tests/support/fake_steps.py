@@ -1,8 +1,9 @@
-"""This module trains on fake tensors of the device `cuda`: they have shapes, dtypes and a device, but no numbers.
+"""This module trains on fake tensors of the device `cuda`: they have shapes, dtypes and a device,
+but no numbers.
 
-A step is the product's own: Lightning's loop calls training_step, backward, the guarded clipping and AdamW. It raises
-where the host would wait for the device, where tensors of two devices meet, and where dtypes do not fit. It runs in a
-process of tests/support/fake_cuda.py.
+A step is the product's own: Lightning's loop calls training_step, backward, the guarded clipping
+and AdamW. It raises where the host would wait for the device, where tensors of two devices meet,
+and where dtypes do not fit. It runs in a process of tests/support/fake_cuda.py.
 """
 
 import sys
@@ -38,7 +39,13 @@ from tests.support.architectures import overrides
 
 CUDA = torch.device("cuda", 0)
 ALL = (
-    *("model.layers=2", "moe.num_experts=4", "moe.noisy=true", "moe.z_loss_coef=0.01", "optim.warmup_steps=1"),
+    *(
+        "model.layers=2",
+        "moe.num_experts=4",
+        "moe.noisy=true",
+        "moe.z_loss_coef=0.01",
+        "optim.warmup_steps=1",
+    ),
     "data.global_batch_size=4",
 )
 TEXT = (
@@ -46,7 +53,13 @@ TEXT = (
     *("data.name=synthetic", "data.vocab_size=64", "data.seq_len=12", "trainer.max_steps=2"),
 )
 IMAGES = (
-    *("model.dim=8", "model.heads=1", "model.patch_size=2", "model.window=2", "model.drop_path=0.1"),
+    *(
+        "model.dim=8",
+        "model.heads=1",
+        "model.patch_size=2",
+        "model.window=2",
+        "model.drop_path=0.1",
+    ),
     *("data.name=digits", "data.image_size=32", "data.num_classes=5", "trainer.max_steps=1"),
 )
 FAMILIES = {
@@ -56,7 +69,16 @@ FAMILIES = {
 }
 aten = torch.ops.aten
 # fake tensors multiply any two dtypes, kernels do not
-PRODUCTS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten._grouped_mm, aten.mv, aten.dot}
+PRODUCTS = {
+    aten.mm,
+    aten.addmm,
+    aten.bmm,
+    aten.baddbmm,
+    aten.convolution,
+    aten._grouped_mm,
+    aten.mv,
+    aten.dot,
+}
 
 
 class DeviceFault(AssertionError):
@@ -64,13 +86,17 @@ class DeviceFault(AssertionError):
 
 
 class StepError(RuntimeError):
-    """A step has raised. Its text is the error's traceback, because some errors of torch cannot be pickled."""
+    """A step has raised. Its text is the error's traceback, because some errors of torch cannot be
+    pickled."""
 
 
 class Outcome(NamedTuple):
-    """What a training did: optimizer steps, numbers read by the guard, transfers started, graphs, graph breaks.
+    """What a training did: optimizer steps, numbers read by the guard, transfers started, graphs,
+    graph breaks.
 
-    order: name, group and numbers of elements of each collective that sends rows, or sums over ranks."""
+    order: name, group and numbers of elements of each collective that sends rows, or sums over
+    ranks.
+    """
 
     steps: int
     reads: int
@@ -81,8 +107,9 @@ class Outcome(NamedTuple):
 
 
 class Watch(TorchDispatchMode):
-    """Raises DeviceFault where an operator reads a number of the device, draws with a generator of another device,
-    multiplies two dtypes, or, in a step, works on two devices: a copy from one to the other waits.
+    """Raises DeviceFault where an operator reads a number of the device, draws with a generator of
+    another device, multiplies two dtypes, or, in a step, works on two devices: a copy from one to
+    the other waits.
 
     The guard may read whether the norm is finite, and is answered that it is.
     """
@@ -124,7 +151,8 @@ class Watch(TorchDispatchMode):
 
 
 class OnFakeCuda(SingleDeviceStrategy):
-    """Builds the module on the device, of fake tensors, and takes each optimizer step under `watch`."""
+    """Builds the module on the device, of fake tensors, and takes each optimizer step under
+    `watch`."""
 
     def __init__(self, context: ParallelContext) -> None:
         super().__init__(CUDA, AnyDevice())
@@ -136,10 +164,13 @@ class OnFakeCuda(SingleDeviceStrategy):
             yield
 
     def model_to_device(self) -> None:
-        """Averages the experts' gradients, as the library's strategy does. The module was built on the device."""
+        """Averages the experts' gradients, as the library's strategy does. The module was built on
+        the device."""
         for module in self.model.modules():
             for held in (module._parameters, module._buffers):
-                assert all(tensor is None or tensor.device == CUDA for tensor in held.values()), module
+                assert all(tensor is None or tensor.device == CUDA for tensor in held.values()), (
+                    module
+                )
         if self.context.world_size > 1:
             ExpertGradientReducer([p for _, p in expert_parameters(self.model)], self.context)
 
@@ -174,7 +205,9 @@ def context_of(ranks: int, rank: int) -> Iterator[ParallelContext]:
         return
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
-        ep_group, counts_group = (dist.new_group([0, 1], group_desc=name) for name in ("ep", "counts"))
+        ep_group, counts_group = (
+            dist.new_group([0, 1], group_desc=name) for name in ("ep", "counts")
+        )
         edp_group = dist.new_group(range(rank, ranks, 2), group_desc="edp")
         yield ParallelContext(rank, ranks, 2, None, ep_group, counts_group, edp_group)
     finally:
@@ -196,7 +229,8 @@ def recorded(name: str, order: list[tuple[str, str, int]]) -> Iterator[None]:
 
 
 def log(name: str, value: Any, prog_bar: bool = False) -> None:
-    """Raises DeviceFault where Lightning would copy a number to the device, or read what the progress bar shows."""
+    """Raises DeviceFault where Lightning would copy a number to the device, or read what the
+    progress bar shows."""
     if not isinstance(value, Tensor):
         raise DeviceFault(f"a number of the host is logged: {name}")
     if prog_bar and value.is_cuda:
@@ -212,21 +246,30 @@ def attempt(words: str, ranks: int = 1, broken: str | None = None, rank: int = 1
 
 
 def train(words: str, ranks: int = 1, broken: str | None = None, rank: int = 1) -> Outcome:
-    """Takes the steps of the training that `words` describe, on one rank or as one of several with EP 2.
+    """Takes the steps of the training that `words` describe, on one rank or as one of several with
+    EP 2.
 
-    words: a family, then words of the config. A language model takes two steps, the second with padding; swin one.
-    broken: a fault of broken_steps.py, which must make it raise.
+    words: a family, then words of the config. A language model takes two steps, the second with
+    padding; swin one. broken: a fault of broken_steps.py, which must make it raise.
     """
     family, *rest = words.split()
     config = load(None, [*ALL, *FAMILIES[family], *overrides(" ".join(rest))])
     torch.manual_seed(0)
     torch._dynamo.reset()
     counters.clear()
-    compile = partial(torch.compile, backend="eager")  # traces as always, and generates no code of the device
+    compile = partial(
+        torch.compile, backend="eager"
+    )  # traces as always, and generates no code of the device
     fault = broken_steps.FAULTS[broken][0]() if broken else nullcontext()
     order: list[tuple[str, str, int]] = []
     rows, sums = (recorded(name, order) for name in ("all_to_all_single", "all_reduce"))
-    with context_of(ranks, rank) as context, fault, rows, sums, patch.object(torch, "compile", compile):
+    with (
+        context_of(ranks, rank) as context,
+        fault,
+        rows,
+        sums,
+        patch.object(torch, "compile", compile),
+    ):
         module, strategy = build_module(config), OnFakeCuda(context)
         module.parallel_context = context
         module.log = log  # type: ignore[method-assign]  # Lightning's copies need numbers
@@ -243,7 +286,9 @@ def train(words: str, ranks: int = 1, broken: str | None = None, rank: int = 1) 
         )
         with warnings.catch_warnings(action="ignore"):
             trainer.fit(module, batches(config, strategy.fake))
-        without = [name for name, p in module.named_parameters() if p.grad is None or p.grad.device != CUDA]
+        without = [
+            name for name, p in module.named_parameters() if p.grad is None or p.grad.device != CUDA
+        ]
         assert not without, f"no gradient on the device: {without}"
     breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
     exchanges = sum(name == "all_to_all_single" for name, *_ in order)

@@ -1,7 +1,8 @@
 """This module runs Python programs in processes that have torch and Lightning imported already.
 
-A start of Python with them takes five seconds of processor time; a fork of the server of `run_ranks` takes 0.1 s. The
-program runs as `__main__`, in its own session, with its own environment, folder and exit code.
+A start of Python with them takes five seconds of processor time; a fork of the server of
+`run_ranks` takes 0.1 s. The program runs as `__main__`, in its own session, with its own
+environment, folder and exit code.
 """
 
 import atexit
@@ -18,8 +19,11 @@ from experiments.engine.isolated import end
 from experiments.engine.ranks import PRELOADED
 
 
-def python(*arguments: str, cwd: Path, env: Mapping[str, str], timeout_s: float) -> tuple[int, str, str]:
-    """Runs `python -m MODULE ...` or `python FILE ...`. Returns its exit code, as subprocess does, and its outputs.
+def python(
+    *arguments: str, cwd: Path, env: Mapping[str, str], timeout_s: float
+) -> tuple[int, str, str]:
+    """Runs `python -m MODULE ...` or `python FILE ...`. Returns its exit code, as subprocess does,
+    and its outputs.
 
     Raises TimeoutError after `timeout_s`; the program has been killed by then.
     """
@@ -40,7 +44,9 @@ def python(*arguments: str, cwd: Path, env: Mapping[str, str], timeout_s: float)
     return ended
 
 
-def _become(arguments: tuple[str, ...], cwd: Path, env: dict[str, str], out: Path, err: Path) -> None:
+def _become(
+    arguments: tuple[str, ...], cwd: Path, env: dict[str, str], out: Path, err: Path
+) -> None:
     os.setsid()
     os.chdir(cwd)
     os.environ.clear()

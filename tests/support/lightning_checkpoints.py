@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule
-from lightning.pytorch.callbacks import BackboneFinetuning, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EarlyStopping,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
@@ -20,7 +25,10 @@ from tests.support.lightning_updates import Groups, OddShapes, Scheduled, Tied, 
 def saving(runs: Runs, **how: Any) -> dict[str, Any]:
     """Returns a Trainer's arguments: by default it keeps a checkpoint of every second step."""
     usual = {"filename": "{step}", "save_top_k": -1, "every_n_train_steps": 2}
-    return {"callbacks": [ModelCheckpoint(runs.folder, **(usual | how))], "enable_checkpointing": True}
+    return {
+        "callbacks": [ModelCheckpoint(runs.folder, **(usual | how))],
+        "enable_checkpointing": True,
+    }
 
 
 def resumed(runs: Runs, make: Callable[[], Net], step: int = 6, **how: Any) -> list[Any]:
@@ -44,21 +52,37 @@ def save_last(runs: Runs) -> Any:
 def save_top_k(runs: Runs) -> Any:
     found = []
     for mode in ("min", "max"):
-        best_two = {"monitor": "val_loss", "mode": mode, "save_top_k": 2, "every_n_train_steps": None}
+        best_two = {
+            "monitor": "val_loss",
+            "mode": mode,
+            "save_top_k": 2,
+            "every_n_train_steps": None,
+        }
         how = saving(runs, filename=mode + "{epoch}", **best_two)
         trainer, module, saver = runs.trainer(**how, max_epochs=4), Net(), how["callbacks"][0]
         trainer.fit(module, loader(), loader(8))
-        best = trainer.validate(ckpt_path="best", dataloaders=loader(8), verbose=False, weights_only=False)
+        best = trainer.validate(
+            ckpt_path="best", dataloaders=loader(8), verbose=False, weights_only=False
+        )
         kept = {Path(path).name: score for path, score in saver.best_k_models.items()}
-        found.append([computed(trainer, module), runs.files(), best, Path(saver.best_model_path).name, kept])
+        found.append(
+            [computed(trainer, module), runs.files(), best, Path(saver.best_model_path).name, kept]
+        )
     return found
 
 
 @feature
 def save_every_n(runs: Runs) -> Any:
     found = []
-    for i, how in enumerate(({"every_n_train_steps": 3}, {"every_n_train_steps": None, "every_n_epochs": 2})):
-        found.append([runs.fit(**saving(runs, filename=f"{i}-{{epoch}}-{{step}}", **how), max_epochs=3), runs.files()])
+    for i, how in enumerate(
+        ({"every_n_train_steps": 3}, {"every_n_train_steps": None, "every_n_epochs": 2})
+    ):
+        found.append(
+            [
+                runs.fit(**saving(runs, filename=f"{i}-{{epoch}}-{{step}}", **how), max_epochs=3),
+                runs.files(),
+            ]
+        )
     return found
 
 
@@ -89,7 +113,12 @@ def resume_of_odd_shapes(runs: Runs) -> Any:
 
 @feature
 def resume_with_a_fused_optimizer(runs: Runs) -> Any:
-    return resumed(runs, lambda: Net(make_optimizer=lambda p, lr: torch.optim.AdamW(p, lr, fused=True, amsgrad=True)))
+    return resumed(
+        runs,
+        lambda: Net(
+            make_optimizer=lambda p, lr: torch.optim.AdamW(p, lr, fused=True, amsgrad=True)
+        ),
+    )
 
 
 @feature
@@ -109,7 +138,9 @@ def resume_with_shuffled_data(runs: Runs) -> Any:
 
 @feature
 def lbfgs_in_a_checkpoint(runs: Runs) -> Any:
-    return resumed(runs, lambda: Net(make_optimizer=lambda p, lr: torch.optim.LBFGS(p, lr=0.1, max_iter=2)))
+    return resumed(
+        runs, lambda: Net(make_optimizer=lambda p, lr: torch.optim.LBFGS(p, lr=0.1, max_iter=2))
+    )
 
 
 @feature
@@ -128,7 +159,9 @@ def weights_only(runs: Runs) -> Any:
     how = saving(runs, save_weights_only=True)
     end, path = runs.fit(**how), runs.folder / "step=4.ckpt"
     module = Net()
-    validated = runs.trainer().validate(module, loader(8), ckpt_path=path, verbose=False, weights_only=True)
+    validated = runs.trainer().validate(
+        module, loader(8), ckpt_path=path, verbose=False, weights_only=True
+    )
     loaded = clones(Net.load_from_checkpoint(path, weights_only=True).state_dict())
     refused = error_of(lambda: runs.fit(ckpt_path=path)).partition(":")[0]
     return {"all": [end, validated, clones(module.state_dict()), loaded], "refused": refused}
@@ -155,7 +188,12 @@ class Remembering(Callback):
     """Has state of every plain type, the same on all ranks."""
 
     def __init__(self) -> None:
-        self.state: dict[str, Any] = {"count": 0, "sum": torch.zeros(2), "path": None, "nested": {1: [1.5, "x"]}}
+        self.state: dict[str, Any] = {
+            "count": 0,
+            "sum": torch.zeros(2),
+            "path": None,
+            "nested": {1: [1.5, "x"]},
+        }
         self.loaded: list[Any] = []
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
@@ -213,7 +251,15 @@ def states_of_callbacks(runs: Runs) -> Any:
         module, data, trainer = RememberingNet(), RememberingData(), runs.trainer(**how)
         trainer.fit(module, datamodule=data, ckpt_path=path, weights_only=False)
         of_stopper = {k: v for k, v in callbacks[1].state_dict().items()}
-        found.append([computed(trainer, module), callbacks[0].state, callbacks[0].loaded, of_stopper, data.loaded])
+        found.append(
+            [
+                computed(trainer, module),
+                callbacks[0].state,
+                callbacks[0].loaded,
+                of_stopper,
+                data.loaded,
+            ]
+        )
     return [*found, module.loaded]
 
 
@@ -322,7 +368,9 @@ def save_checkpoint_after_fit(runs: Runs) -> Any:
     trainer.fit(module, loader())
     trainer.save_checkpoint(runs.folder / "after.ckpt")
     loaded = Net.load_from_checkpoint(runs.folder / "after.ckpt", weights_only=True)
-    tested = trainer.test(module, loader(8), ckpt_path=runs.folder / "after.ckpt", verbose=False, weights_only=False)
+    tested = trainer.test(
+        module, loader(8), ckpt_path=runs.folder / "after.ckpt", verbose=False, weights_only=False
+    )
     return [runs.files(), clones(loaded.state_dict()), tested]
 
 

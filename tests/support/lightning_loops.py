@@ -82,8 +82,14 @@ class Many(Net):
     """Takes batches of several loaders."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        parts = [part for part in (batch.values() if isinstance(batch, dict) else batch) if part is not None]
-        return super().training_step([torch.cat(tensors) for tensors in zip(*parts, strict=True)], batch_idx)
+        parts = [
+            part
+            for part in (batch.values() if isinstance(batch, dict) else batch)
+            if part is not None
+        ]
+        return super().training_step(
+            [torch.cat(tensors) for tensors in zip(*parts, strict=True)], batch_idx
+        )
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         self.log("val_loss", self.loss(batch), sync_dist=True)
@@ -101,8 +107,14 @@ def samplers(runs: Runs) -> Any:
     ):
         seen.append(runs.fit(data=loader(sampler=sampler), max_epochs=1))
     batches = BatchSampler(SequentialSampler(range(16)), 3, drop_last=True)
-    seen.append(runs.trainer(max_epochs=1).predict(Net(), DataLoader(rows(16), batch_sampler=batches)))
-    return [*seen, runs.fit(data=loader(shuffle=True)), runs.fit(data=loader(13, drop_last=True, shuffle=True))]
+    seen.append(
+        runs.trainer(max_epochs=1).predict(Net(), DataLoader(rows(16), batch_sampler=batches))
+    )
+    return [
+        *seen,
+        runs.fit(data=loader(shuffle=True)),
+        runs.fit(data=loader(13, drop_last=True, shuffle=True)),
+    ]
 
 
 @feature
@@ -124,7 +136,10 @@ def uneven_data(runs: Runs) -> Any:
 @feature
 def iterable_data(runs: Runs) -> Any:
     data = DataLoader(Split(8, 8), batch_size=2)
-    return [runs.fit(data=data), runs.fit(data=data, val=data, max_epochs=-1, max_steps=5, val_check_interval=2)]
+    return [
+        runs.fit(data=data),
+        runs.fit(data=data, val=data, max_epochs=-1, max_steps=5, val_check_interval=2),
+    ]
 
 
 @feature
@@ -137,7 +152,8 @@ def uneven_batches(runs: Runs) -> Any:
 
 @feature
 def uneven_prediction(runs: Runs) -> Any:
-    """Ranks without experts wait for each other in no step, so they may have different numbers of batches."""
+    """Ranks without experts wait for each other in no step, so they may have different numbers of
+    batches."""
     return [runs.trainer().predict(Net(), loader(n)) for n in (9, 3)]
 
 
@@ -152,7 +168,12 @@ def combined_loaders(runs: Runs) -> Any:
 def several_validation_loaders(runs: Runs) -> Any:
     return [
         runs.fit(Many(), [loader()], [loader(8), loader(12)]),
-        runs.fit(Many(), [loader()], CombinedLoader([loader(8), loader(12)], "sequential"), num_sanity_val_steps=-1),
+        runs.fit(
+            Many(),
+            [loader()],
+            CombinedLoader([loader(8), loader(12)], "sequential"),
+            num_sanity_val_steps=-1,
+        ),
     ]
 
 
@@ -180,7 +201,12 @@ def reloaded_loaders(runs: Runs) -> Any:
 
 @feature
 def limited_batches(runs: Runs) -> Any:
-    limits = {"limit_train_batches": 3, "limit_val_batches": 0.5, "limit_test_batches": 1, "limit_predict_batches": 1}
+    limits = {
+        "limit_train_batches": 3,
+        "limit_val_batches": 0.5,
+        "limit_test_batches": 1,
+        "limit_predict_batches": 1,
+    }
     module, trainer = Net(), runs.trainer(**limits)
     trainer.fit(module, loader(), loader(16))
     end = computed(trainer, module)
@@ -190,7 +216,9 @@ def limited_batches(runs: Runs) -> Any:
 
 @feature
 def overfit_batches(runs: Runs) -> Any:
-    return [runs.fit(overfit_batches=n, data=loader(16), val=loader(16), max_epochs=3) for n in (1, 0.5)]
+    return [
+        runs.fit(overfit_batches=n, data=loader(16), val=loader(16), max_epochs=3) for n in (1, 0.5)
+    ]
 
 
 # ---------------------------------------------------------------------- when to validate and when to stop
@@ -214,7 +242,9 @@ def val_check_interval(runs: Runs) -> Any:
         {"val_check_interval": 2, "accumulate_grad_batches": 3},
     ):
         calls: list[int] = []
-        note = LambdaCallback(on_validation_end=lambda t, m, calls=calls: calls.append(t.global_step))
+        note = LambdaCallback(
+            on_validation_end=lambda t, m, calls=calls: calls.append(t.global_step)
+        )
         found.append([runs.fit(val=loader(8), callbacks=[note], **how), calls])
     return found
 
@@ -224,8 +254,12 @@ def num_sanity_val_steps(runs: Runs) -> Any:
     found = []
     for number in (0, 1, -1):
         calls: list[bool] = []
-        note = LambdaCallback(on_validation_batch_end=lambda t, *_, c=calls: c.append(t.sanity_checking))
-        found.append([runs.fit(val=loader(8), callbacks=[note], num_sanity_val_steps=number), calls])
+        note = LambdaCallback(
+            on_validation_batch_end=lambda t, *_, c=calls: c.append(t.sanity_checking)
+        )
+        found.append(
+            [runs.fit(val=loader(8), callbacks=[note], num_sanity_val_steps=number), calls]
+        )
     return found
 
 
@@ -255,7 +289,10 @@ def early_stopping(runs: Runs) -> Any:
 
 @feature
 def timer(runs: Runs) -> Any:
-    return [runs.fit(callbacks=[Timer(timedelta(0), interval=interval)]) for interval in ("step", "epoch")]
+    return [
+        runs.fit(callbacks=[Timer(timedelta(0), interval=interval)])
+        for interval in ("step", "epoch")
+    ]
 
 
 @feature
@@ -270,7 +307,11 @@ def stopped_by_the_module(runs: Runs) -> Any:
 
 @feature
 def min_and_max_steps(runs: Runs) -> Any:
-    return [runs.fit(max_steps=3), runs.fit(min_steps=6, max_steps=7, max_epochs=-1), runs.fit(max_steps=0)]
+    return [
+        runs.fit(max_steps=3),
+        runs.fit(min_steps=6, max_steps=7, max_epochs=-1),
+        runs.fit(max_steps=0),
+    ]
 
 
 @feature
@@ -292,7 +333,9 @@ class Writer(BasePredictionWriter):
         super().__init__("batch_and_epoch")
         self.written: list[Any] = []
 
-    def write_on_batch_end(self, trainer: Any, module: Any, prediction: Any, indices: Any, *_: Any) -> None:
+    def write_on_batch_end(
+        self, trainer: Any, module: Any, prediction: Any, indices: Any, *_: Any
+    ) -> None:
         self.written.append([prediction, indices])
 
     def write_on_epoch_end(self, trainer: Any, module: Any, predictions: Any, indices: Any) -> None:
@@ -327,7 +370,9 @@ def predict(runs: Runs) -> Any:
 def inference_mode(runs: Runs) -> Any:
     class Asking(Net):
         def validation_step(self, batch: Any, batch_idx: int) -> None:
-            modes.append([torch.is_inference_mode_enabled(), torch.is_grad_enabled(), self.training])
+            modes.append(
+                [torch.is_inference_mode_enabled(), torch.is_grad_enabled(), self.training]
+            )
 
     modes: list[Any] = []
     for asked in (True, False):
@@ -356,7 +401,9 @@ class Logging(Net):
         self.log("of_epoch", float(self.current_epoch), sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
-        self.log("of_validation", torch.tensor(1.0 + self.global_rank), sync_dist=True, reduce_fx="max")
+        self.log(
+            "of_validation", torch.tensor(1.0 + self.global_rank), sync_dist=True, reduce_fx="max"
+        )
 
 
 class Talking(Net):
@@ -368,7 +415,9 @@ class Talking(Net):
         many = self.all_gather({"x": batch[0], "n": torch.tensor(self.global_rank)})
         strategy = self.trainer.strategy
         self.said.append([clones(many), strategy.reduce(loss.detach(), reduce_op="sum")])
-        self.said.append([strategy.broadcast([self.global_rank, "x"], 1), strategy.reduce_boolean_decision(True)])
+        self.said.append(
+            [strategy.broadcast([self.global_rank, "x"], 1), strategy.reduce_boolean_decision(True)]
+        )
         self.said.append([self.trainer.is_global_zero, self.trainer.world_size, self.local_rank])
         strategy.barrier("here")
         return whole.mean() + loss
@@ -381,7 +430,11 @@ def logged_values(runs: Runs) -> Any:
     logger = CSVLogger(runs.folder / str(runs.rank))
     end = runs.fit(Logging(), val=loader(8), logger=logger, log_every_n_steps=1)
     written = logger.experiment.metrics if runs.rank == 0 else []
-    return [end, written, (runs.folder / "0" / "lightning_logs" / "version_0" / "metrics.csv").exists()]
+    return [
+        end,
+        written,
+        (runs.folder / "0" / "lightning_logs" / "version_0" / "metrics.csv").exists(),
+    ]
 
 
 @feature
@@ -431,9 +484,22 @@ def noting(kind: type, calls: list[str]) -> type:
 
         return hook
 
-    started = ("on_", "configure_gradient", "configure_model", "configure_optimizers", "transfer_", "optimizer_")
-    hooks = [n for n in dir(kind) if n.startswith(started) and callable(getattr(kind, n)) and n != "on_gpu"]
-    return type(f"Noting{kind.__name__}", (kind,), {n: wrapped(n) for n in [*hooks, "setup", "teardown"]})
+    started = (
+        "on_",
+        "configure_gradient",
+        "configure_model",
+        "configure_optimizers",
+        "transfer_",
+        "optimizer_",
+    )
+    hooks = [
+        n
+        for n in dir(kind)
+        if n.startswith(started) and callable(getattr(kind, n)) and n != "on_gpu"
+    ]
+    return type(
+        f"Noting{kind.__name__}", (kind,), {n: wrapped(n) for n in [*hooks, "setup", "teardown"]}
+    )
 
 
 @feature

@@ -1,6 +1,8 @@
-"""This module has a small network without experts, data for it, and what a training of it has computed.
+"""This module has a small network without experts, data for it, and what a training of it has
+computed.
 
-`Runs` makes the Trainers of one feature of Lightning, with one of the two strategies that are compared.
+`Runs` makes the Trainers of one feature of Lightning, with one of the two strategies that are
+compared.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -65,7 +67,8 @@ def loader(number: int = 16, **how: Any) -> DataLoader[Any]:
 
 
 def computed(trainer: Trainer, module: Net) -> dict[str, Any]:
-    """Returns what must be equal: losses, weights, the optimizers' states, learning rates, metrics, and counts."""
+    """Returns what must be equal: losses, weights, the optimizers' states, learning rates, metrics,
+    and counts."""
     named = dict(module.named_parameters())
     of_optimizers = trainer.optimizers
     return {
@@ -76,10 +79,18 @@ def computed(trainer: Trainer, module: Net) -> dict[str, Any]:
             for optimizer in of_optimizers
         ],
         "rates": [group["lr"] for optimizer in of_optimizers for group in optimizer.param_groups],
-        "schedulers": [config.scheduler.state_dict().get("last_epoch") for config in trainer.lr_scheduler_configs],
+        "schedulers": [
+            config.scheduler.state_dict().get("last_epoch")
+            for config in trainer.lr_scheduler_configs
+        ],
         "metrics": clones(trainer.callback_metrics),
         "logged": clones(trainer.logged_metrics),
-        "counts": [trainer.global_step, trainer.current_epoch, trainer.should_stop, str(trainer.state.status)],
+        "counts": [
+            trainer.global_step,
+            trainer.current_epoch,
+            trainer.should_stop,
+            str(trainer.state.status),
+        ],
     }
 
 
@@ -88,7 +99,8 @@ def clones(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Runs:
-    """Makes one feature's Trainers. make_strategy: a class of strategies. folder: shared by the ranks."""
+    """Makes one feature's Trainers. make_strategy: a class of strategies. folder: shared by the
+    ranks."""
 
     def __init__(self, rank: int, make_strategy: Callable[..., Any], folder: Path) -> None:
         self.rank, self.make_strategy, self.folder = rank, make_strategy, folder
@@ -99,17 +111,26 @@ class Runs:
         return users_trainer(2, self.make_strategy(**(of_strategy or {})), **(usual | how))
 
     def fit(
-        self, module: Net | None = None, data: Any = None, val: Any = None, ckpt_path: Any = None, **how: Any
+        self,
+        module: Net | None = None,
+        data: Any = None,
+        val: Any = None,
+        ckpt_path: Any = None,
+        **how: Any,
     ) -> dict[str, Any]:
         """Trains and returns what was computed. how: arguments of the Trainer."""
         module = Net() if module is None else module
         trainer = self.trainer(**how)
-        trainer.fit(module, loader() if data is None else data, val, ckpt_path=ckpt_path, weights_only=False)
+        trainer.fit(
+            module, loader() if data is None else data, val, ckpt_path=ckpt_path, weights_only=False
+        )
         return computed(trainer, module)
 
     def files(self) -> list[str]:
         """Returns the names of this feature's checkpoints."""
-        return sorted(path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*.ckpt"))
+        return sorted(
+            path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*.ckpt")
+        )
 
 
 FEATURES: dict[str, Callable[[Runs], Any]] = {}
@@ -122,7 +143,8 @@ def feature(use: Callable[[Runs], Any]) -> Callable[[Runs], Any]:
 
 
 def error_of(act: Callable[[], Any]) -> str:
-    """Returns the error's class and the first line of its message; an empty string if there is none."""
+    """Returns the error's class and the first line of its message; an empty string if there is
+    none."""
     try:
         act()
     except Exception as error:
@@ -150,7 +172,8 @@ def differences(ddp: Any, ours: Any) -> list[str]:
     if "/error" in names:
         names = ["/error"]  # everything else is absent where a feature has raised
     return [
-        f"{name}: {there.get(name, 'absent')} under ddp, {here.get(name, 'absent')} under expert_parallel"
+        f"{name}: {there.get(name, 'absent')} under ddp, {here.get(name, 'absent')} under"
+        " expert_parallel"
         for name in names
         if not is_same(there.get(name, "absent"), here.get(name, "absent"))
     ]
@@ -158,5 +181,9 @@ def differences(ddp: Any, ours: Any) -> list[str]:
 
 def is_same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+        return (
+            a.dtype == b.dtype
+            and a.shape == b.shape
+            and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+        )
     return type(a) is type(b) and bool(a == b)

@@ -1,8 +1,8 @@
-"""This module uses Lightning's features of optimizers, gradients, weights and precision. Each function
-uses one, on one rank of two, and returns what came of it.
+"""This module uses Lightning's features of optimizers, gradients, weights and precision. Each
+function uses one, on one rank of two, and returns what came of it.
 
-tests/distributed/test_ddp_features.py runs all of them under `ddp` and under `expert_parallel`, on a
-model without experts. What they return must be equal to the last bit. Others: lightning_loops.py,
+tests/distributed/test_ddp_features.py runs all of them under `ddp` and under `expert_parallel`, on
+a model without experts. What they return must be equal to the last bit. Others: lightning_loops.py,
 lightning_checkpoints.py.
 """
 
@@ -17,7 +17,17 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, Dataset
 
-from tests.support.lightning_net import DIM, HIDDEN, Net, Runs, computed, error_of, feature, loader, rows
+from tests.support.lightning_net import (
+    DIM,
+    HIDDEN,
+    Net,
+    Runs,
+    computed,
+    error_of,
+    feature,
+    loader,
+    rows,
+)
 
 # ---------------------------------------------------------------------- optimizers
 
@@ -48,7 +58,10 @@ class NoOptimizer(Net):
 
 class Groups(Net):
     def configure_optimizers(self) -> Any:
-        groups = [{"params": self.backbone.parameters(), "lr": 0.01}, {"params": self.head.parameters()}]
+        groups = [
+            {"params": self.backbone.parameters(), "lr": 0.01},
+            {"params": self.head.parameters()},
+        ]
         return torch.optim.AdamW(groups, lr=self.lr, weight_decay=0.2)
 
 
@@ -82,7 +95,10 @@ class Several(Net):
         self.automatic_optimization = False
 
     def configure_optimizers(self) -> Any:
-        return [torch.optim.AdamW(self.backbone.parameters(), lr=0.01), sgd(self.head.parameters(), lr=0.1)]
+        return [
+            torch.optim.AdamW(self.backbone.parameters(), lr=0.01),
+            sgd(self.head.parameters(), lr=0.1),
+        ]
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         for optimizer in self.optimizers():
@@ -96,8 +112,16 @@ class Several(Net):
 
 @feature
 def adamw_foreach_and_fused(runs: Runs) -> Any:
-    ways = ({"foreach": True}, {"fused": True}, {"amsgrad": True}, {"capturable": False, "maximize": True})
-    return [runs.fit(Net(make_optimizer=lambda p, lr, way=way: torch.optim.AdamW(p, lr, **way))) for way in ways]
+    ways = (
+        {"foreach": True},
+        {"fused": True},
+        {"amsgrad": True},
+        {"capturable": False, "maximize": True},
+    )
+    return [
+        runs.fit(Net(make_optimizer=lambda p, lr, way=way: torch.optim.AdamW(p, lr, **way)))
+        for way in ways
+    ]
 
 
 @feature
@@ -146,14 +170,20 @@ class Scheduled(Net):
 
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": ExponentialLR(optimizer, 0.8), **self.schedule}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": ExponentialLR(optimizer, 0.8), **self.schedule},
+        }
 
 
 class OnPlateau(Net):
     def configure_optimizers(self) -> Any:
         optimizer = super().configure_optimizers()
         scheduler = ReduceLROnPlateau(optimizer, patience=0, threshold=1e6)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"},
+        }
 
 
 class ByLoss(Scheduled):
@@ -170,7 +200,10 @@ def schedule_of_steps(runs: Runs) -> Any:
 def schedule_of_epochs(runs: Runs) -> Any:
     monitor = LearningRateMonitor()
     logger = CSVLogger(runs.folder)
-    return [runs.fit(Scheduled("epoch"), callbacks=[monitor], logger=logger, log_every_n_steps=1), monitor.lrs]
+    return [
+        runs.fit(Scheduled("epoch"), callbacks=[monitor], logger=logger, log_every_n_steps=1),
+        monitor.lrs,
+    ]
 
 
 @feature
@@ -189,7 +222,9 @@ def schedule_stepped_by_the_module(runs: Runs) -> Any:
 class Clipping(Net):
     """Clips from the second step on."""
 
-    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any) -> None:
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any, gradient_clip_algorithm: Any
+    ) -> None:
         value = 0.01 if self.global_step else None
         self.clip_gradients(optimizer, gradient_clip_val=value, gradient_clip_algorithm="norm")
 
@@ -207,7 +242,9 @@ class Hooked(Net):
         self.noted: list[Any] = []
         self.head.weight.register_hook(lambda grad: grad * 3)
         self.head.bias.register_post_accumulate_grad_hook(lambda p: self.noted.append(p.shape))
-        self.backbone.register_full_backward_hook(lambda module, i, out: self.noted.append(out[0].clone()))
+        self.backbone.register_full_backward_hook(
+            lambda module, i, out: self.noted.append(out[0].clone())
+        )
 
     def note(self) -> None:
         self.noted.append([None if p.grad is None else p.grad.clone() for p in self.parameters()])
@@ -287,7 +324,10 @@ def a_loss_that_is_not_finite(runs: Runs) -> Any:
 
 @feature
 def detect_anomaly(runs: Runs) -> Any:
-    return [runs.fit(detect_anomaly=True), error_of(lambda: runs.fit(NotFinite(), detect_anomaly=True))]
+    return [
+        runs.fit(detect_anomaly=True),
+        error_of(lambda: runs.fit(NotFinite(), detect_anomaly=True)),
+    ]
 
 
 # ---------------------------------------------------------------------- parameters and buffers

@@ -1,6 +1,8 @@
-"""This program is the train command in a process whose memory must not grow by more than SCMOE_LIMIT_GIB.
+"""This program is the train command in a process whose memory must not grow by more than
+SCMOE_LIMIT_GIB.
 
-Address space is limited too, so that a runaway ends early, but by more: threads reserve it without using it.
+Address space is limited too, so that a runaway ends early, but by more: threads reserve it without
+using it.
 """
 
 import os
@@ -25,4 +27,8 @@ if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
     code = call("train", *sys.argv[1:])
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident
-    sys.exit(f"memory grew by {grown / GIB:.1f} GiB, allowed: {growth:g}" if grown > growth * GIB else code)
+    sys.exit(
+        f"memory grew by {grown / GIB:.1f} GiB, allowed: {growth:g}"
+        if grown > growth * GIB
+        else code
+    )

@@ -45,7 +45,8 @@ def tiny(*overrides: str) -> Config:
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Sets weights so that every term shows: no bias is 0, no norm weight is 1, experts and gates differ."""
+    """Sets weights so that every term shows: no bias is 0, no norm weight is 1, experts and gates
+    differ."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
         fresh = torch.randn(p.shape, generator=generator, dtype=torch.float64)
@@ -63,13 +64,17 @@ def tiny_model(config: Config, dtype: torch.dtype = torch.float64, seed: int = 0
 def tiny_batch(config: Config, batch_size: int = 2) -> tuple[Tensor, Tensor]:
     """Returns input ids and labels [B, S]."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(config.data.vocab_size, (batch_size, config.data.seq_len + 1), generator=generator)
+    ids = torch.randint(
+        config.data.vocab_size, (batch_size, config.data.seq_len + 1), generator=generator
+    )
     return ids[:, :-1], ids[:, 1:]
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
     """Returns a copy of every gradient. AssertionError: a parameter has none."""
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}  # no selection biases
+    trained = {
+        name: p for name, p in module.named_parameters() if p.requires_grad
+    }  # no selection biases
     missing = [name for name, p in trained.items() if p.grad is None]
     assert not missing, f"no gradient: {missing}"
     return {name: p.grad.clone() for name, p in trained.items()}
@@ -77,7 +82,8 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Yields a dict that has, after the end, the bytes of each storage that autograd keeps; no weights, no buffers."""
+    """Yields a dict that has, after the end, the bytes of each storage that autograd keeps; no
+    weights, no buffers."""
     kept: dict[int, int] = {}
 
     def keep(t: Tensor) -> Tensor:
@@ -90,8 +96,11 @@ def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
         kept.pop(t.untyped_storage().data_ptr(), None)
 
 
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-12, what: str = "") -> None:
-    """Allows a difference of tolerance times the largest expected entry, or of tolerance if all entries are below 1."""
+def assert_close(
+    actual: Tensor, expected: Tensor, tolerance: float = 1e-12, what: str = ""
+) -> None:
+    """Allows a difference of tolerance times the largest expected entry, or of tolerance if all
+    entries are below 1."""
     assert actual.shape == expected.shape, what
     if actual.numel():
         error = (actual - expected).abs().max().item() / max(1.0, expected.abs().max().item())
@@ -115,7 +124,10 @@ def tiny_stream(
 
 def tiny_sublayers() -> list[nn.Module]:
     """Returns the sublayers of a pair: attention, MLP, attention."""
-    return [Residual(nn.LayerNorm(DIM), part) for part in (Attention(DIM, 2), MLP(DIM, FFN), Attention(DIM, 2))]
+    return [
+        Residual(nn.LayerNorm(DIM), part)
+        for part in (Attention(DIM, 2), MLP(DIM, FFN), Attention(DIM, 2))
+    ]
 
 
 def tiny_shortcut(
@@ -125,8 +137,14 @@ def tiny_shortcut(
     shared_expert: nn.Module | None = None,
 ) -> ShortcutBlock:
     """Returns a ScMoE pair with CG-1."""
-    parts = {"tap_norm": nn.LayerNorm(DIM), "shared_expert": shared_expert or MLP(DIM, FFN), "coefficient": CG1(DIM)}
-    return ShortcutBlock(sublayers or tiny_sublayers(), nn.LayerNorm(DIM), stream, schedule, **parts)
+    parts = {
+        "tap_norm": nn.LayerNorm(DIM),
+        "shared_expert": shared_expert or MLP(DIM, FFN),
+        "coefficient": CG1(DIM),
+    }
+    return ShortcutBlock(
+        sublayers or tiny_sublayers(), nn.LayerNorm(DIM), stream, schedule, **parts
+    )
 
 
 def hooks(model: nn.Module) -> int:

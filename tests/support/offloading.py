@@ -1,4 +1,5 @@
-"""This module makes models with stores of their experts, and a source of experts that is as late as it may be."""
+"""This module makes models with stores of their experts, and a source of experts that is as late as
+it may be."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,8 +16,11 @@ from tests.support.models import tiny, tiny_model
 DROPLESS = "moe.capacity_factor=null"
 
 
-def stored(words: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[nn.Module, Path]:
-    """Returns a model in evaluation mode and its store. words: as in tests/support/architectures.py."""
+def stored(
+    words: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> tuple[nn.Module, Path]:
+    """Returns a model in evaluation mode and its store. words: as in
+    tests/support/architectures.py."""
     model = tiny_model(tiny("model.layers=6", DROPLESS, *overrides(words)), dtype, seed).eval()
     path = folder / f"{seed}.safetensors"
     write_store(path, model)
@@ -24,7 +28,8 @@ def stored(words: str, folder: Path, dtype: torch.dtype = torch.float32, seed: i
 
 
 class Late:
-    """A source that copies an expert only when that one, or one that was started later, is waited for."""
+    """A source that copies an expert only when that one, or one that was started later, is waited
+    for."""
 
     def __init__(self, store: Store) -> None:
         self.store, self.queue = store, list[tuple[Key, Tensor | None]]()  # None: it has arrived

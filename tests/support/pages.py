@@ -13,7 +13,10 @@ GUIDES = [  # what a user copies from; results and decisions are records
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "docs/how-to").glob("*.md")),
 ]
-SHELL = ("bash", "text")  # a block of text may have commands that are not meant to be copied as they are
+SHELL = (
+    "bash",
+    "text",
+)  # a block of text may have commands that are not meant to be copied as they are
 OF_SHELL = {"$level": "block", "$share": "0.52"}  # variables of the Makefile's loops
 
 
@@ -30,19 +33,24 @@ def commands(page: Path | str) -> list[str]:
 
 
 def all_commands(page: Path) -> list[str]:
-    """Returns the commands of a page: blocks of bash, lines `make ...` and `scmoe ...` of blocks of text."""
+    """Returns the commands of a page: blocks of bash, lines `make ...` and `scmoe ...` of blocks of
+    text."""
     lines = [line for block in blocks(page, "text") for line in block.splitlines()]
     return [*commands(page), *(line for line in lines if re.match(r"(make|scmoe) ", line))]
 
 
 def program_of(command: str) -> list[str]:
-    """Returns the words of scmoe's command line that a command runs, through make, torchrun or sbatch; [] where it runs
-    something else: pip, pytest, a script of docs/examples."""
+    """Returns the words of scmoe's command line that a command runs, through make, torchrun or
+    sbatch; [] where it runs something else: pip, pytest, a script of docs/examples."""
     words = shlex.split(command)
     if words[0] == "make":
-        environment = {name: text for name, text in os.environ.items() if not name.startswith(("MAKE", "ARGS"))}
+        environment = {
+            name: text for name, text in os.environ.items() if not name.startswith(("MAKE", "ARGS"))
+        }
         dry = ["make", "--dry-run", *words[1:]]
-        done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
+        done = subprocess.run(
+            dry, cwd=ROOT, capture_output=True, text=True, check=True, env=environment
+        )
         command = done.stdout.strip().splitlines()[-1].partition(" || exit")[0]
         for variable, text in OF_SHELL.items():
             command = command.replace(variable, text)

@@ -1,6 +1,8 @@
-"""This module builds a model in parts, on one of several ranks, and compares it with the model of one process.
+"""This module builds a model in parts, on one of several ranks, and compares it with the model of
+one process.
 
-It counts the bytes of storages on the host while the model is built. Results are plain, so that ranks can return them.
+It counts the bytes of storages on the host while the model is built. Results are plain, so that
+ranks can return them.
 """
 
 from collections.abc import Iterable
@@ -21,7 +23,8 @@ from scmoe.training.assembly.model import build_model_to_train
 
 
 class Built(NamedTuple):
-    """peak, part, block, whole: bytes while it was built, of what this rank keeps, of the largest block, of the model.
+    """peak, part, block, whole: bytes while it was built, of what this rank keeps, of the largest
+    block, of the model.
 
     other: tensors of which this rank's part is not that of one process."""
 

@@ -1,6 +1,7 @@
 """This module compares our modules with those of transformers, given the same random weights.
 
-The tolerance is 1e-5 of the largest entry in float32: the same sums in another order, with rounding errors of 6e-8.
+The tolerance is 1e-5 of the largest entry in float32: the same sums in another order, with rounding
+errors of 6e-8.
 """
 
 from collections.abc import Callable
@@ -48,7 +49,8 @@ def check_equal(
     run_theirs: Callable[[Tensor], Tensor],
     tolerance: float = TOLERANCE,
 ) -> None:
-    """Compares outputs and gradients; weights returns their parameters or gradients under our names, in our layout."""
+    """Compares outputs and gradients; weights returns their parameters or gradients under our
+    names, in our layout."""
     randomise(theirs.float())
     for name, buffer in theirs.named_buffers():
         if name.endswith("e_score_correction_bias"):
@@ -81,4 +83,6 @@ class Called(nn.Module):
         self.attention, self.angles = attention, angles
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.attention(hidden_states=x_BSD, position_embeddings=self.angles, attention_mask=None)[0]
+        return self.attention(
+            hidden_states=x_BSD, position_embeddings=self.angles, attention_mask=None
+        )[0]

@@ -14,14 +14,18 @@ from scmoe.probes.charts import SMALL, WIDTH
 def assert_readable(figure: Figure) -> None:
     """No text is smaller than a phone shows, none is cut off, and none lies on another one."""
     assert figure.get_figwidth() <= WIDTH
-    FigureCanvasAgg(figure).draw()  # places are those of the last drawing, which had the file's resolution
+    FigureCanvasAgg(
+        figure
+    ).draw()  # places are those of the last drawing, which had the file's resolution
     boxes = shown_texts(figure)
     width, height = figure.bbox.size
     for words, size, box in boxes:
         assert size >= SMALL, words
         assert box.x0 >= -1 and box.x1 <= width + 1 and box.y0 >= -1 and box.y1 <= height + 1, words
     corners = np.array([box.extents for _, _, box in boxes])  # left, bottom, right, top
-    both = np.minimum(corners[:, None, 2:], corners[:, 2:]) - np.maximum(corners[:, None, :2], corners[:, :2])
+    both = np.minimum(corners[:, None, 2:], corners[:, 2:]) - np.maximum(
+        corners[:, None, :2], corners[:, :2]
+    )
     for i, j in np.argwhere((both > 1).all(-1)):
         assert i == j, (boxes[i][0], boxes[j][0])
 
@@ -35,7 +39,8 @@ def assert_values_off_the_bars(figure: Figure) -> None:
 
 
 def shown_texts(figure: Figure) -> list[tuple[str, float, Any]]:
-    """Returns the words, the size in points and the place of every text; of ticks those that are inside the axis."""
+    """Returns the words, the size in points and the place of every text; of ticks those that are
+    inside the axis."""
     ticks = {}
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
@@ -43,7 +48,11 @@ def shown_texts(figure: Figure) -> list[tuple[str, float, Any]]:
             for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()]:
                 inside = low - 1e-9 <= tick.get_loc() <= high + 1e-9
                 ticks.update({id(label): inside for label in (tick.label1, tick.label2)})
-    texts = [t for t in figure.findobj(Text) if t.get_text().strip() and t.get_visible() and ticks.get(id(t), True)]
+    texts = [
+        t
+        for t in figure.findobj(Text)
+        if t.get_text().strip() and t.get_visible() and ticks.get(id(t), True)
+    ]
     return [(t.get_text(), t.get_fontsize(), t.get_window_extent()) for t in texts]
 
 

@@ -1,4 +1,5 @@
-"""A pair of blocks with 1,024 tokens of width 512 a rank, played on ranks with links of 115 Mbit/s (schedule/cost.py).
+"""A pair of blocks with 1,024 tokens of width 512 a rank, played on ranks with links of 115 Mbit/s
+(schedule/cost.py).
 
 Attention takes 90 ms and an MLP 30 ms; backward computes twice as long and sends the same rows.
 """
@@ -8,14 +9,24 @@ from collections.abc import Sequence
 import torch
 
 from scmoe.planning.pricing import OPERATORS, names_of, seconds_of
-from scmoe.schedule.cost import TRANSFERS, OperatorTimes, Share, Span, elapsed, per_chunk, play_ranks, shares
+from scmoe.schedule.cost import (
+    TRANSFERS,
+    OperatorTimes,
+    Share,
+    Span,
+    elapsed,
+    per_chunk,
+    play_ranks,
+    shares,
+)
 from scmoe.schedule.schedule import SUBLAYERS, Schedule
 
 ROW_MS = 512 * 4 * 8 / (115e6 * 1448 / 1514) * 1e3  # payload of a frame
 
 
 def hot_rank(load: float, ranks: int, hot: int = 0) -> list[Share]:
-    """Returns the shares where the rank `hot` gets `load` times its fair share of every rank's rows."""
+    """Returns the shares where the rank `hot` gets `load` times its fair share of every rank's
+    rows."""
     row = [(1 - load / ranks) / (ranks - 1)] * ranks
     row[hot] = load / ranks
     return shares([row] * ranks)
@@ -34,17 +45,22 @@ def operator_ms(schedule: Schedule, ranks: int, latency_ms: float = 0.0) -> Oper
         "experts": 30.0 * top_k,
     }
     backward = {operator: 2 * ms for operator, ms in forward.items()}
-    return OperatorTimes(*(times | dict.fromkeys(TRANSFERS, transfer) for times in (forward, backward)))
+    return OperatorTimes(
+        *(times | dict.fromkeys(TRANSFERS, transfer) for times in (forward, backward))
+    )
 
 
 def play_step(
     schedule: Schedule, rows: Sequence[Share], sequential: bool = False, latency_ms: float = 0.0
 ) -> tuple[list[list[Span]], list[list[Span]]]:
-    """Returns the spans of each rank in forward, and in backward, which begins on each rank where its forward ends."""
+    """Returns the spans of each rank in forward, and in backward, which begins on each rank where
+    its forward ends."""
     times = operator_ms(schedule, len(rows), latency_ms)
     before = SUBLAYERS[: 3 - schedule.sublayers_after_tap]
     chunks = [rows] * schedule.chunks
-    forward = play_ranks((*before, *schedule.operators()), per_chunk(schedule, times.forward), chunks, sequential)
+    forward = play_ranks(
+        (*before, *schedule.operators()), per_chunk(schedule, times.forward), chunks, sequential
+    )
     ends = [spans[-1].end for spans in forward]
     back = (*schedule.backward_operators(), *before[::-1])
     return forward, play_ranks(back, per_chunk(schedule, times.backward), chunks, sequential, ends)
@@ -58,7 +74,9 @@ def step_ms(
     return max(map(elapsed, forward)), max(map(elapsed, backward))
 
 
-def sample_of(schedule: Schedule, rows: Sequence[Share], sequential: bool, latency_ms: float = 0.0) -> torch.Tensor:
+def sample_of(
+    schedule: Schedule, rows: Sequence[Share], sequential: bool, latency_ms: float = 0.0
+) -> torch.Tensor:
     """Returns what `pricing.measured` returns after this step of one layer, in ms."""
     forward, backward = play_step(schedule, rows, sequential, latency_ms)
     window = len(schedule.operators())
@@ -71,5 +89,7 @@ def sample_of(schedule: Schedule, rows: Sequence[Share], sequential: bool, laten
 
 def in_order(spans: Sequence[Span], schedule: Schedule) -> list[tuple[float, float]]:
     """Returns start and end of each span, in the order of `noted`."""
-    times = {op: [(span.start, span.end) for span in spans if span.operator == op] for op in OPERATORS}
+    times = {
+        op: [(span.start, span.end) for span in spans if span.operator == op] for op in OPERATORS
+    }
     return [times[op].pop(0) for op in names_of(schedule)]

@@ -15,7 +15,8 @@ from tests.support.models import DIM, FFN, randomise, tiny_shortcut, tiny_stream
 
 
 class _Mark(Function):
-    """This identity function writes its name into a log when it runs forward and when it runs backward."""
+    """This identity function writes its name into a log when it runs forward and when it runs
+    backward."""
 
     @staticmethod
     def forward(ctx, x: Tensor, name: str, log: "Log") -> Tensor:
@@ -52,10 +53,14 @@ class Recorded(nn.Module):
     def core(self, x: Tensor) -> Tensor:
         return self.marked(f"{self.name}_core", self.inner.core, x)
 
-    def forward(self, x: Tensor, *rest, onto: Tensor | None = None, core: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *rest, onto: Tensor | None = None, core: Tensor | None = None
+    ) -> Tensor:
         if core is None:
             return self.marked(self.name, lambda x: self.inner(x, *rest), x)
-        return self.marked(f"{self.name}_out", lambda core: self.inner(x, onto=onto, core=core), core)
+        return self.marked(
+            f"{self.name}_out", lambda core: self.inner(x, onto=onto, core=core), core
+        )
 
     def marked(self, name: str, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return self.log.mark(f(self.log.mark(x, f"{name} begin")), f"{name} end")
@@ -72,7 +77,8 @@ class RecordedPending:
 
 
 class RecordingDispatcher:
-    """This dispatcher marks where a transfer starts and where it is waited for: the two autograd nodes."""
+    """This dispatcher marks where a transfer starts and where it is waited for: the two autograd
+    nodes."""
 
     def __init__(self, log: Log) -> None:
         self.log, self.inner = log, LocalDispatcher()
@@ -83,7 +89,9 @@ class RecordingDispatcher:
 
     def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
         chunk, self.dispatches = self.dispatches, self.dispatches + 1
-        pending, receipt = self.inner.dispatch(self.log.mark(rows_RD, f"dispatch {chunk} start"), counts)
+        pending, receipt = self.inner.dispatch(
+            self.log.mark(rows_RD, f"dispatch {chunk} start"), counts
+        )
         return RecordedPending(pending, f"dispatch {chunk} wait", self.log), receipt
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
@@ -95,12 +103,16 @@ class RecordingDispatcher:
 def recorded_shortcut_block(
     schedule: Schedule, capacity_factor: float | None, log: Log, blocking=None
 ) -> ShortcutBlock:
-    """Returns a ScMoE pair whose operators and transfers write into log. blocking: a wrapper of the dispatcher."""
+    """Returns a ScMoE pair whose operators and transfers write into log. blocking: a wrapper of the
+    dispatcher."""
     dispatcher = RecordingDispatcher(log)
     stream = tiny_stream(2, capacity_factor, blocking(dispatcher) if blocking else dispatcher)
     stream.experts = Recorded("experts", stream.experts, log)
     names = ("attention", "mlp", "attention")
-    sublayers = [Recorded(name, sublayer, log) for name, sublayer in zip(names, tiny_sublayers(), strict=True)]
+    sublayers = [
+        Recorded(name, sublayer, log)
+        for name, sublayer in zip(names, tiny_sublayers(), strict=True)
+    ]
     shared_expert = Recorded("shared_expert", MLP(DIM, FFN), log)
     return randomise(tiny_shortcut(stream, schedule, sublayers, shared_expert).double(), seed=1)
 

@@ -1,4 +1,5 @@
-"""This module trains on one rank as a user does, with checkpoints and resuming, and compares the ends of two runs."""
+"""This module trains on one rank as a user does, with checkpoints and resuming, and compares the
+ends of two runs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +21,13 @@ from tests.support.trainings import whole as gathered
 HALF, WHOLE = 3, 6
 
 
-def fit(config: Config, folder: Path | None = None, checkpoint: Path | None = None) -> dict[str, Any]:
+def fit(
+    config: Config, folder: Path | None = None, checkpoint: Path | None = None
+) -> dict[str, Any]:
     """Trains on this rank, keeps a checkpoint of every third step and returns what must be equal."""
-    checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=HALF, save_top_k=-1 if folder else 0)
+    checkpoints = ModelCheckpoint(
+        folder, "{step}", every_n_train_steps=HALF, save_top_k=-1 if folder else 0
+    )
     module = build_module(config)
     trainer = train(config, checkpoints, module=module, ckpt_path=checkpoint, weights_only=True)
     assert trainer.global_step == WHOLE
@@ -51,7 +56,8 @@ def exit_code(run: Callable[[], Any]) -> Any:
 
 @contextmanager
 def before_each(step: str, note: Callable[[LanguageModel, int], Any]) -> Iterator[None]:
-    """Calls note(module, batch_idx) before each `training_step` or `validation_step` of a LanguageModel."""
+    """Calls note(module, batch_idx) before each `training_step` or `validation_step` of a
+    LanguageModel."""
     original = getattr(LanguageModel, step)
 
     def noted(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> Any:
@@ -67,7 +73,11 @@ def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
     first = ranks[0]
     shards = [rank["tensors"] for rank in ranks[: first["ep_size"]]]
     return {
-        name: torch.cat([s[name] for s in shards]) if name.split()[0] in first["experts"] and t.dim() else t
+        name: (
+            torch.cat([s[name] for s in shards])
+            if name.split()[0] in first["experts"] and t.dim()
+            else t
+        )
         for name, t in first["tensors"].items()
     }
 

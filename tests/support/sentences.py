@@ -6,9 +6,23 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-WORDS = ["state", "union", "people", "congress", "nation", "labor", "public", "treasury", "nations", "peace", "land"]
+WORDS = [
+    "state",
+    "union",
+    "people",
+    "congress",
+    "nation",
+    "labor",
+    "public",
+    "treasury",
+    "nations",
+    "peace",
+    "land",
+]
 DATA = Path(os.environ.get("SCMOE_EVAL_DATA", ROOT.parent / "shared" / "data" / "eval"))
-NO_DATA = f"the folder of the paper's tasks, {DATA}, does not exist; SCMOE_EVAL_DATA names another one"
+NO_DATA = (
+    f"the folder of the paper's tasks, {DATA}, does not exist; SCMOE_EVAL_DATA names another one"
+)
 
 
 def sentences(number: int, seed: int = 0) -> str:

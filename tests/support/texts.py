@@ -15,7 +15,8 @@ WORDS = ["the", "state", "of", "our", "union", "is", "strong", "and", "東京", 
 
 
 def write_texts(folder: Path) -> Path:
-    """Writes three documents of about 12 kB together. The order of the words is random but always the same."""
+    """Writes three documents of about 12 kB together. The order of the words is random but always
+    the same."""
     generator = np.random.default_rng(0)
     folder.mkdir()
     for name in ("a.txt", "b.txt", "c.md"):
@@ -24,8 +25,11 @@ def write_texts(folder: Path) -> Path:
     return folder
 
 
-def open_texts(folder: Path, cache: Path, rank: int = 0, world: int = 1, **changes: Any) -> TextDataModule:
-    """Opens the folder's data as rank `rank` of `world`. changes: settings that replace the defaults."""
+def open_texts(
+    folder: Path, cache: Path, rank: int = 0, world: int = 1, **changes: Any
+) -> TextDataModule:
+    """Opens the folder's data as rank `rank` of `world`. changes: settings that replace the
+    defaults."""
     settings = {
         "name": "text", "path": str(folder), "vocab_size": 300, "seq_len": 16, "global_batch_size": 8,
         "accumulate": 2, "num_batches": 10, "cache_dir": str(cache), "seed": 5,
@@ -35,7 +39,11 @@ def open_texts(folder: Path, cache: Path, rank: int = 0, world: int = 1, **chang
 
 def opened(data: Any, rank: int = 0, world: int = 1) -> Any:
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    data.trainer = SimpleNamespace(global_rank=rank, world_size=world, strategy=strategy) if world > 1 else None
+    data.trainer = (
+        SimpleNamespace(global_rank=rank, world_size=world, strategy=strategy)
+        if world > 1
+        else None
+    )
     data.prepare_data()
     data.setup()
     return data

@@ -1,9 +1,10 @@
-"""This program replaces scmoe train in tests of the sweep around it: it starts at once and learns nothing.
+"""This program replaces scmoe train in tests of the sweep around it: it starts at once and learns
+nothing.
 
 `python -m tests.support.toy_training SECONDS@RATE train CONFIG key=value ...`, or with `resume
-RUN_DIR` in its place. At the learning rate RATE each step takes SECONDS; at others it takes no time.
-Its val/loss is |log10 lr + 2| + 1 / step, and NaN in the last step for a learning rate of 0.5. A learning rate of 1
-fails; SIGTERM saves and exits with 143.
+RUN_DIR` in its place. At the learning rate RATE each step takes SECONDS; at others it takes no
+time. Its val/loss is |log10 lr + 2| + 1 / step, and NaN in the last step for a learning rate of
+0.5. A learning rate of 1 fails; SIGTERM saves and exits with 143.
 """
 
 import csv
@@ -34,7 +35,9 @@ def main(pause: str, program: str, arguments: list[str]) -> int:
     stopped: list[Any] = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(True))
     metrics = run_dir / "metrics.csv"
-    rows = list(csv.reader(metrics.open(newline=""))) if metrics.exists() else [["step", "val/loss"]]
+    rows = (
+        list(csv.reader(metrics.open(newline=""))) if metrics.exists() else [["step", "val/loss"]]
+    )
     for step in range(len(rows) - 1, config.trainer.max_steps):
         loss = abs(math.log10(config.optim.lr) + 2) + 1 / (step + 1)
         diverged = config.optim.lr == 0.5 and step == config.trainer.max_steps - 1

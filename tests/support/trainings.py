@@ -1,7 +1,7 @@
 """This module trains a tiny GPT on one rank of several and records what training computed.
 
-A training takes three SGD steps through the real Strategy and Trainer. AdamW would divide a wrong scale of a gradient
-out again. `run_ranks` runs `train` and `train_cases` on every rank.
+A training takes three SGD steps through the real Strategy and Trainer. AdamW would divide a wrong
+scale of a gradient out again. `run_ranks` runs `train` and `train_cases` on every rank.
 """
 
 import hashlib
@@ -37,9 +37,19 @@ from tests.support.architectures import overrides
 
 TINY = (
     *("model.layers=2", "model.dim=16", "model.heads=2", "model.ffn_dim=24"),
-    *("moe.num_experts=8", "moe.capacity_factor=null", "moe.load_balance_coef=0.1", "moe.z_loss_coef=0.01"),
+    *(
+        "moe.num_experts=8",
+        "moe.capacity_factor=null",
+        "moe.load_balance_coef=0.1",
+        "moe.z_loss_coef=0.01",
+    ),
     *("data.name=synthetic", "data.vocab_size=64", "data.seq_len=16", "data.global_batch_size=8"),
-    *("optim.lr=0.1", "trainer.accelerator=cpu", "trainer.precision=64-true", "trainer.max_steps=3"),
+    *(
+        "optim.lr=0.1",
+        "trainer.accelerator=cpu",
+        "trainer.precision=64-true",
+        "trainer.max_steps=3",
+    ),
     *("trainer.gradient_clip=null", "trainer.progress=false", "trainer.threads=1"),
 )
 
@@ -50,7 +60,8 @@ def tiny(text: str, world_size: int = 1) -> Config:
 
 
 class Recording(MoEModule):
-    """This module trains with plain SGD, with weights that make every term visible, and records what training computed.
+    """This module trains with plain SGD, with weights that make every term visible, and records
+    what training computed.
 
     starved: the gate sends every token to the first half of the experts.
     """
@@ -68,7 +79,11 @@ class Recording(MoEModule):
         )
         self.lr, self.starved = optim.lr, starved
         self.outputs: list[Tensor] = []
-        self.logged: dict[str, list[Tensor]] = {"train/loss": [], "train/load_balance_loss": [], "train/grad_norm": []}
+        self.logged: dict[str, list[Tensor]] = {
+            "train/loss": [],
+            "train/load_balance_loss": [],
+            "train/grad_norm": [],
+        }
         self.gradients: list[dict[str, Tensor | None]] = []
         self.drawn: dict[str, Tensor] = {}
         self.before: dict[str, Tensor] = {}
@@ -81,9 +96,13 @@ class Recording(MoEModule):
             randomise(self.model)
             if self.starved:
                 starve(self.model)
-            self.model.register_forward_hook(lambda module, args, out: self.outputs.append(out[0].detach().clone()))
+            self.model.register_forward_hook(
+                lambda module, args, out: self.outputs.append(out[0].detach().clone())
+            )
             if hasattr(self.model, "dropout"):
-                self.model.dropout.register_forward_hook(lambda module, args, out: self.dropped.append(out == 0))
+                self.model.dropout.register_forward_hook(
+                    lambda module, args, out: self.dropped.append(out == 0)
+                )
 
     def configure_optimizers(self) -> Any:
         self.before = self.weights()
@@ -106,7 +125,8 @@ class Recording(MoEModule):
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Returns a copy of a tensor that may be split over the ranks which hold the same experts, or all ranks."""
+    """Returns a copy of a tensor that may be split over the ranks which hold the same experts, or
+    all ranks."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
@@ -116,8 +136,10 @@ class RecordingModel(Recording, LanguageModel):
 
 
 def steps_at_every_slot(schedule: Schedule) -> list[tuple[Schedule, bool]]:
-    """Returns schedules, and whether transfers are waited for at once: for each number of chunks at first, where every
-    slot follows. A further step comes before them, as DDP makes its buckets again after the first backward."""
+    """Returns schedules, and whether transfers are waited for at once: for each number of chunks at
+    first, where every slot follows. A further step comes before them, as DDP makes its buckets
+    again after the first backward.
+    """
     steps = [(schedule, False)]
     for chunks in (1, 2, 3):
         places = slots(replace(schedule, chunks=chunks))
@@ -126,7 +148,8 @@ def steps_at_every_slot(schedule: Schedule) -> list[tuple[Schedule, bool]]:
 
 
 class AtEverySlot(RecordingModel):
-    """Takes `steps_at_every_slot`, all with the same batch and the same weights: its learning rate is 0."""
+    """Takes `steps_at_every_slot`, all with the same batch and the same weights: its learning rate
+    is 0."""
 
     def __init__(self, config: Config, schedule: Schedule) -> None:
         super().__init__(config)
@@ -135,7 +158,9 @@ class AtEverySlot(RecordingModel):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
         if self.global_step == 0:
             self.batch = batch
-            self.dispatchers = [(block, block.moe.dispatcher) for block in moe_blocks_of(self.model)]
+            self.dispatchers = [
+                (block, block.moe.dispatcher) for block in moe_blocks_of(self.model)
+            ]
             assert self.dispatchers
         schedule, at_once = self.steps[self.global_step]
         for block, dispatcher in self.dispatchers:
@@ -145,16 +170,24 @@ class AtEverySlot(RecordingModel):
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module) -> None:
-    """Sets weights by the parameter's name alone, not its shard: no bias is 0, no norm weight is 1, experts differ."""
-    experts = {name: model.get_submodule(name.rpartition(".")[0]) for name, _ in expert_parameters(model)}
+    """Sets weights by the parameter's name alone, not its shard: no bias is 0, no norm weight is 1,
+    experts differ."""
+    experts = {
+        name: model.get_submodule(name.rpartition(".")[0]) for name, _ in expert_parameters(model)
+    }
     for name, p in model.named_parameters():
         seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "big")
         shape, ids = p.shape, slice(None)
         if name in experts:
             module = experts[name]
             assert isinstance(module, Experts)
-            shape, ids = (module.num_experts, *p.shape[1:]), slice(module.expert_ids.start, module.expert_ids.stop)
-        fresh = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)[ids]
+            shape, ids = (
+                (module.num_experts, *p.shape[1:]),
+                slice(module.expert_ids.start, module.expert_ids.stop),
+            )
+        fresh = torch.randn(
+            shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )[ids]
         put(p, 1 + 0.3 * fresh if "norm.weight" in name else fresh * (0.3 if p.dim() > 1 else 0.1))
 
 
@@ -162,7 +195,9 @@ def randomise(model: torch.nn.Module) -> None:
 def starve(model: torch.nn.Module) -> None:
     """Sends every token to the first half of the experts: feature 0 of the gates' input decides."""
     for block in model.blocks:
-        weight, bias, gate = map(whole, (block.tap_norm.weight, block.tap_norm.bias, block.moe.router.gate.weight))
+        weight, bias, gate = map(
+            whole, (block.tap_norm.weight, block.tap_norm.bias, block.moe.router.gate.weight)
+        )
         half = block.moe.router.num_experts // 2
         weight[0], bias[0], gate[:, 0] = 0.0, 20.0, torch.tensor([0.2] * half + [-0.2] * half)
         put(block.tap_norm.weight, weight)
@@ -171,16 +206,23 @@ def starve(model: torch.nn.Module) -> None:
 
 
 def users_trainer(devices: int, strategy: Any, **further: Any) -> Trainer:
-    """Returns a Trainer on CPUs as a user writes it. It logs, saves and shows nothing, unless `further` says so."""
-    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    """Returns a Trainer on CPUs as a user writes it. It logs, saves and shows nothing, unless
+    `further` says so."""
+    off = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
     return Trainer(accelerator="cpu", devices=devices, strategy=strategy, **(off | further))
 
 
-def fit(config: Config, *callbacks: Callback, module: Any = None, data: Any = None, **how: Any) -> Any:
+def fit(
+    config: Config, *callbacks: Callback, module: Any = None, data: Any = None, **how: Any
+) -> Any:
     """Trains on this rank and returns the Trainer. Without callbacks no checkpoint is kept.
 
     module, data: those of the config by default. how: further arguments of Trainer.fit."""
-    trainer = build_trainer(config, [DataPosition(), *(callbacks or [ModelCheckpoint(save_top_k=0)])], [])
+    trainer = build_trainer(
+        config, [DataPosition(), *(callbacks or [ModelCheckpoint(save_top_k=0)])], []
+    )
     trainer.fit(module or build_module(config), data or build_datamodule(config), **how)
     return trainer
 
@@ -203,18 +245,27 @@ def train(config: Config, module: Recording | None = None) -> dict[str, Any]:
 
 
 def end_groups() -> None:
-    """Ends a training's process groups: each has threads, of which a process with many trainings would have too many.
+    """Ends a training's process groups: each has threads, of which a process with many trainings
+    would have too many.
 
-    The group of all ranks stays. Its barrier comes first, so that no rank waits for one whose groups have ended.
+    The group of all ranks stays. Its barrier comes first, so that no rank waits for one whose
+    groups have ended.
     """
     dist.barrier()
-    for group in [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]:
+    for group in [
+        group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD
+    ]:
         dist.destroy_process_group(group)
 
 
 def be_on_nodes(rank: int, devices: int) -> None:
-    """Sets torchrun's variables as on machines of `devices` ranks each; trainer.num_nodes must be their number."""
-    os.environ.update(LOCAL_RANK=str(rank % devices), GROUP_RANK=str(rank // devices), LOCAL_WORLD_SIZE=str(devices))
+    """Sets torchrun's variables as on machines of `devices` ranks each; trainer.num_nodes must be
+    their number."""
+    os.environ.update(
+        LOCAL_RANK=str(rank % devices),
+        GROUP_RANK=str(rank // devices),
+        LOCAL_WORLD_SIZE=str(devices),
+    )
 
 
 def train_cases(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -224,7 +275,9 @@ def train_cases(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, 
     records = {}
     for name, text in cases.items():
         config = tiny(text.replace(" starved", ""), world_size)
-        records[name] = train_case(rank, config, RecordingModel(config, starved="starved" in text.split()), text)
+        records[name] = train_case(
+            rank, config, RecordingModel(config, starved="starved" in text.split()), text
+        )
     return records
 
 
@@ -243,7 +296,9 @@ def train_case(rank: int, config: Config, module: RecordingModel, text: str) -> 
     try:
         be_on_nodes(rank, config.trainer.devices)
         record = train(config, module)
-        if config.strategy.dense == "replicated":  # DTensor keeps the names of groups from one training to the next
+        if (
+            config.strategy.dense == "replicated"
+        ):  # DTensor keeps the names of groups from one training to the next
             end_groups()
     except BaseException as error:
         error.add_note(f"case {text}")

@@ -8,9 +8,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def copy_tree(target: Path) -> Path:
-    """Copies the files that git tracks or would add, as they are in the tree now, and returns the target."""
+    """Copies the files that git tracks or would add, as they are in the tree now, and returns the
+    target."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.split("\0")
+    names = subprocess.run(
+        listed, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split("\0")
     for file in (ROOT / name for name in names if name):
         if file.exists():  # a file may have been deleted and not yet committed
             copy = target / file.relative_to(ROOT)

@@ -1,7 +1,9 @@
-"""This W&B server on 127.0.0.1 keeps what it receives, so that tests can see what is sent over the network.
+"""This W&B server on 127.0.0.1 keeps what it receives, so that tests can see what is sent over the
+network.
 
-It answers the GraphQL operations, file streams and uploads of the W&B client and agent. It can also fail: `answer` is
-"well", "error" (every request gets 500) or "nothing" (requests hang). `close` stops it.
+It answers the GraphQL operations, file streams and uploads of the W&B client and agent. It can also
+fail: `answer` is "well", "error" (every request gets 500) or "nothing" (requests hang). `close`
+stops it.
 """
 
 import gzip
@@ -25,14 +27,17 @@ ENTITY = "me"
 
 @dataclass
 class Run:
-    """This is what the server knows about one run. history: rows in the order in which they arrived."""
+    """This is what the server knows about one run. history: rows in the order in which they
+    arrived."""
 
     name: str
     project: str = ""
     group: str | None = None
     tags: list[str] = field(default_factory=list)
     sweep: str | None = None
-    sent: dict[str, Any] = field(default_factory=dict)  # entity, jobType, notes, displayName, commit
+    sent: dict[str, Any] = field(
+        default_factory=dict
+    )  # entity, jobType, notes, displayName, commit
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
@@ -96,13 +101,21 @@ class WandbServer:
         return answer(variables) if answer else {}
 
     def _Viewer(self, _: dict[str, Any]) -> dict[str, Any]:
-        viewer = {"id": "u", "entity": ENTITY, "username": ENTITY, "flags": "{}", "teams": {"edges": []}}
+        viewer = {
+            "id": "u",
+            "entity": ENTITY,
+            "username": ENTITY,
+            "flags": "{}",
+            "teams": {"edges": []},
+        }
         return {"viewer": viewer, **self._ServerFeaturesQuery(_)}
 
     _GetDefaultEntity = _Viewer
 
     def _ServerFeaturesQuery(self, _: dict[str, Any]) -> dict[str, Any]:
-        return {"serverInfo": {"features": [], "cliVersionInfo": {}, "latestLocalVersionInfo": None}}
+        return {
+            "serverInfo": {"features": [], "cliVersionInfo": {}, "latestLocalVersionInfo": None}
+        }
 
     def _RunResumeStatus(self, v: dict[str, Any]) -> dict[str, Any]:
         run = self.runs.get(v["name"])
@@ -117,7 +130,14 @@ class WandbServer:
             "tags": run.tags,
             "wandbConfig": json.dumps({"t": 1}),
         }
-        return {"model": {"id": "p", "name": v["project"], "entity": {"id": "e", "name": ENTITY}, "bucket": bucket}}
+        return {
+            "model": {
+                "id": "p",
+                "name": v["project"],
+                "entity": {"id": "e", "name": ENTITY},
+                "bucket": bucket,
+            }
+        }
 
     def _UpsertBucket(self, v: dict[str, Any]) -> dict[str, Any]:
         name = v.get("name") or v["id"].removeprefix("id-")
@@ -126,7 +146,9 @@ class WandbServer:
         run.project, run.group = v.get("project") or run.project, v.get("groupName") or run.group
         run.tags, run.sweep = v.get("tags") or run.tags, v.get("sweep") or run.sweep
         run.sent = {
-            key: v[key] for key in ("entity", "jobType", "notes", "displayName", "commit") if v.get(key)
+            key: v[key]
+            for key in ("entity", "jobType", "notes", "displayName", "commit")
+            if v.get(key)
         } | run.sent
         config = json.loads(v.get("config") or "{}")
         run.config |= {key: entry["value"] for key, entry in config.items() if key != "_wandb"}
@@ -141,12 +163,21 @@ class WandbServer:
 
     def _CreateArtifact(self, v: dict[str, Any]) -> dict[str, Any]:
         v = v["input"]
-        metadata, aliases = json.loads(v["metadata"] or "{}"), [alias["alias"] for alias in v["aliases"]]
-        artifact = Artifact(v["artifactTypeName"], v["artifactCollectionName"], v.get("runName"), metadata, aliases)
+        metadata, aliases = (
+            json.loads(v["metadata"] or "{}"),
+            [alias["alias"] for alias in v["aliases"]],
+        )
+        artifact = Artifact(
+            v["artifactTypeName"], v["artifactCollectionName"], v.get("runName"), metadata, aliases
+        )
         self.artifacts.append(artifact)
         identity = str(len(self.artifacts) - 1)
         sequence = {"id": "s", "latestArtifact": None}
-        return {"createArtifact": {"artifact": {"id": identity, "state": "PENDING", "artifactSequence": sequence}}}
+        return {
+            "createArtifact": {
+                "artifact": {"id": identity, "state": "PENDING", "artifactSequence": sequence}
+            }
+        }
 
     def _CreateArtifactManifest(self, v: dict[str, Any]) -> dict[str, Any]:
         file = {"id": "f", "name": v["name"], "displayName": v["name"], "uploadHeaders": []}
@@ -154,7 +185,13 @@ class WandbServer:
         return {"createArtifactManifest": {"artifactManifest": {"id": "m", "file": file}}}
 
     def _UpdateArtifactManifest(self, v: dict[str, Any]) -> dict[str, Any]:
-        file = {"id": "f", "name": "m", "displayName": "m", "uploadHeaders": [], "uploadUrl": f"{self.url}/run-files/m"}
+        file = {
+            "id": "f",
+            "name": "m",
+            "displayName": "m",
+            "uploadHeaders": [],
+            "uploadUrl": f"{self.url}/run-files/m",
+        }
         return {"updateArtifactManifest": {"artifactManifest": {"id": "m", "file": file}}}
 
     def _CreateArtifactFiles(self, v: dict[str, Any]) -> dict[str, Any]:
@@ -184,26 +221,55 @@ class WandbServer:
 
     def _ArtifactByID(self, v: dict[str, Any]) -> dict[str, Any]:
         artifact = self.artifacts[int(v["id"])]
-        counted = {"versionIndex": 0, "size": 0, "fileCount": len(artifact.files), "ttlDurationSeconds": -1}
+        counted = {
+            "versionIndex": 0,
+            "size": 0,
+            "fileCount": len(artifact.files),
+            "ttlDurationSeconds": -1,
+        }
         unknown = dict.fromkeys(("description", "historyStep", "commitHash", "updatedAt"))
-        described = {"id": v["id"], "state": "COMMITTED", "digest": "d", "createdAt": "2026-01-01T00:00:00"}
+        described = {
+            "id": v["id"],
+            "state": "COMMITTED",
+            "digest": "d",
+            "createdAt": "2026-01-01T00:00:00",
+        }
         described |= {"ttlIsInherited": True, "tags": [], "metadata": json.dumps(artifact.metadata)}
         described |= {"artifactSequence": {"id": "s", "name": artifact.name, **_project("p")}}
-        return {"artifact": {**described, **counted, **unknown, "artifactType": {"name": artifact.type}}}
+        return {
+            "artifact": {**described, **counted, **unknown, "artifactType": {"name": artifact.type}}
+        }
 
     # ------------------------------------------------------------------ sweeps: a grid of `values`
 
     def _UpsertSweep(self, v: dict[str, Any]) -> dict[str, Any]:
         self.sweep = yaml.safe_load(v["config"])
-        choices = {name: spec.get("values", [spec.get("value")]) for name, spec in self.sweep["parameters"].items()}
-        self.queue = (dict(zip(choices, combination, strict=True)) for combination in product(*choices.values()))
+        choices = {
+            name: spec.get("values", [spec.get("value")])
+            for name, spec in self.sweep["parameters"].items()
+        }
+        self.queue = (
+            dict(zip(choices, combination, strict=True))
+            for combination in product(*choices.values())
+        )
         sweep = {"id": "s1", "name": "sweep001", **_project(v["projectName"])}
         return {"upsertSweep": {"sweep": sweep, "configValidationWarnings": []}}
 
     def _SweepWithRuns(self, v: dict[str, Any]) -> dict[str, Any]:
         times = dict.fromkeys(("createdAt", "heartbeatAt", "updatedAt"), "2026-01-01T00:00:00")
-        sweep = {"id": "s1", "name": "sweep001", "method": "grid", "state": "RUNNING", "description": "", **times}
-        sweep |= {"config": yaml.safe_dump(self.sweep), "earlyStopJobRunning": False, "controller": None}
+        sweep = {
+            "id": "s1",
+            "name": "sweep001",
+            "method": "grid",
+            "state": "RUNNING",
+            "description": "",
+            **times,
+        }
+        sweep |= {
+            "config": yaml.safe_dump(self.sweep),
+            "earlyStopJobRunning": False,
+            "controller": None,
+        }
         return {"project": {"sweep": sweep | {"scheduler": None, "runs": {"edges": []}}}}
 
     def _CreateAgent(self, v: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +284,9 @@ class WandbServer:
             run = f"trial{sum(request == 'run' for request in self.requests)}"
             self.requests.append("run")
             args = {name: {"value": value} for name, value in choice.items()}
-            commands = [{"type": "run", "run_id": run, "args": args, "program": self.sweep.get("program")}]
+            commands = [
+                {"type": "run", "run_id": run, "args": args, "program": self.sweep.get("program")}
+            ]
         else:
             commands = [{"type": "exit"}]
         return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(commands)}}
@@ -226,7 +294,8 @@ class WandbServer:
     # ------------------------------------------------------------------ uploads
 
     def stream(self, name: str, body: dict[str, Any]) -> None:
-        """Adds a part of a run's files. Each part has an offset, so a part that is sent again is not counted twice."""
+        """Adds a part of a run's files. Each part has an offset, so a part that is sent again is
+        not counted twice."""
         run = self.runs[name]
         for file, part in (body.get("files") or {}).items():
             if file in ("wandb-history.jsonl", "wandb-summary.json"):
@@ -249,9 +318,21 @@ def _project(name: str) -> dict[str, Any]:
 
 def _bucket(run: Run) -> dict[str, Any]:
     config = json.dumps({key: {"value": value} for key, value in run.config.items()})
-    described = {"displayName": run.name, "description": None, "notes": None, "sweepName": run.sweep}
+    described = {
+        "displayName": run.name,
+        "description": None,
+        "notes": None,
+        "sweepName": run.sweep,
+    }
     counts = {"historyLineCount": len(run.history)}
-    return {"id": f"id-{run.name}", "name": run.name, "config": config, **described, **counts, **_project(run.project)}
+    return {
+        "id": f"id-{run.name}",
+        "name": run.name,
+        "config": config,
+        **described,
+        **counts,
+        **_project(run.project),
+    }
 
 
 class Http(ThreadingHTTPServer):

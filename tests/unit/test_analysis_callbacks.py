@@ -1,4 +1,5 @@
-"""The analyses of Fig. 9 and 10 measure at their steps, store what they measured, and add nothing when they are off."""
+"""The analyses of Fig. 9 and 10 measure at their steps, store what they measured, and add nothing
+when they are off."""
 
 import csv
 
@@ -16,16 +17,33 @@ from scmoe.training.run.loggers import build_loggers, close_loggers
 from tests.support.models import hooks
 
 TINY = (
-    *("model.layers=4", "model.dim=16", "model.heads=2", "moe.num_experts=4", "moe.architecture=dgmoe"),
+    *(
+        "model.layers=4",
+        "model.dim=16",
+        "model.heads=2",
+        "moe.num_experts=4",
+        "moe.architecture=dgmoe",
+    ),
     *("data.name=synthetic", "data.vocab_size=64", "data.seq_len=8", "data.global_batch_size=4"),
-    *("trainer.accelerator=cpu", "trainer.progress=false", "trainer.threads=1", "trainer.log_every=100"),
-    *("trainer.val_every=100", "trainer.checkpoint_every=4", "logger.mode=disabled", "trainer.accumulate=2"),
+    *(
+        "trainer.accelerator=cpu",
+        "trainer.progress=false",
+        "trainer.threads=1",
+        "trainer.log_every=100",
+    ),
+    *(
+        "trainer.val_every=100",
+        "trainer.checkpoint_every=4",
+        "logger.mode=disabled",
+        "trainer.accumulate=2",
+    ),
 )
 ON = ("analysis.gating_every=2", "analysis.similarity_every=3", "analysis.record_routing=2")
 
 
 def fit(run_dir, *words, resume=False):
-    """Trains. Returns the callbacks, and the number of the model's hooks at the start of each batch and at the end."""
+    """Trains. Returns the callbacks, and the number of the model's hooks at the start of each batch
+    and at the end."""
     config = load(None, [*TINY, *words])
     torch.manual_seed(0)
     callbacks = build_callbacks(config, run_dir)
@@ -68,7 +86,9 @@ def test_an_analysis_that_is_off_adds_no_callback_and_no_hook(finished):
     routing = 2
     first_batches = {0: gating + similarity + routing, 6: similarity}  # a step has two batches
     first_batches |= dict.fromkeys((4, 8), gating + routing)
-    assert [count - guard for count in on[:-1]] == [first_batches.get(batch, 0) for batch in range(12)]
+    assert [count - guard for count in on[:-1]] == [
+        first_batches.get(batch, 0) for batch in range(12)
+    ]
     assert on[-1] == off[-1]
 
 
@@ -79,7 +99,9 @@ def test_measurements_are_stored_logged_and_drawn(finished):
     assert {path.name for path in folder.iterdir()} == pictured | {"routing"}
     recorded = read_routing(folder / "routing")
     assert recorded.steps == [0, 2, 4]
-    assert [tuple(ids_STK.shape) for ids_STK in recorded.ids] == [(3, 2 * 8, 2)] * 2, "the first batch: 2 of 4 texts"
+    assert [tuple(ids_STK.shape) for ids_STK in recorded.ids] == [(3, 2 * 8, 2)] * 2, (
+        "the first batch: 2 of 4 texts"
+    )
     with np.load(folder / "gating.npz", allow_pickle=False) as stored:
         assert stored["steps"].tolist() == [0, 2, 4]
         assert stored["labels"].tolist() == ["MoE layer 0", "MoE layer 1"]
@@ -91,7 +113,9 @@ def test_measurements_are_stored_logged_and_drawn(finished):
     with (run_dir / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("gating/repeated_selection")]
     assert [int(row["step"]) for row in rows] == [0, 2, 4]
-    assert [float(row["gating/repeated_selection"]) for row in rows] == pytest.approx(repeated.tolist())
+    assert [float(row["gating/repeated_selection"]) for row in rows] == pytest.approx(
+        repeated.tolist()
+    )
 
 
 def test_a_resumed_run_keeps_earlier_measurements(finished):
@@ -99,7 +123,9 @@ def test_a_resumed_run_keeps_earlier_measurements(finished):
     with np.load(run_dir / "analysis" / "gating.npz", allow_pickle=False) as stored:
         before = stored["values"]
     recorded = read_routing(run_dir / "analysis" / "routing")
-    (run_dir / "analysis" / "routing" / "step-00000004.safetensors").write_bytes(b"of a step that is run again")
+    (run_dir / "analysis" / "routing" / "step-00000004.safetensors").write_bytes(
+        b"of a step that is run again"
+    )
     fit(run_dir, *ON, "trainer.max_steps=7", resume=True)
     with np.load(run_dir / "analysis" / "gating.npz", allow_pickle=False) as stored:
         assert stored["steps"].tolist() == [0, 2, 4, 6]

@@ -1,4 +1,5 @@
-"""Benches refuse impossible options, and the best schedules of the trials of `bench overlap` go into its rounds."""
+"""Benches refuse impossible options, and the best schedules of the trials of `bench overlap` go
+into its rounds."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,7 +9,13 @@ import pytest
 import torch
 
 from experiments.bench.overlap import Seconds, nearest, with_transfers
-from experiments.bench.overlap_report import PAYLOAD, in_parallel, least_time, least_times, rows_over_gradients
+from experiments.bench.overlap_report import (
+    PAYLOAD,
+    in_parallel,
+    least_time,
+    least_times,
+    rows_over_gradients,
+)
 from experiments.bench.pairs import Setting, through_link, tokens_for
 from experiments.bench.stacks import Variant, chosen_by, config_of
 from scmoe.command_line import call
@@ -34,12 +41,21 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA d
         ("overlap --ffn-dim 64", "--ffn-dim belongs to real compute"),
         ("overlap --accumulate 2", "--accumulate belongs to --level iteration"),
         ("overlap --rows-per-gradient 1", "--rows-per-gradient belongs to --level iteration"),
-        ("overlap --level iteration --rows-per-gradient 1 --tokens 256", "--rows-per-gradient and --tokens"),
+        (
+            "overlap --level iteration --rows-per-gradient 1 --tokens 256",
+            "--rows-per-gradient and --tokens",
+        ),
         ("overlap --share 1.5", "--share is 1.5"),
-        ("overlap --tokens 100 --seq-len 64", "--tokens is 100, allowed: multiples of --seq-len (64)"),
+        (
+            "overlap --tokens 100 --seq-len 64",
+            "--tokens is 100, allowed: multiples of --seq-len (64)",
+        ),
         ("overlap --rows top2 top9", "--rows has top9"),
         ("overlap --rows farskip", "--rows has farskip, allowed with --every 2: top2 | "),
-        ("overlap --every 1 --rows scmoe_pos3", "--rows has scmoe_pos3, allowed with --every 1: top2 | "),
+        (
+            "overlap --every 1 --rows scmoe_pos3",
+            "--rows has scmoe_pos3, allowed with --every 1: top2 | ",
+        ),
         ("overlap --every 3", "--every"),
         ("overlap --dim 100", "model.dim is 100, allowed: a multiple of"),
         ("overlap --nodes 2", "--nodes is 2"),
@@ -58,7 +74,10 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA d
         ("train --ranks 1", "--ranks is 1, allowed: 2 or more"),
         ("inference --ranks 3", "--ranks is 3, allowed: divisors of the 8 experts from 2 on"),
         ("inference --prompt 100", "--prompt is 100, allowed: multiples of 8"),
-        ("inference --load ragged:1.5", "--load is ragged:1.5, allowed: others, as prompts have equal lengths"),
+        (
+            "inference --load ragged:1.5",
+            "--load is ragged:1.5, allowed: others, as prompts have equal lengths",
+        ),
         ("dense --ranks 3", "--ranks is 3"),
         ("dense --ranks 6 --ep-size 3", "--ep-size is 3, allowed: divisors of the 8 experts"),
         ("dense --ranks 6 --share 0.5", "--ranks is 6, allowed: divisors of the 8 experts"),
@@ -78,26 +97,40 @@ def test_the_rows_of_a_node_s_ranks_share_its_card():
 
 @pytest.mark.parametrize(
     ("ratio", "accumulate", "every", "ranks", "nodes"),
-    [(3.0, 1, 2, 2, 1), (1.0, 1, 2, 2, 1), (3.0, 4, 2, 2, 1), (3.0, 1, 1, 2, 1), (3.0, 1, 2, 4, 1), (3.0, 1, 2, 4, 2)],
+    [
+        (3.0, 1, 2, 2, 1),
+        (1.0, 1, 2, 2, 1),
+        (3.0, 4, 2, 2, 1),
+        (3.0, 1, 1, 2, 1),
+        (3.0, 1, 2, 4, 1),
+        (3.0, 1, 2, 4, 2),
+    ],
 )
-def test_the_tokens_of_a_batch_give_the_wanted_ratio_of_rows_and_gradients(ratio, accumulate, every, ranks, nodes):
-    """By the report's own count of both, with the gradients of four attentions, and of an MLP in each block that has no
-    MoE."""
+def test_the_tokens_of_a_batch_give_the_wanted_ratio_of_rows_and_gradients(
+    ratio, accumulate, every, ranks, nodes
+):
+    """By the report's own count of both, with the gradients of four attentions, and of an MLP in
+    each block that has no MoE."""
     sizes = {"dim": 256, "ffn_dim": 1024, "seq_len": 16}
     setting = Setting(level="iteration", every=every, accumulate=accumulate, nodes=nodes, **sizes)
     setting = replace(setting, tokens=tokens_for(ratio, setting, ranks))
     weights = 4 * 4 * 256**2 + (2 * 2 * 256 * 1024 if every == 2 else 0)
     found = SimpleNamespace(gradients={"top2": [(0.5, 4 * weights)]})
-    assert rows_over_gradients(setting, ranks, found, "top2") == pytest.approx(ratio, rel=0.02)  # whole sequences
+    assert rows_over_gradients(setting, ranks, found, "top2") == pytest.approx(
+        ratio, rel=0.02
+    )  # whole sequences
 
 
 def test_gradients_are_summed_beside_the_last_batch_only():
-    """Without gradients a step of four batches takes four times as long at least; with them, one sum longer."""
+    """Without gradients a step of four batches takes four times as long at least; with them, one
+    sum longer."""
     setting = Setting(level="iteration", accumulate=4)
     alone = Seconds(1.0, np.full(2, 12.0), np.full(2, 4.0), 0.0, 0.0, np.zeros(2))
     times = {Variant("top2", Schedule("top_k"), "alone"): alone}
     for size, least in ((0, 12.0), (10**9, 10**9 * 8 / (1e8 * PAYLOAD) + 4.0 + 6.0)):
-        found = SimpleNamespace(rate=100.0, times=times, gradients={"top2": [(0.0, size)]}, load="balanced")
+        found = SimpleNamespace(
+            rate=100.0, times=times, gradients={"top2": [(0.0, size)]}, load="balanced"
+        )
         assert least_times(setting, 2, found, "top2") == pytest.approx([least] * 2, rel=0.02)
 
 
@@ -111,33 +144,50 @@ def test_schedules_near_the_best_by_trial_go_into_the_rounds():
 
 
 @pytest.mark.parametrize(
-    ("block", "preset"), [("nvidia", "nvidia_shortcut"), ("nous", "nous"), ("farskip", "instella_moe")]
+    ("block", "preset"),
+    [("nvidia", "nvidia_shortcut"), ("nous", "nous"), ("farskip", "instella_moe")],
 )
 def test_a_row_with_an_moe_in_every_block_is_wired_as_its_preset(block, preset):
     own, published = config_of(block, Setting(every=1)).moe, load(f"model/{preset}").moe
-    for name in ("architecture", "every", "position", "first_position", "tap_norm", "combine", "after_norm"):
+    for name in (
+        "architecture",
+        "every",
+        "position",
+        "first_position",
+        "tap_norm",
+        "combine",
+        "after_norm",
+    ):
         assert getattr(own, name) == getattr(published, name), name
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_a_planners_choice_runs_in_every_block_as_chosen(chunks):
-    """The first block's window is shorter. A choice of one place for both is a variant that is tried, so it is not
-    measured twice."""
+    """The first block's window is shorter. A choice of one place for both is a variant that is
+    tried, so it is not measured twice."""
     first, carried = (slots(Schedule("scmoe", tap, chunks=chunks)) for tap in ("first", "carried"))
     variants = [Variant("nous", schedule) for schedule in carried]
     tried = {variant: variant.of_blocks((first[0], carried[0])) for variant in variants}
     for schedules in ([a, b] for a in first for b in carried):
-        chosen = chosen_by([LayerChoice(schedule, {}, ()) for schedule in schedules], "nous", "balanced")
+        chosen = chosen_by(
+            [LayerChoice(schedule, {}, ()) for schedule in schedules], "nous", "balanced"
+        )
         assert chosen.of_blocks((first[0], carried[0])) == schedules
         assert (chosen in tried) == (schedules in tried.values())
-    assert [schedule.slot for schedule, _ in tried.values()] == [0, 0, 1, 1], "the last slot up to the place"
+    assert [schedule.slot for schedule, _ in tried.values()] == [0, 0, 1, 1], (
+        "the last slot up to the place"
+    )
 
 
 def test_the_model_prices_transfers_at_the_rate_of_the_measurement():
     """The search for the rate runs again after planning, as the machine's speed drifts."""
     planned = OperatorTimes({"experts": 5.0, "dispatch": 2.0, "combine": 1.0}, {"dispatch": 4.0})
-    choice = with_transfers(LayerChoice(slots(Schedule("scmoe", "carried"))[0], {1: planned}, ()), 2.0)
-    assert choice.times[1] == OperatorTimes({"experts": 5.0, "dispatch": 4.0, "combine": 2.0}, {"dispatch": 8.0})
+    choice = with_transfers(
+        LayerChoice(slots(Schedule("scmoe", "carried"))[0], {1: planned}, ()), 2.0
+    )
+    assert choice.times[1] == OperatorTimes(
+        {"experts": 5.0, "dispatch": 4.0, "combine": 2.0}, {"dispatch": 8.0}
+    )
 
 
 # ---------------------------------------------------------------------- the least time of an iteration

@@ -1,4 +1,5 @@
-"""Every configuration builds without memory; what does not fit its tokenizer, its nodes or its text is said."""
+"""Every configuration builds without memory; what does not fit its tokenizer, its nodes or its text
+is said."""
 
 from pathlib import Path
 
@@ -32,17 +33,28 @@ def test_every_config_builds(path):
     assert 0 < active <= total and "other" not in counts
 
 
-@pytest.mark.parametrize("own", ("strategy.dense=hybrid", "strategy.ep_size=4 strategy.exchange=hierarchical"))
+@pytest.mark.parametrize(
+    "own", ("strategy.dense=hybrid", "strategy.ep_size=4 strategy.exchange=hierarchical")
+)
 def test_a_run_on_nodes_is_used_in_one_process(own):
     nodes = ("trainer.devices=2", "trainer.num_nodes=2", "data.global_batch_size=8", *own.split())
-    config = config_without_training(lambda words: load(None, [*nodes, *words]), Path("weights"), ())
-    assert (config.trainer.devices, config.trainer.num_nodes, config.strategy.ep_size) == (1, 1, None)
+    config = config_without_training(
+        lambda words: load(None, [*nodes, *words]), Path("weights"), ()
+    )
+    assert (config.trainer.devices, config.trainer.num_nodes, config.strategy.ep_size) == (
+        1,
+        1,
+        None,
+    )
 
 
 @pytest.mark.parametrize("data", ["openwebtext", "slimpajama", "wikitext103"])
-@pytest.mark.parametrize(("model", "tokens"), [("gpt2_moe_small", ("gpt2", 50257)), ("llama2_moe", ("bpe", 32000))])
+@pytest.mark.parametrize(
+    ("model", "tokens"), [("gpt2_moe_small", ("gpt2", 50257)), ("llama2_moe", ("bpe", 32000))]
+)
 def test_a_models_tokenizer_does_not_depend_on_the_data_set(model, tokens, data, tmp_path):
-    """LLaMA2-MoE keeps a vocabulary of LLaMA-2's size; GPT-2's tokenizer would require a larger one."""
+    """LLaMA2-MoE keeps a vocabulary of LLaMA-2's size; GPT-2's tokenizer would require a larger
+    one."""
     parts = [CONFIGS / f"model/{model}.yaml", CONFIGS / f"data/{data}.yaml"]
     for order in (parts, parts[::-1]):
         (tmp_path / "mine.yaml").write_text(f"extends: [{', '.join(map(str, order))}]")
@@ -52,24 +64,48 @@ def test_a_models_tokenizer_does_not_depend_on_the_data_set(model, tokens, data,
 
 def test_the_error_for_a_too_small_vocabulary_names_both_keys(tmp_path):
     llama, model = CONFIGS / "model/llama2_moe.yaml", CONFIGS / "model/llama2_moe_tiny.yaml"
-    with pytest.raises(ConfigError, match=r"vocab_size is 32000, allowed: 50257 or more for data\.tokenizer=gpt2"):
+    with pytest.raises(
+        ConfigError, match=r"vocab_size is 32000, allowed: 50257 or more for data\.tokenizer=gpt2"
+    ):
         load(llama, ["data.tokenizer=gpt2"])
     file = tmp_path / "tokenizer.json"
-    make_tokenizer("bpe", 600, ["a text of some words, " * 100 + "".join(map(chr, range(0x400, 0x600)))]).save(file)
+    make_tokenizer(
+        "bpe", 600, ["a text of some words, " * 100 + "".join(map(chr, range(0x400, 0x600)))]
+    ).save(file)
     config = load(model, ["data.name=text", "data.path=.", f"data.tokenizer={file}"])
-    with pytest.raises(ConfigError, match=r"vocab_size is 512, allowed: \d+ or more, .* data\.tokenizer=.*json"):
+    with pytest.raises(
+        ConfigError, match=r"vocab_size is 512, allowed: \d+ or more, .* data\.tokenizer=.*json"
+    ):
         build_datamodule(config)
-    with pytest.raises(ConfigError, match=r"data\.tokenizer is 'none\.json'; allowed: bpe, gpt2, or the path"):
+    with pytest.raises(
+        ConfigError, match=r"data\.tokenizer is 'none\.json'; allowed: bpe, gpt2, or the path"
+    ):
         build_datamodule(load(model, ["data.tokenizer=none.json"]))
 
 
 def test_what_a_user_has_hardly_meant_is_said(tmp_path):
-    """A warm-up that does not end, and more ids than a tokenizer of this text can have. The text repeats a line."""
-    (tmp_path / "a.txt").write_text("It was a bright cold day, and the clocks were striking.\n" * 400)
-    words = ["data.name=text", f"data.path={tmp_path}", f"data.cache_dir={tmp_path}/cache", "trainer.max_steps=9"]
+    """A warm-up that does not end, and more ids than a tokenizer of this text can have. The text
+    repeats a line."""
+    (tmp_path / "a.txt").write_text(
+        "It was a bright cold day, and the clocks were striking.\n" * 400
+    )
+    words = [
+        "data.name=text",
+        f"data.path={tmp_path}",
+        f"data.cache_dir={tmp_path}/cache",
+        "trainer.max_steps=9",
+    ]
     found = []
     for vocabulary, warmup in ((257, 9), (4096, 10)):
-        config = load(None, [*words, f"data.vocab_size={vocabulary}", f"optim.warmup_steps={warmup}", "data.seq_len=8"])
+        config = load(
+            None,
+            [
+                *words,
+                f"data.vocab_size={vocabulary}",
+                f"optim.warmup_steps={warmup}",
+                "data.seq_len=8",
+            ],
+        )
         prepare_data(data := build_datamodule(config))
         found.append([text.partition(" is ")[0] for text in doubts(config, data)])
     assert found == [[], ["optim.warmup_steps", "data.vocab_size"]]

@@ -1,5 +1,5 @@
-"""What a checkpoint holds beside tensors is read back as it was, or refused before anything is written. Generators of
-random numbers continue from their saved states, whose shapes never change.
+"""What a checkpoint holds beside tensors is read back as it was, or refused before anything is
+written. Generators of random numbers continue from their saved states, whose shapes never change.
 """
 
 import enum
@@ -76,13 +76,25 @@ def test_tensors_of_any_strides_and_of_two_names_can_be_saved():
     checkpoint = {"state_dict": module.state_dict(), "optimizer_states": [moments]}
     tensors, _ = split(checkpoint, module, ParallelContext())
     read = load(save(dict(each_in_its_own_storage(tensors))))
-    assert all(torch.equal(read[f"model.{name}"], tensor) for name, tensor in module.state_dict().items())
+    assert all(
+        torch.equal(read[f"model.{name}"], tensor) for name, tensor in module.state_dict().items()
+    )
     assert torch.equal(read["optimizer_0.weight.exp_avg"], module.weight + 1)
 
 
 def test_one_full_file_holds_tensors_of_every_type(tmp_path):
     eighths = ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
-    names = ("float64", "bfloat16", "bool", "uint8", "uint16", "uint32", "uint64", "complex64", *eighths)
+    names = (
+        "float64",
+        "bfloat16",
+        "bool",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+        "complex64",
+        *eighths,
+    )
     tensors = {name: torch.tensor([0, 1, 0]).to(getattr(torch, name)) for name in names}
     write_in_turn(tensors, tensors.__getitem__, tmp_path / "all.safetensors")
     read = load_file(tmp_path / "all.safetensors")
@@ -115,7 +127,9 @@ def test_hyper_parameters_and_callbacks_that_cannot_be_saved_are_refused_by_name
     with pytest.raises(TypeError, match=r"hyper-parameter of LightningModule .*int64"):
         check_can_be_saved(trainer_of({"dim": np.int64(16)}))
     with pytest.raises(TypeError, match=r"callback Stateful .*Colour"):
-        check_can_be_saved(trainer_of({}, Stateful(Colour.RED), Stateful(1)))  # each of one class is looked at
+        check_can_be_saved(
+            trainer_of({}, Stateful(Colour.RED), Stateful(1))
+        )  # each of one class is looked at
 
 
 def test_another_number_of_optimizers_or_groups_is_refused():
@@ -124,15 +138,25 @@ def test_another_number_of_optimizers_or_groups_is_refused():
     check_same_groups(Path("x.ckpt"), [one, two], [one, two])
     with pytest.raises(ValueError, match="2 optimizers, and configure_optimizers made 1"):
         check_same_groups(Path("x.ckpt"), [one], [one, two])
-    with pytest.raises(ValueError, match="2 parameter groups of optimizer 0, which begin with a, no weight; here"):
+    with pytest.raises(
+        ValueError, match="2 parameter groups of optimizer 0, which begin with a, no weight; here"
+    ):
         check_same_groups(Path("x.ckpt"), [one], [two])
 
 
 def draw():
-    return [torch.rand(3).tolist(), random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn()]
+    return [
+        torch.rand(3).tolist(),
+        random.random(),
+        random.gauss(0, 1),
+        np.random.rand(),
+        np.random.randn(),
+    ]
 
 
-@pytest.mark.parametrize("normals", [0, 1])  # normals are drawn in pairs, and the generator keeps the second
+@pytest.mark.parametrize(
+    "normals", [0, 1]
+)  # normals are drawn in pairs, and the generator keeps the second
 def test_restored_generators_draw_the_same_numbers(normals):
     torch.manual_seed(1), random.seed(1), np.random.seed(1)
     for _ in range(normals):
@@ -160,7 +184,9 @@ def test_a_checkpoint_is_written_on_the_device_of_its_rank(tmp_path, monkeypatch
     monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", write_data)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: getattr(of_thread, "device", 0))
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(of_thread, "device", device))
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: setattr(of_thread, "device", device)
+    )
     torch.cuda.set_device(3)
     writer = _ShardWriter(tmp_path)
     with ThreadPoolExecutor(1) as threads:

@@ -1,4 +1,5 @@
-"""Every verb of the command line answers --help and refuses what it does not know, before torch is imported."""
+"""Every verb of the command line answers --help and refuses what it does not know, before torch is
+imported."""
 
 import json
 import subprocess
@@ -13,10 +14,13 @@ from scmoe.config import extras
 from scmoe.config.extras import scmoe
 
 ROOT = Path(__file__).parents[2]
-SUBVERBS = [("bench", what) for what in ("layer", "overlap", "growth", "guard", "generation", "inference", "timeline")]
+SUBVERBS = [
+    ("bench", what)
+    for what in ("layer", "overlap", "growth", "guard", "generation", "inference", "timeline")
+]
 HEAVY = ("torch", "matplotlib", "wandb", "lightning", "scipy", "optuna")
-# This program calls each verb as `scmoe VERB`, and prints for each of its arguments the exit code, what was printed,
-# and which heavy packages were imported by then.
+# This program calls each verb as `scmoe VERB`, and prints for each of its arguments the exit code,
+# what was printed, and which heavy packages were imported by then.
 WALK = f"""
 import contextlib, io, json, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -41,7 +45,11 @@ def test_every_verb_shows_its_help_and_refuses_a_wrong_option_without_torch(tmp_
     for words, last, code, out, err, heavy in answers:
         assert heavy == [], words
         if last == "--help":
-            assert (code, err) == (0, "") and out.startswith(f"Usage: scmoe {' '.join(words)}"), (words, out, err)
+            assert (code, err) == (0, "") and out.startswith(f"Usage: scmoe {' '.join(words)}"), (
+                words,
+                out,
+                err,
+            )
         else:
             assert (code, out, err.count("\n")) == (2, "", 1), (words, out, err)
             assert err.startswith("error: ") and last in err, (words, err)
@@ -50,7 +58,9 @@ def test_every_verb_shows_its_help_and_refuses_a_wrong_option_without_torch(tmp_
 
 def test_scmoe_lists_its_verbs_and_says_its_version(capsys):
     assert call() == 0
-    listed = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("│ ")]
+    listed = [
+        line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("│ ")
+    ]
     assert [name for name in listed if not name.startswith("-")] == list(VERBS)
     assert call("--version") == 0
     assert capsys.readouterr().out == f"scmoe {__version__}\n"
@@ -61,7 +71,9 @@ def test_scmoe_lists_its_verbs_and_says_its_version(capsys):
     [
         *(("tarin", "tarin"), ("bench", "BENCH"), ("bench lier", "lier"), ("runs a b", "b")),
         *(("figure 2", "2"), ("--verison", "--verison")),
-        *((verb, "runs/latest") for verb in ("generate", "evaluate", "export", "resume")),  # a missing run, by example
+        *(
+            (verb, "runs/latest") for verb in ("generate", "evaluate", "export", "resume")
+        ),  # a missing run, by example
     ],
 )
 def test_what_no_verb_can_mean_is_refused_in_one_line(words, says, capsys):
@@ -71,13 +83,18 @@ def test_what_no_verb_can_mean_is_refused_in_one_line(words, says, capsys):
 
 
 @pytest.mark.parametrize("words", [("table", "table3"), ("reproduce",)])
-def test_a_scale_that_no_table_has_is_refused_before_packages_are_imported(words, capsys, monkeypatch):
+def test_a_scale_that_no_table_has_is_refused_before_packages_are_imported(
+    words, capsys, monkeypatch
+):
     monkeypatch.setattr(f"experiments.{words[0]}.require", None)
     assert call(*words, "--scale", "nonsense") == 2
     assert "--scale is 'nonsense'" in capsys.readouterr().err
 
 
-OF_TABLE = "options=Options(scale='small', jobs=None, seeds=None, from_=[PosixPath('a'), PosixPath('b')], to=None)"
+OF_TABLE = (
+    "options=Options(scale='small', jobs=None, seeds=None, from_=[PosixPath('a'), PosixPath('b')],"
+    " to=None)"
+)
 
 
 @pytest.mark.parametrize(
@@ -86,22 +103,35 @@ OF_TABLE = "options=Options(scale='small', jobs=None, seeds=None, from_=[PosixPa
         ("train c.yaml optim.lr=-1 --seed=2", ("c.yaml", "optim.lr=-1", "--seed=2")),
         ("evaluate r a=1 --which best b=2 --limit=3", ("r", "a=1", "b=2", "which=best", "limit=3")),
         ("sweep s.yaml a=1 --local --b=2", ("s.yaml", "a=1", "--b=2", "local=True")),
-        ("generate r --stop x a=1 --stop y --prompt -x", ("r", "a=1", "prompt=-x", "stop=['x', 'y']")),
-        ("table t --scale smoke --from a a=1 --from b --scale small", ("t", "a=1", OF_TABLE)),  # the last one counts
+        (
+            "generate r --stop x a=1 --stop y --prompt -x",
+            ("r", "a=1", "prompt=-x", "stop=['x', 'y']"),
+        ),
+        (
+            "table t --scale smoke --from a a=1 --from b --scale small",
+            ("t", "a=1", OF_TABLE),
+        ),  # the last one counts
         ("gpu-check --tiny --parts layer gpt2", ("tiny=True", "parts=['layer', 'gpt2']")),
         ("bench growth --of tokens ranks --rounds 3", ("of=['tokens', 'ranks']", "rounds=3")),
     ],
 )
 def test_overrides_and_options_may_be_mixed(words, given):
-    _, bound, _ = app_of(words.split()[0]).parse_args(words.split(), exit_on_error=False, print_error=False)
-    assert (*map(str, bound.args), *(f"{name}={value}" for name, value in bound.kwargs.items())) == given
+    _, bound, _ = app_of(words.split()[0]).parse_args(
+        words.split(), exit_on_error=False, print_error=False
+    )
+    assert (
+        *map(str, bound.args),
+        *(f"{name}={value}" for name, value in bound.kwargs.items()),
+    ) == given
 
 
 def test_the_next_command_is_named_as_it_works_here(monkeypatch, tmp_path):
     program = tmp_path / "my venv/bin/scmoe"
     program.parent.mkdir(parents=True)
     program.touch(mode=0o755)
-    monkeypatch.setattr(extras, "own_program", lambda: program)  # test_extras.py tests which one that is
+    monkeypatch.setattr(
+        extras, "own_program", lambda: program
+    )  # test_extras.py tests which one that is
     monkeypatch.setenv("PATH", "/usr/bin")
     assert scmoe("runs", "a b") == f"'{program}' runs 'a b'"
     monkeypatch.chdir(tmp_path)
@@ -127,7 +157,10 @@ def test_every_module_of_a_verb_is_a_verb():
     assert modules == {verb.replace("-", "_") for verb in VERBS if verb not in LABORATORY}
     for verb in LABORATORY:
         script = ROOT / f"{module_of(verb).replace('.', '/')}.py"
-        assert script.read_text(encoding="utf-8").splitlines()[-1] == f'    sys.exit(call("{verb}", *sys.argv[1:]))'
+        assert (
+            script.read_text(encoding="utf-8").splitlines()[-1]
+            == f'    sys.exit(call("{verb}", *sys.argv[1:]))'
+        )
 
 
 def test_a_verb_of_the_laboratory_needs_this_checkout(monkeypatch, capsys, tmp_path):

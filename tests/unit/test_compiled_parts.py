@@ -1,4 +1,5 @@
-"""Compiled sub-layers compute what others compute, with latent attention, zero experts and carries too.
+"""Compiled sub-layers compute what others compute, with latent attention, zero experts and carries
+too.
 
 Each sub-layer must be one graph without a break. The graphs run without a C++ compiler's kernels;
 tests/faults/test_compile.py has those.

@@ -46,10 +46,16 @@ seconds = st.floats(min_value=10, max_value=1e6)
 
 @settings(max_examples=25, deadline=None)
 @given(names, texts, st.none() | texts, st.lists(texts), st.integers(0, 2**32 - 1), seconds)
-def test_any_text_and_number_survives_saving(tmp_path_factory, name, runs_dir, group, tags, seed, timeout_s):
+def test_any_text_and_number_survives_saving(
+    tmp_path_factory, name, runs_dir, group, tags, seed, timeout_s
+):
     logger = LoggerConfig(group=group, tags=tags)
     config = Config(
-        name=name, runs_dir=runs_dir, seed=seed, logger=logger, strategy=type(Config.strategy)(None, timeout_s)
+        name=name,
+        runs_dir=runs_dir,
+        seed=seed,
+        logger=logger,
+        strategy=type(Config.strategy)(None, timeout_s),
     )
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(to_yaml(config), encoding="utf-8", newline="")
@@ -65,7 +71,11 @@ def test_an_empty_mapping_has_the_defaults_and_an_empty_file_is_refused(write):
 
 
 def test_a_large_number_is_written_with_all_its_digits():
-    assert [four_digits(x) for x in (86020.4, 1234.5, 0.00012345)] == ["86,020", "1,234", "0.0001234"]
+    assert [four_digits(x) for x in (86020.4, 1234.5, 0.00012345)] == [
+        "86,020",
+        "1,234",
+        "0.0001234",
+    ]
 
 
 def test_a_preset_is_found_by_its_bare_name_and_what_is_suggested_is_found():
@@ -79,7 +89,9 @@ def test_a_later_source_overrides_an_earlier_one(write):
     write("base.yaml", "seed: 1\nmodel: {layers: 2, dim: 64}\noptim: {lr: 1}\n")
     write("named.yaml", "name: big\nmodel: {layers: 3, dim: 128}\n")
     write("model/big.yaml", "extends: ../named.yaml\nmodel: {layers: 6}\n")
-    path = write("own/own.yaml", "extends: [../base.yaml, ../model/big.yaml]\nmodel: {layers: 8}\nmoe: {}\n")
+    path = write(
+        "own/own.yaml", "extends: [../base.yaml, ../model/big.yaml]\nmodel: {layers: 8}\nmoe: {}\n"
+    )
     config = load(path, ["seed=3", "--seed=4"])
     assert (config.optim.lr, config.model.dim, config.model.layers, config.seed) == (1.0, 128, 8, 4)
     assert config.name == "big"
@@ -100,7 +112,11 @@ def test_an_entry_of_a_mapping_replaces_what_an_earlier_source_has_there():
         ("logger.group=", "logger.group", None),
         ("logger.tags=[a, b]", "logger.tags", ["a", "b"]),
         ("logger.tags=[]", "logger.tags", []),
-        ("trainer.extra={a: 1, b: {c: [1.5, x, true]}}", "trainer.extra", {"a": 1, "b": {"c": [1.5, "x", True]}}),
+        (
+            "trainer.extra={a: 1, b: {c: [1.5, x, true]}}",
+            "trainer.extra",
+            {"a": 1, "b": {"c": [1.5, "x", True]}},
+        ),
         ("trainer.extra.max_time=00:01:00:00", "trainer.extra", {"max_time": "00:01:00:00"}),
         ("moe.noisy=True", "moe.noisy", True),
         ("moe.noisy=false", "moe.noisy", False),
@@ -125,7 +141,9 @@ def test_expert_parallel_ranks_by_default():
 # What is refused
 
 
-@pytest.mark.parametrize(("key", "overrides"), IMPOSSIBLE, ids=[overrides for _, overrides in IMPOSSIBLE])
+@pytest.mark.parametrize(
+    ("key", "overrides"), IMPOSSIBLE, ids=[overrides for _, overrides in IMPOSSIBLE]
+)
 def test_impossible_combination_names_its_key(key, overrides):
     line = refusal(None, *overrides.split())
     assert line.startswith(f"command line: {key} is ") and ", allowed: " in line
@@ -175,16 +193,25 @@ def test_a_kept_configuration_may_have_a_position_that_nothing_reads():
         ("moe.noisy=7", "moe.noisy is '7', allowed: true | false"),
         ("logger.tags=a", "logger.tags is 'a', allowed: list[str]"),
         ("trainer.extra=a", "trainer.extra is 'a', allowed: mapping"),
-        ("trainer.extra.a='${oc.env:HOME}'", "trainer.extra.a is '${oc.env:HOME}', allowed: plain values and lists"),
+        (
+            "trainer.extra.a='${oc.env:HOME}'",
+            "trainer.extra.a is '${oc.env:HOME}', allowed: plain values and lists",
+        ),
         ("logger.group={}", "logger.group is {}, allowed: str | null"),
         ("optim=3", "optim is '3', allowed: a mapping"),
         ("seed", "'seed' has no value"),
         ("extends=base.yaml", "unknown key 'extends'"),
         ("name=[a", "bad YAML"),
-        ("data.path=/data/set #1", "data.path ends with the comment '#1', allowed: data.path='\"...\"'"),
+        (
+            "data.path=/data/set #1",
+            "data.path ends with the comment '#1', allowed: data.path='\"...\"'",
+        ),
         ("name=???", "name is '???'"),
         ("_target_=os.system", "unknown key '_target_'"),
-        ("name=${oc.env:HOME}", "name is '${oc.env:HOME}', allowed: a text that is not empty; no interpolation"),
+        (
+            "name=${oc.env:HOME}",
+            "name is '${oc.env:HOME}', allowed: a text that is not empty; no interpolation",
+        ),
         ("logger.tags=[a, '${oc.env:HOME}']", "logger.tags is ['a', '${oc.env:HOME}']"),
     ],
 )

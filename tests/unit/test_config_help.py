@@ -1,4 +1,5 @@
-"""The configuration's help fits its width, has every field and a catalogue, and does not import torch."""
+"""The configuration's help fits its width, has every field and a catalogue, and does not import
+torch."""
 
 import subprocess
 import sys
@@ -17,16 +18,22 @@ def test_help_fits_its_width_and_has_every_field():
 
 def test_catalogue_has_files_and_choices():
     found = catalogue()
-    assert ("configs/model/gpt2_moe_small.yaml", "Overlay: GPT2-MoE-Small of Table 8, 323M parameters.") in (
-        found["Configurations"]
-    )
+    assert (
+        "configs/model/gpt2_moe_small.yaml",
+        "Overlay: GPT2-MoE-Small of Table 8, 323M parameters.",
+    ) in (found["Configurations"])
     assert "configs/sweep/smoke.yaml" in dict(found["Sweeps"])
     assert ("moe.architecture=scmoe", "") in found["Architectures"]
     assert ("model.family=gpt", "") in found["Model families"]
 
 
 def test_help_and_refusals_do_not_import_torch():
-    modules = ["config.help", "config.load", "parallel.checkpoint.durable", "training.run.directory"]
+    modules = [
+        "config.help",
+        "config.load",
+        "parallel.checkpoint.durable",
+        "training.run.directory",
+    ]
     code = "import sys\n" + "".join(f"import scmoe.{name}\n" for name in modules)
     code += "assert not {'torch', 'lightning', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,6 +1,7 @@
 """A value of the configuration reaches the object that it is for.
 
-Tests of equality make modules and optimizers by themselves, so they would not see that a builder drops a value.
+Tests of equality make modules and optimizers by themselves, so they would not see that a builder
+drops a value.
 """
 
 import math
@@ -18,7 +19,13 @@ from scmoe.training.assembly.model import build_model, build_module
 from scmoe.training.assembly.trainer import build_trainer
 from tests.support.models import tiny
 
-OPTIM = ("optim.lr=0.25", "optim.weight_decay=0.03", "optim.beta1=0.6", "optim.beta2=0.7", "optim.eps=1e-5")
+OPTIM = (
+    "optim.lr=0.25",
+    "optim.weight_decay=0.03",
+    "optim.beta1=0.6",
+    "optim.beta2=0.7",
+    "optim.eps=1e-5",
+)
 MUON = ("optim.name=muon", "optim.momentum=0.8")
 IMAGES = (
     *("model.family=swin", "model.window=2", "data.name=digits", "data.num_classes=10"),
@@ -50,13 +57,20 @@ def test_the_module_has_the_values_of_the_config():
     module = build_module(tiny(*(f"{key}={value}" for key, value in words.items())))
     assert {key: getattr(module, key.partition(".")[2]) for key in words} == words
     assert not module.refuse_overflow and not module.compiled
-    buffers = ("moe.rows=buffers", "moe.overflow=refuse", "moe.capacity_factor=null", "moe.dropless_ceiling=2")
+    buffers = (
+        "moe.rows=buffers",
+        "moe.overflow=refuse",
+        "moe.capacity_factor=null",
+        "moe.dropless_ceiling=2",
+    )
     other = build_module(tiny(*buffers, "trainer.compile=true"))
     assert other.refuse_overflow and other.compiled
 
 
 def test_the_learning_rate_warms_up_and_follows_a_half_cosine():
-    ratio = build_module(tiny("optim.min_lr_ratio=0.2", "optim.warmup_steps=4", "trainer.max_steps=12")).lr_ratio
+    ratio = build_module(
+        tiny("optim.min_lr_ratio=0.2", "optim.warmup_steps=4", "trainer.max_steps=12")
+    ).lr_ratio
     assert [ratio(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
     assert ratio(4) == 1.0
     assert ratio(6) == pytest.approx(0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2)  # a quarter of the way
@@ -64,7 +78,9 @@ def test_the_learning_rate_warms_up_and_follows_a_half_cosine():
     assert ratio(12) == ratio(13) == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize("word", ("augment=imagenet", "mixup=0.8", "cutmix=0.9", "label_smoothing=0.1"))
+@pytest.mark.parametrize(
+    "word", ("augment=imagenet", "mixup=0.8", "cutmix=0.9", "label_smoothing=0.1")
+)
 def test_each_change_of_images_changes_the_first_batch(word):
     pytest.importorskip("timm", reason="needs the extra `vision`")
     pytest.importorskip("sklearn", reason="needs the extra `vision`")
@@ -80,7 +96,11 @@ def test_routers_are_those_of_the_config():
         [m for m in build_model(tiny(*words)).modules() if isinstance(m, Router)]
         for words in (("moe.noisy=true",), ("moe.balanced_routing=true",))
     )
-    assert plain and not any(router.deal for router in plain) and all(router.noise is not None for router in plain)
+    assert (
+        plain
+        and not any(router.deal for router in plain)
+        and all(router.noise is not None for router in plain)
+    )
     assert all(router.deal and router.noise is None for router in balanced)
 
 
@@ -93,17 +113,27 @@ def test_latents_are_those_of_the_config():
         model = build_model(tiny(*words, *switches))
         found = [m for m in model.modules() if isinstance(m, LatentAttention)]
         assert found and all(m.sizes == LatentSizes(**sizes) for m in found)
-        assert all((m.q_scale != 1, m.kv_scale != 1, m.gate is not None) == (scaled, scaled, gated) for m in found)
+        assert all(
+            (m.q_scale != 1, m.kv_scale != 1, m.gate is not None) == (scaled, scaled, gated)
+            for m in found
+        )
     assert all(isinstance(block.after.norm, nn.RMSNorm) for block in model.blocks)
 
 
 @pytest.mark.parametrize("attention", ("full", "latent"))
 def test_norms_and_rotary_positions_are_those_of_the_config(attention):
-    words = ["model.family=llama", f"model.attention={attention}", "model.norm_eps=1e-3", "model.rope_theta=5e4"]
+    words = [
+        "model.family=llama",
+        f"model.attention={attention}",
+        "model.norm_eps=1e-3",
+        "model.rope_theta=5e4",
+    ]
     latent = ["model.latent.yarn_factor=4"] if attention == "latent" else []
     model = build_model(tiny(*words, *latent))
     rotary = [m for m in model.modules() if isinstance(m, Rotary)]
-    assert len(rotary) == 2 and all((m.theta, m.yarn_factor) == (5e4, 4 if latent else 1) for m in rotary)
+    assert len(rotary) == 2 and all(
+        (m.theta, m.yarn_factor) == (5e4, 4 if latent else 1) for m in rotary
+    )
     norms = {name: m.eps for name, m in model.named_modules() if isinstance(m, nn.RMSNorm)}
     of_latents = {name: eps for name, eps in norms.items() if name.endswith("kv_norm")}
     assert len(of_latents) == 2 * len(latent) and set(of_latents.values()) <= {1e-6}

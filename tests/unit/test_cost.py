@@ -20,15 +20,21 @@ OPERATORS = (
     *("attention", *PARTS, "mlp", "shared_expert", "current"),
 )
 TIMES = st.fixed_dictionaries({op: st.floats(0.1, 10.0) for op in OPERATORS})
-NAMES = [(name, position) for name, positions in ARCHITECTURES.items() for position in positions or (None,)]
+NAMES = [
+    (name, position)
+    for name, positions in ARCHITECTURES.items()
+    for position in positions or (None,)
+]
 SCHEDULES = st.sampled_from([choice for name in NAMES for choice in slots(Schedule(*name))])
 
 
 @given(SCHEDULES, TIMES)
 def test_exposed_time_is_what_the_backbone_does_not_cover(schedule, times):
-    """The exposed time has Section 3.2's two terms. The tolerance is 1e-9: sums of ten numbers have another order.
+    """The exposed time has Section 3.2's two terms. The tolerance is 1e-9: sums of ten numbers have
+    another order.
 
-    Backward combine's gradient travels in parallel with the operators after the experts, dispatch's with those before.
+    Backward combine's gradient travels in parallel with the operators after the experts, dispatch's
+    with those before.
     """
     operators = schedule.operators()
     experts = operators.index("experts")
@@ -46,7 +52,9 @@ def test_a_mismatch_counts_no_time_for_an_operator_that_has_none():
     times = dict.fromkeys(schedule.operators(), 3.0)
     for operator in schedule.window + schedule.after_window:
         without = {op: time for op, time in times.items() if op != operator}
-        assert mismatch(schedule, OperatorTimes(without)) == mismatch(schedule, OperatorTimes(times | {operator: 0.0}))
+        assert mismatch(schedule, OperatorTimes(without)) == mismatch(
+            schedule, OperatorTimes(times | {operator: 0.0})
+        )
 
 
 def test_the_best_schedule_is_the_first_of_the_fastest():
@@ -62,9 +70,12 @@ def test_the_best_schedule_is_the_first_of_the_fastest():
 
 
 def test_inside_attention_is_the_best_where_it_divides_the_window_by_the_transfers():
-    """Pos-1 has a window of 3 + 1 units for transfers of 2.45: 1.45 are exposed at slot 1, and 0.05 + 0.85 inside."""
+    """Pos-1 has a window of 3 + 1 units for transfers of 2.45: 1.45 are exposed at slot 1, and 0.05
+    + 0.85 inside."""
     times = dict.fromkeys(OPERATORS, 1.0) | {"dispatch": 2.45, "combine": 2.45}
-    of_chunks = {1: OperatorTimes(times | {"attention": 3.0, "attention_core": 2.4, "attention_out": 0.6})}
+    of_chunks = {
+        1: OperatorTimes(times | {"attention": 3.0, "attention_core": 2.4, "attention_out": 0.6})
+    }
     best = best_schedule(slots(Schedule("scmoe", "pos1")), of_chunks)
     assert best == Schedule("scmoe", "pos1", inside_attention=True)
     assert exposed_time(best, of_chunks[1]) == pytest.approx(0.9)

@@ -1,4 +1,5 @@
-"""`make params` gives the paper's totals, and the output of `make estimate` is JSON for other programs."""
+"""`make params` gives the paper's totals, and the output of `make estimate` is JSON for other
+programs."""
 
 import json
 from pathlib import Path
@@ -19,7 +20,8 @@ def last_line(capsys) -> dict:
 
 
 def test_totals_of_the_shortcut_family_are_the_published_ones(capsys):
-    """LongCat-Flash: 560B, of which 18.6B to 31.3B are active without embeddings, by a token's zero experts."""
+    """LongCat-Flash: 560B, of which 18.6B to 31.3B are active without embeddings, by a token's zero
+    experts."""
     names = ("longcat_flash", "instella_moe", "nvidia_shortcut", "nous")
     assert call("params", *names) == 0
     counts = last_line(capsys)
@@ -39,8 +41,8 @@ def test_totals_of_the_shortcut_family_are_the_published_ones(capsys):
 
 
 def test_dgmoe_share_differs_from_the_paper_by_one_expert_per_shared_pair():
-    """The paper has 157M without sharing. Its 124M fits if each of four second pairs keeps one expert
-    (docs/decisions/0016-parameter-counts.md)."""
+    """The paper has 157M without sharing. Its 124M fits if each of four second pairs keeps one
+    expert (docs/decisions/0016-parameter-counts.md)."""
     pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
     words = (parameters.ARCHITECTURES[name] for name in ("dgmoe_share", "dgmoe"))
     ours, without = (parameters.count("swinv2_moe_s", each)["total"] for each in words)
@@ -57,25 +59,43 @@ def test_params_prints_json_for_the_given_preset(capsys):
     counts = last_line(capsys)
     assert counts.keys() == {"gpt2_moe_small_tiny"}
     assert counts["gpt2_moe_small_tiny"].keys() == parameters.ARCHITECTURES.keys()
-    model = build_model(load(parameters.PRESETS / "gpt2_moe_small_tiny.yaml", ["moe.noisy=false"]), ParallelContext())
+    model = build_model(
+        load(parameters.PRESETS / "gpt2_moe_small_tiny.yaml", ["moe.noisy=false"]),
+        ParallelContext(),
+    )
     total = sum(p.numel() for p in model.parameters())
-    idle = sum(p.numel() for p in model.parameters() if p.dim() == 3) * 7 // 8  # only experts have stacked weights
+    idle = (
+        sum(p.numel() for p in model.parameters() if p.dim() == 3) * 7 // 8
+    )  # only experts have stacked weights
     assert counts["gpt2_moe_small_tiny"]["scmoe"] == {"total": total, "active": total - idle}
 
 
 def test_an_estimate_equals_a_calculation_by_hand(capsys):
-    assert call("estimate", XL, "ep=8", "dp=2", "trainer.precision=bf16-mixed", "data.global_batch_size=64") == 0
+    assert (
+        call(
+            "estimate",
+            XL,
+            "ep=8",
+            "dp=2",
+            "trainer.precision=bf16-mixed",
+            "data.global_batch_size=64",
+        )
+        == 0
+    )
     facts = last_line(capsys)
     total, experts = facts["params_total"], 12 * 8 * 2 * 2048 * 8192
     assert facts["params_per_rank"] == total - experts + experts // 8
-    assert facts["all_to_all_bytes_per_token_and_transfer"] == [2.0 * 2048 * 2] * 12, "capacity factor, D, bf16"
+    assert facts["all_to_all_bytes_per_token_and_transfer"] == [2.0 * 2048 * 2] * 12, (
+        "capacity factor, D, bf16"
+    )
     assert facts["all_to_all_bytes_training"] == 4 * 12 * 2 * 2048 * 2
     assert facts["all_to_all_share_that_travels"] == 7 / 8
     assert facts["samples_per_rank"] == 64 // 16
     memory = facts["memory_bytes"]
     assert memory["weights"] == 4 * facts["params_per_rank"]
     assert memory["gradients"] == memory["weights"]
-    # The usual estimate is 6 N + 12 L S D (attention). N is the weights in products; experts get two rows per token.
+    # The usual estimate is 6 N + 12 L S D (attention). N is the weights in products; experts get
+    # two rows per token.
     used = facts["params_active"] + experts // 8 - 2048 * 2048
     assert facts["flops_training"] == pytest.approx(6 * used + 12 * 24 * 2048 * 2048, rel=1e-2)
 
@@ -119,7 +139,10 @@ def test_recomputing_costs_flops_and_saves_memory(capsys):
         ([XL, "ep=3"], "strategy.ep_size is 3, allowed: a divisor of moe.num_experts, 8"),
         ([XL, "ep=8", "model.depth=3"], "unknown key 'model.depth'"),
         ([XL, "ep=4", "strategy.ep_size=8"], "strategy.ep_size and ep or dp"),
-        (["configs/model/llama2_moe.yaml", "ep=16"], "strategy.ep_size is 16, allowed: a divisor of"),
+        (
+            ["configs/model/llama2_moe.yaml", "ep=16"],
+            "strategy.ep_size is 16, allowed: a divisor of",
+        ),
         ([XL, "moe.architecture=dense", "ep=2"], "strategy.ep_size is 2, allowed: 1 or null"),
     ],
 )

@@ -1,8 +1,9 @@
-"""On a GPU, transfers in parallel with computation change no bit, and with fixed capacity the host never waits.
+"""On a GPU, transfers in parallel with computation change no bit, and with fixed capacity the host
+never waits.
 
-Experts equal those on a CPU, NCCL's All-to-All of one rank changes no bit, and the planner measures with events.
-test_no_host_sync.py and test_experts.py also test the parts that require no GPU. What trains a bench here runs on a CPU
-too, so that a mistake in it is found without a GPU.
+Experts equal those on a CPU, NCCL's All-to-All of one rank changes no bit, and the planner measures
+with events. test_no_host_sync.py and test_experts.py also test the parts that require no GPU. What
+trains a bench here runs on a CPU too, so that a mistake in it is found without a GPU.
 """
 
 import pytest
@@ -25,7 +26,10 @@ from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import assert_close, gradients, randomise
 
-ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"))
+ON_GPU = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
+)
 SMALL = dict(dim=64, ffn_dim=128, tokens=128, seq_len=32, compute="real", shaped=False, bus=True)
 on_any_device = pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=ON_GPU)))
 
@@ -50,7 +54,9 @@ def results(rank: int, world_size: int, device: str) -> dict[str, list[torch.Ten
         step = bench.set(Variant("pos2", Schedule("scmoe", "pos2", slot), way))
         y = step.model(bench.x)
         step.backward(y, torch.ones_like(y))
-        gradients = [p.grad.cpu() for p in bench.stacks["pos2"][0].parameters() if p.grad is not None]
+        gradients = [
+            p.grad.cpu() for p in bench.stacks["pos2"][0].parameters() if p.grad is not None
+        ]
         found[f"{way} {slot}"] = [y.detach().cpu(), bench.x.grad.cpu(), *gradients]
         step.model.zero_grad()
         bench.x.grad = None
@@ -78,11 +84,17 @@ def recorded(rank: int, world_size: int, device: str) -> list[str]:
 
 @on_any_device
 def test_operators_are_timed_by_events(device):
-    assert run_ranks(recorded, 1, device)[0] == ["attention", *Schedule("scmoe", "pos2", 1).operators()]
+    assert run_ranks(recorded, 1, device)[0] == [
+        "attention",
+        *Schedule("scmoe", "pos2", 1).operators(),
+    ]
 
 
-def steps_without_host_waits(rank: int, world_size: int, schedule: Schedule, way: str, autocast: bool) -> None:
-    """Raises RuntimeError if the host waits for the device, except in the first step, which allocates and compiles."""
+def steps_without_host_waits(
+    rank: int, world_size: int, schedule: Schedule, way: str, autocast: bool
+) -> None:
+    """Raises RuntimeError if the host waits for the device, except in the first step, which
+    allocates and compiles."""
     bench = small_bench("cuda")
     step = bench.set(Variant("pos2", schedule, way))
     for mode in ("default", "error"):
@@ -97,7 +109,9 @@ def steps_without_host_waits(rank: int, world_size: int, schedule: Schedule, way
 @gpu
 @pytest.mark.parametrize("autocast", (False, True), ids=("float32", "bfloat16"))
 @pytest.mark.parametrize("way", ("overlapped", "sequential"))
-@pytest.mark.parametrize("schedule", (Schedule("scmoe", "pos2", 1), Schedule("scmoe", "pos2", 2, 4)), ids=str)
+@pytest.mark.parametrize(
+    "schedule", (Schedule("scmoe", "pos2", 1), Schedule("scmoe", "pos2", 2, 4)), ids=str
+)
 def test_with_fixed_capacity_the_host_never_waits_for_the_device(schedule, way, autocast):
     run_ranks(steps_without_host_waits, 1, schedule, way, autocast)
 
@@ -129,8 +143,13 @@ def planned(rank: int, world_size: int) -> None:
     assert list(choice.times) == [1, 2]
     for times in choice.times.values():
         for direction in (times.forward, times.backward):
-            assert all(direction[op] > 0 for op in ("route", "encode", "dispatch", "experts", "combine", "attention"))
-    assert choice.schedule in [s for c in (1, 2) for s in slots(Schedule("scmoe", "pos2", chunks=c))]
+            assert all(
+                direction[op] > 0
+                for op in ("route", "encode", "dispatch", "experts", "combine", "attention")
+            )
+    assert choice.schedule in [
+        s for c in (1, 2) for s in slots(Schedule("scmoe", "pos2", chunks=c))
+    ]
 
 
 @gpu
@@ -139,14 +158,21 @@ def test_the_planner_measures_with_events():
 
 
 def over_nccl(rank: int, world_size: int, factor: float | None, chunks: int) -> None:
-    """A module's outputs and gradients through an All-to-All of one rank are bit-identical to those without it."""
+    """A module's outputs and gradients through an All-to-All of one rank are bit-identical to those
+    without it."""
     dist.init_process_group("nccl")
     torch.cuda.set_device(0)
 
     def outcome(dispatcher: Dispatcher) -> list[torch.Tensor]:
         experts = randomise(Experts(16, 24, 8))
-        stream = MoEStream(randomise(Router(16, 8, 2)), experts, dispatcher, rows_of(factor)).to("cuda")
-        x = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0)).to("cuda").requires_grad_()
+        stream = MoEStream(randomise(Router(16, 8, 2)), experts, dispatcher, rows_of(factor)).to(
+            "cuda"
+        )
+        x = (
+            torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
+            .to("cuda")
+            .requires_grad_()
+        )
         y = stream(x, None, chunks).y_BSD
         y.square().sum().backward()
         return [y.detach(), x.grad, *gradients(stream).values()]
@@ -165,7 +191,8 @@ def test_nccl_with_one_rank_changes_no_bit(factor, chunks):
 
 @gpu
 def test_buffers_in_flight_are_not_allocated_again():
-    """An allocation during a transfer never gets the memory of sent or received rows, forward or backward."""
+    """An allocation during a transfer never gets the memory of sent or received rows, forward or
+    backward."""
     device = torch.device("cuda")
     exchange = emulated.over_the_bus(device)
     rows = torch.randn(4096, 1024, device=device, requires_grad=True)

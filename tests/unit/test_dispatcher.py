@@ -1,4 +1,5 @@
-"""The local dispatcher sends nothing, and the sequential baseline waits for each transfer and changes no bit."""
+"""The local dispatcher sends nothing, and the sequential baseline waits for each transfer and
+changes no bit."""
 
 import pytest
 import torch
@@ -8,14 +9,18 @@ from tests.support.models import DIM, tiny_stream
 from tests.support.recording import Log, RecordingDispatcher
 
 
-@pytest.mark.parametrize("dispatcher", (LocalDispatcher(), Blocking(LocalDispatcher())), ids=("local", "blocking"))
+@pytest.mark.parametrize(
+    "dispatcher", (LocalDispatcher(), Blocking(LocalDispatcher())), ids=("local", "blocking")
+)
 @pytest.mark.parametrize("counts", (None, torch.tensor([2, 0, 4])), ids=("equal", "counted"))
 def test_one_rank_sends_nothing(dispatcher, counts):
     rows = torch.randn(6, DIM, requires_grad=True)
     announced = None if counts is None else dispatcher.announce(counts[None]).wait()[0]
     pending, receipt = dispatcher.dispatch(rows, announced)
     assert pending.wait() is rows
-    assert receipt.num_tokens_per_expert_e is counts or torch.equal(receipt.num_tokens_per_expert_e, counts)
+    assert receipt.num_tokens_per_expert_e is counts or torch.equal(
+        receipt.num_tokens_per_expert_e, counts
+    )
     assert dispatcher.combine(rows, receipt).wait() is rows
 
 
@@ -23,7 +28,14 @@ def recorded(blocking: bool) -> tuple[list[str], list[str]]:
     log = Log()
     dispatcher = RecordingDispatcher(log)
     stream = tiny_stream(dispatcher=Blocking(dispatcher) if blocking else dispatcher)
-    x = torch.randn(1, 12, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    x = torch.randn(
+        1,
+        12,
+        DIM,
+        dtype=torch.float64,
+        generator=torch.Generator().manual_seed(0),
+        requires_grad=True,
+    )
     stream(x, None, 2).y_BSD.sum().backward()
     return log.forward, log.backward
 
@@ -42,8 +54,12 @@ def test_all_chunks_are_sent_before_the_first_is_awaited():
 def test_blocking_waits_at_once_forward_and_backward():
     forward, backward = recorded(blocking=True)
     transfers = "dispatch 0", "dispatch 1", "combine 0", "combine 1"
-    assert forward == [f"{transfer} {event}" for transfer in transfers for event in ("start", "wait")]
-    assert backward == forward[::-1]  # each gradient's start ("wait") and arrival ("start") are neighbours
+    assert forward == [
+        f"{transfer} {event}" for transfer in transfers for event in ("start", "wait")
+    ]
+    assert (
+        backward == forward[::-1]
+    )  # each gradient's start ("wait") and arrival ("start") are neighbours
 
 
 def test_narrowed_rows_travel_in_their_type_and_are_rounded_once_each_way():

@@ -34,7 +34,9 @@ PAGES = [
 HISTORY = [ROOT / "CHANGELOG.md", ROOT / "docs/log.md"]  # these may name things that were removed
 TOP = ("scmoe", "datamodules", "experiments", "tests", "configs", "docs")
 PACKAGES = tuple(  # runs/ in a page is the folder of a user's runs
-    f"{path.name}/" for path in (ROOT / "scmoe").iterdir() if (path / "__init__.py").exists() and path.name != "runs"
+    f"{path.name}/"
+    for path in (ROOT / "scmoe").iterdir()
+    if (path / "__init__.py").exists() and path.name != "runs"
 )
 FILES = {path.name for top in TOP for path in (ROOT / top).rglob("*.*")}
 BELOW_TESTS = tuple(f"{path.name}/" for path in (ROOT / "tests").iterdir() if path.is_dir())
@@ -56,7 +58,9 @@ def commands(page: Path) -> str:
 def named_paths(page: Path) -> Iterator[str]:
     """Yields the repository's paths in backticks, and in the commands of fenced blocks."""
     for text in code(page):
-        in_a_package = text.startswith(PACKAGES + BELOW_TESTS) and re.fullmatch(r"[\w.*/-]+(/|\.\w+)", text)
+        in_a_package = text.startswith(PACKAGES + BELOW_TESTS) and re.fullmatch(
+            r"[\w.*/-]+(/|\.\w+)", text
+        )
         if in_a_package or re.fullmatch(r"[\w*]+\.(py|sbatch)", text):
             yield text
     text = commands(page) + "\n" + "\n".join(code(page))
@@ -64,11 +68,15 @@ def named_paths(page: Path) -> Iterator[str]:
 
 
 def exists(name: str, page: Path) -> bool:
-    """Looks in the root, the page's folder, scmoe/, tests/, and everywhere for a bare file name. Globs are allowed."""
+    """Looks in the root, the page's folder, scmoe/, tests/, and everywhere for a bare file name.
+    Globs are allowed."""
     name = name.removesuffix("/")
     if "/" not in name and "." in name:
         return bool(matching(FILES, name))
-    return any(next(folder.glob(name), None) for folder in (ROOT, page.parent, ROOT / "scmoe", ROOT / "tests"))
+    return any(
+        next(folder.glob(name), None)
+        for folder in (ROOT, page.parent, ROOT / "scmoe", ROOT / "tests")
+    )
 
 
 def anchors(page: Path) -> list[str]:
@@ -93,9 +101,12 @@ def broken_links(page: Path) -> list[str]:
 
 
 def missing_names(page: Path) -> list[str]:
-    """Returns the names in backticks after a file that are not in it: `moe/stream.py` `MoEStream.forward`, `begin`."""
+    """Returns the names in backticks after a file that are not in it: `moe/stream.py`
+    `MoEStream.forward`, `begin`."""
     missing = []
-    for file, names in re.findall(r"`([\w/]+\.py)`((?:,? `[A-Za-z_][\w.]*`)+)", without_fences(page)):
+    for file, names in re.findall(
+        r"`([\w/]+\.py)`((?:,? `[A-Za-z_][\w.]*`)+)", without_fences(page)
+    ):
         found = [base / file for base in (ROOT, ROOT / "scmoe") if (base / file).exists()]
         words = set(re.findall(r"\w+", found[0].read_text(encoding="utf-8"))) if found else set()
         for name in re.findall(r"`([\w.]+)`", names):
@@ -104,13 +115,22 @@ def missing_names(page: Path) -> list[str]:
 
 
 def missing_commands(page: Path) -> list[str]:
-    """Returns what does not exist of the names in `python -m MODULE`, `make TARGET` and `scmoe VERB`."""
+    """Returns what does not exist of the names in `python -m MODULE`, `make TARGET` and `scmoe
+    VERB`."""
     text = "\n".join([*code(page), commands(page)])
     modules = set(re.findall(r"-m ((?:experiments|tests)(?:\.\w+)+)", text))
     targets = set(re.findall(r"^make ([a-z0-9-]+)", text, re.M))
     verbs = set(re.findall(r"^(?:\.venv/bin/)?scmoe ([a-z][\w-]*)", text, re.M))
-    places = [ROOT / f"{name.replace('.', '/')}{end}" for name in modules for end in (".py", "/__main__.py")]
-    known = {".".join(place.relative_to(ROOT).with_suffix("").parts) for place in places if place.exists()}
+    places = [
+        ROOT / f"{name.replace('.', '/')}{end}"
+        for name in modules
+        for end in (".py", "/__main__.py")
+    ]
+    known = {
+        ".".join(place.relative_to(ROOT).with_suffix("").parts)
+        for place in places
+        if place.exists()
+    }
     modules -= {name.removesuffix(".__main__") for name in known}
     targets -= set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.M))
     verbs -= {name.replace("_", "-") for name in VERBS}
@@ -120,7 +140,11 @@ def missing_commands(page: Path) -> list[str]:
 def missing_keys(page: Path) -> list[str]:
     keys = {leaf.key for leaf in leaves(Config())}
     sections = "|".join(sorted({key.split(".")[0] for key in keys if "." in key}))
-    named = {key for text in code(page) for key in re.findall(rf"(?<![\w./])(?:{sections})\.\w+(?=[= ]|$)", text)}
+    named = {
+        key
+        for text in code(page)
+        for key in re.findall(rf"(?<![\w./])(?:{sections})\.\w+(?=[= ]|$)", text)
+    }
     return sorted(key for key in named if key not in keys and not key.endswith((".py", ".yaml")))
 
 
@@ -157,8 +181,8 @@ def test_the_index_leads_to_every_page():
 def test_a_wrong_name_is_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "`moe/none.py`, `scmoe/*.txt`, `gone.py`, [a](none.md), `python -m experiments.none`, `moe.none=1`, "
-        "`moe/stream.py` `NoSuchName`\n"
+        "`moe/none.py`, `scmoe/*.txt`, `gone.py`, [a](none.md), `python -m experiments.none`,"
+        " `moe.none=1`, `moe/stream.py` `NoSuchName`\n"
     )
     assert missing_paths(page) == ["gone.py", "moe/none.py", "scmoe/*.txt"]
     assert broken_links(page) == ["none.md"]
@@ -168,7 +192,9 @@ def test_a_wrong_name_is_found(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["load_export.py", "load_hf.py"])
-def test_an_example_without_its_export_says_in_one_line_how_to_write_it(name, tmp_path, monkeypatch):
+def test_an_example_without_its_export_says_in_one_line_how_to_write_it(
+    name, tmp_path, monkeypatch
+):
     if name == "load_hf.py":
         pytest.importorskip("transformers", reason="transformers is not installed (extra `hf`)")
     monkeypatch.setattr(sys, "argv", [name, str(tmp_path / "none")])
@@ -186,7 +212,9 @@ def test_workflows_name_the_commits_of_their_actions():
 # ---------------------------------------------------------------------- what a user copies
 
 COMMANDS = list(dict.fromkeys(command for page in GUIDES for command in all_commands(page)))
-INLINE = {text for page in GUIDES for text in code(page) if re.match(r"(make|scmoe) [a-z-]+ .*\w", text)}
+INLINE = {
+    text for page in GUIDES for text in code(page) if re.match(r"(make|scmoe) [a-z-]+ .*\w", text)
+}
 NO_VERB = re.compile(r"make (setup|test|docs|wheel-test)\b|.*docs/examples/")
 NO_FIELD = ("ep", "dp", "ranks", "samples", "step")  # words of a verb
 TAKES_A_CONFIG = ("train", "estimate", "dryrun", "check-data")
@@ -200,7 +228,9 @@ def mine(config, context, parts):
 """
 
 
-@pytest.mark.parametrize("page", [page for page in GUIDES if blocks(page, "yaml")], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [page for page in GUIDES if blocks(page, "yaml")], ids=lambda page: page.stem
+)
 def test_yaml_can_be_copied(page, tmp_path, monkeypatch):
     """A block is a sweep, a table or a configuration: after a table, the one that lies beside it."""
     monkeypatch.chdir(tmp_path)
@@ -243,7 +273,9 @@ def refused(command: str) -> str | None:
                 load_for(config, numbers["ranks"], 1, given)
             else:
                 load(config, given)
-        fields = {word.partition("=")[0] for word in given} - {leaf.key for leaf in leaves(Config())}
+        fields = {word.partition("=")[0] for word in given} - {
+            leaf.key for leaf in leaves(Config())
+        }
         unknown = {field for field in fields if not field.startswith(FREE)}
         return f"unknown: {unknown}" if unknown else None
     except (CycloptsError, ConfigError, subprocess.CalledProcessError) as error:
@@ -257,14 +289,24 @@ def test_a_command_can_be_copied(command):
 
 @pytest.mark.parametrize(
     "command",
-    ["make none", "make train CONFIG=none", "scmoe generate runs/a --none 1", "scmoe export runs/a moe.none=1"],
+    [
+        "make none",
+        "make train CONFIG=none",
+        "scmoe generate runs/a --none 1",
+        "scmoe export runs/a moe.none=1",
+    ],
 )
 def test_a_wrong_command_is_found(command):
     assert refused(command)
 
 
 def test_every_block_names_its_language_and_those_to_copy_are_tested():
-    fences = {page: re.findall(r"^ *```(\w*)", page.read_text(encoding="utf-8"), re.M)[::2] for page in PAGES}
+    fences = {
+        page: re.findall(r"^ *```(\w*)", page.read_text(encoding="utf-8"), re.M)[::2]
+        for page in PAGES
+    }
     used = {language for found in fences.values() for language in found}
     assert used <= {"bash", "yaml", "python", "text", "json", "bibtex"}
-    assert {page for page, found in fences.items() if {"bash", "yaml", "python"} & {*found}} <= {*GUIDES}
+    assert {page for page, found in fences.items() if {"bash", "yaml", "python"} & {*found}} <= {
+        *GUIDES
+    }

@@ -1,4 +1,5 @@
-"""Tables of the docs that say what presets are: each row is rendered from its preset, or compared with it."""
+"""Tables of the docs that say what presets are: each row is rendered from its preset, or compared
+with it."""
 
 import re
 from pathlib import Path
@@ -28,7 +29,15 @@ PRESETS = {  # a model's name in the tables: its preset
     "FarSkip, Instella-MoE": "model/instella_moe",
 }
 OF_OTHERS = [name for name in PRESETS if name != "ScMoE"]
-WIRING = ("architecture", "every", "position", "first_position", "tap_norm", "combine", "after_norm")
+WIRING = (
+    "architecture",
+    "every",
+    "position",
+    "first_position",
+    "tap_norm",
+    "combine",
+    "after_norm",
+)
 NOT_IN_FARSKIP = ("position", "combine")  # it has one position, and adds
 
 
@@ -37,7 +46,9 @@ def rows(page: str, heading: str) -> list[list[str]]:
     text = (DOCS / page).read_text(encoding="utf-8").partition(f"{heading}\n")[2]
     (table,) = re.findall(r"(?:^\|.*\n)+", text, re.M)[:1]
     lines = [re.split(r"(?<!\\)\|", line.strip()[1:-1]) for line in table.splitlines()]
-    return [[cell.strip() for cell in line] for line in lines if not set("".join(line)) <= set(" -")]
+    return [
+        [cell.strip() for cell in line] for line in lines if not set("".join(line)) <= set(" -")
+    ]
 
 
 def row_of(page: str, heading: str, name: str) -> list[str]:
@@ -51,7 +62,9 @@ def words(cell: str) -> list[str]:
 
 
 def wiring(config: Config) -> dict[str, object]:
-    fields = [key for key in WIRING if config.moe.architecture != "farskip" or key not in NOT_IN_FARSKIP]
+    fields = [
+        key for key in WIRING if config.moe.architecture != "farskip" or key not in NOT_IN_FARSKIP
+    ]
     return {key: getattr(config.moe, key) for key in fields}
 
 
@@ -60,7 +73,13 @@ def wiring(config: Config) -> dict[str, object]:
 
 def test_the_overrides_of_each_shortcut_give_the_wiring_of_its_preset():
     table = rows("shortcuts.md", "## How to get each one")[1:]
-    assert [row[0] for row in table] == ["ScMoE", "LongCat-Flash", "NVIDIA", "NousResearch", "FarSkip"]
+    assert [row[0] for row in table] == [
+        "ScMoE",
+        "LongCat-Flash",
+        "NVIDIA",
+        "NousResearch",
+        "FarSkip",
+    ]
     for name, overrides, file in table:
         assert wiring(load("quickstart", words(overrides))) == wiring(load(PRESETS[name])), name
         assert file == "the same" or (DOCS.parent / file.strip("`")).exists()
@@ -70,7 +89,11 @@ def read_by_the_experts(config: Config) -> str:
     if config.moe.architecture == "farskip":
         return "X"
     in_every_block = {"pos1": "X, the block's input", "pos2": "M of the preceding block"}
-    return in_every_block[config.moe.position] if config.moe.every == 1 else f"Pos-{config.moe.position[3]}"
+    return (
+        in_every_block[config.moe.position]
+        if config.moe.every == 1
+        else f"Pos-{config.moe.position[3]}"
+    )
 
 
 def norms(config: Config) -> str:
@@ -84,13 +107,18 @@ def norms(config: Config) -> str:
 def test_what_a_shortcut_computes_is_what_its_preset_builds(name):
     config = load(f"{PRESETS[name]}_tiny")
     *_, last = moe_blocks_of(build_model_on_meta(config))
-    window = ", ".join("MLP" if operator == "mlp" else operator.replace("_", " ") for operator in last.schedule.window)
+    window = ", ".join(
+        "MLP" if operator == "mlp" else operator.replace("_", " ")
+        for operator in last.schedule.window
+    )
     each = {1: "every block", 2: "every second block"}[config.moe.every]
     row = row_of("shortcuts.md", "# Which shortcut?", name)
     assert (row[1], *row[4:]) == (read_by_the_experts(config), norms(config), each, window)
 
 
-@pytest.mark.parametrize(("row", "name"), [("nvidia", "NVIDIA"), ("nous", "NousResearch"), ("farskip", "FarSkip")])
+@pytest.mark.parametrize(
+    ("row", "name"), [("nvidia", "NVIDIA"), ("nous", "NousResearch"), ("farskip", "FarSkip")]
+)
 def test_a_row_of_the_bench_has_the_wiring_of_its_preset(row, name):
     assert wiring(load("quickstart", ["moe.every=1", *WIRINGS[row]])) == wiring(load(PRESETS[name]))
 
@@ -117,7 +145,9 @@ def test_relatives_of_longcat_are_read_and_exported_as_the_table_says():
 
 def test_a_folder_has_the_type_that_the_hugging_face_page_says():
     table = rows("hugging-face.md", "can use it:\n")[1:]
-    assert {row[1] for row in table} == {f"`{name}`" for name in READERS.keys() - {"instella_moe"} | {"scmoe"}}
+    assert {row[1] for row in table} == {
+        f"`{name}`" for name in READERS.keys() - {"instella_moe"} | {"scmoe"}
+    }
     said = {  # what a row says in words
         ", dense": ["moe.architecture=dense", "strategy.ep_size=null"],
         "attention=latent": ["model.family=llama"],
@@ -142,7 +172,9 @@ def rounded(parameters: int, like: str) -> str:
     return f"{parameters / unit:.{len(like[:-1].partition('.')[2])}f}{like[-1]}"
 
 
-@pytest.mark.parametrize("row", rows("paper-map.md", "LLaMA2-MoE: 32,000):\n")[1:], ids=lambda row: row[0])
+@pytest.mark.parametrize(
+    "row", rows("paper-map.md", "LLaMA2-MoE: 32,000):\n")[1:], ids=lambda row: row[0]
+)
 def test_sizes_of_the_paper_map_are_those_of_the_presets(row):
     name, published, *ours = row
     preset = name.lower().replace("-", "_")

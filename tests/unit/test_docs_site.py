@@ -1,4 +1,5 @@
-"""What docs/hooks/ makes for the site: the page of configuration fields, the navigation, links, docstrings.
+"""What docs/hooks/ makes for the site: the page of configuration fields, the navigation, links,
+docstrings.
 
 `make docs` builds the whole site, where mkdocs checks every link. These tests need no build.
 """
@@ -26,14 +27,21 @@ def test_the_page_of_fields_has_each_field_once_with_its_default_and_range():
     import config_reference
 
     rows = re.findall(
-        r"^\| `([\w.]+)`\{ #(\S+) \} \| `(.+?)` \| (.*?) \| `(.*?)` \| (.*) \|$", config_reference.page(), re.M
+        r"^\| `([\w.]+)`\{ #(\S+) \} \| `(.+?)` \| (.*?) \| `(.*?)` \| (.*) \|$",
+        config_reference.page(),
+        re.M,
     )
     every = {leaf.key: leaf for leaf in leaves(Config())}
     assert [row[0] for row in rows] == [row[1] for row in rows] == list(every)
     for key, _, kind, limits, default, meaning in rows:
         leaf = every[key]
-        assert limits == str(leaf.range or "") and kind + (f", {limits}" if limits else "") == leaf.allowed
-        assert default == {"True": "true", "False": "false", "None": "null"}.get(repr(leaf.value), str(leaf.value)), key
+        assert (
+            limits == str(leaf.range or "")
+            and kind + (f", {limits}" if limits else "") == leaf.allowed
+        )
+        assert default == {"True": "true", "False": "false", "None": "null"}.get(
+            repr(leaf.value), str(leaf.value)
+        ), key
         assert meaning and "<" not in meaning and not re.search(r"(?<!\\)\|", meaning), key
     assert set(config_reference.SECTIONS) <= {key.rpartition(".")[0] for key in every}
 
@@ -43,11 +51,25 @@ def test_links_lead_to_pages_of_the_site():
 
     for page, given, made in (
         ("tour.md", "[a](../scmoe/moe/stream.py)", "[a](source/scmoe/moe/stream.py.md)"),
-        ("decisions/0023-house.md", "[a](../../CONTRIBUTING.md#names)", "[a](../contributing.md#names)"),
-        ("contributing.md", "[a](docs/tests.md#x) [b](LICENSE)", "[a](tests.md#x) [b](source/LICENSE.md)"),
+        (
+            "decisions/0023-house.md",
+            "[a](../../CONTRIBUTING.md#names)",
+            "[a](../contributing.md#names)",
+        ),
+        (
+            "contributing.md",
+            "[a](docs/tests.md#x) [b](LICENSE)",
+            "[a](tests.md#x) [b](source/LICENSE.md)",
+        ),
     ):
         assert pages.rewritten(given, page) == made
-    for same in ("[a](runs.md#metrics)", "![a](figures/pair.png)", "[a](#below)", "[a](https://a.b)", "[a](gone.py)"):
+    for same in (
+        "[a](runs.md#metrics)",
+        "![a](figures/pair.png)",
+        "[a](#below)",
+        "[a](https://a.b)",
+        "[a](gone.py)",
+    ):
         assert pages.rewritten(same, "tour.md") == same, "mkdocs then names what is gone"
     fence, link = "\n```\n`moe.rows`\n```", " `moe.none` [`moe.rows`](runs.md)"
     field = "[`moe.rows=auto`](./reference/configuration.md#moe.rows)"
@@ -58,7 +80,9 @@ def test_every_page_is_in_the_navigation():
     import pages
 
     nav = yaml.yaml_load((ROOT / "mkdocs.yml").read_text())["nav"]
-    own = [path.relative_to(ROOT / "docs").as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
+    own = [
+        path.relative_to(ROOT / "docs").as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))
+    ]
     made = ["reference/configuration.md", "reference/scmoe.md", *pages.BACK]
     whole = pages.with_all([*own, *made, "new.md", "source/LICENSE.md"], nav)
     named = pages.strings(whole)
@@ -69,24 +93,39 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_the_concepts_say_what_a_schedule_gives():
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/concepts.md").read_text(), re.DOTALL)
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/concepts.md").read_text(), re.DOTALL
+    )
     names: dict[str, object] = {}
     exec(block, names)
     said = re.findall(r"^(schedule\..*?)  # (.*)$", block, re.M)
-    assert len(said) == 2 and [repr(eval(call, names)) for call, _ in said] == [words for _, words in said]
+    assert len(said) == 2 and [repr(eval(call, names)) for call, _ in said] == [
+        words for _, words in said
+    ]
 
 
 def test_docstrings_become_markdown():
     import docstrings
 
-    given = "Splits <x>.\n\nx: rows,\nof any width.\ny, z: others.\nRaises ValueError.\n\n    a -> b: <c>"
-    made = "Splits &lt;x>.\n\n- `x`: rows,\n  of any width.\n- `y, z`: others.\n\nRaises ValueError.\n\n    a -> b: <c>"
+    given = (
+        "Splits <x>.\n\nx: rows,\nof any width.\ny, z: others.\nRaises ValueError.\n\n    a ->"
+        " b: <c>"
+    )
+    made = (
+        "Splits &lt;x>.\n\n- `x`: rows,\n  of any width.\n- `y, z`: others.\n\nRaises"
+        " ValueError.\n\n    a -> b: <c>"
+    )
     assert docstrings.markdown(given) == made
     assert docstrings.markdown("x: a; b: c. y: d.", ["x", "y"]) == "- `x`: a; b: c.\n- `y`: d."
 
 
 @pytest.mark.parametrize(
-    "tag", ['<script src="https://a.b/c.js">', "<link rel=stylesheet href=https://a.b/c.css>", '<img src="//a.b/c">']
+    "tag",
+    [
+        '<script src="https://a.b/c.js">',
+        "<link rel=stylesheet href=https://a.b/c.css>",
+        '<img src="//a.b/c">',
+    ],
 )
 def test_a_page_that_loads_from_the_network_is_refused(tag):
     import pages
@@ -102,15 +141,26 @@ def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
     files = [path for top in ("scmoe", "datamodules") for path in (ROOT / top).rglob("*.py")]
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
     code = "\n".join(
-        n.value for tree in trees for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        n.value
+        for tree in trees
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Constant) and isinstance(n.value, str)
     )
-    quoted = re.findall(r"`([^`\n]* [^`\n]*\.\.\.[^`\n]*)`", (ROOT / "docs/troubleshooting.md").read_text())
+    quoted = re.findall(
+        r"`([^`\n]* [^`\n]*\.\.\.[^`\n]*)`", (ROOT / "docs/troubleshooting.md").read_text()
+    )
     quoted = [text.replace("\\|", "|") for text in quoted if not text.startswith(("make ", "pip "))]
     assert len(quoted) > 15
     parts = {
         part.strip(" ;,:'()")
         for text in quoted
-        for part in re.split(r"\.\.\.|FILE:LINE, FUNCTION|roll call: |; rank 0|[\w.]+ is 'gpu', |allowed: ", text)
+        for part in re.split(
+            r"\.\.\.|FILE:LINE, FUNCTION|roll call: |; rank 0|[\w.]+ is 'gpu', |allowed: ", text
+        )
     }
     known = {*Config().__dataclass_fields__}
-    assert [part for part in parts if len(part) > 8 and part not in code and part.split(".")[0] not in known] == []
+    assert [
+        part
+        for part in parts
+        if len(part) > 8 and part not in code and part.split(".")[0] not in known
+    ] == []

@@ -1,7 +1,8 @@
-"""DGMoE gives the two halves of a token distinct experts, hides transfers, and can share one module in two pairs.
+"""DGMoE gives the two halves of a token distinct experts, hides transfers, and can share one module
+in two pairs.
 
-test_reference_equality.py compares outputs and gradients with Eq. 23, test_schedule.py the order of operators;
-tests/distributed/test_extensions.py tests several ranks and checkpoints.
+test_reference_equality.py compares outputs and gradients with Eq. 23, test_schedule.py the order of
+operators; tests/distributed/test_extensions.py tests several ranks and checkpoints.
 """
 
 import pytest
@@ -31,7 +32,10 @@ def test_ties_do_not_select_the_taken_expert(value):
 
 
 def test_padding_takes_no_expert_and_a_balanced_gate_stays_balanced():
-    router, x_TD = Router(DIM, EXPERTS, 1, deal=round_robin(EXPERTS, 1)), torch.randn(2 * EXPERTS, DIM)
+    router, x_TD = (
+        Router(DIM, EXPERTS, 1, deal=round_robin(EXPERTS, 1)),
+        torch.randn(2 * EXPERTS, DIM),
+    )
     first = router(x_TD)
     second = router(x_TD, None, first.topk_ids_TK)
     assert (first.topk_ids_TK != second.topk_ids_TK).all()
@@ -45,14 +49,19 @@ def test_padding_takes_no_expert_and_a_balanced_gate_stays_balanced():
 
 
 @pytest.mark.parametrize("position, slot", [(p, s) for p in (1, 2, 3) for s in range(p + 1)])
-def test_the_preceding_halfs_transfers_hide_behind_the_backbone_and_backward_mirrors_forward(position, slot):
-    """Combine also hides behind the current half's experts; the current half's own transfers are exposed."""
+def test_the_preceding_halfs_transfers_hide_behind_the_backbone_and_backward_mirrors_forward(
+    position, slot
+):
+    """Combine also hides behind the current half's experts; the current half's own transfers are
+    exposed."""
     log, schedule = Log(), Schedule("dgmoe", f"pos{position}", slot)
     stream = tiny_stream(1, dispatcher=RecordingDispatcher(log))
     stream.experts = Recorded("experts", stream.experts, log)
     names = ("attention", "mlp", "attention")
     sublayers = [Recorded(*part, log) for part in zip(names, tiny_sublayers(), strict=True)]
-    block = DoubleGateBlock(sublayers, nn.LayerNorm(DIM), stream, schedule, tap_norm=nn.LayerNorm(DIM)).double()
+    block = DoubleGateBlock(
+        sublayers, nn.LayerNorm(DIM), stream, schedule, tap_norm=nn.LayerNorm(DIM)
+    ).double()
     x_BSD = torch.randn(2, 6, DIM, dtype=torch.float64)
     block(x_BSD.requires_grad_()).y_BSD.square().sum().backward()
 
@@ -74,7 +83,9 @@ def test_a_shared_module_is_initialised_counted_and_optimized_once():
     total, active = total_and_active(count_parameters(model))
     assert total == sum(p.numel() for p in model.parameters())
     experts = count_parameters(model)["experts"]
-    assert experts[1:] == (6 * 2 * 16 * 24, 4 * 2 * 16 * 24), "a token uses two experts in each of two pairs"
+    assert experts[1:] == (6 * 2 * 16 * 24, 4 * 2 * 16 * 24), (
+        "a token uses two experts in each of two pairs"
+    )
     assert active == total - 2 * 2 * 16 * 24
     alone = build_model(tiny("moe.architecture=dgmoe", "model.layers=4"), ParallelContext())
     assert torch.equal(model.blocks[1].moe.experts.w_in_eDF, alone.blocks[0].moe.experts.w_in_eDF)

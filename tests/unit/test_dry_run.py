@@ -1,4 +1,5 @@
-"""A dry run counts what the estimate computes: bytes of collectives and states exactly, a peak below the bound."""
+"""A dry run counts what the estimate computes: bytes of collectives and states exactly, a peak
+below the bound."""
 
 import json
 
@@ -23,9 +24,14 @@ CASES = {
     "replicated, recompute": "trainer.recompute=true trainer.precision=bf16-mixed",
     "chunks": "schedule.chunks=8 trainer.precision=bf16-mixed",
     "dgmoe-share": "moe.architecture=dgmoe_share model.layers=4",
-    "buffers": "moe.capacity_factor=null moe.rows=buffers moe.dropless_ceiling=1.5 trainer.precision=bf16-mixed",
+    "buffers": (
+        "moe.capacity_factor=null moe.rows=buffers moe.dropless_ceiling=1.5"
+        " trainer.precision=bf16-mixed"
+    ),
     "sharded": "strategy.dense=sharded",
-    "hybrid": "model.layers=4 strategy.dense=hybrid strategy.ep_size=4 trainer.precision=bf16-mixed",
+    "hybrid": (
+        "model.layers=4 strategy.dense=hybrid strategy.ep_size=4 trainer.precision=bf16-mixed"
+    ),
     "hybrid, recompute": "strategy.dense=hybrid trainer.recompute=true model.layers=4",
 }
 
@@ -47,20 +53,29 @@ def test_a_dry_run_counts_what_the_estimate_computes(case):
     for state in ("weights", "gradients", "optimizer"):
         assert getattr(run, state) == memory[state]
     assert 0.97 < memory["total"] / sum(run.peak.values()) < 1.4
-    if not config.trainer.recompute and config.moe.rows != "buffers":  # else the estimate is an upper bound
-        assert run.flops == pytest.approx(facts["flops_training"] * SAMPLES * config.data.seq_len, rel=1e-3)
+    if (
+        not config.trainer.recompute and config.moe.rows != "buffers"
+    ):  # else the estimate is an upper bound
+        assert run.flops == pytest.approx(
+            facts["flops_training"] * SAMPLES * config.data.seq_len, rel=1e-3
+        )
 
 
 def test_two_hops_send_the_rows_twice_and_hold_them_three_times_more():
     words = ["data.name=synthetic", "model.layers=2", *ON_NODES.split()]
-    flat, two = (estimate(load_for(TINY, RANKS, SAMPLES, [*words, f"strategy.exchange={e}"])) for e in EXCHANGES)
+    flat, two = (
+        estimate(load_for(TINY, RANKS, SAMPLES, [*words, f"strategy.exchange={e}"]))
+        for e in EXCHANGES
+    )
     one, between, within = (
         facts["collectives_bytes"][f"all_to_all {group}"]
         for facts, group in ((flat, "ep"), (two, "between"), (two, "within"))
     )
     assert one == between == within and "all_to_all ep" not in two["collectives_bytes"]
     transfer = one / 4  # one MoE layer; float32
-    assert two["memory_bytes"]["total"] - flat["memory_bytes"]["total"] == pytest.approx(3 * transfer, rel=0.01)
+    assert two["memory_bytes"]["total"] - flat["memory_bytes"]["total"] == pytest.approx(
+        3 * transfer, rel=0.01
+    )
 
 
 def test_counting_equals_torchs_tracker_where_its_hooks_hold_nothing():
@@ -93,7 +108,9 @@ def test_a_config_for_cpus_is_dry_run_with_all_slots_and_the_command_says_so(cap
     assert json.loads(alone.out) == json.loads(asked.out)
     assert "rank 0 of 1 ranks" in alone.err, "it is said before the work begins"
     assert "moe.rows=slots" in alone.err and "moe.rows=slots" not in asked.err
-    assert call("dryrun", "configs/debug.yaml", "moe.rows=filled") == 2, "it is not what was asked for"
+    assert call("dryrun", "configs/debug.yaml", "moe.rows=filled") == 2, (
+        "it is not what was asked for"
+    )
 
 
 @pytest.mark.parametrize(
@@ -105,7 +122,10 @@ def test_a_config_for_cpus_is_dry_run_with_all_slots_and_the_command_says_so(cap
         ("strategy.ep_size=16", "strategy.ep_size is 16"),
         ("moe.capacity_factor=null", "moe.capacity_factor is null"),
         ("trainer.accelerator=cpu", "moe.rows is 'auto'"),
-        ("moe.capacity_factor=null moe.rows=buffers moe.dropless_ceiling=2", "trainer.precision is '32-true'"),
+        (
+            "moe.capacity_factor=null moe.rows=buffers moe.dropless_ceiling=2",
+            "trainer.precision is '32-true'",
+        ),
         ("trainer.accumulate=2", "trainer.accumulate is 2"),
         ("strategy.dense=auto", "strategy.dense is 'auto'"),
         (f"{ON_NODES} strategy.exchange=hierarchical", "strategy.exchange is 'hierarchical'"),

@@ -1,4 +1,5 @@
-"""A checkpoint is whole or absent after a kill at any step, and any damaged, missing or foreign file is found."""
+"""A checkpoint is whole or absent after a kill at any step, and any damaged, missing or foreign
+file is found."""
 
 import builtins
 import errno
@@ -14,7 +15,11 @@ import pytest
 from scmoe.files.writing import replacing
 from scmoe.parallel.checkpoint import durable
 
-FILES = {"meta.json": b'{"lr": 0.1}', "shard-1.safetensors": bytes(range(200)), "shard-2.safetensors": b"\0" * 64}
+FILES = {
+    "meta.json": b'{"lr": 0.1}',
+    "shard-1.safetensors": bytes(range(200)),
+    "shard-2.safetensors": b"\0" * 64,
+}
 
 
 def write(path, step, files=FILES):
@@ -22,7 +27,9 @@ def write(path, step, files=FILES):
     partial.mkdir(parents=True)
     for name, content in files.items():
         (partial / name).write_bytes(content)
-    durable.commit(partial, path, step, {name: durable.fingerprint(partial / name) for name in files})
+    durable.commit(
+        partial, path, step, {name: durable.fingerprint(partial / name) for name in files}
+    )
 
 
 def test_any_flipped_bit_is_found(tmp_path):
@@ -51,7 +58,9 @@ def test_a_shard_of_another_save_is_refused(tmp_path):
     with pytest.raises(durable.BrokenCheckpoint, match="shard-2"):
         durable.verify(tmp_path / "a.ckpt")
     (tmp_path / "b.ckpt" / "shard-3.safetensors").write_bytes(b"")
-    with pytest.raises(durable.BrokenCheckpoint, match=r"shard-3\.safetensors is not of this checkpoint"):
+    with pytest.raises(
+        durable.BrokenCheckpoint, match=r"shard-3\.safetensors is not of this checkpoint"
+    ):
         durable.verify(tmp_path / "b.ckpt")
 
 
@@ -60,8 +69,8 @@ class Killed(BaseException):
 
 
 def test_a_kill_at_any_call_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch):
-    """The kill comes at every file operation of a commit over an existing checkpoint, one after the other, by an
-    exchange of names (if there is one here) and by two renames."""
+    """The kill comes at every file operation of a commit over an existing checkpoint, one after the
+    other, by an exchange of names (if there is one here) and by two renames."""
     kill_at_any_call(tmp_path / "exchange", monkeypatch)
     monkeypatch.setattr(durable, "exchange", lambda one, other: False)
     kill_at_any_call(tmp_path / "renames", monkeypatch)
@@ -94,7 +103,10 @@ def kill_at_any_call(tmp_path, monkeypatch):
                 killed = False
             except Killed:
                 killed = True
-        assert durable.verify(durable.newest_good(folder)) in (1, 2)  # where no directory has the name, too
+        assert durable.verify(durable.newest_good(folder)) in (
+            1,
+            2,
+        )  # where no directory has the name, too
         durable.sweep(folder)
         assert os.listdir(folder) == ["a.ckpt"], "nothing lost, nothing left over"
         assert durable.verify(folder / "a.ckpt") in ((1, 2) if killed else (2,))
@@ -116,7 +128,9 @@ def test_a_kill_during_removal_leaves_no_part_of_the_checkpoint(tmp_path, monkey
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(Killed):
             durable.remove(tmp_path / "a.ckpt")
-    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["b.ckpt"], "no part has a name that readers open"
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["b.ckpt"], (
+        "no part has a name that readers open"
+    )
     durable.sweep(tmp_path)
     assert os.listdir(tmp_path) == ["b.ckpt"]
     durable.remove(tmp_path / "b.ckpt")
@@ -125,11 +139,14 @@ def test_a_kill_during_removal_leaves_no_part_of_the_checkpoint(tmp_path, monkey
 
 
 def test_the_newest_whole_checkpoint_is_found_and_no_other_is_read(tmp_path, monkeypatch):
-    """Broken ones are named. A folder's other checkpoints, which may be terabytes, are not read for their hashes."""
+    """Broken ones are named. A folder's other checkpoints, which may be terabytes, are not read for
+    their hashes."""
     for step in (1, 2, 10):
         write(tmp_path / f"step={step}.ckpt", step)
     read, fingerprint = [], durable.fingerprint
-    monkeypatch.setattr(durable, "fingerprint", lambda path: read.append(path.parent.name) or fingerprint(path))
+    monkeypatch.setattr(
+        durable, "fingerprint", lambda path: read.append(path.parent.name) or fingerprint(path)
+    )
     assert durable.newest_good(tmp_path).name == "step=10.ckpt"
     assert read == ["step=10.ckpt"] * len(FILES)
 
@@ -165,10 +182,15 @@ def a_folder(path):
     [
         ("manifest.json", no_json, "manifest.json is damaged"),
         ("manifest.json", a_folder, "has no manifest.json"),
-        *((bad, None, f"{bad} cannot be read: Input/output error") for bad in ("manifest.json", "meta.json")),
+        *(
+            (bad, None, f"{bad} cannot be read: Input/output error")
+            for bad in ("manifest.json", "meta.json")
+        ),
     ],
 )
-def test_a_checkpoint_that_cannot_be_read_is_named_and_passed_over(tmp_path, monkeypatch, bad, damage, says):
+def test_a_checkpoint_that_cannot_be_read_is_named_and_passed_over(
+    tmp_path, monkeypatch, bad, damage, says
+):
     """damage: of the bad file; None: its disk fails."""
 
     def failing(path, *mode, plain=open):
@@ -195,7 +217,9 @@ def test_the_name_of_a_replaced_checkpoint_is_never_missing(tmp_path, monkeypatc
         pytest.skip("this file system cannot exchange two names")
     write(tmp_path / "last.ckpt", 1)
     rename, seen = os.rename, []
-    monkeypatch.setattr(os, "rename", lambda a, b: (rename(a, b), seen.append((tmp_path / "last.ckpt").exists())))
+    monkeypatch.setattr(
+        os, "rename", lambda a, b: (rename(a, b), seen.append((tmp_path / "last.ckpt").exists()))
+    )
     write(tmp_path / "last.ckpt", 2)
     assert all(seen) and durable.verify(tmp_path / "last.ckpt") == 2
 
@@ -262,7 +286,8 @@ def test_what_nfs_keeps_of_a_removed_file_does_not_break_a_checkpoint(tmp_path):
 
 
 def test_a_folder_that_cannot_be_removed_now_is_swept_later(tmp_path, monkeypatch):
-    """NFS keeps files that a reader holds open. Rank 0 alone removes, so an error would leave the others waiting."""
+    """NFS keeps files that a reader holds open. Rank 0 alone removes, so an error would leave the
+    others waiting."""
 
     def not_empty(path, **_):
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
@@ -299,7 +324,9 @@ def test_a_share_of_the_files_is_read_and_all_sizes_are_compared(tmp_path, monke
     for step in (1, 2):
         write(tmp_path / f"step={step}.ckpt", step)
     path, fingerprint, read = tmp_path / "step=2.ckpt", durable.fingerprint, []
-    monkeypatch.setattr(durable, "fingerprint", lambda path: read.append(path.name) or fingerprint(path))
+    monkeypatch.setattr(
+        durable, "fingerprint", lambda path: read.append(path.name) or fingerprint(path)
+    )
     for rank in (0, 1):
         assert durable.verify(path, slice(rank, None, 2)) == 2
     assert sorted(read) == sorted(FILES)
@@ -311,7 +338,13 @@ def test_a_share_of_the_files_is_read_and_all_sizes_are_compared(tmp_path, monke
 
 
 def test_sweeping_leaves_what_no_writer_has_named(tmp_path):
-    mine = (".notes.tmp-2024", ".my.old-drafts", ".a.ckpt.tmp-0123ABCD", ".a.ckpt.old-0123abcd9", ".tmp-0123abcd")
+    mine = (
+        ".notes.tmp-2024",
+        ".my.old-drafts",
+        ".a.ckpt.tmp-0123ABCD",
+        ".a.ckpt.old-0123abcd9",
+        ".tmp-0123abcd",
+    )
     for name in mine:
         (tmp_path / name).mkdir()
     (tmp_path / ".a.txt.tmp-0123abcd").write_text("a file")

@@ -1,4 +1,5 @@
-"""Scores of tokens: every token once, with enough context, independent of padding and of the other texts."""
+"""Scores of tokens: every token once, with enough context, independent of padding and of the other
+texts."""
 
 import math
 
@@ -16,7 +17,9 @@ CONTEXT, VOCABULARY = 12, 64
 
 def scorer(*overrides: str, dropless: bool = True) -> Scorer:
     capacity = "null" if dropless else "0.5"
-    model = tiny_model(tiny(f"moe.capacity_factor={capacity}", "moe.rows=filled", *overrides)).eval()
+    model = tiny_model(
+        tiny(f"moe.capacity_factor={capacity}", "moe.rows=filled", *overrides)
+    ).eval()
     return Scorer(torch.no_grad()(model), CONTEXT, torch.device("cpu"))
 
 
@@ -32,13 +35,17 @@ def test_every_token_is_scored_once_with_enough_context(num_tokens, first, conte
     assert scored == list(range(first, num_tokens))
     for start, begin, stop in windows:
         assert 1 <= stop - 1 - start <= context, "the model reads up to its context"
-        assert begin - start >= min(begin, context - stride + 1), "the tokens before the first one that is scored"
+        assert begin - start >= min(begin, context - stride + 1), (
+            "the tokens before the first one that is scored"
+        )
 
 
 def test_a_score_is_the_sum_over_the_models_own_predictions():
     score, tokens = scorer(), ids(10)
     (found,) = score([(tokens, 4)])
-    logits = score.forward(torch.from_numpy(tokens[None, :-1]), torch.ones(1, 9, dtype=torch.bool))[0][0]
+    logits = score.forward(torch.from_numpy(tokens[None, :-1]), torch.ones(1, 9, dtype=torch.bool))[
+        0
+    ][0]
     predicted = logits.log_softmax(-1)
     expected = sum(predicted[i - 1, tokens[i]].item() for i in range(4, 10))
     assert found.log_likelihood == pytest.approx(expected, abs=1e-12)
@@ -62,7 +69,8 @@ def test_padding_and_other_texts_change_no_score(architecture):
 
 
 def text_scorer(surer: bool) -> Scorer:
-    """Returns a scorer of a model that knows nothing, or that predicts id 0, the surer the more tokens it has seen."""
+    """Returns a scorer of a model that knows nothing, or that predicts id 0, the surer the more
+    tokens it has seen."""
 
     def forward(inputs, mask):
         logits = torch.zeros(*inputs.shape, VOCABULARY, dtype=torch.float64)
@@ -74,7 +82,9 @@ def text_scorer(surer: bool) -> Scorer:
 
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():
-    found = score_text(text_scorer(surer=False), Text("a text", ids(100), []), 5, np.full(VOCABULARY, 2))
+    found = score_text(
+        text_scorer(surer=False), Text("a text", ids(100), []), 5, np.full(VOCABULARY, 2)
+    )
     assert found["perplexity"] == pytest.approx(VOCABULARY)
     assert found["bits_per_byte"] == pytest.approx(math.log2(VOCABULARY) / 2)
     assert (found["tokens"], found["window"], found["stride"]) == (99, CONTEXT, 5)
@@ -82,5 +92,7 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():
 
 def test_more_context_is_shown_where_the_stride_is_smaller():
     zeros, scorer = Text("zeros", np.zeros(100, np.int64), []), text_scorer(surer=True)
-    by_stride = [score_text(scorer, zeros, stride, np.ones(VOCABULARY))["loss"] for stride in (1, 3, 6, 12)]
+    by_stride = [
+        score_text(scorer, zeros, stride, np.ones(VOCABULARY))["loss"] for stride in (1, 3, 6, 12)
+    ]
     assert by_stride == sorted(by_stride) and by_stride[0] < by_stride[-1]

@@ -1,4 +1,5 @@
-"""Own tasks are true and the same every time, tasks that are read are checked, and lm-eval counts as by hand."""
+"""Own tasks are true and the same every time, tasks that are read are checked, and lm-eval counts
+as by hand."""
 
 import json
 from collections import Counter
@@ -29,7 +30,14 @@ from tests.support.lm_eval_tasks import CHOOSE, write_task, writing
 from tests.support.models import tiny, tiny_model
 from tests.support.sentences import DATA, NO_DATA, sentences
 
-SIX = {"piqa": 1838, "winogrande": 1267, "boolq": 3270, "arc_easy": 2376, "openbook_qa": 500, "math_qa": 2983}
+SIX = {
+    "piqa": 1838,
+    "winogrande": 1267,
+    "boolq": 3270,
+    "arc_easy": 2376,
+    "openbook_qa": 500,
+    "math_qa": 2983,
+}
 TEXT = [sentences(60, seed) for seed in range(3)]
 NAMES = [f"word{a}{b}" for a in "abcdefghij" for b in "abcdefghijklmnopqrst"]
 OTHER_FORM = {"context_options": ["he", "she"], "continuation": "runs.", "gold": 0}
@@ -43,16 +51,23 @@ def test_own_questions_are_true_have_one_answer_and_depend_on_the_text_alone(nam
     assert len(task.questions) > 100
     for question in task.questions:
         assert len(set(question.choices)) == CHOICES
-        assert any(f"{question.context} {question.choices[question.gold]}" in text for text in texts)
+        assert any(
+            f"{question.context} {question.choices[question.gold]}" in text for text in texts
+        )
     assert task.chance == 1 / CHOICES
     golds = Counter(question.gold for question in task.questions)
-    assert min(golds[i] for i in range(CHOICES)) > len(task.questions) / CHOICES / 2, "no place is favoured"
+    assert min(golds[i] for i in range(CHOICES)) > len(task.questions) / CHOICES / 2, (
+        "no place is favoured"
+    )
     assert OWN_TASKS[name](list(TEXT), "a text") == task
     assert OWN_TASKS[name](TEXT[:2], "a text").questions != task.questions
 
 
 def test_choices_of_a_cloze_are_about_as_frequent():
-    text = " ".join(f"We say again that {f'{word} ' * (1 + i // 10)}is the {word}." for i, word in enumerate(NAMES))
+    text = " ".join(
+        f"We say again that {f'{word} ' * (1 + i // 10)}is the {word}."
+        for i, word in enumerate(NAMES)
+    )
     often = Counter(text.replace(".", "").split())
     for question in cloze([text], "a text").questions:
         ranks = [often[choice] for choice in question.choices]
@@ -60,8 +75,12 @@ def test_choices_of_a_cloze_are_about_as_frequent():
 
 
 def test_choices_of_a_next_sentence_are_about_as_long():
-    """Sentences have 6 to 40 words, five or six of each length, so NEAR neighbours differ by three words at most."""
-    text = " ".join(f"{word.capitalize()} {' '.join([word] * (4 + i % 35))} end." for i, word in enumerate(NAMES))
+    """Sentences have 6 to 40 words, five or six of each length, so NEAR neighbours differ by three
+    words at most."""
+    text = " ".join(
+        f"{word.capitalize()} {' '.join([word] * (4 + i % 35))} end."
+        for i, word in enumerate(NAMES)
+    )
     questions = next_sentence([text], "a text").questions
     assert len(questions) > 100
     for question in questions:
@@ -78,7 +97,10 @@ def test_a_text_without_enough_sentences_is_refused():
     ("lines", "says"),
     [
         (["{"], "line 1: "),
-        ([json.dumps(LINE), json.dumps(LINE | {"gold": 2})], r"line 2: .*gold is 2, allowed: 0 to 1"),
+        (
+            [json.dumps(LINE), json.dumps(LINE | {"gold": 2})],
+            r"line 2: .*gold is 2, allowed: 0 to 1",
+        ),
         ([json.dumps(LINE | {"choices": ["one"]})], "line 1: "),
         ([json.dumps({"query": "Why?"})], "line 1: choices"),
         (["[1]"], "line 1: "),
@@ -106,7 +128,9 @@ def test_a_file_that_cannot_be_read_is_an_error_with_its_name(tmp_path):
 def test_one_answer_counts_where_all_questions_have_the_same_choices():
     questions = [Question(f"{i}?", ("no", "yes"), int(i > 2)) for i in range(10)]
     assert Task("yes", questions, "acc", "here").one_answer == 0.7
-    assert Task("yes", [*questions, Question("", ("yes", "no"), 0)], "acc", "here").one_answer is None
+    assert (
+        Task("yes", [*questions, Question("", ("yes", "no"), 0)], "acc", "here").one_answer is None
+    )
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=NO_DATA)
@@ -115,15 +139,22 @@ def test_the_papers_tasks_are_read_whole(name):
     task = read_task(DATA / f"{name}.jsonl")
     assert len(task.questions) == SIX[name]
     assert task.chance == (0.5 if name in ("piqa", "winogrande", "boolq") else 0.25)
-    assert not any(question.context.endswith(" ") for question in task.questions), "the space is of what follows"
+    assert not any(question.context.endswith(" ") for question in task.questions), (
+        "the space is of what follows"
+    )
 
 
 @pytest.fixture
 def adapter(tmp_path, monkeypatch):
-    """lm-eval's data sets are cached in the test's folder, and its own list, which takes seconds, is not read."""
-    adapter = pytest.importorskip("scmoe.runs.evaluate.lm_eval_adapter", reason="needs the extra `eval`")
+    """lm-eval's data sets are cached in the test's folder, and its own list, which takes seconds,
+    is not read."""
+    adapter = pytest.importorskip(
+        "scmoe.runs.evaluate.lm_eval_adapter", reason="needs the extra `eval`"
+    )
     manager = adapter.TaskManager
-    monkeypatch.setattr(adapter, "TaskManager", lambda **how: manager(**{**how, "include_defaults": False}))
+    monkeypatch.setattr(
+        adapter, "TaskManager", lambda **how: manager(**{**how, "include_defaults": False})
+    )
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     return adapter
 
@@ -132,7 +163,9 @@ def lookup(adapter, liked: set[tuple[str, str]]):
     """Returns a model: the log-likelihood of an answer is minus its length, or 0 where it is liked."""
 
     def score(context: str, continuation: str) -> Score:
-        return Score(0.0 if (context, continuation) in liked else -float(len(continuation)), 1, True)
+        return Score(
+            0.0 if (context, continuation) in liked else -float(len(continuation)), 1, True
+        )
 
     model = adapter.ModelOfRun(lambda pairs: [score(*pair) for pair in pairs], None)
     model.ids_of = lambda context, continuation: (context, continuation)
@@ -143,11 +176,15 @@ def test_lm_eval_counts_what_the_model_prefers(adapter):
     questions = [Question(f"{{{{q}}}} {i}", ("aaaa", "bb", "cccccc"), i % 3) for i in range(30)]
     task = Task("letters", questions, "acc", "here")
     none = adapter.ask(lookup(adapter, set()), task, None)["letters"]
-    assert (none["acc"], none["verdict"]) == (pytest.approx(1 / 3), "at chance"), "bb is shortest in each question"
+    assert (none["acc"], none["verdict"]) == (pytest.approx(1 / 3), "at chance"), (
+        "bb is shortest in each question"
+    )
     likes_all = lookup(adapter, {(q.context, f" {q.choices[q.gold]}") for q in questions})
     found = adapter.ask(likes_all, task, None)["letters"]
     assert (found["accuracy"], found["acc_norm"], found["verdict"]) == (1.0, 1.0, "above chance")
-    assert found["interval"] == [pytest.approx(0.025 ** (1 / 30)), 1.0], "Clopper and Pearson, where all are right"
+    assert found["interval"] == [pytest.approx(0.025 ** (1 / 30)), 1.0], (
+        "Clopper and Pearson, where all are right"
+    )
     seven = adapter.ask(likes_all, task, 7)["letters"]
     assert (seven["questions"], seven["of"], seven["one_answer"]) == (7, 30, 3 / 7)
 
@@ -159,13 +196,22 @@ def test_where_beginnings_differ_the_end_is_scored(adapter):
     assert found["accuracy"] == 0.5 and "acc_norm" not in found
     assert found["one_answer"] is None
     assert adapter.verdict(0.6, 0.7, 0.5, 0.65) == "at chance", "a constant answer can do it"
-    assert adapter.verdict(0.6, 0.7, 0.5) == "above chance" and adapter.verdict(0.3, 0.4, 0.5) == "below chance"
+    assert (
+        adapter.verdict(0.6, 0.7, 0.5) == "above chance"
+        and adapter.verdict(0.3, 0.4, 0.5) == "below chance"
+    )
 
 
 def test_a_context_and_its_answer_are_encoded_as_one_text(adapter):
     tokenizer = make_tokenizer("bpe", 400, TEXT)
     model = adapter.ModelOfRun(None, tokenizer)
-    pairs = (("The state of the", " union."), ("The state of the ", "union."), ("", " peace"), ("a", "b"), ("", ""))
+    pairs = (
+        ("The state of the", " union."),
+        ("The state of the ", "union."),
+        ("", " peace"),
+        ("a", "b"),
+        ("", ""),
+    )
     for context, answer in pairs:
         ids, first = model.ids_of(context, answer)
         assert ids[0] == tokenizer.end_of_text
@@ -188,7 +234,11 @@ def test_a_task_of_lm_eval_is_asked_under_its_own_name(adapter, tmp_path):
     task = adapter.load_registered(["choose"], lm_eval_folder(tmp_path, rows))["choose"]
     found = adapter.ask(lookup(adapter, set()), task, 3)
     assert found.keys() == {"choose"}
-    assert (found["choose"]["accuracy"], found["choose"]["questions"], found["choose"]["of"]) == (1.0, 3, 4)
+    assert (found["choose"]["accuracy"], found["choose"]["questions"], found["choose"]["of"]) == (
+        1.0,
+        3,
+        4,
+    )
     assert found["choose"]["interval"][0] == pytest.approx(0.025 ** (1 / 3))
     assert tasks_table(found).row_count == 1
 
@@ -196,14 +246,21 @@ def test_a_task_of_lm_eval_is_asked_under_its_own_name(adapter, tmp_path):
 def test_answers_that_the_model_writes_are_those_of_generate(adapter, tmp_path):
     """In float64, for prompts of unequal length, and for one that is longer than the context."""
     tokenizer = make_tokenizer("bpe", 300, TEXT)
-    network = tiny_model(tiny("data.vocab_size=300", "data.seq_len=16", "moe.capacity_factor=null")).eval()
+    network = tiny_model(
+        tiny("data.vocab_size=300", "data.seq_len=16", "moe.capacity_factor=null")
+    ).eval()
     prompts = [TEXT[0][:5], TEXT[1][:11], TEXT[2][:300]]
     ids = [[tokenizer.end_of_text, *tokenizer.encode(prompt).tolist()][-10:] for prompt in prompts]
     assert len(ids[2]) == 10 and len(ids[0]) < len(ids[1])
     stopping = Stopping(6, frozenset({tokenizer.end_of_text}), decode=tokenizer.decode)
-    texts = [stopping.text(generate(network, [one], stopping, Sampling(temperature=0))[0].ids) for one in ids]
+    texts = [
+        stopping.text(generate(network, [one], stopping, Sampling(temperature=0))[0].ids)
+        for one in ids
+    ]
     stop = texts[1][-1]
-    rows = [{"query": p, "answer": t.partition(stop)[0]} for p, t in zip(prompts, texts, strict=True)]
+    rows = [
+        {"query": p, "answer": t.partition(stop)[0]} for p, t in zip(prompts, texts, strict=True)
+    ]
     write_task(lm_eval_folder(tmp_path, rows), "write", writing(stop, 6, "exact_match"))
     model = adapter.ModelOfRun(Scorer(torch.no_grad()(network), 16, torch.device("cpu")), tokenizer)
     task = adapter.load_registered(["write"], tmp_path)["write"]

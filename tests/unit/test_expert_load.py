@@ -1,4 +1,5 @@
-"""The table of each expert's load has what the routers chose, also in a resumed run and after a kill.
+"""The table of each expert's load has what the routers chose, also in a resumed run and after a
+kill.
 
 The alarm for a collapsed router ignores busy experts and short peaks, and warns once per layer.
 """
@@ -15,12 +16,20 @@ from matplotlib.figure import Figure
 
 from scmoe.files.writing import try_to_append
 from scmoe.moe.balance import SINGLE_STEPS, over_steps, step_load
-from scmoe.training.callbacks.analysis import PATIENCE, CollapseAlarm, ExpertLoad, draw_load, worst_layers
+from scmoe.training.callbacks.analysis import (
+    PATIENCE,
+    CollapseAlarm,
+    ExpertLoad,
+    draw_load,
+    worst_layers,
+)
 from tests.support.pictures import assert_readable
 
 
 def trainer(step: int, accumulate: int = 1) -> Any:
-    return SimpleNamespace(accumulate_grad_batches=accumulate, log_every_n_steps=2, global_step=step)
+    return SimpleNamespace(
+        accumulate_grad_batches=accumulate, log_every_n_steps=2, global_step=step
+    )
 
 
 LOGGED: list[dict[str, torch.Tensor]] = []
@@ -37,7 +46,9 @@ def sums(step: int) -> torch.Tensor:
 def train(callback: ExpertLoad, first: int, last: int) -> None:
     callback.on_train_start(trainer(first), MODULE)
     for step in range(first, last):
-        callback.on_train_batch_end(trainer(step + 1), MODULE, {"step_sums_LE2": sums(step)}, None, step)
+        callback.on_train_batch_end(
+            trainer(step + 1), MODULE, {"step_sums_LE2": sums(step)}, None, step
+        )
 
 
 def rows(folder: Path) -> list[list[str]]:
@@ -52,22 +63,29 @@ def expected(step: int) -> list[list[str]]:
     pair = sums(step - 1), sums(step)
     single = over_steps([step_load(each, 3) for each in pair]).tolist()
     both = [[step, layer, *row[:3], row[4]] for layer, row in enumerate(sum(pair).tolist())]
-    return [[*map(str, row), *(f"{x:.4g}" for x in more)] for row, more in zip(both, single, strict=True)]
+    return [
+        [*map(str, row), *(f"{x:.4g}" for x in more)]
+        for row, more in zip(both, single, strict=True)
+    ]
 
 
 def test_the_load_of_a_step_is_that_of_all_its_batches():
-    """Two batches of a step are uneven the other way round, so the step is even; the second step is not."""
+    """Two batches of a step are uneven the other way round, so the step is even; the second step is
+    not."""
     LOGGED.clear()
     callback, (left, right) = ExpertLoad(), torch.tensor([[[6, 3, 0, 9, 0]], [[0, 3, 6, 9, 9]]])
     for batch, sums_LE2 in enumerate((left, left + right, left, left + left)):  # so far in the step
-        callback.on_train_batch_end(trainer(batch // 2, 2), MODULE, {"step_sums_LE2": sums_LE2}, None, batch)
+        callback.on_train_batch_end(
+            trainer(batch // 2, 2), MODULE, {"step_sums_LE2": sums_LE2}, None, batch
+        )
     (row,) = LOGGED
     assert [row[f"moe/{name}"].item() for name in SINGLE_STEPS] == [1.5, 2.0, 1.5, 2.0, 0.25, 0.5]
     assert row["moe/load_max"] == 1.5 and row["moe/drop_share"] == 0.25
 
 
 def test_a_table_of_an_earlier_version_goes_on(tmp_path):
-    """It has no loads of single steps: they stay empty, and the picture shows the steps that have them."""
+    """It has no loads of single steps: they stay empty, and the picture shows the steps that have
+    them."""
     old = tmp_path / "expert_load.csv"
     old.write_text("step,layer,expert_0,expert_1,expert_2,dropped\n1,0,1,2,3,0\n1,1,3,2,1,4\n")
     train(ExpertLoad(tmp_path), 2, 6)
@@ -120,7 +138,9 @@ def test_the_picture_is_drawn_for_few_and_many_experts_and_is_readable(tmp_path,
     for num_experts, steps in ((2, {}), (64, over_training), (8, {9: [1.0] * 5, 19: [1.0] * 5})):
         draw_load([list(range(num_experts)), [0] * num_experts], tmp_path / "load.png", steps)
         assert_readable(drawn[-1])
-    assert [len(figure.axes) for figure in drawn] == [2, 3, 3], "a heat map, its colours, and the load over training"
+    assert [len(figure.axes) for figure in drawn] == [2, 3, 3], (
+        "a heat map, its colours, and the load over training"
+    )
     assert [len(figure.axes[1].lines) for figure in drawn[1:]] == [3, 1], "one rank is never uneven"
 
 
@@ -142,8 +162,14 @@ def test_a_collapsed_layer_is_named_once_with_its_expert_and_share():
     alarm, sums = CollapseAlarm(), window_of([25, 25, 25, 25], [5, 5, 80, 10])
     assert alarms(alarm, sums, PATIENCE - 1) == []
     (line,) = alarms(alarm, sums, 1)
-    assert line.startswith("MoE layer 1: the router has collapsed, expert 2 gets 80% of the tokens (fair: 25%)")
-    assert alarms(alarm, window_of([25, 25, 25, 25], [25, 25, 25, 25]), 1) == alarms(alarm, sums, 3 * PATIENCE) == []
+    assert line.startswith(
+        "MoE layer 1: the router has collapsed, expert 2 gets 80% of the tokens (fair: 25%)"
+    )
+    assert (
+        alarms(alarm, window_of([25, 25, 25, 25], [25, 25, 25, 25]), 1)
+        == alarms(alarm, sums, 3 * PATIENCE)
+        == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -163,7 +189,8 @@ def test_collapsed_is_more_than_halfway_from_even_to_all_tokens(counts, collapse
 
 
 def test_a_collapsed_double_gate_is_noticed():
-    """Its sums count each of 50 tokens twice, and a token's two experts differ: all tokens are half of the count."""
+    """Its sums count each of 50 tokens twice, and a token's two experts differ: all tokens are half
+    of the count."""
     assert alarms(CollapseAlarm(doubled={0}), window_of([50, 50, 0, 0]), PATIENCE)
     assert not alarms(CollapseAlarm(doubled={0}), window_of([35, 35, 15, 15]), PATIENCE)
     assert not alarms(CollapseAlarm(), window_of([50, 50, 0, 0]), PATIENCE)

@@ -1,5 +1,5 @@
-"""All ways of computing the routed experts equal a loop, and their weights do not depend on the EP degree. Each
-activation equals its formula.
+"""All ways of computing the routed experts equal a loop, and their weights do not depend on the EP
+degree. Each activation equals its formula.
 """
 
 import math
@@ -10,13 +10,22 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from scmoe.moe.experts import ACTIVATIONS, Experts, batched_mlps, choose_mlps, grouped_mlps, mlps_in_turn, zero_if_idle
+from scmoe.moe.experts import (
+    ACTIVATIONS,
+    Experts,
+    batched_mlps,
+    choose_mlps,
+    grouped_mlps,
+    mlps_in_turn,
+    zero_if_idle,
+)
 from tests import reference
 from tests.support.models import assert_close, gradients, randomise
 
 DIM, FFN, EXPERTS = 16, 24, 4
-# Tolerances are relative to the largest entry. In float64 and float32 the sums have another order. bfloat16 is compared
-# with a loop in float32 over the same numbers; it rounds hidden values, products and gradients to 8 bits, 4e-3 each.
+# Tolerances are relative to the largest entry. In float64 and float32 the sums have another order.
+# bfloat16 is compared with a loop in float32 over the same numbers; it rounds hidden values,
+# products and gradients to 8 bits, 4e-3 each.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 LOADS = {
     "uneven": [5, 1, 7, 3],
@@ -42,10 +51,14 @@ def loop(module: Experts, x: Tensor, counts: list[int]) -> Tensor:
 
 
 WAYS = [(mlps_in_turn, dtype) for dtype in TOLERANCE]
-WAYS += [(grouped_mlps, dtype) for dtype in (torch.float32, torch.bfloat16)]  # grouped_mm has no float64
+WAYS += [
+    (grouped_mlps, dtype) for dtype in (torch.float32, torch.bfloat16)
+]  # grouped_mm has no float64
 
 
-@pytest.mark.parametrize(("mlps", "dtype"), WAYS, ids=lambda value: getattr(value, "__name__", str(value)))
+@pytest.mark.parametrize(
+    ("mlps", "dtype"), WAYS, ids=lambda value: getattr(value, "__name__", str(value))
+)
 @pytest.mark.parametrize("activation", ("gelu", "swiglu"))
 @pytest.mark.parametrize("load", LOADS)
 def test_equals_a_loop_over_experts(load, activation, mlps, dtype):
@@ -71,7 +84,9 @@ def test_equals_a_loop_over_experts(load, activation, mlps, dtype):
 @pytest.mark.parametrize("activation", ("gelu", "swiglu"))
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("share", (0, 1, 5))
-def test_equal_loads_need_no_counts_and_batched_products_equal_the_experts_in_turn(share, dtype, activation):
+def test_equal_loads_need_no_counts_and_batched_products_equal_the_experts_in_turn(
+    share, dtype, activation
+):
     """A GPU uses batched products if all experts have equally many rows. Here they run on a CPU."""
     found = []
     for mlps in (batched_mlps, mlps_in_turn):
@@ -79,7 +94,11 @@ def test_equal_loads_need_no_counts_and_batched_products_equal_the_experts_in_tu
         y = mlps(x, module.w_in_eDF, module.w_out_eFD, None, module.act)
         y.square().sum().backward()
         found.append({"y": y.detach(), "x": x.grad, **gradients(module)})
-        assert_close(module(x, None).double(), module(x, torch.full((EXPERTS,), share)).double(), TOLERANCE[dtype])
+        assert_close(
+            module(x, None).double(),
+            module(x, torch.full((EXPERTS,), share)).double(),
+            TOLERANCE[dtype],
+        )
     batched, in_turn = found
     for name, expected in in_turn.items():
         assert batched[name].dtype == dtype
@@ -91,13 +110,23 @@ def test_the_chosen_way_avoids_waits_of_the_host():
         return choose_mlps(torch.empty(8, DIM, dtype=dtype, device=device), counts_e)
 
     counts = torch.tensor([2, 2, 2, 2])
-    assert chosen("meta", torch.float32, None) is chosen("meta", torch.float64, None) is batched_mlps
+    assert (
+        chosen("meta", torch.float32, None) is chosen("meta", torch.float64, None) is batched_mlps
+    )
     assert chosen("meta", torch.bfloat16, counts) is grouped_mlps
-    assert chosen("meta", torch.float64, counts) is chosen("meta", torch.float32, counts) is mlps_in_turn
-    assert chosen("cpu", torch.float32, None) is chosen("cpu", torch.bfloat16, counts) is mlps_in_turn
+    assert (
+        chosen("meta", torch.float64, counts)
+        is chosen("meta", torch.float32, counts)
+        is mlps_in_turn
+    )
+    assert (
+        chosen("cpu", torch.float32, None) is chosen("cpu", torch.bfloat16, counts) is mlps_in_turn
+    )
 
 
-@pytest.mark.parametrize(("card", "grouped"), [((8, 0), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)])
+@pytest.mark.parametrize(
+    ("card", "grouped"), [((8, 0), False), ((9, 0), True), ((10, 3), True), ((12, 0), False)]
+)
 def test_experts_are_grouped_on_cards_that_have_a_kernel_for_it(card, grouped, monkeypatch):
     """On other cards, and without a row, torch's grouped products wait or are not defined."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: card)
@@ -126,7 +155,11 @@ def initial(expert_ids: range | None = None, key: str = "key") -> Experts:
 def constructed(expert_ids: range | None = None) -> tuple[Experts, Experts, Experts]:
     """Returns two new modules of one model, and one whose weights were drawn by a key."""
     torch.manual_seed(3)
-    return Experts(DIM, FFN, EXPERTS, expert_ids), Experts(DIM, FFN, EXPERTS, expert_ids), initial(expert_ids)
+    return (
+        Experts(DIM, FFN, EXPERTS, expert_ids),
+        Experts(DIM, FFN, EXPERTS, expert_ids),
+        initial(expert_ids),
+    )
 
 
 @pytest.mark.parametrize("bounds", [(0, 4), (0, 2, 4), (0, 1, 2, 3, 4), (0, 3, 4)], ids=str)
@@ -136,7 +169,9 @@ def test_weights_do_not_depend_on_the_ep_degree(bounds):
     first, second, drawn = constructed()
     for i, whole in enumerate((first, second, drawn)):
         for name, weight in whole.named_parameters():
-            assert torch.equal(torch.cat([shard[i].get_parameter(name) for shard in shards]), weight)
+            assert torch.equal(
+                torch.cat([shard[i].get_parameter(name) for shard in shards]), weight
+            )
             # 1,536 numbers: chance gives 0.02
             assert whole is drawn or abs(weight.std().item() * weight.shape[1] ** 0.5 - 1) < 0.1
     assert not torch.equal(first.w_in_eDF, second.w_in_eDF)
@@ -156,10 +191,17 @@ def test_neither_init_weights_nor_a_module_on_meta_uses_the_global_generator():
 
 def test_every_expert_tensor_and_key_differs():
     module, other = initial(), initial(key="another key")
-    drawn = [w.flatten() for m in (module, other) for weight in m.parameters() for w in weight / weight.std()]
+    drawn = [
+        w.flatten()
+        for m in (module, other)
+        for weight in m.parameters()
+        for w in weight / weight.std()
+    ]
     for i, a in enumerate(drawn):
         for b in drawn[:i]:
-            assert torch.corrcoef(torch.stack([a, b]))[0, 1].abs() < 0.3  # 384 numbers: chance gives 0.05
+            assert (
+                torch.corrcoef(torch.stack([a, b]))[0, 1].abs() < 0.3
+            )  # 384 numbers: chance gives 0.05
 
 
 def test_standard_deviations():
@@ -171,7 +213,9 @@ def test_standard_deviations():
 
 @pytest.mark.parametrize(("dim", "ffn_dim"), [(12, 16), (16, 12)])
 def test_widths_that_break_alignment_are_refused(dim, ffn_dim):
-    with pytest.raises(ValueError, match=f"dim is {dim} and ffn_dim is {ffn_dim}, allowed: multiples of 8"):
+    with pytest.raises(
+        ValueError, match=f"dim is {dim} and ffn_dim is {ffn_dim}, allowed: multiples of 8"
+    ):
         Experts(dim, ffn_dim, EXPERTS)
 
 
@@ -192,7 +236,11 @@ def test_the_gradient_of_an_idle_expert_is_zero_whatever_the_kernel_leaves_there
 
 
 def hidden() -> Tensor:
-    return torch.randn(7, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(3).requires_grad_()
+    return (
+        torch.randn(7, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        .mul(3)
+        .requires_grad_()
+    )
 
 
 def gelu_tanh(h: Tensor) -> Tensor:

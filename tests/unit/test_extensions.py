@@ -1,4 +1,5 @@
-"""What is registered is checked, listed and built like what comes with scmoe; what cannot handle it says so."""
+"""What is registered is checked, listed and built like what comes with scmoe; what cannot handle it
+says so."""
 
 from collections import Counter
 
@@ -13,7 +14,16 @@ from scmoe.command_line import call
 from scmoe.config.help import catalogue
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS, ROUTERS, Registry, words
+from scmoe.config.registry import (
+    ARCHITECTURES,
+    CALLBACKS,
+    DATASETS,
+    FAMILIES,
+    OPTIMIZERS,
+    ROUTERS,
+    Registry,
+    words,
+)
 from scmoe.estimate.estimated import estimate
 from scmoe.footprint.model_cost import parts as parts_of
 from scmoe.init_from.pretrained import model_settings
@@ -38,7 +48,9 @@ def kept_registries(monkeypatch):
         monkeypatch.setattr(registry, "makers", dict(registry.makers))
 
 
-@pytest.mark.parametrize("registry", [ARCHITECTURES, FAMILIES, DATASETS, OPTIMIZERS], ids=lambda r: r.kind)
+@pytest.mark.parametrize(
+    "registry", [ARCHITECTURES, FAMILIES, DATASETS, OPTIMIZERS], ids=lambda r: r.kind
+)
 def test_the_built_in_names_are_those_that_scmoe_registers(registry):
     own = [name for name, make in registry.makers.items() if make.__module__.startswith("scmoe.")]
     assert sorted(own) == sorted(registry.built_in)
@@ -46,11 +58,18 @@ def test_the_built_in_names_are_those_that_scmoe_registers(registry):
 
 def test_registered_names_are_allowed_and_listed(capsys):
     load(None, [EXTENSION])
-    with pytest.raises(ConfigError, match=r"moe\.architecture is 'x', allowed: dense \| .* \| farskip \| parallel$"):
+    with pytest.raises(
+        ConfigError, match=r"moe\.architecture is 'x', allowed: dense \| .* \| farskip \| parallel$"
+    ):
         load(None, ["moe.architecture=x"])
     found = catalogue()
-    assert ("moe.architecture=parallel", "") in found["Architectures"] and ("optim.name=sgd", "") in found["Optimizers"]
-    assert ("data.name=counting", "") in found["Data sets"] and found["Callbacks"] == [("callbacks.surprise", "")]
+    assert ("moe.architecture=parallel", "") in found["Architectures"] and (
+        "optim.name=sgd",
+        "",
+    ) in found["Optimizers"]
+    assert ("data.name=counting", "") in found["Data sets"] and found["Callbacks"] == [
+        ("callbacks.surprise", "")
+    ]
     assert call("list", EXTENSION) == 0 and "callbacks.surprise" in capsys.readouterr().out
 
 
@@ -63,17 +82,28 @@ def test_a_registry_keeps_what_it_was_given():
 @pytest.mark.parametrize(
     "word",
     [
-        *("schedule.auto=true", "offload.way=blocking", "analysis.gating_every=1", "analysis.similarity_every=1"),
+        *(
+            "schedule.auto=true",
+            "offload.way=blocking",
+            "analysis.gating_every=1",
+            "analysis.similarity_every=1",
+        ),
         "analysis.record_routing=1",
     ],
 )
 def test_what_needs_scmoes_own_blocks_is_refused(word):
-    with pytest.raises(ConfigError, match=rf"{word.partition('=')[0]} is .* as moe\.architecture=parallel is an ext"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"{word.partition('=')[0]} is .* as moe\.architecture=parallel is an ext",
+    ):
         load(None, [*PARALLEL, word])
 
 
 def test_fields_that_an_extension_may_read_are_free():
-    words = "moe.position=pos1 moe.first_position=pos3 moe.tap_norm=shared moe.combine=cg2 schedule.slot=9 options.a=1"
+    words = (
+        "moe.position=pos1 moe.first_position=pos3 moe.tap_norm=shared moe.combine=cg2"
+        " schedule.slot=9 options.a=1"
+    )
     config = load(None, [*PARALLEL, *words.split()])
     kept = model_settings(config)
     assert (kept["moe.position"], kept["moe.combine"], kept["options"]) == ("pos1", "cg2", {"a": 1})
@@ -81,7 +111,10 @@ def test_fields_that_an_extension_may_read_are_free():
 
 def test_costs_are_estimated_from_the_modules_and_an_export_for_hugging_face_is_refused():
     config = load(None, [*TINY, *PARALLEL])
-    facts, scmoe = (estimate(load(None, [*TINY, *words])) for words in (PARALLEL, ("moe.every=1", "moe.position=pos1")))
+    facts, scmoe = (
+        estimate(load(None, [*TINY, *words]))
+        for words in (PARALLEL, ("moe.every=1", "moe.position=pos1"))
+    )
     assert facts["all_to_all_bytes_forward"] == scmoe["all_to_all_bytes_forward"] > 0
     assert 0 < facts["flops_forward"] < scmoe["flops_forward"], "it has no shared expert"
     with pytest.raises(ValueError, match=r"an extension defines moe\.architecture=parallel"):
@@ -112,7 +145,9 @@ def test_the_scale_of_a_router_is_kept_and_the_configuration_multiplies_it():
 )
 def test_a_router_that_gives_no_usable_weights_is_refused_by_its_name_at_the_start(made, wrong):
     ROUTERS.register("mine")(lambda config: made)
-    with pytest.raises(ConfigError, match=rf"moe\.router is 'mine' \(tests\.unit\.test_extensions.*{wrong}"):
+    with pytest.raises(
+        ConfigError, match=rf"moe\.router is 'mine' \(tests\.unit\.test_extensions.*{wrong}"
+    ):
         check_machine(load(None, [*TINY, "moe.router=mine"]))
 
 
@@ -148,12 +183,17 @@ def test_an_architecture_may_reuse_pairs_and_bring_a_router():
 
     tokens = torch.arange(8)[None]
     models = {
-        name: build_model(load(None, [*TINY, f"moe.architecture={name}"])) for name in ("scmoe", "mine", "turned")
+        name: build_model(load(None, [*TINY, f"moe.architecture={name}"]))
+        for name in ("scmoe", "mine", "turned")
     }
     logits = {name: model.eval()(tokens)[0] for name, model in models.items()}
-    assert isinstance(models["mine"].blocks[0], Mine) and torch.equal(logits["mine"], logits["scmoe"])
+    assert isinstance(models["mine"].blocks[0], Mine) and torch.equal(
+        logits["mine"], logits["scmoe"]
+    )
     assert not torch.equal(logits["turned"], logits["scmoe"])
-    own, scmoes = (Counter(kind for kind, *_ in parts_of(models[name])) for name in ("turned", "scmoe"))
+    own, scmoes = (
+        Counter(kind for kind, *_ in parts_of(models[name])) for name in ("turned", "scmoe")
+    )
     assert own == scmoes and own["gates"] > 0, "a router of one's own counts as a gate"
 
 
@@ -161,9 +201,14 @@ def test_a_subclass_of_farskips_block_gets_its_parts():
     class Skips(FarSkipBlock):
         pass
 
-    ARCHITECTURES.register("skips")(lambda config, context, parts: moe_blocks(Skips, config, context, parts))
+    ARCHITECTURES.register("skips")(
+        lambda config, context, parts: moe_blocks(Skips, config, context, parts)
+    )
     words = (*TINY, "moe.every=1", "moe.leading_dense=[16]")
-    own, ours = (build_model(load(None, [*words, f"moe.architecture={name}"])) for name in ("skips", "farskip"))
+    own, ours = (
+        build_model(load(None, [*words, f"moe.architecture={name}"]))
+        for name in ("skips", "farskip")
+    )
     tokens = torch.arange(8)[None]
     assert torch.equal(own.eval()(tokens)[0], ours.eval()(tokens)[0])
 
@@ -181,7 +226,11 @@ def test_a_family_puts_its_model_around_any_architecture():
     logits, stats = model(torch.zeros(1, 4, dtype=torch.int64))
     assert logits.shape == (1, 4, 64) and len(stats) == 1 and build_module(config)
     with pytest.raises(
-        ConfigError, match=r"model\.family is 'bare', whose network lacks blocks, steps, norm, head, init_weights, rows"
+        ConfigError,
+        match=(
+            r"model\.family is 'bare', whose network lacks blocks, steps, norm, head, init_weights,"
+            r" rows"
+        ),
     ):
         build_model_on_meta(load(None, [*TINY, "model.family=bare"]))
 
@@ -191,10 +240,13 @@ def test_images_go_with_models_of_images(monkeypatch):
     DATASETS.register("mine")(lambda config, position: None)
     FAMILIES.register("vit", images=True)(print)
     with pytest.raises(
-        ConfigError, match=r"data\.name is 'mine', allowed: fashion_mnist, digits, image_folder for model"
+        ConfigError,
+        match=r"data\.name is 'mine', allowed: fashion_mnist, digits, image_folder for model",
     ):
         load(None, ["data.name=mine", "model.family=vit"])
-    assert load(None, ["data.name=digits", "model.family=vit", "model.ffn_dim=64", "model.dropout=0.1"])
+    assert load(
+        None, ["data.name=digits", "model.family=vit", "model.ffn_dim=64", "model.dropout=0.1"]
+    )
     assert load(None, ["data.name=mine", "data.vocab_size=10", "data.path=x"])
 
 
@@ -206,7 +258,14 @@ def test_a_data_set_reads_its_options():
 
 
 def test_the_words_that_name_callbacks_again_are_read_as_they_were():
-    options = {"label": "step #1: a [b", "every": 3, "on": True, "off": None, "path": "a/b-c.txt", "list": [1, "x y"]}
+    options = {
+        "label": "step #1: a [b",
+        "every": 3,
+        "on": True,
+        "off": None,
+        "path": "a/b-c.txt",
+        "list": [1, "x y"],
+    }
     CALLBACKS.register("mine")(lambda **_: None)
     given = words(["my_architecture"], {"mine": options})
     assert given[0] == "extensions=[my_architecture]" and "callbacks.mine.path=a/b-c.txt" in given

@@ -1,4 +1,5 @@
-"""A package that is not installed is named in one line, with a command that installs it; the extras are pyproject's."""
+"""A package that is not installed is named in one line, with a command that installs it; the extras
+are pyproject's."""
 
 import re
 import tomllib
@@ -14,7 +15,10 @@ from scmoe.config.leaves import ConfigError
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PACKAGE_OF = {"sklearn": "scikit-learn", "lm_eval": "lm-eval"}  # where it has another name than its module
+PACKAGE_OF = {
+    "sklearn": "scikit-learn",
+    "lm_eval": "lm-eval",
+}  # where it has another name than its module
 
 
 def names(requirements: list[str]) -> list[str]:
@@ -24,11 +28,17 @@ def names(requirements: list[str]) -> list[str]:
 def test_the_table_is_that_of_the_project():
     stated = PROJECT["optional-dependencies"]
     for extra, modules in EXTRAS.items():
-        assert sorted(names(stated[extra])) == sorted(PACKAGE_OF.get(module, module) for module in modules)
+        assert sorted(names(stated[extra])) == sorted(
+            PACKAGE_OF.get(module, module) for module in modules
+        )
     (everything,), dev = stated["all"], stated["dev"][-1]
-    assert {"data", "plots", "stats", "wandb"} == set(everything.removeprefix("scmoe[").removesuffix("]").split(","))
+    assert {"data", "plots", "stats", "wandb"} == set(
+        everything.removeprefix("scmoe[").removesuffix("]").split(",")
+    )
     assert "scmoe[all," in dev, "make setup installs what every verb needs"
-    assert not {*names(PROJECT["dependencies"])} & {PACKAGE_OF.get(m, m) for ms in EXTRAS.values() for m in ms}
+    assert not {*names(PROJECT["dependencies"])} & {
+        PACKAGE_OF.get(m, m) for ms in EXTRAS.values() for m in ms
+    }
 
 
 def test_the_command_is_that_of_a_checkout_or_names_the_packages(monkeypatch):
@@ -43,7 +53,10 @@ class Installed:
     """A distribution with a package and a program in a folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.files = folder, [PurePosixPath("scmoe/__init__.py"), PurePosixPath("bin/scmoe")]
+        self.folder, self.files = (
+            folder,
+            [PurePosixPath("scmoe/__init__.py"), PurePosixPath("bin/scmoe")],
+        )
 
     def locate_file(self, file: str | PurePosixPath) -> Path:
         return self.folder / file
@@ -63,13 +76,19 @@ def test_the_next_command_names_the_program_of_this_package(package, tmp_path, m
     extras.own_program.cache_clear()
     command = extras.scmoe("runs")
     extras.own_program.cache_clear()
-    assert command.endswith("-m scmoe runs") if package == "another" else command == f"{tmp_path}/bin/scmoe runs"
+    assert (
+        command.endswith("-m scmoe runs")
+        if package == "another"
+        else command == f"{tmp_path}/bin/scmoe runs"
+    )
 
 
 def test_what_is_missing_is_named(monkeypatch):
     require("a table", "torch")
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"^a table needs matplotlib, scipy: pip install -e '\.\[plots,stats\]'$"):
+    with pytest.raises(
+        ConfigError, match=r"^a table needs matplotlib, scipy: pip install -e '\.\[plots,stats\]'$"
+    ):
         require("a table", "matplotlib", "scipy")
 
 
@@ -79,7 +98,10 @@ def test_a_verb_that_finds_out_late_says_it_in_one_line(monkeypatch, capsys):
 
     monkeypatch.setattr(verb, "main", main)
     assert call("list", "matplotlib.axes") == 2
-    assert capsys.readouterr().err == "error: No module named 'matplotlib.axes': pip install -e '.[plots]'\n"
+    assert (
+        capsys.readouterr().err
+        == "error: No module named 'matplotlib.axes': pip install -e '.[plots]'\n"
+    )
     with pytest.raises(ModuleNotFoundError, match="misspelt"):  # a bug of ours keeps its traceback
         call("list", "scmoe.misspelt")
     assert explained(ModuleNotFoundError("no name")) is None

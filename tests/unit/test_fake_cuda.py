@@ -1,5 +1,6 @@
-"""With fixed capacity a whole training step stays on its device: no tensor is elsewhere, no dtypes are mixed, and the
-host waits once, for the guard. The steps run on fake tensors of `cuda`, without a GPU (docs/fake-cuda.md).
+"""With fixed capacity a whole training step stays on its device: no tensor is elsewhere, no dtypes
+are mixed, and the host waits once, for the guard. The steps run on fake tensors of `cuda`, without
+a GPU (docs/fake-cuda.md).
 """
 
 import pytest
@@ -26,23 +27,46 @@ BOTH = ("pos2", "dgmoe")  # in both precisions of GPT in `make test`
 
 
 def cases():
-    """Returns every architecture of GPT in both precisions, of LLaMA in one, and of Swin in the other. Each
-    architecture meets every pair of the choices, but precision and ranks only together with its neighbour.
+    """Returns every architecture of GPT in both precisions, of LLaMA in one, and of Swin in the
+    other. Each architecture meets every pair of the choices, but precision and ranks only together
+    with its neighbour.
 
-    In `make test` GPT has one precision on one rank and LLaMA the other one on four; those of BOTH meet every choice.
+    In `make test` GPT has one precision on one rank and LLaMA the other one on four; those of BOTH
+    meet every choice.
     """
     found = []
     for i, (name, (words, streams)) in enumerate(ARCHITECTURES.items()):
-        for family, f, p in [("gpt", 0, 0), ("gpt", 0, 1), ("llama", 1, 1 - i % 2), ("swin", 1, i % 2)]:
-            recompute, ranks, chunks = RECOMPUTE[(f + i) % 2], RANKS[(p + i) % 2], CHUNKS[(f + p) % 2]
-            all_words = f"{family} {words} trainer.precision={PRECISIONS[p]} trainer.recompute={recompute}"
+        for family, f, p in [
+            ("gpt", 0, 0),
+            ("gpt", 0, 1),
+            ("llama", 1, 1 - i % 2),
+            ("swin", 1, i % 2),
+        ]:
+            recompute, ranks, chunks = (
+                RECOMPUTE[(f + i) % 2],
+                RANKS[(p + i) % 2],
+                CHUNKS[(f + p) % 2],
+            )
+            all_words = (
+                f"{family} {words} trainer.precision={PRECISIONS[p]} trainer.recompute={recompute}"
+            )
             if streams:
                 all_words += f" schedule.chunks={chunks}"
             runs = streams + (family == "swin" and streams > 0)  # stage 4 of Swin is top-2
-            sent = 4 * chunks * runs if ranks > 1 else 0  # dispatch and combine, and the way back of both gradients
-            quick = name in OF_SWIN if family == "swin" else family == "llama" or p == i % 2 or name in BOTH
+            sent = (
+                4 * chunks * runs if ranks > 1 else 0
+            )  # dispatch and combine, and the way back of both gradients
+            quick = (
+                name in OF_SWIN
+                if family == "swin"
+                else family == "llama" or p == i % 2 or name in BOTH
+            )
             marks = () if quick else pytest.mark.faults
-            found.append(pytest.param(all_words, ranks, sent, id=f"{family}-{name}-{PRECISIONS[p]}", marks=marks))
+            found.append(
+                pytest.param(
+                    all_words, ranks, sent, id=f"{family}-{name}-{PRECISIONS[p]}", marks=marks
+                )
+            )
     return found
 
 
@@ -70,10 +94,16 @@ def test_a_training_step_stays_on_its_device(device, record_property, words, ran
     [
         ("gpt position=pos2 trainer.precision=bf16-mixed", 3),  # attention, MLP, shared expert
         ("llama architecture=dgmoe position=pos2 trainer.recompute=true", 2),
-        # attention that adds to its own input, in the first block, and to another one; shared expert
+        # attention that adds to its own input, in the first block, and to another one; shared
+        # expert
         pytest.param("gpt architecture=farskip every=1 top_k=2", 3, marks=pytest.mark.faults),
-        # 3 kinds at 4 widths, attention with and without shift, except where the window is the whole map
-        pytest.param("swin architecture=shared_expert trainer.precision=bf16-mixed", 15, marks=pytest.mark.faults),
+        # 3 kinds at 4 widths, attention with and without shift, except where the window is the
+        # whole map
+        pytest.param(
+            "swin architecture=shared_expert trainer.precision=bf16-mixed",
+            15,
+            marks=pytest.mark.faults,
+        ),
     ],
 )
 def test_a_compiled_step_has_no_graph_break(device, record_property, words, graphs):
@@ -87,11 +117,17 @@ def test_a_compiled_step_has_no_graph_break(device, record_property, words, grap
     ("slot", "chunks"),
     [
         *((0, 1), (3, 2)),
-        *(pytest.param(*at, marks=pytest.mark.faults) for at in ((0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1))),
+        *(
+            pytest.param(*at, marks=pytest.mark.faults)
+            for at in ((0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (3, 1))
+        ),
     ],
 )
-def test_two_communicators_carry_rows_and_gradients_in_one_order_on_all_ranks(device, record_property, slot, chunks):
-    """The device runs what the host launches, so the host's order is the order of both communicators together.
+def test_two_communicators_carry_rows_and_gradients_in_one_order_on_all_ranks(
+    device, record_property, slot, chunks
+):
+    """The device runs what the host launches, so the host's order is the order of both
+    communicators together.
 
     tests/distributed/test_orders.py has the orders of gloo, where a thread paces the gradients."""
     words = f"gpt position=pos2 schedule.slot={slot} schedule.chunks={chunks} trainer.max_steps=1"

@@ -1,4 +1,5 @@
-"""Figures are drawn from runs and reports, can be read on a phone, and say what they cannot be drawn from."""
+"""Figures are drawn from runs and reports, can be read on a phone, and say what they cannot be
+drawn from."""
 
 import json
 import re
@@ -22,18 +23,23 @@ from scmoe.schedule.cost import OperatorTimes
 from tests.support.pictures import assert_readable, assert_values_off_the_bars
 
 ROOT = Path(__file__).parents[2]
-SHOWN = tuple(row for row in usual_rows(2) if "pos1" not in row and "pos3" not in row)  # as `make figure8`
+SHOWN = tuple(
+    row for row in usual_rows(2) if "pos1" not in row and "pos3" not in row
+)  # as `make figure8`
 ROUNDS = np.array([1.0, 1.25, 1.5])  # a machine that slows down: ratios are the same in every round
 
 
 def seconds(forward: float, train: float) -> Seconds:
-    return Seconds(forward * ROUNDS, train * ROUNDS, train * ROUNDS / 3, forward * ROUNDS, train * ROUNDS)
+    return Seconds(
+        forward * ROUNDS, train * ROUNDS, train * ROUNDS / 3, forward * ROUNDS, train * ROUNDS
+    )
 
 
 def report_of(share: float, rows: tuple[str, ...] = SHOWN, **setting: Any) -> dict:
     """Returns what `bench overlap` reports of a top-2 pair of 1 s forward and 2.5 s in training.
 
-    ScMoE hides everything. Other rows are as slow as sequential top-2. Operators of top-2 take 0.1 s each.
+    ScMoE hides everything. Other rows are as slow as sequential top-2. Operators of top-2 take 0.1
+    s each.
     """
     asked = Setting(share, rows=rows, **setting)
     times, measured = {}, {}
@@ -42,8 +48,12 @@ def report_of(share: float, rows: tuple[str, ...] = SHOWN, **setting: Any) -> di
         block, (chunks, *_) = ROWS[asked.every][row]
         schedule = default_schedule(block)
         for way in ("sequential", "free"):
-            times[Variant(block, schedule, way)] = seconds(1.0, 2.5) if way == "sequential" else seconds(1 - share, 2.3)
-        choice = LayerChoice(schedule, {n: OperatorTimes(operators, operators) for n in (1, chunks)}, (1.0, 2.0))
+            times[Variant(block, schedule, way)] = (
+                seconds(1.0, 2.5) if way == "sequential" else seconds(1 - share, 2.3)
+            )
+        choice = LayerChoice(
+            schedule, {n: OperatorTimes(operators, operators) for n in (1, chunks)}, (1.0, 2.0)
+        )
         best = Variant(block, schedule, f"own {row}")
         times[best] = seconds(1 - share, 2.3) if row.startswith("scmoe") else seconds(1.0, 2.5)
         measured[row] = Row([choice] * asked.moe_blocks, best, [best], best, peak_mb=1.0)
@@ -53,31 +63,48 @@ def report_of(share: float, rows: tuple[str, ...] = SHOWN, **setting: Any) -> di
 
 
 def test_ratios_of_a_report_are_those_of_its_times():
-    """ScMoE hides all communication. Without it the pair takes 1 - 0.52 s forward and 2.3 of 2.5 s in training."""
+    """ScMoE hides all communication. Without it the pair takes 1 - 0.52 s forward and 2.3 of 2.5 s
+    in training."""
     report = report_of(0.52)
     hidden, exposed = report["rows"]["scmoe_pos2"], report["rows"]["shared_expert"]
-    assert (report["comm_share"], report["limit_forward"]) == (pytest.approx(0.52), pytest.approx(1 / 0.48))
+    assert (report["comm_share"], report["limit_forward"]) == (
+        pytest.approx(0.52),
+        pytest.approx(1 / 0.48),
+    )
     assert report["limit_train"] == pytest.approx(2.5 / 2.3)
-    assert (hidden["forward_speedup"], hidden["train_speedup"]) == (pytest.approx(1 / 0.48), pytest.approx(2.5 / 2.3))
-    assert hidden["forward_quartiles"] == pytest.approx([1 / 0.48] * 2), "ratios are taken round by round"
+    assert (hidden["forward_speedup"], hidden["train_speedup"]) == (
+        pytest.approx(1 / 0.48),
+        pytest.approx(2.5 / 2.3),
+    )
+    assert hidden["forward_quartiles"] == pytest.approx([1 / 0.48] * 2), (
+        "ratios are taken round by round"
+    )
     assert [hidden["overlap_forward"], exposed["overlap_forward"]] == pytest.approx([1, 0])
     assert (exposed["forward_speedup"], exposed["train_speedup"]) == (1, 1)
-    assert (hidden["forward_ms"], hidden["train_ms"]) == (pytest.approx(1250 * 0.48), pytest.approx(1250 * 2.3))
+    assert (hidden["forward_ms"], hidden["train_ms"]) == (
+        pytest.approx(1250 * 0.48),
+        pytest.approx(1250 * 2.3),
+    )
     assert report["fastest_forward"]["row"].startswith("scmoe")
     assert report["fastest_forward"]["over"]["top2"] == pytest.approx(1 / 0.48)
 
 
 def test_luck_in_half_of_the_rounds_makes_no_schedule_the_best():
-    """All three take 1 s; each of the other two is 20 % faster in some rounds and slower in the others."""
+    """All three take 1 s; each of the other two is 20 % faster in some rounds and slower in the
+    others."""
     even, block, schedule = np.array([1, 0, 1, 0, 1, 0]), "top2", default_schedule("top2")
     trains = {"own": 1.0 + 0 * even, "early": 1.2 - 0.4 * even, "late": 0.8 + 0.4 * even}
     variants = {name: Variant(block, schedule, name) for name in trains}
-    times = {variants[name]: seconds(1.0, 1.0)._replace(train=train) for name, train in trains.items()}
+    times = {
+        variants[name]: seconds(1.0, 1.0)._replace(train=train) for name, train in trains.items()
+    }
 
     row = Row([], variants["own"], list(variants.values()), variants["own"], peak_mb=1.0)
     assert overlap_report.auto_over_best(row, times) < 1
     times[variants["early"]] = seconds(1.0, 1.0)._replace(train=0.8 + 0 * even)
-    assert overlap_report.auto_over_best(row, times) == pytest.approx(1.25), "a schedule that is faster in every round"
+    assert overlap_report.auto_over_best(row, times) == pytest.approx(1.25), (
+        "a schedule that is faster in every round"
+    )
 
 
 def test_the_model_of_an_iteration_has_the_exposed_time_of_both_pairs():
@@ -86,7 +113,9 @@ def test_the_model_of_an_iteration_has_the_exposed_time_of_both_pairs():
     assert 2.5 / of_two - 2.3 == pytest.approx(2 * (2.5 / of_pair - 2.3)) and of_pair > of_two
     accumulated = report_of(0.52, level="iteration", shaped=False, accumulate=3)["rows"]["top2"]
     assert 2.5 / accumulated["measured_over_model"] - 2.3 == pytest.approx(3 * (2.5 / of_two - 2.3))
-    assert report_of(0.52, every=1)["rows"]["top2"]["measured_over_model"] == of_two, "two blocks with an MoE each"
+    assert report_of(0.52, every=1)["rows"]["top2"]["measured_over_model"] == of_two, (
+        "two blocks with an MoE each"
+    )
 
 
 def write_report(folder: Path, share: float, **changes: object) -> Path:
@@ -112,7 +141,12 @@ def write_run(folder: Path, *overrides: str, layers: int = 3, modules: int = 12)
     np.savez(folder / "analysis/gating.npz", steps=steps, labels=labels, values=values)
     names = ["input", *(f"{i // 2} {'MLP' if i % 2 else 'attention'}" for i in range(modules))]
     matrices = np.cos(0.1 * np.abs(np.subtract.outer(range(len(names)), range(len(names)))))
-    np.savez(folder / "analysis/similarity.npz", steps=steps, labels=names, values=np.stack([matrices] * 3))
+    np.savez(
+        folder / "analysis/similarity.npz",
+        steps=steps,
+        labels=names,
+        values=np.stack([matrices] * 3),
+    )
     return folder
 
 
@@ -141,13 +175,17 @@ def files(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Path]:
 def test_reports_become_a_figure_beside_them(number, reports, drawn, capsys):
     found = files(capsys, str(number), str(reports))
     assert found[".png"] == reports / f"figure-{number}.png"
-    assert found[".png"].read_bytes().startswith(b"\x89PNG") and found[".pdf"].read_bytes().startswith(b"%PDF")
+    assert found[".png"].read_bytes().startswith(b"\x89PNG") and found[
+        ".pdf"
+    ].read_bytes().startswith(b"%PDF")
     assert_readable(drawn[0])
 
 
 @pytest.mark.parametrize(("number", "modules"), [(9, 4), (9, 48), (10, 4), (10, 48)])
 def test_a_run_becomes_a_figure_in_its_folder(number, modules, tmp_path, drawn, capsys):
-    run = write_run(tmp_path / "run", "moe.architecture=dgmoe", layers=modules // 4, modules=modules)
+    run = write_run(
+        tmp_path / "run", "moe.architecture=dgmoe", layers=modules // 4, modules=modules
+    )
     found = files(capsys, str(number), str(run))
     assert found[".png"] == run / f"analysis/figure-{number}.png" and found[".pdf"].exists()
     assert json.loads(found[".json"].read_text())["steps"] == [0, 50, 100]
@@ -175,12 +213,17 @@ def test_the_limit_of_top2_is_drawn_at_rows_of_as_much_computation():
     groups = speed_chart.speed_bars(report_of(0.52, tuple(ROWS[2])), "forward", None)
     without = {name for name, bars in groups.items() if all(bar.limit is None for bar in bars)}
     assert without == {speed_chart.name_of(row) for row in ("top1", "top3", "scmoe2")}
-    assert all(bar.limit is not None for name, bars in groups.items() if name not in without for bar in bars)
+    assert all(
+        bar.limit is not None
+        for name, bars in groups.items()
+        if name not in without
+        for bar in bars
+    )
 
 
 def test_the_share_of_a_pair_follows_from_that_of_the_module():
-    """The shared-expert rows have half of top-2's communication: 1 - 1 / 1.06 of the time, by Table 2, and 1.35 by
-    Table 1. The tables round to 0.01, which is 0.02 of the share."""
+    """The shared-expert rows have half of top-2's communication: 1 - 1 / 1.06 of the time, by Table
+    2, and 1.35 by Table 1. The tables round to 0.01, which is 0.02 of the share."""
     pcie, nodes, nvlink = (scenario.pair_share for scenario in SCENARIOS)
     assert pcie == pytest.approx(2 * (1 - 1 / 1.35), abs=0.02)
     assert nvlink == pytest.approx(2 * (1 - 1 / 1.06), abs=0.02)
@@ -193,16 +236,22 @@ def test_a_report_has_what_the_figures_show(reports):
     over = report["fastest_scmoe"]["over"]
     assert over["forward"]["top2"] == pytest.approx([1 / (1 - scenario.pair_share)] * 3)
     assert over["train"]["scmoe_pos2"] == pytest.approx([1.0] * 3)
-    assert module_share(report, "forward") == pytest.approx(0.2 / 0.6), "dispatch and combine, of six operators"
+    assert module_share(report, "forward") == pytest.approx(0.2 / 0.6), (
+        "dispatch and combine, of six operators"
+    )
 
 
 def test_make_figure8_measures_every_scenario_and_every_row_that_the_paper_compares():
-    line = subprocess.run(["make", "--dry-run", "figure8"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    line = subprocess.run(
+        ["make", "--dry-run", "figure8"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert [float(share) for share in re.search(r"for share in ([\d. ]+);", line)[1].split()] == [
         scenario.pair_share for scenario in SCENARIOS
     ]
     rows = re.search(r"--rows ([\w\s\\]+)", line)[1].replace("\\", " ").split()
-    assert set(SHOWN) == set(rows) and {row for scenario in SCENARIOS for row in scenario.over} <= set(rows)
+    assert set(SHOWN) == set(rows) and {
+        row for scenario in SCENARIOS for row in scenario.over
+    } <= set(rows)
 
 
 def test_what_a_figure_cannot_be_drawn_from_is_said_in_one_line(tmp_path, capsys):
@@ -226,8 +275,17 @@ def test_what_a_figure_cannot_be_drawn_from_is_said_in_one_line(tmp_path, capsys
         (["1", tmp_path / "no"], "none is there"),
         (["8", tmp_path / "no.json"], "is no report of bench overlap"),
         (["8", tmp_path / "gone.json"], "is no report of bench overlap"),
-        (["8", other], "was measured at --share 0.3, allowed: 0.52 (8xA30-PCIe), 0.42 (16xA800, two nodes), 0.11"),
-        (["8", twice, twice], "is the second report at --share 0.52, allowed: one of each; name the files in place"),
+        (
+            ["8", other],
+            (
+                "was measured at --share 0.3, allowed: 0.52 (8xA30-PCIe), 0.42 (16xA800, two"
+                " nodes), 0.11"
+            ),
+        ),
+        (
+            ["8", twice, twice],
+            "is the second report at --share 0.52, allowed: one of each; name the files in place",
+        ),
         (["1", of_iteration], "is of --level iteration, allowed: block"),
         (["8", in_every_block], "is of --every 1, allowed: 2, as in the paper"),
         (["8", two_experts], "is of --top-k 2, allowed: 1, as in the paper"),

@@ -1,4 +1,5 @@
-"""Fig. 9's quantities equal those by hand, and the probe reads what the gate reads and removes its hooks."""
+"""Fig. 9's quantities equal those by hand, and the probe reads what the gate reads and removes its
+hooks."""
 
 import math
 from typing import Any
@@ -23,7 +24,8 @@ def gate_of(weight_ED: torch.Tensor, **switches: Any) -> Router:
 
 
 def test_the_gates_own_scores_and_bias_are_used():
-    """Sigmoids of log 3 and 0 are 3/4 and 1/2; a bias of 1 lets the second expert be the preferred one."""
+    """Sigmoids of log 3 and 0 are 3/4 and 1/2; a bias of 1 lets the second expert be the preferred
+    one."""
     router = gate_of(torch.eye(2), scoring=Scoring(torch.sigmoid, sums_to_one=False, rule=by_sign))
     x = torch.tensor([[math.log(3), 0.0]])
     assert gating_sums(x, x, router)[2:4].tolist() == pytest.approx([0.75, 0.75])
@@ -32,17 +34,23 @@ def test_the_gates_own_scores_and_bias_are_used():
 
 
 def test_quantities_equal_those_by_hand():
-    """Two experts have the representation itself as logits: the logits log 3 and 0 give a probability of 3/4."""
+    """Two experts have the representation itself as logits: the logits log 3 and 0 give a
+    probability of 3/4."""
     a, b = math.log(3), math.log(9)
     current = torch.tensor([[a, 0.0], [0.0, a], [b, 0.0]])
     preceding = torch.tensor([[b, 0.0], [a, 0.0], [b, 0.0]])
     router = gate_of(torch.eye(2))
     sums = gating_sums(current, preceding, router)
     distances = [b - a, math.hypot(a, a), 0.0]
-    assert sums.tolist() == pytest.approx([2, sum(distances), 0.75 + 0.75 + 0.9, 0.9 + 0.75 + 0.9, 3])
+    assert sums.tolist() == pytest.approx(
+        [2, sum(distances), 0.75 + 0.75 + 0.9, 0.9 + 0.75 + 0.9, 3]
+    )
     assert means(sums[None])[0].tolist() == pytest.approx([x / 3 for x in sums[:4].tolist()])
-    # DGMoE: if both would choose the same expert, the current one gets its second best: 1/4 and 1/10
-    assert gating_sums(current, preceding, router, distinct=True)[2].item() == pytest.approx(0.25 + 0.75 + 0.1)
+    # DGMoE: if both would choose the same expert, the current one gets its second best: 1/4 and
+    # 1/10
+    assert gating_sums(current, preceding, router, distinct=True)[2].item() == pytest.approx(
+        0.25 + 0.75 + 0.1
+    )
 
 
 def test_sums_add_up_over_ranks_and_metrics_are_means_over_layers():
@@ -51,7 +59,12 @@ def test_sums_add_up_over_ranks_and_metrics_are_means_over_layers():
     parts = gating_sums(x[:3], y[:3], gate) + gating_sums(x[3:], y[3:], gate)
     assert_close(parts, gating_sums(x, y, gate), 1e-6)  # float32 norms and softmax of other shapes
     metrics = gating_metrics(np.array([[0.5, 1.0, 0.2, 0.4], [0.7, 3.0, 0.4, 0.4]]))
-    expected = {"repeated_selection": 0.6, "l2_distance": 2.0, "score_current": 0.3, "score_preceding": 0.4}
+    expected = {
+        "repeated_selection": 0.6,
+        "l2_distance": 2.0,
+        "score_current": 0.3,
+        "score_preceding": 0.4,
+    }
     assert metrics == pytest.approx({f"gating/{name}": value for name, value in expected.items()})
 
 
@@ -75,7 +88,9 @@ def test_the_probe_reads_what_dgmoes_gate_reads(position, monkeypatch):
         repeated = now.logits_TE.argmax(-1) == before.logits_TE.argmax(-1)
         scores = now.topk_weights_TK.sum(), before.topk_weights_TK.sum()
         expected = [repeated.sum(), (now_x - before_x).norm(dim=-1).sum(), *scores, 24]
-        assert_close(sums, torch.tensor([float(value) for value in expected], dtype=torch.float64), 1e-12)
+        assert_close(
+            sums, torch.tensor([float(value) for value in expected], dtype=torch.float64), 1e-12
+        )
         assert 0 < repeated.sum() < 24
     assert probe.labels() == ["MoE layer 0", "MoE layer 1"]
 
@@ -93,7 +108,12 @@ def test_any_block_can_be_measured_and_is_unchanged_afterwards(architecture, pos
     probe.remove()
     assert hooks(model) == 0
     found = means(probe.result())
-    assert found.shape == (2, 4) and (found[:, 1] > 0).all() and (found[:, 0] >= 0).all() and (found[:, 0] <= 1).all()
+    assert (
+        found.shape == (2, 4)
+        and (found[:, 1] > 0).all()
+        and (found[:, 0] >= 0).all()
+        and (found[:, 0] <= 1).all()
+    )
     model(ids)
     assert len(probe.sums) == 2, "a removed probe measures nothing more"
 
@@ -102,11 +122,17 @@ def test_a_tap_in_the_preceding_block_is_read_there():
     config = tiny("moe.every=1", "moe.position=pos2", "model.layers=3")
     model, seen = tiny_model(config), []
     for block in model.blocks:
-        block.tap_norm.register_forward_hook(lambda _, args, output: seen.append(output.detach().flatten(0, 1)))
-        block.norm.register_forward_hook(lambda _, args, output: seen.append(output.detach().flatten(0, 1)))
+        block.tap_norm.register_forward_hook(
+            lambda _, args, output: seen.append(output.detach().flatten(0, 1))
+        )
+        block.norm.register_forward_hook(
+            lambda _, args, output: seen.append(output.detach().flatten(0, 1))
+        )
     probe = GatingProbe(model)
     model(tiny_batch(config)[0])
-    for block, preceding, current, sums in zip(model.blocks, seen[::2], seen[1::2], probe.sums, strict=True):
+    for block, preceding, current, sums in zip(
+        model.blocks, seen[::2], seen[1::2], probe.sums, strict=True
+    ):
         assert_close(sums, gating_sums(current, preceding, block.moe.router))
 
 
@@ -124,10 +150,17 @@ def test_equal_representations_repeat_all_selections():
 
 @pytest.mark.parametrize("architecture", ("top_k", "scmoe", "dgmoe"))
 def test_image_models_are_measured_layer_by_layer(architecture):
-    """Fig. 9 shows SwinV2-MoE. Here two pairs of stage 3 have 4 x 4 places, and stage 4's baseline has 2 x 2."""
+    """Fig. 9 shows SwinV2-MoE. Here two pairs of stage 3 have 4 x 4 places, and stage 4's baseline
+    has 2 x 2."""
     pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
     words = (
-        *("model.family=swin", "model.layers=4", "model.dim=8", "model.heads=1", "model.patch_size=2"),
+        *(
+            "model.family=swin",
+            "model.layers=4",
+            "model.dim=8",
+            "model.heads=1",
+            "model.patch_size=2",
+        ),
         *("model.window=2", "data.name=digits", "data.image_size=32", "data.num_classes=5"),
     )
     config = load(None, [*words, f"moe.architecture={architecture}"])
@@ -135,7 +168,9 @@ def test_image_models_are_measured_layer_by_layer(architecture):
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     plain, read = model(images).logits_BC, []
     routers = [block.moe.router for block in model.blocks if hasattr(block, "moe")]
-    watched = [r.register_forward_pre_hook(lambda _, args: read.append(args[0].detach())) for r in routers]
+    watched = [
+        r.register_forward_pre_hook(lambda _, args: read.append(args[0].detach())) for r in routers
+    ]
     probe = GatingProbe(model)
     assert torch.equal(model(images).logits_BC, plain)
     probe.remove()

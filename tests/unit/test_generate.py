@@ -1,4 +1,5 @@
-"""Generation with a cache equals generation without one, token for token, and each text equals itself alone."""
+"""Generation with a cache equals generation without one, token for token, and each text equals
+itself alone."""
 
 import json
 from functools import partial
@@ -16,28 +17,51 @@ from scmoe.inference.generate import Passes, decode, generate, prefill, read_pro
 from scmoe.inference.sampling import GREEDY, Sampling, Stopping, choose
 from scmoe.moe.layout import Buffers
 from scmoe.moe.stream import MoEStream, dropless
-from tests.support.architectures import BETWEEN_BLOCKS, EVERY_BLOCK, LATENT, LATENT_ATTENTION, SLOW, TABLES, overrides
+from tests.support.architectures import (
+    BETWEEN_BLOCKS,
+    EVERY_BLOCK,
+    LATENT,
+    LATENT_ATTENTION,
+    SLOW,
+    TABLES,
+    overrides,
+)
 from tests.support.models import assert_close, tiny, tiny_model
 
 pytestmark = pytest.mark.inference
 
 CONTEXT, NEW = 32, 12
 ARCHITECTURES = {"dense": "architecture=dense", **TABLES, **EVERY_BLOCK, **BETWEEN_BLOCKS}
-FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1"), "latent": ("model.family=llama",)}
+FAMILIES = {
+    "gpt": (),
+    "llama": ("model.family=llama", "model.kv_heads=1"),
+    "latent": ("model.family=llama",),
+}
 CASES = [("gpt", name) for name in ARCHITECTURES]
 ARCHITECTURES |= LATENT_ATTENTION
-INSIDE = {name: f"{ARCHITECTURES[name]} schedule.inside_attention=true" for name in ("pos3", "instella")}
+INSIDE = {
+    name: f"{ARCHITECTURES[name]} schedule.inside_attention=true" for name in ("pos3", "instella")
+}
 ARCHITECTURES |= {f"{name} inside attention": text for name, text in INSIDE.items()}
 CASES += [("latent", name) for name in (*LATENT_ATTENTION, "instella inside attention")]
 CASES += [("gpt", "pos3 inside attention")]
 CASES += [("llama", name) for name in ("dense", "shared-cg1", "pos2", "dgmoe-share")]
 CASES = [pytest.param(*case, marks=pytest.mark.faults if case[1] in SLOW else ()) for case in CASES]
-PROMPTS = [[5, 9, 3], [7], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11], [60, 61, 62, 63, 2]]  # 3, 1, 11 and 5 tokens
+PROMPTS = [
+    [5, 9, 3],
+    [7],
+    [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
+    [60, 61, 62, 63, 2],
+]  # 3, 1, 11 and 5 tokens
 
 
-def model_of(words: str = "", family: str = "gpt", dtype: torch.dtype = torch.float64, seed: int = 0):
+def model_of(
+    words: str = "", family: str = "gpt", dtype: torch.dtype = torch.float64, seed: int = 0
+):
     """Returns a model whose capacity would drop tokens, and whose greedy texts vary."""
-    config = tiny(f"data.seq_len={CONTEXT}", "moe.capacity_factor=0.5", *FAMILIES[family], *overrides(words))
+    config = tiny(
+        f"data.seq_len={CONTEXT}", "moe.capacity_factor=0.5", *FAMILIES[family], *overrides(words)
+    )
     return tiny_model(config, dtype, seed).eval()
 
 
@@ -50,7 +74,8 @@ def last_logits(model, ids: list[int]) -> torch.Tensor:
 
 @torch.inference_mode()
 def uncached(model, prompt: list[int], written: list[int]) -> list[int]:
-    """Returns the likeliest token after the prompt and after each that was written, from one pass without a cache."""
+    """Returns the likeliest token after the prompt and after each that was written, from one pass
+    without a cache."""
     with dropless(model):
         logits_BSV = model(torch.tensor([[*prompt, *written[:-1]]])).logits_BSV
     return logits_BSV[0, len(prompt) - 1 :].argmax(-1).tolist()
@@ -63,21 +88,31 @@ def test_tokens_are_those_without_a_cache_and_of_each_text_alone(family, name):
         written = [ids for ids, _ in generate(model.to(dtype), PROMPTS, Stopping(NEW), GREEDY)]
         assert [len(ids) for ids in written] == [NEW] * len(PROMPTS)
         assert written == [uncached(model, *text) for text in zip(PROMPTS, written, strict=True)]
-    assert len({token for ids in written for token in ids}) > 5, "the texts are too simple to see a fault"
+    assert len({token for ids in written for token in ids}) > 5, (
+        "the texts are too simple to see a fault"
+    )
 
 
 def test_a_sampled_text_equals_itself_alone():
     model, sampling, seeds = model_of(), Sampling(0.9, 20, 0.95, 1.2), [3, 4, 5, 6]
     together = generate(model, PROMPTS, Stopping(NEW), sampling, seeds)
-    alone = [generate(model, [p], Stopping(NEW), sampling, [s])[0] for p, s in zip(PROMPTS, seeds, strict=True)]
+    alone = [
+        generate(model, [p], Stopping(NEW), sampling, [s])[0]
+        for p, s in zip(PROMPTS, seeds, strict=True)
+    ]
     assert together == alone
-    assert generate(model, PROMPTS, Stopping(NEW), sampling, [4, 4, 5, 6])[0] != together[0], "the seed counts"
+    assert generate(model, PROMPTS, Stopping(NEW), sampling, [4, 4, 5, 6])[0] != together[0], (
+        "the seed counts"
+    )
 
 
 @pytest.mark.parametrize(("family", "piece"), [("gpt", 1), ("llama", 3), ("gpt", 4), ("latent", 3)])
 def test_a_prompt_in_pieces_equals_one_piece(family, piece):
     """Logits differ by rounding, since products of other sizes add up in another order."""
-    model, (prompt, other) = model_of(f"top_k=2 {LATENT if family == 'latent' else ''}", family), PROMPTS[2:]
+    model, (prompt, other) = (
+        model_of(f"top_k=2 {LATENT if family == 'latent' else ''}", family),
+        PROMPTS[2:],
+    )
     ids_BS = torch.tensor([prompt, other + [0] * (len(prompt) - len(other))])
     mask_BS = torch.arange(len(prompt)) < torch.tensor([[len(prompt)], [len(other)]])
     with dropless(model):
@@ -89,17 +124,22 @@ def test_a_prompt_in_pieces_equals_one_piece(family, piece):
 
 
 def test_padding_leaves_no_trace_in_the_cache():
-    """A text that has ended brings padding to each pass: its length stays, and so do the others' logits."""
+    """A text that has ended brings padding to each pass: its length stays, and so do the others'
+    logits."""
     model, cache = model_of(), KVCache(2, 6)
     with dropless(model):
-        prefill(model, torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool), cache)
+        prefill(
+            model, torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.ones(2, 3, dtype=torch.bool), cache
+        )
         for token in (7, 8, 9):
             logits_BV = decode(model, torch.tensor([0, token]), [False, True], cache)
         assert cache.lengths == [3, 6]
         assert_close(logits_BV[1], last_logits(model, [4, 5, 6, 7, 8, 9]))
         logits_BV = decode(model, torch.tensor([7, 0]), [True, False], cache)
         assert_close(logits_BV[0], last_logits(model, [1, 2, 3, 7]))
-        with pytest.raises(ValueError, match="a text has 7 tokens, allowed: up to 6, the cache's capacity"):
+        with pytest.raises(
+            ValueError, match="a text has 7 tokens, allowed: up to 6, the cache's capacity"
+        ):
             decode(model, torch.tensor([7, 8]), [True, True], cache)
 
 
@@ -124,9 +164,14 @@ def test_on_a_gpu_a_mask_and_groups_of_heads_do_not_meet(new, monkeypatch):
     assert used == [False] and y.shape == q.shape
 
 
-@pytest.mark.parametrize(("family", "words", "sizes"), [("llama", "", (8, 8)), ("latent", LATENT, (8, 4))])
+@pytest.mark.parametrize(
+    ("family", "words", "sizes"), [("llama", "", (8, 8)), ("latent", LATENT, (8, 4))]
+)
 def test_the_cache_holds_one_head_of_keys_or_one_latent_and_one_key(family, words, sizes):
-    model, cache = model_of(words, family), KVCache(1, 5)  # of 2 heads; latent attention's have 10 and 5 features
+    model, cache = (
+        model_of(words, family),
+        KVCache(1, 5),
+    )  # of 2 heads; latent attention's have 10 and 5 features
     prefill(model, torch.tensor([[1, 2]]), torch.ones(1, 2, dtype=torch.bool), cache)
     shapes = [[tuple(buffer.shape) for buffer in pair] for pair in cache.buffers.values()]
     assert shapes == [[(1, 1, 6, size) for size in sizes]] * 2
@@ -164,7 +209,7 @@ def test_a_model_is_unchanged_between_the_passes_of_two_texts():
 
 def test_texts_end_where_they_should():
     model = model_of()
-    (ids, reason) = generate(model, [PROMPTS[0]], Stopping(NEW), GREEDY)[0]
+    ids, reason = generate(model, [PROMPTS[0]], Stopping(NEW), GREEDY)[0]
     assert reason == "length" and len(ids) == NEW
     stop = next(token for i, token in enumerate(ids) if i >= 3 and token not in ids[:i])
     end = ids.index(stop) + 1
@@ -197,14 +242,20 @@ def test_what_is_shown_of_a_text_never_changes_later():
         assert seen.startswith(so_far) and text.startswith(seen)
         so_far = seen
     assert stopping.text(ids) == "ab END é EN" and so_far == "ab END é EN"
-    assert stopping.text(list(b"ab EN")) == "ab EN" and stopping.text(list(b"ab EN"), ended=False) == "ab "
+    assert (
+        stopping.text(list(b"ab EN")) == "ab EN"
+        and stopping.text(list(b"ab EN"), ended=False) == "ab "
+    )
 
 
 def test_a_prompt_of_a_file_may_have_any_character_within_its_line(tmp_path):
     texts = ["one\u2028two\u0085three", "four"]
     lines = [json.dumps({"prompt": text}, ensure_ascii=False) + "\r\n" for text in texts]
     (tmp_path / "prompts.jsonl").write_text("".join(lines), encoding="utf-8", newline="")
-    assert prompts_file.read_prompts(tmp_path / "prompts.jsonl", 7) == [(texts[0], 7), (texts[1], 8)]
+    assert prompts_file.read_prompts(tmp_path / "prompts.jsonl", 7) == [
+        (texts[0], 7),
+        (texts[1], 8),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -248,13 +299,16 @@ def test_bad_settings_are_refused(make, name):
 
 
 def test_a_draw_never_takes_a_token_that_was_removed():
-    """Nor with deterministic algorithms, with which CUDA draws on the host: it has no deterministic cumsum."""
+    """Nor with deterministic algorithms, with which CUDA draws on the host: it has no deterministic
+    cumsum."""
     logits_BV = torch.full((64, 8), -torch.inf)
     logits_BV[:, [2, 5]] = 0.0
 
     def drawn() -> Tensor:
         generators = [torch.Generator().manual_seed(i) for i in range(64)]
-        return choose(logits_BV, Sampling(1.0, None), torch.zeros(64, 8, dtype=torch.bool), generators)
+        return choose(
+            logits_BV, Sampling(1.0, None), torch.zeros(64, 8, dtype=torch.bool), generators
+        )
 
     plain = drawn()
     assert set(plain.tolist()) == {2, 5} and 16 < (plain == 2).sum() < 48
@@ -266,7 +320,8 @@ def test_a_draw_never_takes_a_token_that_was_removed():
 
 
 def test_texts_of_several_ranks_are_refused_in_buffers():
-    """Every rank sends as many rows as it has tokens itself, so different texts would not fit together."""
+    """Every rank sends as many rows as it has tokens itself, so different texts would not fit
+    together."""
     model = model_of("position=pos2")
     for module in model.modules():
         if isinstance(module, MoEStream):

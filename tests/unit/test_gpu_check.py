@@ -26,7 +26,11 @@ def test_models_train_on_one_device_in_bfloat16(tiny):
     small = gpu_steps.config_of(place, gpu_steps.GPT2, "data.name=synthetic")
     quick = gpu_steps.config_of(place, "quickstart.yaml", "data.name=text", "data.path=docs")
     for config in (small, quick):
-        assert (config.trainer.precision, config.trainer.devices, config.strategy.ep_size) == ("bf16-mixed", 1, 1)
+        assert (config.trainer.precision, config.trainer.devices, config.strategy.ep_size) == (
+            "bf16-mixed",
+            1,
+            1,
+        )
     assert (small.model.dim, small.data.seq_len) == ((48, 32) if tiny else (768, 1024))
 
 
@@ -44,7 +48,9 @@ PROFILE = [
     event("cpu_op", "aten::_local_scalar_dense", 11.0, 6.0),
     event("cuda_runtime", "cudaMemcpyAsync", 12.0, 1.0, correlation=2),
     event("cuda_runtime", "cudaStreamSynchronize", 13.0, 3.0, correlation=3),
-    event("cuda_runtime", "cudaLaunchKernel", 50.0, 1.0, tid=2, correlation=4),  # backward runs on another thread
+    event(
+        "cuda_runtime", "cudaLaunchKernel", 50.0, 1.0, tid=2, correlation=4
+    ),  # backward runs on another thread
     event("kernel", "gemm", 40.0, 1000.0, tid=7, correlation=1, grid=[4, 2, 1]),
     event("gpu_memcpy", "Memcpy DtoH", 41.0, 500.0, tid=7, correlation=2),
     event("kernel", "gemm_backward", 2000.0, 3000.0, tid=7, correlation=4, grid=[1, 1, 1]),
@@ -60,7 +66,9 @@ def test_work_of_the_device_and_waits_of_the_host_belong_to_the_operator_that_la
     work = device_work(events)
     assert (work["kernels"], work["kernel_ms"], work["copies"], work["copy_ms"]) == (2, 4.0, 1, 0.5)
     assert list(work["longest_kernels_ms"]) == ["gemm_backward", "gemm"]
-    assert host_waits(events) == {"cudaStreamSynchronize in aten::_local_scalar_dense of scmoe/route": 1}
+    assert host_waits(events) == {
+        "cudaStreamSynchronize in aten::_local_scalar_dense of scmoe/route": 1
+    }
 
 
 def test_without_a_device_an_operator_takes_its_time_on_the_host():
@@ -79,12 +87,20 @@ def test_a_variant_that_cannot_run_has_its_error_and_the_others_their_times():
     }
     found = compare(torch.device("cpu"), variants, {"other": "small", "broken": "small"}, rounds=2)
     assert list(found) == list(variants)
-    assert found["other"]["over"] == "small" and found["other"]["train_ratio"] > 0 < found["small"]["forward_ms"]
+    assert (
+        found["other"]["over"] == "small"
+        and found["other"]["train_ratio"] > 0 < found["small"]["forward_ms"]
+    )
     assert "shapes cannot be multiplied" in found["broken"]["error"]
 
 
 def test_beside_is_the_share_of_transfers_in_which_an_operator_computes():
-    spans = [Span("dispatch", 0, 4), Span("attention", 1, 3), Span("experts", 4, 6), Span("combine", 6, 10)]
+    spans = [
+        Span("dispatch", 0, 4),
+        Span("attention", 1, 3),
+        Span("experts", 4, 6),
+        Span("combine", 6, 10),
+    ]
     assert gpu_steps.beside(spans) == 2 / 8
 
 
@@ -100,4 +116,10 @@ def test_the_largest_files_go_until_the_limits_are_kept(tmp_path, monkeypatch):
         (tmp_path / f"{i}.png").write_bytes(bytes(size))
     removed = gpu.trim(tmp_path)
     assert [line.split(",")[0] for line in removed] == ["7.png", "6.png", "5.png"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["0.png", "1.png", "2.png", "3.png", "4.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "0.png",
+        "1.png",
+        "2.png",
+        "3.png",
+        "4.png",
+    ]

@@ -1,4 +1,5 @@
-"""How the process groups are made on GPUs: in one order, with the Strategy's timeout, transfers urgent, and started.
+"""How the process groups are made on GPUs: in one order, with the Strategy's timeout, transfers
+urgent, and started.
 
 There is no NCCL here, so the calls are recorded.
 """
@@ -67,28 +68,40 @@ def test_every_group_has_the_timeout_and_only_transfers_are_urgent(device):
 ON_NODES = {"within": [[0, 1], [2, 3], [4, 5], [6, 7]], "between": [[0, 2], [1, 3], [4, 6], [5, 7]]}
 
 
-@pytest.mark.parametrize(("network", "hops"), [((), {}), (("hierarchical", 2), ON_NODES)], ids=("flat", "two hops"))
+@pytest.mark.parametrize(
+    ("network", "hops"), [((), {}), (("hierarchical", 2), ON_NODES)], ids=("flat", "two hops")
+)
 def test_all_ranks_make_and_start_their_groups_in_one_order(network, hops):
-    """A communicator of NCCL is a collective of its group's ranks, so other orders on other ranks would hang."""
+    """A communicator of NCCL is a collective of its group's ranks, so other orders on other ranks
+    would hang."""
     first, *others = [groups_of(rank, 8, 4, "cuda", *network) for rank in range(8)]
     assert first[1] == [None, "ep", "counts", "edp", *hops, "wait"]
     assert others == [first] * 7
-    assert {given["group_desc"]: given["ranks"] for given in first[0] if given["group_desc"] in ON_NODES} == hops
+    assert {
+        given["group_desc"]: given["ranks"] for given in first[0] if given["group_desc"] in ON_NODES
+    } == hops
 
 
 @pytest.mark.parametrize("ep_size, places", [(4, None), (4, 8), (4, 4), (4, 3), (2, 1)])
 def test_two_hops_require_groups_of_several_whole_nodes(ep_size, places):
-    """All ranks on one node, groups within a node, groups of one node, unequal numbers of ranks, nodes of one rank."""
-    with pytest.raises(ValueError, match=r"exchange is hierarchical with ep_size .* allowed: several whole nodes"):
+    """All ranks on one node, groups within a node, groups of one node, unequal numbers of ranks,
+    nodes of one rank."""
+    with pytest.raises(
+        ValueError, match=r"exchange is hierarchical with ep_size .* allowed: several whole nodes"
+    ):
         groups_of(0, 12 if places == 3 else 8, ep_size, "cpu", "hierarchical", places)
     names = {given["group_desc"] for given in groups_of(0, 8, 4, "cpu", "auto", places)[0]}
     assert names.isdisjoint({"within", "between"}), "auto is flat there"
 
 
 @pytest.mark.parametrize(
-    ("cuda", "chosen", "used"), [("13.0", None, "1"), ("13.0", "0", "0"), (None, None, None)], ids=str
+    ("cuda", "chosen", "used"),
+    [("13.0", None, "1"), ("13.0", "0", "0"), (None, None, None)],
+    ids=str,
 )
-def test_nccl_starts_kernels_in_the_order_of_their_launch_unless_the_user_has_chosen(cuda, chosen, used, monkeypatch):
+def test_nccl_starts_kernels_in_the_order_of_their_launch_unless_the_user_has_chosen(
+    cuda, chosen, used, monkeypatch
+):
     name = "NCCL_LAUNCH_ORDER_IMPLICIT"
     monkeypatch.setenv(name, chosen or "")  # so that it is restored
     if chosen is None:

@@ -1,6 +1,8 @@
-"""Two hops bring every row where one exchange brings it, for any numbers of rows, without a network.
+"""Two hops bring every row where one exchange brings it, for any numbers of rows, without a
+network.
 
-A row is the pair (sender, its place there). The tests play both hops for all ranks of a grid of nodes.
+A row is the pair (sender, its place there). The tests play both hops for all ranks of a grid of
+nodes.
 """
 
 from itertools import chain
@@ -11,12 +13,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from scmoe.moe.dispatcher import Traffic
-from scmoe.parallel.wire.hierarchical import Blocks, column_sums, equal_hops, hops_of, row_sums, swap_blocks
+from scmoe.parallel.wire.hierarchical import (
+    Blocks,
+    column_sums,
+    equal_hops,
+    hops_of,
+    row_sums,
+    swap_blocks,
+)
 
 
 @st.composite
 def grids(draw: st.DrawFn) -> tuple[Tensor, int]:
-    """Returns numbers of rows by [sender, receiver], many of them 0, and the number of ranks on a node."""
+    """Returns numbers of rows by [sender, receiver], many of them 0, and the number of ranks on a
+    node."""
     nodes, places = draw(st.integers(1, 4)), draw(st.integers(1, 4))
     ranks = nodes * places
     numbers = draw(st.lists(st.integers(0, 3), min_size=ranks**2, max_size=ranks**2))
@@ -26,7 +36,9 @@ def grids(draw: st.DrawFn) -> tuple[Tensor, int]:
 def rows_of(by_rank: Tensor) -> list[Tensor]:
     """Returns the rows of each rank, all different."""
     numbers = by_rank.sum(1).tolist()
-    return [torch.stack([torch.full((n,), rank), torch.arange(n)], 1) for rank, n in enumerate(numbers)]
+    return [
+        torch.stack([torch.full((n,), rank), torch.arange(n)], 1) for rank, n in enumerate(numbers)
+    ]
 
 
 def exchanged(rows: list[Tensor], sent: list[list[int]]) -> list[Tensor]:
@@ -39,7 +51,9 @@ def two_hops(by_rank: Tensor, places: int) -> list[Tensor]:
     ranks = range(len(by_rank))
     hops = [hops_of(by_rank, rank, places) for rank in ranks]
     between = [[rank for rank in ranks if rank % places == place] for place in range(places)]
-    within = [[rank for rank in ranks if rank // places == node] for node in range(len(ranks) // places)]
+    within = [
+        [rank for rank in ranks if rank // places == node] for node in range(len(ranks) // places)
+    ]
     rows = rows_of(by_rank)
     for groups, numbers_of, received in (
         (between, lambda own: row_sums(own.first), "between"),
@@ -50,7 +64,9 @@ def two_hops(by_rank: Tensor, places: int) -> list[Tensor]:
             arrived = exchanged([rows[rank] for rank in group], sent)
             for i, rank in enumerate(group):
                 blocks: Blocks = getattr(hops[rank], received)
-                assert row_sums(blocks) == [numbers[i] for numbers in sent], "both ends know the numbers"
+                assert row_sums(blocks) == [numbers[i] for numbers in sent], (
+                    "both ends know the numbers"
+                )
                 rows[rank] = swap_blocks(arrived[i], blocks)
     return rows
 
@@ -58,7 +74,9 @@ def two_hops(by_rank: Tensor, places: int) -> list[Tensor]:
 @given(grids())
 def test_two_hops_equal_one(grid):
     by_rank, places = grid
-    for ours, flat in zip(two_hops(by_rank, places), exchanged(rows_of(by_rank), by_rank.tolist()), strict=True):
+    for ours, flat in zip(
+        two_hops(by_rank, places), exchanged(rows_of(by_rank), by_rank.tolist()), strict=True
+    ):
         assert torch.equal(ours, flat)
 
 
@@ -79,4 +97,6 @@ def test_the_way_back_meets_the_same_rows(grid, number):
 def test_equal_numbers_are_a_case_of_any_numbers(nodes, places, n, data):
     ranks = nodes * places
     rank = data.draw(st.integers(0, ranks - 1))
-    assert equal_hops(n * ranks, nodes, places) == hops_of(torch.full((ranks, ranks), n), rank, places)
+    assert equal_hops(n * ranks, nodes, places) == hops_of(
+        torch.full((ranks, ranks), n), rank, places
+    )

@@ -1,4 +1,5 @@
-"""Rooms keep their order and their budgets of lines, imports have no circle, and some things exist only once."""
+"""Rooms keep their order and their budgets of lines, imports have no circle, and some things exist
+only once."""
 
 import ast
 import re
@@ -9,11 +10,16 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = [path for top in ("scmoe", "datamodules", "experiments") for path in sorted((ROOT / top).rglob("*.py"))]
+FILES = [
+    path
+    for top in ("scmoe", "datamodules", "experiments")
+    for path in sorted((ROOT / top).rglob("*.py"))
+]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
 TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
 
-# A room may import itself and what stands above it. The laboratory imports the library, never the other way.
+# A room may import itself and what stands above it. The laboratory imports the library, never the
+# other way.
 LIBRARY = (
     "scmoe/files",
     "scmoe/schedule",
@@ -57,20 +63,39 @@ CLOSURES = {  # files that are read for one idea
 HASATTR = 2
 ONLY_IN = {  # outer module: where it may be used
     "torch.distributed": (
-        *("scmoe/parallel/", "scmoe/planning/", "scmoe/lightning/", "scmoe/api.py", "scmoe/runs/evaluate/scoring.py"),
+        *(
+            "scmoe/parallel/",
+            "scmoe/planning/",
+            "scmoe/lightning/",
+            "scmoe/api.py",
+            "scmoe/runs/evaluate/scoring.py",
+        ),
         "scmoe/estimate/",
         "experiments/",
     ),
     "lightning": ("scmoe/lightning/", "scmoe/training/", "datamodules/", "experiments/"),
     "pytorch_lightning": (),  # its other name
     "os.environ": (
-        *("scmoe/parallel/mesh.py", "scmoe/training/run/", "scmoe/files/writing.py", "scmoe/sweeps/"),
+        *(
+            "scmoe/parallel/mesh.py",
+            "scmoe/training/run/",
+            "scmoe/files/writing.py",
+            "scmoe/sweeps/",
+        ),
         "experiments/",
     ),
     "os.getenv": (),
     **{
-        f"{module}.{name}": ("scmoe/", "experiments/engine/clock.py", "experiments/tables/results.py")
-        for module, name in (("statistics", "median"), ("statistics", "quantiles"), ("np", "median"))
+        f"{module}.{name}": (
+            "scmoe/",
+            "experiments/engine/clock.py",
+            "experiments/tables/results.py",
+        )
+        for module, name in (
+            ("statistics", "median"),
+            ("statistics", "quantiles"),
+            ("np", "median"),
+        )
     },
     "rich.console.Console": (
         *("scmoe/", "datamodules/", "scmoe/report.py", "scmoe/sweeps/batch.py"),
@@ -124,7 +149,8 @@ def file_of(name: str) -> str | None:
 
 
 def violations(path: str, source: str) -> list[str]:
-    """Returns what a file imports or uses against the order of rooms and the places of outer modules."""
+    """Returns what a file imports or uses against the order of rooms and the places of outer
+    modules."""
     found = []
     for name in sorted(names_used(ast.parse(source))):
         if name.startswith("."):
@@ -143,7 +169,8 @@ def violations(path: str, source: str) -> list[str]:
 
 
 IMPORTS = {
-    path: {file for name in names_used(tree) if (file := file_of(name))} - {path} for path, tree in TREES.items()
+    path: {file for name in names_used(tree) if (file := file_of(name))} - {path}
+    for path, tree in TREES.items()
 }
 
 
@@ -183,7 +210,9 @@ def test_a_file_against_the_order_is_reported(path, source):
 
 def test_imports_have_no_circle_of_files_or_folders():
     folder = {path: str(PurePosixPath(path).parent) for path in TREES}
-    folder["scmoe/__main__.py"] = "the command"  # python -m needs it in this folder, whose files do not import it
+    folder["scmoe/__main__.py"] = (
+        "the command"  # python -m needs it in this folder, whose files do not import it
+    )
     folders = {name: set[str]() for name in folder.values()}
     for path, others in IMPORTS.items():
         folders[folder[path]] |= {folder[other] for other in others} - {folder[path]}
@@ -196,8 +225,16 @@ def test_imports_have_no_circle_of_files_or_folders():
 
 def test_file_names_are_unique():
     """A verb's entry may have the name of what it calls."""
-    rooms = [PurePosixPath(path).name for path in TREES if room_of(path) not in ("experiments", "scmoe/cli")]
-    twice = [name for name, n in Counter(rooms).items() if n > 1 and name not in ("__init__.py", "__main__.py")]
+    rooms = [
+        PurePosixPath(path).name
+        for path in TREES
+        if room_of(path) not in ("experiments", "scmoe/cli")
+    ]
+    twice = [
+        name
+        for name, n in Counter(rooms).items()
+        if n > 1 and name not in ("__init__.py", "__main__.py")
+    ]
     assert twice == []
 
 
@@ -214,13 +251,24 @@ def test_few_files_are_read_for_a_stream_a_strategy_or_a_training():
 
 def test_some_things_exist_once():
     for pattern, places in ONCE.items():
-        assert {path for path, text in TEXTS.items() if re.search(pattern, text)} <= {*places}, pattern
+        assert {path for path, text in TEXTS.items() if re.search(pattern, text)} <= {*places}, (
+            pattern
+        )
 
 
 def test_no_project_class_overrides_a_method_of_another():
-    """Subclasses of modules, Lightning's classes and protocols fill in what is missing; other classes are final."""
-    classes = {node.name: node for tree in TREES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
-    methods = {name: {m.name for m in node.body if isinstance(m, ast.FunctionDef)} for name, node in classes.items()}
+    """Subclasses of modules, Lightning's classes and protocols fill in what is missing; other
+    classes are final."""
+    classes = {
+        node.name: node
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+    }
+    methods = {
+        name: {m.name for m in node.body if isinstance(m, ast.FunctionDef)}
+        for name, node in classes.items()
+    }
     for name, node in classes.items():
         for base in {ast.unparse(base) for base in node.bases} & classes.keys():
             if not fills_in(base, classes):
@@ -241,7 +289,9 @@ def test_hasattr_is_rare():
         for path, tree in TREES.items()
         if path.startswith("scmoe/")
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "hasattr"
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "hasattr"
     ]
     assert len(calls) <= HASATTR, calls
 
@@ -257,7 +307,10 @@ def without_encoding(tree: ast.AST) -> list[int]:
         of_module = is_method and ast.unparse(node.func.value) in ("os", "gzip", "self.job")
         if name == "open" and not of_module:
             place = 0 if is_method else 1  # of the mode
-            given = [*node.args[place : place + 1], *(k.value for k in node.keywords if k.arg == "mode")]
+            given = [
+                *node.args[place : place + 1],
+                *(k.value for k in node.keywords if k.arg == "mode"),
+            ]
             is_text = not any("b" in ast.unparse(mode) for mode in given)
         else:
             is_text = is_method and name in ("read_text", "write_text")
@@ -273,8 +326,14 @@ def test_text_is_read_and_written_in_utf_8_whatever_the_locale():
     scripts = [*(ROOT / "docs/hooks").glob("*.py"), *(ROOT / "docs/examples").glob("*.py")]
     trees = TREES | {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in scripts}
     assert {path: lines for path, tree in trees.items() if (lines := without_encoding(tree))} == {}
-    wrong = "open('a')\np.open()\nopen('a', 'w')\np.open('a', newline='')\np.read_text()\np.write_text(t)\n"
-    right = "open('a', 'rb')\np.open(mode='ab')\np.open(encoding='utf-8')\nos.open(p, f)\nwrite_text(t)\n"
+    wrong = (
+        "open('a')\np.open()\nopen('a', 'w')\np.open('a',"
+        " newline='')\np.read_text()\np.write_text(t)\n"
+    )
+    right = (
+        "open('a', 'rb')\np.open(mode='ab')\np.open(encoding='utf-8')\nos.open(p,"
+        " f)\nwrite_text(t)\n"
+    )
     assert without_encoding(ast.parse(wrong + right)) == [1, 2, 3, 4, 5, 6]
 
 
@@ -283,6 +342,8 @@ def test_a_blocks_schedule_is_set_in_one_place():
         f"{path}:{node.lineno}"
         for path, tree in TREES.items()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr == "schedule" and isinstance(node.ctx, ast.Store)
+        if isinstance(node, ast.Attribute)
+        and node.attr == "schedule"
+        and isinstance(node.ctx, ast.Store)
     }
     assert {place.split(":")[0] for place in places} == {"scmoe/blocks/moe_block.py"}

@@ -1,4 +1,5 @@
-"""Image data has known formats, a fixed order, random changes by position, smoothed labels and filler."""
+"""Image data has known formats, a fixed order, random changes by position, smoothed labels and
+filler."""
 
 import gzip
 import random
@@ -35,7 +36,9 @@ def fashion(tmp_path) -> Path:
     """Writes the four files of Fashion-MNIST, with 12 and 5 pictures of 4 x 4 pixels."""
     generator = np.random.default_rng(0)
     for stem, count in (("train", 12), ("t10k", 5)):
-        write_idx(tmp_path / f"{stem}-images-idx3-ubyte.gz", generator.integers(0, 256, (count, 4, 4)))
+        write_idx(
+            tmp_path / f"{stem}-images-idx3-ubyte.gz", generator.integers(0, 256, (count, 4, 4))
+        )
         write_idx(tmp_path / f"{stem}-labels-idx1-ubyte.gz", np.arange(count) % 3)
     return tmp_path
 
@@ -58,7 +61,13 @@ def folder(tmp_path) -> Path:
 
 
 def module(splits: ImageSplits, **changes) -> ImageDataModule:
-    settings = dict(image_size=8, num_classes=splits.num_classes, global_batch_size=4, accumulate=1, num_batches=9)
+    settings = dict(
+        image_size=8,
+        num_classes=splits.num_classes,
+        global_batch_size=4,
+        accumulate=1,
+        num_batches=9,
+    )
     return ImageDataModule(splits, **{**settings, "workers": 0, "seed": 3, **changes})
 
 
@@ -74,13 +83,19 @@ def test_all_digits_are_loaded_and_split_by_position():
     found = load_digits()
     picture, label = val[1]
     assert label == found.target[5]
-    assert np.array_equal(np.asarray(picture)[:, :, 0], (found.images[5] * 255 / 16).astype(np.uint8))
+    assert np.array_equal(
+        np.asarray(picture)[:, :, 0], (found.images[5] * 255 / 16).astype(np.uint8)
+    )
     assert {label for _, label in (val[i] for i in range(len(val)))} == set(range(10))
 
 
 def test_fashion_mnist_from_a_folder(fashion):
     splits = fashion_mnist(fashion)
-    assert (len(splits.images["train"]), len(splits.images["val"]), splits.num_classes) == (12, 5, 3)
+    assert (len(splits.images["train"]), len(splits.images["val"]), splits.num_classes) == (
+        12,
+        5,
+        3,
+    )
     picture, label = splits.images["val"][4]
     assert (picture.mode, picture.size, label) == ("RGB", (4, 4), 1)
     before = splits.content
@@ -107,7 +122,9 @@ def test_image_folder(folder):
 def test_missing_or_wrong_data_is_named(tmp_path, fashion, folder):
     with pytest.raises(ValueError, match="apt-get install dataset-fashion-mnist"):
         open_images("fashion_mnist", str(tmp_path / "none"))
-    with pytest.raises(ValueError, match=r"data\.path is .*none, allowed: a folder with train/CLASS"):
+    with pytest.raises(
+        ValueError, match=r"data\.path is .*none, allowed: a folder with train/CLASS"
+    ):
         image_folder(tmp_path / "none")
     (folder / "val/bee").rename(folder / "val/cow")
     with pytest.raises(ValueError, match="different classes"):
@@ -117,7 +134,9 @@ def test_missing_or_wrong_data_is_named(tmp_path, fashion, folder):
         fashion_mnist(fashion)
     with pytest.raises(ValueError, match=r"data\.num_classes is 7, allowed: 10"):
         module(digits(), num_classes=7)
-    with pytest.raises(ConfigError, match=r"data\.num_classes is 1, allowed: int, 2 to"):  # there is no such accuracy
+    with pytest.raises(
+        ConfigError, match=r"data\.num_classes is 1, allowed: int, 2 to"
+    ):  # there is no such accuracy
         load("configs/quickstart_fashion.yaml", ["data.num_classes=1"])
 
 
@@ -165,10 +184,15 @@ def on_rank(data: ImageDataModule, rank: int, world: int) -> ImageDataModule:
 def test_two_ranks_read_what_one_rank_reads(splits, augment):
     """9 batches of 4 are three epochs of 12: order and augmentation depend on the global position."""
     whole = batches(module(splits, augment=augment, label_smoothing=0.1))
-    ranks = [batches(on_rank(module(splits, augment=augment, label_smoothing=0.1), rank, 2)) for rank in (0, 1)]
+    ranks = [
+        batches(on_rank(module(splits, augment=augment, label_smoothing=0.1), rank, 2))
+        for rank in (0, 1)
+    ]
     for batch, *parts in zip(whole, *ranks, strict=True):
         for key, value in batch.items():
-            assert torch.equal(value[0::2], parts[0][key]) and torch.equal(value[1::2], parts[1][key])
+            assert torch.equal(value[0::2], parts[0][key]) and torch.equal(
+                value[1::2], parts[1][key]
+            )
 
 
 def test_augmentation_changes_over_epochs_and_leaves_global_generators_unchanged(splits):
@@ -189,7 +213,9 @@ def test_augmentation_changes_over_epochs_and_leaves_global_generators_unchanged
     assert len(plain.unique(dim=0)) == 12
 
 
-@pytest.mark.parametrize("mix", [{}, {"mixup": 0.8}, {"cutmix": 1.0, "mixup": 0.8, "augment": "imagenet"}], ids=str)
+@pytest.mark.parametrize(
+    "mix", [{}, {"mixup": 0.8}, {"cutmix": 1.0, "mixup": 0.8, "augment": "imagenet"}], ids=str
+)
 def test_a_resumed_run_reads_the_remaining_batches(splits, mix):
     whole = batches(module(splits, label_smoothing=0.1, **mix))
     stopped = module(splits, label_smoothing=0.1, **mix)
@@ -202,7 +228,7 @@ def test_a_resumed_run_reads_the_remaining_batches(splits, mix):
 
 
 def test_labels_are_smoothed_probabilities(splits):
-    (batch, *_) = batches(module(splits, label_smoothing=0.3))
+    batch, *_ = batches(module(splits, label_smoothing=0.3))
     assert torch.allclose(batch["labels"].sum(1), torch.ones(4))
     assert batch["labels"].unique().tolist() == pytest.approx([0.1, 0.8])
 
@@ -212,7 +238,9 @@ def test_mixup_mixes_pictures_and_labels_with_equal_shares(splits):
     plain = batches(module(splits))[0]
     mixed = batches(module(splits, mixup=0.8))[0]
     difference = plain["images"] - plain["images"].flip(0)
-    share = ((mixed["images"] - plain["images"].flip(0)) * difference).sum() / difference.square().sum()
+    share = (
+        (mixed["images"] - plain["images"].flip(0)) * difference
+    ).sum() / difference.square().sum()
     assert 0 < share < 1
     expected = plain["labels"] * share + plain["labels"].flip(0) * (1 - share)
     assert torch.allclose(mixed["labels"], expected, atol=1e-5)
@@ -221,7 +249,9 @@ def test_mixup_mixes_pictures_and_labels_with_equal_shares(splits):
 def test_validation_covers_every_picture_once_and_ends_in_filler(splits):
     ranks = [list(on_rank(module(splits), rank, 2).val_dataloader()) for rank in (0, 1)]
     assert [len(rank) for rank in ranks] == [2, 2], "both ranks have the same number of batches"
-    labels = torch.stack([torch.cat([batch["labels"] for batch in rank]) for rank in ranks]).T.flatten()
+    labels = torch.stack(
+        [torch.cat([batch["labels"] for batch in rank]) for rank in ranks]
+    ).T.flatten()
     assert labels.tolist() == [0, 1, 2, 0, 1, IGNORE, IGNORE, IGNORE]
     assert ranks[1][1]["images"].abs().max() == 0, "the last picture is filler"
     limited = list(module(splits, val_images=2).val_dataloader())
@@ -229,5 +259,7 @@ def test_validation_covers_every_picture_once_and_ends_in_filler(splits):
 
 
 def test_workers_change_nothing(splits):
-    alone, together = (batches(module(splits, augment="imagenet", num_batches=3, workers=n)) for n in (0, 2))
+    alone, together = (
+        batches(module(splits, augment="imagenet", num_batches=3, workers=n)) for n in (0, 2)
+    )
     assert all(torch.equal(a["images"], b["images"]) for a, b in zip(alone, together, strict=True))

@@ -1,4 +1,5 @@
-"""The SLURM file and the commands of the pages on GPUs start configs that load, with one process for each rank.
+"""The SLURM file and the commands of the pages on GPUs start configs that load, with one process
+for each rank.
 
 SLURM is simulated: a fake srun records its arguments. Nothing is trained.
 """
@@ -16,7 +17,9 @@ from scmoe.config.load import load
 
 ROOT = Path(__file__).parents[2]
 BATCH_FILE = ROOT / "experiments/train.sbatch"
-PAGES = [(ROOT / f"docs/{name}.md").read_text() for name in ("clusters", "how-to/gpus", "how-to/slurm")]
+PAGES = [
+    (ROOT / f"docs/{name}.md").read_text() for name in ("clusters", "how-to/gpus", "how-to/slurm")
+]
 BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)]
 COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitlines()))
 TORCHRUN = [line for line in COMMANDS if "torchrun" in line and "-m scmoe train" in line]
@@ -47,7 +50,10 @@ def simulated(folder: Path, *arguments: str, **variables: str) -> list[str]:
 
 def test_the_batch_file_starts_a_process_for_each_gpu(tmp_path):
     options, words = sbatch_options(), simulated(tmp_path, "trainer.accumulate=2")
-    assert options["GPUS_PER_NODE"] == options["NTASKS_PER_NODE"] and options["JOB_NAME"] not in ("bash", "interactive")
+    assert options["GPUS_PER_NODE"] == options["NTASKS_PER_NODE"] and options["JOB_NAME"] not in (
+        "bash",
+        "interactive",
+    )
     program = words.index("train")
     assert words[:program] == ["--kill-on-bad-exit=1", ".venv/bin/python", "-m", "scmoe"]
     trainer = config_of(words[program + 1 :]).trainer
@@ -67,6 +73,10 @@ def test_the_batch_file_takes_a_config_or_a_run(tmp_path):
 @pytest.mark.parametrize("command", TORCHRUN)
 def test_torchrun_starts_as_many_processes_as_the_config_requires(command):
     words = shlex.split(command)
-    options = dict(word.removeprefix("--").partition("=")[::2] for word in words if word.startswith("--"))
+    options = dict(
+        word.removeprefix("--").partition("=")[::2] for word in words if word.startswith("--")
+    )
     trainer = config_of(words[words.index("train") + 1 :]).trainer
-    assert trainer.devices == int(options["nproc-per-node"]) and trainer.num_nodes == int(options.get("nnodes", 1))
+    assert trainer.devices == int(options["nproc-per-node"]) and trainer.num_nodes == int(
+        options.get("nnodes", 1)
+    )

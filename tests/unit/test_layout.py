@@ -1,4 +1,5 @@
-"""Layouts, encode and decode obey these laws for random routings with padding, capacities and chunks."""
+"""Layouts, encode and decode obey these laws for random routings with padding, capacities and
+chunks."""
 
 import math
 from typing import NamedTuple
@@ -53,11 +54,14 @@ def cases(draw) -> Case:
     padding = st.just([num_experts] * top_k)
     ids = draw(st.lists(st.one_of(row, row, padding), min_size=1, max_size=16))
     capacity = draw(st.none() | st.integers(1, 10))
-    return Case(torch.tensor(ids), num_experts, capacity, draw(st.integers(1, 4)), draw(st.booleans()))
+    return Case(
+        torch.tensor(ids), num_experts, capacity, draw(st.integers(1, 4)), draw(st.booleans())
+    )
 
 
 def kept(case: Case) -> set[tuple[int, int]]:
-    """Returns the copies that the oracle keeps, without padding, which the oracle treats as one more expert."""
+    """Returns the copies that the oracle keeps, without padding, which the oracle treats as one
+    more expert."""
     ids = case.ids_TK.tolist()
     found = reference.kept_copies(ids, case.num_experts + 1, case.capacity)
     return {(t, k) for t, k in found if ids[t][k] < case.num_experts}
@@ -66,7 +70,9 @@ def kept(case: Case) -> set[tuple[int, int]]:
 def encoded(x_TD: Tensor, layout: Layout) -> list[tuple[Tensor, ChunkCounts | None]]:
     """Returns the rows of each chunk, and their counts as one rank announces them to itself."""
     counts_PE = layout.counts_PE
-    return encode(x_TD, layout, None if counts_PE is None else LocalDispatcher().announce(counts_PE))
+    return encode(
+        x_TD, layout, None if counts_PE is None else LocalDispatcher().announce(counts_PE)
+    )
 
 
 def whole_numbers(*shape: int) -> Tensor:
@@ -77,13 +83,22 @@ def whole_numbers(*shape: int) -> Tensor:
 def experts_of_rows(case: Case, layout: Layout) -> list[int]:
     """Returns the expert of each row, from the layout's order (chunk, expert)."""
     if layout.counts_PE is not None:
-        return [e for counts in layout.counts_PE.tolist() for e, n in enumerate(counts) for _ in range(n)]
+        return [
+            e
+            for counts in layout.counts_PE.tolist()
+            for e, n in enumerate(counts)
+            for _ in range(n)
+        ]
     slots = layout.tokens_R.shape[0] // (case.num_chunks * case.num_experts)
-    return [e for _ in range(case.num_chunks) for e in range(case.num_experts) for _ in range(slots)]
+    return [
+        e for _ in range(case.num_chunks) for e in range(case.num_experts) for _ in range(slots)
+    ]
 
 
 @given(cases())
-@example(Case(torch.tensor([[0], [0]]), 1, 1, 1))  # two tokens, one slot: a random case does not always have this
+@example(
+    Case(torch.tensor([[0], [0]]), 1, 1, 1)
+)  # two tokens, one slot: a random case does not always have this
 @example(Case(torch.tensor([[0], [0]]), 1, 1, 1, filled=True))
 def test_exactly_the_oracles_copies_are_kept_each_in_a_row_of_its_own_with_its_expert(case):
     """First choices come first, then early tokens; padding takes no slot; chunks change nothing."""
@@ -101,7 +116,9 @@ def test_exactly_the_oracles_copies_are_kept_each_in_a_row_of_its_own_with_its_e
         assert layout.tokens_R[row] == t and layout.copies_R[row] == t * top_k + k
         assert experts[row] == case.ids_TK[t, k]
     empty = [row for row in range(num_rows) if row not in taken]
-    assert all(layout.copies_R[row] == num_tokens * top_k and layout.tokens_R[row] == 0 for row in empty)
+    assert all(
+        layout.copies_R[row] == num_tokens * top_k and layout.tokens_R[row] == 0 for row in empty
+    )
     assert case.has_slots or not empty
 
 
@@ -130,7 +147,9 @@ def test_counts_are_those_of_the_copies(case):
         assert layout.complete == (rows_of_expert.sum() == ids.numel())
     else:
         assert not layout.complete
-        assert len(layout.tokens_R) == case.num_chunks * case.num_experts * math.ceil(case.capacity / case.num_chunks)
+        assert len(layout.tokens_R) == case.num_chunks * case.num_experts * math.ceil(
+            case.capacity / case.num_chunks
+        )
 
 
 @given(cases())
@@ -149,12 +168,15 @@ def test_encode_gives_each_row_its_token_and_decode_undoes_it(case):
     rows = torch.cat([rows for rows, _ in chunks])
     assert torch.equal(rows, x_TD[layout.tokens_R])
     is_kept = layout.rows_TK < len(layout.tokens_R)
-    assert torch.equal(decode(rows, weights_TK, layout), (weights_TK * is_kept).sum(1, keepdim=True) * x_TD)
+    assert torch.equal(
+        decode(rows, weights_TK, layout), (weights_TK * is_kept).sum(1, keepdim=True) * x_TD
+    )
 
 
 @given(cases())
 def test_gradients_are_those_of_plain_indexing(case):
-    """The hand-written gradients and autograd's through index and sum are bit-identical for whole numbers."""
+    """The hand-written gradients and autograd's through index and sum are bit-identical for whole
+    numbers."""
     layout = case.layout()
     (num_tokens, top_k), num_rows = case.ids_TK.shape, len(layout.tokens_R)
     x_TD, weights_TK = whole_numbers(num_tokens, 8), whole_numbers(num_tokens, top_k)
@@ -166,7 +188,9 @@ def test_gradients_are_those_of_plain_indexing(case):
         return [leaf.grad for leaf in leaves]
 
     def fast(x, weights, scale):
-        return decode(gather(x, layout.tokens_R, layout.rows_TK, layout.complete) * scale, weights, layout)
+        return decode(
+            gather(x, layout.tokens_R, layout.rows_TK, layout.complete) * scale, weights, layout
+        )
 
     def plain(x, weights, scale):
         padded = torch.cat([x[layout.tokens_R] * scale, x.new_zeros(1, 8)])  # row R is zero
@@ -180,7 +204,9 @@ def test_gradients_are_those_of_plain_indexing(case):
 def test_padding_does_not_change_the_rows_of_real_tokens(case):
     """Fault 30: real tokens get the same rows as in a batch without the padding."""
     real = case.ids_TK[:, 0] < case.num_experts
-    if case.num_chunks > 1 and not case.has_slots:  # it cuts the tokens into chunks, padding included
+    if (
+        case.num_chunks > 1 and not case.has_slots
+    ):  # it cuts the tokens into chunks, padding included
         case = case._replace(num_chunks=1)
     if real.any():
         layout, unpadded = case.layout(), case._replace(ids_TK=case.ids_TK[real]).layout()
@@ -196,8 +222,14 @@ def buffers(draw) -> tuple[Case, int, int]:
     num_experts = ranks * of_rank
     top_k = draw(st.integers(1, min(2, num_experts)))
     row = st.permutations(range(num_experts)).map(lambda order: order[:top_k])
-    ids = draw(st.lists(st.one_of(row, row, st.just([num_experts] * top_k)), min_size=1, max_size=12))
-    return Case(torch.tensor(ids), num_experts, None, draw(st.integers(1, 3))), ranks, draw(st.integers(1, 12))
+    ids = draw(
+        st.lists(st.one_of(row, row, st.just([num_experts] * top_k)), min_size=1, max_size=12)
+    )
+    return (
+        Case(torch.tensor(ids), num_experts, None, draw(st.integers(1, 3))),
+        ranks,
+        draw(st.integers(1, 12)),
+    )
 
 
 @given(buffers())
@@ -219,8 +251,14 @@ def test_a_buffer_holds_the_first_copies_of_its_rank_in_the_order_of_its_experts
     for p in range(case.num_chunks):
         for rank in range(ranks):
             start = (p * ranks + rank) * part
-            experts = [case.ids_TK[filled[row]].item() for row in range(start, start + part) if row in filled]
-            assert experts == sorted(experts) and all(row in filled for row in range(start, start + len(experts)))
+            experts = [
+                case.ids_TK[filled[row]].item()
+                for row in range(start, start + part)
+                if row in filled
+            ]
+            assert experts == sorted(experts) and all(
+                row in filled for row in range(start, start + len(experts))
+            )
             counts = layout.counts_PE[p, rank * of_rank : (rank + 1) * of_rank].tolist()
             assert counts == [experts.count(e) for e in range(rank * of_rank, (rank + 1) * of_rank)]
 
@@ -250,7 +288,9 @@ def test_empty_slots_send_nothing_back():
         (50, 5, 1, 1.1, 11),
     ],
 )
-def test_capacity_is_the_factor_times_the_fair_share_rounded_up(num_tokens, num_experts, top_k, factor, expected):
+def test_capacity_is_the_factor_times_the_fair_share_rounded_up(
+    num_tokens, num_experts, top_k, factor, expected
+):
     assert expert_capacity(num_tokens, num_experts, top_k, factor) == expected
     assert reference.capacity_of(num_tokens, num_experts, top_k, factor) == expected
 

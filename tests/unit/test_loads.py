@@ -1,4 +1,5 @@
-"""Loads make the imbalance that their formulas say, for distinct experts of a token and equal chunks of tokens."""
+"""Loads make the imbalance that their formulas say, for distinct experts of a token and equal
+chunks of tokens."""
 
 import re
 from pathlib import Path
@@ -33,7 +34,8 @@ LOADS = (
     *("empty_rank", "rotating:1.7:2", "burst:1.7:3", "ragged:1.25"),
 )
 PLACES = [Place(EXPERTS, top_k, ranks) for top_k in (1, 2) for ranks in (2, 4)]
-FORMULAS = {  # load: max over mean of ranks, of experts, with 2 ranks and 8 experts, one choice of a token
+# load: max over mean of ranks, of experts, with 2 ranks and 8 experts, one choice of a token
+FORMULAS = {
     "balanced": (1.0, 1.0),
     "hot_rank:1.7": (1.7, 1.7),
     "rotating:1.7:1": (1.7, 1.7),
@@ -51,13 +53,19 @@ FORMULAS = {  # load: max over mean of ranks, of experts, with 2 ranks and 8 exp
 def test_tokens_choose_distinct_experts_and_all_copies_are_dealt(name, place):
     for phase in range(load_of(name).phases(place.ranks)):
         ids_TK = ids_of(load_of(name), place, 0, TOKENS, phase)
-        assert ids_TK.shape == (TOKENS, place.top_k) and int(ids_TK.min()) >= 0 and int(ids_TK.max()) < EXPERTS
+        assert (
+            ids_TK.shape == (TOKENS, place.top_k)
+            and int(ids_TK.min()) >= 0
+            and int(ids_TK.max()) < EXPERTS
+        )
         assert all(len({*ids}) == place.top_k for ids in ids_TK.tolist())
         wanted = shares(load_of(name), place, phase)
         counts = torch.bincount(ids_TK.flatten(), minlength=EXPERTS)
         assert sum(wanted) == pytest.approx(1) and max(wanted) <= 1 / place.top_k + 1e-9
         assert counts.sum() == TOKENS * place.top_k
-        assert (counts - torch.tensor(wanted) * TOKENS * place.top_k).abs().max() <= 1, "largest remainders"
+        assert (counts - torch.tensor(wanted) * TOKENS * place.top_k).abs().max() <= 1, (
+            "largest remainders"
+        )
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -75,7 +83,9 @@ def test_chunks_of_tokens_have_equal_loads(name, place):
 @pytest.mark.parametrize(("name", "expected"), FORMULAS.items())
 def test_the_imbalance_is_that_of_the_formula(name, expected):
     found = imbalance(load_of(name), Place(EXPERTS, 1, 2), SEQUENCES, TOKENS // SEQUENCES)
-    assert (found["max_over_mean_ranks"], found["max_over_mean_experts"]) == pytest.approx(expected, rel=5e-3)
+    assert (found["max_over_mean_ranks"], found["max_over_mean_experts"]) == pytest.approx(
+        expected, rel=5e-3
+    )
     assert found["max_over_mean_tokens"] == (1.5 if name == "ragged:1.5" else 1.0)
 
 
@@ -119,7 +129,10 @@ def test_a_recording_is_replayed_with_its_first_choices(tmp_path):
     assert load.phases(2) == 1
     for num_tokens in (16, 32, 128):  # fewer than the 32 recorded ones of a rank, as many, more
         counts = torch.bincount(ids_of(load, place, 1, num_tokens).flatten(), minlength=EXPERTS)
-        assert counts[5] == pytest.approx(0.75 * num_tokens, rel=0.3 if num_tokens < 32 else 0) and counts[3] > 0
+        assert (
+            counts[5] == pytest.approx(0.75 * num_tokens, rel=0.3 if num_tokens < 32 else 0)
+            and counts[3] > 0
+        )
     found = imbalance(load, place, 1, 32)
     assert (found["max_over_mean_ranks"], found["max_over_mean_experts"]) == (1.5, 6.0)
 
@@ -128,7 +141,9 @@ def test_a_second_choice_that_is_not_recorded_has_the_distribution_of_the_first(
     load = load_of(recording(tmp_path, 1) + ":10:0")
     ids_TK = ids_of(load, Place(EXPERTS, 2, 2), 0, 32)
     assert all(first != second for first, second in ids_TK.tolist())
-    assert {*ids_TK[ids_TK[:, 0] == 5, 1].tolist()} == {3}, "the only other choice that was recorded"
+    assert {*ids_TK[ids_TK[:, 0] == 5, 1].tolist()} == {3}, (
+        "the only other choice that was recorded"
+    )
 
 
 def test_a_recording_is_spread_over_any_number_of_steps(tmp_path):
@@ -163,9 +178,14 @@ def test_an_impossible_load_is_refused_in_one_sentence(text, says, capsys):
 def test_a_recording_of_other_experts_is_refused(tmp_path):
     load = load_of(recording(tmp_path, 1))
     assert "recordings of 16 experts" in str(why_impossible(load, Place(16, 1, 2), 4))
-    write_routing(Recorded([0], [torch.tensor([[[5], [8], [8]]])], EXPERTS, 1), tmp_path / "padding.safetensors")
+    write_routing(
+        Recorded([0], [torch.tensor([[[5], [8], [8]]])], EXPERTS, 1),
+        tmp_path / "padding.safetensors",
+    )
     padding = load_of(f"recorded:{tmp_path / 'padding.safetensors'}")
-    assert "with 2 ranks: recordings with a token for each" in str(why_impossible(padding, Place(EXPERTS, 1, 2), 4))
+    assert "with 2 ranks: recordings with a token for each" in str(
+        why_impossible(padding, Place(EXPERTS, 1, 2), 4)
+    )
     with pytest.raises(ConfigError, match="allowed as step: 0, 10"):
         load_of(recording(tmp_path, 1) + ":7")
 
@@ -181,16 +201,25 @@ def test_free_transfers_bring_as_many_rows_as_the_peers_send(sent, received):
 
 
 def test_the_page_has_the_break_even_of_its_formulas():
-    """docs/uneven-routing.md: n (c + 2 (1 - 1/R) t) = w t in forward, n (3 c + 4 (1 - 1/R) t) = 2 w t in training."""
+    """docs/uneven-routing.md: n (c + 2 (1 - 1/R) t) = w t in forward, n (3 c + 4 (1 - 1/R) t) = 2 w
+    t in training."""
     payload = 1448 / 1514  # of TCP in Ethernet's frames
     cases = [(4096, 20e-3 / 1024, 4 * 512 * 8 / (172e6 * payload))]  # weights in rows, c, t
     for dim, ffn_dim in ((2048, 768), (7168, 2048)):
-        cases += [(3 * ffn_dim, 6 * dim * ffn_dim / 400e12, 2 * dim / rate) for rate in (11e9, 45e9, 400e9)]
+        cases += [
+            (3 * ffn_dim, 6 * dim * ffn_dim / 400e12, 2 * dim / rate)
+            for rate in (11e9, 45e9, 400e9)
+        ]
     away = 1 - 1 / 8
-    expected = [[w, w * t / (c + 2 * away * t), 2 * w * t / (3 * c + 4 * away * t), w * t / c] for w, c, t in cases]
+    expected = [
+        [w, w * t / (c + 2 * away * t), 2 * w * t / (3 * c + 4 * away * t), w * t / c]
+        for w, c, t in cases
+    ]
     page = (Path(__file__).parents[2] / "docs/uneven-routing.md").read_text()
     table = page.split("| experts and link (8 ranks) |")[1].split("\n\n")[0]
-    found = [[int(n) for n in re.findall(r"\| (\d+)(?= )", line)] for line in table.splitlines()[2:]]
+    found = [
+        [int(n) for n in re.findall(r"\| (\d+)(?= )", line)] for line in table.splitlines()[2:]
+    ]
     assert found == [[round(n) for n in row] for row in expected]
 
 

@@ -1,4 +1,5 @@
-"""The clock runs variants in turn and leaves the rounds to warm up out; the report shows what its rows have."""
+"""The clock runs variants in turn and leaves the rounds to warm up out; the report shows what its
+rows have."""
 
 from experiments.engine.clock import in_turn, middle, quartiles, undisturbed
 from scmoe.report import Report, bullets_and_tables
@@ -14,7 +15,9 @@ def test_variants_run_in_turn_and_rounds_to_warm_up_are_left_out():
     runs = {"a": lambda: run("a", 0, 0.5), "b": lambda: run("b", 0)}
     found = in_turn(runs, rounds=2, warm_up=1, say=said.append)
     assert ran == ["a", "b"] * 3
-    assert found["a"].tolist() == [[3, 5], [3.5, 5.5]] and found["b"].tolist() == [[4, 6]], "[numbers, rounds]"
+    assert found["a"].tolist() == [[3, 5], [3.5, 5.5]] and found["b"].tolist() == [[4, 6]], (
+        "[numbers, rounds]"
+    )
     assert said == [f"round {i} of 2, 2 variants" for i in range(3)]
     assert in_turn({"c": lambda: 7}, rounds=3)["c"].tolist() == [7, 7, 7]
 
@@ -41,7 +44,9 @@ def test_brackets_are_shown(capsys):
 
 
 def test_nested_values_are_bullets_and_tables():
-    lines = bullets_and_tables({"a": 0.123456, "rows": {"x|y": {"ms": 1.0}, "z": {"error": "broken\nhere"}}})
+    lines = bullets_and_tables(
+        {"a": 0.123456, "rows": {"x|y": {"ms": 1.0}, "z": {"error": "broken\nhere"}}}
+    )
     head = ["- a: 0.1235", "", "rows:", "", "|  | ms | error |", "| --- | --- | --- |"]
     assert lines == [*head, "| x/y | 1 |  |", "| z |  | broken here |"]
     assert bullets_and_tables({"error": "a\nb"}) == ["```text", "a\nb", "```"]

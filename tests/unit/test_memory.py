@@ -1,4 +1,5 @@
-"""A rank's weights, gradients and moments have exactly the bytes of a real tiny model; activations are bounded."""
+"""A rank's weights, gradients and moments have exactly the bytes of a real tiny model; activations
+are bounded."""
 
 import pytest
 import torch
@@ -7,15 +8,26 @@ import torch.nn.functional as F
 from scmoe.config.load import load
 from scmoe.footprint.memory import Job, Split, activations, gathered, rank_memory
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module, updated_by_muon
+from scmoe.training.assembly.model import (
+    build_model,
+    build_model_on_meta,
+    build_module,
+    updated_by_muon,
+)
 from tests.support.models import OneOfTwo, kept_for_backward, tiny
 
-DTYPES = {"32-true": torch.float32, "64-true": torch.float64, "bf16-true": torch.bfloat16, "bf16-mixed": torch.float32}
+DTYPES = {
+    "32-true": torch.float32,
+    "64-true": torch.float64,
+    "bf16-true": torch.bfloat16,
+    "bf16-mixed": torch.float32,
+}
 
 
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize(
-    "words", ["moe.architecture=scmoe", "optim.name=muon", "moe.architecture=dgmoe_share model.layers=4"]
+    "words",
+    ["moe.architecture=scmoe", "optim.name=muon", "moe.architecture=dgmoe_share model.layers=4"],
 )
 def test_state_has_exactly_the_bytes_of_a_real_rank(words, precision):
     config = tiny(*words.split())
@@ -29,10 +41,15 @@ def test_state_has_exactly_the_bytes_of_a_real_rank(words, precision):
     parameters = list(model.parameters())
     moments = [t for state in optimizer.state.values() for t in state.values()]
 
-    whole, job = build_model_on_meta(config), Job(ranks=2, ep_size=2, seq_len=12, precision=precision)
+    whole, job = (
+        build_model_on_meta(config),
+        Job(ranks=2, ep_size=2, seq_len=12, precision=precision),
+    )
     memory = rank_memory(whole, job, updated_by_muon(config, whole))
     held = {"weights": parameters, "gradients": [p.grad for p in parameters], "optimizer": moments}
-    assert {key: memory[key] for key in held} == {key: sum(t.nbytes for t in own) for key, own in held.items()}
+    assert {key: memory[key] for key in held} == {
+        key: sum(t.nbytes for t in own) for key, own in held.items()
+    }
     # a batch after the first one begins with all gradients
     assert memory["total"] >= sum(memory[key] for key in (*held, "activations"))
 
@@ -42,8 +59,8 @@ WIDE = (
     *("data.name=synthetic", "data.vocab_size=512", "data.seq_len=64"),
 )
 LATENT_WIDE = (
-    "model.attention=latent model.latent.kv_rank=64 model.latent.nope_dim=24 model.latent.rope_dim=8 "
-    "model.latent.value_dim=32"
+    "model.attention=latent model.latent.kv_rank=64 model.latent.nope_dim=24"
+    " model.latent.rope_dim=8 model.latent.value_dim=32"
 )
 CASES = {
     "dense": "moe.architecture=dense",
@@ -55,16 +72,22 @@ CASES = {
     "farskip": "moe.architecture=farskip moe.every=1 model.dropout=0.1",
     "pos2-every-block": "moe.every=1 moe.after_norm=true",
     "latent": f"model.family=llama moe.every=1 {LATENT_WIDE}",
-    "latent-gated": f"model.family=llama moe.architecture=dense {LATENT_WIDE} model.latent.q_rank=48 "
-    "model.latent.scaled=true model.latent.gated=true",
+    "latent-gated": (
+        f"model.family=llama moe.architecture=dense {LATENT_WIDE} model.latent.q_rank=48 "
+        "model.latent.scaled=true model.latent.gated=true"
+    ),
     "llama": "model.family=llama model.kv_heads=2 moe.every=1 moe.position=pos1",
     "swin": "model.dim=48 model.layers=4 model.window=6 data.image_size=96 data.num_classes=10",
 }
 
 
-@pytest.mark.parametrize(("precision", "recompute"), [("32-true", False), ("32-true", True), ("bf16-mixed", False)])
+@pytest.mark.parametrize(
+    ("precision", "recompute"), [("32-true", False), ("32-true", True), ("bf16-mixed", False)]
+)
 @pytest.mark.parametrize("case", CASES)
-def test_the_bound_on_activations_is_not_below_what_autograd_keeps_and_not_far_above(case, precision, recompute):
+def test_the_bound_on_activations_is_not_below_what_autograd_keeps_and_not_far_above(
+    case, precision, recompute
+):
     preset, words = None, [*WIDE, *CASES[case].split(), f"trainer.recompute={recompute}"]
     batch = torch.randint(512, (2, 64))
     if case == "swin":
@@ -72,10 +95,17 @@ def test_the_bound_on_activations_is_not_below_what_autograd_keeps_and_not_far_a
         preset, words = "configs/model/swinv2_moe_s.yaml", words[len(WIDE) :]
         batch = torch.randn(8, 3, 96, 96)
     model = build_model(load(preset, words), ParallelContext())
-    with kept_for_backward(model) as kept, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+    with (
+        kept_for_backward(model) as kept,
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"),
+    ):
         logits = model(batch)[0].float().flatten(0, -2)
         F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64))
-    job = Job(samples=len(batch), seq_len=64, precision=precision, recompute=recompute, on_gpu=False)
+    job = Job(
+        samples=len(batch), seq_len=64, precision=precision, recompute=recompute, on_gpu=False
+    )
     at_loss, _ = activations(model, job)
-    bound = at_loss - 2 * logits.nbytes + gathered(Split(model, job))[0]  # two copies of the logits are gradients
+    bound = (
+        at_loss - 2 * logits.nbytes + gathered(Split(model, job))[0]
+    )  # two copies of the logits are gradients
     assert 0.95 < bound / sum(kept.values()) < 1.3

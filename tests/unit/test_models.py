@@ -13,14 +13,17 @@ FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1")}
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_longer_sequence_is_refused(family):
-    with pytest.raises(ValueError, match=r"a sequence has 13 tokens, allowed: up to data\.seq_len, 12"):
+    with pytest.raises(
+        ValueError, match=r"a sequence has 13 tokens, allowed: up to data\.seq_len, 12"
+    ):
         tiny_model(tiny(*FAMILIES[family]))(torch.zeros(1, 13, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("capacity", ("null", "1.0"))
 def test_mixed_precision(capacity, family):
-    """bf16 rounds to 4e-3, about a dozen times in a forward pass; losses, weights and gradients stay float32."""
+    """bf16 rounds to 4e-3, about a dozen times in a forward pass; losses, weights and gradients
+    stay float32."""
     config = tiny(*FAMILIES[family], "moe.top_k=2", f"moe.capacity_factor={capacity}")
     model, (ids, _) = tiny_model(config, torch.float32), tiny_batch(config)
     exact = model(ids).logits_BSV
@@ -31,12 +34,15 @@ def test_mixed_precision(capacity, family):
     assert (logits.float() - exact).abs().median() < 0.05 * exact.std()
     (logits.float().square().mean() + stats.score_sums_E.square().sum() + stats.z_sum).backward()
     assert stats.score_sums_E.dtype == stats.z_sum.dtype == torch.float32
-    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in gradients(model).values())
+    assert all(
+        grad.dtype == torch.float32 and grad.isfinite().all() for grad in gradients(model).values()
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_that_are_gathered_in_bfloat16_leave_the_residual_stream_in_float32(family):
-    """Sharded weights are. The stream through many blocks then rounds no more than with replicated weights."""
+    """Sharded weights are. The stream through many blocks then rounds no more than with replicated
+    weights."""
     config = tiny(*FAMILIES[family], "moe.architecture=dense", "model.layers=24", "data.seq_len=64")
     model, (ids, _) = tiny_model(config, torch.float32), tiny_batch(config)
     gathered = deepcopy(model)

@@ -15,12 +15,16 @@ def test_a_validation_adds_up_in_float64_where_the_module_is_in_bfloat16():
     module.on_validation_epoch_start()
     for _ in range(1000):
         module.note_validation(torch.tensor(1.25), torch.tensor(2048), [])
-    assert (float(module.val_nats.compute()), int(module.val_targets.compute())) == (1250.0, 2_048_000)
+    assert (float(module.val_nats.compute()), int(module.val_targets.compute())) == (
+        1250.0,
+        2_048_000,
+    )
 
 
 @pytest.mark.parametrize("precision", ("32-true", "bf16-mixed"))
 def test_the_norm_is_clipped_in_every_precision(precision):
-    """Lightning's plugin of bf16-mixed does not clip for a fused AdamW; this library clips by itself."""
+    """Lightning's plugin of bf16-mixed does not clip for a fused AdamW; this library clips by
+    itself."""
     config = tiny("trainer.gradient_clip=0.001", "data.global_batch_size=4", "trainer.max_steps=2")
     module, norms = build_module(config), []
 
@@ -29,12 +33,18 @@ def test_the_norm_is_clipped_in_every_precision(precision):
         norms.append((float(module.trainer.callback_metrics["train/grad_norm"]), float(left)))
 
     module.on_train_batch_end = note
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = Trainer(accelerator="cpu", precision=precision, max_steps=2, limit_val_batches=0, **quiet)
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    trainer = Trainer(
+        accelerator="cpu", precision=precision, max_steps=2, limit_val_batches=0, **quiet
+    )
     trainer.fit(module, build_datamodule(config))
     assert len(norms) == 2
     for before, left in norms:
-        assert before > 0.01 and left == pytest.approx(0.001, rel=1e-3)  # torch adds 1e-6 to the norm
+        assert before > 0.01 and left == pytest.approx(
+            0.001, rel=1e-3
+        )  # torch adds 1e-6 to the norm
 
 
 def test_a_nan_in_a_validation_is_no_better_loss():

@@ -1,7 +1,8 @@
-"""With fixed capacity, a block's forward and backward pass never read a number of the device on the host.
+"""With fixed capacity, a block's forward and backward pass never read a number of the device on the
+host.
 
-The tests need no device: tensors on `meta` have shapes but no numbers, so code that reads a number raises. They take
-the code paths of a device (moe/experts.py). test_cuda.py does the same on a GPU.
+The tests need no device: tensors on `meta` have shapes but no numbers, so code that reads a number
+raises. They take the code paths of a device (moe/experts.py). test_cuda.py does the same on a GPU.
 """
 
 from contextlib import nullcontext
@@ -40,11 +41,17 @@ def two_ranks(buffered: bool = False) -> AllToAllDispatcher:
 
 
 def run(
-    dispatcher: Dispatcher, schedule: Schedule, rows: Rows, masked: bool = False, dtype: torch.dtype = torch.bfloat16
+    dispatcher: Dispatcher,
+    schedule: Schedule,
+    rows: Rows,
+    masked: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Runs forward and backward of a ScMoE pair, the losses on the routing included."""
     experts = range(EXPERTS // 2 if isinstance(dispatcher, AllToAllDispatcher) else EXPERTS)
-    stream = MoEStream(Router(DIM, EXPERTS, 2), Experts(DIM, FFN, EXPERTS, experts), dispatcher, rows)
+    stream = MoEStream(
+        Router(DIM, EXPERTS, 2), Experts(DIM, FFN, EXPERTS, experts), dispatcher, rows
+    )
     block = tiny_shortcut(stream, schedule).to("meta", dtype)
     x = torch.empty(2, 12, DIM, device="meta", dtype=dtype, requires_grad=True)
     y, stats = block(x, torch.empty(2, 12, dtype=torch.bool, device="meta") if masked else None)
@@ -56,11 +63,19 @@ def run(
 
 @pytest.mark.parametrize("masked", (False, True), ids=("", "masked"))
 @pytest.mark.parametrize(
-    "schedule", [Schedule("scmoe", p, chunks=c) for p in ("pos1", "pos2", "pos3") for c in (1, 3)], ids=str
+    "schedule",
+    [Schedule("scmoe", p, chunks=c) for p in ("pos1", "pos2", "pos3") for c in (1, 3)],
+    ids=str,
 )
 @pytest.mark.parametrize("ranks", (1, 2))
 def test_forward_and_backward_ask_the_host_for_nothing(ranks, schedule, masked):
-    run(LocalDispatcher() if ranks == 1 else two_ranks(), schedule, Capacity(1.25), masked, torch.float32)
+    run(
+        LocalDispatcher() if ranks == 1 else two_ranks(),
+        schedule,
+        Capacity(1.25),
+        masked,
+        torch.float32,
+    )
 
 
 # ---------------------------------------------------------------------- dropless on two ranks
@@ -69,13 +84,17 @@ def test_forward_and_backward_ask_the_host_for_nothing(ranks, schedule, masked):
 def on_two_ranks(chunks: int, rows: Rows) -> None:
     schedule = Schedule("scmoe", "pos2", chunks=chunks)
     gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    with patch.object(dist, gather, return_value=Ready(None)), patch.object(dist, "get_rank", return_value=0):
+    with (
+        patch.object(dist, gather, return_value=Ready(None)),
+        patch.object(dist, "get_rank", return_value=0),
+    ):
         run(two_ranks(isinstance(rows, Buffers)), schedule, rows)
 
 
 @pytest.mark.parametrize("chunks", (1, 3))
 def test_dropless_waits_for_the_device_once_a_layer(chunks, monkeypatch):
-    """docs/decisions/0024-dropless.md has the list: with this one wait answered, nothing else asks the host."""
+    """docs/decisions/0024-dropless.md has the list: with this one wait answered, nothing else asks
+    the host."""
     reads, n = [], 24 // chunks
 
     def known_counts(announced: ReadByHost) -> list[ChunkCounts]:

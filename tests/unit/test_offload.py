@@ -1,4 +1,5 @@
-"""Offloaded experts give the bits of resident ones, within their slots, whatever is fetched, guessed or late."""
+"""Offloaded experts give the bits of resident ones, within their slots, whatever is fetched,
+guessed or late."""
 
 import copy
 import time
@@ -16,7 +17,13 @@ from scmoe.inference.offload.migration import WAYS, Fetching, offload_experts
 from scmoe.inference.offload.store import Store, expert_layers, write_store
 from scmoe.moe.dispatcher import ChunkCounts
 from scmoe.runs import trained
-from tests.support.architectures import BETWEEN_BLOCKS, EVERY_BLOCK, LATENT_ATTENTION, TABLES, with_marks
+from tests.support.architectures import (
+    BETWEEN_BLOCKS,
+    EVERY_BLOCK,
+    LATENT_ATTENTION,
+    TABLES,
+    with_marks,
+)
 from tests.support.cases import ROUTERS
 from tests.support.exports import export
 from tests.support.models import tiny, tiny_batch
@@ -24,7 +31,11 @@ from tests.support.offloading import DROPLESS, Late, stored
 
 pytestmark = pytest.mark.inference
 IDS, _ = tiny_batch(tiny())
-BATCHES = (IDS, IDS[:1, :1], IDS[:, :3])  # prefill with more active experts than slots, and single tokens
+BATCHES = (
+    IDS,
+    IDS[:1, :1],
+    IDS[:, :3],
+)  # prefill with more active experts than slots, and single tokens
 FURTHER = {"noisy": "position=pos2 noisy=true", "swiglu": "position=pos1 model.family=llama"}
 FURTHER |= {f"zero experts, {name}": words for name, words in ROUTERS.items()} | BETWEEN_BLOCKS
 WITH_EXPERTS = {name: words for name, words in LATENT_ATTENTION.items() if name != "latent-dense"}
@@ -50,14 +61,19 @@ def test_every_way_gives_the_bits_of_resident_experts(name, tmp_path):
             offloaded = copy.deepcopy(model)
             with offload_experts(offloaded, path, way=way, slots=slots):
                 assert equal(logits(offloaded), expected), (way, slots)
-                assert not [name for name, _ in offloaded.named_parameters() if "experts.w_" in name]
+                assert not [
+                    name for name, _ in offloaded.named_parameters() if "experts.w_" in name
+                ]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_any_dtype_and_autocast_give_the_same_bits(dtype, tmp_path):
     model, path = stored("position=pos2 top_k=2", tmp_path, dtype)
     offloaded = copy.deepcopy(model)
-    with offload_experts(offloaded, path), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float64):
+    with (
+        offload_experts(offloaded, path),
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float64),
+    ):
         assert equal(logits(offloaded), logits(model))
 
 
@@ -77,7 +93,9 @@ def test_a_wrong_guess_is_never_used_and_a_right_one_is_a_hit(right, tmp_path, m
     with offload_experts(model, path, way="speculative") as cache:
         with torch.inference_mode():
             model(one)
-        assert cache.hit_rate == (4 / 6 if right else 0.0)  # nothing is guessed for the first of three layers
+        assert cache.hit_rate == (
+            4 / 6 if right else 0.0
+        )  # nothing is guessed for the first of three layers
         assert equal(logits(model), expected)
 
 
@@ -86,17 +104,22 @@ def test_a_wrong_guess_is_never_used_and_a_right_one_is_a_hit(right, tmp_path, m
     slots=st.integers(1, 5),
     ahead=st.integers(1, 5),
     calls=st.lists(
-        st.tuples(st.booleans(), st.lists(st.integers(0, 17), min_size=1, max_size=6, unique=True)), max_size=25
+        st.tuples(st.booleans(), st.lists(st.integers(0, 17), min_size=1, max_size=6, unique=True)),
+        max_size=25,
     ),
 )
 def test_the_cache_never_exceeds_its_slots_and_returns_the_right_expert(store, slots, ahead, calls):
-    """Fetches are as late as possible, so an expert that is not waited for, or whose slot is given away, is wrong."""
+    """Fetches are as late as possible, so an expert that is not waited for, or whose slot is given
+    away, is wrong."""
     keys = list(store.places)
     cache = Cache(store, Late(store), slots, min(ahead, slots), torch.device("cpu"))
     places = sorted(slot.data_ptr() for slot in cache.free)
     for is_guess, numbers in calls:
         wanted = [keys[i] for i in numbers]
-        missing, started = [key for key in wanted[: cache.ahead] if key not in cache.held], len(cache.source.queue)
+        missing, started = (
+            [key for key in wanted[: cache.ahead] if key not in cache.held],
+            len(cache.source.queue),
+        )
         if is_guess:
             cache.prefetch(wanted)
         else:
@@ -137,7 +160,9 @@ def test_fetching_begins_at_the_gate_and_only_blocking_waits_there(way, tmp_path
     with offload_experts(model, path, way=way) as cache:
         cache.source = Late(cache.store)
         model.blocks[0].sublayers[1].register_forward_hook(
-            lambda *_: seen.append((set(cache.held), [slot is None for _, slot in cache.source.queue]))
+            lambda *_: seen.append(
+                (set(cache.held), [slot is None for _, slot in cache.source.queue])
+            )
         )
         with torch.inference_mode():
             counts = model(IDS[:1, :1]).stats[0].counts_E
@@ -160,7 +185,9 @@ def test_a_rate_bounds_the_reader(store):
     reader.close()
 
 
-def test_a_store_is_a_safetensors_file_of_the_experts_and_the_same_when_it_is_written_again(tmp_path):
+def test_a_store_is_a_safetensors_file_of_the_experts_and_the_same_when_it_is_written_again(
+    tmp_path,
+):
     model, path = stored("architecture=top_k", tmp_path, torch.bfloat16)
     with safe_open(path, framework="pt") as file:
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -175,7 +202,8 @@ def test_a_store_is_a_safetensors_file_of_the_experts_and_the_same_when_it_is_wr
 
 
 def test_a_model_is_built_without_its_experts_in_memory(tmp_path, monkeypatch):
-    """At most two layers' experts are alive at once while the store is written, and none is read afterwards."""
+    """At most two layers' experts are alive at once while the store is written, and none is read
+    afterwards."""
     config = tiny("model.layers=8", DROPLESS, "moe.position=pos2", "offload.way=determinate")
     whole = export(config, tmp_path / "model.safetensors").float().eval()
     source, path = tmp_path / "model.safetensors", tmp_path / "store.safetensors"
@@ -197,7 +225,9 @@ def test_a_model_is_built_without_its_experts_in_memory(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trained, "reader", counted)
     trained.store_experts(config, source, path)
-    layer = 2 * sum(p.nbytes for p in expert_layers(whole)["blocks.0.moe.experts"].parameters())  # in float64
+    layer = 2 * sum(
+        p.nbytes for p in expert_layers(whole)["blocks.0.moe.experts"].parameters()
+    )  # in float64
     assert len(names) == 8 and max(most) <= 2 * layer
     names.clear()
     model, cache = trained.load_offloaded(config, source, path)

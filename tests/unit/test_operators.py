@@ -1,4 +1,5 @@
-"""The recorder changes no bit, and sees the operators in the order of the schedule, forward and backward."""
+"""The recorder changes no bit, and sees the operators in the order of the schedule, forward and
+backward."""
 
 from unittest.mock import patch
 
@@ -39,7 +40,8 @@ def train(block, recorder):
 @pytest.mark.parametrize("noisy", [False, True], ids=["", "noisy"])
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_recording_changes_no_bit(schedule, noisy):
-    """With noise the gate reads its input twice, and encode reads it too, so the order of three gradients matters."""
+    """With noise the gate reads its input twice, and encode reads it too, so the order of three
+    gradients matters."""
     block = recorded_shortcut_block(schedule, 2.0, Log(), Blocking)
     if noisy:
         block.moe.router = randomise(Router(DIM, EXPERTS, 2, noisy=True).double())
@@ -52,7 +54,8 @@ def test_recording_changes_no_bit(schedule, noisy):
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_operators_are_seen_in_the_order_of_the_schedule(schedule):
-    """Each transfer is awaited at once. The pair's other sub-layers run before the tap, in backward after it."""
+    """Each transfer is awaited at once. The pair's other sub-layers run before the tap, in backward
+    after it."""
     recorder = Recorder(CPU)
     train(recorded_shortcut_block(schedule, 2.0, Log(), Blocking), recorder)
     forward, backward = ([s.operator for s in recorder.spans(d)] for d in ("forward", "backward"))
@@ -60,7 +63,14 @@ def test_operators_are_seen_in_the_order_of_the_schedule(schedule):
     assert forward == [*before, *schedule.operators()]
     assert sorted(backward) == sorted(forward)
     place = {op: backward.index(op) for op in backward}
-    assert place["decode"] < place["combine"] < place["experts"] < place["dispatch"] < place["encode"] < place["route"]
+    assert (
+        place["decode"]
+        < place["combine"]
+        < place["experts"]
+        < place["dispatch"]
+        < place["encode"]
+        < place["route"]
+    )
     backbone = [*before, *(op for own in schedule.around_experts for op in own)]
     assert [op for op in backward if op in backbone] == backbone[::-1]
 
@@ -79,17 +89,28 @@ def test_measured_times_are_those_of_the_operators():
     with patch.object(pricing, "gather", lambda times, group: times[None]):  # one rank
         (times,) = measured([recorder], [schedule], None)
     rows = 6 * 2  # slots: capacity 2 of 6 tokens for 6 experts
-    least = {"mlp": 4e-3, "attention": 2e-3, "shared_expert": 3e-3, "experts": rows * 1e-3, "dispatch": 0.0}
+    least = {
+        "mlp": 4e-3,
+        "attention": 2e-3,
+        "shared_expert": 3e-3,
+        "experts": rows * 1e-3,
+        "dispatch": 0.0,
+    }
     for direction, factor in ((0, 1), (1, 2)):
         for operator, seconds in least.items():
             assert times[direction, OPERATORS.index(operator)] >= factor * seconds, operator
-        assert times[direction, -1] >= times[direction, : len(OPERATORS)].sum() * 0.999  # they run one after another
+        assert (
+            times[direction, -1] >= times[direction, : len(OPERATORS)].sum() * 0.999
+        )  # they run one after another
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["before the block", "the block too"])
 def test_a_block_is_priced_where_all_before_it_is_frozen(frozen):
     """Its backward then ends before the gate, or does not begin."""
-    block, recorder = recorded_shortcut_block(Schedule("scmoe", "pos2", 1), 2.0, Log(), Blocking), Recorder(CPU)
+    block, recorder = (
+        recorded_shortcut_block(Schedule("scmoe", "pos2", 1), 2.0, Log(), Blocking),
+        Recorder(CPU),
+    )
     block.requires_grad_(not frozen)
     block.sublayers.requires_grad_(False)
     block.tap_norm.requires_grad_(False)

@@ -1,4 +1,5 @@
-"""Gradients let rows go first: no piece begins while rows are in flight, so rows wait behind two pieces at most."""
+"""Gradients let rows go first: no piece begins while rows are in flight, so rows wait behind two
+pieces at most."""
 
 import threading
 import time
@@ -61,7 +62,9 @@ def test_rows_wait_behind_the_pieces_in_flight_alone():
     pieces = [in_flight.popleft(), in_flight.popleft()]
     for _, sent in pieces:
         sent.arrived.set()
-    Carried(lambda *_: (flat, chunk), link)(flat, None)  # before the thread has looked again, or while it waits
+    Carried(lambda *_: (flat, chunk), link)(
+        flat, None
+    )  # before the thread has looked again, or while it waits
     for transfer in (rows, chunk):
         assert group.is_idle(), "a piece began while rows were in flight"
         transfer.arrived.set()
@@ -117,7 +120,9 @@ class Sums:
     def __init__(self) -> None:
         self.started: list[torch.futures.Future[torch.Tensor]] = []
 
-    def scatter(self, own: torch.Tensor, all_RN: torch.Tensor, group: Any) -> torch.futures.Future[torch.Tensor]:
+    def scatter(
+        self, own: torch.Tensor, all_RN: torch.Tensor, group: Any
+    ) -> torch.futures.Future[torch.Tensor]:
         self.started.append(torch.futures.Future())
         return self.started[-1]
 
@@ -149,7 +154,9 @@ def test_backward_of_split_weights_goes_on_until_one_units_sums_are_missing():
 
 @pytest.mark.parametrize("reader", ["an earlier batch", "rounding", "a hook"])
 def test_sums_that_are_read_at_once_are_waited_for(reader):
-    weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.bfloat16 if reader == "rounding" else torch.float32))
+    weight = torch.nn.Parameter(
+        torch.zeros(1, dtype=torch.bfloat16 if reader == "rounding" else torch.float32)
+    )
     if reader == "an earlier batch":
         weight.grad = torch.zeros(1)
     if reader == "a hook":

@@ -1,4 +1,5 @@
-"""The pictures and pages of results are those that `make figures` would make now; all readers can read them."""
+"""The pictures and pages of results are those that `make figures` would make now; all readers can
+read them."""
 
 import json
 import re
@@ -30,7 +31,9 @@ def drawn(monkeypatch):
     """Returns a list of all figures that are saved, with their metadata. No file is written."""
     found = []
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, metadata: found.append((figure, metadata)))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, path, metadata: found.append((figure, metadata))
+    )
     return found
 
 
@@ -53,26 +56,43 @@ def test_every_page_of_results_says_what_its_json_says(monkeypatch):
     monkeypatch.chdir(ROOT)
     made = pages()
     assert made.keys() == {*RESULTS.rglob("*.md")} - {RESULTS / "method.md"}
-    assert not [path for path, text in made.items() if path.read_text() != text], "make figures writes them again"
+    assert not [path for path, text in made.items() if path.read_text() != text], (
+        "make figures writes them again"
+    )
 
 
 def test_every_report_has_a_page(monkeypatch):
     """Of tables `results.json` is the report; the picture of Fig. 10 is on the page of Fig. 9."""
     monkeypatch.chdir(ROOT)
     reports = {path.stem for path in PAGES.glob("*.json")} - {"figure-10"} | {"figure-8"}
-    results = {path.relative_to(RESULTS).with_suffix("") for path in RESULTS.rglob("*.json") if path != CONDITIONS}
-    names = {str(path.parent if path.name == "results" else path) for path in results if "states" not in path.parts}
+    results = {
+        path.relative_to(RESULTS).with_suffix("")
+        for path in RESULTS.rglob("*.json")
+        if path != CONDITIONS
+    }
+    names = {
+        str(path.parent if path.name == "results" else path)
+        for path in results
+        if "states" not in path.parts
+    }
     found = experiments()
     assert {each.name for each in found} == reports | names and len(found) == len(reports | names)
     assert {each.name for each in found if not len(each.said["reading"].split()) <= 80} == set()
     shown = {name for each in found for name in each.said.get("pictures", ())}
-    assert {name for name in pictures() if name.startswith((*DRAW, "figure-", "table", "balance", "family"))} == shown
+    assert {
+        name
+        for name in pictures()
+        if name.startswith((*DRAW, "figure-", "table", "balance", "family"))
+    } == shown
 
 
 def test_a_page_has_the_numbers_of_its_json(tmp_path, monkeypatch):
-    """A report that is measured again changes its page and the overview, and a number that is not there is an error."""
+    """A report that is measured again changes its page and the overview, and a number that is not
+    there is an error."""
     for folder in (PAGES, RESULTS):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("states", "*.png"))
+        shutil.copytree(
+            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("states", "*.png")
+        )
     monkeypatch.chdir(tmp_path)
     name = "overlap-real-block-2-ranks-share-0.52"
     path, before = PAGES / f"{name}.json", pages()
@@ -80,7 +100,10 @@ def test_a_page_has_the_numbers_of_its_json(tmp_path, monkeypatch):
     report["rows"]["scmoe_pos3"]["train_speedup"] = 7.654
     path.write_text(json.dumps(report))
     after = pages()
-    assert {page for page in after if after[page] != before[page]} == {RESULTS / f"{name}.md", RESULTS / "README.md"}
+    assert {page for page in after if after[page] != before[page]} == {
+        RESULTS / f"{name}.md",
+        RESULTS / "README.md",
+    }
     assert all("| 7.65" in after[page] for page in (RESULTS / f"{name}.md", RESULTS / "README.md"))
     del report["rows"]["scmoe_pos3"]
     path.write_text(json.dumps(report))
@@ -110,12 +133,17 @@ def test_a_report_that_nothing_draws_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     PAGES.mkdir(parents=True)
     (PAGES / "other.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"other\.json is no report that is drawn, allowed: names that begin with"):
+    with pytest.raises(
+        ConfigError, match=r"other\.json is no report that is drawn, allowed: names that begin with"
+    ):
         pictures()
 
 
 def test_a_recording_shows_what_a_terminal_shows_at_the_end(tmp_path):
-    printed = "first\r\n\x1b[1;31mred\x1b[0m and plain\r\nstep 1/2\r\x1b[Kstep 2/2\r\n12\r\n\x1b[A\x1b[2K\rtop"
+    printed = (
+        "first\r\n\x1b[1;31mred\x1b[0m and plain\r\nstep 1/2\r\x1b[Kstep"
+        " 2/2\r\n12\r\n\x1b[A\x1b[2K\rtop"
+    )
     lines = terminal.lines_of(printed)
     assert [line.plain for line in lines] == ["first", "red and plain", "step 2/2", "top", ""]
     assert [(span.start, span.end) for span in lines[1].spans] != [], "colours stay"
@@ -135,21 +163,39 @@ def test_the_paper_s_values_are_those_of_its_tables():
         printed = {}
         for row in load_table(table).rows:
             speeds = {
-                kind: row.paper[f"{word} speed-up"] for kind, word in (("train", "training"), ("forward", "inference"))
+                kind: row.paper[f"{word} speed-up"]
+                for kind, word in (("train", "training"), ("forward", "inference"))
             }
-            printed.setdefault(row.speed, speeds)  # Table 2 has two models; GPT2-MoE-Medium stands first
+            printed.setdefault(
+                row.speed, speeds
+            )  # Table 2 has two models; GPT2-MoE-Medium stands first
         for row, speeds in PAPERS[share].rows.items():
             assert printed[row] == speeds, (share, row)
 
 
 def test_colours_differ_for_colour_blind_readers():
-    """As seen with protanopia and deuteranopia (Machado et al. 2009, severity 1; the matrices are for linear RGB)."""
+    """As seen with protanopia and deuteranopia (Machado et al. 2009, severity 1; the matrices are
+    for linear RGB)."""
     blind = {
-        "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
-        "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+        "protan": [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ],
+        "deutan": [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ],
     }
-    colors = [to_rgb(c) for c in (charts.BLUE, charts.SKY, charts.GREEN, charts.ORANGE, charts.RED, charts.PAPER)]
+    colors = [
+        to_rgb(c)
+        for c in (charts.BLUE, charts.SKY, charts.GREEN, charts.ORANGE, charts.RED, charts.PAPER)
+    ]
     for kind, matrix in blind.items():
-        seen = [np.clip(np.array(matrix) @ np.array(color) ** 2.2, 0, 1) ** (1 / 2.2) for color in colors]
+        seen = [
+            np.clip(np.array(matrix) @ np.array(color) ** 2.2, 0, 1) ** (1 / 2.2)
+            for color in colors
+        ]
         for a, b in combinations(seen, 2):
             assert np.abs(a - b).max() > 0.1, kind

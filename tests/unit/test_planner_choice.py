@@ -1,7 +1,8 @@
-"""The planner's choice on played ranks: close to the best schedule at every load, and kept while the busy rank moves.
+"""The planner's choice on played ranks: close to the best schedule at every load, and kept while
+the busy rank moves.
 
-Ranks are those of tests/support/played.py, with 1 ms of latency for each transfer, so that chunks are not free.
-What ran is printed once.
+Ranks are those of tests/support/played.py, with 1 ms of latency for each transfer, so that chunks
+are not free. What ran is printed once.
 """
 
 import random
@@ -16,7 +17,14 @@ import pytest
 import torch
 
 from scmoe.planning import planner as planner_module
-from scmoe.planning.planner import CANDIDATES, MOST_TRIES, Overlap, Planner, shortlist, still_fastest
+from scmoe.planning.planner import (
+    CANDIDATES,
+    MOST_TRIES,
+    Overlap,
+    Planner,
+    shortlist,
+    still_fastest,
+)
 from scmoe.planning.pricing import LayerChoice, predicted
 from scmoe.schedule.cost import OperatorTimes, Share, slots
 from scmoe.schedule.schedule import Schedule
@@ -26,7 +34,12 @@ from tests.support.played import hot_rank, sample_of, step_ms
 CHUNKS = (1, 2, 4)
 LATENCY_MS = 1.0
 LOADS = (1.0, 1.3, 1.7, 2.0)
-SCHEDULES = [Schedule("top_k"), Schedule("shared_expert"), Schedule("scmoe", "pos2"), Schedule("scmoe", "pos3")]
+SCHEDULES = [
+    Schedule("top_k"),
+    Schedule("shared_expert"),
+    Schedule("scmoe", "pos2"),
+    Schedule("scmoe", "pos3"),
+]
 Rows = Callable[[int], list[Share]]  # those of a step
 
 
@@ -39,7 +52,11 @@ class PlayedBlock:
     @property
     def divided(self) -> Schedule:
         slots = self.schedule.attentions
-        return replace(self.schedule, expert_slot=slots[0], inside_attention=True) if slots else self.schedule
+        return (
+            replace(self.schedule, expert_slot=slots[0], inside_attention=True)
+            if slots
+            else self.schedule
+        )
 
     def run_as(self, schedule: Schedule, dispatcher: Any, recorder: Any = None) -> None:
         self.schedule = schedule
@@ -74,7 +91,9 @@ def played(
 
 def over_best(chosen: Schedule, rows: list[Share]) -> float:
     """Returns the time of a step over that of the best schedule."""
-    every = [s for c in CHUNKS for s in slots(Schedule(chosen.architecture, chosen.position, chunks=c))]
+    every = [
+        s for c in CHUNKS for s in slots(Schedule(chosen.architecture, chosen.position, chunks=c))
+    ]
     best = min(step_ms(schedule, rows, latency_ms=LATENCY_MS)[1] for schedule in every)
     return step_ms(chosen, rows, latency_ms=LATENCY_MS)[1] / best
 
@@ -92,13 +111,20 @@ def test_the_choice_is_within_3_percent_of_the_best(own, ranks):
 
 @pytest.mark.parametrize("ranks", (2, 4))
 def test_experts_run_inside_attention_where_that_has_the_lowest_price(ranks):
-    """A transfer of 76 (114) ms fits 72 + 48 ms of the window of Pos-1 better than its operators, 90 and 30 ms."""
+    """A transfer of 76 (114) ms fits 72 + 48 ms of the window of Pos-1 better than its operators,
+    90 and 30 ms."""
     rows = hot_rank(1.0, ranks)
-    with patch(f"{__name__}.CHUNKS", (1,)), played(Schedule("scmoe", "pos1"), lambda step: rows) as (planner, step):
+    with (
+        patch(f"{__name__}.CHUNKS", (1,)),
+        played(Schedule("scmoe", "pos1"), lambda step: rows) as (planner, step),
+    ):
         while not planner.has_chosen:
             step()
         assert planner.priced[1][0][0].schedule == Schedule("scmoe", "pos1", inside_attention=True)
-        assert planner.choices[0].schedule.inside_attention and over_best(planner.choices[0].schedule, rows) <= 1.03
+        assert (
+            planner.choices[0].schedule.inside_attention
+            and over_best(planner.choices[0].schedule, rows) <= 1.03
+        )
         assert all(choice.eq11.inside_attention is False for choice in planner.choices)
 
 
@@ -129,7 +155,8 @@ def test_a_load_that_comes_and_goes_is_measured_once():
 
 
 def test_a_trial_takes_the_batches_of_a_step():
-    """One batch of each step also sums gradients, which takes 1 s, whichever batch the measurement ended with."""
+    """One batch of each step also sums gradients, which takes 1 s, whichever batch the measurement
+    ended with."""
     rows = hot_rank(1.0, 2)
     seen: list[Schedule] = []
 
@@ -151,7 +178,10 @@ def test_what_is_tried_are_the_best_of_each_number_of_chunks_and_those_near_the_
         times = {chunks: OperatorTimes({"attention": ms})}
         return [LayerChoice(Schedule("scmoe", "pos1", 0, chunks), times, (1.0, 1.0))]
 
-    priced = {1: [candidate(1, ms) for ms in (10.0, 10.9, 11.2)], 2: [candidate(2, ms) for ms in (14.0, 14.1)]}
+    priced = {
+        1: [candidate(1, ms) for ms in (10.0, 10.9, 11.2)],
+        2: [candidate(2, ms) for ms in (14.0, 14.1)],
+    }
     assert [predicted(choices) for choices in shortlist(priced)] == [10.0, 14.0, 10.9]
     many = {1: [candidate(1, 10.0 + i / 100) for i in range(2 * CANDIDATES)]}
     assert len(shortlist(many)) == CANDIDATES
@@ -163,7 +193,10 @@ def test_what_is_tried_are_the_best_of_each_number_of_chunks_and_those_near_the_
         ({0: [1.0] * 4, 1: [2.0] * 4}, [0, 1]),  # too few rounds
         ({0: [1.0] * 5, 1: [1.1] * 5}, [0]),
         ({0: [1.0] * 5, 1: [1.0] * 5}, [0]),  # there is nothing to gain
-        ({0: [1.0, 2.0, 1.1, 1.0, 3.0], 1: [0.9, 1.8, 0.99, 0.9, 2.7]}, [1]),  # what disturbs a round disturbs both
+        (
+            {0: [1.0, 2.0, 1.1, 1.0, 3.0], 1: [0.9, 1.8, 0.99, 0.9, 2.7]},
+            [1],
+        ),  # what disturbs a round disturbs both
         ({0: [1.0, 1.2, 0.9, 1.1, 1.0], 1: [1.1, 1.0, 1.0, 1.0, 1.2]}, [0, 1]),  # not decided yet
         ({0: [1.0] * 5, 1: [1.2] * 4 + [0.2]}, [0, 1]),  # perhaps one step was short by chance
     ],
@@ -180,7 +213,11 @@ def test_a_hidden_share_is_none_where_communication_is_below_the_noise():
     planner = Planner.__new__(Planner)
     forward = {"dispatch": 0.025, "combine": 0.025, "attention": 0.05}
     backward = {"dispatch": 0.0005, "combine": 0.0005, "attention": 0.05}
-    planner.choices = [LayerChoice(Schedule("scmoe", "pos1", 1), {1: OperatorTimes(forward, backward)}, (0.1, 0.051))]
+    planner.choices = [
+        LayerChoice(
+            Schedule("scmoe", "pos1", 1), {1: OperatorTimes(forward, backward)}, (0.1, 0.051)
+        )
+    ]
     planner.usual, planner.overlap, planner.drifted = [], None, 0
     planner.note_overlap(torch.tensor([[[0.06], [0.0505]]]))
     assert planner.overlap is not None
@@ -190,16 +227,24 @@ def test_a_hidden_share_is_none_where_communication_is_below_the_noise():
 
 def test_what_ran_is_said_once_for_a_schedule_and_only_measured_shares_are_logged(capsys):
     """The planner measures again where times drift, and mostly finds the same schedule."""
-    times = {1: OperatorTimes({"dispatch": 0.010, "combine": 0.010}, {"dispatch": 0.010, "combine": 0.010})}
+    times = {
+        1: OperatorTimes(
+            {"dispatch": 0.010, "combine": 0.010}, {"dispatch": 0.010, "combine": 0.010}
+        )
+    }
     first = LayerChoice(Schedule("scmoe", "pos1", 1), times, (0.04, 0.04))
     other = replace(first, schedule=Schedule("scmoe", "pos1", 2))
     callback, logged = AdaptiveSchedule(auto=False, chunks=(1,)), []
-    trainer: Any = SimpleNamespace(is_global_zero=True, accumulate_grad_batches=1, log_every_n_steps=1)
+    trainer: Any = SimpleNamespace(
+        is_global_zero=True, accumulate_grad_batches=1, log_every_n_steps=1
+    )
     module: Any = SimpleNamespace(log_dict=logged.append)
     said = []
     for choice in (first, replace(first, sequential=(0.05, 0.05)), other):
         overlap = Overlap([0.05, 0.05], [0.5, 0.5], [0.75, None])
-        planner: Any = SimpleNamespace(end_step=lambda: None, choices=[choice], overlap=overlap, backend="gloo")
+        planner: Any = SimpleNamespace(
+            end_step=lambda: None, choices=[choice], overlap=overlap, backend="gloo"
+        )
         callback.planner = planner
         callback.on_train_batch_end(trainer, module, None, None, 0)
         said.append(capsys.readouterr().err.count("ran: gloo, slot"))

@@ -1,4 +1,5 @@
-"""A timeline of one rank equals that of every rank where rows are even; with uneven rows the busiest rank decides."""
+"""A timeline of one rank equals that of every rank where rows are even; with uneven rows the
+busiest rank decides."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -16,7 +17,11 @@ OPERATORS = (
     *("attention", *PARTS, "mlp", "shared_expert", "current"),
 )
 TIMES = st.fixed_dictionaries({op: st.floats(0.1, 10.0) for op in OPERATORS})
-NAMES = [(name, position) for name, positions in ARCHITECTURES.items() for position in positions or (None,)]
+NAMES = [
+    (name, position)
+    for name, positions in ARCHITECTURES.items()
+    for position in positions or (None,)
+]
 SCHEDULES = st.sampled_from([choice for name in NAMES for choice in slots(Schedule(*name))])
 
 
@@ -39,23 +44,30 @@ def test_neither_row_of_a_timeline_has_overlapping_spans(schedule, times, chunks
 def test_ranks_with_even_rows_run_as_one_rank(schedule, times, chunks, ranks, sequential):
     even = shares([[3.0] * ranks] * ranks)
     assert even == [EVEN] * ranks
-    for operators in (one := replace(schedule, chunks=chunks)).operators(), one.backward_operators():
+    for operators in (
+        (one := replace(schedule, chunks=chunks)).operators(),
+        one.backward_operators(),
+    ):
         expected = play(operators, times, sequential)
         assert play_ranks(operators, times, [even] * chunks, sequential) == [expected] * ranks
 
 
 @given(SCHEDULES, TIMES, st.sampled_from([(2, 1.3), (2, 2.0), (4, 1.7), (4, 4.0)]))
 def test_with_one_chunk_the_busiest_rank_decides(schedule, times, load):
-    """Section 3.2's two terms with `load` times the transfers, and `load` times the experts' computation."""
+    """Section 3.2's two terms with `load` times the transfers, and `load` times the experts'
+    computation."""
     ranks, hot = load
     slow = times | {op: hot * times[op] for op in (*TRANSFERS, "experts")}
     for operators in (schedule.operators(), schedule.backward_operators()):
         of_ranks = play_ranks(operators, times, [hot_rank(hot, ranks)])
-        assert max(map(elapsed, of_ranks)) == pytest.approx(elapsed(play(operators, slow)), abs=1e-9)
+        assert max(map(elapsed, of_ranks)) == pytest.approx(
+            elapsed(play(operators, slow)), abs=1e-9
+        )
 
 
 def test_a_busy_rank_receives_a_chunk_while_it_sends_the_one_before_back():
-    """Two ranks, and rank 1's experts get nothing: dispatch fills one direction of the link, combine the other.
+    """Two ranks, and rank 1's experts get nothing: dispatch fills one direction of the link,
+    combine the other.
 
     to rank 0     dispatch 20    dispatch 20
     rank 0                       experts 8     wait  experts 8
@@ -66,22 +78,35 @@ def test_a_busy_rank_receives_a_chunk_while_it_sends_the_one_before_back():
     busy, idle = play_ranks(Schedule("top_k", chunks=2).operators(), times, [hot_rank(2.0, 2)] * 2)
     found = [(span.operator, span.start, span.end) for span in busy if span.end > span.start]
     assert found == [
-        *(("dispatch", 0.0, 20.0), ("dispatch", 20.0, 40.0), ("experts", 20.0, 28.0), ("combine", 28.0, 48.0)),
+        *(
+            ("dispatch", 0.0, 20.0),
+            ("dispatch", 20.0, 40.0),
+            ("experts", 20.0, 28.0),
+            ("combine", 28.0, 48.0),
+        ),
         *(("experts", 40.0, 48.0), ("combine", 48.0, 68.0)),
     ]
-    assert elapsed(idle) == elapsed(busy) and all(span.start == span.end for span in idle if span.operator == "experts")
-    backward = play_ranks(Schedule("top_k", chunks=2).backward_operators(), times, [hot_rank(2.0, 2)] * 2)
+    assert elapsed(idle) == elapsed(busy) and all(
+        span.start == span.end for span in idle if span.operator == "experts"
+    )
+    backward = play_ranks(
+        Schedule("top_k", chunks=2).backward_operators(), times, [hot_rank(2.0, 2)] * 2
+    )
     assert elapsed(backward[0]) == 68.0
 
 
 def test_a_transfer_waits_for_the_rank_that_launches_last():
-    late = play_ranks(("dispatch", "decode"), {"dispatch": 5.0, "decode": 1.0}, [[EVEN, EVEN]], starts=[0.0, 3.0])
+    late = play_ranks(
+        ("dispatch", "decode"), {"dispatch": 5.0, "decode": 1.0}, [[EVEN, EVEN]], starts=[0.0, 3.0]
+    )
     assert [(span.start, span.end) for span in late[0]] == [(3.0, 8.0), (8.0, 9.0)]
 
 
-# time of sequential top-2 with even rows over that of the schedule, of forward and of a training step, at rank 0's load
+# time of sequential top-2 with even rows over that of the schedule, of forward and of a training
+# step, at rank 0's load
 LOADS = (1.0, 1.3, 1.7, 2.0)
-PROTOTYPE = {  # of a program that played the same ranks; medians of its measurements were within 4 %
+# of a program that played the same ranks; medians of its measurements were within 4 %
+PROTOTYPE = {
     Schedule("top_k"): ((1.00, 1.00), (0.84, 0.86), (0.69, 0.72), (0.61, 0.64)),
     Schedule("shared_expert"): ((1.47, 1.39), (1.29, 1.24), (1.10, 1.09), (1.00, 1.00)),
     Schedule("scmoe", "pos1", 1): ((1.82, 1.63), (1.61, 1.49), (1.33, 1.31), (1.19, 1.21)),
@@ -92,9 +117,12 @@ PROTOTYPE = {  # of a program that played the same ranks; medians of its measure
 
 @pytest.mark.parametrize("schedule", PROTOTYPE, ids=str)
 def test_speed_ups_under_load_are_those_of_the_prototype(schedule):
-    """It allows 0.01 for rounding, and for backward that begins on each rank when forward has ended there."""
+    """It allows 0.01 for rounding, and for backward that begins on each rank when forward has ended
+    there."""
     top_2 = Schedule("top_k")
     even = step_ms(top_2, hot_rank(1.0, 2), sequential=True)
     for load, expected in zip(LOADS, PROTOTYPE[schedule], strict=True):
         own = step_ms(schedule, hot_rank(load, 2), schedule == top_2)
-        assert [e / o for e, o in zip(even, own, strict=True)] == pytest.approx(expected, abs=0.0151), load
+        assert [e / o for e, o in zip(even, own, strict=True)] == pytest.approx(
+            expected, abs=0.0151
+        ), load

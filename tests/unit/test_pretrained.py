@@ -1,6 +1,7 @@
 """Checkpoints of other programs and exports are read, or refused by a message that names the cause.
 
-tests/peers checks equality with transformers' own models; here folders are written by hand, without that library.
+tests/peers checks equality with transformers' own models; here folders are written by hand, without
+that library.
 """
 
 import json
@@ -12,7 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
-from scmoe.init_from.pretrained import READERS, check_settings, read_config, read_export, settings_of
+from scmoe.init_from.pretrained import (
+    READERS,
+    check_settings,
+    read_config,
+    read_export,
+    settings_of,
+)
 from scmoe.init_from.upcycle import fill
 from scmoe.parallel.checkpoint.export import FORMAT_VERSION
 from scmoe.parallel.mesh import ParallelContext
@@ -21,8 +28,19 @@ from tests.support.exports import FAMILIES, dense, export
 from tests.support.models import tiny, tiny_model
 
 LLAMA = {
-    **{"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 64},
-    **{"num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5, "hidden_act": "silu"},
+    **{
+        "model_type": "llama",
+        "num_hidden_layers": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "vocab_size": 64,
+    },
+    **{
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+    },
 }
 
 
@@ -35,7 +53,10 @@ def llama_folder(folder: Path, **changes) -> dict[str, torch.Tensor]:
     for ours, theirs in names.items():
         sizes = {3: [16, 8, 8], 2: [24, 24], 1: [len(model.get_parameter(ours))]}[len(theirs)]
         tensors |= dict(zip(theirs, model.get_parameter(ours).detach().split(sizes), strict=True))
-    prefixed = {name if name == "lm_head.weight" else f"model.{name}": t.clone() for name, t in tensors.items()}
+    prefixed = {
+        name if name == "lm_head.weight" else f"model.{name}": t.clone()
+        for name, t in tensors.items()
+    }
     save_file(prefixed, folder / "model.safetensors")
     return prefixed
 
@@ -63,7 +84,9 @@ def assert_starts_from(config: Config, expected: torch.nn.Module) -> None:
 
 def test_a_folder_is_read(tmp_path):
     llama_folder(tmp_path)
-    assert_starts_from(dense("llama", f"init_from=hf:{tmp_path}"), tiny_model(dense("llama"), torch.float32))
+    assert_starts_from(
+        dense("llama", f"init_from=hf:{tmp_path}"), tiny_model(dense("llama"), torch.float32)
+    )
 
 
 @pytest.mark.parametrize("word", ["moe.architecture=dense", "moe.position=pos1"])
@@ -117,12 +140,24 @@ def test_a_tensor_of_other_dimensions_is_refused_by_name(words, shape, tmp_path)
     ("changes", "overrides", "said"),
     [
         ({"num_attention_heads": 4}, (), "model.heads is 2, allowed: 4"),
-        ({"num_key_value_heads": 2}, ("data.vocab_size=65",), "model.kv_heads is 1, allowed: 2; data.vocab_size is 65"),
+        (
+            {"num_key_value_heads": 2},
+            ("data.vocab_size=65",),
+            "model.kv_heads is 1, allowed: 2; data.vocab_size is 65",
+        ),
         ({}, ("model.activation=gelu",), "model.activation is 'gelu', allowed: 'swiglu'"),
         ({}, ("model.family=gpt",), "model.family is 'gpt', allowed: 'llama'"),
         ({"rope_theta": 500000.0}, (), "model.rope_theta is 10000.0, allowed: 500000.0"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, (), "rope_type is 'llama3'"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, (), "rope_type is 'linear', allowed: 'default'"),
+        (
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
+            (),
+            "rope_type is 'llama3'",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            (),
+            "rope_type is 'linear', allowed: 'default'",
+        ),
         ({"rms_norm_eps": 1e-6}, (), "model.norm_eps is 1e-05, allowed: 1e-06"),
         ({"attention_bias": True}, (), "attention_bias is True, allowed: False"),
         ({"model_type": "mistral"}, (), "model_type is 'mistral', allowed: gpt2, llama"),
@@ -138,8 +173,15 @@ def test_settings_that_shapes_do_not_show_are_checked(changes, overrides, said, 
 @pytest.mark.parametrize("family", ("mixtral", "qwen2_moe"))
 def test_an_moe_of_transformers_has_a_plain_router(family):
     """No shape shows the scale of the weights."""
-    sizes = {"num_local_experts": 6, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-    settings, problems, _ = READERS[family]({**LLAMA, **sizes, "shared_expert_intermediate_size": 24})
+    sizes = {
+        "num_local_experts": 6,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+    }
+    settings, problems, _ = READERS[family](
+        {**LLAMA, **sizes, "shared_expert_intermediate_size": 24}
+    )
     assert not problems
     with pytest.raises(ValueError, match=r"moe\.router_scale is 2\.0, allowed: 1\.0"):
         check_settings(settings_of(tiny("moe.router_scale=2")), settings)
@@ -175,7 +217,9 @@ def test_a_config_with_far_too_many_layers_is_refused_before_it_is_read(changes,
 def test_a_file_that_a_killed_export_has_left_is_not_read(tmp_path):
     llama_folder(tmp_path)
     (tmp_path / ".tmp-0123abcd-model.safetensors").write_bytes(b"half a header")
-    assert_starts_from(dense("llama", f"init_from=hf:{tmp_path}"), tiny_model(dense("llama"), torch.float32))
+    assert_starts_from(
+        dense("llama", f"init_from=hf:{tmp_path}"), tiny_model(dense("llama"), torch.float32)
+    )
 
 
 def test_an_export_of_another_format_is_refused(tmp_path):
@@ -183,20 +227,28 @@ def test_an_export_of_another_format_is_refused(tmp_path):
     save_file({"tokens.weight": torch.zeros(1)}, file)
     assert "has format version None, allowed: 2" in refusal(dense("gpt", f"init_from=scmoe:{file}"))
     for header in ({}, {"settings": "{"}, {"settings": "3"}):
-        save_file({"tokens.weight": torch.zeros(1)}, file, metadata={"format_version": FORMAT_VERSION, **header})
-        assert "its header does not hold the model's settings" in refusal(dense("gpt", f"init_from=scmoe:{file}"))
+        save_file(
+            {"tokens.weight": torch.zeros(1)},
+            file,
+            metadata={"format_version": FORMAT_VERSION, **header},
+        )
+        assert "its header does not hold the model's settings" in refusal(
+            dense("gpt", f"init_from=scmoe:{file}")
+        )
 
 
 CHANGES = (
-    "model.dim=32 model.heads=4 model.layers=4 model.ffn_dim=48 model.activation=gelu_tanh data.vocab_size=65 "
-    "moe.num_experts=8 moe.top_k=2 moe.architecture=dense moe.architecture=shared_expert moe.position=pos1 "
-    "moe.first_position=pos1 moe.combine=cg2 moe.coefficient_input=tap moe.tap_norm=shared moe.noisy=true"
+    "model.dim=32 model.heads=4 model.layers=4 model.ffn_dim=48 model.activation=gelu_tanh"
+    " data.vocab_size=65 moe.num_experts=8 moe.top_k=2 moe.architecture=dense"
+    " moe.architecture=shared_expert moe.position=pos1 moe.first_position=pos1 moe.combine=cg2"
+    " moe.coefficient_input=tap moe.tap_norm=shared moe.noisy=true"
 )
 
 
 @pytest.mark.parametrize("change", CHANGES.split())
 def test_an_export_into_another_model_is_refused_by_key(change, tmp_path):
-    """Shapes do not show it: with another position or number of heads all tensors fit, and give another model."""
+    """Shapes do not show it: with another position or number of heads all tensors fit, and give
+    another model."""
     file, key = tmp_path / "model.safetensors", change.partition("=")[0]
     export(tiny(), file)
     message = refusal(tiny(change, f"init_from=scmoe:{file}"))
@@ -208,7 +260,15 @@ def test_settings_that_do_not_define_the_model_may_differ(tmp_path):
     """Keys of the training, and keys that this architecture does not read, may have other values."""
     file, top_2 = tmp_path / "model.safetensors", ("moe.architecture=top_k", "moe.top_k=2")
     export(tiny(*top_2), file)
-    start(tiny(*top_2, "moe.rows=filled", "moe.capacity_factor=null", "model.dropout=0.1", f"init_from=scmoe:{file}"))
+    start(
+        tiny(
+            *top_2,
+            "moe.rows=filled",
+            "moe.capacity_factor=null",
+            "model.dropout=0.1",
+            f"init_from=scmoe:{file}",
+        )
+    )
 
 
 @pytest.mark.parametrize("word", ("model.norm_eps=1e-6", "model.rope_theta=5e4"))
@@ -216,14 +276,20 @@ def test_an_export_without_newer_settings_has_the_values_of_its_time(word, tmp_p
     file = tmp_path / "model.safetensors"
     export(dense("llama"), file)
     settings = read_export(file).settings
-    older = {key: value for key, value in settings.items() if key not in ("model.norm_eps", "model.rope_theta")}
+    older = {
+        key: value
+        for key, value in settings.items()
+        if key not in ("model.norm_eps", "model.rope_theta")
+    }
     header = {"format_version": FORMAT_VERSION, "settings": json.dumps(older)}
     save_file(load_file(file), file, metadata=header)
     start(dense("llama", f"init_from=scmoe:{file}"))
     assert word.partition("=")[0] in refusal(dense("llama", word, f"init_from=scmoe:{file}"))
 
 
-@pytest.mark.parametrize("value", ["gpt2", "zip:file", "https://example.com/model", "scmoe:runs/latest/export/x"])
+@pytest.mark.parametrize(
+    "value", ["gpt2", "zip:file", "https://example.com/model", "scmoe:runs/latest/export/x"]
+)
 def test_other_sources_and_the_link_to_the_newest_run_are_refused(value, tmp_path):
     with pytest.raises(ConfigError, match="init_from is "):
         tiny(f"init_from={value}")
@@ -233,9 +299,17 @@ def test_other_sources_and_the_link_to_the_newest_run_are_refused(value, tmp_pat
 @pytest.mark.parametrize(
     ("family", "words", "said"),
     [
-        ("llama", "architecture=top_k top_k=1", "requires moe.top_k >= 2 and weights that sum to one"),
+        (
+            "llama",
+            "architecture=top_k top_k=1",
+            "requires moe.top_k >= 2 and weights that sum to one",
+        ),
         ("llama", "architecture=top_k top_k=2 renormalise=false", "and weights that sum to one"),
-        ("gpt", "architecture=top_k top_k=2", "experts have no biases, but the checkpoint's MLPs do"),
+        (
+            "gpt",
+            "architecture=top_k top_k=2",
+            "experts have no biases, but the checkpoint's MLPs do",
+        ),
         ("llama", "architecture=dgmoe", "moe.architecture top_k, shared_expert or scmoe"),
         ("gpt", "zero_experts=2", "requires moe.zero_experts=0"),
         ("gpt", "every=1 position=pos1 leading_dense=[24]", "and moe.leading_dense=[]"),

@@ -1,8 +1,9 @@
-"""Every private name of Lightning and torch that the product uses is still as expected, and only one file uses them.
+"""Every private name of Lightning and torch that the product uses is still as expected, and only
+one file uses them.
 
-Private names are those with an underscore, which `test_private_names_are_used_in_the_seam_alone` finds, and those
-without an underscore and without documentation, which are listed here. After an upgrade that changes one, a test fails
-and shows its name.
+Private names are those with an underscore, which `test_private_names_are_used_in_the_seam_alone`
+finds, and those without an underscore and without documentation, which are listed here. After an
+upgrade that changes one, a test fails and shows its name.
 """
 
 import ast
@@ -23,7 +24,10 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import (
+    _MultiProcessingLauncher,
+    _SubprocessScriptLauncher,
+)
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
@@ -32,7 +36,11 @@ from torch import nn
 from torch.autograd import Variable
 from torch.distributed import HashStore, distributed_c10d
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
+from torch.distributed.fsdp._fully_shard._fsdp_common import (
+    FSDPMeshInfo,
+    HSDPMeshInfo,
+    ShardPlacementResult,
+)
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.nn.parallel import DistributedDataParallel
@@ -71,27 +79,46 @@ OTHERS = {
     *("_set_unshard_async_op", "_reduce_scatter_comm", "_post_accumulate_grad_hooks"),
     *("_dynamo", "_timeout", "_profiler_enabled", "_set_pg_timeout"),
     "_fingerprint",  # Hugging Face data sets have it
-    "_is_hf_initialized",  # transformers marks weights that it has read; tests/peers/test_hf_export.py holds it
-    "_attn_implementation",  # of transformers' configs; tests/peers/test_transformers_mixins.py holds it
+    # transformers marks weights that it has read; tests/peers/test_hf_export.py holds it
+    "_is_hf_initialized",
+    # of transformers' configs; tests/peers/test_transformers_mixins.py holds it
+    "_attn_implementation",
     *("_forward_hooks", "_forward_pre_hooks"),
 }
 DRY_RUN = {  # what fake tensors, their modes and their groups are called; test_dry_run.py uses each
     "scmoe/estimate/counted_step.py": {
         *("_subclasses", "_internal", "_guards", "_python_dispatch", "_cdata"),
-        *("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"),
+        *(
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_flash_attention_for_cpu_backward",
+        ),
     }
 }
 OTHERS |= set().union(*DRY_RUN.values())
 UNDOCUMENTED = {  # undocumented names without an underscore
     *("FSDPMeshInfo", "HSDPMeshInfo", "ShardPlacementResult"),
-    *("epoch_loop", "val_loop", "batch_progress", "TrainerStatus", "procs", "rank_zero_only", "pl_load"),
+    *(
+        "epoch_loop",
+        "val_loop",
+        "batch_progress",
+        "TrainerStatus",
+        "procs",
+        "rank_zero_only",
+        "pl_load",
+    ),
 }
 PYTHONS = {"_exit", "_fields", "_getframe", "_replace"}
 SEAMS = ("scmoe/lightning/seam.py", "scmoe/parallel/torch_seam.py")
 ELSEWHERE = {(path, name) for path, names in DRY_RUN.items() for name in names}
-ELSEWHERE |= {("datamodules/text.py", "_fingerprint"), ("scmoe/lightning/known_to_lightning.py", "pl_load")}
+ELSEWHERE |= {
+    ("datamodules/text.py", "_fingerprint"),
+    ("scmoe/lightning/known_to_lightning.py", "pl_load"),
+}
 ELSEWHERE |= {("scmoe/hf.py", "_is_hf_initialized"), ("scmoe/moe/router.py", "_apply")}
-ELSEWHERE |= {("scmoe/moe/operators.py", "_profiler_enabled"), ("scmoe/hf.py", "_attn_implementation")}
+ELSEWHERE |= {
+    ("scmoe/moe/operators.py", "_profiler_enabled"),
+    ("scmoe/hf.py", "_attn_implementation"),
+}
 ELSEWHERE |= {("scmoe/blocks/latent.py", name) for name in ("_forward_hooks", "_forward_pre_hooks")}
 
 
@@ -104,12 +131,19 @@ def test_signature(name):
 def test_the_others_exist():
     assert ModelCheckpoint()._last_global_step_saved == 0
     assert "if self._restarting:" in inspect.getsource(BaseFinetuning.on_fit_start)
-    assert "self._link_checkpoint(trainer, self._last_checkpoint_saved, filepath)" in inspect.getsource(ModelCheckpoint)
+    assert (
+        "self._link_checkpoint(trainer, self._last_checkpoint_saved, filepath)"
+        in inspect.getsource(ModelCheckpoint)
+    )
     assert "self.file_exists(filepath, trainer)" in inspect.getsource(ModelCheckpoint)
     assert "not self._has_already_handler(sigusr)" in inspect.getsource(_SignalConnector)
-    assert "self._last_global_step_saved == trainer.global_step" in inspect.getsource(ModelCheckpoint)
+    assert "self._last_global_step_saved == trainer.global_step" in inspect.getsource(
+        ModelCheckpoint
+    )
     assert isinstance(Trainer(logger=False, accelerator="cpu")._signal_connector, _SignalConnector)
-    assert inspect.getsource(_SignalConnector).count("signal.signal(") == 1, "only _register_signal sets handlers"
+    assert inspect.getsource(_SignalConnector).count("signal.signal(") == 1, (
+        "only _register_signal sets handlers"
+    )
     assert "_batches_that_stepped" in inspect.getsource(_TrainingEpochLoop.on_load_checkpoint)
     assert hasattr(nn.Module(), "_compiled_call_impl")
     assert not nn.Module()._forward_hooks and not nn.Module()._forward_pre_hooks
@@ -117,9 +151,13 @@ def test_the_others_exist():
     assert torch._dynamo.config.recompile_limit >= 8
     assert callable(Variable._execution_engine.queue_callback)
     assert rank_zero_only.rank == 0, "known before a Trainer exists"
-    assert "_ddp_params_and_buffers_to_ignore" in inspect.getsource(DistributedDataParallel.__init__)
+    assert "_ddp_params_and_buffers_to_ignore" in inspect.getsource(
+        DistributedDataParallel.__init__
+    )
     assert DDPStrategy(bucket_cap_mb=3.0)._ddp_kwargs == {"bucket_cap_mb": 3.0}
-    assert "if backend_options._timeout != " in inspect.getsource(distributed_c10d), "torch warns of another timeout"
+    assert "if backend_options._timeout != " in inspect.getsource(distributed_c10d), (
+        "torch warns of another timeout"
+    )
     assert "**self._ddp_kwargs" in inspect.getsource(DDPStrategy._setup_model)
 
 
@@ -138,11 +176,18 @@ def test_the_default_timeout_is_set_by_a_name_that_does_not_warn():
 def test_fsdp_places_parameters_by_process_group_and_reads_a_groups_policy_late():
     """`split_over` and `gather_as_kept` rely on this."""
     for kind in (FSDPMeshInfo, HSDPMeshInfo):
-        assert list(inspect.signature(kind).parameters)[:3] == ["mesh", "shard_mesh_dim", "replicate_mesh_dim"]
+        assert list(inspect.signature(kind).parameters)[:3] == [
+            "mesh",
+            "shard_mesh_dim",
+            "replicate_mesh_dim",
+        ]
     assert list(inspect.signature(ShardPlacementResult).parameters) == ["placement", "mesh_info"]
     assert "self._init_mp_dtypes()" in inspect.getsource(FSDPParamGroup.lazy_init)
     read = inspect.getsource(FSDPParamGroup._init_mp_dtypes)
-    assert any(f"fsdp_param.init_dtype_attrs({owner}.mp_policy)" in read for owner in ("self", "fsdp_param"))
+    assert any(
+        f"fsdp_param.init_dtype_attrs({owner}.mp_policy)" in read
+        for owner in ("self", "fsdp_param")
+    )
     unit = FSDPState()
     assert unit._fsdp_param_groups == [] and callable(FSDPModule._get_fsdp_state)
 
@@ -151,7 +196,10 @@ def test_fsdp_gathers_in_the_background_and_sums_as_it_is_told_to():
     """`gather_in_background`, `scatter_by` and `has_gradient_hooks` rely on this."""
     assert "self._reduce_scatter_comm,\n" in inspect.getsource(FSDPParamGroup.post_backward)
     assert nn.Parameter(torch.zeros(1))._post_accumulate_grad_hooks is None
-    assert list(inspect.signature(FSDPModule._set_unshard_async_op).parameters) == ["self", "async_op"]
+    assert list(inspect.signature(FSDPModule._set_unshard_async_op).parameters) == [
+        "self",
+        "async_op",
+    ]
     assert "self.unshard(self.unshard_async_op)" in inspect.getsource(FSDPParamGroup.pre_forward)
 
 
@@ -163,12 +211,17 @@ NAMING = (ast.Attribute, ast.ImportFrom, ast.Call, ast.FunctionDef, ast.ClassDef
 
 
 def names_of(node):
-    """Returns the names that a node uses: an attribute, imported names, or the text in a call of getattr or hasattr."""
+    """Returns the names that a node uses: an attribute, imported names, or the text in a call of
+    getattr or hasattr."""
     if isinstance(node, ast.Attribute):
         return [node.attr]
     if isinstance(node, ast.ImportFrom):
         return [*(node.module or "").split("."), *(alias.name for alias in node.names)]
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("attr"):
+    if (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id.endswith("attr")
+    ):
         return [arg.value for arg in node.args[1:2] if isinstance(arg, ast.Constant)]
     return []
 
@@ -179,12 +232,21 @@ def defined_by(node):
     if isinstance(node, ast.Assign):
         return {target.id for target in node.targets if isinstance(target, ast.Name)}
     stored = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
-    return {node.attr} if stored and isinstance(node.value, ast.Name) and node.value.id == "self" else set()
+    return (
+        {node.attr}
+        if stored and isinstance(node.value, ast.Name) and node.value.id == "self"
+        else set()
+    )
 
 
 def test_private_names_are_used_in_the_seam_alone():
-    """A name that is defined in this repository is not foreign, unless it overrides one of Lightning or torch."""
-    paths = [path for room in ("scmoe", "datamodules", "experiments") for path in (ROOT / room).rglob("*.py")]
+    """A name that is defined in this repository is not foreign, unless it overrides one of
+    Lightning or torch."""
+    paths = [
+        path
+        for room in ("scmoe", "datamodules", "experiments")
+        for path in (ROOT / room).rglob("*.py")
+    ]
     nodes = [
         (path.relative_to(ROOT).as_posix(), node)
         for path in paths
@@ -194,29 +256,58 @@ def test_private_names_are_used_in_the_seam_alone():
     own = set().union(*(defined_by(node) for _, node in nodes)) - SIGNATURES.keys() - OTHERS
     used = {(path, name) for path, node in nodes for name in names_of(node)}
     used |= {(path, name) for path, node in nodes for name in defined_by(node) & SIGNATURES.keys()}
-    foreign = {(path, name) for path, name in used if (is_private(name) and name not in own) or name in UNDOCUMENTED}
-    assert {name for _, name in foreign} <= SIGNATURES.keys() | OTHERS | UNDOCUMENTED | PYTHONS, "unknown to this test"
-    assert {(path, name) for path, name in foreign - ELSEWHERE if path not in SEAMS and name not in PYTHONS} == set()
+    foreign = {
+        (path, name)
+        for path, name in used
+        if (is_private(name) and name not in own) or name in UNDOCUMENTED
+    }
+    assert {name for _, name in foreign} <= SIGNATURES.keys() | OTHERS | UNDOCUMENTED | PYTHONS, (
+        "unknown to this test"
+    )
+    assert {
+        (path, name)
+        for path, name in foreign - ELSEWHERE
+        if path not in SEAMS and name not in PYTHONS
+    } == set()
 
 
 # ---------------------------------------------------------------------- without an underscore
 
 
 def test_progress_of_lightnings_loops():
-    """The loops count where a run is in a step, and an interrupted validation can be reset and repeated."""
-    trainer = Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
+    """The loops count where a run is in a step, and an interrupted validation can be reset and
+    repeated."""
+    trainer = Trainer(
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
+    )
     loop = trainer.fit_loop.epoch_loop
     for progress in (loop.batch_progress, loop.val_loop.batch_progress):
-        assert (progress.current.ready, progress.current.processed, progress.is_last_batch) == (0, 0, False)
+        assert (progress.current.ready, progress.current.processed, progress.is_last_batch) == (
+            0,
+            0,
+            False,
+        )
         progress.increment_ready()
         progress.increment_started()
-        assert (progress.current.ready, progress.current.started, progress.current.processed) == (1, 1, 0)
+        assert (progress.current.ready, progress.current.started, progress.current.processed) == (
+            1,
+            1,
+            0,
+        )
         progress.total.reset_on_restart()
         progress.reset()
         assert (progress.current.ready, progress.total.ready) == (0, 0)
     assert loop.batch_idx == -1, "batch_idx is ready - 1"
-    assert (trainer.validating, trainer.sanity_checking, trainer.checkpoint_callbacks) == (False, False, [])
-    assert trainer.state.fn is None and TrainerFn.FITTING == "fit" and TrainerStatus.INTERRUPTED in TrainerStatus
+    assert (trainer.validating, trainer.sanity_checking, trainer.checkpoint_callbacks) == (
+        False,
+        False,
+        [],
+    )
+    assert (
+        trainer.state.fn is None
+        and TrainerFn.FITTING == "fit"
+        and TrainerStatus.INTERRUPTED in TrainerStatus
+    )
 
 
 def test_the_launcher_keeps_its_processes():
@@ -227,17 +318,32 @@ def test_the_launcher_keeps_its_processes():
 
 
 def test_hooks_of_a_strategy():
-    """Lightning calls the overridden hooks by these names, and its own hooks at a start or an end do nothing."""
+    """Lightning calls the overridden hooks by these names, and its own hooks at a start or an end
+    do nothing."""
     bases = ExpertParallelStrategy.__mro__[: ExpertParallelStrategy.__mro__.index(DDPStrategy)]
     overridden = {name for base in bases for name in vars(base)}
-    stages = {f"on_{stage}_{end}" for stage in ("validation", "test", "predict") for end in ("start", "end")}
+    stages = {
+        f"on_{stage}_{end}"
+        for stage in ("validation", "test", "predict")
+        for end in ("start", "end")
+    }
     hooks = {
         *("on_train_start", "on_train_batch_start", "on_exception"),
         *("setup_environment", "setup", "model_to_device", "configure_ddp", "teardown"),
         *("backward", "block_backward_sync", "barrier", "broadcast", "reduce"),
         *("validation_step", "test_step", "predict_step"),
-        *("save_checkpoint", "remove_checkpoint", "load_checkpoint", "load_model_state_dict", "optimizer_state"),
-        *("lightning_module_state_dict", "restore_checkpoint_after_setup", "lightning_restore_optimizer"),
+        *(
+            "save_checkpoint",
+            "remove_checkpoint",
+            "load_checkpoint",
+            "load_model_state_dict",
+            "optimizer_state",
+        ),
+        *(
+            "lightning_module_state_dict",
+            "restore_checkpoint_after_setup",
+            "lightning_restore_optimizer",
+        ),
         *("is_global_zero", "precision_plugin"),
     }
     assert stages | hooks <= overridden
@@ -253,7 +359,11 @@ def test_a_precision_plugin_clips_by_these_names():
     for plugin in (Precision, MixedPrecision):
         assert list(inspect.signature(plugin.clip_gradients).parameters) == clip
         assert list(inspect.signature(plugin.clip_grad_by_norm).parameters) == clip[:-1]
-        assert list(inspect.signature(plugin.pre_backward).parameters) == ["self", "tensor", "module"]
+        assert list(inspect.signature(plugin.pre_backward).parameters) == [
+            "self",
+            "tensor",
+            "module",
+        ]
     assert "self._after_closure(model, optimizer)" in inspect.getsource(Precision._wrap_closure)
     calls_it = "self.precision_plugin.pre_backward(closure_loss, self.lightning_module)"
     assert calls_it in inspect.getsource(DDPStrategy.backward)

@@ -17,8 +17,12 @@ ARCHITECTURES = (
 
 
 def step(architecture, recompute):
-    """Returns the logits with all gradients, the bytes kept for backward, and the number of router calls."""
-    words = f"model.layers=4 moe.top_k=2 moe.noisy=true model.dropout=0.1 moe.architecture={architecture}"
+    """Returns the logits with all gradients, the bytes kept for backward, and the number of router
+    calls."""
+    words = (
+        "model.layers=4 moe.top_k=2 moe.noisy=true model.dropout=0.1"
+        f" moe.architecture={architecture}"
+    )
     config = tiny(*words.split(), f"trainer.recompute={recompute}")
     model, (ids, _) = tiny_model(config), tiny_batch(config)
     routed = []
@@ -36,12 +40,16 @@ def step(architecture, recompute):
 def test_recomputing_changes_no_bit_and_keeps_less(architecture):
     plain, kept, routed = step(architecture, False)
     again, kept_again, routed_again = step(architecture, True)
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True)), "dropout and noise included"
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True)), (
+        "dropout and noise included"
+    )
     assert kept_again < 0.6 * kept
     assert routed == routed_again == 2, "the routing is kept and not recomputed"
 
 
-@pytest.mark.parametrize("copied", (deepcopy, lambda model: pickle.loads(pickle.dumps(model))), ids=("copy", "pickle"))
+@pytest.mark.parametrize(
+    "copied", (deepcopy, lambda model: pickle.loads(pickle.dumps(model))), ids=("copy", "pickle")
+)
 def test_a_copy_computes_with_its_own_weights(copied):
     config = tiny("trainer.recompute=true", INSIDE)
     model, (ids, _) = tiny_model(config), tiny_batch(config)

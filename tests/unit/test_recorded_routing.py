@@ -15,7 +15,14 @@ from scmoe.moe.balance import load_max
 from scmoe.moe.layout import count
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.probes.routing import Recorded, RoutingProbe, read_routing, selected, shape_of, write_routing
+from scmoe.probes.routing import (
+    Recorded,
+    RoutingProbe,
+    read_routing,
+    selected,
+    shape_of,
+    write_routing,
+)
 from scmoe.training.callbacks.analysis import RecordRouting
 from tests.support.models import hooks, tiny, tiny_batch, tiny_model
 
@@ -31,10 +38,14 @@ ARCHITECTURES = {
 
 
 def routing(steps: list[int], num_experts: int = 4, seed: int = 0) -> Recorded:
-    """Returns two layers: one with 6 tokens that choose 2 experts, one with 3 tokens that choose one."""
+    """Returns two layers: one with 6 tokens that choose 2 experts, one with 3 tokens that choose
+    one."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((len(steps), 6, 2), (len(steps), 3, 1))
-    ids = [torch.rand(*shape[:2], num_experts, generator=generator).topk(shape[2]).indices for shape in shapes]
+    ids = [
+        torch.rand(*shape[:2], num_experts, generator=generator).topk(shape[2]).indices
+        for shape in shapes
+    ]
     return Recorded(steps, ids, num_experts, 3)
 
 
@@ -48,7 +59,8 @@ def assert_same(a: Recorded, b: Recorded) -> None:
 
 @pytest.mark.parametrize("num_choices, words", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_the_probe_has_what_the_gates_choose(num_choices, words):
-    """A second pass computes each gate's choice from its input by hand, and the counts are those of the losses."""
+    """A second pass computes each gate's choice from its input by hand, and the counts are those of
+    the losses."""
     config = tiny("model.layers=4", "moe.num_experts=4", "moe.noisy=false", *words.split())
     model, (input_ids, _) = tiny_model(config).train(), tiny_batch(config)
     probe = RoutingProbe(model)
@@ -65,7 +77,9 @@ def test_the_probe_has_what_the_gates_choose(num_choices, words):
             logits_TE = logits_TE.scatter(1, excluded_T1, -torch.inf)
         by_hand.append(logits_TE.topk(router.top_k).indices.clamp(max=4))  # 4: to no expert
 
-    handles = [m.register_forward_pre_hook(choose) for m in model.modules() if isinstance(m, Router)]
+    handles = [
+        m.register_forward_pre_hook(choose) for m in model.modules() if isinstance(m, Router)
+    ]
     with torch.no_grad():
         model(input_ids)
     for handle in handles:
@@ -80,10 +94,17 @@ def test_the_probe_has_what_the_gates_choose(num_choices, words):
 
 @pytest.mark.parametrize("architecture", ("dgmoe", "dgmoe_share"))
 def test_double_gates_and_other_gates_are_recorded_in_one_model(architecture):
-    """Stage 3 of SwinV2 has two pairs with a double gate at 4 x 4 places, stage 4 has a top-2 gate at 2 x 2."""
+    """Stage 3 of SwinV2 has two pairs with a double gate at 4 x 4 places, stage 4 has a top-2 gate
+    at 2 x 2."""
     pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
     words = (
-        *("model.family=swin", "model.layers=4", "model.dim=8", "model.heads=1", "model.patch_size=2"),
+        *(
+            "model.family=swin",
+            "model.layers=4",
+            "model.dim=8",
+            "model.heads=1",
+            "model.patch_size=2",
+        ),
         *("model.window=2", "data.name=digits", "data.image_size=32", "data.num_classes=5"),
     )
     model = tiny_model(load(None, [*words, f"moe.architecture={architecture}"]), torch.float32)
@@ -98,7 +119,9 @@ def test_double_gates_and_other_gates_are_recorded_in_one_model(architecture):
 # ---------------------------------------------------------------------- files
 
 
-@pytest.mark.parametrize("num_experts, dtype", ((4, "U8"), (255, "U8"), (256, "I16"), (32768, "I32")))
+@pytest.mark.parametrize(
+    "num_experts, dtype", ((4, "U8"), (255, "U8"), (256, "I16"), (32768, "I32"))
+)
 def test_a_file_holds_what_was_written_in_the_smallest_type(num_experts, dtype, tmp_path):
     written, path = routing([0, 7], num_experts), tmp_path / "some.safetensors"
     written.ids[0][0, 0, 0] = num_experts  # padding
@@ -113,7 +136,10 @@ def test_a_folder_is_read_as_one_file(tmp_path):
         write_routing(recorded, tmp_path / f"step-{step:08}.safetensors")
     (tmp_path / ".tmp-1-step-00000015.safetensors").write_bytes(b"half")  # a killed run leaves it
     found = read_routing(tmp_path)
-    together = [torch.cat(layer) for layer in zip(*(recorded.ids for recorded in files.values()), strict=True)]
+    together = [
+        torch.cat(layer)
+        for layer in zip(*(recorded.ids for recorded in files.values()), strict=True)
+    ]
     assert_same(found, Recorded([0, 5, 10], together, 4, 3))
     assert_same(selected(found, [5]), files[5])
     with pytest.raises(ValueError, match="step 6 is not recorded, allowed: 0, 5, 10"):
@@ -128,10 +154,22 @@ BROKEN = {
     "text": (lambda path: path.write_text("step,layer"), "is not a recorded routing"),
     "absent": (Path.unlink, "is not a recorded routing"),
     "weights": (lambda path: save({"gate": torch.zeros(2)}, path), "is not a recorded routing"),
-    "no layer_0": (lambda path: save(steps_and(layer_1=torch.zeros(2, 3, 1)), path), "is not a recorded routing"),
-    "too large": (lambda path: save(steps_and(layer_0=torch.full((2, 3, 1), 5)), path), "layer 0: .* from 0 to 4"),
-    "other steps": (lambda path: save(steps_and(layer_0=torch.zeros(3, 3, 1)), path), "layer 0: .*steps, tokens"),
-    "twice": (lambda path: write_routing(routing([3, 3]), path), r"not in order, or twice: \[3, 3\]"),
+    "no layer_0": (
+        lambda path: save(steps_and(layer_1=torch.zeros(2, 3, 1)), path),
+        "is not a recorded routing",
+    ),
+    "too large": (
+        lambda path: save(steps_and(layer_0=torch.full((2, 3, 1), 5)), path),
+        "layer 0: .* from 0 to 4",
+    ),
+    "other steps": (
+        lambda path: save(steps_and(layer_0=torch.zeros(3, 3, 1)), path),
+        "layer 0: .*steps, tokens",
+    ),
+    "twice": (
+        lambda path: write_routing(routing([3, 3]), path),
+        r"not in order, or twice: \[3, 3\]",
+    ),
     "a folder of others": (
         lambda path: write_routing(routing([0], num_experts=8), path.with_name("a.safetensors")),
         "other layers, tokens, experts or ranks",
@@ -140,7 +178,10 @@ BROKEN = {
 
 
 def steps_and(**layers: Tensor) -> dict[str, Tensor]:
-    return {"steps": torch.tensor([0, 1]), **{name: ids.to(torch.uint8) for name, ids in layers.items()}}
+    return {
+        "steps": torch.tensor([0, 1]),
+        **{name: ids.to(torch.uint8) for name, ids in layers.items()},
+    }
 
 
 def save(tensors: dict[str, Tensor], path: Path) -> None:
@@ -165,7 +206,10 @@ def test_a_folder_that_cannot_be_made_ends_no_training(tmp_path, capsys):
     (tmp_path / "analysis").write_text("a file")
     callback = RecordRouting(1, tmp_path / "analysis")
     callback.on_train_start(SimpleNamespace(global_step=0), None)
-    callback.step, callback.probe = 0, SimpleNamespace(result=lambda: [torch.zeros(2, 1)], num_experts=2)
+    callback.step, callback.probe = (
+        0,
+        SimpleNamespace(result=lambda: [torch.zeros(2, 1)], num_experts=2),
+    )
     callback.on_train_batch_end(None, SimpleNamespace(parallel_context=ParallelContext()))
     assert "step-00000000.safetensors is not written" in capsys.readouterr().err
 
@@ -174,7 +218,8 @@ def test_a_folder_that_cannot_be_made_ends_no_training(tmp_path, capsys):
 
 
 def test_the_bench_takes_single_steps_and_counts_drops_where_copies_come_from():
-    """Two ranks with 4 tokens each, 4 experts: a capacity factor of 2 gives an expert 2 slots for each source rank."""
+    """Two ranks with 4 tokens each, 4 experts: a capacity factor of 2 gives an expert 2 slots for
+    each source rank."""
     steps = [[0, 0, 0, 0, 0, 1, 2, 3], [1, 1, 2, 2, 3, 3, 1, 1], [0, 1, 2, 3, 0, 1, 2, 3]]
     ids_STK = torch.tensor(steps)[..., None]
     dropped_S = drops(ids_STK, num_experts=4, num_ranks=2)

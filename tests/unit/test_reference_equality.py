@@ -1,7 +1,9 @@
-"""Every architecture equals the oracle in logits, losses and all gradients; slots and chunks change nothing.
+"""Every architecture equals the oracle in logits, losses and all gradients; slots and chunks change
+nothing.
 
-The tolerance is 1e-12 of the largest entry in float64: both sides do the same sums in another order, over at most a few
-thousand terms of rounding error 1e-16 each. A wrong term changes the result by 1e-3 or more.
+The tolerance is 1e-12 of the largest entry in float64: both sides do the same sums in another
+order, over at most a few thousand terms of rounding error 1e-16 each. A wrong term changes the
+result by 1e-3 or more.
 """
 
 import pytest
@@ -11,7 +13,13 @@ import torch.nn.functional as F
 from scmoe.config.fields import Config
 from scmoe.moe.balance import integer_sums, load_balance_loss, router_z_loss
 from tests import reference
-from tests.support.architectures import KINDS, LANGUAGE_WITH_ORACLE, LATENT_ATTENTION, overrides, with_marks
+from tests.support.architectures import (
+    KINDS,
+    LANGUAGE_WITH_ORACLE,
+    LATENT_ATTENTION,
+    overrides,
+    with_marks,
+)
 from tests.support.models import assert_close, gradients, tiny, tiny_batch, tiny_model
 
 LLAMA = ("model.family=llama", "model.heads=4", "model.kv_heads=2")
@@ -21,21 +29,34 @@ def config_of(words: str, *further: str) -> Config:
     return tiny(*overrides(words), *further)
 
 
-def run(config: Config) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list, torch.nn.Module]:
-    """Returns values by name, gradients by name of the weighted sum of losses, the routers' sums, and the model."""
+def run(
+    config: Config,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list, torch.nn.Module]:
+    """Returns values by name, gradients by name of the weighted sum of losses, the routers' sums,
+    and the model."""
     model, (ids, labels) = tiny_model(config), tiny_batch(config)
     logits, stats = model(ids)
-    values = {"logits": logits, "token_loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+    values = {
+        "logits": logits,
+        "token_loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()),
+    }
     if stats:
         sums = integer_sums(stats)
-        values |= {"load_balance_loss": load_balance_loss(stats, sums), "z_loss": router_z_loss(stats, sums)}
+        values |= {
+            "load_balance_loss": load_balance_loss(stats, sums),
+            "z_loss": router_z_loss(stats, sums),
+        }
     total(values).backward()
     return {name: value.detach() for name, value in values.items()}, gradients(model), stats, model
 
 
 def total(values: dict[str, torch.Tensor]) -> torch.Tensor:
     """The routers' losses have large weights, so that an error in them is visible."""
-    return values["token_loss"] + 0.5 * values.get("load_balance_loss", 0) + 0.3 * values.get("z_loss", 0)
+    return (
+        values["token_loss"]
+        + 0.5 * values.get("load_balance_loss", 0)
+        + 0.3 * values.get("z_loss", 0)
+    )
 
 
 def oracle(config: Config, model: torch.nn.Module) -> tuple[dict, dict, reference.Answer]:
@@ -63,7 +84,10 @@ def oracle(config: Config, model: torch.nn.Module) -> tuple[dict, dict, referenc
         moe.zero_output,
     )
     answer = reference.gpt(weights, spec, *tiny_batch(config))
-    values = {name: getattr(answer, name) for name in ("logits", "token_loss", "load_balance_loss", "z_loss")}
+    values = {
+        name: getattr(answer, name)
+        for name in ("logits", "token_loss", "load_balance_loss", "z_loss")
+    }
     values = {name: value for name, value in values.items() if value is not None}
     total(values).backward()
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -83,10 +107,13 @@ def check_against_oracle(config: Config) -> reference.Answer:
 
 @pytest.mark.parametrize(
     ("architecture", "capacity"),
-    [(name, capacity) for name in LANGUAGE_WITH_ORACLE for capacity in ("null", "1.0")] + [(n, "2.0") for n in KINDS],
+    [(name, capacity) for name in LANGUAGE_WITH_ORACLE for capacity in ("null", "1.0")]
+    + [(n, "2.0") for n in KINDS],
 )
 def test_architecture_equals_oracle(architecture, capacity):
-    answer = check_against_oracle(config_of(LANGUAGE_WITH_ORACLE[architecture], f"moe.capacity_factor={capacity}"))
+    answer = check_against_oracle(
+        config_of(LANGUAGE_WITH_ORACLE[architecture], f"moe.capacity_factor={capacity}")
+    )
     if capacity == "null":
         assert sum(answer.dropped) == 0
     if capacity == "1.0":  # without drops the case would not test them
@@ -96,21 +123,32 @@ def test_architecture_equals_oracle(architecture, capacity):
 ROUTERS = {
     "deepseek": "architecture=shared_expert router=deepseek top_k=3 router_scale=2.5",
     "deepseek-top-1": "architecture=top_k router=deepseek",
-    "longcat": "router=longcat top_k=3 router_scale=6 zero_experts=3 tap_norm=shared combine=direct_add",
+    "longcat": (
+        "router=longcat top_k=3 router_scale=6 zero_experts=3 tap_norm=shared combine=direct_add"
+    ),
     "longcat-dgmoe": "architecture=dgmoe router=longcat zero_experts=2",
     "softmax-with-bias-and-zero-experts": "position=pos1 top_k=2 bias_rate=0.1 zero_experts=2",
-    "deepseek-with-zero-experts": "architecture=top_k every=1 top_k=2 router=deepseek zero_experts=2",
-    "retrofit": "position=pos2 top_k=3 router=deepseek router_scale=2.5 zero_experts=3 zero_output=zero",
+    "deepseek-with-zero-experts": (
+        "architecture=top_k every=1 top_k=2 router=deepseek zero_experts=2"
+    ),
+    "retrofit": (
+        "position=pos2 top_k=3 router=deepseek router_scale=2.5 zero_experts=3 zero_output=zero"
+    ),
     "retrofit-dgmoe": "architecture=dgmoe zero_experts=2 zero_output=zero",
-    "farskip-after-a-dense-block": "architecture=farskip every=1 top_k=2 leading_dense=[56] model.layers=3",
-    "widths-and-leading-dense-blocks": "architecture=dgmoe_share ffn_dim=40 leading_dense=[56,8] model.layers=6",
+    "farskip-after-a-dense-block": (
+        "architecture=farskip every=1 top_k=2 leading_dense=[56] model.layers=3"
+    ),
+    "widths-and-leading-dense-blocks": (
+        "architecture=dgmoe_share ffn_dim=40 leading_dense=[56,8] model.layers=6"
+    ),
 }
 
 
 @pytest.mark.parametrize("capacity", ("null", "1.0"))
 @pytest.mark.parametrize("router", ROUTERS)
 def test_router_equals_oracle(router, capacity):
-    """randomise gives the selection biases values that change choices, for experts and zero experts."""
+    """randomise gives the selection biases values that change choices, for experts and zero
+    experts."""
     config = config_of(ROUTERS[router], f"moe.capacity_factor={capacity}")
     answer = check_against_oracle(config)
     gates = 2 if "dgmoe" in config.moe.architecture else 1
@@ -121,7 +159,9 @@ def test_router_equals_oracle(router, capacity):
 
 @pytest.mark.parametrize("architecture", with_marks(LANGUAGE_WITH_ORACLE))
 def test_architecture_of_llama_equals_oracle(architecture):
-    check_against_oracle(config_of(LANGUAGE_WITH_ORACLE[architecture], "moe.capacity_factor=null", *LLAMA))
+    check_against_oracle(
+        config_of(LANGUAGE_WITH_ORACLE[architecture], "moe.capacity_factor=null", *LLAMA)
+    )
 
 
 @pytest.mark.parametrize("architecture", LATENT_ATTENTION)
@@ -130,7 +170,9 @@ def test_latent_attention_equals_oracle(architecture):
     check_against_oracle(config_of(words, "model.family=llama", "moe.capacity_factor=null"))
 
 
-@pytest.mark.parametrize("family", [(), LLAMA, ("model.kv_heads=1",)], ids=("gpt", "llama", "gpt-one-kv-head"))
+@pytest.mark.parametrize(
+    "family", [(), LLAMA, ("model.kv_heads=1",)], ids=("gpt", "llama", "gpt-one-kv-head")
+)
 def test_dense_equals_oracle(family):
     check_against_oracle(tiny("moe.architecture=dense", *family))
 
@@ -141,7 +183,11 @@ SCHEDULED = {  # case: (words, last slot, slots before an attention)
     "pos2": ("position=pos2 top_k=2", 3, (1,)),
     "pos3": ("position=pos3 top_k=2", 4, (0, 2)),
     "every-block": ("position=pos1 every=1", 2, (0,)),
-    "pos2-every-block": ("position=pos2 every=1 top_k=2", 1, ()),  # the first block's, which has no attention
+    "pos2-every-block": (
+        "position=pos2 every=1 top_k=2",
+        1,
+        (),
+    ),  # the first block's, which has no attention
     "farskip": (LANGUAGE_WITH_ORACLE["farskip"], 2, (0,)),
     "instella": (f"{LATENT_ATTENTION['instella']} model.family=llama", 2, (0,)),
     "dgmoe": ("architecture=dgmoe position=pos3", 3, (0, 2)),
@@ -155,7 +201,11 @@ def test_schedule_changes_no_bit_over_slots_and_rounding_over_chunks(case, capac
     text, last_slot, attentions = SCHEDULED[case]
 
     def outcome(slot: int, chunks: int, inside: bool = False) -> dict[str, torch.Tensor]:
-        schedule = f"schedule.slot={slot}", f"schedule.chunks={chunks}", f"schedule.inside_attention={inside}"
+        schedule = (
+            f"schedule.slot={slot}",
+            f"schedule.chunks={chunks}",
+            f"schedule.inside_attention={inside}",
+        )
         values, grads, _, _ = run(config_of(text, f"moe.capacity_factor={capacity}", *schedule))
         return values | grads
 
@@ -163,17 +213,27 @@ def test_schedule_changes_no_bit_over_slots_and_rounding_over_chunks(case, capac
     for chunks in (1, 3):
         first = whole if chunks == 1 else outcome(0, chunks)
         for name, value in first.items():
-            # chunks split the sums over an expert's tokens and may change their rounding; slots may not
+            # chunks split the sums over an expert's tokens and may change their rounding; slots may
+            # not
             assert_close(value, whole[name], 1e-12, f"{name}, chunks {chunks}")
-        others = [(slot, False) for slot in range(1, last_slot + 1)] + [(slot, True) for slot in attentions]
+        others = [(slot, False) for slot in range(1, last_slot + 1)] + [
+            (slot, True) for slot in attentions
+        ]
         for slot, inside in others:
             other = outcome(slot, chunks, inside)
-            assert all(torch.equal(other[name], value) for name, value in first.items()), (slot, inside, chunks)
+            assert all(torch.equal(other[name], value) for name, value in first.items()), (
+                slot,
+                inside,
+                chunks,
+            )
 
 
-@pytest.mark.parametrize("architecture", ("top-2", "shared-cg2", "pos1", "pos2", "pos3", "scmoe-every-block", "dgmoe"))
+@pytest.mark.parametrize(
+    "architecture", ("top-2", "shared-cg2", "pos1", "pos2", "pos3", "scmoe-every-block", "dgmoe")
+)
 def test_padding_changes_no_logit(architecture):
-    """The mask reaches every router: 4 tokens of padding after 8 real ones change none of their logits or counts."""
+    """The mask reaches every router: 4 tokens of padding after 8 real ones change none of their
+    logits or counts."""
     config = config_of(LANGUAGE_WITH_ORACLE[architecture], "moe.capacity_factor=null")
     model, (ids, _) = tiny_model(config), tiny_batch(config, 1)
     logits, stats = model(ids, torch.arange(12)[None] < 8)
@@ -203,7 +263,9 @@ def test_padding_changes_no_logit(architecture):
 )
 def test_a_wrong_oracle_is_detected(change, monkeypatch):
     honest = reference.gpt
-    monkeypatch.setattr(reference, "gpt", lambda w, spec, *batch: honest(w, spec._replace(**change), *batch))
+    monkeypatch.setattr(
+        reference, "gpt", lambda w, spec, *batch: honest(w, spec._replace(**change), *batch)
+    )
     words = f"{ROUTERS['retrofit']} combine=cg2"
     with pytest.raises(AssertionError, match="differs"):
         check_against_oracle(config_of(words, "moe.capacity_factor=null"))
@@ -211,14 +273,18 @@ def test_a_wrong_oracle_is_detected(change, monkeypatch):
 
 def test_an_oracle_without_dgmoes_rule_is_detected(monkeypatch):
     honest = reference.gate
-    monkeypatch.setattr(reference, "gate", lambda logits, top_k, taken, *how: honest(logits, top_k, None, *how))
+    monkeypatch.setattr(
+        reference, "gate", lambda logits, top_k, taken, *how: honest(logits, top_k, None, *how)
+    )
     with pytest.raises(AssertionError, match="differs"):
         check_against_oracle(config_of("architecture=dgmoe", "moe.capacity_factor=null"))
 
 
 def test_a_model_that_shares_no_module_is_detected():
     config = config_of(LANGUAGE_WITH_ORACLE["dgmoe-share"], "moe.capacity_factor=null")
-    model = tiny_model(config_of("architecture=dgmoe position=pos2 model.layers=4", "moe.capacity_factor=null"))
+    model = tiny_model(
+        config_of("architecture=dgmoe position=pos2 model.layers=4", "moe.capacity_factor=null")
+    )
     expected, _, _ = oracle(config, model)
     with pytest.raises(AssertionError, match="differs"):
         assert_close(model(tiny_batch(config)[0]).logits_BSV, expected["logits"], 1e-12, "logits")

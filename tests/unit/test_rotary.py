@@ -31,13 +31,18 @@ def test_half_precision_is_rotated_by_exact_angles():
 
 
 def test_yarn_slows_down_planes_that_turn_less_than_once_in_4096_positions():
-    """Planes that turn 32 times or more are as before, and the others lie between. Peers: test_family_folders.py."""
+    """Planes that turn 32 times or more are as before, and the others lie between. Peers:
+    test_family_folders.py."""
     half, factor, theta = 32, 8.0, 50000.0
-    x = torch.cat([torch.ones(2, half), torch.zeros(2, half)], -1).double()  # a is 1 and b is 0 in each plane
+    x = torch.cat(
+        [torch.ones(2, half), torch.zeros(2, half)], -1
+    ).double()  # a is 1 and b is 0 in each plane
     cos, sin = Rotary(theta, factor)(x)[1].split(half)
     speeds, plain = torch.atan2(sin, cos), theta ** -(torch.arange(half).double() / half)
     turns, slower = 4096 * plain / (2 * math.pi), plain / speeds
     assert_close(slower[turns >= 32], torch.ones(int((turns >= 32).sum())).double())
     assert_close(slower[turns <= 1], torch.full((int((turns <= 1).sum()),), factor).double())
     between = slower[(turns > 1) & (turns < 32)]
-    assert len(between) > 5 and (between.diff() > 0).all() and between[0] >= 1 and between[-1] < factor
+    assert (
+        len(between) > 5 and (between.diff() > 0).all() and between[0] >= 1 and between[-1] < factor
+    )

@@ -35,7 +35,9 @@ def test_equals_the_oracle(top_k):
 def test_weights_without_renormalisation_are_probabilities_over_all_experts(top_k):
     routing = router(top_k, scoring=Scoring(normalise=False))(tokens())
     assert torch.equal(routing.topk_ids_TK, router(top_k)(tokens()).topk_ids_TK)
-    assert_close(routing.topk_weights_TK, routing.logits_TE.softmax(-1).gather(-1, routing.topk_ids_TK))
+    assert_close(
+        routing.topk_weights_TK, routing.logits_TE.softmax(-1).gather(-1, routing.topk_ids_TK)
+    )
 
 
 @pytest.mark.parametrize("parameters", (torch.float32, torch.bfloat16))  # bf16-mixed, bf16-true
@@ -44,7 +46,9 @@ def test_bf16_never_reaches_the_logits(top_k, parameters):
     gate, x = router(top_k, parameters), tokens(dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         routing = gate(x)
-    assert {t.dtype for t in (routing.logits_TE, routing.scores_TE, routing.topk_weights_TK)} == {torch.float32}
+    assert {t.dtype for t in (routing.logits_TE, routing.scores_TE, routing.topk_weights_TK)} == {
+        torch.float32
+    }
     # float32 products of the same numbers; bf16 would have an error of 4e-3
     assert_close(routing.logits_TE.double(), x.double() @ gate.gate.weight.double().T, 1e-6)
 
@@ -62,7 +66,11 @@ def test_huge_logits_stay_finite_under_bf16_autocast():
     assert routing.topk_ids_TK.tolist() == [[0, 2], [1, 5], [0, 2]]
     expected = torch.tensor([1.0, 0.0]).sigmoid()[0]  # two logits that differ by 1 are not tied
     assert_close(routing.topk_weights_TK[0], torch.stack([expected, 1 - expected]), 1e-6)
-    total = routing.topk_weights_TK.sum() + routing.scores_TE.square().sum() + routing.logits_TE.logsumexp(-1).sum()
+    total = (
+        routing.topk_weights_TK.sum()
+        + routing.scores_TE.square().sum()
+        + routing.logits_TE.logsumexp(-1).sum()
+    )
     total.backward()
     assert all(t.isfinite().all() for t in routing[1:])
     assert gate.gate.weight.grad.isfinite().all()
@@ -74,7 +82,9 @@ def test_noise_is_that_of_eq_4_and_only_in_training():
     normal = torch.randn(len(x), EXPERTS, dtype=torch.float64)
     torch.manual_seed(5)
     noisy = gate.train()(x)
-    assert_close(noisy.logits_TE, reference.noisy_logits(x, gate.gate.weight, gate.noise.weight, normal))
+    assert_close(
+        noisy.logits_TE, reference.noisy_logits(x, gate.gate.weight, gate.noise.weight, normal)
+    )
     assert (noisy.logits_TE - x @ gate.gate.weight.T).abs().min() > 1e-6
     noisy.logits_TE.sum().backward()
     assert gate.noise.weight.grad.abs().max() > 0
@@ -111,14 +121,18 @@ def test_balanced_routing_is_even_to_one_copy(top_k, num_tokens):
     assert counts.sum() == num_tokens * top_k and counts.max() - counts.min() <= 1
     assert all(len(set(row)) == top_k for row in routing.topk_ids_TK.tolist())
     scores = routing.scores_TE.gather(1, routing.topk_ids_TK)
-    assert_close(routing.topk_weights_TK, scores / scores.sum(1, keepdim=True) if top_k > 1 else scores)
+    assert_close(
+        routing.topk_weights_TK, scores / scores.sum(1, keepdim=True) if top_k > 1 else scores
+    )
 
 
 @pytest.mark.parametrize("deal", (None, round_robin(EXPERTS, 2)))
 def test_padding_is_routed_nowhere(deal):
     mask = torch.arange(20) % 3 > 0
     routing = router(deal=deal)(tokens(), mask)
-    assert (routing.topk_ids_TK[~mask] == EXPERTS).all() and (routing.topk_weights_TK[~mask] == 0).all()
+    assert (routing.topk_ids_TK[~mask] == EXPERTS).all() and (
+        routing.topk_weights_TK[~mask] == 0
+    ).all()
     assert (routing.topk_ids_TK[mask] < EXPERTS).all() and (routing.topk_weights_TK[mask] > 0).all()
 
 

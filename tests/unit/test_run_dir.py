@@ -1,4 +1,5 @@
-"""The name of a run's directory shows how the run differs from others; its last state is right however it ends."""
+"""The name of a run's directory shows how the run differs from others; its last state is right
+however it ends."""
 
 import json
 import os
@@ -23,7 +24,10 @@ from scmoe.training.run.resume import Resumed
 from scmoe.training.run.train import open_run
 from tests.support.commands import rows_of
 
-LONG = [f"moe.{key}=0.12345" for key in ("capacity_factor", "load_balance_coef", "z_loss_coef", "dropless_ceiling")]
+LONG = [
+    f"moe.{key}=0.12345"
+    for key in ("capacity_factor", "load_balance_coef", "z_loss_coef", "dropless_ceiling")
+]
 
 
 def test_a_run_starts_in_a_tree_with_a_change_that_is_not_utf8(tmp_path, monkeypatch):
@@ -42,8 +46,20 @@ def test_a_run_starts_in_a_tree_with_a_change_that_is_not_utf8(tmp_path, monkeyp
     [
         ([], ""),
         (["strategy.ep_size=2", "--optim.lr=1e-3"], "ep_size-2-lr-1e-3"),
-        (["trainer.max_steps=20", "moe.architecture=shared_expert"], "architecture-shared_expert-max_steps-20"),
-        (["name=a", "runs_dir=/b", "logger.mode=disabled", "trainer.progress=false", "data.cache_dir=/c"], ""),
+        (
+            ["trainer.max_steps=20", "moe.architecture=shared_expert"],
+            "architecture-shared_expert-max_steps-20",
+        ),
+        (
+            [
+                "name=a",
+                "runs_dir=/b",
+                "logger.mode=disabled",
+                "trainer.progress=false",
+                "data.cache_dir=/c",
+            ],
+            "",
+        ),
         (["seed=1", "seed=2"], "seed-2"),
     ],
 )
@@ -65,7 +81,9 @@ def test_runs_that_differ_have_different_names(one, other):
     assert slug_of(one) != slug_of(other)
 
 
-@given(st.lists(st.tuples(st.sampled_from(["data.path", "init_from", "seed"]), st.text()), max_size=4))
+@given(
+    st.lists(st.tuples(st.sampled_from(["data.path", "init_from", "seed"]), st.text()), max_size=4)
+)
 def test_a_slug_is_short_and_safe(pairs):
     slug = slug_of([f"{key}={value}" for key, value in pairs])
     assert len(slug.encode()) <= SLUG_CHARS + 9
@@ -73,20 +91,30 @@ def test_a_slug_is_short_and_safe(pairs):
 
 
 def test_two_runs_of_one_second_have_two_directories(tmp_path):
-    dirs = {create_run_dir(tmp_path, "a", overrides, "") for overrides in ([], [], ["seed=2"], ["seed=2"])}
+    dirs = {
+        create_run_dir(tmp_path, "a", overrides, "")
+        for overrides in ([], [], ["seed=2"], ["seed=2"])
+    }
     assert len(dirs) == 4
     assert (tmp_path / "latest").resolve() in dirs
 
 
 @pytest.mark.parametrize(
-    ("error", "state"), [(None, "finished"), (SystemExit(0), "cut"), (ValueError("x"), "failed")], ids=str
+    ("error", "state"),
+    [(None, "finished"), (SystemExit(0), "cut"), (ValueError("x"), "failed")],
+    ids=str,
 )
 def test_a_run_is_marked_and_closed_however_it_ends(error, state, tmp_path, monkeypatch):
     closed = []
-    monkeypatch.setattr(train, "close_loggers", lambda loggers, status: closed.append((len(loggers), status)))
+    monkeypatch.setattr(
+        train, "close_loggers", lambda loggers, status: closed.append((len(loggers), status))
+    )
     raised = None
     try:
-        with open_run(load(None, ["logger.mode=disabled", f"runs_dir={tmp_path}"]), [], None) as (directory, _):
+        with open_run(load(None, ["logger.mode=disabled", f"runs_dir={tmp_path}"]), [], None) as (
+            directory,
+            _,
+        ):
             assert json.loads((directory / "state.json").read_text())["state"] == "running"
             if error is not None:
                 raise error
@@ -109,22 +137,48 @@ def test_a_path_with_brackets_is_printed_as_it_is(tmp_path, capsys):
     assert f"continuing from {tmp_path}/[/x]/a[lr]" in capsys.readouterr().err
 
 
-def test_a_quiet_run_prints_nothing_and_another_one_what_differs_from_the_defaults(tmp_path, capsys):
-    config = load(None, [f"runs_dir={tmp_path}", "moe.position=pos3", "logger.mode=disabled", "trainer.max_steps=7"])
+def test_a_quiet_run_prints_nothing_and_another_one_what_differs_from_the_defaults(
+    tmp_path, capsys
+):
+    config = load(
+        None,
+        [
+            f"runs_dir={tmp_path}",
+            "moe.position=pos3",
+            "logger.mode=disabled",
+            "trainer.max_steps=7",
+        ],
+    )
     with open_run(config, [], None, quiet=True):
         assert capsys.readouterr().err == ""
     with open_run(config, [], None) as (run_dir, _):
         said = capsys.readouterr().err
     assert "position: pos3" in said and "optim:" not in said
     text = changes_to_yaml(config)
-    assert text in said and load_text(text, "shown") == config == load_text((run_dir / "config.yaml").read_text(), "")
+    assert text in said and load_text(text, "shown") == config == load_text(
+        (run_dir / "config.yaml").read_text(), ""
+    )
     assert changes_to_yaml(load(None)) == ""
 
 
 def test_the_summary_says_what_is_of_the_validation_and_what_of_the_training():
-    loads = {"load_max_ratio": 2.1, "drop_share": 0.25, "step_load_max": 1.5, "rank_load_max": 1.2, "step_drop": 0.125}
+    loads = {
+        "load_max_ratio": 2.1,
+        "drop_share": 0.25,
+        "step_load_max": 1.5,
+        "rank_load_max": 1.2,
+        "step_drop": 0.125,
+    }
     others = dict.fromkeys(("val_loss", "tokens_per_s", "model_tflops"))
-    summary = {**loads, **others, "steps": 4, "world_size": 1, "ep_size": 1, "skipped": 0, "run_dir": "runs/a"}
+    summary = {
+        **loads,
+        **others,
+        "steps": 4,
+        "world_size": 1,
+        "ep_size": 1,
+        "skipped": 0,
+        "run_dir": "runs/a",
+    }
     with (printed := Console(width=200, file=StringIO())).capture() as shown:
         printed.print(summary_panel(summary, []))
     lines = shown.get().splitlines()
@@ -141,7 +195,9 @@ def test_the_summary_says_what_is_of_the_validation_and_what_of_the_training():
 
 def test_other_ranks_open_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    with open_run(load(None, [f"runs_dir={tmp_path}"]), [], Resumed(tmp_path / "a", tmp_path, None)) as opened:
+    with open_run(
+        load(None, [f"runs_dir={tmp_path}"]), [], Resumed(tmp_path / "a", tmp_path, None)
+    ) as opened:
         assert opened == (None, [])
     assert not list(tmp_path.iterdir())
 
@@ -152,7 +208,11 @@ def test_other_ranks_open_nothing(tmp_path, monkeypatch):
         ((), 20, " trainer.max_steps=40"),
         ((), 7, ""),  # stopped early: its schedule stays
         (("trainer.limit_train_batches=7",), 7, " trainer.limit_train_batches=null"),
-        (("extensions=[docs.examples.my_architecture]",), 7, " extensions=[docs.examples.my_architecture]"),
+        (
+            ("extensions=[docs.examples.my_architecture]",),
+            7,
+            " extensions=[docs.examples.my_architecture]",
+        ),
     ],
 )
 def test_the_command_that_trains_further_can_be_used(words, steps, more, tmp_path):
@@ -177,15 +237,18 @@ def test_another_checkpoint_of_the_same_name_has_results_of_its_own(tmp_path):
 def test_a_half_row_of_an_earlier_crash_is_left_out(tmp_path):
     (tmp_path / "metrics.csv").write_text("a,step,z\n1.0,0,2.0\n1.0,1,2.0\n1.0")
     kept = csv_logger(tmp_path, 1).experiment
-    assert rows_of(tmp_path / "metrics.csv") == [{"a": "1.0", "step": "0", "z": "2.0"}] and not kept.metrics
+    assert (
+        rows_of(tmp_path / "metrics.csv") == [{"a": "1.0", "step": "0", "z": "2.0"}]
+        and not kept.metrics
+    )
 
 
 def test_a_run_directory_is_written_in_utf_8_in_any_locale(tmp_path):
     """In the locale C without UTF-8 mode, Python decodes the command line's bytes as surrogates."""
     override = "logger.notes=größer →"
     code = (
-        "import sys; from pathlib import Path; from scmoe.training.run.directory import create_run_dir;"
-        "create_run_dir(Path(sys.argv[1]), 'x', sys.argv[2:], 'name: x')"
+        "import sys; from pathlib import Path; from scmoe.training.run.directory import"
+        " create_run_dir;create_run_dir(Path(sys.argv[1]), 'x', sys.argv[2:], 'name: x')"
     )
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-c", code, str(tmp_path), override], check=True, env=env)

@@ -1,4 +1,5 @@
-"""States, curves and differences are read from run directories, and runs are listed and compared by them."""
+"""States, curves and differences are read from run directories, and runs are listed and compared by
+them."""
 
 import json
 import os
@@ -16,7 +17,14 @@ from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load, to_yaml
 from scmoe.runs import seen as runs
 from scmoe.sweeps import compare
-from scmoe.training.run.directory import SILENT_S, read_state, refuse_running, show_life, start_of, write_state
+from scmoe.training.run.directory import (
+    SILENT_S,
+    read_state,
+    refuse_running,
+    show_life,
+    start_of,
+    write_state,
+)
 from tests.support.pictures import assert_readable
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +38,8 @@ METRICS = """step,train/loss,val/loss,time/tokens_per_s
 
 
 def make_run(folder: Path, name: str, *overrides: str, state: str = "finished") -> Path:
-    """Writes the directory of a run of configs/debug.yaml (batches of 4 x 16 tokens), as a training does."""
+    """Writes the directory of a run of configs/debug.yaml (batches of 4 x 16 tokens), as a training
+    does."""
     run_dir = folder / name
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(to_yaml(load(ROOT / "configs/debug.yaml", overrides)))
@@ -69,7 +78,10 @@ def test_the_state_is_what_was_written_while_the_process_lives(tmp_path):
 def test_a_killed_run_is_cut(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    for change in ({"pid": ended.pid}, {"started": "0"}):  # no such process; another process of this id
+    for change in (
+        {"pid": ended.pid},
+        {"started": "0"},
+    ):  # no such process; another process of this id
         write_state(tmp_path, "running")
         change_state(tmp_path, **change)
         assert read_state(tmp_path) == "cut"
@@ -89,10 +101,14 @@ def test_a_run_that_another_process_trains_cannot_be_resumed(tmp_path):
     refuse_running(tmp_path)  # it has ended
 
 
-@pytest.mark.parametrize("host", ["elsewhere", platform.node()])  # a container may have the host's name
+@pytest.mark.parametrize(
+    "host", ["elsewhere", platform.node()]
+)  # a container may have the host's name
 def test_a_run_that_another_machine_trains_cannot_be_resumed_until_it_is_silent(tmp_path, host):
     write_state(tmp_path, "running")
-    change_state(tmp_path, host=host, machine="0123abcd", pid=2**22 + 1)  # its process is not visible here
+    change_state(
+        tmp_path, host=host, machine="0123abcd", pid=2**22 + 1
+    )  # its process is not visible here
     assert read_state(tmp_path) == "running"
     with pytest.raises(ConfigError, match=f"on {host}"):
         refuse_running(tmp_path)
@@ -115,7 +131,12 @@ def test_files_that_a_crash_has_cut_count_as_missing(folder, capsys):
 
 @pytest.mark.parametrize(
     "other",
-    [{"pid": 1}, {"state": "paused"}, {"state": "running"}, {"state": "running", "pid": "1", "host": "a"}],
+    [
+        {"pid": 1},
+        {"state": "paused"},
+        {"state": "running"},
+        {"state": "running", "pid": "1", "host": "a"},
+    ],
     ids=str,
 )
 def test_a_state_of_another_form_counts_as_missing(folder, capsys, other):
@@ -177,16 +198,22 @@ def test_runs_are_listed_with_what_differs_in_their_experiment(folder, capsys):
     out = capsys.readouterr().out
     lines = [line.split() for line in out.splitlines() if "20261101" in line]
     names = [line[0].rpartition("-")[2] for line in lines]
-    assert names == ["d", "c", "b", "a", "e", "e"], "the newest is first, and the link `latest` is not listed"
+    assert names == ["d", "c", "b", "a", "e", "e"], (
+        "the newest is first, and the link `latest` is not listed"
+    )
     assert [line[1] for line in lines[:4]] == ["finished", "finished", "failed", "finished"]
     assert all(line[2:5] == ["4/4", "4.2500", "300"] for line in lines[:4])
     words = [[], ["optim.lr=0.5"], ["moe.position=pos3"], [], ["optim.lr=0.2"], ["optim.lr=0.1"]]
-    assert [line[7:] for line in lines] == words, "where two runs differ, neither value is the usual one"
+    assert [line[7:] for line in lines] == words, (
+        "where two runs differ, neither value is the usual one"
+    )
     assert "6 of 6 runs" in out
     assert call("runs", str(folder), "--last", "1") == 0
     assert "1 of 6 runs" in capsys.readouterr().out
     assert call("runs", str(folder / "sweeps/lr")) == 0
-    assert "optim.lr=0.1" in capsys.readouterr().out, "a list that starts inside the sweep shows it too"
+    assert "optim.lr=0.1" in capsys.readouterr().out, (
+        "a list that starts inside the sweep shows it too"
+    )
 
 
 def test_a_run_of_an_older_version_is_compared_by_defaults(folder):
@@ -195,7 +222,10 @@ def test_a_run_of_an_older_version_is_compared_by_defaults(folder):
     assert "z_loss_coef" in text
     lines = [line for line in text.splitlines(True) if "z_loss_coef" not in line]
     (old / "config.yaml").write_text("".join([*lines, "gone: 1\n"]))
-    both = [runs.open_run("debug/20261101-110000-old", folder), runs.open_run("debug/20261101-120000-a", folder)]
+    both = [
+        runs.open_run("debug/20261101-110000-old", folder),
+        runs.open_run("debug/20261101-120000-a", folder),
+    ]
     assert runs.differences(both) == {}
 
 
@@ -215,17 +245,31 @@ def test_runs_are_compared(folder, capsys):
 
 
 def test_every_run_of_a_comparison_is_seen(folder, tmp_path, monkeypatch):
-    """Curves that are equal do not hide each other, a curve of one point has a dot, and the legend is not cut off."""
+    """Curves that are equal do not hide each other, a curve of one point has a dot, and the legend
+    is not cut off."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    changed = ("trainer.max_steps=4000", "optim.warmup_steps=1000", "data.global_batch_size=8", "data.workers=1")
-    run = make_run(folder, "debug/20261101-120005-f", "name=a_comparison_of_runs", *changed, "moe.position=pos3")
+    changed = (
+        "trainer.max_steps=4000",
+        "optim.warmup_steps=1000",
+        "data.global_batch_size=8",
+        "data.workers=1",
+    )
+    run = make_run(
+        folder,
+        "debug/20261101-120005-f",
+        "name=a_comparison_of_runs",
+        *changed,
+        "moe.position=pos3",
+    )
     (run / "metrics.csv").write_text("".join(METRICS.splitlines(keepends=True)[:2]))
     seen = [runs.open_run(str(path)) for path in (folder / "latest", folder / "latest", run)]
     compare.draw(seen, "abc", tmp_path / "c.png")
     assert_readable(figures[0])
     first, twin, short = figures[0].axes[0].lines
-    assert (first.get_xydata() == twin.get_xydata()).all() and first.get_linestyle() != twin.get_linestyle()
+    assert (
+        first.get_xydata() == twin.get_xydata()
+    ).all() and first.get_linestyle() != twin.get_linestyle()
     assert len(short.get_xydata()) == 1 and short.get_marker() == "o"
 
 
@@ -241,7 +285,11 @@ def test_a_run_without_metrics_can_be_compared_and_has_the_steps_that_are_saved(
 def test_a_folder_that_is_no_run_is_named_as_what_it_is(verb, tmp_path, capsys):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/config.json").write_text("{}")
-    for name, says in (("nowhere", "no folder"), ("hf", "Hugging Face"), ("", "no whole last checkpoint")):
+    for name, says in (
+        ("nowhere", "no folder"),
+        ("hf", "Hugging Face"),
+        ("", "no whole last checkpoint"),
+    ):
         assert call(verb, str(tmp_path / name)) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert says in line and str(tmp_path / name) in line

@@ -17,13 +17,15 @@ from scmoe.schedule.schedule import ARCHITECTURES, SUBLAYERS, Schedule
 from tests.support.models import DIM, FFN, tiny_shortcut, tiny_stream, tiny_sublayers
 from tests.support.recording import Log, Recorded, RecordingDispatcher
 
-EVERY_WINDOW = [Schedule(name, position) for name, each in ARCHITECTURES.items() for position in each or (None,)]
+EVERY_WINDOW = [
+    Schedule(name, position) for name, each in ARCHITECTURES.items() for position in each or (None,)
+]
 EVERY_SLOT = [schedule for window in EVERY_WINDOW for schedule in slots(window)]
 
 
 def test_windows_are_the_papers():
-    """Section 3.1: Pos-1 T_attn + T_SE, Pos-2 T_attn + T_SE + T_MLP, Pos-3 2 T_attn + T_SE + T_MLP. The last are not
-    the paper's."""
+    """Section 3.1: Pos-1 T_attn + T_SE, Pos-2 T_attn + T_SE + T_MLP, Pos-3 2 T_attn + T_SE + T_MLP.
+    The last are not the paper's."""
     windows = {s.name: sorted(s.window) for s in EVERY_WINDOW}
     assert windows == {
         "top_k": [],
@@ -46,7 +48,10 @@ def test_windows_are_the_papers():
 def test_a_window_holds_the_sublayers_after_the_tap_in_their_order():
     for schedule in EVERY_WINDOW:
         before_tap = SUBLAYERS[: 3 - schedule.sublayers_after_tap]
-        assert (*before_tap, *(name for name in schedule.window if name != "shared_expert")) == SUBLAYERS, schedule
+        assert (
+            *before_tap,
+            *(name for name in schedule.window if name != "shared_expert"),
+        ) == SUBLAYERS, schedule
 
 
 def test_operators_by_hand():
@@ -69,15 +74,28 @@ def test_operators_by_hand():
         *("decode", "combine", "shared_expert", "attention_out", "experts", "dispatch"),
         *("attention_core", "mlp", "encode", "route"),
     )
-    assert Schedule("top_k").operators() == ("route", "encode", "dispatch", "experts", "combine", "decode")
+    assert Schedule("top_k").operators() == (
+        "route",
+        "encode",
+        "dispatch",
+        "experts",
+        "combine",
+        "decode",
+    )
 
 
 def test_every_slot_has_the_same_operators_in_the_backbones_order():
     for schedule in EVERY_SLOT:
         schedule = replace(schedule, chunks=3)
         # the two parts of an attention as one, where its output projection is
-        operators = ["attention" if o == "attention_out" else o for o in schedule.operators() if o != "attention_core"]
-        assert sorted(operators) == sorted(replace(schedule, expert_slot=0, inside_attention=False).operators())
+        operators = [
+            "attention" if o == "attention_out" else o
+            for o in schedule.operators()
+            if o != "attention_core"
+        ]
+        assert sorted(operators) == sorted(
+            replace(schedule, expert_slot=0, inside_attention=False).operators()
+        )
         assert tuple(o for o in operators if o in schedule.window) == schedule.window, schedule
 
 
@@ -92,7 +110,10 @@ def test_default_slot_is_the_middle():
     middle = {"scmoe pos1": 1, "scmoe pos2": 1, "scmoe pos3": 2, "shared_expert": 0, "top_k": 0}
     assert {s.name: s.slot for s in EVERY_WINDOW if s.name in middle} == middle
     assert Schedule("scmoe", "pos2") == Schedule("scmoe", "pos2", 1)
-    inside = [Schedule("scmoe", position, inside_attention=True).slot for position in ("pos1", "pos2", "pos3")]
+    inside = [
+        Schedule("scmoe", position, inside_attention=True).slot
+        for position in ("pos1", "pos2", "pos3")
+    ]
     assert inside == [0, 1, 2]  # the last attention
 
 
@@ -100,7 +121,10 @@ def test_default_slot_is_the_middle():
     ("arguments", "message"),
     [
         (("pos2",), "architecture is 'pos2', allowed: top_k, shared_expert, scmoe, dgmoe"),
-        (("scmoe", "pos4"), "position is 'pos4', allowed for scmoe: pos1, pos2, pos3, carried, first"),
+        (
+            ("scmoe", "pos4"),
+            "position is 'pos4', allowed for scmoe: pos1, pos2, pos3, carried, first",
+        ),
         (("scmoe",), "position is None, allowed for scmoe: pos1, pos2, pos3, carried, first"),
         (("farskip", "pos1"), "position is 'pos1', allowed for farskip: None"),
         (("farskip", None, 3), r"schedule.slot is 3, allowed for farskip: 0\.\.2"),
@@ -113,7 +137,10 @@ def test_default_slot_is_the_middle():
             ("scmoe", "pos2", 0, 1, True),
             "schedule.slot is 0, allowed for scmoe pos2 with schedule.inside_attention: 1,",
         ),
-        (("scmoe", "first", 0, 1, True), "inside_attention is True, allowed for scmoe first: False"),
+        (
+            ("scmoe", "first", 0, 1, True),
+            "inside_attention is True, allowed for scmoe first: False",
+        ),
         (("scmoe", "pos2", 1, 0), "chunks is 0, allowed: 1 or more"),
     ],
 )
@@ -136,19 +163,27 @@ def test_impossible_blocks_are_refused():
 def test_experts_run_inside_an_attention_that_has_two_parts_only():
     inside = Schedule("scmoe", "pos1", inside_attention=True)
     whole_only = [*tiny_sublayers()[:2], nn.Sequential(tiny_sublayers()[2])]
-    with pytest.raises(ValueError, match="inside_attention is True, allowed for attention by Sequential: False"):
+    with pytest.raises(
+        ValueError, match="inside_attention is True, allowed for attention by Sequential: False"
+    ):
         tiny_shortcut(tiny_stream(), inside, whole_only)
     block = tiny_shortcut(tiny_stream(), Schedule("scmoe", "pos1"), whole_only)
     assert block.divided == block.schedule
     compiled = tiny_shortcut(tiny_stream(), Schedule("scmoe", "pos1"))
     assert compiled.divided.inside_attention
-    compile_sublayers(compiled)  # a planner would measure attention without its graph, and round otherwise
+    compile_sublayers(
+        compiled
+    )  # a planner would measure attention without its graph, and round otherwise
     assert compiled.divided == compiled.schedule
-    with pytest.raises(ValueError, match="inside_attention is True, allowed for attention by Sequential: False"):
+    with pytest.raises(
+        ValueError, match="inside_attention is True, allowed for attention by Sequential: False"
+    ):
         block.run_as(inside, block.moe.dispatcher)
 
 
-@pytest.mark.parametrize(("position", "carry", "given"), [("carried", None, "NoneType"), ("pos1", 0, "int")])
+@pytest.mark.parametrize(
+    ("position", "carry", "given"), [("carried", None, "NoneType"), ("pos1", 0, "int")]
+)
 def test_a_tap_in_the_preceding_block_must_be_handed_on(position, carry, given):
     block = tiny_shortcut(tiny_stream(), Schedule("scmoe", position)).double()
     with pytest.raises(ValueError, match=f"carry is {given}, allowed for scmoe {position}"):
@@ -159,8 +194,8 @@ def test_a_tap_in_the_preceding_block_must_be_handed_on(position, carry, given):
 
 
 def executed(schedule: Schedule, capacity_factor: float | None, monkeypatch) -> tuple[str, ...]:
-    """Returns the operators in the order in which a block starts them, from the tap on. "current" of dgmoe is its
-    second MoE module."""
+    """Returns the operators in the order in which a block starts them, from the tap on. "current"
+    of dgmoe is its second MoE module."""
     log = Log()
 
     def logged(f, name: str):
@@ -168,7 +203,9 @@ def executed(schedule: Schedule, capacity_factor: float | None, monkeypatch) -> 
 
     for name in ("encode", "decode"):
         monkeypatch.setattr(scmoe.moe.stream, name, logged(getattr(scmoe.moe.stream, name), name))
-    stream = tiny_stream(1 if schedule.architecture == "dgmoe" else 2, capacity_factor, RecordingDispatcher(log))
+    stream = tiny_stream(
+        1 if schedule.architecture == "dgmoe" else 2, capacity_factor, RecordingDispatcher(log)
+    )
     stream.router.register_forward_pre_hook(lambda *_: log.forward.append("route begin"))
     stream.experts = Recorded("experts", stream.experts, log)
     sublayers = [Recorded(*part, log) for part in zip(SUBLAYERS, tiny_sublayers(), strict=True)]
@@ -176,7 +213,9 @@ def executed(schedule: Schedule, capacity_factor: float | None, monkeypatch) -> 
     if schedule.architecture == "top_k":
         block = TopKBlock(sublayers, norm, stream, schedule)
     elif schedule.architecture == "shared_expert":
-        block = SharedExpertBlock(sublayers, norm, stream, schedule, shared_expert=shared_expert, coefficient=CG1(DIM))
+        block = SharedExpertBlock(
+            sublayers, norm, stream, schedule, shared_expert=shared_expert, coefficient=CG1(DIM)
+        )
     elif schedule.architecture == "dgmoe":
         block = DoubleGateBlock(sublayers, norm, stream, schedule, tap_norm=nn.LayerNorm(DIM))
     elif schedule.architecture == "farskip":

@@ -1,4 +1,5 @@
-"""A configuration is found by its name: in the current folder first, then among those that come with scmoe."""
+"""A configuration is found by its name: in the current folder first, then among those that come
+with scmoe."""
 
 from pathlib import Path
 
@@ -20,17 +21,27 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["quickstart", "quickstart.yaml", "configs/quickstart.yaml", "configs/quickstart", "experiment/table3/small"],
+    [
+        "quickstart",
+        "quickstart.yaml",
+        "configs/quickstart.yaml",
+        "configs/quickstart",
+        "experiment/table3/small",
+    ],
 )
 def test_every_shipped_configuration_has_names(name):
     path = find(name)
-    assert path.samefile(ROOT / "configs" / f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml")
+    assert path.samefile(
+        ROOT / "configs" / f"{name.removeprefix('configs/').removesuffix('.yaml')}.yaml"
+    )
     assert load(name).name == load(path).name
 
 
 def test_the_links_of_the_package_are_the_folders_of_the_repository():
     for name in ("configs", "datamodules"):
-        assert (ROOT / "scmoe" / name).is_symlink() and (ROOT / "scmoe" / name).samefile(ROOT / name)
+        assert (ROOT / "scmoe" / name).is_symlink() and (ROOT / "scmoe" / name).samefile(
+            ROOT / name
+        )
     assert SHIPPED.samefile(ROOT / "configs")
 
 
@@ -38,7 +49,9 @@ def test_the_current_folder_comes_first():
     Path("configs").mkdir()
     for place in ("configs/quickstart.yaml", "quickstart.yaml"):
         Path(place).write_text(f"name: {place.replace('/', '-')}\n")
-        assert find("quickstart") == Path(place) and load("quickstart").name == place.replace("/", "-")
+        assert find("quickstart") == Path(place) and load("quickstart").name == place.replace(
+            "/", "-"
+        )
     assert load("configs/quickstart.yaml").name == "configs-quickstart.yaml"
     assert shipped_and_own()["configs/quickstart.yaml"] == Path("configs/quickstart.yaml")
     Path("debug").mkdir()  # a folder is no configuration
@@ -46,14 +59,20 @@ def test_the_current_folder_comes_first():
 
 
 def test_a_file_may_extend_a_shipped_one_by_name():
-    Path("mine.yaml").write_text("extends: [quickstart, configs/strategy/single.yaml]\nname: mine\n")
+    Path("mine.yaml").write_text(
+        "extends: [quickstart, configs/strategy/single.yaml]\nname: mine\n"
+    )
     mine, theirs = load("mine"), load("quickstart")
     assert (mine.name, mine.strategy.ep_size, mine.model) == ("mine", 1, theirs.model)
 
 
 def test_an_unknown_name_is_refused_with_the_verb_that_lists_them():
     with pytest.raises(
-        ConfigError, match=r"^quikstart: cannot be read: .*; did you mean quickstart\?; \S*scmoe list shows all names"
+        ConfigError,
+        match=(
+            r"^quikstart: cannot be read: .*; did you mean quickstart\?; \S*scmoe list shows all"
+            r" names"
+        ),
     ):
         load("quikstart")
 

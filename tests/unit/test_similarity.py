@@ -1,22 +1,32 @@
-"""The matrix of Fig. 10 is right, and the probe reads every representation of the residual stream once."""
+"""The matrix of Fig. 10 is right, and the probe reads every representation of the residual stream
+once."""
 
 import numpy as np
 import pytest
 import torch
 
 from scmoe.config.load import load
-from scmoe.probes.representations import SimilarityProbe, cosine_matrix, draw_similarity, means, similarity_metrics
+from scmoe.probes.representations import (
+    SimilarityProbe,
+    cosine_matrix,
+    draw_similarity,
+    means,
+    similarity_metrics,
+)
 from tests.support.models import assert_close, hooks, tiny, tiny_batch, tiny_model
 
 
 def test_cosines_by_hand():
-    """The cosines per token are 0 and 1 (a, b), 0.6 and 0.8 (a, c), 0.8 twice (b, c); the matrix has their means."""
+    """The cosines per token are 0 and 1 (a, b), 0.6 and 0.8 (a, c), 0.8 twice (b, c); the matrix
+    has their means."""
     a = torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     b = torch.tensor([[0.0, 1.0], [0.0, 5.0]])
     c = torch.tensor([[3.0, 4.0], [6.0, 8.0]])
     wider = torch.ones(2, 3)
     matrix = cosine_matrix([a, b, c, wider])
-    expected = torch.tensor([[1.0, 0.5, 0.7], [0.5, 1.0, 0.8], [0.7, 0.8, 1.0]], dtype=torch.float64)
+    expected = torch.tensor(
+        [[1.0, 0.5, 0.7], [0.5, 1.0, 0.8], [0.7, 0.8, 1.0]], dtype=torch.float64
+    )
     assert_close(matrix[:3, :3], expected, 1e-7)
     assert matrix[3, 3].item() == pytest.approx(1)
     assert matrix[3, :3].isnan().all() and matrix[:3, 3].isnan().all()
@@ -68,16 +78,38 @@ def test_every_representation_is_read_once_in_order(words, labels):
 
 
 def test_stages_of_an_image_model_are_not_compared_with_each_other():
-    """The width doubles from stage to stage, so each stage has its own input and its own part of the matrix."""
+    """The width doubles from stage to stage, so each stage has its own input and its own part of
+    the matrix."""
     pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
-    words = "model.family=swin model.layers=2 model.dim=8 model.heads=1 model.patch_size=2 model.window=2"
+    words = (
+        "model.family=swin model.layers=2 model.dim=8 model.heads=1 model.patch_size=2"
+        " model.window=2"
+    )
     words += " data.name=digits data.image_size=32 data.num_classes=5"
     model = tiny_model(load(None, words.split()), torch.float32)
     probe = SimilarityProbe(model)
     model(torch.randn(2, 3, 32, 32))
     probe.remove()
-    parts = "0 attention", "0 MLP", "1 attention", "1 MLP", "2 attention", "2 MLP", "3 attention", "3 MLP"
-    parts += "4 attention", "4 MLP", "5 attention", "5 MoE", "6 attention", "6 MLP", "7 attention", "7 MoE"
+    parts = (
+        "0 attention",
+        "0 MLP",
+        "1 attention",
+        "1 MLP",
+        "2 attention",
+        "2 MLP",
+        "3 attention",
+        "3 MLP",
+    )
+    parts += (
+        "4 attention",
+        "4 MLP",
+        "5 attention",
+        "5 MoE",
+        "6 attention",
+        "6 MLP",
+        "7 attention",
+        "7 MoE",
+    )
     assert [label for label in probe.labels() if label != "input"] == list(parts)
     assert [i for i, label in enumerate(probe.labels()) if label == "input"] == [0, 5, 10, 15]
     matrix = means(probe.result())

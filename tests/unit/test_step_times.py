@@ -1,4 +1,5 @@
-"""The times of a step, its FLOP/s and MFU mean what their names say, and nothing waits for a device."""
+"""The times of a step, its FLOP/s and MFU mean what their names say, and nothing waits for a
+device."""
 
 import math
 from types import SimpleNamespace
@@ -31,14 +32,20 @@ class Device:
             assert end.place < self.at, "the host would wait for the device"
             return 1e3 * (end.place - event.place)
 
-        event.record, event.elapsed_time, event.query = record, elapsed_time, lambda: event.place < self.at
+        event.record, event.elapsed_time, event.query = (
+            record,
+            elapsed_time,
+            lambda: event.place < self.at,
+        )
         return event
 
 
 class Logged:
     """A module and a trainer that keep what is logged."""
 
-    def __init__(self, device: str = "cpu", accumulate: int = 1, log_every: int = 1, world_size: int = 1) -> None:
+    def __init__(
+        self, device: str = "cpu", accumulate: int = 1, log_every: int = 1, world_size: int = 1
+    ) -> None:
         self.device, self.rows = torch.device(device), []
         self.accumulate_grad_batches, self.log_every_n_steps = accumulate, log_every
         self.world_size, self.precision = world_size, "32-true"
@@ -63,7 +70,8 @@ def batch(times: StepTimes, logged: Any, batch_idx: int, clock: Any = lambda sec
 
 
 def test_on_a_host_each_stage_has_its_time(monkeypatch):
-    """Two batches make a step, whose stages are added up. Validation and checkpoints are no part of a stage."""
+    """Two batches make a step, whose stages are added up. Validation and checkpoints are no part of
+    a stage."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
 
@@ -77,7 +85,12 @@ def test_on_a_host_each_stage_has_its_time(monkeypatch):
             times.on_validation_start()
             clock(100)
     (row,) = logged.rows
-    expected = {"time/data_ms": 1000, "time/forward_ms": 2000, "time/backward_ms": 4000, "time/update_ms": 6000}
+    expected = {
+        "time/data_ms": 1000,
+        "time/forward_ms": 2000,
+        "time/backward_ms": 4000,
+        "time/update_ms": 6000,
+    }
     assert row == pytest.approx(expected)
 
 
@@ -91,7 +104,12 @@ def test_on_a_device_nothing_waits_and_the_last_update_counts_later(monkeypatch)
     stages = [sorted(name for name in row if name != "time/data_ms") for row in logged.rows]
     reduced = ["time/backward_ms", "time/forward_ms"]
     assert stages == [reduced, [*reduced, "time/update_ms"], [*reduced, "time/update_ms"]]
-    assert all(value == pytest.approx(1000) for row in logged.rows for name, value in row.items() if "data" not in name)
+    assert all(
+        value == pytest.approx(1000)
+        for row in logged.rows
+        for name, value in row.items()
+        if "data" not in name
+    )
     assert len(times.spans["update"]) == 1, "spans are dropped once they are counted"
 
 
@@ -100,7 +118,9 @@ def test_an_event_that_passes_while_a_step_is_logged_counts_at_the_next_log(monk
 
     def event(enable_timing: bool) -> Any:
         answers = iter([False])
-        return SimpleNamespace(record=int, elapsed_time=lambda end: 1e3, query=lambda: next(answers, True))
+        return SimpleNamespace(
+            record=int, elapsed_time=lambda end: 1e3, query=lambda: next(answers, True)
+        )
 
     monkeypatch.setattr(torch.cuda, "Event", event)
     times, logged = StepTimes(), Logged("cuda")
@@ -114,7 +134,9 @@ def test_model_flops_have_no_empty_slots():
     words = "model.layers=2 moe.num_experts=4 moe.top_k=2 moe.architecture=top_k"
     slots, dropless = (
         forward_flops(
-            tiny_model(tiny(*words.split(), f"moe.capacity_factor={c}", "moe.rows=auto")), 12, empty_slots=False
+            tiny_model(tiny(*words.split(), f"moe.capacity_factor={c}", "moe.rows=auto")),
+            12,
+            empty_slots=False,
         )
         for c in ("2", "null")
     )
@@ -133,12 +155,16 @@ def test_throughput_is_the_rate_times_the_flops_of_a_sample(monkeypatch):
         callback.on_train_batch_start()
         now[0] += 2.0
         callback.on_train_batch_end(logged, logged, None, None, i)
-    tflops = 3 * sum(forward_flops(logged.model, 12, empty_slots=False).values()) * 4 / 2 / 2.0 / 1e12
+    tflops = (
+        3 * sum(forward_flops(logged.model, 12, empty_slots=False).values()) * 4 / 2 / 2.0 / 1e12
+    )
     row = {name: value for each in logged.rows[-2:] for name, value in each.items()}
     assert row["time/tokens_per_s"] == pytest.approx(4 * 12 / 2.0)
     assert row["time/model_tflops"] == pytest.approx(tflops)
     assert row["time/mfu"] == pytest.approx(tflops / 1e-6)
-    assert callback.utilisation(callback.mean) == pytest.approx({"model_tflops": tflops, "mfu": tflops / 1e-6})
+    assert callback.utilisation(callback.mean) == pytest.approx(
+        {"model_tflops": tflops, "mfu": tflops / 1e-6}
+    )
     assert callback.utilisation(None) == {"model_tflops": None, "mfu": None}
 
 
@@ -159,10 +185,21 @@ def test_a_peak_is_known_or_absent(device, precision, known):
 
 
 def test_without_a_terminal_a_validation_has_a_line_of_its_own(capsys):
-    shown = {"progress_bar_metrics": {"val/loss": 2.0}, "logged_metrics": {"train/loss": 3.0, "train/lr": 1e-3}}
-    numbers = {"global_step": 4, "max_steps": 8, "accumulate_grad_batches": 1, "log_every_n_steps": 1}
+    shown = {
+        "progress_bar_metrics": {"val/loss": 2.0},
+        "logged_metrics": {"train/loss": 3.0, "train/lr": 1e-3},
+    }
+    numbers = {
+        "global_step": 4,
+        "max_steps": 8,
+        "accumulate_grad_batches": 1,
+        "log_every_n_steps": 1,
+    }
     trainer: Any = SimpleNamespace(**numbers, is_global_zero=True, **shown)
     module: Any = None
     LogLines().on_train_batch_end(trainer, module, None, None, 3)
     LogLines().on_validation_end(trainer, module)
-    assert capsys.readouterr().err.splitlines() == ["step 4/8  train/loss 3", "step 4/8  val/loss 2"]
+    assert capsys.readouterr().err.splitlines() == [
+        "step 4/8  train/loss 3",
+        "step 4/8  val/loss 2",
+    ]

@@ -1,4 +1,5 @@
-"""The whole MoE stream handles padding, capacity, unbalanced routing, several open streams and mixed precision."""
+"""The whole MoE stream handles padding, capacity, unbalanced routing, several open streams and
+mixed precision."""
 
 import math
 
@@ -19,7 +20,8 @@ MASK_BS = torch.tensor([[True] * 8 + [False] * 4, [True] * 3 + [False] * 9])
 
 
 def tokens(batch_size: int = 2, seq_len: int = 12) -> Tensor:
-    """Returns tokens in eighths: the gate's products with weights in eighths are exact in any order of their sums."""
+    """Returns tokens in eighths: the gate's products with weights in eighths are exact in any order
+    of their sums."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(-20, 21, (batch_size, seq_len, DIM), generator=generator).double() / 8
 
@@ -34,7 +36,8 @@ def exact_stream(top_k: int, capacity_factor: float | None) -> MoEStream:
 def outcome(
     stream: MoEStream, x_BSD: Tensor, mask_BS: Tensor | None = None, chunks: int = 1
 ) -> tuple[MoEOutput, dict[str, Tensor]]:
-    """Returns the output, and the gradients of its sum of squares; the input's gradient is under 'x'."""
+    """Returns the output, and the gradients of its sum of squares; the input's gradient is under
+    'x'."""
     x_BSD = x_BSD.clone().requires_grad_()
     output = stream(x_BSD, mask_BS, chunks)
     output.y_BSD.square().sum().backward()
@@ -45,8 +48,15 @@ def test_in_use_no_buffer_drops_a_token():
     """All tokens choose one expert, whose rank has room for its fair share of them in training."""
     ids_TK, num_ranks = torch.zeros(9, 1, dtype=torch.long), EXPERTS // 2
     rows = Buffers(1.0)
-    assert rows.arrange(ids_TK, None, Target(EXPERTS, num_ranks)).num_dropped == 9 - 9 * 2 // EXPERTS
-    assert rows.dropless(EXPERTS).arrange(ids_TK, None, Target(EXPERTS, num_ranks, training=False)).num_dropped == 0
+    assert (
+        rows.arrange(ids_TK, None, Target(EXPERTS, num_ranks)).num_dropped == 9 - 9 * 2 // EXPERTS
+    )
+    assert (
+        rows.dropless(EXPERTS)
+        .arrange(ids_TK, None, Target(EXPERTS, num_ranks, training=False))
+        .num_dropped
+        == 0
+    )
 
 
 @pytest.mark.parametrize("shape", ((0, 12), (2, 0), (0,)))
@@ -80,10 +90,14 @@ class Counting(LocalDispatcher):
         return super().dispatch(rows_RD, counts)
 
 
-def zero_stream(capacity_factor: float | None = None, weight: float = 0.0, returns_input: bool = True) -> MoEStream:
+def zero_stream(
+    capacity_factor: float | None = None, weight: float = 0.0, returns_input: bool = True
+) -> MoEStream:
     """Returns a stream whose gate prefers zero experts with a large `weight`, whatever the token."""
     router = Router(DIM, EXPERTS, 2, scoring=Scoring(normalise=False, scale=6), zero_experts=3)
-    stream = MoEStream(router, Experts(DIM, FFN, EXPERTS), Counting(), rows_of(capacity_factor), returns_input)
+    stream = MoEStream(
+        router, Experts(DIM, FFN, EXPERTS), Counting(), rows_of(capacity_factor), returns_input
+    )
     randomise(stream.double())
     with torch.no_grad():
         router.gate.weight[EXPERTS:, 0] += weight
@@ -105,7 +119,9 @@ def test_nothing_is_sent_for_a_zero_expert(chunks, mask_BS):
 
 
 @pytest.mark.parametrize("returns_input", (True, False))
-def test_tokens_that_choose_only_zero_experts_send_nothing_and_come_back_scaled_or_as_zeros(returns_input):
+def test_tokens_that_choose_only_zero_experts_send_nothing_and_come_back_scaled_or_as_zeros(
+    returns_input,
+):
     stream, x = zero_stream(weight=1e3, returns_input=returns_input), tokens()
     x[..., 0] = 1.0
     routing = stream.router(x.flatten(0, 1))
@@ -119,14 +135,18 @@ def test_tokens_that_choose_only_zero_experts_send_nothing_and_come_back_scaled_
 
 
 def test_a_zero_expert_that_returns_0_adds_0_and_sends_nothing():
-    """A token that chooses such experts alone gets exactly 0, and the tap has no gradient through them."""
+    """A token that chooses such experts alone gets exactly 0, and the tap has no gradient through
+    them."""
     stream, x = zero_stream(weight=1e3, returns_input=False), tokens()
     x[..., 0] = 1.0
     x[1, :, 0] = -1.0  # the second sequence chooses experts alone
     assert stream.begin(x).tap_TD is None
     stream.dispatcher.sent = 0
     output, grads = outcome(stream, x)
-    assert stream.dispatcher.sent == output.stats.counts_E.sum() == 24 and output.stats.num_dropped == 0
+    assert (
+        stream.dispatcher.sent == output.stats.counts_E.sum() == 24
+        and output.stats.num_dropped == 0
+    )
     assert not output.y_BSD[0].any() and output.y_BSD[1].abs().amax(-1).min() > 0
     assert not grads["x"][0].any() and grads["x"][1].any()
     copies = zero_stream(weight=1e3)
@@ -139,14 +159,20 @@ def test_a_zero_expert_that_returns_0_adds_0_and_sends_nothing():
 def test_zero_experts_that_are_never_chosen_change_no_bit(returns_input, top_k):
     """Sigmoid scores do not depend on each other, and -inf as a selection bias rules an expert out."""
     scoring = Scoring(torch.sigmoid, sums_to_one=False, scale=2.5, rule=by_sign)
-    plain, further = (Router(DIM, EXPERTS, top_k, scoring=scoring, zero_experts=zero) for zero in (0, 3))
+    plain, further = (
+        Router(DIM, EXPERTS, top_k, scoring=scoring, zero_experts=zero) for zero in (0, 3)
+    )
     streams = [
-        MoEStream(router, Experts(DIM, FFN, EXPERTS), Counting(), zeros_return_input=returns_input).double()
+        MoEStream(
+            router, Experts(DIM, FFN, EXPERTS), Counting(), zeros_return_input=returns_input
+        ).double()
         for router in (plain, further)
     ]
     randomise(streams[0])
     with torch.no_grad():
-        plain.gate.weight.mul_(8).round_().div_(8)  # so that products do not depend on the number of rows
+        plain.gate.weight.mul_(8).round_().div_(
+            8
+        )  # so that products do not depend on the number of rows
         streams[1].experts.load_state_dict(streams[0].experts.state_dict())
         further.gate.weight[:EXPERTS], further.gate.weight[EXPERTS:] = plain.gate.weight, 2.0
         further.bias.weight[:EXPERTS], further.bias.weight[EXPERTS:] = plain.bias.weight, -math.inf
@@ -154,11 +180,14 @@ def test_zero_experts_that_are_never_chosen_change_no_bit(returns_input, top_k):
     assert torch.equal(old.y_BSD, new.y_BSD)
     assert streams[0].dispatcher.sent == streams[1].dispatcher.sent == 24 * top_k
     assert not grads["router.gate.weight"][EXPERTS:].any()
-    assert all(torch.equal(grads[name], g) for name, g in old_grads.items() if name.startswith("experts"))
+    assert all(
+        torch.equal(grads[name], g) for name, g in old_grads.items() if name.startswith("experts")
+    )
 
 
 def test_zero_experts_take_their_share_of_a_capacity():
-    """24 tokens x 2 copies over 6 + 3 ids: the fair share is 48 / 9, and a factor of 1.5 gives 8 slots, not 12."""
+    """24 tokens x 2 copies over 6 + 3 ids: the fair share is 48 / 9, and a factor of 1.5 gives 8
+    slots, not 12."""
     stream = zero_stream(1.5)
     stream(tokens())
     assert stream.dispatcher.sent == EXPERTS * 8
@@ -190,7 +219,8 @@ def test_padded_and_unpadded_are_bit_identical(top_k):
     assert torch.equal(padded.y_BSD[MASK_BS], real.y_BSD[0])
     for name in ("experts.w_in_eDF", "experts.w_out_eFD"):
         assert torch.equal(grads[name], real_grads[name])
-    # equal to 1e-12: the gate's products have another number of rows, which may change the order of their sums
+    # equal to 1e-12: the gate's products have another number of rows, which may change the order of
+    # their sums
     assert_close(grads["x"][MASK_BS], real_grads["x"][0])
     assert_close(grads["router.gate.weight"], real_grads["router.gate.weight"])
     assert torch.equal(integer_sums([padded.stats]), integer_sums([real.stats]))
@@ -209,7 +239,9 @@ def test_padding_does_not_change_which_copies_are_dropped(capacity_factor):
 
 @pytest.mark.parametrize("capacity_factor", (None, 1.0))
 def test_a_batch_of_padding_alone_gives_zeros(capacity_factor):
-    output, grads = outcome(tiny_stream(2, capacity_factor), tokens(), torch.zeros(2, 12, dtype=torch.bool))
+    output, grads = outcome(
+        tiny_stream(2, capacity_factor), tokens(), torch.zeros(2, 12, dtype=torch.bool)
+    )
     assert all((t == 0).all() for t in (output.y_BSD, *grads.values()))
 
 
@@ -236,7 +268,9 @@ def test_all_tokens_to_one_expert(expert, chunks, capacity_factor):
     assert output.stats.counts_E.tolist() == [24 * (i == expert) for i in range(EXPERTS)]
     assert output.stats.num_dropped == (20 if capacity_factor == 1.0 else 0)
     served = output.y_BSD.flatten(0, 1).abs().amax(1) > 0
-    assert served.tolist() == [t < 24 - output.stats.num_dropped for t in range(24)]  # early tokens first
+    assert served.tolist() == [
+        t < 24 - output.stats.num_dropped for t in range(24)
+    ]  # early tokens first
     for name in ("experts.w_in_eDF", "experts.w_out_eFD"):
         moved = grads[name].abs().amax((1, 2)) > 0
         assert moved.tolist() == [i == expert for i in range(EXPERTS)]
@@ -253,7 +287,9 @@ def test_forward_keeps_no_state_and_streams_may_be_open_at_once():
     states = [stream.run_experts(state) for state in reversed(states)]
     together = [stream.finish(state).y_BSD for state in reversed(states)]
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
-    assert {name: value for name, value in vars(stream).items() if not name.startswith("_")} == before
+    assert {
+        name: value for name, value in vars(stream).items() if not name.startswith("_")
+    } == before
 
 
 def test_rows_travel_in_the_dtype_of_autocast():
@@ -271,11 +307,14 @@ def test_rows_travel_in_the_dtype_of_autocast():
 @pytest.mark.parametrize("capacity_factor", (2.0, 1.0, 0.5))
 @pytest.mark.parametrize("top_k", (1, 2))
 def test_filled_rows_give_what_slots_give(top_k, capacity_factor, chunks):
-    """The same copies are dropped, with padding too; outputs and gradients differ by the products' rounding at most."""
+    """The same copies are dropped, with padding too; outputs and gradients differ by the products'
+    rounding at most."""
     slots, filled = (exact_stream(top_k, capacity_factor) for _ in range(2))
     filled.load_state_dict(slots.state_dict())
     filled.rows = rows_of(capacity_factor, filled=True)
-    (expected, grads), (output, own) = (outcome(stream, tokens(), MASK_BS, chunks) for stream in (slots, filled))
+    (expected, grads), (output, own) = (
+        outcome(stream, tokens(), MASK_BS, chunks) for stream in (slots, filled)
+    )
     assert torch.equal(integer_sums([output.stats]), integer_sums([expected.stats]))
     assert_close(output.y_BSD, expected.y_BSD, 1e-12, "output")
     for name, grad in grads.items():

@@ -1,4 +1,5 @@
-"""A sweep file's wrong settings and unknown keys are refused by name, and distributions give the right values."""
+"""A sweep file's wrong settings and unknown keys are refused by name, and distributions give the
+right values."""
 
 import copy
 import math
@@ -36,21 +37,61 @@ BAD = [
     ("command", ENVIRONMENT, "command has 'name=${envvar:HOME}'"),
     ("command", None, "command is missing, allowed: [..., scmoe, train, CONFIG"),
     ("parameters/optim.lr", 1e-3, "parameters.optim.lr is 0.001"),
-    ("parameters/optim.lr", {"values": [1e-3], "value": 1}, "unknown key 'values' in parameters.optim.lr"),
-    ("parameters/optim.lr", {"distribution": "gamma"}, "parameters.optim.lr.distribution is 'gamma'"),
-    ("parameters/optim.lr", {"distribution": ["uniform"]}, "parameters.optim.lr.distribution is ['uniform']"),
-    ("parameters/optim.lr", {"distribution": "log_uniform", "min": 16, "max": 1024}, "optim.lr is 6.8"),
-    ("parameters/optim.lr", {"distribution": "uniform", "min": 0.1}, "parameters.optim.lr.max is missing"),
+    (
+        "parameters/optim.lr",
+        {"values": [1e-3], "value": 1},
+        "unknown key 'values' in parameters.optim.lr",
+    ),
+    (
+        "parameters/optim.lr",
+        {"distribution": "gamma"},
+        "parameters.optim.lr.distribution is 'gamma'",
+    ),
+    (
+        "parameters/optim.lr",
+        {"distribution": ["uniform"]},
+        "parameters.optim.lr.distribution is ['uniform']",
+    ),
+    (
+        "parameters/optim.lr",
+        {"distribution": "log_uniform", "min": 16, "max": 1024},
+        "optim.lr is 6.8",
+    ),
+    (
+        "parameters/optim.lr",
+        {"distribution": "uniform", "min": 0.1},
+        "parameters.optim.lr.max is missing",
+    ),
     ("parameters/optim.lr", {"min": "1e-4", "max": 1e-2}, "a number; YAML reads 1e-3 as a text"),
-    ("parameters/optim.lr", {"min": 1e-2, "max": 1e-4}, "parameters.optim.lr.min is 0.01, allowed: less than max"),
-    ("parameters/optim.lr", {"distribution": "log_uniform_values", "min": 0.0, "max": 1.0}, "above 0"),
+    (
+        "parameters/optim.lr",
+        {"min": 1e-2, "max": 1e-4},
+        "parameters.optim.lr.min is 0.01, allowed: less than max",
+    ),
+    (
+        "parameters/optim.lr",
+        {"distribution": "log_uniform_values", "min": 0.0, "max": 1.0},
+        "above 0",
+    ),
     ("parameters/optim.lr", {"values": [1e-3, 1e-2], "probabilities": [1]}, "probabilities is [1]"),
     ("parameters/optim", {"parameters": {"lr": {"value": 1}}}, "parameters.optim is nested"),
     ("parameters/optim.lrr", {"value": 1e-3}, "unknown key 'optim.lrr', did you mean optim.lr?"),
     ("parameters/optim.lr", {"values": [1e-3, -1.0]}, "parameters.optim.lr cannot be -1.0"),
-    ("parameters/moe.combine", {"values": ["cg1", "cg3"]}, "parameters.moe.combine cannot be 'cg3'"),
-    ("parameters/model.layers", {"value": 3}, "model.layers is 3, allowed: a multiple of moe.every"),
-    ("parameters/trainer.max_steps", {"value": 5}, "parameters.trainer.max_steps is in the command too"),
+    (
+        "parameters/moe.combine",
+        {"values": ["cg1", "cg3"]},
+        "parameters.moe.combine cannot be 'cg3'",
+    ),
+    (
+        "parameters/model.layers",
+        {"value": 3},
+        "model.layers is 3, allowed: a multiple of moe.every",
+    ),
+    (
+        "parameters/trainer.max_steps",
+        {"value": 5},
+        "parameters.trainer.max_steps is in the command too",
+    ),
 ]
 
 
@@ -72,7 +113,9 @@ def write(folder: Path, config: object) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/sweep").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs/sweep").glob("*.yaml")), ids=lambda path: path.name
+)
 def test_the_sweeps_of_this_project_can_be_run(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert read(str(path)).name == path.stem
@@ -84,20 +127,28 @@ def test_a_good_file_is_read(tmp_path):
     assert (sweep.name, sweep.metric, sweep.minimize, sweep.run_cap) == ("s", "val/loss", True, 3)
     assert sweep.overrides == ["trainer.max_steps=3", "seed=3"]
     assert sweep.launcher[-3:] == ["-m", "scmoe", "train"]
-    assert sweep.raw["command"] == [*GOOD["command"][:-1], "seed=3", "${args_no_hyphens}"], "for W&B's agent"
+    assert sweep.raw["command"] == [*GOOD["command"][:-1], "seed=3", "${args_no_hyphens}"], (
+        "for W&B's agent"
+    )
     assert {**sweep.raw, "command": None} == {**GOOD, "command": None}, "no other key is changed"
 
 
-@pytest.mark.parametrize("program", [["-m", "experiments.train"], ["-m", "scmoe.experiments.train"], ["${program}"]])
+@pytest.mark.parametrize(
+    "program", [["-m", "experiments.train"], ["-m", "scmoe.experiments.train"], ["${program}"]]
+)
 def test_a_file_that_names_an_old_program_still_runs(program, tmp_path):
     start = GOOD["command"].index("-m")
     command = [*GOOD["command"][:start], *program, *GOOD["command"][start + 3 :]]
     sweep = read(write(tmp_path, {**GOOD, "program": "experiments/train.py", "command": command}))
     assert sweep.launcher[-1] == "train" and sweep.config == read(write(tmp_path, GOOD)).config
-    assert sweep.raw["program"] == "scmoe/__main__.py" and "experiments" not in " ".join(sweep.raw["command"])
+    assert sweep.raw["program"] == "scmoe/__main__.py" and "experiments" not in " ".join(
+        sweep.raw["command"]
+    )
 
 
-@pytest.mark.parametrize(("path", "value", "said"), BAD, ids=[f"{path} {value}"[:60] for path, value, _ in BAD])
+@pytest.mark.parametrize(
+    ("path", "value", "said"), BAD, ids=[f"{path} {value}"[:60] for path, value, _ in BAD]
+)
 def test_a_wrong_setting_is_refused_by_its_name(path, value, said, tmp_path):
     file = write(tmp_path, changed(path, value))
     with pytest.raises(ConfigError) as caught:
@@ -108,7 +159,15 @@ def test_a_wrong_setting_is_refused_by_its_name(path, value, said, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", [None, "", "- a\n", "method: [\n", "name: 2026-99-99\n", "!!python/object/apply:os.getcwd []\n"]
+    "text",
+    [
+        None,
+        "",
+        "- a\n",
+        "method: [\n",
+        "name: 2026-99-99\n",
+        "!!python/object/apply:os.getcwd []\n",
+    ],
 )
 def test_a_file_that_is_not_a_sweep_is_refused(text, tmp_path):
     if text is not None:
@@ -117,10 +176,16 @@ def test_a_file_that_is_not_a_sweep_is_refused(text, tmp_path):
         read(str(tmp_path / "s.yaml"))
 
 
-def test_values_that_only_fit_together_are_accepted_and_a_grid_takes_no_continuous_distribution(tmp_path):
-    config = changed("parameters", {"model.dim": {"values": [32, 24]}, "model.heads": {"values": [16, 3]}})
+def test_values_that_only_fit_together_are_accepted_and_a_grid_takes_no_continuous_distribution(
+    tmp_path,
+):
+    config = changed(
+        "parameters", {"model.dim": {"values": [32, 24]}, "model.heads": {"values": [16, 3]}}
+    )
     assert read(write(tmp_path, {**config, "method": "grid"})).axes["model.dim"].grid == [32, 24]
-    with pytest.raises(ConfigError, match=r"parameters\.optim\.lr\.distribution is 'uniform', .* for method grid"):
+    with pytest.raises(
+        ConfigError, match=r"parameters\.optim\.lr\.distribution is 'uniform', .* for method grid"
+    ):
         read(write(tmp_path, changed("method", "grid")))
 
 
@@ -166,10 +231,14 @@ def axis(kind: str):
 def test_quantiles_end_where_the_distribution_does(kind):
     assert SPECS.keys() == DISTRIBUTIONS.keys(), "every distribution is tested"
     values = [axis(kind).quantile(u) for u in (0.0, 0.5, 1.0)]
-    assert values == [pytest.approx(end) if isinstance(end, (int, float)) else end for end in ENDS[kind]]
+    assert values == [
+        pytest.approx(end) if isinstance(end, (int, float)) else end for end in ENDS[kind]
+    ]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SPECS if kind != "constant" and not kind.startswith("categorical")])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in SPECS if kind != "constant" and not kind.startswith("categorical")]
+)
 @settings(max_examples=40)
 @given(u=st.floats(0, 1), v=st.floats(0, 1))
 def test_quantiles_keep_the_order_and_steps(kind, u, v):

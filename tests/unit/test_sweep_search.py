@@ -30,7 +30,9 @@ def sweep_of(tmp_path):
 
 def loss(trial: Trial) -> float:
     """The loss is least for lr = 1e-3 and cg1."""
-    return abs(math.log10(trial.parameters["optim.lr"]) + 3) + (trial.parameters["moe.combine"] != "cg1")
+    return abs(math.log10(trial.parameters["optim.lr"]) + 3) + (
+        trial.parameters["moe.combine"] != "cg1"
+    )
 
 
 def search(sweep: Sweep, trials: list[Trial] | None = None, last: int | None = None) -> list[Trial]:
@@ -42,7 +44,11 @@ def search(sweep: Sweep, trials: list[Trial] | None = None, last: int | None = N
 
 
 def test_grid_is_every_combination_once_and_run_cap_cuts_it(sweep_of):
-    space = {"optim.lr": {"values": [1e-3, 1e-2]}, "moe.combine": COMBINE, "seed": {"min": 1, "max": 2}}
+    space = {
+        "optim.lr": {"values": [1e-3, 1e-2]},
+        "moe.combine": COMBINE,
+        "seed": {"min": 1, "max": 2},
+    }
     sweep = sweep_of(method="grid", parameters=space, run_cap=None)
     trials = search(sweep)
     assert total(sweep) == len(trials) == 12
@@ -66,33 +72,54 @@ def test_an_interrupted_search_proposes_the_same_trials(method, sweep_of):
 
 def test_random_follows_the_given_probabilities(sweep_of):
     space = {"moe.combine": {"values": ["cg1", "cg2"], "probabilities": [0.9, 0.1]}, "optim.lr": LR}
-    counts = Counter(trial.parameters["moe.combine"] for trial in search(sweep_of(parameters=space, run_cap=300)))
+    counts = Counter(
+        trial.parameters["moe.combine"] for trial in search(sweep_of(parameters=space, run_cap=300))
+    )
     assert counts["cg1"] == pytest.approx(270, abs=20)  # four standard deviations
 
 
 def test_bayes_finds_lower_losses_than_random(sweep_of):
     """After 10 random trials, the next 20 are near the least loss."""
     space = {"optim.lr": LR, "moe.combine": COMBINE}
-    late = {m: search(sweep_of(method=m, parameters=space, run_cap=30))[10:] for m in ("bayes", "random")}
+    late = {
+        m: search(sweep_of(method=m, parameters=space, run_cap=30))[10:]
+        for m in ("bayes", "random")
+    }
     mean = {method: sum(map(loss, trials)) / len(trials) for method, trials in late.items()}
     assert mean["bayes"] < 0.7 * mean["random"]
 
 
 def test_a_trial_that_ends_with_nan_teaches_bayes_nothing(sweep_of):
-    sweep = sweep_of(method="bayes", parameters={"optim.lr": LR, "moe.combine": COMBINE}, run_cap=40)
+    sweep = sweep_of(
+        method="bayes", parameters={"optim.lr": LR, "moe.combine": COMBINE}, run_cap=40
+    )
     trials = search(sweep, last=12)
 
     def proposed(value: list[float], state: str) -> Trial | None:
-        return propose(sweep, [*trials, Trial(13, trials[0].point, trials[0].parameters, state, value)])
+        return propose(
+            sweep, [*trials, Trial(13, trials[0].point, trials[0].parameters, state, value)]
+        )
 
     assert proposed([math.nan], "stopped") == proposed([], "stopped") != proposed([1.0], "stopped")
-    assert best(sweep, [Trial(1, {}, {}, "finished", [math.nan]), Trial(2, {}, {}, "finished", [3.0])]).number == 2
+    assert (
+        best(
+            sweep, [Trial(1, {}, {}, "finished", [math.nan]), Trial(2, {}, {}, "finished", [3.0])]
+        ).number
+        == 2
+    )
 
 
-@pytest.mark.parametrize("impute", ["worst", "best", pytest.param("latest", marks=pytest.mark.faults)])
+@pytest.mark.parametrize(
+    "impute", ["worst", "best", pytest.param("latest", marks=pytest.mark.faults)]
+)
 def test_bayes_counts_a_failed_trial_as_impute_says(impute, sweep_of):
     metric = {**GOOD["metric"], "impute": impute}
-    sweep = sweep_of(method="bayes", metric=metric, parameters={"optim.lr": LR, "moe.combine": COMBINE}, run_cap=40)
+    sweep = sweep_of(
+        method="bayes",
+        metric=metric,
+        parameters={"optim.lr": LR, "moe.combine": COMBINE},
+        run_cap=40,
+    )
     trials: list[Trial] = []
     while trial := propose(sweep, trials):
         trial.state = "failed" if trial.parameters["optim.lr"] > 1e-3 else "finished"
@@ -104,13 +131,17 @@ def test_bayes_counts_a_failed_trial_as_impute_says(impute, sweep_of):
 
 def test_target_ends_a_sweep(sweep_of):
     metric = {**GOOD["metric"], "target": 0.5}
-    trials = search(sweep_of(metric=metric, parameters={"optim.lr": LR, "moe.combine": COMBINE}, run_cap=500))
+    trials = search(
+        sweep_of(metric=metric, parameters={"optim.lr": LR, "moe.combine": COMBINE}, run_cap=500)
+    )
     assert [loss(trial) <= 0.5 for trial in trials] == [False] * (len(trials) - 1) + [True]
 
 
 def trial(number: int, *history: float, state: str = "finished") -> Trial:
     parameters = {"optim.lr": 10.0**-number, "moe.combine": "cg1"}
-    return Trial(number, {"optim.lr": 0.5, "moe.combine": 0}, parameters, state, list(history), len(history))
+    return Trial(
+        number, {"optim.lr": 0.5, "moe.combine": 0}, parameters, state, list(history), len(history)
+    )
 
 
 def test_bands_are_hyperbands():
@@ -145,7 +176,11 @@ def test_the_report_says_which_was_best(sweep_of, tmp_path):
     assert list(table(sweep, trials).rows) == ["2", "1", "3", "4"]
     sweep.folder.mkdir(parents=True)
     summary = write_report(sweep, trials)
-    assert {key: summary[key] for key in ("trials", "finished", "failed")} == {"trials": 4, "finished": 3, "failed": 1}
+    assert {key: summary[key] for key in ("trials", "finished", "failed")} == {
+        "trials": 4,
+        "finished": 3,
+        "failed": 1,
+    }
     assert (summary["best"]["trial"], summary["best"]["val/loss"]) == (2, 1)
     lines = (sweep.folder / "results.csv").read_text().splitlines()
     assert lines[0] == "trial,state,optim.lr,moe.combine,val/loss,steps,seconds,run_dir,reason"
@@ -161,13 +196,17 @@ def test_the_report_says_which_was_best(sweep_of, tmp_path):
 
 
 def test_a_failed_trial_stands_at_its_own_category(sweep_of, tmp_path, monkeypatch):
-    """Only the finished trial sets the range of numbers; a category has its place whether its trials fail or not."""
+    """Only the finished trial sets the range of numbers; a category has its place whether its
+    trials fail or not."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
     path = "scmoe:no-such-file/of/any/model"
     sweep = sweep_of(method="grid", parameters={"init_from": {"values": [None, path]}})
     states = {None: "finished", path: "failed"}
-    trials = [Trial(i, {}, {"init_from": value}, state, [3.0], 3) for i, (value, state) in enumerate(states.items())]
+    trials = [
+        Trial(i, {}, {"init_from": value}, state, [3.0], 3)
+        for i, (value, state) in enumerate(states.items())
+    ]
     draw(sweep, trials, tmp_path / "chart.png")
     (panel,) = figures[0].axes
     (failed,) = [dots for dots in panel.collections if dots.get_label() == "failed"]

@@ -1,4 +1,5 @@
-"""A local sweep marks failed trials, resumes cut ones, skips finished ones, and leaves no process behind.
+"""A local sweep marks failed trials, resumes cut ones, skips finished ones, and leaves no process
+behind.
 
 The trials are toy trainings, which start quickly; the README's command has real ones.
 """
@@ -57,7 +58,9 @@ def start(folder: Path, pause: str) -> subprocess.Popen[str]:
     verb, *words = words_of(folder, pause)
     command = [sys.executable, "-m", "scmoe", verb, *words]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -74,7 +77,9 @@ def until(there: Callable[[], bool]) -> None:
 
 def alive(folder: Path) -> list[str]:
     """Returns the processes that have this folder in their command line."""
-    found = subprocess.run(["pgrep", "-f", str(folder)], capture_output=True, text=True).stdout.split()
+    found = subprocess.run(
+        ["pgrep", "-f", str(folder)], capture_output=True, text=True
+    ).stdout.split()
     return [pid for pid in found if int(pid) != os.getpid()]
 
 
@@ -87,23 +92,36 @@ def test_failed_trials_are_marked_and_the_best_is_named(sweep, tmp_path):
     assert (best["trial"], best["val/loss"]) == (2, pytest.approx(1 / 6))
     states, reasons = zip(*((row["state"], row["reason"]) for row in rows(tmp_path)), strict=True)
     assert states == ("finished", "finished", "failed", "failed")
-    assert reasons[2:] == ("exit code 1: FloatingPointError: [no] number", "its last val/loss is nan")
+    assert reasons[2:] == (
+        "exit code 1: FloatingPointError: [no] number",
+        "its last val/loss is nan",
+    )
     lines = [line for line in done.err.splitlines() if line.startswith("trial ")]
-    assert [line.split(":")[0] for line in lines] == [f"trial {i} of 4 {s}" for i, s in enumerate(states, 1)]
-    assert all("left" in line for line in lines[:-1]), "each line but the last shows the time that is left"
+    assert [line.split(":")[0] for line in lines] == [
+        f"trial {i} of 4 {s}" for i, s in enumerate(states, 1)
+    ]
+    assert all("left" in line for line in lines[:-1]), (
+        "each line but the last shows the time that is left"
+    )
     again = sweep(**changes)
     assert again.out == done.out
     assert again.err.splitlines()[0] == "4 trials have ended already"
     configs = sorted((tmp_path / "sweeps/s").glob("trial-*/*/config.yaml"))
     assert len(configs) == 4, "nothing was run twice"
     config = yaml.safe_load(configs[0].read_text())
-    assert (config["logger"]["group"], config["logger"]["project"], config["optim"]["lr"]) == ("s", "mine", 0.1)
+    assert (config["logger"]["group"], config["logger"]["project"], config["optim"]["lr"]) == (
+        "s",
+        "mine",
+        0.1,
+    )
     config = yaml.safe_load((tmp_path / "sweeps/s/best.yaml").read_text())
     assert (config["optim"]["lr"], config["name"]) == (0.01, "debug")
     assert "optim.lr" in (tmp_path / "sweeps/s/summary.md").read_text()
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.faults)]
+)
 def test_a_cut_sweep_is_resumed(signum, sweep, tmp_path):
     process = start(tmp_path, "0.3@0.01")
     first, second = (tmp_path / "sweeps/s" / name for name in ("trial-001", "trial-002"))
@@ -118,7 +136,9 @@ def test_a_cut_sweep_is_resumed(signum, sweep, tmp_path):
     before = list(first.glob("*/config.yaml")) + list(second.glob("*/config.yaml"))
     assert any(second.glob("*/checkpoints/*.ckpt"))
     assert sweep(pause="0.3@0.01").summary["finished"] == 3
-    assert before == list(first.glob("*/config.yaml")) + list(second.glob("*/config.yaml")), "in the same directories"
+    assert before == list(first.glob("*/config.yaml")) + list(second.glob("*/config.yaml")), (
+        "in the same directories"
+    )
     assert [row["steps"] for row in rows(tmp_path)] == ["6"] * 3, "the one that was never begun too"
 
 
@@ -175,7 +195,11 @@ def test_a_sweep_without_a_result_is_an_error(sweep):
 
 def test_a_wrong_request_is_answered_in_one_line(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for words in (["configs/sweep/smoke.yaml", "--locla"], ["configs/sweep/nothing.yaml"], ["configs/debug.yaml"]):
+    for words in (
+        ["configs/sweep/smoke.yaml", "--locla"],
+        ["configs/sweep/nothing.yaml"],
+        ["configs/debug.yaml"],
+    ):
         assert call("sweep", *words) == 2
         said = capsys.readouterr()
         assert said.out == "" and len(said.err.splitlines()) == 1, words

@@ -1,6 +1,8 @@
-"""SwinV2-MoE equals the oracle in logits, load-balance loss and all gradients, for every architecture.
+"""SwinV2-MoE equals the oracle in logits, load-balance loss and all gradients, for every
+architecture.
 
-The tolerance is 1e-12 of the largest entry in float64, for the reasons in test_reference_equality.py.
+The tolerance is 1e-12 of the largest entry in float64, for the reasons in
+test_reference_equality.py.
 """
 
 import pytest
@@ -18,7 +20,14 @@ from tests.support.architectures import SWIN_WITH_ORACLE, overrides, with_marks
 from tests.support.models import assert_close, gradients, tiny_model
 
 TINY = (
-    *("model.family=swin", "model.layers=2", "model.dim=8", "model.heads=1", "model.patch_size=2", "model.window=2"),
+    *(
+        "model.family=swin",
+        "model.layers=2",
+        "model.dim=8",
+        "model.heads=1",
+        "model.patch_size=2",
+        "model.window=2",
+    ),
     *("moe.num_experts=4", "data.name=digits", "data.image_size=32", "data.num_classes=5"),
 )
 
@@ -28,7 +37,9 @@ def tiny(words: str, *further: str) -> Config:
 
 
 def images(size: int = 32) -> torch.Tensor:
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.randn(
+        2, 3, size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
 
 
 def spec_of(config: Config) -> SwinSpec:
@@ -64,7 +75,9 @@ def test_architecture_equals_oracle(architecture):
 
 @pytest.mark.parametrize("architecture", TIGHT)
 def test_architecture_with_a_capacity_equals_oracle(architecture):
-    assert sum(equals_oracle(architecture, "1.0").dropped) > 0, "without drops the case would not test them"
+    assert sum(equals_oracle(architecture, "1.0").dropped) > 0, (
+        "without drops the case would not test them"
+    )
 
 
 def equals_oracle(architecture: str, capacity: str) -> SwinAnswer:
@@ -88,7 +101,9 @@ def equals_oracle(architecture: str, capacity: str) -> SwinAnswer:
     return answer
 
 
-@pytest.mark.parametrize("change", [{"position": "pos1"}, {"combine": "direct_add"}, {"window": 4}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"position": "pos1"}, {"combine": "direct_add"}, {"window": 4}], ids=str
+)
 def test_a_wrong_oracle_is_detected(change):
     config = tiny("position=pos2 combine=cg2", "moe.capacity_factor=null")
     model = tiny_model(config)
@@ -106,7 +121,8 @@ def test_the_residual_stream_is_in_float32_under_autocast():
 
 
 def test_filler_is_routed_nowhere():
-    """An image next to filler has the same logits as alone, even with a capacity; only its tokens are counted."""
+    """An image next to filler has the same logits as alone, even with a capacity; only its tokens
+    are counted."""
     model = tiny_model(tiny("architecture=scmoe", "moe.capacity_factor=1"))
     logits, stats = model(images(), torch.tensor([True, False]))
     alone, alone_stats = model(images()[:1])
@@ -131,15 +147,24 @@ def test_drop_path_grows_from_zero_to_the_last_block():
 
 @pytest.mark.parametrize("size, dim, heads, million", [("s", 96, 3, 157), ("b", 128, 4, 279)])
 def test_presets_have_table_9s_shape(size, dim, heads, million):
-    """157M is the paper's number for SwinV2-MoE-S without shared experts (A.7); it has none for B: 279M is ours."""
-    config = load(f"configs/model/swinv2_moe_{size}.yaml", ["moe.architecture=top_k", "moe.top_k=2"])
-    assert (config.data.image_size, config.model.window, config.moe.capacity_factor) == (192, 12, 1.25)
+    """157M is the paper's number for SwinV2-MoE-S without shared experts (A.7); it has none for B:
+    279M is ours."""
+    config = load(
+        f"configs/model/swinv2_moe_{size}.yaml", ["moe.architecture=top_k", "moe.top_k=2"]
+    )
+    assert (config.data.image_size, config.model.window, config.moe.capacity_factor) == (
+        192,
+        12,
+        1.25,
+    )
     model = build_model_on_meta(config)
     counts = count_parameters(model)
     assert round(total_and_active(counts)[0] / 1e6) == million
     assert counts["experts"][0] == 10, "nine MoE modules in stage 3, one in stage 4"
     attentions = [m for name, m in model.named_modules() if name.endswith("f.attention")]
-    assert [m.num_heads for m in attentions] == [heads] * 2 + [2 * heads] * 2 + [4 * heads] * 18 + [8 * heads] * 2
+    assert [m.num_heads for m in attentions] == [heads] * 2 + [2 * heads] * 2 + [4 * heads] * 18 + [
+        8 * heads
+    ] * 2
     assert [m.dim for m in attentions[::2]] == [dim, 2 * dim, *[4 * dim] * 9, 8 * dim]
     assert [m.window_size[0] for m in attentions] == [12] * 22 + [6] * 2, "stage 4's map is 6 x 6"
 

@@ -31,14 +31,18 @@ def test_every_row_builds_and_every_metric_is_made(name, tmp_path):
     for scale in table.scales.values():
         runs = plan_runs(table, scale, tmp_path, 1)
         assert len({run.job.name for run in runs}) == len(table.rows)
-        models = {repr((run.config.model, run.config.moe, run.config.data)): run.config for run in runs}
+        models = {
+            repr((run.config.model, run.config.moe, run.config.data)): run.config for run in runs
+        }
         for name in models.keys() - BUILT:
             build_model_on_meta(models[name])
         BUILT.update(models)
         if scale.evaluate is not None:
             given = dict(pairwise(scale.evaluate))
             made = [f"tasks.{task}." for task in given.get("--tasks", "").split(",")]
-            assert keys and all(key.startswith((*made, f"texts.{given.get('--text')}.")) for key in keys)
+            assert keys and all(
+                key.startswith((*made, f"texts.{given.get('--text')}.")) for key in keys
+            )
 
 
 PAPER = {  # the paper's tables, row by row in the order of the files
@@ -60,14 +64,18 @@ PAPER = {  # the paper's tables, row by row in the order of the files
         "training speed-up": (1, 1.04, 1.12, 1, 1.06, 1.14),
         "inference speed-up": (1, 1.06, 1.17, 1, 1.11, 1.21),
     },
-    "table3": {"val_loss": (3.270405, 3.240592, 3.236811, 3.224763, 3.232943, 3.237530, 3.241349, 3.225626)},
+    "table3": {
+        "val_loss": (3.270405, 3.240592, 3.236811, 3.224763, 3.232943, 3.237530, 3.241349, 3.225626)
+    },
     "table4": {
         "perplexity": (17.52, 16.46, 17.26, 16.27),
         "training speed-up": (1, 1.12, 0.94, 1.05),
         "inference speed-up": (1, 1.18, 0.92, 1.08),
     },
     "table5": {"accuracy": (79.53, 79.02, 79.14, 78.78, 79.38, 78.98, 79.20, 78.29)},
-    "table6": {"accuracy": (79.33, 78.95, 79.53, 79.35, 78.45, 79.38, 80.48, 80.05, 80.62, 80.51, 80.56)},
+    "table6": {
+        "accuracy": (79.33, 78.95, 79.53, 79.35, 78.45, 79.38, 80.48, 80.05, 80.62, 80.51, 80.56)
+    },
     "table7": {"zero-shot perplexity": (31.60, 29.15, 31.52, 29.10, 19.18, 17.94, 18.91, 17.62)},
 }
 
@@ -81,11 +89,13 @@ def test_a_table_has_the_papers_values(name):
 
 @pytest.mark.parametrize("name", ("table1", "table2", "table3", "table4", "table7"))
 def test_rows_begin_with_the_same_weights(name, tmp_path):
-    """All weights of a baseline are in every row that is compared with it, with equal values; rows only add modules."""
+    """All weights of a baseline are in every row that is compared with it, with equal values; rows
+    only add modules."""
     table = load_table(name, CONFIGS)
     runs = plan_runs(table, table.scales["smoke"], tmp_path, 2)
     *first_seed, second = [
-        build_model(run.config, ParallelContext()).state_dict() for run in runs[: len(table.rows) + 1]
+        build_model(run.config, ParallelContext()).state_dict()
+        for run in runs[: len(table.rows) + 1]
     ]
     of_row = dict(zip([row.name for row in table.rows], first_seed, strict=True))
     for row in table.rows:
@@ -93,7 +103,9 @@ def test_rows_begin_with_the_same_weights(name, tmp_path):
         assert first.keys() <= other.keys()
         assert all(torch.equal(tensor, other[key]) for key, tensor in first.items())
         added = [set(key.split(".")) for key in other.keys() - first.keys()]
-        assert all(parts & {"shared_expert", "coefficient", "tap_norm", "tap_router"} for parts in added)
+        assert all(
+            parts & {"shared_expert", "coefficient", "tap_norm", "tap_router"} for parts in added
+        )
     gate = next(key for key in second if key.endswith("router.gate.weight"))
     assert not torch.equal(first_seed[0][gate], second[gate]), "seeds have different weights"
     assert len({run.config.data for run in runs}) == 1
@@ -103,17 +115,38 @@ def test_rows_begin_with_the_same_weights(name, tmp_path):
     ("change", "says"),
     [
         (("baseline: top-2", "baseline: top-3"), "baseline is 'top-3', allowed: 'top-2'"),
-        (("val_loss: 3.270405", "val_loss: best"), "paper of 'top-2'.val_loss is 'best', allowed: a number"),
-        (("val_loss: 3.270405", "loss: 3.27"), "unknown key 'loss' in paper of 'top-2', .*allowed: val_loss"),
+        (
+            ("val_loss: 3.270405", "val_loss: best"),
+            "paper of 'top-2'.val_loss is 'best', allowed: a number",
+        ),
+        (
+            ("val_loss: 3.270405", "loss: 3.27"),
+            "unknown key 'loss' in paper of 'top-2', .*allowed: val_loss",
+        ),
         (("seeds: 2", "seeds: 0"), "seeds is '0', allowed: 1 or more"),
         (("    paper: {val_loss: 3.240592}\n", ""), "a row.paper is missing, allowed: a mapping"),
-        (("from: summary", "from: memory"), "metrics.val_loss.from is 'memory', allowed: summary | evaluation"),
+        (
+            ("from: summary", "from: memory"),
+            "metrics.val_loss.from is 'memory', allowed: summary | evaluation",
+        ),
         (("from: summary", "from: speed"), "share is missing, allowed: a number between 0 and 1"),
-        (("[0.15, 0.52]", "[0.15, 52]"), "equal_time is .*'52'.*, allowed: a list of numbers between 0 and 1"),
+        (
+            ("[0.15, 0.52]", "[0.15, 52]"),
+            "equal_time is .*'52'.*, allowed: a list of numbers between 0 and 1",
+        ),
         (("speed: top2", "baseline: top-3"), "baseline of 'top-2' is 'top-3', allowed: 'top-2'"),
-        (("setting: top-2", "setting: B"), "setting of 'top-2' is 'B', allowed: top-2, shared-expert, ScMoE at scale"),
-        (("minutes: 0.5", "otherwise: digits"), "scales.smoke.otherwise is 'digits', allowed: smoke, small, paper"),
-        (("bench: --compute emulated", "bench: --compute 'emulated"), "table.yaml: No closing quotation"),
+        (
+            ("setting: top-2", "setting: B"),
+            "setting of 'top-2' is 'B', allowed: top-2, shared-expert, ScMoE at scale",
+        ),
+        (
+            ("minutes: 0.5", "otherwise: digits"),
+            "scales.smoke.otherwise is 'digits', allowed: smoke, small, paper",
+        ),
+        (
+            ("bench: --compute emulated", "bench: --compute 'emulated"),
+            "table.yaml: No closing quotation",
+        ),
         (("name: ScMoE Pos-1, CG-1", "name: ScMoE Pos 2 CG 1"), "same name"),
     ],
 )
@@ -127,15 +160,35 @@ def test_a_table_that_is_wrong_is_refused(tmp_path, change, says):
 
 
 def test_what_a_table_cannot_honour_is_refused(tmp_path):
-    plan_table(load_table("table4", CONFIGS), Options(jobs=1), [f"runs_dir={tmp_path}", "trainer.devices=2"])
+    plan_table(
+        load_table("table4", CONFIGS),
+        Options(jobs=1),
+        [f"runs_dir={tmp_path}", "trainer.devices=2"],
+    )
     table, own = load_table("table4", CONFIGS), [f"runs_dir={tmp_path}"]
     for options, words, says in (
-        (Options(to=tmp_path / "tables"), (), "--to is .*, allowed: a folder other than that of the tables"),
+        (
+            Options(to=tmp_path / "tables"),
+            (),
+            "--to is .*, allowed: a folder other than that of the tables",
+        ),
         (Options(from_=(tmp_path,)), (), "--from is .*, allowed: a folder of tables that has"),
         (Options(seeds=0), (), "--seeds is 0"),
-        (Options("paper", to=tmp_path), (), "--to is .*, allowed: at a scale whose runs are made here"),
-        (Options("paper"), ("trainer.num_nodes=2",), "trainer.num_nodes is 2, allowed in launch files: 1"),
-        (Options(), ("trainer.devices=2",), "--jobs is 0, allowed for runs of several ranks: 1 or more"),
+        (
+            Options("paper", to=tmp_path),
+            (),
+            "--to is .*, allowed: at a scale whose runs are made here",
+        ),
+        (
+            Options("paper"),
+            ("trainer.num_nodes=2",),
+            "trainer.num_nodes is 2, allowed in launch files: 1",
+        ),
+        (
+            Options(),
+            ("trainer.devices=2",),
+            "--jobs is 0, allowed for runs of several ranks: 1 or more",
+        ),
     ):
         with pytest.raises(ConfigError, match=says):
             plan_table(table, options, [*own, *words])
@@ -159,8 +212,12 @@ def test_the_papers_averages_of_table2_are_those_of_its_tasks():
     tasks = ("HellaSwag", "PIQA", "WinoGrande", "BoolQ", "ARC-E", "OBQA", "RACE", "MathQA")
     six = [task for task in tasks if task not in ("HellaSwag", "RACE")]
     for row in load_table("table2", CONFIGS).rows:
-        assert row.paper["average of eight"] == pytest.approx(sum(map(row.paper.get, tasks)) / 8, abs=0.006)
-        assert row.paper["average of six"] == pytest.approx(sum(map(row.paper.get, six)) / 6, abs=1e-4)
+        assert row.paper["average of eight"] == pytest.approx(
+            sum(map(row.paper.get, tasks)) / 8, abs=0.006
+        )
+        assert row.paper["average of six"] == pytest.approx(
+            sum(map(row.paper.get, six)) / 6, abs=1e-4
+        )
 
 
 def test_table3_trains_as_the_paper_does():

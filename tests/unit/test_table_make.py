@@ -1,4 +1,5 @@
-"""A table trains, evaluates and measures what is not finished; what fails says why, and is made again."""
+"""A table trains, evaluates and measures what is not finished; what fails says why, and is made
+again."""
 
 import errno
 import json
@@ -36,9 +37,11 @@ TEXT = ("--text", "some.txt")
 
 
 class Fakes:
-    """Commands of this process that only write the files of real ones. calls: verb and run of each call.
+    """Commands of this process that only write the files of real ones. calls: verb and run of each
+    call.
 
-    orders: what the next call for a run raises; a training that is asked to stop leaves a checkpoint.
+    orders: what the next call for a run raises; a training that is asked to stop leaves a
+    checkpoint.
     """
 
     def __init__(self) -> None:
@@ -57,10 +60,18 @@ class Fakes:
                 print("step 3/10  train/loss 1")
             raise order
         if verb == "evaluate":
-            entries = {"step=1.ckpt": {"step": 1, "texts": {}}, "step=4.ckpt": {"step": 4, "texts": words and TEXTS}}
+            entries = {
+                "step=1.ckpt": {"step": 1, "texts": {}},
+                "step=4.ckpt": {"step": 4, "texts": words and TEXTS},
+            }
             (run_dir / "evaluation.json").write_text(json.dumps(entries))
         else:
-            environment = {"cpus": 2, "platform": "Linux-6", "git_commit": "abc", "packages": {"torch": "2.13"}}
+            environment = {
+                "cpus": 2,
+                "platform": "Linux-6",
+                "git_commit": "abc",
+                "packages": {"torch": "2.13"},
+            }
             (run_dir / "env.json").write_text(json.dumps(environment))
             (run_dir / "metrics.csv").write_text("step,val/loss\n1,3.5\n4,3.25\n")
             (run_dir / "summary.json").write_text(json.dumps({"val_loss": 3.25}))
@@ -105,7 +116,9 @@ def statuses(runs: list[Run]) -> list[str]:
     return [run.state.status for run in runs]
 
 
-def test_a_failed_run_is_marked_and_tried_again_and_finished_ones_are_skipped(fakes, tmp_path, capsys):
+def test_a_failed_run_is_marked_and_tried_again_and_finished_ones_are_skipped(
+    fakes, tmp_path, capsys
+):
     runs = plan(tmp_path)
     fakes.orders["scmoe-seed1"] = RuntimeError("out of memory")
     assert made(runs) == 0
@@ -140,7 +153,8 @@ def test_a_stopped_table_goes_on_with_its_checkpoints(number, fakes, tmp_path):
 
 
 def test_what_a_killed_batch_and_an_earlier_version_have_left_is_read_again(fakes, tmp_path):
-    """A run that ended after its batch was killed is finished, and one whose state lacks what is kept today."""
+    """A run that ended after its batch was killed is finished, and one whose state lacks what is
+    kept today."""
     runs = plan(tmp_path)
     made(runs)
     fakes.calls.clear()
@@ -153,19 +167,24 @@ def test_what_a_killed_batch_and_an_earlier_version_have_left_is_read_again(fake
     assert fakes.calls == []
     kept = runs[0].state.results
     assert kept["summary"] == {"val_loss": 3.25}
-    assert kept["curve"] == [(2, 3.5), (4, 3.25)], "steps count from 0; the last validation comes after the last step"
+    assert kept["curve"] == [(2, 3.5), (4, 3.25)], (
+        "steps count from 0; the last validation comes after the last step"
+    )
     assert runs[1].state.results["digest"] == runs[1].digest
 
 
 def test_a_run_that_ends_without_its_metric_has_failed(fakes, tmp_path):
-    (run, *_) = plan(tmp_path)
+    run, *_ = plan(tmp_path)
     made([run], "no_such")
     assert run.state.error == "it ended without a finite no_such in its summary"
 
 
 def test_a_training_that_does_not_stop_is_killed_at_the_second_request(tmp_path):
     """The processes that it has started are killed too, and the run counts as cut."""
-    script = "import signal, subprocess, time; signal.signal(15, signal.SIG_IGN); subprocess.Popen(['sleep', '60'])\n"
+    script = (
+        "import signal, subprocess, time; signal.signal(15, signal.SIG_IGN);"
+        " subprocess.Popen(['sleep', '60'])\n"
+    )
     launcher = (sys.executable, "-c", f"{script}print('ready', flush=True)\ntime.sleep(60)")
     one = Job("deaf", "deaf", tmp_path, tmp_path / "deaf", [str(tmp_path)], launcher)
     before = signal.getsignal(signal.SIGINT)
@@ -203,7 +222,9 @@ def test_time_left_is_that_of_runs_in_parallel(tmp_path):
     jobs = [Job("a", "a", tmp_path, tmp_path, [], state=state) for state in states]
     assert Batch(jobs, 2, 3, lambda batch, ended: None).seconds_left() is None
     jobs[1].worked_s, jobs[1].progress = 100.0, 0.5
-    assert Batch(jobs, 2, 3, lambda batch, ended: None).seconds_left() == pytest.approx(1.5 * 200 / 2)
+    assert Batch(jobs, 2, 3, lambda batch, ended: None).seconds_left() == pytest.approx(
+        1.5 * 200 / 2
+    )
 
 
 def test_time_left_does_not_take_a_start_for_steps(tmp_path):
@@ -228,7 +249,9 @@ def evaluated(fakes, tmp_path):
     for i, run in enumerate(runs):
         run_dir = tmp_path / f"run{i}/stamp"
         (run_dir / "checkpoints/step=4.ckpt").mkdir(parents=True)
-        run.job.state = State("finished", str(run_dir), results={"digest": run.digest, "summary": {}})
+        run.job.state = State(
+            "finished", str(run_dir), results={"digest": run.digest, "summary": {}}
+        )
 
     def evaluate(*words: str) -> list[Job]:
         evaluations = Evaluations(TABLE7, replace(smoke, evaluate=words))
@@ -240,9 +263,12 @@ def evaluated(fakes, tmp_path):
 
 
 def test_an_evaluation_is_kept_until_another_command_is_asked_for(evaluated, fakes):
-    """Results of the earlier command are dropped: they are not compared with those of the later one."""
+    """Results of the earlier command are dropped: they are not compared with those of the later
+    one."""
     runs, evaluate = evaluated
-    assert not Evaluations(TABLE7, TABLE7.scales["smoke"]).lacking(runs[0].state), "this scale has no evaluation"
+    assert not Evaluations(TABLE7, TABLE7.scales["smoke"]).lacking(runs[0].state), (
+        "this scale has no evaluation"
+    )
     assert [job.state.status for job in evaluate(*TEXT)] == ["finished"] * 2
     kept = json.loads(runs[0].job.state_file.read_text())["results"]["evaluation"]
     assert kept == {"step": 4, "texts": TEXTS}, "the last checkpoint's"
@@ -259,7 +285,10 @@ def test_an_evaluation_is_kept_until_another_command_is_asked_for(evaluated, fak
 def test_an_evaluation_without_its_metric_has_failed(evaluated):
     """Without a text the fake one finds nothing."""
     (error,) = {job.state.error for job in evaluated[1]()}
-    assert error == f"it ended without a finite texts.{next(iter(TEXTS))}.perplexity in evaluation.json"
+    assert (
+        error
+        == f"it ended without a finite texts.{next(iter(TEXTS))}.perplexity in evaluation.json"
+    )
 
 
 def test_each_evaluation_follows_its_training(evaluated, fakes):
@@ -294,15 +323,22 @@ def test_a_run_with_extensions_is_resumed_and_evaluated_with_them(tmp_path):
     run = plan_runs(TABLE7, TABLE7.scales["smoke"], tmp_path, 1, words)[0]
     assert run.job.command(tmp_path / "run")[-3:] == [str(tmp_path / "run"), *words]
     evaluations = Evaluations(TABLE7, replace(TABLE7.scales["small"], evaluate=("--tasks", "none")))
-    assert words[0] in evaluations.job(run).arguments and words[1] not in evaluations.job(run).arguments
+    assert (
+        words[0] in evaluations.job(run).arguments
+        and words[1] not in evaluations.job(run).arguments
+    )
 
 
 def test_speeds_are_measured_at_every_share_until_the_command_changes(fakes, tmp_path, monkeypatch):
-    monkeypatch.setattr(make, "Batch", lambda jobs, slots, total, watch: Batch(jobs, 0, total, watch))
+    monkeypatch.setattr(
+        make, "Batch", lambda jobs, slots, total, watch: Batch(jobs, 0, total, watch)
+    )
 
     def measure(*words: str) -> list[str]:
         with lock_of(tmp_path) as lock:
-            jobs, _ = measure_speeds(TABLE3, replace(TABLE3.scales["smoke"], bench=words), tmp_path, lock)
+            jobs, _ = measure_speeds(
+                TABLE3, replace(TABLE3.scales["smoke"], bench=words), tmp_path, lock
+            )
         assert {job.state.status for job in jobs} == {"finished"}
         return read_speeds(TABLE3, tmp_path)[0.52]["words"]
 
@@ -313,7 +349,9 @@ def test_speeds_are_measured_at_every_share_until_the_command_changes(fakes, tmp
     assert fakes.calls == ["bench 0.15", "bench 0.52"]
     assert measure("--rounds", "5")[-1] == "5"
     assert measure("--every", "1")[-1] == "1"
-    assert len(list((tmp_path / "speed").iterdir())) == 2, "speeds by an earlier command are removed"
+    assert len(list((tmp_path / "speed").iterdir())) == 2, (
+        "speeds by an earlier command are removed"
+    )
     further = replace(TABLE3, rows=[*TABLE3.rows, replace(TABLE3.rows[0], speed="farskip")])
     assert read_speeds(further, tmp_path) == {}, "reports that lack a row are measured again"
 
@@ -321,7 +359,10 @@ def test_speeds_are_measured_at_every_share_until_the_command_changes(fakes, tmp
 @pytest.mark.parametrize("words", [("--every", "1"), ("--every=1", "--rounds", "9")])
 def test_a_row_that_the_testbed_cannot_measure_is_refused_before_the_first_training(words):
     scale = replace(TABLE3.scales["smoke"], bench=words)
-    with pytest.raises(ConfigError, match=r"speed of 'ScMoE Pos-3, CG-1' is 'scmoe_pos3', allowed: top2 \| .*farskip"):
+    with pytest.raises(
+        ConfigError,
+        match=r"speed of 'ScMoE Pos-3, CG-1' is 'scmoe_pos3', allowed: top2 \| .*farskip",
+    ):
         plan_table(replace(TABLE3, scales={"smoke": scale}), Options(), ())
     known = [row for row in TABLE3.rows if row.speed != "scmoe_pos3"]
     assert plan_table(replace(TABLE3, rows=known, scales={"smoke": scale}), Options(), ()).runs

@@ -1,4 +1,5 @@
-"""A table's results have differences, decisions, speeds and losses at equal time; its page and charts show them."""
+"""A table's results have differences, decisions, speeds and losses at equal time; its page and
+charts show them."""
 
 import json
 import math
@@ -13,21 +14,43 @@ from experiments.bench.pairs import usual_rows
 from experiments.tables.make import make_table, plan_table
 from experiments.tables.results import loss_at, results, step_reached
 from experiments.tables.table_file import Options, Table, load_table
-from experiments.tables.table_report import draw_differences, draw_equal_time, markdown, without_speed, write_report
+from experiments.tables.table_report import (
+    draw_differences,
+    draw_equal_time,
+    markdown,
+    without_speed,
+    write_report,
+)
 from experiments.tables.table_runs import Run, plan_runs
 from scmoe.sweeps.jobs import State
 
 CONFIGS = Path(__file__).parents[2] / "configs/experiment"
 POS1, POS2, POS3 = (f"ScMoE Pos-{i}, CG-1" for i in (1, 2, 3))
-SPEEDS = {"top2": 1.0, "top1": 1.5, "shared_expert": 1.2, "scmoe_pos1": 1.4, "scmoe_pos2": 1.5, "scmoe_pos3": 1.6}
+SPEEDS = {
+    "top2": 1.0,
+    "top1": 1.5,
+    "shared_expert": 1.2,
+    "scmoe_pos1": 1.4,
+    "scmoe_pos2": 1.5,
+    "scmoe_pos3": 1.6,
+}
 
 
 def state_of(loss: float, digest: str, **more: object) -> State:
-    """Returns the state of a finished run whose loss falls on a straight line over four steps, and ends at `loss`."""
-    environment = {"machine": "2 CPU cores, Linux", "torch": "2.13", "git_commit": "abc", "date": "20261126"}
+    """Returns the state of a finished run whose loss falls on a straight line over four steps, and
+    ends at `loss`."""
+    environment = {
+        "machine": "2 CPU cores, Linux",
+        "torch": "2.13",
+        "git_commit": "abc",
+        "date": "20261126",
+    }
     kept = {
         "digest": digest,
-        "summary": {"val_loss": loss, "perplexity": 10 * loss, "params_total": 2e6, "params_active": 1e6} | more,
+        "summary": (
+            {"val_loss": loss, "perplexity": 10 * loss, "params_total": 2e6, "params_active": 1e6}
+            | more
+        ),
         "curve": [[step, loss + 0.1 * (4 - step)] for step in (1, 2, 3, 4)],
         "environment": environment,
     }
@@ -36,9 +59,23 @@ def state_of(loss: float, digest: str, **more: object) -> State:
 
 def write_speeds(folder: Path, share: float) -> None:
     """Writes a report of `bench overlap` with the speeds of SPEEDS."""
-    row = {"links": "shaped", "compute": "emulated", "train_quartiles": [1.1, 1.9], "forward_quartiles": [1.1, 2.0]}
-    rows = {name: {**row, "train_speedup": SPEEDS.get(name, 1.0), "forward_speedup": 1.75} for name in usual_rows(2)}
-    head = {"comm_share": share + 0.01, "link_mbit": 200.0, "ranks": 2, "compute": "emulated", "level": "block"}
+    row = {
+        "links": "shaped",
+        "compute": "emulated",
+        "train_quartiles": [1.1, 1.9],
+        "forward_quartiles": [1.1, 2.0],
+    }
+    rows = {
+        name: {**row, "train_speedup": SPEEDS.get(name, 1.0), "forward_speedup": 1.75}
+        for name in usual_rows(2)
+    }
+    head = {
+        "comm_share": share + 0.01,
+        "link_mbit": 200.0,
+        "ranks": 2,
+        "compute": "emulated",
+        "level": "block",
+    }
     facts = {"rounds": 9, "limit_forward": 2.1, "limit_train": 1.8, "rows": rows}
     path = folder / f"speed/overlap-emulated-block-2-ranks-share-{share:g}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,12 +85,15 @@ def write_speeds(folder: Path, share: float) -> None:
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory):
     table = load_table("table3", CONFIGS)
-    return table, plan_runs(table, table.scales["smoke"], tmp_path_factory.mktemp("runs") / "table3-smoke", 3)
+    return table, plan_runs(
+        table, table.scales["smoke"], tmp_path_factory.mktemp("runs") / "table3-smoke", 3
+    )
 
 
 @pytest.fixture
 def made(planned):
-    """Table 3 with 3 seeds; the loss of row i is 5 + i / 100 + a part of the seed. One run failed, one is cut."""
+    """Table 3 with 3 seeds; the loss of row i is 5 + i / 100 + a part of the seed. One run failed,
+    one is cut."""
     table, runs = planned
     for i, run in enumerate(runs):
         row, seed = i % len(table.rows), run.seed
@@ -96,13 +136,21 @@ def test_results(made):
     assert shared["paper"]["difference"] == pytest.approx(3.240592 - 3.270405)
     assert shared["ours"]["n"] == shared["minus_baseline"]["n"] == 3
     assert shared["minus_baseline"]["mean"] == pytest.approx(0.01 + 0.001, abs=1e-9)
-    assert (cg1["ours"]["n"], cg1["minus_baseline"]["n"], cg1["failed"]) == (2, 2, {2: "exit code 1: no memory"})
+    assert (cg1["ours"]["n"], cg1["minus_baseline"]["n"], cg1["failed"]) == (
+        2,
+        2,
+        {2: "exit code 1: no memory"},
+    )
     assert rows[POS3]["unfinished"] == [3]
     assert found["tokens_per_run"] == 4 * 8 * 16
     assert found["runs"] == {"finished": 22, "failed": 1}
     stds = [row["minus_baseline"]["std"] for row in rows.values() if row["minus_baseline"]]
-    assert found["power"]["pooled_std"] == pytest.approx(math.sqrt(sum(std**2 for std in stds) / len(stds)))
-    assert list(found["power"]["seeds_needed"]) == ["0.029", "0.046"], "the paper's smallest and largest difference"
+    assert found["power"]["pooled_std"] == pytest.approx(
+        math.sqrt(sum(std**2 for std in stds) / len(stds))
+    )
+    assert list(found["power"]["seeds_needed"]) == ["0.029", "0.046"], (
+        "the paper's smallest and largest difference"
+    )
 
 
 def test_files(made):
@@ -128,12 +176,16 @@ def test_an_interval_that_goes_on_beyond_the_scale_has_an_arrow(made, figures, t
     found, _ = of(table, runs)
     draw_differences(found, tmp_path / "chart.png")
     compared = [row["minus_baseline"] for row in found["rows"] if row["minus_baseline"]]
-    assert all(minus["low"] < -1 and minus["high"] > 1 for minus in compared), "of two seeds with 0 and 0.1"
+    assert all(minus["low"] < -1 and minus["high"] > 1 for minus in compared), (
+        "of two seeds with 0 and 0.1"
+    )
     ours = figures[0].axes[1]
     arrows = [line.get_marker() for line in ours.lines if line.get_marker() in "<>"]
     assert arrows == ["<", ">"] * len(compared)
     figures[0].canvas.draw()
-    assert "0" in [label.get_text() for label in ours.get_xticklabels()], "not 0.0000, which touches its neighbours"
+    assert "0" in [label.get_text() for label in ours.get_xticklabels()], (
+        "not 0.0000, which touches its neighbours"
+    )
 
 
 def test_a_row_without_a_speed_is_named_where_it_is_left_out(made, figures, tmp_path):
@@ -143,7 +195,10 @@ def test_a_row_without_a_speed_is_named_where_it_is_left_out(made, figures, tmp_
     assert without_speed(found) == ["ScMoE Pos-2 (L0 Pos-1), CG-1"]
     draw_equal_time(found, tmp_path / "chart.png")
     assert "L0 Pos-1" in figures[0].get_suptitle()
-    assert "L0 Pos-1" in markdown(found).partition("## Quality at equal time")[2].partition("val_loss:")[0]
+    assert (
+        "L0 Pos-1"
+        in markdown(found).partition("## Quality at equal time")[2].partition("val_loss:")[0]
+    )
 
 
 def test_a_difference_is_decided_by_its_corrected_p(made):
@@ -151,12 +206,17 @@ def test_a_difference_is_decided_by_its_corrected_p(made):
     for run in runs:
         ahead = 0.05 if run.row.name == POS2 else 0.002
         noise = Random(f"{run.row.name}{run.seed}").uniform(-0.003, 0.003)
-        run.job.state = state_of(4.0 + run.seed - (0 if run.row.is_baseline else ahead) + noise, run.digest)
+        run.job.state = state_of(
+            4.0 + run.seed - (0 if run.row.is_baseline else ahead) + noise, run.digest
+        )
     found, rows = of(table, runs)
     minus = rows[POS2]["minus_baseline"]
     assert minus["decided"] and minus["p"] < 0.05 and minus["high"] < 0
     assert not rows[POS1]["minus_baseline"]["decided"]
-    assert f"val_loss: decided (corrected p < 0.05): {POS2} is below top-2. Not decided: shared" in markdown(found)
+    assert (
+        f"val_loss: decided (corrected p < 0.05): {POS2} is below top-2. Not decided: shared"
+        in markdown(found)
+    )
 
 
 def test_a_row_without_a_run_is_empty(made):
@@ -165,18 +225,25 @@ def test_a_row_without_a_run_is_empty(made):
         if run.row is table.rows[1] or run.seed > 1:
             run.job.state = State()
     found, rows = of(table, runs)
-    assert (rows["shared-expert, CG-2"]["ours"]["n"], rows["shared-expert, CG-2"]["params_total"]) == (0, None)
+    assert (
+        rows["shared-expert, CG-2"]["ours"]["n"],
+        rows["shared-expert, CG-2"]["params_total"],
+    ) == (0, None)
     one = rows["ScMoE Pos-2, Direct Add"]
     assert (one["ours"]["std"], one["minus_baseline"]["mean"]) == (None, pytest.approx(0.022))
     assert (one["minus_baseline"]["low"], one["minus_baseline"]["p"]) == (None, None)
     text = markdown(found)
     assert "mean nothing" in text, "it is the scale smoke"
-    assert "| shared-expert, CG-2 |  | 3.2406 | -0.0298 | (0) |  |  |  | (0) |" in text and "Spearman" not in text
+    assert (
+        "| shared-expert, CG-2 |  | 3.2406 | -0.0298 | (0) |  |  |  | (0) |" in text
+        and "Spearman" not in text
+    )
     write_report(table, "smoke", runs, "")
 
 
 def test_at_equal_time_the_fastest_row_is_at_its_end_and_slower_ones_are_earlier(made):
-    """Pos-3 is fastest, at 1.6. When it ends, top-2 has made 4 / 1.6 = 2.5 of 4 steps: its loss is 0.15 higher."""
+    """Pos-3 is fastest, at 1.6. When it ends, top-2 has made 4 / 1.6 = 2.5 of 4 steps: its loss is
+    0.15 higher."""
     table, runs = made
     for run in runs:
         run.job.state = state_of(5.0 + run.seed / 10, run.digest)
@@ -198,7 +265,9 @@ def test_a_curve_is_read_between_its_points_and_not_outside():
     assert [loss_at(curve, step) for step in (2, 3, 4, 1, 5)] == [5.0, 4.5, 4.0, None, None]
     assert loss_at([[4, 4.0]], 4) == 4.0
     speeds = [1 + i / 10_000 for i in range(15_000)]
-    assert all(step_reached(600, x, x) == 600 for x in speeds), "the fastest row is at its last step"
+    assert all(step_reached(600, x, x) == 600 for x in speeds), (
+        "the fastest row is at its last step"
+    )
 
 
 def test_speeds_stand_beside_the_papers_and_a_missing_one_says_why(tmp_path):
@@ -206,31 +275,45 @@ def test_speeds_stand_beside_the_papers_and_a_missing_one_says_why(tmp_path):
     for run in runs:
         run.job.state = state_of(5.0, run.digest, val_accuracy=0.5)
     _, rows = of(table, runs)
-    assert rows["ScMoE Pos-2"]["others"]["training speed-up"]["ours"]["why"].startswith("not measured")
+    assert rows["ScMoE Pos-2"]["others"]["training speed-up"]["ours"]["why"].startswith(
+        "not measured"
+    )
     write_speeds(runs[0].job.study, 0.52)
     found, rows = of(table, runs)
     own = rows["ScMoE Pos-2"]["others"]["training speed-up"]["ours"]
     assert (own["mean"], own["quartiles"], own["n"], own["links"]) == (1.5, [1.1, 1.9], 9, "shaped")
-    assert found["rows"][0]["ours"]["mean"] == 50.0, "a share of images is shown in percent, as in the paper"
-    row = "| ScMoE Pos-2 | paper 1.43; ours 1.50 [1.10, 1.90] | paper 1.66; ours 1.75 [1.10, 2.00] |"
+    assert found["rows"][0]["ours"]["mean"] == 50.0, (
+        "a share of images is shown in percent, as in the paper"
+    )
+    row = (
+        "| ScMoE Pos-2 | paper 1.43; ours 1.50 [1.10, 1.90] | paper 1.66; ours 1.75 [1.10, 2.00] |"
+    )
     assert row in markdown(found)
 
 
 def test_the_order_of_a_table_with_two_models_is_that_of_differences(tmp_path):
     """Medium is better than Small in both; within each the order is the reverse of the paper's."""
     table, runs = planned_of("table7", tmp_path, 2)
-    baselines = {row.name: table.row(row.baseline).paper["zero-shot perplexity"] for row in table.rows}
+    baselines = {
+        row.name: table.row(row.baseline).paper["zero-shot perplexity"] for row in table.rows
+    }
     for run in runs:
         theirs = baselines[run.row.name]
         ours = 2 * theirs - run.row.paper["zero-shot perplexity"] + 0.01 * run.seed
         run.job.state = state_of(4.0, run.digest)
-        run.job.state.results["evaluation"] = {"texts": {"../shared/data/wikitext-2/test.txt": {"perplexity": ours}}}
+        run.job.state.results["evaluation"] = {
+            "texts": {"../shared/data/wikitext-2/test.txt": {"perplexity": ours}}
+        }
     text = markdown(of(table, runs)[0])
-    assert "Order of the 6 differences, ours against the paper's: Spearman's rank correlation -1.00 (p 0.00)" in text
+    assert (
+        "Order of the 6 differences, ours against the paper's: Spearman's rank correlation -1.00 (p"
+        " 0.00)" in text
+    )
 
 
 def test_no_report_is_made_over_runs_that_have_read_different_data(tmp_path, capsys):
-    """The text behind data.path was edited between two calls. Earlier versions' states do not say what was read."""
+    """The text behind data.path was edited between two calls. Earlier versions' states do not say
+    what was read."""
     plan = plan_table(load_table("table4", CONFIGS), Options(seeds=1), [f"runs_dir={tmp_path}"])
     for i, run in enumerate(plan.runs):
         results = {"digest": run.digest, "summary": {}, "data": (None, "old", "new", "new")[i]}

@@ -1,4 +1,5 @@
-"""Runs of a table differ only in their model, are not made twice here or elsewhere, and can be launched elsewhere."""
+"""Runs of a table differ only in their model, are not made twice here or elsewhere, and can be
+launched elsewhere."""
 
 import json
 import math
@@ -33,9 +34,13 @@ CONFIGS = ROOT / "configs/experiment"
 DEBUG = ROOT / "configs/debug.yaml"
 
 
-def runs_of(name: str, folder: Path, *overrides: str, scale: str = "smoke", seeds: int = 1) -> list[Run]:
+def runs_of(
+    name: str, folder: Path, *overrides: str, scale: str = "smoke", seeds: int = 1
+) -> list[Run]:
     table = load_table(name, CONFIGS)
-    return plan_runs(table, table.scales[scale], folder / f"tables/{name}-{scale}", seeds, overrides)
+    return plan_runs(
+        table, table.scales[scale], folder / f"tables/{name}-{scale}", seeds, overrides
+    )
 
 
 def take(runs: list[Run], folder: Path) -> int:
@@ -44,14 +49,20 @@ def take(runs: list[Run], folder: Path) -> int:
 
 def finish(runs: list[Run]) -> None:
     for run in runs:
-        run.job.state = State("finished", "/somewhere", 9.0, 1.0, results={"digest": run.digest, "summary": {}})
+        run.job.state = State(
+            "finished", "/somewhere", 9.0, 1.0, results={"digest": run.digest, "summary": {}}
+        )
         run.job.keep()
 
 
 @pytest.mark.parametrize(
     ("name", "scale", "override"),
     [
-        ("table6", "digits", "model.dim=32"),  # a row of the model B would be one of the model S, under its old name
+        (
+            "table6",
+            "digits",
+            "model.dim=32",
+        ),  # a row of the model B would be one of the model S, under its old name
         ("table4", "smoke", "--name=mine"),
         *(("table3", "small", override) for override in ("optim.lr=1e-3", "moe.top_k=2", "seed=3")),
     ],
@@ -71,14 +82,19 @@ def test_a_row_may_differ_from_others_in_its_model_learning_rate_and_options(tmp
         return plan_runs(replace(table, rows=rows), scale, tmp_path, 1)
 
     configs = [run.config for run in plan("optim.lr=0.02", "options.routers=4")]
-    assert [(config.optim.lr, config.options) for config in configs] == [(1e-3, {}), (0.02, {"routers": 4})]
+    assert [(config.optim.lr, config.options) for config in configs] == [
+        (1e-3, {}),
+        (0.02, {"routers": 4}),
+    ]
     with pytest.raises(ConfigError, match=r"row 'other' sets data.seq_len"):
         plan("data.seq_len=32")
 
 
 def test_a_setting_holds_at_its_own_scale(tmp_path):
     rates = {
-        scale: {run.row.name: run.config.optim.lr for run in runs_of("table3", tmp_path, scale=scale)}
+        scale: {
+            run.row.name: run.config.optim.lr for run in runs_of("table3", tmp_path, scale=scale)
+        }
         for scale in ("small", "paper")
     }
     assert rates["small"]["top-2"] == 6e-3 and rates["small"]["ScMoE Pos-2, CG-1"] == 1.2e-2
@@ -88,7 +104,11 @@ def test_a_setting_holds_at_its_own_scale(tmp_path):
 def test_the_runs_of_a_table_are_a_group_of_wandb_unless_another_is_named(tmp_path):
     for words, group in (([], "table3-smoke"), (["logger.group=mine"], "mine")):
         run = runs_of("table3", tmp_path, *words)[0]
-        assert run.config.logger.group == load(run.job.arguments[0], run.job.arguments[1:]).logger.group == group
+        assert (
+            run.config.logger.group
+            == load(run.job.arguments[0], run.job.arguments[1:]).logger.group
+            == group
+        )
 
 
 def test_a_field_that_is_newer_than_the_run_counts_unless_it_is_at_its_default(tmp_path):
@@ -130,7 +150,9 @@ def test_another_machine_goes_on_from_what_is_committed(tmp_path):
     (first[0].job.study / "results.json").write_text('{"rows": []}')
     (first[0].job.study / "table.md").write_text("# Table 4")
     folder = save(first, committed)
-    assert folder == committed / "table4-smoke" and json.loads((folder / "results.json").read_text()) == {"rows": []}
+    assert folder == committed / "table4-smoke" and json.loads(
+        (folder / "results.json").read_text()
+    ) == {"rows": []}
     assert len(list((folder / "states").iterdir())) == 3
     assert take(runs_of("table4", there, seeds=2), committed) == 3
     again = runs_of("table4", there, seeds=2)
@@ -152,7 +174,10 @@ def test_the_data_of_a_run_are_those_of_its_checkpoints(tmp_path):
     folder = tmp_path / "checkpoints/step=4.ckpt"
     folder.mkdir(parents=True)
     assert data_of(tmp_path) is None
-    meta = {"config": "name: debug", "TextDataModule": {"consumed_samples": 32, "data": "abc", "seed": 1}}
+    meta = {
+        "config": "name: debug",
+        "TextDataModule": {"consumed_samples": 32, "data": "abc", "seed": 1},
+    }
     (folder / "meta.json").write_text(json.dumps(meta))
     assert data_of(tmp_path) == "abc"
 
@@ -166,7 +191,8 @@ def test_launch_files_hold_every_run(tmp_path):
 
 
 def started(script: Path, folder: Path) -> list[Config]:
-    """Returns the configs that a launch file starts; fake torchrun and sbatch commands record their arguments."""
+    """Returns the configs that a launch file starts; fake torchrun and sbatch commands record their
+    arguments."""
     calls = folder / "launched"
     calls.write_text("")
     for name in (".venv/bin/torchrun", "sbatch"):
@@ -178,7 +204,11 @@ def started(script: Path, folder: Path) -> list[Config]:
     configs = []
     for line in calls.read_text().splitlines():
         (config,) = (word for word in line.split() if word.endswith(".yaml"))
-        configs.append(load(config, [word for word in line.split() if "=" in word and not word.startswith("--")]))
+        configs.append(
+            load(
+                config, [word for word in line.split() if "=" in word and not word.startswith("--")]
+            )
+        )
     return configs
 
 
@@ -186,5 +216,7 @@ def test_a_run_that_does_not_fit_its_gpu_is_said(tmp_path):
     table, runs = load_table("table7", CONFIGS), runs_of("table7", tmp_path, scale="paper")
     found = {gib: [fits for _, fits in check_memory(table, runs, gib)] for gib in (1.0, 1e6)}
     assert found == {1.0: [False] * 8, 1e6: [True] * 8}
-    (line, *_) = (line for line, _ in check_memory(table, runs, 80))
-    assert re.fullmatch(r"top-2, Small: 0\.\d\dB parameters, \S+ FLOPs, \d+ GiB of a GPU: fits 80 GiB", line)
+    line, *_ = (line for line, _ in check_memory(table, runs, 80))
+    assert re.fullmatch(
+        r"top-2, Small: 0\.\d\dB parameters, \S+ FLOPs, \d+ GiB of a GPU: fits 80 GiB", line
+    )

@@ -1,4 +1,5 @@
-"""The tokens of text data are the text, every world size sees the same batches, and resuming changes nothing."""
+"""The tokens of text data are the text, every world size sees the same batches, and resuming
+changes nothing."""
 
 import json
 import os
@@ -33,7 +34,9 @@ def make(folder):
 def global_batches(ranks, loader="train_dataloader", key="input_ids"):
     """Interleaves the ranks' batches into the global ones: row r + W k is row k of rank r."""
     loaders = zip(*(getattr(data, loader)() for data in ranks), strict=True)
-    return [torch.stack([batch[key] for batch in batches], dim=1).flatten(0, 1) for batches in loaders]
+    return [
+        torch.stack([batch[key] for batch in batches], dim=1).flatten(0, 1) for batches in loaders
+    ]
 
 
 def bytes_of(data, split):
@@ -45,10 +48,14 @@ def bytes_of(data, split):
 
 def test_text_is_split_at_its_end_without_loss(folder, tmp_path):
     splits = text(folder).documents
-    whole = "".join((folder / name).read_text(encoding="utf-8") for name in ("a.txt", "b.txt", "c.md"))
+    whole = "".join(
+        (folder / name).read_text(encoding="utf-8") for name in ("a.txt", "b.txt", "c.md")
+    )
     assert "".join(document for documents in splits.values() for document in documents) == whole
     for split in ("val", "test"):
-        assert len("".join(splits[split])) / len(whole) == pytest.approx(0.05, abs=0.01)  # 0.01: two lines of 12 kB
+        assert len("".join(splits[split])) / len(whole) == pytest.approx(
+            0.05, abs=0.01
+        )  # 0.01: two lines of 12 kB
     assert all(documents[-1].endswith("\n") for documents in splits.values())
 
     for name in ("train", "valid", "test"):
@@ -65,8 +72,12 @@ def test_text_is_split_at_its_end_without_loss(folder, tmp_path):
 def test_sotu_is_split_by_date():
     documents = sotu().documents
     assert sum(len(texts) for texts in documents.values()) == 249
-    megabytes = {split: sum(len(t.encode()) for t in texts) / 1e6 for split, texts in documents.items()}
-    assert megabytes == pytest.approx({"train": 11.50, "val": 0.34, "test": 0.35}, abs=0.005)  # known to 10 kB
+    megabytes = {
+        split: sum(len(t.encode()) for t in texts) / 1e6 for split, texts in documents.items()
+    }
+    assert megabytes == pytest.approx(
+        {"train": 11.50, "val": 0.34, "test": 0.35}, abs=0.005
+    )  # known to 10 kB
 
 
 def test_hugging_face_rows_become_documents(tmp_path, monkeypatch):
@@ -74,7 +85,9 @@ def test_hugging_face_rows_become_documents(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
     (tmp_path / "rows").mkdir()
     rows = [f"document {i}" for i in range(400)]
-    (tmp_path / "rows" / "train.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    (tmp_path / "rows" / "train.jsonl").write_text(
+        "".join(json.dumps({"text": row}) + "\n" for row in rows)
+    )
     source = hugging_face(str(tmp_path / "rows"), None)
     documents = {split: list(texts) for split, texts in source.documents.items()}
     assert documents == {"train": rows[:396], "val": rows[396:398], "test": rows[398:]}
@@ -85,15 +98,21 @@ def test_cache_is_reused_for_equal_content_and_rebuilt_for_other(tmp_path, capsy
     folder = write_texts(tmp_path / "texts")
     make = partial(open_texts, folder, tmp_path / "cache")
     first = make().folder
-    assert capsys.readouterr().err.count("preparing data: ") == 1, "it takes minutes, and without a terminal has no bar"
+    assert capsys.readouterr().err.count("preparing data: ") == 1, (
+        "it takes minutes, and without a terminal has no bar"
+    )
     built = (first / "header.json").stat().st_mtime_ns
     folder.rename(tmp_path / "moved")
     assert make(path=str(tmp_path / "moved")).folder == first  # the text matters, not its path
-    assert (first / "header.json").stat().st_mtime_ns == built and "preparing" not in capsys.readouterr().err
+    assert (
+        first / "header.json"
+    ).stat().st_mtime_ns == built and "preparing" not in capsys.readouterr().err
     assert make(path=str(tmp_path / "moved"), vocab_size=310).folder != first
     (tmp_path / "moved" / "c.md").open("a").write("one more line\n")
     assert make(path=str(tmp_path / "moved")).folder != first
-    assert {path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()} == {"text"}  # no temporary folder
+    assert {path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()} == {
+        "text"
+    }  # no temporary folder
 
 
 @pytest.mark.parametrize("damage", ["train.bin", "tokenizer.json", "header.json"])
@@ -113,16 +132,22 @@ def test_what_a_killed_preparation_left_is_removed(make, tmp_path):
     for pid in (ended.pid, os.getppid()):
         (tmp_path / f".building-{this_machine()}-{pid}-abc" / "fresh").mkdir(parents=True)
     make(cache_dir=str(tmp_path))
-    assert [path.name.split("-")[-2] for path in tmp_path.glob(".building-*")] == [str(os.getppid())]
+    assert [path.name.split("-")[-2] for path in tmp_path.glob(".building-*")] == [
+        str(os.getppid())
+    ]
 
 
 def test_cache_holds_the_documents(make, folder):
     data = make()
     documents = text(folder).documents
     for split, tokens in data.splits.tokens.items():
-        assert data.tokenizer.decode(tokens[:]) == "".join(document + END_OF_TEXT for document in documents[split])
+        assert data.tokenizer.decode(tokens[:]) == "".join(
+            document + END_OF_TEXT for document in documents[split]
+        )
         assert bytes_of(data, split) == sum(len(document.encode()) for document in documents[split])
-    assert len(pickle.dumps(data.splits.tokens["train"])) < 500  # a worker gets the path, not the tokens
+    assert (
+        len(pickle.dumps(data.splits.tokens["train"])) < 500
+    )  # a worker gets the path, not the tokens
 
 
 # --- order, ranks and resuming
@@ -135,7 +160,10 @@ def test_labels_are_the_next_tokens(make):
     assert all(value.shape == (4, 16) and value.dtype == torch.int64 for value in batch.values())
     assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
     first = SampleOrder((len(data.splits.tokens["train"]) - 1) // 16, seed=5)(np.arange(1)).item()
-    assert batch["labels"][0].tolist() == data.splits.tokens["train"][first * 16 + 1 : first * 16 + 17].tolist()
+    assert (
+        batch["labels"][0].tolist()
+        == data.splits.tokens["train"][first * 16 + 1 : first * 16 + 17].tolist()
+    )
 
 
 def test_every_world_size_sees_the_same_global_batches(make):
@@ -152,7 +180,9 @@ def test_overfitting_repeats_the_first_batches(make):
 
 
 def test_ranks_must_divide_the_micro_batch(make):
-    with pytest.raises(ValueError, match=r"data\.global_batch_size is 8; allowed: multiples of .* 3 x 2$"):
+    with pytest.raises(
+        ValueError, match=r"data\.global_batch_size is 8; allowed: multiples of .* 3 x 2$"
+    ):
         make(0, 3).train_dataloader()
     with pytest.raises(ValueError, match=r"data\.global_batch_size is 9; .* 2$"):
         make(global_batch_size=9)
@@ -217,7 +247,10 @@ def test_validation_covers_every_target_once(make):
     assert torch.equal(labels[mask], tokens[1:]) and torch.equal(inputs[mask], tokens[:-1])
     assert (inputs[~mask] == 0).all()
     first_bytes = len(data.tokenizer.decode(tokens[:1].tolist()).encode())
-    assert sum(batch["num_bytes"].sum().item() for batch in windows) == bytes_of(data, "val") - first_bytes
+    assert (
+        sum(batch["num_bytes"].sum().item() for batch in windows)
+        == bytes_of(data, "val") - first_bytes
+    )
 
 
 @pytest.mark.parametrize("val_sequences", [None, 7])
@@ -238,7 +271,8 @@ def test_validation_is_the_same_for_every_world_size(make, val_sequences):
 
 
 def test_unigram_baseline_by_hand(make, tmp_path):
-    """The training text is a a b + end, validation is a b + end, so its targets are b and end; there are 257 ids."""
+    """The training text is a a b + end, validation is a b + end, so its targets are b and end;
+    there are 257 ids."""
     for name, content in {"train": "aab", "val": "ab", "test": "ab"}.items():
         (tmp_path / f"{name}.txt").write_text(content)
     inner = make_tokenizer("bpe", 257, [])
@@ -256,13 +290,19 @@ def test_synthetic_tokens_are_a_function_of_the_position():
     assert tokens[100:200].tolist() == tokens[:][100:200].tolist()
     assert len(tokens[49_990:60_000]) == 11
     for other in (SyntheticTokens(2, 0, 50_001, 64), SyntheticTokens(1, 1, 50_001, 64)):
-        assert (tokens[:] == other[:]).mean() == pytest.approx(1 / 64, abs=0.004)  # 7 standard deviations
+        assert (tokens[:] == other[:]).mean() == pytest.approx(
+            1 / 64, abs=0.004
+        )  # 7 standard deviations
     counts = np.bincount(tokens[:], minlength=64)
-    assert counts.min() > 600 and counts.max() < 970  # 781 are expected, the standard deviation is 28
+    assert (
+        counts.min() > 600 and counts.max() < 970
+    )  # 781 are expected, the standard deviation is 28
 
 
 def synthetic():
-    return SyntheticDataModule(vocab_size=64, seq_len=8, global_batch_size=4, num_batches=5, val_sequences=6)
+    return SyntheticDataModule(
+        vocab_size=64, seq_len=8, global_batch_size=4, num_batches=5, val_sequences=6
+    )
 
 
 def test_synthetic_module_keeps_the_same_laws():
@@ -273,7 +313,9 @@ def test_synthetic_module_keeps_the_same_laws():
     assert len(alone) == 5 and all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
     windows = list(make().val_dataloader())
     assert sum(batch["num_bytes"].sum().item() for batch in windows) == 6 * 8
-    assert make().unigram_bits_per_byte() == pytest.approx(6, abs=0.02)  # log2 64, and the counts' noise
+    assert make().unigram_bits_per_byte() == pytest.approx(
+        6, abs=0.02
+    )  # log2 64, and the counts' noise
 
 
 @pytest.mark.parametrize("device", ("cpu", "cuda"))

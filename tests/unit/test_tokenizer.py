@@ -25,7 +25,9 @@ def trained():
 def test_decode_undoes_encode(trained):
     assert trained.decode(trained.encode(STRANGE)) == STRANGE
     assert trained.encode("").shape == (0,)
-    assert trained.end_of_text not in trained.encode(STRANGE)  # its spelling in a text is ordinary text
+    assert trained.end_of_text not in trained.encode(
+        STRANGE
+    )  # its spelling in a text is ordinary text
 
 
 def test_token_bytes_sum_to_the_utf8_length(trained):
@@ -43,16 +45,24 @@ def test_pieces_join_to_the_text_and_end_with_lines():
 
 
 def test_gpt2s_own_file_loses_nothing(monkeypatch, trained):
-    """Hugging Face's file has the end of text in the vocabulary, as a normalised token, and a post-processor."""
+    """Hugging Face's file has the end of text in the vocabulary, as a normalised token, and a
+    post-processor."""
     file = json.loads(trained._inner.to_str())
     file["added_tokens"][0]["normalized"] = True
-    file["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    file["post_processor"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": True,
+        "trim_offsets": False,
+        "use_regex": True,
+    }
     downloaded = tokenizers.Tokenizer.from_str(json.dumps(file))
     monkeypatch.setattr(tokenizers.Tokenizer, "from_pretrained", {GPT2: downloaded}.__getitem__)
     tokenizer = make_tokenizer("gpt2", 300, [])
     ids = tokenizer.encode(STRANGE)
     assert ids.tolist() == trained.encode(STRANGE).tolist() and tokenizer.decode(ids) == STRANGE
-    assert tokenizer.end_of_text == trained.end_of_text and tokenizer.vocab_size == trained.vocab_size
+    assert (
+        tokenizer.end_of_text == trained.end_of_text and tokenizer.vocab_size == trained.vocab_size
+    )
     assert tokenizer.token_bytes().tolist() == trained.token_bytes().tolist()
 
 
@@ -62,15 +72,22 @@ def test_without_a_network_gpt2_says_what_to_do_in_one_line(monkeypatch):
 
     monkeypatch.setattr(tokenizers.Tokenizer, "from_pretrained", fail)
     with pytest.raises(
-        ValueError, match=r"^data\.tokenizer gpt2 cannot be downloaded: save .* set data\.tokenizer to .*$"
+        ValueError,
+        match=r"^data\.tokenizer gpt2 cannot be downloaded: save .* set data\.tokenizer to .*$",
     ):
         make_tokenizer("gpt2", 50257, [])
 
 
 @pytest.mark.parametrize(
-    "normalizer", [tokenizers.normalizers.BertNormalizer(strip_accents=True), tokenizers.normalizers.Replace("s", "S")]
+    "normalizer",
+    [
+        tokenizers.normalizers.BertNormalizer(strip_accents=True),
+        tokenizers.normalizers.Replace("s", "S"),
+    ],
 )
-def test_a_tokenizer_that_loses_bytes_or_changes_letters_is_refused(normalizer, make, tmp_path, trained):
+def test_a_tokenizer_that_loses_bytes_or_changes_letters_is_refused(
+    normalizer, make, tmp_path, trained
+):
     inner = tokenizers.Tokenizer.from_str(trained._inner.to_str())
     inner.normalizer = normalizer
     inner.save(str(tmp_path / "lossy.json"))
@@ -79,15 +96,21 @@ def test_a_tokenizer_that_loses_bytes_or_changes_letters_is_refused(normalizer, 
 
 
 def llama(form: str) -> tokenizers.Tokenizer:
-    """Returns a small tokenizer of LLaMA's kind, in the form of its first tokenizer.json or of transformers 5."""
+    """Returns a small tokenizer of LLaMA's kind, in the form of its first tokenizer.json or of
+    transformers 5."""
     letters = ["▁", *map(chr, range(0x21, 0x7F)), "é"]
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "▁"), ("▁", "u")]
-    vocabulary = dict.fromkeys(["<unk>", "<s>", "</s>", *BYTES, *letters, *(a + b for a, b in merges)])
+    vocabulary = dict.fromkeys(
+        ["<unk>", "<s>", "</s>", *BYTES, *letters, *(a + b for a, b in merges)]
+    )
     ids = {token: i for i, token in enumerate(vocabulary)}
     bpe = tokenizers.models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     inner, parts = tokenizers.Tokenizer(bpe), tokenizers.decoders
     if form == "old":
-        prefix, spaces = tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")
+        prefix, spaces = (
+            tokenizers.normalizers.Prepend("▁"),
+            tokenizers.normalizers.Replace(" ", "▁"),
+        )
         inner.normalizer = tokenizers.normalizers.Sequence([prefix, spaces])
     else:
         inner.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace("▁", "first", split=False)
@@ -99,10 +122,13 @@ def llama(form: str) -> tokenizers.Tokenizer:
 
 @pytest.mark.parametrize("form", ["old", "new"])
 def test_llamas_own_tokenizer_loses_nothing(form, make, tmp_path):
-    """The ids are LLaMA's without the space that LLaMA puts before a text; "▁" itself is encoded by its bytes."""
+    """The ids are LLaMA's without the space that LLaMA puts before a text; "▁" itself is encoded by
+    its bytes."""
     llama(form).save(str(tmp_path / "llama.json"))
     strange = f"  the{STRANGE}</s> <0x41> ▁the▁ "
-    data = make(tokenizer=str(tmp_path / "llama.json"), vocab_size=400)  # its tokenizer comes from the cache
+    data = make(
+        tokenizer=str(tmp_path / "llama.json"), vocab_size=400
+    )  # its tokenizer comes from the cache
     ids = data.tokenizer.encode(strange)
     assert data.tokenizer.decode(ids) == strange
     tokenizer = Tokenizer.load(tmp_path / "llama.json")
@@ -117,9 +143,13 @@ def test_llamas_own_tokenizer_loses_nothing(form, make, tmp_path):
 def test_a_file_that_is_no_lossless_tokenizer_is_refused(make, tmp_path):
     cases = {
         "{}": "is not a tokenizer.json",
-        tokenizers.Tokenizer(tokenizers.models.BPE()).to_str(): "has none of the tokens <|endoftext|>, </s>",
+        tokenizers.Tokenizer(
+            tokenizers.models.BPE()
+        ).to_str(): "has none of the tokens <|endoftext|>, </s>",
     }
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "<0x0A>": 1}, [], byte_fallback=True))
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"a": 0, "<0x0A>": 1}, [], byte_fallback=True)
+    )
     inner.add_special_tokens(["</s>"])
     cases[inner.to_str()] = "has 1 of the 256 tokens <0x00> to <0xFF>"
     for text_, said in cases.items():
@@ -130,9 +160,15 @@ def test_a_file_that_is_no_lossless_tokenizer_is_refused(make, tmp_path):
 
 def test_vocabulary_must_fit(make, tmp_path, trained):
     trained.save(tmp_path / "tokenizer.json")
-    assert make(tokenizer=str(tmp_path / "tokenizer.json")).tokenizer.decode(trained.encode("union")) == "union"
+    assert (
+        make(tokenizer=str(tmp_path / "tokenizer.json")).tokenizer.decode(trained.encode("union"))
+        == "union"
+    )
     # A complete cache does not prevent the refusal.
-    with pytest.raises(ValueError, match=r"data\.vocab_size is 260, allowed: \d+ or more, .* data\.tokenizer=.*json$"):
+    with pytest.raises(
+        ValueError,
+        match=r"data\.vocab_size is 260, allowed: \d+ or more, .* data\.tokenizer=.*json$",
+    ):
         make(tokenizer=str(tmp_path / "tokenizer.json"), vocab_size=260)
     with pytest.raises(ValueError, match="allowed: 257 or more"):
         make(vocab_size=256)

@@ -32,10 +32,14 @@ UPCYCLED = {
 
 
 @pytest.mark.parametrize(("family", "words"), UPCYCLED.values(), ids=UPCYCLED)
-def test_upcycled_equals_dense_and_routed_experts_of_a_shared_one_learn_from_zero(family, words, tmp_path):
+def test_upcycled_equals_dense_and_routed_experts_of_a_shared_one_learn_from_zero(
+    family, words, tmp_path
+):
     config, file = dense(family, "model.layers=4"), tmp_path / "model.safetensors"
     expected, (ids, _) = export(config, file), tiny_batch(config)
-    config = tiny(*FAMILIES[family], *overrides(words), "model.layers=4", "moe.capacity_factor=null")
+    config = tiny(
+        *FAMILIES[family], *overrides(words), "model.layers=4", "moe.capacity_factor=null"
+    )
     model = build_model(config, ParallelContext()).double()
     fill(model, read_export(file))
     logits, stats = model(ids)

@@ -1,5 +1,5 @@
-"""A W&B key is looked for where W&B itself does, so `logger.mode: auto` uses W&B where W&B would find a key. Where
-W&B cannot start, the reason is named."""
+"""A W&B key is looked for where W&B itself does, so `logger.mode: auto` uses W&B where W&B would
+find a key. Where W&B cannot start, the reason is named."""
 
 import pytest
 import wandb
@@ -39,7 +39,12 @@ def test_a_key_in_netrc_counts_only_for_its_server(entry, variables, found, tmp_
 
 @pytest.mark.parametrize("words", [["logger.mode=online"], []])
 def test_online_without_a_key_is_refused_before_anything_is_built(words, tmp_path, monkeypatch):
-    for name, value in {"HOME": tmp_path, "WANDB_API_KEY": "", "NETRC": "", "WANDB_MODE": "online"}.items():
+    for name, value in {
+        "HOME": tmp_path,
+        "WANDB_API_KEY": "",
+        "NETRC": "",
+        "WANDB_MODE": "online",
+    }.items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(machine, "build_model_on_meta", None)
     with pytest.raises(ConfigError, match="is online, but no key"):

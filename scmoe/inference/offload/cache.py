@@ -1,12 +1,13 @@
 """The cache: what the device holds of the experts, and the two ways in which an expert gets there.
 
     host      a thread reads from the store's file into a slot in memory
-    CUDA      a stream of its own copies from pinned host memory into a slot on the device; not run yet, see
-              docs/offload.md
+    CUDA      a stream of its own copies from pinned host memory into a slot on the device; not run
+              yet, see docs/offload.md
 
-All MoE layers share the slots: an expert of a layer is needed once for each token, so the slots serve one layer after
-the other, and the smallest cache holds the experts that one token needs in one layer. If no slot is free, the least
-recently used expert is evicted. Slots are made once; nothing else on the device grows with the number of experts.
+All MoE layers share the slots: an expert of a layer is needed once for each token, so the slots
+serve one layer after the other, and the smallest cache holds the experts that one token needs in
+one layer. If no slot is free, the least recently used expert is evicted. Slots are made once;
+nothing else on the device grows with the number of experts.
 """
 
 import time
@@ -21,12 +22,14 @@ from torch import Tensor
 
 from scmoe.inference.offload.store import Key, Store, StoreError
 
-Wait = Callable[[], Any]  # returns once an expert is in its slot; on a device, the current stream waits
+Wait = Callable[
+    [], Any
+]  # returns once an expert is in its slot; on a device, the current stream waits
 
 
 class FileReader:
-    """Reads from the store's file, in one thread, one expert after the other. rate_mb_s: reads no faster than this, for
-    experiments; in 10^6 bytes a second."""
+    """Reads from the store's file, in one thread, one expert after the other. rate_mb_s: reads no
+    faster than this, for experiments; in 10^6 bytes a second."""
 
     def __init__(self, store: Store, rate_mb_s: float | None = None) -> None:
         self.store, self.rate_mb_s = store, rate_mb_s
@@ -44,7 +47,11 @@ class FileReader:
         begin = time.perf_counter()
 
         def pace(done: int) -> None:
-            due = 0.0 if self.rate_mb_s is None else begin + done / (1e6 * self.rate_mb_s) - time.perf_counter()
+            due = (
+                0.0
+                if self.rate_mb_s is None
+                else begin + done / (1e6 * self.rate_mb_s) - time.perf_counter()
+            )
             if self.stop.wait(due) if due > 0 else self.stop.is_set():
                 raise StoreError("the cache was closed")
 
@@ -52,7 +59,8 @@ class FileReader:
 
 
 class PinnedCopies:
-    """Holds all experts in pinned host memory, and copies them on a stream of its own, one after the other."""
+    """Holds all experts in pinned host memory, and copies them on a stream of its own, one after
+    the other."""
 
     def __init__(self, store: Store, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
@@ -64,7 +72,9 @@ class PinnedCopies:
             store.read_into(key, target)
 
     def start(self, key: Key, slot: Tensor) -> Wait:
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the slot's last expert may still be computing
+        self.stream.wait_stream(
+            torch.cuda.current_stream(self.device)
+        )  # the slot's last expert may still be computing
         with torch.cuda.stream(self.stream):
             slot[: self.pinned[key].numel()].copy_(self.pinned[key], non_blocking=True)
         return self.stream.record_event().wait
@@ -83,13 +93,16 @@ class Held(NamedTuple):
 
 
 class Cache:
-    """Slots for experts. Use it as a context manager, or close it: that ends its thread and closes the store.
+    """Slots for experts. Use it as a context manager, or close it: that ends its thread and closes
+    the store.
 
-    ahead: number of experts that one call of `prefetch` fetches or keeps, at most `slots`; 1: none is fetched before
-    its turn.
+    ahead: number of experts that one call of `prefetch` fetches or keeps, at most `slots`; 1: none
+    is fetched before its turn.
     """
 
-    def __init__(self, store: Store, source: Source, slots: int, ahead: int, device: torch.device) -> None:
+    def __init__(
+        self, store: Store, source: Source, slots: int, ahead: int, device: torch.device
+    ) -> None:
         largest = max(store.num_bytes(key) for key in store.places)
         self.store, self.source, self.slots, self.ahead = store, source, slots, ahead
         self.free = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(slots)]
@@ -118,9 +131,12 @@ class Cache:
         return self.hits / max(1, self.needed)
 
     def in_turn(self, layer: str, counts: Sequence[int]) -> list[Key]:
-        """Returns the experts of a layer that have rows, in the order to compute them: those that are here first, since
-        their slots are then free for the others."""
-        return sorted(((layer, e) for e, rows in enumerate(counts) if rows), key=lambda key: key not in self.held)
+        """Returns the experts of a layer that have rows, in the order to compute them: those that
+        are here first, since their slots are then free for the others."""
+        return sorted(
+            ((layer, e) for e, rows in enumerate(counts) if rows),
+            key=lambda key: key not in self.held,
+        )
 
     def count(self, keys: Sequence[Key]) -> None:
         """Notes for `hit_rate` that the gate has named these experts."""
@@ -128,9 +144,12 @@ class Cache:
         self.hits += sum(key in self.held for key in keys)
 
     def prefetch(self, keys: Sequence[Key]) -> None:
-        """Starts to fetch, of the first `ahead` keys, those that are not in the cache. Evicts none of these keys."""
+        """Starts to fetch, of the first `ahead` keys, those that are not in the cache. Evicts none
+        of these keys."""
         if self.closed:
-            raise RuntimeError("the cache of this model's experts was closed: offload the model again")
+            raise RuntimeError(
+                "the cache of this model's experts was closed: offload the model again"
+            )
         wanted = keys[: self.ahead]
         for key in wanted:
             if key in self.held:
@@ -143,8 +162,9 @@ class Cache:
             self.held[key] = Held(slot, self.source.start(key, slot))
 
     def weights(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
-        """Prefetches, waits for the first of these experts and returns its w_in_DF and w_out_FD, which are valid until
-        the next call. Raises StoreError, with the cache closed, if it could not be fetched."""
+        """Prefetches, waits for the first of these experts and returns its w_in_DF and w_out_FD,
+        which are valid until the next call. Raises StoreError, with the cache closed, if it could
+        not be fetched."""
         self.prefetch(keys)
         key = keys[0]
         slot, wait = self.held[key]

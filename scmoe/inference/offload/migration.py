@@ -1,13 +1,17 @@
-"""Expert offloading: migration of routed experts to the device beside the backbone (section A.3, Fig. 13).
+"""Expert offloading: migration of routed experts to the device beside the backbone (section A.3,
+Fig. 13).
 
     blocking       the experts that the gate names are fetched and waited for at once
-    determinate    they are fetched while the backbone runs, and waited for when the experts run, at the last slot. In
-                   ScMoE the gate names them at the tap, early enough to hide the fetch
-    speculative    the next MoE layer's gate is applied to this layer's representation, and its choice is fetched ahead,
-                   as Pre-gated MoE does. A wrong guess costs time: the gate's own choice is fetched late
+    determinate    they are fetched while the backbone runs, and waited for when the experts run, at
+                   the last slot. In ScMoE the gate names them at the tap, early enough to hide the
+                   fetch
+    speculative    the next MoE layer's gate is applied to this layer's representation, and its
+                   choice is fetched ahead, as Pre-gated MoE does. A wrong guess costs time: the
+                   gate's own choice is fetched late
 
-Migration is a dispatcher: no row is sent, and what is waited for are weights. Results are bit-identical to those of
-resident experts on a CPU, because each expert's products are the same, whatever way its weights came.
+Migration is a dispatcher: no row is sent, and what is waited for are weights. Results are
+bit-identical to those of resident experts on a CPU, because each expert's products are the same,
+whatever way its weights came.
 """
 
 from dataclasses import dataclass, replace
@@ -20,7 +24,15 @@ from torch import Tensor, nn
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.inference.offload.cache import Cache, FileReader, PinnedCopies, Source
 from scmoe.inference.offload.store import Key, Store, expert_layers
-from scmoe.moe.dispatcher import Announced, Blocking, ChunkCounts, LocalDispatcher, Pending, Ready, Receipt
+from scmoe.moe.dispatcher import (
+    Announced,
+    Blocking,
+    ChunkCounts,
+    LocalDispatcher,
+    Pending,
+    Ready,
+    Receipt,
+)
 from scmoe.moe.experts import Experts, choose_mlps
 from scmoe.moe.layout import Capacity
 from scmoe.moe.router import Router
@@ -29,18 +41,25 @@ WAYS = ("blocking", "determinate", "speculative")
 
 
 class OffloadedExperts(nn.Module):
-    """Experts without parameters: computes one expert after another with weights from the cache, so that computing one
-    hides fetching the next. For inference only."""
+    """Experts without parameters: computes one expert after another with weights from the cache, so
+    that computing one hides fetching the next. For inference only."""
 
     def __init__(self, experts: Experts, cache: Cache, layer: str) -> None:
         super().__init__()
-        self.num_experts, self.expert_ids, self.act = experts.num_experts, experts.expert_ids, experts.act
+        self.num_experts, self.expert_ids, self.act = (
+            experts.num_experts,
+            experts.expert_ids,
+            experts.act,
+        )
         self.cache, self.layer = cache, layer
 
     def forward(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
-        """rows_RD: grouped by expert. counts_e: rows of each, on the host. Returns [R, D] in the same order."""
+        """rows_RD: grouped by expert. counts_e: rows of each, on the host. Returns [R, D] in the
+        same order."""
         if torch.is_grad_enabled() and rows_RD.requires_grad:
-            raise RuntimeError("offloaded experts have no gradients: call the model inside torch.inference_mode()")
+            raise RuntimeError(
+                "offloaded experts have no gradients: call the model inside torch.inference_mode()"
+            )
         y_RD, counts = torch.empty_like(rows_RD), counts_e.tolist()
         xs, ys = rows_RD.split(counts), y_RD.split(counts)
         left, mlps = self.cache.in_turn(self.layer, counts), choose_mlps(rows_RD, None)
@@ -54,10 +73,12 @@ class OffloadedExperts(nn.Module):
 
 @dataclass(frozen=True)
 class Fetching:
-    """The dispatcher of one rank whose experts of this layer are in the cache: dispatch starts to fetch those that have
-    rows. Blocking(Fetching) is the blocking baseline, with a cache that fetches none ahead.
+    """The dispatcher of one rank whose experts of this layer are in the cache: dispatch starts to
+    fetch those that have rows. Blocking(Fetching) is the blocking baseline, with a cache that
+    fetches none ahead.
 
-    guessed: name and router of the MoE layer whose experts are fetched too, by a guess; None: no guess.
+    guessed: name and router of the MoE layer whose experts are fetched too, by a guess; None: no
+    guess.
     """
 
     cache: Cache
@@ -68,11 +89,15 @@ class Fetching:
         return LocalDispatcher().announce(counts_PE)
 
     def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
-        assert counts is not None, "the numbers of rows are known where only filled slots are computed"
+        assert counts is not None, (
+            "the numbers of rows are known where only filled slots are computed"
+        )
         counts_e = counts.counts_from_e[0].cpu()  # once: the experts get them on the host
         needed = self.cache.in_turn(self.layer, counts_e.tolist())
         self.cache.count(needed)
-        self.cache.prefetch(needed if self.guessed is None else needed + guess(*self.guessed, rows_RD))
+        self.cache.prefetch(
+            needed if self.guessed is None else needed + guess(*self.guessed, rows_RD)
+        )
         return Fetched(self.cache, needed, rows_RD), Receipt(counts_e)
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
@@ -81,7 +106,8 @@ class Fetching:
 
 @dataclass(frozen=True)
 class Fetched:
-    """Waits for the first expert; OffloadedExperts waits for each of the others when its turn comes."""
+    """Waits for the first expert; OffloadedExperts waits for each of the others when its turn
+    comes."""
 
     cache: Cache
     needed: list[Key]
@@ -95,20 +121,27 @@ class Fetched:
 
 def guess(layer: str, router: Router, rows_RD: Tensor) -> list[Key]:
     """Returns the experts that a layer's gate would choose for the rows of an earlier layer."""
-    return [(layer, e) for e in router(rows_RD).topk_ids_TK.unique().tolist() if e < router.num_experts]
+    return [
+        (layer, e) for e in router(rows_RD).topk_ids_TK.unique().tolist() if e < router.num_experts
+    ]
 
 
 def offload_experts(
-    model: nn.Module, path: Path, *, way: str = "determinate", slots: int | None = None, rate_mb_s: float | None = None
+    model: nn.Module,
+    path: Path,
+    *,
+    way: str = "determinate",
+    slots: int | None = None,
+    rate_mb_s: float | None = None,
 ) -> Cache:
-    """Replaces the experts of a whole model by offloaded ones, which come from the store at `path`. Returns the cache:
-    close it when the model is not needed any more.
+    """Replaces the experts of a whole model by offloaded ones, which come from the store at `path`.
+    Returns the cache: close it when the model is not needed any more.
 
-    model: in evaluation mode; its Experts may be on the meta device. slots: experts that the device holds, of all
-    layers together; None: what one token needs of a layer, and as much again of the next. rate_mb_s: a bound for
-    experiments, in 10^6 bytes a second; on a CPU only.
-    Raises ValueError for what cannot be honoured, StoreError for a store that is missing, cut, changed or another
-    model's.
+    model: in evaluation mode; its Experts may be on the meta device. slots: experts that the device
+    holds, of all layers together; None: what one token needs of a layer, and as much again of the
+    next. rate_mb_s: a bound for experiments, in 10^6 bytes a second; on a CPU only. Raises
+    ValueError for what cannot be honoured, StoreError for a store that is missing, cut, changed or
+    another model's.
     """
     blocks, layers = moe_blocks_of(model), expert_layers(model)
     top_k = max(block.moe.router.top_k for block in blocks)
@@ -117,14 +150,25 @@ def offload_experts(
     device = blocks[0].moe.router.gate.weight.device
     check(way, slots, top_k, num_experts)
     if rate_mb_s is not None and (rate_mb_s <= 0 or device.type != "cpu"):
-        raise ValueError(f"rate_mb_s is {rate_mb_s}, allowed: above 0, with the model on a CPU (it is on {device})")
+        raise ValueError(
+            f"rate_mb_s is {rate_mb_s}, allowed: above 0, with the model on a CPU (it is on"
+            f" {device})"
+        )
     if model.training:
-        raise ValueError("the model is in training mode, allowed: model.eval(), as offloaded experts are not trained")
+        raise ValueError(
+            "the model is in training mode, allowed: model.eval(), as offloaded experts are not"
+            " trained"
+        )
     if any(isinstance(block.moe.rows, Capacity) and not block.moe.rows.filled for block in blocks):
-        raise ValueError("the model computes empty slots too, allowed: dropless (capacity_factor None) or rows=filled")
+        raise ValueError(
+            "the model computes empty slots too, allowed: dropless (capacity_factor None) or"
+            " rows=filled"
+        )
     store = Store(path, model)
     try:
-        source: Source = FileReader(store, rate_mb_s) if device.type == "cpu" else PinnedCopies(store, device)
+        source: Source = (
+            FileReader(store, rate_mb_s) if device.type == "cpu" else PinnedCopies(store, device)
+        )
     except BaseException:
         store.close()
         raise
@@ -133,7 +177,9 @@ def offload_experts(
     gates = [(names[block.moe.experts], block.moe.router) for block in blocks]
     for block, (layer, _), following in zip(blocks, gates, [*gates[1:], None], strict=True):
         fetching = Fetching(cache, layer, following if way == "speculative" else None)
-        last = replace(block.schedule, expert_slot=len(block.schedule.window), chunks=1, inside_attention=False)
+        last = replace(
+            block.schedule, expert_slot=len(block.schedule.window), chunks=1, inside_attention=False
+        )
         block.run_as(last, Blocking(fetching) if way == "blocking" else fetching)
     for name, experts in layers.items():
         stream: Any = model.get_submodule(name.rpartition(".")[0])
@@ -144,7 +190,10 @@ def offload_experts(
 def check(way: str, slots: int, top_k: int, num_experts: int) -> None:
     """Raises ValueError for an unknown way, and for a number of slots that it cannot use."""
     if way not in WAYS:
-        raise ValueError(f"way is {way!r}, allowed: {', '.join(WAYS)}; a resident model is one that is not offloaded")
+        raise ValueError(
+            f"way is {way!r}, allowed: {', '.join(WAYS)}; a resident model is one that is not"
+            " offloaded"
+        )
     guesses = top_k if way == "speculative" else 0
     if not top_k + guesses <= slots <= num_experts:
         why = f"a token needs {top_k} expert(s) of a layer" + (

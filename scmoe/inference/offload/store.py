@@ -1,12 +1,13 @@
 """The store: a safetensors file that holds the routed experts of one model (section A.3).
 
     length    of the header, 8 bytes
-    header    JSON: <layer>.<e>.w_in_DF and .w_out_FD with dtype, shape and place; what identifies the model
+    header    JSON: <layer>.<e>.w_in_DF and .w_out_FD with dtype, shape and place; what identifies
+              the model
     data      expert after expert, its two weights side by side, so that one read fetches one expert
 
-A model is identified by the names, shapes and dtype of its experts and by a digest of all its other weights. Opening a
-store compares them, and reads the whole file once to compare a digest of the data: a store that is cut, changed,
-missing or of another model is refused before the first token.
+A model is identified by the names, shapes and dtype of its experts and by a digest of all its other
+weights. Opening a store compares them, and reads the whole file once to compare a digest of the
+data: a store that is cut, changed, missing or of another model is refused before the first token.
 """
 
 import hashlib
@@ -34,13 +35,16 @@ class StoreError(ValueError):
 class Store:
     """An open store. Close it to release its file.
 
-    model: has the weights that the store was written with, apart from the experts', which may be on the meta device.
+    model: has the weights that the store was written with, apart from the experts', which may be on
+    the meta device.
     """
 
     def __init__(self, path: Path, model: nn.Module) -> None:
         layers = expert_layers(model)
         self.path = path
-        self.shapes = {name: (m.w_in_eDF.shape[1:], m.w_out_eFD.shape[1:]) for name, m in layers.items()}
+        self.shapes = {
+            name: (m.w_in_eDF.shape[1:], m.w_out_eFD.shape[1:]) for name, m in layers.items()
+        }
         self.dtype = next(iter(layers.values())).w_in_eDF.dtype
         try:
             self.file = os.open(path, os.O_RDONLY)
@@ -62,9 +66,13 @@ class Store:
     def num_bytes(self, key: Key) -> int:
         return self.places[key][1] - self.places[key][0]
 
-    def read_into(self, key: Key, slot: Tensor, after_piece: Callable[[int], None] = lambda done: None) -> None:
-        """Reads an expert into the first bytes of `slot` (uint8, on the host). after_piece: called with the number of
-        bytes read so far. Raises StoreError if the file ends early, OSError if it cannot be read."""
+    def read_into(
+        self, key: Key, slot: Tensor, after_piece: Callable[[int], None] = lambda done: None
+    ) -> None:
+        """Reads an expert into the first bytes of `slot` (uint8, on the host). after_piece: called
+        with the number of bytes read so far. Raises StoreError if the file ends early, OSError if
+        it cannot be read.
+        """
         (begin, end), done = self.places[key], 0
         target = slot.numpy().data[: end - begin]
         while done < len(target):
@@ -80,9 +88,11 @@ class Store:
         all_N, split = slot[: self.num_bytes(key)].view(self.dtype), in_shape.numel()
         return all_N[:split].view(in_shape), all_N[split:].view(out_shape)
 
-    def _verified(self, model: nn.Module, layers: Mapping[str, Experts]) -> dict[Key, tuple[int, int]]:
-        """Returns the first byte of each expert and the one after its last, once all of the file is as it was
-        written."""
+    def _verified(
+        self, model: nn.Module, layers: Mapping[str, Experts]
+    ) -> dict[Key, tuple[int, int]]:
+        """Returns the first byte of each expert and the one after its last, once all of the file is
+        as it was written."""
         path, size = self.path, os.fstat(self.file).st_size
         length = int.from_bytes(os.pread(self.file, 8, 0), "little")
         try:
@@ -98,13 +108,19 @@ class Store:
             name for name in wanted.keys() | tensors.keys() if wanted.get(name) != tensors.get(name)
         ):
             here, there = (of.get(differing[0], "absent") for of in (wanted, tensors))
-            raise StoreError(f"{path} holds another model's experts: {differing[0]} is {there} there and {here} here")
+            raise StoreError(
+                f"{path} holds another model's experts: {differing[0]} is {there} there and {here}"
+                " here"
+            )
         if owner != digest_of_rest(model):
             raise StoreError(f"{path} belongs to a model with other weights")
         ends = {name: entry["data_offsets"][1] for name, entry in wanted.items()}
         expected = 8 + length + max(ends.values(), default=0)
         if size != expected:
-            raise StoreError(f"{path} has {size} bytes, and {expected} were written: it is cut, or something was added")
+            raise StoreError(
+                f"{path} has {size} bytes, and {expected} were written: it is cut, or something was"
+                " added"
+            )
         with open(self.file, "rb", closefd=False) as file:
             file.seek(8 + length)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -121,8 +137,10 @@ class Store:
 def write_store(path: Path, model: nn.Module, read: Read | None = None) -> None:
     """Write the experts of a model; the file is complete or absent.
 
-    model: gives names and shapes; its weights too if `read` is None, and otherwise it may be on the meta device. One
-    layer's experts are in memory at a time, and are read twice: for the digest, and for the file."""
+    model: gives names and shapes; its weights too if `read` is None, and otherwise it may be on the
+    meta device. One layer's experts are in memory at a time, and are read twice: for the digest,
+    and for the file.
+    """
     if read is None:
         read = dict(model.named_parameters()).__getitem__
     layers = expert_layers(model)
@@ -136,20 +154,26 @@ def write_store(path: Path, model: nn.Module, read: Read | None = None) -> None:
     content = hashlib.sha256()
     for name in shapes:
         content.update(bytes_of(expert(name)))
-    header = {"format": FORMAT, "model": digest_of_rest(model, read), "content": content.hexdigest()}
+    header = {
+        "format": FORMAT,
+        "model": digest_of_rest(model, read),
+        "content": content.hexdigest(),
+    }
     with replacing(path) as partial:
         write_in_turn(shapes, expert, partial, header)
 
 
 def expert_layers(model: nn.Module) -> dict[str, Experts]:
-    """Returns the Experts modules of a model by name. Raises ValueError if it has none, or a rank's share of them."""
+    """Returns the Experts modules of a model by name. Raises ValueError if it has none, or a rank's
+    share of them."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     if not layers:
         raise ValueError("the model has no routed experts that are not offloaded yet")
     for name, experts in layers.items():
         if len(experts.expert_ids) < experts.num_experts:
             raise ValueError(
-                f"{name} holds experts {experts.expert_ids}, allowed: all {experts.num_experts}, on one rank"
+                f"{name} holds experts {experts.expert_ids}, allowed: all {experts.num_experts}, on"
+                " one rank"
             )
     return layers
 

@@ -1,8 +1,9 @@
-"""Writes a directory that is complete or absent, even if the writer is killed at any moment (faults 1-6).
+"""Writes a directory that is complete or absent, even if the writer is killed at any moment (faults
+1-6).
 
-The directory is written under a hidden name in the same folder, sealed with a manifest of every file's size and
-SHA-256, and renamed. Readers check the seal. The next writer removes what a killed one has left: the hidden name says
-which process writes.
+The directory is written under a hidden name in the same folder, sealed with a manifest of every
+file's size and SHA-256, and renamed. Readers check the seal. The next writer removes what a killed
+one has left: the hidden name says which process writes.
 """
 
 import ctypes
@@ -23,7 +24,8 @@ from typing import Any
 from scmoe.files.writing import sync, write_durably
 
 MANIFEST = "manifest.json"
-# names given by `partial_path` and `commit`; the last three groups are the machine, the process and its start
+# names given by `partial_path` and `commit`; the last three groups are the machine, the process and
+# its start
 ASIDE = re.compile(r"\.(.+)\.(old|tmp)-([0-9a-f]{8}(?:-([0-9a-f]{8})-(\d+)-(\d+))?)")
 UNREAD = slice(0)  # `verify` reads none of the files
 DAY_S = 86400
@@ -57,7 +59,10 @@ def make_folder(folder: Path) -> None:
 
 def fingerprint(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
 
 
 def commit(partial: Path, path: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
@@ -79,24 +84,39 @@ def commit(partial: Path, path: Path, step: int, files: dict[str, dict[str, Any]
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange two names at once. Return False where the system, or this file system, cannot do that."""
+    """Exchange two names at once. Return False where the system, or this file system, cannot do
+    that."""
     at_working_directory, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
         rename = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError):
         return False
-    return bool(rename(at_working_directory, os.fsencode(one), at_working_directory, os.fsencode(other), both) == 0)
+    return bool(
+        rename(
+            at_working_directory, os.fsencode(one), at_working_directory, os.fsencode(other), both
+        )
+        == 0
+    )
 
 
 def verify(path: Path, share: slice = slice(None)) -> int:
-    """Read all files and return the step. BrokenCheckpoint: one is missing, added, cut, changed or cannot be read.
+    """Read all files and return the step. BrokenCheckpoint: one is missing, added, cut, changed or
+    cannot be read.
 
-    share: which of the files, in the order of their names, are read; of the others only the size is compared."""
+    share: which of the files, in the order of their names, are read; of the others only the size is
+    compared.
+    """
     manifest = read_manifest(path)
-    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
-    present = {name for name in present if not Path(name).name.startswith(".nfs")}  # NFS keeps what a reader holds open
+    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {
+        MANIFEST
+    }
+    present = {
+        name for name in present if not Path(name).name.startswith(".nfs")
+    }  # NFS keeps what a reader holds open
     if odd := sorted(present ^ manifest["files"].keys()):
-        raise BrokenCheckpoint(f"{path / odd[0]} is {'not of this checkpoint' if odd[0] in present else 'missing'}")
+        raise BrokenCheckpoint(
+            f"{path / odd[0]} is {'not of this checkpoint' if odd[0] in present else 'missing'}"
+        )
     read = sorted(manifest["files"])[share]
     for name, expected in manifest["files"].items():
         try:
@@ -110,14 +130,15 @@ def verify(path: Path, share: slice = slice(None)) -> int:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return {"step", "files"} of a checkpoint. BrokenCheckpoint: it has no manifest, or a damaged one, or there is
-    nothing at the path (MissingCheckpoint)."""
+    """Return {"step", "files"} of a checkpoint. BrokenCheckpoint: it has no manifest, or a damaged
+    one, or there is nothing at the path (MissingCheckpoint)."""
     if not os.path.lexists(path):
         raise MissingCheckpoint(f"{path} does not exist. Give the path of a checkpoint")
     if path.is_file():
         raise BrokenCheckpoint(
-            f"{path} is one file, which another strategy of Lightning has saved; ExpertParallelStrategy reads only the "
-            "directories that it has saved itself. Load the file's state_dict into the module before fit instead"
+            f"{path} is one file, which another strategy of Lightning has saved;"
+            " ExpertParallelStrategy reads only the directories that it has saved itself. Load the"
+            " file's state_dict into the module before fit instead"
         )
     if not (path / MANIFEST).is_file():
         raise BrokenCheckpoint(f"{path} is not a complete checkpoint: it has no {MANIFEST}")
@@ -135,21 +156,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return all checkpoints of a folder, complete or not, also one that a killed writer has moved aside."""
+    """Return all checkpoints of a folder, complete or not, also one that a killed writer has moved
+    aside."""
     moved = [aside for aside, name in _asides(folder, "old") if name.endswith(".ckpt")]
     return [*folder.glob("*.ckpt"), *moved]
 
 
 def newest_good(folder: Path, prefix: str = "", share: slice = slice(None)) -> Path:
-    """Return the complete checkpoint of the latest step; a warning names each broken one. Ranks may call it at once.
+    """Return the complete checkpoint of the latest step; a warning names each broken one. Ranks may
+    call it at once.
 
-    prefix: of the names to choose from. Manifests say which is the newest. Files are read of that one only, or of the
-    next one if it is broken. share: as in `verify`.
-    FileNotFoundError: there is none.
+    prefix: of the names to choose from. Manifests say which is the newest. Files are read of that
+    one only, or of the next one if it is broken. share: as in `verify`. FileNotFoundError: there is
+    none.
     """
     found = []
     for path in checkpoints(folder):
-        if not path.name.removeprefix(".").startswith(prefix):  # one that was moved aside begins with a dot
+        if not path.name.removeprefix(".").startswith(
+            prefix
+        ):  # one that was moved aside begins with a dot
             continue
         try:
             found.append((read_manifest(path)["step"], path.stat().st_mtime, path))
@@ -165,22 +190,26 @@ def newest_good(folder: Path, prefix: str = "", share: slice = slice(None)) -> P
 
 
 def remove(path: Path) -> None:
-    """Remove a directory, if there is one. If killed meanwhile, it leaves no incomplete one under this name. Of a link
-    only the link itself is removed."""
+    """Remove a directory, if there is one. If killed meanwhile, it leaves no incomplete one under
+    this name. Of a link only the link itself is removed."""
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
         aside = partial_path(path, new_token())
         os.rename(path, aside)
-        shutil.rmtree(aside, ignore_errors=True)  # NFS keeps what a reader holds open; `sweep` removes it later
+        shutil.rmtree(
+            aside, ignore_errors=True
+        )  # NFS keeps what a reader holds open; `sweep` removes it later
 
 
 def sweep(folder: Path, name: str = "") -> None:
-    """Remove what killed writers left in `folder`, and restore what one had moved aside. What another process still
-    writes stays. name: of the checkpoint that is written next."""
+    """Remove what killed writers left in `folder`, and restore what one had moved aside. What
+    another process still writes stays. name: of the checkpoint that is written next."""
     for aside, moved in _asides(folder, "old"):
         if not _is_being_written(aside, name):
-            with suppress(OSError):  # its writer has meanwhile ended, or another process sweeps as well
+            with suppress(
+                OSError
+            ):  # its writer has meanwhile ended, or another process sweeps as well
                 if (folder / moved).exists():
                     shutil.rmtree(aside)
                 else:
@@ -191,8 +220,10 @@ def sweep(folder: Path, name: str = "") -> None:
 
 
 def _is_being_written(aside: Path, name: str) -> bool:
-    """Return whether another process may still write it. A process of another machine cannot be seen from here: it
-    counts as ended if it wrote under the name that is written next, or changed nothing for a day."""
+    """Return whether another process may still write it. A process of another machine cannot be
+    seen from here: it counts as ended if it wrote under the name that is written next, or changed
+    nothing for a day.
+    """
     named = ASIDE.fullmatch(aside.name)
     assert named is not None, "it is one of _asides"
     if named[4] == machine() and named[6] != "0":
@@ -203,24 +234,31 @@ def _is_being_written(aside: Path, name: str) -> bool:
 
 
 def machine() -> str:
-    """Return 8 digits for this host and its process ids; a container has its own ids, perhaps under the host's name."""
+    """Return 8 digits for this host and its process ids; a container has its own ids, perhaps under
+    the host's name."""
     with suppress(OSError):
-        return hashlib.sha256(f"{platform.node()} {os.readlink('/proc/self/ns/pid')}".encode()).hexdigest()[:8]
+        return hashlib.sha256(
+            f"{platform.node()} {os.readlink('/proc/self/ns/pid')}".encode()
+        ).hexdigest()[:8]
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def start_of(pid: int) -> str | None:
-    """Return when the process started, in clock ticks since boot; None if it does not exist or there is no /proc."""
+    """Return when the process started, in clock ticks since boot; None if it does not exist or
+    there is no /proc."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
         return None
     state, *fields = stat.rpartition(")")[2].split()
-    return None if state in "ZX" else fields[18]  # Z: it has ended, and its parent has not read its exit code
+    return (
+        None if state in "ZX" else fields[18]
+    )  # Z: it has ended, and its parent has not read its exit code
 
 
 def _asides(folder: Path, kind: str) -> Iterator[tuple[Path, str]]:
-    """Yield the directories of this kind, "old" or "tmp", that a writer has left, and their final names."""
+    """Yield the directories of this kind, "old" or "tmp", that a writer has left, and their final
+    names."""
     for path in sorted(folder.glob(f".*.{kind}-*")):
         named = ASIDE.fullmatch(path.name)
         if named and named[2] == kind and path.is_dir() and not path.is_symlink():
@@ -230,4 +268,6 @@ def _asides(folder: Path, kind: str) -> Iterator[tuple[Path, str]]:
 def _seal(manifest: dict[str, Any]) -> str:
     """Return the manifest as text with its own hash; any other text is refused."""
     body = json.dumps(manifest, sort_keys=True)
-    return json.dumps({**manifest, "seal": hashlib.sha256(body.encode()).hexdigest()}, sort_keys=True)
+    return json.dumps(
+        {**manifest, "seal": hashlib.sha256(body.encode()).hexdigest()}, sort_keys=True
+    )

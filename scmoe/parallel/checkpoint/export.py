@@ -1,4 +1,5 @@
-"""Exports whole weights from a checkpoint to one file, and loads them into a model, or a rank's part of one."""
+"""Exports whole weights from a checkpoint to one file, and loads them into a model, or a rank's
+part of one."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -20,19 +21,36 @@ EXPORT = ".safetensors"  # how the name of an exported file ends
 
 
 def consolidate(
-    checkpoint: Path, out: Path, model: nn.Module, settings: Mapping[str, Any], tokenizer: str | None = None
+    checkpoint: Path,
+    out: Path,
+    model: nn.Module,
+    settings: Mapping[str, Any],
+    tokenizer: str | None = None,
 ) -> None:
-    """Write the weights of a checkpoint to one safetensors file, experts by global id; the file is complete or absent.
-    Memory holds one weight at a time.
+    """Write the weights of a checkpoint to one safetensors file, experts by global id; the file is
+    complete or absent. Memory holds one weight at a time.
 
-    model: whole, on any device. settings: of the model, for the file's header, because names and shapes do not
-    determine it. tokenizer: its digest, for the header. ValueError: a broken checkpoint, or another model's.
+    model: whole, on any device. settings: of the model, for the file's header, because names and
+    shapes do not determine it. tokenizer: its digest, for the header. ValueError: a broken
+    checkpoint, or another model's.
     """
     weights, step = network_in(checkpoint, model), str(durable.read_manifest(checkpoint)["step"])
-    header = {"format": "pt", "format_version": FORMAT_VERSION, "step": step, "settings": json.dumps(settings)}
-    header |= {"checkpoint": checkpoint.name} | ({} if tokenizer is None else {"tokenizer": tokenizer})
+    header = {
+        "format": "pt",
+        "format_version": FORMAT_VERSION,
+        "step": step,
+        "settings": json.dumps(settings),
+    }
+    header |= {"checkpoint": checkpoint.name} | (
+        {} if tokenizer is None else {"tokenizer": tokenizer}
+    )
     with replacing(out) as partial:
-        write_in_turn(weights, lambda name: read_named(checkpoint, [NETWORK + name])[NETWORK + name], partial, header)
+        write_in_turn(
+            weights,
+            lambda name: read_named(checkpoint, [NETWORK + name])[NETWORK + name],
+            partial,
+            header,
+        )
 
 
 @torch.no_grad()
@@ -44,15 +62,21 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 
 def exported_by_name(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
-    """Return a function that reads one parameter by its name in the model, and only the experts that the model has.
+    """Return a function that reads one parameter by its name in the model, and only the experts
+    that the model has.
 
     model: may be on the meta device. ValueError: another model's file, or another format.
     """
     read_settings(path)
     own = dict(model.named_parameters())
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
-    experts = {f"{prefix}.{name}": m for prefix, m in stacks.items() for name, _ in m.named_parameters()}
-    whole = {n: own[n].new_empty(m.num_experts, *own[n].shape[1:], device="meta") for n, m in experts.items()}
+    experts = {
+        f"{prefix}.{name}": m for prefix, m in stacks.items() for name, _ in m.named_parameters()
+    }
+    whole = {
+        n: own[n].new_empty(m.num_experts, *own[n].shape[1:], device="meta")
+        for n, m in experts.items()
+    }
     with safe_open(path, framework="pt") as file:
         there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     check_same_model(path, own | whole, there)
@@ -85,4 +109,6 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(header["settings"]))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its header does not hold the model's settings: {error!r}") from error
+        raise ValueError(
+            f"{path}: its header does not hold the model's settings: {error!r}"
+        ) from error

@@ -14,7 +14,13 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.of_ranks import Incomplete, of_this_rank, replaced, stored_in, with_tensors
+from scmoe.parallel.checkpoint.of_ranks import (
+    Incomplete,
+    of_this_rank,
+    replaced,
+    stored_in,
+    with_tensors,
+)
 from scmoe.parallel.checkpoint.state import (
     META,
     MODULE,
@@ -30,28 +36,33 @@ from scmoe.parallel.checkpoint.state import (
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 NOT_GIVEN = (
-    "on_load_checkpoint reads checkpoint[{!r}], which ExpertParallelStrategy does not give: each rank has "
-    "read its part of the tensors in place before the hook. Change the module's weights in the hook instead, "
-    "or set strict_loading=False to load a checkpoint that lacks some of them"
+    "on_load_checkpoint reads checkpoint[{!r}], which ExpertParallelStrategy does not give: each"
+    " rank has read its part of the tensors in place before the hook. Change the module's weights"
+    " in the hook instead, or set strict_loading=False to load a checkpoint that lacks some of them"
 )
-NETWORK = "model.model."  # what the names of the network's weights begin with: the LightningModule's, and its `model`
+# what the names of the network's weights begin with: the LightningModule's, and its `model`
+NETWORK = "model.model."
 
 
 def read_whole(path: Path, start: str = "") -> dict[str, Tensor]:
-    """Return the tensors whose names begin with `start`, with the experts of all ranks, on the CPU of one process."""
+    """Return the tensors whose names begin with `start`, with the experts of all ranks, on the CPU
+    of one process."""
     return read_named(path, [name for name in tensors_of(path) if name.startswith(start)])
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    """Return the names of all tensors of a checkpoint, with shapes and types, on the meta device: nothing is read."""
+    """Return the names of all tensors of a checkpoint, with shapes and types, on the meta device:
+    nothing is read."""
     stored: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     return {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta") for name, entry in stored.items()
+        name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
+        for name, entry in stored.items()
     }
 
 
 def read_named(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return these tensors of a checkpoint, with the experts of all ranks, on the CPU of one process."""
+    """Return these tensors of a checkpoint, with the experts of all ranks, on the CPU of one
+    process."""
     there = tensors_of(path)
     whole = {name: torch.empty_like(there[name], device="cpu") for name in names}
     _fill(whole, path)
@@ -70,21 +81,29 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def read_for_lightning(path: Path) -> dict[str, Any]:
-    """Return a checkpoint as Lightning keeps it in one file, with all experts, without the optimizers' state.
+    """Return a checkpoint as Lightning keeps it in one file, with all experts, without the
+    optimizers' state.
 
-    For `load_from_checkpoint` and Trainers without ExpertParallelStrategy. ValueError: no whole checkpoint.
+    For `load_from_checkpoint` and Trainers without ExpertParallelStrategy. ValueError: no whole
+    checkpoint.
     """
     durable.verify(path)
     meta = of_this_rank(read_meta(path), ParallelContext())
     for name in ("param_groups", OPTIMIZER):
         meta.pop(name, None)
     meta = with_tensors(meta, read_named(path, stored_in(meta)))
-    weights = {name.removeprefix("model."): tensor for name, tensor in read_whole(path, "model.").items()}
+    weights = {
+        name.removeprefix("model."): tensor for name, tensor in read_whole(path, "model.").items()
+    }
     entries = meta.pop(MODULE, Incomplete({}, {}))
     for reason in entries.reasons.values():
         warnings.warn(f"not loaded: {reason}", stacklevel=2)
     weights |= entries
-    weights |= {name: weights[first] for name, first in meta.pop("tied_weights", {}).items() if first in weights}
+    weights |= {
+        name: weights[first]
+        for name, first in meta.pop("tied_weights", {}).items()
+        if first in weights
+    }
     meta["state_dict"] = weights
     return meta
 
@@ -98,13 +117,18 @@ def _fill(tensors: dict[str, Tensor], path: Path) -> None:
 
 @torch.no_grad()
 def load_checkpoint(
-    path: Path, module: nn.Module, optimizers: Sequence[Optimizer], context: ParallelContext, strict: bool = True
+    path: Path,
+    module: nn.Module,
+    optimizers: Sequence[Optimizer],
+    context: ParallelContext,
+    strict: bool = True,
 ) -> dict[str, Any]:
     """Read a checkpoint into the module and the optimizers and return the rest.
 
-    strict: both must have the same entries; if not, the others stay as they are. Each rank verifies its share of the
-    files. The key "rng_states" holds this rank's states, if as many ranks wrote as read. ValueError: no whole
-    checkpoint, or another model's. An optimizer has no other state afterwards than the checkpoint's.
+    strict: both must have the same entries; if not, the others stay as they are. Each rank verifies
+    its share of the files. The key "rng_states" holds this rank's states, if as many ranks wrote as
+    read. ValueError: no whole checkpoint, or another model's. An optimizer has no other state
+    afterwards than the checkpoint's.
     """
     context.together(lambda: durable.verify(path, slice(context.rank, None, context.world_size)))
     meta, stored = of_this_rank(read_meta(path), context), tensors_of(path)
@@ -124,10 +148,16 @@ def load_checkpoint(
     if sum(key.startswith("rng.host.") for key in stored) == context.world_size:
         names = [name for name in rng_states() if f"rng.{name}.{context.rank}" in stored]
         meta["rng_states"] = {name: torch.empty_like(rng_states()[name]) for name in names}
-        wanted |= {f"rng.{name}.{context.rank}": state for name, state in meta["rng_states"].items()}
+        wanted |= {
+            f"rng.{name}.{context.rank}": state for name, state in meta["rng_states"].items()
+        }
     others = {name: _allocated(stored[name]) for name in stored_in([entries, further, meta])}
     wanted |= others
-    dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(path)), process_group=context.checkpoint_group)
+    dcp.load(
+        wanted,
+        storage_reader=HuggingFaceStorageReader(str(path)),
+        process_group=context.checkpoint_group,
+    )
     _give(module, state, wanted, dict(with_tensors(entries, others)))
     if groups:
         _put_further_state(module, optimizers, with_tensors(further, others))
@@ -144,8 +174,9 @@ def _of_module(
     context: ParallelContext,
     strict: bool,
 ) -> dict[str, Tensor]:
-    """Return the tensors for the entries of the module's state_dict that a checkpoint has as tensors. Those of
-    parameters and buffers are the module's own; others are new. entries: which it has in meta.json.
+    """Return the tensors for the entries of the module's state_dict that a checkpoint has as
+    tensors. Those of parameters and buffers are the module's own; others are new. entries: which it
+    has in meta.json.
 
     ValueError: the module and the checkpoint have other entries, and `strict`."""
     is_kept, tied = kept_in(module), tied_weights(module)
@@ -166,7 +197,8 @@ def _of_module(
         raise ValueError(f"{path} holds another model: {unknown[0]} is absent here")
     if strict and entries.reasons:
         raise ValueError(
-            f"{path}: {next(iter(entries.reasons.values()))}, or set strict_loading=False to leave it as it is"
+            f"{path}: {next(iter(entries.reasons.values()))}, or set strict_loading=False to leave"
+            " it as it is"
         )
     return wanted
 
@@ -175,8 +207,11 @@ def _allocated(like: Tensor) -> Tensor:
     return torch.empty_like(like, device="cpu")
 
 
-def _give(module: nn.Module, state: dict[str, Any], read: Mapping[str, Tensor], entries: Mapping[str, Any]) -> None:
-    """Call `load_state_dict` with what was read, so that hooks and overrides of modules get it, as in other strategies.
+def _give(
+    module: nn.Module, state: dict[str, Any], read: Mapping[str, Tensor], entries: Mapping[str, Any]
+) -> None:
+    """Call `load_state_dict` with what was read, so that hooks and overrides of modules get it, as
+    in other strategies.
 
     state: the module's; tensors of parameters and buffers hold already what was read."""
     tied, is_kept = tied_weights(module), kept_in(module)
@@ -191,8 +226,11 @@ def _give(module: nn.Module, state: dict[str, Any], read: Mapping[str, Tensor], 
     module.load_state_dict(state, strict=False)
 
 
-def _put_further_state(module: nn.Module, optimizers: Sequence[Optimizer], further: Mapping[str, Any]) -> None:
-    """Put state into optimizers that is not like its weight. further: by the optimizer's number and a name."""
+def _put_further_state(
+    module: nn.Module, optimizers: Sequence[Optimizer], further: Mapping[str, Any]
+) -> None:
+    """Put state into optimizers that is not like its weight. further: by the optimizer's number and
+    a name."""
     for key, values in further.items():
         number, _, name = key.partition(".")
         if int(number) < len(optimizers):
@@ -203,30 +241,46 @@ def _put_further_state(module: nn.Module, optimizers: Sequence[Optimizer], furth
             else:
                 device = parameters[name].device
                 optimizer.state[parameters[name]].update(
-                    replaced(values, lambda x, device=device: x.to(device) if isinstance(x, Tensor) else x)
+                    replaced(
+                        values,
+                        lambda x, device=device: x.to(device) if isinstance(x, Tensor) else x,
+                    )
                 )
 
 
 def check_same_groups(path: Path, here: Sequence[Any], there: Sequence[Any]) -> None:
-    """Raise ValueError for other optimizers, or other numbers of parameter groups, than the checkpoint's."""
+    """Raise ValueError for other optimizers, or other numbers of parameter groups, than the
+    checkpoint's."""
     if len(here) != len(there):
-        numbers = f"{path} is of a training with {len(there)} optimizers, and configure_optimizers made {len(here)}"
+        numbers = (
+            f"{path} is of a training with {len(there)} optimizers, and configure_optimizers made"
+            f" {len(here)}"
+        )
         raise ValueError(f"{numbers}. Make as many as there, or load only the weights")
     for i, (groups, saved_groups) in enumerate(zip(here, there, strict=True)):
         if len(groups) != len(saved_groups):
-            firsts = ", ".join(str(next(iter(group["params"]), "no weight")) for group in saved_groups)
+            firsts = ", ".join(
+                str(next(iter(group["params"]), "no weight")) for group in saved_groups
+            )
             raise ValueError(
-                f"{path} has {len(saved_groups)} parameter groups of optimizer {i}, which begin with {firsts}; here it "
-                f"has {len(groups)}. Make the same groups in configure_optimizers, or load only the weights"
+                f"{path} has {len(saved_groups)} parameter groups of optimizer {i}, which begin"
+                f" with {firsts}; here it has {len(groups)}. Make the same groups in"
+                " configure_optimizers, or load only the weights"
             )
 
 
 def network_in(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Return the network's weights by their names in the model, on the meta device: nothing is read. ValueError: a
-    broken checkpoint, or another model's. model: may be on the meta device."""
+    """Return the network's weights by their names in the model, on the meta device: nothing is
+    read. ValueError: a broken checkpoint, or another model's. model: may be on the meta device."""
     durable.verify(path)
-    weights = {name.removeprefix(NETWORK): t for name, t in tensors_of(path).items() if name.startswith(NETWORK)}
-    check_same_model(path, dict(model.named_parameters()), {name: tuple(t.shape) for name, t in weights.items()})
+    weights = {
+        name.removeprefix(NETWORK): t
+        for name, t in tensors_of(path).items()
+        if name.startswith(NETWORK)
+    }
+    check_same_model(
+        path, dict(model.named_parameters()), {name: tuple(t.shape) for name, t in weights.items()}
+    )
     return weights
 
 
@@ -239,7 +293,8 @@ def load_model(path: Path, model: nn.Module) -> None:
 
 
 def weights_by_name(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
-    """Return a function that reads one parameter by its name in the model. ValueError: as `network_in`."""
+    """Return a function that reads one parameter by its name in the model. ValueError: as
+    `network_in`."""
     network_in(path, model)
     own = dict(model.named_parameters())
 
@@ -252,9 +307,14 @@ def weights_by_name(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
 
 
 def _allocate_state(
-    prefix: str, module: nn.Module, optimizer: Optimizer, stored: Mapping[str, Tensor], context: ParallelContext
+    prefix: str,
+    module: nn.Module,
+    optimizer: Optimizer,
+    stored: Mapping[str, Tensor],
+    context: ParallelContext,
 ) -> dict[str, Tensor]:
-    """Put empty state of the stored names into the optimizer; return it, for dcp.load to fill in place."""
+    """Put empty state of the stored names into the optimizer; return it, for dcp.load to fill in
+    place."""
     shards = {p for _, p in expert_parameters(module)}
     steps_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     wanted: dict[str, Tensor] = {}
@@ -263,22 +323,33 @@ def _allocate_state(
         for key in [k for k in stored if k.startswith(start)]:
             size, dtype = stored[key].shape, stored[key].dtype
             device = p.device if len(size) or steps_on_device else "cpu"
-            like = size == p.shape or (p in shards and len(size) == p.dim() and size[1:] == p.shape[1:])
+            like = size == p.shape or (
+                p in shards and len(size) == p.dim() and size[1:] == p.shape[1:]
+            )
             weight = stored.get(f"model.{name}")
             if like and weight is not None and dtype == weight.dtype:
-                dtype = p.dtype  # moments have the type of their weight, which may be another one now
-            value = torch.empty_like(p, dtype=dtype) if like else torch.empty(size, dtype=dtype, device=device)
+                dtype = (
+                    p.dtype
+                )  # moments have the type of their weight, which may be another one now
+            value = (
+                torch.empty_like(p, dtype=dtype)
+                if like
+                else torch.empty(size, dtype=dtype, device=device)
+            )
             optimizer.state[p][key.removeprefix(start)] = value
             wanted[key] = as_dtensor(value, context) if like and p in shards else value
     return wanted
 
 
-def check_same_model(path: Path, own: Mapping[str, Tensor], there: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ValueError if the tensors here have other names or shapes than those that the file at `path` holds."""
+def check_same_model(
+    path: Path, own: Mapping[str, Tensor], there: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise ValueError if the tensors here have other names or shapes than those that the file at
+    `path` holds."""
     here = {name: tuple(t.shape) for name, t in own.items()}
     if differing := sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k)):
         k = differing[0]
         raise ValueError(
-            f"{path} holds another model: {k} is {there.get(k, 'absent')} there and {here.get(k, 'absent')} here"
-            f" ({len(differing)} such tensors)"
+            f"{path} holds another model: {k} is {there.get(k, 'absent')} there and"
+            f" {here.get(k, 'absent')} here ({len(differing)} such tensors)"
         )

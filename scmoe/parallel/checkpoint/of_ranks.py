@@ -1,10 +1,13 @@
-"""Saves what ranks may have differently, so that each rank gets its own back, and no rank that of another one.
+"""Saves what ranks may have differently, so that each rank gets its own back, and no rank that of
+another one.
 
-Parameters, buffers and moments are equal on all ranks, or a DTensor says which part of them a rank has. Everything else
-is of users' code and may differ: the state of callbacks, what `on_save_checkpoint` adds, extra state, odd state of
-optimizers. Ranks compare a digest of each such entry. meta.json has rank 0's, and under OF_RANKS the others' where
-entries differ. Ranks in the same layout as the writers get their own. In another layout numbers are rank 0's, as in
-checkpoints of other strategies, and an entry with larger tensors, which may be of one rank's experts, is an error.
+Parameters, buffers and moments are equal on all ranks, or a DTensor says which part of them a rank
+has. Everything else is of users' code and may differ: the state of callbacks, what
+`on_save_checkpoint` adds, extra state, odd state of optimizers. Ranks compare a digest of each such
+entry. meta.json has rank 0's, and under OF_RANKS the others' where entries differ. Ranks in the
+same layout as the writers get their own. In another layout numbers are rank 0's, as in checkpoints
+of other strategies, and an entry with larger tensors, which may be of one rank's experts, is an
+error.
 """
 
 import hashlib
@@ -31,7 +34,11 @@ from scmoe.parallel.mesh import ParallelContext
 
 OF_RANKS = "of_ranks"  # key of meta.json
 BY_NAME = ("callbacks", MODULE, OPTIMIZER)  # keys of meta.json whose values are compared one by one
-TITLES = {"callbacks": "the state of the callback", MODULE: "the entry of state_dict", OPTIMIZER: "optimizer state"}
+TITLES = {
+    "callbacks": "the state of the callback",
+    MODULE: "the entry of state_dict",
+    OPTIMIZER: "optimizer state",
+}
 
 Key = tuple[Any, ...]  # of an entry: its keys in meta.json, from the outermost one on
 
@@ -63,11 +70,16 @@ class Incomplete(dict[str, Any]):
         return super().pop(key, *default)
 
 
-def contents(checkpoint: dict[str, Any], module: nn.Module, context: ParallelContext) -> tuple[dict[str, Tensor], str]:
-    """Return this rank's tensors of a checkpoint, and the text of its meta.json. Every rank must call it.
+def contents(
+    checkpoint: dict[str, Any], module: nn.Module, context: ParallelContext
+) -> tuple[dict[str, Tensor], str]:
+    """Return this rank's tensors of a checkpoint, and the text of its meta.json. Every rank must
+    call it.
 
-    Ranks ask each other in the control group, because a thread may use the checkpoint group for an earlier checkpoint.
-    TypeError, ValueError, on every rank: it has something that cannot be saved; the message names it."""
+    Ranks ask each other in the control group, because a thread may use the checkpoint group for an
+    earlier checkpoint. TypeError, ValueError, on every rank: it has something that cannot be saved;
+    the message names it.
+    """
     tensors: dict[str, Tensor] = {}
     entries: dict[Key, _Entry] = {}
     group = context.control_group
@@ -76,14 +88,18 @@ def contents(checkpoint: dict[str, Any], module: nn.Module, context: ParallelCon
         entries = {key: _Entry(key, value) for key, value in _entries_of(meta)}
         check_types(tensors)
     of_ranks: list[Any] = [None] * context.world_size
-    dist.all_gather_object(of_ranks, {key: entry.digest for key, entry in entries.items()}, group=group)
+    dist.all_gather_object(
+        of_ranks, {key: entry.digest for key, entry in entries.items()}, group=group
+    )
     keys = dict.fromkeys(key for digests in of_ranks for key in digests)
     differing = [key for key in keys if len({digests.get(key) for digests in of_ranks}) > 1]
     for key in differing:
         if key in entries:
             entries[key].is_of(context.rank)
     for key in entries.keys() - set(differing):
-        if key[0] == MODULE and isinstance(entries[key].value, Tensor):  # as any reader of weights expects it
+        if key[0] == MODULE and isinstance(
+            entries[key].value, Tensor
+        ):  # as any reader of weights expects it
             tensors[f"model.{key[1]}"] = entries.pop(key).value
     for entry in entries.values():
         tensors.update(entry.tensors)
@@ -93,19 +109,25 @@ def contents(checkpoint: dict[str, Any], module: nn.Module, context: ParallelCon
     return dict(each_in_its_own_storage(tensors)), _text(entries, differing, others, context)
 
 
-def _text(entries: dict[Key, "_Entry"], differing: list[Key], others: list[Any], context: ParallelContext) -> str:
+def _text(
+    entries: dict[Key, "_Entry"], differing: list[Key], others: list[Any], context: ParallelContext
+) -> str:
     meta: dict[Any, Any] = {}
     for key, entry in entries.items():
         inner = meta.setdefault(key[0], {}) if len(key) > 1 else meta
         inner[key[-1]] = Encoded(entry.json)
     if differing:
-        ranks = [{rank: Encoded(own[key]) for rank, own in enumerate(others) if key in own} for key in differing]
+        ranks = [
+            {rank: Encoded(own[key]) for rank, own in enumerate(others) if key in own}
+            for key in differing
+        ]
         meta[OF_RANKS] = {"layout": layout(context), "keys": differing, "ranks": ranks}
     return json.dumps(to_json(meta, _refuse))
 
 
 class _Entry:
-    """One entry as JSON, its large tensors by their names, and a digest of all. TypeError: it cannot be saved."""
+    """One entry as JSON, its large tensors by their names, and a digest of all. TypeError: it
+    cannot be saved."""
 
     def __init__(self, key: Key, value: Any) -> None:
         self.key, self.value = key, value
@@ -133,7 +155,9 @@ class _Entry:
             json.loads(json.dumps(self.json), object_hook=from_json)
             check_types(self.tensors)
         except TypeError as error:
-            raise TypeError(f"{title(self.key)} cannot be saved: {error}. Convert it, or leave it out") from error
+            raise TypeError(
+                f"{title(self.key)} cannot be saved: {error}. Convert it, or leave it out"
+            ) from error
 
 
 def _bytes_of(tensor: Tensor) -> Any:
@@ -159,8 +183,13 @@ def title(key: Key) -> str:
 
 
 def layout(context: ParallelContext) -> list[int]:
-    """Return what must be equal for ranks to hold the same parts: ranks, EP, and the axes of split dense weights."""
-    return [context.world_size, context.ep_size, 0 if context.dense_mesh is None else context.dense_mesh.ndim]
+    """Return what must be equal for ranks to hold the same parts: ranks, EP, and the axes of split
+    dense weights."""
+    return [
+        context.world_size,
+        context.ep_size,
+        0 if context.dense_mesh is None else context.dense_mesh.ndim,
+    ]
 
 
 def of_this_rank(meta: dict[str, Any], context: ParallelContext) -> Incomplete:
@@ -181,9 +210,10 @@ def of_this_rank(meta: dict[str, Any], context: ParallelContext) -> Incomplete:
             inner[name] = values[context.rank]
         elif not same_layout and any(has_tensors(value) for value in values.values()):
             inner.reasons[name] = (
-                f"{title(key)} differs between the ranks that saved it and holds tensors, so it can be read only by "
-                f"ranks in the same layout: {differ['layout'][0]} ranks, ep_size {differ['layout'][1]} and the same "
-                "strategy.dense. Use this layout, or leave out what reads it"
+                f"{title(key)} differs between the ranks that saved it and holds tensors, so it can"
+                f" be read only by ranks in the same layout: {differ['layout'][0]} ranks, ep_size"
+                f" {differ['layout'][1]} and the same strategy.dense. Use this layout, or leave out"
+                " what reads it"
             )
         elif not same_layout and 0 in values:
             inner[name] = values[0]
@@ -200,7 +230,8 @@ def has_tensors(x: Any) -> bool:
 
 
 def replaced(x: Any, replace: Callable[[Any], Any]) -> Any:
-    """Return a value of meta.json with `replace` called for everything that is no container, in the same order."""
+    """Return a value of meta.json with `replace` called for everything that is no container, in the
+    same order."""
     if isinstance(x, Incomplete):
         return Incomplete({key: replaced(value, replace) for key, value in x.items()}, x.reasons)
     if isinstance(x, dict):

@@ -1,6 +1,7 @@
 """Writes checkpoints: every rank its own shards, while training waits or in parallel with it.
 
-At most one checkpoint of a run is being written, and none is removed before its successor is complete.
+At most one checkpoint of a run is being written, and none is removed before its successor is
+complete.
 """
 
 import shutil
@@ -28,8 +29,8 @@ from scmoe.parallel.mesh import ParallelContext
 
 
 class Saving:
-    """A checkpoint that is being written. It holds the tensors of the moment it was started, and it is complete and in
-    its place once `finish` has returned on every rank."""
+    """A checkpoint that is being written. It holds the tensors of the moment it was started, and it
+    is complete and in its place once `finish` has returned on every rank."""
 
     def __init__(
         self,
@@ -40,9 +41,14 @@ class Saving:
         background: bool,
         full: bool = False,
     ) -> None:
-        """Every rank must construct it. background: return once the tensors are copied, and write in a thread. full: in
-        the end rank 0 merges all shards into one file, in its memory."""
-        self.path, self.context, self.step, self.full = path, context, checkpoint["global_step"], full
+        """Every rank must construct it. background: return once the tensors are copied, and write
+        in a thread. full: in the end rank 0 merges all shards into one file, in its memory."""
+        self.path, self.context, self.step, self.full = (
+            path,
+            context,
+            checkpoint["global_step"],
+            full,
+        )
         tensors, self.meta = contents(checkpoint, module, context)
         token: list[Any] = [durable.new_token()]
         dist.broadcast_object_list(token, group=context.checkpoint_group)
@@ -55,7 +61,9 @@ class Saving:
                     self.partial.mkdir()
             self.writer = _ShardWriter(self.partial)
             save = dcp.async_save if background else dcp.save
-            writing = save(tensors, storage_writer=self.writer, process_group=context.checkpoint_group)
+            writing = save(
+                tensors, storage_writer=self.writer, process_group=context.checkpoint_group
+            )
         self.writing: Any = writing if background else None
 
     def is_written(self) -> bool:
@@ -63,7 +71,8 @@ class Saving:
         return self.writing is None or self.writing.done()
 
     def finish(self) -> None:
-        """Move the complete checkpoint to its place; every rank must call it. It reads shards again only to merge them.
+        """Move the complete checkpoint to its place; every rank must call it. It reads shards again
+        only to merge them.
 
         OSError, on every rank: for example, the disk is full; older checkpoints are still complete.
         """
@@ -71,7 +80,9 @@ class Saving:
             if self.writing is not None:
                 self.writing.result()
             context = self.context
-            shares: list[dict[str, Any]] | None = [{}] * context.world_size if context.rank == 0 else None
+            shares: list[dict[str, Any]] | None = (
+                [{}] * context.world_size if context.rank == 0 else None
+            )
             dist.gather_object(self.writer.fingerprints, shares, group=context.checkpoint_group)
             context.together(lambda: None if shares is None else self._seal(shares))
 
@@ -83,8 +94,8 @@ class Saving:
                 file = self.partial / name  # asked by its name: NFS may list a folder as it was
                 if not file.exists() or file.stat().st_size != fingerprint["bytes"]:
                     raise OSError(
-                        f"{self.path} could not be written: {name}, written by rank {rank}, is not there for rank 0; "
-                        "the folder must be on storage that all nodes share"
+                        f"{self.path} could not be written: {name}, written by rank {rank}, is not"
+                        " there for rank 0; the folder must be on storage that all nodes share"
                     )
         if self.full:
             _merge(self.partial)
@@ -95,7 +106,8 @@ class Saving:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Leave nothing behind an error, which every rank raises. A partial checkpoint would keep a full disk full."""
+        """Leave nothing behind an error, which every rank raises. A partial checkpoint would keep a
+        full disk full."""
         try:
             yield
         except dcp.CheckpointException as error:  # a BaseException
@@ -109,15 +121,20 @@ class Saving:
 
 
 class Checkpoints:
-    """Saves, loads and removes a run's checkpoints; all ranks make the same calls. background, full: as in `Saving`."""
+    """Saves, loads and removes a run's checkpoints; all ranks make the same calls. background,
+    full: as in `Saving`."""
 
     def __init__(self, context: ParallelContext, background: bool, full: bool) -> None:
         self.context, self.background, self.full = context, background, full
         self.saving: Saving | None = None
-        self.postponed: dict[Path, bool] = {}  # to be saved once the step is taken; whether weights only
+        self.postponed: dict[
+            Path, bool
+        ] = {}  # to be saved once the step is taken; whether weights only
         # called on every rank once this path is complete
         self.when_saved: dict[Path, Callable[[], None]] = {}
-        self.asked_about: Saving | None = None  # the save that the last `is_writing` of all ranks was about
+        self.asked_about: Saving | None = (
+            None  # the save that the last `is_writing` of all ranks was about
+        )
         self.outdated: list[Path] = []  # removed once the save that replaces them is complete
         self.rng_states: dict[str, Tensor] | None = None  # loaded and not yet restored
 
@@ -129,7 +146,8 @@ class Checkpoints:
             self.finish()
 
     def check(self, state: dict[str, Any], module: nn.Module) -> None:
-        """Raise on every rank what `save` would raise for something that cannot be saved. Nothing is written."""
+        """Raise on every rank what `save` would raise for something that cannot be saved. Nothing
+        is written."""
         contents(state, module, self.context)
 
     def is_writing(self) -> bool:
@@ -147,7 +165,8 @@ class Checkpoints:
         self.asked_about = self.saving
 
     def finish(self) -> None:
-        """Wait until the checkpoint that is being written, if any, is complete; then remove the outdated ones."""
+        """Wait until the checkpoint that is being written, if any, is complete; then remove the
+        outdated ones."""
         if self.saving is not None:
             saving, self.saving = self.saving, None
             when_saved = self.when_saved.pop(saving.path, None)
@@ -166,22 +185,27 @@ class Checkpoints:
         elif self.context.rank == 0:
             durable.remove(path)
 
-    def load(self, path: Path, module: nn.Module, optimizers: Sequence[Optimizer], strict: bool) -> dict[str, Any]:
-        """Read tensors into the module and the optimizers and return the rest. ValueError: see `load_checkpoint`."""
+    def load(
+        self, path: Path, module: nn.Module, optimizers: Sequence[Optimizer], strict: bool
+    ) -> dict[str, Any]:
+        """Read tensors into the module and the optimizers and return the rest. ValueError: see
+        `load_checkpoint`."""
         self.finish()
         state = load_checkpoint(path, module, optimizers, self.context, strict)
         self.rng_states = state.pop("rng_states", None)
         return state
 
     def restore_random_state(self) -> None:
-        """Set this rank's random generators to the loaded states; only the first call after `load` does anything."""
+        """Set this rank's random generators to the loaded states; only the first call after `load`
+        does anything."""
         if self.rng_states is not None:
             set_rng_states(self.rng_states)
             self.rng_states = None
 
 
 class _ShardWriter(HuggingFaceStorageWriter):
-    """Makes this rank's shard durable and computes its fingerprint, both in the thread that writes it."""
+    """Makes this rank's shard durable and computes its fingerprint, both in the thread that writes
+    it."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), save_distributed=True)
@@ -190,7 +214,9 @@ class _ShardWriter(HuggingFaceStorageWriter):
         self.fingerprints: dict[str, dict[str, Any]] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        if self.device is not None:  # a new thread begins on device 0, where its rank would allocate a CUDA context
+        if (
+            self.device is not None
+        ):  # a new thread begins on device 0, where its rank would allocate a CUDA context
             torch.cuda.set_device(self.device)
         written = super().write_data(plan, planner)
         names = sorted({result.storage_data.relative_path for result in written.wait()})
@@ -199,7 +225,8 @@ class _ShardWriter(HuggingFaceStorageWriter):
 
 
 def _merge(folder: Path) -> None:
-    """Merge the shards into one file. DCP's own `enable_consolidation` accepts no integers, such as random states."""
+    """Merge the shards into one file. DCP's own `enable_consolidation` accepts no integers, such as
+    random states."""
     shards, tensors = list(folder.glob("*.safetensors")), read_whole(folder)
     write_in_turn(tensors, tensors.__getitem__, folder / FULL)
     for shard in shards:

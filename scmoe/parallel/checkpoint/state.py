@@ -1,8 +1,10 @@
-"""Defines what a checkpoint holds: named tensors, random states among them, and JSON for everything else.
+"""Defines what a checkpoint holds: named tensors, random states among them, and JSON for everything
+else.
 
     <name>.ckpt/manifest.json                    step, size and hash of every file
                 meta.json                        everything except tensors
-                shard-*.safetensors              (or all.safetensors) model.<name>, optimizer_<i>.<name>.<state>,
+                shard-*.safetensors              (or all.safetensors) model.<name>,
+                                                 optimizer_<i>.<name>.<state>,
                                                  rng.<generator>.<rank>, rest.<key>.<number>
 
 A DTensor says which slice of a weight a rank holds. Nothing in these files can execute code
@@ -29,10 +31,18 @@ from scmoe.parallel.dense import local
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 META = "meta.json"
-MARKS = {"__tensor__", "__stored__", "__tuple__", "__set__", "__items__"}  # by these `from_json` knows what is no JSON
+MARKS = {
+    "__tensor__",
+    "__stored__",
+    "__tuple__",
+    "__set__",
+    "__items__",
+}  # by these `from_json` knows what is no JSON
 FULL = "all.safetensors"
 MODULE, OPTIMIZER = "module_entries", "optimizer_entries"  # keys of meta.json, see `split`
-OUTSIDE = "outside the module"  # what the names of an optimizer's parameters begin with that the module does not have
+OUTSIDE = (  # what the names of an optimizer's parameters begin with that the module does not have
+    "outside the module"
+)
 LARGEST_IN_JSON = 64  # elements of a tensor; larger ones are stored as tensors
 
 
@@ -51,24 +61,33 @@ class Encoded:
 
 
 def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Any]:
-    """Return the module's state_dict; tensors that are split over ranks are DTensors. Parameters and buffers share
-    storage with the module. A tied weight occurs once, under its first name. Calling `state_dict` makes FSDP split
-    again what it has gathered."""
+    """Return the module's state_dict; tensors that are split over ranks are DTensors. Parameters
+    and buffers share storage with the module. A tied weight occurs once, under its first name.
+    Calling `state_dict` makes FSDP split again what it has gathered."""
     tied = tied_weights(module)
-    return {name: x for name, x in with_dtensors(module.state_dict(), module, context).items() if name not in tied}
+    return {
+        name: x
+        for name, x in with_dtensors(module.state_dict(), module, context).items()
+        if name not in tied
+    }
 
 
-def with_dtensors(state: Mapping[str, Any], module: nn.Module, context: ParallelContext) -> dict[str, Any]:
+def with_dtensors(
+    state: Mapping[str, Any], module: nn.Module, context: ParallelContext
+) -> dict[str, Any]:
     """Return the entries of a state_dict, the experts' as DTensors in the same storage."""
     shards = {name for name, _ in expert_parameters(module)}
     return {
-        name: as_dtensor(x, context) if name in shards and isinstance(x, Tensor) else x for name, x in state.items()
+        name: as_dtensor(x, context) if name in shards and isinstance(x, Tensor) else x
+        for name, x in state.items()
     }
 
 
 def kept_in(module: nn.Module) -> Callable[[Any], bool]:
-    """Return a function that says whether an entry of the module's state_dict is the memory of a parameter or buffer,
-    or a part of experts. Others are made by the call: extra state, copies of a hook, states of metrics."""
+    """Return a function that says whether an entry of the module's state_dict is the memory of a
+    parameter or buffer, or a part of experts. Others are made by the call: extra state, copies of a
+    hook, states of metrics.
+    """
     kept = {_memory(t) for t in (*module.parameters(), *module.buffers())}
 
     def is_kept(x: Any) -> bool:
@@ -81,15 +100,21 @@ def _memory(tensor: Tensor) -> tuple[torch.device, int]:
     part = local(tensor)
     try:
         return part.device, part.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # some subclasses of Tensor; `check_types` refuses them by name
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ):  # some subclasses of Tensor; `check_types` refuses them by name
         return part.device, 0
 
 
-def own_part(module: nn.Module, state: dict[str, Tensor], context: ParallelContext) -> dict[str, Tensor]:
+def own_part(
+    module: nn.Module, state: dict[str, Tensor], context: ParallelContext
+) -> dict[str, Tensor]:
     """Return what this rank writes of `model_state`.
 
     Buffers, such as running statistics, may differ from rank to rank. Rank 0's are written, as DDP
-    sends these to all ranks before each forward; else a checkpoint would mix those of several ranks.
+    sends these to all ranks before each forward; else a checkpoint would mix those of several
+    ranks.
     """
     if context.rank == 0:
         return state
@@ -100,14 +125,21 @@ def own_part(module: nn.Module, state: dict[str, Tensor], context: ParallelConte
 def tied_weights(module: nn.Module) -> dict[str, str]:
     """Return the further names of tied weights, each with the weight's first name."""
     first = {p: name for name, p in module.named_parameters()}
-    return {name: first[p] for name, p in module.named_parameters(remove_duplicate=False) if name != first[p]}
+    return {
+        name: first[p]
+        for name, p in module.named_parameters(remove_duplicate=False)
+        if name != first[p]
+    }
 
 
-def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelContext) -> dict[str, Any]:
-    """Return {"state": {parameter name: {...}}, "param_groups": [...]}, with names in place of torch's positions. State
-    that belongs to no parameter keeps its key.
+def optimizer_state(
+    module: nn.Module, optimizer: Optimizer, context: ParallelContext
+) -> dict[str, Any]:
+    """Return {"state": {parameter name: {...}}, "param_groups": [...]}, with names in place of
+    torch's positions. State that belongs to no parameter keeps its key.
 
-    ValueError: state of experts that is neither of the weight's shape nor a number, so ranks' parts cannot be joined.
+    ValueError: state of experts that is neither of the weight's shape nor a number, so ranks' parts
+    cannot be joined.
     """
     names = parameter_names(module, optimizer)
     shards = {p for _, p in expert_parameters(module)}
@@ -115,23 +147,28 @@ def optimizer_state(module: nn.Module, optimizer: Optimizer, context: ParallelCo
         for k, v in optimizer.state[p].items():
             if isinstance(v, Tensor) and v.numel() > 1 and not _is_like(v, p):
                 raise ValueError(
-                    f"the optimizer keeps {k} {tuple(v.shape)} of {names[p]} {tuple(p.shape)}, allowed for experts of "
-                    "several ranks: state of the weight's own shape, and single numbers"
+                    f"the optimizer keeps {k} {tuple(v.shape)} of {names[p]} {tuple(p.shape)},"
+                    " allowed for experts of several ranks: state of the weight's own shape, and"
+                    " single numbers"
                 )
     state: dict[Any, Any] = {}
     for p, values in optimizer.state.items():
         if p in shards:
             values = {k: as_dtensor(v, context) if _is_like(v, p) else v for k, v in values.items()}
         if p not in names and not isinstance(p, str):
-            raise ValueError(f"the optimizer has state of a {type(p).__name__} that is in none of its groups")
+            raise ValueError(
+                f"the optimizer has state of a {type(p).__name__} that is in none of its groups"
+            )
         state[names.get(p, p)] = values
-    groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+    groups = [
+        {**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups
+    ]
     return {"state": state, "param_groups": groups}
 
 
 def parameter_names(module: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
-    """Return the names of the module's and the optimizer's parameters. One that only the optimizer has is named by its
-    place in the groups."""
+    """Return the names of the module's and the optimizer's parameters. One that only the optimizer
+    has is named by its place in the groups."""
     names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     for i, group in enumerate(optimizer.param_groups):
         for j, p in enumerate(group["params"]):
@@ -142,10 +179,12 @@ def parameter_names(module: nn.Module, optimizer: Optimizer) -> dict[Tensor, str
 def split(
     checkpoint: dict[str, Any], module: nn.Module, context: ParallelContext
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split Lightning's checkpoint dictionary into named tensors and the rest; add the random states.
+    """Split Lightning's checkpoint dictionary into named tensors and the rest; add the random
+    states.
 
-    Tensors are the module's own, and state of optimizers that is like its weight or a single number. In the rest,
-    MODULE has the further entries of the state_dict by name, and OPTIMIZER the further state by `<number>.<name>`.
+    Tensors are the module's own, and state of optimizers that is like its weight or a single
+    number. In the rest, MODULE has the further entries of the state_dict by name, and OPTIMIZER the
+    further state by `<number>.<name>`.
     """
     tensors = {f"rng.{name}.{context.rank}": state for name, state in rng_states().items()}
     meta = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
@@ -161,13 +200,16 @@ def split(
                 moments = _moments(values, parameters.get(name))
                 tensors.update({f"optimizer_{i}.{name}.{k}": v for k, v in moments.items()})
                 if not isinstance(values, dict) or len(moments) < len(values):
-                    others = {k: v for k, v in values.items() if k not in moments} if moments else values
+                    others = (
+                        {k: v for k, v in values.items() if k not in moments} if moments else values
+                    )
                     meta.setdefault(OPTIMIZER, {})[f"{i}.{name}"] = others
     return tensors, meta
 
 
 def _moments(values: Any, weight: Tensor | None) -> dict[str, Tensor]:
-    """Return the state of a weight that is like it, or a single number, in tensors that ranks can join."""
+    """Return the state of a weight that is like it, or a single number, in tensors that ranks can
+    join."""
     if weight is None or not isinstance(values, dict):
         return {}
     shape = weight.shape
@@ -179,7 +221,8 @@ def _moments(values: Any, weight: Tensor | None) -> dict[str, Tensor]:
 
 
 def check_types(tensors: Mapping[str, Tensor]) -> None:
-    """Raise TypeError for a tensor that the files cannot hold: of another type or layout, or without memory."""
+    """Raise TypeError for a tensor that the files cannot hold: of another type or layout, or
+    without memory."""
     refused = {dtype for dtype in {t.dtype for t in tensors.values()} if not _can_be_stored(dtype)}
     for name, tensor in tensors.items():
         part = local(tensor)
@@ -188,10 +231,15 @@ def check_types(tensors: Mapping[str, Tensor]) -> None:
         elif part.layout != torch.strided:
             what = f"its layout is {part.layout}"
         elif part.numel() and _memory(part)[1] == 0:
-            what = f"it is a {type(part).__name__} without memory of its own on the device {part.device}"
+            what = (
+                f"it is a {type(part).__name__} without memory of its own on the device"
+                f" {part.device}"
+            )
         else:
             continue
-        raise TypeError(f"{name} cannot be saved: {what}. Convert it to plain tensors, or leave it out")
+        raise TypeError(
+            f"{name} cannot be saved: {what}. Convert it to plain tensors, or leave it out"
+        )
 
 
 def _can_be_stored(dtype: torch.dtype) -> bool:
@@ -202,7 +250,8 @@ def _can_be_stored(dtype: torch.dtype) -> bool:
 
 
 def each_in_its_own_storage(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Copy what safetensors refuses: other strides (channels_last), and a second name of the same storage."""
+    """Copy what safetensors refuses: other strides (channels_last), and a second name of the same
+    storage."""
     seen = set[int]()
     for name, tensor in tensors.items():
         part = local(tensor)
@@ -213,9 +262,12 @@ def each_in_its_own_storage(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str
 
 
 def as_dtensor(experts: Tensor, context: ParallelContext) -> Tensor:
-    """Return a DTensor of all experts. experts: this rank's share of them, or a DTensor that splits it on dim 1."""
+    """Return a DTensor of all experts. experts: this rank's share of them, or a DTensor that splits
+    it on dim 1."""
     over_edp = Shard(1) if isinstance(experts, DTensor) else Replicate()
-    return DTensor.from_local(local(experts).detach(), context.mesh, [over_edp, Shard(0)], run_check=False)
+    return DTensor.from_local(
+        local(experts).detach(), context.mesh, [over_edp, Shard(0)], run_check=False
+    )
 
 
 def _is_like(value: Any, p: Tensor) -> bool:
@@ -231,7 +283,9 @@ def to_json(x: Any, store: Callable[[Tensor], str]) -> Any:
     if isinstance(x, Encoded):
         return x.json
     if isinstance(x, DTensor):
-        raise TypeError("a checkpoint holds DTensors of parameters alone. Keep x.to_local() of this one")
+        raise TypeError(
+            "a checkpoint holds DTensors of parameters alone. Keep x.to_local() of this one"
+        )
     if isinstance(x, Tensor):
         if x.numel() > LARGEST_IN_JSON or x.is_complex():
             return {"__stored__": store(x)}
@@ -241,14 +295,19 @@ def to_json(x: Any, store: Callable[[Tensor], str]) -> Any:
     if isinstance(x, tuple):
         return {"__tuple__": [to_json(v, store) for v in x]}
     if isinstance(x, (set, frozenset)):  # sorted, because ranks hash strings differently
-        return {"__set__": sorted((to_json(v, store) for v in x), key=json.dumps), "frozen": isinstance(x, frozenset)}
+        return {
+            "__set__": sorted((to_json(v, store) for v in x), key=json.dumps),
+            "frozen": isinstance(x, frozenset),
+        }
     if isinstance(x, dict):
         if all(isinstance(k, str) for k in x) and not MARKS & x.keys():
             return {k: to_json(v, store) for k, v in x.items()}
         return {"__items__": [[to_json(k, store), to_json(v, store)] for k, v in x.items()]}
     if isinstance(x, Path):
         return str(x)
-    raise TypeError(f"a checkpoint holds tensors and plain values, not {type(x).__name__}: {x!r:.80}")
+    raise TypeError(
+        f"a checkpoint holds tensors and plain values, not {type(x).__name__}: {x!r:.80}"
+    )
 
 
 def to_text(x: Any) -> str:
@@ -259,19 +318,24 @@ def to_text(x: Any) -> str:
 
 
 def check_can_be_saved(trainer: Any) -> None:
-    """Raise TypeError for hyper-parameters, or for state of a callback, that a checkpoint could not hold."""
+    """Raise TypeError for hyper-parameters, or for state of a callback, that a checkpoint could not
+    hold."""
     states: list[tuple[str, Any]] = []
     for holder in (trainer.lightning_module, trainer.datamodule):
         if holder is not None:
             states.append((f"a hyper-parameter of {type(holder).__name__}", holder.hparams))
     for callback in trainer.callbacks:
         with suppress(Exception):  # it may not have a state before the first step
-            states.append((f"the state of the callback {type(callback).__name__}", callback.state_dict()))
+            states.append(
+                (f"the state of the callback {type(callback).__name__}", callback.state_dict())
+            )
     for what, state in states:
         try:
             to_text(state)
         except TypeError as error:
-            raise TypeError(f"{what} cannot be saved: {error}. Convert it, or leave it out") from error
+            raise TypeError(
+                f"{what} cannot be saved: {error}. Convert it, or leave it out"
+            ) from error
 
 
 def from_json(x: dict[str, Any]) -> Any:
@@ -290,7 +354,8 @@ def from_json(x: dict[str, Any]) -> Any:
 
 
 def rng_states() -> dict[str, Tensor]:
-    """Return the states of torch (CPU, and GPU if one is in use), of Python and of NumPy's legacy generator.
+    """Return the states of torch (CPU, and GPU if one is in use), of Python and of NumPy's legacy
+    generator.
 
     This library draws from torch alone; a user's own transforms may draw from the others.
     """
@@ -300,7 +365,9 @@ def rng_states() -> dict[str, Tensor]:
     states = {
         "host": torch.get_rng_state(),
         "python": _pack(words, gauss),
-        "numpy": _pack([*np.asarray(key).tolist(), int(position)], float(numpy_gauss) if has_gauss else None),
+        "numpy": _pack(
+            [*np.asarray(key).tolist(), int(position)], float(numpy_gauss) if has_gauss else None
+        ),
     }
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
@@ -314,13 +381,16 @@ def set_rng_states(states: dict[str, Tensor]) -> None:
         random.setstate((3, tuple(words), gauss))
     if "numpy" in states:
         (*key, position), gauss = _unpack(states["numpy"])
-        np.random.set_state(("MT19937", np.array(key, np.uint32), position, int(gauss is not None), gauss or 0.0))
+        np.random.set_state(
+            ("MT19937", np.array(key, np.uint32), position, int(gauss is not None), gauss or 0.0)
+        )
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
 
 
 def _pack(words: Sequence[int], gauss: float | None) -> Tensor:
-    """Return 624 words and the position, whether the second of a pair of normals is left over, and that one's bits."""
+    """Return 624 words and the position, whether the second of a pair of normals is left over, and
+    that one's bits."""
     bits = torch.tensor(gauss or 0.0, dtype=torch.float64).view(torch.int64)
     return torch.tensor([*words, gauss is not None, bits.item()], dtype=torch.int64)
 

@@ -1,11 +1,11 @@
-"""One global gradient norm, and a NaN or Inf in it stops every rank before the update (fault 27). The error names the
-layer and the rank where it arose.
+"""One global gradient norm, and a NaN or Inf in it stops every rank before the update (fault 27).
+The error names the layer and the rank where it arose.
 
-The norm is bit-identical on all ranks, so all ranks see at the same time that it is not finite, without
-another message. They search for the origin only in this case. By then the reduction has spread the NaN to all ranks, so
-every module records the sum of its output and the sum of its output's gradient in each step: one small reduction each,
-which nothing waits for. Left out: modules inside a compiled one; the error then
-names a module around it, or a gradient.
+The norm is bit-identical on all ranks, so all ranks see at the same time that it is not finite,
+without another message. They search for the origin only in this case. By then the reduction has
+spread the NaN to all ranks, so every module records the sum of its output and the sum of its
+output's gradient in each step: one small reduction each, which nothing waits for. Left out: modules
+inside a compiled one; the error then names a module around it, or a gradient.
 """
 
 from collections import defaultdict
@@ -56,7 +56,9 @@ class Guard:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.trace: dict[str, Tensor] = {}  # by what was computed: the sum of its entries
-        compiled = {inner for child in module.modules() if is_compiled(child) for inner in child.modules()}
+        compiled = {
+            inner for child in module.modules() if is_compiled(child) for inner in child.modules()
+        }
         self.hooks = [
             child.register_forward_hook(Watch(self, name or type(child).__name__))
             for name, child in module.named_modules()
@@ -64,7 +66,8 @@ class Guard:
         ]
 
     def note(self, name: str, total: Tensor) -> None:
-        """Keep one number a name, however many batches there are; what was not finite once stays so."""
+        """Keep one number a name, however many batches there are; what was not finite once stays
+        so."""
         self.trace[name] = total if name not in self.trace else self.trace[name] * 0 + total
 
     def note_loss(self, loss: Tensor) -> None:
@@ -72,7 +75,8 @@ class Guard:
         self.note("loss", loss.detach().sum())
 
     def loss_as_zero(self) -> Tensor | float:
-        """Return 0, or NaN if a loss since the last check was not finite; to be added to a sum over ranks."""
+        """Return 0, or NaN if a loss since the last check was not finite; to be added to a sum over
+        ranks."""
         return self.trace["loss"] * 0 if "loss" in self.trace else 0.0
 
     def check(self, norm: Tensor, context: ParallelContext) -> None:
@@ -84,13 +88,23 @@ class Guard:
         if context.world_size > 1:
             found = [None] * context.world_size
             dist.all_gather_object(found, self._first(), group=context.control_group)
-        arose = {rank: name for rank, name in enumerate(found) if name is not None and not name.startswith("gradient")}
+        arose = {
+            rank: name
+            for rank, name in enumerate(found)
+            if name is not None and not name.startswith("gradient")
+        }
         arose = arose or {rank: name for rank, name in enumerate(found) if name is not None}
-        where = "; ".join(f"rank {rank}: {name}" for rank, name in arose.items()) or "only the sum over ranks"
-        raise FloatingPointError(f"gradient norm is {norm.item()}, no update was made; first not finite: {where}")
+        where = (
+            "; ".join(f"rank {rank}: {name}" for rank, name in arose.items())
+            or "only the sum over ranks"
+        )
+        raise FloatingPointError(
+            f"gradient norm is {norm.item()}, no update was made; first not finite: {where}"
+        )
 
     def _first(self) -> str | None:
-        """Return a weight that was not finite before, else the first result on this rank, else a gradient."""
+        """Return a weight that was not finite before, else the first result on this rank, else a
+        gradient."""
         for name, p in self.module.named_parameters():
             if not local(p).isfinite().all():
                 return f"weight {name}"
@@ -115,11 +129,13 @@ def clip_grad_norm(
     context: ParallelContext,
     zero: Tensor | float = 0.0,
 ) -> Tensor:
-    """Scale all gradients so that their global norm is at most max_norm (None: do not); return the norm before that.
+    """Scale all gradients so that their global norm is at most max_norm (None: do not); return the
+    norm before that.
 
-    norm² = |replicated|² + (sum over ranks of |parts|² / number of ranks with the same part). One sum over all ranks
-    makes the norm bit-identical on all ranks; if it were only close, replicas would drift apart.
-    zero: `Guard.loss_as_zero()`; a NaN on one rank makes the norm NaN on all ranks.
+    norm² = |replicated|² + (sum over ranks of |parts|² / number of ranks with the same part). One
+    sum over all ranks makes the norm bit-identical on all ranks; if it were only close, replicas
+    would drift apart. zero: `Guard.loss_as_zero()`; a NaN on one rank makes the norm NaN on all
+    ranks.
     """
     parameters = list(parameters)
     device = parameters[0].device if parameters else torch.as_tensor(zero).device
@@ -127,18 +143,28 @@ def clip_grad_norm(
     norm = (context.sum_over_ranks(of_parts + zero) + of_replicated).sqrt()
     if max_norm is not None:
         split = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
-        torch.nn.utils.clip_grads_with_norm_((p for p in parameters if not isinstance(p.grad, DTensor)), max_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(
+            (p for p in parameters if not isinstance(p.grad, DTensor)), max_norm, norm
+        )
         for gradient in split:
             gradient.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
 def squares(
-    parameters: Iterable[nn.Parameter], shards: set[nn.Parameter], context: ParallelContext, device: torch.device
+    parameters: Iterable[nn.Parameter],
+    shards: set[nn.Parameter],
+    context: ParallelContext,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Return two squared norms of gradients: of the parts that this rank holds, to be summed over all ranks, and of
-    what every rank holds whole. A part that several ranks hold counts once in the sum. shards: the experts."""
-    replicated, parts = list[Tensor](), defaultdict[int, list[Tensor]](list)  # parts by the ranks that hold the same
+    """Return two squared norms of gradients: of the parts that this rank holds, to be summed over
+    all ranks, and of what every rank holds whole. A part that several ranks hold counts once in the
+    sum. shards: the experts.
+    """
+    replicated, parts = (
+        list[Tensor](),
+        defaultdict[int, list[Tensor]](list),
+    )  # parts by the ranks that hold the same
     for p in parameters:
         if isinstance(p.grad, DTensor):
             parts[copies(p.grad)].append(local(p.grad))

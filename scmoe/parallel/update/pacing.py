@@ -1,12 +1,14 @@
-"""Sums gradients over ranks so that rows go first: in small pieces, of which none begins while rows are in flight.
+"""Sums gradients over ranks so that rows go first: in small pieces, of which none begins while rows
+are in flight.
 
     link    rows      piece piece rows           piece piece piece ...
             combine               dispatch
 
-Gradients and rows share the rank's link. Backward waits for rows at once, but for gradients only at its end. So rows
-wait for at most two pieces that have begun, and gradients use the link while no rows do. All-reduces of gloo run on the
-host, where a thread decides when each begins. On CUDA this is impossible, because the host runs ahead of the device;
-there the stream of the rows has priority (mesh.py).
+Gradients and rows share the rank's link. Backward waits for rows at once, but for gradients only at
+its end. So rows wait for at most two pieces that have begun, and gradients use the link while no
+rows do. All-reduces of gloo run on the host, where a thread decides when each begins. On CUDA this
+is impossible, because the host runs ahead of the device; there the stream of the rows has priority
+(mesh.py).
 """
 
 import threading
@@ -25,7 +27,10 @@ from torch.futures import Future
 from scmoe.parallel.wire.all_to_all import Link
 
 REDUCTIONS = ("ddp", "paced")
-PIECE_MB, IN_FLIGHT = 1.0, 2  # with one in flight the link is idle until every rank has begun the next
+PIECE_MB, IN_FLIGHT = (
+    1.0,
+    2,
+)  # with one in flight the link is idle until every rank has begun the next
 BUCKET_MB = 1.0  # small, so that the first gradients are sent early
 STOP_S = 2.0  # to end the thread; it may wait for a rank that has failed
 
@@ -39,7 +44,8 @@ def is_paced(reductions: str | None, device: torch.device, sparse: bool = False)
         raise ValueError(f"reductions is {reductions!r}, allowed: {' | '.join(REDUCTIONS)} | None")
     if reductions == "paced" and device.type != "cpu":
         raise ValueError(
-            "reductions is 'paced', allowed on a GPU: 'ddp': all-reduces run on the device, which the host cannot pace"
+            "reductions is 'paced', allowed on a GPU: 'ddp': all-reduces run on the device, which"
+            " the host cannot pace"
         )
     if reductions == "paced" and sparse:
         raise ValueError("reductions is 'paced', allowed with sparse gradients: 'ddp'")
@@ -47,13 +53,16 @@ def is_paced(reductions: str | None, device: torch.device, sparse: bool = False)
 
 
 class _Piece(NamedTuple):
-    begin: Callable[[], Callable[[], None]]  # starts the transfer, and returns what waits for it and ends the piece
+    begin: Callable[
+        [], Callable[[], None]
+    ]  # starts the transfer, and returns what waits for it and ends the piece
     whole: Tensor | None  # the result, with its last piece
     done: Future[Tensor]
 
 
 class Pacer:
-    """Sums tensors over a group, one after another in the order given; every rank must give the same order.
+    """Sums tensors over a group, one after another in the order given; every rank must give the
+    same order.
 
     group: carries nothing else, because its all-reduces begin on a thread. link: that of the rows.
     """
@@ -75,10 +84,12 @@ class Pacer:
         return self._queue([partial(begin, numbers) for numbers in pieces], flat)
 
     def scatter(self, own: Tensor, all_RN: Tensor, group: Any) -> Future[Tensor]:
-        """Sum all_RN over the group's R ranks; each keeps its row in `own` [N], which is the result.
+        """Sum all_RN over the group's R ranks; each keeps its row in `own` [N], which is the
+        result.
 
-        Each rank sends its numbers to the rank that keeps them: half of the bytes of gloo's reduce-scatter, which is an
-        all-reduce. group: used instead of the Pacer's own; it must carry nothing else, too."""
+        Each rank sends its numbers to the rank that keeps them: half of the bytes of gloo's
+        reduce-scatter, which is an all-reduce. group: used instead of the Pacer's own; it must
+        carry nothing else, too."""
 
         def begin(own: Tensor, part_RN: Tensor) -> Callable[[], None]:
             theirs_RN = torch.empty_like(mine_RN := part_RN.contiguous())
@@ -94,7 +105,9 @@ class Pacer:
         pieces = zip(own.split(numbers), all_RN.split(numbers, dim=1), strict=True)
         return self._queue([partial(begin, *piece) for piece in pieces], own)
 
-    def _queue(self, begins: Sequence[Callable[[], Callable[[], None]]], whole: Tensor) -> Future[Tensor]:
+    def _queue(
+        self, begins: Sequence[Callable[[], Callable[[], None]]], whole: Tensor
+    ) -> Future[Tensor]:
         done: Future[Tensor] = Future()
         *pieces, last = begins
         for begin in pieces:

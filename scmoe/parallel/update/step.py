@@ -1,6 +1,8 @@
-"""One training step without a Trainer, for everything in the laboratory that trains: benches and the check of a GPU.
+"""One training step without a Trainer, for everything in the laboratory that trains: benches and
+the check of a GPU.
 
-The model is wrapped as the Strategy wraps it (scmoe/parallel/update/wrap.py), and clipped as the Strategy clips.
+The model is wrapped as the Strategy wraps it (scmoe/parallel/update/wrap.py), and clipped as the
+Strategy clips.
 """
 
 from collections.abc import Iterable
@@ -18,11 +20,16 @@ from scmoe.parallel.update.wrap import Wrapped
 class Step:
     """Call `model` for the forward pass, then `backward`, `update` and `zero_grad`.
 
-    optimizer: None: nothing is updated. clip: the largest global gradient norm; None: the norm is not computed.
+    optimizer: None: nothing is updated. clip: the largest global gradient norm; None: the norm is
+    not computed.
     """
 
     def __init__(
-        self, wrapped: Wrapped, context: ParallelContext, optimizer: Optimizer | None = None, clip: float | None = None
+        self,
+        wrapped: Wrapped,
+        context: ParallelContext,
+        optimizer: Optimizer | None = None,
+        clip: float | None = None,
     ) -> None:
         self.wrapped, self.context, self.optimizer, self.clip = wrapped, context, optimizer, clip
         self.model = wrapped.module
@@ -50,7 +57,8 @@ class Step:
         self.model.zero_grad()
 
     def held_bytes(self) -> int:
-        """Return the bytes on this rank of weights, of the optimizer's state, and of the gradients that exist."""
+        """Return the bytes on this rank of weights, of the optimizer's state, and of the gradients
+        that exist."""
         state = [] if self.optimizer is None else self.optimizer.state.values()
         moments = [value for own in state for value in own.values() if isinstance(value, Tensor)]
         gradients = [p.grad for p in self.parameters if p.grad is not None]

@@ -1,12 +1,16 @@
-"""Wraps a model for training on many ranks: the one place that assembles DDP or FSDP2, the experts' reducer, pacing.
+"""Wraps a model for training on many ranks: the one place that assembles DDP or FSDP2, the experts'
+reducer, pacing.
 
-    replicated dense weights   DDP averages their gradients, ExpertGradientReducer those of the experts; paced on CPUs
-    split dense weights        FSDP2 gathers all weights and sums all gradients (dense.py); paced on CPUs
+    replicated dense weights   DDP averages their gradients, ExpertGradientReducer those of the
+                               experts; paced on CPUs
+    split dense weights        FSDP2 gathers all weights and sums all gradients (dense.py); paced on
+                               CPUs
 
-After backward every gradient is that of the mean of the ranks' losses. Each rank's loss is a mean over its own tokens.
-The gradient of a shard of experts arrives summed over its EP group, whose tokens it has seen, because the All-to-All's
-backward adds it up. So it is divided by EP when it arrives, and averaged over EDP when backward ends: accumulating
-batches then works as it does under DDP.
+After backward every gradient is that of the mean of the ranks' losses. Each rank's loss is a mean
+over its own tokens. The gradient of a shard of experts arrives summed over its EP group, whose
+tokens it has seen, because the All-to-All's backward adds it up. So it is divided by EP when it
+arrives, and averaged over EDP when backward ends: accumulating batches then works as it does under
+DDP.
 """
 
 from collections import deque
@@ -24,23 +28,32 @@ from torch.nn.parallel import DistributedDataParallel
 from scmoe.models.units import whole_parameters
 from scmoe.parallel.dense import prefetch, reshard
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
-from scmoe.parallel.torch_seam import call_after_backward, has_gradient_hooks, hide_from_ddp, scatter_by
+from scmoe.parallel.torch_seam import (
+    call_after_backward,
+    has_gradient_hooks,
+    hide_from_ddp,
+    scatter_by,
+)
 from scmoe.parallel.update.pacing import BUCKET_MB, Pacer, is_paced
 
 SUMS_OF_A_UNIT = 3  # at most: of its dense weights, of those in float32, and of its experts
 
 
 class ExpertGradientReducer:
-    """Averages expert gradients over the expert-data-parallel group, in buckets that are sent while backward runs.
+    """Averages expert gradients over the expert-data-parallel group, in buckets that are sent while
+    backward runs.
 
-    Buckets fill in reverse order of registration, which is roughly the order of backward. They are sent strictly in
-    order, so that all ranks send them in the same order. While not `enabled`, gradients accumulate on this rank only.
-    A frozen shard is in no bucket; it may be frozen or unfrozen between steps, on all ranks together.
+    Buckets fill in reverse order of registration, which is roughly the order of backward. They are
+    sent strictly in order, so that all ranks send them in the same order. While not `enabled`,
+    gradients accumulate on this rank only. A frozen shard is in no bucket; it may be frozen or
+    unfrozen between steps, on all ranks together.
 
     pacer: sums over that group when rows leave its link free; None: full buckets are sent at once.
     """
 
-    def __init__(self, shards: Sequence[nn.Parameter], context: ParallelContext, pacer: Pacer | None = None) -> None:
+    def __init__(
+        self, shards: Sequence[nn.Parameter], context: ParallelContext, pacer: Pacer | None = None
+    ) -> None:
         self.context, self.enabled = context, True
         self.start = pacer.start if pacer else self._start_at_once
         self.bucket_bytes = int((BUCKET_MB if pacer else 25.0) * 2**20)  # as DDP's
@@ -58,7 +71,9 @@ class ExpertGradientReducer:
     def _listen(self) -> None:
         """Begin a backward pass."""
         self.listening = True
-        self.buckets = list(_buckets([p for p in self.shards if p.requires_grad], self.bucket_bytes))
+        self.buckets = list(
+            _buckets([p for p in self.shards if p.requires_grad], self.bucket_bytes)
+        )
         self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         self.missing = [len(bucket) for bucket in self.buckets]
         self.in_flight: list[tuple[Any, Tensor, list[Tensor]]] = []
@@ -83,7 +98,9 @@ class ExpertGradientReducer:
     def _launch(self, i: int) -> None:
         grads = []
         for p in self.buckets[i]:
-            if p.grad is None:  # it took no part in this loss, but the mean over the group needs every rank
+            if (
+                p.grad is None
+            ):  # it took no part in this loss, but the mean over the group needs every rank
                 p.grad = torch.zeros_like(p)
             grads.append(p.grad)
         flat = torch.cat([g.flatten() for g in grads])
@@ -106,10 +123,13 @@ class ExpertGradientReducer:
 
 
 def _buckets(parameters: Sequence[nn.Parameter], max_bytes: int) -> Iterator[list[nn.Parameter]]:
-    """Yield consecutive parameters of one dtype, at most max_bytes in total, or a single larger one."""
+    """Yield consecutive parameters of one dtype, at most max_bytes in total, or a single larger
+    one."""
     bucket: list[nn.Parameter] = []
     for p in parameters:
-        if bucket and (p.dtype != bucket[0].dtype or sum(q.nbytes for q in bucket) + p.nbytes > max_bytes):
+        if bucket and (
+            p.dtype != bucket[0].dtype or sum(q.nbytes for q in bucket) + p.nbytes > max_bytes
+        ):
             yield bucket
             bucket = []
         bucket.append(p)
@@ -118,18 +138,22 @@ def _buckets(parameters: Sequence[nn.Parameter], max_bytes: int) -> Iterator[lis
 
 
 class PacedScatter:
-    """Sums the gradients of split weights over ranks while backward goes on; FSDP on gloo would wait for each sum.
+    """Sums the gradients of split weights over ranks while backward goes on; FSDP on gloo would
+    wait for each sum.
 
         link    rows      piece piece rows           piece piece piece ...
         rank    block 1   block 0                    wait for what is left
 
-    FSDP calls this instead of a reduce-scatter. A call returns before its `output_tensor` is set; `wait` sets all. At
-    most one unit's gradients wait to be sent, so a rank holds no more than the whole gradients of two units.
+    FSDP calls this instead of a reduce-scatter. A call returns before its `output_tensor` is set;
+    `wait` sets all. At most one unit's gradients wait to be sent, so a rank holds no more than the
+    whole gradients of two units.
 
     `at_once`: FSDP or a hook reads each sum right after the call, so each call waits for its sum.
     """
 
-    def __init__(self, pacer: Pacer, context: ParallelContext, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self, pacer: Pacer, context: ParallelContext, parameters: Sequence[nn.Parameter]
+    ) -> None:
         self.pacer, self.context, self.parameters, self.at_once = pacer, context, parameters, True
         self.sums: deque[Future[Tensor]] = deque()
 
@@ -137,7 +161,12 @@ class PacedScatter:
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: Any,
+        op: Any,
+        async_op: bool = False,
     ) -> None:
         assert op == dist.ReduceOp.SUM and not async_op
         # FSDP's own group carries gathers, which begin on another thread
@@ -156,9 +185,12 @@ class PacedScatter:
 
     @contextmanager
     def during_backward(self) -> Iterator[None]:
-        """Run a backward pass inside. FSDP reads a sum at once to round it to 16 bits or to add it to that of an
-        earlier batch, and hooks on gradients read it."""
-        self.at_once = any(p.grad is not None or p.dtype.itemsize < 4 or has_gradient_hooks(p) for p in self.parameters)
+        """Run a backward pass inside. FSDP reads a sum at once to round it to 16 bits or to add it
+        to that of an earlier batch, and hooks on gradients read it."""
+        self.at_once = any(
+            p.grad is not None or p.dtype.itemsize < 4 or has_gradient_hooks(p)
+            for p in self.parameters
+        )
         try:
             yield
             self.wait()
@@ -167,7 +199,8 @@ class PacedScatter:
 
 
 class Wrapped:
-    """A wrapped model: call `module` in place of the model, and `backward` in place of the loss's. `close` ends it."""
+    """A wrapped model: call `module` in place of the model, and `backward` in place of the loss's.
+    `close` ends it."""
 
     reducer: ExpertGradientReducer | None = None  # of the experts; None where weights are split
     scatters: PacedScatter | None = None  # sums of split weights, where they are paced
@@ -177,7 +210,8 @@ class Wrapped:
         self.at_close = ExitStack()
 
     def own_part(self, loss: Tensor) -> Tensor:
-        """Return what this rank's backward begins with. FSDP sums gradients over ranks and divides nothing."""
+        """Return what this rank's backward begins with. FSDP sums gradients over ranks and divides
+        nothing."""
         averaged = isinstance(self.module, DistributedDataParallel) or self.world_size == 1
         return loss if averaged else loss / self.world_size
 
@@ -192,8 +226,9 @@ class Wrapped:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, gradients accumulate on their ranks. Where weights are split each batch's gradients are split and
-        added up all the same: whole ones would need memory on every rank."""
+        """Inside, gradients accumulate on their ranks. Where weights are split each batch's
+        gradients are split and added up all the same: whole ones would need memory on every rank.
+        """
         if self.reducer is None or not isinstance(self.module, DistributedDataParallel):
             yield
             return
@@ -213,12 +248,17 @@ def has_sparse_gradients(model: nn.Module) -> bool:
 
 
 def wrap(
-    model: nn.Module, context: ParallelContext, reductions: str | None = None, hidden: bool = True, **ddp: Any
+    model: nn.Module,
+    context: ParallelContext,
+    reductions: str | None = None,
+    hidden: bool = True,
+    **ddp: Any,
 ) -> Wrapped:
-    """Wrap a model with this rank's experts; its dense weights are split already where `context.dense_mesh` is set.
+    """Wrap a model with this rank's experts; its dense weights are split already where
+    `context.dense_mesh` is set.
 
-    reductions: ddp | paced; None: paced on CPUs. hidden: False lets FSDP wait for each gather and each sum, which is
-    what `bench dense` compares with. ddp: arguments of DistributedDataParallel.
+    reductions: ddp | paced; None: paced on CPUs. hidden: False lets FSDP wait for each gather and
+    each sum, which is what `bench dense` compares with. ddp: arguments of DistributedDataParallel.
     """
     # `model.requires_grad_()` has reached it; DDP would wait for its gradient
     for bias in whole_parameters(model):
@@ -235,9 +275,12 @@ def wrap(
     wrapped = Wrapped(module, context.world_size)
     pacer: Pacer | None = None
     if paced:
-        # two, because the order of dense and expert buckets may differ from rank to rank: DDP sends the bucket of an
-        # unused parameter at the end
-        dense, pacer = Pacer(context.gradient_group, context.link), Pacer(context.edp_group, context.link)
+        # two, because the order of dense and expert buckets may differ from rank to rank: DDP sends
+        # the bucket of an unused parameter at the end
+        dense, pacer = (
+            Pacer(context.gradient_group, context.link),
+            Pacer(context.edp_group, context.link),
+        )
         module.register_comm_hook(None, dense.mean_of_bucket)
         wrapped.at_close.callback(dense.stop)
         wrapped.at_close.callback(pacer.stop)

@@ -1,17 +1,19 @@
 """Sends rows to the experts' ranks and back by All-to-All over an expert-parallel group.
 
-A transfer is two autograd nodes, start and wait, so that backward overlaps by the mirror (design idea 4):
+A transfer is two autograd nodes, start and wait, so that backward overlaps by the mirror (design
+idea 4):
 
     forward    start: launch the transfer           ...work...    wait: the rows are there
     backward   start: the gradient is there         ...work...    wait: launch the gradient's transfer
 
-Of the nodes that are ready, the autograd engine runs the one created last. After `start; work; wait` in forward, it
-launches the gradient's transfer before the work's backward and waits for it afterwards. A single node would launch and
-wait at the same place.
+Of the nodes that are ready, the autograd engine runs the one created last. After `start; work;
+wait` in forward, it launches the gradient's transfer before the work's backward and waits for it
+afterwards. A single node would launch and wait at the same place.
 
-Rank r of the group holds experts r E/EP .. (r+1) E/EP - 1, so rows grouped by expert are grouped by rank. They arrive
-grouped by (sender, local expert) and are regrouped by local expert after the wait. The host knows how many rows travel,
-or rows are in buffers of fixed size and their numbers stay on the device.
+Rank r of the group holds experts r E/EP .. (r+1) E/EP - 1, so rows grouped by expert are grouped by
+rank. They arrive grouped by (sender, local expert) and are regrouped by local expert after the
+wait. The host knows how many rows travel, or rows are in buffers of fixed size and their numbers
+stay on the device.
 """
 
 import functools
@@ -43,20 +45,25 @@ class Work(Protocol):
 
 
 Exchange = Callable[[Tensor, Traffic | None], tuple[Tensor, Work]]
-"""exchange(rows, traffic) starts an exchange and returns (target buffer, work). traffic: numbers of rows to and from
-each rank; None: equal numbers. `rows` are grouped by receiver, the rows in the target buffer by sender."""
+"""exchange(rows, traffic) starts an exchange and returns (target buffer, work). traffic: numbers of
+rows to and from each rank; None: equal numbers. `rows` are grouped by receiver, the rows in the
+target buffer by sender."""
 
 
 def all_to_all(group: Any) -> Exchange:
-    """The exchange of a process group: point to point with gloo, one collective with other backends.
+    """The exchange of a process group: point to point with gloo, one collective with other
+    backends.
 
-    On CUDA it runs on the group's own stream, which starts when the rows are there; `wait` makes the current stream
-    wait, not the host. A caller that keeps both buffers until then need not record them on that stream.
+    On CUDA it runs on the group's own stream, which starts when the rows are there; `wait` makes
+    the current stream wait, not the host. A caller that keeps both buffers until then need not
+    record them on that stream.
     """
     gloo = dist.get_backend(group) == "gloo"
 
     def exchange(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
-        sent, received = ([], []) if traffic is None else (list(traffic.sent), list(traffic.received))
+        sent, received = (
+            ([], []) if traffic is None else (list(traffic.sent), list(traffic.received))
+        )
         target = buffer_for(rows, traffic)
         if gloo:
             return target, point_to_point(target, rows, received, sent, group)
@@ -67,15 +74,20 @@ def all_to_all(group: Any) -> Exchange:
 
 def buffer_for(rows: Tensor, traffic: Traffic | None) -> Tensor:
     """An empty tensor for the rows that an exchange of `rows` brings here."""
-    return rows.new_empty((len(rows) if traffic is None else sum(traffic.received), *rows.shape[1:]))
+    return rows.new_empty(
+        (len(rows) if traffic is None else sum(traffic.received), *rows.shape[1:])
+    )
 
 
-def point_to_point(target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any) -> Work:
+def point_to_point(
+    target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any
+) -> Work:
     """Posts all receives first, then the sends.
 
-    gloo sends rows after the peer has announced that it expects them. gloo's own All-to-All announces this after it has
-    started to send: on the later rank the announcement queues behind its own rows, and the two directions of a link
-    take turns. Posting takes some milliseconds while other rows arrive, so a thread does it while the caller computes
+    gloo sends rows after the peer has announced that it expects them. gloo's own All-to-All
+    announces this after it has started to send: on the later rank the announcement queues behind
+    its own rows, and the two directions of a link take turns. Posting takes some milliseconds while
+    other rows arrive, so a thread does it while the caller computes
     (docs/decisions/0019-point-to-point.md has the measurements).
     """
     return Posted(thread("all-to-all").submit(post, target, rows, received, sent, group))
@@ -83,7 +95,8 @@ def point_to_point(target: Tensor, rows: Tensor, received: list[int], sent: list
 
 @functools.cache
 def thread(name: str) -> ThreadPoolExecutor:
-    """One for all layers, directions and groups, so that the order of posting stays equal on all ranks."""
+    """One for all layers, directions and groups, so that the order of posting stays equal on all
+    ranks."""
     return ThreadPoolExecutor(1, name)
 
 
@@ -91,19 +104,31 @@ os.register_at_fork(after_in_child=thread.cache_clear)
 
 
 @torch.inference_mode()
-def post(target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any) -> list[Any]:
+def post(
+    target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any
+) -> list[Any]:
     """Posts the receives and the sends, in this thread, and returns them."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     targets = target.split(received) if received else target.chunk(size)
     sources = rows.split(sent) if sent else rows.chunk(size)
     before, after = ([(rank + step * i) % size for i in range(1, size)] for step in (-1, 1))
-    works = [dist.irecv(targets[peer], group=group, group_src=peer) for peer in before if targets[peer].numel()]
-    works += [dist.isend(sources[peer], group=group, group_dst=peer) for peer in after if sources[peer].numel()]
+    works = [
+        dist.irecv(targets[peer], group=group, group_src=peer)
+        for peer in before
+        if targets[peer].numel()
+    ]
+    works += [
+        dist.isend(sources[peer], group=group, group_dst=peer)
+        for peer in after
+        if sources[peer].numel()
+    ]
     targets[rank].copy_(sources[rank])
     return works
 
 
-def collective(target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any) -> Work:
+def collective(
+    target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any
+) -> Work:
     """Start one collective on the group's own stream."""
     work = dist.all_to_all_single(target, rows, received, sent, group=group, async_op=True)
     assert work is not None, "this rank is in the group"
@@ -111,11 +136,14 @@ def collective(target: Tensor, rows: Tensor, received: list[int], sent: list[int
 
 
 class Posted:
-    """Sends and receives as one work. Two threads may wait for it: a recorder's and the one that needs the rows.
+    """Sends and receives as one work. Two threads may wait for it: a recorder's and the one that
+    needs the rows.
 
     on_arrival: is called once, when the rows are there."""
 
-    def __init__(self, posted: Future[list[Any]], on_arrival: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self, posted: Future[list[Any]], on_arrival: Callable[[], object] | None = None
+    ) -> None:
         self.posted, self.on_arrival, self.lock = posted, on_arrival, threading.Lock()
 
     @torch.no_grad()
@@ -131,7 +159,8 @@ class Posted:
 
 
 class Link:
-    """Keeps this rank's latest exchange of rows, so that gradients can wait until it is finished (update/pacing.py)."""
+    """Keeps this rank's latest exchange of rows, so that gradients can wait until it is finished
+    (update/pacing.py)."""
 
     def __init__(self) -> None:
         self.latest: Work | None = None
@@ -158,7 +187,8 @@ class Carried:
 
 @dataclass(eq=False)
 class Transfer:
-    """One exchange of rows, and later the way back of its gradient. `start` launches it, `wait` returns the rows.
+    """One exchange of rows, and later the way back of its gradient. `start` launches it, `wait`
+    returns the rows.
 
     traffic: rows to and from each rank of the group; None: equal numbers for all ranks.
     operator, recorder: the recorder notes the transfer under this name.
@@ -225,7 +255,10 @@ class _Wait(Function):
     def backward(ctx, grad: Tensor):
         transfer = ctx.transfer
         transfer.grad = transfer.launch(grad, backward=True)
-        return grad, None  # a placeholder: the engine checks the shape; start's backward returns the real gradient
+        return (
+            grad,
+            None,
+        )  # a placeholder: the engine checks the shape; start's backward returns the real gradient
 
 
 # ---------------------------------------------------------------------- the dispatcher
@@ -236,14 +269,14 @@ class CeilingError(MemoryError):
 
 
 class AllToAllDispatcher:
-    """The dispatcher of many ranks. Equal numbers of rows per expert need nothing from the host; unequal numbers are
-    announced before the rows.
+    """The dispatcher of many ranks. Equal numbers of rows per expert need nothing from the host;
+    unequal numbers are announced before the rows.
 
-    counts_group: carries the announced numbers, so that they queue behind no rows; None: the group of the rows.
-    buffered: rows are in buffers (moe/layout.py): all ranks send equally many, empty ones included.
-    ceiling: rows that a rank may receive, over its fair share; None: any number.
-    exchange: how rows travel; None: by All-to-All over the group.
-    even: checks numbers of rows that are not announced; None: nothing is checked.
+    counts_group: carries the announced numbers, so that they queue behind no rows; None: the group
+    of the rows. buffered: rows are in buffers (moe/layout.py): all ranks send equally many, empty
+    ones included. ceiling: rows that a rank may receive, over its fair share; None: any number.
+    exchange: how rows travel; None: by All-to-All over the group. even: checks numbers of rows that
+    are not announced; None: nothing is checked.
 
     A deep copy of a module shares this with the module. A pickle cannot hold process groups: what
     is read from one raises at its first exchange."""
@@ -283,12 +316,17 @@ class AllToAllDispatcher:
         return recorded
 
     def announce(self, counts_PE: Tensor) -> Announced:
-        """Every rank receives the counts of all ranks, so that all of them notice if one would receive too many."""
+        """Every rank receives the counts of all ranks, so that all of them notice if one would
+        receive too many."""
         gathered = counts_PE.new_empty(self.ep_size * len(counts_PE), counts_PE.shape[1])
         # into one tensor: NCCL would copy a list from one, with a kernel for each rank
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name in older torch
+        gather = (
+            getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        )  # its name in older torch
         work = gather(gathered, counts_PE.contiguous(), group=self.counts_group, async_op=True)
-        by_rank = gathered.view(self.ep_size, len(counts_PE), self.ep_size, -1)  # [sender, chunk, receiver, e]
+        by_rank = gathered.view(
+            self.ep_size, len(counts_PE), self.ep_size, -1
+        )  # [sender, chunk, receiver, e]
         rank = dist.get_rank(self.group)
         if self.buffered:
             return OnDevice(work, by_rank[:, :, rank])
@@ -306,11 +344,16 @@ class AllToAllDispatcher:
         place_R = torch.empty_like(order_R)
         place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
         receipt = Receipt(counts.counts_from_e.sum(0), counts.traffic, order_R, place_R)
-        return Arriving(transfer, lambda rows: gather(rows, order_R, place_R[:, None], complete=True)), receipt
+        return (
+            Arriving(transfer, lambda rows: gather(rows, order_R, place_R[:, None], complete=True)),
+            receipt,
+        )
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
         if receipt.order_R is None:
-            return self.start("combine", swap(rows_RD, self.num_experts // self.ep_size, self.ep_size))
+            return self.start(
+                "combine", swap(rows_RD, self.num_experts // self.ep_size, self.ep_size)
+            )
         assert receipt.place_R is not None
         rows_RD = gather(rows_RD, receipt.place_R, receipt.order_R[:, None], complete=True)
         return self.start("combine", rows_RD, receipt.traffic and receipt.traffic.back())
@@ -329,9 +372,9 @@ class WithoutGroup:
     def refuse(self, *_: Any) -> Any:
         """Raise RuntimeError: there are no ranks to send rows to."""
         raise RuntimeError(
-            "this module was read from a pickle, which holds no process group: it has the experts of one "
-            f"of {self.ep_size} ranks and cannot reach the others. Build the module again and load a "
-            "checkpoint into it"
+            "this module was read from a pickle, which holds no process group: it has the experts"
+            f" of one of {self.ep_size} ranks and cannot reach the others. Build the module again"
+            " and load a checkpoint into it"
         )
 
     announce = dispatch = combine = refuse
@@ -347,11 +390,14 @@ class ReadByHost:
     ceiling: float | None
 
     def wait(self) -> list[ChunkCounts]:
-        """The one place where the host waits for the device in a step without slots: once for each layer."""
+        """The one place where the host waits for the device in a step without slots: once for each
+        layer."""
         self.work.wait()
         rows = self.by_rank.sum(-1).cpu()  # [sender, chunk, receiver]
         if self.ceiling is not None:
-            check_ceiling(rows.sum((0, 1)).tolist(), self.ceiling)  # of all chunks: they are in memory together
+            check_ceiling(
+                rows.sum((0, 1)).tolist(), self.ceiling
+            )  # of all chunks: they are in memory together
         sent, received = rows[self.rank].tolist(), rows[:, :, self.rank].T.tolist()
         to_here = self.by_rank[:, :, self.rank]  # [sender, chunk, e]
         return [
@@ -361,36 +407,42 @@ class ReadByHost:
 
 
 def experts_of_rows(counts: ChunkCounts, num_sent: int) -> Tensor:
-    """[R]: the local expert of each row that arrives, in the order (sender, expert). In a buffer, empty rows follow
-    those of its sender; they get the number of experts, so that they sort last."""
+    """[R]: the local expert of each row that arrives, in the order (sender, expert). In a buffer,
+    empty rows follow those of its sender; they get the number of experts, so that they sort last.
+    """
     from_e = counts.counts_from_e
     if counts.traffic is not None:
         experts = torch.arange(from_e.numel(), device=from_e.device) % from_e.shape[1]
         return experts.repeat_interleave(from_e.flatten(), output_size=sum(counts.traffic.received))
     places = torch.arange(num_sent // len(from_e), device=from_e.device)
-    return torch.searchsorted(from_e.cumsum(1), places.expand(len(from_e), -1).contiguous(), right=True).flatten()
+    return torch.searchsorted(
+        from_e.cumsum(1), places.expand(len(from_e), -1).contiguous(), right=True
+    ).flatten()
 
 
 def swap(rows_RD: Tensor, outer: int, inner: int) -> Tensor:
-    """Rows in the order (outer, inner) to (inner, outer): between senders and local experts, of equal numbers."""
+    """Rows in the order (outer, inner) to (inner, outer): between senders and local experts, of
+    equal numbers."""
     return rows_RD.view(outer, inner, -1, rows_RD.shape[1]).transpose(0, 1).reshape_as(rows_RD)
 
 
 def check_ceiling(received: list[int], ceiling: float) -> None:
-    """Raises CeilingError before memory for the rows is allocated (fault 31). received: rows for each rank."""
+    """Raises CeilingError before memory for the rows is allocated (fault 31). received: rows for
+    each rank."""
     fair = sum(received) / len(received)
     worst = max(range(len(received)), key=lambda rank: received[rank])
     if received[worst] > ceiling * fair:
         raise CeilingError(
-            f"rank {worst} of the expert-parallel group would receive {received[worst]} rows, allowed: "
-            f"{ceiling:g} x the fair share of {fair:g} (moe.dropless_ceiling); raise it, or moe.load_balance_coef, or "
-            "drop tokens with moe.capacity_factor"
+            f"rank {worst} of the expert-parallel group would receive {received[worst]} rows,"
+            f" allowed: {ceiling:g} x the fair share of {fair:g} (moe.dropless_ceiling); raise it,"
+            " or moe.load_balance_coef, or drop tokens with moe.capacity_factor"
         )
 
 
 @dataclass(frozen=True)
 class OnDevice:
-    """The counts of all ranks, on their way; the host reads none of them. to_here: [sender, chunk, e]."""
+    """The counts of all ranks, on their way; the host reads none of them. to_here: [sender, chunk,
+    e]."""
 
     work: Any
     to_here: Tensor

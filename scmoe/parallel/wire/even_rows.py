@@ -53,10 +53,12 @@ class EvenRows:
         for first in range(0, len(of_ranks), self.ep_size):
             sharing = of_ranks[first : first + self.ep_size]
             if len(set(sharing)) > 1:
-                numbers = "; ".join(f"rank {first + i}: {number}" for i, number in enumerate(sharing))
+                numbers = "; ".join(
+                    f"rank {first + i}: {number}" for i, number in enumerate(sharing)
+                )
                 raise ValueError(
-                    "ranks that share experts have different numbers of tokens in a training step, so they "
-                    f"would send different numbers of rows ({numbers}); with a capacity_factor every rank needs "
-                    "as many tokens as the others. Pad all batches to one length, or train without a capacity "
-                    "(capacity_factor=None)"
+                    "ranks that share experts have different numbers of tokens in a training step,"
+                    f" so they would send different numbers of rows ({numbers}); with a"
+                    " capacity_factor every rank needs as many tokens as the others. Pad all"
+                    " batches to one length, or train without a capacity (capacity_factor=None)"
                 )

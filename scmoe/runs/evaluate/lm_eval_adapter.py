@@ -1,8 +1,8 @@
 """Lets lm-eval (extra `eval`) ask the questions of a task, and the model of a run answer them.
 
-Own tasks are handed over as objects in memory, so nothing is looked up or downloaded. Those of lm-eval are loaded by
-name, with data from the Hugging Face hub or its cache. Contexts begin with the end of text, as documents do in
-training; a context that is too long loses its beginning.
+Own tasks are handed over as objects in memory, so nothing is looked up or downloaded. Those of
+lm-eval are loaded by name, with data from the Hugging Face hub or its cache. Contexts begin with
+the end of text, as documents do in training; a context that is too long loses its beginning.
 """
 
 import logging
@@ -53,12 +53,17 @@ class ModelOfRun(LM):
         super().__init__()
         self.scorer, self.tokenizer = scorer, tokenizer
 
-    def loglikelihood(self, requests: list[Instance], *_: Any, **__: Any) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: list[Instance], *_: Any, **__: Any
+    ) -> list[tuple[float, bool]]:
         scores = self.scorer([self.ids_of(*request.args) for request in requests])
         return [(score.log_likelihood, score.greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance], *_: Any, **__: Any) -> list[float]:
-        return [score.log_likelihood for score in self.scorer([self.ids_of("", *request.args) for request in requests])]
+        return [
+            score.log_likelihood
+            for score in self.scorer([self.ids_of("", *request.args) for request in requests])
+        ]
 
     def generate_until(self, requests: list[Instance], *_: Any, **__: Any) -> list[str]:
         prompts = [self.prompt(*request.args) for request in requests]
@@ -69,21 +74,28 @@ class ModelOfRun(LM):
         return texts
 
     def prompt(self, context: str, asked: dict[str, Any]) -> Prompt:
-        """Return the end of text and the last ids of a context, as many as leave room for the new tokens.
+        """Return the end of text and the last ids of a context, as many as leave room for the new
+        tokens.
 
         ConfigError: the task samples, or its answers do not fit into the model's context."""
         longest, end = self.scorer.context, self.tokenizer.end_of_text
         how: Any = normalize_gen_kwargs(asked, min(DEFAULT_MAX_GEN_TOKS, longest // 2))
         new, strings = how["max_gen_toks"], tuple(stop for stop in how["until"] if stop)
         if how["do_sample"]:
-            raise ConfigError("A task of --tasks samples its answers, which is not supported. Leave it out.")
+            raise ConfigError(
+                "A task of --tasks samples its answers, which is not supported. Leave it out."
+            )
         if new >= longest:
-            raise ConfigError(f"A task of --tasks wants {new} new tokens, but data.seq_len is {longest}. Leave it out.")
+            raise ConfigError(
+                f"A task of --tasks wants {new} new tokens, but data.seq_len is {longest}. Leave it"
+                " out."
+            )
         stopping = Stopping(new, frozenset({end}), strings, self.tokenizer.decode)
         return Prompt([end, *self.tokenizer.encode(context).tolist()][new - longest :], stopping)
 
     def write(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Return the likeliest continuation of each prompt, token by token, before its first stop string."""
+        """Return the likeliest continuation of each prompt, token by token, before its first stop
+        string."""
         forward: Any = self.scorer.forward  # as a Decoder is called
         device = self.scorer.device
         ids_BS, mask_BS = (t.to(device) for t in padded([prompt.ids for prompt in prompts]))
@@ -98,14 +110,16 @@ class ModelOfRun(LM):
                     written[row].append(token)
                     going[row] = prompts[row].stopping.reason(written[row]) is None
             if not any(going):
-                return [prompt.stopping.text(ids) for prompt, ids in zip(prompts, written, strict=True)]
+                return [
+                    prompt.stopping.text(ids) for prompt, ids in zip(prompts, written, strict=True)
+                ]
             logits_BV = decode(forward, ids_B, going, cache)
 
     def ids_of(self, context: str, continuation: str) -> tuple[np.ndarray, int]:
         """Return the end of text and the ids of both, and the index of the continuation's first id.
 
-        They are encoded together. Spaces at the end of the context belong to the continuation, because a token of a
-        word includes the space before it.
+        They are encoded together. Spaces at the end of the context belong to the continuation,
+        because a token of a word includes the space before it.
         """
         stripped = context.rstrip(" ")
         whole = self.tokenizer.encode(context + continuation)
@@ -114,18 +128,32 @@ class ModelOfRun(LM):
 
 
 def ask(model: ModelOfRun, task: Task | Registered, limit: int | None) -> dict[str, dict[str, Any]]:
-    """Return the accuracy of a model in the first `limit` questions of a task; of a group's tasks, and of the group.
+    """Return the accuracy of a model in the first `limit` questions of a task; of a group's tasks,
+    and of the group.
 
-    accuracy: the metric `judged_by`, which may be another than an accuracy in a task of lm-eval. interval: None where
-    it is no mean of ones and zeros, or of a group. chance, one_answer: as in Task; None where they are not known.
+    accuracy: the metric `judged_by`, which may be another than an accuracy in a task of lm-eval.
+    interval: None where it is no mean of ones and zeros, or of a group. chance, one_answer: as in
+    Task; None where they are not known.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its advice is for its own command line
-    loaded: Any = {"tasks": {task.name: as_lm_eval_task(task)}} if isinstance(task, Task) else task.loaded
-    answered: Any = lm_eval.evaluate(lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False)
+    loaded: Any = (
+        {"tasks": {task.name: as_lm_eval_task(task)}} if isinstance(task, Task) else task.loaded
+    )
+    answered: Any = lm_eval.evaluate(
+        lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False
+    )
     found: dict[str, dict[str, Any]] = {}
     for name, result in answered["results"].items():
-        numbers = {key: value for key, value in result.items() if "," in key and isinstance(value, int | float)}
-        metrics = {key.removesuffix(",none"): float(value) for key, value in numbers.items() if "_stderr," not in key}
+        numbers = {
+            key: value
+            for key, value in result.items()
+            if "," in key and isinstance(value, int | float)
+        }
+        metrics = {
+            key.removesuffix(",none"): float(value)
+            for key, value in numbers.items()
+            if "_stderr," not in key
+        }
         if not metrics:
             continue
         judge = task.metric if isinstance(task, Task) else min(metrics, key=rank_of)
@@ -158,20 +186,34 @@ def rank_of(metric: str) -> int:
 
 
 def interval_of(mean: float, number: int) -> list[float]:
-    """Return where the true mean of `number` ones and zeros is with 95 % confidence (binomial, Clopper and Pearson)."""
+    """Return where the true mean of `number` ones and zeros is with 95 % confidence (binomial,
+    Clopper and Pearson)."""
     bounds = binomtest(round(mean * number), number).proportion_ci(CONFIDENCE)
     return [float(bounds.low), float(bounds.high)]
 
 
 def verdict(low: float, high: float, chance: float, one_answer: float | None = None) -> str:
-    """Say on which side of chance an interval lies; above it means above always giving the same answer, too."""
-    return "above chance" if low > max(chance, one_answer or 0) else "below chance" if high < chance else "at chance"
+    """Say on which side of chance an interval lies; above it means above always giving the same
+    answer, too."""
+    return (
+        "above chance"
+        if low > max(chance, one_answer or 0)
+        else "below chance"
+        if high < chance
+        else "at chance"
+    )
 
 
 def as_lm_eval_task(task: Task) -> ConfigurableTask:
-    """Return a task as lm-eval takes it: without examples before a question, and a space before what follows."""
-    rows = [{"context": q.context, "choices": [*q.choices], "gold": q.gold, "end": q.end} for q in task.questions]
-    beginnings = task.questions[0].end is not None  # lm-eval then expects the answer as text and the end as target
+    """Return a task as lm-eval takes it: without examples before a question, and a space before
+    what follows."""
+    rows = [
+        {"context": q.context, "choices": [*q.choices], "gold": q.gold, "end": q.end}
+        for q in task.questions
+    ]
+    beginnings = (
+        task.questions[0].end is not None
+    )  # lm-eval then expects the answer as text and the end as target
     text, target = ("gold", "end") if beginnings else ("context", "gold")
     metrics = ["acc"] if beginnings else ["acc", "acc_norm", *{task.metric} - {"acc", "acc_norm"}]
     config = {
@@ -184,15 +226,20 @@ def as_lm_eval_task(task: Task) -> ConfigurableTask:
         "doc_to_choice": "choices",
         "target_delimiter": " ",
         "num_fewshot": 0,
-        "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics],
+        "metric_list": [
+            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics
+        ],
     }
     return ConfigurableTask(config=config)
 
 
 def load_registered(names: Sequence[str], folder: Path | None) -> dict[str, Registered]:
-    """Return tasks of the YAML files of a folder, or of lm-eval itself, whose list takes some seconds to read.
+    """Return tasks of the YAML files of a folder, or of lm-eval itself, whose list takes some
+    seconds to read.
 
-    ConfigError: there is no such task, it runs code that it generates, or lm-eval cannot load it or its data."""
+    ConfigError: there is no such task, it runs code that it generates, or lm-eval cannot load it or
+    its data.
+    """
     for quiet in ("lm_eval", "huggingface_hub"):
         logging.getLogger(quiet).setLevel(logging.ERROR)
     manager = TaskManager(include_path=folder, include_defaults=False)
@@ -201,7 +248,11 @@ def load_registered(names: Sequence[str], folder: Path | None) -> dict[str, Regi
     found = {}
     for name in names:
         if name not in manager.all_tasks:
-            where = f"a file {name}.jsonl in the folder of --data" if folder is None else f"{folder / name}.jsonl"
+            where = (
+                f"a file {name}.jsonl in the folder of --data"
+                if folder is None
+                else f"{folder / name}.jsonl"
+            )
             near = get_close_matches(name, [*OWN_TASKS, *manager.all_tasks], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             allowed = f"cloze, next_sentence, {where}, a task of lm-eval ('lm-eval ls tasks')"
@@ -211,10 +262,15 @@ def load_registered(names: Sequence[str], folder: Path | None) -> dict[str, Regi
         except Exception as error:  # of data sets, of a task's own code, of packages that it needs
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ConfigError(
-                f"lm-eval cannot load the task {name} of --tasks: {reason}. Its data come from the Hugging Face hub, "
-                f"or from its cache on this machine; or give them as {name}.jsonl in the folder of --data."
+                f"lm-eval cannot load the task {name} of --tasks: {reason}. Its data come from the"
+                " Hugging Face hub, or from its cache on this machine; or give them as"
+                f" {name}.jsonl in the folder of --data."
             ) from error
-        if unsafe := [task for task, it in loaded["tasks"].items() if getattr(it, "UNSAFE_CODE", False)]:
-            raise ConfigError(f"The task {unsafe[0]} of --tasks runs code that the model writes. Leave it out.")
+        if unsafe := [
+            task for task, it in loaded["tasks"].items() if getattr(it, "UNSAFE_CODE", False)
+        ]:
+            raise ConfigError(
+                f"The task {unsafe[0]} of --tasks runs code that the model writes. Leave it out."
+            )
         found[name] = Registered(name, loaded)
     return found

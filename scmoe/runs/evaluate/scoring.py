@@ -1,7 +1,9 @@
-"""Scores a model on rank 0: the log-likelihood of a text or of an answer, and the loss of the whole test split.
+"""Scores a model on rank 0: the log-likelihood of a text or of an answer, and the loss of the whole
+test split.
 
-Sequences are usually longer than the model's context, so windows slide over them. Each token is scored once, in a
-window that shows the model at least `context - stride` of the tokens before it, or all of them where there are fewer.
+Sequences are usually longer than the model's context, so windows slide over them. Each token is
+scored once, in a window that shows the model at least `context - stride` of the tokens before it,
+or all of them where there are fewer.
 """
 
 import math
@@ -25,27 +27,33 @@ from scmoe.datamodules.text import TextDataModule
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.modules import cross_entropy_sum
 
-BATCH_TOKENS = 2048  # of a batch, padding included: with a vocabulary of 50,000 its logits take 0.4 GB
+BATCH_TOKENS = (
+    2048  # of a batch, padding included: with a vocabulary of 50,000 its logits take 0.4 GB
+)
 TEST_SPLIT = "test split"
 END, PASS, GO_ON = range(3)  # what rank 0 announces
 GO_ON_S = 1.0  # between announcements of the last kind
 T = TypeVar("T")
 Forward = Callable[..., Any]
-"""Computes the model's output for (inputs, mask, and what else it reads): its first entry is the logits."""
+"""Computes the model's output for (inputs, mask, and what else it reads): its first entry is the
+logits."""
 
 
 def run_on_rank_zero(
-    work: Callable[[Forward], T], model: Forward, padding: tuple[Tensor, Tensor], context: ParallelContext
+    work: Callable[[Forward], T],
+    model: Forward,
+    padding: tuple[Tensor, Tensor],
+    context: ParallelContext,
 ) -> T | None:
     """Return work(forward) on rank 0, and None on the others. Every rank must call it.
 
-    Every forward pass needs all ranks of an expert-parallel group. Rank 0 announces each pass, and the others take part
-    in it with a batch of padding alone. Padding is routed nowhere, so the experts get rank 0's rows and no others:
-    products are those of one process.
+    Every forward pass needs all ranks of an expert-parallel group. Rank 0 announces each pass, and
+    the others take part in it with a batch of padding alone. Padding is routed nowhere, so the
+    experts get rank 0's rows and no others: products are those of one process.
 
-    padding: inputs and mask of the smallest batch without any real sample. An error of `work` is raised on rank 0, and
-    the other ranks return. Between passes `work` may take longer than a collective's timeout: a thread of rank 0 then
-    says again and again that it goes on.
+    padding: inputs and mask of the smallest batch without any real sample. An error of `work` is
+    raised on rank 0, and the other ranks return. Between passes `work` may take longer than a
+    collective's timeout: a thread of rank 0 then says again and again that it goes on.
     """
     if context.rank != 0:
         while (said := _announce(context)) != END:
@@ -115,10 +123,14 @@ class Scorer:
     context: int
     device: torch.device
 
-    def __call__(self, sequences: Sequence[tuple[np.ndarray, int]], stride: int | None = None) -> list[Score]:
-        """Return a score for each (ids, first): that of ids[first:], given what is before; first is 1 or more.
+    def __call__(
+        self, sequences: Sequence[tuple[np.ndarray, int]], stride: int | None = None
+    ) -> list[Score]:
+        """Return a score for each (ids, first): that of ids[first:], given what is before; first is
+        1 or more.
 
-        stride: tokens that a further window scores at most; None: the whole context, the fewest windows.
+        stride: tokens that a further window scores at most; None: the whole context, the fewest
+        windows.
         """
         log_likelihoods, greedy = np.zeros(len(sequences)), np.ones(len(sequences), bool)
         windows = [
@@ -127,21 +139,34 @@ class Scorer:
             for window in windows_of(len(ids), first, self.context, stride or self.context)
         ]
         for batch in batches(windows, lambda pair: pair[1].stop - pair[1].start):
-            nats_B, likeliest_B = self.score([sequences[i][0] for i, _ in batch], [window for _, window in batch])
+            nats_B, likeliest_B = self.score(
+                [sequences[i][0] for i, _ in batch], [window for _, window in batch]
+            )
             for (i, _), nats, likeliest in zip(batch, nats_B, likeliest_B, strict=True):
                 log_likelihoods[i] -= nats
                 greedy[i] &= likeliest
         counts = [len(ids) - first for ids, first in sequences]
-        return [Score(float(x), n, bool(g)) for x, n, g in zip(log_likelihoods, counts, greedy, strict=True)]
+        return [
+            Score(float(x), n, bool(g))
+            for x, n, g in zip(log_likelihoods, counts, greedy, strict=True)
+        ]
 
-    def score(self, ids: Sequence[np.ndarray], windows: Sequence[Window]) -> tuple[list[float], list[bool]]:
-        """Return for one window of each sequence the nats of its scored tokens, and whether all are the likeliest."""
+    def score(
+        self, ids: Sequence[np.ndarray], windows: Sequence[Window]
+    ) -> tuple[list[float], list[bool]]:
+        """Return for one window of each sequence the nats of its scored tokens, and whether all are
+        the likeliest."""
         longest = max(window.stop - window.start for window in windows) - 1
         inputs_BS = torch.zeros(len(ids), longest, dtype=torch.int64)
-        labels_BS, mask_BS = torch.full_like(inputs_BS, IGNORE), torch.zeros_like(inputs_BS, dtype=torch.bool)
+        labels_BS, mask_BS = (
+            torch.full_like(inputs_BS, IGNORE),
+            torch.zeros_like(inputs_BS, dtype=torch.bool),
+        )
         for row, (tokens, (start, first, stop)) in enumerate(zip(ids, windows, strict=True)):
             inputs_BS[row, : stop - 1 - start] = torch.from_numpy(tokens[start : stop - 1])
-            labels_BS[row, first - 1 - start : stop - 1 - start] = torch.from_numpy(tokens[first:stop])
+            labels_BS[row, first - 1 - start : stop - 1 - start] = torch.from_numpy(
+                tokens[first:stop]
+            )
             mask_BS[row, : stop - 1 - start] = True
         labels_BS = labels_BS.to(self.device)
         logits_BSV = self.forward(inputs_BS.to(self.device), mask_BS.to(self.device))[0]
@@ -154,8 +179,8 @@ class Scorer:
 def windows_of(num_tokens: int, first: int, context: int, stride: int) -> Iterator[Window]:
     """Yield the windows that score the tokens from `first` on, each once.
 
-    The first window reaches as far as the context does from the start of the text; each further one scores up to
-    `stride` tokens and shows the tokens before them for as long as the context allows.
+    The first window reaches as far as the context does from the start of the text; each further one
+    scores up to `stride` tokens and shows the tokens before them for as long as the context allows.
     """
     while first < num_tokens:
         stop = min(num_tokens, max(first + stride, context + 1))
@@ -164,7 +189,8 @@ def windows_of(num_tokens: int, first: int, context: int, stride: int) -> Iterat
 
 
 def batches(items: Iterable[T], length: Callable[[T], int]) -> Iterator[Sequence[T]]:
-    """Cut items into batches of about BATCH_TOKENS with padding: the longest first, so there is little padding."""
+    """Cut items into batches of about BATCH_TOKENS with padding: the longest first, so there is
+    little padding."""
     ordered, start = sorted(items, key=length, reverse=True), 0
     while start < len(ordered):
         size = max(1, BATCH_TOKENS // length(ordered[start]))
@@ -173,10 +199,12 @@ def batches(items: Iterable[T], length: Callable[[T], int]) -> Iterator[Sequence
 
 
 def score_test_split(scorer: Scorer, data: PositionedDataModule) -> dict[str, Any]:
-    """Return the loss of the test split in nats per token (image), and bits per byte of text or accuracy of images.
+    """Return the loss of the test split in nats per token (image), and bits per byte of text or
+    accuracy of images.
 
-    It is computed as a rank computes a validation: the windows of a text do not overlap, and experts have the run's own
-    capacity. Images have two splits: there the test split is the one of validation, whole.
+    It is computed as a rank computes a validation: the windows of a text do not overlap, and
+    experts have the run's own capacity. Images have two splits: there the test split is the one of
+    validation, whole.
     """
     of_text, device = isinstance(data, SequenceDataModule), scorer.device
     nats, hits, targets, num_bytes = 0.0, 0, 0, 0
@@ -191,13 +219,19 @@ def score_test_split(scorer: Scorer, data: PositionedDataModule) -> dict[str, An
         num_bytes += int(batch["num_bytes"].sum()) if of_text else 0
     loss = nats / targets
     if of_text:
-        return {"split": "test", "loss": loss, "tokens": targets, "bits_per_byte": nats / num_bytes / math.log(2)}
+        return {
+            "split": "test",
+            "loss": loss,
+            "tokens": targets,
+            "bits_per_byte": nats / num_bytes / math.log(2),
+        }
     return {"split": "val", "loss": loss, "images": targets, "accuracy": hits / targets}
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text as tokens. The first is not scored: the end of text, as before each document, where there is one."""
+    """A text as tokens. The first is not scored: the end of text, as before each document, where
+    there is one."""
 
     name: str
     ids: np.ndarray
@@ -215,23 +249,32 @@ def open_text(data: SequenceDataModule, file: Path | None) -> Text:
     end = data.tokenizer.end_of_text
     if file is None:
         documents = (part[part != end] for part in np.split(test, np.flatnonzero(test == end) + 1))
-        return Text(TEST_SPLIT, np.r_[end, test], [data.tokenizer.decode(part) for part in documents])
+        return Text(
+            TEST_SPLIT, np.r_[end, test], [data.tokenizer.decode(part) for part in documents]
+        )
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--text is {str(file)!r}, which cannot be read as UTF-8 text: {error}") from error
+        raise ConfigError(
+            f"--text is {str(file)!r}, which cannot be read as UTF-8 text: {error}"
+        ) from error
     if not text.strip():
         raise ConfigError(f"--text is {str(file)!r}, which has no words. Give another file.")
     return Text(str(file), np.r_[end, data.tokenizer.encode(text)], [text])
 
 
-def score_text(scorer: Scorer, text: Text, stride: int, token_bytes_V: np.ndarray) -> dict[str, Any]:
+def score_text(
+    scorer: Scorer, text: Text, stride: int, token_bytes_V: np.ndarray
+) -> dict[str, Any]:
     """Return loss, perplexity and bits per byte of a text. Every token is scored once, dropless.
 
     stride: tokens that a window scores; it shows at least context - stride tokens before each.
     """
     (score,) = scorer([(text.ids, 1)], stride)
-    loss, num_bytes = -score.log_likelihood / score.num_tokens, int(token_bytes_V[text.ids[1:]].sum())
+    loss, num_bytes = (
+        -score.log_likelihood / score.num_tokens,
+        int(token_bytes_V[text.ids[1:]].sum()),
+    )
     return {
         "text": text.name,
         "loss": loss,

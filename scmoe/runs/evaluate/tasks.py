@@ -1,4 +1,5 @@
-"""Multiple-choice tasks as plain values: read from a folder of JSON lines, or made from held-out text.
+"""Multiple-choice tasks as plain values: read from a folder of JSON lines, or made from held-out
+text.
 
 A line of NAME.jsonl is one question, in one of two forms:
 
@@ -7,12 +8,13 @@ A line of NAME.jsonl is one question, in one of two forms:
 
 In the second form (WinoGrande) the choices are the beginnings, and all have one end.
 
-Two tasks are made from text, so that a small model can do them. They are a function of the text alone: choices are
-drawn by a generator that is seeded with the question.
+Two tasks are made from text, so that a small model can do them. They are a function of the text
+alone: choices are drawn by a generator that is seeded with the question.
 
-    cloze           which of four words ends the sentence? All four end sentences of the text and are about equally
-                    frequent in it, so that knowing frequent words does not help
-    next_sentence   which of four sentences comes next? All four are from the text, and about as long
+    cloze           which of four words ends the sentence? All four end sentences of the text and
+                    are about equally frequent in it, so that knowing frequent words does not help
+    next_sentence   which of four sentences comes next? All four are from the text, and about as
+                    long
 """
 
 import json
@@ -26,7 +28,8 @@ from typing import Any, NamedTuple
 
 from scmoe.config.leaves import ConfigError
 
-# What stands between query and choice, as in lm-eval's own tasks of these names; for others a space alone.
+# What stands between query and choice, as in lm-eval's own tasks of these names; for others a space
+# alone.
 PROMPTS = {"piqa": "Answer:", "arc_easy": "\nAnswer:", "boolq": "\nAnswer:"}
 CHOICES, NEAR = 4, 12  # the other choices are drawn among this many neighbours on either side
 MOST_CHARS = 10_000_000  # of a text; more would only take time
@@ -36,7 +39,8 @@ END = re.compile(r"(.*\s)([a-z]{3,})[.!?]", re.DOTALL)
 
 
 class Question(NamedTuple):
-    """`gold` is the index of the true choice. Choices follow the context; where there is an end, they precede it."""
+    """`gold` is the index of the true choice. Choices follow the context; where there is an end,
+    they precede it."""
 
     context: str
     choices: tuple[str, ...]
@@ -45,7 +49,8 @@ class Question(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Questions of one form. metric: of lm-eval, by which the task is judged. origin: where they are from."""
+    """Questions of one form. metric: of lm-eval, by which the task is judged. origin: where they
+    are from."""
 
     name: str
     questions: list[Question]
@@ -59,21 +64,26 @@ class Task(NamedTuple):
 
     @property
     def one_answer(self) -> float | None:
-        """The accuracy of the best answer that is always the same; None where choices differ between questions."""
+        """The accuracy of the best answer that is always the same; None where choices differ
+        between questions."""
         if len({question.choices for question in self.questions}) > 1:
             return None
-        return max(Counter(question.gold for question in self.questions).values()) / len(self.questions)
+        return max(Counter(question.gold for question in self.questions).values()) / len(
+            self.questions
+        )
 
 
 class Registered(NamedTuple):
-    """A task, a group or a tag of lm-eval, under its own name. loaded: of lm-eval's TaskManager, with the data."""
+    """A task, a group or a tag of lm-eval, under its own name. loaded: of lm-eval's TaskManager,
+    with the data."""
 
     name: str
     loaded: Any
 
 
 def read_task(path: Path) -> Task:
-    """Return the task of a file NAME.jsonl. ConfigError: it cannot be read, or a line is no question."""
+    """Return the task of a file NAME.jsonl. ConfigError: it cannot be read, or a line is no
+    question."""
     questions, prompt = [], PROMPTS.get(path.stem, "")
     try:
         with path.open(encoding="utf-8") as file:  # str.splitlines would cut a text at U+2028, too
@@ -87,7 +97,9 @@ def read_task(path: Path) -> Task:
             form = "A question is a JSON object with query, choices and gold."
             raise ConfigError(f"{path}, line {number}: {why_no_question(error)}. {form}") from error
     if not questions or len({question.end is None for question in questions}) > 1:
-        raise ConfigError(f"{path} has {len(questions)} questions, but needs one or more, all of one form.")
+        raise ConfigError(
+            f"{path} has {len(questions)} questions, but needs one or more, all of one form."
+        )
     return Task(path.stem, questions, "acc", str(path))
 
 
@@ -102,10 +114,16 @@ def why_no_question(error: Exception) -> str:
 def question_of(line: dict[str, Any], prompt: str) -> Question:
     """Return the question of a line. ValueError, KeyError or TypeError: it is none."""
     if "context_options" in line:
-        question = Question("", tuple(line["context_options"]), int(line["gold"]), str(line["continuation"]))
+        question = Question(
+            "", tuple(line["context_options"]), int(line["gold"]), str(line["continuation"])
+        )
     else:
-        question = Question((line["query"] + prompt).rstrip(" "), tuple(line["choices"]), int(line["gold"]))
-    if len(question.choices) < 2 or not all(isinstance(choice, str) and choice for choice in question.choices):
+        question = Question(
+            (line["query"] + prompt).rstrip(" "), tuple(line["choices"]), int(line["gold"])
+        )
+    if len(question.choices) < 2 or not all(
+        isinstance(choice, str) and choice for choice in question.choices
+    ):
         raise ValueError("the choices are not two or more texts")
     if not 0 <= question.gold < len(question.choices):
         raise ValueError(f"gold is {question.gold}, allowed: 0 to {len(question.choices) - 1}")
@@ -123,9 +141,12 @@ def sentences_of(documents: Sequence[str]) -> list[list[str]]:
 
 
 def cloze(documents: Sequence[str], origin: str) -> Task:
-    """Return questions that ask for the last word of a sentence, given the rest of it and the sentence before."""
+    """Return questions that ask for the last word of a sentence, given the rest of it and the
+    sentence before."""
     texts = sentences_of(documents)
-    often = Counter(word for text in texts for sentence in text for word in re.findall("[a-z]+", sentence))
+    often = Counter(
+        word for text in texts for sentence in text for word in re.findall("[a-z]+", sentence)
+    )
     found = [
         (f"{before} {end[1].rstrip()}", end[2])
         for text in texts
@@ -139,8 +160,8 @@ def cloze(documents: Sequence[str], origin: str) -> Task:
 def next_sentence(documents: Sequence[str], origin: str) -> Task:
     """Return questions for the sentence after two others.
 
-    Judged by how much likelier a sentence becomes through what is before it (lm-eval's acc_mutual_info): some sentences
-    are likelier than others anywhere.
+    Judged by how much likelier a sentence becomes through what is before it (lm-eval's
+    acc_mutual_info): some sentences are likelier than others anywhere.
     """
     found = [
         (f"{first} {second}", third)
@@ -148,20 +169,27 @@ def next_sentence(documents: Sequence[str], origin: str) -> Task:
         for first, second, third in zip(text, text[1:], text[2:], strict=False)
         if all(len(sentence.split()) in WORDS for sentence in (first, second, third))
     ]
-    ranked = sorted({sentence for _, sentence in found}, key=lambda sentence: (len(sentence), sentence))
+    ranked = sorted(
+        {sentence for _, sentence in found}, key=lambda sentence: (len(sentence), sentence)
+    )
     return _task("next_sentence", found, ranked, "acc_mutual_info", origin)
 
 
 OWN_TASKS = {"cloze": cloze, "next_sentence": next_sentence}
 
 
-def _task(name: str, found: Sequence[tuple[str, str]], ranked: Sequence[str], metric: str, origin: str) -> Task:
-    """Return a task of up to MOST_QUESTIONS pairs (context, true choice), evenly spread over the text.
+def _task(
+    name: str, found: Sequence[tuple[str, str]], ranked: Sequence[str], metric: str, origin: str
+) -> Task:
+    """Return a task of up to MOST_QUESTIONS pairs (context, true choice), evenly spread over the
+    text.
 
     ranked: all choices, sorted so that similar ones are neighbours.
     """
     if len(ranked) < CHOICES:
-        found_there = f"{name} finds {len(ranked)} different choices in {origin}, but needs {CHOICES} or more"
+        found_there = (
+            f"{name} finds {len(ranked)} different choices in {origin}, but needs {CHOICES} or more"
+        )
         raise ConfigError(f"{found_there}. Give a longer text with --text, or leave the task out.")
     place, size = {choice: i for i, choice in enumerate(ranked)}, min(len(found), MOST_QUESTIONS)
     questions = []

@@ -1,13 +1,18 @@
-"""Builds the blocks of a configuration, and their routers: an architecture wires the parts of any model family.
+"""Builds the blocks of a configuration, and their routers: an architecture wires the parts of any
+model family.
 
-An architecture is a function (config, context, parts of each layer) -> blocks, registered by its name. A router is a
-function (config) -> Scoring:
+An architecture is a function (config, context, parts of each layer) -> blocks, registered by its
+name. A router is a function (config) -> Scoring:
 
-    softmax     the paper's: softmax, weights as moe.renormalise says; no selection bias unless moe.bias_rate gives one
-    deepseek    DeepSeek-V3 and Instella-MoE: sigmoid, kept weights normalised, bias by sign, loss per sequence
-    longcat     LongCat-Flash: softmax over experts and zero experts, raw weights, bias in proportion
+    softmax     the paper's: softmax, weights as moe.renormalise says; no selection bias unless
+                moe.bias_rate gives one
+    deepseek    DeepSeek-V3 and Instella-MoE: sigmoid, kept weights normalised, bias by sign, loss
+                per sequence
+    longcat     LongCat-Flash: softmax over experts and zero experts, raw weights, bias in
+                proportion
 
-Left out: DeepSeek-V3's groups of experts, of which a token keeps some. Instella has one group, LongCat-Flash none.
+Left out: DeepSeek-V3's groups of experts, of which a token keeps some. Instella has one group,
+LongCat-Flash none.
 """
 
 from collections import OrderedDict
@@ -49,8 +54,12 @@ class Parts:
     mlp: Callable[..., nn.Module]  # of Block-MLP and of the shared expert; ffn_dim: another width
     attention: Callable[[], nn.Module]
     after: Callable[[], nn.Module]  # applied to a sub-layer's output before it is added: dropout
-    experts: Callable[[int, range], Any]  # of the number of all routed experts, and of the ids that this rank holds
-    sublayer: Callable[[nn.Module, nn.Module, nn.Module], Any] = Residual  # of a norm, an operator, and `after`
+    experts: Callable[
+        [int, range], Any
+    ]  # of the number of all routed experts, and of the ids that this rank holds
+    sublayer: Callable[[nn.Module, nn.Module, nn.Module], Any] = (
+        Residual  # of a norm, an operator, and `after`
+    )
 
     def attention_sublayer(self) -> Any:
         return self.sublayer(self.norm(), self.attention(), self.after())
@@ -74,13 +83,19 @@ def decoder_parts(
     rotary: Callable[[], Rotary | None] = lambda: None,
 ) -> Parts:
     model = config.model
-    dim, ffn_dim, activation = model.dim, model.ffn_dim or 4 * model.dim, model.activation or activation
+    dim, ffn_dim, activation = (
+        model.dim,
+        model.ffn_dim or 4 * model.dim,
+        model.activation or activation,
+    )
 
     def attention() -> nn.Module:
         if model.attention == "full":
             return Attention(dim, model.heads, bias=bias, kv_heads=model.kv_heads, rotary=rotary())
         given = model.latent
-        sizes = LatentSizes(given.q_rank, given.kv_rank, given.nope_dim, given.rope_dim, given.value_dim)
+        sizes = LatentSizes(
+            given.q_rank, given.kv_rank, given.nope_dim, given.rope_dim, given.value_dim
+        )
         turning = Rotary(model.rope_theta, given.yarn_factor)
         return LatentAttention(dim, model.heads, sizes, turning, given.scaled, given.gated)
 
@@ -126,13 +141,16 @@ def dense(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> l
 def moe_blocks(
     block: type[MoEBlock], config: Config, context: ParallelContext, parts: Sequence[Parts]
 ) -> list[nn.Module]:
-    """Return leading dense blocks, then blocks with an MoE each: one for each layer (every=1), or pairs of Block-MLP
-    and Block-MoE (every=2)."""
+    """Return leading dense blocks, then blocks with an MoE each: one for each layer (every=1), or
+    pairs of Block-MLP and Block-MoE (every=2)."""
     every, widths = config.moe.every, config.moe.leading_dense
     dense = Parts.farskip_dense_block if issubclass(block, FarSkipBlock) else Parts.dense_block
     leading = [dense(layer, width) for layer, width in zip(parts, widths, strict=False)]
     starts = range(len(widths), len(parts), every)
-    return leading + [moe_block(block, config, context, parts[i : i + every], first=i == starts[0]) for i in starts]
+    return leading + [
+        moe_block(block, config, context, parts[i : i + every], first=i == starts[0])
+        for i in starts
+    ]
 
 
 def register_moe_blocks(block: type[MoEBlock]) -> None:
@@ -148,32 +166,44 @@ for _block in (TopKBlock, SharedExpertBlock, ShortcutBlock, FarSkipBlock, Double
 
 
 @register_architecture("dgmoe_share")
-def dgmoe_share(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+def dgmoe_share(
+    config: Config, context: ParallelContext, parts: Sequence[Parts]
+) -> list[nn.Module]:
     blocks = moe_blocks(DoubleGateBlock, config, context, parts)
     share_moe([block for block in blocks if isinstance(block, MoEBlock)])
     return blocks
 
 
 def moe_block(
-    block: type[MoEBlock], config: Config, context: ParallelContext, layers: Sequence[Parts], first: bool
+    block: type[MoEBlock],
+    config: Config,
+    context: ParallelContext,
+    layers: Sequence[Parts],
+    first: bool,
 ) -> nn.Module:
-    """Return one block with an MoE. layers: its own, or those of a pair. first: the model's first MoE module, whose tap
-    may be elsewhere."""
+    """Return one block with an MoE. layers: its own, or those of a pair. first: the model's first
+    MoE module, whose tap may be elsewhere."""
     parts, sublayers = layers[-1], [layers[0].attention_sublayer()]
     if len(layers) == 2:
         sublayers += [layers[0].mlp_sublayer(), parts.attention_sublayer()]
     moe = config.moe
     tap = taps(config)[0 if first else 1] if block.architecture in SHORTCUTS else None
     given = config.schedule
-    schedule = Schedule(block.architecture, tap, given.slot, given.chunks or 1, given.inside_attention)
+    schedule = Schedule(
+        block.architecture, tap, given.slot, given.chunks or 1, given.inside_attention
+    )
     tap_norm = shared_expert = coefficient = None
     if tap is not None and moe.tap_norm == "own":
         tap_norm = parts.norm()
     elif tap is not None:
-        tap_norm = sublayers[len(sublayers) - schedule.sublayers_after_tap].norm  # of the sub-layer after the tap
+        tap_norm = sublayers[
+            len(sublayers) - schedule.sublayers_after_tap
+        ].norm  # of the sub-layer after the tap
     if "shared_expert" in schedule.window:
         shared_expert = parts.mlp()
-        coefficient = None if issubclass(block, FarSkipBlock) else COEFFICIENT_GATES[moe.combine](parts.dim)
+        coefficient = (
+            None if issubclass(block, FarSkipBlock) else COEFFICIENT_GATES[moe.combine](parts.dim)
+        )
     after = parts.after()
     if moe.after_norm:
         after = nn.Sequential(OrderedDict(norm=parts.norm(), after=after))
@@ -193,20 +223,28 @@ def moe_block(
 def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoEStream:
     moe, router = config.moe, build_router(config, parts.dim)
     experts = parts.experts(moe.num_experts, context.local_experts(moe.num_experts))
-    ep_size = max(context.ep_size, resolve_ep_size(config))  # an estimate for many ranks is made in one process
+    ep_size = max(
+        context.ep_size, resolve_ep_size(config)
+    )  # an estimate for many ranks is made in one process
     filled = moe.rows == "filled" or (moe.rows == "auto" and config.trainer.accelerator == "cpu")
     rows = rows_of(moe.capacity_factor, filled)
     if moe.rows == "buffers" and ep_size > 1:
         rows = Buffers(min(moe.dropless_ceiling or ep_size, ep_size))
-    dispatcher = context.dispatcher(moe.num_experts, moe.dropless_ceiling, isinstance(rows, Buffers))
+    dispatcher = context.dispatcher(
+        moe.num_experts, moe.dropless_ceiling, isinstance(rows, Buffers)
+    )
     if config.strategy.wire_dtype is not None and context.ep_size > 1:
         dispatcher = Narrowed(dispatcher, getattr(torch, config.strategy.wire_dtype))
-    return MoEStream(router, experts, dispatcher, rows, zeros_return_input=moe.zero_output == "input")
+    return MoEStream(
+        router, experts, dispatcher, rows, zeros_return_input=moe.zero_output == "input"
+    )
 
 
 @register_router("softmax")
 def softmax(config: Config) -> Scoring:
-    return Scoring(normalise=config.moe.renormalise, rule=None if config.moe.bias_rate is None else by_sign)
+    return Scoring(
+        normalise=config.moe.renormalise, rule=None if config.moe.bias_rate is None else by_sign
+    )
 
 
 @register_router("deepseek")
@@ -220,14 +258,17 @@ def longcat(config: Config) -> Scoring:
 
 
 def build_router(config: Config, dim: int) -> Router:
-    """ConfigError: moe.router of an extension returns no Scoring, or one that cannot be used; or it has no rule, and
-    moe.bias_rate is set."""
+    """ConfigError: moe.router of an extension returns no Scoring, or one that cannot be used; or it
+    has no rule, and moe.bias_rate is set."""
     moe = config.moe
     scoring = scoring_of(config)
     if moe.bias_rate is not None:
         if moe.bias_rate and scoring.rule is None:
             name = show(moe.router)
-            raise ConfigError(f"moe.bias_rate is {moe.bias_rate}, allowed: null or 0, as moe.router={name} has no rule")
+            raise ConfigError(
+                f"moe.bias_rate is {moe.bias_rate}, allowed: null or 0, as moe.router={name} has no"
+                " rule"
+            )
         scoring = replace(scoring, rate=moe.bias_rate)
     if moe.balanced_routing:  # the gate's choice is ignored, so nothing may be learned from it
         scoring = replace(scoring, rule=None)
@@ -243,7 +284,8 @@ def build_router(config: Config, dim: int) -> Router:
 
 
 def scoring_of(config: Config) -> Scoring:
-    """Return the values of moe.router, its scale times moe.router_scale. Errors are those of `build_router`."""
+    """Return the values of moe.router, its scale times moe.router_scale. Errors are those of
+    `build_router`."""
     moe = config.moe
     make = ROUTERS[moe.router]
     function = getattr(make, "__qualname__", type(make).__name__)
@@ -251,7 +293,9 @@ def scoring_of(config: Config) -> Scoring:
     scoring = make(config)
     if not isinstance(scoring, Scoring):
         got = f"{type(scoring).__module__}.{type(scoring).__qualname__}"
-        raise ConfigError(f"{named}, which returns {got}. It must return a Scoring of scmoe/moe/router.py.")
+        raise ConfigError(
+            f"{named}, which returns {got}. It must return a Scoring of scmoe/moe/router.py."
+        )
     try:
         scoring.check(moe.num_experts + moe.zero_experts)
     except ValueError as error:

@@ -1,6 +1,7 @@
 """Builds the datamodule of a configuration, and prepares its data.
 
-A data set is a function (config, arguments of PositionedDataModule) -> datamodule, registered by its name.
+A data set is a function (config, arguments of PositionedDataModule) -> datamodule, registered by
+its name.
 """
 
 import sys
@@ -23,8 +24,11 @@ from scmoe.parallel.checkpoint.loading import read_meta
 register_dataset = DATASETS.register
 
 
-def prepare_data(data: PositionedDataModule, weights: Path | None = None, warn: bool = True) -> None:
-    """Download, tokenize and check the data, before other ranks are started. ConfigError: it cannot be used.
+def prepare_data(
+    data: PositionedDataModule, weights: Path | None = None, warn: bool = True
+) -> None:
+    """Download, tokenize and check the data, before other ranks are started. ConfigError: it cannot
+    be used.
 
     weights: a checkpoint or an export that reads it. warn: say that files are skipped.
     """
@@ -33,7 +37,11 @@ def prepare_data(data: PositionedDataModule, weights: Path | None = None, warn: 
         data.setup("fit")
     if data.skipped and warn:
         more = "; scmoe check-data lists all" if len(data.skipped) > 1 else ""
-        print(f"warning: {len(data.skipped)} files are skipped: {data.skipped[0]}{more}", file=sys.stderr, flush=True)
+        print(
+            f"warning: {len(data.skipped)} files are skipped: {data.skipped[0]}{more}",
+            file=sys.stderr,
+            flush=True,
+        )
     if weights is not None and isinstance(data, TextDataModule):
         check_tokenizer(data, weights)
 
@@ -67,7 +75,9 @@ def errors_in_one_line() -> Iterator[None]:
 @register_dataset("synthetic")
 def synthetic(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
     data = config.data
-    return SyntheticDataModule(data.vocab_size, seq_len=data.seq_len, val_sequences=data.val_sequences, **position)
+    return SyntheticDataModule(
+        data.vocab_size, seq_len=data.seq_len, val_sequences=data.val_sequences, **position
+    )
 
 
 @register_dataset("sotu")
@@ -93,7 +103,10 @@ def text(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
 @register_dataset("digits", images=True)
 @register_dataset("image_folder", images=True)
 def images(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
-    from scmoe.datamodules.images import ImageDataModule, open_images  # here, as they need the extra `vision`
+    from scmoe.datamodules.images import (
+        ImageDataModule,
+        open_images,
+    )  # here, as they need the extra `vision`
 
     data = config.data
     return ImageDataModule(
@@ -111,8 +124,8 @@ def images(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
 
 
 def tokenizer_of(config: Config, weights: Path) -> Tokenizer | None:
-    """Return the tokenizer of a text data set, prepared if it is not yet; None for other data. ConfigError: no data, or
-    data with another tokenizer than that of the weights."""
+    """Return the tokenizer of a text data set, prepared if it is not yet; None for other data.
+    ConfigError: no data, or data with another tokenizer than that of the weights."""
     data = build_datamodule(config)
     if not isinstance(data, TextDataModule):
         return None
@@ -121,22 +134,34 @@ def tokenizer_of(config: Config, weights: Path) -> Tokenizer | None:
 
 
 def check_tokenizer(data: TextDataModule, weights: Path) -> None:
-    """Raise ConfigError if the ids of the prepared data mean other text than those with which the weights were trained.
+    """Raise ConfigError if the ids of the prepared data mean other text than those with which the
+    weights were trained.
 
     A text that has changed makes another `bpe`."""
     if kept_tokenizer(weights) not in (None, data.tokenizer.digest):
         raise ConfigError(
-            f"data.path={data.path} and data.tokenizer={data.tokenizer_kind} give another tokenizer than in training, "
-            "so token ids would mean other words. Use the text of the training, or the tokenizer.json made from it."
+            f"data.path={data.path} and data.tokenizer={data.tokenizer_kind} give another tokenizer"
+            " than in training, so token ids would mean other words. Use the text of the training,"
+            " or the tokenizer.json made from it."
         )
 
 
 def kept_data(data: PositionedDataModule, weights: Path) -> Any:
-    """Return the digest of the data that a checkpoint was trained on; None: it has none, or is an export."""
-    return read_meta(weights).get(type(data).__qualname__, {}).get("data") if weights.is_dir() else None
+    """Return the digest of the data that a checkpoint was trained on; None: it has none, or is an
+    export."""
+    return (
+        read_meta(weights).get(type(data).__qualname__, {}).get("data")
+        if weights.is_dir()
+        else None
+    )
 
 
 def kept_tokenizer(weights: Path) -> str | None:
-    """Return the digest of the tokenizer with which a checkpoint or an export was trained; None: it has none."""
-    kept = read_meta(weights).get(TextDataModule.__qualname__, {}) if weights.is_dir() else read_header(weights)
+    """Return the digest of the tokenizer with which a checkpoint or an export was trained; None: it
+    has none."""
+    kept = (
+        read_meta(weights).get(TextDataModule.__qualname__, {})
+        if weights.is_dir()
+        else read_header(weights)
+    )
     return kept.get("tokenizer")

@@ -1,8 +1,8 @@
 """Builds the network, the LightningModule and the optimizer of a configuration.
 
-A family is a function (config, context) -> network, registered by its name, that puts its model around blocks
-(blocks.py). An optimizer is a function (config, parameters that are trained) -> optimizer. Clipping and the schedule of
-the learning rate are the LightningModule's.
+A family is a function (config, context) -> network, registered by its name, that puts its model
+around blocks (blocks.py). An optimizer is a function (config, parameters that are trained) ->
+optimizer. Clipping and the schedule of the learning rate are the LightningModule's.
 """
 
 from collections.abc import Callable
@@ -36,10 +36,11 @@ OF_A_NETWORK = ("blocks", "steps", "norm", "head", "init_weights", "rows_per_sam
 
 
 def build_model(config: Config, context: ParallelContext | None = None) -> Any:
-    """Return the network with this rank's experts and weights drawn from the seed. context: None: all experts.
+    """Return the network with this rank's experts and weights drawn from the seed. context: None:
+    all experts.
 
-    If the context splits dense weights over ranks, so is the model, and no rank ever holds it whole: it is split on the
-    meta device, then one weight is drawn after the other."""
+    If the context splits dense weights over ranks, so is the model, and no rank ever holds it
+    whole: it is split on the meta device, then one weight is drawn after the other."""
     context = context or ParallelContext()
     if context.dense_mesh is not None:
         device = torch.get_default_device()  # the rank's: Lightning sets it while a model is built
@@ -57,7 +58,8 @@ def build_model(config: Config, context: ParallelContext | None = None) -> Any:
 
 
 def build_model_to_train(config: Config, context: ParallelContext) -> Any:
-    """Return the network at the start of a training, with weights drawn from the seed or read from init_from.
+    """Return the network at the start of a training, with weights drawn from the seed or read from
+    init_from.
 
     Raises ConfigError where init_from cannot be read or holds the weights of another model.
     """
@@ -68,7 +70,8 @@ def build_model_to_train(config: Config, context: ParallelContext) -> Any:
 
 
 def initial_weights(config: Config, model: Any) -> Checkpoint:
-    """Return what init_from names; of its weights only names and shapes are read. model: may be on the meta device.
+    """Return what init_from names; of its weights only names and shapes are read. model: may be on
+    the meta device.
 
     Raises ConfigError where it cannot be read or holds the weights of another model.
     """
@@ -76,7 +79,9 @@ def initial_weights(config: Config, model: Any) -> Checkpoint:
     try:
         checkpoint = read_hf(Path(path)) if kind == "hf" else read_export(Path(path))
         if config.moe.zero_experts:
-            checkpoint = with_zero_experts(checkpoint, config.moe.zero_experts, config.moe.zero_output, config.seed)
+            checkpoint = with_zero_experts(
+                checkpoint, config.moe.zero_experts, config.moe.zero_output, config.seed
+            )
         check_settings(settings_of(config), checkpoint.settings)
         sources_of(model, checkpoint)
     except ValueError as error:
@@ -91,11 +96,15 @@ def build_model_on_meta(config: Config) -> Any:
 
 
 def build_network(config: Config, context: ParallelContext) -> Any:
-    """Return the network with weights that are not set yet. ConfigError: an extension's lacks what a network has."""
+    """Return the network with weights that are not set yet. ConfigError: an extension's lacks what
+    a network has."""
     import_extensions(config.extensions)  # a spawned rank has not read the configuration
     network = FAMILIES[config.model.family](config, context)
     if missing := [name for name in OF_A_NETWORK if getattr(network, name, None) is None]:
-        lacks = f"whose network lacks {', '.join(missing)}; scmoe.models.decoder.Decoder has all that a network needs"
+        lacks = (
+            f"whose network lacks {', '.join(missing)}; scmoe.models.decoder.Decoder has all that a"
+            " network needs"
+        )
         raise ConfigError(f"model.family is {show(config.model.family)}, {lacks}")
     return network
 
@@ -104,7 +113,9 @@ def build_network(config: Config, context: ParallelContext) -> Any:
 @register_family("llama")
 def build_decoder(config: Config, context: ParallelContext) -> Any:
     model, blocks = config.model, build_blocks(config, context)
-    decoder: Callable[..., Any] = GPT if model.family == "gpt" else partial(Llama, norm_eps=model.norm_eps)
+    decoder: Callable[..., Any] = (
+        GPT if model.family == "gpt" else partial(Llama, norm_eps=model.norm_eps)
+    )
     return decoder(config.data.vocab_size, config.data.seq_len, model.dim, blocks, model.dropout)
 
 
@@ -138,14 +149,17 @@ def build_swin(config: Config, context: ParallelContext) -> Any:
     )
     configs = (dense, dense, config, dense if moe.architecture == "dense" else top_2)
     stages = [
-        stack(configs[stage], context, [parts(stage, i) for i in range(depth)]) for stage, depth in enumerate(depths)
+        stack(configs[stage], context, [parts(stage, i) for i in range(depth)])
+        for stage, depth in enumerate(depths)
     ]
     return Swin(data.image_size, model.patch_size, model.dim, data.num_classes, stages)
 
 
 def build_module(config: Config) -> MoEModule:
     images = config.data.name in IMAGES
-    task = partial(ImageClassifier, num_classes=config.data.num_classes) if images else LanguageModel
+    task = (
+        partial(ImageClassifier, num_classes=config.data.num_classes) if images else LanguageModel
+    )
     return task(
         partial(build_model_to_train, config),  # not a lambda: spawned processes get it pickled
         max_steps=config.trainer.max_steps,
@@ -161,7 +175,8 @@ def build_module(config: Config) -> MoEModule:
 
 
 def updated_by_muon(config: Config, model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a model of this config that Muon updates; none with another optimizer."""
+    """Return the parameters of a model of this config that Muon updates; none with another
+    optimizer."""
     if config.optim.name != "muon":
         return []
     module = build_module(config)
@@ -172,7 +187,9 @@ def updated_by_muon(config: Config, model: nn.Module) -> list[nn.Parameter]:
 @register_optimizer("adamw")
 def build_adamw(config: Config, parameters: Trained) -> Optimizer:
     optim, betas = config.optim, (config.optim.beta1, config.optim.beta2)
-    return adamw(parameters, lr=optim.lr, weight_decay=optim.weight_decay, betas=betas, eps=optim.eps)
+    return adamw(
+        parameters, lr=optim.lr, weight_decay=optim.weight_decay, betas=betas, eps=optim.eps
+    )
 
 
 @register_optimizer("muon")

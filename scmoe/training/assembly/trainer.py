@@ -24,7 +24,13 @@ from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.dense import ways
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
-from scmoe.training.callbacks.analysis import SIMILARITY, Analysis, ExpertLoad, RecordRouting, gating
+from scmoe.training.callbacks.analysis import (
+    SIMILARITY,
+    Analysis,
+    ExpertLoad,
+    RecordRouting,
+    gating,
+)
 from scmoe.training.callbacks.progress import (
     DataPosition,
     GradientNorms,
@@ -41,14 +47,17 @@ register_callback = CALLBACKS.register
 
 
 def seed_everything(config: Config) -> None:
-    """Seed the global generators equally on all ranks. The strategy lets them differ inside training steps."""
+    """Seed the global generators equally on all ranks. The strategy lets them differ inside
+    training steps."""
     lightning.pytorch.seed_everything(config.seed, verbose=False)
 
 
 def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     """run_dir: on rank 0; None on other ranks, where ModelCheckpoint gets its folder from rank 0."""
     data, trainer, measured = config.data, config.trainer, config.analysis
-    checkpoints, analysis = (run_dir / name if run_dir else None for name in ("checkpoints", "analysis"))
+    checkpoints, analysis = (
+        run_dir / name if run_dir else None for name in ("checkpoints", "analysis")
+    )
     images, micro_batch = data.name in IMAGES, data.global_batch_size // trainer.accumulate
     best, mode = ("val/accuracy", "max") if images else ("val/bits_per_byte", "min")
     chunks = (1, 2, 4) if config.schedule.chunks is None else (config.schedule.chunks,)
@@ -66,11 +75,15 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     if trainer.limit_val_batches != 0 and trainer.save_top_k:
         callbacks.append(BestCheckpoints(checkpoints, best, mode, trainer.save_top_k))
     if (patience := trainer.early_stopping) is not None:
-        callbacks.append(Patience(best, patience=patience, mode=mode, check_on_train_epoch_end=False))
+        callbacks.append(
+            Patience(best, patience=patience, mode=mode, check_on_train_epoch_end=False)
+        )
     if trainer.profile_steps is not None:
         callbacks.append(ProfileSteps(trainer.profile_steps, run_dir))
     if config.moe.architecture not in ("dense", "dgmoe_share"):
-        callbacks.append(AdaptiveSchedule(config.schedule.auto, chunks, plan, timing_conditions(config)))
+        callbacks.append(
+            AdaptiveSchedule(config.schedule.auto, chunks, plan, timing_conditions(config))
+        )
     if images and data.on_error == "skip":
         callbacks.append(SkippedImages())
     if measured.gating_every is not None:
@@ -102,12 +115,15 @@ def timing_conditions(config: Config) -> dict[str, Any]:
 
 def cpu_threads(config: Config) -> int:
     """Return the CPU threads of one rank."""
-    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))  # macOS has no such function
+    usable = getattr(
+        os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1)
+    )  # macOS has no such function
     return config.trainer.threads or max(1, len(usable(0)) // config.trainer.devices)
 
 
 def dense_estimates(config: Config) -> dict[str, float]:
-    """Return for each way of keeping dense weights the bytes that a rank needs at most, activations included."""
+    """Return for each way of keeping dense weights the bytes that a rank needs at most, activations
+    included."""
     job, model = Job.of(config), build_model_on_meta(config)
     possible = ways(model, job.ranks, job.dp_size, job.node_size)
     return {way: rank_memory(model, replace(job, dense=way))["total"] for way in possible}
@@ -128,10 +144,14 @@ def build_strategy(config: Config) -> ExpertParallelStrategy:
     )
 
 
-def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> Trainer:
+def build_trainer(
+    config: Config, callbacks: Sequence[Callback], loggers: Sequence[Logger]
+) -> Trainer:
     """ConfigError: Lightning's Trainer does not take trainer.extra."""
     trainer, strategy, threads = config.trainer, build_strategy(config), cpu_threads(config)
-    set_threads = LambdaCallback(setup=lambda *_, **__: torch.set_num_threads(threads))  # after Lightning's launcher
+    set_threads = LambdaCallback(
+        setup=lambda *_, **__: torch.set_num_threads(threads)
+    )  # after Lightning's launcher
     try:
         return Trainer(
             accelerator=trainer.accelerator,
@@ -158,4 +178,6 @@ def build_trainer(config: Config, callbacks: Sequence[Callback], loggers: Sequen
     except (TypeError, ValueError, MisconfigurationException) as error:
         if not trainer.extra:
             raise
-        raise ConfigError(f"Lightning's Trainer does not take trainer.extra {show(trainer.extra)}: {error}") from error
+        raise ConfigError(
+            f"Lightning's Trainer does not take trainer.extra {show(trainer.extra)}: {error}"
+        ) from error

@@ -1,4 +1,5 @@
-"""What a run prints and logs of its schedule: the planner's choice, what ran, and how much communication was hidden."""
+"""What a run prints and logs of its schedule: the planner's choice, what ran, and how much
+communication was hidden."""
 
 import itertools
 import json
@@ -17,18 +18,22 @@ from scmoe.training.callbacks.progress import logs_now
 
 
 class AdaptiveSchedule(Callback):
-    """Logs overlap/forward and overlap/backward: the shares of the communication that each logged step has hidden,
-    where it can be measured.
+    """Logs overlap/forward and overlap/backward: the shares of the communication that each logged
+    step has hidden, where it can be measured.
 
-    auto: choose slot and chunks by measurement, and again where the times drift; otherwise only measure.
-    chunks: the numbers of chunks to choose from.
-    plan: on rank 0, where the choice is kept; a resumed run takes it from there instead of measuring again, where the
-    settings are the same.
-    Does nothing where no transfer takes place: with one expert-parallel rank, or without experts.
+    auto: choose slot and chunks by measurement, and again where the times drift; otherwise only
+    measure. chunks: the numbers of chunks to choose from. plan: on rank 0, where the choice is
+    kept; a resumed run takes it from there instead of measuring again, where the settings are the
+    same. Does nothing where no transfer takes place: with one expert-parallel rank, or without
+    experts.
     """
 
     def __init__(
-        self, auto: bool, chunks: tuple[int, ...], plan: Path | None = None, settings: dict[str, Any] | None = None
+        self,
+        auto: bool,
+        chunks: tuple[int, ...],
+        plan: Path | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         self.auto, self.chunks, self.plan, self.settings = auto, chunks, plan, settings or {}
         self.conditions: dict[str, Any] = {}  # under which a plan is valid
@@ -40,23 +45,29 @@ class AdaptiveSchedule(Callback):
         blocks, context = moe_blocks_of(module), module.parallel_context
         if context.ep_size == 1 or not blocks:
             if self.auto:
-                rank_zero_warn("schedule: auto has nothing to choose, as every rank has all experts")
+                rank_zero_warn(
+                    "schedule: auto has nothing to choose, as every rank has all experts"
+                )
             return
         in_a_step = trainer.accumulate_grad_batches
         fixed = not self.auto
-        self.planner = Planner(blocks, None, module.device, self.chunks, fixed, context.ep_size, batches=in_a_step)
+        self.planner = Planner(
+            blocks, None, module.device, self.chunks, fixed, context.ep_size, batches=in_a_step
+        )
         self.conditions = {"ep_size": context.ep_size, **self.planner.conditions, **self.settings}
         if self.auto and self.take_kept_plan(trainer, self.planner):
             return
         batches = (trainer.max_steps - trainer.global_step) * in_a_step
         if self.auto and batches <= self.planner.steps_to_choose:
             rank_zero_warn(
-                f"schedule: auto may need {self.planner.steps_to_choose} batches to choose and {batches} are left: "
-                "perhaps all run without a choice; raise trainer.max_steps, or give schedule.slot and schedule.chunks"
+                f"schedule: auto may need {self.planner.steps_to_choose} batches to choose and"
+                f" {batches} are left: perhaps all run without a choice; raise trainer.max_steps,"
+                " or give schedule.slot and schedule.chunks"
             )
 
     def take_kept_plan(self, trainer: Trainer, planner: Planner) -> bool:
-        """Make the planner follow the plan of the resumed run, if it is valid here too. Return whether it is."""
+        """Make the planner follow the plan of the resumed run, if it is valid here too. Return
+        whether it is."""
         kept: Any = None
         if self.plan is not None and self.plan.exists():
             kept = read_plan(self.plan, self.conditions)
@@ -72,11 +83,15 @@ class AdaptiveSchedule(Callback):
     def on_exception(self, *_: Any) -> None:
         self.on_train_end()
 
-    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, module: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self.planner is not None:
             self.planner.begin_step(timed=logs_now(trainer, batch_idx))
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if self.planner is None:
             return
         self.planner.end_step()
@@ -87,7 +102,9 @@ class AdaptiveSchedule(Callback):
             if self.auto and trainer.is_global_zero:
                 print("\n".join(plan_lines(choices)), file=sys.stderr, flush=True)
                 if self.plan is not None:
-                    try_to_write_json(self.plan, plan_to_json(choices, self.conditions, trainer.global_step))
+                    try_to_write_json(
+                        self.plan, plan_to_json(choices, self.conditions, trainer.global_step)
+                    )
         if overlap is not None and logs_now(trainer, batch_idx):
             hidden = zip(("overlap/forward", "overlap/backward"), overlap.efficiency, strict=True)
             module.log_dict({name: share for name, share in hidden if share is not None})
@@ -97,7 +114,8 @@ class AdaptiveSchedule(Callback):
 
 
 def read_plan(path: Path, conditions: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a plan that holds under these conditions; else say in one line why it is measured again."""
+    """Return a plan that holds under these conditions; else say in one line why it is measured
+    again."""
     try:
         plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         plan_from_json(plan)
@@ -116,29 +134,41 @@ def read_plan(path: Path, conditions: dict[str, Any]) -> dict[str, Any] | None:
 def plan_lines(choices: list[LayerChoice]) -> list[str]:
     """Return a line for each run of neighbouring layers with the same schedule."""
     lines = []
-    for schedule, group in itertools.groupby(enumerate(choices, 1), key=lambda item: item[1].schedule):
+    for schedule, group in itertools.groupby(
+        enumerate(choices, 1), key=lambda item: item[1].schedule
+    ):
         (first, choice), *rest = group
         layers = f"MoE layers {first} to {rest[-1][0]}" if rest else f"MoE layer {first}"
         lines.append(
-            f"plan: {layers}: {schedule.name}, {schedule.place} of 0 to {len(schedule.window)}, "
-            f"{schedule.chunks} chunk(s): {1e3 * choice.predicted:.1f} ms forward and backward, of which "
-            f"{1e3 * choice.exposed:.1f} ms wait for transfers (Eq. 11 would choose slot {choice.eq11.slot})"
+            f"plan: {layers}: {schedule.name}, {schedule.place} of 0 to {len(schedule.window)},"
+            f" {schedule.chunks} chunk(s): {1e3 * choice.predicted:.1f} ms forward and backward, of"
+            f" which {1e3 * choice.exposed:.1f} ms wait for transfers (Eq. 11 would choose slot"
+            f" {choice.eq11.slot})"
         )
     return lines
 
 
 def what_ran(choices: list[LayerChoice], overlap: Overlap, backend: str) -> str:
     ran = sorted({f"{c.schedule.place} x {c.schedule.chunks}" for c in choices})
-    predicted, measured = (1e3 * sum(seconds) for seconds in ((c.predicted for c in choices), overlap.seconds))
+    predicted, measured = (
+        1e3 * sum(seconds) for seconds in ((c.predicted for c in choices), overlap.seconds)
+    )
     hidden = []
-    for direction, share, part in zip(("forward", "backward"), overlap.shares, overlap.efficiency, strict=True):
+    for direction, share, part in zip(
+        ("forward", "backward"), overlap.shares, overlap.efficiency, strict=True
+    ):
         whole = f"{100 * share:.0f} %"
         if part is None:
-            why = "too little to measure" if share < LEAST_SHARE else "not measurable, perhaps the machine is busy"
+            why = (
+                "too little to measure"
+                if share < LEAST_SHARE
+                else "not measurable, perhaps the machine is busy"
+            )
             hidden.append(f"{direction} {why} ({whole})")
         else:
             hidden.append(f"{direction} {100 * part:.0f} % hidden of {whole}")
     return (
-        f"ran: {backend}, {', '.join(ran)} (slot x chunks): {measured:.1f} ms of all MoE windows a step, predicted "
-        f"{predicted:.1f}; communication, as a share of the time without overlap: {', '.join(hidden)}"
+        f"ran: {backend}, {', '.join(ran)} (slot x chunks): {measured:.1f} ms of all MoE windows a"
+        f" step, predicted {predicted:.1f}; communication, as a share of the time without overlap:"
+        f" {', '.join(hidden)}"
     )

@@ -1,14 +1,16 @@
-"""What a run measures of its routers and sub-layers, and keeps in <run>/analysis/: the experts' load, Fig. 9, Fig. 10.
+"""What a run measures of its routers and sub-layers, and keeps in <run>/analysis/: the experts'
+load, Fig. 9, Fig. 10.
 
-    expert_load.csv   a row for each logged step and MoE layer: copies of each expert, dropped copies, load of single
-                      steps (`SINGLE_STEPS`)
-    expert_load.png   the last row of each layer as a heat map, and the worst layer's load over training
+    expert_load.csv   a row for each logged step and MoE layer: copies of each expert, dropped
+                      copies, load of single steps (`SINGLE_STEPS`)
+    expert_load.png   the last row of each layer as a heat map, and the worst layer's load over
+                      training
     routing/          a file for each recorded step (probes/routing.py)
     gating.npz        steps [n], labels [L], values [n, L, 4]                              gating.png
     similarity.npz    steps [n], labels [N], values [n, N, N]                              similarity.png
 
-Values are over the tokens of all ranks. For Fig. 9 and 10 a probe is attached for one batch at intervals, then removed;
-while the disk is full, their values are kept in memory.
+Values are over the tokens of all ranks. For Fig. 9 and 10 a probe is attached for one batch at
+intervals, then removed; while the disk is full, their values are kept in memory.
 """
 
 import csv
@@ -45,13 +47,15 @@ from scmoe.probes.representations import (
 from scmoe.probes.routing import Recorded, RoutingProbe, write_routing
 from scmoe.training.callbacks.progress import ends_step, logs_now
 
-CELLS = 16  # of a heat map with numbers in its cells, in a row; with more experts they would not be readable
+# of a heat map with numbers in its cells, in a row; with more experts they would not be readable
+CELLS = 16
 PATIENCE = 5  # logged windows in a row
 
 
 class ExpertLoad(Callback):
-    """Logs moe/load_max, load_entropy, dead_experts, drop_share and real_experts of all steps since the last log, and
-    moe/<name> for `SINGLE_STEPS`: the median and the worst of these steps, in the worst layer.
+    """Logs moe/load_max, load_entropy, dead_experts, drop_share and real_experts of all steps since
+    the last log, and moe/<name> for `SINGLE_STEPS`: the median and the worst of these steps, in the
+    worst layer.
 
     folder: where the load of each expert is kept and drawn; None: nowhere.
     Everything stays on the device until a step is logged.
@@ -67,7 +71,9 @@ class ExpertLoad(Callback):
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         """Keep the rows of a resumed run before the step that it continues from."""
         blocks = enumerate(moe_blocks_of(module))
-        self.alarm = CollapseAlarm({layer for layer, block in blocks if isinstance(block, DoubleGateBlock)})
+        self.alarm = CollapseAlarm(
+            {layer for layer, block in blocks if isinstance(block, DoubleGateBlock)}
+        )
         if self.table is not None and self.table.exists():
             with self.table.open(newline="", encoding="utf-8") as file:
                 rows = list(csv.reader(file))
@@ -77,10 +83,15 @@ class ExpertLoad(Callback):
             whole = [row for row in rows if len(row) == len(rows[0])]  # or half a row
             kept = [*rows[:1], *(row for row in whole[1:] if int(row[0]) < trainer.global_step)]
             if kept and SINGLE_STEPS[0] not in kept[0]:  # a table of an earlier version
-                kept = [[*kept[0], *SINGLE_STEPS], *([*row, *[""] * len(SINGLE_STEPS)] for row in kept[1:])]
+                kept = [
+                    [*kept[0], *SINGLE_STEPS],
+                    *([*row, *[""] * len(SINGLE_STEPS)] for row in kept[1:]),
+                ]
             try_to_write(self.table, lambda path: path.write_text(as_csv(kept), encoding="utf-8"))
 
-    def on_train_batch_end(self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         sums_LE2 = outputs["step_sums_LE2"]
         if sums_LE2 is None or not ends_step(trainer, batch_idx):
             return
@@ -112,10 +123,16 @@ class ExpertLoad(Callback):
         if self.table is None or not self.last:
             return
         if find_spec("matplotlib") is None:
-            rank_zero_warn(f"no heat map of the experts' load is drawn; it needs {install_command('matplotlib')}")
+            rank_zero_warn(
+                "no heat map of the experts' load is drawn; it needs"
+                f" {install_command('matplotlib')}"
+            )
         else:
             table, counts_LE = self.table, [counts_E for *counts_E, _, _ in self.last]
-            try_to_draw(table.with_suffix(".png"), lambda path: draw_load(counts_LE, path, worst_layers(table)))
+            try_to_draw(
+                table.with_suffix(".png"),
+                lambda path: draw_load(counts_LE, path, worst_layers(table)),
+            )
 
 
 def as_csv(rows: list[list[Any]]) -> str:
@@ -125,13 +142,17 @@ def as_csv(rows: list[list[Any]]) -> str:
 
 
 def worst_layers(table: Path) -> dict[int, list[float]]:
-    """Return for each logged step in an ExpertLoad's table the worst layer's load: of the sums over steps, then
-    the first four of SINGLE_STEPS. Rows of an earlier version, without these, are left out."""
+    """Return for each logged step in an ExpertLoad's table the worst layer's load: of the sums over
+    steps, then the first four of SINGLE_STEPS. Rows of an earlier version, without these, are left
+    out."""
     found: dict[int, list[float]] = {}
     with table.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             if row[SINGLE_STEPS[0]]:
-                counts_E = [int(row[f"expert_{i}"]) for i in range(sum(name.startswith("expert_") for name in row))]
+                counts_E = [
+                    int(row[f"expert_{i}"])
+                    for i in range(sum(name.startswith("expert_") for name in row))
+                ]
                 values = [max(counts_E) * len(counts_E) / max(sum(counts_E), 1)]
                 values += [float(row[name]) for name in SINGLE_STEPS[:4]]
                 before = found.get(step := int(row["step"]), values)
@@ -139,21 +160,30 @@ def worst_layers(table: Path) -> dict[int, list[float]]:
     return found
 
 
-def draw_load(counts_LE: list[list[int]], path: Path, over_training: Mapping[int, Sequence[float]]) -> None:
-    """Draw the copies of each expert over the fair share of its layer, for every MoE layer; below it the worst layer's
-    load over training, as `worst_layers` returns it."""
+def draw_load(
+    counts_LE: list[list[int]], path: Path, over_training: Mapping[int, Sequence[float]]
+) -> None:
+    """Draw the copies of each expert over the fair share of its layer, for every MoE layer; below
+    it the worst layer's load over training, as `worst_layers` returns it."""
     num_layers, num_experts = len(counts_LE), len(counts_LE[0])
-    share_LE = [[count * num_experts / max(sum(counts_E), 1) for count in counts_E] for counts_E in counts_LE]
+    share_LE = [
+        [count * num_experts / max(sum(counts_E), 1) for count in counts_E]
+        for counts_E in counts_LE
+    ]
     heights = [min(1.6 + 0.35 * num_layers, 8.0)]  # inches
     if len(over_training) > 1:
         heights.append(2.4)
     with chart(path, sum(heights) + 0.6 * (len(heights) - 1)) as figure:
         axis, *below = figure.subplots(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-        image = axis.imshow(share_LE, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest")
+        image = axis.imshow(
+            share_LE, cmap="RdBu_r", vmin=0, vmax=2, aspect="auto", interpolation="nearest"
+        )
         if num_experts <= CELLS:
             for layer, row in enumerate(share_LE):
                 for expert, share in enumerate(row):
-                    axis.text(expert, layer, f"{share:.1f}", ha="center", va="center", fontsize=SMALL)
+                    axis.text(
+                        expert, layer, f"{share:.1f}", ha="center", va="center", fontsize=SMALL
+                    )
         axis.set(xlabel="expert", ylabel="MoE layer")
         axis.set_xticks(range(0, num_experts, -(-num_experts // CELLS)))
         axis.set_yticks(range(0, num_layers, -(-num_layers // CELLS)))
@@ -166,11 +196,26 @@ def draw_load(counts_LE: list[list[int]], path: Path, over_training: Mapping[int
 def draw_load_over_training(axis: Any, worst: Mapping[int, Sequence[float]]) -> None:
     steps, columns = list(worst), list(zip(*worst.values(), strict=True))
     of_sums, *single = columns
-    for (median, most), color, who in zip((single[:2], single[2:]), (BLUE, ORANGE), ("expert", "rank"), strict=True):
+    for (median, most), color, who in zip(
+        (single[:2], single[2:]), (BLUE, ORANGE), ("expert", "rank"), strict=True
+    ):
         if max(most) > 1:  # one expert-parallel rank has everything
             axis.fill_between(steps, median, most, color=color, alpha=0.25, linewidth=0)
-            axis.plot(steps, median, color=color, linewidth=1.5, label=f"busiest {who} of a step, median to worst")
-    axis.plot(steps, of_sums, color=BLUE, linestyle=":", linewidth=1.5, label="busiest expert of all steps together")
+            axis.plot(
+                steps,
+                median,
+                color=color,
+                linewidth=1.5,
+                label=f"busiest {who} of a step, median to worst",
+            )
+    axis.plot(
+        steps,
+        of_sums,
+        color=BLUE,
+        linestyle=":",
+        linewidth=1.5,
+        label="busiest expert of all steps together",
+    )
     axis.set(xlabel="optimizer step", ylim=(1, None))
     axis.grid(axis="y")
     axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower left")
@@ -180,11 +225,13 @@ def draw_load_over_training(axis: Any, worst: Mapping[int, Sequence[float]]) -> 
 class CollapseAlarm:
     """Detects a collapsed router: one that keeps sending nearly all tokens to few experts.
 
-    An expert that gets more tokens learns faster, so it gets even more (Shazeer et al. 2017). A busy expert alone is no
-    fault: many times the fair share is usual at the start. The alarm is raised once for each layer, where both hold:
+    An expert that gets more tokens learns faster, so it gets even more (Shazeer et al. 2017). A
+    busy expert alone is no fault: many times the fair share is usual at the start. The alarm is
+    raised once for each layer, where both hold:
 
-        how much    an expert is chosen by more than (K/E + 1) / 2 of all tokens, where each token chooses K of E
-                    experts: this limit is halfway between its fair share, K/E, and all tokens
+        how much    an expert is chosen by more than (K/E + 1) / 2 of all tokens, where each token
+                    chooses K of E experts: this limit is halfway between its fair share, K/E, and
+                    all tokens
         how long    in each of PATIENCE logged windows in a row
 
     doubled: the layers whose sums count each token twice, those of DGMoE.
@@ -192,11 +239,14 @@ class CollapseAlarm:
 
     def __init__(self, doubled: Collection[int] = ()) -> None:
         self.doubled = doubled
-        self.windows: dict[int, int] = {}  # layer: number of windows in a row in which it was collapsed
+        self.windows: dict[
+            int, int
+        ] = {}  # layer: number of windows in a row in which it was collapsed
         self.spoken: set[int] = set()
 
     def __call__(self, sums_LE2: Tensor) -> list[str]:
-        """Return a message for each layer, from 0, that has now collapsed. sums_LE2: `integer_sums` of a window."""
+        """Return a message for each layer, from 0, that has now collapsed. sums_LE2: `integer_sums`
+        of a window."""
         lines = []
         for layer, (*counts_E, tokens, _) in enumerate(sums_LE2.tolist()):
             busiest = max(range(len(counts_E)), key=counts_E.__getitem__)
@@ -207,9 +257,9 @@ class CollapseAlarm:
             if self.windows[layer] == PATIENCE and layer not in self.spoken:
                 self.spoken.add(layer)
                 lines.append(
-                    f"MoE layer {layer}: the router has collapsed, expert {busiest} gets {share:.0%} of the tokens "
-                    f"(fair: {fair:.0%}) for {PATIENCE} logged steps in a row; try a higher moe.load_balance_coef or a "
-                    "lower optim.lr"
+                    f"MoE layer {layer}: the router has collapsed, expert {busiest} gets"
+                    f" {share:.0%} of the tokens (fair: {fair:.0%}) for {PATIENCE} logged steps in"
+                    " a row; try a higher moe.load_balance_coef or a lower optim.lr"
                 )
         return lines
 
@@ -219,7 +269,8 @@ Probe = GatingProbe | SimilarityProbe
 
 @dataclass(frozen=True)
 class Quantity:
-    """What is measured. attach: makes the probe. metrics, draw: take the means of its sums over all ranks."""
+    """What is measured. attach: makes the probe. metrics, draw: take the means of its sums over all
+    ranks."""
 
     name: str
     attach: Callable[[Any], Probe]
@@ -255,10 +306,17 @@ class Analysis(Callback):
             with np.load(self.table, allow_pickle=False) as stored:
                 self.labels = stored["labels"].tolist()
                 before = zip(stored["steps"].tolist(), stored["values"], strict=True)
-                self.records = {step: values for step, values in before if step < trainer.global_step}
+                self.records = {
+                    step: values for step, values in before if step < trainer.global_step
+                }
 
-    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step % self.every == 0 and batch_idx % trainer.accumulate_grad_batches == 0:
+    def on_train_batch_start(
+        self, trainer: Trainer, module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (
+            trainer.global_step % self.every == 0
+            and batch_idx % trainer.accumulate_grad_batches == 0
+        ):
             self.step, self.probe = trainer.global_step, self.quantity.attach(module.model)
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
@@ -273,7 +331,9 @@ class Analysis(Callback):
         self.labels, self.records[self.step] = probe.labels(), values
         if self.table is not None:
             steps, labels, values = self._all()
-            try_to_write(self.table, lambda path: np.savez(path, steps=steps, labels=labels, values=values))
+            try_to_write(
+                self.table, lambda path: np.savez(path, steps=steps, labels=labels, values=values)
+            )
 
     def on_train_end(self, trainer: Trainer, module: Any) -> None:
         if self.table is not None and self.records:
@@ -289,10 +349,12 @@ class Analysis(Callback):
 
 
 class RecordRouting(Callback):
-    """Keeps the experts that the tokens of all ranks go to, in a file for each recorded step (probes/routing.py).
+    """Keeps the experts that the tokens of all ranks go to, in a file for each recorded step
+    (probes/routing.py).
 
-    every: optimizer steps between two recorded ones; the first one is step 0. Of a step that accumulates several
-    batches, the first is recorded. folder: where rank 0 writes; None on other ranks.
+    every: optimizer steps between two recorded ones; the first one is step 0. Of a step that
+    accumulates several batches, the first is recorded. folder: where rank 0 writes; None on other
+    ranks.
     """
 
     def __init__(self, every: int, folder: Path | None) -> None:
@@ -308,8 +370,13 @@ class RecordRouting(Callback):
                 if int(path.stem.removeprefix("step-")) >= trainer.global_step:
                     path.unlink()
 
-    def on_train_batch_start(self, trainer: Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step % self.every == 0 and batch_idx % trainer.accumulate_grad_batches == 0:
+    def on_train_batch_start(
+        self, trainer: Trainer, module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (
+            trainer.global_step % self.every == 0
+            and batch_idx % trainer.accumulate_grad_batches == 0
+        ):
             self.step, self.probe = trainer.global_step, RoutingProbe(module.model)
 
     def on_before_backward(self, *_: Any) -> None:

@@ -29,15 +29,24 @@ from scmoe.config.leaves import ConfigError
 from scmoe.files.writing import read_json, redacted, replacing, try_to_write_json
 from scmoe.parallel.checkpoint.durable import machine, start_of
 
-UNNAMED_KEYS = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")  # not in a run's name
-VALUE_CHARS, SLUG_CHARS = 24, 64  # of one value, and of all; with the stamp well below a file system's 255 bytes
+UNNAMED_KEYS = re.compile(
+    r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir"
+)  # not in a run's name
+VALUE_CHARS, SLUG_CHARS = (
+    24,
+    64,
+)  # of one value, and of all; with the stamp well below a file system's 255 bytes
 STATE = "state.json"
 STATES = ("running", "finished", "failed", "cut")
-BEAT_S, SILENT_S = 60.0, 600.0  # the second is longer than clocks of machines differ, and than a shared disk is away
+BEAT_S, SILENT_S = (
+    60.0,
+    600.0,
+)  # the second is longer than clocks of machines differ, and than a shared disk is away
 
 
 def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config_yaml: str) -> Path:
-    """Create the directory of a new run and write what is needed to run it again, without keys and passwords."""
+    """Create the directory of a new run and write what is needed to run it again, without keys and
+    passwords."""
     overrides = redacted(overrides)
     stamp, slug = datetime.now().strftime("%Y%m%d-%H%M%S"), slug_of(overrides)
     run_dir = root / experiment / f"{stamp}-{slug or uuid.uuid4().hex[:4]}"
@@ -45,17 +54,21 @@ def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config
         run_dir = run_dir.with_name(f"{stamp}-{slug}-{uuid.uuid4().hex[:4]}")
     run_dir.mkdir(parents=True)
     write_config(run_dir / "config.yaml", config_yaml)
-    (run_dir / "overrides.txt").write_text("".join(f"{o}\n" for o in overrides), "utf-8", "surrogateescape")
+    (run_dir / "overrides.txt").write_text(
+        "".join(f"{o}\n" for o in overrides), "utf-8", "surrogateescape"
+    )
     (run_dir / "env.json").write_text(json.dumps(environment(), indent=2), encoding="utf-8")
     point_latest(root, run_dir)
     return run_dir
 
 
 def slug_of(overrides: Sequence[str]) -> str:
-    """Return what distinguishes the run: `ep_size-2-lr-1e-3` for strategy.ep_size=2 optim.lr=1e-3; "" for nothing.
+    """Return what distinguishes the run: `ep_size-2-lr-1e-3` for strategy.ep_size=2 optim.lr=1e-3;
+    "" for nothing.
 
-    The number of steps comes last. If a value is long or has characters that a file name should not have, or if there
-    are too many values, the slug shows a part and ends with a digest. So different overrides have different slugs.
+    The number of steps comes last. If a value is long or has characters that a file name should not
+    have, or if there are too many values, the slug shows a part and ends with a digest. So
+    different overrides have different slugs.
     """
     pairs = dict(o.removeprefix("--").partition("=")[::2] for o in overrides)
     kept = [(key, value) for key, value in pairs.items() if not UNNAMED_KEYS.fullmatch(key)]
@@ -63,7 +76,9 @@ def slug_of(overrides: Sequence[str]) -> str:
     whole = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in kept)
     short = "-".join(f"{key.rpartition('.')[2]}-{value[:VALUE_CHARS]}" for key, value in kept)
     slug = re.sub(r"[^A-Za-z0-9._+-]+", "-", short)[:SLUG_CHARS].strip("-")
-    return slug if slug == whole else f"{slug}-{hashlib.sha256(repr(kept).encode()).hexdigest()[:8]}"
+    return (
+        slug if slug == whole else f"{slug}-{hashlib.sha256(repr(kept).encode()).hexdigest()[:8]}"
+    )
 
 
 def write_config(path: Path, config_yaml: str) -> None:
@@ -80,7 +95,8 @@ def point_latest(root: Path, run_dir: Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Return command line, versions, machine and code. Environment variables are left out: they hold keys."""
+    """Return command line, versions, machine and code. Environment variables are left out: they
+    hold keys."""
     packages = {}
     for name in ("scmoe", "torch", "lightning", "omegaconf", "wandb", "numpy", "tokenizers"):
         try:
@@ -99,7 +115,8 @@ def environment() -> dict[str, Any]:
 
 
 def git(*command: str) -> str | None:
-    """Return what git prints; None where there is no git or no repository. The content of files may have any bytes."""
+    """Return what git prints; None where there is no git or no repository. The content of files may
+    have any bytes."""
     try:
         done = subprocess.run(["git", *command], capture_output=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -115,21 +132,35 @@ def relative(path: Path) -> Path:
 
 def why_no_checkpoint(run_dir: Path, which: str = "last") -> str:
     if not run_dir.exists():
-        return f"there is no folder {run_dir}. Give the directory of a run; {scmoe('runs')} lists them."
+        return (
+            f"there is no folder {run_dir}. Give the directory of a run; {scmoe('runs')} lists"
+            " them."
+        )
     if (run_dir / "config.json").exists():
-        return f"{run_dir} is a Hugging Face folder, not a run. Load it in Python: scmoe.load(FOLDER)."
-    return f"{run_dir} has no whole {which} checkpoint. Give the directory of a run that has saved one."
+        return (
+            f"{run_dir} is a Hugging Face folder, not a run. Load it in Python: scmoe.load(FOLDER)."
+        )
+    return (
+        f"{run_dir} has no whole {which} checkpoint. Give the directory of a run that has saved"
+        " one."
+    )
 
 
-# The state of a run is running, finished, failed or cut. A killed process cannot write `cut`. It leaves `running`
-# behind, with its id and start time; where that process no longer exists, `running` is read as `cut`. Another machine
-# or container cannot see the process, so a run touches its file while it lives; there it counts as running until the
-# file has not been touched for SILENT_S.
+# The state of a run is running, finished, failed or cut. A killed process cannot write `cut`. It
+# leaves `running` behind, with its id and start time; where that process no longer exists,
+# `running` is read as `cut`. Another machine or container cannot see the process, so a run touches
+# its file while it lives; there it counts as running until the file has not been touched for
+# SILENT_S.
 
 
 def write_state(run_dir: Path, state: str) -> None:
     """Write the state of the run that this process makes."""
-    process = {"pid": os.getpid(), "started": start_of(os.getpid()), "host": platform.node(), "machine": machine()}
+    process = {
+        "pid": os.getpid(),
+        "started": start_of(os.getpid()),
+        "host": platform.node(),
+        "machine": machine(),
+    }
     try_to_write_json(run_dir / STATE, {"state": state, **process})
 
 
@@ -147,16 +178,19 @@ def show_life(run_dir: Path) -> threading.Event:
 
 
 def read_state(run_dir: Path) -> str:
-    """Return running, finished, failed or cut. A run without a whole state.json, or with one of another form, is
-    finished if it has a summary."""
+    """Return running, finished, failed or cut. A run without a whole state.json, or with one of
+    another form, is finished if it has a summary."""
     kept = _kept_state(run_dir)
     if not kept:
         return "finished" if (run_dir / "summary.json").exists() else "cut"
-    return "cut" if kept["state"] == "running" and not _lives(kept, run_dir / STATE) else kept["state"]
+    return (
+        "cut" if kept["state"] == "running" and not _lives(kept, run_dir / STATE) else kept["state"]
+    )
 
 
 def _kept_state(run_dir: Path) -> dict[str, Any]:
-    """Return what `write_state` has written; {} where the file is missing, not whole or of another form."""
+    """Return what `write_state` has written; {} where the file is missing, not whole or of another
+    form."""
     kept = read_json(run_dir / STATE)
     process = (kept.get("pid"), kept.get("host"), kept.get("started", 0))
     types = (int, str, str | None)
@@ -173,15 +207,16 @@ def refuse_running(run_dir: Path) -> None:
     if kept.get("machine") != machine():
         where = f"on {kept['host']}, perhaps in a container,"
         raise ConfigError(
-            f"process {kept['pid']} {where} is training {run_dir}; stop it first, or, if it was killed, "
-            f"wait {SILENT_S / 60:g} minutes from then on, or delete {path}"
+            f"process {kept['pid']} {where} is training {run_dir}; stop it first, or, if it was"
+            f" killed, wait {SILENT_S / 60:g} minutes from then on, or delete {path}"
         )
     if kept["pid"] != os.getpid() and kept["started"] is not None:
         raise ConfigError(f"process {kept['pid']} is training {run_dir}; stop it first")
 
 
 def _lives(kept: dict[str, Any], path: Path) -> bool:
-    """Return whether the process of a state file exists; on another machine, whether it was touched lately."""
+    """Return whether the process of a state file exists; on another machine, whether it was touched
+    lately."""
     if kept.get("machine") == machine():
         return start_of(kept["pid"]) == kept["started"]
     return time.time() - path.stat().st_mtime <= SILENT_S

@@ -1,6 +1,7 @@
 """The loggers that write files: metrics.csv and TensorBoard's events.
 
-While the disk is full, rows of metrics.csv are kept in memory; TensorBoard stops with one warning (fault 32).
+While the disk is full, rows of metrics.csv are kept in memory; TensorBoard stops with one warning
+(fault 32).
 """
 
 import csv
@@ -22,7 +23,8 @@ SHOWN = ("train/loss", "val/loss")  # on TensorBoard's page HParams
 
 
 def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
-    """Return the logger of metrics.csv. It keeps the rows before resumed_step; later ones will be logged again.
+    """Return the logger of metrics.csv. It keeps the rows before resumed_step; later ones will be
+    logged again.
 
     Lightning's logger deletes an earlier file.
     """
@@ -38,7 +40,8 @@ def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
-    """Return the whole rows of a metrics.csv, none if there is no file. A crash may leave half a row."""
+    """Return the whole rows of a metrics.csv, none if there is no file. A crash may leave half a
+    row."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -48,7 +51,8 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 class SafeCSVLogger(CSVLogger):
     """Keeps rows in memory, with one warning, while they cannot be written.
 
-    Lightning's logger would end the training and leave half a row, or, after a new column, half a file.
+    Lightning's logger would end the training and leave half a row, or, after a new column, half a
+    file.
     """
 
     def save(self) -> None:
@@ -60,11 +64,14 @@ class SafeCSVLogger(CSVLogger):
             writer.metrics_keys = keys
             with suppress(OSError):
                 _put_back(path, before)
-            warn_once(f"{path} cannot be written, its rows stay in memory: {error.strerror or error}")
+            warn_once(
+                f"{path} cannot be written, its rows stay in memory: {error.strerror or error}"
+            )
 
 
 def _put_back(path: Path, before: bytes | None) -> None:
-    """Give a file its earlier content. Where rows were only added it is cut, which takes no room on a full disk."""
+    """Give a file its earlier content. Where rows were only added it is cut, which takes no room on
+    a full disk."""
     if before is None:
         path.unlink(missing_ok=True)
     elif path.read_bytes().startswith(before):
@@ -73,8 +80,11 @@ def _put_back(path: Path, before: bytes | None) -> None:
         path.write_bytes(before)
 
 
-def tensorboard_logger(run_dir: Path, config: Config, resumed_step: int | None) -> TensorBoardLogger:
-    """resumed_step: events from this step on, which an earlier part of the run has left, are not shown."""
+def tensorboard_logger(
+    run_dir: Path, config: Config, resumed_step: int | None
+) -> TensorBoardLogger:
+    """resumed_step: events from this step on, which an earlier part of the run has left, are not
+    shown."""
     logger = SafeTensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=resumed_step)
     logger.log_config(flatten(redacted(config)))
     return logger
@@ -87,7 +97,10 @@ class SafeTensorBoardLogger(TensorBoardLogger):
 
     def log_config(self, values: Mapping[str, Any]) -> None:
         """Fill the page HParams, whose columns of results are the losses that will be logged."""
-        self._try(self._hparams, {key: v if isinstance(v, (bool, int, float)) else str(v) for key, v in values.items()})
+        self._try(
+            self._hparams,
+            {key: v if isinstance(v, (bool, int, float)) else str(v) for key, v in values.items()},
+        )
 
     def _hparams(self, values: dict[str, Any]) -> None:
         package = "torch.utils.tensorboard" if find_spec("tensorboard") else "tensorboardX"

@@ -1,8 +1,9 @@
 """Trains from a Python program or a notebook, on one rank or several: what `scmoe.train` does.
 
-One rank trains in the calling process, and so do ranks that torchrun or SLURM has started. Several ranks are started
-from here as `scmoe train` in a process of its own, because the calling program must not run again for each of them, and
-a process that has used CUDA cannot be forked. Its console output is passed on, so that a notebook shows it.
+One rank trains in the calling process, and so do ranks that torchrun or SLURM has started. Several
+ranks are started from here as `scmoe train` in a process of its own, because the calling program
+must not run again for each of them, and a process that has used CUDA cannot be forked. Its console
+output is passed on, so that a notebook shows it.
 """
 
 import json
@@ -24,10 +25,12 @@ OF_A_RANK = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MA
 
 
 def train_from_python(config: Config) -> Path | None:
-    """Train and return the run directory; None on a rank other than 0 that torchrun or SLURM has started.
+    """Train and return the run directory; None on a rank other than 0 that torchrun or SLURM has
+    started.
 
-    Ctrl-C saves a checkpoint and raises KeyboardInterrupt. ConfigError: the configuration cannot run on this machine.
-    RuntimeError: ranks that were started from here have failed; they have said why.
+    Ctrl-C saves a checkpoint and raises KeyboardInterrupt. ConfigError: the configuration cannot
+    run on this machine. RuntimeError: ranks that were started from here have failed; they have said
+    why.
     """
     launched = any(launcher.detect() for launcher in LAUNCHERS.values())
     if config.trainer.devices == 1 or config.trainer.num_nodes > 1 or launched:
@@ -68,13 +71,16 @@ def _train_in_another_process(config: Config) -> dict[str, Any]:
             said = process.stdout.read()
             process.wait()
         except KeyboardInterrupt:
-            process.terminate()  # it saves and ends; a Ctrl-C that it has got as well asks for the same
+            # it saves and ends; a Ctrl-C that it has got as well asks for the same
+            process.terminate()
             process.wait()
             raise
         finally:
             shown.join(timeout=10)
     if process.returncode:
-        raise RuntimeError(f"The training has ended with exit code {process.returncode}. Its output says why.")
+        raise RuntimeError(
+            f"The training has ended with exit code {process.returncode}. Its output says why."
+        )
     return json.loads(said)
 
 

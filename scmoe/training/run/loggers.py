@@ -1,7 +1,7 @@
 """The loggers of a run: metrics.csv, W&B unless it is disabled, TensorBoard if it is wanted.
 
-Once training has started, none ends a run: while the disk is full, rows of metrics.csv are kept in memory; TensorBoard
-and W&B stop with one warning (fault 32).
+Once training has started, none ends a run: while the disk is full, rows of metrics.csv are kept in
+memory; TensorBoard and W&B stop with one warning (fault 32).
 """
 
 import math
@@ -29,14 +29,22 @@ from scmoe.config.leaves import ConfigError, show
 from scmoe.files.writing import read_json, redacted, try_to_write_json, warn_once
 from scmoe.parallel.checkpoint.durable import read_manifest
 from scmoe.training.run.directory import git
-from scmoe.training.run.file_loggers import SafeTensorBoardLogger, csv_logger, rows_of, tensorboard_logger
+from scmoe.training.run.file_loggers import (
+    SafeTensorBoardLogger,
+    csv_logger,
+    rows_of,
+    tensorboard_logger,
+)
 
 HAS_WANDB = True
 WANDB_TROUBLE: tuple[type[Exception], ...] = (OSError,)
 try:
     import wandb
 
-    WANDB_TROUBLE = (wandb.Error, OSError)  # the server refuses or does not answer, or W&B's own process is gone
+    WANDB_TROUBLE = (
+        wandb.Error,
+        OSError,
+    )  # the server refuses or does not answer, or W&B's own process is gone
 except ImportError:  # it is not installed, or an installation is damaged
     HAS_WANDB = False
 
@@ -57,7 +65,10 @@ def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> li
     if wandb_mode(config) != "disabled":
         loggers.append(wandb_logger(run_dir, config))
     elif config.logger.mode == "auto" and not HAS_WANDB:
-        print(f"only metrics.csv is written; W&B needs wandb: {install_command('wandb')}", file=sys.stderr)
+        print(
+            f"only metrics.csv is written; W&B needs wandb: {install_command('wandb')}",
+            file=sys.stderr,
+        )
     if config.logger.tensorboard:
         loggers.append(tensorboard_logger(run_dir, config, resumed_step))
     return loggers
@@ -89,13 +100,17 @@ def has_wandb_key() -> bool:
 
 
 def wandb_mode(config: Config) -> str:
-    """Return logger.mode; for `auto` WANDB_MODE, where it is set, and `disabled` where W&B is not installed.
+    """Return logger.mode; for `auto` WANDB_MODE, where it is set, and `disabled` where W&B is not
+    installed.
 
-    Raises ConfigError for wrong values of W&B's environment variables, and for another mode if W&B is not installed.
+    Raises ConfigError for wrong values of W&B's environment variables, and for another mode if W&B
+    is not installed.
     """
     mode = os.environ.get("WANDB_MODE") or "auto"
     if mode not in (allowed := ("online", "offline", "disabled", "auto")):
-        raise ConfigError(f"WANDB_MODE is {show(mode)}, allowed: {' | '.join(allowed[:3])}, or unset")
+        raise ConfigError(
+            f"WANDB_MODE is {show(mode)}, allowed: {' | '.join(allowed[:3])}, or unset"
+        )
     url = os.environ.get("WANDB_BASE_URL")
     try:
         server = urlparse(url or DEFAULT_SERVER)
@@ -109,7 +124,9 @@ def wandb_mode(config: Config) -> str:
         require(f"logger.mode={mode}", "wandb")
         import_module("wandb")  # raises what is wrong with a damaged installation
     if not whole and mode != "disabled":
-        raise ConfigError(f"WANDB_BASE_URL is {show(url)}, allowed: such as {DEFAULT_SERVER}, or unset")
+        raise ConfigError(
+            f"WANDB_BASE_URL is {show(url)}, allowed: such as {DEFAULT_SERVER}, or unset"
+        )
     return mode
 
 
@@ -129,10 +146,11 @@ def wandb_project(config: Config) -> str:
 
 
 def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
-    """Return the logger of a W&B run, the same one when a training is resumed: its id is kept in the run directory.
+    """Return the logger of a W&B run, the same one when a training is resumed: its id is kept in
+    the run directory.
 
-    The mode `auto` is online if a key is found and the server answers, else offline. Raises ConfigError if W&B cannot
-    start in another mode.
+    The mode `auto` is online if a key is found and the server answers, else offline. Raises
+    ConfigError if W&B cannot start in another mode.
     """
     config = redacted(config)
     mode, logger = wandb_mode(config), config.logger
@@ -140,7 +158,8 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     offline = mode == "offline" or (mode == "auto" and not has_wandb_key())
     resolved: Literal["online", "offline"] = "offline" if offline else "online"
     record = run_dir / "wandb_run.json"
-    # The variables may have changed since, and a sweep decides the id, the project and the entity of its trials.
+    # The variables may have changed since, and a sweep decides the id, the project and the entity
+    # of its trials.
     kept = read_json(record)
     run_id = kept.get("id") or os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
     project = logger.project or kept.get("project") or wandb_project(config)
@@ -152,7 +171,8 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
         init_timeout=INIT_TIMEOUT_S,
         finish_timeout=FINISH_TIMEOUT_S,
         finish_timeout_raises=True,
-        x_disable_meta=redacted(sys.argv) != sys.argv,  # W&B's metadata hold the command line, keys too
+        x_disable_meta=redacted(sys.argv)
+        != sys.argv,  # W&B's metadata hold the command line, keys too
     )
     wandb.setup(settings)  # silent from here on; the messages below are enough
     start = partial(  # where None stands, W&B takes its own variable: WANDB_ENTITY, WANDB_TAGS, ...
@@ -175,11 +195,18 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     except WANDB_TROUBLE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if mode != "auto" or offline:
-            raise ConfigError(f"logger.mode is {resolved}, allowed here: offline | disabled: {reason}") from error
+            raise ConfigError(
+                f"logger.mode is {resolved}, allowed here: offline | disabled: {reason}"
+            ) from error
         print(f"warning: Weights & Biases goes offline: {reason}", file=sys.stderr, flush=True)
         wandb.teardown()  # otherwise its process would see the id as in use
         run = start(mode="offline")
-    kept = {"id": run_id, "project": run.project or project, "entity": run.entity or None, "mode": resolved}
+    kept = {
+        "id": run_id,
+        "project": run.project or project,
+        "entity": run.entity or None,
+        "mode": resolved,
+    }
     try_to_write_json(record, kept)
     run.define_metric(STEP)
     run.define_metric("*", step_metric=STEP, step_sync=True)  # the x axis of every chart
@@ -190,7 +217,8 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
 
 
 class SafeWandbLogger(WandbLogger):
-    """Stops logging with one warning where Lightning's logger would end the training, as when W&B's process dies."""
+    """Stops logging with one warning where Lightning's logger would end the training, as when W&B's
+    process dies."""
 
     lost = False
 
@@ -203,14 +231,17 @@ class SafeWandbLogger(WandbLogger):
         self.attempt(partial(self.keep_best, metrics))
 
     def keep_best(self, metrics: Mapping[str, float]) -> None:
-        """Keep the best values of BEST in the run's summary, each as a number under a name of its own.
+        """Keep the best values of BEST in the run's summary, each as a number under a name of its
+        own.
 
-        W&B's own way, `define_metric(summary="min")`, makes the summary of `val/loss` a mapping, by which W&B can
-        neither sort runs nor choose the best trial of a sweep.
+        W&B's own way, `define_metric(summary="min")`, makes the summary of `val/loss` a mapping, by
+        which W&B can neither sort runs nor choose the best trial of a sweep.
         """
         for name in BEST.keys() & metrics.keys():
             value, before = float(metrics[name]), self.best.get(name)
-            is_better = before is None or (value < before if BEST[name] == "min" else value > before)
+            is_better = before is None or (
+                value < before if BEST[name] == "min" else value > before
+            )
             if is_better and math.isfinite(value):
                 self.best[name] = value
                 self.experiment.summary[f"{name}_{BEST[name]}"] = value
@@ -224,9 +255,13 @@ class SafeWandbLogger(WandbLogger):
             with suppress(Exception):
                 finish()
         else:
-            self.attempt(finish, (Exception,))  # when its process dies, the client raises errors of other kinds
+            self.attempt(
+                finish, (Exception,)
+            )  # when its process dies, the client raises errors of other kinds
 
-    def attempt(self, action: Callable[[], object], trouble: tuple[type[Exception], ...] = WANDB_TROUBLE) -> None:
+    def attempt(
+        self, action: Callable[[], object], trouble: tuple[type[Exception], ...] = WANDB_TROUBLE
+    ) -> None:
         """Do what W&B may refuse; after the first trouble, do nothing any more."""
         if self.lost:
             return
@@ -234,10 +269,16 @@ class SafeWandbLogger(WandbLogger):
             action()
         except trouble as error:
             self.lost = True
-            reason, kept = f"{error} ".splitlines()[0].strip(" ."), Path(self.experiment.settings.sync_dir)
+            reason, kept = (
+                f"{error} ".splitlines()[0].strip(" ."),
+                Path(self.experiment.settings.sync_dir),
+            )
             # as a new run: the rows that have arrived would come twice
             again = f"wandb sync --include-online --id {uuid.uuid4().hex[:8]} {kept}"
-            warn_once(f"Weights & Biases receives nothing more of this run: {reason}; to upload all of it: {again}")
+            warn_once(
+                f"Weights & Biases receives nothing more of this run: {reason}; to upload all of"
+                f" it: {again}"
+            )
 
 
 def of_wandb(loggers: Sequence[Logger]) -> list[SafeWandbLogger]:
@@ -245,7 +286,8 @@ def of_wandb(loggers: Sequence[Logger]) -> list[SafeWandbLogger]:
 
 
 def log_inputs(loggers: Sequence[Logger], config: Config, state: Mapping[str, Any]) -> None:
-    """Tell W&B which data set and tokenizer a training reads, by names and hashes. state: of the datamodule."""
+    """Tell W&B which data set and tokenizer a training reads, by names and hashes. state: of the
+    datamodule."""
     data = redacted(config.data)
     name = str(data.path) if data.name == "hf" else data.name
     inputs = {"dataset": {"name": name, "subset": data.subset, "content": state.get("data")}}
@@ -258,12 +300,15 @@ def log_inputs(loggers: Sequence[Logger], config: Config, state: Mapping[str, An
 
 
 def _log_input(run: Any, kind: str, facts: Mapping[str, Any]) -> None:
-    """Log an artifact that says which data set, or tokenizer, the run reads. It holds these facts and no text."""
+    """Log an artifact that says which data set, or tokenizer, the run reads. It holds these facts
+    and no text."""
     allowed = re.sub(r"[^\w.-]", "-", f"{kind}-{facts['name']}")[:100]
     artifact = wandb.Artifact(allowed, type=kind, metadata=dict(facts))
     path = Path(run.settings.sync_dir, f"{kind}.json")
     try_to_write_json(path, facts)
-    artifact.add_file(str(path), policy="immutable", skip_cache=True)  # equal facts are the same version
+    artifact.add_file(
+        str(path), policy="immutable", skip_cache=True
+    )  # equal facts are the same version
     if run.offline:
         run.log_artifact(artifact)  # an output: only a server can record what a run uses
         return
@@ -283,10 +328,14 @@ def _log_input(run: Any, kind: str, facts: Mapping[str, Any]) -> None:
 
 
 def log_results(
-    loggers: Sequence[Logger], step: int, samples: Sequence[str], load: Path, callbacks: Iterable[object] = ()
+    loggers: Sequence[Logger],
+    step: int,
+    samples: Sequence[str],
+    load: Path,
+    callbacks: Iterable[object] = (),
 ) -> None:
-    """Hand W&B what a run has at its end: the texts that its model has written, the heat map of its experts, and the
-    best checkpoint with its metric."""
+    """Hand W&B what a run has at its end: the texts that its model has written, the heat map of its
+    experts, and the best checkpoint with its metric."""
     for logger in of_wandb(loggers):
         shown: dict[str, Any] = {}
         if samples:
@@ -296,10 +345,20 @@ def log_results(
         for key, value in shown.items():
             logger.attempt(partial(logger.experiment.log, {key: value, STEP: step}), (Exception,))
         for callback in callbacks:
-            # a run that has not validated since it was resumed, and whose best checkpoints are gone, has no score
-            if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_score is not None:
-                best, score = Path(callback.best_model_path), {callback.monitor: callback.best_model_score.item()}
-                logger.attempt(partial(_log_checkpoint, logger.experiment, best, score), (Exception,))
+            # a run that has not validated since it was resumed, and whose best checkpoints are
+            # gone, has no score
+            if (
+                isinstance(callback, ModelCheckpoint)
+                and callback.monitor
+                and callback.best_model_score is not None
+            ):
+                best, score = (
+                    Path(callback.best_model_path),
+                    {callback.monitor: callback.best_model_score.item()},
+                )
+                logger.attempt(
+                    partial(_log_checkpoint, logger.experiment, best, score), (Exception,)
+                )
 
 
 def _log_checkpoint(run: Any, checkpoint: Path, score: Mapping[str, float]) -> None:
@@ -311,7 +370,9 @@ def _log_checkpoint(run: Any, checkpoint: Path, score: Mapping[str, float]) -> N
     artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata=metadata)
     files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
     for path in files:  # immutable, so that W&B makes no copy
-        artifact.add_file(str(path), str(path.relative_to(checkpoint)), policy="immutable", skip_cache=True)
+        artifact.add_file(
+            str(path), str(path.relative_to(checkpoint)), policy="immutable", skip_cache=True
+        )
     logged = run.log_artifact(artifact, aliases=["best"])
     if not run.offline:
         size = sum(path.stat().st_size for path in files)

@@ -1,6 +1,8 @@
-"""Checks a configuration against this machine, before its data is prepared and another process is started.
+"""Checks a configuration against this machine, before its data is prepared and another process is
+started.
 
-What is the same on every machine is checked in config/rules.py. `keep_freed_memory` sets how this process uses memory.
+What is the same on every machine is checked in config/rules.py. `keep_freed_memory` sets how this
+process uses memory.
 """
 
 import ctypes
@@ -14,7 +16,11 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.plugins.environments import ClusterEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.plugins.environments import (
+    ClusterEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 
 from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
@@ -28,9 +34,19 @@ from scmoe.parallel.dense import GIB, memory_in_use, memory_limit
 from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
 from scmoe.training.assembly.trainer import cpu_threads
 
-LAUNCHERS: dict[str, type[ClusterEnvironment]] = {"torchrun": TorchElasticEnvironment, "SLURM": SLURMEnvironment}
-OF_NODE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")  # without a launcher, how the machines of a job find each other
-THREAD_FLOPS, GPU_FLOPS = 1e10, 1e13  # a second, of a CPU thread and of a GPU: less than most of them do
+LAUNCHERS: dict[str, type[ClusterEnvironment]] = {
+    "torchrun": TorchElasticEnvironment,
+    "SLURM": SLURMEnvironment,
+}
+OF_NODE = (
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "NODE_RANK",
+)  # without a launcher, how the machines of a job find each other
+THREAD_FLOPS, GPU_FLOPS = (
+    1e10,
+    1e13,
+)  # a second, of a CPU thread and of a GPU: less than most of them do
 FEW_THREADS = 64  # which any machine can start, however few cores it has
 MEMINFO = Path("/proc/meminfo")
 ROUNDED_UP = 1.005  # so that three digits are not less than the number
@@ -40,20 +56,26 @@ NEVER = 2**31 - 1  # bytes; a C int
 
 
 def is_rank_zero() -> bool:
-    """Return whether this process is, or will be, global rank 0, as its launcher's environment variables say.
+    """Return whether this process is, or will be, global rank 0, as its launcher's environment
+    variables say.
 
-    Where Lightning starts the ranks of several machines, their first processes differ by NODE_RANK alone.
+    Where Lightning starts the ranks of several machines, their first processes differ by NODE_RANK
+    alone.
     """
     node = 0 if "RANK" in os.environ else int(os.environ.get("NODE_RANK", 0))
     return rank_without_trainer() == 0 and node == 0
 
 
 def check_machine(config: Config) -> None:
-    """Raise ConfigError if this machine cannot run the configuration, or not within the limits of memory and time.
+    """Raise ConfigError if this machine cannot run the configuration, or not within the limits of
+    memory and time.
 
     Rank 0 alone checks folders and free memory: they can change while the other ranks start.
     """
-    from scmoe.training.run.loggers import check_wandb_key, wandb_mode  # here: benches run without W&B
+    from scmoe.training.run.loggers import (
+        check_wandb_key,
+        wandb_mode,
+    )  # here: benches run without W&B
 
     wandb_mode(config)
     check_resident(config)
@@ -79,14 +101,18 @@ def check_resident(config: Config) -> None:
 
 
 def _packages(config: Config) -> Refusals:
-    """Check what only other packages know: the arguments of Lightning's Trainer, and whether TensorBoard is here."""
+    """Check what only other packages know: the arguments of Lightning's Trainer, and whether
+    TensorBoard is here."""
     known = inspect.signature(Trainer).parameters
     for name in sorted(config.trainer.extra.keys() - known):
         near = get_close_matches(name, known, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         yield "trainer.extra", f"arguments of Lightning's Trainer; {name} is not one{hint}"
     if config.logger.tensorboard and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
-        yield "logger.tensorboard", "false, as TensorBoard is not installed: " + install_command("tensorboard")
+        yield (
+            "logger.tensorboard",
+            "false, as TensorBoard is not installed: " + install_command("tensorboard"),
+        )
 
 
 def _devices(config: Config) -> Refusals:
@@ -97,7 +123,10 @@ def _devices(config: Config) -> Refusals:
     if (trainer.threads or 1) > most:
         yield "trainer.threads", f"null or at most {most} on this machine"
     if has_gpus(config) and trainer.devices > gpus:
-        yield "trainer.devices", f"at most {gpus}, the GPUs of this machine, or trainer.accelerator=cpu"
+        yield (
+            "trainer.devices",
+            f"at most {gpus}, the GPUs of this machine, or trainer.accelerator=cpu",
+        )
     if has_gpus(config) and config.strategy.reductions == "paced":
         yield "strategy.reductions", "null | ddp on a GPU, whose all-reduces the host cannot pace"
 
@@ -107,18 +136,24 @@ def has_gpus(config: Config) -> bool:
 
 
 def _launcher(config: Config) -> Refusals:
-    """Check that the launcher starts as many ranks as are configured: the others would wait for a missing one."""
+    """Check that the launcher starts as many ranks as are configured: the others would wait for a
+    missing one."""
     trainer = config.trainer
     for name, launcher in LAUNCHERS.items():
         if launcher.detect():
             try:
                 launcher().validate_settings(trainer.devices, trainer.num_nodes)
             except ValueError as error:
-                yield "trainer.devices", f"with trainer.num_nodes, as many ranks as {name} has started: {error}"
+                yield (
+                    "trainer.devices",
+                    f"with trainer.num_nodes, as many ranks as {name} has started: {error}",
+                )
             return
     missing = [name for name in OF_NODE if name not in os.environ]
     if trainer.num_nodes > 1 and missing:
-        alone = f"1, or start it with torchrun or srun, or set {' and '.join(missing)} on every machine"
+        alone = (
+            f"1, or start it with torchrun or srun, or set {' and '.join(missing)} on every machine"
+        )
         yield "trainer.num_nodes", alone
 
 
@@ -132,10 +167,13 @@ def _folders(config: Config) -> Refusals:
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Return why no file could be written below a folder, which need not exist yet; None if one could."""
+    """Return why no file could be written below a folder, which need not exist yet; None if one
+    could."""
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        with tempfile.TemporaryFile(dir=existing):  # the permission bits say nothing to root or on a full disk
+        with tempfile.TemporaryFile(
+            dir=existing
+        ):  # the permission bits say nothing to root or on a full disk
             return None
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         return str(error)
@@ -147,25 +185,34 @@ def check_size(config: Config) -> None:
     job = replace(Job.of(config), on_gpu=gpu)
     if job.dense == "auto":
         job = replace(job, dense="sharded")  # the way that needs least
-    needed = rank_memory(model, job, updated_by_muon(config, model))["total"] / GIB + (0 if gpu else PROCESS_GIB)
+    needed = rank_memory(model, job, updated_by_muon(config, model))["total"] / GIB + (
+        0 if gpu else PROCESS_GIB
+    )
     limit, given = trainer.max_memory_gib or free_gib(config), trainer.max_memory_gib is not None
     if needed > limit:
         room = f"trainer.max_memory_gib is {limit:.3g}" if given else f"{limit:.3g} GiB are free"
         raise ConfigError(
-            f"Not enough memory: a rank needs about {needed:.3g} GiB, {room}. Use more ranks, trainer.recompute=true "
-            f"or a smaller batch; trainer.max_memory_gib={ROUNDED_UP * needed:.3g} starts it anyway."
+            f"Not enough memory: a rank needs about {needed:.3g} GiB, {room}. Use more ranks,"
+            " trainer.recompute=true or a smaller batch;"
+            f" trainer.max_memory_gib={ROUNDED_UP * needed:.3g} starts it anyway."
         )
-    flops = training_flops(forward_flops(model, job.seq_len), job.recompute) * job.samples * job.accumulate
+    flops = (
+        training_flops(forward_flops(model, job.seq_len), job.recompute)
+        * job.samples
+        * job.accumulate
+    )
     seconds = flops / (GPU_FLOPS if gpu else THREAD_FLOPS * cpu_threads(config))
     if seconds > trainer.max_step_s:
         raise ConfigError(
-            f"Not enough time: a step takes about {seconds:.3g} s, trainer.max_step_s is {trainer.max_step_s:g}. Use "
-            f"more ranks, a smaller model or batch; trainer.max_step_s={ROUNDED_UP * seconds:.3g} starts it anyway."
+            f"Not enough time: a step takes about {seconds:.3g} s, trainer.max_step_s is"
+            f" {trainer.max_step_s:g}. Use more ranks, a smaller model or batch;"
+            f" trainer.max_step_s={ROUNDED_UP * seconds:.3g} starts it anyway."
         )
 
 
 def free_gib(config: Config) -> float:
-    """Return a rank's share of what is free: its GPU, or a part of this machine's memory within its container."""
+    """Return a rank's share of what is free: its GPU, or a part of this machine's memory within its
+    container."""
     devices = config.trainer.devices
     if has_gpus(config):
         return min(torch.cuda.get_device_properties(i).total_memory for i in range(devices)) / GIB
@@ -181,11 +228,14 @@ def _free_bytes() -> float:
 
 
 def keep_freed_memory() -> bool:
-    """Let malloc keep all freed memory, so that the next step can use it again. Return False where it cannot.
+    """Let malloc keep all freed memory, so that the next step can use it again. Return False where
+    it cannot.
 
-    glibc returns large blocks to the kernel when they are freed. Every step then gets its activations and gradients as
-    new pages, which the kernel fills with zeros at their first use: 4 to 20 % of a step's time on two CPU ranks
-    (measured with `make bench`).
+    glibc returns large blocks to the kernel when they are freed. Every step then gets its
+    activations and gradients as new pages, which the kernel fills with zeros at their first use: 4
+    to 20 % of a step's time on two CPU ranks (measured with `make bench`).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl and macOS have none
-    return mallopt is not None and all(mallopt(key, NEVER) == 1 for key in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD))
+    return mallopt is not None and all(
+        mallopt(key, NEVER) == 1 for key in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD)
+    )

@@ -1,5 +1,5 @@
-"""What a run prints: its config and its model at the start; at the end its summary, samples of its text, and the
-commands that can follow."""
+"""What a run prints: its config and its model at the start; at the end its summary, samples of its
+text, and the commands that can follow."""
 
 import shlex
 import sys
@@ -34,18 +34,25 @@ from scmoe.training.modules import MoEModule
 from scmoe.training.run.directory import relative
 
 SAMPLES, SAMPLE_TOKENS = 3, 40
-LOADS = ("step_load_max", "rank_load_max", "step_drop", "dead_experts")  # of the steps since the last log
+LOADS = (
+    "step_load_max",
+    "rank_load_max",
+    "step_drop",
+    "dead_experts",
+)  # of the steps since the last log
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Return per kind of module: the number of modules, all parameters, and the parameters that one token uses.
+    """Return per kind of module: the number of modules, all parameters, and the parameters that one
+    token uses.
 
-    Experts count whole, also where this rank holds a shard. Of num_experts a token uses top_k, and others in each
-    further use of the module (DGMoE, DGMoE-Share) as long as there are others.
+    Experts count whole, also where this rank holds a shard. Of num_experts a token uses top_k, and
+    others in each further use of the module (DGMoE, DGMoE-Share) as long as there are others.
     """
     counts: dict[str, tuple[int, int, int]] = {}
     used: dict[nn.Module, float] = {
-        experts: min(1.0, copies / experts.num_experts) for experts, copies in routed_copies(model).items()
+        experts: min(1.0, copies / experts.num_experts)
+        for experts, copies in routed_copies(model).items()
     }
     for kind, module, own in parts(model):
         size = sum(p.numel() for p in own)
@@ -57,7 +64,9 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
 
 
 def total_and_active(counts: Mapping[str, tuple[int, int, int]]) -> tuple[int, int]:
-    return sum(total for _, total, _ in counts.values()), sum(active for _, _, active in counts.values())
+    return sum(total for _, total, _ in counts.values()), sum(
+        active for _, _, active in counts.values()
+    )
 
 
 def model_table(counts: Mapping[str, tuple[int, int, int]]) -> Table:
@@ -81,41 +90,66 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
         rows["validation"] = "none, as trainer.limit_val_batches is 0"
     elif unit == "images":
         rows["validation loss"] = f"{summary['val_loss']:.4f} nats per image"
-        rows["accuracy"] = f"{summary['val_accuracy']:.2%} of the validation images of {summary['data']}"
+        rows["accuracy"] = (
+            f"{summary['val_accuracy']:.2%} of the validation images of {summary['data']}"
+        )
     else:
-        rows["validation loss"] = f"{summary['val_loss']:.4f} nats per token, perplexity {summary['perplexity']:.2f}"
+        rows["validation loss"] = (
+            f"{summary['val_loss']:.4f} nats per token, perplexity {summary['perplexity']:.2f}"
+        )
         rows["bits per byte"] = f"{summary['bits_per_byte']:.4f}"
         if unigram := summary["unigram_bits_per_byte"]:
-            rows["bits per byte"] += f"; unigram {unigram:.4f}, ratio {summary['bits_per_byte'] / unigram:.3f}"
+            rows["bits per byte"] += (
+                f"; unigram {unigram:.4f}, ratio {summary['bits_per_byte'] / unigram:.3f}"
+            )
     rate, tflops = summary[f"{unit}_per_s"], summary["model_tflops"]
-    rows["throughput"] = f"{rate:,.0f} {unit}/s over all ranks" if rate else "not measured: too few steps"
+    rows["throughput"] = (
+        f"{rate:,.0f} {unit}/s over all ranks" if rate else "not measured: too few steps"
+    )
     if rate:
         mfu = f", MFU {summary['mfu']:.1%}" if "mfu" in summary else ""
         rows["model FLOP/s"] = f"{tflops:.3g} TFLOP/s on each device{mfu}"
     if "peak_host_gib" in summary:
-        device = f"; {summary['peak_device_gib']:.2f} GiB of a GPU" if "peak_device_gib" in summary else ""
-        rows["peak memory"] = f"{summary['peak_host_gib']:.2f} GiB of the host{device}, the rank with most"
+        device = (
+            f"; {summary['peak_device_gib']:.2f} GiB of a GPU"
+            if "peak_device_gib" in summary
+            else ""
+        )
+        rows["peak memory"] = (
+            f"{summary['peak_host_gib']:.2f} GiB of the host{device}, the rank with most"
+        )
     if summary["load_max_ratio"] is not None:
-        rows["validation load"] = f"busiest expert {summary['load_max_ratio']:.2f} x the mean, in the worst layer"
+        rows["validation load"] = (
+            f"busiest expert {summary['load_max_ratio']:.2f} x the mean, in the worst layer"
+        )
         rows["validation drops"] = f"{summary['drop_share']:.2%} of routed tokens"
     if summary["step_load_max"] is not None:
         expert, rank = summary["step_load_max"], summary["rank_load_max"]
-        rows["training load"] = f"busiest expert {expert:.2f} x the mean, busiest rank {rank:.2f}, in the last steps"
+        rows["training load"] = (
+            f"busiest expert {expert:.2f} x the mean, busiest rank {rank:.2f}, in the last steps"
+        )
         if summary["step_drop"] is not None:
-            rows["training drops"] = f"{summary['step_drop']:.2%} of routed tokens, in the last steps"
+            rows["training drops"] = (
+                f"{summary['step_drop']:.2%} of routed tokens, in the last steps"
+            )
     if summary["skipped"]:
-        rows["skipped"] = f"{summary['skipped']:,} times a file that cannot be read (data.on_error=skip)"
+        rows["skipped"] = (
+            f"{summary['skipped']:,} times a file that cannot be read (data.on_error=skip)"
+        )
     rows["run directory"] = str(summary["run_dir"])
     for name, value in rows.items():
         table.add_row(Text(name, style="bold"), Text(value, overflow="fold"))
     for text in samples:
-        table.add_row(Text("sample", style="bold"), Text(" ".join(text.split()), overflow="ellipsis", no_wrap=True))
+        table.add_row(
+            Text("sample", style="bold"),
+            Text(" ".join(text.split()), overflow="ellipsis", no_wrap=True),
+        )
     return Panel(table, title="run finished", title_align="left")
 
 
 def print_start(config: Config, run_dir: Path, checkpoint: Path | None) -> None:
-    """Print what differs from the default configuration, the model, and the checkpoint that a resumed run continues
-    from."""
+    """Print what differs from the default configuration, the model, and the checkpoint that a
+    resumed run continues from."""
     out, run = console(), relative(run_dir)
     title = f"config of {run}, where it is not the default; {run}/config.yaml has all of it:"
     out.print(title, changes_to_yaml(config), sep="\n", soft_wrap=True, markup=False)
@@ -125,22 +159,31 @@ def print_start(config: Config, run_dir: Path, checkpoint: Path | None) -> None:
 
 
 def console() -> Console:
-    """Return a console on standard error, as standard output is JSON: as wide as the terminal, or 100 columns."""
+    """Return a console on standard error, as standard output is JSON: as wide as the terminal, or
+    100 columns."""
     terminal = Console(stderr=True, highlight=False)
     return terminal if terminal.is_terminal else Console(stderr=True, highlight=False, width=100)
 
 
 def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -> dict[str, Any]:
-    """Return the numbers of the summary, validating first if the last step was not. Every rank must call it.
+    """Return the numbers of the summary, validating first if the last step was not. Every rank must
+    call it.
 
-    What only a validation finds is None in a run without one (trainer.limit_val_batches=0). The bits of the unigram are
-    those of the whole split: None where a validation reads a part of it.
+    What only a validation finds is None in a run without one (trainer.limit_val_batches=0). The
+    bits of the unigram are those of the whole split: None where a validation reads a part of it.
     """
-    steps, of_training = trainer.global_step, dict(trainer.callback_metrics)  # the validation below removes these
+    steps, of_training = (
+        trainer.global_step,
+        dict(trainer.callback_metrics),
+    )  # the validation below removes these
     if module.validated_step != steps and trainer.limit_val_batches != 0:
-        count_steps_from(trainer, steps - 1)  # the row is that of the last step, which is counted from 0
+        count_steps_from(
+            trainer, steps - 1
+        )  # the row is that of the last step, which is counted from 0
         trainer.validate(module, data, verbose=False)
-    metrics = {name: float(value) for name, value in (of_training | trainer.callback_metrics).items()}
+    metrics = {
+        name: float(value) for name, value in (of_training | trainer.callback_metrics).items()
+    }
     total, active = total_and_active(count_parameters(module.model))
     callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
     throughput = next(c for c in callbacks if isinstance(c, Throughput))
@@ -153,7 +196,11 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
     else:  # a token of an image is a patch; it has no perplexity and no bytes of text
         unigram, tokens = None, getattr(getattr(module.model, "patches", None), "num_patches", 0)
         name = getattr(data, "name", type(data).__name__)
-        of_images = {"val_accuracy": metrics.get("val/accuracy"), "data": name, "images_per_s": rate}
+        of_images = {
+            "val_accuracy": metrics.get("val/accuracy"),
+            "data": name,
+            "images_per_s": rate,
+        }
     return {
         "val_loss": metrics.get("val/loss"),
         "perplexity": metrics.get("val/perplexity"),
@@ -170,37 +217,52 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         "drop_share": metrics.get("val/drop_share"),
         "load_max_ratio": metrics.get("val/load_max"),
         **{name: metrics.get(f"moe/{name}") for name in LOADS},
-        "skipped": len(data.skipped) + sum(c.total(module) for c in callbacks if isinstance(c, SkippedImages)),
+        "skipped": (
+            len(data.skipped)
+            + sum(c.total(module) for c in callbacks if isinstance(c, SkippedImages))
+        ),
         **of_images,
     }
 
 
 def sample_text(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -> list[str]:
-    """Return a few short texts that the model generates; none for images. Every rank must call it: all have experts."""
-    if not isinstance(data, TextDataModule) or not isinstance(module.model, Decoder) or module.model.max_seq_len < 2:
+    """Return a few short texts that the model generates; none for images. Every rank must call it:
+    all have experts."""
+    if (
+        not isinstance(data, TextDataModule)
+        or not isinstance(module.model, Decoder)
+        or module.model.max_seq_len < 2
+    ):
         return []
     model, end = module.to(trainer.strategy.root_device).eval().model, data.tokenizer.end_of_text
     stopping = Stopping(min(SAMPLE_TOKENS, model.max_seq_len - 1), decode=data.tokenizer.decode)
-    eager = torch.compiler.set_stance("force_eager")  # torch would compile again for each length of the text
+    eager = torch.compiler.set_stance(
+        "force_eager"
+    )  # torch would compile again for each length of the text
     with trainer.precision_plugin.val_step_context(), eager:
         return [stopping.text(ids) for ids, _ in generate(model, [[end]] * SAMPLES, stopping)]
 
 
 def say_done(run_dir: Path, summary: dict[str, Any], config: Config) -> dict[str, Any]:
     more = resume_command(run_dir, summary["steps"], config)
-    print(f"nothing to do: all {summary['steps']} steps are done; for more: {more}", file=sys.stderr)
+    print(
+        f"nothing to do: all {summary['steps']} steps are done; for more: {more}", file=sys.stderr
+    )
     return summary
 
 
 def resume_command(run_dir: Path, steps: int, config: Config) -> str:
-    """Return the command that trains further. A run that ended before its last step keeps its number of steps."""
+    """Return the command that trains further. A run that ended before its last step keeps its
+    number of steps."""
     more = [f"trainer.max_steps={2 * steps}"] if steps >= config.trainer.max_steps else []
     if config.trainer.limit_train_batches is not None:
         more.append("trainer.limit_train_batches=null")
     return scmoe("resume", relative(run_dir), *more, *words(config.extensions, config.callbacks))
 
 
-def print_summary(run_dir: Path, summary: Mapping[str, Any], samples: list[str], config: Config) -> None:
+def print_summary(
+    run_dir: Path, summary: Mapping[str, Any], samples: list[str], config: Config
+) -> None:
     """Print the summary's panel, and the commands that can follow, ready to copy."""
     run, out = relative(run_dir), console()
     out.print(summary_panel(summary, samples))

@@ -1,9 +1,11 @@
-"""Reads a run back: which checkpoint, the configuration of its weights, and what may change when it is resumed.
+"""Reads a run back: which checkpoint, the configuration of its weights, and what may change when it
+is resumed.
 
     config.yaml                 how the run began; it never changes
     config-from-20.yaml         how it was resumed from step 20
 
-Every checkpoint holds the configuration with which it was written, so no edited file can misdescribe its weights.
+Every checkpoint holds the configuration with which it was written, so no edited file can
+misdescribe its weights.
 """
 
 import re
@@ -21,29 +23,44 @@ from scmoe.config.load import load_text, parse_yaml, read_text
 from scmoe.config.registry import named, words
 from scmoe.config.rules import last_step
 from scmoe.files.writing import read_json
-from scmoe.parallel.checkpoint.durable import UNREAD, BrokenCheckpoint, checkpoints, newest_good, read_manifest, verify
+from scmoe.parallel.checkpoint.durable import (
+    UNREAD,
+    BrokenCheckpoint,
+    checkpoints,
+    newest_good,
+    read_manifest,
+    verify,
+)
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.training.assembly.data import kept_tokenizer
 from scmoe.training.run.directory import relative, why_no_checkpoint
 
-REFUSED_SINCE = ("strategy.wire_dtype=null",)  # where it has no effect, earlier versions accepted it
+REFUSED_SINCE = (
+    "strategy.wire_dtype=null",
+)  # where it has no effect, earlier versions accepted it
 STEP = re.compile(r"(--)?step=")
 Which = Literal["last", "best"]
 # Everything else makes another model or another experiment.
 MAY_CHANGE = (
     *("trainer.", "strategy.", "schedule.", "offload.", "analysis.", "logger."),
-    *("data.path", "data.tokenizer", "data.workers", "data.cache_dir"),  # the data module checks the content
+    *(
+        "data.path",
+        "data.tokenizer",
+        "data.workers",
+        "data.cache_dir",
+    ),  # the data module checks the content
     *("extensions", "callbacks"),
 )
-# A training that goes on keeps these: they decide which samples come next, and Lightning counts batches.
+# A training that goes on keeps these: they decide which samples come next, and Lightning counts
+# batches.
 MUST_STAY = ("trainer.overfit_batches", "trainer.accumulate")
 
 
 def find_checkpoint(run_dir: Path, which: Which = "last", share: slice = slice(None)) -> Path:
     """Return the run's checkpoint of the latest step, or the one with the best validation.
 
-    share: which of its files are read, as in `verify`; of others only the size is compared. Raises ConfigError for a
-    run that has no such checkpoint.
+    share: which of its files are read, as in `verify`; of others only the size is compared. Raises
+    ConfigError for a run that has no such checkpoint.
     """
     folder = run_dir / "checkpoints"
     try:
@@ -54,7 +71,8 @@ def find_checkpoint(run_dir: Path, which: Which = "last", share: slice = slice(N
 
 
 def best_checkpoint(newest: Path, folder: Path, share: slice = slice(None)) -> Path:
-    """Return the whole checkpoint with the best validation. The newest one knows the scores of all that are kept.
+    """Return the whole checkpoint with the best validation. The newest one knows the scores of all
+    that are kept.
 
     share: as in `verify`. FileNotFoundError: there is none.
     """
@@ -62,7 +80,10 @@ def best_checkpoint(newest: Path, folder: Path, share: slice = slice(None)) -> P
     for name, state in read_meta(newest).get("callbacks", {}).items():
         if name.startswith("ModelCheckpoint") and state.get("monitor"):
             sign = 1 if "'mode': 'max'" in name else -1
-            scores = {Path(path).name: sign * float(score) for path, score in state["best_k_models"].items()}
+            scores = {
+                Path(path).name: sign * float(score)
+                for path, score in state["best_k_models"].items()
+            }
     for name in sorted(scores, key=scores.__getitem__, reverse=True):
         try:
             verify(folder / name, share)
@@ -74,7 +95,8 @@ def best_checkpoint(newest: Path, folder: Path, share: slice = slice(None)) -> P
 
 
 def checkpoint_of(run_dir: Path, step: int) -> Path:
-    """Return the checkpoint of this step, of which names and sizes are right. ConfigError: there is none."""
+    """Return the checkpoint of this step, of which names and sizes are right. ConfigError: there is
+    none."""
     steps: dict[int, Path] = {}
     for path in checkpoints(run_dir / "checkpoints"):
         with suppress(BrokenCheckpoint):
@@ -85,16 +107,23 @@ def checkpoint_of(run_dir: Path, step: int) -> Path:
     try:
         verify(steps[step], UNREAD)
     except BrokenCheckpoint as error:
-        raise ConfigError(f"The checkpoint of step {step} is damaged: {error}. Give another step.") from error
+        raise ConfigError(
+            f"The checkpoint of step {step} is damaged: {error}. Give another step."
+        ) from error
     return steps[step]
 
 
 def set_aside_later(run_dir: Path, step: int) -> None:
-    """Move checkpoints and configurations after this step to set-aside/ of the run: these steps are done again.
+    """Move checkpoints and configurations after this step to set-aside/ of the run: these steps are
+    done again.
 
     Otherwise the next resumption would take one of them as the newest.
     """
-    later = [path for path in run_dir.glob("config-from-*.yaml") if int(path.stem.rpartition("-")[2]) > step]
+    later = [
+        path
+        for path in run_dir.glob("config-from-*.yaml")
+        if int(path.stem.rpartition("-")[2]) > step
+    ]
     for path in checkpoints(run_dir / "checkpoints"):
         with suppress(BrokenCheckpoint):
             if read_manifest(path)["step"] > step:
@@ -112,7 +141,8 @@ def set_aside(run_dir: Path, paths: Sequence[Path]) -> None:
 
 
 def step_of(words: Sequence[str]) -> tuple[int | None, list[str]]:
-    """Split `step=N` from the overrides of a resumption; None without it. ConfigError: N is no number of steps."""
+    """Split `step=N` from the overrides of a resumption; None without it. ConfigError: N is no
+    number of steps."""
     given = [word.removeprefix("--").removeprefix("step=") for word in words if STEP.match(word)]
     if given and not given[-1].isdecimal():
         raise ConfigError(f"command line: step is {show(given[-1])}, allowed: a number of steps")
@@ -120,12 +150,14 @@ def step_of(words: Sequence[str]) -> tuple[int | None, list[str]]:
 
 
 def config_of(run_dir: Path, checkpoint: Path, overrides: Sequence[str] = ()) -> Config:
-    """Return the configuration with which a checkpoint was written, without its callbacks and REFUSED_SINCE."""
+    """Return the configuration with which a checkpoint was written, without its callbacks and
+    REFUSED_SINCE."""
     return load_text(*config_text(run_dir, checkpoint), [*REFUSED_SINCE, *overrides])
 
 
 def config_text(run_dir: Path, checkpoint: Path) -> tuple[str, str]:
-    """Return the text in a checkpoint and where it is from; a checkpoint of an older version has its run's only."""
+    """Return the text in a checkpoint and where it is from; a checkpoint of an older version has
+    its run's only."""
     text = read_meta(checkpoint).get("config")
     if text is None:
         path = run_dir / "config.yaml"
@@ -134,25 +166,35 @@ def config_text(run_dir: Path, checkpoint: Path) -> tuple[str, str]:
 
 
 class Resumed(NamedTuple):
-    """A run that goes on. step: the one that was asked for, and later ones are set aside; None: the newest."""
+    """A run that goes on. step: the one that was asked for, and later ones are set aside; None: the
+    newest."""
 
     run_dir: Path
     checkpoint: Path
     step: int | None
 
 
-def resumption(run_dir: Path, overrides: Sequence[str], step: int | None = None) -> tuple[Config, Resumed]:
-    """Return the configuration of a run that goes on from its last checkpoint, or from that of a step. Nothing is
-    written. Of its files only names and sizes are verified: every rank does this, and reads its share of them later.
+def resumption(
+    run_dir: Path, overrides: Sequence[str], step: int | None = None
+) -> tuple[Config, Resumed]:
+    """Return the configuration of a run that goes on from its last checkpoint, or from that of a
+    step. Nothing is written. Of its files only names and sizes are verified: every rank does this,
+    and reads its share of them later.
 
-    Raises ConfigError for a run without such a checkpoint, for a setting that would make another model or experiment,
-    and for fewer steps than are done.
+    Raises ConfigError for a run without such a checkpoint, for a setting that would make another
+    model or experiment, and for fewer steps than are done.
     """
-    checkpoint = find_checkpoint(run_dir, share=UNREAD) if step is None else checkpoint_of(run_dir, step)
+    checkpoint = (
+        find_checkpoint(run_dir, share=UNREAD) if step is None else checkpoint_of(run_dir, step)
+    )
     done = read_manifest(checkpoint)["step"]
     was = config_of(run_dir, checkpoint, named(overrides))
-    earlier = record_of(run_dir, done)  # the run was resumed from here before, and saved no later checkpoint
-    text, source = (read_text(earlier), str(earlier)) if earlier.exists() else config_text(run_dir, checkpoint)
+    earlier = record_of(
+        run_dir, done
+    )  # the run was resumed from here before, and saved no later checkpoint
+    text, source = (
+        (read_text(earlier), str(earlier)) if earlier.exists() else config_text(run_dir, checkpoint)
+    )
     config = load_text(text, source, overrides)
     refuse_kept_callbacks(text, source, overrides)
     refuse_other_model(config, was, checkpoint, MUST_STAY)
@@ -165,24 +207,32 @@ def resumption(run_dir: Path, overrides: Sequence[str], step: int | None = None)
 
 
 def refuse_kept_callbacks(text: str, source: str, overrides: Sequence[str]) -> None:
-    """Raise ConfigError if the run had callbacks and the command names none: a kept configuration runs no code."""
+    """Raise ConfigError if the run had callbacks and the command names none: a kept configuration
+    runs no code."""
     kept = parse_yaml(text, source).get("callbacks")
     if kept and not named(overrides, "callbacks"):
         raise ConfigError(
-            f"{source}: callbacks is {show(kept)}, but the configuration in a run runs no callback; "
-            f"add {' '.join(words((), kept))} to the command, or callbacks={{}} to go on without"
+            f"{source}: callbacks is {show(kept)}, but the configuration in a run runs no callback;"
+            f" add {' '.join(words((), kept))} to the command, or callbacks={{}} to go on without"
         )
 
 
-def refuse_other_model(config: Config, was: Config, checkpoint: Path, must_stay: Sequence[str] = ()) -> None:
-    """Raise ConfigError for the first key that makes another model or experiment than the checkpoint's."""
+def refuse_other_model(
+    config: Config, was: Config, checkpoint: Path, must_stay: Sequence[str] = ()
+) -> None:
+    """Raise ConfigError for the first key that makes another model or experiment than the
+    checkpoint's."""
     here, there = flatten(config), flatten(was)
     key = "data.tokenizer"
-    if here[key] != there[key] and kept_tokenizer(checkpoint) is None:  # nothing to compare another one with
+    if (
+        here[key] != there[key] and kept_tokenizer(checkpoint) is None
+    ):  # nothing to compare another one with
         must_stay = (*must_stay, key)
     for key, value in there.items():
         if here[key] != value and (key in must_stay or not key.startswith(MAY_CHANGE)):
-            raise ConfigError(f"{key} is {show(here[key])}, allowed: {show(value)}, as in {checkpoint}")
+            raise ConfigError(
+                f"{key} is {show(here[key])}, allowed: {show(value)}, as in {checkpoint}"
+            )
 
 
 def record_of(run_dir: Path, step: int) -> Path:
@@ -191,7 +241,8 @@ def record_of(run_dir: Path, step: int) -> Path:
 
 
 def summary_if_done(run: Resumed, config: Config) -> dict[str, Any] | None:
-    """Return the summary of a run that has done all its steps; None where steps or the summary are missing."""
+    """Return the summary of a run that has done all its steps; None where steps or the summary are
+    missing."""
     summary = read_json(run.run_dir / "summary.json")
     is_done = summary.get("steps") == last_step(config) <= read_manifest(run.checkpoint)["step"]
     return summary if is_done and run.step is None else None

@@ -23,20 +23,50 @@ from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, rea
 from scmoe.training.assembly.data import build_datamodule, prepare_data
 from scmoe.training.assembly.model import build_model_on_meta, build_module, initial_weights
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
-from scmoe.training.run.directory import create_run_dir, refuse_running, relative, show_life, write_config, write_state
-from scmoe.training.run.loggers import build_loggers, close_loggers, describe, log_inputs, log_results
+from scmoe.training.run.directory import (
+    create_run_dir,
+    refuse_running,
+    relative,
+    show_life,
+    write_config,
+    write_state,
+)
+from scmoe.training.run.loggers import (
+    build_loggers,
+    close_loggers,
+    describe,
+    log_inputs,
+    log_results,
+)
 from scmoe.training.run.machine import check_machine, is_rank_zero, keep_freed_memory
-from scmoe.training.run.printout import console, print_start, print_summary, sample_text, say_done, summarise
-from scmoe.training.run.resume import Resumed, record_of, set_aside, set_aside_later, summary_if_done
+from scmoe.training.run.printout import (
+    console,
+    print_start,
+    print_summary,
+    sample_text,
+    say_done,
+    summarise,
+)
+from scmoe.training.run.resume import (
+    Resumed,
+    record_of,
+    set_aside,
+    set_aside_later,
+    summary_if_done,
+)
 
 
 def train(
-    config: Config, overrides: Sequence[str] = (), resumed: Resumed | None = None, quiet: bool = False
+    config: Config,
+    overrides: Sequence[str] = (),
+    resumed: Resumed | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any] | None:
-    """Train and return the summary, which is also in the run directory; return None on ranks other than 0.
+    """Train and return the summary, which is also in the run directory; return None on ranks other
+    than 0.
 
-    resumed: the run to continue; None starts a new run. A run that is done is not touched. quiet: print neither the
-    config nor the summary, as where the run directory will not be kept.
+    resumed: the run to continue; None starts a new run. A run that is done is not touched. quiet:
+    print neither the config nor the summary, as where the run directory will not be kept.
     """
     config = shortened(config)
     if resumed is not None:
@@ -49,7 +79,9 @@ def train(
     keep_freed_memory()
     seed_everything(config)
     data = build_datamodule(config)
-    weights = replace(config, init_from=None) if resumed is not None else config  # a checkpoint has weights of its own
+    weights = (
+        replace(config, init_from=None) if resumed is not None else config
+    )  # a checkpoint has weights of its own
     if is_rank_zero():
         prepare(weights, data)
     with open_run(config, overrides, resumed, quiet) as (directory, loggers):
@@ -64,7 +96,10 @@ def train(
         except BrokenCheckpoint as error:  # its content; names and sizes were verified before
             if directory is not None and resumed is not None:
                 set_aside(directory, [resumed.checkpoint])
-                error.add_note("the damaged checkpoint is set aside: resume again to go on from the one before it")
+                error.add_note(
+                    "the damaged checkpoint is set aside: resume again to go on from the one"
+                    " before it"
+                )
             raise
         summary = summarise(trainer, module, data)
         if directory is not None:
@@ -82,7 +117,8 @@ def train(
 
 
 def prepare(config: Config, data: PositionedDataModule) -> None:
-    """Prepare the data before other ranks are started. ConfigError: they, or what init_from names, cannot be used."""
+    """Prepare the data before other ranks are started. ConfigError: they, or what init_from names,
+    cannot be used."""
     kind, _, path = (config.init_from or "").partition(":")
     if kind:
         initial_weights(config, build_model_on_meta(config))  # its checks, before data is prepared
@@ -95,11 +131,13 @@ def prepare(config: Config, data: PositionedDataModule) -> None:
 def open_run(
     config: Config, overrides: Sequence[str], resumed: Resumed | None, quiet: bool = False
 ) -> Iterator[tuple[Path | None, list[Logger]]]:
-    """Open the run and print what it will do, unless quiet; on exit, close its loggers and write its last state.
+    """Open the run and print what it will do, unless quiet; on exit, close its loggers and write
+    its last state.
 
-    It yields the directory and the loggers; on ranks other than 0, None and none.
-    resumed: the run to continue, whose config.yaml stays as the run began; None creates a directory.
-    The last state is `finished`, `cut` where the Strategy was asked to stop and has saved (SystemExit), else `failed`.
+    It yields the directory and the loggers; on ranks other than 0, None and none. resumed: the run
+    to continue, whose config.yaml stays as the run began; None creates a directory. The last state
+    is `finished`, `cut` where the Strategy was asked to stop and has saved (SystemExit), else
+    `failed`.
     """
     if not is_rank_zero():
         yield None, []
@@ -108,7 +146,11 @@ def open_run(
     if resumed is None:
         run_dir = create_run_dir(Path(config.runs_dir), config.name, overrides, to_yaml(kept))
     else:
-        run_dir, checkpoint, step = resumed.run_dir, resumed.checkpoint, read_manifest(resumed.checkpoint)["step"]
+        run_dir, checkpoint, step = (
+            resumed.run_dir,
+            resumed.checkpoint,
+            read_manifest(resumed.checkpoint)["step"],
+        )
         write_config(record_of(run_dir, step), to_yaml(kept))
     loggers: list[Logger] = []
     state = "failed"
@@ -147,12 +189,18 @@ def doubts(config: Config, data: PositionedDataModule) -> Iterator[str]:
     """Yield what a user has hardly meant, although it can be run."""
     warmup, steps = config.optim.warmup_steps, config.trainer.max_steps
     if warmup > steps and not config.trainer.fast_dev_run:
-        yield f"optim.warmup_steps is {warmup} and trainer.max_steps {steps}: the rate never reaches optim.lr"
+        yield (
+            f"optim.warmup_steps is {warmup} and trainer.max_steps {steps}: the rate never reaches"
+            " optim.lr"
+        )
     if isinstance(data, TextDataModule) and data.tokenizer_kind == "bpe":
         found = data.tokenizer.vocab_size
         if found < data.vocab_size:
             unused = f"the last {data.vocab_size - found} rows of the embedding are never trained"
-            yield f"data.vocab_size is {data.vocab_size}, but this text gives a tokenizer of {found} tokens: {unused}"
+            yield (
+                f"data.vocab_size is {data.vocab_size}, but this text gives a tokenizer of {found}"
+                f" tokens: {unused}"
+            )
 
 
 def silence_lightning() -> None:
@@ -160,9 +208,11 @@ def silence_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
-        ".*does not have many workers.*",  # tokens come from a memory map: workers would only cost memory
+        # tokens come from a memory map: workers would only cost memory
+        ".*does not have many workers.*",
         ".*dataloader is not resumable.*",  # it is: the sampler starts at the datamodule's position
-        ".*recommended to use `self.log.*sync_dist=True.*",  # these values are already equal on all ranks
+        # these values are already equal on all ranks
+        ".*recommended to use `self.log.*sync_dist=True.*",
         ".*isinstance.treespec, LeafSpec.*",  # a deprecation in torch that only Lightning can fix
         ".*is not empty.*",  # the directories of a resumed run
         ".*number of.*batches.*logging interval.*",

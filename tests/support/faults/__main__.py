@@ -8,12 +8,17 @@ from cyclopts import App
 Dense = Literal["replicated", "sharded"]
 main = App(
     name="faults",
-    help="Break checkpoints on purpose, count what survives (faults 1-10 of docs/faults.md). Standard output is JSON.",
+    help=(
+        "Break checkpoints on purpose, count what survives (faults 1-10 of docs/faults.md)."
+        " Standard output is JSON."
+    ),
 )
 
 
 @main.command
-def kill(*, points: int | Literal["all"] = "all", random: int = 0, dense: Dense = "replicated") -> None:
+def kill(
+    *, points: int | Literal["all"] = "all", random: int = 0, dense: Dense = "replicated"
+) -> None:
     """SIGKILL to rank 0, the last rank or all during a save.
 
     Args:

@@ -1,8 +1,10 @@
-"""Checkpoints are damaged: ranks are killed at every file operation of a save that overwrites one, or one bit changes.
+"""Checkpoints are damaged: ranks are killed at every file operation of a save that overwrites one,
+or one bit changes.
 
-A killed save, in the foreground or background, must leave the old checkpoint or the new one whole. Every reader must
-refuse a checkpoint of which a bit has changed. Left out: loss of power (what fsync has promised counts as kept), and
-kills within one write, which only kills at random times can meet.
+A killed save, in the foreground or background, must leave the old checkpoint or the new one whole.
+Every reader must refuse a checkpoint of which a bit has changed. Left out: loss of power (what
+fsync has promised counts as kept), and kills within one write, which only kills at random times can
+meet.
 """
 
 import os
@@ -38,7 +40,9 @@ def at_each_operation(act: Callable[[str], None]) -> None:
     """
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        changes = event in CHANGES or (event == "open" and isinstance(args[2], int) and args[2] & WRITING)
+        changes = event in CHANGES or (
+            event == "open" and isinstance(args[2], int) and args[2] & WRITING
+        )
         if changes and not isinstance(args[0], int):
             act(f"{event} {os.fsdecode(args[0])}")
 
@@ -67,8 +71,10 @@ def save_over(
     steps: Sequence[int] = (OLD, NEW),
     dense: str = "replicated",
 ) -> dict[str, Any]:
-    """Save each of the steps over the one before, and kill the victim ("first", "last" or "all" ranks) at an operation
-    of the last save, or some seconds after its start. Returns a surviving rank's file operations and its seconds."""
+    """Save each of the steps over the one before, and kill the victim ("first", "last" or "all"
+    ranks) at an operation of the last save, or some seconds after its start. Returns a surviving
+    rank's file operations and its seconds.
+    """
     trainer = tiny_run.one_step(world_size, folder, *WAYS[dense])
     pids = folder / "pids"
     pids.mkdir(parents=True, exist_ok=True)
@@ -92,7 +98,9 @@ def save_over(
     if is_victim:
         at_each_operation(note)
     if after_s is not None and (victim == "all" or is_victim):
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the kernel ends the process, whatever it is doing
+        signal.signal(
+            signal.SIGALRM, signal.SIG_DFL
+        )  # the kernel ends the process, whatever it is doing
         signal.setitimer(signal.ITIMER_REAL, after_s)
     start = time.monotonic()
     tiny_run.save_marked(trainer, folder / "checkpoints" / LAST, last, background)
@@ -112,7 +120,8 @@ def killed(folder: Path, victim: str, background: bool = False, **when: Any) -> 
 
 
 def inspect(rank: int, world_size: int, folders: list[Path]) -> list[dict[str, int]]:
-    """Return what a new process finds of each checkpoint: 1 if lost, 1 if it mixes steps, the number of leftovers."""
+    """Return what a new process finds of each checkpoint: 1 if lost, 1 if it mixes steps, the
+    number of leftovers."""
     trainer = tiny_run.one_step(world_size, folders[0].parent / "inspect")
     found = []
     for folder in folders:
@@ -125,19 +134,30 @@ def inspect(rank: int, world_size: int, folders: list[Path]) -> list[dict[str, i
         except (FileNotFoundError, durable.BrokenCheckpoint):
             lost = True
         else:
-            steps = {float(value) for t in tiny_run.tensors(trainer).values() for value in t.unique()}
+            steps = {
+                float(value) for t in tiny_run.tensors(trainer).values() for value in t.unique()
+            }
             mixed = steps not in ({OLD}, {NEW}) or steps != {durable.verify(path)}
-        found.append({"lost": int(lost), "mixed": int(mixed), "leftovers": len(os.listdir(folder)) - 1})
+        found.append(
+            {"lost": int(lost), "mixed": int(mixed), "leftovers": len(os.listdir(folder)) - 1}
+        )
     return found
 
 
 def kill(points: int | None = None, random: int = 0, dense: str = "replicated") -> dict[str, int]:
-    """Kill saves and inspect what is left. The options are those of the command `kill`; points None: all."""
+    """Kill saves and inspect what is left. The options are those of the command `kill`; points
+    None: all."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         kills: list[tuple[str, dict[str, Any]]] = []
         for background, victim in product((False, True), ("first", "last")):
-            ranks = run_ranks(partial(save_over, dense=dense), 2, root / f"{victim}-{background}", victim, background)
+            ranks = run_ranks(
+                partial(save_over, dense=dense),
+                2,
+                root / f"{victim}-{background}",
+                victim,
+                background,
+            )
             record = ranks[0 if victim == "first" else -1]
             operations = tiny_run.spread(range(len(record["operations"])), points)
             for who in (victim, "all") if victim == "first" else (victim,):
@@ -152,7 +172,9 @@ def kill(points: int | None = None, random: int = 0, dense: str = "replicated") 
         for i, (who, when) in enumerate(tiny_run.progress(kills, "killing")):
             died = killed(root / str(i), who, **when, dense=dense)
             if "operation" in when and not died:
-                raise RuntimeError(f"{who} survived operation {when['operation']}: operations differ between saves")
+                raise RuntimeError(
+                    f"{who} survived operation {when['operation']}: operations differ between saves"
+                )
             deaths += died
             folders.append(root / str(i) / "checkpoints")
         (found,) = run_ranks(inspect, 1, folders)
@@ -161,7 +183,9 @@ def kill(points: int | None = None, random: int = 0, dense: str = "replicated") 
 
 
 def write_old(rank: int, world_size: int, folder: Path, dense: str = "replicated") -> None:
-    tiny_run.save_marked(tiny_run.one_step(world_size, folder, *WAYS[dense]), folder / "checkpoints" / LAST, OLD)
+    tiny_run.save_marked(
+        tiny_run.one_step(world_size, folder, *WAYS[dense]), folder / "checkpoints" / LAST, OLD
+    )
 
 
 def flip(count: int, dense: str = "replicated") -> dict[str, int]:

@@ -1,8 +1,9 @@
-"""Checkpoints are restored: by a run that was interrupted, or in another layout (faults 8, 9 and 71).
+"""Checkpoints are restored: by a run that was interrupted, or in another layout (faults 8, 9 and
+71).
 
-A run that is interrupted at a step and resumed must end bit-identical to the run that was not. Of a checkpoint that is
-loaded in another layout, every tensor must be equal. A layout is a number of ranks, an EP degree, and where dense
-weights are (strategy.dense).
+A run that is interrupted at a step and resumed must end bit-identical to the run that was not. Of a
+checkpoint that is loaded in another layout, every tensor must be equal. A layout is a number of
+ranks, an EP degree, and where dense weights are (strategy.dense).
 """
 
 import os
@@ -26,11 +27,16 @@ RESUME_STEPS = 6
 def run(
     rank: int, world_size: int, workers: int, dense: str, folder: Path, resume_from: list[Path]
 ) -> list[dict[str, Any]]:
-    """Return how a run ends, or runs that resume from checkpoints: tensors, learning rate, position in the data.
+    """Return how a run ends, or runs that resume from checkpoints: tensors, learning rate, position
+    in the data.
 
     They validate after every step, which restarts data loaders in between.
     """
-    steps = "trainer.accumulate=2", f"trainer.max_steps={RESUME_STEPS}", "trainer.checkpoint_every=1"
+    steps = (
+        "trainer.accumulate=2",
+        f"trainer.max_steps={RESUME_STEPS}",
+        "trainer.checkpoint_every=1",
+    )
     validation = "trainer.val_every=1", "data.val_sequences=16"
     ranks = f"data.workers={workers}", f"strategy.ep_size={world_size}", *WAYS[dense]
     config = tiny_run.tiny(world_size, *steps, *validation, *ranks)
@@ -44,19 +50,29 @@ def run(
 
 
 def resume(
-    steps: int | None = None, worlds: Sequence[int] = (1, 2), workers: Sequence[int] = (0, 2), dense: str = "replicated"
+    steps: int | None = None,
+    worlds: Sequence[int] = (1, 2),
+    workers: Sequence[int] = (0, 2),
+    dense: str = "replicated",
 ) -> dict[str, int]:
     """steps: the number of steps to resume from, None: all. dense: where dense weights are."""
     compared = bit_equal = 0
-    for world_size, loaders in tiny_run.progress([(w, n) for w in worlds for n in workers], "resuming"):
+    for world_size, loaders in tiny_run.progress(
+        [(w, n) for w in worlds for n in workers], "resuming"
+    ):
         with tempfile.TemporaryDirectory() as name:
             straight = run_ranks(run, world_size, loaders, dense, Path(name) / "straight", [])
-            saved = [Path(name) / "straight/0/checkpoints" / f"step={i}.ckpt" for i in range(1, RESUME_STEPS)]
+            saved = [
+                Path(name) / "straight/0/checkpoints" / f"step={i}.ckpt"
+                for i in range(1, RESUME_STEPS)
+            ]
             saved = tiny_run.spread(saved, steps)
             resumed = run_ranks(run, world_size, loaders, dense, Path(name) / "resumed", saved)
         compared += len(saved)
         for i in range(len(saved)):
-            bit_equal += all(tiny_run.same(ends[i], end) for ends, (end,) in zip(resumed, straight, strict=True))
+            bit_equal += all(
+                tiny_run.same(ends[i], end) for ends, (end,) in zip(resumed, straight, strict=True)
+            )
     return {"compared": compared, "bit_equal": bit_equal}
 
 
@@ -92,11 +108,15 @@ def write_whole(rank: int, world_size: int, folder: Path, layout: Layout) -> dic
     """Save the state after one step, where moments and experts all differ. Returns it."""
     trainer = trained(rank, folder, layout)
     path, context = folder / "checkpoints" / LAST, trainer.strategy.context
-    Saving(path, tiny_run.state(trainer, OLD), trainer.lightning_module, context, background=False).finish()
+    Saving(
+        path, tiny_run.state(trainer, OLD), trainer.lightning_module, context, background=False
+    ).finish()
     return gathered(trainer)
 
 
-def read_all(rank: int, world_size: int, folder: Path, paths: list[Path], layout: Layout) -> list[dict[str, Tensor]]:
+def read_all(
+    rank: int, world_size: int, folder: Path, paths: list[Path], layout: Layout
+) -> list[dict[str, Tensor]]:
     trainer, found = trained(rank, folder, layout), []
     for path in paths:
         tiny_run.mark(trainer, -1)
@@ -112,8 +132,8 @@ def gathered(trainer: Any) -> dict[str, Tensor]:
 
 
 def whole(ranks: list[dict[str, Tensor]], ep_size: int) -> dict[str, Tensor]:
-    """Concatenate the experts by their global ids; the rest must be equal on all ranks, and experts on ranks with the
-    same ones."""
+    """Concatenate the experts by their global ids; the rest must be equal on all ranks, and experts
+    on ranks with the same ones."""
     together = dict(ranks[0])
     for name, t in ranks[0].items():
         holders = ranks[:1]
@@ -122,7 +142,9 @@ def whole(ranks: list[dict[str, Tensor]], ep_size: int) -> dict[str, Tensor]:
             together[name] = torch.cat([rank[name] for rank in holders])
             assert len(together[name]) == EXPERTS
         for i, rank in enumerate(ranks):
-            assert torch.equal(rank[name], holders[i % len(holders)][name]), f"replicas of {name} differ"
+            assert torch.equal(rank[name], holders[i % len(holders)][name]), (
+                f"replicas of {name} differ"
+            )
     return together
 
 
@@ -133,10 +155,14 @@ def reshard(layouts: Sequence[Layout]) -> dict[str, int]:
         folders = [Path(name) / str(i) for i in range(len(layouts))]
         paths, written = [folder / "checkpoints" / LAST for folder in folders], []
         for layout, folder in zip(tiny_run.progress(layouts, "writing"), folders, strict=True):
-            written.append(whole(run_ranks(write_whole, layout.ranks, folder, layout), layout.ep_size))
+            written.append(
+                whole(run_ranks(write_whole, layout.ranks, folder, layout), layout.ep_size)
+            )
         for layout, folder in zip(tiny_run.progress(layouts, "reading"), folders, strict=True):
             ranks = run_ranks(read_all, layout.ranks, folder / "read", paths, layout)
             for i, expected in enumerate(written):
                 pairs += 1
-                equal += tiny_run.same(whole([found[i] for found in ranks], layout.ep_size), expected)
+                equal += tiny_run.same(
+                    whole([found[i] for found in ranks], layout.ep_size), expected
+                )
     return {"pairs": pairs, "equal": equal}

@@ -1,4 +1,5 @@
-"""A tiny run in real processes, and saves whose content shows their step (faults 1-10 of docs/faults.md)."""
+"""A tiny run in real processes, and saves whose content shows their step (faults 1-10 of
+docs/faults.md)."""
 
 import logging
 import warnings
@@ -25,15 +26,33 @@ EXPERTS = 8
 NEVER = "1000000"
 TINY = (
     *("model.layers=2", "model.dim=8", "model.heads=2", "model.ffn_dim=8", "model.dropout=0.1"),
-    *(f"moe.num_experts={EXPERTS}", "moe.top_k=2", "moe.noisy=true", "moe.router=deepseek", "moe.bias_rate=0.1"),
+    *(
+        f"moe.num_experts={EXPERTS}",
+        "moe.top_k=2",
+        "moe.noisy=true",
+        "moe.router=deepseek",
+        "moe.bias_rate=0.1",
+    ),
     *("data.name=synthetic", "data.vocab_size=16", "data.seq_len=8", "data.global_batch_size=16"),
     *("optim.lr=0.01", "optim.warmup_steps=2", "logger.mode=disabled"),
-    *("trainer.accelerator=cpu", "trainer.threads=1", "trainer.progress=false", f"trainer.val_every={NEVER}"),
+    *(
+        "trainer.accelerator=cpu",
+        "trainer.threads=1",
+        "trainer.progress=false",
+        f"trainer.val_every={NEVER}",
+    ),
     *("strategy.timeout_s=60",),
 )
-WAYS = {"replicated": (), "sharded": ("strategy.dense=sharded", "strategy.ep_size=1")}  # sharded: experts as well
+WAYS = {
+    "replicated": (),
+    "sharded": ("strategy.dense=sharded", "strategy.ep_size=1"),
+}  # sharded: experts as well
 LAST = "last.ckpt"
-OLD, NEW, NEXT = 1, 2, 3  # steps: of the first checkpoint, of the one saved over it, of training meanwhile
+OLD, NEW, NEXT = (
+    1,
+    2,
+    3,
+)  # steps: of the first checkpoint, of the one saved over it, of training meanwhile
 
 
 def spread(items: Sequence[Any], count: int | None) -> list[Any]:
@@ -50,7 +69,9 @@ def tiny(world_size: int, *overrides: str) -> Config:
     return load(None, [*TINY, f"trainer.devices={world_size}", *overrides])
 
 
-def fit(config: Config, run_dir: Path, resume_from: Path | None = None, save_top_k: int = -1) -> Any:
+def fit(
+    config: Config, run_dir: Path, resume_from: Path | None = None, save_top_k: int = -1
+) -> Any:
     """Train on this rank. Returns the Trainer. save_top_k: -1 keeps every checkpoint, 0 makes none."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -59,17 +80,21 @@ def fit(config: Config, run_dir: Path, resume_from: Path | None = None, save_top
     trainer: Any = build_trainer(config, build_callbacks(config, run_dir), [])
     for callback in trainer.checkpoint_callbacks:
         callback.save_top_k = save_top_k
-    trainer.fit(build_module(config), build_datamodule(config), ckpt_path=resume_from, weights_only=True)
+    trainer.fit(
+        build_module(config), build_datamodule(config), ckpt_path=resume_from, weights_only=True
+    )
     return trainer
 
 
 def one_step(world_size: int, run_dir: Path, *overrides: str) -> Any:
-    """Return the Trainer of a run of one step, with weights and AdamW's state to save or to load into."""
+    """Return the Trainer of a run of one step, with weights and AdamW's state to save or to load
+    into."""
     return fit(tiny(world_size, "trainer.max_steps=1", *overrides), run_dir, save_top_k=0)
 
 
 def tensors(trainer: Any) -> dict[str, Tensor]:
-    """Return this rank's weights, and AdamW's state of each as `name/key`; of what is split over ranks, its part."""
+    """Return this rank's weights, and AdamW's state of each as `name/key`; of what is split over
+    ranks, its part."""
     return {name: local(t) for name, t in named_tensors(trainer).items()}
 
 
@@ -79,7 +104,9 @@ def named_tensors(trainer: Any) -> dict[str, Tensor]:
     reshard(module)
     named = {name: p.detach() for name, p in module.named_parameters()}
     for name, p in module.named_parameters():
-        named.update({f"{name}/{key}": value for key, value in trainer.optimizers[0].state[p].items()})
+        named.update(
+            {f"{name}/{key}": value for key, value in trainer.optimizers[0].state[p].items()}
+        )
     return named
 
 
@@ -100,9 +127,12 @@ def mark(trainer: Any, step: int) -> None:
 
 
 def save_marked(trainer: Any, path: Path, step: int, background: bool = False) -> None:
-    """Save tensors that are equal to the step. background: training reaches NEXT while the checkpoint is written."""
+    """Save tensors that are equal to the step. background: training reaches NEXT while the
+    checkpoint is written."""
     mark(trainer, step)
-    saving = Saving(path, state(trainer, step), trainer.lightning_module, trainer.strategy.context, background)
+    saving = Saving(
+        path, state(trainer, step), trainer.lightning_module, trainer.strategy.context, background
+    )
     if background:
         mark(trainer, NEXT)
     saving.finish()
