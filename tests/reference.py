@@ -267,7 +267,7 @@ def moved_bias(
 
 
 def noisy_logits(x: Tensor, w_gate: Tensor, w_noise: Tensor, normal: Tensor) -> Tensor:
-    """Eq. 3-4: H(x)_i = (x W_gate)_i + N(0, 1) softplus((x W_noise)_i), with given normal numbers."""
+    """Eq. 3-4: H(x)_i = (x W_gate)_i + n softplus((x W_noise)_i), n: normal numbers, passed in."""
     return x @ w_gate.T + normal * torch.log1p(torch.exp(x @ w_noise.T))
 
 

@@ -101,7 +101,7 @@ def window_groups(side: int, window: int, shift: int) -> list[list[tuple[int, in
 def window_attention(
     w: Weights, name: str, x: Tensor, heads: int, window: int, shifted: bool
 ) -> Tensor:
-    """Computes cosine attention of x [B, H, W, D] within windows, one group and one head at a time."""
+    """Compute cosine attention of x [B, H, W, D] in windows, one group and one head at a time."""
     side, dim = x.shape[1], x.shape[-1]
     window, shift = (window, window // 2 if shifted else 0) if window < side else (side, 0)
     size = dim // heads

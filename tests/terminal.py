@@ -40,15 +40,19 @@ COLORS = [
 ]
 THEME = TerminalTheme(*DARK, [*COLORS, (222, 226, 230)], [*COLORS, (255, 255, 255)])
 FONT = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
-SVG = f"""<svg class="rich-terminal" viewBox="0 0 {{width}} {{height}}" xmlns="http://www.w3.org/2000/svg">
+SVG = f"""<svg class="rich-terminal" viewBox="0 0 {{width}} {{height}}" \
+xmlns="http://www.w3.org/2000/svg">
 <style>
-.{{unique_id}}-matrix {{{{ font-family: {FONT}; font-size: {{char_height}}px; line-height: {{line_height}}px; }}}}
+.{{unique_id}}-matrix {{{{ font-family: {FONT}; font-size: {{char_height}}px; \
+line-height: {{line_height}}px; }}}}
 {{styles}}
 </style>
 <defs><clipPath id="{{unique_id}}-clip-terminal">
-<rect x="0" y="0" width="{{terminal_width}}" height="{{terminal_height}}" /></clipPath>{{lines}}</defs>
+<rect x="0" y="0" width="{{terminal_width}}" height="{{terminal_height}}" />\
+</clipPath>{{lines}}</defs>
 {{chrome}}
-<g transform="translate({{terminal_x}}, {{terminal_y}})" clip-path="url(#{{unique_id}}-clip-terminal)">
+<g transform="translate({{terminal_x}}, {{terminal_y}})" \
+clip-path="url(#{{unique_id}}-clip-terminal)">
 {{backgrounds}}<g class="{{unique_id}}-matrix">{{matrix}}</g></g></svg>
 """
 

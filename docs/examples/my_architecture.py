@@ -54,7 +54,7 @@ def parallel(config: Config, context: ParallelContext, parts: Sequence[Parts]) -
 
 
 class Counting(SequenceDataModule):
-    """Counts modulo the vocabulary in steps of `stride`, which a model learns within a few steps."""
+    """Count modulo the vocabulary in steps of `stride`; a model learns it within a few steps."""
 
     def __init__(self, vocab_size: int, stride: int, **sequences: Any) -> None:
         super().__init__(**sequences)

@@ -1,4 +1,4 @@
-"""Writes the page of all configuration fields, from the dataclasses of scmoe/config/fields.py."""
+"""Write the page of all configuration fields, from the dataclasses of scmoe/config/fields.py."""
 
 from html import escape
 from itertools import groupby
@@ -8,10 +8,11 @@ from scmoe.config.leaves import Leaf, leaves, show
 
 TITLE = """# Configuration fields
 
-Every field with its type, default, range and meaning. The page is made from `scmoe/config/fields.py` when the site is
-built; `scmoe train --help` prints the same. [Configuration](../configuration.md) says how to write a file, and how
-values of the command line, of a file and of what it extends come together. Values must also fit together: a value that
-does not is refused in one line, before anything starts.
+Every field with its type, default, range and meaning. The page is made from
+`scmoe/config/fields.py` when the site is built; `scmoe train --help` prints the same.
+[Configuration](../configuration.md) says how to write a file, and how values of the command line,
+of a file and of what it extends come together. Values must also fit together: a value that does not
+is refused in one line, before anything starts.
 """
 SECTIONS = {  # what a section is about; a section without an entry has its name only
     "": "The experiment",

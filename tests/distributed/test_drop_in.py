@@ -221,7 +221,7 @@ def test_importing_the_package_needs_no_torch_and_the_block_no_lightning():
     assert done.stdout == "set()\nset()\nExpertParallelStrategy\n", done.stderr
 
 
-# ---------------------------------------------------------------------- the examples of README and docs/
+# -------------------------------------------------- the examples of README and docs/
 
 
 def test_the_lines_of_the_readme_run():

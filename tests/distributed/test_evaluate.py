@@ -1,4 +1,4 @@
-"""An evaluation is bit-identical on any number of ranks; its results are kept, merged and logged."""
+"""An evaluation is bit-identical on any number of ranks; its results are kept and logged."""
 
 from __future__ import annotations
 

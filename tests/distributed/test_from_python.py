@@ -18,7 +18,8 @@ from dataclasses import replace
 import lightning.pytorch as pl
 import scmoe
 
-words = ["runs_dir=" + sys.argv[1], "trainer.max_steps=2", "logger.mode=disabled", "data.name=synthetic"]
+words = ["runs_dir=" + sys.argv[1], "trainer.max_steps=2", "logger.mode=disabled"]
+words += ["data.name=synthetic"]
 words += ["data.vocab_size=64", "trainer.accelerator=cpu", "trainer.log_every=1"]
 config = scmoe.load_config("debug", words)
 for devices in (1, 2):

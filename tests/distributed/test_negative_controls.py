@@ -35,7 +35,7 @@ pytestmark = pytest.mark.dist
 MODEL = "architecture=scmoe position=pos2 top_k=2 schedule.chunks=2"
 SHOWS = 1e-6
 
-# ---------------------------------------------------------------------- trainings with one thing broken
+# -------------------------------------------------- trainings with one thing broken
 
 
 def finish_without_waiting(backward: bool) -> Callable[[Transfer], None]:

@@ -124,7 +124,7 @@ def test_the_choice_is_equal_on_all_ranks_and_changes_no_bit():
     assert fixed[0][1][0].schedule == Schedule("scmoe", "pos2", 3)
 
 
-# ---------------------------------------------------------------------- chunks, and times that change
+# -------------------------------------------------- chunks, and times that change
 
 QUICK = dict.fromkeys(OPERATORS, 1e-4)
 SLOW_MLP = QUICK | {"mlp": 0.1, "dispatch": 0.1}  # dispatch hides behind the MLP: slot 1

@@ -60,7 +60,7 @@ def resumed_in_layouts(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
     return runs
 
 
-# ---------------------------------------------------------------------- precision, and when FSDP communicates
+# -------------------------------------------------- precision, and when FSDP communicates
 
 
 class Watched(RecordingModel):

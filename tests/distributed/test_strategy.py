@@ -152,7 +152,7 @@ def test_expert_gradients_are_sent_once_a_step():
     assert run_ranks(count_expert_reductions, 2) == [2, 2]
 
 
-# ---------------------------------------------------------------------- experts that are frozen for a time
+# -------------------------------------------------- experts that are frozen for a time
 
 
 def with_frozen(rank: int, world_size: int) -> dict[tuple[int, bool], list[torch.Tensor | None]]:
@@ -251,7 +251,7 @@ def test_when_gradients_are_sent_changes_no_bit(ranks):
             assert not [key for key, g in ddp.items() if not torch.equal(g, paced[key])], name
 
 
-# ---------------------------------------------------------------------- samplers without a generator of their own
+# -------------------------------------------------- samplers without a generator of their own
 
 
 class Seeing(LightningModule):

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.dist
 
 
 class Model(nn.Module):
-    """A block; dense weights and experts are drawn by their names, so equal on any number of ranks."""
+    """A block whose weights are drawn by their names, so they are equal on any number of ranks."""
 
     def __init__(self, group: object = None) -> None:
         super().__init__()

@@ -151,7 +151,7 @@ def test_padding_takes_no_slot_and_changes_nothing():
     run_ranks(pad, 2)
 
 
-# ---------------------------------------------------------------------- different numbers of tokens on ranks
+# -------------------------------------------------- different numbers of tokens on ranks
 
 
 class Predicting(LightningModule):

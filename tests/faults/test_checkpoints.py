@@ -68,7 +68,7 @@ def test_twenty_killed_saves_in_a_row_lose_nothing_and_do_not_fill_the_disk(tmp_
     assert durable.verify(folder / "checkpoints" / LAST) == NEW
 
 
-# ---------------------------------------------------------------------- a disk that refuses to write
+# -------------------------------------------------- a disk that refuses to write
 
 
 def save_with_trouble(

@@ -46,7 +46,7 @@ LATENT_WITH_ZERO_EXPERTS = f"model.family=llama {LATENT} moe.router=longcat moe.
     ["model.layers=4", "model.family=llama trainer.recompute=true", LATENT_WITH_ZERO_EXPERTS],
 )
 def test_nothing_is_compiled_again_after_the_first_validation(words):
-    """Each kind of part has a graph with gradients and one without, however many layers there are."""
+    """Each kind of part has a graph with gradients and one without, for any number of layers."""
     (none, plain, _), (counts, loss, breaks) = run_ranks(both, 1, words, timeout_s=280)[0]
     assert counts == [2 * len(KINDS)] * 3 and breaks == 0
     assert none == [0] * 3 and loss == pytest.approx(plain, rel=1e-5)

@@ -62,7 +62,7 @@ def test_buffers_are_held_until_the_wait_and_no_longer():
     assert transfer.source is None and len(held) == 16
 
 
-# ---------------------------------------------------------------------- a router with extreme logits
+# -------------------------------------------------- a router with extreme logits
 
 
 class Rigged(RecordingModel):

@@ -1,4 +1,4 @@
-"""What a run keeps imports and runs nothing; an extension that cannot be used is named in one line."""
+"""What a run keeps runs nothing; an extension that cannot be used is named in one line."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def train_and_use(rank: int, world_size: int, folder: Path) -> None:
     "kept", ["extensions: [planted]", "extends: planted", "- a", "callbacks: {planted: 3}"]
 )
 def test_a_config_beside_an_export_is_not_trusted(kept, modules, tmp_path):
-    """It imports nothing, and extends no other file; its callbacks are left out, whatever they are."""
+    """It imports nothing and extends no other file. All of its callbacks are left out."""
     modules.write("planted")
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.yaml").write_text(kept)

@@ -67,7 +67,7 @@ def test_no_group_waits_longer_than_the_timeout():
     assert ExpertParallelStrategy().timeout == timedelta(minutes=5)
 
 
-# ---------------------------------------------------------------------- callbacks that save after an exception
+# -------------------------------------------------- callbacks that save after an exception
 
 
 class Broken(RuntimeError):
@@ -121,7 +121,7 @@ def test_callbacks_that_save_after_an_exception_wait_for_no_rank(bad, how, tmp_p
     assert left == {"step=2.ckpt": 2, **last}, "the checkpoint is whole, and the link to it is kept"
 
 
-# ---------------------------------------------------------------------- a real run, whose ranks are processes
+# -------------------------------------------------- a real run, whose ranks are processes
 
 # The train command with a rank that fails. argv: how, that rank, where, in which call, then the
 # command's arguments.
@@ -133,7 +133,8 @@ owner, calls = importlib.import_module(module), 0
 *outer, name = path.split(".")
 for part in outer:
     owner = getattr(owner, part)
-healthy, static = getattr(owner, name), isinstance(inspect.getattr_static(owner, name), staticmethod)
+healthy = getattr(owner, name)
+static = isinstance(inspect.getattr_static(owner, name), staticmethod)
 def broken(*args, **kwargs):
     global calls
     calls += 1

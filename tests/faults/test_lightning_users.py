@@ -97,7 +97,7 @@ def trained(request, tmp_path_factory) -> tuple[Path, Tensor]:
     return folder / "step=1.ckpt", predictions
 
 
-# ---------------------------------------------------------------------- a checkpoint that is a directory
+# -------------------------------------------------- a checkpoint that is a directory
 
 
 def test_one_process_reads_a_directory_of_any_number_of_ranks(trained):
@@ -149,7 +149,7 @@ def test_this_librarys_own_modules_say_what_load_from_checkpoint_lacks():
         LanguageModel.load_from_checkpoint("runs/latest")
 
 
-# ---------------------------------------------------------------------- saving and loading as Lightning does
+# -------------------------------------------------- saving and loading as Lightning does
 
 
 class Grouped(Model):
@@ -277,7 +277,7 @@ def test_a_folder_that_nodes_do_not_share_is_an_error_of_the_save(users):
         assert found["left"] == []
 
 
-# ---------------------------------------------------------------------- experts that are built too early or too late
+# -------------------------------------------------- experts that are built too early or too late
 
 
 class Early(Model):
@@ -321,7 +321,7 @@ def test_experts_in_init_are_accepted_where_each_rank_has_all():
     run_ranks(fit_early, 2, "in __init__", 1)
 
 
-# ---------------------------------------------------------------------- callbacks that copy the module
+# -------------------------------------------------- callbacks that copy the module
 
 
 def fit_averaged(rank: int, world_size: int, folder: Path, name: str) -> None:

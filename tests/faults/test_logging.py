@@ -42,7 +42,8 @@ from scmoe.config.load import load
 from scmoe.training.run.loggers import build_loggers, close_loggers
 loggers = build_loggers(load(None, ["logger.mode=offline"]), Path(sys.argv[1]), None)
 loggers[1].log_metrics({"a": 1.0}, 0)
-for pid in subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split():
+children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout
+for pid in children.split():
     command = Path(f"/proc/{pid}/cmdline")
     if command.exists() and "wandb-core" in command.read_text():
         os.kill(int(pid), signal.SIGKILL)
@@ -138,10 +139,11 @@ def build_callbacks(*arguments):
     return [*callbacks, NoRoom()]
 train.build_callbacks = build_callbacks
 config = load(None, [
-    "model.layers=4", "model.dim=16", "model.heads=2", "moe.num_experts=4", "moe.architecture=dgmoe",
-    "data.name=synthetic", "data.vocab_size=64", "data.seq_len=8", "data.global_batch_size=4",
-    "trainer.accelerator=cpu", "trainer.progress=false", "trainer.threads=1", "trainer.log_every=1",
-    "trainer.val_every=100", "trainer.checkpoint_every=100", "logger.mode=disabled", "trainer.max_steps=4",
+    "model.layers=4", "model.dim=16", "model.heads=2", "moe.num_experts=4",
+    "moe.architecture=dgmoe", "data.name=synthetic", "data.vocab_size=64", "data.seq_len=8",
+    "data.global_batch_size=4", "trainer.accelerator=cpu", "trainer.progress=false",
+    "trainer.threads=1", "trainer.log_every=1", "trainer.val_every=100",
+    "trainer.checkpoint_every=100", "logger.mode=disabled", "trainer.max_steps=4",
     "analysis.gating_every=1", "analysis.similarity_every=2", "runs_dir=" + sys.argv[1],
 ])
 print(f"went on: {train.train(config)['steps']} steps")

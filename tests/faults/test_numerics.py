@@ -70,7 +70,7 @@ class AdamWModel(RecordingModel):
 
 
 def turned(batch: dict[str, Tensor], places: int) -> dict[str, Tensor]:
-    """Returns the same sequences in another order, so that the same sums are done in another order."""
+    """Return the same sequences in another order, so that sums are done in another order."""
     return {name: t.roll(places, 0) for name, t in batch.items()}
 
 
@@ -246,7 +246,7 @@ def test_the_hundred_steps_train_and_are_clipped(optimizer):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_fp32_one_step_from_equal_weights(layout, optimizer):
-    """The step has two batches and is clipped. The qkv bias under AdamW is left out, see `errors`."""
+    """The step has two batches and is clipped. `errors` omits the qkv bias under AdamW."""
     found = errors(
         assemble(many(layout, f"fp32 one step {optimizer}")),
         one(f"fp32 one step {optimizer}"),

@@ -1,4 +1,4 @@
-"""Faults of ordinary use: what a run leaves at its end, what resuming may change, and who writes."""
+"""Faults of ordinary use: what a run leaves, what resuming may change, and who writes."""
 
 from __future__ import annotations
 

@@ -296,7 +296,7 @@ NAMES = (
 @pytest.mark.representative
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_a_hostile_name_is_refused_or_stays_under_the_root(name, tmp_path):
-    """The name of a run may be in a config, and in overrides, which become the name of its folder."""
+    """A run's name may be in a config and in overrides, which become the name of its folder."""
     (tmp_path / "c.yaml").write_text(f"name: {json.dumps(name)}\n")
     root, outside = tmp_path / "runs", set(tmp_path.parent.iterdir())
     run_dir = create_run_dir(root, "a", [f"x={name}"], "")

@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 SHARDED = tiny_run.WAYS["sharded"]
 
 
-# ---------------------------------------------------------------------- every architecture, way and EP degree
+# -------------------------------------------------- every architecture, way and EP degree
 
 
 ON_FOUR = {  # case: its architecture and words; EP 1, 2 and 4 in turn

@@ -1,4 +1,4 @@
-"""State of users' own code in checkpoints: extra state, metrics, hooks, callbacks, odd optimizers."""
+"""State of users' code in checkpoints: extra state, metrics, hooks, callbacks, optimizers."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_any_module_restores_what_it_restores_under_ddp(tmp_path):
     assert (loaded.extra.value.item(), loaded.copied.weight.tolist()) == (7.0, [4.0] * 3)
 
 
-# ---------------------------------------------------------------------- state that differs between ranks
+# -------------------------------------------------- state that differs between ranks
 
 
 class Averages(Callback):
@@ -309,7 +309,7 @@ def optimizers_restored(rank: int, world_size: int, folder: Path) -> list[bool]:
 
 
 def test_any_optimizer_gets_its_state_back(tmp_path):
-    """LBFGS, lists and None, numbers, state of no parameter, and a parameter outside of the module."""
+    """LBFGS, lists, None, numbers, state of no parameter, a parameter outside of the module."""
     assert run_ranks(optimizers_restored, 2, tmp_path) == [[True, True]] * 2
 
 

@@ -14,7 +14,7 @@ CHECKPOINT, UPDATE, WIRE = f"{PARALLEL}/checkpoint", f"{PARALLEL}/update", f"{PA
 
 
 class Mutant(NamedTuple):
-    """A mutant is one replacement in one file, relative to the root. tests are pytest's node ids."""
+    """A mutant is one replacement in one file, relative to the root. Tests are pytest node ids."""
 
     name: str
     file: str

@@ -8,10 +8,14 @@ from tests.mutation.mutant import DIST, FAULTS, LIGHTNING, PARALLEL, UNIT, UPDAT
 EP = (  # all gradients
     f"{DIST}/test_negative_controls.py::test_with_nothing_broken_two_ranks_equal_one"
 )
-DP = f"{DIST}/test_strategy.py::test_a_run_resumed_in_another_layout_equals_an_uninterrupted_one[2-1]"
+STRATEGY = f"{DIST}/test_strategy.py"
+DP = f"{STRATEGY}::test_a_run_resumed_in_another_layout_equals_an_uninterrupted_one[2-1]"
 TWO_HOPS = f"{DIST}/test_hierarchical.py::test_two_hops_change_no_bit"
 FOUR = f"{DIST}/test_sharded.py::test_four_ranks_equal_one"
-NOT_FINITE = f"{FAULTS}/test_not_finite.py::test_a_number_that_is_not_finite_stops_all_ranks_before_the_update"
+NOT_FINITE = (
+    f"{FAULTS}/test_not_finite.py"
+    "::test_a_number_that_is_not_finite_stops_all_ranks_before_the_update"
+)
 RUNS = f"{DIST}/test_sharded_runs.py"
 
 MUTANTS = (

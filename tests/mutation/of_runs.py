@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from tests.mutation.mutant import CHECKPOINT, DIST, FAULTS, LIGHTNING, PARALLEL, UNIT, Mutant
 
-LAYOUTS = f"{DIST}/test_strategy.py::test_a_run_resumed_in_another_layout_equals_an_uninterrupted_one[2-1]"
+LAYOUTS = (
+    f"{DIST}/test_strategy.py"
+    "::test_a_run_resumed_in_another_layout_equals_an_uninterrupted_one[2-1]"
+)
 KILLED = f"{UNIT}/test_durable.py::test_a_kill_at_any_call_leaves_the_old_or_the_new_checkpoint"
 
 MUTANTS = (
@@ -100,7 +103,7 @@ MUTANTS = (
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_before"
     ),
-    # ------------------------------------------------------------------ when is saved, and what a save touches
+    # -------------------------------------------------- when is saved, and what a save touches
     Mutant("saved-between-accumulated-batches", f"{LIGHTNING}/seam.py")
     .replaces(
         "    if not is_fitting(trainer) or stepped:\n",
@@ -200,7 +203,7 @@ MUTANTS = (
     Mutant("uneven-batches-accepted", f"{LIGHTNING}/lockstep.py")
     .replaces("    if context.world_size == 1:\n", "    if context.world_size > 1:\n")
     .caught_by(f"{FAULTS}/test_batches.py::test_each_loader_is_counted"),
-    # ------------------------------------------------------------------ ranks that fail, wait or differ
+    # -------------------------------------------------- ranks that fail, wait or differ
     Mutant("roll-call-omits-missing-ranks", f"{LIGHTNING}/lockstep.py")
     .replaces(
         "        except RuntimeError:\n            absent.append(rank)\n    return",

@@ -316,7 +316,7 @@ def test_a_round_trip_changes_no_byte(case, folders, tmp_path):
 
 
 def test_a_bare_model_in_several_files_with_fewer_positions_is_read(tmp_path):
-    """The first GPT-2 files have names without a prefix; a model may use only the first positions."""
+    """The first GPT-2 files have names without a prefix; a model may use fewer positions."""
     theirs = their_model("gpt2")
     theirs.transformer.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1

@@ -49,9 +49,8 @@ KINDS = {  # words: model_type
     "moe.architecture=dense": "gpt2",
     f"{LLAMA} moe.architecture=dense moe.noisy=true": "llama",  # without a gate it has no noise
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1": "mixtral",
-    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 model.norm_eps=1e-6 model.rope_theta=1e6": (
-        "mixtral"
-    ),
+    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1"
+    " model.norm_eps=1e-6 model.rope_theta=1e6": "mixtral",
     f"{LLAMA} moe.architecture=shared_expert": "qwen2_moe",
     f"{LLAMA} moe.architecture=shared_expert moe.top_k=2 moe.every=1": "qwen2_moe",
     f"{LLAMA} moe.architecture=shared_expert moe.top_k=2 moe.renormalise=false": "qwen2_moe",
@@ -64,9 +63,8 @@ KINDS = {  # words: model_type
         "scmoe"
     ),
     "moe.architecture=dgmoe_share model.layers=4": "scmoe",
-    f"{LLAMA} moe.router=longcat moe.top_k=2 moe.router_scale=6 moe.zero_experts=2 moe.ffn_dim=32 moe.leading_dense=[40,48]": (
-        "scmoe"
-    ),
+    f"{LLAMA} moe.router=longcat moe.top_k=2 moe.router_scale=6"
+    " moe.zero_experts=2 moe.ffn_dim=32 moe.leading_dense=[40,48]": "scmoe",
     "moe.every=1 moe.after_norm=true": "scmoe",
     INSTELLA: "scmoe",
 }

@@ -75,7 +75,7 @@ class Parts(nn.Module):
         self.norm, self.moe_norm, self.tap_norm, self.after_norm = norm(), norm(), norm(), norm()
 
     def weights(self, take: Take, *norms: str) -> dict[str, Tensor]:
-        """Returns all parts under our names. norms: those of tap_norm and after.norm that ours has."""
+        """Return all parts under our names. norms: tap_norm, after.norm or both, as ours has."""
         theirs = self.attention.attention
         qkv = torch.cat([take(p.weight) for p in (theirs.q_proj, theirs.k_proj, theirs.v_proj)])
         further = {"tap_norm": self.tap_norm, "after.norm": self.after_norm}

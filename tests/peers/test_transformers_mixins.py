@@ -105,7 +105,7 @@ def through_cache(model: Any) -> torch.Tensor:
     return torch.cat([first.logits, second.logits, third.logits], 1)
 
 
-# ---------------------------------------------------------------------- configuration, saving, sizes
+# -------------------------------------------------- configuration, saving, sizes
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "mixtral"])
@@ -311,7 +311,7 @@ def test_transformers_trainer_with_gradient_checkpointing(tmp_path):
     assert losses[0] == losses[1] > 0
 
 
-# ---------------------------------------------------------------------- accelerate, PEFT, quantisation
+# -------------------------------------------------- accelerate, PEFT, quantisation
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "mixtral"])

@@ -121,9 +121,8 @@ SAYS = {
         "step 4: between"
     ),
     'make list ARGS="extensions=[docs.examples.my_architecture]"': "moe.architecture=parallel",
-    'make check-data CONFIG=configs/debug.yaml ARGS="data.name=text data.path=docs/decisions data.vocab_size=512"': (
-        "all data of text can be read"
-    ),
+    'make check-data CONFIG=configs/debug.yaml ARGS="data.name=text data.path=docs/decisions'
+    ' data.vocab_size=512"': "all data of text can be read",
     ".venv/bin/python docs/examples/load_hf.py exported/hf": "ScMoEForCausalLM",
     ".venv/bin/python docs/examples/load_export.py exported/model.safetensors": (
         "likeliest next token"
@@ -248,7 +247,7 @@ def unindented(code: str) -> str:
 
 
 def is_in_a_script(block: str) -> bool:
-    """Returns whether a block is a part of a script of docs/examples, all of which run in a test."""
+    """Return whether a block is part of a script of docs/examples, all of which run in a test."""
     return any(unindented(block) in unindented(script) for script in SCRIPTS)
 
 

@@ -1,4 +1,4 @@
-"""The command of all tables at the scale `smoke` trains every row and writes every table's files."""
+"""The command of all tables, at scale `smoke`, trains every row and writes all files."""
 
 import json
 import math

@@ -132,7 +132,7 @@ def called(verb: str, *arguments: str) -> Done:
 
 
 def train_on_text(folder: Path, world_size: int, *overrides: str) -> Path:
-    """Trains configs/debug.yaml on a small text of made-up sentences; returns the run's directory."""
+    """Train configs/debug.yaml on a small text of made-up sentences; return the run's directory."""
     (folder / "text.txt").write_text("\n".join(sentences(700, seed) for seed in range(4)))
     text = (
         "data.name=text",

@@ -70,7 +70,7 @@ def _mean(per_rank: list[list[Tensor]]) -> list[Tensor]:
 def difference(
     actual: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]
 ) -> tuple[float, str]:
-    """Returns the largest difference and its name; the difference is infinite where a value is NaN."""
+    """Return the largest difference and its name; a difference from a NaN is infinite."""
     assert actual.keys() == expected.keys()
     worst = (0.0, "nothing")
     for name in expected:

@@ -221,7 +221,7 @@ def overfit_batches(runs: Runs) -> Any:
     ]
 
 
-# ---------------------------------------------------------------------- when to validate and when to stop
+# -------------------------------------------------- when to validate and when to stop
 
 
 class StopsItself(Net):

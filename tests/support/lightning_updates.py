@@ -358,7 +358,7 @@ class Tied(Net):
 
 
 class WithBuffers(Net):
-    """Has running statistics, and a buffer that counts rows of this rank and is in no checkpoint."""
+    """Has running statistics, and a buffer with this rank's count of rows, in no checkpoint."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -24,7 +24,7 @@ HALF, WHOLE = 3, 6
 def fit(
     config: Config, folder: Path | None = None, checkpoint: Path | None = None
 ) -> dict[str, Any]:
-    """Trains on this rank, keeps a checkpoint of every third step and returns what must be equal."""
+    """Train on this rank, keep a checkpoint of every third step; return what must be equal."""
     checkpoints = ModelCheckpoint(
         folder, "{step}", every_n_train_steps=HALF, save_top_k=-1 if folder else 0
     )

@@ -1,4 +1,4 @@
-"""This module writes a folder of small documents, and opens it as text data on one rank of several."""
+"""Write a folder of small documents, and open it as text data on one rank of several."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,8 +31,9 @@ def open_texts(
     """Opens the folder's data as rank `rank` of `world`. changes: settings that replace the
     defaults."""
     settings = {
-        "name": "text", "path": str(folder), "vocab_size": 300, "seq_len": 16, "global_batch_size": 8,
-        "accumulate": 2, "num_batches": 10, "cache_dir": str(cache), "seed": 5,
+        "name": "text", "path": str(folder), "vocab_size": 300, "seq_len": 16,
+        "global_batch_size": 8, "accumulate": 2, "num_batches": 10, "cache_dir": str(cache),
+        "seed": 5,
     }  # fmt: skip
     return opened(TextDataModule(**settings | changes), rank, world)
 

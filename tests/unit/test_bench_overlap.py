@@ -190,7 +190,7 @@ def test_the_model_prices_transfers_at_the_rate_of_the_measurement():
     )
 
 
-# ---------------------------------------------------------------------- the least time of an iteration
+# -------------------------------------------------- the least time of an iteration
 
 
 @pytest.mark.parametrize(

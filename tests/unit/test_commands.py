@@ -29,7 +29,10 @@ from scmoe.command_line import call
 
 for words in json.loads(sys.argv[1]):
     for last in ("--help", "--no-such-option"):
-        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        with (
+            contextlib.redirect_stdout(io.StringIO()) as out,
+            contextlib.redirect_stderr(io.StringIO()) as err,
+        ):
             code = call(*words, last)
         heavy = [name for name in {HEAVY} if name in sys.modules]
         print(json.dumps([words, last, code, out.getvalue(), err.getvalue(), heavy]))

@@ -1,4 +1,4 @@
-"""Every YAML loads, and every wrong configuration gives one ConfigError line before anything runs."""
+"""Every YAML loads, and every wrong configuration gives one line before anything runs."""
 
 from dataclasses import FrozenInstanceError
 from pathlib import Path

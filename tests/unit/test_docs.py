@@ -232,7 +232,7 @@ def mine(config, context, parts):
     "page", [page for page in GUIDES if blocks(page, "yaml")], ids=lambda page: page.stem
 )
 def test_yaml_can_be_copied(page, tmp_path, monkeypatch):
-    """A block is a sweep, a table or a configuration: after a table, the one that lies beside it."""
+    """A block is a sweep, a table or a configuration; after a table, the one beside it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(ARCHITECTURES, "makers", dict(ARCHITECTURES.makers))

@@ -127,7 +127,7 @@ def test_a_row_of_the_bench_has_the_wiring_of_its_preset(row, name):
 
 
 def test_overrides_of_the_configuration_page_load():
-    """Words in one pair of backticks go together, except for those that name a file of the user's."""
+    """Words in one pair of backticks go together, except those that name a file of the user's."""
     table = rows("configuration.md", "## Overrides")[1:]
     assert len(table) > 40
     for _, cell in table:

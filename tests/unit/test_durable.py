@@ -232,7 +232,7 @@ def test_new_folders_are_durable(tmp_path, monkeypatch):
 
 
 def test_two_writers_of_one_folder_leave_each_others_checkpoints_alone(tmp_path):
-    """Also between the two renames of the other one. Once it is killed, its leftovers are removed."""
+    """Also between the two renames of the other one. If that is killed, its leftovers go."""
     write(tmp_path / "theirs.ckpt", 1)
     lines = "import sys; from pathlib import Path; from scmoe.parallel.checkpoint import durable"
     lines += "\npartial = durable.partial_path(Path(sys.argv[1]), durable.new_token())"

@@ -160,7 +160,7 @@ def adapter(tmp_path, monkeypatch):
 
 
 def lookup(adapter, liked: set[tuple[str, str]]):
-    """Returns a model: the log-likelihood of an answer is minus its length, or 0 where it is liked."""
+    """Return a model whose log-likelihood of an answer is minus its length, or 0 if it is liked."""
 
     def score(context: str, continuation: str) -> Score:
         return Score(

@@ -144,7 +144,7 @@ def test_the_picture_is_drawn_for_few_and_many_experts_and_is_readable(tmp_path,
     assert [len(figure.axes[1].lines) for figure in drawn[1:]] == [3, 1], "one rank is never uneven"
 
 
-# ---------------------------------------------------------------------- the alarm for a collapsed router
+# -------------------------------------------------- the alarm for a collapsed router
 
 TOKENS = 100
 

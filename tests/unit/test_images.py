@@ -182,7 +182,7 @@ def on_rank(data: ImageDataModule, rank: int, world: int) -> ImageDataModule:
 
 @pytest.mark.parametrize("augment", ("none", "imagenet"))
 def test_two_ranks_read_what_one_rank_reads(splits, augment):
-    """9 batches of 4 are three epochs of 12: order and augmentation depend on the global position."""
+    """9 batches of 4 are 3 epochs of 12: order and augmentation depend on the global position."""
     whole = batches(module(splits, augment=augment, label_smoothing=0.1))
     ranks = [
         batches(on_rank(module(splits, augment=augment, label_smoothing=0.1), rank, 2))

@@ -264,7 +264,7 @@ def test_a_buffer_holds_the_first_copies_of_its_rank_in_the_order_of_its_experts
 
 
 def test_empty_slots_send_nothing_back():
-    """A NaN that an expert computes for an empty slot reaches no token and no gradient of a token."""
+    """A NaN that an expert computes for an empty slot reaches no token and no token's gradient."""
     layout = arrange_slots(torch.tensor([[0], [2]]), 3, capacity=2)
     rows = torch.ones(6, 8)
     rows[layout.copies_R == 2] = math.nan

@@ -76,7 +76,7 @@ def test_operators_are_seen_in_the_order_of_the_schedule(schedule):
 
 
 def test_measured_times_are_those_of_the_operators():
-    """Emulated operators sleep for at least their time in forward, and twice as long in backward."""
+    """Emulated operators sleep for at least their time in forward, twice as long in backward."""
     schedule = Schedule("scmoe", "pos2", 1)
     stream = tiny_stream(1, 2.0, Blocking(LocalDispatcher()))
     stream.experts = EmulatedExperts(1000.0, EXPERTS, range(EXPERTS))

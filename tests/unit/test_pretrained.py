@@ -257,7 +257,7 @@ def test_an_export_into_another_model_is_refused_by_key(change, tmp_path):
 
 
 def test_settings_that_do_not_define_the_model_may_differ(tmp_path):
-    """Keys of the training, and keys that this architecture does not read, may have other values."""
+    """Keys of the training, and keys that this architecture does not read, may differ."""
     file, top_2 = tmp_path / "model.safetensors", ("moe.architecture=top_k", "moe.top_k=2")
     export(tiny(*top_2), file)
     start(

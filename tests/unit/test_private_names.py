@@ -398,7 +398,7 @@ def test_a_narrow_terminal_shows_each_metric_beside_its_value(monkeypatch):
 
 
 def test_the_progress_bar_reads_the_loss_of_logged_steps_alone():
-    """Reading it waits for the device. The first step's is shown, so that the bar is never empty."""
+    """Reading it waits for the device. The first step's loss is shown, so the bar is not empty."""
 
     class Model(BoringModel):
         def training_step(self, batch, index):

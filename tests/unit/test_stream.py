@@ -93,7 +93,7 @@ class Counting(LocalDispatcher):
 def zero_stream(
     capacity_factor: float | None = None, weight: float = 0.0, returns_input: bool = True
 ) -> MoEStream:
-    """Returns a stream whose gate prefers zero experts with a large `weight`, whatever the token."""
+    """Return a stream whose gate prefers zero experts for every token if `weight` is large."""
     router = Router(DIM, EXPERTS, 2, scoring=Scoring(normalise=False, scale=6), zero_experts=3)
     stream = MoEStream(
         router, Experts(DIM, FFN, EXPERTS), Counting(), rows_of(capacity_factor), returns_input
@@ -157,7 +157,7 @@ def test_a_zero_expert_that_returns_0_adds_0_and_sends_nothing():
 @pytest.mark.parametrize("top_k", (1, 2))
 @pytest.mark.parametrize("returns_input", (True, False))
 def test_zero_experts_that_are_never_chosen_change_no_bit(returns_input, top_k):
-    """Sigmoid scores do not depend on each other, and -inf as a selection bias rules an expert out."""
+    """Sigmoid scores are independent, and a selection bias of -inf rules an expert out."""
     scoring = Scoring(torch.sigmoid, sums_to_one=False, scale=2.5, rule=by_sign)
     plain, further = (
         Router(DIM, EXPERTS, top_k, scoring=scoring, zero_experts=zero) for zero in (0, 3)
@@ -300,7 +300,7 @@ def test_rows_travel_in_the_dtype_of_autocast():
     assert state.routing.topk_weights_TK.dtype == torch.float32
 
 
-# ---------------------------------------------------------------------- rows for the filled slots alone
+# -------------------------------------------------- rows for the filled slots alone
 
 
 @pytest.mark.parametrize("chunks", (1, 2))

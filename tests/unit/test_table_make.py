@@ -318,7 +318,7 @@ def test_a_state_without_its_evaluation_is_taken_only_where_its_weights_are(eval
 
 
 def test_a_run_with_extensions_is_resumed_and_evaluated_with_them(tmp_path):
-    """What is kept in a run imports nothing, so the commands name the modules and callbacks again."""
+    """A kept configuration imports nothing, so commands name modules and callbacks again."""
     words = ["extensions=[docs.examples.my_architecture]", "callbacks.surprise.every=3"]
     run = plan_runs(TABLE7, TABLE7.scales["smoke"], tmp_path, 1, words)[0]
     assert run.job.command(tmp_path / "run")[-3:] == [str(tmp_path / "run"), *words]

@@ -72,7 +72,7 @@ def tiny(world_size: int, *overrides: str) -> Config:
 def fit(
     config: Config, run_dir: Path, resume_from: Path | None = None, save_top_k: int = -1
 ) -> Any:
-    """Train on this rank. Returns the Trainer. save_top_k: -1 keeps every checkpoint, 0 makes none."""
+    """Train on this rank; return the Trainer. save_top_k: -1 keeps all checkpoints, 0 none."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
