@@ -12,11 +12,14 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup train resume generate evaluate export sweep reproduce table table3 runs compare list check-data params estimate dryrun bench bench-overlap bench-inference bench-growth bench-routing timeline gpu-check figures reports recording figure1 figure8 figure9 figure10 fig13 test test-fast test-dist test-faults mutate wheel-test lint format typecheck docs ci clean
+.PHONY: $(shell awk -F: '/^[a-z][a-z0-9-]*:/ { print $$1 }' $(firstword $(MAKEFILE_LIST)))
 
+# Targets whose description begins with "seldom:" stand in the second list.
 help:  ## show this list
 	@echo "usage: make TARGET [CONFIG=$(CONFIG)] [RUN=runs/...] [ARGS=\"optim.lr=1e-3 ...\"]"; echo
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / && $$2 !~ /^seldom: / { printf "  %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo; echo "Seldom typed:"
+	@awk -F ':.*## seldom: ' '/^[a-z0-9-]+:.*## seldom: / { printf "  %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo; echo "Targets that need the environment make it first ($(VENV); PYTHON=python3.12 picks another Python)."
 
 setup: $(READY)  ## make .venv and install the project with its test tools, once
@@ -48,13 +51,13 @@ evaluate: $(READY)  ## score RUN (the newest): test split, perplexity, TASKS=piq
 export: $(READY)  ## write the model of RUN (the newest): one safetensors file, or with FORMAT=hf a Hugging Face folder
 	@$(PY) -m scmoe export $(or $(RUN),runs/latest) $(if $(FORMAT),--format $(FORMAT)) $(ARGS)
 
-reproduce: $(READY)  ## all tables of the paper at SCALE (smoke, small, digits or paper), in turn; can be stopped and continued
+reproduce: $(READY)  ## seldom: all tables of the paper at SCALE (smoke, small or digits), in turn; can be stopped and continued
 	@$(PY) -m experiments.reproduce --scale $(or $(SCALE),smoke) $(ARGS)
 
 table: $(READY)  ## one TABLE (table3) at SCALE; finished runs are skipped, interrupted ones resumed
 	@$(PY) -m experiments.table $(or $(TABLE),table3) --scale $(or $(SCALE),smoke) $(ARGS)
 
-table3: $(READY)  ## the same as table TABLE=table3
+table3: $(READY)  ## seldom: the same as table TABLE=table3
 	@$(PY) -m experiments.table table3 --scale $(or $(SCALE),smoke) $(ARGS)
 
 runs: $(READY)  ## list runs: state, best loss, tokens/s, differences in their configs
@@ -73,32 +76,26 @@ list: $(READY)  ## list configs, models, data sets, architectures
 check-data: $(READY)  ## read all data of CONFIG and name files that cannot be read
 	@$(PY) -m scmoe check-data $(CONFIG) $(ARGS)
 
-params: $(READY)  ## count the parameters of every preset and architecture, next to the paper's
+params: $(READY)  ## seldom: count the parameters of every preset and architecture, next to the paper's
 	@$(PY) -m scmoe params $(ARGS)
 
 estimate: $(READY)  ## what CONFIG costs on ARGS="ep=8 dp=2": FLOPs, bytes, memory; starts nothing
 	@$(PY) -m scmoe estimate $(CONFIG) $(ARGS)
 
-dryrun: $(READY)  ## one step of CONFIG on ARGS="ranks=1024" in this process, on tensors without numbers: memory, bytes
+dryrun: $(READY)  ## seldom: one step of CONFIG on ARGS="ranks=1024" in this process, on tensors without numbers: memory, bytes
 	@$(PY) -m scmoe dryrun $(CONFIG) $(ARGS)
 
 bench: $(READY)  ## time of the MoE layer over that of its dense products
 	@$(PY) -m experiments.bench layer $(ARGS)
 
-bench-overlap: $(READY)  ## how much each architecture hides; SHARES="0.52 0.35" of communication, LEVELS="block iteration"
+bench-overlap: $(READY)  ## seldom: how much each architecture hides; SHARES="0.52 0.35" of communication, LEVELS="block iteration"
 	@for level in $(or $(LEVELS),block); do for share in $(or $(SHARES),0.52 0.35 0.15); do \
 	  $(PY) -m experiments.bench overlap --level $$level --share $$share $(ARGS) || exit; done; done
 
-bench-inference: $(READY)  ## prefill and decode of each architecture, at SHARES="0.52 0.15" of communication
+bench-inference: $(READY)  ## seldom: prefill and decode of each architecture, at SHARES="0.52 0.15" of communication
 	@for share in $(or $(SHARES),0.52 0.15); do $(PY) -m experiments.bench inference --share $$share $(ARGS) || exit; done
 
-bench-routing: $(READY)  ## how uneven the routing of small trainings is in single steps, start and end
-	@$(PY) -m experiments.bench routing $(ARGS)
-
-bench-growth: $(READY)  ## measure the same while tokens, ranks or experts grow
-	@$(PY) -m experiments.bench growth $(ARGS)
-
-timeline: $(READY)  ## one pair's operators, measured and planned (Fig. 7), and Chrome traces
+timeline: $(READY)  ## seldom: one pair's operators, measured and planned (Fig. 7), and Chrome traces
 	@$(PY) -m experiments.bench timeline $(ARGS)
 
 # Not after $(READY): it also runs from a plain checkout with the Python that has torch, where nothing can be installed.
@@ -108,100 +105,40 @@ gpu-check:  ## check everything on one GPU in nine minutes, into the folder OUT;
 figures: $(READY)  ## draw the pictures of the docs and write the pages of results, from what is kept there
 	@$(PY) -m experiments.figure 0 $(ARGS)
 
-# A line for each report that a picture of the docs is drawn from. Minutes are those of an idle machine, estimated from
-# the iterations that docs/results counts, except those of growth and inference.
-KEPT := docs/figures
-KEEP := $(PY) -m experiments.bench
-REPORTS := $(addprefix $(KEPT)/, $(addsuffix .json, \
-  overlap-real-block-2-ranks-share-0.52 overlap-real-block-2-ranks-share-0.15 overlap-real-iteration-2-ranks-share-0.52 \
-  overlap-real-iteration-2-ranks-share-0.52-ratio-1 overlap-real-iteration-2-ranks-share-0.52-ratio-0.3 \
-  overlap-emulated-iteration-2-ranks-share-0.52 overlap-emulated-iteration-4-ranks-share-0.52 \
-  overlap-emulated-block-2-ranks-share-0.52 overlap-emulated-block-2-ranks-share-0.52-every-1-top-2 \
-  overlap-emulated-block-2-ranks-share-0.35 overlap-emulated-block-4-ranks-share-0.35 \
-  train-share-0.52 growth routing inference-2-ranks-share-0.52 inference-2-ranks-share-0.15 \
-  $(addprefix uneven-, emulated-block-2-ranks-share-0.52-hot_rank \
-  emulated-block-2-ranks-share-0.52-hot_rank-recorded emulated-block-2-ranks-share-0.52-capacity-1.25-hot_rank \
-  emulated-block-2-ranks-share-0.52-buffers-1.25-hot_rank emulated-block-4-ranks-share-0.49-hot_rank \
-  emulated-iteration-2-ranks-share-0.52-hot_rank real-block-2-ranks-share-0.52-hot_rank-recorded \
-  real-iteration-2-ranks-share-0.52-hot_rank inference-2-ranks-share-0.52-hot_rank)))
+reports: $(READY)  ## seldom: measure what the docs' pictures show and docs/figures lacks; ARGS=--list shows the minutes
+	@$(PY) -m docs.build.reports $(ARGS)
 
-reports: $(REPORTS)  ## measure what the docs' pictures show, 6 h on an idle machine; remove a report to measure it again
-$(REPORTS): | $(READY)
-$(KEPT)/overlap-real-block-2-ranks-share-0.52.json:  # 10 min
-	@$(KEEP) overlap --out $(KEPT) --share 0.52 --compute real
-$(KEPT)/overlap-real-block-2-ranks-share-0.15.json:  # 11 min
-	@$(KEEP) overlap --out $(KEPT) --share 0.15 --compute real --rounds 15
-ITERATION := --share 0.52 --compute real --level iteration --rows top2 shared_expert scmoe_pos2 scmoe_pos3
-$(KEPT)/overlap-real-iteration-2-ranks-share-0.52.json:  # 12 min
-	@$(KEEP) overlap --out $(KEPT) $(ITERATION) --rounds 15
-$(KEPT)/overlap-real-iteration-2-ranks-share-0.52-ratio-1.json:  # 4 min
-	@$(KEEP) overlap --out $(KEPT) $(ITERATION) --rows-per-gradient 1
-$(KEPT)/overlap-real-iteration-2-ranks-share-0.52-ratio-0.3.json:  # 5 min
-	@$(KEEP) overlap --out $(KEPT) $(ITERATION) --rows-per-gradient 0.3 --seq-len 64
-SLEEPING := --share 0.52 --level iteration --rows top2 shared_expert scmoe_pos2 scmoe_pos3
-$(KEPT)/overlap-emulated-iteration-2-ranks-share-0.52.json:  # 11 min
-	@$(KEEP) overlap --out $(KEPT) $(SLEEPING) --attention-ms 60
-$(KEPT)/overlap-emulated-iteration-4-ranks-share-0.52.json:  # 16 min
-	@$(KEEP) overlap --out $(KEPT) $(SLEEPING) --attention-ms 90 --ranks 4
-$(KEPT)/overlap-emulated-block-2-ranks-share-0.52.json:  # 9 min
-	@$(KEEP) overlap --out $(KEPT) --share 0.52
-EVERY_1 := --every 1 --top-k 2 --rows top2 shared_expert scmoe_pos1 scmoe_pos2 farskip
-$(KEPT)/overlap-emulated-block-2-ranks-share-0.52-every-1-top-2.json:  # 7 min
-	@$(KEEP) overlap --out $(KEPT) --share 0.52 $(EVERY_1)
-$(KEPT)/overlap-emulated-block-2-ranks-share-0.35.json:  # 11 min
-	@$(KEEP) overlap --out $(KEPT) --share 0.35 --attention-ms 60
-$(KEPT)/overlap-emulated-block-4-ranks-share-0.35.json:  # 8 min
-	@$(KEEP) overlap --out $(KEPT) --share 0.35 --ranks 4 --attention-ms 60 --rounds 5
-$(KEPT)/train-share-0.52.json:  # 25 min, eight trainings in turn
-	@$(KEEP) train --out $(KEPT)
-$(KEPT)/routing.json:  # 35 min, ten trainings
-	@$(KEEP) routing --out $(KEPT)
-$(KEPT)/growth.json:  # 23 min
-	@$(KEEP) growth --out $(KEPT)
-$(KEPT)/inference-2-ranks-share-%.json:  # 4 min
-	@$(KEEP) inference --out $(KEPT) --share $*
-# Uneven routing: all loads of a report in the same rounds, with a balanced control.
-$(KEPT)/uneven-emulated-block-2-ranks-share-0.52-hot_rank.json:  # 16 min
-	@$(KEEP) overlap --out $(KEPT) --share 0.52 --load hot_rank:1.7 --rounds 5
-$(KEPT)/uneven-emulated-block-2-ranks-share-0.52-hot_rank-recorded.json:  # 13 min
-	@$(KEEP) overlap --out $(KEPT) --share 0.52 --load hot_rank:1.7 --load recorded:$(KEPT)/routing-table3-top2.safetensors \
-	  --rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3
-$(KEPT)/uneven-emulated-block-2-ranks-share-0.52-%-1.25-hot_rank.json:  # 8 min
-	@$(KEEP) overlap --out $(KEPT) --share 0.52 --load hot_rank:1.7 --layout $*:1.25 --rounds 5 \
-	  --rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3
-$(KEPT)/uneven-emulated-block-4-ranks-share-0.49-hot_rank.json:  # 15 min
-	@$(KEEP) overlap --out $(KEPT) --share 0.49 --attention-ms 90 --ranks 4 --load hot_rank:1.7 --rounds 7 \
-	  --rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3
-$(KEPT)/uneven-emulated-iteration-2-ranks-share-0.52-hot_rank.json:  # 19 min
-	@$(KEEP) overlap --out $(KEPT) $(SLEEPING) --attention-ms 60 --load hot_rank:1.7 --rounds 7
-$(KEPT)/uneven-real-block-2-ranks-share-0.52-hot_rank-recorded.json:  # 25 min
-	@$(KEEP) overlap --out $(KEPT) --share 0.52 --compute real --load hot_rank:1.3 --load hot_rank:1.7 --load hot_rank:2 \
-	  --load recorded:$(KEPT)/routing-table3-top2.safetensors --rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3
-$(KEPT)/uneven-real-iteration-2-ranks-share-0.52-hot_rank.json:  # 22 min
-	@$(KEEP) overlap --out $(KEPT) $(ITERATION) --load hot_rank:1.7
-$(KEPT)/uneven-inference-2-ranks-share-0.52-hot_rank.json:  # 6 min
-	@$(KEEP) inference --out $(KEPT) --share 0.52 --load hot_rank:1.7
-
-recording: $(READY)  ## run the quickstart once more and draw its terminal into the README's picture
+recording: $(READY)  ## seldom: run the quickstart once more and draw its terminal into the README's picture
 	@$(PY) -m tests.terminal --from training docs/figures/train.svg make train
 
-figure1: $(READY)  ## Fig. 1, share of All-to-All in the time, from the reports that figure8 leaves in runs/figure8
+figure: figure$(or $(NUMBER),-none)  ## draw a figure of the paper, NUMBER=1, 4, 7, 8, 9, 10 or 13; 8 and 13 are measured first
+
+figure-none:
+	@echo 'figure: NUMBER is missing, such as NUMBER=9' >&2; exit 2
+
+figure1: $(READY)  ## seldom: Fig. 1, share of All-to-All in the time, from the reports that figure8 leaves in runs/figure8
 	@$(PY) -m experiments.figure 1 runs/figure8 $(ARGS)
 
-figure8: $(READY)  ## measure Fig. 8, three hardware scenarios on shaped links, and draw it; ARGS="--compute real"
+figure4: $(READY)  ## seldom: Fig. 4, a pair of blocks with the shortcut
+	@$(PY) -m experiments.figure 4 $(ARGS)
+
+figure7: $(READY)  ## seldom: Fig. 7, two timelines by the cost model; timeline measures all five
+	@$(PY) -m experiments.figure 7 $(ARGS)
+
+figure8: $(READY)  ## seldom: measure Fig. 8, three hardware scenarios on shaped links, and draw it; ARGS="--compute real"
 	@for share in 0.52 0.42 0.11; do $(PY) -m experiments.bench overlap --share $$share --out runs/figure8 \
 	  --rows top2 top2_pipelined top1 top1_pipelined shared_expert shared_expert_pipelined scmoe_pos2 scmoe_pos2_pipelined \
 	  $(ARGS) || exit; done
 	@$(PY) -m experiments.figure 8 runs/figure8
 
-figure9: $(READY)  ## Fig. 9, gating over training, of RUN (the newest), trained with analysis.gating_every=N
+figure9: $(READY)  ## seldom: Fig. 9, gating over training, of RUN (the newest), trained with analysis.gating_every=N
 	@$(PY) -m experiments.figure 9 $(or $(RUN),runs/latest) $(ARGS)
 
-figure10: $(READY)  ## Fig. 10, similarity of representations, of RUN (the newest), with analysis.similarity_every=N
+figure10: $(READY)  ## seldom: Fig. 10, similarity of representations, of RUN (the newest), with analysis.similarity_every=N
 	@$(PY) -m experiments.figure 10 $(or $(RUN),runs/latest) $(ARGS)
 
-fig13: $(READY)  ## measure Fig. 13, offloaded experts, and draw it; ARGS="--quick" for a trial
-	@$(PY) -m experiments.fig13 $(ARGS)
+figure13: $(READY)  ## seldom: measure Fig. 13, offloaded experts, and draw it; ARGS="--quick" for a trial
+	@$(PY) -m experiments.figure 13 $(ARGS)
 
 test: $(READY)  ## run all tests, of the fault suite the representative ones
 	@$(PYTEST) -m "not faults or representative" $(ARGS)
@@ -209,18 +146,18 @@ test: $(READY)  ## run all tests, of the fault suite the representative ones
 test-fast: $(READY)  ## run the quick tests in one process
 	@$(PYTEST) -m "not dist and not slow and not smoke" $(ARGS)
 
-test-dist: $(READY)  ## run the tests that start several processes
+test-dist: $(READY)  ## seldom: run the tests that start several processes
 	@$(PYTEST) -m dist $(ARGS)
 
-test-faults: $(READY)  ## run the whole fault suite: kills, broken disks, damage, resuming, resharding
+test-faults: $(READY)  ## seldom: run the whole fault suite: kills, broken disks, damage, resuming, resharding
 	@$(PYTEST) -m faults $(ARGS)
 
-mutate: $(READY)  ## put known bugs into a copy of the tree, then mutmut's into the core (CORE="scmoe.moe.router.*")
+mutate: $(READY)  ## seldom: put known bugs into a copy of the tree, then mutmut's into the core (CORE="scmoe.moe.router.*")
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist load --max-worker-restart=0 tests/mutation/mutate.py $(ARGS)
 	@OMP_NUM_THREADS=1 $(PY) -m mutmut run $(if $(CORE),"$(CORE)")
 	@$(PY) -m mutmut results
 
-wheel-test: $(READY)  ## build the wheel, install it away from the checkout, and run verbs there
+wheel-test: $(READY)  ## seldom: build the wheel, install it away from the checkout, and run verbs there
 	@OMP_NUM_THREADS=1 $(PY) -m tests.wheel $(ARGS)
 
 lint: $(READY)  ## check rules and format with ruff
@@ -231,7 +168,7 @@ format: $(READY)  ## let ruff fix what it can
 	@$(PY) -m ruff check --fix .
 	@$(PY) -m ruff format .
 
-typecheck: $(READY)  ## check types with mypy
+typecheck: $(READY)  ## seldom: check types with mypy
 	@$(PY) -m mypy
 
 docs: $(READY)  ## build the documentation as a site into site/ and check its links; ARGS=serve shows it

@@ -1,0 +1,151 @@
+"""Measure the reports that pictures and pages of the docs are drawn from: `make reports`.
+
+A report that docs/figures holds is skipped: remove it to measure it again. Minutes are those of an
+idle machine with 2 cores, estimated from the iterations that the report counts.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path("docs/figures")
+ITERATION_ROWS = "--rows top2 shared_expert scmoe_pos2 scmoe_pos3"
+EVERY_BLOCK_ROWS = "--rows top2 shared_expert scmoe_pos1 scmoe_pos2 farskip"
+UNEVEN_ROWS = "--rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3"
+PAIR = "overlap --share 0.52"
+REAL_ITERATION = f"{PAIR} --compute real --level iteration {ITERATION_ROWS}"
+EMULATED_ITERATION = f"{PAIR} --level iteration {ITERATION_ROWS}"
+HOT = "--load hot_rank:1.7"
+RECORDED = f"--load recorded:{FOLDER}/routing-table3-top2.safetensors"
+
+
+class Report(NamedTuple):
+    """A report of a bench. name: its file without .json. words: what follows `scmoe bench`."""
+
+    name: str
+    words: str
+    minutes: int
+
+    @property
+    def path(self) -> Path:
+        return FOLDER / f"{self.name}.json"
+
+    @property
+    def command(self) -> list[str]:
+        bench = [sys.executable, "-m", "experiments.bench"]
+        return [*bench, *self.words.split(), "--out", str(FOLDER)]
+
+
+REPORTS = (
+    Report("overlap-real-block-2-ranks-share-0.52", f"{PAIR} --compute real", 10),
+    Report(
+        "overlap-real-block-2-ranks-share-0.15",
+        "overlap --share 0.15 --compute real --rounds 15",
+        11,
+    ),
+    Report("overlap-real-iteration-2-ranks-share-0.52", f"{REAL_ITERATION} --rounds 15", 12),
+    Report(
+        "overlap-real-iteration-2-ranks-share-0.52-ratio-1",
+        f"{REAL_ITERATION} --rows-per-gradient 1",
+        4,
+    ),
+    Report(
+        "overlap-real-iteration-2-ranks-share-0.52-ratio-0.3",
+        f"{REAL_ITERATION} --rows-per-gradient 0.3 --seq-len 64",
+        5,
+    ),
+    Report(
+        "overlap-emulated-iteration-2-ranks-share-0.52",
+        f"{EMULATED_ITERATION} --attention-ms 60",
+        11,
+    ),
+    Report(
+        "overlap-emulated-iteration-4-ranks-share-0.52",
+        f"{EMULATED_ITERATION} --attention-ms 90 --ranks 4",
+        16,
+    ),
+    Report("overlap-emulated-block-2-ranks-share-0.52", PAIR, 9),
+    Report(
+        "overlap-emulated-block-2-ranks-share-0.52-every-1-top-2",
+        f"{PAIR} --every 1 --top-k 2 {EVERY_BLOCK_ROWS}",
+        7,
+    ),
+    Report(
+        "overlap-emulated-block-2-ranks-share-0.35", "overlap --share 0.35 --attention-ms 60", 11
+    ),
+    Report(
+        "overlap-emulated-block-4-ranks-share-0.35",
+        "overlap --share 0.35 --ranks 4 --attention-ms 60 --rounds 5",
+        8,
+    ),
+    # Eight trainings take turns.
+    Report("train-share-0.52", "train", 25),
+    Report("inference-2-ranks-share-0.52", "inference --share 0.52", 4),
+    Report("inference-2-ranks-share-0.15", "inference --share 0.15", 4),
+    # Uneven routing: all loads of a report are measured in the same rounds, beside balanced ones.
+    Report("uneven-emulated-block-2-ranks-share-0.52-hot_rank", f"{PAIR} {HOT} --rounds 5", 16),
+    Report(
+        "uneven-emulated-block-2-ranks-share-0.52-hot_rank-recorded",
+        f"{PAIR} {HOT} {RECORDED} {UNEVEN_ROWS}",
+        13,
+    ),
+    Report(
+        "uneven-emulated-block-2-ranks-share-0.52-capacity-1.25-hot_rank",
+        f"{PAIR} {HOT} --layout capacity:1.25 --rounds 5 {UNEVEN_ROWS}",
+        8,
+    ),
+    Report(
+        "uneven-emulated-block-2-ranks-share-0.52-buffers-1.25-hot_rank",
+        f"{PAIR} {HOT} --layout buffers:1.25 --rounds 5 {UNEVEN_ROWS}",
+        8,
+    ),
+    Report(
+        "uneven-emulated-block-4-ranks-share-0.49-hot_rank",
+        f"overlap --share 0.49 --attention-ms 90 --ranks 4 {HOT} --rounds 7 {UNEVEN_ROWS}",
+        15,
+    ),
+    Report(
+        "uneven-emulated-iteration-2-ranks-share-0.52-hot_rank",
+        f"{EMULATED_ITERATION} --attention-ms 60 {HOT} --rounds 7",
+        19,
+    ),
+    Report(
+        "uneven-real-block-2-ranks-share-0.52-hot_rank-recorded",
+        f"{PAIR} --compute real --load hot_rank:1.3 {HOT} --load hot_rank:2 {RECORDED}"
+        f" {UNEVEN_ROWS}",
+        25,
+    ),
+    Report("uneven-real-iteration-2-ranks-share-0.52-hot_rank", f"{REAL_ITERATION} {HOT}", 22),
+    Report("uneven-inference-2-ranks-share-0.52-hot_rank", f"inference --share 0.52 {HOT}", 6),
+)
+
+
+def main(words: Sequence[str]) -> int:
+    """Measure the reports that are missing, in turn. Return the exit code of the first failure."""
+    parser = argparse.ArgumentParser(prog="make reports", description="measure missing reports")
+    parser.add_argument("--list", action="store_true", help="print all reports, measure nothing")
+    if parser.parse_args(words).list:
+        for report in REPORTS:
+            state = "kept" if report.path.exists() else "missing"
+            print(f"{report.minutes:4} min  {state:7}  {report.name}")
+        return 0
+
+    missing = [report for report in REPORTS if not report.path.exists()]
+    minutes = sum(report.minutes for report in missing)
+    print(f"reports: {len(missing)} of {len(REPORTS)} are missing, about {minutes} min to measure")
+    for report in missing:
+        print(f"reports: {report.name}, about {report.minutes} min", flush=True)
+        code = subprocess.call(report.command)
+        if code != 0:
+            return code
+        if not report.path.exists():
+            print(f"reports: the bench has written no {report.path}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
