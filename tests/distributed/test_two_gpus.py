@@ -66,7 +66,7 @@ BY_RANK = torch.tensor([[3, 1], [0, 2]])  # rows by [sender, receiver]
 
 
 def hop(rank: int, world_size: int, accelerator: str) -> None:
-    """Two transfers in flight give the rows and gradients of a flat exchange, bit-identical."""
+    """Rows and gradients of two transfers in flight are bit-identical to those of a flat exchange."""
     from scmoe.moe.dispatcher import Traffic
     from scmoe.parallel.wire.all_to_all import Exchange, Transfer, all_to_all
     from scmoe.parallel.wire.hierarchical import hierarchical

@@ -99,7 +99,7 @@ def swap_each(rank: int, world_size: int) -> dict[str, str]:
 
 
 def test_every_kind_of_collective_is_watched():
-    """Lightning's collectives send objects. Different objects or numbers of rows are no error."""
+    """Lightning's own collectives send objects. Different objects or numbers of rows are no error."""
     for said in run_ranks(swap_each, 2):
         assert list(said) == COLLECTIVES
         for name, message in said.items():

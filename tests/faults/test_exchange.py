@@ -30,5 +30,5 @@ def absent(rank: int, world_size: int) -> float:
 
 
 def test_a_rank_that_is_absent_ends_the_wait_of_both_hops():
-    """Rank 2 waits for its first hop; ranks 0 and 1 wait for second hops from ranks 2 and 3."""
+    """Rank 2 waits for its first hop, and ranks 0 and 1 for their second hops from ranks 2 and 3."""
     assert max(run_ranks(absent, 4, nodes=2)) < 60, "gloo's own timeout is half an hour"

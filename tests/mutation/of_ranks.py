@@ -8,8 +8,7 @@ from tests.mutation.mutant import DIST, FAULTS, LIGHTNING, PARALLEL, UNIT, UPDAT
 EP = (  # all gradients
     f"{DIST}/test_negative_controls.py::test_with_nothing_broken_two_ranks_equal_one"
 )
-STRATEGY = f"{DIST}/test_strategy.py"
-DP = f"{STRATEGY}::test_a_run_resumed_in_another_layout_equals_an_uninterrupted_one[2-1]"
+DP = f"{DIST}/test_strategy.py::test_a_run_resumed_in_another_layout_equals_an_uninterrupted_one[2-1]"
 TWO_HOPS = f"{DIST}/test_hierarchical.py::test_two_hops_change_no_bit"
 FOUR = f"{DIST}/test_sharded.py::test_four_ranks_equal_one"
 NOT_FINITE = (

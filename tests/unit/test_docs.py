@@ -162,6 +162,15 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 160
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/tour.md"])
+def test_the_tree_has_every_folder_of_the_library(page):
+    (tree,) = [block for block in blocks(page, "text") if "scmoe/  " in block]
+    inside = tree.partition("\nscmoe/ ")[2] or tree
+    named = re.findall(r"^  (\w+/)", re.split(r"\n(?=\S)", inside)[0], re.M)
+    folders = {f"{path.parent.name}/" for path in (ROOT / "scmoe").glob("*/__init__.py")}
+    assert sorted(named) == sorted(folders - {"datamodules/"})
+
+
 def test_the_readmes_results_have_one_number_a_cell():
     table = (ROOT / "README.md").read_text().partition("## Results")[2].partition("\n\nSpeeds")[0]
     rows = [line.strip("| ").split("|") for line in table.splitlines() if line.startswith("|")][2:]

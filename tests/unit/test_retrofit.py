@@ -1,4 +1,4 @@
-"""Zero experts that are added to a trained MoE: what is copied, drawn and refused."""
+"""Zero experts that are added to a trained MoE: what is copied, what is drawn, and what is refused."""
 
 import math
 from pathlib import Path

@@ -93,7 +93,7 @@ class Counting(LocalDispatcher):
 def zero_stream(
     capacity_factor: float | None = None, weight: float = 0.0, returns_input: bool = True
 ) -> MoEStream:
-    """Return a stream whose gate prefers zero experts for every token if `weight` is large."""
+    """Returns a stream whose gate prefers zero experts with a large `weight`, whatever the token."""
     router = Router(DIM, EXPERTS, 2, scoring=Scoring(normalise=False, scale=6), zero_experts=3)
     stream = MoEStream(
         router, Experts(DIM, FFN, EXPERTS), Counting(), rows_of(capacity_factor), returns_input
