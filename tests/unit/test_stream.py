@@ -157,7 +157,7 @@ def test_a_zero_expert_that_returns_0_adds_0_and_sends_nothing():
 @pytest.mark.parametrize("top_k", (1, 2))
 @pytest.mark.parametrize("returns_input", (True, False))
 def test_zero_experts_that_are_never_chosen_change_no_bit(returns_input, top_k):
-    """Sigmoid scores are independent, and a selection bias of -inf rules an expert out."""
+    """Sigmoid scores do not depend on each other, and -inf as a selection bias rules an expert out."""
     scoring = Scoring(torch.sigmoid, sums_to_one=False, scale=2.5, rule=by_sign)
     plain, further = (
         Router(DIM, EXPERTS, top_k, scoring=scoring, zero_experts=zero) for zero in (0, 3)
