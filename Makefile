@@ -170,6 +170,7 @@ format: $(READY)  ## let ruff fix what it can
 
 typecheck: $(READY)  ## seldom: check types with mypy
 	@$(PY) -m mypy
+	@$(PY) -m mypy -p docs.build
 
 docs: $(READY)  ## build the documentation as a site into site/ and check its links; ARGS=serve shows it
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs $(or $(ARGS),build --strict)
