@@ -5,9 +5,8 @@ Fig. 6).
     run_experts(state)  wait, compute, start combine
     finish(state)       wait, decode
 
-A zero expert returns its input (LongCat-Flash, arXiv 2509.01322), or 0 where it was added to a
-trained model. Its copies get no row, so nothing is sent or computed for them. finish adds weight x
-tap, or nothing.
+A zero expert returns its input (LongCat-Flash, arXiv 2509.01322). Its copies get no row, so nothing
+is sent or computed for them; finish adds weight x tap.
 
 State travels in return values, so several streams may be open at once and nothing is left on the
 module. Backward is the mirror: finish's backward starts the gradient's transfer, begin's waits for
@@ -39,27 +38,21 @@ class StreamState(NamedTuple):
     stats: RouterStats | None
     in_flight: list[Pending]
     receipts: list[Receipt] | None  # None: the experts have run
-    tap_TD: Tensor | None  # what zero experts return; None: 0, or there are none
+    tap_TD: Tensor | None  # what zero experts return; None: there are none
 
 
 class MoEStream(Operators):
     """Router, experts and the dispatcher between them.
 
-    rows: how the rows are arranged (layout.py); None: dropless. zeros_return_input: else zero
-    experts return 0.
+    rows: how the rows are arranged (layout.py); None: dropless.
     """
 
     def __init__(
-        self,
-        router: Router,
-        experts: Experts,
-        dispatcher: Dispatcher,
-        rows: Rows | None = None,
-        zeros_return_input: bool = True,
+        self, router: Router, experts: Experts, dispatcher: Dispatcher, rows: Rows | None = None
     ) -> None:
         super().__init__()
         self.router, self.experts, self.dispatcher = router, experts, dispatcher
-        self.rows, self.zeros_return_input = rows or Dropless(), zeros_return_input
+        self.rows = rows or Dropless()
         self.num_ranks = experts.num_experts // len(experts.expert_ids)  # that share the experts
 
     @torch.compiler.disable
@@ -82,7 +75,7 @@ class MoEStream(Operators):
         sent = [self.operator("dispatch", self.dispatcher.dispatch, *chunk) for chunk in rows]
         in_flight, receipts = [pending for pending, _ in sent], [receipt for _, receipt in sent]
         stats = self.sums(routing, layout, mask_T, tap_BSD.shape) if self.rows.sums else None
-        kept_TD = x_TD if self.router.zero_experts and self.zeros_return_input else None
+        kept_TD = x_TD if self.router.zero_experts else None
         return StreamState(tap_BSD.shape, routing, layout, stats, in_flight, receipts, kept_TD)
 
     @torch.compiler.disable
@@ -198,8 +191,8 @@ def move_biases(model: nn.Module, sums_LE2: Tensor) -> None:
 
 
 def from_zero_experts(x_TD: Tensor, routing: Routing, num_experts: int) -> Tensor:
-    """The sum of the outputs of zero experts that return their input: each token times the weights
-    of its copies to them."""
+    """Return the sum of the outputs of zero experts: each token times the weights of its copies to
+    them."""
     weights_TK = routing.topk_weights_TK.where(routing.topk_ids_TK >= num_experts, 0.0)
     return weights_TK.sum(-1, keepdim=True).to(x_TD.dtype) * x_TD
 
