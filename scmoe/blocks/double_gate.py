@@ -35,10 +35,12 @@ class DoubleGateBlock(MoEBlock):
     architecture = "dgmoe"
     tap_norm: nn.Module
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
-        x_BSD = self.before_tap(x_BSD, *cache)
+    def forward(
+        self, x_BSD: Tensor, mask_BS: Tensor | None = None, cache: KVCache | None = None
+    ) -> MoEOutput:
+        x_BSD = self.before_tap(x_BSD, cache)
         preceding = self.moe.begin(self.tap_norm(x_BSD), mask_BS, self.schedule.chunks)
-        x_BSD, preceding = self.through_window(x_BSD, preceding, *cache)
+        x_BSD, preceding = self.through_window(x_BSD, preceding, cache)
         if self.schedule.slot == len(self.schedule.window):
             preceding = self.moe.run_experts(preceding)
         arguments = self.norm(x_BSD), mask_BS, self.schedule.chunks, preceding.routing.topk_ids_TK

@@ -34,9 +34,11 @@ class FarSkipDenseBlock(nn.Module):
         super().__init__()
         self.sublayers = nn.ModuleList([attention, mlp])
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
+    def forward(
+        self, x_BSD: Tensor, mask_BS: Tensor | None = None, cache: KVCache | None = None
+    ) -> MoEOutput:
         attention, mlp = self.sublayers
-        return MoEOutput(mlp(x_BSD, *cache, onto=attention(x_BSD, *cache)), None)
+        return MoEOutput(mlp(x_BSD, cache, onto=attention(x_BSD, cache)), None)
 
 
 class FarSkipBlock(MoEBlock):
@@ -49,7 +51,8 @@ class FarSkipBlock(MoEBlock):
         self,
         x_BSD: Tensor,
         mask_BS: Tensor | None = None,
-        *cache: KVCache,
+        cache: KVCache | None = None,
+        *,
         carry: Tensor | None = None,
     ) -> HandedOn:
         """carry: Y_l, the stream without the preceding routed output; None: in the first block,
@@ -57,7 +60,7 @@ class FarSkipBlock(MoEBlock):
         u_BSD = self.norm(x_BSD)
         state = self.moe.begin(u_BSD, mask_BS, self.schedule.chunks)
         routed_free_BSD = x_BSD if carry is None else carry
-        h_BSD, state = self.through_window(routed_free_BSD, state, *cache, onto=x_BSD)
+        h_BSD, state = self.through_window(routed_free_BSD, state, cache, onto=x_BSD)
         shared_BSD, state = self.through_shared_expert(u_BSD, state)
         y_BSD = h_BSD + self.after(shared_BSD)
         routed_BSD, stats = self.moe.finish(state)

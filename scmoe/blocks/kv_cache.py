@@ -95,3 +95,11 @@ class KVCache:
         if "is_causal" in self._seen:
             return k_BHSd, v_BHSd, self._seen
         return keys_BHLd[:, :, : self.longest], values_BHLd[:, :, : self.longest], self._seen
+
+
+def with_cache(*inputs: Any, cache: KVCache | None) -> tuple[Any, ...]:
+    """Return the arguments of a block or sub-layer: the inputs, and the cache where there is one.
+
+    So a module of a user that keeps nothing of earlier tokens need not accept a cache.
+    """
+    return inputs if cache is None else (*inputs, cache)

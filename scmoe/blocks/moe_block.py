@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.kv_cache import KVCache, with_cache
 from scmoe.blocks.sublayers import is_parted
 from scmoe.moe.dispatcher import Dispatcher
 from scmoe.moe.operators import Operators, Recorder
@@ -110,24 +110,29 @@ class MoEBlock(Operators):
             return self.schedule
         return replace(self.schedule, expert_slot=slots[0], inside_attention=True)
 
-    def before_tap(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
+    def before_tap(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
         for name, sublayer in zip(SUBLAYERS, list(self.sublayers)[: self.tap], strict=False):
-            x_BSD = self.operator(name, sublayer, x_BSD, *cache)
+            x_BSD = self.operator(name, sublayer, *with_cache(x_BSD, cache=cache))
         return x_BSD
 
     def through_window(
-        self, x_BSD: Tensor, state: StreamState, *cache: KVCache, onto: Tensor | None = None
+        self,
+        x_BSD: Tensor,
+        state: StreamState,
+        cache: KVCache | None = None,
+        onto: Tensor | None = None,
     ) -> tuple[Tensor, StreamState]:
         """Run the sub-layers after the tap; and the experts, where their slot is before or inside
         one of these. onto: Residual's, where there is one sub-layer."""
         for slot, sublayer in enumerate(self.after_tap()):
             if slot == self.schedule.slot and self.schedule.inside_attention:
-                x_BSD, state = self.around_experts(sublayer, x_BSD, state, *cache, onto=onto)
+                x_BSD, state = self.around_experts(sublayer, x_BSD, state, cache, onto)
                 continue
             if slot == self.schedule.slot:
                 state = self.moe.run_experts(state)
             f: Any = sublayer if onto is None else partial(sublayer, onto=onto)
-            x_BSD = self.operator(self.schedule.window[slot], f, x_BSD, *cache)
+            name = self.schedule.window[slot]
+            x_BSD = self.operator(name, f, *with_cache(x_BSD, cache=cache))
         return x_BSD, state
 
     def through_shared_expert(
@@ -149,13 +154,13 @@ class MoEBlock(Operators):
         attention: Any,
         x_BSD: Tensor,
         state: StreamState,
-        *cache: KVCache,
+        cache: KVCache | None = None,
         onto: Tensor | None = None,
     ) -> tuple[Tensor, StreamState]:
         """Run an attention sub-layer in two parts, and the experts between them. onto: as
         Residual's."""
         core, out = PARTS
-        core_BSv = self.operator(core, attention.core, x_BSD, *cache)
+        core_BSv = self.operator(core, attention.core, *with_cache(x_BSD, cache=cache))
         state = self.moe.run_experts(state)
         return (
             self.operator(

@@ -45,11 +45,12 @@ class ShortcutBlock(MoEBlock):
         self,
         x_BSD: Tensor,
         mask_BS: Tensor | None = None,
-        *cache: KVCache,
+        cache: KVCache | None = None,
+        *,
         carry: Tensor | None = None,
     ) -> MoEOutput | HandedOn:
         """carry: the preceding block's, for a tap that lies there. ValueError: it is missing."""
-        x_BSD = self.before_tap(x_BSD, *cache)
+        x_BSD = self.before_tap(x_BSD, cache)
         if (carry is None) == (self.schedule.position == "carried"):
             allowed = (
                 "what the block before leaves"
@@ -61,7 +62,7 @@ class ShortcutBlock(MoEBlock):
             )
         tap_BSD = self.tap_norm(x_BSD if carry is None else carry)
         state = self.moe.begin(tap_BSD, mask_BS, self.schedule.chunks)
-        x_BSD, state = self.through_window(x_BSD, state, *cache)
+        x_BSD, state = self.through_window(x_BSD, state, cache)
         u_BSD = self.norm(x_BSD)
         shared_BSD, state = self.through_shared_expert(u_BSD, state)
         routed_BSD, stats = self.moe.finish(state)

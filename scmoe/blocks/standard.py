@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.kv_cache import KVCache, with_cache
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.moe.tokens import MoEOutput
 
@@ -25,9 +25,11 @@ class DenseBlock(nn.Module):
         super().__init__()
         self.sublayers = nn.ModuleList(sublayers)
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
+    def forward(
+        self, x_BSD: Tensor, mask_BS: Tensor | None = None, cache: KVCache | None = None
+    ) -> MoEOutput:
         for sublayer in self.sublayers:
-            x_BSD = sublayer(x_BSD, *cache)
+            x_BSD = sublayer(*with_cache(x_BSD, cache=cache))
         return MoEOutput(x_BSD, None)
 
 
@@ -36,8 +38,10 @@ class TopKBlock(MoEBlock):
 
     architecture = "top_k"
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
-        x_BSD = self.before_tap(x_BSD, *cache)
+    def forward(
+        self, x_BSD: Tensor, mask_BS: Tensor | None = None, cache: KVCache | None = None
+    ) -> MoEOutput:
+        x_BSD = self.before_tap(x_BSD, cache)
         routed_BSD, stats = self.moe(self.norm(x_BSD), mask_BS, self.schedule.chunks)
         return MoEOutput(x_BSD + self.after(routed_BSD), stats)
 
@@ -53,8 +57,10 @@ class SharedExpertBlock(MoEBlock):
     shared_expert: nn.Module
     coefficient: nn.Module
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
-        x_BSD = self.before_tap(x_BSD, *cache)
+    def forward(
+        self, x_BSD: Tensor, mask_BS: Tensor | None = None, cache: KVCache | None = None
+    ) -> MoEOutput:
+        x_BSD = self.before_tap(x_BSD, cache)
         u_BSD = self.norm(x_BSD)
         state = self.moe.begin(u_BSD, mask_BS, self.schedule.chunks)
         shared_BSD, state = self.through_shared_expert(u_BSD, state)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.kv_cache import KVCache, with_cache
 from scmoe.moe.experts import ACTIVATIONS, Experts
 
 METHODS = ("forward", "core")  # that can be recomputed; core: of attention in two parts
@@ -188,7 +188,7 @@ class MLP(nn.Module):
         self.w_in = nn.Linear(dim, self.act.widening * ffn_dim, bias=bias)
         self.w_out = nn.Linear(ffn_dim, dim, bias=bias)
 
-    def forward(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
+    def forward(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
         """cache: not read, because a token's result does not depend on other tokens."""
         return self.w_out(self.act.forward(self.w_in(x_BSD)))
 
@@ -208,14 +208,22 @@ class Residual(nn.Module):
         self.norm, self.f, self.after = norm, f, after or nn.Identity()
         self.parted = isinstance(f, PartedAttention)
 
-    def core(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
+    def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
         """The first part of an attention sub-layer; forward with the result is the second."""
-        return self.f.core(self.norm(x_BSD), *cache)
+        return self.f.core(*with_cache(self.norm(x_BSD), cache=cache))
 
     def forward(
-        self, x_BSD: Tensor, *cache: KVCache, onto: Tensor | None = None, core: Tensor | None = None
+        self,
+        x_BSD: Tensor,
+        cache: KVCache | None = None,
+        *,
+        onto: Tensor | None = None,
+        core: Tensor | None = None,
     ) -> Tensor:
-        y_BSD = self.f(self.norm(x_BSD), *cache) if core is None else self.f.out(core)
+        if core is None:
+            y_BSD = self.f(*with_cache(self.norm(x_BSD), cache=cache))
+        else:
+            y_BSD = self.f.out(core)
         return (x_BSD if onto is None else onto) + self.after(y_BSD)
 
 

@@ -76,8 +76,7 @@ class Decoder(nn.Module):
                 torch.arange(seq_len, device=ids_BS.device) if cache is None else cache.positions_BS
             )
             x_BSD = x_BSD + self.positions(steps_S)
-        given = () if cache is None else (cache,)
-        x_BSD, all_stats = through(self.blocks, self.dropout(x_BSD), mask_BS, *given)
+        x_BSD, all_stats = through(self.blocks, self.dropout(x_BSD), mask_BS, cache)
         if last_B is not None:
             x_BSD = x_BSD.take_along_dim(last_B[:, None, None], 1)
         return LMOutput(self.head(self.norm(x_BSD)), all_stats)

@@ -3,28 +3,28 @@ unit, and which parameters it gathers in float32, if dense weights are split."""
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from scmoe.blocks.kv_cache import KVCache, with_cache
 from scmoe.moe.router import Router, SelectionBias
 from scmoe.moe.tokens import HandedOn, RouterStats
 
 
 def through(
-    blocks: Iterable[nn.Module], x_BSD: Tensor, mask_BS: Tensor | None, *cache: Any
+    blocks: Iterable[nn.Module], x_BSD: Tensor, mask_BS: Tensor | None, cache: KVCache | None = None
 ) -> tuple[Tensor, list[RouterStats]]:
     """Return the stream after the blocks, and the routers' sums of those that have one.
 
-    cache: a KVCache in generation. A block that follows one with HandedOn gets as `carry` what that
+    cache: in generation. A block that follows one with HandedOn gets as `carry` what that
     one leaves.
     """
     all_stats: list[RouterStats] = []
     carry_BSD: Tensor | None = None
     for block in blocks:
-        given = (x_BSD, mask_BS, *cache)
-        output = block(*given) if carry_BSD is None else block(*given, carry=carry_BSD)
+        inputs = with_cache(x_BSD, mask_BS, cache=cache)
+        output = block(*inputs) if carry_BSD is None else block(*inputs, carry=carry_BSD)
         carry_BSD = output.carry_BSD if isinstance(output, HandedOn) else None
         x_BSD, stats, *_ = output
         all_stats += [] if stats is None else [stats]
