@@ -29,7 +29,7 @@ class MoEBlock(Operators):
 
     With a KVCache as a third argument its attention modules also read earlier tokens' keys and
     values. A block that returns HandedOn leaves an activation for the next block, which gets it as
-    `carry` (models/units.py).
+    `carry` (models/residual_stream.py).
 
     sublayers: of one block (attention) or of a pair (attention, MLP, attention). norm: reads the
     output of the last sub-layer; in FarSkip, the block's input. after: the MoE module's output

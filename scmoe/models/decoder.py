@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.sublayers import MLP, SelfAttention
-from scmoe.models.units import residual_stream, through
+from scmoe.models.residual_stream import residual_stream, through
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.moe.router import SelectionBias
 from scmoe.moe.tokens import RouterStats

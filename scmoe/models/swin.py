@@ -23,7 +23,7 @@ from timm.models.swin_transformer_v2 import (
 from torch import Tensor, nn
 
 from scmoe.blocks.sublayers import SelfAttention
-from scmoe.models.units import residual_stream, through
+from scmoe.models.residual_stream import residual_stream, through
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.moe.router import SelectionBias
 from scmoe.moe.tokens import RouterStats
