@@ -27,8 +27,10 @@ from scmoe.moe.tokens import HandedOn, MoEOutput
 
 
 class FarSkipDenseBlock(nn.Module):
-    """A dense block of the same model, before all others: X + A(n(X)) + MLP(n'(X)), so both read
-    its input."""
+    """A dense block of the same model, before all others.
+
+    X + A(n(X)) + MLP(n'(X)): both read its input.
+    """
 
     def __init__(self, attention: Residual, mlp: Residual) -> None:
         super().__init__()
@@ -47,6 +49,10 @@ class FarSkipBlock(MoEBlock):
     architecture = "farskip"
     shared_expert: nn.Module
 
+    def check_parts(self) -> None:
+        assert self.tap_norm is None and self.shared_expert is not None
+        assert self.coefficient is None, "FarSkip adds both outputs, without weights"
+
     def forward(
         self,
         x_BSD: Tensor,
@@ -55,8 +61,10 @@ class FarSkipBlock(MoEBlock):
         *,
         carry: Tensor | None = None,
     ) -> HandedOn:
-        """carry: Y_l, the stream without the preceding routed output; None: in the first block,
-        X_0."""
+        """Return X_{l+1}, and Y_{l+1} as the carry.
+
+        carry: Y_l, the stream without the preceding routed output; None: in the first block, X_0.
+        """
         u_BSD = self.norm(x_BSD)
         state = self.moe.begin(u_BSD, mask_BS, self.schedule.chunks)
         routed_free_BSD = x_BSD if carry is None else carry

@@ -38,6 +38,9 @@ class TopKBlock(MoEBlock):
 
     architecture = "top_k"
 
+    def check_parts(self) -> None:
+        assert self.tap_norm is None and self.shared_expert is None and self.coefficient is None
+
     def forward(
         self, x_BSD: Tensor, mask_BS: Tensor | None = None, cache: KVCache | None = None
     ) -> MoEOutput:
@@ -56,6 +59,10 @@ class SharedExpertBlock(MoEBlock):
     architecture = "shared_expert"
     shared_expert: nn.Module
     coefficient: nn.Module
+
+    def check_parts(self) -> None:
+        assert self.tap_norm is None
+        assert self.shared_expert is not None and self.coefficient is not None
 
     def forward(
         self, x_BSD: Tensor, mask_BS: Tensor | None = None, cache: KVCache | None = None
