@@ -60,11 +60,12 @@ def integer_sums(stats: list[RouterStats]) -> Tensor:
 def load_balance_loss(stats: list[RouterStats], sums_LE2: Tensor, world_size: int = 1) -> Tensor:
     """Return the mean over layers of E sum_i f_i P_i (GShard, Switch).
 
-    It is 1 for an even load, E where one expert takes all. f_i: share of the global batch's copies that goes to expert i. P_i: mean score of expert i over
-    the global batch. Per sequence (DeepSeek-V3, Eq. 17-20) f_i and P_i are those of a sequence, and
-    the loss is the mean over sequences, weighted by their tokens. E counts zero experts. In f of
-    the global batch each of them has the same share of their copies, in f of a sequence its own
-    copies. stats: this rank's sums. sums_LE2: integer_sums, added up over world_size ranks.
+    It is 1 for an even load, E where one expert takes all. f_i: share of the global batch's copies
+    that goes to expert i. P_i: mean score of expert i over the global batch. Per sequence
+    (DeepSeek-V3, Eq. 17-20) f_i and P_i are those of a sequence, and the loss is the mean over
+    sequences, weighted by their tokens. E counts zero experts. In f of the global batch each of
+    them has the same share of their copies, in f of a sequence its own copies. stats: this rank's
+    sums. sums_LE2: integer_sums, added up over world_size ranks.
     """
     score_sums_LE = torch.stack([s.score_sums_E for s in stats])
     counts_LE, tokens_L = sums_LE2[:, :-2], sums_LE2[:, -2]
@@ -104,11 +105,12 @@ def load_max(counts_LE: Tensor, parts: int) -> Tensor:
 def load_metrics(sums_LE2: Tensor) -> dict[str, Tensor]:
     """Return metrics of how even the load is.
 
-    sums_LE2: integer_sums, added up over ranks, and over steps where the caller does so. load_max: the busiest expert's copies over the fair share, worst layer. load_entropy: mean over
-    layers; 1 for an even load, 0 where one expert takes all. dead_experts: experts without a token,
-    summed over layers. drop_share: share of all copies that was dropped. real_experts: copies of a
-    token that go to an expert and not to a zero expert, mean over layers; in DGMoE, copies of one
-    of a token's two representations.
+    sums_LE2: integer_sums, added up over ranks, and over steps where the caller does so. load_max:
+    the busiest expert's copies over the fair share, worst layer. load_entropy: mean over layers; 1
+    for an even load, 0 where one expert takes all. dead_experts: experts without a token, summed
+    over layers. drop_share: share of all copies that was dropped. real_experts: copies of a token
+    that go to an expert and not to a zero expert, mean over layers; in DGMoE, copies of one of a
+    token's two representations.
     """
     sums_LE2 = sums_LE2.double()
     counts_LE = sums_LE2[:, :-2]

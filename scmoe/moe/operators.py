@@ -167,7 +167,7 @@ def _edge(recorder: Recorder, name: str, begins: bool, value: Any) -> Any:
 
 
 def _replace_tensors(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    """Replace every tensor that carries a gradient by f of it, in tuples, named tuples and lists."""
+    """Return `value` with f of every tensor that carries a gradient, also in tuples and lists."""
     if isinstance(value, Tensor):
         return f(value) if value.requires_grad else value
     if isinstance(value, tuple) and hasattr(value, "_fields"):

@@ -140,7 +140,7 @@ class MoEStream(Operators):
 
 
 class dropless:
-    """A context for inference, in which the MoE modules of `model` drop no copy, whatever their rows.
+    """A context for inference, in which MoE modules drop no copy, whatever their rows.
 
     With a capacity a token's result would depend on its batch. The routers' sums are not computed
     inside, and stats are None. Entering sets `rows` of each stream, and leaving restores them. This
