@@ -50,10 +50,10 @@ class TopKBlock(MoEBlock):
 
 
 class SharedExpertBlock(MoEBlock):
-    """h + SE(h) + sum_i G(h)_i E_i(h) (Eq. 6): the shared expert can hide one of the two transfers.
+    """h + SE(h) + sum_i G(h)_i E_i(h) (Eq. 6).
 
-    At slot 0 the experts run first and the shared expert hides combine; at slot 1 it hides dispatch
-    and they run last.
+    The shared expert can hide one of the two transfers. At slot 0 the experts run first and the
+    shared expert hides combine; at slot 1 it hides dispatch and they run last.
     """
 
     architecture = "shared_expert"

@@ -18,10 +18,7 @@ def residual_stream(x: Tensor) -> Tensor:
 
 
 def through(
-    blocks: Iterable[nn.Module],
-    x_BSD: Tensor,
-    mask_BS: Tensor | None,
-    cache: KVCache | None = None,
+    blocks: Iterable[nn.Module], x_BSD: Tensor, mask_BS: Tensor | None, cache: KVCache | None = None
 ) -> tuple[Tensor, list[RouterStats]]:
     """Return the stream after the blocks, and the routers' sums of those that have one.
 
