@@ -79,7 +79,6 @@ def MoE(
     capacity_factor: float | None = None,
     router: str | Scoring = "softmax",
     zero_experts: int = 0,
-    zero_output: str = "input",
     group: Any = None,
 ) -> MoEStream:
     """Return sum_i G(x)_i E_i(x) (Eq. 1), called as y, stats = moe(x) for x of [..., dim].
@@ -87,18 +86,16 @@ def MoE(
     ffn_dim: None: 4 dim. activation: gelu | gelu_tanh | swiglu. capacity_factor: None: no token is
     dropped. router: softmax | deepseek | longcat, or a `Scoring` of one's own; what has a selection
     bias needs `move_biases` after each update, and a score per sequence x of [batch, sequence,
-    dim]. zero_experts: further experts that compute nothing and return their input, or 0 with
-    zero_output="zero".
+    dim]. zero_experts: further experts that compute nothing and return their input.
     """
     scoring = SCORINGS[_chosen("router", router, SCORINGS)] if isinstance(router, str) else router
     _chosen("activation", activation, ACTIVATIONS)
-    _chosen("zero_output", zero_output, ("input", "zero"))
     context = context_of(group)
     ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
     gate = Router(dim, num_experts, top_k, scoring=scoring, zero_experts=zero_experts)
     experts = Experts(dim, ffn_dim, num_experts, context.local_experts(num_experts), activation)
     dispatcher, rows = context.dispatcher(num_experts), rows_of(capacity_factor)
-    return MoEStream(gate, experts, dispatcher, rows, zero_output == "input")
+    return MoEStream(gate, experts, dispatcher, rows)
 
 
 def ScMoEBlock(
@@ -114,7 +111,6 @@ def ScMoEBlock(
     capacity_factor: float | None = None,
     router: str | Scoring = "softmax",
     zero_experts: int = 0,
-    zero_output: str = "input",
     dropout: float = 0.0,
     expert_slot: int | None = None,
     chunks: int = 1,
@@ -129,7 +125,7 @@ def ScMoEBlock(
     position="first", and the others "carried".
     shortcut: scmoe | longcat | nvidia | nous | farskip | dgmoe. position: pos1 | pos2 | pos3. combine: direct_add | cg1
     | cg2. Of both, None is the shortcut's own: pos2 and cg1 for scmoe.
-    router, zero_experts, zero_output: of `MoE`. expert_slot, chunks, inside_attention: of `Schedule`.
+    router, zero_experts: of `MoE`. expert_slot, chunks, inside_attention: of `Schedule`.
     ValueError: the shortcut has no such position, combination or number of experts.
     """
     wiring = SHORTCUTS[_chosen("shortcut", shortcut, SHORTCUTS)]
@@ -150,7 +146,6 @@ def ScMoEBlock(
         capacity_factor=capacity_factor,
         router=router,
         zero_experts=zero_experts,
-        zero_output=zero_output,
         group=group,
     )
     after: nn.Module = nn.Dropout(dropout)

@@ -51,7 +51,6 @@ class Spec(NamedTuple):
     scaled_latents: bool = False
     rope_theta: float = 10000.0
     yarn_factor: float = 1.0
-    zero_output: str = "input"
 
 
 class Routed(NamedTuple):
@@ -303,7 +302,7 @@ def routed_experts(
     """Computes sum_i G(x)_i E_i(x) for tokens x [T, D], one by one. taken: each token's expert to
     leave out (A.2).
 
-    Ids from the number of experts on are zero experts, which return their input or 0.
+    Ids from the number of experts on are zero experts, which return their input.
     """
     w_gate, w_in, w_out = (
         w[f"{name}.{k}"] for k in ("router.gate.weight", "experts.w_in_eDF", "experts.w_out_eFD")
@@ -321,7 +320,7 @@ def routed_experts(
         y = torch.zeros_like(x[t])
         for k, (expert, weight) in enumerate(zip(*gates[t], strict=True)):
             if expert >= num_experts:
-                y = y + weight * (x[t] if spec.zero_output == "input" else torch.zeros_like(x[t]))
+                y = y + weight * x[t]
             elif (t, k) in kept:
                 y = y + weight * (activate(x[t] @ w_in[expert], w_out.shape[1]) @ w_out[expert])
             else:

@@ -35,11 +35,11 @@ class ParallelBlock(nn.Module):
         super().__init__()
         self.attention, self.norm, self.moe = attention, norm, moe
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
-        state = self.moe.begin(
-            self.norm(x_BSD), mask_BS
-        )  # the rows are on their way to the experts
-        attended_BSD = self.attention(x_BSD, *cache)
+    def forward(
+        self, x_BSD: Tensor, mask_BS: Tensor | None = None, cache: KVCache | None = None
+    ) -> MoEOutput:
+        state = self.moe.begin(self.norm(x_BSD), mask_BS)  # the rows are on their way
+        attended_BSD = self.attention(x_BSD, cache)
         routed_BSD, stats = self.moe.finish(self.moe.run_experts(state))
         return MoEOutput(attended_BSD + routed_BSD, stats)
 

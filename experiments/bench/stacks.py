@@ -18,7 +18,7 @@ from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.models.units import through
+from scmoe.models.residual_stream import through
 from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.step import Step

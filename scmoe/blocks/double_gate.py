@@ -1,11 +1,11 @@
-"""DGMoE (Eq. 23): one MoE module routes two representations, the preceding layer's and the current
-one's, top-1 each.
+"""DGMoE (Eq. 23): one MoE module routes the preceding layer's representation and the current one's,
+top-1 each.
 
-    pair at Pos-2     h -> attention -> MLP -> attention -> H -> norm -> route, dispatch, experts,
-                      combine -> + H
-                                   |                                                                       ^
-                                  tap -> norm -> route, dispatch, experts, combine
-                                  ------------------------+
+    pair at Pos-2    h -> attention -+-> MLP -> attention -> H -> norm -> current half -> + H
+                                     |                                                    ^
+                                    tap -> norm -> preceding half ------------------------+
+
+    half             route, dispatch, experts, combine
 
 The preceding half begins at the tap and ends at the end of the block, so its transfers hide behind
 the backbone as ScMoE's do. The transfers of the current half are not hidden. If both halves choose
@@ -35,10 +35,21 @@ class DoubleGateBlock(MoEBlock):
     architecture = "dgmoe"
     tap_norm: nn.Module
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
-        x_BSD = self.before_tap(x_BSD, *cache)
+    def check_parts(self) -> None:
+        """Raise ValueError where a token would go to more than one expert of each half."""
+        assert self.tap_norm is not None
+        assert self.shared_expert is None and self.coefficient is None
+        if self.moe.router.top_k != 1:
+            raise ValueError(
+                f"top_k is {self.moe.router.top_k}, allowed where an MoE module gates twice: 1"
+            )
+
+    def forward(
+        self, x_BSD: Tensor, mask_BS: Tensor | None = None, cache: KVCache | None = None
+    ) -> MoEOutput:
+        x_BSD = self.before_tap(x_BSD, cache)
         preceding = self.moe.begin(self.tap_norm(x_BSD), mask_BS, self.schedule.chunks)
-        x_BSD, preceding = self.through_window(x_BSD, preceding, *cache)
+        x_BSD, preceding = self.through_window(x_BSD, preceding, cache)
         if self.schedule.slot == len(self.schedule.window):
             preceding = self.moe.run_experts(preceding)
         arguments = self.norm(x_BSD), mask_BS, self.schedule.chunks, preceding.routing.topk_ids_TK
@@ -51,7 +62,7 @@ class DoubleGateBlock(MoEBlock):
 
 
 def add_stats(a: RouterStats | None, b: RouterStats | None) -> RouterStats | None:
-    """All tensors are sums over tokens, so the result is that of routing twice as many tokens once."""
+    """Return the sums of both: those of routing twice as many tokens once."""
     if a is None or b is None:
         return None
     return a._replace(
@@ -64,7 +75,9 @@ def add_stats(a: RouterStats | None, b: RouterStats | None) -> RouterStats | Non
 
 
 def share_moe(blocks: Sequence[nn.Module]) -> None:
-    """DGMoE-Share: each second block takes the MoE module of the block before it. The last of an
-    odd number keeps its own."""
+    """Let each second block take the MoE module of the block before it (DGMoE-Share).
+
+    With an odd number of blocks the last one keeps its own module.
+    """
     for first, second in zip(blocks[::2], blocks[1::2], strict=False):
         second.moe = first.moe

@@ -27,16 +27,20 @@ from scmoe.moe.tokens import HandedOn, MoEOutput
 
 
 class FarSkipDenseBlock(nn.Module):
-    """A dense block of the same model, before all others: X + A(n(X)) + MLP(n'(X)), so both read
-    its input."""
+    """A dense block of the same model, before all others.
+
+    X + A(n(X)) + MLP(n'(X)): both read its input.
+    """
 
     def __init__(self, attention: Residual, mlp: Residual) -> None:
         super().__init__()
         self.sublayers = nn.ModuleList([attention, mlp])
 
-    def forward(self, x_BSD: Tensor, mask_BS: Tensor | None = None, *cache: KVCache) -> MoEOutput:
+    def forward(
+        self, x_BSD: Tensor, mask_BS: Tensor | None = None, cache: KVCache | None = None
+    ) -> MoEOutput:
         attention, mlp = self.sublayers
-        return MoEOutput(mlp(x_BSD, *cache, onto=attention(x_BSD, *cache)), None)
+        return MoEOutput(mlp(x_BSD, cache, onto=attention(x_BSD, cache)), None)
 
 
 class FarSkipBlock(MoEBlock):
@@ -45,19 +49,26 @@ class FarSkipBlock(MoEBlock):
     architecture = "farskip"
     shared_expert: nn.Module
 
+    def check_parts(self) -> None:
+        assert self.tap_norm is None and self.shared_expert is not None
+        assert self.coefficient is None, "FarSkip adds both outputs, without weights"
+
     def forward(
         self,
         x_BSD: Tensor,
         mask_BS: Tensor | None = None,
-        *cache: KVCache,
+        cache: KVCache | None = None,
+        *,
         carry: Tensor | None = None,
     ) -> HandedOn:
-        """carry: Y_l, the stream without the preceding routed output; None: in the first block,
-        X_0."""
+        """Return X_{l+1}, and Y_{l+1} as the carry.
+
+        carry: Y_l, the stream without the preceding routed output; None: in the first block, X_0.
+        """
         u_BSD = self.norm(x_BSD)
         state = self.moe.begin(u_BSD, mask_BS, self.schedule.chunks)
         routed_free_BSD = x_BSD if carry is None else carry
-        h_BSD, state = self.through_window(routed_free_BSD, state, *cache, onto=x_BSD)
+        h_BSD, state = self.through_window(routed_free_BSD, state, cache, onto=x_BSD)
         shared_BSD, state = self.through_shared_expert(u_BSD, state)
         y_BSD = h_BSD + self.after(shared_BSD)
         routed_BSD, stats = self.moe.finish(state)

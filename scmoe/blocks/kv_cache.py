@@ -1,5 +1,6 @@
-"""Keys and values of the tokens that each text of a batch has so far (KV cache). The caller holds
-it, no module does.
+"""Keys and values of the tokens that each text of a batch has so far (KV cache).
+
+The caller holds it, no module does.
 
     cache = KVCache(batch_size, capacity)
     cache.expect([1, 1, 0], 1)        positions of the tokens that come next, and which keys each of
@@ -19,11 +20,10 @@ from torch import Tensor, nn
 
 
 class KVCache:
-    """Buffers of `capacity` tokens for each text. Those of an attention module are made at its
-    first call of `extend`.
+    """Buffers of `capacity` tokens for each text.
 
-    What is kept is the module's choice: keys and values of each head, or one latent and one key for
-    all (latent.py).
+    Those of an attention module are made at its first call of `extend`. What is kept is the
+    module's choice: keys and values of each head, or one latent and one key for all (latent.py).
 
     lengths: tokens of each text, with those of the next pass; the host counts them, so nothing
     waits for the device. positions_BS: of the next pass's tokens; 0: padding.
@@ -33,27 +33,23 @@ class KVCache:
         self.capacity = capacity
         self.lengths, self.longest = [0] * batch_size, 0
         self.positions_BS: Tensor
-        self.buffers: dict[
-            nn.Module, tuple[Tensor, Tensor]
-        ] = {}  # [B, H, capacity + 1, d]: keys, values
+        # keys and values of each attention module, [B, H, capacity + 1, d]
+        self.buffers: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self._places_L = torch.arange(capacity, device=device)
-        self._ends_B1 = torch.zeros(
-            batch_size, 1, dtype=torch.int64, device=device
-        )  # the lengths, on the device
-        self._slots_B1S1: (
-            Tensor  # place of each expected token; padding's is the text's spare one, the last
-        )
+        # the lengths, on the device
+        self._ends_B1 = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
+        # place of each expected token; padding's is the text's spare one, the last
+        self._slots_B1S1: Tensor
         self._seen: dict[str, Any]
 
     def expect(self, new: Sequence[int], seq_len: int) -> None:
-        """Makes place for the tokens of the next pass.
+        """Make place for the tokens of the next pass.
 
         new: tokens of each text, at most seq_len; what follows them in a row of seq_len tokens is
-        padding, which is not kept. Raises ValueError where a text would exceed the capacity."""
-        is_first, self.lengths = (
-            self.longest == 0,
-            [old + n for old, n in zip(self.lengths, new, strict=True)],
-        )
+        padding, which is not kept. Raises ValueError where a text would exceed the capacity.
+        """
+        is_first = self.longest == 0
+        self.lengths = [old + n for old, n in zip(self.lengths, new, strict=True)]
         self.longest = max(self.lengths)
         if self.longest > self.capacity:
             raise ValueError(
@@ -81,10 +77,10 @@ class KVCache:
     def extend(
         self, attention: nn.Module, k_BHSd: Tensor, v_BHSd: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Appends keys and values. Returns all of them [B, H, L, d], and the mask for
-        scaled_dot_product_attention.
+        """Append keys and values, whose sizes d may differ.
 
-        Their sizes d may differ."""
+        Return all of them [B, H, L, d], and the mask for scaled_dot_product_attention.
+        """
         if attention not in self.buffers:
             (B, H), places = k_BHSd.shape[:2], self.capacity + 1
             keys_BHLd = k_BHSd.new_zeros(B, H, places, k_BHSd.shape[3])
@@ -95,3 +91,11 @@ class KVCache:
         if "is_causal" in self._seen:
             return k_BHSd, v_BHSd, self._seen
         return keys_BHLd[:, :, : self.longest], values_BHLd[:, :, : self.longest], self._seen
+
+
+def with_cache(*inputs: Any, cache: KVCache | None) -> tuple[Any, ...]:
+    """Return the arguments of a block or sub-layer: the inputs, and the cache where there is one.
+
+    So a module of a user that keeps nothing of earlier tokens need not accept a cache.
+    """
+    return inputs if cache is None else (*inputs, cache)

@@ -1,5 +1,6 @@
-"""Multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434): queries, and keys with values,
-through a low rank.
+"""Multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434).
+
+Queries, and keys with values, go through a low rank.
 
     c_q = norm(W_qa x) s_q                      a query's latent; without one, q = W_q x
     [q_h, r_h] = W_qb c_q                       of head h: without a position, and turned by it
@@ -33,19 +34,21 @@ LATENT_EPS = 1e-6  # of both norms, in every published model
 
 
 class LatentSizes(NamedTuple):
-    """Ranks of the latents, and features of a head: of queries and keys without and with a
-    position, of values."""
+    """Ranks of the latents, and features of a head."""
 
     q_rank: int | None  # None: queries have no latent
     kv_rank: int
-    nope_dim: int
-    rope_dim: int
+    nope_dim: int  # of queries and keys, without a position
+    rope_dim: int  # of queries and keys, with a position
     value_dim: int
 
 
 class LatentAttention(PartedAttention):
-    """Causal. scaled: the latents are multiplied by sqrt(dim / rank). gated: the heads' results by
-    a sigmoid of x."""
+    """Causal attention through latents.
+
+    scaled: the latents are multiplied by sqrt(dim / rank). gated: the heads' results are multiplied
+    by a sigmoid of x.
+    """
 
     def __init__(
         self,
@@ -62,11 +65,13 @@ class LatentAttention(PartedAttention):
             raise ValueError(
                 f"rope_dim is {rope}, allowed: even numbers, as positions turn pairs of features"
             )
-        self.dim, self.heads, self.sizes, self.rotary = dim, heads, sizes, rotary
+        self.dim = dim
+        self.heads = heads
+        self.sizes = sizes
+        self.rotary = rotary
         self.scale = (nope + rope) ** -0.5 * (0.1 * math.log(rotary.yarn_factor) + 1) ** 2
-        self.q_scale, self.kv_scale = (
-            (dim / rank) ** 0.5 if scaled and rank else 1.0 for rank in (q_rank, kv_rank)
-        )
+        self.q_scale = (dim / q_rank) ** 0.5 if scaled and q_rank else 1.0
+        self.kv_scale = (dim / kv_rank) ** 0.5 if scaled else 1.0
         self.q_down = None if q_rank is None else nn.Linear(dim, q_rank, bias=False)
         self.q_norm = None if q_rank is None else nn.RMSNorm(q_rank, LATENT_EPS)
         self.q_up = nn.Linear(q_rank or dim, heads * (nope + rope), bias=False)
@@ -77,14 +82,15 @@ class LatentAttention(PartedAttention):
         self.out = nn.Linear(heads * value, dim, bias=False)
 
     def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
-        """cache: has the latents of the tokens before x; those of x are appended."""
+        """Return the heads' results [B, S, H value].
+
+        cache: has the latents of the tokens before x; those of x are appended.
+        """
         positions = None if cache is None else cache.positions_BS[:, None]
         q_BHSn, q_BHSr = self.queries(x_BSD)
         latent_BSc, k_BSr = self.kv_down(x_BSD).split([self.sizes.kv_rank, self.sizes.rope_dim], -1)
-        c_B1Sc, k_B1Sr = (
-            (self.kv_norm(latent_BSc) * self.kv_scale)[:, None],
-            self.turn(k_BSr[:, None], positions),
-        )
+        c_B1Sc = (self.kv_norm(latent_BSc) * self.kv_scale)[:, None]
+        k_B1Sr = self.turn(k_BSr[:, None], positions)
         q_BHSr = self.turn(q_BHSr, positions)
         seen: dict[str, Any] = {"is_causal": True}
         if cache is not None:
@@ -95,7 +101,7 @@ class LatentAttention(PartedAttention):
         return y_BSv if self.gate is None else y_BSv * self.gate(x_BSD).sigmoid()
 
     def queries(self, x_BSD: Tensor) -> list[Tensor]:
-        """[B, H, S, nope] and [B, H, S, rope], which is not turned yet."""
+        """Return queries [B, H, S, nope] and [B, H, S, rope], which are not turned yet."""
         if self.q_down is not None and self.q_norm is not None:
             x_BSD = self.q_norm(self.q_down(x_BSD)) * self.q_scale
         q_BHSd = self.q_up(x_BSD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -104,8 +110,10 @@ class LatentAttention(PartedAttention):
     def of_latents(
         self, q_BHSn: Tensor, q_BHSr: Tensor, c_B1Sc: Tensor, k_B1Sr: Tensor, seen: dict[str, Any]
     ) -> Tensor:
-        """Attention with the keys and values of all heads, [B, H, S, value]. seen: what each query
-        sees."""
+        """Return attention with the keys and values of all heads, [B, H, S, value].
+
+        seen: what each query sees.
+        """
         kv_BHSd = self.kv_up(c_B1Sc[:, 0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_BHSn, v_BHSv = kv_BHSd.split([self.sizes.nope_dim, self.sizes.value_dim], -1)
         k_BHSd = torch.cat([k_BHSn, k_B1Sr.expand(-1, self.heads, -1, -1)], -1)
@@ -115,12 +123,13 @@ class LatentAttention(PartedAttention):
     def in_latents(
         self, q_BHSn: Tensor, q_BHSr: Tensor, c_B1Lc: Tensor, k_B1Lr: Tensor, seen: dict[str, Any]
     ) -> Tensor:
-        """The same without keys and values of the L tokens: queries meet latents, and the results
-        are multiplied."""
+        """Return the same without keys and values of the L tokens.
+
+        Queries meet latents, and the results are multiplied.
+        """
         nope, _, value = self.sizes[2:]
-        w_Hnc, w_Hvc = (
-            weight_of(self.kv_up, c_B1Lc).unflatten(0, (self.heads, -1)).split([nope, value], 1)
-        )
+        w_Hdc = weight_of(self.kv_up, c_B1Lc).unflatten(0, (self.heads, -1))
+        w_Hnc, w_Hvc = w_Hdc.split([nope, value], 1)
         q_BHSd = torch.cat([q_BHSn @ w_Hnc, q_BHSr], -1)
         k_BHLd = torch.cat([c_B1Lc, k_B1Lr], -1).expand(-1, self.heads, -1, -1)
         c_BHLc = c_B1Lc.expand(-1, self.heads, -1, -1)
@@ -128,7 +137,7 @@ class LatentAttention(PartedAttention):
         return y_BHSc @ w_Hvc.mT
 
     def turn(self, x_Sd: Tensor, positions_S: Tensor | None) -> Tensor:
-        """Turns adjacent pairs; the result has the pairs' first features, then their second ones."""
+        """Turn adjacent pairs. The result has the pairs' first features, then their second ones."""
         return self.rotary(torch.cat([x_Sd[..., 0::2], x_Sd[..., 1::2]], -1), positions_S)
 
     @property

@@ -1,8 +1,6 @@
-"""What every block with an MoE module shares: its parts, its schedule, and the one place that sets
-how it runs.
+"""What every block with an MoE module shares: its parts, its schedule, and how it is set to run.
 
-    sub-layers before the tap -> begin -> sub-layers after the tap, with the experts at their slot
-    -> finish
+    sub-layers before the tap -> begin -> sub-layers after it, experts at their slot -> finish
 
 Each architecture's forward fills this line with its own terms: standard.py, shortcut.py,
 double_gate.py, farskip.py.
@@ -15,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.kv_cache import KVCache, with_cache
 from scmoe.blocks.sublayers import is_parted
 from scmoe.moe.dispatcher import Dispatcher
 from scmoe.moe.operators import Operators, Recorder
@@ -24,20 +22,19 @@ from scmoe.schedule.schedule import PARTS, SUBLAYERS, Schedule
 
 
 class MoEBlock(Operators):
-    """The base of all architectures. A block is called as block(x_BSD, mask_BS) and returns an
-    MoEOutput.
+    """The base of all architectures.
 
-    With a KVCache as a third argument its attention modules also read earlier tokens' keys and
-    values. A block that returns HandedOn leaves an activation for the next block, which gets it as
-    `carry` (models/units.py).
+    A block is called as block(x_BSD, mask_BS) and returns an MoEOutput. With a KVCache as a third
+    argument its attention modules also read earlier tokens' keys and values. A block that returns
+    HandedOn leaves an activation for the next block, which gets it as `carry`
+    (models/residual_stream.py).
 
     sublayers: of one block (attention) or of a pair (attention, MLP, attention). norm: reads the
     output of the last sub-layer; in FarSkip, the block's input. after: the MoE module's output
     passes through it before it is added: a norm, dropout; in SwinV2, norm and drop path. tap_norm:
     reads the tap, where the architecture has one. shared_expert, coefficient: where it has a shared
     expert. coefficient_reads_tap: the coefficient gate reads the (normed) tap instead of the shared
-    expert's input. Raises ValueError for a position that requires more sub-layers than there are,
-    and for a top_k that is not 1 where the MoE module gates twice.
+    expert's input. Raises ValueError for a position that requires more sub-layers than there are.
     """
 
     architecture: str
@@ -57,34 +54,34 @@ class MoEBlock(Operators):
     ) -> None:
         super().__init__()
         assert schedule.architecture == self.architecture
-        assert (tap_norm is not None) == (schedule.position is not None)
-        assert (shared_expert is not None) == ("shared_expert" in schedule.window)
-        assert (coefficient is not None) == (
-            shared_expert is not None and schedule.architecture != "farskip"
-        )
         after_tap = schedule.sublayers_after_tap
         if len(sublayers) < after_tap:
             raise ValueError(
-                f"the block has {len(sublayers)} sub-layers, allowed at position"
-                f" {schedule.position}: {after_tap} or more; give a position nearer to the end"
+                f"{schedule.name} requires {after_tap} or more sub-layers, and the block has"
+                f" {len(sublayers)}. Choose a position nearer to the end of the block."
             )
-        if self.architecture == "dgmoe" and moe.router.top_k != 1:
-            raise ValueError(
-                f"top_k is {moe.router.top_k}, allowed where an MoE module gates twice: 1"
-            )
-        self.sublayers, self.tap_norm, self.norm = nn.ModuleList(sublayers), tap_norm, norm
-        self.shared_expert, self.coefficient = shared_expert, coefficient
-        self.moe, self.after = moe, after or nn.Identity()
-        self.schedule, self.coefficient_reads_tap = schedule, coefficient_reads_tap
-        self.tap = (
-            len(sublayers) - after_tap
-        )  # index of the sub-layer after the tap; without a tap, their number
+        self.sublayers = nn.ModuleList(sublayers)
+        self.tap_norm = tap_norm
+        self.norm = norm
+        self.shared_expert = shared_expert
+        self.coefficient = coefficient
+        self.moe = moe
+        self.after = after or nn.Identity()
+        self.schedule = schedule
+        self.coefficient_reads_tap = coefficient_reads_tap
+        # index of the sub-layer after the tap; without a tap, their number
+        self.tap = len(sublayers) - after_tap
+        self.check_parts()
         self.check(schedule)
+
+    def check_parts(self) -> None:
+        """Raise where the parts are not those of the architecture."""
+        raise NotImplementedError
 
     def run_as(
         self, schedule: Schedule, dispatcher: Dispatcher, recorder: Recorder | None = None
     ) -> None:
-        """Sets how the block runs: slot and chunks, how rows travel, and what notes the operators'
+        """Set how the block runs: slot and chunks, how rows travel, and what notes the operators'
         times."""
         assert schedule.name == self.schedule.name, "a block keeps its architecture and its tap"
         self.check(schedule)
@@ -92,10 +89,11 @@ class MoEBlock(Operators):
         self.moe.dispatcher, self.moe.recorder = dispatcher, recorder
 
     def check(self, schedule: Schedule) -> None:
-        """ValueError: the schedule runs experts inside an attention that has no two parts."""
-        if schedule.inside_attention and not is_parted(
-            attention := self.after_tap()[schedule.slot]
-        ):
+        """Raise ValueError if experts shall run inside an attention that has no two parts."""
+        if not schedule.inside_attention:
+            return
+        attention = self.after_tap()[schedule.slot]
+        if not is_parted(attention):
             name = type(getattr(attention, "f", attention)).__name__
             raise ValueError(
                 f"schedule.inside_attention is True, allowed for attention by {name}: False"
@@ -103,38 +101,49 @@ class MoEBlock(Operators):
 
     @property
     def divided(self) -> Schedule:
-        """The schedule at the slot where all its operators can be timed: inside the window's first
-        attention, if every attention there has two parts. Else the schedule as it is."""
+        """The schedule at the slot where all its operators can be timed.
+
+        This is inside the window's first attention, if every attention there has two parts. Else
+        it is the schedule as it is.
+        """
         slots, sublayers = self.schedule.attentions, self.after_tap()
         if not slots or not all(is_parted(sublayers[slot]) for slot in slots):
             return self.schedule
         return replace(self.schedule, expert_slot=slots[0], inside_attention=True)
 
-    def before_tap(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
+    def before_tap(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Run the sub-layers before the tap."""
         for name, sublayer in zip(SUBLAYERS, list(self.sublayers)[: self.tap], strict=False):
-            x_BSD = self.operator(name, sublayer, x_BSD, *cache)
+            x_BSD = self.operator(name, sublayer, *with_cache(x_BSD, cache=cache))
         return x_BSD
 
     def through_window(
-        self, x_BSD: Tensor, state: StreamState, *cache: KVCache, onto: Tensor | None = None
+        self,
+        x_BSD: Tensor,
+        state: StreamState,
+        cache: KVCache | None = None,
+        onto: Tensor | None = None,
     ) -> tuple[Tensor, StreamState]:
-        """Run the sub-layers after the tap; and the experts, where their slot is before or inside
-        one of these. onto: Residual's, where there is one sub-layer."""
+        """Run the sub-layers after the tap, and the experts if their slot is before or inside one.
+
+        onto: as Residual's, where there is one sub-layer.
+        """
         for slot, sublayer in enumerate(self.after_tap()):
             if slot == self.schedule.slot and self.schedule.inside_attention:
-                x_BSD, state = self.around_experts(sublayer, x_BSD, state, *cache, onto=onto)
+                x_BSD, state = self.around_experts(sublayer, x_BSD, state, cache, onto)
                 continue
             if slot == self.schedule.slot:
                 state = self.moe.run_experts(state)
             f: Any = sublayer if onto is None else partial(sublayer, onto=onto)
-            x_BSD = self.operator(self.schedule.window[slot], f, x_BSD, *cache)
+            name = self.schedule.window[slot]
+            x_BSD = self.operator(name, f, *with_cache(x_BSD, cache=cache))
         return x_BSD, state
 
     def through_shared_expert(
         self, u_BSD: Tensor, state: StreamState
     ) -> tuple[Tensor, StreamState]:
-        """Run the shared expert, which ends the window; and the experts, where their slot is right
-        before or after."""
+        """Run the shared expert, which ends the window, and the experts if their slot is right
+        before or after it."""
         assert self.shared_expert is not None
         last = len(self.schedule.window)
         if self.schedule.slot == last - 1:
@@ -149,23 +158,24 @@ class MoEBlock(Operators):
         attention: Any,
         x_BSD: Tensor,
         state: StreamState,
-        *cache: KVCache,
+        cache: KVCache | None = None,
         onto: Tensor | None = None,
     ) -> tuple[Tensor, StreamState]:
-        """Run an attention sub-layer in two parts, and the experts between them. onto: as
-        Residual's."""
+        """Run an attention sub-layer in two parts, and the experts between them.
+
+        onto: as Residual's.
+        """
         core, out = PARTS
-        core_BSv = self.operator(core, attention.core, x_BSD, *cache)
+        core_BSv = self.operator(core, attention.core, *with_cache(x_BSD, cache=cache))
         state = self.moe.run_experts(state)
-        return (
-            self.operator(
-                out, lambda core_BSv: attention(x_BSD, onto=onto, core=core_BSv), core_BSv
-            ),
-            state,
-        )
+
+        def project(core_BSv: Tensor) -> Tensor:
+            return attention(x_BSD, onto=onto, core=core_BSv)
+
+        return self.operator(out, project, core_BSv), state
 
     def after_tap(self) -> list[nn.Module]:
-        """The sub-layers of the window, in order: sub-layer i runs right after slot i."""
+        """Return the sub-layers of the window, in order: sub-layer i runs right after slot i."""
         return list(self.sublayers)[self.tap :]
 
 

@@ -1,10 +1,9 @@
 """ScMoE (Eq. 7-10): the routed experts read the *preceding* layer, so their transfers hide behind
 the backbone.
 
-    pair at Pos-2          h -> attention -> MLP -> attention -> H -> norm -> SE -> coefficient -> +
-                           H
-                                        |                                           ^
-                                       tap -> norm -> route, dispatch, experts, combine
+    pair at Pos-2    h -> attention -+-> MLP -> attention -> H -> norm -> SE -> coefficient -> + H
+                                     |                                              ^
+                                    tap -> norm -> route, dispatch, experts, combine
 
 The sub-layers of a pair are (attention, MLP, attention), of a block with an MoE in every block
 (attention). The position says which sub-layer the tap comes before:
@@ -41,34 +40,38 @@ class ShortcutBlock(MoEBlock):
     shared_expert: nn.Module
     coefficient: nn.Module
 
+    def check_parts(self) -> None:
+        assert self.tap_norm is not None
+        assert self.shared_expert is not None and self.coefficient is not None
+
     def forward(
         self,
         x_BSD: Tensor,
         mask_BS: Tensor | None = None,
-        *cache: KVCache,
+        cache: KVCache | None = None,
+        *,
         carry: Tensor | None = None,
     ) -> MoEOutput | HandedOn:
-        """carry: the preceding block's, for a tap that lies there. ValueError: it is missing."""
-        x_BSD = self.before_tap(x_BSD, *cache)
+        """Return H + SE(H) + the routed output.
+
+        carry: the preceding block's, for a tap that lies there. Raises ValueError if it is missing,
+        or given to a block that taps itself.
+        """
+        x_BSD = self.before_tap(x_BSD, cache)
         if (carry is None) == (self.schedule.position == "carried"):
-            allowed = (
-                "what the block before leaves"
-                if carry is None
-                else "None, as it taps its own sub-layers"
-            )
             raise ValueError(
-                f"carry is {type(carry).__name__}, allowed for {self.schedule.name}: {allowed}"
+                f"{self.schedule.name} requires the carry of the block before it."
+                if carry is None
+                else f"{self.schedule.name} taps its own sub-layers. Call it without a carry."
             )
         tap_BSD = self.tap_norm(x_BSD if carry is None else carry)
         state = self.moe.begin(tap_BSD, mask_BS, self.schedule.chunks)
-        x_BSD, state = self.through_window(x_BSD, state, *cache)
+        x_BSD, state = self.through_window(x_BSD, state, cache)
         u_BSD = self.norm(x_BSD)
         shared_BSD, state = self.through_shared_expert(u_BSD, state)
         routed_BSD, stats = self.moe.finish(state)
         read_BSD = tap_BSD if self.coefficient_reads_tap else u_BSD
         y_BSD = x_BSD + self.after(self.coefficient(read_BSD, shared_BSD, routed_BSD))
-        return (
-            HandedOn(y_BSD, stats, x_BSD)
-            if self.schedule.position in BETWEEN_BLOCKS
-            else MoEOutput(y_BSD, stats)
-        )
+        if self.schedule.position in BETWEEN_BLOCKS:
+            return HandedOn(y_BSD, stats, x_BSD)
+        return MoEOutput(y_BSD, stats)

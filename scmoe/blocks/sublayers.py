@@ -1,5 +1,6 @@
 """The parts of a Transformer block: attention with rotary positions, MLP, and the residual
-sub-layer around each."""
+sub-layer around each.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.kv_cache import KVCache, with_cache
 from scmoe.moe.experts import ACTIVATIONS, Experts
 
 METHODS = ("forward", "core")  # that can be recomputed; core: of attention in two parts
@@ -19,8 +20,9 @@ YARN_POSITIONS, MOST_TURNS = 4096, 32  # in every published model with YaRN that
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding (RoPE) in LLaMA's form: features i and i + d/2 of a head are turned
-    as one plane.
+    """Rotary position embedding (RoPE) in LLaMA's form.
+
+    Features i and i + d/2 of a head are turned as one plane.
 
         (a, b) at position s  ->  (a cos - b sin, b cos + a sin),   angle = s theta^(-2i/d)
 
@@ -38,45 +40,45 @@ class Rotary(nn.Module):
         self.theta, self.yarn_factor = theta, yarn_factor
 
     def forward(self, x_Sd: Tensor, positions_S: Tensor | None = None) -> Tensor:
-        """positions_S: may have dimensions before S, as x; None: 0 to S - 1."""
+        """Return x turned by its positions.
+
+        positions_S: may have dimensions before S, as x; None: 0 to S - 1.
+        """
         seq_len, size = x_Sd.shape[-2:]
         wide = torch.promote_types(x_Sd.dtype, torch.float32)
         powers_d = torch.arange(0, size, 2, device=x_Sd.device).to(wide) / size
         speeds_d = self.theta**-powers_d
         if self.yarn_factor != 1:
             speeds_d = speeds_d * (1 - self.slowed(size, speeds_d) * (1 - 1 / self.yarn_factor))
-        positions_S = (
-            torch.arange(seq_len, device=x_Sd.device) if positions_S is None else positions_S
-        )
+        if positions_S is None:
+            positions_S = torch.arange(seq_len, device=x_Sd.device)
         angles_Sd = positions_S.to(wide)[..., None] * speeds_d
         cos_Sd, sin_Sd = angles_Sd.cos(), angles_Sd.sin()
         a_Sd, b_Sd = x_Sd.chunk(2, dim=-1)
-        return torch.cat([a_Sd * cos_Sd - b_Sd * sin_Sd, b_Sd * cos_Sd + a_Sd * sin_Sd], dim=-1).to(
-            x_Sd.dtype
-        )
+        turned_Sd = [a_Sd * cos_Sd - b_Sd * sin_Sd, b_Sd * cos_Sd + a_Sd * sin_Sd]
+        return torch.cat(turned_Sd, dim=-1).to(x_Sd.dtype)
 
     def slowed(self, size: int, speeds_d: Tensor) -> Tensor:
-        """How far each plane is slowed down, 0 to 1: a ramp from the plane that turns 32 times to
-        that of one turn."""
+        """Return how far each plane is slowed down, 0 to 1.
+
+        It is a ramp from the plane that turns 32 times to that of one turn.
+        """
 
         def plane(turns: int) -> float:
-            return (
-                size * math.log(YARN_POSITIONS / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
-            )
+            exponent = math.log(YARN_POSITIONS / (turns * 2 * math.pi))
+            return size * exponent / (2 * math.log(self.theta))
 
         first = max(math.floor(plane(MOST_TURNS)), 0)
         last = max(min(math.ceil(plane(1)), size - 1), first + 0.001)  # the ramp may be a step
-        return (
-            ((torch.arange(size // 2, device=speeds_d.device) - first) / (last - first))
-            .clamp(0, 1)
-            .to(speeds_d)
-        )
+        ramp_d = (torch.arange(size // 2, device=speeds_d.device) - first) / (last - first)
+        return ramp_d.clamp(0, 1).to(speeds_d)
 
 
 class SelfAttention(nn.Module):
-    """The base of every attention module: what scmoe/footprint/ and the models ask of it.
+    """The base of every attention module: what the estimate of memory and the models ask of it.
 
-    out: the product that writes to the residual stream, where a Decoder draws the weights."""
+    out: the product that writes to the residual stream, where a Decoder draws the weights.
+    """
 
     dim: int
     heads: int
@@ -84,12 +86,17 @@ class SelfAttention(nn.Module):
 
     @property
     def mixed(self) -> int:
-        """Multiplications of a row for each row that it attends to: of keys, and of values, all
-        heads together."""
+        """Multiplications of a row for each row that it attends to, by keys and by values.
+
+        All heads are counted together.
+        """
         return 2 * self.dim
 
     def context(self, seq_len: int) -> int:
-        """Number of rows that each row attends to, masked ones included; fewer within windows."""
+        """Return the number of rows that each row attends to, masked ones included.
+
+        It is smaller within windows.
+        """
         return seq_len
 
 
@@ -97,8 +104,10 @@ class PartedAttention(SelfAttention):
     """Attention in two parts, between which a schedule can run experts."""
 
     def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The heads' results of each row: all up to the output projection. cache: has what it keeps
-        of the tokens before x; that of x is appended."""
+        """Return the heads' results of each row, before the output projection.
+
+        cache: has what it keeps of the tokens before x; that of x is appended.
+        """
         raise NotImplementedError
 
     def forward(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -106,12 +115,12 @@ class PartedAttention(SelfAttention):
 
 
 class Attention(PartedAttention):
-    """Causal multi-head self-attention, softmax(Q K^T / sqrt(D/H)) V. Flash attention where torch
-    has it.
+    """Causal multi-head self-attention, softmax(Q K^T / sqrt(D/H)) V.
 
-    kv_heads: heads of K and V, each read by heads / kv_heads of Q (grouped-query attention); None:
-    as many as heads. rotary: turns Q and K by their positions; None: the input contains its
-    positions. Raises ValueError where heads do not divide dim, or kv_heads do not divide heads.
+    It is flash attention where torch has it. kv_heads: heads of K and V, each read by heads /
+    kv_heads of Q (grouped-query attention); None: as many as heads. rotary: turns Q and K by their
+    positions; None: the input contains its positions. Raises ValueError where heads do not divide
+    dim, or kv_heads do not divide heads.
     """
 
     def __init__(
@@ -128,19 +137,24 @@ class Attention(PartedAttention):
             raise ValueError(f"heads is {heads}, allowed: divisors of dim ({dim})")
         if heads % kv_heads:
             raise ValueError(f"kv_heads is {kv_heads}, allowed: divisors of heads ({heads})")
-        self.dim, self.heads, self.kv_heads, self.rotary = dim, heads, kv_heads, rotary
+        self.dim = dim
+        self.heads = heads
+        self.kv_heads = kv_heads
+        self.rotary = rotary
         self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * (dim // heads), bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
 
     def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
-        """cache: has the keys and values of the tokens before x; those of x are appended."""
+        """Return the heads' results [B, S, D].
+
+        cache: has the keys and values of the tokens before x; those of x are appended.
+        """
         if x_BSD.dim() != 3:
             raise ValueError(
                 f"x has the shape {tuple(x_BSD.shape)}, allowed: (batch, sequence, {self.dim})"
             )
-        all_BHSd = (
-            self.qkv(x_BSD).unflatten(-1, (self.heads + 2 * self.kv_heads, -1)).transpose(1, 2)
-        )
+        all_heads = self.heads + 2 * self.kv_heads
+        all_BHSd = self.qkv(x_BSD).unflatten(-1, (all_heads, -1)).transpose(1, 2)
         q_BHSd, k_BHSd, v_BHSd = all_BHSd.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if self.rotary is not None:
             positions = None if cache is None else cache.positions_BS[:, None]
@@ -153,32 +167,34 @@ class Attention(PartedAttention):
 
 
 def attend(q_BHSd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, seen: dict[str, Any]) -> Tensor:
-    """Returns softmax(Q K^T / sqrt(d)) V [B, H, S, d]; H / G heads of Q read one of K and V. seen:
-    as in KVCache."""
+    """Return softmax(Q K^T / sqrt(d)) V [B, H, S, d]; H / G heads of Q read one of K and V.
+
+    seen: as in KVCache.
+    """
     grouped = k_BGLd.shape[1] < q_BHSd.shape[1]
-    if (
-        grouped and "attn_mask" in seen and q_BHSd.is_cuda
-    ):  # none of a GPU's fused kernels takes a mask and groups
+    # none of a GPU's fused kernels takes a mask and groups
+    if grouped and "attn_mask" in seen and q_BHSd.is_cuda:
         return attend_by_group(q_BHSd, k_BGLd, v_BGLd, seen["attn_mask"])
     return F.scaled_dot_product_attention(q_BHSd, k_BGLd, v_BGLd, **seen, enable_gqa=grouped)
 
 
 def attend_by_group(q_BHSd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, mask_B1SL: Tensor) -> Tensor:
-    """The same without groups and without copies of K and V: the heads of a group are further rows
-    of one head."""
+    """Return the same without groups and without copies of K and V.
+
+    The heads of a group are further rows of one head.
+    """
     groups, S = k_BGLd.shape[1], q_BHSd.shape[2]
     q_BGSd = q_BHSd.unflatten(1, (groups, -1)).flatten(2, 3)
     mask_B1SL = mask_B1SL.repeat(1, 1, q_BGSd.shape[2] // S, 1)
-    return (
-        F.scaled_dot_product_attention(q_BGSd, k_BGLd, v_BGLd, mask_B1SL)
-        .unflatten(2, (-1, S))
-        .flatten(1, 2)
-    )
+    y_BGSd = F.scaled_dot_product_attention(q_BGSd, k_BGLd, v_BGLd, mask_B1SL)
+    return y_BGSd.unflatten(2, (-1, S)).flatten(1, 2)
 
 
 class MLP(nn.Module):
-    """act(x W_in) W_out: the MLP of Block-MLP, and the shared expert. For SwiGLU W_in holds gate
-    and up."""
+    """act(x W_in) W_out: the MLP of Block-MLP, and the shared expert.
+
+    For SwiGLU W_in holds gate and up.
+    """
 
     def __init__(self, dim: int, ffn_dim: int, bias: bool = True, activation: str = "gelu") -> None:
         super().__init__()
@@ -188,14 +204,18 @@ class MLP(nn.Module):
         self.w_in = nn.Linear(dim, self.act.widening * ffn_dim, bias=bias)
         self.w_out = nn.Linear(ffn_dim, dim, bias=bias)
 
-    def forward(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
-        """cache: not read, because a token's result does not depend on other tokens."""
+    def forward(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return act(x W_in) W_out.
+
+        cache: not read, because a token's result does not depend on other tokens.
+        """
         return self.w_out(self.act.forward(self.w_in(x_BSD)))
 
 
 class Residual(nn.Module):
-    """x + after(f(norm(x))). Pre-norm: a norm, and dropout after. Post-norm: no norm before, and
-    the norm after.
+    """x + after(f(norm(x))).
+
+    Pre-norm: a norm, and dropout after. Post-norm: no norm before, and the norm after.
 
     onto: what the result is added to instead of x (FarSkip). core: the result of `core` for x; what
     is left to compute is attention's output projection, and the sum.
@@ -205,45 +225,50 @@ class Residual(nn.Module):
 
     def __init__(self, norm: nn.Module, f: nn.Module, after: nn.Module | None = None) -> None:
         super().__init__()
-        self.norm, self.f, self.after = norm, f, after or nn.Identity()
+        self.norm = norm
+        self.f = f
+        self.after = after or nn.Identity()
         self.parted = isinstance(f, PartedAttention)
 
-    def core(self, x_BSD: Tensor, *cache: KVCache) -> Tensor:
-        """The first part of an attention sub-layer; forward with the result is the second."""
-        return self.f.core(self.norm(x_BSD), *cache)
+    def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return the first part of an attention sub-layer; forward with it is the second."""
+        return self.f.core(*with_cache(self.norm(x_BSD), cache=cache))
 
     def forward(
-        self, x_BSD: Tensor, *cache: KVCache, onto: Tensor | None = None, core: Tensor | None = None
+        self,
+        x_BSD: Tensor,
+        cache: KVCache | None = None,
+        *,
+        onto: Tensor | None = None,
+        core: Tensor | None = None,
     ) -> Tensor:
-        y_BSD = self.f(self.norm(x_BSD), *cache) if core is None else self.f.out(core)
+        if core is None:
+            y_BSD = self.f(*with_cache(self.norm(x_BSD), cache=cache))
+        else:
+            y_BSD = self.f.out(core)
         return (x_BSD if onto is None else onto) + self.after(y_BSD)
 
 
 def is_parted(sublayer: nn.Module) -> bool:
-    """Whether a sub-layer can be called in two parts, as a Residual of a PartedAttention can."""
+    """Return whether a sub-layer can be called in two parts, as a Residual of PartedAttention."""
     return getattr(sublayer, "parted", False) is True
 
 
 def outermost(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[nn.Module]:
-    """Yields the modules of these classes that are not inside a sub-layer."""
-    inside = {
-        child
-        for m in model.modules()
-        if isinstance(m, Residual)
-        for child in m.modules()
-        if child is not m
-    }
-    yield from (
-        module for module in model.modules() if isinstance(module, kinds) and module not in inside
-    )
+    """Yield the modules of these classes that are not inside a sub-layer."""
+    sublayers = [module for module in model.modules() if isinstance(module, Residual)]
+    inside = {child for outer in sublayers for child in outer.modules() if child is not outer}
+    for module in model.modules():
+        if isinstance(module, kinds) and module not in inside:
+            yield module
 
 
 def compile_sublayers(model: nn.Module) -> int:
-    """Compiles every sub-layer and shared expert of `model` and returns their number. A first step
-    takes seconds.
+    """Compile every sub-layer and shared expert of `model` and return their number.
 
-    A whole block cannot be one graph: the MoE stream's layout and transfers are not compiled, and
-    each of them would be a graph break. Sub-layers of equal shape share one graph.
+    A first step then takes seconds. A whole block cannot be one graph: the MoE stream's layout and
+    transfers are not compiled, and each of them would be a graph break. Sub-layers of equal shape
+    share one graph.
     """
     parts: list[Any] = list(outermost(model, (Residual, MLP)))
     for part in parts:
@@ -253,8 +278,7 @@ def compile_sublayers(model: nn.Module) -> int:
 
 
 def recompute_activations(model: nn.Module, keep_input: Callable[..., Any] = checkpoint) -> None:
-    """Makes every sub-layer, shared expert and Experts module of `model` keep its input, not its
-    activations.
+    """Let every sub-layer, shared expert and Experts module keep its input, not its activations.
 
     Routing, layout and transfers are not repeated in backward: a second routing could differ
     (noise, ties), and a second transfer would cost the time that the shortcut hides. keep_input:
@@ -267,13 +291,16 @@ def recompute_activations(model: nn.Module, keep_input: Callable[..., Any] = che
 
 
 def keep_activations(model: nn.Module) -> None:
-    """Undoes `recompute_activations`."""
+    """Undo `recompute_activations`."""
     for module in model.modules():
         for method in METHODS:
             current = vars(module).get(method)
             if isinstance(current, partial) and current.func is recompute:
                 before = current.args[2]
-                delattr(module, method) if before is None else setattr(module, method, before)
+                if before is None:
+                    delattr(module, method)
+                else:
+                    setattr(module, method, before)
 
 
 def recompute(
@@ -284,7 +311,7 @@ def recompute(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Runs a method of a module with checkpointing. A copy of the partial has the module's copy.
+    """Run a method of a module with checkpointing. A copy of the partial has the module's copy.
 
     before: what the module had as this method; None: that of its class."""
     f = partial(getattr(type(module), method), module) if before is None else before

@@ -92,12 +92,9 @@ class MoEConfig:
         None, "hidden width of a routed expert; null: model.ffn_dim", WIDTH
     )
     zero_experts: int = option(
-        0, "further experts that compute nothing, for which nothing is sent", Range(0, 2**16)
-    )
-    zero_output: Literal["input", "zero"] = option(
-        "input",
-        "what zero experts return; zero: 0, which is required for those added to a trained model"
-        " (init_from)",
+        0,
+        "further experts that return their input, for which nothing is sent or computed",
+        Range(0, 2**16),
     )
     leading_dense: list[int] = option(
         [], "hidden widths of the MLPs of dense blocks before all others; []: none"

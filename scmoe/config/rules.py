@@ -311,7 +311,6 @@ def _unused(config: Config) -> Refusals:
             "moe.balanced_routing=true deals to other experts only",
             "moe.zero_experts",
         ),
-        (moe.zero_experts == 0, "there are none with moe.zero_experts=0", "moe.zero_output"),
         (
             moe.num_experts == 1,
             "the gate has no choice with moe.num_experts=1",

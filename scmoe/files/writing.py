@@ -1,5 +1,4 @@
-"""Writes files that survive a crash, and files that a run can do without; and removes keys from
-what a run keeps.
+"""Writes files that survive a crash, and files that a run can do without; and removes keys.
 
 A file that must be there (`replacing`, `write_durably`, `write_whole`) is complete and on the disk,
 or as it was before: for it a full disk is an error. Where a run can do without a file
@@ -10,7 +9,8 @@ Safetensors files are written one tensor after another, so that memory holds one
 file is the length of its index in 8 bytes, the index in JSON, padded with spaces so that the data
 is aligned, and the tensors' bytes without gaps.
 
-Keys are in configs, command lines and changes to the code (fault 33).
+Keys (passwords of services) may stand in configs, command lines and changes to the code, which a
+run keeps. They are replaced by stars (fault 33).
 """
 
 import json
@@ -29,43 +29,38 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = {  # of torch: as safetensors calls them
-    **{
-        "torch.float64": "F64",
-        "torch.float32": "F32",
-        "torch.float16": "F16",
-        "torch.bfloat16": "BF16",
-    },
-    **{
-        "torch.int64": "I64",
-        "torch.int32": "I32",
-        "torch.int16": "I16",
-        "torch.int8": "I8",
-        "torch.uint8": "U8",
-    },
-    **{
-        "torch.uint64": "U64",
-        "torch.uint32": "U32",
-        "torch.uint16": "U16",
-        "torch.complex64": "C64",
-    },
-    **{"torch.float8_e4m3fn": "F8_E4M3", "torch.float8_e5m2": "F8_E5M2", "torch.bool": "BOOL"},
-    **{"torch.float8_e4m3fnuz": "F8_E4M3FNUZ", "torch.float8_e5m2fnuz": "F8_E5M2FNUZ"},
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.uint64": "U64",
+    "torch.uint32": "U32",
+    "torch.uint16": "U16",
+    "torch.complex64": "C64",
+    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
+    "torch.bool": "BOOL",
+    "torch.float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "torch.float8_e5m2fnuz": "F8_E5M2FNUZ",
 }
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of a new file beside `path`, which it replaces at the end, and not if writing
-    it fails.
+    """Yield the path of a new file beside `path`, which it replaces unless writing it fails.
 
     Its suffix is the same, as some writers choose the format by it.
     """
     partial = path.with_name(f".tmp-{uuid.uuid4().hex[:8]}-{path.name}")
     try:
         partial.touch()
-        mode = (
-            partial.stat().st_mode
-        )  # as the process's umask says; safetensors would let only this user read it
+        # as the process's umask says; safetensors would let only this user read it
+        mode = partial.stat().st_mode
         yield partial
         partial.chmod(mode)
         partial.replace(path)
@@ -86,8 +81,10 @@ def write_whole(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file that a crash may have cut: {} where it is missing, or not
-    whole."""
+    """Return the JSON object in a file that a crash may have cut.
+
+    It is {} where the file is missing, or not whole.
+    """
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -110,9 +107,11 @@ def write_in_turn(
     path: Path,
     header: Mapping[str, str] | None = None,
 ) -> None:
-    """Write one durable file. shapes: tensors with the types and shapes of what `read` gives by
-    name; in their order, but for wide types, which come first. Raises OSError where it cannot be
-    written: for example, the disk is full.
+    """Write one durable file of safetensors.
+
+    shapes: tensors with the types and shapes of what `read` gives by name. They are written in this
+    order, but wide types come first. Raises OSError where it cannot be written: for example, the
+    disk is full.
     """
     index: dict[str, Any] = {} if header is None else {"__metadata__": dict(header)}
     places = places_of(shapes)
@@ -129,8 +128,10 @@ def write_in_turn(
 
 
 def places_of(shapes: Mapping[str, "Tensor"]) -> dict[str, dict[str, Any]]:
-    """Return the index's entry for each tensor, in the order of the data: wide types first, to be
-    aligned."""
+    """Return the index's entry for each tensor, in the order of the data.
+
+    Wide types come first, so that all are aligned.
+    """
     places, end = {}, 0
     for name, t in sorted(shapes.items(), key=lambda item: -item[1].itemsize):
         start, end = end, end + t.nbytes
@@ -148,7 +149,7 @@ def bytes_of(tensor: "Tensor") -> memoryview:
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
-# ---------------------------------------------------------------------- what a run can do without, and keys
+# ---------------------------------------------------------------------- what can be done without
 
 STARS = "*****"
 KEY_NAMES = re.compile(  # of environment variables that hold keys; PWD and OLDPWD are folders
@@ -162,15 +163,19 @@ KEY_SHAPES = re.compile(
 
 
 def try_to_write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write JSON that a run can do without: where it cannot be written, warn and go on. Else:
-    `write_whole`."""
+    """Write JSON that a run can do without: where it cannot be written, warn and go on.
+
+    For JSON that must be there: `write_whole`.
+    """
     text = json.dumps(values, indent=2) + "\n"
     try_to_write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def try_to_write(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` make a file that replaces `path`; where it cannot be written, warn and leave
-    `path` as it was."""
+    """Let `write` make a file that replaces `path`.
+
+    Where it cannot be written, warn and leave `path` as it was.
+    """
     try:
         path.parent.mkdir(exist_ok=True)
         with replacing(path) as partial:
@@ -180,8 +185,11 @@ def try_to_write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def try_to_draw(path: Path, draw: Callable[[Path], object]) -> None:
-    """Draw a picture. Whatever the drawing raises is one warning: the checkpoint of the last step
-    is saved after it."""
+    """Draw a picture.
+
+    Whatever the drawing raises is one warning, because the checkpoint of the last step is saved
+    after it.
+    """
     try:
         try_to_write(path, draw)
     except Exception as error:
@@ -189,8 +197,10 @@ def try_to_draw(path: Path, draw: Callable[[Path], object]) -> None:
 
 
 def try_to_append(path: Path, text: str) -> None:
-    """Add a text to a file that may not exist yet. Where it cannot be written, the file is as
-    before."""
+    """Add a text to a file that may not exist yet.
+
+    Where it cannot be written, warn and leave the file as it was.
+    """
     size = path.stat().st_size if path.exists() else None
     try:
         path.parent.mkdir(exist_ok=True)
@@ -198,7 +208,10 @@ def try_to_append(path: Path, text: str) -> None:
             file.write(text)
     except OSError as error:
         with suppress(OSError):
-            path.unlink(missing_ok=True) if size is None else os.truncate(path, size)
+            if size is None:
+                path.unlink(missing_ok=True)
+            else:
+                os.truncate(path, size)
         warn_once(f"{path} gets no more rows: {error.strerror or error}")
 
 
@@ -231,7 +244,6 @@ def _starred(value: Any, keys: re.Pattern[str]) -> Any:
     if isinstance(value, dict):
         return {k: _starred(v, keys) for k, v in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(
-            value, **{f.name: _starred(getattr(value, f.name), keys) for f in fields(value)}
-        )
+        starred = {f.name: _starred(getattr(value, f.name), keys) for f in fields(value)}
+        return replace(value, **starred)
     return value

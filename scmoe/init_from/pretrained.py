@@ -177,10 +177,12 @@ def stored_in(paths: list[Path]) -> dict[str, Stored]:
 def check_settings(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
     """Raise ValueError naming all keys in which a checkpoint's settings differ. A dense one may
     become any MoE."""
-    if there.get(
-        "moe.zero_experts"
-    ):  # LongCat-Flash's return their input, and so did all of earlier exports
-        there = {"moe.zero_output": "input", **there}
+    there = dict(there)
+    if there.pop("moe.zero_output", "input") != "input":  # a key of earlier exports
+        raise ValueError(
+            "its zero experts return 0 (moe.zero_output=zero), which is no longer supported; use it"
+            " with commit bf3c96c1"
+        )
     other = [
         f"{key} is {show(here[key]) if key in here else 'unknown'}, allowed: {show(value)}"
         for key, value in there.items()
@@ -237,7 +239,6 @@ def model_settings(config: Config) -> dict[str, Any]:
             "moe.leading_dense",
             "moe.zero_experts",
         ]
-        keys.append("moe.zero_output")
     own = architecture not in ARCHITECTURES.built_in  # an extension's, which may read all of these
     if architecture in SHORTCUTS or own:
         keys += ["moe.position", "moe.first_position", "moe.tap_norm"]

@@ -1,5 +1,5 @@
 """Copies the weights of a checkpoint into a model, unchanged, or from a dense checkpoint into an
-MoE ("upcycling"), or from an MoE into one with zero experts ("retrofit").
+MoE ("upcycling").
 
 An upcycled model gives the dense model's output up to rounding, as long as no copy is dropped
 (moe.capacity_factor):
@@ -12,10 +12,6 @@ An upcycled model gives the dense model's output up to rounding, as long as no c
                             grows in training
 
 The tap's own norm is the MLP's norm. The router's gate keeps its drawn weights.
-
-A retrofit (ZEDA: "Post-Trained MoE Can Skip Half Experts via Self-Distillation", 2026) copies all
-weights and adds rows to the routers. The zero experts return 0: copies of the input would spoil the
-trained model (20.7 points, not 81.0).
 
 Under expert parallelism a rank takes the experts that it holds. Shapes are compared on the meta
 device; then one weight, or one expert, is read at a time.
@@ -33,11 +29,7 @@ from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
 from scmoe.init_from.pretrained import Checkpoint
 from scmoe.moe.coefficient import DirectAdd
-from scmoe.moe.experts import Experts, named_generator
-
-OF_ROUTERS = re.compile(
-    r".+\.router\.(gate|noise|bias)\.weight"
-)  # these have a row for each expert
+from scmoe.moe.experts import Experts
 
 
 @torch.no_grad()
@@ -95,57 +87,6 @@ def sources_of(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     return sources
 
 
-def with_zero_experts(
-    checkpoint: Checkpoint, zero_experts: int, output: str, seed: int
-) -> Checkpoint:
-    """Return the checkpoint of an MoE that has no zero experts as one that has them, and any other
-    as it is.
-
-    output: moe.zero_output. ValueError: it is not zero.
-    """
-    routers = {
-        name
-        for name, weight in checkpoint.weights.items()
-        if OF_ROUTERS.fullmatch(name) and weight.dim()
-    }
-    if not routers or checkpoint.settings.get("moe.zero_experts"):
-        return checkpoint
-    if output != "zero":
-        added = f"{zero_experts} that return their input would change its output"
-        raise ValueError(f"its model has no zero experts; {added}: set moe.zero_output=zero")
-
-    def read(name: str, expert: int | None) -> Tensor:
-        weight = checkpoint.read(name, expert)
-        return (
-            with_rows(weight, zero_experts, f"{seed}/zero experts of {name}")
-            if name in routers
-            else weight
-        )
-
-    old = {name: checkpoint.weights[name] for name in routers}
-    grown = {
-        name: w.new_empty((len(w) + zero_experts, *w.shape[1:])) for name, w in old.items()
-    }  # on the meta device
-    settings = {**checkpoint.settings, "moe.zero_experts": zero_experts, "moe.zero_output": "zero"}
-    return checkpoint._replace(weights=checkpoint.weights | grown, read=read, settings=settings)
-
-
-def with_rows(weight: Tensor, further: int, name: str) -> Tensor:
-    """Return a router's weight [E, D] or bias [E] with further rows, which depend on the old ones
-    and on `name` alone.
-
-    Rows are drawn with the mean and variance that the old ones have in each feature, so that new
-    experts compete with old ones from the start. A bias of zero experts does not move, so it is the
-    mean for each of them.
-    """
-    old = weight.double()
-    spread = old.std(0, correction=0) if weight.dim() > 1 else old.new_zeros(())
-    fresh = torch.randn(
-        (further, *weight.shape[1:]), generator=named_generator(name), dtype=old.dtype, device="cpu"
-    )
-    return torch.cat([weight, (old.mean(0) + spread * fresh).to(weight.dtype)])
-
-
 def is_upcycled(model: Any, checkpoint: Checkpoint) -> bool:
     names = [name for name, _ in model.named_parameters()]
     return any(".moe." in name for name in names) and not any(
@@ -161,13 +102,11 @@ def check_upcycling(model: Any, checkpoint: Checkpoint) -> None:
                 "a dense checkpoint into an MoE requires moe.after_norm=false: no norm follows its"
                 " MLPs"
             )
-        zeros = isinstance(block, MoEBlock) and block.moe.router.zero_experts > 0
-        if zeros and (block.moe.zeros_return_input or isinstance(block, TopKBlock)):
-            allowed = (
-                "moe.zero_experts=0, or moe.zero_output=zero and a shared expert: others change the"
-                " output"
+        if isinstance(block, MoEBlock) and block.moe.router.zero_experts:
+            raise ValueError(
+                "a dense checkpoint into an MoE requires moe.zero_experts=0: zero experts return"
+                " their input, which would change the output"
             )
-            raise ValueError(f"a dense checkpoint into an MoE requires {allowed}")
         if isinstance(block, TopKBlock):
             if not block.moe.router.normalise or block.moe.router.scoring.scale != 1:
                 raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.sublayers import MLP, SelfAttention
-from scmoe.models.units import residual_stream, through
+from scmoe.models.residual_stream import residual_stream, through
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.moe.router import SelectionBias
 from scmoe.moe.tokens import RouterStats
@@ -24,9 +24,8 @@ class Decoder(nn.Module):
     """Embedding, blocks, norm, output products. GPT and Llama choose the parts.
 
     blocks: each is called as block(x_BSD, mask_BS), with a KVCache where there is one, and returns
-    an MoEOutput, or
-        HandedOn with what the next block gets.
-    positions: learned embeddings of the positions; None: the blocks know the positions (rotary).
+    an MoEOutput, or HandedOn with what the next block gets. positions: learned embeddings of the
+    positions; None: the blocks know the positions (rotary).
     """
 
     def __init__(
@@ -60,11 +59,12 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         last_B: Tensor | None = None,
     ) -> LMOutput:
-        """Returns the logits of each next token. mask_BS False: padding, at the end of a sequence.
+        """Return the logits of each next token.
 
-        ids_BS: or embeddings of the tokens, [B, S, D]. cache: holds the tokens before these; call
-        `cache.expect` for these first. last_B: index of the one token in a row whose logits are
-        returned, as [B, 1, V]."""
+        ids_BS: token ids, or embeddings of the tokens, [B, S, D]. mask_BS False: padding, at the
+        end of a sequence. cache: holds the tokens before these; call `cache.expect` for these
+        first. last_B: index of the one token in a row whose logits are returned, as [B, 1, V].
+        """
         seq_len = ids_BS.shape[1] if cache is None else cache.longest
         if seq_len > self.max_seq_len:
             raise ValueError(
@@ -72,12 +72,12 @@ class Decoder(nn.Module):
             )
         x_BSD = residual_stream(self.embed(ids_BS))
         if self.positions is not None:
-            steps_S = (
-                torch.arange(seq_len, device=ids_BS.device) if cache is None else cache.positions_BS
-            )
-            x_BSD = x_BSD + self.positions(steps_S)
-        given = () if cache is None else (cache,)
-        x_BSD, all_stats = through(self.blocks, self.dropout(x_BSD), mask_BS, *given)
+            if cache is None:
+                positions = torch.arange(seq_len, device=ids_BS.device)
+            else:
+                positions = cache.positions_BS
+            x_BSD = x_BSD + self.positions(positions)
+        x_BSD, all_stats = through(self.blocks, self.dropout(x_BSD), mask_BS, cache)
         if last_B is not None:
             x_BSD = x_BSD.take_along_dim(last_B[:, None, None], 1)
         return LMOutput(self.head(self.norm(x_BSD)), all_stats)
@@ -87,28 +87,27 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
-        """GPT-2's: N(0, 0.02); N(0, 0.02 / sqrt(2 layers)) for products that write to the residual
-        stream.
+        """Draw all weights as GPT-2's.
 
-        A weight depends only on the seed, its name and its shape: not on the rank, the EP degree,
-        earlier draws or the rest of the model. So architectures that share a part start with equal
-        weights there, and can be compared. put: copies a value into a weight, or into the part of a
-        weight that this rank holds.
+        They are N(0, 0.02), and N(0, 0.02 / sqrt(2 layers)) for products that write to the residual
+        stream. A weight depends only on the seed, its name and its shape: not on the rank, the EP
+        degree, earlier draws or the rest of the model. So architectures that share a part start
+        with equal weights there, and can be compared. put: copies a value into a weight, or into
+        the part of a weight that this rank holds.
         """
         attentions = [module for module in self.modules() if isinstance(module, SelfAttention)]
         std, std_out = 0.02, 0.02 / math.sqrt(2 * len(attentions))
-        write_to_residual = {m.out for m in attentions} | {
-            m.w_out for m in self.modules() if isinstance(m, MLP)
-        }
+        mlps = [module for module in self.modules() if isinstance(module, MLP)]
+        write_to_residual = {*(m.out for m in attentions), *(m.w_out for m in mlps)}
         tied = self.head.weight is self.tokens.weight
         for name, module in self.named_modules():
             if isinstance(module, Experts):
                 module.init_weights(f"{seed}/{name}", std, std_out, put)
             elif isinstance(module, (nn.LayerNorm, nn.RMSNorm, SelectionBias)):
                 module.reset_parameters()
-            elif isinstance(module, (nn.Linear, nn.Embedding)) and (
-                module is not self.head or not tied
-            ):
+            elif module is self.head and tied:
+                continue
+            elif isinstance(module, (nn.Linear, nn.Embedding)):
                 generator = named_generator(f"{seed}/{name}")
                 fresh = torch.randn(module.weight.shape, generator=generator, device="cpu")
                 put(module.weight, fresh * (std_out if module in write_to_residual else std))
@@ -116,7 +115,7 @@ class Decoder(nn.Module):
                     module.bias.zero_()
 
     def rows_per_sample(self, seq_len: int) -> dict[nn.Module, float]:
-        """Rows that each module sees of one sample: its tokens."""
+        """Return the rows that each module sees of one sample: its tokens."""
         return dict.fromkeys(self.modules(), float(seq_len))
 
 
@@ -132,16 +131,17 @@ class GPT(Decoder):
         dropout: float = 0.0,
     ) -> None:
         positions = nn.Embedding(max_seq_len, dim)
-        super().__init__(
-            vocab_size, max_seq_len, dim, blocks, nn.LayerNorm(dim), dropout, positions
-        )
+        norm = nn.LayerNorm(dim)
+        super().__init__(vocab_size, max_seq_len, dim, blocks, norm, dropout, positions)
         self.head.weight = self.tokens.weight
 
 
 class Llama(Decoder):
-    """LLaMA-2: no position embeddings, RMSNorm, output weights of its own, no biases. Rotary
-    positions and grouped-query attention are in the blocks (blocks/sublayers.py), SwiGLU in MLPs
-    and experts."""
+    """LLaMA-2: no position embeddings, RMSNorm, untied output weights, no biases.
+
+    Rotary positions and grouped-query attention are in the blocks (blocks/sublayers.py), SwiGLU in
+    MLPs and experts.
+    """
 
     def __init__(
         self,

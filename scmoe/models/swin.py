@@ -1,5 +1,6 @@
-"""Swin Transformer V2 (Liu et al. 2022) over any stack of blocks: four stages, between which 2 x 2
-patches are merged.
+"""Swin Transformer V2 (Liu et al. 2022) over any stack of blocks.
+
+It has four stages, between which 2 x 2 patches are merged.
 
 Feature maps are [B, H, W, D]; a token is a place of the map, D doubles from stage to stage and H, W
 halve. SwinV2 normalises after each sub-layer, x + drop_path(norm(f(x))), so its blocks have parts
@@ -23,7 +24,7 @@ from timm.models.swin_transformer_v2 import (
 from torch import Tensor, nn
 
 from scmoe.blocks.sublayers import SelfAttention
-from scmoe.models.units import residual_stream, through
+from scmoe.models.residual_stream import residual_stream, through
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.moe.router import SelectionBias
 from scmoe.moe.tokens import RouterStats
@@ -48,31 +49,36 @@ class ShiftedWindows(SelfAttention):
     def __init__(self, dim: int, heads: int, grid: int, window: int, shifted: bool) -> None:
         super().__init__()
         block: Any = SwinTransformerV2Block(dim, grid, heads, window, window // 2 if shifted else 0)
-        self.attention, self.window, self.shift = block.attn, block.window_size, block.shift_size
+        self.attention = block.attn
+        self.window = block.window_size
+        self.shift = block.shift_size
         self.register_buffer("mask", block.attn_mask, persistent=False)
-        self.dim, self.heads, self.grid = dim, heads, grid
+        self.dim = dim
+        self.heads = heads
+        self.grid = grid
 
     def reset_parameters(self) -> None:
-        """Set what is not drawn: scales, biases, and the buffers (tables, mask), which move to the
-        weights' device."""
+        """Set what is not drawn: scales, biases, and the buffers (tables, mask).
+
+        The buffers move to the weights' device.
+        """
+        device = self.attention.proj.weight.device
         for module in (self, self.attention):
             for name, buffer in [*module.named_buffers(recurse=False)]:
-                setattr(
-                    module, name, torch.empty_like(buffer, device=self.attention.proj.weight.device)
-                )
+                setattr(module, name, torch.empty_like(buffer, device=device))
         self.attention.reset_parameters()
-        if self.mask is not None:
-            row_H = torch.arange(self.grid, device=self.mask.device)
-            part_H = (row_H >= self.grid - self.window[0]).int() + (
-                row_H >= self.grid - self.shift[0]
-            ).int()
-            part_BHWD = (3 * part_H[:, None] + part_H)[
-                None, :, :, None
-            ]  # the shift joins what is apart on the map
-            part_NS = window_partition(part_BHWD, self.window).flatten(1)
-            self.mask.zero_().masked_fill_(
-                part_NS[:, None] != part_NS[:, :, None], -100.0
-            )  # as in timm
+        if self.mask is None:
+            return
+
+        # the shift joins what is apart on the map
+        row_H = torch.arange(self.grid, device=self.mask.device)
+        is_in_last_window_H = row_H >= self.grid - self.window[0]
+        is_shifted_in_H = row_H >= self.grid - self.shift[0]
+        part_H = is_in_last_window_H.int() + is_shifted_in_H.int()
+        part_BHWD = (3 * part_H[:, None] + part_H)[None, :, :, None]
+        part_NS = window_partition(part_BHWD, self.window).flatten(1)
+        is_apart_NSS = part_NS[:, None] != part_NS[:, :, None]
+        self.mask.zero_().masked_fill_(is_apart_NSS, -100.0)  # as in timm
 
     def forward(self, x_BHWD: Tensor) -> Tensor:
         up, left = self.shift
@@ -98,10 +104,11 @@ class PostNorm(nn.Module):
 
 
 class Swin(nn.Module):
-    """stages: the blocks of each; a block is called as block(x_BHWD, mask_BHW) and returns an
-    MoEOutput.
+    """The network: patches, stages with merges between them, norm, head.
 
-    dim: width of the first stage."""
+    stages: the blocks of each; a block is called as block(x_BHWD, mask_BHW) and returns an
+    MoEOutput. dim: width of the first stage.
+    """
 
     stages: Any  # a list of lists of modules
 
@@ -139,7 +146,8 @@ class Swin(nn.Module):
         ][1:]
 
     def forward(self, images_BCHW: Tensor, mask_B: Tensor | None = None) -> ClassifierOutput:
-        """mask_B False: a filler picture, which is routed nowhere."""
+        """Return the logits of each class. mask_B False: a filler picture, which is routed nowhere.
+        """
         x_BHWD = self.patches(images_BCHW)
         all_stats: list[RouterStats] = []
         for merge, stage in zip(self.merges, self.stages, strict=True):
@@ -151,12 +159,11 @@ class Swin(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
-        """timm's: products N(0, 0.02), patches as a convolution's. A block starts as the identity:
-        its norms are 0.
+        """Draw all weights as timm does: products N(0, 0.02), patches as a convolution's.
 
-        The result depends only on the seed, names and shapes: not on the rank, the EP degree or
-        earlier draws. Buffers are computed again. put: copies a value into a weight, or into the
-        part of a weight that this rank holds.
+        A block starts as the identity: its norms are 0. The result depends only on the seed, names
+        and shapes: not on the rank, the EP degree or earlier draws. Buffers are computed again.
+        put: copies a value into a weight, or into the part of a weight that this rank holds.
         """
         for name, module in self.named_modules():
             if isinstance(module, Experts):
@@ -165,27 +172,24 @@ class Swin(nn.Module):
                 module.reset_parameters()
             elif isinstance(module, nn.Linear):
                 generator = named_generator(f"{seed}/{name}")
-                put(
-                    module.weight,
-                    torch.randn(module.weight.shape, generator=generator, device="cpu") * STD,
-                )
+                drawn = torch.randn(module.weight.shape, generator=generator, device="cpu")
+                put(module.weight, drawn * STD)
                 if module.bias is not None:
                     module.bias.zero_()
             elif isinstance(module, nn.Conv2d):
                 bound = 1 / math.sqrt(module.weight[0].numel())
                 for kind, weight in module.named_parameters():
                     generator = named_generator(f"{seed}/{name}/{kind}")
-                    put(
-                        weight,
-                        (2 * torch.rand(weight.shape, generator=generator, device="cpu") - 1)
-                        * bound,
-                    )
+                    drawn = torch.rand(weight.shape, generator=generator, device="cpu")
+                    put(weight, (2 * drawn - 1) * bound)
         for norm in [module.norm for module in self.modules() if isinstance(module, PostNorm)]:
             norm.weight.zero_()
 
     def rows_per_sample(self, seq_len: int) -> dict[nn.Module, float]:
-        """Rows that each module sees of one sample: the places of the map at its stage. seq_len is
-        not read."""
+        """Return the rows that each module sees of one sample: the places of the map at its stage.
+
+        seq_len: not read.
+        """
         rows = dict.fromkeys(self.head.modules(), 1.0)
         places = float(self.patches.num_patches)
         rows |= dict.fromkeys(self.patches.modules(), places)
@@ -194,14 +198,15 @@ class Swin(nn.Module):
             rows |= dict.fromkeys(chain(merge.modules(), stage.modules()), places)
         rows |= dict.fromkeys(self.norm.modules(), places)
         windows = (module for module in self.modules() if isinstance(module, ShiftedWindows))
-        position_biases = chain.from_iterable(
-            w.attention.cpb_mlp.modules() for w in windows
-        )  # once a batch
+        # once a batch
+        position_biases = chain.from_iterable(w.attention.cpb_mlp.modules() for w in windows)
         return rows | dict.fromkeys(position_biases, 0.0)
 
     def no_weight_decay(self) -> set[nn.Parameter]:
-        """The parameters that timm does not decay, apart from norms and biases: attention scales
-        and position bias."""
+        """Return the parameters that timm does not decay, apart from norms and biases.
+
+        They are attention scales and position bias.
+        """
         return {
             p for name, p in self.named_parameters() if "cpb_mlp" in name or "logit_scale" in name
         }

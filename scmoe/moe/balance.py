@@ -1,5 +1,4 @@
-"""Load balance: the router's sums, the two losses computed from them, and metrics of how even the
-load is.
+"""Load balance: the router's sums, the two losses computed from them, and metrics of the load.
 
 Losses do not depend on the topology. The expert fractions f are those of the global batch: the
 ranks add up their integer sums (one small all-reduce for all layers together). Each rank computes
@@ -23,15 +22,16 @@ def router_stats(
     num_experts: int,
     seq_len: int | None = None,
 ) -> RouterStats:
-    """routing.scores_TE: must sum to one for each token. num_experts: without zero experts, whose
+    """Return the sums of one MoE layer over this rank's tokens.
+
+    routing.scores_TE: must sum to one for each token. num_experts: without zero experts, whose
     copies need no row. seq_len: of the sequences, if the load-balance loss is that of each
     sequence; None: it is that of the batch.
     """
     scores_TE, z_T = routing.scores_TE, routing.logits_TE.logsumexp(-1).square()
     (T, E), K = scores_TE.shape, routing.topk_ids_TK.shape[1]
-    num_tokens = torch.full(
-        (), T, device=scores_TE.device
-    )  # created on the device: nothing waits for the host
+    # created on the device: nothing waits for the host
+    num_tokens = torch.full((), T, device=scores_TE.device)
     if mask_T is not None:
         scores_TE, z_T = scores_TE * mask_T[:, None], z_T * mask_T
         num_tokens = mask_T.sum()
@@ -48,22 +48,24 @@ def router_stats(
 
 
 def integer_sums(stats: list[RouterStats]) -> Tensor:
-    """[L, E + 2] int64: per layer the copies of each expert, then tokens, then dropped copies. Add
-    up over ranks."""
+    """Return [L, E + 2] int64: per layer the copies of each expert, tokens, dropped copies.
+
+    Add them up over ranks.
+    """
     return torch.stack(
         [torch.cat([s.counts_E, torch.stack([s.num_tokens, s.num_dropped])]) for s in stats]
     )
 
 
 def load_balance_loss(stats: list[RouterStats], sums_LE2: Tensor, world_size: int = 1) -> Tensor:
-    """Mean over layers of E sum_i f_i P_i (GShard, Switch): 1 for an even load, E where one expert
-    takes all.
+    """Return the mean over layers of E sum_i f_i P_i (GShard, Switch).
 
-    f_i: share of the global batch's copies that goes to expert i. P_i: mean score of expert i over
-    the global batch. Per sequence (DeepSeek-V3, Eq. 17-20) f_i and P_i are those of a sequence, and
-    the loss is the mean over sequences, weighted by their tokens. E counts zero experts. In f of
-    the global batch each of them has the same share of their copies, in f of a sequence its own
-    copies. stats: this rank's sums. sums_LE2: integer_sums, added up over world_size ranks.
+    It is 1 for an even load, E where one expert takes all. f_i: share of the global batch's copies
+    that goes to expert i. P_i: mean score of expert i over the global batch. Per sequence
+    (DeepSeek-V3, Eq. 17-20) f_i and P_i are those of a sequence, and the loss is the mean over
+    sequences, weighted by their tokens. E counts zero experts. In f of the global batch each of
+    them has the same share of their copies, in f of a sequence its own copies. stats: this rank's
+    sums. sums_LE2: integer_sums, added up over world_size ranks.
     """
     score_sums_LE = torch.stack([s.score_sums_E for s in stats])
     counts_LE, tokens_L = sums_LE2[:, :-2], sums_LE2[:, -2]
@@ -73,9 +75,8 @@ def load_balance_loss(stats: list[RouterStats], sums_LE2: Tensor, world_size: in
     copies_L1 = of_experts_L1 = counts_LE.sum(1, keepdim=True)
     counts_LE = counts_LE.to(score_sums_LE.dtype)
     if zero_experts := share_LE.shape[1] - counts_LE.shape[1]:
-        copies_L1 = torch.stack([n * s.top_k for n, s in zip(tokens_L, stats, strict=True)])[
-            :, None
-        ]
+        copies_L = torch.stack([n * s.top_k for n, s in zip(tokens_L, stats, strict=True)])
+        copies_L1 = copies_L[:, None]
         each_L1 = (copies_L1 - of_experts_L1).to(counts_LE.dtype) / zero_experts
         counts_LE = torch.cat([counts_LE, each_L1.expand(-1, zero_experts)], 1)
     f_LE = counts_LE / copies_L1.clamp(min=1)
@@ -83,40 +84,45 @@ def load_balance_loss(stats: list[RouterStats], sums_LE2: Tensor, world_size: in
 
 
 def router_z_loss(stats: list[RouterStats], sums_LE2: Tensor, world_size: int = 1) -> Tensor:
-    """Mean over layers and tokens of logsumexp(logits)^2 (ST-MoE); it keeps the gate's logits
-    small."""
+    """Return the mean over layers and tokens of logsumexp(logits)^2 (ST-MoE).
+
+    It keeps the gate's logits small.
+    """
     z_sums_L = torch.stack([s.z_sum for s in stats])
     return (z_sums_L * world_size / sums_LE2[:, -2].clamp(min=1)).mean()
 
 
 def load_max(counts_LE: Tensor, parts: int) -> Tensor:
-    """[L] float64: the copies of the busiest part over the fair share, 0 in a layer without any.
-    parts: the number of experts, or that of expert-parallel ranks, which hold neighbouring experts.
+    """Return [L] float64: the copies of the busiest part over the fair share.
+
+    It is 0 in a layer without copies. parts: the number of experts, or that of expert-parallel
+    ranks, which hold neighbouring experts.
     """
     loads_LP = counts_LE.double().unflatten(-1, (parts, -1)).sum(-1)
     return loads_LP.amax(-1) * parts / loads_LP.sum(-1).clamp(min=1)
 
 
 def load_metrics(sums_LE2: Tensor) -> dict[str, Tensor]:
-    """Metrics of how even the load is, from sums added up over ranks, and over steps where the
-    caller does so.
+    """Return metrics of how even the load is.
 
-    load_max: the busiest expert's copies over the fair share, worst layer. load_entropy: mean over
-    layers; 1 for an even load, 0 where one expert takes all. dead_experts: experts without a token,
-    summed over layers. drop_share: share of all copies that was dropped. real_experts: copies of a
-    token that go to an expert and not to a zero expert, mean over layers; in DGMoE, copies of one
-    of a token's two representations.
+    sums_LE2: integer_sums, added up over ranks, and over steps where the caller does so. load_max:
+    the busiest expert's copies over the fair share, worst layer. load_entropy: mean over layers; 1
+    for an even load, 0 where one expert takes all. dead_experts: experts without a token, summed
+    over layers. drop_share: share of all copies that was dropped. real_experts: copies of a token
+    that go to an expert and not to a zero expert, mean over layers; in DGMoE, copies of one of a
+    token's two representations.
     """
     sums_LE2 = sums_LE2.double()
-    counts_LE, tokens_L, dropped_L = sums_LE2[:, :-2], sums_LE2[:, -2], sums_LE2[:, -1]
+    counts_LE = sums_LE2[:, :-2]
+    tokens_L = sums_LE2[:, -2]
+    dropped_L = sums_LE2[:, -1]
     num_experts = counts_LE.shape[1]
     copies_L = counts_LE.sum(1).clamp(min=1)
     p_LE = counts_LE / copies_L[:, None]
-    entropy_L = (
-        -torch.xlogy(p_LE, p_LE).sum(1) / math.log(num_experts)
-        if num_experts > 1
-        else torch.ones_like(p_LE[:, 0])
-    )
+    if num_experts > 1:
+        entropy_L = -torch.xlogy(p_LE, p_LE).sum(1) / math.log(num_experts)
+    else:
+        entropy_L = torch.ones_like(p_LE[:, 0])
     return {
         "load_max": load_max(counts_LE, num_experts).max(),
         "load_entropy": entropy_L.mean(),
@@ -137,12 +143,14 @@ SINGLE_STEPS = (
 
 
 def step_load(sums_LE2: Tensor, num_ranks: int) -> Tensor:
-    """[L, 3] float64: the load of one optimizer step, from its sums over ranks and batches: of the
-    busiest expert and of the busiest of num_ranks expert-parallel ranks, each over the fair share,
-    and the share of copies dropped.
+    """Return the load of one optimizer step, [L, 3] float64.
 
-    Sums over several steps hide what one step has: another expert is busy in each. With several
-    groups of expert-parallel ranks, the ranks of one place in them count as one."""
+    The columns are the copies of the busiest expert and of the busiest of num_ranks expert-parallel
+    ranks, each over the fair share, and the share of copies dropped. sums_LE2: of the step, over
+    ranks and batches; sums over several steps would hide what one step has, because another expert
+    is busy in each. With several groups of expert-parallel ranks, ranks with the same experts count
+    as one.
+    """
     counts_LE, dropped_L = sums_LE2[:, :-2], sums_LE2[:, -1]
     drop_L = dropped_L.double() / counts_LE.sum(1).clamp(min=1)
     return torch.stack(
@@ -151,7 +159,9 @@ def step_load(sums_LE2: Tensor, num_ranks: int) -> Tensor:
 
 
 def over_steps(loads: list[Tensor]) -> Tensor:
-    """[L, 6], as SINGLE_STEPS names them: the median and the worst of some steps, of each column of
-    `step_load`."""
+    """Return the median and the worst of some steps, [L, 6], as SINGLE_STEPS names them.
+
+    loads: `step_load` of each step.
+    """
     loads_SL3 = torch.stack(loads)
     return torch.stack([loads_SL3.quantile(0.5, dim=0), loads_SL3.amax(0)], dim=-1).flatten(1)

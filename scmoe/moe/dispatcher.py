@@ -24,7 +24,7 @@ class Traffic(NamedTuple):
     by_rank: Tensor  # [sender, receiver], on the host
 
     def back(self) -> "Traffic":
-        """The same rows on their way back."""
+        """Return the traffic of the same rows on their way back."""
         return Traffic(self.received, self.sent, self.by_rank.T)
 
 
@@ -34,9 +34,8 @@ class Receipt:
 
     num_tokens_per_expert_e: Tensor | None  # rows for each local expert; None: all equal
     traffic: Traffic | None = None  # of the dispatch; None: equal numbers between all ranks
-    order_R: Tensor | None = (
-        None  # received row of each expert-contiguous row; None: all numbers are equal
-    )
+    # received row of each expert-contiguous row; None: all numbers are equal
+    order_R: Tensor | None = None
     place_R: Tensor | None = None  # its inverse
 
 
@@ -51,27 +50,30 @@ class ChunkCounts:
 
 class Announced(Protocol):
     def wait(self) -> Sequence[ChunkCounts]:
-        """Returns the counts of every chunk, once all ranks have announced theirs. Call it once."""
+        """Return the counts of every chunk, once all ranks have announced theirs. Call it once."""
 
 
 class Pending(Protocol):
     def wait(self) -> Tensor:
-        """Returns the transferred rows. Call it once, as late as possible."""
+        """Return the transferred rows. Call it once, as late as possible."""
 
 
 class Dispatcher(Protocol):
     def announce(self, counts_PE: Tensor) -> Announced:
-        """Starts telling all ranks how many rows of each chunk go to each expert."""
+        """Start to tell all ranks how many rows of each chunk go to each expert."""
 
     def dispatch(self, rows_RD: Tensor, counts: ChunkCounts | None) -> tuple[Pending, Receipt]:
-        """Starts sending rows, grouped by expert, to the experts' ranks. The pending rows are
-        grouped by local expert.
+        """Start to send rows, grouped by expert, to the experts' ranks.
 
-        counts: of this chunk, as announced; None: all experts get the same number."""
+        The pending rows are grouped by local expert. counts: of this chunk, as announced; None: all
+        experts get the same number.
+        """
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
-        """Starts sending the experts' rows back to their ranks; they arrive in the order of the
-        dispatched rows."""
+        """Start to send the experts' rows back to their ranks.
+
+        They arrive in the order of the dispatched rows.
+        """
 
 
 class Ready(NamedTuple):
@@ -98,7 +100,7 @@ class LocalDispatcher:
     """The dispatcher of one rank that holds all experts: nothing is sent."""
 
     def announce(self, counts_PE: Tensor) -> Announced:
-        """The host reads the numbers of rows only where there are several chunks to split."""
+        """Read the numbers of rows on the host only where there are several chunks to split."""
         chunks = counts_PE.chunk(counts_PE.shape[0])
         sizes = [None] if len(chunks) == 1 else counts_PE.sum(1).tolist()
         return Ready(
@@ -114,8 +116,10 @@ class LocalDispatcher:
 
 @dataclass(frozen=True)
 class Blocking:
-    """The sequential baseline: waits for every transfer of `inner` at once, in forward and
-    therefore in backward."""
+    """The sequential baseline, which waits for every transfer of `inner` at once.
+
+    It does so in forward, and therefore in backward.
+    """
 
     inner: Dispatcher
 
@@ -132,11 +136,10 @@ class Blocking:
 
 @dataclass(frozen=True)
 class Narrowed:
-    """Sends rows and their gradients in another dtype than they are computed in: bfloat16 halves
-    the bytes.
+    """Sends rows and their gradients in another dtype than that of the computation.
 
-    Rows that stay on their rank are converted too, so the result does not depend on where an expert
-    is.
+    bfloat16 halves the bytes. Rows that stay on their rank are converted too, so the result does
+    not depend on where an expert is.
     """
 
     inner: Dispatcher

@@ -4,8 +4,8 @@ E_i(x) = act(x W_in,i) W_out,i, without biases. There are three ways to compute 
 docs/decisions/0004-experts.md has the measurements. The activation functions are those of MLPs too:
 GELU, GPT-2's tanh GELU, LLaMA's SwiGLU.
 
-    gelu, gelu_tanh   act(h) = GELU(h)                      h = x W_in, F wide
-    swiglu            act(h) = SiLU(h[:F]) * h[F:]          h = x W_in, 2F wide: gate and up side by side
+    gelu, gelu_tanh   act(h) = GELU(h)                  h = x W_in, F wide
+    swiglu            act(h) = SiLU(h[:F]) * h[F:]      h = x W_in, 2F wide: gate beside up
 
 Each has its derivative, because the experts' backward is written by hand.
 """
@@ -25,9 +25,11 @@ from scmoe.moe.operators import without_autocast
 
 
 class Activation(NamedTuple):
-    """forward(h): act(h). into(h, out): the same, into a buffer, which may be the first columns of
-    h. backward_into(da, h, out): the gradient of h, given that of act(h), into a buffer. Buffers
-    that are reused stay in the processor's cache."""
+    """An activation act and its derivative. Buffers that are reused stay in the processor's cache.
+
+    forward(h): act(h). into(h, out): the same, into a buffer, which may be the first columns of h.
+    backward_into(da, h, out): the gradient of h, given that of act(h), into a buffer.
+    """
 
     forward: Callable[[Tensor], Tensor]
     into: Callable[[Tensor, Tensor], Tensor]
@@ -46,7 +48,7 @@ def gelu_backward_into(da_RF: Tensor, h_RF: Tensor, out_RF: Tensor, approximate:
 
 
 def gelu(approximate: str) -> Activation:
-    """Its functions are those of this module, so that a module with experts can be pickled."""
+    """Return GELU. Its functions are those of this module, so that experts can be pickled."""
     return Activation(
         partial(F.gelu, approximate=approximate),
         partial(gelu_into, approximate=approximate),
@@ -83,12 +85,12 @@ MLPs = Callable[[Tensor, Tensor, Tensor, Any, Activation], Tensor]
 
 
 class Experts(nn.Module):
-    """Experts `expert_ids` of `num_experts`. Parameters of this class are sharded: stacked on dim 0
-    by expert.
+    """Experts `expert_ids` of `num_experts`.
 
-    Weights are drawn from the global generator with standard deviation 1 / sqrt(fan-in), equal for
-    every split of the experts over ranks. Raises ValueError unless dim and ffn_dim are multiples of
-    8: grouped products require rows that are aligned to 16 bytes, in bf16 too.
+    Parameters of this class are sharded: stacked on dim 0 by expert. Weights are drawn from the
+    global generator with standard deviation 1 / sqrt(fan-in), equal for every split of the experts
+    over ranks. Raises ValueError unless dim and ffn_dim are multiples of 8: grouped products
+    require rows that are aligned to 16 bytes, in bf16 too.
     """
 
     def __init__(
@@ -107,20 +109,20 @@ class Experts(nn.Module):
         self.num_experts = num_experts
         self.expert_ids = range(num_experts) if expert_ids is None else expert_ids
         self.act = ACTIVATIONS[activation]
-        self.w_in_eDF = nn.Parameter(
-            torch.empty(len(self.expert_ids), dim, self.act.widening * ffn_dim)
-        )
-        self.w_out_eFD = nn.Parameter(torch.empty(len(self.expert_ids), ffn_dim, dim))
+        num_local_experts, hidden_dim = len(self.expert_ids), self.act.widening * ffn_dim
+        self.w_in_eDF = nn.Parameter(torch.empty(num_local_experts, dim, hidden_dim))
+        self.w_out_eFD = nn.Parameter(torch.empty(num_local_experts, ffn_dim, dim))
         if not self.w_in_eDF.is_meta:
             key = torch.randint(2**62, (), device="cpu").item()
             self.init_weights(str(key), dim**-0.5, ffn_dim**-0.5)
 
     def forward(self, rows_RD: Tensor, counts_e: Tensor | None) -> Tensor:
-        """Computes in the dtype of the rows, which the stream chooses. Returns [R, D] in the same
-        order.
+        """Return the experts' outputs [R, D] in the order of the rows.
 
-        rows_RD: grouped by local expert. counts_e: rows of each; None: the same number for every
-        expert. Rows after the last expert's are empty: what is returned for them has no meaning."""
+        They are computed in the dtype of the rows, which the stream chooses. rows_RD: grouped by
+        local expert. counts_e: rows of each; None: the same number for every expert. Rows after the
+        last expert's are empty: what is returned for them has no meaning.
+        """
         w_in_eDF, w_out_eFD = self.w_in_eDF.to(rows_RD.dtype), self.w_out_eFD.to(rows_RD.dtype)
         mlps = choose_mlps(rows_RD, counts_e)
         with without_autocast(rows_RD.device.type):
@@ -134,32 +136,33 @@ class Experts(nn.Module):
         std_out: float,
         put: Callable[[Tensor, Tensor], Any] = Tensor.copy_,
     ) -> None:
-        """Draws normal weights that depend only on (key, tensor, global expert id): not on the EP
-        degree or on earlier draws. The global generator is left as it was. put: copies a value into
-        an expert's weight, or a part of it.
+        """Draw normal weights that depend only on (key, tensor, global expert id).
+
+        They do not depend on the EP degree or on earlier draws. The global generator is left as it
+        was. put: copies a value into an expert's weight, or a part of it.
         """
-        for name, weight, std in (
-            ("w_in", self.w_in_eDF, std_in),
-            ("w_out", self.w_out_eFD, std_out),
-        ):
+        weights = (("w_in", self.w_in_eDF, std_in), ("w_out", self.w_out_eFD, std_out))
+        for name, weight, std in weights:
             for expert, w in zip(self.expert_ids, weight, strict=True):
                 generator = named_generator(f"{key}/{name}/{expert}")
                 put(w, torch.randn(w.shape, generator=generator, device="cpu") * std)
 
 
 def named_generator(name: str) -> torch.Generator:
-    """A new generator on the host that depends only on `name`.
+    """Return a new generator on the host that depends only on `name`.
 
     Draw with device="cpu": Lightning makes the rank's device the default while a model is built,
-    and a device refuses a generator of the host."""
+    and a device refuses a generator of the host.
+    """
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def choose_mlps(rows_RD: Tensor, counts_e: Tensor | None) -> MLPs:
-    """Return the way to compute the experts. CPU: one expert after another. GPU: batched if all
-    have the same number of rows, otherwise grouped (neither waits for the device); where a GPU has
-    no grouped kernel, one after another.
+    """Return the way to compute the experts.
+
+    CPU: one expert after another. GPU: batched if all have the same number of rows, otherwise
+    grouped (neither waits for the device); where a GPU has no grouped kernel, one after another.
     """
     if rows_RD.device.type == "cpu":
         return mlps_in_turn
@@ -169,9 +172,10 @@ def choose_mlps(rows_RD: Tensor, counts_e: Tensor | None) -> MLPs:
 
 
 def has_grouped_kernel(rows_RD: Tensor) -> bool:
-    """Return whether torch (2.13) multiplies these groups in one kernel: bfloat16 on cards of
-    capability 9.x and 10.x. Elsewhere it multiplies one after another too, and reads the counts on
-    the host in each of its six products.
+    """Return whether torch (2.13) multiplies these groups in one kernel.
+
+    It does for bfloat16 on cards of capability 9.x and 10.x. Elsewhere it multiplies one after
+    another too, and reads the counts on the host in each of its six products.
     """
     if rows_RD.is_cuda and torch.cuda.get_device_capability(rows_RD.device)[0] not in (9, 10):
         return False
@@ -185,7 +189,7 @@ def batched_mlps(
     counts_e: None,
     act: Activation = ACTIVATIONS["gelu"],
 ) -> Tensor:
-    """The same number of rows for every expert: one batched product over [e, C, D]. Any dtype."""
+    """Compute experts with equal numbers of rows: one batched product over [e, C, D]. Any dtype."""
     num_experts, dim = w_in_eDF.shape[:2]
     rows_eCD = rows_RD.reshape(num_experts, rows_RD.shape[0] // num_experts, dim)
     return torch.bmm(act.forward(torch.bmm(rows_eCD, w_in_eDF)), w_out_eFD).view_as(rows_RD)
@@ -198,7 +202,10 @@ def grouped_mlps(
     counts_e: Tensor,
     act: Activation = ACTIVATIONS["gelu"],
 ) -> Tensor:
-    """All experts in one kernel per product, where the device has it. float32 and bfloat16."""
+    """Compute all experts in one kernel per product, where the device has it.
+
+    It takes float32 and bfloat16.
+    """
     ends_e = counts_e.cumsum(0).to(torch.int32)
     if rows_RD.is_cuda and torch.cuda.get_device_capability(rows_RD.device)[0] == 10:  # Blackwell
         w_in_eDF, w_out_eFD = zero_if_idle(w_in_eDF, counts_e), zero_if_idle(w_out_eFD, counts_e)
@@ -207,8 +214,10 @@ def grouped_mlps(
 
 
 def zero_if_idle(w_eDF: Tensor, counts_e: Tensor) -> Tensor:
-    """The same weights, where an expert without rows has the gradient 0. On Blackwell a grouped
-    product leaves there what was in memory (pytorch issue 172439)."""
+    """Return the weights; the gradient of an expert without rows is 0.
+
+    On Blackwell a grouped product leaves there what was in memory (pytorch issue 172439).
+    """
     if w_eDF.requires_grad:
         w_eDF = w_eDF.view_as(w_eDF)  # a hook on the parameter itself would stay
         w_eDF.register_hook(lambda grad: grad.masked_fill((counts_e == 0)[:, None, None], 0))
@@ -222,12 +231,15 @@ def mlps_in_turn(
     counts_e: Tensor | None,
     act: Activation = ACTIVATIONS["gelu"],
 ) -> Tensor:
-    """One expert after another: on a host the hidden rows stay in the cache between the products.
-    Any dtype."""
+    """Compute one expert after another, in any dtype.
+
+    On a host the hidden rows stay in the cache between the products.
+    """
     num_experts = w_in_eDF.shape[0]
-    counts = (
-        [rows_RD.shape[0] // num_experts] * num_experts if counts_e is None else counts_e.tolist()
-    )
+    if counts_e is None:
+        counts = [rows_RD.shape[0] // num_experts for _ in range(num_experts)]
+    else:
+        counts = counts_e.tolist()
     filled = sum(counts)
     inputs = rows_RD[:filled], w_in_eDF, w_out_eFD
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
@@ -235,7 +247,8 @@ def mlps_in_turn(
     else:
         y_RD, _ = _in_turn(*inputs, counts, act, keep=False)
     if filled < rows_RD.shape[0]:
-        y_RD = torch.cat([y_RD, y_RD.new_zeros(rows_RD.shape[0] - filled, rows_RD.shape[1])])
+        empty_RD = y_RD.new_zeros(rows_RD.shape[0] - filled, rows_RD.shape[1])
+        y_RD = torch.cat([y_RD, empty_RD])
     return y_RD
 
 
@@ -247,8 +260,9 @@ def _in_turn(
     act: Activation,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the experts' outputs and, with `keep`, all hidden rows before the activation."""
-    y_RD, most = torch.empty_like(rows_RD), max(counts)
+    """Return the experts' outputs and, with `keep`, all hidden rows before the activation."""
+    y_RD = torch.empty_like(rows_RD)
+    most = max(counts)
     hidden_RF = rows_RD.new_empty(rows_RD.shape[0] if keep else most, w_in_eDF.shape[2])
     a_RF = rows_RD.new_empty(most if keep else 0, w_out_eFD.shape[1])
     hs = hidden_RF.split(counts) if keep else repeat(hidden_RF, len(counts))
@@ -270,10 +284,12 @@ def _in_turn(
 
 
 class _MLPsInTurn(Function):
-    """Backward by hand saves memory and time: each expert's gradient is written into its place in
-    the stack (autograd would build the stack again), the activation is computed again (autograd
-    would keep a second [R, F]), and all experts share the buffers in between, so that they stay in
-    the cache."""
+    """The experts in turn, with a backward by hand, which saves memory and time.
+
+    Each expert's gradient is written into its place in the stack (autograd would build the stack
+    again), the activation is computed again (autograd would keep a second [R, F]), and all experts
+    share the buffers in between, so that they stay in the cache.
+    """
 
     @staticmethod
     def forward(ctx, rows_RD, w_in_eDF, w_out_eFD, counts, act):

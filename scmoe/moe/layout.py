@@ -38,17 +38,15 @@ from scmoe.moe.dispatcher import Announced, ChunkCounts
 
 
 class Layout(NamedTuple):
-    """The place of each routed copy among the rows. A copy that was dropped, or is padding, has row
-    R."""
+    """The row of each routed copy. A copy that was dropped, or is padding, has row R."""
 
     rows_TK: Tensor  # row of each copy, 0..R
     tokens_R: Tensor  # token of each row
     copies_R: Tensor  # copy t K + k of each row, or T K: an empty slot
     counts_PE: Tensor | None  # rows per chunk and expert; None: all equal
     num_chunks: int
-    complete: bool = (
-        False  # every copy has a row and every row a copy, as far as the host knows without asking
-    )
+    # every copy has a row and every row a copy, as far as the host knows without asking
+    complete: bool = False
 
     @property
     def num_dropped(self) -> Tensor:
@@ -57,20 +55,28 @@ class Layout(NamedTuple):
 
 
 def expert_capacity(num_tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
-    """Slots of an expert for num_tokens tokens of one rank: capacity_factor times the fair share,
-    rounded up, and at most one for each token, which chooses an expert once."""
+    """Return the slots of an expert for num_tokens tokens of one rank.
+
+    They are capacity_factor times the fair share, rounded up, and at most one for each token, which
+    chooses an expert once.
+    """
     return min(num_tokens, int(rounded_up(capacity_factor * num_tokens * top_k / num_experts)))
 
 
 def rounded_up(rows: Any) -> Any:
-    """A number of rows rounded up. A product such as 1.1 x 50 is a rounding error above 55, and
-    counts as 55."""
+    """Return a number of rows rounded up.
+
+    A product such as 1.1 x 50 is a rounding error above 55, and counts as 55.
+    """
     rows = rows * (1 - 1e-12)
     return rows.ceil() if isinstance(rows, Tensor) else math.ceil(rows)
 
 
 def places(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
-    """The place of each copy among those of its expert: first choices first, early tokens first."""
+    """Return the rank of each copy among those of its expert, from 0.
+
+    First choices come first, then early tokens.
+    """
     (T, K), device = topk_ids_TK.shape, topk_ids_TK.device
     ids_N = topk_ids_TK.T.flatten()  # k-major: all first choices come before any second choice
     order_N = ids_N.argsort(stable=True)
@@ -82,20 +88,21 @@ def places(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def drop_beyond(topk_ids_TK: Tensor, num_experts: int, room: int | Tensor) -> Tensor:
-    """The same ids, with num_experts, which means none, for every copy beyond the first `room` of
-    its expert."""
+    """Return the ids, with num_experts (none) for every copy beyond the first `room` of its expert.
+    """
     return topk_ids_TK.where(places(topk_ids_TK, num_experts) < room, num_experts)
 
 
 def arrange_filled(
     topk_ids_TK: Tensor, num_experts: int, num_chunks: int = 1, padded: bool = True
 ) -> Layout:
-    """Chooses a row for every copy. Expert id num_experts means none.
+    """Choose a row for every copy. Expert id num_experts means none.
 
     padded: there may be such ids. Without them the host knows the number of rows and does not wait
     for it.
     """
-    (T, K), E, P = topk_ids_TK.shape, num_experts, num_chunks
+    T, K = topk_ids_TK.shape
+    E, P = num_experts, num_chunks
     group_N = topk_ids_TK.flatten()
     if P > 1:
         chunk_T = torch.arange(T, device=topk_ids_TK.device) // math.ceil(T / P)
@@ -103,9 +110,8 @@ def arrange_filled(
     counts_PE = count(group_N, P * E).view(P, E)
     num_rows = int(counts_PE.sum()) if padded else T * K
     order_N = group_N.argsort(stable=True)
-    rows_N = torch.empty_like(order_N).scatter_(
-        0, order_N, torch.arange(T * K, device=order_N.device)
-    )
+    numbers_N = torch.arange(T * K, device=order_N.device)
+    rows_N = torch.empty_like(order_N).scatter_(0, order_N, numbers_N)
     copies_R = order_N[:num_rows]
     complete = num_rows == T * K
     rows_TK = (rows_N if complete else rows_N.clamp(max=num_rows)).view(T, K)
@@ -119,35 +125,36 @@ def arrange_slots(
     num_chunks: int = 1,
     room: int | Tensor | None = None,
 ) -> Layout:
-    """Chooses one of its expert's `capacity` slots for every copy. Expert id num_experts means
-    none.
+    """Choose one of its expert's `capacity` slots for every copy. Expert id num_experts means none.
 
     room: number of an expert's slots that may be used; unlike `capacity` it may depend on the data.
     None: all.
     """
-    (T, K), E, P = topk_ids_TK.shape, num_experts, num_chunks
+    T, K = topk_ids_TK.shape
+    E, P = num_experts, num_chunks
     place_TK = places(topk_ids_TK, num_experts)
     slots = math.ceil(capacity / P)  # of one expert in one chunk
     num_rows = P * E * slots
     rows_TK = place_TK // slots * (E * slots) + topk_ids_TK * slots + place_TK % slots
-    rows_TK = rows_TK.where(
-        (place_TK < (capacity if room is None else room)) & (topk_ids_TK < E), num_rows
-    )
+    fits_TK = place_TK < (capacity if room is None else room)
+    rows_TK = rows_TK.where(fits_TK & (topk_ids_TK < E), num_rows)
     copies_R = invert(rows_TK.flatten(), num_rows)
     tokens_R = (copies_R // K).where(copies_R < T * K, 0)
     return Layout(rows_TK.contiguous(), tokens_R, copies_R, None, P)
 
 
 def invert(rows_N: Tensor, num_rows: int) -> Tensor:
-    """[R]: the copy of each row, or N: an empty one. rows_N: the row of each copy, or R: none."""
+    """Return the copy of each row [R], or N: an empty one. rows_N: the row of each copy, or R."""
     copies_R = torch.full((num_rows + 1,), len(rows_N), device=rows_N.device)
     copies_R[rows_N] = torch.arange(len(rows_N), device=rows_N.device)
     return copies_R[:num_rows]
 
 
 def count(groups_N: Tensor, num_groups: int) -> Tensor:
-    """[.., num_groups]: how often each number occurs in each row [.., N]; num_groups itself is left
-    out. bincount would wait for the device."""
+    """Return how often each number occurs in each row [.., N], as [.., num_groups].
+
+    The number num_groups itself is left out. bincount would wait for the device.
+    """
     zeros = groups_N.new_zeros(*groups_N.shape[:-1], num_groups + 1)
     return zeros.scatter_add_(-1, groups_N, torch.ones_like(groups_N))[..., :num_groups]
 
@@ -155,8 +162,10 @@ def count(groups_N: Tensor, num_groups: int) -> Tensor:
 def encode(
     x_TD: Tensor, layout: Layout, announced: Announced | None
 ) -> list[tuple[Tensor, ChunkCounts | None]]:
-    """Returns for each chunk its rows [R/P, D] and their counts (None: all equal). Waits for
-    `announced` last."""
+    """Return for each chunk its rows [R/P, D] and their counts (None: all equal).
+
+    It waits for `announced` last.
+    """
     rows_RD = gather(x_TD, layout.tokens_R, layout.rows_TK, layout.complete)
     if announced is None:
         return [(rows, None) for rows in rows_RD.chunk(layout.num_chunks)]
@@ -167,8 +176,10 @@ def encode(
 
 
 def decode(rows_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
-    """y_t = sum_k w_tk rows[row of copy (t, k)]; a copy without a row adds nothing. Returns [T, D]
-    in rows' dtype."""
+    """Return y_t = sum_k w_tk rows[row of copy (t, k)], [T, D] in the dtype of the rows.
+
+    A copy without a row adds nothing.
+    """
     weights_TK = weights_TK.to(rows_RD.dtype)
     if not torch.is_grad_enabled():
         return _weighted_sum(rows_RD, weights_TK, layout)
@@ -178,22 +189,24 @@ def decode(rows_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
 def _weighted_sum(rows_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
     y_TD = _pick(rows_RD, layout.rows_TK[:, 0], layout.complete).mul_(weights_TK[:, :1])
     for k in range(1, weights_TK.shape[1]):
-        y_TD.addcmul_(
-            _pick(rows_RD, layout.rows_TK[:, k], layout.complete), weights_TK[:, k : k + 1]
-        )
+        picked_TD = _pick(rows_RD, layout.rows_TK[:, k], layout.complete)
+        y_TD.addcmul_(picked_TD, weights_TK[:, k : k + 1])
     return y_TD
 
 
 def gather(x_TD: Tensor, tokens_R: Tensor, rows_TK: Tensor, complete: bool) -> Tensor:
-    """x[tokens_R]. rows_TK must be the inverse of tokens_R, so that the gradient is a gather too.
-    complete: every entry of rows_TK is a row."""
+    """Return x[tokens_R].
+
+    rows_TK must be the inverse of tokens_R, so that the gradient is a gather too. complete: every
+    entry of rows_TK is a row.
+    """
     if not torch.is_grad_enabled():
         return x_TD.index_select(0, tokens_R)
     return _Gather.apply(x_TD, tokens_R, rows_TK, complete)
 
 
 def _pick(rows_RD: Tensor, index: Tensor, complete: bool) -> Tensor:
-    """Returns rows[index], with zeros where index is R. complete: no index is R."""
+    """Return rows[index], with zeros where index is R. complete: no index is R."""
     if complete:
         return rows_RD.index_select(0, index)
     num_rows = rows_RD.shape[0]
@@ -232,25 +245,30 @@ class _Decode(Function):
         grad_rows_RD = grad_TD.index_select(0, tokens_R)
         # the weight's gradient is the dot product of the row and its token's gradient
         dots_R = torch.linalg.vecdot(grad_rows_RD, rows_RD)
-        grad_weights_TK = _pick(dots_R[:, None], rows_TK.flatten(), ctx.complete).view_as(
-            weights_TK
-        )
+        dots_N1 = _pick(dots_R[:, None], rows_TK.flatten(), ctx.complete)
+        grad_weights_TK = dots_N1.view_as(weights_TK)
         weights_R = _pick(weights_TK.reshape(-1, 1), copies_R, ctx.complete)
         return grad_rows_RD.mul_(weights_R), grad_weights_TK, None
 
 
 def buffer_size(num_tokens: int, top_k: int, num_ranks: int, ceiling: float) -> int:
-    """Rows of a rank's buffer for num_tokens tokens: `ceiling` times the fair share, and no more
-    than all of them."""
+    """Return the rows of a rank's buffer for num_tokens tokens.
+
+    They are `ceiling` times the fair share, and no more than all copies.
+    """
     return min(int(rounded_up(ceiling * num_tokens * top_k / num_ranks)), num_tokens * top_k)
 
 
 def arrange_buffers(
     topk_ids_TK: Tensor, num_experts: int, num_ranks: int, size: int, num_chunks: int = 1
 ) -> Layout:
-    """Chooses a row in the buffer of its expert's rank for every copy. Expert id num_experts means
-    none."""
-    (T, K), E, P, device = topk_ids_TK.shape, num_experts, num_chunks, topk_ids_TK.device
+    """Choose a row in the buffer of its expert's rank for every copy.
+
+    Expert id num_experts means none.
+    """
+    T, K = topk_ids_TK.shape
+    E, P = num_experts, num_chunks
+    device = topk_ids_TK.device
     part = math.ceil(size / P)  # of a buffer in one chunk
     of_rank = E // num_ranks
     rank_TK = topk_ids_TK // of_rank  # padding has rank num_ranks
@@ -293,18 +311,22 @@ class Target(NamedTuple):
 
 
 class Rows(Protocol):
-    """sums: whether the router's sums are computed, which losses and metrics read."""
+    """Which copies have a row, and which row. sums: whether the router's sums are computed."""
 
     @property
     def sums(self) -> bool: ...
 
     def arrange(self, ids_TK: Tensor, mask_T: Tensor | None, target: Target) -> Layout:
-        """Chooses the row of each copy of this rank's tokens. mask_T False: padding, which takes no
-        row."""
+        """Choose the row of each copy of this rank's tokens.
+
+        mask_T False: padding, which takes no row.
+        """
 
     def dropless(self, num_experts: int) -> "Rows":
-        """The arrangement for inference: it drops nothing, fits the same dispatcher, and computes
-        no sums."""
+        """Return the arrangement for inference.
+
+        It drops nothing, fits the same dispatcher, and computes no sums.
+        """
 
 
 @dataclass(frozen=True)
@@ -321,8 +343,11 @@ class Dropless:
 
 @dataclass(frozen=True)
 class Capacity:
-    """filled: send and compute only the filled slots. The host must know how many there are: this
-    is free on a CPU, and a synchronisation on a GPU."""
+    """Each expert has `factor` times its fair share of slots.
+
+    filled: send and compute only the filled slots. The host must know how many there are: this is
+    free on a CPU, and a synchronisation on a GPU.
+    """
 
     factor: float
     filled: bool = False
@@ -335,20 +360,21 @@ class Capacity:
             )
 
     def arrange(self, ids_TK: Tensor, mask_T: Tensor | None, target: Target) -> Layout:
-        """Outside training ranks may have different numbers of tokens, and therefore of slots: they
-        announce the filled ones."""
+        """Choose slots, or the rows of filled slots.
+
+        Outside training ranks may have different numbers of tokens, and therefore of slots: they
+        announce the filled ones.
+        """
         num_tokens, top_k = ids_TK.shape
         num_experts, shares = target.num_experts, target.num_experts + target.zero_experts
         capacity = expert_capacity(num_tokens, shares, top_k, self.factor)
         room: int | Tensor = capacity
-        if (
-            mask_T is not None
-        ):  # padding adds no capacity: its slots stay empty, so that shapes depend on no data
+        if mask_T is not None:
+            # padding adds no capacity: its slots stay empty, so that shapes depend on no data
             room = rounded_up(self.factor * mask_T.sum().double() * top_k / shares)
         if self.filled or (not target.training and target.num_ranks > 1):
-            return arrange_filled(
-                drop_beyond(ids_TK, num_experts, room), num_experts, target.chunks
-            )
+            kept_TK = drop_beyond(ids_TK, num_experts, room)
+            return arrange_filled(kept_TK, num_experts, target.chunks)
         return arrange_slots(ids_TK, num_experts, capacity, target.chunks, room)
 
     def dropless(self, num_experts: int) -> Rows:
@@ -357,7 +383,10 @@ class Capacity:
 
 @dataclass(frozen=True)
 class Buffers:
-    """Needs a dispatcher for buffers. On one rank there are none, and nothing is dropped."""
+    """Each rank has a buffer of `ceiling` times its fair share. It needs a dispatcher for buffers.
+
+    On one rank there is no buffer, and nothing is dropped.
+    """
 
     ceiling: float
     sums: bool = True
@@ -370,11 +399,13 @@ class Buffers:
         return arrange_buffers(ids_TK, target.num_experts, target.num_ranks, size, target.chunks)
 
     def dropless(self, num_experts: int) -> Rows:
-        """Every rank must use the same layout, so buffers remain, with room for every copy."""
+        """Return buffers with room for every copy, because every rank must use the same layout."""
         return Buffers(float(num_experts), sums=False)
 
 
 def rows_of(capacity_factor: float | None, filled: bool = False) -> Rows:
-    """capacity_factor: None: dropless. Raises ValueError for one that is not above 0 or is above
-    1e6."""
+    """Return the rows of a capacity factor; None: dropless.
+
+    Raises ValueError for a factor that is not above 0 or is above 1e6.
+    """
     return Dropless() if capacity_factor is None else Capacity(capacity_factor, filled)

@@ -43,13 +43,13 @@ class Recorder:
         self.device = device
         self.zero: Any = None  # the time from which `spans` counts, as `now` gave it; None: any
         self.marks: list[Mark] = []
-        self.transfers: list[
-            tuple[Direction, str, Any, Any]
-        ] = []  # name, start, end; times as in Mark
+        # direction, name, start, end; times as in Mark
+        self.transfers: list[tuple[Direction, str, Any, Any]] = []
         self.watchers: list[threading.Thread] = []
         self.inside_operator = False
 
     def now(self) -> Any:
+        """Return the time as a Mark has it."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -57,8 +57,10 @@ class Recorder:
         return event
 
     def around(self, name: str, f: Callable[..., Any], *inputs: Any) -> Any:
-        """Returns f(*inputs), run between two edges. An operator inside another one is not noted
-        separately."""
+        """Return f(*inputs), run between two edges.
+
+        An operator inside another one is not noted separately.
+        """
         if self.inside_operator:
             return f(*inputs)
         inputs = _edge(self, name, True, inputs)
@@ -68,13 +70,16 @@ class Recorder:
         return _edge(self, name, False, outputs)
 
     def watch(self, name: str, direction: Direction, work: Any) -> None:
-        """Notes a transfer. On a host it lasts from now until it is done, and two threads must be
-        able to wait for the work. On a CUDA device it lasts between the work's two `events`;
-        without them (NCCL) it is not noted.
+        """Note a transfer.
+
+        On a host it lasts from now until it is done, and two threads must be able to wait for the
+        work. On a CUDA device it lasts between the work's two `events`; without them (NCCL) it is
+        not noted.
         """
         if self.device.type == "cuda":
             events = getattr(work, "events", None)
-            self.transfers += [] if events is None else [(direction, name, *events)]
+            if events is not None:
+                self.transfers.append((direction, name, *events))
             return
         start = time.perf_counter()
 
@@ -86,8 +91,10 @@ class Recorder:
         self.watchers[-1].start()
 
     def spans(self, direction: Direction) -> list[Span]:
-        """Every operator that began and ended, in seconds of one clock. Waits for the device and
-        the transfers."""
+        """Return every operator that began and ended, in seconds of one clock.
+
+        It waits for the device and the transfers.
+        """
         while self.watchers:
             self.watchers.pop().join()
         seconds = self._clock()
@@ -100,8 +107,9 @@ class Recorder:
                 begun[mark.operator] = seconds(mark.time)
             elif mark.operator in begun:
                 spans.append(Span(mark.operator, begun.pop(mark.operator), seconds(mark.time)))
-        for own, name, start, end in self.transfers:
-            spans += [Span(name, seconds(start), seconds(end))] if own == direction else []
+        for transfer_direction, name, start, end in self.transfers:
+            if transfer_direction == direction:
+                spans.append(Span(name, seconds(start), seconds(end)))
         return sorted(spans, key=lambda span: span.start)
 
     def _clock(self) -> Callable[[Any], float]:
@@ -114,32 +122,35 @@ class Recorder:
 
 
 class Operators(nn.Module):
-    """A module whose forward is made of named operators. recorder: notes their times; None: they
-    are not noted."""
+    """A module whose forward is made of named operators.
+
+    recorder: notes their times; None: they are not noted.
+    """
 
     recorder: Recorder | None = None
 
     def operator(self, name: str, f: Callable[..., Any], *inputs: Any) -> Any:
         if self.recorder is not None:
             f, inputs = self.recorder.around, (name, f, *inputs)
-        if not torch.autograd._profiler_enabled():  # nobody would read the range, and it takes time
+        # a range takes time, and without a profiler nobody reads it
+        if not torch.autograd._profiler_enabled():
             return f(*inputs)
         with record_function(f"scmoe/{name}"):
             return f(*inputs)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Returns a context without autocast; where there is none already, one that costs nothing."""
-    return (
-        torch.autocast(device_type, enabled=False)
-        if torch.is_autocast_enabled(device_type)
-        else nullcontext()
-    )
+    """Return a context without autocast; where there is none already, one that costs nothing."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _edge(recorder: Recorder, name: str, begins: bool, value: Any) -> Any:
-    """Passes the tensors of `value` that carry a gradient through one edge, and returns the value
-    with the results."""
+    """Pass the tensors of `value` that carry a gradient through one edge.
+
+    Return the value with the results.
+    """
     tensors: list[Tensor] = []
 
     def collect(tensor: Tensor) -> Tensor:
@@ -156,7 +167,7 @@ def _edge(recorder: Recorder, name: str, begins: bool, value: Any) -> Any:
 
 
 def _replace_tensors(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
-    """Replaces every tensor that carries a gradient by f of it, in tuples, named tuples and lists."""
+    """Return `value` with f of every tensor that carries a gradient, also in tuples and lists."""
     if isinstance(value, Tensor):
         return f(value) if value.requires_grad else value
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -169,7 +180,9 @@ def _replace_tensors(value: Any, f: Callable[[Tensor], Tensor]) -> Any:
 class _Edge(Function):
     @staticmethod
     def forward(ctx, recorder: Recorder, name: str, begins: bool, *tensors: Tensor):
-        ctx.recorder, ctx.name, ctx.begins = recorder, name, not begins
+        ctx.recorder = recorder
+        ctx.name = name
+        ctx.begins = not begins  # of the operator's backward
         ctx.set_materialize_grads(False)
         recorder.marks.append(Mark(name, "forward", begins, recorder.now()))
         return tuple(t.view_as(t) for t in tensors)

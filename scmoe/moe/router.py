@@ -1,6 +1,8 @@
 """The gate (Eq. 2-5): which experts a token goes to, and with which weight.
 
-H(x) = x W_gate + eps,  eps = N(0, 1) softplus(x W_noise) in training;  G(x) = softmax over the kept top k of H(x).
+    H(x) = x W_gate + eps,  eps = N(0, 1) softplus(x W_noise) in training
+    G(x) = softmax over the kept top k of H(x)
+
 For k = 1 a softmax over the kept logits is identically 1 and would give the gate no gradient; see
 docs/decisions/0001-gate.md for the reading used here. Losses on the routing are in balance.py.
 
@@ -9,14 +11,16 @@ its rule) are values of `Scoring`:
 
     chosen     the top k of s_i + b_i, over N experts and Z zero experts
     weights    gamma s_i, or gamma s_i / sum of the kept s: the bias chooses and never weighs
-    bias       after each update  b_i += rate s_0 rule(c_i / fair share),  for the N experts; zero experts' stays
+    bias       after each update  b_i += rate s_0 rule(c_i / fair share)  for the N experts;
+               that of zero experts stays
 
 c_i are the copies of expert i in all batches of the step, before any is dropped; the fair share is
 K T / (N + Z). So N experts get K N / (N + Z) of a token's K copies. s_0 is the score of an expert
 where all logits are equal: 1 / (N + Z) for softmax, 1/2 for sigmoid. A rate relative to it means
 the same for both, whatever the number of experts.
 
-    by_sign         sign(1 - load)       DeepSeek-V3: its step 0.001 is a rate of 0.002 (arXiv 2408.15664)
+    by_sign         sign(1 - load)       DeepSeek-V3: its step 0.001 is a rate of 0.002
+                                         (arXiv 2408.15664)
     in_proportion   1 - load             LongCat-Flash: its mu is the rate (arXiv 2509.01322)
 
 Left out: a rate that decays, and a bias that is centred after each step.
@@ -36,21 +40,25 @@ from scmoe.moe.tokens import Routing
 Score = Callable[[Tensor], Tensor]
 Rule = Callable[[Tensor], Tensor]
 LEAST = 1e-20  # of a sum of scores by which others are divided: sigmoid scores may all be 0
-PROBES, STEP = (
-    8,
-    0.5,
-)  # rows of logits that a score is checked with, and by how much one logit grows
+PROBES = 8  # rows of logits that a score is checked with
+STEP = 0.5  # by how much one logit of each grows
 ROUNDING = 1e-4  # of a sum of scores that should be 1
 softmax: Score = partial(torch.softmax, dim=-1)
 
 
 def by_sign(load_E: Tensor) -> Tensor:
-    """load_E: copies of each expert over the fair share. Every bias moves by the same step."""
+    """Return the direction in which each bias moves; all move by the same step.
+
+    load_E: copies of each expert over the fair share.
+    """
     return torch.sign(1 - load_E)
 
 
 def in_proportion(load_E: Tensor) -> Tensor:
-    """load_E: copies of each expert over the fair share. A bias moves by what its expert lacks."""
+    """Return by how much each bias moves: by what its expert lacks.
+
+    load_E: copies of each expert over the fair share.
+    """
     return 1 - load_E
 
 
@@ -75,29 +83,28 @@ class Scoring:
     per_sequence: bool = False
 
     def shares(self, scores_TE: Tensor) -> Tensor:
-        """The scores of each token as a distribution over the experts."""
-        return (
-            scores_TE
-            if self.sums_to_one
-            else scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=LEAST)
-        )
+        """Return the scores of each token as a distribution over the experts."""
+        if self.sums_to_one:
+            return scores_TE
+        return scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=LEAST)
 
     def check(self, num_ids: int) -> None:
-        """Compute scores of a few rows of logits. ValueError: they are not what `score` and
-        `sums_to_one` promise."""
+        """Compute scores of a few rows of logits.
+
+        Raises ValueError if they are not what `score` and `sums_to_one` promise.
+        """
         if not 0 < self.scale < float("inf"):
             raise ValueError(f"Scoring.scale is {self.scale}. It must be finite and above 0.")
         with torch.device("cpu"):  # the model may be on the meta device, which has no numbers
-            logits_PE = torch.randn(
-                PROBES, num_ids, generator=torch.Generator(), dtype=torch.float32
-            )
+            generator = torch.Generator()
+            logits_PE = torch.randn(PROBES, num_ids, generator=generator, dtype=torch.float32)
             if type(logits_PE) is not Tensor:  # a dry run's tensors have no numbers
                 return
             chosen_P1 = torch.arange(PROBES)[:, None] % num_ids
-            higher_PE = logits_PE.scatter_add(
-                -1, chosen_P1, torch.full((PROBES, 1), STEP, dtype=torch.float32)
-            )
+            step_P1 = torch.full((PROBES, 1), STEP, dtype=torch.float32)
+            higher_PE = logits_PE.scatter_add(-1, chosen_P1, step_P1)
             scores_PE, higher_scores_PE = self._scores(logits_PE), self._scores(higher_PE)
+
         if not (scores_PE.isfinite().all() and (scores_PE >= 0).all()):
             raise ValueError(
                 f"Scoring.score gives scores from {scores_PE.min():.3g} to {scores_PE.max():.3g}."
@@ -125,9 +132,8 @@ class Scoring:
                 f"Scoring.score cannot be computed: {type(error).__name__}: {error}"
             ) from error
         if not isinstance(scores_PE, Tensor) or scores_PE.shape != logits_PE.shape:
-            shape = (
-                list(scores_PE.shape) if isinstance(scores_PE, Tensor) else type(scores_PE).__name__
-            )
+            is_tensor = isinstance(scores_PE, Tensor)
+            shape = list(scores_PE.shape) if is_tensor else type(scores_PE).__name__
             raise ValueError(
                 f"Scoring.score gives {shape} for logits {list(logits_PE.shape)}. Return equal"
                 " shapes."
@@ -152,9 +158,8 @@ class SelectionBias(nn.Module):
         super().__init__()
         assert scoring.rule is not None
         self.num_experts, self.rule = num_experts, scoring.rule
-        equal = torch.zeros(
-            num_experts + zero_experts, dtype=torch.float64, device="cpu"
-        )  # the next line reads it
+        # on the host, because the next line reads it
+        equal = torch.zeros(num_experts + zero_experts, dtype=torch.float64, device="cpu")
         self.step = scoring.rate * scoring.score(equal).mean().item()
         wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.weight = nn.Parameter(torch.zeros(len(equal), dtype=wide), requires_grad=False)
@@ -167,16 +172,21 @@ class SelectionBias(nn.Module):
 
     @torch.no_grad()
     def move(self, counts_E: Tensor, num_copies: Tensor) -> None:
-        """counts_E: copies of each expert, over all ranks. num_copies: of all experts, zero experts
-        included."""
+        """Move the biases of experts by their load.
+
+        counts_E: copies of each expert, over all ranks. num_copies: of all experts, zero experts
+        included.
+        """
         if self.step:  # in float64: the load of a fair share is exactly 1
             load_E = counts_E.double() * len(self.weight) / num_copies.clamp(min=1)
             self.weight[: self.num_experts] += (self.step * self.rule(load_E)).to(self.weight.dtype)
 
 
 class Gate(nn.Linear):
-    """x W^T in float32, or wider where x is. It is called like any module, so adapters and hooks of
-    it have effect."""
+    """x W^T in float32, or wider where x is.
+
+    It is called like any module, so adapters and hooks of it have effect.
+    """
 
     def forward(self, x_TD: Tensor) -> Tensor:
         x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
@@ -212,21 +222,21 @@ class Router(nn.Module):
         super().__init__()
         if not 1 <= top_k <= num_experts:
             raise ValueError(f"top_k is {top_k}, allowed: 1..num_experts ({num_experts})")
-        self.num_experts, self.top_k, self.deal, self.scoring = num_experts, top_k, deal, scoring
-        self.zero_experts, self.num_ids = (
-            zero_experts,
-            num_experts + zero_experts,
-        )  # the second also means none
+        self.num_experts = num_experts
+        self.zero_experts = zero_experts
+        self.num_ids = num_experts + zero_experts  # this id itself means none
+        self.top_k = top_k
+        self.deal = deal
+        self.scoring = scoring
         scoring.check(self.num_ids)
         self.normalise = scoring.normalise and top_k > 1
-        wide = torch.promote_types(
-            torch.get_default_dtype(), torch.float32
-        )  # the default may be bfloat16
+        # the default may be bfloat16
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
         self.gate = Gate(dim, self.num_ids, bias=False, dtype=wide)
         self.noise = Gate(dim, self.num_ids, bias=False, dtype=wide) if noisy else None
-        self.bias = (
-            None if scoring.rule is None else SelectionBias(num_experts, zero_experts, scoring)
-        )
+        self.bias: SelectionBias | None = None
+        if scoring.rule is not None:
+            self.bias = SelectionBias(num_experts, zero_experts, scoring)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         return super()._apply(lambda tensor: _wide(tensor, fn(tensor)), recurse)
@@ -234,13 +244,13 @@ class Router(nn.Module):
     def forward(
         self, x_TD: Tensor, mask_T: Tensor | None = None, excluded_T1: Tensor | None = None
     ) -> Routing:
-        """Routes each token. mask_T False: padding, which gets expert id num_ids and weight 0.
+        """Route each token.
 
-        excluded_T1: an expert that each token must not go to (num_ids: none); requires top_k = 1.
+        mask_T False: padding, which gets expert id num_ids and weight 0. excluded_T1: an expert
+        that each token must not go to (num_ids: none); requires top_k = 1.
         """
-        x_TD = x_TD.view_as(
-            x_TD
-        )  # the gradients of gate and noise are added up first, so all sums have a fixed order
+        # the gradients of gate and noise are added up first, so all sums have a fixed order
+        x_TD = x_TD.view_as(x_TD)
         with without_autocast(x_TD.device.type):
             logits_TE = self.logits(x_TD)
             scores_TE = self.scoring.score(logits_TE)
@@ -256,8 +266,10 @@ class Router(nn.Module):
         return Routing(topk_ids_TK, weights_TK, scores_TE, logits_TE)
 
     def choose(self, x_TD: Tensor, preference_TE: Tensor, excluded_T1: Tensor | None) -> Tensor:
-        """Return expert ids, the most preferred first. DGMoE: the second where the first is
-        excluded_T1."""
+        """Return expert ids, the most preferred first.
+
+        In DGMoE it is the second where the first is excluded_T1.
+        """
         if excluded_T1 is None:
             if self.deal is not None:
                 return self.deal(x_TD)
@@ -271,8 +283,10 @@ class Router(nn.Module):
         return best_T1.where(best_T1 != excluded_T1, second_T1)
 
     def preference(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
-        """By what experts are chosen: scores + bias. Without a bias the logits have the same order,
-        and fewer ties."""
+        """Return by what experts are chosen: scores + bias.
+
+        Without a bias the logits have the same order, and fewer ties.
+        """
         return logits_TE if self.bias is None else self.bias(scores_TE)
 
     def logits(self, x_TD: Tensor) -> Tensor:
@@ -297,5 +311,8 @@ def _in_turn(num_experts: int, top_k: int, x_TD: Tensor) -> Tensor:
 
 
 def _wide(tensor: Tensor, moved: Tensor) -> Tensor:
-    """What a change of device or dtype has made of a tensor, in float32 where that is narrower."""
+    """Return `moved`, which a change of device or dtype has made of a tensor.
+
+    Where that is narrower than float32, return the tensor on its device in float32.
+    """
     return tensor.to(moved.device, torch.float32) if moved.dtype.itemsize < 4 else moved

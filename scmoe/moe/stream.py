@@ -5,9 +5,8 @@ Fig. 6).
     run_experts(state)  wait, compute, start combine
     finish(state)       wait, decode
 
-A zero expert returns its input (LongCat-Flash, arXiv 2509.01322), or 0 where it was added to a
-trained model. Its copies get no row, so nothing is sent or computed for them. finish adds weight x
-tap, or nothing.
+A zero expert returns its input (LongCat-Flash, arXiv 2509.01322). Its copies get no row, so nothing
+is sent or computed for them; finish adds weight x tap.
 
 State travels in return values, so several streams may be open at once and nothing is left on the
 module. Backward is the mirror: finish's backward starts the gradient's transfer, begin's waits for
@@ -30,36 +29,31 @@ from scmoe.moe.tokens import MoEOutput, RouterStats, Routing
 
 
 class StreamState(NamedTuple):
-    """An open stream: its chunks are on their way to the experts (with a receipt each), then on
-    their way back."""
+    """An open stream: its chunks are on their way to the experts, then on their way back."""
 
     shape: torch.Size
     routing: Routing
     layout: Layout
     stats: RouterStats | None
     in_flight: list[Pending]
-    receipts: list[Receipt] | None  # None: the experts have run
-    tap_TD: Tensor | None  # what zero experts return; None: 0, or there are none
+    receipts: list[Receipt] | None  # of each chunk; None: the experts have run
+    tap_TD: Tensor | None  # what zero experts return; None: there are none
 
 
 class MoEStream(Operators):
     """Router, experts and the dispatcher between them.
 
-    rows: how the rows are arranged (layout.py); None: dropless. zeros_return_input: else zero
-    experts return 0.
+    rows: how the rows are arranged (layout.py); None: dropless.
     """
 
     def __init__(
-        self,
-        router: Router,
-        experts: Experts,
-        dispatcher: Dispatcher,
-        rows: Rows | None = None,
-        zeros_return_input: bool = True,
+        self, router: Router, experts: Experts, dispatcher: Dispatcher, rows: Rows | None = None
     ) -> None:
         super().__init__()
-        self.router, self.experts, self.dispatcher = router, experts, dispatcher
-        self.rows, self.zeros_return_input = rows or Dropless(), zeros_return_input
+        self.router = router
+        self.experts = experts
+        self.dispatcher = dispatcher
+        self.rows = rows or Dropless()
         self.num_ranks = experts.num_experts // len(experts.expert_ids)  # that share the experts
 
     @torch.compiler.disable
@@ -70,10 +64,12 @@ class MoEStream(Operators):
         chunks: int = 1,
         excluded_T1: Tensor | None = None,
     ) -> StreamState:
-        """mask_BS False: padding, which is routed nowhere and takes no capacity.
+        """Route the tokens, encode their rows and start to send them.
 
-        chunks: pieces of the rows, each with its own transfers, so that one's experts hide
-        another's transfer. excluded_T1: an expert that each token must not go to (DGMoE)."""
+        mask_BS False: padding, which is routed nowhere and takes no capacity. chunks: pieces of the
+        rows, each with its own transfers, so that one's experts hide another's transfer.
+        excluded_T1: an expert that each token must not go to (DGMoE).
+        """
         x_TD = tap_BSD.flatten(0, -2)
         mask_T = None if mask_BS is None else mask_BS.flatten()
         routing, layout = self.operator("route", self.route, x_TD, mask_T, chunks, excluded_T1)
@@ -82,11 +78,12 @@ class MoEStream(Operators):
         sent = [self.operator("dispatch", self.dispatcher.dispatch, *chunk) for chunk in rows]
         in_flight, receipts = [pending for pending, _ in sent], [receipt for _, receipt in sent]
         stats = self.sums(routing, layout, mask_T, tap_BSD.shape) if self.rows.sums else None
-        kept_TD = x_TD if self.router.zero_experts and self.zeros_return_input else None
+        kept_TD = x_TD if self.router.zero_experts else None
         return StreamState(tap_BSD.shape, routing, layout, stats, in_flight, receipts, kept_TD)
 
     @torch.compiler.disable
     def run_experts(self, state: StreamState) -> StreamState:
+        """Wait for the rows, compute the experts and start to send their rows back."""
         assert state.receipts is not None, "the experts run once"
         returning = []
         for pending, receipt in zip(state.in_flight, state.receipts, strict=True):
@@ -98,14 +95,14 @@ class MoEStream(Operators):
 
     @torch.compiler.disable
     def finish(self, state: StreamState) -> MoEOutput:
+        """Wait for the rows and return the weighted sum for each token."""
         assert state.receipts is None, "the experts run before the end"
         chunks = [pending.wait() for pending in state.in_flight]
         rows_RD = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
         y_TD = self.operator("decode", decode, rows_RD, state.routing.topk_weights_TK, state.layout)
         if state.tap_TD is not None:
-            y_TD = y_TD + from_zero_experts(
-                state.tap_TD, state.routing, self.router.num_experts
-            ).to(y_TD.dtype)
+            zero_TD = from_zero_experts(state.tap_TD, state.routing, self.router.num_experts)
+            y_TD = y_TD + zero_TD.to(y_TD.dtype)
         return MoEOutput(y_TD.view(state.shape), state.stats)
 
     def forward(
@@ -115,13 +112,13 @@ class MoEStream(Operators):
         chunks: int = 1,
         excluded_T1: Tensor | None = None,
     ) -> MoEOutput:
-        """The whole module at once: sum_i G(x)_i E_i(x) (Eq. 1)."""
+        """Return the output of the whole module at once: sum_i G(x)_i E_i(x) (Eq. 1)."""
         return self.finish(self.run_experts(self.begin(x_BSD, mask_BS, chunks, excluded_T1)))
 
     def route(
         self, x_TD: Tensor, mask_T: Tensor | None, chunks: int, excluded_T1: Tensor | None
     ) -> tuple[Routing, Layout]:
-        """Where each token goes, and which row each of its copies takes."""
+        """Return where each token goes, and which row each of its copies takes."""
         routing = self.router(x_TD, mask_T, excluded_T1)
         ids_TK, router = routing.topk_ids_TK, self.router
         if router.zero_experts:
@@ -134,46 +131,48 @@ class MoEStream(Operators):
     def sums(
         self, routing: Routing, layout: Layout, mask_T: Tensor | None, shape: torch.Size
     ) -> RouterStats:
-        """The sums of which losses and metrics are computed."""
-        scoring = self.router.scoring
-        seq_len = (
-            (shape[1:-1] or shape[:-1]).numel() if scoring.per_sequence else None
-        )  # [T, D] is one sequence
+        """Return the sums of which losses and metrics are computed."""
+        scoring, seq_len = self.router.scoring, None
+        if scoring.per_sequence:
+            seq_len = (shape[1:-1] or shape[:-1]).numel()  # [T, D] is one sequence
         routing = routing._replace(scores_TE=scoring.shares(routing.scores_TE))
         return router_stats(routing, layout, mask_T, self.router.num_experts, seq_len)
 
 
 class dropless:
-    """Run the model dropless inside, whatever its rows. With a capacity a token's result depends on
-    its batch.
+    """A context for inference, in which MoE modules drop no copy, whatever their rows.
 
-    For inference, not for training: the routers' sums are not computed, and stats are None. It
-    holds for MoE modules in blocks of users too, which know nothing of it. Generation enters one at
-    each token, so entering it is cheap. It is not entered inside itself, and takes the rows of when
-    it was made."""
+    With a capacity a token's result would depend on its batch. The routers' sums are not computed
+    inside, and stats are None. Entering sets `rows` of each stream, and leaving restores them. This
+    is not an argument, because blocks of users, which know nothing of it, hold MoE modules too.
+    Generation enters one at each token, so entering it is cheap. Not reentrant. It uses the rows
+    that each stream had when `dropless` was created.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.streams = [module for module in model.modules() if isinstance(module, MoEStream)]
-        # dropless ones; while it is entered, those of before
         self.rows = [stream.rows.dropless(stream.router.num_experts) for stream in self.streams]
+        self.rows_outside: list[Rows] = []
 
     def __enter__(self) -> None:
-        self.swap()
+        self.rows_outside = [stream.rows for stream in self.streams]
+        self.set_rows(self.rows)
 
     def __exit__(self, *error: object) -> None:
-        self.swap()
+        self.set_rows(self.rows_outside)
 
-    def swap(self) -> None:
-        for i, stream in enumerate(self.streams):
-            stream.rows, self.rows[i] = self.rows[i], stream.rows
+    def set_rows(self, rows: list[Rows]) -> None:
+        for stream, rows_of_stream in zip(self.streams, rows, strict=True):
+            stream.rows = rows_of_stream
 
 
 def move_biases(model: nn.Module, sums_LE2: Tensor) -> None:
-    """Move the selection bias of each router by the load of a step. sums_LE2: `integer_sums` over
-    ranks and batches.
+    """Move the selection bias of each router by the load of a step.
 
-    A module that several blocks share (DGMoE-Share) moves once, by the load of all of them.
-    ValueError: blocks of one's own return sums of other MoE modules than those that they hold."""
+    sums_LE2: `integer_sums` over ranks and batches. A module that several blocks share
+    (DGMoE-Share) moves once, by the load of all of them. Raises ValueError if custom blocks return
+    sums for a different number of MoE modules than they contain.
+    """
     parents = [module for module in model.modules() if not isinstance(module, MoEStream)]
     routers = [
         child.router
@@ -185,26 +184,25 @@ def move_biases(model: nn.Module, sums_LE2: Tensor) -> None:
         return
     if len(routers) != len(sums_LE2):
         raise ValueError(
-            f"The blocks hold {len(routers)} MoE modules and return the sums of {len(sums_LE2)}. A"
-            " selection bias needs the sums of each module, in their order; moe.router=softmax has"
-            " no bias unless moe.bias_rate is set."
+            f"The blocks contain {len(routers)} MoE modules and return the sums of"
+            f" {len(sums_LE2)}. A selection bias needs the sums of each module, in their order."
+            " Return them, or use moe.router=softmax without moe.bias_rate, which has no bias."
         )
     for router in dict.fromkeys(routers):
-        sums_E2 = torch.stack(
-            [row for row, other in zip(sums_LE2, routers, strict=True) if other is router]
-        ).sum(0)
+        uses = [sums for sums, other in zip(sums_LE2, routers, strict=True) if other is router]
+        sums_E2 = torch.stack(uses).sum(0)
         if router.bias is not None:
             router.bias.move(sums_E2[:-2], sums_E2[-2] * router.top_k)
 
 
 def from_zero_experts(x_TD: Tensor, routing: Routing, num_experts: int) -> Tensor:
-    """The sum of the outputs of zero experts that return their input: each token times the weights
-    of its copies to them."""
+    """Return the sum of the outputs of zero experts: each token times the weights of its copies to
+    them."""
     weights_TK = routing.topk_weights_TK.where(routing.topk_ids_TK >= num_experts, 0.0)
     return weights_TK.sum(-1, keepdim=True).to(x_TD.dtype) * x_TD
 
 
 def _in_wire_dtype(x_TD: Tensor) -> Tensor:
-    """Under autocast the experts compute in its dtype, so rows are sent in it: half the bytes."""
+    """Return the tokens in autocast's dtype, in which the experts compute: half the bytes."""
     device = x_TD.device.type
     return x_TD.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x_TD

@@ -11,8 +11,10 @@ from torch import Tensor
 
 
 class Routing(NamedTuple):
-    """The router's decision. A padding token has expert id E (none) and weight 0. With Z zero
-    experts (stream.py) E counts them too, here and in the names of scores."""
+    """The router's decision. A padding token has expert id E (none) and weight 0.
+
+    With Z zero experts (stream.py) E counts them too, here and in the names of scores.
+    """
 
     topk_ids_TK: Tensor  # int64, 0..E
     topk_weights_TK: Tensor  # in the router's precision (float32 or wider)
@@ -21,25 +23,22 @@ class Routing(NamedTuple):
 
 
 class RouterStats(NamedTuple):
-    """Sums over this rank's tokens, from which the losses and load metrics of one MoE layer are
-    computed.
+    """Sums over this rank's tokens, for the losses and load metrics of one MoE layer.
 
     They are sums, not means, because ranks may hold different numbers of real tokens, and sums add
     up over ranks.
     """
 
-    counts_E: (
-        Tensor  # routed copies per expert, before any is dropped; no gradient; without zero experts
-    )
+    # routed copies per expert, before any is dropped; no gradient; without zero experts
+    counts_E: Tensor
     # sum over tokens of scores; carries the gradient of the load-balance loss; with zero experts
     score_sums_E: Tensor
     z_sum: Tensor  # sum over tokens of logsumexp(logits)^2
     num_tokens: Tensor  # real tokens
     num_dropped: Tensor  # routed copies over an expert's capacity
     top_k: int  # routed copies of a token, those to zero experts included
-    per_sequence: bool = (
-        False  # score_sums_E are multiplied by the load of each token's own sequence
-    )
+    # score_sums_E are multiplied by the load of each token's own sequence
+    per_sequence: bool = False
 
 
 class MoEOutput(NamedTuple):
@@ -53,11 +52,11 @@ class MoEOutput(NamedTuple):
 
 
 class HandedOn(NamedTuple):
-    """Output of a block that leaves an activation for the next one, which is called with it as
-    `carry`.
+    """Output of a block that leaves an activation for the next one, which gets it as `carry`.
 
     It is never an open stream: each block finishes the stream that it begins, so nothing else is
-    communicated in between."""
+    communicated in between.
+    """
 
     y_BSD: Tensor
     stats: RouterStats | None

@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from scmoe.models.units import exact_parameters, router_parameters, units, whole_parameters
+from scmoe.models.fsdp_units import exact_parameters, router_parameters, units, whole_parameters
 from scmoe.parallel.mesh import (
     ParallelContext,
     expert_parameters,

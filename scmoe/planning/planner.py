@@ -41,29 +41,27 @@ from scmoe.planning.pricing import (
 from scmoe.schedule.cost import overlap_efficiency
 from scmoe.schedule.schedule import Schedule
 
-WARMUP_STEPS, STEPS_EACH = 3, 3  # the second: with each number of chunks
-NEAR, CANDIDATES = (
-    1.1,
-    6,
-)  # tried: the best price of each number of chunks, and others up to NEAR times the lowest
-FEWEST_ROUNDS, MOST_TRIES = 5, 48  # the second: steps of all candidates together
+WARMUP_STEPS = 3
+STEPS_EACH = 3  # measured steps with each number of chunks
+CANDIDATES = 6  # that are tried: the best price of each number of chunks first, then others
+NEAR = 1.1  # the others have prices up to NEAR times the lowest
+FEWEST_ROUNDS = 5  # of trials, before a candidate is left out
+MOST_TRIES = 48  # of all candidates together
 LOSS = 0.01  # of a step: a smaller difference between candidates need not be decided
-LEAST_SHARE = (
-    0.1  # of communication: below it, its hidden part is smaller than the noise of the times
-)
+# of communication in a step: below it, the hidden part is smaller than the noise of the times
+LEAST_SHARE = 0.1
 NOISE = 0.05  # of a hidden part: further below 0 or above 1, the step was disturbed
-DRIFT, DRIFTED_IN_TURN = (
-    1.5,
-    3,
-)  # a drifted step takes DRIFT times as long or as short as usual; so many in turn
+DRIFT = 1.5  # a drifted step takes DRIFT times as long or as short as usual
+DRIFTED_IN_TURN = 3  # so many drifted steps in turn start a new measurement
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """One timed step, all layers together, of the slowest rank (pricing.py); forward and backward.
+    """One timed step, all layers together, of the slowest rank (pricing.py).
 
-    shares: of communication in the time without overlap. efficiency: the hidden part of it, 0 to 1
-    + NOISE; None where it cannot be measured: below LEAST_SHARE, and in a disturbed step.
+    Each list is for forward and backward. shares: of communication in the time without overlap.
+    efficiency: the hidden part of communication, 0 to 1 + NOISE; None where it cannot be measured:
+    below LEAST_SHARE, and in a disturbed step.
     """
 
     seconds: list[float]
@@ -74,13 +72,14 @@ class Overlap:
 class Planner:
     """Chooses the schedules of `blocks`.
 
-    group: the ranks that must agree. Each rank calls begin_step and end_step around every training
-    step, and close at the end. chunk_counts: numbers of chunks to choose from; no measured or
+    Each rank calls begin_step and end_step around every training step, and close at the end.
+
+    group: the ranks that must agree. chunk_counts: numbers of chunks to choose from; no measured or
     chosen step runs with another, so with a single one every result stays bit-identical. fixed:
     keep the schedules as they are and only measure the overlap. All blocks must have one number of
     chunks then. ep_size: consecutive ranks of the group that exchange rows; None: all. directions:
-    forward alone prices passes of inference. batches: what is called a step here is one of so many
-    batches of an optimizer's step. A trial takes as many.
+    forward alone prices passes of inference. batches: micro-batches per optimizer step. A planner
+    step is one micro-batch; a trial takes `batches` of them.
     """
 
     def __init__(
@@ -94,13 +93,19 @@ class Planner:
         directions: Sequence[Direction] = DIRECTIONS,
         batches: int = 1,
     ) -> None:
-        self.blocks, self.group, self.device, self.fixed = list(blocks), group, device, fixed
-        self.ep_size, self.directions, self.batches = ep_size, directions, batches
-        self.own = [block.schedule for block in blocks]
-        self.timed = (
-            self.own if fixed else [block.divided for block in blocks]
-        )  # what measured steps run, but chunks
-        self.chunk_counts = sorted({s.chunks for s in self.own} if fixed else set(chunk_counts))
+        self.blocks = list(blocks)
+        self.group = group
+        self.device = device
+        self.fixed = fixed
+        self.ep_size = ep_size
+        self.directions = directions
+        self.batches = batches
+        self.configured = [block.schedule for block in blocks]
+        # what measured steps run, but with each number of chunks
+        self.timed = self.configured if fixed else [block.divided for block in blocks]
+        if fixed:
+            chunk_counts = [schedule.chunks for schedule in self.configured]
+        self.chunk_counts = sorted(set(chunk_counts))
         assert len(self.chunk_counts) == 1 or not fixed
         self.dispatchers = [block.moe.dispatcher for block in blocks]
         self.choices: list[LayerChoice] = []
@@ -108,7 +113,7 @@ class Planner:
         self.restart()
 
     def restart(self) -> None:
-        """Measures again from the next step on."""
+        """Measure again from the next step on."""
         # purpose of each coming step until the next decision; number of chunks, or of the candidate
         self.agenda = [("warm up", 0)] * WARMUP_STEPS
         self.agenda += [
@@ -117,9 +122,8 @@ class Planner:
         self.samples: dict[int, list[Tensor]] = {chunks: [] for chunks in self.chunk_counts}
         self.priced: dict[int, list[list[LayerChoice]]] = {}
         self.candidates: list[list[LayerChoice]] = []
-        self.tried: dict[
-            int, list[float]
-        ] = {}  # seconds of each round, of the candidates that are left
+        # seconds of each round, of the candidates that are left
+        self.tried: dict[int, list[float]] = {}
         self.tries = 0
         self.overlap: Overlap | None = None
         self.drifted = 0
@@ -128,35 +132,38 @@ class Planner:
     @property
     def steps_to_choose(self) -> int:
         """The number of steps after which the choice is made, at most."""
-        several = not self.fixed and (
-            len(self.chunk_counts) > 1 or any(schedule.window for schedule in self.own)
-        )
-        return (
-            WARMUP_STEPS + STEPS_EACH * len(self.chunk_counts) + MOST_TRIES * self.batches * several
-        )
+        before_trials = WARMUP_STEPS + STEPS_EACH * len(self.chunk_counts)
+        has_window = any(schedule.window for schedule in self.configured)
+        if self.fixed or (len(self.chunk_counts) == 1 and not has_window):
+            return before_trials
+        return before_trials + MOST_TRIES * self.batches
 
     @property
     def conditions(self) -> dict[str, Any]:
-        """The conditions under which a choice is valid: ranks, device, backend, layers and numbers
-        of chunks."""
-        device = (
-            torch.cuda.get_device_name(self.device)
-            if self.device.type == "cuda"
-            else self.device.type
-        )
-        ranks, names = dist.get_world_size(), [schedule.name for schedule in self.own]
-        place = {"ranks": ranks, "device": device, "backend": self.backend}
-        return {**place, "layers": names, "chunks": self.chunk_counts}
+        """The conditions under which a choice is valid."""
+        device = self.device.type
+        if device == "cuda":
+            device = torch.cuda.get_device_name(self.device)
+        return {
+            "ranks": dist.get_world_size(),
+            "device": device,
+            "backend": self.backend,
+            "layers": [schedule.name for schedule in self.configured],
+            "chunks": self.chunk_counts,
+        }
 
     def take(self, choices: Sequence[LayerChoice]) -> None:
-        """Runs as an earlier planner has chosen under equal conditions, without measuring first."""
+        """Run as an earlier planner has chosen under equal conditions, without measuring first."""
         self.choices, self.agenda = list(choices), []
 
     def close(self) -> None:
-        """Leaves the blocks as chosen, or as configured where there is no choice yet, without
-        recorders."""
+        """Leave the blocks as chosen, or as configured if there is no choice yet.
+
+        They have no recorders then.
+        """
         self.recorders = None
-        self.run_as([choice.schedule for choice in self.choices] if self.choices else self.own)
+        chosen = [choice.schedule for choice in self.choices]
+        self.run_as(chosen or self.configured)
 
     @property
     def has_chosen(self) -> bool:
@@ -169,12 +176,14 @@ class Planner:
 
     @property
     def doing(self) -> tuple[str, int]:
-        """Purpose of the coming step, and the number of chunks that it measures, or of the
-        candidate that it tries."""
+        """Purpose of the coming step, and the number of chunks that it measures or the candidate.
+
+        The candidate is an index into `candidates`.
+        """
         return self.agenda[0] if self.agenda else ("run", 0)
 
     def begin_step(self, timed: bool = False) -> None:
-        """timed: time this step if the choice has been made."""
+        """Prepare the blocks for a step. timed: time this step if the choice has been made."""
         what, which = self.doing
         schedules = [block.schedule for block in self.blocks]
         if what == "measure":
@@ -189,7 +198,7 @@ class Planner:
         self.run_as(schedules, what == "measure", self.recorders if notes else None)
 
     def end_step(self) -> None:
-        """Call it after the step that begin_step announced. Chooses when everything is measured."""
+        """Note the step that begin_step announced. Choose when everything is measured."""
         what, which = self.doing
         recorders, self.recorders = self.recorders, None
         self.agenda = self.agenda[1:]
@@ -209,10 +218,12 @@ class Planner:
             self.decide()
 
     def decide(self) -> None:
-        """After the measurement and after each round: tries the candidates that are left once more,
-        or chooses."""
+        """Try the candidates that are left once more, or choose.
+
+        It is called after the measurement and after each round.
+        """
         if not self.candidates:
-            self.priced = price(self.samples, self.own, self.fixed)
+            self.priced = price(self.samples, self.configured, self.fixed)
             self.candidates = shortlist(self.priced)
             self.tried = {i: [] for i in range(len(self.candidates))}
         left = still_fastest(self.tried)
@@ -229,39 +240,38 @@ class Planner:
         blocking: bool = False,
         recorders: Sequence[Recorder] | None = None,
     ) -> None:
-        for i, (block, schedule, dispatcher) in enumerate(
-            zip(self.blocks, schedules, self.dispatchers, strict=True)
-        ):
+        """Set how the blocks run. blocking: wait for every transfer at once."""
+        parts = zip(self.blocks, schedules, self.dispatchers, strict=True)
+        for i, (block, schedule, dispatcher) in enumerate(parts):
             recorder = recorders[i] if recorders else None
             block.run_as(schedule, Blocking(dispatcher) if blocking else dispatcher, recorder)
 
     def agree(self, choices: list[LayerChoice]) -> list[LayerChoice]:
-        """Returns the choices, which are the same on every rank. Raises RuntimeError if ranks chose
-        differently."""
-        own = [[c.schedule.slot, c.schedule.inside_attention, c.schedule.chunks] for c in choices]
-        mine = torch.tensor(own, dtype=torch.long, device=self.device)
-        first = mine.clone()
-        dist.broadcast(first, group_src=0, group=self.group)
-        if not torch.equal(first, mine):
+        """Return the choices, which are the same on every rank.
+
+        Raises RuntimeError if ranks chose differently.
+        """
+        schedules = [choice.schedule for choice in choices]
+        numbers = [[s.slot, s.inside_attention, s.chunks] for s in schedules]
+        chosen_L3 = torch.tensor(numbers, dtype=torch.long, device=self.device)
+        first_L3 = chosen_L3.clone()
+        dist.broadcast(first_L3, group_src=0, group=self.group)
+        if not torch.equal(first_L3, chosen_L3):
             raise RuntimeError(
-                f"rank {dist.get_rank()} chose (slot, inside attention, chunks) {mine.tolist()},"
-                f" rank 0 {first.tolist()}; allowed: the same on all ranks; set schedule.slot,"
-                " schedule.inside_attention and schedule.chunks instead of schedule.auto"
+                f"rank {dist.get_rank()} chose (slot, inside attention, chunks)"
+                f" {chosen_L3.tolist()}, and rank 0 {first_L3.tolist()}. Set schedule.slot,"
+                " schedule.inside_attention and schedule.chunks instead of schedule.auto."
             )
         return choices
 
     def note_overlap(self, sample_L2O: Tensor) -> None:
-        """Computes the overlap of a timed step, and measures again after DRIFTED_IN_TURN drifted
+        """Compute the overlap of a timed step, and measure again after DRIFTED_IN_TURN drifted
         ones."""
         seconds = sample_L2O[:, :, -1].sum(0).tolist()
-        sequential = [
-            sum(times)
-            for times in zip(*(choice.sequential for choice in self.choices), strict=True)
-        ]
-        free = [sum(times) for times in zip(*(choice.free for choice in self.choices), strict=True)]
-        shares = [
-            1 - f / s if s else 0.0 for s, f in zip(sequential, free, strict=True)
-        ]  # 0: backward without MoE
+        sequential = sum_of_layers([choice.sequential for choice in self.choices])
+        free = sum_of_layers([choice.free for choice in self.choices])
+        # 0: backward without MoE
+        shares = [1 - f / s if s else 0.0 for s, f in zip(sequential, free, strict=True)]
         each = zip(shares, seconds, sequential, free, strict=True)
         efficiency = [
             hidden_part(*times) if share >= LEAST_SHARE else None for share, *times in each
@@ -276,9 +286,15 @@ class Planner:
             self.restart()
 
 
+def sum_of_layers(seconds_LD: Sequence[Sequence[float]]) -> list[float]:
+    """Return the seconds of each direction, summed over layers."""
+    return [sum(seconds_L) for seconds_L in zip(*seconds_LD, strict=True)]
+
+
 def shortlist(priced: Mapping[int, Sequence[list[LayerChoice]]]) -> list[list[LayerChoice]]:
-    """The candidates that are worth a trial: the best price of each number of chunks, and those
-    NEAR the lowest.
+    """Return the candidates that are worth a trial.
+
+    They are the best price of each number of chunks, and those NEAR the lowest.
 
     priced: by number of chunks, those of the lowest price first. Prices of numbers of chunks cannot
     be compared: they omit what more and smaller transfers cost, and what chunks gain under uneven
@@ -292,11 +308,12 @@ def shortlist(priced: Mapping[int, Sequence[list[LayerChoice]]]) -> list[list[La
 
 
 def still_fastest(tried: Mapping[int, Sequence[float]]) -> list[int]:
-    """The candidate with the least time, then those that may be faster by more than LOSS: two
-    standard errors of their ratio to it allow it. Before FEWEST_ROUNDS, all.
+    """Return the candidate with the least time, then those that may be faster by more than LOSS.
 
-    tried: the seconds of each candidate in every round. What disturbs a round disturbs all of it,
-    so times are compared within rounds."""
+    These are within two standard errors of their ratio to it. Before FEWEST_ROUNDS all are
+    returned. tried: the seconds of each candidate in every round. What disturbs a round disturbs
+    all of it, so times are compared within rounds.
+    """
     names, rounds = list(tried), min(map(len, tried.values()))
     if rounds < FEWEST_ROUNDS:
         return names
@@ -304,14 +321,14 @@ def still_fastest(tried: Mapping[int, Sequence[float]]) -> list[int]:
     first = int((seconds_CR / seconds_CR.quantile(0.5, 0)).quantile(0.5, 1).argmin())
     ratios_CR = seconds_CR / seconds_CR[first]
     least_C = ratios_CR.quantile(0.5, 1) - 2 * ratios_CR.std(1) / rounds**0.5
-    return [
-        names[first],
-        *(name for name, least in zip(names, least_C.tolist(), strict=True) if least < 1 - LOSS),
-    ]
+    least_ratios = zip(names, least_C.tolist(), strict=True)
+    return [names[first], *(name for name, least in least_ratios if least < 1 - LOSS)]
 
 
 def hidden_part(overlapped: float, sequential: float, free: float) -> float | None:
-    """The hidden part of communication (cost.overlap_efficiency), 0 to 1 + NOISE. None: the step
-    was disturbed."""
+    """Return the hidden part of communication (cost.overlap_efficiency), 0 to 1 + NOISE.
+
+    None: the step was disturbed.
+    """
     part = overlap_efficiency(overlapped, sequential, free)
     return max(0.0, part) if -NOISE <= part <= 1 + NOISE else None

@@ -34,21 +34,22 @@ from scmoe.schedule.schedule import PARTS, Schedule
 STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")
 OPERATORS = (*STREAM, "attention", *PARTS, "mlp", "shared_expert", "current")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
-WORTH_OWN_SLOTS = (
-    0.98  # of a price: a smaller gain from different slots in each layer is within the noise
-)
+# of a price: a smaller gain from different slots in each layer is within the noise
+WORTH_OWN_SLOTS = 0.98
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """What one MoE layer runs as, and why. Times are in seconds, transfers one at a time, of the
-    slowest rank of an EP group, the mean over these groups."""
+    """What one MoE layer runs as, and why.
+
+    Times are in seconds, transfers one at a time, of the slowest rank of an EP group, the mean over
+    these groups.
+    """
 
     schedule: Schedule
     times: dict[int, OperatorTimes]  # by number of chunks
-    sequential: tuple[
-        float, ...
-    ]  # forward, backward: from tap to end with the fewest chunks, measured
+    # forward, backward: from tap to end with the fewest chunks, measured
+    sequential: tuple[float, ...]
 
     @property
     def predicted(self) -> float:
@@ -62,23 +63,24 @@ class LayerChoice:
     @property
     def eq11(self) -> Schedule:
         """The schedule at the slot that Eq. 11 would choose, which knows whole operators only."""
-        whole = [schedule for schedule in slots(self.schedule) if not schedule.inside_attention]
-        return min(whole, key=lambda s: mismatch(s, self.times[s.chunks]))
+        between = [schedule for schedule in slots(self.schedule) if not schedule.inside_attention]
+        return min(between, key=lambda s: mismatch(s, self.times[s.chunks]))
 
     @property
     def free(self) -> tuple[float, float]:
         """`sequential` without its transfers."""
         fewest = self.times[min(self.times)]
-        forward, backward = (
-            sum(times[t] for t in TRANSFERS) for times in (fewest.forward, fewest.backward)
-        )
+        forward = sum(fewest.forward[transfer] for transfer in TRANSFERS)
+        backward = sum(fewest.backward[transfer] for transfer in TRANSFERS)
         return self.sequential[0] - forward, self.sequential[1] - backward
 
 
 def start_clocks(recorders: Sequence[Recorder], group: Any) -> None:
-    """Lets the recorders of all ranks count from one moment: the end of an all-reduce, which all
-    ranks leave within the latency of a message. Every rank must call it. On CUDA the moment is
-    noted on the stream, and the host does not wait."""
+    """Let the recorders of all ranks count from one moment.
+
+    The moment is the end of an all-reduce, which all ranks leave within the latency of a message.
+    Every rank must call it. On CUDA it is noted on the stream, and the host does not wait.
+    """
     dist.all_reduce(torch.zeros(1, device=device_of(group)), group=group)
     zero = recorders[0].now()
     for recorder in recorders:
@@ -86,8 +88,10 @@ def start_clocks(recorders: Sequence[Recorder], group: Any) -> None:
 
 
 def slowest(clock: Recorder, group: Any) -> float:
-    """Seconds from `start_clocks` until now, when the device has finished, of the slowest rank.
-    Every rank must call it."""
+    """Return the seconds from `start_clocks` until now, of the slowest rank.
+
+    It waits for the device. Every rank must call it.
+    """
     clock.marks += [
         Mark("step", "forward", True, clock.zero),
         Mark("step", "forward", False, clock.now()),
@@ -103,30 +107,33 @@ def measured(
     ep_size: int | None = None,
     directions: Sequence[Direction] = DIRECTIONS,
 ) -> Tensor:
-    """[L, directions, OPERATORS + 2] seconds, equal on all ranks: the time of each operator between
-    the tap and the end of the block, summed over chunks, and that of the whole attention where it
-    ran in two parts; the time from the tap to the end, had no experts run while a peer still
-    received; and that time as it was. Of the slowest rank as above, the mean over EP groups. Every
-    rank must call it, and `start_clocks` before the operators run.
+    """Return [L, directions, OPERATORS + 2] seconds, equal on all ranks.
+
+    These are the time of each operator between the tap and the end of the block, summed over
+    chunks, and that of the whole attention where it ran in two parts; the time from tap to end
+    without overlap of computing and receiving; then the measured one. All are of the slowest rank,
+    the mean over EP groups. Every rank must call it, and `start_clocks` before the operators run.
 
     ep_size: consecutive ranks of `group` that exchange rows; None: all. directions: forward alone
     is inference.
     """
-    own = [
+    local_layers = [
         noted(recorder, schedule, directions)
         for recorder, schedule in zip(recorders, schedules, strict=True)
     ]
-    times_R = gather(torch.cat(own, 1), group)
+    times_R = gather(torch.cat(local_layers, 1), group)
     times_GR = times_R.unflatten(0, (-1, ep_size or len(times_R)))
-    layers = times_GR.split([times_N.shape[1] for times_N in own], 3)
+    layers = times_GR.split([times_dN2.shape[1] for times_dN2 in local_layers], 3)
     return torch.stack(
         [seconds_of(times, schedule) for times, schedule in zip(layers, schedules, strict=True)]
     )
 
 
 def noted(recorder: Recorder, schedule: Schedule, directions: Sequence[Direction]) -> Tensor:
-    """[directions, N, 2]: when each operator between the tap and the end of the block begins and
-    ends on this rank, in the order of `names_of`. One that was not noted takes no time, at the tap.
+    """Return when each operator begins and ends on this rank, [directions, N, 2].
+
+    The operators are those between the tap and the end of the block, in the order of `names_of`.
+    One that was not noted takes no time, at the tap.
     """
     rows = []
     for direction in directions:
@@ -140,13 +147,15 @@ def noted(recorder: Recorder, schedule: Schedule, directions: Sequence[Direction
 
 
 def names_of(schedule: Schedule) -> list[str]:
-    """The schedule's operators in the order of OPERATORS."""
+    """Return the schedule's operators in the order of OPERATORS."""
     return sorted(schedule.operators(), key=OPERATORS.index)
 
 
 def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Tensor:
-    """[directions, OPERATORS + 2] seconds, as `measured`. times_GRdN2: as `noted`, of each EP group
-    and rank."""
+    """Return the [directions, OPERATORS + 2] seconds of one layer, as `measured` does.
+
+    times_GRdN2: what `noted` returned, of each EP group and rank.
+    """
     begin_GdN, end_GdN = times_GRdN2.amax(1).unbind(-1)
     took_dN = (end_GdN - begin_GdN).mean(0)
     experts = [name == "experts" for name in names_of(schedule)]
@@ -155,8 +164,11 @@ def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Tensor:
     took_dN[:, experts] = longest_dN
     seconds = []
     for operator in OPERATORS:
-        own = took_dN[:, [name == operator for name in names_of(schedule)]]
-        seconds.append(own.sum(1) if operator in PER_CHUNK else own.sum(1) / max(1, own.shape[1]))
+        runs_dn = took_dN[:, [name == operator for name in names_of(schedule)]]
+        seconds_d = runs_dn.sum(1)
+        if operator not in PER_CHUNK:
+            seconds_d = seconds_d / max(1, runs_dn.shape[1])
+        seconds.append(seconds_d)
     if schedule.inside_attention:
         core_d, out_d = (seconds[OPERATORS.index(part)] for part in PARTS)
         seconds[OPERATORS.index("attention")] = core_d + out_d
@@ -165,11 +177,10 @@ def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Tensor:
 
 
 def from_tap(spans: Sequence[Span], direction: Direction) -> tuple[float, list[Span]]:
-    """Return the time at the tap, and the spans from the tap to the end of the block; backward is
-    the mirror.
+    """Return the time at the tap, and the spans from the tap to the end of the block.
 
-    If everything before the block is frozen, backward ends before the gate; its last span then
-    counts as the tap.
+    Backward is the mirror. If everything before the block is frozen, backward ends before the gate;
+    its last span then counts as the tap.
     """
     if direction == "forward":
         tap = next(span.start for span in spans if span.operator == "route")
@@ -180,36 +191,33 @@ def from_tap(spans: Sequence[Span], direction: Direction) -> tuple[float, list[S
 
 
 def price(
-    samples: Mapping[int, Sequence[Tensor]], own: Sequence[Schedule], fixed: bool
+    samples: Mapping[int, Sequence[Tensor]], configured: Sequence[Schedule], fixed: bool
 ) -> dict[int, list[list[LayerChoice]]]:
-    """Candidates by number of chunks, those of the lowest price first; equal on all ranks, as the
-    samples are.
+    """Return the candidates by number of chunks, those of the lowest price first.
 
-    A candidate has one slot for all layers; a layer that lacks it takes the one before it. Where
-    the best slot of each layer together have a price below WORTH_OWN_SLOTS times the best of these,
-    they are the first candidate.
+    They are equal on all ranks, as the samples are. A candidate has one slot for all layers; a
+    layer that lacks it takes the one before it. Where the best slot of each layer together have a
+    price below WORTH_OWN_SLOTS times the best of these, they are the first candidate.
 
-    samples: by number of chunks, ascending, what `measured` returned for each step.
-    own: the configured schedule of each layer. fixed: it is the only choice.
+    samples: by number of chunks, ascending, what `measured` returned for each step. configured: the
+    schedule of each layer. fixed: it is the only choice.
     """
-    steps = [torch.stack(list(own_samples)) for own_samples in samples.values()]
-    seconds = torch.stack([own_steps.median(0).values for own_steps in steps])
-    once = [
-        i for i, op in enumerate(OPERATORS) if op not in PER_CHUNK
-    ]  # the number of chunks does not change these
+    steps = [torch.stack(list(samples_of_steps)) for samples_of_steps in samples.values()]
+    seconds = torch.stack([sample_SL2O.median(0).values for sample_SL2O in steps])
+    # the number of chunks does not change these
+    once = [i for i, op in enumerate(OPERATORS) if op not in PER_CHUNK]
     seconds[..., once] = torch.cat(steps).median(0).values[..., once]
     layers = [
         price_layer(list(samples), seconds[:, layer], schedule, fixed)
-        for layer, schedule in enumerate(own)
+        for layer, schedule in enumerate(configured)
     ]
     candidates = {}
     for chunks in samples:
         by_slot = [layer[chunks] for layer in layers]
-        places = sorted({place_of(choice) for choices in by_slot for choice in choices})
-        at_places = [[at_place(choices, place) for choices in by_slot] for place in places]
-        same_slot = sorted(
-            {tuple(map(place_of, own)): own for own in at_places}.values(), key=predicted
-        )
+        slots_of_any = sorted({place_of(choice) for choices in by_slot for choice in choices})
+        in_all_layers = [[at_place(choices, slot) for choices in by_slot] for slot in slots_of_any]
+        different = {tuple(map(place_of, choices)): choices for choices in in_all_layers}
+        same_slot = sorted(different.values(), key=predicted)
         best = [min(choices, key=lambda choice: choice.predicted) for choices in by_slot]
         gains = predicted(best) < WORTH_OWN_SLOTS * predicted(same_slot[0])
         candidates[chunks] = [best, *same_slot] if gains else same_slot
@@ -217,10 +225,12 @@ def price(
 
 
 def price_layer(
-    chunk_counts: Sequence[int], seconds_C2O: Tensor, own: Schedule, fixed: bool
+    chunk_counts: Sequence[int], seconds_C2O: Tensor, configured: Schedule, fixed: bool
 ) -> dict[int, list[LayerChoice]]:
-    """The choices of one layer by number of chunks, in the order of slots: inside attention too,
-    where its parts were measured."""
+    """Return the choices of one layer by number of chunks, in the order of slots.
+
+    Choices inside attention are among them where its parts were measured.
+    """
     times = {}
     for chunks, directions in zip(chunk_counts, seconds_C2O.tolist(), strict=True):
         times[chunks] = OperatorTimes(
@@ -230,29 +240,29 @@ def price_layer(
     choices = {}
     for chunks in chunk_counts:
         in_parts = times[chunks].forward[PARTS[0]] > 0
-        every = [
-            each
-            for each in slots(replace(own, chunks=chunks))
-            if in_parts or not each.inside_attention
-        ]
-        schedules = [own] if fixed else every
+        schedules = [configured]
+        if not fixed:
+            every = slots(replace(configured, chunks=chunks))
+            schedules = [s for s in every if in_parts or not s.inside_attention]
         choices[chunks] = [LayerChoice(schedule, times, sequential) for schedule in schedules]
     return choices
 
 
 def place_of(choice: LayerChoice) -> tuple[int, bool]:
-    """The slot, and whether it is inside the attention after it; in the order of the window."""
+    """Return the slot and whether it is inside the attention after it, to be sorted."""
     return choice.schedule.slot, choice.schedule.inside_attention
 
 
-def at_place(choices: Sequence[LayerChoice], place: tuple[int, bool]) -> LayerChoice:
-    """The choice of a layer at this place, or at the last one before it. choices: in the order of
-    the window."""
-    return [choice for choice in choices if place_of(choice) <= place or choice is choices[0]][-1]
+def at_place(choices: Sequence[LayerChoice], slot: tuple[int, bool]) -> LayerChoice:
+    """Return the choice of a layer at this slot, or at the last one before it.
+
+    slot: as `place_of`. choices: in the order of the window.
+    """
+    return [choice for choice in choices if place_of(choice) <= slot or choice is choices[0]][-1]
 
 
 def predicted(choices: Sequence[LayerChoice]) -> float:
-    """Seconds of the windows of all layers."""
+    """Return the seconds of the windows of all layers."""
     return sum(choice.predicted for choice in choices)
 
 
@@ -264,8 +274,7 @@ def plan_to_json(
 
     {"step": 27, "conditions": {"ranks": 2, "ep_size": 2, ...},
      "layers": [{"schedule": {"architecture": "scmoe", "position": "pos2", "expert_slot": 1,
-     "chunks": 2,
-                   "inside_attention": false},
+                              "chunks": 2, "inside_attention": false},
                  "predicted_s": 0.041, "exposed_s": 0.003, "eq11_slot": 2,
                  "times_s": {"2": {"forward": {"attention": 0.004, ...}, "backward": {...}}},
                  "sequential_s": [0.02, 0.05]}]}
@@ -301,7 +310,7 @@ def _choice(layer: dict[str, Any]) -> LayerChoice:
 
 
 def gather(values: Tensor, group: Any) -> Tensor:
-    """[ranks, ...] on the host: the values of all ranks."""
+    """Return the values of all ranks, [ranks, ...] on the host."""
     values = values.to(device_of(group))
     all_values = values.new_empty(dist.get_world_size(group), *values.shape)
     dist.all_gather(list(all_values), values.contiguous(), group=group)
@@ -309,6 +318,6 @@ def gather(values: Tensor, group: Any) -> Tensor:
 
 
 def device_of(group: Any) -> torch.device:
-    """Where the group's collectives have their tensors."""
+    """Return where the group's collectives have their tensors."""
     nccl = dist.get_backend(group) == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")

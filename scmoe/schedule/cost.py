@@ -50,21 +50,21 @@ class Span:
 
 
 class Share(NamedTuple):
-    """A rank's rows of one chunk, each over those of an even chunk: what its link sends to the
-    experts of other ranks and receives for its own (on the way back the reverse), and what its
-    experts compute."""
+    """A rank's rows of one chunk, each over those of an even chunk."""
 
-    sent: float
-    received: float
-    computed: float
+    sent: float  # to the experts of other ranks; on the way back these are received
+    received: float  # for its own experts; on the way back these are sent
+    computed: float  # by its own experts
 
 
 EVEN = Share(1.0, 1.0, 1.0)
 
 
 def shares(rows_RR: Sequence[Sequence[float]]) -> list[Share]:
-    """Returns the share of each rank, of two or more. rows_RR: rows of a chunk that each rank has
-    for those of each."""
+    """Return the share of each rank, of two or more.
+
+    rows_RR: rows of a chunk, by sending and receiving rank.
+    """
     ranks = len(rows_RR)
     computed = [sum(column) for column in zip(*rows_RR, strict=True)]
     even = sum(computed) / ranks
@@ -82,7 +82,7 @@ def shares(rows_RR: Sequence[Sequence[float]]) -> list[Share]:
 def play(
     operators: Sequence[str], times: Mapping[str, float], sequential: bool = False
 ) -> list[Span]:
-    """Returns when each operator runs, in the order of `operators`, where all ranks have even rows."""
+    """Return when each operator runs, in the order of `operators`, if all ranks have even rows."""
     even = [[EVEN]] * max(1, operators.count("dispatch"), operators.count("combine"))
     return play_ranks(operators, times, even, sequential)[0]
 
@@ -94,23 +94,24 @@ def play_ranks(
     sequential: bool = False,
     starts: Sequence[float] | None = None,
 ) -> list[list[Span]]:
-    """Returns when each operator runs on each rank, in the order of `operators`.
+    """Return when each operator runs on each rank, in the order of `operators`.
 
     operators: Schedule.operators() or .backward_operators(); others may stand before and after. The
     i-th experts wait for the i-th transfer of the first kind (backward: combine's gradients),
     decode waits for all (backward: encode). times: the time of each operator, of an even chunk
-    where there are several; one that is missing takes none. shares_PR: of each chunk, those of each
-    rank. starts: when each rank begins, None: at 0, with links that are free. sequential: every
+    where there are several; one that is missing takes none. shares_PR: the share of each rank in
+    each chunk. starts: when each rank begins, with free links; None: at 0. sequential: every
     transfer is waited for at once, as moe.dispatcher.Blocking does.
     """
     ranks = range(len(shares_PR[0]))
     clock = list(starts) if starts else [0.0 for _ in ranks]
-    free_R2 = [[0.0, 0.0] for _ in ranks]  # when the directions of each link are: outward, inward
+    free_R2 = [[0.0, 0.0] for _ in ranks]  # when each link is free: outward, inward
     spans: list[list[Span]] = [[] for _ in ranks]
     ends: dict[str, list[float]] = {operator: [] for operator in TRANSFERS}
     computed = 0  # chunks
     first = next((operator for operator in operators if operator in TRANSFERS), "dispatch")
     last = {"dispatch": "decode", "combine": "encode"}[first]
+
     for operator in operators:
         duration = times.get(operator, 0.0)
         if operator in TRANSFERS:
@@ -122,15 +123,17 @@ def play_ranks(
             ends[operator].append(end)
             for r in ranks:
                 spans[r].append(Span(operator, begins[r], end))
-            clock = [end for _ in ranks] if sequential else clock
+            if sequential:
+                clock = [end for _ in ranks]
             continue
+
         factors = [1.0 for _ in ranks]
         if operator == "experts":
-            clock = [max(at, ends[first][computed]) for at in clock]
+            clock = [max(time, ends[first][computed]) for time in clock]
             factors = [share.computed for share in shares_PR[computed]]
             computed += 1
         elif operator == last:
-            clock = [max([at, *ends["dispatch"], *ends["combine"]]) for at in clock]
+            clock = [max([time, *ends["dispatch"], *ends["combine"]]) for time in clock]
         for r in ranks:
             spans[r].append(Span(operator, clock[r], clock[r] + duration * factors[r]))
             clock[r] = spans[r][-1].end
@@ -143,11 +146,10 @@ def carry(
     rows_R2: Sequence[tuple[float, float]],
     free_R2: list[list[float]],
 ) -> tuple[list[float], float]:
-    """Returns when a transfer begins on each rank's link, and when it ends on all. Updates
-    `free_R2`.
+    """Return when a transfer begins on each rank's link, and when it ends on all.
 
-    launched: by the last rank. rows_R2: through both directions of each link, over those that take
-    `duration`.
+    launched: when the last rank launches it. rows_R2: rows in both directions of each link, over
+    those that take `duration`. free_R2: when each direction is free; it is updated.
     """
     begins, end = [], launched
     for rows, free in zip(rows_R2, free_R2, strict=True):
@@ -160,35 +162,36 @@ def carry(
 
 
 def elapsed(spans: Sequence[Span]) -> float:
-    """The time at which the last span ends."""
+    """Return the time at which the last span ends."""
     return max(span.end for span in spans)
 
 
 @dataclass(frozen=True)
 class OperatorTimes:
-    """Time of each operator, forward and backward, summed over chunks. Without backward times it is
-    inference."""
+    """Time of each operator, summed over chunks. Inference has no backward times."""
 
     forward: Mapping[str, float]
     backward: Mapping[str, float] = field(default_factory=dict)
 
 
 def elapsed_time(schedule: Schedule, times: OperatorTimes) -> float:
-    """Time from the tap to the end of the block, and back if there are backward times."""
+    """Return the time from the tap to the end of the block; with backward times, also back."""
     directions = (
         (schedule.operators(), times.forward),
         (schedule.backward_operators(), times.backward),
     )
-    return sum(elapsed(play(operators, per_chunk(schedule, own))) for operators, own in directions)
+    return sum(
+        elapsed(play(operators, per_chunk(schedule, seconds))) for operators, seconds in directions
+    )
 
 
 def per_chunk(schedule: Schedule, times: Mapping[str, float]) -> dict[str, float]:
+    """Return the time of each operator where it runs once: of one chunk."""
     return {op: t / schedule.chunks if op in PER_CHUNK else t for op, t in times.items()}
 
 
 def exposed_time(schedule: Schedule, times: OperatorTimes) -> float:
-    """Part of the elapsed time in which the processor waits for a transfer: all but the time of the
-    computation."""
+    """Return the part of the elapsed time in which the processor waits for a transfer."""
     before, after = schedule.around_experts
     operators = ("route", "encode", *before, *after, *schedule.after_window, "experts", "decode")
     computing = sum(
@@ -198,32 +201,36 @@ def exposed_time(schedule: Schedule, times: OperatorTimes) -> float:
 
 
 def mismatch(schedule: Schedule, times: OperatorTimes) -> float:
-    """Eq. 11's objective for the schedule's slot; it depends on forward times only."""
-    own_before, own_after = schedule.around_experts
-    before = sum(times.forward.get(op, 0.0) for op in own_before)
-    after = sum(times.forward.get(op, 0.0) for op in own_after + schedule.after_window)
-    return abs(before - times.forward["dispatch"]) + abs(after - times.forward["combine"])
+    """Return Eq. 11's objective for the schedule's slot; it depends on forward times only."""
+    before, after = schedule.around_experts
+    pre = sum(times.forward.get(op, 0.0) for op in before)
+    post = sum(times.forward.get(op, 0.0) for op in after + schedule.after_window)
+    return abs(pre - times.forward["dispatch"]) + abs(post - times.forward["combine"])
 
 
 def slots(schedule: Schedule) -> list[Schedule]:
-    """The same schedule at every slot of its window, and inside each attention of it, in the order
-    of the window."""
-    whole = [(slot, False) for slot in range(len(schedule.window) + 1)]
+    """Return the schedule at every slot of its window and inside each attention, in their order."""
+    between = [(slot, False) for slot in range(len(schedule.window) + 1)]
     inside = [(slot, True) for slot in schedule.attentions]
     return [
-        replace(schedule, expert_slot=slot, inside_attention=part)
-        for slot, part in sorted(whole + inside)
+        replace(schedule, expert_slot=slot, inside_attention=is_inside)
+        for slot, is_inside in sorted(between + inside)
     ]
 
 
 def best_schedule(choices: Iterable[Schedule], times: Mapping[int, OperatorTimes]) -> Schedule:
-    """The choice with the least elapsed time; of equal ones the first. times: by number of chunks."""
+    """Return the choice with the least elapsed time; of equal ones the first.
+
+    times: by number of chunks.
+    """
     return min(choices, key=lambda choice: elapsed_time(choice, times[choice.chunks]))
 
 
 def overlap_efficiency(overlapped: Any, sequential: Any, free: Any) -> Any:
-    """1 - (T_overlapped - T_free) / (T_sequential - T_free), FLUX's definition: 1 where all
-    communication is hidden, 0 where none is, below 0 where hiding it costs more than it saves.
-    free: the time without communication, so computation that a transfer slows down lowers the
-    efficiency. Numbers, or arrays of them."""
+    """Return 1 - (T_overlapped - T_free) / (T_sequential - T_free), FLUX's definition.
+
+    It is 1 where all communication is hidden, 0 where none is, below 0 where hiding it costs more
+    than it saves. free: the time without communication, so computation that a transfer slows down
+    lowers the efficiency. The times are numbers, or arrays of them.
+    """
     return 1 - (overlapped - free) / (sequential - free)

@@ -25,11 +25,8 @@ With an MoE in every block, the tap of Pos-2 lies in the preceding block, which 
 from dataclasses import dataclass
 from functools import cached_property
 
-SUBLAYERS = (
-    "attention",
-    "mlp",
-    "attention",
-)  # of a pair, in order; a block with an MoE in every block has the first
+# sub-layers of a pair, in order; a block with an MoE in every block has the first
+SUBLAYERS = ("attention", "mlp", "attention")
 POSITIONS = {"pos1": 1, "pos2": 2, "pos3": 3}  # sub-layers between the tap and the end of the block
 BETWEEN_BLOCKS = {"carried": 1, "first": 0}  # the same for taps at Pos-2 with an MoE in every block
 PARTS = ("attention_core", "attention_out")  # of an attention that the experts run inside of
@@ -44,8 +41,9 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Schedule:
-    """When the experts run, and in how many chunks. It changes when operators run, never their
-    results.
+    """When the experts run, and in how many chunks.
+
+    It changes when operators run, never their results.
 
     position: where the tap is; None for the architectures without a shortcut. expert_slot: number
     of operators of the window that run before the experts; None: the middle of the window, or its
@@ -81,12 +79,10 @@ class Schedule:
                 f"schedule.slot is {self.slot}, allowed for {self.name}: 0..{len(self.window)}"
             )
         if self.inside_attention and self.slot not in self.attentions:
-            inside = (
-                f"{self.name} with schedule.inside_attention:"
-                f" {' | '.join(map(str, self.attentions))}"
-            )
+            slots = " | ".join(map(str, self.attentions))
             raise ValueError(
-                f"schedule.slot is {self.slot}, allowed for {inside}, as an attention follows"
+                f"schedule.slot is {self.slot}, allowed for {self.name} with"
+                f" schedule.inside_attention: {slots}, as an attention follows"
             )
         if self.chunks < 1:
             raise ValueError(f"schedule.chunks is {self.chunks}, allowed: 1 or more")
@@ -94,9 +90,9 @@ class Schedule:
     @property
     def name(self) -> str:
         """Architecture and position, for messages."""
-        return (
-            self.architecture if self.position is None else f"{self.architecture} {self.position}"
-        )
+        if self.position is None:
+            return self.architecture
+        return f"{self.architecture} {self.position}"
 
     @property
     def slot(self) -> int:
@@ -140,16 +136,19 @@ class Schedule:
         return before, after
 
     def operators(self) -> tuple[str, ...]:
-        """Names of all operators in the order a rank starts them, from the tap to the end of the
-        block."""
+        """Return the names of all operators, from the tap to the end of the block.
+
+        They are in the order in which a rank starts them.
+        """
         begin = ("route", "encode") + ("dispatch",) * self.chunks
         experts = ("experts", "combine") * self.chunks
         before, after = self.around_experts
         return begin + before + experts + after + self.after_window + ("decode",)
 
     def backward_operators(self) -> tuple[str, ...]:
-        """The same for backward, the mirror of forward: the gradients of combine travel first,
-        those of dispatch last.
+        """Return the same for backward, the mirror of forward.
+
+        The gradients of combine travel first, those of dispatch last.
 
         A transfer is listed where it starts. The transfer of the rows' gradients starts right after
         decode's backward, because forward waits for the rows right before decode.

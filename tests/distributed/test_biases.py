@@ -23,7 +23,7 @@ pytestmark = pytest.mark.dist
 SPLIT = {
     "deepseek": split("sharded", 4, 4),
     "longcat router": split("sharded", 2, 4),
-    "retrofit": split("hybrid", 2, 4),
+    "deepseek, zero experts": split("hybrid", 2, 4),
 }
 ADAMW = "optim.lr=0.01 optim.warmup_steps=2 trainer.max_steps=6"
 WRITTEN, READ = "strategy.ep_size=4", split("sharded", 2, 4)

@@ -3,6 +3,7 @@ resumes without it. A folder of LongCat-Flash gives every number of ranks the sa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ CASES = {
     "dense": ("llama", "moe.architecture=dense"),
     "top-2": ("llama", "moe.architecture=top_k moe.top_k=2"),
     "pos2": ("gpt", "moe.position=pos2"),
-    "retrofit": ("moe", "moe.top_k=2 moe.zero_experts=3 moe.zero_output=zero"),
+    "moe": ("moe", "moe.top_k=2 moe.zero_experts=3"),
     "dense gpt": ("gpt", "moe.architecture=dense"),
     "longcat": (
         "longcat",
@@ -69,8 +70,10 @@ def first_losses(rank: int, world_size: int, folder: Path, cases: list[str]) -> 
 def folder(tmp_path) -> Path:
     for family in ("gpt", "llama"):
         export(dense(family), tmp_path / f"{family}.safetensors")
-    export(tiny("moe.num_experts=4", "moe.top_k=2"), tmp_path / "moe.safetensors")
-    config = config_of("longcat", 1, tmp_path)
+    export(
+        tiny("moe.num_experts=4", "moe.top_k=2", "moe.zero_experts=3"), tmp_path / "moe.safetensors"
+    )
+    config = replace(config_of("longcat", 1, tmp_path), init_from=None)
     write_checkpoint(tiny_model(config, torch.float32), tmp_path / "step=0.ckpt", step=0)
     assert write_folder(tmp_path / "step=0.ckpt", tmp_path / "longcat", config) == "longcat_flash"
     return tmp_path
@@ -79,8 +82,8 @@ def folder(tmp_path) -> Path:
 def test_two_ranks_start_with_the_dense_models_loss(folder):
     """Float64 sums in another order differ by about 1e-12 of a loss of about 6."""
     (one,) = run_ranks(first_losses, 1, folder, list(CASES))
-    for two in run_ranks(first_losses, 2, folder, ["top-2", "pos2", "longcat", "retrofit"]):
-        assert all(abs(two[case] - one[case]) < 1e-11 for case in ("longcat", "retrofit"))
+    for two in run_ranks(first_losses, 2, folder, ["top-2", "pos2", "longcat", "moe"]):
+        assert all(abs(two[case] - one[case]) < 1e-11 for case in ("longcat", "moe"))
         for case, expected in (("top-2", "dense"), ("pos2", "dense gpt")):
             for losses in (one, two):
                 assert abs(losses[case] - one[expected]) < 1e-11, case
@@ -89,14 +92,14 @@ def test_two_ranks_start_with_the_dense_models_loss(folder):
 
 def start_and_resume(rank: int, world_size: int, folder: Path) -> tuple[int, int]:
     config = config_of(
-        "retrofit", world_size, folder, f"runs_dir={folder}/runs", "trainer.checkpoint_every=1"
+        "moe", world_size, folder, f"runs_dir={folder}/runs", "trainer.checkpoint_every=1"
     )
     first = train(config)
     (folder / "moe.safetensors").unlink()
     config, resumed = resumption(Path(first["run_dir"]), ["trainer.max_steps=2"])
-    assert (config.moe.zero_experts, config.moe.zero_output) == (3, "zero")
-    with pytest.raises(ConfigError, match=r"moe\.zero_output is 'input', allowed: 'zero'"):
-        resumption(Path(first["run_dir"]), ["moe.zero_output=input"])
+    assert config.moe.zero_experts == 3
+    with pytest.raises(ConfigError, match=r"moe\.zero_experts is 2, allowed: 3"):
+        resumption(Path(first["run_dir"]), ["moe.zero_experts=2"])
     last = train(config, (), resumed)
     return first["steps"], last["steps"]
 

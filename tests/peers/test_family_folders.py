@@ -9,7 +9,6 @@ from ours, so that a mix-up shows: that of latents' norms is 1e-6 whatever confi
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.init_from import pretrained
 from scmoe.init_from.pretrained import read_hf
-from scmoe.moe.router import Router
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.hf_folder import write_folder
 from scmoe.training.assembly.model import build_model_to_train
@@ -342,19 +340,6 @@ def test_a_rank_reads_only_its_own_experts(folders, monkeypatch):
         assert torch.equal(p, expected[2:] if ".experts." in name else expected), name
 
 
-@pytest.mark.parametrize("case", ("longcat", "deepseek"))
-def test_zero_experts_are_added_to_a_folder(case, folders):
-    """Never chosen, they leave the logits as they are where a score does not depend on the others,
-    as a softmax's."""
-    zeros = ("moe.zero_experts=3", "moe.zero_output=zero")
-    ours = build_model_to_train(config_of(case, folders / case, *zeros), ParallelContext())
-    for router in (module for module in ours.modules() if isinstance(module, Router)):
-        assert router.gate.weight.shape == (7, 16) and router.gate.weight[4:].any(1).all()
-        router.bias.weight.data[4:] = -math.inf
-    if case == "deepseek":
-        assert_close(ours(ids()).logits_BSV, their_model(case)(ids()).logits, TOLERANCE)
-
-
 def test_the_class_decides_where_no_type_is_declared(folders, tmp_path):
     shutil.copytree(folders / "longcat", tmp_path, dirs_exist_ok=True)
     content = json.loads((tmp_path / "config.json").read_text())
@@ -390,18 +375,7 @@ def test_further_modules_are_not_read(folders, tmp_path):
         ("longcat", {"norm_topk_prob": True}, (), "norm_topk_prob is True, allowed: False"),
         ("longcat", {"head_dim": 8}, (), "head_dim is 8, allowed: 4"),
         ("longcat", {}, ("model.layers=2",), "model.layers is 2, allowed: 4"),
-        (
-            "longcat",
-            {},
-            ("moe.zero_experts=2",),
-            "2 that return their input would change its output",
-        ),
-        (
-            "longcat, zero experts",
-            {},
-            ("moe.zero_output=zero",),
-            "moe.zero_output is 'zero', allowed: 'input'",
-        ),
+        ("longcat", {}, ("moe.zero_experts=2",), "moe.zero_experts is 2, allowed: 0"),
         ("longcat", {}, ("moe.tap_norm=own",), "moe.tap_norm is 'own', allowed: 'shared'"),
         ("longcat", {}, ("model.norm_eps=1e-5",), "model.norm_eps is 1e-05, allowed: 0.01"),
         (

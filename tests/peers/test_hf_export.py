@@ -79,8 +79,6 @@ OURS = (  # no other model type has all of their settings
     # Mixtral has no such norm
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.after_norm=true",
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.balanced_routing=true",
-    # there they return their input
-    f"{LONGCAT} moe.router=longcat moe.zero_experts=2 moe.zero_output=zero",
     f"{LONGCAT} moe.router=longcat moe.position=pos1",
     f"{LONGCAT} moe.router=deepseek",
     f"{LONGCAT} moe.router=longcat model.latent.q_rank=null",

@@ -28,7 +28,7 @@ from scmoe.blocks.farskip import FarSkipBlock
 from scmoe.blocks.latent import LatentAttention, LatentSizes
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual, Rotary
-from scmoe.models.units import through
+from scmoe.models.residual_stream import through
 from scmoe.moe.coefficient import DirectAdd
 from scmoe.schedule.schedule import Schedule
 from tests.support.peers import (

@@ -60,8 +60,8 @@ ROUTERS = {  # biases move visibly in three steps, by the load of both batches o
         "router=longcat top_k=3 router_scale=6 zero_experts=4 bias_rate=1 tap_norm=shared "
         "combine=direct_add ffn_dim=32 leading_dense=[40] model.layers=3 trainer.accumulate=2"
     ),
-    "retrofit": (
-        "position=pos2 router=deepseek top_k=3 bias_rate=0.1 zero_experts=4 zero_output=zero"
+    "deepseek, zero experts": (
+        "position=pos2 router=deepseek top_k=3 bias_rate=0.1 zero_experts=4"
     ),
 }
 ONE = {

@@ -18,8 +18,6 @@ IMPOSSIBLE = [
     ("moe.bias_rate", "moe.bias_rate=0.1 moe.balanced_routing=true"),
     ("moe.zero_experts", "moe.zero_experts=2 moe.balanced_routing=true"),
     ("moe.zero_experts", "moe.zero_experts=2 moe.architecture=dense"),
-    ("moe.zero_output", "moe.zero_output=zero"),
-    ("moe.zero_output", "moe.zero_experts=2 moe.zero_output=copy"),
     ("moe.ffn_dim", "moe.ffn_dim=20"),
     ("moe.leading_dense", "moe.leading_dense=[64,64,64]"),
     ("moe.leading_dense", "moe.leading_dense=[0,64]"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scmoe.config.fields import Config
 from scmoe.estimate.counted_step import Counting
-from scmoe.models.units import units
+from scmoe.models.fsdp_units import units
 from scmoe.moe.experts import Experts
 from scmoe.parallel.dense import local, put, with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context

@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from scmoe.models.units import exact_parameters
+from scmoe.models.fsdp_units import exact_parameters
 from tests.support.models import gradients, tiny, tiny_batch, tiny_model
 
 FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1")}

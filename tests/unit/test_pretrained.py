@@ -187,6 +187,25 @@ def test_an_moe_of_transformers_has_a_plain_router(family):
         check_settings(settings_of(tiny("moe.router_scale=2")), settings)
 
 
+def test_a_model_with_zero_experts_keeps_them(tmp_path):
+    file, words = tmp_path / "model.safetensors", ("moe.top_k=2", "moe.zero_experts=3")
+    trained = export(tiny(*words), file)
+    start = f"init_from=scmoe:{file}"
+    assert "moe.zero_experts is 4, allowed: 3" in refusal(
+        tiny(words[0], "moe.zero_experts=4", start)
+    )
+    model = build_model_to_train(tiny(*words, start), ParallelContext())
+    for name, p in trained.named_parameters():
+        assert torch.equal(model.get_parameter(name), p.float()), name
+
+
+def test_earlier_exports_whose_zero_experts_return_0_are_refused():
+    here = {"moe.zero_experts": 3}
+    check_settings(here, {**here, "moe.zero_output": "input"})
+    with pytest.raises(ValueError, match=r"moe\.zero_output=zero"):
+        check_settings(here, {**here, "moe.zero_output": "zero"})
+
+
 def test_a_folder_without_a_readable_checkpoint_is_refused(tmp_path):
     config = dense("llama", f"init_from=hf:{tmp_path}")
     assert "config.json" in refusal(config)

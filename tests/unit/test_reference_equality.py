@@ -81,7 +81,6 @@ def oracle(config: Config, model: torch.nn.Module) -> tuple[dict, dict, referenc
         config.model.latent.scaled,
         config.model.rope_theta,
         config.model.latent.yarn_factor,
-        moe.zero_output,
     )
     answer = reference.gpt(weights, spec, *tiny_batch(config))
     values = {
@@ -131,10 +130,9 @@ ROUTERS = {
     "deepseek-with-zero-experts": (
         "architecture=top_k every=1 top_k=2 router=deepseek zero_experts=2"
     ),
-    "retrofit": (
-        "position=pos2 top_k=3 router=deepseek router_scale=2.5 zero_experts=3 zero_output=zero"
+    "deepseek-with-zero-experts-at-pos2": (
+        "position=pos2 top_k=3 router=deepseek router_scale=2.5 zero_experts=3"
     ),
-    "retrofit-dgmoe": "architecture=dgmoe zero_experts=2 zero_output=zero",
     "farskip-after-a-dense-block": (
         "architecture=farskip every=1 top_k=2 leading_dense=[56] model.layers=3"
     ),
@@ -257,7 +255,6 @@ def test_padding_changes_no_logit(architecture):
         {"capacity_factor": 1.0},
         {"router": "softmax"},
         {"router_scale": 1.0},
-        {"zero_output": "input"},
     ],
     ids=str,
 )
@@ -266,7 +263,7 @@ def test_a_wrong_oracle_is_detected(change, monkeypatch):
     monkeypatch.setattr(
         reference, "gpt", lambda w, spec, *batch: honest(w, spec._replace(**change), *batch)
     )
-    words = f"{ROUTERS['retrofit']} combine=cg2"
+    words = f"{ROUTERS['deepseek-with-zero-experts-at-pos2']} combine=cg2"
     with pytest.raises(AssertionError, match="differs"):
         check_against_oracle(config_of(words, "moe.capacity_factor=null"))
 

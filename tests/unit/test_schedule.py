@@ -151,7 +151,7 @@ def test_impossible_schedules_are_refused(arguments, message):
 
 def test_impossible_blocks_are_refused():
     norm, tap_norm, twice = nn.LayerNorm(DIM), nn.LayerNorm(DIM), Schedule("dgmoe", "pos2")
-    too_few = "the block has 1 sub-layers, allowed at position pos2: 2 or more"
+    too_few = "pos2 requires 2 or more sub-layers"
     with pytest.raises(ValueError, match=too_few):
         tiny_shortcut(tiny_stream(), Schedule("scmoe", "pos2"), tiny_sublayers()[:1])
     with pytest.raises(ValueError, match=too_few):
@@ -181,12 +181,10 @@ def test_experts_run_inside_an_attention_that_has_two_parts_only():
         block.run_as(inside, block.moe.dispatcher)
 
 
-@pytest.mark.parametrize(
-    ("position", "carry", "given"), [("carried", None, "NoneType"), ("pos1", 0, "int")]
-)
-def test_a_tap_in_the_preceding_block_must_be_handed_on(position, carry, given):
+@pytest.mark.parametrize(("position", "carry"), [("carried", None), ("pos1", 0)])
+def test_a_tap_in_the_preceding_block_must_be_handed_on(position, carry):
     block = tiny_shortcut(tiny_stream(), Schedule("scmoe", position)).double()
-    with pytest.raises(ValueError, match=f"carry is {given}, allowed for scmoe {position}"):
+    with pytest.raises(ValueError, match=f"scmoe {position} .*carry"):
         block(torch.zeros(1, 2, DIM, dtype=torch.float64), carry=carry)
 
 

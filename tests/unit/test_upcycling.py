@@ -52,3 +52,11 @@ def test_upcycled_equals_dense_and_routed_experts_of_a_shared_one_learn_from_zer
         experts = block.moe.experts
         assert not experts.w_out_eFD.any() and experts.w_out_eFD.grad.abs().max() > 0
         assert torch.equal(experts.w_in_eDF[0], experts.w_in_eDF[1]) and experts.w_in_eDF.any()
+
+
+def test_a_dense_checkpoint_into_a_model_with_zero_experts_is_refused(tmp_path):
+    file = tmp_path / "model.safetensors"
+    export(dense("gpt"), file)
+    model = build_model(tiny("moe.zero_experts=2"), ParallelContext())
+    with pytest.raises(ValueError, match=r"moe\.zero_experts=0"):
+        fill(model, read_export(file))

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
-from scmoe.models.units import whole_parameters
+from scmoe.models.fsdp_units import whole_parameters
 from scmoe.parallel.dense import prefetch, reshard
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.torch_seam import (

@@ -235,9 +235,7 @@ def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoES
     )
     if config.strategy.wire_dtype is not None and context.ep_size > 1:
         dispatcher = Narrowed(dispatcher, getattr(torch, config.strategy.wire_dtype))
-    return MoEStream(
-        router, experts, dispatcher, rows, zeros_return_input=moe.zero_output == "input"
-    )
+    return MoEStream(router, experts, dispatcher, rows)
 
 
 @register_router("softmax")

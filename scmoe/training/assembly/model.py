@@ -21,7 +21,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import FAMILIES, IMAGES, OPTIMIZERS, import_extensions
 from scmoe.init_from.pretrained import Checkpoint, check_settings, read_export, read_hf, settings_of
-from scmoe.init_from.upcycle import fill, sources_of, with_zero_experts
+from scmoe.init_from.upcycle import fill, sources_of
 from scmoe.models.decoder import GPT, Llama
 from scmoe.moe.experts import Experts
 from scmoe.parallel.dense import materialise, put, shard
@@ -78,10 +78,6 @@ def initial_weights(config: Config, model: Any) -> Checkpoint:
     kind, _, path = (config.init_from or "").partition(":")
     try:
         checkpoint = read_hf(Path(path)) if kind == "hf" else read_export(Path(path))
-        if config.moe.zero_experts:
-            checkpoint = with_zero_experts(
-                checkpoint, config.moe.zero_experts, config.moe.zero_output, config.seed
-            )
         check_settings(settings_of(config), checkpoint.settings)
         sources_of(model, checkpoint)
     except ValueError as error:

@@ -1,0 +1,52 @@
+"""What FSDP gathers if dense weights are split: which modules as one unit, which parameters in
+float32, and which stay whole on every rank."""
+
+import math
+from collections.abc import Iterator
+
+from torch import nn
+
+from scmoe.moe.router import Router, SelectionBias
+
+
+def units(module: nn.Module) -> list[list[nn.Module]]:
+    """Return what is gathered together: each entry of the outermost `nn.ModuleList`s, which hold a
+    model's blocks.
+
+    Neighbours that share a weight (DGMoE-Share) are one unit. Everything else is gathered with the
+    whole module.
+    """
+    gathered: list[list[nn.Module]] = []
+    for block in _entries(module):
+        parameters = set(block.parameters())
+        if gathered and parameters & {p for other in gathered[-1] for p in other.parameters()}:
+            gathered[-1].append(block)
+        elif parameters:
+            gathered.append([block])
+    return gathered
+
+
+def _entries(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(module, nn.ModuleList) and not isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _entries(child)
+
+
+def exact_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """Return what stays in float32 where matrices are gathered in bfloat16: routers (without
+    selection biases, which nothing gathers), and vectors (norms, biases, scales of heads)."""
+    vectors = {p for p in module.parameters() if math.prod(p.shape[1:]) == 1}
+    return (router_parameters(module) | vectors) - whole_parameters(module)
+
+
+def router_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """Return what is in float32 in a model of bfloat16 weights (bf16-true): routers."""
+    return {p for m in module.modules() if isinstance(m, Router) for p in m.parameters()}
+
+
+def whole_parameters(module: nn.Module) -> set[nn.Parameter]:
+    """Return what every rank keeps whole where dense weights are split: the routers' selection
+    biases, which each rank moves by the same numbers."""
+    return {m.weight for m in module.modules() if isinstance(m, SelectionBias)}
