@@ -192,8 +192,8 @@ def stream(
     in_buffers = any(isinstance(moe.rows, Buffers) for moe in inside.streams)
     if in_buffers and passes.all_ranks is not bool:
         raise ValueError(
-            "moe.rows is buffers, which needs equally many tokens on every rank. Use moe.rows=filled"
-            " for texts of several ranks."
+            "moe.rows is buffers, which needs equally many tokens on every rank. For texts of"
+            " several ranks use moe.rows=filled."
         )
 
     vocab_size = model.head.out_features

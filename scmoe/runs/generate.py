@@ -78,7 +78,8 @@ def generate_texts(
     write: Callable[[dict[str, Any]], None],
     show: Callable[[str], None] | None = None,
 ) -> dict[str, Any] | None:
-    """Call write(result) on rank 0 for each prompt, in order. Return the speed, None on other ranks.
+    """Call write(result) on rank 0 for each prompt, in order. Return the speed on rank 0, None on
+    others.
 
     show: gets each piece of the first prompt's text as it comes. Raises ConfigError for what cannot
     be generated, before another rank starts.
