@@ -39,9 +39,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from scmoe.datamodules.positioned import IGNORE, PositionedDataModule, SampleOrder
 
 Augment = Literal["none", "imagenet"]
-FASHION_MNIST = Path(
-    "/usr/share/datasets/fashion-mnist"
-)  # from Debian's package dataset-fashion-mnist
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 IDX_UINT8 = 8
 DIGITS_HELD_OUT = 5  # every fifth digit is for validation, as the file is ordered by writer
 
@@ -55,7 +53,7 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int, /) -> tuple[Image.Image, int]:
-        """Returns an RGB image and its class, 0..C-1."""
+        """Return an RGB image and its class, 0..C-1."""
 
 
 class UnreadableImage(ValueError):
@@ -72,7 +70,7 @@ class FolderImages:
         return len(self.folder)
 
     def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        """Raises UnreadableImage."""
+        """Return an image and its class. Raises UnreadableImage."""
         try:
             return self.folder[i]
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError and others
@@ -83,8 +81,7 @@ class FolderImages:
 
 @dataclass(frozen=True)
 class ImageSplits:
-    """Training and validation images, the number of classes, and a text that identifies the
-    content."""
+    """Training and validation images. content: a text that identifies the content."""
 
     name: str
     images: Mapping[str, Images]
@@ -107,10 +104,10 @@ class ArrayImages:
 
 
 def open_images(name: str, path: str | None) -> ImageSplits:
-    """Returns the splits train and val of `fashion_mnist`, `digits` or `image_folder`.
+    """Return the splits train and val of `fashion_mnist`, `digits` or `image_folder`.
 
-    path: a folder; None: the usual place. Raises ValueError or ModuleNotFoundError where the data
-    set is missing.
+    path: a folder; None: the usual place. Raises ValueError or ModuleNotFoundError if the data set
+    is missing.
     """
     if name == "digits":
         return digits()
@@ -121,20 +118,20 @@ def open_images(name: str, path: str | None) -> ImageSplits:
 
 
 def digits() -> ImageSplits:
-    """Returns the 1,797 handwritten digits (UCI) of scikit-learn: 8 x 8 pixels of 16 shades."""
+    """Return the 1,797 handwritten digits (UCI) of scikit-learn: 8 x 8 pixels of 16 shades."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    pixels_NHW, labels_N = (found.images * (255 / 16)).astype(np.uint8), found.target
+    dataset = load_digits()
+    pixels_NHW = (dataset.images * (255 / 16)).astype(np.uint8)
+    labels_N = dataset.target
     held_out_N = np.arange(len(labels_N)) % DIGITS_HELD_OUT == 0
-    splits = [
-        ArrayImages(pixels_NHW[own_N], labels_N[own_N]) for own_N in (~held_out_N, held_out_N)
-    ]
-    return _in_memory("digits", *splits)
+    train = ArrayImages(pixels_NHW[~held_out_N], labels_N[~held_out_N])
+    val = ArrayImages(pixels_NHW[held_out_N], labels_N[held_out_N])
+    return _in_memory("digits", train, val)
 
 
 def fashion_mnist(folder: Path) -> ImageSplits:
-    """Returns 60,000 images of clothes, 28 x 28, and 10,000 (the test set) for validation, from
+    """Return 60,000 images of clothes, 28 x 28, and 10,000 (the test set) for validation, from
     four idx files."""
     if not folder.is_dir():
         raise ValueError(
@@ -155,8 +152,8 @@ def fashion_mnist(folder: Path) -> ImageSplits:
 
 
 def image_folder(folder: Path) -> ImageSplits:
-    """Opens folders train and val with a folder of images for each class, numbered in order of
-    name, as ImageNet-1K."""
+    """Return the images of folders train and val, which have a folder for each class, as
+    ImageNet-1K. Classes are numbered in the order of names."""
     from torchvision.datasets import ImageFolder
 
     try:
@@ -170,7 +167,7 @@ def image_folder(folder: Path) -> ImageSplits:
             f"{folder}: train and val have different classes:"
             f" {set(train.classes) ^ set(val.classes)}"
         )
-    names = hashlib.sha256()  # of names, as the contents may be 100 GB
+    names = hashlib.sha256()  # of names only, as the contents may be 100 GB
     for file, _ in [*train.samples, *val.samples]:
         names.update(f"{Path(file).relative_to(folder)}\n".encode())
     images = {"train": FolderImages(train), "val": FolderImages(val)}
@@ -178,7 +175,7 @@ def image_folder(folder: Path) -> ImageSplits:
 
 
 def read_idx(file: Path, dims: int) -> np.ndarray:
-    """Returns the uint8 array of `dims` dimensions in a gzipped idx file (LeCun's MNIST format).
+    """Return the uint8 array of `dims` dimensions in a gzipped idx file (LeCun's MNIST format).
 
     Header: two zero bytes, the type, the number of dimensions, then each size as a big-endian
     uint32. Raises ValueError for any other file. It reads no more than the size in the header.
@@ -211,12 +208,12 @@ def _in_memory(name: str, train: ArrayImages, val: ArrayImages) -> ImageSplits:
     return ImageSplits(name, {"train": train, "val": val}, num_classes, content.hexdigest())
 
 
-# ---------------------------------------------------------------------- transforms, batches and the datamodule
+# ---------------------------------------------------------------------- transforms and batches
 
 
 def train_transform(size: int, augment: Augment) -> Callable[..., Tensor]:
-    """Return the transform of `augment`: the whole image, or crop, flip, RandAugment and erasing as
-    for Swin."""
+    """Return the transform of `augment`: none (the whole image), or crop, flip, RandAugment and
+    erasing as for Swin."""
     if augment == "none":
         return eval_transform(size, augment)
     return create_transform(
@@ -231,14 +228,14 @@ def train_transform(size: int, augment: Augment) -> Callable[..., Tensor]:
 
 
 def eval_transform(size: int, augment: Augment) -> Callable[..., Tensor]:
-    return create_transform(
-        size, interpolation="bicubic", crop_pct=0.9 if augment == "imagenet" else 1.0
-    )
+    """Return the transform of an image that is not trained on. imagenet: its centre."""
+    crop_pct = 0.9 if augment == "imagenet" else 1.0
+    return create_transform(size, interpolation="bicubic", crop_pct=crop_pct)
 
 
 @dataclass(eq=False)
 class TrainImages(Dataset):
-    """Gives as item p the sample at position p of the whole training, transformed at random from
+    """Item p is the sample at position p of the whole training, transformed at random from
     (seed, p).
 
     skip: the next image takes the place of one that cannot be read; `skipped` counts such images.
@@ -250,7 +247,8 @@ class TrainImages(Dataset):
     skip: bool = False
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        i, skipped = int(self.order(np.array([position]))[0]), 0
+        i = int(self.order(np.array([position]))[0])
+        skipped = 0
         while True:
             try:
                 picture, label = self.images[(i + skipped) % len(self.images)]
@@ -269,7 +267,7 @@ class TrainImages(Dataset):
 
 
 class EvalImages(Dataset):
-    """Gives the images in order, or `limit` of them evenly spread; then filler.
+    """The images in order, or `limit` of them evenly spread. Items after the last one are filler.
 
     skip: filler takes the place of an image that cannot be read; `skipped` counts it.
     """
@@ -282,7 +280,10 @@ class EvalImages(Dataset):
         size: int,
         skip: bool = False,
     ) -> None:
-        self.images, self.transform, self.size, self.skip = images, transform, size, skip
+        self.images = images
+        self.transform = transform
+        self.size = size
+        self.skip = skip
         self.limit = len(images) if limit is None else min(limit, len(images))
 
     def __len__(self) -> int:
@@ -302,18 +303,18 @@ class EvalImages(Dataset):
 
 
 class Batch:
-    """Collates training samples: labels become smoothed probabilities, and images are mixed where
-    configured."""
+    """Collate training samples: labels become smoothed probabilities, and images are mixed if
+    mixup or cutmix is set."""
 
     def __init__(
         self, num_classes: int, smoothing: float, mixup: float, cutmix: float, seed: int
     ) -> None:
-        self.num_classes, self.smoothing, self.seed = num_classes, smoothing, seed
-        self.mix = (
-            Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=num_classes)
-            if mixup or cutmix
-            else None
-        )
+        self.num_classes = num_classes
+        self.smoothing = smoothing
+        self.seed = seed
+        self.mix: Mixup | None = None
+        if mixup or cutmix:
+            self.mix = Mixup(mixup, cutmix, label_smoothing=smoothing, num_classes=num_classes)
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         batch = default_collate(list(samples))
@@ -337,9 +338,14 @@ def drawn_from(seed: int, position: int) -> Iterator[None]:
         yield
 
 
+# ---------------------------------------------------------------------- the datamodule
+
+
 class ImageDataModule(PositionedDataModule):
-    """Makes loaders over `splits`. A sample is an image. val_images: images that a validation uses;
-    None: all."""
+    """A data module whose samples are the images of `splits`.
+
+    val_images: images that a validation uses; None: all.
+    """
 
     def __init__(
         self,
@@ -360,20 +366,22 @@ class ImageDataModule(PositionedDataModule):
             raise ValueError(
                 f"data.num_classes is {num_classes}, allowed: {splits.num_classes}, as in the data"
             )
-        self.name, self.splits = splits.name, splits
+        self.name = splits.name
+        self.splits = splits
         self.train_transform = train_transform(image_size, augment)
         self.eval_transform = eval_transform(image_size, augment)
         self.batch = Batch(num_classes, label_smoothing, mixup, cutmix, self.seed)
-        self.val_images, self.image_size, self.skip = val_images, image_size, skip
+        self.val_images = val_images
+        self.image_size = image_size
+        self.skip = skip
 
     def identity(self) -> dict[str, Any]:
         return {"data": self.splits.content, "seed": self.seed}
 
     def train_dataloader(self) -> DataLoader:
         images = self.splits.images["train"]
-        dataset = TrainImages(
-            images, SampleOrder(len(images), self.seed), self.train_transform, self.skip
-        )
+        order = SampleOrder(len(images), self.seed)
+        dataset = TrainImages(images, order, self.train_transform, self.skip)
         return self.train_loader(dataset, np.asarray, self.batch)  # its items are positions
 
     def val_dataloader(self) -> DataLoader:
@@ -390,11 +398,11 @@ class ImageDataModule(PositionedDataModule):
         return self.eval_loader(images)
 
     def unreadable(self) -> list[str]:
-        found = []
+        problems = []
         for split, images in self.splits.images.items():
             for i in track(range(len(images)), f"reading {split}", console=Console(stderr=True)):
                 try:
                     images[i]
                 except UnreadableImage as error:
-                    found.append(str(error))
-        return found
+                    problems.append(str(error))
+        return problems

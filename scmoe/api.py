@@ -1,7 +1,7 @@
 """A ScMoE block and an MoE module from numbers, for anyone's nn.Module, on one rank or many.
 
-    block = scmoe.ScMoEBlock(dim=256, heads=8, num_experts=8, top_k=1, position="pos2",
-    combine="cg1") y_BSD, stats = block(x_BSD)
+    block = scmoe.ScMoEBlock(dim=256, heads=8, num_experts=8, top_k=1, position="pos2")
+    y_BSD, stats = block(x_BSD)
 
 The functions put the classes of blocks/ and moe/ together as training/assembly/ does for a GPT.
 Other parts (rotary positions, another norm) are given to those classes. `stats` are what
@@ -41,8 +41,11 @@ from scmoe.schedule.schedule import POSITIONS, SUBLAYERS, Schedule
 
 @dataclass(frozen=True)
 class Wiring:
-    """The parts of a block with a shortcut. position, combine: the default of what may be chosen;
-    None: there is no choice to make."""
+    """The parts of a block with a shortcut.
+
+    position, combine: the defaults; None: there is nothing to choose. positions, combines: the
+    allowed values.
+    """
 
     block: type[MoEBlock]
     sublayers: tuple[str, ...]
@@ -54,18 +57,20 @@ class Wiring:
     norm_after: bool = False  # of the sum of shared and routed output
 
 
-PAIR, BLOCK = SUBLAYERS, SUBLAYERS[:1]
-AT, GATES = tuple(POSITIONS), tuple(COEFFICIENT_GATES)
+PAIR = SUBLAYERS
+BLOCK = SUBLAYERS[:1]
+ANY_POSITION = tuple(POSITIONS)
+ANY_GATE = tuple(COEFFICIENT_GATES)
 ADDED = ("direct_add",)
 SHORTCUTS = {  # docs/shortcuts.md compares them
-    "scmoe": Wiring(ShortcutBlock, PAIR, "pos2", "cg1", AT, GATES),
+    "scmoe": Wiring(ShortcutBlock, PAIR, "pos2", "cg1", ANY_POSITION, ANY_GATE),
     "longcat": Wiring(
         ShortcutBlock, PAIR, "pos2", "direct_add", ("pos2",), ADDED, shares_norm=True
     ),
     "nvidia": Wiring(ShortcutBlock, BLOCK, "pos1", "direct_add", ("pos1",), ADDED, norm_after=True),
     "nous": Wiring(ShortcutBlock, BLOCK, "carried", "direct_add", ("first", "carried"), ADDED),
     "farskip": Wiring(FarSkipBlock, BLOCK),
-    "dgmoe": Wiring(DoubleGateBlock, PAIR, "pos2", None, AT),
+    "dgmoe": Wiring(DoubleGateBlock, PAIR, "pos2", None, ANY_POSITION),
 }
 
 
@@ -120,19 +125,22 @@ def ScMoEBlock(
     """Return a pair of Transformer blocks, or for nvidia, nous and farskip one block, whose experts
     read an earlier layer (Eq. 7-10). They are causal and pre-norm.
 
-    It is called as y, stats = block(x) for x of [batch, sequence, dim]. farskip and nous also return what the next
-    block needs, y, stats, carry = block(x, carry=carry). farskip's first block needs no carry; that of nous has
-    position="first", and the others "carried".
-    shortcut: scmoe | longcat | nvidia | nous | farskip | dgmoe. position: pos1 | pos2 | pos3. combine: direct_add | cg1
-    | cg2. Of both, None is the shortcut's own: pos2 and cg1 for scmoe.
-    router, zero_experts: of `MoE`. expert_slot, chunks, inside_attention: of `Schedule`.
-    ValueError: the shortcut has no such position, combination or number of experts.
+    It is called as y, stats = block(x) for x of [batch, sequence, dim]. farskip and nous also
+    return what the next block needs: y, stats, carry = block(x, carry=carry). farskip's first block
+    needs no carry; that of nous has position="first", and the others "carried".
+
+    shortcut: scmoe | longcat | nvidia | nous | farskip | dgmoe. position: pos1 | pos2 | pos3.
+    combine: direct_add | cg1 | cg2. None: the shortcut's default, such as pos2 and cg1 for scmoe.
+    router, zero_experts: as for `MoE`. expert_slot, chunks, inside_attention: as for
+    `Schedule`. Raises ValueError if the shortcut has no such position, combination or number of
+    experts.
     """
     wiring = SHORTCUTS[_chosen("shortcut", shortcut, SHORTCUTS)]
     tap = wiring.position if position is None else _chosen("position", position, wiring.positions)
     gate = wiring.combine if combine is None else _chosen("combine", combine, wiring.combines)
     schedule = Schedule(wiring.block.architecture, tap, expert_slot, chunks, inside_attention)
     ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
+
     parts = {"attention": lambda: Attention(dim, heads), "mlp": lambda: MLP(dim, ffn_dim)}
     sublayers = [
         Residual(nn.LayerNorm(dim), parts[name](), nn.Dropout(dropout)) for name in wiring.sublayers
@@ -148,6 +156,7 @@ def ScMoEBlock(
         zero_experts=zero_experts,
         group=group,
     )
+
     after: nn.Module = nn.Dropout(dropout)
     if wiring.norm_after:
         after = nn.Sequential(OrderedDict(norm=nn.LayerNorm(dim), after=after))
@@ -192,32 +201,33 @@ def load_balance_loss(stats: Sequence[RouterStats], group: Any = None) -> Tensor
     `ParallelContext`: all ranks; None: this process alone. The mean over the ranks is the loss of
     the global batch.
     """
-    return balance.load_balance_loss(
-        [*stats], _global_sums(stats, group), context_of(group).world_size
-    )
+    sums_LE2 = _global_sums(stats, group)
+    return balance.load_balance_loss([*stats], sums_LE2, context_of(group).world_size)
 
 
 def _global_sums(stats: Sequence[RouterStats], group: Any) -> Tensor:
     """Return the routers' integer sums, added up over the ranks of a group or context."""
-    sums_LE2, context = balance.integer_sums([*stats]), context_of(group)
+    sums_LE2 = balance.integer_sums([*stats])
+    context = context_of(group)
     if context.world_size > 1:
         dist.all_reduce(sums_LE2, group=None if group is context else group)
     return sums_LE2
 
 
 def data_parallel(module: nn.Module, group: Any) -> DistributedDataParallel:
-    """Return the module in DDP over the group that shares its experts: after backward every
-    gradient is that of the mean of the ranks' losses. Keep it until backward has ended: as with any
-    DDP module, nothing is summed without it. A LightningModule needs `ExpertParallelStrategy`
-    instead, which does this too.
+    """Return the module in DDP over the group that shares its experts.
 
-    ValueError: the experts of the module do not belong to this rank of the group."""
-    if group is None and dist.get_world_size() > 1 and any(True for _ in expert_parameters(module)):
-        own = (
-            "the group that shares the experts; if every rank has all experts,"
-            " DistributedDataParallel is enough"
+    After backward every gradient is that of the mean of the ranks' losses. Keep the returned module
+    until backward has ended: as with any DDP module, nothing is summed without it. A
+    LightningModule needs `ExpertParallelStrategy` instead, which does this too. Raises ValueError
+    if the experts of the module do not belong to this rank of the group.
+    """
+    has_experts = any(True for _ in expert_parameters(module))
+    if group is None and dist.get_world_size() > 1 and has_experts:
+        raise ValueError(
+            "group is None on several ranks. Give the group that shares the experts. If every rank"
+            " has all experts, use DistributedDataParallel."
         )
-        raise ValueError(f"group is None on several ranks, allowed: {own}")
     context = context_of(group)
     check_experts(module, context)
     ddp = wrap(module, context, "ddp", process_group=group).module
@@ -226,15 +236,13 @@ def data_parallel(module: nn.Module, group: Any) -> DistributedDataParallel:
 
 
 def context_of(group: Any) -> ParallelContext:
-    """Return the place of this rank in a group that shares one set of experts; of a context, the
-    context."""
+    """Return the context of this rank in a group that shares one set of experts. A context is
+    returned as it is."""
     if group is None:
         return ParallelContext()
     if isinstance(group, ParallelContext):
         return group
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
-        raise ValueError(
-            "this rank is not in the group that was given, allowed: a group with this rank, or None"
-        )
+        raise ValueError("This rank is not in the group. Give a group that has this rank, or None.")
     return ParallelContext(rank, size, size, ep_group=group)

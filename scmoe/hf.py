@@ -1,12 +1,11 @@
-"""`import scmoe.hf` makes transformers' Auto classes know the models of this project (requires
-transformers).
+"""`import scmoe.hf` registers the models of this project with transformers' Auto classes.
 
     import scmoe.hf
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(folder)      # of make export FORMAT=hf
 
-The code is that of the installed package; nothing of the folder is executed, and trust_remote_code
-is not used.
+It requires transformers. The code is that of the installed package: nothing in the folder is
+executed, and trust_remote_code is not used.
 """
 
 import copy
@@ -35,17 +34,18 @@ from scmoe.config.fields import Config
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.runs.hf_folder import OURS, our_config, own_config, sizes_of
+from scmoe.runs.hf_folder import OURS, our_config, scmoe_config, sizes_of
 from scmoe.training.assembly.model import build_network
 
 
 class ScMoEConfig(PretrainedConfig):
-    """scmoe: sections of our own configuration, from which the network is built; None: defaults.
+    """The configuration of a ScMoE model for transformers.
 
+    scmoe: sections of our configuration, from which the network is built; None: defaults.
     output_router_logits: add the load-balance loss times router_aux_loss_coef to the loss.
-    router_aux_loss_coef: None: that of the training. use_cache: what a pass in evaluation mode does
-    that is not told. Sizes under transformers' names follow from `scmoe`; others are refused when a
-    model is built.
+    router_aux_loss_coef: None: that of the training. use_cache: the default of a pass in evaluation
+    mode. Sizes under transformers' names follow from `scmoe`; others are refused when a model is
+    built.
     """
 
     model_type = OURS
@@ -59,8 +59,9 @@ class ScMoEConfig(PretrainedConfig):
         use_cache: bool = True,
         **kwargs: Any,
     ) -> None:
-        self.scmoe = copy.deepcopy(scmoe) if scmoe else own_config(Config())["scmoe"]
-        self.output_router_logits, self.use_cache = output_router_logits, use_cache
+        self.scmoe = copy.deepcopy(scmoe) if scmoe else scmoe_config(Config())["scmoe"]
+        self.output_router_logits = output_router_logits
+        self.use_cache = use_cache
         coef = self.scmoe.get("moe", {}).get("load_balance_coef", 0.01)
         self.router_aux_loss_coef = coef if router_aux_loss_coef is None else router_aux_loss_coef
         super().__init__(**{**self.sizes(), **kwargs})
@@ -73,28 +74,31 @@ class ScMoEConfig(PretrainedConfig):
 
 
 class PaddedCache:
-    """Stands where the model reads a KVCache; keys and values are in transformers' cache, or only
-    in this pass.
+    """What the model reads in place of a KVCache. Keys and values are in transformers' cache, or
+    only in this pass.
 
-    mask_BL: of the tokens before and of the new ones, the last seq_len. False: padding, anywhere:
-    no other token sees it, and it takes no position. causal: there are no tokens before, and no
-    padding precedes a token.
+    mask_BL: of the earlier tokens and of the new ones, which are the last seq_len. False: padding,
+    at any place: no other token attends to it, and it takes no position. causal: there are no
+    earlier tokens, and no padding precedes a token.
     """
 
     def __init__(self, cache: Cache | None, mask_BL: Tensor, seq_len: int, causal: bool) -> None:
-        self.cache, self.layer = cache, 0
+        self.cache = cache
+        self.layer = 0
         positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)
-        self.longest, self.positions_BS = int(positions_BL.max()) + 1, positions_BL[:, -seq_len:]
+        self.longest = int(positions_BL.max()) + 1
+        self.positions_BS = positions_BL[:, -seq_len:]
         keys_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
         queries_S1 = keys_L[-seq_len:, None]
-        # padding sees itself, because a softmax over nothing is not a number
+        # Padding attends to itself, because a softmax over nothing is not a number.
         seen_B1SL = mask_BL[:, None, None] & (keys_L < queries_S1) | (keys_L == queries_S1)
         self.seen: dict[str, Any] = {"is_causal": True} if causal else {"attn_mask": seen_B1SL}
 
     def extend(
         self, attention: nn.Module, k_BHSd: Tensor, v_BHSd: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """As KVCache.extend. Attention modules are called in the order of the layers."""
+        """Return keys, values and mask as KVCache.extend does. Attention modules call it in the
+        order of the layers."""
         if self.cache is not None:
             k_BHSd, v_BHSd = self.cache.update(k_BHSd, v_BHSd, self.layer)
         self.layer += 1
@@ -102,26 +106,24 @@ class PaddedCache:
 
 
 class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
-    """The network of this project under `model`. Caches are transformers' own, except static ones."""
+    """The network of this project under `model`. Caches are those of transformers, except static
+    ones."""
 
     config_class = ScMoEConfig
     config: ScMoEConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    accepts_loss_kwargs = (
-        True  # transformers' Trainer gives num_items_in_batch, and does not divide the loss itself
-    )
+    # transformers' Trainer then passes num_items_in_batch, and does not divide the loss itself.
+    accepts_loss_kwargs = True
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = [  # noqa: RUF012
-        *(
-            "DenseBlock",
-            "FarSkipDenseBlock",
-            "TopKBlock",
-            "SharedExpertBlock",
-            "ShortcutBlock",
-            "FarSkipBlock",
-        ),
+        "DenseBlock",
+        "FarSkipDenseBlock",
+        "TopKBlock",
+        "SharedExpertBlock",
+        "ShortcutBlock",
+        "FarSkipBlock",
         "DoubleGateBlock",
     ]
     _keep_in_fp32_modules_strict = ["router"]  # noqa: RUF012
@@ -131,8 +133,8 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         for name, value in config.sizes().items():
             if (declared := getattr(config, name, value)) != value:
                 raise ValueError(
-                    f"config.{name} is {declared}, but the model's own settings, config.scmoe, make"
-                    f" it {value}. Change the settings in config.scmoe."
+                    f"config.{name} is {declared}, but config.scmoe makes it {value}. Change the"
+                    " settings in config.scmoe."
                 )
         if config._attn_implementation != "sdpa":
             raise ValueError(
@@ -143,24 +145,22 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         self.gradient_checkpointing = False
         self.model: Any = build_network(config.ours(), ParallelContext())
         first_names = {p: f"model.{name}" for name, p in self.model.named_parameters()}
-        all_names = {
-            f"model.{name}": p for name, p in self.model.named_parameters(remove_duplicate=False)
-        }
+        all_names = self.model.named_parameters(prefix="model", remove_duplicate=False)
         self._tied_weights_keys = {
-            name: first_names[p] for name, p in all_names.items() if name != first_names[p]
+            name: first_names[p] for name, p in all_names if name != first_names[p]
         }
         self.post_init()
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """Return names of parameters that the network shares, each with its first name, to which
-        transformers ties it: heads, norms of taps, MoE modules (DGMoE-Share)."""
+        """Return names of shared parameters, each with its first name, to which transformers ties
+        it: heads, norms of taps, MoE modules (DGMoE-Share)."""
         return dict(self._tied_weights_keys or {})
 
     def mark_tied_weights_as_initialized(self, loading_info: Any) -> None:
-        """Mark as transformers' own does, but no weight that the folder has under none of its
-        names."""
-        missing, tied = loading_info.missing_keys, self.all_tied_weights_keys.items()
-        absent = {first for name, first in tied if {name, first} <= missing}
+        """Mark tied weights as transformers does, except those that the folder has under none of
+        their names."""
+        tied = self.all_tied_weights_keys.items()
+        absent = {first for name, first in tied if {name, first} <= loading_info.missing_keys}
         super().mark_tied_weights_as_initialized(loading_info)
         for name in absent:
             vars(self.get_parameter(name)).pop("_is_hf_initialized", None)
@@ -168,16 +168,16 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Draw weights as a training does, except those that transformers has read: it marks them."""
+        """Draw weights as a training does, except those that transformers has read and marked."""
         read = {
             p
             for p in self.model.parameters()
             if p.is_meta or getattr(p, "_is_hf_initialized", False)
         }
         if read < set(self.model.parameters()):
-            of_folder = [(p, p.clone()) for p in read]
+            from_folder = [(p, p.clone()) for p in read]
             self.model.init_weights(int(torch.randint(2**62, (), device="cpu")))
-            for p, weight in of_folder:
+            for p, weight in from_folder:
                 p.copy_(weight)
 
     def get_input_embeddings(self) -> Any:
@@ -193,7 +193,7 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.head = value
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Resize as transformers' own does. The settings follow, so a saved folder can be read."""
+        """Resize as transformers does. The settings follow, so that a saved folder can be read."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.config.scmoe["data"]["vocab_size"] = self.config.vocab_size
         return embeddings
@@ -202,10 +202,10 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         enable: bool = True,
         gradient_checkpointing_func: Callable[..., Any] = checkpoint,
-        every_n_layers: int = 1,  # of blocks; one of two layers is one
+        every_n_layers: int = 1,  # counts blocks, also those of two layers
     ) -> None:
-        """Recompute in backward what trainer.recompute does: not the routing. transformers calls
-        it."""
+        """Recompute in backward what trainer.recompute does, which is not the routing. transformers
+        calls it."""
         if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
             raise ValueError(
                 "use_reentrant is True, which is not supported. Use use_reentrant=False."
@@ -232,7 +232,7 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **others: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Return logits [B, S, V], and what else is asked for.
+        """Return logits [B, S, V], and the loss, cache and hidden states that are asked for.
 
         input_ids: [B, S]. inputs_embeds: their embeddings [B, S, D] instead, without positions.
         attention_mask: [B, tokens in the cache + new ones], 0 at padding, on either side of a text.
@@ -246,9 +246,8 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         argument that is set, for a mask of another shape, for a static cache and for a cache with
         gradient checkpointing.
         """
-        if unread := [
-            name for name, value in others.items() if value is not None and value is not False
-        ]:
+        unread = [name for name, v in others.items() if v is not None and v is not False]
+        if unread:
             raise ValueError(
                 f"{unread[0]} is given, but a model of type {OURS} does not read it. Leave it out."
             )
@@ -256,6 +255,15 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 "Both or none of input_ids and inputs_embeds are given. Give one of them."
             )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        if not isinstance(output_hidden_states, bool | None):
+            raise ValueError(
+                f"output_hidden_states is {output_hidden_states}, allowed: True (all layers), False"
+            )
+
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         assert tokens is not None
         batch_size, seq_len = tokens.shape[:2]
@@ -265,43 +273,47 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
         causal = not past and not bool((mask_BL[:, 1:] & ~mask_BL[:, :-1]).any())
         padded = None if cache is None and causal else PaddedCache(cache, mask_BL, seq_len, causal)
         mask_BS = None if bool(mask_BL.all()) else mask_BL[:, -seq_len:]
-        show_states = (
-            self.config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states
-        )
-        if not isinstance(show_states, bool | None):
-            raise ValueError(
-                f"output_hidden_states is {show_states}, allowed: True (all layers), False"
-            )
         last_B = None
-        if logits_to_keep == 1 and not show_states:
+        if logits_to_keep == 1 and not output_hidden_states:
             last_B = torch.full((batch_size,), seq_len - 1, device=tokens.device)
-        with recorded_states(self.model, show_states is True) as states:
+
+        with recorded_states(self.model, output_hidden_states is True) as states:
             logits_BSV, stats = self.model(tokens, mask_BS, padded, last_B)
-        logits_BSV, loss, aux_loss = logits_BSV[:, -logits_to_keep:], None, None
-        if stats and (
-            self.config.output_router_logits
-            if output_router_logits is None
-            else output_router_logits
-        ):
+        logits_BSV = logits_BSV[:, -logits_to_keep:]
+
+        aux_loss = None
+        if stats and output_router_logits:
             aux_loss = load_balance_loss(stats, integer_sums(stats))
+        loss = None
         if labels is not None:
-            targets_N, wide_NV = labels[:, 1:].flatten(), logits_BSV[:, :-1].flatten(0, 1).float()
-            counted = (targets_N != IGNORE).sum()
-            loss = F.cross_entropy(
-                wide_NV, targets_N, ignore_index=IGNORE, reduction="sum"
-            ) / counted.clamp(min=1)
-            loss = loss if aux_loss is None else loss + self.config.router_aux_loss_coef * aux_loss
-            loss = loss if num_items_in_batch is None else loss * counted / num_items_in_batch
-        hidden_states = tuple(states) if show_states else None
+            loss = self.loss_of(logits_BSV, labels, aux_loss, num_items_in_batch)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
             logits=logits_BSV,
             cache=cache,
-            hidden_states=hidden_states,
+            hidden_states=tuple(states) if output_hidden_states else None,
         )
+
+    def loss_of(
+        self,
+        logits_BSV: Tensor,
+        labels_BS: Tensor,
+        aux_loss: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> Tensor:
+        """Return the loss of the next tokens, with the load-balance loss. Arguments are those of
+        `forward`."""
+        targets_N = labels_BS[:, 1:].flatten()
+        wide_NV = logits_BSV[:, :-1].flatten(0, 1).float()
+        counted = (targets_N != IGNORE).sum()
+        nats = F.cross_entropy(wide_NV, targets_N, ignore_index=IGNORE, reduction="sum")
+        loss = nats / counted.clamp(min=1)
+        if aux_loss is not None:
+            loss = loss + self.config.router_aux_loss_coef * aux_loss
+        if num_items_in_batch is not None:
+            loss = loss * counted / num_items_in_batch
+        return loss
 
     def cache_for(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         """Return the cache of a pass: the given one, a new one, or None."""
@@ -324,8 +336,10 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
 def whole_mask(
     attention_mask: Tensor | None, size: tuple[int, int], device: torch.device
 ) -> Tensor:
-    """Return the mask [B, L] of all tokens, True at tokens. ValueError: it has another shape than
-    `size`."""
+    """Return the mask [B, L] of all tokens, True at tokens.
+
+    Raises ValueError if it has another shape than `size`.
+    """
     if attention_mask is None:
         return torch.ones(size, dtype=torch.bool, device=device)
     if attention_mask.shape != size:
@@ -338,29 +352,32 @@ def whole_mask(
 
 @contextmanager
 def recorded_states(network: Any, show: bool) -> Iterator[list[Tensor]]:
-    """Give a list that a pass fills with its hidden states: the embeddings, then the stream after
-    each layer, the last one after the norm. A block of two layers also gives the stream after its
-    MLP. show: without it the list stays empty."""
+    """Yield a list that a pass fills with its hidden states.
+
+    They are the embeddings, then the stream after each layer, the last one after the norm. A block
+    of two layers also adds the stream after its MLP. show: False: the list stays empty.
+    """
     states: list[Tensor] = []
     handles = []
+
+    def note_input(_: nn.Module, inputs: Any) -> None:
+        states.append(inputs[0])
+
+    def note_output(_: nn.Module, inputs: Any, y_BSD: Tensor) -> None:
+        states.append(y_BSD)
+
+    def note_output_of_block(_: nn.Module, inputs: Any, output: Any) -> None:
+        states.append(output[0])
+
     if show:
         blocks = list(network.blocks)
-        handles.append(
-            blocks[0].register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
-        )
+        handles.append(blocks[0].register_forward_pre_hook(note_input))
         for block in blocks:
             if len(block.sublayers) == 3:
-                mlp = block.sublayers[1]
-                handles.append(
-                    mlp.register_forward_hook(lambda _, inputs, y_BSD: states.append(y_BSD))
-                )
+                handles.append(block.sublayers[1].register_forward_hook(note_output))
             if block is not blocks[-1]:
-                handles.append(
-                    block.register_forward_hook(lambda _, inputs, output: states.append(output[0]))
-                )
-        handles.append(
-            network.norm.register_forward_hook(lambda _, inputs, y_BSD: states.append(y_BSD))
-        )
+                handles.append(block.register_forward_hook(note_output_of_block))
+        handles.append(network.norm.register_forward_hook(note_output))
     try:
         yield states
     finally:

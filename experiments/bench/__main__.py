@@ -303,7 +303,7 @@ def inference(
     load: OneEach[str] = (),
     out: Path = OUT,
 ) -> None:
-    """Prefill and decode between ranks, sequential, overlapped and as planned.
+    """Prefill and decode between ranks, sequential and overlapped.
 
     Args:
         load: uneven routing (its forms: bench overlap --help), measured beside the balanced one;

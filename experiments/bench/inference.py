@@ -6,7 +6,7 @@ blocks, on links whose rate gives prefill a share of communication.
               the time of a token
     ways      sequential; overlapped with 1, 2 and 4 chunks, at the best slots for the shape; free,
               without transfers
-    auto      the way that the plan of inference takes
+    auto      as `scmoe generate` runs them: prefill overlapped in one chunk, decode sequential
 
 The models are dropless. Their experts get equal shares, or with `--load` those of uneven routing
 (loads.py), measured beside the balanced one. Ratios are to sequential top-2 in the same shape,
@@ -37,6 +37,7 @@ from experiments.bench.loads import (
 )
 from experiments.bench.overlap import find_rate, say, warn_of_share
 from experiments.bench.pairs import Setting, check_ranks, default_schedule
+from experiments.bench.passes import PASSES, Shape, a_pass, best_schedules, pass_seconds
 from experiments.bench.speed_chart import PAPERS, Printed, name_of
 from experiments.bench.stacks import Variant, make_blocks
 from experiments.bench.uneven import draw_lines
@@ -46,15 +47,6 @@ from experiments.engine.clock import CPU, in_turn, middle, quartiles
 from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
-from scmoe.inference.generate import Shape
-from scmoe.inference.planned import (
-    PASSES,
-    InferencePlan,
-    a_pass,
-    best_schedules,
-    pass_seconds,
-    plan_inference,
-)
 from scmoe.models.decoder import GPT
 from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
 from scmoe.parallel.mesh import build_context
@@ -69,6 +61,7 @@ OVERLAPPED = tuple(f"overlapped x {chunks}" for chunks in CHUNKS)
 WAYS = ("sequential", *OVERLAPPED)
 VOCABULARY = 1024
 SHAPES: tuple[Shape, ...] = ("prefill", "decode")
+AUTO: dict[str, str] = {"prefill": "overlapped x 1", "decode": "sequential"}
 
 
 @dataclass(frozen=True)
@@ -131,8 +124,8 @@ class InferenceBench:
         self.models[variant.block].blocks[0].run_as(variant.schedule, dispatcher)
         return pass_seconds(self.passes[variant.block, shape], self.group, CPU, PASSES[shape])
 
-    def plan(self, block: str, shape: Shape, load: str) -> tuple[InferencePlan, list[Variant]]:
-        """The plan of a model in one shape at a load, and all its ways, at the best slots."""
+    def ways(self, block: str, shape: Shape, load: str) -> list[Variant]:
+        """Return all ways of a model in one shape at a load, at the best slots."""
         self.now.load, self.now.step = load_of(load), 0
         schedule, blocks, run = (
             default_schedule(block),
@@ -140,12 +133,11 @@ class InferenceBench:
             self.passes[block, shape],
         )
         blocks[0].run_as(schedule, self.paid)
-        plan = plan_inference(blocks, run, self.group, CPU, CHUNKS, PASSES[shape])
         best = best_schedules(blocks, run, self.group, CPU, CHUNKS)
         overlapped = [
             Variant(block, best[chunks][0], f"overlapped x {chunks}", load) for chunks in CHUNKS
         ]
-        return plan, [
+        return [
             *(Variant(block, schedule, way, load) for way in ("sequential", "free")),
             *overlapped,
         ]
@@ -153,7 +145,7 @@ class InferenceBench:
 
 def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[str, dict[str, Any]]:
     """Runs on every rank; the caller uses rank 0's result: for each load, of balance first, the
-    rate, the plans, and seconds of each way by rounds."""
+    rate, and seconds of each way by rounds."""
     dist.init_process_group("gloo")
     with torch.inference_mode():
         bench = InferenceBench(setting, batch)
@@ -162,24 +154,22 @@ def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[st
             if setting.shaped
             else None
         )
-        plans: dict[str, dict[tuple[str, str], InferencePlan]] = {}
+        loads = tuple(dict.fromkeys((BALANCED, *setting.loads)))
         runs: dict[tuple[Shape, Variant], Any] = {}
-        for load in dict.fromkeys((BALANCED, *setting.loads)):
-            plans[load] = {}
+        for load in loads:
             for block in BLOCKS:
                 say(f"planning {block}" + (f" at {load}" if setting.loads else ""))
                 for shape in SHAPES:
-                    plans[load][block, shape], variants = bench.plan(block, shape, load)
                     runs |= {
                         (shape, variant): partial(bench.seconds, shape, variant)
-                        for variant in variants
+                        for variant in bench.ways(block, shape, load)
                     }
         times = in_turn(runs, setting.rounds, over_ranks=True, say=say)
         own = {
             load: {at: seconds for at, seconds in times.items() if at[1].load == load}
-            for load in plans
+            for load in loads
         }
-        return {load: {"rate": rate, "plans": plans[load], "times": own[load]} for load in plans}
+        return {load: {"rate": rate, "times": own[load]} for load in loads}
 
 
 def bench_inference(
@@ -233,8 +223,8 @@ def bench_inference(
 def at_load(
     setting: Setting, batch: int, ranks: int, found: dict[str, Any], load: str
 ) -> dict[str, Any]:
-    """Return the report of a load: for each row and shape also the planned way's time over its
-    balanced one."""
+    """Return the report of a load: for each row and shape also the time of `auto`
+    over its balanced one."""
     report = {"load": {"name": load}, **summary(setting, batch, ranks, found[load])}
     even = summary(setting, batch, ranks, found[BALANCED])
     times = {
@@ -263,7 +253,7 @@ def at_load(
 
 
 def draw_loads(report: dict[str, Any], path: Path) -> None:
-    """Draw the time of a planned prefill over the balanced one."""
+    """Draw the time of an overlapped prefill over the balanced one."""
     reports = [
         own | {"rows": {row: both["prefill"] for row, both in own["rows"].items()}}
         for own in report["loads"]
@@ -284,8 +274,7 @@ def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) ->
 
     def shape_of(block: str, shape: str) -> dict[str, Any]:
         top2 = times["top2", shape, "sequential"]
-        plan: InferencePlan = result["plans"][block, shape]
-        auto = f"overlapped x {plan.schedules[0].chunks}" if plan.overlapped else "sequential"
+        auto = AUTO[shape]
         ratios = {name: top2 / times[block, shape, name] for name in (*WAYS, "free")}
         return {
             "speedup": middle(ratios[auto]),

@@ -25,7 +25,6 @@ def main(
     seed: int = 0,
     batch_size: int = 8,
     prefill_tokens: int | None = None,
-    plan: bool = False,
 ) -> None:
     """Continue texts with the model of a run or of an export, whatever number of ranks the run had.
 
@@ -49,7 +48,6 @@ def main(
         seed: of the first text; others count up from it
         batch_size: texts of a rank at a time
         prefill_tokens: tokens of a prompt that one pass reads (default: all)
-        plan: measure first how ranks overlap prefill and decode best
     """
     if (prompts is None) != (out is None):
         raise ConfigError("--prompts and --out go together")
@@ -61,7 +59,7 @@ def main(
         )
     from scmoe.inference.prompts import Prompt, check_prompt, read_prompts
     from scmoe.inference.sampling import Sampling
-    from scmoe.runs.continuation import Request, generate_texts, speed_lines, to_file
+    from scmoe.runs.generate import Request, generate_texts, speed_lines, to_file
 
     try:
         sampling = Sampling(temperature, top_k or None, top_p, repetition_penalty)
@@ -69,15 +67,7 @@ def main(
         if prompts is None:
             check_prompt(texts[0], "--prompt")
         request = Request(
-            texts,
-            max_tokens,
-            sampling,
-            tuple(stop),
-            which,
-            batch_size,
-            prefill_tokens,
-            plan,
-            overrides,
+            texts, max_tokens, sampling, tuple(stop), which, batch_size, prefill_tokens, overrides
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error

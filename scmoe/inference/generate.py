@@ -1,13 +1,15 @@
-"""Continues texts token by token, with a cache of keys and values: prefill the prompts, then
-decode.
+"""Generation: continue texts token by token, with a cache of keys and values.
 
-    prefill                     reads the prompts, whole or in pieces: the logits of each one's next
+    prefill                     read the prompts, whole or in pieces: the logits of each one's next
                                 token
-    choose, decode, choose ...  reads one token of each text at a time
+    choose, decode, choose ...  read one token of each text at a time
 
 The model is dropless while it generates: under a capacity, what a token becomes would depend on the
 other texts of the batch and, for k >= 2, on later tokens. So a text is equal, token for token, to
 the one that the model writes without a cache, and to the one that it writes alone.
+
+Between ranks a prefill overlaps its transfers as the model's schedule says. Decoding is sequential:
+its transfers are a few rows, so they take latency and not bandwidth, and overlap gains nothing.
 
 Under expert parallelism every rank has its own texts and takes part in every pass. A rank whose
 texts have ended goes on with tokens that are routed nowhere, until `Passes.all_ranks` says that all
@@ -18,19 +20,20 @@ may set it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.inference.sampling import Reason, Sampling, Stopping, choose
 from scmoe.models.decoder import Decoder
+from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.layout import Buffers
 from scmoe.moe.stream import dropless
-
-Shape = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,11 @@ class Passes:
 
     all_ranks: whether a statement is true on all ranks (ParallelContext.true_on_all_ranks); with
     one rank, the statement itself. piece: tokens of a prompt that one pass reads; None: all of
-    them. begin: called with the shape of the passes that come next, so that the model can run as is
-    best for it (planned.py).
+    them.
     """
 
     all_ranks: Callable[[bool], bool] = bool
     piece: int | None = None
-    begin: Callable[[Shape], None] = lambda shape: None
 
 
 ALONE = Passes()
@@ -54,36 +55,42 @@ ALONE = Passes()
 def read_prompts(
     model: Decoder, ids_BS: Tensor, mask_BS: Tensor, cache: KVCache, passes: Passes
 ) -> Tensor:
-    """Reads all prompts, piece by piece; returns [B, V], the logits after each row's last token.
+    """Read all prompts, piece by piece. Return [B, V], the logits after each row's last token.
 
-    Every rank takes as many passes as the one with the longest prompt, and brings padding when its
-    own are read.
+    Every rank takes as many passes as the one with the longest prompt. A rank that has read its own
+    prompts takes part with padding.
     """
     longest = ids_BS.shape[1]
-    size, start, logits_BV = passes.piece or longest, 0, None
+    size = passes.piece or longest
+    start = 0
+    logits_BV = None
     while logits_BV is None or not passes.all_ranks(start >= longest):
-        piece_BS, own_BS = ids_BS[:, start : start + size], mask_BS[:, start : start + size]
-        if start >= longest:
-            piece_BS, own_BS = ids_BS[:, :1], torch.zeros_like(mask_BS[:, :1])
-        after_BV = prefill(model, piece_BS, own_BS, cache)
-        logits_BV = (
-            after_BV
-            if logits_BV is None
-            else after_BV.where(own_BS.any(1, keepdim=True), logits_BV)
-        )
+        if start < longest:
+            piece_BS = ids_BS[:, start : start + size]
+            real_BS = mask_BS[:, start : start + size]
+        else:
+            piece_BS = ids_BS[:, :1]
+            real_BS = torch.zeros_like(mask_BS[:, :1])
+
+        after_BV = prefill(model, piece_BS, real_BS, cache)
+        if logits_BV is None:
+            logits_BV = after_BV
+        else:
+            logits_BV = after_BV.where(real_BS.any(1, keepdim=True), logits_BV)
         start += size
     return logits_BV
 
 
 @torch.no_grad()
 def prefill(model: Decoder, ids_BS: Tensor, mask_BS: Tensor, cache: KVCache) -> Tensor:
-    """Reads prompts, or the next piece of each; returns [B, V], the logits after each row's last
+    """Read prompts, or the next piece of each. Return [B, V], the logits after each row's last
     token.
 
-    mask_BS False: padding, at the end of a row. A row of padding alone has logits without a
+    mask_BS False: padding, at the end of a row. The logits of a row of padding alone have no
     meaning.
     """
-    new_B, seq_len = mask_BS.sum(1), ids_BS.shape[1]
+    new_B = mask_BS.sum(1)
+    seq_len = ids_BS.shape[1]
     new = new_B.tolist()
     cache.expect(new, seq_len)
     last_B = (new_B - 1).clamp(min=0)
@@ -92,16 +99,39 @@ def prefill(model: Decoder, ids_BS: Tensor, mask_BS: Tensor, cache: KVCache) -> 
 
 @torch.no_grad()
 def decode(model: Decoder, ids_B: Tensor, going: Sequence[bool], cache: KVCache) -> Tensor:
-    """Reads one token of each text and returns [B, V]. going False: the text has ended, and its
-    token is padding."""
+    """Read one token of each text. Return [B, V], the logits after it.
+
+    going False: the text has ended, and its token is padding.
+    """
     cache.expect(list(map(int, going)), 1)
     mask_B1 = None if all(going) else torch.tensor(going, device=ids_B.device)[:, None]
     return model(ids_B[:, None], mask_B1, cache).logits_BSV[:, 0]
 
 
+@contextmanager
+def sequential(blocks: Sequence[MoEBlock]) -> Iterator[None]:
+    """Run the blocks without overlap inside: each transfer is waited for as soon as it starts."""
+    dispatchers = [block.moe.dispatcher for block in blocks]
+    for block, dispatcher in zip(blocks, dispatchers, strict=True):
+        block.run_as(block.schedule, Blocking(dispatcher), block.recorder)
+    try:
+        yield
+    finally:
+        for block, dispatcher in zip(blocks, dispatchers, strict=True):
+            block.run_as(block.schedule, dispatcher, block.recorder)
+
+
+def blocks_between_ranks(model: Decoder) -> list[MoEBlock]:
+    """Return the MoE blocks whose experts are on several ranks."""
+    return [block for block in moe_blocks_of(model) if block.moe.num_ranks > 1]
+
+
 class Step(NamedTuple):
-    """One token of each text; None: the text has ended before. reasons: why a text ends with it;
-    None: it goes on."""
+    """One token of each text.
+
+    ids: None for a text that has ended before. reasons: why a text ends with this token; None: it
+    goes on.
+    """
 
     ids: list[int | None]
     reasons: list[Reason | None]
@@ -122,20 +152,20 @@ def generate(
     seeds: Sequence[int] | None = None,
     passes: Passes = ALONE,
 ) -> list[Continuation]:
-    """Returns the continuation of each prompt. Arguments and errors are those of `stream`."""
+    """Return the continuation of each prompt. Arguments and errors are those of `stream`."""
     return collect(stream(model, prompts, stopping, sampling, seeds, passes), len(prompts))
 
 
 def collect(steps: Iterable[Step], num_texts: int) -> list[Continuation]:
-    """Takes all steps and returns the continuation of each text."""
-    found = [Continuation([], "length") for _ in range(num_texts)]
+    """Take all steps and return the continuation of each text."""
+    continuations = [Continuation([], "length") for _ in range(num_texts)]
     for step in steps:
         for row, (token, reason) in enumerate(zip(step.ids, step.reasons, strict=True)):
             if token is not None:
-                found[row].ids.append(token)
+                continuations[row].ids.append(token)
             if reason is not None:
-                found[row] = found[row]._replace(reason=reason)
-    return found
+                continuations[row] = continuations[row]._replace(reason=reason)
+    return continuations
 
 
 def stream(
@@ -146,7 +176,7 @@ def stream(
     seeds: Sequence[int] | None = None,
     passes: Passes = ALONE,
 ) -> Iterator[Step]:
-    """Yields the next token of all texts at a time.
+    """Yield the next token of all texts at a time.
 
     prompts: token ids; of any lengths. sampling: None: `Sampling()`. seeds: of each text; None: 0,
     1, 2, ... passes: on several ranks with ParallelContext.true_on_all_ranks. Every rank must then
@@ -156,18 +186,16 @@ def stream(
     """
     seeds = range(len(prompts)) if seeds is None else seeds
     if model.training:
-        raise ValueError(
-            "the model is in training mode, allowed: evaluation mode; call model.eval()"
-        )
+        raise ValueError("The model is in training mode. Call model.eval() before you generate.")
+
     inside = dropless(model)
-    if (
-        any(isinstance(moe.rows, Buffers) for moe in inside.streams)
-        and passes.all_ranks is not bool
-    ):
+    in_buffers = any(isinstance(moe.rows, Buffers) for moe in inside.streams)
+    if in_buffers and passes.all_ranks is not bool:
         raise ValueError(
-            "moe.rows is buffers, which needs equally many tokens on every rank, "
-            "allowed for texts of several ranks: filled"
+            "moe.rows is buffers, which needs equally many tokens on every rank. For texts of"
+            " several ranks use moe.rows=filled."
         )
+
     vocab_size = model.head.out_features
     for row, prompt in enumerate(prompts):
         check_length(len(prompt), stopping.max_tokens, model.max_seq_len, f"prompt {row}")
@@ -178,23 +206,23 @@ def stream(
             )
     if len(seeds) != len(prompts):
         raise ValueError(
-            f"{len(seeds)} seeds are given, allowed: one for each of the {len(prompts)} prompts"
+            f"There are {len(seeds)} seeds for {len(prompts)} prompts. Give one seed for each"
+            " prompt."
         )
     return _steps(model, inside, prompts, stopping, sampling or Sampling(), seeds, passes)
 
 
 def check_length(length: int, max_tokens: int, context: int, name: str) -> None:
-    """Raises ValueError unless a prompt of so many tokens and max_tokens new ones fit into the
+    """Raise ValueError unless a prompt of `length` tokens and max_tokens new ones fit into the
     context."""
     if length == 0:
         raise ValueError(
-            f"{name} is empty, allowed: one token or more, such as the end of text before a"
-            " document"
+            f"{name} is empty. Give it at least one token, such as the end of text that stands"
+            " before a document."
         )
     if length + max_tokens > context:
-        advice = (
-            f"reduce max_tokens to {context - length}" if length < context else "shorten the prompt"
-        )
+        room = context - length
+        advice = f"reduce max_tokens to {room}" if room > 0 else "shorten the prompt"
         raise ValueError(
             f"{name} has {length} tokens and max_tokens is {max_tokens}, allowed: {context}"
             f" together, the model's context (data.seq_len); {advice}"
@@ -211,21 +239,21 @@ def _steps(
     passes: Passes,
 ) -> Iterator[Step]:
     device = model.head.weight.device
-    ids_BS, mask_BS = (
-        t.to(device) for t in padded(prompts or [[]])
-    )  # a rank without texts brings padding alone
+    ids_BS, mask_BS = padded(prompts or [[]])  # a rank without texts brings padding alone
+    ids_BS = ids_BS.to(device)
+    mask_BS = mask_BS.to(device)
     batch_size, longest = ids_BS.shape
+
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or [0]]
-    had_BV = torch.zeros(
-        batch_size, model.head.out_features, dtype=torch.bool, device=device
-    ).scatter_(1, ids_BS, True)
+    had_BV = torch.zeros(batch_size, model.head.out_features, dtype=torch.bool, device=device)
+    had_BV.scatter_(1, ids_BS, True)
     written: list[list[int]] = [[] for _ in prompts]
     going = [True] * len(prompts)
     cache = KVCache(batch_size, longest + stopping.max_tokens - 1, device)
-    passes.begin("prefill")
+    between_ranks = blocks_between_ranks(model)
+
     with inside:  # for passes only: between two steps the model is the caller's
         logits_BV = read_prompts(model, ids_BS, mask_BS, cache, passes)
-    passes.begin("decode")
     ended = passes.all_ranks(not going)
     while not ended:
         ids_B = choose(logits_BV, sampling, had_BV, generators)
@@ -233,23 +261,27 @@ def _steps(
         for row, token in enumerate(ids_B.tolist()[: len(prompts)]):
             if going[row]:
                 written[row].append(token)
-                step.ids[row], step.reasons[row] = token, stopping.reason(written[row])
-                going[row] = step.reasons[row] is None
+                reason = stopping.reason(written[row])
+                step.ids[row] = token
+                step.reasons[row] = reason
+                going[row] = reason is None
         yield step
+
         ended = passes.all_ranks(not any(going))
         if not ended:
             if sampling.repetition_penalty != 1:  # else nothing reads it
                 had_BV.scatter_(1, ids_B[:, None], True)
-            with inside:
+            with inside, sequential(between_ranks):
                 logits_BV = decode(model, ids_B, going or [False], cache)
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Returns ids [B, S], padded at the end with each text's first token, and the mask of real
+    """Return ids [B, S], padded at the end with each text's first token, and the mask of real
     tokens."""
     lengths_B = torch.tensor([len(prompt) for prompt in prompts])
     longest = max(1, int(lengths_B.max()))
-    rows = [
-        [*prompt, *[prompt[0] if prompt else 0] * (longest - len(prompt))] for prompt in prompts
-    ]
+    rows = []
+    for prompt in prompts:
+        filler = prompt[0] if prompt else 0
+        rows.append([*prompt, *[filler] * (longest - len(prompt))])
     return torch.tensor(rows), torch.arange(longest) < lengths_B[:, None]

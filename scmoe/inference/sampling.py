@@ -1,6 +1,7 @@
-"""Chooses the next token of each text from its logits (greedy, temperature, top-k, top-p,
-repetition penalty), and says where a text ends: after so many tokens, at a stop token, or at a stop
-string, which may cross tokens.
+"""Sampling of the next token, and where a text ends.
+
+A token is chosen from the logits: greedy, temperature, top-k, top-p, repetition penalty. A text
+ends after a number of tokens, at a stop token, or at a stop string, which may cross tokens.
 
 The order is that of transformers: penalty, temperature, top-k, top-p. Each text has a random
 generator of its own, on the host, and takes one number of it per token, so what it becomes does not
@@ -19,10 +20,10 @@ from torch import Tensor
 class Sampling:
     """How a token is chosen.
 
-    temperature: divides the logits; 0: always the likeliest token. top_k: choose among so many of
-    the likeliest; None: all. top_p: choose among the fewest of the likeliest that have this
-    probability together. repetition_penalty: makes tokens that the text already has less likely
-    (Keskar et al. 2019); 1: none. Raises ValueError for other values.
+    temperature: divides the logits; 0: always the likeliest token. top_k: choose among this many
+    of the likeliest tokens; None: all. top_p: choose among the smallest set of likeliest tokens
+    whose probabilities add up to top_p. repetition_penalty: makes tokens that the text already has
+    less likely (Keskar et al. 2019); 1: none. Raises ValueError for other values.
     """
 
     temperature: float = 0.8
@@ -51,20 +52,20 @@ GREEDY = Sampling(temperature=0.0, top_k=None)
 def choose(
     logits_BV: Tensor, sampling: Sampling, had_BV: Tensor, generators: Sequence[torch.Generator]
 ) -> Tensor:
-    """Returns [B] token ids. had_BV: whether a text has a token already. generators: of each text,
-    on the host."""
-    device, wide_BV = (
-        logits_BV.device,
-        logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32)),
-    )
+    """Return [B], the id of the next token of each text.
+
+    had_BV: whether a text has a token already. generators: one for each text, on the host.
+    """
+    device = logits_BV.device
+    wide_BV = logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
     logits_BV = penalised(wide_BV, sampling.repetition_penalty, had_BV)
     if sampling.temperature == 0:
         return logits_BV.argmax(-1)
     if torch.are_deterministic_algorithms_enabled():
         logits_BV = logits_BV.cpu()  # CUDA has no deterministic cumsum
-    kept_BV = keep_top_p(
-        keep_top_k(logits_BV / sampling.temperature, sampling.top_k), sampling.top_p
-    )
+    kept_BV = keep_top_k(logits_BV / sampling.temperature, sampling.top_k)
+    kept_BV = keep_top_p(kept_BV, sampling.top_p)
+
     # A float32 draw is at most 1 - 2^-24, so the product with the total stays below it.
     draws_B = torch.cat([torch.rand(1, generator=generator) for generator in generators]).double()
     sums_BV = kept_BV.double().softmax(-1).cumsum(-1)
@@ -73,15 +74,15 @@ def choose(
 
 
 def penalised(logits_BV: Tensor, penalty: float, had_BV: Tensor) -> Tensor:
-    """Divides positive logits of tokens that the text has by the penalty, and multiplies negative
-    ones by it."""
+    """Return the logits with less for tokens that the text has: positive ones are divided by the
+    penalty, negative ones multiplied."""
     if penalty == 1:
         return logits_BV
     return logits_BV.where(~had_BV, (logits_BV / penalty).where(logits_BV > 0, logits_BV * penalty))
 
 
 def keep_top_k(logits_BV: Tensor, top_k: int | None) -> Tensor:
-    """Sets all logits below the k-th largest to -inf."""
+    """Return the logits with -inf for all below the k-th largest."""
     if top_k is None or top_k >= logits_BV.shape[-1]:
         return logits_BV
     least_B1 = logits_BV.topk(top_k).values[:, -1:]
@@ -89,8 +90,8 @@ def keep_top_k(logits_BV: Tensor, top_k: int | None) -> Tensor:
 
 
 def keep_top_p(logits_BV: Tensor, top_p: float) -> Tensor:
-    """Sets the logits of the least likely tokens to -inf, which have a probability of at most 1 -
-    top_p together."""
+    """Return the logits with -inf for the least likely tokens, whose probabilities add up to at
+    most 1 - top_p."""
     if top_p == 1:
         return logits_BV
     ascending_BV, order_BV = logits_BV.sort(-1)
@@ -104,8 +105,11 @@ Reason = Literal["length", "stop_token", "stop_string"]
 
 @dataclass(frozen=True)
 class Stopping:
-    """max_tokens: new tokens of a text at most. tokens: ids that end it. strings: texts that end
-    it; they require `decode`, which turns ids into text. Raises ValueError for other values."""
+    """Where a text ends.
+
+    max_tokens: new tokens of a text at most. tokens: ids that end it. strings: texts that end it;
+    they require `decode`, which turns ids into text. Raises ValueError for other values.
+    """
 
     max_tokens: int
     tokens: frozenset[int] = frozenset()
@@ -116,15 +120,17 @@ class Stopping:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}, allowed: 1 or more")
         if "" in self.strings:
-            raise ValueError("a stop string is empty, allowed: one character or more")
+            raise ValueError("A stop string is empty. Give it at least one character.")
         if self.strings and self.decode is None:
             raise ValueError(
-                "stop strings require `decode`, which turns ids into text; pass tokenizer.decode"
+                "Stop strings require `decode`, which turns ids into text. Pass tokenizer.decode."
             )
 
     def reason(self, ids: Sequence[int]) -> Reason | None:
-        """Returns why a text with these new tokens ends; None: it goes on. Call it after each
-        token."""
+        """Return why a text with these new tokens ends; None: it goes on.
+
+        Call it after each token.
+        """
         if ids[-1] in self.tokens:
             return "stop_token"
         if self.strings and self.decode is not None:
@@ -136,10 +142,11 @@ class Stopping:
         return "length" if len(ids) >= self.max_tokens else None
 
     def text(self, ids: Sequence[int], ended: bool = True) -> str:
-        """Returns the text of new tokens, without the stop token and before the first stop string.
+        """Return the text of new tokens, without the stop token and before the first stop string.
 
-        ended: False leaves out the end of it that later tokens could change: half a character, or
-        what may become a stop string."""
+        ended: False leaves out the end that later tokens could change: half a character, or what
+        may become a stop string.
+        """
         assert self.decode is not None
         text = self.decode([i for i in ids if i not in self.tokens])
         for string in self.strings:
@@ -147,13 +154,11 @@ class Stopping:
         if ended:
             return text
         text = text.rstrip("\ufffd")
-        return text[
-            : len(text) - max((overlap(text, string) for string in self.strings), default=0)
-        ]
+        held_back = max((overlap(text, string) for string in self.strings), default=0)
+        return text[: len(text) - held_back]
 
 
 def overlap(text: str, string: str) -> int:
-    """Returns the length of the longest end of `text` with which `string` begins."""
-    return next(
-        (n for n in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:n])), 0
-    )
+    """Return the length of the longest end of `text` with which `string` begins."""
+    longest = min(len(text), len(string) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(string[:n])), 0)

@@ -1,7 +1,6 @@
-"""The names and the layout of weights: ours, and those of the files of transformers' models.
+"""The names and the layout of weights: ours, and those in the files of transformers' models.
 
-A parameter of ours is made of one or more tensors of theirs, which are concatenated along the first
-dim.
+One of our parameters is made of one or more of their tensors, concatenated along the first dim.
 """
 
 import re
@@ -22,9 +21,14 @@ LLAMA = (
 )
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 LATENT = {  # our names of latent attention's weights, and theirs
-    **{"q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj"},
-    **{"kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "kv_up": "kv_b_proj"},
-    **{"gate": "gate_proj", "out": "o_proj"},
+    "q_down": "q_a_proj",
+    "q_norm": "q_a_layernorm",
+    "q_up": "q_b_proj",
+    "kv_down": "kv_a_proj_with_mqa",
+    "kv_norm": "kv_a_layernorm",
+    "kv_up": "kv_b_proj",
+    "gate": "gate_proj",
+    "out": "o_proj",
 }
 
 
@@ -41,8 +45,10 @@ def outer_names(config: dict[str, Any]) -> Names:
 def sublayer_names(
     block: int, i: int, layer: str, theirs: tuple[tuple[str, ...], ...], part: str = "weight"
 ) -> Names:
-    """Return the names of sublayer i of a block: attention where i is even, an MLP where it is odd.
-    part: or bias."""
+    """Return the names of sub-layer i of a block: attention if i is even, an MLP if it is odd.
+
+    theirs: GPT2 or LLAMA. part: weight or bias.
+    """
     return {
         f"blocks.{block}.sublayers.{i}.{our}.{part}": [
             f"{layer}.{name}.{part}" for name in their.split()
@@ -60,60 +66,62 @@ def moe_names(settings: Mapping[str, Any], moe: str, matrices: tuple[str, str, s
     """
     names: Names = {}
     every = settings["moe.every"]
-    for block in range(settings["model.layers"] // every):
+    for number in range(settings["model.layers"] // every):
         for i in range(2 * every - 1):
-            names |= sublayer_names(block, i, f"layers.{every * block + i // 2}", LLAMA)
-        own, last = f"blocks.{block}", f"layers.{every * block + every - 1}"
-        names[f"{own}.norm.weight"] = [f"{last}.post_attention_layernorm.weight"]
-        names[f"{own}.moe.router.gate.weight"] = [f"{last}.{moe}.gate.weight"]
-        names |= expert_names(own, f"{last}.{moe}", settings["moe.num_experts"], matrices)
+            names |= sublayer_names(number, i, f"layers.{every * number + i // 2}", LLAMA)
+        block = f"blocks.{number}"
+        last = f"layers.{every * number + every - 1}"
+        names[f"{block}.norm.weight"] = [f"{last}.post_attention_layernorm.weight"]
+        names[f"{block}.moe.router.gate.weight"] = [f"{last}.{moe}.gate.weight"]
+        names |= expert_names(block, f"{last}.{moe}", settings["moe.num_experts"], matrices)
         if settings["moe.architecture"] == "shared_expert":
-            names |= mlp_names(f"{own}.shared_expert", f"{last}.{moe}.shared_expert")
-            names[f"{own}.coefficient.gate.weight"] = [f"{last}.{moe}.shared_expert_gate.weight"]
+            names |= mlp_names(f"{block}.shared_expert", f"{last}.{moe}.shared_expert")
+            names[f"{block}.coefficient.gate.weight"] = [f"{last}.{moe}.shared_expert_gate.weight"]
     return names
 
 
 def expert_names(
-    own: str, moe: str, experts: int, matrices: tuple[str, ...] = PROJECTIONS
+    block: str, moe: str, experts: int, matrices: tuple[str, ...] = PROJECTIONS
 ) -> Names:
-    """Return the names of the routed experts of one block, ours and theirs."""
+    """Return the names of the routed experts of one block. block: our name. moe: theirs."""
     gate, up, down = matrices
     each = [f"{moe}.experts.{e}" for e in range(experts)]
     return {
-        f"{own}.moe.experts.w_in_eDF": [
+        f"{block}.moe.experts.w_in_eDF": [
             f"{expert}.{part}.weight" for expert in each for part in (gate, up)
         ],
-        f"{own}.moe.experts.w_out_eFD": [f"{expert}.{down}.weight" for expert in each],
+        f"{block}.moe.experts.w_out_eFD": [f"{expert}.{down}.weight" for expert in each],
     }
 
 
-def mlp_names(own: str, theirs: str) -> Names:
+def mlp_names(ours: str, theirs: str) -> Names:
+    """Return the names of an MLP. ours, theirs: the names of the module."""
     gate, up, down = (f"{theirs}.{part}.weight" for part in PROJECTIONS)
-    return {f"{own}.w_in.weight": [gate, up], f"{own}.w_out.weight": [down]}
+    return {f"{ours}.w_in.weight": [gate, up], f"{ours}.w_out.weight": [down]}
 
 
-def latent_names(own: str, norm: str, attention: str, settings: Mapping[str, Any]) -> Names:
-    """Return the names of a sub-layer of latent attention, ours (own) and theirs: of the norm and
-    of the attention."""
-    parts = {
-        our: their
-        for our, their in LATENT.items()
-        if our != "gate" or settings["model.latent.gated"]
-    }
+def latent_names(ours: str, norm: str, attention: str, settings: Mapping[str, Any]) -> Names:
+    """Return the names of a sub-layer of latent attention.
+
+    ours: our name of the sub-layer. norm, attention: their names of its modules.
+    """
+    parts = dict(LATENT)
+    if not settings["model.latent.gated"]:
+        del parts["gate"]
     if settings["model.latent.q_rank"] is None:
-        parts = {our: their for our, their in parts.items() if our not in ("q_down", "q_norm")} | {
-            "q_up": "q_proj"
-        }
-    names = {
-        f"{own}.f.{our}.weight": [f"{attention}.{their}.weight"] for our, their in parts.items()
-    }
-    return {f"{own}.norm.weight": [f"{norm}.weight"]} | names
+        del parts["q_down"], parts["q_norm"]
+        parts["q_up"] = "q_proj"
+    names = {f"{ours}.norm.weight": [f"{norm}.weight"]}
+    for our, their in parts.items():
+        names[f"{ours}.f.{our}.weight"] = [f"{attention}.{their}.weight"]
+    return names
 
 
 def is_unread(family: str, config: Mapping[str, Any], name: str) -> bool:
-    """Whether a tensor of a folder, by its name in the network, is one that no weight is made of:
-    masks and angles in old files, the tied output matrix, modules that predict further tokens, and
-    matrices of LongCat's zero experts.
+    """Return whether no weight is made of a tensor of a folder. name: in the network.
+
+    Such tensors are masks and angles in old files, the tied output matrix, modules that predict
+    further tokens, and matrices of LongCat's zero experts.
     """
     if name == "lm_head.weight":
         return bool(config.get("tie_word_embeddings", family == "gpt2"))
@@ -121,28 +129,30 @@ def is_unread(family: str, config: Mapping[str, Any], name: str) -> bool:
         return True
     if family == "longcat_flash":
         expert = re.fullmatch(r"layers\.\d+\.mlp\.experts\.(\d+)\..+", name)
-        return name.startswith("mtp.") or (
-            expert is not None and int(expert[1]) >= config["n_routed_experts"]
-        )
-    layer = (
-        re.match(r"layers\.(\d+)\.", name) if family in ("deepseek_v3", "instella_moe") else None
-    )
-    return layer is not None and int(layer[1]) >= config["num_hidden_layers"]
+        is_zero_expert = expert is not None and int(expert[1]) >= config["n_routed_experts"]
+        return name.startswith("mtp.") or is_zero_expert
+    if family in ("deepseek_v3", "instella_moe"):
+        layer = re.match(r"layers\.(\d+)\.", name)
+        return layer is not None and int(layer[1]) >= config["num_hidden_layers"]
+    return False
 
 
 def zero_expert_names(ours: str, their_names: list[str], settings: Mapping[str, Any]) -> list[str]:
-    """Return names of further matrices, of any content, that transformers' LongCat-Flash requires
-    beside those that our parameter gives: gate and up projections of zero experts."""
+    """Return names of further matrices that transformers' LongCat-Flash requires beside those of
+    our parameter: gate and up projections of zero experts. Their content has no effect."""
     if not ours.endswith("w_in_eDF") or not settings.get("moe.zero_experts"):
         return []
-    first, zero_experts = settings["moe.num_experts"], settings["moe.zero_experts"]
-    of_one = [name.replace(".experts.0.", ".experts.{}.") for name in their_names[:2]]
-    return [name.format(e) for e in range(first, first + zero_experts) for name in of_one]
+    first = settings["moe.num_experts"]
+    end = first + settings["moe.zero_experts"]
+    templates = [name.replace(".experts.0.", ".experts.{}.") for name in their_names[:2]]
+    return [template.format(e) for e in range(first, end) for template in templates]
 
 
 def in_our_layout(family: str, ours: str, weight: Tensor, experts: int) -> Tensor:
-    """Return a weight of theirs, its parts concatenated, as our parameter `ours` has it. experts:
-    how many it has."""
+    """Return their weight, with its parts concatenated, in the layout of our parameter `ours`.
+
+    experts: how many the weight has.
+    """
     if ours.endswith(("w_in_eDF", "w_out_eFD")):  # theirs: one expert's [out, in] below the other
         return weight.unflatten(0, (experts, -1)).transpose(1, 2)
     return weight.T if is_turned(family, ours, weight) else weight
@@ -151,8 +161,7 @@ def in_our_layout(family: str, ours: str, weight: Tensor, experts: int) -> Tenso
 def in_their_layout(
     family: str, ours: str, weight: Tensor, names: list[str], settings: Mapping[str, Any]
 ) -> list[Tensor]:
-    """Return our parameter as the parts that they keep under these names, each with memory of its
-    own."""
+    """Return our parameter as the parts that they keep under these names. Parts share no memory."""
     if ours.endswith(("w_in_eDF", "w_out_eFD")):
         weight = weight.transpose(1, 2).flatten(0, 1)
     elif is_turned(family, ours, weight):
@@ -165,6 +174,5 @@ def in_their_layout(
 
 
 def is_turned(family: str, ours: str, weight: Tensor) -> bool:
-    return (
-        family == "gpt2" and ".f." in ours and weight.dim() == 2
-    )  # GPT-2 keeps matrices as [in, out]
+    """Return whether their matrix is the transpose of ours: GPT-2 keeps matrices as [in, out]."""
+    return family == "gpt2" and ".f." in ours and weight.dim() == 2

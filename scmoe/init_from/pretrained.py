@@ -1,8 +1,8 @@
-"""Reads weights under our names: folders of transformers' models (families.py), and files of `make
-export`.
+"""Weights of folders of transformers' models (families.py) and of files of `make export`, under our
+names.
 
-Only local safetensors and JSON files are read: no download, no pickle. Names and shapes are read at
-once, and each weight, or each expert of a stack, when upcycle.py copies it into a model. The
+Only local safetensors and JSON files are read: no download, no pickle. Names and shapes are read
+first, and each weight, or each expert of a stack, when upcycle.py copies it into a model. The
 settings that determine a model are compared with those of the weights.
 """
 
@@ -26,7 +26,8 @@ from scmoe.parallel.checkpoint.export import read_settings
 # A reader makes a name for each matrix of each expert before it compares them with the files, so a
 # wrong number would fill the memory. Published models have up to 130 layers, and up to 24,000
 # experts in all layers together.
-MOST_LAYERS, MOST_EXPERTS = 2000, 200_000
+MOST_LAYERS = 2000
+MOST_EXPERTS = 200_000
 LAYERS = ("n_layer", "num_hidden_layers", "num_layers", "first_k_dense_replace", "layers")
 EXPERTS = (
     "num_experts",
@@ -38,53 +39,56 @@ EXPERTS = (
 
 
 class Checkpoint(NamedTuple):
-    """The weights in files, and what is known about them."""
+    """The weights in files, and what is known about them.
 
-    weights: dict[
-        str, Tensor
-    ]  # under our names, in the layout of our parameters, on the meta device
-    read: Callable[
-        [str, int | None], Tensor
-    ]  # reads one of them; of a stack of experts, the expert of this number
-    labels: dict[str, str]  # the name of each in the files
-    settings: dict[
-        str, Any
-    ]  # the config's keys that the weights belong to, as far as the files say
-    problems: list[str]  # what is missing, unknown or different; with any, no weight may be read
+    weights: under our names, in the layout of our parameters, on the meta device. read: returns a
+    weight by its name; of a stack of experts, the expert of a number. labels: the name of each
+    weight in the files. settings: the configuration that the weights belong to, as far as the files
+    tell it. problems: what is missing, unknown or different; if there are any, no weight may be
+    read.
+    """
+
+    weights: dict[str, Tensor]
+    read: Callable[[str, int | None], Tensor]
+    labels: dict[str, str]
+    settings: dict[str, Any]
+    problems: list[str]
 
 
 def read_export(file: Path) -> Checkpoint:
     """Read a file of `make export`, dense or MoE. Raises ValueError for any other file."""
-    settings, stored = read_settings(file), stored_in([file])
-    if (
-        settings.get("model.family") == "llama"
-    ):  # version 0.2.0 had these values only, and no keys for them
+    settings = read_settings(file)
+    if settings.get("model.family") == "llama":
+        # Version 0.2.0 had these values only, and no keys for them.
         settings = {"model.norm_eps": 1e-5, "model.rope_theta": 10000.0, **settings}
+    stored = stored_in([file])
     weights = {name: tensor.on_meta for name, tensor in stored.items()}
-    return Checkpoint(
-        weights, lambda name, e: stored[name].read(e), {name: name for name in stored}, settings, []
-    )
+    labels = {name: name for name in stored}
+    return Checkpoint(weights, lambda name, e: stored[name].read(e), labels, settings, [])
 
 
 def read_hf(folder: Path) -> Checkpoint:
-    """Read a folder of transformers' `save_pretrained`: config.json and *.safetensors. Raises
-    ValueError for others."""
+    """Read a folder of transformers' `save_pretrained`: config.json and *.safetensors.
+
+    Raises ValueError for others.
+    """
     config = read_config(folder, tuple(READERS))
     files = weight_files(folder)
     if not files:
-        raise ValueError(f"{folder} has no weights in *.safetensors; other formats are not read")
-    family, stored = family_of(config), stored_in(files)
+        raise ValueError(f"{folder} has no weights in *.safetensors. Other formats are not read.")
+    family = family_of(config)
     try:
         settings, problems, names = READERS[family](config)
     except (KeyError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"{folder}: config.json is not that of a {family}: {error!r}") from error
-    theirs = {
+
+    stored = {
         name.removeprefix("transformer.").removeprefix("model."): tensor
-        for name, tensor in stored.items()
+        for name, tensor in stored_in(files).items()
     }
     wanted = {part for parts in names.values() for part in parts}
-    problems += [f"{name} is missing" for name in sorted(wanted - theirs.keys())]
-    further = sorted(theirs.keys() - wanted)
+    problems += [f"{name} is missing" for name in sorted(wanted - stored.keys())]
+    further = sorted(stored.keys() - wanted)
     problems += [f"{name} is unknown" for name in further if not is_unread(family, config, name)]
     experts = settings.get("moe.num_experts", 0)
 
@@ -93,25 +97,29 @@ def read_hf(folder: Path) -> Checkpoint:
         if expert is not None:
             each = len(parts) // experts
             parts = parts[each * expert : each * (expert + 1)]
-        weight = in_our_layout(family, ours, torch.cat([theirs[part].read() for part in parts]), 1)
+        joined = torch.cat([stored[part].read() for part in parts])
+        weight = in_our_layout(family, ours, joined, 1)
         return weight if expert is None else weight[0]
 
     labels = {
-        ours: " + ".join(parts) for ours, parts in names.items() if theirs.keys() >= set(parts)
+        ours: " + ".join(parts) for ours, parts in names.items() if stored.keys() >= set(parts)
     }
     weights: dict[str, Tensor] = {}
     for ours, label in labels.items():
-        found = [theirs[part].on_meta for part in names[ours]]
-        if len({w.shape[1:] for w in found}) > 1 or any(w.dim() == 0 for w in found):
-            problems.append(f"{label} have shapes {', '.join(str(tuple(w.shape)) for w in found)}")
+        tensors = [stored[part].on_meta for part in names[ours]]
+        if len({t.shape[1:] for t in tensors}) > 1 or any(t.dim() == 0 for t in tensors):
+            shapes = ", ".join(str(tuple(t.shape)) for t in tensors)
+            problems.append(f"{label} have shapes {shapes}")
         else:
-            weights[ours] = in_our_layout(family, ours, torch.cat(found), experts)
+            weights[ours] = in_our_layout(family, ours, torch.cat(tensors), experts)
     return Checkpoint(weights, read, labels, settings, problems)
 
 
 def read_config(folder: Path, families: tuple[str, ...]) -> dict[str, Any]:
-    """Return the content of config.json. ValueError: there is none, or its model is of none of
-    these families."""
+    """Return the content of config.json.
+
+    Raises ValueError if there is none, or if its model is of none of these families.
+    """
     try:
         content: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         family = family_of(content)
@@ -119,19 +127,18 @@ def read_config(folder: Path, families: tuple[str, ...]) -> dict[str, Any]:
         raise ValueError(f"{folder}: config.json cannot be read: {error!r}") from error
     if family not in families:
         raise ValueError(f"{folder}: model_type is {family!r}, allowed: {', '.join(families)}")
-    layers, experts = largest(content, LAYERS), largest(content, EXPERTS)
+    layers = largest(content, LAYERS)
+    experts = largest(content, EXPERTS)
     if layers > MOST_LAYERS or layers * experts > MOST_EXPERTS:
-        allowed = (
-            f"up to {MOST_LAYERS} layers, and up to {MOST_EXPERTS} experts in all layers together"
-        )
         raise ValueError(
-            f"{folder}: config.json has {layers} layers with {experts} experts, allowed: {allowed}"
+            f"{folder}: config.json has {layers} layers with {experts} experts, allowed: up to"
+            f" {MOST_LAYERS} layers, and up to {MOST_EXPERTS} experts in all layers together"
         )
     return content
 
 
 def largest(content: Mapping[str, Any], names: tuple[str, ...]) -> int:
-    """Return the largest number that a config.json has under these names, in sections too; 0: it
+    """Return the largest number that a config.json has under these names, in sections too; 0 if it
     has none."""
     numbers = [value for name, value in content.items() if name in names and isinstance(value, int)]
     sections = [value for value in content.values() if isinstance(value, dict)]
@@ -145,8 +152,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 class Stored(NamedTuple):
-    """A tensor in a file of which only the header is read. The file is mapped into memory: ranks of
-    a node share it."""
+    """A tensor in a file of which only the header has been read.
+
+    The file is mapped into memory, and the ranks of a node share it.
+    """
 
     file: Any  # of safe_open, which stays open
     name: str
@@ -154,9 +163,9 @@ class Stored(NamedTuple):
 
     def read(self, row: int | None = None) -> Tensor:
         """Return the tensor, or one row of its first dim."""
-        return (
-            self.file.get_tensor(self.name) if row is None else self.file.get_slice(self.name)[row]
-        )
+        if row is None:
+            return self.file.get_tensor(self.name)
+        return self.file.get_slice(self.name)[row]
 
 
 def stored_in(paths: list[Path]) -> dict[str, Stored]:
@@ -168,9 +177,8 @@ def stored_in(paths: list[Path]) -> dict[str, Stored]:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
-        stored |= {
-            n: Stored(file, n, torch.empty(shape, device="meta")) for n, shape in shapes.items()
-        }
+        for name, shape in shapes.items():
+            stored[name] = Stored(file, name, torch.empty(shape, device="meta"))
     return stored
 
 
@@ -205,12 +213,10 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def model_settings(config: Config) -> dict[str, Any]:
-    """Return the settings that a model must share to take these weights. An export has them in its
-    header."""
-    architecture, keys = (
-        config.moe.architecture,
-        ["model.family", "model.layers", "model.dim", "model.heads"],
-    )
+    """Return the settings in which two models must be equal to share their weights. An export has
+    them in its header."""
+    architecture = config.moe.architecture
+    keys = ["model.family", "model.layers", "model.dim", "model.heads"]
     if config.model.family in FAMILIES.images:
         keys += ["model.patch_size", "model.window", "data.image_size", "data.num_classes"]
     else:
@@ -219,10 +225,8 @@ def model_settings(config: Config) -> dict[str, Any]:
         keys += ["model.norm_eps", "model.rope_theta"]
     keys.append("moe.architecture")
     if config.model.attention == "latent":
-        keys += [
-            "model.attention",
-            *(leaf.key for leaf in leaves(config.model.latent, "model.latent.")),
-        ]
+        keys.append("model.attention")
+        keys += [leaf.key for leaf in leaves(config.model.latent, "model.latent.")]
     if architecture != "dense":
         keys += [
             "moe.after_norm",
@@ -239,10 +243,10 @@ def model_settings(config: Config) -> dict[str, Any]:
             "moe.leading_dense",
             "moe.zero_experts",
         ]
-    own = architecture not in ARCHITECTURES.built_in  # an extension's, which may read all of these
-    if architecture in SHORTCUTS or own:
+    is_extension = architecture not in ARCHITECTURES.built_in  # it may read all of these keys
+    if architecture in SHORTCUTS or is_extension:
         keys += ["moe.position", "moe.first_position", "moe.tap_norm"]
-    if architecture in ("shared_expert", "scmoe") or own:
+    if architecture in ("shared_expert", "scmoe") or is_extension:
         keys += ["moe.combine", "moe.coefficient_input"]
     if config.extensions:
         keys.append("options")

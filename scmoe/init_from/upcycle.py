@@ -36,20 +36,23 @@ from scmoe.moe.experts import Experts
 def fill(
     model: Any, checkpoint: Checkpoint, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_
 ) -> None:
-    """Set every weight of `model` from the checkpoint. ValueError, before any is set: it names all
-    mismatches.
+    """Set every weight of `model` from the checkpoint.
 
-    put: copies a value into a weight, or into the part of a weight that this rank holds."""
-    found = sources_of(model, checkpoint)
-    own, upcycled = dict(model.named_parameters()), is_upcycled(model, checkpoint)
-    share = upcycled_weight if upcycled else own_share
-    for name, source in found.items():
+    put: copies a value into a weight, or into the part of a weight that this rank holds. Raises
+    ValueError, which names all mismatches, before any weight is set.
+    """
+    sources = sources_of(model, checkpoint)
+    parameters = dict(model.named_parameters())
+    upcycled = is_upcycled(model, checkpoint)
+    share = upcycled_weight if upcycled else share_here
+    for name, source in sources.items():
+        parameter = parameters[name]
         module = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, Experts) and not upcycled:
-            for expert, w in zip(module.expert_ids, own[name], strict=True):
-                put(w, checkpoint.read(source, expert))
+            for expert, weight in zip(module.expert_ids, parameter, strict=True):
+                put(weight, checkpoint.read(source, expert))
         else:
-            put(own[name], share(name, checkpoint.read(source, None), model))
+            put(parameter, share(name, checkpoint.read(source, None), model))
     if upcycled:
         for block in model.blocks:
             if has_halves(block):
@@ -57,28 +60,33 @@ def fill(
 
 
 def sources_of(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Return for each weight of `model` the name of that in the checkpoint from which it is set; no
-    weight is read.
+    """Return for each weight of `model` the name of the weight in the checkpoint from which it is
+    set. No weight is read.
 
-    model: may be on the meta device. ValueError: it names all mismatches."""
-    own = dict(model.named_parameters())
+    model: may be on the meta device. Raises ValueError, which names all mismatches.
+    """
+    parameters = dict(model.named_parameters())
     upcycled = is_upcycled(model, checkpoint)
     if upcycled:
         check_upcycling(model, checkpoint)
-    named = {name: dense_name(name, model) if upcycled else name for name in own}
-    sources = {
-        name: source for name, source in named.items() if source is not None
-    }  # a gate has none
-    problems, share = list(checkpoint.problems), upcycled_weight if upcycled else own_share
+    share = upcycled_weight if upcycled else share_here
+    sources = {}
+    for name in parameters:
+        source = dense_name(name, model) if upcycled else name
+        if source is not None:  # a gate has none
+            sources[name] = source
+
+    problems = list(checkpoint.problems)
     for name, source in sources.items():
-        weight, wanted = checkpoint.weights.get(source), own[name].shape
+        wanted = parameters[name].shape
+        weight = checkpoint.weights.get(source)
         if weight is None:
             if not checkpoint.problems:  # these already name the cause
                 problems.append(f"{source} is missing")
         elif share(name, weight, model).shape != wanted:
-            allowed = f"a shape that gives {name} {tuple(wanted)}"
             problems.append(
-                f"{checkpoint.labels[source]} is {tuple(weight.shape)}, allowed: {allowed}"
+                f"{checkpoint.labels[source]} is {tuple(weight.shape)}, allowed: a shape that gives"
+                f" {name} {tuple(wanted)}"
             )
     unused = checkpoint.weights.keys() - set(sources.values())
     problems += [f"{checkpoint.labels[name]} is unknown" for name in sorted(unused)]
@@ -88,10 +96,10 @@ def sources_of(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def is_upcycled(model: Any, checkpoint: Checkpoint) -> bool:
-    names = [name for name, _ in model.named_parameters()]
-    return any(".moe." in name for name in names) and not any(
-        ".moe." in name for name in checkpoint.weights
-    )
+    """Return whether the model has an MoE and the checkpoint has none."""
+    model_has_moe = any(".moe." in name for name, _ in model.named_parameters())
+    checkpoint_has_moe = any(".moe." in name for name in checkpoint.weights)
+    return model_has_moe and not checkpoint_has_moe
 
 
 def check_upcycling(model: Any, checkpoint: Checkpoint) -> None:
@@ -124,8 +132,7 @@ def check_upcycling(model: Any, checkpoint: Checkpoint) -> None:
 
 
 def dense_name(name: str, model: Any) -> str | None:
-    """Return the dense model's name of a parameter of an MoE model; None where the dense model has
-    none.
+    """Return the dense model's name for a parameter of an MoE model; None if it has none.
 
     A pair holds attention, MLP and attention of two dense blocks; with moe.every=1, a block holds
     one attention. The MLP of the last of these dense blocks, with its norm, becomes the MoE module.
@@ -136,40 +143,49 @@ def dense_name(name: str, model: Any) -> str | None:
     )
     if match is None:
         return name
-    block, sublayer, part, rest = match.groups()
-    blocks_each = (len(model.blocks[int(block)].sublayers) + 1) // 2
+    number, sublayer, part, rest = match.groups()
+    block = int(number)
+    dense_blocks = (len(model.blocks[block].sublayers) + 1) // 2  # in one block of the MoE model
     if sublayer is not None:
-        return f"blocks.{blocks_each * int(block) + int(sublayer) // 2}.sublayers.{int(sublayer) % 2}.{rest}"
-    mlp = f"blocks.{blocks_each * (int(block) + 1) - 1}.sublayers.1"
+        dense_block = dense_blocks * block + int(sublayer) // 2
+        return f"blocks.{dense_block}.sublayers.{int(sublayer) % 2}.{rest}"
+    mlp = f"blocks.{dense_blocks * (block + 1) - 1}.sublayers.1"
     if part == "moe":
-        return {
+        sources = {
             "experts.w_in_eDF": f"{mlp}.f.w_in.weight",
             "experts.w_out_eFD": f"{mlp}.f.w_out.weight",
-        }.get(rest)
-    return {"shared_expert": f"{mlp}.f.{rest}", "coefficient": None}.get(part, f"{mlp}.norm.{rest}")
+        }
+        return sources.get(rest)
+    if part == "coefficient":
+        return None
+    return f"{mlp}.f.{rest}" if part == "shared_expert" else f"{mlp}.norm.{rest}"
 
 
 def upcycled_weight(name: str, weight: Tensor, model: Any) -> Tensor:
     """Return the parameter `name` of an MoE model, made from the dense model's weight."""
     if not name.startswith("blocks."):
-        return own_share(name, weight, model)
-    block, path = model.blocks[int(name.split(".")[1])], name.split(".", 2)[2]
+        return share_here(name, weight, model)
+    _, number, path = name.split(".", 2)
+    block = model.blocks[int(number)]
     if path.startswith("moe.experts.") and weight.dim() == 2:
         copies = weight.T.expand(len(block.moe.experts.expert_ids), -1, -1)
-        grown = path.endswith("w_out_eFD") and not isinstance(block, TopKBlock)
-        return weight.new_zeros(()).expand_as(copies) if grown else copies
-    return 2 * weight if path.startswith("shared_expert.w_out.") and has_halves(block) else weight
+        if path.endswith("w_out_eFD") and not isinstance(block, TopKBlock):
+            return weight.new_zeros(()).expand_as(copies)
+        return copies
+    if path.startswith("shared_expert.w_out.") and has_halves(block):
+        return 2 * weight
+    return weight
 
 
-def own_share(name: str, weight: Tensor, model: Any) -> Tensor:
-    """Return the part of a weight that this model holds: this rank's experts, the first max_seq_len
-    positions."""
+def share_here(name: str, weight: Tensor, model: Any) -> Tensor:
+    """Return the part of a weight that this model holds: this rank's experts, and the first
+    max_seq_len positions."""
     module = model.get_submodule(name.rpartition(".")[0])
     if isinstance(module, Experts) and weight.dim() == 3:
         return weight[module.expert_ids.start : module.expert_ids.stop]
-    return (
-        weight[: model.max_seq_len] if name == "positions.weight" and weight.dim() == 2 else weight
-    )
+    if name == "positions.weight" and weight.dim() == 2:
+        return weight[: model.max_seq_len]
+    return weight
 
 
 def has_halves(block: Any) -> bool:

@@ -2,7 +2,7 @@
 choose.
 
 The planner uses ordinary training steps. Their results stay bit-identical for every slot.
-inference/planned.py uses passes in place of steps, up to `price`.
+The bench of inference uses passes in place of steps, up to `price`.
 
     warm up     as configured
     measure     transfers one at a time (`Blocking`), some steps with each number of chunks in turn:

@@ -1,5 +1,5 @@
-"""Puts the model of a run or of an export on its ranks, for commands that do not train: evaluate,
-generate."""
+"""The start of ranks with the model of a run or of an export, for commands that do not train:
+evaluate, generate."""
 
 import signal
 import warnings
@@ -31,12 +31,13 @@ from scmoe.training.run.resume import (
 )
 from scmoe.training.run.train import silence_lightning
 
-# By default. A product of one row differs in its last bits with the number of threads.
+# The defaults: one process, and one thread, because a product of one row differs in its last bits
+# with the number of threads.
 ALONE = (
     *("trainer.devices=1", "trainer.num_nodes=1", "trainer.threads=1", "strategy.ep_size=null"),
     *("strategy.dense=replicated", "strategy.exchange=auto", "strategy.wire_dtype=null"),
 )
-# What only helps training, and what would make results depend on the number of ranks.
+# Turned off: what only helps training, and what would make results depend on the number of ranks.
 WITHOUT = (
     *(
         "trainer.progress=false",
@@ -57,16 +58,16 @@ def find_weights(run: Path, which: Which, overrides: Sequence[str]) -> tuple[Pat
     """Return a run's checkpoint, or the exported file itself, and the configuration with which it
     is used.
 
-    Of a checkpoint no file is read through here, as every rank does this: it is verified where it
-    is loaded, by each rank a share of its files. ConfigError: there is none, or as in
-    `config_without_training`.
+    The files of a checkpoint are not verified here, as every rank calls this. They are verified
+    where they are loaded, by each rank a share. Raises ConfigError if there is no checkpoint, and
+    as `config_without_training`.
     """
     if run.suffix != EXPORT:
         checkpoint = find_checkpoint(run, which, UNREAD)
-        return checkpoint, config_without_training(
-            partial(config_of, run, checkpoint), checkpoint, overrides
-        )
-    config = config_without_training(partial(load_kept, run.parent / "config.yaml"), run, overrides)
+        read = partial(config_of, run, checkpoint)
+        return checkpoint, config_without_training(read, checkpoint, overrides)
+    read = partial(load_kept, run.parent / "config.yaml")
+    config = config_without_training(read, run, overrides)
     check_export(run, config)
     return run, config
 
@@ -74,29 +75,30 @@ def find_weights(run: Path, which: Which, overrides: Sequence[str]) -> tuple[Pat
 def config_without_training(
     read: Callable[[Sequence[str]], Config], weights: Path, overrides: Sequence[str]
 ) -> Config:
-    """Return the configuration with which a run's weights are used. read: gives it with overrides.
+    """Return the configuration with which a run's weights are used.
 
-    ConfigError: an override would make another model, or ranks or devices are not here.
+    read: returns the run's configuration with overrides. Raises ConfigError if an override would
+    make another model, or if ranks or devices are missing.
     """
-    was = read([*named(overrides), *REFUSED_SINCE])
-    refuse_other_model(read([*ALONE, *overrides]), was, weights)
-    # The counts of rows are then announced, so that each rank may have another number of them.
-    rows = f"moe.rows={'auto' if was.moe.architecture == 'dense' else 'filled'}"
+    of_training = read([*named(overrides), *REFUSED_SINCE])
+    refuse_other_model(read([*ALONE, *overrides]), of_training, weights)
+    # Filled: the counts of rows are announced, so that each rank may have another number of them.
+    rows = f"moe.rows={'auto' if of_training.moe.architecture == 'dense' else 'filled'}"
     config = read([*ALONE, *overrides, *WITHOUT, rows])
     if config.strategy.dense != "replicated":  # FSDP does not run in inference mode
         raise ConfigError(
-            f"strategy.dense is {config.strategy.dense!r}, allowed: replicated, where nothing is"
-            " trained"
+            f"strategy.dense is {config.strategy.dense!r}, which is for training only. Use"
+            " strategy.dense=replicated."
         )
     check_devices(config)
     return config
 
 
 def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
-    """Start the ranks and read the weights; return the module, in evaluation mode, and its Trainer.
+    """Start the ranks and read the weights. Return the module, in evaluation mode, and its Trainer.
 
-    Every rank must call it, and builds and reads only its experts. ValueError: a broken file, or
-    another model's.
+    Every rank must call it. It builds and reads only its experts. Raises ValueError for a broken
+    file, or another model's.
     """
     check_resident(config)
     silence_lightning()
@@ -106,15 +108,14 @@ def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
     with warnings.catch_warnings():
         for message in (".*callbacks used to create the checkpoint.*", ".*across ranks is zero.*"):
             warnings.filterwarnings("ignore", message)
-        # without batches it starts the ranks, and places and reads the model
-        checkpoint: dict[str, Any] = (
-            {} if exported else {"ckpt_path": weights, "weights_only": True}
-        )
+        # A validation without batches starts the ranks, and places and reads the model.
+        checkpoint = None if exported else weights
         try:
-            trainer.validate(module, [], verbose=False, **checkpoint)
+            trainer.validate(module, [], checkpoint, verbose=False, weights_only=True)
         except BrokenCheckpoint as error:
             error.add_note(
-                f"Move {relative(weights)} out of its folder, and the checkpoint before it is used."
+                f"Move {relative(weights)} out of its folder. The checkpoint before it is then"
+                " used."
             )
             raise
     if exported:
@@ -125,11 +126,10 @@ def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
 
 @contextmanager
 def ending_together(trainer: Any) -> Iterator[None]:
-    """End all ranks where this one raises inside, and name a rank that does not answer, as in
-    training.
+    """End all ranks if this one raises inside, and name one that does not answer, as in training.
 
-    Ctrl-C ends in exit code 130, on a rank that Lightning's launcher has started in 0: on any other
-    code the launcher would kill rank 0.
+    Ctrl-C ends in exit code 130, and in 0 on a rank that Lightning's launcher has started: on any
+    other code the launcher would kill rank 0.
     """
     try:
         yield

@@ -33,8 +33,8 @@ NOT_COMPARED = ("name", "runs_dir", "logger.")  # where a run is kept, not what 
 
 def console() -> Console:
     """Return a terminal's console, or a very wide one."""
-    made = Console(highlight=False)
-    return made if made.is_terminal else Console(highlight=False, width=WIDTH)
+    usual = Console(highlight=False)
+    return usual if usual.is_terminal else Console(highlight=False, width=WIDTH)
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,10 @@ class SeenRun:
 
     @cached_property
     def config(self) -> dict[str, str]:
-        """Dotted keys and texts, as last resumed; a key that the run's version did not have is at
-        its default."""
+        """The configuration as last resumed: dotted keys and texts.
+
+        A key that the run's version did not have is at its default.
+        """
         resumed = sorted(
             self.path.glob("config-from-*.yaml"), key=lambda path: int(path.stem.rpartition("-")[2])
         )
@@ -55,9 +57,12 @@ class SeenRun:
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
-        """The rows of metrics.csv without empty cells. Half a row, which a crash may leave, is left
-        out."""
-        path, rows = self.path / "metrics.csv", list[dict[str, float]]()
+        """The rows of metrics.csv without empty cells.
+
+        An incomplete row, which a crash may leave, is left out.
+        """
+        path = self.path / "metrics.csv"
+        rows = list[dict[str, float]]()
         if not path.exists():
             return []
         with path.open(newline="", encoding="utf-8") as file:
@@ -76,8 +81,10 @@ class SeenRun:
 
     @property
     def steps(self) -> int:
-        """The number of steps, as far as logged or saved. A validation after the last step has one
-        row more."""
+        """The number of steps, as far as logged or saved.
+
+        A validation after the last step has one row more.
+        """
         rows = [row for row in self.metrics if "train/loss" in row] or self.metrics
         logged = [int(row["step"]) + 1 for row in rows]
         saved = [
@@ -96,14 +103,14 @@ class SeenRun:
 
     @property
     def per_s(self) -> float | None:
-        """Tokens (images) a second: the summary's value, else the last logged one."""
+        """The tokens (images) per second: the summary's value, else the last logged one."""
         name = f"{self.counts}_per_s"
         logged = self.curve(f"time/{name}")
         return self.summary.get(name) or (logged[-1][1] if logged else None)
 
     @property
     def begun(self) -> float:
-        """When it was started: the stamp in the directory's name; else the time of its config."""
+        """The time of its start: the stamp in the directory's name, else the time of its config."""
         try:
             return datetime.strptime(self.path.name[:15], "%Y%m%d-%H%M%S").timestamp()
         except ValueError:
@@ -119,7 +126,7 @@ class SeenRun:
         ]
 
 
-NO_FIELDS = ("callbacks", "options", "trainer.extra")  # of which users choose the keys
+NO_FIELDS = ("callbacks", "options", "trainer.extra")  # their keys are chosen by users
 
 
 def flat(text: str) -> dict[str, str]:
@@ -145,9 +152,8 @@ def train(config: Config) -> SeenRun | None:
     Return None on a rank other than 0 that torchrun or SLURM has started. Errors are those of
     `train_from_python`.
     """
-    from scmoe.training.run.from_python import (
-        train_from_python,
-    )  # Lightning, which listing runs does not need
+    # imported here: it needs Lightning, and listing runs does not
+    from scmoe.training.run.from_python import train_from_python
 
     run_dir = train_from_python(config)
     return None if run_dir is None else SeenRun(run_dir)
@@ -155,17 +161,19 @@ def train(config: Config) -> SeenRun | None:
 
 def find_runs(folder: Path) -> list[SeenRun]:
     """Return all run directories below a folder, the newest first."""
-    found = [
+    runs = [
         SeenRun(path.parent)
         for path in folder.rglob("overrides.txt")
         if (path.parent / "config.yaml").exists()
     ]
-    return sorted(found, key=lambda run: run.begun, reverse=True)
+    return sorted(runs, key=lambda run: run.begun, reverse=True)
 
 
 def open_run(name: str, folder: Path = Path("runs")) -> SeenRun:
-    """Return a run by its directory, or by its path below the folder of runs. Raises ConfigError if
-    there is none."""
+    """Return a run by its directory, or by its path below the folder of runs.
+
+    Raises ConfigError if there is none.
+    """
     for path in (Path(name), folder / name):
         if (path / "config.yaml").exists():
             return SeenRun(path.resolve() if path.is_symlink() else path)
@@ -194,6 +202,7 @@ def differing_fields(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
             (folder for folder in folders if folder.parent.name in ("sweeps", "tables")), folders[0]
         )
         by_home.setdefault(home, []).append(run)
+
     words: dict[SeenRun, list[str]] = {run: [] for run in runs}
     for together in by_home.values():
         for key, values in differences(together).items():
@@ -201,7 +210,7 @@ def differing_fields(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
             for run, value in zip(together, values, strict=True):
                 if value != usual or times <= len(values) / 2:
                     words[run].append(f"{key}={value}")
-    return {run: " ".join(own) for run, own in words.items()}
+    return {run: " ".join(fields) for run, fields in words.items()}
 
 
 def table_of(runs: Sequence[SeenRun], folder: Path) -> Table:
@@ -214,19 +223,19 @@ def table_of(runs: Sequence[SeenRun], folder: Path) -> Table:
     for name in ("steps", "best val loss", "tokens/s", "age"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("differs in", overflow="fold")
+
     words = differing_fields(runs)
     for run in runs:
-        best, speed = run.best_loss, run.per_s
+        best = "" if run.best_loss is None else f"{run.best_loss:.4f}"
+        speed = "" if run.per_s is None else f"{run.per_s:,.0f}"
+        if speed and run.counts == "images":
+            speed += " images/s"
         table.add_row(
             Text(str(run.path.relative_to(folder))),
             Text(run.state, style=COLORS.get(run.state, "")),
             f"{run.steps}/{run.config['trainer.max_steps']}",
-            "" if best is None else f"{best:.4f}",
-            (
-                ""
-                if speed is None
-                else f"{speed:,.0f}" + ("" if run.counts == "tokens" else " images/s")
-            ),
+            best,
+            speed,
             age(time.time() - run.begun),
             Text(words[run]),
         )

@@ -1,9 +1,9 @@
-"""Loads a trained model into one process, from a run, an exported file or a folder of Hugging Face.
+"""A trained model in one process, from a run, an exported file or a folder of Hugging Face.
 
 Experts may be offloaded, so that the process never holds all of them: `store_experts` copies them
-from file to file, one layer at a time, and `load_offloaded` reads the other weights alone. It
-builds the network on the meta device, so only language models can be offloaded: vision models have
-tensors that are no weights.
+from file to file, one layer at a time, and `load_offloaded` reads the other weights only. It builds
+the network on the meta device, so only language models can be offloaded: vision models have tensors
+that are no weights.
 """
 
 import sys
@@ -47,8 +47,8 @@ def load_trained(path: str | Path, which: Which = "last") -> Any:
     other texts.
 
     path: a run's directory, a .safetensors file of `make export` with config.yaml beside it, or a
-    folder with config.json. which: of a run's checkpoints. ValueError: it is none of these, or is
-    broken, or it was trained with extensions that the program has not imported.
+    folder with config.json. which: of a run's checkpoints. Raises ValueError if it is none of
+    these, or broken, or was trained with extensions that the program has not imported.
     """
     path = Path(path)
     if (path / "config.json").exists():
@@ -60,11 +60,10 @@ def load_trained(path: str | Path, which: Which = "last") -> Any:
         load_weights(path, model)
         return model
     if not (path / "checkpoints").is_dir():
-        give = (
-            "Give the directory of a run, a .safetensors file of make export, or a folder with"
-            " config.json."
+        raise ValueError(
+            f"{path} holds no model. Give the directory of a run, a .safetensors file of make"
+            " export, or a folder with config.json."
         )
-        raise ValueError(f"{path} holds no model. {give}")
     checkpoint = find_checkpoint(path, which)
     model = build(config_of(path, checkpoint))
     load_model(checkpoint, model)
@@ -95,15 +94,16 @@ def load_folder(folder: Path) -> Any:
     if content.get("model_type") != OURS:
         fill(model, read_hf(folder))
         return model
-    own, stored = dict(model.named_parameters()), stored_in(weight_files(folder))
-    theirs = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
-    if "head.weight" not in own:  # it is tied
-        theirs.pop("head.weight", None)
-    check_same_model(
-        folder, own, {name: tuple(tensor.on_meta.shape) for name, tensor in theirs.items()}
-    )
-    for name, p in own.items():
-        p.copy_(theirs[name].read())
+
+    parameters = dict(model.named_parameters())
+    in_files = stored_in(weight_files(folder))
+    stored = {name.removeprefix("model."): tensor for name, tensor in in_files.items()}
+    if "head.weight" not in parameters:  # it is tied
+        stored.pop("head.weight", None)
+    shapes = {name: tuple(tensor.on_meta.shape) for name, tensor in stored.items()}
+    check_same_model(folder, parameters, shapes)
+    for name, p in parameters.items():
+        p.copy_(stored[name].read())
     return model
 
 
@@ -111,14 +111,15 @@ def store_experts(config: Config, source: Path, path: Path) -> None:
     """Write the experts of a checkpoint (a directory) or of a file of `make export` into the store
     at `path`.
 
-    Raises ValueError for a broken source, or another model's."""
+    Raises ValueError for a broken source, or another model's.
+    """
     model = build_model_on_meta(config)
     write_store(path, model, reader(source, model))
 
 
 @contextmanager
 def offloaded(config: Config, source: Path) -> Iterator[tuple[Any, Cache]]:
-    """Give the model of a checkpoint or an export as config.offload says, and its cache, which is
+    """Yield the model of a checkpoint or an export as config.offload says, and its cache, which is
     closed at the end.
 
     The store is offload/<name of the source>.experts.safetensors beside the checkpoints, or beside
@@ -137,12 +138,10 @@ def offloaded(config: Config, source: Path) -> Iterator[tuple[Any, Cache]]:
             store_experts(config, source, path)
         model, cache = load_offloaded(config, source, path, device)
     except (OSError, ValueError) as error:
-        way_out = (
-            f"; remove {relative(path)} and it is written again"
-            if isinstance(error, StoreError)
-            else ""
-        )
-        raise ConfigError(f"offload: {error}{way_out}") from error
+        advice = ""
+        if isinstance(error, StoreError):
+            advice = f"; remove {relative(path)} and it is written again"
+        raise ConfigError(f"offload: {error}{advice}") from error
     with cache, torch.inference_mode():
         yield model, cache
 
@@ -152,25 +151,29 @@ def load_offloaded(
 ) -> tuple[nn.Module, Cache]:
     """Return the model in evaluation mode, with experts from the store at `path` as config.offload
     says, and the cache, to be closed at the end. Errors are those of `offload_experts`."""
-    model, offload = build_model_on_meta(config).eval(), config.offload
-    read, of_experts = reader(source, model), tuple(f"{layer}." for layer in expert_layers(model))
-    own = {p: name for name, p in model.named_parameters() if not name.startswith(of_experts)}
+    model = build_model_on_meta(config).eval()
+    read = reader(source, model)
+    of_experts = tuple(f"{layer}." for layer in expert_layers(model))
     filled = {
         p: nn.Parameter(read(name).to(device, p.dtype), requires_grad=False)
-        for p, name in own.items()
+        for name, p in model.named_parameters()
+        if not name.startswith(of_experts)
     }
-    tied = model.named_parameters(
-        remove_duplicate=False
-    )  # a tied weight is filled under each of its names
-    model.load_state_dict(
-        {name: filled[p] for name, p in tied if p in filled}, strict=False, assign=True
-    )
-    return model, offload_experts(
+    # A tied weight is filled under each of its names.
+    names = model.named_parameters(remove_duplicate=False)
+    state = {name: filled[p] for name, p in names if p in filled}
+    model.load_state_dict(state, strict=False, assign=True)
+
+    offload = config.offload
+    cache = offload_experts(
         model, path, way=offload.way, slots=offload.slots, rate_mb_s=offload.rate_mb_s
     )
+    return model, cache
 
 
 def reader(source: Path, model: nn.Module) -> Read:
-    """Return a function that reads a parameter of `model` by name. ValueError: the source belongs
-    to another model."""
+    """Return a function that reads a parameter of `model` by name.
+
+    Raises ValueError if the source belongs to another model.
+    """
     return weights_by_name(source, model) if source.is_dir() else exported_by_name(source, model)

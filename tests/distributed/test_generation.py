@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from experiments.engine.ranks import run_ranks
+from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.command_line import call
-from scmoe.config.load import load
 from scmoe.inference.generate import Passes
 from scmoe.inference.generate import generate as generate_here
 from scmoe.inference.sampling import GREEDY, Stopping
+from scmoe.moe.dispatcher import Blocking
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.mesh import ParallelContext, build_context
 from scmoe.training.assembly.model import build_model
@@ -101,10 +102,7 @@ def test_texts_do_not_depend_on_ranks_or_on_where_weights_are(run_dir, alone, tm
     assert len({line["text"] for line in alone}) == len(PROMPTS)
     assert written(4, run_dir, run_dir, tmp_path / "4.jsonl", "strategy.ep_size=2") == alone
     # the longest prompt of a rank, and so its number of pieces, differs between ranks
-    assert (
-        written(2, run_dir, run_dir, tmp_path / "2.jsonl", "--prefill-tokens", "3", "--plan")
-        == alone
-    )
+    assert written(2, run_dir, run_dir, tmp_path / "2.jsonl", "--prefill-tokens", "3") == alone
     assert (
         written(2, run_dir / "export/model.safetensors", run_dir, tmp_path / "export.jsonl")
         == alone
@@ -169,7 +167,6 @@ def test_offloaded_experts_write_the_same_texts(run_dir, tmp_path):
         (["--prompts", "PROMPTS", "--out", "PROMPTS"], "Give another file"),
         (["--prompts", "PROMPTS", "--out", "/none/out.jsonl"], "--out is /none/out.jsonl"),
         (["--prefill-tokens", "0"], "prefill_tokens is 0"),
-        (["--plan"], "--plan needs experts on several ranks"),
         (["offload.slots=2"], "offload.slots is 2, allowed: null"),
         (["offload.way=blocking", "trainer.devices=2"], "allowed: resident"),
         (
@@ -182,7 +179,7 @@ def test_offloaded_experts_write_the_same_texts(run_dir, tmp_path):
 )
 def test_a_wrong_request_is_one_line_before_a_model_is_built(run_dir, monkeypatch, words, says):
     monkeypatch.setattr(
-        "scmoe.runs.continuation.start_ranks", lambda *_: pytest.fail("a model is built")
+        "scmoe.runs.generate.start_ranks", lambda *_: pytest.fail("a model is built")
     )
     done = called(
         "generate",
@@ -191,21 +188,6 @@ def test_a_wrong_request_is_one_line_before_a_model_is_built(run_dir, monkeypatc
     )
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1), done
     assert says in done.err
-
-
-def test_a_plan_is_refused_where_two_blocks_share_one_module(monkeypatch):
-    words = (
-        "data.name=sotu",
-        "data.vocab_size=300",
-        "moe.architecture=dgmoe_share",
-        "model.layers=4",
-    )
-    config = load("configs/debug.yaml", [*words, "trainer.devices=2"])
-    monkeypatch.setattr(
-        "scmoe.runs.continuation.find_weights", lambda *_: (Path("step=1.ckpt"), config)
-    )
-    done = called("generate", "runs/none", "--plan")
-    assert done.code == 2 and "moe.architecture=dgmoe_share" in done.err
 
 
 @pytest.mark.parametrize(
@@ -358,13 +340,24 @@ def test_a_run_on_other_data_is_refused(tmp_path):
 def continued(
     rank: int, world_size: int, ep_size: int, prompts: list[list[list[int]]]
 ) -> list[Any]:
-    """Returns the continuations of this rank's prompts."""
+    """Return the continuations of this rank's prompts, and for each pass, whether it is
+    sequential; at last, whether the model is left so."""
     torch.distributed.init_process_group("gloo")
     context = build_context(ep_size, torch.device("cpu"), timedelta(seconds=60))
     model = model_in(context)
-    return generate_here(
+    blocks = moe_blocks_of(model)
+    passes = []
+
+    def note(*_: Any) -> None:
+        passes.append({isinstance(block.moe.dispatcher, Blocking) for block in blocks})
+
+    hook = model.register_forward_pre_hook(note)
+    texts = generate_here(
         model, prompts[rank], Stopping(NEW, ENDS), GREEDY, passes=Passes(context.true_on_all_ranks)
     )
+    hook.remove()
+    note()
+    return texts, passes
 
 
 ENDS = frozenset(range(0, 64, 7))  # texts end after different numbers of tokens
@@ -382,7 +375,8 @@ def model_in(context: ParallelContext) -> Any:
 
 
 def test_ranks_go_on_until_the_last_text_has_ended():
-    """Rank 1 has no prompt, rank 2 has three: their numbers of texts, tokens and steps differ."""
+    """Rank 1 has no prompt, rank 2 has three: their numbers of texts, tokens and steps differ.
+    Prefill is overlapped, decoding sequential."""
     prompts = [[[1, 2, 3]], [], [[4], [5, 6, 7, 8], [9, 10]], [[11, 12]]]
     model = model_in(ParallelContext())
     alone = [
@@ -391,4 +385,8 @@ def test_ranks_go_on_until_the_last_text_has_ended():
     ]
     lengths = {len(text.ids) for own in alone for text in own}
     assert len(lengths) > 1, "all texts end at the same step"
-    assert run_ranks(continued, 4, 2, prompts) == alone
+    of_ranks = run_ranks(continued, 4, 2, prompts)
+    assert [texts for texts, _ in of_ranks] == alone
+    for _, (prefill, *decode, afterwards) in of_ranks:
+        assert prefill == afterwards == {False}
+        assert len(decode) > 1 and all(kinds == {True} for kinds in decode)

@@ -103,10 +103,7 @@ def test_ctrl_c_is_the_exit_code_of_rank_0_alone(is_launched, code):
 @pytest.mark.representative
 @pytest.mark.parametrize(
     ("verb", "first"),
-    [
-        ("generate", "continuation.find_weights"),
-        ("evaluate", "evaluate.evaluation.find_checkpoint"),
-    ],
+    [("generate", "generate.find_weights"), ("evaluate", "evaluate.evaluation.find_checkpoint")],
 )
 def test_ctrl_c_before_ranks_exist_is_exit_code_130(verb, first, tmp_path, monkeypatch):
     def interrupted(*_):

@@ -111,7 +111,7 @@ def test_a_fetch_that_fails_ends_the_generation_with_the_experts_name(way, tmp_p
         match=r"expert \d of blocks\.\d\.moe\.experts could not be fetched: .*Input/output",
     ):
         generate(model)
-    with pytest.raises(RuntimeError, match="closed: offload the model again"):
+    with pytest.raises(RuntimeError, match="was closed"):
         generate(model)
 
 
@@ -164,16 +164,14 @@ def test_what_offloading_cannot_honour_is_refused(tmp_path):
     for rate in (0, -1.0):
         with pytest.raises(ValueError, match=r"rate_mb_s is .*, allowed: above 0"):
             offload_experts(model, path, rate_mb_s=rate)
-    with pytest.raises(ValueError, match=r"in training mode, allowed: model\.eval\(\)"):
+    with pytest.raises(ValueError, match="in training mode"):
         offload_experts(model.train(), path)
     model.eval().blocks[0].moe.rows = Capacity(2.0, filled=False)
-    with pytest.raises(ValueError, match="computes empty slots too, allowed: dropless"):
+    with pytest.raises(ValueError, match="computes empty slots too"):
         offload_experts(model, path)
     model.blocks[0].moe.rows = Capacity(2.0, filled=True)
     with offload_experts(model, path):
-        with pytest.raises(
-            RuntimeError, match=r"no gradients: call the model inside torch.inference_mode\(\)"
-        ):
+        with pytest.raises(RuntimeError, match="no gradients"):
             model(IDS)
         with pytest.raises(ValueError, match="no routed experts that are not offloaded yet"):
             offload_experts(model, path)

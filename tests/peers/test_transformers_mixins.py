@@ -16,7 +16,7 @@ import torch
 
 import scmoe
 from scmoe.config.load import load
-from scmoe.runs.hf_folder import own_config
+from scmoe.runs.hf_folder import scmoe_config
 from tests.support.architectures import LATENT_ATTENTION, overrides
 from tests.support.models import assert_close, kept_for_backward, randomise
 
@@ -55,7 +55,7 @@ def config_of(words: str) -> Any:
         "moe.num_experts=6",
     )
     data = ("data.name=synthetic", f"data.vocab_size={VOCABULARY}", f"data.seq_len={LENGTH}")
-    content = own_config(load(None, [*sizes, *data, "moe.capacity_factor=null", *words.split()]))
+    content = scmoe_config(load(None, [*sizes, *data, "moe.capacity_factor=null", *words.split()]))
     return ScMoEConfig(
         **{
             key: value

@@ -290,7 +290,7 @@ def test_a_model_in_training_is_refused():
         (lambda: Sampling(repetition_penalty=0.0), "repetition_penalty"),
         (lambda: Stopping(0), "max_tokens"),
         (lambda: Stopping(1, strings=("",), decode=str), "stop string"),
-        (lambda: Stopping(1, strings=("a",)), "stop strings"),
+        (lambda: Stopping(1, strings=("a",)), "Stop strings"),
     ],
 )
 def test_bad_settings_are_refused(make, name):

@@ -1,8 +1,8 @@
-"""The cache: what the device holds of the experts, and the two ways in which an expert gets there.
+"""The cache: slots for experts on the device, and the two ways in which an expert is fetched.
 
     host      a thread reads from the store's file into a slot in memory
-    CUDA      a stream of its own copies from pinned host memory into a slot on the device; not run
-              yet, see docs/offload.md
+    CUDA      a separate stream copies from pinned host memory into a slot on the device; it has not
+              run yet, see docs/offload.md
 
 All MoE layers share the slots: an expert of a layer is needed once for each token, so the slots
 serve one layer after the other, and the smallest cache holds the experts that one token needs in
@@ -22,24 +22,27 @@ from torch import Tensor
 
 from scmoe.inference.offload.store import Key, Store, StoreError
 
-Wait = Callable[
-    [], Any
-]  # returns once an expert is in its slot; on a device, the current stream waits
+# Returns once an expert is in its slot. On a device, the current stream waits.
+Wait = Callable[[], Any]
 
 
 class FileReader:
-    """Reads from the store's file, in one thread, one expert after the other. rate_mb_s: reads no
-    faster than this, for experiments; in 10^6 bytes a second."""
+    """Read experts from the store's file in one thread, one after the other.
+
+    rate_mb_s: a bound for experiments, in 10^6 bytes a second; None: none.
+    """
 
     def __init__(self, store: Store, rate_mb_s: float | None = None) -> None:
-        self.store, self.rate_mb_s = store, rate_mb_s
-        self.thread, self.stop = ThreadPoolExecutor(1, "experts"), Event()
+        self.store = store
+        self.rate_mb_s = rate_mb_s
+        self.thread = ThreadPoolExecutor(1, "experts")
+        self.stop = Event()
 
     def start(self, key: Key, slot: Tensor) -> Wait:
         return self.thread.submit(self._read, key, slot).result
 
     def close(self) -> None:
-        """Ends what is in flight, and returns when nothing is."""
+        """End the reads in flight, and wait until there are none."""
         self.stop.set()
         self.thread.shutdown(cancel_futures=True)
 
@@ -47,23 +50,23 @@ class FileReader:
         begin = time.perf_counter()
 
         def pace(done: int) -> None:
-            due = (
-                0.0
-                if self.rate_mb_s is None
-                else begin + done / (1e6 * self.rate_mb_s) - time.perf_counter()
-            )
-            if self.stop.wait(due) if due > 0 else self.stop.is_set():
+            if self.rate_mb_s is not None:
+                due = begin + done / (1e6 * self.rate_mb_s) - time.perf_counter()
+                if due > 0:
+                    self.stop.wait(due)
+            if self.stop.is_set():
                 raise StoreError("the cache was closed")
 
         self.store.read_into(key, slot, pace)
 
 
 class PinnedCopies:
-    """Holds all experts in pinned host memory, and copies them on a stream of its own, one after
-    the other."""
+    """Hold all experts in pinned host memory, and copy them on a separate stream, one after the
+    other."""
 
     def __init__(self, store: Store, device: torch.device) -> None:
-        self.device, self.stream = device, torch.cuda.Stream(device)
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
         self.pinned = {
             key: torch.empty(store.num_bytes(key), dtype=torch.uint8, pin_memory=True, device="cpu")
             for key in store.places
@@ -72,11 +75,11 @@ class PinnedCopies:
             store.read_into(key, target)
 
     def start(self, key: Key, slot: Tensor) -> Wait:
-        self.stream.wait_stream(
-            torch.cuda.current_stream(self.device)
-        )  # the slot's last expert may still be computing
+        # The slot's last expert may still be computing.
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        expert = self.pinned[key]
         with torch.cuda.stream(self.stream):
-            slot[: self.pinned[key].numel()].copy_(self.pinned[key], non_blocking=True)
+            slot[: expert.numel()].copy_(expert, non_blocking=True)
         return self.stream.record_event().wait
 
     def close(self) -> None:
@@ -88,27 +91,33 @@ Source = FileReader | PinnedCopies
 
 
 class Held(NamedTuple):
+    """A slot with an expert in it, or on its way."""
+
     slot: Tensor  # bytes
     wait: Wait
 
 
 class Cache:
-    """Slots for experts. Use it as a context manager, or close it: that ends its thread and closes
-    the store.
+    """Slots for experts.
 
-    ahead: number of experts that one call of `prefetch` fetches or keeps, at most `slots`; 1: none
-    is fetched before its turn.
+    Use it as a context manager, or close it: that ends its thread and closes the store. ahead:
+    number of experts that one call of `prefetch` fetches or keeps, at most `slots`; 1: none is
+    fetched before its turn.
     """
 
     def __init__(
         self, store: Store, source: Source, slots: int, ahead: int, device: torch.device
     ) -> None:
         largest = max(store.num_bytes(key) for key in store.places)
-        self.store, self.source, self.slots, self.ahead = store, source, slots, ahead
+        self.store = store
+        self.source = source
+        self.slots = slots
+        self.ahead = ahead
         self.free = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(slots)]
         self.held = OrderedDict[Key, Held]()  # those used last at the end
         self.closed = False
-        self.needed = self.hits = 0
+        self.needed = 0
+        self.hits = 0
 
     def __enter__(self) -> "Cache":
         return self
@@ -117,7 +126,8 @@ class Cache:
         self.close()
 
     def close(self) -> None:
-        """Waits for the thread to end. A model whose experts were here cannot be called afterwards."""
+        """Wait for the thread to end. The model whose experts were here cannot be called
+        afterwards."""
         if not self.closed:
             self.closed = True
             self.source.close()
@@ -127,28 +137,30 @@ class Cache:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the needed experts that were here, or on their way, when the gate named them."""
+        """The share of needed experts that were here, or on their way, when the gate named them."""
         return self.hits / max(1, self.needed)
 
     def in_turn(self, layer: str, counts: Sequence[int]) -> list[Key]:
-        """Returns the experts of a layer that have rows, in the order to compute them: those that
-        are here first, since their slots are then free for the others."""
-        return sorted(
-            ((layer, e) for e, rows in enumerate(counts) if rows),
-            key=lambda key: key not in self.held,
-        )
+        """Return the experts of a layer that have rows, in the order in which to compute them.
+
+        Those that are here come first, since their slots are then free for the others.
+        """
+        needed = [(layer, e) for e, rows in enumerate(counts) if rows]
+        return sorted(needed, key=lambda key: key not in self.held)
 
     def count(self, keys: Sequence[Key]) -> None:
-        """Notes for `hit_rate` that the gate has named these experts."""
+        """Record for `hit_rate` that the gate has named these experts."""
         self.needed += len(keys)
         self.hits += sum(key in self.held for key in keys)
 
     def prefetch(self, keys: Sequence[Key]) -> None:
-        """Starts to fetch, of the first `ahead` keys, those that are not in the cache. Evicts none
-        of these keys."""
+        """Start to fetch those of the first `ahead` keys that are not in the cache.
+
+        None of these keys is evicted.
+        """
         if self.closed:
             raise RuntimeError(
-                "the cache of this model's experts was closed: offload the model again"
+                "The cache of this model's experts was closed. Offload the model again."
             )
         wanted = keys[: self.ahead]
         for key in wanted:
@@ -162,9 +174,11 @@ class Cache:
             self.held[key] = Held(slot, self.source.start(key, slot))
 
     def weights(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
-        """Prefetches, waits for the first of these experts and returns its w_in_DF and w_out_FD,
-        which are valid until the next call. Raises StoreError, with the cache closed, if it could
-        not be fetched."""
+        """Prefetch these experts, wait for the first, and return its w_in_DF and w_out_FD.
+
+        They are valid until the next call. Raises StoreError, with the cache closed, if the expert
+        could not be fetched.
+        """
         self.prefetch(keys)
         key = keys[0]
         slot, wait = self.held[key]

@@ -7,11 +7,11 @@ Fig. 13).
                    fetch
     speculative    the next MoE layer's gate is applied to this layer's representation, and its
                    choice is fetched ahead, as Pre-gated MoE does. A wrong guess costs time: the
-                   gate's own choice is fetched late
+                   gate's real choice is fetched late
 
-Migration is a dispatcher: no row is sent, and what is waited for are weights. Results are
-bit-identical to those of resident experts on a CPU, because each expert's products are the same,
-whatever way its weights came.
+Migration is a dispatcher: no row is sent, and `wait` waits for weights. On a CPU, results are
+bit-identical to those of resident experts, because each expert computes the same products, however
+its weights were fetched.
 """
 
 from dataclasses import dataclass, replace
@@ -41,28 +41,35 @@ WAYS = ("blocking", "determinate", "speculative")
 
 
 class OffloadedExperts(nn.Module):
-    """Experts without parameters: computes one expert after another with weights from the cache, so
-    that computing one hides fetching the next. For inference only."""
+    """Experts without parameters, for inference only.
+
+    They are computed one after another with weights from the cache, so that computing one hides
+    fetching the next.
+    """
 
     def __init__(self, experts: Experts, cache: Cache, layer: str) -> None:
         super().__init__()
-        self.num_experts, self.expert_ids, self.act = (
-            experts.num_experts,
-            experts.expert_ids,
-            experts.act,
-        )
-        self.cache, self.layer = cache, layer
+        self.num_experts = experts.num_experts
+        self.expert_ids = experts.expert_ids
+        self.act = experts.act
+        self.cache = cache
+        self.layer = layer
 
     def forward(self, rows_RD: Tensor, counts_e: Tensor) -> Tensor:
-        """rows_RD: grouped by expert. counts_e: rows of each, on the host. Returns [R, D] in the
-        same order."""
+        """Return [R, D], the experts' results in the order of the rows.
+
+        rows_RD: grouped by expert. counts_e: rows of each, on the host.
+        """
         if torch.is_grad_enabled() and rows_RD.requires_grad:
             raise RuntimeError(
-                "offloaded experts have no gradients: call the model inside torch.inference_mode()"
+                "Offloaded experts have no gradients. Call the model inside torch.inference_mode()."
             )
-        y_RD, counts = torch.empty_like(rows_RD), counts_e.tolist()
-        xs, ys = rows_RD.split(counts), y_RD.split(counts)
-        left, mlps = self.cache.in_turn(self.layer, counts), choose_mlps(rows_RD, None)
+        counts = counts_e.tolist()
+        xs = rows_RD.split(counts)
+        y_RD = torch.empty_like(rows_RD)
+        ys = y_RD.split(counts)
+        left = self.cache.in_turn(self.layer, counts)
+        mlps = choose_mlps(rows_RD, None)
         with torch.autocast(rows_RD.device.type, enabled=False):
             while left:
                 w_in_1DF, w_out_1FD = (w[None].to(rows_RD.dtype) for w in self.cache.weights(left))
@@ -73,12 +80,11 @@ class OffloadedExperts(nn.Module):
 
 @dataclass(frozen=True)
 class Fetching:
-    """The dispatcher of one rank whose experts of this layer are in the cache: dispatch starts to
-    fetch those that have rows. Blocking(Fetching) is the blocking baseline, with a cache that
-    fetches none ahead.
+    """The dispatcher of one rank whose experts of this layer are in the cache.
 
-    guessed: name and router of the MoE layer whose experts are fetched too, by a guess; None: no
-    guess.
+    Dispatch starts to fetch the experts that have rows. Blocking(Fetching) is the blocking
+    baseline, with a cache that fetches none ahead. guessed: name and router of the MoE layer whose
+    experts are fetched too, by a guess; None: no guess.
     """
 
     cache: Cache
@@ -95,9 +101,8 @@ class Fetching:
         counts_e = counts.counts_from_e[0].cpu()  # once: the experts get them on the host
         needed = self.cache.in_turn(self.layer, counts_e.tolist())
         self.cache.count(needed)
-        self.cache.prefetch(
-            needed if self.guessed is None else needed + guess(*self.guessed, rows_RD)
-        )
+        guessed = [] if self.guessed is None else guess(*self.guessed, rows_RD)
+        self.cache.prefetch(needed + guessed)
         return Fetched(self.cache, needed, rows_RD), Receipt(counts_e)
 
     def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
@@ -106,8 +111,7 @@ class Fetching:
 
 @dataclass(frozen=True)
 class Fetched:
-    """Waits for the first expert; OffloadedExperts waits for each of the others when its turn
-    comes."""
+    """Wait for the first expert. OffloadedExperts waits for each of the others in turn."""
 
     cache: Cache
     needed: list[Key]
@@ -120,10 +124,9 @@ class Fetched:
 
 
 def guess(layer: str, router: Router, rows_RD: Tensor) -> list[Key]:
-    """Returns the experts that a layer's gate would choose for the rows of an earlier layer."""
-    return [
-        (layer, e) for e in router(rows_RD).topk_ids_TK.unique().tolist() if e < router.num_experts
-    ]
+    """Return the experts that a layer's gate would choose for the rows of an earlier layer."""
+    chosen = router(rows_RD).topk_ids_TK.unique().tolist()
+    return [(layer, e) for e in chosen if e < router.num_experts]
 
 
 def offload_experts(
@@ -134,16 +137,16 @@ def offload_experts(
     slots: int | None = None,
     rate_mb_s: float | None = None,
 ) -> Cache:
-    """Replaces the experts of a whole model by offloaded ones, which come from the store at `path`.
-    Returns the cache: close it when the model is not needed any more.
+    """Replace the experts of a whole model by offloaded ones, which come from the store at `path`.
 
-    model: in evaluation mode; its Experts may be on the meta device. slots: experts that the device
-    holds, of all layers together; None: what one token needs of a layer, and as much again of the
-    next. rate_mb_s: a bound for experiments, in 10^6 bytes a second; on a CPU only. Raises
-    ValueError for what cannot be honoured, StoreError for a store that is missing, cut, changed or
-    another model's.
+    Return the cache: close it when the model is not needed any more. model: in evaluation mode; its
+    Experts may be on the meta device. slots: experts that the device holds, of all layers together;
+    None: 2 * top_k. rate_mb_s: a bound for experiments, in 10^6 bytes a second; on a CPU only.
+    Raises ValueError for what cannot be honoured, StoreError for a store that is missing, cut,
+    changed or another model's.
     """
-    blocks, layers = moe_blocks_of(model), expert_layers(model)
+    blocks = moe_blocks_of(model)
+    layers = expert_layers(model)
     top_k = max(block.moe.router.top_k for block in blocks)
     num_experts = sum(experts.num_experts for experts in layers.values())
     slots = min(2 * top_k, num_experts) if slots is None else slots
@@ -156,23 +159,28 @@ def offload_experts(
         )
     if model.training:
         raise ValueError(
-            "the model is in training mode, allowed: model.eval(), as offloaded experts are not"
-            " trained"
+            "The model is in training mode, and offloaded experts are not trained. Call"
+            " model.eval()."
         )
     if any(isinstance(block.moe.rows, Capacity) and not block.moe.rows.filled for block in blocks):
         raise ValueError(
-            "the model computes empty slots too, allowed: dropless (capacity_factor None) or"
-            " rows=filled"
+            "The model computes empty slots too. Make it dropless (capacity_factor None) or use"
+            " rows=filled."
         )
+
     store = Store(path, model)
+    source: Source
     try:
-        source: Source = (
-            FileReader(store, rate_mb_s) if device.type == "cpu" else PinnedCopies(store, device)
-        )
+        if device.type == "cpu":
+            source = FileReader(store, rate_mb_s)
+        else:
+            source = PinnedCopies(store, device)
     except BaseException:
         store.close()
         raise
-    cache = Cache(store, source, slots, 1 if way == "blocking" else slots, device)
+    ahead = 1 if way == "blocking" else slots
+    cache = Cache(store, source, slots, ahead, device)
+
     names = {experts: name for name, experts in layers.items()}
     gates = [(names[block.moe.experts], block.moe.router) for block in blocks]
     for block, (layer, _), following in zip(blocks, gates, [*gates[1:], None], strict=True):
@@ -188,15 +196,15 @@ def offload_experts(
 
 
 def check(way: str, slots: int, top_k: int, num_experts: int) -> None:
-    """Raises ValueError for an unknown way, and for a number of slots that it cannot use."""
+    """Raise ValueError for an unknown way, and for a number of slots that it cannot use."""
     if way not in WAYS:
         raise ValueError(
-            f"way is {way!r}, allowed: {', '.join(WAYS)}; a resident model is one that is not"
-            " offloaded"
+            f"way is {way!r}, allowed: {', '.join(WAYS)}; do not offload a model that is to stay"
+            " resident"
         )
     guesses = top_k if way == "speculative" else 0
     if not top_k + guesses <= slots <= num_experts:
-        why = f"a token needs {top_k} expert(s) of a layer" + (
-            f", and {guesses} guessed of the next" if guesses else ""
-        )
+        why = f"a token needs {top_k} expert(s) of a layer"
+        if guesses:
+            why += f", and {guesses} guessed of the next"
         raise ValueError(f"slots is {slots}, allowed: {top_k + guesses} to {num_experts}, as {why}")

@@ -25,7 +25,7 @@ from scmoe.moe.experts import Experts
 FORMAT = "scmoe-experts-1"
 PIECE = 1 << 22  # bytes of one read
 Key = tuple[str, int]  # name of an Experts module in the model, expert
-Read = Callable[[str], Tensor]  # returns a parameter by its name
+Read = Callable[[str], Tensor]  # return a parameter by its name
 
 
 class StoreError(ValueError):
@@ -43,14 +43,15 @@ class Store:
         layers = expert_layers(model)
         self.path = path
         self.shapes = {
-            name: (m.w_in_eDF.shape[1:], m.w_out_eFD.shape[1:]) for name, m in layers.items()
+            name: (experts.w_in_eDF.shape[1:], experts.w_out_eFD.shape[1:])
+            for name, experts in layers.items()
         }
         self.dtype = next(iter(layers.values())).w_in_eDF.dtype
         try:
             self.file = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise StoreError(
-                f"{path} cannot be opened: {error.strerror}; write_store writes a model's store"
+                f"{path} cannot be opened: {error.strerror}. write_store writes a model's store."
             ) from error
         try:
             self.places = self._verified(model, layers)
@@ -69,12 +70,14 @@ class Store:
     def read_into(
         self, key: Key, slot: Tensor, after_piece: Callable[[int], None] = lambda done: None
     ) -> None:
-        """Reads an expert into the first bytes of `slot` (uint8, on the host). after_piece: called
-        with the number of bytes read so far. Raises StoreError if the file ends early, OSError if
-        it cannot be read.
+        """Read an expert into the first bytes of `slot` (uint8, on the host).
+
+        after_piece: called with the number of bytes read so far. Raises StoreError if the file ends
+        early, OSError if it cannot be read.
         """
-        (begin, end), done = self.places[key], 0
+        begin, end = self.places[key]
         target = slot.numpy().data[: end - begin]
+        done = 0
         while done < len(target):
             read = os.preadv(self.file, [target[done : done + PIECE]], begin + done)
             if read == 0:
@@ -83,37 +86,45 @@ class Store:
             after_piece(done)
 
     def weights(self, key: Key, slot: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns w_in_DF and w_out_FD as views of a slot that the expert was read into."""
+        """Return w_in_DF and w_out_FD as views of a slot that the expert was read into."""
         in_shape, out_shape = self.shapes[key[0]]
-        all_N, split = slot[: self.num_bytes(key)].view(self.dtype), in_shape.numel()
+        split = in_shape.numel()
+        all_N = slot[: self.num_bytes(key)].view(self.dtype)
         return all_N[:split].view(in_shape), all_N[split:].view(out_shape)
 
     def _verified(
         self, model: nn.Module, layers: Mapping[str, Experts]
     ) -> dict[Key, tuple[int, int]]:
-        """Returns the first byte of each expert and the one after its last, once all of the file is
-        as it was written."""
-        path, size = self.path, os.fstat(self.file).st_size
+        """Return the first byte of each expert and the one after its last.
+
+        Raises StoreError unless the whole file is as it was written for this model.
+        """
+        path = self.path
+        size = os.fstat(self.file).st_size
         length = int.from_bytes(os.pread(self.file, 8, 0), "little")
         try:
-            header = json.loads(os.pread(self.file, min(length, size), 8))
-            found, tensors = header.pop("__metadata__"), header
-            kind, owner, content = (found[name] for name in ("format", "model", "content"))
+            tensors = json.loads(os.pread(self.file, min(length, size), 8))
+            metadata = tensors.pop("__metadata__")
+            kind, owner, content = (metadata[name] for name in ("format", "model", "content"))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"{path} is no store of experts, or its header is damaged") from error
+
         if kind != FORMAT:
             raise StoreError(f"{path} has the format {kind}, allowed: {FORMAT}")
         wanted = places_of(_shapes(layers))
-        if differing := sorted(
-            name for name in wanted.keys() | tensors.keys() if wanted.get(name) != tensors.get(name)
-        ):
-            here, there = (of.get(differing[0], "absent") for of in (wanted, tensors))
+        names = sorted(wanted.keys() | tensors.keys())
+        differing = [name for name in names if wanted.get(name) != tensors.get(name)]
+        if differing:
+            name = differing[0]
+            in_model = wanted.get(name, "absent")
+            in_store = tensors.get(name, "absent")
             raise StoreError(
-                f"{path} holds another model's experts: {differing[0]} is {there} there and {here}"
-                " here"
+                f"{path} holds another model's experts: {name} is {in_store} in the store and"
+                f" {in_model} in the model"
             )
         if owner != digest_of_rest(model):
             raise StoreError(f"{path} belongs to a model with other weights")
+
         ends = {name: entry["data_offsets"][1] for name, entry in wanted.items()}
         expected = 8 + length + max(ends.values(), default=0)
         if size != expected:
@@ -121,11 +132,13 @@ class Store:
                 f"{path} has {size} bytes, and {expected} were written: it is cut, or something was"
                 " added"
             )
+
         with open(self.file, "rb", closefd=False) as file:
             file.seek(8 + length)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != content:
             raise StoreError(f"{path} is damaged: its content is not what was written")
+
         first = {name: 8 + length + entry["data_offsets"][0] for name, entry in wanted.items()}
         return {
             (layer, e): (first[f"{layer}.{e}.w_in_DF"], 8 + length + ends[f"{layer}.{e}.w_out_FD"])
@@ -135,16 +148,16 @@ class Store:
 
 
 def write_store(path: Path, model: nn.Module, read: Read | None = None) -> None:
-    """Write the experts of a model; the file is complete or absent.
+    """Write the experts of a model into a store. The file is complete or absent.
 
-    model: gives names and shapes; its weights too if `read` is None, and otherwise it may be on the
-    meta device. One layer's experts are in memory at a time, and are read twice: for the digest,
+    model: gives names and shapes. If `read` is None it gives the weights too, else it may be on the
+    meta device. One layer's experts are in memory at a time. They are read twice: for the digest,
     and for the file.
     """
     if read is None:
         read = dict(model.named_parameters()).__getitem__
-    layers = expert_layers(model)
-    shapes, stack = _shapes(layers), lru_cache(maxsize=2)(read)  # the two weights of one layer
+    shapes = _shapes(expert_layers(model))
+    stack = lru_cache(maxsize=2)(read)  # the two weights of one layer
 
     def expert(name: str) -> Tensor:
         layer, e, weight = name.rsplit(".", 2)
@@ -164,22 +177,24 @@ def write_store(path: Path, model: nn.Module, read: Read | None = None) -> None:
 
 
 def expert_layers(model: nn.Module) -> dict[str, Experts]:
-    """Returns the Experts modules of a model by name. Raises ValueError if it has none, or a rank's
-    share of them."""
+    """Return the Experts modules of a model by name.
+
+    Raises ValueError if the model has none, or only a rank's share of them.
+    """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     if not layers:
-        raise ValueError("the model has no routed experts that are not offloaded yet")
+        raise ValueError("The model has no routed experts that are not offloaded yet.")
     for name, experts in layers.items():
         if len(experts.expert_ids) < experts.num_experts:
             raise ValueError(
-                f"{name} holds experts {experts.expert_ids}, allowed: all {experts.num_experts}, on"
-                " one rank"
+                f"{name} holds experts {experts.expert_ids} of {experts.num_experts}. A store needs"
+                " a model with all experts, on one rank."
             )
     return layers
 
 
 def digest_of_rest(model: nn.Module, read: Read | None = None) -> str:
-    """Returns a digest of the names and bytes of all parameters that are no routed expert's."""
+    """Return a digest of the names and bytes of all parameters that are no routed expert's."""
     inside = tuple(f"{layer}." for layer in expert_layers(model))
     digest = hashlib.sha256()
     for name, p in sorted(model.named_parameters()):
@@ -190,7 +205,7 @@ def digest_of_rest(model: nn.Module, read: Read | None = None) -> str:
 
 
 def _shapes(layers: Mapping[str, Experts]) -> dict[str, Tensor]:
-    """Returns each weight's shape and dtype by its name in the store, in the order of the data."""
+    """Return each weight's shape and dtype by its name in the store, in the order of the data."""
     shapes = dict[str, Tensor]()
     for layer, experts in layers.items():
         for e in experts.expert_ids:

@@ -1,9 +1,8 @@
-"""Evaluates a checkpoint of a run from top to bottom: test split, perplexity, tasks. Every rank
-calls `evaluate`.
+"""Evaluate a checkpoint of a run: test split, perplexity, tasks. Every rank calls `evaluate`.
 
 Rank 0 reads data, text and tasks before other ranks start. Ranks share the experts and not the
-batches (runs/evaluate/scoring.py), so the results do not depend on their number. They are kept at
-W&B and in evaluation.json, which has an entry for each checkpoint.
+batches (runs/evaluate/scoring.py), so the results do not depend on the number of ranks. They are
+kept at W&B and in evaluation.json, which has an entry for each checkpoint.
 """
 
 import json
@@ -48,16 +47,15 @@ from scmoe.training.run.machine import is_rank_zero
 from scmoe.training.run.resume import Which, config_of, find_checkpoint
 
 FILE = "evaluation.json"
-Found = dict[str, Any]
+Results = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to evaluate: the arguments of `scmoe evaluate`. tasks: None: those made from the text,
-    if there is one.
+    """What to evaluate: the arguments of `scmoe evaluate`.
 
-    folder: of tasks. text: None: the test split. stride: None: half the context. limit: None: all
-    questions.
+    tasks: None: those made from the text, if there is one. folder: of tasks. text: None: the test
+    split. stride: None: half the context. limit: None: all questions.
     """
 
     which: Which = "last"
@@ -70,7 +68,10 @@ class Request:
 
 
 class Material(NamedTuple):
-    """What rank 0 has read. text: None for images. stride: of the sliding window."""
+    """What rank 0 has read.
+
+    text: None for images. stride: of the sliding window.
+    """
 
     data: PositionedDataModule
     text: Text | None
@@ -79,24 +80,28 @@ class Material(NamedTuple):
 
 
 def read_material(config: Config, weights: Path, request: Request) -> Material:
-    """Open data, text and tasks. ConfigError: one is missing, or has no meaning for this run or its
-    weights."""
-    data, seq_len = build_datamodule(config), config.data.seq_len
+    """Open data, text and tasks.
+
+    Raises ConfigError if one is missing, or has no meaning for this run or its weights.
+    """
+    data = build_datamodule(config)
+    seq_len = config.data.seq_len
     prepare_data(data, weights)
     if kept_data(data, weights) not in (None, data.identity()["data"]):
         warn_once(
-            "the data are not those of the training, so the split test may hold what was trained on"
+            "The data are not those of the training, so the split test may contain training data."
         )
+
     if not isinstance(data, TextDataModule):
-        given = {
+        options = {
             "--text": request.text,
             "--tasks": request.tasks,
             "--data": request.folder,
             "--limit": request.limit,
         }
         if not isinstance(data, SequenceDataModule):
-            given["--stride"] = request.stride
-        if unused := [name for name, value in given.items() if value not in (None, ())]:
+            options["--stride"] = request.stride
+        if unused := [name for name, value in options.items() if value not in (None, ())]:
             raise ConfigError(
                 f"{unused[0]} needs a run on text; this one has data.name={config.data.name}."
             )
@@ -105,6 +110,7 @@ def read_material(config: Config, weights: Path, request: Request) -> Material:
         raise ConfigError(f"--stride is {stride}, allowed: 1 to {seq_len}, the run's data.seq_len")
     if request.limit is not None and request.limit < 1:
         raise ConfigError(f"--limit is {request.limit}, allowed: 1 or more")
+
     text = open_text(data, request.text) if isinstance(data, SequenceDataModule) else None
     tasks = read_tasks(text, request) if text and isinstance(data, TextDataModule) else []
     if request.limit is not None and not tasks:
@@ -116,8 +122,10 @@ def read_material(config: Config, weights: Path, request: Request) -> Material:
 
 
 def read_tasks(text: Text, request: Request) -> list[Task | Registered]:
-    """Return the tasks that are asked for. ConfigError: one or its data is not there, or lm-eval is
-    not installed."""
+    """Return the tasks of the request.
+
+    Raises ConfigError if one or its data is missing, or lm-eval is not installed.
+    """
     names = tuple(OWN_TASKS) if request.tasks is None else request.tasks
     if request.folder is not None and OWN_TASKS.keys() >= set(names):
         raise ConfigError(
@@ -126,24 +134,24 @@ def read_tasks(text: Text, request: Request) -> list[Task | Registered]:
         )
     if names:
         require("--tasks (other than none)", "lm_eval")
-    files = (
-        {}
-        if request.folder is None
-        else {file.stem: file for file in request.folder.glob("*.jsonl")}
-    )
+
+    files: dict[str, Path] = {}
+    if request.folder is not None:
+        files = {file.stem: file for file in request.folder.glob("*.jsonl")}
     registered: dict[str, Registered] = {}
     if others := [name for name in names if name not in OWN_TASKS and name not in files]:
-        from scmoe.runs.evaluate.lm_eval_adapter import (
-            load_registered,
-        )  # here, as it needs the extra `eval`
+        # imported here, as it needs the extra `eval`
+        from scmoe.runs.evaluate.lm_eval_adapter import load_registered
 
         registered = load_registered(others, request.folder)
     tasks: list[Task | Registered] = []
     for name in names:
         if name in OWN_TASKS:
             tasks.append(OWN_TASKS[name](text.documents, text.name))
+        elif name in files:
+            tasks.append(read_task(files[name]))
         else:
-            tasks.append(read_task(files[name]) if name in files else registered[name])
+            tasks.append(registered[name])
     return tasks
 
 
@@ -152,51 +160,51 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
 
     Raises ConfigError for what cannot be evaluated, before another rank starts.
     """
-    checkpoint = find_checkpoint(
-        run_dir, request.which, UNREAD
-    )  # verified where it is loaded, by each rank a share
-    config = config_without_training(
-        partial(config_of, run_dir, checkpoint), checkpoint, request.overrides
-    )
-    read_results(run_dir)  # its refusal, before other ranks start
-    of_run = config_of(
-        run_dir, checkpoint, [*named(request.overrides, "logger"), *named(request.overrides)]
-    )
-    material = (
-        read_material(with_batch_of_a_rank(config, of_run), checkpoint, request)
-        if is_rank_zero()
-        else None
-    )
-    module, trainer = start_ranks(config, checkpoint)
-    device, plugin, model = trainer.strategy.root_device, trainer.precision_plugin, module.model
+    # The checkpoint is verified where it is loaded, by each rank a share.
+    checkpoint = find_checkpoint(run_dir, request.which, UNREAD)
+    read_config = partial(config_of, run_dir, checkpoint)
+    config = config_without_training(read_config, checkpoint, request.overrides)
+    read_results(run_dir)  # so that a damaged file is refused before other ranks start
+    overrides_of_run = [*named(request.overrides, "logger"), *named(request.overrides)]
+    of_run = config_of(run_dir, checkpoint, overrides_of_run)
+    material = None
+    if is_rank_zero():
+        material = read_material(with_batch_of_a_rank(config, of_run), checkpoint, request)
 
-    def work(forward: Forward) -> Found:
+    module, trainer = start_ranks(config, checkpoint)
+    model = module.model
+    device = trainer.strategy.root_device
+    plugin = trainer.precision_plugin
+
+    def work(forward: Forward) -> Results:
         assert material is not None
         scorer = Scorer(forward, config.data.seq_len, device)
-        found = measure(scorer, model, material, request.limit)
-        found["test"]["capacity_factor"] = config.moe.capacity_factor
-        return found
+        results = measure(scorer, model, material, request.limit)
+        results["test"]["capacity_factor"] = config.moe.capacity_factor
+        return results
 
-    def of_its_dtype(inputs: Tensor, mask: Tensor | None, *rest: Any) -> Any:
+    def in_its_dtype(inputs: Tensor, mask: Tensor | None, *rest: Any) -> Any:
         return model(plugin.convert_input(inputs), mask, *rest)
 
+    padding = padding_of(config, device)
     with ending_together(trainer), torch.inference_mode(), plugin.val_step_context():
-        found = run_on_rank_zero(
-            work, of_its_dtype, padding_of(config, device), module.parallel_context
-        )
-    if found is None:
+        results = run_on_rank_zero(work, in_its_dtype, padding, module.parallel_context)
+    if results is None:
         return None
+
     manifest = read_manifest(checkpoint)
-    found["step"], files = manifest["step"], json.dumps(manifest["files"], sort_keys=True)
-    keep_results(run_dir, checkpoint.name, found, weights=sha256(files.encode()).hexdigest()[:16])
-    log_to_wandb(run_dir, of_run, found)
+    results["step"] = manifest["step"]
+    files = json.dumps(manifest["files"], sort_keys=True)
+    digest = sha256(files.encode()).hexdigest()[:16]
+    keep_results(run_dir, checkpoint.name, results, weights=digest)
+    log_to_wandb(run_dir, of_run, results)
     return {
         "run_dir": str(relative(run_dir)),
         "which": request.which,
         "checkpoint": checkpoint.name,
-        "test_loss": found["test"]["loss"],
-        "perplexity": found["text"] and found["text"]["perplexity"],
-        **found,
+        "test_loss": results["test"]["loss"],
+        "perplexity": results["text"] and results["text"]["perplexity"],
+        **results,
     }
 
 
@@ -207,11 +215,12 @@ def with_batch_of_a_rank(config: Config, of_run: Config) -> Config:
     Where a batch changes no result, it has about BATCH_TOKENS tokens, so that its logits need less
     memory.
     """
-    data, trainer, moe = config.data, config.trainer, config.moe
-    batch = data.global_batch_size // (
-        trainer.accumulate * of_run.trainer.devices * of_run.trainer.num_nodes
-    )
-    if (moe.capacity_factor is None or moe.architecture == "dense") and data.name not in IMAGES:
+    data = config.data
+    trainer = config.trainer
+    ranks = of_run.trainer.devices * of_run.trainer.num_nodes
+    batch = data.global_batch_size // (trainer.accumulate * ranks)
+    no_capacity = config.moe.capacity_factor is None or config.moe.architecture == "dense"
+    if no_capacity and data.name not in IMAGES:
         batch = min(batch, BATCH_TOKENS // data.seq_len)
     return replace(
         config,
@@ -224,39 +233,37 @@ def padding_of(config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return inputs and mask of a batch of one token, or one picture, that is no real sample."""
     mask = torch.zeros(1, dtype=torch.bool, device=device)
     if config.data.name in IMAGES:
-        return (
-            torch.zeros(1, 3, config.data.image_size, config.data.image_size, device=device),
-            mask,
-        )
+        size = config.data.image_size
+        return torch.zeros(1, 3, size, size, device=device), mask
     return torch.zeros(1, 1, dtype=torch.int64, device=device), mask[None]
 
 
-def measure(scorer: Scorer, model: nn.Module, material: Material, limit: int | None) -> Found:
+def measure(scorer: Scorer, model: nn.Module, material: Material, limit: int | None) -> Results:
     """Return the results: {"test", "text", "tasks"}."""
     data, text = material.data, material.text
-    found: Found = {"test": score_test_split(scorer, data), "text": None, "tasks": {}}
+    results: Results = {"test": score_test_split(scorer, data), "text": None, "tasks": {}}
     if text is None:
-        return found
+        return results
+
     assert isinstance(data, SequenceDataModule)
     with dropless(model):  # under a capacity a score would depend on the other texts of its batch
-        found["text"] = score_text(scorer, text, material.stride, data.splits.token_bytes_V)
+        results["text"] = score_text(scorer, text, material.stride, data.splits.token_bytes_V)
         if material.tasks:
-            from scmoe.runs.evaluate.lm_eval_adapter import (
-                ModelOfRun,
-                ask,
-            )  # here, as it needs the extra `eval`
+            # imported here, as it needs the extra `eval`
+            from scmoe.runs.evaluate.lm_eval_adapter import ModelOfRun, ask
 
             assert isinstance(data, TextDataModule)
-            for (
-                task
-            ) in material.tasks:  # each alone, so that no score depends on which others are asked
-                found["tasks"] |= ask(ModelOfRun(scorer, data.tokenizer), task, limit)
-    return found
+            # Each task is asked alone, so that no score depends on which others are asked.
+            for task in material.tasks:
+                results["tasks"] |= ask(ModelOfRun(scorer, data.tokenizer), task, limit)
+    return results
 
 
 def read_results(run_dir: Path) -> dict[str, Any]:
-    """Return what earlier evaluations have found, by checkpoint. ConfigError: the file is no JSON
-    object."""
+    """Return the results of earlier evaluations by checkpoint.
+
+    Raises ConfigError if the file is no JSON object.
+    """
     path = run_dir / FILE
     try:
         kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -271,32 +278,35 @@ def read_results(run_dir: Path) -> dict[str, Any]:
     return kept
 
 
-def keep_results(run_dir: Path, checkpoint: str, found: Mapping[str, Any], weights: str) -> None:
+def keep_results(run_dir: Path, checkpoint: str, results: Results, weights: str) -> None:
     """Merge the results for a checkpoint into evaluation.json: texts and tasks by name, everything
     else as a whole.
 
-    weights: a digest of the checkpoint. A run that was resumed from an earlier step has another one
-    of the same name, whose results replace those of the first."""
-    kept, text = read_results(run_dir), found["text"]
+    weights: a digest of the checkpoint. A run that was resumed from an earlier step has another
+    checkpoint of the same name, whose results replace those of the first.
+    """
+    kept = read_results(run_dir)
     earlier = kept.get(checkpoint, {})
     if earlier.get("weights", weights) != weights:
         earlier = {}
-    texts = {**earlier.get("texts", {}), **({text["text"]: text} if text else {})}
-    tasks = {**earlier.get("tasks", {}), **found["tasks"]}
-    one = {
-        "step": found["step"],
+    texts = dict(earlier.get("texts", {}))
+    if text := results["text"]:
+        texts[text["text"]] = text
+    kept[checkpoint] = {
+        "step": results["step"],
         "weights": weights,
-        "test": found["test"],
+        "test": results["test"],
         "texts": texts,
-        "tasks": tasks,
+        "tasks": {**earlier.get("tasks", {}), **results["tasks"]},
     }
-    kept[checkpoint] = one
     try_to_write_json(run_dir / FILE, kept)
 
 
-def log_to_wandb(run_dir: Path, config: Config, found: Mapping[str, Any]) -> None:
-    """Log the numbers in the run's own W&B run, if it has one. An error of W&B is one warning.
-    config: the run's."""
+def log_to_wandb(run_dir: Path, config: Config, results: Results) -> None:
+    """Log the numbers in the W&B run of this run, if it has one. An error of W&B is one warning.
+
+    config: the run's.
+    """
     if not (run_dir / "wandb_run.json").exists() or wandb_mode(config) == "disabled":
         return
     if read_state(run_dir) == "running":  # a second client would replace its rows
@@ -307,43 +317,39 @@ def log_to_wandb(run_dir: Path, config: Config, found: Mapping[str, Any]) -> Non
         return
     try:
         logger = wandb_logger(run_dir, config)
-        logger.log_metrics(metrics_of(found), found["step"])
+        logger.log_metrics(metrics_of(results), results["step"])
         close_loggers([logger])
-    except (
-        Exception
-    ) as error:  # the client raises errors of any kind, and the results are in the file
+    except Exception as error:
+        # The client raises errors of any kind, and the results are in the file.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         warn_once(
             f"Weights & Biases does not receive the evaluation: {reason}; it is in {run_dir / FILE}"
         )
 
 
-def metrics_of(found: Mapping[str, Any]) -> dict[str, float]:
+def metrics_of(results: Results) -> dict[str, float]:
     """Return the numbers of an evaluation under flat names."""
-    metrics = {
-        f"eval/test_{key}": found["test"][key]
-        for key in ("loss", "accuracy")
-        if key in found["test"]
-    }
-    if found["text"]:
-        metrics["eval/perplexity"] = found["text"]["perplexity"]
-    return metrics | {f"eval/{name}": task["accuracy"] for name, task in found["tasks"].items()}
+    test = results["test"]
+    metrics = {f"eval/test_{key}": test[key] for key in ("loss", "accuracy") if key in test}
+    if results["text"]:
+        metrics["eval/perplexity"] = results["text"]["perplexity"]
+    for name, task in results["tasks"].items():
+        metrics[f"eval/{name}"] = task["accuracy"]
+    return metrics
 
 
-def shown(found: Mapping[str, Any]) -> list[str | Table]:
+def shown(results: Mapping[str, Any]) -> list[str | Table]:
     """Return lines and a table that show the results of one evaluation, with their conditions."""
-    test, text = found["test"], found["text"]
-    rest = (
-        f"accuracy {test['accuracy']:.2%}"
-        if "images" in test
-        else f"{test['bits_per_byte']:.4f} bits per byte"
-    )
-    number = f"{test['images']:,} images" if "images" in test else f"{test['tokens']:,} tokens"
-    capacity = (
-        "dropless"
-        if test["capacity_factor"] is None
-        else f"capacity factor {test['capacity_factor']:g}"
-    )
+    test, text = results["test"], results["text"]
+    if "images" in test:
+        rest = f"accuracy {test['accuracy']:.2%}"
+        number = f"{test['images']:,} images"
+    else:
+        rest = f"{test['bits_per_byte']:.4f} bits per byte"
+        number = f"{test['tokens']:,} tokens"
+    capacity = "dropless"
+    if test["capacity_factor"] is not None:
+        capacity = f"capacity factor {test['capacity_factor']:g}"
     parts: list[str | Table] = [
         f"split {test['split']}: loss {test['loss']:.4f}, {rest} ({number}, {capacity})"
     ]
@@ -353,8 +359,8 @@ def shown(found: Mapping[str, Any]) -> list[str | Table]:
             f"{text['text']}: perplexity {text['perplexity']:.2f} ({text['tokens']:,} tokens,"
             f" {how})"
         )
-    if found["tasks"]:
-        parts.append(tasks_table(found["tasks"]))
+    if results["tasks"]:
+        parts.append(tasks_table(results["tasks"]))
     return parts
 
 
@@ -364,9 +370,8 @@ def tasks_table(tasks: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table("task", *columns, Column(no_wrap=True), box=box.SIMPLE_HEAD, pad_edge=False)
     for name, task in tasks.items():
         interval = "" if task["interval"] is None else "{:.3f} to {:.3f}".format(*task["interval"])
-        guesses = (
-            "" if task[key] is None else f"{task[key]:.3f}" for key in ("chance", "one_answer")
-        )
+        guesses = [task["chance"], task["one_answer"]]
+        guesses = ["" if guess is None else f"{guess:.3f}" for guess in guesses]
         questions = "" if task["questions"] is None else f"{task['questions']:,} of {task['of']:,}"
         table.add_row(
             name, f"{task['accuracy']:.3f}", interval, *guesses, questions, task["verdict"]

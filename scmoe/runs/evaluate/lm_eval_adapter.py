@@ -1,8 +1,8 @@
-"""Lets lm-eval (extra `eval`) ask the questions of a task, and the model of a run answer them.
+"""lm-eval (extra `eval`) asks the questions of a task, and the model of a run answers them.
 
-Own tasks are handed over as objects in memory, so nothing is looked up or downloaded. Those of
-lm-eval are loaded by name, with data from the Hugging Face hub or its cache. Contexts begin with
-the end of text, as documents do in training; a context that is too long loses its beginning.
+Our tasks are passed as objects in memory, so nothing is looked up or downloaded. Tasks of lm-eval
+are loaded by name, with data from the Hugging Face hub or its cache. Contexts begin with the end of
+text, as documents do in training. A context that is too long loses its beginning.
 """
 
 import logging
@@ -30,13 +30,13 @@ from scmoe.inference.sampling import Stopping
 from scmoe.runs.evaluate.scoring import Scorer, batches
 from scmoe.runs.evaluate.tasks import OWN_TASKS, Registered, Task
 
-# Means of ones and zeros; the first one that a task of lm-eval has judges it.
+# Metrics that are means of ones and zeros. The first one that a task of lm-eval has judges it.
 OF_ONES = ("acc", "acc_norm", "acc_mutual_info", "exact_match")
 CONFIDENCE = 0.95
 
 
 class Prompt(NamedTuple):
-    """ids: what the model reads. stopping: where the text that it writes ends."""
+    """What the model reads, and where the text that it writes ends."""
 
     ids: list[int]
     stopping: Stopping
@@ -51,7 +51,8 @@ class ModelOfRun(LM):
 
     def __init__(self, scorer: Scorer, tokenizer: Tokenizer) -> None:
         super().__init__()
-        self.scorer, self.tokenizer = scorer, tokenizer
+        self.scorer = scorer
+        self.tokenizer = tokenizer
 
     def loglikelihood(
         self, requests: list[Instance], *_: Any, **__: Any
@@ -60,10 +61,8 @@ class ModelOfRun(LM):
         return [(score.log_likelihood, score.greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance], *_: Any, **__: Any) -> list[float]:
-        return [
-            score.log_likelihood
-            for score in self.scorer([self.ids_of("", *request.args) for request in requests])
-        ]
+        scores = self.scorer([self.ids_of("", *request.args) for request in requests])
+        return [score.log_likelihood for score in scores]
 
     def generate_until(self, requests: list[Instance], *_: Any, **__: Any) -> list[str]:
         prompts = [self.prompt(*request.args) for request in requests]
@@ -77,21 +76,25 @@ class ModelOfRun(LM):
         """Return the end of text and the last ids of a context, as many as leave room for the new
         tokens.
 
-        ConfigError: the task samples, or its answers do not fit into the model's context."""
-        longest, end = self.scorer.context, self.tokenizer.end_of_text
+        Raises ConfigError if the task samples, or its answers do not fit into the model's context.
+        """
+        longest = self.scorer.context
+        end = self.tokenizer.end_of_text
         how: Any = normalize_gen_kwargs(asked, min(DEFAULT_MAX_GEN_TOKS, longest // 2))
-        new, strings = how["max_gen_toks"], tuple(stop for stop in how["until"] if stop)
+        new = how["max_gen_toks"]
+        strings = tuple(stop for stop in how["until"] if stop)
         if how["do_sample"]:
             raise ConfigError(
                 "A task of --tasks samples its answers, which is not supported. Leave it out."
             )
         if new >= longest:
             raise ConfigError(
-                f"A task of --tasks wants {new} new tokens, but data.seq_len is {longest}. Leave it"
+                f"A task of --tasks needs {new} new tokens, but data.seq_len is {longest}. Leave it"
                 " out."
             )
         stopping = Stopping(new, frozenset({end}), strings, self.tokenizer.decode)
-        return Prompt([end, *self.tokenizer.encode(context).tolist()][new - longest :], stopping)
+        ids = [end, *self.tokenizer.encode(context).tolist()]
+        return Prompt(ids[new - longest :], stopping)
 
     def write(self, prompts: Sequence[Prompt]) -> list[str]:
         """Return the likeliest continuation of each prompt, token by token, before its first stop
@@ -122,27 +125,30 @@ class ModelOfRun(LM):
         because a token of a word includes the space before it.
         """
         stripped = context.rstrip(" ")
-        whole = self.tokenizer.encode(context + continuation)
-        begin = min(len(self.tokenizer.encode(stripped)), max(0, len(whole) - 1))
-        return np.r_[self.tokenizer.end_of_text, whole], 1 + begin
+        ids = self.tokenizer.encode(context + continuation)
+        begin = min(len(self.tokenizer.encode(stripped)), max(0, len(ids) - 1))
+        return np.r_[self.tokenizer.end_of_text, ids], 1 + begin
 
 
 def ask(model: ModelOfRun, task: Task | Registered, limit: int | None) -> dict[str, dict[str, Any]]:
-    """Return the accuracy of a model in the first `limit` questions of a task; of a group's tasks,
-    and of the group.
+    """Return the results of a model in the first `limit` questions of a task. A group of lm-eval
+    has results for each of its tasks, and for the group.
 
-    accuracy: the metric `judged_by`, which may be another than an accuracy in a task of lm-eval.
-    interval: None where it is no mean of ones and zeros, or of a group. chance, one_answer: as in
+    accuracy: the metric `judged_by`, which need not be an accuracy in a task of lm-eval. interval:
+    None where the metric is no mean of ones and zeros, or of a group. chance, one_answer: as in
     Task; None where they are not known.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its advice is for its own command line
-    loaded: Any = (
-        {"tasks": {task.name: as_lm_eval_task(task)}} if isinstance(task, Task) else task.loaded
-    )
+    loaded: Any
+    if isinstance(task, Task):
+        loaded = {"tasks": {task.name: as_lm_eval_task(task)}}
+    else:
+        loaded = task.loaded
     answered: Any = lm_eval.evaluate(
         lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False
     )
-    found: dict[str, dict[str, Any]] = {}
+
+    results: dict[str, dict[str, Any]] = {}
     for name, result in answered["results"].items():
         numbers = {
             key: value
@@ -159,7 +165,7 @@ def ask(model: ModelOfRun, task: Task | Registered, limit: int | None) -> dict[s
         judge = task.metric if isinstance(task, Task) else min(metrics, key=rank_of)
         counts = answered["n-samples"].get(name, {"effective": None, "original": None})
         is_mean = counts["effective"] and rank_of(judge) < len(OF_ONES)
-        found[name] = {
+        results[name] = {
             "accuracy": metrics[judge],
             "interval": interval_of(metrics[judge], counts["effective"]) if is_mean else None,
             "chance": None,
@@ -172,11 +178,14 @@ def ask(model: ModelOfRun, task: Task | Registered, limit: int | None) -> dict[s
             **metrics,
         }
     if isinstance(task, Task):
-        asked, known = task._replace(questions=task.questions[:limit]), found[task.name]
-        known |= {"chance": asked.chance, "one_answer": asked.one_answer, "from": task.origin}
-        low, high = known["interval"]
-        known["verdict"] = verdict(low, high, asked.chance, asked.one_answer)
-    return found
+        asked = task._replace(questions=task.questions[:limit])
+        result = results[task.name]
+        result["chance"] = asked.chance
+        result["one_answer"] = asked.one_answer
+        result["from"] = task.origin
+        low, high = result["interval"]
+        result["verdict"] = verdict(low, high, asked.chance, asked.one_answer)
+    return results
 
 
 def rank_of(metric: str) -> int:
@@ -186,36 +195,33 @@ def rank_of(metric: str) -> int:
 
 
 def interval_of(mean: float, number: int) -> list[float]:
-    """Return where the true mean of `number` ones and zeros is with 95 % confidence (binomial,
-    Clopper and Pearson)."""
+    """Return the 95 % confidence interval of a mean of `number` ones and zeros (binomial, Clopper
+    and Pearson)."""
     bounds = binomtest(round(mean * number), number).proportion_ci(CONFIDENCE)
     return [float(bounds.low), float(bounds.high)]
 
 
 def verdict(low: float, high: float, chance: float, one_answer: float | None = None) -> str:
-    """Say on which side of chance an interval lies; above it means above always giving the same
-    answer, too."""
-    return (
-        "above chance"
-        if low > max(chance, one_answer or 0)
-        else "below chance"
-        if high < chance
-        else "at chance"
-    )
+    """Return on which side of chance an interval lies. "above chance" also means above the best
+    constant answer."""
+    if low > max(chance, one_answer or 0):
+        return "above chance"
+    return "below chance" if high < chance else "at chance"
 
 
 def as_lm_eval_task(task: Task) -> ConfigurableTask:
-    """Return a task as lm-eval takes it: without examples before a question, and a space before
-    what follows."""
+    """Return a task as lm-eval takes it: without examples before a question, and with a space
+    before the choice."""
     rows = [
         {"context": q.context, "choices": [*q.choices], "gold": q.gold, "end": q.end}
         for q in task.questions
     ]
-    beginnings = (
-        task.questions[0].end is not None
-    )  # lm-eval then expects the answer as text and the end as target
-    text, target = ("gold", "end") if beginnings else ("context", "gold")
-    metrics = ["acc"] if beginnings else ["acc", "acc_norm", *{task.metric} - {"acc", "acc_norm"}]
+    if task.questions[0].end is None:
+        text, target = "context", "gold"
+        metrics = ["acc", "acc_norm", *{task.metric} - {"acc", "acc_norm"}]
+    else:  # choices are beginnings: lm-eval expects the answer as text and the end as target
+        text, target = "gold", "end"
+        metrics = ["acc"]
     config = {
         "task": task.name,
         "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
@@ -237,22 +243,21 @@ def load_registered(names: Sequence[str], folder: Path | None) -> dict[str, Regi
     """Return tasks of the YAML files of a folder, or of lm-eval itself, whose list takes some
     seconds to read.
 
-    ConfigError: there is no such task, it runs code that it generates, or lm-eval cannot load it or
-    its data.
+    Raises ConfigError if there is no such task, if it runs code that the model writes, or if
+    lm-eval cannot load it or its data.
     """
     for quiet in ("lm_eval", "huggingface_hub"):
         logging.getLogger(quiet).setLevel(logging.ERROR)
     manager = TaskManager(include_path=folder, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=folder)
-    found = {}
+
+    registered = {}
     for name in names:
         if name not in manager.all_tasks:
-            where = (
-                f"a file {name}.jsonl in the folder of --data"
-                if folder is None
-                else f"{folder / name}.jsonl"
-            )
+            where = f"a file {name}.jsonl in the folder of --data"
+            if folder is not None:
+                where = f"{folder / name}.jsonl"
             near = get_close_matches(name, [*OWN_TASKS, *manager.all_tasks], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             allowed = f"cloze, next_sentence, {where}, a task of lm-eval ('lm-eval ls tasks')"
@@ -266,11 +271,10 @@ def load_registered(names: Sequence[str], folder: Path | None) -> dict[str, Regi
                 " Hugging Face hub, or from its cache on this machine; or give them as"
                 f" {name}.jsonl in the folder of --data."
             ) from error
-        if unsafe := [
-            task for task, it in loaded["tasks"].items() if getattr(it, "UNSAFE_CODE", False)
-        ]:
+        tasks = loaded["tasks"].items()
+        if unsafe := [task for task, it in tasks if getattr(it, "UNSAFE_CODE", False)]:
             raise ConfigError(
                 f"The task {unsafe[0]} of --tasks runs code that the model writes. Leave it out."
             )
-        found[name] = Registered(name, loaded)
-    return found
+        registered[name] = Registered(name, loaded)
+    return registered

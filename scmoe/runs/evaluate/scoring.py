@@ -1,5 +1,5 @@
-"""Scores a model on rank 0: the log-likelihood of a text or of an answer, and the loss of the whole
-test split.
+"""Scores of a model on rank 0: the log-likelihood of a text or of an answer, and the loss of the
+whole test split.
 
 Sequences are usually longer than the model's context, so windows slide over them. Each token is
 scored once, in a window that shows the model at least `context - stride` of the tokens before it,
@@ -27,16 +27,15 @@ from scmoe.datamodules.text import TextDataModule
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.modules import cross_entropy_sum
 
-BATCH_TOKENS = (
-    2048  # of a batch, padding included: with a vocabulary of 50,000 its logits take 0.4 GB
-)
+# Tokens of a batch, padding included. With a vocabulary of 50,000 its logits take 0.4 GB.
+BATCH_TOKENS = 2048
 TEST_SPLIT = "test split"
 END, PASS, GO_ON = range(3)  # what rank 0 announces
 GO_ON_S = 1.0  # between announcements of the last kind
 T = TypeVar("T")
+# Computes the model's output for (inputs, mask, and what else it reads). Its first entry is the
+# logits.
 Forward = Callable[..., Any]
-"""Computes the model's output for (inputs, mask, and what else it reads): its first entry is the
-logits."""
 
 
 def run_on_rank_zero(
@@ -53,18 +52,20 @@ def run_on_rank_zero(
 
     padding: inputs and mask of the smallest batch without any real sample. An error of `work` is
     raised on rank 0, and the other ranks return. Between passes `work` may take longer than a
-    collective's timeout: a thread of rank 0 then says again and again that it goes on.
+    collective's timeout, so a thread of rank 0 announces at intervals that it goes on.
     """
     if context.rank != 0:
-        while (said := _announce(context)) != END:
-            if said == PASS:
+        while (announced := _announce(context)) != END:
+            if announced == PASS:
                 model(*padding)
         return None
+
     others_wait = True  # for the next announcement
-    announcing, ended = threading.Lock(), threading.Event()
+    announcing = threading.Lock()
+    ended = threading.Event()
 
     def go_on() -> None:
-        with suppress(RuntimeError):  # a rank has died: the next announcement raises it, too
+        with suppress(RuntimeError):  # a rank has died: the next announcement raises the same error
             while not ended.wait(GO_ON_S):
                 with announcing:
                     if others_wait and not ended.is_set():
@@ -91,12 +92,12 @@ def run_on_rank_zero(
 
 
 def _announce(context: ParallelContext, what: int = END) -> int:
-    """Return on every rank `what` of rank 0: END, PASS or GO_ON."""
+    """Return rank 0's `what` on every rank: END, PASS or GO_ON."""
     if context.world_size == 1:
         return what
-    said = torch.tensor([what], dtype=torch.uint8)
-    dist.broadcast(said, src=0, group=context.control_group)
-    return int(said)
+    announced = torch.tensor([what], dtype=torch.uint8)
+    dist.broadcast(announced, src=0, group=context.control_group)
+    return int(announced)
 
 
 class Window(NamedTuple):
@@ -108,7 +109,10 @@ class Window(NamedTuple):
 
 
 class Score(NamedTuple):
-    """log_likelihood: in nats. greedy: each scored token was the likeliest."""
+    """The score of some tokens.
+
+    log_likelihood: in nats. greedy: each scored token was the likeliest.
+    """
 
     log_likelihood: float
     num_tokens: int
@@ -117,7 +121,7 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores sequences of token ids. context: tokens that the model reads at most."""
+    """Score sequences of token ids. context: tokens that the model reads at most."""
 
     forward: Forward
     context: int
@@ -126,29 +130,27 @@ class Scorer:
     def __call__(
         self, sequences: Sequence[tuple[np.ndarray, int]], stride: int | None = None
     ) -> list[Score]:
-        """Return a score for each (ids, first): that of ids[first:], given what is before; first is
-        1 or more.
+        """Return a score for each (ids, first): that of ids[first:], given what is before.
 
-        stride: tokens that a further window scores at most; None: the whole context, the fewest
-        windows.
+        first: 1 or more. stride: tokens that a further window scores at most; None: the whole
+        context, the fewest windows.
         """
-        log_likelihoods, greedy = np.zeros(len(sequences)), np.ones(len(sequences), bool)
         windows = [
             (i, window)
             for i, (ids, first) in enumerate(sequences)
             for window in windows_of(len(ids), first, self.context, stride or self.context)
         ]
+        log_likelihoods = np.zeros(len(sequences))
+        greedy = np.ones(len(sequences), bool)
         for batch in batches(windows, lambda pair: pair[1].stop - pair[1].start):
-            nats_B, likeliest_B = self.score(
-                [sequences[i][0] for i, _ in batch], [window for _, window in batch]
-            )
+            ids_of_batch = [sequences[i][0] for i, _ in batch]
+            nats_B, likeliest_B = self.score(ids_of_batch, [window for _, window in batch])
             for (i, _), nats, likeliest in zip(batch, nats_B, likeliest_B, strict=True):
                 log_likelihoods[i] -= nats
                 greedy[i] &= likeliest
-        counts = [len(ids) - first for ids, first in sequences]
         return [
-            Score(float(x), n, bool(g))
-            for x, n, g in zip(log_likelihoods, counts, greedy, strict=True)
+            Score(float(log_likelihoods[i]), len(ids) - first, bool(greedy[i]))
+            for i, (ids, first) in enumerate(sequences)
         ]
 
     def score(
@@ -158,16 +160,15 @@ class Scorer:
         the likeliest."""
         longest = max(window.stop - window.start for window in windows) - 1
         inputs_BS = torch.zeros(len(ids), longest, dtype=torch.int64)
-        labels_BS, mask_BS = (
-            torch.full_like(inputs_BS, IGNORE),
-            torch.zeros_like(inputs_BS, dtype=torch.bool),
-        )
+        labels_BS = torch.full_like(inputs_BS, IGNORE)
+        mask_BS = torch.zeros_like(inputs_BS, dtype=torch.bool)
         for row, (tokens, (start, first, stop)) in enumerate(zip(ids, windows, strict=True)):
-            inputs_BS[row, : stop - 1 - start] = torch.from_numpy(tokens[start : stop - 1])
-            labels_BS[row, first - 1 - start : stop - 1 - start] = torch.from_numpy(
-                tokens[first:stop]
-            )
-            mask_BS[row, : stop - 1 - start] = True
+            length = stop - 1 - start
+            scored = torch.from_numpy(tokens[first:stop])
+            inputs_BS[row, :length] = torch.from_numpy(tokens[start : stop - 1])
+            labels_BS[row, first - 1 - start : length] = scored
+            mask_BS[row, :length] = True
+
         labels_BS = labels_BS.to(self.device)
         logits_BSV = self.forward(inputs_BS.to(self.device), mask_BS.to(self.device))[0]
         wide_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
@@ -189,9 +190,12 @@ def windows_of(num_tokens: int, first: int, context: int, stride: int) -> Iterat
 
 
 def batches(items: Iterable[T], length: Callable[[T], int]) -> Iterator[Sequence[T]]:
-    """Cut items into batches of about BATCH_TOKENS with padding: the longest first, so there is
-    little padding."""
-    ordered, start = sorted(items, key=length, reverse=True), 0
+    """Yield batches of about BATCH_TOKENS tokens, padding included.
+
+    The longest items come first, so that there is little padding.
+    """
+    ordered = sorted(items, key=length, reverse=True)
+    start = 0
     while start < len(ordered):
         size = max(1, BATCH_TOKENS // length(ordered[start]))
         yield ordered[start : start + size]
@@ -206,19 +210,27 @@ def score_test_split(scorer: Scorer, data: PositionedDataModule) -> dict[str, An
     experts have the run's own capacity. Images have two splits: there the test split is the one of
     validation, whole.
     """
-    of_text, device = isinstance(data, SequenceDataModule), scorer.device
-    nats, hits, targets, num_bytes = 0.0, 0, 0, 0
+    is_text = isinstance(data, SequenceDataModule)
+    device = scorer.device
+    nats = 0.0
+    hits = 0
+    targets = 0
+    num_bytes = 0
     for batch in data.test_dataloader():
-        inputs, labels = batch["input_ids" if of_text else "images"], batch["labels"]
-        mask = batch["padding_mask"] if of_text else labels != IGNORE
+        labels = batch["labels"]
+        if is_text:
+            inputs, mask = batch["input_ids"], batch["padding_mask"]
+            num_bytes += int(batch["num_bytes"].sum())
+        else:
+            inputs, mask = batch["images"], labels != IGNORE
         logits_NC = scorer.forward(inputs.to(device), mask.to(device))[0].flatten(0, -2)
         labels_N = labels.flatten().to(device)
         nats += cross_entropy_sum(logits_NC, labels_N).item()
         hits += int((logits_NC.argmax(-1) == labels_N).sum())
         targets += int((labels_N != IGNORE).sum())
-        num_bytes += int(batch["num_bytes"].sum()) if of_text else 0
+
     loss = nats / targets
-    if of_text:
+    if is_text:
         return {
             "split": "test",
             "loss": loss,
@@ -230,8 +242,11 @@ def score_test_split(scorer: Scorer, data: PositionedDataModule) -> dict[str, An
 
 @dataclass(frozen=True)
 class Text:
-    """A text as tokens. The first is not scored: the end of text, as before each document, where
-    there is one."""
+    """A text as tokens.
+
+    The first token is not scored. It is the end of text, as before each document, if the tokenizer
+    has one.
+    """
 
     name: str
     ids: np.ndarray
@@ -241,17 +256,17 @@ class Text:
 def open_text(data: SequenceDataModule, file: Path | None) -> Text:
     """Return the test split (of synthetic tokens too), or a UTF-8 file as one document.
 
-    ConfigError: the file cannot be read, or has no words.
+    Raises ConfigError if the file cannot be read, or has no words.
     """
     test = np.asarray(data.splits.tokens["test"][:], np.int64)
     if not isinstance(data, TextDataModule):
         return Text(TEST_SPLIT, test, [])
     end = data.tokenizer.end_of_text
     if file is None:
-        documents = (part[part != end] for part in np.split(test, np.flatnonzero(test == end) + 1))
-        return Text(
-            TEST_SPLIT, np.r_[end, test], [data.tokenizer.decode(part) for part in documents]
-        )
+        parts = np.split(test, np.flatnonzero(test == end) + 1)
+        documents = [data.tokenizer.decode(part[part != end]) for part in parts]
+        return Text(TEST_SPLIT, np.r_[end, test], documents)
+
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -271,10 +286,8 @@ def score_text(
     stride: tokens that a window scores; it shows at least context - stride tokens before each.
     """
     (score,) = scorer([(text.ids, 1)], stride)
-    loss, num_bytes = (
-        -score.log_likelihood / score.num_tokens,
-        int(token_bytes_V[text.ids[1:]].sum()),
-    )
+    loss = -score.log_likelihood / score.num_tokens
+    num_bytes = int(token_bytes_V[text.ids[1:]].sum())
     return {
         "text": text.name,
         "loss": loss,
