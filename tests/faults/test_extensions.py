@@ -16,6 +16,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS
 from scmoe.training.run.resume import Resumed
+from scmoe.training.run.start import Start
 from scmoe.training.run.train import open_run
 from tests.support.commands import Done, command_here
 
@@ -119,7 +120,9 @@ def train_and_use(rank: int, world_size: int, folder: Path) -> None:
     assert (resumed.code, done()) == (0, "called with 8"), resumed.err
     (checkpoint,) = (folder / "runs/latest/checkpoints").glob("step=3.ckpt")
     stopped = open_run(
-        load("configs/debug.yaml", named), (), Resumed(folder / "runs/latest", checkpoint, None)
+        Start.of(load("configs/debug.yaml", named)),
+        (),
+        Resumed(folder / "runs/latest", checkpoint, None),
     )
     with pytest.raises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as err, stopped:
         raise SystemExit

@@ -17,6 +17,7 @@ from scmoe.training.assembly.trainer import cpu_threads
 from scmoe.training.run import machine
 from scmoe.training.run.loggers import wandb_mode
 from scmoe.training.run.machine import check_machine, is_rank_zero
+from scmoe.training.run.start import Start
 from tests.support.commands import called
 from tests.support.exports import dense, export
 
@@ -65,7 +66,7 @@ def test_a_run_that_needs_more_memory_than_there_is_is_refused_by_the_limit_that
     assert number_in(line, r"a rank needs about (\S+) GiB") > number_in(line, r"(\S+) GiB are free")
     line = refusal(tmp_path, "trainer.max_memory_gib=0.1")
     needed = number_in(line, r"trainer\.max_memory_gib=(\S+) starts it anyway")
-    check_machine(load("configs/debug.yaml", [f"trainer.max_memory_gib={needed}"]))
+    check_machine(Start.of(load("configs/debug.yaml", [f"trainer.max_memory_gib={needed}"])))
 
 
 def test_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
@@ -98,7 +99,7 @@ def test_a_step_of_hours_is_refused_by_the_limit_that_lifts(tmp_path):
     long = ("data.seq_len=1000000", "trainer.max_memory_gib=1000")
     line = refusal(tmp_path, *long)
     seconds = number_in(line, r"trainer\.max_step_s=(\S+) starts it anyway")
-    check_machine(load("configs/debug.yaml", [*long, f"trainer.max_step_s={seconds}"]))
+    check_machine(Start.of(load("configs/debug.yaml", [*long, f"trainer.max_step_s={seconds}"])))
 
 
 # ---------------------------------------------------------------------- devices and launchers

