@@ -1,5 +1,4 @@
-"""Checks a configuration against this machine, before its data is prepared and another process is
-started.
+"""Checks of a configuration against this machine, before data is prepared and processes start.
 
 What is the same on every machine is checked in config/rules.py. `keep_freed_memory` sets how this
 process uses memory.
@@ -39,20 +38,17 @@ LAUNCHERS: dict[str, type[ClusterEnvironment]] = {
     "torchrun": TorchElasticEnvironment,
     "SLURM": SLURMEnvironment,
 }
-OF_NODE = (
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "NODE_RANK",
-)  # without a launcher, how the machines of a job find each other
-THREAD_FLOPS, GPU_FLOPS = (
-    1e10,
-    1e13,
-)  # a second, of a CPU thread and of a GPU: less than most of them do
+# Without a launcher, the machines of a job find each other by these variables.
+OF_NODE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+# FLOP/s of a CPU thread and of a GPU; most of them do more.
+THREAD_FLOPS = 1e10
+GPU_FLOPS = 1e13
 FEW_THREADS = 64  # which any machine can start, however few cores it has
 MEMINFO = Path("/proc/meminfo")
 ROUNDED_UP = 1.005  # so that three digits are not less than the number
 PROCESS_GIB = 0.3  # of a process with torch and Lightning, on a CPU
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+M_TRIM_THRESHOLD = -1  # of mallopt(3)
+M_MMAP_THRESHOLD = -3
 NEVER = 2**31 - 1  # bytes; a C int
 
 
@@ -68,15 +64,13 @@ def is_rank_zero() -> bool:
 
 
 def check_machine(start: Start) -> None:
-    """Raise ConfigError if this machine cannot run the configuration, or not within the limits of
-    memory and time.
+    """Raise ConfigError if this machine cannot run the training within the limits of memory and
+    time.
 
     Rank 0 alone checks folders and free memory: they can change while the other ranks start.
     """
-    from scmoe.training.run.loggers import (
-        check_wandb_key,
-        wandb_mode,
-    )  # here: benches run without W&B
+    # Imported here, as benches run without W&B.
+    from scmoe.training.run.loggers import check_wandb_key, wandb_mode
 
     config = start.config
     wandb_mode(config)
@@ -91,12 +85,12 @@ def check_machine(start: Start) -> None:
 
 
 def check_devices(config: Config) -> None:
-    """Raise ConfigError for devices or ranks that are not here."""
+    """Raise ConfigError if devices or ranks are missing here."""
     refuse(config, _packages, _devices, _launcher)
 
 
 def check_resident(config: Config) -> None:
-    """Raise ConfigError for experts that are not on the device, where nothing would fetch them."""
+    """Raise ConfigError if experts would not be on the device, as nothing fetches them here."""
     if config.offload.way != "resident":
         only = "resident; only `generate` offloads experts"
         raise ConfigError(f"offload.way is {show(config.offload.way)}, allowed here: {only}")
@@ -118,7 +112,8 @@ def _packages(config: Config) -> Refusals:
 
 
 def _devices(config: Config) -> Refusals:
-    trainer, gpus = config.trainer, torch.cuda.device_count()
+    trainer = config.trainer
+    gpus = torch.cuda.device_count()
     if trainer.accelerator == "gpu" and not gpus:
         yield "trainer.accelerator", "auto | cpu, as there is no GPU here"
     most = max(os.cpu_count() or 1, FEW_THREADS)
@@ -153,10 +148,11 @@ def _launcher(config: Config) -> Refusals:
             return
     missing = [name for name in OF_NODE if name not in os.environ]
     if trainer.num_nodes > 1 and missing:
-        alone = (
-            f"1, or start it with torchrun or srun, or set {' and '.join(missing)} on every machine"
+        variables = " and ".join(missing)
+        yield (
+            "trainer.num_nodes",
+            f"1, or start it with torchrun or srun, or set {variables} on every machine",
         )
-        yield "trainer.num_nodes", alone
 
 
 def _folders(config: Config) -> Refusals:
@@ -173,9 +169,8 @@ def why_not_writable(folder: Path) -> str | None:
     could."""
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        with tempfile.TemporaryFile(
-            dir=existing
-        ):  # the permission bits say nothing to root or on a full disk
+        # Permission bits say nothing about root or a full disk.
+        with tempfile.TemporaryFile(dir=existing):
             return None
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         return str(error)
@@ -215,8 +210,7 @@ def check_size(start: Start) -> None:
 
 
 def free_gib(config: Config) -> float:
-    """Return a rank's share of what is free: its GPU, or a part of this machine's memory within its
-    container."""
+    """Return the free GiB of a rank: its GPU's, or its share of this machine's or container's."""
     devices = config.trainer.devices
     if has_gpus(config):
         return min(torch.cuda.get_device_properties(i).total_memory for i in range(devices)) / GIB

@@ -22,7 +22,7 @@ from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, rea
 from scmoe.training.assembly.data import build_datamodule, prepare_data
 from scmoe.training.assembly.model import build_module, initial_weights
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
-from scmoe.training.callbacks.progress import KeptConfig
+from scmoe.training.callbacks.kept_config import KeptConfig
 from scmoe.training.run.directory import (
     create_run_dir,
     refuse_running,
