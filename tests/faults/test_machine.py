@@ -263,9 +263,7 @@ def test_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared(tmp
 )
 def test_a_malformed_server_is_refused_unless_wandb_is_off(url, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", url)
-    assert f"WANDB_BASE_URL is {url!r}, allowed: such as https://" in refusal(
-        tmp_path, "logger.mode=offline"
-    )
+    assert f"WANDB_BASE_URL is {url!r}" in refusal(tmp_path, "logger.mode=offline")
     assert wandb_mode(load("configs/debug.yaml", ["logger.mode=disabled"])) == "disabled"
 
 

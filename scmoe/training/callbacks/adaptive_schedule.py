@@ -175,6 +175,6 @@ def what_ran(choices: list[LayerChoice], overlap: Overlap, backend: str) -> str:
             hidden.append(f"{direction} not measurable, perhaps the machine is busy ({percent})")
     return (
         f"ran: {backend}, {', '.join(ran)} (slot x chunks): {measured_ms:.1f} ms of all MoE windows"
-        f" a step, predicted {predicted_ms:.1f}; communication, as a share of the time without overlap:"
-        f" {', '.join(hidden)}"
+        f" a step, predicted {predicted_ms:.1f}; communication, as a share of the time without"
+        f" overlap: {', '.join(hidden)}"
     )

@@ -67,7 +67,7 @@ def train(
     than 0.
 
     resumed: the run to continue; None starts a new run. A run that is done is not touched. quiet:
-    print neither the config nor the summary, as where the run directory will not be kept.
+    print neither the config nor the summary, for example where the run directory is temporary.
     """
     start = Start.of(config)
     config = start.config
@@ -100,10 +100,11 @@ def train(
             if directory is not None and resumed is not None:
                 set_aside(directory, [resumed.checkpoint])
                 error.add_note(
-                    "the damaged checkpoint is set aside: resume again to go on from the one"
-                    " before it"
+                    "The damaged checkpoint is set aside. Resume again to go on from the one before"
+                    " it."
                 )
             raise
+
         summary = summarise(trainer, module, data)
         if directory is not None:
             summary = {"run_dir": str(relative(directory)), **summary}
@@ -112,6 +113,7 @@ def train(
         if directory is not None:
             load = directory / "analysis" / "expert_load.png"
             log_results(loggers, trainer.global_step, samples, load, trainer.checkpoint_callbacks)
+
     if directory is None or not trainer.is_global_zero:
         return None
     if not quiet:
@@ -186,26 +188,28 @@ def open_run(
 
 
 def how_to_continue(config: Config, run_dir: Path) -> str:
+    """Return the command that resumes the run, or that there is nothing to resume."""
     saved = checkpoints(run_dir / "checkpoints")
     command = scmoe("resume", relative(run_dir), *words(config.extensions, config.callbacks))
     return f"to continue: {command}" if saved else "no step was saved, start it again"
 
 
 def doubts(config: Config, data: PositionedDataModule) -> Iterator[str]:
-    """Yield what a user has hardly meant, although it can be run."""
-    warmup, steps = config.optim.warmup_steps, config.trainer.max_steps
+    """Yield a warning for each setting that runs but is probably a mistake."""
+    warmup = config.optim.warmup_steps
+    steps = config.trainer.max_steps
     if warmup > steps and not config.trainer.fast_dev_run:
         yield (
             f"optim.warmup_steps is {warmup} and trainer.max_steps {steps}: the rate never reaches"
             " optim.lr"
         )
     if isinstance(data, TextDataModule) and data.tokenizer_kind == "bpe":
-        found = data.tokenizer.vocab_size
-        if found < data.vocab_size:
-            unused = f"the last {data.vocab_size - found} rows of the embedding are never trained"
+        num_tokens = data.tokenizer.vocab_size
+        if num_tokens < data.vocab_size:
             yield (
-                f"data.vocab_size is {data.vocab_size}, but this text gives a tokenizer of {found}"
-                f" tokens: {unused}"
+                f"data.vocab_size is {data.vocab_size}, but this text gives a tokenizer of"
+                f" {num_tokens} tokens: the last {data.vocab_size - num_tokens} rows of the"
+                " embedding are never trained"
             )
 
 
@@ -214,13 +218,16 @@ def silence_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
-        # tokens come from a memory map: workers would only cost memory
+        # Tokens come from a memory map: workers would only cost memory.
         ".*does not have many workers.*",
-        ".*dataloader is not resumable.*",  # it is: the sampler starts at the datamodule's position
-        # these values are already equal on all ranks
+        # It is resumable: the sampler starts at the datamodule's position.
+        ".*dataloader is not resumable.*",
+        # These values are already equal on all ranks.
         ".*recommended to use `self.log.*sync_dist=True.*",
-        ".*isinstance.treespec, LeafSpec.*",  # a deprecation in torch that only Lightning can fix
-        ".*is not empty.*",  # the directories of a resumed run
+        # A deprecation in torch that only Lightning can fix.
+        ".*isinstance.treespec, LeafSpec.*",
+        # The directories of a resumed run.
+        ".*is not empty.*",
         ".*number of.*batches.*logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)
