@@ -172,17 +172,17 @@ SLURM = {
         (
             {**TORCHRUN, "WORLD_SIZE": "2"},
             [],
-            "trainer.devices is 1, allowed: .* as torchrun has started: .*\\(2\\)",
+            "trainer.devices is 1.*torchrun has started .*\\(2\\)",
         ),
         (
             SLURM,
             ["trainer.devices=2"],
-            "trainer.devices is 2, allowed: .* as SLURM has started: .*ntasks-per-node=4",
+            "trainer.devices is 2.*SLURM has started .*ntasks-per-node=4",
         ),
         (
             {},
             ["trainer.num_nodes=2"],
-            "trainer.num_nodes is 2, allowed: 1, or .* MASTER_ADDR and MASTER_PORT and NODE",
+            "trainer.num_nodes is 2.* MASTER_ADDR and MASTER_PORT and NODE",
         ),
         (
             {"MASTER_ADDR": "a", "MASTER_PORT": "1"},
@@ -226,10 +226,7 @@ def test_a_folder_that_cannot_be_written_is_refused(key, tmp_path):
     text = "data.name=sotu", "data.vocab_size=300"
     for folder in ("/proc/nowhere", str(tmp_path / "file" / "below")):
         line = refusal(tmp_path, *text, f"{key}={folder}")
-        assert (
-            f"{key} is '{folder[:40]}" in line
-            and ", allowed: a folder that can be written: " in line
-        )
+        assert f"{key} is '{folder[:40]}" in line and "This folder cannot be written: " in line
 
 
 def test_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared(tmp_path):

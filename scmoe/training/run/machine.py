@@ -25,7 +25,7 @@ from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import IMAGES
-from scmoe.config.rules import Refusals, refuse
+from scmoe.config.rules import Advice, Refusals, refuse
 from scmoe.footprint.memory import rank_memory
 from scmoe.footprint.model_cost import forward_flops, training_flops
 from scmoe.lightning.seam import rank_without_trainer
@@ -102,13 +102,11 @@ def _packages(config: Config) -> Refusals:
     known = inspect.signature(Trainer).parameters
     for name in sorted(config.trainer.extra.keys() - known):
         near = get_close_matches(name, known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        yield "trainer.extra", f"arguments of Lightning's Trainer; {name} is not one{hint}"
+        hint = f" Did you mean {near[0]}?" if near else ""
+        yield "trainer.extra", Advice(f"Lightning's Trainer has no argument {name}.{hint}")
     if config.logger.tensorboard and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
-        yield (
-            "logger.tensorboard",
-            "false, as TensorBoard is not installed: " + install_command("tensorboard"),
-        )
+        command = install_command("tensorboard")
+        yield "logger.tensorboard", f"false, as TensorBoard is not installed: {command}"
 
 
 def _devices(config: Config) -> Refusals:
@@ -120,15 +118,14 @@ def _devices(config: Config) -> Refusals:
     if (trainer.threads or 1) > most:
         yield "trainer.threads", f"null or at most {most} on this machine"
     if has_gpus(config) and trainer.devices > gpus:
-        yield (
-            "trainer.devices",
-            f"at most {gpus}, the GPUs of this machine, or trainer.accelerator=cpu",
-        )
+        here = f"at most {gpus}, the GPUs of this machine"
+        yield "trainer.devices", f"{here}, or any with trainer.accelerator=cpu"
     if has_gpus(config) and config.strategy.reductions == "paced":
         yield "strategy.reductions", "null | ddp on a GPU, whose all-reduces the host cannot pace"
 
 
 def has_gpus(config: Config) -> bool:
+    """Return whether the ranks run on GPUs of this machine."""
     return config.trainer.accelerator != "cpu" and torch.cuda.is_available()
 
 
@@ -141,18 +138,15 @@ def _launcher(config: Config) -> Refusals:
             try:
                 launcher().validate_settings(trainer.devices, trainer.num_nodes)
             except ValueError as error:
-                yield (
-                    "trainer.devices",
-                    f"with trainer.num_nodes, as many ranks as {name} has started: {error}",
-                )
+                other = f"{name} has started another number of ranks: {error}"
+                yield "trainer.devices", Advice(other)
             return
+
     missing = [name for name in OF_NODE if name not in os.environ]
     if trainer.num_nodes > 1 and missing:
         variables = " and ".join(missing)
-        yield (
-            "trainer.num_nodes",
-            f"1, or start it with torchrun or srun, or set {variables} on every machine",
-        )
+        how = f"Start it with torchrun or srun, or set {variables} on every machine."
+        yield "trainer.num_nodes", Advice(how)
 
 
 def _folders(config: Config) -> Refusals:
@@ -161,7 +155,7 @@ def _folders(config: Config) -> Refusals:
         folders["data.cache_dir"] = config.data.cache_dir
     for key, folder in folders.items():
         if (why := why_not_writable(Path(folder))) is not None:
-            yield key, f"a folder that can be written: {why}"
+            yield key, Advice(f"This folder cannot be written: {why}")
 
 
 def why_not_writable(folder: Path) -> str | None:
