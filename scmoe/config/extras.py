@@ -1,5 +1,4 @@
-"""This installation: how a user calls `scmoe`, and how to install packages that only some verbs
-need."""
+"""This installation: how a user calls `scmoe` and installs packages that only some verbs need."""
 
 import os
 import shlex
@@ -24,19 +23,17 @@ EXTRAS = {  # extra: modules
     "eval": ("lm_eval",),
     "hf": ("transformers",),
 }
-CHECKOUT = (
-    Path(__file__).parents[2] / "pyproject.toml"
-)  # absent where scmoe is installed from a wheel
+CHECKOUT = Path(__file__).parents[2] / "pyproject.toml"  # a wheel has none
 
 
 def require(purpose: str, *modules: str) -> None:
-    """Raise ConfigError, in one line, unless all modules are installed. purpose: what needs them."""
+    """Raise ConfigError unless all modules are installed. purpose: what needs them."""
     if absent := [module for module in modules if find_spec(module) is None]:
         raise ConfigError(f"{purpose} needs {', '.join(absent)}: {install_command(*absent)}")
 
 
 def explained(error: ModuleNotFoundError) -> ConfigError | None:
-    """Return the error with the command that installs the module; None for a module of no extra."""
+    """Return the error with the command that installs the module; None: no extra has the module."""
     module = (error.name or "").partition(".")[0]
     known = any(module in modules for modules in EXTRAS.values())
     return ConfigError(f"{error}: {install_command(module)}") if known else None
@@ -47,7 +44,7 @@ def install_command(*modules: str) -> str:
 
     Without a checkout it names the extras' packages, since no package index has scmoe.
     """
-    extras = sorted({extra for extra, theirs in EXTRAS.items() if {*theirs} & {*modules}})
+    extras = sorted({extra for extra, members in EXTRAS.items() if {*members} & {*modules}})
     if CHECKOUT.is_file():
         return f"pip install -e '.[{','.join(extras)}]'"
     try:
@@ -68,11 +65,12 @@ def scmoe(*words: object) -> str:
     if program is None:
         return shlex.join(map(str, (nearby(Path(sys.executable)), "-m", "scmoe", *words)))
     on_path = shutil.which("scmoe")
-    found = on_path is not None and Path(on_path).resolve() == program.resolve()
-    return shlex.join(map(str, ("scmoe" if found else nearby(program), *words)))
+    is_on_path = on_path is not None and Path(on_path).resolve() == program.resolve()
+    return shlex.join(map(str, ("scmoe" if is_on_path else nearby(program), *words)))
 
 
 def nearby(path: Path) -> Path:
+    """Return the path relative to the current folder, if it lies in it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
@@ -90,5 +88,5 @@ def own_program() -> Path | None:
     listed = [
         file for file in installed.files or () if file.name == "scmoe" and file.parent.name == "bin"
     ]
-    places = [Path(os.path.normpath(str(installed.locate_file(file)))) for file in listed]
-    return next((place for place in places if place.exists()), None)
+    programs = [Path(os.path.normpath(str(installed.locate_file(file)))) for file in listed]
+    return next((program for program in programs if program.exists()), None)

@@ -1,5 +1,5 @@
-"""Defines the configuration: one tree of frozen dataclasses, each field with type, default, unit
-and range.
+"""Defines the configuration: a tree of frozen dataclasses, whose fields have types, defaults, units
+and ranges.
 
 `training/assembly/` is the only reader. `rules.py` says which values fit together, `load.py` fills
 the tree from YAML and the command line, `leaves.py` walks it, `help.py` prints it.
@@ -11,10 +11,15 @@ from typing import Any, Literal
 from scmoe.config.leaves import Range, option
 from scmoe.config.registry import ARCHITECTURES, DATASETS, FAMILIES, OPTIMIZERS, ROUTERS
 
-COUNT, COUNT_OR_0 = Range(1, 2**31 - 1), Range(0, 2**31 - 1)
-WIDTH, IDS, PIXELS = Range(1, 2**17), Range(1, 2**24), Range(1, 2**14)
-SHARE, BELOW_1 = Range(0, 1), Range(0, 1, "most")
-WEIGHT, ABOVE_0 = Range(0, 1000), Range(0, 1e6, "least")
+COUNT = Range(1, 2**31 - 1)
+COUNT_OR_0 = Range(0, 2**31 - 1)
+WIDTH = Range(1, 2**17)
+IDS = Range(1, 2**24)
+PIXELS = Range(1, 2**14)
+SHARE = Range(0, 1)
+BELOW_1 = Range(0, 1, "most")
+WEIGHT = Range(0, 1000)
+ABOVE_0 = Range(0, 1e6, "least")
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class ModelConfig:
     family: str = option("gpt", "model family", names=FAMILIES.names)
     layers: int = option(
         4,
-        "blocks; a pair is Block-MLP + Block-MoE. swin: of stage 3; others have 2",
+        "blocks; a pair is Block-MLP + Block-MoE. swin: blocks of stage 3; other stages have 2",
         Range(1, 1000),
     )
     dim: int = option(
@@ -124,15 +129,15 @@ class MoEConfig:
     )
     rows: Literal["auto", "filled", "slots", "buffers"] = option(
         "auto",
-        "which rows are sent; filled: filled slots only; slots: all slots of the capacity; buffers:"
-        " dropless, a buffer for each rank, dropless_ceiling times its fair share, where the host"
-        " waits for no GPU of compute capability 9 or 10 in bf16; auto: filled without a capacity"
-        " or with trainer.accelerator=cpu, else slots",
+        "rows that are sent; filled: filled slots only; slots: all slots of the capacity; buffers:"
+        " dropless, a buffer of dropless_ceiling x its fair share for each rank, so that the host"
+        " need not wait for the GPU (compute capability 9 or 10, bf16); auto: filled without a"
+        " capacity or with trainer.accelerator=cpu, else slots",
     )
     overflow: Literal["drop", "refuse"] = option(
         "drop",
-        "rows=buffers: drop copies beyond a buffer and count them, or raise an error after the"
-        " step",
+        "rows=buffers: copies that do not fit into a buffer are dropped and counted, or are an"
+        " error after the step",
     )
     dropless_ceiling: float | None = option(
         None,
@@ -147,8 +152,8 @@ class MoEConfig:
     )
     bias_rate: float | None = option(
         None,
-        "step of the selection bias over the score of equal logits; 0: it stays; null: the"
-        " router's own",
+        "step of the selection bias, over the score of equal logits; 0: constant bias; null: the"
+        " router's own step",
         SHARE,
     )
     renormalise: bool = option(
@@ -157,7 +162,7 @@ class MoEConfig:
     )
     noisy: bool = option(False, "add noise to the gate's logits in training (Eq. 4)")
     balanced_routing: bool = option(
-        False, "deal tokens to experts in turn: a bound for speed, not a model"
+        False, "assign tokens to experts in turn: a bound for speed, not a model"
     )
     load_balance_coef: float = option(0.01, "weight of the load-balance loss", WEIGHT)
     z_loss_coef: float = option(0.0, "weight of the router z-loss", WEIGHT)
@@ -173,8 +178,8 @@ class ScheduleConfig:
     )
     inside_attention: bool = option(
         False,
-        "run the experts inside the attention after the slot, before its output projection; slot"
-        " null: the last",
+        "run the experts inside the attention after the slot, before its output projection; the"
+        " last attention where slot is null",
     )
     chunks: int | None = option(
         None, "pipelined chunks of the MoE stream; null: 1 or auto's choice", Range(1, 1024)
@@ -187,7 +192,7 @@ class DataConfig:
     path: str | None = option(
         None,
         "text: a file or folder; hf: name of a Hugging Face data set; fashion_mnist: a folder,"
-        " null: the one of Debian's package; image_folder: a folder with train/CLASS and val/CLASS",
+        " null: that of Debian's package; image_folder: a folder with train/CLASS and val/CLASS",
     )
     subset: str | None = option(None, "hf: configuration of the data set")
     tokenizer: str = option(
@@ -216,8 +221,8 @@ class DataConfig:
     workers: int = option(0, "data-loading processes per rank", Range(0, 64))
     on_error: Literal["raise", "skip"] = option(
         "raise",
-        "files that cannot be read: raise an error, or skip them (of images, take the next) and"
-        " count them",
+        "files that cannot be read: raise an error, or skip and count them (images: take the next"
+        " one)",
     )
     cache_dir: str = option(".cache", "folder of token caches and tokenizers")
 
@@ -226,12 +231,12 @@ class DataConfig:
 class OptimConfig:
     name: str = option(
         "adamw",
-        "muon: for matrices, each expert's by itself, AdamW for others",
+        "muon: Muon for matrices, each expert's on its own, and AdamW for others",
         names=OPTIMIZERS.names,
     )
     lr: float = option(
         1e-3,
-        "peak learning rate; muon: of both, as updates are scaled to AdamW's",
+        "peak learning rate; muon: of Muon too, whose updates are scaled to AdamW's size",
         Range(0, 1, "least"),
     )
     min_lr_ratio: float = option(0.1, "final learning rate, as a share of the peak", SHARE)
@@ -271,12 +276,14 @@ class TrainerConfig:
     )
     max_memory_gib: float | None = option(
         None,
-        "a run does not start if a rank is estimated to need more, GiB; null: its share of what is"
-        " free",
+        "limit of a rank's estimated memory in GiB, above which no run starts; null: its share of"
+        " the free memory",
         ABOVE_0,
     )
     max_step_s: float = option(
-        600.0, "estimated seconds of a step above which no run starts; docs/faults.md", ABOVE_0
+        600.0,
+        "limit of a step's estimated seconds, above which no run starts; docs/faults.md",
+        ABOVE_0,
     )
     early_stopping: int | None = option(
         None, "end after this many validations without a new best; null: never", COUNT
@@ -284,7 +291,7 @@ class TrainerConfig:
     save_top_k: int = option(1, "checkpoints of the best validations that are kept", COUNT_OR_0)
     limit_train_batches: int | None = option(
         None,
-        "end after so many batches, with the learning rate of all max_steps; null: no limit",
+        "end after this many batches, with the learning rates of all max_steps; null: no limit",
         COUNT,
     )
     limit_val_batches: int | None = option(
@@ -293,17 +300,17 @@ class TrainerConfig:
         COUNT_OR_0,
     )
     overfit_batches: int | None = option(
-        None, "repeat the first so many batches; null: train on all data", COUNT
+        None, "train on this many first batches only, again and again; null: on all data", COUNT
     )
     fast_dev_run: bool = option(
-        False, "a trial: one step, one validation batch, no logger but metrics.csv"
+        False, "a short trial: one step, one validation batch, metrics.csv as the only logger"
     )
     profile_steps: str | None = option(
-        None, "A:B records steps A to B - 1 by torch.profiler on every rank, in traces/"
+        None, "A:B records steps A to B - 1 with torch.profiler on every rank, in traces/"
     )
     peak_tflops: float | None = option(
         None,
-        "TFLOP/s of one device at its best, for time/mfu; null: known GPUs in bf16, else no MFU",
+        "peak TFLOP/s of one device, for time/mfu; null: that of known GPUs in bf16, else no MFU",
         ABOVE_0,
     )
     extra: dict[str, Any] = option(
@@ -331,8 +338,8 @@ class StrategyConfig:
     )
     reductions: Literal["ddp", "paced"] | None = option(
         None,
-        "gradients: sent when a bucket is full, or in pieces after the rows; null: paced on CPUs,"
-        " ddp on GPUs",
+        "gradients are sent when a bucket is full (ddp), or in pieces after the rows (paced); null:"
+        " paced on CPUs, ddp on GPUs",
     )
     exchange: Literal["auto", "flat", "hierarchical"] = option(
         "auto",
@@ -344,8 +351,8 @@ class StrategyConfig:
     )
     dense: Literal["replicated", "sharded", "hybrid", "auto"] = option(
         "replicated",
-        "dense weights: on every rank; split over all ranks, or those of a node; auto: by a rank's"
-        " memory",
+        "dense weights: on every rank; split over all ranks; split over those of a node; auto:"
+        " chosen by a rank's memory",
     )
 
 
@@ -353,12 +360,13 @@ class StrategyConfig:
 class OffloadConfig:
     way: Literal["resident", "blocking", "determinate", "speculative"] = option(
         "resident",
-        "where experts are while text is generated: on the device, or fetched from a file;"
+        "experts while text is generated: on the device (resident), or fetched from a file;"
         " docs/offload.md",
     )
     slots: int | None = option(
         None,
-        "experts on the device, of all layers together; null: twice what a token needs of one",
+        "experts on the device, of all layers together; null: twice the experts that a token needs"
+        " of one layer",
         COUNT,
     )
     rate_mb_s: float | None = option(
@@ -377,7 +385,7 @@ class AnalysisConfig:
     )
     record_routing: int | None = option(
         None,
-        "optimizer steps between recorded ones, whose expert ids are kept in analysis/routing/",
+        "optimizer steps between two whose expert ids are recorded in analysis/routing/",
         COUNT,
     )
 
@@ -413,11 +421,11 @@ class Config:
     callbacks: dict[str, Any] = option(
         {}, "registered callbacks and their options: callbacks.my_callback.every=10"
     )
-    options: dict[str, Any] = option({}, "what your extensions read, such as options.my_option=3")
+    options: dict[str, Any] = option({}, "settings of your extensions: options.my_option=3")
     init_from: str | None = option(
         None,
-        "initial weights: hf:FOLDER (transformers) or scmoe:FILE (make export); dense into MoE:"
-        " upcycled",
+        "initial weights: hf:FOLDER (transformers) or scmoe:FILE (an export); a dense model is"
+        " upcycled into MoE",
     )
     model: ModelConfig = ModelConfig()
     moe: MoEConfig = MoEConfig()

@@ -22,7 +22,7 @@ CATALOGUE = {
 
 
 def help_text() -> str:
-    """Return every field with its type, default and meaning, in columns of together 120 characters."""
+    """Return every field with its type, default and meaning, in lines of 120 characters."""
     rows = [("key", "type", "default", "meaning")]
     rows += [(leaf.key, leaf.allowed, plain(leaf.value), leaf.help) for leaf in leaves(Config())]
     return "\n".join(line for row in rows for line in _lines(row))
@@ -31,20 +31,18 @@ def help_text() -> str:
 def catalogue() -> dict[str, list[tuple[str, str]]]:
     """Return what can be chosen: titles, and under each title pairs (how to choose it, what it is).
 
-    The first comment of a file says what it is.
+    What a file is stands in its first comment.
     """
     choices = {leaf.key: leaf.choices for leaf in leaves(Config())}
-    found: dict[str, list[tuple[str, str]]] = {"Configurations": [], "Sweeps": []}
+    titles: dict[str, list[tuple[str, str]]] = {"Configurations": [], "Sweeps": []}
     for name, path in shipped_and_own().items():
         title = "Sweeps" if name.startswith("configs/sweep/") else "Configurations"
-        found[title].append((name, _first_comment(path)))
-    found |= {
-        title: [(f"{key}={choice}", "") for choice in choices[key]]
-        for title, key in CATALOGUE.items()
-    }
+        titles[title].append((name, _first_comment(path)))
+    for title, key in CATALOGUE.items():
+        titles[title] = [(f"{key}={choice}", "") for choice in choices[key]]
     if CALLBACKS.names():
-        found["Callbacks"] = [(f"callbacks.{name}", "") for name in CALLBACKS.names()]
-    return found
+        titles["Callbacks"] = [(f"callbacks.{name}", "") for name in CALLBACKS.names()]
+    return titles
 
 
 def _lines(row: tuple[str, ...]) -> list[str]:
@@ -58,5 +56,6 @@ def _lines(row: tuple[str, ...]) -> list[str]:
 
 
 def _first_comment(path: Path) -> str:
+    """Return the first line of a file that is a comment, without its sign."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return next((line.lstrip("# ").rstrip() for line in lines if line.startswith("#")), "")

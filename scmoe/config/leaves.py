@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 
 class ConfigError(ValueError):
-    """An error in one line: where, which key, what was given, what is allowed."""
+    """An error in one line: what is wrong with which key, and what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
@@ -22,16 +22,21 @@ class Range(NamedTuple):
     without: Literal["least", "most"] | None = None
 
     def has(self, value: float) -> bool:
-        inside = self.least <= value <= self.most
-        return inside and (self.without is None or value != getattr(self, self.without))
+        """Return whether a value is one of the numbers."""
+        if self.without == "least":
+            return self.least < value <= self.most
+        if self.without == "most":
+            return self.least <= value < self.most
+        return self.least <= value <= self.most
 
     def __str__(self) -> str:
-        least, most = number(self.least), number(self.most)
-        forms = {
-            "least": f"above {least}, at most {most}",
-            "most": f"{least} or more, below {most}",
-        }
-        return forms.get(self.without or "", f"{least} to {most}")
+        least = number(self.least)
+        most = number(self.most)
+        if self.without == "least":
+            return f"above {least}, at most {most}"
+        if self.without == "most":
+            return f"{least} or more, below {most}"
+        return f"{least} to {most}"
 
 
 def number(value: float) -> str:
@@ -43,8 +48,8 @@ def number(value: float) -> str:
 
 
 def four_digits(value: float) -> str:
-    """Return a number with four digits; a large one with all digits before the point, and not as
-    8.6e+04."""
+    """Return a number with four digits; a large one with all digits before the point, as 86,000 and
+    not 8.6e+04."""
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:,.4g}"
 
 

@@ -28,9 +28,8 @@ from scmoe.config.leaves import ConfigError, leaves, show
 from scmoe.config.registry import import_extensions, named, refuse_kept
 from scmoe.config.rules import unread_position, validate
 
-SHIPPED = (
-    Path(__file__).parents[1] / "configs"
-)  # in a checkout a link, in an installed package a folder
+# In a checkout a link, in an installed package a folder.
+SHIPPED = Path(__file__).parents[1] / "configs"
 _LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
 _SECTIONS = {key.rpartition(".")[0] for key in _LEAVES if "." in key}
 _MAPPINGS = tuple(f"{leaf.key}." for leaf in _LEAVES.values() if leaf.type == dict[str, Any])
@@ -80,13 +79,13 @@ def _finished(tree: DictConfig, overrides: Sequence[str], source: str) -> Config
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
             raise ConfigError(
-                f"command line: {override!r} has no value, allowed: key=value or --key=value"
+                f"command line: {override!r} has no value. Write key=value or --key=value."
             )
         value = parse_yaml(text, f"command line: {key}")
         if "#" in text and (comment := _comment_in(text)):
             raise ConfigError(
-                f"command line: {key} ends with the comment {show(comment)}, allowed:"
-                f" {key}='\"...\"'"
+                f"command line: {key} ends with {show(comment)}, which YAML reads as a comment. If"
+                f" it belongs to the value, write {key}='\"...\"'."
             )
         _merge(tree, {key: value}, "command line")
     config = OmegaConf.to_object(tree)
@@ -100,7 +99,7 @@ def _finished(tree: DictConfig, overrides: Sequence[str], source: str) -> Config
 
 @cache
 def _defaults() -> DictConfig:
-    """Return the defaults as a tree that can be changed. A copy takes a quarter of the time of a
+    """Return the defaults as a tree. To change it, copy it: that takes a quarter of the time of a
     new one."""
     tree = OmegaConf.structured(Config)
     for section in _SECTIONS:  # OmegaConf makes a frozen dataclass read-only
@@ -120,43 +119,40 @@ def changes_to_yaml(config: Config) -> str:
     for leaf in leaves(config):
         if leaf.value != _LEAVES[leaf.key].value:
             *sections, name = leaf.key.split(".")
-            place = changed
+            mapping = changed
             for section in sections:
-                place = place.setdefault(section, {})
-            place[name] = leaf.value
+                mapping = mapping.setdefault(section, {})
+            mapping[name] = leaf.value
     return yaml.safe_dump(changed, sort_keys=False) if changed else ""
 
 
 def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> None:
     """Merge the files that a file extends, then the file. children: the chain of files that extend
     it."""
-    text, identity = (
-        read_text(path, f", which {children[-1]} extends" if children else ""),
-        path.resolve(),
-    )
+    text = read_text(path, f", which {children[-1]} extends" if children else "")
+    identity = path.resolve()
     if identity in children:
         raise ConfigError(f"{path}: extends itself: {' > '.join(map(str, (*children, identity)))}")
     parsed = parse_yaml(text, str(path))
-    if (
-        parsed == ""
-    ):  # a file that was cut off, or not saved yet: {} says that the defaults are meant
+    if parsed == "":  # it may have been cut off, or not saved yet
         raise ConfigError(
-            f"{path}: the file is empty; write at least one key, or {{}} for the defaults"
+            f"{path}: the file is empty. Write at least one key, or {{}} for the defaults."
         )
     mapping = _mapping(parsed, str(path))
     extends = mapping.pop("extends", [])
     parents = [extends] if isinstance(extends, str) else extends
     if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
-        raise ConfigError(f"{path}: extends is {show(extends)}, allowed: a path or a list of paths")
+        raise ConfigError(f"{path}: extends is {show(extends)}. Give a path or a list of paths.")
     for parent in parents:
         _merge_file(tree, find(parent, path.parent), (*children, identity))
     _merge(tree, mapping, str(path))
 
 
 def _mapping(value: Any, source: str) -> dict[str, Any]:
+    """Return what is parsed of a file. ConfigError: it is no mapping."""
     if not isinstance(value, dict):
         raise ConfigError(
-            f"{source}: the file is {show(value)}, allowed: a mapping of keys to values"
+            f"{source}: the file is {show(value)}. It must be a mapping of keys to values."
         )
     return value
 
@@ -165,21 +161,19 @@ def read_text(path: Path, extended: str = "") -> str:
     """Return the text of a configuration. extended: who extends it, for the error message."""
     try:
         return path.read_text(encoding="utf-8")
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # ValueError: bytes that are not UTF-8, a path with a null byte
-        hint = ""
-        if isinstance(error, FileNotFoundError):
-            paths = [
-                name.removeprefix("configs/").removesuffix(".yaml") for name in shipped_and_own()
-            ]
-            names = {Path(name).stem: name for name in paths}
-            near = "".join(
-                f"; did you mean {names[n]}?" for n in get_close_matches(path.stem, names, 1)
-            )
-            hint = f"{near}; {scmoe('list')} shows all names"
+    except FileNotFoundError as error:
+        hint = f"{_similar_name(path)}; {scmoe('list')} shows all names"
         raise ConfigError(f"{path}{extended}: cannot be read: {error}{hint}") from error
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a null byte
+        raise ConfigError(f"{path}{extended}: cannot be read: {error}") from error
+
+
+def _similar_name(path: Path) -> str:
+    """Return a question that suggests a configuration of a similar name; "" if there is none."""
+    paths = [name.removeprefix("configs/").removesuffix(".yaml") for name in shipped_and_own()]
+    names = {Path(name).stem: name for name in paths}
+    near = get_close_matches(path.stem, names, 1)
+    return f"; did you mean {names[near[0]]}?" if near else ""
 
 
 def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
@@ -300,18 +294,14 @@ def parse_yaml(text: str, source: str) -> Any:
             if isinstance(token, (yaml.TagToken, yaml.AnchorToken, yaml.AliasToken)):
                 line = token.start_mark.line + 1
                 raise ConfigError(
-                    f"{source}: line {line}: a tag (!), anchor (&) or alias (*), allowed: plain"
-                    " YAML"
+                    f"{source}: line {line}: tags (!), anchors (&) and aliases (*) are not allowed."
                 )
         value = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         raise ConfigError(
             f"{source}: line {error.problem_mark.line + 1}: bad YAML: {error.problem}"
         ) from error
-    except (
-        yaml.YAMLError,
-        RecursionError,
-    ) as error:  # forbidden characters; nesting that is too deep
+    except (yaml.YAMLError, RecursionError) as error:  # forbidden characters, too deep nesting
         raise ConfigError(f"{source}: bad YAML: {error}") from error
     return "" if value is None else value
 
@@ -338,7 +328,7 @@ def shipped_and_own() -> dict[str, Path]:
     """Return all configurations that `find` finds by name from the current folder:
     configs/quickstart.yaml, ..."""
     roots = (SHIPPED, Path("configs"))
-    found = {
+    files = {
         f"configs/{file.relative_to(root)}": file for root in roots for file in root.rglob("*.yaml")
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(files.items()))

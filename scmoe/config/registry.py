@@ -1,11 +1,11 @@
-"""Names that a configuration chooses by, and the functions they stand for.
+"""The names in a configuration, and the functions that they stand for.
 
     @scmoe.register_architecture("mine")
     def mine(config, context, parts): ...
 
-What comes with scmoe is registered in the same way, in training/assembly/. Its names are here as
-well, because a configuration is checked before torch is imported. A user's own module registers
-more names. What each function gets and returns: docs/extending.md.
+What comes with scmoe is registered in the same way, in training/assembly/. Its names stand here
+too, because a configuration is checked before torch is imported. A user's own module registers more
+names. docs/extending.md says what each function gets and returns.
 """
 
 import json
@@ -18,40 +18,44 @@ from typing import Any, TypeVar
 
 from scmoe.config.leaves import ConfigError, show
 
-NAME = re.compile(
-    r"[A-Za-z][A-Za-z0-9_]{0,99}"
-)  # it becomes a key of the configuration, and a part of messages
+# A name becomes a key of the configuration, and a part of messages.
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
 Make = TypeVar("Make", bound=Callable[..., Any])
 
 
 class Registry:
-    """The functions of one kind by name. built_in: the names that come with scmoe. images: those
-    for images."""
+    """The functions of one kind by name.
+
+    built_in: the names that come with scmoe. images: those of them for images.
+    """
 
     def __init__(self, kind: str, built_in: Iterable[str] = (), images: Iterable[str] = ()) -> None:
-        self.kind, self.built_in, self.images = kind, tuple(built_in), list(images)
+        self.kind = kind
+        self.built_in = tuple(built_in)
+        self.images = list(images)
         self.makers: dict[str, Callable[..., Any]] = {}
 
     def names(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((*self.built_in, *self.makers)))
 
     def register(self, name: str, *, images: bool = False) -> Callable[[Make], Make]:
-        """Return a decorator that registers a function or a class. images: it reads or makes images
-        instead of tokens.
+        """Return a decorator that registers a function or a class.
 
-        ConfigError: the name is taken, or is none that a configuration can have.
+        images: it reads or makes images instead of tokens. ConfigError: another function has the
+        name, or a configuration cannot contain it.
         """
-        what = f"register_{self.kind}: the name is {show(name)}"
         if not NAME.fullmatch(name):
             raise ConfigError(
-                f"{what}, allowed: letters, digits and '_', a letter first, at most 100 in all"
+                f"register_{self.kind}: {show(name)} cannot be a name. Use at most 100 letters,"
+                " digits and '_', with a letter first."
             )
 
         def add(make: Make) -> Make:
             if name in self.makers:
-                there = self.makers[name]
+                holder = self.makers[name]
                 raise ConfigError(
-                    f"{what}, allowed: another one, {there.__module__}.{there.__qualname__} has it"
+                    f"register_{self.kind}: {holder.__module__}.{holder.__qualname__} has the name"
+                    f" {show(name)} already. Choose another name."
                 )
             self.makers[name] = make
             if images and name not in self.images:
@@ -68,7 +72,8 @@ ARCHITECTURES = Registry(
     "architecture", ("dense", "top_k", "shared_expert", "scmoe", "dgmoe", "dgmoe_share", "farskip")
 )
 FAMILIES = Registry("family", ("gpt", "llama", "swin"), images=("swin",))
-TEXTS, PICTURES = ("sotu", "text", "hf"), ("fashion_mnist", "digits", "image_folder")
+TEXTS = ("sotu", "text", "hf")
+PICTURES = ("fashion_mnist", "digits", "image_folder")
 DATASETS = Registry("dataset", (*TEXTS, "synthetic", *PICTURES), images=PICTURES)
 IMAGES = DATASETS.images  # grows with what extensions register
 OPTIMIZERS = Registry("optimizer", ("adamw", "muon"))
@@ -86,13 +91,13 @@ MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
 def import_extensions(names: Sequence[str]) -> None:
-    """Import the modules that are not imported yet. ConfigError, in one line: a name or a module is
-    not good."""
+    """Import the modules that are not imported yet. ConfigError: a name is none of a module, or the
+    module cannot be imported."""
     for name in names:
         if not MODULE.fullmatch(name):
             raise ConfigError(
-                f"extensions has {show(name)}, allowed: names of modules, such as"
-                " my_package.my_module"
+                f"extensions has {show(name)}, which is no name of a module. Write it as in Python:"
+                " my_package.my_module."
             )
         try:
             import_module(name)
@@ -103,21 +108,17 @@ def import_extensions(names: Sequence[str]) -> None:
 
 
 def reason(name: str, error: Exception) -> str:
-    if (
-        isinstance(error, ModuleNotFoundError)
-        and error.name
-        and f"{name}.".startswith(f"{error.name}.")
-    ):
-        return (
-            f"there is no module {error.name}; install its package, or set PYTHONPATH to its folder"
-        )
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    where = (
-        ""
-        if isinstance(error, ConfigError | SyntaxError)
-        else f" ({place.filename}, line {place.lineno})"
-    )
-    return f"{'' if isinstance(error, ConfigError) else f'{type(error).__name__}: '}{error}{where}"
+    """Return why a module could not be imported: its error, and the line that has raised it."""
+    absent = error.name if isinstance(error, ModuleNotFoundError) else None
+    if absent and f"{name}.".startswith(f"{absent}."):
+        return f"there is no module {absent}; install its package, or set PYTHONPATH to its folder"
+    if isinstance(error, ConfigError):
+        return str(error)
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError):  # it names the line itself
+        return text
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{text} ({last.filename}, line {last.lineno})"
 
 
 def named(overrides: Sequence[str], section: str = "extensions") -> list[str]:
@@ -127,15 +128,15 @@ def named(overrides: Sequence[str], section: str = "extensions") -> list[str]:
 
 def words(extensions: Sequence[str], callbacks: Mapping[str, Any]) -> list[str]:
     """Return the overrides that name extensions, and callbacks with their options."""
-    given = [f"extensions=[{','.join(extensions)}]"] if extensions else []
+    overrides = []
+    if extensions:
+        overrides.append(f"extensions=[{','.join(extensions)}]")
     for name, options in callbacks.items():
-        pairs = (
-            options.items() if isinstance(options, Mapping) else ()
-        )  # what is kept may have any form
-        given += [f"callbacks.{name}.{key}={_yaml(value)}" for key, value in pairs] or [
-            f"callbacks.{name}={{}}"
-        ]
-    return given
+        if isinstance(options, Mapping) and options:  # what is kept may have any form
+            overrides += [f"callbacks.{name}.{key}={_yaml(v)}" for key, v in options.items()]
+        else:
+            overrides.append(f"callbacks.{name}={{}}")
+    return overrides
 
 
 def _yaml(value: Any) -> str:
@@ -144,8 +145,10 @@ def _yaml(value: Any) -> str:
 
 
 def refuse_kept(names: Sequence[str], source: str) -> None:
-    """Raise ConfigError for extensions that only a kept configuration names. source: where it is
-    kept."""
+    """Raise ConfigError for extensions that only a kept configuration names.
+
+    source: where it is kept.
+    """
     if missing := [name for name in names if name not in sys.modules]:
         raise ConfigError(
             f"{source}: extensions is {show(list(names))}, but the configuration in a run imports"

@@ -1,8 +1,8 @@
 """Checks a configuration: the range of each number, and combinations that cannot run.
 
-A rule yields a key and what is allowed instead, where it holds. An error is raised before a process
-starts or a file is written, in one line that names the key. Not checked here: what depends on the
-machine (does it have the GPUs, does the data exist); that is checked where it is used.
+A rule yields the key of a wrong value, with the values that are allowed or with advice. The error
+is raised before a process starts or a file is written, in one line that names the key. What depends
+on the machine, such as its GPUs and the data, is checked where it is used.
 """
 
 import inspect
@@ -10,9 +10,8 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from scmoe.config.fields import Config, LatentConfig, TrainerConfig
 from scmoe.config.leaves import ConfigError, flatten, leaves, plain, show
@@ -20,11 +19,8 @@ from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, 
 from scmoe.schedule.schedule import Schedule
 
 ACTIVATIONS = {"gpt": "gelu", "llama": "swiglu"}  # what model.activation: null means
-SHORTCUTS = {
-    "scmoe": "scmoe",
-    "dgmoe": "dgmoe",
-    "dgmoe_share": "dgmoe",
-}  # architectures with a tap: their schedules'
+# Architectures with a tap, and those of their schedules.
+SHORTCUTS = {"scmoe": "scmoe", "dgmoe": "dgmoe", "dgmoe_share": "dgmoe"}
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # file systems take 255 bytes
 STEPS = re.compile(r"(\d{1,10}):(\d{1,10})")  # of trainer.profile_steps
@@ -63,37 +59,66 @@ SMALLEST_VOCABULARY = {"bpe": 257, "gpt2": 50257}  # bpe: all bytes and the end-
 MOST_SYNTHETIC = 4096  # sequences of a validation
 LEAST_IDS = 2  # with one, there is nothing to predict
 
-# Fields that have no meaning for images, and fields that have a meaning for images only.
+# Fields that have no meaning for images. In swin, MLPs have 4 x the stage's dim, drop_path replaces
+# dropout, no norm before a sub-layer could be shared, and there is one after the MoE module anyway.
 NOT_FOR_IMAGES = (
-    # swin: MLPs have 4 x the stage's dim, drop_path replaces dropout, no norm before a sub-layer
-    # could be shared, and there is one after the MoE module anyway
-    *(
-        "model.ffn_dim",
-        "model.kv_heads",
-        "model.activation",
-        "model.dropout",
-        "moe.tap_norm",
-        "moe.after_norm",
-    ),
-    *("moe.ffn_dim", "moe.leading_dense"),
-    *("data.tokenizer", "data.vocab_size", "data.seq_len", "data.cache_dir"),
+    "model.ffn_dim",
+    "model.kv_heads",
+    "model.activation",
+    "model.dropout",
+    "moe.tap_norm",
+    "moe.after_norm",
+    "moe.ffn_dim",
+    "moe.leading_dense",
+    "data.tokenizer",
+    "data.vocab_size",
+    "data.seq_len",
+    "data.cache_dir",
 )
+# Fields that have a meaning for images only.
 ONLY_FOR_IMAGES = (
-    *("model.patch_size", "model.window", "model.drop_path"),
-    *(
-        "data.image_size",
-        "data.num_classes",
-        "data.augment",
-        "data.mixup",
-        "data.cutmix",
-        "data.label_smoothing",
-    ),
+    "model.patch_size",
+    "model.window",
+    "model.drop_path",
+    "data.image_size",
+    "data.num_classes",
+    "data.augment",
+    "data.mixup",
+    "data.cutmix",
+    "data.label_smoothing",
 )
 OF_GATES = ("offload.way", "analysis.gating_every", "analysis.record_routing")
+OF_EXPERTS = (
+    "moe.dropless_ceiling",
+    "moe.rows",
+    "schedule.slot",
+    "schedule.auto",
+    *OF_GATES,
+    "moe.after_norm",
+    "moe.ffn_dim",
+    "moe.leading_dense",
+    "moe.router",
+    "moe.router_scale",
+    "moe.bias_rate",
+    "moe.zero_experts",
+    "schedule.inside_attention",
+)
 OWN_WEIGHTS = ("deepseek", "longcat")  # routers whose weights do not depend on moe.renormalise
 OF_LATENTS = tuple(leaf.key for leaf in leaves(LatentConfig(), "model.latent."))
 OF_LLAMA = ("model.attention", "model.norm_eps", "model.rope_theta")
-Refusals = Iterator[tuple[str, str]]  # a key, and what is allowed for it
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Why a value is wrong and what to do, in sentences, where no list of values says it."""
+
+    text: str
+
+
+# A key, and the values that are allowed for it, or advice.
+Refusals = Iterator[tuple[str, str | Advice]]
+# Why nothing reads some fields, and their keys.
+Unread = Iterator[tuple[str, tuple[str, ...]]]
 
 
 def validate(config: Config, source: str) -> None:
@@ -117,40 +142,36 @@ def validate(config: Config, source: str) -> None:
 def refuse(config: Config, *checks: Callable[[Config], Refusals], prefix: str = "") -> None:
     """Raise ConfigError for the first value that a check refuses. prefix: of the message."""
     for check in checks:
-        for key, allowed in check(config):
-            raise ConfigError(f"{prefix}{key} is {show(flatten(config)[key])}, allowed: {allowed}")
+        for key, instead in check(config):
+            rest = f". {instead.text}" if isinstance(instead, Advice) else f", allowed: {instead}"
+            raise ConfigError(f"{prefix}{key} is {show(flatten(config)[key])}{rest}")
 
 
 def taps(config: Config) -> tuple[str, str]:
     """Return where a shortcut's tap is in the first MoE block, and in the others, as
     Schedule.position."""
     moe = config.moe
-    if (
-        moe.every == 1 and moe.position == "pos2"
-    ):  # it lies in the preceding block, which the first one lacks
-        return "first", "carried"
+    if moe.every == 1 and moe.position == "pos2":
+        return "first", "carried"  # it lies in the preceding block, which the first one lacks
     return moe.first_position or moe.position, moe.position
 
 
 def resolve_ep_size(config: Config) -> int:
-    """Return the number of expert-parallel ranks: as configured, else the most on a machine that
-    divide the experts."""
+    """Return the number of expert-parallel ranks: as configured, else the largest that divides the
+    experts and a machine's devices."""
     if config.strategy.ep_size is not None:
         return config.strategy.ep_size
-    return (
-        1
-        if config.moe.architecture == "dense"
-        else math.gcd(config.moe.num_experts, config.trainer.devices)
-    )
+    if config.moe.architecture == "dense":
+        return 1
+    return math.gcd(config.moe.num_experts, config.trainer.devices)
 
 
 def last_step(config: Config) -> int:
     """Return the number of optimizer steps after which a run ends."""
     trainer = config.trainer
-    limit = trainer.limit_train_batches
-    return (
-        trainer.max_steps if limit is None else min(trainer.max_steps, limit // trainer.accumulate)
-    )
+    if trainer.limit_train_batches is None:
+        return trainer.max_steps
+    return min(trainer.max_steps, trainer.limit_train_batches // trainer.accumulate)
 
 
 def shortened(config: Config) -> Config:
@@ -163,12 +184,17 @@ def shortened(config: Config) -> Config:
     if not config.trainer.fast_dev_run:
         return config
     trainer = replace(
-        config.trainer, max_steps=1, log_every=1, limit_train_batches=None, limit_val_batches=1
+        config.trainer,
+        max_steps=1,
+        log_every=1,
+        limit_train_batches=None,
+        limit_val_batches=1,
+        save_top_k=0,
+        early_stopping=None,
+        profile_steps=None,
     )
-    trainer = replace(trainer, save_top_k=0, early_stopping=None, profile_steps=None)
-    return replace(
-        config, trainer=trainer, logger=replace(config.logger, mode="disabled", tensorboard=False)
-    )
+    logger = replace(config.logger, mode="disabled", tensorboard=False)
+    return replace(config, trainer=trainer, logger=logger)
 
 
 def _ranges(config: Config) -> Refusals:
@@ -184,18 +210,18 @@ def _extensions(config: Config) -> Refusals:
     """Check callbacks and options, after the extensions are imported."""
     names = CALLBACKS.names()
     for name, options in config.callbacks.items():
+        if name not in names and names:
+            yield "callbacks", " | ".join(names)
         if name not in names:
-            yield (
-                "callbacks",
-                " | ".join(names)
-                or "{}, as no callback is registered; name its module in extensions",
-            )
+            none = "No callback is registered. Name the module that registers it in extensions."
+            yield "callbacks", Advice(none)
         if not isinstance(options, dict):
-            yield "callbacks", f"options of {name} by name, or {{}}"
+            mapping = f"The options of {name} must be a mapping of names to values, or {{}}."
+            yield "callbacks", Advice(mapping)
         try:
             inspect.signature(CALLBACKS[name]).bind(**options)
         except TypeError as error:
-            yield "callbacks", f"options that {name} has: {error}"
+            yield "callbacks", Advice(f"{name} has other options: {error}.")
     if config.options and not config.extensions:
         yield "options", "{}, as only extensions read it"
 
@@ -203,204 +229,160 @@ def _extensions(config: Config) -> Refusals:
 def _unused(config: Config) -> Refusals:
     """Refuse a value that nothing would read: such a field must have its default.
 
-    Which fields an extension's architecture, model or data set reads is its own.
+    Only the extension knows which fields its architecture, model or data set reads.
     """
-    moe, data, trainer, strategy = config.moe, config.data, config.trainer, config.strategy
-    name, wiring, dense = (
-        f"data.name={data.name}",
-        f"moe.architecture={moe.architecture}",
-        moe.architecture == "dense",
+    values = flatten(config)
+    defaults = flatten(Config())
+    topics = (
+        _unread_of_wiring,
+        _unread_of_model,
+        _unread_of_routing,
+        _unread_of_schedule,
+        _unread_of_data,
+        _unread_of_training,
     )
-    extension, family = moe.architecture not in ARCHITECTURES.built_in, config.model.family
+    for topic in topics:
+        for why, keys in topic(config):
+            for key in keys:
+                if values[key] != defaults[key]:
+                    yield key, f"{plain(defaults[key])}, as {why}"
+
+
+def _unread_of_wiring(config: Config) -> Unread:
+    """Yield what the architecture does not have: experts, a tap, a shared expert."""
+    moe = config.moe
+    wiring = f"moe.architecture={moe.architecture}"
+    extension = moe.architecture not in ARCHITECTURES.built_in
     no_tap = not extension and moe.architecture not in SHORTCUTS
-    no_shared_expert = not extension and moe.architecture not in (
-        "shared_expert",
-        "scmoe",
-        "farskip",
-    )
-    too_far = (
-        moe.every == 1 and moe.position != "pos1" and (no_tap or family == "swin")
-    )  # swin: in stage 4
-    farskip, latent = moe.architecture == "farskip", config.model.attention == "latent"
-    no_files = data.name in DATASETS.built_in and data.name not in ("text", "image_folder")
+    if moe.architecture == "dense":
+        yield f"{wiring} has no experts", OF_EXPERTS
+    if extension:
+        yield f"{wiring} is an extension's, which the planner cannot price", ("schedule.auto",)
+        yield f"{wiring} is an extension's, whose gates are not known", OF_GATES
+        similarity = ("analysis.similarity_every",)
+        yield f"{wiring} is an extension's, whose taps are not known", similarity
+    if no_tap:
+        yield f"{wiring} has no tap", ("moe.first_position", "moe.tap_norm")
+    if unread_position(config):
+        yield f"{wiring} has no tap", ("moe.position",)
+    if not extension and moe.architecture != "scmoe":
+        yield f"{wiring} reads no tap there", ("moe.coefficient_input",)
+    if moe.combine == "direct_add":
+        yield "moe.combine=direct_add has no coefficients", ("moe.coefficient_input",)
+    if not extension and moe.architecture not in ("shared_expert", "scmoe", "farskip"):
+        yield f"{wiring} has no shared expert to combine with", ("moe.combine",)
+    if moe.architecture == "farskip":
+        one_by_one = ("moe.combine", "moe.after_norm")
+        yield f"{wiring} adds shared and routed output one after the other", one_by_one
+        yield f"the experts of {wiring} read one representation", ("analysis.gating_every",)
+    swin = config.model.family == "swin"  # its stage 4 has no tap
+    if moe.every == 1 and moe.position != "pos1" and (no_tap or swin):
+        gating = ("analysis.gating_every",)
+        yield "with moe.every=1 a block without a tap needs moe.position=pos1", gating
+
+
+def _unread_of_model(config: Config) -> Unread:
+    model = config.model
+    if model.attention == "latent":
+        yield "model.attention=latent has one latent for all heads", ("model.kv_heads",)
+    else:
+        yield "only model.attention=latent has latents", OF_LATENTS
+    if model.family in FAMILIES.built_in and model.family != "llama":
+        yield f"model.family={model.family} fixes it", OF_LLAMA
+
+
+def _unread_of_routing(config: Config) -> Unread:
+    moe = config.moe
+    if moe.capacity_factor is not None:
+        yield "only moe.capacity_factor=null is dropless", ("moe.dropless_ceiling",)
+    if moe.rows != "buffers":
+        yield "only moe.rows=buffers has buffers", ("moe.overflow",)
+    if moe.top_k == 1:
+        yield "moe.top_k=1 always keeps the raw probability", ("moe.renormalise",)
+    if moe.router in OWN_WEIGHTS:
+        yield f"moe.router={moe.router} fixes it", ("moe.renormalise",)
+    if moe.balanced_routing:
+        yield "moe.balanced_routing=true ignores the gate's choice", ("moe.bias_rate",)
+        yield "moe.balanced_routing=true deals to other experts only", ("moe.zero_experts",)
+    if moe.zero_experts == 0:
+        yield "there are none with moe.zero_experts=0", ("moe.zero_output",)
+    if moe.num_experts == 1:
+        yield "the gate has no choice with moe.num_experts=1", ("analysis.gating_every",)
+
+
+def _unread_of_schedule(config: Config) -> Unread:
+    inside = ("schedule.inside_attention",)
+    if config.moe.architecture == "dgmoe_share":
+        yield "two pairs share one MoE module", ("schedule.auto",)
+    if config.schedule.auto:
+        yield "schedule.auto=true chooses it", ("schedule.slot", "schedule.inside_attention")
+    if config.trainer.compile:
+        yield "trainer.compile=true makes one graph of attention", inside
+    if config.model.family == "swin":
+        yield "model.family=swin has an attention that is one operator", inside
+
+
+def _unread_of_data(config: Config) -> Unread:
+    data = config.data
+    family = config.model.family
+    name = f"data.name={data.name}"
     images = data.name in IMAGES
-    fits = family in FAMILIES.built_in and images == (
-        family in FAMILIES.images
-    )  # else data.name is refused
-    unread: tuple[tuple[Any, ...], ...] = (
-        # condition, why, fields
-        (
-            dense,
-            f"{wiring} has no experts",
-            "moe.dropless_ceiling",
-            "moe.rows",
-            "schedule.slot",
-            "schedule.auto",
-        ),
-        (
-            dense,
-            f"{wiring} has no experts",
-            *OF_GATES,
-            "moe.after_norm",
-            "moe.ffn_dim",
-            "moe.leading_dense",
-        ),
-        (
-            dense,
-            f"{wiring} has no experts",
-            "moe.router",
-            "moe.router_scale",
-            "moe.bias_rate",
-            "moe.zero_experts",
-        ),
-        (dense, f"{wiring} has no experts", "schedule.inside_attention"),
-        (extension, f"{wiring} is an extension's, which the planner cannot price", "schedule.auto"),
-        (extension, f"{wiring} is an extension's, whose gates are not known", *OF_GATES),
-        (
-            extension,
-            f"{wiring} is an extension's, whose taps are not known",
-            "analysis.similarity_every",
-        ),
-        (no_tap, f"{wiring} has no tap", "moe.first_position", "moe.tap_norm"),
-        (unread_position(config), f"{wiring} has no tap", "moe.position"),
-        (
-            not extension and moe.architecture != "scmoe",
-            f"{wiring} reads no tap there",
-            "moe.coefficient_input",
-        ),
-        (
-            moe.combine == "direct_add",
-            "moe.combine=direct_add has no coefficients",
-            "moe.coefficient_input",
-        ),
-        (no_shared_expert, f"{wiring} has no shared expert to combine with", "moe.combine"),
-        (
-            farskip,
-            f"{wiring} adds shared and routed output one after the other",
-            "moe.combine",
-            "moe.after_norm",
-        ),
-        (farskip, f"the experts of {wiring} read one representation", "analysis.gating_every"),
-        (
-            too_far,
-            "with moe.every=1 a block without a tap needs moe.position=pos1",
-            "analysis.gating_every",
-        ),
-        (not latent, "only model.attention=latent has latents", *OF_LATENTS),
-        (latent, "model.attention=latent has one latent for all heads", "model.kv_heads"),
-        (
-            family in FAMILIES.built_in and family != "llama",
-            f"model.family={family} fixes it",
-            *OF_LLAMA,
-        ),
-        (
-            moe.capacity_factor is not None,
-            "only moe.capacity_factor=null is dropless",
-            "moe.dropless_ceiling",
-        ),
-        (moe.rows != "buffers", "only moe.rows=buffers has buffers", "moe.overflow"),
-        (moe.top_k == 1, "moe.top_k=1 always keeps the raw probability", "moe.renormalise"),
-        (moe.router in OWN_WEIGHTS, f"moe.router={moe.router} fixes it", "moe.renormalise"),
-        (
-            moe.balanced_routing,
-            "moe.balanced_routing=true ignores the gate's choice",
-            "moe.bias_rate",
-        ),
-        (
-            moe.balanced_routing,
-            "moe.balanced_routing=true deals to other experts only",
-            "moe.zero_experts",
-        ),
-        (
-            moe.num_experts == 1,
-            "the gate has no choice with moe.num_experts=1",
-            "analysis.gating_every",
-        ),
-        (moe.architecture == "dgmoe_share", "two pairs share one MoE module", "schedule.auto"),
-        (
-            config.schedule.auto,
-            "schedule.auto=true chooses it",
-            "schedule.slot",
-            "schedule.inside_attention",
-        ),
-        (
-            trainer.compile,
-            "trainer.compile=true makes one graph of attention",
-            "schedule.inside_attention",
-        ),
-        (
-            family == "swin",
-            "model.family=swin has an attention that is one operator",
-            "schedule.inside_attention",
-        ),
-        (data.name in ("sotu", "synthetic", "digits"), f"{name} reads no path", "data.path"),
-        (data.name != "hf", f"{name} has no subsets", "data.subset"),
-        (no_files, f"{name} has no files that could be left out", "data.on_error"),
-        (fits and images, f"{name} has images", *NOT_FOR_IMAGES),
-        (fits and not images, f"{name} has no images", *ONLY_FOR_IMAGES),
-        (family not in ("gpt", "llama"), f"model.family={family} reads no checkpoint", "init_from"),
-        (config.optim.name == "adamw", "optim.name=adamw has optim.beta1", "optim.momentum"),
-        (config.optim.name == "muon", "optim.name=muon updates whole matrices", "strategy.dense"),
-        (
-            strategy.dense != "replicated",
-            "DDP sums with strategy.dense=replicated only",
-            "strategy.reductions",
-        ),
-        (
-            trainer.limit_val_batches == 0,
-            "trainer.limit_val_batches=0 validates nothing",
-            "trainer.early_stopping",
-        ),
-        # Hooks that are added later to a compiled block do not run.
-        (
-            trainer.compile,
-            "trainer.compile=true runs no hooks",
-            "analysis.gating_every",
-            "analysis.similarity_every",
-        ),
-        (
-            config.offload.way == "resident",
-            "offload.way=resident fetches none",
-            "offload.slots",
-            "offload.rate_mb_s",
-        ),
-        (
-            trainer.precision != "32-true",
-            "only experts of trainer.precision=32-true are fetched",
-            "offload.way",
-        ),
-        (
-            trainer.devices * trainer.num_nodes > 1,
-            "each of several ranks holds experts of its own",
-            "offload.way",
-        ),
-    )
-    values, defaults = flatten(config), flatten(Config())
-    for unused, why, *keys in unread:
-        for key in keys:
-            if unused and values[key] != defaults[key]:
-                yield key, f"{plain(defaults[key])}, as {why}"
+    if data.name in ("sotu", "synthetic", "digits"):
+        yield f"{name} reads no path", ("data.path",)
+    if data.name != "hf":
+        yield f"{name} has no subsets", ("data.subset",)
+    if data.name in DATASETS.built_in and data.name not in ("text", "image_folder"):
+        yield f"{name} has no files that could be left out", ("data.on_error",)
+    # If data and model do not fit together, data.name is refused.
+    if family in FAMILIES.built_in and images == (family in FAMILIES.images):
+        if images:
+            yield f"{name} has images", NOT_FOR_IMAGES
+        else:
+            yield f"{name} has no images", ONLY_FOR_IMAGES
+
+
+def _unread_of_training(config: Config) -> Unread:
+    """Yield what the model, the optimizer, the ranks and offloading do not read."""
+    trainer = config.trainer
+    dense = config.strategy.dense
+    family = config.model.family
+    if family not in ("gpt", "llama"):
+        yield f"model.family={family} reads no checkpoint", ("init_from",)
+    if config.optim.name == "adamw":
+        yield "optim.name=adamw has optim.beta1", ("optim.momentum",)
+    if config.optim.name == "muon":
+        yield "optim.name=muon updates whole matrices", ("strategy.dense",)
+    if dense != "replicated":
+        yield "DDP sums with strategy.dense=replicated only", ("strategy.reductions",)
+    if trainer.limit_val_batches == 0:
+        yield "trainer.limit_val_batches=0 validates nothing", ("trainer.early_stopping",)
+    if trainer.compile:  # hooks that are added later to a compiled block do not run
+        probes = ("analysis.gating_every", "analysis.similarity_every")
+        yield "trainer.compile=true runs no hooks", probes
+    if config.offload.way == "resident":
+        yield "offload.way=resident fetches none", ("offload.slots", "offload.rate_mb_s")
+    if trainer.precision != "32-true":
+        yield "only experts of trainer.precision=32-true are fetched", ("offload.way",)
+    if trainer.devices * trainer.num_nodes > 1:
+        yield "each of several ranks holds experts of its own", ("offload.way",)
 
 
 def unread_position(config: Config) -> bool:
-    """Return whether nothing reads moe.position: there is no tap, and no measurement of gates
-    compares with one."""
+    """Return whether nothing reads moe.position: there is no tap, and Fig. 9 is not measured."""
     architecture = config.moe.architecture
     has_tap = architecture in SHORTCUTS or architecture not in ARCHITECTURES.built_in
     return not has_tap and config.analysis.gating_every is None
 
 
 def _model(config: Config) -> Refusals:
-    model, weights = config.model, config.init_from
-    if not NAME.fullmatch(
-        config.name
-    ):  # it becomes a folder in runs_dir and must not lead out of it
-        yield (
-            "name",
-            "letters, digits, '.', '_' and '-', a letter or digit first, at most 100 in all",
-        )
+    model = config.model
+    weights = config.init_from
+    if not NAME.fullmatch(config.name):  # it becomes a folder in runs_dir, and must not leave it
+        characters = "letters, digits, '.', '_' and '-', with a letter or digit first"
+        yield "name", Advice(f"Use at most 100 {characters}.")
     if config.name.lower() == "latest":
-        yield "name", "another name, as RUNS_DIR/latest is the link to the newest run"
+        link = "RUNS_DIR/latest is the link to the newest run. Choose another name."
+        yield "name", Advice(link)
     if model.attention == "full" and model.dim % model.heads:
         yield "model.dim", f"a multiple of model.heads, {model.heads}"
     if model.heads % (model.kv_heads or model.heads):
@@ -420,23 +402,22 @@ def _model(config: Config) -> Refusals:
         ("data.tokenizer", config.data.tokenizer),
     ):
         if os.path.abspath(path).startswith(newest):
-            yield key, f"another path: {config.runs_dir}/latest will be the directory of this run"
+            link = f"{config.runs_dir}/latest will be the directory of this run"
+            yield key, Advice(f"{link}. Give the path of a run's own directory.")
 
 
 def _moe(config: Config) -> Refusals:
-    moe, model, chosen = config.moe, config.model, f"moe.architecture={config.moe.architecture}"
+    moe = config.moe
+    model = config.model
+    chosen = f"moe.architecture={moe.architecture}"
     if moe.rows == "slots" and moe.capacity_factor is None:
         yield "moe.rows", "auto | filled | buffers where moe.capacity_factor=null"
     if moe.rows == "buffers" and (moe.capacity_factor is not None or moe.dropless_ceiling is None):
-        yield (
-            "moe.rows",
-            (
-                "auto | filled | slots, unless moe.capacity_factor=null and moe.dropless_ceiling"
-                " is set"
-            ),
-        )
+        unless = "unless moe.capacity_factor=null and moe.dropless_ceiling is set"
+        yield "moe.rows", f"auto | filled | slots, {unless}"
     if moe.architecture == "dense":
         return
+
     unit = 2 if model.family == "swin" else 8  # stages 3 and 4 are 4 and 8 times as wide
     if model.dim % unit:
         yield (
@@ -466,67 +447,63 @@ def _moe(config: Config) -> Refusals:
     if moe.architecture == "dgmoe_share" and others < 2 * moe.every:
         least = 2 * moe.every + len(moe.leading_dense)
         yield "model.layers", f"{least} or more, as {chosen} shares one MoE module"
-    if moe.architecture in SHORTCUTS and moe.every == 1:  # there is no Block-MLP between the taps
-        if moe.position == "pos3" or (moe.position == "pos2" and moe.architecture != "scmoe"):
-            allowed = "pos1 | pos2" if moe.architecture == "scmoe" else "pos1"
-            yield "moe.position", f"{allowed} where {chosen} and moe.every=1"
-        if moe.first_position is not None and moe.first_position != "pos1":
-            yield "moe.first_position", "pos1 | null where moe.every=1"
-        if moe.position == "pos2" and moe.first_position is not None:
-            yield (
-                "moe.first_position",
-                "null, as the first block's tap is its own where moe.every=1 and pos2",
-            )
-        if moe.position == "pos2" and moe.tap_norm == "shared":
-            yield (
-                "moe.tap_norm",
-                (
-                    "own, as the norm after the tap is the preceding block's where moe.every=1 and"
-                    " pos2"
-                ),
-            )
+    if moe.architecture in SHORTCUTS and moe.every == 1:
+        yield from _shortcut_in_every_block(config)
     if moe.architecture == "farskip" and moe.every != 1:
         yield "moe.every", f"1, as {chosen} is a block with attention and an MoE module"
     if moe.architecture == "farskip" and model.family in FAMILIES.images:
-        yield (
-            "moe.architecture",
-            f"another one: {model.family} normalises the sum of what farskip adds one by one",
-        )
+        sum_of_two = f"model.family={model.family} normalises the sum of what farskip adds in turn"
+        yield "moe.architecture", Advice(f"{sum_of_two}. Choose another architecture.")
+
+
+def _shortcut_in_every_block(config: Config) -> Refusals:
+    """Check taps where no Block-MLP lies between them."""
+    moe = config.moe
+    if moe.position == "pos3" or (moe.position == "pos2" and moe.architecture != "scmoe"):
+        allowed = "pos1 | pos2" if moe.architecture == "scmoe" else "pos1"
+        chosen = f"moe.architecture={moe.architecture}"
+        yield "moe.position", f"{allowed} where {chosen} and moe.every=1"
+    if moe.first_position is not None and moe.first_position != "pos1":
+        yield "moe.first_position", "pos1 | null where moe.every=1"
+    if moe.position == "pos2" and moe.first_position is not None:
+        first = "null, as the first block's tap is its own where moe.every=1 and pos2"
+        yield "moe.first_position", first
+    if moe.position == "pos2" and moe.tap_norm == "shared":
+        norm = "the norm after the tap is the preceding block's where moe.every=1 and pos2"
+        yield "moe.tap_norm", f"own, as {norm}"
 
 
 def _schedule(config: Config) -> Refusals:
-    moe, schedule = config.moe, config.schedule
+    moe = config.moe
+    schedule = config.schedule
     if moe.architecture == "dense":
         if schedule.chunks not in (None, 1):
             yield "schedule.chunks", "1 or null, as moe.architecture=dense has no MoE stream"
-    elif (
-        schedule.slot is not None or schedule.inside_attention
-    ) and moe.architecture in ARCHITECTURES.built_in:
-        for position in taps(config) if moe.architecture in SHORTCUTS else (None,):
-            each = Schedule(SHORTCUTS.get(moe.architecture, moe.architecture), position)
-            if schedule.slot is not None and schedule.slot > len(each.window):
-                yield "schedule.slot", f"0 to {len(each.window)} for {each.name}"
-            elif schedule.inside_attention and not each.attentions:
-                yield (
-                    "schedule.inside_attention",
-                    f"false for {each.name}, as its window has no attention",
-                )
-            elif schedule.inside_attention and schedule.slot not in (None, *each.attentions):
-                allowed = " | ".join(map(str, each.attentions))
-                yield (
-                    "schedule.slot",
-                    f"{allowed} | null for {each.name} where schedule.inside_attention=true",
-                )
+        return
+    if moe.architecture not in ARCHITECTURES.built_in:
+        return
+    if schedule.slot is None and not schedule.inside_attention:
+        return
+    for position in taps(config) if moe.architecture in SHORTCUTS else (None,):
+        each = Schedule(SHORTCUTS.get(moe.architecture, moe.architecture), position)
+        if schedule.slot is not None and schedule.slot > len(each.window):
+            yield "schedule.slot", f"0 to {len(each.window)} for {each.name}"
+        elif schedule.inside_attention and not each.attentions:
+            none = f"false for {each.name}, as its window has no attention"
+            yield "schedule.inside_attention", none
+        elif schedule.inside_attention and schedule.slot not in (None, *each.attentions):
+            slots = " | ".join(map(str, each.attentions))
+            where = f"for {each.name} where schedule.inside_attention=true"
+            yield "schedule.slot", f"{slots} | null {where}"
 
 
 def _ranks(config: Config) -> Refusals:
-    moe, trainer, strategy, ep_size = (
-        config.moe,
-        config.trainer,
-        config.strategy,
-        config.strategy.ep_size or 1,
-    )
-    dense, world = moe.architecture == "dense", trainer.devices * trainer.num_nodes
+    moe = config.moe
+    trainer = config.trainer
+    strategy = config.strategy
+    ep_size = strategy.ep_size or 1
+    dense = moe.architecture == "dense"
+    world = trainer.devices * trainer.num_nodes
     if dense and ep_size > 1:
         yield "strategy.ep_size", "1 or null, as moe.architecture=dense has no experts"
     if not dense and moe.num_experts % ep_size:
@@ -541,11 +518,12 @@ def _ranks(config: Config) -> Refusals:
         unless = "unless trainer.num_nodes and trainer.devices are 2 or more"
         yield "strategy.dense", f"replicated | sharded | auto, {unless}"
     if strategy.dense in ("sharded", "hybrid") and not dense:
-        dim, holders = config.model.dim, world // resolve_ep_size(config)
-        swin = config.model.family == "swin"  # its MoEs are in the stages 3 and 4
-        widths = (
-            (4 * dim, 8 * dim) if swin else (dim, moe.ffn_dim or config.model.ffn_dim or 4 * dim)
-        )
+        dim = config.model.dim
+        holders = world // resolve_ep_size(config)
+        if config.model.family == "swin":  # its MoEs are in the stages 3 and 4
+            widths = (4 * dim, 8 * dim)
+        else:
+            widths = (dim, moe.ffn_dim or config.model.ffn_dim or 4 * dim)
         if odd := " and ".join(str(width) for width in widths if width % holders):
             why = (
                 f"a width of {odd} is no multiple of the {holders} ranks that hold the same experts"
@@ -556,10 +534,8 @@ def _ranks(config: Config) -> Refusals:
         parts = "trainer.devices x trainer.num_nodes x trainer.accumulate"
         yield "data.global_batch_size", f"a multiple of {parts}, {batches}"
     if strategy.wire_dtype is not None and resolve_ep_size(config) == 1:
-        yield (
-            "strategy.wire_dtype",
-            "null, as no rows travel where every rank has all experts (strategy.ep_size)",
-        )
+        alone = "no rows are sent where every rank has all experts (strategy.ep_size)"
+        yield "strategy.wire_dtype", f"null, as {alone}"
 
 
 def _offload(config: Config) -> Refusals:
@@ -572,9 +548,11 @@ def _offload(config: Config) -> Refusals:
 
 def _data(config: Config) -> Refusals:
     """Check paths and vocabularies, and whether data and model fit together."""
-    data, named, images = config.data, f"data.name={config.data.name}", config.data.name in IMAGES
+    data = config.data
+    named = f"data.name={data.name}"
+    images = data.name in IMAGES
     if data.name in ("text", "hf", "image_folder") and data.path is None:
-        yield "data.path", f"a path, as {named} reads from it"
+        yield "data.path", Advice(f"{named} reads from it. Give a path.")
     if data.name == "synthetic" and (data.val_sequences or 0) > MOST_SYNTHETIC:
         yield "data.val_sequences", f"null or at most {MOST_SYNTHETIC}, as {named} has no end"
     smallest = SMALLEST_VOCABULARY.get(data.tokenizer, LEAST_IDS)
@@ -582,53 +560,47 @@ def _data(config: Config) -> Refusals:
         yield "data.vocab_size", f"{smallest} or more for data.tokenizer={data.tokenizer}"
     if data.vocab_size < LEAST_IDS:
         yield "data.vocab_size", f"{LEAST_IDS} or more"
-    wanted = config.model.family in FAMILIES.images
-    if wanted != images:
-        names = f"{'' if wanted else 'anything but '}{', '.join(IMAGES)}"
+    reads_images = config.model.family in FAMILIES.images
+    if reads_images != images:
+        names = f"{'' if reads_images else 'anything but '}{', '.join(IMAGES)}"
         yield "data.name", f"{names} for model.family={config.model.family}"
     if images and config.model.family in FAMILIES.built_in:
         yield from _swin(config)
 
 
 def _swin(config: Config) -> Refusals:
-    model, data = config.model, config.data
+    model = config.model
+    data = config.data
     step = 8 * model.patch_size  # three stages halve the feature map
     if data.image_size % step:
         yield "data.image_size", f"a multiple of 8 x model.patch_size, {step}"
     widths = [data.image_size // model.patch_size // 2**stage for stage in range(4)]
     if any(width > model.window and width % model.window for width in widths):
-        yield (
-            "model.window",
-            f"a divisor of the width of each larger feature map: {', '.join(map(str, widths))}",
-        )
+        maps = ", ".join(map(str, widths))
+        yield "model.window", f"a divisor of the width of each larger feature map: {maps}"
     pairs = 2 * config.trainer.devices * config.trainer.num_nodes * config.trainer.accumulate
     if (data.mixup or data.cutmix) and data.global_batch_size % pairs:
-        yield (
-            "data.global_batch_size",
-            f"a multiple of {pairs}, as mixup and cutmix need pairs in every rank's batch",
-        )
+        why = "mixup and cutmix need pairs in every rank's batch"
+        yield "data.global_batch_size", f"a multiple of {pairs}, as {why}"
 
 
 def _trainer(config: Config) -> Refusals:
-    trainer, last = config.trainer, last_step(config)
+    trainer = config.trainer
+    last = last_step(config)
     if (trainer.limit_train_batches or 0) % trainer.accumulate:
-        yield (
-            "trainer.limit_train_batches",
-            f"null or a multiple of trainer.accumulate, {trainer.accumulate}",
-        )
+        multiple = f"null or a multiple of trainer.accumulate, {trainer.accumulate}"
+        yield "trainer.limit_train_batches", multiple
     if trainer.early_stopping is not None and trainer.val_every > last:
         why = (
             f"no validation takes place with trainer.val_every={trainer.val_every} in {last} steps"
         )
         yield "trainer.early_stopping", f"null, as {why}"
     if trainer.profile_steps is not None:
-        given = STEPS.fullmatch(trainer.profile_steps)
-        if given is None or not int(given[1]) < int(given[2]) <= last:
+        steps = STEPS.fullmatch(trainer.profile_steps)
+        if steps is None or not int(steps[1]) < int(steps[2]) <= last:
             yield "trainer.profile_steps", f"null or A:B with A < B <= {last}, the number of steps"
     for name in sorted(trainer.extra.keys() & OWN_ARGUMENTS.keys()):
-        yield "trainer.extra", f"a mapping without {name}, which {OWN_ARGUMENTS[name]} decides"
+        yield "trainer.extra", Advice(f"Remove {name}: {OWN_ARGUMENTS[name]} decides it.")
     if "max_time" in trainer.extra and trainer.accumulate > 1:
-        yield (
-            "trainer.extra",
-            "max_time with trainer.accumulate=1, else it may end a run between a step's batches",
-        )
+        between = "With trainer.accumulate above 1, max_time may end a run between a step's batches"
+        yield "trainer.extra", Advice(f"{between}. Use trainer.accumulate=1.")

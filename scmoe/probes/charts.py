@@ -1,9 +1,8 @@
-"""Every chart has this style: it can be read on a page of paper, on a phone, and by colour-blind
-readers.
+"""The style of every chart: it can be read on paper, on a phone, and by colour-blind readers.
 
-A chart is WIDTH inches wide, and no text is smaller than SMALL points. On a phone with 390 pixels
-across, a point is then a pixel; on a page whose text is 6.5 inches wide, the smallest letters have
-10.8 points. Only functions import matplotlib, because machines without it measure too.
+A chart is WIDTH inches wide, and no text is smaller than SMALL points. On a phone of 390 pixels, a
+point is then a pixel; on a page whose text is 6.5 inches wide, the smallest letters have 10.8
+points. Only functions import matplotlib, because machines without it measure too.
 
 A PNG carries a digest of what it shows, so that a test can tell whether drawing it again would show
 something else.
@@ -19,15 +18,13 @@ from typing import Any
 
 WIDTH = 5.4  # inches
 SMALL = 9.0  # points
-# Okabe and Ito's colours, which colour-blind readers can tell apart
-BLUE, SKY, GREEN, ORANGE, RED, PURPLE = (
-    "#0072b2",
-    "#56b4e9",
-    "#009e73",
-    "#e69f00",
-    "#d55e00",
-    "#cc79a7",
-)
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+BLUE = "#0072b2"
+SKY = "#56b4e9"
+GREEN = "#009e73"
+ORANGE = "#e69f00"
+RED = "#d55e00"
+PURPLE = "#cc79a7"
 PAPER = "#5f5750"  # values that the paper prints
 STYLE: Any = {
     "font.size": 10,
@@ -48,8 +45,10 @@ STYLE: Any = {
 
 @contextmanager
 def chart(path: Path, height: float, width: float = WIDTH) -> Iterator[Any]:
-    """Gives an empty figure of this size in inches, and writes it to `path` at the end; its suffix
-    is the format."""
+    """Yield an empty figure of this size in inches, and write it to `path` at the end.
+
+    The suffix of `path` is the format.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -57,19 +56,20 @@ def chart(path: Path, height: float, width: float = WIDTH) -> Iterator[Any]:
         figure = Figure(figsize=(width, height))
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(
-            path, metadata={"Description": content(figure)} if path.suffix == ".png" else None
-        )
+        metadata = {"Description": content(figure)} if path.suffix == ".png" else None
+        figure.savefig(path, metadata=metadata)
 
 
 def heading(figure: Any, text: str) -> None:
-    """Sets the title of a figure, at its left edge, in lines of at most 62 letters."""
+    """Set the title of a figure, at its left edge, in lines of at most 62 letters."""
     figure.suptitle(_in_lines(text, 62), x=0.01, ha="left", fontsize=10.5)
 
 
 def title(axis: Any, text: str, letters: int = 52) -> None:
-    """Sets the title of an axis, in lines of at most so many letters; 52 fill most charts beside
-    names of rows."""
+    """Set the title of an axis, in lines of at most so many letters.
+
+    52 letters fill most charts beside the names of rows.
+    """
     axis.set_title(_in_lines(text, letters))
 
 
@@ -80,7 +80,7 @@ def _in_lines(text: str, letters: int) -> str:
 def content(figure: Any) -> str:
     """Return a digest of what a figure shows: texts, shapes, colours, sizes, and names of ticks.
 
-    Places of ticks and of the layout are left out, as they differ between versions of matplotlib.
+    Positions of ticks and of the layout are left out: versions of matplotlib differ in them.
     """
     import numpy as np
     from matplotlib.collections import Collection
@@ -117,10 +117,8 @@ def content(figure: Any) -> str:
                 return numbers(part.get_array()), part.get_cmap().name
         return None
 
-    words = [
-        text.get_text()
-        for text in [*figure.texts, *(t for own in figure.legends for t in own.get_texts())]
-    ]
+    legend_texts = [text for legend in figure.legends for text in legend.get_texts()]
+    words = [text.get_text() for text in [*figure.texts, *legend_texts]]
     seen: list[Any] = [{**STYLE, "savefig.dpi": None}, numbers(figure.get_size_inches()), words]
     for axes in figure.axes:
         if axes.get_label() != "<colorbar>":
@@ -128,6 +126,6 @@ def content(figure: Any) -> str:
             for axis in (axes.xaxis, axes.yaxis):
                 locator, formatter = axis.get_major_locator(), axis.get_major_formatter()
                 named = isinstance(locator, FixedLocator) and isinstance(formatter, FuncFormatter)
-                names = [formatter(place) for place in locator.locs] if named else []
+                names = [formatter(tick) for tick in locator.locs] if named else []
                 seen.append([axis.get_label_text(), axis.get_scale(), names])
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""How similar representations are: of a gate's two inputs (Fig. 9), and all of a model's (Fig. 10,
+"""How similar representations are: the two inputs of a gate (Fig. 9), and all of a model (Fig. 10,
 14, 15).
 
-Fig. 9, the current and the preceding layer's representations and one gate:
+Fig. 9 compares the current and the preceding layer's representations at one gate:
 
     a  share of tokens whose likeliest expert is the same for both            repeated_selection
     b  L2 distance of the two, as the gate reads them                         l2_distance
@@ -53,11 +53,11 @@ PAPERS_MOST = 0.98  # the only number that the paper prints for Fig. 9: (a) in S
 def gating_sums(
     current_TD: Tensor, preceding_TD: Tensor, router: Router, distinct: bool = False
 ) -> Tensor:
-    """[5] float64: the four quantities summed over tokens, then the number of tokens. Add them up
-    over ranks.
+    """Return [5] float64: the four quantities summed over tokens, then the number of tokens. They
+    can be added up over ranks.
 
-    distinct: DGMoE's rule: the current representation does not go to the expert of the preceding
-    one.
+    distinct: follow DGMoE's rule, by which the current representation does not go to the expert of
+    the preceding one.
     """
     wide = torch.promote_types(current_TD.dtype, torch.float32)
     with torch.autocast(current_TD.device.type, enabled=False):
@@ -74,7 +74,7 @@ def gating_sums(
 
 
 def best_two(router: Router, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """[T, 2]: the two experts that the gate prefers for each token, and their scores."""
+    """Return the two experts [T, 2] that the gate prefers for each token, and their scores."""
     logits_TE = router.without_noise(x_TD)
     scores_TE = router.scoring.score(logits_TE)
     ids_T2 = router.preference(logits_TE, scores_TE).topk(2).indices
@@ -82,15 +82,15 @@ def best_two(router: Router, x_TD: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def means(sums: Tensor) -> Tensor:
-    """The means of a probe's sums, which are rows with what they count in the last column."""
+    """Return the means of a probe's sums. sums: rows, each with its count in the last column."""
     return sums[:, :-1] / sums[:, -1:]
 
 
 class GatingProbe:
-    """Reads every MoE block of a model by hooks during one forward pass; call `remove` afterwards.
+    """Reads every MoE block of a model by hooks in one forward pass. Call `remove` after the pass.
 
-    position: where the preceding representation is read in blocks without a tap, which must have as
-    many sub-layers.
+    position: where the preceding representation is read in blocks without a tap, which must have
+    enough sub-layers.
     """
 
     def __init__(self, model: Any, position: str = "pos2") -> None:
@@ -102,35 +102,36 @@ class GatingProbe:
                 self._watch(block)
 
     def _watch(self, block: MoEBlock) -> None:
-        reads_tap, tap_norm = block.tap_norm, block.tap_norm
+        tap_norm = block.tap_norm
+        reads_tap: nn.Module | None = tap_norm
         if reads_tap is None or tap_norm is None:
-            reads_tap, tap_norm = block.sublayers[-POSITIONS[self.position]], block.norm
+            reads_tap = block.sublayers[-POSITIONS[self.position]]
+            tap_norm = block.norm
         seen: dict[str, Tensor] = {}
 
         def note(name: str) -> Any:
             return lambda module, args: seen.update({name: args[0].detach()})
 
         def compare(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            current = block.norm.forward(
-                seen.pop("current")
-            )  # forward: past this probe's own hooks
+            # `forward` does not call this probe's own hooks.
+            current = block.norm.forward(seen.pop("current"))
             preceding = tap_norm.forward(seen.pop("preceding"))
             mask = args[1] if len(args) > 1 else None
             if mask is None:
                 mask = torch.ones_like(current[..., 0], dtype=torch.bool)
-            router, distinct = block.moe.router, isinstance(block, DoubleGateBlock)
-            self.sums.append(gating_sums(current[mask], preceding[mask], router, distinct))
+            distinct = isinstance(block, DoubleGateBlock)
+            sums = gating_sums(current[mask], preceding[mask], block.moe.router, distinct)
+            self.sums.append(sums)
 
         self.handles += [
             reads_tap.register_forward_pre_hook(note("preceding")),
             block.norm.register_forward_pre_hook(note("current")),
-            block.register_forward_hook(
-                compare, prepend=True
-            ),  # before FSDP splits the weights again
+            # It runs before FSDP splits the weights again.
+            block.register_forward_hook(compare, prepend=True),
         ]
 
     def result(self) -> Tensor:
-        """[L, 5] sums over this rank's tokens."""
+        """Return the sums [L, 5] over this rank's tokens."""
         return torch.stack(self.sums)
 
     def labels(self) -> list[str]:
@@ -142,7 +143,7 @@ class GatingProbe:
 
 
 def gating_metrics(means_L4: Any) -> dict[str, float]:
-    """The mean of each quantity over layers."""
+    """Return the mean of each quantity over layers."""
     return {
         f"gating/{name}": float(value)
         for name, value in zip(GATING_TITLES, means_L4.mean(0), strict=True)
@@ -152,8 +153,10 @@ def gating_metrics(means_L4: Any) -> dict[str, float]:
 def draw_gating(
     steps: Sequence[int], labels: Sequence[str], values: Any, path: Path, words: str = ""
 ) -> None:
-    """Draws four panels over training steps, with a line for each MoE layer. values: [steps,
-    layers, 4]."""
+    """Draw four panels over training steps, with a line for each MoE layer.
+
+    values: [steps, layers, 4].
+    """
     from matplotlib import colormaps
 
     _, distance, *scores = values.max((0, 1)).tolist()
@@ -194,17 +197,18 @@ def draw_gating(
         )
 
 
-NUMBERED = 12  # a panel with up to so many representations has its entries written into it
+NUMBERED = 12  # a panel with at most this many representations shows its entries as numbers
 
 
 @torch.no_grad()
 def cosine_matrix(representations: Sequence[Tensor]) -> Tensor:
-    """[N, N] float64 of N representations [T, D] of the same T tokens; NaN where D differs."""
+    """Return the float64 matrix [N, N] of N representations [T, D] of the same T tokens; it has NaN
+    where D differs."""
     matrix = torch.full((len(representations),) * 2, torch.nan, dtype=torch.float64)
     start = 0
     for _, group in groupby(representations, lambda x: x.shape[-1]):
         unit_NTD = torch.stack([F.normalize(x.double(), dim=-1) for x in group])
-        size, (_, num_tokens, _) = len(unit_NTD), unit_NTD.shape
+        size, num_tokens, _ = unit_NTD.shape
         flat_ND = unit_NTD.flatten(1)
         matrix[start : start + size, start : start + size] = (
             flat_ND @ flat_ND.T / num_tokens
@@ -214,10 +218,10 @@ def cosine_matrix(representations: Sequence[Tensor]) -> Tensor:
 
 
 class SimilarityProbe:
-    """Keeps some tokens of every representation of one forward pass, by hooks; call `remove`
-    afterwards.
+    """Keeps some tokens of every representation of one forward pass, by hooks. Call `remove` after
+    the pass.
 
-    max_tokens: number of tokens that are kept of the batch, evenly spaced.
+    max_tokens: the number of tokens that are kept of the batch, evenly spaced.
     """
 
     def __init__(self, model: Any, max_tokens: int = 256) -> None:
@@ -239,24 +243,24 @@ class SimilarityProbe:
                 layer += 1
 
     def _keep_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Keeps the first block's input, and every input of a new width; others are the output of
-        the block before."""
+        """Keep the first block's input, and every input of a new width. Other inputs are the output
+        of the preceding block."""
         if not self.kept or self.kept[-1][1].shape[-1] != args[0].shape[-1]:
             self._keep("input", module, args, args[0])
 
     def _keep(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """output: of a sub-layer, or of a block, which returns an MoEOutput."""
+        """Keep an output. output: of a sub-layer, or of a block, which returns an MoEOutput."""
         x_TD = (output if isinstance(output, Tensor) else output.y_BSD).detach().flatten(0, -2)
         step = -(-len(x_TD) // self.max_tokens)
         self.kept.append((name, x_TD[::step].clone()))
 
     def result(self) -> Tensor:
-        """[N, N + 1]: this rank's matrix, and a column of ones that counts ranks when results are
-        added up."""
+        """Return [N, N + 1]: this rank's matrix, and a column of ones, which counts ranks when
+        results are added up."""
         matrix = cosine_matrix([x for _, x in self.kept])
-        return torch.cat([matrix, torch.ones(len(matrix), 1, dtype=torch.float64)], dim=1).to(
-            self.kept[0][1].device
-        )
+        ones = torch.ones(len(matrix), 1, dtype=torch.float64)
+        device = self.kept[0][1].device
+        return torch.cat([matrix, ones], dim=1).to(device)
 
     def labels(self) -> list[str]:
         return [name for name, _ in self.kept]
@@ -267,7 +271,7 @@ class SimilarityProbe:
 
 
 def similarity_metrics(matrix: Any) -> dict[str, float]:
-    """The mean similarity of neighbours: representations with one sub-layer between them."""
+    """Return the mean similarity of neighbours, which have one sub-layer between them."""
     neighbours = torch.as_tensor(matrix).diagonal(1)
     return {"similarity/neighbours": float(neighbours.nanmean())}
 
@@ -275,7 +279,7 @@ def similarity_metrics(matrix: Any) -> dict[str, float]:
 def draw_similarity(
     steps: Sequence[int], labels: Sequence[str], values: Any, path: Path, words: str = ""
 ) -> None:
-    """Draws the last matrix, one panel below the other for each width. values: [steps, N, N].
+    """Draw the last matrix, with a panel for each width. values: [steps, N, N].
 
     The colour scale starts at the lowest value: neighbours are near 1, and would look the same on a
     scale from 0.
@@ -290,10 +294,10 @@ def draw_similarity(
         for axis, group, side in zip(axes, groups, sides, strict=True):
             size = group.stop - group.start
             image = axis.imshow(matrix[group, group], vmin=lowest, vmax=1, cmap="magma")
-            places = range(0, size, math.ceil(0.14 * size / side))  # a name is 0.14 inches high
-            names = [labels[group][i] for i in places]
-            axis.set_xticks(places, names, rotation=90, fontsize=SMALL)
-            axis.set_yticks(places, names, fontsize=SMALL)
+            ticks = range(0, size, math.ceil(0.14 * size / side))  # a name is 0.14 inches high
+            names = [labels[group][i] for i in ticks]
+            axis.set_xticks(ticks, names, rotation=90, fontsize=SMALL)
+            axis.set_yticks(ticks, names, fontsize=SMALL)
             axis.spines[:].set_visible(False)
             if size <= NUMBERED:
                 for (i, j), value in np.ndenumerate(matrix[group, group]):

@@ -1,12 +1,12 @@
-"""Recorded routings: the experts that the tokens of chosen training steps went to, and the file
-that keeps them.
+"""Recorded routings: the experts of the tokens of some training steps, and the file of them.
 
 A safetensors file, or a folder of such files, each with some of the steps:
 
     steps       int64 [S]    optimizer steps from 0, ascending
-    layer_<i>   [S, T, K]    expert ids of MoE layer i, the likeliest first, before any copy is dropped; their type is
-                             the smallest that holds num_experts, which is the id of a padding token's copies and of
-                             those to zero experts: nothing is sent for them
+    layer_<i>   [S, T, K]    expert ids of MoE layer i, the likeliest first, before any copy is
+                             dropped, in the smallest type that holds num_experts. num_experts is
+                             the id of copies for which nothing is sent: those of padding tokens
+                             and those to zero experts
     metadata    num_experts, num_ranks
 
 T are the tokens of one batch on all ranks, in the order of ranks: the first T / num_ranks are those
@@ -31,7 +31,7 @@ from scmoe.moe.tokens import Routing
 
 
 class Recorded(NamedTuple):
-    """Recorded routings of S optimizer steps, as above; ids of each MoE layer as int64 [S, T, K]."""
+    """Recorded routings of S optimizer steps. ids: of each MoE layer, int64 [S, T, K]."""
 
     steps: list[int]
     ids: list[Tensor]
@@ -40,29 +40,30 @@ class Recorded(NamedTuple):
 
 
 class RoutingProbe:
-    """Keeps the experts that every router of a model chooses during one forward pass, by hooks;
-    call `remove` then."""
+    """Keeps the experts that every router of a model chooses in one forward pass, by hooks.
+
+    Call `remove` after the pass.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         blocks = moe_blocks_of(model)
-        routers = dict.fromkeys(
-            block.moe.router for block in blocks
-        )  # DGMoE-Share: two blocks have one
-        self.calls = [
-            2 if isinstance(block, DoubleGateBlock) else 1 for block in blocks
-        ]  # of its router
+        # In DGMoE-Share, two blocks share a router.
+        routers = dict.fromkeys(block.moe.router for block in blocks)
+        # How often each block calls its router.
+        self.calls = [2 if isinstance(block, DoubleGateBlock) else 1 for block in blocks]
         self.num_experts = blocks[0].moe.router.num_experts
         self.ids: list[Tensor] = []  # [T, K] of each call, in the order of calls
         self.handles = [router.register_forward_hook(self._keep) for router in routers]
 
     def _keep(self, router: nn.Module, args: tuple[Any, ...], routing: Routing) -> None:
-        self.ids.append(
-            routing.topk_ids_TK.clamp(max=self.num_experts)
-        )  # zero experts have ids above it
+        # Zero experts have higher ids.
+        self.ids.append(routing.topk_ids_TK.clamp(max=self.num_experts))
 
     def result(self) -> list[Tensor]:
-        """Return the ids [T, K] of each MoE layer in host memory, in a small type. The two choices
-        of a router that was called twice in its layer (DGMoE) are side by side."""
+        """Return the ids [T, K] of each MoE layer in host memory, in a small type.
+
+        The two choices of a router that was called twice in its layer (DGMoE) are side by side.
+        """
         assert len(self.ids) == sum(self.calls)
         ids = iter(self.ids)
         layers = [torch.cat([*islice(ids, calls)], dim=1) for calls in self.calls]
@@ -81,7 +82,7 @@ def type_of(num_experts: int) -> torch.dtype:
 
 
 def write_routing(recorded: Recorded, path: Path) -> None:
-    """Write one file. Raises OSError where it cannot be written."""
+    """Write one file. OSError: it cannot be written."""
     small = type_of(recorded.num_experts)
     tensors = {f"layer_{i}": ids_STK.to(small) for i, ids_STK in enumerate(recorded.ids)}
     tensors["steps"] = torch.tensor(recorded.steps)
@@ -90,7 +91,7 @@ def write_routing(recorded: Recorded, path: Path) -> None:
 
 
 def read_routing(path: Path) -> Recorded:
-    """Read a file, or all files of a folder. Raises ValueError for what is not a recorded routing."""
+    """Return what a file, or all files of a folder, have. ValueError: it is no recorded routing."""
     paths = sorted(path.glob("[!.]*.safetensors")) if path.is_dir() else [path]
     if not paths:
         raise ValueError(
@@ -106,15 +107,15 @@ def read_routing(path: Path) -> Recorded:
             )
     steps = [step for recorded in files for step in recorded.steps]
     if sorted(set(steps)) != steps:
-        raise ValueError(f"{path} has steps that are not in order, or twice: {steps}.")
+        raise ValueError(f"{path} has steps out of order, or twice: {steps}. Remove some files.")
     return first._replace(
         steps=steps, ids=[torch.cat(layer) for layer in zip(*(f.ids for f in files), strict=True)]
     )
 
 
 def shape_of(recorded: Recorded) -> list[Any]:
-    """Return what must be equal in the files of a folder: experts, ranks, and T and K of each
-    layer."""
+    """Return what must be equal in the files of a folder: the numbers of experts and ranks, and T
+    and K of each layer."""
     return [
         recorded.num_experts,
         recorded.num_ranks,
@@ -127,8 +128,9 @@ def _read_file(path: Path) -> Recorded:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             num_experts, num_ranks = int(header["num_experts"]), int(header["num_ranks"])
-            steps, names = file.get_tensor("steps").tolist(), {*file.keys()} - {"steps"}
-            ids = [file.get_tensor(f"layer_{i}").long() for i in range(len(names))]
+            steps = file.get_tensor("steps").tolist()
+            num_layers = len({*file.keys()} - {"steps"})
+            ids = [file.get_tensor(f"layer_{i}").long() for i in range(num_layers)]
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
             f"{path} is not a recorded routing: {error}. Record one with analysis.record_routing=N."
@@ -144,7 +146,7 @@ def _read_file(path: Path) -> Recorded:
 
 
 def selected(recorded: Recorded, steps: Sequence[int]) -> Recorded:
-    """Return some of the steps. Raises ValueError for one that is not there."""
+    """Return some of the steps. ValueError: one of them is not recorded."""
     if missing := sorted({*steps} - {*recorded.steps}):
         raise ValueError(
             f"step {missing[0]} is not recorded, allowed: {', '.join(map(str, recorded.steps))}"

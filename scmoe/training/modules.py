@@ -1,5 +1,4 @@
-"""The LightningModules: losses over routers and ranks with one optimizer, for language models and
-for images.
+"""The LightningModules: losses over routers and ranks with one optimizer.
 
 Only `parallel_context` knows about ranks. `LanguageModel` and `ImageClassifier` add what a batch is
 and how predictions are measured.
@@ -32,12 +31,14 @@ from scmoe.training.muon import Trained, adamw
 
 
 class MoEModule(LightningModule):
-    """Minimises task loss + load-balance loss + router z-loss with linear warm-up and cosine decay.
+    """Minimises task loss + load-balance loss + router z-loss, with warm-up and cosine decay.
 
-    make_model: builds the network for a place in the mesh; called in `configure_model`, when ranks
-    and groups exist. make_optimizer: gets the parameters that are trained. Losses and metrics are
-    those of the global batch and do not depend on the number of ranks. A subclass defines
-    `task_loss` and `validation_step`, and logs its metrics in `on_validation_epoch_end`.
+    Losses and metrics are those of the global batch and do not depend on the number of ranks. A
+    subclass defines `task_loss` and `validation_step`, and logs its metrics in
+    `on_validation_epoch_end`.
+
+    make_model: builds the network for a rank of the mesh; called in `configure_model`, when ranks
+    and groups exist. make_optimizer: gets the parameters that are trained.
     """
 
     def __init__(
@@ -55,40 +56,46 @@ class MoEModule(LightningModule):
         compiled: bool = False,
     ) -> None:
         super().__init__()
-        self.make_model, self.compiled, self.refuse_overflow = make_model, compiled, refuse_overflow
-        self.make_optimizer, self.gradient_clip = make_optimizer, gradient_clip
-        self.max_steps, self.min_lr_ratio, self.warmup_steps = max_steps, min_lr_ratio, warmup_steps
-        self.load_balance_coef, self.z_loss_coef = load_balance_coef, z_loss_coef
+        self.make_model = make_model
+        self.make_optimizer = make_optimizer
+        self.max_steps = max_steps
+        self.min_lr_ratio = min_lr_ratio
+        self.warmup_steps = warmup_steps
+        self.gradient_clip = gradient_clip
+        self.load_balance_coef = load_balance_coef
+        self.z_loss_coef = z_loss_coef
+        self.refuse_overflow = refuse_overflow
+        self.compiled = compiled
+
         self.parallel_context = ParallelContext()
         self.model: Any = None
-        self.val_nats, self.val_targets = exact_sum(), exact_sum()
         self.accumulated = 1  # batches of a step
         self.recent: dict[str, deque[Tensor]] = {}  # values of the last batches of a step
+        # The routers' integer sums over the batches of a step, so far.
+        self.step_sums_LE2: Tensor | None = None
+
+        self.val_nats = exact_sum()
+        self.val_targets = exact_sum()
         self.val_load_sums: Tensor | None = None
-        self.step_sums_LE2: Tensor | None = (
-            None  # the routers' integer sums over the batches of a step, so far
-        )
         self.validated_step: int | None = None
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **given: Any) -> Any:
-        """As Lightning's, but `make_model` and `max_steps` must be given again: a checkpoint holds
-        no functions."""
-        if "make_model" not in given:
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as Lightning does. `make_model` and `max_steps` must be passed again, as a
+        checkpoint holds no functions."""
+        if "make_model" not in kwargs:
             raise TypeError(
-                f"{cls.__name__}.load_from_checkpoint lacks make_model. Give it"
+                f"{cls.__name__}.load_from_checkpoint lacks make_model. Pass"
                 " make_model=partial(scmoe.build_model, config) and max_steps=...; scmoe.load(RUN)"
                 " loads a run's model."
             )
-        return super().load_from_checkpoint(checkpoint_path, *args, **given)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def configure_model(self) -> None:
         if self.model is None:
             self.model = self.make_model(self.parallel_context)
-            if self.compiled:
-                allow_graphs(
-                    2 * compile_sublayers(self.model)
-                )  # with gradients, and in validations without
+            if self.compiled:  # each sub-layer has a graph with gradients and one without
+                allow_graphs(2 * compile_sublayers(self.model))
 
     def task_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RouterStats]]:
         """Return the summed loss of this rank's targets in nats, their number, and the routers'
@@ -96,15 +103,15 @@ class MoEModule(LightningModule):
         raise NotImplementedError
 
     def on_train_start(self) -> None:
-        """A resumed run begins with the rate of its own schedule, which may have another end than
-        the saved one."""
+        """Set the learning rate of this run's own schedule: a resumed run may have another number
+        of steps than the saved schedule."""
         scheduler: Any = self.lr_schedulers()
         for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
             group["lr"] = base * self.lr_ratio(scheduler.last_epoch)
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Count logged steps from 0, in a resumed run too: after a stop between batches Lightning
-        is one ahead."""
+        """Count logged steps from 0. In a run that was resumed after a stop between batches,
+        Lightning's count is one too high."""
         count_steps_from(self.trainer, self.trainer.global_step)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | None]:
@@ -112,31 +119,34 @@ class MoEModule(LightningModule):
         load_sums_LE2, all_targets = self.global_sums(stats, num_targets)
         world_size = self.parallel_context.world_size
         loss = task_loss = nats * world_size / all_targets
-        shown = {"train/loss": task_loss.detach()}
+        losses = {"train/loss": task_loss.detach()}
         if load_sums_LE2 is not None:
             balance = load_balance_loss(stats, load_sums_LE2, world_size)
             z = router_z_loss(stats, load_sums_LE2, world_size)
             loss = task_loss + self.load_balance_coef * balance + self.z_loss_coef * z
-            earlier_LE2 = self.step_sums_LE2
-            self.step_sums_LE2 = (
-                load_sums_LE2 if earlier_LE2 is None else load_sums_LE2 + earlier_LE2
-            )
-            shown |= {
-                "train/load_balance_loss": balance.detach(),
-                "train/router_z_loss": z.detach(),
-            }
-        lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        self.log(
-            "train/lr", torch.tensor(lr, dtype=torch.float64, device="cpu")
-        )  # a float is copied to the device
-        means = self.parallel_context.sum_over_ranks(torch.stack([*shown.values()])) / world_size
-        for name, mean in zip(shown, means, strict=True):
-            self.log_of_step(name, mean)
+            losses["train/load_balance_loss"] = balance.detach()
+            losses["train/router_z_loss"] = z.detach()
+            self.add_step_sums(load_sums_LE2)
+        self.log_losses(losses)
         return {"loss": loss, "step_sums_LE2": self.step_sums_LE2}
 
+    def add_step_sums(self, load_sums_LE2: Tensor) -> None:
+        """Add the routers' integer sums of a batch to those of its step."""
+        earlier_LE2 = self.step_sums_LE2
+        self.step_sums_LE2 = load_sums_LE2 if earlier_LE2 is None else load_sums_LE2 + earlier_LE2
+
+    def log_losses(self, losses: dict[str, Tensor]) -> None:
+        """Log the learning rate, and the mean of each loss over all ranks."""
+        lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        # As a tensor of the host: Lightning copies a float to the device.
+        self.log("train/lr", torch.tensor(lr, dtype=torch.float64, device="cpu"))
+        sums = self.parallel_context.sum_over_ranks(torch.stack([*losses.values()]))
+        means = sums / self.parallel_context.world_size
+        for name, mean in zip(losses, means, strict=True):
+            self.log_of_step(name, mean)
+
     def log_of_step(self, name: str, value: Tensor) -> None:
-        """Log the mean over the batches that a step accumulates. Lightning keeps the value of the
-        last one."""
+        """Log the mean over the batches of a step, of which Lightning would keep the last value."""
         recent = self.recent.setdefault(name, deque(maxlen=self.accumulated))
         recent.append(value)
         self.log(name, value if len(recent) == 1 else torch.stack([*recent]).mean())
@@ -155,15 +165,15 @@ class MoEModule(LightningModule):
         return flat[:-1].view_as(local_LE2), flat[-1]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Update, then move the selection biases by the step's load. Where the guard refuses an
-        update, do neither."""
+        """Update, then move the selection biases by the step's load. If the guard refuses the
+        update, neither happens."""
         super().optimizer_step(*args, **kwargs)
         if self.step_sums_LE2 is not None:
             move_biases(self.model, self.step_sums_LE2)
         self.step_sums_LE2 = None
 
     def on_validation_epoch_start(self) -> None:
-        """Let sums be exact in a module that bf16-true has moved to bfloat16, sums included."""
+        """Make the sums float64 again: bf16-true moves the module to bfloat16, with its sums."""
         for metric in self.children():
             if isinstance(metric, SumMetric):
                 metric.set_dtype(torch.float64)
@@ -181,7 +191,8 @@ class MoEModule(LightningModule):
     def finish_validation(self) -> tuple[Tensor, Tensor]:
         """Log val/loss and the load over all ranks, reset both, and return nats and number of
         targets."""
-        nats, targets = self.val_nats.compute(), self.val_targets.compute()
+        nats = self.val_nats.compute()
+        targets = self.val_targets.compute()
         self.log("val/loss", nats / targets, prog_bar=True)
         self.val_nats.reset()
         self.val_targets.reset()
@@ -193,13 +204,17 @@ class MoEModule(LightningModule):
         return nats, targets
 
     def trained(self) -> Trained:
-        """Weight decay applies to matrices, but not to embeddings, unless one is also the head, and
-        not to what the network's `no_weight_decay` returns."""
+        """Return the parameters that are trained, in three groups.
+
+        Weight decay applies to matrices, except for embeddings that are not also the head, and for
+        what the network's `no_weight_decay` returns.
+        """
         others = [m for m in self.modules() if not isinstance(m, nn.Embedding)]
         decays = {p for m in others for p in m.parameters(False) if p.dim() > 1}
         decays -= getattr(self.model, "no_weight_decay", set)()
         parameters = [p for p in self.parameters() if p.requires_grad]
-        experts, head = {p for _, p in expert_parameters(self)}, set(self.model.head.parameters())
+        experts = {p for _, p in expert_parameters(self)}
+        head = set(self.model.head.parameters())
         matrices = {p for p in decays - head if p.dim() == 2 or p in experts}
         return Trained(
             [p for p in parameters if p in matrices],
@@ -226,13 +241,13 @@ class MoEModule(LightningModule):
         )
 
     def on_fit_start(self) -> None:
-        """A plain Trainer clips and checks the same way as ExpertParallelStrategy, which has set
-        this already."""
+        """Let a plain Trainer clip and check as ExpertParallelStrategy does, which has set this
+        already."""
         guard_updates(self.trainer.precision_plugin, self, self.parallel_context)
-        self.accumulated, self.recent = self.trainer.accumulate_grad_batches, {}
-        self.step_sums_LE2 = (
-            None  # a stop between a step's batches has left some; the step begins again
-        )
+        self.accumulated = self.trainer.accumulate_grad_batches
+        self.recent = {}
+        # A stop between a step's batches may have left some; the step begins again.
+        self.step_sums_LE2 = None
 
     def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         self.clip_gradients(optimizer, self.gradient_clip)
@@ -244,8 +259,8 @@ class MoEModule(LightningModule):
 
 
 def check_overflow(step_sums_LE2: Tensor) -> None:
-    """Raise MemoryError, on every rank and before the update, if a copy of this step was beyond a
-    buffer."""
+    """Raise MemoryError, on every rank and before the update, if a copy of this step did not fit
+    into a buffer."""
     if dropped := int(step_sums_LE2[:, -1].sum()):
         raise MemoryError(
             f"{dropped} routed copies of this step did not fit into a rank's buffer, so no update"
@@ -255,15 +270,17 @@ def check_overflow(step_sums_LE2: Tensor) -> None:
 
 
 def cross_entropy_sum(logits_NC: Tensor, labels: Tensor) -> Tensor:
-    """Return the sum over all targets in nats, in float32 or wider. labels: classes [N] or
-    probabilities [N, C]."""
+    """Return the sum over all targets in nats, in float32 or wider.
+
+    labels: classes [N] or probabilities [N, C].
+    """
     logits_NC = logits_NC.to(torch.promote_types(logits_NC.dtype, torch.float32))
     return F.cross_entropy(logits_NC, labels, ignore_index=IGNORE, reduction="sum")
 
 
 def exact_sum() -> SumMetric:
-    """Return a metric that adds up float64 over batches and ranks; a NaN stays, which torchmetrics
-    would leave out."""
+    """Return a metric that adds up float64 over batches and ranks. It keeps a NaN, which
+    torchmetrics would leave out."""
     metric = SumMetric(nan_strategy="disable")
     metric.set_dtype(torch.float64)
     return metric
@@ -293,10 +310,9 @@ class LanguageModel(MoEModule):
 
 
 class ImageClassifier(MoEModule):
-    """Classifies images [B, 3, S, S]. Labels are probabilities [B, C] in training and classes [B]
-    in validation.
+    """Classifies images [B, 3, S, S]. Validation logs val/loss and val/accuracy, over all ranks.
 
-    Validation logs val/loss and val/accuracy, over all ranks.
+    Labels are probabilities [B, C] in training and classes [B] in validation.
     """
 
     def __init__(self, *args: Any, num_classes: int, **kwargs: Any) -> None:
@@ -306,11 +322,8 @@ class ImageClassifier(MoEModule):
     def task_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RouterStats]]:
         labels_BC = batch["labels"]
         logits_BC, stats = self.model(batch["images"])
-        return (
-            cross_entropy_sum(logits_BC, labels_BC),
-            torch.full((), len(labels_BC), device=labels_BC.device),
-            stats,
-        )
+        num_targets = torch.full((), len(labels_BC), device=labels_BC.device)
+        return cross_entropy_sum(logits_BC, labels_BC), num_targets, stats
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         labels_B = batch["labels"]

@@ -2,12 +2,12 @@
 
 Muon (Jordan et al. 2024) replaces the running mean of a matrix's gradients by a near-orthogonal
 matrix. The mathematics is that of torch.optim.Muon, which takes single matrices. An experts' weight
-is a stack of matrices [e, in, out], and each of them is updated by itself: so an expert's update
+is a stack of matrices [e, in, out], and each of them is updated on its own. So an expert's update
 does not depend on how many others its rank holds.
 
 Updates are scaled to the size of AdamW's, 0.2 sqrt(max(in, out)) (Liu et al. 2025, "Muon is
 scalable for LLM training"), so that both share a learning rate. The scale is the same for a matrix
-and its transpose, as experts are stored transposed to Linear layers.
+and its transpose: experts are stored transposed to Linear layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -39,6 +39,7 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
 ) -> Optimizer:
+    """Return AdamW for all parameters. `undecayed` ones have no weight decay."""
     groups = [
         {"params": [*parameters.matrices, *parameters.decayed], "weight_decay": weight_decay},
         {"params": parameters.undecayed, "weight_decay": 0.0},
@@ -47,8 +48,10 @@ def adamw(
 
 
 class MuonAndAdamW(Optimizer):
-    """Muon for `parameters.matrices`, with the state "momentum_buffer"; AdamW for the others, with
-    its own state."""
+    """Updates `parameters.matrices` by Muon and the others by AdamW.
+
+    Muon's state is "momentum_buffer"; AdamW has its own.
+    """
 
     def __init__(
         self,
@@ -81,31 +84,33 @@ class MuonAndAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.muon_step(self.param_groups[0])
-        self.adamw.param_groups, self.adamw.state = (
-            self.param_groups[1:],
-            self.state,
-        )  # loading may replace both
+        # Loading may have replaced both.
+        self.adamw.param_groups = self.param_groups[1:]
+        self.adamw.state = self.state
         self.adamw.step()
         return loss
 
     def muon_step(self, group: dict[str, Any]) -> None:
         """Let torch.optim.Muon update views of the matrices, with views of their gradients and of
         the state."""
-        given = [p for p in group["params"] if p.grad is not None]
-        if not given:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
             return
-        for p in given:
+        for p in parameters:
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        views, moments = (
-            split([p.detach() for p in given]),
-            split([self.state[p]["momentum_buffer"] for p in given]),
+
+        views = split([p.detach() for p in parameters])
+        gradients = split([p.grad for p in parameters])
+        moments = split([self.state[p]["momentum_buffer"] for p in parameters])
+        muon = torch.optim.Muon(
+            views,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            adjust_lr_fn="match_rms_adamw",
         )
-        options = {key: group[key] for key in ("lr", "weight_decay", "momentum")}
-        muon = torch.optim.Muon(views, **options, adjust_lr_fn="match_rms_adamw")
-        for view, gradient, moment in zip(
-            views, split([p.grad for p in given]), moments, strict=True
-        ):
+        for view, gradient, moment in zip(views, gradients, moments, strict=True):
             view.grad = gradient
             muon.state[view]["momentum_buffer"] = moment
         muon.step()

@@ -22,7 +22,7 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_module
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.progress import DataPosition
+from scmoe.training.callbacks.data_position import DataPosition
 from tests.support.trainings import tiny
 
 pytestmark = pytest.mark.dist

@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from experiments.engine.ranks import run_ranks
-from scmoe.training.callbacks.progress import GradientNorms
+from scmoe.training.callbacks.gradient_norms import GradientNorms
 from tests.support.trainings import RecordingModel, fit, tiny
 
 pytestmark = pytest.mark.dist

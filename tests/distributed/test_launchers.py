@@ -21,7 +21,7 @@ from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import seed_everything
-from scmoe.training.callbacks.progress import DataPosition
+from scmoe.training.callbacks.data_position import DataPosition
 from tests.support.commands import ROOT, environment
 from tests.support.forked import python
 from tests.support.trainings import tiny, users_trainer

@@ -21,7 +21,7 @@ from scmoe.parallel.checkpoint import durable
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
-from scmoe.training.callbacks.progress import DataPosition
+from scmoe.training.callbacks.data_position import DataPosition
 from tests.support.faults.tiny_run import same
 from tests.support.trainings import tiny, users_trainer
 

@@ -19,7 +19,7 @@ from scmoe.config.load import load
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.progress import DataPosition
+from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.modules import ImageClassifier
 from tests.support.architectures import SWIN_ON_RANKS, overrides
 from tests.support.comparison import TOLERANCE, assemble, assert_same, smallest

@@ -20,7 +20,7 @@ from scmoe.config.load import load
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.datamodules.text import text
 from scmoe.training.assembly.data import build_datamodule
-from scmoe.training.callbacks.progress import SkippedImages
+from scmoe.training.callbacks.skipped_images import SkippedImages
 
 pytestmark = [pytest.mark.faults, pytest.mark.representative]
 

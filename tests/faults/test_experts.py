@@ -14,7 +14,8 @@ from torch import Tensor
 
 from experiments.engine.ranks import run_ranks
 from scmoe.parallel.wire.all_to_all import Transfer
-from scmoe.training.callbacks.analysis import PATIENCE, ExpertLoad
+from scmoe.training.callbacks.collapse import PATIENCE
+from scmoe.training.callbacks.expert_load import ExpertLoad
 from tests.support.trainings import RecordingModel, fit, tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]

@@ -17,6 +17,7 @@ from scmoe.training.assembly.trainer import cpu_threads
 from scmoe.training.run import machine
 from scmoe.training.run.loggers import wandb_mode
 from scmoe.training.run.machine import check_machine, is_rank_zero
+from scmoe.training.run.start import Start
 from tests.support.commands import called
 from tests.support.exports import dense, export
 
@@ -65,7 +66,7 @@ def test_a_run_that_needs_more_memory_than_there_is_is_refused_by_the_limit_that
     assert number_in(line, r"a rank needs about (\S+) GiB") > number_in(line, r"(\S+) GiB are free")
     line = refusal(tmp_path, "trainer.max_memory_gib=0.1")
     needed = number_in(line, r"trainer\.max_memory_gib=(\S+) starts it anyway")
-    check_machine(load("configs/debug.yaml", [f"trainer.max_memory_gib={needed}"]))
+    check_machine(Start.of(load("configs/debug.yaml", [f"trainer.max_memory_gib={needed}"])))
 
 
 def test_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
@@ -98,7 +99,7 @@ def test_a_step_of_hours_is_refused_by_the_limit_that_lifts(tmp_path):
     long = ("data.seq_len=1000000", "trainer.max_memory_gib=1000")
     line = refusal(tmp_path, *long)
     seconds = number_in(line, r"trainer\.max_step_s=(\S+) starts it anyway")
-    check_machine(load("configs/debug.yaml", [*long, f"trainer.max_step_s={seconds}"]))
+    check_machine(Start.of(load("configs/debug.yaml", [*long, f"trainer.max_step_s={seconds}"])))
 
 
 # ---------------------------------------------------------------------- devices and launchers
@@ -171,17 +172,17 @@ SLURM = {
         (
             {**TORCHRUN, "WORLD_SIZE": "2"},
             [],
-            "trainer.devices is 1, allowed: .* as torchrun has started: .*\\(2\\)",
+            "trainer.devices is 1.*torchrun has started .*\\(2\\)",
         ),
         (
             SLURM,
             ["trainer.devices=2"],
-            "trainer.devices is 2, allowed: .* as SLURM has started: .*ntasks-per-node=4",
+            "trainer.devices is 2.*SLURM has started .*ntasks-per-node=4",
         ),
         (
             {},
             ["trainer.num_nodes=2"],
-            "trainer.num_nodes is 2, allowed: 1, or .* MASTER_ADDR and MASTER_PORT and NODE",
+            "trainer.num_nodes is 2.* MASTER_ADDR and MASTER_PORT and NODE",
         ),
         (
             {"MASTER_ADDR": "a", "MASTER_PORT": "1"},
@@ -225,10 +226,7 @@ def test_a_folder_that_cannot_be_written_is_refused(key, tmp_path):
     text = "data.name=sotu", "data.vocab_size=300"
     for folder in ("/proc/nowhere", str(tmp_path / "file" / "below")):
         line = refusal(tmp_path, *text, f"{key}={folder}")
-        assert (
-            f"{key} is '{folder[:40]}" in line
-            and ", allowed: a folder that can be written: " in line
-        )
+        assert f"{key} is '{folder[:40]}" in line and "This folder cannot be written: " in line
 
 
 def test_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared(tmp_path):
@@ -262,9 +260,7 @@ def test_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared(tmp
 )
 def test_a_malformed_server_is_refused_unless_wandb_is_off(url, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_BASE_URL", url)
-    assert f"WANDB_BASE_URL is {url!r}, allowed: such as https://" in refusal(
-        tmp_path, "logger.mode=offline"
-    )
+    assert f"WANDB_BASE_URL is {url!r}" in refusal(tmp_path, "logger.mode=offline")
     assert wandb_mode(load("configs/debug.yaml", ["logger.mode=disabled"])) == "disabled"
 
 

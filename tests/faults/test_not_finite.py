@@ -21,7 +21,7 @@ from scmoe.parallel.update.guard import Guard
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.progress import DataPosition
+from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.modules import LanguageModel
 from scmoe.training.muon import adamw
 from tests.support.failing import failure

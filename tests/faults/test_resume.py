@@ -23,7 +23,7 @@ from scmoe.parallel.checkpoint import durable, saving
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
 from scmoe.training.assembly.trainer import build_trainer, seed_everything
-from scmoe.training.callbacks.progress import DataPosition
+from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.modules import LanguageModel
 from tests.support.faults import restored, tiny_run
 

@@ -17,8 +17,8 @@ from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.dense import estimates_of, pick_dense, ways
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model_on_meta, build_module
-from scmoe.training.assembly.trainer import dense_estimates
 from scmoe.training.modules import LanguageModel
+from scmoe.training.run.start import Start, dense_estimates
 from tests.support.cases import ARCHITECTURES, split
 from tests.support.comparison import assemble, assert_same
 from tests.support.failing import failure
@@ -183,7 +183,8 @@ def test_auto_takes_the_first_way_that_has_room():
 @pytest.mark.representative
 def test_auto_of_a_config_counts_activations():
     few, many = (
-        dense_estimates(tiny(f"strategy.dense=auto data.global_batch_size={n}", 4)) for n in (8, 64)
+        dense_estimates(Start.of(tiny(f"strategy.dense=auto data.global_batch_size={n}", 4)))
+        for n in (8, 64)
     )
     assert list(few) == ["replicated", "sharded"] and all(many[way] > few[way] for way in few)
 
@@ -191,7 +192,7 @@ def test_auto_of_a_config_counts_activations():
 def test_auto_splits_no_expert_whose_width_cannot_be_split():
     """`sharded` is refused there: three ranks hold each expert, of width 16."""
     config = tiny("strategy.dense=auto strategy.ep_size=1 data.global_batch_size=6", 3)
-    assert list(dense_estimates(config)) == ["replicated"]
+    assert list(dense_estimates(Start.of(config))) == ["replicated"]
     assert list(
         estimates_of(build_model_on_meta(config), ParallelContext(world_size=3), node_size=3)
     ) == ["replicated"]

@@ -57,7 +57,7 @@ def scenario(folder: Path) -> None:
     from lightning.pytorch import Callback
 
     from scmoe.config.load import load
-    from scmoe.training.callbacks.analysis import draw_load
+    from scmoe.probes.load_chart import draw_load
     from scmoe.training.run import loggers as run_loggers
     from scmoe.training.run import train as run
     from scmoe.training.run.loggers import build_loggers, close_loggers, log_inputs, log_results

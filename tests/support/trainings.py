@@ -30,7 +30,7 @@ from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_module
 from scmoe.training.assembly.trainer import build_trainer
-from scmoe.training.callbacks.progress import DataPosition
+from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.modules import LanguageModel, MoEModule
 from scmoe.training.muon import adamw
 from tests.support.architectures import overrides

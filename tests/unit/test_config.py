@@ -146,7 +146,7 @@ def test_expert_parallel_ranks_by_default():
 )
 def test_impossible_combination_names_its_key(key, overrides):
     line = refusal(None, *overrides.split())
-    assert line.startswith(f"command line: {key} is ") and ", allowed: " in line
+    assert line.startswith(f"command line: {key} is ")
 
 
 @pytest.mark.parametrize(
@@ -202,10 +202,7 @@ def test_a_kept_configuration_may_have_a_position_that_nothing_reads():
         ("seed", "'seed' has no value"),
         ("extends=base.yaml", "unknown key 'extends'"),
         ("name=[a", "bad YAML"),
-        (
-            "data.path=/data/set #1",
-            "data.path ends with the comment '#1', allowed: data.path='\"...\"'",
-        ),
+        ("data.path=/data/set #1", "data.path ends with '#1', which YAML reads as a comment"),
         ("name=???", "name is '???'"),
         ("_target_=os.system", "unknown key '_target_'"),
         (
@@ -222,8 +219,8 @@ def test_bad_override(override, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a\n", "allowed: a mapping"),
-        ("word\n", "allowed: a mapping"),
+        ("- a\n", "must be a mapping"),
+        ("word\n", "must be a mapping"),
         ("optim: [1]\n", "optim is ['1'], allowed: a mapping"),
         ("optim:\n", "optim is '', allowed: a mapping"),
         ("optim: {lrr: 1}\n", "did you mean optim.lr?"),
@@ -235,9 +232,9 @@ def test_bad_override(override, message):
         ("? [a]\n: 1\n", "bad YAML"),
         ("name: \x00\n", "bad YAML"),
         ("name: " + "[" * 500 + "\n", "bad YAML"),
-        ("a: &a [x]\nlogger: {tags: *a}\n", "line 1: a tag (!), anchor (&) or alias (*)"),
-        ("name: !!python/object/apply:os.system [ls]\n", "line 1: a tag"),
-        ("extends: {a: b}\n", "extends is {'a': 'b'}, allowed: a path or a list of paths"),
+        ("a: &a [x]\nlogger: {tags: *a}\n", "line 1: tags (!), anchors (&)"),
+        ("name: !!python/object/apply:os.system [ls]\n", "line 1: tags"),
+        ("extends: {a: b}\n", "extends is {'a': 'b'}"),
         ("extends: [[a]]\n", "extends is [['a']]"),
         ("extends: absent.yaml\n", "absent.yaml, which "),
         ('extends: "a\\0b"\n', "cannot be read"),

@@ -16,13 +16,9 @@ from matplotlib.figure import Figure
 
 from scmoe.files.writing import try_to_append
 from scmoe.moe.balance import SINGLE_STEPS, over_steps, step_load
-from scmoe.training.callbacks.analysis import (
-    PATIENCE,
-    CollapseAlarm,
-    ExpertLoad,
-    draw_load,
-    worst_layers,
-)
+from scmoe.probes.load_chart import draw_load, worst_layers
+from scmoe.training.callbacks.collapse import PATIENCE, CollapseAlarm
+from scmoe.training.callbacks.expert_load import ExpertLoad
 from tests.support.pictures import assert_readable
 
 

@@ -35,6 +35,7 @@ from scmoe.training.assembly.blocks import decoder_parts, moe_blocks, stack
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module
 from scmoe.training.run.machine import check_machine
+from scmoe.training.run.start import Start
 from tests.support.models import TINY
 
 EXTENSION = "extensions=[docs.examples.my_architecture]"
@@ -148,7 +149,7 @@ def test_a_router_that_gives_no_usable_weights_is_refused_by_its_name_at_the_sta
     with pytest.raises(
         ConfigError, match=rf"moe\.router is 'mine' \(tests\.unit\.test_extensions.*{wrong}"
     ):
-        check_machine(load(None, [*TINY, "moe.router=mine"]))
+        check_machine(Start.of(load(None, [*TINY, "moe.router=mine"])))
 
 
 def test_a_score_may_make_tensors_and_reach_its_highest_value():

@@ -23,7 +23,7 @@ from scmoe.probes.routing import (
     shape_of,
     write_routing,
 )
-from scmoe.training.callbacks.analysis import RecordRouting
+from scmoe.training.callbacks.record_routing import RecordRouting
 from tests.support.models import hooks, tiny, tiny_batch, tiny_model
 
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"

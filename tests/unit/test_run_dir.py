@@ -21,6 +21,7 @@ from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, slug_of
 from scmoe.training.run.file_loggers import csv_logger
 from scmoe.training.run.printout import print_start, resume_command, summary_panel
 from scmoe.training.run.resume import Resumed
+from scmoe.training.run.start import Start
 from scmoe.training.run.train import open_run
 from tests.support.commands import rows_of
 
@@ -111,10 +112,9 @@ def test_a_run_is_marked_and_closed_however_it_ends(error, state, tmp_path, monk
     )
     raised = None
     try:
-        with open_run(load(None, ["logger.mode=disabled", f"runs_dir={tmp_path}"]), [], None) as (
-            directory,
-            _,
-        ):
+        with open_run(
+            Start.of(load(None, ["logger.mode=disabled", f"runs_dir={tmp_path}"])), [], None
+        ) as (directory, _):
             assert json.loads((directory / "state.json").read_text())["state"] == "running"
             if error is not None:
                 raise error
@@ -127,13 +127,16 @@ def test_a_run_is_marked_and_closed_however_it_ends(error, state, tmp_path, monk
 
 def test_a_run_that_cannot_open_its_loggers_has_failed(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "build_loggers", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError), open_run(load(None, [f"runs_dir={tmp_path}"]), [], None):
+    with (
+        pytest.raises(ZeroDivisionError),
+        open_run(Start.of(load(None, [f"runs_dir={tmp_path}"])), [], None),
+    ):
         pass
     assert json.loads((tmp_path / "latest" / "state.json").read_text())["state"] == "failed"
 
 
 def test_a_path_with_brackets_is_printed_as_it_is(tmp_path, capsys):
-    print_start(load(None, []), tmp_path, tmp_path / "[/x]" / "a[lr]")
+    print_start(Start.of(load(None, [])), tmp_path, tmp_path / "[/x]" / "a[lr]")
     assert f"continuing from {tmp_path}/[/x]/a[lr]" in capsys.readouterr().err
 
 
@@ -149,9 +152,9 @@ def test_a_quiet_run_prints_nothing_and_another_one_what_differs_from_the_defaul
             "trainer.max_steps=7",
         ],
     )
-    with open_run(config, [], None, quiet=True):
+    with open_run(Start.of(config), [], None, quiet=True):
         assert capsys.readouterr().err == ""
-    with open_run(config, [], None) as (run_dir, _):
+    with open_run(Start.of(config), [], None) as (run_dir, _):
         said = capsys.readouterr().err
     assert "position: pos3" in said and "optim:" not in said
     text = changes_to_yaml(config)
@@ -196,7 +199,7 @@ def test_the_summary_says_what_is_of_the_validation_and_what_of_the_training():
 def test_other_ranks_open_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     with open_run(
-        load(None, [f"runs_dir={tmp_path}"]), [], Resumed(tmp_path / "a", tmp_path, None)
+        Start.of(load(None, [f"runs_dir={tmp_path}"])), [], Resumed(tmp_path / "a", tmp_path, None)
     ) as opened:
         assert opened == (None, [])
     assert not list(tmp_path.iterdir())

@@ -92,7 +92,7 @@ def test_a_run_that_another_process_trains_cannot_be_resumed(tmp_path):
     refuse_running(tmp_path)  # this process itself, as in a notebook
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         change_state(tmp_path, pid=other.pid, started=start_of(other.pid))
-        with pytest.raises(ConfigError, match=f"process {other.pid} is training {tmp_path}"):
+        with pytest.raises(ConfigError, match=f"{other.pid} is training {tmp_path}"):
             refuse_running(tmp_path)
         change_state(tmp_path, state="cut")
         refuse_running(tmp_path)

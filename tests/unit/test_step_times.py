@@ -2,6 +2,7 @@
 device."""
 
 import math
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from scmoe.footprint.model_cost import BF16_TFLOPS, forward_flops, peak_tflops
-from scmoe.training.callbacks import progress
-from scmoe.training.callbacks.progress import LogLines, StepTimes, Throughput
+from scmoe.training.callbacks.log_lines import LogLines
+from scmoe.training.callbacks.step_times import StepTimes
+from scmoe.training.callbacks.throughput import Throughput
 from tests.support.models import tiny, tiny_model
 
 
@@ -73,7 +75,7 @@ def test_on_a_host_each_stage_has_its_time(monkeypatch):
     """Two batches make a step, whose stages are added up. Validation and checkpoints are no part of
     a stage."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def clock(seconds: float) -> None:
         now[0] += seconds
@@ -146,7 +148,7 @@ def test_model_flops_have_no_empty_slots():
 def test_throughput_is_the_rate_times_the_flops_of_a_sample(monkeypatch):
     """Two ranks share the batch of 4 sequences, so each device has half of its FLOPs."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     logged = Logged(world_size=2)
     logged.model = tiny_model(tiny("model.layers=2"))
     callback = Throughput(4, 12, peak=1e-6)

@@ -6,8 +6,9 @@ import wandb
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.training.run import machine
+from scmoe.training.run import machine, start
 from scmoe.training.run.loggers import has_wandb_key, wandb_logger
+from scmoe.training.run.start import Start
 
 OURS, LAB = "api.wandb.ai", "http://wandb.lab:8080"
 
@@ -46,9 +47,9 @@ def test_online_without_a_key_is_refused_before_anything_is_built(words, tmp_pat
         "WANDB_MODE": "online",
     }.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setattr(machine, "build_model_on_meta", None)
+    monkeypatch.setattr(start, "build_model_on_meta", None)
     with pytest.raises(ConfigError, match="is online, but no key"):
-        machine.check_machine(load(None, [*words, f"runs_dir={tmp_path}"]))
+        machine.check_machine(Start.of(load(None, [*words, f"runs_dir={tmp_path}"])))
 
 
 def test_an_error_of_wandb_without_a_text_is_named_by_its_type(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from scmoe.config.registry import IMAGES, named
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
-from scmoe.files.writing import try_to_write_json, warn_once
+from scmoe.files.writing import redacted, try_to_write_json, warn_once
 from scmoe.moe.stream import dropless
 from scmoe.parallel.checkpoint.durable import UNREAD, read_manifest
 from scmoe.runs.evaluate.scoring import (
@@ -316,7 +316,7 @@ def log_to_wandb(run_dir: Path, config: Config, results: Results) -> None:
         )
         return
     try:
-        logger = wandb_logger(run_dir, config)
+        logger = wandb_logger(run_dir, redacted(config))
         logger.log_metrics(metrics_of(results), results["step"])
         close_loggers([logger])
     except Exception as error:

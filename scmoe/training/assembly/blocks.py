@@ -1,5 +1,6 @@
-"""Builds the blocks of a configuration, and their routers: an architecture wires the parts of any
-model family.
+"""Builds the blocks of a configuration, and their routers.
+
+An architecture wires the parts of any model family.
 
 An architecture is a function (config, context, parts of each layer) -> blocks, registered by its
 name. A router is a function (config) -> Scoring:
@@ -54,12 +55,10 @@ class Parts:
     mlp: Callable[..., nn.Module]  # of Block-MLP and of the shared expert; ffn_dim: another width
     attention: Callable[[], nn.Module]
     after: Callable[[], nn.Module]  # applied to a sub-layer's output before it is added: dropout
-    experts: Callable[
-        [int, range], Any
-    ]  # of the number of all routed experts, and of the ids that this rank holds
-    sublayer: Callable[[nn.Module, nn.Module, nn.Module], Any] = (
-        Residual  # of a norm, an operator, and `after`
-    )
+    # Takes the number of all routed experts, and the ids that this rank holds.
+    experts: Callable[[int, range], Any]
+    # Takes a norm, an operator, and `after`.
+    sublayer: Callable[[nn.Module, nn.Module, nn.Module], Any] = Residual
 
     def attention_sublayer(self) -> Any:
         return self.sublayer(self.norm(), self.attention(), self.after())
@@ -68,7 +67,7 @@ class Parts:
         return self.sublayer(self.norm(), self.mlp(*ffn_dim), self.after())
 
     def dense_block(self, *ffn_dim: int) -> DenseBlock:
-        """ffn_dim: of its MLP, where it is another one than that of the other MLPs."""
+        """Return a dense block. ffn_dim: of its MLP, if it is not that of the other MLPs."""
         return DenseBlock([self.attention_sublayer(), self.mlp_sublayer(*ffn_dim)])
 
     def farskip_dense_block(self, ffn_dim: int) -> FarSkipDenseBlock:
@@ -82,22 +81,23 @@ def decoder_parts(
     bias: bool = True,
     rotary: Callable[[], Rotary | None] = lambda: None,
 ) -> Parts:
+    """Return the parts of a decoder's blocks. activation: where model.activation is null."""
     model = config.model
-    dim, ffn_dim, activation = (
-        model.dim,
-        model.ffn_dim or 4 * model.dim,
-        model.activation or activation,
-    )
+    dim = model.dim
+    ffn_dim = model.ffn_dim or 4 * dim
+    activation = model.activation or activation
 
     def attention() -> nn.Module:
         if model.attention == "full":
             return Attention(dim, model.heads, bias=bias, kv_heads=model.kv_heads, rotary=rotary())
-        given = model.latent
+        latent = model.latent
         sizes = LatentSizes(
-            given.q_rank, given.kv_rank, given.nope_dim, given.rope_dim, given.value_dim
+            latent.q_rank, latent.kv_rank, latent.nope_dim, latent.rope_dim, latent.value_dim
         )
-        turning = Rotary(model.rope_theta, given.yarn_factor)
-        return LatentAttention(dim, model.heads, sizes, turning, given.scaled, given.gated)
+        rotary_of_latents = Rotary(model.rope_theta, latent.yarn_factor)
+        return LatentAttention(
+            dim, model.heads, sizes, rotary_of_latents, latent.scaled, latent.gated
+        )
 
     return Parts(
         dim,
@@ -111,7 +111,8 @@ def decoder_parts(
 
 def llama_parts(config: Config) -> Parts:
     model = config.model
-    norm, rotary = partial(nn.RMSNorm, eps=model.norm_eps), partial(Rotary, model.rope_theta)
+    norm = partial(nn.RMSNorm, eps=model.norm_eps)
+    rotary = partial(Rotary, model.rope_theta)
     return decoder_parts(config, norm, ACTIVATIONS["llama"], bias=False, rotary=rotary)
 
 
@@ -181,29 +182,36 @@ def moe_block(
     layers: Sequence[Parts],
     first: bool,
 ) -> nn.Module:
-    """Return one block with an MoE. layers: its own, or those of a pair. first: the model's first
-    MoE module, whose tap may be elsewhere."""
-    parts, sublayers = layers[-1], [layers[0].attention_sublayer()]
+    """Return one block with an MoE.
+
+    layers: the parts of its layer, or of the two layers of a pair. first: the model's first MoE
+    module, whose tap may be elsewhere.
+    """
+    parts = layers[-1]
+    sublayers = [layers[0].attention_sublayer()]
     if len(layers) == 2:
         sublayers += [layers[0].mlp_sublayer(), parts.attention_sublayer()]
+
     moe = config.moe
-    tap = taps(config)[0 if first else 1] if block.architecture in SHORTCUTS else None
-    given = config.schedule
+    tap = None
+    if block.architecture in SHORTCUTS:
+        first_tap, tap_of_others = taps(config)
+        tap = first_tap if first else tap_of_others
+    settings = config.schedule
     schedule = Schedule(
-        block.architecture, tap, given.slot, given.chunks or 1, given.inside_attention
+        block.architecture, tap, settings.slot, settings.chunks or 1, settings.inside_attention
     )
+
     tap_norm = shared_expert = coefficient = None
     if tap is not None and moe.tap_norm == "own":
         tap_norm = parts.norm()
     elif tap is not None:
-        tap_norm = sublayers[
-            len(sublayers) - schedule.sublayers_after_tap
-        ].norm  # of the sub-layer after the tap
+        after_tap = sublayers[len(sublayers) - schedule.sublayers_after_tap]
+        tap_norm = after_tap.norm
     if "shared_expert" in schedule.window:
         shared_expert = parts.mlp()
-        coefficient = (
-            None if issubclass(block, FarSkipBlock) else COEFFICIENT_GATES[moe.combine](parts.dim)
-        )
+        if not issubclass(block, FarSkipBlock):
+            coefficient = COEFFICIENT_GATES[moe.combine](parts.dim)
     after = parts.after()
     if moe.after_norm:
         after = nn.Sequential(OrderedDict(norm=parts.norm(), after=after))
@@ -221,11 +229,12 @@ def moe_block(
 
 
 def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoEStream:
-    moe, router = config.moe, build_router(config, parts.dim)
+    """Return the stream of one MoE module, with this rank's experts."""
+    moe = config.moe
+    router = build_router(config, parts.dim)
     experts = parts.experts(moe.num_experts, context.local_experts(moe.num_experts))
-    ep_size = max(
-        context.ep_size, resolve_ep_size(config)
-    )  # an estimate for many ranks is made in one process
+    # One process builds the model of an estimate for many ranks.
+    ep_size = max(context.ep_size, resolve_ep_size(config))
     filled = moe.rows == "filled" or (moe.rows == "auto" and config.trainer.accelerator == "cpu")
     rows = rows_of(moe.capacity_factor, filled)
     if moe.rows == "buffers" and ep_size > 1:
@@ -256,8 +265,11 @@ def longcat(config: Config) -> Scoring:
 
 
 def build_router(config: Config, dim: int) -> Router:
-    """ConfigError: moe.router of an extension returns no Scoring, or one that cannot be used; or it
-    has no rule, and moe.bias_rate is set."""
+    """Return the router of one MoE module.
+
+    ConfigError: moe.router of an extension returns no Scoring, or one that cannot be used; or it
+    has no rule, and moe.bias_rate is set.
+    """
     moe = config.moe
     scoring = scoring_of(config)
     if moe.bias_rate is not None:

@@ -18,7 +18,6 @@ from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SyntheticDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.datamodules.tokenizer import Tokenizer
-from scmoe.parallel.checkpoint.export import read_header
 from scmoe.parallel.checkpoint.loading import read_meta
 
 register_dataset = DATASETS.register
@@ -47,8 +46,10 @@ def prepare_data(
 
 
 def build_datamodule(config: Config) -> PositionedDataModule:
-    """Images are opened here, so that missing data is an error before a process is started."""
-    data, trainer = config.data, config.trainer
+    """Return the datamodule. Images are opened here, so that missing data is an error before a
+    process is started."""
+    data = config.data
+    trainer = config.trainer
     position: dict[str, Any] = dict(
         global_batch_size=data.global_batch_size,
         accumulate=trainer.accumulate,
@@ -103,10 +104,8 @@ def text(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
 @register_dataset("digits", images=True)
 @register_dataset("image_folder", images=True)
 def images(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
-    from scmoe.datamodules.images import (
-        ImageDataModule,
-        open_images,
-    )  # here, as they need the extra `vision`
+    # Imported here, as they need the extra `vision`.
+    from scmoe.datamodules.images import ImageDataModule, open_images
 
     data = config.data
     return ImageDataModule(
@@ -125,7 +124,9 @@ def images(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
 
 def tokenizer_of(config: Config, weights: Path) -> Tokenizer | None:
     """Return the tokenizer of a text data set, prepared if it is not yet; None for other data.
-    ConfigError: no data, or data with another tokenizer than that of the weights."""
+
+    ConfigError: there is no data, or it has another tokenizer than that of the weights.
+    """
     data = build_datamodule(config)
     if not isinstance(data, TextDataModule):
         return None
@@ -134,10 +135,10 @@ def tokenizer_of(config: Config, weights: Path) -> Tokenizer | None:
 
 
 def check_tokenizer(data: TextDataModule, weights: Path) -> None:
-    """Raise ConfigError if the ids of the prepared data mean other text than those with which the
-    weights were trained.
+    """Raise ConfigError if the prepared data has another tokenizer than the weights' training.
 
-    A text that has changed makes another `bpe`."""
+    A text that has changed makes another `bpe`.
+    """
     if kept_tokenizer(weights) not in (None, data.tokenizer.digest):
         raise ConfigError(
             f"data.path={data.path} and data.tokenizer={data.tokenizer_kind} give another tokenizer"
@@ -149,19 +150,16 @@ def check_tokenizer(data: TextDataModule, weights: Path) -> None:
 def kept_data(data: PositionedDataModule, weights: Path) -> Any:
     """Return the digest of the data that a checkpoint was trained on; None: it has none, or is an
     export."""
-    return (
-        read_meta(weights).get(type(data).__qualname__, {}).get("data")
-        if weights.is_dir()
-        else None
-    )
+    if not weights.is_dir():
+        return None
+    return read_meta(weights).get(type(data).__qualname__, {}).get("data")
 
 
 def kept_tokenizer(weights: Path) -> str | None:
     """Return the digest of the tokenizer with which a checkpoint or an export was trained; None: it
     has none."""
-    kept = (
-        read_meta(weights).get(TextDataModule.__qualname__, {})
-        if weights.is_dir()
-        else read_header(weights)
-    )
-    return kept.get("tokenizer")
+    if weights.is_dir():
+        return read_meta(weights).get(TextDataModule.__qualname__, {}).get("tokenizer")
+    from scmoe.parallel.checkpoint.export import read_header
+
+    return read_header(weights).get("tokenizer")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,8 +20,6 @@ from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import FAMILIES, IMAGES, OPTIMIZERS, import_extensions
-from scmoe.init_from.pretrained import Checkpoint, check_settings, read_export, read_hf, settings_of
-from scmoe.init_from.upcycle import fill, sources_of
 from scmoe.models.decoder import GPT, Llama
 from scmoe.moe.experts import Experts
 from scmoe.parallel.dense import materialise, put, shard
@@ -30,17 +28,20 @@ from scmoe.training.assembly.blocks import Parts, build_blocks, stack
 from scmoe.training.modules import ImageClassifier, LanguageModel, MoEModule
 from scmoe.training.muon import MuonAndAdamW, Trained, adamw
 
+if TYPE_CHECKING:
+    from scmoe.init_from.pretrained import Checkpoint
+
 register_family = FAMILIES.register
 register_optimizer = OPTIMIZERS.register
 OF_A_NETWORK = ("blocks", "steps", "norm", "head", "init_weights", "rows_per_sample")
 
 
 def build_model(config: Config, context: ParallelContext | None = None) -> Any:
-    """Return the network with this rank's experts and weights drawn from the seed. context: None:
-    all experts.
+    """Return the network with this rank's experts and weights drawn from the seed.
 
-    If the context splits dense weights over ranks, so is the model, and no rank ever holds it
-    whole: it is split on the meta device, then one weight is drawn after the other."""
+    If the context splits dense weights over ranks, no rank ever holds the whole model: it is split
+    on the meta device, then one weight is drawn after the other. context: None: all experts.
+    """
     context = context or ParallelContext()
     if context.dense_mesh is not None:
         device = torch.get_default_device()  # the rank's: Lightning sets it while a model is built
@@ -61,20 +62,25 @@ def build_model_to_train(config: Config, context: ParallelContext) -> Any:
     """Return the network at the start of a training, with weights drawn from the seed or read from
     init_from.
 
-    Raises ConfigError where init_from cannot be read or holds the weights of another model.
+    ConfigError: init_from cannot be read, or holds the weights of another model.
     """
     model = build_model(config, context)
     if config.init_from is not None:
+        from scmoe.init_from.upcycle import fill
+
         fill(model, initial_weights(config, model), put)
     return model
 
 
-def initial_weights(config: Config, model: Any) -> Checkpoint:
-    """Return what init_from names; of its weights only names and shapes are read. model: may be on
-    the meta device.
+def initial_weights(config: Config, model: Any) -> "Checkpoint":
+    """Return what init_from names; of its weights only names and shapes are read.
 
-    Raises ConfigError where it cannot be read or holds the weights of another model.
+    model: may be on the meta device. ConfigError: init_from cannot be read, or holds the weights of
+    another model.
     """
+    from scmoe.init_from.pretrained import check_settings, read_export, read_hf, settings_of
+    from scmoe.init_from.upcycle import sources_of, with_zero_experts
+
     kind, _, path = (config.init_from or "").partition(":")
     try:
         checkpoint = read_hf(Path(path)) if kind == "hf" else read_export(Path(path))
@@ -92,8 +98,8 @@ def build_model_on_meta(config: Config) -> Any:
 
 
 def build_network(config: Config, context: ParallelContext) -> Any:
-    """Return the network with weights that are not set yet. ConfigError: an extension's lacks what
-    a network has."""
+    """Return the network with weights that are not set yet. ConfigError: an extension's network
+    lacks what a network must have."""
     import_extensions(config.extensions)  # a spawned rank has not read the configuration
     network = FAMILIES[config.model.family](config, context)
     if missing := [name for name in OF_A_NETWORK if getattr(network, name, None) is None]:
@@ -108,20 +114,23 @@ def build_network(config: Config, context: ParallelContext) -> Any:
 @register_family("gpt")
 @register_family("llama")
 def build_decoder(config: Config, context: ParallelContext) -> Any:
-    model, blocks = config.model, build_blocks(config, context)
-    decoder: Callable[..., Any] = (
-        GPT if model.family == "gpt" else partial(Llama, norm_eps=model.norm_eps)
-    )
+    model = config.model
+    blocks = build_blocks(config, context)
+    decoder: Callable[..., Any] = GPT
+    if model.family == "llama":
+        decoder = partial(Llama, norm_eps=model.norm_eps)
     return decoder(config.data.vocab_size, config.data.seq_len, model.dim, blocks, model.dropout)
 
 
 @register_family("swin", images=True)
 def build_swin(config: Config, context: ParallelContext) -> Any:
-    """Build SwinV2-MoE (Table 9): stage 3 has the configured architecture, stage 4 standard top-2."""
+    """Return SwinV2-MoE (Table 9): stage 3 has the configured architecture, stage 4 top-2."""
     require("model.family swin", "timm")
     from scmoe.models.swin import PostNorm, ShiftedWindows, Swin
 
-    model, data, moe = config.model, config.data, config.moe
+    model = config.model
+    data = config.data
+    moe = config.moe
     depths = (2, 2, model.layers, 2)
 
     def parts(stage: int, i: int) -> Parts:
@@ -152,10 +161,10 @@ def build_swin(config: Config, context: ParallelContext) -> Any:
 
 
 def build_module(config: Config) -> MoEModule:
-    images = config.data.name in IMAGES
-    task = (
-        partial(ImageClassifier, num_classes=config.data.num_classes) if images else LanguageModel
-    )
+    """Return the LightningModule. It builds its network when the ranks exist."""
+    task: Callable[..., MoEModule] = LanguageModel
+    if config.data.name in IMAGES:
+        task = partial(ImageClassifier, num_classes=config.data.num_classes)
     return task(
         partial(build_model_to_train, config),  # not a lambda: spawned processes get it pickled
         max_steps=config.trainer.max_steps,
@@ -182,9 +191,13 @@ def updated_by_muon(config: Config, model: nn.Module) -> list[nn.Parameter]:
 
 @register_optimizer("adamw")
 def build_adamw(config: Config, parameters: Trained) -> Optimizer:
-    optim, betas = config.optim, (config.optim.beta1, config.optim.beta2)
+    optim = config.optim
     return adamw(
-        parameters, lr=optim.lr, weight_decay=optim.weight_decay, betas=betas, eps=optim.eps
+        parameters,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
     )
 
 

@@ -2,8 +2,7 @@
 
 import os
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +17,17 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import CALLBACKS, IMAGES
 from scmoe.config.rules import last_step, resolve_ep_size
-from scmoe.footprint.memory import Job, rank_memory
 from scmoe.lightning.seam import BestCheckpoints, LastCheckpoint, Patience, StepProgressBar
 from scmoe.lightning.strategy import ExpertParallelStrategy
-from scmoe.parallel.dense import ways
-from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
-from scmoe.training.callbacks.analysis import (
-    SIMILARITY,
-    Analysis,
-    ExpertLoad,
-    RecordRouting,
-    gating,
-)
-from scmoe.training.callbacks.progress import (
-    DataPosition,
-    GradientNorms,
-    KeptConfig,
-    LogLines,
-    Memory,
-    ProfileSteps,
-    SkippedImages,
-    StepTimes,
-    Throughput,
-)
+from scmoe.training.callbacks.data_position import DataPosition
+from scmoe.training.callbacks.expert_load import ExpertLoad
+from scmoe.training.callbacks.gradient_norms import GradientNorms
+from scmoe.training.callbacks.log_lines import LogLines
+from scmoe.training.callbacks.peak_memory import PeakMemory
+from scmoe.training.callbacks.skipped_images import SkippedImages
+from scmoe.training.callbacks.step_times import StepTimes
+from scmoe.training.callbacks.throughput import Throughput
 
 register_callback = CALLBACKS.register
 
@@ -53,53 +39,80 @@ def seed_everything(config: Config) -> None:
 
 
 def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
-    """run_dir: on rank 0; None on other ranks, where ModelCheckpoint gets its folder from rank 0."""
-    data, trainer, measured = config.data, config.trainer, config.analysis
-    checkpoints, analysis = (
-        run_dir / name if run_dir else None for name in ("checkpoints", "analysis")
-    )
-    images, micro_batch = data.name in IMAGES, data.global_batch_size // trainer.accumulate
+    """Return the callbacks of a training, except for KeptConfig.
+
+    run_dir: on rank 0; None on other ranks, where ModelCheckpoint gets its folder from rank 0.
+    """
+    data = config.data
+    trainer = config.trainer
+    checkpoints = run_dir / "checkpoints" if run_dir else None
+    analysis = run_dir / "analysis" if run_dir else None
+    images = data.name in IMAGES
+    micro_batch = data.global_batch_size // trainer.accumulate
     best, mode = ("val/accuracy", "max") if images else ("val/bits_per_byte", "min")
-    chunks = (1, 2, 4) if config.schedule.chunks is None else (config.schedule.chunks,)
-    plan = run_dir / "plan.json" if run_dir else None
+
     callbacks: list[Callback] = [
         DataPosition(),
-        KeptConfig(config),
-        ExpertLoad(analysis if measured.expert_load else None),
+        ExpertLoad(analysis if config.analysis.expert_load else None),
         Throughput(micro_batch, None if images else data.seq_len, trainer.peak_tflops),
         StepTimes(),
         GradientNorms(),
-        Memory(),
+        PeakMemory(),
         LastCheckpoint(checkpoints, trainer.checkpoint_every),
     ]
     if trainer.limit_val_batches != 0 and trainer.save_top_k:
         callbacks.append(BestCheckpoints(checkpoints, best, mode, trainer.save_top_k))
-    if (patience := trainer.early_stopping) is not None:
+    if trainer.early_stopping is not None:
+        patience = trainer.early_stopping
         callbacks.append(
             Patience(best, patience=patience, mode=mode, check_on_train_epoch_end=False)
         )
     if trainer.profile_steps is not None:
+        from scmoe.training.callbacks.profile_steps import ProfileSteps
+
         callbacks.append(ProfileSteps(trainer.profile_steps, run_dir))
     if config.moe.architecture not in ("dense", "dgmoe_share"):
-        callbacks.append(
-            AdaptiveSchedule(config.schedule.auto, chunks, plan, timing_conditions(config))
-        )
+        callbacks.append(adaptive_schedule(config, run_dir))
     if images and data.on_error == "skip":
         callbacks.append(SkippedImages())
-    if measured.gating_every is not None:
-        callbacks.append(Analysis(gating(config.moe.position), measured.gating_every, analysis))
-    if measured.similarity_every is not None:
-        callbacks.append(Analysis(SIMILARITY, measured.similarity_every, analysis))
-    if measured.record_routing is not None:
-        callbacks.append(RecordRouting(measured.record_routing, analysis))
+    callbacks += measurements(config, analysis)
     if trainer.progress:
         callbacks.append(StepProgressBar() if sys.stderr.isatty() else LogLines())
     return callbacks + [CALLBACKS[name](**options) for name, options in config.callbacks.items()]
 
 
+def measurements(config: Config, folder: Path | None) -> Iterator[Callback]:
+    """Yield the callbacks of Fig. 9, Fig. 10 and recorded routings, which few trainings have.
+
+    folder: where rank 0 writes.
+    """
+    measured = config.analysis
+    if measured.gating_every is not None:
+        from scmoe.training.callbacks.analysis import Analysis, gating
+
+        yield Analysis(gating(config.moe.position), measured.gating_every, folder)
+    if measured.similarity_every is not None:
+        from scmoe.training.callbacks.analysis import SIMILARITY, Analysis
+
+        yield Analysis(SIMILARITY, measured.similarity_every, folder)
+    if measured.record_routing is not None:
+        from scmoe.training.callbacks.record_routing import RecordRouting
+
+        yield RecordRouting(measured.record_routing, folder)
+
+
+def adaptive_schedule(config: Config, run_dir: Path | None) -> AdaptiveSchedule:
+    """Return the callback of the schedule, which chooses it where schedule.auto is set."""
+    schedule = config.schedule
+    chunks = (1, 2, 4) if schedule.chunks is None else (schedule.chunks,)
+    plan = run_dir / "plan.json" if run_dir else None
+    return AdaptiveSchedule(schedule.auto, chunks, plan, timing_conditions(config))
+
+
 def timing_conditions(config: Config) -> dict[str, Any]:
     """Return the settings that change how long operators take: a plan is valid for these only."""
-    trainer, strategy = config.trainer, config.strategy
+    trainer = config.trainer
+    strategy = config.strategy
     return {
         "num_nodes": trainer.num_nodes,
         "precision": trainer.precision,
@@ -115,21 +128,17 @@ def timing_conditions(config: Config) -> dict[str, Any]:
 
 def cpu_threads(config: Config) -> int:
     """Return the CPU threads of one rank."""
-    usable = getattr(
-        os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1)
-    )  # macOS has no such function
-    return config.trainer.threads or max(1, len(usable(0)) // config.trainer.devices)
+    if config.trainer.threads is not None:
+        return config.trainer.threads
+    affinity = getattr(os, "sched_getaffinity", None)  # macOS has no such function
+    usable = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
+    return max(1, usable // config.trainer.devices)
 
 
-def dense_estimates(config: Config) -> dict[str, float]:
-    """Return for each way of keeping dense weights the bytes that a rank needs at most, activations
-    included."""
-    job, model = Job.of(config), build_model_on_meta(config)
-    possible = ways(model, job.ranks, job.dp_size, job.node_size)
-    return {way: rank_memory(model, replace(job, dense=way))["total"] for way in possible}
-
-
-def build_strategy(config: Config) -> ExpertParallelStrategy:
+def build_strategy(
+    config: Config, dense_estimates: Mapping[str, float] | None = None
+) -> ExpertParallelStrategy:
+    """dense_estimates: for strategy.dense=auto, as ExpertParallelStrategy takes them."""
     strategy = config.strategy
     return ExpertParallelStrategy(
         resolve_ep_size(config),
@@ -137,7 +146,7 @@ def build_strategy(config: Config) -> ExpertParallelStrategy:
         async_checkpoint=strategy.async_checkpoint,
         full_checkpoint=strategy.full_checkpoint,
         dense=strategy.dense,
-        dense_estimates=dense_estimates(config) if strategy.dense == "auto" else None,
+        dense_estimates=dense_estimates,
         reductions=strategy.reductions,
         exchange=strategy.exchange,
         debug_collectives=strategy.debug_collectives,
@@ -145,19 +154,23 @@ def build_strategy(config: Config) -> ExpertParallelStrategy:
 
 
 def build_trainer(
-    config: Config, callbacks: Sequence[Callback], loggers: Sequence[Logger]
+    config: Config,
+    callbacks: Sequence[Callback],
+    loggers: Sequence[Logger],
+    dense_estimates: Mapping[str, float] | None = None,
 ) -> Trainer:
-    """ConfigError: Lightning's Trainer does not take trainer.extra."""
-    trainer, strategy, threads = config.trainer, build_strategy(config), cpu_threads(config)
-    set_threads = LambdaCallback(
-        setup=lambda *_, **__: torch.set_num_threads(threads)
-    )  # after Lightning's launcher
+    """Return the Trainer. dense_estimates: as in `build_strategy`. ConfigError: Lightning's Trainer
+    does not take trainer.extra."""
+    trainer = config.trainer
+    threads = cpu_threads(config)
+    # Lightning's launcher sets the number too, before `setup`.
+    set_threads = LambdaCallback(setup=lambda *_, **__: torch.set_num_threads(threads))
     try:
         return Trainer(
             accelerator=trainer.accelerator,
             devices=trainer.devices,
             num_nodes=trainer.num_nodes,
-            strategy=strategy,
+            strategy=build_strategy(config, dense_estimates),
             precision=trainer.precision,
             max_steps=last_step(config),
             max_epochs=-1,

@@ -1,5 +1,4 @@
-"""What a run prints and logs of its schedule: the planner's choice, what ran, and how much
-communication was hidden."""
+"""The schedule of a run: the planner's choice, what ran, and how much communication was hidden."""
 
 import itertools
 import json
@@ -14,18 +13,19 @@ from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.files.writing import try_to_write_json
 from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
 from scmoe.planning.pricing import LayerChoice, plan_from_json, plan_to_json
-from scmoe.training.callbacks.progress import logs_now
+from scmoe.training.callbacks.logged_steps import logs_now
 
 
 class AdaptiveSchedule(Callback):
-    """Logs overlap/forward and overlap/backward: the shares of the communication that each logged
-    step has hidden, where it can be measured.
+    """Logs overlap/forward and overlap/backward: the shares of the communication that a logged step
+    has hidden, where it can be measured.
+
+    Does nothing where no transfer takes place: with one expert-parallel rank, or without experts.
 
     auto: choose slot and chunks by measurement, and again where the times drift; otherwise only
-    measure. chunks: the numbers of chunks to choose from. plan: on rank 0, where the choice is
-    kept; a resumed run takes it from there instead of measuring again, where the settings are the
-    same. Does nothing where no transfer takes place: with one expert-parallel rank, or without
-    experts.
+    measure. chunks: the numbers of chunks to choose from. plan: on rank 0, the file where the
+    choice is kept; a resumed run with the same settings takes it from there instead of measuring
+    again. settings: those under which a plan is valid, beside the planner's own.
     """
 
     def __init__(
@@ -35,20 +35,25 @@ class AdaptiveSchedule(Callback):
         plan: Path | None = None,
         settings: dict[str, Any] | None = None,
     ) -> None:
-        self.auto, self.chunks, self.plan, self.settings = auto, chunks, plan, settings or {}
+        self.auto = auto
+        self.chunks = chunks
+        self.plan = plan
+        self.settings = settings or {}
         self.conditions: dict[str, Any] = {}  # under which a plan is valid
         self.planner: Planner | None = None
         self.shown: list[LayerChoice] = []
         self.show_what_ran = False
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
-        blocks, context = moe_blocks_of(module), module.parallel_context
+        blocks = moe_blocks_of(module)
+        context = module.parallel_context
         if context.ep_size == 1 or not blocks:
             if self.auto:
                 rank_zero_warn(
                     "schedule: auto has nothing to choose, as every rank has all experts"
                 )
             return
+
         in_a_step = trainer.accumulate_grad_batches
         fixed = not self.auto
         self.planner = Planner(
@@ -95,16 +100,14 @@ class AdaptiveSchedule(Callback):
         if self.planner is None:
             return
         self.planner.end_step()
-        choices, overlap = self.planner.choices, self.planner.overlap
+        choices = self.planner.choices
         if choices and choices is not self.shown:
             self.show_what_ran |= [c.schedule for c in choices] != [c.schedule for c in self.shown]
             self.shown = choices
             if self.auto and trainer.is_global_zero:
-                print("\n".join(plan_lines(choices)), file=sys.stderr, flush=True)
-                if self.plan is not None:
-                    try_to_write_json(
-                        self.plan, plan_to_json(choices, self.conditions, trainer.global_step)
-                    )
+                self.show_and_keep(choices, trainer.global_step)
+
+        overlap = self.planner.overlap
         if overlap is not None and logs_now(trainer, batch_idx):
             hidden = zip(("overlap/forward", "overlap/backward"), overlap.efficiency, strict=True)
             module.log_dict({name: share for name, share in hidden if share is not None})
@@ -112,10 +115,16 @@ class AdaptiveSchedule(Callback):
                 print(what_ran(choices, overlap, self.planner.backend), file=sys.stderr, flush=True)
             self.show_what_ran = False
 
+    def show_and_keep(self, choices: list[LayerChoice], step: int) -> None:
+        """Print the plan, and write it where a resumed run finds it."""
+        print("\n".join(plan_lines(choices)), file=sys.stderr, flush=True)
+        if self.plan is not None:
+            try_to_write_json(self.plan, plan_to_json(choices, self.conditions, step))
+
 
 def read_plan(path: Path, conditions: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a plan that holds under these conditions; else say in one line why it is measured
-    again."""
+    """Return a plan that is valid under these conditions. Otherwise print in one line why the
+    operators are measured again, and return None."""
     try:
         plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         plan_from_json(plan)
@@ -149,26 +158,23 @@ def plan_lines(choices: list[LayerChoice]) -> list[str]:
 
 
 def what_ran(choices: list[LayerChoice], overlap: Overlap, backend: str) -> str:
+    """Return a line: what has run, its time and the predicted one, and what was hidden."""
     ran = sorted({f"{c.schedule.place} x {c.schedule.chunks}" for c in choices})
-    predicted, measured = (
-        1e3 * sum(seconds) for seconds in ((c.predicted for c in choices), overlap.seconds)
-    )
+    predicted_ms = 1e3 * sum(c.predicted for c in choices)
+    measured_ms = 1e3 * sum(overlap.seconds)
     hidden = []
     for direction, share, part in zip(
         ("forward", "backward"), overlap.shares, overlap.efficiency, strict=True
     ):
-        whole = f"{100 * share:.0f} %"
-        if part is None:
-            why = (
-                "too little to measure"
-                if share < LEAST_SHARE
-                else "not measurable, perhaps the machine is busy"
-            )
-            hidden.append(f"{direction} {why} ({whole})")
+        percent = f"{100 * share:.0f} %"
+        if part is not None:
+            hidden.append(f"{direction} {100 * part:.0f} % hidden of {percent}")
+        elif share < LEAST_SHARE:
+            hidden.append(f"{direction} too little to measure ({percent})")
         else:
-            hidden.append(f"{direction} {100 * part:.0f} % hidden of {whole}")
+            hidden.append(f"{direction} not measurable, perhaps the machine is busy ({percent})")
     return (
-        f"ran: {backend}, {', '.join(ran)} (slot x chunks): {measured:.1f} ms of all MoE windows a"
-        f" step, predicted {predicted:.1f}; communication, as a share of the time without overlap:"
-        f" {', '.join(hidden)}"
+        f"ran: {backend}, {', '.join(ran)} (slot x chunks): {measured_ms:.1f} ms of all MoE windows"
+        f" a step, predicted {predicted_ms:.1f}; communication, as a share of the time without"
+        f" overlap: {', '.join(hidden)}"
     )

@@ -1,8 +1,9 @@
 """The directory of a run: its name, what is needed to run it again, and its state.
 
-    runs/<experiment>/<stamp>-<slug>/   config.yaml  config-from-<step>.yaml  overrides.txt  env.json  metrics.csv
-                                        summary.json  plan.json  checkpoints/  wandb/  wandb_run.json  state.json
-    runs/latest                         a link to the newest run
+    runs/<experiment>/<stamp>-<slug>/
+        config.yaml  config-from-<step>.yaml  overrides.txt  env.json  metrics.csv  summary.json
+        plan.json  state.json  checkpoints/  wandb/  wandb_run.json
+    runs/latest     a link to the newest run
 
 Only rank 0 writes. A run whose config cannot be written does not start.
 """
@@ -29,26 +30,22 @@ from scmoe.config.leaves import ConfigError
 from scmoe.files.writing import read_json, redacted, replacing, try_to_write_json
 from scmoe.parallel.checkpoint.durable import machine, start_of
 
-UNNAMED_KEYS = re.compile(
-    r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir"
-)  # not in a run's name
-VALUE_CHARS, SLUG_CHARS = (
-    24,
-    64,
-)  # of one value, and of all; with the stamp well below a file system's 255 bytes
+# Keys that are not in a run's name.
+UNNAMED_KEYS = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")
+VALUE_CHARS = 24  # of one value in a run's name
+SLUG_CHARS = 64  # of all; with the stamp, well below a file system's 255 bytes
 STATE = "state.json"
 STATES = ("running", "finished", "failed", "cut")
-BEAT_S, SILENT_S = (
-    60.0,
-    600.0,
-)  # the second is longer than clocks of machines differ, and than a shared disk is away
+BEAT_S = 60.0
+SILENT_S = 600.0  # longer than the clocks of machines differ, and than a shared disk is away
 
 
 def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config_yaml: str) -> Path:
     """Create the directory of a new run and write what is needed to run it again, without keys and
     passwords."""
     overrides = redacted(overrides)
-    stamp, slug = datetime.now().strftime("%Y%m%d-%H%M%S"), slug_of(overrides)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    slug = slug_of(overrides)
     run_dir = root / experiment / f"{stamp}-{slug or uuid.uuid4().hex[:4]}"
     while run_dir.exists():
         run_dir = run_dir.with_name(f"{stamp}-{slug}-{uuid.uuid4().hex[:4]}")
@@ -66,29 +63,30 @@ def slug_of(overrides: Sequence[str]) -> str:
     """Return what distinguishes the run: `ep_size-2-lr-1e-3` for strategy.ep_size=2 optim.lr=1e-3;
     "" for nothing.
 
-    The number of steps comes last. If a value is long or has characters that a file name should not
-    have, or if there are too many values, the slug shows a part and ends with a digest. So
-    different overrides have different slugs.
+    The number of steps comes last. A slug that is too long, or has characters that a file name
+    should not have, shows a part and ends with a digest. So different overrides have different
+    slugs.
     """
     pairs = dict(o.removeprefix("--").partition("=")[::2] for o in overrides)
     kept = [(key, value) for key, value in pairs.items() if not UNNAMED_KEYS.fullmatch(key)]
     kept.sort(key=lambda pair: pair[0] == "trainer.max_steps")
-    whole = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in kept)
+    complete = "-".join(f"{key.rpartition('.')[2]}-{value}" for key, value in kept)
     short = "-".join(f"{key.rpartition('.')[2]}-{value[:VALUE_CHARS]}" for key, value in kept)
     slug = re.sub(r"[^A-Za-z0-9._+-]+", "-", short)[:SLUG_CHARS].strip("-")
-    return (
-        slug if slug == whole else f"{slug}-{hashlib.sha256(repr(kept).encode()).hexdigest()[:8]}"
-    )
+    if slug == complete:
+        return slug
+    digest = hashlib.sha256(repr(kept).encode()).hexdigest()
+    return f"{slug}-{digest[:8]}"
 
 
 def write_config(path: Path, config_yaml: str) -> None:
-    """Raises OSError where it cannot write; an earlier file is then unchanged."""
+    """Write a configuration. OSError: it cannot be written; an earlier file is then unchanged."""
     with replacing(path) as partial:
         partial.write_text(config_yaml, encoding="utf-8")
 
 
 def point_latest(root: Path, run_dir: Path) -> None:
-    """Make runs/latest a link to run_dir, in one step, so that a reader always finds a run there."""
+    """Make runs/latest a link to run_dir, in one step: a reader always finds a run there."""
     fresh = root / f".latest-{uuid.uuid4().hex[:8]}"
     fresh.symlink_to(run_dir.resolve().relative_to(root.resolve()))
     os.replace(fresh, root / "latest")
@@ -115,13 +113,12 @@ def environment() -> dict[str, Any]:
 
 
 def git(*command: str) -> str | None:
-    """Return what git prints; None where there is no git or no repository. The content of files may
-    have any bytes."""
+    """Return what git prints; None where there is no git or no repository."""
     try:
         done = subprocess.run(["git", *command], capture_output=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.decode(errors="replace").strip()
+    return done.stdout.decode(errors="replace").strip()  # the content of files may have any bytes
 
 
 def relative(path: Path) -> Path:
@@ -131,6 +128,7 @@ def relative(path: Path) -> Path:
 
 
 def why_no_checkpoint(run_dir: Path, which: str = "last") -> str:
+    """Return a message for a folder without this checkpoint."""
     if not run_dir.exists():
         return (
             f"there is no folder {run_dir}. Give the directory of a run; {scmoe('runs')} lists"
@@ -146,11 +144,10 @@ def why_no_checkpoint(run_dir: Path, which: str = "last") -> str:
     )
 
 
-# The state of a run is running, finished, failed or cut. A killed process cannot write `cut`. It
-# leaves `running` behind, with its id and start time; where that process no longer exists,
-# `running` is read as `cut`. Another machine or container cannot see the process, so a run touches
-# its file while it lives; there it counts as running until the file has not been touched for
-# SILENT_S.
+# The state of a run is running, finished, failed or cut. A killed process cannot write `cut`: it
+# leaves `running` with its id and start time, which is read as `cut` once the process no longer
+# exists. Another machine or container cannot see the process. So a training run touches its file,
+# and there it counts as running until the file has not been touched for SILENT_S.
 
 
 def write_state(run_dir: Path, state: str) -> None:
@@ -183,9 +180,9 @@ def read_state(run_dir: Path) -> str:
     kept = _kept_state(run_dir)
     if not kept:
         return "finished" if (run_dir / "summary.json").exists() else "cut"
-    return (
-        "cut" if kept["state"] == "running" and not _lives(kept, run_dir / STATE) else kept["state"]
-    )
+    if kept["state"] == "running" and not _lives(kept, run_dir / STATE):
+        return "cut"
+    return kept["state"]
 
 
 def _kept_state(run_dir: Path) -> dict[str, Any]:
@@ -205,18 +202,18 @@ def refuse_running(run_dir: Path) -> None:
     path = run_dir / STATE
     kept = _kept_state(run_dir)
     if kept.get("machine") != machine():
-        where = f"on {kept['host']}, perhaps in a container,"
         raise ConfigError(
-            f"process {kept['pid']} {where} is training {run_dir}; stop it first, or, if it was"
-            f" killed, wait {SILENT_S / 60:g} minutes from then on, or delete {path}"
+            f"Process {kept['pid']} on {kept['host']}, perhaps in a container, is training"
+            f" {run_dir}. Stop it first. If it was killed, wait {SILENT_S / 60:g} minutes from then"
+            f" on, or delete {path}."
         )
     if kept["pid"] != os.getpid() and kept["started"] is not None:
-        raise ConfigError(f"process {kept['pid']} is training {run_dir}; stop it first")
+        raise ConfigError(f"Process {kept['pid']} is training {run_dir}. Stop it first.")
 
 
 def _lives(kept: dict[str, Any], path: Path) -> bool:
-    """Return whether the process of a state file exists; on another machine, whether it was touched
-    lately."""
+    """Return whether the process of a state file exists, or, on another machine, whether the file
+    was touched lately."""
     if kept.get("machine") == machine():
         return start_of(kept["pid"]) == kept["started"]
     return time.time() - path.stat().st_mtime <= SILENT_S

@@ -17,16 +17,16 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import flatten
-from scmoe.files.writing import redacted, warn_once
+from scmoe.files.writing import warn_once
 
 SHOWN = ("train/loss", "val/loss")  # on TensorBoard's page HParams
 
 
 def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
-    """Return the logger of metrics.csv. It keeps the rows before resumed_step; later ones will be
-    logged again.
+    """Return the logger of metrics.csv.
 
-    Lightning's logger deletes an earlier file.
+    It keeps the rows before resumed_step; later ones will be logged again. Lightning's logger would
+    delete an earlier file.
     """
     kept = []
     if resumed_step is not None:
@@ -34,13 +34,14 @@ def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
     logger = SafeCSVLogger(run_dir, name="", version="")
     writer = logger.experiment
     if kept:
-        writer.metrics_keys, writer.metrics = list(kept[0]), kept
+        writer.metrics_keys = list(kept[0])
+        writer.metrics = kept
         logger.save()
     return logger
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
-    """Return the whole rows of a metrics.csv, none if there is no file. A crash may leave half a
+    """Return the whole rows of a metrics.csv; none if there is no file. A crash may leave half a
     row."""
     if not path.exists():
         return []
@@ -56,8 +57,10 @@ class SafeCSVLogger(CSVLogger):
     """
 
     def save(self) -> None:
-        writer, path = self.experiment, Path(self.experiment.metrics_file_path)
-        before, keys = path.read_bytes() if path.exists() else None, list(writer.metrics_keys)
+        writer = self.experiment
+        path = Path(writer.metrics_file_path)
+        before = path.read_bytes() if path.exists() else None
+        keys = list(writer.metrics_keys)
         try:
             super().save()
         except OSError as error:
@@ -70,8 +73,8 @@ class SafeCSVLogger(CSVLogger):
 
 
 def _put_back(path: Path, before: bytes | None) -> None:
-    """Give a file its earlier content. Where rows were only added it is cut, which takes no room on
-    a full disk."""
+    """Give a file its earlier content. Where rows were only added the file is cut, which needs no
+    space on a full disk."""
     if before is None:
         path.unlink(missing_ok=True)
     elif path.read_bytes().startswith(before):
@@ -83,10 +86,10 @@ def _put_back(path: Path, before: bytes | None) -> None:
 def tensorboard_logger(
     run_dir: Path, config: Config, resumed_step: int | None
 ) -> TensorBoardLogger:
-    """resumed_step: events from this step on, which an earlier part of the run has left, are not
-    shown."""
+    """Return the logger of TensorBoard. config: without keys and passwords. resumed_step: events
+    from this step on, which an earlier part of the run has left, are not shown."""
     logger = SafeTensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=resumed_step)
-    logger.log_config(flatten(redacted(config)))
+    logger.log_config(flatten(config))
     return logger
 
 

@@ -1,4 +1,4 @@
-"""Trains from a Python program or a notebook, on one rank or several: what `scmoe.train` does.
+"""Trains from a Python program or a notebook, on one rank or several. `scmoe.train` calls it.
 
 One rank trains in the calling process, and so do ranks that torchrun or SLURM has started. Several
 ranks are started from here as `scmoe train` in a process of its own, because the calling program
@@ -18,6 +18,7 @@ from typing import Any
 from scmoe.config.fields import Config
 from scmoe.config.load import to_yaml
 from scmoe.training.run.machine import LAUNCHERS, check_machine
+from scmoe.training.run.start import Start
 from scmoe.training.run.train import train
 
 INTERRUPTED = 130  # exit code of a training that Ctrl-C has stopped
@@ -29,14 +30,14 @@ def train_from_python(config: Config) -> Path | None:
     started.
 
     Ctrl-C saves a checkpoint and raises KeyboardInterrupt. ConfigError: the configuration cannot
-    run on this machine. RuntimeError: ranks that were started from here have failed; they have said
-    why.
+    run on this machine. RuntimeError: ranks that were started from here have failed; their output
+    says why.
     """
     launched = any(launcher.detect() for launcher in LAUNCHERS.values())
     if config.trainer.devices == 1 or config.trainer.num_nodes > 1 or launched:
         summary = _train_here(config)
     else:
-        check_machine(config)  # errors of the other process would be lines of text
+        check_machine(Start.of(config))  # errors of the other process would be lines of text
         summary = _train_in_another_process(config)
     return None if summary is None else Path(summary["run_dir"]).absolute()
 
@@ -68,10 +69,10 @@ def _train_in_another_process(config: Config) -> dict[str, Any]:
         shown = threading.Thread(target=_pass_on, args=(process.stderr,), daemon=True)
         shown.start()
         try:
-            said = process.stdout.read()
+            summary = process.stdout.read()
             process.wait()
         except KeyboardInterrupt:
-            # it saves and ends; a Ctrl-C that it has got as well asks for the same
+            # The process saves and ends. It may have received the Ctrl-C too, which asks the same.
             process.terminate()
             process.wait()
             raise
@@ -81,7 +82,7 @@ def _train_in_another_process(config: Config) -> dict[str, Any]:
         raise RuntimeError(
             f"The training has ended with exit code {process.returncode}. Its output says why."
         )
-    return json.loads(said)
+    return json.loads(summary)
 
 
 def _pass_on(stream: Any) -> None:

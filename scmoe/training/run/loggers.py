@@ -1,7 +1,7 @@
-"""The loggers of a run: metrics.csv, W&B unless it is disabled, TensorBoard if it is wanted.
+"""The loggers of a run: metrics.csv, W&B unless it is disabled, TensorBoard if it is enabled.
 
-Once training has started, none ends a run: while the disk is full, rows of metrics.csv are kept in
-memory; TensorBoard and W&B stop with one warning (fault 32).
+Once training has started, no logger ends a run. While the disk is full, rows of metrics.csv are
+kept in memory; TensorBoard and W&B stop with one warning (fault 32).
 """
 
 import math
@@ -41,16 +41,14 @@ WANDB_TROUBLE: tuple[type[Exception], ...] = (OSError,)
 try:
     import wandb
 
-    WANDB_TROUBLE = (
-        wandb.Error,
-        OSError,
-    )  # the server refuses or does not answer, or W&B's own process is gone
+    # The server refuses or does not answer, or W&B's own process is gone.
+    WANDB_TROUBLE = (wandb.Error, OSError)
 except ImportError:  # it is not installed, or an installation is damaged
     HAS_WANDB = False
 
 DEFAULT_SERVER = "https://api.wandb.ai"
 INIT_TIMEOUT_S = 20.0  # how long a server may take to answer
-FINISH_TIMEOUT_S = 60.0  # how long the last uploads may take; the rest stays in the run directory
+FINISH_TIMEOUT_S = 60.0  # limit of the last uploads; the rest stays in the run directory
 UPLOAD_BYTES_PER_S = 1e6  # the slowest upload of a checkpoint that is waited for
 STEP = "trainer/global_step"
 BEST = {  # metrics of which W&B's summary has the best value too, as `val/loss_min`
@@ -60,7 +58,8 @@ BEST = {  # metrics of which W&B's summary has the best value too, as `val/loss_
 
 
 def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> list[Logger]:
-    """resumed_step: the step that a resumed run continues from."""
+    """Return the loggers of a run. config: without keys and passwords. resumed_step: the step that
+    a resumed run continues from."""
     loggers: list[Logger] = [csv_logger(run_dir, resumed_step)]
     if wandb_mode(config) != "disabled":
         loggers.append(wandb_logger(run_dir, config))
@@ -75,12 +74,14 @@ def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> li
 
 
 def describe(logger: Logger) -> str:
+    """Return the logger's name for the console."""
     if isinstance(logger, SafeWandbLogger):
         return f"Weights & Biases, {'offline' if logger.experiment.offline else 'online'}"
     return "TensorBoard" if isinstance(logger, SafeTensorBoardLogger) else "metrics.csv"
 
 
 def close_loggers(loggers: Sequence[Logger], status: str = "success") -> None:
+    """Write and upload what is left. status: success or failed."""
     for logger in loggers:
         logger.finalize(status)
         if isinstance(logger, SafeWandbLogger):
@@ -88,7 +89,8 @@ def close_loggers(loggers: Sequence[Logger], status: str = "success") -> None:
 
 
 def has_wandb_key() -> bool:
-    """Look where W&B does: in the environment, and in netrc under the server's name and port."""
+    """Return whether there is a key where W&B looks for it: in the environment, and in netrc under
+    the server's name and port."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     server = urlparse(os.environ.get("WANDB_BASE_URL") or DEFAULT_SERVER).netloc
@@ -103,35 +105,40 @@ def wandb_mode(config: Config) -> str:
     """Return logger.mode; for `auto` WANDB_MODE, where it is set, and `disabled` where W&B is not
     installed.
 
-    Raises ConfigError for wrong values of W&B's environment variables, and for another mode if W&B
+    ConfigError: W&B's environment variables have wrong values, or the mode is another one and W&B
     is not installed.
     """
     mode = os.environ.get("WANDB_MODE") or "auto"
-    if mode not in (allowed := ("online", "offline", "disabled", "auto")):
-        raise ConfigError(
-            f"WANDB_MODE is {show(mode)}, allowed: {' | '.join(allowed[:3])}, or unset"
-        )
-    url = os.environ.get("WANDB_BASE_URL")
-    try:
-        server = urlparse(url or DEFAULT_SERVER)
-        whole = server.scheme in ("http", "https") and server.hostname and (server.port or True)
-    except ValueError:  # brackets, or a port that is no number
-        whole = False
+    if mode not in ("online", "offline", "disabled", "auto"):
+        raise ConfigError(f"WANDB_MODE is {show(mode)}, allowed: online | offline | disabled")
     mode = mode if config.logger.mode == "auto" else config.logger.mode
     if not HAS_WANDB and mode == "auto":
         return "disabled"
     if mode != "disabled":
         require(f"logger.mode={mode}", "wandb")
         import_module("wandb")  # raises what is wrong with a damaged installation
-    if not whole and mode != "disabled":
-        raise ConfigError(
-            f"WANDB_BASE_URL is {show(url)}, allowed: such as {DEFAULT_SERVER}, or unset"
-        )
+        check_wandb_server()
     return mode
 
 
+def check_wandb_server() -> None:
+    """Raise ConfigError if WANDB_BASE_URL is no address of a server."""
+    url = os.environ.get("WANDB_BASE_URL") or DEFAULT_SERVER
+    try:
+        server = urlparse(url)
+        _ = server.port
+        is_address = server.scheme in ("http", "https") and bool(server.hostname)
+    except ValueError:  # brackets, or a port that is no number
+        is_address = False
+    if not is_address:
+        raise ConfigError(
+            f"WANDB_BASE_URL is {show(url)}, which is no address of a server. Give one such as"
+            f" {DEFAULT_SERVER}, or unset it."
+        )
+
+
 def check_wandb_key(config: Config) -> None:
-    """Raise ConfigError where W&B must be online and has no key, before anything is built."""
+    """Raise ConfigError if W&B must be online and has no key."""
     if wandb_mode(config) == "online" and not has_wandb_key():
         way = "logger.mode" if config.logger.mode == "online" else "WANDB_MODE"
         raise ConfigError(
@@ -149,11 +156,11 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     """Return the logger of a W&B run, the same one when a training is resumed: its id is kept in
     the run directory.
 
-    The mode `auto` is online if a key is found and the server answers, else offline. Raises
-    ConfigError if W&B cannot start in another mode.
+    config: without keys and passwords, as W&B shows it. The mode `auto` is online if a key is found
+    and the server answers, else offline. ConfigError: W&B cannot start in another mode.
     """
-    config = redacted(config)
-    mode, logger = wandb_mode(config), config.logger
+    mode = wandb_mode(config)
+    logger = config.logger
     # Without a key, W&B would ask for one, or raise.
     offline = mode == "offline" or (mode == "auto" and not has_wandb_key())
     resolved: Literal["online", "offline"] = "offline" if offline else "online"
@@ -171,11 +178,11 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
         init_timeout=INIT_TIMEOUT_S,
         finish_timeout=FINISH_TIMEOUT_S,
         finish_timeout_raises=True,
-        x_disable_meta=redacted(sys.argv)
-        != sys.argv,  # W&B's metadata hold the command line, keys too
+        # W&B's metadata contain the command line, with its keys.
+        x_disable_meta=redacted(sys.argv) != sys.argv,
     )
     wandb.setup(settings)  # silent from here on; the messages below are enough
-    start = partial(  # where None stands, W&B takes its own variable: WANDB_ENTITY, WANDB_TAGS, ...
+    start = partial(  # for None W&B reads its own variable: WANDB_ENTITY, WANDB_TAGS, ...
         wandb.init,
         entity=logger.entity or kept.get("entity"),
         project=project,
@@ -210,15 +217,15 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     try_to_write_json(record, kept)
     run.define_metric(STEP)
     run.define_metric("*", step_metric=STEP, step_sync=True)  # the x axis of every chart
-    made = SafeWandbLogger(experiment=run)
+    wandb_run = SafeWandbLogger(experiment=run)
     for row in rows_of(run_dir / "metrics.csv"):  # of the part before a resumption
-        made.keep_best({name: float(row[name]) for name in BEST if row.get(name)})
-    return made
+        wandb_run.keep_best({name: float(row[name]) for name in BEST if row.get(name)})
+    return wandb_run
 
 
 class SafeWandbLogger(WandbLogger):
-    """Stops logging with one warning where Lightning's logger would end the training, as when W&B's
-    process dies."""
+    """Stops logging with one warning where Lightning's logger would end the training, for example
+    when W&B's process dies."""
 
     lost = False
 
@@ -238,10 +245,9 @@ class SafeWandbLogger(WandbLogger):
         which W&B can neither sort runs nor choose the best trial of a sweep.
         """
         for name in BEST.keys() & metrics.keys():
-            value, before = float(metrics[name]), self.best.get(name)
-            is_better = before is None or (
-                value < before if BEST[name] == "min" else value > before
-            )
+            value = float(metrics[name])
+            best = self.best.get(name)
+            is_better = best is None or (value < best if BEST[name] == "min" else value > best)
             if is_better and math.isfinite(value):
                 self.best[name] = value
                 self.experiment.summary[f"{name}_{BEST[name]}"] = value
@@ -250,31 +256,28 @@ class SafeWandbLogger(WandbLogger):
         self.attempt(partial(super().log_hyperparams, params))
 
     def close(self, status: str) -> None:
+        """End the W&B run. status: success or failed."""
         finish = partial(self.experiment.finish, exit_code=0 if status == "success" else 1)
         if self.lost:  # W&B's process may still run, and must not outlive this one
             with suppress(Exception):
                 finish()
-        else:
-            self.attempt(
-                finish, (Exception,)
-            )  # when its process dies, the client raises errors of other kinds
+        else:  # when its process dies, the client raises errors of other kinds
+            self.attempt(finish, (Exception,))
 
     def attempt(
         self, action: Callable[[], object], trouble: tuple[type[Exception], ...] = WANDB_TROUBLE
     ) -> None:
-        """Do what W&B may refuse; after the first trouble, do nothing any more."""
+        """Do what W&B may refuse. After the first error, do nothing."""
         if self.lost:
             return
         try:
             action()
         except trouble as error:
             self.lost = True
-            reason, kept = (
-                f"{error} ".splitlines()[0].strip(" ."),
-                Path(self.experiment.settings.sync_dir),
-            )
-            # as a new run: the rows that have arrived would come twice
-            again = f"wandb sync --include-online --id {uuid.uuid4().hex[:8]} {kept}"
+            reason = f"{error} ".splitlines()[0].strip(" .")
+            folder = Path(self.experiment.settings.sync_dir)
+            # As a new run: otherwise the rows that have arrived would come twice.
+            again = f"wandb sync --include-online --id {uuid.uuid4().hex[:8]} {folder}"
             warn_once(
                 f"Weights & Biases receives nothing more of this run: {reason}; to upload all of"
                 f" it: {again}"
@@ -282,13 +285,16 @@ class SafeWandbLogger(WandbLogger):
 
 
 def of_wandb(loggers: Sequence[Logger]) -> list[SafeWandbLogger]:
+    """Return the loggers that write to W&B."""
     return [logger for logger in loggers if isinstance(logger, SafeWandbLogger)]
 
 
 def log_inputs(loggers: Sequence[Logger], config: Config, state: Mapping[str, Any]) -> None:
-    """Tell W&B which data set and tokenizer a training reads, by names and hashes. state: of the
-    datamodule."""
-    data = redacted(config.data)
+    """Log the data set and the tokenizer of a training at W&B, by names and hashes.
+
+    config: without keys and passwords. state: of the datamodule.
+    """
+    data = config.data
     name = str(data.path) if data.name == "hf" else data.name
     inputs = {"dataset": {"name": name, "subset": data.subset, "content": state.get("data")}}
     if "tokenizer" in state:
@@ -302,13 +308,12 @@ def log_inputs(loggers: Sequence[Logger], config: Config, state: Mapping[str, An
 def _log_input(run: Any, kind: str, facts: Mapping[str, Any]) -> None:
     """Log an artifact that says which data set, or tokenizer, the run reads. It holds these facts
     and no text."""
-    allowed = re.sub(r"[^\w.-]", "-", f"{kind}-{facts['name']}")[:100]
-    artifact = wandb.Artifact(allowed, type=kind, metadata=dict(facts))
+    name = re.sub(r"[^\w.-]", "-", f"{kind}-{facts['name']}")[:100]
+    artifact = wandb.Artifact(name, type=kind, metadata=dict(facts))
     path = Path(run.settings.sync_dir, f"{kind}.json")
     try_to_write_json(path, facts)
-    artifact.add_file(
-        str(path), policy="immutable", skip_cache=True
-    )  # equal facts are the same version
+    # Equal facts are the same version.
+    artifact.add_file(str(path), policy="immutable", skip_cache=True)
     if run.offline:
         run.log_artifact(artifact)  # an output: only a server can record what a run uses
         return
@@ -334,8 +339,8 @@ def log_results(
     load: Path,
     callbacks: Iterable[object] = (),
 ) -> None:
-    """Hand W&B what a run has at its end: the texts that its model has written, the heat map of its
-    experts, and the best checkpoint with its metric."""
+    """Log at W&B what a run has at its end: texts of its model, the heat map of its experts, and
+    the best checkpoint with its metric."""
     for logger in of_wandb(loggers):
         shown: dict[str, Any] = {}
         if samples:
@@ -345,20 +350,15 @@ def log_results(
         for key, value in shown.items():
             logger.attempt(partial(logger.experiment.log, {key: value, STEP: step}), (Exception,))
         for callback in callbacks:
-            # a run that has not validated since it was resumed, and whose best checkpoints are
-            # gone, has no score
-            if (
-                isinstance(callback, ModelCheckpoint)
-                and callback.monitor
-                and callback.best_model_score is not None
-            ):
-                best, score = (
-                    Path(callback.best_model_path),
-                    {callback.monitor: callback.best_model_score.item()},
-                )
-                logger.attempt(
-                    partial(_log_checkpoint, logger.experiment, best, score), (Exception,)
-                )
+            if not isinstance(callback, ModelCheckpoint) or not callback.monitor:
+                continue
+            # There is no score where a resumed run has not validated and the best checkpoints are
+            # gone.
+            if callback.best_model_score is not None:
+                best = Path(callback.best_model_path)
+                score = {callback.monitor: callback.best_model_score.item()}
+                log_best = partial(_log_checkpoint, logger.experiment, best, score)
+                logger.attempt(log_best, (Exception,))
 
 
 def _log_checkpoint(run: Any, checkpoint: Path, score: Mapping[str, float]) -> None:

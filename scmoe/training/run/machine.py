@@ -1,5 +1,4 @@
-"""Checks a configuration against this machine, before its data is prepared and another process is
-started.
+"""Checks of a configuration against this machine, before data is prepared and processes start.
 
 What is the same on every machine is checked in config/rules.py. `keep_freed_memory` sets how this
 process uses memory.
@@ -26,32 +25,30 @@ from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import IMAGES
-from scmoe.config.rules import Refusals, refuse
-from scmoe.footprint.memory import Job, rank_memory
+from scmoe.config.rules import Advice, Refusals, refuse
+from scmoe.footprint.memory import rank_memory
 from scmoe.footprint.model_cost import forward_flops, training_flops
 from scmoe.lightning.seam import rank_without_trainer
 from scmoe.parallel.dense import GIB, memory_in_use, memory_limit
-from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
+from scmoe.training.assembly.model import updated_by_muon
 from scmoe.training.assembly.trainer import cpu_threads
+from scmoe.training.run.start import Start
 
 LAUNCHERS: dict[str, type[ClusterEnvironment]] = {
     "torchrun": TorchElasticEnvironment,
     "SLURM": SLURMEnvironment,
 }
-OF_NODE = (
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "NODE_RANK",
-)  # without a launcher, how the machines of a job find each other
-THREAD_FLOPS, GPU_FLOPS = (
-    1e10,
-    1e13,
-)  # a second, of a CPU thread and of a GPU: less than most of them do
+# Without a launcher, the machines of a job find each other by these variables.
+OF_NODE = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+# FLOP/s of a CPU thread and of a GPU; most of them do more.
+THREAD_FLOPS = 1e10
+GPU_FLOPS = 1e13
 FEW_THREADS = 64  # which any machine can start, however few cores it has
 MEMINFO = Path("/proc/meminfo")
 ROUNDED_UP = 1.005  # so that three digits are not less than the number
 PROCESS_GIB = 0.3  # of a process with torch and Lightning, on a CPU
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
+M_TRIM_THRESHOLD = -1  # of mallopt(3)
+M_MMAP_THRESHOLD = -3
 NEVER = 2**31 - 1  # bytes; a C int
 
 
@@ -66,17 +63,16 @@ def is_rank_zero() -> bool:
     return rank_without_trainer() == 0 and node == 0
 
 
-def check_machine(config: Config) -> None:
-    """Raise ConfigError if this machine cannot run the configuration, or not within the limits of
-    memory and time.
+def check_machine(start: Start) -> None:
+    """Raise ConfigError if this machine cannot run the training within the limits of memory and
+    time.
 
     Rank 0 alone checks folders and free memory: they can change while the other ranks start.
     """
-    from scmoe.training.run.loggers import (
-        check_wandb_key,
-        wandb_mode,
-    )  # here: benches run without W&B
+    # Imported here, as benches run without W&B.
+    from scmoe.training.run.loggers import check_wandb_key, wandb_mode
 
+    config = start.config
     wandb_mode(config)
     check_resident(config)
     if config.analysis.gating_every or config.analysis.similarity_every:
@@ -85,16 +81,16 @@ def check_machine(config: Config) -> None:
     if is_rank_zero():
         check_wandb_key(config)
         refuse(config, _folders)
-        check_size(config)
+        check_size(start)
 
 
 def check_devices(config: Config) -> None:
-    """Raise ConfigError for devices or ranks that are not here."""
+    """Raise ConfigError if devices or ranks are missing here."""
     refuse(config, _packages, _devices, _launcher)
 
 
 def check_resident(config: Config) -> None:
-    """Raise ConfigError for experts that are not on the device, where nothing would fetch them."""
+    """Raise ConfigError if experts would not be on the device, as nothing fetches them here."""
     if config.offload.way != "resident":
         only = "resident; only `generate` offloads experts"
         raise ConfigError(f"offload.way is {show(config.offload.way)}, allowed here: {only}")
@@ -106,32 +102,30 @@ def _packages(config: Config) -> Refusals:
     known = inspect.signature(Trainer).parameters
     for name in sorted(config.trainer.extra.keys() - known):
         near = get_close_matches(name, known, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        yield "trainer.extra", f"arguments of Lightning's Trainer; {name} is not one{hint}"
+        hint = f" Did you mean {near[0]}?" if near else ""
+        yield "trainer.extra", Advice(f"Lightning's Trainer has no argument {name}.{hint}")
     if config.logger.tensorboard and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
-        yield (
-            "logger.tensorboard",
-            "false, as TensorBoard is not installed: " + install_command("tensorboard"),
-        )
+        command = install_command("tensorboard")
+        yield "logger.tensorboard", f"false, as TensorBoard is not installed: {command}"
 
 
 def _devices(config: Config) -> Refusals:
-    trainer, gpus = config.trainer, torch.cuda.device_count()
+    trainer = config.trainer
+    gpus = torch.cuda.device_count()
     if trainer.accelerator == "gpu" and not gpus:
         yield "trainer.accelerator", "auto | cpu, as there is no GPU here"
     most = max(os.cpu_count() or 1, FEW_THREADS)
     if (trainer.threads or 1) > most:
         yield "trainer.threads", f"null or at most {most} on this machine"
     if has_gpus(config) and trainer.devices > gpus:
-        yield (
-            "trainer.devices",
-            f"at most {gpus}, the GPUs of this machine, or trainer.accelerator=cpu",
-        )
+        here = f"at most {gpus}, the GPUs of this machine"
+        yield "trainer.devices", f"{here}, or any with trainer.accelerator=cpu"
     if has_gpus(config) and config.strategy.reductions == "paced":
         yield "strategy.reductions", "null | ddp on a GPU, whose all-reduces the host cannot pace"
 
 
 def has_gpus(config: Config) -> bool:
+    """Return whether the ranks run on GPUs of this machine."""
     return config.trainer.accelerator != "cpu" and torch.cuda.is_available()
 
 
@@ -144,17 +138,15 @@ def _launcher(config: Config) -> Refusals:
             try:
                 launcher().validate_settings(trainer.devices, trainer.num_nodes)
             except ValueError as error:
-                yield (
-                    "trainer.devices",
-                    f"with trainer.num_nodes, as many ranks as {name} has started: {error}",
-                )
+                other = f"{name} has started another number of ranks: {error}"
+                yield "trainer.devices", Advice(other)
             return
+
     missing = [name for name in OF_NODE if name not in os.environ]
     if trainer.num_nodes > 1 and missing:
-        alone = (
-            f"1, or start it with torchrun or srun, or set {' and '.join(missing)} on every machine"
-        )
-        yield "trainer.num_nodes", alone
+        variables = " and ".join(missing)
+        how = f"Start it with torchrun or srun, or set {variables} on every machine."
+        yield "trainer.num_nodes", Advice(how)
 
 
 def _folders(config: Config) -> Refusals:
@@ -163,7 +155,7 @@ def _folders(config: Config) -> Refusals:
         folders["data.cache_dir"] = config.data.cache_dir
     for key, folder in folders.items():
         if (why := why_not_writable(Path(folder))) is not None:
-            yield key, f"a folder that can be written: {why}"
+            yield key, Advice(f"This folder cannot be written: {why}")
 
 
 def why_not_writable(folder: Path) -> str | None:
@@ -171,36 +163,37 @@ def why_not_writable(folder: Path) -> str | None:
     could."""
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        with tempfile.TemporaryFile(
-            dir=existing
-        ):  # the permission bits say nothing to root or on a full disk
+        # Permission bits say nothing about root or a full disk.
+        with tempfile.TemporaryFile(dir=existing):
             return None
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         return str(error)
 
 
-def check_size(config: Config) -> None:
+def check_size(start: Start) -> None:
     """Raise ConfigError if a rank needs more memory, or a step more time, than the limits allow."""
-    trainer, gpu, model = config.trainer, has_gpus(config), build_model_on_meta(config)
-    job = replace(Job.of(config), on_gpu=gpu)
+    config = start.config
+    trainer = config.trainer
+    gpu = has_gpus(config)
+    job = replace(start.job, on_gpu=gpu)
     if job.dense == "auto":
         job = replace(job, dense="sharded")  # the way that needs least
-    needed = rank_memory(model, job, updated_by_muon(config, model))["total"] / GIB + (
-        0 if gpu else PROCESS_GIB
-    )
-    limit, given = trainer.max_memory_gib or free_gib(config), trainer.max_memory_gib is not None
+
+    memory = rank_memory(start.model, job, updated_by_muon(config, start.model))
+    needed = memory["total"] / GIB + (0 if gpu else PROCESS_GIB)
+    limit = trainer.max_memory_gib or free_gib(config)
     if needed > limit:
-        room = f"trainer.max_memory_gib is {limit:.3g}" if given else f"{limit:.3g} GiB are free"
+        room = f"{limit:.3g} GiB are free"
+        if trainer.max_memory_gib is not None:
+            room = f"trainer.max_memory_gib is {limit:.3g}"
         raise ConfigError(
             f"Not enough memory: a rank needs about {needed:.3g} GiB, {room}. Use more ranks,"
             " trainer.recompute=true or a smaller batch;"
             f" trainer.max_memory_gib={ROUNDED_UP * needed:.3g} starts it anyway."
         )
-    flops = (
-        training_flops(forward_flops(model, job.seq_len), job.recompute)
-        * job.samples
-        * job.accumulate
-    )
+
+    flops = training_flops(forward_flops(start.model, job.seq_len), job.recompute)
+    flops *= job.samples * job.accumulate
     seconds = flops / (GPU_FLOPS if gpu else THREAD_FLOPS * cpu_threads(config))
     if seconds > trainer.max_step_s:
         raise ConfigError(
@@ -211,8 +204,7 @@ def check_size(config: Config) -> None:
 
 
 def free_gib(config: Config) -> float:
-    """Return a rank's share of what is free: its GPU, or a part of this machine's memory within its
-    container."""
+    """Return the free GiB of a rank: its GPU's, or its share of this machine's or container's."""
     devices = config.trainer.devices
     if has_gpus(config):
         return min(torch.cuda.get_device_properties(i).total_memory for i in range(devices)) / GIB

@@ -1,5 +1,8 @@
-"""What a run prints: its config and its model at the start; at the end its summary, samples of its
-text, and the commands that can follow."""
+"""What a run prints.
+
+At the start: its config and its model. At the end: its summary, samples of its text, and the
+commands that can follow.
+"""
 
 import shlex
 import sys
@@ -23,39 +26,36 @@ from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.footprint.model_cost import parts, routed_copies
-from scmoe.inference.generate import generate
-from scmoe.inference.sampling import Stopping
 from scmoe.lightning.seam import count_steps_from
 from scmoe.models.decoder import Decoder
 from scmoe.moe.experts import Experts
-from scmoe.training.assembly.model import build_model_on_meta
-from scmoe.training.callbacks.progress import Memory, SkippedImages, Throughput
+from scmoe.training.callbacks.peak_memory import PeakMemory
+from scmoe.training.callbacks.skipped_images import SkippedImages
+from scmoe.training.callbacks.throughput import Throughput
 from scmoe.training.modules import MoEModule
 from scmoe.training.run.directory import relative
+from scmoe.training.run.start import Start
 
-SAMPLES, SAMPLE_TOKENS = 3, 40
-LOADS = (
-    "step_load_max",
-    "rank_load_max",
-    "step_drop",
-    "dead_experts",
-)  # of the steps since the last log
+SAMPLES = 3
+SAMPLE_TOKENS = 40
+# Of the steps since the last log.
+LOADS = ("step_load_max", "rank_load_max", "step_drop", "dead_experts")
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Return per kind of module: the number of modules, all parameters, and the parameters that one
-    token uses.
+    """Return for each kind of module: the number of modules, all parameters, and the parameters
+    that one token uses.
 
-    Experts count whole, also where this rank holds a shard. Of num_experts a token uses top_k, and
-    others in each further use of the module (DGMoE, DGMoE-Share) as long as there are others.
+    All experts count, also where this rank holds a part of them. A token uses top_k of num_experts,
+    and as many others in each further use of the module (DGMoE, DGMoE-Share), while there are any.
     """
     counts: dict[str, tuple[int, int, int]] = {}
     used: dict[nn.Module, float] = {
         experts: min(1.0, copies / experts.num_experts)
         for experts, copies in routed_copies(model).items()
     }
-    for kind, module, own in parts(model):
-        size = sum(p.numel() for p in own)
+    for kind, module, parameters in parts(model):
+        size = sum(p.numel() for p in parameters)
         if isinstance(module, Experts):
             size = size * module.num_experts // len(module.expert_ids)
         modules, total, active = counts.get(kind, (0, 0, 0))
@@ -64,12 +64,14 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
 
 
 def total_and_active(counts: Mapping[str, tuple[int, int, int]]) -> tuple[int, int]:
-    return sum(total for _, total, _ in counts.values()), sum(
-        active for _, _, active in counts.values()
-    )
+    """Return the sums of the second and the third of `count_parameters`."""
+    total = sum(total for _, total, _ in counts.values())
+    active = sum(active for _, _, active in counts.values())
+    return total, active
 
 
 def model_table(counts: Mapping[str, tuple[int, int, int]]) -> Table:
+    """Return what `count_parameters` has counted as a table."""
     table = Table("part", title="model", title_justify="left", title_style="bold", show_footer=True)
     total, active = total_and_active(counts)
     table.columns[0].footer = "all"
@@ -82,6 +84,7 @@ def model_table(counts: Mapping[str, tuple[int, int, int]]) -> Table:
 
 
 def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
+    """Return the summary and the samples of a run as a panel."""
     table = Table.grid(padding=(0, 2))
     ranks = f"{summary['world_size']} rank{'s' if summary['world_size'] > 1 else ''}"
     rows = {"steps": f"{summary['steps']:,} on {ranks}, EP = {summary['ep_size']}"}
@@ -102,19 +105,17 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
             rows["bits per byte"] += (
                 f"; unigram {unigram:.4f}, ratio {summary['bits_per_byte'] / unigram:.3f}"
             )
-    rate, tflops = summary[f"{unit}_per_s"], summary["model_tflops"]
-    rows["throughput"] = (
-        f"{rate:,.0f} {unit}/s over all ranks" if rate else "not measured: too few steps"
-    )
+    rate = summary[f"{unit}_per_s"]
     if rate:
         mfu = f", MFU {summary['mfu']:.1%}" if "mfu" in summary else ""
-        rows["model FLOP/s"] = f"{tflops:.3g} TFLOP/s on each device{mfu}"
+        rows["throughput"] = f"{rate:,.0f} {unit}/s over all ranks"
+        rows["model FLOP/s"] = f"{summary['model_tflops']:.3g} TFLOP/s on each device{mfu}"
+    else:
+        rows["throughput"] = "not measured: too few steps"
     if "peak_host_gib" in summary:
-        device = (
-            f"; {summary['peak_device_gib']:.2f} GiB of a GPU"
-            if "peak_device_gib" in summary
-            else ""
-        )
+        device = ""
+        if "peak_device_gib" in summary:
+            device = f"; {summary['peak_device_gib']:.2f} GiB of a GPU"
         rows["peak memory"] = (
             f"{summary['peak_host_gib']:.2f} GiB of the host{device}, the rank with most"
         )
@@ -147,13 +148,14 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
     return Panel(table, title="run finished", title_align="left")
 
 
-def print_start(config: Config, run_dir: Path, checkpoint: Path | None) -> None:
+def print_start(start: Start, run_dir: Path, checkpoint: Path | None) -> None:
     """Print what differs from the default configuration, the model, and the checkpoint that a
     resumed run continues from."""
-    out, run = console(), relative(run_dir)
+    out = console()
+    run = relative(run_dir)
     title = f"config of {run}, where it is not the default; {run}/config.yaml has all of it:"
-    out.print(title, changes_to_yaml(config), sep="\n", soft_wrap=True, markup=False)
-    out.print(model_table(count_parameters(build_model_on_meta(config))))
+    out.print(title, changes_to_yaml(start.redacted), sep="\n", soft_wrap=True, markup=False)
+    out.print(model_table(count_parameters(start.model)))
     if checkpoint is not None:
         out.print(f"continuing from {relative(checkpoint)}", soft_wrap=True, markup=False)
 
@@ -166,47 +168,45 @@ def console() -> Console:
 
 
 def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -> dict[str, Any]:
-    """Return the numbers of the summary, validating first if the last step was not. Every rank must
-    call it.
+    """Return the numbers of the summary. It validates first if the last step was not validated.
+    Every rank must call it.
 
     What only a validation finds is None in a run without one (trainer.limit_val_batches=0). The
     bits of the unigram are those of the whole split: None where a validation reads a part of it.
     """
-    steps, of_training = (
-        trainer.global_step,
-        dict(trainer.callback_metrics),
-    )  # the validation below removes these
+    steps = trainer.global_step
+    metrics = dict(trainer.callback_metrics)  # the validation below removes them
     if module.validated_step != steps and trainer.limit_val_batches != 0:
-        count_steps_from(
-            trainer, steps - 1
-        )  # the row is that of the last step, which is counted from 0
+        count_steps_from(trainer, steps - 1)  # the row of the last step; rows count from 0
         trainer.validate(module, data, verbose=False)
-    metrics = {
-        name: float(value) for name, value in (of_training | trainer.callback_metrics).items()
-    }
+    metrics |= trainer.callback_metrics
+    metrics = {name: float(value) for name, value in metrics.items()}
     total, active = total_and_active(count_parameters(module.model))
     callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
     throughput = next(c for c in callbacks if isinstance(c, Throughput))
-    memory = next(c for c in callbacks if isinstance(c, Memory)).most
+    memory = next(c for c in callbacks if isinstance(c, PeakMemory)).at_end
     rate = throughput.mean
+    unigram = None
+    tokens_per_sample = 0  # of an image, its patches; it has no perplexity and no bytes of text
+    of_images: dict[str, Any] = {}
     if isinstance(data, SequenceDataModule):
+        tokens_per_sample = 1
         limit = trainer.limit_val_batches  # a number of batches; 1.0: all
-        part = isinstance(limit, int) and limit < len(data.val_dataloader())
-        unigram, tokens, of_images = None if part else data.unigram_bits_per_byte(), 1, {}
-    else:  # a token of an image is a patch; it has no perplexity and no bytes of text
-        unigram, tokens = None, getattr(getattr(module.model, "patches", None), "num_patches", 0)
-        name = getattr(data, "name", type(data).__name__)
-        of_images = {
-            "val_accuracy": metrics.get("val/accuracy"),
-            "data": name,
-            "images_per_s": rate,
-        }
+        is_part = isinstance(limit, int) and limit < len(data.val_dataloader())
+        unigram = None if is_part else data.unigram_bits_per_byte()
+    else:
+        patches = getattr(module.model, "patches", None)
+        tokens_per_sample = getattr(patches, "num_patches", 0)
+        of_images["val_accuracy"] = metrics.get("val/accuracy")
+        of_images["data"] = getattr(data, "name", type(data).__name__)
+        of_images["images_per_s"] = rate
+    skipped = sum(c.total(module) for c in callbacks if isinstance(c, SkippedImages))
     return {
         "val_loss": metrics.get("val/loss"),
         "perplexity": metrics.get("val/perplexity"),
         "bits_per_byte": metrics.get("val/bits_per_byte"),
         "unigram_bits_per_byte": unigram,
-        "tokens_per_s": rate * tokens if rate and tokens else None,
+        "tokens_per_s": rate * tokens_per_sample if rate and tokens_per_sample else None,
         **throughput.utilisation(rate),
         **{f"peak_{name}": gib for name, gib in memory.items()},
         "steps": steps,
@@ -217,10 +217,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         "drop_share": metrics.get("val/drop_share"),
         "load_max_ratio": metrics.get("val/load_max"),
         **{name: metrics.get(f"moe/{name}") for name in LOADS},
-        "skipped": (
-            len(data.skipped)
-            + sum(c.total(module) for c in callbacks if isinstance(c, SkippedImages))
-        ),
+        "skipped": len(data.skipped) + skipped,
         **of_images,
     }
 
@@ -228,22 +225,24 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
 def sample_text(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -> list[str]:
     """Return a few short texts that the model generates; none for images. Every rank must call it:
     all have experts."""
-    if (
-        not isinstance(data, TextDataModule)
-        or not isinstance(module.model, Decoder)
-        or module.model.max_seq_len < 2
-    ):
+    if not isinstance(data, TextDataModule) or not isinstance(module.model, Decoder):
         return []
-    model, end = module.to(trainer.strategy.root_device).eval().model, data.tokenizer.end_of_text
+    if module.model.max_seq_len < 2:
+        return []
+    from scmoe.inference.generate import generate
+    from scmoe.inference.sampling import Stopping
+
+    model = module.to(trainer.strategy.root_device).eval().model
+    end = data.tokenizer.end_of_text
     stopping = Stopping(min(SAMPLE_TOKENS, model.max_seq_len - 1), decode=data.tokenizer.decode)
-    eager = torch.compiler.set_stance(
-        "force_eager"
-    )  # torch would compile again for each length of the text
+    # torch would compile again for each length of the text
+    eager = torch.compiler.set_stance("force_eager")
     with trainer.precision_plugin.val_step_context(), eager:
         return [stopping.text(ids) for ids, _ in generate(model, [[end]] * SAMPLES, stopping)]
 
 
 def say_done(run_dir: Path, summary: dict[str, Any], config: Config) -> dict[str, Any]:
+    """Print that a run has done all its steps, and return its summary."""
     more = resume_command(run_dir, summary["steps"], config)
     print(
         f"nothing to do: all {summary['steps']} steps are done; for more: {more}", file=sys.stderr
@@ -264,10 +263,11 @@ def print_summary(
     run_dir: Path, summary: Mapping[str, Any], samples: list[str], config: Config
 ) -> None:
     """Print the summary's panel, and the commands that can follow, ready to copy."""
-    run, out = relative(run_dir), console()
+    run = relative(run_dir)
+    out = console()
     out.print(summary_panel(summary, samples))
     commands = {}
-    if not config.trainer.fast_dev_run:  # which cannot go on
+    if not config.trainer.fast_dev_run:  # such a run cannot go on
         commands["resume"] = resume_command(run_dir, summary["steps"], config)
     if samples:
         commands["generate"] = scmoe("generate", run, *words(config.extensions, {}))

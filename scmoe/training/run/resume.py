@@ -1,11 +1,11 @@
-"""Reads a run back: which checkpoint, the configuration of its weights, and what may change when it
-is resumed.
+"""Reads a run back: its checkpoint, the configuration of its weights, and what a resumption may
+change.
 
     config.yaml                 how the run began; it never changes
     config-from-20.yaml         how it was resumed from step 20
 
-Every checkpoint holds the configuration with which it was written, so no edited file can
-misdescribe its weights.
+Every checkpoint holds the configuration with which it was written, so an edited file cannot give
+its weights other settings.
 """
 
 import re
@@ -21,7 +21,6 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import load_text, parse_yaml, read_text
 from scmoe.config.registry import named, words
-from scmoe.config.rules import last_step
 from scmoe.files.writing import read_json
 from scmoe.parallel.checkpoint.durable import (
     UNREAD,
@@ -35,21 +34,24 @@ from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.training.assembly.data import kept_tokenizer
 from scmoe.training.run.directory import relative, why_no_checkpoint
 
-REFUSED_SINCE = (
-    "strategy.wire_dtype=null",
-)  # where it has no effect, earlier versions accepted it
+# Earlier versions accepted wire_dtype where it has no effect, and kept it.
+REFUSED_SINCE = ("strategy.wire_dtype=null",)
 STEP = re.compile(r"(--)?step=")
 Which = Literal["last", "best"]
 # Everything else makes another model or another experiment.
 MAY_CHANGE = (
-    *("trainer.", "strategy.", "schedule.", "offload.", "analysis.", "logger."),
-    *(
-        "data.path",
-        "data.tokenizer",
-        "data.workers",
-        "data.cache_dir",
-    ),  # the data module checks the content
-    *("extensions", "callbacks"),
+    "trainer.",
+    "strategy.",
+    "schedule.",
+    "offload.",
+    "analysis.",
+    "logger.",
+    "data.path",  # the data module checks the content
+    "data.tokenizer",
+    "data.workers",
+    "data.cache_dir",
+    "extensions",
+    "callbacks",
 )
 # A training that goes on keeps these: they decide which samples come next, and Lightning counts
 # batches.
@@ -59,8 +61,8 @@ MUST_STAY = ("trainer.overfit_batches", "trainer.accumulate")
 def find_checkpoint(run_dir: Path, which: Which = "last", share: slice = slice(None)) -> Path:
     """Return the run's checkpoint of the latest step, or the one with the best validation.
 
-    share: which of its files are read, as in `verify`; of others only the size is compared. Raises
-    ConfigError for a run that has no such checkpoint.
+    share: which of its files are read, as in `verify`; of others only the size is compared.
+    ConfigError: the run has no such checkpoint.
     """
     folder = run_dir / "checkpoints"
     try:
@@ -95,15 +97,18 @@ def best_checkpoint(newest: Path, folder: Path, share: slice = slice(None)) -> P
 
 
 def checkpoint_of(run_dir: Path, step: int) -> Path:
-    """Return the checkpoint of this step, of which names and sizes are right. ConfigError: there is
-    none."""
+    """Return the checkpoint of this step, after its names and sizes are verified. ConfigError:
+    there is none, or it is damaged."""
     steps: dict[int, Path] = {}
     for path in checkpoints(run_dir / "checkpoints"):
         with suppress(BrokenCheckpoint):
             steps[read_manifest(path)["step"]] = path
     if step not in steps:
-        allowed = f"allowed: a step whose checkpoint is kept, {', '.join(map(str, sorted(steps)))}"
-        raise ConfigError(f"step is {step}, {allowed}; trainer.save_top_k keeps more of them")
+        kept = ", ".join(map(str, sorted(steps)))
+        raise ConfigError(
+            f"step is {step}, allowed: {kept}, whose checkpoints are kept; trainer.save_top_k keeps"
+            " more of them"
+        )
     try:
         verify(steps[step], UNREAD)
     except BrokenCheckpoint as error:
@@ -114,10 +119,9 @@ def checkpoint_of(run_dir: Path, step: int) -> Path:
 
 
 def set_aside_later(run_dir: Path, step: int) -> None:
-    """Move checkpoints and configurations after this step to set-aside/ of the run: these steps are
-    done again.
+    """Move checkpoints and configurations after this step to set-aside/ of the run.
 
-    Otherwise the next resumption would take one of them as the newest.
+    These steps are done again. Otherwise the next resumption would take one of them as the newest.
     """
     later = [
         path
@@ -143,10 +147,13 @@ def set_aside(run_dir: Path, paths: Sequence[Path]) -> None:
 def step_of(words: Sequence[str]) -> tuple[int | None, list[str]]:
     """Split `step=N` from the overrides of a resumption; None without it. ConfigError: N is no
     number of steps."""
-    given = [word.removeprefix("--").removeprefix("step=") for word in words if STEP.match(word)]
-    if given and not given[-1].isdecimal():
-        raise ConfigError(f"command line: step is {show(given[-1])}, allowed: a number of steps")
-    return int(given[-1]) if given else None, [word for word in words if not STEP.match(word)]
+    others = [word for word in words if not STEP.match(word)]
+    steps = [word.removeprefix("--").removeprefix("step=") for word in words if STEP.match(word)]
+    if not steps:
+        return None, others
+    if not steps[-1].isdecimal():
+        raise ConfigError(f"command line: step is {show(steps[-1])}. Give a number of steps.")
+    return int(steps[-1]), others
 
 
 def config_of(run_dir: Path, checkpoint: Path, overrides: Sequence[str] = ()) -> Config:
@@ -156,8 +163,8 @@ def config_of(run_dir: Path, checkpoint: Path, overrides: Sequence[str] = ()) ->
 
 
 def config_text(run_dir: Path, checkpoint: Path) -> tuple[str, str]:
-    """Return the text in a checkpoint and where it is from; a checkpoint of an older version has
-    its run's only."""
+    """Return the text in a checkpoint and its source. A checkpoint of an older version has none:
+    the text is that of its run."""
     text = read_meta(checkpoint).get("config")
     if text is None:
         path = run_dir / "config.yaml"
@@ -166,7 +173,7 @@ def config_text(run_dir: Path, checkpoint: Path) -> tuple[str, str]:
 
 
 class Resumed(NamedTuple):
-    """A run that goes on. step: the one that was asked for, and later ones are set aside; None: the
+    """A run that goes on. step: the one that the user named; later ones are set aside. None: the
     newest."""
 
     run_dir: Path
@@ -178,31 +185,33 @@ def resumption(
     run_dir: Path, overrides: Sequence[str], step: int | None = None
 ) -> tuple[Config, Resumed]:
     """Return the configuration of a run that goes on from its last checkpoint, or from that of a
-    step. Nothing is written. Of its files only names and sizes are verified: every rank does this,
-    and reads its share of them later.
+    step.
 
-    Raises ConfigError for a run without such a checkpoint, for a setting that would make another
-    model or experiment, and for fewer steps than are done.
+    Nothing is written. Only names and sizes of the checkpoint's files are verified: every rank does
+    this, and reads its share of them later. ConfigError: there is no such checkpoint, a setting
+    would make another model or experiment, or fewer steps are asked for than are done.
     """
     checkpoint = (
         find_checkpoint(run_dir, share=UNREAD) if step is None else checkpoint_of(run_dir, step)
     )
     done = read_manifest(checkpoint)["step"]
     was = config_of(run_dir, checkpoint, named(overrides))
-    earlier = record_of(
-        run_dir, done
-    )  # the run was resumed from here before, and saved no later checkpoint
-    text, source = (
-        (read_text(earlier), str(earlier)) if earlier.exists() else config_text(run_dir, checkpoint)
-    )
+    earlier = record_of(run_dir, done)
+    if earlier.exists():  # the run was resumed from here before, and saved no later checkpoint
+        text, source = read_text(earlier), str(earlier)
+    else:
+        text, source = config_text(run_dir, checkpoint)
+
     config = load_text(text, source, overrides)
     refuse_kept_callbacks(text, source, overrides)
     refuse_other_model(config, was, checkpoint, MUST_STAY)
     if config.trainer.fast_dev_run:
-        raise ConfigError("trainer.fast_dev_run is true, allowed for a run that goes on: false")
+        raise ConfigError("trainer.fast_dev_run is true, but a run that goes on is no short trial.")
     if config.trainer.max_steps < done:
-        allowed = f"allowed: {done} or more, as the run has done {done} steps"
-        raise ConfigError(f"trainer.max_steps is {config.trainer.max_steps}, {allowed}")
+        raise ConfigError(
+            f"trainer.max_steps is {config.trainer.max_steps}, but the run has done {done} steps."
+            f" Give {done} or more."
+        )
     return config, Resumed(run_dir, checkpoint, step)
 
 
@@ -222,12 +231,11 @@ def refuse_other_model(
 ) -> None:
     """Raise ConfigError for the first key that makes another model or experiment than the
     checkpoint's."""
-    here, there = flatten(config), flatten(was)
+    here = flatten(config)
+    there = flatten(was)
     key = "data.tokenizer"
-    if (
-        here[key] != there[key] and kept_tokenizer(checkpoint) is None
-    ):  # nothing to compare another one with
-        must_stay = (*must_stay, key)
+    if here[key] != there[key] and kept_tokenizer(checkpoint) is None:
+        must_stay = (*must_stay, key)  # there is nothing to compare another tokenizer with
     for key, value in there.items():
         if here[key] != value and (key in must_stay or not key.startswith(MAY_CHANGE)):
             raise ConfigError(
@@ -240,9 +248,9 @@ def record_of(run_dir: Path, step: int) -> Path:
     return run_dir / f"config-from-{step}.yaml"
 
 
-def summary_if_done(run: Resumed, config: Config) -> dict[str, Any] | None:
+def summary_if_done(run: Resumed, last_step: int) -> dict[str, Any] | None:
     """Return the summary of a run that has done all its steps; None where steps or the summary are
     missing."""
     summary = read_json(run.run_dir / "summary.json")
-    is_done = summary.get("steps") == last_step(config) <= read_manifest(run.checkpoint)["step"]
+    is_done = summary.get("steps") == last_step <= read_manifest(run.checkpoint)["step"]
     return summary if is_done and run.step is None else None

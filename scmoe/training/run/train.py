@@ -15,14 +15,14 @@ from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
 from scmoe.config.load import to_yaml
 from scmoe.config.registry import words
-from scmoe.config.rules import shortened
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.text import TextDataModule
-from scmoe.files.writing import redacted, try_to_write_json, warn_once
+from scmoe.files.writing import try_to_write_json, warn_once
 from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, read_manifest
 from scmoe.training.assembly.data import build_datamodule, prepare_data
-from scmoe.training.assembly.model import build_model_on_meta, build_module, initial_weights
+from scmoe.training.assembly.model import build_module, initial_weights
 from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
+from scmoe.training.callbacks.kept_config import KeptConfig
 from scmoe.training.run.directory import (
     create_run_dir,
     refuse_running,
@@ -54,6 +54,7 @@ from scmoe.training.run.resume import (
     set_aside_later,
     summary_if_done,
 )
+from scmoe.training.run.start import Start, dense_estimates
 
 
 def train(
@@ -66,41 +67,44 @@ def train(
     than 0.
 
     resumed: the run to continue; None starts a new run. A run that is done is not touched. quiet:
-    print neither the config nor the summary, as where the run directory will not be kept.
+    print neither the config nor the summary, for example where the run directory is temporary.
     """
-    config = shortened(config)
+    start = Start.of(config)
+    config = start.config
     if resumed is not None:
-        if (done := summary_if_done(resumed, config)) is not None:
+        if (done := summary_if_done(resumed, start.last_step)) is not None:
             return say_done(resumed.run_dir, done, config) if is_rank_zero() else None
         if is_rank_zero():
             refuse_running(resumed.run_dir)
+
     silence_lightning()
-    check_machine(config)
+    check_machine(start)
     keep_freed_memory()
     seed_everything(config)
     data = build_datamodule(config)
-    weights = (
-        replace(config, init_from=None) if resumed is not None else config
-    )  # a checkpoint has weights of its own
+    init_from = config.init_from if resumed is None else None  # a checkpoint has its own weights
     if is_rank_zero():
-        prepare(weights, data)
-    with open_run(config, overrides, resumed, quiet) as (directory, loggers):
+        prepare(start, init_from, data)
+
+    with open_run(start, overrides, resumed, quiet) as (directory, loggers):
         if directory is not None:
-            log_inputs(loggers, config, data.state_dict())
+            log_inputs(loggers, start.redacted, data.state_dict())
             if resumed is not None and resumed.step is not None:
                 set_aside_later(directory, resumed.step)
-        module = build_module(weights)
-        trainer = build_trainer(config, build_callbacks(config, directory), loggers)
+        module = build_module(replace(config, init_from=init_from))
+        callbacks = [KeptConfig(start.redacted), *build_callbacks(config, directory)]
+        trainer = build_trainer(config, callbacks, loggers, dense_estimates(start))
         try:
             trainer.fit(module, data, ckpt_path=resumed and resumed.checkpoint, weights_only=True)
         except BrokenCheckpoint as error:  # its content; names and sizes were verified before
             if directory is not None and resumed is not None:
                 set_aside(directory, [resumed.checkpoint])
                 error.add_note(
-                    "the damaged checkpoint is set aside: resume again to go on from the one"
-                    " before it"
+                    "The damaged checkpoint is set aside. Resume again to go on from the one before"
+                    " it."
                 )
             raise
+
         summary = summarise(trainer, module, data)
         if directory is not None:
             summary = {"run_dir": str(relative(directory)), **summary}
@@ -109,6 +113,7 @@ def train(
         if directory is not None:
             load = directory / "analysis" / "expert_load.png"
             log_results(loggers, trainer.global_step, samples, load, trainer.checkpoint_callbacks)
+
     if directory is None or not trainer.is_global_zero:
         return None
     if not quiet:
@@ -116,25 +121,28 @@ def train(
     return summary
 
 
-def prepare(config: Config, data: PositionedDataModule) -> None:
-    """Prepare the data before other ranks are started. ConfigError: they, or what init_from names,
-    cannot be used."""
-    kind, _, path = (config.init_from or "").partition(":")
+def prepare(start: Start, init_from: str | None, data: PositionedDataModule) -> None:
+    """Prepare the data before other ranks are started.
+
+    init_from: what the initial weights are read from; None: nothing. ConfigError: it or the data
+    cannot be used.
+    """
+    kind, _, path = (init_from or "").partition(":")
     if kind:
-        initial_weights(config, build_model_on_meta(config))  # its checks, before data is prepared
+        initial_weights(start.config, start.model)  # its checks, before data is prepared
     prepare_data(data, Path(path) if kind == "scmoe" else None)
-    for text in doubts(config, data):
+    for text in doubts(start.config, data):
         warn_once(text)
 
 
 @contextmanager
 def open_run(
-    config: Config, overrides: Sequence[str], resumed: Resumed | None, quiet: bool = False
+    start: Start, overrides: Sequence[str], resumed: Resumed | None, quiet: bool = False
 ) -> Iterator[tuple[Path | None, list[Logger]]]:
     """Open the run and print what it will do, unless quiet; on exit, close its loggers and write
     its last state.
 
-    It yields the directory and the loggers; on ranks other than 0, None and none. resumed: the run
+    Yields the directory and the loggers; on ranks other than 0, None and none. resumed: the run
     to continue, whose config.yaml stays as the run began; None creates a directory. The last state
     is `finished`, `cut` where the Strategy was asked to stop and has saved (SystemExit), else
     `failed`.
@@ -142,24 +150,24 @@ def open_run(
     if not is_rank_zero():
         yield None, []
         return
-    kept, checkpoint, step = redacted(config), None, None
+    config = start.config
+    text = to_yaml(start.redacted)
+    step = None
     if resumed is None:
-        run_dir = create_run_dir(Path(config.runs_dir), config.name, overrides, to_yaml(kept))
+        run_dir = create_run_dir(Path(config.runs_dir), config.name, overrides, text)
     else:
-        run_dir, checkpoint, step = (
-            resumed.run_dir,
-            resumed.checkpoint,
-            read_manifest(resumed.checkpoint)["step"],
-        )
-        write_config(record_of(run_dir, step), to_yaml(kept))
+        run_dir = resumed.run_dir
+        step = read_manifest(resumed.checkpoint)["step"]
+        write_config(record_of(run_dir, step), text)
+
     loggers: list[Logger] = []
     state = "failed"
     write_state(run_dir, "running")
     ended = show_life(run_dir)
     try:
         if not quiet:
-            print_start(kept, run_dir, checkpoint)
-        loggers = build_loggers(config, run_dir, step)
+            print_start(start, run_dir, resumed and resumed.checkpoint)
+        loggers = build_loggers(start.redacted, run_dir, step)
         if not quiet:
             console().print(f"metrics go to {' and to '.join(map(describe, loggers))}")
         yield run_dir, loggers
@@ -180,26 +188,28 @@ def open_run(
 
 
 def how_to_continue(config: Config, run_dir: Path) -> str:
+    """Return the command that resumes the run, or that there is nothing to resume."""
     saved = checkpoints(run_dir / "checkpoints")
     command = scmoe("resume", relative(run_dir), *words(config.extensions, config.callbacks))
     return f"to continue: {command}" if saved else "no step was saved, start it again"
 
 
 def doubts(config: Config, data: PositionedDataModule) -> Iterator[str]:
-    """Yield what a user has hardly meant, although it can be run."""
-    warmup, steps = config.optim.warmup_steps, config.trainer.max_steps
+    """Yield a warning for each setting that runs but is probably a mistake."""
+    warmup = config.optim.warmup_steps
+    steps = config.trainer.max_steps
     if warmup > steps and not config.trainer.fast_dev_run:
         yield (
             f"optim.warmup_steps is {warmup} and trainer.max_steps {steps}: the rate never reaches"
             " optim.lr"
         )
     if isinstance(data, TextDataModule) and data.tokenizer_kind == "bpe":
-        found = data.tokenizer.vocab_size
-        if found < data.vocab_size:
-            unused = f"the last {data.vocab_size - found} rows of the embedding are never trained"
+        num_tokens = data.tokenizer.vocab_size
+        if num_tokens < data.vocab_size:
             yield (
-                f"data.vocab_size is {data.vocab_size}, but this text gives a tokenizer of {found}"
-                f" tokens: {unused}"
+                f"data.vocab_size is {data.vocab_size}, but this text gives a tokenizer of"
+                f" {num_tokens} tokens: the last {data.vocab_size - num_tokens} rows of the"
+                " embedding are never trained"
             )
 
 
@@ -208,13 +218,16 @@ def silence_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
-        # tokens come from a memory map: workers would only cost memory
+        # Tokens come from a memory map: workers would only cost memory.
         ".*does not have many workers.*",
-        ".*dataloader is not resumable.*",  # it is: the sampler starts at the datamodule's position
-        # these values are already equal on all ranks
+        # It is resumable: the sampler starts at the datamodule's position.
+        ".*dataloader is not resumable.*",
+        # These values are already equal on all ranks.
         ".*recommended to use `self.log.*sync_dist=True.*",
-        ".*isinstance.treespec, LeafSpec.*",  # a deprecation in torch that only Lightning can fix
-        ".*is not empty.*",  # the directories of a resumed run
+        # A deprecation in torch that only Lightning can fix.
+        ".*isinstance.treespec, LeafSpec.*",
+        # The directories of a resumed run.
+        ".*is not empty.*",
         ".*number of.*batches.*logging interval.*",
     ):
         warnings.filterwarnings("ignore", message)

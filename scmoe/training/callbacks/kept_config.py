@@ -1,0 +1,22 @@
+"""Checkpoints hold the configuration with which their weights were trained."""
+
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+
+from scmoe.config.fields import Config
+from scmoe.config.load import to_yaml
+
+
+class KeptConfig(Callback):
+    """Puts the run's configuration into every checkpoint, so that its weights are never read with
+    other settings.
+
+    config: without keys and passwords.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.text = to_yaml(config)
+
+    def on_save_checkpoint(self, trainer: Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["config"] = self.text

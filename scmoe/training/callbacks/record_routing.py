@@ -1,0 +1,63 @@
+"""The experts of the tokens of some steps, in files."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from scmoe.files.writing import try_to_write
+from scmoe.probes.routing import Recorded, RoutingProbe, write_routing
+from scmoe.training.callbacks.logged_steps import begins_step_of
+
+
+class RecordRouting(Callback):
+    """Keeps the experts that the tokens of all ranks go to.
+
+    Each recorded step has a file (probes/routing.py). Of a step that accumulates several batches,
+    the first is recorded.
+
+    every: optimizer steps between two recorded ones; the first one is step 0. folder: where rank 0
+    writes; None on other ranks.
+    """
+
+    def __init__(self, every: int, folder: Path | None) -> None:
+        self.every = every
+        self.folder = folder and folder / "routing"
+        self.probe: RoutingProbe | None = None
+
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        """Keep what a resumed run recorded before the step that it continues from."""
+        if self.folder is not None:
+            with suppress(OSError):  # each write warns
+                self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob("step-*.safetensors"):
+                if int(path.stem.removeprefix("step-")) >= trainer.global_step:
+                    path.unlink()
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if begins_step_of(trainer, batch_idx, self.every):
+            self.step = trainer.global_step
+            self.probe = RoutingProbe(module.model)
+
+    def on_before_backward(self, *_: Any) -> None:
+        if self.probe is not None:
+            self.probe.remove()  # a module that is recomputed in backward routes again
+
+    def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
+        if self.probe is None:
+            return
+        probe, self.probe = self.probe, None
+        of_ranks = module.parallel_context.gather_on_rank_zero(probe.result())
+        if of_ranks is not None and self.folder is not None:
+            ids = [torch.cat(layer)[None] for layer in zip(*of_ranks, strict=True)]
+            recorded = Recorded([self.step], ids, probe.num_experts, len(of_ranks))
+            path = self.folder / f"step-{self.step:08}.safetensors"
+            try_to_write(path, lambda partial: write_routing(recorded, partial))
+
+    def on_exception(self, *_: Any) -> None:
+        if self.probe is not None:
+            self.probe.remove()
