@@ -304,8 +304,6 @@ def _unread_of_routing(config: Config) -> Unread:
     if moe.balanced_routing:
         yield "moe.balanced_routing=true ignores the gate's choice", ("moe.bias_rate",)
         yield "moe.balanced_routing=true deals to other experts only", ("moe.zero_experts",)
-    if moe.zero_experts == 0:
-        yield "there are none with moe.zero_experts=0", ("moe.zero_output",)
     if moe.num_experts == 1:
         yield "the gate has no choice with moe.num_experts=1", ("analysis.gating_every",)
 

@@ -79,7 +79,7 @@ def initial_weights(config: Config, model: Any) -> "Checkpoint":
     another model.
     """
     from scmoe.init_from.pretrained import check_settings, read_export, read_hf, settings_of
-    from scmoe.init_from.upcycle import sources_of, with_zero_experts
+    from scmoe.init_from.upcycle import sources_of
 
     kind, _, path = (config.init_from or "").partition(":")
     try:
