@@ -13,7 +13,7 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -28,13 +28,38 @@ from scmoe.config.leaves import ConfigError, leaves, show
 from scmoe.config.registry import import_extensions, named, refuse_kept
 from scmoe.config.rules import unread_position, validate
 
-SHIPPED = (
-    Path(__file__).parents[1] / "configs"
-)  # in a checkout a link, in an installed package a folder
+# In a checkout this is a link, in an installed package a folder.
+SHIPPED = Path(__file__).parents[1] / "configs"
 _LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
 _SECTIONS = {key.rpartition(".")[0] for key in _LEAVES if "." in key}
 _MAPPINGS = tuple(f"{leaf.key}." for leaf in _LEAVES.values() if leaf.type == dict[str, Any])
 _NULL = ("", "~", "null", "None")
+
+# Keys of earlier versions: the default that they had, as YAML, and what to do instead.
+REMOVED = {
+    "strategy.exchange": ("auto", "Rows always travel by one All-to-All."),
+    "strategy.debug_collectives": ("false", "Set TORCH_DISTRIBUTED_DEBUG=DETAIL instead."),
+    "strategy.full_checkpoint": ("false", "`scmoe export` merges the shards of a checkpoint."),
+}
+
+
+@dataclass
+class _Draft:
+    """A configuration while its sources are merged. removed: the values of keys in REMOVED, each
+    with its source."""
+
+    tree: DictConfig
+    removed: dict[str, tuple[Any, str]] = field(default_factory=dict)
+
+    def refuse_removed(self) -> None:
+        """Raise ConfigError for a removed key with another value than its default was."""
+        for key, (value, source) in self.removed.items():
+            default, advice = REMOVED[key]
+            if not _is_text_of(value, default):
+                raise ConfigError(
+                    f"{source}: {key} is {show(value)}, but this option was removed. {advice} Leave"
+                    f" the key out, or add {key}={default} to the command"
+                )
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -44,21 +69,23 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     line, for a file that cannot be read, an unknown key, a value of another type or range, and a
     combination that cannot run.
     """
-    tree = copy.deepcopy(_defaults())
+    draft = _Draft(copy.deepcopy(_defaults()))
     if path is not None:
-        _merge_file(tree, find(path), ())
-    return _finished(tree, overrides, "" if path is None else str(path))
+        _merge_file(draft, find(path), ())
+    return _finished(draft, overrides, "" if path is None else str(path))
 
 
 def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
-    """Return the validated configuration of a text of `to_yaml`, kept in a run or an export, and
-    overrides.
+    """Return the validated configuration of a kept text and overrides.
+
+    The text is of `to_yaml`, in a run, a checkpoint or an export.
 
     A kept configuration runs no code: its callbacks are left out. Its extensions are refused unless
     an override names them or they are imported already (registry.py). source: its name in messages.
     """
-    tree = copy.deepcopy(_defaults())
-    _merge(tree, _mapping(parse_yaml(text, source), source), source)
+    draft = _Draft(copy.deepcopy(_defaults()))
+    tree = draft.tree
+    _merge(draft, _mapping(parse_yaml(text, source), source), source)
     OmegaConf.update(tree, "callbacks", {}, merge=False)
     kept = OmegaConf.to_object(tree)
     assert isinstance(kept, Config)
@@ -66,16 +93,18 @@ def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
         OmegaConf.update(tree, "moe.position", _LEAVES["moe.position"].value)
     if not named(overrides):
         refuse_kept(tree.extensions, source)
-    return _finished(tree, overrides, source)
+    return _finished(draft, overrides, source)
 
 
 def load_kept(path: Path, overrides: Sequence[str] = ()) -> Config:
     return load_text(read_text(path), str(path), overrides)
 
 
-def _finished(tree: DictConfig, overrides: Sequence[str], source: str) -> Config:
-    """Merge the overrides into the tree and validate it. source: where its values are from; "" for
-    the defaults."""
+def _finished(draft: _Draft, overrides: Sequence[str], source: str) -> Config:
+    """Merge the overrides into the draft and validate it.
+
+    source: where its values are from; "" for the defaults.
+    """
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
@@ -88,8 +117,9 @@ def _finished(tree: DictConfig, overrides: Sequence[str], source: str) -> Config
                 f"command line: {key} ends with the comment {show(comment)}, allowed:"
                 f" {key}='\"...\"'"
             )
-        _merge(tree, {key: value}, "command line")
-    config = OmegaConf.to_object(tree)
+        _merge(draft, {key: value}, "command line")
+    draft.refuse_removed()
+    config = OmegaConf.to_object(draft.tree)
     assert isinstance(config, Config)
     import_extensions(config.extensions)
     if overrides:
@@ -100,8 +130,10 @@ def _finished(tree: DictConfig, overrides: Sequence[str], source: str) -> Config
 
 @cache
 def _defaults() -> DictConfig:
-    """Return the defaults as a tree that can be changed. A copy takes a quarter of the time of a
-    new one."""
+    """Return the defaults as a tree that can be changed.
+
+    It is cached, because a copy takes a quarter of the time of a new one.
+    """
     tree = OmegaConf.structured(Config)
     for section in _SECTIONS:  # OmegaConf makes a frozen dataclass read-only
         OmegaConf.set_readonly(OmegaConf.select(tree, section), False)
@@ -120,26 +152,25 @@ def changes_to_yaml(config: Config) -> str:
     for leaf in leaves(config):
         if leaf.value != _LEAVES[leaf.key].value:
             *sections, name = leaf.key.split(".")
-            place = changed
+            mapping = changed
             for section in sections:
-                place = place.setdefault(section, {})
-            place[name] = leaf.value
+                mapping = mapping.setdefault(section, {})
+            mapping[name] = leaf.value
     return yaml.safe_dump(changed, sort_keys=False) if changed else ""
 
 
-def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> None:
-    """Merge the files that a file extends, then the file. children: the chain of files that extend
-    it."""
-    text, identity = (
-        read_text(path, f", which {children[-1]} extends" if children else ""),
-        path.resolve(),
-    )
+def _merge_file(draft: _Draft, path: Path, children: tuple[Path, ...]) -> None:
+    """Merge the files that a file extends, then the file.
+
+    children: the chain of files that extend it.
+    """
+    text = read_text(path, f", which {children[-1]} extends" if children else "")
+    identity = path.resolve()
     if identity in children:
         raise ConfigError(f"{path}: extends itself: {' > '.join(map(str, (*children, identity)))}")
     parsed = parse_yaml(text, str(path))
-    if (
-        parsed == ""
-    ):  # a file that was cut off, or not saved yet: {} says that the defaults are meant
+    # such a file was cut off, or is not saved yet: {} says that the defaults are meant
+    if parsed == "":
         raise ConfigError(
             f"{path}: the file is empty; write at least one key, or {{}} for the defaults"
         )
@@ -149,8 +180,8 @@ def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> Non
     if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
         raise ConfigError(f"{path}: extends is {show(extends)}, allowed: a path or a list of paths")
     for parent in parents:
-        _merge_file(tree, find(parent, path.parent), (*children, identity))
-    _merge(tree, mapping, str(path))
+        _merge_file(draft, find(parent, path.parent), (*children, identity))
+    _merge(draft, mapping, str(path))
 
 
 def _mapping(value: Any, source: str) -> dict[str, Any]:
@@ -165,10 +196,8 @@ def read_text(path: Path, extended: str = "") -> str:
     """Return the text of a configuration. extended: who extends it, for the error message."""
     try:
         return path.read_text(encoding="utf-8")
-    except (
-        OSError,
-        ValueError,
-    ) as error:  # ValueError: bytes that are not UTF-8, a path with a null byte
+    # ValueError: bytes that are not UTF-8, a path with a null byte
+    except (OSError, ValueError) as error:
         hint = ""
         if isinstance(error, FileNotFoundError):
             paths = [
@@ -182,7 +211,7 @@ def read_text(path: Path, extended: str = "") -> str:
         raise ConfigError(f"{path}{extended}: cannot be read: {error}{hint}") from error
 
 
-def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
+def _merge(draft: _Draft, mapping: dict[str, Any], source: str) -> None:
     seen: set[str] = set()
     for key, value in _pairs(mapping):
         if key in seen:  # once in a section and once as a dotted key
@@ -190,12 +219,15 @@ def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
         seen.add(key)
         if (key, value) == ("schedule", "auto"):
             key, value = "schedule.auto", "true"
+        if key in REMOVED:
+            draft.removed[key] = (value, source)
+            continue
         in_mapping = key.startswith(_MAPPINGS)
         if not in_mapping and key not in _LEAVES and key not in _SECTIONS:
             raise ConfigError(f"{source}: unknown key {show(key)}, {_hint(key)}")
         try:
             typed = _guessed(value) if in_mapping else _typed(key, value)
-            OmegaConf.update(tree, key, typed, merge=False, force_add=in_mapping)
+            OmegaConf.update(draft.tree, key, typed, merge=False, force_add=in_mapping)
         except ValueError as error:  # OmegaConf's ValidationError is one
             hint = "; no interpolation" if "${" in str(value) else ""
             raise ConfigError(
@@ -214,8 +246,10 @@ def _allowed(key: str) -> str:
 
 
 def _typed(key: str, value: Any) -> Any:
-    """Return a text, or a list of texts, as OmegaConf takes it for a field. ValueError: the field
-    has no such value."""
+    """Return a text, or a list of texts, as OmegaConf takes it for a field.
+
+    Raises ValueError if the field has no such value.
+    """
     if key in _SECTIONS:
         raise ValueError
     leaf = _LEAVES[key]
@@ -231,8 +265,10 @@ def _typed(key: str, value: Any) -> Any:
 
 
 def _guessed(value: Any) -> Any:
-    """Return a value of a mapping whose entries have no type here: null, true or false, a number,
-    else a text."""
+    """Return a value of a mapping whose entries have no type here.
+
+    It is null, true or false, a number, else a text.
+    """
     if isinstance(value, list):
         return [_guessed(each) for each in value]
     if value == {}:  # a callback without options
@@ -247,11 +283,21 @@ def _guessed(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    """Return a text of YAML. ValueError: another value, or OmegaConf's signs for interpolation and
-    a missing value."""
+    """Return a text of YAML.
+
+    Raises ValueError for another value, and for OmegaConf's signs for interpolation and a missing
+    value.
+    """
     if not isinstance(value, str) or "${" in value or value == "???":
         raise ValueError
     return value
+
+
+def _is_text_of(value: Any, default: str) -> bool:
+    """Return whether a value of a file or the command line is this default."""
+    if not isinstance(value, str):
+        return False
+    return value in _NULL if default == "null" else value.lower() == default
 
 
 def _comment_in(text: str) -> str:
@@ -270,8 +316,10 @@ def _pairs(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _hint(key: str) -> str:
-    """Suggest the known key that was likely meant: the field of this name or of the most similar
-    one."""
+    """Suggest the known key that was likely meant.
+
+    It is the field of this name or of the most similar one.
+    """
     by_name = {known.rpartition(".")[2]: known for known in reversed(_LEAVES)}
     near = get_close_matches(key.rpartition(".")[2], by_name, 1)
     return f"did you mean {by_name[near[0]]}?" if near else "see --help for all keys"
@@ -290,10 +338,9 @@ class _Loader(yaml.BaseLoader):
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Return the mappings, lists and texts of a YAML text; "" if it is empty. Raises ConfigError
-    for other YAML.
+    """Return the mappings, lists and texts of a YAML text; "" if it is empty.
 
-    source: the file or "command line", for error messages.
+    source: the file or "command line", for error messages. Raises ConfigError for other YAML.
     """
     try:
         for token in yaml.scan(text):
@@ -308,18 +355,16 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(
             f"{source}: line {error.problem_mark.line + 1}: bad YAML: {error.problem}"
         ) from error
-    except (
-        yaml.YAMLError,
-        RecursionError,
-    ) as error:  # forbidden characters; nesting that is too deep
+    # forbidden characters; nesting that is too deep
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{source}: bad YAML: {error}") from error
     return "" if value is None else value
 
 
 def find(name: str | Path, folder: Path = Path()) -> Path:
-    """Return the file of a configuration: in a folder (the current one) first, then among those
-    that come with scmoe.
+    """Return the file of a configuration.
 
+    It is looked for in a folder (the current one), then among those that come with scmoe.
     name: quickstart, quickstart.yaml, configs/quickstart.yaml, experiment/table3/small, or a preset
     of configs/model such as longcat_flash. If there is no such file, return folder / name, so that
     reading it is the error.
@@ -335,10 +380,12 @@ def find(name: str | Path, folder: Path = Path()) -> Path:
 
 
 def shipped_and_own() -> dict[str, Path]:
-    """Return all configurations that `find` finds by name from the current folder:
-    configs/quickstart.yaml, ..."""
+    """Return all configurations that `find` finds by name from the current folder.
+
+    They are by name: configs/quickstart.yaml, ...
+    """
     roots = (SHIPPED, Path("configs"))
-    found = {
+    files = {
         f"configs/{file.relative_to(root)}": file for root in roots for file in root.rglob("*.yaml")
     }
-    return dict(sorted(found.items()))
+    return dict(sorted(files.items()))
