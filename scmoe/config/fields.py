@@ -337,11 +337,6 @@ class StrategyConfig:
         "gradients: sent when a bucket is full, or in pieces after the rows; null: paced on CPUs,"
         " ddp on GPUs",
     )
-    exchange: Literal["auto", "flat", "hierarchical"] = option(
-        "auto",
-        "how rows travel where ep_size crosses nodes; auto: the first exchange measures."
-        " docs/clusters.md",
-    )
     debug_collectives: bool = option(
         False, "check before each collective that all ranks call the same one; slow"
     )

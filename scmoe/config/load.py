@@ -38,8 +38,6 @@ _NULL = ("", "~", "null", "None")
 # Keys of earlier versions: the default that they had, as YAML, and what to do instead.
 REMOVED = {
     "strategy.exchange": ("auto", "Rows always travel by one All-to-All."),
-    "strategy.debug_collectives": ("false", "Set TORCH_DISTRIBUTED_DEBUG=DETAIL instead."),
-    "strategy.full_checkpoint": ("false", "`scmoe export` merges the shards of a checkpoint."),
 }
 
 

@@ -58,7 +58,6 @@ from scmoe.parallel.dense import (
     with_dense_mesh,
 )
 from scmoe.parallel.mesh import (
-    EXCHANGES,
     ParallelContext,
     build_context,
     check_experts,
@@ -88,7 +87,7 @@ class ExpertParallelStrategy(DDPStrategy):
     steps later. debug_collectives: ranks compare every collective before they take part in it;
     slow. full_checkpoint: rank 0 merges the shards of all ranks into one file. reductions: how
     gradients are sent. ddp: in full buckets; paced (CPUs): in pieces, after rows; None: paced on
-    CPUs. exchange: how rows travel between nodes: flat | hierarchical | auto (mesh.build_context).
+    CPUs.
     dense: "replicated": dense weights on all ranks, under DDP. "sharded": over all ranks, and
     experts over the ranks
         that hold the same ones, under FSDP2. "hybrid": over the ranks of a node, with a copy on
@@ -122,7 +121,6 @@ class ExpertParallelStrategy(DDPStrategy):
         debug_collectives: bool = False,
         full_checkpoint: bool = False,
         reductions: str | None = None,
-        exchange: str = "auto",
         dense: str = "replicated",
         dense_estimates: Mapping[str, float] | None = None,
         **ddp: Any,
@@ -134,12 +132,10 @@ class ExpertParallelStrategy(DDPStrategy):
                 f"timeout_s is {timeout_s}, allowed: above 0, at most {LONGEST_S:g} seconds"
             )
         check_dense(dense, ddp if reductions is None else ddp | {"reductions": reductions})
-        if exchange not in EXCHANGES:
-            raise ValueError(f"exchange is {exchange!r}, allowed: {' | '.join(EXCHANGES)}")
         self.timeout = timedelta(seconds=timeout_s)
         self.start_timeout = max(self.timeout, timedelta(seconds=START_TIMEOUT_S))
         super().__init__(**{**ddp, "timeout": self.start_timeout})
-        self.ep_size, self.exchange, self.reductions = ep_size, exchange, reductions
+        self.ep_size, self.reductions = ep_size, reductions
         self.dense, self.dense_estimates = dense, dense_estimates
         self.debug_collectives = debug_collectives
         self.async_checkpoint, self.full_checkpoint = async_checkpoint, full_checkpoint
@@ -198,8 +194,7 @@ class ExpertParallelStrategy(DDPStrategy):
                 self._say(f"warning: {line}")
         if self.context.mesh is None:
             ep_size = self.world_size if self.ep_size is None else self.ep_size
-            network = self.exchange, self.num_processes, self._say
-            self._use(build_context(ep_size, self.root_device, self.timeout, *network))
+            self._use(build_context(ep_size, self.root_device, self.timeout))
             self._split(self.dense, self.dense_estimates)
             self.checkpoints = Checkpoints(
                 self.context, self.async_checkpoint, self.full_checkpoint

@@ -21,15 +21,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher, Narrowed
+from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
-from scmoe.moe.stream import MoEStream
 from scmoe.parallel.torch_seam import urgent
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Carried, Exchange, Link, all_to_all
 from scmoe.parallel.wire.even_rows import EvenRows
-from scmoe.parallel.wire.hierarchical import FastestExchange, hierarchical
 
-EXCHANGES = ("auto", "flat", "hierarchical")
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads when a group is made
 
 
@@ -41,10 +38,9 @@ class ParallelContext:
     expert gradients, `gradient_group` (on CPUs) dense gradients that are paced, `checkpoint_group`
     (gloo) checkpoints, `control_group` (gloo) what ranks ask each other; the default group carries
     dense gradients that are not paced, losses and metrics. `link` knows the All-to-All in flight.
-    `even` checks numbers of rows that are not announced. `exchange`: how rows travel; None: flat,
-    by one All-to-All over `ep_group`. `dense_mesh`: the ranks over which dense weights are split
-    (dense.py); None: each rank holds them whole. `exact_mesh`: the same ranks, for the weights that
-    are gathered in float32.
+    `even` checks numbers of rows that are not announced. `dense_mesh`: the ranks over which dense
+    weights are split (dense.py); None: each rank holds them whole. `exact_mesh`: the same ranks, for
+    the weights that are gathered in float32.
 
     A deep copy of a module shares its context. A pickle holds the place alone, without groups and
     meshes."""
@@ -61,7 +57,6 @@ class ParallelContext:
     control_group: Any = None
     link: Link = field(default_factory=Link)
     even: EvenRows = field(default_factory=EvenRows)
-    exchange: Exchange | None = None
     dense_mesh: DeviceMesh | None = None
     exact_mesh: DeviceMesh | None = None
 
@@ -114,7 +109,7 @@ class ParallelContext:
 
     def carried(self) -> Exchange:
         """Return the exchange of rows. If gradients are paced, `link` keeps track of its transfers."""
-        exchange = self.exchange or all_to_all(self.ep_group)
+        exchange = all_to_all(self.ep_group)
         return exchange if self.gradient_group is None else Carried(exchange, self.link)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
@@ -196,34 +191,17 @@ class ParallelContext:
                 raise first
 
 
-def build_context(
-    ep_size: int,
-    device: torch.device,
-    timeout: timedelta,
-    exchange: str = "flat",
-    ranks_per_node: int | None = None,
-    say: Callable[[str], None] = print,
-) -> ParallelContext:
-    """Make all groups; every rank of the default group must call it. ValueError: ep_size does not
-    divide the ranks, or they cannot exchange rows in this way.
+def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> ParallelContext:
+    """Make all groups and return this rank's place. Every rank of the default group must call it.
 
-    exchange: flat | hierarchical | auto. ranks_per_node: ranks are numbered node by node; None: all
-    are on one node. say: is given the line with auto's choice, on every rank. Each group is made
-    with the timeout, which it does not inherit from the default group. `init_device_mesh` would use
-    the default group itself for a dimension that spans all ranks.
+    Each group is made with the timeout, which it does not inherit from the default group.
+    `init_device_mesh` would use the default group itself for a dimension that spans all ranks.
+    Raises ValueError if ep_size does not divide the number of ranks.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % ep_size:
         raise ValueError(
             f"ep_size is {ep_size}, allowed: divisors of the number of ranks ({world_size})"
-        )
-    places = ranks_per_node or world_size
-    two_levels = exchange != "flat" and crosses_nodes(ep_size, places)
-    if exchange == "hierarchical" and not two_levels:
-        raise ValueError(
-            f"exchange is hierarchical with ep_size {ep_size} and {places} of {world_size} ranks on"
-            " a node, allowed: several whole nodes in each group of ep_size ranks, and 2 or more"
-            " ranks on a node; or flat, or auto"
         )
     grid = torch.arange(world_size).view(-1, ep_size)
 
@@ -239,27 +217,25 @@ def build_context(
     gradient_group = (
         dist.new_group(timeout=timeout, group_desc="gradients") if device.type == "cpu" else None
     )
-    levels: tuple[Any, ...] = ()
-    if two_levels:
-        nodes = grid.view(-1, ep_size // places, places)  # of each EP group
-        levels = (
-            urgent_by_rows(nodes.flatten(0, 1), "within"),
-            urgent_by_rows(nodes.mT.flatten(0, 1), "between"),
-        )
     checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
     control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
     mesh = DeviceMesh.from_group(
         [edp_group, ep_group], device.type, mesh=grid, mesh_dim_names=("edp", "ep")
     )
     if device.type == "cuda":
-        start_communicators((None, ep_group, counts_group, edp_group, *levels), device)
-    groups = ep_group, counts_group, edp_group, gradient_group, checkpoint_group, control_group
-    rows = hierarchical(*levels) if levels else None
-    if rows and exchange == "auto":
-        rows = FastestExchange(
-            {"flat": all_to_all(ep_group), "hierarchical": rows}, control_group, say
-        )
-    return ParallelContext(rank, world_size, ep_size, mesh, *groups, exchange=rows)
+        start_communicators((None, ep_group, counts_group, edp_group), device)
+    return ParallelContext(
+        rank=rank,
+        world_size=world_size,
+        ep_size=ep_size,
+        mesh=mesh,
+        ep_group=ep_group,
+        counts_group=counts_group,
+        edp_group=edp_group,
+        gradient_group=gradient_group,
+        checkpoint_group=checkpoint_group,
+        control_group=control_group,
+    )
 
 
 def group_by_rows(ranks: Tensor, name: str, timeout: timedelta, **options: Any) -> Any:
@@ -268,12 +244,6 @@ def group_by_rows(ranks: Tensor, name: str, timeout: timedelta, **options: Any) 
     return dist.new_subgroups_by_enumeration(
         ranks.tolist(), timeout=timeout, group_desc=name, **options
     )[0]
-
-
-def crosses_nodes(ep_size: int, ranks_per_node: int) -> bool:
-    """Return whether each EP group has all ranks of several nodes, and these are nodes of several
-    ranks."""
-    return ep_size > ranks_per_node > 1 and ep_size % ranks_per_node == 0
 
 
 def start_communicators(groups: Sequence[Any], device: torch.device) -> None:
@@ -298,8 +268,7 @@ def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def check_experts(module: nn.Module, context: ParallelContext) -> None:
-    """Raise ValueError for experts that do not belong to this rank, and for rows that do not travel
-    as configured.
+    """Raise ValueError for experts that do not belong to this rank.
 
     A model that is built before the ranks exist has all experts. Each rank would train all of them,
     and they would differ from rank to rank without any error.
@@ -315,27 +284,11 @@ def check_experts(module: nn.Module, context: ParallelContext) -> None:
                 f" {child.num_experts}; build the model in configure_model or setup, from"
                 " self.parallel_context, which __init__ does not have yet"
             )
-    for name, child in module.named_modules():
-        if (
-            isinstance(child, MoEStream)
-            and context.exchange
-            and not isinstance(context.exchange, FastestExchange)
-        ):
-            dispatcher: Any = child.dispatcher
-            while isinstance(dispatcher, Blocking | Narrowed):
-                dispatcher = dispatcher.inner
-            if dispatcher.exchange != context.carried():
-                raise ValueError(
-                    f"{name or type(child).__name__} was built with a process group, or for another"
-                    " Trainer, so its rows would not travel in two hops, allowed with"
-                    " exchange=hierarchical: a new module, built with group=self.parallel_context;"
-                    " or exchange=flat"
-                )
 
 
 def order_launches_of_nccl() -> None:
     """Let NCCL start the kernels of all groups in the order of their launch, which is equal on all
-    ranks, unless the user has chosen (docs/decisions/0038-nodes.md). Call it before the first group
+    ranks, unless the user has chosen (docs/decisions/0038-launch-order.md). Call it before the first group
     is made."""
     if torch.version.cuda:  # not on ROCm, where crashes with it are known
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")

@@ -427,7 +427,6 @@ def test_after_a_run_ctrl_c_and_sigterm_do_what_they_did_before():
         ({"timeout_s": 0.0}, "timeout_s is 0.0, allowed: above 0, at most 1e"),
         ({"timeout_s": float("nan")}, "timeout_s is nan, allowed"),
         ({"timeout_s": 1e300}, r"timeout_s is 1e\+300, allowed"),
-        ({"exchange": "two"}, r"exchange is 'two', allowed: auto \| flat \| hierarchical"),
         ({"dense": "split"}, "dense is 'split', allowed: replicated, sharded, hybrid, auto"),
         (
             {"dense": "sharded", "find_unused_parameters": True},

@@ -9,7 +9,6 @@ EP = (  # all gradients
     f"{DIST}/test_negative_controls.py::test_with_nothing_broken_two_ranks_equal_one"
 )
 DP = f"{DIST}/test_strategy.py::test_a_run_resumed_in_another_layout_equals_an_uninterrupted_one[2-1]"
-TWO_HOPS = f"{DIST}/test_hierarchical.py::test_two_hops_change_no_bit"
 FOUR = f"{DIST}/test_sharded.py::test_four_ranks_equal_one"
 NOT_FINITE = f"{FAULTS}/test_not_finite.py::test_a_number_that_is_not_finite_stops_all_ranks_before_the_update"
 RUNS = f"{DIST}/test_sharded_runs.py"
@@ -66,21 +65,6 @@ MUTANTS = (
         "[check_ceiling(r, self.ceiling) for r in rows.sum(0).tolist()]",
     )
     .caught_by(f"{FAULTS}/test_ceiling.py::test_chunks_do_not_change_what_a_ceiling_allows"),
-    Mutant("second-hop-rows-of-another-place", f"{WIRE}/hierarchical.py")
-    .replaces("by_place[:, place, node]", "by_place[node, :, :, place].T")
-    .caught_by(f"{UNIT}/test_hierarchical.py::test_two_hops_equal_one"),
-    Mutant("second-hop-not-regrouped", f"{WIRE}/hierarchical.py")
-    .replaces(
-        "regrouped = swap_blocks(met, hops.between)\n        return",
-        "regrouped = met\n        return",
-    )
-    .caught_by(TWO_HOPS),
-    Mutant("second-hop-waits-for-nothing", f"{WIRE}/hierarchical.py")
-    .replaces("        first.wait()\n", "")
-    .caught_by(TWO_HOPS),
-    Mutant("each-rank-chooses-for-itself", f"{WIRE}/hierarchical.py")
-    .replaces("        dist.all_reduce(slowest, dist.ReduceOp.MAX, self.group)\n", "")
-    .caught_by(TWO_HOPS),
     # ------------------------------------------------------------------ gradients and updates
     Mutant("no-1/EP", f"{UPDATE}/wrap.py")
     .replaces("return grad / self.context.ep_size", "return grad")

@@ -107,7 +107,6 @@ def timing_conditions(config: Config) -> dict[str, Any]:
         "compile": trainer.compile,
         "recompute": trainer.recompute,
         "wire_dtype": strategy.wire_dtype,
-        "exchange": strategy.exchange,
         "dense": strategy.dense,
         "reductions": strategy.reductions,
     }
@@ -139,7 +138,6 @@ def build_strategy(config: Config) -> ExpertParallelStrategy:
         dense=strategy.dense,
         dense_estimates=dense_estimates(config) if strategy.dense == "auto" else None,
         reductions=strategy.reductions,
-        exchange=strategy.exchange,
         debug_collectives=strategy.debug_collectives,
     )
 
