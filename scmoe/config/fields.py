@@ -337,9 +337,6 @@ class StrategyConfig:
         "gradients: sent when a bucket is full, or in pieces after the rows; null: paced on CPUs,"
         " ddp on GPUs",
     )
-    debug_collectives: bool = option(
-        False, "check before each collective that all ranks call the same one; slow"
-    )
     dense: Literal["replicated", "sharded", "hybrid", "auto"] = option(
         "replicated",
         "dense weights: on every rank; split over all ranks, or those of a node; auto: by a rank's"

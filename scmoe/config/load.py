@@ -37,6 +37,7 @@ _NULL = ("", "~", "null", "None")
 
 # Keys of earlier versions: the default that they had, as YAML, and what to do instead.
 REMOVED = {
+    "strategy.debug_collectives": ("false", "See docs/troubleshooting.md, A run hangs."),
     "strategy.exchange": ("auto", "Rows always travel by one All-to-All."),
 }
 

@@ -35,7 +35,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from scmoe.lightning import seam
-from scmoe.lightning.debug import CompareCollectives
 from scmoe.lightning.guarded_update import check_callbacks, check_precision, guard_updates
 from scmoe.lightning.lockstep import Job, SavePostponed, end_job_at_exit, note_absent
 from scmoe.parallel.checkpoint.saving import Checkpoints
@@ -84,8 +83,7 @@ class ExpertParallelStrategy(DDPStrategy):
     a collective may take before the job ends with an error. Until all ranks have met and built
         their modules the limit is START_TIMEOUT_S, if that is longer.
     async_checkpoint: training continues while a checkpoint is written; the files are complete some
-    steps later. debug_collectives: ranks compare every collective before they take part in it;
-    slow. full_checkpoint: rank 0 merges the shards of all ranks into one file. reductions: how
+    steps later. full_checkpoint: rank 0 merges the shards of all ranks into one file. reductions: how
     gradients are sent. ddp: in full buckets; paced (CPUs): in pieces, after rows; None: paced on
     CPUs.
     dense: "replicated": dense weights on all ranks, under DDP. "sharded": over all ranks, and
@@ -118,7 +116,6 @@ class ExpertParallelStrategy(DDPStrategy):
         ep_size: int | None = None,
         timeout_s: float = 300.0,
         async_checkpoint: bool = False,
-        debug_collectives: bool = False,
         full_checkpoint: bool = False,
         reductions: str | None = None,
         dense: str = "replicated",
@@ -137,7 +134,6 @@ class ExpertParallelStrategy(DDPStrategy):
         super().__init__(**{**ddp, "timeout": self.start_timeout})
         self.ep_size, self.reductions = ep_size, reductions
         self.dense, self.dense_estimates = dense, dense_estimates
-        self.debug_collectives = debug_collectives
         self.async_checkpoint, self.full_checkpoint = async_checkpoint, full_checkpoint
         self.context = ParallelContext()
         self.job = Job()
@@ -244,10 +240,6 @@ class ExpertParallelStrategy(DDPStrategy):
             self.model = Steps(
                 self.module
             )  # so that hooks of FSDP on the LightningModule itself run around its steps
-        if self.debug_collectives:
-            compare = CompareCollectives(self.timeout)
-            compare.install()
-            self.at_teardown.callback(compare.remove)
         if seam.is_fitting(trainer):
             self.job.trained, self.in_training = self.module, True
             trainer.callbacks.append(

@@ -14,7 +14,7 @@ DDP.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -55,7 +55,7 @@ class ExpertGradientReducer:
         self, shards: Sequence[nn.Parameter], context: ParallelContext, pacer: Pacer | None = None
     ) -> None:
         self.context, self.enabled = context, True
-        self.start = pacer.start if pacer else self._start_at_once
+        self.start: Callable[[Tensor], Any] = pacer.start if pacer else self._start_at_once
         self.bucket_bytes = int((BUCKET_MB if pacer else 25.0) * 2**20)  # as DDP's
         self.shards = [*reversed(shards)]
         self.hooks: list[Any] = []
@@ -80,7 +80,6 @@ class ExpertGradientReducer:
         call_after_backward(self._finish)
 
     def _start_at_once(self, flat: Tensor) -> Any:
-        """Look all_reduce up at the call: `debug_collectives` replaces it later."""
         return dist.all_reduce(flat, group=self.context.edp_group, async_op=True)
 
     def _scale(self, grad: Tensor) -> Tensor:

@@ -138,7 +138,6 @@ def build_strategy(config: Config) -> ExpertParallelStrategy:
         dense=strategy.dense,
         dense_estimates=dense_estimates(config) if strategy.dense == "auto" else None,
         reductions=strategy.reductions,
-        debug_collectives=strategy.debug_collectives,
     )
 
 
