@@ -326,9 +326,6 @@ class StrategyConfig:
         Range(10, 1e6),
     )
     async_checkpoint: bool = option(False, "continue training while a checkpoint is written")
-    full_checkpoint: bool = option(
-        False, "rank 0 collects the tensors of all ranks and writes one file"
-    )
     wire_dtype: Literal["bfloat16"] | None = option(
         None, "type of rows between ranks; null: that of the experts"
     )

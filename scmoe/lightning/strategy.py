@@ -83,7 +83,7 @@ class ExpertParallelStrategy(DDPStrategy):
     a collective may take before the job ends with an error. Until all ranks have met and built
         their modules the limit is START_TIMEOUT_S, if that is longer.
     async_checkpoint: training continues while a checkpoint is written; the files are complete some
-    steps later. full_checkpoint: rank 0 merges the shards of all ranks into one file. reductions: how
+    steps later. reductions: how
     gradients are sent. ddp: in full buckets; paced (CPUs): in pieces, after rows; None: paced on
     CPUs.
     dense: "replicated": dense weights on all ranks, under DDP. "sharded": over all ranks, and
@@ -116,7 +116,6 @@ class ExpertParallelStrategy(DDPStrategy):
         ep_size: int | None = None,
         timeout_s: float = 300.0,
         async_checkpoint: bool = False,
-        full_checkpoint: bool = False,
         reductions: str | None = None,
         dense: str = "replicated",
         dense_estimates: Mapping[str, float] | None = None,
@@ -134,7 +133,7 @@ class ExpertParallelStrategy(DDPStrategy):
         super().__init__(**{**ddp, "timeout": self.start_timeout})
         self.ep_size, self.reductions = ep_size, reductions
         self.dense, self.dense_estimates = dense, dense_estimates
-        self.async_checkpoint, self.full_checkpoint = async_checkpoint, full_checkpoint
+        self.async_checkpoint = async_checkpoint
         self.context = ParallelContext()
         self.job = Job()
         self.wrapped: Wrapped
@@ -192,9 +191,7 @@ class ExpertParallelStrategy(DDPStrategy):
             ep_size = self.world_size if self.ep_size is None else self.ep_size
             self._use(build_context(ep_size, self.root_device, self.timeout))
             self._split(self.dense, self.dense_estimates)
-            self.checkpoints = Checkpoints(
-                self.context, self.async_checkpoint, self.full_checkpoint
-            )
+            self.checkpoints = Checkpoints(self.context, self.async_checkpoint)
         self._use(self.context)
 
     def _use(self, context: ParallelContext) -> None:

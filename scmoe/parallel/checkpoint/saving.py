@@ -20,11 +20,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.optim import Optimizer
 
-from scmoe.files.writing import write_durably, write_in_turn
+from scmoe.files.writing import write_durably
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.loading import load_checkpoint, read_whole
+from scmoe.parallel.checkpoint.loading import load_checkpoint
 from scmoe.parallel.checkpoint.of_ranks import contents
-from scmoe.parallel.checkpoint.state import FULL, META, set_rng_states
+from scmoe.parallel.checkpoint.state import META, set_rng_states
 from scmoe.parallel.mesh import ParallelContext
 
 
@@ -39,16 +39,14 @@ class Saving:
         module: nn.Module,
         context: ParallelContext,
         background: bool,
-        full: bool = False,
     ) -> None:
-        """Every rank must construct it. background: return once the tensors are copied, and write
-        in a thread. full: in the end rank 0 merges all shards into one file, in its memory."""
-        self.path, self.context, self.step, self.full = (
-            path,
-            context,
-            checkpoint["global_step"],
-            full,
-        )
+        """Copy the tensors and start to write them. Every rank must construct it.
+
+        background: return once the tensors are copied, and write in a thread.
+        """
+        self.path = path
+        self.context = context
+        self.step = checkpoint["global_step"]
         tensors, self.meta = contents(checkpoint, module, context)
         token: list[Any] = [durable.new_token()]
         dist.broadcast_object_list(token, group=context.checkpoint_group)
@@ -71,10 +69,10 @@ class Saving:
         return self.writing is None or self.writing.done()
 
     def finish(self) -> None:
-        """Move the complete checkpoint to its place; every rank must call it. It reads shards again
-        only to merge them.
+        """Move the complete checkpoint to its place. Every rank must call it.
 
-        OSError, on every rank: for example, the disk is full; older checkpoints are still complete.
+        Raises OSError on every rank if, for example, the disk is full. Older checkpoints are then
+        still complete.
         """
         with self._all_or_nothing():
             if self.writing is not None:
@@ -97,9 +95,6 @@ class Saving:
                         f"{self.path} could not be written: {name}, written by rank {rank}, is not"
                         " there for rank 0; the folder must be on storage that all nodes share"
                     )
-        if self.full:
-            _merge(self.partial)
-            files = {FULL: durable.fingerprint(self.partial / FULL)}
         write_durably(self.partial / META, self.meta)
         files[META] = durable.fingerprint(self.partial / META)
         durable.commit(self.partial, self.path, self.step, files)
@@ -121,11 +116,13 @@ class Saving:
 
 
 class Checkpoints:
-    """Saves, loads and removes a run's checkpoints; all ranks make the same calls. background,
-    full: as in `Saving`."""
+    """Saves, loads and removes a run's checkpoints; all ranks make the same calls.
 
-    def __init__(self, context: ParallelContext, background: bool, full: bool) -> None:
-        self.context, self.background, self.full = context, background, full
+    background: as in `Saving`.
+    """
+
+    def __init__(self, context: ParallelContext, background: bool) -> None:
+        self.context, self.background = context, background
         self.saving: Saving | None = None
         self.postponed: dict[
             Path, bool
@@ -141,7 +138,7 @@ class Checkpoints:
     def save(self, path: Path, state: dict[str, Any], module: nn.Module) -> None:
         """state: Lightning's checkpoint dictionary."""
         self.finish()
-        self.saving = Saving(path, state, module, self.context, self.background, self.full)
+        self.saving = Saving(path, state, module, self.context, self.background)
         if not self.background:
             self.finish()
 
@@ -222,12 +219,3 @@ class _ShardWriter(HuggingFaceStorageWriter):
         names = sorted({result.storage_data.relative_path for result in written.wait()})
         self.fingerprints = {name: durable.fingerprint(self.folder / name) for name in names}
         return written
-
-
-def _merge(folder: Path) -> None:
-    """Merge the shards into one file. DCP's own `enable_consolidation` accepts no integers, such as
-    random states."""
-    shards, tensors = list(folder.glob("*.safetensors")), read_whole(folder)
-    write_in_turn(tensors, tensors.__getitem__, folder / FULL)
-    for shard in shards:
-        shard.unlink()

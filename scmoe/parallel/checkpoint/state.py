@@ -1,11 +1,10 @@
 """Defines what a checkpoint holds: named tensors, random states among them, and JSON for everything
 else.
 
-    <name>.ckpt/manifest.json                    step, size and hash of every file
-                meta.json                        everything except tensors
-                shard-*.safetensors              (or all.safetensors) model.<name>,
-                                                 optimizer_<i>.<name>.<state>,
-                                                 rng.<generator>.<rank>, rest.<key>.<number>
+    <name>.ckpt/manifest.json                step, size and hash of every file
+                meta.json                    everything except tensors
+                shard-*.safetensors          model.<name>, optimizer_<i>.<name>.<state>,
+                                             rng.<generator>.<rank>, rest.<key>.<number>
 
 A DTensor says which slice of a weight a rank holds. Nothing in these files can execute code
 when it is read.
@@ -31,14 +30,8 @@ from scmoe.parallel.dense import local
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 META = "meta.json"
-MARKS = {
-    "__tensor__",
-    "__stored__",
-    "__tuple__",
-    "__set__",
-    "__items__",
-}  # by these `from_json` knows what is no JSON
-FULL = "all.safetensors"
+# By these keys `from_json` knows what is no JSON.
+MARKS = {"__tensor__", "__stored__", "__tuple__", "__set__", "__items__"}
 MODULE, OPTIMIZER = "module_entries", "optimizer_entries"  # keys of meta.json, see `split`
 OUTSIDE = (  # what the names of an optimizer's parameters begin with that the module does not have
     "outside the module"

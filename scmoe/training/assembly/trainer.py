@@ -134,7 +134,6 @@ def build_strategy(config: Config) -> ExpertParallelStrategy:
         resolve_ep_size(config),
         strategy.timeout_s,
         async_checkpoint=strategy.async_checkpoint,
-        full_checkpoint=strategy.full_checkpoint,
         dense=strategy.dense,
         dense_estimates=dense_estimates(config) if strategy.dense == "auto" else None,
         reductions=strategy.reductions,
