@@ -27,8 +27,9 @@ from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 
 class Poll:
-    """Sums flags over all ranks. Each sum is started in one call and read in the next, so that no
-    call waits for it.
+    """Sums flags over all ranks.
+
+    Each sum is started in one call and read in the next, so that no call waits for it.
 
     group: a gloo group of all ranks. What else it carries must begin in the same order on all
     ranks, as gloo matches collectives by their order.

@@ -76,7 +76,8 @@ def accumulated_batches(trainer: Any) -> int:
 
 def restart_validation(trainer: Any) -> None:
     """Reset the progress of the running validation, so that a run resumed from a checkpoint saved
-    now does all of it. A sanity check leaves no trace in a checkpoint."""
+    now does all of it. A sanity check leaves no trace in a checkpoint.
+    """
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
     if is_fitting(trainer) and (trainer.validating or trainer.sanity_checking):
         progress.reset()
@@ -87,7 +88,8 @@ def restart_validation(trainer: Any) -> None:
 
 def forget_started_batch(trainer: Any) -> None:
     """Do not count the batch that was started but not run before a stop: Lightning places
-    validations by this count."""
+    validations by this count.
+    """
     trainer.fit_loop.epoch_loop.batch_progress.total.reset_on_restart()
 
 
@@ -98,13 +100,16 @@ def forget_stopped_validation(trainer: Any) -> None:
 
 def count_steps_from(trainer: Any, step: int) -> None:
     """Let the next row be logged under this step; after a stop between two batches Lightning's
-    count is one ahead."""
+    count is one ahead.
+    """
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
 def what_is_saved(trainer: Any, weights_only: bool) -> dict[str, Any]:
-    """Return the dictionary that the Trainer gives to a strategy's save_checkpoint. Every hook of a
-    save is called."""
+    """Return the dictionary that the Trainer gives to a strategy's save_checkpoint.
+
+    Every hook of a save is called.
+    """
     saved: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only)
     return saved
 
@@ -128,19 +133,23 @@ def rank_without_trainer() -> int:
 
 def set_rank_without_trainer(rank: int) -> None:
     """Set what `rank_without_trainer` returns, for a process that imported Lightning before its
-    variables were set."""
+    variables were set.
+    """
     rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
 
 def started_ranks(strategy: Any) -> Sequence[subprocess.Popen[bytes]]:
     """Return the processes of local ranks 1, 2, ... if this process has started them as
-    subprocesses."""
+    subprocesses.
+    """
     return getattr(strategy.launcher, "procs", [])
 
 
 class ChildRanks(_MultiProcessingLauncher):
-    """Starts all ranks as children by spawn or fork. Lightning's own gives the calling process the
-    metrics of rank 0; this one also gives it the counts of the loops, such as trainer.global_step.
+    """Starts all ranks as children by spawn or fork.
+
+    Lightning's own gives the calling process the metrics of rank 0; this one also gives it the
+    counts of the loops, such as trainer.global_step.
     """
 
     def get_extra_results(self, trainer: Any) -> dict[str, Any]:
@@ -155,9 +164,10 @@ class ChildRanks(_MultiProcessingLauncher):
 
 
 def own_launcher(strategy: Any, launcher: Any) -> Any:
-    """Return what starts the ranks in place of Lightning's launcher. Raise RuntimeError in a
-    notebook or an interactive Python where several ranks would be started: their program cannot be
-    run again.
+    """Return what starts the ranks in place of Lightning's launcher.
+
+    Raise RuntimeError in a notebook or an interactive Python where several ranks would be started:
+    their program cannot be run again.
 
     There, Lightning refuses a launcher even for one rank, which needs none: None.
     """
@@ -197,7 +207,8 @@ def leave_signals_alone(trainer: Any, numbers: Collection[int]) -> None:
 
 def requeue_signal(trainer: Any) -> int | None:
     """Return the signal by which SLURM asks Lightning to save and to put the job into the queue
-    again, if any."""
+    again, if any.
+    """
     environment = trainer.strategy.cluster_environment
     if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
         return None
@@ -205,9 +216,11 @@ def requeue_signal(trainer: Any) -> int | None:
 
 
 def save_and_requeue(trainer: Any, number: int) -> None:
-    """Do what Lightning does in its handler of that signal. It saves `hpc_ckpt_N.ckpt` in the
-    Trainer's `default_root_dir`, where the next start of the job looks for it, and rank 0 calls
-    scontrol. Every rank must call it at the same step."""
+    """Do what Lightning does in its handler of that signal.
+
+    It saves `hpc_ckpt_N.ckpt` in the Trainer's `default_root_dir`, where the next start of the job
+    looks for it, and rank 0 calls scontrol. Every rank must call it at the same step.
+    """
     trainer._signal_connector._slurm_sigusr_handler_fn(number, None)
 
 
@@ -215,7 +228,8 @@ def make_groups_of_finetuning(trainer: Any, checkpoint: Path) -> None:
     """Give each BaseFinetuning its saved state and let it make the parameter groups of that moment.
 
     Lightning lets it do so in `on_fit_start`, which comes before a checkpoint is read under this
-    Strategy."""
+    Strategy.
+    """
     finetuning = [
         callback for callback in trainer.callbacks if isinstance(callback, BaseFinetuning)
     ]
@@ -231,7 +245,8 @@ def make_groups_of_finetuning(trainer: Any, checkpoint: Path) -> None:
 
 def end_restart_of_finetuning(trainer: Any) -> None:
     """Keep a further fit from making these groups again: Lightning gives the callbacks their state
-    a second time."""
+    a second time.
+    """
     for callback in trainer.callbacks:
         if isinstance(callback, BaseFinetuning):
             callback._restarting = False
@@ -240,7 +255,8 @@ def end_restart_of_finetuning(trainer: Any) -> None:
 def await_saves(trainer: Any, checkpoints: Checkpoints) -> Callable[[], None]:
     """Let ModelCheckpoints know of checkpoints that are not there yet: they give their names to no
     other checkpoint, and link `last.ckpt` to one only when it is there. Return the function that
-    undoes this."""
+    undoes this.
+    """
     callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     for callback in callbacks:
         await_saves_of(callback, checkpoints)
@@ -269,8 +285,10 @@ def await_saves_of(callback: Any, checkpoints: Checkpoints) -> None:
 
 
 def is_of_trainer(path: Path, trainer: Any) -> bool:
-    """Return whether a checkpoint is in a folder of this Trainer. Its path may be from a file of
-    another person."""
+    """Return whether a checkpoint is in a folder of this Trainer.
+
+    Its path may be from a file of another person.
+    """
     folders = [
         folder for c in trainer.checkpoint_callbacks if (folder := getattr(c, "dirpath", None))
     ]
@@ -283,7 +301,8 @@ def is_of_trainer(path: Path, trainer: Any) -> bool:
 
 def skip_sigterm_broadcast(trainer: Any) -> None:
     """Remove the blocking broadcast from rank 0 by which Lightning asks for SIGTERM before every
-    batch."""
+    batch.
+    """
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
@@ -310,7 +329,8 @@ def replace_after_closure(plugin: Any, hook: Callable[[Any, Optimizer], None] | 
 
 def original_after_closure(plugin: Any, module: Any, optimizer: Optimizer) -> None:
     """Do what a precision plugin itself does between backward and update: call hooks, then let the
-    module clip."""
+    module clip.
+    """
     type(plugin)._after_closure(plugin, module, optimizer)
 
 
@@ -391,7 +411,8 @@ class BestCheckpoints(ModelCheckpoint):
 
 class Patience(EarlyStopping):
     """Lightning's EarlyStopping, but a resumed run has the patience of its configuration, not of
-    its checkpoint."""
+    its checkpoint.
+    """
 
     @property
     def state_key(self) -> str:
@@ -403,14 +424,17 @@ class Patience(EarlyStopping):
 
 def as_of_base(callback: ModelCheckpoint | EarlyStopping, key: str) -> str:
     """Return a callback's key with the name of Lightning's class: checkpoints of all versions have
-    its state there."""
+    its state there.
+    """
     return key.replace(type(callback).__qualname__, type(callback).__mro__[1].__qualname__, 1)
 
 
 def shown_metrics(trainer: Any) -> dict[str, Any]:
-    """Return the metrics of the progress bar, and train/loss. Reading the loss waits for the
-    device; Lightning would read it after every batch on every rank, so it is not logged with
-    prog_bar."""
+    """Return the metrics of the progress bar, and train/loss.
+
+    Reading the loss waits for the device; Lightning would read it after every batch on every rank,
+    so it is not logged with prog_bar.
+    """
     loss = {name: value for name, value in trainer.logged_metrics.items() if name == "train/loss"}
     return loss | trainer.progress_bar_metrics
 

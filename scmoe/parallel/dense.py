@@ -65,8 +65,9 @@ def check_dense(dense: str, ddp: Mapping[str, Any]) -> None:
 def with_dense_mesh(
     context: ParallelContext, how: str, node_size: int, device: torch.device, timeout: timedelta
 ) -> ParallelContext:
-    """Return the context with the meshes of `sharded` or `hybrid`. Every rank of the default group
-    must call it.
+    """Return the context with the meshes of `sharded` or `hybrid`.
+
+    Every rank of the default group must call it.
 
     node_size: ranks of one node, with consecutive numbers. ValueError: `hybrid` where a node has
     one rank or all.
@@ -175,7 +176,8 @@ def prefetch(module: nn.Module, wanted: bool = True) -> None:
 
 def check_placements(module: nn.Module, context: ParallelContext) -> None:
     """Raise ValueError for a module that an earlier fit has split in another way: its optimizers
-    would fail."""
+    would fail.
+    """
     wanted = None if context.dense_mesh is None else context.dense_mesh.ndim
     first = next(iter(module.parameters()), None)
     found = first.device_mesh.ndim if isinstance(first, DTensor) else None
@@ -189,8 +191,10 @@ def check_placements(module: nn.Module, context: ParallelContext) -> None:
 
 
 def reshard(module: nn.Module) -> None:
-    """Let every parameter be this rank's part again. After a forward without backward the outermost
-    unit is whole."""
+    """Let every parameter be this rank's part again.
+
+    After a forward without backward the outermost unit is whole.
+    """
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
             unit.reshard()
@@ -206,7 +210,8 @@ def make_equal(module: nn.Module, context: ParallelContext) -> None:
     """Broadcast each part of a weight from the first rank that holds it to the others, and split
     modules' buffers from rank 0, as DDP does for whole modules.
 
-    They differ if the ranks' generators differed when the module was built."""
+    They differ if the ranks' generators differed when the module was built.
+    """
     groups = {p: context.edp_group for _, p in expert_parameters(module) if context.edp_size > 1}
     groups |= dict.fromkeys(
         whole_parameters(module), dist.group.WORLD if context.world_size > 1 else None
@@ -241,8 +246,10 @@ def put(target: Tensor, value: Tensor) -> None:
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:
-    """Give parameters on the meta device memory on `device`, of which nothing is set. Tied ones
-    stay tied."""
+    """Give parameters on the meta device memory on `device`, of which nothing is set.
+
+    Tied ones stay tied.
+    """
     made: dict[Any, nn.Parameter] = {}
     for owner in module.modules():
         for name, p in list(owner.named_parameters(recurse=False)):
@@ -269,7 +276,8 @@ class Steps(nn.Module):
 
 def pick_dense(estimates: Mapping[str, float], memory: float) -> tuple[str, str]:
     """Return the first way whose estimated bytes of a rank have room, else the last one, and why,
-    in a line."""
+    in a line.
+    """
     how = next(
         (way for way, needed in estimates.items() if needed <= ROOM * memory), list(estimates)[-1]
     )
@@ -278,9 +286,10 @@ def pick_dense(estimates: Mapping[str, float], memory: float) -> tuple[str, str]
 
 
 def ways(module: nn.Module, world_size: int, edp_size: int, node_size: int) -> list[str]:
-    """Return the ways of keeping dense weights, the least communication first. There is no `hybrid`
-    where a node has one rank or all, and only `replicated` where an expert's width is no multiple
-    of the edp_size ranks that hold it.
+    """Return the ways of keeping dense weights, the least communication first.
+
+    There is no `hybrid` where a node has one rank or all, and only `replicated` where an expert's
+    width is no multiple of the edp_size ranks that hold it.
     """
     if any(p.shape[1] % edp_size for _, p in expert_parameters(module)):  # as `shard` requires
         return ["replicated"]
@@ -293,7 +302,8 @@ def ways(module: nn.Module, world_size: int, edp_size: int, node_size: int) -> l
 
 def estimates_of(module: nn.Module, context: ParallelContext, node_size: int) -> dict[str, float]:
     """Return for each way twice the bytes of weights, gradients and AdamW's moments; the factor 2
-    leaves room for activations, whose size is not known here. module: with this rank's experts."""
+    leaves room for activations, whose size is not known here. module: with this rank's experts.
+    """
     experts = sum(p.nbytes for _, p in expert_parameters(module))
     dense = sum(p.nbytes for p in module.parameters()) - experts
     weights = {
@@ -309,7 +319,8 @@ def estimates_of(module: nn.Module, context: ParallelContext, node_size: int) ->
 
 def memory_of_rank(device: torch.device, node_size: int) -> float:
     """Return bytes: of the GPU, or a rank's share of this machine's memory, or of what its
-    container may use."""
+    container may use.
+    """
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -325,7 +336,8 @@ def memory_limit() -> float:
 
 def memory_in_use() -> float:
     """Return the bytes that the container uses, without pages of files that are not in use: they
-    are given back."""
+    are given back.
+    """
     if not (CONTAINER / "memory.current").exists():
         return 0.0
     stat = dict(

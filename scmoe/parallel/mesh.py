@@ -39,11 +39,12 @@ class ParallelContext:
     (gloo) checkpoints, `control_group` (gloo) what ranks ask each other; the default group carries
     dense gradients that are not paced, losses and metrics. `link` knows the All-to-All in flight.
     `even` checks numbers of rows that are not announced. `dense_mesh`: the ranks over which dense
-    weights are split (dense.py); None: each rank holds them whole. `exact_mesh`: the same ranks, for
-    the weights that are gathered in float32.
+    weights are split (dense.py); None: each rank holds them whole. `exact_mesh`: the same ranks,
+    for the weights that are gathered in float32.
 
     A deep copy of a module shares its context. A pickle holds the place alone, without groups and
-    meshes."""
+    meshes.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -94,7 +95,8 @@ class ParallelContext:
     ) -> Dispatcher:
         """Return the dispatcher of one MoE module: All-to-All over the EP group, or local if EP is
         1, where a rank receives exactly its fair share and needs no ceiling. buffered: for rows in
-        buffers."""
+        buffers.
+        """
         if self.ep_size == 1:
             return LocalDispatcher()
         return AllToAllDispatcher(
@@ -129,8 +131,10 @@ class ParallelContext:
         return int(true) == self.world_size
 
     def gather_on_rank_zero(self, value: Any) -> list[Any] | None:
-        """Return on rank 0 the values of all ranks in order, None on others. Every rank must call
-        it."""
+        """Return on rank 0 the values of all ranks in order, None on others.
+
+        Every rank must call it.
+        """
         if self.world_size == 1:
             return [value]
         values: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
@@ -143,7 +147,8 @@ class ParallelContext:
         that has given up. A rank that is stuck inside ends the others after the timeout. There must
         be no collective inside.
 
-        group: in which ranks ask each other; None: `checkpoint_group`."""
+        group: in which ranks ask each other; None: `checkpoint_group`.
+        """
         failure: Exception | None = None
         try:
             yield
@@ -239,8 +244,10 @@ def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> Par
 
 
 def group_by_rows(ranks: Tensor, name: str, timeout: timedelta, **options: Any) -> Any:
-    """Make a group of each row of a matrix of ranks and return this rank's. Every rank must call
-    it."""
+    """Make a group of each row of a matrix of ranks and return this rank's.
+
+    Every rank must call it.
+    """
     return dist.new_subgroups_by_enumeration(
         ranks.tolist(), timeout=timeout, group_desc=name, **options
     )[0]
@@ -260,8 +267,11 @@ def start_communicators(groups: Sequence[Any], device: torch.device) -> None:
 
 
 def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield names (from `module`) and tensors of all expert shards. The module's class marks them:
-    unlike an attribute on a tensor, it survives deepcopy, to_empty and compile."""
+    """Yield names (from `module`) and tensors of all expert shards.
+
+    The module's class marks them: unlike an attribute on a tensor, it survives deepcopy, to_empty
+    and compile.
+    """
     for prefix, child in module.named_modules():
         if isinstance(child, Experts):
             yield from child.named_parameters(prefix, recurse=False)
@@ -288,8 +298,9 @@ def check_experts(module: nn.Module, context: ParallelContext) -> None:
 
 def order_launches_of_nccl() -> None:
     """Let NCCL start the kernels of all groups in the order of their launch, which is equal on all
-    ranks, unless the user has chosen (docs/decisions/0038-launch-order.md). Call it before the first group
-    is made."""
+    ranks, unless the user has chosen (docs/decisions/0038-launch-order.md). Call it before the
+    first group is made.
+    """
     if torch.version.cuda:  # not on ROCm, where crashes with it are known
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
 
@@ -298,7 +309,8 @@ def what_prevents_overlap() -> list[str]:
     """Return a line for each environment variable of this process with which a GPU hides less
     communication, or none.
 
-    The number of connections is read when CUDA starts, so it must be set before the command."""
+    The number of connections is read when CUDA starts, so it must be set before the command.
+    """
     lines = []
     connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "8")  # CUDA's own default
     if connections.isdecimal() and int(connections) < 8:
@@ -319,7 +331,8 @@ def what_prevents_overlap() -> list[str]:
 def use_loopback_for_gloo() -> bool:
     """Let gloo use the loopback interface on one machine, unless the user has named another: by
     default it uses the host name's address, which many laptops and containers cannot reach. Return
-    whether GLOO_INTERFACE was set."""
+    whether GLOO_INTERFACE was set.
+    """
     if GLOO_INTERFACE in os.environ or "lo" not in (name for _, name in socket.if_nameindex()):
         return False
     os.environ[GLOO_INTERFACE] = "lo"

@@ -39,7 +39,8 @@ def split_over(mesh: DeviceMesh, dim: int) -> ShardPlacementResult:
 
 def gather_as_kept(unit: FSDPModule, place: ShardPlacementResult) -> None:
     """Let a unit's parameters that `place` has split be gathered in their own dtype, whatever the
-    unit's policy says. Call it before the first forward."""
+    unit's policy says. Call it before the first forward.
+    """
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     groups: list[Any] = unit._get_fsdp_state()._fsdp_param_groups
     for group in groups:
@@ -51,13 +52,15 @@ def gather_as_kept(unit: FSDPModule, place: ShardPlacementResult) -> None:
 
 def gather_in_background(module: FSDPModule, wanted: bool) -> None:
     """Let all units in `module` begin a gather and wait for it where its weights are used, not at
-    once."""
+    once.
+    """
     module._set_unshard_async_op(wanted)
 
 
 def scatter_by(unit: FSDPModule, scatter: Any) -> Callable[[], None]:
     """Let `scatter` sum and split a unit's gradients, until the function that this returns is
-    called. FSDP's own setter refuses units of several process groups."""
+    called. FSDP's own setter refuses units of several process groups.
+    """
     groups = unit._get_fsdp_state()._fsdp_param_groups
     own = [group._reduce_scatter_comm for group in groups]
 
@@ -72,7 +75,8 @@ def scatter_by(unit: FSDPModule, scatter: Any) -> Callable[[], None]:
 
 def has_gradient_hooks(parameter: nn.Parameter) -> bool:
     """Return whether hooks run when the parameter's gradient is added up (post-accumulate-grad
-    hooks)."""
+    hooks).
+    """
     return bool(parameter._post_accumulate_grad_hooks)
 
 
@@ -83,21 +87,26 @@ def is_compiled(module: nn.Module) -> bool:
 
 def allow_graphs(number: int) -> None:
     """Let torch.compile keep as many graphs of one function; with more than 8, it would leave the
-    others uncompiled."""
+    others uncompiled.
+    """
     import torch._dynamo  # here, as it takes a second
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, number)
 
 
 def call_after_backward(callback: Callable[[], None]) -> None:
-    """Call back when the backward pass that runs now is complete. Only a hook of that pass may ask
-    for it."""
+    """Call back when the backward pass that runs now is complete.
+
+    Only a hook of that pass may ask for it.
+    """
     Variable._execution_engine.queue_callback(callback)
 
 
 def set_default_timeout(timeout: timedelta) -> None:
-    """Let no later collective of the default process group wait longer. Single receives over gloo
-    keep their limit."""
+    """Let no later collective of the default process group wait longer.
+
+    Single receives over gloo keep their limit.
+    """
     public = getattr(
         dist, "set_timeout", None
     )  # new in torch 2.15, where the private name warns at each call
@@ -106,8 +115,10 @@ def set_default_timeout(timeout: timedelta) -> None:
 
 
 def urgent(timeout: timedelta) -> Any:
-    """Return options of a group of NCCL whose kernels go before those of other groups. Torch warns
-    of a group whose options have another timeout than the group."""
+    """Return options of a group of NCCL whose kernels go before those of other groups.
+
+    Torch warns of a group whose options have another timeout than the group.
+    """
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options._timeout = timeout
     return options

@@ -84,8 +84,10 @@ def commit(partial: Path, path: Path, step: int, files: dict[str, dict[str, Any]
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange two names at once. Return False where the system, or this file system, cannot do
-    that."""
+    """Exchange two names at once.
+
+    Return False where the system, or this file system, cannot do that.
+    """
     at_working_directory, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     try:
         rename = ctypes.CDLL(None).renameat2
@@ -100,8 +102,9 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def verify(path: Path, share: slice = slice(None)) -> int:
-    """Read all files and return the step. BrokenCheckpoint: one is missing, added, cut, changed or
-    cannot be read.
+    """Read all files and return the step.
+
+    BrokenCheckpoint: one is missing, added, cut, changed or cannot be read.
 
     share: which of the files, in the order of their names, are read; of the others only the size is
     compared.
@@ -130,8 +133,11 @@ def verify(path: Path, share: slice = slice(None)) -> int:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return {"step", "files"} of a checkpoint. BrokenCheckpoint: it has no manifest, or a damaged
-    one, or there is nothing at the path (MissingCheckpoint)."""
+    """Return {"step", "files"} of a checkpoint.
+
+    BrokenCheckpoint: it has no manifest, or a damaged one, or there is nothing at the path
+    (MissingCheckpoint).
+    """
     if not os.path.lexists(path):
         raise MissingCheckpoint(f"{path} does not exist. Give the path of a checkpoint")
     if path.is_file():
@@ -157,14 +163,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return all checkpoints of a folder, complete or not, also one that a killed writer has moved
-    aside."""
+    aside.
+    """
     moved = [aside for aside, name in _asides(folder, "old") if name.endswith(".ckpt")]
     return [*folder.glob("*.ckpt"), *moved]
 
 
 def newest_good(folder: Path, prefix: str = "", share: slice = slice(None)) -> Path:
-    """Return the complete checkpoint of the latest step; a warning names each broken one. Ranks may
-    call it at once.
+    """Return the complete checkpoint of the latest step; a warning names each broken one.
+
+    Ranks may call it at once.
 
     prefix: of the names to choose from. Manifests say which is the newest. Files are read of that
     one only, or of the next one if it is broken. share: as in `verify`. FileNotFoundError: there is
@@ -190,8 +198,11 @@ def newest_good(folder: Path, prefix: str = "", share: slice = slice(None)) -> P
 
 
 def remove(path: Path) -> None:
-    """Remove a directory, if there is one. If killed meanwhile, it leaves no incomplete one under
-    this name. Of a link only the link itself is removed."""
+    """Remove a directory, if there is one.
+
+    If killed meanwhile, it leaves no incomplete one under this name. Of a link only the link itself
+    is removed.
+    """
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
@@ -203,8 +214,10 @@ def remove(path: Path) -> None:
 
 
 def sweep(folder: Path, name: str = "") -> None:
-    """Remove what killed writers left in `folder`, and restore what one had moved aside. What
-    another process still writes stays. name: of the checkpoint that is written next."""
+    """Remove what killed writers left in `folder`, and restore what one had moved aside.
+
+    What another process still writes stays. name: of the checkpoint that is written next.
+    """
     for aside, moved in _asides(folder, "old"):
         if not _is_being_written(aside, name):
             with suppress(
@@ -220,9 +233,10 @@ def sweep(folder: Path, name: str = "") -> None:
 
 
 def _is_being_written(aside: Path, name: str) -> bool:
-    """Return whether another process may still write it. A process of another machine cannot be
-    seen from here: it counts as ended if it wrote under the name that is written next, or changed
-    nothing for a day.
+    """Return whether another process may still write it.
+
+    A process of another machine cannot be seen from here: it counts as ended if it wrote under the
+    name that is written next, or changed nothing for a day.
     """
     named = ASIDE.fullmatch(aside.name)
     assert named is not None, "it is one of _asides"
@@ -235,7 +249,8 @@ def _is_being_written(aside: Path, name: str) -> bool:
 
 def machine() -> str:
     """Return 8 digits for this host and its process ids; a container has its own ids, perhaps under
-    the host's name."""
+    the host's name.
+    """
     with suppress(OSError):
         return hashlib.sha256(
             f"{platform.node()} {os.readlink('/proc/self/ns/pid')}".encode()
@@ -245,7 +260,8 @@ def machine() -> str:
 
 def start_of(pid: int) -> str | None:
     """Return when the process started, in clock ticks since boot; None if it does not exist or
-    there is no /proc."""
+    there is no /proc.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
@@ -258,7 +274,8 @@ def start_of(pid: int) -> str | None:
 
 def _asides(folder: Path, kind: str) -> Iterator[tuple[Path, str]]:
     """Yield the directories of this kind, "old" or "tmp", that a writer has left, and their final
-    names."""
+    names.
+    """
     for path in sorted(folder.glob(f".*.{kind}-*")):
         named = ASIDE.fullmatch(path.name)
         if named and named[2] == kind and path.is_dir() and not path.is_symlink():

@@ -46,13 +46,15 @@ NETWORK = "model.model."
 
 def read_whole(path: Path, start: str = "") -> dict[str, Tensor]:
     """Return the tensors whose names begin with `start`, with the experts of all ranks, on the CPU
-    of one process."""
+    of one process.
+    """
     return read_named(path, [name for name in tensors_of(path) if name.startswith(start)])
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
     """Return the names of all tensors of a checkpoint, with shapes and types, on the meta device:
-    nothing is read."""
+    nothing is read.
+    """
     stored: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     return {
         name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
@@ -62,7 +64,8 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 
 def read_named(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
     """Return these tensors of a checkpoint, with the experts of all ranks, on the CPU of one
-    process."""
+    process.
+    """
     there = tensors_of(path)
     whole = {name: torch.empty_like(there[name], device="cpu") for name in names}
     _fill(whole, path)
@@ -178,7 +181,8 @@ def _of_module(
     tensors. Those of parameters and buffers are the module's own; others are new. entries: which it
     has in meta.json.
 
-    ValueError: the module and the checkpoint have other entries, and `strict`."""
+    ValueError: the module and the checkpoint have other entries, and `strict`.
+    """
     is_kept, tied = kept_in(module), tied_weights(module)
     wanted: dict[str, Tensor] = {}
     for name, x in with_dtensors(state, module, context).items():
@@ -213,7 +217,8 @@ def _give(
     """Call `load_state_dict` with what was read, so that hooks and overrides of modules get it, as
     in other strategies.
 
-    state: the module's; tensors of parameters and buffers hold already what was read."""
+    state: the module's; tensors of parameters and buffers hold already what was read.
+    """
     tied, is_kept = tied_weights(module), kept_in(module)
     for name, x in [*state.items()]:
         key = f"model.{tied.get(name, name)}"
@@ -229,8 +234,10 @@ def _give(
 def _put_further_state(
     module: nn.Module, optimizers: Sequence[Optimizer], further: Mapping[str, Any]
 ) -> None:
-    """Put state into optimizers that is not like its weight. further: by the optimizer's number and
-    a name."""
+    """Put state into optimizers that is not like its weight.
+
+    further: by the optimizer's number and a name.
+    """
     for key, values in further.items():
         number, _, name = key.partition(".")
         if int(number) < len(optimizers):
@@ -250,7 +257,8 @@ def _put_further_state(
 
 def check_same_groups(path: Path, here: Sequence[Any], there: Sequence[Any]) -> None:
     """Raise ValueError for other optimizers, or other numbers of parameter groups, than the
-    checkpoint's."""
+    checkpoint's.
+    """
     if len(here) != len(there):
         numbers = (
             f"{path} is of a training with {len(there)} optimizers, and configure_optimizers made"
@@ -271,7 +279,8 @@ def check_same_groups(path: Path, here: Sequence[Any], there: Sequence[Any]) -> 
 
 def network_in(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """Return the network's weights by their names in the model, on the meta device: nothing is
-    read. ValueError: a broken checkpoint, or another model's. model: may be on the meta device."""
+    read. ValueError: a broken checkpoint, or another model's. model: may be on the meta device.
+    """
     durable.verify(path)
     weights = {
         name.removeprefix(NETWORK): t
@@ -293,8 +302,10 @@ def load_model(path: Path, model: nn.Module) -> None:
 
 
 def weights_by_name(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
-    """Return a function that reads one parameter by its name in the model. ValueError: as
-    `network_in`."""
+    """Return a function that reads one parameter by its name in the model.
+
+    ValueError: as `network_in`.
+    """
     network_in(path, model)
     own = dict(model.named_parameters())
 
@@ -314,7 +325,8 @@ def _allocate_state(
     context: ParallelContext,
 ) -> dict[str, Tensor]:
     """Put empty state of the stored names into the optimizer; return it, for dcp.load to fill in
-    place."""
+    place.
+    """
     shards = {p for _, p in expert_parameters(module)}
     steps_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     wanted: dict[str, Tensor] = {}
@@ -345,7 +357,8 @@ def check_same_model(
     path: Path, own: Mapping[str, Tensor], there: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raise ValueError if the tensors here have other names or shapes than those that the file at
-    `path` holds."""
+    `path` holds.
+    """
     here = {name: tuple(t.shape) for name, t in own.items()}
     if differing := sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k)):
         k = differing[0]

@@ -73,8 +73,9 @@ class Incomplete(dict[str, Any]):
 def contents(
     checkpoint: dict[str, Any], module: nn.Module, context: ParallelContext
 ) -> tuple[dict[str, Tensor], str]:
-    """Return this rank's tensors of a checkpoint, and the text of its meta.json. Every rank must
-    call it.
+    """Return this rank's tensors of a checkpoint, and the text of its meta.json.
+
+    Every rank must call it.
 
     Ranks ask each other in the control group, because a thread may use the checkpoint group for an
     earlier checkpoint. TypeError, ValueError, on every rank: it has something that cannot be saved;
@@ -126,8 +127,10 @@ def _text(
 
 
 class _Entry:
-    """One entry as JSON, its large tensors by their names, and a digest of all. TypeError: it
-    cannot be saved."""
+    """One entry as JSON, its large tensors by their names, and a digest of all.
+
+    TypeError: it cannot be saved.
+    """
 
     def __init__(self, key: Key, value: Any) -> None:
         self.key, self.value = key, value
@@ -184,7 +187,8 @@ def title(key: Key) -> str:
 
 def layout(context: ParallelContext) -> list[int]:
     """Return what must be equal for ranks to hold the same parts: ranks, EP, and the axes of split
-    dense weights."""
+    dense weights.
+    """
     return [
         context.world_size,
         context.ep_size,
@@ -231,7 +235,8 @@ def has_tensors(x: Any) -> bool:
 
 def replaced(x: Any, replace: Callable[[Any], Any]) -> Any:
     """Return a value of meta.json with `replace` called for everything that is no container, in the
-    same order."""
+    same order.
+    """
     if isinstance(x, Incomplete):
         return Incomplete({key: replaced(value, replace) for key, value in x.items()}, x.reasons)
     if isinstance(x, dict):

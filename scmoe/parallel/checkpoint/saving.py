@@ -29,8 +29,11 @@ from scmoe.parallel.mesh import ParallelContext
 
 
 class Saving:
-    """A checkpoint that is being written. It holds the tensors of the moment it was started, and it
-    is complete and in its place once `finish` has returned on every rank."""
+    """A checkpoint that is being written.
+
+    It holds the tensors of the moment it was started, and it is complete and in its place once
+    `finish` has returned on every rank.
+    """
 
     def __init__(
         self,
@@ -101,8 +104,10 @@ class Saving:
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Leave nothing behind an error, which every rank raises. A partial checkpoint would keep a
-        full disk full."""
+        """Leave nothing behind an error, which every rank raises.
+
+        A partial checkpoint would keep a full disk full.
+        """
         try:
             yield
         except dcp.CheckpointException as error:  # a BaseException
@@ -143,8 +148,10 @@ class Checkpoints:
             self.finish()
 
     def check(self, state: dict[str, Any], module: nn.Module) -> None:
-        """Raise on every rank what `save` would raise for something that cannot be saved. Nothing
-        is written."""
+        """Raise on every rank what `save` would raise for something that cannot be saved.
+
+        Nothing is written.
+        """
         contents(state, module, self.context)
 
     def is_writing(self) -> bool:
@@ -163,7 +170,8 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Wait until the checkpoint that is being written, if any, is complete; then remove the
-        outdated ones."""
+        outdated ones.
+        """
         if self.saving is not None:
             saving, self.saving = self.saving, None
             when_saved = self.when_saved.pop(saving.path, None)
@@ -185,8 +193,10 @@ class Checkpoints:
     def load(
         self, path: Path, module: nn.Module, optimizers: Sequence[Optimizer], strict: bool
     ) -> dict[str, Any]:
-        """Read tensors into the module and the optimizers and return the rest. ValueError: see
-        `load_checkpoint`."""
+        """Read tensors into the module and the optimizers and return the rest.
+
+        ValueError: see `load_checkpoint`.
+        """
         self.finish()
         state = load_checkpoint(path, module, optimizers, self.context, strict)
         self.rng_states = state.pop("rng_states", None)
@@ -194,7 +204,8 @@ class Checkpoints:
 
     def restore_random_state(self) -> None:
         """Set this rank's random generators to the loaded states; only the first call after `load`
-        does anything."""
+        does anything.
+        """
         if self.rng_states is not None:
             set_rng_states(self.rng_states)
             self.rng_states = None
@@ -202,7 +213,8 @@ class Checkpoints:
 
 class _ShardWriter(HuggingFaceStorageWriter):
     """Makes this rank's shard durable and computes its fingerprint, both in the thread that writes
-    it."""
+    it.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), save_distributed=True)

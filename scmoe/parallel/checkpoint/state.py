@@ -54,9 +54,11 @@ class Encoded:
 
 
 def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Any]:
-    """Return the module's state_dict; tensors that are split over ranks are DTensors. Parameters
-    and buffers share storage with the module. A tied weight occurs once, under its first name.
-    Calling `state_dict` makes FSDP split again what it has gathered."""
+    """Return the module's state_dict; tensors that are split over ranks are DTensors.
+
+    Parameters and buffers share storage with the module. A tied weight occurs once, under its first
+    name. Calling `state_dict` makes FSDP split again what it has gathered.
+    """
     tied = tied_weights(module)
     return {
         name: x
@@ -160,8 +162,10 @@ def optimizer_state(
 
 
 def parameter_names(module: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
-    """Return the names of the module's and the optimizer's parameters. One that only the optimizer
-    has is named by its place in the groups."""
+    """Return the names of the module's and the optimizer's parameters.
+
+    One that only the optimizer has is named by its place in the groups.
+    """
     names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     for i, group in enumerate(optimizer.param_groups):
         for j, p in enumerate(group["params"]):
@@ -202,7 +206,8 @@ def split(
 
 def _moments(values: Any, weight: Tensor | None) -> dict[str, Tensor]:
     """Return the state of a weight that is like it, or a single number, in tensors that ranks can
-    join."""
+    join.
+    """
     if weight is None or not isinstance(values, dict):
         return {}
     shape = weight.shape
@@ -215,7 +220,8 @@ def _moments(values: Any, weight: Tensor | None) -> dict[str, Tensor]:
 
 def check_types(tensors: Mapping[str, Tensor]) -> None:
     """Raise TypeError for a tensor that the files cannot hold: of another type or layout, or
-    without memory."""
+    without memory.
+    """
     refused = {dtype for dtype in {t.dtype for t in tensors.values()} if not _can_be_stored(dtype)}
     for name, tensor in tensors.items():
         part = local(tensor)
@@ -244,7 +250,8 @@ def _can_be_stored(dtype: torch.dtype) -> bool:
 
 def each_in_its_own_storage(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Copy what safetensors refuses: other strides (channels_last), and a second name of the same
-    storage."""
+    storage.
+    """
     seen = set[int]()
     for name, tensor in tensors.items():
         part = local(tensor)
@@ -255,8 +262,10 @@ def each_in_its_own_storage(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str
 
 
 def as_dtensor(experts: Tensor, context: ParallelContext) -> Tensor:
-    """Return a DTensor of all experts. experts: this rank's share of them, or a DTensor that splits
-    it on dim 1."""
+    """Return a DTensor of all experts.
+
+    experts: this rank's share of them, or a DTensor that splits it on dim 1.
+    """
     over_edp = Shard(1) if isinstance(experts, DTensor) else Replicate()
     return DTensor.from_local(
         local(experts).detach(), context.mesh, [over_edp, Shard(0)], run_check=False
@@ -270,7 +279,8 @@ def _is_like(value: Any, p: Tensor) -> bool:
 def to_json(x: Any, store: Callable[[Tensor], str]) -> Any:
     """Convert containers, numbers, strings and tensors to JSON values. TypeError: anything else.
 
-    store: takes a large tensor and returns the name under which it is stored."""
+    store: takes a large tensor and returns the name under which it is stored.
+    """
     if x is None or isinstance(x, (bool, int, float, str)):
         return x
     if isinstance(x, Encoded):
@@ -312,7 +322,8 @@ def to_text(x: Any) -> str:
 
 def check_can_be_saved(trainer: Any) -> None:
     """Raise TypeError for hyper-parameters, or for state of a callback, that a checkpoint could not
-    hold."""
+    hold.
+    """
     states: list[tuple[str, Any]] = []
     for holder in (trainer.lightning_module, trainer.datamodule):
         if holder is not None:
@@ -383,7 +394,8 @@ def set_rng_states(states: dict[str, Tensor]) -> None:
 
 def _pack(words: Sequence[int], gauss: float | None) -> Tensor:
     """Return 624 words and the position, whether the second of a pair of normals is left over, and
-    that one's bits."""
+    that one's bits.
+    """
     bits = torch.tensor(gauss or 0.0, dtype=torch.float64).view(torch.int64)
     return torch.tensor([*words, gauss is not None, bits.item()], dtype=torch.int64)
 

@@ -23,8 +23,10 @@ from scmoe.parallel.torch_seam import is_compiled
 
 
 class Watch:
-    """A forward hook that notes the output of a module, and the gradient of it, under a name. A
-    copy of the module, or what is read from a pickle of it, is not watched."""
+    """A forward hook that notes the output of a module, and the gradient of it, under a name.
+
+    A copy of the module, or what is read from a pickle of it, is not watched.
+    """
 
     def __init__(self, guard: "Guard", name: str) -> None:
         self.guard, self.name = guard, name
@@ -67,7 +69,8 @@ class Guard:
 
     def note(self, name: str, total: Tensor) -> None:
         """Keep one number a name, however many batches there are; what was not finite once stays
-        so."""
+        so.
+        """
         self.trace[name] = total if name not in self.trace else self.trace[name] * 0 + total
 
     def note_loss(self, loss: Tensor) -> None:
@@ -76,7 +79,8 @@ class Guard:
 
     def loss_as_zero(self) -> Tensor | float:
         """Return 0, or NaN if a loss since the last check was not finite; to be added to a sum over
-        ranks."""
+        ranks.
+        """
         return self.trace["loss"] * 0 if "loss" in self.trace else 0.0
 
     def check(self, norm: Tensor, context: ParallelContext) -> None:
@@ -104,7 +108,8 @@ class Guard:
 
     def _first(self) -> str | None:
         """Return a weight that was not finite before, else the first result on this rank, else a
-        gradient."""
+        gradient.
+        """
         for name, p in self.module.named_parameters():
             if not local(p).isfinite().all():
                 return f"weight {name}"
@@ -180,6 +185,7 @@ def squares(
 
 def total_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     """Return the joint norm, on `device`, in 32 bits or more, so that the root of its square is the
-    norm again. Of an empty list torch returns a norm on the CPU, which NCCL refuses."""
+    norm again. Of an empty list torch returns a norm on the CPU, which NCCL refuses.
+    """
     norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
     return norm if norm.dtype.itemsize > 2 else norm.float()

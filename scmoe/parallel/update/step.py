@@ -58,7 +58,8 @@ class Step:
 
     def held_bytes(self) -> int:
         """Return the bytes on this rank of weights, of the optimizer's state, and of the gradients
-        that exist."""
+        that exist.
+        """
         state = [] if self.optimizer is None else self.optimizer.state.values()
         moments = [value for own in state for value in own.values() if isinstance(value, Tensor)]
         gradients = [p.grad for p in self.parameters if p.grad is not None]

@@ -123,7 +123,8 @@ class ExpertGradientReducer:
 
 def _buckets(parameters: Sequence[nn.Parameter], max_bytes: int) -> Iterator[list[nn.Parameter]]:
     """Yield consecutive parameters of one dtype, at most max_bytes in total, or a single larger
-    one."""
+    one.
+    """
     bucket: list[nn.Parameter] = []
     for p in parameters:
         if bucket and (
@@ -184,8 +185,11 @@ class PacedScatter:
 
     @contextmanager
     def during_backward(self) -> Iterator[None]:
-        """Run a backward pass inside. FSDP reads a sum at once to round it to 16 bits or to add it
-        to that of an earlier batch, and hooks on gradients read it."""
+        """Run a backward pass inside.
+
+        FSDP reads a sum at once to round it to 16 bits or to add it to that of an earlier batch,
+        and hooks on gradients read it.
+        """
         self.at_once = any(
             p.grad is not None or p.dtype.itemsize < 4 or has_gradient_hooks(p)
             for p in self.parameters
@@ -199,7 +203,9 @@ class PacedScatter:
 
 class Wrapped:
     """A wrapped model: call `module` in place of the model, and `backward` in place of the loss's.
-    `close` ends it."""
+
+    `close` ends it.
+    """
 
     reducer: ExpertGradientReducer | None = None  # of the experts; None where weights are split
     scatters: PacedScatter | None = None  # sums of split weights, where they are paced
@@ -209,8 +215,10 @@ class Wrapped:
         self.at_close = ExitStack()
 
     def own_part(self, loss: Tensor) -> Tensor:
-        """Return what this rank's backward begins with. FSDP sums gradients over ranks and divides
-        nothing."""
+        """Return what this rank's backward begins with.
+
+        FSDP sums gradients over ranks and divides nothing.
+        """
         averaged = isinstance(self.module, DistributedDataParallel) or self.world_size == 1
         return loss if averaged else loss / self.world_size
 
@@ -225,8 +233,10 @@ class Wrapped:
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, gradients accumulate on their ranks. Where weights are split each batch's
-        gradients are split and added up all the same: whole ones would need memory on every rank.
+        """Inside, gradients accumulate on their ranks.
+
+        Where weights are split each batch's gradients are split and added up all the same: whole
+        ones would need memory on every rank.
         """
         if self.reducer is None or not isinstance(self.module, DistributedDataParallel):
             yield

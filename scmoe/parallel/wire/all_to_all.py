@@ -96,7 +96,8 @@ def point_to_point(
 @functools.cache
 def thread(name: str) -> ThreadPoolExecutor:
     """One for all layers, directions and groups, so that the order of posting stays equal on all
-    ranks."""
+    ranks.
+    """
     return ThreadPoolExecutor(1, name)
 
 
@@ -136,10 +137,12 @@ def collective(
 
 
 class Posted:
-    """Sends and receives as one work. Two threads may wait for it: a recorder's and the one that
-    needs the rows.
+    """Sends and receives as one work.
 
-    on_arrival: is called once, when the rows are there."""
+    Two threads may wait for it: a recorder's and the one that needs the rows.
+
+    on_arrival: is called once, when the rows are there.
+    """
 
     def __init__(
         self, posted: Future[list[Any]], on_arrival: Callable[[], object] | None = None
@@ -160,7 +163,8 @@ class Posted:
 
 class Link:
     """Keeps this rank's latest exchange of rows, so that gradients can wait until it is finished
-    (update/pacing.py)."""
+    (update/pacing.py).
+    """
 
     def __init__(self) -> None:
         self.latest: Work | None = None
@@ -187,8 +191,9 @@ class Carried:
 
 @dataclass(eq=False)
 class Transfer:
-    """One exchange of rows, and later the way back of its gradient. `start` launches it, `wait`
-    returns the rows.
+    """One exchange of rows, and later the way back of its gradient.
+
+    `start` launches it, `wait` returns the rows.
 
     traffic: rows to and from each rank of the group; None: equal numbers for all ranks.
     operator, recorder: the recorder notes the transfer under this name.
@@ -269,8 +274,10 @@ class CeilingError(MemoryError):
 
 
 class AllToAllDispatcher:
-    """The dispatcher of many ranks. Equal numbers of rows per expert need nothing from the host;
-    unequal numbers are announced before the rows.
+    """The dispatcher of many ranks.
+
+    Equal numbers of rows per expert need nothing from the host; unequal numbers are announced
+    before the rows.
 
     counts_group: carries the announced numbers, so that they queue behind no rows; None: the group
     of the rows. buffered: rows are in buffers (moe/layout.py): all ranks send equally many, empty
@@ -279,7 +286,8 @@ class AllToAllDispatcher:
     are not announced; None: nothing is checked.
 
     A deep copy of a module shares this with the module. A pickle cannot hold process groups: what
-    is read from one raises at its first exchange."""
+    is read from one raises at its first exchange.
+    """
 
     recorder: Recorder | None = None  # notes the times of transfers that run in parallel
 
@@ -317,7 +325,8 @@ class AllToAllDispatcher:
 
     def announce(self, counts_PE: Tensor) -> Announced:
         """Every rank receives the counts of all ranks, so that all of them notice if one would
-        receive too many."""
+        receive too many.
+        """
         gathered = counts_PE.new_empty(self.ep_size * len(counts_PE), counts_PE.shape[1])
         # into one tensor: NCCL would copy a list from one, with a kernel for each rank
         gather = (
@@ -391,7 +400,8 @@ class ReadByHost:
 
     def wait(self) -> list[ChunkCounts]:
         """The one place where the host waits for the device in a step without slots: once for each
-        layer."""
+        layer.
+        """
         self.work.wait()
         rows = self.by_rank.sum(-1).cpu()  # [sender, chunk, receiver]
         if self.ceiling is not None:
@@ -407,8 +417,10 @@ class ReadByHost:
 
 
 def experts_of_rows(counts: ChunkCounts, num_sent: int) -> Tensor:
-    """[R]: the local expert of each row that arrives, in the order (sender, expert). In a buffer,
-    empty rows follow those of its sender; they get the number of experts, so that they sort last.
+    """[R]: the local expert of each row that arrives, in the order (sender, expert).
+
+    In a buffer, empty rows follow those of its sender; they get the number of experts, so that they
+    sort last.
     """
     from_e = counts.counts_from_e
     if counts.traffic is not None:
@@ -422,13 +434,16 @@ def experts_of_rows(counts: ChunkCounts, num_sent: int) -> Tensor:
 
 def swap(rows_RD: Tensor, outer: int, inner: int) -> Tensor:
     """Rows in the order (outer, inner) to (inner, outer): between senders and local experts, of
-    equal numbers."""
+    equal numbers.
+    """
     return rows_RD.view(outer, inner, -1, rows_RD.shape[1]).transpose(0, 1).reshape_as(rows_RD)
 
 
 def check_ceiling(received: list[int], ceiling: float) -> None:
-    """Raises CeilingError before memory for the rows is allocated (fault 31). received: rows for
-    each rank."""
+    """Raises CeilingError before memory for the rows is allocated (fault 31).
+
+    received: rows for each rank.
+    """
     fair = sum(received) / len(received)
     worst = max(range(len(received)), key=lambda rank: received[rank])
     if received[worst] > ceiling * fair:
@@ -441,8 +456,10 @@ def check_ceiling(received: list[int], ceiling: float) -> None:
 
 @dataclass(frozen=True)
 class OnDevice:
-    """The counts of all ranks, on their way; the host reads none of them. to_here: [sender, chunk,
-    e]."""
+    """The counts of all ranks, on their way; the host reads none of them.
+
+    to_here: [sender, chunk, e].
+    """
 
     work: Any
     to_here: Tensor
