@@ -55,7 +55,7 @@ class GuardedUpdate:
             raise RuntimeError(
                 f"{type(module).__name__}.configure_gradient_clipping did not call"
                 " self.clip_gradients, so no update was made: each rank would clip by a norm of"
-                " its own, and a NaN would pass. Call self.clip_gradients(optimizer,"
+                " its own, and a NaN would pass; call self.clip_gradients(optimizer,"
                 " gradient_clip_val, gradient_clip_algorithm) there"
             )
 

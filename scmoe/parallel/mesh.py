@@ -68,7 +68,10 @@ class ParallelContext:
         return self
 
     def __reduce__(self) -> Any:
-        """Where each rank has all experts, a process that reads the pickle needs no other one."""
+        """Return how to make the context again, without groups.
+
+        Where each rank has all experts, a process that reads the pickle needs no other one.
+        """
         return ParallelContext, (
             () if self.ep_size == 1 else (self.rank, self.world_size, self.ep_size)
         )
@@ -93,9 +96,10 @@ class ParallelContext:
     def dispatcher(
         self, num_experts: int, ceiling: float | None = None, buffered: bool = False
     ) -> Dispatcher:
-        """Return the dispatcher of one MoE module: All-to-All over the EP group, or local if EP is
-        1, where a rank receives exactly its fair share and needs no ceiling. buffered: for rows in
-        buffers.
+        """Return the dispatcher of one MoE module.
+
+        It is All-to-All over the EP group, or local if EP is 1, where a rank receives exactly its
+        fair share and needs no ceiling. buffered: for rows in buffers.
         """
         if self.ep_size == 1:
             return LocalDispatcher()
@@ -110,7 +114,7 @@ class ParallelContext:
         )
 
     def carried(self) -> Exchange:
-        """Return the exchange of rows. If gradients are paced, `link` keeps track of its transfers."""
+        """Return the exchange of rows. Where gradients are paced, `link` knows its transfers."""
         exchange = all_to_all(self.ep_group)
         return exchange if self.gradient_group is None else Carried(exchange, self.link)
 
@@ -143,9 +147,10 @@ class ParallelContext:
 
     @contextmanager
     def same_error_on_all_ranks(self, group: Any = None) -> Iterator[None]:
-        """Raise on every rank what the first of them raises inside, so that no rank waits for one
-        that has given up. A rank that is stuck inside ends the others after the timeout. There must
-        be no collective inside.
+        """Raise on every rank what the first of them raises inside.
+
+        So no rank waits for one that has given up. A rank that is stuck inside ends the others
+        after the timeout. There must be no collective inside.
 
         group: in which ranks ask each other; None: `checkpoint_group`.
         """
@@ -157,8 +162,7 @@ class ParallelContext:
         self._raise_first(failure, group or self.checkpoint_group)
 
     def together(self, work: Callable[[], Any]) -> None:
-        """Do long work on every rank, each its own, and raise on every rank what the first of them
-        raises.
+        """Do long work on every rank, each its own, and raise everywhere what the first one raises.
 
         Ranks ask each other every second who still works, so the work may take longer than a
         collective's timeout.
@@ -181,12 +185,11 @@ class ParallelContext:
         self._raise_first(failures[0] if failures else None, self.checkpoint_group)
 
     def _raise_first(self, failure: Exception | None, group: Any) -> None:
-        """Raise on every rank the failure of the first rank that has one. Every rank must call it."""
+        """Raise the first rank's failure on every rank. Every rank must call it."""
         sent: Exception | None = failure
         if failure is not None and not isinstance(failure, (OSError, ValueError, TypeError)):
-            sent = RuntimeError(
-                f"{type(failure).__name__}: {failure}"
-            )  # a type of a user may not survive the way
+            # a type of a user may not survive the way
+            sent = RuntimeError(f"{type(failure).__name__}: {failure}")
         failures: list[Any] = [None] * self.world_size
         dist.all_gather_object(failures, sent, group=group)
         if failure is not None:
@@ -210,14 +213,14 @@ def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> Par
         )
     grid = torch.arange(world_size).view(-1, ep_size)
 
-    def urgent_by_rows(
-        ranks: Tensor, name: str
-    ) -> Any:  # its kernels are short, and other ranks or the host wait
+    # its kernels are short, and other ranks or the host wait
+    def urgent_by_rows(ranks: Tensor, name: str) -> Any:
         if device.type != "cuda":
             return group_by_rows(ranks, name, timeout)
         return group_by_rows(ranks, name, timeout, pg_options=urgent(timeout))
 
-    ep_group, counts_group = urgent_by_rows(grid, "ep"), urgent_by_rows(grid, "counts")
+    ep_group = urgent_by_rows(grid, "ep")
+    counts_group = urgent_by_rows(grid, "counts")
     edp_group = group_by_rows(grid.T, "edp", timeout)
     gradient_group = (
         dist.new_group(timeout=timeout, group_desc="gradients") if device.type == "cpu" else None
@@ -254,12 +257,11 @@ def group_by_rows(ranks: Tensor, name: str, timeout: timedelta, **options: Any) 
 
 
 def start_communicators(groups: Sequence[Any], device: torch.device) -> None:
-    """Let NCCL make the communicators of these groups (None: the default one) now, in this order on
-    every rank.
+    """Let NCCL make the communicators of these groups now, in one order on every rank.
 
     Otherwise each would be made at the first collective of its group, perhaps in a different order
     on each rank while a transfer runs, and a missing rank would be noticed late. The wait at the
-    end makes the timeout apply to all of them.
+    end makes the timeout apply to all of them. groups: None is the default one.
     """
     for group in groups:
         dist.all_reduce(torch.zeros(1, device=device), group=group)
@@ -284,30 +286,31 @@ def check_experts(module: nn.Module, context: ParallelContext) -> None:
     and they would differ from rank to rank without any error.
     """
     for name, child in module.named_modules():
-        if isinstance(child, Experts) and child.expert_ids != (
-            own := context.local_experts(child.num_experts)
-        ):
-            held = child.expert_ids
+        if not isinstance(child, Experts):
+            continue
+        held = child.expert_ids
+        wanted = context.local_experts(child.num_experts)
+        if held != wanted:
             raise ValueError(
                 f"{name or type(child).__name__} holds experts {held.start} to {held.stop - 1} on"
-                f" rank {context.rank}, allowed: {own.start} to {own.stop - 1} of"
+                f" rank {context.rank}, allowed: {wanted.start} to {wanted.stop - 1} of"
                 f" {child.num_experts}; build the model in configure_model or setup, from"
                 " self.parallel_context, which __init__ does not have yet"
             )
 
 
 def order_launches_of_nccl() -> None:
-    """Let NCCL start the kernels of all groups in the order of their launch, which is equal on all
-    ranks, unless the user has chosen (docs/decisions/0038-launch-order.md). Call it before the
-    first group is made.
+    """Let NCCL start the kernels of all groups in the order of their launch.
+
+    That order is equal on all ranks (docs/decisions/0038-launch-order.md). A value that the user
+    has set stays. Call it before the first group is made.
     """
     if torch.version.cuda:  # not on ROCm, where crashes with it are known
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
 
 
 def what_prevents_overlap() -> list[str]:
-    """Return a line for each environment variable of this process with which a GPU hides less
-    communication, or none.
+    """Return a line for each environment variable with which a GPU hides less communication.
 
     The number of connections is read when CUDA starts, so it must be set before the command.
     """
@@ -329,9 +332,10 @@ def what_prevents_overlap() -> list[str]:
 
 
 def use_loopback_for_gloo() -> bool:
-    """Let gloo use the loopback interface on one machine, unless the user has named another: by
-    default it uses the host name's address, which many laptops and containers cannot reach. Return
-    whether GLOO_INTERFACE was set.
+    """Let gloo use the loopback interface on one machine, unless the user has named another.
+
+    By default it uses the host name's address, which many laptops and containers cannot reach.
+    Return whether GLOO_INTERFACE was set.
     """
     if GLOO_INTERFACE in os.environ or "lo" not in (name for _, name in socket.if_nameindex()):
         return False

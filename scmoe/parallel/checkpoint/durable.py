@@ -88,17 +88,14 @@ def exchange(one: Path, other: Path) -> bool:
 
     Return False where the system, or this file system, cannot do that.
     """
-    at_working_directory, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    at_working_directory = -100  # AT_FDCWD
+    both = 2  # RENAME_EXCHANGE
     try:
         rename = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError):
         return False
-    return bool(
-        rename(
-            at_working_directory, os.fsencode(one), at_working_directory, os.fsencode(other), both
-        )
-        == 0
-    )
+    old, new = os.fsencode(one), os.fsencode(other)
+    return bool(rename(at_working_directory, old, at_working_directory, new, both) == 0)
 
 
 def verify(path: Path, share: slice = slice(None)) -> int:
@@ -110,12 +107,11 @@ def verify(path: Path, share: slice = slice(None)) -> int:
     compared.
     """
     manifest = read_manifest(path)
-    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {
-        MANIFEST
-    }
     present = {
-        name for name in present if not Path(name).name.startswith(".nfs")
-    }  # NFS keeps what a reader holds open
+        str(file.relative_to(path))
+        for file in path.rglob("*")
+        if file.is_file() and not file.name.startswith(".nfs")  # NFS keeps what a reader has open
+    } - {MANIFEST}
     if odd := sorted(present ^ manifest["files"].keys()):
         raise BrokenCheckpoint(
             f"{path / odd[0]} is {'not of this checkpoint' if odd[0] in present else 'missing'}"
@@ -123,11 +119,11 @@ def verify(path: Path, share: slice = slice(None)) -> int:
     read = sorted(manifest["files"])[share]
     for name, expected in manifest["files"].items():
         try:
-            whole = (path / name).stat().st_size == expected["bytes"]
-            whole = whole and (name not in read or fingerprint(path / name) == expected)
+            is_intact = (path / name).stat().st_size == expected["bytes"]
+            is_intact = is_intact and (name not in read or fingerprint(path / name) == expected)
         except OSError as error:
             raise BrokenCheckpoint(f"{path / name} cannot be read: {error.strerror}") from error
-        if not whole:
+        if not is_intact:
             raise BrokenCheckpoint(f"{path / name} is damaged: its content is not what was written")
     return manifest["step"]
 
@@ -162,8 +158,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return all checkpoints of a folder, complete or not, also one that a killed writer has moved
-    aside.
+    """Return all checkpoints of a folder, complete or not.
+
+    One that a killed writer has moved aside is among them.
     """
     moved = [aside for aside, name in _asides(folder, "old") if name.endswith(".ckpt")]
     return [*folder.glob("*.ckpt"), *moved]
@@ -178,17 +175,16 @@ def newest_good(folder: Path, prefix: str = "", share: slice = slice(None)) -> P
     one only, or of the next one if it is broken. share: as in `verify`. FileNotFoundError: there is
     none.
     """
-    found = []
+    candidates = []
     for path in checkpoints(folder):
-        if not path.name.removeprefix(".").startswith(
-            prefix
-        ):  # one that was moved aside begins with a dot
+        # one that was moved aside begins with a dot
+        if not path.name.removeprefix(".").startswith(prefix):
             continue
         try:
-            found.append((read_manifest(path)["step"], path.stat().st_mtime, path))
+            candidates.append((read_manifest(path)["step"], path.stat().st_mtime, path))
         except BrokenCheckpoint as error:
             warnings.warn(f"passed over: {error}", stacklevel=2)
-    for _, _, path in sorted(found, reverse=True):
+    for _, _, path in sorted(candidates, reverse=True):
         try:
             verify(path, share)
             return path
@@ -208,9 +204,8 @@ def remove(path: Path) -> None:
     elif path.exists():
         aside = partial_path(path, new_token())
         os.rename(path, aside)
-        shutil.rmtree(
-            aside, ignore_errors=True
-        )  # NFS keeps what a reader holds open; `sweep` removes it later
+        # NFS keeps what a reader holds open; `sweep` removes it later
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def sweep(folder: Path, name: str = "") -> None:
@@ -220,9 +215,8 @@ def sweep(folder: Path, name: str = "") -> None:
     """
     for aside, moved in _asides(folder, "old"):
         if not _is_being_written(aside, name):
-            with suppress(
-                OSError
-            ):  # its writer has meanwhile ended, or another process sweeps as well
+            # its writer has meanwhile ended, or another process sweeps as well
+            with suppress(OSError):
                 if (folder / moved).exists():
                     shutil.rmtree(aside)
                 else:
@@ -248,8 +242,9 @@ def _is_being_written(aside: Path, name: str) -> bool:
 
 
 def machine() -> str:
-    """Return 8 digits for this host and its process ids; a container has its own ids, perhaps under
-    the host's name.
+    """Return 8 digits for this host and its process ids.
+
+    A container has its own ids, perhaps under the host's name.
     """
     with suppress(OSError):
         return hashlib.sha256(
@@ -259,22 +254,23 @@ def machine() -> str:
 
 
 def start_of(pid: int) -> str | None:
-    """Return when the process started, in clock ticks since boot; None if it does not exist or
-    there is no /proc.
+    """Return when the process started, in clock ticks since boot.
+
+    None: it does not exist, or there is no /proc.
     """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
         return None
     state, *fields = stat.rpartition(")")[2].split()
-    return (
-        None if state in "ZX" else fields[18]
-    )  # Z: it has ended, and its parent has not read its exit code
+    # Z: it has ended, and its parent has not read its exit code
+    return None if state in "ZX" else fields[18]
 
 
 def _asides(folder: Path, kind: str) -> Iterator[tuple[Path, str]]:
-    """Yield the directories of this kind, "old" or "tmp", that a writer has left, and their final
-    names.
+    """Yield the directories that a writer has left, and their final names.
+
+    kind: "old" or "tmp".
     """
     for path in sorted(folder.glob(f".*.{kind}-*")):
         named = ASIDE.fullmatch(path.name)

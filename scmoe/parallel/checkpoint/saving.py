@@ -129,19 +129,17 @@ class Checkpoints:
     def __init__(self, context: ParallelContext, background: bool) -> None:
         self.context, self.background = context, background
         self.saving: Saving | None = None
-        self.postponed: dict[
-            Path, bool
-        ] = {}  # to be saved once the step is taken; whether weights only
+        # to be saved once the step is taken; whether weights only
+        self.postponed: dict[Path, bool] = {}
         # called on every rank once this path is complete
         self.when_saved: dict[Path, Callable[[], None]] = {}
-        self.asked_about: Saving | None = (
-            None  # the save that the last `is_writing` of all ranks was about
-        )
+        # the save that the last `is_writing` of all ranks was about
+        self.asked_about: Saving | None = None
         self.outdated: list[Path] = []  # removed once the save that replaces them is complete
         self.rng_states: dict[str, Tensor] | None = None  # loaded and not yet restored
 
     def save(self, path: Path, state: dict[str, Any], module: nn.Module) -> None:
-        """state: Lightning's checkpoint dictionary."""
+        """Start a save, or make it at once. state: Lightning's checkpoint dictionary."""
         self.finish()
         self.saving = Saving(path, state, module, self.context, self.background)
         if not self.background:
@@ -169,8 +167,9 @@ class Checkpoints:
         self.asked_about = self.saving
 
     def finish(self) -> None:
-        """Wait until the checkpoint that is being written, if any, is complete; then remove the
-        outdated ones.
+        """Wait until the checkpoint that is being written, if any, is complete.
+
+        Then remove the outdated ones.
         """
         if self.saving is not None:
             saving, self.saving = self.saving, None
@@ -203,8 +202,9 @@ class Checkpoints:
         return state
 
     def restore_random_state(self) -> None:
-        """Set this rank's random generators to the loaded states; only the first call after `load`
-        does anything.
+        """Set this rank's random generators to the loaded states.
+
+        Only the first call after `load` does anything.
         """
         if self.rng_states is not None:
             set_rng_states(self.rng_states)
@@ -212,8 +212,9 @@ class Checkpoints:
 
 
 class _ShardWriter(HuggingFaceStorageWriter):
-    """Makes this rank's shard durable and computes its fingerprint, both in the thread that writes
-    it.
+    """Makes this rank's shard durable and computes its fingerprint.
+
+    Both happen in the thread that writes it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -223,9 +224,8 @@ class _ShardWriter(HuggingFaceStorageWriter):
         self.fingerprints: dict[str, dict[str, Any]] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        if (
-            self.device is not None
-        ):  # a new thread begins on device 0, where its rank would allocate a CUDA context
+        # a new thread begins on device 0, where its rank would allocate a CUDA context
+        if self.device is not None:
             torch.cuda.set_device(self.device)
         written = super().write_data(plan, planner)
         names = sorted({result.storage_data.relative_path for result in written.wait()})
