@@ -413,7 +413,7 @@ class ReadByHost:
         received = rows[:, :, self.rank].T.tolist()
         to_here = self.by_rank[:, :, self.rank]  # [sender, chunk, e]
         return [
-            ChunkCounts(sum(sent[p]), to_here[:, p], Traffic(sent[p], received[p], rows[:, p]))
+            ChunkCounts(sum(sent[p]), to_here[:, p], Traffic(sent[p], received[p]))
             for p in range(len(sent))
         ]
 
