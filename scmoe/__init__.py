@@ -12,7 +12,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from scmoe.lightning.known_to_lightning import teach_lightning
+from scmoe.lightning.register import register_with_lightning
 
 if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
     from scmoe.api import MoE, ScMoEBlock, data_parallel, load_balance_loss, move_biases
@@ -98,7 +98,7 @@ def __dir__() -> list[str]:
 
 
 class AfterLightning(MetaPathFinder):
-    """Find `lightning.pytorch` as usual, and call `teach_lightning` once it is imported."""
+    """Find `lightning.pytorch` as usual, and register with it once it is imported."""
 
     def find_spec(
         self, fullname: str, path: Any, target: ModuleType | None = None
@@ -111,15 +111,15 @@ class AfterLightning(MetaPathFinder):
         if loader is not None:
             run = loader.exec_module
 
-            def run_and_teach(module: ModuleType) -> None:
+            def run_and_register(module: ModuleType) -> None:
                 run(module)
-                teach_lightning()
+                register_with_lightning()
 
-            loader.exec_module = run_and_teach
+            loader.exec_module = run_and_register
         return spec
 
 
 if "lightning.pytorch" in sys.modules:
-    teach_lightning()
+    register_with_lightning()
 else:
     sys.meta_path.insert(0, AfterLightning())

@@ -9,8 +9,7 @@ Other parts (rotary positions, another norm) are given to those classes. `stats`
 
 group: a process group of torch.distributed whose ranks share the experts and train on batches of
 their own; None: this process holds all experts. Every rank calls the function, with the same seed.
-Rows travel flat between the ranks of a group. MoE and ScMoEBlock also take the Strategy's
-`parallel_context`; then they travel as its `exchange` says.
+MoE and ScMoEBlock also take the Strategy's `parallel_context`; its gradients then wait for rows.
 """
 
 from collections import OrderedDict

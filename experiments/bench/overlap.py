@@ -88,7 +88,7 @@ class Bench:
     def __init__(self, setting: Setting) -> None:
         self.setting, self.device = setting, torch.device(setting.device)
         ranks, timeout = dist.get_world_size(), timedelta(seconds=300)
-        context = build_context(ranks, CPU, timeout, setting.exchange, ranks // setting.nodes, say)
+        context = build_context(ranks, CPU, timeout)
         torch.manual_seed(0)
         names = dict.fromkeys(["top2", *map(setting.block_of, setting.rows)])
         dtype = getattr(torch, setting.dtype)

@@ -330,9 +330,6 @@ class StrategyConfig:
         Range(10, 1e6),
     )
     async_checkpoint: bool = option(False, "continue training while a checkpoint is written")
-    full_checkpoint: bool = option(
-        False, "rank 0 collects the tensors of all ranks and writes one file"
-    )
     wire_dtype: Literal["bfloat16"] | None = option(
         None, "type of rows between ranks; null: that of the experts"
     )
@@ -340,14 +337,6 @@ class StrategyConfig:
         None,
         "gradients are sent when a bucket is full (ddp), or in pieces after the rows (paced); null:"
         " paced on CPUs, ddp on GPUs",
-    )
-    exchange: Literal["auto", "flat", "hierarchical"] = option(
-        "auto",
-        "how rows travel where ep_size crosses nodes; auto: the first exchange measures."
-        " docs/clusters.md",
-    )
-    debug_collectives: bool = option(
-        False, "check before each collective that all ranks call the same one; slow"
     )
     dense: Literal["replicated", "sharded", "hybrid", "auto"] = option(
         "replicated",

@@ -13,7 +13,7 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -28,12 +28,39 @@ from scmoe.config.leaves import ConfigError, leaves, show
 from scmoe.config.registry import import_extensions, named, refuse_kept
 from scmoe.config.rules import unread_position, validate
 
-# In a checkout a link, in an installed package a folder.
+# In a checkout this is a link, in an installed package a folder.
 SHIPPED = Path(__file__).parents[1] / "configs"
 _LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
 _SECTIONS = {key.rpartition(".")[0] for key in _LEAVES if "." in key}
 _MAPPINGS = tuple(f"{leaf.key}." for leaf in _LEAVES.values() if leaf.type == dict[str, Any])
 _NULL = ("", "~", "null", "None")
+
+# Keys of earlier versions: the default that they had, as YAML, and what to do instead.
+REMOVED = {
+    "moe.zero_output": ("input", "Zero experts return their input."),
+    "strategy.debug_collectives": ("false", "See docs/troubleshooting.md, A run hangs."),
+    "strategy.exchange": ("auto", "Rows always travel by one All-to-All."),
+    "strategy.full_checkpoint": ("false", "`scmoe export` writes all weights to one file."),
+}
+
+
+@dataclass
+class _Draft:
+    """A configuration while its sources are merged. removed: the values of keys in REMOVED, each
+    with its source."""
+
+    tree: DictConfig
+    removed: dict[str, tuple[Any, str]] = field(default_factory=dict)
+
+    def refuse_removed(self) -> None:
+        """Raise ConfigError for a removed key with another value than its default was."""
+        for key, (value, source) in self.removed.items():
+            default, advice = REMOVED[key]
+            if not _is_text_of(value, default):
+                raise ConfigError(
+                    f"{source}: {key} is {show(value)}, but this option was removed. {advice} Leave"
+                    f" the key out, or add {key}={default} to the command"
+                )
 
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -43,21 +70,23 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     line, for a file that cannot be read, an unknown key, a value of another type or range, and a
     combination that cannot run.
     """
-    tree = copy.deepcopy(_defaults())
+    draft = _Draft(copy.deepcopy(_defaults()))
     if path is not None:
-        _merge_file(tree, find(path), ())
-    return _finished(tree, overrides, "" if path is None else str(path))
+        _merge_file(draft, find(path), ())
+    return _finished(draft, overrides, "" if path is None else str(path))
 
 
 def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
-    """Return the validated configuration of a text of `to_yaml`, kept in a run or an export, and
-    overrides.
+    """Return the validated configuration of a kept text and overrides.
+
+    The text is of `to_yaml`, in a run, a checkpoint or an export.
 
     A kept configuration runs no code: its callbacks are left out. Its extensions are refused unless
     an override names them or they are imported already (registry.py). source: its name in messages.
     """
-    tree = copy.deepcopy(_defaults())
-    _merge(tree, _mapping(parse_yaml(text, source), source), source)
+    draft = _Draft(copy.deepcopy(_defaults()))
+    tree = draft.tree
+    _merge(draft, _mapping(parse_yaml(text, source), source), source)
     OmegaConf.update(tree, "callbacks", {}, merge=False)
     kept = OmegaConf.to_object(tree)
     assert isinstance(kept, Config)
@@ -65,16 +94,18 @@ def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
         OmegaConf.update(tree, "moe.position", _LEAVES["moe.position"].value)
     if not named(overrides):
         refuse_kept(tree.extensions, source)
-    return _finished(tree, overrides, source)
+    return _finished(draft, overrides, source)
 
 
 def load_kept(path: Path, overrides: Sequence[str] = ()) -> Config:
     return load_text(read_text(path), str(path), overrides)
 
 
-def _finished(tree: DictConfig, overrides: Sequence[str], source: str) -> Config:
-    """Merge the overrides into the tree and validate it. source: where its values are from; "" for
-    the defaults."""
+def _finished(draft: _Draft, overrides: Sequence[str], source: str) -> Config:
+    """Merge the overrides into the draft and validate it.
+
+    source: where its values are from; "" for the defaults.
+    """
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
@@ -87,8 +118,9 @@ def _finished(tree: DictConfig, overrides: Sequence[str], source: str) -> Config
                 f"command line: {key} ends with {show(comment)}, which YAML reads as a comment. If"
                 f" it belongs to the value, write {key}='\"...\"'."
             )
-        _merge(tree, {key: value}, "command line")
-    config = OmegaConf.to_object(tree)
+        _merge(draft, {key: value}, "command line")
+    draft.refuse_removed()
+    config = OmegaConf.to_object(draft.tree)
     assert isinstance(config, Config)
     import_extensions(config.extensions)
     if overrides:
@@ -99,8 +131,10 @@ def _finished(tree: DictConfig, overrides: Sequence[str], source: str) -> Config
 
 @cache
 def _defaults() -> DictConfig:
-    """Return the defaults as a tree. To change it, copy it: that takes a quarter of the time of a
-    new one."""
+    """Return the defaults as a tree that can be changed.
+
+    It is cached, because a copy takes a quarter of the time of a new one.
+    """
     tree = OmegaConf.structured(Config)
     for section in _SECTIONS:  # OmegaConf makes a frozen dataclass read-only
         OmegaConf.set_readonly(OmegaConf.select(tree, section), False)
@@ -126,15 +160,18 @@ def changes_to_yaml(config: Config) -> str:
     return yaml.safe_dump(changed, sort_keys=False) if changed else ""
 
 
-def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> None:
-    """Merge the files that a file extends, then the file. children: the chain of files that extend
-    it."""
+def _merge_file(draft: _Draft, path: Path, children: tuple[Path, ...]) -> None:
+    """Merge the files that a file extends, then the file.
+
+    children: the chain of files that extend it.
+    """
     text = read_text(path, f", which {children[-1]} extends" if children else "")
     identity = path.resolve()
     if identity in children:
         raise ConfigError(f"{path}: extends itself: {' > '.join(map(str, (*children, identity)))}")
     parsed = parse_yaml(text, str(path))
-    if parsed == "":  # it may have been cut off, or not saved yet
+    # such a file was cut off, or is not saved yet: {} says that the defaults are meant
+    if parsed == "":
         raise ConfigError(
             f"{path}: the file is empty. Write at least one key, or {{}} for the defaults."
         )
@@ -144,8 +181,8 @@ def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> Non
     if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
         raise ConfigError(f"{path}: extends is {show(extends)}. Give a path or a list of paths.")
     for parent in parents:
-        _merge_file(tree, find(parent, path.parent), (*children, identity))
-    _merge(tree, mapping, str(path))
+        _merge_file(draft, find(parent, path.parent), (*children, identity))
+    _merge(draft, mapping, str(path))
 
 
 def _mapping(value: Any, source: str) -> dict[str, Any]:
@@ -176,7 +213,7 @@ def _similar_name(path: Path) -> str:
     return f"; did you mean {names[near[0]]}?" if near else ""
 
 
-def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
+def _merge(draft: _Draft, mapping: dict[str, Any], source: str) -> None:
     seen: set[str] = set()
     for key, value in _pairs(mapping):
         if key in seen:  # once in a section and once as a dotted key
@@ -184,12 +221,15 @@ def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
         seen.add(key)
         if (key, value) == ("schedule", "auto"):
             key, value = "schedule.auto", "true"
+        if key in REMOVED:
+            draft.removed[key] = (value, source)
+            continue
         in_mapping = key.startswith(_MAPPINGS)
         if not in_mapping and key not in _LEAVES and key not in _SECTIONS:
             raise ConfigError(f"{source}: unknown key {show(key)}, {_hint(key)}")
         try:
             typed = _guessed(value) if in_mapping else _typed(key, value)
-            OmegaConf.update(tree, key, typed, merge=False, force_add=in_mapping)
+            OmegaConf.update(draft.tree, key, typed, merge=False, force_add=in_mapping)
         except ValueError as error:  # OmegaConf's ValidationError is one
             hint = "; no interpolation" if "${" in str(value) else ""
             raise ConfigError(
@@ -208,8 +248,10 @@ def _allowed(key: str) -> str:
 
 
 def _typed(key: str, value: Any) -> Any:
-    """Return a text, or a list of texts, as OmegaConf takes it for a field. ValueError: the field
-    has no such value."""
+    """Return a text, or a list of texts, as OmegaConf takes it for a field.
+
+    Raises ValueError if the field has no such value.
+    """
     if key in _SECTIONS:
         raise ValueError
     leaf = _LEAVES[key]
@@ -225,8 +267,10 @@ def _typed(key: str, value: Any) -> Any:
 
 
 def _guessed(value: Any) -> Any:
-    """Return a value of a mapping whose entries have no type here: null, true or false, a number,
-    else a text."""
+    """Return a value of a mapping whose entries have no type here.
+
+    It is null, true or false, a number, else a text.
+    """
     if isinstance(value, list):
         return [_guessed(each) for each in value]
     if value == {}:  # a callback without options
@@ -241,11 +285,21 @@ def _guessed(value: Any) -> Any:
 
 
 def _text(value: Any) -> str:
-    """Return a text of YAML. ValueError: another value, or OmegaConf's signs for interpolation and
-    a missing value."""
+    """Return a text of YAML.
+
+    Raises ValueError for another value, and for OmegaConf's signs for interpolation and a missing
+    value.
+    """
     if not isinstance(value, str) or "${" in value or value == "???":
         raise ValueError
     return value
+
+
+def _is_text_of(value: Any, default: str) -> bool:
+    """Return whether a value of a file or the command line is this default."""
+    if not isinstance(value, str):
+        return False
+    return value in _NULL if default == "null" else value.lower() == default
 
 
 def _comment_in(text: str) -> str:
@@ -264,8 +318,10 @@ def _pairs(mapping: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def _hint(key: str) -> str:
-    """Suggest the known key that was likely meant: the field of this name or of the most similar
-    one."""
+    """Suggest the known key that was likely meant.
+
+    It is the field of this name or of the most similar one.
+    """
     by_name = {known.rpartition(".")[2]: known for known in reversed(_LEAVES)}
     near = get_close_matches(key.rpartition(".")[2], by_name, 1)
     return f"did you mean {by_name[near[0]]}?" if near else "see --help for all keys"
@@ -284,10 +340,9 @@ class _Loader(yaml.BaseLoader):
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Return the mappings, lists and texts of a YAML text; "" if it is empty. Raises ConfigError
-    for other YAML.
+    """Return the mappings, lists and texts of a YAML text; "" if it is empty.
 
-    source: the file or "command line", for error messages.
+    source: the file or "command line", for error messages. Raises ConfigError for other YAML.
     """
     try:
         for token in yaml.scan(text):
@@ -301,15 +356,16 @@ def parse_yaml(text: str, source: str) -> Any:
         raise ConfigError(
             f"{source}: line {error.problem_mark.line + 1}: bad YAML: {error.problem}"
         ) from error
-    except (yaml.YAMLError, RecursionError) as error:  # forbidden characters, too deep nesting
+    # forbidden characters; nesting that is too deep
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{source}: bad YAML: {error}") from error
     return "" if value is None else value
 
 
 def find(name: str | Path, folder: Path = Path()) -> Path:
-    """Return the file of a configuration: in a folder (the current one) first, then among those
-    that come with scmoe.
+    """Return the file of a configuration.
 
+    It is looked for in a folder (the current one), then among those that come with scmoe.
     name: quickstart, quickstart.yaml, configs/quickstart.yaml, experiment/table3/small, or a preset
     of configs/model such as longcat_flash. If there is no such file, return folder / name, so that
     reading it is the error.
@@ -325,8 +381,10 @@ def find(name: str | Path, folder: Path = Path()) -> Path:
 
 
 def shipped_and_own() -> dict[str, Path]:
-    """Return all configurations that `find` finds by name from the current folder:
-    configs/quickstart.yaml, ..."""
+    """Return all configurations that `find` finds by name from the current folder.
+
+    They are by name: configs/quickstart.yaml, ...
+    """
     roots = (SHIPPED, Path("configs"))
     files = {
         f"configs/{file.relative_to(root)}": file for root in roots for file in root.rglob("*.yaml")

@@ -508,10 +508,6 @@ def _ranks(config: Config) -> Refusals:
         yield "strategy.ep_size", f"a divisor of moe.num_experts, {moe.num_experts}"
     if world % ep_size:
         yield "strategy.ep_size", f"a divisor of trainer.devices x trainer.num_nodes, {world}"
-    whole_nodes = ep_size > trainer.devices > 1 and ep_size % trainer.devices == 0
-    if strategy.exchange == "hierarchical" and not whole_nodes:
-        unless = "unless strategy.ep_size is 2, 3, ... times trainer.devices, which is 2 or more"
-        yield "strategy.exchange", f"auto | flat, {unless}"
     if strategy.dense == "hybrid" and (trainer.num_nodes == 1 or trainer.devices == 1):
         unless = "unless trainer.num_nodes and trainer.devices are 2 or more"
         yield "strategy.dense", f"replicated | sharded | auto, {unless}"

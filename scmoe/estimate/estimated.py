@@ -116,9 +116,8 @@ def step_traffic(split: Split) -> dict[str, int]:
     for block in blocks if job.ep_size > 1 else ():
         num_rows, counts = rows_of_block(block, round(job.samples * rows[block.moe]), job.ep_size)
         width = job.wire_bytes or job.compute_bytes
-        for group in ("between", "within") if job.two_hops else ("ep",):
-            size = 4 * num_rows * block.moe.experts.w_in_eDF.shape[1] * width * job.accumulate
-            sent[f"all_to_all {group}"] += size
+        size = 4 * num_rows * block.moe.experts.w_in_eDF.shape[1] * width * job.accumulate
+        sent["all_to_all ep"] += size
         sent["all_gather counts"] += counts * INTEGER * job.accumulate
     sums = (
         sum(block.moe.router.num_experts + 2 for block in blocks) + 1

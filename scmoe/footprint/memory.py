@@ -60,8 +60,7 @@ class Job:
 
     ranks: all of the job; ep_size of them share one set of experts, and node_size are on a node.
     samples: of a rank in one batch; accumulate: batches of a step. dense: replicated, sharded or
-    hybrid. wire_bytes: of a number that is sent between experts; None: as it is computed. two_hops:
-    rows are sent between nodes and then within one.
+    hybrid. wire_bytes: of a number that is sent between experts; None: as it is computed.
     """
 
     ranks: int = 1
@@ -75,7 +74,6 @@ class Job:
     recompute: bool = False
     on_gpu: bool = True
     wire_bytes: int | None = None
-    two_hops: bool = False
 
     @classmethod
     def of(cls, config: Config) -> "Job":
@@ -94,7 +92,6 @@ class Job:
             recompute=trainer.recompute,
             on_gpu=trainer.accelerator != "cpu",
             wire_bytes=None if config.strategy.wire_dtype is None else 2,
-            two_hops=config.strategy.exchange == "hierarchical",
         )
 
     @property
@@ -290,12 +287,6 @@ def activations(model: Any, job: Job) -> tuple[int, int]:
         kept += outside + (inputs if job.recompute else sum(parts))
         largest = max(parts, default=0.0)  # its gradients, and itself where it is computed again
         busiest = max(busiest, kept + (2 * largest if job.recompute else largest))
-    if job.two_hops:  # rows between the hops, regrouped, and as they arrive
-        sent = [
-            rows_sent(moe, copies) * rows[moe] * moe.experts.w_in_eDF.shape[1]
-            for moe, copies in moe_uses(model)
-        ]
-        busiest += 3 * max(sent, default=0.0) * job.compute_bytes
     logits = rows[model.head] * model.head.out_features * job.wide_bytes
     return round(job.samples * (kept + 3 * logits)), round(job.samples * busiest)
 

@@ -1,4 +1,4 @@
-"""Between backward and update: one global gradient norm, and no update without a check by the guard
+"""Clips by one global gradient norm, and lets no update pass that the guard has not checked
 (faults 22, 27).
 
 Lightning's precision plugins clip by the norm of what a rank holds. It differs from rank to rank,
@@ -21,20 +21,19 @@ from scmoe.parallel.update.guard import Guard, clip_grad_norm
 class GuardedUpdate:
     """Replaces the functions of a precision plugin that run between backward and update.
 
-    norm: the global gradient norm of the last update, before clipping; None before it is computed.
+    The plugin's `clip_gradients` then returns the global gradient norm.
     """
 
     def __init__(self, plugin: Any, module: nn.Module, context: ParallelContext) -> None:
         check_precision(plugin)
-        self.plugin, self.original, self.module, self.context = (
-            plugin,
-            type(plugin),
-            module,
-            context,
-        )
+        self.plugin = plugin
+        self.original = type(plugin)
+        self.module = module
+        self.context = context
         self.guard = Guard(module)
-        self.norm: Tensor | None = None
-        plugin.pre_backward, plugin.clip_gradients = self.before_backward, self.clip
+        self.is_checked = False  # this update's gradients
+        plugin.pre_backward = self.before_backward
+        plugin.clip_gradients = self.clip
         plugin.clip_grad_by_norm = self.clip_by_norm
         replace_after_closure(plugin, self.after_backward)
 
@@ -43,16 +42,16 @@ class GuardedUpdate:
         return self.original.pre_backward(self.plugin, loss, module)
 
     def after_backward(self, module: Any, optimizer: Optimizer) -> None:
-        """Everything that happens before this optimizer's update.
+        """Let the module clip, and check the gradients, before this optimizer's update.
 
-        FloatingPointError, on every rank: a gradient is not finite. RuntimeError: the module clips
-        in another way.
+        Raises FloatingPointError on every rank if a gradient is not finite, and RuntimeError if the
+        module clips in another way.
         """
-        self.norm = None
+        self.is_checked = False
         original_after_closure(self.plugin, module, optimizer)
         if not module.automatic_optimization:  # such a module may clip whenever it likes
             self.clip_by_norm(optimizer, None)
-        elif self.norm is None:
+        elif not self.is_checked:
             raise RuntimeError(
                 f"{type(module).__name__}.configure_gradient_clipping did not call"
                 " self.clip_gradients, so no update was made: each rank would clip by a norm of"
@@ -62,29 +61,33 @@ class GuardedUpdate:
 
     def clip(
         self, optimizer: Optimizer, clip_val: float = 0.0, gradient_clip_algorithm: str = "norm"
-    ) -> None:
-        """Gradients that are not clipped by their norm are checked all the same.
+    ) -> Tensor:
+        """Clip the gradients, check them, and return their global norm before that.
 
-        The plugin itself does not clip by the norm: that of bf16-mixed refuses a fused optimizer,
-        which would undo the scale of gradients only later. Only float16 has such a scale.
+        Also check gradients that are clipped by value, or not at all. The plugin itself does not
+        clip by the norm: that of bf16-mixed refuses a fused optimizer, which would undo the scale
+        of gradients only later. Only float16 has such a scale.
         """
         if clip_val > 0 and gradient_clip_algorithm == "norm":
-            self.clip_by_norm(optimizer, clip_val)
-        else:
-            self.clip_by_norm(optimizer, None)
-            self.original.clip_gradients(self.plugin, optimizer, clip_val, gradient_clip_algorithm)
+            return self.clip_by_norm(optimizer, clip_val)
+        norm = self.clip_by_norm(optimizer, None)
+        self.original.clip_gradients(self.plugin, optimizer, clip_val, gradient_clip_algorithm)
+        return norm
 
-    def clip_by_norm(self, optimizer: Optimizer, clip_val: float | None) -> None:
-        """Compute the global norm, clip by it (clip_val None: change nothing) and check it."""
-        order = {
-            p: i for i, p in enumerate(self.module.parameters())
-        }  # the norm's last bits depend on the order
+    def clip_by_norm(self, optimizer: Optimizer, clip_val: float | None) -> Tensor:
+        """Compute the global norm, clip by it, check it and return it.
+
+        clip_val: None changes no gradient.
+        """
+        # the norm's last bits depend on the order
+        order = {p: i for i, p in enumerate(self.module.parameters())}
         held = (p for group in optimizer.param_groups for p in group["params"])
         shards = {p for _, p in expert_parameters(self.module)}
         parameters = sorted(held, key=lambda p: order.get(p, len(order)))
         norm = clip_grad_norm(parameters, shards, clip_val, self.context, self.guard.loss_as_zero())
         self.guard.check(norm, self.context)
-        self.norm = norm
+        self.is_checked = True
+        return norm
 
     def remove(self) -> None:
         self.guard.remove()
@@ -94,8 +97,10 @@ class GuardedUpdate:
 
 
 def guard_updates(plugin: Any, module: nn.Module, context: ParallelContext) -> GuardedUpdate:
-    """Return the GuardedUpdate of `module` in this precision plugin; the first call for a module
-    installs it."""
+    """Return the GuardedUpdate of `module` in this precision plugin.
+
+    The first call for a module installs it.
+    """
     installed = plugin.clip_gradients.__self__
     if isinstance(installed, GuardedUpdate) and installed.module is module:
         return installed
@@ -103,8 +108,10 @@ def guard_updates(plugin: Any, module: nn.Module, context: ParallelContext) -> G
 
 
 def check_precision(plugin: Any) -> None:
-    """Raise ValueError for float16: unscaled gradients vanish in it, and a scaler skips a step on
-    one rank alone."""
+    """Raise ValueError for float16.
+
+    Unscaled gradients vanish in it, and a scaler skips a step on one rank alone.
+    """
     if plugin is not None and plugin.precision in ("16-true", "16-mixed"):
         allowed = "32-true, bf16-mixed, bf16-true, 64-true"
         raise ValueError(
@@ -113,10 +120,8 @@ def check_precision(plugin: Any) -> None:
         )
 
 
-COPYING = (
-    WeightAveraging,
-    StochasticWeightAveraging,
-)  # their copy of the module would hold one rank's experts
+# Their copy of the module would hold one rank's experts.
+COPYING = (WeightAveraging, StochasticWeightAveraging)
 
 
 def check_callbacks(callbacks: Iterable[Any]) -> None:
@@ -124,7 +129,7 @@ def check_callbacks(callbacks: Iterable[Any]) -> None:
     for callback in callbacks:
         if isinstance(callback, COPYING):
             raise ValueError(
-                f"the callback {type(callback).__name__} keeps a copy of the module, with one"
-                " rank's experts alone; allowed with expert_parallel: callbacks that do not copy"
-                " it; average weights of checkpoints instead"
+                f"the callback {type(callback).__name__} keeps a copy of the module, which would"
+                " hold one rank's experts alone. Leave it out, and average the weights of"
+                " checkpoints instead"
             )

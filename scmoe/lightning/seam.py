@@ -35,10 +35,8 @@ from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.parallel.checkpoint.saving import Checkpoints
 
-BAR, WIDE = (
-    10,
-    120,
-)  # columns of the progress bar, and of a terminal that has room for all metrics on its line
+BAR = 10  # columns of the progress bar
+WIDE = 120  # columns of a terminal that has room for all metrics on the bar's line
 
 
 def is_fitting(trainer: Any) -> bool:
@@ -52,11 +50,8 @@ def without_inference_mode(trainer: Any) -> None:
     In inference mode, which Lightning uses where the backend is not gloo, FSDP cannot gather
     weights.
     """
-    for loop in (
-        trainer.validate_loop,
-        trainer.test_loop,
-        trainer.predict_loop,
-    ):  # that of fit uses no_grad
+    # that of fit uses no_grad
+    for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
         loop.inference_mode = False
 
 
@@ -75,8 +70,11 @@ def accumulated_batches(trainer: Any) -> int:
 
 
 def restart_validation(trainer: Any) -> None:
-    """Reset the progress of the running validation, so that a run resumed from a checkpoint saved
-    now does all of it. A sanity check leaves no trace in a checkpoint."""
+    """Reset the progress of the running validation.
+
+    A run that is resumed from a checkpoint saved now does all of it. A sanity check leaves no trace
+    in a checkpoint.
+    """
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
     if is_fitting(trainer) and (trainer.validating or trainer.sanity_checking):
         progress.reset()
@@ -86,8 +84,10 @@ def restart_validation(trainer: Any) -> None:
 
 
 def forget_started_batch(trainer: Any) -> None:
-    """Do not count the batch that was started but not run before a stop: Lightning places
-    validations by this count."""
+    """Do not count the batch that was started but not run before a stop.
+
+    Lightning places validations by this count.
+    """
     trainer.fit_loop.epoch_loop.batch_progress.total.reset_on_restart()
 
 
@@ -97,14 +97,18 @@ def forget_stopped_validation(trainer: Any) -> None:
 
 
 def count_steps_from(trainer: Any, step: int) -> None:
-    """Let the next row be logged under this step; after a stop between two batches Lightning's
-    count is one ahead."""
+    """Let the next row be logged under this step.
+
+    After a stop between two batches Lightning's count is one ahead.
+    """
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
 def what_is_saved(trainer: Any, weights_only: bool) -> dict[str, Any]:
-    """Return the dictionary that the Trainer gives to a strategy's save_checkpoint. Every hook of a
-    save is called."""
+    """Return the dictionary that the Trainer gives to a strategy's save_checkpoint.
+
+    Every hook of a save is called.
+    """
     saved: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only)
     return saved
 
@@ -127,20 +131,23 @@ def rank_without_trainer() -> int:
 
 
 def set_rank_without_trainer(rank: int) -> None:
-    """Set what `rank_without_trainer` returns, for a process that imported Lightning before its
-    variables were set."""
+    """Set what `rank_without_trainer` returns.
+
+    This is for a process that imported Lightning before its variables were set.
+    """
     rank_zero_only.rank = rank  # type: ignore[attr-defined]
 
 
 def started_ranks(strategy: Any) -> Sequence[subprocess.Popen[bytes]]:
-    """Return the processes of local ranks 1, 2, ... if this process has started them as
-    subprocesses."""
+    """Return the processes of local ranks 1, 2, ..., if this one has started them."""
     return getattr(strategy.launcher, "procs", [])
 
 
 class ChildRanks(_MultiProcessingLauncher):
-    """Starts all ranks as children by spawn or fork. Lightning's own gives the calling process the
-    metrics of rank 0; this one also gives it the counts of the loops, such as trainer.global_step.
+    """Starts all ranks as children by spawn or fork.
+
+    Lightning's own gives the calling process the metrics of rank 0; this one also gives it the
+    counts of the loops, such as trainer.global_step.
     """
 
     def get_extra_results(self, trainer: Any) -> dict[str, Any]:
@@ -155,9 +162,10 @@ class ChildRanks(_MultiProcessingLauncher):
 
 
 def own_launcher(strategy: Any, launcher: Any) -> Any:
-    """Return what starts the ranks in place of Lightning's launcher. Raise RuntimeError in a
-    notebook or an interactive Python where several ranks would be started: their program cannot be
-    run again.
+    """Return what starts the ranks in place of Lightning's launcher.
+
+    Raise RuntimeError in a notebook or an interactive Python where several ranks would be started:
+    their program cannot be run again.
 
     There, Lightning refuses a launcher even for one rank, which needs none: None.
     """
@@ -179,11 +187,10 @@ def own_launcher(strategy: Any, launcher: Any) -> Any:
 
 
 def leave_signals_alone(trainer: Any, numbers: Collection[int]) -> None:
-    """Keep Lightning from setting handlers of these signals; it sets those of other signals as
-    before.
+    """Keep Lightning from setting handlers of these signals.
 
-    At its end it would put back the handlers that it found when training began: the Strategy's,
-    which has ended then.
+    It sets those of other signals as before. At its end it would put back the handlers that it
+    found when training began: the Strategy's, which has ended then.
     """
     connector = trainer._signal_connector
     register = type(connector)._register_signal
@@ -196,8 +203,7 @@ def leave_signals_alone(trainer: Any, numbers: Collection[int]) -> None:
 
 
 def requeue_signal(trainer: Any) -> int | None:
-    """Return the signal by which SLURM asks Lightning to save and to put the job into the queue
-    again, if any."""
+    """Return the signal by which SLURM asks to save and requeue the job, if any."""
     environment = trainer.strategy.cluster_environment
     if not isinstance(environment, SLURMEnvironment) or not environment.auto_requeue:
         return None
@@ -205,9 +211,11 @@ def requeue_signal(trainer: Any) -> int | None:
 
 
 def save_and_requeue(trainer: Any, number: int) -> None:
-    """Do what Lightning does in its handler of that signal. It saves `hpc_ckpt_N.ckpt` in the
-    Trainer's `default_root_dir`, where the next start of the job looks for it, and rank 0 calls
-    scontrol. Every rank must call it at the same step."""
+    """Do what Lightning does in its handler of that signal.
+
+    It saves `hpc_ckpt_N.ckpt` in the Trainer's `default_root_dir`, where the next start of the job
+    looks for it, and rank 0 calls scontrol. Every rank must call it at the same step.
+    """
     trainer._signal_connector._slurm_sigusr_handler_fn(number, None)
 
 
@@ -215,7 +223,8 @@ def make_groups_of_finetuning(trainer: Any, checkpoint: Path) -> None:
     """Give each BaseFinetuning its saved state and let it make the parameter groups of that moment.
 
     Lightning lets it do so in `on_fit_start`, which comes before a checkpoint is read under this
-    Strategy."""
+    Strategy.
+    """
     finetuning = [
         callback for callback in trainer.callbacks if isinstance(callback, BaseFinetuning)
     ]
@@ -230,17 +239,21 @@ def make_groups_of_finetuning(trainer: Any, checkpoint: Path) -> None:
 
 
 def end_restart_of_finetuning(trainer: Any) -> None:
-    """Keep a further fit from making these groups again: Lightning gives the callbacks their state
-    a second time."""
+    """Keep a further fit from making these groups again.
+
+    Lightning gives the callbacks their state a second time.
+    """
     for callback in trainer.callbacks:
         if isinstance(callback, BaseFinetuning):
             callback._restarting = False
 
 
 def await_saves(trainer: Any, checkpoints: Checkpoints) -> Callable[[], None]:
-    """Let ModelCheckpoints know of checkpoints that are not there yet: they give their names to no
-    other checkpoint, and link `last.ckpt` to one only when it is there. Return the function that
-    undoes this."""
+    """Let ModelCheckpoints know of checkpoints that are not there yet.
+
+    They give their names to no other checkpoint, and link `last.ckpt` to one only when it is there.
+    Return the function that undoes this.
+    """
     callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     for callback in callbacks:
         await_saves_of(callback, checkpoints)
@@ -269,8 +282,10 @@ def await_saves_of(callback: Any, checkpoints: Checkpoints) -> None:
 
 
 def is_of_trainer(path: Path, trainer: Any) -> bool:
-    """Return whether a checkpoint is in a folder of this Trainer. Its path may be from a file of
-    another person."""
+    """Return whether a checkpoint is in a folder of this Trainer.
+
+    Its path may be from a file of another person.
+    """
     folders = [
         folder for c in trainer.checkpoint_callbacks if (folder := getattr(c, "dirpath", None))
     ]
@@ -282,8 +297,10 @@ def is_of_trainer(path: Path, trainer: Any) -> bool:
 
 
 def skip_sigterm_broadcast(trainer: Any) -> None:
-    """Remove the blocking broadcast from rank 0 by which Lightning asks for SIGTERM before every
-    batch."""
+    """Remove the broadcast by which Lightning asks rank 0 for SIGTERM before every batch.
+
+    It blocks.
+    """
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
@@ -298,10 +315,9 @@ def register_ddp_hooks(strategy: Any) -> None:
 
 
 def replace_after_closure(plugin: Any, hook: Callable[[Any, Optimizer], None] | None) -> None:
-    """Call hook(module, optimizer) after backward and before the update, in place of the plugin's
-    own function.
+    """Call hook(module, optimizer) after backward and before the update.
 
-    None puts the plugin's own function back.
+    It takes the place of the plugin's own function. None puts that one back.
     """
     vars(plugin).pop("_after_closure", None)
     if hook is not None:
@@ -309,17 +325,19 @@ def replace_after_closure(plugin: Any, hook: Callable[[Any, Optimizer], None] | 
 
 
 def original_after_closure(plugin: Any, module: Any, optimizer: Optimizer) -> None:
-    """Do what a precision plugin itself does between backward and update: call hooks, then let the
-    module clip."""
+    """Do what a precision plugin itself does between backward and update.
+
+    It calls hooks, then lets the module clip.
+    """
     type(plugin)._after_closure(plugin, module, optimizer)
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps the newest checkpoint alone, as `step=N.ckpt`: of every n-th step, of a stop, of the
-    end of training.
+    """Keeps the newest checkpoint alone, as `step=N.ckpt`.
 
-    Lightning's own saves nothing at the end, and leaves the checkpoint from which a run was
-    resumed. With another save_top_k, -1 or 0, it keeps all checkpoints or makes none.
+    It saves every n-th step, at a stop and at the end of training. Lightning's own saves nothing at
+    the end, and leaves the checkpoint from which a run was resumed. With another save_top_k, -1 or
+    0, this one keeps all checkpoints or makes none.
     """
 
     def __init__(self, folder: Path | None, every_n_steps: int) -> None:
@@ -390,8 +408,10 @@ class BestCheckpoints(ModelCheckpoint):
 
 
 class Patience(EarlyStopping):
-    """Lightning's EarlyStopping, but a resumed run has the patience of its configuration, not of
-    its checkpoint."""
+    """EarlyStopping whose patience is that of the configuration.
+
+    Lightning's own takes it from the checkpoint in a resumed run.
+    """
 
     @property
     def state_key(self) -> str:
@@ -402,15 +422,19 @@ class Patience(EarlyStopping):
 
 
 def as_of_base(callback: ModelCheckpoint | EarlyStopping, key: str) -> str:
-    """Return a callback's key with the name of Lightning's class: checkpoints of all versions have
-    its state there."""
+    """Return a callback's key with the name of Lightning's class.
+
+    Checkpoints of all versions have its state there.
+    """
     return key.replace(type(callback).__qualname__, type(callback).__mro__[1].__qualname__, 1)
 
 
 def shown_metrics(trainer: Any) -> dict[str, Any]:
-    """Return the metrics of the progress bar, and train/loss. Reading the loss waits for the
-    device; Lightning would read it after every batch on every rank, so it is not logged with
-    prog_bar."""
+    """Return the metrics of the progress bar, and train/loss.
+
+    Reading the loss waits for the device; Lightning would read it after every batch on every rank,
+    so it is not logged with prog_bar.
+    """
     loss = {name: value for name, value in trainer.logged_metrics.items() if name == "train/loss"}
     return loss | trainer.progress_bar_metrics
 

@@ -1,11 +1,11 @@
-"""`Trainer(strategy="expert_parallel")`: DDP or FSDP2 for dense weights, expert parallelism for
-`Experts` modules.
+"""Implements `Trainer(strategy="expert_parallel")`: expert parallelism for `Experts` modules.
+
+Dense weights are under DDP or FSDP2.
 
 Launchers, ranks, the bucketed and overlapped reduction of dense gradients, no_sync and precision
 plugins are those of Lightning's DDPStrategy. One class with parts, which each hook names in order:
 
-    job           lockstep.py: ranks start and stop together, and a rank that raises ends all of
-                  them
+    job           job.py: ranks start together, and stop at the same step
     wrapped       parallel/update/wrap.py: DDP or FSDP2, the experts' reducer, pacing
     guard         guarded_update.py: one global gradient norm, and no update without a check
     checkpoints   parallel/checkpoint/: can be loaded on any number of ranks
@@ -35,9 +35,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from scmoe.lightning import seam
-from scmoe.lightning.debug import CompareCollectives
 from scmoe.lightning.guarded_update import check_callbacks, check_precision, guard_updates
-from scmoe.lightning.lockstep import Job, SavePostponed, end_job_at_exit, note_absent
+from scmoe.lightning.job import Job, SavePostponed
+from scmoe.lightning.roll_call import end_job_at_exit, note_absent
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import (
     check_can_be_saved,
@@ -58,7 +58,6 @@ from scmoe.parallel.dense import (
     with_dense_mesh,
 )
 from scmoe.parallel.mesh import (
-    EXCHANGES,
     ParallelContext,
     build_context,
     check_experts,
@@ -72,30 +71,29 @@ from scmoe.parallel.torch_seam import hide_from_ddp, set_default_timeout
 from scmoe.parallel.update.wrap import Wrapped, wrap
 
 LONGEST_S = 1e6  # what a timeout may be
-START_TIMEOUT_S = (
-    600.0  # for ranks to meet: they import, read data and build their modules at different speeds
-)
+# for ranks to meet: they import, read data and build their modules at different speeds
+START_TIMEOUT_S = 600.0
 
 
 class ExpertParallelStrategy(DDPStrategy):
-    """Splits experts over groups of `ep_size` ranks; everything else is replicated on all ranks, or
-    split as well.
+    """Splits experts over groups of `ep_size` ranks.
 
-    ep_size: number of ranks that share one set of experts; None: all ranks. timeout_s: seconds that
-    a collective may take before the job ends with an error. Until all ranks have met and built
-        their modules the limit is START_TIMEOUT_S, if that is longer.
+    Everything else is replicated on all ranks, or split as well.
+
+    ep_size: number of ranks that share one set of experts; None: all ranks.
+    timeout_s: seconds that a collective may take before the job ends with an error. Until all ranks
+        have met and built their modules the limit is START_TIMEOUT_S, if that is longer.
     async_checkpoint: training continues while a checkpoint is written; the files are complete some
-    steps later. debug_collectives: ranks compare every collective before they take part in it;
-    slow. full_checkpoint: rank 0 merges the shards of all ranks into one file. reductions: how
-    gradients are sent. ddp: in full buckets; paced (CPUs): in pieces, after rows; None: paced on
-    CPUs. exchange: how rows travel between nodes: flat | hierarchical | auto (mesh.build_context).
+        steps later.
+    reductions: how gradients are sent. "ddp": in full buckets; "paced" (CPUs): in pieces, after
+        rows; None: paced on CPUs.
     dense: "replicated": dense weights on all ranks, under DDP. "sharded": over all ranks, and
-    experts over the ranks
-        that hold the same ones, under FSDP2. "hybrid": over the ranks of a node, with a copy on
-        each node. "auto": the first of replicated, hybrid and sharded that a rank's memory has room
-        for.
+        experts over the ranks that hold the same ones, under FSDP2. "hybrid": over the ranks of a
+        node, with a copy on each node. "auto": the first of replicated, hybrid and sharded that a
+        rank's memory has room for.
     dense_estimates: for auto, bytes that a rank needs each way; None: twice the weights, gradients
-    and AdamW's moments. ddp: further arguments of DDPStrategy.
+        and AdamW's moments.
+    ddp: further arguments of DDPStrategy.
 
     Lightning finds out who starts the ranks: torchrun or SLURM if their environment variables are
     set, else this process. With start_method="popen" (the default) this process is rank 0 and runs
@@ -109,9 +107,8 @@ class ExpertParallelStrategy(DDPStrategy):
     (OnExceptionCheckpoint, ModelCheckpoint(save_on_exception=True)) find every collective skipped.
     """
 
-    restore_checkpoint_after_setup = (
-        True  # shards, optimizers and groups must exist before a checkpoint can be read
-    )
+    # shards, optimizers and groups must exist before a checkpoint can be read
+    restore_checkpoint_after_setup = True
     lightning_restore_optimizer = False  # load_checkpoint does it
 
     def __init__(
@@ -119,10 +116,7 @@ class ExpertParallelStrategy(DDPStrategy):
         ep_size: int | None = None,
         timeout_s: float = 300.0,
         async_checkpoint: bool = False,
-        debug_collectives: bool = False,
-        full_checkpoint: bool = False,
         reductions: str | None = None,
-        exchange: str = "auto",
         dense: str = "replicated",
         dense_estimates: Mapping[str, float] | None = None,
         **ddp: Any,
@@ -134,27 +128,24 @@ class ExpertParallelStrategy(DDPStrategy):
                 f"timeout_s is {timeout_s}, allowed: above 0, at most {LONGEST_S:g} seconds"
             )
         check_dense(dense, ddp if reductions is None else ddp | {"reductions": reductions})
-        if exchange not in EXCHANGES:
-            raise ValueError(f"exchange is {exchange!r}, allowed: {' | '.join(EXCHANGES)}")
         self.timeout = timedelta(seconds=timeout_s)
         self.start_timeout = max(self.timeout, timedelta(seconds=START_TIMEOUT_S))
         super().__init__(**{**ddp, "timeout": self.start_timeout})
-        self.ep_size, self.exchange, self.reductions = ep_size, exchange, reductions
-        self.dense, self.dense_estimates = dense, dense_estimates
-        self.debug_collectives = debug_collectives
-        self.async_checkpoint, self.full_checkpoint = async_checkpoint, full_checkpoint
+        self.ep_size = ep_size
+        self.reductions = reductions
+        self.dense = dense
+        self.dense_estimates = dense_estimates
+        self.async_checkpoint = async_checkpoint
         self.context = ParallelContext()
         self.job = Job()
         self.wrapped: Wrapped
         self.checkpoints: Checkpoints
         self.started_by: Any = None  # Lightning's launcher of ranks, or the one in its place
-        self.parent: int | None = (
-            None  # process id of local rank 0, if that process has started this one
-        )
+        # process id of local rank 0, if that process has started this one
+        self.parent: int | None = None
         self.in_training = False  # from `setup` for fit to the end of training
-        self.at_teardown = (
-            ExitStack()
-        )  # removes what `setup` has hooked into the module, the plugin and torch
+        # removes what `setup` has hooked into the module, the plugin and torch
+        self.at_teardown = ExitStack()
 
     # ------------------------------------------------------------------ the rank and its place
 
@@ -165,7 +156,10 @@ class ExpertParallelStrategy(DDPStrategy):
 
     @property
     def is_launched(self) -> bool:
-        """Whether another rank of this job has started this process, rather than torchrun or SLURM."""
+        """Return whether another rank of this job has started this process.
+
+        Otherwise torchrun or SLURM has.
+        """
         return isinstance(self.cluster_environment, LightningEnvironment) and self.local_rank > 0
 
     @property
@@ -198,20 +192,19 @@ class ExpertParallelStrategy(DDPStrategy):
                 self._say(f"warning: {line}")
         if self.context.mesh is None:
             ep_size = self.world_size if self.ep_size is None else self.ep_size
-            network = self.exchange, self.num_processes, self._say
-            self._use(build_context(ep_size, self.root_device, self.timeout, *network))
+            self._use(build_context(ep_size, self.root_device, self.timeout))
             self._split(self.dense, self.dense_estimates)
-            self.checkpoints = Checkpoints(
-                self.context, self.async_checkpoint, self.full_checkpoint
-            )
+            self.checkpoints = Checkpoints(self.context, self.async_checkpoint)
         self._use(self.context)
 
     def _use(self, context: ParallelContext) -> None:
         self.context = self.job.context = self.module.parallel_context = context
 
     def _split(self, how: str, estimates: Mapping[str, float] | None) -> None:
-        """Set `context.dense_mesh` if dense weights are split. Every rank must call it. how: auto
-        is decided by rank 0, from the estimates, and stays open without them."""
+        """Set `context.dense_mesh` if dense weights are split. Every rank must call it.
+
+        how: auto is decided by rank 0, from the estimates, and stays open without them.
+        """
         if how == "auto" and estimates is not None:
             memory = memory_of_rank(self.root_device, self.num_processes)
             how, why = self.broadcast(pick_dense(estimates, memory))
@@ -246,24 +239,23 @@ class ExpertParallelStrategy(DDPStrategy):
         make_equal(self.module, self.context)
         if self.is_split:
             seam.without_inference_mode(trainer)
-            self.model = Steps(
-                self.module
-            )  # so that hooks of FSDP on the LightningModule itself run around its steps
-        if self.debug_collectives:
-            compare = CompareCollectives(self.timeout)
-            compare.install()
-            self.at_teardown.callback(compare.remove)
+            # so that hooks of FSDP on the LightningModule itself run around its steps
+            self.model = Steps(self.module)
         if seam.is_fitting(trainer):
-            self.job.trained, self.in_training = self.module, True
-            trainer.callbacks.append(
-                postponed := SavePostponed()
-            )  # last, as all state of the step is then complete
-            self.at_teardown.callback(trainer.callbacks.remove, postponed)
-            self.at_teardown.callback(seam.await_saves(trainer, self.checkpoints))
-            self.at_teardown.callback(
-                guard_updates(self.precision_plugin, self.module, self.context).remove
-            )
-            torch.cuda.manual_seed(self._seed_of_rank())
+            self._set_up_fit(trainer)
+
+    def _set_up_fit(self, trainer: Any) -> None:
+        self.job.trained = self.module
+        self.in_training = True
+
+        postponed = SavePostponed()
+        trainer.callbacks.append(postponed)  # last, as all state of the step is then complete
+        self.at_teardown.callback(trainer.callbacks.remove, postponed)
+        self.at_teardown.callback(seam.await_saves(trainer, self.checkpoints))
+
+        guarded = guard_updates(self.precision_plugin, self.module, self.context)
+        self.at_teardown.callback(guarded.remove)
+        torch.cuda.manual_seed(self._seed_of_rank())
 
     def model_to_device(self) -> None:
         if self.dense == "auto" and self.dense_estimates is None and not self.is_split:
@@ -273,8 +265,11 @@ class ExpertParallelStrategy(DDPStrategy):
         check_placements(self.module, self.context)
         # else every rank's experts would be overwritten with rank 0's: by DDP, and by Lightning
         # where it does not fit
-        own = self.module.named_parameters() if self.is_split else expert_parameters(self.module)
-        hide_from_ddp(self.module, [name for name, _ in own])
+        if self.is_split:
+            hidden = [name for name, _ in self.module.named_parameters()]
+        else:
+            hidden = [name for name, _ in expert_parameters(self.module)]
+        hide_from_ddp(self.module, hidden)
         super().model_to_device()
 
     def configure_ddp(self) -> None:
@@ -339,8 +334,11 @@ class ExpertParallelStrategy(DDPStrategy):
         return int(torch.randint(2**62, (), device="cpu")) + self.global_rank
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Inside, ranks draw different numbers, for dropout and gate noise. Outside, they draw
-        equal ones: each rank draws the order of all samples and takes its share of them."""
+        """Run the module's step, in which ranks draw different numbers (dropout, gate noise).
+
+        Outside of it they draw equal ones: each rank draws the order of all samples and takes its
+        share of them.
+        """
         seed = self._seed_of_rank()
         with torch.random.fork_rng(devices=()):
             torch.default_generator.manual_seed(seed)
@@ -371,13 +369,15 @@ class ExpertParallelStrategy(DDPStrategy):
 
     @property
     def is_alone(self) -> bool:
-        """Whether this rank has raised and the other ranks may not know of it."""
+        """Return whether this rank has raised and the other ranks may not know of it."""
         return self.context.world_size > 1 and seam.was_interrupted(self.module.trainer)
 
     @property
     def is_global_zero(self) -> bool:
-        """False on every rank that is alone: it must not remove or link checkpoints, because the
-        save was skipped."""
+        """Return False on every rank that is alone.
+
+        It must not remove or link checkpoints, because the save was skipped.
+        """
         return super().is_global_zero and not self.is_alone
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
@@ -393,9 +393,8 @@ class ExpertParallelStrategy(DDPStrategy):
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         if self.context.world_size > 1:
-            end_job_at_exit(
-                seam.started_ranks(self), note_absent(exception, self.context), self.parent
-            )
+            absent = note_absent(exception, self.context)
+            end_job_at_exit(seam.started_ranks(self), absent, self.parent)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -407,8 +406,11 @@ class ExpertParallelStrategy(DDPStrategy):
                 "storage_options is not supported: a checkpoint is a local directory; leave it out"
             )
         if self.is_alone:
-            why = "saving takes all ranks, and this rank does not know where the others are"
-            warnings.warn(f"no checkpoint is saved after an exception: {why}", stacklevel=1)
+            warnings.warn(
+                "no checkpoint is saved after an exception: saving takes all ranks, and this rank"
+                " does not know where the others are",
+                stacklevel=1,
+            )
             return
         path = Path(self.broadcast(filepath))
         if seam.accumulated_batches(self.module.trainer) and self.takes_steps:
@@ -427,7 +429,7 @@ class ExpertParallelStrategy(DDPStrategy):
 
     @property
     def takes_steps(self) -> bool:
-        """Whether a training goes on, so that a save may be completed later."""
+        """Return whether a training goes on, so that a save may be completed later."""
         return self.in_training and not seam.was_interrupted(self.module.trainer)
 
     def remove_checkpoint(self, filepath: Any) -> None:
@@ -442,7 +444,7 @@ class ExpertParallelStrategy(DDPStrategy):
             )
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """RuntimeError: this process is no rank."""
+        """Return the module's weights and buffers. Raise RuntimeError where this is no rank."""
         if self.context.mesh is None:
             raise RuntimeError(
                 "no checkpoint can be saved here: the ranks, which hold the experts, do not exist"
@@ -457,8 +459,10 @@ class ExpertParallelStrategy(DDPStrategy):
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read weights and optimizer state in place and return the rest. Nothing in the files can
-        execute code."""
+        """Read weights and optimizer state in place and return the rest.
+
+        Nothing in the files can execute code.
+        """
         if not seam.is_fitting(self.module.trainer):
             self.job.trained = None
         optimizers = self.optimizers if seam.is_fitting(self.module.trainer) else []

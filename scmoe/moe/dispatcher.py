@@ -21,11 +21,10 @@ class Traffic(NamedTuple):
 
     sent: Sequence[int]  # to each rank
     received: Sequence[int]  # from each rank
-    by_rank: Tensor  # [sender, receiver], on the host
 
     def back(self) -> "Traffic":
         """Return the traffic of the same rows on their way back."""
-        return Traffic(self.received, self.sent, self.by_rank.T)
+        return Traffic(self.received, self.sent)
 
 
 @dataclass(frozen=True)

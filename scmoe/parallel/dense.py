@@ -65,8 +65,9 @@ def check_dense(dense: str, ddp: Mapping[str, Any]) -> None:
 def with_dense_mesh(
     context: ParallelContext, how: str, node_size: int, device: torch.device, timeout: timedelta
 ) -> ParallelContext:
-    """Return the context with the meshes of `sharded` or `hybrid`. Every rank of the default group
-    must call it.
+    """Return the context with the meshes of `sharded` or `hybrid`.
+
+    Every rank of the default group must call it.
 
     node_size: ranks of one node, with consecutive numbers. ValueError: `hybrid` where a node has
     one rank or all.
@@ -75,10 +76,9 @@ def with_dense_mesh(
     axes = {"shards": ranks.view(1, -1)}
     if how == "hybrid":
         if not 1 < node_size < context.world_size or context.world_size % node_size:
-            given = f"{context.world_size} ranks, {node_size} a node"
             raise ValueError(
-                f"dense is hybrid with {given}, allowed: 2 or more nodes of 2 or more ranks; use"
-                " sharded"
+                f"dense is hybrid with {context.world_size} ranks, {node_size} a node, but it needs"
+                " 2 or more nodes of 2 or more ranks. Use sharded"
             )
         ranks = ranks.view(-1, node_size)
         axes = {"copies": ranks.T, "shards": ranks}
@@ -90,9 +90,8 @@ def with_dense_mesh(
         return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=tuple(axes))
 
     context = replace(context, dense_mesh=mesh("dense"), exact_mesh=mesh("exact"))
-    if (
-        device.type == "cpu"
-    ):  # sums begin on a thread (update/wrap.py), and FSDP gathers experts over mesh["edp"]
+    # sums begin on a thread (update/wrap.py), and FSDP gathers experts over mesh["edp"]
+    if device.type == "cpu":
         assert context.mesh is not None
         context = replace(
             context, edp_group=group_by_rows(context.mesh.mesh.T, "expert gradients", timeout)
@@ -118,12 +117,9 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
     experts = dict(expert_parameters(module))
     for name, p in experts.items():
         if p.shape[1] % context.edp_size:
-            allowed = (
-                f"a multiple of the {context.edp_size} ranks that hold these experts; raise ep_size"
-            )
             raise ValueError(
-                f"{name} is {tuple(p.shape)}, allowed for dim 1 where dense weights are split:"
-                f" {allowed}"
+                f"{name} is {tuple(p.shape)}, allowed for dim 1 where dense weights are split: a"
+                f" multiple of the {context.edp_size} ranks that hold these experts; raise ep_size"
             )
     mixed = precision == "bf16-mixed"
     places = dict.fromkeys(experts.values(), split_over(context.mesh["edp"], 1))
@@ -138,7 +134,8 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
         reduce_dtype=torch.float32 if precision.startswith("bf16") else None,
         cast_forward_inputs=False,
     )
-    blocks, whole = units(module), [module]
+    blocks = units(module)
+    whole = [module]
     for unit in [*blocks, whole]:
         backward_begins_here = unit is whole or unit is blocks[-1]
         fully_shard(
@@ -157,11 +154,10 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
 
 
 def prefetch(module: nn.Module, wanted: bool = True) -> None:
-    """Let a unit's weights be gathered while the unit before it computes, in forward and in
-    backward.
+    """Let a unit's weights be gathered while the unit before it computes.
 
-    On CPUs alone, where FSDP would wait for each gather. On GPUs it gathers on a stream, ahead of
-    the computation.
+    This holds in forward and in backward, on CPUs alone, where FSDP would wait for each gather. On
+    GPUs it gathers on a stream, ahead of the computation.
     """
     mesh = next(p.device_mesh for p in module.parameters() if isinstance(p, DTensor))
     if mesh.device_type == "cpu":
@@ -174,23 +170,26 @@ def prefetch(module: nn.Module, wanted: bool = True) -> None:
 
 
 def check_placements(module: nn.Module, context: ParallelContext) -> None:
-    """Raise ValueError for a module that an earlier fit has split in another way: its optimizers
-    would fail."""
+    """Raise ValueError for a module that an earlier fit has split in another way.
+
+    Its optimizers would fail.
+    """
     wanted = None if context.dense_mesh is None else context.dense_mesh.ndim
     first = next(iter(module.parameters()), None)
-    found = first.device_mesh.ndim if isinstance(first, DTensor) else None
-    if first is not None and found != wanted:
+    axes = first.device_mesh.ndim if isinstance(first, DTensor) else None
+    if first is not None and axes != wanted:
         names = {None: "replicated", 1: "sharded", 2: "hybrid"}
         raise ValueError(
             f"dense is {names[wanted]}, but an earlier run has made this module's weights"
-            f" {names[found]}; allowed: dense={names[found]}, or a new module that loads the"
-            " checkpoint"
+            f" {names[axes]}. Use dense={names[axes]}, or a new module that loads the checkpoint"
         )
 
 
 def reshard(module: nn.Module) -> None:
-    """Let every parameter be this rank's part again. After a forward without backward the outermost
-    unit is whole."""
+    """Let every parameter be this rank's part again.
+
+    After a forward without backward the outermost unit is whole.
+    """
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
             unit.reshard()
@@ -203,10 +202,11 @@ def local(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def make_equal(module: nn.Module, context: ParallelContext) -> None:
-    """Broadcast each part of a weight from the first rank that holds it to the others, and split
-    modules' buffers from rank 0, as DDP does for whole modules.
+    """Broadcast each part of a weight from the first rank that holds it to the others.
 
-    They differ if the ranks' generators differed when the module was built."""
+    Buffers of split modules are rank 0's, as DDP does for whole modules. Weights differ if the
+    ranks' generators differed when the module was built.
+    """
     groups = {p: context.edp_group for _, p in expert_parameters(module) if context.edp_size > 1}
     groups |= dict.fromkeys(
         whole_parameters(module), dist.group.WORLD if context.world_size > 1 else None
@@ -241,8 +241,10 @@ def put(target: Tensor, value: Tensor) -> None:
 
 
 def materialise(module: nn.Module, device: torch.device) -> None:
-    """Give parameters on the meta device memory on `device`, of which nothing is set. Tied ones
-    stay tied."""
+    """Give parameters on the meta device memory on `device`, of which nothing is set.
+
+    Tied ones stay tied.
+    """
     made: dict[Any, nn.Parameter] = {}
     for owner in module.modules():
         for name, p in list(owner.named_parameters(recurse=False)):
@@ -268,8 +270,10 @@ class Steps(nn.Module):
 
 
 def pick_dense(estimates: Mapping[str, float], memory: float) -> tuple[str, str]:
-    """Return the first way whose estimated bytes of a rank have room, else the last one, and why,
-    in a line."""
+    """Return the first way that has room for its estimated bytes of a rank, else the last one.
+
+    Also return why, in a line.
+    """
     how = next(
         (way for way, needed in estimates.items() if needed <= ROOM * memory), list(estimates)[-1]
     )
@@ -278,9 +282,10 @@ def pick_dense(estimates: Mapping[str, float], memory: float) -> tuple[str, str]
 
 
 def ways(module: nn.Module, world_size: int, edp_size: int, node_size: int) -> list[str]:
-    """Return the ways of keeping dense weights, the least communication first. There is no `hybrid`
-    where a node has one rank or all, and only `replicated` where an expert's width is no multiple
-    of the edp_size ranks that hold it.
+    """Return the ways of keeping dense weights, the least communication first.
+
+    There is no `hybrid` where a node has one rank or all, and only `replicated` where an expert's
+    width is no multiple of the edp_size ranks that hold it.
     """
     if any(p.shape[1] % edp_size for _, p in expert_parameters(module)):  # as `shard` requires
         return ["replicated"]
@@ -292,8 +297,11 @@ def ways(module: nn.Module, world_size: int, edp_size: int, node_size: int) -> l
 
 
 def estimates_of(module: nn.Module, context: ParallelContext, node_size: int) -> dict[str, float]:
-    """Return for each way twice the bytes of weights, gradients and AdamW's moments; the factor 2
-    leaves room for activations, whose size is not known here. module: with this rank's experts."""
+    """Return for each way twice the bytes of weights, gradients and AdamW's moments.
+
+    The factor 2 leaves room for activations, whose size is not known here. module: with this rank's
+    experts.
+    """
     experts = sum(p.nbytes for _, p in expert_parameters(module))
     dense = sum(p.nbytes for p in module.parameters()) - experts
     weights = {
@@ -308,8 +316,11 @@ def estimates_of(module: nn.Module, context: ParallelContext, node_size: int) ->
 
 
 def memory_of_rank(device: torch.device, node_size: int) -> float:
-    """Return bytes: of the GPU, or a rank's share of this machine's memory, or of what its
-    container may use."""
+    """Return the bytes of memory that a rank may use.
+
+    They are the GPU's, or a rank's share of this machine's memory, or of what its container may
+    use.
+    """
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory)
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -324,8 +335,10 @@ def memory_limit() -> float:
 
 
 def memory_in_use() -> float:
-    """Return the bytes that the container uses, without pages of files that are not in use: they
-    are given back."""
+    """Return the bytes that the container uses.
+
+    Pages of files that are not in use are left out: they are given back.
+    """
     if not (CONTAINER / "memory.current").exists():
         return 0.0
     stat = dict(

@@ -21,15 +21,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher, Narrowed
+from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
-from scmoe.moe.stream import MoEStream
 from scmoe.parallel.torch_seam import urgent
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Carried, Exchange, Link, all_to_all
 from scmoe.parallel.wire.even_rows import EvenRows
-from scmoe.parallel.wire.hierarchical import FastestExchange, hierarchical
 
-EXCHANGES = ("auto", "flat", "hierarchical")
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads when a group is made
 
 
@@ -41,13 +38,13 @@ class ParallelContext:
     expert gradients, `gradient_group` (on CPUs) dense gradients that are paced, `checkpoint_group`
     (gloo) checkpoints, `control_group` (gloo) what ranks ask each other; the default group carries
     dense gradients that are not paced, losses and metrics. `link` knows the All-to-All in flight.
-    `even` checks numbers of rows that are not announced. `exchange`: how rows travel; None: flat,
-    by one All-to-All over `ep_group`. `dense_mesh`: the ranks over which dense weights are split
-    (dense.py); None: each rank holds them whole. `exact_mesh`: the same ranks, for the weights that
-    are gathered in float32.
+    `even` checks numbers of rows that are not announced. `dense_mesh`: the ranks over which dense
+    weights are split (dense.py); None: each rank holds them whole. `exact_mesh`: the same ranks,
+    for the weights that are gathered in float32.
 
     A deep copy of a module shares its context. A pickle holds the place alone, without groups and
-    meshes."""
+    meshes.
+    """
 
     rank: int = 0
     world_size: int = 1
@@ -61,7 +58,6 @@ class ParallelContext:
     control_group: Any = None
     link: Link = field(default_factory=Link)
     even: EvenRows = field(default_factory=EvenRows)
-    exchange: Exchange | None = None
     dense_mesh: DeviceMesh | None = None
     exact_mesh: DeviceMesh | None = None
 
@@ -72,7 +68,10 @@ class ParallelContext:
         return self
 
     def __reduce__(self) -> Any:
-        """Where each rank has all experts, a process that reads the pickle needs no other one."""
+        """Return how to make the context again, without groups.
+
+        Where each rank has all experts, a process that reads the pickle needs no other one.
+        """
         return ParallelContext, (
             () if self.ep_size == 1 else (self.rank, self.world_size, self.ep_size)
         )
@@ -97,9 +96,11 @@ class ParallelContext:
     def dispatcher(
         self, num_experts: int, ceiling: float | None = None, buffered: bool = False
     ) -> Dispatcher:
-        """Return the dispatcher of one MoE module: All-to-All over the EP group, or local if EP is
-        1, where a rank receives exactly its fair share and needs no ceiling. buffered: for rows in
-        buffers."""
+        """Return the dispatcher of one MoE module.
+
+        It is All-to-All over the EP group, or local if EP is 1, where a rank receives exactly its
+        fair share and needs no ceiling. buffered: for rows in buffers.
+        """
         if self.ep_size == 1:
             return LocalDispatcher()
         return AllToAllDispatcher(
@@ -113,8 +114,8 @@ class ParallelContext:
         )
 
     def carried(self) -> Exchange:
-        """Return the exchange of rows. If gradients are paced, `link` keeps track of its transfers."""
-        exchange = self.exchange or all_to_all(self.ep_group)
+        """Return the exchange of rows. Where gradients are paced, `link` knows its transfers."""
+        exchange = all_to_all(self.ep_group)
         return exchange if self.gradient_group is None else Carried(exchange, self.link)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
@@ -134,8 +135,10 @@ class ParallelContext:
         return int(true) == self.world_size
 
     def gather_on_rank_zero(self, value: Any) -> list[Any] | None:
-        """Return on rank 0 the values of all ranks in order, None on others. Every rank must call
-        it."""
+        """Return on rank 0 the values of all ranks in order, None on others.
+
+        Every rank must call it.
+        """
         if self.world_size == 1:
             return [value]
         values: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
@@ -144,11 +147,13 @@ class ParallelContext:
 
     @contextmanager
     def same_error_on_all_ranks(self, group: Any = None) -> Iterator[None]:
-        """Raise on every rank what the first of them raises inside, so that no rank waits for one
-        that has given up. A rank that is stuck inside ends the others after the timeout. There must
-        be no collective inside.
+        """Raise on every rank what the first of them raises inside.
 
-        group: in which ranks ask each other; None: `checkpoint_group`."""
+        So no rank waits for one that has given up. A rank that is stuck inside ends the others
+        after the timeout. There must be no collective inside.
+
+        group: in which ranks ask each other; None: `checkpoint_group`.
+        """
         failure: Exception | None = None
         try:
             yield
@@ -157,8 +162,7 @@ class ParallelContext:
         self._raise_first(failure, group or self.checkpoint_group)
 
     def together(self, work: Callable[[], Any]) -> None:
-        """Do long work on every rank, each its own, and raise on every rank what the first of them
-        raises.
+        """Do long work on every rank, each its own, and raise everywhere what the first one raises.
 
         Ranks ask each other every second who still works, so the work may take longer than a
         collective's timeout.
@@ -181,12 +185,11 @@ class ParallelContext:
         self._raise_first(failures[0] if failures else None, self.checkpoint_group)
 
     def _raise_first(self, failure: Exception | None, group: Any) -> None:
-        """Raise on every rank the failure of the first rank that has one. Every rank must call it."""
+        """Raise the first rank's failure on every rank. Every rank must call it."""
         sent: Exception | None = failure
         if failure is not None and not isinstance(failure, (OSError, ValueError, TypeError)):
-            sent = RuntimeError(
-                f"{type(failure).__name__}: {failure}"
-            )  # a type of a user may not survive the way
+            # a type of a user may not survive the way
+            sent = RuntimeError(f"{type(failure).__name__}: {failure}")
         failures: list[Any] = [None] * self.world_size
         dist.all_gather_object(failures, sent, group=group)
         if failure is not None:
@@ -196,93 +199,69 @@ class ParallelContext:
                 raise first
 
 
-def build_context(
-    ep_size: int,
-    device: torch.device,
-    timeout: timedelta,
-    exchange: str = "flat",
-    ranks_per_node: int | None = None,
-    say: Callable[[str], None] = print,
-) -> ParallelContext:
-    """Make all groups; every rank of the default group must call it. ValueError: ep_size does not
-    divide the ranks, or they cannot exchange rows in this way.
+def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> ParallelContext:
+    """Make all groups and return this rank's place. Every rank of the default group must call it.
 
-    exchange: flat | hierarchical | auto. ranks_per_node: ranks are numbered node by node; None: all
-    are on one node. say: is given the line with auto's choice, on every rank. Each group is made
-    with the timeout, which it does not inherit from the default group. `init_device_mesh` would use
-    the default group itself for a dimension that spans all ranks.
+    Each group is made with the timeout, which it does not inherit from the default group.
+    `init_device_mesh` would use the default group itself for a dimension that spans all ranks.
+    Raises ValueError if ep_size does not divide the number of ranks.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % ep_size:
         raise ValueError(
             f"ep_size is {ep_size}, allowed: divisors of the number of ranks ({world_size})"
         )
-    places = ranks_per_node or world_size
-    two_levels = exchange != "flat" and crosses_nodes(ep_size, places)
-    if exchange == "hierarchical" and not two_levels:
-        raise ValueError(
-            f"exchange is hierarchical with ep_size {ep_size} and {places} of {world_size} ranks on"
-            " a node, allowed: several whole nodes in each group of ep_size ranks, and 2 or more"
-            " ranks on a node; or flat, or auto"
-        )
     grid = torch.arange(world_size).view(-1, ep_size)
 
-    def urgent_by_rows(
-        ranks: Tensor, name: str
-    ) -> Any:  # its kernels are short, and other ranks or the host wait
+    # its kernels are short, and other ranks or the host wait
+    def urgent_by_rows(ranks: Tensor, name: str) -> Any:
         if device.type != "cuda":
             return group_by_rows(ranks, name, timeout)
         return group_by_rows(ranks, name, timeout, pg_options=urgent(timeout))
 
-    ep_group, counts_group = urgent_by_rows(grid, "ep"), urgent_by_rows(grid, "counts")
+    ep_group = urgent_by_rows(grid, "ep")
+    counts_group = urgent_by_rows(grid, "counts")
     edp_group = group_by_rows(grid.T, "edp", timeout)
     gradient_group = (
         dist.new_group(timeout=timeout, group_desc="gradients") if device.type == "cpu" else None
     )
-    levels: tuple[Any, ...] = ()
-    if two_levels:
-        nodes = grid.view(-1, ep_size // places, places)  # of each EP group
-        levels = (
-            urgent_by_rows(nodes.flatten(0, 1), "within"),
-            urgent_by_rows(nodes.mT.flatten(0, 1), "between"),
-        )
     checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
     control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
     mesh = DeviceMesh.from_group(
         [edp_group, ep_group], device.type, mesh=grid, mesh_dim_names=("edp", "ep")
     )
     if device.type == "cuda":
-        start_communicators((None, ep_group, counts_group, edp_group, *levels), device)
-    groups = ep_group, counts_group, edp_group, gradient_group, checkpoint_group, control_group
-    rows = hierarchical(*levels) if levels else None
-    if rows and exchange == "auto":
-        rows = FastestExchange(
-            {"flat": all_to_all(ep_group), "hierarchical": rows}, control_group, say
-        )
-    return ParallelContext(rank, world_size, ep_size, mesh, *groups, exchange=rows)
+        start_communicators((None, ep_group, counts_group, edp_group), device)
+    return ParallelContext(
+        rank=rank,
+        world_size=world_size,
+        ep_size=ep_size,
+        mesh=mesh,
+        ep_group=ep_group,
+        counts_group=counts_group,
+        edp_group=edp_group,
+        gradient_group=gradient_group,
+        checkpoint_group=checkpoint_group,
+        control_group=control_group,
+    )
 
 
 def group_by_rows(ranks: Tensor, name: str, timeout: timedelta, **options: Any) -> Any:
-    """Make a group of each row of a matrix of ranks and return this rank's. Every rank must call
-    it."""
+    """Make a group of each row of a matrix of ranks and return this rank's.
+
+    Every rank must call it.
+    """
     return dist.new_subgroups_by_enumeration(
         ranks.tolist(), timeout=timeout, group_desc=name, **options
     )[0]
 
 
-def crosses_nodes(ep_size: int, ranks_per_node: int) -> bool:
-    """Return whether each EP group has all ranks of several nodes, and these are nodes of several
-    ranks."""
-    return ep_size > ranks_per_node > 1 and ep_size % ranks_per_node == 0
-
-
 def start_communicators(groups: Sequence[Any], device: torch.device) -> None:
-    """Let NCCL make the communicators of these groups (None: the default one) now, in this order on
-    every rank.
+    """Let NCCL make the communicators of these groups now, in one order on every rank.
 
     Otherwise each would be made at the first collective of its group, perhaps in a different order
     on each rank while a transfer runs, and a missing rank would be noticed late. The wait at the
-    end makes the timeout apply to all of them.
+    end makes the timeout apply to all of them. groups: None is the default one.
     """
     for group in groups:
         dist.all_reduce(torch.zeros(1, device=device), group=group)
@@ -290,62 +269,51 @@ def start_communicators(groups: Sequence[Any], device: torch.device) -> None:
 
 
 def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield names (from `module`) and tensors of all expert shards. The module's class marks them:
-    unlike an attribute on a tensor, it survives deepcopy, to_empty and compile."""
+    """Yield names (from `module`) and tensors of all expert shards.
+
+    The module's class marks them: unlike an attribute on a tensor, it survives deepcopy, to_empty
+    and compile.
+    """
     for prefix, child in module.named_modules():
         if isinstance(child, Experts):
             yield from child.named_parameters(prefix, recurse=False)
 
 
 def check_experts(module: nn.Module, context: ParallelContext) -> None:
-    """Raise ValueError for experts that do not belong to this rank, and for rows that do not travel
-    as configured.
+    """Raise ValueError for experts that do not belong to this rank.
 
     A model that is built before the ranks exist has all experts. Each rank would train all of them,
     and they would differ from rank to rank without any error.
     """
     for name, child in module.named_modules():
-        if isinstance(child, Experts) and child.expert_ids != (
-            own := context.local_experts(child.num_experts)
-        ):
-            held = child.expert_ids
+        if not isinstance(child, Experts):
+            continue
+        held = child.expert_ids
+        wanted = context.local_experts(child.num_experts)
+        if held != wanted:
             raise ValueError(
                 f"{name or type(child).__name__} holds experts {held.start} to {held.stop - 1} on"
-                f" rank {context.rank}, allowed: {own.start} to {own.stop - 1} of"
+                f" rank {context.rank}, allowed: {wanted.start} to {wanted.stop - 1} of"
                 f" {child.num_experts}; build the model in configure_model or setup, from"
                 " self.parallel_context, which __init__ does not have yet"
             )
-    for name, child in module.named_modules():
-        if (
-            isinstance(child, MoEStream)
-            and context.exchange
-            and not isinstance(context.exchange, FastestExchange)
-        ):
-            dispatcher: Any = child.dispatcher
-            while isinstance(dispatcher, Blocking | Narrowed):
-                dispatcher = dispatcher.inner
-            if dispatcher.exchange != context.carried():
-                raise ValueError(
-                    f"{name or type(child).__name__} was built with a process group, or for another"
-                    " Trainer, so its rows would not travel in two hops, allowed with"
-                    " exchange=hierarchical: a new module, built with group=self.parallel_context;"
-                    " or exchange=flat"
-                )
 
 
 def order_launches_of_nccl() -> None:
-    """Let NCCL start the kernels of all groups in the order of their launch, which is equal on all
-    ranks, unless the user has chosen (docs/decisions/0038-nodes.md). Call it before the first group
-    is made."""
+    """Let NCCL start the kernels of all groups in the order of their launch.
+
+    That order is equal on all ranks (docs/decisions/0038-launch-order.md). A value that the user
+    has set stays. Call it before the first group is made.
+    """
     if torch.version.cuda:  # not on ROCm, where crashes with it are known
         os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
 
 
 def what_prevents_overlap() -> list[str]:
-    """Return a line for each environment variable of this process with which a GPU hides less
-    communication, or none.
+    """Return a line for each environment variable with which a GPU hides less communication.
 
-    The number of connections is read when CUDA starts, so it must be set before the command."""
+    The number of connections is read when CUDA starts, so it must be set before the command.
+    """
     lines = []
     connections = os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "8")  # CUDA's own default
     if connections.isdecimal() and int(connections) < 8:
@@ -364,9 +332,11 @@ def what_prevents_overlap() -> list[str]:
 
 
 def use_loopback_for_gloo() -> bool:
-    """Let gloo use the loopback interface on one machine, unless the user has named another: by
-    default it uses the host name's address, which many laptops and containers cannot reach. Return
-    whether GLOO_INTERFACE was set."""
+    """Let gloo use the loopback interface on one machine, unless the user has named another.
+
+    By default it uses the host name's address, which many laptops and containers cannot reach.
+    Return whether GLOO_INTERFACE was set.
+    """
     if GLOO_INTERFACE in os.environ or "lo" not in (name for _, name in socket.if_nameindex()):
         return False
     os.environ[GLOO_INTERFACE] = "lo"

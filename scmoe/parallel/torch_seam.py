@@ -23,41 +23,46 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def hide_from_ddp(module: nn.Module, names: Iterable[str]) -> None:
-    """Make DDP ignore these parameters (names from `module`), beside those that it ignores already."""
+    """Make DDP ignore these parameters too. names: from `module`."""
     ignored = {*getattr(module, "_ddp_params_and_buffers_to_ignore", []), *names}
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, sorted(ignored))
 
 
 def split_over(mesh: DeviceMesh, dim: int) -> ShardPlacementResult:
-    """Return the placement with which FSDP splits a parameter on `dim` over the last axis of a
-    mesh; over the first of two axes it keeps copies. Call it once for a mesh: FSDP refuses two
-    placements for one process group.
+    """Return the placement with which FSDP splits a parameter on `dim` over a mesh's last axis.
+
+    Over the first of two axes it keeps copies. Call it once for a mesh: FSDP refuses two placements
+    for one process group.
     """
     kind = FSDPMeshInfo(mesh, shard_mesh_dim=0) if mesh.ndim == 1 else HSDPMeshInfo(mesh, 1, 0)
     return ShardPlacementResult(Shard(dim), kind)
 
 
-def gather_as_kept(unit: FSDPModule, place: ShardPlacementResult) -> None:
-    """Let a unit's parameters that `place` has split be gathered in their own dtype, whatever the
-    unit's policy says. Call it before the first forward."""
+def gather_as_kept(unit: FSDPModule, placement: ShardPlacementResult) -> None:
+    """Gather the parameters placed by `placement` in their own dtype.
+
+    The unit's mixed-precision policy is ignored for them. Call it before the first forward.
+    """
     policy = MixedPrecisionPolicy(cast_forward_inputs=False)
     groups: list[Any] = unit._get_fsdp_state()._fsdp_param_groups
     for group in groups:
-        if group.mesh_info is place.mesh_info:
+        if group.mesh_info is placement.mesh_info:
             group.mp_policy = policy
             for parameter in group.fsdp_params:  # from torch 2.15 on each has its own
                 parameter.mp_policy = policy
 
 
 def gather_in_background(module: FSDPModule, wanted: bool) -> None:
-    """Let all units in `module` begin a gather and wait for it where its weights are used, not at
-    once."""
+    """Let all units in `module` begin a gather, and wait for it where its weights are used."""
     module._set_unshard_async_op(wanted)
 
 
 def scatter_by(unit: FSDPModule, scatter: Any) -> Callable[[], None]:
-    """Let `scatter` sum and split a unit's gradients, until the function that this returns is
-    called. FSDP's own setter refuses units of several process groups."""
+    """Let `scatter` sum and split a unit's gradients.
+
+    It does so until the function that this returns is called. FSDP's own setter refuses units of
+    several process groups.
+    """
     groups = unit._get_fsdp_state()._fsdp_param_groups
     own = [group._reduce_scatter_comm for group in groups]
 
@@ -71,8 +76,7 @@ def scatter_by(unit: FSDPModule, scatter: Any) -> Callable[[], None]:
 
 
 def has_gradient_hooks(parameter: nn.Parameter) -> bool:
-    """Return whether hooks run when the parameter's gradient is added up (post-accumulate-grad
-    hooks)."""
+    """Return whether the parameter has post-accumulate-grad hooks."""
     return bool(parameter._post_accumulate_grad_hooks)
 
 
@@ -82,22 +86,28 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def allow_graphs(number: int) -> None:
-    """Let torch.compile keep as many graphs of one function; with more than 8, it would leave the
-    others uncompiled."""
+    """Let torch.compile keep as many graphs of one function.
+
+    With more than 8, it would leave the others uncompiled.
+    """
     import torch._dynamo  # here, as it takes a second
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, number)
 
 
 def call_after_backward(callback: Callable[[], None]) -> None:
-    """Call back when the backward pass that runs now is complete. Only a hook of that pass may ask
-    for it."""
+    """Call back when the backward pass that runs now is complete.
+
+    Only a hook of that pass may ask for it.
+    """
     Variable._execution_engine.queue_callback(callback)
 
 
 def set_default_timeout(timeout: timedelta) -> None:
-    """Let no later collective of the default process group wait longer. Single receives over gloo
-    keep their limit."""
+    """Let no later collective of the default process group wait longer.
+
+    Single receives over gloo keep their limit.
+    """
     public = getattr(
         dist, "set_timeout", None
     )  # new in torch 2.15, where the private name warns at each call
@@ -106,8 +116,10 @@ def set_default_timeout(timeout: timedelta) -> None:
 
 
 def urgent(timeout: timedelta) -> Any:
-    """Return options of a group of NCCL whose kernels go before those of other groups. Torch warns
-    of a group whose options have another timeout than the group."""
+    """Return options of a group of NCCL whose kernels go before those of other groups.
+
+    Torch warns of a group whose options have another timeout than the group.
+    """
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
     options._timeout = timeout
     return options

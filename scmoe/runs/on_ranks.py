@@ -34,8 +34,8 @@ from scmoe.training.run.train import silence_lightning
 # The defaults: one process, and one thread, because a product of one row differs in its last bits
 # with the number of threads.
 ALONE = (
-    *("trainer.devices=1", "trainer.num_nodes=1", "trainer.threads=1", "strategy.ep_size=null"),
-    *("strategy.dense=replicated", "strategy.exchange=auto", "strategy.wire_dtype=null"),
+    *("trainer.devices=1", "trainer.num_nodes=1", "trainer.threads=1"),
+    *("strategy.ep_size=null", "strategy.dense=replicated", *REFUSED_SINCE),
 )
 # Turned off: what only helps training, and what would make results depend on the number of ranks.
 WITHOUT = (

@@ -249,10 +249,23 @@ class MoEModule(LightningModule):
         # A stop between a step's batches may have left some; the step begins again.
         self.step_sums_LE2 = None
 
-    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
-        self.clip_gradients(optimizer, self.gradient_clip)
-        norm = guard_updates(self.trainer.precision_plugin, self, self.parallel_context).norm
-        assert norm is not None
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the module's limit, or by the Trainer's, which Lightning gives here."""
+        limit = gradient_clip_val if self.gradient_clip is None else self.gradient_clip
+        if gradient_clip_val not in (None, limit):
+            raise ValueError(
+                f"gradient_clip is {limit}, but gradient_clip_val of the Trainer is"
+                f" {gradient_clip_val}. Set only one of them"
+            )
+        plugin: Any = self.trainer.precision_plugin  # with the functions of a GuardedUpdate
+        norm: Tensor = plugin.clip_gradients(
+            optimizer, limit or 0.0, gradient_clip_algorithm or "norm"
+        )
         self.log("train/grad_norm", norm)
         if self.refuse_overflow and self.step_sums_LE2 is not None:
             check_overflow(self.step_sums_LE2)

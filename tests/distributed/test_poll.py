@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from experiments.engine.ranks import run_ranks
-from scmoe.lightning.lockstep import Poll
+from scmoe.lightning.job import Poll
 
 pytestmark = pytest.mark.dist
 

@@ -2,8 +2,6 @@
 generation.
 
 Every function takes the accelerator, so that it can be tried with `cpu` on a machine without GPUs.
-Two hops over nodes of several ranks need four GPUs; here each hop runs between the two ranks while
-the other one is within a rank.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from experiments.engine.ranks import run_ranks
@@ -28,8 +25,8 @@ pytestmark = [
 TOLERANCE = 1e-10  # in float64; unlike on a CPU, sums of a GPU have no fixed order
 MODEL = "position=pos2 top_k=2"
 CASES = {
-    "flat": "strategy.ep_size=2 strategy.exchange=flat",
-    "flat, three chunks": "strategy.ep_size=2 schedule.chunks=3",
+    "EP 2": "strategy.ep_size=2",
+    "EP 2, three chunks": "strategy.ep_size=2 schedule.chunks=3",
     "two copies of the experts": "strategy.ep_size=1",
     "sharded, EP 2": "strategy.ep_size=2 strategy.dense=sharded",
     "sharded, EP 1": "strategy.ep_size=1 strategy.dense=sharded",
@@ -60,50 +57,6 @@ def test_trainings_equal_those_of_one_rank(accelerator: str = "gpu"):
     two = trained(2, accelerator, CASES)
     for name in CASES:
         assert_same([records[name] for records in two], assemble([one["one"]]), TOLERANCE)
-
-
-BY_RANK = torch.tensor([[3, 1], [0, 2]])  # rows by [sender, receiver]
-
-
-def hop(rank: int, world_size: int, accelerator: str) -> None:
-    """Rows and gradients of two transfers in flight are bit-identical to those of a flat exchange."""
-    from scmoe.moe.dispatcher import Traffic
-    from scmoe.parallel.wire.all_to_all import Exchange, Transfer, all_to_all
-    from scmoe.parallel.wire.hierarchical import hierarchical
-
-    device = torch.device("cpu" if accelerator == "cpu" else f"cuda:{rank}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
-    counted = Traffic(BY_RANK[rank].tolist(), BY_RANK[:, rank].tolist(), BY_RANK)
-
-    def moved(exchange: Exchange, traffic: Traffic | None) -> list[Tensor]:
-        rows = [
-            torch.randn(4 if traffic is None else sum(traffic.sent), 8, device=device)
-            for _ in range(2)
-        ]
-        rows = [own.requires_grad_() for own in rows]
-        transfers = [Transfer(exchange, traffic).start(own) for own in rows]
-        arrived = [transfer.wait() for transfer in transfers]
-        sum((own * torch.randn_like(own)).sum() for own in arrived).backward()
-        return [*arrived, *(own.grad for own in rows)]
-
-    for places in (1, 2):
-        ranks = torch.arange(world_size).view(-1, places)
-        within, between = (
-            dist.new_subgroups_by_enumeration(r.tolist())[0] for r in (ranks, ranks.T)
-        )
-        for traffic in (None, counted):
-            found = []
-            for exchange in (all_to_all(dist.group.WORLD), hierarchical(within, between)):
-                torch.manual_seed(rank)
-                found.append(moved(exchange, traffic))
-            assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), (places, traffic)
-    dist.destroy_process_group()
-
-
-def test_each_of_two_hops_moves_the_rows_of_a_flat_exchange(accelerator: str = "gpu"):
-    run_ranks(hop, 2, accelerator)
 
 
 def save(rank: int, world_size: int, folder: Path, accelerator: str, words: str) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from scmoe.datamodules import sequences
-from scmoe.lightning.lockstep import check_even
+from scmoe.lightning.job import check_even
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.data import build_datamodule
 from tests.support.failing import MODEL, failure

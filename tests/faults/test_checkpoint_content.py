@@ -1,11 +1,8 @@
-"""Faults 4 and 7 to 10: what a checkpoint holds, which rank hashes it, and checkpoints in one full
-file."""
+"""Faults 4 and 7 to 10: what a checkpoint holds, and which rank hashes it."""
 
 from __future__ import annotations
 
 import os
-import re
-import resource
 import threading
 import time
 from pathlib import Path
@@ -13,14 +10,12 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from experiments.engine.ranks import run_ranks
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.saving import Saving
-from scmoe.parallel.checkpoint.state import FULL
-from tests.support.faults import restored, tiny_run
+from tests.support.faults import tiny_run
 from tests.support.faults.tiny_run import LAST, NEW, OLD
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
@@ -142,68 +137,3 @@ def test_no_rank_waits_in_one_collective_for_the_long_work_of_another(tmp_path):
     """Reading a checkpoint may take longer than strategy.timeout_s."""
     for asked, said in run_ranks(work_together, 2, tmp_path):
         assert asked >= 3 and said == "of rank 1"
-
-
-def write_full(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """Does what restored.write_whole does, in one file, in the foreground and in the background."""
-    trainer = tiny_run.one_step(world_size, folder)
-    for background in (False, True):
-        state, context = tiny_run.state(trainer, OLD), trainer.strategy.context
-        module = trainer.lightning_module
-        Saving(
-            folder / f"{background}.ckpt", state, module, context, background, full=True
-        ).finish()
-    return tiny_run.tensors(trainer)
-
-
-def test_one_full_file_is_read_at_any_ep_degree(tmp_path):
-    """Weights and moments are equal to those of the ranks that saved them."""
-    expected = restored.whole(run_ranks(write_full, 2, tmp_path), 2)
-    paths = [tmp_path / f"{background}.ckpt" for background in (False, True)]
-    for path in paths:
-        assert files_of(path) == [FULL, "manifest.json", "meta.json"]
-        assert durable.verify(path) == OLD
-    for world_size in (1, 2, 4):
-        layout = restored.Layout(world_size, world_size)
-        ranks = run_ranks(restored.read_all, world_size, tmp_path / str(world_size), paths, layout)
-        for found in zip(*ranks, strict=True):
-            assert tiny_run.same(restored.whole(list(found), world_size), expected)
-
-
-def put_together_without_room(rank: int, world_size: int, folder: Path) -> str:
-    """Each shard fits on the disk, but one file of all shards does not. Returns the error."""
-    trainer, path = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST
-    tiny_run.save_marked(trainer, path, OLD)
-    largest = max(file.stat().st_size for file in path.iterdir())
-    _, limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest + 100, limit))
-    state, context = tiny_run.state(trainer, NEW), trainer.strategy.context
-    saving = Saving(path, state, trainer.lightning_module, context, background=False, full=True)
-    try:
-        saving.finish()
-    except OSError as error:
-        return str(error)
-    return "nothing"
-
-
-def test_no_room_for_one_full_file_is_an_error_on_every_rank(tmp_path):
-    for said in run_ranks(put_together_without_room, 2, tmp_path, timeout_s=60):
-        assert re.search("all.safetensors could not be written: .*File too large", said), said
-    assert durable.verify(durable.newest_good(tmp_path / "checkpoints")) == OLD
-
-
-def run_four_steps(
-    rank: int, world_size: int, folder: Path, resume_from: Path | None
-) -> dict[str, torch.Tensor]:
-    words = ("trainer.max_steps=4", "trainer.checkpoint_every=2", "strategy.full_checkpoint=true")
-    return dict(
-        tiny_run.tensors(tiny_run.fit(tiny_run.tiny(world_size, *words), folder, resume_from))
-    )
-
-
-def test_a_run_resumed_from_one_full_file_is_bit_identical(tmp_path):
-    uninterrupted = run_ranks(run_four_steps, 2, tmp_path / "uninterrupted", None)
-    saved = tmp_path / "uninterrupted" / "checkpoints" / "step=2.ckpt"
-    assert FULL in files_of(saved)
-    resumed = run_ranks(run_four_steps, 2, tmp_path / "resumed", saved)
-    assert all(tiny_run.same(a, b) for a, b in zip(resumed, uninterrupted, strict=True))

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor
 
 from experiments.engine.ranks import run_ranks
-from scmoe.lightning.lockstep import LEFT_ALONE, roll_call
+from scmoe.lightning.roll_call import LEFT_ALONE, roll_call
 from scmoe.lightning.strategy import START_TIMEOUT_S, ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.durable import start_of
@@ -47,14 +47,12 @@ def timeouts(rank: int, world_size: int, seconds: float) -> tuple[list[float], s
     def of(group: Any) -> float:
         return group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
-    config = tiny(
-        f"{MODEL} strategy.timeout_s={seconds} strategy.debug_collectives=true", world_size
-    )
+    config = tiny(f"{MODEL} strategy.timeout_s={seconds}", world_size)
     module, starting = build_module(config), []
     module.setup = lambda stage: starting.append(of(dist.group.WORLD))  # type: ignore[method-assign]
     fit(config, module=module)
     groups = dist.distributed_c10d._world.pg_map
-    assert {group.group_desc for group in groups} >= {"ep", "edp", "checkpoint", "control", "debug"}
+    assert {group.group_desc for group in groups} >= {"ep", "edp", "checkpoint", "control"}
     return starting, {of(group) for group in groups}
 
 

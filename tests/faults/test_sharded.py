@@ -12,7 +12,7 @@ from torch import Tensor
 
 from experiments.engine.ranks import run_ranks
 from scmoe.footprint.memory import Job, Split
-from scmoe.lightning.lockstep import EXIT_CODE
+from scmoe.lightning.stop import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.dense import estimates_of, pick_dense, ways
 from scmoe.parallel.mesh import ParallelContext

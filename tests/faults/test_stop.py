@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from experiments.engine.ranks import run_ranks
-from scmoe.lightning.lockstep import EXIT_CODE
+from scmoe.lightning.stop import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module

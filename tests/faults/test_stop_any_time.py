@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from experiments.engine.ranks import RankError, run_ranks
-from scmoe.lightning.lockstep import EXIT_CODE
+from scmoe.lightning.stop import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model

@@ -87,23 +87,6 @@ def test_bench_overlap(tmp_path):
 
 @pytest.mark.faults
 @on_links
-def test_bench_exchange_on_two_nodes():
-    report = run(
-        "-m", "experiments.bench", "exchange", "--kilobytes", "1", "256", "--rounds", "2"
-    ).summary
-    assert report["rows"].keys() == {"flat", "hierarchical"} and report["auto"].keys() == {
-        "1",
-        "256",
-    }
-    least = (
-        (2 * 2 * 256 * 1024 - 2 * 128 * 1024) * 8 / report["between_mbit"] / 1e3
-    )  # the buckets' bursts pass at once
-    for sizes in report["rows"].values():
-        assert sizes["256"]["ms"] >= least, "rows of two ranks for two others share the node's card"
-
-
-@pytest.mark.faults
-@on_links
 def test_bench_train(tmp_path):
     """Both architectures train the debug configuration on the links and without a rate."""
     words = (

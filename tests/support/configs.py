@@ -133,16 +133,6 @@ IMPOSSIBLE = [
         "strategy.dense=sharded strategy.ep_size=1 trainer.devices=32 model.ffn_dim=24",
     ),
     ("strategy.dense", "strategy.dense=whole"),
-    *(  # one node, within a node, within a node by default, unequal numbers, one rank on a node
-        ("strategy.exchange", f"strategy.exchange=hierarchical data.global_batch_size=24 {layout}")
-        for layout in (
-            "trainer.devices=4 strategy.ep_size=4",
-            "trainer.devices=4 trainer.num_nodes=2 strategy.ep_size=2",
-            "trainer.devices=4 trainer.num_nodes=2",
-            "trainer.devices=4 trainer.num_nodes=3 strategy.ep_size=6 moe.num_experts=12",
-            "trainer.devices=1 trainer.num_nodes=2 strategy.ep_size=2",
-        )
-    ),
     ("seed", "seed=-1"),
     ("name", "name=../x"),
     ("name", "name=a/b"),

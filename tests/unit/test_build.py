@@ -33,11 +33,10 @@ def test_every_config_builds(path):
     assert 0 < active <= total and "other" not in counts
 
 
-@pytest.mark.parametrize(
-    "own", ("strategy.dense=hybrid", "strategy.ep_size=4 strategy.exchange=hierarchical")
-)
-def test_a_run_on_nodes_is_used_in_one_process(own):
-    nodes = ("trainer.devices=2", "trainer.num_nodes=2", "data.global_batch_size=8", *own.split())
+@pytest.mark.parametrize("old", ("strategy.dense=hybrid", "strategy.exchange=hierarchical"))
+def test_a_run_on_nodes_is_used_in_one_process(old):
+    """With a key of an earlier version too, which trained the same weights whatever its value."""
+    nodes = ("trainer.devices=2", "trainer.num_nodes=2", "data.global_batch_size=8", old)
     config = config_without_training(
         lambda words: load(None, [*nodes, *words]), Path("weights"), ()
     )

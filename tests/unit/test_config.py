@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from scmoe.config.fields import Config, LoggerConfig
 from scmoe.config.leaves import ConfigError, flatten, four_digits
-from scmoe.config.load import load, load_text, to_yaml
+from scmoe.config.load import REMOVED, load, load_text, to_yaml
 from scmoe.config.rules import resolve_ep_size
 from tests.support.configs import IMPOSSIBLE
 
@@ -159,7 +159,6 @@ def test_impossible_combination_names_its_key(key, overrides):
         "moe.architecture=dense model.layers=3",
         "schedule.slot=4 moe.position=pos3 moe.tap_norm=shared",
         "strategy.ep_size=4 trainer.devices=2 trainer.num_nodes=2",
-        "strategy.exchange=flat trainer.devices=4 strategy.ep_size=4",
         "data.name=text data.path=somewhere",
     ],
 )
@@ -175,6 +174,22 @@ def test_a_kept_configuration_may_have_a_position_that_nothing_reads():
     assert "position: pos3" in text and load_text(text, "kept") == load(None, words[:1])
     with pytest.raises(ConfigError, match=r"moe\.position is 'pos3'"):
         load_text(text, "kept", words[1:])
+
+
+@pytest.mark.parametrize(("key", "default"), [(key, old) for key, (old, _) in REMOVED.items()])
+def test_a_removed_key_is_ignored_at_its_old_default_and_refused_otherwise(key, default, write):
+    """The last source decides, as for any other key."""
+    assert key not in flatten(Config())
+    ignored = f"{key}={default}"
+    section, _, name = key.rpartition(".")
+    other = write("other.yaml", f"{section}:\n  {name}: another\n")
+    assert load(write("old.yaml", f"{key}: {default}\n"), [ignored]) == load()
+    assert load(other, [ignored]) == load()
+    assert load_text(f"{key}: {default}\n", "kept") == load()
+    for line in (refusal(other), refusal(None, f"{key}=another")):
+        assert f"{key} is 'another'" in line and ignored in line
+    with pytest.raises(ConfigError, match=f"kept: {key} is 'another'"):
+        load_text(other.read_text(encoding="utf-8"), "kept")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from scmoe import command_line
-from scmoe.lightning import lockstep
+from scmoe.lightning import stop as stops
 
 
 @pytest.fixture(autouse=True)
@@ -57,13 +57,13 @@ def test_a_command_without_interruption_keeps_its_code_and_the_handler(monkeypat
 
 
 def test_a_second_ctrl_c_of_a_training_ends_it_only_when_it_comes_later(monkeypatch):
-    stop = lockstep.StopSignal()
+    stop = stops.StopSignal()
     stop.take()
     try:
         press()
         press()
         assert (stop.received, stop.exit_code) == (True, 130)
-        monkeypatch.setattr(lockstep, "AGAIN_S", 0.0)
+        monkeypatch.setattr(stops, "AGAIN_S", 0.0)
         with pytest.raises(SystemExit) as ended:
             press()
         assert ended.value.code == 130

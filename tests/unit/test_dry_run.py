@@ -17,7 +17,6 @@ from scmoe.estimate import counted_step
 from scmoe.estimate.counted_step import Counting, DryRun, check, dry_run, load_for
 from scmoe.estimate.estimated import estimate
 
-EXCHANGES, ON_NODES = ("flat", "hierarchical"), "trainer.devices=4 strategy.ep_size=8"
 TINY, RANKS, SAMPLES = "configs/model/gpt3_moe_xl_tiny.yaml", 16, 8
 CASES = {
     "replicated": "moe.noisy=true strategy.ep_size=4 schedule.chunks=2",
@@ -59,23 +58,6 @@ def test_a_dry_run_counts_what_the_estimate_computes(case):
         assert run.flops == pytest.approx(
             facts["flops_training"] * SAMPLES * config.data.seq_len, rel=1e-3
         )
-
-
-def test_two_hops_send_the_rows_twice_and_hold_them_three_times_more():
-    words = ["data.name=synthetic", "model.layers=2", *ON_NODES.split()]
-    flat, two = (
-        estimate(load_for(TINY, RANKS, SAMPLES, [*words, f"strategy.exchange={e}"]))
-        for e in EXCHANGES
-    )
-    one, between, within = (
-        facts["collectives_bytes"][f"all_to_all {group}"]
-        for facts, group in ((flat, "ep"), (two, "between"), (two, "within"))
-    )
-    assert one == between == within and "all_to_all ep" not in two["collectives_bytes"]
-    transfer = one / 4  # one MoE layer; float32
-    assert two["memory_bytes"]["total"] - flat["memory_bytes"]["total"] == pytest.approx(
-        3 * transfer, rel=0.01
-    )
 
 
 def test_counting_equals_torchs_tracker_where_its_hooks_hold_nothing():
@@ -128,7 +110,6 @@ def test_a_config_for_cpus_is_dry_run_with_all_slots_and_the_command_says_so(cap
         ),
         ("trainer.accumulate=2", "trainer.accumulate is 2"),
         ("strategy.dense=auto", "strategy.dense is 'auto'"),
-        (f"{ON_NODES} strategy.exchange=hierarchical", "strategy.exchange is 'hierarchical'"),
     ],
 )
 def test_what_cannot_be_dry_run_is_refused_in_a_line(words, refused):

@@ -20,7 +20,7 @@ TIMEOUT = timedelta(seconds=77)
 
 
 def groups_of(
-    rank: int, world_size: int, ep_size: int, device: str, *network: Any
+    rank: int, world_size: int, ep_size: int, device: str
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Returns the groups that a rank makes, and in whose order it starts them."""
     made: list[dict[str, Any]] = []
@@ -45,53 +45,31 @@ def groups_of(
         patch.object(torch, "zeros", lambda *_, **__: None),
         patch.object(torch.cuda, "synchronize", lambda _: started.append("wait")),
         patch.object(mesh.DeviceMesh, "from_group", return_value=None),
-        patch.object(mesh, "hierarchical", lambda *groups: groups),
     ):
-        mesh.build_context(ep_size, torch.device(device), TIMEOUT, *network)
+        mesh.build_context(ep_size, torch.device(device), TIMEOUT)
     return made, started
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_every_group_has_the_timeout_and_only_transfers_are_urgent(device):
-    made, started = groups_of(1, 8, 4, device, "hierarchical", 2)
+    made, started = groups_of(1, 8, 4, device)
     assert device == "cuda" or not started, "gloo needs no start"
     assert all(given["timeout"] == TIMEOUT for given in made)
     urgent = {given["group_desc"]: given.get("pg_options") for given in made}
-    of_transfers = [urgent.pop(name) for name in ("ep", "counts", "within", "between")]
+    of_transfers = [urgent.pop(name) for name in ("ep", "counts")]
     # torch warns of options with another timeout than the group's
     options = SimpleNamespace(is_high_priority_stream=True, _timeout=TIMEOUT)
-    assert of_transfers == [options if device == "cuda" else None] * 4
+    assert of_transfers == [options if device == "cuda" else None] * 2
     gradients = ["gradients"] * (device == "cpu")
     assert urgent == dict.fromkeys(("edp", *gradients, "checkpoint", "control"))
 
 
-ON_NODES = {"within": [[0, 1], [2, 3], [4, 5], [6, 7]], "between": [[0, 2], [1, 3], [4, 6], [5, 7]]}
-
-
-@pytest.mark.parametrize(
-    ("network", "hops"), [((), {}), (("hierarchical", 2), ON_NODES)], ids=("flat", "two hops")
-)
-def test_all_ranks_make_and_start_their_groups_in_one_order(network, hops):
+def test_all_ranks_make_and_start_their_groups_in_one_order():
     """A communicator of NCCL is a collective of its group's ranks, so other orders on other ranks
     would hang."""
-    first, *others = [groups_of(rank, 8, 4, "cuda", *network) for rank in range(8)]
-    assert first[1] == [None, "ep", "counts", "edp", *hops, "wait"]
+    first, *others = [groups_of(rank, 8, 4, "cuda") for rank in range(8)]
+    assert first[1] == [None, "ep", "counts", "edp", "wait"]
     assert others == [first] * 7
-    assert {
-        given["group_desc"]: given["ranks"] for given in first[0] if given["group_desc"] in ON_NODES
-    } == hops
-
-
-@pytest.mark.parametrize("ep_size, places", [(4, None), (4, 8), (4, 4), (4, 3), (2, 1)])
-def test_two_hops_require_groups_of_several_whole_nodes(ep_size, places):
-    """All ranks on one node, groups within a node, groups of one node, unequal numbers of ranks,
-    nodes of one rank."""
-    with pytest.raises(
-        ValueError, match=r"exchange is hierarchical with ep_size .* allowed: several whole nodes"
-    ):
-        groups_of(0, 12 if places == 3 else 8, ep_size, "cpu", "hierarchical", places)
-    names = {given["group_desc"] for given in groups_of(0, 8, 4, "cpu", "auto", places)[0]}
-    assert names.isdisjoint({"within", "between"}), "auto is flat there"
 
 
 @pytest.mark.parametrize(

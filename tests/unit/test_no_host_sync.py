@@ -100,7 +100,7 @@ def test_dropless_waits_for_the_device_once_a_layer(chunks, monkeypatch):
     def known_counts(announced: ReadByHost) -> list[ChunkCounts]:
         """Half of the 48 copies go to each rank, in equal chunks."""
         reads.append(announced)
-        traffic = Traffic((n, n), (n, n), torch.full((2, 2), n))
+        traffic = Traffic((n, n), (n, n))
         return [ChunkCounts(2 * n, announced.by_rank[:, p, 0], traffic) for p in range(chunks)]
 
     with pytest.raises((NotImplementedError, RuntimeError), match="meta"):

@@ -84,35 +84,34 @@ def commit(partial: Path, path: Path, step: int, files: dict[str, dict[str, Any]
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange two names at once. Return False where the system, or this file system, cannot do
-    that."""
-    at_working_directory, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    """Exchange two names at once.
+
+    Return False where the system, or this file system, cannot do that.
+    """
+    at_working_directory = -100  # AT_FDCWD
+    both = 2  # RENAME_EXCHANGE
     try:
         rename = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError):
         return False
-    return bool(
-        rename(
-            at_working_directory, os.fsencode(one), at_working_directory, os.fsencode(other), both
-        )
-        == 0
-    )
+    old, new = os.fsencode(one), os.fsencode(other)
+    return bool(rename(at_working_directory, old, at_working_directory, new, both) == 0)
 
 
 def verify(path: Path, share: slice = slice(None)) -> int:
-    """Read all files and return the step. BrokenCheckpoint: one is missing, added, cut, changed or
-    cannot be read.
+    """Read all files and return the step.
+
+    BrokenCheckpoint: one is missing, added, cut, changed or cannot be read.
 
     share: which of the files, in the order of their names, are read; of the others only the size is
     compared.
     """
     manifest = read_manifest(path)
-    present = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {
-        MANIFEST
-    }
     present = {
-        name for name in present if not Path(name).name.startswith(".nfs")
-    }  # NFS keeps what a reader holds open
+        str(file.relative_to(path))
+        for file in path.rglob("*")
+        if file.is_file() and not file.name.startswith(".nfs")  # NFS keeps what a reader has open
+    } - {MANIFEST}
     if odd := sorted(present ^ manifest["files"].keys()):
         raise BrokenCheckpoint(
             f"{path / odd[0]} is {'not of this checkpoint' if odd[0] in present else 'missing'}"
@@ -120,18 +119,21 @@ def verify(path: Path, share: slice = slice(None)) -> int:
     read = sorted(manifest["files"])[share]
     for name, expected in manifest["files"].items():
         try:
-            whole = (path / name).stat().st_size == expected["bytes"]
-            whole = whole and (name not in read or fingerprint(path / name) == expected)
+            is_intact = (path / name).stat().st_size == expected["bytes"]
+            is_intact = is_intact and (name not in read or fingerprint(path / name) == expected)
         except OSError as error:
             raise BrokenCheckpoint(f"{path / name} cannot be read: {error.strerror}") from error
-        if not whole:
+        if not is_intact:
             raise BrokenCheckpoint(f"{path / name} is damaged: its content is not what was written")
     return manifest["step"]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """Return {"step", "files"} of a checkpoint. BrokenCheckpoint: it has no manifest, or a damaged
-    one, or there is nothing at the path (MissingCheckpoint)."""
+    """Return {"step", "files"} of a checkpoint.
+
+    BrokenCheckpoint: it has no manifest, or a damaged one, or there is nothing at the path
+    (MissingCheckpoint).
+    """
     if not os.path.lexists(path):
         raise MissingCheckpoint(f"{path} does not exist. Give the path of a checkpoint")
     if path.is_file():
@@ -156,31 +158,33 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return all checkpoints of a folder, complete or not, also one that a killed writer has moved
-    aside."""
+    """Return all checkpoints of a folder, complete or not.
+
+    One that a killed writer has moved aside is among them.
+    """
     moved = [aside for aside, name in _asides(folder, "old") if name.endswith(".ckpt")]
     return [*folder.glob("*.ckpt"), *moved]
 
 
 def newest_good(folder: Path, prefix: str = "", share: slice = slice(None)) -> Path:
-    """Return the complete checkpoint of the latest step; a warning names each broken one. Ranks may
-    call it at once.
+    """Return the complete checkpoint of the latest step; a warning names each broken one.
+
+    Ranks may call it at once.
 
     prefix: of the names to choose from. Manifests say which is the newest. Files are read of that
     one only, or of the next one if it is broken. share: as in `verify`. FileNotFoundError: there is
     none.
     """
-    found = []
+    candidates = []
     for path in checkpoints(folder):
-        if not path.name.removeprefix(".").startswith(
-            prefix
-        ):  # one that was moved aside begins with a dot
+        # one that was moved aside begins with a dot
+        if not path.name.removeprefix(".").startswith(prefix):
             continue
         try:
-            found.append((read_manifest(path)["step"], path.stat().st_mtime, path))
+            candidates.append((read_manifest(path)["step"], path.stat().st_mtime, path))
         except BrokenCheckpoint as error:
             warnings.warn(f"passed over: {error}", stacklevel=2)
-    for _, _, path in sorted(found, reverse=True):
+    for _, _, path in sorted(candidates, reverse=True):
         try:
             verify(path, share)
             return path
@@ -190,26 +194,29 @@ def newest_good(folder: Path, prefix: str = "", share: slice = slice(None)) -> P
 
 
 def remove(path: Path) -> None:
-    """Remove a directory, if there is one. If killed meanwhile, it leaves no incomplete one under
-    this name. Of a link only the link itself is removed."""
+    """Remove a directory, if there is one.
+
+    If killed meanwhile, it leaves no incomplete one under this name. Of a link only the link itself
+    is removed.
+    """
     if path.is_symlink() or path.is_file():
         path.unlink()
     elif path.exists():
         aside = partial_path(path, new_token())
         os.rename(path, aside)
-        shutil.rmtree(
-            aside, ignore_errors=True
-        )  # NFS keeps what a reader holds open; `sweep` removes it later
+        # NFS keeps what a reader holds open; `sweep` removes it later
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def sweep(folder: Path, name: str = "") -> None:
-    """Remove what killed writers left in `folder`, and restore what one had moved aside. What
-    another process still writes stays. name: of the checkpoint that is written next."""
+    """Remove what killed writers left in `folder`, and restore what one had moved aside.
+
+    What another process still writes stays. name: of the checkpoint that is written next.
+    """
     for aside, moved in _asides(folder, "old"):
         if not _is_being_written(aside, name):
-            with suppress(
-                OSError
-            ):  # its writer has meanwhile ended, or another process sweeps as well
+            # its writer has meanwhile ended, or another process sweeps as well
+            with suppress(OSError):
                 if (folder / moved).exists():
                     shutil.rmtree(aside)
                 else:
@@ -220,9 +227,10 @@ def sweep(folder: Path, name: str = "") -> None:
 
 
 def _is_being_written(aside: Path, name: str) -> bool:
-    """Return whether another process may still write it. A process of another machine cannot be
-    seen from here: it counts as ended if it wrote under the name that is written next, or changed
-    nothing for a day.
+    """Return whether another process may still write it.
+
+    A process of another machine cannot be seen from here: it counts as ended if it wrote under the
+    name that is written next, or changed nothing for a day.
     """
     named = ASIDE.fullmatch(aside.name)
     assert named is not None, "it is one of _asides"
@@ -234,8 +242,10 @@ def _is_being_written(aside: Path, name: str) -> bool:
 
 
 def machine() -> str:
-    """Return 8 digits for this host and its process ids; a container has its own ids, perhaps under
-    the host's name."""
+    """Return 8 digits for this host and its process ids.
+
+    A container has its own ids, perhaps under the host's name.
+    """
     with suppress(OSError):
         return hashlib.sha256(
             f"{platform.node()} {os.readlink('/proc/self/ns/pid')}".encode()
@@ -244,21 +254,24 @@ def machine() -> str:
 
 
 def start_of(pid: int) -> str | None:
-    """Return when the process started, in clock ticks since boot; None if it does not exist or
-    there is no /proc."""
+    """Return when the process started, in clock ticks since boot.
+
+    None: it does not exist, or there is no /proc.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
     except OSError:
         return None
     state, *fields = stat.rpartition(")")[2].split()
-    return (
-        None if state in "ZX" else fields[18]
-    )  # Z: it has ended, and its parent has not read its exit code
+    # Z: it has ended, and its parent has not read its exit code
+    return None if state in "ZX" else fields[18]
 
 
 def _asides(folder: Path, kind: str) -> Iterator[tuple[Path, str]]:
-    """Yield the directories of this kind, "old" or "tmp", that a writer has left, and their final
-    names."""
+    """Yield the directories that a writer has left, and their final names.
+
+    kind: "old" or "tmp".
+    """
     for path in sorted(folder.glob(f".*.{kind}-*")):
         named = ASIDE.fullmatch(path.name)
         if named and named[2] == kind and path.is_dir() and not path.is_symlink():

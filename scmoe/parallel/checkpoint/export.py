@@ -27,23 +27,24 @@ def consolidate(
     settings: Mapping[str, Any],
     tokenizer: str | None = None,
 ) -> None:
-    """Write the weights of a checkpoint to one safetensors file, experts by global id; the file is
-    complete or absent. Memory holds one weight at a time.
+    """Write the weights of a checkpoint to one safetensors file, experts by global id.
+
+    The file is complete or absent. Memory holds one weight at a time.
 
     model: whole, on any device. settings: of the model, for the file's header, because names and
     shapes do not determine it. tokenizer: its digest, for the header. ValueError: a broken
     checkpoint, or another model's.
     """
-    weights, step = network_in(checkpoint, model), str(durable.read_manifest(checkpoint)["step"])
+    weights = network_in(checkpoint, model)
     header = {
         "format": "pt",
         "format_version": FORMAT_VERSION,
-        "step": step,
+        "step": str(durable.read_manifest(checkpoint)["step"]),
         "settings": json.dumps(settings),
+        "checkpoint": checkpoint.name,
     }
-    header |= {"checkpoint": checkpoint.name} | (
-        {} if tokenizer is None else {"tokenizer": tokenizer}
-    )
+    if tokenizer is not None:
+        header["tokenizer"] = tokenizer
     with replacing(out) as partial:
         write_in_turn(
             weights,
@@ -62,24 +63,26 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 
 def exported_by_name(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
-    """Return a function that reads one parameter by its name in the model, and only the experts
-    that the model has.
+    """Return a function that reads one parameter by its name in the model.
 
-    model: may be on the meta device. ValueError: another model's file, or another format.
+    Of experts it reads only those that the model has. model: may be on the meta device. ValueError:
+    another model's file, or another format.
     """
     read_settings(path)
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
     experts = {
         f"{prefix}.{name}": m for prefix, m in stacks.items() for name, _ in m.named_parameters()
     }
     whole = {
-        n: own[n].new_empty(m.num_experts, *own[n].shape[1:], device="meta")
-        for n, m in experts.items()
+        name: parameters[name].new_empty(
+            module.num_experts, *parameters[name].shape[1:], device="meta"
+        )
+        for name, module in experts.items()
     }
     with safe_open(path, framework="pt") as file:
         there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    check_same_model(path, own | whole, there)
+    check_same_model(path, parameters | whole, there)
 
     def read(name: str) -> Tensor:
         with safe_open(path, framework="pt") as file:

@@ -45,14 +45,18 @@ NETWORK = "model.model."
 
 
 def read_whole(path: Path, start: str = "") -> dict[str, Tensor]:
-    """Return the tensors whose names begin with `start`, with the experts of all ranks, on the CPU
-    of one process."""
+    """Return the tensors whose names begin with `start`, on the CPU of one process.
+
+    They have the experts of all ranks.
+    """
     return read_named(path, [name for name in tensors_of(path) if name.startswith(start)])
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
-    """Return the names of all tensors of a checkpoint, with shapes and types, on the meta device:
-    nothing is read."""
+    """Return all tensors of a checkpoint by name, on the meta device.
+
+    They have shapes and types; nothing is read.
+    """
     stored: dict[str, Any] = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     return {
         name: torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
@@ -61,8 +65,10 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
 
 
 def read_named(path: Path, names: Sequence[str]) -> dict[str, Tensor]:
-    """Return these tensors of a checkpoint, with the experts of all ranks, on the CPU of one
-    process."""
+    """Return these tensors of a checkpoint, on the CPU of one process.
+
+    They have the experts of all ranks.
+    """
     there = tensors_of(path)
     whole = {name: torch.empty_like(there[name], device="cpu") for name in names}
     _fill(whole, path)
@@ -81,11 +87,10 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def read_for_lightning(path: Path) -> dict[str, Any]:
-    """Return a checkpoint as Lightning keeps it in one file, with all experts, without the
-    optimizers' state.
+    """Return a checkpoint as Lightning keeps it in one file, with all experts.
 
-    For `load_from_checkpoint` and Trainers without ExpertParallelStrategy. ValueError: no whole
-    checkpoint.
+    The optimizers' state is left out. This is for `load_from_checkpoint` and Trainers without
+    ExpertParallelStrategy. ValueError: no whole checkpoint.
     """
     durable.verify(path)
     meta = of_this_rank(read_meta(path), ParallelContext())
@@ -174,11 +179,13 @@ def _of_module(
     context: ParallelContext,
     strict: bool,
 ) -> dict[str, Tensor]:
-    """Return the tensors for the entries of the module's state_dict that a checkpoint has as
-    tensors. Those of parameters and buffers are the module's own; others are new. entries: which it
-    has in meta.json.
+    """Return the tensors for those entries of the state_dict that a checkpoint has as tensors.
 
-    ValueError: the module and the checkpoint have other entries, and `strict`."""
+    Those of parameters and buffers are the module's own; others are new. entries: which it has in
+    meta.json.
+
+    ValueError: the module and the checkpoint have other entries, and `strict`.
+    """
     is_kept, tied = kept_in(module), tied_weights(module)
     wanted: dict[str, Tensor] = {}
     for name, x in with_dtensors(state, module, context).items():
@@ -210,10 +217,11 @@ def _allocated(like: Tensor) -> Tensor:
 def _give(
     module: nn.Module, state: dict[str, Any], read: Mapping[str, Tensor], entries: Mapping[str, Any]
 ) -> None:
-    """Call `load_state_dict` with what was read, so that hooks and overrides of modules get it, as
-    in other strategies.
+    """Call `load_state_dict` with what was read.
 
-    state: the module's; tensors of parameters and buffers hold already what was read."""
+    So hooks and overrides of modules get it, as in other strategies. state: the module's; tensors
+    of parameters and buffers hold already what was read.
+    """
     tied, is_kept = tied_weights(module), kept_in(module)
     for name, x in [*state.items()]:
         key = f"model.{tied.get(name, name)}"
@@ -229,8 +237,10 @@ def _give(
 def _put_further_state(
     module: nn.Module, optimizers: Sequence[Optimizer], further: Mapping[str, Any]
 ) -> None:
-    """Put state into optimizers that is not like its weight. further: by the optimizer's number and
-    a name."""
+    """Put state into optimizers that is not like its weight.
+
+    further: by the optimizer's number and a name.
+    """
     for key, values in further.items():
         number, _, name = key.partition(".")
         if int(number) < len(optimizers):
@@ -249,14 +259,12 @@ def _put_further_state(
 
 
 def check_same_groups(path: Path, here: Sequence[Any], there: Sequence[Any]) -> None:
-    """Raise ValueError for other optimizers, or other numbers of parameter groups, than the
-    checkpoint's."""
+    """Raise ValueError for other optimizers, or other numbers of parameter groups."""
     if len(here) != len(there):
-        numbers = (
+        raise ValueError(
             f"{path} is of a training with {len(there)} optimizers, and configure_optimizers made"
-            f" {len(here)}"
+            f" {len(here)}. Make as many as there, or load only the weights"
         )
-        raise ValueError(f"{numbers}. Make as many as there, or load only the weights")
     for i, (groups, saved_groups) in enumerate(zip(here, there, strict=True)):
         if len(groups) != len(saved_groups):
             firsts = ", ".join(
@@ -270,8 +278,11 @@ def check_same_groups(path: Path, here: Sequence[Any], there: Sequence[Any]) -> 
 
 
 def network_in(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Return the network's weights by their names in the model, on the meta device: nothing is
-    read. ValueError: a broken checkpoint, or another model's. model: may be on the meta device."""
+    """Return the network's weights by their names in the model, on the meta device.
+
+    Nothing is read. model: may be on the meta device. ValueError: a broken checkpoint, or another
+    model's.
+    """
     durable.verify(path)
     weights = {
         name.removeprefix(NETWORK): t
@@ -293,13 +304,15 @@ def load_model(path: Path, model: nn.Module) -> None:
 
 
 def weights_by_name(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
-    """Return a function that reads one parameter by its name in the model. ValueError: as
-    `network_in`."""
+    """Return a function that reads one parameter by its name in the model.
+
+    ValueError: as `network_in`.
+    """
     network_in(path, model)
-    own = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
 
     def read(name: str) -> Tensor:
-        value = torch.empty_like(own[name], device="cpu", requires_grad=False)
+        value = torch.empty_like(parameters[name], device="cpu", requires_grad=False)
         _fill({NETWORK + name: value}, path)
         return value
 
@@ -313,8 +326,10 @@ def _allocate_state(
     stored: Mapping[str, Tensor],
     context: ParallelContext,
 ) -> dict[str, Tensor]:
-    """Put empty state of the stored names into the optimizer; return it, for dcp.load to fill in
-    place."""
+    """Put empty state of the stored names into the optimizer, and return it.
+
+    `dcp.load` fills it in place.
+    """
     shards = {p for _, p in expert_parameters(module)}
     steps_on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
     wanted: dict[str, Tensor] = {}
@@ -328,9 +343,8 @@ def _allocate_state(
             )
             weight = stored.get(f"model.{name}")
             if like and weight is not None and dtype == weight.dtype:
-                dtype = (
-                    p.dtype
-                )  # moments have the type of their weight, which may be another one now
+                # moments have the type of their weight, which may be another one now
+                dtype = p.dtype
             value = (
                 torch.empty_like(p, dtype=dtype)
                 if like
@@ -342,11 +356,13 @@ def _allocate_state(
 
 
 def check_same_model(
-    path: Path, own: Mapping[str, Tensor], there: Mapping[str, tuple[int, ...]]
+    path: Path, tensors: Mapping[str, Tensor], there: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise ValueError if the tensors here have other names or shapes than those that the file at
-    `path` holds."""
-    here = {name: tuple(t.shape) for name, t in own.items()}
+    """Raise ValueError if the tensors here have other names or shapes than those of a file.
+
+    path: of the file. there: its shapes by name.
+    """
+    here = {name: tuple(t.shape) for name, t in tensors.items()}
     if differing := sorted(k for k in here.keys() | there.keys() if here.get(k) != there.get(k)):
         k = differing[0]
         raise ValueError(

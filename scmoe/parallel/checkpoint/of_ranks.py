@@ -73,8 +73,9 @@ class Incomplete(dict[str, Any]):
 def contents(
     checkpoint: dict[str, Any], module: nn.Module, context: ParallelContext
 ) -> tuple[dict[str, Tensor], str]:
-    """Return this rank's tensors of a checkpoint, and the text of its meta.json. Every rank must
-    call it.
+    """Return this rank's tensors of a checkpoint, and the text of its meta.json.
+
+    Every rank must call it.
 
     Ranks ask each other in the control group, because a thread may use the checkpoint group for an
     earlier checkpoint. TypeError, ValueError, on every rank: it has something that cannot be saved;
@@ -104,8 +105,8 @@ def contents(
     for entry in entries.values():
         tensors.update(entry.tensors)
     others: list[Any] = [None] * context.world_size
-    own = {key: entries[key].json for key in differing if key in entries}
-    dist.all_gather_object(others, own if context.rank else {}, group=group)
+    differing_here = {key: entries[key].json for key in differing if key in entries}
+    dist.all_gather_object(others, differing_here if context.rank else {}, group=group)
     return dict(each_in_its_own_storage(tensors)), _text(entries, differing, others, context)
 
 
@@ -118,7 +119,7 @@ def _text(
         inner[key[-1]] = Encoded(entry.json)
     if differing:
         ranks = [
-            {rank: Encoded(own[key]) for rank, own in enumerate(others) if key in own}
+            {rank: Encoded(values[key]) for rank, values in enumerate(others) if key in values}
             for key in differing
         ]
         meta[OF_RANKS] = {"layout": layout(context), "keys": differing, "ranks": ranks}
@@ -126,8 +127,10 @@ def _text(
 
 
 class _Entry:
-    """One entry as JSON, its large tensors by their names, and a digest of all. TypeError: it
-    cannot be saved."""
+    """One entry as JSON, its large tensors by their names, and a digest of all.
+
+    TypeError: it cannot be saved.
+    """
 
     def __init__(self, key: Key, value: Any) -> None:
         self.key, self.value = key, value
@@ -183,8 +186,10 @@ def title(key: Key) -> str:
 
 
 def layout(context: ParallelContext) -> list[int]:
-    """Return what must be equal for ranks to hold the same parts: ranks, EP, and the axes of split
-    dense weights."""
+    """Return what must be equal for ranks to hold the same parts.
+
+    It is the number of ranks, EP, and the axes of split dense weights.
+    """
     return [
         context.world_size,
         context.ep_size,
@@ -196,13 +201,13 @@ def of_this_rank(meta: dict[str, Any], context: ParallelContext) -> Incomplete:
     """Return what meta.json holds for this rank, if it reads in this layout."""
     differ = meta.pop(OF_RANKS, {"layout": [], "keys": [], "ranks": []})
     same_layout = differ["layout"] == layout(context)
-    own = Incomplete(meta, {})
+    restored = Incomplete(meta, {})
     for name in BY_NAME:
         if name in meta or any(key[0] == name for key in differ["keys"]):
-            own[name] = Incomplete(meta.get(name, {}), {})
+            restored[name] = Incomplete(meta.get(name, {}), {})
     for key, of_ranks in zip(differ["keys"], differ["ranks"], strict=True):
         *outer, name = key
-        inner = own[outer[0]] if outer else own
+        inner = restored[outer[0]] if outer else restored
         values = dict(of_ranks)
         if name in inner:
             values[0] = inner.pop(name)
@@ -217,7 +222,7 @@ def of_this_rank(meta: dict[str, Any], context: ParallelContext) -> Incomplete:
             )
         elif not same_layout and 0 in values:
             inner[name] = values[0]
-    return own
+    return restored
 
 
 def has_tensors(x: Any) -> bool:
@@ -230,8 +235,10 @@ def has_tensors(x: Any) -> bool:
 
 
 def replaced(x: Any, replace: Callable[[Any], Any]) -> Any:
-    """Return a value of meta.json with `replace` called for everything that is no container, in the
-    same order."""
+    """Return a value of meta.json with `replace` called for everything that is no container.
+
+    The calls are in the order of the value.
+    """
     if isinstance(x, Incomplete):
         return Incomplete({key: replaced(value, replace) for key, value in x.items()}, x.reasons)
     if isinstance(x, dict):

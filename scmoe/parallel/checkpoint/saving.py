@@ -20,17 +20,20 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.optim import Optimizer
 
-from scmoe.files.writing import write_durably, write_in_turn
+from scmoe.files.writing import write_durably
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.loading import load_checkpoint, read_whole
+from scmoe.parallel.checkpoint.loading import load_checkpoint
 from scmoe.parallel.checkpoint.of_ranks import contents
-from scmoe.parallel.checkpoint.state import FULL, META, set_rng_states
+from scmoe.parallel.checkpoint.state import META, set_rng_states
 from scmoe.parallel.mesh import ParallelContext
 
 
 class Saving:
-    """A checkpoint that is being written. It holds the tensors of the moment it was started, and it
-    is complete and in its place once `finish` has returned on every rank."""
+    """A checkpoint that is being written.
+
+    It holds the tensors of the moment it was started, and it is complete and in its place once
+    `finish` has returned on every rank.
+    """
 
     def __init__(
         self,
@@ -39,16 +42,14 @@ class Saving:
         module: nn.Module,
         context: ParallelContext,
         background: bool,
-        full: bool = False,
     ) -> None:
-        """Every rank must construct it. background: return once the tensors are copied, and write
-        in a thread. full: in the end rank 0 merges all shards into one file, in its memory."""
-        self.path, self.context, self.step, self.full = (
-            path,
-            context,
-            checkpoint["global_step"],
-            full,
-        )
+        """Copy the tensors and start to write them. Every rank must construct it.
+
+        background: return once the tensors are copied, and write in a thread.
+        """
+        self.path = path
+        self.context = context
+        self.step = checkpoint["global_step"]
         tensors, self.meta = contents(checkpoint, module, context)
         token: list[Any] = [durable.new_token()]
         dist.broadcast_object_list(token, group=context.checkpoint_group)
@@ -71,10 +72,10 @@ class Saving:
         return self.writing is None or self.writing.done()
 
     def finish(self) -> None:
-        """Move the complete checkpoint to its place; every rank must call it. It reads shards again
-        only to merge them.
+        """Move the complete checkpoint to its place. Every rank must call it.
 
-        OSError, on every rank: for example, the disk is full; older checkpoints are still complete.
+        Raises OSError on every rank if, for example, the disk is full. Older checkpoints are then
+        still complete.
         """
         with self._all_or_nothing():
             if self.writing is not None:
@@ -97,17 +98,16 @@ class Saving:
                         f"{self.path} could not be written: {name}, written by rank {rank}, is not"
                         " there for rank 0; the folder must be on storage that all nodes share"
                     )
-        if self.full:
-            _merge(self.partial)
-            files = {FULL: durable.fingerprint(self.partial / FULL)}
         write_durably(self.partial / META, self.meta)
         files[META] = durable.fingerprint(self.partial / META)
         durable.commit(self.partial, self.path, self.step, files)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Leave nothing behind an error, which every rank raises. A partial checkpoint would keep a
-        full disk full."""
+        """Leave nothing behind an error, which every rank raises.
+
+        A partial checkpoint would keep a full disk full.
+        """
         try:
             yield
         except dcp.CheckpointException as error:  # a BaseException
@@ -121,33 +121,35 @@ class Saving:
 
 
 class Checkpoints:
-    """Saves, loads and removes a run's checkpoints; all ranks make the same calls. background,
-    full: as in `Saving`."""
+    """Saves, loads and removes a run's checkpoints; all ranks make the same calls.
 
-    def __init__(self, context: ParallelContext, background: bool, full: bool) -> None:
-        self.context, self.background, self.full = context, background, full
+    background: as in `Saving`.
+    """
+
+    def __init__(self, context: ParallelContext, background: bool) -> None:
+        self.context, self.background = context, background
         self.saving: Saving | None = None
-        self.postponed: dict[
-            Path, bool
-        ] = {}  # to be saved once the step is taken; whether weights only
+        # to be saved once the step is taken; whether weights only
+        self.postponed: dict[Path, bool] = {}
         # called on every rank once this path is complete
         self.when_saved: dict[Path, Callable[[], None]] = {}
-        self.asked_about: Saving | None = (
-            None  # the save that the last `is_writing` of all ranks was about
-        )
+        # the save that the last `is_writing` of all ranks was about
+        self.asked_about: Saving | None = None
         self.outdated: list[Path] = []  # removed once the save that replaces them is complete
         self.rng_states: dict[str, Tensor] | None = None  # loaded and not yet restored
 
     def save(self, path: Path, state: dict[str, Any], module: nn.Module) -> None:
-        """state: Lightning's checkpoint dictionary."""
+        """Start a save, or make it at once. state: Lightning's checkpoint dictionary."""
         self.finish()
-        self.saving = Saving(path, state, module, self.context, self.background, self.full)
+        self.saving = Saving(path, state, module, self.context, self.background)
         if not self.background:
             self.finish()
 
     def check(self, state: dict[str, Any], module: nn.Module) -> None:
-        """Raise on every rank what `save` would raise for something that cannot be saved. Nothing
-        is written."""
+        """Raise on every rank what `save` would raise for something that cannot be saved.
+
+        Nothing is written.
+        """
         contents(state, module, self.context)
 
     def is_writing(self) -> bool:
@@ -165,8 +167,10 @@ class Checkpoints:
         self.asked_about = self.saving
 
     def finish(self) -> None:
-        """Wait until the checkpoint that is being written, if any, is complete; then remove the
-        outdated ones."""
+        """Wait until the checkpoint that is being written, if any, is complete.
+
+        Then remove the outdated ones.
+        """
         if self.saving is not None:
             saving, self.saving = self.saving, None
             when_saved = self.when_saved.pop(saving.path, None)
@@ -188,24 +192,30 @@ class Checkpoints:
     def load(
         self, path: Path, module: nn.Module, optimizers: Sequence[Optimizer], strict: bool
     ) -> dict[str, Any]:
-        """Read tensors into the module and the optimizers and return the rest. ValueError: see
-        `load_checkpoint`."""
+        """Read tensors into the module and the optimizers and return the rest.
+
+        ValueError: see `load_checkpoint`.
+        """
         self.finish()
         state = load_checkpoint(path, module, optimizers, self.context, strict)
         self.rng_states = state.pop("rng_states", None)
         return state
 
     def restore_random_state(self) -> None:
-        """Set this rank's random generators to the loaded states; only the first call after `load`
-        does anything."""
+        """Set this rank's random generators to the loaded states.
+
+        Only the first call after `load` does anything.
+        """
         if self.rng_states is not None:
             set_rng_states(self.rng_states)
             self.rng_states = None
 
 
 class _ShardWriter(HuggingFaceStorageWriter):
-    """Makes this rank's shard durable and computes its fingerprint, both in the thread that writes
-    it."""
+    """Makes this rank's shard durable and computes its fingerprint.
+
+    Both happen in the thread that writes it.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), save_distributed=True)
@@ -214,20 +224,10 @@ class _ShardWriter(HuggingFaceStorageWriter):
         self.fingerprints: dict[str, dict[str, Any]] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        if (
-            self.device is not None
-        ):  # a new thread begins on device 0, where its rank would allocate a CUDA context
+        # a new thread begins on device 0, where its rank would allocate a CUDA context
+        if self.device is not None:
             torch.cuda.set_device(self.device)
         written = super().write_data(plan, planner)
         names = sorted({result.storage_data.relative_path for result in written.wait()})
         self.fingerprints = {name: durable.fingerprint(self.folder / name) for name in names}
         return written
-
-
-def _merge(folder: Path) -> None:
-    """Merge the shards into one file. DCP's own `enable_consolidation` accepts no integers, such as
-    random states."""
-    shards, tensors = list(folder.glob("*.safetensors")), read_whole(folder)
-    write_in_turn(tensors, tensors.__getitem__, folder / FULL)
-    for shard in shards:
-        shard.unlink()

@@ -1,11 +1,10 @@
 """Defines what a checkpoint holds: named tensors, random states among them, and JSON for everything
 else.
 
-    <name>.ckpt/manifest.json                    step, size and hash of every file
-                meta.json                        everything except tensors
-                shard-*.safetensors              (or all.safetensors) model.<name>,
-                                                 optimizer_<i>.<name>.<state>,
-                                                 rng.<generator>.<rank>, rest.<key>.<number>
+    <name>.ckpt/manifest.json                step, size and hash of every file
+                meta.json                    everything except tensors
+                shard-*.safetensors          model.<name>, optimizer_<i>.<name>.<state>,
+                                             rng.<generator>.<rank>, rest.<key>.<number>
 
 A DTensor says which slice of a weight a rank holds. Nothing in these files can execute code
 when it is read.
@@ -31,14 +30,8 @@ from scmoe.parallel.dense import local
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 
 META = "meta.json"
-MARKS = {
-    "__tensor__",
-    "__stored__",
-    "__tuple__",
-    "__set__",
-    "__items__",
-}  # by these `from_json` knows what is no JSON
-FULL = "all.safetensors"
+# By these keys `from_json` knows what is no JSON.
+MARKS = {"__tensor__", "__stored__", "__tuple__", "__set__", "__items__"}
 MODULE, OPTIMIZER = "module_entries", "optimizer_entries"  # keys of meta.json, see `split`
 OUTSIDE = (  # what the names of an optimizer's parameters begin with that the module does not have
     "outside the module"
@@ -61,9 +54,11 @@ class Encoded:
 
 
 def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Any]:
-    """Return the module's state_dict; tensors that are split over ranks are DTensors. Parameters
-    and buffers share storage with the module. A tied weight occurs once, under its first name.
-    Calling `state_dict` makes FSDP split again what it has gathered."""
+    """Return the module's state_dict; tensors that are split over ranks are DTensors.
+
+    Parameters and buffers share storage with the module. A tied weight occurs once, under its first
+    name. Calling `state_dict` makes FSDP split again what it has gathered.
+    """
     tied = tied_weights(module)
     return {
         name: x
@@ -84,9 +79,10 @@ def with_dtensors(
 
 
 def kept_in(module: nn.Module) -> Callable[[Any], bool]:
-    """Return a function that says whether an entry of the module's state_dict is the memory of a
-    parameter or buffer, or a part of experts. Others are made by the call: extra state, copies of a
-    hook, states of metrics.
+    """Return a function that says whether an entry of the state_dict is memory of the module.
+
+    This is memory of a parameter or buffer, or a part of experts. Others are made by the call:
+    extra state, copies of a hook, states of metrics.
     """
     kept = {_memory(t) for t in (*module.parameters(), *module.buffers())}
 
@@ -135,8 +131,9 @@ def tied_weights(module: nn.Module) -> dict[str, str]:
 def optimizer_state(
     module: nn.Module, optimizer: Optimizer, context: ParallelContext
 ) -> dict[str, Any]:
-    """Return {"state": {parameter name: {...}}, "param_groups": [...]}, with names in place of
-    torch's positions. State that belongs to no parameter keeps its key.
+    """Return {"state": {parameter name: {...}}, "param_groups": [...]}.
+
+    It has names in place of torch's positions. State that belongs to no parameter keeps its key.
 
     ValueError: state of experts that is neither of the weight's shape nor a number, so ranks' parts
     cannot be joined.
@@ -167,8 +164,10 @@ def optimizer_state(
 
 
 def parameter_names(module: nn.Module, optimizer: Optimizer) -> dict[Tensor, str]:
-    """Return the names of the module's and the optimizer's parameters. One that only the optimizer
-    has is named by its place in the groups."""
+    """Return the names of the module's and the optimizer's parameters.
+
+    One that only the optimizer has is named by its place in the groups.
+    """
     names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     for i, group in enumerate(optimizer.param_groups):
         for j, p in enumerate(group["params"]):
@@ -179,12 +178,11 @@ def parameter_names(module: nn.Module, optimizer: Optimizer) -> dict[Tensor, str
 def split(
     checkpoint: dict[str, Any], module: nn.Module, context: ParallelContext
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split Lightning's checkpoint dictionary into named tensors and the rest; add the random
-    states.
+    """Split Lightning's checkpoint dictionary into named tensors and the rest.
 
-    Tensors are the module's own, and state of optimizers that is like its weight or a single
-    number. In the rest, MODULE has the further entries of the state_dict by name, and OPTIMIZER the
-    further state by `<number>.<name>`.
+    Random states are added. Tensors are the module's own, and state of optimizers that is like its
+    weight or a single number. In the rest, MODULE has the further entries of the state_dict by
+    name, and OPTIMIZER the further state by `<number>.<name>`.
     """
     tensors = {f"rng.{name}.{context.rank}": state for name, state in rng_states().items()}
     meta = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
@@ -208,8 +206,10 @@ def split(
 
 
 def _moments(values: Any, weight: Tensor | None) -> dict[str, Tensor]:
-    """Return the state of a weight that is like it, or a single number, in tensors that ranks can
-    join."""
+    """Return the state of a weight in tensors that ranks can join.
+
+    They are like the weight, or a single number.
+    """
     if weight is None or not isinstance(values, dict):
         return {}
     shape = weight.shape
@@ -221,8 +221,10 @@ def _moments(values: Any, weight: Tensor | None) -> dict[str, Tensor]:
 
 
 def check_types(tensors: Mapping[str, Tensor]) -> None:
-    """Raise TypeError for a tensor that the files cannot hold: of another type or layout, or
-    without memory."""
+    """Raise TypeError for a tensor that the files cannot hold.
+
+    It is of another type or layout, or without memory.
+    """
     refused = {dtype for dtype in {t.dtype for t in tensors.values()} if not _can_be_stored(dtype)}
     for name, tensor in tensors.items():
         part = local(tensor)
@@ -250,8 +252,10 @@ def _can_be_stored(dtype: torch.dtype) -> bool:
 
 
 def each_in_its_own_storage(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Copy what safetensors refuses: other strides (channels_last), and a second name of the same
-    storage."""
+    """Copy what safetensors refuses.
+
+    These are other strides (channels_last), and a second name of the same storage.
+    """
     seen = set[int]()
     for name, tensor in tensors.items():
         part = local(tensor)
@@ -262,8 +266,10 @@ def each_in_its_own_storage(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str
 
 
 def as_dtensor(experts: Tensor, context: ParallelContext) -> Tensor:
-    """Return a DTensor of all experts. experts: this rank's share of them, or a DTensor that splits
-    it on dim 1."""
+    """Return a DTensor of all experts.
+
+    experts: this rank's share of them, or a DTensor that splits it on dim 1.
+    """
     over_edp = Shard(1) if isinstance(experts, DTensor) else Replicate()
     return DTensor.from_local(
         local(experts).detach(), context.mesh, [over_edp, Shard(0)], run_check=False
@@ -277,7 +283,8 @@ def _is_like(value: Any, p: Tensor) -> bool:
 def to_json(x: Any, store: Callable[[Tensor], str]) -> Any:
     """Convert containers, numbers, strings and tensors to JSON values. TypeError: anything else.
 
-    store: takes a large tensor and returns the name under which it is stored."""
+    store: takes a large tensor and returns the name under which it is stored.
+    """
     if x is None or isinstance(x, (bool, int, float, str)):
         return x
     if isinstance(x, Encoded):
@@ -318,8 +325,10 @@ def to_text(x: Any) -> str:
 
 
 def check_can_be_saved(trainer: Any) -> None:
-    """Raise TypeError for hyper-parameters, or for state of a callback, that a checkpoint could not
-    hold."""
+    """Raise TypeError for what a checkpoint could not hold.
+
+    Checked are hyper-parameters and the state of callbacks.
+    """
     states: list[tuple[str, Any]] = []
     for holder in (trainer.lightning_module, trainer.datamodule):
         if holder is not None:
@@ -339,7 +348,10 @@ def check_can_be_saved(trainer: Any) -> None:
 
 
 def from_json(x: dict[str, Any]) -> Any:
-    """The object_hook for a text of `to_json`: called for each JSON object, the inner ones first."""
+    """Return the value that `to_json` has written as this JSON object.
+
+    It is the object_hook for such a text: called for each JSON object, the inner ones first.
+    """
     if "__tuple__" in x:
         return tuple(x["__tuple__"])
     if "__tensor__" in x:
@@ -354,10 +366,10 @@ def from_json(x: dict[str, Any]) -> Any:
 
 
 def rng_states() -> dict[str, Tensor]:
-    """Return the states of torch (CPU, and GPU if one is in use), of Python and of NumPy's legacy
-    generator.
+    """Return the states of torch, of Python and of NumPy's legacy generator.
 
-    This library draws from torch alone; a user's own transforms may draw from the others.
+    Torch has one of the CPU, and one of the GPU if it is in use. This library draws from torch
+    alone; a user's own transforms may draw from the others.
     """
     version, words, gauss = random.getstate()
     kind, key, position, has_gauss, numpy_gauss = np.random.get_state(legacy=True)
@@ -389,8 +401,10 @@ def set_rng_states(states: dict[str, Tensor]) -> None:
 
 
 def _pack(words: Sequence[int], gauss: float | None) -> Tensor:
-    """Return 624 words and the position, whether the second of a pair of normals is left over, and
-    that one's bits."""
+    """Return 624 words and the position, and what is left of a pair of normals.
+
+    The last two numbers say whether the second of the pair is left over, and give its bits.
+    """
     bits = torch.tensor(gauss or 0.0, dtype=torch.float64).view(torch.int64)
     return torch.tensor([*words, gauss is not None, bits.item()], dtype=torch.int64)
 

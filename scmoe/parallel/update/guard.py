@@ -23,8 +23,10 @@ from scmoe.parallel.torch_seam import is_compiled
 
 
 class Watch:
-    """A forward hook that notes the output of a module, and the gradient of it, under a name. A
-    copy of the module, or what is read from a pickle of it, is not watched."""
+    """A forward hook that notes the output of a module, and the gradient of it, under a name.
+
+    A copy of the module, or what is read from a pickle of it, is not watched.
+    """
 
     def __init__(self, guard: "Guard", name: str) -> None:
         self.guard, self.name = guard, name
@@ -66,34 +68,35 @@ class Guard:
         ]
 
     def note(self, name: str, total: Tensor) -> None:
-        """Keep one number a name, however many batches there are; what was not finite once stays
-        so."""
+        """Keep one number a name, however many batches there are.
+
+        What was not finite once stays so.
+        """
         self.trace[name] = total if name not in self.trace else self.trace[name] * 0 + total
 
     def note_loss(self, loss: Tensor) -> None:
-        """Must be called for each batch, before its backward."""
+        """Keep the loss. It must be called for each batch, before its backward."""
         self.note("loss", loss.detach().sum())
 
     def loss_as_zero(self) -> Tensor | float:
-        """Return 0, or NaN if a loss since the last check was not finite; to be added to a sum over
-        ranks."""
+        """Return 0, or NaN if a loss since the last check was not finite.
+
+        It is added to a sum over ranks.
+        """
         return self.trace["loss"] * 0 if "loss" in self.trace else 0.0
 
     def check(self, norm: Tensor, context: ParallelContext) -> None:
-        """norm: the global gradient norm. FloatingPointError, on every rank: it is not finite."""
+        """Raise FloatingPointError on every rank if the global gradient norm is not finite."""
         if torch.isfinite(norm):
             self.trace.clear()
             return
-        found: list[Any] = [self._first()]
+        names: list[Any] = [self._first()]
         if context.world_size > 1:
-            found = [None] * context.world_size
-            dist.all_gather_object(found, self._first(), group=context.control_group)
-        arose = {
-            rank: name
-            for rank, name in enumerate(found)
-            if name is not None and not name.startswith("gradient")
-        }
-        arose = arose or {rank: name for rank, name in enumerate(found) if name is not None}
+            names = [None] * context.world_size
+            dist.all_gather_object(names, self._first(), group=context.control_group)
+        arose = {rank: name for rank, name in enumerate(names) if name is not None}
+        results = {rank: name for rank, name in arose.items() if not name.startswith("gradient")}
+        arose = results or arose
         where = (
             "; ".join(f"rank {rank}: {name}" for rank, name in arose.items())
             or "only the sum over ranks"
@@ -103,8 +106,10 @@ class Guard:
         )
 
     def _first(self) -> str | None:
-        """Return a weight that was not finite before, else the first result on this rank, else a
-        gradient."""
+        """Return the name of what was the first not to be finite on this rank.
+
+        It is a weight that was not finite before, else the first result, else a gradient.
+        """
         for name, p in self.module.named_parameters():
             if not local(p).isfinite().all():
                 return f"weight {name}"
@@ -129,8 +134,9 @@ def clip_grad_norm(
     context: ParallelContext,
     zero: Tensor | float = 0.0,
 ) -> Tensor:
-    """Scale all gradients so that their global norm is at most max_norm (None: do not); return the
-    norm before that.
+    """Scale all gradients so that their global norm is at most max_norm.
+
+    Return the norm before that. max_norm: None scales nothing.
 
     norm² = |replicated|² + (sum over ranks of |parts|² / number of ranks with the same part). One
     sum over all ranks makes the norm bit-identical on all ranks; if it were only close, replicas
@@ -157,14 +163,14 @@ def squares(
     context: ParallelContext,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Return two squared norms of gradients: of the parts that this rank holds, to be summed over
-    all ranks, and of what every rank holds whole. A part that several ranks hold counts once in the
-    sum. shards: the experts.
+    """Return two squared norms of gradients.
+
+    The first is of the parts that this rank holds, to be summed over all ranks; the second of what
+    every rank holds whole. A part that several ranks hold counts once in the sum. shards: the
+    experts.
     """
-    replicated, parts = (
-        list[Tensor](),
-        defaultdict[int, list[Tensor]](list),
-    )  # parts by the ranks that hold the same
+    replicated: list[Tensor] = []
+    parts = defaultdict[int, list[Tensor]](list)  # by how many ranks hold the same
     for p in parameters:
         if isinstance(p.grad, DTensor):
             parts[copies(p.grad)].append(local(p.grad))
@@ -179,7 +185,10 @@ def squares(
 
 
 def total_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
-    """Return the joint norm, on `device`, in 32 bits or more, so that the root of its square is the
-    norm again. Of an empty list torch returns a norm on the CPU, which NCCL refuses."""
+    """Return the joint norm, on `device`, in 32 bits or more.
+
+    So the root of its square is the norm again. Of an empty list torch returns a norm on the CPU,
+    which NCCL refuses.
+    """
     norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros((), device=device)
     return norm if norm.dtype.itemsize > 2 else norm.float()

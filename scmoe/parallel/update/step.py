@@ -31,13 +31,16 @@ class Step:
         optimizer: Optimizer | None = None,
         clip: float | None = None,
     ) -> None:
-        self.wrapped, self.context, self.optimizer, self.clip = wrapped, context, optimizer, clip
+        self.wrapped = wrapped
+        self.context = context
+        self.optimizer = optimizer
+        self.clip = clip
         self.model = wrapped.module
         self.parameters = list(self.model.parameters())
         self.shards = {p for _, p in expert_parameters(self.model)}
 
     def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
-        """gradient: of the loss, if that is no single number."""
+        """Run the backward pass. gradient: of the loss, if that is no single number."""
         self.wrapped.backward(loss, gradient)
 
     def update(self) -> None:
@@ -57,10 +60,11 @@ class Step:
         self.model.zero_grad()
 
     def held_bytes(self) -> int:
-        """Return the bytes on this rank of weights, of the optimizer's state, and of the gradients
-        that exist."""
+        """Return the bytes on this rank of weights, optimizer state and existing gradients."""
         state = [] if self.optimizer is None else self.optimizer.state.values()
-        moments = [value for own in state for value in own.values() if isinstance(value, Tensor)]
+        moments = [
+            value for entry in state for value in entry.values() if isinstance(value, Tensor)
+        ]
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         return bytes_of(self.parameters) + bytes_of(moments) + bytes_of(gradients)
 

@@ -14,7 +14,7 @@ DDP.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -40,13 +40,13 @@ SUMS_OF_A_UNIT = 3  # at most: of its dense weights, of those in float32, and of
 
 
 class ExpertGradientReducer:
-    """Averages expert gradients over the expert-data-parallel group, in buckets that are sent while
-    backward runs.
+    """Averages expert gradients over the expert-data-parallel group.
 
-    Buckets fill in reverse order of registration, which is roughly the order of backward. They are
-    sent strictly in order, so that all ranks send them in the same order. While not `enabled`,
-    gradients accumulate on this rank only. A frozen shard is in no bucket; it may be frozen or
-    unfrozen between steps, on all ranks together.
+    They travel in buckets that are sent while backward runs. Buckets fill in reverse order of
+    registration, which is roughly the order of backward. They are sent strictly in order, so that
+    all ranks send them in the same order. While not `enabled`, gradients accumulate on this rank
+    only. A frozen shard is in no bucket; it may be frozen or unfrozen between steps, on all ranks
+    together.
 
     pacer: sums over that group when rows leave its link free; None: full buckets are sent at once.
     """
@@ -55,7 +55,7 @@ class ExpertGradientReducer:
         self, shards: Sequence[nn.Parameter], context: ParallelContext, pacer: Pacer | None = None
     ) -> None:
         self.context, self.enabled = context, True
-        self.start = pacer.start if pacer else self._start_at_once
+        self.start: Callable[[Tensor], Any] = pacer.start if pacer else self._start_at_once
         self.bucket_bytes = int((BUCKET_MB if pacer else 25.0) * 2**20)  # as DDP's
         self.shards = [*reversed(shards)]
         self.hooks: list[Any] = []
@@ -80,7 +80,6 @@ class ExpertGradientReducer:
         call_after_backward(self._finish)
 
     def _start_at_once(self, flat: Tensor) -> Any:
-        """Look all_reduce up at the call: `debug_collectives` replaces it later."""
         return dist.all_reduce(flat, group=self.context.edp_group, async_op=True)
 
     def _scale(self, grad: Tensor) -> Tensor:
@@ -98,9 +97,8 @@ class ExpertGradientReducer:
     def _launch(self, i: int) -> None:
         grads = []
         for p in self.buckets[i]:
-            if (
-                p.grad is None
-            ):  # it took no part in this loss, but the mean over the group needs every rank
+            # it took no part in this loss, but the mean over the group needs every rank
+            if p.grad is None:
                 p.grad = torch.zeros_like(p)
             grads.append(p.grad)
         flat = torch.cat([g.flatten() for g in grads])
@@ -123,8 +121,10 @@ class ExpertGradientReducer:
 
 
 def _buckets(parameters: Sequence[nn.Parameter], max_bytes: int) -> Iterator[list[nn.Parameter]]:
-    """Yield consecutive parameters of one dtype, at most max_bytes in total, or a single larger
-    one."""
+    """Yield consecutive parameters of one dtype.
+
+    They have at most max_bytes in total, or are a single larger one.
+    """
     bucket: list[nn.Parameter] = []
     for p in parameters:
         if bucket and (
@@ -154,7 +154,10 @@ class PacedScatter:
     def __init__(
         self, pacer: Pacer, context: ParallelContext, parameters: Sequence[nn.Parameter]
     ) -> None:
-        self.pacer, self.context, self.parameters, self.at_once = pacer, context, parameters, True
+        self.pacer = pacer
+        self.context = context
+        self.parameters = parameters
+        self.at_once = True
         self.sums: deque[Future[Tensor]] = deque()
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -171,10 +174,10 @@ class PacedScatter:
         assert op == dist.ReduceOp.SUM and not async_op
         # FSDP's own group carries gathers, which begin on another thread
         everywhere = group.size() == self.context.world_size
-        own_group = self.context.gradient_group if everywhere else self.context.edp_group
+        sum_group = self.context.gradient_group if everywhere else self.context.edp_group
         all_RN = input_tensor.view(group.size(), -1)
         self.wait(0 if self.at_once else SUMS_OF_A_UNIT - 1)
-        self.sums.append(self.pacer.scatter(output_tensor, all_RN, own_group))
+        self.sums.append(self.pacer.scatter(output_tensor, all_RN, sum_group))
         if self.at_once:
             self.wait()
 
@@ -185,8 +188,11 @@ class PacedScatter:
 
     @contextmanager
     def during_backward(self) -> Iterator[None]:
-        """Run a backward pass inside. FSDP reads a sum at once to round it to 16 bits or to add it
-        to that of an earlier batch, and hooks on gradients read it."""
+        """Run a backward pass inside.
+
+        FSDP reads a sum at once to round it to 16 bits or to add it to that of an earlier batch,
+        and hooks on gradients read it.
+        """
         self.at_once = any(
             p.grad is not None or p.dtype.itemsize < 4 or has_gradient_hooks(p)
             for p in self.parameters
@@ -200,7 +206,9 @@ class PacedScatter:
 
 class Wrapped:
     """A wrapped model: call `module` in place of the model, and `backward` in place of the loss's.
-    `close` ends it."""
+
+    `close` ends it.
+    """
 
     reducer: ExpertGradientReducer | None = None  # of the experts; None where weights are split
     scatters: PacedScatter | None = None  # sums of split weights, where they are paced
@@ -210,8 +218,10 @@ class Wrapped:
         self.at_close = ExitStack()
 
     def own_part(self, loss: Tensor) -> Tensor:
-        """Return what this rank's backward begins with. FSDP sums gradients over ranks and divides
-        nothing."""
+        """Return what this rank's backward begins with.
+
+        FSDP sums gradients over ranks and divides nothing.
+        """
         averaged = isinstance(self.module, DistributedDataParallel) or self.world_size == 1
         return loss if averaged else loss / self.world_size
 
@@ -220,14 +230,16 @@ class Wrapped:
         return self.scatters.during_backward() if self.scatters else nullcontext()
 
     def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
-        """gradient: of the loss, if that is no single number."""
+        """Run the backward pass. gradient: of the loss, if that is no single number."""
         with self.during_backward():
             self.own_part(loss).backward(gradient)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, gradients accumulate on their ranks. Where weights are split each batch's
-        gradients are split and added up all the same: whole ones would need memory on every rank.
+        """Let gradients accumulate on their ranks inside.
+
+        Where weights are split each batch's gradients are split and added up all the same: whole
+        ones would need memory on every rank.
         """
         if self.reducer is None or not isinstance(self.module, DistributedDataParallel):
             yield
@@ -254,8 +266,9 @@ def wrap(
     hidden: bool = True,
     **ddp: Any,
 ) -> Wrapped:
-    """Wrap a model with this rank's experts; its dense weights are split already where
-    `context.dense_mesh` is set.
+    """Wrap a model with this rank's experts.
+
+    Its dense weights are split already where `context.dense_mesh` is set.
 
     reductions: ddp | paced; None: paced on CPUs. hidden: False lets FSDP wait for each gather and
     each sum, which is what `bench dense` compares with. ddp: arguments of DistributedDataParallel.

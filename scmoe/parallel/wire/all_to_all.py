@@ -3,8 +3,8 @@
 A transfer is two autograd nodes, start and wait, so that backward overlaps by the mirror (design
 idea 4):
 
-    forward    start: launch the transfer           ...work...    wait: the rows are there
-    backward   start: the gradient is there         ...work...    wait: launch the gradient's transfer
+    forward    start: launch the transfer        ...work...    wait: the rows are there
+    backward   start: the gradient is there      ...work...    wait: launch the gradient's transfer
 
 Of the nodes that are ready, the autograd engine runs the one created last. After `start; work;
 wait` in forward, it launches the gradient's transfer before the work's backward and waits for it
@@ -41,7 +41,7 @@ class Work(Protocol):
     """An exchange in flight."""
 
     def wait(self) -> Any:
-        """Returns when the caller may use the rows in its next computation."""
+        """Return when the caller may use the rows in its next computation."""
 
 
 Exchange = Callable[[Tensor, Traffic | None], tuple[Tensor, Work]]
@@ -51,19 +51,17 @@ target buffer by sender."""
 
 
 def all_to_all(group: Any) -> Exchange:
-    """The exchange of a process group: point to point with gloo, one collective with other
-    backends.
+    """Return the exchange of a process group.
 
-    On CUDA it runs on the group's own stream, which starts when the rows are there; `wait` makes
-    the current stream wait, not the host. A caller that keeps both buffers until then need not
-    record them on that stream.
+    It is point to point with gloo, one collective with other backends. On CUDA it runs on the
+    group's own stream, which starts when the rows are there; `wait` makes the current stream wait,
+    not the host. A caller that keeps both buffers until then need not record them on that stream.
     """
     gloo = dist.get_backend(group) == "gloo"
 
     def exchange(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
-        sent, received = (
-            ([], []) if traffic is None else (list(traffic.sent), list(traffic.received))
-        )
+        sent = [] if traffic is None else list(traffic.sent)
+        received = [] if traffic is None else list(traffic.received)
         target = buffer_for(rows, traffic)
         if gloo:
             return target, point_to_point(target, rows, received, sent, group)
@@ -73,30 +71,32 @@ def all_to_all(group: Any) -> Exchange:
 
 
 def buffer_for(rows: Tensor, traffic: Traffic | None) -> Tensor:
-    """An empty tensor for the rows that an exchange of `rows` brings here."""
-    return rows.new_empty(
-        (len(rows) if traffic is None else sum(traffic.received), *rows.shape[1:])
-    )
+    """Return an empty tensor for the rows that an exchange of `rows` brings here."""
+    num_rows = len(rows) if traffic is None else sum(traffic.received)
+    return rows.new_empty((num_rows, *rows.shape[1:]))
 
 
 def point_to_point(
     target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any
 ) -> Work:
-    """Posts all receives first, then the sends.
+    """Post all receives first, then the sends.
 
     gloo sends rows after the peer has announced that it expects them. gloo's own All-to-All
     announces this after it has started to send: on the later rank the announcement queues behind
     its own rows, and the two directions of a link take turns. Posting takes some milliseconds while
-    other rows arrive, so a thread does it while the caller computes
-    (docs/decisions/0019-point-to-point.md has the measurements).
+    other rows arrive, so a thread does it while the caller computes (docs/decisions/0019-point-to-
+    point.md has the measurements).
     """
     return Posted(thread("all-to-all").submit(post, target, rows, received, sent, group))
 
 
 @functools.cache
 def thread(name: str) -> ThreadPoolExecutor:
-    """One for all layers, directions and groups, so that the order of posting stays equal on all
-    ranks."""
+    """Return the thread of this name.
+
+    It is one for all layers, directions and groups, so that the order of posting stays equal on all
+    ranks.
+    """
     return ThreadPoolExecutor(1, name)
 
 
@@ -107,11 +107,14 @@ os.register_at_fork(after_in_child=thread.cache_clear)
 def post(
     target: Tensor, rows: Tensor, received: list[int], sent: list[int], group: Any
 ) -> list[Any]:
-    """Posts the receives and the sends, in this thread, and returns them."""
-    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    """Post the receives and the sends, in this thread, and return them."""
+    size = dist.get_world_size(group)
+    rank = dist.get_rank(group)
     targets = target.split(received) if received else target.chunk(size)
     sources = rows.split(sent) if sent else rows.chunk(size)
-    before, after = ([(rank + step * i) % size for i in range(1, size)] for step in (-1, 1))
+    before = [(rank - i) % size for i in range(1, size)]
+    after = [(rank + i) % size for i in range(1, size)]
+
     works = [
         dist.irecv(targets[peer], group=group, group_src=peer)
         for peer in before
@@ -136,15 +139,14 @@ def collective(
 
 
 class Posted:
-    """Sends and receives as one work. Two threads may wait for it: a recorder's and the one that
-    needs the rows.
+    """Sends and receives as one work.
 
-    on_arrival: is called once, when the rows are there."""
+    Two threads may wait for it: a recorder's and the one that needs the rows.
+    """
 
-    def __init__(
-        self, posted: Future[list[Any]], on_arrival: Callable[[], object] | None = None
-    ) -> None:
-        self.posted, self.on_arrival, self.lock = posted, on_arrival, threading.Lock()
+    def __init__(self, posted: Future[list[Any]]) -> None:
+        self.posted = posted
+        self.lock = threading.Lock()
 
     @torch.no_grad()
     def wait(self) -> None:
@@ -153,14 +155,13 @@ class Posted:
             while works:
                 works[0].wait()  # where it raises, it does so for the second thread too
                 works.pop(0)
-            if self.on_arrival is not None:
-                self.on_arrival()
-            self.on_arrival = None
 
 
 class Link:
-    """Keeps this rank's latest exchange of rows, so that gradients can wait until it is finished
-    (update/pacing.py)."""
+    """Keeps this rank's latest exchange of rows.
+
+    Gradients can wait until it is finished (update/pacing.py).
+    """
 
     def __init__(self) -> None:
         self.latest: Work | None = None
@@ -187,8 +188,9 @@ class Carried:
 
 @dataclass(eq=False)
 class Transfer:
-    """One exchange of rows, and later the way back of its gradient. `start` launches it, `wait`
-    returns the rows.
+    """One exchange of rows, and later the way back of its gradient.
+
+    `start` launches it, `wait` returns the rows.
 
     traffic: rows to and from each rank of the group; None: equal numbers for all ranks.
     operator, recorder: the recorder notes the transfer under this name.
@@ -202,6 +204,7 @@ class Transfer:
     out: Tensor | None = field(default=None, init=False)
     source: Tensor | None = field(default=None, init=False)
     work: Work | None = field(default=None, init=False)
+    grad: Tensor | None = field(default=None, init=False)  # from the wait's backward to the start's
 
     @torch.compiler.disable
     def start(self, rows: Tensor) -> Self:
@@ -210,8 +213,9 @@ class Transfer:
 
     @torch.compiler.disable
     def wait(self) -> Tensor:
-        out, self.out = self.out, None
+        out = self.out
         assert out is not None, "a transfer is started once and awaited once"
+        self.out = None
         return _Wait.apply(out, self)
 
     def launch(self, rows: Tensor, backward: bool) -> Tensor:
@@ -255,10 +259,8 @@ class _Wait(Function):
     def backward(ctx, grad: Tensor):
         transfer = ctx.transfer
         transfer.grad = transfer.launch(grad, backward=True)
-        return (
-            grad,
-            None,
-        )  # a placeholder: the engine checks the shape; start's backward returns the real gradient
+        # a placeholder: the engine checks the shape; start's backward returns the real gradient
+        return grad, None
 
 
 # ---------------------------------------------------------------------- the dispatcher
@@ -269,8 +271,10 @@ class CeilingError(MemoryError):
 
 
 class AllToAllDispatcher:
-    """The dispatcher of many ranks. Equal numbers of rows per expert need nothing from the host;
-    unequal numbers are announced before the rows.
+    """The dispatcher of many ranks.
+
+    Equal numbers of rows per expert need nothing from the host; unequal numbers are announced
+    before the rows.
 
     counts_group: carries the announced numbers, so that they queue behind no rows; None: the group
     of the rows. buffered: rows are in buffers (moe/layout.py): all ranks send equally many, empty
@@ -279,7 +283,8 @@ class AllToAllDispatcher:
     are not announced; None: nothing is checked.
 
     A deep copy of a module shares this with the module. A pickle cannot hold process groups: what
-    is read from one raises at its first exchange."""
+    is read from one raises at its first exchange.
+    """
 
     recorder: Recorder | None = None  # notes the times of transfers that run in parallel
 
@@ -293,8 +298,12 @@ class AllToAllDispatcher:
         buffered: bool = False,
         even: EvenRows | None = None,
     ) -> None:
-        self.group, self.num_experts, self.ceiling = group, num_experts, ceiling
-        self.counts_group, self.buffered, self.even = counts_group or group, buffered, even
+        self.group = group
+        self.num_experts = num_experts
+        self.ceiling = ceiling
+        self.counts_group = counts_group or group
+        self.buffered = buffered
+        self.even = even
         self.exchange = exchange or all_to_all(group)
         self.ep_size = dist.get_world_size(group)
 
@@ -310,23 +319,23 @@ class AllToAllDispatcher:
         return WithoutGroup, (self.num_experts, self.ep_size)
 
     def recorded_by(self, recorder: Recorder) -> "AllToAllDispatcher":
-        """The same dispatcher with a recorder."""
+        """Return the same dispatcher with a recorder."""
         recorded = copy(self)
         recorded.recorder = recorder
         return recorded
 
     def announce(self, counts_PE: Tensor) -> Announced:
-        """Every rank receives the counts of all ranks, so that all of them notice if one would
-        receive too many."""
+        """Send the counts of all ranks to every rank.
+
+        So all of them notice if one would receive too many.
+        """
         gathered = counts_PE.new_empty(self.ep_size * len(counts_PE), counts_PE.shape[1])
         # into one tensor: NCCL would copy a list from one, with a kernel for each rank
-        gather = (
-            getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        )  # its name in older torch
+        # its name in older torch is the second one
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         work = gather(gathered, counts_PE.contiguous(), group=self.counts_group, async_op=True)
-        by_rank = gathered.view(
-            self.ep_size, len(counts_PE), self.ep_size, -1
-        )  # [sender, chunk, receiver, e]
+        # [sender, chunk, receiver, e]
+        by_rank = gathered.view(self.ep_size, len(counts_PE), self.ep_size, -1)
         rank = dist.get_rank(self.group)
         if self.buffered:
             return OnDevice(work, by_rank[:, :, rank])
@@ -390,25 +399,30 @@ class ReadByHost:
     ceiling: float | None
 
     def wait(self) -> list[ChunkCounts]:
-        """The one place where the host waits for the device in a step without slots: once for each
-        layer."""
+        """Wait for the counts on the host.
+
+        This is the one place where the host waits for the device in a step without slots, once for
+        each layer.
+        """
         self.work.wait()
         rows = self.by_rank.sum(-1).cpu()  # [sender, chunk, receiver]
         if self.ceiling is not None:
-            check_ceiling(
-                rows.sum((0, 1)).tolist(), self.ceiling
-            )  # of all chunks: they are in memory together
-        sent, received = rows[self.rank].tolist(), rows[:, :, self.rank].T.tolist()
+            # of all chunks: they are in memory together
+            check_ceiling(rows.sum((0, 1)).tolist(), self.ceiling)
+        sent = rows[self.rank].tolist()
+        received = rows[:, :, self.rank].T.tolist()
         to_here = self.by_rank[:, :, self.rank]  # [sender, chunk, e]
         return [
-            ChunkCounts(sum(sent[p]), to_here[:, p], Traffic(sent[p], received[p], rows[:, p]))
+            ChunkCounts(sum(sent[p]), to_here[:, p], Traffic(sent[p], received[p]))
             for p in range(len(sent))
         ]
 
 
 def experts_of_rows(counts: ChunkCounts, num_sent: int) -> Tensor:
-    """[R]: the local expert of each row that arrives, in the order (sender, expert). In a buffer,
-    empty rows follow those of its sender; they get the number of experts, so that they sort last.
+    """Return the local expert [R] of each row that arrives, in the order (sender, expert).
+
+    In a buffer, empty rows follow those of its sender; they get the number of experts, so that they
+    sort last.
     """
     from_e = counts.counts_from_e
     if counts.traffic is not None:
@@ -421,14 +435,18 @@ def experts_of_rows(counts: ChunkCounts, num_sent: int) -> Tensor:
 
 
 def swap(rows_RD: Tensor, outer: int, inner: int) -> Tensor:
-    """Rows in the order (outer, inner) to (inner, outer): between senders and local experts, of
-    equal numbers."""
+    """Return rows in the order (inner, outer) of rows in the order (outer, inner).
+
+    One of these is the sender, the other the local expert; all have equal numbers of rows.
+    """
     return rows_RD.view(outer, inner, -1, rows_RD.shape[1]).transpose(0, 1).reshape_as(rows_RD)
 
 
 def check_ceiling(received: list[int], ceiling: float) -> None:
-    """Raises CeilingError before memory for the rows is allocated (fault 31). received: rows for
-    each rank."""
+    """Raise CeilingError before memory for the rows is allocated (fault 31).
+
+    received: rows for each rank.
+    """
     fair = sum(received) / len(received)
     worst = max(range(len(received)), key=lambda rank: received[rank])
     if received[worst] > ceiling * fair:
@@ -441,8 +459,10 @@ def check_ceiling(received: list[int], ceiling: float) -> None:
 
 @dataclass(frozen=True)
 class OnDevice:
-    """The counts of all ranks, on their way; the host reads none of them. to_here: [sender, chunk,
-    e]."""
+    """The counts of all ranks, on their way; the host reads none of them.
+
+    to_here: [sender, chunk, e].
+    """
 
     work: Any
     to_here: Tensor

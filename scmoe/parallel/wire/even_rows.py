@@ -29,15 +29,21 @@ class EvenRows:
         self.is_due = False  # at the next exchange
 
     def begin(self, tensors: Iterable[Tensor], group: Any, ep_size: int) -> None:
-        """Begin a batch; every rank must call it. tensors: those of the batch. ep_size: ranks that
-        share experts."""
-        self.group, self.ep_size, self.is_due = group, ep_size, True
+        """Begin a batch; every rank must call it.
+
+        tensors: those of the batch. ep_size: ranks that share experts.
+        """
+        self.group = group
+        self.ep_size = ep_size
+        self.is_due = True
         shapes = repr([tuple(t.shape) for t in tensors]).encode()
         self.shapes = int.from_bytes(hashlib.blake2b(shapes, digest_size=7).digest(), "big")
 
     def check(self, rows: int) -> None:
-        """Raise ValueError, on every rank, if ranks that share experts are about to send different
-        numbers of rows."""
+        """Raise ValueError on every rank if ranks that share experts have other numbers of rows.
+
+        rows: how many this rank is about to send.
+        """
         if not self.is_due:
             return
         extremes = torch.tensor([rows, -rows, self.shapes, -self.shapes])

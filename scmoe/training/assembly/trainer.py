@@ -120,7 +120,6 @@ def timing_conditions(config: Config) -> dict[str, Any]:
         "compile": trainer.compile,
         "recompute": trainer.recompute,
         "wire_dtype": strategy.wire_dtype,
-        "exchange": strategy.exchange,
         "dense": strategy.dense,
         "reductions": strategy.reductions,
     }
@@ -144,12 +143,9 @@ def build_strategy(
         resolve_ep_size(config),
         strategy.timeout_s,
         async_checkpoint=strategy.async_checkpoint,
-        full_checkpoint=strategy.full_checkpoint,
         dense=strategy.dense,
         dense_estimates=dense_estimates,
         reductions=strategy.reductions,
-        exchange=strategy.exchange,
-        debug_collectives=strategy.debug_collectives,
     )
 
 

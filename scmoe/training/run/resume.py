@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
-from scmoe.config.load import load_text, parse_yaml, read_text
+from scmoe.config.load import REMOVED, load_text, parse_yaml, read_text
 from scmoe.config.registry import named, words
 from scmoe.files.writing import read_json
 from scmoe.parallel.checkpoint.durable import (
@@ -34,8 +34,6 @@ from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.training.assembly.data import kept_tokenizer
 from scmoe.training.run.directory import relative, why_no_checkpoint
 
-# Earlier versions accepted wire_dtype where it has no effect, and kept it.
-REFUSED_SINCE = ("strategy.wire_dtype=null",)
 STEP = re.compile(r"(--)?step=")
 Which = Literal["last", "best"]
 # Everything else makes another model or another experiment.
@@ -52,6 +50,11 @@ MAY_CHANGE = (
     "data.cache_dir",
     "extensions",
     "callbacks",
+)
+# What earlier versions accepted, and what changes no weights.
+REFUSED_SINCE = (
+    "strategy.wire_dtype=null",  # where it has no effect
+    *(f"{key}={default}" for key, (default, _) in REMOVED.items() if key.startswith(MAY_CHANGE)),
 )
 # A training that goes on keeps these: they decide which samples come next, and Lightning counts
 # batches.

@@ -1,4 +1,4 @@
-"""Makes Lightning know the strategy's name, and read a checkpoint that is a directory of ours.
+"""Registers the strategy's name with Lightning, and lets Lightning read our checkpoints.
 
 Called by `import scmoe`, perhaps while other files of scmoe are being imported, so all imports are
 inside functions.
@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 
-def teach_lightning() -> None:
+def register_with_lightning() -> None:
+    """Register the strategy's name, and let Lightning's readers of files read our directories."""
     from lightning.fabric.plugins.io import torch_io
     from lightning.pytorch.core import saving
     from lightning.pytorch.strategies import StrategyRegistry
 
-    what = "DDP for dense weights, expert parallelism for experts"
-    StrategyRegistry.register("expert_parallel", expert_parallel, what, override=True)
-    for module in (saving, torch_io):  # load_from_checkpoint, and a Trainer with any other strategy
+    description = "DDP for dense weights, expert parallelism for experts"
+    StrategyRegistry.register("expert_parallel", expert_parallel, description, override=True)
+    # for load_from_checkpoint, and for a Trainer with any other strategy
+    for module in (saving, torch_io):
         module.pl_load = reading_directories(module.pl_load)  # type: ignore[attr-defined]
 
 
@@ -27,7 +29,7 @@ def expert_parallel(**arguments: Any) -> Any:
 
 
 def reading_directories(load: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `load`, which reads one file, with our directories read by one process too."""
+    """Return a function that reads our directories in one process, and other files by `load`."""
 
     def read(path: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
         from torch import Tensor
@@ -37,7 +39,8 @@ def reading_directories(load: Callable[..., Any]) -> Callable[..., Any]:
 
         if not isinstance(path, (str, Path)) or not (Path(path) / MANIFEST).is_file():
             return load(path, map_location, *args, **kwargs)
-        checkpoint, device = read_for_lightning(Path(path)), place_of(map_location)
+        checkpoint = read_for_lightning(Path(path))
+        device = device_of(map_location)
         for name, entry in checkpoint["state_dict"].items():
             if isinstance(entry, Tensor):  # not every extra state is one
                 checkpoint["state_dict"][name] = entry.to(device)
@@ -46,9 +49,11 @@ def reading_directories(load: Callable[..., Any]) -> Callable[..., Any]:
     return read
 
 
-def place_of(map_location: Any) -> Any:
-    """Return the device to which torch.load would move tensors of the CPU. map_location: as
-    torch.load takes it."""
+def device_of(map_location: Any) -> Any:
+    """Return the device to which torch.load would move tensors of the CPU.
+
+    map_location: as torch.load takes it.
+    """
     import torch
 
     if callable(map_location):

@@ -1,0 +1,307 @@
+"""Keeps the ranks of a job in step: they start together, with equally many batches, and stop at the
+same step (faults 12 and 16).
+
+Ranks exchange the flags of their signals (stop.py) at every step and read the sum one step later,
+so all of them stop at one step, with exit code 143, 129 or 130 and, if they were training, with one
+complete checkpoint.
+"""
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from scmoe.lightning import seam
+from scmoe.lightning.stop import INTERRUPTED, StopSignal
+from scmoe.parallel.checkpoint.saving import Checkpoints
+from scmoe.parallel.dense import reshard
+from scmoe.parallel.mesh import ParallelContext, expert_parameters
+
+
+class Poll:
+    """Sums flags over all ranks.
+
+    Each sum is started in one call and read in the next, so that no call waits for it.
+
+    group: a gloo group of all ranks. What else it carries must begin in the same order on all
+    ranks, as gloo matches collectives by their order.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.in_flight: tuple[dist.Work, Tensor] | None = None
+
+    def any_rank(self, *flags: bool) -> list[bool]:
+        """Return for each flag whether any rank raised it in the call before.
+
+        All ranks must call it equally often.
+        """
+        answers = self.close() or [False] * len(flags)
+        sums = torch.tensor(flags, dtype=torch.int64)
+        self.in_flight = (dist.all_reduce(sums, group=self.group, async_op=True), sums)
+        return answers
+
+    def smallest(self, count: float) -> float:
+        """Wait for the smallest count of all ranks. Every rank must call it."""
+        least = torch.tensor(count, dtype=torch.float64)
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
+        return least.item()
+
+    def close(self) -> list[bool]:
+        """Wait for the sum in flight and return it; an empty list if there is none."""
+        if self.in_flight is None:
+            return []
+        work, sums = self.in_flight
+        work.wait()
+        self.in_flight = None
+        return [bool(n) for n in sums]
+
+
+def check_even(stage: str, batches: Sequence[float], context: ParallelContext) -> None:
+    """Raise ValueError on every rank if ranks have different numbers of batches.
+
+    Every rank must call it. A rank without a next batch would leave the others waiting in a
+    collective until the timeout. batches: one number for each loader; inf if its length is unknown.
+    """
+    if context.world_size == 1:
+        return
+    of_ranks: list[Any] = [None] * context.world_size
+    dist.all_gather_object(of_ranks, [float(n) for n in batches], group=context.control_group)
+    if any(counts != of_ranks[0] for counts in of_ranks):
+        counts = "; ".join(
+            f"rank {rank}: {' + '.join(f'{n:g}' for n in ns)}" for rank, ns in enumerate(of_ranks)
+        )
+        raise ValueError(
+            f"ranks have different numbers of {stage} batches ({counts}). Pad the last batches, or"
+            f" set limit_{stage}_batches"
+        )
+
+
+class Job:
+    """The part of the Strategy that keeps ranks in step.
+
+    `open` comes before everything else, `close` at the end. context: the rank's place. is_launched:
+    another rank of this job has started this process.
+    """
+
+    def __init__(self) -> None:
+        self.context = ParallelContext()
+        self.is_launched = False
+        self.stop = StopSignal()
+        # the module, while it holds the weights of its last step of training
+        self.trained: Any = None
+        self.has_begun = False  # the first batch of this training
+        # batches of this validation, test or prediction at which all ranks can still ask
+        self.polls_left = 0
+        self.poll: Poll
+        self.trainer: Any = None
+        self.checkpoints: Checkpoints
+
+    def open(self, trainer: Any, checkpoints: Checkpoints, is_launched: bool) -> None:
+        """Begin to note signals. is_launched: another rank of this job has started this process."""
+        self.trainer = trainer
+        self.checkpoints = checkpoints
+        self.is_launched = is_launched
+        self.stop = StopSignal(seam.requeue_signal(trainer), 0 if is_launched else INTERRUPTED)
+        self.poll = Poll(self.context.control_group)
+        self.stop.take()
+        seam.leave_signals_alone(trainer, self.stop.numbers)
+        if self.stop.requeue is not None and shutil.which("scontrol") is None:
+            self._say(
+                "warning: scontrol is not found: a signal of SLURM saves and stops, but requeues"
+                " nothing"
+            )
+
+    def begin_training(self) -> None:
+        check_even("train", [self.trainer.num_training_batches], self.context)
+        self.has_begun = False
+        self.ask()  # so that no rank begins the first batch if one was stopped before it
+        seam.skip_sigterm_broadcast(self.trainer)
+
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.ask()
+        # not earlier: making data loaders draws from the generator
+        self.checkpoints.restore_random_state()
+        # not earlier: a validation that runs again may find this step to be the best
+        if not self.has_begun:
+            self.has_begun = True
+            seam.mark_step_as_saved(self.trainer)
+        context = self.context
+        if context.ep_size > 1:
+            context.even.begin(tensors_in(batch), context.control_group, context.ep_size)
+
+    def begin_validation(self) -> None:
+        trainer = self.trainer
+        if trainer.sanity_checking:
+            self.begin("val", trainer.num_sanity_val_batches)
+        else:
+            self.begin("val", trainer.num_val_batches)
+            seam.forget_stopped_validation(trainer)
+
+    def begin(self, stage: str, batches: Sequence[float]) -> None:
+        """Let ranks ask at as many batches as the rank with the fewest has.
+
+        If that number is unknown they cannot ask, and a SIGTERM ends the process at once.
+        """
+        shares_experts = self.context.ep_size > 1 and any(
+            expert_parameters(self.trainer.lightning_module)
+        )
+        # else nothing keeps ranks in step
+        if shares_experts or self.context.dense_mesh is not None:
+            check_even(stage, batches, self.context)
+        fewest = self.poll.smallest(sum(batches))
+        can_stop = not seam.accumulated_batches(self.trainer)  # else the step must end first
+        if fewest == float("inf"):
+            if can_stop:
+                self.ask_and_wait()
+            self.stop.give_back()
+        elif can_stop:
+            self.polls_left = int(fewest)
+
+    def ask_if_all_can(self) -> None:
+        if self.polls_left > 0:
+            self.polls_left -= 1
+            self.ask()
+
+    def end_evaluation(self) -> None:
+        self.polls_left = 0
+        self.stop.take()
+        # so that what follows finds the weights that optimizers hold
+        reshard(self.trainer.lightning_module)
+
+    def ask(self) -> None:
+        """Ask all ranks whether one still writes a checkpoint or must stop.
+
+        Act on the answers of the last call.
+        """
+        flags = self.checkpoints.is_writing(), self.stop.received, self.stop.must_requeue
+        still_writing, stop, requeue = self.poll.any_rank(*flags)
+        self.checkpoints.finish_unless(still_writing)
+        if stop:
+            self._save_and_exit(requeue)
+
+    def ask_and_wait(self) -> None:
+        """Ask once all ranks are here, and act on the answer at once."""
+        dist.barrier(group=self.context.control_group)
+        self.ask()
+        self.ask()
+
+    def _save_and_exit(self, requeue: bool) -> None:
+        """Save a checkpoint, if there is anything new to save, and exit.
+
+        All ranks do this at the same step.
+
+        requeue: put the SLURM job into the queue again, unless it is a run of `scmoe train`: the
+        command of its job would start a new run.
+
+        A rank that Lightning's launcher has started exits with 0: any other code would make the
+        launcher kill rank 0, which may still be closing loggers.
+        """
+        trainer = self.trainer
+        if self.trained is trainer.lightning_module and not seam.accumulated_batches(trainer):
+            self._save(requeue)
+        elif requeue:
+            self._say("stopped without saving, as nothing was trained; the job is not requeued")
+        self.checkpoints.finish()
+        self.poll.close()
+        raise SystemExit(0 if self.is_launched else self.stop.exit_code)
+
+    def _save(self, requeue: bool) -> None:
+        trainer = self.trainer
+        self.checkpoints.restore_random_state()
+        seam.restart_validation(trainer)
+        seam.forget_started_batch(trainer)
+
+        last = trainer.checkpoint_callback
+        if isinstance(last, seam.LastCheckpoint):
+            last.save(trainer)
+        elif requeue and self.stop.requeue is not None:
+            self.checkpoints.finish()
+            # the job must not end before the checkpoint is complete
+            self.checkpoints.background = False
+            seam.save_and_requeue(trainer, self.stop.requeue)
+        else:
+            folder = getattr(last, "dirpath", None) or trainer.default_root_dir
+            path = Path(folder) / f"step={trainer.global_step}.ckpt"
+            trainer.save_checkpoint(path)
+            self.checkpoints.finish()
+            self._say(
+                f"stopped at step {trainer.global_step}; to go on: trainer.fit(...,"
+                f" ckpt_path={str(path)!r})"
+            )
+
+    def _say(self, line: str) -> None:
+        if self.context.rank == 0:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Complete the saves and give the signals back."""
+        if self.trainer is None:  # the Strategy has refused a callback, so `open` never ran
+            return
+        if not seam.was_interrupted(self.trainer):  # else other ranks may never come here
+            self.checkpoints.finish()
+            self.ask_and_wait()  # so that a stop during or after the last step still ends in 143
+            self.poll.close()
+        self.stop.give_back()
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """Return the tensors of a batch, where Lightning would move them to the device."""
+    tensors: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        tensors.append(tensor)
+        return tensor
+
+    apply_to_collection(batch, Tensor, note)
+    return tensors
+
+
+class SavePostponed(Callback):
+    """Saves what was requested inside a step, once the step is taken or training ends inside it.
+
+    After the first step it also makes what a checkpoint would hold, without writing it, so that
+    something that cannot be saved ends the run then and not hours later. It does not do so without
+    a callback that saves.
+    """
+
+    def __init__(self) -> None:
+        self.has_checked = False
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if not seam.accumulated_batches(trainer):
+            self.check(trainer)
+            self.save(trainer)
+
+    def check(self, trainer: Any) -> None:
+        if trainer.checkpoint_callbacks and not self.has_checked:
+            self.has_checked = True
+            weights_only = all(
+                getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks
+            )
+            saved = seam.what_is_saved(trainer, weights_only)
+            trainer.strategy.checkpoints.check(saved, trainer.lightning_module)
+
+    def on_train_end(self, trainer: Any, *_: Any) -> None:
+        if seam.accumulated_batches(trainer) and trainer.strategy.checkpoints.postponed:
+            rank_zero_warn(
+                "training ended inside a step: checkpoints hold the step before, without its"
+                " gradients"
+            )
+        trainer.strategy.in_training = False
+        self.save(trainer)
+
+    def save(self, trainer: Any) -> None:
+        postponed = trainer.strategy.checkpoints.postponed
+        while postponed:
+            path = next(iter(postponed))
+            trainer.save_checkpoint(path, postponed.pop(path))
