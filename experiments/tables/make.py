@@ -25,7 +25,6 @@ from experiments.tables.table_file import Options, Scale, Table, load_table
 from experiments.tables.table_report import write_report
 from experiments.tables.table_runs import (
     Run,
-    adopt,
     check_memory,
     finished,
     look_up,
@@ -77,7 +76,7 @@ class Plan:
 
     @property
     def command(self) -> str:
-        """The make command of this table, without runs_dir, --from and --to."""
+        """The make command of this table, without runs_dir and --to."""
         seeds = len(self.runs) // len(self.table.rows)
         words = [
             word for word in self.overrides if not word.removeprefix("--").startswith("runs_dir=")
@@ -111,10 +110,6 @@ def plan_table(table: Table, options: Options, overrides: Sequence[str]) -> Plan
         known = ROWS[2] | ROWS[1] if scale.bench is None else ROWS[every_of(scale.bench)]
         if row.speed is not None and row.speed not in known:
             raise refusal(f"{table.name}: speed of {row.name!r}", row.speed, " | ".join(known))
-    for folder in options.from_:
-        if not any(folder.glob("*/states/*.json")):
-            allowed = "a folder of tables that has <table>-<scale>/states/, such as docs/results"
-            raise refusal("--from", str(folder), allowed)
     name, scale = options.scale, table.scales[options.scale]
     config = load(scale.config, overrides)
     if scale.otherwise is not None:
@@ -166,7 +161,7 @@ def make_table(plan: Plan) -> Made:
     evaluations = Evaluations(table, plan.scale)
     speeds: list[Job] = []
     with lock_of(plan.folder) as lock:
-        _take_up(plan, evaluations)
+        _read_states(runs, evaluations)
         needed = dict.fromkeys(
             ["val_loss", *(key for m in table.metrics_from("summary") for key in m.keys)]
         )
@@ -197,25 +192,19 @@ def make_table(plan: Plan) -> Made:
     return made
 
 
-def _take_up(plan: Plan, evaluations: "Evaluations") -> None:
-    """Set the states of runs: those of earlier calls, and of equal runs of other tables and of the
-    folders given.
+def _read_states(runs: Sequence[Run], evaluations: "Evaluations") -> None:
+    """Set the states of runs from their files.
 
-    A state that lacks an evaluation is of use only where the run's weights are.
+    A state that lacks an evaluation counts as none if the run's weights are gone.
     """
-    runs, sources = plan.runs, [plan.folder.parent, *plan.options.from_]
-    if plan.options.to is not None:
-        sources.append(plan.options.to)  # what is in it will be replaced
     read_states(runs)
     lost = [run for run in finished(runs) if not evaluations.can_use(run.state)]
     for run in lost:
         run.job.state = State()
-    if found := adopt(runs, sources, evaluations.can_use):
-        say(f"{found} of {len(runs)} runs are taken from runs of equal configuration")
-    if again := sum(run.state.status == "waiting" for run in lost):
+    if lost:
         say(
-            f"{again} finished runs are trained again: an evaluation is missing, and so are their"
-            " weights"
+            f"{len(lost)} finished runs are trained again: an evaluation is missing, and so are"
+            " their weights"
         )
 
 

@@ -27,7 +27,6 @@ its decay: a schedule made for the shorter run would bring it closer.
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
@@ -224,9 +223,6 @@ def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
             "finished": len(done),
             "failed": sum(run.state.status == "failed" for run in runs),
         },
-        "taken_from": dict(
-            Counter(run.state.results["from"] for run in done if "from" in run.state.results)
-        ),
         "seconds_of_all_runs": round(sum(run.state.seconds for run in runs), 1),
         "machines": sorted({environment["machine"] for environment in environments}),
         "torch": sorted({environment["torch"] for environment in environments}),

@@ -19,7 +19,6 @@ from typing import Any
 
 from cyclopts import Parameter
 
-from scmoe.command_line import OneEach
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import SHIPPED, find, parse_yaml
 from scmoe.sweeps.checks import LIST, MAPPING, TEXT, Rule, check, one_of, refusal
@@ -122,16 +121,12 @@ class Options:
         scale: one of table.yaml: smoke | small | digits | paper
         jobs: number of runs in parallel; 0: all in this process
         seeds: seeds 1 to this
-        from_: take the results of runs of equal configuration from this folder, such as
-            docs/results; may be repeated
-        to: copy results and states of finished runs into this folder, after taking those that it
-            has
+        to: copy results and states of finished runs into this folder
     """
 
     scale: str = "smoke"
     jobs: int | None = None
     seeds: int | None = None
-    from_: OneEach[Path] = ()
     to: Path | None = None
 
 

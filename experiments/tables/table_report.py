@@ -289,8 +289,8 @@ def _origin(found: Results) -> list[str]:
         " of runs"
     )
     lines = ["", f"{command}, {machines}, torch {torch}, commit {commits}."]
-    if found["taken_from"]:
-        origins = ", ".join(f"{count} from {name}" for name, count in found["taken_from"].items())
+    if taken_from := found.get("taken_from"):  # results of versions in which tables shared runs
+        origins = ", ".join(f"{count} from {name}" for name, count in taken_from.items())
         lines += ["", f"Runs of equal configuration that were not made again: {origins}."]
     missing = [
         f"{row['name']}: {len(row['failed'])} failed, {len(row['unfinished'])} to run"

@@ -10,14 +10,12 @@ weight's initial value depends on its name and the seed, so what two rows have i
 equal values. A run counts as this table's only if its config is the same as it would be now.
 
 A state file has all that a report reads of a run, so it outlives the run's directory and its
-machine. It also holds a digest of the run's config: a run of equal digest need not be made again,
-whether it belongs to another table (Tables 1, 5 and 6 have rows in common) or was made on another
-machine and committed (docs/results/).
+machine. It also holds a digest of the run's config: a run of another digest is made again.
 """
 
 import json
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
@@ -206,34 +204,6 @@ def look_up(tree: Any, dotted: str) -> float | None:
         look_up(tree[key], dotted[len(key) + 1 :]) for key in tree if dotted.startswith(f"{key}.")
     )
     return next((found for found in below if found is not None), None)
-
-
-def adopt(runs: Sequence[Run], folders: Iterable[Path], can_use: Callable[[State], bool]) -> int:
-    """Give runs that are not finished the state of an equal run in <folder>/*/states/. Returns how
-    many it gave."""
-    wanted = [run for run in runs if run.state.status != "finished"]
-    found: dict[str, tuple[Path, State]] = {}
-    for path in (
-        [path for folder in folders for path in sorted(folder.glob("*/states/*.json"))]
-        if wanted
-        else ()
-    ):
-        state = State(**json.loads(path.read_text(encoding="utf-8")))
-        if (
-            state.status == "finished"
-            and can_use(state)
-            and (digest := state.results.get("digest"))
-        ):
-            found.setdefault(digest, (path, state))
-    given = [run for run in wanted if run.digest in found]
-    for run in given:
-        path, run.job.state = found[run.digest]
-        if (
-            table := path.parent.parent.name
-        ) != run.job.study.name:  # else it is a copy of this one
-            run.job.state.results["from"] = table
-        run.job.keep()
-    return len(given)
 
 
 def save(runs: Sequence[Run], to: Path) -> Path:

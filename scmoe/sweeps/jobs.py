@@ -5,8 +5,8 @@
         states/<job>.json     what is known of a job: whole or absent
         logs/<job>.log        what its training printed
 
-Runs of equal `digest_of` have equal results, so a table takes them. A sweep goes on only if its
-base config's is unchanged.
+Runs of equal `digest_of` have equal results. A table makes a run again if its config's digest has
+changed; a sweep goes on only if its base config's is unchanged.
 """
 
 import fcntl

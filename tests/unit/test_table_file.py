@@ -172,7 +172,6 @@ def test_what_a_table_cannot_honour_is_refused(tmp_path):
             (),
             "--to is .*, allowed: a folder other than that of the tables",
         ),
-        (Options(from_=(tmp_path,)), (), "--from is .*, allowed: a folder of tables that has"),
         (Options(seeds=0), (), "--seeds is 0"),
         (
             Options("paper", to=tmp_path),

@@ -14,12 +14,10 @@ import pytest
 from experiments.tables.table_file import Row, load_table
 from experiments.tables.table_runs import (
     Run,
-    adopt,
     check_memory,
     data_of,
     look_up,
     plan_runs,
-    read_states,
     same_config,
     save,
     write_launch_files,
@@ -41,10 +39,6 @@ def runs_of(
     return plan_runs(
         table, table.scales[scale], folder / f"tables/{name}-{scale}", seeds, overrides
     )
-
-
-def take(runs: list[Run], folder: Path) -> int:
-    return adopt(runs, [folder], lambda state: True)
 
 
 def finish(runs: list[Run]) -> None:
@@ -129,36 +123,16 @@ def test_only_values_that_can_change_a_result_change_the_digest():
         assert digest_of(load(DEBUG, [override])) == own, override
 
 
-def test_a_table_takes_the_equal_runs_of_another_table(tmp_path):
-    finish(runs_of("table1", tmp_path))
-    runs = runs_of("table5", tmp_path)
-    read_states(runs)
-    assert take(runs, tmp_path / "tables") == 4, "the rows with CG-1"
-    assert [run.row.name for run in runs if run.state.status == "finished"] == [
-        *("shared-expert, CG-1", "ScMoE Pos-1, CG-1", "ScMoE Pos-2, CG-1", "ScMoE Pos-3, CG-1")
-    ]
-    assert runs[0].state.results["from"] == "table1-smoke"
-    other = runs_of("table5", tmp_path / "other", "trainer.max_steps=5")
-    assert take(other, tmp_path / "tables") == 0
-    assert {run.state.status for run in other} == {"waiting"}
-
-
-def test_another_machine_goes_on_from_what_is_committed(tmp_path):
-    here, there, committed = tmp_path / "here", tmp_path / "there", tmp_path / "results"
-    first = runs_of("table4", here, seeds=2)
-    finish(first[:3])
-    (first[0].job.study / "results.json").write_text('{"rows": []}')
-    (first[0].job.study / "table.md").write_text("# Table 4")
-    folder = save(first, committed)
-    assert folder == committed / "table4-smoke" and json.loads(
-        (folder / "results.json").read_text()
-    ) == {"rows": []}
-    assert len(list((folder / "states").iterdir())) == 3
-    assert take(runs_of("table4", there, seeds=2), committed) == 3
-    again = runs_of("table4", there, seeds=2)
-    read_states(again)
-    assert [run.state.status for run in again] == ["finished"] * 3 + ["waiting"] * 5
-    assert again[0].state.run_dir is None, "its directory is on the other machine"
+def test_results_and_states_of_finished_runs_are_copied(tmp_path):
+    runs = runs_of("table4", tmp_path / "here")
+    finish(runs[:3])
+    (runs[0].job.study / "results.json").write_text('{"rows": [{"run_dirs": ["/somewhere"]}]}')
+    (runs[0].job.study / "table.md").write_text("# Table 4")
+    folder = save(runs, tmp_path / "results")
+    assert folder == tmp_path / "results/table4-smoke"
+    assert json.loads((folder / "results.json").read_text()) == {"rows": [{"run_dirs": []}]}
+    states = [json.loads(path.read_text()) for path in (folder / "states").iterdir()]
+    assert [state["run_dir"] for state in states] == [None] * 3, "directories stay on this machine"
 
 
 def test_a_dotted_key_leads_to_a_number_or_to_none():
