@@ -25,14 +25,12 @@ from experiments.tables.table_file import Options, Scale, Table, load_table
 from experiments.tables.table_report import write_report
 from experiments.tables.table_runs import (
     Run,
-    check_memory,
     finished,
     look_up,
     plan_runs,
     read_states,
     results_of,
     save,
-    write_launch_files,
 )
 from scmoe.config import registry
 from scmoe.config.leaves import ConfigError
@@ -66,8 +64,8 @@ class Plan:
         return self.table.scales[self.scale_name]
 
     @property
-    def jobs(self) -> int | None:
-        """As of Scale."""
+    def jobs(self) -> int:
+        """Return the number of runs in parallel; 0: all in this process."""
         return self.scale.jobs if self.options.jobs is None else self.options.jobs
 
     @property
@@ -131,11 +129,7 @@ def plan_table(table: Table, options: Options, overrides: Sequence[str]) -> Plan
             raise refusal(
                 "--to", str(to), "a folder other than that of the tables, such as docs/results"
             )
-        if plan.jobs is None:
-            raise refusal("--to", str(to), "at a scale whose runs are made here")
     trainer = plan.runs[0].config.trainer
-    if plan.jobs is None and trainer.num_nodes > 1:
-        raise ConfigError(f"trainer.num_nodes is {trainer.num_nodes}, allowed in launch files: 1")
     if (
         plan.jobs == 0 and trainer.devices * trainer.num_nodes > 1
     ):  # Lightning would start this command again
@@ -149,15 +143,6 @@ def plan_table(table: Table, options: Options, overrides: Sequence[str]) -> Plan
 def make_table(plan: Plan) -> Made:
     """Do what is left of a table and write its files. The same call resumes one that was stopped."""
     table, runs = plan.table, plan.runs
-    if plan.jobs is None:
-        say(f"{plan.scale_name} is not run here; start it elsewhere with one of:")
-        for command in write_launch_files(runs):
-            say(f"  {command}")
-        made = Made(rows=len(table.rows))
-        for line, fits in check_memory(table, runs, plan.scale.gpu_gib):
-            say(line)
-            made.failed += not fits
-        return made
     evaluations = Evaluations(table, plan.scale)
     speeds: list[Job] = []
     with lock_of(plan.folder) as lock:
