@@ -40,6 +40,8 @@ OWN = (
     "options",
     "name",
 )  # keys in which rows may differ
+
+
 @dataclass(frozen=True, eq=False)
 class Run:
     """One row with one seed."""
