@@ -43,7 +43,7 @@ NOT_IN_DIGEST = (
 class State:
     """What is known of a job. `results` belong to the study: its summary, or a trial's values."""
 
-    status: str = "waiting"  # or running | finished | stopped (early) | failed | cut
+    status: str = "waiting"  # or running | finished | failed | cut
     run_dir: str | None = None
     seconds: float = 0.0  # of all its sessions
     done: float = 0.0  # share of its steps
@@ -52,7 +52,7 @@ class State:
 
     @property
     def has_ended(self) -> bool:
-        return self.status in ("finished", "stopped", "failed")
+        return self.status in ("finished", "failed")
 
 
 @dataclass(eq=False)
