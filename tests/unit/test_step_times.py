@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from scmoe.footprint.model_cost import BF16_TFLOPS, forward_flops, peak_tflops
+from scmoe.estimate.model_cost import BF16_TFLOPS, forward_flops, peak_tflops
 from scmoe.training.callbacks import progress
 from scmoe.training.callbacks.progress import LogLines, StepTimes, Throughput
 from tests.support.models import tiny, tiny_model

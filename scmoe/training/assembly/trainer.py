@@ -18,7 +18,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import CALLBACKS, IMAGES
 from scmoe.config.rules import last_step, resolve_ep_size
-from scmoe.footprint.memory import Job, rank_memory
+from scmoe.estimate.memory import Job, rank_memory
 from scmoe.lightning.seam import BestCheckpoints, LastCheckpoint, Patience, StepProgressBar
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.dense import ways

@@ -19,8 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from scmoe.config.fields import Config
 from scmoe.config.leaves import four_digits
 from scmoe.config.load import to_yaml
+from scmoe.estimate.model_cost import forward_flops, parts, peak_tflops, training_flops
 from scmoe.files.writing import redacted, try_to_write
-from scmoe.footprint.model_cost import forward_flops, parts, peak_tflops, training_flops
 from scmoe.lightning.seam import shown_metrics
 from scmoe.parallel.dense import GIB
 from scmoe.parallel.mesh import expert_parameters
@@ -208,7 +208,7 @@ class Throughput(Callback):
     time/mfu.
 
     samples: sequences, or images, of one batch on all ranks. seq_len: tokens of a sequence; None:
-    images are counted. peak: TFLOP/s of a device; None: as footprint/model_cost.py knows it. `mean`
+    images are counted. peak: TFLOP/s of a device; None: as estimate/model_cost.py knows it. `mean`
     is the rate of all batches but the first, which includes allocation and warm-up; None where
     there are no others.
     """

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
@@ -22,12 +21,11 @@ from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
-from scmoe.footprint.model_cost import parts, routed_copies
+from scmoe.estimate.model_cost import count_parameters, total_and_active
 from scmoe.inference.generate import generate
 from scmoe.inference.sampling import Stopping
 from scmoe.lightning.seam import count_steps_from
 from scmoe.models.decoder import Decoder
-from scmoe.moe.experts import Experts
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.callbacks.progress import Memory, SkippedImages, Throughput
 from scmoe.training.modules import MoEModule
@@ -40,33 +38,6 @@ LOADS = (
     "step_drop",
     "dead_experts",
 )  # of the steps since the last log
-
-
-def count_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Return per kind of module: the number of modules, all parameters, and the parameters that one
-    token uses.
-
-    Experts count whole, also where this rank holds a shard. Of num_experts a token uses top_k, and
-    others in each further use of the module (DGMoE, DGMoE-Share) as long as there are others.
-    """
-    counts: dict[str, tuple[int, int, int]] = {}
-    used: dict[nn.Module, float] = {
-        experts: min(1.0, copies / experts.num_experts)
-        for experts, copies in routed_copies(model).items()
-    }
-    for kind, module, own in parts(model):
-        size = sum(p.numel() for p in own)
-        if isinstance(module, Experts):
-            size = size * module.num_experts // len(module.expert_ids)
-        modules, total, active = counts.get(kind, (0, 0, 0))
-        counts[kind] = (modules + 1, total + size, active + round(size * used.get(module, 1.0)))
-    return counts
-
-
-def total_and_active(counts: Mapping[str, tuple[int, int, int]]) -> tuple[int, int]:
-    return sum(total for _, total, _ in counts.values()), sum(
-        active for _, _, active in counts.values()
-    )
 
 
 def model_table(counts: Mapping[str, tuple[int, int, int]]) -> Table:
