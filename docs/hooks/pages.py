@@ -46,7 +46,6 @@ PYTHON = {  # pages of the Python reference: what each package is for
         "Generation of text with a cache, and experts that are kept in a file and fetched."
     ),
     "probes": "Gating and similarity of a run, and charts.",
-    "footprint": "Parameters, FLOPs and memory, by calculation.",
     "init_from": "Weights of other models.",
     "datamodules": "Text, images and synthetic tokens as Lightning data modules.",
     "training": "LightningModules, callbacks, and how a run is built and run.",
@@ -55,7 +54,8 @@ PYTHON = {  # pages of the Python reference: what each package is for
         "Sweeps on this machine: files, search, trials; batches of trainings, and comparing runs."
     ),
     "estimate": (
-        "What a training costs: a bound, and a step that is counted on tensors without numbers."
+        "What a training costs: parameters, FLOPs and memory by calculation, and a step that is"
+        " counted on tensors without numbers."
     ),
     "config": "The configuration: fields, rules, loading.",
 }

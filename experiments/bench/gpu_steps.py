@@ -35,8 +35,8 @@ from experiments.engine.isolated import Pieces, Place
 from experiments.engine.ranks import run_alone
 from scmoe.config.fields import Config
 from scmoe.config.load import SHIPPED, load
-from scmoe.footprint.memory import Job, rank_memory
-from scmoe.footprint.model_cost import forward_flops, peak_tflops, training_flops
+from scmoe.estimate.memory import Job, rank_memory
+from scmoe.estimate.model_cost import forward_flops, peak_tflops, training_flops
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.step import Step
@@ -161,7 +161,7 @@ def gpt2(place: Place) -> Pieces:
 
 def measure_step(place: Place) -> dict[str, Any]:
     """Returns rates of a step of GPT2-MoE-Small at its own shape, medians over rounds, and its peak
-    memory. MFU is training FLOPs (footprint/model_cost.py) over what the device could do: by its
+    memory. MFU is training FLOPs (estimate/model_cost.py) over what the device could do: by its
     datasheet, and by a product of two large bf16 matrices, measured in turn with the step."""
     device, config = torch.device(place.device), config_of(place, GPT2, "data.name=synthetic")
     seq_len, model = config.data.seq_len, build_model_on_meta(config)

@@ -53,12 +53,12 @@ from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.estimate.estimated import estimate
 from scmoe.moe.router import Router
 from scmoe.planning.planner import Overlap
 from scmoe.probes.charts import chart, heading
 from scmoe.report import Report, publish
 from scmoe.runs.seen import SeenRun
+from scmoe.training.assembly.costs import estimate
 from scmoe.training.assembly.trainer import register_callback
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from scmoe.training.run.train import train

@@ -25,15 +25,12 @@ from experiments.tables.table_file import Options, Scale, Table, load_table
 from experiments.tables.table_report import write_report
 from experiments.tables.table_runs import (
     Run,
-    adopt,
-    check_memory,
     finished,
     look_up,
     plan_runs,
     read_states,
     results_of,
     save,
-    write_launch_files,
 )
 from scmoe.config import registry
 from scmoe.config.leaves import ConfigError
@@ -67,8 +64,8 @@ class Plan:
         return self.table.scales[self.scale_name]
 
     @property
-    def jobs(self) -> int | None:
-        """As of Scale."""
+    def jobs(self) -> int:
+        """Return the number of runs in parallel; 0: all in this process."""
         return self.scale.jobs if self.options.jobs is None else self.options.jobs
 
     @property
@@ -77,7 +74,7 @@ class Plan:
 
     @property
     def command(self) -> str:
-        """The make command of this table, without runs_dir, --from and --to."""
+        """The make command of this table, without runs_dir and --to."""
         seeds = len(self.runs) // len(self.table.rows)
         words = [
             word for word in self.overrides if not word.removeprefix("--").startswith("runs_dir=")
@@ -111,10 +108,6 @@ def plan_table(table: Table, options: Options, overrides: Sequence[str]) -> Plan
         known = ROWS[2] | ROWS[1] if scale.bench is None else ROWS[every_of(scale.bench)]
         if row.speed is not None and row.speed not in known:
             raise refusal(f"{table.name}: speed of {row.name!r}", row.speed, " | ".join(known))
-    for folder in options.from_:
-        if not any(folder.glob("*/states/*.json")):
-            allowed = "a folder of tables that has <table>-<scale>/states/, such as docs/results"
-            raise refusal("--from", str(folder), allowed)
     name, scale = options.scale, table.scales[options.scale]
     config = load(scale.config, overrides)
     if scale.otherwise is not None:
@@ -136,11 +129,7 @@ def plan_table(table: Table, options: Options, overrides: Sequence[str]) -> Plan
             raise refusal(
                 "--to", str(to), "a folder other than that of the tables, such as docs/results"
             )
-        if plan.jobs is None:
-            raise refusal("--to", str(to), "at a scale whose runs are made here")
     trainer = plan.runs[0].config.trainer
-    if plan.jobs is None and trainer.num_nodes > 1:
-        raise ConfigError(f"trainer.num_nodes is {trainer.num_nodes}, allowed in launch files: 1")
     if (
         plan.jobs == 0 and trainer.devices * trainer.num_nodes > 1
     ):  # Lightning would start this command again
@@ -154,19 +143,10 @@ def plan_table(table: Table, options: Options, overrides: Sequence[str]) -> Plan
 def make_table(plan: Plan) -> Made:
     """Do what is left of a table and write its files. The same call resumes one that was stopped."""
     table, runs = plan.table, plan.runs
-    if plan.jobs is None:
-        say(f"{plan.scale_name} is not run here; start it elsewhere with one of:")
-        for command in write_launch_files(runs):
-            say(f"  {command}")
-        made = Made(rows=len(table.rows))
-        for line, fits in check_memory(table, runs, plan.scale.gpu_gib):
-            say(line)
-            made.failed += not fits
-        return made
     evaluations = Evaluations(table, plan.scale)
     speeds: list[Job] = []
     with lock_of(plan.folder) as lock:
-        _take_up(plan, evaluations)
+        _read_states(runs, evaluations)
         needed = dict.fromkeys(
             ["val_loss", *(key for m in table.metrics_from("summary") for key in m.keys)]
         )
@@ -197,25 +177,19 @@ def make_table(plan: Plan) -> Made:
     return made
 
 
-def _take_up(plan: Plan, evaluations: "Evaluations") -> None:
-    """Set the states of runs: those of earlier calls, and of equal runs of other tables and of the
-    folders given.
+def _read_states(runs: Sequence[Run], evaluations: "Evaluations") -> None:
+    """Set the states of runs from their files.
 
-    A state that lacks an evaluation is of use only where the run's weights are.
+    A state that lacks an evaluation counts as none if the run's weights are gone.
     """
-    runs, sources = plan.runs, [plan.folder.parent, *plan.options.from_]
-    if plan.options.to is not None:
-        sources.append(plan.options.to)  # what is in it will be replaced
     read_states(runs)
     lost = [run for run in finished(runs) if not evaluations.can_use(run.state)]
     for run in lost:
         run.job.state = State()
-    if found := adopt(runs, sources, evaluations.can_use):
-        say(f"{found} of {len(runs)} runs are taken from runs of equal configuration")
-    if again := sum(run.state.status == "waiting" for run in lost):
+    if lost:
         say(
-            f"{again} finished runs are trained again: an evaluation is missing, and so are their"
-            " weights"
+            f"{len(lost)} finished runs are trained again: an evaluation is missing, and so are"
+            " their weights"
         )
 
 

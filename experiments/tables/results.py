@@ -3,7 +3,6 @@ its baseline.
 
 ours, minus_baseline   of the first metric, which decides; `others` has the same for each other
                        metric
-power                  how many seeds a difference of the paper's size needs, by the measured spread
 equal_time             losses at equal time, where the table's file asks for them: what a row's
                        speed is worth
 
@@ -26,10 +25,7 @@ its decay: a schedule made for the shorter run would bring it closer.
 """
 
 import json
-import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import permutations
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -39,13 +35,7 @@ import numpy
 from experiments.tables.table_file import Metric, Row, Table
 from experiments.tables.table_runs import Run, finished, look_up
 
-ALPHA, POWER = 0.05, 0.8
-FAR_DEVIATIONS, FAR_SHARE = (
-    5,
-    0.01,
-)  # a value is far from its median beyond 5 MAD, and beyond 1 % of the median
-MOST_SEEDS = 10_000
-MOST_ORDERED = 8  # rows of which all orders are counted
+ALPHA = 0.05
 ROUNDING = 1e-9  # differences that vary by less than this share of the values are equal
 SPEED = "train_speedup"  # of one pair of blocks, forward and backward, over sequential top-2
 Values = Mapping[int, float]  # by seed
@@ -91,7 +81,6 @@ def results(table: Table, scale: str, runs: Sequence[Run], command: str) -> dict
         "command": command,
         **_circumstances(runs),
         "speeds": {f"{share:g}": _of_testbed(report) for share, report in speeds.items()},
-        "power": _power(table, columns[first.name]),
         "rows": rows,
         "equal_time": at_equal_time(table, done, speeds),
     }
@@ -188,22 +177,6 @@ def _paper_difference(table: Table, row: Row) -> float | None:
     return round(row.paper[name] - baseline.paper[name], 6)
 
 
-def _power(table: Table, column: Mapping[str, dict[str, Any]]) -> dict[str, Any] | None:
-    """Return how many seeds the smallest and the largest of the paper's differences need, by the
-    spread of ours."""
-    stds = [own["minus_baseline"]["std"] for own in column.values() if own["minus_baseline"]]
-    known = [std for std in stds if std is not None]
-    papers = [
-        abs(d) for row in table.rows if (d := _paper_difference(table, row)) and not row.is_baseline
-    ]
-    if not papers or not any(known):
-        return None
-    asked = dict.fromkeys(float(f"{difference:.2g}") for difference in (min(papers), max(papers)))
-    pooled = math.sqrt(math.fsum(std**2 for std in known) / len(known))  # that of the mean variance
-    needed = {f"{d:g}": seeds_needed(pooled, d, table.comparisons) for d in asked}
-    return {"pooled_std": pooled, "largest_std": max(known), "seeds_needed": needed}
-
-
 def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
     """Return where, when and with which versions the runs ran."""
     first, done = runs[0], finished(runs)
@@ -224,9 +197,6 @@ def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
             "finished": len(done),
             "failed": sum(run.state.status == "failed" for run in runs),
         },
-        "taken_from": dict(
-            Counter(run.state.results["from"] for run in done if "from" in run.state.results)
-        ),
         "seconds_of_all_runs": round(sum(run.state.seconds for run in runs), 1),
         "machines": sorted({environment["machine"] for environment in environments}),
         "torch": sorted({environment["torch"] for environment in environments}),
@@ -322,24 +292,16 @@ def loss_at(curve: Sequence[Sequence[float]], step: float) -> float | None:
 
 
 def describe(values: Mapping[int, float]) -> dict[str, Any]:
-    """Return mean, std (of a sample; None for one value), n, median and range of values by seed.
-
-    far: how many values are more than 5 median absolute deviations, and more than 1 % of the
-    median, from the median.
-    """
+    """Return mean, std (of a sample; None for one value), n, median and range of values by seed."""
     n, all_values = len(values), list(values.values())
     if n == 0:
-        return {"mean": None, "std": None, "n": 0, "median": None, "range": None, "far": 0}
-    middle = median(all_values)
-    distances = [abs(value - middle) for value in all_values]
-    allowed = max(FAR_DEVIATIONS * median(distances), FAR_SHARE * abs(middle))
+        return {"mean": None, "std": None, "n": 0, "median": None, "range": None}
     return {
         "mean": fmean(all_values),
         "std": stdev(all_values) if n > 1 else None,
         "n": n,
-        "median": middle,
+        "median": median(all_values),
         "range": [min(all_values), max(all_values)],
-        "far": sum(distance > allowed for distance in distances),
     }
 
 
@@ -385,37 +347,3 @@ def holm(ps: Sequence[float | None], comparisons: int) -> list[float | None]:
         least = max(least, min(1.0, p * (comparisons - rank)))
         corrected[place] = least
     return corrected
-
-
-def seeds_needed(std: float, difference: float, comparisons: int = 1) -> int | None:
-    """Return the smallest number of seeds at which the paired t-test finds a difference in 80 % of
-    all repetitions.
-
-    std: standard deviation of the paired differences, above 0. The test is two-sided at 0.05 /
-    comparisons; its power is that of the noncentral t distribution, without the side of the wrong
-    sign, which scipy cannot compute everywhere and which is below 1e-3 of it. None: more than
-    10,000 seeds.
-    """
-    from scipy import stats
-
-    for n in range(2, MOST_SEEDS + 1):
-        critical = stats.t.ppf(1 - ALPHA / comparisons / 2, n - 1)
-        shift = abs(difference) / std * math.sqrt(n)
-        if stats.nct.sf(critical, n - 1, shift) >= POWER:
-            return n
-    return None
-
-
-def rank_correlation(pairs: list[tuple[float, float]]) -> tuple[float, float]:
-    """Return Spearman's rank correlation of pairs, and its two-sided p. For few pairs, where the
-    usual formula does not hold, p is exact: the share of all orders that correlate at least as
-    strongly."""
-    from scipy import stats
-
-    ours, theirs = zip(*pairs, strict=True)
-    test = stats.spearmanr(ours, theirs)
-    if len(pairs) > MOST_ORDERED:
-        return float(test.statistic), float(test.pvalue)
-    ranks, fixed = stats.rankdata(ours), stats.rankdata(theirs)
-    orders = numpy.array([*permutations(ranks - ranks.mean())]) @ (fixed - fixed.mean())
-    return float(test.statistic), float((abs(orders) > abs(orders[0]) - 1e-9).mean())

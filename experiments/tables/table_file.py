@@ -19,7 +19,6 @@ from typing import Any
 
 from cyclopts import Parameter
 
-from scmoe.command_line import OneEach
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import SHIPPED, find, parse_yaml
 from scmoe.sweeps.checks import LIST, MAPPING, TEXT, Rule, check, one_of, refusal
@@ -63,7 +62,7 @@ class Row:
 class Scale:
     config: Path
     seeds: int  # 1 to this
-    jobs: int | None  # runs in parallel; 0: all in one process; None: launch files only
+    jobs: int  # runs in parallel; 0: all in one process
     minutes: float = (
         0.0  # of the whole table at this scale, as measured or calculated in its file's header
     )
@@ -77,7 +76,6 @@ class Scale:
     otherwise: str | None = (
         None  # the scale that is run where the config's data set is not on this machine
     )
-    gpu_gib: float = 80.0  # memory of a GPU for which launch files are written
     # key=value by name, for the rows that name it: the size of a model, or a learning rate, differs
     # between scales
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -119,19 +117,15 @@ class Options:
     """The options that `table` and `reproduce` share.
 
     Args:
-        scale: one of table.yaml: smoke | small | digits | paper
+        scale: one of table.yaml: smoke | small | digits
         jobs: number of runs in parallel; 0: all in this process
         seeds: seeds 1 to this
-        from_: take the results of runs of equal configuration from this folder, such as
-            docs/results; may be repeated
-        to: copy results and states of finished runs into this folder, after taking those that it
-            has
+        to: copy results and states of finished runs into this folder
     """
 
     scale: str = "smoke"
     jobs: int | None = None
     seeds: int | None = None
-    from_: OneEach[Path] = ()
     to: Path | None = None
 
 
@@ -233,13 +227,12 @@ def _scale(name: str, folder: Path, entry: Any, scales: Mapping[str, Any]) -> Sc
     return Scale(
         config=Path(normpath(folder / entry["config"])),
         seeds=int(entry["seeds"]),
-        jobs=None if entry["jobs"] == "launch" else int(entry["jobs"]),
+        jobs=int(entry["jobs"]),
         minutes=float(entry.get("minutes", Scale.minutes)),
         evaluate=tuple(shlex.split(entry["evaluate"])) if "evaluate" in entry else None,
         bench=tuple(shlex.split(entry["bench"])) if "bench" in entry else None,
         shares=_floats(entry["shares"]) if "shares" in entry else None,
         otherwise=otherwise,
-        gpu_gib=float(entry.get("gpu_gib", Scale.gpu_gib)),
         settings={setting: _overrides(own) for setting, own in entry.get("settings", {}).items()},
     )
 
@@ -300,9 +293,8 @@ ROW: dict[str, Rule] = {
 SCALE: dict[str, Rule] = {
     **dict.fromkeys(("config", "evaluate", "bench", "otherwise"), TEXT),
     "seeds": (lambda text: str(text).isdecimal() and int(text) > 0, "1 or more"),
-    "jobs": (lambda text: text == "launch" or str(text).isdecimal(), "0 or more | launch"),
+    "jobs": (lambda text: str(text).isdecimal(), "0 or more"),
     "minutes": ABOVE_0,
     "settings": SETTINGS,
     "shares": SHARES,
-    "gpu_gib": ABOVE_0,
 }

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from experiments.bench.speed_chart import blocks_of
-from experiments.tables.results import FAR_DEVIATIONS, FAR_SHARE, POWER, rank_correlation, results
+from experiments.tables.results import results
 from experiments.tables.table_file import Table
 from experiments.tables.table_runs import Run
 from scmoe.files.writing import write_whole
@@ -57,9 +57,7 @@ def markdown(found: Results) -> str:
         (
             "Differences are taken seed by seed. p is that of a paired t-test over seeds,"
             f" two-sided, corrected for {found['comparisons']} comparisons by Holm's method; the"
-            " intervals are Bonferroni's and hold together at 95 %. far: values further than"
-            f" {FAR_DEVIATIONS} median absolute deviations and {100 * FAR_SHARE:g} % from their"
-            " row's median."
+            " intervals are Bonferroni's and hold together at 95 %."
         ),
     ]
     if found["scale"] == "smoke":
@@ -77,7 +75,7 @@ def markdown(found: Results) -> str:
         "paper: minus baseline",
         "ours: mean ± std (n)",
     ]
-    columns += ["median, range, far", "ours: minus baseline", "interval", "p (n)"]
+    columns += ["median, range", "ours: minus baseline", "interval", "p (n)"]
     for group in dict.fromkeys(group for row in found["rows"] for group in row["groups"]):
         cells = [_cells(row, metric, form) for row in found["rows"] if group in row["groups"]]
         used = [
@@ -93,21 +91,7 @@ def markdown(found: Results) -> str:
             *markdown_table(headings, cells, numbers=True),
         ]
     lines += [*_other_metrics(found), *_speeds(found), *_equal_time(found), "", *_decisions(found)]
-    if power := found["power"]:
-        seeds = (
-            f"a difference of {d} needs {n or 'more than 10,000'} seeds"
-            for d, n in power["seeds_needed"].items()
-        )
-        pooled, largest = form.format(power["pooled_std"]), form.format(power["largest_std"])
-        lines += [
-            "",
-            (
-                f"Power: differences of this spread (standard deviation {pooled} over all rows, at"
-                f" most {largest}) need this many seeds to be found with probability {POWER:g}:"
-                f" {', '.join(seeds)}. These are the paper's smallest and largest difference."
-            ),
-        ]
-    return "\n".join([*lines, *_order(found), *_origin(found)]) + "\n"
+    return "\n".join([*lines, *_origin(found)]) + "\n"
 
 
 def _cells(row: Results, metric: str, form: str) -> list[str]:
@@ -123,7 +107,7 @@ def _cells(row: Results, metric: str, form: str) -> list[str]:
         else ""
     )
     robust = (
-        f"{form.format(ours['median'])}, {_numbers(' to ', form, *ours['range'])}, {ours['far']}"
+        f"{form.format(ours['median'])}, {_numbers(' to ', form, *ours['range'])}"
         if ours["n"]
         else ""
     )
@@ -260,26 +244,6 @@ def _decisions(found: Results) -> list[str]:
     return lines
 
 
-def _order(found: Results) -> list[str]:
-    """Return whether differences are in the paper's order. Values are not compared: a table may
-    have two models."""
-    compared = [
-        (row["paper"]["difference"], row["minus_baseline"])
-        for row in found["rows"]
-        if row["minus_baseline"]
-    ]
-    pairs = [(theirs, ours["mean"]) for theirs, ours in compared if theirs is not None]
-    ours = {mean for _, mean in pairs}
-    if len(pairs) < 3 or len(ours) < 2 or None in ours:
-        return []
-    statistic, p = rank_correlation(pairs)
-    order = (
-        f"Order of the {len(pairs)} differences, ours against the paper's: Spearman's rank"
-        " correlation"
-    )
-    return ["", f"{order} {statistic:+.2f} (p {p:.2f})."]
-
-
 def _origin(found: Results) -> list[str]:
     days = ", ".join(f"{date[:4]}-{date[4:6]}-{date[6:]}" for date in found["dates"])
     machines, torch = ", ".join(found["machines"]), ", ".join(found["torch"])
@@ -289,8 +253,8 @@ def _origin(found: Results) -> list[str]:
         " of runs"
     )
     lines = ["", f"{command}, {machines}, torch {torch}, commit {commits}."]
-    if found["taken_from"]:
-        origins = ", ".join(f"{count} from {name}" for name, count in found["taken_from"].items())
+    if taken_from := found.get("taken_from"):  # results of versions in which tables shared runs
+        origins = ", ".join(f"{count} from {name}" for name, count in taken_from.items())
         lines += ["", f"Runs of equal configuration that were not made again: {origins}."]
     missing = [
         f"{row['name']}: {len(row['failed'])} failed, {len(row['unfinished'])} to run"

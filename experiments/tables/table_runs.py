@@ -1,5 +1,4 @@
-"""The runs of a table, rows x seeds, each an ordinary training; what is kept of them; launch files
-for elsewhere.
+"""The runs of a table, rows x seeds, each an ordinary training, and what is kept of them.
 
     <runs_dir>/tables/<table>-<scale>/   runs/<row>-seed<s>/<stamp>-.../   run directories
                                          lock  states/  logs/              scmoe/sweeps/jobs.py
@@ -10,14 +9,11 @@ weight's initial value depends on its name and the seed, so what two rows have i
 equal values. A run counts as this table's only if its config is the same as it would be now.
 
 A state file has all that a report reads of a run, so it outlives the run's directory and its
-machine. It also holds a digest of the run's config: a run of equal digest need not be made again,
-whether it belongs to another table (Tables 1, 5 and 6 have rows in common) or was made on another
-machine and committed (docs/results/).
+machine. It also holds a digest of the run's config: a run of another digest is made again.
 """
 
 import json
-import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
@@ -29,7 +25,6 @@ from scmoe.config import registry
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import load, to_yaml
-from scmoe.estimate.estimated import estimate
 from scmoe.files.writing import write_whole
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.parallel.checkpoint.state import META
@@ -45,18 +40,6 @@ OWN = (
     "options",
     "name",
 )  # keys in which rows may differ
-TORCHRUN = """\
-#!/bin/bash
-# {title} for one machine with {devices} GPUs, one run after the other. From the repository's folder: bash {path}
-# Resume an interrupted run with: torchrun ... -m scmoe resume RUN_DIR
-set -uo pipefail
-"""
-SLURM = """\
-#!/bin/bash
-# {title} for a cluster: a job for each run, of {devices} GPUs on one node. From the repository's folder: bash {path}
-# experiments/train.sbatch and docs/clusters.md say what a cluster must have.
-set -euo pipefail
-"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,34 +191,6 @@ def look_up(tree: Any, dotted: str) -> float | None:
     return next((found for found in below if found is not None), None)
 
 
-def adopt(runs: Sequence[Run], folders: Iterable[Path], can_use: Callable[[State], bool]) -> int:
-    """Give runs that are not finished the state of an equal run in <folder>/*/states/. Returns how
-    many it gave."""
-    wanted = [run for run in runs if run.state.status != "finished"]
-    found: dict[str, tuple[Path, State]] = {}
-    for path in (
-        [path for folder in folders for path in sorted(folder.glob("*/states/*.json"))]
-        if wanted
-        else ()
-    ):
-        state = State(**json.loads(path.read_text(encoding="utf-8")))
-        if (
-            state.status == "finished"
-            and can_use(state)
-            and (digest := state.results.get("digest"))
-        ):
-            found.setdefault(digest, (path, state))
-    given = [run for run in wanted if run.digest in found]
-    for run in given:
-        path, run.job.state = found[run.digest]
-        if (
-            table := path.parent.parent.name
-        ) != run.job.study.name:  # else it is a copy of this one
-            run.job.state.results["from"] = table
-        run.job.keep()
-    return len(given)
-
-
 def save(runs: Sequence[Run], to: Path) -> Path:
     """Copy the results, as JSON and as a page, and the states of finished runs into
     <to>/<table>-<scale>/."""
@@ -255,41 +210,3 @@ def save(runs: Sequence[Run], to: Path) -> Path:
             json.dumps(state) + "\n", encoding="utf-8"
         )
     return folder
-
-
-def write_launch_files(runs: Sequence[Run]) -> list[str]:
-    """Write torchrun.sh and slurm.sh into the table's folder. Returns the commands that start them."""
-    folder, devices, config = (
-        runs[0].job.study,
-        runs[0].config.trainer.devices,
-        shlex.quote(runs[0].job.arguments[0]),
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    torchrun = f".venv/bin/torchrun --standalone --nproc-per-node={devices} -m scmoe train {config}"
-    sbatch = (
-        f"CONFIG={config} sbatch --nodes=1 --ntasks-per-node={devices} --gpus-per-node={devices}"
-    )
-    scripts = {folder / "torchrun.sh": TORCHRUN, folder / "slurm.sh": SLURM}
-    for path, head in scripts.items():
-        lines = [head.format(title=f"{folder.name}: {len(runs)} runs", devices=devices, path=path)]
-        for run in runs:
-            start = (
-                torchrun
-                if head is TORCHRUN
-                else f"{sbatch} --job-name={run.job.name} experiments/train.sbatch"
-            )
-            lines.append(f"{start} {shlex.join(run.job.arguments[1:])}\n")
-        path.write_text("".join(lines), encoding="utf-8")
-    return [f"bash {path}" for path in scripts]
-
-
-def check_memory(table: Table, runs: Sequence[Run], gpu_gib: float) -> Iterator[tuple[str, bool]]:
-    """Yield for each row a line with what `make estimate` says of its run, and whether it fits a
-    GPU of that memory."""
-    for run in runs[: len(table.rows)]:
-        facts = estimate(run.config)
-        gib, flops = facts["memory_bytes"]["total"] / 2**30, facts["flops_training"] * run.seen
-        fits = gib <= gpu_gib
-        size = f"{facts['params_total'] / 1e9:.2f}B parameters, {flops:.2g} FLOPs"
-        does = "fits" if fits else "does not fit"
-        yield f"{run.row.name}: {size}, {gib:.0f} GiB of a GPU: {does} {gpu_gib:g} GiB", fits

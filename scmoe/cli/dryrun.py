@@ -48,7 +48,7 @@ def preset_rows(ranks: int, samples: int, overrides: Sequence[str]) -> Iterator[
 
     Presets without a capacity have one of 1 here, which is all rows of balanced routing."""
     from scmoe.config.load import SHIPPED
-    from scmoe.estimate.counted_step import dry_run, load_for, with_slots
+    from scmoe.training.assembly.costs import dry_run, load_for, with_slots
 
     presets = sorted((SHIPPED / "model").glob("*.yaml"))
     for path, dense, precision, recompute in product(presets, WAYS, PRECISIONS, RECOMPUTE):
@@ -89,8 +89,8 @@ def main(config: str, /, *words: KeyValue) -> None:
             "command line: samples without ranks, allowed: both, or data.global_batch_size alone"
         )
     from scmoe.config.load import load
-    from scmoe.estimate.counted_step import dry_run, load_for, with_slots
     from scmoe.report import Report, console, say
+    from scmoe.training.assembly.costs import dry_run, load_for, with_slots
 
     ranks, samples = sizes.get("ranks"), sizes.get("samples", 1)
     if config == "presets":

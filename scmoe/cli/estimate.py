@@ -1,15 +1,23 @@
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from scmoe.command_line import KeyValue, numbers_of
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError
+from scmoe.config.leaves import ConfigError, four_digits
 
 RANKS = (
     "trainer.devices",
     "trainer.num_nodes",
     "strategy.ep_size",
 )  # the fields that ep and dp set
+
+
+MIB = 2**20
+MOMENTS = {
+    "adamw": "AdamW's two moments",
+    "muon": "Muon's moment of matrices, AdamW's two of the rest",
+}
 
 
 def read(path: str, words: Sequence[str]) -> Config:
@@ -52,9 +60,90 @@ def main(config: str, /, *words: KeyValue) -> None:
         words: ep=N and dp=N for the ranks, and key=value
     """
     settings = read(config, words)
-    from scmoe.estimate.estimated import estimate, estimate_table
+    from scmoe.training.assembly.costs import estimate
     from scmoe.training.run.printout import console
 
     facts = estimate(settings)
-    console().print(estimate_table(facts))
+    console().print(table_of(facts))
     print(json.dumps(facts))
+
+
+def table_of(facts: Mapping[str, Any]) -> Any:
+    """Return a line for each quantity: its name, its value, and how it was computed."""
+    from rich.table import Column, Table
+
+    ep, dp, sent = (
+        facts["ep_size"],
+        facts["dp_size"],
+        facts["all_to_all_bytes_per_token_and_transfer"],
+    )
+    title = f"estimate for EP {ep} x DP {dp}, {facts['precision']}"
+    made = Table(
+        "quantity", Column("value", justify="right"), "how", title=title, title_justify="left"
+    )
+    made.add_row(
+        "parameters", f"{facts['params_total']:,}", f"{facts['params_active']:,} active per token"
+    )
+    of_experts = f"{facts['params_per_rank_experts']:,} in 1/{ep} of the experts"
+    made.add_row(
+        "parameters of a rank", f"{facts['params_per_rank']:,}", of_experts, end_section=True
+    )
+    unit = {"token": "a token", "image": "an image"}[facts["unit"]]
+    by_kind = ", ".join(
+        f"{kind} {flops / 1e9:.3g}" for kind, flops in facts["flops_forward_by_kind"].items()
+    )
+    formula = "2 x weights of every product + 4 S D of every attention: "
+    made.add_row(
+        f"GFLOPs of {unit}, forward", four_digits(facts["flops_forward"] / 1e9), formula + by_kind
+    )
+    flops, again = (
+        facts["flops_training"],
+        (" + forward of what is recomputed" if facts["recompute"] else ""),
+    )
+    made.add_row(
+        f"GFLOPs of {unit}, training",
+        four_digits(flops / 1e9),
+        f"3 x forward{again}",
+        end_section=True,
+    )
+    forward, training = (facts[f"all_to_all_bytes_{kind}"] for kind in ("forward", "training"))
+    widths = " | ".join(f"{size:,.0f}" for size in sorted(set(sent))) or "no MoE module"
+    made.add_row("All-to-All bytes of a token", widths, "one transfer of one MoE module")
+    made.add_row(
+        f"  of {unit}, forward", f"{forward:,.0f}", f"dispatch and combine, {len(sent)} modules"
+    )
+    made.add_row(f"  of {unit}, training", f"{training:,.0f}", "and their gradients")
+    travel = f"{training * facts['all_to_all_share_that_travels']:,.0f}"
+    made.add_row("  of which travel", travel, f"{ep - 1} of {ep}", end_section=True)
+    recompute = "on" if facts["recompute"] else "off"
+    notes = {
+        "weights": f"dense weights {facts['dense']}",
+        "optimizer": MOMENTS.get(
+            facts["optimizer"], f"AdamW's two moments; {facts['optimizer']} may differ"
+        ),
+        "gathered": "at most: gathered blocks, bfloat16 copies, gradients on their way",
+        "activations": (
+            f"at most, batch of {facts['samples_per_rank']} a rank, recompute {recompute}"
+        ),
+        "total": "upper bound on the peak of the step, without fragmentation",
+    }
+    for name, size in facts["memory_bytes"].items():
+        made.add_row(
+            f"MiB of a rank: {name}",
+            f"{size / MIB:,.0f}",
+            notes.get(name, ""),
+            end_section=name == "total",
+        )
+    for name, size in facts["collectives_bytes"].items():
+        made.add_row(
+            f"MiB of a step: {name}",
+            four_digits(size / MIB),
+            "bytes that a rank sends, its own share included",
+        )
+    if (ratio := facts["rows_over_gradients"]) is not None:
+        made.add_row(
+            "rows over gradients",
+            f"{ratio:.3g}",
+            "bytes that leave a rank in a step; gradients by a ring",
+        )
+    return made

@@ -68,8 +68,8 @@ def rows(preset: str) -> dict[str, str]:
 
 def count(preset: str, words: str) -> dict[str, int]:
     """Return all parameters, and those that one token uses. words: overrides."""
+    from scmoe.estimate.model_cost import count_parameters, total_and_active
     from scmoe.training.assembly.model import build_model_on_meta
-    from scmoe.training.run.printout import count_parameters, total_and_active
 
     config = load(f"configs/model/{preset}.yaml", words.split())
     total, active = total_and_active(count_parameters(build_model_on_meta(config)))

@@ -8,7 +8,12 @@ from scmoe.report import say
 
 
 def run_here(sweep: Any, again: str) -> int:
-    """again: the command that resumes this one where it is stopped."""
+    """Run a sweep on this machine and return the exit code. again: the command that resumes it."""
+    if sweep.only_at_wandb:
+        raise ConfigError(
+            f"{', '.join(sweep.only_at_wandb)}: only W&B's agent can run this. Log in with `wandb"
+            " login` and run it at W&B, or remove it from the file"
+        )
     require("sweep", "matplotlib")
     if sweep.method == "bayes":
         require("method bayes (grid and random do not)", "optuna")
@@ -44,7 +49,9 @@ def main(file: str, /, *overrides: KeyValue, local: bool = False) -> int:
     from scmoe.sweeps.sweep_file import read
 
     if wrong := [word for word in overrides if "=" not in word]:
-        raise ConfigError(f"command line: {wrong[0]!r}, allowed: --local, key=value")
+        raise ConfigError(
+            f"command line: {wrong[0]!r} is neither --local nor an override key=value"
+        )
     sweep = read(file, overrides)
     if not local:
         from scmoe.training.run.loggers import has_wandb_key

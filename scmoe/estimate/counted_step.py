@@ -8,16 +8,16 @@ operators do is counted from their calls alone, without hooks: torch's own track
 FlopCounterMode, put hooks on every module, and these hold gradients of outputs and what activation
 checkpointing computes again longer than autograd does (docs/decisions/0037-dry-run.md).
 
-Tensors are on the CPU, where torch needs no GPU; experts and RMSNorm run as on a GPU unless
-trainer.accelerator is cpu. Left out: time, streams, the allocator's gaps, Lightning's loop, the
+Tensors are on the CPU, where torch needs no GPU; experts and RMSNorm run as on a GPU if the job is
+one of GPUs. Left out: time, streams, the allocator's gaps, Lightning's loop, the
 guard's sums, what autocast does on a GPU alone.
 """
 
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 from unittest.mock import patch
@@ -35,20 +35,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from scmoe.blocks.sublayers import recompute_activations
-from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, flatten, show
-from scmoe.config.load import load
-from scmoe.config.registry import IMAGES
-from scmoe.config.rules import resolve_ep_size
+from scmoe.estimate.memory import Job
 from scmoe.moe import experts
 from scmoe.parallel.dense import materialise, shard, with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
 from scmoe.parallel.update.guard import clip_grad_norm
 from scmoe.parallel.update.step import bytes_of
 from scmoe.parallel.update.wrap import wrap
-from scmoe.training.assembly.model import build_module, build_network
 
-NODE = 8  # ranks of a node, where there are more and trainer.devices is not given
 CPU, TIMEOUT = torch.device("cpu"), timedelta(seconds=60)
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
 COLLECTIVES = {  # by the operator that torch calls
@@ -77,105 +71,40 @@ class DryRun:
     collectives: dict[str, int]
 
 
-def load_for(source: Any, ranks: int, samples: int, overrides: Sequence[str]) -> Config:
-    """Return the config on so many ranks with so many samples each, on nodes of NODE ranks, or of
-    trainer.devices if an override sets them.
-
-    ConfigError: ranks is no multiple of a node's, an override sets what ranks and samples decide,
-    or a rule is broken.
-    """
-    given = dict(
-        override.removeprefix("--").split("=", 1) for override in overrides if "=" in override
-    )
-    for key in ("trainer.num_nodes", "data.global_batch_size"):
-        if key in given:
-            raise ConfigError(
-                f"command line: {key} is {given[key]}, allowed: ranks=N samples=N, which set it"
-            )
-    devices = given.get("trainer.devices", str(min(NODE, ranks)))
-    node = int(devices) if devices.isdecimal() else 0
-    if node and ranks % node:
-        allowed = f"multiples of the ranks of a node, {node}; trainer.devices=N sets another number"
-        raise ConfigError(f"command line: ranks is {ranks}, allowed: {allowed}")
-    nodes = ranks // node if node else 1  # without a number above 0, `load` refuses trainer.devices
-    sizes = [f"trainer.num_nodes={nodes}", f"data.global_batch_size={ranks * samples}"]
-    return load(source, [f"trainer.devices={devices}", *overrides, *sizes])
+Build = Callable[[ParallelContext], Any]  # makes a LightningModule, its model on the meta device
 
 
-def with_slots(config: Config) -> Config:
-    """Return the config with moe.rows=slots where `auto` would mean filled slots, whose number
-    depends on the data."""
-    moe, on_cpu = config.moe, config.trainer.accelerator == "cpu"
-    limited = moe.architecture != "dense" and moe.capacity_factor is not None
-    return (
-        replace(config, moe=replace(moe, rows="slots"))
-        if limited and on_cpu and moe.rows == "auto"
-        else config
-    )
-
-
-def check(config: Config) -> None:
-    """Raise ConfigError for settings that a dry run cannot show: shapes that depend on data, more
-    than one batch."""
-    trainer, moe, why = config.trainer, config.moe, "the number of rows must not depend on the data"
-    dense, buffers, narrow = (
-        moe.architecture == "dense",
-        moe.rows == "buffers",
-        trainer.precision.startswith("bf16"),
-    )
-    dropless = moe.capacity_factor is None and not buffers
-    filled = moe.rows == "filled" or (moe.rows == "auto" and trainer.accelerator == "cpu")
-    rules = [
-        (trainer.compile, "trainer.compile", "false"),
-        (trainer.accumulate > 1, "trainer.accumulate", "1, as one batch is run"),
-        (config.strategy.dense == "auto", "strategy.dense", "replicated | sharded | hybrid"),
-        (
-            not dense and dropless,
-            "moe.capacity_factor",
-            f"a number, or moe.rows=buffers with a ceiling: {why}",
-        ),
-        (not dense and not dropless and filled, "moe.rows", f"slots: {why}"),
-        (
-            buffers and not narrow,
-            "trainer.precision",
-            "bf16-mixed | bf16-true for moe.rows=buffers, as torch has it",
-        ),
-    ]
-    for refused, key, allowed in rules:
-        if refused:
-            raise ConfigError(f"dry run: {key} is {show(flatten(config)[key])}, allowed: {allowed}")
-
-
-def dry_run(config: Config) -> DryRun:
-    """Run one step of rank 0. The config says how many ranks there are. Raises ConfigError."""
-    check(config)
-    trainer = config.trainer
-    world_size = trainer.devices * trainer.num_nodes
-    with fake_ranks(world_size, resolve_ep_size(config)) as context, ExitStack() as inside:
-        if (dense := config.strategy.dense) != "replicated":
-            context = with_dense_mesh(context, dense, trainer.devices, CPU, TIMEOUT)
-        with torch.device("meta"):
-            model = build_network(config, context).to(DTYPES.get(trainer.precision, torch.float32))
-        module: Any = build_module(config)
-        module.model, module.parallel_context = model, context
+def count_step(
+    job: Job, build: Build, make_batch: Callable[[], Mapping[str, Tensor]], clip: float | None
+) -> DryRun:
+    """Run one step of rank 0 of a job. clip: the gradient norm. make_batch: of this rank."""
+    with fake_ranks(job.ranks, job.ep_size) as context, ExitStack() as inside:
+        if job.dense != "replicated":
+            context = with_dense_mesh(context, job.dense, job.node_size, CPU, TIMEOUT)
+        module = build(context)
+        module.model.to(DTYPES.get(job.precision, torch.float32))
+        module.parallel_context = context
         inside.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # those on meta
-        if trainer.accelerator != "cpu":
+        if job.on_gpu:
             inside.enter_context(patch.object(experts, "choose_mlps", choose_mlps_on_gpu))
             inside.enter_context(patch.object(nn.functional, "rms_norm", rms_norm_on_gpu))
-        return step(config, module)
+        return step(job, module, make_batch, clip)
 
 
-def step(config: Config, module: Any) -> DryRun:
-    """module: its model is on the meta device. FakeTensorMode must be on."""
+def step(
+    job: Job, module: Any, make_batch: Callable[[], Mapping[str, Tensor]], clip: float | None
+) -> DryRun:
+    """Run one step of a module whose model is on the meta device, and count. FakeTensorMode must be
+    on."""
     model, context = module.model, module.parallel_context
-    precision, split = config.trainer.precision, context.dense_mesh is not None
+    split = context.dense_mesh is not None
     if split:
-        shard(model, context, precision)
+        shard(model, context, job.precision)
     materialise(model, CPU)
     for owner in model.modules():
         for name, buffer in [*owner.named_buffers(recurse=False)]:
             setattr(owner, name, torch.empty_like(buffer, device=CPU))
-    if config.trainer.recompute:
+    if job.recompute:
         recompute_activations(model)
     optimizer = module.configure_optimizers()["optimizer"]
     module.log, module.optimizers = lambda *_, **__: None, lambda: optimizer  # they ask the Trainer
@@ -184,7 +113,7 @@ def step(config: Config, module: Any) -> DryRun:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizer.zero_grad()
-    batch = make_batch(config, context)
+    batch = make_batch()
 
     counting = Counting()
     counting.add([*parameters, *model.buffers()])
@@ -198,13 +127,13 @@ def step(config: Config, module: Any) -> DryRun:
             module.model = wrap(model, context, "ddp", init_sync=False).module
             module.model.register_comm_hook(None, reduce)
         counting.phase = "forward"
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=job.precision == "bf16-mixed"):
             loss = module.training_step(batch, 0)["loss"]
         counting.phase = "backward"
         (loss / context.world_size if split else loss).backward()
         del loss
         counting.phase = "update"
-        clip_grad_norm(parameters, shards, config.trainer.gradient_clip, context)
+        clip_grad_norm(parameters, shards, clip, context)
         optimizer.step()
     return DryRun(
         weights=bytes_of(parameters),
@@ -268,16 +197,6 @@ class OneKernel(Function):
     def backward(ctx, _):
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), torch.empty_like(weight)
-
-
-def make_batch(config: Config, context: ParallelContext) -> dict[str, Tensor]:
-    data = config.data
-    samples = data.global_batch_size // context.world_size
-    if data.name in IMAGES:
-        images = torch.zeros(samples, 3, data.image_size, data.image_size)
-        return {"images": images, "labels": torch.zeros(samples, data.num_classes)}
-    ids = torch.zeros(samples, data.seq_len, dtype=torch.int64)
-    return {"input_ids": ids, "labels": ids}
 
 
 class Counting(TorchDispatchMode):

@@ -3,8 +3,8 @@ stopped at any time.
 
 A batch skips finished jobs, resumes interrupted ones from their newest checkpoint, marks failed
 ones and continues with the rest. Ctrl-C and SIGTERM reach every training as SIGTERM: it saves a
-checkpoint and ends. What differs between studies is handed in: which job comes next, what a
-training's result is, and whether it is worth its time.
+checkpoint and ends. What differs between studies is handed in: which job comes next, and what a
+training's result is.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ SAY_EVERY_S = 60.0  # where there is no terminal
 class Batch:
     """Jobs to run, `slots` in parallel (0: one after the other in this process).
 
-    jobs: those known so far. propose: returns the next one after them, or None. look: reads a
-    running job's results and says whether to stop it early. watch: is called now and then, and with
+    jobs: those known so far. propose: returns the next one after them, or None. look: reads the
+    results of a job that runs or has ended. watch: is called now and then, and with
     each job that has ended. total: how many jobs there will be, None: unlimited.
     """
 
@@ -50,7 +50,7 @@ class Batch:
     total: int | None
     watch: Callable[[Batch, Job | None], None]
     propose: Callable[[], Job | None] = lambda: None
-    look: Callable[[Job], bool] = lambda job: False
+    look: Callable[[Job], None] = lambda job: None
     waiting: list[Job] = field(default_factory=list)
 
     def run(self, lock: IO[str], again: Sequence[str] = ("waiting", "cut")) -> int:
@@ -94,8 +94,7 @@ class Batch:
         for one in running:
             if signals:
                 one.stop(kill=len(signals) > 1)
-            if self.look(one.job):
-                one.stop(hopeless=True)
+            self.look(one.job)
         if running:
             self.watch(self, None)
             time.sleep(POLL_S)
@@ -129,14 +128,12 @@ class Batch:
     def _close(self, one: Running) -> None:
         one.end()
         before = one.job.state.done
-        self._settle(one.job, one.code, one.asked is not None, one.hopeless)
-        if one.job.state.status in ("finished", "stopped"):
+        self._settle(one.job, one.code, one.asked is not None)
+        if one.job.state.status == "finished":
             one.job.progress += 1 - before
         self.watch(self, one.job)
 
-    def _settle(
-        self, job: Job, code: int | None, asked: bool = False, hopeless: bool = False
-    ) -> None:
+    def _settle(self, job: Job, code: int | None, asked: bool = False) -> None:
         """Set and keep the state of a training that ended with this exit code."""
         run_dirs, state = job.run_dirs(), job.state
         state.run_dir, state.seconds = (
@@ -150,7 +147,7 @@ class Batch:
                 self.jobs.append(following)
                 self.waiting.insert(0, following)
         elif code in STOPPED or asked:  # a launcher ends with a code of its own
-            state.status = "stopped" if hopeless else "cut"
+            state.status = "cut"
         else:
             state.status, state.error = "failed", f"exit code {code}: {last_line(job.log)}"
         job.keep()
@@ -160,7 +157,7 @@ class Running:
     """A job whose training runs in a process of its own, or has run in this one."""
 
     def __init__(self, job: Job, lock: IO[str], here: bool) -> None:
-        self.job, self.seen, self.hopeless = job, time.monotonic(), False
+        self.job, self.seen = job, time.monotonic()
         self.asked: float | None = None  # when it was asked to stop
         self.code: int | None = None
         self.process: Popen[bytes] | None = None
@@ -193,10 +190,8 @@ class Running:
         self.seen = now
         return self.code
 
-    def stop(self, kill: bool = False, hopeless: bool = False) -> None:
-        """Ask the training to save a checkpoint and end. hopeless: because it is not worth its
-        time."""
-        self.hopeless = self.hopeless or hopeless
+    def stop(self, kill: bool = False) -> None:
+        """Ask the training to save a checkpoint and end. kill: do not wait for it."""
         if self.process is not None and self.process.poll() is None:
             if self.asked is None:
                 self.asked = time.monotonic()

@@ -5,8 +5,8 @@
         states/<job>.json     what is known of a job: whole or absent
         logs/<job>.log        what its training printed
 
-Runs of equal `digest_of` have equal results, so a table takes them. A sweep goes on only if its
-base config's is unchanged.
+Runs of equal `digest_of` have equal results. A table makes a run again if its config's digest has
+changed; a sweep goes on only if its base config's is unchanged.
 """
 
 import fcntl
@@ -43,7 +43,7 @@ NOT_IN_DIGEST = (
 class State:
     """What is known of a job. `results` belong to the study: its summary, or a trial's values."""
 
-    status: str = "waiting"  # or running | finished | stopped (early) | failed | cut
+    status: str = "waiting"  # or running | finished | failed | cut
     run_dir: str | None = None
     seconds: float = 0.0  # of all its sessions
     done: float = 0.0  # share of its steps
@@ -52,7 +52,7 @@ class State:
 
     @property
     def has_ended(self) -> bool:
-        return self.status in ("finished", "stopped", "failed")
+        return self.status in ("finished", "failed")
 
 
 @dataclass(eq=False)

@@ -1,10 +1,8 @@
-"""Which trial comes next, and which one is stopped early: W&B's methods, as functions of the trials
-so far.
+"""Which trial comes next: W&B's methods, as functions of the trials so far.
 
 There is no other state, so an interrupted sweep continues as if it had not been. bayes is optuna's
-tree-structured Parzen estimator on each parameter's quantiles; early stopping is Hyperband's bands
-as W&B defines them (docs/decisions/0022-search.md says why optuna's other samplers and its pruners
-are not used).
+tree-structured Parzen estimator on each parameter's quantiles (docs/decisions/0022-search.md says
+why optuna's other samplers are not used).
 """
 
 import math
@@ -28,7 +26,7 @@ class Trial:
     number: int
     point: Point
     parameters: dict[str, Any]
-    state: str = "running"  # or finished | stopped (early) | failed | cut
+    state: str = "running"  # or finished | failed | cut
     history: list[float] = field(default_factory=list)
     steps: int = 0
     seconds: float = 0.0
@@ -87,8 +85,8 @@ def total(sweep: Sweep) -> int | None:
 
 
 def _bayes(sweep: Sweep, trials: Sequence[Trial]) -> Point:
-    """A failed trial counts with the value that metric.impute chooses, so that the search avoids
-    its neighbourhood."""
+    """Return the point that optuna proposes. A failed trial counts with the worst value so far, so
+    that the search avoids its neighbourhood."""
     import optuna
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
@@ -105,9 +103,9 @@ def _bayes(sweep: Sweep, trials: Sequence[Trial]) -> Point:
     study = optuna.create_study(
         sampler=sampler, direction="minimize" if sweep.minimize else "maximize"
     )
-    ended = [trial for trial in trials if trial.state in ("finished", "stopped", "failed")]
-    for trial in ended:
-        value = _imputed(sweep, trial, ended) if trial.state == "failed" else trial.value
+    worst = _worst(sweep, [trial for trial in trials if trial.state == "finished"])
+    for trial in trials:
+        value = {"finished": trial.value, "failed": worst}.get(trial.state)
         if value is not None:
             study.add_trial(
                 optuna.create_trial(params=trial.point, distributions=distributions, value=value)
@@ -115,34 +113,7 @@ def _bayes(sweep: Sweep, trials: Sequence[Trial]) -> Point:
     return study.ask(distributions).params
 
 
-def _imputed(sweep: Sweep, trial: Trial, trials: Sequence[Trial]) -> float | None:
-    how = sweep.raw["metric"].get("impute", "worst")
-    if how == "latest" and trial.value is not None:
-        return trial.value
-    values = (t.value for t in trials if t.state != "failed" and t.value is not None)
-    return (min if sweep.minimize == (how == "best") else max)(values, default=None)
-
-
-def bands(rule: dict[str, Any]) -> list[int]:
-    """Return the numbers of values at which a trial is judged: max_iter / eta^i, i = 1..s, or
-    min_iter * eta^i."""
-    eta = rule.get("eta", 3)
-    if "max_iter" in rule:
-        return sorted({int(rule["max_iter"] / eta**i) for i in range(1, rule["s"] + 1)} - {0})
-    return [int(rule["min_iter"] * eta**i) for i in range(20)]
-
-
-def hopeless(sweep: Sweep, trial: Trial, others: Sequence[Trial]) -> bool:
-    """Return whether Hyperband stops the trial: at the last band that it has passed, which n trials
-    have reached, its value is worse than the (floor(n / eta) + 1)-th best of theirs.
-
-    early_terminate.strict: compare the trial's value at the band; otherwise its best value so far.
-    """
-    rule, sign = sweep.raw.get("early_terminate"), 1 if sweep.minimize else -1
-    if not rule or not (passed := [band for band in bands(rule) if band <= len(trial.history)]):
-        return False
-    band = passed[-1]
-    at_band = sorted(sign * t.history[band - 1] for t in [*others, trial] if len(t.history) >= band)
-    threshold = at_band[int(len(at_band) / rule.get("eta", 3))]
-    judged = trial.history[band - 1 : band] if rule.get("strict", True) else trial.history
-    return min(sign * value for value in judged) > threshold
+def _worst(sweep: Sweep, trials: Sequence[Trial]) -> float | None:
+    """Return the worst value of the trials; None: there is none."""
+    values = [trial.value for trial in trials if trial.value is not None]
+    return (max if sweep.minimize else min)(values, default=None)

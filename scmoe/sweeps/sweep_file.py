@@ -1,20 +1,19 @@
 """A W&B sweep file, read as W&B reads it.
 
 The rules are those of W&B's sweep configuration; the names and values of parameters are those of
-scmoe.config. A wrong file is refused before the first trial. Left out, since nothing here could run
-it: Launch jobs, several metrics, own schedulers, nested parameters, and the distributions beta and
-q_beta.
+scmoe.config. A wrong file is refused before the first trial. What only W&B's own agent can run
+(early_terminate, metric.impute, other distributions than DISTRIBUTIONS) goes to W&B as it is, and
+is refused for a run on this machine. Left out: Launch jobs, several metrics, own schedulers, nested
+parameters.
 """
 
 import math
 import random
 import sys
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice, product
+from itertools import islice, product
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import yaml
@@ -27,13 +26,13 @@ from scmoe.sweeps import checks
 from scmoe.sweeps.checks import Rule, check, refusal
 
 ANY: Rule = (lambda value: True, "a value")
-POSITIVE: Rule = (lambda value: checks.is_number(value) and value > 0, "a number above 0")
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("name", "description", "program", "project", "entity"), checks.TEXT),
     "method": checks.one_of("grid", "random", "bayes"),
     "run_cap": checks.COUNT,
     "parameters": checks.MAPPING,
-    **dict.fromkeys(("metric", "early_terminate"), ANY),  # checked by themselves
+    "metric": ANY,  # checked by itself
+    "early_terminate": ANY,  # W&B checks it
     "command": (
         lambda value: isinstance(value, list) and all(isinstance(word, str) for word in value),
         "[..., scmoe, train, CONFIG, key=value ..., ${args_no_hyphens}]",
@@ -43,52 +42,30 @@ METRIC: dict[str, Rule] = {
     "name": (checks.TEXT[0], "the name of a metric, such as val/loss"),
     "goal": checks.one_of("minimize", "maximize"),
     "target": checks.NUMBER,
-    "impute": checks.one_of("latest", "best", "worst"),
-    "impute_while_running": checks.one_of("latest", "best", "worst", "false"),
+    **dict.fromkeys(("impute", "impute_while_running"), ANY),  # W&B checks them
 }
-HYPERBAND: dict[str, Rule] = {
-    "type": checks.one_of("hyperband"),
-    **dict.fromkeys(("min_iter", "max_iter", "s"), checks.COUNT),
-    "eta": (lambda value: checks.is_number(value) and value > 1, "a number above 1"),
-    "strict": (lambda value: isinstance(value, bool), "true | false"),
+DISTRIBUTIONS = {  # those that run here, and their keys, which are required
+    "constant": ("value",),
+    "categorical": ("values",),
+    **dict.fromkeys(("int_uniform", "uniform", "log_uniform_values"), ("min", "max")),
 }
-BOUNDED = (
-    "int_uniform",
-    "uniform",
-    "log_uniform",
-    "log_uniform_values",
-    "inv_log_uniform",
-    "inv_log_uniform_values",
-)
-DISTRIBUTIONS = {  # and their keys, which are required unless they have a default
-    "constant": "value",
-    "categorical": "values",
-    "categorical_w_probabilities": "values probabilities",
-    **dict.fromkeys(BOUNDED, "min max"),
-    **dict.fromkeys(("q_uniform", "q_log_uniform", "q_log_uniform_values"), "min max q"),
-    **dict.fromkeys(("normal", "log_normal"), "mu sigma"),
-    **dict.fromkeys(("q_normal", "q_log_normal"), "mu sigma q"),
-}
-DEFAULTS = {"mu": 0, "sigma": 1, "q": 1}
 AXIS = {
     **dict.fromkeys(("distribution", "value"), ANY),
-    **dict.fromkeys(("values", "probabilities"), checks.LIST),
-    **dict.fromkeys(("sigma", "q"), POSITIVE),
-    **dict.fromkeys(("min", "max", "mu"), checks.NUMBER),
+    "values": checks.LIST,
+    **dict.fromkeys(("min", "max"), checks.NUMBER),
 }
-GRID = ("constant", "categorical", "categorical_w_probabilities", "int_uniform", "q_uniform")
+GRID = ("constant", "categorical", "int_uniform")
 PROGRAM = "scmoe/__main__.py"
 OLD_PROGRAM = (  # sweep files of earlier versions name this file, or one of these modules
     "experiments/train.py"
 )
 OLD_MODULES = ("experiments.train", "scmoe.experiments.train")
-MOST_EXPONENT = 700.0  # e to this is still a float; no parameter can be so large
 PROBES = 20  # number of combinations in which a value is tried before it is refused
 
 
 @dataclass(frozen=True)
 class Axis:
-    """spec: the parameter's keys in the file, and DEFAULTS."""
+    """The values of one parameter. spec: its keys in the file."""
 
     distribution: str
     spec: dict[str, Any]
@@ -98,45 +75,35 @@ class Axis:
         """The values to choose from; None for a distribution over numbers."""
         if self.distribution == "constant":
             return [self.spec["value"]]
-        return self.spec["values"] if self.distribution.startswith("categorical") else None
+        return self.spec["values"] if self.distribution == "categorical" else None
 
     @property
     def grid(self) -> Sequence[Any]:
+        """Return all values, of a distribution in GRID."""
         if self.choices is not None:
             return self.choices
-        low, high, step = self.spec["min"], self.spec["max"], self.spec["q"]
-        return [low + i * step for i in range(int((high - low) / step + 1e-9) + 1)]
+        return range(self.spec["min"], self.spec["max"] + 1)
 
-    def at(self, place: int | float) -> Any:
+    def at(self, point: int | float) -> Any:
         """Return the choice of an index, or the quantile of a distribution over numbers."""
-        return self.quantile(place) if self.choices is None else self.choices[int(place)]
+        return self.quantile(point) if self.choices is None else self.choices[int(point)]
 
     def quantile(self, u: float) -> Any:
         """Return the value below which a share u of the distribution lies; of choices the one at u."""
         if (choices := self.choices) is not None:
-            ends = list(accumulate(self.spec.get("probabilities", [1] * len(choices))))
-            return choices[min(bisect_right(ends, u * ends[-1]), len(choices) - 1)]
-        kind, q = self.distribution.removeprefix("q_"), self.spec["q"]
-        if kind.endswith("normal"):
-            x = NormalDist(self.spec["mu"], self.spec["sigma"]).inv_cdf(min(max(u, 1e-9), 1 - 1e-9))
-        else:
-            low, high = self.spec["min"], self.spec["max"]
-            if kind == "int_uniform":
-                return min(high, low + math.floor(u * (high - low + 1)))
-            if kind.endswith("log_uniform_values"):
-                low, high = math.log(low), math.log(high)
-            x = low + u * (high - low)
-            if kind == "inv_log_uniform":  # log 1/x is uniform
-                x = -x
-        if "log" in kind:
-            x = math.exp(min(x, MOST_EXPONENT))
-        return round(x / q) * q if self.distribution.startswith("q_") else x
+            return choices[min(int(u * len(choices)), len(choices) - 1)]
+        low, high = self.spec["min"], self.spec["max"]
+        if self.distribution == "int_uniform":
+            return min(high, low + math.floor(u * (high - low + 1)))
+        if self.distribution == "uniform":
+            return low + u * (high - low)
+        return math.exp(math.log(low) + u * (math.log(high) - math.log(low)))
 
 
 @dataclass(frozen=True)
 class Sweep:
     """A sweep file that can be run. raw: what W&B gets. launcher: the trial's command up to the
-    config file."""
+    config file. only_at_wandb: the settings with which it cannot run on this machine."""
 
     name: str
     raw: dict[str, Any]
@@ -148,6 +115,7 @@ class Sweep:
     config: str
     overrides: list[str]
     base: Config
+    only_at_wandb: list[str]
 
     @property
     def run_cap(self) -> int | None:
@@ -178,7 +146,9 @@ def read(path: str, extra: Sequence[str] = ()) -> Sweep:
         launcher, config, overrides = _command(raw)
         raw = {**raw, "command": [*raw["command"][:-1], *extra, raw["command"][-1]]}
         axes = {
-            name: read_axis(name, spec, raw["method"]) for name, spec in raw["parameters"].items()
+            name: axis
+            for name, spec in raw["parameters"].items()
+            if (axis := read_axis(name, spec, raw["method"]))
         }
         metric = raw.get("metric", {"name": "val/loss"})
         name = raw.get("name", Path(path).stem)
@@ -200,6 +170,7 @@ def read(path: str, extra: Sequence[str] = ()) -> Sweep:
             config,
             overrides,
             base,
+            _only_at_wandb(raw, axes),
         )
         _probe(sweep)
     except ConfigError as error:
@@ -220,13 +191,17 @@ def _check(raw: Any) -> None:
         check("metric", raw["metric"], METRIC, ("name",))
     elif raw["method"] == "bayes" or "early_terminate" in raw:
         raise ConfigError(
-            "metric is missing, allowed: a metric, which method bayes and early_terminate require"
+            "metric is missing. Name a metric, which method bayes and early_terminate require"
         )
-    if "early_terminate" in raw:
-        check("early_terminate", raw["early_terminate"], HYPERBAND, ("type",))
-        needed = {"max_iter", "s"} if "max_iter" in raw["early_terminate"] else {"min_iter"}
-        if not needed <= raw["early_terminate"].keys():
-            raise ConfigError("early_terminate is incomplete, allowed: min_iter, or max_iter and s")
+
+
+def _only_at_wandb(raw: dict[str, Any], axes: Mapping[str, Axis]) -> list[str]:
+    """Return the settings of a file that only W&B's agent can run."""
+    settings = ["early_terminate"] if "early_terminate" in raw else []
+    settings += [f"metric.{key}" for key in raw.get("metric", {}) if key.startswith("impute")]
+    return settings + [
+        f"the distribution of {name}" for name in raw["parameters"] if name not in axes
+    ]
 
 
 def renamed(raw: dict[str, Any]) -> dict[str, Any]:
@@ -267,11 +242,13 @@ def _command(raw: dict[str, Any]) -> tuple[list[str], str, list[str]]:
 def _probe(sweep: Sweep) -> None:
     """Refuse a parameter that no configuration has, and a value with which no combination can run."""
     fixed = {word.removeprefix("--").partition("=")[0] for word in sweep.overrides}
-    for name in sweep.axes:
+    for name in sweep.raw["parameters"]:
         if name in fixed:
-            raise ConfigError(f"parameters.{name} is in the command too, allowed: one of them")
+            raise ConfigError(f"parameters.{name} is in the command too. Set it in one of the two")
         if name not in flatten(sweep.base):
             load(sweep.config, [f"{name}=0"])  # raises, with a hint
+    if len(sweep.axes) < len(sweep.raw["parameters"]):
+        return  # a combination has values that only W&B can draw
     for name, axis in sweep.axes.items():
         is_grid = sweep.method == "grid"
         values = (
@@ -303,41 +280,43 @@ def _points(sweep: Sweep) -> Iterator[dict[str, Any]]:
         yield {name: axis.quantile(draw.random()) for name, axis in sweep.axes.items()}
 
 
-def read_axis(name: str, spec: Any, method: str) -> Axis:
-    """Return a parameter's axis. A missing name of the distribution is filled in as W&B does.
-    Raises ConfigError."""
+def read_axis(name: str, spec: Any, method: str) -> Axis | None:
+    """Return a parameter's axis; None: it has another distribution of W&B's, which W&B checks.
+
+    A missing name of the distribution is filled in as W&B does. Raises ConfigError.
+    """
     key = f"parameters.{name}"
     if not isinstance(spec, dict):
-        raise refusal(key, spec, "a mapping with value, values, or a distribution")
+        raise ConfigError(
+            f"{key} is {show(spec)}. Give a mapping with `value`, `values`, or `min` and `max`"
+        )
     if "parameters" in spec:
-        raise ConfigError(f"{key} is nested, allowed: its fields by dotted names, such as {name}.x")
+        raise ConfigError(f"{key} is nested. Use dotted names instead, such as {name}.x")
     are_ints = checks.is_int(spec.get("min")) and checks.is_int(spec.get("max"))
-    kind = spec.get("distribution")
-    if kind is None:
-        guesses = {
-            "value": "constant",
-            "probabilities": "categorical_w_probabilities",
-            "values": "categorical",
-        }
-        guess = "int_uniform" if are_ints else "uniform"
-        kind = next((guess for given, guess in guesses.items() if given in spec), guess)
-    if not isinstance(kind, str) or kind not in DISTRIBUTIONS:
-        raise refusal(f"{key}.distribution", kind, " | ".join(DISTRIBUTIONS))
-    fields = DISTRIBUTIONS[kind].split()
-    rules = {field: AXIS[field] for field in ("distribution", *fields)}
-    check(key, spec, rules, [field for field in fields if field not in DEFAULTS])
+    kind = spec.get("distribution") or _usual_distribution(spec, are_ints)
+    if kind not in [*DISTRIBUTIONS]:
+        return None
+    fields = DISTRIBUTIONS[kind]
+    check(key, spec, {field: AXIS[field] for field in ("distribution", *fields)}, fields)
     if method == "grid" and kind not in GRID:
         raise refusal(f"{key}.distribution", kind, f"{' | '.join(GRID)} for method grid")
-    shares, values = spec.get("probabilities"), spec.get("values", [])
-    if shares and not (
-        len(shares) == len(values)
-        and all(checks.is_number(share) and share >= 0 for share in shares)
-    ):
-        raise refusal(f"{key}.probabilities", shares, "a number for each value, 0 or more")
     if kind == "int_uniform" and not are_ints:
-        raise refusal(f"{key}.min", spec["min"], "whole numbers for min and max of int_uniform")
+        raise ConfigError(f"{key}: min and max of int_uniform must be whole numbers")
     if "min" in spec and spec["min"] >= spec["max"]:
-        raise refusal(f"{key}.min", spec["min"], f"less than max, {spec['max']}")
-    if kind.endswith("_values") and spec["min"] <= 0:
-        raise refusal(f"{key}.min", spec["min"], f"above 0 for {kind}")
-    return Axis(kind, {**DEFAULTS, **spec})
+        raise ConfigError(
+            f"{key}.min is {spec['min']}, but it must be less than max, {spec['max']}"
+        )
+    if kind == "log_uniform_values" and spec["min"] <= 0:
+        raise ConfigError(f"{key}.min is {spec['min']}, but {kind} requires one above 0")
+    return Axis(kind, spec)
+
+
+def _usual_distribution(spec: Mapping[str, Any], are_ints: bool) -> str:
+    """Return the distribution that W&B chooses where the file names none."""
+    if "value" in spec:
+        return "constant"
+    if "probabilities" in spec:
+        return "categorical_w_probabilities"
+    if "values" in spec:
+        return "categorical"
+    return "int_uniform" if are_ints else "uniform"

@@ -19,8 +19,8 @@ from scmoe.sweeps.sweep_file import Sweep, words
 
 NUMBERED = 12  # up to this many trials, the chart shows their numbers
 LETTERS = 40  # of all categories of a panel, on one line
-COLORS = {"finished": "#1b6ca8", "stopped": "#8a817c", "failed": "#c1292e", "best": "#e09f3e"}
-LABELS = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
+COLORS = {"finished": "#1b6ca8", "failed": "#c1292e", "best": "#e09f3e"}
+LABELS = {"finished": "finished", "failed": "failed"}
 
 
 def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
     )
     draw(sweep, trials, sweep.folder / "chart.png")
     states, path = Counter(trial.state for trial in trials), sweep.folder / "best.yaml"
-    counts = {"finished": states["finished"] + states["stopped"], "failed": states["failed"]}
+    counts = {"finished": states["finished"], "failed": states["failed"]}
     found: dict[str, Any] = {"trials": len(trials), **counts, "best": None}
     if (first := best(sweep, trials)) is not None:
         config = load(sweep.config, [*sweep.overrides, *words(first.parameters)])
@@ -64,10 +64,10 @@ def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
 
 def table(sweep: Sweep, trials: Sequence[Trial]) -> Report:
     """Return the trials, the best first, those without a result last."""
-    order, sign = {"finished": 0, "stopped": 1}, 1 if sweep.minimize else -1
+    sign = 1 if sweep.minimize else -1
     rows = {}
     for trial in sorted(
-        trials, key=lambda trial: (order.get(trial.state, 2), sign * (trial.value or 0.0))
+        trials, key=lambda trial: (trial.state != "finished", sign * (trial.value or 0.0))
     ):
         given = {name: trial.parameters[name] for name in sweep.axes}
         values = {
@@ -127,16 +127,8 @@ def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> Non
             points = [x(t) for t in some], [t.history[-1] for t in some]
             panel.scatter(*points, color=COLORS[color], label=label, **style)
 
-    judged = [t for t in trials if t.state in ("finished", "stopped") and t.history]
-    for state, marker in (("finished", "o"), ("stopped", "v")):
-        dots(
-            [t for t in judged if t.state == state],
-            state,
-            LABELS[state],
-            s=42,
-            marker=marker,
-            alpha=0.9,
-        )
+    judged = [t for t in trials if t.state == "finished" and t.history]
+    dots(judged, "finished", "finished", s=42, marker="o", alpha=0.9)
     text: dict[str, Any] = {"textcoords": "offset points", "fontsize": SMALL}
     for t in judged if len(trials) <= NUMBERED else []:
         panel.annotate(str(t.number), (x(t), t.history[-1]), (5, 5), color="#555555", **text)

@@ -24,7 +24,7 @@ from scmoe.report import say
 from scmoe.runs.seen import SeenRun
 from scmoe.sweeps.batch import Batch, Watch
 from scmoe.sweeps.jobs import Job, State, digest_of, lock_of
-from scmoe.sweeps.search import Trial, best, hopeless, propose, total
+from scmoe.sweeps.search import Trial, best, propose, total
 from scmoe.sweeps.sweep_file import Sweep, renamed, words
 
 
@@ -54,12 +54,8 @@ def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
         jobs.append(_job(sweep, State(results=results)))
         return jobs[-1]
 
-    def look(job: Job) -> bool:
+    def look(job: Job) -> None:
         job.state.results |= _logged(sweep, job)
-        others = [
-            trial_of(other) for other in jobs if other is not job and other.state.status != "failed"
-        ]
-        return hopeless(sweep, trial_of(job), others)
 
     def result(job: Job) -> str:
         value = trial_of(job).value

@@ -11,7 +11,7 @@ import pytest
 from torch import Tensor
 
 from experiments.engine.ranks import run_ranks
-from scmoe.footprint.memory import Job, Split
+from scmoe.estimate.memory import Job, Split
 from scmoe.lightning.stop import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.dense import estimates_of, pick_dense, ways

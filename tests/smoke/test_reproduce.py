@@ -49,7 +49,7 @@ def results(folder: Path, number: int) -> dict:
     return json.loads((folder / f"tables/table{number}-smoke/results.json").read_text())
 
 
-def test_two_tables_are_made_and_share_equal_runs(tmp_path):
+def test_two_tables_are_made_in_turn(tmp_path):
     done = reproduce(tmp_path, "--tables", "table1", "table5")
     assert_complete(tmp_path, done, [1, 5])
     costs = re.findall(
@@ -65,7 +65,6 @@ def test_two_tables_are_made_and_share_equal_runs(tmp_path):
     for row in first["rows"]:
         own = row["others"]["training speed-up"]["ours"]
         assert own["mean"] > 0 and own["n"] == 2 and own["links"] in ("shaped", "loopback")
-    assert results(tmp_path, 5)["taken_from"] == {"table1-smoke": 4}
 
 
 def test_all_tables_are_made_and_a_second_seed_adds_its_runs(tmp_path):

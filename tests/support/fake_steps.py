@@ -29,10 +29,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load
-from scmoe.estimate.counted_step import make_batch, tensors_in
+from scmoe.estimate.counted_step import tensors_in
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.update.guard import Guard
 from scmoe.parallel.update.wrap import ExpertGradientReducer
+from scmoe.training.assembly.costs import make_batch
 from scmoe.training.assembly.model import build_module
 from tests.support import broken_steps
 from tests.support.architectures import overrides
@@ -191,7 +192,7 @@ class AnyDevice(CPUAccelerator):
 def batches(config: Config, fake: FakeTensorMode) -> Iterator[dict[str, Tensor]]:
     """Yields batches of the host, one for each step; the second has padding, if it is of text."""
     with fake:
-        batch = make_batch(config, ParallelContext())
+        batch = make_batch(config, config.data.global_batch_size)
         padding = {"padding_mask": batch["input_ids"] == 0} if "input_ids" in batch else {}
     yield batch
     yield batch | padding

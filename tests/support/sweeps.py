@@ -15,6 +15,5 @@ GOOD = {
         "optim.lr": {"min": 1e-4, "max": 1e-2},
         "moe.combine": {"values": ["cg1", "cg2"]},
     },
-    "early_terminate": {"type": "hyperband", "min_iter": 2},
     "run_cap": 3,
 }

@@ -94,10 +94,7 @@ def test_a_scale_that_no_table_has_is_refused_before_packages_are_imported(
     assert "--scale is 'nonsense'" in capsys.readouterr().err
 
 
-OF_TABLE = (
-    "options=Options(scale='small', jobs=None, seeds=None, from_=[PosixPath('a'), PosixPath('b')],"
-    " to=None)"
-)
+OF_TABLE = "options=Options(scale='small', jobs=3, seeds=None, to=None)"
 
 
 @pytest.mark.parametrize(
@@ -111,7 +108,7 @@ OF_TABLE = (
             ("r", "a=1", "prompt=-x", "stop=['x', 'y']"),
         ),
         (
-            "table t --scale smoke --from a a=1 --from b --scale small",
+            "table t --scale smoke a=1 --jobs 3 --scale small",
             ("t", "a=1", OF_TABLE),
         ),  # the last one counts
         ("gpu-check --tiny --parts layer gpt2", ("tiny=True", "parts=['layer', 'gpt2']")),

@@ -23,8 +23,8 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, leaves
 from scmoe.config.load import load
 from scmoe.config.registry import ARCHITECTURES
-from scmoe.estimate.counted_step import load_for
 from scmoe.sweeps.sweep_file import read
+from scmoe.training.assembly.costs import load_for
 from tests.support.pages import GUIDES, ROOT, all_commands, blocks, program_of
 
 PAGES = [

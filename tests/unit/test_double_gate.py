@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from scmoe.blocks.double_gate import DoubleGateBlock
+from scmoe.estimate.model_cost import count_parameters, total_and_active
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router, round_robin
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.model import build_model, build_module
-from scmoe.training.run.printout import count_parameters, total_and_active
 from tests.support.models import DIM, EXPERTS, tiny, tiny_stream, tiny_sublayers
 from tests.support.recording import Log, Recorded, RecordingDispatcher, between
 

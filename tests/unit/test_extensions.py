@@ -24,14 +24,14 @@ from scmoe.config.registry import (
     Registry,
     words,
 )
-from scmoe.estimate.estimated import estimate
-from scmoe.footprint.model_cost import parts as parts_of
+from scmoe.estimate.model_cost import parts as parts_of
 from scmoe.init_from.pretrained import model_settings
 from scmoe.models.decoder import GPT
 from scmoe.moe.router import Router, Scoring
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.hf_folder import hf_config
 from scmoe.training.assembly.blocks import decoder_parts, moe_blocks, stack
+from scmoe.training.assembly.costs import estimate
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module
 from scmoe.training.run.machine import check_machine

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from scmoe.config.load import load
-from scmoe.footprint.memory import Job, Split, activations, gathered, rank_memory
+from scmoe.estimate.memory import Job, Split, activations, gathered, rank_memory
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import (
     build_model,

@@ -6,12 +6,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from scmoe.config.load import load
-from scmoe.estimate.estimated import estimate, rows_of_block, transfer_bytes
-from scmoe.footprint.model_cost import forward_flops, moe_uses, routed_copies, training_flops
+from scmoe.estimate.bound import rows_of_block, transfer_bytes
+from scmoe.estimate.model_cost import (
+    count_parameters,
+    forward_flops,
+    moe_uses,
+    routed_copies,
+    total_and_active,
+    training_flops,
+)
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.parallel.mesh import ParallelContext
+from scmoe.training.assembly.costs import estimate
 from scmoe.training.assembly.model import build_model, build_model_on_meta
-from scmoe.training.run.printout import count_parameters, total_and_active
 from tests.support.models import OneOfTwo, tiny, tiny_batch, tiny_model
 
 MODELS = {

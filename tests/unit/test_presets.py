@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from scmoe.config.load import load
+from scmoe.estimate.model_cost import count_parameters, total_and_active
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model, build_model_on_meta
-from scmoe.training.run.printout import count_parameters, total_and_active
 from tests.support.architectures import KINDS, TABLES, overrides
 from tests.support.models import randomise
 

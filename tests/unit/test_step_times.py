@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from scmoe.footprint.model_cost import BF16_TFLOPS, forward_flops, peak_tflops
+from scmoe.estimate.model_cost import BF16_TFLOPS, forward_flops, peak_tflops
 from scmoe.training.callbacks.log_lines import LogLines
 from scmoe.training.callbacks.step_times import StepTimes
 from scmoe.training.callbacks.throughput import Throughput

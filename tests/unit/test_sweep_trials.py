@@ -159,15 +159,6 @@ def test_a_killed_sweep_keeps_its_state_and_holds_its_lock_while_its_trial_runs(
     assert sweep(pause="0.3@0.1").summary["finished"] == 3
 
 
-def test_hyperband_stops_trials_early(sweep, tmp_path):
-    rule = {"type": "hyperband", "min_iter": 2, "eta": 4}
-    space = {"optim.lr": {"values": [1e-2, 1e-5]}}
-    done = sweep(pause="0.5@1e-5", early_terminate=rule, parameters=space)
-    assert [row["state"] for row in rows(tmp_path)] == ["finished", "stopped"]
-    assert int(rows(tmp_path)[1]["steps"]) < 6
-    assert (done.summary["finished"], done.summary["best"]["trial"]) == (2, 1)
-
-
 def test_a_changed_sweep_or_config_is_refused_and_a_higher_run_cap_is_not(sweep, tmp_path):
     base = tmp_path / "base.yaml"
     base.write_text(f"extends: {ROOT}/configs/debug.yaml\n")

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load
+from scmoe.estimate.model_cost import count_parameters, total_and_active
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model, build_model_on_meta
-from scmoe.training.run.printout import count_parameters, total_and_active
 from tests.reference_swin import SwinAnswer, SwinSpec, swin
 from tests.support.architectures import SWIN_WITH_ORACLE, overrides, with_marks
 from tests.support.models import assert_close, gradients, tiny_model

@@ -26,7 +26,6 @@ BUILT: set[str] = set()  # tables share rows, and have rows that differ in their
 def test_every_row_builds_and_every_metric_is_made(name, tmp_path):
     table = load_table(name, CONFIGS)
     assert {"smoke", "small"} <= table.scales.keys()
-    assert "paper" in table.scales or name not in PAPER
     keys = [key for metric in table.metrics_from("evaluation") for key in metric.keys]
     for scale in table.scales.values():
         runs = plan_runs(table, scale, tmp_path, 1)
@@ -141,7 +140,7 @@ def test_rows_begin_with_the_same_weights(name, tmp_path):
         ),
         (
             ("minutes: 0.5", "otherwise: digits"),
-            "scales.smoke.otherwise is 'digits', allowed: smoke, small, paper",
+            "scales.smoke.otherwise is 'digits', allowed: smoke, small",
         ),
         (
             ("bench: --compute emulated", "bench: --compute 'emulated"),
@@ -172,18 +171,7 @@ def test_what_a_table_cannot_honour_is_refused(tmp_path):
             (),
             "--to is .*, allowed: a folder other than that of the tables",
         ),
-        (Options(from_=(tmp_path,)), (), "--from is .*, allowed: a folder of tables that has"),
         (Options(seeds=0), (), "--seeds is 0"),
-        (
-            Options("paper", to=tmp_path),
-            (),
-            "--to is .*, allowed: at a scale whose runs are made here",
-        ),
-        (
-            Options("paper"),
-            ("trainer.num_nodes=2",),
-            "trainer.num_nodes is 2, allowed in launch files: 1",
-        ),
         (
             Options(),
             ("trainer.devices=2",),

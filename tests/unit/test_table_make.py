@@ -17,7 +17,7 @@ from experiments.tables import make
 from experiments.tables.make import Evaluations, make_runs, measure_speeds, plan_table
 from experiments.tables.results import read_speeds
 from experiments.tables.table_file import Options, Row, Scale, load_table
-from experiments.tables.table_runs import Run, adopt, plan_runs, read_states
+from experiments.tables.table_runs import Run, plan_runs, read_states
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load, to_yaml
 from scmoe.sweeps import batch
@@ -301,20 +301,15 @@ def test_each_evaluation_follows_its_training(evaluated, fakes):
     assert [run.state.results["evaluation"]["texts"] for run in runs] == [TEXTS] * 2
 
 
-def test_a_state_without_its_evaluation_is_taken_only_where_its_weights_are(evaluated, tmp_path):
+def test_a_state_without_its_evaluation_is_kept_only_where_its_weights_are(evaluated, tmp_path):
     runs, evaluate = evaluated
     evaluate(*TEXT)
-    del runs[0].state.results["evaluated_by"]
-    for run in runs:
-        run.job.keep()
-        run.job.state = State()
     evaluations = Evaluations(TABLE7, replace(TABLE7.scales["smoke"], evaluate=TEXT))
-    assert adopt(runs, [tmp_path], evaluations.can_use) == 2
+    assert [evaluations.can_use(run.state) for run in runs] == [True, True]
     for run in runs:
-        run.job.state = State()
+        del run.state.results["evaluated_by"]
     shutil.rmtree(tmp_path / "run0")
-    assert adopt(runs, [tmp_path], evaluations.can_use) == 1
-    assert [run.state.status for run in runs] == ["waiting", "finished"]
+    assert [evaluations.can_use(run.state) for run in runs] == [False, True]
 
 
 def test_a_run_with_extensions_is_resumed_and_evaluated_with_them(tmp_path):

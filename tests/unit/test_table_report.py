@@ -2,7 +2,6 @@
 charts show them."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 from random import Random
@@ -144,13 +143,6 @@ def test_results(made):
     assert rows[POS3]["unfinished"] == [3]
     assert found["tokens_per_run"] == 4 * 8 * 16
     assert found["runs"] == {"finished": 22, "failed": 1}
-    stds = [row["minus_baseline"]["std"] for row in rows.values() if row["minus_baseline"]]
-    assert found["power"]["pooled_std"] == pytest.approx(
-        math.sqrt(sum(std**2 for std in stds) / len(stds))
-    )
-    assert list(found["power"]["seeds_needed"]) == ["0.029", "0.046"], (
-        "the paper's smallest and largest difference"
-    )
 
 
 def test_files(made):
@@ -234,10 +226,7 @@ def test_a_row_without_a_run_is_empty(made):
     assert (one["minus_baseline"]["low"], one["minus_baseline"]["p"]) == (None, None)
     text = markdown(found)
     assert "mean nothing" in text, "it is the scale smoke"
-    assert (
-        "| shared-expert, CG-2 |  | 3.2406 | -0.0298 | (0) |  |  |  | (0) |" in text
-        and "Spearman" not in text
-    )
+    assert "| shared-expert, CG-2 |  | 3.2406 | -0.0298 | (0) |  |  |  | (0) |" in text
     write_report(table, "smoke", runs, "")
 
 
@@ -289,26 +278,6 @@ def test_speeds_stand_beside_the_papers_and_a_missing_one_says_why(tmp_path):
         "| ScMoE Pos-2 | paper 1.43; ours 1.50 [1.10, 1.90] | paper 1.66; ours 1.75 [1.10, 2.00] |"
     )
     assert row in markdown(found)
-
-
-def test_the_order_of_a_table_with_two_models_is_that_of_differences(tmp_path):
-    """Medium is better than Small in both; within each the order is the reverse of the paper's."""
-    table, runs = planned_of("table7", tmp_path, 2)
-    baselines = {
-        row.name: table.row(row.baseline).paper["zero-shot perplexity"] for row in table.rows
-    }
-    for run in runs:
-        theirs = baselines[run.row.name]
-        ours = 2 * theirs - run.row.paper["zero-shot perplexity"] + 0.01 * run.seed
-        run.job.state = state_of(4.0, run.digest)
-        run.job.state.results["evaluation"] = {
-            "texts": {"../shared/data/wikitext-2/test.txt": {"perplexity": ours}}
-        }
-    text = markdown(of(table, runs)[0])
-    assert (
-        "Order of the 6 differences, ours against the paper's: Spearman's rank correlation -1.00 (p"
-        " 0.00)" in text
-    )
 
 
 def test_no_report_is_made_over_runs_that_have_read_different_data(tmp_path, capsys):

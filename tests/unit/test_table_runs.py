@@ -1,30 +1,14 @@
-"""Runs of a table differ only in their model, are not made twice here or elsewhere, and can be
-launched elsewhere."""
+"""Runs of a table differ only in their model, and their results are kept."""
 
 import json
 import math
-import os
-import re
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from experiments.tables.table_file import Row, load_table
-from experiments.tables.table_runs import (
-    Run,
-    adopt,
-    check_memory,
-    data_of,
-    look_up,
-    plan_runs,
-    read_states,
-    same_config,
-    save,
-    write_launch_files,
-)
-from scmoe.config.fields import Config
+from experiments.tables.table_runs import Run, data_of, look_up, plan_runs, same_config, save
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load, to_yaml
 from scmoe.sweeps.jobs import State, digest_of
@@ -41,10 +25,6 @@ def runs_of(
     return plan_runs(
         table, table.scales[scale], folder / f"tables/{name}-{scale}", seeds, overrides
     )
-
-
-def take(runs: list[Run], folder: Path) -> int:
-    return adopt(runs, [folder], lambda state: True)
 
 
 def finish(runs: list[Run]) -> None:
@@ -95,10 +75,10 @@ def test_a_setting_holds_at_its_own_scale(tmp_path):
         scale: {
             run.row.name: run.config.optim.lr for run in runs_of("table3", tmp_path, scale=scale)
         }
-        for scale in ("small", "paper")
+        for scale in ("small", "smoke")
     }
     assert rates["small"]["top-2"] == 6e-3 and rates["small"]["ScMoE Pos-2, CG-1"] == 1.2e-2
-    assert set(rates["paper"].values()) == {3e-4}
+    assert len(set(rates["smoke"].values())) == 1
 
 
 def test_the_runs_of_a_table_are_a_group_of_wandb_unless_another_is_named(tmp_path):
@@ -129,36 +109,16 @@ def test_only_values_that_can_change_a_result_change_the_digest():
         assert digest_of(load(DEBUG, [override])) == own, override
 
 
-def test_a_table_takes_the_equal_runs_of_another_table(tmp_path):
-    finish(runs_of("table1", tmp_path))
-    runs = runs_of("table5", tmp_path)
-    read_states(runs)
-    assert take(runs, tmp_path / "tables") == 4, "the rows with CG-1"
-    assert [run.row.name for run in runs if run.state.status == "finished"] == [
-        *("shared-expert, CG-1", "ScMoE Pos-1, CG-1", "ScMoE Pos-2, CG-1", "ScMoE Pos-3, CG-1")
-    ]
-    assert runs[0].state.results["from"] == "table1-smoke"
-    other = runs_of("table5", tmp_path / "other", "trainer.max_steps=5")
-    assert take(other, tmp_path / "tables") == 0
-    assert {run.state.status for run in other} == {"waiting"}
-
-
-def test_another_machine_goes_on_from_what_is_committed(tmp_path):
-    here, there, committed = tmp_path / "here", tmp_path / "there", tmp_path / "results"
-    first = runs_of("table4", here, seeds=2)
-    finish(first[:3])
-    (first[0].job.study / "results.json").write_text('{"rows": []}')
-    (first[0].job.study / "table.md").write_text("# Table 4")
-    folder = save(first, committed)
-    assert folder == committed / "table4-smoke" and json.loads(
-        (folder / "results.json").read_text()
-    ) == {"rows": []}
-    assert len(list((folder / "states").iterdir())) == 3
-    assert take(runs_of("table4", there, seeds=2), committed) == 3
-    again = runs_of("table4", there, seeds=2)
-    read_states(again)
-    assert [run.state.status for run in again] == ["finished"] * 3 + ["waiting"] * 5
-    assert again[0].state.run_dir is None, "its directory is on the other machine"
+def test_results_and_states_of_finished_runs_are_copied(tmp_path):
+    runs = runs_of("table4", tmp_path / "here")
+    finish(runs[:3])
+    (runs[0].job.study / "results.json").write_text('{"rows": [{"run_dirs": ["/somewhere"]}]}')
+    (runs[0].job.study / "table.md").write_text("# Table 4")
+    folder = save(runs, tmp_path / "results")
+    assert folder == tmp_path / "results/table4-smoke"
+    assert json.loads((folder / "results.json").read_text()) == {"rows": [{"run_dirs": []}]}
+    states = [json.loads(path.read_text()) for path in (folder / "states").iterdir()]
+    assert [state["run_dir"] for state in states] == [None] * 3, "directories stay on this machine"
 
 
 def test_a_dotted_key_leads_to_a_number_or_to_none():
@@ -180,43 +140,3 @@ def test_the_data_of_a_run_are_those_of_its_checkpoints(tmp_path):
     }
     (folder / "meta.json").write_text(json.dumps(meta))
     assert data_of(tmp_path) == "abc"
-
-
-def test_launch_files_hold_every_run(tmp_path):
-    runs = runs_of("table7", tmp_path, scale="paper")
-    for command in write_launch_files(runs):
-        path = Path(command.removeprefix("bash "))
-        subprocess.run(["bash", "-n", path], check=True)
-        assert started(path, tmp_path) == [run.config for run in runs]
-
-
-def started(script: Path, folder: Path) -> list[Config]:
-    """Returns the configs that a launch file starts; fake torchrun and sbatch commands record their
-    arguments."""
-    calls = folder / "launched"
-    calls.write_text("")
-    for name in (".venv/bin/torchrun", "sbatch"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f'#!/bin/bash\nprintf "%s\\n" "$CONFIG $*" >> {calls}\n')
-        (folder / name).chmod(0o755)
-    environment = {"PATH": f"{folder}:{os.environ['PATH']}"}
-    subprocess.run(["bash", script.absolute()], cwd=folder, env=environment, check=True)
-    configs = []
-    for line in calls.read_text().splitlines():
-        (config,) = (word for word in line.split() if word.endswith(".yaml"))
-        configs.append(
-            load(
-                config, [word for word in line.split() if "=" in word and not word.startswith("--")]
-            )
-        )
-    return configs
-
-
-def test_a_run_that_does_not_fit_its_gpu_is_said(tmp_path):
-    table, runs = load_table("table7", CONFIGS), runs_of("table7", tmp_path, scale="paper")
-    found = {gib: [fits for _, fits in check_memory(table, runs, gib)] for gib in (1.0, 1e6)}
-    assert found == {1.0: [False] * 8, 1e6: [True] * 8}
-    line, *_ = (line for line, _ in check_memory(table, runs, 80))
-    assert re.fullmatch(
-        r"top-2, Small: 0\.\d\dB parameters, \S+ FLOPs, \d+ GiB of a GPU: fits 80 GiB", line
-    )

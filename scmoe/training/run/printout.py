@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
 from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
@@ -25,10 +24,9 @@ from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
-from scmoe.footprint.model_cost import parts, routed_copies
+from scmoe.estimate.model_cost import count_parameters, total_and_active
 from scmoe.lightning.seam import count_steps_from
 from scmoe.models.decoder import Decoder
-from scmoe.moe.experts import Experts
 from scmoe.training.callbacks.peak_memory import PeakMemory
 from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.throughput import Throughput
@@ -40,34 +38,6 @@ SAMPLES = 3
 SAMPLE_TOKENS = 40
 # Of the steps since the last log.
 LOADS = ("step_load_max", "rank_load_max", "step_drop", "dead_experts")
-
-
-def count_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Return for each kind of module: the number of modules, all parameters, and the parameters
-    that one token uses.
-
-    All experts count, also where this rank holds a part of them. A token uses top_k of num_experts,
-    and as many others in each further use of the module (DGMoE, DGMoE-Share), while there are any.
-    """
-    counts: dict[str, tuple[int, int, int]] = {}
-    used: dict[nn.Module, float] = {
-        experts: min(1.0, copies / experts.num_experts)
-        for experts, copies in routed_copies(model).items()
-    }
-    for kind, module, parameters in parts(model):
-        size = sum(p.numel() for p in parameters)
-        if isinstance(module, Experts):
-            size = size * module.num_experts // len(module.expert_ids)
-        modules, total, active = counts.get(kind, (0, 0, 0))
-        counts[kind] = (modules + 1, total + size, active + round(size * used.get(module, 1.0)))
-    return counts
-
-
-def total_and_active(counts: Mapping[str, tuple[int, int, int]]) -> tuple[int, int]:
-    """Return the sums of the second and the third of `count_parameters`."""
-    total = sum(total for _, total, _ in counts.values())
-    active = sum(active for _, _, active in counts.values())
-    return total, active
 
 
 def model_table(counts: Mapping[str, tuple[int, int, int]]) -> Table:

@@ -182,6 +182,34 @@ def kind_in(kinds: Mapping[type[nn.Module], str], module: nn.Module) -> str | No
     return next((kind for base, kind in kinds.items() if isinstance(module, base)), None)
 
 
+def count_parameters(model: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Return per kind of module: the number of modules, all parameters, and the parameters that one
+    token uses.
+
+    Experts count whole, also where this rank holds a shard. Of num_experts a token uses top_k, and
+    others in each further use of the module (DGMoE, DGMoE-Share) as long as there are others.
+    """
+    counts: dict[str, tuple[int, int, int]] = {}
+    used: dict[nn.Module, float] = {
+        experts: min(1.0, copies / experts.num_experts)
+        for experts, copies in routed_copies(model).items()
+    }
+    for kind, module, parameters in parts(model):
+        size = sum(p.numel() for p in parameters)
+        if isinstance(module, Experts):
+            size = size * module.num_experts // len(module.expert_ids)
+        modules, total, active = counts.get(kind, (0, 0, 0))
+        counts[kind] = (modules + 1, total + size, active + round(size * used.get(module, 1.0)))
+    return counts
+
+
+def total_and_active(counts: Mapping[str, tuple[int, int, int]]) -> tuple[int, int]:
+    """Return all parameters, and those that one token uses. counts: of `count_parameters`."""
+    total = sum(total for _, total, _ in counts.values())
+    active = sum(active for _, _, active in counts.values())
+    return total, active
+
+
 def peak_tflops(device_name: str | None, precision: str) -> float | None:
     """Return the TFLOP/s of a GPU of this name, as torch.cuda.get_device_name gives it; None where
     they are not known: another card, float32, a CPU (None). Variants of one card differ by a third.

@@ -1,9 +1,9 @@
-"""What a training costs, without starting it: parameters, FLOPs, bytes of collectives, memory of a
-rank.
+"""The bound: what a training costs by calculation. Parameters, FLOPs, bytes of collectives, memory
+of a rank.
 
 ep ranks share one set of experts, dp such sets are replicas: ep x dp ranks, data parallel over all
-of them. Numbers are computed from the model on the meta device, by the formulas of scmoe/footprint
-and those of collectives below. What a rank sends in one training step:
+of them. Numbers are computed from the model on the meta device, by model_cost.py, memory.py and the
+formulas of collectives below. What a rank sends in one training step:
 
     All-to-All         dispatch and combine of each MoE module, and the gradients of both: 4 times
                        the rows in buffers
@@ -23,68 +23,52 @@ tensor twice.
 
 import math
 from collections import Counter
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from rich.table import Column, Table
 from torch import nn
 
 from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
-from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, four_digits
-from scmoe.config.registry import IMAGES
-from scmoe.footprint.memory import Job, Split, rank_memory
-from scmoe.footprint.model_cost import (
+from scmoe.estimate.memory import Job, Split, rank_memory
+from scmoe.estimate.model_cost import (
     COMPUTE_BYTES,
     WEIGHT_BYTES,
+    count_parameters,
     forward_flops,
     moe_uses,
     rows_sent,
+    total_and_active,
     training_flops,
 )
 from scmoe.moe.layout import Buffers, Capacity, buffer_size, expert_capacity
-from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
-from scmoe.training.run.printout import count_parameters, total_and_active
 
-MIB = 2**20
 INTEGER = 8  # bytes
-MOMENTS = {
-    "adamw": "AdamW's two moments",
-    "muon": "Muon's moment of matrices, AdamW's two of the rest",
-}
 
 
-def estimate(config: Config) -> dict[str, Any]:
-    """Return the costs of a config: per token (image), and for one rank."""
-    job = Job.of(config)
-    if job.dense == "auto":
-        raise ConfigError(
-            "strategy.dense is auto, allowed in an estimate: replicated | sharded | hybrid"
-        )
-    model = build_model_on_meta(config)
+def bound(
+    model: Any, job: Job, by_muon: Collection[nn.Parameter], unit: str, optimizer: str
+) -> dict[str, Any]:
+    """Return the costs of a training: per token (image), and for one rank.
+
+    model: the whole model, on any device. by_muon: the parameters that Muon updates. unit: token or
+    image, of which the FLOPs are. optimizer: its name.
+    """
     total, active = total_and_active(count_parameters(model))
     split = Split(model, job)
     experts = sum(p.numel() for p in split.experts)
-    replicated, experts_per_rank = total - experts, experts // job.ep_size
-    unit, tokens = ("image", 1) if config.data.name in IMAGES else ("token", job.seq_len)
+    replicated = total - experts
+    experts_per_rank = experts // job.ep_size
+    tokens = 1 if unit == "image" else job.seq_len
     forward = forward_flops(model, job.seq_len)
-    sent, rows = (
-        transfer_bytes(model, job.precision, job.wire_bytes),
-        model.rows_per_sample(job.seq_len),
-    )
-    together = (
-        sum(size * rows[moe] for size, (moe, _) in zip(sent, moe_uses(model), strict=True)) / tokens
-    )
-    row_bytes = 4 * together * tokens * job.samples * job.accumulate * (1 - 1 / job.ep_size)
-    gradient_bytes = (
-        2 * (1 - 1 / job.ranks) * replicated * WEIGHT_BYTES[job.precision]
-    )  # by a ring of all ranks
+    sent = transfer_bytes(model, job.precision, job.wire_bytes)
+    one_way = all_to_all_bytes(model, job, sent)
     return {
         "ep_size": job.ep_size,
         "dp_size": job.dp_size,
         "precision": job.precision,
         "recompute": job.recompute,
-        "optimizer": config.optim.name,
+        "optimizer": optimizer,
         "dense": job.dense,
         "samples_per_rank": job.samples,
         "params_total": total,
@@ -96,13 +80,34 @@ def estimate(config: Config) -> dict[str, Any]:
         "flops_training": training_flops(forward, job.recompute) / tokens,
         "flops_forward_by_kind": {kind: flops / tokens for kind, flops in forward.items()},
         "all_to_all_bytes_per_token_and_transfer": sent,
-        "all_to_all_bytes_forward": 2 * together,
-        "all_to_all_bytes_training": 4 * together,
+        "all_to_all_bytes_forward": 2 * (one_way / tokens),
+        "all_to_all_bytes_training": 4 * (one_way / tokens),
         "all_to_all_share_that_travels": (job.ep_size - 1) / job.ep_size,
-        "memory_bytes": rank_memory(model, job, updated_by_muon(config, model)),
+        "memory_bytes": rank_memory(model, job, by_muon),
         "collectives_bytes": step_traffic(split),
-        "rows_over_gradients": row_bytes / gradient_bytes if job.ranks > 1 else None,
+        "rows_over_gradients": rows_over_gradients(job, one_way / tokens, tokens, replicated),
     }
+
+
+def all_to_all_bytes(model: Any, job: Job, sent: Sequence[float]) -> float:
+    """Return the bytes of one sample in one All-to-All of every MoE module. sent: of a token, for
+    each use of a module."""
+    rows = model.rows_per_sample(job.seq_len)
+    return sum(size * rows[moe] for size, (moe, _) in zip(sent, moe_uses(model), strict=True))
+
+
+def rows_over_gradients(job: Job, one_way: float, tokens: int, replicated: int) -> float | None:
+    """Return the bytes of rows that leave a rank in a step over those of dense gradients, which a
+    ring of all ranks sums; None for one rank.
+
+    one_way: bytes of a token (image) in one All-to-All of every MoE module. tokens: of a sample.
+    replicated: dense parameters.
+    """
+    if job.ranks == 1:
+        return None
+    rows = 4 * one_way * tokens * job.samples * job.accumulate * (1 - 1 / job.ep_size)
+    gradients = 2 * (1 - 1 / job.ranks) * replicated * WEIGHT_BYTES[job.precision]
+    return rows / gradients
 
 
 def step_traffic(split: Split) -> dict[str, int]:
@@ -173,84 +178,6 @@ def rows_of_block(block: MoEBlock, tokens: int, ep_size: int) -> tuple[int, int]
         return gates * chunks * num_experts * math.ceil(capacity / chunks), 0
     real = round(tokens * top_k * num_experts / num_ids)  # if the load is even
     return gates * real, gates * ep_size * chunks * num_experts  # with a capacity, at most
-
-
-def estimate_table(facts: dict[str, Any]) -> Table:
-    ep, dp, sent = (
-        facts["ep_size"],
-        facts["dp_size"],
-        facts["all_to_all_bytes_per_token_and_transfer"],
-    )
-    title = f"estimate for EP {ep} x DP {dp}, {facts['precision']}"
-    made = Table(
-        "quantity", Column("value", justify="right"), "how", title=title, title_justify="left"
-    )
-    made.add_row(
-        "parameters", f"{facts['params_total']:,}", f"{facts['params_active']:,} active per token"
-    )
-    of_experts = f"{facts['params_per_rank_experts']:,} in 1/{ep} of the experts"
-    made.add_row(
-        "parameters of a rank", f"{facts['params_per_rank']:,}", of_experts, end_section=True
-    )
-    unit = {"token": "a token", "image": "an image"}[facts["unit"]]
-    by_kind = ", ".join(
-        f"{kind} {flops / 1e9:.3g}" for kind, flops in facts["flops_forward_by_kind"].items()
-    )
-    formula = "2 x weights of every product + 4 S D of every attention: "
-    made.add_row(
-        f"GFLOPs of {unit}, forward", four_digits(facts["flops_forward"] / 1e9), formula + by_kind
-    )
-    flops, again = (
-        facts["flops_training"],
-        (" + forward of what is recomputed" if facts["recompute"] else ""),
-    )
-    made.add_row(
-        f"GFLOPs of {unit}, training",
-        four_digits(flops / 1e9),
-        f"3 x forward{again}",
-        end_section=True,
-    )
-    forward, training = (facts[f"all_to_all_bytes_{kind}"] for kind in ("forward", "training"))
-    widths = " | ".join(f"{size:,.0f}" for size in sorted(set(sent))) or "no MoE module"
-    made.add_row("All-to-All bytes of a token", widths, "one transfer of one MoE module")
-    made.add_row(
-        f"  of {unit}, forward", f"{forward:,.0f}", f"dispatch and combine, {len(sent)} modules"
-    )
-    made.add_row(f"  of {unit}, training", f"{training:,.0f}", "and their gradients")
-    travel = f"{training * facts['all_to_all_share_that_travels']:,.0f}"
-    made.add_row("  of which travel", travel, f"{ep - 1} of {ep}", end_section=True)
-    recompute = "on" if facts["recompute"] else "off"
-    notes = {
-        "weights": f"dense weights {facts['dense']}",
-        "optimizer": MOMENTS.get(
-            facts["optimizer"], f"AdamW's two moments; {facts['optimizer']} may differ"
-        ),
-        "gathered": "at most: gathered blocks, bfloat16 copies, gradients on their way",
-        "activations": (
-            f"at most, batch of {facts['samples_per_rank']} a rank, recompute {recompute}"
-        ),
-        "total": "upper bound on the peak of the step, without fragmentation",
-    }
-    for name, size in facts["memory_bytes"].items():
-        made.add_row(
-            f"MiB of a rank: {name}",
-            f"{size / MIB:,.0f}",
-            notes.get(name, ""),
-            end_section=name == "total",
-        )
-    for name, size in facts["collectives_bytes"].items():
-        made.add_row(
-            f"MiB of a step: {name}",
-            four_digits(size / MIB),
-            "bytes that a rank sends, its own share included",
-        )
-    if (ratio := facts["rows_over_gradients"]) is not None:
-        made.add_row(
-            "rows over gradients",
-            f"{ratio:.3g}",
-            "bytes that leave a rank in a step; gradients by a ring",
-        )
-    return made
 
 
 def transfer_bytes(model: nn.Module, precision: str, wire_bytes: int | None = None) -> list[float]:
