@@ -10,8 +10,8 @@ from typing import Any
 
 from scmoe.config.fields import Config
 from scmoe.config.rules import last_step, shortened
-from scmoe.files.writing import redacted
 from scmoe.estimate.memory import Job, rank_memory
+from scmoe.files.writing import redacted
 from scmoe.parallel.dense import ways
 from scmoe.training.assembly.model import build_model_on_meta
 
