@@ -21,15 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from docs.build.concepts import CONCEPTS
-from experiments.bench import (
-    growth,
-    inference,
-    offload,
-    routing_study,
-    speed_chart,
-    training,
-    uneven,
-)
+from experiments.bench import inference, offload, speed_chart, training, uneven
 from experiments.figures.measured import (
     EXPLAINED,
     PAGES,
@@ -61,10 +53,9 @@ BENCHES: dict[
     "uneven-": uneven,
     "inference-": inference,
     "train-": training,
-    "growth": growth,
-    "routing": routing_study,
     "figure-13": offload,
 }
+RECORDS = ("growth", "routing")  # pictures that no code draws any more: their benches are removed
 DRAW = {start: bench.draw for start, bench in BENCHES.items()} | dict.fromkeys(
     ("figure-9", "figure-10"), draw_measured
 )

@@ -1,5 +1,4 @@
-"""`scmoe bench` measures on this machine what one rank does, and pairs of blocks and exchanges
-between ranks.
+"""`scmoe bench` measures on this machine what one rank does, and pairs of blocks between ranks.
 
 A command imports what it measures with inside itself, so that its help and a wrong request are
 answered at once.
@@ -30,36 +29,10 @@ from scmoe.config.leaves import ConfigError
 
 OUT, TIMELINE = Path("runs/bench"), Path("runs/timeline")
 USUAL = Setting()
+USUAL_TOKENS = 256  # of a generated text
 Compute = Literal["real", "emulated"]
-Grows = Literal["tokens", "ranks", "experts"]
 Share = Annotated[float, Parameter(validator=validators.Number(gt=0, lt=1))]
 main = App(name="bench", help="Measure on this machine. Standard output is JSON.")
-
-
-@main.command
-def generation(
-    *,
-    batch: list[Count] | None = None,
-    prompt: Count = 32,
-    tokens: Count = 256,
-    rounds: Count = 3,
-    threads: Count = 1,
-) -> None:
-    """Generation with a cache and without, and beside transformers' GPT-2.
-
-    Args:
-        batch: numbers of texts; the result is that of the last, and of each under `by_batch`
-            (default: 1 4)
-    """
-    given = locals() | {"batch": (batch or [1, 4])[-1]}
-    if tokens < 2:
-        raise ConfigError(
-            f"--tokens is {tokens}, allowed: 2 or more, as the first one is no decoding step"
-        )
-    require("bench generation", "transformers")
-    from experiments.bench.decoding import bench_generation
-
-    print(json.dumps(bench_generation(batch or [1, 4], prompt, tokens, threads, rounds) | given))
 
 
 @main.command
@@ -85,56 +58,6 @@ def layer(
     from experiments.bench.layer import bench_layer
 
     print(json.dumps(bench_layer(**given) | given))
-
-
-@main.command
-def guard(*overrides: str) -> None:
-    """Cost of the guard against NaN and Inf, as a share of a step.
-
-    Args:
-        overrides: key=value, of a small model's config
-    """
-    from experiments.bench.step_cost import guard_cost
-
-    print(json.dumps(guard_cost(overrides) | {"overrides": overrides}))
-
-
-@main.command
-def dense(
-    *overrides: str,
-    ranks: Count = 4,
-    ep_size: Count = 2,
-    batch: Count = 4,
-    rounds: Count = 9,
-    share: Share | None = None,
-) -> None:
-    """A step with dense weights in shards over a step with replicated ones.
-
-    Args:
-        overrides: key=value, of a small model's config
-        batch: sequences of a rank
-        share: communication share of a sequential top-2 pair, on shaped links (default: the
-            loopback device)
-    """
-    given = locals()
-    from experiments.bench.step_cost import SIZE, dense_cost
-    from experiments.engine.ranks import run_ranks
-    from scmoe.config.load import load as load_config
-
-    if ranks % 2 or ranks % ep_size:
-        raise ConfigError(
-            f"--ranks is {ranks}, allowed: multiples of 2 nodes and of --ep-size ({ep_size})"
-        )
-    name, parts = (
-        ("--ep-size", ep_size) if share is None else ("--ranks", ranks)
-    )  # on all ranks for the links' rate
-    if (experts := load_config(None, [*SIZE, *overrides]).moe.num_experts) % parts:
-        raise ConfigError(f"{name} is {parts}, allowed: divisors of the {experts} experts")
-    if share is not None:
-        links.require()
-    args = ep_size, batch, rounds, share, overrides
-    report, *_ = run_ranks(dense_cost, ranks, *args, timeout_s=3600, own_links=share is not None)
-    print(json.dumps(report | given))
 
 
 @main.command
@@ -173,9 +96,8 @@ def overlap(
         accumulate: batches of a step, whose gradients are summed once (default: 1)
         rows: rows to measure (default: all)
         load: uneven routing, measured beside the balanced one; each --load is one more. Forms
-            (bench/loads.py): zipf:A, spread:A, hot_expert:X, hot_rank:X, empty_rank, rotating:X:N,
-            burst:X:N, ragged:X, recorded:FILE; A is an exponent, X a multiple of the mean, N a
-            number of steps
+            (bench/loads.py): zipf:A, hot_rank:X, rotating:X:N, ragged:X, recorded:FILE; A is an
+            exponent, X a multiple of the mean, N a number of steps
     """
     if share is not None and setting.link_mbit is not None:
         raise ConfigError(
@@ -269,92 +191,34 @@ def train(
 
 
 @main.command
-def growth(
-    *,
-    of: list[Grows] | None = None,
-    points: list[int] | None = None,
-    rounds: Rounds = 5,
-    out: Path = OUT,
-) -> None:
-    """How the time of a pair of blocks, and what overlap saves of it, grow.
-
-    Args:
-        of: (default: all three)
-        points: its values, with one --of
-    """
-    names = of or ["tokens", "ranks", "experts"]
-    if points and len(names) > 1:
-        raise ConfigError("--points goes with one --of")
-    from experiments.bench import growth
-
-    growth.check(names[0], points or [])
-    links.require()
-    print(json.dumps(growth.bench_growth(names, points, rounds, out)))
-
-
-@main.command
 def inference(
     *,
     share: Share = 0.52,
     ranks: int = 2,
     prompt: int = 512,
     batch: int = 8,
+    tokens: Annotated[int, Parameter(validator=validators.Number(gte=2))] | None = None,
     rounds: Rounds = 9,
     load: OneEach[str] = (),
     out: Path = OUT,
 ) -> None:
-    """Prefill and decode between ranks, sequential, overlapped and as planned.
+    """Prefill and decode between ranks, and generation with a cache and without in one process.
 
     Args:
+        prompt: tokens of a rank's prompt in prefill
+        batch: texts of a rank in decode
+        tokens: new tokens of each text of the generation (default: 256; with --load it is not
+            measured, as routing between ranks does not change it)
         load: uneven routing (its forms: bench overlap --help), measured beside the balanced one;
             each --load is one more
     """
+    if load and tokens is not None:
+        raise ConfigError("--tokens and --load exclude each other: a load has no generation")
     from experiments.bench.inference import bench_inference
 
-    print(json.dumps(bench_inference(share, prompt, batch, rounds, ranks, load, out)))
-
-
-@main.command
-def routing(*trainings: str, work: Path = Path("runs/routing"), out: Path = OUT) -> None:
-    """How uneven the routing of real trainings is in each step, at their start and end.
-
-    Args:
-        trainings: names (default: the quickstart with each balance rule, and small twins of Table
-            3)
-        work: folder of their runs; one that is there is not trained again
-    """
-    from experiments.bench.routing_study import bench_routing
-
-    print(json.dumps(bench_routing(trainings, work, out)["rows"]))
-
-
-@main.command
-def exchange(
-    *,
-    nodes: int = 2,
-    ranks: int = 4,
-    between_mbit: Positive = 500.0,
-    kilobytes: list[Count] | None = None,
-    rounds: Rounds = 15,
-) -> None:
-    """Flat and hierarchical All-to-All on nodes, by size of the messages.
-
-    Args:
-        between_mbit: rate of a node's network card
-        kilobytes: of a rank for each other rank (default: 1 4 16 64 256 1024)
-    """
-    from experiments.bench.exchange import bench_exchange, why_no_nodes
-
-    if refused := why_no_nodes(nodes, ranks):
-        raise ConfigError(refused)
-    links.require(nodes)
-    print(
-        json.dumps(
-            bench_exchange(
-                nodes, ranks, between_mbit, kilobytes or [1, 4, 16, 64, 256, 1024], rounds
-            )
-        )
-    )
+    new_tokens = 0 if load else tokens or USUAL_TOKENS
+    report = bench_inference(share, prompt, batch, new_tokens, rounds, ranks, load, out)
+    print(json.dumps(report))
 
 
 @main.command

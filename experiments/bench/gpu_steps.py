@@ -30,7 +30,7 @@ from experiments.bench.overlap_report import summary
 from experiments.bench.pairs import Setting
 from experiments.bench.timeline import watch
 from experiments.engine import gantt, profiles
-from experiments.engine.clock import in_turn, middle, seconds
+from experiments.engine.clock import in_turn, median, seconds
 from experiments.engine.isolated import Pieces, Place
 from experiments.engine.ranks import run_alone
 from scmoe.config.fields import Config
@@ -178,8 +178,8 @@ def measure_step(place: Place) -> dict[str, Any]:
         "product": partial(seconds, lambda: square @ square, device),
     }
     times = in_turn(runs, 3 if place.tiny else 10, WARM_UP)
-    step_s = middle(times["step"])
-    product_flops = 2 * size**3 / middle(times["product"])
+    step_s = median(times["step"])
+    product_flops = 2 * size**3 / median(times["product"])
     achieved = (
         job.samples * training_flops(forward_flops(model, seq_len, empty_slots=False)) / step_s
     )
@@ -298,7 +298,7 @@ def transfers(place: Place) -> dict[str, Any]:
     times = in_turn(runs, 3 if place.tiny else 15, WARM_UP)
     facts: dict[str, Any] = {
         "mb": x.nbytes / 2**20,
-        **{f"{name}_ms": 1e3 * middle(own) for name, own in times.items()},
+        **{f"{name}_ms": 1e3 * median(own) for name, own in times.items()},
     }
     facts["gb_per_s_there_and_back"] = x.nbytes / 1e6 / facts["transfer_ms"]
     facts["both_over_longer"] = facts["both_ms"] / max(facts["transfer_ms"], facts["compute_ms"])

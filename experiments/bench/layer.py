@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.engine.clock import CPU, in_turn, middle, seconds
+from experiments.engine.clock import CPU, in_turn, median, seconds
 from experiments.engine.isolated import Pieces, Place, attempt
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Activation, Experts, batched_mlps, grouped_mlps
@@ -131,9 +131,9 @@ def bench_layer(
     roofline = f"roofline, {bandwidth / 1e9:.1f} GB/s"
     times[roofline] = np.maximum(times[PRODUCTS], moved)
     ms = {
-        name: [1e3 * middle(kind) for kind in own] for name, own in times.items()
+        name: [1e3 * median(kind) for kind in own] for name, own in times.items()
     }  # forward, train
-    ratios = {name: [middle(kind) for kind in times[LAYER] / own] for name, own in times.items()}
+    ratios = {name: [median(kind) for kind in times[LAYER] / own] for name, own in times.items()}
 
     sizes = (
         f"D={dim} F={ffn_dim} E={experts}, {tokens} tokens, top-{top_k}, capacity factor"
@@ -239,14 +239,14 @@ def compare(
     runs = {name: run for name, run in found.items() if callable(run)}
     times = in_turn(runs, rounds, WARM_UP_ON_DEVICE)
     for name, (forward, train) in times.items():
-        found[name] = {"forward_ms": 1e3 * middle(forward), "train_ms": 1e3 * middle(train)}
+        found[name] = {"forward_ms": 1e3 * median(forward), "train_ms": 1e3 * median(train)}
     for name, other in over.items():
         if name in times and other in times:
             forward, train = times[name] / times[other]
             found[name] |= {
                 "over": other,
-                "forward_ratio": middle(forward),
-                "train_ratio": middle(train),
+                "forward_ratio": median(forward),
+                "train_ratio": median(train),
             }
     return found
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from experiments.bench.pairs import ROWS, TOP_K, WIRINGS
 from experiments.bench.speed_chart import name_of
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
-from experiments.engine.clock import CPU, middle, undisturbed
+from experiments.engine.clock import CPU, median, undisturbed
 from experiments.engine.isolated import follow_caller
 from experiments.engine.profiles import anonymous_mb, peak_mb
 from scmoe.blocks.moe_block import moe_blocks_of
@@ -159,7 +159,7 @@ def find_rate(
             raise RuntimeError(
                 f"the process had no core in {setting.limit_s:g} s: measure on a quieter machine"
             )
-        resident_s, blocking_s = (middle(own) for own in times.seconds.values())
+        resident_s, blocking_s = (median(own) for own in times.seconds.values())
         wanted_s = cost * block_and_window(times.operators, variants[RESIDENT])[0]
         extra_s = (blocking_s - resident_s) / setting.pairs if fetch_s else wanted_s
         fetch_s = max(wanted_s / 2, (fetch_s or wanted_s) + wanted_s - extra_s)
@@ -233,8 +233,8 @@ def figures(times: Times, model: nn.Module, setting: Setting, rate: float) -> di
     block_s, window_s = block_and_window(times.operators, model)
     active = sum(times.active) / len(times.active)
     fetch_s = active * setting.expert_mb / rate
-    experts_s = middle(sum(own["experts"]) for own in times.operators) * (1 - 1 / active)
-    taken = {name: middle(own) for name, own in times.seconds.items()}
+    experts_s = median(sum(own["experts"]) for own in times.operators) * (1 - 1 / active)
+    taken = {name: median(own) for name, own in times.seconds.items()}
     extra = {name: (s - taken[RESIDENT]) / setting.pairs for name, s in taken.items()}
     windows = {"determinate": window_s, "speculative": taken[RESIDENT] / setting.pairs}
     ways: dict[str, Any] = {
@@ -285,7 +285,7 @@ def block_and_window(operators: list[Operators], model: nn.Module) -> tuple[floa
         )
         # of several executions of an operator, the last ones are in the window
         between.append(sum(sum(own[name][-window.count(name) :]) for name in set(window)))
-    return middle(block), middle(between)
+    return median(block), median(between)
 
 
 def peaks(model: nn.Module, path: Path, tokens: int) -> dict[str, Any]:

@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from experiments.bench import emulated
-from experiments.bench.loads import BALANCED, Now, load_of, sequences_of
-from experiments.bench.pairs import ROWS, Setting, default_schedule, through_link
+from experiments.bench.loads import BALANCED, CurrentLoad, load_of, sequences_of
+from experiments.bench.pairs import ROWS, Setting, default_schedule, share_sent
 from experiments.bench.stacks import (
     Variant,
     chosen_by,
@@ -34,7 +34,7 @@ from experiments.bench.stacks import (
     rows_of_layout,
 )
 from experiments.engine import links
-from experiments.engine.clock import CPU, in_turn, middle, slowest
+from experiments.engine.clock import CPU, in_turn, median, slowest
 from experiments.engine.profiles import peak_bytes
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.layout import Buffers
@@ -55,7 +55,6 @@ STRAYS, DRIFTS = (
 )  # by how much a searched rate may differ from the estimate; from that of the round before
 TRIALS = 3  # of each schedule
 FAR_FROM_SHARE = 0.05  # of communication: what is measured from what was asked for
-WITHIN = 8  # rate of a rank's link within its node, over that of the node's card
 NEAR, FINALISTS = (
     1.03,
     3,
@@ -88,14 +87,14 @@ class Bench:
     def __init__(self, setting: Setting) -> None:
         self.setting, self.device = setting, torch.device(setting.device)
         ranks, timeout = dist.get_world_size(), timedelta(seconds=300)
-        context = build_context(ranks, CPU, timeout, setting.exchange, ranks // setting.nodes, say)
+        context = build_context(ranks, CPU, timeout)
         torch.manual_seed(0)
         names = dict.fromkeys(["top2", *map(setting.block_of, setting.rows)])
         dtype = getattr(torch, setting.dtype)
-        self.now = Now(load_of(BALANCED))
+        self.current = CurrentLoad(load_of(BALANCED))
         self.stacks = {
             n: [
-                block.to(self.device, dtype) for block in make_blocks(n, setting, context, self.now)
+                block.to(self.device, dtype) for block in make_blocks(n, setting, context, self.current)
             ]
             for n in names
         }
@@ -121,12 +120,15 @@ class Bench:
         ]()  # how often each variant ran in these rounds: the steps of its load
 
     def set_rate(self, rate: float) -> None:
-        """Sets the rate at which this rank sends, in Mbit/s or as a multiple of its bus's, or its
-        node's card sends."""
+        """Set the rate at which this rank sends: in Mbit/s, or as a multiple of its bus's.
+
+        Every rank must call it.
+        """
         if self.setting.bus:
             self.paid = self.dispatcher(exchange=emulated.over_the_bus(self.device, rate))
         else:
-            set_rates(rate, self.setting.nodes)
+            links.set_rate(rate)
+            dist.barrier()
 
     def set(self, variant: Variant, recorder: Recorder | None = None) -> Step:
         """Makes the blocks run as the variant says. recorder: notes operators, and transfers that
@@ -138,7 +140,7 @@ class Bench:
             variant.way == "sequential"
         ):  # a transfer that is waited for at once is an operator like any other
             dispatcher = Blocking(self.paid)
-        self.now.load, self.now.step = load_of(variant.load), self.turns[variant]
+        self.current.load, self.current.step = load_of(variant.load), self.turns[variant]
         blocks = self.stacks[variant.block]
         for block, schedule in zip(
             blocks, variant.of_blocks(block.schedule for block in blocks), strict=True
@@ -149,7 +151,7 @@ class Bench:
     @property
     def x(self) -> Tensor:
         """This rank's input of a block, at the present load."""
-        return self.inputs[self.now.load.name]
+        return self.inputs[self.current.load.name]
 
     def time(self) -> tuple[float, float]:
         """Wall-clock and processor time in seconds, after the device has finished."""
@@ -221,7 +223,7 @@ class Bench:
                     step.update()
                     step.zero_grad()
                 planner.end_step()
-            self.now.step += 1
+            self.current.step += 1
         return planner.choices
 
     def gradients(self, block: str) -> list[tuple[float, int]]:
@@ -274,17 +276,6 @@ class Bench:
         ):
             self.turns[variant] = turn
             yield self.set(variant)
-
-
-def set_rates(mbit: float, nodes: int) -> None:
-    """Sets the rate at which this rank sends and receives; with several nodes that of its node's
-    card, and its own to WITHIN times as much. Every rank must call it."""
-    if nodes > 1:
-        node, place = divmod(dist.get_rank(), dist.get_world_size() // nodes)
-        if place == 0:
-            links.set_card_rate(node, mbit)
-    links.set_rate(mbit if nodes == 1 else WITHIN * mbit)
-    dist.barrier()
 
 
 def say(line: str) -> None:
@@ -366,7 +357,7 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
     times = bench.rounds(chain(references, *finalists.values()), setting.rounds)
     rows: dict[str, dict[str, Row]] = {load: {} for load in bench.inputs}
     for (load, row), variants in finalists.items():
-        best = min(variants, key=lambda v: middle(times[v].train))
+        best = min(variants, key=lambda v: median(times[v].train))
         dropped = bench.dropped(best) if setting.loads else None
         rows[load][row] = Row(
             choices[load, row], chosen[load, row], variants, best, bench.peak_mb(best), dropped
@@ -427,7 +418,7 @@ def find_rate(
     runs = {variant: partial(infer, variant) for variant in (sequential, free)}
     wanted, rate = s.share, 1.0 if start is None else start
     if start is None and not s.bus:
-        t_free = middle(in_turn({free: runs[free]}, SEARCH_ROUNDS, over_ranks=True)[free])
+        t_free = median(in_turn({free: runs[free]}, SEARCH_ROUNDS, over_ranks=True)[free])
         sent_bits = (
             2
             * 2
@@ -435,7 +426,7 @@ def find_rate(
             * s.tokens
             * s.dim
             * 32
-            * through_link(dist.get_world_size(), s.nodes)
+            * share_sent(dist.get_world_size())
         )
         rate = sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
     # transfers below the links' burst take no time at any rate, so a search of theirs would stray
@@ -444,7 +435,7 @@ def find_rate(
     for _ in range(8):
         set_rate(rate)
         times = in_turn(runs, SEARCH_ROUNDS, over_ranks=True)
-        share = middle(1 - times[free] / times[sequential])
+        share = median(1 - times[free] / times[sequential])
         where = f"bus at {rate:.3g} of its rate" if s.bus else f"links at {rate:.0f} Mbit/s"
         say(f"{where}: communication share {share:.3f}, wanted {wanted:g}")
         if abs(share - wanted) < 0.01:

@@ -13,13 +13,12 @@ import numpy as np
 import torch
 
 from experiments.bench import speed_chart, uneven
-from experiments.bench.exchange import why_no_nodes
-from experiments.bench.loads import BALANCED, Place, imbalance, kinds_of, load_of, why_impossible
+from experiments.bench.loads import BALANCED, Place, imbalance, check_load, kinds_of, load_of
 from experiments.bench.overlap import Measured, Row, Seconds, measure, warn_of_share, way_of
-from experiments.bench.pairs import ROWS, USUAL_RATIO, Setting, through_link
+from experiments.bench.pairs import ROWS, USUAL_RATIO, Setting, share_sent
 from experiments.bench.stacks import Variant, config_of, of_each_kind, rows_of_layout, windows_of
 from experiments.engine import links
-from experiments.engine.clock import middle, quartiles
+from experiments.engine.clock import median, quartiles
 from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
@@ -44,21 +43,17 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
     missing = None if gpu or links.inside() else links.why_not()
     setting = replace(setting, shaped=not gpu and missing is None, bus=gpu)
     if setting.shaped:
-        links.enter(setting.nodes)
+        links.enter()
     elif not gpu:
         print(
             f"links cannot be shaped here ({missing}): loopback as it is, marked in every row",
             file=sys.stderr,
         )
-    found = run_ranks(
-        measure, ranks, setting, timeout_s=3600, own_links=setting.shaped, nodes=setting.nodes
-    )[0]
+    found = run_ranks(measure, ranks, setting, timeout_s=3600, own_links=setting.shaped)[0]
     report = summary(setting, ranks, found[BALANCED])
     if setting.shaped or setting.bus:
         warn_of_share(report["wanted_share"], report["comm_share"])
     machine = "cuda" if gpu else f"{ranks}-ranks"
-    if setting.nodes > 1:
-        machine += f"-{setting.nodes}-nodes-{setting.exchange}"
     at = f"share-{setting.share:g}" if setting.link_mbit is None else f"{setting.link_mbit:g}-mbit"
     if setting.rows_per_gradient not in (None, USUAL_RATIO):
         at += f"-ratio-{setting.rows_per_gradient:g}"
@@ -104,10 +99,6 @@ def why_refused(setting: Setting, ranks: int) -> str | None:
             )
     elif ranks < 2:
         return f"--ranks is {ranks}, allowed: 2 or more, as one rank sends nothing"
-    if setting.nodes != 1 and (refused := why_no_nodes(setting.nodes, ranks)):
-        return refused
-    if setting.nodes == 1 and setting.exchange != "flat":
-        return f"--exchange is {setting.exchange}, allowed with --nodes 1: flat"
     for name in OF_EMULATED:
         if setting.compute != "emulated" and getattr(setting, name) != getattr(Setting, name):
             return (
@@ -132,8 +123,7 @@ def why_no_load(setting: Setting, ranks: int) -> str | None:
     for load in map(load_of, setting.loads):
         for block in dict.fromkeys(["top2", *map(setting.block_of, setting.rows)]):
             place = Place(setting.num_experts, setting.top_k_of(block), ranks)
-            if refused := why_impossible(load, place, setting.sequences):
-                return refused
+            check_load(load, place, setting.sequences)
         if load.kind == "ragged" and setting.layout not in (None, "dropless"):
             return f"--layout is {setting.layout}, allowed with --load {load.name}: dropless"
     return None
@@ -158,7 +148,7 @@ def summary(
     """Return the medians of the rounds, by row. found: what `measure` returned on rank 0. control:
     the same of the balanced load in the same rounds, and its report, if this is another load."""
     sequential, free = way_of(found, "top2", "sequential"), way_of(found, "top2", "free")
-    limit_forward = middle(sequential.forward / free.forward)
+    limit_forward = median(sequential.forward / free.forward)
     least = least_times(setting, ranks, found, "top2") if has_limit(setting, found) else free.train
     report: dict[str, Any] = {
         "wanted_share": setting.share if setting.link_mbit is None else None,
@@ -173,14 +163,12 @@ def summary(
         "rounds": setting.rounds,
         "iterations": found.iterations,
         "limit_forward": limit_forward,
-        "limit_train": middle(sequential.train / least),
-        "transfer_cpu_ms_forward": middle(1e3 * sequential.cpu_forward - 1e3 * free.cpu_forward),
-        "transfer_cpu_ms_train": middle(1e3 * sequential.cpu_train - 1e3 * free.cpu_train),
+        "limit_train": median(sequential.train / least),
+        "transfer_cpu_ms_forward": median(1e3 * sequential.cpu_forward - 1e3 * free.cpu_forward),
+        "transfer_cpu_ms_train": median(1e3 * sequential.cpu_train - 1e3 * free.cpu_train),
     }
     if setting.bus:
         report["bus_rate"] = found.rate
-    if setting.nodes > 1:
-        report |= {"nodes": setting.nodes, "exchange": setting.exchange}
     if setting.level == "iteration":
         report |= {
             "gradient_mb": gradient_mb(found, "top2"),
@@ -203,7 +191,7 @@ def summary(
         report["layout"] = setting.layout
     best = {name: found.times[row.best] for name, row in found.rows.items()}
     fastest = max(rows, key=lambda name: rows[name]["forward_speedup"])
-    over_fastest = {name: middle(own.forward / best[fastest].forward) for name, own in best.items()}
+    over_fastest = {name: median(own.forward / best[fastest].forward) for name, own in best.items()}
     report["fastest_forward"] = {"row": fastest, "over": over_fastest}
     if scmoe := [name for name in rows if name.startswith("scmoe")]:
         quickest = min(scmoe, key=lambda name: rows[name]["train_ms"])
@@ -235,16 +223,16 @@ def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str
     windows = windows_of(row.best, row.choices)
     exposed = setting.accumulate * sum(exposed_time(*each) for each in windows)
     figures = {
-        "forward_ms": 1e3 * middle(own.forward),
-        "train_ms": 1e3 * middle(own.train),
-        "forward_speedup": middle(forward),
-        "train_speedup": middle(train),
+        "forward_ms": 1e3 * median(own.forward),
+        "train_ms": 1e3 * median(own.train),
+        "forward_speedup": median(forward),
+        "train_speedup": median(train),
         "forward_quartiles": quartiles(forward),
         "train_quartiles": quartiles(train),
-        "overlap_forward": middle(
+        "overlap_forward": median(
             overlap_efficiency(own.forward, sequential.forward, free.forward)
         ),
-        "overlap_backward": middle(
+        "overlap_backward": median(
             overlap_efficiency(own.backward, sequential.backward, free.backward)
         ),
         "slot": schedule.slot,
@@ -255,7 +243,7 @@ def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str
         "inside_gain": inside_gain(row, found.times),
         "auto_chunks": chosen.chunks,
         "auto_over_best": auto_over_best(row, found.times),
-        "measured_over_model": middle(own.train) / (middle(free.train) + exposed),
+        "measured_over_model": median(own.train) / (median(free.train) + exposed),
         "peak_mb": row.peak_mb,
         "links": "bus" if setting.bus else "shaped" if setting.shaped else "loopback",
         "compute": setting.compute,
@@ -268,8 +256,8 @@ def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str
     if has_limit(setting, found):
         least = least_times(setting, ranks, found, block)
         figures |= {
-            "limit_train": middle(top2.train / least),
-            "of_limit": middle(least / own.train),
+            "limit_train": median(top2.train / least),
+            "of_limit": median(least / own.train),
         }
     return figures
 
@@ -285,8 +273,8 @@ def auto_over_best(row: Row, times: Mapping[Variant, Seconds]) -> float:
     halves = [slice(start, None, 2) for start in range(min(2, len(chosen)))]
     medians = []
     for choose, compare in zip(halves, reversed(halves), strict=True):
-        best = min((times[v].train for v in row.finalists), key=lambda train: middle(train[choose]))
-        medians.append(middle(chosen[compare] / best[compare]))
+        best = min((times[v].train for v in row.finalists), key=lambda train: median(train[choose]))
+        medians.append(median(chosen[compare] / best[compare]))
     return sum(medians) / len(medians)
 
 
@@ -298,7 +286,7 @@ def inside_gain(row: Row, times: Mapping[Variant, Seconds]) -> dict[str, Any] | 
     kinds = of_each_kind(row.finalists)
     if len(kinds) < 2:
         return None
-    whole, inside = (min(own, key=lambda v: middle(times[v].train)) for own in kinds)
+    whole, inside = (min(own, key=lambda v: median(times[v].train)) for own in kinds)
     return {
         "forward": all_quartiles(times[whole].forward / times[inside].forward),
         "train": all_quartiles(times[whole].train / times[inside].train),
@@ -320,13 +308,8 @@ def gradient_mb(found: Measured, block: str) -> float:
 def row_bytes(setting: Setting, ranks: int, block: str) -> float:
     """Return the bytes of rows that leave by a link in one direction of one batch: two transfers of
     each MoE."""
-    rows = (
-        2
-        * setting.moe_blocks
-        * setting.top_k_of(block)
-        * setting.tokens
-        * through_link(ranks, setting.nodes)
-    )
+    copies = setting.moe_blocks * setting.top_k_of(block) * setting.tokens
+    rows = 2 * copies * share_sent(ranks)
     return rows * setting.dim * getattr(torch, setting.dtype).itemsize
 
 
@@ -339,7 +322,7 @@ def rows_over_gradients(setting: Setting, ranks: int, found: Measured, block: st
 
 def all_quartiles(values: Any) -> list[float]:
     first, third = quartiles(values)
-    return [first, middle(values), third]
+    return [first, median(values), third]
 
 
 def in_parallel(computation: float, transfers: Iterable[tuple[float, float]]) -> float:

@@ -100,8 +100,6 @@ class Setting:
         link_mbit: rate of the links; by default it is searched for the share
         every: blocks with an MoE: every second one, or each one
         top_k: routed experts of a token in rows whose names do not say it; the paper's have 1
-        nodes: on which the ranks are; the rate is that of the nodes' network cards
-        exchange: between nodes
         layout: dropless | capacity:F | buffers:C (default: capacity:1, and dropless with --load)
         attention_ms: time of an emulated attention
         attention_to_mlp: its ratio to that of an emulated MLP
@@ -129,8 +127,6 @@ class Setting:
     dtype: Annotated[str, INNER] = "float32"
     bus: Annotated[bool, INNER] = False
     reductions: Annotated[str, INNER] = "paced"
-    nodes: Count = 1
-    exchange: Literal["flat", "hierarchical", "auto"] = "flat"
     rows: Annotated[tuple[str, ...], INNER] = usual_rows(2)
     loads: Annotated[tuple[str, ...], INNER] = ()
     layout: str | None = None
@@ -171,14 +167,13 @@ def tokens_for(ratio: float, setting: Setting, ranks: int) -> int:
         * (4 * setting.layers * setting.dim**2 + 2 * mlps * setting.dim * setting.ffn_dim)
     )
     copies = 4 * TOP_K["top2"] * setting.moe_blocks * setting.accumulate
-    rows_of_a_token = copies * setting.dim * through_link(ranks, setting.nodes)
+    rows_of_a_token = copies * setting.dim * share_sent(ranks)
     return max(1, round(ratio * gradients / rows_of_a_token / setting.seq_len)) * setting.seq_len
 
 
-def through_link(ranks: int, nodes: int) -> float:
-    """Return the rows that leave by a link (a rank's own, or its node's card), over the rows of one
-    rank."""
-    return 1 - 1 / ranks if nodes == 1 else ranks / nodes * (1 - 1 / nodes)
+def share_sent(ranks: int) -> float:
+    """Return the share of a rank's rows that leave it, at balanced routing."""
+    return 1 - 1 / ranks
 
 
 def pair_of(config: Config, share: float, tokens: int) -> Setting:

@@ -109,7 +109,7 @@ def tables(report: dict[str, Any]) -> list[Report]:
     where = conditions(report)  # a GPU's bus, or the loopback device as it is
     if report["link_mbit"] is not None:
         where = (
-            f"Links of {report['link_mbit']:.0f} Mbit/s, {ranks_of(report)}, {report['compute']}"
+            f"Links of {report['link_mbit']:.0f} Mbit/s, {report['ranks']} ranks, {report['compute']}"
             " compute"
         )
     title = (
@@ -164,20 +164,13 @@ def limit_of(report: dict[str, Any], row: str, kind: str) -> float | None:
     return report["rows"][row].get(f"limit_{kind}", report[f"limit_{kind}"])
 
 
-def ranks_of(report: dict[str, Any]) -> str:
-    on_nodes = (
-        f" on {report['nodes']} nodes ({report['exchange']} exchange)" if "nodes" in report else ""
-    )
-    return f"{report['ranks']} ranks{on_nodes}"
-
-
 def conditions(report: dict[str, Any], *others: dict[str, Any]) -> str:
     """Return where reports of `bench overlap` were measured, which differ in the rate of their
     links only."""
     rates = ", ".join(f"{each['link_mbit'] or 0:.0f}" for each in (report, *others))
     links = {
-        "shaped": f"links of {rates} Mbit/s between {ranks_of(report)} on one CPU",
-        "loopback": f"loopback as it is between {ranks_of(report)} on one CPU",
+        "shaped": f"links of {rates} Mbit/s between {report['ranks']} ranks on one CPU",
+        "loopback": f"loopback as it is between {report['ranks']} ranks on one CPU",
         "bus": (
             f"rows over the bus of a {report['device']} at {report.get('bus_rate', 1.0):.2g} times"
             " its rate"

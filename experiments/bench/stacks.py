@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.bench.emulated import EmulatedAttention, EmulatedExperts, EmulatedOperator
-from experiments.bench.loads import BALANCED, Now, Place, deal
+from experiments.bench.loads import BALANCED, CurrentLoad, Place, deal
 from experiments.bench.pairs import WIRINGS, Setting
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.config.fields import Config
@@ -29,11 +29,12 @@ from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.blocks import PARTS, Parts, stack
 
 
-def make_blocks(name: str, setting: Setting, context: ParallelContext, now: Now) -> list[MoEBlock]:
-    """The blocks of a row, built as a training builds them, with this rank's share of the experts.
+def make_blocks(name: str, setting: Setting, context: ParallelContext, current: CurrentLoad) -> list[MoEBlock]:
+    """Return the blocks of a row, built as a training builds them, with this rank's share of the experts.
 
-    name: a block's name in ROWS. now: the load, which the times depend on in place of the choices
-    of an untrained gate."""
+    name: a block's name in ROWS. current: the load, on which the times depend in place of the
+    choices of an untrained gate.
+    """
     config = config_of(name, setting)
     parts = (
         PARTS[config.model.family](config) if setting.compute == "real" else emulated_parts(setting)
@@ -42,7 +43,7 @@ def make_blocks(name: str, setting: Setting, context: ParallelContext, now: Now)
     assert len(blocks) == setting.moe_blocks
     place = Place(setting.num_experts, config.moe.top_k, context.ep_size)
     for block in blocks:
-        block.moe.router.deal = deal(place, context.ep_rank, now)
+        block.moe.router.deal = deal(place, context.ep_rank, current)
         block.moe.rows = rows_of_layout(setting)
     return blocks
 

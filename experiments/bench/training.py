@@ -35,19 +35,19 @@ from lightning.pytorch import Callback
 
 from experiments.bench.loads import (
     BALANCED,
-    Now,
+    CurrentLoad,
     Place,
+    check_load,
     deal,
     imbalance,
     kinds_of,
     load_of,
-    why_impossible,
 )
 from experiments.bench.overlap import Bench, find_rate
 from experiments.bench.pairs import Setting, pair_of
 from experiments.bench.speed_chart import name_of
 from experiments.engine import links
-from experiments.engine.clock import in_turn, middle, quartiles
+from experiments.engine.clock import in_turn, median, quartiles
 from experiments.engine.ranks import RankError, run_ranks
 from scmoe.config.extras import require
 from scmoe.config.fields import Config
@@ -107,7 +107,7 @@ class Turns(Callback):
         self.steps_s.append(time.perf_counter() - self.begun)
         self.begun, self.step = None, trainer.global_step
         if self.step in self.ends:
-            self.turn.send([middle(self.steps_s), middle(self.windows_s or [0.0])])
+            self.turn.send([median(self.steps_s), median(self.windows_s or [0.0])])
             self.begin()
 
     def note_windows(self, trainer: Any) -> None:
@@ -169,15 +169,15 @@ class Loaded(Callback):
     """Lets every router of the model deal tokens by a load."""
 
     def __init__(self, routing: str) -> None:
-        self.now = Now(load_of(routing))
+        self.current = CurrentLoad(load_of(routing))
 
     def on_fit_start(self, trainer: Any, module: Any) -> None:
         for router in (part for part in module.modules() if isinstance(part, Router)):
             place = Place(router.num_experts, router.top_k, dist.get_world_size())
-            router.deal = deal(place, dist.get_rank(), self.now)
+            router.deal = deal(place, dist.get_rank(), self.current)
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        self.now.step = trainer.global_step  # not the calls: recomputation calls a router twice
+        self.current.step = trainer.global_step  # not the calls: recomputation calls a router twice
 
 
 def bench_train(
@@ -256,7 +256,7 @@ def bench_train(
         "config": config,
         "overrides": list(overrides),
         "wanted_share": share,
-        "link_mbit": middle(rates[1:]),
+        "link_mbit": median(rates[1:]),
         "ranks": ranks,
         "rounds": rounds,
         "steps": steps,
@@ -268,7 +268,7 @@ def bench_train(
     if routing is not None:
         report["load"] = {"name": routing, **uneven[rows[0]]}
         for row, own in report["rows"].items():
-            over = middle(times[row, "links"][0] / times[row, EVEN][0])
+            over = median(times[row, "links"][0] / times[row, EVEN][0])
             own |= {"over_balanced": over, "dropped": found[row, "links"]["dropped"], **uneven[row]}
     name = f"train-share-{share:g}{kinds_of([] if routing is None else [routing])}"
     publish(report, tables(report), draw, out / name)
@@ -307,8 +307,7 @@ def made_by(routing: str, config: Config, pair: Setting, ranks: int) -> dict[str
             f"--load is {routing}, allowed: others, as all ranks train on equally many tokens"
         )
     place = Place(config.moe.num_experts, config.moe.top_k, ranks)
-    if refused := why_impossible(load_of(routing), place, pair.sequences):
-        raise ConfigError(refused)
+    check_load(load_of(routing), place, pair.sequences)
     return imbalance(load_of(routing), place, pair.sequences, pair.seq_len)
 
 
@@ -323,15 +322,15 @@ def row_of(
     (step, windows), (free, free_windows) = (times[row, way] for way in WAYS)
     rows, speedups = windows - free_windows, times[first, "links"][0] / step
     tokens = config.data.global_batch_size * config.data.seq_len
-    step_s = middle(step)
+    step_s = median(step)
     return {
         "tokens_per_s": tokens / step_s,
-        "speedup": middle(speedups),
+        "speedup": median(speedups),
         "quartiles": quartiles(speedups),
         "step_s": step_s,
-        "compute_s": middle(free),
-        "exposed_rows_s": middle(rows),
-        "exposed_gradients_s": middle(step - free - rows),
+        "compute_s": median(free),
+        "exposed_rows_s": median(rows),
+        "exposed_gradients_s": median(step - free - rows),
         "rows_over_gradients": estimate(config)["rows_over_gradients"],
         "val_loss": curve[-1][1],
         "val_losses": [
@@ -372,7 +371,7 @@ def trained(
             return {}
         run = SeenRun(Path(summary["run_dir"]))
         dropped = [row["moe/drop_share"] for row in run.metrics if "moe/drop_share" in row]
-        return {"curve": run.curve("val/loss"), "dropped": middle(dropped or [0.0])}
+        return {"curve": run.curve("val/loss"), "dropped": median(dropped or [0.0])}
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -7,8 +7,8 @@ with the balanced one.
                     1
     model           T_free(balanced) and what the timeline of all ranks (schedule/cost.py) adds to
                     it, from the times of the operators at the balanced load and the rows of each
-                    rank. There is none where rows are dropped, where ranks have different numbers
-                    of tokens, or where they share a node's card
+                    rank. There is none where rows are dropped, or where ranks have different
+                    numbers of tokens
 
 Speed-ups are over sequential top-2 at the same load, and hidden shares have T_sequential and T_free
 at the same load.
@@ -21,9 +21,9 @@ from typing import Any
 from experiments.bench.loads import BALANCED, Load, Place, counts_of, load_of
 from experiments.bench.overlap import Measured, way_of
 from experiments.bench.pairs import Setting
-from experiments.bench.speed_chart import name_of, ranks_of, with_places
+from experiments.bench.speed_chart import name_of, with_places
 from experiments.bench.stacks import windows_of
-from experiments.engine.clock import middle, quartiles
+from experiments.engine.clock import median, quartiles
 from scmoe.probes.charts import chart, heading
 from scmoe.report import Report
 from scmoe.schedule.cost import (
@@ -56,7 +56,7 @@ def beside_balanced(
     block, here, there = setting.block_of(row), found.rows[row], control.rows[row]
     own, even = found.times[here.best], found.times[there.best]
     load, modelled = load_of(found.load), None
-    if load.kind != "ragged" and setting.layout in (None, "dropless") and setting.nodes == 1:
+    if load.kind != "ragged" and setting.layout in (None, "dropless"):
         place = Place(setting.num_experts, setting.top_k_of(block), ranks)
         windows = windows_of(here.best, there.choices)
         computing = sum(elapsed_time(*each) - exposed_time(*each) for each in windows)
@@ -64,16 +64,16 @@ def beside_balanced(
             sum(window_s(*w, load, place, setting.tokens, step) for w in windows)
             for step in range(setting.rounds)
         ]
-        added = setting.accumulate * (middle(took) - computing)
-        modelled = middle(way_of(found, block, "free", BALANCED).train) + added
+        added = setting.accumulate * (median(took) - computing)
+        modelled = median(way_of(found, block, "free", BALANCED).train) + added
     free, even_free = (way_of(found, block, "free", load) for load in (found.load, BALANCED))
     return {
-        "over_balanced_forward": middle(own.forward / even.forward),
-        "over_balanced_train": middle(own.train / even.train),
+        "over_balanced_forward": median(own.forward / even.forward),
+        "over_balanced_train": median(own.train / even.train),
         "over_balanced_quartiles": quartiles(own.train / even.train),
-        "straggler_forward": middle(free.forward / even_free.forward) - 1,
-        "straggler_train": middle(free.train / even_free.train) - 1,
-        "measured_over_model": None if modelled is None else middle(own.train) / modelled,
+        "straggler_forward": median(free.forward / even_free.forward) - 1,
+        "straggler_train": median(free.train / even_free.train) - 1,
+        "measured_over_model": None if modelled is None else median(own.train) / modelled,
         "dropped": here.dropped,
         "balanced": {key: balanced[key] for key in KEPT},
     }
@@ -126,7 +126,7 @@ def words_of(report: dict[str, Any]) -> str:
     """Return the conditions of a load's report."""
     load = report["load"]
     machine = (
-        f"{report['compute']} compute, {ranks_of(report)}, {report['level']}, {report['layout']}"
+        f"{report['compute']} compute, {report['ranks']} ranks, {report['level']}, {report['layout']}"
     )
     words = (
         f"{load['name']}: the busiest rank has {load['max_over_mean_ranks']:.2f} times the mean,"
@@ -142,7 +142,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     first = report["loads"][0]
     of = "A pair" if first["level"] == "block" else "An iteration"
     words = (
-        f"{of}, {first['compute']} compute, {ranks_of(first)}, share {first['balanced_share']:.2f}"
+        f"{of}, {first['compute']} compute, {first['ranks']} ranks, share {first['balanced_share']:.2f}"
     )
     draw_lines(
         report["loads"], "over_balanced_train", path, words, "training step over its balanced one"

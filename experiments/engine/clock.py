@@ -6,10 +6,10 @@ Where ranks measure together, a round counts as the slowest rank has it.
 """
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any, TypeVar
 
 import numpy as np
@@ -94,12 +94,12 @@ def slowest(values: Any) -> np.ndarray:
     return worst.numpy()
 
 
-def middle(values: Any) -> float:
+def median(values: Any) -> float:
     """Return the median."""
-    return float(median(values))
+    return float(statistics.median(values))
 
 
 def quartiles(values: Any) -> list[float]:
     """Return the first and the third quartile; of two values these themselves."""
-    first, _, third = quantiles(values, n=4)
+    first, _, third = statistics.quantiles(values, n=4)
     return [float(max(first, min(values))), float(min(third, max(values)))]

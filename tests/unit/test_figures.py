@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiments.bench import growth, overlap_report, speed_chart
+from experiments.bench import overlap_report, speed_chart
 from experiments.bench.overlap import Measured, Row, Seconds
 from experiments.bench.pairs import ROWS, Setting, default_schedule, usual_rows
 from experiments.bench.stacks import Variant
@@ -201,9 +201,7 @@ def test_a_picture_of_the_docs_needs_no_source(number, tmp_path, drawn, capsys):
 def test_charts_of_the_bench_are_readable(tmp_path, drawn):
     speed_chart.draw(report_of(0.52, tuple(ROWS[2])), tmp_path / "overlap.png")
     speed_chart.draw(report_of(0.52, tuple(ROWS[1]), every=1), tmp_path / "every-1.png")
-    points = [{**report_of(0.5, tuple(growth.ROWS)), "ranks": ranks} for ranks in (2, 4, 8)]
-    growth.draw({"ranks": points}, tmp_path / "growth.png")
-    assert len(drawn) == 3
+    assert len(drawn) == 2
     for figure in drawn:
         assert_readable(figure)
         assert_values_off_the_bars(figure)
