@@ -128,7 +128,8 @@ def kinds_of(
         steps_ms.extend(operators_ms[1:])
         totals_ms = [sum(of_step.values()) for of_step in operators_ms]
         over_operators = [
-            step_ms / total_ms for step_ms, total_ms in zip(times_ms[1:], totals_ms[1:], strict=True)
+            step_ms / total_ms
+            for step_ms, total_ms in zip(times_ms[1:], totals_ms[1:], strict=True)
         ]
         return [median(over_operators), mean(passes_ms) / mean(totals_ms)]
 

@@ -139,10 +139,7 @@ def allowed_instead(load: Load, place: Place, sequences: int) -> str | None:
         return ": N of 1 or more"
 
     if load.kind in ("hot_rank", "rotating"):
-        limits = {
-            f"{ranks} ranks": ranks,
-            f"top-{top_k} of {experts} experts": experts / top_k,
-        }
+        limits = {f"{ranks} ranks": ranks, f"top-{top_k} of {experts} experts": experts / top_k}
         reason = min(limits, key=lambda name: limits[name])
         most = limits[reason]
         return None if 1 <= load.heat <= most else f" with {reason}: 1 to {most:g}"

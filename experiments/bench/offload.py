@@ -1,5 +1,4 @@
-"""`fig13`: latency and memory of a language model whose experts are resident or offloaded, in every
-way (Fig. 13).
+"""`figure 13`: latency and memory of a language model with resident and with offloaded experts.
 
     variants    resident, blocking, determinate, speculative: models that share all weights but the
                 experts'
@@ -59,16 +58,6 @@ ARCHITECTURES = (
 RESIDENT = "resident"
 Operators = dict[str, list[float]]  # the seconds of each execution of a block's operators
 TRIALS = 2  # of a rate
-QUICK: dict[str, Any] = dict(
-    dim=64,
-    ffn_dim=128,
-    heads=2,
-    pairs=2,
-    tokens=(1, 8),
-    rounds=2,
-    limit_s=2.0,
-    max_wait=float("inf"),
-)
 # Blocking's extra latency over an MoE block's; the share of it that migration hides; the share of
 # peak memory saved
 PAPERS = {"GPT2-MoE-Medium": (0.8, 0.75, 0.5), "GPT3-MoE-XL": (2.4, 0.25, 0.6)}
@@ -95,6 +84,18 @@ class Setting:
     @property
     def expert_mb(self) -> float:
         return 2 * self.dim * self.ffn_dim * 4 / 1e6
+
+
+QUICK = Setting(
+    dim=64,
+    ffn_dim=128,
+    heads=2,
+    pairs=2,
+    tokens=(1, 8),
+    rounds=2,
+    limit_s=2.0,
+    max_wait=float("inf"),
+)
 
 
 @dataclass
@@ -308,7 +309,7 @@ def peaks(model: nn.Module, path: Path, tokens: int) -> dict[str, Any]:
 def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
     """Measure every architecture, print tables, write chart and figures into `out`; return the rows
     of one token."""
-    require("fig13", "matplotlib")
+    require("figure 13", "matplotlib")
     report, rates = dict[str, Any](), None
     for architecture in sorted(setting.architectures, key=ARCHITECTURES.index):
         print(f"measuring {name_of(architecture)}", file=sys.stderr)

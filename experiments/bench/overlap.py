@@ -94,7 +94,8 @@ class Bench:
         self.current = CurrentLoad(load_of(BALANCED))
         self.stacks = {
             n: [
-                block.to(self.device, dtype) for block in make_blocks(n, setting, context, self.current)
+                block.to(self.device, dtype)
+                for block in make_blocks(n, setting, context, self.current)
             ]
             for n in names
         }
@@ -419,15 +420,7 @@ def find_rate(
     wanted, rate = s.share, 1.0 if start is None else start
     if start is None and not s.bus:
         t_free = median(in_turn({free: runs[free]}, SEARCH_ROUNDS, over_ranks=True)[free])
-        sent_bits = (
-            2
-            * 2
-            * s.moe_blocks
-            * s.tokens
-            * s.dim
-            * 32
-            * share_sent(dist.get_world_size())
-        )
+        sent_bits = 2 * 2 * s.moe_blocks * s.tokens * s.dim * 32 * share_sent(dist.get_world_size())
         rate = sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
     # transfers below the links' burst take no time at any rate, so a search of theirs would stray
     widest = STRAYS if start is None else DRIFTS

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from experiments.bench import speed_chart, uneven
-from experiments.bench.loads import BALANCED, Place, imbalance, check_load, kinds_of, load_of
+from experiments.bench.loads import BALANCED, Place, check_load, imbalance, kinds_of, load_of
 from experiments.bench.overlap import Measured, Row, Seconds, measure, warn_of_share, way_of
 from experiments.bench.pairs import ROWS, USUAL_RATIO, Setting, share_sent
 from experiments.bench.stacks import Variant, config_of, of_each_kind, rows_of_layout, windows_of

@@ -29,7 +29,9 @@ from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.blocks import PARTS, Parts, stack
 
 
-def make_blocks(name: str, setting: Setting, context: ParallelContext, current: CurrentLoad) -> list[MoEBlock]:
+def make_blocks(
+    name: str, setting: Setting, context: ParallelContext, current: CurrentLoad
+) -> list[MoEBlock]:
     """Return the blocks of a row, built as a training builds them, with this rank's share of the experts.
 
     name: a block's name in ROWS. current: the load, on which the times depend in place of the

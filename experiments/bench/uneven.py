@@ -125,9 +125,7 @@ def tables(report: dict[str, Any]) -> list[Report]:
 def words_of(report: dict[str, Any]) -> str:
     """Return the conditions of a load's report."""
     load = report["load"]
-    machine = (
-        f"{report['compute']} compute, {report['ranks']} ranks, {report['level']}, {report['layout']}"
-    )
+    machine = f"{report['compute']} compute, {report['ranks']} ranks, {report['level']}, {report['layout']}"
     words = (
         f"{load['name']}: the busiest rank has {load['max_over_mean_ranks']:.2f} times the mean,"
         f" the busiest expert {load['max_over_mean_experts']:.2f} times; {machine},"
@@ -141,9 +139,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the time of a training step over the balanced one."""
     first = report["loads"][0]
     of = "A pair" if first["level"] == "block" else "An iteration"
-    words = (
-        f"{of}, {first['compute']} compute, {first['ranks']} ranks, share {first['balanced_share']:.2f}"
-    )
+    words = f"{of}, {first['compute']} compute, {first['ranks']} ranks, share {first['balanced_share']:.2f}"
     draw_lines(
         report["loads"], "over_balanced_train", path, words, "training step over its balanced one"
     )

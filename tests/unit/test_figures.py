@@ -192,6 +192,16 @@ def test_a_run_becomes_a_figure_in_its_folder(number, modules, tmp_path, drawn, 
     assert_readable(drawn[0])
 
 
+@pytest.mark.faults
+@pytest.mark.smoke
+@pytest.mark.dist
+def test_fig_13_is_measured_and_drawn(tmp_path, capsys):
+    small = ("--quick", "--architectures", "scmoe_pos2", "--tokens", "4", "--out", str(tmp_path))
+    assert call("figure", "13", *small) == 0
+    assert json.loads(capsys.readouterr().out)["equal_bits"]
+    assert (tmp_path / "figure-13.png").exists()
+
+
 @pytest.mark.parametrize("number", [4, 7])
 def test_a_picture_of_the_docs_needs_no_source(number, tmp_path, drawn, capsys):
     assert files(capsys, str(number), "--out", str(tmp_path / "new")).keys() == {".png"}
@@ -288,7 +298,9 @@ def test_what_a_figure_cannot_be_drawn_from_is_said_in_one_line(tmp_path, capsys
         (["8", in_every_block], "is of --every 1, allowed: 2, as in the paper"),
         (["8", two_experts], "is of --top-k 2, allowed: 1, as in the paper"),
         (["8", twice, real], "has compute real, others emulated"),
-        (["0", run], "Picture 0 shows the reports"),
+        (["0", run], "Picture 0 is drawn from no source"),
+        (["13", run], "Picture 13 is drawn from no source"),
+        (["7", "--quick"], "Leave the options of 13 out"),
         (["8", rows], "has the rows top2, top1, required: top2 and one of ScMoE"),
     ):
         assert call("figure", *map(str, words)) == 2, words

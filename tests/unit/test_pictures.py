@@ -14,16 +14,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
-from docs.build.pages import (
-    CONDITIONS,
-    DRAW,
-    PAGES,
-    RECORDS,
-    RESULTS,
-    experiments,
-    pages,
-    pictures,
-)
+from docs.build.pages import CONDITIONS, DRAW, PAGES, RECORDS, RESULTS, experiments, pages, pictures
 from experiments.bench.speed_chart import PAPERS, name_of
 from experiments.tables.table_file import load_table
 from scmoe.config.leaves import ConfigError
