@@ -6,7 +6,7 @@ from typing import Literal
 
 from cyclopts import Parameter
 
-from experiments.bench.pairs import Count, Positive
+from experiments.bench.options import Count, Positive
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
 

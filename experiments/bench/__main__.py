@@ -6,32 +6,20 @@ answered at once.
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import App, Parameter, validators
 
-from experiments.bench.pairs import (
-    USUAL_RATIO,
-    Count,
-    Positive,
-    Rounds,
-    Setting,
-    check_ranks,
-    tokens_for,
-    usual_rows,
-)
+from experiments.bench.options import Compute, Count, Options, Rounds, Share
+from experiments.bench.pairs import check_ranks
 from experiments.engine import links
 from scmoe.command_line import OneEach, call
-from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 
 OUT, TIMELINE = Path("runs/bench"), Path("runs/timeline")
-USUAL = Setting()
+NOTHING_ASKED = Options()
 USUAL_TOKENS = 256  # of a generated text
-Compute = Literal["real", "emulated"]
-Share = Annotated[float, Parameter(validator=validators.Number(gt=0, lt=1))]
 main = App(name="bench", help="Measure on this machine. Standard output is JSON.")
 
 
@@ -61,97 +49,12 @@ def layer(
 
 
 @main.command
-def overlap(
-    *,
-    share: float | None = None,
-    ranks: Count | None = None,
-    compute: Compute | None = None,
-    reductions: Literal["ddp", "paced"] | None = None,
-    device: Literal["cpu", "cuda"] = "cpu",
-    dim: Count | None = None,
-    ffn_dim: Count | None = None,
-    heads: Count | None = None,
-    tokens: Count | None = None,
-    rows_per_gradient: Positive | None = None,
-    accumulate: Count | None = None,
-    rows: list[str] | None = None,
-    load: OneEach[str] = (),
-    setting: Setting = USUAL,
-    out: Path = OUT,
-) -> None:
-    """How much of the All-to-All every architecture and schedule hides.
-
-    Args:
-        share: communication share of sequential top-2, forward (default: 0.52)
-        ranks: (default: 2; on cuda 1)
-        compute: (default: emulated; on cuda real)
-        reductions: of gradients, at level iteration (default: paced, on a GPU ddp)
-        device: cuda: one GPU, rows over its bus
-        dim: (default: 512; at level iteration 256)
-        ffn_dim: (default: 4 times --dim)
-        heads: (default: 8; at level iteration 4)
-        tokens: of one rank in one batch (default: 1024; at level iteration as --rows-per-gradient)
-        rows_per_gradient: bytes of rows over bytes of gradients that a rank sends in a step of
-            top-2, met by the tokens of a batch (default: 3)
-        accumulate: batches of a step, whose gradients are summed once (default: 1)
-        rows: rows to measure (default: all)
-        load: uneven routing, measured beside the balanced one; each --load is one more. Forms
-            (bench/loads.py): zipf:A, hot_rank:X, rotating:X:N, ragged:X, recorded:FILE; A is an
-            exponent, X a multiple of the mean, N a number of steps
-    """
-    if share is not None and setting.link_mbit is not None:
-        raise ConfigError(
-            "--share and --link-mbit exclude each other: the rate is searched for the share, or"
-            " given"
-        )
-    iteration = setting.level == "iteration"
-    gradients = {
-        "--reductions": reductions,
-        "--rows-per-gradient": rows_per_gradient,
-        "--accumulate": accumulate,
-    }
-    if not iteration and (given := [name for name, value in gradients.items() if value]):
-        raise ConfigError(
-            f"{given[0]} belongs to --level iteration, and --level is {setting.level}"
-        )
-    if rows_per_gradient is not None and tokens is not None:
-        raise ConfigError(
-            "--rows-per-gradient and --tokens exclude each other: the tokens are found, or given"
-        )
-    gpu = device == "cuda"
-    compute = compute or ("real" if gpu else "emulated")
-    if compute == "emulated" and (
-        heads or (ffn_dim and not iteration)
-    ):  # an iteration has its gradients
-        raise ConfigError(
-            f"--{'heads' if heads else 'ffn-dim'} belongs to real compute, and --compute is"
-            " emulated"
-        )
-    usual_dim, usual_heads = (256, 4) if iteration else (Setting.dim, Setting.heads)
-    dim = dim or usual_dim
-    setting = replace(
-        setting,
-        dim=dim,
-        ffn_dim=ffn_dim or 4 * dim,
-        heads=heads or usual_heads,
-        tokens=tokens or Setting.tokens,
-        accumulate=accumulate or 1,
-        share=Setting.share if share is None else share,
-        compute=compute,
-        reductions=reductions or ("ddp" if gpu else "paced"),
-        rows=tuple(dict.fromkeys(rows or usual_rows(setting.every))),
-        loads=tuple(dict.fromkeys(load)),
-        device=device,
-    )
-    ranks = ranks or (1 if gpu else 2)
-    if iteration and tokens is None:
-        ratio = rows_per_gradient or USUAL_RATIO
-        setting = replace(
-            setting, tokens=tokens_for(ratio, setting, max(2, ranks)), rows_per_gradient=ratio
-        )
+def overlap(*, options: Options = NOTHING_ASKED, out: Path = OUT) -> None:
+    """How much of the All-to-All every architecture and schedule hides."""
+    setting = options.setting()
     from experiments.bench.overlap_report import bench_overlap
 
-    print(json.dumps(bench_overlap(setting, ranks, out)))
+    print(json.dumps(bench_overlap(setting, out)))
 
 
 @main.command

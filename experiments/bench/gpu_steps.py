@@ -247,7 +247,9 @@ def train(place: Place) -> dict[str, Any]:
 def setting_at(place: Place, share: float) -> Setting:
     """Returns the pair that is measured: real computation, transfers over the bus."""
     sizes = TINY_PAIR if place.tiny else PAIR
-    return Setting(share, compute="real", device=place.device, shaped=False, bus=True, **sizes)
+    return Setting(
+        share, ranks=1, compute="real", device=place.device, shaped=False, bus=True, **sizes
+    )
 
 
 def overlap(place: Place, share: float) -> Pieces:
@@ -259,7 +261,7 @@ def overlap(place: Place, share: float) -> Pieces:
 def overlapped_rows(place: Place, share: float) -> dict[str, Any]:
     """Returns the report of `bench overlap`, and draws it."""
     setting = setting_at(place, share)
-    report = summary(setting, 1, run_alone(measure, setting)[BALANCED])
+    report = summary(setting, run_alone(measure, setting)[BALANCED])
     report["chart"] = drawn(speed_chart.draw, report, place.out / f"overlap-{share:g}.png")
     sizes = {
         "dim": setting.dim,

@@ -13,23 +13,22 @@ import numpy as np
 import torch
 
 from experiments.bench import speed_chart, uneven
-from experiments.bench.loads import BALANCED, Place, check_load, imbalance, kinds_of, load_of
+from experiments.bench.loads import BALANCED, Place, imbalance, kinds_of, load_of
 from experiments.bench.overlap import Measured, Row, Seconds, measure, warn_of_share, way_of
-from experiments.bench.pairs import ROWS, USUAL_RATIO, Setting, share_sent
-from experiments.bench.stacks import Variant, config_of, of_each_kind, rows_of_layout, windows_of
+from experiments.bench.pairs import USUAL_RATIO, Setting, share_sent
+from experiments.bench.refusals import refuse_impossible
+from experiments.bench.stacks import Variant, of_each_kind, windows_of
 from experiments.engine import links
 from experiments.engine.clock import median, quartiles
 from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
-from scmoe.config.leaves import ConfigError
 from scmoe.report import publish
 from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
 
 PAYLOAD = 1448 / 1514  # of what a link carries; the rest is headers of TCP, IP and Ethernet
-OF_EMULATED = ("attention_ms", "attention_to_mlp")
 
 
-def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
+def bench_overlap(setting: Setting, out: Path) -> dict[str, Any]:
     """Measure, print a table, and write chart and figures into the folder `out`. Returns the
     report.
 
@@ -37,8 +36,7 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
     where links can be shaped.
     """
     require("bench overlap", "matplotlib")
-    if refused := why_refused(setting, ranks):
-        raise ConfigError(refused)
+    refuse_impossible(setting)
     gpu = setting.device == "cuda"
     missing = None if gpu or links.inside() else links.why_not()
     setting = replace(setting, shaped=not gpu and missing is None, bus=gpu)
@@ -49,11 +47,11 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
             f"links cannot be shaped here ({missing}): loopback as it is, marked in every row",
             file=sys.stderr,
         )
-    found = run_ranks(measure, ranks, setting, timeout_s=3600, own_links=setting.shaped)[0]
-    report = summary(setting, ranks, found[BALANCED])
+    found = run_ranks(measure, setting.ranks, setting, timeout_s=3600, own_links=setting.shaped)[0]
+    report = summary(setting, found[BALANCED])
     if setting.shaped or setting.bus:
         warn_of_share(report["wanted_share"], report["comm_share"])
-    machine = "cuda" if gpu else f"{ranks}-ranks"
+    machine = "cuda" if gpu else f"{setting.ranks}-ranks"
     at = f"share-{setting.share:g}" if setting.link_mbit is None else f"{setting.link_mbit:g}-mbit"
     if setting.rows_per_gradient not in (None, USUAL_RATIO):
         at += f"-ratio-{setting.rows_per_gradient:g}"
@@ -69,92 +67,25 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
     name = f"{'uneven' if setting.loads else 'overlap'}-{setting.compute}-{setting.level}-{machine}-{at}"
     if setting.loads:
         control = found[BALANCED], report
-        report = {
-            "loads": [summary(setting, ranks, found[load], control) for load in setting.loads]
-        }
+        report = {"loads": [summary(setting, found[load], control) for load in setting.loads]}
     bench = uneven if setting.loads else speed_chart
     publish(report, bench.tables(report), bench.draw, out / name)
     return report
 
 
-def why_refused(setting: Setting, ranks: int) -> str | None:
-    """Return why the first option that cannot be honoured is refused; None: all can. ConfigError:
-    no blocks have these sizes."""
-    if setting.device == "cuda":
-        if setting.link_mbit is not None:
-            return "--link-mbit belongs to links, and one GPU has none: its rows go over its bus"
-        if ranks != 1:
-            return f"--ranks is {ranks}, allowed with --device cuda: 1"
-        if setting.compute != "real":
-            return (
-                "--compute is emulated, allowed with --device cuda: real (a host that sleeps keeps"
-                " no GPU busy)"
-            )
-        if not torch.cuda.is_available():
-            return "--device is cuda, and there is no CUDA device here"
-        if setting.loads or setting.layout:
-            return (
-                "--load and --layout belong to links: rows over the bus of one GPU have equal"
-                " numbers"
-            )
-    elif ranks < 2:
-        return f"--ranks is {ranks}, allowed: 2 or more, as one rank sends nothing"
-    for name in OF_EMULATED:
-        if setting.compute != "emulated" and getattr(setting, name) != getattr(Setting, name):
-            return (
-                f"--{name.replace('_', '-')} belongs to emulated compute, and --compute is"
-                f" {setting.compute}"
-            )
-    if not 0 < setting.share < 1:
-        return f"--share is {setting.share:g}, allowed: above 0 and below 1"
-    if unknown := [row for row in setting.rows if row not in ROWS[setting.every]]:
-        return (
-            f"--rows has {unknown[0]}, allowed with --every {setting.every}:"
-            f" {' | '.join(ROWS[setting.every])}"
-        )
-    config_of("top2", setting)
-    return why_uneven(setting, ranks) or why_no_load(setting, ranks)
-
-
-def why_no_load(setting: Setting, ranks: int) -> str | None:
-    """Return why a load cannot be dealt; None: all can. Raises ConfigError for one that is none, as
-    for a layout."""
-    rows_of_layout(setting)
-    for load in map(load_of, setting.loads):
-        for block in dict.fromkeys(["top2", *map(setting.block_of, setting.rows)]):
-            place = Place(setting.num_experts, setting.top_k_of(block), ranks)
-            check_load(load, place, setting.sequences)
-        if load.kind == "ragged" and setting.layout not in (None, "dropless"):
-            return f"--layout is {setting.layout}, allowed with --load {load.name}: dropless"
-    return None
-
-
-def why_uneven(setting: Setting, ranks: int) -> str | None:
-    """Return why tokens cannot be cut into sequences, or experts be shared by ranks; None: both
-    can."""
-    if setting.tokens % setting.seq_len:
-        return f"--tokens is {setting.tokens}, allowed: multiples of --seq-len ({setting.seq_len})"
-    if setting.num_experts % ranks:
-        return f"--num-experts is {setting.num_experts}, allowed: multiples of --ranks ({ranks})"
-    return None
-
-
 def summary(
-    setting: Setting,
-    ranks: int,
-    found: Measured,
-    control: tuple[Measured, dict[str, Any]] | None = None,
+    setting: Setting, found: Measured, control: tuple[Measured, dict[str, Any]] | None = None
 ) -> dict[str, Any]:
     """Return the medians of the rounds, by row. found: what `measure` returned on rank 0. control:
     the same of the balanced load in the same rounds, and its report, if this is another load."""
     sequential, free = way_of(found, "top2", "sequential"), way_of(found, "top2", "free")
     limit_forward = median(sequential.forward / free.forward)
-    least = least_times(setting, ranks, found, "top2") if has_limit(setting, found) else free.train
+    least = least_times(setting, found, "top2") if has_limit(setting, found) else free.train
     report: dict[str, Any] = {
         "wanted_share": setting.share if setting.link_mbit is None else None,
         "comm_share": 1 - 1 / limit_forward,
         "link_mbit": None if setting.bus else found.rate,
-        "ranks": ranks,
+        "ranks": setting.ranks,
         "device": torch.cuda.get_device_name() if setting.device == "cuda" else "cpu",
         "compute": setting.compute,
         "level": setting.level,
@@ -173,20 +104,20 @@ def summary(
         report |= {
             "gradient_mb": gradient_mb(found, "top2"),
             "reductions": setting.reductions,
-            "rows_over_gradients": rows_over_gradients(setting, ranks, found, "top2"),
+            "rows_over_gradients": rows_over_gradients(setting, found, "top2"),
             "wanted_ratio": setting.rows_per_gradient,
             "accumulate": setting.accumulate,
             "tokens": setting.tokens,
             "dim": setting.dim,
         }
-    rows = {name: row_of(setting, ranks, found, name) for name in setting.rows}
+    rows = {name: row_of(setting, found, name) for name in setting.rows}
     if control is not None:
         even, balanced = control
-        report["load"] = {"name": found.load} | made_by(setting, ranks, found.load, "top2")
+        report["load"] = {"name": found.load} | made_by(setting, found.load, "top2")
         report |= {"layout": "dropless", "balanced_share": balanced["comm_share"]}
         for name, row in rows.items():
-            row |= uneven.beside_balanced(setting, ranks, found, even, name, balanced["rows"][name])
-            row |= made_by(setting, ranks, found.load, setting.block_of(name))
+            row |= uneven.beside_balanced(setting, found, even, name, balanced["rows"][name])
+            row |= made_by(setting, found.load, setting.block_of(name))
     if setting.layout is not None:
         report["layout"] = setting.layout
     best = {name: found.times[row.best] for name, row in found.rows.items()}
@@ -207,13 +138,13 @@ def summary(
     return {**report, "rows": rows}
 
 
-def made_by(setting: Setting, ranks: int, load: str, block: str) -> dict[str, float]:
+def made_by(setting: Setting, load: str, block: str) -> dict[str, float]:
     """Return how uneven a load makes the routing of a block."""
-    place = Place(setting.num_experts, setting.top_k_of(block), ranks)
+    place = Place(setting.num_experts, setting.top_k_of(block), setting.ranks)
     return imbalance(load_of(load), place, setting.sequences, setting.seq_len)
 
 
-def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str, Any]:
+def row_of(setting: Setting, found: Measured, name: str) -> dict[str, Any]:
     """Return the figures of one row: its best schedule beside sequential top-2."""
     row, block = found.rows[name], setting.block_of(name)
     schedule, chosen = row.best.schedule, row.chosen.schedule
@@ -252,9 +183,9 @@ def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str
         figures["auto_slots"] = [choice.schedule.place for choice in row.choices]
     if setting.level == "iteration":
         figures["gradient_mb"] = gradient_mb(found, block)
-        figures["rows_over_gradients"] = rows_over_gradients(setting, ranks, found, block)
+        figures["rows_over_gradients"] = rows_over_gradients(setting, found, block)
     if has_limit(setting, found):
-        least = least_times(setting, ranks, found, block)
+        least = least_times(setting, found, block)
         figures |= {
             "limit_train": median(top2.train / least),
             "of_limit": median(least / own.train),
@@ -305,19 +236,19 @@ def gradient_mb(found: Measured, block: str) -> float:
     return sum(size for _, size in found.gradients[block]) / 2**20
 
 
-def row_bytes(setting: Setting, ranks: int, block: str) -> float:
+def row_bytes(setting: Setting, block: str) -> float:
     """Return the bytes of rows that leave by a link in one direction of one batch: two transfers of
     each MoE."""
     copies = setting.moe_blocks * setting.top_k_of(block) * setting.tokens
-    rows = 2 * copies * share_sent(ranks)
+    rows = 2 * copies * share_sent(setting.ranks)
     return rows * setting.dim * getattr(torch, setting.dtype).itemsize
 
 
-def rows_over_gradients(setting: Setting, ranks: int, found: Measured, block: str) -> float:
+def rows_over_gradients(setting: Setting, found: Measured, block: str) -> float:
     """Return the bytes of rows over the bytes of gradients that a rank sends in one training step,
     the latter by a ring of all ranks."""
-    gradients = 2 * (1 - 1 / ranks) * gradient_mb(found, block) * 2**20
-    return 2 * setting.accumulate * row_bytes(setting, ranks, block) / gradients
+    gradients = 2 * (1 - 1 / setting.ranks) * gradient_mb(found, block) * 2**20
+    return 2 * setting.accumulate * row_bytes(setting, block) / gradients
 
 
 def all_quartiles(values: Any) -> list[float]:
@@ -356,16 +287,17 @@ def least_time(
     return max(forward, rows) + in_parallel(backward, [(0.0, rows), *gradients]) + update
 
 
-def least_times(setting: Setting, ranks: int, found: Measured, block: str) -> Any:
+def least_times(setting: Setting, found: Measured, block: str) -> Any:
     """Return the least time of an iteration in each round, from its times without transfers. A ring
     sends 2 (ranks - 1) / ranks of the gradients' bytes, all of them beside the last batch's
     backward."""
     assert found.rate is not None
     alone, batches = way_of(found, block, "alone"), setting.accumulate
     bytes_per_s = found.rate * 1e6 / 8 * PAYLOAD
-    rows = row_bytes(setting, ranks, block) / bytes_per_s
+    rows = row_bytes(setting, block) / bytes_per_s
     sums = [
-        (part, 2 * (1 - 1 / ranks) * size / bytes_per_s) for part, size in found.gradients[block]
+        (part, 2 * (1 - 1 / setting.ranks) * size / bytes_per_s)
+        for part, size in found.gradients[block]
     ]
     forward, backward = alone.train_forward / batches, (alone.backward - alone.update) / batches
     least = []

@@ -44,7 +44,7 @@ def bench_timeline(
     namespace (links.py).
     """
     require("bench timeline", "matplotlib")
-    setting = Setting(share, compute=compute)
+    setting = Setting(share, compute=compute, ranks=ranks)
     out.mkdir(parents=True, exist_ok=True)
     rate, timelines = run_ranks(
         watch, ranks, setting, position, out, timeout_s=900, own_links=True

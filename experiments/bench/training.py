@@ -209,7 +209,7 @@ def bench_train(
             f"trainer.early_stopping is {early}, allowed: null, as all trainings take all steps"
         )
     samples = first.data.global_batch_size // (ranks * first.trainer.accumulate)
-    pair = pair_of(first, share, samples * first.data.seq_len)
+    pair = pair_of(first, share, ranks, samples * first.data.seq_len)
     uneven = (
         {}
         if routing is None

@@ -45,19 +45,14 @@ KEPT = (  # of the balanced
 
 
 def beside_balanced(
-    setting: Setting,
-    ranks: int,
-    found: Measured,
-    control: Measured,
-    row: str,
-    balanced: dict[str, Any],
+    setting: Setting, found: Measured, control: Measured, row: str, balanced: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the figures of a row at a load beside the balanced one. balanced: its figures there."""
     block, here, there = setting.block_of(row), found.rows[row], control.rows[row]
     own, even = found.times[here.best], found.times[there.best]
     load, modelled = load_of(found.load), None
     if load.kind != "ragged" and setting.layout in (None, "dropless"):
-        place = Place(setting.num_experts, setting.top_k_of(block), ranks)
+        place = Place(setting.num_experts, setting.top_k_of(block), setting.ranks)
         windows = windows_of(here.best, there.choices)
         computing = sum(elapsed_time(*each) - exposed_time(*each) for each in windows)
         took = [

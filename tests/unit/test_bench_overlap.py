@@ -93,11 +93,11 @@ def test_the_tokens_of_a_batch_give_the_wanted_ratio_of_rows_and_gradients(
     """By the report's own count of both, with the gradients of four attentions, and of an MLP in
     each block that has no MoE."""
     sizes = {"dim": 256, "ffn_dim": 1024, "seq_len": 16}
-    setting = Setting(level="iteration", every=every, accumulate=accumulate, **sizes)
-    setting = replace(setting, tokens=tokens_for(ratio, setting, ranks))
+    setting = Setting(level="iteration", every=every, accumulate=accumulate, ranks=ranks, **sizes)
+    setting = replace(setting, tokens=tokens_for(ratio, setting))
     weights = 4 * 4 * 256**2 + (2 * 2 * 256 * 1024 if every == 2 else 0)
     found = SimpleNamespace(gradients={"top2": [(0.5, 4 * weights)]})
-    assert rows_over_gradients(setting, ranks, found, "top2") == pytest.approx(
+    assert rows_over_gradients(setting, found, "top2") == pytest.approx(
         ratio, rel=0.02
     )  # whole sequences
 
@@ -112,7 +112,7 @@ def test_gradients_are_summed_beside_the_last_batch_only():
         found = SimpleNamespace(
             rate=100.0, times=times, gradients={"top2": [(0.0, size)]}, load="balanced"
         )
-        assert least_times(setting, 2, found, "top2") == pytest.approx([least] * 2, rel=0.02)
+        assert least_times(setting, found, "top2") == pytest.approx([least] * 2, rel=0.02)
 
 
 def test_schedules_near_the_best_by_trial_go_into_the_rounds():

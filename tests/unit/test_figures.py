@@ -59,7 +59,7 @@ def report_of(share: float, rows: tuple[str, ...] = SHOWN, **setting: Any) -> di
         measured[row] = Row([choice] * asked.moe_blocks, best, [best], best, peak_mb=1.0)
     gradients = {asked.block_of(row): [(0.5, 2**20)] for row in rows}
     found = Measured(100.0, measured, times, gradients, iterations=9)
-    return overlap_report.summary(asked, 2, found)
+    return overlap_report.summary(asked, found)
 
 
 def test_ratios_of_a_report_are_those_of_its_times():

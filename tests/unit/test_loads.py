@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from experiments.bench import emulated, overlap
-from experiments.bench.__main__ import overlap as verb
 from experiments.bench.loads import (
     BALANCED,
     KINDS,
@@ -23,6 +22,7 @@ from experiments.bench.loads import (
     sequences_of,
     shares,
 )
+from experiments.bench.options import Options
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
 from scmoe.moe.dispatcher import Traffic
@@ -218,7 +218,7 @@ def test_the_page_has_the_break_even_of_its_formulas():
 
 
 def test_the_help_names_every_form_of_a_load():
-    assert [form for form in KINDS.split()[1:] if form not in verb.__doc__] == []
+    assert [form for form in KINDS.split()[1:] if form not in Options.__doc__] == []
 
 
 def test_a_share_that_is_missed_is_said(capsys):
