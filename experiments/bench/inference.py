@@ -31,7 +31,7 @@ from experiments.bench import emulated, generation
 from experiments.bench.loads import (
     BALANCED,
     CurrentLoad,
-    Place,
+    Sizes,
     check_load,
     imbalance,
     kinds_of,
@@ -156,7 +156,7 @@ class InferenceBench:
 
 
 def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[str, dict[str, Any]]:
-    """Runs on every rank; the caller uses rank 0's result: for each load, of balance first, the
+    """Run on every rank; the caller uses rank 0's result: for each load, of balance first, the
     rate, the plans, and seconds of each way by rounds."""
     dist.init_process_group("gloo")
     with torch.inference_mode():
@@ -200,9 +200,9 @@ def bench_inference(
     report.
 
     share: of communication in a sequential top-2 prefill of `prompt` tokens a rank. batch: texts
-    that a rank decodes. tokens: new ones of each generated text; 0: none is generated. load: of the experts, beside the balanced one, whose report then has one of
-    each load in `loads`. The program starts again in a network namespace. ConfigError: an option
-    that cannot be honoured.
+    that a rank decodes. tokens: new ones of each generated text; 0: none is generated. load: of the
+    experts, beside the balanced one, whose report then has one of each load in `loads`. The program
+    starts again in a network namespace. ConfigError: an option that cannot be honoured.
     """
     require("bench inference", "matplotlib")
     check_ranks(ranks)
@@ -227,7 +227,7 @@ def bench_inference(
                 f"--load is {uneven.name}, allowed: others, as prompts have equal lengths"
             )
         for top_k in {*map(setting.top_k_of, BLOCKS)}:
-            check_load(uneven, Place(experts, top_k, ranks), setting.sequences)
+            check_load(uneven, Sizes(experts, top_k, ranks), setting.sequences)
     links.require()
     found = run_ranks(measure, ranks, setting, batch, timeout_s=3600, own_links=True)[0]
     report = summary(setting, batch, ranks, found[BALANCED])
@@ -257,9 +257,9 @@ def at_load(
     }
     for block in BLOCKS:
         row = f"scmoe_{block}" if block in POSITIONS else block
-        place = Place(setting.num_experts, setting.top_k_of(block), ranks)
+        sizes = Sizes(setting.num_experts, setting.top_k_of(block), ranks)
         for shape, tokens in zip(SHAPES, (setting.tokens, batch), strict=True):
-            uneven = imbalance(load_of(load), place, 1, tokens)
+            uneven = imbalance(load_of(load), sizes, 1, tokens)
             own, balanced = report["rows"][row][shape], even["rows"][row][shape]
             over = (
                 times[load][block, shape, own["auto"]]

@@ -38,8 +38,8 @@ KINDS = "balanced zipf:A hot_rank:X rotating:X:N ragged:X recorded:FILE"
 FORMS = {form.partition(":")[0]: form for form in KINDS.split()}
 
 
-class Place(NamedTuple):
-    """Experts, choices of a token, and the ranks that share the experts."""
+class Sizes(NamedTuple):
+    """The experts, the choices of a token, and the ranks that share the experts."""
 
     num_experts: int
     top_k: int
@@ -126,15 +126,15 @@ def recorded(text: str) -> Load:
     return Load(text, "recorded", num_experts=recording.num_experts, entries=spread)
 
 
-def check_load(load: Load, place: Place, sequences: int) -> None:
+def check_load(load: Load, sizes: Sizes, sequences: int) -> None:
     """Raise ConfigError for a load that cannot be dealt. sequences: mean number of a rank's."""
-    if allowed := allowed_instead(load, place, sequences):
+    if allowed := allowed_instead(load, sizes, sequences):
         raise ConfigError(f"--load is {load.name}, allowed{allowed}")
 
 
-def allowed_instead(load: Load, place: Place, sequences: int) -> str | None:
+def allowed_instead(load: Load, sizes: Sizes, sequences: int) -> str | None:
     """Return which loads of this kind could be dealt; None: this one can."""
-    experts, top_k, ranks = place
+    experts, top_k, ranks = sizes
     if load.period < 1:
         return ": N of 1 or more"
 
@@ -162,16 +162,16 @@ def allowed_instead(load: Load, place: Place, sequences: int) -> str | None:
 
 
 def kinds_of(loads: Sequence[str]) -> str:
-    """Return the end of a report's name: -hot_rank, -hot_rank-recorded, or nothing without loads."""
+    """Return the end of a report's name, such as -hot_rank-recorded; empty without loads."""
     return "".join(f"-{kind}" for kind in dict.fromkeys(load_of(load).kind for load in loads))
 
 
 # ---------------------------------------------------------------------- who gets how many copies
 
 
-def shares(load: Load, place: Place, phase: int = 0) -> list[float]:
+def shares(load: Load, sizes: Sizes, phase: int = 0) -> list[float]:
     """Return p_e as above in one phase of the load, [E]. They sum to 1."""
-    experts, top_k, ranks = place
+    experts, top_k, ranks = sizes
     if load.kind == "zipf":
         heat_E = [(e + 1) ** -load.heat for e in range(experts)]
         return capped([heat / sum(heat_E) for heat in heat_E], 1 / top_k)
@@ -221,31 +221,31 @@ def sequences_of(load: Load, mean: int, ranks: int) -> list[int]:
 # ---------------------------------------------------------------------- which token goes where
 
 
-def deal(place: Place, rank: int, current: CurrentLoad) -> Callable[[Tensor], Tensor]:
+def deal(sizes: Sizes, rank: int, current: CurrentLoad) -> Callable[[Tensor], Tensor]:
     """Return a router's deal of expert ids (moe/router.py) by the current load.
 
     rank: among those that share the experts.
     """
-    return partial(_dealt, place, rank, current)
+    return partial(_dealt, sizes, rank, current)
 
 
-def _dealt(place: Place, rank: int, current: CurrentLoad, x_TD: Tensor) -> Tensor:
-    phase = current.load.phase(current.step, place.ranks)
-    return ids_of(current.load, place, rank, x_TD.shape[0], phase).to(x_TD.device)
+def _dealt(sizes: Sizes, rank: int, current: CurrentLoad, x_TD: Tensor) -> Tensor:
+    phase = current.load.phase(current.step, sizes.ranks)
+    return ids_of(current.load, sizes, rank, x_TD.shape[0], phase).to(x_TD.device)
 
 
 @lru_cache(512)
-def ids_of(load: Load, place: Place, rank: int, num_tokens: int, phase: int = 0) -> Tensor:
+def ids_of(load: Load, sizes: Sizes, rank: int, num_tokens: int, phase: int = 0) -> Tensor:
     """Return distinct expert ids of each token of a rank, [T, K]."""
     if load.kind in (BALANCED, "ragged"):
-        return round_robin(place.num_experts, place.top_k)(torch.empty(num_tokens, 0))
+        return round_robin(sizes.num_experts, sizes.top_k)(torch.empty(num_tokens, 0))
     if load.kind == "recorded":
-        return replayed(load.entries[phase], place, rank, num_tokens)
-    counts_E = torch.tensor(copies(shares(load, place, phase), num_tokens * place.top_k))
+        return replayed(load.entries[phase], sizes, rank, num_tokens)
+    counts_E = torch.tensor(copies(shares(load, sizes, phase), num_tokens * sizes.top_k))
     # the copies in the order of experts, cut into K rows: an expert has at most T copies, so at
     # most one in a column
-    line_N = torch.arange(place.num_experts).repeat_interleave(counts_E)
-    return line_N.view(place.top_k, num_tokens).T[mixed(num_tokens)].contiguous()
+    line_N = torch.arange(sizes.num_experts).repeat_interleave(counts_E)
+    return line_N.view(sizes.top_k, num_tokens).T[mixed(num_tokens)].contiguous()
 
 
 def mixed(length: int) -> Tensor:
@@ -261,7 +261,7 @@ def mixed(length: int) -> Tensor:
     return reversed_.argsort().argsort()
 
 
-def replayed(ids_TK: Tensor, place: Place, rank: int, num_tokens: int) -> Tensor:
+def replayed(ids_TK: Tensor, sizes: Sizes, rank: int, num_tokens: int) -> Tensor:
     """Return this rank's part of a recorded batch, [T, K].
 
     Its tokens are at equal distances in that part, or each one comes several times. If more choices
@@ -269,13 +269,13 @@ def replayed(ids_TK: Tensor, place: Place, rank: int, num_tokens: int) -> Tensor
     of a later token that has another one, so it has the same distribution; where nearly all tokens
     go to one expert, it is the next expert.
     """
-    part_TK = ids_TK.tensor_split(place.ranks)[rank]
+    part_TK = ids_TK.tensor_split(sizes.ranks)[rank]
     tokens = torch.arange(num_tokens) * len(part_TK) // num_tokens
-    chosen_TK = part_TK[tokens, : place.top_k]
+    chosen_TK = part_TK[tokens, : sizes.top_k]
     first_T = chosen_TK[:, 0]
     candidates = [first_T.roll(-distance) for distance in range(1, 65)]
-    candidates += [(first_T + expert) % place.num_experts for expert in range(1, place.num_experts)]
-    while chosen_TK.shape[1] < place.top_k:
+    candidates += [(first_T + expert) % sizes.num_experts for expert in range(1, sizes.num_experts)]
+    while chosen_TK.shape[1] < sizes.top_k:
         further_T = torch.full((num_tokens,), -1)
         for other_T in candidates:
             is_new_T = (further_T < 0) & (chosen_TK != other_T[:, None]).all(-1)
@@ -288,34 +288,34 @@ def replayed(ids_TK: Tensor, place: Place, rank: int, num_tokens: int) -> Tensor
 
 
 def counts_of(
-    load: Load, place: Place, tokens: Sequence[int], phase: int, chunks: int = 1
+    load: Load, sizes: Sizes, tokens: Sequence[int], phase: int, chunks: int = 1
 ) -> Tensor:
     """Return copies, [P, senders, E]. tokens: of each rank."""
     of_senders = []
     for rank, num_tokens in enumerate(tokens):
-        ids_TK = ids_of(load, place, rank, num_tokens, phase)
+        ids_TK = ids_of(load, sizes, rank, num_tokens, phase)
         size = -(-num_tokens // chunks)
         parts = [ids_TK[p * size : (p + 1) * size].flatten() for p in range(chunks)]
-        counts_PE = [torch.bincount(part, minlength=place.num_experts) for part in parts]
+        counts_PE = [torch.bincount(part, minlength=sizes.num_experts) for part in parts]
         of_senders.append(torch.stack(counts_PE))
     return torch.stack(of_senders, 1)
 
 
-def imbalance(load: Load, place: Place, sequences: int, seq_len: int) -> dict[str, float]:
+def imbalance(load: Load, sizes: Sizes, sequences: int, seq_len: int) -> dict[str, float]:
     """Return the copies of the busiest rank and expert, and the most tokens of a rank.
 
     Each is over its mean: of the most uneven phase, or the median of recorded routings.
     """
-    tokens = [seq_len * number for number in sequences_of(load, sequences, place.ranks)]
+    tokens = [seq_len * number for number in sequences_of(load, sequences, sizes.ranks)]
     of_ranks, of_experts = [], []
-    for phase in range(load.phases(place.ranks)):
-        counts_1E = counts_of(load, place, tokens, phase).sum(1)
-        of_ranks.append(load_max(counts_1E, place.ranks).item())
-        of_experts.append(load_max(counts_1E, place.num_experts).item())
+    for phase in range(load.phases(sizes.ranks)):
+        counts_1E = counts_of(load, sizes, tokens, phase).sum(1)
+        of_ranks.append(load_max(counts_1E, sizes.ranks).item())
+        of_experts.append(load_max(counts_1E, sizes.num_experts).item())
 
     over_phases = median if load.kind == "recorded" else max
     return {
         "max_over_mean_ranks": over_phases(of_ranks),
         "max_over_mean_experts": over_phases(of_experts),
-        "max_over_mean_tokens": max(tokens) * place.ranks / sum(tokens),
+        "max_over_mean_tokens": max(tokens) * sizes.ranks / sum(tokens),
     }

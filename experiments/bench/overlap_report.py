@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from experiments.bench import speed_chart, uneven
-from experiments.bench.loads import BALANCED, Place, imbalance, kinds_of, load_of
+from experiments.bench.loads import BALANCED, Sizes, imbalance, kinds_of, load_of
 from experiments.bench.overlap import Measured, Row, Seconds, measure, warn_of_share, way_of
 from experiments.bench.pairs import USUAL_RATIO, Setting, share_sent
 from experiments.bench.refusals import refuse_impossible
@@ -47,44 +47,61 @@ def bench_overlap(setting: Setting, out: Path) -> dict[str, Any]:
             f"links cannot be shaped here ({missing}): loopback as it is, marked in every row",
             file=sys.stderr,
         )
-    found = run_ranks(measure, setting.ranks, setting, timeout_s=3600, own_links=setting.shaped)[0]
-    report = summary(setting, found[BALANCED])
+    measured = run_ranks(measure, setting.ranks, setting, timeout_s=3600, own_links=setting.shaped)[
+        0
+    ]
+    report = summary(setting, measured[BALANCED])
     if setting.shaped or setting.bus:
         warn_of_share(report["wanted_share"], report["comm_share"])
-    machine = "cuda" if gpu else f"{setting.ranks}-ranks"
-    at = f"share-{setting.share:g}" if setting.link_mbit is None else f"{setting.link_mbit:g}-mbit"
-    if setting.rows_per_gradient not in (None, USUAL_RATIO):
-        at += f"-ratio-{setting.rows_per_gradient:g}"
-    if setting.accumulate != 1:
-        at += f"-accumulate-{setting.accumulate}"
-    if setting.every == 1:
-        at += "-every-1"
-    if setting.top_k != 1:
-        at += f"-top-{setting.top_k}"
-    if setting.layout is not None:
-        at += f"-{setting.layout.replace(':', '-')}"
-    at += kinds_of(setting.loads)
-    name = f"{'uneven' if setting.loads else 'overlap'}-{setting.compute}-{setting.level}-{machine}-{at}"
+    name = name_of_report(setting)
     if setting.loads:
-        control = found[BALANCED], report
-        report = {"loads": [summary(setting, found[load], control) for load in setting.loads]}
+        control = measured[BALANCED], report
+        report = {"loads": [summary(setting, measured[load], control) for load in setting.loads]}
     bench = uneven if setting.loads else speed_chart
     publish(report, bench.tables(report), bench.draw, out / name)
     return report
 
 
+def name_of_report(setting: Setting) -> str:
+    """Return the name of the report's files, without a suffix: what is not usual is in it."""
+    words = [
+        "uneven" if setting.loads else "overlap",
+        setting.compute,
+        setting.level,
+        "cuda" if setting.device == "cuda" else f"{setting.ranks}-ranks",
+    ]
+    if setting.link_mbit is None:
+        words.append(f"share-{setting.share:g}")
+    else:
+        words.append(f"{setting.link_mbit:g}-mbit")
+    if setting.rows_per_gradient not in (None, USUAL_RATIO):
+        words.append(f"ratio-{setting.rows_per_gradient:g}")
+    if setting.accumulate != 1:
+        words.append(f"accumulate-{setting.accumulate}")
+    if setting.every == 1:
+        words.append("every-1")
+    if setting.top_k != 1:
+        words.append(f"top-{setting.top_k}")
+    if setting.layout is not None:
+        words.append(setting.layout.replace(":", "-"))
+    return "-".join(words) + kinds_of(setting.loads)
+
+
 def summary(
-    setting: Setting, found: Measured, control: tuple[Measured, dict[str, Any]] | None = None
+    setting: Setting, measured: Measured, control: tuple[Measured, dict[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """Return the medians of the rounds, by row. found: what `measure` returned on rank 0. control:
-    the same of the balanced load in the same rounds, and its report, if this is another load."""
-    sequential, free = way_of(found, "top2", "sequential"), way_of(found, "top2", "free")
+    """Return the medians of the rounds, by row.
+
+    measured: what `measure` returned on rank 0. control: the same of the balanced load in the same
+    rounds, and its report, if this is another load.
+    """
+    sequential, free = way_of(measured, "top2", "sequential"), way_of(measured, "top2", "free")
     limit_forward = median(sequential.forward / free.forward)
-    least = least_times(setting, found, "top2") if has_limit(setting, found) else free.train
+    least = least_times(setting, measured, "top2") if has_limit(setting, measured) else free.train
     report: dict[str, Any] = {
         "wanted_share": setting.share if setting.link_mbit is None else None,
         "comm_share": 1 - 1 / limit_forward,
-        "link_mbit": None if setting.bus else found.rate,
+        "link_mbit": None if setting.bus else measured.rate,
         "ranks": setting.ranks,
         "device": torch.cuda.get_device_name() if setting.device == "cuda" else "cpu",
         "compute": setting.compute,
@@ -92,89 +109,95 @@ def summary(
         "every": setting.every,
         "top_k": setting.top_k,
         "rounds": setting.rounds,
-        "iterations": found.iterations,
+        "iterations": measured.iterations,
         "limit_forward": limit_forward,
         "limit_train": median(sequential.train / least),
         "transfer_cpu_ms_forward": median(1e3 * sequential.cpu_forward - 1e3 * free.cpu_forward),
         "transfer_cpu_ms_train": median(1e3 * sequential.cpu_train - 1e3 * free.cpu_train),
     }
     if setting.bus:
-        report["bus_rate"] = found.rate
+        report["bus_rate"] = measured.rate
     if setting.level == "iteration":
         report |= {
-            "gradient_mb": gradient_mb(found, "top2"),
+            "gradient_mb": gradient_mb(measured, "top2"),
             "reductions": setting.reductions,
-            "rows_over_gradients": rows_over_gradients(setting, found, "top2"),
+            "rows_over_gradients": rows_over_gradients(setting, measured, "top2"),
             "wanted_ratio": setting.rows_per_gradient,
             "accumulate": setting.accumulate,
             "tokens": setting.tokens,
             "dim": setting.dim,
         }
-    rows = {name: row_of(setting, found, name) for name in setting.rows}
+    rows = {name: row_of(setting, measured, name) for name in setting.rows}
     if control is not None:
         even, balanced = control
-        report["load"] = {"name": found.load} | made_by(setting, found.load, "top2")
+        report["load"] = {"name": measured.load} | made_by(setting, measured.load, "top2")
         report |= {"layout": "dropless", "balanced_share": balanced["comm_share"]}
         for name, row in rows.items():
-            row |= uneven.beside_balanced(setting, found, even, name, balanced["rows"][name])
-            row |= made_by(setting, found.load, setting.block_of(name))
+            row |= uneven.beside_balanced(setting, measured, even, name, balanced["rows"][name])
+            row |= made_by(setting, measured.load, setting.block_of(name))
     if setting.layout is not None:
         report["layout"] = setting.layout
-    best = {name: found.times[row.best] for name, row in found.rows.items()}
+    best = {name: measured.times[row.best] for name, row in measured.rows.items()}
     fastest = max(rows, key=lambda name: rows[name]["forward_speedup"])
-    over_fastest = {name: median(own.forward / best[fastest].forward) for name, own in best.items()}
+    over_fastest = {
+        name: median(seconds.forward / best[fastest].forward) for name, seconds in best.items()
+    }
     report["fastest_forward"] = {"row": fastest, "over": over_fastest}
     if scmoe := [name for name in rows if name.startswith("scmoe")]:
         quickest = min(scmoe, key=lambda name: rows[name]["train_ms"])
         forward = {
-            name: all_quartiles(own.forward / best[quickest].forward) for name, own in best.items()
+            name: all_quartiles(seconds.forward / best[quickest].forward)
+            for name, seconds in best.items()
         }
         train = {
-            name: all_quartiles(own.train / best[quickest].train) for name, own in best.items()
+            name: all_quartiles(seconds.train / best[quickest].train)
+            for name, seconds in best.items()
         }
         report["fastest_scmoe"] = {"row": quickest, "over": {"forward": forward, "train": train}}
     if "top2" in rows:
-        report["top2_operators_ms"] = operators_ms(found.rows["top2"].choices[0].times[1])
+        report["top2_operators_ms"] = operators_ms(measured.rows["top2"].choices[0].times[1])
     return {**report, "rows": rows}
 
 
 def made_by(setting: Setting, load: str, block: str) -> dict[str, float]:
     """Return how uneven a load makes the routing of a block."""
-    place = Place(setting.num_experts, setting.top_k_of(block), setting.ranks)
-    return imbalance(load_of(load), place, setting.sequences, setting.seq_len)
+    sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
+    return imbalance(load_of(load), sizes, setting.sequences, setting.seq_len)
 
 
-def row_of(setting: Setting, found: Measured, name: str) -> dict[str, Any]:
+def row_of(setting: Setting, measured: Measured, name: str) -> dict[str, Any]:
     """Return the figures of one row: its best schedule beside sequential top-2."""
-    row, block = found.rows[name], setting.block_of(name)
+    row, block = measured.rows[name], setting.block_of(name)
     schedule, chosen = row.best.schedule, row.chosen.schedule
-    own, top2 = found.times[row.best], way_of(found, "top2", "sequential")
-    sequential, free = way_of(found, block, "sequential"), way_of(found, block, "free")
-    forward, train = top2.forward / own.forward, top2.train / own.train
+    best = measured.times[row.best]
+    top2 = way_of(measured, "top2", "sequential")
+    sequential = way_of(measured, block, "sequential")
+    free = way_of(measured, block, "free")
+    forward, train = top2.forward / best.forward, top2.train / best.train
     windows = windows_of(row.best, row.choices)
     exposed = setting.accumulate * sum(exposed_time(*each) for each in windows)
     figures = {
-        "forward_ms": 1e3 * median(own.forward),
-        "train_ms": 1e3 * median(own.train),
+        "forward_ms": 1e3 * median(best.forward),
+        "train_ms": 1e3 * median(best.train),
         "forward_speedup": median(forward),
         "train_speedup": median(train),
         "forward_quartiles": quartiles(forward),
         "train_quartiles": quartiles(train),
         "overlap_forward": median(
-            overlap_efficiency(own.forward, sequential.forward, free.forward)
+            overlap_efficiency(best.forward, sequential.forward, free.forward)
         ),
         "overlap_backward": median(
-            overlap_efficiency(own.backward, sequential.backward, free.backward)
+            overlap_efficiency(best.backward, sequential.backward, free.backward)
         ),
         "slot": schedule.slot,
         "inside_attention": schedule.inside_attention,
         "chunks": schedule.chunks,
         "auto_slot": chosen.slot,
         "auto_inside_attention": chosen.inside_attention,
-        "inside_gain": inside_gain(row, found.times),
+        "inside_gain": inside_gain(row, measured.times),
         "auto_chunks": chosen.chunks,
-        "auto_over_best": auto_over_best(row, found.times),
-        "measured_over_model": median(own.train) / (median(free.train) + exposed),
+        "auto_over_best": auto_over_best(row, measured.times),
+        "measured_over_model": median(best.train) / (median(free.train) + exposed),
         "peak_mb": row.peak_mb,
         "links": "bus" if setting.bus else "shaped" if setting.shaped else "loopback",
         "compute": setting.compute,
@@ -182,13 +205,13 @@ def row_of(setting: Setting, found: Measured, name: str) -> dict[str, Any]:
     if setting.every == 1:  # Nous' first block has a shorter window
         figures["auto_slots"] = [choice.schedule.place for choice in row.choices]
     if setting.level == "iteration":
-        figures["gradient_mb"] = gradient_mb(found, block)
-        figures["rows_over_gradients"] = rows_over_gradients(setting, found, block)
-    if has_limit(setting, found):
-        least = least_times(setting, found, block)
+        figures["gradient_mb"] = gradient_mb(measured, block)
+        figures["rows_over_gradients"] = rows_over_gradients(setting, measured, block)
+    if has_limit(setting, measured):
+        least = least_times(setting, measured, block)
         figures |= {
             "limit_train": median(top2.train / least),
-            "of_limit": median(least / own.train),
+            "of_limit": median(least / best.train),
         }
     return figures
 
@@ -217,23 +240,25 @@ def inside_gain(row: Row, times: Mapping[Variant, Seconds]) -> dict[str, Any] | 
     kinds = of_each_kind(row.finalists)
     if len(kinds) < 2:
         return None
-    whole, inside = (min(own, key=lambda v: median(times[v].train)) for own in kinds)
+    between, inside = (min(kind, key=lambda v: median(times[v].train)) for kind in kinds)
     return {
-        "forward": all_quartiles(times[whole].forward / times[inside].forward),
-        "train": all_quartiles(times[whole].train / times[inside].train),
-        "between": f"{whole.schedule.place} x {whole.schedule.chunks}",
+        "forward": all_quartiles(times[between].forward / times[inside].forward),
+        "train": all_quartiles(times[between].train / times[inside].train),
+        "between": f"{between.schedule.place} x {between.schedule.chunks}",
         "inside": f"{inside.schedule.place} x {inside.schedule.chunks}",
     }
 
 
-def has_limit(setting: Setting, found: Measured) -> bool:
-    """Whether an iteration's limit is known, which has gradients: it requires the rate of the
-    links, and even rows."""
-    return setting.level == "iteration" and setting.shaped and found.load == BALANCED
+def has_limit(setting: Setting, measured: Measured) -> bool:
+    """Return whether an iteration's limit is known.
+
+    An iteration has gradients, so it requires the rate of the links, and even rows.
+    """
+    return setting.level == "iteration" and setting.shaped and measured.load == BALANCED
 
 
-def gradient_mb(found: Measured, block: str) -> float:
-    return sum(size for _, size in found.gradients[block]) / 2**20
+def gradient_mb(measured: Measured, block: str) -> float:
+    return sum(size for _, size in measured.gradients[block]) / 2**20
 
 
 def row_bytes(setting: Setting, block: str) -> float:
@@ -244,10 +269,10 @@ def row_bytes(setting: Setting, block: str) -> float:
     return rows * setting.dim * getattr(torch, setting.dtype).itemsize
 
 
-def rows_over_gradients(setting: Setting, found: Measured, block: str) -> float:
+def rows_over_gradients(setting: Setting, measured: Measured, block: str) -> float:
     """Return the bytes of rows over the bytes of gradients that a rank sends in one training step,
     the latter by a ring of all ranks."""
-    gradients = 2 * (1 - 1 / setting.ranks) * gradient_mb(found, block) * 2**20
+    gradients = 2 * (1 - 1 / setting.ranks) * gradient_mb(measured, block) * 2**20
     return 2 * setting.accumulate * row_bytes(setting, block) / gradients
 
 
@@ -287,17 +312,17 @@ def least_time(
     return max(forward, rows) + in_parallel(backward, [(0.0, rows), *gradients]) + update
 
 
-def least_times(setting: Setting, found: Measured, block: str) -> Any:
+def least_times(setting: Setting, measured: Measured, block: str) -> Any:
     """Return the least time of an iteration in each round, from its times without transfers. A ring
     sends 2 (ranks - 1) / ranks of the gradients' bytes, all of them beside the last batch's
     backward."""
-    assert found.rate is not None
-    alone, batches = way_of(found, block, "alone"), setting.accumulate
-    bytes_per_s = found.rate * 1e6 / 8 * PAYLOAD
+    assert measured.rate is not None
+    alone, batches = way_of(measured, block, "alone"), setting.accumulate
+    bytes_per_s = measured.rate * 1e6 / 8 * PAYLOAD
     rows = row_bytes(setting, block) / bytes_per_s
     sums = [
         (part, 2 * (1 - 1 / setting.ranks) * size / bytes_per_s)
-        for part, size in found.gradients[block]
+        for part, size in measured.gradients[block]
     ]
     forward, backward = alone.train_forward / batches, (alone.backward - alone.update) / batches
     least = []

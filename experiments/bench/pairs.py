@@ -154,9 +154,9 @@ def tokens_for(ratio: float, setting: Setting) -> int:
     """Return the tokens of a batch that give a ratio of rows to gradients, in whole sequences.
 
     ratio: bytes of rows over bytes of dense gradients that a rank sends in a training step of
-    top-2; one rank alone counts as two. A block with an MoE sends 2 copies of a token, there and back, forward and backward; a ring
-    sends 2 (1 - 1 / R) of the gradients of each block's attention, and of the MLP of a block
-    without an MoE.
+    top-2; one rank alone counts as two. A block with an MoE sends 2 copies of a token, there and
+    back, forward and backward; a ring sends 2 (1 - 1 / R) of the gradients of each block's
+    attention, and of the MLP of a block without an MoE.
     """
     ranks = max(2, setting.ranks)
     mlps = setting.layers - setting.moe_blocks

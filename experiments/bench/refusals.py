@@ -2,7 +2,7 @@
 
 import torch
 
-from experiments.bench.loads import Place, check_load, load_of
+from experiments.bench.loads import Sizes, check_load, load_of
 from experiments.bench.pairs import ROWS, Setting
 from experiments.bench.stacks import config_of, rows_of_layout
 from scmoe.config.leaves import ConfigError
@@ -65,8 +65,8 @@ def refuse_loads(setting: Setting) -> None:
     blocks = dict.fromkeys(["top2", *map(setting.block_of, setting.rows)])
     for load in map(load_of, setting.loads):
         for block in blocks:
-            place = Place(setting.num_experts, setting.top_k_of(block), setting.ranks)
-            check_load(load, place, setting.sequences)
+            sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
+            check_load(load, sizes, setting.sequences)
         if load.kind == "ragged" and setting.layout not in (None, "dropless"):
             raise ConfigError(
                 f"--layout is {setting.layout}, allowed with --load {load.name}: dropless"

@@ -109,7 +109,8 @@ def tables(report: dict[str, Any]) -> list[Report]:
     where = conditions(report)  # a GPU's bus, or the loopback device as it is
     if report["link_mbit"] is not None:
         where = (
-            f"Links of {report['link_mbit']:.0f} Mbit/s, {report['ranks']} ranks, {report['compute']}"
+            f"Links of {report['link_mbit']:.0f} Mbit/s, {report['ranks']} ranks,"
+            f" {report['compute']}"
             " compute"
         )
     title = (
@@ -144,10 +145,10 @@ def with_places(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
 def speed_bars(report: dict[str, Any], kind: str, paper: Printed | None) -> dict[str, list[Bar]]:
     """Return the bars of each architecture: one chunk, pipelined, and the paper's."""
     groups: dict[str, list[Bar]] = {}
-    for row, own in report["rows"].items():
-        value, color = own[f"{kind}_speedup"], SKY if row.endswith(PIPELINED) else BLUE
+    for row, figures in report["rows"].items():
+        value, color = figures[f"{kind}_speedup"], SKY if row.endswith(PIPELINED) else BLUE
         bar = Bar(
-            value, color, f"{value:.2f}", own[f"{kind}_quartiles"], limit_of(report, row, kind)
+            value, color, f"{value:.2f}", figures[f"{kind}_quartiles"], limit_of(report, row, kind)
         )
         groups.setdefault(name_of(row, report.get("every", 2)), []).append(bar)
     for row, values in paper.rows.items() if paper else ():

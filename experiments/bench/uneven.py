@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.loads import BALANCED, Load, Place, counts_of, load_of
+from experiments.bench.loads import BALANCED, Load, Sizes, counts_of, load_of
 from experiments.bench.overlap import Measured, way_of
 from experiments.bench.pairs import Setting
 from experiments.bench.speed_chart import name_of, with_places
@@ -45,52 +45,62 @@ KEPT = (  # of the balanced
 
 
 def beside_balanced(
-    setting: Setting, found: Measured, control: Measured, row: str, balanced: dict[str, Any]
+    setting: Setting, measured: Measured, control: Measured, row: str, balanced: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the figures of a row at a load beside the balanced one. balanced: its figures there."""
-    block, here, there = setting.block_of(row), found.rows[row], control.rows[row]
-    own, even = found.times[here.best], found.times[there.best]
-    load, modelled = load_of(found.load), None
+    """Return the figures of a row at a load beside the balanced one.
+
+    balanced: its figures there.
+    """
+    block = setting.block_of(row)
+    here = measured.rows[row]
+    there = control.rows[row]
+    uneven = measured.times[here.best]
+    even = measured.times[there.best]
+    load = load_of(measured.load)
+    modelled = None
     if load.kind != "ragged" and setting.layout in (None, "dropless"):
-        place = Place(setting.num_experts, setting.top_k_of(block), setting.ranks)
+        sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
         windows = windows_of(here.best, there.choices)
         computing = sum(elapsed_time(*each) - exposed_time(*each) for each in windows)
         took = [
-            sum(window_s(*w, load, place, setting.tokens, step) for w in windows)
+            sum(window_s(*w, load, sizes, setting.tokens, step) for w in windows)
             for step in range(setting.rounds)
         ]
         added = setting.accumulate * (median(took) - computing)
-        modelled = median(way_of(found, block, "free", BALANCED).train) + added
-    free, even_free = (way_of(found, block, "free", load) for load in (found.load, BALANCED))
+        modelled = median(way_of(measured, block, "free", BALANCED).train) + added
+    free, even_free = (way_of(measured, block, "free", name) for name in (measured.load, BALANCED))
     return {
-        "over_balanced_forward": median(own.forward / even.forward),
-        "over_balanced_train": median(own.train / even.train),
-        "over_balanced_quartiles": quartiles(own.train / even.train),
+        "over_balanced_forward": median(uneven.forward / even.forward),
+        "over_balanced_train": median(uneven.train / even.train),
+        "over_balanced_quartiles": quartiles(uneven.train / even.train),
         "straggler_forward": median(free.forward / even_free.forward) - 1,
         "straggler_train": median(free.train / even_free.train) - 1,
-        "measured_over_model": None if modelled is None else median(own.train) / modelled,
+        "measured_over_model": None if modelled is None else median(uneven.train) / modelled,
         "dropped": here.dropped,
         "balanced": {key: balanced[key] for key in KEPT},
     }
 
 
 def window_s(
-    schedule: Schedule, times: OperatorTimes, load: Load, place: Place, tokens: int, step: int
+    schedule: Schedule, times: OperatorTimes, load: Load, sizes: Sizes, tokens: int, step: int
 ) -> float:
     """Return the modelled seconds from the tap to the end of the block and back, in one step of a
     load.
 
     times: of the operators at the balanced load. tokens: of each rank."""
     counts_PRE = counts_of(
-        load, place, [tokens] * place.ranks, load.phase(step, place.ranks), schedule.chunks
+        load, sizes, [tokens] * sizes.ranks, load.phase(step, sizes.ranks), schedule.chunks
     )
-    rows_PRR = counts_PRE.unflatten(2, (place.ranks, -1)).sum(3).tolist()
-    own = [shares(rows_RR) for rows_RR in rows_PRR]
-    forward = play_ranks(schedule.operators(), per_chunk(schedule, times.forward), own)
+    rows_PRR = counts_PRE.unflatten(2, (sizes.ranks, -1)).sum(3).tolist()
+    shares_P = [shares(rows_RR) for rows_RR in rows_PRR]
+    forward = play_ranks(schedule.operators(), per_chunk(schedule, times.forward), shares_P)
     starts = [spans[-1].end for spans in forward]
     operators = schedule.backward_operators()
     return max(
-        map(elapsed, play_ranks(operators, per_chunk(schedule, times.backward), own, starts=starts))
+        map(
+            elapsed,
+            play_ranks(operators, per_chunk(schedule, times.backward), shares_P, starts=starts),
+        )
     )
 
 
@@ -109,18 +119,21 @@ def tables(report: dict[str, Any]) -> list[Report]:
     of_layout = {"dropped": "{dropped:.1%}", "peak, MiB": "{peak_mb:.0f}"}
     return [
         Report(
-            words_of(own),
-            with_places(own["rows"]),
-            columns if own["layout"] == "dropless" else columns | of_layout,
+            words_of(each),
+            with_places(each["rows"]),
+            columns if each["layout"] == "dropless" else columns | of_layout,
         )
-        for own in report["loads"]
+        for each in report["loads"]
     ]
 
 
 def words_of(report: dict[str, Any]) -> str:
     """Return the conditions of a load's report."""
     load = report["load"]
-    machine = f"{report['compute']} compute, {report['ranks']} ranks, {report['level']}, {report['layout']}"
+    machine = (
+        f"{report['compute']} compute, {report['ranks']} ranks, {report['level']},"
+        f" {report['layout']}"
+    )
     words = (
         f"{load['name']}: the busiest rank has {load['max_over_mean_ranks']:.2f} times the mean,"
         f" the busiest expert {load['max_over_mean_experts']:.2f} times; {machine},"
@@ -133,8 +146,11 @@ def words_of(report: dict[str, Any]) -> str:
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the time of a training step over the balanced one."""
     first = report["loads"][0]
-    of = "A pair" if first["level"] == "block" else "An iteration"
-    words = f"{of}, {first['compute']} compute, {first['ranks']} ranks, share {first['balanced_share']:.2f}"
+    what = "A pair" if first["level"] == "block" else "An iteration"
+    words = (
+        f"{what}, {first['compute']} compute, {first['ranks']} ranks, share"
+        f" {first['balanced_share']:.2f}"
+    )
     draw_lines(
         report["loads"], "over_balanced_train", path, words, "training step over its balanced one"
     )
@@ -146,7 +162,7 @@ def draw_lines(
     """Draw a time over its balanced one against the load of the busiest rank, a line for each row.
     reports: of each load. over: the key of that ratio in a row; its quartiles are
     `over_balanced_quartiles`."""
-    reports = sorted(reports, key=lambda own: own["load"]["max_over_mean_ranks"])
+    reports = sorted(reports, key=lambda report: report["load"]["max_over_mean_ranks"])
     rows = reports[0]["rows"]
     bases = list(dict.fromkeys(row.removesuffix("_pipelined") for row in rows))
     with chart(path, 3.9 + 0.12 * len(rows)) as figure:
@@ -158,13 +174,17 @@ def draw_lines(
             label = name_of(row, reports[0].get("every", 2)) + (
                 "" if row == base else ", pipelined"
             )
-            points = [own["rows"][row] for own in reports]
-            at = [own["max_over_mean_ranks"] + APART * i for own in points]
+            points = [report["rows"][row] for report in reports]
+            loads = [point["max_over_mean_ranks"] + APART * i for point in points]
             axis.plot(
-                [1.0, *at], [1.0, *(own[over] for own in points)], line, color=color, label=label
+                [1.0, *loads],
+                [1.0, *(point[over] for point in points)],
+                line,
+                color=color,
+                label=label,
             )
-            quartiles = zip(*(own["over_balanced_quartiles"] for own in points), strict=True)
-            axis.vlines(at, *quartiles, color=color)
+            quartiles = zip(*(point["over_balanced_quartiles"] for point in points), strict=True)
+            axis.vlines(loads, *quartiles, color=color)
         axis.set(xlabel="rows of the busiest rank over the mean", ylabel=what)
         axis.grid(axis="y")
         figure.legend(loc="outside lower left", ncols=2)

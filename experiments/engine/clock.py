@@ -1,5 +1,4 @@
-"""One clock for every measurement: variants in turn, round after round; ratios within a round;
-medians and quartiles.
+"""One clock for every measurement: variants in turn, ratios within a round, medians.
 
 The speed of a shared machine drifts, so a variant is compared only with what ran in the same round.
 Where ranks measure together, a round counts as the slowest rank has it.
@@ -37,7 +36,7 @@ def seconds(run: Callable[[], Any], device: torch.device = CPU) -> float:
 
 
 def undisturbed(run: Callable[[], Result], max_wait: float) -> tuple[Result, float | None]:
-    """Returns what `run` returns and its seconds; None for these if the threads of this process
+    """Return what `run` returns and its seconds; None for these if the threads of this process
     were ready to run and had no core for more than a share max_wait of them."""
     waited, begun = _waited_s(), time.perf_counter()
     result = run()
@@ -46,7 +45,7 @@ def undisturbed(run: Callable[[], Result], max_wait: float) -> tuple[Result, flo
 
 
 def _waited_s() -> float:
-    """Returns the seconds that the threads of this process have been ready to run and had no core,
+    """Return the seconds that the threads of this process have been ready to run and had no core,
     so far."""
     threads = os.listdir("/proc/self/task")
     return (

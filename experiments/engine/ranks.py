@@ -44,7 +44,10 @@ class RankError(RuntimeError):
 
 
 class _Report(NamedTuple):
-    """What a rank sends at its end. time_s: on the machine's monotonic clock. failure: a traceback."""
+    """What a rank sends at its end.
+
+    time_s: on the machine's monotonic clock. failure: a traceback.
+    """
 
     time_s: float
     result: Any
@@ -59,7 +62,7 @@ def run_ranks(
     own_links: bool = False,
     grace_s: float = GRACE_S,
 ) -> list[Any]:
-    """Returns [fn(rank, world_size, *args) for each rank], each run in its own process with one
+    """Return [fn(rank, world_size, *args) for each rank], each run in its own process with one
     torch thread.
 
     fn: a function of a module; a Trainer or `init_process_group` in it joins the ranks. args and
@@ -94,7 +97,7 @@ def run_ranks(
 
 
 def run_alone(fn: Callable[..., Any], *args: Any) -> Any:
-    """Returns fn(0, 1, *args), run in this process as the only rank. Call it once in a process: its
+    """Return fn(0, 1, *args), run in this process as the only rank. Call it once in a process: its
     group stays."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     _set_variables(0, 1, "127.0.0.1", store.port)
@@ -217,6 +220,6 @@ def _set_variables(rank: int, world_size: int, address: str, port: int) -> None:
 
 
 def _end_with_caller(pipe: Connection) -> None:
-    """Ends this rank when the pipe closes; the caller sends nothing through it."""
+    """End this rank when the pipe closes; the caller sends nothing through it."""
     wait([pipe])
     os.killpg(0, signal.SIGKILL)

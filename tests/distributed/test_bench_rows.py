@@ -72,7 +72,7 @@ def check_row(bench: Bench, name: str) -> None:
         expected = results(Variant(name, places[0], "sequential"))
         assert_close(expected[0], by_equations(name, blocks, bench.x).detach(), 1e-6, name)
         shorter = slots(replace(blocks[0].schedule, chunks=chunks))
-        mixed = Variant(name, places[-1], own=(shorter[0], places[-1]))
+        mixed = Variant(name, places[-1], schedules=(shorter[0], places[-1]))
         for variant in [*(Variant(name, place) for place in places), mixed]:
             found = results(variant)
             assert len(found) == len(expected)
