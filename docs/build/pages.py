@@ -22,6 +22,7 @@ from typing import Any
 
 from docs.build.concepts import CONCEPTS
 from experiments.bench import inference, offload, speed_chart, training, uneven
+from experiments.bench.overlap_rows import rows_of
 from experiments.figures.measured import (
     EXPLAINED,
     PAGES,
@@ -224,7 +225,7 @@ def scenario_row(scenario: Scenario, report: dict[str, Any]) -> dict[str, Any]:
         "paper_share": scenario.pair_share,
         "module": module_share(report, "forward"),
         "paper_module": scenario.module_share,
-        "hidden": report["rows"][fastest["row"]]["overlap_forward"],
+        "hidden": rows_of(report)[fastest["row"]].overlap_forward,
         "paper_hidden": scenario.hidden,
         "over": fastest["over"],
         "paper_over": {row: scenario.over.get(row, "-") for row in PCIE_OVER},

@@ -41,7 +41,7 @@ from experiments.bench.overlap import find_rate, say, warn_of_share
 from experiments.bench.pairs import Setting, check_ranks, default_schedule
 from experiments.bench.speed_chart import PAPERS, Printed, name_of
 from experiments.bench.stacks import Variant, make_blocks
-from experiments.bench.uneven import draw_lines
+from experiments.bench.uneven import Point, draw_lines, heat_of
 from experiments.engine import links
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from experiments.engine.clock import CPU, in_turn, median, quartiles
@@ -278,16 +278,23 @@ def at_load(
 
 def draw_loads(report: dict[str, Any], path: Path) -> None:
     """Draw the time of a planned prefill over the balanced one."""
-    reports = [
-        own | {"rows": {row: both["prefill"] for row, both in own["rows"].items()}}
-        for own in report["loads"]
-    ]
+    lines: dict[str, list[Point]] = {row: [] for row in report["rows"]}
+    for at_load in sorted(report["loads"], key=heat_of):
+        for row, both in at_load["rows"].items():
+            prefill = both["prefill"]
+            point = Point(
+                prefill["max_over_mean_ranks"],
+                prefill["over_balanced"],
+                prefill["over_balanced_quartiles"],
+            )
+            lines[row].append(point)
+    names = {row: name_of(row) for row in lines}
     share = f"communication share {report['comm_share']['prefill']:.2f}"
     words = (
         f"Uneven routing, prefill of {report['prompt']} tokens, real compute, {report['ranks']}"
         f" ranks, {share}"
     )
-    draw_lines(reports, "over_balanced", path, words, "prefill over its balanced one")
+    draw_lines(lines, names, path, words, "prefill over its balanced one")
 
 
 def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from experiments.bench import speed_chart, uneven
-from experiments.bench.loads import BALANCED, Sizes, imbalance, kinds_of, load_of
+from experiments.bench.loads import BALANCED, kinds_of
 from experiments.bench.overlap import Measured, Row, Seconds, measure, warn_of_share, way_of
+from experiments.bench.overlap_rows import OverlapRow, rows_of
 from experiments.bench.pairs import USUAL_RATIO, Setting, share_sent
 from experiments.bench.refusals import refuse_impossible
 from experiments.bench.stacks import Variant, of_each_kind, windows_of
@@ -130,21 +131,24 @@ def summary(
     rows = {name: row_of(setting, measured, name) for name in setting.rows}
     if control is not None:
         even, balanced = control
-        report["load"] = {"name": measured.load} | made_by(setting, measured.load, "top2")
+        balanced_rows = rows_of(balanced)
+        made = uneven.made_by(setting, measured.load, "top2")
+        report["load"] = {"name": measured.load, **made}
         report |= {"layout": "dropless", "balanced_share": balanced["comm_share"]}
-        for name, row in rows.items():
-            row |= uneven.beside_balanced(setting, measured, even, name, balanced["rows"][name])
-            row |= made_by(setting, measured.load, setting.block_of(name))
+        rows = {
+            name: uneven.beside_balanced(setting, measured, even, name, row, balanced_rows[name])
+            for name, row in rows.items()
+        }
     if setting.layout is not None:
         report["layout"] = setting.layout
     best = {name: measured.times[row.best] for name, row in measured.rows.items()}
-    fastest = max(rows, key=lambda name: rows[name]["forward_speedup"])
+    fastest = max(rows, key=lambda name: rows[name].forward_speedup)
     over_fastest = {
         name: median(seconds.forward / best[fastest].forward) for name, seconds in best.items()
     }
     report["fastest_forward"] = {"row": fastest, "over": over_fastest}
     if scmoe := [name for name in rows if name.startswith("scmoe")]:
-        quickest = min(scmoe, key=lambda name: rows[name]["train_ms"])
+        quickest = min(scmoe, key=lambda name: rows[name].train_ms)
         forward = {
             name: all_quartiles(seconds.forward / best[quickest].forward)
             for name, seconds in best.items()
@@ -156,16 +160,10 @@ def summary(
         report["fastest_scmoe"] = {"row": quickest, "over": {"forward": forward, "train": train}}
     if "top2" in rows:
         report["top2_operators_ms"] = operators_ms(measured.rows["top2"].choices[0].times[1])
-    return {**report, "rows": rows}
+    return {**report, "rows": {name: row.to_json() for name, row in rows.items()}}
 
 
-def made_by(setting: Setting, load: str, block: str) -> dict[str, float]:
-    """Return how uneven a load makes the routing of a block."""
-    sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
-    return imbalance(load_of(load), sizes, setting.sequences, setting.seq_len)
-
-
-def row_of(setting: Setting, measured: Measured, name: str) -> dict[str, Any]:
+def row_of(setting: Setting, measured: Measured, name: str) -> OverlapRow:
     """Return the figures of one row: its best schedule beside sequential top-2."""
     row, block = measured.rows[name], setting.block_of(name)
     schedule, chosen = row.best.schedule, row.chosen.schedule
@@ -176,43 +174,43 @@ def row_of(setting: Setting, measured: Measured, name: str) -> dict[str, Any]:
     forward, train = top2.forward / best.forward, top2.train / best.train
     windows = windows_of(row.best, row.choices)
     exposed = setting.accumulate * sum(exposed_time(*each) for each in windows)
-    figures = {
-        "forward_ms": 1e3 * median(best.forward),
-        "train_ms": 1e3 * median(best.train),
-        "forward_speedup": median(forward),
-        "train_speedup": median(train),
-        "forward_quartiles": quartiles(forward),
-        "train_quartiles": quartiles(train),
-        "overlap_forward": median(
-            overlap_efficiency(best.forward, sequential.forward, free.forward)
-        ),
-        "overlap_backward": median(
+    figures = OverlapRow(
+        forward_ms=1e3 * median(best.forward),
+        train_ms=1e3 * median(best.train),
+        forward_speedup=median(forward),
+        train_speedup=median(train),
+        forward_quartiles=quartiles(forward),
+        train_quartiles=quartiles(train),
+        overlap_forward=median(overlap_efficiency(best.forward, sequential.forward, free.forward)),
+        overlap_backward=median(
             overlap_efficiency(best.backward, sequential.backward, free.backward)
         ),
-        "slot": schedule.slot,
-        "inside_attention": schedule.inside_attention,
-        "chunks": schedule.chunks,
-        "auto_slot": chosen.slot,
-        "auto_inside_attention": chosen.inside_attention,
-        "inside_gain": inside_gain(row, measured.times),
-        "auto_chunks": chosen.chunks,
-        "auto_over_best": auto_over_best(row, measured.times),
-        "measured_over_model": median(best.train) / (median(free.train) + exposed),
-        "peak_mb": row.peak_mb,
-        "links": "bus" if setting.bus else "shaped" if setting.shaped else "loopback",
-        "compute": setting.compute,
-    }
+        slot=schedule.slot,
+        inside_attention=schedule.inside_attention,
+        chunks=schedule.chunks,
+        auto_slot=chosen.slot,
+        auto_inside_attention=chosen.inside_attention,
+        inside_gain=inside_gain(row, measured.times),
+        auto_chunks=chosen.chunks,
+        auto_over_best=auto_over_best(row, measured.times),
+        measured_over_model=median(best.train) / (median(free.train) + exposed),
+        peak_mb=row.peak_mb,
+        links="bus" if setting.bus else "shaped" if setting.shaped else "loopback",
+        compute=setting.compute,
+    )
     if setting.every == 1:  # Nous' first block has a shorter window
-        figures["auto_slots"] = [choice.schedule.place for choice in row.choices]
+        figures = replace(figures, auto_slots=[each.schedule.place for each in row.choices])
     if setting.level == "iteration":
-        figures["gradient_mb"] = gradient_mb(measured, block)
-        figures["rows_over_gradients"] = rows_over_gradients(setting, measured, block)
+        figures = replace(
+            figures,
+            gradient_mb=gradient_mb(measured, block),
+            rows_over_gradients=rows_over_gradients(setting, measured, block),
+        )
     if has_limit(setting, measured):
         least = least_times(setting, measured, block)
-        figures |= {
-            "limit_train": median(top2.train / least),
-            "of_limit": median(least / best.train),
-        }
+        figures = replace(
+            figures, limit_train=median(top2.train / least), of_limit=median(least / best.train)
+        )
     return figures
 
 

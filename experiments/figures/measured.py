@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.bench.overlap_rows import rows_of
 from experiments.bench.speed_chart import KINDS, PIPELINED, conditions, name_of, speed_bars
 from experiments.engine.bars import bar_legend, grouped_bars, height_of
 from experiments.figures.timelines import pair, timelines
@@ -209,7 +210,7 @@ def _words(scenario: Scenario, report: dict[str, Any]) -> list[str]:
     """Return what is above a scenario's panels: its shares, and ScMoE's speed over that of other
     rows."""
     fastest = report["fastest_scmoe"]
-    hidden = 100 * report["rows"][fastest["row"]]["overlap_forward"]
+    hidden = 100 * rows_of(report)[fastest["row"]].overlap_forward
     lines = [
         f"{scenario.name}: {100 * report['comm_share']:.0f} % of inference is All-to-All,",
         f"{hidden:.0f} % of ScMoE's is hidden (paper: {100 * scenario.hidden:.0f} %)",
