@@ -43,21 +43,11 @@ VERBS = {
     "check-data": "read all data of a config, and name files that cannot be read",
     "estimate": "estimate what a training costs, without starting it",
     "dryrun": "run one step of a job of any size on tensors without numbers, and count",
-    "bench": (
-        "measure overlap, inference, a training on a slow network, routing, the layer and more"
-    ),
+    "bench": "measure overlap, inference, a training on a slow network, the layer",
     "gpu-check": "check everything on one GPU, in nine minutes",
     "figure": "draw a figure of the paper, from a run or from reports",
-    "fig13": "measure and draw Fig. 13, offloaded experts",
 }
-LABORATORY = (
-    "table",
-    "reproduce",
-    "bench",
-    "gpu-check",
-    "figure",
-    "fig13",
-)  # verbs of experiments/
+LABORATORY = ("table", "reproduce", "bench", "gpu-check", "figure")  # verbs of experiments/
 INTERRUPTED = 128 + signal.SIGINT
 AGAIN_S = 1.0  # a second Ctrl-C within this time is the same one
 HELP_COLUMNS = 120  # where standard output is no terminal

@@ -21,15 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from docs.build.concepts import CONCEPTS
-from experiments.bench import (
-    growth,
-    inference,
-    offload,
-    routing_study,
-    speed_chart,
-    training,
-    uneven,
-)
+from experiments.bench import inference, offload, speed_chart, training, uneven
+from experiments.bench.overlap_rows import rows_of
 from experiments.figures.measured import (
     EXPLAINED,
     PAGES,
@@ -61,10 +54,9 @@ BENCHES: dict[
     "uneven-": uneven,
     "inference-": inference,
     "train-": training,
-    "growth": growth,
-    "routing": routing_study,
     "figure-13": offload,
 }
+RECORDS = ("growth", "routing")  # pictures that no code draws any more: their benches are removed
 DRAW = {start: bench.draw for start, bench in BENCHES.items()} | dict.fromkeys(
     ("figure-9", "figure-10"), draw_measured
 )
@@ -73,7 +65,7 @@ DRAW = {start: bench.draw for start, bench in BENCHES.items()} | dict.fromkeys(
 def pictures() -> dict[str, Callable[[Path], None]]:
     """Return for the name of each picture of the docs what draws it into a file. Raises
     ConfigError."""
-    found: dict[str, Callable[[Path], None]] = {
+    drawings: dict[str, Callable[[Path], None]] = {
         draw.__name__: draw for draw in (*EXPLAINED.values(), *CONCEPTS)
     }
     reports = {path.stem: path for path in sorted(PAGES.glob("*.json"))}
@@ -84,10 +76,10 @@ def pictures() -> dict[str, Callable[[Path], None]]:
                 f"{path} is no report that is drawn, allowed: names that begin with"
                 f" {' | '.join(DRAW)}"
             )
-        found[name] = partial(DRAW[kind], read(path))
+        drawings[name] = partial(DRAW[kind], read(path))
     if any(FIGURE_8.glob("*.json")):
         scenarios = read_reports([FIGURE_8])
-        found |= {
+        drawings |= {
             "figure-1": partial(draw_shares, scenarios),
             "figure-8": partial(draw_speeds, scenarios),
         }
@@ -95,12 +87,12 @@ def pictures() -> dict[str, Callable[[Path], None]]:
         if "_lr-" in path.parent.name:  # a search for learning rates has no picture
             continue
         results = read(path)
-        found[path.parent.name] = partial(draw_differences, results)
+        drawings[path.parent.name] = partial(draw_differences, results)
         if len(results["equal_time"]) > 1:
-            found[f"{path.parent.name}-equal-time"] = partial(draw_equal_time, results)
-    if HEADLINE in found:
-        found["headline"] = found[HEADLINE]
-    return found
+            drawings[f"{path.parent.name}-equal-time"] = partial(draw_equal_time, results)
+    if HEADLINE in drawings:
+        drawings["headline"] = drawings[HEADLINE]
+    return drawings
 
 
 def write_pages(out: Path | None) -> list[Path]:
@@ -174,9 +166,9 @@ def of_a_table(said: dict[str, Any], data: dict[str, Any]) -> tuple[dict[str, An
     """Return what a table of the paper says of itself, unless `said` does, and its data, rows also
     by their names."""
     day = data["dates"][-1]
-    own = {"title": data["title"], "command": data["command"], "machine": data["machines"][0]}
-    own["date"] = f"{day[:4]}-{day[4:6]}-{day[6:]}"
-    return own | said, {**data, "by_name": {row["name"]: row for row in data["rows"]}}
+    stated = {"title": data["title"], "command": data["command"], "machine": data["machines"][0]}
+    stated["date"] = f"{day[:4]}-{day[4:6]}-{day[6:]}"
+    return stated | said, {**data, "by_name": {row["name"]: row for row in data["rows"]}}
 
 
 def text_of(each: Experiment) -> str:
@@ -200,7 +192,7 @@ def text_of(each: Experiment) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def overview(found: Sequence[Experiment]) -> str:
+def overview(experiments: Sequence[Experiment]) -> str:
     """Return a table for each group of experiments, with a row for each result, and links to the
     others' pages."""
     columns = {name: f"{{{name}}}" for name in ("ours", "limit", "paper")}
@@ -210,9 +202,9 @@ def overview(found: Sequence[Experiment]) -> str:
         "page": "[numbers]({link})",
     }
     parts = []
-    for group in dict.fromkeys(each.said["group"] for each in found):
+    for group in dict.fromkeys(each.said["group"] for each in experiments):
         rows, others = {}, []
-        for each in (each for each in found if each.said["group"] == group):
+        for each in (each for each in experiments if each.said["group"] == group):
             link = each.page.relative_to(RESULTS)
             for what, numbers in each.said["results"].items():
                 filled = {column: text.format_map(each.data) for column, text in numbers.items()}
@@ -233,7 +225,7 @@ def scenario_row(scenario: Scenario, report: dict[str, Any]) -> dict[str, Any]:
         "paper_share": scenario.pair_share,
         "module": module_share(report, "forward"),
         "paper_module": scenario.module_share,
-        "hidden": report["rows"][fastest["row"]]["overlap_forward"],
+        "hidden": rows_of(report)[fastest["row"]].overlap_forward,
         "paper_hidden": scenario.hidden,
         "over": fastest["over"],
         "paper_over": {row: scenario.over.get(row, "-") for row in PCIE_OVER},

@@ -86,7 +86,7 @@ class EmulatedExperts(nn.Module):
 
 
 def free(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
-    """Free communication: every rank keeps its rows, as if they came from its peers. It gets as
+    """Return the same rows at once, as if they came from the peers. A rank gets as
     many as these would send: where it has fewer, the others are zero."""
     missing = 0 if traffic is None else sum(traffic.received) - len(rows)
     if missing:
@@ -110,7 +110,7 @@ class OnStream:
 
 
 def over_the_bus(device: torch.device, rate: float = 1.0) -> Exchange:
-    """Copies rows to pinned host memory and back on a separate stream, as an All-to-All between
+    """Copy rows to pinned host memory and back on a separate stream, as an All-to-All between
     GPUs on PCIe without peer access does; one GPU is enough. The copies run in parallel with the
     computation of the current stream.
 
@@ -144,7 +144,7 @@ def over_the_bus(device: torch.device, rate: float = 1.0) -> Exchange:
 
 @torch.no_grad()
 def _there_and_back(rows: Tensor, target: Tensor, rate: float) -> None:
-    """Fills `target` with the rows; `travelling` says how many go to the host and back."""
+    """Fill `target` with the rows; `travelling` says how many go to the host and back."""
     numbers = travelling(len(rows), rate)
     most = max(numbers, default=0)
     target[most:].copy_(rows[most:])
@@ -157,6 +157,6 @@ def _there_and_back(rows: Tensor, target: Tensor, rate: float) -> None:
 
 
 def travelling(num_rows: int, rate: float) -> list[int]:
-    """Returns the number of rows of each trip to the host and back, num_rows / rate in all."""
+    """Return the number of rows of each trip to the host and back, num_rows / rate in all."""
     whole, part = divmod(1 / rate, 1)
     return [number for number in [num_rows] * int(whole) + [round(part * num_rows)] if number]

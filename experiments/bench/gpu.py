@@ -70,7 +70,7 @@ SHOWN = 10  # tests with another outcome than expected
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Returns the names and versions under which the numbers hold."""
+    """Return the names and versions under which the numbers hold."""
     facts: dict[str, Any] = {
         "device": device,
         "python": platform.python_version(),
@@ -92,7 +92,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def write_report(place: Place, parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Writes results.json, which has everything, and report.md, what a person reads first, into the
+    """Write results.json, which has everything, and report.md, what a person reads first, into the
     folder. Returns which files it removed to keep the limits."""
     facts, removed = machine(place.device), trim(place.out)
     results = {"machine": facts, "tiny": place.tiny, "parts": parts, "removed": removed}
@@ -113,7 +113,7 @@ def write_report(place: Place, parts: Mapping[str, Mapping[str, Any]]) -> list[s
 
 
 def trim(folder: Path) -> list[str]:
-    """Removes the largest files until the folder, with both reports, keeps to the limits FILES and
+    """Remove the largest files until the folder, with both reports, keeps to the limits FILES and
     TOTAL_MB."""
     files = sorted(folder.iterdir(), key=lambda path: path.stat().st_size)
     removed = []
@@ -131,7 +131,7 @@ def trim(folder: Path) -> list[str]:
 
 
 def tests(place: Place) -> Pieces:
-    """Runs the tests marked `gpu` and counts them. On a machine without a GPU all of them skip."""
+    """Run the tests marked `gpu` and counts them. On a machine without a GPU all of them skip."""
     one = "skipped" if place.device == "cpu" else "passed"
     two = one if torch.cuda.device_count() > 1 else "skipped"
     return {
@@ -153,7 +153,7 @@ class Outcomes:
 
 
 def run_tests(files: Sequence[str], expected: str) -> dict[str, int]:
-    """Returns how many tests had which outcome. RuntimeError: some had another one than expected,
+    """Return how many tests had which outcome. RuntimeError: some had another one than expected,
     or none ran."""
     import pytest
 

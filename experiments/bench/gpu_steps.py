@@ -30,7 +30,7 @@ from experiments.bench.overlap_report import summary
 from experiments.bench.pairs import Setting
 from experiments.bench.timeline import watch
 from experiments.engine import gantt, profiles
-from experiments.engine.clock import in_turn, middle, seconds
+from experiments.engine.clock import in_turn, median, seconds
 from experiments.engine.isolated import Pieces, Place
 from experiments.engine.ranks import run_alone
 from scmoe.config.fields import Config
@@ -80,7 +80,7 @@ KEPT = "pos2-overlapped-1-chunks.json"  # of the traces, by timeline.py
 
 
 def config_of(place: Place, name: str, *overrides: str) -> Config:
-    """Returns a shipped configuration for one device."""
+    """Return a shipped configuration for one device."""
     return load(SHIPPED / name, [*ON_ONE, *overrides, *(TINY_MODEL if place.tiny else ())])
 
 
@@ -89,7 +89,9 @@ class TrainStep:
     [samples, S]."""
 
     def __init__(self, config: Config, device: torch.device, samples: int) -> None:
-        self.config, self.device, self.samples = config, device, samples
+        self.config = config
+        self.device = device
+        self.samples = samples
         model = build_model(config, ParallelContext()).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         self.step = Step(Wrapped(model, 1), ParallelContext(), optimizer, clip=1.0)
@@ -119,7 +121,8 @@ class TrainStep:
 
 
 def profiled(place: Place) -> Pieces:
-    """The operators of a training step by the profiler, and where the host waits for the device.
+    """Return the operators of a training step, and where the host waits for the device.
+
     With fixed capacity nothing of a step may wait; dropless the host reads the number of rows."""
     return {
         "fixed capacity": lambda: profile_step(place, "step.json.gz"),
@@ -128,7 +131,7 @@ def profiled(place: Place) -> Pieces:
 
 
 def profile_step(place: Place, trace: str | None, *overrides: str) -> dict[str, Any]:
-    """Returns times and waits of one step. trace: a file's name, to keep the profile.
+    """Return times and waits of one step. trace: a file's name, to keep the profile.
 
     RuntimeError: the host waited with fixed capacity, or the profiler did not see the device."""
     config = config_of(place, GPT2, "data.name=synthetic", *overrides)
@@ -136,8 +139,8 @@ def profile_step(place: Place, trace: str | None, *overrides: str) -> dict[str, 
     for _ in range(WARM_UP):
         step()
     kept_at = place.out / trace if trace else None
-    found = profiles.events_of(profiles.recorded(step.device, step), kept_at)
-    events = profiles.within(found, "step")
+    all_events = profiles.events_of(profiles.recorded(step.device, step), kept_at)
+    events = profiles.within(all_events, "step")
     waits = profiles.host_waits(events)
     if place.device == "cuda" and not profiles.device_work(events)["kernels"]:
         raise RuntimeError(
@@ -151,7 +154,9 @@ def profile_step(place: Place, trace: str | None, *overrides: str) -> dict[str, 
         "host_waits": sum(waits.values()),
         "waits": waits,
         "operators_forward_ms": profiles.operator_ms(events),
-        "phases": {phase: profiles.device_work(profiles.within(found, phase)) for phase in PHASES},
+        "phases": {
+            phase: profiles.device_work(profiles.within(all_events, phase)) for phase in PHASES
+        },
     }
 
 
@@ -160,7 +165,7 @@ def gpt2(place: Place) -> Pieces:
 
 
 def measure_step(place: Place) -> dict[str, Any]:
-    """Returns rates of a step of GPT2-MoE-Small at its own shape, medians over rounds, and its peak
+    """Return rates of a step of GPT2-MoE-Small at its own shape, medians over rounds, and its peak
     memory. MFU is training FLOPs (estimate/model_cost.py) over what the device could do: by its
     datasheet, and by a product of two large bf16 matrices, measured in turn with the step."""
     device, config = torch.device(place.device), config_of(place, GPT2, "data.name=synthetic")
@@ -178,8 +183,8 @@ def measure_step(place: Place) -> dict[str, Any]:
         "product": partial(seconds, lambda: square @ square, device),
     }
     times = in_turn(runs, 3 if place.tiny else 10, WARM_UP)
-    step_s = middle(times["step"])
-    product_flops = 2 * size**3 / middle(times["product"])
+    step_s = median(times["step"])
+    product_flops = 2 * size**3 / median(times["product"])
     achieved = (
         job.samples * training_flops(forward_flops(model, seq_len, empty_slots=False)) / step_s
     )
@@ -208,7 +213,7 @@ def training(place: Place) -> Pieces:
 
 
 def train(place: Place) -> dict[str, Any]:
-    """Trains the quickstart's model in bf16 on the pages in docs/, which every checkout has.
+    """Train the quickstart's model in bf16 on the pages in docs/, which every checkout has.
     Returns the loss in tenths of the training. RuntimeError: it has not fallen by LEAST_FALL."""
     with tempfile.TemporaryDirectory() as folder:
         words = (
@@ -245,21 +250,22 @@ def train(place: Place) -> dict[str, Any]:
 
 
 def setting_at(place: Place, share: float) -> Setting:
-    """Returns the pair that is measured: real computation, transfers over the bus."""
+    """Return the pair that is measured: real computation, transfers over the bus."""
     sizes = TINY_PAIR if place.tiny else PAIR
-    return Setting(share, compute="real", device=place.device, shaped=False, bus=True, **sizes)
+    return Setting(
+        share, ranks=1, compute="real", device=place.device, shaped=False, bus=True, **sizes
+    )
 
 
 def overlap(place: Place, share: float) -> Pieces:
-    """How much every architecture hides, as `bench overlap` measures it, on the streams of one
-    device."""
+    """Return how much every architecture hides, as `bench overlap` measures it, on one device."""
     return {"transfers": lambda: transfers(place), "rows": lambda: overlapped_rows(place, share)}
 
 
 def overlapped_rows(place: Place, share: float) -> dict[str, Any]:
-    """Returns the report of `bench overlap`, and draws it."""
+    """Return the report of `bench overlap`, and draws it."""
     setting = setting_at(place, share)
-    report = summary(setting, 1, run_alone(measure, setting)[BALANCED])
+    report = summary(setting, run_alone(measure, setting)[BALANCED])
     report["chart"] = drawn(speed_chart.draw, report, place.out / f"overlap-{share:g}.png")
     sizes = {
         "dim": setting.dim,
@@ -271,7 +277,7 @@ def overlapped_rows(place: Place, share: float) -> dict[str, Any]:
 
 
 def transfers(place: Place) -> dict[str, Any]:
-    """Returns what one transfer is on the device: copies and kernels, and how much it slows a
+    """Return what one transfer is on the device: copies and kernels, and how much it slows a
     computation down.
 
     streaming_multiprocessors: those that its kernels can occupy at most; 0 where copy engines do
@@ -298,7 +304,7 @@ def transfers(place: Place) -> dict[str, Any]:
     times = in_turn(runs, 3 if place.tiny else 15, WARM_UP)
     facts: dict[str, Any] = {
         "mb": x.nbytes / 2**20,
-        **{f"{name}_ms": 1e3 * middle(own) for name, own in times.items()},
+        **{f"{name}_ms": 1e3 * median(seconds_of) for name, seconds_of in times.items()},
     }
     facts["gb_per_s_there_and_back"] = x.nbytes / 1e6 / facts["transfer_ms"]
     facts["both_over_longer"] = facts["both_ms"] / max(facts["transfer_ms"], facts["compute_ms"])
@@ -317,16 +323,16 @@ def pictures(place: Place) -> Pieces:
 
 
 def timelines(place: Place) -> dict[str, Any]:
-    """Draws the operators of one pair on the device's streams, forward and backward, as in Fig. 7,
+    """Draw the operators of one pair on the device's streams, forward and backward, as in Fig. 7,
     and keeps a trace. Returns for each measured timeline its milliseconds and `beside`, which says
     in numbers what the pictures show.
     """
     with tempfile.TemporaryDirectory() as folder:
-        rate, found = run_alone(watch, setting_at(place, SHARE), "pos2", Path(folder))
+        rate, timelines_of = run_alone(watch, setting_at(place, SHARE), "pos2", Path(folder))
         (place.out / "pair.json.gz").write_bytes(gzip.compress(Path(folder, KEPT).read_bytes()))
     facts: dict[str, Any] = {"bus_rate": rate}
     card = torch.cuda.get_device_name() if place.device == "cuda" else "cpu"
-    for direction, spans_of in found.items():
+    for direction, spans_of in timelines_of.items():
         measured = {title: spans for title, spans in spans_of.items() if title.endswith("measured")}
         facts[direction] = {
             title: {"ms": max(s.end for s in spans), "beside": beside(spans)}
@@ -340,7 +346,7 @@ def timelines(place: Place) -> dict[str, Any]:
 
 
 def beside(spans: Sequence[Span]) -> float:
-    """Returns the share of the transfers' time in which an operator computes. Operators do not
+    """Return the share of the transfers' time in which an operator computes. Operators do not
     overlap each other."""
     transfers = [s for s in spans if s.is_transfer]
     others = [s for s in spans if not s.is_transfer]
@@ -351,7 +357,7 @@ def beside(spans: Sequence[Span]) -> float:
 
 
 def drawn(draw: Callable[..., None], what: Any, path: Path, *words: str) -> str:
-    """Draws `what` into a file and returns its name, or says why there is none."""
+    """Draw `what` into a file and returns its name, or says why there is none."""
     if find_spec("matplotlib") is None:
         return "not drawn: matplotlib is missing"
     draw(what, path, *words)

@@ -8,6 +8,8 @@ blocks, on links whose rate gives prefill a share of communication.
               without transfers
     auto      as `scmoe generate` runs them: prefill overlapped in one chunk, decode sequential
 
+    generate  texts with a cache and without, in one process without transfers (generation.py)
+
 The models are dropless. Their experts get equal shares, or with `--load` those of uneven routing
 (loads.py), measured beside the balanced one. Ratios are to sequential top-2 in the same shape,
 taken round by round, medians. A row's limit is its own time without transfers.
@@ -25,25 +27,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from experiments.bench import emulated
+from experiments.bench import emulated, generation
 from experiments.bench.loads import (
     BALANCED,
-    Now,
-    Place,
+    CurrentLoad,
+    Sizes,
+    check_load,
     imbalance,
     kinds_of,
     load_of,
-    why_impossible,
 )
 from experiments.bench.overlap import find_rate, say, warn_of_share
 from experiments.bench.pairs import Setting, check_ranks, default_schedule
 from experiments.bench.passes import PASSES, Shape, a_pass, best_schedules, pass_seconds
 from experiments.bench.speed_chart import PAPERS, Printed, name_of
 from experiments.bench.stacks import Variant, make_blocks
-from experiments.bench.uneven import draw_lines
+from experiments.bench.uneven import Point, draw_lines, heat_of
 from experiments.engine import links
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
-from experiments.engine.clock import CPU, in_turn, middle, quartiles
+from experiments.engine.clock import CPU, in_turn, median, quartiles
 from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
@@ -53,6 +55,7 @@ from scmoe.parallel.mesh import build_context
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, ReadByHost
 from scmoe.probes.charts import BLUE, PAPER, RED, chart, heading
 from scmoe.report import Report, publish
+from scmoe.report import say as tell
 from scmoe.schedule.schedule import POSITIONS
 
 BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")
@@ -60,6 +63,7 @@ CHUNKS = (1, 2, 4)
 OVERLAPPED = tuple(f"overlapped x {chunks}" for chunks in CHUNKS)
 WAYS = ("sequential", *OVERLAPPED)
 VOCABULARY = 1024
+GENERATE_ROUNDS = 3  # a text without a cache takes seconds
 SHAPES: tuple[Shape, ...] = ("prefill", "decode")
 AUTO: dict[str, str] = {"prefill": "overlapped x 1", "decode": "sequential"}
 
@@ -96,7 +100,7 @@ class InferenceBench:
         self.group = context.ep_group
         torch.manual_seed(0)
         self.models: dict[str, Any] = {}
-        self.now = Now(load_of(BALANCED))
+        self.now = CurrentLoad(load_of(BALANCED))
         self.turns = Counter[
             tuple[Shape, Variant]
         ]()  # how often each one ran: the steps of its load
@@ -144,8 +148,8 @@ class InferenceBench:
 
 
 def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[str, dict[str, Any]]:
-    """Runs on every rank; the caller uses rank 0's result: for each load, of balance first, the
-    rate, and seconds of each way by rounds."""
+    """Run on every rank; the caller uses rank 0's result: for each load, of balance first, the
+    rate, the plans, and seconds of each way by rounds."""
     dist.init_process_group("gloo")
     with torch.inference_mode():
         bench = InferenceBench(setting, batch)
@@ -173,23 +177,30 @@ def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[st
 
 
 def bench_inference(
-    share: float, prompt: int, batch: int, rounds: int, ranks: int, load: Sequence[str], out: Path
+    share: float,
+    prompt: int,
+    batch: int,
+    tokens: int,
+    rounds: int,
+    ranks: int,
+    load: Sequence[str],
+    out: Path,
 ) -> dict[str, Any]:
     """Measure, print a table, and write chart and figures into the folder `out`. Returns the
     report.
 
     share: of communication in a sequential top-2 prefill of `prompt` tokens a rank. batch: texts
-    that a rank decodes. load: of the experts, beside the balanced one, whose report then has one of
-    each load in `loads`. The program starts again in a network namespace. ConfigError: an option
-    that cannot be honoured.
+    that a rank decodes. tokens: new ones of each generated text; 0: none is generated. load: of the
+    experts, beside the balanced one, whose report then has one of each load in `loads`. The program
+    starts again in a network namespace. ConfigError: an option that cannot be honoured.
     """
     require("bench inference", "matplotlib")
     check_ranks(ranks)
     experts = Setting.num_experts
-    for option, tokens in (("prompt", prompt), ("batch", batch)):
-        if tokens < experts or tokens % experts:
+    for option, number in (("prompt", prompt), ("batch", batch)):
+        if number < experts or number % experts:
             allowed = f"multiples of {experts}, so that experts get equal shares"
-            raise ConfigError(f"--{option} is {tokens}, allowed: {allowed}")
+            raise ConfigError(f"--{option} is {number}, allowed: {allowed}")
     loads = tuple(dict.fromkeys(load))
     setting = Setting(
         share,
@@ -200,18 +211,21 @@ def bench_inference(
         loads=loads,
         layout="dropless",
     )
-    for own in map(load_of, loads):
-        if own.kind == "ragged":
+    for uneven in map(load_of, loads):
+        if uneven.kind == "ragged":
             raise ConfigError(
-                f"--load is {own.name}, allowed: others, as prompts have equal lengths"
+                f"--load is {uneven.name}, allowed: others, as prompts have equal lengths"
             )
         for top_k in {*map(setting.top_k_of, BLOCKS)}:
-            if refused := why_impossible(own, Place(experts, top_k, ranks), setting.sequences):
-                raise ConfigError(refused)
+            check_load(uneven, Sizes(experts, top_k, ranks), setting.sequences)
     links.require()
     found = run_ranks(measure, ranks, setting, batch, timeout_s=3600, own_links=True)[0]
     report = summary(setting, batch, ranks, found[BALANCED])
     warn_of_share(share, report["comm_share"]["prefill"])
+    if tokens:
+        tell(f"generating {generation.TEXTS} texts of {tokens} tokens")
+        alone = run_ranks(generation.measure, 1, tokens, GENERATE_ROUNDS, timeout_s=3600)[0]
+        report["generate"] = alone.report()
     name = f"inference-{ranks}-ranks-share-{share:g}"
     if loads:
         report["loads"] = [at_load(setting, batch, ranks, found, own) for own in loads]
@@ -233,16 +247,16 @@ def at_load(
     }
     for block in BLOCKS:
         row = f"scmoe_{block}" if block in POSITIONS else block
-        place = Place(setting.num_experts, setting.top_k_of(block), ranks)
+        sizes = Sizes(setting.num_experts, setting.top_k_of(block), ranks)
         for shape, tokens in zip(SHAPES, (setting.tokens, batch), strict=True):
-            uneven = imbalance(load_of(load), place, 1, tokens)
+            uneven = imbalance(load_of(load), sizes, 1, tokens)
             own, balanced = report["rows"][row][shape], even["rows"][row][shape]
             over = (
                 times[load][block, shape, own["auto"]]
                 / times[BALANCED][block, shape, balanced["auto"]]
             )
             own |= {
-                "over_balanced": middle(over),
+                "over_balanced": median(over),
                 "over_balanced_quartiles": quartiles(over),
                 **uneven,
             }
@@ -254,16 +268,23 @@ def at_load(
 
 def draw_loads(report: dict[str, Any], path: Path) -> None:
     """Draw the time of an overlapped prefill over the balanced one."""
-    reports = [
-        own | {"rows": {row: both["prefill"] for row, both in own["rows"].items()}}
-        for own in report["loads"]
-    ]
+    lines: dict[str, list[Point]] = {row: [] for row in report["rows"]}
+    for at_load in sorted(report["loads"], key=heat_of):
+        for row, both in at_load["rows"].items():
+            prefill = both["prefill"]
+            point = Point(
+                prefill["max_over_mean_ranks"],
+                prefill["over_balanced"],
+                prefill["over_balanced_quartiles"],
+            )
+            lines[row].append(point)
+    names = {row: name_of(row) for row in lines}
     share = f"communication share {report['comm_share']['prefill']:.2f}"
     words = (
         f"Uneven routing, prefill of {report['prompt']} tokens, real compute, {report['ranks']}"
         f" ranks, {share}"
     )
-    draw_lines(reports, "over_balanced", path, words, "prefill over its balanced one")
+    draw_lines(lines, names, path, words, "prefill over its balanced one")
 
 
 def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) -> dict[str, Any]:
@@ -277,13 +298,13 @@ def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) ->
         auto = AUTO[shape]
         ratios = {name: top2 / times[block, shape, name] for name in (*WAYS, "free")}
         return {
-            "speedup": middle(ratios[auto]),
+            "speedup": median(ratios[auto]),
             "quartiles": quartiles(ratios[auto]),
             "auto": auto,
-            "ms": 1e3 * middle(times[block, shape, auto]),
-            "limit": middle(ratios["free"]),
-            "gain": middle(times[block, shape, "sequential"] / times[block, shape, auto]),
-            "ways": {name: middle(ratios[name]) for name in WAYS},
+            "ms": 1e3 * median(times[block, shape, auto]),
+            "limit": median(ratios["free"]),
+            "gain": median(times[block, shape, "sequential"] / times[block, shape, auto]),
+            "ways": {name: median(ratios[name]) for name in WAYS},
             "slots": {name: schedules[block, shape, name].slot for name in OVERLAPPED},
             "inside_attention": {
                 name: schedules[block, shape, name].inside_attention for name in OVERLAPPED
@@ -304,7 +325,7 @@ def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) ->
         }
 
     shares = {
-        shape: middle(1 - times["top2", shape, "free"] / times["top2", shape, "sequential"])
+        shape: median(1 - times["top2", shape, "free"] / times["top2", shape, "sequential"])
         for shape in SHAPES
     }
     return {
@@ -320,9 +341,13 @@ def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) ->
 
 
 def tables(report: dict[str, Any]) -> list[Report]:
-    """Return a table for each shape, at balance and at each load. Speed-ups are over sequential
-    top-2 at that load."""
-    return [table_of(own, shape) for own in (report, *report.get("loads", ())) for shape in SHAPES]
+    """Return a table for each shape, at balance and at each load, and those of the generation.
+
+    Speed-ups are over sequential top-2 at that load.
+    """
+    reports = report, *report.get("loads", ())
+    found = [table_of(own, shape) for own in reports for shape in SHAPES]
+    return found + generation.tables(report["generate"]) if "generate" in report else found
 
 
 def table_of(report: dict[str, Any], shape: Shape) -> Report:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.engine.clock import CPU, in_turn, middle, seconds
+from experiments.engine.clock import CPU, in_turn, median, seconds
 from experiments.engine.isolated import Pieces, Place, attempt
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Activation, Experts, batched_mlps, grouped_mlps
@@ -43,8 +43,11 @@ TOP_K = 2  # on a device
 NO_ACTIVATION = Activation(
     lambda h: h, lambda h, out: out.copy_(h), lambda da, h, out: out.copy_(da)
 )
-PRODUCTS, BATCHED, LAYER = "dense products", "batched products of the experts", "MoE layer"
-GELU, DROPLESS = "dense products with GELU", "MoE layer, dropless"
+PRODUCTS = "dense products"
+GELU = "dense products with GELU"
+BATCHED = "batched products of the experts"
+LAYER = "MoE layer"
+DROPLESS = "MoE layer, dropless"
 KEYS = {
     PRODUCTS: "",
     BATCHED: "_over_batched",
@@ -67,13 +70,18 @@ class DenseProducts(nn.Module):
 
 
 class ExpertProducts(nn.Module):
-    """The two products of every expert on rows of equal numbers. way: batched_mlps or grouped_mlps."""
+    """The two products of every expert on rows of equal numbers.
+
+    way: batched_mlps or grouped_mlps.
+    """
 
     def __init__(
         self, experts: Experts, way: Callable[..., Tensor], counts_E: Tensor | None = None
     ) -> None:
         super().__init__()
-        self.experts, self.way, self.counts_E = experts, way, counts_E
+        self.experts = experts
+        self.way = way
+        self.counts_E = counts_E
 
     def forward(self, rows_RD: Tensor) -> Tensor:
         return self.way(
@@ -125,15 +133,14 @@ def bench_layer(
     )
     bandwidth = read_bytes_per_s()
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
-    moved = (
-        np.array([[weights], [3 * weights]]) / bandwidth
-    )  # weights read in each pass, gradients written
+    # weights are read in each pass, gradients written
+    moved = np.array([[weights], [3 * weights]]) / bandwidth
     roofline = f"roofline, {bandwidth / 1e9:.1f} GB/s"
     times[roofline] = np.maximum(times[PRODUCTS], moved)
     ms = {
-        name: [1e3 * middle(kind) for kind in own] for name, own in times.items()
+        name: [1e3 * median(kind) for kind in both] for name, both in times.items()
     }  # forward, train
-    ratios = {name: [middle(kind) for kind in times[LAYER] / own] for name, own in times.items()}
+    ratios = {name: [median(kind) for kind in times[LAYER] / both] for name, both in times.items()}
 
     sizes = (
         f"D={dim} F={ffn_dim} E={experts}, {tokens} tokens, top-{top_k}, capacity factor"
@@ -152,12 +159,12 @@ def bench_layer(
         columns,
         "variant",
     ).show()
-    found: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
     for name, key in KEYS.items():
         if name in ratios:
-            found[f"forward_ratio{key}"], found[f"train_ratio{key}"] = ratios[name]
-    found["roofline_ratio_forward"], found["roofline_ratio"] = ratios[roofline]
-    return {**found, "gb_per_s": bandwidth / 1e9}
+            summary[f"forward_ratio{key}"], summary[f"train_ratio{key}"] = ratios[name]
+    summary["roofline_ratio_forward"], summary["roofline_ratio"] = ratios[roofline]
+    return {**summary, "gb_per_s": bandwidth / 1e9}
 
 
 def read_bytes_per_s() -> float:
@@ -170,7 +177,10 @@ def read_bytes_per_s() -> float:
 def mixtral_block(
     dim: int, ffn_dim: int, num_experts: int, top_k: int, implementation: str
 ) -> nn.Module:
-    """Return transformers' block on the meta device. implementation: how it computes its experts."""
+    """Return transformers' block on the meta device.
+
+    implementation: how it computes its experts.
+    """
     from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
 
     sizes: dict[str, Any] = dict(
@@ -235,20 +245,20 @@ def compare(
         run()
         return run
 
-    found = {name: attempt(partial(first, make)) for name, make in variants.items()}
-    runs = {name: run for name, run in found.items() if callable(run)}
+    results = {name: attempt(partial(first, make)) for name, make in variants.items()}
+    runs = {name: run for name, run in results.items() if callable(run)}
     times = in_turn(runs, rounds, WARM_UP_ON_DEVICE)
     for name, (forward, train) in times.items():
-        found[name] = {"forward_ms": 1e3 * middle(forward), "train_ms": 1e3 * middle(train)}
+        results[name] = {"forward_ms": 1e3 * median(forward), "train_ms": 1e3 * median(train)}
     for name, other in over.items():
         if name in times and other in times:
             forward, train = times[name] / times[other]
-            found[name] |= {
+            results[name] |= {
                 "over": other,
-                "forward_ratio": middle(forward),
-                "train_ratio": middle(train),
+                "forward_ratio": median(forward),
+                "train_ratio": median(train),
             }
-    return found
+    return results
 
 
 def on_device(place: Place) -> Pieces:
@@ -259,12 +269,12 @@ def on_device(place: Place) -> Pieces:
     )
     rounds = 3 if place.tiny else 15
     device = torch.device(place.device)
-    found: dict[str, Callable[[], Any]] = {}
+    cells: dict[str, Callable[[], Any]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         for num_experts in (8, 64):
             cell = partial(measure, device, dtype, num_experts, rounds, **sizes)
-            found[f"{str(dtype).removeprefix('torch.')}, {num_experts} experts"] = cell
-    return found
+            cells[f"{str(dtype).removeprefix('torch.')}, {num_experts} experts"] = cell
+    return cells
 
 
 def measure(
@@ -276,7 +286,7 @@ def measure(
     ffn_dim: int,
     tokens: int,
 ) -> dict[str, Any]:
-    """Returns times and ratios of all variants. SwiGLU has three products, so its hidden width is
+    """Return times and ratios of all variants. SwiGLU has three products, so its hidden width is
     2/3 of ffn_dim."""
     narrow = 2 * ffn_dim // 3 // 8 * 8
 
@@ -292,10 +302,10 @@ def measure(
         rows = torch.randn(tokens * TOP_K, dim, device=device, dtype=dtype, requires_grad=True)
         return ExpertProducts(experts(), way, counts_E), rows
 
-    def layer(own: Experts, capacity_factor: float | None, balanced: bool) -> Made:
+    def layer(module: Experts, capacity_factor: float | None, balanced: bool) -> Made:
         deal = round_robin(num_experts, TOP_K) if balanced else None
         router = random_weights(Router(dim, num_experts, TOP_K, deal=deal).to(dtype), device)
-        return MoEStream(router, own, LocalDispatcher(), rows_of(capacity_factor)), x()
+        return MoEStream(router, module, LocalDispatcher(), rows_of(capacity_factor)), x()
 
     def mixtral(implementation: str) -> Made:
         block = mixtral_block(dim, narrow, num_experts, TOP_K, implementation)

@@ -5,12 +5,8 @@ token goes to.
                        neighbouring experts
     balanced           1 / E
     zipf:A             (e + 1)^-A over the sum of these: the hot experts are neighbours
-    spread:A           the same heat, dealt to the ranks in the order 0, 1, 1, 0, .., hottest first
-    hot_expert:X       X / E for expert 0; the others have equal parts of the rest
     hot_rank:X         X / E for each expert of rank 0; the others have equal parts of the rest
-    empty_rank         0 for each expert of the last rank; the others have equal parts
     rotating:X:N       hot_rank:X, and the next rank is the hot one after every N steps
-    burst:X:N          rotating:X:N with N balanced steps after every N hot ones
     ragged:X           balanced, but rank 0 has X times the mean number of tokens; the others share
                        the rest
     recorded:FILE      the choices of a recorded run (scmoe/probes/routing.py), in turn; FILE:STEP
@@ -31,22 +27,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from experiments.engine.clock import middle
+from experiments.engine.clock import median
 from scmoe.config.leaves import ConfigError
 from scmoe.moe.balance import load_max
 from scmoe.moe.router import round_robin
 from scmoe.probes.routing import read_routing
 
 BALANCED = "balanced"
-KINDS = (
-    "balanced zipf:A spread:A hot_expert:X hot_rank:X empty_rank rotating:X:N burst:X:N ragged:X"
-    " recorded:FILE"
-)
+KINDS = "balanced zipf:A hot_rank:X rotating:X:N ragged:X recorded:FILE"
 FORMS = {form.partition(":")[0]: form for form in KINDS.split()}
 
 
-class Place(NamedTuple):
-    """Experts, choices of a token, and the ranks that share the experts."""
+class Sizes(NamedTuple):
+    """The experts, the choices of a token, and the ranks that share the experts."""
 
     num_experts: int
     top_k: int
@@ -65,18 +58,19 @@ class Load:
     entries: list[Tensor] = field(default_factory=list)
 
     def phases(self, ranks: int) -> int:
-        """The number of different routings; they repeat in this order."""
-        return {"rotating": ranks, "burst": 2 * ranks, "recorded": len(self.entries)}.get(
-            self.kind, 1
-        )
+        """Return the number of different routings; they repeat in this order."""
+        if self.kind == "rotating":
+            return ranks
+        return len(self.entries) if self.kind == "recorded" else 1
 
     def phase(self, step: int, ranks: int) -> int:
+        """Return which of the routings a step has."""
         return step // self.period % self.phases(ranks)
 
 
 @dataclass
-class Now:
-    """What the routers of a bench deal at this moment."""
+class CurrentLoad:
+    """What the routers of a bench deal at this moment; the bench changes it between steps."""
 
     load: Load
     step: int = 0
@@ -87,119 +81,114 @@ class Now:
 
 @cache
 def load_of(text: str) -> Load:
-    """Raises ConfigError for a text that is no load."""
+    """Return the load that a text names. ConfigError: it names none."""
     kind, *values = text.split(":")
     if kind == "recorded" and values:
         return recorded(text)
     if kind not in FORMS or len(values) != FORMS[kind].count(":"):
         raise ConfigError(f"--load is {text}, allowed: {' | '.join(FORMS.values())}")
     try:
-        numbers = float((values or ["1"])[0]), int((values[1:] or ["1"])[0])
+        heat = float(values[0]) if values else 1.0
+        period = int(values[1]) if len(values) > 1 else 1
     except ValueError:
         raise ConfigError(
             f"--load is {text}, allowed: {FORMS[kind]}, A and X numbers, N a whole number"
         ) from None
-    return Load(text, kind, *numbers)
+    return Load(text, kind, heat, period)
 
 
 def recorded(text: str) -> Load:
+    """Return the load of a recording's file, or of one step or layer of it."""
     file, step, layer = re.fullmatch(r"recorded:(.*?)(?::(\d+))?(?::(\d+))?", text).groups()  # type: ignore[union-attr]
     try:
-        found = read_routing(Path(file))
+        recording = read_routing(Path(file))
     except ValueError as error:
         raise ConfigError(f"--load is {text}: {error}") from error
-    for what, given, there in (
-        ("step", step, found.steps),
-        ("layer", layer, range(len(found.ids))),
+    layers = range(len(recording.ids))
+    for what, number, recorded_numbers in (
+        ("step", step, recording.steps),
+        ("layer", layer, layers),
     ):
-        if given is not None and int(given) not in there:
-            raise ConfigError(f"--load is {text}, allowed as {what}: {', '.join(map(str, there))}")
-    steps = range(len(found.steps)) if step is None else [found.steps.index(int(step))]
-    ids = found.ids if layer is None else [found.ids[int(layer)]]
-    entries = [ids_STK[s] for s in steps for ids_STK in ids]
-    entries = [
-        ids_TK[(ids_TK < found.num_experts).all(-1)] for ids_TK in entries
-    ]  # no padding, no zero experts
+        if number is not None and int(number) not in recorded_numbers:
+            allowed = ", ".join(map(str, recorded_numbers))
+            raise ConfigError(f"--load is {text}, allowed as {what}: {allowed}")
+
+    num_steps = len(recording.steps)
+    steps = range(num_steps) if step is None else [recording.steps.index(int(step))]
+    ids = recording.ids if layer is None else [recording.ids[int(layer)]]
+    entries = []
+    for s in steps:
+        for ids_STK in ids:
+            is_token_T = (ids_STK[s] < recording.num_experts).all(-1)  # no padding, no zero experts
+            entries.append(ids_STK[s][is_token_T])
     # any number of steps from the first on is spread over the whole recording
-    return Load(
-        text,
-        "recorded",
-        num_experts=found.num_experts,
-        entries=[entries[i] for i in mixed(len(entries))],
-    )
+    spread = [entries[i] for i in mixed(len(entries))]
+    return Load(text, "recorded", num_experts=recording.num_experts, entries=spread)
 
 
-def why_impossible(load: Load, place: Place, sequences: int) -> str | None:
-    """Return why the load cannot be dealt; None: it can. sequences: mean number of a rank's."""
-    experts, top_k, ranks = place
-    said, whole = f"--load is {load.name}, allowed", f"top-{top_k} of {experts} experts"
+def check_load(load: Load, sizes: Sizes, sequences: int) -> None:
+    """Raise ConfigError for a load that cannot be dealt. sequences: mean number of a rank's."""
+    if allowed := allowed_instead(load, sizes, sequences):
+        raise ConfigError(f"--load is {load.name}, allowed{allowed}")
+
+
+def allowed_instead(load: Load, sizes: Sizes, sequences: int) -> str | None:
+    """Return which loads of this kind could be dealt; None: this one can."""
+    experts, top_k, ranks = sizes
     if load.period < 1:
-        return f"{said}: N of 1 or more"
-    if load.kind in ("hot_rank", "rotating", "burst", "hot_expert"):
-        most, where = experts / top_k, whole
-        if load.kind != "hot_expert" and ranks <= most:
-            most, where = ranks, f"{ranks} ranks"
-        return None if 1 <= load.heat <= most else f"{said} with {where}: 1 to {most:g}"
-    if load.kind in ("zipf", "spread"):
-        return None if 0 <= load.heat <= 10 else f"{said}: 0 to 10"
-    if load.kind == "empty_rank" and top_k > experts - experts // ranks:
-        return f"{said} with {whole}: ranks that have no more than {experts - top_k} experts"
+        return ": N of 1 or more"
+
+    if load.kind in ("hot_rank", "rotating"):
+        limits = {f"{ranks} ranks": ranks, f"top-{top_k} of {experts} experts": experts / top_k}
+        reason = min(limits, key=lambda name: limits[name])
+        most = limits[reason]
+        return None if 1 <= load.heat <= most else f" with {reason}: 1 to {most:g}"
+
+    if load.kind == "zipf":
+        return None if 0 <= load.heat <= 10 else ": 0 to 10"
+
     if load.kind == "ragged":
         most = (ranks * sequences - ranks + 1) / sequences  # the others have one sequence each
         if not (1 <= load.heat <= most and (load.heat * sequences).is_integer()):
             steps = f"multiples of {1 / sequences:g} from 1 to {most:g}"
-            return f"{said} with {ranks} ranks of {sequences} sequences: {steps}"
-    if load.kind == "recorded" and load.num_experts != experts:
-        return f"{said}: recordings of {experts} experts; it is one of {load.num_experts}"
-    if load.kind == "recorded" and min(map(len, load.entries), default=0) < ranks:
-        return (
-            f"{said} with {ranks} ranks: recordings with a token for each rank, apart from padding"
-        )
+            return f" with {ranks} ranks of {sequences} sequences: {steps}"
+
+    if load.kind == "recorded":
+        if load.num_experts != experts:
+            return f": recordings of {experts} experts; it is one of {load.num_experts}"
+        if min(map(len, load.entries), default=0) < ranks:
+            return f" with {ranks} ranks: recordings with a token for each rank, apart from padding"
     return None
 
 
 def kinds_of(loads: Sequence[str]) -> str:
-    """Return the end of a report's name: -hot_rank, -hot_rank-recorded, or nothing without loads."""
+    """Return the end of a report's name, such as -hot_rank-recorded; empty without loads."""
     return "".join(f"-{kind}" for kind in dict.fromkeys(load_of(load).kind for load in loads))
 
 
 # ---------------------------------------------------------------------- who gets how many copies
 
 
-def shares(load: Load, place: Place, phase: int = 0) -> list[float]:
-    """[E]: p_e as above, in one phase of the load. They sum to 1."""
-    experts, top_k, ranks = place
-    own = experts // ranks
-    if load.kind in ("zipf", "spread"):
-        return capped(zipf(load, place), 1 / top_k)
-    if load.kind == "burst":
-        phase, hot = phase // 2, phase % 2 == 0
-    else:
-        hot = load.kind in ("hot_rank", "rotating", "hot_expert")
-    if load.kind == "empty_rank":
-        return [1 / (experts - own) if e < experts - own else 0.0 for e in range(experts)]
-    if not hot or own == experts:
-        return [1 / experts] * experts
-    first, size = (0, 1) if load.kind == "hot_expert" else (phase * own, own)
-    rest = (experts - size * load.heat) / (experts - size)
-    return [(load.heat if first <= e < first + size else rest) / experts for e in range(experts)]
-
-
-def zipf(load: Load, place: Place) -> list[float]:
-    experts, _, ranks = place
-    heat = [(e + 1) ** -load.heat for e in range(experts)]
-    shares_E = [own / sum(heat) for own in heat]
+def shares(load: Load, sizes: Sizes, phase: int = 0) -> list[float]:
+    """Return p_e as above in one phase of the load, [E]. They sum to 1."""
+    experts, top_k, ranks = sizes
     if load.kind == "zipf":
-        return shares_E
-    # expert i of the heat's order goes to rank 0, 1, 1, 0, .. as its next expert
-    places = [
-        (ranks - 1 - i % ranks if i // ranks % 2 else i % ranks, i // ranks) for i in range(experts)
-    ]
-    return [shares_E[places.index(divmod(e, experts // ranks))] for e in range(experts)]
+        heat_E = [(e + 1) ** -load.heat for e in range(experts)]
+        return capped([heat / sum(heat_E) for heat in heat_E], 1 / top_k)
+
+    num_local_experts = experts // ranks
+    is_hot = load.kind in ("hot_rank", "rotating") and ranks > 1
+    if not is_hot:
+        return [1 / experts] * experts
+
+    first = phase * num_local_experts
+    hot_experts = range(first, first + num_local_experts)
+    rest = (experts - num_local_experts * load.heat) / (experts - num_local_experts)
+    return [(load.heat if e in hot_experts else rest) / experts for e in range(experts)]
 
 
 def capped(shares_E: Sequence[float], most: float) -> list[float]:
-    """Shares of at most `most`: what is above it goes to the other ones in proportion."""
+    """Return shares of at most `most`: what is above it goes to the other ones in proportion."""
     full: set[int] = set()
     while True:
         rest = sum(p for e, p in enumerate(shares_E) if e not in full)
@@ -211,9 +200,9 @@ def capped(shares_E: Sequence[float], most: float) -> list[float]:
 
 
 def copies(shares_E: Sequence[float], total: int) -> list[int]:
-    """Whole numbers of copies that sum to `total`, by the largest remainders."""
+    """Return whole numbers of copies that sum to `total`, by the largest remainders."""
     exact = [round(p * total, 6) for p in shares_E]
-    counts = [int(own) for own in exact]
+    counts = [int(number) for number in exact]
     by_remainder = sorted(range(len(exact)), key=lambda e: counts[e] - exact[e])
     for e in by_remainder[: total - sum(counts)]:
         counts[e] += 1
@@ -221,7 +210,7 @@ def copies(shares_E: Sequence[float], total: int) -> list[int]:
 
 
 def sequences_of(load: Load, mean: int, ranks: int) -> list[int]:
-    """Sequences of each rank in a batch: `mean` of them, but for a ragged load."""
+    """Return the sequences of each rank in a batch: `mean` of them, but for a ragged load."""
     if load.kind != "ragged":
         return [mean] * ranks
     first = round(load.heat * mean)
@@ -232,95 +221,101 @@ def sequences_of(load: Load, mean: int, ranks: int) -> list[int]:
 # ---------------------------------------------------------------------- which token goes where
 
 
-def deal(place: Place, rank: int, now: Now) -> Callable[[Tensor], Tensor]:
-    """Return a router's deal of expert ids (moe/router.py) by the load of `now`. rank: among those
-    of the experts."""
-    return partial(_dealt, place, rank, now)
+def deal(sizes: Sizes, rank: int, current: CurrentLoad) -> Callable[[Tensor], Tensor]:
+    """Return a router's deal of expert ids (moe/router.py) by the current load.
+
+    rank: among those that share the experts.
+    """
+    return partial(_dealt, sizes, rank, current)
 
 
-def _dealt(place: Place, rank: int, now: Now, x_TD: Tensor) -> Tensor:
-    phase = now.load.phase(now.step, place.ranks)
-    return ids_of(now.load, place, rank, x_TD.shape[0], phase).to(x_TD.device)
+def _dealt(sizes: Sizes, rank: int, current: CurrentLoad, x_TD: Tensor) -> Tensor:
+    phase = current.load.phase(current.step, sizes.ranks)
+    return ids_of(current.load, sizes, rank, x_TD.shape[0], phase).to(x_TD.device)
 
 
 @lru_cache(512)
-def ids_of(load: Load, place: Place, rank: int, num_tokens: int, phase: int = 0) -> Tensor:
-    """[T, K] distinct expert ids of each token of a rank."""
+def ids_of(load: Load, sizes: Sizes, rank: int, num_tokens: int, phase: int = 0) -> Tensor:
+    """Return distinct expert ids of each token of a rank, [T, K]."""
     if load.kind in (BALANCED, "ragged"):
-        return round_robin(place.num_experts, place.top_k)(torch.empty(num_tokens, 0))
+        return round_robin(sizes.num_experts, sizes.top_k)(torch.empty(num_tokens, 0))
     if load.kind == "recorded":
-        return replayed(load.entries[phase], place, rank, num_tokens)
-    counts_E = torch.tensor(copies(shares(load, place, phase), num_tokens * place.top_k))
+        return replayed(load.entries[phase], sizes, rank, num_tokens)
+    counts_E = torch.tensor(copies(shares(load, sizes, phase), num_tokens * sizes.top_k))
     # the copies in the order of experts, cut into K rows: an expert has at most T copies, so at
     # most one in a column
-    line_N = torch.arange(place.num_experts).repeat_interleave(counts_E)
-    return line_N.view(place.top_k, num_tokens).T[mixed(num_tokens)].contiguous()
+    line_N = torch.arange(sizes.num_experts).repeat_interleave(counts_E)
+    return line_N.view(sizes.top_k, num_tokens).T[mixed(num_tokens)].contiguous()
 
 
 def mixed(length: int) -> Tensor:
-    """A permutation of which every part of neighbours is spread evenly over the whole (van der
-    Corput's sequence)."""
-    numbers, reversed_ = torch.arange(length), torch.zeros(length, dtype=torch.int64)
+    """Return a permutation of which every part of neighbours is spread evenly over the whole.
+
+    It is van der Corput's sequence.
+    """
+    numbers = torch.arange(length)
+    reversed_ = torch.zeros(length, dtype=torch.int64)
     for _ in range(max(1, (length - 1).bit_length())):
         reversed_ = reversed_ * 2 + numbers % 2
         numbers //= 2
     return reversed_.argsort().argsort()
 
 
-def replayed(ids_TK: Tensor, place: Place, rank: int, num_tokens: int) -> Tensor:
-    """[T, K] of this rank's part of a recorded batch: tokens at equal distances of it, or each one
-    several times.
+def replayed(ids_TK: Tensor, sizes: Sizes, rank: int, num_tokens: int) -> Tensor:
+    """Return this rank's part of a recorded batch, [T, K].
 
-    Of more recorded choices the first K are taken. Of fewer, a further choice of a token is the
-    first choice of a later token that has another one, so it has the same distribution; where
-    nearly all tokens go to one expert, it is the next expert."""
-    part_TK = ids_TK.tensor_split(place.ranks)[rank]
-    own_TK = part_TK[torch.arange(num_tokens) * len(part_TK) // num_tokens, : place.top_k]
-    first_T = own_TK[:, 0]
+    Its tokens are at equal distances in that part, or each one comes several times. If more choices
+    were recorded, the first K are taken. If fewer, a further choice of a token is the first choice
+    of a later token that has another one, so it has the same distribution; where nearly all tokens
+    go to one expert, it is the next expert.
+    """
+    part_TK = ids_TK.tensor_split(sizes.ranks)[rank]
+    tokens = torch.arange(num_tokens) * len(part_TK) // num_tokens
+    chosen_TK = part_TK[tokens, : sizes.top_k]
+    first_T = chosen_TK[:, 0]
     candidates = [first_T.roll(-distance) for distance in range(1, 65)]
-    candidates += [(first_T + expert) % place.num_experts for expert in range(1, place.num_experts)]
-    while own_TK.shape[1] < place.top_k:
+    candidates += [(first_T + expert) % sizes.num_experts for expert in range(1, sizes.num_experts)]
+    while chosen_TK.shape[1] < sizes.top_k:
         further_T = torch.full((num_tokens,), -1)
         for other_T in candidates:
-            is_new_T = (further_T < 0) & (own_TK != other_T[:, None]).all(-1)
+            is_new_T = (further_T < 0) & (chosen_TK != other_T[:, None]).all(-1)
             further_T = other_T.where(is_new_T, further_T)
-        own_TK = torch.cat([own_TK, further_T[:, None]], 1)
-    return own_TK
+        chosen_TK = torch.cat([chosen_TK, further_T[:, None]], 1)
+    return chosen_TK
 
 
 # ---------------------------------------------------------------------- what a load makes
 
 
 def counts_of(
-    load: Load, place: Place, tokens: Sequence[int], phase: int, chunks: int = 1
+    load: Load, sizes: Sizes, tokens: Sequence[int], phase: int, chunks: int = 1
 ) -> Tensor:
-    """[P, senders, E] copies. tokens: of each rank."""
-    found = []
-    for rank, own in enumerate(tokens):
-        ids_TK = ids_of(load, place, rank, own, phase)
-        size = -(-own // chunks)
+    """Return copies, [P, senders, E]. tokens: of each rank."""
+    of_senders = []
+    for rank, num_tokens in enumerate(tokens):
+        ids_TK = ids_of(load, sizes, rank, num_tokens, phase)
+        size = -(-num_tokens // chunks)
         parts = [ids_TK[p * size : (p + 1) * size].flatten() for p in range(chunks)]
-        found.append(
-            torch.stack([torch.bincount(part, minlength=place.num_experts) for part in parts])
-        )
-    return torch.stack(found, 1)
+        counts_PE = [torch.bincount(part, minlength=sizes.num_experts) for part in parts]
+        of_senders.append(torch.stack(counts_PE))
+    return torch.stack(of_senders, 1)
 
 
-def imbalance(load: Load, place: Place, sequences: int, seq_len: int) -> dict[str, float]:
-    """Return the copies of the busiest rank, those of the busiest expert, and the tokens of the
-    rank that has the most, each over its mean: of the most uneven phase, or the median of recorded
-    routings."""
-    tokens = [seq_len * own for own in sequences_of(load, sequences, place.ranks)]
-    found = []
-    for phase in range(load.phases(place.ranks)):
-        counts_1E = counts_of(load, place, tokens, phase).sum(1)
-        found.append(
-            [load_max(counts_1E, parts).item() for parts in (place.ranks, place.num_experts)]
-        )
-    of = middle if load.kind == "recorded" else max
-    ranks, experts = (of(own) for own in zip(*found, strict=True))
+def imbalance(load: Load, sizes: Sizes, sequences: int, seq_len: int) -> dict[str, float]:
+    """Return the copies of the busiest rank and expert, and the most tokens of a rank.
+
+    Each is over its mean: of the most uneven phase, or the median of recorded routings.
+    """
+    tokens = [seq_len * number for number in sequences_of(load, sequences, sizes.ranks)]
+    of_ranks, of_experts = [], []
+    for phase in range(load.phases(sizes.ranks)):
+        counts_1E = counts_of(load, sizes, tokens, phase).sum(1)
+        of_ranks.append(load_max(counts_1E, sizes.ranks).item())
+        of_experts.append(load_max(counts_1E, sizes.num_experts).item())
+
+    over_phases = median if load.kind == "recorded" else max
     return {
-        "max_over_mean_ranks": ranks,
-        "max_over_mean_experts": experts,
-        "max_over_mean_tokens": max(tokens) * place.ranks / sum(tokens),
+        "max_over_mean_ranks": over_phases(of_ranks),
+        "max_over_mean_experts": over_phases(of_experts),
+        "max_over_mean_tokens": max(tokens) * sizes.ranks / sum(tokens),
     }

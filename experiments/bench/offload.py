@@ -1,5 +1,4 @@
-"""`fig13`: latency and memory of a language model whose experts are resident or offloaded, in every
-way (Fig. 13).
+"""`figure 13`: latency and memory of a language model with resident and with offloaded experts.
 
     variants    resident, blocking, determinate, speculative: models that share all weights but the
                 experts'
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 from experiments.bench.pairs import ROWS, TOP_K, WIRINGS
 from experiments.bench.speed_chart import name_of
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
-from experiments.engine.clock import CPU, middle, undisturbed
+from experiments.engine.clock import CPU, median, undisturbed
 from experiments.engine.isolated import follow_caller
 from experiments.engine.profiles import anonymous_mb, peak_mb
 from scmoe.blocks.moe_block import moe_blocks_of
@@ -59,16 +58,6 @@ ARCHITECTURES = (
 RESIDENT = "resident"
 Operators = dict[str, list[float]]  # the seconds of each execution of a block's operators
 TRIALS = 2  # of a rate
-QUICK: dict[str, Any] = dict(
-    dim=64,
-    ffn_dim=128,
-    heads=2,
-    pairs=2,
-    tokens=(1, 8),
-    rounds=2,
-    limit_s=2.0,
-    max_wait=float("inf"),
-)
 # Blocking's extra latency over an MoE block's; the share of it that migration hides; the share of
 # peak memory saved
 PAPERS = {"GPT2-MoE-Medium": (0.8, 0.75, 0.5), "GPT3-MoE-XL": (2.4, 0.25, 0.6)}
@@ -97,6 +86,18 @@ class Setting:
         return 2 * self.dim * self.ffn_dim * 4 / 1e6
 
 
+QUICK = Setting(
+    dim=64,
+    ffn_dim=128,
+    heads=2,
+    pairs=2,
+    tokens=(1, 8),
+    rounds=2,
+    limit_s=2.0,
+    max_wait=float("inf"),
+)
+
+
 @dataclass
 class Times:
     """Of one case: the kept times by variant, in seconds, and what was counted."""
@@ -110,12 +111,12 @@ class Times:
 
     @property
     def kept(self) -> int:
-        """Number of kept times of the variant that has the fewest."""
-        return min(len(own) for own in self.seconds.values()) if self.operators else 0
+        """Return the number of kept times of the variant that has the fewest."""
+        return min(len(seconds) for seconds in self.seconds.values()) if self.operators else 0
 
 
 def measure(setting: Setting, architecture: str, rates: tuple[float, ...] | None) -> dict[str, Any]:
-    """Returns the figures of one architecture. rates: in MB/s; None: those that give the setting's
+    """Return the figures of one architecture. rates: in MB/s; None: those that give the setting's
     costs. It requires a process of its own, because memory that was freed before is not seen when
     it is used again."""
     torch.set_num_threads(1)
@@ -149,7 +150,7 @@ def set_rate(caches: list[Cache], rate_mb_s: float) -> None:
 def find_rate(
     variants: dict[str, nn.Module], caches: list[Cache], cost: float, setting: Setting
 ) -> float:
-    """Returns the rate at which blocking makes a block longer by `cost` of its time. More than the
+    """Return the rate at which blocking makes a block longer by `cost` of its time. More than the
     fetch counts: the thread's start, and what the fetch drives out of the processor's caches."""
     two, fetch_s = {name: variants[name] for name in (RESIDENT, "blocking")}, 0.0
     few = replace(setting, rounds=min(9, setting.rounds))
@@ -159,7 +160,7 @@ def find_rate(
             raise RuntimeError(
                 f"the process had no core in {setting.limit_s:g} s: measure on a quieter machine"
             )
-        resident_s, blocking_s = (middle(own) for own in times.seconds.values())
+        resident_s, blocking_s = (median(seconds) for seconds in times.seconds.values())
         wanted_s = cost * block_and_window(times.operators, variants[RESIDENT])[0]
         extra_s = (blocking_s - resident_s) / setting.pairs if fetch_s else wanted_s
         fetch_s = max(wanted_s / 2, (fetch_s or wanted_s) + wanted_s - extra_s)
@@ -182,14 +183,14 @@ def build(setting: Setting, architecture: str) -> nn.Module:
 
 
 def sharing(model: nn.Module) -> nn.Module:
-    """Returns a copy of a model that shares its weights."""
+    """Return a copy of a model that shares its weights."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def rounds(
     variants: dict[str, nn.Module], caches: list[Cache], tokens: int, setting: Setting
 ) -> Times:
-    """Runs all variants in turn until enough times of each are kept, or the time is over."""
+    """Run all variants in turn until enough times of each are kept, or the time is over."""
     times, deadline = Times({name: [] for name in variants}), time.monotonic() + setting.limit_s
     for variant in variants.values():
         variant(torch.randint(256, (1, tokens)))  # to warm up
@@ -216,7 +217,7 @@ def rounds(
 
 
 def figures(times: Times, model: nn.Module, setting: Setting, rate: float) -> dict[str, Any]:
-    """Returns the figures of one case; no ways if nothing was kept.
+    """Return the figures of one case; no ways if nothing was kept.
 
     The latency of an offloaded MoE block is that of a resident one plus the model's extra time per
     MoE block. bound: the largest share of a fetch that can be hidden. The window hides it and, if
@@ -233,8 +234,8 @@ def figures(times: Times, model: nn.Module, setting: Setting, rate: float) -> di
     block_s, window_s = block_and_window(times.operators, model)
     active = sum(times.active) / len(times.active)
     fetch_s = active * setting.expert_mb / rate
-    experts_s = middle(sum(own["experts"]) for own in times.operators) * (1 - 1 / active)
-    taken = {name: middle(own) for name, own in times.seconds.items()}
+    experts_s = median(sum(block["experts"]) for block in times.operators) * (1 - 1 / active)
+    taken = {name: median(seconds) for name, seconds in times.seconds.items()}
     extra = {name: (s - taken[RESIDENT]) / setting.pairs for name, s in taken.items()}
     windows = {"determinate": window_s, "speculative": taken[RESIDENT] / setting.pairs}
     ways: dict[str, Any] = {
@@ -257,58 +258,60 @@ def figures(times: Times, model: nn.Module, setting: Setting, rate: float) -> di
 
 
 def in_place(model: nn.Module, ids: Tensor) -> list[Operators]:
-    """Runs the resident model and returns the operators of each block. Alone they would be faster,
+    """Run the resident model and returns the operators of each block. Alone they would be faster,
     with their weights in the processor's caches."""
-    blocks, found = moe_blocks_of(model), list[Operators]()
+    blocks = moe_blocks_of(model)
+    operators_of: list[Operators] = []
     recorders = [Recorder(CPU) for _ in blocks]
     for block, recorder in zip(blocks, recorders, strict=True):
         block.run_as(block.schedule, block.moe.dispatcher, recorder)
     model(ids)
     for block, recorder in zip(blocks, recorders, strict=True):
         block.run_as(block.schedule, block.moe.dispatcher)
-        found.append(defaultdict(list))
+        operators: Operators = defaultdict(list)
         for span in recorder.spans("forward"):
-            found[-1][span.operator].append(span.end - span.start)
-    return found
+            operators[span.operator].append(span.end - span.start)
+        operators_of.append(operators)
+    return operators_of
 
 
 def block_and_window(operators: list[Operators], model: nn.Module) -> tuple[float, float]:
-    """Returns the seconds of a resident MoE block (its attention, MoE module and shared expert),
+    """Return the seconds of a resident MoE block (its attention, MoE module and shared expert),
     and of the backbone's operators between gate and experts: medians."""
     window = moe_blocks_of(model)[0].schedule.window
     block, between = [], []
-    for own in operators:
-        *_, last_attention = own["attention"]
+    for times_of in operators:
+        *_, last_attention = times_of["attention"]
         block.append(
             last_attention
-            + sum(sum(s) for name, s in own.items() if name not in ("attention", "mlp"))
+            + sum(sum(s) for name, s in times_of.items() if name not in ("attention", "mlp"))
         )
         # of several executions of an operator, the last ones are in the window
-        between.append(sum(sum(own[name][-window.count(name) :]) for name in set(window)))
-    return middle(block), middle(between)
+        between.append(sum(sum(times_of[name][-window.count(name) :]) for name in set(window)))
+    return median(block), median(between)
 
 
 def peaks(model: nn.Module, path: Path, tokens: int) -> dict[str, Any]:
-    """Returns the peak of each way in MB beyond the fixed weights, and these. The model loses its
+    """Return the peak of each way in MB beyond the fixed weights, and these. The model loses its
     experts."""
     batches = [torch.randint(256, (1, t)) for t in (1, 1, tokens)]
-    found = {RESIDENT: peak_mb(model, batches)}
+    peaks_mb = {RESIDENT: peak_mb(model, batches)}
     for experts in expert_layers(model).values():
         experts.to(device="meta")
     fixed = anonymous_mb()
     for way in WAYS:
         variant = sharing(model)
         with offload_experts(variant, path, way=way):
-            found[way] = peak_mb(variant, batches)
+            peaks_mb[way] = peak_mb(variant, batches)
         del variant
     weights = sum(p.nbytes for p in model.parameters() if not p.is_meta) / 1e6
-    return {"fixed_mb": weights, "peak_mb": {way: mb - fixed for way, mb in found.items()}}
+    return {"fixed_mb": weights, "peak_mb": {way: mb - fixed for way, mb in peaks_mb.items()}}
 
 
 def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
     """Measure every architecture, print tables, write chart and figures into `out`; return the rows
     of one token."""
-    require("fig13", "matplotlib")
+    require("figure 13", "matplotlib")
     report, rates = dict[str, Any](), None
     for architecture in sorted(setting.architectures, key=ARCHITECTURES.index):
         print(f"measuring {name_of(architecture)}", file=sys.stderr)
@@ -316,32 +319,32 @@ def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
         with ProcessPoolExecutor(1, get_context("spawn"), follow_caller, ends) as alone:
             report[architecture] = alone.submit(measure, setting, architecture, rates).result()
         rates = report[architecture]["rates"]
-    equal_bits = all(case["equal_bits"] for own in report.values() for case in own["cases"])
-    found = {"rows": rows_of(report), "equal_bits": equal_bits}
-    whole = {**found, "setting": asdict(setting), "architectures": report}
-    publish(whole, tables(whole), draw, out / "figure-13")
+    equal_bits = all(case["equal_bits"] for each in report.values() for case in each["cases"])
+    summary = {"rows": rows_of(report), "equal_bits": equal_bits}
+    figure = {**summary, "setting": asdict(setting), "architectures": report}
+    publish(figure, tables(figure), draw, out / "figure-13")
     print(f"equal bits: {equal_bits}", file=sys.stderr)
-    return found
+    return summary
 
 
 def rows_of(report: dict[str, Any]) -> dict[str, Any]:
     """Return {architecture: {way: figures}} of the first case, which has the fewest tokens and the
     lowest cost."""
-    found = {}
-    for architecture, own in report.items():
-        case, peaks = own["cases"][0], own["memory"]["peak_mb"]
+    figure = {}
+    for architecture, measured in report.items():
+        case, peaks = measured["cases"][0], measured["memory"]["peak_mb"]
         same = {"tokens": case["tokens"], "rate_mb_s": case["rate_mb_s"]}
-        found[architecture] = {
+        figure[architecture] = {
             w: {**f, "peak_mb": peaks[w], **same} for w, f in case["ways"].items()
         }
-    return found
+    return figure
 
 
-def tables(found: dict[str, Any]) -> list[Report]:
+def tables(figure: dict[str, Any]) -> list[Report]:
     latencies, memory = {}, {}
-    for name, own in found["architectures"].items():
-        memory[name] = own["memory"]
-        for case in own["cases"]:
+    for name, measured in figure["architectures"].items():
+        memory[name] = measured["memory"]
+        for case in measured["cases"]:
             latencies[f"{name}, {case['tokens']}, {case['rate_mb_s']:,.0f}"] = case
     columns = {
         "window, ms": "{window_ms:.1f}",
@@ -358,7 +361,7 @@ def tables(found: dict[str, Any]) -> list[Report]:
         "Latency of the MoE block, width {dim}, {ffn_dim} in an expert, {num_experts} experts,"
         " {pairs} MoE layers, one thread; a time is kept if the process waited for a core during at"
         " most {max_wait:.0%} of it; medians:"
-    ).format_map(found["setting"])
+    ).format_map(figure["setting"])
     return [
         Report(title, latencies, columns, "row, tokens, MB/s"),
         Report(
@@ -369,9 +372,9 @@ def tables(found: dict[str, Any]) -> list[Report]:
     ]
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(figure: dict[str, Any], path: Path) -> None:
     """Draw a panel for each rate, latency over that of resident experts, and one for the memory."""
-    report, tokens = found["architectures"], min(found["setting"]["tokens"])
+    report, tokens = figure["architectures"], min(figure["setting"]["tokens"])
     rates = next(iter(report.values()))["rates"]
     panels = {}
     for rate, model in zip(rates, PAPERS, strict=False):
@@ -399,8 +402,8 @@ def latency_bars(report: dict[str, Any], rate: float, model: str) -> dict[str, l
     cost, hidden, _ = PAPERS[model]
     printed = {"blocking": cost, "determinate": cost * (1 - hidden)}
     groups = {model: [percent(share, PAPER, f" {way}") for way, share in printed.items()]}
-    for architecture, own in report.items():
-        case = next(case for case in own["cases"] if case["rate_mb_s"] == rate)
+    for architecture, measured in report.items():
+        case = next(case for case in measured["cases"] if case["rate_mb_s"] == rate)
         if ways := case["ways"]:  # else no time was kept
             over = {
                 way: ways[way]["latency_ms"] / ways[RESIDENT]["latency_ms"] - 1 for way in COLORS
@@ -415,8 +418,8 @@ def memory_bars(report: dict[str, Any]) -> dict[str, list[Bar]]:
     """Return all weights on the device and the activations, as a share of that with resident
     experts."""
     groups = {model: [percent(1 - less, PAPER)] for model, (_, _, less) in PAPERS.items()}
-    for architecture, own in report.items():
-        fixed, peaks = own["memory"]["fixed_mb"], own["memory"]["peak_mb"]
+    for architecture, measured in report.items():
+        fixed, peaks = measured["memory"]["fixed_mb"], measured["memory"]["peak_mb"]
         share = (fixed + peaks["determinate"]) / (fixed + peaks[RESIDENT])
         groups[name_of(architecture)] = [percent(share, COLORS["determinate"])]
     return groups

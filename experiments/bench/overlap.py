@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from experiments.bench import emulated
-from experiments.bench.loads import BALANCED, Now, load_of, sequences_of
-from experiments.bench.pairs import ROWS, Setting, default_schedule, through_link
+from experiments.bench.loads import BALANCED, CurrentLoad, load_of, sequences_of
+from experiments.bench.pairs import ROWS, Setting, default_schedule, share_sent
 from experiments.bench.stacks import (
     Variant,
     chosen_by,
@@ -34,7 +34,7 @@ from experiments.bench.stacks import (
     rows_of_layout,
 )
 from experiments.engine import links
-from experiments.engine.clock import CPU, in_turn, middle, slowest
+from experiments.engine.clock import CPU, in_turn, median, slowest
 from experiments.engine.profiles import peak_bytes
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.layout import Buffers
@@ -49,17 +49,13 @@ from scmoe.schedule.cost import TRANSFERS, OperatorTimes, slots
 
 # at each rate; with fewer, the error at a share of 0.15 is as large as the transfers are long
 SEARCH_ROUNDS = 15
-STRAYS, DRIFTS = (
-    8.0,
-    2.0,
-)  # by how much a searched rate may differ from the estimate; from that of the round before
+MAX_FACTOR_FROM_ESTIMATE = 8.0  # of a searched rate
+MAX_FACTOR_FROM_LAST_ROUND = 2.0
 TRIALS = 3  # of each schedule
 FAR_FROM_SHARE = 0.05  # of communication: what is measured from what was asked for
-WITHIN = 8  # rate of a rank's link within its node, over that of the node's card
-NEAR, FINALISTS = (
-    1.03,
-    3,
-)  # up to FINALISTS schedules of a row go into the rounds: those NEAR the best in the trials
+# up to FINALISTS schedules of a row go into the rounds: those NEAR the best in the trials
+NEAR = 1.03
+FINALISTS = 3
 
 
 class Seconds(NamedTuple):
@@ -92,10 +88,11 @@ class Bench:
         torch.manual_seed(0)
         names = dict.fromkeys(["top2", *map(setting.block_of, setting.rows)])
         dtype = getattr(torch, setting.dtype)
-        self.now = Now(load_of(BALANCED))
+        self.current = CurrentLoad(load_of(BALANCED))
         self.stacks = {
             n: [
-                block.to(self.device, dtype) for block in make_blocks(n, setting, context, self.now)
+                block.to(self.device, dtype)
+                for block in make_blocks(n, setting, context, self.current)
             ]
             for n in names
         }
@@ -110,35 +107,36 @@ class Bench:
         self.steps = {n: make_step(stack, setting, context) for n, stack in self.stacks.items()}
         self.inputs = {}
         for load in dict.fromkeys((BALANCED, *setting.loads)):
-            own = sequences_of(load_of(load), setting.sequences, ranks)[dist.get_rank()]
-            shape = own, setting.seq_len, setting.dim
+            sequences = sequences_of(load_of(load), setting.sequences, ranks)[dist.get_rank()]
+            shape = sequences, setting.seq_len, setting.dim
             self.inputs[load] = torch.randn(
                 shape, device=self.device, dtype=dtype, requires_grad=True
             )
         self.iterations = 0  # timed so far: an inference and a training step each
-        self.turns = Counter[
-            Variant
-        ]()  # how often each variant ran in these rounds: the steps of its load
+        # how often each variant ran in these rounds: the steps of its load
+        self.turns: Counter[Variant] = Counter()
 
     def set_rate(self, rate: float) -> None:
-        """Sets the rate at which this rank sends, in Mbit/s or as a multiple of its bus's, or its
-        node's card sends."""
+        """Set the rate at which this rank sends: in Mbit/s, or as a multiple of its bus's.
+
+        Every rank must call it.
+        """
         if self.setting.bus:
             self.paid = self.dispatcher(exchange=emulated.over_the_bus(self.device, rate))
         else:
-            set_rates(rate, self.setting.nodes)
+            links.set_rate(rate)
+            dist.barrier()
 
     def set(self, variant: Variant, recorder: Recorder | None = None) -> Step:
-        """Makes the blocks run as the variant says. recorder: notes operators, and transfers that
+        """Make the blocks run as the variant says. recorder: notes operators, and transfers that
         overlap."""
         dispatcher: Dispatcher = self.free
         if variant.way == "overlapped":
             dispatcher = self.paid if recorder is None else self.paid.recorded_by(recorder)
-        elif (
-            variant.way == "sequential"
-        ):  # a transfer that is waited for at once is an operator like any other
+        elif variant.way == "sequential":
+            # a transfer that is waited for at once is an operator like any other
             dispatcher = Blocking(self.paid)
-        self.now.load, self.now.step = load_of(variant.load), self.turns[variant]
+        self.current.load, self.current.step = load_of(variant.load), self.turns[variant]
         blocks = self.stacks[variant.block]
         for block, schedule in zip(
             blocks, variant.of_blocks(block.schedule for block in blocks), strict=True
@@ -148,22 +146,22 @@ class Bench:
 
     @property
     def x(self) -> Tensor:
-        """This rank's input of a block, at the present load."""
-        return self.inputs[self.now.load.name]
+        """Return this rank's input of a block, at the current load."""
+        return self.inputs[self.current.load.name]
 
     def time(self) -> tuple[float, float]:
-        """Wall-clock and processor time in seconds, after the device has finished."""
+        """Return wall-clock and processor time in seconds, after the device has finished."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter(), time.process_time()
 
     def infer(self, variant: Variant) -> float:
-        """Wall-clock seconds of a forward pass without gradients."""
+        """Return the wall-clock seconds of a forward pass without gradients."""
         return self.forward(variant)[0]
 
     @torch.no_grad()
     def forward(self, variant: Variant) -> tuple[float, float]:
-        """Wall-clock and processor seconds of a forward pass without gradients."""
+        """Return the wall-clock and processor seconds of a forward pass without gradients."""
         step = self.set(variant)
         dist.barrier()
         t0, c0 = self.time()
@@ -172,7 +170,7 @@ class Bench:
         return t1 - t0, c1 - c0
 
     def seconds(self, variant: Variant) -> Seconds:
-        """The times of a forward pass and then of a training step."""
+        """Return the times of a forward pass and then of a training step."""
         forward, cpu_forward = self.forward(variant)
         step = self.steps[variant.block]
         dist.barrier()
@@ -197,17 +195,17 @@ class Bench:
     def rounds(
         self, variants: Iterable[Variant], rounds: int, what: str = ""
     ) -> dict[Variant, Seconds]:
-        """Runs all variants in turn, `rounds` times. A load that changes with the steps makes one
+        """Run all variants in turn, `rounds` times. A load that changes with the steps makes one
         in each round."""
         self.turns.clear()
         runs = {variant: partial(self.seconds, variant) for variant in variants}
         times = in_turn(runs, rounds, warm_up=0, over_ranks=True, say=lambda line: say(what + line))
-        return {variant: Seconds(*own) for variant, own in times.items()}
+        return {variant: Seconds(*seconds) for variant, seconds in times.items()}
 
     def choose(
         self, block: str, chunk_counts: Sequence[int], load: str = BALANCED
     ) -> list[LayerChoice]:
-        """The planner's choice for each block, made from training steps as in a run."""
+        """Return the planner's choice for each block, made from training steps as in a run."""
         step = self.set(Variant(block, default_schedule(block), load=load))
         batches = self.setting.accumulate
         planner = Planner(self.stacks[block], None, self.device, chunk_counts, batches=batches)
@@ -221,7 +219,7 @@ class Bench:
                     step.update()
                     step.zero_grad()
                 planner.end_step()
-            self.now.step += 1
+            self.current.step += 1
         return planner.choices
 
     def gradients(self, block: str) -> list[tuple[float, int]]:
@@ -241,14 +239,14 @@ class Bench:
         with step.wrapped.no_sync():
             y, start = step.model(self.x), self.time()[0]
             step.backward(y, torch.ones_like(y))
-        whole = self.time()[0] - start
+        backward_s = self.time()[0] - start
         for hook in hooks:
             hook.remove()
         step.model.zero_grad()
-        return [((at - start) / whole, p.nbytes) for p, at in ready.items()]
+        return [((ready_s - start) / backward_s, p.nbytes) for p, ready_s in ready.items()]
 
     def peak_mb(self, variant: Variant) -> float:
-        """Most memory that a training step of any rank holds over what it finds."""
+        """Return the peak memory of a training step in MiB, of the rank that has the most."""
         peaks = [
             peak_bytes(self.device, partial(step.train, self.x)) for step in self.steps_of(variant)
         ]
@@ -256,14 +254,14 @@ class Bench:
 
     @torch.no_grad()
     def dropped(self, variant: Variant) -> float:
-        """Share of the routed copies of all ranks that the layout drops."""
+        """Return the share of the routed copies of all ranks that the layout drops."""
         blocks = self.stacks[variant.block]
-        found = torch.zeros(2, dtype=torch.float64)
+        counts = torch.zeros(2, dtype=torch.float64)
         for _ in self.steps_of(variant):
             stats = blocks[0](self.x).stats
-            found += torch.stack([stats.num_dropped, stats.counts_E.sum()]).double().cpu()
-        dist.all_reduce(found)
-        return float(found[0] / found[1])
+            counts += torch.stack([stats.num_dropped, stats.counts_E.sum()]).double().cpu()
+        dist.all_reduce(counts)
+        return float(counts[0] / counts[1])
 
     def steps_of(self, variant: Variant) -> Iterator[Step]:
         """Make the blocks run as the variant says, with each routing that its load makes in the
@@ -276,19 +274,8 @@ class Bench:
             yield self.set(variant)
 
 
-def set_rates(mbit: float, nodes: int) -> None:
-    """Sets the rate at which this rank sends and receives; with several nodes that of its node's
-    card, and its own to WITHIN times as much. Every rank must call it."""
-    if nodes > 1:
-        node, place = divmod(dist.get_rank(), dist.get_world_size() // nodes)
-        if place == 0:
-            links.set_card_rate(node, mbit)
-    links.set_rate(mbit if nodes == 1 else WITHIN * mbit)
-    dist.barrier()
-
-
 def say(line: str) -> None:
-    """Prints a line of progress, on one rank."""
+    """Print a line of progress, on one rank."""
     if dist.get_rank() == 0:
         print(line, file=sys.stderr, flush=True)
 
@@ -319,13 +306,13 @@ class Measured(NamedTuple):
     load: str = BALANCED
 
 
-def way_of(found: Measured, block: str, way: str, load: str | None = None) -> Seconds:
-    """The times of a block's default schedule. load: None: that of `found`."""
-    return found.times[Variant(block, default_schedule(block), way, load or found.load)]
+def way_of(measured: Measured, block: str, way: str, load: str | None = None) -> Seconds:
+    """Return the times of a block's default schedule. load: None: that of `measured`."""
+    return measured.times[Variant(block, default_schedule(block), way, load or measured.load)]
 
 
 def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]:
-    """Runs on every rank; the caller uses rank 0's result. Returns what was measured at each load,
+    """Run on every rank; the caller uses rank 0's result. Returns what was measured at each load,
     of balance first.
 
     Measures, round by round, the best schedules of each row, the planner's choice, and each block
@@ -336,7 +323,9 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
     rate = (
         find_rate(setting, bench.set_rate, bench.infer) if setting.shaped or setting.bus else None
     )
-    choices, chosen, candidates = {}, {}, {}
+    choices: dict[tuple[str, str], list[LayerChoice]] = {}
+    chosen: dict[tuple[str, str], Variant] = {}
+    candidates: dict[tuple[str, str], list[Variant]] = {}
     for load, row in product(bench.inputs, setting.rows):
         say(f"planning {row}" + (f" at {load}" if setting.loads else ""))
         block, counts = ROWS[setting.every][row]
@@ -346,9 +335,9 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
         candidates[load, row] = [Variant(block, schedule, load=load) for schedule in schedules]
     tried = bench.rounds(chain(*candidates.values()), TRIALS, "trying every schedule: ")
     finalists = {}
-    for at, variants in candidates.items():
-        best_of_each = [nearest(own, tried)[0] for own in of_each_kind(variants)]
-        finalists[at] = [*nearest(variants, tried), chosen[at], *best_of_each]
+    for name, variants in candidates.items():
+        best_of_each = [nearest(kind, tried)[0] for kind in of_each_kind(variants)]
+        finalists[name] = [*nearest(variants, tried), chosen[name], *best_of_each]
     ways = (
         ("sequential", "free", "alone") if setting.level == "iteration" else ("sequential", "free")
     )
@@ -360,21 +349,21 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
         planned = rate
         rate = find_rate(setting, bench.set_rate, bench.infer, planned)
         choices = {
-            at: [with_transfers(choice, planned / rate) for choice in own]
-            for at, own in choices.items()
+            name: [with_transfers(choice, planned / rate) for choice in of_row]
+            for name, of_row in choices.items()
         }
     times = bench.rounds(chain(references, *finalists.values()), setting.rounds)
     rows: dict[str, dict[str, Row]] = {load: {} for load in bench.inputs}
     for (load, row), variants in finalists.items():
-        best = min(variants, key=lambda v: middle(times[v].train))
+        best = min(variants, key=lambda v: median(times[v].train))
         dropped = bench.dropped(best) if setting.loads else None
         rows[load][row] = Row(
             choices[load, row], chosen[load, row], variants, best, bench.peak_mb(best), dropped
         )
     gradients = {block: bench.gradients(block) for block in bench.stacks}
     return {
-        load: Measured(rate, own, times, gradients, bench.iterations, load)
-        for load, own in rows.items()
+        load: Measured(rate, rows_of_load, times, gradients, bench.iterations, load)
+        for load, rows_of_load in rows.items()
     }
 
 
@@ -385,21 +374,21 @@ def with_transfers(choice: LayerChoice, factor: float) -> LayerChoice:
         return {op: factor * t if op in TRANSFERS else t for op, t in times.items()}
 
     times = {
-        n: OperatorTimes(longer(own.forward), longer(own.backward))
-        for n, own in choice.times.items()
+        chunks: OperatorTimes(longer(operators.forward), longer(operators.backward))
+        for chunks, operators in choice.times.items()
     }
     return replace(choice, times=times)
 
 
 def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> list[Variant]:
-    """The variants whose training steps were NEAR the best in the trials, FINALISTS at most."""
+    """Return the variants whose steps were NEAR the best in the trials, FINALISTS at most."""
     seconds = {v: min(tried[v].train) for v in variants}  # a disturbance only makes a trial longer
     ranked = sorted(variants, key=lambda v: seconds[v])
     return [v for v in ranked[:FINALISTS] if seconds[v] <= NEAR * seconds[ranked[0]]]
 
 
 def warn_of_share(wanted: float | None, measured: float) -> None:
-    """Say where a rate was searched for a share of communication that the measurement has not met."""
+    """Warn if the measured share of communication is far from the one that was searched for."""
     if wanted is not None and abs(measured - wanted) > FAR_FROM_SHARE:
         tell(
             f"warning: the communication share is {measured:.2f}, but {wanted:g} was asked for. The"
@@ -414,7 +403,7 @@ def find_rate(
     infer: Callable[[Variant], float],
     start: float | None = None,
 ) -> float:
-    """Sets the rate (Bench.set_rate) and returns it: the given one, or the one at which
+    """Set the rate (Bench.set_rate) and returns it: the given one, or the one at which
     communication is the wanted share of sequential top-2. infer: returns the seconds of a forward
     pass of top-2. start: begins there.
     """
@@ -427,24 +416,16 @@ def find_rate(
     runs = {variant: partial(infer, variant) for variant in (sequential, free)}
     wanted, rate = s.share, 1.0 if start is None else start
     if start is None and not s.bus:
-        t_free = middle(in_turn({free: runs[free]}, SEARCH_ROUNDS, over_ranks=True)[free])
-        sent_bits = (
-            2
-            * 2
-            * s.moe_blocks
-            * s.tokens
-            * s.dim
-            * 32
-            * through_link(dist.get_world_size(), s.nodes)
-        )
+        t_free = median(in_turn({free: runs[free]}, SEARCH_ROUNDS, over_ranks=True)[free])
+        sent_bits = 2 * 2 * s.moe_blocks * s.tokens * s.dim * 32 * share_sent(dist.get_world_size())
         rate = sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
     # transfers below the links' burst take no time at any rate, so a search of theirs would stray
-    widest = STRAYS if start is None else DRIFTS
+    widest = MAX_FACTOR_FROM_ESTIMATE if start is None else MAX_FACTOR_FROM_LAST_ROUND
     least, most = (0.0, math.inf) if s.bus else (rate / widest, rate * widest)
     for _ in range(8):
         set_rate(rate)
         times = in_turn(runs, SEARCH_ROUNDS, over_ranks=True)
-        share = middle(1 - times[free] / times[sequential])
+        share = median(1 - times[free] / times[sequential])
         where = f"bus at {rate:.3g} of its rate" if s.bus else f"links at {rate:.0f} Mbit/s"
         say(f"{where}: communication share {share:.3f}, wanted {wanted:g}")
         if abs(share - wanted) < 0.01:

@@ -1,4 +1,4 @@
-"""What the benches of blocks can be asked for.
+"""The rows of blocks, and the setting of a measurement of them.
 
     every 2    a pair, Block-MLP and Block-MoE, as in the paper
     every 1    two blocks with an MoE each: the wirings of NVIDIA, NousResearch and FarSkip beside
@@ -8,23 +8,12 @@
 Nothing here imports torch, so the command line reads it.
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
-
-from cyclopts import Parameter, validators
+from dataclasses import dataclass, replace
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.schedule.schedule import POSITIONS, Schedule
 
-Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
-Positive = Annotated[float, Parameter(validator=validators.Number(gt=0))]
-Rounds = Annotated[
-    int, Parameter(validator=validators.Number(gte=2))
-]  # of which quartiles are taken
-INNER = Parameter(
-    parse=False
-)  # no option of `bench overlap`, or one whose default depends on others
 # bytes of rows for a byte of gradients in an iteration; the paper's: docs/results/method.md
 USUAL_RATIO = 3.0
 CHUNKS = {"": (1,), "_pipelined": (2, 4)}  # numbers of chunks to choose from
@@ -33,9 +22,8 @@ BASELINES = {
 }
 IN_EVERY_BLOCK = {"scmoe_pos1": "nvidia", "scmoe_pos2": "nous", "farskip": "farskip"}
 BY_REQUEST = ("top3", "scmoe2")  # Table 4's; scmoe2 routes each token to two experts, at Pos-2
-ROWS: dict[
-    int, dict[str, tuple[str, tuple[int, ...]]]
-] = {  # by `every`; row: (block, numbers of chunks)
+RowsOfBlocks = dict[str, tuple[str, tuple[int, ...]]]  # row: (block, numbers of chunks)
+ROWS: dict[int, RowsOfBlocks] = {  # by `every`
     2: {
         **BASELINES,
         **{
@@ -54,21 +42,16 @@ ROWS: dict[
         },
     },
 }
-TOP_K = {
-    "top1": 1,
-    "top2": 2,
-    "top3": 3,
-    "scmoe2": 2,
-}  # routed experts of a token; others have Setting.top_k
+# routed experts of a token; other blocks have Setting.top_k
+TOP_K = {"top1": 1, "top2": 2, "top3": 3, "scmoe2": 2}
 TAPS = {
     **{position: position for position in POSITIONS},
     "scmoe2": "pos2",
     "nvidia": "pos1",
     "nous": "carried",
 }
-WIRINGS: dict[
-    str, tuple[str, ...]
-] = {  # block: what a configuration says of it (docs/shortcuts.md), but every and K
+# block: what a configuration says of it (docs/shortcuts.md), without `every` and K
+WIRINGS: dict[str, tuple[str, ...]] = {
     **{name: ("moe.architecture=top_k",) for name in ("top1", "top2", "top3")},
     **{name: (f"moe.architecture={name}",) for name in ("shared_expert", "farskip")},
     **{position: (f"moe.position={position}",) for position in POSITIONS},
@@ -83,110 +66,122 @@ def usual_rows(every: int) -> tuple[str, ...]:
     return tuple(row for row in ROWS[every] if row not in BY_REQUEST)
 
 
-@Parameter(name="*")
 @dataclass(frozen=True)
 class Setting:
     """A measurement of a row of blocks: one pair, or two in an iteration.
 
-    share: of communication, reached by a search for the links' rate. compute: real | emulated.
-    shaped: whether the links have a rate at all. bus: rows go over the device's bus instead of
-    links (emulated.over_the_bus), and the share is reached by its rate. reductions: of the
-    gradients, as the Strategy's. dim, ffn_dim, heads: of every block. tokens: of one rank in one
-    batch, in sequences of seq_len. accumulate: batches of a training step. rows_per_gradient: the
-    ratio for which the tokens were chosen (tokens_for); None: they were given. loads: of the
-    experts (loads.py), beside the balanced one, which is always measured.
+    share: of communication, reached by a search for the links' rate; link_mbit: a given rate
+    instead. compute: real | emulated. shaped: whether the links have a rate at all. bus: rows go
+    over the device's bus instead of links (emulated.over_the_bus), and the share is reached by its
+    rate. reductions: of the gradients, as the Strategy's. every: blocks with an MoE, every second
+    one or each one. dim, ffn_dim, heads: of every block. tokens: of one rank in one batch, in
+    sequences of seq_len. accumulate: batches of a training step. rows_per_gradient: the ratio for
+    which the tokens were chosen (tokens_for); None: they were given. attention_ms: of an emulated
+    attention, attention_to_mlp: its ratio to that of an emulated MLP. loads: of the experts
+    (loads.py), beside the balanced one, which is always measured. layout: None: capacity:1, and
+    dropless with loads.
 
-    Args:
-        link_mbit: rate of the links; by default it is searched for the share
-        every: blocks with an MoE: every second one, or each one
-        top_k: routed experts of a token in rows whose names do not say it; the paper's have 1
-        nodes: on which the ranks are; the rate is that of the nodes' network cards
-        exchange: between nodes
-        layout: dropless | capacity:F | buffers:C (default: capacity:1, and dropless with --load)
-        attention_ms: time of an emulated attention
-        attention_to_mlp: its ratio to that of an emulated MLP
+    The defaults are those of a block.
     """
 
-    share: Annotated[float, INNER] = 0.52
-    link_mbit: Positive | None = None
-    compute: Annotated[str, INNER] = "emulated"
-    level: Literal["block", "iteration"] = "block"
-    every: Literal[1, 2] = 2
-    rounds: Rounds = 9
-    dim: Annotated[int, INNER] = 512
-    ffn_dim: Annotated[int, INNER] = 2048
-    heads: Annotated[int, INNER] = 8
-    tokens: Annotated[int, INNER] = 1024
-    seq_len: Count = 256
-    accumulate: Annotated[int, INNER] = 1
-    rows_per_gradient: Annotated[float | None, INNER] = None
-    num_experts: Count = 8
-    top_k: Count = 1
-    attention_ms: Positive = 45.0
-    attention_to_mlp: Positive = 3.0
-    shaped: Annotated[bool, INNER] = True
-    device: Annotated[str, INNER] = "cpu"
-    dtype: Annotated[str, INNER] = "float32"
-    bus: Annotated[bool, INNER] = False
-    reductions: Annotated[str, INNER] = "paced"
-    nodes: Count = 1
-    exchange: Literal["flat", "hierarchical", "auto"] = "flat"
-    rows: Annotated[tuple[str, ...], INNER] = usual_rows(2)
-    loads: Annotated[tuple[str, ...], INNER] = ()
+    share: float = 0.52
+    link_mbit: float | None = None
+    ranks: int = 2
+    compute: str = "emulated"
+    level: str = "block"
+    every: int = 2
+    rounds: int = 9
+    dim: int = 512
+    ffn_dim: int = 2048
+    heads: int = 8
+    tokens: int = 1024
+    seq_len: int = 256
+    accumulate: int = 1
+    rows_per_gradient: float | None = None
+    num_experts: int = 8
+    top_k: int = 1
+    attention_ms: float = 45.0
+    attention_to_mlp: float = 3.0
+    shaped: bool = True
+    device: str = "cpu"
+    dtype: str = "float32"
+    bus: bool = False
+    reductions: str = "paced"
+    rows: tuple[str, ...] = usual_rows(2)
+    loads: tuple[str, ...] = ()
     layout: str | None = None
+
+    @classmethod
+    def block(cls) -> "Setting":
+        """Return the usual measurement of one pair."""
+        return cls()
+
+    @classmethod
+    def iteration(cls) -> "Setting":
+        """Return the usual measurement of a training step of two pairs, smaller ones."""
+        usual = cls(level="iteration", dim=256, ffn_dim=1024, heads=4)
+        return replace(usual, tokens=tokens_for(USUAL_RATIO, usual), rows_per_gradient=USUAL_RATIO)
+
+    def on_gpu(self) -> "Setting":
+        """Return the same on one GPU: real operators, and gradients reduced by DDP."""
+        return replace(self, device="cuda", ranks=1, compute="real", reductions="ddp")
 
     @property
     def sequences(self) -> int:
-        """Sequences of one rank in one batch."""
+        """Return the sequences of one rank in one batch."""
         return self.tokens // self.seq_len
 
     @property
     def layers(self) -> int:
-        """Blocks of a row."""
+        """Return the number of blocks of a row."""
         return 4 if self.level == "iteration" else 2
 
     @property
     def moe_blocks(self) -> int:
-        """Blocks of a row that have an MoE."""
+        """Return the number of blocks of a row that have an MoE."""
         return self.layers // self.every
 
     def block_of(self, row: str) -> str:
+        """Return the block of a row (ROWS)."""
         return ROWS[self.every][row][0]
 
     def top_k_of(self, block: str) -> int:
+        """Return the routed experts of a token in a block."""
         return TOP_K.get(block, self.top_k)
 
 
-def tokens_for(ratio: float, setting: Setting, ranks: int) -> int:
-    """Return the tokens of a batch with which a rank sends so many bytes of rows for a byte of
-    dense gradients in a training step of top-2, in whole sequences.
+def tokens_for(ratio: float, setting: Setting) -> int:
+    """Return the tokens of a batch that give a ratio of rows to gradients, in whole sequences.
 
-    A block with an MoE sends 2 copies of a token, there and back, forward and backward; a ring
-    sends 2 (1 - 1 / R) of the gradients of each block's attention, and of the MLP of a block
-    without an MoE."""
+    ratio: bytes of rows over bytes of dense gradients that a rank sends in a training step of
+    top-2; one rank alone counts as two. A block with an MoE sends 2 copies of a token, there and
+    back, forward and backward; a ring sends 2 (1 - 1 / R) of the gradients of each block's
+    attention, and of the MLP of a block without an MoE.
+    """
+    ranks = max(2, setting.ranks)
     mlps = setting.layers - setting.moe_blocks
-    gradients = (
-        2
-        * (1 - 1 / ranks)
-        * (4 * setting.layers * setting.dim**2 + 2 * mlps * setting.dim * setting.ffn_dim)
-    )
+    weights = 4 * setting.layers * setting.dim**2 + 2 * mlps * setting.dim * setting.ffn_dim
+    gradients = 2 * (1 - 1 / ranks) * weights
     copies = 4 * TOP_K["top2"] * setting.moe_blocks * setting.accumulate
-    rows_of_a_token = copies * setting.dim * through_link(ranks, setting.nodes)
-    return max(1, round(ratio * gradients / rows_of_a_token / setting.seq_len)) * setting.seq_len
+    rows_of_a_token = copies * setting.dim * share_sent(ranks)
+    sequences = max(1, round(ratio * gradients / rows_of_a_token / setting.seq_len))
+    return sequences * setting.seq_len
 
 
-def through_link(ranks: int, nodes: int) -> float:
-    """Return the rows that leave by a link (a rank's own, or its node's card), over the rows of one
-    rank."""
-    return 1 - 1 / ranks if nodes == 1 else ranks / nodes * (1 - 1 / nodes)
+def share_sent(ranks: int) -> float:
+    """Return the share of a rank's rows that leave it, at balanced routing."""
+    return 1 - 1 / ranks
 
 
-def pair_of(config: Config, share: float, tokens: int) -> Setting:
-    """Return a pair of a configuration's sizes, on which the links' rate is searched. tokens: of
-    one rank."""
+def pair_of(config: Config, share: float, ranks: int, tokens: int) -> Setting:
+    """Return a pair of a configuration's sizes, on which the links' rate is searched.
+
+    tokens: of one rank.
+    """
     model, data = config.model, config.data
     return Setting(
         share,
+        ranks=ranks,
         every=config.moe.every,
         compute="real",
         dim=model.dim,
@@ -208,8 +203,10 @@ def check_ranks(ranks: int) -> None:
 
 
 def default_schedule(block: str) -> Schedule:
-    """The experts in the middle of the window, in one chunk. block: a block's name in ROWS; of a
-    row, the last one."""
+    """Return the schedule with the experts in the middle of the window, in one chunk.
+
+    block: a block's name in ROWS; of a row, the last one.
+    """
     if block in TAPS:
         return Schedule("scmoe", TAPS[block])
     return Schedule(block if block in ("shared_expert", "farskip") else "top_k")

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.bench.overlap_rows import Kind, OverlapRow, cells_of, rows_of
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from scmoe.probes.charts import BLUE, PAPER, SKY, chart, heading
 from scmoe.report import Report
@@ -23,7 +24,7 @@ IN_EVERY_BLOCK = {
     "scmoe_pos2": "Nous (Pos-2)",
 }  # wirings with an MoE in every block
 OTHER_WORK = ("top1", "top3", "scmoe2")  # rows of less or more computation than top-2
-KINDS = {"forward": "inference", "train": "training"}
+KINDS: dict[Kind, str] = {"forward": "inference", "train": "training"}
 PIPELINED = "_pipelined"
 
 
@@ -109,7 +110,8 @@ def tables(report: dict[str, Any]) -> list[Report]:
     where = conditions(report)  # a GPU's bus, or the loopback device as it is
     if report["link_mbit"] is not None:
         where = (
-            f"Links of {report['link_mbit']:.0f} Mbit/s, {ranks_of(report)}, {report['compute']}"
+            f"Links of {report['link_mbit']:.0f} Mbit/s, {report['ranks']} ranks,"
+            f" {report['compute']}"
             " compute"
         )
     title = (
@@ -131,24 +133,17 @@ def tables(report: dict[str, Any]) -> list[Report]:
     columns["auto / best"] = "{auto_over_best:.3f}"
     if report.get("every", 2) == 1:
         title = f"{blocks_of(report)}. {title}"
-    return [Report(title.format_map(report), with_places(report["rows"]), columns)]
+    return [Report(title.format_map(report), cells_of(rows_of(report)), columns)]
 
 
-def with_places(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the rows, each with the place of its experts: the slot, and whether it is inside the
-    attention there."""
-    inside = {name: " inside" if row.get("inside_attention") else "" for name, row in rows.items()}
-    return {name: {**row, "place": f"{row['slot']}{inside[name]}"} for name, row in rows.items()}
-
-
-def speed_bars(report: dict[str, Any], kind: str, paper: Printed | None) -> dict[str, list[Bar]]:
+def speed_bars(report: dict[str, Any], kind: Kind, paper: Printed | None) -> dict[str, list[Bar]]:
     """Return the bars of each architecture: one chunk, pipelined, and the paper's."""
     groups: dict[str, list[Bar]] = {}
-    for row, own in report["rows"].items():
-        value, color = own[f"{kind}_speedup"], SKY if row.endswith(PIPELINED) else BLUE
-        bar = Bar(
-            value, color, f"{value:.2f}", own[f"{kind}_quartiles"], limit_of(report, row, kind)
-        )
+    for row, figures in rows_of(report).items():
+        value = figures.speedup(kind)
+        color = SKY if row.endswith(PIPELINED) else BLUE
+        limit = limit_of(report, row, figures, kind)
+        bar = Bar(value, color, f"{value:.2f}", figures.quartiles(kind), limit)
         groups.setdefault(name_of(row, report.get("every", 2)), []).append(bar)
     for row, values in paper.rows.items() if paper else ():
         if name_of(row) in groups:
@@ -156,19 +151,14 @@ def speed_bars(report: dict[str, Any], kind: str, paper: Printed | None) -> dict
     return groups
 
 
-def limit_of(report: dict[str, Any], row: str, kind: str) -> float | None:
+def limit_of(report: dict[str, Any], row: str, figures: OverlapRow, kind: Kind) -> float | None:
     """Return the speed-up of top-2 without its communication; None for a row of other work."""
     if row.removesuffix(PIPELINED) in OTHER_WORK:
         return None
+    if kind == "forward":
+        return report["limit_forward"]
     # an iteration's rows have gradients of their own
-    return report["rows"][row].get(f"limit_{kind}", report[f"limit_{kind}"])
-
-
-def ranks_of(report: dict[str, Any]) -> str:
-    on_nodes = (
-        f" on {report['nodes']} nodes ({report['exchange']} exchange)" if "nodes" in report else ""
-    )
-    return f"{report['ranks']} ranks{on_nodes}"
+    return report["limit_train"] if figures.limit_train is None else figures.limit_train
 
 
 def conditions(report: dict[str, Any], *others: dict[str, Any]) -> str:
@@ -176,11 +166,11 @@ def conditions(report: dict[str, Any], *others: dict[str, Any]) -> str:
     links only."""
     rates = ", ".join(f"{each['link_mbit'] or 0:.0f}" for each in (report, *others))
     links = {
-        "shaped": f"links of {rates} Mbit/s between {ranks_of(report)} on one CPU",
-        "loopback": f"loopback as it is between {ranks_of(report)} on one CPU",
+        "shaped": f"links of {rates} Mbit/s between {report['ranks']} ranks on one CPU",
+        "loopback": f"loopback as it is between {report['ranks']} ranks on one CPU",
         "bus": (
             f"rows over the bus of a {report['device']} at {report.get('bus_rate', 1.0):.2g} times"
             " its rate"
         ),
     }
-    return f"{report['compute']} compute, {links[next(iter(report['rows'].values()))['links']]}"
+    return f"{report['compute']} compute, {links[next(iter(rows_of(report).values())).links]}"

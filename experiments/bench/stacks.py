@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.bench.emulated import EmulatedAttention, EmulatedExperts, EmulatedOperator
-from experiments.bench.loads import BALANCED, Now, Place, deal
+from experiments.bench.loads import BALANCED, CurrentLoad, Sizes, deal
 from experiments.bench.pairs import WIRINGS, Setting
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.config.fields import Config
@@ -29,20 +29,23 @@ from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.blocks import PARTS, Parts, stack
 
 
-def make_blocks(name: str, setting: Setting, context: ParallelContext, now: Now) -> list[MoEBlock]:
-    """The blocks of a row, built as a training builds them, with this rank's share of the experts.
+def make_blocks(
+    name: str, setting: Setting, context: ParallelContext, current: CurrentLoad
+) -> list[MoEBlock]:
+    """Return the blocks of a row as a training builds them, with this rank's share of the experts.
 
-    name: a block's name in ROWS. now: the load, which the times depend on in place of the choices
-    of an untrained gate."""
+    name: a block's name in ROWS. current: the load, on which the times depend in place of the
+    choices of an untrained gate.
+    """
     config = config_of(name, setting)
     parts = (
         PARTS[config.model.family](config) if setting.compute == "real" else emulated_parts(setting)
     )
     blocks = moe_blocks_of(nn.ModuleList(stack(config, context, [parts] * setting.layers)))
     assert len(blocks) == setting.moe_blocks
-    place = Place(setting.num_experts, config.moe.top_k, context.ep_size)
+    sizes = Sizes(setting.num_experts, config.moe.top_k, context.ep_size)
     for block in blocks:
-        block.moe.router.deal = deal(place, context.ep_rank, now)
+        block.moe.router.deal = deal(sizes, context.ep_rank, current)
         block.moe.rows = rows_of_layout(setting)
     return blocks
 
@@ -60,7 +63,7 @@ def config_of(name: str, setting: Setting) -> Config:
 
 
 def emulated_parts(setting: Setting) -> Parts:
-    """Sub-layers, shared experts and routed experts sleep; all else of an MoE module is real."""
+    """Return sub-layers and experts that sleep; all else of an MoE module is real."""
     s, mlp_ms = setting, setting.attention_ms / setting.attention_to_mlp
     weighs = s.level == "iteration"  # else no gradient travels
     return Parts(
@@ -75,7 +78,7 @@ def emulated_parts(setting: Setting) -> Parts:
 
 
 def rows_of_layout(setting: Setting) -> Rows:
-    """Raises ConfigError for a layout that does not exist."""
+    """Raise ConfigError for a layout that does not exist."""
     kind, _, number = (setting.layout or ("dropless" if setting.loads else "capacity:1")).partition(
         ":"
     )
@@ -111,19 +114,19 @@ class Variant:
     """Blocks with a schedule. way: overlapped, sequential (each transfer is waited for at once),
     free, or alone (free, and gradients stay on their ranks). load: of their experts (loads.py).
 
-    schedule: of the last block; the others have the same place, or as `placed` says. own: that of
-    each, if it is not.
+    schedule: of the last block; the others have the same place, or as `placed` says. schedules:
+    that of each block, where they do not follow from `schedule`.
     """
 
     block: str
     schedule: Schedule
     way: str = "overlapped"
     load: str = BALANCED
-    own: tuple[Schedule, ...] = ()
+    schedules: tuple[Schedule, ...] = ()
 
     def of_blocks(self, schedules: Iterable[Schedule]) -> list[Schedule]:
         """Return the schedule of each block, given any schedules that they have."""
-        return list(self.own) or [placed(each, self.schedule) for each in schedules]
+        return list(self.schedules) or [placed(each, self.schedule) for each in schedules]
 
 
 def chosen_by(choices: Sequence[LayerChoice], block: str, load: str) -> Variant:
@@ -133,7 +136,7 @@ def chosen_by(choices: Sequence[LayerChoice], block: str, load: str) -> Variant:
     return (
         variant
         if variant.of_blocks(schedules) == schedules
-        else replace(variant, own=tuple(schedules))
+        else replace(variant, schedules=tuple(schedules))
     )
 
 
@@ -148,21 +151,22 @@ def windows_of(
     ]
 
 
-def placed(own: Schedule, like: Schedule) -> Schedule:
+def placed(schedule: Schedule, like: Schedule) -> Schedule:
     """Return a block's own schedule at the place of another block's, in as many chunks. Where its
     window is shorter, it is the last place before, as the planner chooses it (planning/pricing.py).
     """
-    places = slots(replace(own, chunks=like.chunks))
-    at = like.slot, like.inside_attention
-    return [
-        each for each in places if (each.slot, each.inside_attention) <= at or each is places[0]
-    ][-1]
+    places = slots(replace(schedule, chunks=like.chunks))
+    latest = like.slot, like.inside_attention
+    allowed = [each for each in places if (each.slot, each.inside_attention) <= latest]
+    return allowed[-1] if allowed else places[0]
 
 
 def of_each_kind(variants: Sequence[Variant]) -> list[list[Variant]]:
-    """The variants whose experts run between operators, and those inside attention, if there are
-    any."""
+    """Return the variants with experts between operators, and those with experts inside attention.
+
+    A kind without variants is left out.
+    """
     kinds = [
         [v for v in variants if v.schedule.inside_attention is inside] for inside in (False, True)
     ]
-    return [own for own in kinds if own]
+    return [kind for kind in kinds if kind]

@@ -44,7 +44,7 @@ def bench_timeline(
     namespace (links.py).
     """
     require("bench timeline", "matplotlib")
-    setting = Setting(share, compute=compute)
+    setting = Setting(share, compute=compute, ranks=ranks)
     out.mkdir(parents=True, exist_ok=True)
     rate, timelines = run_ranks(
         watch, ranks, setting, position, out, timeout_s=900, own_links=True
@@ -98,7 +98,10 @@ def draw_plan(run_dir: Path) -> dict[str, Any]:
 def watch(
     rank: int, world_size: int, setting: Setting, position: str, out: Path
 ) -> tuple[float, dict[str, Any]]:
-    """Runs on every rank. Returns the rate (Bench.set_rate), and by direction {title: spans in ms}."""
+    """Run on every rank. Return the rate (Bench.set_rate), and spans in ms by direction and title.
+
+    The caller uses rank 0's result.
+    """
     dist.init_process_group("gloo")
     bench = Bench(setting)
     rate = find_rate(setting, bench.set_rate, bench.infer)  # of the links, or of the bus
@@ -120,7 +123,7 @@ def watch(
 
 
 def planned_spans(choice: LayerChoice, direction: Direction, sequential: bool) -> list[Span]:
-    """The spans that the cost model predicts, in ms."""
+    """Return the spans that the cost model predicts, in ms."""
     schedule = choice.schedule
     known = per_chunk(schedule, getattr(choice.times[schedule.chunks], direction))
     operators = schedule.operators() if direction == "forward" else schedule.backward_operators()
@@ -128,7 +131,7 @@ def planned_spans(choice: LayerChoice, direction: Direction, sequential: bool) -
 
 
 def measured_spans(bench: Bench, variant: Variant, direction: Direction) -> list[Span]:
-    """The spans of the median of STEPS training steps after a first one, in ms."""
+    """Return the spans of the median of STEPS training steps after a first one, in ms."""
     steps = []
     for _ in range(1 + STEPS):
         recorder = Recorder(bench.device)
@@ -144,7 +147,7 @@ def measured_spans(bench: Bench, variant: Variant, direction: Direction) -> list
 
 
 def one_at_a_time(spans: list[Span]) -> list[Span]:
-    """Shortens transfers, which are noted from their launch on, to the time on the link: it carries
+    """Shorten transfers, which are noted from their launch on, to the time on the link: it carries
     one at a time."""
     shown, free = [], 0.0
     for span in sorted(spans, key=lambda span: span.end):
@@ -156,9 +159,9 @@ def one_at_a_time(spans: list[Span]) -> list[Span]:
 
 
 def trace(bench: Bench, variant: Variant, path: Path) -> None:
-    """Profiles one training step; rank 0 writes a Chrome trace to `path`."""
+    """Profile one training step; rank 0 writes a Chrome trace to `path`."""
     step = bench.set(variant)
     dist.barrier()
-    found = recorded(bench.device, lambda: step.train(bench.x))
+    profile = recorded(bench.device, lambda: step.train(bench.x))
     if dist.get_rank() == 0:
-        found.export_chrome_trace(str(path))
+        profile.export_chrome_trace(str(path))

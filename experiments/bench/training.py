@@ -5,8 +5,8 @@ Every architecture trains one configuration with the same data, seed and steps: 
 logging, validation and checkpoints, on the links and on links without a rate. All trainings are
 alive at once, each in its own processes and network, and one runs at a time: a turn is a few steps,
 and a round has a turn of each, so ratios within a round compare what ran within a minute. The
-links' rate is searched before each round. The first half of a training, in which the schedule is
-chosen, is its turn of the first round, which is left out, as validation and checkpoints are.
+links' rate is searched before each round. The first half of each training, in which the schedule
+is chosen, is warm-up and is not timed. Validation and checkpoints are not timed either.
 
     compute             a step on links without a rate
     exposed rows        what the MoE windows of a step, forward and backward, take longer than
@@ -35,19 +35,19 @@ from lightning.pytorch import Callback
 
 from experiments.bench.loads import (
     BALANCED,
-    Now,
-    Place,
+    CurrentLoad,
+    Sizes,
+    check_load,
     deal,
     imbalance,
     kinds_of,
     load_of,
-    why_impossible,
 )
 from experiments.bench.overlap import Bench, find_rate
 from experiments.bench.pairs import Setting, pair_of
 from experiments.bench.speed_chart import name_of
 from experiments.engine import links
-from experiments.engine.clock import in_turn, middle, quartiles
+from experiments.engine.clock import in_turn, median, quartiles
 from experiments.engine.ranks import RankError, run_ranks
 from scmoe.config.extras import require
 from scmoe.config.fields import Config
@@ -107,7 +107,7 @@ class Turns(Callback):
         self.steps_s.append(time.perf_counter() - self.begun)
         self.begun, self.step = None, trainer.global_step
         if self.step in self.ends:
-            self.turn.send([middle(self.steps_s), middle(self.windows_s or [0.0])])
+            self.turn.send([median(self.steps_s), median(self.windows_s or [0.0])])
             self.begin()
 
     def note_windows(self, trainer: Any) -> None:
@@ -128,7 +128,7 @@ class Training:
     """A training in its own processes and network, which runs in its turns."""
 
     def __init__(self, pool: ThreadPoolExecutor, ranks: int, *what: Any) -> None:
-        """what: config, words, load and ends for `trained`."""
+        """Start it. what: config, words, load and ends for `trained`."""
         pipes = [Pipe() for _ in range(ranks)]
         self.turns = [ours for ours, _ in pipes]
         theirs = [end for _, end in pipes]
@@ -156,7 +156,7 @@ class Training:
 
 
 def in_own_network(ranks: int, theirs: Sequence[Connection], *what: Any) -> dict[str, Any]:
-    """Runs in a thread for each training, so that each has a network."""
+    """Run in a thread for each training, so that each has a network."""
     try:
         links.enter_another()
         return run_ranks(trained, ranks, theirs, *what, timeout_s=LONGEST_S, own_links=True)[0]
@@ -169,15 +169,15 @@ class Loaded(Callback):
     """Lets every router of the model deal tokens by a load."""
 
     def __init__(self, routing: str) -> None:
-        self.now = Now(load_of(routing))
+        self.current = CurrentLoad(load_of(routing))
 
     def on_fit_start(self, trainer: Any, module: Any) -> None:
         for router in (part for part in module.modules() if isinstance(part, Router)):
-            place = Place(router.num_experts, router.top_k, dist.get_world_size())
-            router.deal = deal(place, dist.get_rank(), self.now)
+            sizes = Sizes(router.num_experts, router.top_k, dist.get_world_size())
+            router.deal = deal(sizes, dist.get_rank(), self.current)
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        self.now.step = trainer.global_step  # not the calls: recomputation calls a router twice
+        self.current.step = trainer.global_step  # not the calls: recomputation calls a router twice
 
 
 def bench_train(
@@ -190,7 +190,7 @@ def bench_train(
     routing: str | None,
     out: Path,
 ) -> dict[str, Any]:
-    """Measure, print a table, and write chart and figures into `out`. Returns the report.
+    """Measure, print a table, and write chart and figures into `out`. Return the report.
 
     share: of communication, of a sequential top-2 pair of the configuration's sizes. routing: a
     load of the experts; None: routers choose. The caller has entered a network namespace
@@ -209,11 +209,11 @@ def bench_train(
             f"trainer.early_stopping is {early}, allowed: null, as all trainings take all steps"
         )
     samples = first.data.global_batch_size // (ranks * first.trainer.accumulate)
-    pair = pair_of(first, share, samples * first.data.seq_len)
+    pair = pair_of(first, share, ranks, samples * first.data.seq_len)
     uneven = (
         {}
         if routing is None
-        else {row: made_by(routing, own, pair, ranks) for row, own in configs.items()}
+        else {row: made_by(routing, each, pair, ranks) for row, each in configs.items()}
     )
     steps = first.trainer.max_steps
     turn = steps // 2 // rounds
@@ -248,7 +248,7 @@ def bench_train(
         try:
             variants = {(row, way): partial(one, row, way) for row, way in trainings}
             times = in_turn(variants, rounds, say=partial(print, file=sys.stderr))
-            found = {name: training.finish() for name, training in trainings.items()}
+            results = {name: training.finish() for name, training in trainings.items()}
         finally:
             for training in trainings.values():
                 training.stop()
@@ -256,20 +256,24 @@ def bench_train(
         "config": config,
         "overrides": list(overrides),
         "wanted_share": share,
-        "link_mbit": middle(rates[1:]),
+        "link_mbit": median(rates[1:]),
         "ranks": ranks,
         "rounds": rounds,
         "steps": steps,
         "rows": {
-            row: row_of(configs[row], times, row, rows[0], found[row, "links"]["curve"])
+            row: row_of(configs[row], times, row, rows[0], results[row, "links"]["curve"])
             for row in rows
         },
     }
     if routing is not None:
         report["load"] = {"name": routing, **uneven[rows[0]]}
-        for row, own in report["rows"].items():
-            over = middle(times[row, "links"][0] / times[row, EVEN][0])
-            own |= {"over_balanced": over, "dropped": found[row, "links"]["dropped"], **uneven[row]}
+        for row, figures in report["rows"].items():
+            over = median(times[row, "links"][0] / times[row, EVEN][0])
+            figures |= {
+                "over_balanced": over,
+                "dropped": results[row, "links"]["dropped"],
+                **uneven[row],
+            }
     name = f"train-share-{share:g}{kinds_of([] if routing is None else [routing])}"
     publish(report, tables(report), draw, out / name)
     return report
@@ -306,10 +310,9 @@ def made_by(routing: str, config: Config, pair: Setting, ranks: int) -> dict[str
         raise ConfigError(
             f"--load is {routing}, allowed: others, as all ranks train on equally many tokens"
         )
-    place = Place(config.moe.num_experts, config.moe.top_k, ranks)
-    if refused := why_impossible(load_of(routing), place, pair.sequences):
-        raise ConfigError(refused)
-    return imbalance(load_of(routing), place, pair.sequences, pair.seq_len)
+    sizes = Sizes(config.moe.num_experts, config.moe.top_k, ranks)
+    check_load(load_of(routing), sizes, pair.sequences)
+    return imbalance(load_of(routing), sizes, pair.sequences, pair.seq_len)
 
 
 def row_of(
@@ -323,15 +326,15 @@ def row_of(
     (step, windows), (free, free_windows) = (times[row, way] for way in WAYS)
     rows, speedups = windows - free_windows, times[first, "links"][0] / step
     tokens = config.data.global_batch_size * config.data.seq_len
-    step_s = middle(step)
+    step_s = median(step)
     return {
         "tokens_per_s": tokens / step_s,
-        "speedup": middle(speedups),
+        "speedup": median(speedups),
         "quartiles": quartiles(speedups),
         "step_s": step_s,
-        "compute_s": middle(free),
-        "exposed_rows_s": middle(rows),
-        "exposed_gradients_s": middle(step - free - rows),
+        "compute_s": median(free),
+        "exposed_rows_s": median(rows),
+        "exposed_gradients_s": median(step - free - rows),
         "rows_over_gradients": estimate(config)["rows_over_gradients"],
         "val_loss": curve[-1][1],
         "val_losses": [
@@ -341,7 +344,7 @@ def row_of(
 
 
 def searched(rank: int, world_size: int, pair: Setting, start: float | None = None) -> float:
-    """Runs on every rank. Returns the links' rate in Mbit/s. start: the search begins there."""
+    """Run on every rank. Return the links' rate in Mbit/s. start: the search begins there."""
     dist.init_process_group("gloo")
     bench = Bench(pair)
     return find_rate(pair, bench.set_rate, bench.infer, start)
@@ -356,7 +359,7 @@ def trained(
     routing: str | None,
     ends: Sequence[int],
 ) -> dict[str, Any]:
-    """Runs on every rank; the caller uses rank 0's result."""
+    """Run on every rank; the caller uses rank 0's result."""
     held = Turns(turns[rank], ends)
     held.begin()
     register_callback("turns")(lambda: held)
@@ -364,28 +367,28 @@ def trained(
         register_callback("loaded")(partial(Loaded, routing))
         words = [*words, "callbacks.loaded={}"]
     with TemporaryDirectory() as folder:
-        own = [*words, "callbacks.turns={}", "logger.mode=disabled"]
+        words = [*words, "callbacks.turns={}", "logger.mode=disabled"]
         if rank == 0:
-            own.append(f"runs_dir={folder}")
-        summary = train(load(config, own), quiet=True)
+            words.append(f"runs_dir={folder}")
+        summary = train(load(config, words), quiet=True)
         if summary is None:
             return {}
         run = SeenRun(Path(summary["run_dir"]))
         dropped = [row["moe/drop_share"] for row in run.metrics if "moe/drop_share" in row]
-        return {"curve": run.curve("val/loss"), "dropped": middle(dropped or [0.0])}
+        return {"curve": run.curve("val/loss"), "dropped": median(dropped or [0.0])}
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the validation loss of each row against the seconds that its training took."""
     with chart(path, 3.4) as figure:
         axis = figure.subplots()
-        for row, found in report["rows"].items():
-            seconds, losses = np.asarray(found["val_losses"]).T
+        for row, figures in report["rows"].items():
+            seconds, losses = np.asarray(figures["val_losses"]).T
             axis.plot(
                 seconds,
                 losses,
                 marker="o",
-                label=f"{name_of(row)}: {found['tokens_per_s']:.0f} tokens/s",
+                label=f"{name_of(row)}: {figures['tokens_per_s']:.0f} tokens/s",
             )
         axis.set(
             xlabel="seconds of training, without validation and checkpoints",

@@ -7,23 +7,25 @@ with the balanced one.
                     1
     model           T_free(balanced) and what the timeline of all ranks (schedule/cost.py) adds to
                     it, from the times of the operators at the balanced load and the rows of each
-                    rank. There is none where rows are dropped, where ranks have different numbers
-                    of tokens, or where they share a node's card
+                    rank. There is none where rows are dropped, or where ranks have different
+                    numbers of tokens
 
 Speed-ups are over sequential top-2 at the same load, and hidden shares have T_sequential and T_free
 at the same load.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from experiments.bench.loads import BALANCED, Load, Place, counts_of, load_of
+from experiments.bench.loads import BALANCED, Load, Sizes, counts_of, imbalance, load_of
 from experiments.bench.overlap import Measured, way_of
+from experiments.bench.overlap_rows import LoadFigures, OverlapRow, cells_of, rows_of
 from experiments.bench.pairs import Setting
-from experiments.bench.speed_chart import name_of, ranks_of, with_places
+from experiments.bench.speed_chart import name_of
 from experiments.bench.stacks import windows_of
-from experiments.engine.clock import middle, quartiles
+from experiments.engine.clock import median, quartiles
 from scmoe.probes.charts import chart, heading
 from scmoe.report import Report
 from scmoe.schedule.cost import (
@@ -38,64 +40,88 @@ from scmoe.schedule.cost import (
 from scmoe.schedule.schedule import Schedule
 
 APART = 0.006  # between rows at the same load, so that their quartiles do not cover each other
-KEPT = (  # of the balanced
-    *("overlap_forward", "overlap_backward", "forward_speedup", "train_speedup"),
-    *("slot", "inside_attention", "chunks"),
-)
+
+
+def made_by(setting: Setting, load: str, block: str) -> dict[str, float]:
+    """Return how uneven a load makes the routing of a block."""
+    sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
+    return imbalance(load_of(load), sizes, setting.sequences, setting.seq_len)
 
 
 def beside_balanced(
     setting: Setting,
-    ranks: int,
-    found: Measured,
+    measured: Measured,
     control: Measured,
-    row: str,
-    balanced: dict[str, Any],
-) -> dict[str, Any]:
-    """Return the figures of a row at a load beside the balanced one. balanced: its figures there."""
-    block, here, there = setting.block_of(row), found.rows[row], control.rows[row]
-    own, even = found.times[here.best], found.times[there.best]
-    load, modelled = load_of(found.load), None
-    if load.kind != "ragged" and setting.layout in (None, "dropless") and setting.nodes == 1:
-        place = Place(setting.num_experts, setting.top_k_of(block), ranks)
+    name: str,
+    row: OverlapRow,
+    balanced: OverlapRow,
+) -> OverlapRow:
+    """Return the figures of a row at a load, with those beside the balanced one.
+
+    balanced: its figures there.
+    """
+    block = setting.block_of(name)
+    here = measured.rows[name]
+    there = control.rows[name]
+    uneven = measured.times[here.best]
+    even = measured.times[there.best]
+    load = load_of(measured.load)
+    modelled = None
+    if load.kind != "ragged" and setting.layout in (None, "dropless"):
+        sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
         windows = windows_of(here.best, there.choices)
         computing = sum(elapsed_time(*each) - exposed_time(*each) for each in windows)
         took = [
-            sum(window_s(*w, load, place, setting.tokens, step) for w in windows)
+            sum(window_s(*w, load, sizes, setting.tokens, step) for w in windows)
             for step in range(setting.rounds)
         ]
-        added = setting.accumulate * (middle(took) - computing)
-        modelled = middle(way_of(found, block, "free", BALANCED).train) + added
-    free, even_free = (way_of(found, block, "free", load) for load in (found.load, BALANCED))
-    return {
-        "over_balanced_forward": middle(own.forward / even.forward),
-        "over_balanced_train": middle(own.train / even.train),
-        "over_balanced_quartiles": quartiles(own.train / even.train),
-        "straggler_forward": middle(free.forward / even_free.forward) - 1,
-        "straggler_train": middle(free.train / even_free.train) - 1,
-        "measured_over_model": None if modelled is None else middle(own.train) / modelled,
-        "dropped": here.dropped,
-        "balanced": {key: balanced[key] for key in KEPT},
-    }
+        added = setting.accumulate * (median(took) - computing)
+        modelled = median(way_of(measured, block, "free", BALANCED).train) + added
+    free, even_free = (
+        way_of(measured, block, "free", load_name) for load_name in (measured.load, BALANCED)
+    )
+    figures = LoadFigures(
+        over_balanced_forward=median(uneven.forward / even.forward),
+        over_balanced_train=median(uneven.train / even.train),
+        over_balanced_quartiles=quartiles(uneven.train / even.train),
+        straggler_forward=median(free.forward / even_free.forward) - 1,
+        straggler_train=median(free.train / even_free.train) - 1,
+        dropped=here.dropped,
+        balanced={
+            "overlap_forward": balanced.overlap_forward,
+            "overlap_backward": balanced.overlap_backward,
+            "forward_speedup": balanced.forward_speedup,
+            "train_speedup": balanced.train_speedup,
+            "slot": balanced.slot,
+            "inside_attention": balanced.inside_attention,
+            "chunks": balanced.chunks,
+        },
+        **made_by(setting, measured.load, block),
+    )
+    over_model = None if modelled is None else median(uneven.train) / modelled
+    return replace(row, measured_over_model=over_model, at_load=figures)
 
 
 def window_s(
-    schedule: Schedule, times: OperatorTimes, load: Load, place: Place, tokens: int, step: int
+    schedule: Schedule, times: OperatorTimes, load: Load, sizes: Sizes, tokens: int, step: int
 ) -> float:
     """Return the modelled seconds from the tap to the end of the block and back, in one step of a
     load.
 
     times: of the operators at the balanced load. tokens: of each rank."""
     counts_PRE = counts_of(
-        load, place, [tokens] * place.ranks, load.phase(step, place.ranks), schedule.chunks
+        load, sizes, [tokens] * sizes.ranks, load.phase(step, sizes.ranks), schedule.chunks
     )
-    rows_PRR = counts_PRE.unflatten(2, (place.ranks, -1)).sum(3).tolist()
-    own = [shares(rows_RR) for rows_RR in rows_PRR]
-    forward = play_ranks(schedule.operators(), per_chunk(schedule, times.forward), own)
+    rows_PRR = counts_PRE.unflatten(2, (sizes.ranks, -1)).sum(3).tolist()
+    shares_P = [shares(rows_RR) for rows_RR in rows_PRR]
+    forward = play_ranks(schedule.operators(), per_chunk(schedule, times.forward), shares_P)
     starts = [spans[-1].end for spans in forward]
     operators = schedule.backward_operators()
     return max(
-        map(elapsed, play_ranks(operators, per_chunk(schedule, times.backward), own, starts=starts))
+        map(
+            elapsed,
+            play_ranks(operators, per_chunk(schedule, times.backward), shares_P, starts=starts),
+        )
     )
 
 
@@ -114,11 +140,11 @@ def tables(report: dict[str, Any]) -> list[Report]:
     of_layout = {"dropped": "{dropped:.1%}", "peak, MiB": "{peak_mb:.0f}"}
     return [
         Report(
-            words_of(own),
-            with_places(own["rows"]),
-            columns if own["layout"] == "dropless" else columns | of_layout,
+            words_of(each),
+            cells_of(rows_of(each)),
+            columns if each["layout"] == "dropless" else columns | of_layout,
         )
-        for own in report["loads"]
+        for each in report["loads"]
     ]
 
 
@@ -126,7 +152,8 @@ def words_of(report: dict[str, Any]) -> str:
     """Return the conditions of a load's report."""
     load = report["load"]
     machine = (
-        f"{report['compute']} compute, {ranks_of(report)}, {report['level']}, {report['layout']}"
+        f"{report['compute']} compute, {report['ranks']} ranks, {report['level']},"
+        f" {report['layout']}"
     )
     words = (
         f"{load['name']}: the busiest rank has {load['max_over_mean_ranks']:.2f} times the mean,"
@@ -140,40 +167,68 @@ def words_of(report: dict[str, Any]) -> str:
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the time of a training step over the balanced one."""
     first = report["loads"][0]
-    of = "A pair" if first["level"] == "block" else "An iteration"
+    what = "A pair" if first["level"] == "block" else "An iteration"
     words = (
-        f"{of}, {first['compute']} compute, {ranks_of(first)}, share {first['balanced_share']:.2f}"
+        f"{what}, {first['compute']} compute, {first['ranks']} ranks, share"
+        f" {first['balanced_share']:.2f}"
     )
-    draw_lines(
-        report["loads"], "over_balanced_train", path, words, "training step over its balanced one"
-    )
+    names = {row: name_of(row, first.get("every", 2)) for row in first["rows"]}
+    draw_lines(lines_of(report["loads"]), names, path, words, "training step over its balanced one")
+
+
+class Point(NamedTuple):
+    """A row at one load. over_balanced: its time over the balanced one, with quartiles."""
+
+    max_over_mean_ranks: float
+    over_balanced: float
+    quartiles: list[float]
+
+
+def lines_of(reports: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
+    """Return a point of each row for each load."""
+    lines: dict[str, list[Point]] = {}
+    for report in sorted(reports, key=heat_of):
+        for name, row in rows_of(report).items():
+            assert row.at_load is not None
+            figures = row.at_load
+            point = Point(
+                figures.max_over_mean_ranks,
+                figures.over_balanced_train,
+                figures.over_balanced_quartiles,
+            )
+            lines.setdefault(name, []).append(point)
+    return lines
+
+
+def heat_of(report: Mapping[str, Any]) -> float:
+    """Return the load of the busiest rank over the mean."""
+    return report["load"]["max_over_mean_ranks"]
 
 
 def draw_lines(
-    reports: Sequence[Mapping[str, Any]], over: str, path: Path, words: str, what: str
+    lines: Mapping[str, Sequence[Point]],
+    names: Mapping[str, str],
+    path: Path,
+    words: str,
+    what: str,
 ) -> None:
     """Draw a time over its balanced one against the load of the busiest rank, a line for each row.
-    reports: of each load. over: the key of that ratio in a row; its quartiles are
-    `over_balanced_quartiles`."""
-    reports = sorted(reports, key=lambda own: own["load"]["max_over_mean_ranks"])
-    rows = reports[0]["rows"]
-    bases = list(dict.fromkeys(row.removesuffix("_pipelined") for row in rows))
-    with chart(path, 3.9 + 0.12 * len(rows)) as figure:
+
+    names: of the rows. words: a title. what: the time, beside the axis.
+    """
+    bases = list(dict.fromkeys(row.removesuffix("_pipelined") for row in lines))
+    with chart(path, 3.9 + 0.12 * len(lines)) as figure:
         axis = figure.subplots()
-        for i, row in enumerate(rows):
+        for i, (row, points) in enumerate(lines.items()):
             base = row.removesuffix("_pipelined")
             color = f"C{bases.index(base)}"
-            line = "-o" if row == base else "--o"
-            label = name_of(row, reports[0].get("every", 2)) + (
-                "" if row == base else ", pipelined"
-            )
-            points = [own["rows"][row] for own in reports]
-            at = [own["max_over_mean_ranks"] + APART * i for own in points]
-            axis.plot(
-                [1.0, *at], [1.0, *(own[over] for own in points)], line, color=color, label=label
-            )
-            quartiles = zip(*(own["over_balanced_quartiles"] for own in points), strict=True)
-            axis.vlines(at, *quartiles, color=color)
+            style = "-o" if row == base else "--o"
+            label = names[row] if row == base else f"{names[row]}, pipelined"
+            loads = [point.max_over_mean_ranks + APART * i for point in points]
+            ratios = [point.over_balanced for point in points]
+            axis.plot([1.0, *loads], [1.0, *ratios], style, color=color, label=label)
+            whiskers = zip(*(point.quartiles for point in points), strict=True)
+            axis.vlines(loads, *whiskers, color=color)
         axis.set(xlabel="rows of the busiest rank over the mean", ylabel=what)
         axis.grid(axis="y")
         figure.legend(loc="outside lower left", ncols=2)

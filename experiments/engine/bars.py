@@ -68,7 +68,7 @@ def grouped_bars(
 def bar_legend(
     figure: Any, colors: Mapping[str, str], quartiles: str = "", limit: str = "", ncols: int = 2
 ) -> None:
-    """Say below a figure what its colours are, and in these words what its whiskers and limits are."""
+    """Add a legend of the colours below a figure, and of its whiskers and limits in these words."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

@@ -1,15 +1,14 @@
-"""One clock for every measurement: variants in turn, round after round; ratios within a round;
-medians and quartiles.
+"""One clock for every measurement: variants in turn, ratios within a round, medians.
 
 The speed of a shared machine drifts, so a variant is compared only with what ran in the same round.
 Where ranks measure together, a round counts as the slowest rank has it.
 """
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,7 +36,7 @@ def seconds(run: Callable[[], Any], device: torch.device = CPU) -> float:
 
 
 def undisturbed(run: Callable[[], Result], max_wait: float) -> tuple[Result, float | None]:
-    """Returns what `run` returns and its seconds; None for these if the threads of this process
+    """Return what `run` returns and its seconds; None for these if the threads of this process
     were ready to run and had no core for more than a share max_wait of them."""
     waited, begun = _waited_s(), time.perf_counter()
     result = run()
@@ -46,7 +45,7 @@ def undisturbed(run: Callable[[], Result], max_wait: float) -> tuple[Result, flo
 
 
 def _waited_s() -> float:
-    """Returns the seconds that the threads of this process have been ready to run and had no core,
+    """Return the seconds that the threads of this process have been ready to run and had no core,
     so far."""
     threads = os.listdir("/proc/self/task")
     return (
@@ -94,12 +93,12 @@ def slowest(values: Any) -> np.ndarray:
     return worst.numpy()
 
 
-def middle(values: Any) -> float:
+def median(values: Any) -> float:
     """Return the median."""
-    return float(median(values))
+    return float(statistics.median(values))
 
 
 def quartiles(values: Any) -> list[float]:
     """Return the first and the third quartile; of two values these themselves."""
-    first, _, third = quantiles(values, n=4)
+    first, _, third = statistics.quantiles(values, n=4)
     return [float(max(first, min(values))), float(min(third, max(values)))]

@@ -23,7 +23,7 @@ DARK = (BLUE, GREEN, RED)  # letters on these are white
 def draw(
     timelines: Mapping[str, Sequence[Span]], path: Path, words: str, unit: str = "time"
 ) -> None:
-    """Draws a pair of rows (computation above, communication below) for each timeline, on one axis.
+    """Draw a pair of rows (computation above, communication below) for each timeline, on one axis.
     words: a title."""
     end = max(elapsed(spans) for spans in timelines.values())
     with chart(path, 1.7 + 1.15 * len(timelines)) as figure:

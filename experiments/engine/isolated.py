@@ -56,12 +56,12 @@ class Part:
 
 
 def run_parts(parts: Mapping[str, Part], place: Place) -> dict[str, dict[str, Any]]:
-    """Returns for each part its state, seconds and pieces; `why`, where the state is not ok.
+    """Return for each part its state, seconds and pieces; `why`, where the state is not ok.
 
     state: ok | failed (a piece raised, or the process ended) | stopped (its clock ran out) |
     missing (a package).
     """
-    found = {}
+    results = {}
     # the server must not start CUDA, or no process forked from it could; torch then asks the
     # driver's monitor instead
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -69,20 +69,20 @@ def run_parts(parts: Mapping[str, Part], place: Place) -> dict[str, dict[str, An
         for number, (name, part) in enumerate(parts.items(), 1):
             start = time.monotonic()
             say(f"part {number} of {len(parts)}: {part.what}, {part.clock_s:g} s at most")
-            own = run_part(part, place, Path(folder, name))
-            own |= {
+            result = run_part(part, place, Path(folder, name))
+            result |= {
                 "clock_s": part.clock_s,
                 "what": part.what,
                 "seconds": round(time.monotonic() - start, 1),
             }
-            reason = f": {own['why'].splitlines()[-1]}" if "why" in own else ""
-            say(f"  {own['state']} after {own['seconds']:g} s{reason}")
-            found[name] = own
-    return found
+            reason = f": {result['why'].splitlines()[-1]}" if "why" in result else ""
+            say(f"  {result['state']} after {result['seconds']:g} s{reason}")
+            results[name] = result
+    return results
 
 
 def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
-    """Runs one part in a process. work: where its results and its output are kept, under two
+    """Run one part in a process. work: where its results and its output are kept, under two
     suffixes."""
     if lacking := [name for name in part.packages if find_spec(name) is None]:
         return {"state": "missing", "why": f"not installed: {', '.join(lacking)}", "pieces": {}}
@@ -108,7 +108,7 @@ def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
 
 
 def end(process: Any, wait_s: float | None = None) -> None:
-    """Kills a process and all processes that it has started. wait_s: for its end; None: until it
+    """Kill a process and all processes that it has started. wait_s: for its end; None: until it
     has ended."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -118,7 +118,7 @@ def end(process: Any, wait_s: float | None = None) -> None:
 
 
 def follow_caller(end: Callable[[], Any]) -> None:
-    """Calls `end` in a thread of this process when the process that has started it ends."""
+    """Call `end` in a thread of this process when the process that has started it ends."""
     caller = multiprocessing.parent_process()
     assert caller is not None
 
@@ -130,7 +130,7 @@ def follow_caller(end: Callable[[], Any]) -> None:
 
 
 def attempt(measure: Callable[[], Any]) -> Any:
-    """Returns what `measure` returns, or {"error": the end of its traceback}."""
+    """Return what `measure` returns, or {"error": the end of its traceback}."""
     try:
         return measure()
     except Exception:  # of any kind: it is reported with the part, and the other parts go on
@@ -138,7 +138,7 @@ def attempt(measure: Callable[[], Any]) -> Any:
 
 
 def errors_in(value: Any) -> Iterator[str]:
-    """Yields the errors of `attempt` at any depth."""
+    """Yield the errors of `attempt` at any depth."""
     if isinstance(value, dict):
         if "error" in value:
             yield value["error"]

@@ -1,19 +1,12 @@
-"""Ranks of one machine on their own network: each in a network namespace, with a link shaped to a
-rate.
+"""The ranks of one machine on a network of their own, with links of a given rate.
 
-    rank 0 [eth0] --- link0 [bridge 10.77.0.254] link1 --- [eth0] rank 1        each eth0: tc tbf, a
-                                                                                rate, no delay
+Each rank is in a network namespace.
 
+    rank 0 [eth0] --- link0 [bridge 10.77.0.254] link1 --- [eth0] rank 1
+
+Each eth0 has a token bucket (tc tbf): a rate and no delay.
 With more than two ranks each link0, link1, ... has the rate too, so a rank that all others send to
 receives no faster. With two ranks, what one receives is what the other sends.
-
-Ranks can be on several nodes: each node has a bridge of its own, and a network card, which its
-ranks share.
-
-    ranks of node 0 --- [node0] up0 --- down0 [bridge] down1 --- up1 [node1] --- ranks of node 1    each
-                                                                                                    up,
-                                                                                                    down:
-                                                                                                    tbf
 
 The program first moves into a new network namespace (`enter`, as root or through a user namespace),
 and each rank then makes one for itself. A namespace without a name ends with its last process, and
@@ -38,12 +31,12 @@ CLONE_NEWNET = 0x40000000
 
 
 def inside() -> bool:
-    """Whether this program is in its own network namespace."""
+    """Return whether this program is in its own network namespace."""
     return ENTERED in os.environ
 
 
 def why_not() -> str | None:
-    """Tries to shape a link. Returns why that fails here, or None."""
+    """Try to shape a link. Return why that fails here, or None."""
     for tool in ("unshare", "ip", "tc"):
         if shutil.which(tool) is None:
             return f"{tool} is not installed"
@@ -56,39 +49,26 @@ def why_not() -> str | None:
     return None if done.returncode == 0 else said[-1]
 
 
-def enter(nodes: int = 1) -> None:
-    """Replaces this process by the same program in a new network namespace with a bridge. Returns
-    if it is inside.
+def enter() -> None:
+    """Replace this process by the same program in a new network namespace with a bridge.
 
-    nodes: that ranks will be on.
+    It returns if the process is inside already.
     """
     if inside():
         return
     os.environ[ENTERED] = "1"
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # c10d warns that the addresses here have no names
+    # c10d warns that the addresses here have no names
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler logs its start and stop
     sys.stdout.flush()
     sys.stderr.flush()
-    up = _bridge()
-    for node in range(nodes) if nodes > 1 else ():
-        up += [
-            f"ip link add node{node} type bridge",
-            f"ip link set node{node} up",
-            f"ip link add up{node} type veth peer name down{node}",
-            f"ip link set up{node} master node{node} up",
-            f"ip link set down{node} master {BRIDGE} up",
-        ]
-    up.append('exec "$@"')
-    os.execvp(
-        "unshare",
-        [*_unshare(), "sh", "-c", " && ".join(up), "sh", sys.executable, *sys.orig_argv[1:]],
-    )
+    script = " && ".join([*_bridge(), 'exec "$@"'])
+    program = [sys.executable, *sys.orig_argv[1:]]
+    os.execvp("unshare", [*_unshare(), "sh", "-c", script, "sh", *program])
 
 
 def enter_another() -> None:
-    """Moves this thread, and the ranks that it will start, into one more namespace with a bridge."""
+    """Move this thread, and the ranks that it will start, into one more namespace with a bridge."""
     leave()
     for command in _bridge():
         _run(command)
@@ -103,11 +83,11 @@ def _bridge() -> list[str]:
     ]
 
 
-def require(nodes: int = 1) -> None:
-    """As `enter`. Raises ConfigError where links cannot be shaped."""
+def require() -> None:
+    """Call `enter`. ConfigError: links cannot be shaped here."""
     if not inside() and (missing := why_not()):
         raise ConfigError(f"links cannot be shaped here: {missing}")
-    enter(nodes)
+    enter()
 
 
 def _unshare() -> list[str]:
@@ -115,21 +95,20 @@ def _unshare() -> list[str]:
     return ["unshare", *user, "--net"]
 
 
-def attach(pid: int, rank: int, node: int | None = None) -> str:
-    """Connects the namespace of process `pid`, which has called `leave`, to the bridge, or to that
-    of its node.
+def attach(pid: int, rank: int) -> str:
+    """Connect the namespace of process `pid`, which has called `leave`, to the bridge.
 
-    Returns the file of the bridge's namespace, which is that of this thread.
+    Return the file of the bridge's namespace, which is that of this thread.
     """
     # the kernel may not yet have removed the link of an earlier rank
     subprocess.run(["ip", "link", "del", f"link{rank}"], capture_output=True)
     _run(f"ip link add link{rank} type veth peer name eth0 netns {pid}")
-    _run(f"ip link set link{rank} master {BRIDGE if node is None else f'node{node}'} up")
+    _run(f"ip link set link{rank} master {BRIDGE} up")
     return f"/proc/{os.getpid()}/task/{threading.get_native_id()}/ns/net"
 
 
 def leave() -> None:
-    """Moves this thread into a new network namespace without links. Raises OSError."""
+    """Move this thread into a new network namespace without links. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNET) != 0:
         raise OSError(
@@ -138,8 +117,10 @@ def leave() -> None:
 
 
 def bring_up(rank: int, at_bridge: str) -> None:
-    """Gives the rank's link its address; the link has no rate yet. at_bridge: what `attach`
-    returned."""
+    """Give the rank's link its address; the link has no rate yet.
+
+    at_bridge: what `attach` returned.
+    """
     os.environ[AT_BRIDGE] = at_bridge
     _run("ip link set lo up")
     _run(f"ip addr add {SUBNET}.{rank + 1}/24 dev eth0")
@@ -148,34 +129,29 @@ def bring_up(rank: int, at_bridge: str) -> None:
 
 
 def set_rate(mbit: float | None) -> None:
-    """Sets the rate at which this rank sends and receives, in Mbit/s; None: no limit. A rank calls
-    it."""
+    """Set the rate at which this rank sends and receives, in Mbit/s; None: no limit.
+
+    A rank calls it.
+    """
     _shape("eth0", mbit)
     if int(os.environ["WORLD_SIZE"]) > 2:
         _shape(f"link{os.environ['RANK']}", mbit, at_bridge=True)
 
 
-def set_card_rate(node: int, mbit: float) -> None:
-    """Sets the rate at which all ranks of a node together send to other nodes and receive. A rank
-    calls it."""
-    for device in (f"up{node}", f"down{node}"):
-        _shape(device, mbit, at_bridge=True)
-
-
 def _shape(device: str, mbit: float | None, at_bridge: bool = False) -> None:
-    """at_bridge: of the other ends of the ranks' links, and of the nodes' cards."""
+    """Set or remove the rate of a device. at_bridge: it is the other end of a rank's link."""
     tc = f"nsenter --net={os.environ[AT_BRIDGE]} tc" if at_bridge else "tc"
     if mbit is None:
-        subprocess.run(
-            f"{tc} qdisc del dev {device} root".split(), capture_output=True
-        )  # fails if there is none
+        # it fails if there is no rate, which is as well
+        subprocess.run(f"{tc} qdisc del dev {device} root".split(), capture_output=True)
     else:
         _run(f"{tc} qdisc replace dev {device} root {_tbf(mbit)}")
 
 
 def _tbf(mbit: float) -> str:
-    """A token bucket: a burst passes at once, and the latency is long enough that no packet is
-    dropped.
+    """Return tc's words for a token bucket.
+
+    A burst passes at once, and the latency is long enough that no packet is dropped.
 
     With a burst below 64 kB, the largest segment, the processor must cut segments into packets,
     which takes five times the processor time of a transfer (docs/results/transfers.md).

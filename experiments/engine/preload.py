@@ -1,4 +1,4 @@
-"""Imports what most parts need, once, in the server from which isolated.py forks their processes."""
+"""The imports of most parts, for the server from which isolated.py forks their processes."""
 
 from contextlib import suppress
 from importlib import import_module

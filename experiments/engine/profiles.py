@@ -35,22 +35,22 @@ TOP = 10  # kernels that are listed
 
 
 def recorded(device: torch.device, step: Callable[[], object], memory: bool = False) -> profile:
-    """Returns the profile of one call of `step`, which the device has finished. memory: with every
+    """Return the profile of one call of `step`, which the device has finished. memory: with every
     allocation."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities, profile_memory=memory) as found:
+    with profile(activities=activities, profile_memory=memory) as recording:
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    return found
+    return recording
 
 
-def events_of(found: profile, keep: Path | None = None) -> list[Event]:
-    """Returns the events of a profile. keep: write them there too, as a Chrome trace that is
+def events_of(recording: profile, keep: Path | None = None) -> list[Event]:
+    """Return the events of a profile. keep: write them there too, as a Chrome trace that is
     compressed by gzip."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "trace.json")
-        found.export_chrome_trace(str(path))
+        recording.export_chrome_trace(str(path))
         text = path.read_bytes()
     if keep is not None:
         keep.write_bytes(gzip.compress(text))
@@ -58,7 +58,7 @@ def events_of(found: profile, keep: Path | None = None) -> list[Event]:
 
 
 def peak_bytes(device: torch.device, step: Callable[[], object]) -> int:
-    """Most memory of the device that `step` holds over what it finds, in bytes."""
+    """Return the peak memory of a step beyond what is allocated before it, in bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -75,12 +75,12 @@ def peak_bytes(device: torch.device, step: Callable[[], object]) -> int:
 
 
 def spans(events: Iterable[Event]) -> list[Event]:
-    """Returns the events that have a begin and an end."""
+    """Return the events that have a begin and an end."""
     return [e for e in events if e.get("ph") == "X" and "cat" in e]
 
 
 def within(events: Iterable[Event], name: str) -> list[Event]:
-    """Returns the events that the host began inside the range `name` (record_function), on any
+    """Return the events that the host began inside the range `name` (record_function), on any
     thread, and the work of the device that it launched there."""
     events = spans(events)
     outer = next(e for e in events if e["name"] == name and e["cat"] == "user_annotation")
@@ -96,7 +96,7 @@ def contains(outer: Event, inner: Event) -> bool:
 
 
 def innermost(events: Sequence[Event], call: Event, kind: str, prefix: str = "") -> str | None:
-    """Returns the name of the shortest range around a call on its thread."""
+    """Return the name of the shortest range around a call on its thread."""
     around = [
         e for e in events if e["cat"] == kind and e["tid"] == call["tid"] and contains(e, call)
     ]
@@ -105,14 +105,14 @@ def innermost(events: Sequence[Event], call: Event, kind: str, prefix: str = "")
 
 
 def operator_ms(events: Sequence[Event]) -> dict[str, float]:
-    """Returns the milliseconds of each operator in forward: of its work on the device, or, without
+    """Return the milliseconds of each operator in forward: of its work on the device, or, without
     one, on the host."""
     ranges = [e for e in events if e["cat"] == "user_annotation" and e["name"].startswith(PREFIX)]
-    found: defaultdict[str, float] = defaultdict(float)
+    times_ms: defaultdict[str, float] = defaultdict(float)
     if not any(e["cat"] in ON_DEVICE for e in events):
         for e in ranges:
-            found[e["name"].removeprefix(PREFIX)] += e["dur"] / 1e3
-        return dict(found)
+            times_ms[e["name"].removeprefix(PREFIX)] += e["dur"] / 1e3
+        return dict(times_ms)
     operator_of = {
         call["args"]["correlation"]: innermost(ranges, call, "user_annotation", PREFIX)
         for call in events
@@ -120,12 +120,12 @@ def operator_ms(events: Sequence[Event]) -> dict[str, float]:
     }
     for e in events:
         if e["cat"] in ON_DEVICE and (name := operator_of.get(e["args"].get("correlation"))):
-            found[name.removeprefix(PREFIX)] += e["dur"] / 1e3
-    return dict(found)
+            times_ms[name.removeprefix(PREFIX)] += e["dur"] / 1e3
+    return dict(times_ms)
 
 
 def device_work(events: Sequence[Event]) -> dict[str, Any]:
-    """Returns the number of kernels and copies, their milliseconds, and the kernels that take the
+    """Return the number of kernels and copies, their milliseconds, and the kernels that take the
     most."""
     kernels = [e for e in events if e["cat"] == "kernel"]
     copies = [e for e in events if e["cat"] in ON_DEVICE and e["cat"] != "kernel"]
@@ -142,7 +142,7 @@ def device_work(events: Sequence[Event]) -> dict[str, Any]:
 
 
 def host_waits(events: Sequence[Event]) -> dict[str, int]:
-    """Returns how often the host waited for the device, by call, operator of torch and operator of
+    """Return how often the host waited for the device, by call, operator of torch and operator of
     the block."""
     waits: Counter[str] = Counter()
     for call in events:
@@ -154,16 +154,16 @@ def host_waits(events: Sequence[Event]) -> dict[str, int]:
 
 
 def anonymous_mb() -> float:
-    """Returns RssAnon in MB: memory that no file backs."""
-    found = re.search(
+    """Return RssAnon in MB: memory that no file backs."""
+    match = re.search(
         r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"), re.M
     )
-    assert found is not None
-    return int(found[1]) * 1024 / 1e6
+    assert match is not None
+    return int(match[1]) * 1024 / 1e6
 
 
 def peak_mb(step: Callable[[Any], object], batches: Iterable[Any]) -> float:
-    """Returns the most anonymous memory that the process holds while `step` runs on each batch. A
+    """Return the most anonymous memory that the process holds while `step` runs on each batch. A
     thread looks every millisecond, so a shorter peak inside a step may be missed."""
     seen, done = [anonymous_mb()], threading.Event()
 

@@ -44,7 +44,10 @@ class RankError(RuntimeError):
 
 
 class _Report(NamedTuple):
-    """What a rank sends at its end. time_s: on the machine's monotonic clock. failure: a traceback."""
+    """What a rank sends at its end.
+
+    time_s: on the machine's monotonic clock. failure: a traceback.
+    """
 
     time_s: float
     result: Any
@@ -57,18 +60,16 @@ def run_ranks(
     *args: Any,
     timeout_s: float = 120.0,
     own_links: bool = False,
-    nodes: int = 1,
     grace_s: float = GRACE_S,
 ) -> list[Any]:
-    """Returns [fn(rank, world_size, *args) for each rank], each run in its own process with one
+    """Return [fn(rank, world_size, *args) for each rank], each run in its own process with one
     torch thread.
 
     fn: a function of a module; a Trainer or `init_process_group` in it joins the ranks. args and
     results are pickled. No rank ends before all have their results. Raises RankError. Every process
     has ended by then, and on return. own_links: each rank in its own network namespace (links.py);
-    call `links.enter` first. Else on the loopback device. nodes: the variables are those of
-    torchrun on so many machines. With own_links each node has a network card. grace_s: after a
-    first failure, how long others that failed at the same time may take to report.
+    call `links.enter` first. Else on the loopback device. grace_s: after a first failure, how
+    long others that failed at the same time may take to report.
     """
     assert links.inside() or not own_links
     context = multiprocessing.get_context("forkserver")
@@ -78,14 +79,14 @@ def run_ranks(
     try:
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            place = rank, world_size, nodes, store.port, own_links
-            process = context.Process(target=_run_rank, args=(theirs, *place, fn, *args))
+            rank_args = theirs, rank, world_size, store.port, own_links, fn, *args
+            process = context.Process(target=_run_rank, args=rank_args)
             process.start()
             theirs.close()
             processes.append(process)
             pipes.append(ours)
             if own_links:
-                _attach(ours, process.pid, rank, rank * nodes // world_size if nodes > 1 else None)
+                _attach(ours, process.pid, rank)
         return _collect(pipes, timeout_s, grace_s)
     finally:
         for pipe in pipes:
@@ -96,20 +97,20 @@ def run_ranks(
 
 
 def run_alone(fn: Callable[..., Any], *args: Any) -> Any:
-    """Returns fn(0, 1, *args), run in this process as the only rank. Call it once in a process: its
+    """Return fn(0, 1, *args), run in this process as the only rank. Call it once in a process: its
     group stays."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    _set_variables(0, 1, 1, "127.0.0.1", store.port)
+    _set_variables(0, 1, "127.0.0.1", store.port)
     return fn(0, 1, *args)
 
 
-def _attach(pipe: Connection, pid: int | None, rank: int, node: int | None) -> None:
+def _attach(pipe: Connection, pid: int | None, rank: int) -> None:
     try:
         pipe.recv_bytes()  # the rank has left the caller's namespace
     except EOFError:
         raise RankError(f"rank {rank} ended before it had a network namespace") from None
     assert pid is not None
-    pipe.send_bytes(links.attach(pid, rank, node).encode())
+    pipe.send_bytes(links.attach(pid, rank).encode())
 
 
 def _collect(pipes: list[Connection], timeout_s: float, grace_s: float) -> list[Any]:
@@ -151,14 +152,7 @@ def _receive(pipe: Connection) -> _Report:
 
 
 def _run_rank(
-    pipe: Connection,
-    rank: int,
-    world_size: int,
-    nodes: int,
-    port: int,
-    own_links: bool,
-    fn: Any,
-    *args: Any,
+    pipe: Connection, rank: int, world_size: int, port: int, own_links: bool, fn: Any, *args: Any
 ) -> None:
     from scmoe.lightning.seam import (
         set_rank_without_trainer,
@@ -171,9 +165,8 @@ def _run_rank(
         links.bring_up(rank, pipe.recv_bytes().decode())
     multiprocessing.set_start_method(None, force=True)  # data workers start in the usual way
     threading.Thread(target=_end_with_caller, args=(pipe,), daemon=True).start()
-    _set_variables(
-        rank, world_size, nodes, links.BRIDGE_ADDRESS if own_links else "127.0.0.1", port
-    )
+    address = links.BRIDGE_ADDRESS if own_links else "127.0.0.1"
+    _set_variables(rank, world_size, address, port)
     torch.set_num_threads(1)
     set_rank_without_trainer(rank)
     try:
@@ -213,12 +206,10 @@ def _tensor(data: bytes, dtype: torch.dtype, shape: torch.Size) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
 
 
-def _set_variables(rank: int, world_size: int, nodes: int, address: str, port: int) -> None:
-    """Sets torchrun's variables."""
-    places = world_size // nodes
-    node, place = divmod(rank, places)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), GROUP_RANK=str(node))
-    os.environ.update(LOCAL_RANK=str(place), LOCAL_WORLD_SIZE=str(places))
+def _set_variables(rank: int, world_size: int, address: str, port: int) -> None:
+    """Set torchrun's variables, as on one machine."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), GROUP_RANK="0")
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size))
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     os.environ.update(
         TORCHELASTIC_RUN_ID="ranks",
@@ -229,6 +220,6 @@ def _set_variables(rank: int, world_size: int, nodes: int, address: str, port: i
 
 
 def _end_with_caller(pipe: Connection) -> None:
-    """Ends this rank when the pipe closes; the caller sends nothing through it."""
+    """End this rank when the pipe closes; the caller sends nothing through it."""
     wait([pipe])
     os.killpg(0, signal.SIGKILL)

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments.bench.overlap_rows import rows_of
 from experiments.bench.speed_chart import KINDS, PIPELINED, conditions, name_of, speed_bars
 from experiments.engine.bars import bar_legend, grouped_bars, height_of
 from experiments.figures.timelines import pair, timelines
@@ -56,7 +57,7 @@ class Scenario:
 
     @property
     def pair_share(self) -> float:
-        """The share of All-to-All in the forward time of a top-2 pair, in steps of 0.01."""
+        """Return the share of All-to-All in the forward time of a top-2 pair, in steps of 0.01."""
         f = self.module_share
         return round(f / (f + (1 - f) * (1 + REST)), 2)
 
@@ -83,7 +84,7 @@ def read_reports(sources: Sequence[Path]) -> Reports:
     ]
     shares = {scenario.pair_share: scenario for scenario in SCENARIOS}
     allowed = ", ".join(f"{share:g} ({scenario.name})" for share, scenario in shares.items())
-    found: Reports = {}
+    reports: Reports = {}
     for path in paths:
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
@@ -105,31 +106,31 @@ def read_reports(sources: Sequence[Path]) -> Reports:
         if level != "block":
             raise ConfigError(f"{path} is of --level {level}, allowed: block")
         for option, usual in (("every", 2), ("top_k", 1), ("layout", None)):
-            if (own := report.get(option, usual)) != usual:
+            if (value := report.get(option, usual)) != usual:
                 name = f"--{option.replace('_', '-')}"
                 raise ConfigError(
-                    f"{path} is of {name} {own}, allowed: {usual or 'none'}, as in the paper"
+                    f"{path} is of {name} {value}, allowed: {usual or 'none'}, as in the paper"
                 )
-        if scenario in found:
+        if scenario in reports:
             one = "allowed: one of each; name the files in place of their folder"
             raise ConfigError(
                 f"{path} is the second report at --share {scenario.pair_share:g}, {one}"
             )
-        first = next(iter(found.values()), report)
+        first = next(iter(reports.values()), report)
         for option in ("compute", "ranks", "device"):
             if report[option] != first[option]:
                 raise ConfigError(
                     f"{path} has {option} {report[option]}, others {first[option]}; allowed: one of"
                     " them"
                 )
-        found[scenario] = report
-    if not found:
+        reports[scenario] = report
+    if not reports:
         where = ", ".join(map(str, sources)) or "nothing"
         writes = f"{scmoe('bench', 'overlap')} writes them"
         raise ConfigError(
             f"reports of bench overlap are looked for in {where}: none is there; {writes}"
         )
-    return {scenario: found[scenario] for scenario in SCENARIOS if scenario in found}
+    return {scenario: reports[scenario] for scenario in SCENARIOS if scenario in reports}
 
 
 def module_share(report: dict[str, Any], kind: str) -> float:
@@ -144,16 +145,16 @@ def draw_shares(reports: Reports, path: Path) -> None:
     with chart(path, 1.4 + 1.6 * len(reports)) as figure:
         panels = figure.subplots(len(reports), 1, squeeze=False)[:, 0]
         for axis, (scenario, report) in zip(panels, reports.items(), strict=True):
-            for place, (kind, word) in enumerate(KINDS.items()):
+            for y, (kind, word) in enumerate(KINDS.items()):
                 share, of_module = 1 - 1 / report[f"limit_{kind}"], module_share(report, kind)
                 widths = share, share / of_module - share, 1 - share / of_module
                 for i, color in enumerate(COLORS.values()):
-                    axis.barh(place, widths[i], 0.4, left=sum(widths[:i]), color=color)
+                    axis.barh(y, widths[i], 0.4, left=sum(widths[:i]), color=color)
                 text = (
                     f"{word}: {100 * share:.0f} % of the pair, {100 * of_module:.0f} % of the MoE"
                     " module"
                 )
-                axis.text(0, place - 0.25, text, va="bottom", fontsize=SMALL)
+                axis.text(0, y - 0.25, text, va="bottom", fontsize=SMALL)
             axis.set(ylim=(1.3, -0.7), xlim=(0, 1))
             axis.set_yticks([])
             axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -209,7 +210,7 @@ def _words(scenario: Scenario, report: dict[str, Any]) -> list[str]:
     """Return what is above a scenario's panels: its shares, and ScMoE's speed over that of other
     rows."""
     fastest = report["fastest_scmoe"]
-    hidden = 100 * report["rows"][fastest["row"]]["overlap_forward"]
+    hidden = 100 * rows_of(report)[fastest["row"]].overlap_forward
     lines = [
         f"{scenario.name}: {100 * report['comm_share']:.0f} % of inference is All-to-All,",
         f"{hidden:.0f} % of ScMoE's is hidden (paper: {100 * scenario.hidden:.0f} %)",
@@ -287,12 +288,12 @@ def of_a_run(number: int, sources: Sequence[str], out: Path | None) -> list[Path
             f" {required}"
         )
     with np.load(path, allow_pickle=False) as stored:
-        found = {"number": number, "words": words_of(number, run.config)}
-        found |= {name: stored[name].tolist() for name in ("steps", "labels", "values")}
+        figure = {"number": number, "words": words_of(number, run.config)}
+        figure |= {name: stored[name].tolist() for name in ("steps", "labels", "values")}
     *drawn, data = [(out or path.parent) / f"figure-{number}{end}" for end in (*PRINTED, ".json")]
     for file in drawn:
-        draw_measured(found, file)
-    data.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        draw_measured(figure, file)
+    data.write_text(json.dumps(figure) + "\n", encoding="utf-8")
     return [*drawn, data]
 
 
@@ -312,7 +313,7 @@ def words_of(number: int, config: Mapping[str, str]) -> str:
     return f"Fig. {number}: {family}, {size}, {name}, {config['data.name']}"
 
 
-def draw_measured(found: dict[str, Any], path: Path) -> None:
+def draw_measured(figure: dict[str, Any], path: Path) -> None:
     """Draw Fig. 9 or 10 from what the figure's JSON holds."""
-    _, draw = OF_A_RUN[found["number"]]
-    draw(found["steps"], found["labels"], np.array(found["values"]), path, words=found["words"])
+    _, draw = OF_A_RUN[figure["number"]]
+    draw(figure["steps"], figure["labels"], np.array(figure["values"]), path, words=figure["words"])

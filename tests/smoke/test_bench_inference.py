@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.bench import inference
+from experiments.bench import generation, inference
 from experiments.bench.inference import (
     BLOCKS,
     OVERLAPPED,
@@ -20,7 +20,7 @@ from experiments.bench.inference import (
     measure,
     summary,
 )
-from experiments.bench.loads import BALANCED, Now, load_of
+from experiments.bench.loads import BALANCED, CurrentLoad, load_of
 from experiments.bench.pairs import Setting, default_schedule
 from experiments.bench.stacks import Variant
 from experiments.engine.ranks import run_ranks
@@ -69,7 +69,7 @@ def test_each_pass_takes_the_next_routing_of_its_load(monkeypatch):
     )
     bench: Any = object.__new__(inference.InferenceBench)
     bench.now, bench.turns, bench.paid, bench.free, bench.group = (
-        Now(load_of(BALANCED)),
+        CurrentLoad(load_of(BALANCED)),
         Counter(),
         None,
         None,
@@ -130,3 +130,14 @@ def test_all_rows_are_measured_and_reported(tmp_path, monkeypatch):
             row[shape]["over_balanced"] > 0 and row[shape]["max_over_mean_ranks"] == 2
             for shape in SHAPES
         )
+
+
+@pytest.mark.smoke
+def test_generation_with_a_cache_and_without_gives_the_same_tokens_and_a_table():
+    """`measure` raises where a token differs."""
+    report = generation.measure(0, 1, tokens=6, rounds=2).report()
+    assert report["decode_over_operators"] > 1
+    assert min(report[name] for name in generation.WORDS) > 0
+    assert {"shared_expert", "head"} <= report["operators_ms"].keys()
+    figures, operators = generation.tables(report)
+    assert "a decoding step, ms" in figures.markdown() and "head" in operators.markdown()

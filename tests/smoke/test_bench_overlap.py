@@ -1,9 +1,8 @@
-"""These tests run `bench overlap`, `timeline` and `growth` with small sizes and check what they
-print and draw.
+"""Run `bench overlap` and `timeline` with small sizes, and check what they print and draw.
 
-`bench overlap` runs as a user runs it, on shaped links where links can be shaped. The other two
-measure in the same way, so here they measure a tiny pair on the loopback device, without a rate,
-and try each schedule once.
+`bench overlap` runs as a user runs it, on shaped links where links can be shaped. `timeline`
+measures in the same way, so here it measures a tiny pair on the loopback device, without a rate,
+and tries each schedule once.
 """
 
 import json
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from experiments.bench import growth, overlap, overlap_report, timeline, training
+from experiments.bench import overlap, overlap_report, timeline, training
 from experiments.bench.pairs import Setting
 from experiments.engine import links
 from experiments.engine.ranks import RankError, run_ranks
@@ -135,7 +134,7 @@ def tiny_on_loopback(monkeypatch):
 
     monkeypatch.setattr(links, "inside", lambda: True)
     monkeypatch.setattr(links, "enter", lambda *_: None)
-    for module in (growth, overlap_report, timeline):
+    for module in (overlap_report, timeline):
         monkeypatch.setattr(module, "run_ranks", measured)
 
 
@@ -234,10 +233,10 @@ def test_bench_overlap_of_an_iteration_with_an_moe_in_every_block(
 @pytest.mark.parametrize("every", ["2", "1"])
 def test_bench_overlap_at_two_loads(every, tiny_on_loopback, tmp_path):
     """The loads are measured beside the balanced one, and a rank that gets all rows says so."""
-    loads = ("--load", "hot_rank:2", "--load", "burst:1.5:1", "--every", every)
+    loads = ("--load", "hot_rank:2", "--load", "rotating:1.5:1", "--every", every)
     words = (*ROWS, *loads, "--compute", "real", "--out", str(tmp_path))
     reports = called("bench", "overlap", *words).summary["loads"]
-    assert [report["load"]["name"] for report in reports] == ["hot_rank:2", "burst:1.5:1"]
+    assert [report["load"]["name"] for report in reports] == ["hot_rank:2", "rotating:1.5:1"]
     for report in reports:
         check(report)
         for row in report["rows"].values():
@@ -294,13 +293,3 @@ def test_timeline(tiny_on_loopback, tmp_path):
         "shared_expert",
     )
     assert {f"scmoe/{operator}" for operator in operators} <= names
-
-
-@pytest.mark.faults
-def test_bench_growth(tiny_on_loopback, tmp_path):
-    small = ("--points", "256", "512", "--rounds", "2", "--out", str(tmp_path))
-    points = called("bench", "growth", "--of", "tokens", *small).summary["tokens"]
-    assert [point["tokens"] for point in points] == [256, 512]
-    assert points[0]["link_mbit"] == points[1]["link_mbit"]
-    assert all(point["compute"] == "emulated" and point.keys() >= TOP for point in points)
-    assert (tmp_path / "growth.png").exists()

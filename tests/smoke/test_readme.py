@@ -98,7 +98,6 @@ SHORT = {
     "make evaluate": ["make", "evaluate", "ARGS=--limit 5 --stride 256 --text docs/concepts.md"],
     "make params": ["make", "params", "ARGS=gpt2_moe_small_tiny"],
     DRYRUN: shlex.split(DRYRUN.removesuffix('"') + ' model.layers=2"'),
-    "make fig13": ["make", "fig13", "ARGS=--quick --architectures scmoe_pos2 --tokens 4"],
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': [
         *(
             "make",
@@ -114,7 +113,6 @@ SAYS = {
     "make train CONFIG=configs/quickstart_longcat.yaml": '"steps": 3',
     "make train CONFIG=configs/quickstart_instella.yaml": '"steps": 3',
     ".venv/bin/python docs/examples/longcat_roundtrip.py": "model_type longcat_flash",
-    "make fig13": '"equal_bits": true',
     "make sweep CONFIG=configs/sweep/smoke.yaml": '"best": {',
     "make list": "configs/quickstart.yaml",
     'make train CONFIG=docs/examples/my_architecture.yaml ARGS="trainer.devices=2"': (
@@ -129,7 +127,7 @@ SAYS = {
     ),
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': "runs/further/",
 }
-SLOW = ("make fig13", "make sweep CONFIG=configs/sweep/smoke.yaml", *SMALL)
+SLOW = ("make sweep CONFIG=configs/sweep/smoke.yaml", *SMALL)
 KINDS = {
     command.removeprefix("make ").split()[0]: command for command in reversed(COMMANDS)
 }  # the first of each kind

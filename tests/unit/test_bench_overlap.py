@@ -16,7 +16,7 @@ from experiments.bench.overlap_report import (
     least_times,
     rows_over_gradients,
 )
-from experiments.bench.pairs import Setting, through_link, tokens_for
+from experiments.bench.pairs import Setting, tokens_for
 from experiments.bench.stacks import Variant, chosen_by, config_of
 from scmoe.command_line import call
 from scmoe.config.load import load
@@ -58,17 +58,11 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA d
         ),
         ("overlap --every 3", "--every"),
         ("overlap --dim 100", "model.dim is 100, allowed: a multiple of"),
-        ("overlap --nodes 2", "--nodes is 2"),
-        ("overlap --nodes 3 --ranks 4", "--nodes is 3"),
-        ("overlap --exchange hierarchical", "--exchange is hierarchical"),
         ("overlap --ranks 1", "--ranks is 1"),
         ("overlap --ranks 3", "multiples of --ranks (3)"),
         ("overlap --seq-len 0", "--seq-len"),
         ("overlap --link-mbit 0", "--link-mbit"),
         ("overlap --dtype bfloat16", "--dtype"),
-        ("growth --of tokens --points 1000", "--points has 1000: --tokens is 1000"),
-        ("growth --of ranks --points 2 6", "--points has 6: --num-experts is 8"),
-        ("growth --of ranks --points 1", "--points has 1, allowed: 2 or more"),
         ("timeline --ranks 3", "--ranks is 3, allowed: divisors of the 8 experts from 2 on"),
         ("timeline --share 1.5", "--share"),
         ("train --ranks 1", "--ranks is 1, allowed: 2 or more"),
@@ -78,11 +72,9 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA d
             "inference --load ragged:1.5",
             "--load is ragged:1.5, allowed: others, as prompts have equal lengths",
         ),
-        ("dense --ranks 3", "--ranks is 3"),
-        ("dense --ranks 6 --ep-size 3", "--ep-size is 3, allowed: divisors of the 8 experts"),
-        ("dense --ranks 6 --share 0.5", "--ranks is 6, allowed: divisors of the 8 experts"),
         ("layer --experts 1", "--top-k is 2, allowed: at most --experts (1)"),
-        ("generation --tokens 1", "--tokens is 1"),
+        ("inference --tokens 1", "--tokens"),
+        ("inference --tokens 8 --load zipf:1", "--tokens and --load exclude each other"),
     ],
 )
 def test_every_bench_refuses_before_it_measures(words, says, capsys):
@@ -91,32 +83,21 @@ def test_every_bench_refuses_before_it_measures(words, says, capsys):
     assert line.startswith("error: ") and says in line
 
 
-def test_the_rows_of_a_node_s_ranks_share_its_card():
-    assert [through_link(*at) for at in ((2, 1), (4, 1), (4, 2), (8, 2))] == [0.5, 0.75, 1.0, 2.0]
-
-
 @pytest.mark.parametrize(
-    ("ratio", "accumulate", "every", "ranks", "nodes"),
-    [
-        (3.0, 1, 2, 2, 1),
-        (1.0, 1, 2, 2, 1),
-        (3.0, 4, 2, 2, 1),
-        (3.0, 1, 1, 2, 1),
-        (3.0, 1, 2, 4, 1),
-        (3.0, 1, 2, 4, 2),
-    ],
+    ("ratio", "accumulate", "every", "ranks"),
+    [(3.0, 1, 2, 2), (1.0, 1, 2, 2), (3.0, 4, 2, 2), (3.0, 1, 1, 2), (3.0, 1, 2, 4)],
 )
 def test_the_tokens_of_a_batch_give_the_wanted_ratio_of_rows_and_gradients(
-    ratio, accumulate, every, ranks, nodes
+    ratio, accumulate, every, ranks
 ):
     """By the report's own count of both, with the gradients of four attentions, and of an MLP in
     each block that has no MoE."""
     sizes = {"dim": 256, "ffn_dim": 1024, "seq_len": 16}
-    setting = Setting(level="iteration", every=every, accumulate=accumulate, nodes=nodes, **sizes)
-    setting = replace(setting, tokens=tokens_for(ratio, setting, ranks))
+    setting = Setting(level="iteration", every=every, accumulate=accumulate, ranks=ranks, **sizes)
+    setting = replace(setting, tokens=tokens_for(ratio, setting))
     weights = 4 * 4 * 256**2 + (2 * 2 * 256 * 1024 if every == 2 else 0)
     found = SimpleNamespace(gradients={"top2": [(0.5, 4 * weights)]})
-    assert rows_over_gradients(setting, ranks, found, "top2") == pytest.approx(
+    assert rows_over_gradients(setting, found, "top2") == pytest.approx(
         ratio, rel=0.02
     )  # whole sequences
 
@@ -131,7 +112,7 @@ def test_gradients_are_summed_beside_the_last_batch_only():
         found = SimpleNamespace(
             rate=100.0, times=times, gradients={"top2": [(0.0, size)]}, load="balanced"
         )
-        assert least_times(setting, 2, found, "top2") == pytest.approx([least] * 2, rel=0.02)
+        assert least_times(setting, found, "top2") == pytest.approx([least] * 2, rel=0.02)
 
 
 def test_schedules_near_the_best_by_trial_go_into_the_rounds():

@@ -16,7 +16,7 @@ from scmoe.config.extras import scmoe
 ROOT = Path(__file__).parents[2]
 SUBVERBS = [
     ("bench", what)
-    for what in ("layer", "overlap", "growth", "guard", "generation", "inference", "timeline")
+    for what in ("layer", "overlap", "train", "inference", "timeline")
 ]
 HEAVY = ("torch", "matplotlib", "wandb", "lightning", "scipy", "optuna")
 # This program calls each verb as `scmoe VERB`, and prints for each of its arguments the exit code,
@@ -112,7 +112,7 @@ OF_TABLE = "options=Options(scale='small', jobs=3, seeds=None, to=None)"
             ("t", "a=1", OF_TABLE),
         ),  # the last one counts
         ("gpu-check --tiny --parts layer gpt2", ("tiny=True", "parts=['layer', 'gpt2']")),
-        ("bench growth --of tokens ranks --rounds 3", ("of=['tokens', 'ranks']", "rounds=3")),
+        ("bench inference --load a --batch 3 --load b", ("batch=3", "load=['a', 'b']")),
     ],
 )
 def test_overrides_and_options_may_be_mixed(words, given):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from experiments.bench import growth, overlap_report, speed_chart
+from experiments.bench import overlap_report, speed_chart
 from experiments.bench.overlap import Measured, Row, Seconds
 from experiments.bench.pairs import ROWS, Setting, default_schedule, usual_rows
 from experiments.bench.stacks import Variant
@@ -59,7 +59,7 @@ def report_of(share: float, rows: tuple[str, ...] = SHOWN, **setting: Any) -> di
         measured[row] = Row([choice] * asked.moe_blocks, best, [best], best, peak_mb=1.0)
     gradients = {asked.block_of(row): [(0.5, 2**20)] for row in rows}
     found = Measured(100.0, measured, times, gradients, iterations=9)
-    return overlap_report.summary(asked, 2, found)
+    return overlap_report.summary(asked, found)
 
 
 def test_ratios_of_a_report_are_those_of_its_times():
@@ -192,6 +192,16 @@ def test_a_run_becomes_a_figure_in_its_folder(number, modules, tmp_path, drawn, 
     assert_readable(drawn[0])
 
 
+@pytest.mark.faults
+@pytest.mark.smoke
+@pytest.mark.dist
+def test_fig_13_is_measured_and_drawn(tmp_path, capsys):
+    small = ("--quick", "--architectures", "scmoe_pos2", "--tokens", "4", "--out", str(tmp_path))
+    assert call("figure", "13", *small) == 0
+    assert json.loads(capsys.readouterr().out)["equal_bits"]
+    assert (tmp_path / "figure-13.png").exists()
+
+
 @pytest.mark.parametrize("number", [4, 7])
 def test_a_picture_of_the_docs_needs_no_source(number, tmp_path, drawn, capsys):
     assert files(capsys, str(number), "--out", str(tmp_path / "new")).keys() == {".png"}
@@ -201,9 +211,7 @@ def test_a_picture_of_the_docs_needs_no_source(number, tmp_path, drawn, capsys):
 def test_charts_of_the_bench_are_readable(tmp_path, drawn):
     speed_chart.draw(report_of(0.52, tuple(ROWS[2])), tmp_path / "overlap.png")
     speed_chart.draw(report_of(0.52, tuple(ROWS[1]), every=1), tmp_path / "every-1.png")
-    points = [{**report_of(0.5, tuple(growth.ROWS)), "ranks": ranks} for ranks in (2, 4, 8)]
-    growth.draw({"ranks": points}, tmp_path / "growth.png")
-    assert len(drawn) == 3
+    assert len(drawn) == 2
     for figure in drawn:
         assert_readable(figure)
         assert_values_off_the_bars(figure)
@@ -290,7 +298,9 @@ def test_what_a_figure_cannot_be_drawn_from_is_said_in_one_line(tmp_path, capsys
         (["8", in_every_block], "is of --every 1, allowed: 2, as in the paper"),
         (["8", two_experts], "is of --top-k 2, allowed: 1, as in the paper"),
         (["8", twice, real], "has compute real, others emulated"),
-        (["0", run], "Picture 0 shows the reports"),
+        (["0", run], "Picture 0 is drawn from no source"),
+        (["13", run], "Picture 13 is drawn from no source"),
+        (["7", "--quick"], "Leave the options of 13 out"),
         (["8", rows], "has the rows top2, top1, required: top2 and one of ScMoE"),
     ):
         assert call("figure", *map(str, words)) == 2, words

@@ -1,7 +1,7 @@
 """The clock runs variants in turn and leaves the rounds to warm up out; the report shows what its
 rows have."""
 
-from experiments.engine.clock import in_turn, middle, quartiles, undisturbed
+from experiments.engine.clock import in_turn, median, quartiles, undisturbed
 from scmoe.report import Report, bullets_and_tables
 
 
@@ -25,7 +25,7 @@ def test_variants_run_in_turn_and_rounds_to_warm_up_are_left_out():
 def test_a_time_is_undisturbed_if_the_process_had_its_core():
     assert undisturbed(lambda: 7, float("inf"))[1] > 0
     assert undisturbed(lambda: 7, -1) == (7, None)
-    assert (middle([3, 1, 2]), quartiles([1, 2, 3, 4, 5, 6, 7])) == (2, [2, 6])
+    assert (median([3, 1, 2]), quartiles([1, 2, 3, 4, 5, 6, 7])) == (2, [2, 6])
     assert quartiles([2, 1]) == [1, 2], "not beyond what was measured"
 
 

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from experiments.bench.routing_study import KEPT, KEPT_STEPS, SHOWN, drops, figures, loads
 from scmoe.config.load import load
 from scmoe.moe.balance import load_max
 from scmoe.moe.layout import count
@@ -27,6 +26,8 @@ from scmoe.training.callbacks.record_routing import RecordRouting
 from tests.support.models import hooks, tiny, tiny_batch, tiny_model
 
 FIGURES = Path(__file__).parents[2] / "docs" / "figures"
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+KEPT_STEPS = [0, 10, 25, 50, 75, 100, 125, 150, 200, 250, 300, 349]
 ARCHITECTURES = {
     "top_k": (2, "moe.architecture=top_k moe.top_k=2"),
     "scmoe, a capacity": (1, "moe.capacity_factor=0.5"),  # drops more than half of the copies
@@ -214,29 +215,18 @@ def test_a_folder_that_cannot_be_made_ends_no_training(tmp_path, capsys):
     assert "step-00000000.safetensors is not written" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------- what the bench says of it
-
-
-def test_the_bench_takes_single_steps_and_counts_drops_where_copies_come_from():
-    """Two ranks with 4 tokens each, 4 experts: a capacity factor of 2 gives an expert 2 slots for
-    each source rank."""
-    steps = [[0, 0, 0, 0, 0, 1, 2, 3], [1, 1, 2, 2, 3, 3, 1, 1], [0, 1, 2, 3, 0, 1, 2, 3]]
-    ids_STK = torch.tensor(steps)[..., None]
-    dropped_S = drops(ids_STK, num_experts=4, num_ranks=2)
-    assert dropped_S.tolist() == [2 / 8, 0, 0]
-    found = figures(count(ids_STK.flatten(1), 4).repeat(10, 1), dropped_S.repeat(10))
-    assert found["experts"] == [1, 2, 2.5, 2.5] and found["EP 2"] == [1, 1, 1.5, 1.5]
-    assert found["EP 4"] == found["experts"], "a rank has an expert"
-    assert 1 <= found["sums of experts"] < 1.5 and found["dropped"] == [0, 0, 0.25, 0.25]
+# ---------------------------------------------------------------------- the kept recordings
 
 
 def test_the_kept_recordings_are_those_of_the_report():
-    report = json.loads((FIGURES / "routing.json").read_text())
-    kept = {name: read_routing(FIGURES / f"{file}.safetensors") for name, file in KEPT.items()}
+    report = json.loads((RESULTS / "routing.json").read_text())
+    names = ("routing-quickstart", "routing-quickstart-top2", "routing-table3-top2")
+    kept = {name: read_routing(FIGURES / f"{name}.safetensors") for name in names}
     for recorded in kept.values():
-        assert (recorded.num_experts, recorded.steps) == (8, [*KEPT_STEPS])
-    for layer, counts_SE in zip(report["curves"], loads(kept[SHOWN]), strict=True):
+        assert (recorded.num_experts, recorded.steps) == (8, KEPT_STEPS)
+    of_layers = kept["routing-quickstart"].ids
+    for curves, ids_STK in zip(report["curves"], of_layers, strict=True):
+        counts_SE = count(ids_STK.flatten(1), 8)
         for part, parts in (("experts", 8), ("EP 2", 2), ("EP 4", 4)):
-            assert [layer[part][step] for step in KEPT_STEPS] == [
-                round(x, 2) for x in load_max(counts_SE, parts).tolist()
-            ]
+            loads = [round(x, 2) for x in load_max(counts_SE, parts).tolist()]
+            assert [curves[part][step] for step in KEPT_STEPS] == loads

@@ -1,0 +1,167 @@
+"""The options of `bench overlap`, and the setting that they ask for.
+
+Nothing here imports torch, so the command line reads it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal, TypeVar
+
+from cyclopts import Parameter, validators
+
+from experiments.bench.pairs import Setting, tokens_for, usual_rows
+from scmoe.command_line import OneEach
+from scmoe.config.leaves import ConfigError
+
+Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+Positive = Annotated[float, Parameter(validator=validators.Number(gt=0))]
+Share = Annotated[float, Parameter(validator=validators.Number(gt=0, lt=1))]
+# of rounds quartiles are taken
+Rounds = Annotated[int, Parameter(validator=validators.Number(gte=2))]
+Compute = Literal["real", "emulated"]
+Value = TypeVar("Value")
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Options:
+    """What was asked for; None: the default of the level or of the device.
+
+    Args:
+        share: communication share of sequential top-2, forward (default: 0.52)
+        ranks: (default: 2; on cuda 1)
+        compute: (default: emulated; on cuda real)
+        reductions: of gradients, at level iteration (default: paced, on a GPU ddp)
+        device: cuda: one GPU, rows over its bus
+        dim: (default: 512; at level iteration 256)
+        ffn_dim: (default: 4 times --dim)
+        heads: (default: 8; at level iteration 4)
+        tokens: of one rank in one batch (default: 1024; at level iteration as --rows-per-gradient)
+        rows_per_gradient: bytes of rows over bytes of gradients that a rank sends in a step of
+            top-2, met by the tokens of a batch (default: 3)
+        accumulate: batches of a step, whose gradients are summed once (default: 1)
+        rows: rows to measure (default: all)
+        load: uneven routing, measured beside the balanced one; each --load is one more. Forms
+            (bench/loads.py): zipf:A, hot_rank:X, rotating:X:N, ragged:X, recorded:FILE; A is an
+            exponent, X a multiple of the mean, N a number of steps
+        link_mbit: rate of the links; by default it is searched for the share
+        every: blocks with an MoE: every second one, or each one
+        top_k: routed experts of a token in rows whose names do not say it; the paper's have 1
+        layout: dropless | capacity:F | buffers:C (default: capacity:1, and dropless with --load)
+        attention_ms: time of an emulated attention (default: 45)
+        attention_to_mlp: its ratio to that of an emulated MLP (default: 3)
+    """
+
+    share: float | None = None
+    ranks: Count | None = None
+    compute: Compute | None = None
+    reductions: Literal["ddp", "paced"] | None = None
+    device: Literal["cpu", "cuda"] = "cpu"
+    dim: Count | None = None
+    ffn_dim: Count | None = None
+    heads: Count | None = None
+    tokens: Count | None = None
+    rows_per_gradient: Positive | None = None
+    accumulate: Count | None = None
+    rows: list[str] | None = None
+    load: OneEach[str] = ()
+    link_mbit: Positive | None = None
+    level: Literal["block", "iteration"] = "block"
+    every: Literal[1, 2] = 2
+    rounds: Rounds = 9
+    seq_len: Count = 256
+    num_experts: Count = 8
+    top_k: Count = 1
+    attention_ms: Positive | None = None
+    attention_to_mlp: Positive | None = None
+    layout: str | None = None
+
+    def setting(self) -> Setting:
+        """Return what is measured. ConfigError: options that contradict each other."""
+        usual = Setting.iteration() if self.level == "iteration" else Setting.block()
+        if self.device == "cuda":
+            usual = usual.on_gpu()
+        compute = or_usual(self.compute, usual.compute)
+        self.refuse_contradictions(compute)
+
+        dim = or_usual(self.dim, usual.dim)
+        setting = replace(
+            usual,
+            share=or_usual(self.share, usual.share),
+            link_mbit=self.link_mbit,
+            ranks=or_usual(self.ranks, usual.ranks),
+            compute=compute,
+            every=self.every,
+            rounds=self.rounds,
+            dim=dim,
+            ffn_dim=or_usual(self.ffn_dim, 4 * dim),
+            heads=or_usual(self.heads, usual.heads),
+            tokens=or_usual(self.tokens, usual.tokens),
+            seq_len=self.seq_len,
+            accumulate=or_usual(self.accumulate, usual.accumulate),
+            num_experts=self.num_experts,
+            top_k=self.top_k,
+            attention_ms=or_usual(self.attention_ms, usual.attention_ms),
+            attention_to_mlp=or_usual(self.attention_to_mlp, usual.attention_to_mlp),
+            reductions=or_usual(self.reductions, usual.reductions),
+            rows=without_repeats(self.rows or usual_rows(self.every)),
+            loads=without_repeats(self.load),
+            layout=self.layout,
+        )
+        if self.tokens is not None:
+            return replace(setting, rows_per_gradient=None)
+        if setting.rows_per_gradient is None:
+            return setting
+        ratio = or_usual(self.rows_per_gradient, setting.rows_per_gradient)
+        return replace(setting, tokens=tokens_for(ratio, setting), rows_per_gradient=ratio)
+
+    def refuse_contradictions(self, compute: str) -> None:
+        """Raise ConfigError for options that exclude each other or change nothing."""
+        if self.share is not None and self.link_mbit is not None:
+            raise ConfigError(
+                "--share and --link-mbit exclude each other: the rate is searched for the share,"
+                " or given"
+            )
+        if self.rows_per_gradient is not None and self.tokens is not None:
+            raise ConfigError(
+                "--rows-per-gradient and --tokens exclude each other: the tokens are found, or"
+                " given"
+            )
+        if self.level != "iteration":
+            self.refuse(
+                f"belongs to --level iteration, and --level is {self.level}",
+                {
+                    "--reductions": self.reductions,
+                    "--rows-per-gradient": self.rows_per_gradient,
+                    "--accumulate": self.accumulate,
+                },
+            )
+        if compute == "emulated":
+            # an iteration has the gradients of its MLPs
+            ffn_dim = None if self.level == "iteration" else self.ffn_dim
+            self.refuse(
+                "belongs to real compute, and --compute is emulated",
+                {"--heads": self.heads, "--ffn-dim": ffn_dim},
+            )
+        else:
+            self.refuse(
+                f"belongs to emulated compute, and --compute is {compute}",
+                {"--attention-ms": self.attention_ms, "--attention-to-mlp": self.attention_to_mlp},
+            )
+
+    @staticmethod
+    def refuse(reason: str, options: dict[str, object]) -> None:
+        """Raise ConfigError if one of the options was given. options: values by name."""
+        for name, value in options.items():
+            if value is not None:
+                raise ConfigError(f"{name} {reason}")
+
+
+def or_usual(value: Value | None, usual: Value) -> Value:
+    """Return the value that was given, else the usual one."""
+    return usual if value is None else value
+
+
+def without_repeats(names: Sequence[str]) -> tuple[str, ...]:
+    """Return each name once, in their order."""
+    return tuple(dict.fromkeys(names))
