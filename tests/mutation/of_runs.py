@@ -103,7 +103,7 @@ MUTANTS = (
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_before"
     ),
-    # -------------------------------------------------- when is saved, and what a save touches
+    # ------------------------------------------------------------------ when is saved, and what a save touches
     Mutant("saved-between-accumulated-batches", f"{LIGHTNING}/seam.py")
     .replaces(
         "    if not is_fitting(trainer) or stepped:\n",
@@ -203,7 +203,7 @@ MUTANTS = (
     Mutant("uneven-batches-accepted", f"{LIGHTNING}/lockstep.py")
     .replaces("    if context.world_size == 1:\n", "    if context.world_size > 1:\n")
     .caught_by(f"{FAULTS}/test_batches.py::test_each_loader_is_counted"),
-    # -------------------------------------------------- ranks that fail, wait or differ
+    # ------------------------------------------------------------------ ranks that fail, wait or differ
     Mutant("roll-call-omits-missing-ranks", f"{LIGHTNING}/lockstep.py")
     .replaces(
         "        except RuntimeError:\n            absent.append(rank)\n    return",
