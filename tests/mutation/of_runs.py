@@ -98,7 +98,7 @@ MUTANTS = (
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_before"
     ),
-    # -------------------------------------------------- when is saved, and what a save touches
+    # ------------------------------------------------------------------ when is saved, and what a save touches
     Mutant("saved-between-accumulated-batches", f"{LIGHTNING}/seam.py")
     .replaces(
         "    if not is_fitting(trainer) or stepped:\n",
