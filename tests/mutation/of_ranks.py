@@ -154,9 +154,9 @@ MUTANTS = (
     ),
     Mutant("split-experts-gathered-in-the-stream", f"{PARALLEL}/dense.py")
     .replaces(
-        "blocks, whole = units(module), [module]",
-        "apart = [[m] for m in module.modules() if type(m).__name__ == 'Experts']\n"
-        "    blocks, whole = apart + units(module), [module]",
+        "    blocks = units(module)\n",
+        "    apart = [[m] for m in module.modules() if type(m).__name__ == 'Experts']\n"
+        "    blocks = apart + units(module)\n",
     )
     .caught_by(f"{RUNS}::test_fsdp_starts_no_collective_inside_an_open_stream"),
     Mutant("split-sums-read-too-early", f"{UPDATE}/wrap.py")
