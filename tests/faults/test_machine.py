@@ -187,7 +187,7 @@ SLURM = {
         (
             {"MASTER_ADDR": "a", "MASTER_PORT": "1"},
             ["trainer.num_nodes=2"],
-            "num_nodes is 2, .* set NODE_RANK",
+            "num_nodes is 2.* set NODE_RANK",
         ),
     ],
     ids=["torchrun", "SLURM", "no launcher", "half of the variables"],
