@@ -160,7 +160,7 @@ def image_folder(folder: Path) -> ImageSplits:
         train, val = (ImageFolder(str(folder / split)) for split in ("train", "val"))
     except FileNotFoundError as error:
         raise ValueError(
-            f"data.path is {folder}, allowed: a folder with train/CLASS and val/CLASS: {error}"
+            f"data.path is {folder}, which needs folders train/CLASS and val/CLASS: {error}"
         ) from error
     if train.classes != val.classes:
         raise ValueError(
@@ -180,22 +180,22 @@ def read_idx(file: Path, dims: int) -> np.ndarray:
     Header: two zero bytes, the type, the number of dimensions, then each size as a big-endian
     uint32. Raises ValueError for any other file. It reads no more than the size in the header.
     """
-    allowed = f"a gzipped idx file of {dims}-dimensional uint8"
+    expected = f"it must be a gzipped idx file of {dims}-dimensional uint8"
     try:
         with gzip.open(file) as stream:
             header = stream.read(4 + 4 * dims)
             if header[:4] != bytes((0, 0, IDX_UINT8, dims)) or len(header) < 4 + 4 * dims:
-                raise ValueError(f"{file}: begins with {header[:4]!r}, allowed: {allowed}")
+                raise ValueError(f"{file}: begins with {header[:4]!r}; {expected}")
             shape = struct.unpack(f">{dims}I", header[4:])
             size = int(np.prod(shape, dtype=object))
             data = stream.read(size)
             if len(data) != size or stream.read(1):
                 raise ValueError(f"{file}: does not have the {size} bytes that its header states")
     except (OSError, EOFError, zlib.error) as error:  # OSError: also a file that is not gzip
-        raise ValueError(f"{file}: {error}; allowed: {allowed}") from error
+        raise ValueError(f"{file}: {error}; {expected}") from error
     except (OverflowError, MemoryError) as error:
         raise ValueError(
-            f"{file}: states a size that does not fit into memory; allowed: {allowed}"
+            f"{file}: states a size that does not fit into memory; {expected}"
         ) from error
     return np.frombuffer(data, np.uint8).reshape(shape)
 

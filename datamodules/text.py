@@ -107,7 +107,7 @@ def text(path: Path, skip: bool = False) -> Source:
     elif path.is_file():
         files = [path]
     else:
-        raise ValueError(f"data.path is {path}; allowed: an existing file or folder")
+        raise ValueError(f"data.path is {path}, which does not exist. Give a file or a folder.")
 
     documents = list[str]()
     skipped = list[str]()
@@ -120,7 +120,8 @@ def text(path: Path, skip: bool = False) -> Source:
             skipped.append(str(error))
     if not any(documents):
         raise ValueError(
-            f"data.path is {path}; allowed: a text, or a folder with texts in .txt or .md files"
+            f"data.path is {path}, which has no text. Give a text, or a folder with .txt or .md"
+            " files."
         )
 
     total = sum(map(len, documents))
@@ -141,7 +142,8 @@ def hugging_face(name: str, subset: str | None) -> Source:
     dataset = datasets.load_dataset(name, subset)
     if "train" not in dataset or "text" not in dataset["train"].column_names:
         raise ValueError(
-            f"data.path is {name!r}; allowed: data sets with a split train and a field text"
+            f"data.path is {name!r}, which has no split train with a field text. Give a data set"
+            " that has them."
         )
     train = dataset["train"]
     held_out = max(1, int(len(train) * HELD_OUT_DOCUMENTS))
@@ -165,7 +167,8 @@ def _split_file(folder: Path, stems: tuple[str, ...]) -> str:
     if len(files) != 1:
         wanted = " or ".join(f"{stem}.txt" for stem in stems)
         raise ValueError(
-            f"data.path is {folder}; allowed: a folder with train.txt also has one {wanted}"
+            f"data.path is {folder}, which has train.txt and {len(files)} files {wanted}. It needs"
+            " exactly one."
         )
     return _read(files[0])
 
@@ -175,11 +178,11 @@ def _read(file: Path) -> str:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"data.path: {file} cannot be read: {error}; allowed: text in UTF-8"
+            f"data.path: {file} cannot be read: {error}. Texts must be in UTF-8."
         ) from error
     if "\0" in text:
         raise ValueError(
-            f"data.path: {file} has zero bytes, so it is no text; allowed: text in UTF-8"
+            f"data.path: {file} has zero bytes, so it is no text. Texts must be in UTF-8."
         )
     return text
 
@@ -204,8 +207,7 @@ def _in_memory(documents: dict[str, list[str]], origin: str) -> Source:
     for split, texts in documents.items():
         if not any(texts):
             raise ValueError(
-                f"data.path is {origin}; allowed: more text, as nothing is left for the {split}"
-                " split"
+                f"data.path is {origin}, which leaves no text for the split {split}. Give more."
             )
     # Each document's length comes first, so that two documents and their concatenation have
     # different hashes.

@@ -161,7 +161,7 @@ def pieces(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
     Raises ValueError if it is no text.
     """
     if not isinstance(text, str):
-        raise ValueError(f"a document is {text!r}, allowed: a text in every row")
+        raise ValueError(f"a document is {text!r}, but every row must be a text")
     start = 0
     while start < len(text):
         line_end = text.rfind("\n", start, start + size) + 1
