@@ -78,7 +78,9 @@ class EmulatedExperts(nn.Module):
 
     def __init__(self, us_per_row: float, num_experts: int, expert_ids: range) -> None:
         super().__init__()
-        self.us_per_row, self.num_experts, self.expert_ids = us_per_row, num_experts, expert_ids
+        self.us_per_row = us_per_row
+        self.num_experts = num_experts
+        self.expert_ids = expert_ids
 
     def forward(self, rows_RD: Tensor, counts_e: Tensor | None) -> Tensor:
         num_rows = rows_RD.shape[0] if counts_e is None else int(counts_e.sum())
@@ -86,15 +88,15 @@ class EmulatedExperts(nn.Module):
 
 
 def free(rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
-    """Return the same rows at once, as if they came from the peers. A rank gets as
-    many as these would send: where it has fewer, the others are zero."""
+    """Return the same rows at once, as if they came from the peers.
+
+    A rank gets as many as these would send: where it has fewer, the others are zero.
+    """
     missing = 0 if traffic is None else sum(traffic.received) - len(rows)
-    if missing:
-        rows = (
-            torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
-            if missing > 0
-            else rows[:missing]
-        )
+    if missing > 0:
+        rows = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
+    elif missing < 0:
+        rows = rows[:missing]
     return rows, Ready(rows)
 
 
