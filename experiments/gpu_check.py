@@ -50,12 +50,12 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise ConfigError(f"--out is {str(out)!r}, allowed: a new or empty folder")
-    place = Place(device, tiny, out)
-    results = run_parts({name: PARTS[name] for name in names}, place)
-    write_report(place, results)
+    setup = Place(device, tiny, out)
+    results = run_parts({name: PARTS[name] for name in names}, setup)
+    write_report(setup, results)
     states = {name: part["state"] for name, part in results.items()}
     print(
-        json.dumps({"out": str(out), "device": place.device, "tiny": place.tiny, "parts": states})
+        json.dumps({"out": str(out), "device": setup.device, "tiny": setup.tiny, "parts": states})
     )
     return 0 if set(states.values()) == {"ok"} else 1
 

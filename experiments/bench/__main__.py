@@ -40,12 +40,12 @@ def layer(
     Args:
         capacity: capacity factor (default: dropless)
     """
-    given = locals()
+    sizes = locals()
     if top_k > experts:
         raise ConfigError(f"--top-k is {top_k}, allowed: at most --experts ({experts})")
     from experiments.bench.layer import bench_layer
 
-    print(json.dumps(bench_layer(**given) | given))
+    print(json.dumps(bench_layer(**sizes) | sizes))
 
 
 @main.command

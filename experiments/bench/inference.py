@@ -131,11 +131,9 @@ class InferenceBench:
     def ways(self, block: str, shape: Shape, load: str) -> list[Variant]:
         """Return all ways of a model in one shape at a load, at the best slots."""
         self.now.load, self.now.step = load_of(load), 0
-        schedule, blocks, run = (
-            default_schedule(block),
-            self.models[block].blocks,
-            self.passes[block, shape],
-        )
+        schedule = default_schedule(block)
+        blocks = self.models[block].blocks
+        run = self.passes[block, shape]
         blocks[0].run_as(schedule, self.paid)
         best = best_schedules(blocks, run, self.group, CPU, CHUNKS)
         overlapped = [
@@ -169,11 +167,11 @@ def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[st
                         for variant in bench.ways(block, shape, load)
                     }
         times = in_turn(runs, setting.rounds, over_ranks=True, say=say)
-        own = {
-            load: {at: seconds for at, seconds in times.items() if at[1].load == load}
-            for load in loads
-        }
-        return {load: {"rate": rate, "times": own[load]} for load in loads}
+        results = {}
+        for load in loads:
+            of_load = {run: seconds for run, seconds in times.items() if run[1].load == load}
+            results[load] = {"rate": rate, "times": of_load}
+        return results
 
 
 def bench_inference(
@@ -219,8 +217,8 @@ def bench_inference(
         for top_k in {*map(setting.top_k_of, BLOCKS)}:
             check_load(uneven, Sizes(experts, top_k, ranks), setting.sequences)
     links.require()
-    found = run_ranks(measure, ranks, setting, batch, timeout_s=3600, own_links=True)[0]
-    report = summary(setting, batch, ranks, found[BALANCED])
+    measured = run_ranks(measure, ranks, setting, batch, timeout_s=3600, own_links=True)[0]
+    report = summary(setting, batch, ranks, measured[BALANCED])
     warn_of_share(share, report["comm_share"]["prefill"])
     if tokens:
         tell(f"generating {generation.TEXTS} texts of {tokens} tokens")
@@ -228,39 +226,38 @@ def bench_inference(
         report["generate"] = alone.report()
     name = f"inference-{ranks}-ranks-share-{share:g}"
     if loads:
-        report["loads"] = [at_load(setting, batch, ranks, found, own) for own in loads]
+        report["loads"] = [at_load(setting, batch, ranks, measured, load) for load in loads]
         name = f"uneven-{name}{kinds_of(loads)}"
     publish(report, tables(report), draw, out / name)
     return report
 
 
 def at_load(
-    setting: Setting, batch: int, ranks: int, found: dict[str, Any], load: str
+    setting: Setting, batch: int, ranks: int, measured: dict[str, Any], load: str
 ) -> dict[str, Any]:
     """Return the report of a load: for each row and shape also the time of `auto`
     over its balanced one."""
-    report = {"load": {"name": load}, **summary(setting, batch, ranks, found[load])}
-    even = summary(setting, batch, ranks, found[BALANCED])
+    report = {"load": {"name": load}, **summary(setting, batch, ranks, measured[load])}
+    even = summary(setting, batch, ranks, measured[BALANCED])
     times = {
-        at: {(v.block, shape, v.way): s for (shape, v), s in found[at]["times"].items()}
-        for at in (load, BALANCED)
+        name: {(v.block, shape, v.way): s for (shape, v), s in measured[name]["times"].items()}
+        for name in (load, BALANCED)
     }
     for block in BLOCKS:
         row = f"scmoe_{block}" if block in POSITIONS else block
         sizes = Sizes(setting.num_experts, setting.top_k_of(block), ranks)
         for shape, tokens in zip(SHAPES, (setting.tokens, batch), strict=True):
             uneven = imbalance(load_of(load), sizes, 1, tokens)
-            own, balanced = report["rows"][row][shape], even["rows"][row][shape]
+            cells = report["rows"][row][shape]
+            balanced = even["rows"][row][shape]
             over = (
-                times[load][block, shape, own["auto"]]
+                times[load][block, shape, cells["auto"]]
                 / times[BALANCED][block, shape, balanced["auto"]]
             )
-            own |= {
-                "over_balanced": median(over),
-                "over_balanced_quartiles": quartiles(over),
-                **uneven,
-            }
-            own["balanced"] = balanced["speedup"]
+            cells["over_balanced"] = median(over)
+            cells["over_balanced_quartiles"] = quartiles(over)
+            cells.update(uneven)
+            cells["balanced"] = balanced["speedup"]
             if (block, shape) == (BLOCKS[0], SHAPES[0]):
                 report["load"] |= uneven
     return report
@@ -346,8 +343,8 @@ def tables(report: dict[str, Any]) -> list[Report]:
     Speed-ups are over sequential top-2 at that load.
     """
     reports = report, *report.get("loads", ())
-    found = [table_of(own, shape) for own in reports for shape in SHAPES]
-    return found + generation.tables(report["generate"]) if "generate" in report else found
+    shapes = [table_of(each, shape) for each in reports for shape in SHAPES]
+    return shapes + generation.tables(report["generate"]) if "generate" in report else shapes
 
 
 def table_of(report: dict[str, Any], shape: Shape) -> Report:
@@ -413,11 +410,11 @@ def bars(report: dict[str, Any], shape: str, paper: Printed | None) -> dict[str,
     """Return the bars of each architecture: sequential, as planned, and the paper's inference."""
     groups = {}
     for row, both in report["rows"].items():
-        own = both[shape]
-        sequential, planned = own["ways"]["sequential"], own["speedup"]
+        cells = both[shape]
+        sequential, planned = cells["ways"]["sequential"], cells["speedup"]
         group = [
-            Bar(sequential, RED, f"{sequential:.2f}", limit=own["limit"]),
-            Bar(planned, BLUE, f"{planned:.2f}", own["quartiles"], own["limit"]),
+            Bar(sequential, RED, f"{sequential:.2f}", limit=cells["limit"]),
+            Bar(planned, BLUE, f"{planned:.2f}", cells["quartiles"], cells["limit"]),
         ]
         if paper and row in paper.rows:
             group.append(

@@ -99,7 +99,9 @@ def load_of(text: str) -> Load:
 
 def recorded(text: str) -> Load:
     """Return the load of a recording's file, or of one step or layer of it."""
-    file, step, layer = re.fullmatch(r"recorded:(.*?)(?::(\d+))?(?::(\d+))?", text).groups()  # type: ignore[union-attr]
+    parts = re.fullmatch(r"recorded:(.*?)(?::(\d+))?(?::(\d+))?", text)
+    assert parts is not None
+    file, step, layer = parts.groups()
     try:
         recording = read_routing(Path(file))
     except ValueError as error:

@@ -174,7 +174,8 @@ def stored_in(paths: list[Path]) -> dict[str, Stored]:
     for path in paths:
         try:
             file: Any = safe_open(path, framework="pt")
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            names = file.keys()
+            shapes = {name: file.get_slice(name).get_shape() for name in names}
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         for name, shape in shapes.items():

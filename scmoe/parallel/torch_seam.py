@@ -64,10 +64,10 @@ def scatter_by(unit: FSDPModule, scatter: Any) -> Callable[[], None]:
     several process groups.
     """
     groups = unit._get_fsdp_state()._fsdp_param_groups
-    own = [group._reduce_scatter_comm for group in groups]
+    usual_scatters = [group._reduce_scatter_comm for group in groups]
 
     def put_back() -> None:
-        for group, usual in zip(groups, own, strict=True):
+        for group, usual in zip(groups, usual_scatters, strict=True):
             group._reduce_scatter_comm = usual
 
     for group in groups:

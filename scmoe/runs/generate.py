@@ -134,10 +134,8 @@ def speed_lines(speed: dict[str, Any]) -> list[str]:
     """Return the lines that the console shows of a generation."""
     tokens_per_s = f"{speed['tokens_per_s']:.0f} tokens/s"
     first_token = f"first token after {speed['first_token_ms']:.0f} ms"
-    lines = [
-        f"{speed['tokens']} tokens, {tokens_per_s}, {first_token}, dropless, from"
-        f" {speed['weights']}"
-    ]
+    tokens = f"{speed['tokens']} tokens"
+    lines = [f"{tokens}, {tokens_per_s}, {first_token}, dropless, from {speed['weights']}"]
     if (offload := speed.get("offload")) is not None:
         rate = "no bound on fetching"
         if offload["rate_mb_s"] is not None:

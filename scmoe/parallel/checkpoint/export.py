@@ -81,7 +81,8 @@ def exported_by_name(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
         for name, module in experts.items()
     }
     with safe_open(path, framework="pt") as file:
-        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        names = file.keys()
+        there = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     check_same_model(path, parameters | whole, there)
 
     def read(name: str) -> Tensor:

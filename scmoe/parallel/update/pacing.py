@@ -68,7 +68,9 @@ class Pacer:
     """
 
     def __init__(self, group: Any, link: Link, piece_mb: float = PIECE_MB) -> None:
-        self.group, self.link, self.piece_bytes = group, link, int(piece_mb * 2**20)
+        self.group = group
+        self.link = link
+        self.piece_bytes = int(piece_mb * 2**20)
         self.queue: SimpleQueue[_Piece | None] = SimpleQueue()
         # a daemon: a rank that fails must not wait at its end for a peer that will never send
         self.thread = threading.Thread(target=self._run, name="gradients", daemon=True)
