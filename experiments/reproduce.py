@@ -33,10 +33,12 @@ def main(*overrides: str, tables: list[str] | None = None, options: Options = US
 
     if left := [name for name in numbered if name not in names and not tables]:
         say(f"without {', '.join(left)}, which have no scale {options.scale}")
-    found = reproduce(names, options, overrides)
-    signal = found.pop("signal")
-    print(json.dumps(found), flush=True)
-    return 130 if signal else 1 if found["failed"] else 0
+    summary = reproduce(names, options, overrides)
+    signal = summary.pop("signal")
+    print(json.dumps(summary), flush=True)
+    if signal:
+        return 130
+    return 1 if summary["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -23,16 +23,25 @@ def main(table: str, /, *overrides: str, options: Options = USUAL) -> int:
     read = load_table(table)
     check_scale(read, options.scale)
     require("a table", "matplotlib", "scipy")
-    from experiments.tables.make import make_table, plan_table
+    from experiments.tables.make import make_table
+    from experiments.tables.table_plan import plan_table
 
     plan = plan_table(read, options, overrides)
     seeds = len(plan.runs) // len(read.rows)
     say(f"{read.title}: {len(read.rows)} rows x {seeds} seeds, in {plan.folder}")
-    made = make_table(plan)
-    counts = {"finished": made.finished, "failed": made.failed, "cut": made.cut}
-    last = {"table": read.name, "scale": plan.scale_name, **counts, "folder": str(plan.folder)}
-    print(json.dumps(last), flush=True)
-    return 130 if made.signal else 1 if made.failed else 0
+    outcome = make_table(plan)
+    summary = {
+        "table": read.name,
+        "scale": plan.scale_name,
+        "finished": outcome.finished,
+        "failed": outcome.failed,
+        "cut": outcome.cut,
+        "folder": str(plan.folder),
+    }
+    print(json.dumps(summary), flush=True)
+    if outcome.signal:
+        return 130
+    return 1 if outcome.failed else 0
 
 
 if __name__ == "__main__":

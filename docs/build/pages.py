@@ -34,7 +34,8 @@ from experiments.figures.measured import (
     module_share,
     read_reports,
 )
-from experiments.tables.table_report import draw_differences, draw_equal_time, markdown
+from experiments.tables.table_chart import draw_differences, draw_equal_time
+from experiments.tables.table_page import markdown
 from scmoe.config.leaves import ConfigError
 from scmoe.report import Report
 

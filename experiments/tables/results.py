@@ -5,57 +5,16 @@ ours, minus_baseline   of the first metric, which decides; `others` has the same
                        metric
 equal_time             losses at equal time, where the table's file asks for them: what a row's
                        speed is worth
-
-A difference is taken seed by seed, since rows with the same seed see the same data and start with
-the same weights; the test is Student's t on these differences, two-sided. A table compares several
-rows, so its numbers are corrected:
-
-    p          Holm's step-down correction over the table's comparisons
-    low, high  Bonferroni's simultaneous intervals: each at 1 - 0.05 / comparisons, together they
-               hold at 95 %
-
-Holm decides a little more than Bonferroni, so a difference can be decided while its interval just
-touches 0.
-
-Equal time: a row that is x times as fast as sequential top-2 makes its steps in 1/x of the time. At
-the time at which the fastest row ends, a row of speed x has made steps * x / max(x) of its steps;
-its loss there is read off its own validation curve, between two validations on a straight line. The
-learning rate of every row decays over all its steps, so a slower row is compared before the end of
-its decay: a schedule made for the shorter run would bring it closer.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from statistics import fmean, median, stdev
 from typing import Any
 
-import numpy
-
+from experiments.tables.equal_time import Report, at_equal_time
+from experiments.tables.seed_statistics import describe, differences
 from experiments.tables.table_file import Metric, Row, Table
 from experiments.tables.table_runs import Run, finished, look_up
-
-ALPHA = 0.05
-ROUNDING = 1e-9  # differences that vary by less than this share of the values are equal
-SPEED = "train_speedup"  # of one pair of blocks, forward and backward, over sequential top-2
-Values = Mapping[int, float]  # by seed
-Report = Mapping[str, Any]  # of `bench overlap`
-
-
-def read_speeds(table: Table, folder: Path) -> dict[float, dict[str, Any]]:
-    """Return the reports of `bench overlap` by share, as its files in <folder>/speed/ are named.
-    One that lacks a row of the table is left out: it is to be measured again."""
-    wanted, found = {row.speed for row in table.rows if row.speed is not None}, {}
-    for path in sorted((folder / "speed").glob("*-share-*.json")):
-        report = json.loads(path.read_text(encoding="utf-8"))
-        if wanted <= report["rows"].keys():
-            found[share_of(path)] = report
-    return found
-
-
-def share_of(path: Path) -> float:
-    """Return the share in the name of a report, which may have more after it, such as `-every-1`."""
-    return float(path.stem.rpartition("-share-")[2].partition("-")[0])
+from experiments.tables.table_speeds import read_speeds
 
 
 def results(table: Table, scale: str, runs: Sequence[Run], command: str) -> dict[str, Any]:
@@ -98,30 +57,15 @@ def _column(
         }
     values: dict[str, dict[int, float]] = {row.name: {} for row in table.rows}
     for run in done:
-        found = [look_up(run.state.results.get(metric.source), key) for key in metric.keys]
-        numbers = [number for number in found if number is not None]
+        source = run.state.results.get(metric.source)
+        numbers = [n for key in metric.keys if (n := look_up(source, key)) is not None]
         if len(numbers) == len(metric.keys):
             values[run.row.name][run.seed] = metric.times * sum(numbers) / len(numbers)
     minus = differences(table.rows, values)
     return {
-        name: {"ours": {**describe(of), "by_seed": of}, "minus_baseline": minus.get(name)}
-        for name, of in values.items()
+        name: {"ours": {**describe(seeds), "by_seed": seeds}, "minus_baseline": minus.get(name)}
+        for name, seeds in values.items()
     }
-
-
-def differences(rows: Sequence[Row], values: Mapping[str, Values]) -> dict[str, dict[str, Any]]:
-    """Return the differences of rows to their baselines by name: as of `compare`, p corrected, and
-    whether they are decided. values: by the row's name; a row that has none, or whose baseline has
-    none, is left out.
-    """
-    compared = [r for r in rows if not r.is_baseline and r.name in values and r.baseline in values]
-    minus = {r.name: compare(values[r.name], values[r.baseline], len(compared)) for r in compared}
-    for own, p in zip(
-        minus.values(), holm([own["p"] for own in minus.values()], len(compared)), strict=True
-    ):
-        own["p"] = p
-        own["decided"] = p is not None and p < ALPHA
-    return minus
 
 
 def _speed(metric: Metric, row: Row, report: Report | None) -> dict[str, Any]:
@@ -138,16 +82,20 @@ def _speed(metric: Metric, row: Row, report: Report | None) -> dict[str, Any]:
         }
     (key,) = metric.keys
     measured = report["rows"][row.speed]
-    facts = {name: measured[name] for name in ("links", "compute")} | {
-        "share": report["comm_share"]
+    return {
+        "mean": measured[key],
+        "quartiles": measured[key.replace("speedup", "quartiles")],
+        "n": report["rounds"],
+        "links": measured["links"],
+        "compute": measured["compute"],
+        "share": report["comm_share"],
     }
-    quartiles = measured[key.replace("speedup", "quartiles")]
-    return {"mean": measured[key], "quartiles": quartiles, "n": report["rounds"], **facts}
 
 
 def _row(
     table: Table, row: Row, runs: Sequence[Run], columns: Mapping[str, Mapping[str, dict[str, Any]]]
 ) -> dict[str, Any]:
+    """Return what results.json holds of a row. runs: of the row. columns: by metric and row."""
     summary: dict[str, Any] = next(
         (run.state.results["summary"] for run in runs if run.state.results), {}
     )
@@ -220,130 +168,3 @@ def _of_testbed(report: Report) -> dict[str, Any]:
     links = next(iter(report["rows"].values()))["links"]
     others = {"links": links, "every": report.get("every", 2), "top_k": report.get("top_k", 1)}
     return {name: report[name] for name in names} | others
-
-
-def at_equal_time(
-    table: Table, done: Sequence[Run], speeds: Mapping[float, Report]
-) -> dict[str, dict[str, Any]]:
-    """Return {share of communication, as text: {comm_share, rows}}. rows: for each row that has a
-    speed, its speed, the step reached, the loss at that step over seeds and its difference to the
-    baseline. `equal_tokens`: all speeds are 1.
-
-    Empty if the table's file has no equal_time. A share without measured speeds is left out.
-    """
-    if not table.equal_time:
-        return {}
-    measured = {row.name: row.speed for row in table.rows if row.speed is not None}
-    found = {
-        "equal_tokens": {
-            "comm_share": 0.0,
-            "rows": _at_speeds(table, done, dict.fromkeys(measured, 1.0)),
-        }
-    }
-    for share in table.equal_time:
-        if share in speeds:
-            of_rows = {
-                name: speeds[share]["rows"][speed][SPEED] for name, speed in measured.items()
-            }
-            rows = _at_speeds(table, done, of_rows)
-            found[f"{share:g}"] = {"comm_share": speeds[share]["comm_share"], "rows": rows}
-    return found
-
-
-def _at_speeds(
-    table: Table, done: Sequence[Run], speeds: Mapping[str, float]
-) -> dict[str, dict[str, Any]]:
-    """Return speed, step, loss and minus_baseline by row. speeds: by row."""
-    losses: dict[str, dict[int, float]] = {name: {} for name in speeds}
-    steps = {name: 0.0 for name in speeds}
-    for run in done:
-        if (name := run.row.name) in speeds:
-            steps[name] = step_reached(
-                run.config.trainer.max_steps, speeds[name], max(speeds.values())
-            )
-            loss = loss_at(run.state.results["curve"], steps[name])
-            if loss is not None:
-                losses[name][run.seed] = loss
-    minus = differences(table.rows, losses)
-    return {
-        name: {
-            "speed": speeds[name],
-            "step": round(steps[name]),
-            "loss": {**describe(losses[name]), "by_seed": losses[name]},
-            "minus_baseline": minus.get(name),
-        }
-        for name in speeds
-    }
-
-
-def step_reached(steps: int, speed: float, fastest: float) -> float:
-    """Return how many of its steps a row has made when the fastest one ends, which has made exactly
-    all."""
-    return steps * (speed / fastest)
-
-
-def loss_at(curve: Sequence[Sequence[float]], step: float) -> float | None:
-    """Return the loss at a step, between two points of the curve on a straight line; None outside
-    the curve."""
-    if not curve or not curve[0][0] <= step <= curve[-1][0]:
-        return None
-    steps, losses = zip(*curve, strict=True)
-    return float(numpy.interp(step, steps, losses))
-
-
-def describe(values: Mapping[int, float]) -> dict[str, Any]:
-    """Return mean, std (of a sample; None for one value), n, median and range of values by seed."""
-    n, all_values = len(values), list(values.values())
-    if n == 0:
-        return {"mean": None, "std": None, "n": 0, "median": None, "range": None}
-    return {
-        "mean": fmean(all_values),
-        "std": stdev(all_values) if n > 1 else None,
-        "n": n,
-        "median": median(all_values),
-        "range": [min(all_values), max(all_values)],
-    }
-
-
-def compare(
-    values: Mapping[int, float], baseline: Mapping[int, float], comparisons: int = 1
-) -> dict[str, Any]:
-    """Return the differences over the seeds that both have: mean, std, n, interval (low, high), p
-    and by_seed.
-
-    comparisons: of the table, by which the interval is widened; p is corrected by `holm`, over all
-    rows at once. low, high and p are None for fewer than two pairs and for differences that are all
-    equal.
-    """
-    from scipy import stats
-
-    by_seed = {
-        seed: values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())
-    }
-    facts = describe(by_seed)
-    found = {name: facts[name] for name in ("mean", "std", "n")} | {
-        "low": None,
-        "high": None,
-        "p": None,
-    }
-    spread = max(by_seed.values(), default=0.0) - min(by_seed.values(), default=0.0)
-    # accuracies have few values: their differences can be equal but for rounding, which a test
-    # would take for certainty
-    if spread > ROUNDING * max(map(abs, [*values.values(), *baseline.values()]), default=0.0):
-        test = stats.ttest_1samp(list(by_seed.values()), 0.0)
-        interval = test.confidence_interval(1 - ALPHA / comparisons)
-        found |= {"low": float(interval.low), "high": float(interval.high), "p": float(test.pvalue)}
-    return {**found, "by_seed": by_seed}
-
-
-def holm(ps: Sequence[float | None], comparisons: int) -> list[float | None]:
-    """Return the p-values corrected for that many comparisons by Holm's method; a None counts as
-    one not yet made."""
-    corrected: list[float | None] = [None] * len(ps)
-    least = 0.0
-    for rank, (p, place) in enumerate(
-        sorted((p, place) for place, p in enumerate(ps) if p is not None)
-    ):
-        least = max(least, min(1.0, p * (comparisons - rank)))
-        corrected[place] = least
-    return corrected

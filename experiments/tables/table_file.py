@@ -104,6 +104,12 @@ class Table:
         """All shares of communication at which speeds are measured."""
         return sorted({*self.equal_time, *([] if self.share is None else [self.share])})
 
+    @property
+    def summary_keys(self) -> list[str]:
+        """Return the keys of summary.json without which a training has failed."""
+        keys = [key for metric in self.metrics_from("summary") for key in metric.keys]
+        return [*dict.fromkeys(["val_loss", *keys])]
+
     def metrics_from(self, source: str) -> list[Metric]:
         return [metric for metric in self.metrics if metric.source == source]
 

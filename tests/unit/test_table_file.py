@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.tables.make import plan_table
 from experiments.tables.table_file import Options, load_table
+from experiments.tables.table_plan import plan_table
 from experiments.tables.table_runs import plan_runs
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
@@ -166,17 +166,9 @@ def test_what_a_table_cannot_honour_is_refused(tmp_path):
     )
     table, own = load_table("table4", CONFIGS), [f"runs_dir={tmp_path}"]
     for options, words, says in (
-        (
-            Options(to=tmp_path / "tables"),
-            (),
-            "--to is .*, allowed: a folder other than that of the tables",
-        ),
+        (Options(to=tmp_path / "tables"), (), "--to is .*, where the table itself is made"),
         (Options(seeds=0), (), "--seeds is 0"),
-        (
-            Options(),
-            ("trainer.devices=2",),
-            "--jobs is 0, allowed for runs of several ranks: 1 or more",
-        ),
+        (Options(), ("trainer.devices=2",), "--jobs is 0, but a run has 2 ranks"),
     ):
         with pytest.raises(ConfigError, match=says):
             plan_table(table, options, [*own, *words])

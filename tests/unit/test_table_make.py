@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments.tables import make
-from experiments.tables.make import Evaluations, make_runs, measure_speeds, plan_table
-from experiments.tables.results import read_speeds
+from experiments.tables import table_speeds
+from experiments.tables.evaluations import Evaluations
+from experiments.tables.make import make_runs
 from experiments.tables.table_file import Options, Row, Scale, load_table
+from experiments.tables.table_plan import plan_table
 from experiments.tables.table_runs import Run, plan_runs, read_states
+from experiments.tables.table_speeds import measure_speeds, read_speeds
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load, to_yaml
 from scmoe.sweeps import batch
@@ -326,7 +328,7 @@ def test_a_run_with_extensions_is_resumed_and_evaluated_with_them(tmp_path):
 
 def test_speeds_are_measured_at_every_share_until_the_command_changes(fakes, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        make, "Batch", lambda jobs, slots, total, watch: Batch(jobs, 0, total, watch)
+        table_speeds, "Batch", lambda jobs, slots, total, watch: Batch(jobs, 0, total, watch)
     )
 
     def measure(*words: str) -> list[str]:

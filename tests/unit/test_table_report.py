@@ -10,16 +10,14 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments.bench.pairs import usual_rows
-from experiments.tables.make import make_table, plan_table
-from experiments.tables.results import loss_at, results, step_reached
+from experiments.tables.equal_time import loss_at, step_reached
+from experiments.tables.make import make_table
+from experiments.tables.results import results
+from experiments.tables.table_chart import draw_differences, draw_equal_time
 from experiments.tables.table_file import Options, Table, load_table
-from experiments.tables.table_report import (
-    draw_differences,
-    draw_equal_time,
-    markdown,
-    without_speed,
-    write_report,
-)
+from experiments.tables.table_page import markdown, without_speed
+from experiments.tables.table_plan import plan_table
+from experiments.tables.table_report import write_report
 from experiments.tables.table_runs import Run, plan_runs
 from scmoe.sweeps.jobs import State
 

@@ -5,7 +5,7 @@ import math
 import pytest
 from scipy import stats
 
-from experiments.tables.results import compare, describe, holm
+from experiments.tables.seed_statistics import compare, describe, holm
 
 
 def test_mean_and_sample_deviation():

@@ -1,0 +1,254 @@
+"""A table's page: what results.json holds, as Markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from experiments.bench.speed_chart import blocks_of
+from scmoe.report import markdown_table
+from scmoe.sweeps.jobs import clock
+
+Results = Mapping[str, Any]  # of a table, or a part of them
+COLUMNS = (
+    "row",
+    "parameters (active)",
+    "paper",
+    "paper: minus baseline",
+    "ours: mean ± std (n)",
+    "median, range",
+    "ours: minus baseline",
+    "interval",
+    "p (n)",
+)
+
+
+def markdown(results: Results) -> str:
+    """Return a part for each group of rows; a row that belongs to two is shown in both."""
+    finished = results["runs"]["finished"]
+    failed = results["runs"]["failed"]
+    metric = results["metric"]
+    unit = results["unit"]
+    form = form_of(unit)
+    with_unit = f"{metric} {unit}" if unit.startswith("per ") else f"{metric} in {unit}"
+    lines = [
+        f"# {results['title']}",
+        "",
+        (
+            f"Scale `{results['scale']}`: {results['model']}; {results['data']}, {results['seen']},"
+            f" {finished} runs finished, {failed} failed. The metric is {with_unit};"
+            f" {results['metrics'][metric]['better']} is better."
+        ),
+        (
+            "Differences are taken seed by seed. p is that of a paired t-test over seeds,"
+            f" two-sided, corrected for {results['comparisons']} comparisons by Holm's method; the"
+            " intervals are Bonferroni's and hold together at 95 %."
+        ),
+    ]
+    if results["scale"] == "smoke":
+        lines[2:2] = [
+            (
+                "**The numbers of this scale mean nothing.** It shows that every row trains and"
+                " writes its files."
+            ),
+            "",
+        ]
+    for group in dict.fromkeys(group for row in results["rows"] for group in row["groups"]):
+        rows = [row for row in results["rows"] if group in row["groups"]]
+        lines += ["", f"## {group[0].upper()}{group[1:]}", "", *_group(rows, metric, form)]
+    lines += [*_other_metrics(results), *_speeds(results), *_equal_time(results)]
+    return "\n".join([*lines, "", *_decisions(results), *_origin(results)]) + "\n"
+
+
+def _group(rows: Sequence[Results], metric: str, form: str) -> list[str]:
+    """Return the table of some rows, without columns of the paper's values that none of them has."""
+    cells = [_cells(row, metric, form) for row in rows]
+    used = [
+        i
+        for i, heading in enumerate(COLUMNS)
+        if "paper" not in heading or any(row[i] for row in cells)
+    ]
+    headings = [COLUMNS[i] for i in used]
+    return markdown_table(headings, [[row[i] for i in used] for row in cells], numbers=True)
+
+
+def _cells(row: Results, metric: str, form: str) -> list[str]:
+    """Return a row's cells, one for each of COLUMNS. form: of the metric's values."""
+    paper, ours, minus = row["paper"], row["ours"], row["minus_baseline"]
+    signed = form.replace(":", ":+")
+    size = ""
+    median_and_range = ""
+    if row["params_total"]:
+        size = f"{row['params_total'] / 1e6:.2f}M ({row['params_active'] / 1e6:.2f}M)"
+    if ours["n"]:
+        values_range = _numbers(" to ", form, *ours["range"])
+        median_and_range = f"{form.format(ours['median'])}, {values_range}"
+    cells = [row["name"], size, _numbers("", form, paper.get(metric))]
+    if minus is None:
+        return [*cells, "", _spread(ours, form), median_and_range, "", "", ""]
+    interval = _numbers(" to ", signed, minus["low"], minus["high"])
+    cells += [_numbers("", signed, paper["difference"]), _spread(ours, form), median_and_range]
+    return [*cells, _numbers("", signed, minus["mean"]), interval, _p(minus)]
+
+
+def _spread(ours: Results, form: str) -> str:
+    """Return mean, deviation and number of values."""
+    return f"{_numbers(' ± ', form, ours['mean'], ours['std'])} ({ours['n']})".strip()
+
+
+def _p(minus: Results) -> str:
+    """Return p and the number of pairs."""
+    p, pairs = minus["p"], f"({minus['n']})"
+    if p is None:
+        return pairs
+    return f"{p:.3f} {pairs}" if p >= 0.001 else f"< 0.001 {pairs}"
+
+
+def _numbers(between: str, form: str, *values: float | None) -> str:
+    """Return the values that are not None, with `between` between them."""
+    return between.join(form.format(value) for value in values if value is not None)
+
+
+def _other_metrics(results: Results) -> list[str]:
+    """Return a table of the metrics that do not decide: in each cell the paper's value, if it
+    prints any, and ours."""
+    names = list(results["metrics"])[1:]
+    if not names:
+        return []
+    printed = {name for row in results["rows"] for name in row["paper"]}
+
+    def cell(row: Results, name: str) -> str:
+        ours = row["others"][name]["ours"]
+        if quartiles := ours.get("quartiles"):
+            text = f"{ours['mean']:.2f} [{_numbers(', ', '{:.2f}', *quartiles)}]"
+        elif ours["mean"] is None:
+            text = "-"
+        else:
+            text = _spread(ours, form_of(results["metrics"][name]["unit"]))
+        paper = _numbers("", "{:g}", row["paper"].get(name))
+        return f"paper {paper or '-'}; ours {text}" if name in printed else text
+
+    columns = ["row", *(f"{name}, {results['metrics'][name]['unit']}" for name in names)]
+    cells = [[row["name"], *(cell(row, name) for name in names)] for row in results["rows"]]
+    lines = ["", "## Other metrics", "", *markdown_table(columns, cells, numbers=True)]
+    ours = [other["ours"] for row in results["rows"] for other in row["others"].values()]
+    for why in dict.fromkeys(speed["why"] for speed in ours if "why" in speed):
+        lines += ["", f"A speed without a number: {why}."]
+    return lines
+
+
+def _speeds(results: Results) -> list[str]:
+    """Return a sentence for each share of communication: how its speeds were measured."""
+    lines = []
+    for share, speed in results["speeds"].items():
+        blocks = blocks_of(speed)
+        lines += [
+            "",
+            (
+                f"Speed-ups at a share of {share} ({speed['comm_share']:.2f} as measured):"
+                f" {blocks[0].lower()}{blocks[1:]} over sequential top-2, {speed['compute']}"
+                f" compute, {speed['ranks']} ranks, {speed['links']} links, medians of"
+                f" {speed['rounds']} rounds, [quartiles]; with all communication hidden"
+                f" {speed['limit_train']:.2f} in training and {speed['limit_forward']:.2f} in"
+                " inference."
+            ),
+        ]
+    return lines
+
+
+def _equal_time(results: Results) -> list[str]:
+    """Return the table of losses at equal tokens and at equal time."""
+    shares = results["equal_time"]
+    if not shares:
+        return []
+
+    def cell(row: Results) -> str:
+        loss, minus = row["loss"], row["minus_baseline"]
+        text = "-" if loss["mean"] is None else f"{loss['mean']:.4f} [{row['step']:,}]"
+        if minus and minus["mean"] is not None:
+            text += f" {minus['mean']:+.4f}, p {_p(minus)}"
+        return text
+
+    columns = [
+        "equal tokens" if share == "equal_tokens" else f"equal time, share {share}"
+        for share in shares
+    ]
+    names = list(shares["equal_tokens"]["rows"])
+    cells = [[name, *(cell(column["rows"][name]) for column in shares.values())] for name in names]
+    lines = [
+        "",
+        "## Quality at equal time",
+        "",
+        (
+            "Validation loss of each row at the time at which the fastest row ends. Times are by"
+            " the measured speed-ups of the measured blocks in training, without the sum of the"
+            " gradients and the optimizer; p takes them as exact. A slower row is read off its own"
+            " curve at the step that it has reached by then, before its learning rate has come down"
+            " to its end. In brackets: that step; then the difference to the baseline at the same"
+            " time and its corrected p."
+        ),
+    ]
+    if len(shares) == 1:
+        lines.append("No speed has been measured at this scale, or the measurement failed.")
+    lines += ["", *markdown_table(["row", *columns], cells, numbers=True)]
+    if left_out := without_speed(results):
+        lines += [
+            "",
+            f"Left out, as the testbed has no such row to measure: {'; '.join(left_out)}.",
+        ]
+    return lines
+
+
+def _decisions(results: Results) -> list[str]:
+    """Return a sentence for each compared metric: which differences are decided and which are not."""
+    lines = []
+    for metric in results["metrics"]:
+        decided, open_ = [], []
+        for row in results["rows"]:
+            minus = (row if metric == results["metric"] else row["others"][metric])[
+                "minus_baseline"
+            ]
+            if minus is not None and minus["decided"]:
+                decided.append(
+                    f"{row['name']} is {'above' if minus['mean'] > 0 else 'below'}"
+                    f" {row['baseline']}"
+                )
+            elif minus is not None and minus["mean"] is not None:
+                open_.append(row["name"])
+        if decided or open_:
+            sentence = f"{metric}: decided (corrected p < 0.05): {'; '.join(decided) or 'nothing'}."
+            lines.append(f"{sentence} Not decided: {'; '.join(open_) or 'nothing'}.")
+    return lines
+
+
+def _origin(results: Results) -> list[str]:
+    """Return the command, the dates and the machines of a table, and the runs that it lacks."""
+    days = ", ".join(f"{date[:4]}-{date[4:6]}-{date[6:]}" for date in results["dates"])
+    machines, torch = ", ".join(results["machines"]), ", ".join(results["torch"])
+    commits = ", ".join(commit[:9] for commit in results["git_commits"])
+    command = (
+        f"`{results['command']}` ({results['config']}), {days}, {clock(results['seconds_of_all_runs'])}"
+        " of runs"
+    )
+    lines = ["", f"{command}, {machines}, torch {torch}, commit {commits}."]
+    if taken_from := results.get("taken_from"):  # results of versions in which tables shared runs
+        origins = ", ".join(f"{count} from {name}" for name, count in taken_from.items())
+        lines += ["", f"Runs of equal configuration that were not made again: {origins}."]
+    missing = [
+        f"{row['name']}: {len(row['failed'])} failed, {len(row['unfinished'])} to run"
+        for row in results["rows"]
+        if row["failed"] or row["unfinished"]
+    ]
+    if missing:
+        lines += ["", f"Incomplete: {'; '.join(missing)}."]
+    return lines
+
+
+def without_speed(results: Results) -> list[str]:
+    """Return the rows of a table that its results at equal time leave out."""
+    there = results["equal_time"]["equal_tokens"]["rows"]
+    return [row["name"] for row in results["rows"] if row["name"] not in there]
+
+
+def form_of(unit: str) -> str:
+    """Return the format of a metric's values: a loss in nats with four decimals, others with two,
+    as in the paper."""
+    return "{:.4f}" if unit.startswith("nats") else "{:.2f}"
