@@ -256,8 +256,8 @@ def build_cache(
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".building-{this_machine()}-"
-    for building in folder.parent.glob(f"{prefix}*"):
-        remove_if_dead(building)
+    for leftover in folder.parent.glob(f"{prefix}*"):
+        remove_if_dead(leftover)
     # Beside the folder, not in /tmp, as a rename is atomic only within one file system.
     prefix += f"{os.getpid()}-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent) as building:

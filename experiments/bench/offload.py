@@ -387,13 +387,13 @@ def draw(figure: dict[str, Any], path: Path) -> None:
         memory_bars(report)
     )
     heights = [height_of(groups) for groups in panels.values()]
-    with chart(path, 0.9 + 0.8 * len(panels) + sum(heights)) as figure:
-        axes = figure.subplots(len(heights), 1, height_ratios=heights)
+    with chart(path, 0.9 + 0.8 * len(panels) + sum(heights)) as drawing:
+        axes = drawing.subplots(len(heights), 1, height_ratios=heights)
         for axis, (words, groups) in zip(axes, panels.items(), strict=True):
             grouped_bars(axis, groups, room=0.22)
             title(axis, words)
-        heading(figure, "Fig. 13: experts fetched while the backbone runs, on one CPU")
-        bar_legend(figure, COLORS | {"paper (its machine)": PAPER})
+        heading(drawing, "Fig. 13: experts fetched while the backbone runs, on one CPU")
+        bar_legend(drawing, COLORS | {"paper (its machine)": PAPER})
 
 
 def latency_bars(report: dict[str, Any], rate: float, model: str) -> dict[str, list[Bar]]:

@@ -1,10 +1,10 @@
 """Losses at equal time: what a row's speed is worth.
 
 A row that is x times as fast as sequential top-2 makes its steps in 1/x of the time. At the time at
-which the fastest row ends, a row of speed x has made steps * x / max(x) of its steps; its loss there
-is read off its own validation curve, between two validations on a straight line. The learning rate
-of every row decays over all its steps, so a slower row is compared before the end of its decay: a
-schedule made for the shorter run would bring it closer.
+which the fastest row ends, a row of speed x has made steps * x / max(x) of its steps; its loss
+there is read off its own validation curve, between two validations on a straight line. The learning
+rate of every row decays over all its steps, so a slower row is compared before the end of its
+decay: a schedule made for the shorter run would bring it closer.
 """
 
 from collections.abc import Mapping, Sequence

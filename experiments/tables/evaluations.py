@@ -30,8 +30,8 @@ class Evaluations:
         self.jobs: list[Job] = []
 
     def lacking(self, state: State) -> bool:
-        """Return whether a finished run lacks a metric of an evaluation, or was evaluated by another
-        command."""
+        """Return whether a finished run lacks a metric of an evaluation, or was evaluated by
+        another command."""
         kept = state.results
         by_another = bool(self.needed) and kept.get("evaluated_by") != self.words
         return by_another or bool(missing(self.needed, kept.get("evaluation")))

@@ -25,8 +25,8 @@ Values = Mapping[int, float]  # by seed
 
 def differences(rows: Sequence[Row], values: Mapping[str, Values]) -> dict[str, dict[str, Any]]:
     """Return the differences of rows to their baselines by name, as `compare` returns them, with p
-    corrected, and whether they are decided. values: by the row's name; a row that has none, or whose baseline has
-    none, is left out.
+    corrected, and whether they are decided. values: by the row's name; a row that has none, or
+    whose baseline has none, is left out.
     """
     compared = [r for r in rows if not r.is_baseline and r.name in values and r.baseline in values]
     minus = {r.name: compare(values[r.name], values[r.baseline], len(compared)) for r in compared}

@@ -59,7 +59,8 @@ def markdown(results: Results) -> str:
 
 
 def _group(rows: Sequence[Results], metric: str, form: str) -> list[str]:
-    """Return the table of some rows, without columns of the paper's values that none of them has."""
+    """Return the table of some rows, without columns of the paper's values that none of them
+    has."""
     cells = [_cells(row, metric, form) for row in rows]
     used = [
         i
@@ -198,7 +199,8 @@ def _equal_time(results: Results) -> list[str]:
 
 
 def _decisions(results: Results) -> list[str]:
-    """Return a sentence for each compared metric: which differences are decided and which are not."""
+    """Return a sentence for each compared metric: which differences are decided and which are
+    not."""
     lines = []
     for metric in results["metrics"]:
         decided, open_ = [], []
@@ -224,10 +226,8 @@ def _origin(results: Results) -> list[str]:
     days = ", ".join(f"{date[:4]}-{date[4:6]}-{date[6:]}" for date in results["dates"])
     machines, torch = ", ".join(results["machines"]), ", ".join(results["torch"])
     commits = ", ".join(commit[:9] for commit in results["git_commits"])
-    command = (
-        f"`{results['command']}` ({results['config']}), {days}, {clock(results['seconds_of_all_runs'])}"
-        " of runs"
-    )
+    time = clock(results["seconds_of_all_runs"])
+    command = f"`{results['command']}` ({results['config']}), {days}, {time} of runs"
     lines = ["", f"{command}, {machines}, torch {torch}, commit {commits}."]
     if taken_from := results.get("taken_from"):  # results of versions in which tables shared runs
         origins = ", ".join(f"{count} from {name}" for name, count in taken_from.items())

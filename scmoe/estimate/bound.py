@@ -166,7 +166,8 @@ def add_weight(split: Split, p: nn.Parameter, sent: Counter[str]) -> None:
 
 
 def rows_of_block(block: MoEBlock, tokens: int, ep_size: int) -> tuple[int, int]:
-    """Return the rows of one transfer, summed over the gates of a block, and the announced counts."""
+    """Return the rows of one transfer, summed over the gates of a block, and the announced
+    counts."""
     moe, chunks = block.moe, block.schedule.chunks
     num_experts, num_ids, top_k = moe.router.num_experts, moe.router.num_ids, moe.router.top_k
     gates = 2 if isinstance(block, DoubleGateBlock) else 1

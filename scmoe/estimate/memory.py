@@ -19,16 +19,16 @@ chunks add that schedule=auto chooses.
 What autograd keeps, in numbers a row. D is the width, F the width inside an MLP, R the rows at the
 experts (empty slots included); w and a are 1 for GELU and 2 for SwiGLU:
 
-    norm                  2 D                     its input and its output; on a CPU RMSNorm keeps a third
-    attention             (1 + 2 kv/h) D + D      Q, K, V and their result; Q, K, V again with rotary positions
-    latent attention      4 Q + KV + V            Q, K twice; keys with values; the result, 4 times with a gate
-    window attention      7 D + 2 h S             Q, K, V, normed Q and K; scores of the window's S, in float32
-    MLP, shared expert    (w + a) F               before and after the activation function
-    experts               R (2 D + w F)           rows, results, before the function; + R a F on a GPU
-    gate                  3 E + D, in float32     and 3 indices of 8 bytes a row
-    coefficient           D (CG-1) or 2 D (CG-2)
-    dropout               D
-    logits                3 V, in float32         log-probabilities, their gradient and that of the logits
+    norm                2 D                   input and output; on a CPU RMSNorm keeps a third
+    attention           (1 + 2 kv/h) D + D    Q, K, V, result; Q, K, V again with rotary positions
+    latent attention    4 Q + KV + V          Q, K twice; keys with values; result, 4 times if gated
+    window attention    7 D + 2 h S           Q, K, V, normed Q and K; scores of S, in float32
+    MLP, shared expert  (w + a) F             before and after the activation function
+    experts             R (2 D + w F)         rows, results, before the function; + R a F on a GPU
+    gate                3 E + D, in float32   and 3 indices of 8 bytes a row
+    coefficient         D (CG-1) or 2 D (CG-2)
+    dropout             D
+    logits              3 V, in float32       log-probabilities, their gradient and the logits'
 
 With activation checkpointing only the inputs of sub-layers are kept, D each. The largest sub-layer,
 shared expert or experts module is computed again in its backward, with as many gradients. Under
@@ -160,7 +160,8 @@ class Split:
 
     @cached_property
     def outside(self) -> set[nn.Parameter]:
-        """The parameters outside blocks, which stay gathered from forward to the end of backward."""
+        """The parameters outside blocks, which stay gathered from forward to the end of
+        backward."""
         return {p for p in self.model.parameters() if p.requires_grad}.difference(*self.blocks)
 
     @cached_property

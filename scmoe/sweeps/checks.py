@@ -1,4 +1,5 @@
-"""Checks of the YAML files of studies: a refusal says the key, what was given, and what is allowed."""
+"""Checks of the YAML files of studies: a refusal says the key, what was given, and what is
+allowed."""
 
 import math
 from collections.abc import Callable, Collection, Mapping

@@ -89,7 +89,8 @@ class Axis:
         return self.quantile(point) if self.choices is None else self.choices[int(point)]
 
     def quantile(self, u: float) -> Any:
-        """Return the value below which a share u of the distribution lies; of choices the one at u."""
+        """Return the value below which a share u of the distribution lies; of choices the one
+        at u."""
         if (choices := self.choices) is not None:
             return choices[min(int(u * len(choices)), len(choices) - 1)]
         low, high = self.spec["min"], self.spec["max"]
@@ -240,7 +241,8 @@ def _command(raw: dict[str, Any]) -> tuple[list[str], str, list[str]]:
 
 
 def _probe(sweep: Sweep) -> None:
-    """Refuse a parameter that no configuration has, and a value with which no combination can run."""
+    """Refuse a parameter that no configuration has, and a value with which no combination can
+    run."""
     fixed = {word.removeprefix("--").partition("=")[0] for word in sweep.overrides}
     for name in sweep.raw["parameters"]:
         if name in fixed:

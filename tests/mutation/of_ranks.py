@@ -8,7 +8,10 @@ from tests.mutation.mutant import DIST, FAULTS, LIGHTNING, PARALLEL, UNIT, UPDAT
 EP = (  # all gradients
     f"{DIST}/test_negative_controls.py::test_with_nothing_broken_two_ranks_equal_one"
 )
-DP = f"{DIST}/test_strategy.py::test_a_run_resumed_in_another_layout_equals_an_uninterrupted_one[2-1]"
+DP = (
+    f"{DIST}/test_strategy.py::"
+    "test_a_run_resumed_in_another_layout_equals_an_uninterrupted_one[2-1]"
+)
 FOUR = f"{DIST}/test_sharded.py::test_four_ranks_equal_one"
 NOT_FINITE = (
     f"{FAULTS}/test_not_finite.py"

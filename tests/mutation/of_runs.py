@@ -91,14 +91,11 @@ MUTANTS = (
         f"{FAULTS}/test_sharded.py::test_a_checkpoint_of_any_layout_is_read_in_any_other[layouts0]"
     ),
     Mutant("damaged-directory-read", f"{CHECKPOINT}/loading.py")
-    .replaces(
-        "    durable.verify(path)\n    meta = of_this_rank(",
-        "    meta = of_this_rank(",
-    )
+    .replaces("    durable.verify(path)\n    meta = of_this_rank(", "    meta = of_this_rank(")
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_before"
     ),
-    # ------------------------------------------------------------------ when is saved, and what a save touches
+    # -------------------------------------------------- when is saved, and what a save touches
     Mutant("saved-between-accumulated-batches", f"{LIGHTNING}/seam.py")
     .replaces(
         "    if not is_fitting(trainer) or stepped:\n",

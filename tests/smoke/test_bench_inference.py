@@ -90,7 +90,8 @@ FEW = ("top2", "pos2")
 
 
 def measure_briefly(rank: int, world_size: int, setting: Setting, batch: int) -> Any:
-    """Measure few blocks, and choose schedules from few passes: their times are not checked here."""
+    """Measure few blocks, and choose schedules from few passes: their times are not checked
+    here."""
     inference.BLOCKS, planner.STEPS_EACH = FEW, 1
     return measure(rank, world_size, setting, batch)
 

@@ -67,7 +67,8 @@ def test_tokens_choose_distinct_experts_and_all_copies_are_dealt(name, sizes):
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("name", LOADS)
 def test_chunks_of_tokens_have_equal_loads(name, sizes):
-    """The rows of the busiest rank and of the busiest expert differ by 3 % at most between chunks."""
+    """The rows of the busiest rank and of the busiest expert differ by 3 % at most between
+    chunks."""
     for chunks in (2, 4):
         counts_PE = counts_of(load_of(name), sizes, [TOKENS], 0, chunks)[:, 0].double()
         counts_PR = counts_PE.view(chunks, sizes.ranks, -1).sum(2)

@@ -91,7 +91,8 @@ class Counting(LocalDispatcher):
 
 
 def zero_stream(capacity_factor: float | None = None, weight: float = 0.0) -> MoEStream:
-    """Returns a stream whose gate prefers zero experts with a large `weight`, whatever the token."""
+    """Returns a stream whose gate prefers zero experts with a large `weight`, whatever the
+    token."""
     router = Router(DIM, EXPERTS, 2, scoring=Scoring(normalise=False, scale=6), zero_experts=3)
     experts = Experts(DIM, FFN, EXPERTS)
     stream = MoEStream(router, experts, Counting(), rows_of(capacity_factor))
@@ -128,7 +129,8 @@ def test_tokens_that_choose_only_zero_experts_send_nothing_and_come_back_scaled(
 
 @pytest.mark.parametrize("top_k", (1, 2))
 def test_zero_experts_that_are_never_chosen_change_no_bit(top_k):
-    """Sigmoid scores do not depend on each other, and -inf as a selection bias rules an expert out."""
+    """Sigmoid scores do not depend on each other, and -inf as a selection bias rules an expert
+    out."""
     scoring = Scoring(torch.sigmoid, sums_to_one=False, scale=2.5, rule=by_sign)
     plain, further = (
         Router(DIM, EXPERTS, top_k, scoring=scoring, zero_experts=zero) for zero in (0, 3)

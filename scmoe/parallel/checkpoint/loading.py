@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -245,17 +246,18 @@ def _put_further_state(
         number, _, name = key.partition(".")
         if int(number) < len(optimizers):
             optimizer = optimizers[int(number)]
+            states: dict[Any, Any] = optimizer.state
             parameters = {name: p for p, name in parameter_names(module, optimizer).items()}
             if name not in parameters:
-                optimizer.state[name] = values
+                states[name] = values
             else:
-                device = parameters[name].device
-                optimizer.state[parameters[name]].update(
-                    replaced(
-                        values,
-                        lambda x, device=device: x.to(device) if isinstance(x, Tensor) else x,
-                    )
-                )
+                parameter = parameters[name]
+                states[parameter].update(replaced(values, partial(_on, parameter.device)))
+
+
+def _on(device: torch.device, leaf: Any) -> Any:
+    """Return a tensor on the device, anything else as it is."""
+    return leaf.to(device) if isinstance(leaf, Tensor) else leaf
 
 
 def check_same_groups(path: Path, here: Sequence[Any], there: Sequence[Any]) -> None:

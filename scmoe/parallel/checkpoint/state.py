@@ -149,14 +149,17 @@ def optimizer_state(
                     " single numbers"
                 )
     state: dict[Any, Any] = {}
-    for p, values in optimizer.state.items():
-        if p in shards:
-            values = {k: as_dtensor(v, context) if _is_like(v, p) else v for k, v in values.items()}
-        if p not in names and not isinstance(p, str):
+    entries: dict[Any, Any] = dict(optimizer.state)  # by parameter, or by a name of the optimizer's
+    for key, values in entries.items():
+        if key in shards:
+            values = {
+                k: as_dtensor(v, context) if _is_like(v, key) else v for k, v in values.items()
+            }
+        if key not in names and not isinstance(key, str):
             raise ValueError(
-                f"the optimizer has state of a {type(p).__name__} that is in none of its groups"
+                f"the optimizer has state of a {type(key).__name__} that is in none of its groups"
             )
-        state[names.get(p, p)] = values
+        state[names.get(key, key)] = values
     groups = [
         {**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups
     ]

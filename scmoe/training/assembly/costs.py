@@ -121,7 +121,6 @@ def check(config: Config) -> None:
     rules = [
         (trainer.compile, "trainer.compile", "false"),
         (trainer.accumulate > 1, "trainer.accumulate", "1, as one batch is run"),
-        (config.strategy.exchange == "hierarchical", "strategy.exchange", "auto | flat"),
         (config.strategy.dense == "auto", "strategy.dense", "replicated | sharded | hybrid"),
         (
             not dense and dropless,

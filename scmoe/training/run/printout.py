@@ -150,7 +150,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         count_steps_from(trainer, steps - 1)  # the row of the last step; rows count from 0
         trainer.validate(module, data, verbose=False)
     metrics |= trainer.callback_metrics
-    metrics = {name: float(value) for name, value in metrics.items()}
+    numbers = {name: float(value) for name, value in metrics.items()}
     total, active = total_and_active(count_parameters(module.model))
     callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
     throughput = next(c for c in callbacks if isinstance(c, Throughput))
@@ -167,14 +167,14 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
     else:
         patches = getattr(module.model, "patches", None)
         tokens_per_sample = getattr(patches, "num_patches", 0)
-        of_images["val_accuracy"] = metrics.get("val/accuracy")
+        of_images["val_accuracy"] = numbers.get("val/accuracy")
         of_images["data"] = getattr(data, "name", type(data).__name__)
         of_images["images_per_s"] = rate
     skipped = sum(c.total(module) for c in callbacks if isinstance(c, SkippedImages))
     return {
-        "val_loss": metrics.get("val/loss"),
-        "perplexity": metrics.get("val/perplexity"),
-        "bits_per_byte": metrics.get("val/bits_per_byte"),
+        "val_loss": numbers.get("val/loss"),
+        "perplexity": numbers.get("val/perplexity"),
+        "bits_per_byte": numbers.get("val/bits_per_byte"),
         "unigram_bits_per_byte": unigram,
         "tokens_per_s": rate * tokens_per_sample if rate and tokens_per_sample else None,
         **throughput.utilisation(rate),
@@ -184,9 +184,9 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         "params_active": active,
         "ep_size": module.parallel_context.ep_size,
         "world_size": trainer.world_size,
-        "drop_share": metrics.get("val/drop_share"),
-        "load_max_ratio": metrics.get("val/load_max"),
-        **{name: metrics.get(f"moe/{name}") for name in LOADS},
+        "drop_share": numbers.get("val/drop_share"),
+        "load_max_ratio": numbers.get("val/load_max"),
+        **{name: numbers.get(f"moe/{name}") for name in LOADS},
         "skipped": len(data.skipped) + skipped,
         **of_images,
     }
