@@ -91,6 +91,8 @@ ONLY_FOR_IMAGES = (
 )
 OF_GATES = ("offload.way", "analysis.gating_every", "analysis.record_routing")
 OWN_WEIGHTS = ("deepseek", "longcat")  # routers whose weights do not depend on moe.renormalise
+OF_TRANSFERS = ("schedule.batches_in_flight", "schedule.transfers")
+OF_PROBES = ("analysis.gating_every", "analysis.similarity_every", "analysis.record_routing")
 OF_LATENTS = tuple(leaf.key for leaf in leaves(LatentConfig(), "model.latent."))
 OF_LLAMA = ("model.attention", "model.norm_eps", "model.rope_theta")
 Refusals = Iterator[tuple[str, str]]  # a key, and what is allowed for it
@@ -224,6 +226,7 @@ def _unused(config: Config) -> Refusals:
     farskip, latent = moe.architecture == "farskip", config.model.attention == "latent"
     no_files = data.name in DATASETS.built_in and data.name not in ("text", "image_folder")
     images = data.name in IMAGES
+    ep_size, two = resolve_ep_size(config), config.schedule.batches_in_flight == 2
     fits = family in FAMILIES.built_in and images == (
         family in FAMILIES.images
     )  # else data.name is refused
@@ -324,6 +327,18 @@ def _unused(config: Config) -> Refusals:
             "schedule.slot",
             "schedule.inside_attention",
         ),
+        (
+            config.schedule.auto,
+            "schedule.auto=true plans for one batch in flight",
+            "schedule.batches_in_flight",
+        ),
+        (config.schedule.auto, "schedule.auto=true hides transfers", "schedule.transfers"),
+        (
+            ep_size == 1,
+            "no rows travel where every rank has all experts (strategy.ep_size)",
+            *OF_TRANSFERS,
+        ),
+        (two, "schedule.batches_in_flight=2 calls each module twice a batch", *OF_PROBES),
         (
             trainer.compile,
             "trainer.compile=true makes one graph of attention",
@@ -497,6 +512,8 @@ def _moe(config: Config) -> Refusals:
 
 def _schedule(config: Config) -> Refusals:
     moe, schedule = config.moe, config.schedule
+    if schedule.batches_in_flight == 2:
+        yield from _two_batches(config)
     if moe.architecture == "dense":
         if schedule.chunks not in (None, 1):
             yield "schedule.chunks", "1 or null, as moe.architecture=dense has no MoE stream"
@@ -518,6 +535,24 @@ def _schedule(config: Config) -> Refusals:
                     "schedule.slot",
                     f"{allowed} | null for {each.name} where schedule.inside_attention=true",
                 )
+
+
+def _two_batches(config: Config) -> Refusals:
+    trainer, key = config.trainer, "schedule.batches_in_flight"
+    in_flight = trainer.devices * trainer.num_nodes * trainer.accumulate
+    if config.data.global_batch_size < 2 * in_flight:
+        why = "a rank's batch has one sequence (image)"
+        yield key, f"1, as {why}; raise data.global_batch_size to {2 * in_flight} or more"
+    if config.schedule.transfers == "sequential":
+        yield key, "1 where schedule.transfers=sequential, which leaves nothing to hide"
+    if config.moe.architecture == "dgmoe_share" and config.strategy.dense != "replicated":
+        yield (
+            key,
+            (
+                "1, as the two pairs of moe.architecture=dgmoe_share are split (strategy.dense)"
+                " together"
+            ),
+        )
 
 
 def _ranks(config: Config) -> Refusals:

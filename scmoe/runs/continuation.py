@@ -123,6 +123,9 @@ def check_plan(config: Config) -> None:
             "--plan does not work with moe.architecture=dgmoe_share: two pairs share one MoE"
             " module."
         )
+    if config.schedule.batches_in_flight == 2 or config.schedule.transfers == "sequential":
+        chosen = "schedule.batches_in_flight=2 and schedule.transfers=sequential"
+        raise ConfigError(f"--plan chooses how one batch hides its transfers. Leave out {chosen}.")
 
 
 @contextmanager

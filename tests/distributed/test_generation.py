@@ -105,10 +105,8 @@ def test_texts_do_not_depend_on_ranks_or_on_where_weights_are(run_dir, alone, tm
         written(2, run_dir, run_dir, tmp_path / "2.jsonl", "--prefill-tokens", "3", "--plan")
         == alone
     )
-    assert (
-        written(2, run_dir / "export/model.safetensors", run_dir, tmp_path / "export.jsonl")
-        == alone
-    )
+    export, two_batches = run_dir / "export/model.safetensors", "schedule.batches_in_flight=2"
+    assert written(2, export, run_dir, tmp_path / "export.jsonl", two_batches) == alone
 
 
 def test_one_text_is_shown_on_rank_0_as_it_comes(run_dir, alone):
@@ -170,6 +168,10 @@ def test_offloaded_experts_write_the_same_texts(run_dir, tmp_path):
         (["--prompts", "PROMPTS", "--out", "/none/out.jsonl"], "--out is /none/out.jsonl"),
         (["--prefill-tokens", "0"], "prefill_tokens is 0"),
         (["--plan"], "--plan needs experts on several ranks"),
+        (
+            ["--plan", "trainer.devices=2", "schedule.transfers=sequential"],
+            "--plan chooses how one batch",
+        ),
         (["offload.slots=2"], "offload.slots is 2, allowed: null"),
         (["offload.way=blocking", "trainer.devices=2"], "allowed: resident"),
         (

@@ -80,7 +80,8 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         )
     if trainer.profile_steps is not None:
         callbacks.append(ProfileSteps(trainer.profile_steps, run_dir))
-    if config.moe.architecture not in ("dense", "dgmoe_share"):
+    one_batch = config.schedule.batches_in_flight == 1  # of two, operators overlap each other
+    if config.moe.architecture not in ("dense", "dgmoe_share") and one_batch:
         callbacks.append(
             AdaptiveSchedule(config.schedule.auto, chunks, plan, timing_conditions(config))
         )
