@@ -29,7 +29,7 @@ def read(path: str, words: Sequence[str]) -> Config:
         # other ranks come below, and the file's may have no rows to send
         no_rows = (
             "strategy.wire_dtype=null",
-            "schedule.batches_in_flight=1",
+            "schedule.batches_in_flight=null",
             "schedule.transfers=overlapped",
         )
         config = load(path, [*overrides, *no_rows])

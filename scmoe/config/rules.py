@@ -327,11 +327,6 @@ def _unused(config: Config) -> Refusals:
             "schedule.slot",
             "schedule.inside_attention",
         ),
-        (
-            config.schedule.auto,
-            "schedule.auto=true plans for one batch in flight",
-            "schedule.batches_in_flight",
-        ),
         (config.schedule.auto, "schedule.auto=true hides transfers", "schedule.transfers"),
         (
             ep_size == 1,
@@ -514,6 +509,8 @@ def _schedule(config: Config) -> Refusals:
     moe, schedule = config.moe, config.schedule
     if schedule.batches_in_flight == 2:
         yield from _two_batches(config)
+        if schedule.auto:
+            yield "schedule.batches_in_flight", "null | 1, as schedule.auto=true chooses it"
     if moe.architecture == "dense":
         if schedule.chunks not in (None, 1):
             yield "schedule.chunks", "1 or null, as moe.architecture=dense has no MoE stream"
@@ -535,6 +532,15 @@ def _schedule(config: Config) -> Refusals:
                     "schedule.slot",
                     f"{allowed} | null for {each.name} where schedule.inside_attention=true",
                 )
+
+
+def may_run_two_batches(config: Config) -> bool:
+    """Return whether schedule.batches_in_flight=2 would be accepted."""
+    if config.schedule.auto and config.schedule.batches_in_flight == 1:
+        return False
+    schedule = replace(config.schedule, auto=False, batches_in_flight=2)
+    two = replace(config, schedule=schedule)
+    return not any(True for check in (_unused, _schedule) for _ in check(two))
 
 
 def _two_batches(config: Config) -> Refusals:

@@ -29,6 +29,7 @@ from scmoe.schedule.cost import (
     mismatch,
     slots,
 )
+from scmoe.schedule.halves import BEFORE, half_of, waiting_time, windows_time
 from scmoe.schedule.schedule import PARTS, Schedule
 
 STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")
@@ -42,13 +43,16 @@ WORTH_OWN_SLOTS = (
 @dataclass(frozen=True)
 class LayerChoice:
     """What one MoE layer runs as, and why. Times are in seconds, transfers one at a time, of the
-    slowest rank of an EP group, the mean over these groups."""
+    slowest rank of an EP group, the mean over these groups.
+
+    batches_in_flight: equal in all layers. The times are those of one."""
 
     schedule: Schedule
     times: dict[int, OperatorTimes]  # by number of chunks
     sequential: tuple[
         float, ...
     ]  # forward, backward: from tap to end with the fewest chunks, measured
+    batches_in_flight: int = 1
 
     @property
     def predicted(self) -> float:
@@ -103,10 +107,10 @@ def measured(
     ep_size: int | None = None,
     directions: Sequence[Direction] = DIRECTIONS,
 ) -> Tensor:
-    """[L, directions, OPERATORS + 2] seconds, equal on all ranks: the time of each operator between
+    """[L, directions, OPERATORS + 3] seconds, equal on all ranks: the time of each operator between
     the tap and the end of the block, summed over chunks, and that of the whole attention where it
-    ran in two parts; the time from the tap to the end, had no experts run while a peer still
-    received; and that time as it was. Of the slowest rank as above, the mean over EP groups. Every
+    ran in two parts; the time before the tap; the time from the tap to the end, had no experts run
+    while a peer still received; and that time as it was. Of the slowest rank as above, the mean over EP groups. Every
     rank must call it, and `start_clocks` before the operators run.
 
     ep_size: consecutive ranks of `group` that exchange rows; None: all. directions: forward alone
@@ -125,9 +129,9 @@ def measured(
 
 
 def noted(recorder: Recorder, schedule: Schedule, directions: Sequence[Direction]) -> Tensor:
-    """[directions, N, 2]: when each operator between the tap and the end of the block begins and
-    ends on this rank, in the order of `names_of`. One that was not noted takes no time, at the tap.
-    """
+    """[directions, N + 1, 2]: when each operator between the tap and the end of the block begins and
+    ends on this rank, in the order of `names_of`, and then all that is before the tap. What was not
+    noted takes no time, at the tap."""
     rows = []
     for direction in directions:
         tap, spans = from_tap(recorder.spans(direction), direction)
@@ -135,7 +139,8 @@ def noted(recorder: Recorder, schedule: Schedule, directions: Sequence[Direction
             op: [(span.start, span.end) for span in spans if span.operator == op]
             for op in OPERATORS
         }
-        rows.append([times[op].pop(0) if times[op] else (tap, tap) for op in names_of(schedule)])
+        row = [times[op].pop(0) if times[op] else (tap, tap) for op in names_of(schedule)]
+        rows.append([*row, before_tap(recorder.spans(direction), tap, direction)])
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -145,8 +150,11 @@ def names_of(schedule: Schedule) -> list[str]:
 
 
 def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Tensor:
-    """[directions, OPERATORS + 2] seconds, as `measured`. times_GRdN2: as `noted`, of each EP group
+    """[directions, OPERATORS + 3] seconds, as `measured`. times_GRdN2: as `noted`, of each EP group
     and rank."""
+    before_Gd2 = times_GRdN2[..., -1, :].amax(1)
+    before_d = (before_Gd2[..., 1] - before_Gd2[..., 0]).mean(0)
+    times_GRdN2 = times_GRdN2[..., :-1, :]
     begin_GdN, end_GdN = times_GRdN2.amax(1).unbind(-1)
     took_dN = (end_GdN - begin_GdN).mean(0)
     experts = [name == "experts" for name in names_of(schedule)]
@@ -161,7 +169,7 @@ def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Tensor:
         core_d, out_d = (seconds[OPERATORS.index(part)] for part in PARTS)
         seconds[OPERATORS.index("attention")] = core_d + out_d
     elapsed_d = (end_GdN.amax(-1) - begin_GdN.amin(-1)).mean(0)
-    return torch.stack([*seconds, elapsed_d + hidden_d, elapsed_d], 1)
+    return torch.stack([*seconds, before_d, elapsed_d + hidden_d, elapsed_d], 1)
 
 
 def from_tap(spans: Sequence[Span], direction: Direction) -> tuple[float, list[Span]]:
@@ -177,6 +185,14 @@ def from_tap(spans: Sequence[Span], direction: Direction) -> tuple[float, list[S
     of_gate = [span for span in spans if span.operator == "route"]
     tap = max((span.end for span in of_gate or spans), default=0.0)
     return tap, [span for span in spans if span.end <= tap][::-1]
+
+
+def before_tap(spans: list[Span], tap: float, direction: Direction) -> tuple[float, float]:
+    """Return when what the block computes before its tap begins and ends; in backward it comes
+    after the tap."""
+    if direction == "forward":
+        return min((span.start for span in spans), default=tap), tap
+    return tap, max((span.end for span in spans), default=tap)
 
 
 def price(
@@ -197,6 +213,7 @@ def price(
     once = [
         i for i, op in enumerate(OPERATORS) if op not in PER_CHUNK
     ]  # the number of chunks does not change these
+    once.append(len(OPERATORS))  # the time before the tap
     seconds[..., once] = torch.cat(steps).median(0).values[..., once]
     layers = [
         price_layer(list(samples), seconds[:, layer], schedule, fixed)
@@ -224,7 +241,7 @@ def price_layer(
     times = {}
     for chunks, directions in zip(chunk_counts, seconds_C2O.tolist(), strict=True):
         times[chunks] = OperatorTimes(
-            *(dict(zip(OPERATORS, seconds, strict=False)) for seconds in directions)
+            *(dict(zip((*OPERATORS, BEFORE), seconds, strict=False)) for seconds in directions)
         )
     sequential = tuple(seconds_C2O[0, :, -2].tolist())  # with the fewest chunks
     choices = {}
@@ -252,8 +269,26 @@ def at_place(choices: Sequence[LayerChoice], place: tuple[int, bool]) -> LayerCh
 
 
 def predicted(choices: Sequence[LayerChoice]) -> float:
-    """Seconds of the windows of all layers."""
+    """Seconds of the windows of all layers; with two batches in flight, of what is left of these
+    (halves.windows_time)."""
+    if choices[0].batches_in_flight == 2:
+        return windows_time(in_halves(choices))
     return sum(choice.predicted for choice in choices)
+
+
+def in_halves(choices: Sequence[LayerChoice]) -> list[tuple[Schedule, OperatorTimes]]:
+    """Return the layers with the times of half the rows, as if these took half as long."""
+    return [(choice.schedule, half_of(choice.times[choice.schedule.chunks])) for choice in choices]
+
+
+def predicted_and_exposed(choices: Sequence[LayerChoice]) -> list[tuple[float, float]]:
+    """Return for each layer the seconds of its window, and how long it waits for transfers; with
+    two batches in flight, the mean over the layers."""
+    if choices[0].batches_in_flight == 1:
+        return [(choice.predicted, choice.exposed) for choice in choices]
+    layers = in_halves(choices)
+    mean = windows_time(layers) / len(layers), waiting_time(layers) / len(layers)
+    return [mean for _ in layers]
 
 
 def plan_to_json(
@@ -268,18 +303,21 @@ def plan_to_json(
                    "inside_attention": false},
                  "predicted_s": 0.041, "exposed_s": 0.003, "eq11_slot": 2,
                  "times_s": {"2": {"forward": {"attention": 0.004, ...}, "backward": {...}}},
-                 "sequential_s": [0.02, 0.05]}]}
+                 "sequential_s": [0.02, 0.05], "batches_in_flight": 1}]}
     """
     layers = [
         {
             "schedule": asdict(choice.schedule),
-            "predicted_s": choice.predicted,
-            "exposed_s": choice.exposed,
+            "predicted_s": predicted_s,
+            "exposed_s": exposed_s,
             "eq11_slot": choice.eq11.slot,
             "times_s": {str(chunks): asdict(times) for chunks, times in choice.times.items()},
             "sequential_s": list(choice.sequential),
+            "batches_in_flight": choice.batches_in_flight,
         }
-        for choice in choices
+        for choice, (predicted_s, exposed_s) in zip(
+            choices, predicted_and_exposed(choices), strict=True
+        )
     ]
     return {"step": step, "conditions": conditions, "layers": layers}
 
@@ -297,7 +335,8 @@ def _choice(layer: dict[str, Any]) -> LayerChoice:
         int(chunks): OperatorTimes(**directions) for chunks, directions in layer["times_s"].items()
     }
     forward, backward = layer["sequential_s"]
-    return LayerChoice(Schedule(**layer["schedule"]), times, (forward, backward))
+    batches = layer.get("batches_in_flight", 1)
+    return LayerChoice(Schedule(**layer["schedule"]), times, (forward, backward), batches)
 
 
 def gather(values: Tensor, group: Any) -> Tensor:

@@ -35,7 +35,7 @@ from scmoe.training.run.train import silence_lightning
 ALONE = (
     *("trainer.devices=1", "trainer.num_nodes=1", "trainer.threads=1", "strategy.ep_size=null"),
     *("strategy.dense=replicated", "strategy.exchange=auto", "strategy.wire_dtype=null"),
-    *("schedule.batches_in_flight=1", "schedule.transfers=overlapped"),
+    *("schedule.batches_in_flight=null", "schedule.transfers=overlapped"),
 )
 # What only helps training, and what would make results depend on the number of ranks.
 WITHOUT = (

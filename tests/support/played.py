@@ -88,8 +88,9 @@ def sample_of(
 
 
 def in_order(spans: Sequence[Span], schedule: Schedule) -> list[tuple[float, float]]:
-    """Returns start and end of each span, in the order of `noted`."""
+    """Returns start and end of each span, in the order of `noted`; nothing is before the tap."""
     times = {
         op: [(span.start, span.end) for span in spans if span.operator == op] for op in OPERATORS
     }
-    return [times[op].pop(0) for op in names_of(schedule)]
+    tap = spans[0].start
+    return [*(times[op].pop(0) for op in names_of(schedule)), (tap, tap)]

@@ -219,6 +219,7 @@ def test_a_hidden_share_is_none_where_communication_is_below_the_noise():
         )
     ]
     planner.usual, planner.overlap, planner.drifted = [], None, 0
+    planner.first_timed = True
     planner.note_overlap(torch.tensor([[[0.06], [0.0505]]]))
     assert planner.overlap is not None
     assert planner.overlap.efficiency == [pytest.approx(0.8), None]

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import CALLBACKS, IMAGES
-from scmoe.config.rules import last_step, resolve_ep_size
+from scmoe.config.rules import last_step, may_run_two_batches, resolve_ep_size
 from scmoe.footprint.memory import Job, rank_memory
 from scmoe.lightning.seam import BestCheckpoints, LastCheckpoint, Patience, StepProgressBar
 from scmoe.lightning.strategy import ExpertParallelStrategy
@@ -80,10 +80,13 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         )
     if trainer.profile_steps is not None:
         callbacks.append(ProfileSteps(trainer.profile_steps, run_dir))
-    one_batch = config.schedule.batches_in_flight == 1  # of two, operators overlap each other
+    one_batch = config.schedule.batches_in_flight != 2  # of two, operators overlap each other
+    in_flight = (1, 2) if config.schedule.auto and may_run_two_batches(config) else (1,)
     if config.moe.architecture not in ("dense", "dgmoe_share") and one_batch:
         callbacks.append(
-            AdaptiveSchedule(config.schedule.auto, chunks, plan, timing_conditions(config))
+            AdaptiveSchedule(
+                config.schedule.auto, chunks, plan, timing_conditions(config), in_flight
+            )
         )
     if images and data.on_error == "skip":
         callbacks.append(SkippedImages())

@@ -13,7 +13,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.files.writing import try_to_write_json
 from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
-from scmoe.planning.pricing import LayerChoice, plan_from_json, plan_to_json
+from scmoe.planning.pricing import (
+    LayerChoice,
+    plan_from_json,
+    plan_to_json,
+    predicted_and_exposed,
+)
 from scmoe.training.callbacks.progress import logs_now
 
 
@@ -22,9 +27,10 @@ class AdaptiveSchedule(Callback):
     step has hidden, where it can be measured.
 
     auto: choose slot and chunks by measurement, and again where the times drift; otherwise only
-    measure. chunks: the numbers of chunks to choose from. plan: on rank 0, where the choice is
-    kept; a resumed run takes it from there instead of measuring again, where the settings are the
-    same. Does nothing where no transfer takes place: with one expert-parallel rank, or without
+    measure. chunks: the numbers of chunks to choose from. in_flight: the numbers of batches in
+    flight to choose from; of a network that has no batches_in_flight, one. plan: on rank 0, where
+    the choice is kept; a resumed run takes it from there instead of measuring again, where the
+    settings are the same. Does nothing where no transfer takes place: with one expert-parallel rank, or without
     experts.
     """
 
@@ -34,7 +40,9 @@ class AdaptiveSchedule(Callback):
         chunks: tuple[int, ...],
         plan: Path | None = None,
         settings: dict[str, Any] | None = None,
+        in_flight: tuple[int, ...] = (1,),
     ) -> None:
+        self.in_flight = in_flight
         self.auto, self.chunks, self.plan, self.settings = auto, chunks, plan, settings or {}
         self.conditions: dict[str, Any] = {}  # under which a plan is valid
         self.planner: Planner | None = None
@@ -54,6 +62,8 @@ class AdaptiveSchedule(Callback):
         self.planner = Planner(
             blocks, None, module.device, self.chunks, fixed, context.ep_size, batches=in_a_step
         )
+        if len(self.in_flight) > 1 and hasattr(module.model, "batches_in_flight"):
+            self.planner.choose_in_flight(module.model, self.in_flight)
         self.conditions = {"ep_size": context.ep_size, **self.planner.conditions, **self.settings}
         if self.auto and self.take_kept_plan(trainer, self.planner):
             return
@@ -134,15 +144,18 @@ def read_plan(path: Path, conditions: dict[str, Any]) -> dict[str, Any] | None:
 def plan_lines(choices: list[LayerChoice]) -> list[str]:
     """Return a line for each run of neighbouring layers with the same schedule."""
     lines = []
+    times = predicted_and_exposed(choices)
+    halves = ", two batches in flight" if choices[0].batches_in_flight == 2 else ""
     for schedule, group in itertools.groupby(
         enumerate(choices, 1), key=lambda item: item[1].schedule
     ):
         (first, choice), *rest = group
+        predicted, exposed = times[first - 1]
         layers = f"MoE layers {first} to {rest[-1][0]}" if rest else f"MoE layer {first}"
         lines.append(
             f"plan: {layers}: {schedule.name}, {schedule.place} of 0 to {len(schedule.window)},"
-            f" {schedule.chunks} chunk(s): {1e3 * choice.predicted:.1f} ms forward and backward, of"
-            f" which {1e3 * choice.exposed:.1f} ms wait for transfers (Eq. 11 would choose slot"
+            f" {schedule.chunks} chunk(s){halves}: {1e3 * predicted:.1f} ms forward and backward,"
+            f" of which {1e3 * exposed:.1f} ms wait for transfers (Eq. 11 would choose slot"
             f" {choice.eq11.slot})"
         )
     return lines
