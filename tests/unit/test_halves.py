@@ -2,6 +2,8 @@
 planner finds the fastest way."""
 
 from itertools import pairwise
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -9,10 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scmoe.blocks.moe_block import moe_blocks_of
+from scmoe.config.load import load
+from scmoe.config.rules import may_run_two_batches
 from scmoe.moe.operators import Recorder
-from scmoe.planning.planner import IN_HALVES, shortlist, shortlist_in_flight
+from scmoe.planning import planner as planner_module
+from scmoe.planning.planner import IN_HALVES, Planner, shortlist, shortlist_in_flight
+from scmoe.planning.pricing import OPERATORS as MEASURED
 from scmoe.planning.pricing import LayerChoice, predicted
-from scmoe.schedule.cost import TRANSFERS, OperatorTimes, computing_time, elapsed, elapsed_time, slots
+from scmoe.schedule.cost import TRANSFERS, OperatorTimes, computing_time, elapsed_time, slots
 from scmoe.schedule.halves import (
     BEFORE,
     half_of,
@@ -23,7 +29,10 @@ from scmoe.schedule.halves import (
     windows_time,
 )
 from scmoe.schedule.schedule import ARCHITECTURES, PARTS, Schedule
+from scmoe.training.assembly.trainer import build_callbacks
+from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from tests.support.models import tiny, tiny_batch, tiny_model
+from tests.support.played import PlayedBlock
 
 OPERATORS = (
     *("route", "encode", "dispatch", "experts", "combine", "decode"),
@@ -38,7 +47,9 @@ NAMES = [
 SCHEDULES = st.sampled_from(
     [choice for name in NAMES for n in (1, 3) for choice in slots(Schedule(*name, chunks=n))]
 )
-LAYERS = st.lists(st.tuples(SCHEDULES, st.builds(OperatorTimes, TIMES, TIMES)), min_size=1, max_size=3)
+LAYERS = st.lists(
+    st.tuples(SCHEDULES, st.builds(OperatorTimes, TIMES, TIMES)), min_size=1, max_size=3
+)
 
 
 def sums(layers):
@@ -47,7 +58,9 @@ def sums(layers):
         computed, sent = 0.0, 0.0
         for schedule, times in layers:
             own = getattr(times, name)
-            one_way = OperatorTimes(own if name == "forward" else {}, {} if name == "forward" else own)
+            one_way = OperatorTimes(
+                own if name == "forward" else {}, {} if name == "forward" else own
+            )
             computed += own[BEFORE] + computing_time(schedule, one_way)
             sent += sum(own[op] for op in TRANSFERS)
         yield computed, sent
@@ -78,7 +91,9 @@ def test_halves_take_as_long_as_one_batch_where_transfers_are_free(layers):
     def free(times):
         return times | dict.fromkeys(TRANSFERS, 0.0)
 
-    layers = [(schedule, OperatorTimes(free(of.forward), free(of.backward))) for schedule, of in layers]
+    layers = [
+        (schedule, OperatorTimes(free(of.forward), free(of.backward))) for schedule, of in layers
+    ]
     halves = [(schedule, half_of(of)) for schedule, of in layers]
     assert stack_time(halves, 2) == pytest.approx(stack_time(layers, 1))
     assert windows_time(halves) == pytest.approx(sum(elapsed_time(*each) for each in layers))
@@ -101,7 +116,9 @@ def test_a_half_computes_while_the_other_one_s_rows_travel():
     """
     times = {BEFORE: 10.0, "experts": 2.0, "dispatch": 10.0, "combine": 10.0}
     layers = [(Schedule("top_k"), half_of(OperatorTimes(times)))] * 2
-    spans = [[(s.operator, s.start) for s in half if s.end > s.start] for half in play_halves(layers)]
+    spans = [
+        [(s.operator, s.start) for s in half if s.end > s.start] for half in play_halves(layers)
+    ]
     assert spans[0][:4] == [(BEFORE, 0.0), ("dispatch", 5.0), ("experts", 10.0), ("combine", 15.0)]
     assert spans[1][:4] == [(BEFORE, 5.0), ("dispatch", 10.0), ("experts", 15.0), ("combine", 20.0)]
     assert stack_time(layers, 2) < stack_time([(Schedule("top_k"), OperatorTimes(times))] * 2, 1)
@@ -159,3 +176,113 @@ def test_one_batch_and_two_are_tried_and_chunks_with_two_where_their_price_is_lo
     assert predicted(two[0]) < min(map(predicted, one))
     assert all(predicted(more) < predicted(two[0]) for more in two[1:])
     assert len(shortlist_in_flight(priced(0.1), (2,))) == 1, "chunks gain nothing there"
+
+
+class Machine:
+    """Two equal blocks whose steps take as long as `schedule/` says, in ms.
+
+    transfer_ms: of all rows. latency_ms: of each message. longer: what halving products costs."""
+
+    def __init__(self, transfer_ms, latency_ms, longer):
+        self.transfer_ms, self.latency_ms, self.longer = transfer_ms, latency_ms, longer
+
+    def times(self, chunks, batches=1):
+        computed = {
+            BEFORE: 150.0,
+            "attention": 90.0,
+            "attention_core": 72.0,
+            "attention_out": 18.0,
+            "mlp": 30.0,
+            "shared_expert": 30.0,
+            "experts": 30.0,
+        }
+        forward = {op: ms * (self.longer if batches == 2 else 1) for op, ms in computed.items()}
+        sent = dict.fromkeys(TRANSFERS, self.transfer_ms + batches * chunks * self.latency_ms)
+        backward = {op: 2 * ms for op, ms in forward.items()}
+        whole = OperatorTimes(forward | sent, backward | sent)
+        return whole if batches == 1 else half_of(whole)
+
+    def step_ms(self, schedule, batches):
+        return stack_time([(schedule, self.times(schedule.chunks, batches))] * 2, batches)
+
+    def sample(self, chunks):
+        """Returns what `pricing.measured` returns after a step in so many chunks."""
+        of = self.times(chunks)
+        rows = [
+            [own.get(op, 0.0) for op in (*MEASURED, BEFORE)] for own in (of.forward, of.backward)
+        ]
+        return torch.tensor([[[*row, sum(row), sum(row)] for row in rows]] * 2, dtype=torch.float64)
+
+    def chosen(self, own, numbers):
+        """Returns the planner's choice, and the number of batches that its network then has."""
+        network = SimpleNamespace(batches_in_flight=1)
+        blocks = [PlayedBlock(own), PlayedBlock(own)]
+
+        def slowest(*_):
+            return self.step_ms(blocks[0].schedule, network.batches_in_flight)
+
+        def measured(recorders, schedules, *_):
+            assert network.batches_in_flight == 1
+            return self.sample(schedules[0].chunks)
+
+        replaced = {"start_clocks": lambda *_: None, "measured": measured, "slowest": slowest}
+        broadcast = patch.object(planner_module.dist, "broadcast", lambda *_, **__: None)
+        with patch.multiple(planner_module, **replaced), broadcast:
+            planner = Planner(blocks, None, torch.device("cpu"), (1, 2, 4))
+            planner.choose_in_flight(network, numbers)
+            while not planner.has_chosen:
+                planner.begin_step()
+                planner.end_step()
+            planner.begin_step(timed=True)
+            planner.end_step()
+        (choice, other) = planner.choices
+        assert choice == other and planner.drifted == 0
+        return choice, network.batches_in_flight
+
+
+@pytest.mark.parametrize("longer", [1.0, 1.12])
+@pytest.mark.parametrize("transfer_ms", [5.0, 40.0, 120.0, 300.0])
+def test_the_choice_is_within_3_percent_of_the_best_of_one_and_two_batches(transfer_ms, longer):
+    machine = Machine(transfer_ms, 1.0, longer)
+    for name in (("top_k", None), ("shared_expert", None), ("scmoe", "pos2"), ("scmoe", "pos3")):
+        choice, in_flight = machine.chosen(Schedule(*name), (1, 2))
+        assert choice.batches_in_flight == in_flight
+        every = {
+            (schedule, batches): machine.step_ms(schedule, batches)
+            for chunks in (1, 2, 4)
+            for schedule in slots(Schedule(*name, chunks=chunks))
+            for batches in (1, 2)
+        }
+        best = min(every, key=every.get)
+        assert every[choice.schedule, in_flight] <= 1.03 * every[best], (
+            name,
+            best,
+            choice.schedule,
+        )
+
+
+def test_two_batches_are_chosen_for_long_transfers_and_one_where_halving_costs_more():
+    long, short = Machine(120.0, 1.0, 1.05), Machine(5.0, 1.0, 1.12)
+    assert long.chosen(Schedule("top_k"), (1, 2))[1] == 2
+    assert long.chosen(Schedule("top_k"), (1,))[1] == 1
+    assert short.chosen(Schedule("top_k"), (1, 2))[1] == 1
+    assert short.chosen(Schedule("top_k"), (2,))[1] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "may"),
+    [
+        ("", True),
+        ("schedule.batches_in_flight=1", False),
+        ("strategy.ep_size=1", False),
+        ("data.global_batch_size=2", False),
+        ("trainer.accumulate=2 data.global_batch_size=4", False),
+        ("analysis.similarity_every=5", False),
+        ("moe.architecture=shared_expert moe.capacity_factor=null", True),
+    ],
+)
+def test_auto_tries_two_batches_where_they_would_be_accepted(words, may):
+    config = load(None, ["trainer.devices=2", "schedule.auto=true", *words.split()])
+    assert may_run_two_batches(config) is may
+    (callback,) = [c for c in build_callbacks(config, None) if isinstance(c, AdaptiveSchedule)]
+    assert callback.in_flight == ((1, 2) if may else (1,))

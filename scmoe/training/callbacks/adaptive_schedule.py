@@ -13,12 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.files.writing import try_to_write_json
 from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
-from scmoe.planning.pricing import (
-    LayerChoice,
-    plan_from_json,
-    plan_to_json,
-    predicted_and_exposed,
-)
+from scmoe.planning.pricing import LayerChoice, plan_from_json, plan_to_json, predicted_and_exposed
 from scmoe.training.callbacks.progress import logs_now
 
 
