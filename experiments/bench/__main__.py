@@ -32,6 +32,16 @@ OUT, TIMELINE = Path("runs/bench"), Path("runs/timeline")
 USUAL = Setting()
 Compute = Literal["real", "emulated"]
 Grows = Literal["tokens", "ranks", "experts"]
+TrainRow = Literal[
+    "top2",
+    "shared_expert",
+    "scmoe_pos2",
+    "scmoe_pos3",
+    "top2_two",
+    "shared_expert_two",
+    "scmoe_pos2_two",
+    "scmoe_pos3_two",
+]
 Share = Annotated[float, Parameter(validator=validators.Number(gt=0, lt=1))]
 main = App(name="bench", help="Measure on this machine. Standard output is JSON.")
 
@@ -151,6 +161,7 @@ def overlap(
     tokens: Count | None = None,
     rows_per_gradient: Positive | None = None,
     accumulate: Count | None = None,
+    layers: Count | None = None,
     rows: list[str] | None = None,
     load: OneEach[str] = (),
     setting: Setting = USUAL,
@@ -171,7 +182,9 @@ def overlap(
         rows_per_gradient: bytes of rows over bytes of gradients that a rank sends in a step of
             top-2, met by the tokens of a batch (default: 3)
         accumulate: batches of a step, whose gradients are summed once (default: 1)
-        rows: rows to measure (default: all)
+        layers: blocks of a row (default: 2; at level iteration 4)
+        rows: rows to measure (default: all with one batch in flight). NAME_two: with two batches in
+            flight; NAME_two_pipelined: in two chunks too
         load: uneven routing, measured beside the balanced one; each --load is one more. Forms
             (bench/loads.py): zipf:A, spread:A, hot_expert:X, hot_rank:X, empty_rank, rotating:X:N,
             burst:X:N, ragged:X, recorded:FILE; A is an exponent, X a multiple of the mean, N a
@@ -214,6 +227,7 @@ def overlap(
         heads=heads or usual_heads,
         tokens=tokens or Setting.tokens,
         accumulate=accumulate or 1,
+        asked_layers=layers,
         share=Setting.share if share is None else share,
         compute=compute,
         reductions=reductions or ("ddp" if gpu else "paced"),
@@ -239,7 +253,7 @@ def train(
     share: Share = 0.52,
     ranks: int = 2,
     rounds: Rounds = 10,
-    rows: list[Literal["top2", "shared_expert", "scmoe_pos2", "scmoe_pos3"]] | None = None,
+    rows: list[TrainRow] | None = None,
     load: str | None = None,
     out: Path = OUT,
 ) -> None:
@@ -250,7 +264,7 @@ def train(
         overrides: key=value, of the config
         share: communication share of a sequential top-2 pair of the config's sizes, forward
         rounds: turns of each training in the second half of its steps
-        rows: the first is what the others are compared with (default: all)
+        rows: the first is what the others are compared with (default: all with one batch in flight)
         load: uneven routing (its forms: bench overlap --help) in place of the routers' choices,
             beside balanced routing
     """
@@ -299,19 +313,24 @@ def inference(
     ranks: int = 2,
     prompt: int = 512,
     batch: int = 8,
+    texts: Count = 1,
     rounds: Rounds = 9,
     load: OneEach[str] = (),
     out: Path = OUT,
 ) -> None:
     """Prefill and decode between ranks, sequential, overlapped and as planned.
 
+    Passes of several texts are measured with two batches in flight too.
+
     Args:
+        batch: texts of a rank in decode
+        texts: texts of a rank in prefill
         load: uneven routing (its forms: bench overlap --help), measured beside the balanced one;
             each --load is one more
     """
     from experiments.bench.inference import bench_inference
 
-    print(json.dumps(bench_inference(share, prompt, batch, rounds, ranks, load, out)))
+    print(json.dumps(bench_inference(share, prompt, batch, rounds, ranks, load, out, texts)))
 
 
 @main.command

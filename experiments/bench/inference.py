@@ -1,11 +1,11 @@
 """`bench inference`: what overlap gains in prefill and in decode, in small GPTs of one pair of
 blocks, on links whose rate gives prefill a share of communication.
 
-    prefill   each rank reads a prompt into an empty cache: the time to the first token
+    prefill   each rank reads `texts` prompts into an empty cache: the time to the first token
     decode    each rank reads one token of each of `batch` texts, whose prompts are in the cache:
               the time of a token
     ways      sequential; overlapped with 1, 2 and 4 chunks, at the best slots for the shape; free,
-              without transfers
+              without transfers; in halves of several texts (two batches in flight, one chunk)
     auto      the way that the plan of inference takes
 
 The models are dropless. Their experts get equal shares, or with `--load` those of uneven routing
@@ -59,7 +59,7 @@ from scmoe.models.decoder import GPT
 from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
 from scmoe.parallel.mesh import build_context
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, ReadByHost
-from scmoe.probes.charts import BLUE, PAPER, RED, chart, heading
+from scmoe.probes.charts import BLUE, GREEN, PAPER, RED, chart, heading
 from scmoe.report import Report, publish
 from scmoe.schedule.schedule import POSITIONS
 
@@ -67,6 +67,7 @@ BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")
 CHUNKS = (1, 2, 4)
 OVERLAPPED = tuple(f"overlapped x {chunks}" for chunks in CHUNKS)
 WAYS = ("sequential", *OVERLAPPED)
+IN_HALVES = "two batches"
 VOCABULARY = 1024
 SHAPES: tuple[Shape, ...] = ("prefill", "decode")
 
@@ -93,11 +94,10 @@ class Free:
 
 
 class InferenceBench:
-    """Holds the models of one rank and runs passes. setting: its tokens are the prompt's, in one
-    sequence."""
+    """Holds the models of one rank and runs passes. setting: its sequences are the prompts."""
 
     def __init__(self, setting: Setting, batch: int) -> None:
-        assert setting.compute == "real" and setting.tokens == setting.seq_len
+        assert setting.compute == "real"
         self.setting = setting
         context = build_context(dist.get_world_size(), CPU, timedelta(seconds=300))
         self.group = context.ep_group
@@ -115,8 +115,9 @@ class InferenceBench:
             AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free)
         )
         self.passes: dict[tuple[str, Shape], Any] = {}
-        for shape, texts in zip(SHAPES, (1, batch), strict=True):
-            ids_BS = torch.randint(VOCABULARY, (texts, setting.tokens))
+        self.texts = dict(zip(SHAPES, (setting.sequences, batch), strict=True))
+        for shape, texts in self.texts.items():
+            ids_BS = torch.randint(VOCABULARY, (texts, setting.seq_len))
             self.passes |= {
                 (name, shape): a_pass(model, shape, ids_BS) for name, model in self.models.items()
             }
@@ -128,6 +129,7 @@ class InferenceBench:
         dispatcher: Any = self.free if variant.way == "free" else self.paid
         if variant.way == "sequential":
             dispatcher = Blocking(self.paid)
+        self.models[variant.block].batches_in_flight = variant.batches_in_flight
         self.models[variant.block].blocks[0].run_as(variant.schedule, dispatcher)
         return pass_seconds(self.passes[variant.block, shape], self.group, CPU, PASSES[shape])
 
@@ -139,12 +141,15 @@ class InferenceBench:
             self.models[block].blocks,
             self.passes[block, shape],
         )
+        self.models[block].batches_in_flight = 1
         blocks[0].run_as(schedule, self.paid)
         plan = plan_inference(blocks, run, self.group, CPU, CHUNKS, PASSES[shape])
         best = best_schedules(blocks, run, self.group, CPU, CHUNKS)
         overlapped = [
             Variant(block, best[chunks][0], f"overlapped x {chunks}", load) for chunks in CHUNKS
         ]
+        if self.texts[shape] >= 2:
+            overlapped.append(Variant(block, best[1][0], IN_HALVES, load, batches_in_flight=2))
         return plan, [
             *(Variant(block, schedule, way, load) for way in ("sequential", "free")),
             *overlapped,
@@ -183,15 +188,22 @@ def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[st
 
 
 def bench_inference(
-    share: float, prompt: int, batch: int, rounds: int, ranks: int, load: Sequence[str], out: Path
+    share: float,
+    prompt: int,
+    batch: int,
+    rounds: int,
+    ranks: int,
+    load: Sequence[str],
+    out: Path,
+    texts: int = 1,
 ) -> dict[str, Any]:
     """Measure, print a table, and write chart and figures into the folder `out`. Returns the
     report.
 
-    share: of communication in a sequential top-2 prefill of `prompt` tokens a rank. batch: texts
-    that a rank decodes. load: of the experts, beside the balanced one, whose report then has one of
-    each load in `loads`. The program starts again in a network namespace. ConfigError: an option
-    that cannot be honoured.
+    share: of communication in a sequential top-2 prefill of `texts` prompts a rank, `prompt` tokens
+    each. batch: texts that a rank decodes. load: of the experts, beside the balanced one, whose
+    report then has one of each load in `loads`. The program starts again in a network namespace.
+    ConfigError: an option that cannot be honoured.
     """
     require("bench inference", "matplotlib")
     check_ranks(ranks)
@@ -205,7 +217,7 @@ def bench_inference(
         share,
         compute="real",
         rounds=rounds,
-        tokens=prompt,
+        tokens=texts * prompt,
         seq_len=prompt,
         loads=loads,
         layout="dropless",
@@ -223,6 +235,8 @@ def bench_inference(
     report = summary(setting, batch, ranks, found[BALANCED])
     warn_of_share(share, report["comm_share"]["prefill"])
     name = f"inference-{ranks}-ranks-share-{share:g}"
+    if texts > 1:
+        name += f"-{texts}-texts"
     if loads:
         report["loads"] = [at_load(setting, batch, ranks, found, own) for own in loads]
         name = f"uneven-{name}{kinds_of(loads)}"
@@ -286,7 +300,8 @@ def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) ->
         top2 = times["top2", shape, "sequential"]
         plan: InferencePlan = result["plans"][block, shape]
         auto = f"overlapped x {plan.schedules[0].chunks}" if plan.overlapped else "sequential"
-        ratios = {name: top2 / times[block, shape, name] for name in (*WAYS, "free")}
+        measured = [name for name in (*WAYS, IN_HALVES, "free") if (block, shape, name) in times]
+        ratios = {name: top2 / times[block, shape, name] for name in measured}
         return {
             "speedup": middle(ratios[auto]),
             "quartiles": quartiles(ratios[auto]),
@@ -294,7 +309,7 @@ def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) ->
             "ms": 1e3 * middle(times[block, shape, auto]),
             "limit": middle(ratios["free"]),
             "gain": middle(times[block, shape, "sequential"] / times[block, shape, auto]),
-            "ways": {name: middle(ratios[name]) for name in WAYS},
+            "ways": {name: middle(ratio) for name, ratio in ratios.items() if name != "free"},
             "slots": {name: schedules[block, shape, name].slot for name in OVERLAPPED},
             "inside_attention": {
                 name: schedules[block, shape, name].inside_attention for name in OVERLAPPED
@@ -323,7 +338,8 @@ def summary(setting: Setting, batch: int, ranks: int, result: dict[str, Any]) ->
         "comm_share": shares,
         "link_mbit": result["rate"],
         "ranks": ranks,
-        "prompt": setting.tokens,
+        "prompt": setting.seq_len,
+        "texts": setting.sequences,
         "batch": batch,
         "rounds": setting.rounds,
         "rows": {f"scmoe_{block}" if block in POSITIONS else block: row(block) for block in BLOCKS},
@@ -342,13 +358,17 @@ def table_of(report: dict[str, Any], shape: Shape) -> Report:
         "1, 2, 4 chunks": (
             "{ways[overlapped x 1]:.2f}, {ways[overlapped x 2]:.2f}, {ways[overlapped x 4]:.2f}"
         ),
+        "two batches": f"{{ways[{IN_HALVES}]:.2f}}",
         "plan": "{speedup:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]",
         "its way": "{auto}",
         "limit": "{limit:.2f}",
         "ms": "{ms:.1f}",
         "tokens/s": "{tokens_per_s:,.0f}",
     }
-    words = "{prompt} tokens a rank" if shape == "prefill" else "one token of {batch} texts a rank"
+    prompts = "{prompt} tokens a rank"
+    if report["texts"] > 1:
+        prompts = "{texts} x {prompt} tokens a rank"
+    words = prompts if shape == "prefill" else "one token of {batch} texts a rank"
     words += (
         ", links of {link_mbit:.0f} Mbit/s, communication share"
         f" {report['comm_share'][shape]:.2f}"
@@ -390,7 +410,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
             f"links of {report['link_mbit']:.0f} Mbit/s between {report['ranks']} ranks on one CPU"
         )
         heading(figure, f"Inference, a pair of blocks, real compute, {links}")
-        colors = {"sequential": RED, "as planned": BLUE} | ({paper.where: PAPER} if paper else {})
+        colors = {"sequential": RED, "as planned": BLUE}
+        first = next(iter(report["rows"].values()))
+        if any(IN_HALVES in first[shape]["ways"] for shape in SHAPES):
+            colors["two batches in flight"] = GREEN
+        if paper:
+            colors[paper.where] = PAPER
         quartiles = f"quartiles of {report['rounds']} rounds"
         bar_legend(figure, colors, quartiles, "limit: the same row without transfers", ncols=1)
 
@@ -405,6 +430,8 @@ def bars(report: dict[str, Any], shape: str, paper: Printed | None) -> dict[str,
             Bar(sequential, RED, f"{sequential:.2f}", limit=own["limit"]),
             Bar(planned, BLUE, f"{planned:.2f}", own["quartiles"], own["limit"]),
         ]
+        if (halves := own["ways"].get(IN_HALVES)) is not None:
+            group.append(Bar(halves, GREEN, f"{halves:.2f}", limit=own["limit"]))
         if paper and row in paper.rows:
             group.append(
                 Bar(paper.rows[row]["forward"], PAPER, f"{paper.rows[row]['forward']:.2f}")

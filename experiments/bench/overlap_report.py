@@ -15,16 +15,18 @@ import torch
 from experiments.bench import speed_chart, uneven
 from experiments.bench.exchange import why_no_nodes
 from experiments.bench.loads import BALANCED, Place, imbalance, kinds_of, load_of, why_impossible
+from experiments.bench.over_best import over_best
 from experiments.bench.overlap import Measured, Row, Seconds, measure, warn_of_share, way_of
 from experiments.bench.pairs import ROWS, USUAL_RATIO, Setting, through_link
-from experiments.bench.stacks import Variant, config_of, of_each_kind, rows_of_layout, windows_of
+from experiments.bench.stacks import Variant, config_of, of_each_kind, rows_of_layout, waiting_of
+from experiments.bench.two_batches import why_no_halves
 from experiments.engine import links
 from experiments.engine.clock import middle, quartiles
 from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.report import publish
-from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
+from scmoe.schedule.cost import OperatorTimes, overlap_efficiency
 
 PAYLOAD = 1448 / 1514  # of what a link carries; the rest is headers of TCP, IP and Ethernet
 OF_EMULATED = ("attention_ms", "attention_to_mlp")
@@ -62,6 +64,8 @@ def bench_overlap(setting: Setting, ranks: int, out: Path) -> dict[str, Any]:
     at = f"share-{setting.share:g}" if setting.link_mbit is None else f"{setting.link_mbit:g}-mbit"
     if setting.rows_per_gradient not in (None, USUAL_RATIO):
         at += f"-ratio-{setting.rows_per_gradient:g}"
+    if setting.asked_layers is not None:
+        at += f"-layers-{setting.layers}"
     if setting.accumulate != 1:
         at += f"-accumulate-{setting.accumulate}"
     if setting.every == 1:
@@ -121,6 +125,10 @@ def why_refused(setting: Setting, ranks: int) -> str | None:
             f"--rows has {unknown[0]}, allowed with --every {setting.every}:"
             f" {' | '.join(ROWS[setting.every])}"
         )
+    if setting.layers % setting.every:
+        return f"--layers is {setting.layers}, allowed: multiples of --every ({setting.every})"
+    if refused := why_no_halves(setting.rows, setting.sequences):
+        return refused
     config_of("top2", setting)
     return why_uneven(setting, ranks) or why_no_load(setting, ranks)
 
@@ -168,6 +176,7 @@ def summary(
         "device": torch.cuda.get_device_name() if setting.device == "cuda" else "cpu",
         "compute": setting.compute,
         "level": setting.level,
+        "layers": setting.layers,
         "every": setting.every,
         "top_k": setting.top_k,
         "rounds": setting.rounds,
@@ -192,6 +201,8 @@ def summary(
             "dim": setting.dim,
         }
     rows = {name: row_of(setting, ranks, found, name) for name in setting.rows}
+    for name, row in rows.items():
+        row |= over_best(setting, found, name)
     if control is not None:
         even, balanced = control
         report["load"] = {"name": found.load} | made_by(setting, ranks, found.load, "top2")
@@ -232,8 +243,7 @@ def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str
     own, top2 = found.times[row.best], way_of(found, "top2", "sequential")
     sequential, free = way_of(found, block, "sequential"), way_of(found, block, "free")
     forward, train = top2.forward / own.forward, top2.train / own.train
-    windows = windows_of(row.best, row.choices)
-    exposed = setting.accumulate * sum(exposed_time(*each) for each in windows)
+    exposed = setting.accumulate * waiting_of(row.best, row.choices)
     figures = {
         "forward_ms": 1e3 * middle(own.forward),
         "train_ms": 1e3 * middle(own.train),
@@ -256,6 +266,7 @@ def row_of(setting: Setting, ranks: int, found: Measured, name: str) -> dict[str
         "auto_chunks": chosen.chunks,
         "auto_over_best": auto_over_best(row, found.times),
         "measured_over_model": middle(own.train) / (middle(free.train) + exposed),
+        "batches_in_flight": row.best.batches_in_flight,
         "peak_mb": row.peak_mb,
         "links": "bus" if setting.bus else "shaped" if setting.shaped else "loopback",
         "compute": setting.compute,

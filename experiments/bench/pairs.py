@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter, validators
 
+from experiments.bench.two_batches import batches_of, rows_in_halves
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.schedule.schedule import POSITIONS, Schedule
@@ -54,6 +55,8 @@ ROWS: dict[
         },
     },
 }
+for _rows in ROWS.values():
+    _rows.update(rows_in_halves(_rows))
 TOP_K = {
     "top1": 1,
     "top2": 2,
@@ -80,13 +83,13 @@ WIRINGS: dict[
 
 def usual_rows(every: int) -> tuple[str, ...]:
     """Return the rows that are measured where none are asked for."""
-    return tuple(row for row in ROWS[every] if row not in BY_REQUEST)
+    return tuple(row for row in ROWS[every] if row not in BY_REQUEST and batches_of(row) == 1)
 
 
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Setting:
-    """A measurement of a row of blocks: one pair, or two in an iteration.
+    """A measurement of a row of blocks: one pair, or two in an iteration; or asked_layers blocks.
 
     share: of communication, reached by a search for the links' rate. compute: real | emulated.
     shaped: whether the links have a rate at all. bus: rows go over the device's bus instead of
@@ -134,6 +137,7 @@ class Setting:
     rows: Annotated[tuple[str, ...], INNER] = usual_rows(2)
     loads: Annotated[tuple[str, ...], INNER] = ()
     layout: str | None = None
+    asked_layers: Annotated[int | None, INNER] = None
 
     @property
     def sequences(self) -> int:
@@ -143,7 +147,7 @@ class Setting:
     @property
     def layers(self) -> int:
         """Blocks of a row."""
-        return 4 if self.level == "iteration" else 2
+        return self.asked_layers or (4 if self.level == "iteration" else 2)
 
     @property
     def moe_blocks(self) -> int:

@@ -21,8 +21,9 @@ from typing import Any
 from experiments.bench.loads import BALANCED, Load, Place, counts_of, load_of
 from experiments.bench.overlap import Measured, way_of
 from experiments.bench.pairs import Setting
-from experiments.bench.speed_chart import name_of, ranks_of, with_places
+from experiments.bench.speed_chart import name_of, ranks_of, way_of_row, with_places
 from experiments.bench.stacks import windows_of
+from experiments.bench.two_batches import PIPELINED, architecture_of, batches_of
 from experiments.engine.clock import middle, quartiles
 from scmoe.probes.charts import chart, heading
 from scmoe.report import Report
@@ -56,7 +57,9 @@ def beside_balanced(
     block, here, there = setting.block_of(row), found.rows[row], control.rows[row]
     own, even = found.times[here.best], found.times[there.best]
     load, modelled = load_of(found.load), None
-    if load.kind != "ragged" and setting.layout in (None, "dropless") and setting.nodes == 1:
+    one = here.best.batches_in_flight == 1  # uneven halves are not played
+    even_numbers = load.kind != "ragged" and setting.layout in (None, "dropless")
+    if one and even_numbers and setting.nodes == 1:
         place = Place(setting.num_experts, setting.top_k_of(block), ranks)
         windows = windows_of(here.best, there.choices)
         computing = sum(elapsed_time(*each) - exposed_time(*each) for each in windows)
@@ -157,16 +160,15 @@ def draw_lines(
     `over_balanced_quartiles`."""
     reports = sorted(reports, key=lambda own: own["load"]["max_over_mean_ranks"])
     rows = reports[0]["rows"]
-    bases = list(dict.fromkeys(row.removesuffix("_pipelined") for row in rows))
+    bases = list(dict.fromkeys(map(architecture_of, rows)))
     with chart(path, 3.9 + 0.12 * len(rows)) as figure:
         axis = figure.subplots()
         for i, row in enumerate(rows):
-            base = row.removesuffix("_pipelined")
-            color = f"C{bases.index(base)}"
-            line = "-o" if row == base else "--o"
-            label = name_of(row, reports[0].get("every", 2)) + (
-                "" if row == base else ", pipelined"
-            )
+            color = f"C{bases.index(architecture_of(row))}"
+            line = {(1, False): "-o", (1, True): "--o", (2, False): "-.s", (2, True): ":s"}[
+                batches_of(row), row.endswith(PIPELINED)
+            ]
+            label = name_of(row, reports[0].get("every", 2)) + way_of_row(row)
             points = [own["rows"][row] for own in reports]
             at = [own["max_over_mean_ranks"] + APART * i for own in points]
             axis.plot(

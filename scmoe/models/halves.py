@@ -1,8 +1,8 @@
 """Two batches in flight: the halves of a rank's batch go through the blocks in turns
 (moe/turns.py).
 
-                 half 1   attention | dispatch ...      | experts | combine ...         | attention
-                 half 2             | attention         | dispatch ... | experts        | combine ...
+          half 1   attention | dispatch ...      | experts | combine ...         | attention
+          half 2             | attention         | dispatch ... | experts        | combine ...
 
 A half has whole sequences. Of an odd number the first half has one more, and of a single sequence
 the second half is empty, so that it takes part in the transfers of other ranks. Outputs are those

@@ -29,8 +29,8 @@ from scmoe.schedule.cost import (
     mismatch,
     slots,
 )
-from scmoe.schedule.halves import BEFORE, half_of, waiting_time, windows_time
 from scmoe.schedule.schedule import PARTS, Schedule
+from scmoe.schedule.stack import BEFORE, half_of, waiting_time, windows_time
 
 STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")
 OPERATORS = (*STREAM, "attention", *PARTS, "mlp", "shared_expert", "current")
@@ -270,7 +270,7 @@ def at_place(choices: Sequence[LayerChoice], place: tuple[int, bool]) -> LayerCh
 
 def predicted(choices: Sequence[LayerChoice]) -> float:
     """Seconds of the windows of all layers; with two batches in flight, of what is left of these
-    (halves.windows_time)."""
+    (stack.windows_time)."""
     if choices[0].batches_in_flight == 2:
         return windows_time(in_halves(choices))
     return sum(choice.predicted for choice in choices)

@@ -57,7 +57,7 @@ class AdaptiveSchedule(Callback):
         self.planner = Planner(
             blocks, None, module.device, self.chunks, fixed, context.ep_size, batches=in_a_step
         )
-        if len(self.in_flight) > 1 and hasattr(module.model, "batches_in_flight"):
+        if getattr(module.model, "batches_in_flight", None) is not None:
             self.planner.choose_in_flight(module.model, self.in_flight)
         self.conditions = {"ep_size": context.ep_size, **self.planner.conditions, **self.settings}
         if self.auto and self.take_kept_plan(trainer, self.planner):

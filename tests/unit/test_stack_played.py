@@ -19,7 +19,8 @@ from scmoe.planning.planner import IN_HALVES, Planner, shortlist, shortlist_in_f
 from scmoe.planning.pricing import OPERATORS as MEASURED
 from scmoe.planning.pricing import LayerChoice, predicted
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes, computing_time, elapsed_time, slots
-from scmoe.schedule.halves import (
+from scmoe.schedule.schedule import ARCHITECTURES, PARTS, Schedule
+from scmoe.schedule.stack import (
     BEFORE,
     half_of,
     order_of,
@@ -28,7 +29,6 @@ from scmoe.schedule.halves import (
     waiting_time,
     windows_time,
 )
-from scmoe.schedule.schedule import ARCHITECTURES, PARTS, Schedule
 from scmoe.training.assembly.trainer import build_callbacks
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from tests.support.models import tiny, tiny_batch, tiny_model
