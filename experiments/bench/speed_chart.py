@@ -147,8 +147,8 @@ def tables(report: dict[str, Any]) -> list[Report]:
             "of it": "{of_limit:.3f}",
         }
     columns["auto / best"] = "{auto_over_best:.3f}"
-    columns["over top-2's best"] = OVER_TOP2
-    columns["peak, MiB"] = "{peak_mb:.0f}"
+    if any(batches_of(row) == 2 for row in report["rows"]):
+        columns |= {"over top-2's best": OVER_TOP2, "peak, MiB": "{peak_mb:.0f}"}
     if report.get("every", 2) == 1:
         title = f"{blocks_of(report)}. {title}"
     return [Report(title.format_map(report), with_places(report["rows"]), columns)]
