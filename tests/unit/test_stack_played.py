@@ -1,6 +1,7 @@
 """Two batches in flight, played: the order is that of a run, the times keep their limits, and the
 planner finds the fastest way."""
 
+import json
 from itertools import pairwise
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from experiments.bench import timeline
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.load import load
 from scmoe.config.rules import may_run_two_batches
@@ -17,7 +19,7 @@ from scmoe.moe.operators import Recorder
 from scmoe.planning import planner as planner_module
 from scmoe.planning.planner import IN_HALVES, Planner, shortlist, shortlist_in_flight
 from scmoe.planning.pricing import OPERATORS as MEASURED
-from scmoe.planning.pricing import LayerChoice, predicted
+from scmoe.planning.pricing import LayerChoice, plan_from_json, plan_to_json, predicted
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes, computing_time, elapsed_time, slots
 from scmoe.schedule.schedule import ARCHITECTURES, PARTS, Schedule
 from scmoe.schedule.stack import (
@@ -30,7 +32,7 @@ from scmoe.schedule.stack import (
     windows_time,
 )
 from scmoe.training.assembly.trainer import build_callbacks
-from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
+from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule, plan_lines
 from tests.support.models import tiny, tiny_batch, tiny_model
 from tests.support.played import PlayedBlock
 
@@ -286,3 +288,16 @@ def test_auto_tries_two_batches_where_they_would_be_accepted(words, may):
     assert may_run_two_batches(config) is may
     (callback,) = [c for c in build_callbacks(config, None) if isinstance(c, AdaptiveSchedule)]
     assert callback.in_flight == ((1, 2) if may else (1,))
+
+
+def test_a_plan_with_two_batches_survives_its_file_and_is_drawn_in_halves(tmp_path):
+    choice, _ = Machine(120.0, 1.0, 1.05).chosen(Schedule("top_k"), (2,))
+    plan = plan_to_json([choice] * 2, {}, 9)
+    assert plan_from_json(plan) == [choice] * 2
+    assert sum(layer["predicted_s"] for layer in plan["layers"]) == predicted([choice] * 2)
+    assert all("two batches in flight" in line for line in plan_lines([choice] * 2))
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    drawn = []
+    with patch.object(timeline, "draw", lambda rows, *_: drawn.append(rows)):
+        timeline.draw_plan(tmp_path)
+    assert [sum("half" in name for name in rows) for rows in drawn] == [2, 2]
