@@ -20,6 +20,16 @@ from scmoe.config.leaves import ConfigError
 OUT, TIMELINE = Path("runs/bench"), Path("runs/timeline")
 NOTHING_ASKED = Options()
 USUAL_TOKENS = 256  # of a generated text
+TrainRow = Literal[
+    "top2",
+    "shared_expert",
+    "scmoe_pos2",
+    "scmoe_pos3",
+    "top2_two",
+    "shared_expert_two",
+    "scmoe_pos2_two",
+    "scmoe_pos3_two",
+]
 main = App(name="bench", help="Measure on this machine. Standard output is JSON.")
 
 
@@ -64,7 +74,7 @@ def train(
     share: Share = 0.52,
     ranks: int = 2,
     rounds: Rounds = 10,
-    rows: list[Literal["top2", "shared_expert", "scmoe_pos2", "scmoe_pos3"]] | None = None,
+    rows: list[TrainRow] | None = None,
     load: str | None = None,
     out: Path = OUT,
 ) -> None:
@@ -75,7 +85,7 @@ def train(
         overrides: key=value, of the config
         share: communication share of a sequential top-2 pair of the config's sizes, forward
         rounds: turns of each training in the second half of its steps
-        rows: the first is what the others are compared with (default: all)
+        rows: the first is what the others are compared with (default: all with one batch in flight)
         load: uneven routing (its forms: bench overlap --help) in place of the routers' choices,
             beside balanced routing
     """

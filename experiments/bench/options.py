@@ -40,7 +40,9 @@ class Options:
         rows_per_gradient: bytes of rows over bytes of gradients that a rank sends in a step of
             top-2, met by the tokens of a batch (default: 3)
         accumulate: batches of a step, whose gradients are summed once (default: 1)
-        rows: rows to measure (default: all)
+        layers: blocks of a row (default: 2; at level iteration 4)
+        rows: rows to measure (default: all with one batch in flight). NAME_two: with two batches in
+            flight; NAME_two_pipelined: in two chunks too
         load: uneven routing, measured beside the balanced one; each --load is one more. Forms
             (bench/loads.py): zipf:A, hot_rank:X, rotating:X:N, ragged:X, recorded:FILE; A is an
             exponent, X a multiple of the mean, N a number of steps
@@ -63,6 +65,7 @@ class Options:
     tokens: Count | None = None
     rows_per_gradient: Positive | None = None
     accumulate: Count | None = None
+    layers: Count | None = None
     rows: list[str] | None = None
     load: OneEach[str] = ()
     link_mbit: Positive | None = None
@@ -99,6 +102,7 @@ class Options:
             tokens=or_usual(self.tokens, usual.tokens),
             seq_len=self.seq_len,
             accumulate=or_usual(self.accumulate, usual.accumulate),
+            asked_layers=self.layers,
             num_experts=self.num_experts,
             top_k=self.top_k,
             attention_ms=or_usual(self.attention_ms, usual.attention_ms),

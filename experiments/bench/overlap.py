@@ -33,9 +33,12 @@ from experiments.bench.stacks import (
     of_each_kind,
     rows_of_layout,
 )
+from experiments.bench.two_batches import batches_of
 from experiments.engine import links
 from experiments.engine.clock import CPU, in_turn, median, slowest
 from experiments.engine.profiles import peak_bytes
+from scmoe.models.halves import in_flight
+from scmoe.models.residual_stream import through
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.layout import Buffers
 from scmoe.moe.operators import Recorder
@@ -142,7 +145,9 @@ class Bench:
             blocks, variant.of_blocks(block.schedule for block in blocks), strict=True
         ):
             block.run_as(schedule, dispatcher, recorder)
-        return self.steps[variant.block]
+        step = self.steps[variant.block]
+        step.model.batches_in_flight = variant.batches_in_flight
+        return step
 
     @property
     def x(self) -> Tensor:
@@ -203,12 +208,17 @@ class Bench:
         return {variant: Seconds(*seconds) for variant, seconds in times.items()}
 
     def choose(
-        self, block: str, chunk_counts: Sequence[int], load: str = BALANCED
+        self,
+        block: str,
+        chunk_counts: Sequence[int],
+        load: str = BALANCED,
+        numbers_in_flight: Sequence[int] = (1,),
     ) -> list[LayerChoice]:
         """Return the planner's choice for each block, made from training steps as in a run."""
         step = self.set(Variant(block, default_schedule(block), load=load))
         batches = self.setting.accumulate
         planner = Planner(self.stacks[block], None, self.device, chunk_counts, batches=batches)
+        planner.choose_in_flight(step.model, numbers_in_flight)
         while not planner.has_chosen:
             for batch in range(1, batches + 1):
                 planner.begin_step()
@@ -258,7 +268,8 @@ class Bench:
         blocks = self.stacks[variant.block]
         counts = torch.zeros(2, dtype=torch.float64)
         for _ in self.steps_of(variant):
-            stats = blocks[0](self.x).stats
+            first = partial(through, blocks[:1])
+            (stats,) = in_flight(variant.batches_in_flight, first, self.x, None)[1]
             counts += torch.stack([stats.num_dropped, stats.counts_E.sum()]).double().cpu()
         dist.all_reduce(counts)
         return float(counts[0] / counts[1])
@@ -329,10 +340,13 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
     for load, row in product(bench.inputs, setting.rows):
         say(f"planning {row}" + (f" at {load}" if setting.loads else ""))
         block, counts = ROWS[setting.every][row]
-        choices[load, row] = bench.choose(block, counts, load)
+        batches = batches_of(row)
+        choices[load, row] = bench.choose(block, counts, load, (batches,))
         chosen[load, row] = chosen_by(choices[load, row], block, load)
         schedules = [s for c in counts for s in slots(replace(default_schedule(block), chunks=c))]
-        candidates[load, row] = [Variant(block, schedule, load=load) for schedule in schedules]
+        candidates[load, row] = [
+            Variant(block, schedule, load=load, batches_in_flight=batches) for schedule in schedules
+        ]
     tried = bench.rounds(chain(*candidates.values()), TRIALS, "trying every schedule: ")
     finalists = {}
     for name, variants in candidates.items():

@@ -14,17 +14,18 @@ import torch
 
 from experiments.bench import speed_chart, uneven
 from experiments.bench.loads import BALANCED, kinds_of
+from experiments.bench.over_best import over_best
 from experiments.bench.overlap import Measured, Row, Seconds, measure, warn_of_share, way_of
 from experiments.bench.overlap_rows import OverlapRow, rows_of
 from experiments.bench.pairs import USUAL_RATIO, Setting, share_sent
 from experiments.bench.refusals import refuse_impossible
-from experiments.bench.stacks import Variant, of_each_kind, windows_of
+from experiments.bench.stacks import Variant, of_each_kind, waiting_of
 from experiments.engine import links
 from experiments.engine.clock import median, quartiles
 from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
 from scmoe.report import publish
-from scmoe.schedule.cost import OperatorTimes, exposed_time, overlap_efficiency
+from scmoe.schedule.cost import OperatorTimes, overlap_efficiency
 
 PAYLOAD = 1448 / 1514  # of what a link carries; the rest is headers of TCP, IP and Ethernet
 
@@ -77,6 +78,8 @@ def name_of_report(setting: Setting) -> str:
         words.append(f"{setting.link_mbit:g}-mbit")
     if setting.rows_per_gradient not in (None, USUAL_RATIO):
         words.append(f"ratio-{setting.rows_per_gradient:g}")
+    if setting.asked_layers is not None:
+        words.append(f"layers-{setting.layers}")
     if setting.accumulate != 1:
         words.append(f"accumulate-{setting.accumulate}")
     if setting.every == 1:
@@ -107,6 +110,7 @@ def summary(
         "device": torch.cuda.get_device_name() if setting.device == "cuda" else "cpu",
         "compute": setting.compute,
         "level": setting.level,
+        "layers": setting.layers,
         "every": setting.every,
         "top_k": setting.top_k,
         "rounds": setting.rounds,
@@ -128,7 +132,10 @@ def summary(
             "tokens": setting.tokens,
             "dim": setting.dim,
         }
-    rows = {name: row_of(setting, measured, name) for name in setting.rows}
+    rows = {
+        name: replace(row_of(setting, measured, name), **over_best(setting, measured, name))
+        for name in setting.rows
+    }
     if control is not None:
         even, balanced = control
         balanced_rows = rows_of(balanced)
@@ -172,8 +179,7 @@ def row_of(setting: Setting, measured: Measured, name: str) -> OverlapRow:
     sequential = way_of(measured, block, "sequential")
     free = way_of(measured, block, "free")
     forward, train = top2.forward / best.forward, top2.train / best.train
-    windows = windows_of(row.best, row.choices)
-    exposed = setting.accumulate * sum(exposed_time(*each) for each in windows)
+    exposed = setting.accumulate * waiting_of(row.best, row.choices)
     figures = OverlapRow(
         forward_ms=1e3 * median(best.forward),
         train_ms=1e3 * median(best.train),
@@ -194,6 +200,7 @@ def row_of(setting: Setting, measured: Measured, name: str) -> OverlapRow:
         auto_chunks=chosen.chunks,
         auto_over_best=auto_over_best(row, measured.times),
         measured_over_model=median(best.train) / (median(free.train) + exposed),
+        batches_in_flight=row.best.batches_in_flight,
         peak_mb=row.peak_mb,
         links="bus" if setting.bus else "shaped" if setting.shaped else "loopback",
         compute=setting.compute,

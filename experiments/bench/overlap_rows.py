@@ -34,8 +34,8 @@ class OverlapRow:
     auto: of the schedule that the planner has chosen. inside_gain: what experts inside attention
     gain; None: the window has no attention. measured_over_model: None where there is no model.
     auto_slots: of each block, where every block has an MoE. The gradients are those of an
-    iteration; limit_train and of_limit are known on links with a rate. at_load: None at the
-    balanced load.
+    iteration; limit_train and of_limit are known on links with a rate. over_best_...: what the row
+    gains over other models (over_best.py). at_load: None at the balanced load.
     """
 
     forward_ms: float
@@ -63,6 +63,9 @@ class OverlapRow:
     rows_over_gradients: float | None = None
     limit_train: float | None = None
     of_limit: float | None = None
+    batches_in_flight: int = 1
+    over_best_without_another_model: dict[str, Any] | None = None
+    over_best_without_shortcut: dict[str, Any] | None = None
     at_load: LoadFigures | None = None
 
     @property
@@ -98,7 +101,15 @@ class OverlapRow:
         return cls(**figures)
 
 
-SOMETIMES = ("auto_slots", "gradient_mb", "rows_over_gradients", "limit_train", "of_limit")
+SOMETIMES = (
+    "auto_slots",
+    "gradient_mb",
+    "rows_over_gradients",
+    "limit_train",
+    "of_limit",
+    "over_best_without_another_model",
+    "over_best_without_shortcut",
+)
 
 
 def rows_of(report: Mapping[str, Any]) -> dict[str, OverlapRow]:

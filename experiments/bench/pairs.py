@@ -10,6 +10,7 @@ Nothing here imports torch, so the command line reads it.
 
 from dataclasses import dataclass, replace
 
+from experiments.bench.two_batches import batches_of, rows_in_halves
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.schedule.schedule import POSITIONS, Schedule
@@ -42,6 +43,8 @@ ROWS: dict[int, RowsOfBlocks] = {  # by `every`
         },
     },
 }
+for _rows in ROWS.values():
+    _rows.update(rows_in_halves(_rows))
 # routed experts of a token; other blocks have Setting.top_k
 TOP_K = {"top1": 1, "top2": 2, "top3": 3, "scmoe2": 2}
 TAPS = {
@@ -63,12 +66,12 @@ WIRINGS: dict[str, tuple[str, ...]] = {
 
 def usual_rows(every: int) -> tuple[str, ...]:
     """Return the rows that are measured where none are asked for."""
-    return tuple(row for row in ROWS[every] if row not in BY_REQUEST)
+    return tuple(row for row in ROWS[every] if row not in BY_REQUEST and batches_of(row) == 1)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A measurement of a row of blocks: one pair, or two in an iteration.
+    """A measurement of a row of blocks: one pair, or two in an iteration; or asked_layers blocks.
 
     share: of communication, reached by a search for the links' rate; link_mbit: a given rate
     instead. compute: real | emulated. shaped: whether the links have a rate at all. bus: rows go
@@ -110,6 +113,7 @@ class Setting:
     rows: tuple[str, ...] = usual_rows(2)
     loads: tuple[str, ...] = ()
     layout: str | None = None
+    asked_layers: int | None = None
 
     @classmethod
     def block(cls) -> "Setting":
@@ -134,7 +138,7 @@ class Setting:
     @property
     def layers(self) -> int:
         """Return the number of blocks of a row."""
-        return 4 if self.level == "iteration" else 2
+        return self.asked_layers or (4 if self.level == "iteration" else 2)
 
     @property
     def moe_blocks(self) -> int:

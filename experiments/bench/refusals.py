@@ -5,6 +5,7 @@ import torch
 from experiments.bench.loads import Sizes, check_load, load_of
 from experiments.bench.pairs import ROWS, Setting
 from experiments.bench.stacks import config_of, rows_of_layout
+from experiments.bench.two_batches import refuse_halves
 from scmoe.config.leaves import ConfigError
 
 
@@ -25,6 +26,11 @@ def refuse_impossible(setting: Setting) -> None:
             names = " | ".join(known)
             raise ConfigError(f"--rows has {row}, allowed with --every {setting.every}: {names}")
 
+    if setting.layers % setting.every:
+        raise ConfigError(
+            f"--layers is {setting.layers}, allowed: multiples of --every ({setting.every})"
+        )
+    refuse_halves(setting.rows, setting.sequences)
     config_of("top2", setting)  # it refuses sizes that no block can have
     if setting.tokens % setting.seq_len:
         raise ConfigError(

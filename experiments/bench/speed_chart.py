@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.bench.overlap_rows import Kind, OverlapRow, cells_of, rows_of
+from experiments.bench.two_batches import PIPELINED, architecture_of, batches_of
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
-from scmoe.probes.charts import BLUE, PAPER, SKY, chart, heading
+from scmoe.probes.charts import BLUE, GREEN, PAPER, SKY, chart, heading
 from scmoe.report import Report
 
 NAMES = {
@@ -24,8 +25,12 @@ IN_EVERY_BLOCK = {
     "scmoe_pos2": "Nous (Pos-2)",
 }  # wirings with an MoE in every block
 OTHER_WORK = ("top1", "top3", "scmoe2")  # rows of less or more computation than top-2
+NTH = {1: "one", 2: "second one"}  # by Setting.every
 KINDS: dict[Kind, str] = {"forward": "inference", "train": "training"}
-PIPELINED = "_pipelined"
+OVER_TOP2 = (
+    "{over_best_without_another_model[forward][median]:.2f},"
+    " {over_best_without_another_model[train][median]:.2f}"
+)
 
 
 class Printed(NamedTuple):
@@ -61,7 +66,13 @@ PAPERS = {  # by the share of communication that emulates the machine
 def name_of(row: str, every: int = 2) -> str:
     """Return the paper's name of a row's architecture, such as `ScMoE (Pos-2)` for
     scmoe_pos2_pipelined. every: blocks with an MoE (pairs.py)."""
-    return (NAMES | IN_EVERY_BLOCK if every == 1 else NAMES)[row.removesuffix(PIPELINED)]
+    return (NAMES | IN_EVERY_BLOCK if every == 1 else NAMES)[architecture_of(row)]
+
+
+def way_of_row(row: str) -> str:
+    """Return what a label says of a row beside its name."""
+    halves = ", two batches in flight" if batches_of(row) == 2 else ""
+    return halves + (", pipelined" if row.endswith(PIPELINED) else "")
 
 
 def paper_of(report: dict[str, Any]) -> Printed | None:
@@ -86,6 +97,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
         colors = {"one chunk": BLUE}
         if any(row.endswith(PIPELINED) for row in report["rows"]):
             colors["pipelined (2 or 4 chunks)"] = SKY
+        if any(batches_of(row) == 2 for row in report["rows"]):
+            colors["two batches in flight"] = GREEN
         if paper:
             colors[paper.where] = PAPER
         quartiles = f"quartiles of {report['rounds']} rounds"
@@ -103,6 +116,10 @@ def blocks_of(report: Mapping[str, Any]) -> str:
         )
     else:
         what = "One iteration of two pairs" if is_iteration else "One pair of blocks"
+    usual = 4 if is_iteration else 2
+    if report.get("layers", usual) != usual:
+        blocks = f"{report['layers']} blocks, an MoE in every {NTH[report.get('every', 2)]}"
+        what = f"One iteration of {blocks}" if is_iteration else blocks
     return what if top_k == 1 else f"{what}, {top_k} routed experts a token"
 
 
@@ -131,6 +148,8 @@ def tables(report: dict[str, Any]) -> list[Report]:
             "of it": "{of_limit:.3f}",
         }
     columns["auto / best"] = "{auto_over_best:.3f}"
+    if any(batches_of(row) == 2 for row in report["rows"]):
+        columns |= {"over top-2's best": OVER_TOP2, "peak, MiB": "{peak_mb:.0f}"}
     if report.get("every", 2) == 1:
         title = f"{blocks_of(report)}. {title}"
     return [Report(title.format_map(report), cells_of(rows_of(report)), columns)]
@@ -141,9 +160,8 @@ def speed_bars(report: dict[str, Any], kind: Kind, paper: Printed | None) -> dic
     groups: dict[str, list[Bar]] = {}
     for row, figures in rows_of(report).items():
         value = figures.speedup(kind)
-        color = SKY if row.endswith(PIPELINED) else BLUE
         limit = limit_of(report, row, figures, kind)
-        bar = Bar(value, color, f"{value:.2f}", figures.quartiles(kind), limit)
+        bar = Bar(value, color_of(row), f"{value:.2f}", figures.quartiles(kind), limit)
         groups.setdefault(name_of(row, report.get("every", 2)), []).append(bar)
     for row, values in paper.rows.items() if paper else ():
         if name_of(row) in groups:
@@ -151,9 +169,16 @@ def speed_bars(report: dict[str, Any], kind: Kind, paper: Printed | None) -> dic
     return groups
 
 
+def color_of(row: str) -> str:
+    """Return the color of a row's bars."""
+    if batches_of(row) == 2:
+        return GREEN
+    return SKY if row.endswith(PIPELINED) else BLUE
+
+
 def limit_of(report: dict[str, Any], row: str, figures: OverlapRow, kind: Kind) -> float | None:
     """Return the speed-up of top-2 without its communication; None for a row of other work."""
-    if row.removesuffix(PIPELINED) in OTHER_WORK:
+    if architecture_of(row) in OTHER_WORK:
         return None
     if kind == "forward":
         return report["limit_forward"]

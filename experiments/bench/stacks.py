@@ -18,14 +18,16 @@ from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
+from scmoe.models.halves import in_flight
 from scmoe.models.residual_stream import through
 from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped, wrap
 from scmoe.planning.pricing import LayerChoice
-from scmoe.schedule.cost import OperatorTimes, slots
+from scmoe.schedule.cost import OperatorTimes, exposed_time, slots
 from scmoe.schedule.schedule import Schedule
+from scmoe.schedule.stack import half_of, waiting_time
 from scmoe.training.assembly.blocks import PARTS, Parts, stack
 
 
@@ -105,8 +107,10 @@ def make_step(blocks: Sequence[nn.Module], setting: Setting, context: ParallelCo
 
 
 class Stack(nn.Sequential):
+    batches_in_flight = 1
+
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return through(self, x_BSD, None)[0]
+        return in_flight(self.batches_in_flight, partial(through, self), x_BSD, None)[0]
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,8 @@ class Variant:
     free, or alone (free, and gradients stay on their ranks). load: of their experts (loads.py).
 
     schedule: of the last block; the others have the same place, or as `placed` says. schedules:
-    that of each block, where they do not follow from `schedule`.
+    that of each block, where they do not follow from `schedule`. batches_in_flight: 2: the halves
+    of a batch take turns.
     """
 
     block: str
@@ -123,6 +128,7 @@ class Variant:
     way: str = "overlapped"
     load: str = BALANCED
     schedules: tuple[Schedule, ...] = ()
+    batches_in_flight: int = 1
 
     def of_blocks(self, schedules: Iterable[Schedule]) -> list[Schedule]:
         """Return the schedule of each block, given any schedules that they have."""
@@ -132,7 +138,8 @@ class Variant:
 def chosen_by(choices: Sequence[LayerChoice], block: str, load: str) -> Variant:
     """Return the variant of a planner's choices for the blocks of a row."""
     schedules = [choice.schedule for choice in choices]
-    variant = Variant(block, schedules[-1], load=load)
+    in_flight = choices[0].batches_in_flight
+    variant = Variant(block, schedules[-1], load=load, batches_in_flight=in_flight)
     return (
         variant
         if variant.of_blocks(schedules) == schedules
@@ -149,6 +156,14 @@ def windows_of(
     return [
         (each, choice.times[each.chunks]) for each, choice in zip(schedules, choices, strict=True)
     ]
+
+
+def waiting_of(variant: Variant, choices: Sequence[LayerChoice]) -> float:
+    """Return how long the blocks of a row wait for transfers by the model, forward and backward."""
+    windows = windows_of(variant, choices)
+    if variant.batches_in_flight == 2:
+        return waiting_time([(schedule, half_of(times)) for schedule, times in windows])
+    return sum(exposed_time(*each) for each in windows)
 
 
 def placed(schedule: Schedule, like: Schedule) -> Schedule:

@@ -6,6 +6,7 @@ The five timelines of the figure (ROWS) run on shaped links as in `bench overlap
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.moe.operators import Direction, Recorder
-from scmoe.planning.pricing import DIRECTIONS, LayerChoice, from_tap, plan_from_json
+from scmoe.planning.pricing import DIRECTIONS, LayerChoice, from_tap, in_halves, plan_from_json
 from scmoe.schedule.cost import Span, elapsed, per_chunk, play
+from scmoe.schedule.stack import play_halves
 
 STEPS = 5
 ROWS = {  # title: (block, way, numbers of chunks to choose from)
@@ -84,7 +86,10 @@ def draw_plan(run_dir: Path) -> dict[str, Any]:
             rows[f"MoE layer {layer}, sequential"] = planned_spans(
                 choice, direction, sequential=True
             )
-            rows[title] = planned_spans(choice, direction, sequential=False)
+            if choice.batches_in_flight == 1:
+                rows[title] = planned_spans(choice, direction, sequential=False)
+        if choices[0].batches_in_flight == 2:
+            rows |= planned_halves(choices, direction)
         picture = run_dir / "analysis" / f"plan-{direction}.png"
         words = (
             f"The plan of {run_dir.resolve().name}, from the tap to the end of a block, {direction}"
@@ -128,6 +133,20 @@ def planned_spans(choice: LayerChoice, direction: Direction, sequential: bool) -
     known = per_chunk(schedule, getattr(choice.times[schedule.chunks], direction))
     operators = schedule.operators() if direction == "forward" else schedule.backward_operators()
     return play(operators, {op: 1e3 * t for op, t in known.items()}, sequential)
+
+
+def planned_halves(choices: Sequence[LayerChoice], direction: Direction) -> dict[str, list[Span]]:
+    """Return the spans of each half of the batch in all layers that the cost model predicts, in ms.
+
+    `before` is all that a block computes before its tap.
+    """
+    halves = play_halves(in_halves(choices), direction)
+    return {
+        f"half {number} in all MoE layers": [
+            Span(span.operator, 1e3 * span.start, 1e3 * span.end) for span in spans
+        ]
+        for number, spans in enumerate(halves, 1)
+    }
 
 
 def measured_spans(bench: Bench, variant: Variant, direction: Direction) -> list[Span]:

@@ -10,7 +10,7 @@ is chosen, is warm-up and is not timed. Validation and checkpoints are not timed
 
     compute             a step on links without a rate
     exposed rows        what the MoE windows of a step, forward and backward, take longer than
-                        without a rate
+                        without a rate; not measured with two batches in flight
     exposed gradients   what else a step takes longer than without a rate: sums that backward does
                         not hide
 
@@ -45,7 +45,7 @@ from experiments.bench.loads import (
 )
 from experiments.bench.overlap import Bench, find_rate
 from experiments.bench.pairs import Setting, pair_of
-from experiments.bench.speed_chart import name_of
+from experiments.bench.speed_chart import name_of, way_of_row
 from experiments.engine import links
 from experiments.engine.clock import in_turn, median, quartiles
 from experiments.engine.ranks import RankError, run_ranks
@@ -69,9 +69,18 @@ ARCHITECTURES = {  # the first is sequential: nothing can be hidden in it
     "scmoe_pos2": ("moe.position=pos2", "schedule.auto=true"),
     "scmoe_pos3": ("moe.position=pos3", "schedule.auto=true"),
 }
+IN_HALVES = {  # by request
+    f"{row}_two": (*ARCHITECTURES[row][: 2 if row == "top2" else 1], "schedule.batches_in_flight=2")
+    for row in ARCHITECTURES
+}
 WAYS = ("links", "free")
 EVEN = "balanced, links"  # with a load, the same on the links with balanced routing
 LONGEST_S = 8 * 3600.0  # of all turns together
+
+
+def words_of(row: str) -> tuple[str, ...]:
+    """Return what a configuration says of a row."""
+    return (ARCHITECTURES | IN_HALVES)[row]
 
 
 class Turns(Callback):
@@ -198,7 +207,7 @@ def bench_train(
     """
     require("bench train", "matplotlib")
     words = [*overrides, f"trainer.devices={ranks}", f"strategy.ep_size={ranks}"]
-    configs = {row: load(config, [*words, *ARCHITECTURES[row]]) for row in rows}
+    configs = {row: load(config, [*words, *words_of(row)]) for row in rows}
     first = configs[rows[0]]
     if first.trainer.limit_val_batches == 0:
         raise ConfigError(
@@ -238,7 +247,7 @@ def bench_train(
                 pool,
                 ranks,
                 config,
-                [*words, *ARCHITECTURES[row]],
+                [*words, *words_of(row)],
                 BALANCED if way == EVEN else routing,
                 ends,
             )
@@ -327,14 +336,17 @@ def row_of(
     rows, speedups = windows - free_windows, times[first, "links"][0] / step
     tokens = config.data.global_batch_size * config.data.seq_len
     step_s = median(step)
+    exposed = {"exposed_s": median(step - free)}
+    if config.schedule.batches_in_flight != 2:  # else windows overlap each other
+        exposed["exposed_rows_s"] = median(rows)
+        exposed["exposed_gradients_s"] = median(step - free - rows)
     return {
         "tokens_per_s": tokens / step_s,
         "speedup": median(speedups),
         "quartiles": quartiles(speedups),
         "step_s": step_s,
         "compute_s": median(free),
-        "exposed_rows_s": median(rows),
-        "exposed_gradients_s": median(step - free - rows),
+        **exposed,
         "rows_over_gradients": estimate(config)["rows_over_gradients"],
         "val_loss": curve[-1][1],
         "val_losses": [
@@ -388,7 +400,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
                 seconds,
                 losses,
                 marker="o",
-                label=f"{name_of(row)}: {figures['tokens_per_s']:.0f} tokens/s",
+                label=f"{name_of(row)}{way_of_row(row)}: {figures['tokens_per_s']:.0f} tokens/s",
             )
         axis.set(
             xlabel="seconds of training, without validation and checkpoints",

@@ -23,8 +23,9 @@ from experiments.bench.loads import BALANCED, Load, Sizes, counts_of, imbalance,
 from experiments.bench.overlap import Measured, way_of
 from experiments.bench.overlap_rows import LoadFigures, OverlapRow, cells_of, rows_of
 from experiments.bench.pairs import Setting
-from experiments.bench.speed_chart import name_of
+from experiments.bench.speed_chart import name_of, way_of_row
 from experiments.bench.stacks import windows_of
+from experiments.bench.two_batches import PIPELINED, architecture_of, batches_of
 from experiments.engine.clock import median, quartiles
 from scmoe.probes.charts import chart, heading
 from scmoe.report import Report
@@ -39,6 +40,8 @@ from scmoe.schedule.cost import (
 )
 from scmoe.schedule.schedule import Schedule
 
+# of a row's line, by batches in flight and whether it is pipelined
+STYLES = {(1, False): "-o", (1, True): "--o", (2, False): "-.s", (2, True): ":s"}
 APART = 0.006  # between rows at the same load, so that their quartiles do not cover each other
 
 
@@ -67,7 +70,8 @@ def beside_balanced(
     even = measured.times[there.best]
     load = load_of(measured.load)
     modelled = None
-    if load.kind != "ragged" and setting.layout in (None, "dropless"):
+    one_batch = here.best.batches_in_flight == 1  # uneven halves are not played
+    if one_batch and load.kind != "ragged" and setting.layout in (None, "dropless"):
         sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
         windows = windows_of(here.best, there.choices)
         computing = sum(elapsed_time(*each) - exposed_time(*each) for each in windows)
@@ -216,14 +220,13 @@ def draw_lines(
 
     names: of the rows. words: a title. what: the time, beside the axis.
     """
-    bases = list(dict.fromkeys(row.removesuffix("_pipelined") for row in lines))
+    bases = list(dict.fromkeys(map(architecture_of, lines)))
     with chart(path, 3.9 + 0.12 * len(lines)) as figure:
         axis = figure.subplots()
         for i, (row, points) in enumerate(lines.items()):
-            base = row.removesuffix("_pipelined")
-            color = f"C{bases.index(base)}"
-            style = "-o" if row == base else "--o"
-            label = names[row] if row == base else f"{names[row]}, pipelined"
+            color = f"C{bases.index(architecture_of(row))}"
+            style = STYLES[batches_of(row), row.endswith(PIPELINED)]
+            label = names[row] + way_of_row(row)
             loads = [point.max_over_mean_ranks + APART * i for point in points]
             ratios = [point.over_balanced for point in points]
             axis.plot([1.0, *loads], [1.0, *ratios], style, color=color, label=label)

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.moe.tokens import MoEOutput, RouterStats
+from scmoe.moe.balance import add_stats
+from scmoe.moe.tokens import MoEOutput
 
 
 class DoubleGateBlock(MoEBlock):
@@ -55,23 +56,10 @@ class DoubleGateBlock(MoEBlock):
         arguments = self.norm(x_BSD), mask_BS, self.schedule.chunks, preceding.routing.topk_ids_TK
         current_BSD, current_stats = self.operator("current", self.moe, *arguments)
         preceding_BSD, preceding_stats = self.moe.finish(preceding)
-        return MoEOutput(
-            x_BSD + self.after(current_BSD + preceding_BSD),
-            add_stats(current_stats, preceding_stats),
-        )
-
-
-def add_stats(a: RouterStats | None, b: RouterStats | None) -> RouterStats | None:
-    """Return the sums of both: those of routing twice as many tokens once."""
-    if a is None or b is None:
-        return None
-    return a._replace(
-        counts_E=a.counts_E + b.counts_E,
-        score_sums_E=a.score_sums_E + b.score_sums_E,
-        z_sum=a.z_sum + b.z_sum,
-        num_tokens=a.num_tokens + b.num_tokens,
-        num_dropped=a.num_dropped + b.num_dropped,
-    )
+        stats = None
+        if current_stats is not None and preceding_stats is not None:
+            stats = add_stats(current_stats, preceding_stats)
+        return MoEOutput(x_BSD + self.after(current_BSD + preceding_BSD), stats)
 
 
 def share_moe(blocks: Sequence[nn.Module]) -> None:

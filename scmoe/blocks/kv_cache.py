@@ -12,6 +12,7 @@ their end, so a token has the same position in every batch, and the first pass i
 without another mask.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ class KVCache:
         # place of each expected token; padding's is the text's spare one, the last
         self._slots_B1S1: Tensor
         self._seen: dict[str, Any]
+        self._texts = slice(None)  # those of the buffers that are read and written
 
     def expect(self, new: Sequence[int], seq_len: int) -> None:
         """Make place for the tokens of the next pass.
@@ -74,6 +76,20 @@ class KVCache:
                 "attn_mask": self._places_L[: self.longest] <= self.positions_BS[:, None, :, None]
             }
 
+    def texts(self, first: int, last: int) -> "KVCache":
+        """Return the cache of some texts, for the pass that `expect` has announced.
+
+        Both share their buffers.
+        """
+        part = copy.copy(self)
+        part._texts = slice(first, last)
+        part.lengths = self.lengths[first:last]
+        part.positions_BS = self.positions_BS[first:last]
+        part._slots_B1S1 = self._slots_B1S1[first:last]
+        if "attn_mask" in self._seen:
+            part._seen = {"attn_mask": self._seen["attn_mask"][first:last]}
+        return part
+
     def extend(
         self, attention: nn.Module, k_BHSd: Tensor, v_BHSd: Tensor
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -82,10 +98,11 @@ class KVCache:
         Return all of them [B, H, L, d], and the mask for scaled_dot_product_attention.
         """
         if attention not in self.buffers:
-            (B, H), places = k_BHSd.shape[:2], self.capacity + 1
+            B, H = len(self._ends_B1), k_BHSd.shape[1]
+            places = self.capacity + 1
             keys_BHLd = k_BHSd.new_zeros(B, H, places, k_BHSd.shape[3])
             self.buffers[attention] = keys_BHLd, v_BHSd.new_zeros(B, H, places, v_BHSd.shape[3])
-        keys_BHLd, values_BHLd = self.buffers[attention]
+        keys_BHLd, values_BHLd = (buffer[self._texts] for buffer in self.buffers[attention])
         keys_BHLd.scatter_(2, self._slots_B1S1.expand_as(k_BHSd), k_BHSd)
         values_BHLd.scatter_(2, self._slots_B1S1.expand_as(v_BHSd), v_BHSd)
         if "is_causal" in self._seen:

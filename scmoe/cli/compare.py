@@ -16,9 +16,12 @@ def main(run: str, /, *more: str, out: Path = Path("runs/compare.png")) -> None:
 
     require("compare", "matplotlib")
     runs = [open_run(name) for name in (run, *more)]
-    from scmoe.sweeps.compare import differences_table, draw, results_table
+    from scmoe.sweeps.compare import differences_table, draw, gains_of_schedules, results_table
 
     letters = [chr(ord("a") + i) if i < 26 else str(i + 1) for i in range(len(runs))]
-    console().print(results_table(runs, letters), differences_table(runs, letters), sep="\n")
+    gains = gains_of_schedules(runs, letters)
+    console().print(
+        results_table(runs, letters), differences_table(runs, letters), *gains, sep="\n"
+    )
     draw(runs, letters, out)
     print(out)

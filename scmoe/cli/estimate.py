@@ -35,7 +35,12 @@ def read(path: str, words: Sequence[str]) -> Config:
             )
     if len(sizes) < 2:
         # other ranks come below, and the file's may have no rows to send
-        config = load(path, [*overrides, "strategy.wire_dtype=null"])
+        no_rows = (
+            "strategy.wire_dtype=null",
+            "schedule.batches_in_flight=null",
+            "schedule.transfers=overlapped",
+        )
+        config = load(path, [*overrides, *no_rows])
         own_ep = resolve_ep_size(config)
         own = {"ep": own_ep, "dp": config.trainer.devices * config.trainer.num_nodes // own_ep}
         sizes = own | sizes

@@ -184,6 +184,14 @@ class ScheduleConfig:
     chunks: int | None = option(
         None, "pipelined chunks of the MoE stream; null: 1 or auto's choice", Range(1, 1024)
     )
+    batches_in_flight: Literal[1, 2] | None = option(
+        None,
+        "2: the halves of a rank's batch run in turns, so that one computes while the other's rows "
+        "travel; a capacity counts a half's tokens; null: 1 or auto's choice",
+    )
+    transfers: Literal["overlapped", "sequential"] = option(
+        "overlapped", "sequential: wait for each transfer at once, the baseline of speed-ups"
+    )
 
 
 @dataclass(frozen=True)

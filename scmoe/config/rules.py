@@ -104,6 +104,8 @@ OF_EXPERTS = (
     "schedule.inside_attention",
 )
 OWN_WEIGHTS = ("deepseek", "longcat")  # routers whose weights do not depend on moe.renormalise
+OF_TRANSFERS = ("schedule.batches_in_flight", "schedule.transfers")
+OF_PROBES = ("analysis.gating_every", "analysis.similarity_every", "analysis.record_routing")
 OF_LATENTS = tuple(leaf.key for leaf in leaves(LatentConfig(), "model.latent."))
 OF_LLAMA = ("model.attention", "model.norm_eps", "model.rope_theta")
 
@@ -314,6 +316,11 @@ def _unread_of_schedule(config: Config) -> Unread:
         yield "two pairs share one MoE module", ("schedule.auto",)
     if config.schedule.auto:
         yield "schedule.auto=true chooses it", ("schedule.slot", "schedule.inside_attention")
+        yield "schedule.auto=true hides transfers", ("schedule.transfers",)
+    if resolve_ep_size(config) == 1:
+        yield "no rows travel where every rank has all experts (strategy.ep_size)", OF_TRANSFERS
+    if config.schedule.batches_in_flight == 2:
+        yield "schedule.batches_in_flight=2 calls each module twice a batch", OF_PROBES
     if config.trainer.compile:
         yield "trainer.compile=true makes one graph of attention", inside
     if config.model.family == "swin":
@@ -474,6 +481,10 @@ def _shortcut_in_every_block(config: Config) -> Refusals:
 def _schedule(config: Config) -> Refusals:
     moe = config.moe
     schedule = config.schedule
+    if schedule.batches_in_flight == 2:
+        yield from _two_batches(config)
+        if schedule.auto:
+            yield "schedule.batches_in_flight", "null | 1, as schedule.auto=true chooses it"
     if moe.architecture == "dense":
         if schedule.chunks not in (None, 1):
             yield "schedule.chunks", "1 or null, as moe.architecture=dense has no MoE stream"
@@ -493,6 +504,30 @@ def _schedule(config: Config) -> Refusals:
             slots = " | ".join(map(str, each.attentions))
             where = f"for {each.name} where schedule.inside_attention=true"
             yield "schedule.slot", f"{slots} | null {where}"
+
+
+def may_run_two_batches(config: Config) -> bool:
+    """Return whether schedule.batches_in_flight=2 would be accepted."""
+    if config.schedule.auto and config.schedule.batches_in_flight == 1:
+        return False
+    schedule = replace(config.schedule, auto=False, batches_in_flight=2)
+    two = replace(config, schedule=schedule)
+    return not any(True for check in (_unused, _schedule) for _ in check(two))
+
+
+def _two_batches(config: Config) -> Refusals:
+    """Check two batches in flight."""
+    trainer = config.trainer
+    key = "schedule.batches_in_flight"
+    batches = trainer.devices * trainer.num_nodes * trainer.accumulate
+    if config.data.global_batch_size < 2 * batches:
+        why = "a rank's batch has one sequence (image)"
+        yield key, f"1, as {why}; raise data.global_batch_size to {2 * batches} or more"
+    if config.schedule.transfers == "sequential":
+        yield key, "1 where schedule.transfers=sequential, which leaves nothing to hide"
+    if config.moe.architecture == "dgmoe_share" and config.strategy.dense != "replicated":
+        together = "the two pairs of moe.architecture=dgmoe_share are split together"
+        yield key, f"1, as {together} (strategy.dense)"
 
 
 def _ranks(config: Config) -> Refusals:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.sublayers import MLP, SelfAttention
+from scmoe.models.halves import in_flight
 from scmoe.models.residual_stream import residual_stream, through
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.moe.router import SelectionBias
@@ -25,8 +27,11 @@ class Decoder(nn.Module):
 
     blocks: each is called as block(x_BSD, mask_BS), with a KVCache where there is one, and returns
     an MoEOutput, or HandedOn with what the next block gets. positions: learned embeddings of the
-    positions; None: the blocks know the positions (rotary).
+    positions; None: the blocks know the positions (rotary). batches_in_flight: 2: two halves of the
+    batch go through the blocks in turns (halves.py). It may be set at any time.
     """
+
+    batches_in_flight = 1
 
     def __init__(
         self,
@@ -77,7 +82,13 @@ class Decoder(nn.Module):
             else:
                 positions = cache.positions_BS
             x_BSD = x_BSD + self.positions(positions)
-        x_BSD, all_stats = through(self.blocks, self.dropout(x_BSD), mask_BS, cache)
+        x_BSD, all_stats = in_flight(
+            self.batches_in_flight,
+            partial(through, self.blocks),
+            self.dropout(x_BSD),
+            mask_BS,
+            cache,
+        )
         if last_B is not None:
             x_BSD = x_BSD.take_along_dim(last_B[:, None, None], 1)
         return LMOutput(self.head(self.norm(x_BSD)), all_stats)

@@ -24,6 +24,7 @@ from timm.models.swin_transformer_v2 import (
 from torch import Tensor, nn
 
 from scmoe.blocks.sublayers import SelfAttention
+from scmoe.models.halves import in_flight
 from scmoe.models.residual_stream import residual_stream, through
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.moe.router import SelectionBias
@@ -107,10 +108,11 @@ class Swin(nn.Module):
     """The network: patches, stages with merges between them, norm, head.
 
     stages: the blocks of each; a block is called as block(x_BHWD, mask_BHW) and returns an
-    MoEOutput. dim: width of the first stage.
+    MoEOutput. dim: width of the first stage. batches_in_flight: as in a Decoder.
     """
 
     stages: Any  # a list of lists of modules
+    batches_in_flight = 1
 
     def __init__(
         self,
@@ -148,14 +150,22 @@ class Swin(nn.Module):
     def forward(self, images_BCHW: Tensor, mask_B: Tensor | None = None) -> ClassifierOutput:
         """Return the logits of each class. mask_B False: a filler picture, which is routed
         nowhere."""
-        x_BHWD = self.patches(images_BCHW)
+        x_BHWD, all_stats = in_flight(
+            self.batches_in_flight, self.through_stages, self.patches(images_BCHW), mask_B
+        )
+        return ClassifierOutput(self.head(self.norm(x_BHWD).mean((1, 2))), all_stats)
+
+    def through_stages(
+        self, x_BHWD: Tensor, mask_B: Tensor | None
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """Return the last stage's map, and the routers' sums of all stages."""
         all_stats: list[RouterStats] = []
         for merge, stage in zip(self.merges, self.stages, strict=True):
             x_BHWD = residual_stream(merge(x_BHWD))
             mask_BHW = None if mask_B is None else mask_B[:, None, None].expand(x_BHWD.shape[:3])
             x_BHWD, stats = through(stage, x_BHWD, mask_BHW)
             all_stats += stats
-        return ClassifierOutput(self.head(self.norm(x_BHWD).mean((1, 2))), all_stats)
+        return x_BHWD, all_stats
 
     @torch.no_grad()
     def init_weights(self, seed: int, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:

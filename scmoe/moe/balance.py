@@ -47,6 +47,17 @@ def router_stats(
     )
 
 
+def add_stats(a: RouterStats, b: RouterStats) -> RouterStats:
+    """Return the sums of both: those of routing both batches at once."""
+    return a._replace(
+        counts_E=a.counts_E + b.counts_E,
+        score_sums_E=a.score_sums_E + b.score_sums_E,
+        z_sum=a.z_sum + b.z_sum,
+        num_tokens=a.num_tokens + b.num_tokens,
+        num_dropped=a.num_dropped + b.num_dropped,
+    )
+
+
 def integer_sums(stats: list[RouterStats]) -> Tensor:
     """Return [L, E + 2] int64: per layer the copies of each expert, tokens, dropped copies.
 

@@ -9,9 +9,10 @@ A zero expert returns its input (LongCat-Flash, arXiv 2509.01322). Its copies ge
 is sent or computed for them; finish adds weight x tap.
 
 State travels in return values, so several streams may be open at once and nothing is left on the
-module. Backward is the mirror: finish's backward starts the gradient's transfer, begin's waits for
-the last one. In a compiled block the verbs themselves are not compiled, because their shapes depend
-on the data.
+module. Before each wait the stream passes the turn, if its batch is one of several in flight
+(turns.py). Backward is the mirror: finish's backward starts the gradient's transfer, begin's waits
+for the last one. In a compiled block the verbs themselves are not compiled, because their shapes
+depend on the data.
 """
 
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from scmoe.moe.layout import Dropless, Layout, Rows, Target, decode, encode
 from scmoe.moe.operators import Operators
 from scmoe.moe.router import Router
 from scmoe.moe.tokens import MoEOutput, RouterStats, Routing
+from scmoe.moe.turns import pass_turn
 
 
 class StreamState(NamedTuple):
@@ -74,6 +76,8 @@ class MoEStream(Operators):
         mask_T = None if mask_BS is None else mask_BS.flatten()
         routing, layout = self.operator("route", self.route, x_TD, mask_T, chunks, excluded_T1)
         announced = None if layout.counts_PE is None else self.dispatcher.announce(layout.counts_PE)
+        if announced is not None:
+            pass_turn()  # encode waits for the counts
         rows = self.operator("encode", encode, _in_wire_dtype(x_TD), layout, announced)
         sent = [self.operator("dispatch", self.dispatcher.dispatch, *chunk) for chunk in rows]
         in_flight, receipts = [pending for pending, _ in sent], [receipt for _, receipt in sent]
@@ -87,6 +91,7 @@ class MoEStream(Operators):
         assert state.receipts is not None, "the experts run once"
         returning = []
         for pending, receipt in zip(state.in_flight, state.receipts, strict=True):
+            pass_turn()
             rows_RD = self.operator(
                 "experts", self.experts, pending.wait(), receipt.num_tokens_per_expert_e
             )
@@ -97,7 +102,10 @@ class MoEStream(Operators):
     def finish(self, state: StreamState) -> MoEOutput:
         """Wait for the rows and return the weighted sum for each token."""
         assert state.receipts is None, "the experts run before the end"
-        chunks = [pending.wait() for pending in state.in_flight]
+        chunks = []
+        for pending in state.in_flight:
+            pass_turn()
+            chunks.append(pending.wait())
         rows_RD = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
         y_TD = self.operator("decode", decode, rows_RD, state.routing.topk_weights_TK, state.layout)
         if state.tap_TD is not None:

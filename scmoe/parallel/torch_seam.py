@@ -17,6 +17,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import (
     FSDPMeshInfo,
     HSDPMeshInfo,
     ShardPlacementResult,
+    TrainingState,
 )
 from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
@@ -73,6 +74,53 @@ def scatter_by(unit: FSDPModule, scatter: Any) -> Callable[[], None]:
     for group in groups:
         group._reduce_scatter_comm = scatter
     return put_back
+
+
+def share_between_turns(unit: FSDPModule, current_turns: Callable[[], Any]) -> None:
+    """Let a unit be gathered once, and its gradients be summed once, for all batches that take
+    turns in it.
+
+    current_turns: returns an object with the `number` of these batches, another one for each pass;
+    None: there is one batch."""
+    for group in unit._get_fsdp_state()._fsdp_param_groups:
+        _SharedBetweenTurns(group, current_turns)
+
+
+class _SharedBetweenTurns:
+    """Calls of FSDP for one group of parameters: the last batch that leaves the unit splits its
+    weights again, in forward and in backward. For one batch they are FSDP's own."""
+
+    def __init__(self, group: Any, current_turns: Callable[[], Any]) -> None:
+        self.group, self.current_turns = group, current_turns
+        self.pre_forward, self.post_forward = group.pre_forward, group.post_forward
+        self.post_backward = group.post_backward
+        self.turns: Any = None
+        self.forwards = self.backwards = 0  # that have not ended yet
+        group.pre_forward, group.post_forward = self.enter, self.leave
+        group.post_backward = self.leave_backward
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        turns = self.current_turns()
+        if turns is None or turns is not self.turns:
+            self.turns, self.backwards = turns, 0
+            self.forwards = 0 if turns is None else turns.number
+        if turns is None:
+            return self.pre_forward(module, args, kwargs)
+        # else FSDP takes this batch for the one inside
+        self.group._training_state = TrainingState.IDLE
+        inputs = self.pre_forward(module, args, kwargs)
+        # FSDP awaits the gradients of inputs
+        self.backwards += inputs[0] is not args or inputs[1] is not kwargs
+        return inputs
+
+    def leave(self, module: Any, inputs: Any, output: Any) -> Any:
+        self.forwards -= 1
+        return output if self.forwards > 0 else self.post_forward(module, inputs, output)
+
+    def leave_backward(self, *unused: Any) -> None:
+        self.backwards -= 1
+        if self.backwards <= 0:
+            self.post_backward(*unused)
 
 
 def has_gradient_hooks(parameter: nn.Parameter) -> bool:

@@ -10,8 +10,8 @@ The bench of inference uses passes in place of steps, up to `price`.
     price       all of cost.slots with each number of chunks, by the times of the slowest rank
                 (pricing.py)
     try         whole training steps with the candidates of low price in turn, round after round,
-                until one is left: only a step shows what chunks cost in parallel with computation,
-                and how rows and gradients share a link
+                until one is left: only a step shows what chunks and halves of a batch cost in
+                parallel with computation, and how rows and gradients share a link
     agree       every rank chooses; rank 0's choice is broadcast, and each rank compares it with its
                 own
     run         as chosen. Some steps are timed for the overlap efficiency; where their times become
@@ -51,6 +51,10 @@ LOSS = 0.01  # of a step: a smaller difference between candidates need not be de
 # of communication in a step: below it, the hidden part is smaller than the noise of the times
 LEAST_SHARE = 0.1
 NOISE = 0.05  # of a hidden part: further below 0 or above 1, the step was disturbed
+# candidates with two batches in flight, beside those with one
+IN_HALVES = 2
+# of a price: below it, chunks are not tried with two batches in flight
+GAIN_OF_CHUNKS = 0.02
 DRIFT = 1.5  # a drifted step takes DRIFT times as long or as short as usual
 DRIFTED_IN_TURN = 3  # so many drifted steps in turn start a new measurement
 
@@ -110,7 +114,17 @@ class Planner:
         self.dispatchers = [block.moe.dispatcher for block in blocks]
         self.choices: list[LayerChoice] = []
         self.usual: list[float] = []  # seconds of the first timed step of each choice
+        self.network: Any = None
+        self.numbers_in_flight: tuple[int, ...] = (1,)
         self.restart()
+
+    def choose_in_flight(self, network: Any, numbers: Sequence[int]) -> None:
+        """Choose between these numbers of batches in flight too, 1 or 2.
+
+        network: has the blocks and `batches_in_flight`. Steps are measured with one.
+        """
+        self.network = network
+        self.numbers_in_flight = tuple(numbers)
 
     def restart(self) -> None:
         """Measure again from the next step on."""
@@ -126,6 +140,7 @@ class Planner:
         self.tried: dict[int, list[float]] = {}
         self.tries = 0
         self.overlap: Overlap | None = None
+        self.first_timed = True  # step since the choice
         self.drifted = 0
         self.recorders: list[Recorder] | None = None
 
@@ -134,7 +149,8 @@ class Planner:
         """The number of steps after which the choice is made, at most."""
         before_trials = WARMUP_STEPS + STEPS_EACH * len(self.chunk_counts)
         has_window = any(schedule.window for schedule in self.configured)
-        if self.fixed or (len(self.chunk_counts) == 1 and not has_window):
+        numbers = max(len(self.chunk_counts), len(self.numbers_in_flight))
+        if self.fixed or (numbers == 1 and not has_window):
             return before_trials
         return before_trials + MOST_TRIES * self.batches
 
@@ -150,6 +166,7 @@ class Planner:
             "backend": self.backend,
             "layers": [schedule.name for schedule in self.configured],
             "chunks": self.chunk_counts,
+            "batches_in_flight": list(self.numbers_in_flight),
         }
 
     def take(self, choices: Sequence[LayerChoice]) -> None:
@@ -164,6 +181,7 @@ class Planner:
         self.recorders = None
         chosen = [choice.schedule for choice in self.choices]
         self.run_as(chosen or self.configured)
+        self.run_in_flight(self.choices)
 
     @property
     def has_chosen(self) -> bool:
@@ -186,13 +204,17 @@ class Planner:
         """Prepare the blocks for a step. timed: time this step if the choice has been made."""
         what, which = self.doing
         schedules = [block.schedule for block in self.blocks]
+        choices: list[LayerChoice] = []
         if what == "measure":
             schedules = [replace(schedule, chunks=which) for schedule in self.timed]
         elif what != "warm up":
             choices = self.candidates[which] if what == "try" else self.choices
             schedules = [choice.schedule for choice in choices]
-        notes = what == "measure" or (what == "run" and timed)
-        if notes or what == "try":  # a trial needs one clock
+        self.run_in_flight(choices)
+        in_halves = bool(choices) and choices[0].batches_in_flight == 2
+        timed = timed and what == "run"
+        notes = what == "measure" or (timed and not in_halves)
+        if notes or timed or what == "try":  # a trial needs one clock, and so do halves
             self.recorders = [Recorder(self.device) for _ in (self.blocks if notes else [None])]
             start_clocks(self.recorders, self.group)
         self.run_as(schedules, what == "measure", self.recorders if notes else None)
@@ -206,6 +228,9 @@ class Planner:
             return
         if what == "try":
             self.tried[which][-1] += slowest(recorders[0], self.group)
+        elif what == "run" and self.choices[0].batches_in_flight == 2:
+            self.note_drift(slowest(recorders[0], self.group))
+            return
         else:
             schedules = [block.schedule for block in self.blocks]
             self.run_as(schedules)
@@ -224,7 +249,7 @@ class Planner:
         """
         if not self.candidates:
             self.priced = price(self.samples, self.configured, self.fixed)
-            self.candidates = shortlist(self.priced)
+            self.candidates = shortlist_in_flight(self.priced, self.numbers_in_flight)
             self.tried = {i: [] for i in range(len(self.candidates))}
         left = still_fastest(self.tried)
         if len(left) == 1 or self.tries + len(left) > MOST_TRIES:
@@ -233,6 +258,11 @@ class Planner:
         self.tried = {i: [*self.tried[i], 0.0] for i in left}
         self.tries += len(left)
         self.agenda = [("try", i) for i in left for _ in range(self.batches)]
+
+    def run_in_flight(self, choices: Sequence[LayerChoice]) -> None:
+        """Set the number of batches in flight, which is one where nothing is chosen."""
+        if self.network is not None:
+            self.network.batches_in_flight = choices[0].batches_in_flight if choices else 1
 
     def run_as(
         self,
@@ -251,22 +281,24 @@ class Planner:
 
         Raises RuntimeError if ranks chose differently.
         """
-        schedules = [choice.schedule for choice in choices]
-        numbers = [[s.slot, s.inside_attention, s.chunks] for s in schedules]
-        chosen_L3 = torch.tensor(numbers, dtype=torch.long, device=self.device)
-        first_L3 = chosen_L3.clone()
-        dist.broadcast(first_L3, group_src=0, group=self.group)
-        if not torch.equal(first_L3, chosen_L3):
+        numbers = [
+            [c.schedule.slot, c.schedule.inside_attention, c.schedule.chunks, c.batches_in_flight]
+            for c in choices
+        ]
+        chosen_L4 = torch.tensor(numbers, dtype=torch.long, device=self.device)
+        first_L4 = chosen_L4.clone()
+        dist.broadcast(first_L4, group_src=0, group=self.group)
+        if not torch.equal(first_L4, chosen_L4):
             raise RuntimeError(
-                f"rank {dist.get_rank()} chose (slot, inside attention, chunks)"
-                f" {chosen_L3.tolist()}, and rank 0 {first_L3.tolist()}. Set schedule.slot,"
-                " schedule.inside_attention and schedule.chunks instead of schedule.auto."
+                f"rank {dist.get_rank()} chose (slot, inside attention, chunks, batches in flight)"
+                f" {chosen_L4.tolist()}, and rank 0 {first_L4.tolist()}. Set schedule.slot,"
+                " schedule.inside_attention, schedule.chunks and schedule.batches_in_flight"
+                " instead of schedule.auto."
             )
         return choices
 
     def note_overlap(self, sample_L2O: Tensor) -> None:
-        """Compute the overlap of a timed step, and measure again after DRIFTED_IN_TURN drifted
-        ones."""
+        """Compute the overlap of a timed step, and note whether its times have drifted."""
         seconds = sample_L2O[:, :, -1].sum(0).tolist()
         sequential = sum_of_layers([choice.sequential for choice in self.choices])
         free = sum_of_layers([choice.free for choice in self.choices])
@@ -276,11 +308,19 @@ class Planner:
         efficiency = [
             hidden_part(*times) if share >= LEAST_SHARE else None for share, *times in each
         ]
-        if self.overlap is None:
-            self.usual.append(sum(seconds))
         self.overlap = Overlap(seconds, shares, efficiency)
+        self.note_drift(sum(seconds))
+
+    def note_drift(self, seconds: float) -> None:
+        """Measure again after DRIFTED_IN_TURN drifted steps.
+
+        seconds: of the windows of a timed step; with two batches in flight, of the step.
+        """
+        if self.first_timed:
+            self.usual.append(seconds)
+        self.first_timed = False
         # where routing changes to and fro, both times become usual
-        usual = any(1 / DRIFT <= sum(seconds) / known <= DRIFT for known in self.usual)
+        usual = any(1 / DRIFT <= seconds / known <= DRIFT for known in self.usual)
         self.drifted = 0 if usual else self.drifted + 1
         if self.drifted == DRIFTED_IN_TURN:
             self.restart()
@@ -305,6 +345,34 @@ def shortlist(priced: Mapping[int, Sequence[list[LayerChoice]]]) -> list[list[La
     others = sorted((c for candidates in priced.values() for c in candidates[1:]), key=predicted)
     highest = NEAR * min(map(predicted, best))
     return best + [c for c in others if predicted(c) <= highest][: CANDIDATES - len(best)]
+
+
+def shortlist_in_flight(
+    priced: Mapping[int, Sequence[list[LayerChoice]]], numbers: Sequence[int]
+) -> list[list[LayerChoice]]:
+    """Return the candidates with one batch in flight as `shortlist` does, and those with two.
+
+    Those with two are the best slot in the fewest chunks, then the next best. More chunks are next
+    best where their price is lower by GAIN_OF_CHUNKS. Both are tried whatever their prices, which
+    omit what half the rows cost beyond half the time. numbers: of batches in flight.
+    """
+    one = shortlist(priced) if 1 in numbers else []
+    if 2 not in numbers:
+        return one
+    two = {
+        chunks: sorted(map(_with_two_in_flight, candidates), key=predicted)
+        for chunks, candidates in priced.items()
+    }
+    best, *others = two.pop(min(two))
+    highest = (1 - GAIN_OF_CHUNKS) * predicted(best)
+    gaining = [candidates[0] for candidates in two.values() if predicted(candidates[0]) <= highest]
+    near = [choices for choices in others if predicted(choices) <= NEAR * predicted(best)]
+    room = IN_HALVES if one else CANDIDATES
+    return one + [best, *sorted(gaining, key=predicted), *near][:room]
+
+
+def _with_two_in_flight(choices: Sequence[LayerChoice]) -> list[LayerChoice]:
+    return [replace(choice, batches_in_flight=2) for choice in choices]
 
 
 def still_fastest(tried: Mapping[int, Sequence[float]]) -> list[int]:

@@ -30,6 +30,7 @@ from scmoe.schedule.cost import (
     slots,
 )
 from scmoe.schedule.schedule import PARTS, Schedule
+from scmoe.schedule.stack import BEFORE, half_of, waiting_time, windows_time
 
 STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")
 OPERATORS = (*STREAM, "attention", *PARTS, "mlp", "shared_expert", "current")
@@ -43,13 +44,14 @@ class LayerChoice:
     """What one MoE layer runs as, and why.
 
     Times are in seconds, transfers one at a time, of the slowest rank of an EP group, the mean over
-    these groups.
+    these groups. They are those of one batch in flight. batches_in_flight: equal in all layers.
     """
 
     schedule: Schedule
     times: dict[int, OperatorTimes]  # by number of chunks
     # forward, backward: from tap to end with the fewest chunks, measured
     sequential: tuple[float, ...]
+    batches_in_flight: int = 1
 
     @property
     def predicted(self) -> float:
@@ -107,12 +109,13 @@ def measured(
     ep_size: int | None = None,
     directions: Sequence[Direction] = DIRECTIONS,
 ) -> Tensor:
-    """Return [L, directions, OPERATORS + 2] seconds, equal on all ranks.
+    """Return [L, directions, OPERATORS + 3] seconds, equal on all ranks.
 
     These are the time of each operator between the tap and the end of the block, summed over
-    chunks, and that of the whole attention where it ran in two parts; the time from tap to end
-    without overlap of computing and receiving; then the measured one. All are of the slowest rank,
-    the mean over EP groups. Every rank must call it, and `start_clocks` before the operators run.
+    chunks, and that of the whole attention where it ran in two parts; the time before the tap; the
+    time from tap to end without overlap of computing and receiving; then the measured one. All are
+    of the slowest rank, the mean over EP groups. Every rank must call it, and `start_clocks` before
+    the operators run.
 
     ep_size: consecutive ranks of `group` that exchange rows; None: all. directions: forward alone
     is inference.
@@ -130,10 +133,10 @@ def measured(
 
 
 def noted(recorder: Recorder, schedule: Schedule, directions: Sequence[Direction]) -> Tensor:
-    """Return when each operator begins and ends on this rank, [directions, N, 2].
+    """Return when each operator begins and ends on this rank, [directions, N + 1, 2].
 
-    The operators are those between the tap and the end of the block, in the order of `names_of`.
-    One that was not noted takes no time, at the tap.
+    The operators are those between the tap and the end of the block, in the order of `names_of`;
+    then comes all that is before the tap. What was not noted takes no time, at the tap.
     """
     rows = []
     for direction in directions:
@@ -142,7 +145,8 @@ def noted(recorder: Recorder, schedule: Schedule, directions: Sequence[Direction
             op: [(span.start, span.end) for span in spans if span.operator == op]
             for op in OPERATORS
         }
-        rows.append([times[op].pop(0) if times[op] else (tap, tap) for op in names_of(schedule)])
+        row = [times[op].pop(0) if times[op] else (tap, tap) for op in names_of(schedule)]
+        rows.append([*row, before_tap(recorder.spans(direction), tap, direction)])
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -152,10 +156,13 @@ def names_of(schedule: Schedule) -> list[str]:
 
 
 def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Tensor:
-    """Return the [directions, OPERATORS + 2] seconds of one layer, as `measured` does.
+    """Return the [directions, OPERATORS + 3] seconds of one layer, as `measured` does.
 
     times_GRdN2: what `noted` returned, of each EP group and rank.
     """
+    before_Gd2 = times_GRdN2[..., -1, :].amax(1)
+    before_d = (before_Gd2[..., 1] - before_Gd2[..., 0]).mean(0)
+    times_GRdN2 = times_GRdN2[..., :-1, :]
     begin_GdN, end_GdN = times_GRdN2.amax(1).unbind(-1)
     took_dN = (end_GdN - begin_GdN).mean(0)
     experts = [name == "experts" for name in names_of(schedule)]
@@ -173,7 +180,7 @@ def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Tensor:
         core_d, out_d = (seconds[OPERATORS.index(part)] for part in PARTS)
         seconds[OPERATORS.index("attention")] = core_d + out_d
     elapsed_d = (end_GdN.amax(-1) - begin_GdN.amin(-1)).mean(0)
-    return torch.stack([*seconds, elapsed_d + hidden_d, elapsed_d], 1)
+    return torch.stack([*seconds, before_d, elapsed_d + hidden_d, elapsed_d], 1)
 
 
 def from_tap(spans: Sequence[Span], direction: Direction) -> tuple[float, list[Span]]:
@@ -190,6 +197,14 @@ def from_tap(spans: Sequence[Span], direction: Direction) -> tuple[float, list[S
     return tap, [span for span in spans if span.end <= tap][::-1]
 
 
+def before_tap(spans: list[Span], tap: float, direction: Direction) -> tuple[float, float]:
+    """Return when what the block computes before its tap begins and ends; in backward it comes
+    after the tap."""
+    if direction == "forward":
+        return min((span.start for span in spans), default=tap), tap
+    return tap, max((span.end for span in spans), default=tap)
+
+
 def price(
     samples: Mapping[int, Sequence[Tensor]], configured: Sequence[Schedule], fixed: bool
 ) -> dict[int, list[list[LayerChoice]]]:
@@ -204,8 +219,9 @@ def price(
     """
     steps = [torch.stack(list(samples_of_steps)) for samples_of_steps in samples.values()]
     seconds = torch.stack([sample_SL2O.median(0).values for sample_SL2O in steps])
-    # the number of chunks does not change these
+    # the number of chunks does not change these, nor the time before the tap
     once = [i for i, op in enumerate(OPERATORS) if op not in PER_CHUNK]
+    once.append(len(OPERATORS))
     seconds[..., once] = torch.cat(steps).median(0).values[..., once]
     layers = [
         price_layer(list(samples), seconds[:, layer], schedule, fixed)
@@ -234,7 +250,7 @@ def price_layer(
     times = {}
     for chunks, directions in zip(chunk_counts, seconds_C2O.tolist(), strict=True):
         times[chunks] = OperatorTimes(
-            *(dict(zip(OPERATORS, seconds, strict=False)) for seconds in directions)
+            *(dict(zip((*OPERATORS, BEFORE), seconds, strict=False)) for seconds in directions)
         )
     sequential = tuple(seconds_C2O[0, :, -2].tolist())  # with the fewest chunks
     choices = {}
@@ -262,8 +278,26 @@ def at_place(choices: Sequence[LayerChoice], slot: tuple[int, bool]) -> LayerCho
 
 
 def predicted(choices: Sequence[LayerChoice]) -> float:
-    """Return the seconds of the windows of all layers."""
+    """Return the seconds of the windows of all layers; with two batches in flight, of what is left
+    of these (stack.windows_time)."""
+    if choices[0].batches_in_flight == 2:
+        return windows_time(in_halves(choices))
     return sum(choice.predicted for choice in choices)
+
+
+def in_halves(choices: Sequence[LayerChoice]) -> list[tuple[Schedule, OperatorTimes]]:
+    """Return the layers with the times of half the rows, as if these took half as long."""
+    return [(choice.schedule, half_of(choice.times[choice.schedule.chunks])) for choice in choices]
+
+
+def predicted_and_exposed(choices: Sequence[LayerChoice]) -> list[tuple[float, float]]:
+    """Return for each layer the seconds of its window, and how long it waits for transfers; with
+    two batches in flight, the mean over the layers."""
+    if choices[0].batches_in_flight == 1:
+        return [(choice.predicted, choice.exposed) for choice in choices]
+    layers = in_halves(choices)
+    mean = windows_time(layers) / len(layers), waiting_time(layers) / len(layers)
+    return [mean for _ in layers]
 
 
 def plan_to_json(
@@ -277,18 +311,21 @@ def plan_to_json(
                               "chunks": 2, "inside_attention": false},
                  "predicted_s": 0.041, "exposed_s": 0.003, "eq11_slot": 2,
                  "times_s": {"2": {"forward": {"attention": 0.004, ...}, "backward": {...}}},
-                 "sequential_s": [0.02, 0.05]}]}
+                 "sequential_s": [0.02, 0.05], "batches_in_flight": 1}]}
     """
     layers = [
         {
             "schedule": asdict(choice.schedule),
-            "predicted_s": choice.predicted,
-            "exposed_s": choice.exposed,
+            "predicted_s": predicted_s,
+            "exposed_s": exposed_s,
             "eq11_slot": choice.eq11.slot,
             "times_s": {str(chunks): asdict(times) for chunks, times in choice.times.items()},
             "sequential_s": list(choice.sequential),
+            "batches_in_flight": choice.batches_in_flight,
         }
-        for choice in choices
+        for choice, (predicted_s, exposed_s) in zip(
+            choices, predicted_and_exposed(choices), strict=True
+        )
     ]
     return {"step": step, "conditions": conditions, "layers": layers}
 
@@ -306,7 +343,8 @@ def _choice(layer: dict[str, Any]) -> LayerChoice:
         int(chunks): OperatorTimes(**directions) for chunks, directions in layer["times_s"].items()
     }
     forward, backward = layer["sequential_s"]
-    return LayerChoice(Schedule(**layer["schedule"]), times, (forward, backward))
+    batches = layer.get("batches_in_flight", 1)
+    return LayerChoice(Schedule(**layer["schedule"]), times, (forward, backward), batches)
 
 
 def gather(values: Tensor, group: Any) -> Tensor:

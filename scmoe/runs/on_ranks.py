@@ -36,6 +36,7 @@ from scmoe.training.run.train import silence_lightning
 ALONE = (
     *("trainer.devices=1", "trainer.num_nodes=1", "trainer.threads=1"),
     *("strategy.ep_size=null", "strategy.dense=replicated", *REFUSED_SINCE),
+    *("schedule.batches_in_flight=null", "schedule.transfers=overlapped"),
 )
 # Turned off: what only helps training, and what would make results depend on the number of ranks.
 WITHOUT = (

@@ -190,14 +190,18 @@ def per_chunk(schedule: Schedule, times: Mapping[str, float]) -> dict[str, float
     return {op: t / schedule.chunks if op in PER_CHUNK else t for op, t in times.items()}
 
 
-def exposed_time(schedule: Schedule, times: OperatorTimes) -> float:
-    """Return the part of the elapsed time in which the processor waits for a transfer."""
+def computing_time(schedule: Schedule, times: OperatorTimes) -> float:
+    """Return the time of all computation from the tap to the end of the block, and back."""
     before, after = schedule.around_experts
     operators = ("route", "encode", *before, *after, *schedule.after_window, "experts", "decode")
-    computing = sum(
+    return sum(
         direction.get(op, 0.0) for direction in (times.forward, times.backward) for op in operators
     )
-    return elapsed_time(schedule, times) - computing
+
+
+def exposed_time(schedule: Schedule, times: OperatorTimes) -> float:
+    """Return the part of the elapsed time in which the processor waits for a transfer."""
+    return elapsed_time(schedule, times) - computing_time(schedule, times)
 
 
 def mismatch(schedule: Schedule, times: OperatorTimes) -> float:

@@ -46,6 +46,23 @@ def differences_table(runs: Sequence[SeenRun], letters: Sequence[str]) -> Table 
     return table
 
 
+def gains_of_schedules(runs: Sequence[SeenRun], letters: Sequence[str]) -> list[str]:
+    """Return a line for each run that differs from one with sequential transfers in its schedule
+    alone."""
+    named = list(zip(letters, runs, strict=True))
+    lines = []
+    for letter, baseline in named:
+        if baseline.config["schedule.transfers"] != "sequential" or not baseline.per_s:
+            continue
+        for other, run in named:
+            keys = differences([baseline, run])
+            if run.per_s and keys and all(key.startswith("schedule.") for key in keys):
+                ratio = run.per_s / baseline.per_s
+                gain = f"{ratio:.2f} x the {run.counts}/s of {letter}"
+                lines.append(f"{other} has {gain}, whose transfers are sequential")
+    return lines
+
+
 def labels_of(runs: Sequence[SeenRun], letters: Sequence[str]) -> list[str]:
     """Return for each run its letter, its name, and the values in which the runs differ."""
     found = differences(runs)

@@ -82,6 +82,9 @@ def check_row(bench: Bench, name: str) -> None:
             assert [block.schedule for block in blocks] == variant.of_blocks(
                 block.schedule for block in blocks
             )
+        halves = results(replace(mixed, batches_in_flight=2))
+        for half, one in zip(halves, expected, strict=True):
+            assert_close(half, one, 1e-5, f"{name} in halves")
 
 
 def check(rank: int, world_size: int) -> None:

@@ -103,10 +103,9 @@ def test_texts_do_not_depend_on_ranks_or_on_where_weights_are(run_dir, alone, tm
     assert written(4, run_dir, run_dir, tmp_path / "4.jsonl", "strategy.ep_size=2") == alone
     # the longest prompt of a rank, and so its number of pieces, differs between ranks
     assert written(2, run_dir, run_dir, tmp_path / "2.jsonl", "--prefill-tokens", "3") == alone
-    assert (
-        written(2, run_dir / "export/model.safetensors", run_dir, tmp_path / "export.jsonl")
-        == alone
-    )
+    export = run_dir / "export/model.safetensors"
+    two_batches = "schedule.batches_in_flight=2"
+    assert written(2, export, run_dir, tmp_path / "export.jsonl", two_batches) == alone
 
 
 def test_one_text_is_shown_on_rank_0_as_it_comes(run_dir, alone):

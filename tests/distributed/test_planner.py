@@ -144,6 +144,7 @@ def rigged(seconds: dict[str, float], rank: int, schedule: Schedule) -> torch.Te
     times = [
         [end - took[op], end] if op == "decode" else [0.0, took[op]] for op in names_of(schedule)
     ]
+    times.append([0.0, 0.0])  # before the tap
     return torch.tensor([times] * 2, dtype=torch.float64)
 
 
@@ -320,7 +321,7 @@ def disagree(rank: int, world_size: int) -> None:
 
 def test_ranks_that_choose_differently_are_stopped():
     with pytest.raises(
-        RankError, match=r"rank 1 chose .*\[0, 0, 2\]\], and rank 0 .*\[0, 0, 1\]\]"
+        RankError, match=r"rank 1 chose .*\[0, 0, 2, 1\]\], and rank 0 .*\[0, 0, 1, 1\]\]"
     ):
         run_ranks(disagree, 2)
 
@@ -336,7 +337,7 @@ def drift(rank: int, world_size: int) -> list[bool]:
     # one slow step is noise, three in turn are not; after the second choice both times are usual
     for seconds in (1.0, 1.1, 2.0, 0.9, 2.0, 2.0, 2.0, 2.0, 1.0, 1.0, 1.0):
         planner.agenda = []
-        sample = torch.zeros(2, 2, len(OPERATORS) + 2, dtype=torch.float64)
+        sample = torch.zeros(2, 2, len(OPERATORS) + 3, dtype=torch.float64)
         sample[..., -1] = seconds
         planner.note_overlap(sample)
         restarted.append(not planner.has_chosen)

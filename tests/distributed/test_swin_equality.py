@@ -110,6 +110,7 @@ def on_two(rank: int, world_size: int, cases: dict[str, str]) -> OnTwo:
 CASES = {
     name: f"{SWIN_ON_RANKS[name]} strategy.ep_size={1 if name == 'dense' else 2}" for name in QUICK
 }
+CASES["pos2, two batches"] = "position=pos2 strategy.ep_size=2 schedule.batches_in_flight=2"
 CASES["pos2, sharded"] = "position=pos2 strategy.ep_size=1 strategy.dense=sharded"
 
 

@@ -293,3 +293,22 @@ def test_timeline(tiny_on_loopback, tmp_path):
         "shared_expert",
     )
     assert {f"scmoe/{operator}" for operator in operators} <= names
+
+
+def test_bench_overlap_with_two_batches_in_flight(tiny_on_loopback, tmp_path):
+    """The planner measures them too, and each row says what it gains over top-2's best."""
+    words = (
+        *("--rows", "top2", "scmoe_pos2_two_pipelined", "--compute", "real", "--rounds", "2"),
+        *("--level", "iteration", "--layers", "2", "--ffn-dim", "128", "--out", str(tmp_path)),
+    )
+    report = called("bench", "overlap", *words).summary
+    one, two = report["rows"]["top2"], report["rows"]["scmoe_pos2_two_pipelined"]
+    assert (one["batches_in_flight"], two["batches_in_flight"]) == (1, 2)
+    assert (two["chunks"], two["auto_chunks"], report["layers"]) == (2, 2, 2)
+    for kind in ("forward", "train"):
+        rivals = one["over_best_without_another_model"], two["over_best_without_shortcut"]
+        assert {over[kind]["best"] for over in rivals} <= {"top2", "top2, sequential"}
+        assert all(over[kind]["median"] > 0 for over in rivals)
+    assert two["peak_mb"] > 0
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.stem.endswith("-layers-2")

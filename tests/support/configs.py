@@ -97,6 +97,41 @@ IMPOSSIBLE = [
     ("schedule.slot", "schedule.inside_attention=true schedule.slot=0"),
     ("schedule.chunks", "schedule.chunks=2 moe.architecture=dense"),
     ("schedule.chunks", "schedule.chunks=0"),
+    ("schedule.batches_in_flight", "trainer.devices=2 schedule.batches_in_flight=3"),
+    ("schedule.batches_in_flight", "schedule.batches_in_flight=2"),
+    (
+        "schedule.batches_in_flight",
+        "trainer.devices=2 strategy.ep_size=1 schedule.batches_in_flight=2",
+    ),
+    (
+        "schedule.batches_in_flight",
+        "trainer.devices=2 moe.architecture=dense schedule.batches_in_flight=2",
+    ),
+    (
+        "schedule.batches_in_flight",
+        "trainer.devices=2 data.global_batch_size=2 schedule.batches_in_flight=2",
+    ),
+    (
+        "schedule.batches_in_flight",
+        "trainer.devices=2 schedule.auto=true schedule.batches_in_flight=2",
+    ),
+    (
+        "schedule.batches_in_flight",
+        "trainer.devices=2 schedule.transfers=sequential schedule.batches_in_flight=2",
+    ),
+    (
+        "schedule.batches_in_flight",
+        (
+            "trainer.devices=2 moe.architecture=dgmoe_share strategy.dense=sharded"
+            " schedule.batches_in_flight=2"
+        ),
+    ),
+    (
+        "analysis.gating_every",
+        "trainer.devices=2 schedule.batches_in_flight=2 analysis.gating_every=5",
+    ),
+    ("schedule.transfers", "schedule.transfers=sequential"),
+    ("schedule.transfers", "trainer.devices=2 schedule.auto=true schedule.transfers=sequential"),
     ("strategy.ep_size", "strategy.ep_size=2"),
     ("strategy.ep_size", "strategy.ep_size=3 trainer.devices=3 data.global_batch_size=3"),
     ("strategy.ep_size", "strategy.ep_size=2 trainer.devices=2 moe.architecture=dense"),

@@ -5,6 +5,9 @@ Attention takes 90 ms and an MLP 30 ms; backward computes twice as long and send
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -88,8 +91,28 @@ def sample_of(
 
 
 def in_order(spans: Sequence[Span], schedule: Schedule) -> list[tuple[float, float]]:
-    """Returns start and end of each span, in the order of `noted`."""
+    """Returns start and end of each span, in the order of `noted`; nothing is before the tap."""
     times = {
         op: [(span.start, span.end) for span in spans if span.operator == op] for op in OPERATORS
     }
-    return [times[op].pop(0) for op in names_of(schedule)]
+    tap = spans[0].start
+    return [*(times[op].pop(0) for op in names_of(schedule)), (tap, tap)]
+
+
+class PlayedBlock:
+    """A block that has a schedule and computes nothing."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule, self.moe = schedule, SimpleNamespace(dispatcher=None)
+
+    @property
+    def divided(self) -> Schedule:
+        slots = self.schedule.attentions
+        return (
+            replace(self.schedule, expert_slot=slots[0], inside_attention=True)
+            if slots
+            else self.schedule
+        )
+
+    def run_as(self, schedule: Schedule, dispatcher: Any, recorder: Any = None) -> None:
+        self.schedule = schedule

@@ -59,13 +59,13 @@ LABORATORY = (
 ROOMS = [*LIBRARY, *LABORATORY]
 CLOSURES = {  # files that are read for one idea, without what a function imports for some uses
     "scmoe/moe/stream.py": 11,
-    "scmoe/lightning/strategy.py": 30,
-    "scmoe/training/run/train.py": 81,
+    "scmoe/lightning/strategy.py": 31,
+    "scmoe/training/run/train.py": 85,
 }
 HASATTR = 2
 
 # Lines with 3 % of air. They are no goal: raise a number when there is a reason for a jump.
-LINES = {"library": 28_250, "laboratory": 9_590}
+LINES = {"library": 28_750, "laboratory": 9_590}
 
 COLUMNS = 100
 VALUES = 2  # of one assignment; shapes and returned tuples are unpacked in any number

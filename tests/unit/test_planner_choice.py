@@ -29,7 +29,7 @@ from scmoe.planning.pricing import LayerChoice, predicted
 from scmoe.schedule.cost import OperatorTimes, Share, slots
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
-from tests.support.played import hot_rank, sample_of, step_ms
+from tests.support.played import PlayedBlock, hot_rank, sample_of, step_ms
 
 CHUNKS = (1, 2, 4)
 LATENCY_MS = 1.0
@@ -41,25 +41,6 @@ SCHEDULES = [
     Schedule("scmoe", "pos3"),
 ]
 Rows = Callable[[int], list[Share]]  # those of a step
-
-
-class PlayedBlock:
-    """A block that has a schedule and computes nothing."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule, self.moe = schedule, SimpleNamespace(dispatcher=None)
-
-    @property
-    def divided(self) -> Schedule:
-        slots = self.schedule.attentions
-        return (
-            replace(self.schedule, expert_slot=slots[0], inside_attention=True)
-            if slots
-            else self.schedule
-        )
-
-    def run_as(self, schedule: Schedule, dispatcher: Any, recorder: Any = None) -> None:
-        self.schedule = schedule
 
 
 @contextmanager
@@ -219,6 +200,7 @@ def test_a_hidden_share_is_none_where_communication_is_below_the_noise():
         )
     ]
     planner.usual, planner.overlap, planner.drifted = [], None, 0
+    planner.first_timed = True
     planner.note_overlap(torch.tensor([[[0.06], [0.0505]]]))
     assert planner.overlap is not None
     assert planner.overlap.efficiency == [pytest.approx(0.8), None]

@@ -41,7 +41,10 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import (
     HSDPMeshInfo,
     ShardPlacementResult,
 )
-from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import (
+    FSDPParamGroup,
+    RegisterPostBackwardFunction,
+)
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.nn.parallel import DistributedDataParallel
 
@@ -76,7 +79,12 @@ OTHERS = {
     *("_IS_INTERACTIVE", "_MultiProcessingLauncher", "_SubprocessScriptLauncher", "_start_method"),
     *("_execution_engine", "_compiled_call_impl", "_ddp_kwargs"),
     *("_fully_shard", "_fsdp_common", "_get_fsdp_state", "_fsdp_param_groups"),
-    *("_set_unshard_async_op", "_reduce_scatter_comm", "_post_accumulate_grad_hooks"),
+    *(
+        "_set_unshard_async_op",
+        "_reduce_scatter_comm",
+        "_post_accumulate_grad_hooks",
+        "_training_state",
+    ),
     *("_dynamo", "_timeout", "_profiler_enabled", "_set_pg_timeout"),
     "_fingerprint",  # Hugging Face data sets have it
     # transformers marks weights that it has read; tests/peers/test_hf_export.py holds it
@@ -96,7 +104,7 @@ DRY_RUN = {  # what fake tensors, their modes and their groups are called; test_
 }
 OTHERS |= set().union(*DRY_RUN.values())
 UNDOCUMENTED = {  # undocumented names without an underscore
-    *("FSDPMeshInfo", "HSDPMeshInfo", "ShardPlacementResult"),
+    *("FSDPMeshInfo", "HSDPMeshInfo", "ShardPlacementResult", "TrainingState"),
     *(
         "epoch_loop",
         "val_loop",
@@ -198,6 +206,18 @@ def test_fsdp_gathers_in_the_background_and_sums_as_it_is_told_to():
         "async_op",
     ]
     assert "self.unshard(self.unshard_async_op)" in inspect.getsource(FSDPParamGroup.pre_forward)
+
+
+def test_fsdp_calls_a_group_by_its_attributes():
+    """`share_between_turns` relies on this."""
+    assert "fsdp_param_group.pre_forward(module, args, kwargs)" in inspect.getsource(
+        FSDPState._pre_forward
+    )
+    assert "fsdp_param_group.post_forward(module, input, output)" in inspect.getsource(
+        FSDPState._post_forward
+    )
+    assert "param_group.post_backward()" in inspect.getsource(RegisterPostBackwardFunction.backward)
+    assert "return args, kwargs" in inspect.getsource(FSDPParamGroup._register_post_backward_hook)
 
 
 def is_private(name):

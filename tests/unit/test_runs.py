@@ -273,6 +273,23 @@ def test_every_run_of_a_comparison_is_seen(folder, tmp_path, monkeypatch):
     assert len(short.get_xydata()) == 1 and short.get_marker() == "o"
 
 
+def test_what_schedules_gain_over_sequential_transfers_is_said_where_nothing_else_differs(
+    tmp_path, capsys
+):
+    two_ranks = "trainer.devices=2"
+    words = ("schedule.transfers=sequential", "schedule.batches_in_flight=2", "moe.position=pos3")
+    names = [str(make_run(tmp_path, f"debug/{i}", two_ranks, word)) for i, word in enumerate(words)]
+    faster = METRICS.replace("300.0", "450.0")
+    (Path(names[1]) / "metrics.csv").write_text(faster)
+    assert call("compare", *names, "--out", str(tmp_path / "a.png")) == 0
+    said = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if "sequential" in line and " x " in line
+    ]
+    assert said == ["b has 1.50 x the tokens/s of a, whose transfers are sequential"]
+
+
 def test_a_run_without_metrics_can_be_compared_and_has_the_steps_that_are_saved(folder):
     cut = make_run(folder, "debug/20261101-130000-cut", state="cut")
     os.remove(cut / "metrics.csv")

@@ -37,7 +37,7 @@ from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import ARCHITECTURES, ROUTERS
 from scmoe.config.rules import ACTIVATIONS, SHORTCUTS, resolve_ep_size, taps
 from scmoe.moe.coefficient import COEFFICIENT_GATES
-from scmoe.moe.dispatcher import Narrowed
+from scmoe.moe.dispatcher import Blocking, Narrowed
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, rows_of
 from scmoe.moe.router import DEEPSEEK, LONGCAT, Router, Scoring, by_sign, round_robin
@@ -244,6 +244,8 @@ def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoES
     )
     if config.strategy.wire_dtype is not None and context.ep_size > 1:
         dispatcher = Narrowed(dispatcher, getattr(torch, config.strategy.wire_dtype))
+    if config.schedule.transfers == "sequential" and context.ep_size > 1:
+        dispatcher = Blocking(dispatcher)
     return MoEStream(router, experts, dispatcher, rows)
 
 

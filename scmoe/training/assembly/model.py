@@ -108,6 +108,13 @@ def build_network(config: Config, context: ParallelContext) -> Any:
             " network needs"
         )
         raise ConfigError(f"model.family is {show(config.model.family)}, {lacks}")
+    if config.schedule.batches_in_flight == 2 and context.ep_size > 1:
+        if getattr(network, "batches_in_flight", None) is None:
+            raise ConfigError(
+                f"schedule.batches_in_flight is 2, allowed for model.family={config.model.family}:"
+                " 1, as its network has no batches_in_flight; scmoe.models.decoder.Decoder has it"
+            )
+        network.batches_in_flight = config.schedule.batches_in_flight
     return network
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import CALLBACKS, IMAGES
-from scmoe.config.rules import last_step, resolve_ep_size
+from scmoe.config.rules import last_step, may_run_two_batches, resolve_ep_size
 from scmoe.lightning.seam import BestCheckpoints, LastCheckpoint, Patience, StepProgressBar
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
@@ -71,7 +71,8 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         from scmoe.training.callbacks.profile_steps import ProfileSteps
 
         callbacks.append(ProfileSteps(trainer.profile_steps, run_dir))
-    if config.moe.architecture not in ("dense", "dgmoe_share"):
+    one_batch = config.schedule.batches_in_flight != 2  # of two, operators overlap each other
+    if config.moe.architecture not in ("dense", "dgmoe_share") and one_batch:
         callbacks.append(adaptive_schedule(config, run_dir))
     if images and data.on_error == "skip":
         callbacks.append(SkippedImages())
@@ -106,7 +107,8 @@ def adaptive_schedule(config: Config, run_dir: Path | None) -> AdaptiveSchedule:
     schedule = config.schedule
     chunks = (1, 2, 4) if schedule.chunks is None else (schedule.chunks,)
     plan = run_dir / "plan.json" if run_dir else None
-    return AdaptiveSchedule(schedule.auto, chunks, plan, timing_conditions(config))
+    in_flight = (1, 2) if schedule.auto and may_run_two_batches(config) else (1,)
+    return AdaptiveSchedule(schedule.auto, chunks, plan, timing_conditions(config), in_flight)
 
 
 def timing_conditions(config: Config) -> dict[str, Any]:

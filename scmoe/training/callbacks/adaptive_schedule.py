@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.files.writing import try_to_write_json
 from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
-from scmoe.planning.pricing import LayerChoice, plan_from_json, plan_to_json
+from scmoe.planning.pricing import LayerChoice, plan_from_json, plan_to_json, predicted_and_exposed
 from scmoe.training.callbacks.logged_steps import logs_now
 
 
@@ -25,7 +25,8 @@ class AdaptiveSchedule(Callback):
     auto: choose slot and chunks by measurement, and again where the times drift; otherwise only
     measure. chunks: the numbers of chunks to choose from. plan: on rank 0, the file where the
     choice is kept; a resumed run with the same settings takes it from there instead of measuring
-    again. settings: those under which a plan is valid, beside the planner's own.
+    again. settings: those under which a plan is valid, beside the planner's own. in_flight: the
+    numbers of batches in flight to choose from; for a network without batches_in_flight it is one.
     """
 
     def __init__(
@@ -34,11 +35,13 @@ class AdaptiveSchedule(Callback):
         chunks: tuple[int, ...],
         plan: Path | None = None,
         settings: dict[str, Any] | None = None,
+        in_flight: tuple[int, ...] = (1,),
     ) -> None:
         self.auto = auto
         self.chunks = chunks
         self.plan = plan
         self.settings = settings or {}
+        self.in_flight = in_flight
         self.conditions: dict[str, Any] = {}  # under which a plan is valid
         self.planner: Planner | None = None
         self.shown: list[LayerChoice] = []
@@ -59,6 +62,8 @@ class AdaptiveSchedule(Callback):
         self.planner = Planner(
             blocks, None, module.device, self.chunks, fixed, context.ep_size, batches=in_a_step
         )
+        if getattr(module.model, "batches_in_flight", None) is not None:
+            self.planner.choose_in_flight(module.model, self.in_flight)
         self.conditions = {"ep_size": context.ep_size, **self.planner.conditions, **self.settings}
         if self.auto and self.take_kept_plan(trainer, self.planner):
             return
@@ -143,15 +148,18 @@ def read_plan(path: Path, conditions: dict[str, Any]) -> dict[str, Any] | None:
 def plan_lines(choices: list[LayerChoice]) -> list[str]:
     """Return a line for each run of neighbouring layers with the same schedule."""
     lines = []
+    times = predicted_and_exposed(choices)
+    halves = ", two batches in flight" if choices[0].batches_in_flight == 2 else ""
     for schedule, group in itertools.groupby(
         enumerate(choices, 1), key=lambda item: item[1].schedule
     ):
         (first, choice), *rest = group
+        predicted, exposed = times[first - 1]
         layers = f"MoE layers {first} to {rest[-1][0]}" if rest else f"MoE layer {first}"
         lines.append(
             f"plan: {layers}: {schedule.name}, {schedule.place} of 0 to {len(schedule.window)},"
-            f" {schedule.chunks} chunk(s): {1e3 * choice.predicted:.1f} ms forward and backward, of"
-            f" which {1e3 * choice.exposed:.1f} ms wait for transfers (Eq. 11 would choose slot"
+            f" {schedule.chunks} chunk(s){halves}: {1e3 * predicted:.1f} ms forward and backward,"
+            f" of which {1e3 * exposed:.1f} ms wait for transfers (Eq. 11 would choose slot"
             f" {choice.eq11.slot})"
         )
     return lines

@@ -1,0 +1,49 @@
+"""Rows of the benches that run with two batches in flight: the rival of a shortcut that changes no
+model.
+
+    NAME_two              the halves of a rank's batch take turns, in one chunk each
+    NAME_two_pipelined    the same, in two chunks each
+
+Nothing here imports torch, so the command line reads it.
+"""
+
+from collections.abc import Mapping
+
+from scmoe.config.leaves import ConfigError
+
+TWO = "_two"
+PIPELINED = "_pipelined"
+Rows = Mapping[str, tuple[str, tuple[int, ...]]]  # as pairs.ROWS of one kind of blocks
+
+
+def rows_in_halves(rows: Rows) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return for each row in one chunk the two rows with two batches in flight."""
+    in_halves: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for row, (block, _) in rows.items():
+        if not row.endswith(PIPELINED):
+            in_halves[row + TWO] = block, (1,)
+            in_halves[row + TWO + PIPELINED] = block, (2,)
+    return in_halves
+
+
+def batches_of(row: str) -> int:
+    """Return the batches in flight of a row."""
+    return 2 if row.removesuffix(PIPELINED).endswith(TWO) else 1
+
+
+def architecture_of(row: str) -> str:
+    """Return the row of the same blocks in one chunk, with one batch in flight."""
+    return row.removesuffix(PIPELINED).removesuffix(TWO)
+
+
+def refuse_halves(rows: tuple[str, ...], sequences: int) -> None:
+    """Raise ConfigError for rows whose batches have no halves.
+
+    sequences: of a rank in one batch.
+    """
+    for row in rows:
+        if batches_of(row) == 2 and sequences < 2:
+            raise ConfigError(
+                f"--rows has {row}, which halves a batch of one sequence. Give more --tokens or a"
+                " shorter --seq-len."
+            )
