@@ -319,7 +319,9 @@ def disagree(rank: int, world_size: int) -> None:
 
 
 def test_ranks_that_choose_differently_are_stopped():
-    with pytest.raises(RankError, match=r"rank 1 chose .*\[0, 0, 2\]\], and rank 0 .*\[0, 0, 1\]\]"):
+    with pytest.raises(
+        RankError, match=r"rank 1 chose .*\[0, 0, 2\]\], and rank 0 .*\[0, 0, 1\]\]"
+    ):
         run_ranks(disagree, 2)
 
 
