@@ -146,7 +146,7 @@ class Swin(nn.Module):
         ][1:]
 
     def forward(self, images_BCHW: Tensor, mask_B: Tensor | None = None) -> ClassifierOutput:
-        """Return the logits of each class. mask_B False: a filler picture, which is routed nowhere."""
+        """Return the logits of each class. mask_B False: a filler picture, which no expert gets."""
         x_BHWD = self.patches(images_BCHW)
         all_stats: list[RouterStats] = []
         for merge, stage in zip(self.merges, self.stages, strict=True):

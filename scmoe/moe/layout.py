@@ -88,7 +88,7 @@ def places(topk_ids_TK: Tensor, num_experts: int) -> Tensor:
 
 
 def drop_beyond(topk_ids_TK: Tensor, num_experts: int, room: int | Tensor) -> Tensor:
-    """Return the ids, with num_experts (none) for every copy beyond the first `room` of its expert."""
+    """Return the ids, with num_experts (none) for copies beyond the first `room` of an expert."""
     return topk_ids_TK.where(places(topk_ids_TK, num_experts) < room, num_experts)
 
 
