@@ -3,6 +3,7 @@ resumes without it. A folder of LongCat-Flash gives every number of ranks the sa
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,9 @@ def folder(tmp_path) -> Path:
     export(tiny("moe.num_experts=4", "moe.top_k=2"), tmp_path / "moe.safetensors")
     config = config_of("longcat", 1, tmp_path)
     write_checkpoint(tiny_model(config, torch.float32), tmp_path / "step=0.ckpt", step=0)
-    assert write_folder(tmp_path / "step=0.ckpt", tmp_path / "longcat", config) == "longcat_flash"
+    from_scratch = replace(config, init_from=None)  # the folder does not exist yet
+    kind = write_folder(tmp_path / "step=0.ckpt", tmp_path / "longcat", from_scratch)
+    assert kind == "longcat_flash"
     return tmp_path
 
 
