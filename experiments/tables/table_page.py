@@ -73,7 +73,9 @@ def _group(rows: Sequence[Results], metric: str, form: str) -> list[str]:
 
 def _cells(row: Results, metric: str, form: str) -> list[str]:
     """Return a row's cells, one for each of COLUMNS. form: of the metric's values."""
-    paper, ours, minus = row["paper"], row["ours"], row["minus_baseline"]
+    paper = row["paper"]
+    ours = row["ours"]
+    minus = row["minus_baseline"]
     signed = form.replace(":", ":+")
     size = ""
     median_and_range = ""

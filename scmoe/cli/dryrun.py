@@ -11,11 +11,10 @@ from scmoe.command_line import KeyValue, numbers_of
 from scmoe.config.leaves import ConfigError, four_digits
 
 GIB = 2**30
-WAYS, PRECISIONS, RECOMPUTE = (
-    ("replicated", "sharded"),
-    ("32-true", "bf16-mixed"),
-    ("false", "true"),
-)  # of presets
+# Of `presets`.
+WAYS = ("replicated", "sharded")
+PRECISIONS = ("32-true", "bf16-mixed")
+RECOMPUTE = ("false", "true")
 
 
 def facts_of(run: Any) -> dict[str, Any]:

@@ -77,11 +77,9 @@ def table_of(facts: Mapping[str, Any]) -> Any:
     """Return a line for each quantity: its name, its value, and how it was computed."""
     from rich.table import Column, Table
 
-    ep, dp, sent = (
-        facts["ep_size"],
-        facts["dp_size"],
-        facts["all_to_all_bytes_per_token_and_transfer"],
-    )
+    ep = facts["ep_size"]
+    dp = facts["dp_size"]
+    sent = facts["all_to_all_bytes_per_token_and_transfer"]
     title = f"estimate for EP {ep} x DP {dp}, {facts['precision']}"
     made = Table(
         "quantity", Column("value", justify="right"), "how", title=title, title_justify="left"

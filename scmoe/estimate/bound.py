@@ -145,7 +145,9 @@ def add_weight(split: Split, p: nn.Parameter, sent: Counter[str]) -> None:
     """Add what a parameter and its gradient send."""
     if not p.requires_grad:
         return
-    is_expert, shards, job = p in split.experts, split.shards(p), split.job
+    is_expert = p in split.experts
+    shards = split.shards(p)
+    job = split.job
     copies = (job.dp_size if is_expert else job.ranks) // shards
     if job.dense == "replicated":
         if copies > 1:
@@ -169,7 +171,9 @@ def rows_of_block(block: MoEBlock, tokens: int, ep_size: int) -> tuple[int, int]
     """Return the rows of one transfer, summed over the gates of a block, and the announced
     counts."""
     moe, chunks = block.moe, block.schedule.chunks
-    num_experts, num_ids, top_k = moe.router.num_experts, moe.router.num_ids, moe.router.top_k
+    num_experts = moe.router.num_experts
+    num_ids = moe.router.num_ids
+    top_k = moe.router.top_k
     gates = 2 if isinstance(block, DoubleGateBlock) else 1
     if isinstance(moe.rows, Buffers):
         part = math.ceil(buffer_size(tokens, top_k, ep_size, moe.rows.ceiling) / chunks)

@@ -211,7 +211,9 @@ class Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.phase = "weights"
-        self.live, self.peak, self.collectives = Counter[str](), Counter[str](), Counter[str]()
+        self.live = Counter[str]()
+        self.peak = Counter[str]()
+        self.collectives = Counter[str]()
         self.flops = 0
         self.sizes: dict[int, tuple[str, int]] = {}  # phase and bytes of each storage
         self.fake = active_fake_mode()

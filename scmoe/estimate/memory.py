@@ -333,7 +333,9 @@ def kept_by(module: Any, dim: int, job: Job) -> float:
         turned = 0 if module.rotary is None else module.qkv.out_features
         return c * (module.qkv.out_features + turned + module.dim)
     if isinstance(module, LatentAttention):  # a key's part for all heads is copied to each
-        q, kv, v = module.q_up.out_features, module.kv_up.out_features, module.out.in_features
+        q = module.q_up.out_features
+        kv = module.kv_up.out_features
+        v = module.out.in_features
         return c * (4 * q + kv + (4 if module.gate is not None else 1) * v)
     if isinstance(module, SelfAttention):  # not one kernel: it keeps its scores
         return c * 7 * module.dim + 2 * job.wide_bytes * module.heads * module.context(job.seq_len)

@@ -217,7 +217,7 @@ def peak_tflops(device_name: str | None, precision: str) -> float | None:
     It is the denominator of MFU: the vendor's rate of bfloat16 products on tensor cores, dense
     (data sheets of NVIDIA print the rate with sparsity, which is twice that).
 
-        A100   https://www.nvidia.com/content/dam/en-zz/Solutions/Data-Center/a100/pdf/nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
+        A100   NVIDIA's datasheet, nvidia-a100-datasheet-us-nvidia-1758950-r4-web.pdf
         H100   https://resources.nvidia.com/en-us-tensor-core/nvidia-tensor-core-gpu-datasheet
         H200   https://nvdam.widen.net/s/nb5zzzsjdf/hpc-datasheet-sc23-h200-datasheet-3002446
     """

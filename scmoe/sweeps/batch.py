@@ -252,7 +252,9 @@ class Watch:
     """
 
     def __init__(self, result: Callable[[Job], str], note: Callable[[], str] = lambda: "") -> None:
-        self.result, self.note, self.said = result, note, time.monotonic()
+        self.result = result
+        self.note = note
+        self.said = time.monotonic()
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

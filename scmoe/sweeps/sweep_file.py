@@ -222,9 +222,16 @@ def _command(raw: dict[str, Any]) -> tuple[list[str], str, list[str]]:
     """Return the three parts of `launcher config overrides... ${args_no_hyphens}`."""
     command = raw["command"]
     start = command.index("train") + 1 if "train" in command else len(command)
-    launcher, given, last = command[:start], command[start:-1], command[-1:]
+    launcher = command[:start]
+    arguments = command[start:-1]
+    last = command[-1:]
     ends_well = last in (["${args}"], ["${args_no_hyphens}"])
-    if not ends_well or not given or "=" in given[0] or not all("=" in word for word in given[1:]):
+    if (
+        not ends_well
+        or not arguments
+        or "=" in arguments[0]
+        or not all("=" in word for word in arguments[1:])
+    ):
         raise refusal("command", command, RULES["command"][1])
     meaning = {
         "${env}": "/usr/bin/env",
@@ -232,12 +239,12 @@ def _command(raw: dict[str, Any]) -> tuple[list[str], str, list[str]]:
         "${program}": raw["program"],
     }
     launcher = [meaning.get(word, word) for word in launcher]
-    for word in [*launcher, *given]:
+    for word in [*launcher, *arguments]:
         if "${" in word:
             raise ConfigError(
                 f"command has {word!r}, allowed: {' | '.join((*meaning, '${args_no_hyphens}'))}"
             )
-    return launcher, given[0], given[1:]
+    return launcher, arguments[0], arguments[1:]
 
 
 def _probe(sweep: Sweep) -> None:

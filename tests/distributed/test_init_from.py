@@ -75,7 +75,9 @@ def folder(tmp_path) -> Path:
     )
     config = replace(config_of("longcat", 1, tmp_path), init_from=None)
     write_checkpoint(tiny_model(config, torch.float32), tmp_path / "step=0.ckpt", step=0)
-    assert write_folder(tmp_path / "step=0.ckpt", tmp_path / "longcat", config) == "longcat_flash"
+    from_scratch = replace(config, init_from=None)  # the folder does not exist yet
+    kind = write_folder(tmp_path / "step=0.ckpt", tmp_path / "longcat", from_scratch)
+    assert kind == "longcat_flash"
     return tmp_path
 
 

@@ -225,10 +225,7 @@ def test_further_arguments_reach_the_trainer_or_are_refused(tmp_path):
     done = train(tmp_path, "trainer.extra.max_time=00:00:00:00")
     assert done.summary["steps"] < 4, "the time is over"
     for words, said in (
-        (
-            "trainer.extra.strategy=ddp",
-            "a mapping without strategy, which the section strategy decides",
-        ),
+        ("trainer.extra.strategy=ddp", "trainer.extra is {'strategy': 'ddp'}"),
         ("trainer.extra.max_tim=1", "no argument max_tim. Did you mean max_time?"),
         ("trainer.extra.max_time=soon", "Lightning's Trainer does not take trainer.extra"),
     ):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import params as parameters
+from scmoe.cli import params as parameters
 from scmoe.command_line import call
 from scmoe.config.load import load
 from scmoe.parallel.mesh import ParallelContext

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import params as parameters
 from experiments.bench.pairs import WIRINGS
 from scmoe.blocks.moe_block import moe_blocks_of
+from scmoe.cli import params as parameters
 from scmoe.config.fields import Config
 from scmoe.config.leaves import flatten
 from scmoe.config.load import load

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from experiments import list as verb
+from scmoe.cli import list as verb
 from scmoe.command_line import call
 from scmoe.config import extras
 from scmoe.config.extras import EXTRAS, explained, install_command, require

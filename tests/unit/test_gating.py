@@ -98,7 +98,8 @@ def test_the_probe_reads_what_dgmoes_gate_reads(position, monkeypatch):
 @pytest.mark.parametrize("architecture", ("top_k", "shared_expert", "scmoe", "dgmoe_share"))
 @pytest.mark.parametrize("position", ("pos1", "pos2", "pos3"))
 def test_any_block_can_be_measured_and_is_unchanged_afterwards(architecture, position):
-    config = tiny(f"moe.architecture={architecture}", f"moe.position={position}", "model.layers=4")
+    words = (f"moe.architecture={architecture}", f"moe.position={position}", "model.layers=4")
+    config = tiny(*words, "analysis.gating_every=1")
     model, (ids, _) = tiny_model(config), tiny_batch(config)
     plain, before = model(ids).logits_BSV, hooks(model)
     assert before == 0

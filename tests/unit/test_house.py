@@ -65,7 +65,7 @@ CLOSURES = {  # files that are read for one idea, without what a function import
 HASATTR = 2
 
 # Lines with 3 % of air. They are no goal: raise a number when there is a reason for a jump.
-LINES = {"library": 28_750, "laboratory": 9_590}
+LINES = {"library": 28_750, "laboratory": 9_300}
 
 COLUMNS = 100
 VALUES = 2  # of one assignment; shapes and returned tuples are unpacked in any number
@@ -73,12 +73,13 @@ PARAMETERS = 8
 MORE_PARAMETERS = {  # functions that may have more
     "scmoe/api.py": {"MoE", "ScMoEBlock"},  # constructors of public parts
     "scmoe/hf.py": {"forward"},  # the signature is that of transformers
+    "scmoe/cli/generate.py": {"main"},  # the signature is the command line
 }
 VAGUE = {"own", "found", "given", "place", "middle", "at", "of"}
 VAGUE_NAMES = 40
 
 # The clocks of the benches and the statistics of the tables are the laboratory's only medians.
-_MEDIANS = ("scmoe/", "experiments/engine/clock.py", "experiments/tables/results.py")
+_MEDIANS = ("scmoe/", "experiments/engine/clock.py", "experiments/tables/seed_statistics.py")
 ONLY_IN = {  # outer module: where it may be used
     "torch.distributed": (
         "scmoe/parallel/",
