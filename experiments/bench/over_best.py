@@ -21,7 +21,7 @@ OVER_BEST = {
 }
 
 
-def over_best(setting: Setting, measured: Measured, row: str) -> dict[str, dict[str, Any]]:
+def over_best(setting: Setting, measured: Measured, row: str) -> dict[str, Any]:
     """Return both comparisons of a row: for forward and train the ratio, its median over rounds,
     with its quartiles, and the name of the best. A row has one schedule, the best in training."""
     seconds = measured.times[measured.rows[row].best]

@@ -146,7 +146,8 @@ class Bench:
         ):
             block.run_as(schedule, dispatcher, recorder)
         step = self.steps[variant.block]
-        step.model.batches_in_flight = variant.batches_in_flight
+        stack: Any = step.model
+        stack.batches_in_flight = variant.batches_in_flight
         return step
 
     @property
