@@ -18,7 +18,7 @@ pytestmark = pytest.mark.dist
 ROOT = Path(__file__).parents[2]
 # Trainer.fit and the Strategy's training_step are two of them; calls inside Lightning and torch do
 # not count
-CALLS = 13
+CALLS = 14
 
 
 def calls(rank: int, world_size: int, runs: Path) -> list[str]:

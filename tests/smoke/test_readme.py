@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import scmoe
 from experiments.engine.ranks import run_ranks
 from scmoe.command_line import call
-from scmoe.config.registry import ROUTERS
+from scmoe.config.registry import ARCHITECTURES, ROUTERS
 from scmoe.moe.router import Scoring, by_sign
 from tests.support.commands import train_on_text, undocumented
 from tests.support.forked import python
@@ -86,6 +86,7 @@ ELSEWHERE = {  # command: the test that makes its run
     },
 }
 SHORT = {
+    "make figure13": ["make", "figure13", "ARGS=--quick"],
     "make train": ["make", "train", f"ARGS={SMALLER}"],
     'make resume ARGS="trainer.max_steps=400"': [
         *("make", "resume", "ARGS=trainer.max_steps=5 trainer.devices=1 strategy.ep_size=1")
@@ -214,7 +215,8 @@ def test_every_command_runs(command, folder):
 
 @pytest.mark.parametrize("command", MEASURING)
 def test_every_measurement_has_a_target(command, folder):
-    assert "experiments." in "".join(of_make(shlex.split(command), folder))
+    program = "".join(of_make(shlex.split(command), folder))
+    assert "-m experiments." in program or "-m scmoe " in program
 
 
 def test_every_logged_metric_is_in_the_table(folder):
@@ -298,7 +300,8 @@ def test_python_can_be_copied(block, at_a_run, monkeypatch):
     """A block runs as it is, with the names that its page has explained before it."""
     folder, my_module = at_a_run
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(ROUTERS, "makers", dict(ROUTERS.makers))
+    for registry in (ROUTERS, ARCHITECTURES):
+        monkeypatch.setattr(registry, "makers", dict(registry.makers))
     names = {"scmoe": scmoe, "torch": torch, "Path": Path, "Scoring": Scoring, "by_sign": by_sign}
     names |= {"Trainer": Trainer, "MyModule": my_module, "loader": rows(1)}
     names |= {"x": torch.randn(1, 4, 256), "task_loss": lambda y: y.square().mean()}

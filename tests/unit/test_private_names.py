@@ -34,7 +34,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.autograd import Variable
-from torch.distributed import HashStore, distributed_c10d
+from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import (
     FSDPMeshInfo,
@@ -48,6 +48,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import (
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.nn.parallel import DistributedDataParallel
 
+from experiments.engine.ranks import run_ranks
 from scmoe.lightning.seam import StepProgressBar, without_inference_mode
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.torch_seam import set_default_timeout
@@ -166,16 +167,18 @@ def test_the_others_exist():
     assert "**self._ddp_kwargs" in inspect.getsource(DDPStrategy._setup_model)
 
 
+def timeout_of_a_group(rank: int, world_size: int) -> timedelta:
+    """Returns the limit of the default group after it was set, with warnings as errors."""
+    distributed_c10d.init_process_group("gloo")
+    with warnings.catch_warnings(action="error"):
+        set_default_timeout(timedelta(seconds=37))
+    gloo = distributed_c10d.group.WORLD._get_backend(torch.device("cpu"))
+    return gloo.options._timeout
+
+
 def test_the_default_timeout_is_set_by_a_name_that_does_not_warn():
     """torch 2.15 has a public name for it, and its private name warns there."""
-    distributed_c10d.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    try:
-        with warnings.catch_warnings(action="error"):
-            set_default_timeout(timedelta(seconds=37))
-        gloo = distributed_c10d.group.WORLD._get_backend(torch.device("cpu"))
-        assert gloo.options._timeout == timedelta(seconds=37)
-    finally:
-        distributed_c10d.destroy_process_group()
+    assert run_ranks(timeout_of_a_group, 1) == [timedelta(seconds=37)]
 
 
 def test_fsdp_places_parameters_by_process_group_and_reads_a_groups_policy_late():

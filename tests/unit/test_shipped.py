@@ -70,7 +70,7 @@ def test_an_unknown_name_is_refused_with_the_verb_that_lists_them():
     with pytest.raises(
         ConfigError,
         match=(
-            r"^quikstart: cannot be read: .*; did you mean quickstart\?; \S*scmoe list shows all"
+            r"^quikstart: cannot be read: .*; did you mean quickstart\?; .*scmoe list shows all"
             r" names"
         ),
     ):
