@@ -49,7 +49,6 @@ NAMES = (
         "how-to/evaluate",
         "how-to/export",
         "how-to/model",
-        "how-to/python",
         "how-to/resume",
     ),
     *("how-to/sweep", "how-to/longcat", "extending"),
@@ -58,7 +57,7 @@ PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 NOT_RUN = {
     f"docs/{name}.md": "needs eight GPUs; tests/unit/test_launch_files.py"
     for name in ("clusters", "how-to/gpus", "how-to/slurm")
-}
+} | {"docs/how-to/python.md": "resumes a run; tests/smoke/test_train.py"}
 
 
 SMALL = [
@@ -86,7 +85,7 @@ ELSEWHERE = {  # command: the test that makes its run
     },
 }
 SHORT = {
-    "make figure13": ["make", "figure13", "ARGS=--quick"],
+    "make figure13": [*("make", "figure13", "ARGS=--quick --architectures scmoe_pos2 --tokens 4")],
     "make train": ["make", "train", f"ARGS={SMALLER}"],
     'make resume ARGS="trainer.max_steps=400"': [
         *("make", "resume", "ARGS=trainer.max_steps=5 trainer.devices=1 strategy.ep_size=1")
@@ -109,6 +108,7 @@ SHORT = {
     ],
 }
 SAYS = {
+    "make figure13": '"equal_bits": true',
     "make train": '"steps": 3',
     'make resume ARGS="trainer.max_steps=400"': '"steps": 5',
     "make evaluate": '"tasks": {"cloze": ',
@@ -129,7 +129,7 @@ SAYS = {
     ),
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': "runs/further/",
 }
-SLOW = ("make sweep CONFIG=configs/sweep/smoke.yaml", *SMALL)
+SLOW = ("make figure13", "make sweep CONFIG=configs/sweep/smoke.yaml", *SMALL)
 KINDS = {
     command.removeprefix("make ").split()[0]: command for command in reversed(COMMANDS)
 }  # the first of each kind
