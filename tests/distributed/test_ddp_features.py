@@ -58,7 +58,6 @@ DIFFERENT = {
         "`WeightAveraging`",
     ),
     "resume_with_float64": ("/exact: False under ddp, True|/resumed/", "a resumed `64-true`"),
-    "finetuning_that_goes_on": ("/1/", "weights that are unfrozen"),
     "on_load_checkpoint_that_reads_weights": (
         r"/error: .* reads checkpoint\['state_dict'\]",
         "`on_load_checkpoint`",

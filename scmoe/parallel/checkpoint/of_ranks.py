@@ -1,13 +1,13 @@
 """Saves what ranks may have differently, so that each rank gets its own back, and no rank that of
 another one.
 
-Parameters, buffers and moments are equal on all ranks, or a DTensor says which part of them a rank
-has. Everything else is of users' code and may differ: the state of callbacks, what
-`on_save_checkpoint` adds, extra state, odd state of optimizers. Ranks compare a digest of each such
-entry. meta.json has rank 0's, and under OF_RANKS the others' where entries differ. Ranks in the
-same layout as the writers get their own. In another layout numbers are rank 0's, as in checkpoints
-of other strategies, and an entry with larger tensors, which may be of one rank's experts, is an
-error.
+Parameters, buffers and moments are saved by the lowest rank that has them, or a DTensor says which
+part of them a rank has. Everything else is of users' code and may differ: the state of callbacks,
+what `on_save_checkpoint` adds, extra state, odd state of optimizers. Ranks compare a digest of each
+such entry. meta.json has rank 0's, and under OF_RANKS the others' where entries differ. Ranks in
+the same layout as the writers get their own. In another layout numbers are rank 0's, as in
+checkpoints of other strategies, and an entry with larger tensors, which may be of one rank's
+experts, is an error.
 """
 
 import hashlib

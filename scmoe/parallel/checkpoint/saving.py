@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
@@ -63,7 +64,12 @@ class Saving:
             self.writer = _ShardWriter(self.partial)
             save = dcp.async_save if background else dcp.save
             writing = save(
-                tensors, storage_writer=self.writer, process_group=context.checkpoint_group
+                tensors,
+                storage_writer=self.writer,
+                # The lowest rank that has a tensor saves it. Copies may differ: running statistics,
+                # or weights that a callback unfreezes, whose gradients DDP does not sum.
+                planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
+                process_group=context.checkpoint_group,
             )
         self.writing: Any = writing if background else None
 
