@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def command(self) -> str:
-        """The make command of this table, without runs_dir and --to."""
+        """Return the make command of this table, without runs_dir and --to."""
         seeds = len(self.runs) // len(self.table.rows)
         words = [
             word for word in self.overrides if not word.removeprefix("--").startswith("runs_dir=")

@@ -71,8 +71,7 @@ def read_speeds(table: Table, folder: Path) -> dict[float, dict[str, Any]]:
 
 
 def share_of(path: Path) -> float:
-    """Return the share in the name of a report, which may have more after it, such as
-    `-every-1`."""
+    """Return the share in the name of a report. More may follow it there, such as `-every-1`."""
     return float(path.stem.rpartition("-share-")[2].partition("-")[0])
 
 

@@ -181,7 +181,9 @@ def test_a_sweep_without_a_result_is_an_error(sweep):
     assert json.loads(done.out) == {"trials": 1, "finished": 0, "failed": 1, "best": None}
     done = sweep(metric={"name": "val/los"}, name="misspelt")
     assert done.code == 2
-    assert "metric.name is 'val/los', which trial 1 has not logged, allowed: val/loss" in done.err
+    assert (
+        "metric.name is 'val/los', which trial 1 has not logged. It has logged val/loss" in done.err
+    )
 
 
 def test_a_wrong_request_is_answered_in_one_line(capsys, monkeypatch):

@@ -48,7 +48,7 @@ def finish(runs: list[Run]) -> None:
     ],
 )
 def test_an_override_of_what_a_row_or_its_setting_sets_is_refused(name, scale, override, tmp_path):
-    with pytest.raises(ConfigError, match=f"{override} is given, allowed: keys other than"):
+    with pytest.raises(ConfigError, match=f"{override} is given, but the table sets"):
         runs_of(name, tmp_path, override, scale=scale)
 
 
