@@ -92,7 +92,7 @@ def routed_copies(model: nn.Module) -> dict[Experts, float]:
 
 
 def real_copies(moe: MoEStream, copies: int) -> float:
-    """Return the copies of a token that go to experts and not to zero experts, if the load is even."""
+    """Return the copies of a token that go to experts, not to zero experts, at an even load."""
     return copies * moe.router.num_experts / moe.router.num_ids
 
 

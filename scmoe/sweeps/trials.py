@@ -175,7 +175,8 @@ def run_online(sweep: Sweep) -> tuple[str, int]:
 
     if (mode := wandb_mode(sweep.base)) not in ("auto", "online"):
         raise ConfigError(
-            f"logger.mode is {mode!r}, so W&B would see no trial. Set auto or online, or add --local"
+            f"logger.mode is {mode!r}, so W&B would see no trial. Set auto or online, or add"
+            " --local"
         )
     project = sweep.raw.get("project") or wandb_project(sweep.base)
     try:
