@@ -13,8 +13,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from experiments.bench.overlap import Bench, find_rate
 from experiments.bench.pairs import Setting
+from experiments.bench.rank_bench import Bench
+from experiments.bench.rate_search import find_rate
 from experiments.bench.stacks import Variant
 from experiments.engine.gantt import draw
 from experiments.engine.profiles import recorded

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from experiments.bench.overlap import Bench
 from experiments.bench.pairs import ROWS, Setting, default_schedule
+from experiments.bench.rank_bench import Bench
 from experiments.bench.stacks import Variant
 from experiments.engine.ranks import run_ranks
 from scmoe.blocks.moe_block import MoEBlock

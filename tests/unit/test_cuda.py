@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from experiments.bench import emulated
-from experiments.bench.overlap import Bench
 from experiments.bench.pairs import Setting
+from experiments.bench.rank_bench import Bench
 from experiments.bench.stacks import Variant
 from experiments.engine.ranks import run_ranks
 from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher

@@ -12,8 +12,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments.bench import overlap_report, speed_chart
-from experiments.bench.overlap import Measured, Row, Seconds
+from experiments.bench.overlap import Measured, Row
 from experiments.bench.pairs import ROWS, Setting, default_schedule, usual_rows
+from experiments.bench.rank_bench import Seconds
 from experiments.bench.stacks import Variant
 from experiments.figures.measured import SCENARIOS, module_share, read_reports
 from scmoe.command_line import call

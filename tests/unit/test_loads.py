@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.bench import emulated, overlap
+from experiments.bench import emulated
 from experiments.bench.loads import (
     BALANCED,
     KINDS,
@@ -23,6 +23,7 @@ from experiments.bench.loads import (
     shares,
 )
 from experiments.bench.options import Options
+from experiments.bench.rate_search import warn_of_share
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
 from scmoe.moe.dispatcher import Traffic
@@ -223,8 +224,8 @@ def test_the_help_names_every_form_of_a_load():
 
 
 def test_a_share_that_is_missed_is_said(capsys):
-    overlap.warn_of_share(0.3, 0.43)
+    warn_of_share(0.3, 0.43)
     assert "0.43" in capsys.readouterr().err
-    overlap.warn_of_share(0.3, 0.32)
-    overlap.warn_of_share(None, 0.43)
+    warn_of_share(0.3, 0.32)
+    warn_of_share(None, 0.43)
     assert capsys.readouterr().err == ""
