@@ -214,7 +214,7 @@ def training(place: Place) -> Pieces:
 
 def train(place: Place) -> dict[str, Any]:
     """Train the quickstart's model in bf16 on the pages in docs/, which every checkout has.
-    Returns the loss in tenths of the training. RuntimeError: it has not fallen by LEAST_FALL."""
+    Return the loss in tenths of the training. RuntimeError: it has not fallen by LEAST_FALL."""
     with tempfile.TemporaryDirectory() as folder:
         words = (
             "data.name=text",
@@ -324,7 +324,7 @@ def pictures(place: Place) -> Pieces:
 
 def timelines(place: Place) -> dict[str, Any]:
     """Draw the operators of one pair on the device's streams, forward and backward, as in Fig. 7,
-    and keeps a trace. Returns for each measured timeline its milliseconds and `beside`, which says
+    and keeps a trace. Return for each measured timeline its milliseconds and `beside`, which says
     in numbers what the pictures show.
     """
     with tempfile.TemporaryDirectory() as folder:

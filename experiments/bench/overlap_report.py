@@ -33,7 +33,7 @@ PAYLOAD = 1448 / 1514  # of what a link carries; the rest is headers of TCP, IP 
 
 
 def bench_overlap(setting: Setting, out: Path) -> dict[str, Any]:
-    """Measure, print a table, and write chart and figures into the folder `out`. Returns the
+    """Measure, print a table, and write chart and figures into the folder `out`. Return the
     report.
 
     ConfigError: an option that cannot be honoured. The program starts again in a network namespace,

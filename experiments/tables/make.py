@@ -74,7 +74,7 @@ def make_runs(
     """Train and evaluate what is not finished, `jobs` in parallel (0: all in this process).
 
     needed: keys of the summary without which a training has failed. What failed is tried again.
-    Returns the signal that ended it, or 0. The caller has read the states and holds the lock.
+    Return the signal that ended it, or 0. The caller has read the states and holds the lock.
     """
 
     def judge(job: Job, run: Run) -> Job | None:

@@ -25,7 +25,7 @@ def measure_speeds(
     """Measure the rows' speeds at every share of the table, unless it was done by the same command
     before.
 
-    Returns the jobs, of which failed ones say why, and the signal that stopped them, or 0.
+    Return the jobs, of which failed ones say why, and the signal that stopped them, or 0.
     """
     if scale.bench is None:
         return [], 0

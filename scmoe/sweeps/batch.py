@@ -54,7 +54,7 @@ class Batch:
     waiting: list[Job] = field(default_factory=list)
 
     def run(self, lock: IO[str], again: Sequence[str] = ("waiting", "cut")) -> int:
-        """Run the jobs whose status is in `again`, then the proposed ones. Returns the signal that
+        """Run the jobs whose status is in `again`, then the proposed ones. Return the signal that
         stopped it, or 0."""
         for begun in [job for job in self.jobs if job.state.status in again]:
             if begun.state.status == "cut" and any(

@@ -24,7 +24,7 @@ LABELS = {"finished": "finished", "failed": "failed"}
 
 
 def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
-    """Write the files, as far as the trials have come. Returns the summary."""
+    """Write the files, as far as the trials have come. Return the summary."""
     with (sweep.folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(

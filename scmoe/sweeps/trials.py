@@ -31,7 +31,7 @@ from scmoe.sweeps.sweep_file import Sweep, renamed, words
 def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
     """Resume the interrupted trial, then run new ones until the search proposes no more.
 
-    Returns all trials, and the signal that stopped them, or 0. Raises ConfigError where another
+    Return all trials, and the signal that stopped them, or 0. Raise ConfigError where another
     process runs this sweep, where the sweep is not as it was begun, and where a trial has not
     logged the sweep's metric.
     """
@@ -166,7 +166,7 @@ def _logged(sweep: Sweep, job: Job) -> dict[str, Any]:
 def run_online(sweep: Sweep) -> tuple[str, int]:
     """Create the sweep at W&B and run an agent, which takes trials until the server has no more.
 
-    Says the commands that create such a sweep, join it and resume it. Returns the sweep's path at
+    Say the commands that create such a sweep, join it and resume it. Return the sweep's path at
     W&B and an exit code. Raises ConfigError where W&B does not take the sweep.
     """
     import wandb

@@ -37,7 +37,7 @@ def seconds(forward: float, train: float) -> Seconds:
 
 
 def report_of(share: float, rows: tuple[str, ...] = SHOWN, **setting: Any) -> dict:
-    """Returns what `bench overlap` reports of a top-2 pair of 1 s forward and 2.5 s in training.
+    """Return what `bench overlap` reports of a top-2 pair of 1 s forward and 2.5 s in training.
 
     ScMoE hides everything. Other rows are as slow as sequential top-2. Operators of top-2 take 0.1
     s each.
@@ -133,7 +133,7 @@ def reports(tmp_path):
 
 
 def write_run(folder: Path, *overrides: str, layers: int = 3, modules: int = 12) -> Path:
-    """Writes the directory of a run that has measured Fig. 9 and 10 at three steps."""
+    """Write the directory of a run that has measured Fig. 9 and 10 at three steps."""
     (folder / "analysis").mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(load(ROOT / "configs/debug.yaml", overrides)))
     random, steps = np.random.default_rng(0), [0, 50, 100]
@@ -153,7 +153,7 @@ def write_run(folder: Path, *overrides: str, layers: int = 3, modules: int = 12)
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Returns a list of all figures that are saved."""
+    """Return a list of all figures that are saved."""
     found, save = [], Figure.savefig
 
     def keep(figure: Figure, *args: object, **words: object) -> None:
@@ -165,7 +165,7 @@ def drawn(monkeypatch):
 
 
 def files(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Path]:
-    """Runs the command and returns its files by suffix."""
+    """Run the command and return its files by suffix."""
     assert call("figure", *words) == 0
     summary = json.loads(capsys.readouterr().out)
     assert summary["figure"] == int(words[0])

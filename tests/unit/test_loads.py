@@ -110,7 +110,7 @@ def test_ragged_tokens_have_the_total_of_the_balanced_ones():
 
 
 def recording(tmp_path, top_k: int, layers: int = 2) -> str:
-    """Writes two steps of 64 tokens; in step 10, layer 0, three of four tokens go to expert 5."""
+    """Write two steps of 64 tokens; in step 10, layer 0, three of four tokens go to expert 5."""
     torch.manual_seed(0)
     ids = [torch.rand(2, 64, EXPERTS).argsort(-1)[..., :top_k] for _ in range(layers)]
     others = [[5, e] for e in (0, 1, 2)] + [[3, 5]]
