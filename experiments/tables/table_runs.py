@@ -25,7 +25,7 @@ from scmoe.config import registry
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import load, to_yaml
-from scmoe.files.writing import write_whole
+from scmoe.files.writing import read_json, write_whole
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.parallel.checkpoint.state import META
 from scmoe.runs.seen import SeenRun, flat
@@ -196,6 +196,32 @@ def look_up(tree: Any, dotted: str) -> float | None:
         look_up(tree[key], dotted[len(key) + 1 :]) for key in tree if dotted.startswith(f"{key}.")
     )
     return next((number for number in numbers if number is not None), None)
+
+
+def refuse_to_overwrite(runs: Sequence[Run], to: Path) -> None:
+    """Raise ConfigError if `save` would drop or replace results of other runs than these."""
+    study = runs[0].job.study
+    folder = to / study.name
+    by_file = {run.job.state_file.name: run for run in runs}
+    for path in sorted(folder.glob("states/*.json")):
+        kept = read_json(path).get("results", {})
+        run = by_file.get(path.name)
+        if run is None:
+            raise ConfigError(
+                f"--to is {to}, and {folder} has the run {path.stem}, which would be missing in its"
+                " new results. Give more --seeds or another folder"
+            )
+        if kept.get("digest") != run.digest:
+            raise ConfigError(
+                f"--to is {to}, and {folder} has results of another configuration, such as those of"
+                f" {path.stem}. Remove {folder} or give another folder"
+            )
+        if read_json(run.job.state_file).get("results", {}).get("summary") != kept.get("summary"):
+            raise ConfigError(
+                f"--to is {to}, and {folder} has a run {path.stem} that {study} does not have. Copy"
+                " the states/ of the first into the second to add to its runs, or give another"
+                " folder"
+            )
 
 
 def save(runs: Sequence[Run], to: Path) -> Path:
