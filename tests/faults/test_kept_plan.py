@@ -110,4 +110,4 @@ def test_a_plan_survives_its_file_and_is_drawn(planned, capsys, tmp_path):
         "nothing is measured"
     )
     assert call("bench", "timeline", "--run", str(tmp_path)) == 2
-    assert "allowed: a run with schedule=auto that has chosen" in capsys.readouterr().err
+    assert "Give a run with schedule=auto" in capsys.readouterr().err
