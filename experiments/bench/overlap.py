@@ -6,7 +6,7 @@ whose rate gives a share of communication.
     rounds                   all variants in turn, then again; ratios are taken within a round
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, product
 from typing import NamedTuple
@@ -61,6 +61,15 @@ def way_of(measured: Measured, block: str, way: str, load: str | None = None) ->
     return measured.times[Variant(block, default_schedule(block), way, load or measured.load)]
 
 
+class Planned(NamedTuple):
+    """One row at one load before the rounds. choices: the planner's. chosen: its variant.
+    candidates: the row at every schedule."""
+
+    choices: Sequence[LayerChoice]
+    chosen: Variant
+    candidates: Sequence[Variant]
+
+
 def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]:
     """Return what was measured at each load, the balanced one first. Every rank must call it; the
     caller uses rank 0's result.
@@ -70,54 +79,68 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
     its rounds, because a trial is too short to separate schedules with similar times."""
     dist.init_process_group("gloo")
     bench = Bench(setting)
-    rate = (
-        find_rate(setting, bench.set_rate, bench.infer) if setting.shaped or setting.bus else None
-    )
-    choices: dict[tuple[str, str], list[LayerChoice]] = {}
-    chosen: dict[tuple[str, str], Variant] = {}
-    candidates: dict[tuple[str, str], list[Variant]] = {}
-    for load, row in product(bench.inputs, setting.rows):
-        say_once(f"planning {row}" + (f" at {load}" if setting.loads else ""))
-        block, counts = ROWS[setting.every][row]
-        batches = batches_of(row)
-        choices[load, row] = bench.choose(block, counts, load, (batches,))
-        chosen[load, row] = chosen_by(choices[load, row], block, load)
-        schedules = [s for c in counts for s in slots(replace(default_schedule(block), chunks=c))]
-        candidates[load, row] = [
-            Variant(block, schedule, load=load, batches_in_flight=batches) for schedule in schedules
-        ]
-    tried = bench.rounds(chain(*candidates.values()), TRIALS, "trying every schedule: ")
-    finalists = {}
-    for name, variants in candidates.items():
-        best_of_each = [nearest(kind, tried)[0] for kind in of_each_kind(variants)]
-        finalists[name] = [*nearest(variants, tried), chosen[name], *best_of_each]
-    ways = (
-        ("sequential", "free", "alone") if setting.level == "iteration" else ("sequential", "free")
-    )
-    blocks = [(block, default_schedule(block)) for block in bench.stacks]
-    references = [
-        Variant(*block, way, load) for load in bench.inputs for block in blocks for way in ways
-    ]
+    has_rate = setting.shaped or setting.bus
+    rate = find_rate(setting, bench.set_rate, bench.infer) if has_rate else None
+    planned = {
+        (load, row): plan(bench, load, row) for load, row in product(bench.inputs, setting.rows)
+    }
+    candidates = chain.from_iterable(each.candidates for each in planned.values())
+    tried = bench.rounds(candidates, TRIALS, "trying every schedule: ")
+    finalists = {name: finalists_of(each, tried) for name, each in planned.items()}
+    slowdown = 1.0  # of transfers since the planning
     if rate is not None:  # the machine's speed has drifted since the search
-        planned = rate
-        rate = find_rate(setting, bench.set_rate, bench.infer, planned)
-        choices = {
-            name: [with_transfers(choice, planned / rate) for choice in of_row]
-            for name, of_row in choices.items()
-        }
-    times = bench.rounds(chain(references, *finalists.values()), setting.rounds)
+        rate_of_plans = rate
+        rate = find_rate(setting, bench.set_rate, bench.infer, rate_of_plans)
+        slowdown = rate_of_plans / rate
+    times = bench.rounds(chain(references_of(bench), *finalists.values()), setting.rounds)
     rows: dict[str, dict[str, Row]] = {load: {} for load in bench.inputs}
     for (load, row), variants in finalists.items():
+        choices = [with_transfers(choice, slowdown) for choice in planned[load, row].choices]
         best = min(variants, key=lambda v: median(times[v].train))
         dropped = bench.dropped(best) if setting.loads else None
         rows[load][row] = Row(
-            choices[load, row], chosen[load, row], variants, best, bench.peak_mb(best), dropped
+            choices, planned[load, row].chosen, variants, best, bench.peak_mb(best), dropped
         )
     gradients = {block: bench.gradients(block) for block in bench.stacks}
     return {
         load: Measured(rate, rows_of_load, times, gradients, bench.iterations, load)
         for load, rows_of_load in rows.items()
     }
+
+
+def plan(bench: Bench, load: str, row: str) -> Planned:
+    """Return the planner's choice for a row at a load, and all schedules that it can have."""
+    setting = bench.setting
+    say_once(f"planning {row}" + (f" at {load}" if setting.loads else ""))
+    block, chunk_counts = ROWS[setting.every][row]
+    batches = batches_of(row)
+    choices = bench.choose(block, chunk_counts, load, (batches,))
+    schedules = [
+        schedule
+        for chunks in chunk_counts
+        for schedule in slots(replace(default_schedule(block), chunks=chunks))
+    ]
+    candidates = [
+        Variant(block, schedule, load=load, batches_in_flight=batches) for schedule in schedules
+    ]
+    return Planned(choices, chosen_by(choices, block, load), candidates)
+
+
+def finalists_of(planned: Planned, tried: Mapping[Variant, Seconds]) -> list[Variant]:
+    """Return the variants of a row that go into the rounds: the best by the trials, the planner's,
+    and the best between operators and inside attention."""
+    best_of_each = [nearest(kind, tried)[0] for kind in of_each_kind(planned.candidates)]
+    return [*nearest(planned.candidates, tried), planned.chosen, *best_of_each]
+
+
+def references_of(bench: Bench) -> Iterator[Variant]:
+    """Yield what rows are compared with: each block at each load without overlap, and without
+    transfers."""
+    ways = ["sequential", "free"]
+    if bench.setting.level == "iteration":
+        ways.append("alone")
+    for load, block, way in product(bench.inputs, bench.stacks, ways):
+        yield Variant(block, default_schedule(block), way, load)
 
 
 def with_transfers(choice: LayerChoice, factor: float) -> LayerChoice:
