@@ -263,7 +263,7 @@ def overlap(place: Place, share: float) -> Pieces:
 
 
 def overlapped_rows(place: Place, share: float) -> dict[str, Any]:
-    """Return the report of `bench overlap`, and draws it."""
+    """Return the report of `bench overlap`, and draw it."""
     setting = setting_at(place, share)
     report = summary(setting, run_alone(measure, setting)[BALANCED])
     report["chart"] = drawn(speed_chart.draw, report, place.out / f"overlap-{share:g}.png")
@@ -357,7 +357,7 @@ def beside(spans: Sequence[Span]) -> float:
 
 
 def drawn(draw: Callable[..., None], what: Any, path: Path, *words: str) -> str:
-    """Draw `what` into a file and returns its name, or says why there is none."""
+    """Draw `what` into a file and return its name, or why there is none."""
     if find_spec("matplotlib") is None:
         return "not drawn: matplotlib is missing"
     draw(what, path, *words)

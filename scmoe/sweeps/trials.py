@@ -31,7 +31,7 @@ from scmoe.sweeps.sweep_file import Sweep, renamed, words
 def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
     """Resume the interrupted trial, then run new ones until the search proposes no more.
 
-    Return all trials, and the signal that stopped them, or 0. Raise ConfigError where another
+    Return all trials, and the signal that stopped them, or 0. Raises ConfigError where another
     process runs this sweep, where the sweep is not as it was begun, and where a trial has not
     logged the sweep's metric.
     """
