@@ -36,11 +36,9 @@ def main(
     from experiments.engine.isolated import Place, run_parts
 
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
-        raise ConfigError(f"torch is {torch.__version__}, allowed: 2.10 or later")
+        raise ConfigError(f"torch is {torch.__version__}. Install 2.10 or later")
     if device == "cpu" and not tiny:
-        raise ConfigError(
-            "--device is cpu, allowed: with --tiny, as the sizes of a card take hours on a CPU"
-        )
+        raise ConfigError("--device is cpu, where the sizes of a card take hours. Add --tiny")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, and there is no CUDA device here")
     names = parts or list(PARTS)
@@ -49,7 +47,7 @@ def main(
     out = out or Path("runs/gpu-check", datetime.now().strftime("%Y%m%d-%H%M%S"))
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
-        raise ConfigError(f"--out is {str(out)!r}, allowed: a new or empty folder")
+        raise ConfigError(f"--out is {str(out)!r}, which is not empty. Give a new or empty folder")
     setup = Place(device, tiny, out)
     results = run_parts({name: PARTS[name] for name in names}, setup)
     write_report(setup, results)

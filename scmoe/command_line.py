@@ -118,12 +118,12 @@ def answer(*words: str) -> int:
     package 2, and the reason is one line on standard error; after Ctrl-C 130."""
     try:
         require_checkout(words[0] if words else "")
-        act, given, _ = app_of(*words[:1]).parse_args(
+        act, arguments, _ = app_of(*words[:1]).parse_args(
             [*words], exit_on_error=False, print_error=False
         )
         if act.__name__ == "help_print" and words and not {"-h", "--help"} & {*words}:
-            raise ConfigError(f"{words[0]} is incomplete, allowed: see {scmoe(words[0], '--help')}")
-        return act(*given.args, **given.kwargs) or 0
+            raise ConfigError(f"{words[0]} is incomplete. See {scmoe(words[0], '--help')}")
+        return act(*arguments.args, **arguments.kwargs) or 0
     except CycloptsError as error:
         said = " ".join(str(error).split()).replace(
             "RUN requires an argument", "RUN is missing, such as runs/latest"
@@ -159,7 +159,7 @@ def numbers_of(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, in
         if key not in names:
             others.append(word)
         elif not value.isdecimal() or int(value) < 1:
-            raise ConfigError(f"command line: {key} is {value!r}, allowed: a number, 1 or more")
+            raise ConfigError(f"command line: {key} is {value!r}. Give a number, 1 or more")
         else:
             numbers[key] = int(value)
     return numbers, others
@@ -180,11 +180,11 @@ def app_of(verb: str = "") -> App:
         ),
         suppress_keyboard_interrupt=False,
     )
-    for place, (name, what) in enumerate(VERBS.items()):
+    for number, (name, what) in enumerate(VERBS.items()):
         if name == verb:
             app.command(import_module(module_of(name)).main, name=name)
         else:
-            app.command(f"{module_of(name)}:main", name=name, help=what, sort_key=place)
+            app.command(f"{module_of(name)}:main", name=name, help=what, sort_key=number)
     app.register_install_completion_command()
     return app
 

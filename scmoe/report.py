@@ -1,8 +1,9 @@
 """One report for every measurement: a title that gives the conditions, rows, and columns with their
 formats.
 
-    rows = {"top2": {"ms": 12.3, "quartiles": [11.9, 12.8]}} Report("medians of 9 rounds", rows,
-    {"ms": "{ms:.1f}", "[quartiles]": "[{quartiles[0]:.1f} {quartiles[1]:.1f}]"})
+    rows = {"top2": {"ms": 12.3, "quartiles": [11.9, 12.8]}}
+    columns = {"ms": "{ms:.1f}", "[quartiles]": "[{quartiles[0]:.1f} {quartiles[1]:.1f}]"}
+    Report("medians of 9 rounds", rows, columns).show()
 
 `bullets_and_tables` needs no columns: it shows any nested dictionaries as Markdown.
 """
@@ -109,17 +110,24 @@ def bullets_and_tables(value: Any) -> list[str]:
         return [in_one_line(value)]
     if "error" in value:
         return ["```text", value["error"], "```"]
-    maps = {key: own for key, own in value.items() if isinstance(own, dict) and own}
-    tables = {
-        key: own for key, own in maps.items() if all(isinstance(row, dict) for row in own.values())
-    }
-    lines = bullets({key: own for key, own in value.items() if key not in tables})
+    tables = {key: entry for key, entry in value.items() if _is_table(entry)}
+    lines = bullets({key: entry for key, entry in value.items() if key not in tables})
     for key, rows in tables.items():
         lines += ["", f"{key}:", "", *table_of(rows)]
     return lines
 
 
+def _is_table(value: Any) -> bool:
+    """Return whether a value is a dictionary of dictionaries that is not empty."""
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(isinstance(row, dict) for row in value.values())
+    )
+
+
 def bullets(values: Mapping[str, Any]) -> list[str]:
+    """Return a line for each value."""
     return [f"- {key}: {in_one_line(value)}" for key, value in values.items()]
 
 
@@ -149,5 +157,5 @@ def in_one_line(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(in_one_line, value))
     if isinstance(value, dict):
-        return "; ".join(f"{key} {in_one_line(own)}" for key, own in value.items())
+        return "; ".join(f"{key} {in_one_line(entry)}" for key, entry in value.items())
     return str(value).replace("\n", " ")

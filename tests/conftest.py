@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def no_traces_of_a_launcher():
-    """Removes what a Trainer in this process has set, or every program that a later test starts
+    """Remove what a Trainer in this process has set, or every program that a later test starts
     would take its port."""
     yield
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
@@ -42,7 +42,7 @@ def no_traces_of_a_launcher():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Prints how many training steps were checked on fake tensors of a device
+    """Print how many training steps were checked on fake tensors of a device
     (tests/unit/test_fake_cuda.py)."""
     passed = terminalreporter.getreports("passed")
     steps = sum(

@@ -95,7 +95,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def activate(h: Tensor, width: int) -> Tensor:
-    """Returns GELU if h has `width` features, and SwiGLU of gate and up if it has twice as many."""
+    """Return GELU if h has `width` features, and SwiGLU of gate and up if it has twice as many."""
     if h.shape[-1] == width:
         return gelu(h)
     gate, up = h[..., :width], h[..., width:]
@@ -108,7 +108,7 @@ def mlp(w: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def turning(i: int, half: int, theta: float, yarn_factor: float) -> float:
-    """Returns by how much feature pair i of `half` turns from one position to the next:
+    """Return by how much feature pair i of `half` turns from one position to the next:
     theta^(-i/half).
 
     YaRN divides it by its factor where it turns less than once in 4096 positions, leaves it where
@@ -124,7 +124,7 @@ def turning(i: int, half: int, theta: float, yarn_factor: float) -> float:
 
 
 def rotate(x: Tensor, theta: float = 10000.0, yarn_factor: float = 1.0) -> Tensor:
-    """Adds rotary positions to x [S, d]: features i and i + d/2, one complex number, turn by s
+    """Add rotary positions to x [S, d]: features i and i + d/2, one complex number, turn by s
     times `turning`."""
     seq_len, half = x.shape[0], x.shape[1] // 2
     z = torch.complex(x[:, :half], x[:, half:])
@@ -141,7 +141,7 @@ def rotate_pairs(x: Tensor, spec: Spec) -> Tensor:
 
 
 def latent_attention(w: Weights, name: str, x: Tensor, spec: Spec) -> Tensor:
-    """Computes multi-head latent attention of x [B, S, D] as published, one sequence and head at a
+    """Compute multi-head latent attention of x [B, S, D] as published, one sequence and head at a
     time."""
     dim, seq_len, heads = x.shape[2], x.shape[1], spec.heads
     kv_rank = len(w[f"{name}.kv_norm.weight"])
@@ -176,7 +176,7 @@ def latent_attention(w: Weights, name: str, x: Tensor, spec: Spec) -> Tensor:
 
 
 def attention(w: Weights, name: str, x: Tensor, spec: Spec) -> Tensor:
-    """Computes causal attention of x [B, S, D], one sequence and head at a time. qkv has heads of
+    """Compute causal attention of x [B, S, D], one sequence and head at a time. qkv has heads of
     Q, then K, then V."""
     if f"{name}.kv_down.weight" in w:
         return latent_attention(w, name, x, spec)
@@ -214,7 +214,7 @@ def add_mlp(w: Weights, name: str, x: Tensor) -> Tensor:
 
 
 def scores_of(logits: Tensor, router: str) -> Tensor:
-    """Returns the scores of a token's experts: sigmoids for deepseek, else probabilities."""
+    """Return the scores of a token's experts: sigmoids for deepseek, else probabilities."""
     return (
         1 / (1 + torch.exp(-logits))
         if router == "deepseek"
@@ -230,7 +230,7 @@ def gate(
     scale: float = 1.0,
     bias: Tensor | None = None,
 ) -> tuple[list[int], list[Tensor]]:
-    """Returns a token's experts, most likely first, and weights, from logits [E] (Eq. 2-5). taken:
+    """Return a token's experts, most likely first, and weights, from logits [E] (Eq. 2-5). taken:
     left out (A.2).
 
     The weights are the scores of the kept experts, for k >= 2 over their sum: for the softmax that
@@ -248,7 +248,7 @@ def gate(
 def moved_bias(
     bias: list[float], copies: list[int], all_copies: int, router: str, rate: float
 ) -> list[float]:
-    """Returns a selection bias after an update. bias: of experts, then of zero experts, whose bias
+    """Return a selection bias after an update. bias: of experts, then of zero experts, whose bias
     stays.
 
     copies: of each expert, in the whole step. all_copies: those to zero experts included. rate:
@@ -273,7 +273,7 @@ def noisy_logits(x: Tensor, w_gate: Tensor, w_noise: Tensor, normal: Tensor) -> 
 def kept_copies(
     chosen: list[list[int]], num_experts: int, capacity: int | None
 ) -> set[tuple[int, int]]:
-    """Returns the kept (token, choice) pairs: first choices before second ones, then early tokens
+    """Return the kept (token, choice) pairs: first choices before second ones, then early tokens
     before late ones.
 
     Choices of zero experts, from num_experts on, are not among them."""
@@ -290,7 +290,7 @@ def kept_copies(
 def capacity_of(
     num_tokens: int, num_experts: int, top_k: int, capacity_factor: float | None
 ) -> int | None:
-    """In exact arithmetic: in floating point 1.1 x 50 is above 55."""
+    """Compute the capacity in exact arithmetic: in floating point 1.1 x 50 is above 55."""
     if capacity_factor is None:
         return None
     return math.ceil(Fraction(str(capacity_factor)) * num_tokens * top_k / num_experts)
@@ -299,7 +299,7 @@ def capacity_of(
 def routed_experts(
     w: Weights, name: str, x: Tensor, spec: Spec, taken: list[int] | None = None
 ) -> Routed:
-    """Computes sum_i G(x)_i E_i(x) for tokens x [T, D], one by one. taken: each token's expert to
+    """Compute sum_i G(x)_i E_i(x) for tokens x [T, D], one by one. taken: each token's expert to
     leave out (A.2).
 
     Ids from the number of experts on are zero experts, which return their input.
@@ -333,7 +333,7 @@ def routed_experts(
 
 
 def merge(combine: str, w_gate: Tensor | None, x: Tensor, shared: Tensor, routed: Tensor) -> Tensor:
-    """Merges the shared and the routed output (Eq. 14-16)."""
+    """Merge the shared and the routed output (Eq. 14-16)."""
     if combine == "direct_add":
         return shared + routed
     assert w_gate is not None
@@ -348,7 +348,7 @@ def merge(combine: str, w_gate: Tensor | None, x: Tensor, shared: Tensor, routed
 
 
 def load_balance_loss(chosen: list[list[int]], scores: Tensor, zero_experts: int = 0) -> Tensor:
-    """Returns E sum_i f_i P_i: f_i is the share of routed copies that expert i gets, P_i is its
+    """Return E sum_i f_i P_i: f_i is the share of routed copies that expert i gets, P_i is its
     mean score. The copies of zero experts, the last ones, count as if they were spread evenly over
     these."""
     num_tokens, num_experts = scores.shape
@@ -365,7 +365,7 @@ def load_balance_loss(chosen: list[list[int]], scores: Tensor, zero_experts: int
 
 
 def sequence_loss(chosen: list[list[int]], scores: Tensor, seq_len: int) -> Tensor:
-    """Returns the mean over sequences of their own load-balance losses (DeepSeek-V3)."""
+    """Return the mean over sequences of their own load-balance losses (DeepSeek-V3)."""
     starts = range(0, len(chosen), seq_len)
     parts = [load_balance_loss(chosen[i : i + seq_len], scores[i : i + seq_len]) for i in starts]
     return sum(parts) / len(parts)
@@ -396,7 +396,7 @@ class Left(NamedTuple):
 def moe_block(
     w: Weights, name: str, h_in: Tensor, spec: Spec, position: str, owner: str, left: Left
 ) -> tuple[Tensor, Routed, Left]:
-    """Computes a pair (Block-MLP, Block-MoE) or one Block-MoE. position: the tap's. owner: the
+    """Compute a pair (Block-MLP, Block-MoE) or one Block-MoE. position: the tap's. owner: the
     block of its MoE. left: what the block before leaves."""
     names = [f"{name}.{part}" for part in (PAIR if spec.every == 2 else PAIR[:1])]
 
@@ -452,14 +452,14 @@ def moe_block(
 
 
 def both(a: Routed, b: Routed) -> Routed:
-    """Joins two uses of one MoE module: outputs are added, and loads count as if there were twice
+    """Join two uses of one MoE module: outputs are added, and loads count as if there were twice
     as many tokens."""
     joined = torch.cat([a.scores, b.scores]), torch.cat([a.logits, b.logits])
     return Routed(a.y + b.y, a.chosen + b.chosen, *joined, a.dropped + b.dropped)
 
 
 def gpt(w: Weights, spec: Spec, ids: Tensor, labels: Tensor) -> Answer:
-    """Computes pre-norm blocks and the mean next-token loss. GPT has learned positions and tied
+    """Compute pre-norm blocks and the mean next-token loss. GPT has learned positions and tied
     output weights."""
     positions = w.get("positions.weight", torch.zeros(ids.shape[1], 1))
     rows = [

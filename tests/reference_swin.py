@@ -52,7 +52,7 @@ class SwinAnswer(NamedTuple):
 
 
 def patches(w: Weights, images: Tensor, size: int) -> Tensor:
-    """Returns each patch's pixels after a product and a norm, [B, H, W, D]."""
+    """Return each patch's pixels after a product and a norm, [B, H, W, D]."""
     weight, bias = w["patches.proj.weight"].flatten(1), w["patches.proj.bias"]
     steps = range(0, images.shape[-1], size)
     rows = [
@@ -66,13 +66,13 @@ def patches(w: Weights, images: Tensor, size: int) -> Tensor:
 
 
 def merge_patches(w: Weights, name: str, x: Tensor) -> Tensor:
-    """Merges 2 x 2 places into one and concatenates their features, first down, then right."""
+    """Merge 2 x 2 places into one and concatenate their features, first down, then right."""
     corners = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
     return layer_norm(w, f"{name}.norm", torch.cat(corners, -1) @ w[f"{name}.reduction.weight"].T)
 
 
 def position_bias(w: Weights, name: str, window: int, heads: int) -> Tensor:
-    """Returns 16 sigmoid(MLP(log-spaced distance)), [rows, columns of the query minus those of the
+    """Return 16 sigmoid(MLP(log-spaced distance)), [rows, columns of the query minus those of the
     key, heads]."""
     # in float32, as in timm
     distances = torch.arange(-(window - 1), window, dtype=torch.float32) / max(window - 1, 1) * 8
@@ -83,7 +83,7 @@ def position_bias(w: Weights, name: str, window: int, heads: int) -> Tensor:
 
 
 def window_groups(side: int, window: int, shift: int) -> list[list[tuple[int, int]]]:
-    """Returns groups of places that attend to each other: windows of the map moved by `shift`, cut
+    """Return groups of places that attend to each other: windows of the map moved by `shift`, cut
     at its border."""
 
     def cell(i: int) -> tuple[int, bool]:
@@ -149,7 +149,7 @@ def swin(w: Weights, spec: SwinSpec, images: Tensor) -> SwinAnswer:
     def moe_block(
         name: str, h_in: Tensor, stage: int, i: int, architecture: str, position: str, owner: str
     ) -> Tensor:
-        """Computes layer i and, if every second layer has MoE, layer i + 1."""
+        """Compute layer i and, if every second layer has MoE, layer i + 1."""
         if spec.every == 2:
             h_mh = add_attention(f"{name}.sublayers.0", h_in, stage, i)
             h_mlp = add_mlp(f"{name}.sublayers.1", h_mh)

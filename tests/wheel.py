@@ -73,7 +73,7 @@ def main() -> int:
 
 
 def build(folder: Path) -> Path:
-    """Builds from a copy, since a build leaves files in its tree."""
+    """Build from a copy, since a build leaves files in its tree."""
     copy_tree(folder / "tree")
     pip(
         "wheel",
@@ -104,7 +104,7 @@ def check_contents(wheel: Path) -> None:
 
 
 def environment(folder: Path, wheel: Path, extra: str) -> Path:
-    """Returns the folder of programs of a new environment with the wheel. extra: `core`, or an
+    """Return the folder of programs of a new environment with the wheel. extra: `core`, or an
     extra of the wheel."""
     venv.create(folder, with_pip=False, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
@@ -128,7 +128,7 @@ def environment(folder: Path, wheel: Path, extra: str) -> Path:
 def closure(
     requirements: list[Requirement], of: str, extras: set[str], seen: frozenset[str] = frozenset()
 ) -> set[str]:
-    """Returns the names of all packages that these requirements need, those of the given extras
+    """Return the names of all packages that these requirements need, those of the given extras
     among them."""
     found: set[str] = set()
     for need in requirements:
@@ -205,14 +205,14 @@ def all_verbs(programs: Path, folder: Path) -> tuple[str, ...]:
 
 
 def succeeds(*command: object, at: Path) -> str:
-    """Returns what a command prints on standard output."""
+    """Return what a command prints on standard output."""
     done = run(*command, at=at)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 def refused(*command: object, at: Path) -> str:
-    """Returns what a command that is refused prints on standard error."""
+    """Return what a command that is refused prints on standard error."""
     done = run(*command, at=at)
     assert done.returncode == 2, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stderr

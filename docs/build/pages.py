@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from docs.build.concepts import CONCEPTS
-from experiments.bench import inference, offload, speed_chart, training, uneven
+from experiments.bench import inference, offload_report, speed_chart, training, uneven
 from experiments.bench.overlap_rows import rows_of
 from experiments.figures.measured import (
     EXPLAINED,
@@ -55,7 +55,7 @@ BENCHES: dict[
     "uneven-": uneven,
     "inference-": inference,
     "train-": training,
-    "figure-13": offload,
+    "figure-13": offload_report,
 }
 RECORDS = ("growth", "routing")  # pictures that no code draws any more: their benches are removed
 DRAW = {start: bench.draw for start, bench in BENCHES.items()} | dict.fromkeys(
@@ -157,7 +157,7 @@ def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any]
     if "table" in data:
         return page, *of_a_table(said, data)
     if name == "figure-13":
-        data["paper"] = offload.PAPERS
+        data["paper"] = offload_report.PAPERS
     elif "wanted_share" in data and (printed := speed_chart.paper_of(data)):
         data["paper"] = printed.rows
     return page, said, data

@@ -93,7 +93,7 @@ def machine(device: str) -> dict[str, Any]:
 
 def write_report(place: Place, parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Write results.json, which has everything, and report.md, what a person reads first, into the
-    folder. Returns which files it removed to keep the limits."""
+    folder. Return which files it removed to keep the limits."""
     facts, removed = machine(place.device), trim(place.out)
     results = {"machine": facts, "tiny": place.tiny, "parts": parts, "removed": removed}
     (place.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")

@@ -214,7 +214,7 @@ def training(place: Place) -> Pieces:
 
 def train(place: Place) -> dict[str, Any]:
     """Train the quickstart's model in bf16 on the pages in docs/, which every checkout has.
-    Returns the loss in tenths of the training. RuntimeError: it has not fallen by LEAST_FALL."""
+    Return the loss in tenths of the training. RuntimeError: it has not fallen by LEAST_FALL."""
     with tempfile.TemporaryDirectory() as folder:
         words = (
             "data.name=text",
@@ -263,7 +263,7 @@ def overlap(place: Place, share: float) -> Pieces:
 
 
 def overlapped_rows(place: Place, share: float) -> dict[str, Any]:
-    """Return the report of `bench overlap`, and draws it."""
+    """Return the report of `bench overlap`, and draw it."""
     setting = setting_at(place, share)
     report = summary(setting, run_alone(measure, setting)[BALANCED])
     report["chart"] = drawn(speed_chart.draw, report, place.out / f"overlap-{share:g}.png")
@@ -324,7 +324,7 @@ def pictures(place: Place) -> Pieces:
 
 def timelines(place: Place) -> dict[str, Any]:
     """Draw the operators of one pair on the device's streams, forward and backward, as in Fig. 7,
-    and keeps a trace. Returns for each measured timeline its milliseconds and `beside`, which says
+    and keeps a trace. Return for each measured timeline its milliseconds and `beside`, which says
     in numbers what the pictures show.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -357,7 +357,7 @@ def beside(spans: Sequence[Span]) -> float:
 
 
 def drawn(draw: Callable[..., None], what: Any, path: Path, *words: str) -> str:
-    """Draw `what` into a file and returns its name, or says why there is none."""
+    """Draw `what` into a file and return its name, or why there is none."""
     if find_spec("matplotlib") is None:
         return "not drawn: matplotlib is missing"
     draw(what, path, *words)

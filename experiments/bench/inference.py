@@ -37,16 +37,16 @@ from experiments.bench.loads import (
     kinds_of,
     load_of,
 )
-from experiments.bench.overlap import find_rate, say, warn_of_share
 from experiments.bench.pairs import Setting, check_ranks, default_schedule
 from experiments.bench.passes import PASSES, Shape, a_pass, best_schedules, pass_seconds
+from experiments.bench.rate_search import find_rate, warn_of_share
 from experiments.bench.speed_chart import PAPERS, Printed, name_of
 from experiments.bench.stacks import Variant, make_blocks
 from experiments.bench.uneven import Point, draw_lines, heat_of
 from experiments.engine import links
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from experiments.engine.clock import CPU, in_turn, median, quartiles
-from experiments.engine.ranks import run_ranks
+from experiments.engine.ranks import run_ranks, say_once
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.models.decoder import GPT
@@ -54,8 +54,7 @@ from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
 from scmoe.parallel.mesh import build_context
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, ReadByHost
 from scmoe.probes.charts import BLUE, PAPER, RED, chart, heading
-from scmoe.report import Report, publish
-from scmoe.report import say as tell
+from scmoe.report import Report, publish, say
 from scmoe.schedule.schedule import POSITIONS
 
 BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")
@@ -160,7 +159,7 @@ def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[st
         runs: dict[tuple[Shape, Variant], Any] = {}
         for load in loads:
             for block in BLOCKS:
-                say(f"planning {block}" + (f" at {load}" if setting.loads else ""))
+                say_once(f"planning {block}" + (f" at {load}" if setting.loads else ""))
                 for shape in SHAPES:
                     runs |= {
                         (shape, variant): partial(bench.seconds, shape, variant)
@@ -221,7 +220,7 @@ def bench_inference(
     report = summary(setting, batch, ranks, measured[BALANCED])
     warn_of_share(share, report["comm_share"]["prefill"])
     if tokens:
-        tell(f"generating {generation.TEXTS} texts of {tokens} tokens")
+        say(f"generating {generation.TEXTS} texts of {tokens} tokens")
         alone = run_ranks(generation.measure, 1, tokens, GENERATE_ROUNDS, timeout_s=3600)[0]
         report["generate"] = alone.report()
     name = f"inference-{ranks}-ranks-share-{share:g}"

@@ -130,12 +130,28 @@ def recorded(text: str) -> Load:
 
 def check_load(load: Load, sizes: Sizes, sequences: int) -> None:
     """Raise ConfigError for a load that cannot be dealt. sequences: mean number of a rank's."""
-    if allowed := allowed_instead(load, sizes, sequences):
+    if load.kind == "recorded":
+        refuse_recording(load, sizes)
+    elif allowed := allowed_instead(load, sizes, sequences):
         raise ConfigError(f"--load is {load.name}, allowed{allowed}")
 
 
+def refuse_recording(load: Load, sizes: Sizes) -> None:
+    """Raise ConfigError for a recording that cannot be dealt to these experts and ranks."""
+    if load.num_experts != sizes.num_experts:
+        raise ConfigError(
+            f"--load is {load.name}, a recording of {load.num_experts} experts, but the blocks have"
+            f" {sizes.num_experts}. Give another recording or number of experts"
+        )
+    if min(map(len, load.entries), default=0) < sizes.ranks:
+        raise ConfigError(
+            f"--load is {load.name}, which has fewer tokens in a step than the {sizes.ranks} ranks,"
+            " apart from padding. Give another recording"
+        )
+
+
 def allowed_instead(load: Load, sizes: Sizes, sequences: int) -> str | None:
-    """Return which loads of this kind could be dealt; None: this one can."""
+    """Return which multiples, exponents and numbers could be dealt; None: this load's can."""
     experts, top_k, ranks = sizes
     if load.period < 1:
         return ": N of 1 or more"
@@ -154,12 +170,6 @@ def allowed_instead(load: Load, sizes: Sizes, sequences: int) -> str | None:
         if not (1 <= load.heat <= most and (load.heat * sequences).is_integer()):
             steps = f"multiples of {1 / sequences:g} from 1 to {most:g}"
             return f" with {ranks} ranks of {sequences} sequences: {steps}"
-
-    if load.kind == "recorded":
-        if load.num_experts != experts:
-            return f": recordings of {experts} experts; it is one of {load.num_experts}"
-        if min(map(len, load.entries), default=0) < ranks:
-            return f" with {ranks} ranks: recordings with a token for each rank, apart from padding"
     return None
 
 

@@ -1,4 +1,5 @@
-"""`figure 13`: latency and memory of a language model with resident and with offloaded experts.
+"""The measurement of `figure 13`: latency and memory of a language model with resident and with
+offloaded experts.
 
     variants    resident, blocking, determinate, speculative: models that share all weights but the
                 experts'
@@ -14,60 +15,43 @@ keys and values.
 """
 
 import copy
-import signal
-import sys
 import tempfile
 import time
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from experiments.bench.offload_rows import RESIDENT, Case, Memory, Offloading, Way
 from experiments.bench.pairs import ROWS, TOP_K, WIRINGS
-from experiments.bench.speed_chart import name_of
-from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from experiments.engine.clock import CPU, median, undisturbed
-from experiments.engine.isolated import follow_caller
 from experiments.engine.profiles import anonymous_mb, peak_mb
 from scmoe.blocks.moe_block import moe_blocks_of
-from scmoe.config.extras import require
 from scmoe.config.load import load
 from scmoe.inference.offload.cache import Cache, FileReader
 from scmoe.inference.offload.migration import WAYS, offload_experts
 from scmoe.inference.offload.store import expert_layers, write_store
 from scmoe.moe.operators import Recorder
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.probes.charts import BLUE, PAPER, RED, SKY, chart, heading, title
-from scmoe.report import Report, publish
 from scmoe.training.assembly.model import build_model
 
-ARCHITECTURES = (
-    "scmoe_pos2",
-    "scmoe_pos1",
-    "scmoe_pos3",
-    "shared_expert",
-    "top2",
-)  # the first one gives the rates
-RESIDENT = "resident"
+# the first one gives the rates
+ARCHITECTURES = ("scmoe_pos2", "scmoe_pos1", "scmoe_pos3", "shared_expert", "top2")
 Operators = dict[str, list[float]]  # the seconds of each execution of a block's operators
 TRIALS = 2  # of a rate
-# Blocking's extra latency over an MoE block's; the share of it that migration hides; the share of
-# peak memory saved
-PAPERS = {"GPT2-MoE-Medium": (0.8, 0.75, 0.5), "GPT3-MoE-XL": (2.4, 0.25, 0.6)}
-COLORS = {"blocking": RED, "determinate": BLUE, "speculative": SKY}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """costs: of blocking, one token, over the resident MoE block; each gives a rate. tokens: of a
-    forward pass. rounds: to keep of each case, in at most limit_s seconds."""
+    """Sizes of the model, and how long it is measured.
+
+    costs: of blocking, one token, over the resident MoE block; each gives a rate. tokens: of a
+    forward pass. rounds: to keep of each case, in at most limit_s seconds.
+    """
 
     dim: int = 1024
     ffn_dim: int = 4096
@@ -100,7 +84,7 @@ QUICK = Setting(
 
 @dataclass
 class Times:
-    """Of one case: the kept times by variant, in seconds, and what was counted."""
+    """The kept times of one case by variant, in seconds, and what was counted."""
 
     seconds: dict[str, list[float]]
     operators: list[Operators] = field(default_factory=list)  # of each resident block
@@ -115,13 +99,14 @@ class Times:
         return min(len(seconds) for seconds in self.seconds.values()) if self.operators else 0
 
 
-def measure(setting: Setting, architecture: str, rates: tuple[float, ...] | None) -> dict[str, Any]:
+def measure(setting: Setting, architecture: str, rates: tuple[float, ...] | None) -> Offloading:
     """Return the figures of one architecture. rates: in MB/s; None: those that give the setting's
     costs. It requires a process of its own, because memory that was freed before is not seen when
     it is used again."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model, cases = build(setting, architecture), []
+    model = build(setting, architecture)
+    cases: list[Case] = []
     with tempfile.TemporaryDirectory(prefix="scmoe-offload-") as folder, torch.inference_mode():
         path = Path(folder, "experts.safetensors")
         write_store(path, model)
@@ -136,9 +121,10 @@ def measure(setting: Setting, architecture: str, rates: tuple[float, ...] | None
                 set_rate(caches, rate)
                 for tokens in setting.tokens:
                     times = rounds(variants, caches, tokens, setting)
-                    cases.append({"tokens": tokens, **figures(times, model, setting, rate)})
+                    case = Case(tokens, rate, times.kept, times.tried, times.equal_bits)
+                    cases.append(with_figures(case, times, model, setting))
         memory = peaks(model, path, max(setting.tokens))
-    return {"cases": cases, "memory": memory, "rates": rates}
+    return Offloading(tuple(cases), memory, rates)
 
 
 def set_rate(caches: list[Cache], rate_mb_s: float) -> None:
@@ -152,7 +138,8 @@ def find_rate(
 ) -> float:
     """Return the rate at which blocking makes a block longer by `cost` of its time. More than the
     fetch counts: the thread's start, and what the fetch drives out of the processor's caches."""
-    two, fetch_s = {name: variants[name] for name in (RESIDENT, "blocking")}, 0.0
+    two = {name: variants[name] for name in (RESIDENT, "blocking")}
+    fetch_s = 0.0
     few = replace(setting, rounds=min(9, setting.rounds))
     for _ in range(1 + TRIALS):
         times = rounds(two, caches, min(setting.tokens), few)
@@ -216,49 +203,39 @@ def rounds(
     return times
 
 
-def figures(times: Times, model: nn.Module, setting: Setting, rate: float) -> dict[str, Any]:
-    """Return the figures of one case; no ways if nothing was kept.
+def with_figures(case: Case, times: Times, model: nn.Module, setting: Setting) -> Case:
+    """Return a case with the figures of its times; as it is, if no time was kept.
 
     The latency of an offloaded MoE block is that of a resident one plus the model's extra time per
     MoE block. bound: the largest share of a fetch that can be hidden. The window hides it and, if
     several experts are fetched, the computation of all of them but the last."""
-    case = {
-        "rate_mb_s": rate,
-        "kept": times.kept,
-        "tried": times.tried,
-        "equal_bits": times.equal_bits,
-        "ways": {},
-    }
     if not times.kept:
         return case
     block_s, window_s = block_and_window(times.operators, model)
     active = sum(times.active) / len(times.active)
-    fetch_s = active * setting.expert_mb / rate
+    fetch_s = active * setting.expert_mb / case.rate_mb_s
     experts_s = median(sum(block["experts"]) for block in times.operators) * (1 - 1 / active)
     taken = {name: median(seconds) for name, seconds in times.seconds.items()}
     extra = {name: (s - taken[RESIDENT]) / setting.pairs for name, s in taken.items()}
     windows = {"determinate": window_s, "speculative": taken[RESIDENT] / setting.pairs}
-    ways: dict[str, Any] = {
-        RESIDENT: {"latency_ms": 1e3 * block_s, "hidden": None, "bound": None, "hit_rate": None}
-    }
+    ways = {RESIDENT: Way(1e3 * block_s)}
     for way in WAYS:
         bound = min(1.0, (windows[way] + experts_s) / fetch_s) if way in windows else 0.0
-        hidden, hit_rate = 1 - extra[way] / extra["blocking"], times.hit_rate[way]
-        ways[way] = dict(
-            latency_ms=1e3 * (block_s + extra[way]), hidden=hidden, bound=bound, hit_rate=hit_rate
-        )
-    ms = {"block_ms": 1e3 * block_s, "window_ms": 1e3 * window_s, "fetch_ms": 1e3 * fetch_s}
-    return {
-        **case,
-        **ms,
-        "active": active,
-        "blocking_costs": extra["blocking"] / block_s,
-        "ways": ways,
-    }
+        hidden = 1 - extra[way] / extra["blocking"]
+        ways[way] = Way(1e3 * (block_s + extra[way]), hidden, bound, times.hit_rate[way])
+    return replace(
+        case,
+        ways=ways,
+        block_ms=1e3 * block_s,
+        window_ms=1e3 * window_s,
+        fetch_ms=1e3 * fetch_s,
+        active=active,
+        blocking_costs=extra["blocking"] / block_s,
+    )
 
 
 def in_place(model: nn.Module, ids: Tensor) -> list[Operators]:
-    """Run the resident model and returns the operators of each block. Alone they would be faster,
+    """Run the resident model and return the operators of each block. Alone they would be faster,
     with their weights in the processor's caches."""
     blocks = moe_blocks_of(model)
     operators_of: list[Operators] = []
@@ -291,9 +268,8 @@ def block_and_window(operators: list[Operators], model: nn.Module) -> tuple[floa
     return median(block), median(between)
 
 
-def peaks(model: nn.Module, path: Path, tokens: int) -> dict[str, Any]:
-    """Return the peak of each way in MB beyond the fixed weights, and these. The model loses its
-    experts."""
+def peaks(model: nn.Module, path: Path, tokens: int) -> Memory:
+    """Return the memory of each way. The model loses its experts."""
     batches = [torch.randint(256, (1, t)) for t in (1, 1, tokens)]
     peaks_mb = {RESIDENT: peak_mb(model, batches)}
     for experts in expert_layers(model).values():
@@ -305,125 +281,4 @@ def peaks(model: nn.Module, path: Path, tokens: int) -> dict[str, Any]:
             peaks_mb[way] = peak_mb(variant, batches)
         del variant
     weights = sum(p.nbytes for p in model.parameters() if not p.is_meta) / 1e6
-    return {"fixed_mb": weights, "peak_mb": {way: mb - fixed for way, mb in peaks_mb.items()}}
-
-
-def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
-    """Measure every architecture, print tables, write chart and figures into `out`; return the rows
-    of one token."""
-    require("figure 13", "matplotlib")
-    report, rates = dict[str, Any](), None
-    for architecture in sorted(setting.architectures, key=ARCHITECTURES.index):
-        print(f"measuring {name_of(architecture)}", file=sys.stderr)
-        ends = (partial(signal.raise_signal, signal.SIGKILL),)
-        with ProcessPoolExecutor(1, get_context("spawn"), follow_caller, ends) as alone:
-            report[architecture] = alone.submit(measure, setting, architecture, rates).result()
-        rates = report[architecture]["rates"]
-    equal_bits = all(case["equal_bits"] for each in report.values() for case in each["cases"])
-    summary = {"rows": rows_of(report), "equal_bits": equal_bits}
-    figure = {**summary, "setting": asdict(setting), "architectures": report}
-    publish(figure, tables(figure), draw, out / "figure-13")
-    print(f"equal bits: {equal_bits}", file=sys.stderr)
-    return summary
-
-
-def rows_of(report: dict[str, Any]) -> dict[str, Any]:
-    """Return {architecture: {way: figures}} of the first case, which has the fewest tokens and the
-    lowest cost."""
-    figure = {}
-    for architecture, measured in report.items():
-        case, peaks = measured["cases"][0], measured["memory"]["peak_mb"]
-        same = {"tokens": case["tokens"], "rate_mb_s": case["rate_mb_s"]}
-        figure[architecture] = {
-            w: {**f, "peak_mb": peaks[w], **same} for w, f in case["ways"].items()
-        }
-    return figure
-
-
-def tables(figure: dict[str, Any]) -> list[Report]:
-    latencies, memory = {}, {}
-    for name, measured in figure["architectures"].items():
-        memory[name] = measured["memory"]
-        for case in measured["cases"]:
-            latencies[f"{name}, {case['tokens']}, {case['rate_mb_s']:,.0f}"] = case
-    columns = {
-        "window, ms": "{window_ms:.1f}",
-        "fetch, ms": "{fetch_ms:.1f}",
-        **{f"{way}, ms": f"{{ways[{way}][latency_ms]:.1f}}" for way in (RESIDENT, *COLORS)},
-        "determinate takes away": "{ways[determinate][hidden]:.0%}",
-        "limit": "{ways[determinate][bound]:.0%}",
-        "speculative": "{ways[speculative][hidden]:.0%}",
-        "hit rate": "{ways[speculative][hit_rate]:.0%}",
-        "times kept": "{kept} of {tried}",
-    }
-    peaks = {way: f"{{peak_mb[{way}]:.0f}}" for way in (RESIDENT, *COLORS)}
-    title = (
-        "Latency of the MoE block, width {dim}, {ffn_dim} in an expert, {num_experts} experts,"
-        " {pairs} MoE layers, one thread; a time is kept if the process waited for a core during at"
-        " most {max_wait:.0%} of it; medians:"
-    ).format_map(figure["setting"])
-    return [
-        Report(title, latencies, columns, "row, tokens, MB/s"),
-        Report(
-            "Peak memory beyond the fixed weights, MB:",
-            memory,
-            {"fixed weights": "{fixed_mb:.0f}", **peaks},
-        ),
-    ]
-
-
-def draw(figure: dict[str, Any], path: Path) -> None:
-    """Draw a panel for each rate, latency over that of resident experts, and one for the memory."""
-    report, tokens = figure["architectures"], min(figure["setting"]["tokens"])
-    rates = next(iter(report.values()))["rates"]
-    panels = {}
-    for rate, model in zip(rates, PAPERS, strict=False):
-        words = (
-            f"MoE block, {tokens} token{'s' if tokens > 1 else ''}, experts fetched at"
-            f" {rate / 1e3:.1f} GB/s"
-        )
-        panels[f"{words}:\n% longer than with resident experts"] = latency_bars(report, rate, model)
-    panels["Peak memory, fixed weights and experts or slots:\n% of that with resident experts"] = (
-        memory_bars(report)
-    )
-    heights = [height_of(groups) for groups in panels.values()]
-    with chart(path, 0.9 + 0.8 * len(panels) + sum(heights)) as drawing:
-        axes = drawing.subplots(len(heights), 1, height_ratios=heights)
-        for axis, (words, groups) in zip(axes, panels.items(), strict=True):
-            grouped_bars(axis, groups, room=0.22)
-            title(axis, words)
-        heading(drawing, "Fig. 13: experts fetched while the backbone runs, on one CPU")
-        bar_legend(drawing, COLORS | {"paper (its machine)": PAPER})
-
-
-def latency_bars(report: dict[str, Any], rate: float, model: str) -> dict[str, list[Bar]]:
-    """Return how much longer a block takes at this rate, in %, and the paper's model for which the
-    rate stands."""
-    cost, hidden, _ = PAPERS[model]
-    printed = {"blocking": cost, "determinate": cost * (1 - hidden)}
-    groups = {model: [percent(share, PAPER, f" {way}") for way, share in printed.items()]}
-    for architecture, measured in report.items():
-        case = next(case for case in measured["cases"] if case["rate_mb_s"] == rate)
-        if ways := case["ways"]:  # else no time was kept
-            over = {
-                way: ways[way]["latency_ms"] / ways[RESIDENT]["latency_ms"] - 1 for way in COLORS
-            }
-            groups[name_of(architecture)] = [
-                percent(share, COLORS[way]) for way, share in over.items()
-            ]
-    return groups
-
-
-def memory_bars(report: dict[str, Any]) -> dict[str, list[Bar]]:
-    """Return all weights on the device and the activations, as a share of that with resident
-    experts."""
-    groups = {model: [percent(1 - less, PAPER)] for model, (_, _, less) in PAPERS.items()}
-    for architecture, measured in report.items():
-        fixed, peaks = measured["memory"]["fixed_mb"], measured["memory"]["peak_mb"]
-        share = (fixed + peaks["determinate"]) / (fixed + peaks[RESIDENT])
-        groups[name_of(architecture)] = [percent(share, COLORS["determinate"])]
-    return groups
-
-
-def percent(share: float, color: str, words: str = "") -> Bar:
-    return Bar(100 * share, color, f"{100 * share:.0f}{words}")
+    return Memory(weights, {way: mb - fixed for way, mb in peaks_mb.items()})

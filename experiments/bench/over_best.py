@@ -9,9 +9,10 @@ Which rows are compared depends on which rows are measured, so each ratio names 
 
 from typing import Any
 
-from experiments.bench.overlap import Measured, Seconds, way_of
+from experiments.bench.overlap import Measured, way_of
 from experiments.bench.overlap_rows import Kind
 from experiments.bench.pairs import Setting
+from experiments.bench.rank_bench import Seconds
 from experiments.engine.clock import median, quartiles
 
 KINDS: tuple[Kind, ...] = ("forward", "train")

@@ -15,9 +15,11 @@ import torch
 from experiments.bench import speed_chart, uneven
 from experiments.bench.loads import BALANCED, kinds_of
 from experiments.bench.over_best import over_best
-from experiments.bench.overlap import Measured, Row, Seconds, measure, warn_of_share, way_of
+from experiments.bench.overlap import Measured, Row, measure, way_of
 from experiments.bench.overlap_rows import OverlapRow, rows_of
 from experiments.bench.pairs import USUAL_RATIO, Setting, share_sent
+from experiments.bench.rank_bench import Seconds
+from experiments.bench.rate_search import warn_of_share
 from experiments.bench.refusals import refuse_impossible
 from experiments.bench.stacks import Variant, of_each_kind, waiting_of
 from experiments.engine import links
@@ -31,7 +33,7 @@ PAYLOAD = 1448 / 1514  # of what a link carries; the rest is headers of TCP, IP 
 
 
 def bench_overlap(setting: Setting, out: Path) -> dict[str, Any]:
-    """Measure, print a table, and write chart and figures into the folder `out`. Returns the
+    """Measure, print a table, and write chart and figures into the folder `out`. Return the
     report.
 
     ConfigError: an option that cannot be honoured. The program starts again in a network namespace,

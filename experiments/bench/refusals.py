@@ -55,8 +55,8 @@ def refuse_on_gpu(setting: Setting) -> None:
         raise ConfigError(f"--ranks is {setting.ranks}, allowed with --device cuda: 1")
     if setting.compute != "real":
         raise ConfigError(
-            "--compute is emulated, allowed with --device cuda: real (a host that sleeps keeps no"
-            " GPU busy)"
+            "--compute is emulated, but a host that sleeps keeps no GPU busy. Leave it out with"
+            " --device cuda"
         )
     if not torch.cuda.is_available():
         raise ConfigError("--device is cuda, and there is no CUDA device here")

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from experiments.bench.overlap import Bench, find_rate
 from experiments.bench.pairs import Setting
+from experiments.bench.rank_bench import Bench
+from experiments.bench.rate_search import find_rate
 from experiments.bench.stacks import Variant
 from experiments.engine.gantt import draw
 from experiments.engine.profiles import recorded
@@ -73,8 +74,10 @@ def draw_plan(run_dir: Path) -> dict[str, Any]:
     try:
         choices = plan_from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        allowed = "a run with schedule=auto that has chosen"
-        raise ConfigError(f"--run is {str(run_dir)!r}, allowed: {allowed}: {error}") from error
+        raise ConfigError(
+            f"--run is {str(run_dir)!r}, which has no plan: {error}. Give a run with schedule=auto"
+            " that has chosen"
+        ) from error
     pictures = []
     for direction in DIRECTIONS:
         rows = {}

@@ -43,8 +43,9 @@ from experiments.bench.loads import (
     kinds_of,
     load_of,
 )
-from experiments.bench.overlap import Bench, find_rate
 from experiments.bench.pairs import Setting, pair_of
+from experiments.bench.rank_bench import Bench
+from experiments.bench.rate_search import find_rate
 from experiments.bench.speed_chart import name_of, way_of_row
 from experiments.engine import links
 from experiments.engine.clock import in_turn, median, quartiles

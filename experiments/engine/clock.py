@@ -68,7 +68,7 @@ def in_turn(
 
     variants: each returns what it has measured, a number or nested sequences of numbers.
     over_ranks: every rank calls this, and each number is that of the slowest rank. say: gets a line
-    a round. Returns [..., rounds] by variant.
+    a round. Return [..., rounds] by variant.
     """
     measured: dict[Name, list[Any]] = {name: [] for name in variants}
     for i in range(warm_up + rounds):

@@ -104,6 +104,12 @@ def run_alone(fn: Callable[..., Any], *args: Any) -> Any:
     return fn(0, 1, *args)
 
 
+def say_once(line: str) -> None:
+    """Print a line of progress on rank 0. Other ranks print nothing."""
+    if dist.get_rank() == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
 def _attach(pipe: Connection, pid: int | None, rank: int) -> None:
     try:
         pipe.recv_bytes()  # the rank has left the caller's namespace

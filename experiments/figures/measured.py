@@ -101,7 +101,8 @@ def read_reports(sources: Sequence[Path]) -> Reports:
             )
         if not complete:
             raise ConfigError(
-                f"{path} has the rows {', '.join(report['rows'])}, required: top2 and one of ScMoE"
+                f"{path} has the rows {', '.join(report['rows'])}, but top2 and one of ScMoE are"
+                " needed. Measure them"
             )
         if level != "block":
             raise ConfigError(f"{path} is of --level {level}, allowed: block")
@@ -112,16 +113,16 @@ def read_reports(sources: Sequence[Path]) -> Reports:
                     f"{path} is of {name} {value}, allowed: {usual or 'none'}, as in the paper"
                 )
         if scenario in reports:
-            one = "allowed: one of each; name the files in place of their folder"
             raise ConfigError(
-                f"{path} is the second report at --share {scenario.pair_share:g}, {one}"
+                f"{path} is the second report at --share {scenario.pair_share:g}. Name one file for"
+                " each share in place of their folder"
             )
         first = next(iter(reports.values()), report)
         for option in ("compute", "ranks", "device"):
             if report[option] != first[option]:
                 raise ConfigError(
-                    f"{path} has {option} {report[option]}, others {first[option]}; allowed: one of"
-                    " them"
+                    f"{path} has {option} {report[option]}, others {first[option]}. Name reports of"
+                    " one of them"
                 )
         reports[scenario] = report
     if not reports:

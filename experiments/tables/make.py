@@ -35,8 +35,7 @@ class TableOutcome:
 
 
 def make_table(plan: Plan) -> TableOutcome:
-    """Do what is left of a table and write its files. The same call resumes one that was
-    stopped."""
+    """Do what is left of a table and write its files. The same call resumes a stopped one."""
     table, runs = plan.table, plan.runs
     evaluations = Evaluations(table, plan.scale)
     speeds: list[Job] = []
@@ -75,7 +74,7 @@ def make_runs(
     """Train and evaluate what is not finished, `jobs` in parallel (0: all in this process).
 
     needed: keys of the summary without which a training has failed. What failed is tried again.
-    Returns the signal that ended it, or 0. The caller has read the states and holds the lock.
+    Return the signal that ended it, or 0. The caller has read the states and holds the lock.
     """
 
     def judge(job: Job, run: Run) -> Job | None:
@@ -123,8 +122,10 @@ def outcome_of(runs: Sequence[Run], others: Iterable[Job], signal: int) -> Table
 
 
 def write_files(plan: Plan) -> bool:
-    """Write the files of a table that has a finished run. Returns whether a report was possible:
-    not over runs that have read different data."""
+    """Write the files of a table that has a finished run, and return whether a report was possible.
+
+    There is none over runs that have read different data.
+    """
     done = finished(plan.runs)
     if others := states_of_other_data(done):
         paths = " ".join(map(str, others))

@@ -101,7 +101,7 @@ class Table:
 
     @property
     def shares(self) -> list[float]:
-        """All shares of communication at which speeds are measured."""
+        """Return all shares of communication at which speeds are measured."""
         return sorted({*self.equal_time, *([] if self.share is None else [self.share])})
 
     @property
@@ -136,7 +136,8 @@ class Options:
 
 
 def table_names(root: Path = FOLDER) -> list[str]:
-    return sorted(found.parent.name for found in root.glob("*/table.yaml"))
+    """Return the names of all tables."""
+    return sorted(path.parent.name for path in root.glob("*/table.yaml"))
 
 
 def load_table(name: str, root: Path | None = None) -> Table:
@@ -174,9 +175,7 @@ def _table(name: str, folder: Path, tree: Any) -> Table:
         for scale, entry in tree["scales"].items()
     }
     if len({row.slug for row in rows}) < len(rows):
-        raise ConfigError(
-            "rows have the same name, allowed: names that differ in letters or digits"
-        )
+        raise ConfigError("two rows have the same name. Names must differ in letters or digits")
     names = [row.name for row in rows]
     baselines = {
         "baseline": tree["baseline"],
@@ -185,14 +184,14 @@ def _table(name: str, folder: Path, tree: Any) -> Table:
     for key, baseline in baselines.items():
         if baseline not in names:
             raise refusal(key, baseline, ", ".join(map(repr, names)))
-    for (scale, made), row in product(scales.items(), rows):
-        if row.setting is not None and row.setting not in made.settings:
-            allowed = f"{', '.join(made.settings) or 'none'} at scale {scale}"
+    for (name_of_scale, scale), row in product(scales.items(), rows):
+        if row.setting is not None and row.setting not in scale.settings:
+            allowed = f"{', '.join(scale.settings) or 'none'} at scale {name_of_scale}"
             raise refusal(f"setting of {row.name!r}", row.setting, allowed)
     if "share" not in tree and any(metric.source == "speed" for metric in metrics):
         raise ConfigError(
-            "share is missing, allowed: a number between 0 and 1, at which the metrics of speed"
-            " hold"
+            "share is missing. Give the share of communication, between 0 and 1, at which the"
+            " metrics of speed hold"
         )
     share = float(tree["share"]) if "share" in tree else None
     return Table(
@@ -239,7 +238,7 @@ def _scale(name: str, folder: Path, entry: Any, scales: Mapping[str, Any]) -> Sc
         bench=tuple(shlex.split(entry["bench"])) if "bench" in entry else None,
         shares=_floats(entry["shares"]) if "shares" in entry else None,
         otherwise=otherwise,
-        settings={setting: _overrides(own) for setting, own in entry.get("settings", {}).items()},
+        settings={name: _overrides(keys) for name, keys in entry.get("settings", {}).items()},
     )
 
 

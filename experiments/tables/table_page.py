@@ -59,8 +59,7 @@ def markdown(results: Results) -> str:
 
 
 def _group(rows: Sequence[Results], metric: str, form: str) -> list[str]:
-    """Return the table of some rows, without columns of the paper's values that none of them
-    has."""
+    """Return the table of some rows. Columns of the paper without any value are left out."""
     cells = [_cells(row, metric, form) for row in rows]
     used = [
         i
@@ -201,8 +200,7 @@ def _equal_time(results: Results) -> list[str]:
 
 
 def _decisions(results: Results) -> list[str]:
-    """Return a sentence for each compared metric: which differences are decided and which are
-    not."""
+    """Return a sentence for each compared metric: which differences are decided, which are not."""
     lines = []
     for metric in results["metrics"]:
         decided, open_ = [], []

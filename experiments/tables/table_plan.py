@@ -6,7 +6,7 @@ from pathlib import Path
 
 from experiments.bench.pairs import ROWS
 from experiments.tables.table_file import Options, Scale, Table
-from experiments.tables.table_runs import Run, plan_runs
+from experiments.tables.table_runs import Run, plan_runs, refuse_to_overwrite
 from experiments.tables.table_speeds import every_of
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
@@ -40,7 +40,7 @@ class Plan:
 
     @property
     def command(self) -> str:
-        """The make command of this table, without runs_dir and --to."""
+        """Return the make command of this table, without runs_dir and --to."""
         seeds = len(self.runs) // len(self.table.rows)
         words = [
             word for word in self.overrides if not word.removeprefix("--").startswith("runs_dir=")
@@ -52,8 +52,7 @@ class Plan:
 
 
 def plan_table(table: Table, options: Options, overrides: Sequence[str]) -> Plan:
-    """Return the plan of a table at a scale that it has. Raises ConfigError for what cannot be
-    honoured.
+    """Return the plan of a table at a scale that it has. ConfigError: something cannot be honoured.
 
     Where the scale's data set is not on this machine, the plan is that of another scale, if the
     table names one.
@@ -74,6 +73,8 @@ def plan_table(table: Table, options: Options, overrides: Sequence[str]) -> Plan
             " docs/results"
         )
     plan = Plan(table, name, options, overrides, plan_runs(table, scale, folder, seeds, overrides))
+    if options.to is not None:
+        refuse_to_overwrite(plan.runs, options.to)
     trainer = plan.runs[0].config.trainer
     ranks = trainer.devices * trainer.num_nodes
     if plan.jobs == 0 and ranks > 1:  # Lightning would start this command again

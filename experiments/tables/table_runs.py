@@ -25,7 +25,7 @@ from scmoe.config import registry
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten
 from scmoe.config.load import load, to_yaml
-from scmoe.files.writing import write_whole
+from scmoe.files.writing import read_json, write_whole
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.parallel.checkpoint.state import META
 from scmoe.runs.seen import SeenRun, flat
@@ -65,7 +65,7 @@ class Run:
 
     @property
     def seen(self) -> int:
-        """How many images or tokens the whole run reads."""
+        """Return how many images or tokens the whole run reads."""
         data = self.config.data
         samples = self.config.trainer.max_steps * data.global_batch_size
         return samples if self.unit == "images" else samples * data.seq_len
@@ -85,34 +85,41 @@ def plan_runs(
     override of what rows, or the table, set themselves.
     """
     set_here = [*(row.overrides for row in table.rows), *scale.settings.values()]
-    own_keys = {"name", "seed", *(word.partition("=")[0] for words in set_here for word in words)}
+    set_keys = {"name", "seed", *(word.partition("=")[0] for words in set_here for word in words)}
     for word in overrides:
-        if (key := word.removeprefix("--").partition("=")[0]) in own_keys:
+        if (key := word.removeprefix("--").partition("=")[0]) in set_keys:
             raise ConfigError(
-                f"{word} is given, allowed: keys other than {key}, which each run of a table sets"
-                " itself"
+                f"{word} is given, but the table sets {key} for each run itself. Change it in"
+                " table.yaml"
             )
     runs = []
     for number, (seed, row) in enumerate(product(range(1, seeds + 1), table.rows), 1):
-        name, home = f"{row.slug}-seed{seed}", folder / "runs"
+        name = f"{row.slug}-seed{seed}"
+        home = folder / "runs"
         setting = scale.settings[row.setting] if row.setting is not None else ()
         group = f"logger.group={folder.name}"  # of W&B; overrides may name another one
-        own_words = f"name={name}", f"seed={seed}", f"runs_dir={home}"
-        words = (*setting, *row.overrides, group, *overrides, *own_words)
+        last_words = f"name={name}", f"seed={seed}", f"runs_dir={home}"
+        words = (*setting, *row.overrides, group, *overrides, *last_words)
         config = load(scale.config, words)
         title = f"run {number} of {seeds * len(table.rows)} ({row.name}, seed {seed})"
-        own = partial(same_config, config=config)
-        again = registry.words(config.extensions, config.callbacks)
         job = Job(
-            name, title, folder, home / name, [str(scale.config), *words], again=again, is_own=own
+            name,
+            title,
+            folder,
+            home / name,
+            [str(scale.config), *words],
+            again=registry.words(config.extensions, config.callbacks),
+            is_own=partial(same_config, config=config),
         )
         runs.append(Run(row, seed, config, job))
     first = flatten(runs[0].config)
     for run in runs[: len(table.rows)]:
         for key, value in flatten(run.config).items():
             if value != first[key] and not key.startswith(OWN):
-                allowed = f"keys that begin with {', '.join(OWN[:-1])}"
-                raise ConfigError(f"row {run.row.name!r} sets {key}, allowed: {allowed}")
+                raise ConfigError(
+                    f"row {run.row.name!r} sets {key}, so it would not see the same training. Rows"
+                    f" may differ in {', '.join(OWN[:-1])}"
+                )
     return runs
 
 
@@ -132,8 +139,8 @@ def read_states(runs: Sequence[Run]) -> None:
 
 
 def same_config(run_dir: Path, config: Config) -> bool:
-    """Is this a run of this config, wherever it is logged? A newer field than the run counts unless
-    at its default."""
+    """Return whether a run is of this config, wherever it is logged. A field that is newer than the
+    run counts unless it is at its default."""
     was = SeenRun(run_dir).config
     return all(
         was[key] == value
@@ -185,10 +192,36 @@ def look_up(tree: Any, dotted: str) -> float | None:
         return None
     if dotted in tree:
         return float(tree[dotted]) if is_number(tree[dotted]) else None
-    below = (
+    numbers = (
         look_up(tree[key], dotted[len(key) + 1 :]) for key in tree if dotted.startswith(f"{key}.")
     )
-    return next((found for found in below if found is not None), None)
+    return next((number for number in numbers if number is not None), None)
+
+
+def refuse_to_overwrite(runs: Sequence[Run], to: Path) -> None:
+    """Raise ConfigError if `save` would drop or replace results of other runs than these."""
+    study = runs[0].job.study
+    folder = to / study.name
+    by_file = {run.job.state_file.name: run for run in runs}
+    for path in sorted(folder.glob("states/*.json")):
+        kept = read_json(path).get("results", {})
+        run = by_file.get(path.name)
+        if run is None:
+            raise ConfigError(
+                f"--to is {to}, and {folder} has the run {path.stem}, which would be missing in its"
+                " new results. Give more --seeds or another folder"
+            )
+        if kept.get("digest") != run.digest:
+            raise ConfigError(
+                f"--to is {to}, and {folder} has results of another configuration, such as those of"
+                f" {path.stem}. Remove {folder} or give another folder"
+            )
+        if read_json(run.job.state_file).get("results", {}).get("summary") != kept.get("summary"):
+            raise ConfigError(
+                f"--to is {to}, and {folder} has a run {path.stem} that {study} does not have. Copy"
+                " the states/ of the first into the second to add to its runs, or give another"
+                " folder"
+            )
 
 
 def save(runs: Sequence[Run], to: Path) -> Path:

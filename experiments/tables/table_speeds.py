@@ -25,7 +25,7 @@ def measure_speeds(
     """Measure the rows' speeds at every share of the table, unless it was done by the same command
     before.
 
-    Returns the jobs, of which failed ones say why, and the signal that stopped them, or 0.
+    Return the jobs, of which failed ones say why, and the signal that stopped them, or 0.
     """
     if scale.bench is None:
         return [], 0
@@ -71,8 +71,7 @@ def read_speeds(table: Table, folder: Path) -> dict[float, dict[str, Any]]:
 
 
 def share_of(path: Path) -> float:
-    """Return the share in the name of a report, which may have more after it, such as
-    `-every-1`."""
+    """Return the share in the name of a report. More may follow it there, such as `-every-1`."""
     return float(path.stem.rpartition("-share-")[2].partition("-")[0])
 
 

@@ -18,20 +18,22 @@ def main(config: str, /, *overrides: KeyValue) -> None:
     from scmoe.training.assembly.data import build_datamodule, prepare_data
 
     settings = load(config, overrides)
-    data = build_datamodule(
-        replace(settings, data=replace(settings.data, on_error="skip"))
-    )  # it notes each file
+    # it notes each file, where an error would end at the first one
+    data = build_datamodule(replace(settings, data=replace(settings.data, on_error="skip")))
     prepare_data(data, warn=False)
-    found, name = data.unreadable(), settings.data.name
-    for line in found:
+    unreadable = data.unreadable()
+    name = settings.data.name
+    for line in unreadable:
         print(line)
-    if not found:
+    if not unreadable:
         print(f"all data of {name} can be read")
     elif settings.data.on_error == "skip":
         print(
-            f"{len(found)} file(s) cannot be read and will be skipped; all other data of {name} can"
-            " be read"
+            f"{len(unreadable)} file(s) cannot be read and will be skipped; all other data of"
+            f" {name} can be read"
         )
     else:
-        them = "Repair or remove them; data.on_error=skip trains without them."
-        raise ConfigError(f"{len(found)} file(s) cannot be read. {them}")
+        raise ConfigError(
+            f"{len(unreadable)} file(s) cannot be read. Repair or remove them;"
+            " data.on_error=skip trains without them."
+        )

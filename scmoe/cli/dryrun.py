@@ -11,7 +11,7 @@ from scmoe.command_line import KeyValue, numbers_of
 from scmoe.config.leaves import ConfigError, four_digits
 
 GIB = 2**30
-# Of `presets`.
+# The columns of the table for presets, beside PRECISIONS and RECOMPUTE.
 WAYS = ("replicated", "sharded")
 PRECISIONS = ("32-true", "bf16-mixed")
 RECOMPUTE = ("false", "true")
@@ -85,7 +85,7 @@ def main(config: str, /, *words: KeyValue) -> None:
     sizes, overrides = numbers_of(words, ("ranks", "samples"))
     if "ranks" not in sizes and sizes:
         raise ConfigError(
-            "command line: samples without ranks, allowed: both, or data.global_batch_size alone"
+            "command line: samples needs ranks. Give both, or data.global_batch_size alone"
         )
     from scmoe.config.load import load
     from scmoe.report import Report, console, say
@@ -102,11 +102,12 @@ def main(config: str, /, *words: KeyValue) -> None:
             console().print(" ".join(cells))
             rows.append(row)
         return print(json.dumps(rows))
-    given = (
-        load(config, overrides) if ranks is None else load_for(config, ranks, samples, overrides)
-    )
-    settings = with_slots(given)
-    if settings != given:
+    if ranks is None:
+        loaded = load(config, overrides)
+    else:
+        loaded = load_for(config, ranks, samples, overrides)
+    settings = with_slots(loaded)
+    if settings != loaded:
         say("moe.rows=slots is set: a dry run has no data, so it counts every slot of the capacity")
     world = settings.trainer.devices * settings.trainer.num_nodes
     say(f"one step of rank 0 of {world:,} ranks is run on tensors without numbers")

@@ -31,7 +31,7 @@ def read(path: str, words: Sequence[str]) -> Config:
     for override in overrides:
         if (key := override.removeprefix("--").partition("=")[0]) in RANKS:
             raise ConfigError(
-                f"command line: {key} and ep or dp, allowed: one of the two ways to set the ranks"
+                f"command line: {key} and ep or dp both set the ranks. Give one of the two"
             )
     if len(sizes) < 2:
         # other ranks come below, and the file's may have no rows to send
@@ -41,15 +41,15 @@ def read(path: str, words: Sequence[str]) -> Config:
             "schedule.transfers=overlapped",
         )
         config = load(path, [*overrides, *no_rows])
-        own_ep = resolve_ep_size(config)
-        own = {"ep": own_ep, "dp": config.trainer.devices * config.trainer.num_nodes // own_ep}
-        sizes = own | sizes
-    ranks = [
+        ep_size = resolve_ep_size(config)
+        ranks = config.trainer.devices * config.trainer.num_nodes
+        sizes = {"ep": ep_size, "dp": ranks // ep_size, **sizes}
+    words_of_ranks = [
         f"trainer.devices={sizes['ep'] * sizes['dp']}",
         "trainer.num_nodes=1",
         f"strategy.ep_size={sizes['ep']}",
     ]
-    return load(path, [*overrides, *ranks])
+    return load(path, [*overrides, *words_of_ranks])
 
 
 def main(config: str, /, *words: KeyValue) -> None:
@@ -78,17 +78,16 @@ def table_of(facts: Mapping[str, Any]) -> Any:
     from rich.table import Column, Table
 
     ep = facts["ep_size"]
-    dp = facts["dp_size"]
     sent = facts["all_to_all_bytes_per_token_and_transfer"]
-    title = f"estimate for EP {ep} x DP {dp}, {facts['precision']}"
-    made = Table(
+    title = f"estimate for EP {ep} x DP {facts['dp_size']}, {facts['precision']}"
+    table = Table(
         "quantity", Column("value", justify="right"), "how", title=title, title_justify="left"
     )
-    made.add_row(
+    table.add_row(
         "parameters", f"{facts['params_total']:,}", f"{facts['params_active']:,} active per token"
     )
     of_experts = f"{facts['params_per_rank_experts']:,} in 1/{ep} of the experts"
-    made.add_row(
+    table.add_row(
         "parameters of a rank", f"{facts['params_per_rank']:,}", of_experts, end_section=True
     )
     unit = {"token": "a token", "image": "an image"}[facts["unit"]]
@@ -96,28 +95,25 @@ def table_of(facts: Mapping[str, Any]) -> Any:
         f"{kind} {flops / 1e9:.3g}" for kind, flops in facts["flops_forward_by_kind"].items()
     )
     formula = "2 x weights of every product + 4 S D of every attention: "
-    made.add_row(
+    table.add_row(
         f"GFLOPs of {unit}, forward", four_digits(facts["flops_forward"] / 1e9), formula + by_kind
     )
-    flops, again = (
-        facts["flops_training"],
-        (" + forward of what is recomputed" if facts["recompute"] else ""),
-    )
-    made.add_row(
+    recomputed = " + forward of what is recomputed" if facts["recompute"] else ""
+    table.add_row(
         f"GFLOPs of {unit}, training",
-        four_digits(flops / 1e9),
-        f"3 x forward{again}",
+        four_digits(facts["flops_training"] / 1e9),
+        f"3 x forward{recomputed}",
         end_section=True,
     )
     forward, training = (facts[f"all_to_all_bytes_{kind}"] for kind in ("forward", "training"))
     widths = " | ".join(f"{size:,.0f}" for size in sorted(set(sent))) or "no MoE module"
-    made.add_row("All-to-All bytes of a token", widths, "one transfer of one MoE module")
-    made.add_row(
+    table.add_row("All-to-All bytes of a token", widths, "one transfer of one MoE module")
+    table.add_row(
         f"  of {unit}, forward", f"{forward:,.0f}", f"dispatch and combine, {len(sent)} modules"
     )
-    made.add_row(f"  of {unit}, training", f"{training:,.0f}", "and their gradients")
+    table.add_row(f"  of {unit}, training", f"{training:,.0f}", "and their gradients")
     travel = f"{training * facts['all_to_all_share_that_travels']:,.0f}"
-    made.add_row("  of which travel", travel, f"{ep - 1} of {ep}", end_section=True)
+    table.add_row("  of which travel", travel, f"{ep - 1} of {ep}", end_section=True)
     recompute = "on" if facts["recompute"] else "off"
     notes = {
         "weights": f"dense weights {facts['dense']}",
@@ -131,22 +127,22 @@ def table_of(facts: Mapping[str, Any]) -> Any:
         "total": "upper bound on the peak of the step, without fragmentation",
     }
     for name, size in facts["memory_bytes"].items():
-        made.add_row(
+        table.add_row(
             f"MiB of a rank: {name}",
             f"{size / MIB:,.0f}",
             notes.get(name, ""),
             end_section=name == "total",
         )
     for name, size in facts["collectives_bytes"].items():
-        made.add_row(
+        table.add_row(
             f"MiB of a step: {name}",
             four_digits(size / MIB),
             "bytes that a rank sends, its own share included",
         )
     if (ratio := facts["rows_over_gradients"]) is not None:
-        made.add_row(
+        table.add_row(
             "rows over gradients",
             f"{ratio:.3g}",
             "bytes that leave a rank in a step; gradients by a ring",
         )
-    return made
+    return table

@@ -33,8 +33,11 @@ def main(
     from scmoe.runs.evaluate.evaluation import Request, evaluate, shown
     from scmoe.training.run.printout import console
 
-    names = None if tasks is None else () if tasks == "none" else tuple(tasks.split(","))
-    found = evaluate(run.resolve(), Request(which, names, data, text, stride, limit, overrides))
-    if found is not None:
-        console().print(f"the {which} checkpoint, {found['checkpoint']}", *shown(found), sep="\n")
-        print(json.dumps(found), flush=True)
+    names = None if tasks is None else tuple(tasks.split(","))
+    if tasks == "none":
+        names = ()
+    results = evaluate(run.resolve(), Request(which, names, data, text, stride, limit, overrides))
+    if results is not None:
+        title = f"the {which} checkpoint, {results['checkpoint']}"
+        console().print(title, *shown(results), sep="\n")
+        print(json.dumps(results), flush=True)

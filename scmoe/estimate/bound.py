@@ -124,13 +124,11 @@ def step_traffic(split: Split) -> dict[str, int]:
         size = 4 * num_rows * block.moe.experts.w_in_eDF.shape[1] * width * job.accumulate
         sent["all_to_all ep"] += size
         sent["all_gather counts"] += counts * INTEGER * job.accumulate
-    sums = (
-        sum(block.moe.router.num_experts + 2 for block in blocks) + 1
-    )  # of each router, and the number of targets
+    # of each router, and the number of targets
+    sums = sum(block.moe.router.num_experts + 2 for block in blocks) + 1
     losses = 3 if blocks else 1  # the task's, and the routers' two
-    scalars = max(4, WEIGHT_BYTES[job.precision]) * (
-        losses * job.accumulate + 1
-    )  # the losses, and the gradient norm
+    # the losses, and the gradient norm
+    scalars = max(4, WEIGHT_BYTES[job.precision]) * (losses * job.accumulate + 1)
     sent["all_reduce all"] += 2 * (sums * INTEGER * job.accumulate + scalars)
     if job.dense == "replicated":
         sent["broadcast all"] += (
@@ -158,9 +156,8 @@ def add_weight(split: Split, p: nn.Parameter, sent: Counter[str]) -> None:
     mesh = "exact" if job.precision.startswith("bf16") and p in split.exact else "dense"
     group = "edp" if is_expert else f"{mesh}-shards"
     if shards > 1:
-        gathers = (
-            1 if p in split.outside or p in split.blocks[-1] else 2
-        )  # backward begins with the last block
+        # backward begins with the last block
+        gathers = 1 if p in split.outside or p in split.blocks[-1] else 2
         sent[f"all_gather {group}"] += gathers * split.gathered_bytes(p) * job.accumulate
         sent[f"reduce_scatter {group}"] += split.summed_bytes(p) * job.accumulate
     if copies > 1:
@@ -168,8 +165,7 @@ def add_weight(split: Split, p: nn.Parameter, sent: Counter[str]) -> None:
 
 
 def rows_of_block(block: MoEBlock, tokens: int, ep_size: int) -> tuple[int, int]:
-    """Return the rows of one transfer, summed over the gates of a block, and the announced
-    counts."""
+    """Return the rows of one transfer and the announced counts, summed over a block's gates."""
     moe, chunks = block.moe, block.schedule.chunks
     num_experts = moe.router.num_experts
     num_ids = moe.router.num_ids
@@ -186,8 +182,8 @@ def rows_of_block(block: MoEBlock, tokens: int, ep_size: int) -> tuple[int, int]
 
 
 def transfer_bytes(model: nn.Module, precision: str, wire_bytes: int | None = None) -> list[float]:
-    """Bytes of a token in one All-to-All, for each use of an MoE module; bytes that stay on their
-    rank included.
+    """Return the bytes of a token in one All-to-All, for each use of an MoE module; bytes that stay
+    on their rank included.
 
     Forward has two All-to-Alls, dispatch and combine, and backward two more of the same size. A
     token's own rank holds one in EP of the experts, so (EP - 1) / EP of the bytes travel where the

@@ -61,7 +61,8 @@ class DryRun:
 
     weights, gradients, optimizer: totals. peak: bytes at the moment of peak memory, by the phase
     that allocated them: `gradients` are DDP's buckets; the experts' gradients are allocated in
-    `backward`."""
+    `backward`.
+    """
 
     weights: int
     gradients: int
@@ -151,8 +152,9 @@ def fake_ranks(world_size: int, ep_size: int) -> Iterator[ParallelContext]:
     nothing."""
     new_group = dist.new_group
 
-    def new_fake_group(*args: Any, **given: Any) -> Any:
-        return new_group(*args, **given | {"backend": "fake"})
+    def new_fake_group(*args: Any, **options: Any) -> Any:
+        options["backend"] = "fake"
+        return new_group(*args, **options)
 
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
@@ -164,7 +166,7 @@ def fake_ranks(world_size: int, ep_size: int) -> Iterator[ParallelContext]:
 
 
 def reduce(_: Any, bucket: dist.GradBucket) -> Future[Tensor]:
-    """What DDP does by itself, but its own future has no result in a fake group."""
+    """Sum a bucket, as DDP does by itself, whose own future has no result in a fake group."""
     dist.all_reduce(bucket.buffer())
     done: Future[Tensor] = Future()
     done.set_result(bucket.buffer())
@@ -176,12 +178,10 @@ def choose_mlps_on_gpu(_: Tensor, counts_e: Tensor | None) -> experts.MLPs:
 
 
 def rms_norm_on_gpu(x: Tensor, shape: Any, weight: Tensor, eps: float | None) -> Tensor:
-    """A GPU's kernel needs equal dtypes."""
-    return (
-        OneKernel.apply(x, weight)
-        if x.dtype == weight.dtype
-        else torch.rms_norm(x, shape, weight, eps)
-    )
+    """Return RMSNorm as a GPU computes it: in one kernel, if the dtypes are equal."""
+    if x.dtype == weight.dtype:
+        return OneKernel.apply(x, weight)
+    return torch.rms_norm(x, shape, weight, eps)
 
 
 class OneKernel(Function):
@@ -241,8 +241,8 @@ class Counting(TorchDispatchMode):
 
     @contextmanager
     def resizing(self) -> Iterator[None]:
-        """Inside, storages that FSDP empties and fills again count with their new size; operators
-        do not show it."""
+        """Count storages that FSDP empties and fills again with their new size, which operators do
+        not show."""
         resize = torch.UntypedStorage.resize_
 
         def counted(storage: torch.UntypedStorage, size: int) -> Any:

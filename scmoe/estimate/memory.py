@@ -77,7 +77,8 @@ class Job:
 
     @classmethod
     def of(cls, config: Config) -> "Job":
-        """dense may be auto, which must be replaced before memory or traffic is asked."""
+        """Return the job of a config. Its `dense` may be auto, which memory and traffic do not
+        take."""
         trainer, data = config.trainer, config.data
         ranks = trainer.devices * trainer.num_nodes
         return cls(
@@ -96,22 +97,22 @@ class Job:
 
     @property
     def dp_size(self) -> int:
-        """Number of ranks that hold the same experts."""
+        """Return the number of ranks that hold the same experts."""
         return self.ranks // self.ep_size
 
     @property
     def compute_bytes(self) -> int:
-        """Bytes of a number that a product returns."""
+        """Return the bytes of a number that a product returns."""
         return COMPUTE_BYTES[self.precision]
 
     @property
     def wide_bytes(self) -> int:
-        """Bytes of a number that stays in float32 or wider."""
+        """Return the bytes of a number that stays in float32 or wider."""
         return max(4, self.compute_bytes)
 
     @property
     def stream_bytes(self) -> int:
-        """Bytes of a number of the residual stream."""
+        """Return the bytes of a number of the residual stream."""
         return self.wide_bytes if self.precision == "bf16-mixed" else self.compute_bytes
 
 
@@ -142,8 +143,8 @@ class Split:
 
     @cached_property
     def exact(self) -> set[nn.Parameter]:
-        """The parameters that stay in float32 when the others are gathered in bfloat16, or are kept
-        in it."""
+        """Return the parameters that stay in float32 when the others are gathered in bfloat16, or
+        are kept in it."""
         true = self.job.precision == "bf16-true"
         return (router_parameters if true else exact_parameters)(self.model) - whole_parameters(
             self.model
@@ -151,8 +152,8 @@ class Split:
 
     @cached_property
     def blocks(self) -> list[set[nn.Parameter]]:
-        """The parameters that are gathered together, in the order of forward: those of a block, or
-        of two that share some."""
+        """Return the parameters that are gathered together, in the order of forward: those of a
+        block, or of two that share some."""
         return [
             {p for block in unit for p in block.parameters() if p.requires_grad}
             for unit in units(self.model)
@@ -160,8 +161,9 @@ class Split:
 
     @cached_property
     def outside(self) -> set[nn.Parameter]:
-        """The parameters outside blocks, which stay gathered from forward to the end of
-        backward."""
+        """Return the parameters outside blocks, which stay gathered from forward to the end of
+        backward.
+        """
         return {p for p in self.model.parameters() if p.requires_grad}.difference(*self.blocks)
 
     @cached_property
@@ -169,12 +171,13 @@ class Split:
         return router_parameters(self.model)
 
     def bytes_of(self, p: nn.Parameter) -> int:
-        """Bytes of a number of a weight. A router's is never narrower than float32."""
+        """Return the bytes of a number of a weight. A router's is never narrower than float32."""
         width = WEIGHT_BYTES[self.job.precision]
         return max(4, width) if p in self.routers else width
 
     def shards(self, p: nn.Parameter) -> int:
-        """Number of ranks over which a parameter is split, beside the split of experts over EP."""
+        """Return the number of ranks over which a parameter is split, beside the split of experts
+        over EP."""
         if self.job.dense == "replicated" or not p.requires_grad:
             return 1
         if p in self.experts:
@@ -182,18 +185,18 @@ class Split:
         return self.job.node_size if self.job.dense == "hybrid" else self.job.ranks
 
     def held(self, p: nn.Parameter) -> int:
-        """Numbers of a parameter on rank 0."""
+        """Return how many numbers of a parameter are on rank 0."""
         if p in self.experts:
             return p.numel() // self.job.ep_size // self.shards(p)
         return math.ceil(p.shape[0] / self.shards(p)) * (p.numel() // p.shape[0])
 
     def gathered_bytes(self, p: nn.Parameter) -> int:
-        """Bytes of a parameter while it is whole, padding included."""
+        """Return the bytes of a parameter while it is whole, padding included."""
         narrow = self.job.precision == "bf16-mixed" and p not in self.exact
         return self.held(p) * self.shards(p) * (2 if narrow else self.bytes_of(p))
 
     def summed_bytes(self, p: nn.Parameter) -> int:
-        """Bytes of a gradient in the sum over ranks."""
+        """Return the bytes of a gradient in the sum over ranks."""
         return (
             self.held(p)
             * self.shards(p)

@@ -32,18 +32,10 @@ from scmoe.moe.layout import Buffers, Capacity
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 
-WEIGHT_BYTES = {
-    "32-true": 4,
-    "bf16-mixed": 4,
-    "bf16-true": 2,
-    "64-true": 8,
-}  # of a weight, its gradient, its moments
-COMPUTE_BYTES = {
-    "32-true": 4,
-    "bf16-mixed": 2,
-    "bf16-true": 2,
-    "64-true": 8,
-}  # of activations and sent rows
+# of a weight, its gradient, its moments
+WEIGHT_BYTES = {"32-true": 4, "bf16-mixed": 4, "bf16-true": 2, "64-true": 8}
+# of activations and sent rows
+COMPUTE_BYTES = {"32-true": 4, "bf16-mixed": 2, "bf16-true": 2, "64-true": 8}
 PRODUCTS: dict[type[nn.Module], str] = {  # kinds of FLOPs, beside those of experts and head
     SelfAttention: "attention",
     MLP: "MLP",
@@ -82,7 +74,7 @@ BF16_TFLOPS = {
 
 
 def moe_uses(model: nn.Module) -> Iterator[tuple[MoEStream, int]]:
-    """Yields each MoE module once for every block that uses it, with the copies of a token that the
+    """Yield each MoE module once for every block that uses it, with the copies of a token that the
     block routes."""
     for block in model.modules():
         for child in block.children():
@@ -91,8 +83,8 @@ def moe_uses(model: nn.Module) -> Iterator[tuple[MoEStream, int]]:
 
 
 def routed_copies(model: nn.Module) -> dict[Experts, float]:
-    """Copies of a token that each Experts module computes in one forward pass, summed over its
-    uses."""
+    """Return the copies of a token that each Experts module computes in one forward pass, summed
+    over its uses."""
     copies = defaultdict[Experts, float](float)
     for moe, routed in moe_uses(model):
         copies[moe.experts] += real_copies(moe, routed)
@@ -100,13 +92,14 @@ def routed_copies(model: nn.Module) -> dict[Experts, float]:
 
 
 def real_copies(moe: MoEStream, copies: int) -> float:
-    """Copies of a token that go to experts and not to zero experts, if the load is even."""
+    """Return the copies of a token that go to experts, not to zero experts, at an even load."""
     return copies * moe.router.num_experts / moe.router.num_ids
 
 
 def rows_computed(moe: MoEStream, copies: int) -> float:
-    """Rows that the experts compute for a token, empty slots included; where slots are filled
-    alone, at most. A capacity counts as it is, not rounded up to whole slots and to equal chunks.
+    """Return the rows that the experts compute for a token, empty slots included; where slots are
+    filled alone, at most. A capacity counts as it is, not rounded up to whole slots and to equal
+    chunks.
     """
     if isinstance(moe.rows, Capacity) and not moe.rows.filled:
         most = copies * moe.router.num_experts / moe.router.top_k  # a token chooses an expert once
@@ -115,16 +108,16 @@ def rows_computed(moe: MoEStream, copies: int) -> float:
 
 
 def rows_sent(moe: MoEStream, copies: int) -> float:
-    """Rows that are sent for a token, and for which the experts allocate memory; with buffers,
-    empty rows count too."""
+    """Return the rows that are sent for a token, and for which the experts allocate memory; with
+    buffers, empty rows count too."""
     return (
         copies * moe.rows.ceiling if isinstance(moe.rows, Buffers) else rows_computed(moe, copies)
     )
 
 
 def forward_flops(model: Any, seq_len: int, empty_slots: bool = True) -> dict[str, float]:
-    """FLOPs of one sample's forward pass by kind of module. seq_len: tokens of a text; not read for
-    pictures.
+    """Return the FLOPs of one sample's forward pass by kind of module. seq_len: tokens of a text;
+    not read for pictures.
 
     empty_slots: count what experts compute in empty slots. Without it these are the model FLOPs, of
     which MFU is a share: one product for each routed copy, a dropped copy included."""
@@ -155,7 +148,7 @@ def forward_flops(model: Any, seq_len: int, empty_slots: bool = True) -> dict[st
 
 
 def training_flops(forward: dict[str, float], recompute: bool = False) -> float:
-    """FLOPs of one sample's training step."""
+    """Return the FLOPs of one sample's training step."""
     return 3 * sum(forward.values()) + recompute * sum(
         forward.get(kind, 0.0) for kind in RECOMPUTED
     )
@@ -168,14 +161,11 @@ def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, set[nn.Parameter]]
     Every parameter is in one part; what is in no known module is in the last one, "other".
     """
     seen: set[nn.Parameter] = set()
-    for name, module in [
-        *model.named_modules(),
-        ("other", model),
-    ]:  # the model itself last: the rest
+    for name, module in [*model.named_modules(), ("other", model)]:  # at last the rest
         kind = NAMED_PARTS.get(name.rpartition(".")[2]) or kind_in(PARTS, module)
-        if kind and (own := set(module.parameters()) - seen):
-            seen |= own
-            yield kind, module, own
+        if kind and (rest := set(module.parameters()) - seen):
+            seen |= rest
+            yield kind, module, rest
 
 
 def kind_in(kinds: Mapping[type[nn.Module], str], module: nn.Module) -> str | None:

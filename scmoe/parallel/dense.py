@@ -63,8 +63,7 @@ def check_dense(dense: str, ddp: Mapping[str, Any]) -> None:
         raise ValueError(f"dense is {dense!r}, allowed: {', '.join(WAYS)}")
     if dense != "replicated" and (unused := sorted(ddp.keys() - set(NOT_OF_DDP))):
         raise ValueError(
-            f"{unused[0]} is an argument of DDP, allowed: with dense='replicated' alone; leave"
-            " it out"
+            f"{unused[0]} is an argument of DDP, which only dense='replicated' uses. Leave it out"
         )
 
 
@@ -124,8 +123,8 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
     for name, p in experts.items():
         if p.shape[1] % context.edp_size:
             raise ValueError(
-                f"{name} is {tuple(p.shape)}, allowed for dim 1 where dense weights are split: a"
-                f" multiple of the {context.edp_size} ranks that hold these experts; raise ep_size"
+                f"{name} is {tuple(p.shape)}. Where dense weights are split, its dim 1 must be a"
+                f" multiple of the {context.edp_size} ranks that hold these experts. Raise ep_size"
             )
     mixed = precision == "bf16-mixed"
     places = dict.fromkeys(experts.values(), split_over(context.mesh["edp"], 1))

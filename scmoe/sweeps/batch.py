@@ -54,15 +54,14 @@ class Batch:
     waiting: list[Job] = field(default_factory=list)
 
     def run(self, lock: IO[str], again: Sequence[str] = ("waiting", "cut")) -> int:
-        """Run the jobs whose status is in `again`, then the proposed ones. Returns the signal that
+        """Run the jobs whose status is in `again`, then the proposed ones. Return the signal that
         stopped it, or 0."""
         for begun in [job for job in self.jobs if job.state.status in again]:
             if begun.state.status == "cut" and any(
                 (path / "summary.json").exists() for path in begun.run_dirs()
             ):
-                self._settle(
-                    begun, code=0
-                )  # it came to its end after the process that started it had been killed
+                # it came to its end after the process that started it had been killed
+                self._settle(begun, code=0)
             else:
                 self.waiting.append(begun)
         running: list[Running] = []
@@ -110,9 +109,8 @@ class Batch:
         if self.total is None or progress < 0.01:
             return None
         job_s = sum(job.worked_s - job.begun_s for job in moved) / progress
-        start_s = sum(max(0.0, job.begun_s - job_s * job.begun_progress) for job in moved) / len(
-            moved
-        )
+        starts = [max(0.0, job.begun_s - job_s * job.begun_progress) for job in moved]
+        start_s = sum(starts) / len(moved)
         begun = sum(job.state.status == "running" or job.state.has_ended for job in self.jobs)
         seconds = (self.total - self.done()) * job_s + max(0, self.total - begun) * start_s
         return seconds / max(1, self.slots)
@@ -136,10 +134,8 @@ class Batch:
     def _settle(self, job: Job, code: int | None, asked: bool = False) -> None:
         """Set and keep the state of a training that ended with this exit code."""
         run_dirs, state = job.run_dirs(), job.state
-        state.run_dir, state.seconds = (
-            str(run_dirs[0]) if run_dirs else None,
-            round(state.seconds, 1),
-        )
+        state.run_dir = str(run_dirs[0]) if run_dirs else None
+        state.seconds = round(state.seconds, 1)
         self.look(job)
         if code == 0:
             state.status, state.done = "finished", 1.0
@@ -181,13 +177,13 @@ class Running:
     def poll(self) -> int | None:
         """Note how far the training is. Return its exit code; None: it runs. It is killed if it is
         slow to stop."""
-        now = time.monotonic()
+        seen = time.monotonic()
         if self.process is not None:
-            if self.asked is not None and now - self.asked > GRACE_S:
+            if self.asked is not None and seen - self.asked > GRACE_S:
                 self.end()
             self.code = self.process.poll()
-        self.job.advance(now - self.seen)
-        self.seen = now
+        self.job.advance(seen - self.seen)
+        self.seen = seen
         return self.code
 
     def stop(self, kill: bool = False) -> None:
@@ -230,9 +226,8 @@ def _stop_requests() -> Iterator[list[int]]:
 
     def note(number: int, _: Any) -> None:
         signals.append(number)
-        if (
-            signal.getsignal(signal.SIGTERM) is not note
-        ):  # a training in this process has its own handler
+        # a training in this process has its own handler
+        if signal.getsignal(signal.SIGTERM) is not note:
             signal.raise_signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -265,9 +260,8 @@ class Watch:
             TextColumn("{task.fields[left]}"),
             TextColumn("{task.fields[note]}"),
         )
-        screen = Console(
-            file=sys.stderr
-        )  # this one, also while a training in this process prints into its log
+        # this stream, also while a training in this process prints into its log
+        screen = Console(file=sys.stderr)
         self.bar = Progress(*columns, *facts, console=screen, disable=not screen.is_terminal)
         self.task = self.bar.add_task("", total=None, left="", note="")
 
@@ -281,8 +275,8 @@ class Watch:
             facts = [ended.state.error or self.result(ended), clock(ended.state.seconds), left]
             self.say(f"{ended.title} {ended.state.status}: {', '.join(filter(None, facts))}")
         elif self.bar.disable and time.monotonic() - self.said > SAY_EVERY_S:
-            of = f" of {batch.total}" if batch.total else ""
-            self.say(f"{batch.done():.1f}{of} done{', ' if left else ''}{left}")
+            total = f" of {batch.total}" if batch.total else ""
+            self.say(f"{batch.done():.1f}{total} done{', ' if left else ''}{left}")
 
     def say(self, line: str) -> None:
         self.said = time.monotonic()

@@ -1,5 +1,4 @@
-"""Checks of the YAML files of studies: a refusal says the key, what was given, and what is
-allowed."""
+"""Checks of the YAML files of studies. A refusal says the key, its value, and what is allowed."""
 
 import math
 from collections.abc import Callable, Collection, Mapping
@@ -34,27 +33,27 @@ LIST: Rule = (lambda value: isinstance(value, list) and bool(value), "a list tha
 
 
 def check(
-    place: str, mapping: Any, rules: Mapping[str, Rule], required: Collection[str] = ()
+    prefix: str, mapping: Any, rules: Mapping[str, Rule], required: Collection[str] = ()
 ) -> None:
-    """Raise ConfigError for a missing or unknown key, and for a value against its rule. place: ""
+    """Raise ConfigError for a missing or unknown key, and for a value against its rule. prefix: ""
     for a whole file."""
     if not isinstance(mapping, dict):
-        raise refusal(place or "the file", mapping, "a mapping of keys to values")
-    prefix = f"{place}." if place else ""
+        raise refusal(prefix or "the file", mapping, "a mapping of keys to values")
+    dotted = f"{prefix}." if prefix else ""
     for key in mapping:
         if key not in rules:
             near = get_close_matches(str(key), rules, 1)
             hint = f"did you mean {near[0]}? " if near else ""
-            where = f" in {place}" if place else ""
+            where = f" in {prefix}" if prefix else ""
             raise ConfigError(f"unknown key {show(key)}{where}, {hint}allowed: {' | '.join(rules)}")
     for key in required:
         if key not in mapping:
-            raise ConfigError(f"{prefix}{key} is missing, allowed: {rules[key][1]}")
+            raise ConfigError(f"{dotted}{key} is missing. Give {rules[key][1]}")
     for key, (is_allowed, allowed) in rules.items():
         if key in mapping and not is_allowed(mapping[key]):
             is_text = allowed.startswith(NUMBER[1]) and isinstance(mapping[key], str)
             hint = "; YAML reads 1e-3 as a text, 1.0e-3 as a number" if is_text else ""
-            raise refusal(f"{prefix}{key}", mapping[key], allowed + hint)
+            raise refusal(f"{dotted}{key}", mapping[key], allowed + hint)
 
 
 def refusal(key: str, value: Any, allowed: str) -> ConfigError:

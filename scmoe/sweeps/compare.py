@@ -37,11 +37,11 @@ def results_table(runs: Sequence[SeenRun], letters: Sequence[str]) -> Table:
 
 def differences_table(runs: Sequence[SeenRun], letters: Sequence[str]) -> Table | str:
     """Return a line for each key that is not equal in all runs."""
-    found = differences(runs)
-    if not found:
+    different = differences(runs)
+    if not different:
         return "the configs are the same"
     table = Table("differs in", *letters, box=box.SIMPLE_HEAD, pad_edge=False)
-    for key, values in found.items():
+    for key, values in different.items():
         table.add_row(key, *map(Text, values))
     return table
 
@@ -65,12 +65,12 @@ def gains_of_schedules(runs: Sequence[SeenRun], letters: Sequence[str]) -> list[
 
 def labels_of(runs: Sequence[SeenRun], letters: Sequence[str]) -> list[str]:
     """Return for each run its letter, its name, and the values in which the runs differ."""
-    found = differences(runs)
+    different = differences(runs)
     labels = []
     for i, (letter, run) in enumerate(zip(letters, runs, strict=True)):
         words = [
             f"{key.rpartition('.')[2]} {values[i]}"
-            for key, values in found.items()
+            for key, values in different.items()
             if not key.endswith("_every")
         ]
         labels.append(
@@ -86,9 +86,9 @@ def draw(runs: Sequence[SeenRun], letters: Sequence[str], path: Path) -> None:
         axes = figure.subplots(2, 1, sharex=True, sharey=True)
         curves: list[list[Any]] = []
         for i, (run, label) in enumerate(zip(runs, labels_of(runs, letters), strict=True)):
-            own = [run.curve(metric) for metric in PANELS]
-            twins = curves.count(own)
-            curves.append(own)
+            points_by_panel = [run.curve(metric) for metric in PANELS]
+            twins = curves.count(points_by_panel)
+            curves.append(points_by_panel)
             line = {
                 "color": colors[i % 10],
                 "linestyle": STYLES[(i // 10 + twins) % len(STYLES)],
@@ -96,9 +96,9 @@ def draw(runs: Sequence[SeenRun], letters: Sequence[str], path: Path) -> None:
             }
             marker = {"marker": MARKERS[twins % len(MARKERS)], "markersize": 4 + 2 * twins}
             if twins:
-                label += f"; same curves as {letters[curves.index(own)]}"
+                label += f"; same curves as {letters[curves.index(points_by_panel)]}"
             line["label"] = fill(label, LETTERS, break_on_hyphens=False)
-            for axis, metric, points in zip(axes, PANELS, own, strict=True):
+            for axis, metric, points in zip(axes, PANELS, points_by_panel, strict=True):
                 dots = marker if metric == "val/loss" or len(points) == 1 else {}
                 axis.plot(*(zip(*points, strict=True) if points else ((), ())), **line, **dots)
         for axis, name in zip(axes, PANELS.values(), strict=True):

@@ -89,12 +89,10 @@ class Job:
 
     def run_dirs(self) -> list[Path]:
         """Return the run directories of this job, the newest first."""
-        found = (
-            sorted((path.parent for path in self.home.glob("*/config.yaml")), reverse=True)
-            if self.home
-            else []
-        )
-        return [run_dir for run_dir in found if self.is_own(run_dir)]
+        if self.home is None:
+            return []
+        run_dirs = sorted((path.parent for path in self.home.glob("*/config.yaml")), reverse=True)
+        return [run_dir for run_dir in run_dirs if self.is_own(run_dir)]
 
     def to_resume(self) -> Path | None:
         """Return the newest run directory that has a checkpoint."""
@@ -152,12 +150,12 @@ def digest_of(config: Config) -> str:
     """Return a hash of the values that can change a result. Defaults are left out: a new field
     changes no digest."""
     values = flat(to_yaml(config)).items()
-    own = {
+    hashed = {
         key: value
         for key, value in values
         if value != DEFAULTS[key] and not key.startswith(NOT_IN_DIGEST)
     }
-    return sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
+    return sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fraction(log: Path) -> float:
@@ -167,20 +165,18 @@ def fraction(log: Path) -> float:
 
 
 def last_line(log: Path) -> str:
+    """Return the last line of a log that is not blank."""
     lines = [line.strip() for line in _tail(log).splitlines() if line.strip()]
     return lines[-1].removeprefix("[rank0]: ")[:200] if lines else "it printed nothing"
 
 
 def clock(seconds: float) -> str:
+    """Return a time such as 2 h 05 min, 5 min 03 s or 3 s."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return (
-        f"{hours} h {minutes:02} min"
-        if hours
-        else f"{minutes} min {rest:02} s"
-        if minutes
-        else f"{rest} s"
-    )
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def _tail(log: Path) -> str:

@@ -35,8 +35,8 @@ class Trial:
 
     @property
     def value(self) -> float | None:
-        """The value that judges the trial: the last one, as in W&B's summary. None: there is none,
-        or it is NaN."""
+        """Return the value that judges the trial: the last one, as in W&B's summary. None: there is
+        none, or it is NaN."""
         return self.history[-1] if self.history and math.isfinite(self.history[-1]) else None
 
 
@@ -48,7 +48,7 @@ def best(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
 
 
 def target_reached(sweep: Sweep, trials: Sequence[Trial]) -> bool:
-    """Is a trial as good as metric.target? It ends the sweep."""
+    """Return whether a trial is as good as metric.target, which ends the sweep."""
     target, first = sweep.raw.get("metric", {}).get("target"), best(sweep, trials)
     if target is None or first is None or first.value is None:
         return False
@@ -57,23 +57,21 @@ def target_reached(sweep: Sweep, trials: Sequence[Trial]) -> bool:
 
 def propose(sweep: Sweep, trials: Sequence[Trial]) -> Trial | None:
     """Return the next trial; None: there is none. Equal trials give an equal next one."""
-    if (sweep.run_cap is not None and len(trials) >= sweep.run_cap) or target_reached(
-        sweep, trials
-    ):
+    if sweep.run_cap is not None and len(trials) >= sweep.run_cap:
+        return None
+    if target_reached(sweep, trials):
         return None
     number = len(trials) + 1
     if sweep.method == "bayes":
         point = _bayes(sweep, trials)
-        return Trial(
-            number, point, {name: sweep.axes[name].at(place) for name, place in point.items()}
-        )
+        parameters = {name: sweep.axes[name].at(point[name]) for name in point}
+        return Trial(number, point, parameters)
     if sweep.method == "grid":
-        parameters = next(islice(grid(sweep), len(trials), None), None)
-        return None if parameters is None else Trial(number, {}, parameters)
+        combination = next(islice(grid(sweep), len(trials), None), None)
+        return None if combination is None else Trial(number, {}, combination)
     draw = Random(f"{sweep.base.seed} {len(trials)}")
-    return Trial(
-        number, {}, {name: axis.quantile(draw.random()) for name, axis in sweep.axes.items()}
-    )
+    drawn = {name: axis.quantile(draw.random()) for name, axis in sweep.axes.items()}
+    return Trial(number, {}, drawn)
 
 
 def total(sweep: Sweep) -> int | None:

@@ -72,7 +72,7 @@ class Axis:
 
     @property
     def choices(self) -> Sequence[Any] | None:
-        """The values to choose from; None for a distribution over numbers."""
+        """Return the values to choose from; None for a distribution over numbers."""
         if self.distribution == "constant":
             return [self.spec["value"]]
         return self.spec["values"] if self.distribution == "categorical" else None
@@ -89,8 +89,7 @@ class Axis:
         return self.quantile(point) if self.choices is None else self.choices[int(point)]
 
     def quantile(self, u: float) -> Any:
-        """Return the value below which a share u of the distribution lies; of choices the one
-        at u."""
+        """Return the value below which a share u of the distribution lies; of choices the u-th."""
         if (choices := self.choices) is not None:
             return choices[min(int(u * len(choices)), len(choices) - 1)]
         low, high = self.spec["min"], self.spec["max"]
@@ -154,8 +153,9 @@ def read(path: str, extra: Sequence[str] = ()) -> Sweep:
         metric = raw.get("metric", {"name": "val/loss"})
         name = raw.get("name", Path(path).stem)
         if not NAME.fullmatch(name):  # it becomes a folder
-            raise refusal(
-                "name", name, "letters, digits, '.', '_' and '-', a letter or digit first"
+            raise ConfigError(
+                f"name is {show(name)}. A name has letters, digits, '.', '_' and '-', a letter or"
+                " digit first"
             )
         minimize = metric.get("goal", "minimize") == "minimize"
         overrides = [*overrides, *extra]
@@ -224,14 +224,10 @@ def _command(raw: dict[str, Any]) -> tuple[list[str], str, list[str]]:
     start = command.index("train") + 1 if "train" in command else len(command)
     launcher = command[:start]
     arguments = command[start:-1]
-    last = command[-1:]
-    ends_well = last in (["${args}"], ["${args_no_hyphens}"])
-    if (
-        not ends_well
-        or not arguments
-        or "=" in arguments[0]
-        or not all("=" in word for word in arguments[1:])
-    ):
+    ends_well = command[-1:] in (["${args}"], ["${args_no_hyphens}"])
+    if not ends_well or not arguments or "=" in arguments[0]:
+        raise refusal("command", command, RULES["command"][1])
+    if not all("=" in word for word in arguments[1:]):
         raise refusal("command", command, RULES["command"][1])
     meaning = {
         "${env}": "/usr/bin/env",
@@ -248,8 +244,7 @@ def _command(raw: dict[str, Any]) -> tuple[list[str], str, list[str]]:
 
 
 def _probe(sweep: Sweep) -> None:
-    """Refuse a parameter that no configuration has, and a value with which no combination can
-    run."""
+    """Refuse a parameter that no configuration has, and a value that no combination can have."""
     fixed = {word.removeprefix("--").partition("=")[0] for word in sweep.overrides}
     for name in sweep.raw["parameters"]:
         if name in fixed:

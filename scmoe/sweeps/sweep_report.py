@@ -24,7 +24,7 @@ LABELS = {"finished": "finished", "failed": "failed"}
 
 
 def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
-    """Write the files, as far as the trials have come. Returns the summary."""
+    """Write the files, as far as the trials have come. Return the summary."""
     with (sweep.folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
         rows.writerow(
@@ -50,7 +50,7 @@ def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
     draw(sweep, trials, sweep.folder / "chart.png")
     states, path = Counter(trial.state for trial in trials), sweep.folder / "best.yaml"
     counts = {"finished": states["finished"], "failed": states["failed"]}
-    found: dict[str, Any] = {"trials": len(trials), **counts, "best": None}
+    summary: dict[str, Any] = {"trials": len(trials), **counts, "best": None}
     if (first := best(sweep, trials)) is not None:
         config = load(sweep.config, [*sweep.overrides, *words(first.parameters)])
         origin = (
@@ -58,8 +58,8 @@ def write_report(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
         )
         path.write_text(f"{origin}\n{to_yaml(config)}", encoding="utf-8")
         result = {"trial": first.number, sweep.metric: first.value, "parameters": first.parameters}
-        found["best"] = {**result, "run_dir": first.run_dir, "config": str(path)}
-    return found
+        summary["best"] = {**result, "run_dir": first.run_dir, "config": str(path)}
+    return summary
 
 
 def table(sweep: Sweep, trials: Sequence[Trial]) -> Report:
@@ -69,10 +69,10 @@ def table(sweep: Sweep, trials: Sequence[Trial]) -> Report:
     for trial in sorted(
         trials, key=lambda trial: (trial.state != "finished", sign * (trial.value or 0.0))
     ):
-        given = {name: trial.parameters[name] for name in sweep.axes}
+        parameters = {name: trial.parameters[name] for name in sweep.axes}
         values = {
             name: f"{value:.4g}" if isinstance(value, float) else value
-            for name, value in given.items()
+            for name, value in parameters.items()
         }
         result = None if trial.state == "failed" else trial.value
         rows[str(trial.number)] = {**vars(trial), "values": values, "result": result}
@@ -129,29 +129,16 @@ def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> Non
 
     judged = [t for t in trials if t.state == "finished" and t.history]
     dots(judged, "finished", "finished", s=42, marker="o", alpha=0.9)
-    text: dict[str, Any] = {"textcoords": "offset points", "fontsize": SMALL}
-    for t in judged if len(trials) <= NUMBERED else []:
-        panel.annotate(str(t.number), (x(t), t.history[-1]), (5, 5), color="#555555", **text)
+    if len(trials) <= NUMBERED:
+        for t in judged:
+            point = (x(t), t.history[-1])
+            _annotate(panel, str(t.number), point, (5, 5), color="#555555")
     if (first := best(sweep, trials)) is not None and first.value is not None:
         label = f"best: trial {first.number}, {first.value:.4g}"
         dots([first], "best", label, s=190, marker="*", edgecolors="black", linewidths=0.6)
     panel.margins(0.08, 0.15)
     low, high = panel.get_xlim() if judged and numeric else (-math.inf, math.inf)
-    edge = panel.get_xaxis_transform()  # y from 0 to 1
-    for i, t in enumerate(t for t in trials if t.state == "failed"):
-        place = min(max(x(t), low), high)
-        cross: dict[str, Any] = {
-            "s": 48,
-            "marker": "x",
-            "clip_on": False,
-            "label": None if i else "failed",
-        }
-        panel.scatter([place], [0.97], c=COLORS["failed"], transform=edge, **cross)
-        if place != x(
-            t
-        ):  # it lies outside: its value is written, and the axis stays as wide as the others need
-            text |= {"xycoords": edge, "ha": "right", "va": "center", "color": COLORS["failed"]}
-            panel.annotate(f"{x(t):.3g} ", (place, 0.97), (-6, 0), **text)
+    _mark_failed(panel, [x(t) for t in trials if t.state == "failed"], low, high)
     if judged and numeric:
         panel.set_xlim(low, high)
     if categories:
@@ -160,3 +147,30 @@ def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> Non
         panel.set_xlim(-0.5, len(categories) - 0.5)
     panel.set_xlabel(name)
     panel.grid(alpha=0.25)
+
+
+def _mark_failed(panel: Axes, values: Sequence[float], low: float, high: float) -> None:
+    """Mark failed trials at the upper edge. A value outside the axis is written beside its mark, so
+    that the axis stays as wide as the others need."""
+    edge = panel.get_xaxis_transform()  # y from 0 to 1
+    for i, value in enumerate(values):
+        inside = min(max(value, low), high)
+        panel.scatter(
+            [inside],
+            [0.97],
+            c=COLORS["failed"],
+            transform=edge,
+            s=48,
+            marker="x",
+            clip_on=False,
+            label=None if i else "failed",
+        )
+        if inside != value:
+            style = {"ha": "right", "va": "center", "color": COLORS["failed"]}
+            _annotate(panel, f"{value:.3g} ", (inside, 0.97), (-6, 0), xycoords=edge, **style)
+
+
+def _annotate(
+    panel: Axes, text: str, point: tuple[float, float], offset: tuple[int, int], **style: Any
+) -> None:
+    panel.annotate(text, point, offset, textcoords="offset points", fontsize=SMALL, **style)

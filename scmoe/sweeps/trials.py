@@ -31,7 +31,7 @@ from scmoe.sweeps.sweep_file import Sweep, renamed, words
 def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
     """Resume the interrupted trial, then run new ones until the search proposes no more.
 
-    Returns all trials, and the signal that stopped them, or 0. Raises ConfigError where another
+    Return all trials, and the signal that stopped them, or 0. Raises ConfigError where another
     process runs this sweep, where the sweep is not as it was begun, and where a trial has not
     logged the sweep's metric.
     """
@@ -42,8 +42,8 @@ def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
             rows, number = SeenRun(Path(trials[-1].run_dir)).metrics, trials[-1].number
             known = ", ".join(dict.fromkeys(name for row in rows for name in row if "/" in name))
             raise ConfigError(
-                f"metric.name is {sweep.metric!r}, which trial {number} has not logged, allowed:"
-                f" {known}"
+                f"metric.name is {sweep.metric!r}, which trial {number} has not logged. It has"
+                f" logged {known}"
             )
         if (proposed := propose(sweep, trials)) is None:
             return None
@@ -87,30 +87,30 @@ def trial_of(job: Job) -> Trial:
 
 
 def _job(sweep: Sweep, state: State) -> Job:
-    number, of = state.results["number"], f" of {total(sweep)}" if total(sweep) else ""
+    """Return the job of a trial. state: its results hold the trial as the search proposed it."""
+    number = state.results["number"]
+    parameters = words(state.results["parameters"])
     name = f"trial-{number:03}"
-    own = [f"name={name}", f"runs_dir={sweep.folder}", f"logger.group={sweep.name}"]
+    last_words = [f"name={name}", f"runs_dir={sweep.folder}", f"logger.group={sweep.name}"]
     if project := sweep.raw.get("project"):
-        own.append(f"logger.project={project}")
-    arguments = [sweep.config, *words(state.results["parameters"]), *sweep.overrides, *own]
-    folder, base = sweep.folder, sweep.base
-    options = [word for word in words(state.results["parameters"]) if word.startswith("callbacks.")]
-    again = [*registry.words(base.extensions, base.callbacks), *options]
+        last_words.append(f"logger.project={project}")
+    base = sweep.base
+    options = [word for word in parameters if word.startswith("callbacks.")]
 
     def judge(job: Job) -> None:
         trial = trial_of(job)
         if trial.history and trial.value is None:
             job.fail(f"its last {sweep.metric} is {trial.history[-1]}")
 
-    title = f"trial {number}{of}"
+    most = total(sweep)
     return Job(
         name,
-        title,
-        folder,
-        folder / name,
-        arguments,
+        f"trial {number} of {most}" if most else f"trial {number}",
+        sweep.folder,
+        sweep.folder / name,
+        [sweep.config, *parameters, *sweep.overrides, *last_words],
         sweep.launcher,
-        again,
+        again=[*registry.words(base.extensions, base.callbacks), *options],
         judge=judge,
         state=state,
     )
@@ -125,24 +125,24 @@ def _begun(sweep: Sweep) -> list[Job]:
         for key, value in sweep.raw.items()
         if key not in ("run_cap", "name", "description")
     }
-    now: dict[str, Any] = json.loads(json.dumps(same)) | {sweep.config: digest_of(sweep.base)}
-    was = {sweep.config: digest_of(sweep.base)} | (
-        renamed(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else now
-    )
-    if changed := [key for key in {**was, **now} if was.get(key) != now.get(key)]:
-        allowed = "the file as it was, another name, or that folder removed"
+    digest = {sweep.config: digest_of(sweep.base)}
+    settings: dict[str, Any] = json.loads(json.dumps(same)) | digest
+    begun_with = settings
+    if path.exists():
+        begun_with = digest | renamed(json.loads(path.read_text(encoding="utf-8")))
+    keys = {**begun_with, **settings}
+    if changed := [key for key in keys if begun_with.get(key) != settings.get(key)]:
         raise ConfigError(
-            f"{', '.join(changed)} is not as it was when {sweep.folder} was begun, allowed:"
-            f" {allowed}"
+            f"{', '.join(changed)} is not as it was when {sweep.folder} was begun. Restore the"
+            " file, give the sweep another name, or remove that folder"
         )
-    write_whole(path, now)
-    found = [
+    write_whole(path, settings)
+    states = [
         State(**json.loads(kept.read_text(encoding="utf-8")))
         for kept in (sweep.folder / "states").glob("trial-*.json")
     ]
-    jobs = [
-        _job(sweep, state) for state in sorted(found, key=lambda state: state.results["number"])
-    ]
+    states.sort(key=lambda state: state.results["number"])
+    jobs = [_job(sweep, state) for state in states]
     for job in jobs:
         job.read()
     return jobs
@@ -159,16 +159,14 @@ def _logged(sweep: Sweep, job: Job) -> dict[str, Any]:
     most = int(
         job.state.results["parameters"].get("trainer.max_steps", sweep.base.trainer.max_steps)
     )
-    return {
-        "history": history,
-        "steps": min(steps, most),
-    }  # the last validation is logged after the last step
+    # the last validation is logged after the last step
+    return {"history": history, "steps": min(steps, most)}
 
 
 def run_online(sweep: Sweep) -> tuple[str, int]:
     """Create the sweep at W&B and run an agent, which takes trials until the server has no more.
 
-    Says the commands that create such a sweep, join it and resume it. Returns the sweep's path at
+    Say the commands that create such a sweep, join it and resume it. Return the sweep's path at
     W&B and an exit code. Raises ConfigError where W&B does not take the sweep.
     """
     import wandb
@@ -176,27 +174,27 @@ def run_online(sweep: Sweep) -> tuple[str, int]:
     from scmoe.training.run.loggers import wandb_mode, wandb_project
 
     if (mode := wandb_mode(sweep.base)) not in ("auto", "online"):
-        allowed = "with a key: auto | online; or --local"
-        raise ConfigError(f"logger.mode is {mode!r}, W&B would see no trial, allowed {allowed}")
+        raise ConfigError(
+            f"logger.mode is {mode!r}, so W&B would see no trial. Set auto or online, or add"
+            " --local"
+        )
     project = sweep.raw.get("project") or wandb_project(sweep.base)
     try:
         entity = sweep.raw.get("entity") or sweep.base.logger.entity or wandb.Api().default_entity
         with redirect_stdout(sys.stderr):
             sweep_path = f"{entity}/{project}/{wandb.sweep(sweep.raw, entity, project)}"
-    except (
-        wandb.Error,
-        OSError,
-        ValueError,
-    ) as error:  # ValueError: the answer is none that wandb can read
+    # ValueError: the answer is none that wandb can read
+    except (wandb.Error, OSError, ValueError) as error:
         raise ConfigError(
-            f"Weights & Biases takes no sweep, allowed here: --local: {error}"
+            f"Weights & Biases takes no sweep: {error}. Add --local to run it here"
         ) from error
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    given, join = sweep.folder / "sweep.yaml", f"PATH=$PWD/.venv/bin:$PATH wandb agent {sweep_path}"
-    given.write_text(yaml.safe_dump(sweep.raw, sort_keys=False), encoding="utf-8")
+    file = sweep.folder / "sweep.yaml"
+    join = f"PATH=$PWD/.venv/bin:$PATH wandb agent {sweep_path}"
+    file.write_text(yaml.safe_dump(sweep.raw, sort_keys=False), encoding="utf-8")
     say(
         f"the sweep was created at W&B, as by:\n    wandb sweep --entity {entity} --project"
-        f" {project} {given}"
+        f" {project} {file}"
     )
     say(f"agents may join from other machines, each in its copy of this folder, with:\n    {join}")
     agent = [sys.executable, "-m", "wandb", "agent", "--forward-signals", sweep_path]

@@ -30,7 +30,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def uneven_counts(world_size: int, num_experts: int) -> Tensor:
-    """Returns the number of rows by [rank, expert]. Some are 0, among them all of rank 0 and all of
+    """Return the number of rows by [rank, expert]. Some are 0, among them all of rank 0 and all of
     the last expert."""
     counts = torch.randint(
         0, 4, (world_size, num_experts), generator=torch.Generator().manual_seed(world_size)
@@ -149,7 +149,7 @@ def with_and_without_overlap(
 
 
 def time_stamps(overlap: bool) -> dict[str, list[tuple[str, float]]]:
-    """Returns the events of a forward and a backward pass: start, work, wait, or without overlap
+    """Return the events of a forward and a backward pass: start, work, wait, or without overlap
     start, wait, work."""
     log: list[tuple[str, float]] = []
     rows, other = (torch.ones(4, DIM, requires_grad=True) for _ in range(2))

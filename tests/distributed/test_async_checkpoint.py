@@ -38,7 +38,7 @@ def slowly(*args: Any) -> Any:
 
 
 def train(world_size: int, folder: Path, background: bool) -> tuple[int, list[int]]:
-    """Trains with a checkpoint at every step. Returns how many steps passed while one was being
+    """Train with a checkpoint at every step. Return how many steps passed while one was being
     written, and how many complete checkpoints there were at each step after the first checkpoint.
     """
     overlapped, whole = 0, []

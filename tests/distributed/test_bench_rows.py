@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from experiments.bench.overlap import Bench
 from experiments.bench.pairs import ROWS, Setting, default_schedule
+from experiments.bench.rank_bench import Bench
 from experiments.bench.stacks import Variant
 from experiments.engine.ranks import run_ranks
 from scmoe.blocks.moe_block import MoEBlock
@@ -25,7 +25,8 @@ OWN = ("scmoe_pos1", "scmoe_pos2", "farskip")
 
 
 def by_equations(name: str, blocks: Sequence[MoEBlock], x: Tensor) -> Tensor:
-    """X of the last block by the equations of docs/shortcuts.md. M and Y: what a block hands on."""
+    """Return X of the last block by the equations of docs/shortcuts.md. M and Y: what a block hands
+    on."""
     handed_on = None
     for block in blocks:
         (attention,), norm, shared, routed = (
@@ -53,7 +54,7 @@ def by_equations(name: str, blocks: Sequence[MoEBlock], x: Tensor) -> Tensor:
 
 
 def check_row(bench: Bench, name: str) -> None:
-    """Raises AssertionError: outputs or gradients of a schedule differ from those of the sequential
+    """Raise AssertionError: outputs or gradients of a schedule differ from those of the sequential
     one."""
     blocks = bench.stacks[name]
 

@@ -30,7 +30,7 @@ WRITTEN, READ = "strategy.ep_size=4", split("sharded", 2, 4)
 
 
 def resumed(rank: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Returns for each router an uninterrupted run at EP 4, and one that goes on from its
+    """Return for each router an uninterrupted run at EP 4, and one that goes on from its
     checkpoint with split weights at EP 2."""
     found = {}
     be_on_nodes(rank, 4)
@@ -47,7 +47,7 @@ def on_four(rank: int, world_size: int, folder: Path) -> tuple[dict[str, Any], d
 
 
 def on_one(rank: int, world_size: int, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Goes on from the checkpoints of four ranks, and trains the same cases."""
+    """Go on from the checkpoints of four ranks, and train the same cases."""
     ends = {
         name: fit(tiny(f"{words} {ADAMW}"), None, folder / name / f"step={HALF}.ckpt")
         for name, words in ROUTERS.items()
@@ -57,7 +57,7 @@ def on_one(rank: int, world_size: int, folder: Path) -> tuple[dict[str, Any], di
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[list[Any], Any]:
-    """Returns what four ranks and what one process give."""
+    """Return what four ranks and what one process give."""
     folder = tmp_path_factory.mktemp("biases")
     four = run_ranks(on_four, 4, folder, timeout_s=280)
     (one,) = run_ranks(on_one, 1, folder)

@@ -46,7 +46,7 @@ CASES = {
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Has what models start from: exports of an MoE and of a dense model, and a folder as
+    """Return what models start from: exports of an MoE and of a dense model, and a folder as
     transformers writes it."""
     for name, words in {
         "pos2": "position=pos2",

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 
 from experiments.bench import emulated
-from experiments.bench.overlap import Bench, find_rate
 from experiments.bench.pairs import Setting
+from experiments.bench.rank_bench import Bench
+from experiments.bench.rate_search import find_rate
 from experiments.bench.stacks import Variant
 from experiments.engine.ranks import run_ranks
 from scmoe.moe.operators import Recorder
@@ -41,7 +42,7 @@ def test_a_rate_is_reached_by_the_number_of_rows_that_travel(rate, numbers):
 
 
 def shares(rank: int, world_size: int) -> dict[float, float]:
-    """Returns the rate that is found for each share of communication."""
+    """Return the rate that is found for each share of communication."""
     dist.init_process_group("gloo")
     found = {}
     for share in (0.1, 0.6):
@@ -57,7 +58,7 @@ def test_a_larger_share_has_a_lower_rate():
 
 
 def rates_tried(rank: int, world_size: int) -> list[list[float]]:
-    """Returns the rates that two searches try where no rate changes the share. The second begins as
+    """Return the rates that two searches try where no rate changes the share. The second begins as
     the first."""
     dist.init_process_group("gloo")
     setting, seconds = (

@@ -22,7 +22,7 @@ CALLS = 14
 
 
 def calls(rank: int, world_size: int, runs: Path) -> list[str]:
-    """Returns the functions of this project that are running when the experts compute for the first
+    """Return the functions of this project that are running when the experts compute for the first
     time."""
     found: list[str] = []
     forward = Experts.forward

@@ -68,7 +68,7 @@ DIFFERENT = {
 
 
 def use_all(rank: int, world_size: int, make_strategy: Any, folder: Path) -> dict[str, Any]:
-    """Returns what came of each feature, or its error."""
+    """Return what came of each feature, or its error."""
     found = {}
     for name, use in FEATURES.items():
         try:
@@ -81,7 +81,7 @@ def use_all(rank: int, world_size: int, make_strategy: Any, folder: Path) -> dic
 
 @pytest.fixture(scope="module")
 def used(tmp_path_factory) -> list[list[dict[str, Any]]]:
-    """Returns what came of all features on each rank, under ddp and under the Strategy."""
+    """Return what came of all features on each rank, under ddp and under the Strategy."""
     strategies = (DDPStrategy, ExpertParallelStrategy)
     folder = tmp_path_factory.mktemp("used")
     return [

@@ -144,7 +144,7 @@ def test_a_module_with_experts_can_be_pickled(make):
 
 
 def wrapped_wrongly(rank: int, world_size: int) -> list[str]:
-    """Returns what is said of two mistakes after which expert gradients would not be averaged."""
+    """Return what is said of two mistakes after which expert gradients would not be averaged."""
     dist.init_process_group("gloo")
     said = []
     for built_with, group in ((None, dist.group.WORLD), (dist.group.WORLD, None)):
@@ -163,7 +163,7 @@ def test_a_group_that_is_not_that_of_the_experts_is_refused():
 
 
 def drawn_apart(rank: int, world_size: int, how: str) -> list[torch.Tensor]:
-    """Returns this rank's part of all weights of a module that each rank has drawn from another
+    """Return this rank's part of all weights of a module that each rank has drawn from another
     generator."""
     dist.init_process_group("gloo")
     device, timeout = torch.device("cpu"), timedelta(seconds=60)
@@ -234,7 +234,7 @@ def test_the_lines_of_the_readme_run():
 
 
 def example(name: str, **variables: str) -> str:
-    """Returns what the script prints."""
+    """Return what the script prints."""
     script = str(ROOT / "docs/examples" / name)
     code, out, err = python(script, cwd=ROOT, env=environment(**variables), timeout_s=120)
     assert code == 0, err

@@ -48,7 +48,7 @@ ABC = "abcdefghijklmnopqrstuvwxyz the of and"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, Path]:
-    """Returns the directories of runs of two ranks on a small text."""
+    """Return the directories of runs of two ranks on a small text."""
     sizes = ("data.seq_len=32", "trainer.max_steps=3", "moe.noisy=false")
     return {
         name: train_on_text(tmp_path_factory.mktemp(name), 2, *sizes, *overrides)
@@ -57,7 +57,7 @@ def runs(tmp_path_factory) -> dict[str, Path]:
 
 
 def evaluated(world_size: int, run_dir: Path, *words: str) -> dict[str, Any]:
-    """Returns the results without W&B. One rank is this process, which imports lm-eval once."""
+    """Return the results without W&B. One rank is this process, which imports lm-eval once."""
     words = (str(run_dir), f"trainer.devices={world_size}", "logger.mode=disabled", *words)
     if world_size == 1:
         return called("evaluate", *words).summary
@@ -216,7 +216,7 @@ def test_an_override_of_the_whole_section_reaches_wandb(runs, monkeypatch):
 
 
 def passes(rank: int, world_size: int, raises: bool) -> Any:
-    """Joins the ranks and lets rank 0 make three passes; returns what each rank has computed."""
+    """Join the ranks and let rank 0 make three passes; return what each rank has computed."""
     torch.distributed.init_process_group("gloo")
     context = ParallelContext(rank, world_size, control_group=torch.distributed.group.WORLD)
     seen = []
@@ -242,7 +242,7 @@ def test_ranks_take_part_in_every_pass_and_end_together():
 
 
 def slow(rank: int, world_size: int) -> Any:
-    """Lets rank 0 work longer than the timeout of a collective before its only pass."""
+    """Let rank 0 work longer than the timeout of a collective before its only pass."""
     torch.distributed.init_process_group("gloo")
     group = torch.distributed.new_group(timeout=timedelta(seconds=2))
     scoring.GO_ON_S, seen = 0.5, []

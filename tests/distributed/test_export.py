@@ -57,7 +57,7 @@ def test_experts_offloaded_from_a_checkpoint_or_an_export_give_the_same_logits(
 
 
 def test_experts_are_the_shards_in_the_order_of_the_ranks(run_dir):
-    """Reads file by file, without torch.distributed: rank 0 holds experts 0 and 1, rank 1 experts 2
+    """Read file by file, without torch.distributed: rank 0 holds experts 0 and 1, rank 1 experts 2
     and 3."""
     loaded = model(run_dir)
     load_weights(run_dir / "export/model.safetensors", loaded)

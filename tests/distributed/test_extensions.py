@@ -47,7 +47,7 @@ def on_two(rank: int, world_size: int, folder: Path) -> Ends:
 
 
 def on_one(rank: int, world_size: int, folder: Path) -> tuple[Ends, Ends]:
-    """Returns uninterrupted runs, and the ends of runs that two ranks began."""
+    """Return uninterrupted runs, and the ends of runs that two ranks began."""
     resumed = {
         name: fit(tiny(text), None, folder / name / f"step={HALF}.ckpt")
         for name, text in CASES.items()

@@ -40,7 +40,7 @@ PROMPTS = ["Peace", "The union of people", "Labor and land. State", "Congress", 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory) -> Path:
-    """Returns the directory of a run of two ranks on a small text, with an export; its experts drop
+    """Return the directory of a run of two ranks on a small text, with an export; its experts drop
     tokens."""
     folder = tmp_path_factory.mktemp("generate")
     (folder / "prompts.jsonl").write_text(
@@ -67,7 +67,7 @@ def prompts_of(run_dir: Path) -> Path:
 def written(
     world_size: int, weights: Path, run_dir: Path, out: Path, *words: str
 ) -> list[dict[str, Any]]:
-    """Returns the lines of the file. Products in float64 do not round differently enough to change
+    """Return the lines of the file. Products in float64 do not round differently enough to change
     a draw."""
     asked = (
         "--prompts",
@@ -274,7 +274,7 @@ def test_a_damaged_checkpoint_is_found_where_it_is_loaded(run_dir, tmp_path):
 
 
 def verified(rank: int, world_size: int, words: tuple[str, ...]) -> list[str]:
-    """Runs a verb; returns the files of checkpoints whose content it compares with the manifest."""
+    """Run a verb; return the files of checkpoints whose content it compares with the manifest."""
     names: list[str] = []
     fingerprint = durable.fingerprint
 

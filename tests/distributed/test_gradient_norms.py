@@ -30,7 +30,7 @@ class Norms(RecordingModel):
 
 
 def norms_of(rank: int, world_size: int, words: str) -> list[dict[str, float]]:
-    """Returns the norms of each step on this rank."""
+    """Return the norms of each step on this rank."""
     config = tiny(words, world_size)
     module = Norms(config)
     fit(

@@ -42,14 +42,14 @@ class OneThread(DataPosition):
 
 
 def main(start_method: str) -> None:
-    """Trains; rank 0, or the process that started it, prints loss and gradient norm of the last
+    """Train; rank 0, or the process that started it, prints loss and gradient norm of the last
     step."""
     if ended := train(start_method):
         print(json.dumps(ended))
 
 
 def train(start_method: str) -> dict[str, str]:
-    """Takes four steps on two ranks, with dropout and clipping. Returns nothing on ranks other than
+    """Take four steps on two ranks, with dropout and clipping. Return nothing on ranks other than
     0."""
     config = tiny("position=pos2 model.dropout=0.1 optim.warmup_steps=1 trainer.max_steps=4", RANKS)
     seed_everything(config)
@@ -74,7 +74,7 @@ def start(*command: str, **variables: str) -> subprocess.Popen[str]:
 
 
 def slurm_task(rank: int, port: int) -> subprocess.Popen[str]:
-    """Starts a task with the variables of `srun --ntasks-per-node=2` that Lightning reads."""
+    """Start a task with the variables of `srun --ntasks-per-node=2` that Lightning reads."""
     job = {
         "SLURM_JOB_ID": "1",
         "SLURM_JOB_NAME": "train",
@@ -93,7 +93,7 @@ def free_port() -> int:
 
 
 def end(launcher: str) -> dict[str, str]:
-    """Returns the exact loss and gradient norm of the last step."""
+    """Return the exact loss and gradient norm of the last step."""
     if launcher == "slurm":
         port = free_port()
         runs = [slurm_task(rank, port) for rank in range(RANKS)]
@@ -115,7 +115,7 @@ def join(rank: int, world_size: int) -> dict[str, str]:
 
 @cache
 def joined() -> dict[str, str]:
-    """Returns the result of ranks that run already and have torchrun's variables."""
+    """Return the result of ranks that run already and have torchrun's variables."""
     ended, nothing = run_ranks(join, RANKS)
     assert not nothing
     return ended

@@ -27,7 +27,7 @@ MEGABYTES, MBIT = 1, 80.0
 
 
 def exchange(rank: int, world_size: int) -> float:
-    """Returns the seconds of an all-to-all in which each rank sends a megabyte to the other,
+    """Return the seconds of an all-to-all in which each rank sends a megabyte to the other,
     barriers included.
 
     It runs once without a rate, then with one; the seconds are those with a rate."""
@@ -45,7 +45,7 @@ def exchange(rank: int, world_size: int) -> float:
 
 
 def gather_on_one(rank: int, world_size: int) -> float:
-    """Returns the seconds in which all other ranks send a megabyte to rank 0, barriers included."""
+    """Return the seconds in which all other ranks send a megabyte to rank 0, barriers included."""
     dist.init_process_group("gloo")
     links.set_rate(MBIT)
     rows = torch.zeros(MEGABYTES * 2**20 // 4)
@@ -63,7 +63,7 @@ def hang(rank: int, world_size: int) -> None:
 
 
 def inside(function: str, ranks: int = 2) -> list[str]:
-    """Returns the command of a program that enters its own network and runs a function of this file
+    """Return the command of a program that enters its own network and runs a function of this file
     on some ranks."""
     code = (
         "import sys, json; from experiments.engine import links; links.enter(); "

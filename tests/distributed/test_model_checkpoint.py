@@ -104,7 +104,7 @@ def steps_in(folder: Path) -> dict[str, int]:
 def in_all_ways(
     rank: int, world_size: int, folder: Path, background: bool
 ) -> tuple[dict[str, Run], dict[str, Any]]:
-    """Returns the runs by name, and the steps of the checkpoints that they left."""
+    """Return the runs by name, and the steps of the checkpoints that they left."""
     runs, left = (
         {"whole": fit(folder / "whole", background, True, test=True)},
         {"whole": steps_in(folder / "whole")},
@@ -162,7 +162,7 @@ class Validated(BoringModel):
 def keep_best(
     folder: Path, steps: int, kept: int, resume_from: Path | None
 ) -> tuple[list[str], list[str]]:
-    """Trains in one process as a run does. Returns the best checkpoints that are known, the best
+    """Train in one process as a run does. Return the best checkpoints that are known, the best
     first, and all."""
     callbacks: list[Callback] = build_callbacks(load(None, [f"trainer.save_top_k={kept}"]), folder)
     (best,) = (c for c in callbacks if isinstance(c, ModelCheckpoint) and c.monitor)

@@ -39,7 +39,7 @@ SHOWS = 1e-6
 
 
 def finish_without_waiting(backward: bool) -> Callable[[Transfer], None]:
-    """Returns a Transfer.finish that does not wait in one direction. A transfer has a gradient only
+    """Return a Transfer.finish that does not wait in one direction. A transfer has a gradient only
     in backward."""
     real = Transfer.finish
 
@@ -77,7 +77,7 @@ BROKEN: dict[str, Callable[[], list[Any]]] = {
 
 
 def train_broken(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
-    """Returns a record for each broken thing."""
+    """Return a record for each broken thing."""
     records = {}
     for name, patches in BROKEN.items():
         with ExitStack() as stack:

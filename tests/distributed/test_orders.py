@@ -40,7 +40,7 @@ Orders = list[tuple[list[tuple[str, bool]], list[int]]]
 
 
 def orders_of(rank: int, world_size: int, reductions: str) -> Orders:
-    """Returns, of the steps with each schedule, the order of rows (operator, whether in backward)
+    """Return, of the steps with each schedule, the order of rows (operator, whether in backward)
     and of sums (numbers of elements). Rank 1 starts every transfer late."""
     dist.init_process_group("gloo")
     context = build_context(world_size, torch.device("cpu"), timedelta(seconds=60))

@@ -40,7 +40,7 @@ ATTENTION_MS = 5.0  # longer than every other operator
 
 
 def build(rank: int, world_size: int, attention_ms: float = 0.0) -> list[MoEBlock]:
-    """Returns a ScMoE pair whose last attention takes so long, and has no parts, and a standard
+    """Return a ScMoE pair whose last attention takes so long, and has no parts, and a standard
     pair."""
     own = range(rank * EXPERTS // world_size, (rank + 1) * EXPERTS // world_size)
 
@@ -70,7 +70,7 @@ def train(blocks: list[MoEBlock], optimizer: torch.optim.Optimizer, seed: int) -
 def training(
     rank: int, world_size: int, kind: str
 ) -> tuple[list[torch.Tensor], list[LayerChoice], int]:
-    """Returns weights after some SGD steps, the choices, and how many steps waited for each
+    """Return weights after some SGD steps, the choices, and how many steps waited for each
     transfer at once."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -132,7 +132,7 @@ SLOW_ATTENTION = QUICK | {"attention": 0.3, "dispatch": 0.3}  # behind attention
 
 
 def rigged(seconds: dict[str, float], rank: int, schedule: Schedule) -> torch.Tensor:
-    """Returns what `noted` would: each rank has its own times, and twice the chunks make transfers
+    """Return what `noted` would: each rank has its own times, and twice the chunks make transfers
     twice as long."""
     chunks = schedule.chunks
     row = {
@@ -163,7 +163,7 @@ def planned_training(
     drifts_at: int = 10**6,
     tried: Mapping[tuple[int, int], float] | None = None,
 ) -> Log:
-    """Takes SGD steps with invented times, which change at step drifts_at.
+    """Take SGD steps with invented times, which change at step drifts_at.
 
     chunk_counts: None is no planner, () is a fixed one. tried: the time of a step by slot and
     chunks of the shortcut block, 1 s where it is missing; None: nothing is tried."""
@@ -227,7 +227,7 @@ def test_schedules_of_low_price_are_tried_in_turn_and_the_one_with_the_fastest_s
 
 
 def clocked(rank: int, world_size: int) -> tuple[float, float]:
-    """Returns the time of a step of the slowest rank, and of this one."""
+    """Return the time of a step of the slowest rank, and of this one."""
     dist.init_process_group("gloo")
     clock = Recorder(torch.device("cpu"))
     start_clocks([clock], None)
@@ -327,7 +327,7 @@ def test_ranks_that_choose_differently_are_stopped():
 
 
 def drift(rank: int, world_size: int) -> list[bool]:
-    """Returns, for each timed step, whether the planner measures again after it."""
+    """Return, for each timed step, whether the planner measures again after it."""
     dist.init_process_group("gloo")
     planner = Planner(build(rank, world_size), None, torch.device("cpu"), chunk_counts=(1,))
     seconds = dict.fromkeys(OPERATORS, 1.0)

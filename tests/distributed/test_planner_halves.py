@@ -75,7 +75,7 @@ class Stack(nn.Module):
 
 
 def planned(rank: int, world_size: int) -> tuple[set[int], int, Any]:
-    """Returns the numbers of batches in flight before the choice, the one after it, and the
+    """Return the numbers of batches in flight before the choice, the one after it, and the
     choices."""
     dist.init_process_group("gloo")
     stack = Stack(rank, world_size)

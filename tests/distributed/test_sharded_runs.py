@@ -48,7 +48,7 @@ PRECISIONS = {
 
 
 def resumed_in_layouts(rank: int, folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns a run with sharded weights, whose checkpoint is written in parallel, and runs that
+    """Return a run with sharded weights, whose checkpoint is written in parallel, and run that
     continue from it."""
     first = f"{MODEL} strategy.async_checkpoint=true {split('sharded', 2, 4)}"
     runs = {"uninterrupted": fit(tiny(first, 4), folder)}
@@ -94,7 +94,7 @@ class Watched(RecordingModel):
         self.gathered[name] = tensor.dtype
 
     def while_open(self) -> list[float]:
-        """Returns when collectives of FSDP started while a block's stream was open: from dispatch
+        """Return when collectives of FSDP started while a block's stream was open: from dispatch
         to decode, and in backward from decode to encode."""
         found = []
         for marks in (recorder.marks for recorder in self.recorders):
@@ -183,7 +183,7 @@ class Own(LightningModule):
 
 
 def own_module(rank: int, dense: str, folder: Path) -> dict[str, Any]:
-    """Fits, validates, tests, predicts, saves and fits again. Returns every value of that and the
+    """Fit, validate, test, predict, save and fit again. Return every value of that and the
     weights."""
     torch.manual_seed(1)
     ids = torch.randint(32, (16, 9), generator=torch.Generator().manual_seed(2))

@@ -56,7 +56,7 @@ def run(
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> tuple[list[dict[str, Any]], Path]:
-    """Returns an uninterrupted run on two ranks with EP 2, and the folder of its checkpoints."""
+    """Return an uninterrupted run on two ranks with EP 2, and the folder of its checkpoints."""
     folder = tmp_path_factory.mktemp("written")
     return run_ranks(run, 2, f"{MODEL} strategy.ep_size=2", folder, None), folder
 
@@ -111,7 +111,7 @@ REFUSED = {  # words, or `seed`, or a damaged checkpoint: what is said
 
 
 def refused(rank: int, world_size: int, checkpoint: Path, partial: Path) -> dict[str, str]:
-    """Returns the error of each resumption."""
+    """Return the error of each resumption."""
     said = {}
     for change in REFUSED:
         config = tiny(f"{MODEL} strategy.ep_size=2 {change if '=' in change else ''}", world_size)
@@ -156,7 +156,7 @@ def test_expert_gradients_are_sent_once_a_step():
 
 
 def with_frozen(rank: int, world_size: int) -> dict[tuple[int, bool], list[torch.Tensor | None]]:
-    """Returns this rank's expert gradients of two modules, by EP degree and whether they were
+    """Return this rank's expert gradients of two modules, by EP degree and whether they were
     frozen at first: of a step in which the first module's experts stay frozen, and of a step in
     which they do not."""
     dist.init_process_group("gloo")
@@ -210,7 +210,7 @@ class WithUnused(LanguageModel):
 
 
 def reduced(rank: int, world_size: int) -> dict[str, list[dict[str, torch.Tensor]]]:
-    """Returns the gradients of every step by case, once for each choice of strategy.reductions."""
+    """Return the gradients of every step by case, once for each choice of strategy.reductions."""
     alone = {"ep_size": 1}  # expert gradients are reduced too
     cases: dict[str, tuple[dict[str, Any], int, type[LanguageModel]]] = {
         "experts on all ranks": ({"ep_size": world_size}, 1, LanguageModel),
@@ -316,7 +316,7 @@ def own_trainer(
     cls: type[LanguageModel] = LanguageModel,
     accumulate: int = 1,
 ) -> dict[str, torch.Tensor]:
-    """Trains with a Trainer that a user has written. Returns every gradient of every step, and the
+    """Train with a Trainer that a user has written. Return every gradient of every step, and the
     last norm."""
     config = tiny("position=pos2 optim.lr=0.01", world_size)
     gradients = Gradients()

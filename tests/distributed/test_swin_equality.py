@@ -70,7 +70,7 @@ def tiny(words: str, world_size: int = 1) -> Config:
 
 
 def train_all(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Returns one record per case, with the metrics of a validation after training."""
+    """Return one record per case, with the metrics of a validation after training."""
     records = {}
     for name, text in cases.items():
         steps = 3 if name.partition(",")[0] in THREE_STEPS else 1

@@ -156,7 +156,7 @@ def collectives_of(batches: int) -> Counter[str]:
 
 
 def written(context: ParallelContext, batches: int) -> list[list[int]]:
-    """Returns the texts of this rank: the last one has a single text, the others have several of
+    """Return the texts of this rank: the last one has a single text, the others have several of
     other lengths."""
     model = model_of("position=pos2 capacity_factor=1", context).eval()
     model.batches_in_flight = batches
@@ -166,7 +166,7 @@ def written(context: ParallelContext, batches: int) -> list[list[int]]:
 
 
 def ceiling_of(context: ParallelContext) -> tuple[str, bool]:
-    """Returns the error of a batch that one half ends, and whether the model computes the same
+    """Return the error of a batch that one half ends, and whether the model computes the same
     afterwards."""
     model = model_of("position=pos2 moe.dropless_ceiling=1", context)
     ids_BS, _ = tiny_batch(tiny(" ".join(EVEN)), 2)

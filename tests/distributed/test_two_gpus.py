@@ -39,7 +39,7 @@ def configurations():
 
 
 def trained(world_size: int, accelerator: str, cases: dict[str, str]) -> list[dict[str, Any]]:
-    """Returns for each rank the records of all cases."""
+    """Return for each rank the records of all cases."""
     from tests.support.trainings import (
         train_cases,
     )  # here, so that this file is collected without omegaconf
@@ -60,7 +60,7 @@ def test_trainings_equal_those_of_one_rank(accelerator: str = "gpu"):
 
 
 def save(rank: int, world_size: int, folder: Path, accelerator: str, words: str) -> None:
-    """Trains three steps, with a checkpoint of each."""
+    """Train three steps, with a checkpoint of each."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     from tests.support.trainings import fit, tiny

@@ -77,7 +77,7 @@ class Module(LightningModule):
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the gradients by name; of experts those that this rank holds."""
+    """Return the gradients by name; of experts those that this rank holds."""
     return {
         name.removeprefix("module."): p.grad.clone()
         for name, p in model.named_parameters()

@@ -108,7 +108,7 @@ def test_a_link_to_a_text_that_is_gone_is_named(tmp_path):
 
 @pytest.fixture
 def images(tmp_path):
-    """Returns a folder of six training and four validation images; one of each is damaged."""
+    """Return a folder of six training and four validation images; one of each is damaged."""
     for split, number in (("train", 3), ("val", 2)):
         for label in ("ant", "bee"):
             (tmp_path / split / label).mkdir(parents=True)

@@ -49,7 +49,7 @@ class Given(torch.nn.Module):
 
 
 def exactly(rank: int, world_size: int) -> None:
-    """Compares outputs, and the gradients of tokens, gate weights and experts, which sum over both
+    """Compare outputs, and the gradients of tokens, gate weights and experts, which sum over both
     ranks' rows.
 
     Values are small whole numbers, experts use ReLU, and gate weights are 1, 1/2 and 1/4: no
@@ -166,7 +166,7 @@ class Predicting(LightningModule):
 
 
 def predictions(rank: int, world_size: int) -> list[tuple[int, Tensor]]:
-    """Returns for each batch its number of samples, and how far the result is from that of all
+    """Return for each batch its number of samples, and how far the result is from that of all
     experts in a process."""
     x_BSD = torch.randn(
         7, TOKENS, DIM, generator=torch.Generator().manual_seed(0), dtype=torch.float64

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 
 def all_to_one(rank: int, world_size: int, *ceilings: str) -> None:
-    """Trains once for each ceiling. All rows go to one of two ranks: twice the fair share, and no
+    """Train once for each ceiling. All rows go to one of two ranks: twice the fair share, and no
     more."""
     for ceiling in ceilings:
         train_collapsed(world_size, ceiling)

@@ -26,7 +26,7 @@ def files_of(path: Path) -> list[str]:
 
 
 def save_slowly_then_train_on(rank: int, world_size: int, folder: Path) -> set[float]:
-    """Overwrites every tensor while or after a checkpoint of OLD is written. Returns what is read
+    """Overwrite every tensor while or after a checkpoint of OLD is written. Return what is read
     back."""
     trainer, path, fsync = (
         tiny_run.one_step(world_size, folder),
@@ -56,7 +56,7 @@ def test_a_slow_save_holds_the_step_at_which_it_started(tmp_path):
 
 
 def note_what_is_hashed(rank: int, world_size: int, folder: Path) -> list[dict[str, list[str]]]:
-    """Saves in the foreground, then in the background. Returns of each what `noted_in` does."""
+    """Save in the foreground, then in the background. Return of each what `noted_in` does."""
     trainer = tiny_run.one_step(world_size, folder)
     return [
         noted_in(trainer, folder / f"{background}.ckpt", background) for background in (False, True)
@@ -64,7 +64,7 @@ def note_what_is_hashed(rank: int, world_size: int, folder: Path) -> list[dict[s
 
 
 def noted_in(trainer: Any, path: Path, background: bool) -> dict[str, list[str]]:
-    """Returns the hashed files by their reader: a background thread, or the rank while it saves,
+    """Return the hashed files by their reader: a background thread, or the rank while it saves,
     finishes or loads."""
     fingerprint, read = durable.fingerprint, {}
     moment = "saving"
@@ -109,7 +109,7 @@ def test_each_rank_hashes_its_own_shard_where_it_writes_it(tmp_path):
 
 
 def work_together(rank: int, world_size: int, folder: Path) -> tuple[int, str]:
-    """Rank 1 works long, and fails. Returns the number of collectives meanwhile, and what is
+    """Let rank 1 work long and fail. Return the number of collectives meanwhile, and what is
     raised."""
     context, all_reduce, asked = (
         tiny_run.one_step(world_size, folder).strategy.context,

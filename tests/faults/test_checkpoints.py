@@ -74,7 +74,7 @@ def test_twenty_killed_saves_in_a_row_lose_nothing_and_do_not_fill_the_disk(tmp_
 def save_with_trouble(
     rank: int, world_size: int, folder: Path, trouble: str, bad_rank: int, background: bool
 ) -> str:
-    """Returns this rank's error of a save in which one rank's disk refuses to write. A healthy save
+    """Return this rank's error of a save in which one rank's disk refuses to write. A healthy save
     follows."""
     trainer, path = tiny_run.one_step(world_size, folder), folder / "checkpoints" / LAST
     tiny_run.save_marked(trainer, path, OLD)

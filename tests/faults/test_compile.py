@@ -22,7 +22,7 @@ def both(rank: int, world_size: int, words: str) -> list[tuple[list[int], float,
 
 
 def graphs(words: str) -> tuple[list[int], float, int]:
-    """Trains six steps with a validation after every second one. Returns the number of graphs after
+    """Train six steps with a validation after every second one. Return the number of graphs after
     each, the last loss, and the number of graph breaks."""
     config = load(
         "configs/debug.yaml", [*words.split(), "trainer.max_steps=6", "trainer.val_every=2"]

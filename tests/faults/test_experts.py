@@ -85,7 +85,7 @@ class Rigged(RecordingModel):
 
 
 def collapse(rank: int, world_size: int) -> tuple[dict[str, float], list[str]]:
-    """Returns the metrics of the last step, and the warnings of a collapse."""
+    """Return the metrics of the last step, and the warnings of a collapse."""
     steps = PATIENCE + 1
     words = (
         f"position=pos2 strategy.ep_size=2 trainer.max_steps={steps} trainer.log_every=1"

@@ -48,7 +48,7 @@ class Modules:
         return name
 
     def forget(self) -> None:
-        """Makes this process one that has imported no extension."""
+        """Make this process one that has imported no extension."""
         for name in self.names:
             sys.modules.pop(name, None)
         for registry in (ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS):
@@ -60,7 +60,7 @@ class Modules:
             registry.images = [name for name in registry.images if name in registry.makers]
 
     def done(self) -> str:
-        """Returns what was done since the last call."""
+        """Return what was done since the last call."""
         text = self.proof.read_text() if self.proof.exists() else ""
         self.proof.unlink(missing_ok=True)
         return text.strip()

@@ -91,7 +91,7 @@ ODD = [
 
 
 def usual(leaf: Leaf) -> st.SearchStrategy[str]:
-    """Returns texts that the type and the range of a field allow."""
+    """Return texts that the type and the range of a field allow."""
     if leaf.choices:
         return st.sampled_from([str(choice) for choice in leaf.choices])
     if leaf.type is bool:
@@ -109,7 +109,7 @@ def usual(leaf: Leaf) -> st.SearchStrategy[str]:
 
 
 def value(leaf: Leaf) -> st.SearchStrategy[str]:
-    """Returns texts for a field; nine of ten are such as it allows."""
+    """Return texts for a field; nine of ten are such as it allows."""
     beyond = st.sampled_from([*NUMBERS, *ODD]) | st.text(
         st.characters(exclude_categories=["Cs"]), max_size=12
     )
@@ -118,7 +118,7 @@ def value(leaf: Leaf) -> st.SearchStrategy[str]:
 
 @st.composite
 def overrides(draw: Any) -> list[str]:
-    """Draws one to four overrides of different keys."""
+    """Draw one to four overrides of different keys."""
     keys = draw(
         st.lists(
             st.sampled_from(sorted(LEAVES.keys() - NOT_DRAWN)), min_size=1, max_size=4, unique=True
@@ -131,7 +131,7 @@ def overrides(draw: Any) -> list[str]:
 
 
 def check(words: list[str]) -> None:
-    """Trains two steps of a small config with these overrides in a process of their own."""
+    """Train two steps of a small config with these overrides in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
         own = [
             f"runs_dir={folder}/runs",

@@ -36,7 +36,7 @@ def run_dir(tmp_path_factory) -> Path:
 
 @contextlib.contextmanager
 def generating(run_dir: Path, out: Path):
-    """Yields the two ranks' processes once texts have been written; nothing of them is left
+    """Yield the two ranks' processes once texts have been written; nothing of them is left
     afterwards."""
     asked = [
         "--prompts",
@@ -58,7 +58,7 @@ def generating(run_dir: Path, out: Path):
 
 
 def said_at_the_end(process: subprocess.Popen[str], other: int) -> str:
-    """Waits until both ranks have ended and closed their stderr."""
+    """Wait until both ranks have ended and closed their stderr."""
     _, said = process.communicate(timeout=TIMEOUT_S + PATIENCE_S)
     deadline = time.monotonic() + PATIENCE_S
     while start_of(other):

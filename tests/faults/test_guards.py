@@ -41,7 +41,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
 
 def timeouts(rank: int, world_size: int, seconds: float) -> tuple[list[float], set[float]]:
-    """Returns the timeout of the default group while modules are built, then those of all process
+    """Return the timeout of the default group while modules are built, then those of all process
     groups, in s."""
 
     def of(group: Any) -> float:
@@ -73,7 +73,7 @@ class Broken(RuntimeError):
 
 
 def savers(how: str, folder: Path) -> list[Callback]:
-    """Returns callbacks that save every second step, and once more after an exception."""
+    """Return callbacks that save every second step, and once more after an exception."""
     if how == "save_on_exception":
         return [
             ModelCheckpoint(
@@ -172,7 +172,7 @@ def training(
 
 
 def failing(tmp_path: Path, how: str, rank: int, phase: str) -> tuple[str, ...]:
-    """Returns the words of a train command with a rank that fails."""
+    """Return the words of a train command with a rank that fails."""
     script = tmp_path / "failing.py"
     script.write_text(FAILING)
     place, call = PHASES[phase]
@@ -237,7 +237,7 @@ def test_a_rank_that_is_stuck_is_ended(tmp_path, rank):
 
 
 def left_of(pids: list[int]) -> list[int]:
-    """Returns the processes that are still there after the time in which all of them must end."""
+    """Return the processes that are still there after the time in which all of them must end."""
     deadline = time.monotonic() + TIMEOUT_S + 2 * SLACK_S
     while (left := [pid for pid in pids if start_of(pid)]) and time.monotonic() < deadline:
         time.sleep(0.2)

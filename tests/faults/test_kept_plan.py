@@ -21,7 +21,7 @@ CHOSEN = 60  # steps until the choice at most, of three numbers of chunks
 
 @pytest.fixture(scope="module")
 def planned(tmp_path_factory) -> Path:
-    """Returns the directory of a finished run on two ranks whose schedule was chosen by
+    """Return the directory of a finished run on two ranks whose schedule was chosen by
     measurement."""
     runs = tmp_path_factory.mktemp("planned")
     words = (
@@ -47,7 +47,7 @@ def run_dir(planned, tmp_path) -> Path:
 
 
 def resume(run_dir: Path, ranks: int, *overrides: str) -> str:
-    """Returns what a resumption of one step says of the plan."""
+    """Return what a resumption of one step says of the plan."""
     words = (
         str(run_dir),
         f"trainer.max_steps={CHOSEN + 2}",
@@ -110,4 +110,4 @@ def test_a_plan_survives_its_file_and_is_drawn(planned, capsys, tmp_path):
         "nothing is measured"
     )
     assert call("bench", "timeline", "--run", str(tmp_path)) == 2
-    assert "allowed: a run with schedule=auto that has chosen" in capsys.readouterr().err
+    assert "Give a run with schedule=auto" in capsys.readouterr().err

@@ -179,10 +179,10 @@ class Unfreezing(BackboneFinetuning):
 
 
 def finetuned(rank: int, world_size: int, folder: Path) -> list[Any]:
-    """Trains two epochs, the second with the backbone, resumes for a third, and fits anew with the
+    """Train two epochs, the second with the backbone, resumes for a third, and fits anew with the
     same Trainer.
 
-    Returns the sizes of the resumed parameter groups, the steps of the backbone's first weight, and
+    Return the sizes of the resumed parameter groups, the steps of the backbone's first weight, and
     the number of groups of the new fit."""
     found: list[Any] = []
     saver = ModelCheckpoint(
@@ -215,7 +215,7 @@ class Scored(Model):
 
 
 def in_background(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """Saves in the background under one name, with a link to the last one. A save completes one
+    """Save in the background under one name, with a link to the last one. A save completes one
     step late at least."""
     found: dict[str, Any] = {}
     best = ModelCheckpoint(
@@ -248,7 +248,7 @@ def in_background(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
 
 
 def early(rank: int, world_size: int, folder: Path) -> str:
-    """Saves before fit."""
+    """Save before fit."""
     trainer, module = trainer_of(world_size, max_steps=1), Model()
     module.moe = MoE(DIM, 8)
     trainer.strategy.connect(module)
@@ -257,7 +257,7 @@ def early(rank: int, world_size: int, folder: Path) -> str:
 
 
 def left_behind(rank: int, world_size: int, folder: Path) -> Any:
-    """Returns the variable and the threads that a fit leaves."""
+    """Return the variable and the threads that a fit leaves."""
     del os.environ["GLOO_SOCKET_IFNAME"]  # run_ranks has set it
     trainer_of(world_size, max_steps=2).fit(Model(), data())
     left = os.environ.get("GLOO_SOCKET_IFNAME")
@@ -265,7 +265,7 @@ def left_behind(rank: int, world_size: int, folder: Path) -> Any:
 
 
 def parts(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """Returns what each function returns, or its error, which is the same on all ranks."""
+    """Return what each function returns, or its error, which is the same on all ranks."""
     found = {}
     for part in (early, left_behind, finetuned, none, in_background, unfrozen):
         try:

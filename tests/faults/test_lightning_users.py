@@ -76,7 +76,7 @@ def predictions_of(module: Model) -> Tensor:
 
 
 def fit(rank: int, world_size: int, folder: Path, callbacks: list[Callback]) -> Tensor:
-    """Trains one step and returns the trained model's predictions of all rows."""
+    """Train one step and return the trained model's predictions of all rows."""
     keep = {"default_root_dir": folder, "callbacks": callbacks, "enable_checkpointing": True}
     trainer = users_trainer(world_size, ExpertParallelStrategy(), max_steps=1, **keep)
     module = Model(16)
@@ -86,7 +86,7 @@ def fit(rank: int, world_size: int, folder: Path, callbacks: list[Callback]) -> 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Tensor]:
-    """Returns the checkpoint of two ranks, a directory, and the predictions of its model."""
+    """Return the checkpoint of two ranks, a directory, and the predictions of its model."""
     folder = tmp_path_factory.mktemp("trained")
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1)
     predictions, _ = run_ranks(fit, 2, folder, [saver])
@@ -175,7 +175,7 @@ class Reading(Model):
 
 
 def used(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """Saves and loads in many ways, on the ranks of one start. Returns what came of each."""
+    """Save and load in many ways, on the ranks of one start. Return what came of each."""
     (folder / str(rank)).mkdir(parents=True)
     found: dict[str, Any] = {}
 
@@ -338,7 +338,7 @@ def test_callbacks_that_average_weights_in_a_copy_are_refused_by_name(name, tmp_
 
 
 def summarised(rank: int, world_size: int) -> tuple[int, list[str]]:
-    """Returns the expert parameters that Lightning's summary counts, and what the strategy says of
+    """Return the expert parameters that Lightning's summary counts, and what the strategy says of
     them."""
     said: list[str] = []
     logger = logging.getLogger("lightning.pytorch")
@@ -367,8 +367,8 @@ def test_a_model_summary_says_that_it_counts_this_ranks_experts():
 
 
 def fit_by_name(rank: int, world_size: int) -> list[Tensor]:
-    """Trains two steps of SGD, which shows every factor of a gradient, clipped with both
-    strategies, then unclipped. Returns predictions of all rows."""
+    """Train two steps of SGD, which shows every factor of a gradient, clipped with both
+    strategies, then unclipped. Return predictions of all rows."""
     found = []
     for strategy, clip in (("expert_parallel", 0.01), ("ddp", 0.01), ("expert_parallel", None)):
         torch.manual_seed(1)
@@ -393,7 +393,7 @@ def test_a_trainer_takes_the_strategy_by_name_and_clips_as_with_ddp():
 
 
 def handlers(rank: int, world_size: int) -> dict[str, list[Any]]:
-    """Returns the handlers of SIGINT and SIGTERM before a Trainer's first run and after each."""
+    """Return the handlers of SIGINT and SIGTERM before a Trainer's first run and after each."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     trainer, module = users_trainer(1, "expert_parallel", max_steps=1), Model(16)
     module.validation_step = module.test_step = lambda batch, batch_idx: None
@@ -424,10 +424,7 @@ def test_after_a_run_ctrl_c_and_sigterm_do_what_they_did_before():
         ({"timeout_s": float("nan")}, "timeout_s is nan, allowed"),
         ({"timeout_s": 1e300}, r"timeout_s is 1e\+300, allowed"),
         ({"dense": "split"}, "dense is 'split', allowed: replicated, sharded, hybrid, auto"),
-        (
-            {"dense": "sharded", "find_unused_parameters": True},
-            "is an argument of DDP, allowed: with dense='replic",
-        ),
+        ({"dense": "sharded", "find_unused_parameters": True}, "is an argument of DDP"),
     ],
     ids=str,
 )

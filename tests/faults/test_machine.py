@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.representative]
 
 
 def refusal(folder: Path, *overrides: str) -> str:
-    """Returns the one line with which a run is refused."""
+    """Return the one line with which a run is refused."""
     runs = folder / "runs"
     done = called("train", "configs/debug.yaml", f"runs_dir={runs}", *overrides)
     assert (done.code, done.err.count("\n"), runs.exists()) == (2, 1, False)

@@ -156,7 +156,7 @@ def test_a_number_that_is_not_finite_stops_all_ranks_before_the_update(place, cl
 
 
 def clipped(rank: int, world_size: int, by_hand: bool, clip: float | None) -> list[Tensor]:
-    """Returns the trained weights, clipped by the module itself or by the Trainer."""
+    """Return the trained weights, clipped by the module itself or by the Trainer."""
     config = tiny(f"position=pos2 trainer.accumulate=1 strategy.ep_size={world_size}", world_size)
     cls, own = (ByHand, {"clip": clip}) if by_hand else (NotClipped, {})
     module = cls(

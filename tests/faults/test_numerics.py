@@ -75,7 +75,7 @@ def turned(batch: dict[str, Tensor], places: int) -> dict[str, Tensor]:
 
 
 def train(config: Config, optimizer: str, places: int = 0) -> dict[str, Any]:
-    """Trains on this rank, with sequences rotated by `places`. Returns its record in the form that
+    """Train on this rank, with sequences rotated by `places`. Return its record in the form that
     `assemble` takes."""
     module = (AdamWModel if optimizer == "adamw" else RecordingModel)(config)
     routed = count_routings(module)
@@ -89,7 +89,7 @@ def train(config: Config, optimizer: str, places: int = 0) -> dict[str, Any]:
 
 
 def count_routings(module: LanguageModel) -> list[str]:
-    """Returns a list to which each router adds its name when it routes."""
+    """Return a list to which each router adds its name when it routes."""
     routed: list[str] = []
     configure = module.configure_model
 
@@ -107,12 +107,12 @@ def count_routings(module: LanguageModel) -> list[str]:
 def fit_cases(
     rank: int, world_size: int, cases: dict[str, tuple[str, str, int]]
 ) -> dict[str, dict[str, Any]]:
-    """Trains each case on this rank. cases: name -> (words of the config, optimizer, places)."""
+    """Train each case on this rank. cases: name -> (words of the config, optimizer, places)."""
     return {name: train(tiny(words, world_size), *how) for name, (words, *how) in cases.items()}
 
 
 def cases_of(layout: str) -> dict[str, tuple[str, str, int]]:
-    """Returns the cases of a layout: fp64 and one step in fp32 in all layouts, the rest where it is
+    """Return the cases of a layout: fp64 and one step in fp32 in all layouts, the rest where it is
     cheap."""
     ep, cases = f"strategy.ep_size={LAYOUTS[layout][1]}", {}
     for optimizer, lr in OPTIMIZERS.items():
@@ -153,13 +153,13 @@ def _all_of_one_process() -> dict[str, dict[str, Any]]:
 
 
 def many(layout: str, what: str) -> list[dict[str, Any]]:
-    """Returns every rank's record of a case."""
+    """Return every rank's record of a case."""
     return [records[f"{layout} {what}"] for records in _all_of_ranks(LAYOUTS[layout][0])]
 
 
 @cache
 def _all_of_ranks(world_size: int) -> list[dict[str, dict[str, Any]]]:
-    """Trains all layouts of this number of ranks in one start of the ranks."""
+    """Train all layouts of this number of ranks in one start of the ranks."""
     layouts = [layout for layout, (ranks, _) in LAYOUTS.items() if ranks == world_size]
     cases = {name: case for layout in layouts for name, case in cases_of(layout).items()}
     return run_ranks(fit_cases, world_size, cases, timeout_s=900)
@@ -171,7 +171,7 @@ def _all_of_ranks(world_size: int) -> list[dict[str, dict[str, Any]]]:
 def errors(
     actual: dict[str, list[Tensor]], expected: dict[str, list[Tensor]], relative: bool = False
 ) -> dict[str, float]:
-    """Returns the largest difference of each kind over all steps. relative: to each tensor's
+    """Return the largest difference of each kind over all steps. relative: to each tensor's
     largest entry.
 
     The qkv bias is separate from the other weights, because a key's bias has no influence on a
@@ -203,7 +203,7 @@ def errors(
 
 
 def infinity_norms(values: dict[str, list[Tensor]]) -> list[float]:
-    """Returns for each step the largest entry of all gradients."""
+    """Return for each step the largest entry of all gradients."""
     gradients = [steps for name, steps in values.items() if name.startswith("gradient")]
     return [max(float(g.abs().max()) for g in step) for step in zip(*gradients, strict=True)]
 

@@ -80,7 +80,7 @@ def test_the_comparison_finds_a_random_state_that_is_not_restored(tmp_path):
 def run_that_draws(
     rank: int, world_size: int, dense: str, folder: Path, resume_from: list[Path]
 ) -> list[dict[str, Any]]:
-    """Draws from Python and NumPy in each step, as a user's own transforms may."""
+    """Draw from Python and NumPy in each step, as a user's own transforms may."""
     training_step = LanguageModel.training_step
 
     def drawing(module: LanguageModel, batch: dict[str, Tensor], batch_idx: int) -> Any:
@@ -122,8 +122,8 @@ class Watch(Callback):
 def saved_inside_steps(
     rank: int, world_size: int, folder: Path
 ) -> tuple[list[list[str]], list[dict[str, Tensor]]]:
-    """Trains steps of two batches with a default ModelCheckpoint and a validation after the third
-    batch. Returns what is in its folder before each batch, and how three runs end: this one, one
+    """Train steps of two batches with a default ModelCheckpoint and a validation after the third
+    batch. Return what is in its folder before each batch, and how three runs end: this one, one
     that resumes from its first checkpoint, and one that stops inside a step."""
     ends, watched = [], []
     first = folder / "0" / "epoch=0-step=1.ckpt"

@@ -33,7 +33,7 @@ LEFT = ["best-step=2.ckpt", "step=3.ckpt"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, list[set[str]]]:
-    """Returns the directory of a finished run of three steps on two ranks, and what each rank wrote
+    """Return the directory of a finished run of three steps on two ranks, and what each rank wrote
     there."""
     runs = tmp_path_factory.mktemp("finished")
     command = (
@@ -54,7 +54,7 @@ def finished(trained) -> Path:
 
 @pytest.fixture(scope="module")
 def resumed(finished, tmp_path_factory) -> tuple[Path, list[set[str]]]:
-    """Returns a copy of that run, resumed by two ranks for a step and by one for another, and what
+    """Return a copy of that run, resumed by two ranks for a step and by one for another, and what
     the two wrote."""
     run_dir = Path(shutil.copytree(finished, tmp_path_factory.mktemp("resumed") / "run"))
     files = run_ranks(
@@ -67,7 +67,7 @@ def resumed(finished, tmp_path_factory) -> tuple[Path, list[set[str]]]:
 
 @pytest.fixture
 def run_dir(finished, tmp_path) -> Path:
-    """Returns a copy of the finished run, which a test may change."""
+    """Return a copy of the finished run, which a test may change."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
@@ -203,7 +203,7 @@ def test_a_run_that_is_done_has_nothing_to_do(run_dir, capsys):
 def written(
     rank: int, world_size: int, folder: Path, verb: str, arguments: tuple[str, ...]
 ) -> set[str]:
-    """Returns what a rank opens for writing, creates, renames or removes in a folder while it
+    """Return what a rank opens for writing, creates, renames or removes in a folder while it
     trains, outside of checkpoints."""
     found: set[str] = set()
     changes = ("os.mkdir", "os.rename", "os.remove", "os.symlink", "os.rmdir", "os.truncate")

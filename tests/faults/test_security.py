@@ -143,7 +143,7 @@ class Payload:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> Path:
-    """Returns a checkpoint of a tiny model, saved by one rank."""
+    """Return a checkpoint of a tiny model, saved by one rank."""
     folder = tmp_path_factory.mktemp("written")
     run_ranks(write_checkpoint, 1, folder)
     return folder / "step=1.ckpt"
@@ -156,7 +156,7 @@ def write_checkpoint(rank: int, world_size: int, folder: Path) -> None:
 
 
 def reseal(path: Path) -> None:
-    """Does what an attacker who knows the format would: writes a manifest of the changed files."""
+    """Do what an attacker who knows the format would: writes a manifest of the changed files."""
     step = json.loads((path / durable.MANIFEST).read_text())["step"]
     (path / durable.MANIFEST).unlink()
     files = {

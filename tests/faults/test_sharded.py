@@ -124,7 +124,7 @@ def test_a_nan_on_one_rank_stops_all_before_the_update():
 def stopped(
     rank: int, world_size: int, folder: Path, resume_from: Path | None, victim: int | None
 ) -> Any:
-    """Returns the exit code of a run, or its tensors. victim: receives SIGTERM in step 2."""
+    """Return the exit code of a run, or its tensors. victim: receives SIGTERM in step 2."""
 
     def stop(module: LanguageModel, batch_idx: int) -> None:
         if rank == victim and batch_idx == 1:

@@ -44,7 +44,7 @@ def run(
     victim: int | None,
     number: int = signal.SIGTERM,
 ) -> tuple[Any, list[int], dict[str, Tensor]]:
-    """Returns a run's exit code, validation batches and final tensors. victim: the rank that
+    """Return a run's exit code, validation batches and final tensors. victim: the rank that
     receives the signal."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     validated: list[int] = []
@@ -97,7 +97,7 @@ def test_ctrl_c_stops_the_run_as_sigterm_does(tmp_path):
 def validations(
     rank: int, world_size: int, folder: Path, resume_from: Path | None, stop_at: int | None
 ) -> tuple[Any, list[int]]:
-    """Returns a run's exit code, and the steps after which it validated. stop_at: rank 1 receives
+    """Return a run's exit code, and the steps after which it validated. stop_at: rank 1 receives
     SIGTERM in it."""
     steps: list[int] = []
 
@@ -139,7 +139,7 @@ BEST = (
 def keep_best(
     rank: int, world_size: int, folder: Path, resume_from: Path | None, stop_at: int | None
 ) -> tuple[Any, dict[str, float], str, str, str]:
-    """Returns a run's exit code and what its ModelCheckpoint knows: the scores of the checkpoints
+    """Return a run's exit code and what its ModelCheckpoint knows: the scores of the checkpoints
     that it keeps, the best one, the last one, and the worst that it keeps. stop_at: rank 1 receives
     SIGTERM in this step's validation.
     """

@@ -104,7 +104,7 @@ def build(
 def fit(
     rank: int, world_size: int, folder: Path, when: str, steps: int, resume_from: Path | None
 ) -> tuple[Any, int, dict[str, Tensor]]:
-    """Returns a run's exit code, its last step and its tensors."""
+    """Return a run's exit code, its last step and its tensors."""
     trainer, module, data = build(rank, world_size, folder, when, f"trainer.max_steps={steps}")
     before = signal.getsignal(signal.SIGTERM)
     code = exit_code(lambda: trainer.fit(module, data, ckpt_path=resume_from, weights_only=True))
@@ -159,8 +159,8 @@ def test_sigterm_in_an_evaluation_ends_it_and_saves_nothing(verb, tmp_path):
 
 
 def evaluate_what_was_trained(rank: int, world_size: int, folder: Path, load: Path | None) -> Any:
-    """load: a checkpoint to evaluate; its weights must not be saved as those of the last training
-    step."""
+    """Train, and stop a validation that follows. load: a checkpoint to evaluate; its weights must
+    not be saved as those of the last training step."""
     trainer, module, data = build(rank, world_size, folder, "", f"trainer.max_steps={STEPS}")
     trainer.fit(module, data)
     module.when = "evaluated"

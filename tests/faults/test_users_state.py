@@ -113,7 +113,7 @@ def trainer_of(
 
 
 def module_restored(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """Saves a module whose state differs between ranks, and loads it into a new one, with ddp and
+    """Save a module whose state differs between ranks, and load it into a new one, with ddp and
     with the Strategy."""
     found: dict[str, Any] = {}
     for strategy in ("ddp", "expert_parallel"):
@@ -233,7 +233,7 @@ def test_each_rank_gets_its_own_state_of_callbacks_back(tmp_path):
 
 
 def losses_after_search(rank: int, world_size: int, folder: Path) -> dict[str, list[float]]:
-    """Searches a learning rate, which trains and then restores the state from before, and trains
+    """Search a learning rate, which trains and then restores the state from before, and trains
     five steps."""
     found = {}
     for strategy in ("ddp", "expert_parallel"):
@@ -287,7 +287,7 @@ class Odd(LightningModule):
 
 
 def plain(state: Any) -> Any:
-    """Returns state of an optimizer in a form that can be compared."""
+    """Return state of an optimizer in a form that can be compared."""
     if isinstance(state, Tensor):
         return [str(state.dtype), tuple(state.shape), *state.flatten().tolist()]
     if isinstance(state, dict):
@@ -359,7 +359,7 @@ def add_words(checkpoint: dict[str, Any], rank: int) -> None:
 
 
 def refused(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """Trains eight steps with a first checkpoint at the seventh. Returns after how many steps what
+    """Train eight steps with a first checkpoint at the seventh. Return after how many steps what
     is refused."""
     found: dict[str, Any] = {}
     for name, add in (("waves", add_complex), ("thing", add_object), ("endless", add_endless)):

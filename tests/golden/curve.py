@@ -34,7 +34,7 @@ METRICS = ("train/loss", "val/loss")
 
 
 def train(folder: Path, *changes: str, ranks: int = 1) -> dict[str, list[float]]:
-    """Returns the losses of all steps and validations. changes: further overrides."""
+    """Return the losses of all steps and validations. changes: further overrides."""
     done = train_in_ranks(ranks, *RUN, f"runs_dir={folder}", *changes)
     rows = rows_of(done.run_dir / "metrics.csv")
     return {name: [float(row[name]) for row in rows if name in row] for name in METRICS}

@@ -29,7 +29,7 @@ class Mutant(NamedTuple):
         return self._replace(tests=tests)
 
     def mutate(self, source: str) -> str:
-        """Returns the source with the bug. ValueError: the text that it replaces does not occur
+        """Return the source with the bug. ValueError: the text that it replaces does not occur
         exactly once."""
         if (times := source.count(self.old)) != 1:
             raise ValueError(

@@ -54,7 +54,8 @@ def test_a_known_bug_is_caught(mutant: Mutant, tree: Path) -> None:
 
 
 def is_caught(mutant: Mutant, tree: Path) -> bool:
-    """Leaves the tree as it was. AssertionError: a test fails without the bug."""
+    """Return whether a test fails with the bug, and leave the tree as it was. AssertionError: a
+    test fails without the bug."""
     for test in mutant.tests:
         assert exit_code(tree, test) == PASSED, f"{test} fails without a bug"
     file = tree / mutant.file
@@ -68,12 +69,12 @@ def is_caught(mutant: Mutant, tree: Path) -> bool:
 
 @cache
 def exit_code(tree: Path, test: str) -> int:
-    """Runs a test of a tree without a bug, once for all mutants that it must catch."""
+    """Run a test of a tree without a bug, once for all mutants that it must catch."""
     return run_tests(tree, test)
 
 
 def run_tests(tree: Path, *tests: str) -> int:
-    """Runs tests of a tree with that tree's own packages. No process that they start outlives the
+    """Run tests of a tree with that tree's own packages. No process that they start outlives the
     call."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env |= {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}

@@ -193,7 +193,7 @@ WORDS = {
 
 
 def instella_logits(theirs: nn.Module, ids_BS: Tensor) -> Tensor:
-    """Computes Instella-MoE's logits with the modules of DeepSeek-V3, each of whose attentions has
+    """Compute Instella-MoE's logits with the modules of DeepSeek-V3, each of whose attentions has
     a `gate_proj`."""
     body = theirs.model
     x = y = body.embed_tokens(ids_BS)
@@ -216,7 +216,7 @@ def gated(attention: nn.Module, x_BSD: Tensor, angles: tuple[Tensor, Tensor]) ->
 
 @torch.no_grad()
 def their_model(case: str) -> nn.Module:
-    """Returns a model of theirs in which every term shows: no norm has weight 1, and no selection
+    """Return a model of theirs in which every term shows: no norm has weight 1, and no selection
     bias is 0."""
     config = transformers.AutoConfig.for_model(**CASES[case])
     theirs = transformers.AutoModelForCausalLM.from_config(config).float().eval()
@@ -256,7 +256,7 @@ def ids() -> Tensor:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
-    """Returns a folder with one of theirs for each case."""
+    """Return a folder with one of theirs for each case."""
     made = tmp_path_factory.mktemp("folders")
     for case in CASES:
         save(their_model(case), made / case, case)

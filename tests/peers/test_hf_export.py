@@ -108,7 +108,7 @@ def config_of(words: str) -> Config:
 
 
 def checkpoint_of(config: Config, folder: Path) -> torch.nn.Module:
-    """Writes a checkpoint of a network with random weights, and returns the network."""
+    """Write a checkpoint of a network with random weights, and return the network."""
     model = tiny_model(config, torch.float32).eval()
     write_checkpoint(model, folder, step=3)
     return model

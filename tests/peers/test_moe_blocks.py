@@ -134,7 +134,7 @@ def decision(routing: Routing) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def columns(logits_TE: Tensor, weights_TK: Tensor, ids_TK: Tensor) -> Tensor:
-    """Returns the logits, and the weights in the chosen experts' columns, so that weights and
+    """Return the logits, and the weights in the chosen experts' columns, so that weights and
     choices are compared."""
     return torch.stack([torch.zeros_like(logits_TE).scatter(1, ids_TK, weights_TK), logits_TE])
 

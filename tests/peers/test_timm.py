@@ -54,7 +54,7 @@ def config_of(*overrides: str) -> Config:
 
 
 def both(config: Config) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Returns timm's model and ours with the same random weights, in float64."""
+    """Return timm's model and ours with the same random weights, in float64."""
     model, data = config.model, config.data
     theirs = SwinTransformerV2(
         img_size=data.image_size,

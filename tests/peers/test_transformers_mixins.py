@@ -66,7 +66,7 @@ def config_of(words: str) -> Any:
 
 
 def model_of(kind: str) -> Any:
-    """Returns a model with random weights in float64, in evaluation mode."""
+    """Return a model with random weights in float64, in evaluation mode."""
     if kind == "mixtral":
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
         sizes = {
@@ -97,7 +97,7 @@ def logits(model: Any, **inputs: Any) -> torch.Tensor:
 
 
 def through_cache(model: Any) -> torch.Tensor:
-    """Returns the logits of `ids()` read in three passes with a cache."""
+    """Return the logits of `ids()` read in three passes with a cache."""
     with torch.no_grad():
         first = model(ids()[:, :4], use_cache=True)
         second = model(ids()[:, 4:9], cache=first.cache)
@@ -231,7 +231,7 @@ def test_hidden_states_of_every_layer(kind):
 
 
 def gradients_and_bytes(model: Any) -> tuple[dict[str, torch.Tensor], int]:
-    """Returns the gradients of a loss, and how much its graph has kept."""
+    """Return the gradients of a loss, and how much its graph has kept."""
     model.zero_grad()
     torch.manual_seed(0)  # noise of the gate
     with kept_for_backward(model) as kept:
@@ -334,7 +334,7 @@ def test_weights_kept_on_the_cpu_or_on_disk(kind, tmp_path):
 
 
 def with_adapters(kind: str, modules: list[str] | str) -> Any:
-    """Returns a model with LoRA whose weights are random, in float64."""
+    """Return a model with LoRA whose weights are random, in float64."""
     peft = pytest.importorskip("peft", reason="peft is not installed (extra `peers`)")
     config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=modules, r=2)
     model = (

@@ -20,7 +20,7 @@ TOLERANCE = 1e-6  # nats
 
 
 def furthest(losses: dict[str, list[float]]) -> float:
-    """Returns the largest distance to a stored loss."""
+    """Return the largest distance to a stored loss."""
     stored = json.loads(STORED.read_text())
     assert {name: len(values) for name, values in losses.items()} == {
         "train/loss": 20,

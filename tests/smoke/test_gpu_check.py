@@ -149,9 +149,9 @@ def test_a_part_ends_with_the_check(number, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--device cpu", "--device is cpu, allowed: with --tiny"),
+        ("--device cpu", "Add --tiny"),
         ("--device cpu --tiny --parts nothing", "--parts has nothing, allowed: tests | layer"),
-        ("--device cpu --tiny --out tests", "--out is 'tests', allowed: a new or empty folder"),
+        ("--device cpu --tiny --out tests", "--out is 'tests', which is not empty"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(options, message, capsys):

@@ -163,7 +163,7 @@ def folder(tmp_path_factory):
 
 
 def run(command, folder):
-    """Returns what the command prints on standard output and on standard error."""
+    """Return what the command prints on standard output and on standard error."""
     outer = ("ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
     env = {name: value for name, value in os.environ.items() if name not in outer}
     if command[0] == PYTHON:
@@ -195,7 +195,7 @@ def test_every_page_with_commands_is_run_or_says_why_not():
 
 
 def of_make(command: list[str], folder: Path) -> list[str]:
-    """Returns the lines that make would run."""
+    """Return the lines that make would run."""
     return run(["make", "--dry-run", *command[1:]], folder)[0].splitlines()
 
 
@@ -261,13 +261,13 @@ PYTHON_BLOCKS = [
 
 
 def rows(number: int) -> DataLoader[Any]:
-    """Returns one batch of this number of tensors."""
+    """Return one batch of this number of tensors."""
     return DataLoader(TensorDataset(*(torch.randn(2, 16, 64) for _ in range(number))), batch_size=2)
 
 
 @pytest.fixture(scope="module")
 def at_a_run(tmp_path_factory):
-    """Returns a folder with what the blocks read: runs/latest, its exports, a checkpoint of a
+    """Return a folder with what the blocks read: runs/latest, its exports, a checkpoint of a
     module of one's own, and the class of that module."""
     folder = tmp_path_factory.mktemp("python")
     sizes = (

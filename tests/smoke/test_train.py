@@ -33,7 +33,7 @@ ON_TWO = (
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> tuple[Done, Path]:
-    """Returns a run of two ranks with EP 2 that Lightning's own launcher starts, and the folder of
+    """Return a run of two ranks with EP 2 that Lightning's own launcher starts, and the folder of
     its runs."""
     runs = tmp_path_factory.mktemp("launched")
     return run(*TRAIN, "configs/debug.yaml", f"runs_dir={runs}", *ON_TWO, *EXACT), runs
@@ -41,7 +41,7 @@ def launched(tmp_path_factory) -> tuple[Done, Path]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Done:
-    """Returns a run of one rank."""
+    """Return a run of one rank."""
     words = ("trainer.val_every=3", *EXACT)  # its last step is validated after the training
     return train_in_ranks(
         1, "configs/debug.yaml", f"runs_dir={tmp_path_factory.mktemp('alone')}", *words

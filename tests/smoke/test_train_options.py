@@ -32,7 +32,7 @@ def checkpoints(folder: Path) -> dict[str, int]:
 
 @pytest.fixture(scope="module")
 def observed(tmp_path_factory) -> Path:
-    """Returns a run of two ranks that leaves traces, the load of experts and, if installed, files
+    """Return a run of two ranks that leaves traces, the load of experts and, if installed, files
     of TensorBoard."""
     tensorboard = f"logger.tensorboard={str(TENSORBOARD).lower()}"
     words = ("trainer.profile_steps=1:3", "analysis.expert_load=true", tensorboard)
@@ -73,7 +73,7 @@ def test_early_stopping_ends_all_ranks_after_so_many_validations(tmp_path):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> Path:
-    """Returns a run of eight steps that keeps the checkpoints of its three best validations, on two
+    """Return a run of eight steps that keeps the checkpoints of its three best validations, on two
     ranks."""
     words = ("trainer.max_steps=8", "trainer.val_every=1", "trainer.save_top_k=3", "optim.lr=1e-2")
     return train(tmp_path_factory.mktemp("many"), *words, ranks=2).run_dir

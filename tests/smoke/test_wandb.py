@@ -31,7 +31,7 @@ DEBUG = ("configs/debug.yaml", "logger.project=wire", "logger.group=together", "
 
 @contextlib.contextmanager
 def client(server: WandbServer) -> Iterator[None]:
-    """Makes this process a client of the server. W&B reads its environment variables once."""
+    """Make this process a client of the server. W&B reads its environment variables once."""
     import wandb
 
     wandb.teardown()
@@ -41,8 +41,8 @@ def client(server: WandbServer) -> Iterator[None]:
 
 
 def run_to_its_end(log: Path, cwd: Path, env: dict[str, str], *arguments: str) -> tuple[int, str]:
-    """Runs Python, returns its exit code and its output. That is a file, as W&B's own processes may
-    keep a pipe open after their parent has ended."""
+    """Run Python, and return its exit code and its output. That is a file, as W&B's own processes
+    may keep a pipe open after their parent has ended."""
     with log.open("wb") as file:
         done = subprocess.run(
             [sys.executable, *arguments], cwd=cwd, env=env, stdout=file, stderr=file
@@ -51,7 +51,7 @@ def run_to_its_end(log: Path, cwd: Path, env: dict[str, str], *arguments: str) -
 
 
 def scenario(folder: Path) -> None:
-    """Writes into the folder, for each training, what the server received and what the training
+    """Write into the folder, for each training, what the server received and what the training
     printed."""
     faulthandler.dump_traceback_later(LONGEST_S, exit=True)
     from lightning.pytorch import Callback
@@ -78,7 +78,7 @@ def scenario(folder: Path) -> None:
     def training(
         server: WandbServer, name: str, *overrides: str, run_dir: Path | None = None
     ) -> str:
-        """Returns what the training printed."""
+        """Return what the training printed."""
         said = io.StringIO()
         with (
             client(server),
@@ -199,8 +199,8 @@ def reports(tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 
 def warnings(report: dict[str, Any]) -> list[str]:
-    """The lines that say that something went wrong; the printed config and summary have other words
-    with `error`."""
+    """Return the lines that say that something went wrong; the printed config and summary have
+    other words with `error`."""
     lines = report["said"].splitlines()
     return [line for line in lines if "warn" in line.lower() or line.lower().startswith("error")]
 

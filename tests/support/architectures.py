@@ -109,7 +109,7 @@ SWIN_ON_RANKS = {"dense": "architecture=dense", **TABLES}
 
 
 def overrides(words: str) -> list[str]:
-    """Returns words such as `top_k=2 model.layers=4` as the command line takes them."""
+    """Return words such as `top_k=2 model.layers=4` as the command line takes them."""
     keys = {word: word.partition("=")[0] for word in words.split()}
     return [
         word if "." in key or key == "extensions" else f"moe.{word}" for word, key in keys.items()
@@ -117,5 +117,5 @@ def overrides(words: str) -> list[str]:
 
 
 def with_marks(names: Iterable[str]) -> list[Any]:
-    """Returns the names as parameters of a test; those of SLOW are in `make test-faults` alone."""
+    """Return the names as parameters of a test; those of SLOW are in `make test-faults` alone."""
     return [pytest.param(name, marks=pytest.mark.faults if name in SLOW else ()) for name in names]

@@ -18,7 +18,7 @@ Fault = Callable[[], AbstractContextManager[Any]]
 
 
 def after(owner: type, name: str, spoil: Callable[[Any], Any]) -> Fault:
-    """Returns a fault that passes the results of a method through `spoil`."""
+    """Return a fault that passes the results of a method through `spoil`."""
     original = getattr(owner, name)
     return lambda: patch.object(
         owner, name, lambda *args, **kwargs: spoil(original(*args, **kwargs))
@@ -62,7 +62,7 @@ def log_for_the_bar(self: MoEModule, name: str, value: torch.Tensor) -> None:
 
 
 def new_tensor(*shape: int) -> torch.Tensor:
-    """Returns a tensor whose device was forgotten."""
+    """Return a tensor whose device was forgotten."""
     return torch.zeros(shape)
 
 

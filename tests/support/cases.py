@@ -120,7 +120,7 @@ SLOTS = {name: (schedule, ARCHITECTURES[name]) for name, schedule in SCHEDULES.i
 
 
 def split(how: str, ep_size: int, ranks: int) -> str:
-    """Returns words: dense weights are split over all ranks (sharded), or (hybrid) over the ranks
+    """Return words: dense weights are split over all ranks (sharded), or (hybrid) over the ranks
     of each of two nodes, with a copy on each node."""
     nodes = f" trainer.devices={ranks // 2} trainer.num_nodes=2" if how == "hybrid" else ""
     return f"strategy.dense={how} strategy.ep_size={ep_size}{nodes}"

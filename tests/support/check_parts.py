@@ -12,7 +12,7 @@ from experiments.engine.isolated import Place
 
 
 def pieces(place: Place, second: str, argument: str = "") -> dict[str, Callable[[], Any]]:
-    """Returns two pieces: the first measures, the second does what its name says."""
+    """Return two pieces: the first measures, the second does what its name says."""
     return {"first": lambda: {"value": 1}, second: lambda: DOES[second](argument)}
 
 

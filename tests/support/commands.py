@@ -39,7 +39,7 @@ class Done(NamedTuple):
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What a verb gives to other programs: standard output, which is JSON alone."""
+        """Return what a verb gives to other programs: standard output, which is JSON alone."""
         assert self.code == 0, self.err
         return json.loads(self.out)
 
@@ -49,7 +49,7 @@ class Done(NamedTuple):
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Returns the variables of this process without those of tests, launchers and a W&B account,
+    """Return the variables of this process without those of tests, launchers and a W&B account,
     and these."""
     private = ("WANDB_", "TORCHELASTIC_", "MASTER_", "PYTEST_", "SLURM_")
     names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
@@ -58,7 +58,7 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def run(*arguments: str, **variables: str) -> Done:
-    """Runs Python with these arguments in the repository's root."""
+    """Run Python with these arguments in the repository's root."""
     env = environment(**variables)
     if arguments[0] == "-m":
         return Done(*python(*arguments, cwd=ROOT, env=env, timeout_s=250))
@@ -70,7 +70,7 @@ def run(*arguments: str, **variables: str) -> Done:
 
 @contextlib.contextmanager
 def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Starts Python with these arguments in the repository's root, in a session of its own, which
+    """Start Python with these arguments in the repository's root, in a session of its own, which
     is killed at the end.
 
     Ctrl-C interrupts it; a job in the background would ignore it."""
@@ -98,7 +98,7 @@ def children(pid: int) -> list[int]:
 
 
 def command_in_ranks(verb: str, world_size: int, *arguments: str, **variables: str) -> Done:
-    """Runs a verb in ranks of run_ranks, which start in 0.1 s; returns the output of rank 0.
+    """Run a verb in ranks of run_ranks, which start in 0.1 s; return the output of rank 0.
 
     The ranks have torchrun's variables, so the command joins them and starts no process.
     """
@@ -113,7 +113,7 @@ train_in_ranks, resume_in_ranks = (partial(command_in_ranks, verb) for verb in (
 def command_here(
     rank: int, world_size: int, verb: str, arguments: tuple[str, ...], variables: dict[str, str]
 ) -> Done:
-    """Runs a verb in this rank of run_ranks."""
+    """Run a verb in this rank of run_ranks."""
     os.chdir(ROOT)
     for name in [name for name in os.environ if name.startswith(("WANDB_", "PYTEST_"))]:
         del os.environ[name]
@@ -122,7 +122,7 @@ def command_here(
 
 
 def called(verb: str, *arguments: str) -> Done:
-    """Runs a verb in this process."""
+    """Run a verb in this process."""
     with (
         contextlib.redirect_stdout(io.StringIO()) as out,
         contextlib.redirect_stderr(io.StringIO()) as err,
@@ -145,21 +145,21 @@ def train_on_text(folder: Path, world_size: int, *overrides: str) -> Path:
 
 
 def undocumented(metrics: Path) -> list[str]:
-    """Returns the metrics of a metrics.csv that the table of docs/runs.md does not have."""
+    """Return the metrics of a metrics.csv that the table of docs/runs.md does not have."""
     page = (ROOT / "docs/runs.md").read_text()
     names = metrics.read_text().partition("\n")[0].split(",")
     return [name for name in names if "/" in name and f"`{name}`" not in page]
 
 
 def rows_of(metrics: Path) -> list[dict[str, str]]:
-    """Returns the rows of a metrics.csv without empty cells; a metric's column is empty until it is
+    """Return the rows of a metrics.csv without empty cells; a metric's column is empty until it is
     first logged."""
     with metrics.open(newline="") as file:
         return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def column(run_dir: Path, metric: str) -> dict[int, float]:
-    """Returns a metric of a run by step."""
+    """Return a metric of a run by step."""
     return {
         int(row["step"]): float(row[metric])
         for row in rows_of(run_dir / "metrics.csv")

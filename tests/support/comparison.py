@@ -18,9 +18,9 @@ MOMENTS = (
 
 
 def assemble(records: list[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Returns the values of N ranks in the form of one process: by name, one per step.
+    """Return the values of N ranks in the form of one process: by name, one per step.
 
-    Asserts that replicas, shards of the same experts and norms are bit-identical on all ranks that
+    Assert that replicas, shards of the same experts and norms are bit-identical on all ranks that
     hold them.
     """
     first, ep_size = records[0], records[0]["ep"][1]
@@ -81,7 +81,7 @@ def difference(
 
 
 def smallest(values: dict[str, list[Tensor]]) -> tuple[float, str]:
-    """Returns the largest entry of the smallest gradient, and its name. If it were near the
+    """Return the largest entry of the smallest gradient, and its name. If it were near the
     tolerance, a comparison would prove nothing about this gradient."""
     return min(
         (g.abs().max().item(), name)
@@ -99,7 +99,7 @@ def assert_same(
 
 
 def assert_same_bits(records: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
-    """Asserts that losses, gradients and parameters of all ranks, and the outputs of each rank, are
+    """Assert that losses, gradients and parameters of all ranks, and the outputs of each rank, are
     bit-identical."""
     assert_same(records, assemble(others), tolerance=0.0)
     for record, other in zip(records, others, strict=True):
@@ -112,7 +112,7 @@ def assert_same_bits(records: list[dict[str, Any]], others: list[dict[str, Any]]
 def assert_no_slot_changes_a_bit(
     records: list[dict[str, Any]], schedule: Schedule, expected: dict[str, list[Tensor]] | None
 ) -> None:
-    """Asserts of trainings at every slot that steps with equally many chunks are bit-identical in
+    """Assert of trainings at every slot that steps with equally many chunks are bit-identical in
     losses, norms, all gradients, and outputs of each rank. expected: what one process computes,
     within TOLERANCE."""
     values = {

@@ -21,7 +21,7 @@ def dense(family: str, *overrides: str) -> Config:
 
 
 def export(config: Config, file: Path) -> torch.nn.Module:
-    """Writes a model of random weights as `make export` does, and returns it."""
+    """Write a model of random weights as `make export` does, and return it."""
     model = tiny_model(config)
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
     header = {"format_version": FORMAT_VERSION, "settings": json.dumps(model_settings(config))}
@@ -30,7 +30,7 @@ def export(config: Config, file: Path) -> torch.nn.Module:
 
 
 def write_checkpoint(model: torch.nn.Module, folder: Path, step: int) -> None:
-    """Writes a checkpoint that holds a network's weights and nothing else."""
+    """Write a checkpoint that holds a network's weights and nothing else."""
     partial = durable.partial_path(folder, "0" * 8)
     partial.mkdir()
     weights = {f"model.model.{name}": p.detach().clone() for name, p in model.named_parameters()}

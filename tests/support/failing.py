@@ -10,7 +10,7 @@ MODEL = "position=pos2 strategy.ep_size=2"
 
 
 def failure(fn: Any, world_size: int, *args: Any, all_fail: bool = False) -> str:
-    """Returns the message of the RankError of ranks that must fail. The message of a rank that
+    """Return the message of the RankError of ranks that must fail. The message of a rank that
     hangs is different.
 
     all_fail: every rank does, at the same time; on a busy machine the last one may be seconds late

@@ -19,7 +19,7 @@ COMPILERS = ("c++", "g++", "clang++")
 
 
 def missing() -> str | None:
-    """Returns what the shim cannot do without here, or None."""
+    """Return what the shim cannot do without here, or None."""
     return None if compiler() else f"no C++ compiler here: {', '.join(COMPILERS)}"
 
 
@@ -28,7 +28,7 @@ def compiler() -> str | None:
 
 
 def build(folder: Path) -> Path:
-    """Compiles the shim into `folder`, which takes two seconds. Raises CalledProcessError with the
+    """Compile the shim into `folder`, which takes two seconds. Raise CalledProcessError with the
     compiler's words."""
     from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -42,13 +42,13 @@ def build(folder: Path) -> Path:
 
 
 def process_with(shim: Path) -> ProcessPoolExecutor:
-    """Returns an executor of one process that has the shim. Its functions are pickled by name: not
+    """Return an executor of one process that has the shim. Its functions are pickled by name: not
     those of a test."""
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _load, (str(shim),))
 
 
 def _load(shim: str) -> None:
-    """Loads the shim. Then patches the functions of torch's Python part that ask the driver what
+    """Load the shim. Then patches the functions of torch's Python part that ask the driver what
     the device can do."""
     assert "torch" not in sys.modules, "torch has asked for the device already"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a build with CUDA would use a real device

@@ -165,7 +165,7 @@ class OnFakeCuda(SingleDeviceStrategy):
             yield
 
     def model_to_device(self) -> None:
-        """Averages the experts' gradients, as the library's strategy does. The module was built on
+        """Average the experts' gradients, as the library's strategy does. The module was built on
         the device."""
         for module in self.model.modules():
             for held in (module._parameters, module._buffers):
@@ -181,7 +181,7 @@ class OnFakeCuda(SingleDeviceStrategy):
             return super().optimizer_step(*args, **kwargs)
 
     def teardown(self) -> None:
-        """Does not move the module back: fake tensors have nothing to move."""
+        """Do not move the module back: fake tensors have nothing to move."""
 
 
 class AnyDevice(CPUAccelerator):
@@ -190,7 +190,7 @@ class AnyDevice(CPUAccelerator):
 
 
 def batches(config: Config, fake: FakeTensorMode) -> Iterator[dict[str, Tensor]]:
-    """Yields batches of the host, one for each step; the second has padding, if it is of text."""
+    """Yield batches of the host, one for each step; the second has padding, if it is of text."""
     with fake:
         batch = make_batch(config, config.data.global_batch_size)
         padding = {"padding_mask": batch["input_ids"] == 0} if "input_ids" in batch else {}
@@ -200,7 +200,7 @@ def batches(config: Config, fake: FakeTensorMode) -> Iterator[dict[str, Tensor]]
 
 @contextmanager
 def context_of(ranks: int, rank: int) -> Iterator[ParallelContext]:
-    """Gives the place of rank 0 or 1 of `ranks`, EP 2, in groups that send nothing."""
+    """Give the place of rank 0 or 1 of `ranks`, EP 2, in groups that send nothing."""
     if ranks == 1:
         yield ParallelContext()
         return
@@ -217,7 +217,7 @@ def context_of(ranks: int, rank: int) -> Iterator[ParallelContext]:
 
 @contextmanager
 def recorded(name: str, order: list[tuple[str, str, int]]) -> Iterator[None]:
-    """Notes in `order` each call of a collective, while it is open."""
+    """Note in `order` each call of a collective, while it is open."""
     real = getattr(dist, name)
 
     def called(tensor: Tensor, *given: Any, **named: Any) -> Any:
@@ -230,7 +230,7 @@ def recorded(name: str, order: list[tuple[str, str, int]]) -> Iterator[None]:
 
 
 def log(name: str, value: Any, prog_bar: bool = False) -> None:
-    """Raises DeviceFault where Lightning would copy a number to the device, or read what the
+    """Raise DeviceFault where Lightning would copy a number to the device, or read what the
     progress bar shows."""
     if not isinstance(value, Tensor):
         raise DeviceFault(f"a number of the host is logged: {name}")
@@ -239,7 +239,7 @@ def log(name: str, value: Any, prog_bar: bool = False) -> None:
 
 
 def attempt(words: str, ranks: int = 1, broken: str | None = None, rank: int = 1) -> Outcome:
-    """Does what `train` does. Raises StepError where it raises."""
+    """Do what `train` does. Raise StepError where it raises."""
     try:
         return train(words, ranks, broken, rank)
     except Exception:  # of any kind: an error of torch cannot be pickled, its traceback can
@@ -247,7 +247,7 @@ def attempt(words: str, ranks: int = 1, broken: str | None = None, rank: int = 1
 
 
 def train(words: str, ranks: int = 1, broken: str | None = None, rank: int = 1) -> Outcome:
-    """Takes the steps of the training that `words` describe, on one rank or as one of several with
+    """Take the steps of the training that `words` describe, on one rank or as one of several with
     EP 2.
 
     words: a family, then words of the config. A language model takes two steps, the second with

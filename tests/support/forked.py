@@ -22,10 +22,10 @@ from experiments.engine.ranks import PRELOADED
 def python(
     *arguments: str, cwd: Path, env: Mapping[str, str], timeout_s: float
 ) -> tuple[int, str, str]:
-    """Runs `python -m MODULE ...` or `python FILE ...`. Returns its exit code, as subprocess does,
+    """Run `python -m MODULE ...` or `python FILE ...`. Return its exit code, as subprocess does,
     and its outputs.
 
-    Raises TimeoutError after `timeout_s`; the program has been killed by then.
+    Raise TimeoutError after `timeout_s`; the program has been killed by then.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)

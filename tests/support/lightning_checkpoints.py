@@ -23,7 +23,7 @@ from tests.support.lightning_updates import Groups, OddShapes, Scheduled, Tied, 
 
 
 def saving(runs: Runs, **how: Any) -> dict[str, Any]:
-    """Returns a Trainer's arguments: by default it keeps a checkpoint of every second step."""
+    """Return a Trainer's arguments: by default it keeps a checkpoint of every second step."""
     usual = {"filename": "{step}", "save_top_k": -1, "every_n_train_steps": 2}
     return {
         "callbacks": [ModelCheckpoint(runs.folder, **(usual | how))],
@@ -32,7 +32,7 @@ def saving(runs: Runs, **how: Any) -> dict[str, Any]:
 
 
 def resumed(runs: Runs, make: Callable[[], Net], step: int = 6, **how: Any) -> list[Any]:
-    """Returns a training, and one that goes on from a checkpoint of it."""
+    """Return a training, and one that goes on from a checkpoint of it."""
     whole = runs.fit(make(), **saving(runs), **how)
     return [whole, runs.fit(make(), ckpt_path=runs.folder / f"step={step}.ckpt", **how)]
 

@@ -475,7 +475,7 @@ class OwnAverage(Callback):
 
 
 def noting(kind: type, calls: list[str]) -> type:
-    """Returns a class that notes each hook which Lightning calls."""
+    """Return a class that notes each hook which Lightning calls."""
 
     def wrapped(name: str) -> Any:
         def hook(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -62,12 +62,12 @@ def rows(number: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def loader(number: int = 16, **how: Any) -> DataLoader[Any]:
-    """Returns batches of two rows: four of each epoch on each of two ranks."""
+    """Return batches of two rows: four of each epoch on each of two ranks."""
     return DataLoader(rows(number), **({"batch_size": 2} | how))
 
 
 def computed(trainer: Trainer, module: Net) -> dict[str, Any]:
-    """Returns what must be equal: losses, weights, the optimizers' states, learning rates, metrics,
+    """Return what must be equal: losses, weights, the optimizers' states, learning rates, metrics,
     and counts."""
     named = dict(module.named_parameters())
     of_optimizers = trainer.optimizers
@@ -106,7 +106,7 @@ class Runs:
         self.rank, self.make_strategy, self.folder = rank, make_strategy, folder
 
     def trainer(self, of_strategy: Mapping[str, Any] | None = None, **how: Any) -> Trainer:
-        """Returns a Trainer of two epochs. of_strategy: arguments of the strategy."""
+        """Return a Trainer of two epochs. of_strategy: arguments of the strategy."""
         usual = {"max_epochs": 2, "default_root_dir": self.folder}
         return users_trainer(2, self.make_strategy(**(of_strategy or {})), **(usual | how))
 
@@ -118,7 +118,7 @@ class Runs:
         ckpt_path: Any = None,
         **how: Any,
     ) -> dict[str, Any]:
-        """Trains and returns what was computed. how: arguments of the Trainer."""
+        """Train and return what was computed. how: arguments of the Trainer."""
         module = Net() if module is None else module
         trainer = self.trainer(**how)
         trainer.fit(
@@ -127,7 +127,7 @@ class Runs:
         return computed(trainer, module)
 
     def files(self) -> list[str]:
-        """Returns the names of this feature's checkpoints."""
+        """Return the names of this feature's checkpoints."""
         return sorted(
             path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*.ckpt")
         )
@@ -137,13 +137,13 @@ FEATURES: dict[str, Callable[[Runs], Any]] = {}
 
 
 def feature(use: Callable[[Runs], Any]) -> Callable[[Runs], Any]:
-    """Adds a function that uses one feature. Modules that import this one have them."""
+    """Add a function that uses one feature. Modules that import this one have them."""
     FEATURES[use.__name__] = use
     return use
 
 
 def error_of(act: Callable[[], Any]) -> str:
-    """Returns the error's class and the first line of its message; an empty string if there is
+    """Return the error's class and the first line of its message; an empty string if there is
     none."""
     try:
         act()
@@ -153,7 +153,7 @@ def error_of(act: Callable[[], Any]) -> str:
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields what is in nested containers, with a path as its name."""
+    """Yield what is in nested containers, with a path as its name."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from leaves(item, f"{name}/{key}")
@@ -166,7 +166,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(ddp: Any, ours: Any) -> list[str]:
-    """Returns a line for each leaf that is not equal to the last bit. NaN is equal to NaN."""
+    """Return a line for each leaf that is not equal to the last bit. NaN is equal to NaN."""
     here, there = dict(leaves(ours)), dict(leaves(ddp))
     names = [*there, *(name for name in here if name not in there)]
     if "/error" in names:

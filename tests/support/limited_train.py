@@ -17,7 +17,7 @@ RESERVED_GIB = 8  # for the stacks and the heaps of threads
 
 
 def used(column: int) -> int:
-    """Returns bytes of this process: 0: address space, 1: resident."""
+    """Return bytes of this process: 0: address space, 1: resident."""
     return int(Path("/proc/self/statm").read_text().split()[column]) * resource.getpagesize()
 
 

@@ -9,7 +9,7 @@ CHOOSE = {"output_type": "multiple_choice", "doc_to_target": "gold", "doc_to_cho
 
 
 def writing(until: str, max_gen_toks: int, metric: str) -> dict[str, Any]:
-    """Returns a task whose answers the model writes: until a text comes, or up to a number of
+    """Return a task whose answers the model writes: until a text comes, or up to a number of
     tokens."""
     return {
         "output_type": "generate_until",
@@ -20,7 +20,7 @@ def writing(until: str, max_gen_toks: int, metric: str) -> dict[str, Any]:
 
 
 def write_task(folder: Path, name: str, task: dict[str, Any], rows: str = "rows") -> None:
-    """Writes a task file. rows: a file of the folder with one JSON object on each line, its
+    """Write a task file. rows: a file of the folder with one JSON object on each line, its
     question is `query`."""
     data = {
         "dataset_path": "json",

@@ -45,7 +45,7 @@ def tiny(*overrides: str) -> Config:
 
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Sets weights so that every term shows: no bias is 0, no norm weight is 1, experts and gates
+    """Set weights so that every term shows: no bias is 0, no norm weight is 1, experts and gates
     differ."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in module.named_parameters():
@@ -62,7 +62,7 @@ def tiny_model(config: Config, dtype: torch.dtype = torch.float64, seed: int = 0
 
 
 def tiny_batch(config: Config, batch_size: int = 2) -> tuple[Tensor, Tensor]:
-    """Returns input ids and labels [B, S]."""
+    """Return input ids and labels [B, S]."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(
         config.data.vocab_size, (batch_size, config.data.seq_len + 1), generator=generator
@@ -71,7 +71,7 @@ def tiny_batch(config: Config, batch_size: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
-    """Returns a copy of every gradient. AssertionError: a parameter has none."""
+    """Return a copy of every gradient. AssertionError: a parameter has none."""
     trained = {
         name: p for name, p in module.named_parameters() if p.requires_grad
     }  # no selection biases
@@ -82,7 +82,7 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
-    """Yields a dict that has, after the end, the bytes of each storage that autograd keeps; no
+    """Yield a dict that has, after the end, the bytes of each storage that autograd keeps; no
     weights, no buffers."""
     kept: dict[int, int] = {}
 
@@ -99,7 +99,7 @@ def kept_for_backward(model: nn.Module) -> Iterator[dict[int, int]]:
 def assert_close(
     actual: Tensor, expected: Tensor, tolerance: float = 1e-12, what: str = ""
 ) -> None:
-    """Allows a difference of tolerance times the largest expected entry, or of tolerance if all
+    """Allow a difference of tolerance times the largest expected entry, or of tolerance if all
     entries are below 1."""
     assert actual.shape == expected.shape, what
     if actual.numel():
@@ -123,7 +123,7 @@ def tiny_stream(
 
 
 def tiny_sublayers() -> list[nn.Module]:
-    """Returns the sublayers of a pair: attention, MLP, attention."""
+    """Return the sublayers of a pair: attention, MLP, attention."""
     return [
         Residual(nn.LayerNorm(DIM), part)
         for part in (Attention(DIM, 2), MLP(DIM, FFN), Attention(DIM, 2))
@@ -136,7 +136,7 @@ def tiny_shortcut(
     sublayers: list[nn.Module] | None = None,
     shared_expert: nn.Module | None = None,
 ) -> ShortcutBlock:
-    """Returns a ScMoE pair with CG-1."""
+    """Return a ScMoE pair with CG-1."""
     parts = {
         "tap_norm": nn.LayerNorm(DIM),
         "shared_expert": shared_expert or MLP(DIM, FFN),

@@ -19,7 +19,7 @@ DROPLESS = "moe.capacity_factor=null"
 def stored(
     words: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> tuple[nn.Module, Path]:
-    """Returns a model in evaluation mode and its store. words: as in
+    """Return a model in evaluation mode and its store. words: as in
     tests/support/architectures.py."""
     model = tiny_model(tiny("model.layers=6", DROPLESS, *overrides(words)), dtype, seed).eval()
     path = folder / f"{seed}.safetensors"

@@ -21,26 +21,26 @@ OF_SHELL = {"$level": "block", "$share": "0.52"}  # variables of the Makefile's 
 
 
 def blocks(page: Path | str, language: str) -> list[str]:
-    """Returns the fenced blocks of a page in this language, without their common indentation."""
+    """Return the fenced blocks of a page in this language, without their common indentation."""
     text = (ROOT / page).read_text(encoding="utf-8")
     found = re.findall(rf"^( *)```{language}\n(.*?)^\1```", text, re.DOTALL | re.MULTILINE)
     return [textwrap.dedent(block) for _, block in found]
 
 
 def commands(page: Path | str) -> list[str]:
-    """Returns the lines of the blocks of bash of a page."""
+    """Return the lines of the blocks of bash of a page."""
     return [line for block in blocks(page, "bash") for line in block.splitlines()]
 
 
 def all_commands(page: Path) -> list[str]:
-    """Returns the commands of a page: blocks of bash, lines `make ...` and `scmoe ...` of blocks of
+    """Return the commands of a page: blocks of bash, lines `make ...` and `scmoe ...` of blocks of
     text."""
     lines = [line for block in blocks(page, "text") for line in block.splitlines()]
     return [*commands(page), *(line for line in lines if re.match(r"(make|scmoe) ", line))]
 
 
 def program_of(command: str) -> list[str]:
-    """Returns the words of scmoe's command line that a command runs, through make, torchrun or
+    """Return the words of scmoe's command line that a command runs, through make, torchrun or
     sbatch; [] where it runs something else: pip, pytest, a script of docs/examples."""
     words = shlex.split(command)
     if words[0] == "make":

@@ -47,7 +47,7 @@ class OnHost(Counting):
 
 
 def split_context(ep_size: int) -> ParallelContext:
-    """Returns this rank's context with dense weights split over all ranks."""
+    """Return this rank's context with dense weights split over all ranks."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     device, timeout = torch.device("cpu"), timedelta(seconds=60)

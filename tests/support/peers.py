@@ -26,7 +26,7 @@ def stream(top_k: int, scoring: Scoring = Scoring(), zero_experts: int = 0) -> M
 
 
 def stacked(experts: nn.Module, take: Take) -> dict[str, Tensor]:
-    """Returns their experts' weights in our layout; theirs is [E, out, in], with gate above up."""
+    """Return their experts' weights in our layout; theirs is [E, out, in], with gate above up."""
     w_in, w_out = take(experts.gate_up_proj), take(experts.down_proj)
     w_in = w_in[: len(w_out)]  # LongCat-Flash's has rows of zero experts, which nothing reads
     return {"experts.w_in_eDF": w_in.transpose(1, 2), "experts.w_out_eFD": w_out.transpose(1, 2)}
@@ -49,7 +49,7 @@ def check_equal(
     run_theirs: Callable[[Tensor], Tensor],
     tolerance: float = TOLERANCE,
 ) -> None:
-    """Compares outputs and gradients; weights returns their parameters or gradients under our
+    """Compare outputs and gradients; weights returns their parameters or gradients under our
     names, in our layout."""
     randomise(theirs.float())
     for name, buffer in theirs.named_buffers():

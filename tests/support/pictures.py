@@ -12,7 +12,7 @@ from scmoe.probes.charts import SMALL, WIDTH
 
 
 def assert_readable(figure: Figure) -> None:
-    """No text is smaller than a phone shows, none is cut off, and none lies on another one."""
+    """Assert that no text is smaller than a phone shows, cut off, or on another one."""
     assert figure.get_figwidth() <= WIDTH
     FigureCanvasAgg(
         figure
@@ -39,7 +39,7 @@ def assert_values_off_the_bars(figure: Figure) -> None:
 
 
 def shown_texts(figure: Figure) -> list[tuple[str, float, Any]]:
-    """Returns the words, the size in points and the place of every text; of ticks those that are
+    """Return the words, the size in points and the place of every text; of ticks those that are
     inside the axis."""
     ticks = {}
     for axes in figure.axes:
@@ -57,5 +57,5 @@ def shown_texts(figure: Figure) -> list[tuple[str, float, Any]]:
 
 
 def overlap(a: Any, b: Any) -> bool:
-    """Whether two boxes share more than a pixel in both directions."""
+    """Return whether two boxes share more than a pixel in both directions."""
     return min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1

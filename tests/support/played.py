@@ -28,7 +28,7 @@ ROW_MS = 512 * 4 * 8 / (115e6 * 1448 / 1514) * 1e3  # payload of a frame
 
 
 def hot_rank(load: float, ranks: int, hot: int = 0) -> list[Share]:
-    """Returns the shares where the rank `hot` gets `load` times its fair share of every rank's
+    """Return the shares where the rank `hot` gets `load` times its fair share of every rank's
     rows."""
     row = [(1 - load / ranks) / (ranks - 1)] * ranks
     row[hot] = load / ranks
@@ -36,7 +36,7 @@ def hot_rank(load: float, ranks: int, hot: int = 0) -> list[Share]:
 
 
 def operator_ms(schedule: Schedule, ranks: int, latency_ms: float = 0.0) -> OperatorTimes:
-    """Returns the times of all operators with even rows. latency_ms: of each chunk's transfer."""
+    """Return the times of all operators with even rows. latency_ms: of each chunk's transfer."""
     top_k = 2 if schedule.architecture == "top_k" else 1
     transfer = top_k * 1024 * (1 - 1 / ranks) * ROW_MS + latency_ms * schedule.chunks
     forward = {
@@ -56,7 +56,7 @@ def operator_ms(schedule: Schedule, ranks: int, latency_ms: float = 0.0) -> Oper
 def play_step(
     schedule: Schedule, rows: Sequence[Share], sequential: bool = False, latency_ms: float = 0.0
 ) -> tuple[list[list[Span]], list[list[Span]]]:
-    """Returns the spans of each rank in forward, and in backward, which begins on each rank where
+    """Return the spans of each rank in forward, and in backward, which begins on each rank where
     its forward ends."""
     times = operator_ms(schedule, len(rows), latency_ms)
     before = SUBLAYERS[: 3 - schedule.sublayers_after_tap]
@@ -72,7 +72,7 @@ def play_step(
 def step_ms(
     schedule: Schedule, rows: Sequence[Share], sequential: bool = False, latency_ms: float = 0.0
 ) -> tuple[float, float]:
-    """Returns the time of forward, and of the whole training step, of the slowest rank."""
+    """Return the time of forward, and of the whole training step, of the slowest rank."""
     forward, backward = play_step(schedule, rows, sequential, latency_ms)
     return max(map(elapsed, forward)), max(map(elapsed, backward))
 
@@ -80,7 +80,7 @@ def step_ms(
 def sample_of(
     schedule: Schedule, rows: Sequence[Share], sequential: bool, latency_ms: float = 0.0
 ) -> torch.Tensor:
-    """Returns what `pricing.measured` returns after this step of one layer, in ms."""
+    """Return what `pricing.measured` returns after this step of one layer, in ms."""
     forward, backward = play_step(schedule, rows, sequential, latency_ms)
     window = len(schedule.operators())
     times_RdN2 = [
@@ -91,7 +91,7 @@ def sample_of(
 
 
 def in_order(spans: Sequence[Span], schedule: Schedule) -> list[tuple[float, float]]:
-    """Returns start and end of each span, in the order of `noted`; nothing is before the tap."""
+    """Return start and end of each span, in the order of `noted`; nothing is before the tap."""
     times = {
         op: [(span.start, span.end) for span in spans if span.operator == op] for op in OPERATORS
     }

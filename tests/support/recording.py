@@ -103,7 +103,7 @@ class RecordingDispatcher:
 def recorded_shortcut_block(
     schedule: Schedule, capacity_factor: float | None, log: Log, blocking=None
 ) -> ShortcutBlock:
-    """Returns a ScMoE pair whose operators and transfers write into log. blocking: a wrapper of the
+    """Return a ScMoE pair whose operators and transfers write into log. blocking: a wrapper of the
     dispatcher."""
     dispatcher = RecordingDispatcher(log)
     stream = tiny_stream(2, capacity_factor, blocking(dispatcher) if blocking else dispatcher)
@@ -118,6 +118,6 @@ def recorded_shortcut_block(
 
 
 def between(log: list[str], first: str, last: str) -> list[str]:
-    """Returns the operators of the backbone and the experts that end between two events."""
+    """Return the operators of the backbone and the experts that end between two events."""
     part = log[log.index(first) + 1 : log.index(last)]
     return [name.split()[0] for name in part if name.endswith(" end")]

@@ -46,7 +46,7 @@ def fit(
 
 
 def exit_code(run: Callable[[], Any]) -> Any:
-    """Runs this and returns its exit code; None if it does not exit."""
+    """Run this and return its exit code; None if it does not exit."""
     try:
         run()
     except SystemExit as end:
@@ -56,7 +56,7 @@ def exit_code(run: Callable[[], Any]) -> Any:
 
 @contextmanager
 def before_each(step: str, note: Callable[[LanguageModel, int], Any]) -> Iterator[None]:
-    """Calls note(module, batch_idx) before each `training_step` or `validation_step` of a
+    """Call note(module, batch_idx) before each `training_step` or `validation_step` of a
     LanguageModel."""
     original = getattr(LanguageModel, step)
 
@@ -69,7 +69,7 @@ def before_each(step: str, note: Callable[[LanguageModel, int], Any]) -> Iterato
 
 
 def whole(ranks: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Returns parameters and AdamW's state as one process has them."""
+    """Return parameters and AdamW's state as one process has them."""
     first = ranks[0]
     shards = [rank["tensors"] for rank in ranks[: first["ep_size"]]]
     return {

@@ -26,7 +26,7 @@ NO_DATA = (
 
 
 def sentences(number: int, seed: int = 0) -> str:
-    """Returns sentences of 6 to 9 words, which begin with a capital and end with a full stop."""
+    """Return sentences of 6 to 9 words, which begin with a capital and end with a full stop."""
     draw = np.random.default_rng(seed)
     drawn = (draw.choice(WORDS, draw.integers(6, 10)) for _ in range(number))
     return " ".join(" ".join(words).capitalize() + "." for words in drawn)

@@ -15,7 +15,7 @@ WORDS = ["the", "state", "of", "our", "union", "is", "strong", "and", "東京", 
 
 
 def write_texts(folder: Path) -> Path:
-    """Writes three documents of about 12 kB together. The order of the words is random but always
+    """Write three documents of about 12 kB together. The order of the words is random but always
     the same."""
     generator = np.random.default_rng(0)
     folder.mkdir()
@@ -28,7 +28,7 @@ def write_texts(folder: Path) -> Path:
 def open_texts(
     folder: Path, cache: Path, rank: int = 0, world: int = 1, **changes: Any
 ) -> TextDataModule:
-    """Opens the folder's data as rank `rank` of `world`. changes: settings that replace the
+    """Open the folder's data as rank `rank` of `world`. changes: settings that replace the
     defaults."""
     settings = {
         "name": "text", "path": str(folder), "vocab_size": 300, "seq_len": 16,

@@ -55,7 +55,7 @@ TINY = (
 
 
 def tiny(text: str, world_size: int = 1) -> Config:
-    """Returns the config of words such as `moe.top_k=2`; `moe.` may be left out."""
+    """Return the config of words such as `moe.top_k=2`; `moe.` may be left out."""
     return load(None, [*TINY, f"trainer.devices={world_size}", *overrides(text)])
 
 
@@ -125,7 +125,7 @@ class Recording(MoEModule):
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Returns a copy of a tensor that may be split over the ranks which hold the same experts, or
+    """Return a copy of a tensor that may be split over the ranks which hold the same experts, or
     all ranks."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
@@ -136,7 +136,7 @@ class RecordingModel(Recording, LanguageModel):
 
 
 def steps_at_every_slot(schedule: Schedule) -> list[tuple[Schedule, bool]]:
-    """Returns schedules, and whether transfers are waited for at once: for each number of chunks at
+    """Return schedules, and whether transfers are waited for at once: for each number of chunks at
     first, where every slot follows. A further step comes before them, as DDP makes its buckets
     again after the first backward.
     """
@@ -170,7 +170,7 @@ class AtEverySlot(RecordingModel):
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module) -> None:
-    """Sets weights by the parameter's name alone, not its shard: no bias is 0, no norm weight is 1,
+    """Set weights by the parameter's name alone, not its shard: no bias is 0, no norm weight is 1,
     experts differ."""
     experts = {
         name: model.get_submodule(name.rpartition(".")[0]) for name, _ in expert_parameters(model)
@@ -193,7 +193,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def starve(model: torch.nn.Module) -> None:
-    """Sends every token to the first half of the experts: feature 0 of the gates' input decides."""
+    """Send every token to the first half of the experts: feature 0 of the gates' input decides."""
     for block in model.blocks:
         weight, bias, gate = map(
             whole, (block.tap_norm.weight, block.tap_norm.bias, block.moe.router.gate.weight)
@@ -206,7 +206,7 @@ def starve(model: torch.nn.Module) -> None:
 
 
 def users_trainer(devices: int, strategy: Any, **further: Any) -> Trainer:
-    """Returns a Trainer on CPUs as a user writes it. It logs, saves and shows nothing, unless
+    """Return a Trainer on CPUs as a user writes it. It logs, saves and shows nothing, unless
     `further` says so."""
     off = dict.fromkeys(
         ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
@@ -217,7 +217,7 @@ def users_trainer(devices: int, strategy: Any, **further: Any) -> Trainer:
 def fit(
     config: Config, *callbacks: Callback, module: Any = None, data: Any = None, **how: Any
 ) -> Any:
-    """Trains on this rank and returns the Trainer. Without callbacks no checkpoint is kept.
+    """Train on this rank and return the Trainer. Without callbacks no checkpoint is kept.
 
     module, data: those of the config by default. how: further arguments of Trainer.fit."""
     trainer = build_trainer(
@@ -228,7 +228,7 @@ def fit(
 
 
 def train(config: Config, module: Recording | None = None) -> dict[str, Any]:
-    """Trains on this rank and returns its record, with its shards of the experts."""
+    """Train on this rank and return its record, with its shards of the experts."""
     module = module or RecordingModel(config)
     fit(config, module=module)
     return {
@@ -245,7 +245,7 @@ def train(config: Config, module: Recording | None = None) -> dict[str, Any]:
 
 
 def end_groups() -> None:
-    """Ends a training's process groups: each has threads, of which a process with many trainings
+    """End a training's process groups: each has threads, of which a process with many trainings
     would have too many.
 
     The group of all ranks stays. Its barrier comes first, so that no rank waits for one whose
@@ -259,7 +259,7 @@ def end_groups() -> None:
 
 
 def be_on_nodes(rank: int, devices: int) -> None:
-    """Sets torchrun's variables as on machines of `devices` ranks each; trainer.num_nodes must be
+    """Set torchrun's variables as on machines of `devices` ranks each; trainer.num_nodes must be
     their number."""
     os.environ.update(
         LOCAL_RANK=str(rank % devices),
@@ -269,7 +269,7 @@ def be_on_nodes(rank: int, devices: int) -> None:
 
 
 def train_cases(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Returns one record per case; all cases run in one start of the ranks.
+    """Return one record per case; all cases run in one start of the ranks.
 
     In a case `... starved` half of the experts get no token."""
     records = {}
@@ -284,7 +284,7 @@ def train_cases(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, 
 def train_at_every_slot(
     rank: int, world_size: int, cases: dict[str, tuple[Schedule, str]]
 ) -> dict[str, dict[str, Any]]:
-    """Returns one record per case, of a training at every slot of its schedule."""
+    """Return one record per case, of a training at every slot of its schedule."""
     records = {}
     for name, (schedule, text) in cases.items():
         config = tiny(f"{text} trainer.max_steps={len(steps_at_every_slot(schedule))}", world_size)

@@ -44,7 +44,7 @@ class Shuffled(Late):
 
 
 def delayed(late: type[Late]) -> Callable[..., Late]:
-    """Returns a replacement of all_to_all.point_to_point whose buffer holds POISON until `late`
+    """Return a replacement of all_to_all.point_to_point whose buffer holds POISON until `late`
     delivers the rows."""
     rng = Random(os.environ["RANK"])
     real = all_to_all.point_to_point

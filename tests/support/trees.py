@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def copy_tree(target: Path) -> Path:
-    """Copies the files that git tracks or would add, as they are in the tree now, and returns the
+    """Copy the files that git tracks or would add, as they are in the tree now, and return the
     target."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(

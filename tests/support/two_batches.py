@@ -37,7 +37,7 @@ class EqualRows(TorchDispatchMode):
 
 
 def loss_of(output: Any, labels_BS: Tensor) -> Tensor:
-    """Returns a loss that every sum of the routers changes, too."""
+    """Return a loss that every sum of the routers changes, too."""
     loss = cross_entropy(output.logits_BSV.flatten(0, 1), labels_BS.flatten())
     return loss + sum(s.score_sums_E.square().sum() + s.z_sum for s in output.stats)
 
@@ -45,7 +45,7 @@ def loss_of(output: Any, labels_BS: Tensor) -> Tensor:
 def assert_equal(
     model: nn.Module, ids_BS: Tensor, labels_BS: Tensor, mask_BS: Tensor | None = None
 ) -> None:
-    """Asserts that outputs and the routers' numbers of copies are bit-identical, and gradients are
+    """Assert that outputs and the routers' numbers of copies are bit-identical, and gradients are
     within 1e-12, where sums are in another order."""
     outputs, grads = [], []
     for batches in (1, 2):

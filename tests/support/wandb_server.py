@@ -80,12 +80,12 @@ class WandbServer:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Environment of a client."""
+        """Return the environment of a client."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": KEY, "WANDB_ERROR_REPORTING": "false"}
 
     @property
     def run(self) -> Run:
-        """Returns the only run."""
+        """Return the only run."""
         (run,) = self.runs.values()
         return run
 
@@ -276,7 +276,7 @@ class WandbServer:
         return {"createAgent": {"agent": {"id": "agent"}}}
 
     def _Heartbeat(self, v: dict[str, Any]) -> dict[str, Any]:
-        """Starts one run at a time."""
+        """Start one run at a time."""
         busy = [run for run, active in json.loads(v.get("runState") or "{}").items() if active]
         if busy:
             commands = [{"type": "stop", "run_id": run} for run in busy if run in self.stopped]
@@ -294,7 +294,7 @@ class WandbServer:
     # ------------------------------------------------------------------ uploads
 
     def stream(self, name: str, body: dict[str, Any]) -> None:
-        """Adds a part of a run's files. Each part has an offset, so a part that is sent again is
+        """Add a part of a run's files. Each part has an offset, so a part that is sent again is
         not counted twice."""
         run = self.runs[name]
         for file, part in (body.get("files") or {}).items():
@@ -339,7 +339,7 @@ class Http(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: Any) -> None:
-        """Ignores a client that closes its connection early."""
+        """Ignore a client that closes its connection early."""
         if not isinstance(sys.exception(), ConnectionError):
             traceback.print_exc()
 

@@ -42,7 +42,7 @@ ON = ("analysis.gating_every=2", "analysis.similarity_every=3", "analysis.record
 
 
 def fit(run_dir, *words, resume=False):
-    """Trains. Returns the callbacks, and the number of the model's hooks at the start of each batch
+    """Train. Return the callbacks, and the number of the model's hooks at the start of each batch
     and at the end."""
     config = load(None, [*TINY, *words])
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.bench.overlap import Seconds, nearest, with_transfers
+from experiments.bench.overlap import nearest, with_transfers
 from experiments.bench.overlap_report import (
     PAYLOAD,
     in_parallel,
@@ -17,6 +17,7 @@ from experiments.bench.overlap_report import (
     rows_over_gradients,
 )
 from experiments.bench.pairs import Setting, tokens_for
+from experiments.bench.rank_bench import Seconds
 from experiments.bench.stacks import Variant, chosen_by, config_of
 from scmoe.command_line import call
 from scmoe.config.load import load

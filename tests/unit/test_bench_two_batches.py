@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from experiments.bench.over_best import over_best
-from experiments.bench.overlap import Seconds
 from experiments.bench.pairs import ROWS, Setting, default_schedule, usual_rows
+from experiments.bench.rank_bench import Seconds
 from experiments.bench.stacks import Variant, chosen_by, waiting_of
 from experiments.bench.training import ARCHITECTURES, IN_HALVES, words_of
 from experiments.bench.two_batches import architecture_of, batches_of

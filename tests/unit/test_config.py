@@ -15,7 +15,7 @@ from tests.support.configs import IMPOSSIBLE
 
 
 def refusal(path: Path | None, *overrides: str) -> str:
-    """Returns the one error line of a refused configuration."""
+    """Return the one error line of a refused configuration."""
     with pytest.raises(ConfigError) as caught:
         load(path, overrides)
     line = str(caught.value)

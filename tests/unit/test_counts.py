@@ -134,8 +134,8 @@ def test_recomputing_costs_flops_and_saves_memory(capsys):
     [
         ([], "parameter CONFIG requires an argument"),
         (["ep=2"], "ep=2: cannot be read"),
-        ([XL, "ep=0"], "ep is '0', allowed: a number, 1 or more"),
-        ([XL, "dp=two"], "dp is 'two', allowed: a number, 1 or more"),
+        ([XL, "ep=0"], "ep is '0'"),
+        ([XL, "dp=two"], "dp is 'two'"),
         ([XL, "ep=3"], "strategy.ep_size is 3, allowed: a divisor of moe.num_experts, 8"),
         ([XL, "ep=8", "model.depth=3"], "unknown key 'model.depth'"),
         ([XL, "ep=4", "strategy.ep_size=8"], "strategy.ep_size and ep or dp"),

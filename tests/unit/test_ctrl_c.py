@@ -25,7 +25,7 @@ def press() -> None:
 
 
 def swallowed(*words: str) -> int:
-    """A command whose import turns the interruption into another error."""
+    """Run a command whose import turns the interruption into another error."""
     try:
         press()
     except KeyboardInterrupt:
@@ -35,7 +35,7 @@ def swallowed(*words: str) -> int:
 
 
 def exiting(*words: str) -> int:
-    """A command that Lightning ends with 1."""
+    """Run a command that Lightning ends with 1."""
     try:
         press()
     except KeyboardInterrupt:

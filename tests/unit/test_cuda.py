@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from experiments.bench import emulated
-from experiments.bench.overlap import Bench
 from experiments.bench.pairs import Setting
+from experiments.bench.rank_bench import Bench
 from experiments.bench.stacks import Variant
 from experiments.engine.ranks import run_ranks
 from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher
@@ -35,7 +35,7 @@ on_any_device = pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", m
 
 
 def gpu(test):
-    """A test that needs a GPU."""
+    """Mark a test that needs a GPU."""
     for mark in ON_GPU:
         test = mark(test)
     return test
@@ -47,7 +47,7 @@ def small_bench(device: str) -> Bench:
 
 
 def results(rank: int, world_size: int, device: str) -> dict[str, list[torch.Tensor]]:
-    """Returns output and gradients of a ScMoE pair under several schedules."""
+    """Return output and gradients of a ScMoE pair under several schedules."""
     bench = small_bench(device)
     found = {}
     for way, slot in [("sequential", 1), *(("overlapped", slot) for slot in range(4))]:
@@ -93,7 +93,7 @@ def test_operators_are_timed_by_events(device):
 def steps_without_host_waits(
     rank: int, world_size: int, schedule: Schedule, way: str, autocast: bool
 ) -> None:
-    """Raises RuntimeError if the host waits for the device, except in the first step, which
+    """Raise RuntimeError if the host waits for the device, except in the first step, which
     allocates and compiles."""
     bench = small_bench("cuda")
     step = bench.set(Variant("pos2", schedule, way))
@@ -158,8 +158,8 @@ def test_the_planner_measures_with_events():
 
 
 def over_nccl(rank: int, world_size: int, factor: float | None, chunks: int) -> None:
-    """A module's outputs and gradients through an All-to-All of one rank are bit-identical to those
-    without it."""
+    """Assert that a module's outputs and gradients through an All-to-All of one rank are
+    bit-identical to those without it."""
     dist.init_process_group("nccl")
     torch.cuda.set_device(0)
 

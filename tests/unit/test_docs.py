@@ -47,7 +47,7 @@ def without_fences(page: Path) -> str:
 
 
 def code(page: Path) -> list[str]:
-    """Returns the texts between backticks, outside fenced blocks."""
+    """Return the texts between backticks, outside fenced blocks."""
     return re.findall(r"`([^`\n]+)`", without_fences(page))
 
 
@@ -56,7 +56,7 @@ def commands(page: Path) -> str:
 
 
 def named_paths(page: Path) -> Iterator[str]:
-    """Yields the repository's paths in backticks, and in the commands of fenced blocks."""
+    """Yield the repository's paths in backticks, and in the commands of fenced blocks."""
     for text in code(page):
         in_a_package = text.startswith(PACKAGES + BELOW_TESTS) and re.fullmatch(
             r"[\w.*/-]+(/|\.\w+)", text
@@ -68,7 +68,7 @@ def named_paths(page: Path) -> Iterator[str]:
 
 
 def exists(name: str, page: Path) -> bool:
-    """Looks in the root, the page's folder, scmoe/, tests/, and everywhere for a bare file name.
+    """Look in the root, the page's folder, scmoe/, tests/, and everywhere for a bare file name.
     Globs are allowed."""
     name = name.removesuffix("/")
     if "/" not in name and "." in name:
@@ -80,7 +80,7 @@ def exists(name: str, page: Path) -> bool:
 
 
 def anchors(page: Path) -> list[str]:
-    """Returns the anchors that GitHub gives the headings of a page."""
+    """Return the anchors that GitHub gives the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
     texts = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in headings]
     return [re.sub(r"[^\w\- ]", "", text.strip().lower()).replace(" ", "-") for text in texts]
@@ -101,7 +101,7 @@ def broken_links(page: Path) -> list[str]:
 
 
 def missing_names(page: Path) -> list[str]:
-    """Returns the names in backticks after a file that are not in it: `moe/stream.py`
+    """Return the names in backticks after a file that are not in it: `moe/stream.py`
     `MoEStream.forward`, `begin`."""
     missing = []
     for file, names in re.findall(
@@ -115,7 +115,7 @@ def missing_names(page: Path) -> list[str]:
 
 
 def missing_commands(page: Path) -> list[str]:
-    """Returns what does not exist of the names in `python -m MODULE`, `make TARGET` and `scmoe
+    """Return what does not exist of the names in `python -m MODULE`, `make TARGET` and `scmoe
     VERB`."""
     text = "\n".join([*code(page), commands(page)])
     modules = set(re.findall(r"-m ((?:experiments|tests)(?:\.\w+)+)", text))
@@ -267,7 +267,7 @@ def test_yaml_can_be_copied(page, tmp_path, monkeypatch):
 
 
 def refused(command: str) -> str | None:
-    """Returns why scmoe would refuse the words of a command; None if it takes them."""
+    """Return why scmoe would refuse the words of a command; None if it takes them."""
     try:
         words = program_of(command)
         if not words:

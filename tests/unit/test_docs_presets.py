@@ -42,7 +42,7 @@ NOT_IN_FARSKIP = ("position", "combine")  # it has one position, and adds
 
 
 def rows(page: str, heading: str) -> list[list[str]]:
-    """Returns the cells of the first table below a heading; the first row is the table's head."""
+    """Return the cells of the first table below a heading; the first row is the table's head."""
     text = (DOCS / page).read_text(encoding="utf-8").partition(f"{heading}\n")[2]
     (table,) = re.findall(r"(?:^\|.*\n)+", text, re.M)[:1]
     lines = [re.split(r"(?<!\\)\|", line.strip()[1:-1]) for line in table.splitlines()]
@@ -57,7 +57,7 @@ def row_of(page: str, heading: str, name: str) -> list[str]:
 
 
 def words(cell: str) -> list[str]:
-    """Returns the overrides in the backticks of a cell."""
+    """Return the overrides in the backticks of a cell."""
     return [word for text in re.findall(r"`([^`]*)`", cell) for word in text.split() if "=" in word]
 
 

@@ -69,7 +69,7 @@ def test_padding_and_other_texts_change_no_score(architecture):
 
 
 def text_scorer(surer: bool) -> Scorer:
-    """Returns a scorer of a model that knows nothing, or that predicts id 0, the surer the more
+    """Return a scorer of a model that knows nothing, or that predicts id 0, the surer the more
     tokens it has seen."""
 
     def forward(inputs, mask):

@@ -146,8 +146,8 @@ def test_the_papers_tasks_are_read_whole(name):
 
 @pytest.fixture
 def adapter(tmp_path, monkeypatch):
-    """lm-eval's data sets are cached in the test's folder, and its own list, which takes seconds,
-    is not read."""
+    """Return the adapter. lm-eval's data sets are cached in the test's folder, and its own list,
+    which takes seconds, is not read."""
     adapter = pytest.importorskip(
         "scmoe.runs.evaluate.lm_eval_adapter", reason="needs the extra `eval`"
     )

@@ -35,7 +35,7 @@ MODULE = SimpleNamespace(
 
 
 def sums(step: int) -> torch.Tensor:
-    """Returns two layers of three experts: copies of each, tokens, dropped copies."""
+    """Return two layers of three experts: copies of each, tokens, dropped copies."""
     return torch.tensor([[step, 2, 3, 5 + step, 0], [0, 4 + step, 1, 5 + step, 1]])
 
 
@@ -146,7 +146,7 @@ TOKENS = 100
 
 
 def window_of(*layers: list[int]) -> torch.Tensor:
-    """Returns the load sums of layers with these copies per expert."""
+    """Return the load sums of layers with these copies per expert."""
     return torch.tensor([[*counts, TOKENS, 0] for counts in layers])
 
 

@@ -153,7 +153,7 @@ def initial(expert_ids: range | None = None, key: str = "key") -> Experts:
 
 
 def constructed(expert_ids: range | None = None) -> tuple[Experts, Experts, Experts]:
-    """Returns two new modules of one model, and one whose weights were drawn by a key."""
+    """Return two new modules of one model, and one whose weights were drawn by a key."""
     torch.manual_seed(3)
     return (
         Experts(DIM, FFN, EXPERTS, expert_ids),

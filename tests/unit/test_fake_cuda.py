@@ -27,7 +27,7 @@ BOTH = ("pos2", "dgmoe")  # in both precisions of GPT in `make test`
 
 
 def cases():
-    """Returns every architecture of GPT in both precisions, of LLaMA in one, and of Swin in the
+    """Return every architecture of GPT in both precisions, of LLaMA in one, and of Swin in the
     other. Each architecture meets every pair of the choices, but precision and ranks only together
     with its neighbour.
 
@@ -72,7 +72,7 @@ def cases():
 
 @pytest.fixture(scope="module")
 def device(tmp_path_factory):
-    """Yields a function that calls `attempt` in a process with the shim."""
+    """Yield a function that calls `attempt` in a process with the shim."""
     if reason := fake_cuda.missing():
         pytest.skip(reason)
     with fake_cuda.process_with(fake_cuda.build(tmp_path_factory.mktemp("shim"))) as process:

@@ -58,7 +58,7 @@ PROMPTS = [
 def model_of(
     words: str = "", family: str = "gpt", dtype: torch.dtype = torch.float64, seed: int = 0
 ):
-    """Returns a model whose capacity would drop tokens, and whose greedy texts vary."""
+    """Return a model whose capacity would drop tokens, and whose greedy texts vary."""
     config = tiny(
         f"data.seq_len={CONTEXT}", "moe.capacity_factor=0.5", *FAMILIES[family], *overrides(words)
     )
@@ -67,14 +67,14 @@ def model_of(
 
 @torch.inference_mode()
 def last_logits(model, ids: list[int]) -> torch.Tensor:
-    """Returns the logits of the next token, from a pass without a cache."""
+    """Return the logits of the next token, from a pass without a cache."""
     with dropless(model):
         return model(torch.tensor([ids])).logits_BSV[0, -1]
 
 
 @torch.inference_mode()
 def uncached(model, prompt: list[int], written: list[int]) -> list[int]:
-    """Returns the likeliest token after the prompt and after each that was written, from one pass
+    """Return the likeliest token after the prompt and after each that was written, from one pass
     without a cache."""
     with dropless(model):
         logits_BSV = model(torch.tensor([[*prompt, *written[:-1]]])).logits_BSV

@@ -22,7 +22,7 @@ TIMEOUT = timedelta(seconds=77)
 def groups_of(
     rank: int, world_size: int, ep_size: int, device: str
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Returns the groups that a rank makes, and in whose order it starts them."""
+    """Return the groups that a rank makes, and in whose order it starts them."""
     made: list[dict[str, Any]] = []
     started: list[str] = []
 

@@ -33,7 +33,7 @@ def write_idx(file: Path, array: np.ndarray) -> None:
 
 @pytest.fixture
 def fashion(tmp_path) -> Path:
-    """Writes the four files of Fashion-MNIST, with 12 and 5 pictures of 4 x 4 pixels."""
+    """Write the four files of Fashion-MNIST, with 12 and 5 pictures of 4 x 4 pixels."""
     generator = np.random.default_rng(0)
     for stem, count in (("train", 12), ("t10k", 5)):
         write_idx(
@@ -50,7 +50,7 @@ def splits(fashion) -> ImageSplits:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Writes pictures of two classes: 3 of each for training, 2 for validation."""
+    """Write pictures of two classes: 3 of each for training, 2 for validation."""
     for split, count in (("train", 3), ("val", 2)):
         for label, name in enumerate(("ape", "bee")):
             (tmp_path / split / name).mkdir(parents=True)

@@ -26,7 +26,7 @@ TORCHRUN = [line for line in COMMANDS if "torchrun" in line and "-m scmoe train"
 
 
 def sbatch_options() -> dict[str, str]:
-    """Returns the values of the file's #SBATCH lines, under the names of SLURM's variables."""
+    """Return the values of the file's #SBATCH lines, under the names of SLURM's variables."""
     lines = re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", BATCH_FILE.read_text(), re.MULTILINE)
     return {name.upper().replace("-", "_"): value for name, value in lines}
 
@@ -36,7 +36,7 @@ def config_of(words: list[str]) -> Config:
 
 
 def simulated(folder: Path, *arguments: str, **variables: str) -> list[str]:
-    """Returns the arguments of srun."""
+    """Return the arguments of srun."""
     srun, recorded = folder / "srun", folder / "arguments"
     srun.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {recorded}\n")
     srun.chmod(0o755)

@@ -60,7 +60,7 @@ def cases(draw) -> Case:
 
 
 def kept(case: Case) -> set[tuple[int, int]]:
-    """Returns the copies that the oracle keeps, without padding, which the oracle treats as one
+    """Return the copies that the oracle keeps, without padding, which the oracle treats as one
     more expert."""
     ids = case.ids_TK.tolist()
     found = reference.kept_copies(ids, case.num_experts + 1, case.capacity)
@@ -68,7 +68,7 @@ def kept(case: Case) -> set[tuple[int, int]]:
 
 
 def encoded(x_TD: Tensor, layout: Layout) -> list[tuple[Tensor, ChunkCounts | None]]:
-    """Returns the rows of each chunk, and their counts as one rank announces them to itself."""
+    """Return the rows of each chunk, and their counts as one rank announces them to itself."""
     counts_PE = layout.counts_PE
     return encode(
         x_TD, layout, None if counts_PE is None else LocalDispatcher().announce(counts_PE)
@@ -76,12 +76,12 @@ def encoded(x_TD: Tensor, layout: Layout) -> list[tuple[Tensor, ChunkCounts | No
 
 
 def whole_numbers(*shape: int) -> Tensor:
-    """Returns whole numbers. Their sums are exact, so that results can be bit-identical."""
+    """Return whole numbers. Their sums are exact, so that results can be bit-identical."""
     return torch.randint(-9, 10, shape, generator=torch.Generator().manual_seed(0)).double()
 
 
 def experts_of_rows(case: Case, layout: Layout) -> list[int]:
-    """Returns the expert of each row, from the layout's order (chunk, expert)."""
+    """Return the expert of each row, from the layout's order (chunk, expert)."""
     if layout.counts_PE is not None:
         return [
             e
@@ -217,7 +217,7 @@ def test_padding_does_not_change_the_rows_of_real_tokens(case):
 
 @st.composite
 def buffers(draw) -> tuple[Case, int, int]:
-    """Returns a case without a capacity, the number of ranks, and the size of their buffers."""
+    """Return a case without a capacity, the number of ranks, and the size of their buffers."""
     ranks, of_rank = draw(st.integers(1, 3)), draw(st.integers(1, 2))
     num_experts = ranks * of_rank
     top_k = draw(st.integers(1, min(2, num_experts)))

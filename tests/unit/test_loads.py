@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.bench import emulated, overlap
+from experiments.bench import emulated
 from experiments.bench.loads import (
     BALANCED,
     KINDS,
@@ -23,6 +23,7 @@ from experiments.bench.loads import (
     shares,
 )
 from experiments.bench.options import Options
+from experiments.bench.rate_search import warn_of_share
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
 from scmoe.moe.dispatcher import Traffic
@@ -109,7 +110,7 @@ def test_ragged_tokens_have_the_total_of_the_balanced_ones():
 
 
 def recording(tmp_path, top_k: int, layers: int = 2) -> str:
-    """Writes two steps of 64 tokens; in step 10, layer 0, three of four tokens go to expert 5."""
+    """Write two steps of 64 tokens; in step 10, layer 0, three of four tokens go to expert 5."""
     torch.manual_seed(0)
     ids = [torch.rand(2, 64, EXPERTS).argsort(-1)[..., :top_k] for _ in range(layers)]
     others = [[5, e] for e in (0, 1, 2)] + [[3, 5]]
@@ -172,14 +173,14 @@ def test_an_impossible_load_is_refused_in_one_sentence(text, says, capsys):
 
 def test_a_recording_of_other_experts_is_refused(tmp_path):
     load = load_of(recording(tmp_path, 1))
-    with pytest.raises(ConfigError, match="recordings of 16 experts"):
+    with pytest.raises(ConfigError, match=f"a recording of {EXPERTS} experts"):
         check_load(load, Sizes(16, 1, 2), 4)
     write_routing(
         Recorded([0], [torch.tensor([[[5], [8], [8]]])], EXPERTS, 1),
         tmp_path / "padding.safetensors",
     )
     padding = load_of(f"recorded:{tmp_path / 'padding.safetensors'}")
-    with pytest.raises(ConfigError, match="with 2 ranks: recordings with a token for each"):
+    with pytest.raises(ConfigError, match="fewer tokens in a step than the 2 ranks"):
         check_load(padding, Sizes(EXPERTS, 1, 2), 4)
     with pytest.raises(ConfigError, match="allowed as step: 0, 10"):
         load_of(recording(tmp_path, 1) + ":7")
@@ -223,8 +224,8 @@ def test_the_help_names_every_form_of_a_load():
 
 
 def test_a_share_that_is_missed_is_said(capsys):
-    overlap.warn_of_share(0.3, 0.43)
+    warn_of_share(0.3, 0.43)
     assert "0.43" in capsys.readouterr().err
-    overlap.warn_of_share(0.3, 0.32)
-    overlap.warn_of_share(None, 0.43)
+    warn_of_share(0.3, 0.32)
+    warn_of_share(None, 0.43)
     assert capsys.readouterr().err == ""

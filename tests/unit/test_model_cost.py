@@ -47,7 +47,7 @@ BATCH = 2
 
 
 def counted(model, batch, backward: bool) -> float:
-    """Returns a sample's FLOPs as torch counts them; with SDPBackend.MATH, as it does not count CPU
+    """Return a sample's FLOPs as torch counts them; with SDPBackend.MATH, as it does not count CPU
     flash attention."""
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):

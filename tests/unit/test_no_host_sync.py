@@ -24,18 +24,18 @@ from tests.support.models import DIM, EXPERTS, FFN, tiny_shortcut
 
 @pytest.fixture(autouse=True)
 def no_autocast(monkeypatch):
-    """Disables autocast, which does not support the device `meta`."""
+    """Disable autocast, which does not support the device `meta`."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
 
 
 def sent(rows: torch.Tensor, traffic: Traffic | None) -> tuple[torch.Tensor, Ready]:
-    """An exchange of meta rows, of equal or of announced numbers."""
+    """Return the exchange of meta rows, of equal or of announced numbers."""
     return buffer_for(rows, traffic), Ready(rows)
 
 
 def two_ranks(buffered: bool = False) -> AllToAllDispatcher:
-    """Returns the dispatcher of one of two ranks."""
+    """Return the dispatcher of one of two ranks."""
     with patch.object(dist, "get_world_size", return_value=2):
         return AllToAllDispatcher(None, EXPERTS, exchange=sent, buffered=buffered)
 
@@ -47,7 +47,7 @@ def run(
     masked: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
-    """Runs forward and backward of a ScMoE pair, the losses on the routing included."""
+    """Run forward and backward of a ScMoE pair, the losses on the routing included."""
     experts = range(EXPERTS // 2 if isinstance(dispatcher, AllToAllDispatcher) else EXPERTS)
     stream = MoEStream(
         Router(DIM, EXPERTS, 2), Experts(DIM, FFN, EXPERTS, experts), dispatcher, rows

@@ -132,7 +132,7 @@ def test_the_cache_never_exceeds_its_slots_and_returns_the_right_expert(store, s
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """A store, and the weights of its experts as `expected`."""
+    """Return a store, and the weights of its experts as `expected`."""
     model, path = stored("position=pos2", tmp_path_factory.mktemp("store"))
     store = Store(path, model)
     store.expected = {

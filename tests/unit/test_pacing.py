@@ -46,7 +46,7 @@ class Group:
         return self.begun.get(timeout=10.0)
 
     def is_idle(self) -> bool:
-        """Whether no piece begins soon."""
+        """Return whether no piece begins soon."""
         time.sleep(SOON_S)
         return self.begun.empty()
 

@@ -28,7 +28,7 @@ BARS = ("headline", "overlap", "inference", "figure-13")
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Returns a list of all figures that are saved, with their metadata. No file is written."""
+    """Return a list of all figures that are saved, with their metadata. No file is written."""
     found = []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(

@@ -47,7 +47,7 @@ Rows = Callable[[int], list[Share]]  # those of a step
 def played(
     own: Schedule, rows: Rows, noise: float = 0.0, **options: Any
 ) -> Iterator[tuple[Planner, Callable[[], None]]]:
-    """Yields a planner and a function that takes a timed step on ranks with `rows` of that step."""
+    """Yield a planner and a function that takes a timed step on ranks with `rows` of that step."""
     block, rng, steps, blocking = PlayedBlock(own), random.Random(0), 0, False
 
     def measured(recorders: Any, schedules: list[Schedule], *_: Any) -> torch.Tensor:
@@ -71,7 +71,7 @@ def played(
 
 
 def over_best(chosen: Schedule, rows: list[Share]) -> float:
-    """Returns the time of a step over that of the best schedule."""
+    """Return the time of a step over that of the best schedule."""
     every = [
         s for c in CHUNKS for s in slots(Schedule(chosen.architecture, chosen.position, chunks=c))
     ]

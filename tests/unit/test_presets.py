@@ -38,7 +38,7 @@ CASES += [(name, "own", "") for name in FAMILY]
 
 
 def preset(name: str, words: str):
-    """Reads a preset; of the words only those of the section moe are used, since a preset has its
+    """Read a preset; of the words only those of the section moe are used, since a preset has its
     own layers."""
     if name.startswith("swin"):
         pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")

@@ -45,7 +45,7 @@ LLAMA = {
 
 
 def llama_folder(folder: Path, **changes) -> dict[str, torch.Tensor]:
-    """Writes a folder as transformers would; returns its tensors under transformers' names."""
+    """Write a folder as transformers would; return its tensors under transformers' names."""
     config = LLAMA | changes
     (folder / "config.json").write_text(json.dumps(config))
     _, _, names = READERS["llama"](LLAMA)

@@ -58,7 +58,7 @@ def step(
     transfer: float = TRANSFER,
     start: float = 0.0,
 ) -> list[Recorder]:
-    """Returns the recorder of each rank after a training step. Where transfers overlap, their marks
+    """Return the recorder of each rank after a training step. Where transfers overlap, their marks
     are only around the launch, as in a run."""
     recorders = [Recorder(torch.device("cpu")) for _ in range(ranks)]
     for rank, recorder in enumerate(recorders):
@@ -78,7 +78,7 @@ def play(
     transfer: float,
     clock: list[float],
 ) -> list[float]:
-    """Notes the marks of one direction, from these times of the ranks on, in ms. Returns when each
+    """Note the marks of one direction, from these times of the ranks on, in ms. Return when each
     rank is done."""
     ranks, chunks = len(recorders), schedule.chunks
     rows = [load / ranks] + [(1 - load / ranks) / (ranks - 1)] * (
@@ -121,7 +121,7 @@ def play(
 def seconds(
     recorders: list[Recorder], schedule: Schedule, ep_size: int | None = None
 ) -> torch.Tensor:
-    """Returns what `measured` returns on every one of these ranks."""
+    """Return what `measured` returns on every one of these ranks."""
     of_ranks = torch.stack([noted(recorder, schedule, DIRECTIONS) for recorder in recorders])
     with patch.object(pricing, "gather", lambda own, group: of_ranks):
         return measured([recorders[0]], [schedule], None, ep_size)

@@ -168,7 +168,7 @@ def test_the_others_exist():
 
 
 def timeout_of_a_group(rank: int, world_size: int) -> timedelta:
-    """Returns the limit of the default group after it was set, with warnings as errors."""
+    """Return the limit of the default group after it was set, with warnings as errors."""
     distributed_c10d.init_process_group("gloo")
     with warnings.catch_warnings(action="error"):
         set_default_timeout(timedelta(seconds=37))
@@ -231,7 +231,7 @@ NAMING = (ast.Attribute, ast.ImportFrom, ast.Call, ast.FunctionDef, ast.ClassDef
 
 
 def names_of(node):
-    """Returns the names that a node uses: an attribute, imported names, or the text in a call of
+    """Return the names that a node uses: an attribute, imported names, or the text in a call of
     getattr or hasattr."""
     if isinstance(node, ast.Attribute):
         return [node.attr]

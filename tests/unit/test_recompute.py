@@ -17,7 +17,7 @@ ARCHITECTURES = (
 
 
 def step(architecture, recompute):
-    """Returns the logits with all gradients, the bytes kept for backward, and the number of router
+    """Return the logits with all gradients, the bytes kept for backward, and the number of router
     calls."""
     words = (
         "model.layers=4 moe.top_k=2 moe.noisy=true model.dropout=0.1"

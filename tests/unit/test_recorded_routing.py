@@ -39,7 +39,7 @@ ARCHITECTURES = {
 
 
 def routing(steps: list[int], num_experts: int = 4, seed: int = 0) -> Recorded:
-    """Returns two layers: one with 6 tokens that choose 2 experts, one with 3 tokens that choose
+    """Return two layers: one with 6 tokens that choose 2 experts, one with 3 tokens that choose
     one."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((len(steps), 6, 2), (len(steps), 3, 1))

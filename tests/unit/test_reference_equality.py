@@ -32,7 +32,7 @@ def config_of(words: str, *further: str) -> Config:
 def run(
     config: Config,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list, torch.nn.Module]:
-    """Returns values by name, gradients by name of the weighted sum of losses, the routers' sums,
+    """Return values by name, gradients by name of the weighted sum of losses, the routers' sums,
     and the model."""
     model, (ids, labels) = tiny_model(config), tiny_batch(config)
     logits, stats = model(ids)

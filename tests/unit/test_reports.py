@@ -6,6 +6,7 @@ import subprocess
 import pytest
 
 from docs.build import reports
+from experiments.bench.offload_report import read_architectures, rows_of
 from scmoe.command_line import app_of
 from tests.support.pages import ROOT
 
@@ -36,3 +37,12 @@ def test_reports_that_are_missing_are_measured_until_one_fails(tmp_path, monkeyp
     assert started == ["a", "c"]
     assert reports.main(["--list"]) == 0
     assert "missing  d" in capsys.readouterr().out
+
+
+def test_the_kept_figures_of_offloading_are_read_and_written_without_a_change():
+    kept = (ROOT / "docs/figures/figure-13.json").read_text(encoding="utf-8")
+    figure = json.loads(kept)
+    architectures = read_architectures(figure)
+    written = {name: measured.to_json() for name, measured in architectures.items()}
+    assert json.dumps(written) == json.dumps(figure["architectures"])
+    assert json.dumps(rows_of(architectures)) == json.dumps(figure["rows"])

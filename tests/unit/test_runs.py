@@ -38,7 +38,7 @@ METRICS = """step,train/loss,val/loss,time/tokens_per_s
 
 
 def make_run(folder: Path, name: str, *overrides: str, state: str = "finished") -> Path:
-    """Writes the directory of a run of configs/debug.yaml (batches of 4 x 16 tokens), as a training
+    """Write the directory of a run of configs/debug.yaml (batches of 4 x 16 tokens), as a training
     does."""
     run_dir = folder / name
     run_dir.mkdir(parents=True)

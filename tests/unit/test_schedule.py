@@ -192,7 +192,7 @@ def test_a_tap_in_the_preceding_block_must_be_handed_on(position, carry):
 
 
 def executed(schedule: Schedule, capacity_factor: float | None, monkeypatch) -> tuple[str, ...]:
-    """Returns the operators in the order in which a block starts them, from the tap on. "current"
+    """Return the operators in the order in which a block starts them, from the tap on. "current"
     of dgmoe is its second MoE module."""
     log = Log()
 

@@ -55,7 +55,7 @@ LAYERS = st.lists(
 
 
 def sums(layers):
-    """Returns the time of all computation and of all transfers of one batch, by direction."""
+    """Return the time of all computation and of all transfers of one batch, by direction."""
     for name in ("forward", "backward"):
         computed, sent = 0.0, 0.0
         for schedule, times in layers:
@@ -160,7 +160,7 @@ def test_the_order_is_that_of_a_run(words, chunks):
 
 
 def priced(transfer_ms, chunks=(1, 2, 4)):
-    """Returns the candidates of two blocks of top-2, of which one batch can hide nothing but by
+    """Return the candidates of two blocks of top-2, of which one batch can hide nothing but by
     chunks."""
     times = {BEFORE: 20.0, "experts": 4.0, "dispatch": transfer_ms, "combine": transfer_ms}
     of_chunks = {n: OperatorTimes(times, times) for n in chunks}
@@ -208,7 +208,7 @@ class Machine:
         return stack_time([(schedule, self.times(schedule.chunks, batches))] * 2, batches)
 
     def sample(self, chunks):
-        """Returns what `pricing.measured` returns after a step in so many chunks."""
+        """Return what `pricing.measured` returns after a step in so many chunks."""
         of = self.times(chunks)
         rows = [
             [own.get(op, 0.0) for op in (*MEASURED, BEFORE)] for own in (of.forward, of.backward)
@@ -216,7 +216,7 @@ class Machine:
         return torch.tensor([[[*row, sum(row), sum(row)] for row in rows]] * 2, dtype=torch.float64)
 
     def chosen(self, own, numbers):
-        """Returns the planner's choice, and the number of batches that its network then has."""
+        """Return the planner's choice, and the number of batches that its network then has."""
         network = SimpleNamespace(batches_in_flight=1)
         blocks = [PlayedBlock(own), PlayedBlock(own)]
 

@@ -20,7 +20,7 @@ MASK_BS = torch.tensor([[True] * 8 + [False] * 4, [True] * 3 + [False] * 9])
 
 
 def tokens(batch_size: int = 2, seq_len: int = 12) -> Tensor:
-    """Returns tokens in eighths: the gate's products with weights in eighths are exact in any order
+    """Return tokens in eighths: the gate's products with weights in eighths are exact in any order
     of their sums."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(-20, 21, (batch_size, seq_len, DIM), generator=generator).double() / 8
@@ -36,7 +36,7 @@ def exact_stream(top_k: int, capacity_factor: float | None) -> MoEStream:
 def outcome(
     stream: MoEStream, x_BSD: Tensor, mask_BS: Tensor | None = None, chunks: int = 1
 ) -> tuple[MoEOutput, dict[str, Tensor]]:
-    """Returns the output, and the gradients of its sum of squares; the input's gradient is under
+    """Return the output, and the gradients of its sum of squares; the input's gradient is under
     'x'."""
     x_BSD = x_BSD.clone().requires_grad_()
     output = stream(x_BSD, mask_BS, chunks)
@@ -71,7 +71,7 @@ def test_tokens_without_a_batch_dimension_are_one_sequence():
 
 
 def sequence_stream() -> MoEStream:
-    """Returns a stream whose load-balance loss is that of each sequence."""
+    """Return a stream whose load-balance loss is that of each sequence."""
     stream = tiny_stream()
     stream.router.scoring = Scoring(per_sequence=True)
     return stream
@@ -91,7 +91,7 @@ class Counting(LocalDispatcher):
 
 
 def zero_stream(capacity_factor: float | None = None, weight: float = 0.0) -> MoEStream:
-    """Returns a stream whose gate prefers zero experts with a large `weight`, whatever the
+    """Return a stream whose gate prefers zero experts with a large `weight`, whatever the
     token."""
     router = Router(DIM, EXPERTS, 2, scoring=Scoring(normalise=False, scale=6), zero_experts=3)
     experts = Experts(DIM, FFN, EXPERTS)
@@ -220,7 +220,7 @@ def test_a_batch_of_padding_alone_gives_zeros(capacity_factor):
 
 
 def aimed_at(stream: MoEStream, expert: int) -> tuple[MoEStream, Tensor]:
-    """Returns the stream, and tokens whose first choice is this expert."""
+    """Return the stream, and tokens whose first choice is this expert."""
     with torch.no_grad():
         stream.router.gate.weight[:, 0] = 0.0
         stream.router.gate.weight[expert, 0] = 30.0

@@ -32,7 +32,7 @@ BAD = [
     ("command", NO_CONFIG, "command is ["),
     ("command", GOOD["command"][:-1], "command is ["),
     ("command", ENVIRONMENT, "command has 'name=${envvar:HOME}'"),
-    ("command", None, "command is missing, allowed: [..., scmoe, train, CONFIG"),
+    ("command", None, "command is missing. Give [..., scmoe, train, CONFIG"),
     ("parameters/optim.lr", 1e-3, "parameters.optim.lr is 0.001"),
     (
         "parameters/optim.lr",

@@ -35,7 +35,7 @@ SWEEP: dict[str, Any] = {
 
 
 def words_of(folder: Path, pause: str = "0@0", **changes: Any) -> list[str]:
-    """Writes the sweep s.yaml with these changes, and returns the command that runs it."""
+    """Write the sweep s.yaml with these changes, and return the command that runs it."""
     config = {**SWEEP, **changes}
     config["command"] = [pause if word == "0@0" else word for word in config["command"]]
     (folder / "s.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
@@ -44,7 +44,7 @@ def words_of(folder: Path, pause: str = "0@0", **changes: Any) -> list[str]:
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch, capsys) -> Callable[..., Done]:
-    """Returns a function that runs the sweep in this process."""
+    """Return a function that runs the sweep in this process."""
 
     def sweep(**changes: Any) -> Done:
         code = call(*words_of(tmp_path, **changes))
@@ -76,7 +76,7 @@ def until(there: Callable[[], bool]) -> None:
 
 
 def alive(folder: Path) -> list[str]:
-    """Returns the processes that have this folder in their command line."""
+    """Return the processes that have this folder in their command line."""
     found = subprocess.run(
         ["pgrep", "-f", str(folder)], capture_output=True, text=True
     ).stdout.split()
@@ -181,7 +181,9 @@ def test_a_sweep_without_a_result_is_an_error(sweep):
     assert json.loads(done.out) == {"trials": 1, "finished": 0, "failed": 1, "best": None}
     done = sweep(metric={"name": "val/los"}, name="misspelt")
     assert done.code == 2
-    assert "metric.name is 'val/los', which trial 1 has not logged, allowed: val/loss" in done.err
+    assert (
+        "metric.name is 'val/los', which trial 1 has not logged. It has logged val/loss" in done.err
+    )
 
 
 def test_a_wrong_request_is_answered_in_one_line(capsys, monkeypatch):

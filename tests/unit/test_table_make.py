@@ -245,7 +245,8 @@ def test_time_left_does_not_take_a_start_for_steps(tmp_path):
 
 @pytest.fixture
 def evaluated(fakes, tmp_path):
-    """Table 7 with two finished runs, of which `evaluate` returns the jobs of their evaluations."""
+    """Return Table 7 with two finished runs, of which `evaluate` returns the jobs of their
+    evaluations."""
     smoke = TABLE7.scales["smoke"]
     runs = plan_runs(TABLE7, smoke, tmp_path / "study", 1)[:2]
     for i, run in enumerate(runs):

@@ -34,8 +34,8 @@ SPEEDS = {
 
 
 def state_of(loss: float, digest: str, **more: object) -> State:
-    """Returns the state of a finished run whose loss falls on a straight line over four steps, and
-    ends at `loss`."""
+    """Return the state of a finished run whose loss falls on a straight line over four steps, and
+    end at `loss`."""
     environment = {
         "machine": "2 CPU cores, Linux",
         "torch": "2.13",
@@ -55,7 +55,7 @@ def state_of(loss: float, digest: str, **more: object) -> State:
 
 
 def write_speeds(folder: Path, share: float) -> None:
-    """Writes a report of `bench overlap` with the speeds of SPEEDS."""
+    """Write a report of `bench overlap` with the speeds of SPEEDS."""
     row = {
         "links": "shaped",
         "compute": "emulated",
@@ -89,8 +89,8 @@ def planned(tmp_path_factory):
 
 @pytest.fixture
 def made(planned):
-    """Table 3 with 3 seeds; the loss of row i is 5 + i / 100 + a part of the seed. One run failed,
-    one is cut."""
+    """Return Table 3 with 3 seeds; the loss of row i is 5 + i / 100 + a part of the seed. One run
+    failed, one is cut."""
     table, runs = planned
     for i, run in enumerate(runs):
         row, seed = i % len(table.rows), run.seed
@@ -111,7 +111,7 @@ def figures(monkeypatch):
 
 
 def of(table: Table, runs: list[Run]) -> tuple[dict, dict]:
-    """Returns the results, and their rows by name."""
+    """Return the results, and their rows by name."""
     found = results(table, "smoke", runs, "make table TABLE=table3 SCALE=smoke")
     return found, {row["name"]: row for row in found["rows"]}
 

@@ -2,13 +2,24 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from experiments.tables.table_file import Row, load_table
-from experiments.tables.table_runs import Run, data_of, look_up, plan_runs, same_config, save
+from experiments.tables.table_file import Options, Row, load_table
+from experiments.tables.table_plan import plan_table
+from experiments.tables.table_runs import (
+    Run,
+    data_of,
+    finished,
+    look_up,
+    plan_runs,
+    read_states,
+    same_config,
+    save,
+)
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load, to_yaml
 from scmoe.sweeps.jobs import State, digest_of
@@ -48,7 +59,7 @@ def finish(runs: list[Run]) -> None:
     ],
 )
 def test_an_override_of_what_a_row_or_its_setting_sets_is_refused(name, scale, override, tmp_path):
-    with pytest.raises(ConfigError, match=f"{override} is given, allowed: keys other than"):
+    with pytest.raises(ConfigError, match=f"{override} is given, but the table sets"):
         runs_of(name, tmp_path, override, scale=scale)
 
 
@@ -119,6 +130,38 @@ def test_results_and_states_of_finished_runs_are_copied(tmp_path):
     assert json.loads((folder / "results.json").read_text()) == {"rows": [{"run_dirs": []}]}
     states = [json.loads(path.read_text()) for path in (folder / "states").iterdir()]
     assert [state["run_dir"] for state in states] == [None] * 3, "directories stay on this machine"
+
+
+def test_results_of_other_runs_are_not_overwritten(tmp_path):
+    to = tmp_path / "results"
+
+    def plan(home: str, seeds: int, *overrides: str) -> list[Run]:
+        words = [f"runs_dir={tmp_path / home}", *overrides]
+        return plan_table(load_table("table4", CONFIGS), Options(seeds=seeds, to=to), words).runs
+
+    def make(runs: list[Run], loss: float) -> None:
+        for run in runs:
+            results = {"digest": run.digest, "summary": {"loss": loss}}
+            run.job.state = State("finished", "/somewhere", results=results)
+            run.job.keep()
+        (runs[0].job.study / "results.json").write_text('{"rows": []}')
+        (runs[0].job.study / "table.md").write_text("# Table 4")
+        save(runs, to)
+
+    runs = plan("here", 2)
+    make(runs, 3.0)
+    with pytest.raises(ConfigError, match=r"seed2, which would be missing .* Give more --seeds"):
+        plan("here", 1)
+    with pytest.raises(ConfigError, match="results of another configuration"):
+        plan("here", 2, "optim.lr=0.1")
+    with pytest.raises(ConfigError, match=r"has a run .* Copy the states/"):
+        plan("elsewhere", 3)
+    elsewhere = tmp_path / "elsewhere/tables/table4-smoke"
+    shutil.copytree(to / "table4-smoke/states", elsewhere / "states")
+    read_states(more := plan("elsewhere", 3))
+    assert len(finished(more)) == len(runs), "the runs of two seeds are not made again"
+    make(plan("here", 3), 3.0)
+    assert len([*(to / "table4-smoke/states").iterdir()]) == len(more)
 
 
 def test_a_dotted_key_leads_to_a_number_or_to_none():

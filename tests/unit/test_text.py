@@ -32,7 +32,7 @@ def make(folder):
 
 
 def global_batches(ranks, loader="train_dataloader", key="input_ids"):
-    """Interleaves the ranks' batches into the global ones: row r + W k is row k of rank r."""
+    """Interleave the ranks' batches into the global ones: row r + W k is row k of rank r."""
     loaders = zip(*(getattr(data, loader)() for data in ranks), strict=True)
     return [
         torch.stack([batch[key] for batch in batches], dim=1).flatten(0, 1) for batches in loaders

@@ -96,7 +96,7 @@ def test_a_tokenizer_that_loses_bytes_or_changes_letters_is_refused(
 
 
 def llama(form: str) -> tokenizers.Tokenizer:
-    """Returns a small tokenizer of LLaMA's kind, in the form of its first tokenizer.json or of
+    """Return a small tokenizer of LLaMA's kind, in the form of its first tokenizer.json or of
     transformers 5."""
     letters = ["▁", *map(chr, range(0x21, 0x7F)), "é"]
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "▁"), ("▁", "u")]

@@ -19,7 +19,7 @@ main = App(
 def kill(
     *, points: int | Literal["all"] = "all", random: int = 0, dense: Dense = "replicated"
 ) -> None:
-    """SIGKILL to rank 0, the last rank or all during a save.
+    """Send SIGKILL to rank 0, the last rank or all ranks during a save.
 
     Args:
         points: operations per victim

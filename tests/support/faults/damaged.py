@@ -72,7 +72,7 @@ def save_over(
     dense: str = "replicated",
 ) -> dict[str, Any]:
     """Save each of the steps over the one before, and kill the victim ("first", "last" or "all"
-    ranks) at an operation of the last save, or some seconds after its start. Returns a surviving
+    ranks) at an operation of the last save, or some seconds after its start. Return a surviving
     rank's file operations and its seconds.
     """
     trainer = tiny_run.one_step(world_size, folder, *WAYS[dense])
@@ -109,7 +109,7 @@ def save_over(
 
 
 def killed(folder: Path, victim: str, background: bool = False, **when: Any) -> bool:
-    """Run `save_over`. Returns whether a rank was killed. when: its keywords."""
+    """Run `save_over`. Return whether a rank was killed. when: its keywords."""
     try:
         run_ranks(partial(save_over, **when), 2, folder, victim, background)
     except RankError as error:
@@ -189,7 +189,8 @@ def write_old(rank: int, world_size: int, folder: Path, dense: str = "replicated
 
 
 def flip(count: int, dense: str = "replicated") -> dict[str, int]:
-    """refused: how often the reader raised and named the file."""
+    """Flip random bits of a checkpoint. Return among others `refused`: how often the reader raised
+    and named the file."""
     with tempfile.TemporaryDirectory() as name:
         run_ranks(write_old, 2, Path(name), dense)
         path, draw, refused = Path(name) / "checkpoints" / LAST, Random(0), 0

@@ -55,7 +55,8 @@ def resume(
     workers: Sequence[int] = (0, 2),
     dense: str = "replicated",
 ) -> dict[str, int]:
-    """steps: the number of steps to resume from, None: all. dense: where dense weights are."""
+    """Resume from steps of a run, and compare the ends. steps: the number of steps to resume from,
+    None: all. dense: where dense weights are."""
     compared = bit_equal = 0
     for world_size, loaders in tiny_run.progress(
         [(w, n) for w in worlds for n in workers], "resuming"
@@ -83,7 +84,7 @@ class Layout(NamedTuple):
 
     @property
     def devices(self) -> int:
-        """Ranks of a node: hybrid has two nodes."""
+        """Return the ranks of a node: hybrid has two nodes."""
         return self.ranks // 2 if self.dense == "hybrid" else self.ranks
 
     def overrides(self) -> tuple[str, ...]:
@@ -105,7 +106,7 @@ def trained(rank: int, folder: Path, layout: Layout) -> Any:
 
 
 def write_whole(rank: int, world_size: int, folder: Path, layout: Layout) -> dict[str, Tensor]:
-    """Save the state after one step, where moments and experts all differ. Returns it."""
+    """Save the state after one step, where moments and experts all differ. Return it."""
     trainer = trained(rank, folder, layout)
     path, context = folder / "checkpoints" / LAST, trainer.strategy.context
     Saving(

@@ -143,5 +143,5 @@ def load_into(trainer: Any, path: Path) -> None:
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """Are both bit-identical?"""
+    """Return whether both are bit-identical."""
     return a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
