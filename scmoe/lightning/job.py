@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from scmoe.lightning import seam
+from scmoe.lightning.seam import launch, loops, saves
 from scmoe.lightning.stop import INTERRUPTED, StopSignal
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.dense import reshard
@@ -110,10 +110,10 @@ class Job:
         self.trainer = trainer
         self.checkpoints = checkpoints
         self.is_launched = is_launched
-        self.stop = StopSignal(seam.requeue_signal(trainer), 0 if is_launched else INTERRUPTED)
+        self.stop = StopSignal(launch.requeue_signal(trainer), 0 if is_launched else INTERRUPTED)
         self.poll = Poll(self.context.control_group)
         self.stop.take()
-        seam.leave_signals_alone(trainer, self.stop.numbers)
+        launch.leave_signals_alone(trainer, self.stop.numbers)
         if self.stop.requeue is not None and shutil.which("scontrol") is None:
             self._say(
                 "warning: scontrol is not found: a signal of SLURM saves and stops, but requeues"
@@ -124,7 +124,7 @@ class Job:
         check_even("train", [self.trainer.num_training_batches], self.context)
         self.has_begun = False
         self.ask()  # so that no rank begins the first batch if one was stopped before it
-        seam.skip_sigterm_broadcast(self.trainer)
+        launch.skip_sigterm_broadcast(self.trainer)
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
@@ -134,7 +134,7 @@ class Job:
         # not earlier: a validation that runs again may find this step to be the best
         if not self.has_begun:
             self.has_begun = True
-            seam.mark_step_as_saved(self.trainer)
+            saves.mark_step_as_saved(self.trainer)
         context = self.context
         if context.ep_size > 1:
             context.even.begin(tensors_in(batch), context.control_group, context.ep_size)
@@ -145,7 +145,7 @@ class Job:
             self.begin("val", trainer.num_sanity_val_batches)
         else:
             self.begin("val", trainer.num_val_batches)
-            seam.forget_stopped_validation(trainer)
+            loops.forget_stopped_validation(trainer)
 
     def begin(self, stage: str, batches: Sequence[float]) -> None:
         """Let ranks ask at as many batches as the rank with the fewest has.
@@ -159,7 +159,7 @@ class Job:
         if shares_experts or self.context.dense_mesh is not None:
             check_even(stage, batches, self.context)
         fewest = self.poll.smallest(sum(batches))
-        can_stop = not seam.accumulated_batches(self.trainer)  # else the step must end first
+        can_stop = not loops.accumulated_batches(self.trainer)  # else the step must end first
         if fewest == float("inf"):
             if can_stop:
                 self.ask_and_wait()
@@ -207,7 +207,7 @@ class Job:
         launcher kill rank 0, which may still be closing loggers.
         """
         trainer = self.trainer
-        if self.trained is trainer.lightning_module and not seam.accumulated_batches(trainer):
+        if self.trained is trainer.lightning_module and not loops.accumulated_batches(trainer):
             self._save(requeue)
         elif requeue:
             self._say("stopped without saving, as nothing was trained; the job is not requeued")
@@ -218,17 +218,17 @@ class Job:
     def _save(self, requeue: bool) -> None:
         trainer = self.trainer
         self.checkpoints.restore_random_state()
-        seam.restart_validation(trainer)
-        seam.forget_started_batch(trainer)
+        loops.restart_validation(trainer)
+        loops.forget_started_batch(trainer)
 
         last = trainer.checkpoint_callback
-        if isinstance(last, seam.LastCheckpoint):
+        if isinstance(last, saves.LastCheckpoint):
             last.save(trainer)
         elif requeue and self.stop.requeue is not None:
             self.checkpoints.finish()
             # the job must not end before the checkpoint is complete
             self.checkpoints.background = False
-            seam.save_and_requeue(trainer, self.stop.requeue)
+            launch.save_and_requeue(trainer, self.stop.requeue)
         else:
             folder = getattr(last, "dirpath", None) or trainer.default_root_dir
             path = Path(folder) / f"step={trainer.global_step}.ckpt"
@@ -247,7 +247,7 @@ class Job:
         """Complete the saves and give the signals back."""
         if self.trainer is None:  # the Strategy has refused a callback, so `open` never ran
             return
-        if not seam.was_interrupted(self.trainer):  # else other ranks may never come here
+        if not loops.was_interrupted(self.trainer):  # else other ranks may never come here
             self.checkpoints.finish()
             self.ask_and_wait()  # so that a stop during or after the last step still ends in 143
             self.poll.close()
@@ -278,7 +278,7 @@ class SavePostponed(Callback):
         self.has_checked = False
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if not seam.accumulated_batches(trainer):
+        if not loops.accumulated_batches(trainer):
             self.check(trainer)
             self.save(trainer)
 
@@ -288,11 +288,11 @@ class SavePostponed(Callback):
             weights_only = all(
                 getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks
             )
-            saved = seam.what_is_saved(trainer, weights_only)
+            saved = saves.what_is_saved(trainer, weights_only)
             trainer.strategy.checkpoints.check(saved, trainer.lightning_module)
 
     def on_train_end(self, trainer: Any, *_: Any) -> None:
-        if seam.accumulated_batches(trainer) and trainer.strategy.checkpoints.postponed:
+        if loops.accumulated_batches(trainer) and trainer.strategy.checkpoints.postponed:
             rank_zero_warn(
                 "training ended inside a step: checkpoints hold the step before, without its"
                 " gradients"

@@ -34,10 +34,10 @@ from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from scmoe.lightning import seam
 from scmoe.lightning.guarded_update import check_callbacks, check_precision, guard_updates
 from scmoe.lightning.job import Job, SavePostponed
 from scmoe.lightning.roll_call import end_job_at_exit, note_absent
+from scmoe.lightning.seam import launch, loops, saves
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import (
     check_can_be_saved,
@@ -169,7 +169,7 @@ class ExpertParallelStrategy(DDPStrategy):
     @property
     def launcher(self) -> Any:
         if self.started_by is None:
-            self.started_by = seam.own_launcher(self, super().launcher)
+            self.started_by = launch.own_launcher(self, super().launcher)
         return self.started_by
 
     def setup_environment(self) -> None:
@@ -238,10 +238,10 @@ class ExpertParallelStrategy(DDPStrategy):
         super().setup(trainer)  # calls model_to_device and, for fit, configure_ddp
         make_equal(self.module, self.context)
         if self.is_split:
-            seam.without_inference_mode(trainer)
+            loops.without_inference_mode(trainer)
             # so that hooks of FSDP on the LightningModule itself run around its steps
             self.model = Steps(self.module)
-        if seam.is_fitting(trainer):
+        if loops.is_fitting(trainer):
             self._set_up_fit(trainer)
 
     def _set_up_fit(self, trainer: Any) -> None:
@@ -251,7 +251,7 @@ class ExpertParallelStrategy(DDPStrategy):
         postponed = SavePostponed()
         trainer.callbacks.append(postponed)  # last, as all state of the step is then complete
         self.at_teardown.callback(trainer.callbacks.remove, postponed)
-        self.at_teardown.callback(seam.await_saves(trainer, self.checkpoints))
+        self.at_teardown.callback(saves.await_saves(trainer, self.checkpoints))
 
         guarded = guard_updates(self.precision_plugin, self.module, self.context)
         self.at_teardown.callback(guarded.remove)
@@ -276,10 +276,10 @@ class ExpertParallelStrategy(DDPStrategy):
         if self.is_split:
             self.wrapped = wrap(self.module, self.context)
         else:
-            ddp = seam.ddp_arguments(self)
+            ddp = loops.ddp_arguments(self)
             self.wrapped = wrap(self.module, self.context, self.reductions, **ddp)
             self.model = self.wrapped.module
-            seam.register_ddp_hooks(self)
+            loops.register_ddp_hooks(self)
         self.at_teardown.callback(self.wrapped.close)
 
     def teardown(self) -> None:
@@ -304,7 +304,7 @@ class ExpertParallelStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         self.job.begin_training()
         check_can_be_saved(self.module.trainer)
-        seam.end_restart_of_finetuning(self.module.trainer)
+        saves.end_restart_of_finetuning(self.module.trainer)
         check_experts(self.module, self.context)
         known = {*self.wrapped.reducer.shards} if self.wrapped.reducer else set()
         for name, p in expert_parameters(self.module):
@@ -370,7 +370,7 @@ class ExpertParallelStrategy(DDPStrategy):
     @property
     def is_alone(self) -> bool:
         """Return whether this rank has raised and the other ranks may not know of it."""
-        return self.context.world_size > 1 and seam.was_interrupted(self.module.trainer)
+        return self.context.world_size > 1 and loops.was_interrupted(self.module.trainer)
 
     @property
     def is_global_zero(self) -> bool:
@@ -394,7 +394,7 @@ class ExpertParallelStrategy(DDPStrategy):
         super().on_exception(exception)
         if self.context.world_size > 1:
             absent = note_absent(exception, self.context)
-            end_job_at_exit(seam.started_ranks(self), absent, self.parent)
+            end_job_at_exit(launch.started_ranks(self), absent, self.parent)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -413,7 +413,7 @@ class ExpertParallelStrategy(DDPStrategy):
             )
             return
         path = Path(self.broadcast(filepath))
-        if seam.accumulated_batches(self.module.trainer) and self.takes_steps:
+        if loops.accumulated_batches(self.module.trainer) and self.takes_steps:
             rank_zero_warn(
                 "a checkpoint inside a step is saved at its end, as gradients are in no checkpoint"
             )
@@ -430,12 +430,12 @@ class ExpertParallelStrategy(DDPStrategy):
     @property
     def takes_steps(self) -> bool:
         """Return whether a training goes on, so that a save may be completed later."""
-        return self.in_training and not seam.was_interrupted(self.module.trainer)
+        return self.in_training and not loops.was_interrupted(self.module.trainer)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if self.is_alone:
             return
-        if seam.is_of_trainer(Path(filepath), self.module.trainer):
+        if saves.is_of_trainer(Path(filepath), self.module.trainer):
             self.checkpoints.remove(Path(filepath))
         else:
             rank_zero_warn(
@@ -463,12 +463,12 @@ class ExpertParallelStrategy(DDPStrategy):
 
         Nothing in the files can execute code.
         """
-        if not seam.is_fitting(self.module.trainer):
+        if not loops.is_fitting(self.module.trainer):
             self.job.trained = None
-        optimizers = self.optimizers if seam.is_fitting(self.module.trainer) else []
+        optimizers = self.optimizers if loops.is_fitting(self.module.trainer) else []
         path = Path(self.broadcast(checkpoint_path))
         if optimizers:
-            seam.make_groups_of_finetuning(self.module.trainer, path)
+            saves.make_groups_of_finetuning(self.module.trainer, path)
         return self.checkpoints.load(path, self.module, optimizers, self.module.strict_loading)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
