@@ -1,9 +1,10 @@
 """Defines the configuration: a tree of frozen dataclasses, whose fields have types, defaults, units
 and ranges.
 
-`training/assembly/` is the only reader. `model_fields.py` has the sections that say what is trained,
+`training/assembly/` is the only reader. `model_fields.py` has the sections of what is trained,
 `rules.py` and `unread.py` say which values fit together, `derived.py` what follows from them,
-`load.py` fills the tree from YAML and the command line, `leaves.py` walks it, `help.py` prints it.
+`load.py` fills the tree from YAML and the command line, `leaves.py` walks it, `help.py` prints
+it.
 """
 
 from dataclasses import dataclass, field
@@ -255,9 +256,9 @@ class Config:
         "initial weights: hf:FOLDER (transformers) or scmoe:FILE (an export); a dense model is"
         " upcycled into MoE",
     )
-    model: ModelConfig = ModelConfig()
-    moe: MoEConfig = MoEConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

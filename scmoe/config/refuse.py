@@ -1,4 +1,4 @@
-"""How a check refuses a value: it yields the key, with the values that are allowed or with advice."""
+"""How a check refuses a value: it yields the key, and allowed values or advice."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -85,6 +83,12 @@ def check_even(stage: str, batches: Sequence[float], context: ParallelContext) -
         )
 
 
+def say(rank: int, line: str) -> None:
+    """Print a line on rank 0, as Lightning's own loggers may be silent."""
+    if rank == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
 class Job:
     """The part of the Strategy that keeps ranks in step.
 
@@ -115,9 +119,10 @@ class Job:
         self.stop.take()
         launch.leave_signals_alone(trainer, self.stop.numbers)
         if self.stop.requeue is not None and shutil.which("scontrol") is None:
-            self._say(
+            say(
+                self.context.rank,
                 "warning: scontrol is not found: a signal of SLURM saves and stops, but requeues"
-                " nothing"
+                " nothing",
             )
 
     def begin_training(self) -> None:
@@ -210,7 +215,10 @@ class Job:
         if self.trained is trainer.lightning_module and not loops.accumulated_batches(trainer):
             self._save(requeue)
         elif requeue:
-            self._say("stopped without saving, as nothing was trained; the job is not requeued")
+            say(
+                self.context.rank,
+                "stopped without saving, as nothing was trained; the job is not requeued",
+            )
         self.checkpoints.finish()
         self.poll.close()
         raise SystemExit(0 if self.is_launched else self.stop.exit_code)
@@ -234,14 +242,11 @@ class Job:
             path = Path(folder) / f"step={trainer.global_step}.ckpt"
             trainer.save_checkpoint(path)
             self.checkpoints.finish()
-            self._say(
+            say(
+                self.context.rank,
                 f"stopped at step {trainer.global_step}; to go on: trainer.fit(...,"
-                f" ckpt_path={str(path)!r})"
+                f" ckpt_path={str(path)!r})",
             )
-
-    def _say(self, line: str) -> None:
-        if self.context.rank == 0:
-            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Complete the saves and give the signals back."""
@@ -264,44 +269,3 @@ def tensors_in(batch: Any) -> list[Tensor]:
 
     apply_to_collection(batch, Tensor, note)
     return tensors
-
-
-class SavePostponed(Callback):
-    """Saves what was requested inside a step, once the step is taken or training ends inside it.
-
-    After the first step it also makes what a checkpoint would hold, without writing it, so that
-    something that cannot be saved ends the run then and not hours later. It does not do so without
-    a callback that saves.
-    """
-
-    def __init__(self) -> None:
-        self.has_checked = False
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if not loops.accumulated_batches(trainer):
-            self.check(trainer)
-            self.save(trainer)
-
-    def check(self, trainer: Any) -> None:
-        if trainer.checkpoint_callbacks and not self.has_checked:
-            self.has_checked = True
-            weights_only = all(
-                getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks
-            )
-            saved = saves.what_is_saved(trainer, weights_only)
-            trainer.strategy.checkpoints.check(saved, trainer.lightning_module)
-
-    def on_train_end(self, trainer: Any, *_: Any) -> None:
-        if loops.accumulated_batches(trainer) and trainer.strategy.checkpoints.postponed:
-            rank_zero_warn(
-                "training ended inside a step: checkpoints hold the step before, without its"
-                " gradients"
-            )
-        trainer.strategy.in_training = False
-        self.save(trainer)
-
-    def save(self, trainer: Any) -> None:
-        postponed = trainer.strategy.checkpoints.postponed
-        while postponed:
-            path = next(iter(postponed))
-            trainer.save_checkpoint(path, postponed.pop(path))

@@ -112,16 +112,16 @@ MUTANTS = (
     .caught_by(
         f"{FAULTS}/test_resume.py::test_a_run_does_not_change_the_checkpoint_that_it_resumes_from"
     ),
-    Mutant("save-inside-a-step", f"{LIGHTNING}/strategy.py")
+    Mutant("save-inside-a-step", f"{LIGHTNING}/trainer_checkpoints.py")
     .replaces(
-        "if loops.accumulated_batches(self.module.trainer) and self.takes_steps:",
-        "if loops.accumulated_batches(self.module.trainer) < 0:",
+        "if loops.accumulated_batches(module.trainer) and takes_steps:",
+        "if loops.accumulated_batches(module.trainer) < 0:",
     )
     .caught_by(
         f"{FAULTS}/test_resume.py::test_a_checkpoint_that_is_requested_inside_a_step_is_saved_at_its_end"
     ),
-    Mutant("save-after-fit-not-completed", f"{LIGHTNING}/strategy.py")
-    .replaces("        if not self.takes_steps:  # else", "        if self.is_alone:  # else")
+    Mutant("save-after-fit-not-completed", f"{LIGHTNING}/trainer_checkpoints.py")
+    .replaces("    if not takes_steps:  # else", "    if not path:  # else")
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_a_checkpoint_that_is_saved_after_fit_is_complete_at_once"
     ),

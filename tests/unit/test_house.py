@@ -113,7 +113,7 @@ ONCE = {  # what exists in one place: a pattern, and the files where it may stan
     r"\bos\.(replace|rename)\(|\bpartial\.replace\(": (
         "scmoe/files/writing.py",
         "scmoe/parallel/checkpoint/durable.py",
-        "datamodules/text.py",  # a folder
+        "datamodules/token_cache.py",  # a folder
         "scmoe/training/run/directory.py",  # a link
     ),
 }

@@ -82,6 +82,13 @@ def register_ddp_hooks(strategy: Any) -> None:
     strategy._register_ddp_hooks()
 
 
+def teardown_in_place(strategy: Any) -> None:
+    """Tear down what a Strategy has set up, and leave the weights on their devices."""
+    strategy.cluster_environment.teardown()
+    strategy.precision_plugin.teardown()
+    strategy.accelerator.teardown()
+
+
 def replace_after_closure(plugin: Any, hook: Callable[[Any, Optimizer], None] | None) -> None:
     """Call hook(module, optimizer) after backward and before the update.
 

@@ -1,4 +1,4 @@
-"""When Lightning's callbacks save, what they keep, and what they read back when a run is resumed."""
+"""When Lightning's callbacks save, what they keep, and what they read back in a resumed run."""
 
 import os
 import re
