@@ -34,7 +34,7 @@ from scmoe.config.fields import Config
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.runs.hf_folder import OURS, our_config, scmoe_config, sizes_of
+from scmoe.runs.hf_config import OURS, our_config, scmoe_config, sizes_of
 from scmoe.training.assembly.model import build_network
 
 

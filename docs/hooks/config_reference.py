@@ -1,4 +1,4 @@
-"""Write the page of all configuration fields, from the dataclasses of scmoe/config/fields.py."""
+"""Write the page of all configuration fields, from the dataclasses of scmoe/config/."""
 
 from html import escape
 from itertools import groupby

@@ -52,7 +52,8 @@ from scmoe.config.leaves import ConfigError
 from scmoe.models.decoder import GPT
 from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
 from scmoe.parallel.mesh import build_context
-from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, ReadByHost
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
+from scmoe.parallel.wire.announced import ReadByHost
 from scmoe.probes.charts import BLUE, PAPER, RED, chart, heading
 from scmoe.report import Report, publish, say
 from scmoe.schedule.schedule import POSITIONS

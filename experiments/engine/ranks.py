@@ -160,9 +160,7 @@ def _receive(pipe: Connection) -> _Report:
 def _run_rank(
     pipe: Connection, rank: int, world_size: int, port: int, own_links: bool, fn: Any, *args: Any
 ) -> None:
-    from scmoe.lightning.seam import (
-        set_rank_without_trainer,
-    )  # here: the caller need not import Lightning
+    from scmoe.lightning.seam.launch import set_rank_without_trainer
 
     os.setsid()
     if own_links:

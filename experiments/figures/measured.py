@@ -28,9 +28,9 @@ from experiments.bench.overlap_rows import rows_of
 from experiments.bench.speed_chart import KINDS, PIPELINED, conditions, name_of, speed_bars
 from experiments.engine.bars import bar_legend, grouped_bars, height_of
 from experiments.figures.timelines import pair, timelines
+from scmoe.config.derived import SHORTCUTS
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.config.rules import SHORTCUTS
 from scmoe.probes.charts import BLUE, ORANGE, RED, SKY, SMALL, chart, heading, title
 from scmoe.probes.representations import draw_gating, draw_similarity
 from scmoe.runs.seen import open_run

@@ -22,8 +22,8 @@ MOMENTS = {
 
 def read(path: str, words: Sequence[str]) -> Config:
     """Return the config, checked for the given ranks."""
+    from scmoe.config.derived import resolve_ep_size
     from scmoe.config.load import load
-    from scmoe.config.rules import resolve_ep_size
 
     sizes, overrides = numbers_of(words, ("ep", "dp"))
     if not sizes:

@@ -39,6 +39,17 @@ class Range(NamedTuple):
         return f"{least} to {most}"
 
 
+COUNT = Range(1, 2**31 - 1)
+COUNT_OR_0 = Range(0, 2**31 - 1)
+WIDTH = Range(1, 2**17)
+IDS = Range(1, 2**24)
+PIXELS = Range(1, 2**14)
+SHARE = Range(0, 1)
+BELOW_1 = Range(0, 1, "most")
+WEIGHT = Range(0, 1000)
+ABOVE_0 = Range(0, 1e6, "least")
+
+
 def number(value: float) -> str:
     """Return a number as `--help` shows it; large ones as 2^17, 2^31 - 1 or 1e6."""
     for power in range(14, 33):

@@ -26,7 +26,8 @@ from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, leaves, show
 from scmoe.config.registry import import_extensions, named, refuse_kept
-from scmoe.config.rules import unread_position, validate
+from scmoe.config.rules import validate
+from scmoe.config.unread import unread_position
 
 # In a checkout this is a link, in an installed package a folder.
 SHIPPED = Path(__file__).parents[1] / "configs"

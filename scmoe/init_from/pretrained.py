@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from scmoe.config.derived import ACTIVATIONS, SHORTCUTS
 from scmoe.config.fields import Config
 from scmoe.config.leaves import flatten, leaves, show
 from scmoe.config.registry import ARCHITECTURES, FAMILIES
-from scmoe.config.rules import ACTIVATIONS, SHORTCUTS
 from scmoe.init_from.families import READERS, family_of
 from scmoe.init_from.names import in_our_layout, is_unread
 from scmoe.parallel.checkpoint.export import read_settings

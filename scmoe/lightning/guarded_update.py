@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from scmoe.lightning.seam import original_after_closure, replace_after_closure
+from scmoe.lightning.seam.loops import original_after_closure, replace_after_closure
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.update.guard import Guard, clip_grad_norm
 

@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_warn
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from scmoe.lightning import seam
+from scmoe.lightning.seam import launch, loops, saves
 from scmoe.lightning.stop import INTERRUPTED, StopSignal
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.dense import reshard
@@ -85,6 +83,12 @@ def check_even(stage: str, batches: Sequence[float], context: ParallelContext) -
         )
 
 
+def say(rank: int, line: str) -> None:
+    """Print a line on rank 0, as Lightning's own loggers may be silent."""
+    if rank == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
 class Job:
     """The part of the Strategy that keeps ranks in step.
 
@@ -110,21 +114,22 @@ class Job:
         self.trainer = trainer
         self.checkpoints = checkpoints
         self.is_launched = is_launched
-        self.stop = StopSignal(seam.requeue_signal(trainer), 0 if is_launched else INTERRUPTED)
+        self.stop = StopSignal(launch.requeue_signal(trainer), 0 if is_launched else INTERRUPTED)
         self.poll = Poll(self.context.control_group)
         self.stop.take()
-        seam.leave_signals_alone(trainer, self.stop.numbers)
+        launch.leave_signals_alone(trainer, self.stop.numbers)
         if self.stop.requeue is not None and shutil.which("scontrol") is None:
-            self._say(
+            say(
+                self.context.rank,
                 "warning: scontrol is not found: a signal of SLURM saves and stops, but requeues"
-                " nothing"
+                " nothing",
             )
 
     def begin_training(self) -> None:
         check_even("train", [self.trainer.num_training_batches], self.context)
         self.has_begun = False
         self.ask()  # so that no rank begins the first batch if one was stopped before it
-        seam.skip_sigterm_broadcast(self.trainer)
+        launch.skip_sigterm_broadcast(self.trainer)
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
@@ -134,7 +139,7 @@ class Job:
         # not earlier: a validation that runs again may find this step to be the best
         if not self.has_begun:
             self.has_begun = True
-            seam.mark_step_as_saved(self.trainer)
+            saves.mark_step_as_saved(self.trainer)
         context = self.context
         if context.ep_size > 1:
             context.even.begin(tensors_in(batch), context.control_group, context.ep_size)
@@ -145,7 +150,7 @@ class Job:
             self.begin("val", trainer.num_sanity_val_batches)
         else:
             self.begin("val", trainer.num_val_batches)
-            seam.forget_stopped_validation(trainer)
+            loops.forget_stopped_validation(trainer)
 
     def begin(self, stage: str, batches: Sequence[float]) -> None:
         """Let ranks ask at as many batches as the rank with the fewest has.
@@ -159,7 +164,7 @@ class Job:
         if shares_experts or self.context.dense_mesh is not None:
             check_even(stage, batches, self.context)
         fewest = self.poll.smallest(sum(batches))
-        can_stop = not seam.accumulated_batches(self.trainer)  # else the step must end first
+        can_stop = not loops.accumulated_batches(self.trainer)  # else the step must end first
         if fewest == float("inf"):
             if can_stop:
                 self.ask_and_wait()
@@ -207,10 +212,13 @@ class Job:
         launcher kill rank 0, which may still be closing loggers.
         """
         trainer = self.trainer
-        if self.trained is trainer.lightning_module and not seam.accumulated_batches(trainer):
+        if self.trained is trainer.lightning_module and not loops.accumulated_batches(trainer):
             self._save(requeue)
         elif requeue:
-            self._say("stopped without saving, as nothing was trained; the job is not requeued")
+            say(
+                self.context.rank,
+                "stopped without saving, as nothing was trained; the job is not requeued",
+            )
         self.checkpoints.finish()
         self.poll.close()
         raise SystemExit(0 if self.is_launched else self.stop.exit_code)
@@ -218,36 +226,33 @@ class Job:
     def _save(self, requeue: bool) -> None:
         trainer = self.trainer
         self.checkpoints.restore_random_state()
-        seam.restart_validation(trainer)
-        seam.forget_started_batch(trainer)
+        loops.restart_validation(trainer)
+        loops.forget_started_batch(trainer)
 
         last = trainer.checkpoint_callback
-        if isinstance(last, seam.LastCheckpoint):
+        if isinstance(last, saves.LastCheckpoint):
             last.save(trainer)
         elif requeue and self.stop.requeue is not None:
             self.checkpoints.finish()
             # the job must not end before the checkpoint is complete
             self.checkpoints.background = False
-            seam.save_and_requeue(trainer, self.stop.requeue)
+            launch.save_and_requeue(trainer, self.stop.requeue)
         else:
             folder = getattr(last, "dirpath", None) or trainer.default_root_dir
             path = Path(folder) / f"step={trainer.global_step}.ckpt"
             trainer.save_checkpoint(path)
             self.checkpoints.finish()
-            self._say(
+            say(
+                self.context.rank,
                 f"stopped at step {trainer.global_step}; to go on: trainer.fit(...,"
-                f" ckpt_path={str(path)!r})"
+                f" ckpt_path={str(path)!r})",
             )
-
-    def _say(self, line: str) -> None:
-        if self.context.rank == 0:
-            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Complete the saves and give the signals back."""
         if self.trainer is None:  # the Strategy has refused a callback, so `open` never ran
             return
-        if not seam.was_interrupted(self.trainer):  # else other ranks may never come here
+        if not loops.was_interrupted(self.trainer):  # else other ranks may never come here
             self.checkpoints.finish()
             self.ask_and_wait()  # so that a stop during or after the last step still ends in 143
             self.poll.close()
@@ -264,44 +269,3 @@ def tensors_in(batch: Any) -> list[Tensor]:
 
     apply_to_collection(batch, Tensor, note)
     return tensors
-
-
-class SavePostponed(Callback):
-    """Saves what was requested inside a step, once the step is taken or training ends inside it.
-
-    After the first step it also makes what a checkpoint would hold, without writing it, so that
-    something that cannot be saved ends the run then and not hours later. It does not do so without
-    a callback that saves.
-    """
-
-    def __init__(self) -> None:
-        self.has_checked = False
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        if not seam.accumulated_batches(trainer):
-            self.check(trainer)
-            self.save(trainer)
-
-    def check(self, trainer: Any) -> None:
-        if trainer.checkpoint_callbacks and not self.has_checked:
-            self.has_checked = True
-            weights_only = all(
-                getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks
-            )
-            saved = seam.what_is_saved(trainer, weights_only)
-            trainer.strategy.checkpoints.check(saved, trainer.lightning_module)
-
-    def on_train_end(self, trainer: Any, *_: Any) -> None:
-        if seam.accumulated_batches(trainer) and trainer.strategy.checkpoints.postponed:
-            rank_zero_warn(
-                "training ended inside a step: checkpoints hold the step before, without its"
-                " gradients"
-            )
-        trainer.strategy.in_training = False
-        self.save(trainer)
-
-    def save(self, trainer: Any) -> None:
-        postponed = trainer.strategy.checkpoints.postponed
-        while postponed:
-            path = next(iter(postponed))
-            trainer.save_checkpoint(path, postponed.pop(path))

@@ -9,70 +9,57 @@ plugins are those of Lightning's DDPStrategy. One class with parts, which each h
     wrapped       parallel/update/wrap.py: DDP or FSDP2, the experts' reducer, pacing
     guard         guarded_update.py: one global gradient norm, and no update without a check
     checkpoints   parallel/checkpoint/: can be loaded on any number of ranks
+    postponed     trainer_checkpoints.py: a save inside a step waits for its end
 
 The LightningModule finds its place in the mesh in `self.parallel_context`, set before
 `configure_model` is called.
 """
 
 import os
-import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from scmoe.lightning import seam
+from scmoe.lightning.fit_checks import check_can_be_saved, check_late_experts, explain_summary
 from scmoe.lightning.guarded_update import check_callbacks, check_precision, guard_updates
-from scmoe.lightning.job import Job, SavePostponed
+from scmoe.lightning.job import Job, say
+from scmoe.lightning.ranks_meet import meeting, prepare_backends, time_limits
 from scmoe.lightning.roll_call import end_job_at_exit, note_absent
-from scmoe.parallel.checkpoint.saving import Checkpoints
-from scmoe.parallel.checkpoint.state import (
-    check_can_be_saved,
-    model_state,
-    optimizer_state,
-    own_part,
-    tied_weights,
+from scmoe.lightning.seam import launch, loops, saves
+from scmoe.lightning.trainer_checkpoints import (
+    SavePostponed,
+    refuse_save_without_ranks,
+    refuse_storage_options,
+    remove,
+    save_or_postpone,
+    warn_of_skipped_save,
 )
+from scmoe.parallel.checkpoint.saving import Checkpoints
+from scmoe.parallel.checkpoint.state import model_state, optimizer_state
 from scmoe.parallel.dense import (
     Steps,
     check_dense,
     check_placements,
     estimates_of,
+    hide_own_weights,
     make_equal,
     memory_of_rank,
     pick_dense,
     shard,
     with_dense_mesh,
 )
-from scmoe.parallel.mesh import (
-    ParallelContext,
-    build_context,
-    check_experts,
-    expert_parameters,
-    order_launches_of_nccl,
-    stop_using_loopback,
-    use_loopback_for_gloo,
-    what_prevents_overlap,
-)
-from scmoe.parallel.torch_seam import hide_from_ddp, set_default_timeout
+from scmoe.parallel.mesh import ParallelContext, build_context, check_experts, what_prevents_overlap
+from scmoe.parallel.torch_seam import set_default_timeout
 from scmoe.parallel.update.wrap import Wrapped, wrap
-
-LONGEST_S = 1e6  # what a timeout may be
-# for ranks to meet: they import, read data and build their modules at different speeds
-START_TIMEOUT_S = 600.0
 
 
 class ExpertParallelStrategy(DDPStrategy):
@@ -82,7 +69,8 @@ class ExpertParallelStrategy(DDPStrategy):
 
     ep_size: number of ranks that share one set of experts; None: all ranks.
     timeout_s: seconds that a collective may take before the job ends with an error. Until all ranks
-        have met and built their modules the limit is START_TIMEOUT_S, if that is longer.
+        have met and built their modules the limit is START_TIMEOUT_S of ranks_meet.py, if that is
+        longer.
     async_checkpoint: training continues while a checkpoint is written; the files are complete some
         steps later.
     reductions: how gradients are sent. "ddp": in full buckets; "paced" (CPUs): in pieces, after
@@ -123,13 +111,8 @@ class ExpertParallelStrategy(DDPStrategy):
     ) -> None:
         if ep_size is not None and ep_size < 1:
             raise ValueError(f"ep_size is {ep_size}, allowed: None or a number of ranks, 1 or more")
-        if not 0 < timeout_s <= LONGEST_S:
-            raise ValueError(
-                f"timeout_s is {timeout_s}, allowed: above 0, at most {LONGEST_S:g} seconds"
-            )
+        self.timeout, self.start_timeout = time_limits(timeout_s)
         check_dense(dense, ddp if reductions is None else ddp | {"reductions": reductions})
-        self.timeout = timedelta(seconds=timeout_s)
-        self.start_timeout = max(self.timeout, timedelta(seconds=START_TIMEOUT_S))
         super().__init__(**{**ddp, "timeout": self.start_timeout})
         self.ep_size = ep_size
         self.reductions = reductions
@@ -169,27 +152,19 @@ class ExpertParallelStrategy(DDPStrategy):
     @property
     def launcher(self) -> Any:
         if self.started_by is None:
-            self.started_by = seam.own_launcher(self, super().launcher)
+            self.started_by = launch.own_launcher(self, super().launcher)
         return self.started_by
 
     def setup_environment(self) -> None:
         check_callbacks(self.module.trainer.callbacks)
-        order_launches_of_nccl()
-        if self.num_nodes == 1 and use_loopback_for_gloo():
-            self.at_teardown.callback(stop_using_loopback)
-        try:
+        prepare_backends(self.num_nodes, self.at_teardown)
+        with meeting(self.start_timeout):
             super().setup_environment()
-        except (DistNetworkError, DistStoreError) as error:
-            raise TimeoutError(
-                f"the ranks did not find each other within {self.start_timeout.total_seconds():g}"
-                " s; start all of them, and check that each can reach MASTER_ADDR; a larger"
-                " strategy.timeout_s lets them wait longer"
-            ) from error
         if self.is_launched:
             self.parent = os.getppid()
         if self.root_device.type == "cuda":
             for line in what_prevents_overlap():
-                self._say(f"warning: {line}")
+                say(self.global_rank, f"warning: {line}")
         if self.context.mesh is None:
             ep_size = self.world_size if self.ep_size is None else self.ep_size
             self._use(build_context(ep_size, self.root_device, self.timeout))
@@ -208,7 +183,7 @@ class ExpertParallelStrategy(DDPStrategy):
         if how == "auto" and estimates is not None:
             memory = memory_of_rank(self.root_device, self.num_processes)
             how, why = self.broadcast(pick_dense(estimates, memory))
-            self._say(f"strategy.dense=auto: dense weights are {how}; {why}")
+            say(self.global_rank, f"strategy.dense=auto: dense weights are {how}; {why}")
         if how in ("sharded", "hybrid"):
             self._use(
                 with_dense_mesh(
@@ -216,32 +191,21 @@ class ExpertParallelStrategy(DDPStrategy):
                 )
             )
 
-    def _say(self, line: str) -> None:
-        """Print on rank 0. Lightning's own loggers may be silent."""
-        if self.global_rank == 0:
-            print(line, file=sys.stderr, flush=True)
-
     # ------------------------------------------------------------------ setup and teardown
 
     def setup(self, trainer: Any) -> None:
         self.barrier()
         set_default_timeout(self.timeout)
         check_experts(self.module, self.context)
-        if self.context.ep_size > 1 and any(
-            isinstance(callback, ModelSummary) for callback in trainer.callbacks
-        ):
-            rank_zero_info(
-                f"The model summary counts this rank's experts: 1 of {self.context.ep_size} parts"
-                " of them."
-            )
+        explain_summary(trainer, self.context.ep_size)
         self.job.open(trainer, self.checkpoints, self.is_launched)
         super().setup(trainer)  # calls model_to_device and, for fit, configure_ddp
         make_equal(self.module, self.context)
         if self.is_split:
-            seam.without_inference_mode(trainer)
+            loops.without_inference_mode(trainer)
             # so that hooks of FSDP on the LightningModule itself run around its steps
             self.model = Steps(self.module)
-        if seam.is_fitting(trainer):
+        if loops.is_fitting(trainer):
             self._set_up_fit(trainer)
 
     def _set_up_fit(self, trainer: Any) -> None:
@@ -251,7 +215,7 @@ class ExpertParallelStrategy(DDPStrategy):
         postponed = SavePostponed()
         trainer.callbacks.append(postponed)  # last, as all state of the step is then complete
         self.at_teardown.callback(trainer.callbacks.remove, postponed)
-        self.at_teardown.callback(seam.await_saves(trainer, self.checkpoints))
+        self.at_teardown.callback(saves.await_saves(trainer, self.checkpoints))
 
         guarded = guard_updates(self.precision_plugin, self.module, self.context)
         self.at_teardown.callback(guarded.remove)
@@ -263,33 +227,24 @@ class ExpertParallelStrategy(DDPStrategy):
         if self.is_split and not any(isinstance(p, DTensor) for p in self.module.parameters()):
             shard(self.module, self.context, self.precision_plugin.precision)
         check_placements(self.module, self.context)
-        # else every rank's experts would be overwritten with rank 0's: by DDP, and by Lightning
-        # where it does not fit
-        if self.is_split:
-            hidden = [name for name, _ in self.module.named_parameters()]
-        else:
-            hidden = [name for name, _ in expert_parameters(self.module)]
-        hide_from_ddp(self.module, hidden)
+        hide_own_weights(self.module, self.is_split)
         super().model_to_device()
 
     def configure_ddp(self) -> None:
         if self.is_split:
             self.wrapped = wrap(self.module, self.context)
         else:
-            ddp = seam.ddp_arguments(self)
+            ddp = loops.ddp_arguments(self)
             self.wrapped = wrap(self.module, self.context, self.reductions, **ddp)
             self.model = self.wrapped.module
-            seam.register_ddp_hooks(self)
+            loops.register_ddp_hooks(self)
         self.at_teardown.callback(self.wrapped.close)
 
     def teardown(self) -> None:
         self.in_training = False
         self.job.close()
         if self.is_split:  # DDP's moves weights to the CPU, away from the mesh that they belong to
-            assert self.cluster_environment is not None and self.accelerator is not None
-            self.cluster_environment.teardown()
-            self.precision_plugin.teardown()
-            self.accelerator.teardown()
+            loops.teardown_in_place(self)
         else:
             super().teardown()
         self.at_teardown.close()
@@ -304,14 +259,9 @@ class ExpertParallelStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         self.job.begin_training()
         check_can_be_saved(self.module.trainer)
-        seam.end_restart_of_finetuning(self.module.trainer)
+        saves.end_restart_of_finetuning(self.module.trainer)
         check_experts(self.module, self.context)
-        known = {*self.wrapped.reducer.shards} if self.wrapped.reducer else set()
-        for name, p in expert_parameters(self.module):
-            if p.requires_grad and p not in known and not isinstance(p, DTensor):
-                raise ValueError(
-                    f"{name} was added after fit had begun. Add experts in configure_model or setup"
-                )
+        check_late_experts(self.module, self.wrapped)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.job.begin_batch(batch, batch_idx)
@@ -370,7 +320,7 @@ class ExpertParallelStrategy(DDPStrategy):
     @property
     def is_alone(self) -> bool:
         """Return whether this rank has raised and the other ranks may not know of it."""
-        return self.context.world_size > 1 and seam.was_interrupted(self.module.trainer)
+        return self.context.world_size > 1 and loops.was_interrupted(self.module.trainer)
 
     @property
     def is_global_zero(self) -> bool:
@@ -394,63 +344,32 @@ class ExpertParallelStrategy(DDPStrategy):
         super().on_exception(exception)
         if self.context.world_size > 1:
             absent = note_absent(exception, self.context)
-            end_job_at_exit(seam.started_ranks(self), absent, self.parent)
+            end_job_at_exit(launch.started_ranks(self), absent, self.parent)
 
     # ------------------------------------------------------------------ checkpoints
 
     def save_checkpoint(
         self, state: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        if storage_options is not None:
-            raise ValueError(
-                "storage_options is not supported: a checkpoint is a local directory; leave it out"
-            )
+        refuse_storage_options(storage_options)
         if self.is_alone:
-            warnings.warn(
-                "no checkpoint is saved after an exception: saving takes all ranks, and this rank"
-                " does not know where the others are",
-                stacklevel=1,
-            )
+            warn_of_skipped_save()
             return
         path = Path(self.broadcast(filepath))
-        if seam.accumulated_batches(self.module.trainer) and self.takes_steps:
-            rank_zero_warn(
-                "a checkpoint inside a step is saved at its end, as gradients are in no checkpoint"
-            )
-            self.checkpoints.postponed[path] = "optimizer_states" not in state
-            return
-        written = own_part(self.module, state["state_dict"], self.context)
-        tied = tied_weights(self.module)
-        self.checkpoints.save(
-            path, state | {"state_dict": written, "tied_weights": tied}, self.module
-        )
-        if not self.takes_steps:  # else nothing would complete it
-            self.checkpoints.finish()
+        save_or_postpone(path, state, self.module, self.checkpoints, self.context, self.takes_steps)
 
     @property
     def takes_steps(self) -> bool:
         """Return whether a training goes on, so that a save may be completed later."""
-        return self.in_training and not seam.was_interrupted(self.module.trainer)
+        return self.in_training and not loops.was_interrupted(self.module.trainer)
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        if self.is_alone:
-            return
-        if seam.is_of_trainer(Path(filepath), self.module.trainer):
-            self.checkpoints.remove(Path(filepath))
-        else:
-            rank_zero_warn(
-                f"{filepath} is not removed: it is outside the folders of this Trainer's"
-                " checkpoints"
-            )
+        if not self.is_alone:
+            remove(Path(filepath), self.module.trainer, self.checkpoints)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the module's weights and buffers. Raise RuntimeError where this is no rank."""
-        if self.context.mesh is None:
-            raise RuntimeError(
-                "no checkpoint can be saved here: the ranks, which hold the experts, do not exist"
-                " before fit, and end with it after spawn or fork. Save inside fit, for example"
-                " with ModelCheckpoint"
-            )
+        refuse_save_without_ranks(self.context)
         return model_state(self.module, self.context)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -463,12 +382,12 @@ class ExpertParallelStrategy(DDPStrategy):
 
         Nothing in the files can execute code.
         """
-        if not seam.is_fitting(self.module.trainer):
+        if not loops.is_fitting(self.module.trainer):
             self.job.trained = None
-        optimizers = self.optimizers if seam.is_fitting(self.module.trainer) else []
+        optimizers = self.optimizers if loops.is_fitting(self.module.trainer) else []
         path = Path(self.broadcast(checkpoint_path))
         if optimizers:
-            seam.make_groups_of_finetuning(self.module.trainer, path)
+            saves.make_groups_of_finetuning(self.module.trainer, path)
         return self.checkpoints.load(path, self.module, optimizers, self.module.strict_loading)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

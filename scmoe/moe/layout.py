@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from scmoe.moe.dispatcher import Announced, ChunkCounts
+from scmoe.moe.gather import gather, pick
 
 
 class Layout(NamedTuple):
@@ -187,49 +188,11 @@ def decode(rows_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
 
 
 def _weighted_sum(rows_RD: Tensor, weights_TK: Tensor, layout: Layout) -> Tensor:
-    y_TD = _pick(rows_RD, layout.rows_TK[:, 0], layout.complete).mul_(weights_TK[:, :1])
+    y_TD = pick(rows_RD, layout.rows_TK[:, 0], layout.complete).mul_(weights_TK[:, :1])
     for k in range(1, weights_TK.shape[1]):
-        picked_TD = _pick(rows_RD, layout.rows_TK[:, k], layout.complete)
+        picked_TD = pick(rows_RD, layout.rows_TK[:, k], layout.complete)
         y_TD.addcmul_(picked_TD, weights_TK[:, k : k + 1])
     return y_TD
-
-
-def gather(x_TD: Tensor, tokens_R: Tensor, rows_TK: Tensor, complete: bool) -> Tensor:
-    """Return x[tokens_R].
-
-    rows_TK must be the inverse of tokens_R, so that the gradient is a gather too. complete: every
-    entry of rows_TK is a row.
-    """
-    if not torch.is_grad_enabled():
-        return x_TD.index_select(0, tokens_R)
-    return _Gather.apply(x_TD, tokens_R, rows_TK, complete)
-
-
-def _pick(rows_RD: Tensor, index: Tensor, complete: bool) -> Tensor:
-    """Return rows[index], with zeros where index is R. complete: no index is R."""
-    if complete:
-        return rows_RD.index_select(0, index)
-    num_rows = rows_RD.shape[0]
-    if num_rows == 0:
-        return rows_RD.new_zeros(index.shape[0], rows_RD.shape[1])
-    picked = rows_RD.index_select(0, index.clamp(max=num_rows - 1))
-    return picked.masked_fill_((index == num_rows)[:, None], 0)
-
-
-class _Gather(Function):
-    @staticmethod
-    def forward(ctx, x_TD, tokens_R, rows_TK, complete):
-        ctx.save_for_backward(rows_TK)
-        ctx.complete = complete
-        return x_TD.index_select(0, tokens_R)
-
-    @staticmethod
-    def backward(ctx, grad_RD):
-        (rows_TK,) = ctx.saved_tensors
-        grad_TD = _pick(grad_RD, rows_TK[:, 0], ctx.complete)
-        for k in range(1, rows_TK.shape[1]):
-            grad_TD += _pick(grad_RD, rows_TK[:, k], ctx.complete)
-        return grad_TD, None, None, None
 
 
 class _Decode(Function):
@@ -245,9 +208,9 @@ class _Decode(Function):
         grad_rows_RD = grad_TD.index_select(0, tokens_R)
         # the weight's gradient is the dot product of the row and its token's gradient
         dots_R = torch.linalg.vecdot(grad_rows_RD, rows_RD)
-        dots_N1 = _pick(dots_R[:, None], rows_TK.flatten(), ctx.complete)
+        dots_N1 = pick(dots_R[:, None], rows_TK.flatten(), ctx.complete)
         grad_weights_TK = dots_N1.view_as(weights_TK)
-        weights_R = _pick(weights_TK.reshape(-1, 1), copies_R, ctx.complete)
+        weights_R = pick(weights_TK.reshape(-1, 1), copies_R, ctx.complete)
         return grad_rows_RD.mul_(weights_R), grad_weights_TK, None
 
 

@@ -40,6 +40,7 @@ from scmoe.parallel.mesh import (
 from scmoe.parallel.torch_seam import (
     gather_as_kept,
     gather_in_background,
+    hide_from_ddp,
     share_between_turns,
     split_over,
 )
@@ -173,6 +174,16 @@ def prefetch(module: nn.Module, wanted: bool = True) -> None:
         for unit, following in itertools.pairwise(in_order):
             unit.set_modules_to_forward_prefetch([following] if wanted else [])
         gather_in_background(in_order[0], wanted)
+
+
+def hide_own_weights(module: nn.Module, is_split: bool) -> None:
+    """Hide from DDP, and from Lightning where it does not fit, the weights in which ranks differ.
+
+    Otherwise every rank's would be overwritten with rank 0's. They are the experts, and all weights
+    where dense ones are split.
+    """
+    weights = module.named_parameters() if is_split else expert_parameters(module)
+    hide_from_ddp(module, [name for name, _ in weights])
 
 
 def check_placements(module: nn.Module, context: ParallelContext) -> None:

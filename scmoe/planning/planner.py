@@ -51,10 +51,8 @@ LOSS = 0.01  # of a step: a smaller difference between candidates need not be de
 # of communication in a step: below it, the hidden part is smaller than the noise of the times
 LEAST_SHARE = 0.1
 NOISE = 0.05  # of a hidden part: further below 0 or above 1, the step was disturbed
-# candidates with two batches in flight, beside those with one
-IN_HALVES = 2
-# of a price: below it, chunks are not tried with two batches in flight
-GAIN_OF_CHUNKS = 0.02
+IN_HALVES = 2  # candidates with two batches in flight, beside those with one
+GAIN_OF_CHUNKS = 0.02  # of a price: below it, chunks are not tried with two batches in flight
 DRIFT = 1.5  # a drifted step takes DRIFT times as long or as short as usual
 DRIFTED_IN_TURN = 3  # so many drifted steps in turn start a new measurement
 

@@ -34,7 +34,7 @@ from scmoe.init_from.upcycle import fill
 from scmoe.parallel.checkpoint.export import EXPORT, exported_by_name, load_weights, read_settings
 from scmoe.parallel.checkpoint.loading import check_same_model, load_model, weights_by_name
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.runs.hf_folder import OURS, dropless, our_config
+from scmoe.runs.hf_config import OURS, dropless, our_config
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 from scmoe.training.assembly.trainer import cpu_threads
 from scmoe.training.run.directory import relative

@@ -21,7 +21,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from scmoe.blocks.sublayers import compile_sublayers
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.lightning.guarded_update import guard_updates
-from scmoe.lightning.seam import count_steps_from
+from scmoe.lightning.seam.loops import count_steps_from
 from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_z_loss
 from scmoe.moe.stream import move_biases
 from scmoe.moe.tokens import RouterStats

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 
 from experiments.engine.ranks import run_ranks
 from scmoe.config.load import load
-from scmoe.runs.hf_folder import hf_config, renamed
+from scmoe.runs.hf_config import hf_config
+from scmoe.runs.hf_folder import renamed
 from tests.support.architectures import overrides
 from tests.support.exports import export
 from tests.support.models import tiny_model

@@ -68,7 +68,7 @@ def inside(function: str, ranks: int = 2) -> list[str]:
     code = (
         "import sys, json; from experiments.engine import links; links.enter(); "
         "from experiments.engine.ranks import PRELOADED, run_ranks; "
-        "PRELOADED[2:] = ['scmoe.lightning.seam']; "  # what a rank imports
+        "PRELOADED[2:] = ['scmoe.lightning.seam.launch']; "  # what a rank imports
         f"from tests.distributed.test_links import {function}; "
         f"print(json.dumps(run_ranks({function}, {ranks}, own_links=True)))"
     )

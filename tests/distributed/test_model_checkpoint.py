@@ -16,7 +16,7 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 
 from experiments.engine.ranks import run_ranks
 from scmoe.config.load import load
-from scmoe.lightning.seam import LastCheckpoint
+from scmoe.lightning.seam.saves import LastCheckpoint
 from scmoe.parallel.checkpoint import durable
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module

@@ -23,7 +23,8 @@ from scmoe.inference.generate import Passes, generate
 from scmoe.inference.sampling import Stopping
 from scmoe.parallel.dense import reshard
 from scmoe.parallel.mesh import ParallelContext, build_context
-from scmoe.parallel.wire.all_to_all import CeilingError, Transfer
+from scmoe.parallel.wire.all_to_all import Transfer
+from scmoe.parallel.wire.announced import CeilingError
 from scmoe.training.assembly.model import build_model
 from tests.support.architectures import BETWEEN_BLOCKS, EVERY_BLOCK, LATENT_ATTENTION, TABLES
 from tests.support.cases import ARCHITECTURES as ON_RANKS

@@ -17,8 +17,8 @@ from PIL import Image
 
 from scmoe.command_line import call
 from scmoe.config.load import load
+from scmoe.datamodules.documents import text
 from scmoe.datamodules.positioned import IGNORE
-from scmoe.datamodules.text import text
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.callbacks.skipped_images import SkippedImages
 

@@ -11,7 +11,8 @@ import torch
 
 from experiments.engine.ranks import run_ranks
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, ReadByHost, check_ceiling
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
+from scmoe.parallel.wire.announced import ReadByHost, check_ceiling
 from scmoe.training.assembly.model import build_module
 from tests.support.failing import failure
 from tests.support.trainings import fit, tiny

@@ -124,7 +124,7 @@ NO_ROOM = """
 import resource, sys
 from lightning.pytorch import Callback
 from scmoe.config.load import load
-from scmoe.lightning.seam import LastCheckpoint
+from scmoe.lightning.seam.saves import LastCheckpoint
 from scmoe.training.run import train
 class NoRoom(Callback):
     def on_train_start(self, trainer, module):

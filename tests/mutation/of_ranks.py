@@ -59,13 +59,13 @@ MUTANTS = (
         "order_R = torch.arange(sum(counts.traffic.received), device=rows_RD.device)",
     )
     .caught_by(EP),
-    Mutant("empty-buffer-rows-computed", f"{WIRE}/all_to_all.py")
+    Mutant("empty-buffer-rows-computed", f"{WIRE}/announced.py")
     .replaces("right=True", "right=False")
     .caught_by(f"{FAULTS}/test_capacity.py::test_enough_slots_are_bit_identical_to_dropless"),
-    Mutant("ceiling-of-the-total", f"{WIRE}/all_to_all.py")
+    Mutant("ceiling-of-the-total", f"{WIRE}/announced.py")
     .replaces("fair = sum(received) / len(received)", "fair = sum(received)")
     .caught_by(f"{FAULTS}/test_ceiling.py::test_the_ceiling_is_a_multiple_of_the_fair_share"),
-    Mutant("a-ceiling-for-each-chunk", f"{WIRE}/all_to_all.py")
+    Mutant("a-ceiling-for-each-chunk", f"{WIRE}/announced.py")
     .replaces(
         "check_ceiling(rows.sum((0, 1)).tolist(), self.ceiling)",
         "[check_ceiling(chunk, self.ceiling) for chunk in rows.sum(0).tolist()]",

@@ -96,7 +96,7 @@ MUTANTS = (
         f"{FAULTS}/test_lightning_users.py::test_a_damaged_directory_is_refused_and_other_checkpoints_are_read_as_before"
     ),
     # -------------------------------------------------- when is saved, and what a save touches
-    Mutant("saved-between-accumulated-batches", f"{LIGHTNING}/seam.py")
+    Mutant("saved-between-accumulated-batches", f"{LIGHTNING}/seam/loops.py")
     .replaces(
         "    if not is_fitting(trainer) or stepped:\n",
         "    if not is_fitting(trainer) or not stepped:\n",
@@ -104,7 +104,7 @@ MUTANTS = (
     .caught_by(
         f"{FAULTS}/test_resume.py::test_a_checkpoint_that_is_requested_inside_a_step_is_saved_at_its_end"
     ),
-    Mutant("saved-again-in-next-step", f"{LIGHTNING}/seam.py")
+    Mutant("saved-again-in-next-step", f"{LIGHTNING}/seam/saves.py")
     .replaces(
         "            callback._last_global_step_saved = trainer.global_step\n",
         "            assert callback._last_global_step_saved >= 0\n",
@@ -112,25 +112,25 @@ MUTANTS = (
     .caught_by(
         f"{FAULTS}/test_resume.py::test_a_run_does_not_change_the_checkpoint_that_it_resumes_from"
     ),
-    Mutant("save-inside-a-step", f"{LIGHTNING}/strategy.py")
+    Mutant("save-inside-a-step", f"{LIGHTNING}/trainer_checkpoints.py")
     .replaces(
-        "if seam.accumulated_batches(self.module.trainer) and self.takes_steps:",
-        "if seam.accumulated_batches(self.module.trainer) < 0:",
+        "if loops.accumulated_batches(module.trainer) and takes_steps:",
+        "if loops.accumulated_batches(module.trainer) < 0:",
     )
     .caught_by(
         f"{FAULTS}/test_resume.py::test_a_checkpoint_that_is_requested_inside_a_step_is_saved_at_its_end"
     ),
-    Mutant("save-after-fit-not-completed", f"{LIGHTNING}/strategy.py")
-    .replaces("        if not self.takes_steps:  # else", "        if self.is_alone:  # else")
+    Mutant("save-after-fit-not-completed", f"{LIGHTNING}/trainer_checkpoints.py")
+    .replaces("    if not takes_steps:  # else", "    if not path:  # else")
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_a_checkpoint_that_is_saved_after_fit_is_complete_at_once"
     ),
     Mutant("optimizers-read-for-a-test", f"{LIGHTNING}/strategy.py")
-    .replaces("self.optimizers if seam.is_fitting(self.module.trainer) else []", "self.optimizers")
+    .replaces("self.optimizers if loops.is_fitting(self.module.trainer) else []", "self.optimizers")
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_loading_changes_no_optimizer_of_fit_and_refuses_other_groups_and_hooks"
     ),
-    Mutant("anything-removed", f"{LIGHTNING}/seam.py")
+    Mutant("anything-removed", f"{LIGHTNING}/seam/saves.py")
     .replaces(
         'return path.name != ".." and (inside or of_tuner)',
         "return bool(path.name) or inside or of_tuner",
@@ -141,14 +141,14 @@ MUTANTS = (
     Mutant("one-rank-saves-after-exception", f"{LIGHTNING}/strategy.py")
     .replaces(
         "        return self.context.world_size > 1 and"
-        " seam.was_interrupted(self.module.trainer)\n",
+        " loops.was_interrupted(self.module.trainer)\n",
         "        return self.context.world_size < 1 and"
-        " seam.was_interrupted(self.module.trainer)\n",
+        " loops.was_interrupted(self.module.trainer)\n",
     )
     .caught_by(
         f"{FAULTS}/test_guards.py::test_callbacks_that_save_after_an_exception_wait_for_no_rank"
     ),
-    Mutant("last-step-not-saved", f"{LIGHTNING}/seam.py")
+    Mutant("last-step-not-saved", f"{LIGHTNING}/seam/saves.py")
     .replaces(
         "        if self.save_top_k and self._last", "        if not self.save_top_k and self._last"
     )
@@ -168,7 +168,7 @@ MUTANTS = (
     Mutant("best-checkpoint-lost-after-stop", f"{LIGHTNING}/job.py")
     .replaces(
         "        self.has_begun = False\n        self.ask",
-        "        seam.mark_step_as_saved(self.module.trainer)\n        self.ask",
+        "        saves.mark_step_as_saved(self.module.trainer)\n        self.ask",
     )
     .caught_by(f"{FAULTS}/test_stop.py::test_a_stop_during_validation_loses_no_best_checkpoint[4]"),
     Mutant("no-poll-after-last-step", f"{LIGHTNING}/job.py")
@@ -182,7 +182,7 @@ MUTANTS = (
     Mutant("ctrl-c-not-handled", f"{LIGHTNING}/stop.py")
     .replaces("(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)", "(signal.SIGTERM, signal.SIGHUP)")
     .caught_by(f"{FAULTS}/test_stop.py::test_ctrl_c_stops_the_run_as_sigterm_does"),
-    Mutant("ctrl-c-left-to-lightning", f"{LIGHTNING}/seam.py")
+    Mutant("ctrl-c-left-to-lightning", f"{LIGHTNING}/seam/launch.py")
     .replaces("        if number not in numbers:\n", "        if number not in numbers[:1]:\n")
     .caught_by(
         f"{FAULTS}/test_lightning_users.py::test_after_a_run_ctrl_c_and_sigterm_do_what_they_did_before"

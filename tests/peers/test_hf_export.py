@@ -23,7 +23,8 @@ from scmoe.config.load import load
 from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.runs.hf_folder import hf_config, write_folder
+from scmoe.runs.hf_config import hf_config
+from scmoe.runs.hf_folder import write_folder
 from scmoe.training.assembly.model import build_model_to_train
 from tests.support.architectures import LATENT, LATENT_ATTENTION, overrides
 from tests.support.exports import write_checkpoint

@@ -16,7 +16,7 @@ import torch
 
 import scmoe
 from scmoe.config.load import load
-from scmoe.runs.hf_folder import scmoe_config
+from scmoe.runs.hf_config import scmoe_config
 from tests.support.architectures import LATENT_ATTENTION, overrides
 from tests.support.models import assert_close, kept_for_backward, randomise
 

@@ -14,7 +14,7 @@ from scmoe.config.leaves import flatten
 from scmoe.config.load import load
 from scmoe.init_from.families import READERS
 from scmoe.moe.router import softmax
-from scmoe.runs.hf_folder import hf_config
+from scmoe.runs.hf_config import hf_config
 from scmoe.training.assembly.blocks import ROUTERS
 from scmoe.training.assembly.model import build_model_on_meta
 

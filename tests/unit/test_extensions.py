@@ -29,7 +29,7 @@ from scmoe.init_from.pretrained import model_settings
 from scmoe.models.decoder import GPT
 from scmoe.moe.router import Router, Scoring
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.runs.hf_folder import hf_config
+from scmoe.runs.hf_config import hf_config
 from scmoe.training.assembly.blocks import decoder_parts, moe_blocks, stack
 from scmoe.training.assembly.costs import estimate
 from scmoe.training.assembly.data import build_datamodule

@@ -13,8 +13,7 @@ from PIL import Image
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.datamodules.images import (
-    ImageDataModule,
+from scmoe.datamodules.image_sets import (
     ImageSplits,
     digits,
     fashion_mnist,
@@ -22,6 +21,7 @@ from scmoe.datamodules.images import (
     open_images,
     read_idx,
 )
+from scmoe.datamodules.images import ImageDataModule
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.training.assembly.data import build_datamodule
 

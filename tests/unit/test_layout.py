@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from scmoe.moe.dispatcher import ChunkCounts, LocalDispatcher
+from scmoe.moe.gather import gather
 from scmoe.moe.layout import (
     Layout,
     arrange_buffers,
@@ -20,7 +21,6 @@ from scmoe.moe.layout import (
     drop_beyond,
     encode,
     expert_capacity,
-    gather,
 )
 from tests import reference
 

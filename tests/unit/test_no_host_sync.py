@@ -17,7 +17,8 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, ReadByHost, buffer_for
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, buffer_for
+from scmoe.parallel.wire.announced import ReadByHost
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import DIM, EXPERTS, FFN, tiny_shortcut
 

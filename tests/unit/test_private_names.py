@@ -49,7 +49,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.nn.parallel import DistributedDataParallel
 
 from experiments.engine.ranks import run_ranks
-from scmoe.lightning.seam import StepProgressBar, without_inference_mode
+from scmoe.lightning.seam.loops import without_inference_mode
+from scmoe.lightning.seam.progress_bar import StepProgressBar
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.torch_seam import set_default_timeout
 
@@ -117,9 +118,12 @@ UNDOCUMENTED = {  # undocumented names without an underscore
     ),
 }
 PYTHONS = {"_exit", "_fields", "_getframe", "_replace"}
-SEAMS = ("scmoe/lightning/seam.py", "scmoe/parallel/torch_seam.py")
+SEAMS = ("scmoe/lightning/seam/", "scmoe/parallel/torch_seam.py")
 ELSEWHERE = {(path, name) for path, names in DRY_RUN.items() for name in names}
-ELSEWHERE |= {("datamodules/text.py", "_fingerprint"), ("scmoe/lightning/register.py", "pl_load")}
+ELSEWHERE |= {
+    ("datamodules/documents.py", "_fingerprint"),
+    ("scmoe/lightning/register.py", "pl_load"),
+}
 ELSEWHERE |= {("scmoe/hf.py", "_is_hf_initialized"), ("scmoe/moe/router.py", "_apply")}
 ELSEWHERE |= {
     ("scmoe/moe/operators.py", "_profiler_enabled"),
@@ -287,7 +291,7 @@ def test_private_names_are_used_in_the_seam_alone():
     assert {
         (path, name)
         for path, name in foreign - ELSEWHERE
-        if path not in SEAMS and name not in PYTHONS
+        if not path.startswith(SEAMS) and name not in PYTHONS
     } == set()
 
 

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from scmoe.datamodules.documents import hugging_face, sotu, text
 from scmoe.datamodules.positioned import SampleOrder
 from scmoe.datamodules.sequences import SyntheticDataModule, SyntheticTokens
-from scmoe.datamodules.text import hugging_face, sotu, text, this_machine
+from scmoe.datamodules.token_cache import this_machine
 from scmoe.datamodules.tokenizer import END_OF_TEXT, make_tokenizer
 from tests.support.texts import open_texts, opened, write_texts
 

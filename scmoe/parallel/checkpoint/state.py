@@ -13,7 +13,6 @@ when it is read.
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -325,29 +324,6 @@ def to_text(x: Any) -> str:
     text = json.dumps(to_json(x, lambda tensor: "elsewhere"))
     json.loads(text, object_hook=from_json)
     return text
-
-
-def check_can_be_saved(trainer: Any) -> None:
-    """Raise TypeError for what a checkpoint could not hold.
-
-    Checked are hyper-parameters and the state of callbacks.
-    """
-    states: list[tuple[str, Any]] = []
-    for holder in (trainer.lightning_module, trainer.datamodule):
-        if holder is not None:
-            states.append((f"a hyper-parameter of {type(holder).__name__}", holder.hparams))
-    for callback in trainer.callbacks:
-        with suppress(Exception):  # it may not have a state before the first step
-            states.append(
-                (f"the state of the callback {type(callback).__name__}", callback.state_dict())
-            )
-    for what, state in states:
-        try:
-            to_text(state)
-        except TypeError as error:
-            raise TypeError(
-                f"{what} cannot be saved: {error}. Convert it, or leave it out"
-            ) from error
 
 
 def from_json(x: dict[str, Any]) -> Any:

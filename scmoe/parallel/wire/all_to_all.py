@@ -32,8 +32,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from scmoe.moe.dispatcher import Announced, Arriving, ChunkCounts, Pending, Receipt, Traffic
-from scmoe.moe.layout import gather
+from scmoe.moe.gather import gather
 from scmoe.moe.operators import Recorder
+from scmoe.parallel.wire.announced import OnDevice, ReadByHost, experts_of_rows
 from scmoe.parallel.wire.even_rows import EvenRows
 
 
@@ -263,13 +264,6 @@ class _Wait(Function):
         return grad, None
 
 
-# ---------------------------------------------------------------------- the dispatcher
-
-
-class CeilingError(MemoryError):
-    """Dropless routing would send a rank more rows than it may receive."""
-
-
 class AllToAllDispatcher:
     """The dispatcher of many ranks.
 
@@ -389,84 +383,9 @@ class WithoutGroup:
     announce = dispatch = combine = refuse
 
 
-@dataclass(frozen=True)
-class ReadByHost:
-    """The counts of all ranks, on their way. by_rank: [sender, chunk, receiver, e]."""
-
-    work: Any
-    by_rank: Tensor
-    rank: int
-    ceiling: float | None
-
-    def wait(self) -> list[ChunkCounts]:
-        """Wait for the counts on the host.
-
-        This is the one place where the host waits for the device in a step without slots, once for
-        each layer.
-        """
-        self.work.wait()
-        rows = self.by_rank.sum(-1).cpu()  # [sender, chunk, receiver]
-        if self.ceiling is not None:
-            # of all chunks: they are in memory together
-            check_ceiling(rows.sum((0, 1)).tolist(), self.ceiling)
-        sent = rows[self.rank].tolist()
-        received = rows[:, :, self.rank].T.tolist()
-        to_here = self.by_rank[:, :, self.rank]  # [sender, chunk, e]
-        return [
-            ChunkCounts(sum(sent[p]), to_here[:, p], Traffic(sent[p], received[p]))
-            for p in range(len(sent))
-        ]
-
-
-def experts_of_rows(counts: ChunkCounts, num_sent: int) -> Tensor:
-    """Return the local expert [R] of each row that arrives, in the order (sender, expert).
-
-    In a buffer, empty rows follow those of its sender; they get the number of experts, so that they
-    sort last.
-    """
-    from_e = counts.counts_from_e
-    if counts.traffic is not None:
-        experts = torch.arange(from_e.numel(), device=from_e.device) % from_e.shape[1]
-        return experts.repeat_interleave(from_e.flatten(), output_size=sum(counts.traffic.received))
-    places = torch.arange(num_sent // len(from_e), device=from_e.device)
-    return torch.searchsorted(
-        from_e.cumsum(1), places.expand(len(from_e), -1).contiguous(), right=True
-    ).flatten()
-
-
 def swap(rows_RD: Tensor, outer: int, inner: int) -> Tensor:
     """Return rows in the order (inner, outer) of rows in the order (outer, inner).
 
     One of these is the sender, the other the local expert; all have equal numbers of rows.
     """
     return rows_RD.view(outer, inner, -1, rows_RD.shape[1]).transpose(0, 1).reshape_as(rows_RD)
-
-
-def check_ceiling(received: list[int], ceiling: float) -> None:
-    """Raise CeilingError before memory for the rows is allocated (fault 31).
-
-    received: rows for each rank.
-    """
-    fair = sum(received) / len(received)
-    worst = max(range(len(received)), key=lambda rank: received[rank])
-    if received[worst] > ceiling * fair:
-        raise CeilingError(
-            f"rank {worst} of the expert-parallel group would receive {received[worst]} rows,"
-            f" allowed: {ceiling:g} x the fair share of {fair:g} (moe.dropless_ceiling); raise it,"
-            " or moe.load_balance_coef, or drop tokens with moe.capacity_factor"
-        )
-
-
-@dataclass(frozen=True)
-class OnDevice:
-    """The counts of all ranks, on their way; the host reads none of them.
-
-    to_here: [sender, chunk, e].
-    """
-
-    work: Any
-    to_here: Tensor
-
-    def wait(self) -> list[ChunkCounts]:
-        self.work.wait()
-        return [ChunkCounts(None, counts_from_e) for counts_from_e in self.to_here.unbind(1)]

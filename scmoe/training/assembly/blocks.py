@@ -32,10 +32,10 @@ from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import DenseBlock, SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual, Rotary
+from scmoe.config.derived import ACTIVATIONS, SHORTCUTS, resolve_ep_size, taps
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import ARCHITECTURES, ROUTERS
-from scmoe.config.rules import ACTIVATIONS, SHORTCUTS, resolve_ep_size, taps
 from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.dispatcher import Blocking, Narrowed
 from scmoe.moe.experts import Experts

@@ -105,7 +105,8 @@ def text(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
 @register_dataset("image_folder", images=True)
 def images(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
     # Imported here, as they need the extra `vision`.
-    from scmoe.datamodules.images import ImageDataModule, open_images
+    from scmoe.datamodules.image_sets import open_images
+    from scmoe.datamodules.images import ImageDataModule
 
     data = config.data
     return ImageDataModule(

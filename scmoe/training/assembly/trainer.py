@@ -13,11 +13,13 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from scmoe.config.derived import last_step, resolve_ep_size
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import CALLBACKS, IMAGES
-from scmoe.config.rules import last_step, may_run_two_batches, resolve_ep_size
-from scmoe.lightning.seam import BestCheckpoints, LastCheckpoint, Patience, StepProgressBar
+from scmoe.config.rules import may_run_two_batches
+from scmoe.lightning.seam.progress_bar import StepProgressBar
+from scmoe.lightning.seam.saves import BestCheckpoints, LastCheckpoint, Patience
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from scmoe.training.callbacks.data_position import DataPosition

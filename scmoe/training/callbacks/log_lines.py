@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 
 from scmoe.config.leaves import four_digits
-from scmoe.lightning.seam import shown_metrics
+from scmoe.lightning.seam.progress_bar import shown_metrics
 from scmoe.training.callbacks.logged_steps import logs_now
 
 

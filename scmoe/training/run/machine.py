@@ -24,11 +24,11 @@ from lightning.pytorch.plugins.environments import (
 from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
+from scmoe.config.refuse import Advice, Refusals, refuse
 from scmoe.config.registry import IMAGES
-from scmoe.config.rules import Advice, Refusals, refuse
 from scmoe.estimate.memory import rank_memory
 from scmoe.estimate.model_cost import forward_flops, training_flops
-from scmoe.lightning.seam import rank_without_trainer
+from scmoe.lightning.seam.launch import rank_without_trainer
 from scmoe.parallel.dense import GIB, memory_in_use, memory_limit
 from scmoe.training.assembly.model import updated_by_muon
 from scmoe.training.assembly.trainer import cpu_threads

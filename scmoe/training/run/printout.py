@@ -25,7 +25,7 @@ from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.estimate.model_cost import count_parameters, total_and_active
-from scmoe.lightning.seam import count_steps_from
+from scmoe.lightning.seam.loops import count_steps_from
 from scmoe.models.decoder import Decoder
 from scmoe.training.callbacks.peak_memory import PeakMemory
 from scmoe.training.callbacks.skipped_images import SkippedImages

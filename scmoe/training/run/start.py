@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from scmoe.config.derived import last_step, shortened
 from scmoe.config.fields import Config
-from scmoe.config.rules import last_step, shortened
 from scmoe.estimate.memory import Job, rank_memory
 from scmoe.files.writing import redacted
 from scmoe.parallel.dense import ways

@@ -1,0 +1,62 @@
+"""What follows from a configuration: where a shortcut's tap is, how many ranks share experts, which
+step is the last.
+"""
+
+import math
+from dataclasses import replace
+
+from scmoe.config.fields import Config
+
+ACTIVATIONS = {"gpt": "gelu", "llama": "swiglu"}  # what model.activation: null means
+# Architectures with a tap, and those of their schedules.
+SHORTCUTS = {"scmoe": "scmoe", "dgmoe": "dgmoe", "dgmoe_share": "dgmoe"}
+
+
+def taps(config: Config) -> tuple[str, str]:
+    """Return where a shortcut's tap is in the first MoE block, and in the others, as
+    Schedule.position."""
+    moe = config.moe
+    if moe.every == 1 and moe.position == "pos2":
+        return "first", "carried"  # it lies in the preceding block, which the first one lacks
+    return moe.first_position or moe.position, moe.position
+
+
+def resolve_ep_size(config: Config) -> int:
+    """Return the number of expert-parallel ranks: as configured, else the largest that divides the
+    experts and a machine's devices."""
+    if config.strategy.ep_size is not None:
+        return config.strategy.ep_size
+    if config.moe.architecture == "dense":
+        return 1
+    return math.gcd(config.moe.num_experts, config.trainer.devices)
+
+
+def last_step(config: Config) -> int:
+    """Return the number of optimizer steps after which a run ends."""
+    trainer = config.trainer
+    if trainer.limit_train_batches is None:
+        return trainer.max_steps
+    return min(trainer.max_steps, trainer.limit_train_batches // trainer.accumulate)
+
+
+def shortened(config: Config) -> Config:
+    """Return the configuration of the trial where fast_dev_run is set, otherwise the configuration
+    as it is.
+
+    One optimizer step and one batch of validation. The only logger is metrics.csv, and the only
+    checkpoint is that of the end.
+    """
+    if not config.trainer.fast_dev_run:
+        return config
+    trainer = replace(
+        config.trainer,
+        max_steps=1,
+        log_every=1,
+        limit_train_batches=None,
+        limit_val_batches=1,
+        save_top_k=0,
+        early_stopping=None,
+        profile_steps=None,
+    )
+    logger = replace(config.logger, mode="disabled", tensorboard=False)
+    return replace(config, trainer=trainer, logger=logger)

@@ -1,0 +1,123 @@
+"""What the Strategy does where Lightning saves, removes or reads a checkpoint.
+
+A save inside a step is postponed to its end, as gradients are in no checkpoint; one outside of a
+training is completed at once.
+"""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+
+from scmoe.lightning.seam import loops, saves
+from scmoe.parallel.checkpoint.saving import Checkpoints
+from scmoe.parallel.checkpoint.state import own_part, tied_weights
+from scmoe.parallel.mesh import ParallelContext
+
+
+def refuse_storage_options(storage_options: Any) -> None:
+    """Raise ValueError for options of a remote storage."""
+    if storage_options is not None:
+        raise ValueError(
+            "storage_options is not supported: a checkpoint is a local directory; leave it out"
+        )
+
+
+def refuse_save_without_ranks(context: ParallelContext) -> None:
+    """Raise RuntimeError where this process is no rank."""
+    if context.mesh is None:
+        raise RuntimeError(
+            "no checkpoint can be saved here: the ranks, which hold the experts, do not exist"
+            " before fit, and end with it after spawn or fork. Save inside fit, for example"
+            " with ModelCheckpoint"
+        )
+
+
+def warn_of_skipped_save() -> None:
+    """Warn that a rank that has raised saves nothing."""
+    warnings.warn(
+        "no checkpoint is saved after an exception: saving takes all ranks, and this rank"
+        " does not know where the others are",
+        stacklevel=2,
+    )
+
+
+def save_or_postpone(
+    path: Path,
+    state: dict[str, Any],
+    module: Any,
+    checkpoints: Checkpoints,
+    context: ParallelContext,
+    takes_steps: bool,
+) -> None:
+    """Save what the Trainer gives, or note that it is saved at the end of the step. Every rank must
+    call it.
+
+    takes_steps: a training goes on, so that a save may be completed later.
+    """
+    if loops.accumulated_batches(module.trainer) and takes_steps:
+        rank_zero_warn(
+            "a checkpoint inside a step is saved at its end, as gradients are in no checkpoint"
+        )
+        checkpoints.postponed[path] = "optimizer_states" not in state
+        return
+    written = own_part(module, state["state_dict"], context)
+    checkpoints.save(
+        path, state | {"state_dict": written, "tied_weights": tied_weights(module)}, module
+    )
+    if not takes_steps:  # else nothing would complete it
+        checkpoints.finish()
+
+
+def remove(path: Path, trainer: Any, checkpoints: Checkpoints) -> None:
+    """Remove a checkpoint in a folder of this Trainer; warn of another one. Every rank must call
+    it."""
+    if saves.is_of_trainer(path, trainer):
+        checkpoints.remove(path)
+    else:
+        rank_zero_warn(
+            f"{path} is not removed: it is outside the folders of this Trainer's checkpoints"
+        )
+
+
+class SavePostponed(Callback):
+    """Saves what was requested inside a step, once the step is taken or training ends inside it.
+
+    After the first step it also makes what a checkpoint would hold, without writing it, so that
+    something that cannot be saved ends the run then and not hours later. It does not do so without
+    a callback that saves.
+    """
+
+    def __init__(self) -> None:
+        self.has_checked = False
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if not loops.accumulated_batches(trainer):
+            self.check(trainer)
+            self.save(trainer)
+
+    def check(self, trainer: Any) -> None:
+        if trainer.checkpoint_callbacks and not self.has_checked:
+            self.has_checked = True
+            weights_only = all(
+                getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks
+            )
+            saved = saves.what_is_saved(trainer, weights_only)
+            trainer.strategy.checkpoints.check(saved, trainer.lightning_module)
+
+    def on_train_end(self, trainer: Any, *_: Any) -> None:
+        if loops.accumulated_batches(trainer) and trainer.strategy.checkpoints.postponed:
+            rank_zero_warn(
+                "training ended inside a step: checkpoints hold the step before, without its"
+                " gradients"
+            )
+        trainer.strategy.in_training = False
+        self.save(trainer)
+
+    def save(self, trainer: Any) -> None:
+        postponed = trainer.strategy.checkpoints.postponed
+        while postponed:
+            path = next(iter(postponed))
+            trainer.save_checkpoint(path, postponed.pop(path))
