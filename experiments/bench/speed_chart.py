@@ -27,6 +27,7 @@ IN_EVERY_BLOCK = {
 OTHER_WORK = ("top1", "top3", "scmoe2")  # rows of less or more computation than top-2
 NTH = {1: "one", 2: "second one"}  # by Setting.every
 KINDS: dict[Kind, str] = {"forward": "inference", "train": "training"}
+OVER_TOP2_FORWARD = "{over_best_without_another_model[median]:.2f}"  # of a pass of inference
 OVER_TOP2 = (
     "{over_best_without_another_model[forward][median]:.2f},"
     " {over_best_without_another_model[train][median]:.2f}"
