@@ -150,7 +150,11 @@ def tables(report: dict[str, Any]) -> list[Report]:
         }
     columns["auto / best"] = "{auto_over_best:.3f}"
     if any(batches_of(row) == 2 for row in report["rows"]):
-        columns |= {"over top-2's best": OVER_TOP2, "peak, MiB": "{peak_mb:.0f}"}
+        columns |= {
+            "over top-2's best": OVER_TOP2,
+            "peak, MiB": "{peak_mb:.0f}",
+            "over one batch's": "{peak_over_one_batch:.2f}",
+        }
     if report.get("every", 2) == 1:
         title = f"{blocks_of(report)}. {title}"
     return [Report(title.format_map(report), cells_of(rows_of(report)), columns)]
