@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from docs.build.concepts import CONCEPTS
-from experiments.bench import inference, offload_report, speed_chart, training, uneven
+from experiments.bench import inference_report, offload_report, speed_chart, training, uneven
 from experiments.bench.overlap_rows import rows_of
 from experiments.figures.measured import (
     EXPLAINED,
@@ -51,9 +51,9 @@ BENCHES: dict[
     str, Any
 ] = {  # by the first words of a report's name: modules that have `draw` and `tables` of it
     "overlap-": speed_chart,
-    "uneven-inference-": inference,
+    "uneven-inference-": inference_report,
     "uneven-": uneven,
-    "inference-": inference,
+    "inference-": inference_report,
     "train-": training,
     "figure-13": offload_report,
 }

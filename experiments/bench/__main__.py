@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter, validators
 
 from experiments.bench.options import Compute, Count, Options, Rounds, Share
-from experiments.bench.pairs import check_ranks
+from experiments.bench.pairs import Setting, check_ranks
 from experiments.engine import links
 from scmoe.command_line import OneEach, call
 from scmoe.config.leaves import ConfigError
@@ -109,6 +109,7 @@ def inference(
     share: Share = 0.52,
     ranks: int = 2,
     prompt: int = 512,
+    texts: Count = 1,
     batch: int = 8,
     tokens: Annotated[int, Parameter(validator=validators.Number(gte=2))] | None = None,
     rounds: Rounds = 9,
@@ -118,7 +119,9 @@ def inference(
     """Prefill and decode between ranks, and generation with a cache and without in one process.
 
     Args:
-        prompt: tokens of a rank's prompt in prefill
+        prompt: tokens of a prompt in prefill
+        texts: prompts of a rank in prefill; of two or more, each architecture is measured with two
+            batches in flight too (NAME_two)
         batch: texts of a rank in decode
         tokens: new tokens of each text of the generation (default: 256; with --load it is not
             measured, as routing between ranks does not change it)
@@ -127,11 +130,20 @@ def inference(
     """
     if load and tokens is not None:
         raise ConfigError("--tokens and --load exclude each other: a load has no generation")
-    from experiments.bench.inference import bench_inference
+    from experiments.bench.inference_report import bench_inference
 
+    setting = Setting(
+        share,
+        ranks=ranks,
+        compute="real",
+        rounds=rounds,
+        tokens=texts * prompt,
+        seq_len=prompt,
+        loads=tuple(dict.fromkeys(load)),
+        layout="dropless",
+    )
     new_tokens = 0 if load else tokens or USUAL_TOKENS
-    report = bench_inference(share, prompt, batch, new_tokens, rounds, ranks, load, out)
-    print(json.dumps(report))
+    print(json.dumps(bench_inference(setting, batch, new_tokens, out)))
 
 
 @main.command

@@ -7,6 +7,7 @@ of all rows without a shortcut.
 Which rows are compared depends on which rows are measured, so each ratio names its best.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.bench.overlap import Measured, way_of
@@ -46,8 +47,14 @@ def rivals_of(setting: Setting, measured: Measured, blocks: tuple[str, ...]) -> 
 def over_rivals(seconds: Seconds, rivals: dict[str, Seconds], kind: Kind) -> dict[str, Any]:
     """Return the time of the fastest rival over that of a row."""
     times = {name: times_of(rival, kind) for name, rival in rivals.items()}
-    best = min(times, key=lambda name: median(times[name]))
-    ratios = times[best] / times_of(seconds, kind)
+    return over_fastest(times_of(seconds, kind), times)
+
+
+def over_fastest(seconds: Any, rivals: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the time of the fastest rival over `seconds`: the median over rounds, its quartiles,
+    and the rival's name. seconds, rivals: arrays over rounds."""
+    best = min(rivals, key=lambda name: median(rivals[name]))
+    ratios = rivals[best] / seconds
     return {"median": median(ratios), "quartiles": quartiles(ratios), "best": best}
 
 

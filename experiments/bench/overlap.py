@@ -33,7 +33,8 @@ FINALISTS = 3
 class Row(NamedTuple):
     """One row at one load. choices: the planner's. chosen: its variant. finalists: the variants of
     the rounds, with the best one. peak_mb: memory of a step. dropped: share of copies; None where
-    no uneven load is measured.
+    no uneven load is measured. one_batch_peak_mb: memory of a step at the same schedule with one
+    batch in flight; None where the row has no more.
     """
 
     choices: Sequence[LayerChoice]
@@ -42,6 +43,7 @@ class Row(NamedTuple):
     best: Variant
     peak_mb: float
     dropped: float | None = None
+    one_batch_peak_mb: float | None = None
 
 
 class Measured(NamedTuple):
@@ -98,8 +100,15 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
         choices = [with_transfers(choice, slowdown) for choice in planned[load, row].choices]
         best = min(variants, key=lambda v: median(times[v].train))
         dropped = bench.dropped(best) if setting.loads else None
+        in_one_batch = replace(best, batches_in_flight=1)
         rows[load][row] = Row(
-            choices, planned[load, row].chosen, variants, best, bench.peak_mb(best), dropped
+            choices,
+            planned[load, row].chosen,
+            variants,
+            best,
+            bench.peak_mb(best),
+            dropped,
+            None if in_one_batch == best else bench.peak_mb(in_one_batch),
         )
     gradients = {block: bench.gradients(block) for block in bench.stacks}
     return {

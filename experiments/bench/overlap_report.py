@@ -204,6 +204,9 @@ def row_of(setting: Setting, measured: Measured, name: str) -> OverlapRow:
         measured_over_model=median(best.train) / (median(free.train) + exposed),
         batches_in_flight=row.best.batches_in_flight,
         peak_mb=row.peak_mb,
+        peak_over_one_batch=(
+            None if row.one_batch_peak_mb is None else row.peak_mb / row.one_batch_peak_mb
+        ),
         links="bus" if setting.bus else "shaped" if setting.shaped else "loopback",
         compute=setting.compute,
     )

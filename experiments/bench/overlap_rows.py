@@ -35,7 +35,9 @@ class OverlapRow:
     gain; None: the window has no attention. measured_over_model: None where there is no model.
     auto_slots: of each block, where every block has an MoE. The gradients are those of an
     iteration; limit_train and of_limit are known on links with a rate. over_best_...: what the row
-    gains over other models (over_best.py). at_load: None at the balanced load.
+    gains over other models (over_best.py). peak_mb: memory of a step beyond what is allocated
+    before it. peak_over_one_batch: that of a row with two batches in flight over that with one.
+    at_load: None at the balanced load.
     """
 
     forward_ms: float
@@ -64,6 +66,7 @@ class OverlapRow:
     limit_train: float | None = None
     of_limit: float | None = None
     batches_in_flight: int = 1
+    peak_over_one_batch: float | None = None
     over_best_without_another_model: dict[str, Any] | None = None
     over_best_without_shortcut: dict[str, Any] | None = None
     at_load: LoadFigures | None = None
@@ -102,6 +105,7 @@ class OverlapRow:
 
 
 SOMETIMES = (
+    "peak_over_one_batch",
     "auto_slots",
     "gradient_mb",
     "rows_over_gradients",

@@ -1,22 +1,23 @@
 """One pass of prefill or decode of a small GPT, its time, and the best schedules for it."""
 
 import copy
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from experiments.bench.inference_rows import Shape
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.inference.generate import decode, prefill
 from scmoe.models.decoder import Decoder
 from scmoe.moe.operators import Recorder
-from scmoe.planning.planner import Planner
-from scmoe.planning.pricing import slowest, start_clocks
+from scmoe.planning.planner import Planner, shortlist_in_flight
+from scmoe.planning.pricing import LayerChoice, slowest, start_clocks
 from scmoe.schedule.schedule import Schedule
 
-Shape = Literal["prefill", "decode"]
+Priced = Mapping[int, Sequence[list[LayerChoice]]]  # by number of chunks
 PASSES: dict[Shape, int] = {"prefill": 1, "decode": 5}  # timed together
 
 
@@ -34,15 +35,15 @@ def a_pass(model: Decoder, shape: Shape, ids_BS: Tensor) -> Callable[[], Tensor]
     return lambda: decode(model, ids_BS[:, -1], [True] * batch_size, copy.copy(cache))
 
 
-def best_schedules(
+def price_passes(
     blocks: Sequence[MoEBlock],
     forward: Callable[[], Any],
     group: Any,
     device: torch.device,
     chunk_counts: Sequence[int],
-) -> dict[int, tuple[Schedule, ...]]:
-    """Return the best schedule of each MoE layer by number of chunks, and leave the blocks as they
-    were. Every rank must call it.
+) -> Priced:
+    """Return the priced schedules of the MoE layers by number of chunks, the best first, and leave
+    the blocks as they were. Every rank must call it.
 
     forward: runs one pass without gradients, each time of the same shape, through all `blocks`.
     group: the ranks whose times count; they must run the same number of passes.
@@ -53,10 +54,22 @@ def best_schedules(
         forward()
         planner.end_step()
     planner.close()
-    return {
-        chunks: tuple(choice.schedule for choice in choices)
-        for chunks, (choices, *_) in planner.priced.items()
-    }
+    return planner.priced
+
+
+def best_schedules(priced: Priced) -> dict[int, tuple[Schedule, ...]]:
+    """Return the best schedule of each MoE layer by number of chunks."""
+    return {chunks: schedules_of(choices) for chunks, (choices, *_) in priced.items()}
+
+
+def best_in_halves(priced: Priced) -> tuple[Schedule, ...]:
+    """Return the best schedule of each MoE layer with two batches in flight, in one chunk each."""
+    return schedules_of(shortlist_in_flight({1: priced[1]}, (2,))[0])
+
+
+def schedules_of(choices: Sequence[LayerChoice]) -> tuple[Schedule, ...]:
+    """Return what each MoE layer runs as."""
+    return tuple(choice.schedule for choice in choices)
 
 
 def pass_seconds(

@@ -27,6 +27,7 @@ IN_EVERY_BLOCK = {
 OTHER_WORK = ("top1", "top3", "scmoe2")  # rows of less or more computation than top-2
 NTH = {1: "one", 2: "second one"}  # by Setting.every
 KINDS: dict[Kind, str] = {"forward": "inference", "train": "training"}
+OVER_TOP2_FORWARD = "{over_best_without_another_model[median]:.2f}"  # of a pass of inference
 OVER_TOP2 = (
     "{over_best_without_another_model[forward][median]:.2f},"
     " {over_best_without_another_model[train][median]:.2f}"
@@ -149,7 +150,11 @@ def tables(report: dict[str, Any]) -> list[Report]:
         }
     columns["auto / best"] = "{auto_over_best:.3f}"
     if any(batches_of(row) == 2 for row in report["rows"]):
-        columns |= {"over top-2's best": OVER_TOP2, "peak, MiB": "{peak_mb:.0f}"}
+        columns |= {
+            "over top-2's best": OVER_TOP2,
+            "peak, MiB": "{peak_mb:.0f}",
+            "over one batch's": "{peak_over_one_batch:.2f}",
+        }
     if report.get("every", 2) == 1:
         title = f"{blocks_of(report)}. {title}"
     return [Report(title.format_map(report), cells_of(rows_of(report)), columns)]

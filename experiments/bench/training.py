@@ -10,59 +10,42 @@ is chosen, is warm-up and is not timed. Validation and checkpoints are not timed
 
     compute             a step on links without a rate
     exposed rows        what the MoE windows of a step, forward and backward, take longer than
-                        without a rate; not measured with two batches in flight
+                        without a rate; not measured with two batches in flight, also where
+                        schedule.auto chooses them
     exposed gradients   what else a step takes longer than without a rate: sums that backward does
                         not hide
+    peak                memory of a step of rank 0 beyond what is allocated before it: activations
+                        and temporary tensors. Measured in one step that is not timed
 
 With a load (loads.py) routers deal tokens by it in place of their own choices, and each
 architecture also trains on the links with balanced routing. Losses mean nothing then.
 """
 
 import sys
-import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from lightning.pytorch import Callback
 
-from experiments.bench.loads import (
-    BALANCED,
-    CurrentLoad,
-    Sizes,
-    check_load,
-    deal,
-    imbalance,
-    kinds_of,
-    load_of,
-)
+from experiments.bench.loads import BALANCED, Sizes, check_load, imbalance, kinds_of, load_of
 from experiments.bench.pairs import Setting, pair_of
 from experiments.bench.rank_bench import Bench
 from experiments.bench.rate_search import find_rate
 from experiments.bench.speed_chart import name_of, way_of_row
-from experiments.engine import links
+from experiments.bench.training_turns import Training
 from experiments.engine.clock import in_turn, median, quartiles
-from experiments.engine.ranks import RankError, run_ranks
+from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.moe.router import Router
-from scmoe.planning.planner import Overlap
 from scmoe.probes.charts import chart, heading
 from scmoe.report import Report, publish
-from scmoe.runs.seen import SeenRun
 from scmoe.training.assembly.costs import estimate
-from scmoe.training.assembly.trainer import register_callback
-from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
-from scmoe.training.run.train import train
 
 ARCHITECTURES = {  # the first is sequential: nothing can be hidden in it
     "top2": ("moe.architecture=top_k", "moe.top_k=2"),
@@ -76,118 +59,11 @@ IN_HALVES = {  # by request
 }
 WAYS = ("links", "free")
 EVEN = "balanced, links"  # with a load, the same on the links with balanced routing
-LONGEST_S = 8 * 3600.0  # of all turns together
 
 
 def words_of(row: str) -> tuple[str, ...]:
     """Return what a configuration says of a row."""
     return (ARCHITECTURES | IN_HALVES)[row]
-
-
-class Turns(Callback):
-    """Holds a training until its turn, and answers it with the medians of its steps: seconds, and
-    those of them in MoE windows (planner.Overlap).
-
-    turn: the rank's end of a pipe, on which the links' rate in Mbit/s comes, or None. ends: the
-    numbers of steps after which the turns end. Answered at the end of a batch, so validation and
-    checkpoints run untimed in the next turn.
-    """
-
-    def __init__(self, turn: Connection, ends: Sequence[int]) -> None:
-        self.turn, self.ends = turn, ends
-        self.begun: float | None = None
-        self.step = 0
-        self.steps_s: list[float] = []
-        self.windows_s: list[float] = []
-        self.overlap: Overlap | None = None  # of the last timed step
-
-    def begin(self) -> None:
-        links.set_rate(self.turn.recv())
-        self.steps_s, self.windows_s = [], []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        if self.begun is None:
-            self.begun = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-        self.note_windows(trainer)
-        if trainer.global_step == self.step:  # more batches belong to this step
-            return
-        assert self.begun is not None
-        self.steps_s.append(time.perf_counter() - self.begun)
-        self.begun, self.step = None, trainer.global_step
-        if self.step in self.ends:
-            self.turn.send([median(self.steps_s), median(self.windows_s or [0.0])])
-            self.begin()
-
-    def note_windows(self, trainer: Any) -> None:
-        for callback in trainer.callbacks:
-            if isinstance(callback, AdaptiveSchedule) and callback.planner:
-                callback.planner.drifted = (
-                    0  # the machine's speed drifts between turns; the choice is kept
-                )
-                overlap = callback.planner.overlap
-                if overlap is not None and overlap is not self.overlap:
-                    self.overlap = overlap
-                    self.windows_s.append(
-                        trainer.accumulate_grad_batches * sum(overlap.seconds)
-                    )  # one batch is timed
-
-
-class Training:
-    """A training in its own processes and network, which runs in its turns."""
-
-    def __init__(self, pool: ThreadPoolExecutor, ranks: int, *what: Any) -> None:
-        """Start it. what: config, words, load and ends for `trained`."""
-        pipes = [Pipe() for _ in range(ranks)]
-        self.turns = [ours for ours, _ in pipes]
-        theirs = [end for _, end in pipes]
-        self.found: Future[dict[str, Any]] = pool.submit(in_own_network, ranks, theirs, *what)
-
-    def turn(self, mbit: float | None) -> list[float]:
-        """Let it run until the end of its turn. Return what the slowest rank answers. Raises
-        RankError."""
-        try:
-            for turn in self.turns:
-                turn.send(mbit)
-            return np.max([turn.recv() for turn in self.turns], axis=0).tolist()
-        except (EOFError, ConnectionError):
-            self.found.result()
-            raise RankError("a training ended before its last turn") from None
-
-    def finish(self) -> dict[str, Any]:
-        for turn in self.turns:
-            turn.send(None)
-        return self.found.result()
-
-    def stop(self) -> None:
-        for turn in self.turns:
-            turn.close()
-
-
-def in_own_network(ranks: int, theirs: Sequence[Connection], *what: Any) -> dict[str, Any]:
-    """Run in a thread for each training, so that each has a network."""
-    try:
-        links.enter_another()
-        return run_ranks(trained, ranks, theirs, *what, timeout_s=LONGEST_S, own_links=True)[0]
-    finally:
-        for end in theirs:
-            end.close()
-
-
-class Loaded(Callback):
-    """Lets every router of the model deal tokens by a load."""
-
-    def __init__(self, routing: str) -> None:
-        self.current = CurrentLoad(load_of(routing))
-
-    def on_fit_start(self, trainer: Any, module: Any) -> None:
-        for router in (part for part in module.modules() if isinstance(part, Router)):
-            sizes = Sizes(router.num_experts, router.top_k, dist.get_world_size())
-            router.deal = deal(sizes, dist.get_rank(), self.current)
-
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        self.current.step = trainer.global_step  # not the calls: recomputation calls a router twice
 
 
 def bench_train(
@@ -271,8 +147,7 @@ def bench_train(
         "rounds": rounds,
         "steps": steps,
         "rows": {
-            row: row_of(configs[row], times, row, rows[0], results[row, "links"]["curve"])
-            for row in rows
+            row: row_of(configs[row], times, row, rows[0], results[row, "links"]) for row in rows
         },
     }
     if routing is not None:
@@ -305,6 +180,11 @@ def tables(report: dict[str, Any]) -> list[Report]:
         "rows/gradients": "{rows_over_gradients:.2f}",
         "validation loss": "{val_loss:.3f}",
     }
+    rows = report["rows"].values()
+    if any("exposed_rows_s" not in row for row in rows):
+        columns["exposed"] = "{exposed_s:.3f} s"
+    if any("peak_mb" in row for row in rows):
+        columns["peak, MiB"] = "{peak_mb:.1f}"
     if "load" in report:
         title = f"{report['load']['name']}, {title}"
         columns["busiest rank"] = "{max_over_mean_ranks:.2f}"
@@ -326,19 +206,16 @@ def made_by(routing: str, config: Config, pair: Setting, ranks: int) -> dict[str
 
 
 def row_of(
-    config: Config,
-    times: dict[tuple[str, str], Any],
-    row: str,
-    first: str,
-    curve: list[tuple[float, float]],
+    config: Config, times: dict[tuple[str, str], Any], row: str, first: str, trained: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the figures of a row. curve: (tokens, validation loss)."""
+    """Return the figures of a row. trained: what its training on the links has returned."""
+    curve: list[tuple[float, float]] = trained["curve"]  # tokens, validation loss
     (step, windows), (free, free_windows) = (times[row, way] for way in WAYS)
     rows, speedups = windows - free_windows, times[first, "links"][0] / step
     tokens = config.data.global_batch_size * config.data.seq_len
     step_s = median(step)
     exposed = {"exposed_s": median(step - free)}
-    if config.schedule.batches_in_flight != 2:  # else windows overlap each other
+    if not np.isnan(rows).any():  # with two batches in flight windows overlap each other
         exposed["exposed_rows_s"] = median(rows)
         exposed["exposed_gradients_s"] = median(step - free - rows)
     return {
@@ -349,6 +226,7 @@ def row_of(
         "compute_s": median(free),
         **exposed,
         "rows_over_gradients": estimate(config)["rows_over_gradients"],
+        "peak_mb": trained["peak_mb"],
         "val_loss": curve[-1][1],
         "val_losses": [
             [seen / tokens * step_s, loss] for seen, loss in curve
@@ -363,37 +241,9 @@ def searched(rank: int, world_size: int, pair: Setting, start: float | None = No
     return find_rate(pair, bench.set_rate, bench.infer, start)
 
 
-def trained(
-    rank: int,
-    world_size: int,
-    turns: Sequence[Connection],
-    config: str,
-    words: Sequence[str],
-    routing: str | None,
-    ends: Sequence[int],
-) -> dict[str, Any]:
-    """Run on every rank; the caller uses rank 0's result."""
-    held = Turns(turns[rank], ends)
-    held.begin()
-    register_callback("turns")(lambda: held)
-    if routing is not None:
-        register_callback("loaded")(partial(Loaded, routing))
-        words = [*words, "callbacks.loaded={}"]
-    with TemporaryDirectory() as folder:
-        words = [*words, "callbacks.turns={}", "logger.mode=disabled"]
-        if rank == 0:
-            words.append(f"runs_dir={folder}")
-        summary = train(load(config, words), quiet=True)
-        if summary is None:
-            return {}
-        run = SeenRun(Path(summary["run_dir"]))
-        dropped = [row["moe/drop_share"] for row in run.metrics if "moe/drop_share" in row]
-        return {"curve": run.curve("val/loss"), "dropped": median(dropped or [0.0])}
-
-
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the validation loss of each row against the seconds that its training took."""
-    with chart(path, 3.4) as figure:
+    with chart(path, 3.4 + 0.2 * len(report["rows"])) as figure:
         axis = figure.subplots()
         for row, figures in report["rows"].items():
             seconds, losses = np.asarray(figures["val_losses"]).T
@@ -408,7 +258,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
             ylabel="validation loss",
         )
         axis.grid(axis="y")
-        axis.legend()
+        figure.legend(loc="outside lower left")
         heading(
             figure,
             f"{report['config']} on {report['ranks']} ranks, links of {report['link_mbit']:.0f}"

@@ -34,15 +34,23 @@ PREFIX = "scmoe/"
 TOP = 10  # kernels that are listed
 
 
-def recorded(device: torch.device, step: Callable[[], object], memory: bool = False) -> profile:
-    """Return the profile of one call of `step`, which the device has finished. memory: with every
-    allocation."""
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities, profile_memory=memory) as recording:
+def recorded(device: torch.device, step: Callable[[], object]) -> profile:
+    """Return the profile of one call of `step`, which the device has finished."""
+    with profile(activities=activities_of(device)) as recording:
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     return recording
+
+
+def activities_of(device: torch.device) -> list[ProfilerActivity]:
+    """Return what is profiled: the host, and the device if there is one."""
+    return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+
+
+def of_memory() -> profile:
+    """Return a profile of the host's allocations, to be entered or started."""
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
 
 def events_of(recording: profile, keep: Path | None = None) -> list[Event]:
@@ -65,13 +73,18 @@ def peak_bytes(device: torch.device, step: Callable[[], object]) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    events = [
-        e for e in events_of(recorded(device, step, memory=True)) if e.get("name") == "[memory]"
-    ]
+    with of_memory() as recording:
+        step()
+    return peak_of(recording)
+
+
+def peak_of(recording: profile) -> int:
+    """Return the most bytes that were allocated at a time, beyond those before the profile."""
+    events = [e for e in events_of(recording) if e.get("name") == "[memory]"]
     changes = (
         e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])
     )  # below 0 where memory is freed
-    return max(itertools.accumulate(changes))
+    return max(itertools.accumulate(changes), default=0)
 
 
 def spans(events: Iterable[Event]) -> list[Event]:

@@ -9,10 +9,10 @@ A zero expert returns its input (LongCat-Flash, arXiv 2509.01322). Its copies ge
 is sent or computed for them; finish adds weight x tap.
 
 State travels in return values, so several streams may be open at once and nothing is left on the
-module. Before each wait the stream passes the turn, if its batch is one of several in flight
-(turns.py). Backward is the mirror: finish's backward starts the gradient's transfer, begin's waits
-for the last one. In a compiled block the verbs themselves are not compiled, because their shapes
-depend on the data.
+module. Before each wait for rows the stream passes the turn, if its batch is one of several in
+flight (turns.py). Backward is the mirror: finish's backward starts the gradient's transfer, begin's
+waits for the last one. In a compiled block the verbs themselves are not compiled, because their
+shapes depend on the data.
 """
 
 from typing import NamedTuple
@@ -76,8 +76,8 @@ class MoEStream(Operators):
         mask_T = None if mask_BS is None else mask_BS.flatten()
         routing, layout = self.operator("route", self.route, x_TD, mask_T, chunks, excluded_T1)
         announced = None if layout.counts_PE is None else self.dispatcher.announce(layout.counts_PE)
-        if announced is not None:
-            pass_turn()  # encode waits for the counts
+        # encode waits for the counts without passing the turn: else the other batch would compute
+        # all that it can before these rows leave, and nothing would be left to hide them
         rows = self.operator("encode", encode, _in_wire_dtype(x_TD), layout, announced)
         sent = [self.operator("dispatch", self.dispatcher.dispatch, *chunk) for chunk in rows]
         in_flight, receipts = [pending for pending, _ in sent], [receipt for _, receipt in sent]

@@ -10,16 +10,9 @@ import numpy as np
 import pytest
 
 from experiments.bench import generation, inference
-from experiments.bench.inference import (
-    BLOCKS,
-    OVERLAPPED,
-    SHAPES,
-    WAYS,
-    at_load,
-    draw,
-    measure,
-    summary,
-)
+from experiments.bench.inference import BLOCKS, IN_HALVES, OVERLAPPED, WAYS, measure
+from experiments.bench.inference_report import at_load, draw, summary, tables
+from experiments.bench.inference_rows import SHAPES, InferenceRow
 from experiments.bench.loads import BALANCED, CurrentLoad, load_of
 from experiments.bench.pairs import Setting, default_schedule
 from experiments.bench.stacks import Variant
@@ -27,8 +20,9 @@ from experiments.engine.ranks import run_ranks
 from scmoe.planning import planner
 
 pytestmark = pytest.mark.inference
+FEW = ("top2", "pos2")
 ROUNDS = np.array([1.0, 1.25, 1.5])  # a machine that slows down: ratios are the same in every round
-SECONDS = {"sequential": 0.2, "free": 0.1, **dict.fromkeys(OVERLAPPED, 0.16)}
+SECONDS = {"sequential": 0.2, "free": 0.1, **dict.fromkeys(OVERLAPPED, 0.16), IN_HALVES: 0.125}
 
 
 def test_ratios_are_those_of_the_times():
@@ -43,7 +37,7 @@ def test_ratios_are_those_of_the_times():
                 for name in (*WAYS, "free")
             }
     setting = Setting(0.5, tokens=64, seq_len=64, rounds=3)
-    report = summary(setting, 8, 2, {"times": times, "rate": 145.0})
+    report = summary(setting, 8, {"times": times, "rate": 145.0})
     own, top2 = report["rows"]["scmoe_pos2"], report["rows"]["top2"]
     assert report["comm_share"] == {shape: pytest.approx(0.5) for shape in SHAPES}
     assert (own["prefill_speedup"], own["decode_speedup"], top2["prefill_speedup"]) == (
@@ -60,6 +54,38 @@ def test_ratios_are_those_of_the_times():
     )
     assert own["prefill_tokens_per_s"] == pytest.approx(2 * 64 / 0.2)
     assert own["decode_tokens_per_s"] == pytest.approx(2 * 8 / 0.25)
+
+
+def test_rows_with_two_batches_in_flight_have_prefill_alone():
+    """They take 0.125 s, and without transfers 0.11 s, as halved products cost something."""
+    setting = Setting(0.5, tokens=128, seq_len=64, rounds=3)
+    times = {}
+    for block in FEW:
+        schedule = default_schedule(block)
+        for shape in SHAPES:
+            for name in (*WAYS, "free"):
+                times[shape, Variant(block, schedule, name)] = SECONDS[name] * ROUNDS
+        for name, seconds in ((IN_HALVES, SECONDS[IN_HALVES]), ("free", 0.11)):
+            variant = Variant(block, schedule, name, batches_in_flight=2)
+            times["prefill", variant] = seconds * ROUNDS
+    report = summary(setting, 8, {"times": times, "rate": 145.0})
+    assert list(report["rows"]) == ["top2", "top2_two", "scmoe_pos2", "scmoe_pos2_two"]
+    top2, two = report["rows"]["top2"], report["rows"]["top2_two"]
+    assert (two["batches_in_flight"], top2["batches_in_flight"]) == (2, 1)
+    assert (report["texts"], report["prompt"]) == (2, 64)
+    assert two["prefill_speedup"] == two["prefill"]["gain"] == pytest.approx(1.6)
+    assert two["prefill"]["limit"] == pytest.approx(0.2 / 0.11)
+    assert two["prefill_tokens_per_s"] == pytest.approx(2 * 128 / (0.125 * 1.25))
+    assert "decode" not in two and "tpot_ms" not in two
+    over = top2["prefill"]["over_best_without_another_model"]
+    assert (over["best"], over["median"]) == ("top2_two, two batches", pytest.approx(0.125 / 0.16))
+    assert InferenceRow.from_json(two).to_json() == two
+    prefill, decode = tables(report)
+    assert list(prefill.rows) == list(report["rows"]) and list(decode.rows) == [
+        "top2",
+        "scmoe_pos2",
+    ]
+    assert "2 x 64 tokens a rank" in prefill.title
 
 
 def test_each_pass_takes_the_next_routing_of_its_load(monkeypatch):
@@ -86,9 +112,6 @@ def test_each_pass_takes_the_next_routing_of_its_load(monkeypatch):
     assert dealt == [("rotating:2:1", 0), (BALANCED, 0), ("rotating:2:1", 1)]
 
 
-FEW = ("top2", "pos2")
-
-
 def measure_briefly(rank: int, world_size: int, setting: Setting, batch: int) -> Any:
     """Measure few blocks, and choose schedules from few passes: their times are not checked
     here."""
@@ -98,8 +121,8 @@ def measure_briefly(rank: int, world_size: int, setting: Setting, batch: int) ->
 
 @pytest.mark.dist
 @pytest.mark.smoke
-def test_all_rows_are_measured_and_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(inference, "BLOCKS", FEW)
+def test_all_rows_are_measured_and_reported(tmp_path):
+    """With three prompts, so the halves of a rank's batch differ."""
     setting = Setting(
         0.5,
         compute="real",
@@ -107,30 +130,30 @@ def test_all_rows_are_measured_and_reported(tmp_path, monkeypatch):
         dim=16,
         ffn_dim=32,
         heads=2,
-        tokens=16,
+        tokens=48,
         seq_len=16,
         shaped=False,
     )
     setting = replace(setting, loads=("hot_rank:2",), layout="dropless")
     found = run_ranks(measure_briefly, 2, setting, 8)[0]
-    report = summary(setting, 8, 2, found[BALANCED])
-    assert list(report["rows"]) == ["top2", "scmoe_pos2"]
-    for row in report["rows"].values():
-        for shape in SHAPES:
-            own = row[shape]
-            assert own["ways"].keys() == set(WAYS) and min(own["ms"], own["limit"]) > 0
-            assert set(own["slots"].values()) <= {0, 1, 2, 3, 4}
+    report = summary(setting, 8, found[BALANCED])
+    assert list(report["rows"]) == ["top2", "top2_two", "scmoe_pos2", "scmoe_pos2_two"]
+    for name, row in report["rows"].items():
+        in_halves = name.endswith("_two")
+        for shape in SHAPES[:1] if in_halves else SHAPES:
+            figures = row[shape]
+            assert figures["ways"].keys() == ({IN_HALVES} if in_halves else set(WAYS))
+            assert min(figures["ms"], figures["limit"]) > 0
+            assert set(figures["slots"].values()) <= {0, 1, 2, 3, 4}
     draw(
         {**report, "link_mbit": 145.0}, tmp_path / "chart.png"
     )  # `bench inference` always has links
     assert (tmp_path / "chart.png").stat().st_size > 10_000
-    uneven = at_load(setting, 8, 2, found, "hot_rank:2")
+    uneven = at_load(setting, 8, found, "hot_rank:2")
     assert uneven["load"]["max_over_mean_ranks"] == 2.0
     for row in uneven["rows"].values():
-        assert all(
-            row[shape]["over_balanced"] > 0 and row[shape]["max_over_mean_ranks"] == 2
-            for shape in SHAPES
-        )
+        for figures in (row[shape] for shape in SHAPES if shape in row):
+            assert figures["over_balanced"] > 0 and figures["max_over_mean_ranks"] == 2
 
 
 @pytest.mark.smoke

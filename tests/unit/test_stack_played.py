@@ -128,11 +128,11 @@ def test_a_half_computes_while_the_other_one_s_rows_travel():
 
 @pytest.mark.parametrize("words", ["architecture=top_k", "position=pos2", "position=pos3"])
 @pytest.mark.parametrize("chunks", [1, 2])
-def test_the_order_is_that_of_a_run(words, chunks):
-    """Of the operators of the MoE stream, forward and backward."""
-    config = tiny(
-        *(f"moe.{words}", "model.layers=4", "moe.rows=slots", f"schedule.chunks={chunks}")
-    )
+@pytest.mark.parametrize("rows", ["moe.rows=slots", "moe.capacity_factor=null"])
+def test_the_order_is_that_of_a_run(words, chunks, rows):
+    """Of the operators of the MoE stream, forward and backward; with numbers of rows that are
+    announced, too."""
+    config = tiny(f"moe.{words}", "model.layers=4", rows, f"schedule.chunks={chunks}")
     model = tiny_model(config)
     blocks, recorder = moe_blocks_of(model), Recorder(torch.device("cpu"))
     for block in blocks:
