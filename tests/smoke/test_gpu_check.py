@@ -149,7 +149,7 @@ def test_a_part_ends_with_the_check(number, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ("--device cpu", "Add --tiny"),
+        ("--device cpu", "--device is cpu"),
         ("--device cpu --tiny --parts nothing", "--parts has nothing, allowed: tests | layer"),
         ("--device cpu --tiny --out tests", "--out is 'tests', which is not empty"),
     ],
