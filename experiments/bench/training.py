@@ -59,6 +59,7 @@ from scmoe.probes.charts import chart, heading
 from scmoe.report import Report, publish
 from scmoe.runs.seen import SeenRun
 from scmoe.training.assembly.costs import estimate
+from scmoe.training.assembly.start import Start
 from scmoe.training.assembly.trainer import register_callback
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from scmoe.training.run.train import train
@@ -382,7 +383,7 @@ def trained(
         words = [*words, "callbacks.turns={}", "logger.mode=disabled"]
         if rank == 0:
             words.append(f"runs_dir={folder}")
-        summary = train(load(config, words), quiet=True)
+        summary = train(Start.of(load(config, words)), quiet=True)
         if summary is None:
             return {}
         run = SeenRun(Path(summary["run_dir"]))

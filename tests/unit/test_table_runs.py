@@ -9,8 +9,9 @@ import pytest
 
 from experiments.tables.table_file import Row, load_table
 from experiments.tables.table_runs import Run, data_of, look_up, plan_runs, same_config, save
+from scmoe.config.as_yaml import to_yaml
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load, to_yaml
+from scmoe.config.load import load
 from scmoe.sweeps.jobs import State, digest_of
 
 ROOT = Path(__file__).parents[2]
