@@ -85,7 +85,7 @@ def main(config: str, /, *words: KeyValue) -> None:
     sizes, overrides = numbers_of(words, ("ranks", "samples"))
     if "ranks" not in sizes and sizes:
         raise ConfigError(
-            "command line: samples without ranks, allowed: both, or data.global_batch_size alone"
+            "command line: samples is given without ranks. Give both, or data.global_batch_size."
         )
     from scmoe.config.load import load
     from scmoe.report import Report, console, say

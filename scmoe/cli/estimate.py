@@ -31,7 +31,7 @@ def read(path: str, words: Sequence[str]) -> Config:
     for override in overrides:
         if (key := override.removeprefix("--").partition("=")[0]) in RANKS:
             raise ConfigError(
-                f"command line: {key} and ep or dp, allowed: one of the two ways to set the ranks"
+                f"command line: {key} and ep or dp both set the ranks. Give one of them."
             )
     if len(sizes) < 2:
         # other ranks come below, and the file's may have no rows to send

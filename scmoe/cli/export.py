@@ -48,8 +48,7 @@ def main(
         used = beside.exists() and (others or not out.exists())
         if not of_run and used and beside.read_text(encoding="utf-8") != to_yaml(config):
             raise ConfigError(
-                f"--out is {str(out)!r}, whose folder has another config.yaml, allowed: another"
-                " folder"
+                f"--out is {str(out)!r}, whose folder has another config.yaml. Give another folder."
             )
         out.parent.mkdir(parents=True, exist_ok=True)
         tokenizer = kept_tokenizer(checkpoint)

@@ -18,7 +18,7 @@ def main(folder: Path = Path("runs"), /, *, last: int = 30) -> None:
     from scmoe.runs.seen import console, find_runs, table_of
 
     if not folder.is_dir():
-        raise ConfigError(f"the folder of runs is {str(folder)!r}, allowed: an existing folder")
+        raise ConfigError(f"There is no folder {str(folder)!r}. Give the folder of runs.")
     runs = find_runs(folder)
     shown = runs[:last]
     console().print(

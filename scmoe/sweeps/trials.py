@@ -130,10 +130,9 @@ def _begun(sweep: Sweep) -> list[Job]:
         renamed(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else now
     )
     if changed := [key for key in {**was, **now} if was.get(key) != now.get(key)]:
-        allowed = "the file as it was, another name, or that folder removed"
         raise ConfigError(
-            f"{', '.join(changed)} is not as it was when {sweep.folder} was begun, allowed:"
-            f" {allowed}"
+            f"{', '.join(changed)} is not as it was when {sweep.folder} was begun. Give the file as"
+            " it was or another name, or remove that folder."
         )
     write_whole(path, now)
     found = [

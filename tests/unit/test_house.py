@@ -186,6 +186,8 @@ IMPORTS = {
     path: {file for name in names_used(tree) if (file := file_of(name))} - {path}
     for path, tree in TREES.items()
 }
+
+
 def test_every_file_keeps_the_order_of_rooms():
     assert [line for path, source in TEXTS.items() for line in violations(path, source)] == []
 
