@@ -122,9 +122,8 @@ def answer(*words: str) -> int:
             [*words], exit_on_error=False, print_error=False
         )
         if act.__name__ == "help_print" and words and not {"-h", "--help"} & {*words}:
-            raise ConfigError(
-                f"{words[0]} is incomplete. {scmoe(words[0], '--help')} says what it needs."
-            )
+            shown = scmoe(words[0], "--help")
+            raise ConfigError(f"{words[0]} is incomplete. {shown} says what it needs.")
         return act(*given.args, **given.kwargs) or 0
     except CycloptsError as error:
         said = " ".join(str(error).split()).replace(
