@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from scmoe.probes.charts import PAPER, SMALL, chart, heading
-from scmoe.probes.representations import GATING_TITLES, NUMBERED
+from scmoe.probes.representations import GATING_TITLES
 
+NUMBERED = 12  # a panel with at most this many representations shows its entries as numbers
 PAPERS_MOST = 0.98  # the only number that the paper prints for Fig. 9: (a) in SwinV2-MoE-S
 
 

@@ -144,9 +144,6 @@ def gating_metrics(means_L4: Any) -> dict[str, float]:
     }
 
 
-NUMBERED = 12  # a panel with at most this many representations shows its entries as numbers
-
-
 @torch.no_grad()
 def cosine_matrix(representations: Sequence[Tensor]) -> Tensor:
     """Return the float64 matrix [N, N] of N representations [T, D] of the same T tokens; it has NaN
