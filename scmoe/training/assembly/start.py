@@ -1,8 +1,8 @@
 """What a training knows before it begins: the one value between `load` and the run.
 
 `Start.of` makes it from the configuration. A run (run/train.py) asks it for the parts in the order
-in which it needs them, as run/parts.py says, so that nothing is worked out twice and nothing under
-`run/` knows which model, data set or callback it runs.
+in which it needs them, as run/parts.py says, so that nothing is worked out twice and a run does not
+depend on how models, data and callbacks are built.
 """
 
 from collections.abc import Iterator, Sequence
