@@ -12,7 +12,14 @@ from hypothesis import settings
 from experiments.engine.ranks import PRELOADED
 
 # Tests import these in ranks. Each would take a tenth of a second there, or more.
-PRELOADED.extend(["scmoe.training.run.train", "pytest", "tests.support.commands"])
+PRELOADED.extend(
+    [
+        "scmoe.training.assembly.start",
+        "scmoe.training.run.train",
+        "pytest",
+        "tests.support.commands",
+    ]
+)
 pytest.register_assert_rewrite("tests.support")  # so that a failing assert there shows its values
 torch.set_num_threads(1)
 settings.register_profile(

@@ -32,7 +32,7 @@ from scmoe.config.derived import SHORTCUTS
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
 from scmoe.probes.charts import BLUE, ORANGE, RED, SKY, SMALL, chart, heading, title
-from scmoe.probes.representations import draw_gating, draw_similarity
+from scmoe.probes.representation_charts import draw_gating, draw_similarity
 from scmoe.runs.seen import open_run
 from scmoe.schedule.cost import TRANSFERS
 

@@ -22,9 +22,10 @@ from typing import Any
 
 from experiments.tables.table_file import Row, Scale, Table
 from scmoe.config import registry
+from scmoe.config.as_yaml import to_yaml
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten
-from scmoe.config.load import load, to_yaml
+from scmoe.config.load import load
 from scmoe.files.writing import read_json, write_whole
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.parallel.checkpoint.state import META

@@ -23,7 +23,7 @@ def main(
         format: one file, or a folder
         out: default: RUN/export/model.safetensors, with config.yaml; RUN/export/hf
     """
-    from scmoe.config.load import to_yaml
+    from scmoe.config.as_yaml import to_yaml
     from scmoe.config.registry import named
     from scmoe.init_from.pretrained import model_settings
     from scmoe.parallel.checkpoint.export import consolidate

@@ -1,40 +1,22 @@
 import json
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
+
+from cyclopts import Parameter
 
 from scmoe.command_line import HYPHENS, OneEach
 from scmoe.config.leaves import ConfigError
 
 
-def main(
-    run: Path,
-    /,
-    *overrides: str,
-    which: Literal["last", "best"] = "last",
-    prompt: Annotated[str | None, HYPHENS] = None,
-    prompts: Path | None = None,
-    out: Path | None = None,
-    max_tokens: int | None = None,
-    temperature: float = 0.8,
-    top_k: int = 50,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    stop: OneEach[str] = (),
-    seed: int = 0,
-    batch_size: int = 8,
-    prefill_tokens: int | None = None,
-) -> None:
-    """Continue texts with the model of a run or of an export, whatever number of ranks the run had.
-
-    One text is shown as it is written. With --prompts FILE the texts go to --out FILE, as JSON
-    lines; several ranks (trainer.devices=2) share the prompts and the experts. The model is
-    dropless, whatever its capacity factor.
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Options:
+    """Which texts are continued, and how.
 
     Args:
-        run: directory of a run, such as runs/latest, or an exported file
-        overrides: key=value, what a resumed run may change, too
         which: checkpoint
         prompt: text to continue (default: the start of a document)
         prompts: JSON lines: {"prompt": "..."} or {"prompt": "...", "seed": 7}
@@ -49,36 +31,81 @@ def main(
         batch_size: texts of a rank at a time
         prefill_tokens: tokens of a prompt that one pass reads (default: all)
     """
-    if (prompts is None) != (out is None):
-        raise ConfigError("--prompts and --out go together")
-    if prompts is not None and prompt is not None:
-        raise ConfigError("--prompt and --prompts exclude each other")
-    if prompts is not None and out is not None and prompts.resolve() == out.resolve():
-        raise ConfigError(
-            f"--out is {str(out)!r}, which is the file of --prompts. Give another file."
-        )
+
+    which: Literal["last", "best"] = "last"
+    prompt: Annotated[str | None, HYPHENS] = None
+    prompts: Path | None = None
+    out: Path | None = None
+    max_tokens: int | None = None
+    temperature: float = 0.8
+    top_k: int = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    stop: OneEach[str] = ()
+    seed: int = 0
+    batch_size: int = 8
+    prefill_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.prompts is None) != (self.out is None):
+            raise ConfigError("--prompts and --out go together")
+        if self.prompts is None or self.out is None:
+            return
+        if self.prompt is not None:
+            raise ConfigError("--prompt and --prompts exclude each other")
+        if self.prompts.resolve() == self.out.resolve():
+            raise ConfigError(
+                f"--out is {str(self.out)!r}, which is the file of --prompts. Give another file."
+            )
+
+
+DEFAULTS = Options()
+
+
+def main(run: Path, /, *overrides: str, options: Options = DEFAULTS) -> None:
+    """Continue texts with the model of a run or of an export, whatever number of ranks the run had.
+
+    One text is shown as it is written. With --prompts FILE the texts go to --out FILE, as JSON
+    lines; several ranks (trainer.devices=2) share the prompts and the experts. The model is
+    dropless, whatever its capacity factor.
+
+    Args:
+        run: directory of a run, such as runs/latest, or an exported file
+        overrides: key=value, what a resumed run may change, too
+    """
     from scmoe.inference.prompts import Prompt, check_prompt, read_prompts
     from scmoe.inference.sampling import Sampling
     from scmoe.runs.generate import Request, generate_texts, speed_lines, to_file
 
     try:
-        sampling = Sampling(temperature, top_k or None, top_p, repetition_penalty)
-        texts = [Prompt(prompt, seed)] if prompts is None else read_prompts(prompts, seed)
-        if prompts is None:
+        sampling = Sampling(
+            options.temperature, options.top_k or None, options.top_p, options.repetition_penalty
+        )
+        if options.prompts is not None:
+            texts = read_prompts(options.prompts, options.seed)
+        else:
+            texts = [Prompt(options.prompt, options.seed)]
             check_prompt(texts[0], "--prompt")
         request = Request(
-            texts, max_tokens, sampling, tuple(stop), which, batch_size, prefill_tokens, overrides
+            texts,
+            options.max_tokens,
+            sampling,
+            tuple(options.stop),
+            options.which,
+            options.batch_size,
+            options.prefill_tokens,
+            overrides,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if out is None:
+    if options.out is None:
         speed = generate_texts(
             run.resolve(), request, lambda text: print(), partial(print, end="", flush=True)
         )
     else:
-        with to_file(out) as write:
+        with to_file(options.out) as write:
             speed = generate_texts(run.resolve(), request, write)
     if speed is not None:
         print(*speed_lines(speed), sep="\n", file=sys.stderr)
-        if out is not None:
+        if options.out is not None:
             print(json.dumps(speed), flush=True)

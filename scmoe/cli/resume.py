@@ -26,8 +26,9 @@ def main(run: Path, /, *overrides: KeyValue) -> None:
 
     step, settings = step_of(overrides)
     config, resumed = resumption(run_dir, settings, step)
+    from scmoe.training.assembly.start import Start
     from scmoe.training.run.train import train
 
-    summary = train(config, settings, resumed)
+    summary = train(Start.of(config), settings, resumed)
     if summary is not None:
         print(json.dumps(summary), flush=True)

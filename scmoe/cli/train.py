@@ -23,8 +23,9 @@ def start(config: str, /, *overrides: KeyValue) -> None:
     from scmoe.config.load import load
 
     settings = load(config, overrides)
+    from scmoe.training.assembly.start import Start
     from scmoe.training.run.train import train
 
-    summary = train(settings, overrides)
+    summary = train(Start.of(settings), overrides)
     if summary is not None:
         print(json.dumps(summary), flush=True)

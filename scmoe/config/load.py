@@ -13,7 +13,7 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -141,24 +141,6 @@ def _defaults() -> DictConfig:
         OmegaConf.set_readonly(OmegaConf.select(tree, section), False)
     OmegaConf.set_readonly(tree, False)
     return tree
-
-
-def to_yaml(config: Config) -> str:
-    """Return every field as YAML; `load` reads an equal Config from it."""
-    return yaml.safe_dump(asdict(config), sort_keys=False)
-
-
-def changes_to_yaml(config: Config) -> str:
-    """Return the fields that are not at their defaults as YAML; "" if all are."""
-    changed: dict[str, Any] = {}
-    for leaf in leaves(config):
-        if leaf.value != _LEAVES[leaf.key].value:
-            *sections, name = leaf.key.split(".")
-            mapping = changed
-            for section in sections:
-                mapping = mapping.setdefault(section, {})
-            mapping[name] = leaf.value
-    return yaml.safe_dump(changed, sort_keys=False) if changed else ""
 
 
 def _merge_file(draft: _Draft, path: Path, children: tuple[Path, ...]) -> None:

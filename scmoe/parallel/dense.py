@@ -64,7 +64,8 @@ def check_dense(dense: str, ddp: Mapping[str, Any]) -> None:
         raise ValueError(f"dense is {dense!r}, allowed: {', '.join(WAYS)}")
     if dense != "replicated" and (unused := sorted(ddp.keys() - set(NOT_OF_DDP))):
         raise ValueError(
-            f"{unused[0]} is an argument of DDP, which only dense='replicated' uses. Leave it out"
+            f"{unused[0]} is an argument of DDP, which dense={dense!r} does not use. Leave it out,"
+            " or use dense='replicated'."
         )
 
 

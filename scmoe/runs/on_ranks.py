@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from scmoe.config.derived import last_step, resolve_ep_size
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_kept
@@ -18,7 +19,7 @@ from scmoe.parallel.checkpoint.durable import UNREAD, BrokenCheckpoint
 from scmoe.parallel.checkpoint.export import EXPORT, load_weights
 from scmoe.runs.trained import check_export
 from scmoe.training.assembly.model import build_module
-from scmoe.training.assembly.trainer import build_trainer
+from scmoe.training.assembly.trainer import build_strategy, build_trainer
 from scmoe.training.modules import MoEModule
 from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import check_devices, check_resident
@@ -104,7 +105,8 @@ def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
     check_resident(config)
     silence_lightning()
     module = build_module(replace(config, init_from=None))
-    trainer = build_trainer(config, [], [])
+    strategy = build_strategy(config, resolve_ep_size(config))
+    trainer = build_trainer(config, [], [], strategy, last_step(config))
     exported = weights.suffix == EXPORT
     with warnings.catch_warnings():
         for message in (".*callbacks used to create the checkpoint.*", ".*across ranks is zero.*"):

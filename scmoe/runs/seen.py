@@ -17,10 +17,11 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from scmoe.config.as_yaml import to_yaml
 from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import parse_yaml, to_yaml
+from scmoe.config.load import parse_yaml
 from scmoe.config.registry import IMAGES
 from scmoe.files.writing import read_json
 from scmoe.training.run.directory import read_state

@@ -36,10 +36,10 @@ from scmoe.parallel.checkpoint.loading import check_same_model, load_model, weig
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.hf_config import OURS, dropless, our_config
 from scmoe.training.assembly.model import build_model, build_model_on_meta
-from scmoe.training.assembly.trainer import cpu_threads
 from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import has_gpus
 from scmoe.training.run.resume import Which, config_of, find_checkpoint
+from scmoe.training.threads import cpu_threads
 
 
 def load_trained(path: str | Path, which: Which = "last") -> Any:

@@ -20,9 +20,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import IO, Any
 
+from scmoe.config.as_yaml import to_yaml
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import to_yaml
 from scmoe.files.writing import read_json, write_whole
 from scmoe.runs.seen import DEFAULTS, flat
 

@@ -18,8 +18,9 @@ from scmoe.config.load import load
 from scmoe.probes.routing import read_routing
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
-from scmoe.training.assembly.trainer import build_callbacks, build_trainer
+from scmoe.training.assembly.trainer import build_callbacks
 from tests.support.architectures import overrides
+from tests.support.trainer_of import trainer_of
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -73,7 +74,7 @@ def measure(rank: int, world_size: int, folder: Path) -> None:
         if rank == 0:
             run_dir.mkdir(parents=True)
         callbacks = build_callbacks(config, run_dir if rank == 0 else None)
-        trainer = build_trainer(config, callbacks, [])
+        trainer = trainer_of(config, callbacks, [])
         trainer.fit(build_module(config), build_datamodule(config))
 
 

@@ -21,8 +21,8 @@ from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_module
-from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
+from tests.support.trainer_of import trainer_of
 from tests.support.trainings import tiny
 
 pytestmark = pytest.mark.dist
@@ -54,7 +54,7 @@ def train(world_size: int, folder: Path, background: bool) -> tuple[int, list[in
     words = f"trainer.max_steps={STEPS} strategy.ep_size=2 strategy.async_checkpoint={background}"
     config = tiny(f"position=pos2 top_k=2 {words}", world_size)
     checkpoints = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=1)
-    build_trainer(config, [Watch(), checkpoints], []).fit(
+    trainer_of(config, [Watch(), checkpoints], []).fit(
         build_module(config), build_datamodule(config)
     )
     return overlapped, whole

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 import scmoe
 from scmoe.command_line import call
-from scmoe.config.load import load, to_yaml
+from scmoe.config.as_yaml import to_yaml
+from scmoe.config.load import load
 from scmoe.inference.offload.migration import offload_experts
 from scmoe.moe.layout import Dropless
 from scmoe.parallel.checkpoint.durable import newest_good, verify

@@ -20,9 +20,10 @@ from scmoe.lightning.seam.saves import LastCheckpoint
 from scmoe.parallel.checkpoint import durable
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
-from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
+from scmoe.training.assembly.trainer import build_callbacks, seed_everything
 from scmoe.training.callbacks.data_position import DataPosition
 from tests.support.faults.tiny_run import same
+from tests.support.trainer_of import trainer_of
 from tests.support.trainings import tiny, users_trainer
 
 pytestmark = pytest.mark.dist
@@ -78,7 +79,7 @@ def fit(
     )
     score, best = Score(stop_after), ModelCheckpoint(folder, "{step}", **keeping)
     trainer, module, data = (
-        build_trainer(config, [score, best], []),
+        trainer_of(config, [score, best], []),
         build_module(config),
         build_datamodule(config),
     )

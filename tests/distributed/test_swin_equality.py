@@ -18,13 +18,13 @@ from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model
-from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.modules import ImageClassifier
 from tests.support.architectures import SWIN_ON_RANKS, overrides
 from tests.support.comparison import TOLERANCE, assemble, assert_same, smallest
 from tests.support.parts import Built, build_in_parts, split_context
 from tests.support.resuming import HALF, fit
+from tests.support.trainer_of import trainer_of
 from tests.support.trainings import Recording, end_groups, train
 
 pytestmark = pytest.mark.dist
@@ -77,7 +77,7 @@ def train_all(rank: int, world_size: int, cases: dict[str, str]) -> dict[str, di
         config = tiny(f"{text} trainer.max_steps={steps}", world_size)
         module = RecordingClassifier(config, num_classes=config.data.num_classes)
         records[name] = train(config, module=module)
-        trainer = build_trainer(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
+        trainer = trainer_of(config, [DataPosition(), ModelCheckpoint(save_top_k=0)], [])
         (metrics,) = trainer.validate(module, build_datamodule(config), verbose=False)
         records[name]["metrics"] = metrics
         end_groups()

@@ -15,8 +15,8 @@ from scmoe.config.extras import scmoe as scmoe_command
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, DATASETS, FAMILIES, OPTIMIZERS
-from scmoe.training.run.resume import Resumed
-from scmoe.training.run.start import Start
+from scmoe.training.assembly.start import Start
+from scmoe.training.run.resumed import Resumed
 from scmoe.training.run.train import open_run
 from tests.support.commands import Done, command_here
 

@@ -13,11 +13,11 @@ from torch.distributed import DistNetworkError
 from scmoe.config.load import load
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel import dense as dense_weights
-from scmoe.training.assembly.trainer import cpu_threads
+from scmoe.training.assembly.start import Start
 from scmoe.training.run import machine
 from scmoe.training.run.loggers import wandb_mode
 from scmoe.training.run.machine import check_machine, is_rank_zero
-from scmoe.training.run.start import Start
+from scmoe.training.threads import cpu_threads
 from tests.support.commands import called
 from tests.support.exports import dense, export
 

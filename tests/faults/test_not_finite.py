@@ -20,11 +20,11 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.guard import Guard
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model
-from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.modules import LanguageModel
 from scmoe.training.muon import adamw
 from tests.support.failing import failure
+from tests.support.trainer_of import trainer_of
 from tests.support.trainings import tiny
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
@@ -104,7 +104,7 @@ def poison(rank: int, world_size: int, place: str, clip: str = "by the module") 
     config = tiny(f"position=pos2 trainer.accumulate=1 strategy.ep_size={world_size}", world_size)
     module = CLIPS[clip](lambda context: build_model(config, context), max_steps=3)
     module.place, module.bad = place, world_size - 1
-    trainer = build_trainer(config, [DataPosition()], [])
+    trainer = trainer_of(config, [DataPosition()], [])
     if clip == "by value":
         trainer.gradient_clip_val, trainer.gradient_clip_algorithm = (
             0.5,
@@ -165,7 +165,7 @@ def clipped(rank: int, world_size: int, by_hand: bool, clip: float | None) -> li
         make_optimizer=partial(adamw, lr=0.01),
         **own,
     )
-    trainer = build_trainer(config, [DataPosition()], [])
+    trainer = trainer_of(config, [DataPosition()], [])
     if not by_hand:
         trainer.gradient_clip_val = clip
     trainer.fit(module, build_datamodule(config))

@@ -22,10 +22,11 @@ from experiments.engine.ranks import run_ranks
 from scmoe.parallel.checkpoint import durable, saving
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
-from scmoe.training.assembly.trainer import build_trainer, seed_everything
+from scmoe.training.assembly.trainer import seed_everything
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.modules import LanguageModel
 from tests.support.faults import restored, tiny_run
+from tests.support.trainer_of import trainer_of
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -134,7 +135,7 @@ def saved_inside_steps(
         seed_everything(config)
         watched.append(Watch(folder / str(i), stop_after))
         best = ModelCheckpoint(folder / str(i), save_top_k=-1)
-        trainer: Any = build_trainer(config, [DataPosition(), watched[-1], best], [])
+        trainer: Any = trainer_of(config, [DataPosition(), watched[-1], best], [])
         trainer.val_check_interval, trainer.limit_val_batches = stop_after or 3, 1
         trainer.fit(
             build_module(config), build_datamodule(config), ckpt_path=resume_from, weights_only=True

@@ -21,9 +21,9 @@ from scmoe.parallel.checkpoint.durable import verify
 from scmoe.runs.seen import SeenRun
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
-from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.run.resume import resumption
 from tests.support.commands import command_here, resume_in_ranks
+from tests.support.trainer_of import trainer_of
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
 
@@ -88,7 +88,7 @@ def saved(folder: Path) -> list[str]:
 
 def validated(rank: int, world_size: int, folder: Path, checkpoint: Path) -> float:
     config = load(folder / "config.yaml", ["trainer.devices=1"])
-    trainer = build_trainer(config, [], [])
+    trainer = trainer_of(config, [], [])
     (metrics,) = trainer.validate(
         build_module(config), build_datamodule(config), checkpoint, verbose=False
     )

@@ -17,8 +17,8 @@ from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.dense import estimates_of, pick_dense, ways
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model_on_meta, build_module
+from scmoe.training.assembly.start import Start, dense_estimates
 from scmoe.training.modules import LanguageModel
-from scmoe.training.run.start import Start, dense_estimates
 from tests.support.cases import ARCHITECTURES, split
 from tests.support.comparison import assemble, assert_same
 from tests.support.failing import failure

@@ -21,10 +21,11 @@ from scmoe.lightning.stop import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
-from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
+from scmoe.training.assembly.trainer import build_callbacks, seed_everything
 from scmoe.training.modules import LanguageModel
 from tests.support.faults import tiny_run
 from tests.support.resuming import before_each, exit_code
+from tests.support.trainer_of import trainer_of
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -152,7 +153,7 @@ def keep_best(
 
     config = tiny_run.tiny(world_size, *BEST, f"trainer.checkpoint_every={tiny_run.NEVER}")
     seed_everything(config)
-    trainer = build_trainer(config, [*build_callbacks(config, folder)[:1], best], [])
+    trainer = trainer_of(config, [*build_callbacks(config, folder)[:1], best], [])
     module, data = build_module(config), build_datamodule(config)
     with before_each("validation_step", note):
         code = exit_code(
@@ -206,7 +207,7 @@ def uneven(rank: int, world_size: int, folder: Path) -> tuple[Any, int]:
             os.kill(os.getpid(), signal.SIGTERM)
 
     seed_everything(config)
-    trainer = build_trainer(config, build_callbacks(config, folder), [])
+    trainer = trainer_of(config, build_callbacks(config, folder), [])
     with before_each("validation_step", note):
         code = exit_code(lambda: trainer.fit(build_module(config), data))
     return code, validated

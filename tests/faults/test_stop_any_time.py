@@ -23,11 +23,12 @@ from scmoe.lightning.stop import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model
-from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
+from scmoe.training.assembly.trainer import build_callbacks, seed_everything
 from scmoe.training.modules import LanguageModel
 from scmoe.training.muon import adamw
 from tests.support.faults import tiny_run
 from tests.support.resuming import exit_code
+from tests.support.trainer_of import trainer_of
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults]
 
@@ -96,7 +97,7 @@ def build(
         warmup_steps=2,
     )
     module.when = when
-    trainer = build_trainer(config, build_callbacks(config, folder)[:1], [])
+    trainer = trainer_of(config, build_callbacks(config, folder)[:1], [])
     trainer.num_sanity_val_steps = AT_BATCH if when == "sanity check" else 0
     return trainer, module, build_datamodule(config)
 

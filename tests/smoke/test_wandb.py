@@ -58,6 +58,7 @@ def scenario(folder: Path) -> None:
 
     from scmoe.config.load import load
     from scmoe.probes.load_chart import draw_load
+    from scmoe.training.assembly import start
     from scmoe.training.run import loggers as run_loggers
     from scmoe.training.run import train as run
     from scmoe.training.run.loggers import build_loggers, close_loggers, log_inputs, log_results
@@ -92,7 +93,7 @@ def scenario(folder: Path) -> None:
                 )
             else:
                 config, resumed = resumption(run_dir, overrides)
-            summary = run.train(config, (), resumed)
+            summary = run.train(start.Start.of(config), (), resumed)
         report(name, server, summary=summary, said=said.getvalue())
         return said.getvalue()
 
@@ -166,11 +167,11 @@ def scenario(folder: Path) -> None:
             if trainer.global_step == 3:
                 server.close()
 
-    plain, run_loggers.FINISH_TIMEOUT_S = run.build_callbacks, 2.0
-    run.build_callbacks = lambda *arguments: [*plain(*arguments), Trouble()]
+    plain, run_loggers.FINISH_TIMEOUT_S = start.build_callbacks, 2.0
+    start.build_callbacks = lambda *arguments: [*plain(*arguments), Trouble()]
     server = WandbServer()
     said = training(server, "trouble", "logger.mode=auto")
-    run.build_callbacks = plain
+    start.build_callbacks = plain
 
     with wandb_server() as server:
         command(server, *said.rpartition("to upload all of it: ")[2].splitlines()[0].split())

@@ -16,7 +16,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from scmoe.config.load import load, to_yaml
+from scmoe.config.as_yaml import to_yaml
+from scmoe.config.load import load
 
 
 def main(pause: str, program: str, arguments: list[str]) -> int:

@@ -29,11 +29,11 @@ from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_module
-from scmoe.training.assembly.trainer import build_trainer
 from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.modules import LanguageModel, MoEModule
 from scmoe.training.muon import adamw
 from tests.support.architectures import overrides
+from tests.support.trainer_of import trainer_of
 
 TINY = (
     *("model.layers=2", "model.dim=16", "model.heads=2", "model.ffn_dim=24"),
@@ -220,7 +220,7 @@ def fit(
     """Train on this rank and return the Trainer. Without callbacks no checkpoint is kept.
 
     module, data: those of the config by default. how: further arguments of Trainer.fit."""
-    trainer = build_trainer(
+    trainer = trainer_of(
         config, [DataPosition(), *(callbacks or [ModelCheckpoint(save_top_k=0)])], []
     )
     trainer.fit(module or build_module(config), data or build_datamodule(config), **how)

@@ -11,10 +11,11 @@ from scmoe.config.load import load
 from scmoe.probes.routing import read_routing
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
-from scmoe.training.assembly.trainer import build_callbacks, build_trainer
+from scmoe.training.assembly.trainer import build_callbacks
 from scmoe.training.callbacks.analysis import Analysis
 from scmoe.training.run.loggers import build_loggers, close_loggers
 from tests.support.models import hooks
+from tests.support.trainer_of import trainer_of
 
 TINY = (
     *(
@@ -56,7 +57,7 @@ def fit(run_dir, *words, resume=False):
 
     module.training_step = counting
     loggers = build_loggers(config, run_dir, resumed_step=4 if resume else None)
-    trainer = build_trainer(config, callbacks, loggers)
+    trainer = trainer_of(config, callbacks, loggers)
     trainer.checkpoint_callback.save_top_k = -1  # the run is resumed from a step before its last
     trainer.fit(
         module,

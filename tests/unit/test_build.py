@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from scmoe.config.as_yaml import to_yaml
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load, load_text, to_yaml
+from scmoe.config.load import load, load_text
 from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.estimate.model_cost import count_parameters, total_and_active
 from scmoe.runs.on_ranks import config_without_training
 from scmoe.training.assembly.data import build_datamodule, prepare_data
 from scmoe.training.assembly.model import build_model_on_meta
-from scmoe.training.run.train import doubts
+from scmoe.training.assembly.start import doubts
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = sorted(

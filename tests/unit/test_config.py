@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scmoe.config.as_yaml import to_yaml
 from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config, LoggerConfig
 from scmoe.config.leaves import ConfigError, flatten, four_digits
-from scmoe.config.load import REMOVED, load, load_text, to_yaml
+from scmoe.config.load import REMOVED, load, load_text
 from tests.support.configs import IMPOSSIBLE
 
 

@@ -16,8 +16,8 @@ from scmoe.config.load import load
 from scmoe.moe.router import Router
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_module
-from scmoe.training.assembly.trainer import build_trainer
 from tests.support.models import tiny
+from tests.support.trainer_of import trainer_of
 
 OPTIM = (
     "optim.lr=0.25",
@@ -153,7 +153,7 @@ def test_dropout_follows_the_embedding_and_every_sublayer(architecture):
 
 def test_the_trainer_is_deterministic_where_the_config_says_so():
     try:
-        build_trainer(tiny("trainer.deterministic=true", "trainer.accelerator=cpu"), [], [])
+        trainer_of(tiny("trainer.deterministic=true", "trainer.accelerator=cpu"), [], [])
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)

@@ -34,8 +34,8 @@ from scmoe.training.assembly.blocks import decoder_parts, moe_blocks, stack
 from scmoe.training.assembly.costs import estimate
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module
+from scmoe.training.assembly.start import Start
 from scmoe.training.run.machine import check_machine
-from scmoe.training.run.start import Start
 from tests.support.models import TINY
 
 EXTENSION = "extensions=[docs.examples.my_architecture]"

@@ -18,7 +18,8 @@ from experiments.bench.rank_bench import Seconds
 from experiments.bench.stacks import Variant
 from experiments.figures.measured import SCENARIOS, module_share, read_reports
 from scmoe.command_line import call
-from scmoe.config.load import load, to_yaml
+from scmoe.config.as_yaml import to_yaml
+from scmoe.config.load import load
 from scmoe.planning.pricing import OPERATORS, STREAM, LayerChoice
 from scmoe.schedule.cost import OperatorTimes
 from tests.support.pictures import assert_readable, assert_values_off_the_bars

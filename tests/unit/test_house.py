@@ -57,10 +57,11 @@ LABORATORY = (
     "experiments",  # the entries, a file for each verb
 )
 ROOMS = [*LIBRARY, *LABORATORY]
-CLOSURES = {  # files that are read for one idea, without what a function imports for some uses
-    "scmoe/moe/stream.py": 11,
-    "scmoe/lightning/strategy.py": 31,
-    "scmoe/training/run/train.py": 85,
+CLOSURES = {  # files that are read for one idea, with what its functions import
+    "scmoe/moe/stream.py": 12,
+    "scmoe/lightning/strategy.py": 36,
+    "scmoe/training/run/train.py": 59,  # a run, whatever its parts are
+    "scmoe/training/assembly/start.py": 111,  # the parts of every configuration
 }
 HASATTR = 2
 
@@ -68,12 +69,18 @@ HASATTR = 2
 LINES = {"library": 29_234, "laboratory": 9_116}
 
 COLUMNS = 100
+FILE_LINES = 400
+LONGER_FILES = {  # not split yet
+    "experiments/bench/inference.py",
+    "experiments/bench/offload.py",
+    "experiments/bench/overlap.py",
+    "experiments/bench/training.py",
+}
 VALUES = 2  # of one assignment; shapes and returned tuples are unpacked in any number
 PARAMETERS = 8
 MORE_PARAMETERS = {  # functions that may have more
     "scmoe/api.py": {"MoE", "ScMoEBlock"},  # constructors of public parts
     "scmoe/hf.py": {"forward"},  # the signature is that of transformers
-    "scmoe/cli/generate.py": {"main"},  # the signature is the command line
 }
 VAGUE = {"own", "found", "given", "place", "middle", "at", "of"}
 VAGUE_NAMES = 40
@@ -129,19 +136,6 @@ def names_used(tree: ast.AST) -> set[str]:
     return names_in(ast.walk(tree))
 
 
-def names_loaded(tree: ast.Module) -> set[str]:
-    """Return the dotted names that a module imports when it is imported, not in a function."""
-    nodes: list[ast.AST] = []
-    todo: list[ast.AST] = [tree]
-    while todo:
-        node = todo.pop()
-        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-        if not isinstance(node, ast.FunctionDef | ast.Attribute) and not for_types:
-            nodes.append(node)
-            todo += ast.iter_child_nodes(node)
-    return names_in(nodes)
-
-
 def names_in(nodes: Iterable[ast.AST]) -> set[str]:
     names = set()
     for node in nodes:
@@ -190,10 +184,6 @@ def violations(path: str, source: str) -> list[str]:
 
 IMPORTS = {
     path: {file for name in names_used(tree) if (file := file_of(name))} - {path}
-    for path, tree in TREES.items()
-}
-LOADED = {
-    path: {file for name in names_loaded(tree) if (file := file_of(name))} - {path}
     for path, tree in TREES.items()
 }
 
@@ -265,7 +255,7 @@ def test_few_files_are_read_for_a_stream_a_strategy_or_a_training():
     for path, most in CLOSURES.items():
         seen, todo = {path}, [path]
         while todo:
-            new = LOADED[todo.pop()] - seen
+            new = IMPORTS[todo.pop()] - seen
             seen |= new
             todo += new
         read = {file for file in seen if TEXTS[file]}
@@ -382,6 +372,11 @@ def test_a_blocks_schedule_is_set_in_one_place():
 def long_lines(text: str) -> list[int]:
     """Return the numbers of the lines over COLUMNS."""
     return [i for i, line in enumerate(text.splitlines(), 1) if len(line) > COLUMNS]
+
+
+def test_a_file_of_the_product_has_room_for_one_idea():
+    long = {path for path, text in TEXTS.items() if len(text.splitlines()) > FILE_LINES}
+    assert long <= LONGER_FILES, long - LONGER_FILES
 
 
 def packed(tree: ast.AST) -> list[int]:

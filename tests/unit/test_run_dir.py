@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from scmoe.config.load import changes_to_yaml, load, load_text, to_yaml
+from scmoe.config.as_yaml import changes_to_yaml, to_yaml
+from scmoe.config.load import load, load_text
 from scmoe.runs.evaluate.evaluation import keep_results, read_results
+from scmoe.training.assembly.start import Start
 from scmoe.training.run import resume, train
 from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, slug_of
 from scmoe.training.run.file_loggers import csv_logger
 from scmoe.training.run.printout import print_start, resume_command, summary_panel
-from scmoe.training.run.resume import Resumed
-from scmoe.training.run.start import Start
+from scmoe.training.run.resumed import Resumed
 from scmoe.training.run.train import open_run
 from tests.support.commands import rows_of
 

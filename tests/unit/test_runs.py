@@ -13,8 +13,9 @@ import pytest
 from matplotlib.figure import Figure
 
 from scmoe.command_line import call
+from scmoe.config.as_yaml import to_yaml
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load, to_yaml
+from scmoe.config.load import load
 from scmoe.runs import seen as runs
 from scmoe.sweeps import compare
 from scmoe.training.run.directory import (

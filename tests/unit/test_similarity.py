@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from scmoe.config.load import load
-from scmoe.probes.representations import (
-    SimilarityProbe,
-    cosine_matrix,
-    draw_similarity,
-    means,
-    similarity_metrics,
-)
+from scmoe.probes.representation_charts import draw_similarity
+from scmoe.probes.representations import SimilarityProbe, cosine_matrix, means, similarity_metrics
 from tests.support.models import assert_close, hooks, tiny, tiny_batch, tiny_model
 
 

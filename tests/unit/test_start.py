@@ -9,6 +9,7 @@ from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.config.registry import FAMILIES
 from scmoe.files import writing
+from scmoe.training.assembly.start import Start
 from scmoe.training.run.train import train
 
 
@@ -28,6 +29,6 @@ def test_a_training_builds_one_model_on_meta_and_redacts_its_config_once(tmp_pat
     monkeypatch.setattr(writing, "_starred", star_and_note)
     words = ["trainer.fast_dev_run=true", "strategy.dense=auto", "trainer.progress=false"]
     with redirect_stderr(StringIO()):
-        train(load("debug", [*words, f"runs_dir={tmp_path}"]))
+        train(Start.of(load("debug", [*words, f"runs_dir={tmp_path}"])))
     assert sorted(devices) == ["cpu", "meta"]
     assert sum(isinstance(value, Config) for value in redactions) == 1

@@ -20,8 +20,9 @@ from experiments.tables.table_file import Options, Row, Scale, load_table
 from experiments.tables.table_plan import plan_table
 from experiments.tables.table_runs import Run, plan_runs, read_states
 from experiments.tables.table_speeds import measure_speeds, read_speeds
+from scmoe.config.as_yaml import to_yaml
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load, to_yaml
+from scmoe.config.load import load
 from scmoe.sweeps import batch
 from scmoe.sweeps.batch import Batch
 from scmoe.sweeps.jobs import Job, State, clock, lock_of

@@ -20,8 +20,9 @@ from experiments.tables.table_runs import (
     same_config,
     save,
 )
+from scmoe.config.as_yaml import to_yaml
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import load, to_yaml
+from scmoe.config.load import load
 from scmoe.sweeps.jobs import State, digest_of
 
 ROOT = Path(__file__).parents[2]

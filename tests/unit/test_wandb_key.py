@@ -6,9 +6,10 @@ import wandb
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.training.run import machine, start
+from scmoe.training.assembly import start
+from scmoe.training.assembly.start import Start
+from scmoe.training.run import machine
 from scmoe.training.run.loggers import has_wandb_key, wandb_logger
-from scmoe.training.run.start import Start
 
 OURS, LAB = "api.wandb.ai", "http://wandb.lab:8080"
 

@@ -154,8 +154,8 @@ def offload_experts(
     check(way, slots, top_k, num_experts)
     if rate_mb_s is not None and (rate_mb_s <= 0 or device.type != "cpu"):
         raise ValueError(
-            f"rate_mb_s is {rate_mb_s}, allowed: above 0, with the model on a CPU (it is on"
-            f" {device})"
+            f"rate_mb_s is {rate_mb_s} and the model is on {device}. Give a rate above 0, and a"
+            " model on a CPU."
         )
     if model.training:
         raise ValueError(

@@ -1,6 +1,5 @@
 """Builds the Trainer of a configuration, with its strategy and callbacks."""
 
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from scmoe.config.derived import last_step, resolve_ep_size
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import CALLBACKS, IMAGES
@@ -30,6 +28,7 @@ from scmoe.training.callbacks.peak_memory import PeakMemory
 from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.step_times import StepTimes
 from scmoe.training.callbacks.throughput import Throughput
+from scmoe.training.threads import cpu_threads
 
 register_callback = CALLBACKS.register
 
@@ -129,22 +128,16 @@ def timing_conditions(config: Config) -> dict[str, Any]:
     }
 
 
-def cpu_threads(config: Config) -> int:
-    """Return the CPU threads of one rank."""
-    if config.trainer.threads is not None:
-        return config.trainer.threads
-    affinity = getattr(os, "sched_getaffinity", None)  # macOS has no such function
-    usable = (os.cpu_count() or 1) if affinity is None else len(affinity(0))
-    return max(1, usable // config.trainer.devices)
-
-
 def build_strategy(
-    config: Config, dense_estimates: Mapping[str, float] | None = None
+    config: Config, ep_size: int, dense_estimates: Mapping[str, float] | None = None
 ) -> ExpertParallelStrategy:
-    """dense_estimates: for strategy.dense=auto, as ExpertParallelStrategy takes them."""
+    """Return the Strategy.
+
+    dense_estimates: for strategy.dense=auto, as ExpertParallelStrategy takes them.
+    """
     strategy = config.strategy
     return ExpertParallelStrategy(
-        resolve_ep_size(config),
+        ep_size,
         strategy.timeout_s,
         async_checkpoint=strategy.async_checkpoint,
         dense=strategy.dense,
@@ -157,10 +150,10 @@ def build_trainer(
     config: Config,
     callbacks: Sequence[Callback],
     loggers: Sequence[Logger],
-    dense_estimates: Mapping[str, float] | None = None,
+    strategy: ExpertParallelStrategy,
+    last_step: int,
 ) -> Trainer:
-    """Return the Trainer. dense_estimates: as in `build_strategy`. ConfigError: Lightning's Trainer
-    does not take trainer.extra."""
+    """Return the Trainer. ConfigError: Lightning's Trainer does not take trainer.extra."""
     trainer = config.trainer
     threads = cpu_threads(config)
     # Lightning's launcher sets the number too, before `setup`.
@@ -170,9 +163,9 @@ def build_trainer(
             accelerator=trainer.accelerator,
             devices=trainer.devices,
             num_nodes=trainer.num_nodes,
-            strategy=build_strategy(config, dense_estimates),
+            strategy=strategy,
             precision=trainer.precision,
-            max_steps=last_step(config),
+            max_steps=last_step,
             max_epochs=-1,
             accumulate_grad_batches=trainer.accumulate,
             val_check_interval=trainer.val_every * trainer.accumulate,

@@ -17,11 +17,10 @@ import numpy as np
 from lightning.pytorch import Callback, Trainer
 
 from scmoe.files.writing import try_to_draw, try_to_write
+from scmoe.probes.representation_charts import draw_gating, draw_similarity
 from scmoe.probes.representations import (
     GatingProbe,
     SimilarityProbe,
-    draw_gating,
-    draw_similarity,
     gating_metrics,
     means,
     similarity_metrics,

@@ -4,8 +4,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from scmoe.config.as_yaml import to_yaml
 from scmoe.config.fields import Config
-from scmoe.config.load import to_yaml
 
 
 class KeptConfig(Callback):

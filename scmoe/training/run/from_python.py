@@ -15,10 +15,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from scmoe.config.as_yaml import to_yaml
 from scmoe.config.fields import Config
-from scmoe.config.load import to_yaml
+from scmoe.training.assembly.start import Start
 from scmoe.training.run.machine import LAUNCHERS, check_machine
-from scmoe.training.run.start import Start
 from scmoe.training.run.train import train
 
 INTERRUPTED = 130  # exit code of a training that Ctrl-C has stopped
@@ -44,7 +44,7 @@ def train_from_python(config: Config) -> Path | None:
 
 def _train_here(config: Config) -> dict[str, Any] | None:
     try:
-        return train(config)
+        return train(Start.of(config))
     except SystemExit as error:
         if error.code == INTERRUPTED:
             raise KeyboardInterrupt from error

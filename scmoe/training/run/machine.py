@@ -30,9 +30,8 @@ from scmoe.estimate.memory import rank_memory
 from scmoe.estimate.model_cost import forward_flops, training_flops
 from scmoe.lightning.seam.launch import rank_without_trainer
 from scmoe.parallel.dense import GIB, memory_in_use, memory_limit
-from scmoe.training.assembly.model import updated_by_muon
-from scmoe.training.assembly.trainer import cpu_threads
-from scmoe.training.run.start import Start
+from scmoe.training.run.parts import Parts
+from scmoe.training.threads import cpu_threads
 
 LAUNCHERS: dict[str, type[ClusterEnvironment]] = {
     "torchrun": TorchElasticEnvironment,
@@ -63,7 +62,7 @@ def is_rank_zero() -> bool:
     return rank_without_trainer() == 0 and node == 0
 
 
-def check_machine(start: Start) -> None:
+def check_machine(start: Parts) -> None:
     """Raise ConfigError if this machine cannot run the training within the limits of memory and
     time.
 
@@ -170,7 +169,7 @@ def why_not_writable(folder: Path) -> str | None:
         return str(error)
 
 
-def check_size(start: Start) -> None:
+def check_size(start: Parts) -> None:
     """Raise ConfigError if a rank needs more memory, or a step more time, than the limits allow."""
     config = start.config
     trainer = config.trainer
@@ -179,7 +178,7 @@ def check_size(start: Start) -> None:
     if job.dense == "auto":
         job = replace(job, dense="sharded")  # the way that needs least
 
-    memory = rank_memory(start.model, job, updated_by_muon(config, start.model))
+    memory = rank_memory(start.model, job, start.updated_by_muon())
     needed = memory["total"] / GIB + (0 if gpu else PROCESS_GIB)
     limit = trainer.max_memory_gib or free_gib(config)
     if needed > limit:

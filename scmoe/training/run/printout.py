@@ -10,32 +10,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from scmoe.config.as_yaml import changes_to_yaml
 from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
-from scmoe.config.load import changes_to_yaml
 from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
-from scmoe.datamodules.text import TextDataModule
 from scmoe.estimate.model_cost import count_parameters, total_and_active
 from scmoe.lightning.seam.loops import count_steps_from
-from scmoe.models.decoder import Decoder
 from scmoe.training.callbacks.peak_memory import PeakMemory
 from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.throughput import Throughput
 from scmoe.training.modules import MoEModule
 from scmoe.training.run.directory import relative
-from scmoe.training.run.start import Start
+from scmoe.training.run.parts import Parts
 
-SAMPLES = 3
-SAMPLE_TOKENS = 40
 # Of the steps since the last log.
 LOADS = ("step_load_max", "rank_load_max", "step_drop", "dead_experts")
 
@@ -118,7 +113,7 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
     return Panel(table, title="run finished", title_align="left")
 
 
-def print_start(start: Start, run_dir: Path, checkpoint: Path | None) -> None:
+def print_start(start: Parts, run_dir: Path, checkpoint: Path | None) -> None:
     """Print what differs from the default configuration, the model, and the checkpoint that a
     resumed run continues from."""
     out = console()
@@ -190,25 +185,6 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         "skipped": len(data.skipped) + skipped,
         **of_images,
     }
-
-
-def sample_text(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -> list[str]:
-    """Return a few short texts that the model generates; none for images. Every rank must call it:
-    all have experts."""
-    if not isinstance(data, TextDataModule) or not isinstance(module.model, Decoder):
-        return []
-    if module.model.max_seq_len < 2:
-        return []
-    from scmoe.inference.generate import generate
-    from scmoe.inference.sampling import Stopping
-
-    model = module.to(trainer.strategy.root_device).eval().model
-    end = data.tokenizer.end_of_text
-    stopping = Stopping(min(SAMPLE_TOKENS, model.max_seq_len - 1), decode=data.tokenizer.decode)
-    # torch would compile again for each length of the text
-    eager = torch.compiler.set_stance("force_eager")
-    with trainer.precision_plugin.val_step_context(), eager:
-        return [stopping.text(ids) for ids, _ in generate(model, [[end]] * SAMPLES, stopping)]
 
 
 def say_done(run_dir: Path, summary: dict[str, Any], config: Config) -> dict[str, Any]:

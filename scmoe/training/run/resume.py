@@ -9,19 +9,16 @@ its weights other settings.
 """
 
 import re
-import sys
-import uuid
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import REMOVED, load_text, parse_yaml, read_text
 from scmoe.config.registry import named, words
-from scmoe.files.writing import read_json
 from scmoe.parallel.checkpoint.durable import (
     UNREAD,
     BrokenCheckpoint,
@@ -32,7 +29,8 @@ from scmoe.parallel.checkpoint.durable import (
 )
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.training.assembly.data import kept_tokenizer
-from scmoe.training.run.directory import relative, why_no_checkpoint
+from scmoe.training.run.directory import why_no_checkpoint
+from scmoe.training.run.resumed import Resumed, record_of
 
 STEP = re.compile(r"(--)?step=")
 Which = Literal["last", "best"]
@@ -121,32 +119,6 @@ def checkpoint_of(run_dir: Path, step: int) -> Path:
     return steps[step]
 
 
-def set_aside_later(run_dir: Path, step: int) -> None:
-    """Move checkpoints and configurations after this step to set-aside/ of the run.
-
-    These steps are done again. Otherwise the next resumption would take one of them as the newest.
-    """
-    later = [
-        path
-        for path in run_dir.glob("config-from-*.yaml")
-        if int(path.stem.rpartition("-")[2]) > step
-    ]
-    for path in checkpoints(run_dir / "checkpoints"):
-        with suppress(BrokenCheckpoint):
-            if read_manifest(path)["step"] > step:
-                later.append(path)
-    set_aside(run_dir, later)
-
-
-def set_aside(run_dir: Path, paths: Sequence[Path]) -> None:
-    """Move files or checkpoints to set-aside/ of the run."""
-    for path in paths:
-        aside = run_dir / "set-aside" / f"{path.name}-{uuid.uuid4().hex[:8]}"
-        aside.parent.mkdir(exist_ok=True)
-        path.rename(aside)
-        print(f"set aside: {relative(path)} is now {relative(aside)}", file=sys.stderr, flush=True)
-
-
 def step_of(words: Sequence[str]) -> tuple[int | None, list[str]]:
     """Split `step=N` from the overrides of a resumption; None without it. ConfigError: N is no
     number of steps."""
@@ -173,15 +145,6 @@ def config_text(run_dir: Path, checkpoint: Path) -> tuple[str, str]:
         path = run_dir / "config.yaml"
         return read_text(path), str(path)
     return text, str(checkpoint)
-
-
-class Resumed(NamedTuple):
-    """A run that goes on. step: the one that the user named; later ones are set aside. None: the
-    newest."""
-
-    run_dir: Path
-    checkpoint: Path
-    step: int | None
 
 
 def resumption(
@@ -244,16 +207,3 @@ def refuse_other_model(
             raise ConfigError(
                 f"{key} is {show(here[key])}, allowed: {show(value)}, as in {checkpoint}"
             )
-
-
-def record_of(run_dir: Path, step: int) -> Path:
-    """Return where the configuration of a resumption from this step is kept."""
-    return run_dir / f"config-from-{step}.yaml"
-
-
-def summary_if_done(run: Resumed, last_step: int) -> dict[str, Any] | None:
-    """Return the summary of a run that has done all its steps; None where steps or the summary are
-    missing."""
-    summary = read_json(run.run_dir / "summary.json")
-    is_done = summary.get("steps") == last_step <= read_manifest(run.checkpoint)["step"]
-    return summary if is_done and run.step is None else None

@@ -1,27 +1,24 @@
-"""Trains one configuration, from its run directory to its report. Every rank calls `train`."""
+"""Runs one training, from its directory to its report. Every rank calls `train`.
+
+What is trained comes in as `Parts`: assembly/start.py makes them from a configuration.
+"""
 
 import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
+from scmoe.config.as_yaml import to_yaml
 from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
-from scmoe.config.load import to_yaml
 from scmoe.config.registry import words
-from scmoe.datamodules.positioned import PositionedDataModule
-from scmoe.datamodules.text import TextDataModule
-from scmoe.files.writing import try_to_write_json, warn_once
+from scmoe.files.writing import try_to_write_json
 from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, read_manifest
-from scmoe.training.assembly.data import build_datamodule, prepare_data
-from scmoe.training.assembly.model import build_module, initial_weights
-from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
 from scmoe.training.callbacks.kept_config import KeptConfig
 from scmoe.training.run.directory import (
     create_run_dir,
@@ -39,37 +36,27 @@ from scmoe.training.run.loggers import (
     log_results,
 )
 from scmoe.training.run.machine import check_machine, is_rank_zero, keep_freed_memory
-from scmoe.training.run.printout import (
-    console,
-    print_start,
-    print_summary,
-    sample_text,
-    say_done,
-    summarise,
-)
-from scmoe.training.run.resume import (
+from scmoe.training.run.parts import Parts
+from scmoe.training.run.printout import console, print_start, print_summary, say_done, summarise
+from scmoe.training.run.resumed import (
     Resumed,
     record_of,
     set_aside,
     set_aside_later,
     summary_if_done,
 )
-from scmoe.training.run.start import Start, dense_estimates
 
 
 def train(
-    config: Config,
-    overrides: Sequence[str] = (),
-    resumed: Resumed | None = None,
-    quiet: bool = False,
+    start: Parts, overrides: Sequence[str] = (), resumed: Resumed | None = None, quiet: bool = False
 ) -> dict[str, Any] | None:
     """Train and return the summary, which is also in the run directory; return None on ranks other
     than 0.
 
-    resumed: the run to continue; None starts a new run. A run that is done is not touched. quiet:
-    print neither the config nor the summary, for example where the run directory is temporary.
+    start: the configuration and its parts. resumed: the run to continue; None starts a new run. A
+    run that is done is not touched. quiet: print neither the config nor the summary, for example
+    where the run directory is temporary.
     """
-    start = Start.of(config)
     config = start.config
     if resumed is not None:
         if (done := summary_if_done(resumed, start.last_step)) is not None:
@@ -80,20 +67,19 @@ def train(
     silence_lightning()
     check_machine(start)
     keep_freed_memory()
-    seed_everything(config)
-    data = build_datamodule(config)
+    data = start.data()
     init_from = config.init_from if resumed is None else None  # a checkpoint has its own weights
     if is_rank_zero():
-        prepare(start, init_from, data)
+        start.prepare(init_from, data)
 
     with open_run(start, overrides, resumed, quiet) as (directory, loggers):
         if directory is not None:
             log_inputs(loggers, start.redacted, data.state_dict())
             if resumed is not None and resumed.step is not None:
                 set_aside_later(directory, resumed.step)
-        module = build_module(replace(config, init_from=init_from))
-        callbacks = [KeptConfig(start.redacted), *build_callbacks(config, directory)]
-        trainer = build_trainer(config, callbacks, loggers, dense_estimates(start))
+        module = start.module(init_from)
+        callbacks = [KeptConfig(start.redacted), *start.callbacks(directory)]
+        trainer = start.trainer(callbacks, loggers)
         try:
             trainer.fit(module, data, ckpt_path=resumed and resumed.checkpoint, weights_only=True)
         except BrokenCheckpoint as error:  # its content; names and sizes were verified before
@@ -109,7 +95,7 @@ def train(
         if directory is not None:
             summary = {"run_dir": str(relative(directory)), **summary}
             try_to_write_json(directory / "summary.json", summary)
-        samples = sample_text(trainer, module, data)
+        samples = start.samples(trainer, module, data)
         if directory is not None:
             load = directory / "analysis" / "expert_load.png"
             log_results(loggers, trainer.global_step, samples, load, trainer.checkpoint_callbacks)
@@ -121,23 +107,9 @@ def train(
     return summary
 
 
-def prepare(start: Start, init_from: str | None, data: PositionedDataModule) -> None:
-    """Prepare the data before other ranks are started.
-
-    init_from: what the initial weights are read from; None: nothing. ConfigError: it or the data
-    cannot be used.
-    """
-    kind, _, path = (init_from or "").partition(":")
-    if kind:
-        initial_weights(start.config, start.model)  # its checks, before data is prepared
-    prepare_data(data, Path(path) if kind == "scmoe" else None)
-    for text in doubts(start.config, data):
-        warn_once(text)
-
-
 @contextmanager
 def open_run(
-    start: Start, overrides: Sequence[str], resumed: Resumed | None, quiet: bool = False
+    start: Parts, overrides: Sequence[str], resumed: Resumed | None, quiet: bool = False
 ) -> Iterator[tuple[Path | None, list[Logger]]]:
     """Open the run and print what it will do, unless quiet; on exit, close its loggers and write
     its last state.
@@ -192,25 +164,6 @@ def how_to_continue(config: Config, run_dir: Path) -> str:
     saved = checkpoints(run_dir / "checkpoints")
     command = scmoe("resume", relative(run_dir), *words(config.extensions, config.callbacks))
     return f"to continue: {command}" if saved else "no step was saved, start it again"
-
-
-def doubts(config: Config, data: PositionedDataModule) -> Iterator[str]:
-    """Yield a warning for each setting that runs but is probably a mistake."""
-    warmup = config.optim.warmup_steps
-    steps = config.trainer.max_steps
-    if warmup > steps and not config.trainer.fast_dev_run:
-        yield (
-            f"optim.warmup_steps is {warmup} and trainer.max_steps {steps}: the rate never reaches"
-            " optim.lr"
-        )
-    if isinstance(data, TextDataModule) and data.tokenizer_kind == "bpe":
-        num_tokens = data.tokenizer.vocab_size
-        if num_tokens < data.vocab_size:
-            yield (
-                f"data.vocab_size is {data.vocab_size}, but this text gives a tokenizer of"
-                f" {num_tokens} tokens: the last {data.vocab_size - num_tokens} rows of the"
-                " embedding are never trained"
-            )
 
 
 def silence_lightning() -> None:

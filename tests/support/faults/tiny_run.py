@@ -20,7 +20,8 @@ from scmoe.parallel.dense import local, reshard
 from scmoe.report import console
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module
-from scmoe.training.assembly.trainer import build_callbacks, build_trainer, seed_everything
+from scmoe.training.assembly.trainer import build_callbacks, seed_everything
+from tests.support.trainer_of import trainer_of
 
 EXPERTS = 8
 NEVER = "1000000"
@@ -77,7 +78,7 @@ def fit(
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     seed_everything(config)
-    trainer: Any = build_trainer(config, build_callbacks(config, run_dir), [])
+    trainer: Any = trainer_of(config, build_callbacks(config, run_dir), [])
     for callback in trainer.checkpoint_callbacks:
         callback.save_top_k = save_top_k
     trainer.fit(
