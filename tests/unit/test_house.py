@@ -74,6 +74,7 @@ MORE_PARAMETERS = {  # functions that may have more
     "scmoe/api.py": {"MoE", "ScMoEBlock"},  # constructors of public parts
     "scmoe/hf.py": {"forward"},  # the signature is that of transformers
     "scmoe/cli/generate.py": {"main"},  # the signature is the command line
+    "experiments/bench/__main__.py": {"inference"},  # as well
 }
 VAGUE = {"own", "found", "given", "place", "middle", "at", "of"}
 VAGUE_NAMES = 40
