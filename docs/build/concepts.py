@@ -1,17 +1,20 @@
-"""The pictures of docs/concepts.md: windows, slots, chunks, and the two All-to-Alls between ranks.
+"""The pictures of docs/concepts.md: windows, slots, chunks, the two All-to-Alls between ranks, and
+the three ways to hide them.
 
 They show no measurement. The timelines are the cost model's, of the operator times that
 experiments/figures/timelines.py assumes.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from experiments.engine.gantt import COLORS, OTHER, draw
 from experiments.figures.timelines import TIMES, TOP2_TIMES, arrow, box, canvas
 from scmoe.probes.charts import PAPER, SMALL, chart
-from scmoe.schedule.cost import OperatorTimes, elapsed_time, per_chunk, play
+from scmoe.schedule.cost import OperatorTimes, Span, best_schedule, elapsed_time, per_chunk, play
 from scmoe.schedule.cost import slots as all_slots
 from scmoe.schedule.schedule import POSITIONS, Schedule
+from scmoe.schedule.stack import BEFORE, half_of, play_halves
 
 UNIT = "time from the tap, in units of one MLP"
 
@@ -89,4 +92,54 @@ def ranks(path: Path) -> None:
         axis.text(0.0, 0.0, note, fontsize=SMALL, style="italic")
 
 
-CONCEPTS = windows, slots, chunks, ranks
+def ways(path: Path) -> None:
+    """Draw two pairs, forward: top-2 that waits, top-2 in chunks and with two batches in flight,
+    and the shortcut."""
+    in_pair = ("attention", "mlp", "attention")
+    one = Schedule("top_k")
+    first, second = played(one, TOP2_TIMES, in_pair, batches=2)
+    whole = [
+        choice for choice in all_slots(Schedule("scmoe", "pos2")) if not choice.inside_attention
+    ]
+    best = best_schedule(whole, {1: OperatorTimes(TIMES)})
+    lines = {
+        "Standard top-2, one batch": played(one, TOP2_TIMES, in_pair)[0],
+        "Standard top-2, 2 chunks": played(Schedule("top_k", chunks=2), TOP2_TIMES, in_pair)[0],
+        "Standard top-2, two batches in flight: first half": first,
+        "The same rank: second half": second,
+        f"ScMoE (Pos-2), {best.place}": played(best, TIMES, ("attention",))[0],
+    }
+    draw(
+        lines, path, "Two pairs, forward: three ways to hide transfers", "time, in units of one MLP"
+    )
+
+
+def played(
+    schedule: Schedule, times: Mapping[str, float], before: Sequence[str], batches: int = 1
+) -> list[list[Span]]:
+    """Return when the operators of two pairs run, of each batch in flight.
+
+    times: of a whole batch. before: what a pair computes before its tap.
+    """
+    pair = OperatorTimes({**times, BEFORE: sum(times[operator] for operator in before)})
+    layer = (schedule, pair if batches == 1 else half_of(pair))
+    halves = play_halves([layer, layer], batches=batches)
+    return [list(with_operators(spans, times, before)) for spans in halves]
+
+
+def with_operators(
+    spans: Iterable[Span], times: Mapping[str, float], before: Sequence[str]
+) -> Iterable[Span]:
+    """Yield the spans, with the operators of a pair before its tap in place of their sum."""
+    for span in spans:
+        if span.operator != BEFORE:
+            yield span
+            continue
+        share = (span.end - span.start) / sum(times[operator] for operator in before)
+        start = span.start
+        for operator in before:
+            yield Span(operator, start, start + share * times[operator])
+            start += share * times[operator]
+
+
+CONCEPTS = windows, slots, chunks, ranks, ways

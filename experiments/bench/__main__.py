@@ -7,19 +7,19 @@ answered at once.
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from cyclopts import App, Parameter, validators
+from cyclopts import App
 
-from experiments.bench.options import Compute, Count, Options, Rounds, Share
-from experiments.bench.pairs import Setting, check_ranks
+from experiments.bench.options import Compute, Count, InferenceOptions, Options, Rounds, Share
+from experiments.bench.pairs import check_ranks
 from experiments.engine import links
-from scmoe.command_line import OneEach, call
+from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
 
 OUT, TIMELINE = Path("runs/bench"), Path("runs/timeline")
 NOTHING_ASKED = Options()
-USUAL_TOKENS = 256  # of a generated text
+USUAL_INFERENCE = InferenceOptions()
 TrainRow = Literal[
     "top2",
     "shared_expert",
@@ -104,46 +104,12 @@ def train(
 
 
 @main.command
-def inference(
-    *,
-    share: Share = 0.52,
-    ranks: int = 2,
-    prompt: int = 512,
-    texts: Count = 1,
-    batch: int = 8,
-    tokens: Annotated[int, Parameter(validator=validators.Number(gte=2))] | None = None,
-    rounds: Rounds = 9,
-    load: OneEach[str] = (),
-    out: Path = OUT,
-) -> None:
-    """Prefill and decode between ranks, and generation with a cache and without in one process.
-
-    Args:
-        prompt: tokens of a prompt in prefill
-        texts: prompts of a rank in prefill; of two or more, each architecture is measured with two
-            batches in flight too (NAME_two)
-        batch: texts of a rank in decode
-        tokens: new tokens of each text of the generation (default: 256; with --load it is not
-            measured, as routing between ranks does not change it)
-        load: uneven routing (its forms: bench overlap --help), measured beside the balanced one;
-            each --load is one more
-    """
-    if load and tokens is not None:
-        raise ConfigError("--tokens and --load exclude each other: a load has no generation")
+def inference(*, options: InferenceOptions = USUAL_INFERENCE, out: Path = OUT) -> None:
+    """Prefill and decode between ranks, and generation with a cache and without in one process."""
     from experiments.bench.inference_report import bench_inference
 
-    setting = Setting(
-        share,
-        ranks=ranks,
-        compute="real",
-        rounds=rounds,
-        tokens=texts * prompt,
-        seq_len=prompt,
-        loads=tuple(dict.fromkeys(load)),
-        layout="dropless",
-    )
-    new_tokens = 0 if load else tokens or USUAL_TOKENS
-    print(json.dumps(bench_inference(setting, batch, new_tokens, out)))
+    report = bench_inference(options.setting(), options.batch, options.new_tokens, out)
+    print(json.dumps(report))
 
 
 @main.command

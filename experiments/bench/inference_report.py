@@ -134,15 +134,16 @@ def rows_from(setting: Setting, batch: int, result: dict[str, Any]) -> dict[str,
 
     def pass_of(row: str, shape: Shape) -> PassFigures:
         auto = auto_of(row, shape)
-        seconds = {way: s for (name, of, way), s in times.items() if (name, of) == (row, shape)}
-        places = {
+        in_shape = {(name, way): s for (name, each, way), s in times.items() if each == shape}
+        seconds = {way: s for (name, way), s in in_shape.items() if name == row}
+        overlapped = {
             way: schedules[row, shape, way] for way in seconds if way not in ("sequential", "free")
         }
         ratios = {way: times["top2", shape, "sequential"] / s for way, s in seconds.items()}
         rivals = {
             f"{name}, {way}": s
-            for (name, of, way), s in times.items()
-            if of == shape and way != "free" and architecture_of(name) == "top2"
+            for (name, way), s in in_shape.items()
+            if way != "free" and architecture_of(name) == "top2"
         }
         median_s = median(seconds[auto])
         return PassFigures(
@@ -154,8 +155,10 @@ def rows_from(setting: Setting, batch: int, result: dict[str, Any]) -> dict[str,
             limit=median(ratios.pop("free")),
             gain=median(times[architecture_of(row), shape, "sequential"] / seconds[auto]),
             ways={way: median(ratio) for way, ratio in ratios.items()},
-            slots={way: schedule.slot for way, schedule in places.items()},
-            inside_attention={way: place.inside_attention for way, place in places.items()},
+            slots={way: schedule.slot for way, schedule in overlapped.items()},
+            inside_attention={
+                way: schedule.inside_attention for way, schedule in overlapped.items()
+            },
             over_best_without_another_model=over_fastest(seconds[auto], rivals),
         )
 

@@ -1,4 +1,4 @@
-"""The options of `bench overlap`, and the setting that they ask for.
+"""The options of `bench overlap` and `bench inference`, and the setting that they ask for.
 
 Nothing here imports torch, so the command line reads it.
 """
@@ -20,6 +20,7 @@ Share = Annotated[float, Parameter(validator=validators.Number(gt=0, lt=1))]
 Rounds = Annotated[int, Parameter(validator=validators.Number(gte=2))]
 Compute = Literal["real", "emulated"]
 Value = TypeVar("Value")
+GENERATED_TOKENS = 256
 
 
 @Parameter(name="*")
@@ -169,3 +170,52 @@ def or_usual(value: Value | None, usual: Value) -> Value:
 def without_repeats(names: Sequence[str]) -> tuple[str, ...]:
     """Return each name once, in their order."""
     return tuple(dict.fromkeys(names))
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class InferenceOptions:
+    """What `bench inference` was asked for.
+
+    Args:
+        share: communication share of a sequential top-2 prefill
+        prompt: tokens of a prompt in prefill
+        texts: prompts of a rank in prefill; of two or more, each architecture is measured with two
+            batches in flight too (NAME_two)
+        batch: texts of a rank in decode
+        tokens: new tokens of each text of the generation (default: 256; with --load it is not
+            measured, as routing between ranks does not change it)
+        load: uneven routing (its forms: bench overlap --help), measured beside the balanced one;
+            each --load is one more
+    """
+
+    share: Share = 0.52
+    ranks: int = 2
+    prompt: int = 512
+    texts: Count = 1
+    batch: int = 8
+    tokens: Annotated[int, Parameter(validator=validators.Number(gte=2))] | None = None
+    rounds: Rounds = 9
+    load: OneEach[str] = ()
+
+    def __post_init__(self) -> None:
+        if self.load and self.tokens is not None:
+            raise ConfigError("--tokens and --load exclude each other: a load has no generation")
+
+    @property
+    def new_tokens(self) -> int:
+        """Return the new tokens of each text of the generation; 0: it is not measured."""
+        return 0 if self.load else self.tokens or GENERATED_TOKENS
+
+    def setting(self) -> Setting:
+        """Return the setting of the prefill."""
+        return Setting(
+            self.share,
+            ranks=self.ranks,
+            compute="real",
+            rounds=self.rounds,
+            tokens=self.texts * self.prompt,
+            seq_len=self.prompt,
+            loads=tuple(dict.fromkeys(self.load)),
+            layout="dropless",
+        )

@@ -10,8 +10,7 @@ is chosen, is warm-up and is not timed. Validation and checkpoints are not timed
 
     compute             a step on links without a rate
     exposed rows        what the MoE windows of a step, forward and backward, take longer than
-                        without a rate; not measured with two batches in flight, also where
-                        schedule.auto chooses them
+                        without a rate; not measured with two batches in flight
     exposed gradients   what else a step takes longer than without a rate: sums that backward does
                         not hide
     peak                memory of a step of rank 0 beyond what is allocated before it: activations
@@ -47,11 +46,12 @@ from scmoe.probes.charts import chart, heading
 from scmoe.report import Report, publish
 from scmoe.training.assembly.costs import estimate
 
+CHOSEN = ("schedule.auto=true", "schedule.batches_in_flight=1")  # slot and chunks
 ARCHITECTURES = {  # the first is sequential: nothing can be hidden in it
     "top2": ("moe.architecture=top_k", "moe.top_k=2"),
-    "shared_expert": ("moe.architecture=shared_expert", "schedule.auto=true"),
-    "scmoe_pos2": ("moe.position=pos2", "schedule.auto=true"),
-    "scmoe_pos3": ("moe.position=pos3", "schedule.auto=true"),
+    "shared_expert": ("moe.architecture=shared_expert", *CHOSEN),
+    "scmoe_pos2": ("moe.position=pos2", *CHOSEN),
+    "scmoe_pos3": ("moe.position=pos3", *CHOSEN),
 }
 IN_HALVES = {  # by request
     f"{row}_two": (*ARCHITECTURES[row][: 2 if row == "top2" else 1], "schedule.batches_in_flight=2")

@@ -8,8 +8,9 @@ The model is dropless while it generates: under a capacity, what a token becomes
 other texts of the batch and, for k >= 2, on later tokens. So a text is equal, token for token, to
 the one that the model writes without a cache, and to the one that it writes alone.
 
-Between ranks a prefill overlaps its transfers as the model's schedule says. Decoding is sequential:
-its transfers are a few rows, so they take latency and not bandwidth, and overlap gains nothing.
+Between ranks a prefill overlaps its transfers as the model's schedule says, with two batches in
+flight too. Decoding is sequential and has one batch in flight: its transfers are a few rows, so
+they take latency and not bandwidth, and overlap gains nothing.
 
 Under expert parallelism every rank has its own texts and takes part in every pass. A rank whose
 texts have ended goes on with tokens that are routed nowhere, until `Passes.all_ranks` says that all
@@ -109,14 +110,18 @@ def decode(model: Decoder, ids_B: Tensor, going: Sequence[bool], cache: KVCache)
 
 
 @contextmanager
-def sequential(blocks: Sequence[MoEBlock]) -> Iterator[None]:
-    """Run the blocks without overlap inside: each transfer is waited for as soon as it starts."""
+def sequential(model: Decoder, blocks: Sequence[MoEBlock]) -> Iterator[None]:
+    """Run the model without overlap inside: one batch is in flight, and the blocks wait for each
+    transfer as soon as it starts."""
+    batches_in_flight = getattr(model, "batches_in_flight", 1)  # a user's network may have none
+    model.batches_in_flight = 1
     dispatchers = [block.moe.dispatcher for block in blocks]
     for block, dispatcher in zip(blocks, dispatchers, strict=True):
         block.run_as(block.schedule, Blocking(dispatcher), block.recorder)
     try:
         yield
     finally:
+        model.batches_in_flight = batches_in_flight
         for block, dispatcher in zip(blocks, dispatchers, strict=True):
             block.run_as(block.schedule, dispatcher, block.recorder)
 
@@ -271,7 +276,7 @@ def _steps(
         if not ended:
             if sampling.repetition_penalty != 1:  # else nothing reads it
                 had_BV.scatter_(1, ids_B[:, None], True)
-            with inside, sequential(between_ranks):
+            with inside, sequential(model, between_ranks):
                 logits_BV = decode(model, ids_B, going or [False], cache)
 
 

@@ -14,6 +14,7 @@ from experiments.bench.training import ARCHITECTURES, IN_HALVES, words_of
 from experiments.bench.two_batches import architecture_of, batches_of
 from scmoe.command_line import call
 from scmoe.config.load import load
+from scmoe.config.rules import may_run_two_batches
 from scmoe.planning.pricing import LayerChoice
 from scmoe.schedule.cost import OperatorTimes, exposed_time
 from scmoe.schedule.schedule import Schedule
@@ -46,6 +47,7 @@ def test_the_rows_of_a_training_in_halves_differ_in_the_schedule_alone():
     for row in ARCHITECTURES:
         one, two = (load(None, ["trainer.devices=2", *words_of(r)]) for r in (row, f"{row}_two"))
         assert two.schedule.batches_in_flight == 2 and not two.schedule.auto
+        assert not may_run_two_batches(one) or not one.schedule.auto, "as its name says"
         assert (two.moe, two.model, two.data) == (one.moe, one.model, one.data)
 
 

@@ -11,7 +11,10 @@ from greenlet import getcurrent
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.sublayers import MLP, Residual, outermost
 from scmoe.config.load import load
-from scmoe.inference.generate import decode, prefill
+from scmoe.inference.generate import decode, prefill, stream
+from scmoe.inference.sampling import GREEDY, Stopping
+from scmoe.models import decoder
+from scmoe.models.halves import in_flight
 from scmoe.moe.balance import integer_sums
 from scmoe.moe.stream import dropless
 from scmoe.moe.turns import current_turns, in_turns, pass_turn
@@ -107,6 +110,22 @@ def test_generation_keeps_one_cache_for_both_halves(name):
         for batches in ((2, 2, 2), (2, 1, 2), (1, 2, 1)):
             for actual, expected in zip(logits(*batches), one, strict=True):
                 assert_close(actual, expected)
+
+
+@pytest.mark.inference
+def test_prefill_has_two_batches_in_flight_and_decode_one(monkeypatch):
+    model = tiny_model(tiny(*DROPLESS)).eval()
+    model.batches_in_flight = 2
+    numbers = []
+
+    def noted(batches, *args):
+        numbers.append(batches)
+        return in_flight(batches, *args)
+
+    monkeypatch.setattr(decoder, "in_flight", noted)
+    for _ in stream(model, [[1, 2], [3]], Stopping(3), GREEDY):
+        assert model.batches_in_flight == 2, "between two steps the model is the caller's"
+    assert numbers == [2, 1, 1]
 
 
 def test_images_of_both_halves():
