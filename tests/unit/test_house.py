@@ -52,6 +52,7 @@ LIBRARY = (
 LABORATORY = (
     "experiments/engine",
     "experiments/bench",
+    "experiments/simulate",
     "experiments/tables",
     "experiments/figures",
     "experiments",  # the entries, a file for each verb
