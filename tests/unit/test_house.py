@@ -37,6 +37,7 @@ LIBRARY = (
     "scmoe/api.py",
     "scmoe/init_from",
     "scmoe/estimate",
+    "scmoe/clusters",
     "scmoe/lightning",
     "datamodules",
     "scmoe/training",
