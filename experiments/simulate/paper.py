@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from experiments.simulate.cells import (
+from experiments.simulate.fit import Interval, LeftOut, Values, fit, jackknife_plus, leave_one_out
+from experiments.simulate.paper_cells import (
     ROOT,
     Cell,
     module_shares,
@@ -20,7 +21,6 @@ from experiments.simulate.cells import (
     predict_on_timeline,
     read_cells,
 )
-from experiments.simulate.fit import Interval, LeftOut, Values, fit, jackknife_plus, leave_one_out
 from experiments.simulate.ratios import PIPELINED, Parameters
 from scmoe.report import Report, say
 

@@ -86,7 +86,8 @@ class Calibration:
 class Measured:
     """A report. calibration: of the balanced load; None: it states none, as its operators were
     measured at another load, or it was refused, as it contradicts itself. load: of the experts;
-    None: balanced. stated: the sizes are the report's own, not the usual ones of its level."""
+    None: balanced. experts_ms: top-2's experts in forward, at even rows. stated: the sizes are the
+    report's own, not the usual ones of its level."""
 
     name: str
     setting: Setting
@@ -95,6 +96,7 @@ class Measured:
     rows: Mapping[str, OverlapRow]
     calibration: Calibration | None
     load: str | None
+    experts_ms: float
     stated: bool
     refused: bool = False
     rows_over_gradients: float | None = None
@@ -171,6 +173,7 @@ def measured_of(report: Mapping[str, Any], name: str, load: str | None) -> Measu
         calibration = stated_calibration(setting, report)
     elif load is None:
         calibration = derived_calibration(setting, report, rows["top2"])
+    busiest = 1.0 if load is None else report["load"]["max_over_mean_ranks"]
     refused = calibration is not None and not calibration.is_consistent
     return Measured(
         name=name,
@@ -181,6 +184,7 @@ def measured_of(report: Mapping[str, Any], name: str, load: str | None) -> Measu
         calibration=None if refused else calibration,
         refused=refused,
         load=load,
+        experts_ms=report["top2_operators_ms"]["forward"]["experts"] / busiest,
         stated="calibration" in report,
         rows_over_gradients=report.get("rows_over_gradients"),
     )
