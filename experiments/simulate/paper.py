@@ -175,15 +175,23 @@ def worst(errors: Sequence[float | None]) -> float | None:
 def worst_by_table(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the worst error of the unseen cells of each table: predicted, by the two null
     predictors, and with the other reading of shared-expert."""
-    unseen = [line for line in lines if line["split"] == "unseen"]
-    tables = dict.fromkeys(line["table"] for line in unseen)
-    own, nulls, hides = {}, {}, {}
-    for table in tables:
-        rows = [line for line in unseen if line["table"] == table]
-        own[table] = worst([row["error"] for row in rows])
-        nulls[table] = [worst([row["nulls"][index] for row in rows]) for index in (0, 1)]
-        hides[table] = worst([row["shared_hides_error"] for row in rows])
-    return {"max_error_unseen": own, "null_errors": nulls, "shared_hides_errors": hides}
+    unseen = dict[str, list[Mapping[str, Any]]]()
+    for line in lines:
+        if line["split"] == "unseen":
+            unseen.setdefault(line["table"], []).append(line)
+    return {
+        "max_error_unseen": {
+            table: worst([line["error"] for line in of_table]) for table, of_table in unseen.items()
+        },
+        "null_errors": {
+            table: [worst([line["nulls"][index] for line in of_table]) for index in (0, 1)]
+            for table, of_table in unseen.items()
+        },
+        "shared_hides_errors": {
+            table: worst([line["shared_hides_error"] for line in of_table])
+            for table, of_table in unseen.items()
+        },
+    }
 
 
 def commit_of_note() -> str | None:

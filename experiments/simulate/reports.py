@@ -101,17 +101,6 @@ class Measured:
     refused: bool = False
     rows_over_gradients: float | None = None
 
-    @property
-    def kind(self) -> str:
-        """What it is, for tables."""
-        words = [self.setting.compute, self.setting.level, f"{self.setting.ranks} ranks"]
-        if self.setting.level == "iteration" and self.rows_over_gradients is not None:
-            words.append(f"rows/gradients {self.rows_over_gradients:.1f}")
-        words.append(f"share {self.comm_share:.2f}")
-        if self.load is not None:
-            words.append(self.load)
-        return ", ".join(words)
-
     def same_setting(self, other: "Measured") -> bool:
         """Return whether both differ in their share, load and rows only. Where one does not state
         its sizes, the experts' times must be alike too."""
