@@ -42,6 +42,7 @@ VERBS = {
     "params": "count the parameters of presets and architectures",
     "check-data": "read all data of a config, and name files that cannot be read",
     "estimate": "estimate what a training costs, without starting it",
+    "advise": "say whether a shortcut would pay on a cluster, by simulation",
     "dryrun": "run one step of a job of any size on tensors without numbers, and count",
     "bench": "measure overlap, inference, a training on a slow network, the layer",
     "gpu-check": "check everything on one GPU, in nine minutes",

@@ -28,15 +28,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from experiments.bench import emulated, generation
-from experiments.bench.loads import (
-    BALANCED,
-    CurrentLoad,
-    Sizes,
-    check_load,
-    imbalance,
-    kinds_of,
-    load_of,
-)
 from experiments.bench.overlap import find_rate, say, warn_of_share
 from experiments.bench.pairs import Setting, check_ranks, default_schedule
 from experiments.bench.passes import PASSES, Shape, a_pass, best_schedules, pass_seconds
@@ -54,6 +45,15 @@ from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
 from scmoe.parallel.mesh import build_context
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, ReadByHost
 from scmoe.probes.charts import BLUE, PAPER, RED, chart, heading
+from scmoe.probes.loads import (
+    BALANCED,
+    CurrentLoad,
+    Sizes,
+    check_load,
+    imbalance,
+    kinds_of,
+    load_of,
+)
 from scmoe.report import Report, publish
 from scmoe.report import say as tell
 from scmoe.schedule.schedule import POSITIONS

@@ -23,7 +23,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from experiments.bench import emulated
-from experiments.bench.loads import BALANCED, CurrentLoad, load_of, sequences_of
 from experiments.bench.pairs import ROWS, Setting, default_schedule, share_sent
 from experiments.bench.stacks import (
     Variant,
@@ -47,6 +46,7 @@ from scmoe.parallel.update.step import Step
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import LayerChoice
+from scmoe.probes.loads import BALANCED, CurrentLoad, load_of, sequences_of
 from scmoe.report import say as tell
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes, slots
 

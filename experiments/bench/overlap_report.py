@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from experiments.bench import speed_chart, uneven
-from experiments.bench.loads import BALANCED, kinds_of
 from experiments.bench.over_best import over_best
 from experiments.bench.overlap import Measured, Row, Seconds, measure, warn_of_share, way_of
 from experiments.bench.overlap_rows import OverlapRow, rows_of
@@ -24,6 +23,7 @@ from experiments.engine import links
 from experiments.engine.clock import median, quartiles
 from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
+from scmoe.probes.loads import BALANCED, kinds_of
 from scmoe.report import publish
 from scmoe.schedule.cost import OperatorTimes, overlap_efficiency
 

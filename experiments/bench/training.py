@@ -33,16 +33,6 @@ import numpy as np
 import torch.distributed as dist
 from lightning.pytorch import Callback
 
-from experiments.bench.loads import (
-    BALANCED,
-    CurrentLoad,
-    Sizes,
-    check_load,
-    deal,
-    imbalance,
-    kinds_of,
-    load_of,
-)
 from experiments.bench.overlap import Bench, find_rate
 from experiments.bench.pairs import Setting, pair_of
 from experiments.bench.speed_chart import name_of, way_of_row
@@ -56,6 +46,16 @@ from scmoe.config.load import load
 from scmoe.moe.router import Router
 from scmoe.planning.planner import Overlap
 from scmoe.probes.charts import chart, heading
+from scmoe.probes.loads import (
+    BALANCED,
+    CurrentLoad,
+    Sizes,
+    check_load,
+    deal,
+    imbalance,
+    kinds_of,
+    load_of,
+)
 from scmoe.report import Report, publish
 from scmoe.runs.seen import SeenRun
 from scmoe.training.assembly.costs import estimate

@@ -20,11 +20,11 @@ from experiments.bench.inference import (
     measure,
     summary,
 )
-from experiments.bench.loads import BALANCED, CurrentLoad, load_of
 from experiments.bench.pairs import Setting, default_schedule
 from experiments.bench.stacks import Variant
 from experiments.engine.ranks import run_ranks
 from scmoe.planning import planner
+from scmoe.probes.loads import BALANCED, CurrentLoad, load_of
 
 pytestmark = pytest.mark.inference
 ROUNDS = np.array([1.0, 1.25, 1.5])  # a machine that slows down: ratios are the same in every round
