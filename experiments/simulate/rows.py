@@ -6,14 +6,14 @@ decode take that part of top-2's time. A shared expert takes the time of an MLP.
 number of chunks are those with the least step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from experiments.bench.emulated import OUT_PART
-from experiments.bench.loads import Sizes, counts_of, load_of
 from experiments.bench.pairs import ROWS, default_schedule
 from experiments.bench.two_batches import batches_of
 from experiments.simulate.reports import ROUTED, Calibration
+from scmoe.clusters.rank_shares import rank_shares
 from scmoe.clusters.simulated_step import (
     Block,
     Load,
@@ -23,7 +23,8 @@ from scmoe.clusters.simulated_step import (
     simulate_forward,
     simulate_step,
 )
-from scmoe.schedule.cost import OperatorTimes, shares, slots
+from scmoe.probes.loads import Sizes, load_of
+from scmoe.schedule.cost import OperatorTimes, slots
 from scmoe.schedule.schedule import SUBLAYERS, Schedule
 from scmoe.schedule.stack import BEFORE
 
@@ -168,14 +169,6 @@ def sums_of(calibration: Calibration, schedule: Schedule) -> Iterator[Sum]:
 def load_of_ranks(calibration: Calibration, load: str, copies: int, chunks: int) -> Load:
     """Return the rows of each chunk and rank, over even ones, at the first step of a load."""
     sizes = calibration.setting
-    counts_PRE = counts_of(
-        load_of(load),
-        Sizes(sizes.num_experts, copies, sizes.ranks),
-        [sizes.tokens] * sizes.ranks,
-        0,
-        chunks,
-    )
-    rows_PRR: Sequence[Sequence[Sequence[float]]] = (
-        counts_PRE.unflatten(2, (sizes.ranks, -1)).sum(3).tolist()
-    )
-    return [shares(rows_RR) for rows_RR in rows_PRR]
+    in_chunks = rank_shares(load_of(load), Sizes(sizes.num_experts, copies, sizes.ranks))
+    assert in_chunks is not None  # the testbed has two ranks or more
+    return in_chunks(chunks)[0]
