@@ -42,12 +42,15 @@ VERBS = {
     "params": "count the parameters of presets and architectures",
     "check-data": "read all data of a config, and name files that cannot be read",
     "estimate": "estimate what a training costs, without starting it",
+    "advise": "say whether a shortcut would pay on a cluster, by simulation",
     "dryrun": "run one step of a job of any size on tensors without numbers, and count",
     "bench": "measure overlap, inference, a training on a slow network, the layer",
     "gpu-check": "check everything on one GPU, in nine minutes",
     "figure": "draw a figure of the paper, from a run or from reports",
+    "simulate": "compare the simulator with the paper and with the benches",
 }
-LABORATORY = ("table", "reproduce", "bench", "gpu-check", "figure")  # verbs of experiments/
+LABORATORY = ("table", "reproduce", "bench", "gpu-check", "figure", "simulate")  # of experiments/
+FOLDERS = ("bench", "simulate")  # verbs of the laboratory with commands of their own
 INTERRUPTED = 128 + signal.SIGINT
 AGAIN_S = 1.0  # a second Ctrl-C within this time is the same one
 HELP_COLUMNS = 120  # where standard output is no terminal
@@ -194,7 +197,7 @@ def module_of(verb: str) -> str:
     name = verb.replace("-", "_")
     if verb not in LABORATORY:
         return f"scmoe.cli.{name}"
-    return "experiments.bench.__main__" if verb == "bench" else f"experiments.{name}"
+    return f"experiments.{name}.__main__" if verb in FOLDERS else f"experiments.{name}"
 
 
 def require_checkout(verb: str) -> None:

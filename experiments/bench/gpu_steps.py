@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from experiments.bench import emulated, speed_chart
-from experiments.bench.loads import BALANCED
 from experiments.bench.overlap import measure
 from experiments.bench.overlap_report import summary
 from experiments.bench.pairs import Setting
@@ -41,6 +40,7 @@ from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped
+from scmoe.probes.loads import BALANCED
 from scmoe.runs.seen import SeenRun
 from scmoe.schedule.cost import Span
 from scmoe.training.assembly.model import build_model, build_model_on_meta

@@ -27,7 +27,6 @@ from torch import Tensor
 
 from experiments.bench import emulated
 from experiments.bench.inference_rows import SHAPES, Shape
-from experiments.bench.loads import BALANCED, CurrentLoad, load_of
 from experiments.bench.pairs import Setting, default_schedule
 from experiments.bench.passes import (
     PASSES,
@@ -48,6 +47,7 @@ from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
 from scmoe.parallel.mesh import build_context
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.parallel.wire.announced import ReadByHost
+from scmoe.probes.loads import BALANCED, CurrentLoad, load_of
 from scmoe.schedule.schedule import POSITIONS
 
 BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")

@@ -20,7 +20,6 @@ from experiments.bench.inference_rows import (
     Shape,
     passes_of,
 )
-from experiments.bench.loads import BALANCED, Sizes, check_load, imbalance, kinds_of, load_of
 from experiments.bench.over_best import over_fastest
 from experiments.bench.pairs import Setting, check_ranks
 from experiments.bench.rate_search import warn_of_share
@@ -35,6 +34,7 @@ from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.probes.charts import BLUE, GREEN, PAPER, RED, chart, heading
+from scmoe.probes.loads import BALANCED, Sizes, check_load, imbalance, kinds_of, load_of
 from scmoe.report import Report, publish, say
 
 GENERATE_ROUNDS = 3  # a text without a cache takes seconds

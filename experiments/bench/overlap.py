@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from experiments.bench.loads import BALANCED
 from experiments.bench.pairs import ROWS, Setting, default_schedule
 from experiments.bench.rank_bench import Bench, Seconds
 from experiments.bench.rate_search import find_rate
@@ -22,6 +21,7 @@ from experiments.bench.two_batches import batches_of
 from experiments.engine.clock import median
 from experiments.engine.ranks import say_once
 from scmoe.planning.pricing import LayerChoice
+from scmoe.probes.loads import BALANCED
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes, slots
 
 TRIALS = 3  # of each schedule

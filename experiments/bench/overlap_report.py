@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from experiments.bench import speed_chart, uneven
-from experiments.bench.loads import BALANCED, kinds_of
 from experiments.bench.over_best import over_best
 from experiments.bench.overlap import Measured, Row, measure, way_of
 from experiments.bench.overlap_rows import OverlapRow, rows_of
@@ -26,9 +25,22 @@ from experiments.engine import links
 from experiments.engine.clock import median, quartiles
 from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
+from scmoe.probes.loads import BALANCED, kinds_of
 from scmoe.report import publish
 from scmoe.schedule.cost import OperatorTimes, overlap_efficiency
 
+SIZES = (  # of a report's calibration
+    "dim",
+    "ffn_dim",
+    "heads",
+    "tokens",
+    "seq_len",
+    "accumulate",
+    "num_experts",
+    "attention_ms",
+    "attention_to_mlp",
+    "reductions",
+)
 PAYLOAD = 1448 / 1514  # of what a link carries; the rest is headers of TCP, IP and Ethernet
 
 
@@ -139,13 +151,15 @@ def summary(
         for name in setting.rows
     }
     if control is not None:
-        even, balanced = control
+        balanced_measured, balanced = control
         balanced_rows = rows_of(balanced)
         made = uneven.made_by(setting, measured.load, "top2")
         report["load"] = {"name": measured.load, **made}
         report |= {"layout": "dropless", "balanced_share": balanced["comm_share"]}
         rows = {
-            name: uneven.beside_balanced(setting, measured, even, name, row, balanced_rows[name])
+            name: uneven.beside_balanced(
+                setting, measured, balanced_measured, name, row, balanced_rows[name]
+            )
             for name, row in rows.items()
         }
     if setting.layout is not None:
@@ -169,6 +183,8 @@ def summary(
         report["fastest_scmoe"] = {"row": quickest, "over": {"forward": forward, "train": train}}
     if "top2" in rows:
         report["top2_operators_ms"] = operators_ms(measured.rows["top2"].choices[0].times[1])
+        even = measured if control is None else control[0]
+        report["calibration"] = calibration_of(setting, even)
     return {**report, "rows": {name: row.to_json() for name, row in rows.items()}}
 
 
@@ -340,6 +356,24 @@ def least_times(setting: Setting, measured: Measured, block: str) -> Any:
         before = (batches - 1) * least_time(f, b, 0.0, rows, [])
         least.append(before + least_time(f, b, update, rows, [(part * b, s) for part, s in sums]))
     return np.asarray(least)
+
+
+def calibration_of(setting: Setting, balanced: Measured) -> dict[str, Any]:
+    """Return what sequential top-2 says of this machine, for `scmoe simulate testbed`: its
+    operators one at a time, all its blocks with free links, and the sizes.
+
+    The times of the blocks are of one batch without sums of gradients. update: the optimizer's.
+    """
+    way = "alone" if setting.level == "iteration" else "free"
+    alone = way_of(balanced, "top2", way, BALANCED)
+    batches = setting.accumulate
+    return {
+        "sizes": {name: getattr(setting, name) for name in SIZES},
+        "operators_ms": operators_ms(balanced.rows["top2"].choices[0].times[1]),
+        "free_forward_ms": 1e3 * median(alone.train_forward) / batches,
+        "free_backward_ms": 1e3 * median(alone.backward - alone.update) / batches,
+        "update_ms": 1e3 * median(alone.update),
+    }
 
 
 def operators_ms(times: OperatorTimes) -> dict[str, dict[str, float]]:

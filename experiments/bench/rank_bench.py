@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from experiments.bench import emulated
-from experiments.bench.loads import BALANCED, CurrentLoad, load_of, sequences_of
 from experiments.bench.pairs import Setting, default_schedule
 from experiments.bench.stacks import Variant, make_blocks, make_step, rows_of_layout
 from experiments.engine import links
@@ -32,6 +31,7 @@ from scmoe.parallel.update.step import Step
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import LayerChoice
+from scmoe.probes.loads import BALANCED, CurrentLoad, load_of, sequences_of
 
 
 class Seconds(NamedTuple):

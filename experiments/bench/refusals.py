@@ -2,11 +2,11 @@
 
 import torch
 
-from experiments.bench.loads import Sizes, check_load, load_of
 from experiments.bench.pairs import ROWS, Setting
 from experiments.bench.stacks import config_of, rows_of_layout
 from experiments.bench.two_batches import refuse_halves
 from scmoe.config.leaves import ConfigError
+from scmoe.probes.loads import Sizes, check_load, load_of
 
 
 def refuse_impossible(setting: Setting) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from experiments.bench.emulated import EmulatedAttention, EmulatedExperts, EmulatedOperator
-from experiments.bench.loads import BALANCED, CurrentLoad, Sizes, deal
 from experiments.bench.pairs import WIRINGS, Setting
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.config.fields import Config
@@ -25,6 +24,7 @@ from scmoe.parallel.mesh import ParallelContext
 from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped, wrap
 from scmoe.planning.pricing import LayerChoice
+from scmoe.probes.loads import BALANCED, CurrentLoad, Sizes, deal
 from scmoe.schedule.cost import OperatorTimes, exposed_time, slots
 from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.stack import half_of, waiting_time

@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from experiments.bench.loads import BALANCED, Sizes, check_load, imbalance, kinds_of, load_of
 from experiments.bench.pairs import Setting, pair_of
 from experiments.bench.rank_bench import Bench
 from experiments.bench.rate_search import find_rate
@@ -43,6 +42,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.probes.charts import chart, heading
+from scmoe.probes.loads import BALANCED, Sizes, check_load, imbalance, kinds_of, load_of
 from scmoe.report import Report, publish
 from scmoe.training.assembly.costs import estimate
 

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch.profiler import profile
 
-from experiments.bench.loads import CurrentLoad, Sizes, deal, load_of
 from experiments.engine import links
 from experiments.engine.clock import median
 from experiments.engine.profiles import of_memory, peak_of
@@ -29,6 +28,7 @@ from experiments.engine.ranks import RankError, run_ranks
 from scmoe.config.load import load
 from scmoe.moe.router import Router
 from scmoe.planning.planner import Overlap
+from scmoe.probes.loads import CurrentLoad, Sizes, deal, load_of
 from scmoe.runs.seen import SeenRun
 from scmoe.training.assembly.start import Start
 from scmoe.training.assembly.trainer import register_callback

@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.bench.loads import BALANCED, Load, Sizes, counts_of, imbalance, load_of
 from experiments.bench.overlap import Measured, way_of
 from experiments.bench.overlap_rows import LoadFigures, OverlapRow, cells_of, rows_of
 from experiments.bench.pairs import Setting
@@ -28,6 +27,7 @@ from experiments.bench.stacks import windows_of
 from experiments.bench.two_batches import PIPELINED, architecture_of, batches_of
 from experiments.engine.clock import median, quartiles
 from scmoe.probes.charts import chart, heading
+from scmoe.probes.loads import BALANCED, Load, Sizes, counts_of, imbalance, load_of
 from scmoe.report import Report
 from scmoe.schedule.cost import (
     OperatorTimes,

@@ -10,6 +10,7 @@ from scmoe.config.load import shipped_and_own
 from scmoe.config.registry import CALLBACKS
 
 WIDTHS = (27, 22, 11, 54)  # key, type, default, help; 120 characters with two spaces between
+FOLDERS = {"sweep": "Sweeps", "cluster": "Clusters"}  # the others hold configurations
 CATALOGUE = {
     "Model families": "model.family",
     "Architectures": "moe.architecture",
@@ -34,9 +35,9 @@ def catalogue() -> dict[str, list[tuple[str, str]]]:
     What a file is stands in its first comment.
     """
     choices = {leaf.key: leaf.choices for leaf in leaves(Config())}
-    titles: dict[str, list[tuple[str, str]]] = {"Configurations": [], "Sweeps": []}
+    titles: dict[str, list[tuple[str, str]]] = {"Configurations": [], "Sweeps": [], "Clusters": []}
     for name, path in shipped_and_own().items():
-        title = "Sweeps" if name.startswith("configs/sweep/") else "Configurations"
+        title = FOLDERS.get(Path(name).parent.name, "Configurations")
         titles[title].append((name, _first_comment(path)))
     for title, key in CATALOGUE.items():
         titles[title] = [(f"{key}={choice}", "") for choice in choices[key]]

@@ -13,11 +13,11 @@ from experiments.bench import generation, inference
 from experiments.bench.inference import BLOCKS, IN_HALVES, OVERLAPPED, WAYS, measure
 from experiments.bench.inference_report import at_load, draw, summary, tables
 from experiments.bench.inference_rows import SHAPES, InferenceRow
-from experiments.bench.loads import BALANCED, CurrentLoad, load_of
 from experiments.bench.pairs import Setting, default_schedule
 from experiments.bench.stacks import Variant
 from experiments.engine.ranks import run_ranks
 from scmoe.planning import planner
+from scmoe.probes.loads import BALANCED, CurrentLoad, load_of
 
 pytestmark = pytest.mark.inference
 FEW = ("top2", "pos2")

@@ -20,6 +20,7 @@ from experiments.bench import overlap, overlap_report, timeline, training, train
 from experiments.bench.pairs import Setting
 from experiments.engine import links
 from experiments.engine.ranks import RankError, run_ranks
+from experiments.simulate.reports import read_reports
 from scmoe.config.leaves import ConfigError
 from scmoe.planning import planner
 from tests.support.commands import called, run
@@ -28,6 +29,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.smoke]
 MISSING = links.why_not()
 on_links = pytest.mark.skipif(MISSING is not None, reason=f"links cannot be shaped here: {MISSING}")
 ROWS = ("--rows", "top2", "scmoe_pos2_pipelined", "--rounds", "2")
+TIMES_OF_BLOCKS = ("free_forward", "free_backward", "update")
 TOP = {"comm_share", "link_mbit", "ranks", "device", "compute", "level", "rounds", "rows"}
 ROW = {
     *(
@@ -197,6 +199,11 @@ def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path):
     assert all(row["of_limit"] > 0 and row["limit_train"] > 0 for row in report["rows"].values())
     assert report["limit_train"] == report["rows"]["top2"]["limit_train"]
     assert report["gradient_mb"] == report["rows"]["top2"]["gradient_mb"] == 2 * pair * 4 / 2**20
+    (for_simulator,) = read_reports(tmp_path)
+    assert for_simulator.stated and for_simulator.rows.keys() == report["rows"].keys()
+    calibration = report["calibration"]
+    assert calibration["sizes"]["ffn_dim"] == for_simulator.setting.ffn_dim == 128
+    assert min(calibration[f"{what}_ms"] for what in TIMES_OF_BLOCKS) > 0
 
 
 @pytest.mark.parametrize(

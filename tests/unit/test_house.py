@@ -37,6 +37,7 @@ LIBRARY = (
     "scmoe/api.py",
     "scmoe/init_from",
     "scmoe/estimate",
+    "scmoe/clusters",
     "scmoe/lightning",
     "datamodules",
     "scmoe/training",
@@ -52,6 +53,7 @@ LIBRARY = (
 LABORATORY = (
     "experiments/engine",
     "experiments/bench",
+    "experiments/simulate",
     "experiments/tables",
     "experiments/figures",
     "experiments",  # the entries, a file for each verb
@@ -66,7 +68,7 @@ CLOSURES = {  # files that are read for one idea, with what its functions import
 HASATTR = 2
 
 # Lines with 3 % of air. They are no goal: raise a number when there is a reason for a jump.
-LINES = {"library": 29_234, "laboratory": 9_420}
+LINES = {"library": 29_234, "laboratory": 10_850}
 
 COLUMNS = 100
 FILE_LINES = 400

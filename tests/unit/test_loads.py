@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from experiments.bench import emulated
-from experiments.bench.loads import (
+from experiments.bench.options import Options
+from experiments.bench.rate_search import warn_of_share
+from scmoe.command_line import call
+from scmoe.config.leaves import ConfigError
+from scmoe.moe.dispatcher import Traffic
+from scmoe.probes.loads import (
     BALANCED,
     KINDS,
     CurrentLoad,
@@ -22,11 +27,6 @@ from experiments.bench.loads import (
     sequences_of,
     shares,
 )
-from experiments.bench.options import Options
-from experiments.bench.rate_search import warn_of_share
-from scmoe.command_line import call
-from scmoe.config.leaves import ConfigError
-from scmoe.moe.dispatcher import Traffic
 from scmoe.probes.routing import Recorded, write_routing
 
 TOKENS, SEQUENCES, EXPERTS = 1024, 4, 8
@@ -150,18 +150,18 @@ def test_a_recording_is_spread_over_any_number_of_steps(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("hot_rank:5", "--load is hot_rank:5, allowed with 2 ranks: 1 to 2"),
-        ("hot_rank:nan", "--load is hot_rank:nan, allowed with 2 ranks: 1 to 2"),
-        ("burst:1.7:1", "--load is burst:1.7:1, allowed: balanced | zipf:A"),
-        ("zipf:-1", "--load is zipf:-1, allowed: 0 to 10"),
-        ("zipf:x", "--load is zipf:x, allowed: zipf:A"),
-        ("rotating:1.7", "--load is rotating:1.7, allowed: balanced | zipf:A"),
-        ("rotating:1.7:0", "--load is rotating:1.7:0, allowed: N of 1 or more"),
+        ("hot_rank:5", "load is hot_rank:5, allowed with 2 ranks: 1 to 2"),
+        ("hot_rank:nan", "load is hot_rank:nan, allowed with 2 ranks: 1 to 2"),
+        ("burst:1.7:1", "load is burst:1.7:1, allowed: balanced | zipf:A"),
+        ("zipf:-1", "load is zipf:-1, allowed: 0 to 10"),
+        ("zipf:x", "load is zipf:x, allowed: zipf:A"),
+        ("rotating:1.7", "load is rotating:1.7, allowed: balanced | zipf:A"),
+        ("rotating:1.7:0", "load is rotating:1.7:0, allowed: N of 1 or more"),
         ("ragged:1.3", "allowed with 2 ranks of 4 sequences: multiples of 0.25 from 1 to 1.75"),
-        ("even", "--load is even, allowed: balanced | zipf:A"),
+        ("even", "load is even, allowed: balanced | zipf:A"),
         (
             "recorded:nowhere.safetensors",
-            "--load is recorded:nowhere.safetensors: nowhere.safetensors is not a recorded",
+            "load is recorded:nowhere.safetensors: nowhere.safetensors is not a recorded",
         ),
     ],
 )

@@ -22,12 +22,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from experiments.engine.clock import median
 from scmoe.config.leaves import ConfigError
 from scmoe.moe.balance import load_max
 from scmoe.moe.router import round_robin
@@ -86,13 +86,13 @@ def load_of(text: str) -> Load:
     if kind == "recorded" and values:
         return recorded(text)
     if kind not in FORMS or len(values) != FORMS[kind].count(":"):
-        raise ConfigError(f"--load is {text}, allowed: {' | '.join(FORMS.values())}")
+        raise ConfigError(f"load is {text}, allowed: {' | '.join(FORMS.values())}")
     try:
         heat = float(values[0]) if values else 1.0
         period = int(values[1]) if len(values) > 1 else 1
     except ValueError:
         raise ConfigError(
-            f"--load is {text}, allowed: {FORMS[kind]}, A and X numbers, N a whole number"
+            f"load is {text}, allowed: {FORMS[kind]}, A and X numbers, N a whole number"
         ) from None
     return Load(text, kind, heat, period)
 
@@ -105,7 +105,7 @@ def recorded(text: str) -> Load:
     try:
         recording = read_routing(Path(file))
     except ValueError as error:
-        raise ConfigError(f"--load is {text}: {error}") from error
+        raise ConfigError(f"load is {text}: {error}") from error
     layers = range(len(recording.ids))
     for what, number, recorded_numbers in (
         ("step", step, recording.steps),
@@ -113,7 +113,7 @@ def recorded(text: str) -> Load:
     ):
         if number is not None and int(number) not in recorded_numbers:
             allowed = ", ".join(map(str, recorded_numbers))
-            raise ConfigError(f"--load is {text}, allowed as {what}: {allowed}")
+            raise ConfigError(f"load is {text}, allowed as {what}: {allowed}")
 
     num_steps = len(recording.steps)
     steps = range(num_steps) if step is None else [recording.steps.index(int(step))]
@@ -133,19 +133,19 @@ def check_load(load: Load, sizes: Sizes, sequences: int) -> None:
     if load.kind == "recorded":
         refuse_recording(load, sizes)
     elif allowed := allowed_instead(load, sizes, sequences):
-        raise ConfigError(f"--load is {load.name}, allowed{allowed}")
+        raise ConfigError(f"load is {load.name}, allowed{allowed}")
 
 
 def refuse_recording(load: Load, sizes: Sizes) -> None:
     """Raise ConfigError for a recording that cannot be dealt to these experts and ranks."""
     if load.num_experts != sizes.num_experts:
         raise ConfigError(
-            f"--load is {load.name}, a recording of {load.num_experts} experts, but the blocks have"
+            f"load is {load.name}, a recording of {load.num_experts} experts, but the blocks have"
             f" {sizes.num_experts}. Give another recording or number of experts"
         )
     if min(map(len, load.entries), default=0) < sizes.ranks:
         raise ConfigError(
-            f"--load is {load.name}, which has fewer tokens in a step than the {sizes.ranks} ranks,"
+            f"load is {load.name}, which has fewer tokens in a step than the {sizes.ranks} ranks,"
             " apart from padding. Give another recording"
         )
 

@@ -1,0 +1,50 @@
+"""`scmoe simulate` compares the simulator with what is known: the paper's cells, and reports of the
+benches.
+
+A command imports what it needs inside itself, so that its help and a wrong request are answered at
+once.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from cyclopts import App
+
+from scmoe.command_line import call
+from scmoe.config.leaves import ConfigError
+
+main = App(name="simulate", help="Compare the simulator with what was measured.")
+
+
+@main.command
+def paper() -> None:
+    """Predict the cells of the paper's Tables 1, 2, 4 and Fig. 8 from some of them, with intervals
+    and beside two predictors that know nothing. Standard output is JSON."""
+    from scmoe.config.extras import require
+
+    require("simulate paper", "scipy")
+    from experiments.simulate.paper import simulate_paper
+
+    print(json.dumps(simulate_paper()))
+
+
+@main.command
+def testbed(folder: Path = Path("docs/figures"), /) -> None:
+    """Predict reports of `bench overlap` from others, or from the times of their own sequential
+    top-2. Standard output is JSON.
+
+    What no report has measured is named with the command that measures it.
+
+    Args:
+        folder: reports of `bench overlap`, also in folders below it
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"There is no folder {folder}. Name one with reports of `bench overlap`")
+    from experiments.simulate.testbed import simulate_testbed
+
+    print(json.dumps(simulate_testbed(folder)))
+
+
+if __name__ == "__main__":
+    sys.exit(call("simulate", *sys.argv[1:]))

@@ -1,0 +1,126 @@
+"""`scmoe advise` says whether a shortcut would pay on a cluster, before anything is trained."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from scmoe.command_line import KeyValue, numbers_of
+from scmoe.config.leaves import ConfigError
+
+if TYPE_CHECKING:
+    from scmoe.clusters.advise import Row
+
+COLUMNS = {
+    "step, ms": "{step_ms:.1f}",
+    "[5, 95 %]": "[{interval[0]:.1f} {interval[1]:.1f}]",
+    "waits for rows, gradients": "{exposed_rows_ms:.1f}, {exposed_gradients_ms:.1f}",
+    "over standard": "{over_top2:.2f}",
+    "over shared-expert": "{over_shared:.2f}",
+    "over the best without another model": (
+        "{over_best:.2f} [{over_best_interval[0]:.2f} {over_best_interval[1]:.2f}]"
+    ),
+    "slot x chunks": "{slot} x {chunks}",
+    "GiB": "{memory_gib:.1f}",
+    "answer": "{answer}",
+}
+
+
+def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
+    """Say whether a shortcut would pay on a cluster: each architecture's step by simulation, with an
+    interval, and an answer. Nothing is trained.
+
+    The last line of standard output is JSON.
+
+    Args:
+        config: a YAML file, or the name of a shipped one, such as gpt2_moe_medium
+        words: cluster=NAME, a profile of configs/cluster, a file, or measure, which measures this
+            machine; ranks=N, ep=N and samples=N of a rank in one batch (default: all ranks of the
+            cluster, all that divide the experts, and as CONFIG has it, or 16,384 tokens for a
+            preset); load=KIND, uneven routing as `scmoe bench` has it; cluster.KEY=NUMBER; key=value
+        curves: a folder for pictures of the speed-up over bandwidth, EP, width, tokens and load
+    """
+    sizes, others = numbers_of(words, ("ranks", "ep", "samples"))
+    named = {"cluster": "", "load": "balanced"}
+    overrides = []
+    of_cluster = []
+    for word in others:
+        key, _, value = word.removeprefix("--").partition("=")
+        if key in named:
+            named[key] = value
+        else:
+            (of_cluster if key.startswith("cluster.") else overrides).append(word)
+    if not named["cluster"]:
+        from scmoe.clusters.profile import names
+
+        raise ConfigError(
+            f"command line: cluster is missing, allowed: {', '.join([*names(), 'measure'])}, or a"
+            " YAML file"
+        )
+    profile = profile_of(named["cluster"], of_cluster)
+    from scmoe.report import Report, say
+    from scmoe.training.assembly.advice import Request, advice_for
+
+    request = Request(
+        config, overrides, sizes.get("ranks"), sizes.get("ep"), sizes.get("samples"), named["load"]
+    )
+    advice, settings = advice_for(request, profile)
+    rows = {name: row_to_json(row) for name, row in advice.rows.items()}
+    trainer = settings.trainer
+    title = (
+        f"{config} on cluster {profile.name}, predicted: {trainer.devices * trainer.num_nodes} ranks,"
+        f" EP {settings.strategy.ep_size}, {advice.tokens:,} tokens of a rank in a step, load"
+        f" {named['load']}"
+    )
+    Report(title, rows, COLUMNS, "row").show()
+    for name, row in advice.rows.items():
+        say(f"{name}: {row.answer}. {row.why}")
+    if profile.guesses:
+        say(f"guesses of this profile: {', '.join(profile.guesses)}")
+    if curves is not None:
+        from scmoe.training.assembly.advice_curves import draw_curves
+
+        draw_curves(request, profile, curves)
+    facts: dict[str, Any] = {
+        "rows": rows,
+        "standard": advice.standard,
+        "best_without_another_model": advice.best,
+        "carried_by": advice.tier,
+        "guesses": profile.guesses,
+    }
+    print(json.dumps(facts))
+
+
+def profile_of(name: str, words: list[str]) -> Any:
+    """Return a profile by name, or this machine's."""
+    from scmoe.clusters.profile import overridden, read_profile
+
+    if name != "measure":
+        return read_profile(name, words)
+    from scmoe.clusters.measure import measure
+
+    return overridden(measure(), words)
+
+
+def row_to_json(row: "Row") -> dict[str, Any]:
+    """Return a row's figures in milliseconds and GiB. `over_top2` is over the sequential standard
+    model, whatever its top-k."""
+    return {
+        "step_ms": 1e3 * row.step.total,
+        "interval": [1e3 * seconds for seconds in row.step_interval],
+        "over_top2": row.over_standard,
+        "over_top2_interval": list(row.over_standard_interval),
+        "over_shared": row.over_shared,
+        "over_shared_interval": list(row.over_shared_interval),
+        "over_best": row.over_best,
+        "over_best_interval": list(row.over_best_interval),
+        "answer": row.answer,
+        "why": row.why,
+        "slot": row.choice.schedule.slot,
+        "chunks": row.choice.schedule.chunks,
+        "batches_in_flight": row.choice.batches_in_flight,
+        "exposed_rows_ms": 1e3 * row.step.exposed_rows,
+        "exposed_gradients_ms": 1e3 * row.step.exposed_gradients,
+        "computing_ms": 1e3 * row.step.computing,
+        "slowed_ms": 1e3 * row.step.slowed,
+        "update_ms": 1e3 * row.step.update,
+        "memory_gib": row.memory / 2**30,
+    }

@@ -1,0 +1,350 @@
+"""Would a shortcut pay on a cluster? Every architecture's step at its best schedule, how sure that
+is, and an answer with its reason.
+
+    top2              standard, transfers waited for at once: speed-ups are over it
+    top2_pipelined    the same model in chunks
+    NAME_two          any model with two batches in flight
+    the others        overlapped, at the best slot and chunks
+
+Interval: SAMPLES machines are drawn within the bands of the profile's sources (profile.py), with a
+fixed seed. Every row runs on the same machines, so errors that all rows share cancel in a speed-up;
+each may choose among its BEST schedules anew. The 5th and 95th percentile are shown. The error of
+the simulator itself is not in them.
+
+Answer: by the speed-up over the best row that needs no other model than the standard one. It pays if
+the lower end is above WORTH, does not pay if the upper end is below, and is within the error
+otherwise. Rows of the standard model are compared with its sequential one.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from random import Random
+from typing import Literal, NamedTuple
+
+from scmoe.clusters.operator_costs import Costs
+from scmoe.clusters.profile import BANDS, Machine, Profile, within
+from scmoe.clusters.simulated_step import Block, Head, Load, Setting, StepTime, simulate_step
+from scmoe.clusters.timed_blocks import Sizes, at_schedule, blocks_on, update_seconds
+from scmoe.schedule.schedule import Schedule
+
+CHUNKS = (1, 2, 4, 8)
+CHUNKS_OF_HALVES = (1, 2)
+SAMPLES = 64
+BEST = 2  # schedules of a row that are played on every drawn machine
+SEED = 1
+WORTH = 1.02
+LITTLE = 0.1  # a share of the step below which little can be hidden
+MORE_TOKENS = (2, 4, 8, 16, 32, 64)  # times as many, of which the first that pays is named
+PIPELINED = "_pipelined"
+TWO = "_two"
+SHARED = "shared_expert"
+TIERS = {"node": "links in the node", "network": "network between nodes"}
+Answer = Literal["baseline", "pays", "does not pay", "within the error"]
+LoadOf = Callable[[int], Sequence[Load]]
+"""Returns the load of each of a number of steps, in so many chunks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model to be compared. name: of its architecture. schedule: of the blocks that have it.
+    memory: bytes of a rank. loads: of its rows; None: even."""
+
+    name: str
+    costs: Costs
+    schedule: Schedule
+    memory: float
+    loads: LoadOf | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all rows share. two: whether a rank's batch can be halved."""
+
+    sizes: Sizes
+    accumulate: int
+    two: bool
+
+
+class Choice(NamedTuple):
+    """How a row may run."""
+
+    schedule: Schedule
+    batches_in_flight: Literal[1, 2]
+    sequential: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row's figures. Times are in seconds, ratios speed-ups; pairs are their intervals."""
+
+    name: str
+    choice: Choice
+    step: StepTime
+    memory: float
+    step_interval: tuple[float, float]
+    over_standard: float
+    over_standard_interval: tuple[float, float]
+    over_shared: float
+    over_shared_interval: tuple[float, float]
+    over_best: float
+    over_best_interval: tuple[float, float]
+    answer: Answer
+    why: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """rows: the standard model, sequential, first. best: the row that needs no other model. tier:
+    that carries the rows. share: of the standard step in which ranks wait for rows."""
+
+    rows: Mapping[str, Row]
+    standard: str
+    best: str
+    tier: str
+    share: float
+    tokens: int
+
+
+def choices_of(model: Model, standard: str, two: bool) -> dict[str, list[Choice]]:
+    """Return the rows of a model and how each may run."""
+    usual = model.schedule
+    slots = [replace(usual, expert_slot=slot) for slot in range(len(usual.window) + 1)]
+    chunked = {c: [replace(slot, chunks=c) for slot in slots] for c in CHUNKS}
+    rows: dict[str, list[Choice]] = {}
+    if model.name == standard:
+        rows[standard] = [Choice(usual, 1, True)]
+        pipelined = [schedule for c in CHUNKS[1:] for schedule in chunked[c]]
+        rows[standard + PIPELINED] = [Choice(schedule, 1, False) for schedule in pipelined]
+    else:
+        every = [schedule for c in CHUNKS for schedule in chunked[c]]
+        rows[model.name] = [Choice(schedule, 1, False) for schedule in every]
+    if two:
+        halves = [schedule for c in CHUNKS_OF_HALVES for schedule in chunked[c]]
+        rows[model.name + TWO] = [Choice(schedule, 2, False) for schedule in halves]
+    return rows
+
+
+class Simulator:
+    """Steps of models on one machine. Blocks are timed once for each model."""
+
+    def __init__(self, machine: Machine, job: Job) -> None:
+        self.machine = machine
+        self.job = job
+        self.blocks: dict[Model, tuple[list[Block], Head]] = {}
+
+    def step(self, model: Model, choice: Choice) -> StepTime:
+        """Return the time of a step; under a load the mean over its steps."""
+        if model not in self.blocks:
+            self.blocks[model] = blocks_on(self.machine, model.costs, self.job.sizes)
+        timed, head = self.blocks[model]
+        blocks = at_schedule(timed, choice.schedule)
+        setting = Setting(
+            batches_in_flight=choice.batches_in_flight,
+            sequential=choice.sequential,
+            accumulate=self.job.accumulate,
+            tax=self.machine.tax,
+            longer=self.machine.halves,
+            update_s=update_seconds(self.machine, model.costs, self.job.sizes),
+            other_s=self.machine.other,
+        )
+        if model.loads is None:
+            return simulate_step(blocks, setting, head)
+        loads = {c: model.loads(c) for c in {block.schedule.chunks for block in blocks}}
+        num_steps = len(loads[choice.schedule.chunks])
+        steps = [
+            simulate_step(blocks, setting, head, [loads[b.schedule.chunks][i] for b in blocks])
+            for i in range(num_steps)
+        ]
+        each_term = zip(*map(astuple, steps), strict=True)
+        return StepTime(*(sum(seconds) / num_steps for seconds in each_term))
+
+
+class Plan:
+    """The rows of all models, with the few best schedules of each at the profile's own values."""
+
+    def __init__(self, models: Sequence[Model], profile: Profile, job: Job, standard: str) -> None:
+        self.profile = profile
+        self.job = job
+        self.standard = standard
+        self.model_of: dict[str, Model] = {}
+        self.choices: dict[str, list[Choice]] = {}
+        nominal = Simulator(profile.machine(), job)
+        for model in models:
+            for row, choices in choices_of(model, standard, job.two).items():
+                steps = {choice: nominal.step(model, choice).total for choice in choices}
+                self.model_of[row] = model
+                self.choices[row] = sorted(steps, key=lambda choice: steps[choice])[:BEST]
+
+    def steps(self, machine: Machine, job: Job) -> dict[str, tuple[Choice, StepTime]]:
+        """Return the best of each row's choices on a machine, and its step."""
+        simulator = Simulator(machine, job)
+        best = {}
+        for row, choices in self.choices.items():
+            steps = [(choice, simulator.step(self.model_of[row], choice)) for choice in choices]
+            best[row] = min(steps, key=lambda each: each[1].total)
+        return best
+
+    def of_standard(self) -> list[str]:
+        return [row for row, model in self.model_of.items() if model.name == self.standard]
+
+    def of_shared(self) -> list[str]:
+        return [row for row, model in self.model_of.items() if model.name == SHARED]
+
+    def over_best(self, row: str, machine: Machine, job: Job) -> float:
+        """Return a row's speed-up over the best one of the standard model."""
+        simulator = Simulator(machine, job)
+        total = {
+            name: min(simulator.step(self.model_of[name], c).total for c in self.choices[name])
+            for name in [row, *self.of_standard()]
+        }
+        return min(total[name] for name in self.of_standard()) / total[row]
+
+
+def advise(models: Sequence[Model], profile: Profile, job: Job, standard: str) -> Advice:
+    """Return the advice. models: one of them is the standard, another one may be shared_expert."""
+    plan = Plan(models, profile, job, standard)
+    nominal = plan.steps(profile.machine(), job)
+    random = Random(SEED)
+    drawn = [
+        {row: step.total for row, (_, step) in plan.steps(profile.machine(values), job).items()}
+        for values in [profile.draw(random) for _ in range(SAMPLES)]
+    ]
+    totals = {row: step.total for row, (_, step) in nominal.items()}
+    shared = plan.of_shared()[:1] or [standard]
+
+    def ratio(rows: Sequence[str], row: str) -> tuple[float, tuple[float, float]]:
+        ratios = [min(each[name] for name in rows) / each[row] for each in drawn]
+        return min(totals[name] for name in rows) / totals[row], interval(ratios)
+
+    best = min(plan.of_standard(), key=lambda row: totals[row])
+    machine = profile.machine()
+    tier = tier_of(plan.model_of[standard], machine, job.sizes)
+    share = nominal[standard][1].exposed_rows / totals[standard]
+    tokens = round(plan.model_of[standard].costs.tokens * job.sizes.rows * job.accumulate)
+    rows = {}
+    for name, (choice, step) in nominal.items():
+        over_standard = ratio([standard], name)
+        over_shared = ratio(shared, name)
+        needs_no_other = name in plan.of_standard()
+        over_best = ratio([standard] if needs_no_other else plan.of_standard(), name)
+        row = Row(
+            name,
+            choice,
+            step,
+            plan.model_of[name].memory,
+            interval([each[name] for each in drawn]),
+            *over_standard,
+            *over_shared,
+            *over_best,
+            answer="baseline" if name == standard else answer_of(over_best[1]),
+            why="",
+        )
+        rows[name] = row
+    advice = Advice(rows, standard, best, tier, share, tokens)
+    with_reasons = {name: replace(row, why=reason(row, advice, plan)) for name, row in rows.items()}
+    return replace(advice, rows=with_reasons)
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 5th and the 95th percentile."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return ordered[round(0.05 * last)], ordered[round(0.95 * last)]
+
+
+def answer_of(over_best: tuple[float, float]) -> Answer:
+    low, high = over_best
+    if low > WORTH:
+        return "pays"
+    return "does not pay" if high < WORTH else "within the error"
+
+
+def tier_of(model: Model, machine: Machine, sizes: Sizes) -> str:
+    """Return the tier that takes longest to carry the rows of a transfer."""
+    if sizes.ep_size == 1:
+        return "node"
+    seconds = machine.all_to_all_bytes(1.0, sizes.ep_size)
+    return max(seconds, key=lambda tier: seconds[tier])
+
+
+# ---------------------------------------------------------------------- reasons
+
+
+def reason(row: Row, advice: Advice, plan: Plan) -> str:
+    """Return why a row has its answer, in a sentence."""
+    standard = advice.rows[advice.standard]
+    best = advice.rows[advice.best]
+    carried = (
+        f"rows take {advice.share:.0%} of sequential {advice.standard}'s step on the"
+        f" {TIERS[advice.tier]}"
+    )
+    if row.answer == "baseline":
+        return f"{carried}."
+    needs_no_other = row.name in plan.of_standard()
+    rival = standard if needs_no_other else best
+    if row.answer == "pays":
+        return (
+            f"{_capital(carried)}; it waits {_ms(row.step.exposed_rows)} ms a step for them, and"
+            f" {rival.name} {_ms(rival.step.exposed_rows)} ms."
+        )
+    if row.answer == "within the error":
+        low, high = row.over_best_interval
+        key = decisive(row.name, plan)
+        return (
+            f"It is {low:.2f} to {high:.2f} times as fast as {rival.name}; {key} decides most of"
+            " this, so measure it first."
+        )
+    if not needs_no_other and (factor := tokens_needed(row.name, plan)):
+        return (
+            f"A rank has {advice.tokens:,} tokens a step, and it would pay from about"
+            f" {factor * advice.tokens:,} on, where its gradients and update weigh less."
+        )
+    after_backward = [each.step.exposed_gradients + each.step.update for each in (row, rival)]
+    costs_more = after_backward[0] - after_backward[1]
+    hides = rival.step.exposed_rows - row.step.exposed_rows
+    if costs_more > max(hides, 0.0):
+        return (
+            f"Its gradients and update take {_ms(costs_more)} ms a step more than those of"
+            f" {rival.name}, and it hides {_ms(max(hides, 0.0))} ms more of the rows."
+        )
+    if advice.share < LITTLE:
+        return f"{_capital(carried)}, so little can be hidden."
+    return (
+        f"{_capital(carried)}, of which {rival.name} leaves {_ms(rival.step.exposed_rows)} ms a"
+        " step, without another model."
+    )
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def tokens_needed(row: str, plan: Plan) -> int | None:
+    """Return how many times as many tokens of a rank make a row pay, at the profile's own values;
+    None: MORE_TOKENS do not."""
+    machine = plan.profile.machine()
+    for factor in MORE_TOKENS:
+        sizes = plan.job.sizes._replace(rows=plan.job.sizes.rows * factor)
+        if plan.over_best(row, machine, replace(plan.job, sizes=sizes)) > WORTH:
+            return factor
+    return None
+
+
+def decisive(row: str, plan: Plan) -> str:
+    """Return the key of the profile whose band moves a row's speed-up most."""
+    moved = {}
+    for key, value in plan.profile.values.items():
+        band = BANDS[value.source]
+        ends = [
+            plan.over_best(
+                row, plan.profile.machine({key: within(key, value.value * factor)}), plan.job
+            )
+            for factor in (1 / band, band)
+            if band > 1 and value.value
+        ]
+        moved[key] = max(ends, default=0.0) - min(ends, default=0.0)
+    return max(moved, key=lambda key: moved[key])

@@ -1,0 +1,325 @@
+"""A cluster as numbers: rates of a rank and its links, and what the software makes of them.
+
+configs/cluster/NAME.yaml has ranks, ranks_per_node, precision, and a value with its source for each
+of KEYS:
+
+    peak_tflops: {value: 165, source: datasheet}
+
+Sources say how far a value may be off (BANDS): it is multiplied or divided by up to this factor. A
+value that the user gives on the command line is taken as it is.
+
+    datasheet    what the vendor prints; that it is not reached is in the attained share
+    measured     on this machine, by `cluster=measure`
+    guess        a factor of 1.5 either way
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Any, NamedTuple
+
+from scmoe.config.leaves import ConfigError, show
+from scmoe.config.load import SHIPPED, find, parse_yaml, read_text
+
+BANDS = {"datasheet": 1.02, "measured": 1.1, "guess": 1.5, "given": 1.0}
+SOURCES = ("datasheet", "guess", "measured")
+PRECISIONS = ("bf16-mixed", "bf16-true", "32-true")
+NETWORK = "links.network."
+
+
+class Allowed(NamedTuple):
+    """Which numbers a key may have, what it means, and the value of a file without the key; None:
+    the file must have it."""
+
+    low: float
+    high: float
+    meaning: str
+    default: float | None = None
+
+
+KEYS = {
+    "peak_tflops": Allowed(1e-6, 1e6, "10^12 FLOP/s of a rank's device, dense, at the precision"),
+    "attained": Allowed(0.001, 1.0, "share of it that products attain"),
+    "memory_gb_s": Allowed(1e-3, 1e6, "10^9 B/s of the device's memory"),
+    "links.node.gb_s": Allowed(1e-6, 1e5, "10^9 B/s of a rank in its node, one direction"),
+    "links.node.attained": Allowed(0.001, 1.0, "share of it that an exchange attains"),
+    "links.node.latency_us": Allowed(0.0, 1e7, "of an exchange in a node"),
+    "links.network.gb_s": Allowed(1e-6, 1e5, "10^9 B/s of a rank between nodes, one direction"),
+    "links.network.attained": Allowed(0.001, 1.0, "share of it that an exchange attains"),
+    "links.network.latency_us": Allowed(0.0, 1e7, "of an exchange between nodes"),
+    "peer_us": Allowed(0.0, 1e5, "of an exchange, for each other rank", 0.0),
+    "launch_us": Allowed(0.0, 1e5, "of a kernel that the device waits for", 0.0),
+    "attention": Allowed(0.01, 100.0, "time of attention over that of its products and bytes", 1.0),
+    "moe": Allowed(0.0, 100.0, "time of a module's gate and layout, over an MLP's, for any k", 0.0),
+    "copy": Allowed(0.0, 100.0, "the same for each routed copy of a token", 0.0),
+    "tax": Allowed(0.0, 1.0, "what computation loses of the time of a transfer beside it", 0.0),
+    "halves": Allowed(1.0, 10.0, "time of computing in two halves over that in one piece", 1.0),
+    "other_ms": Allowed(0.0, 1e8, "of a step that no operator explains", 0.0),
+}
+
+
+class Value(NamedTuple):
+    """A number and where it is from: a key of BANDS."""
+
+    value: float
+    source: str
+
+
+class Link(NamedTuple):
+    """What a rank's link attains: bytes a second in one direction, and the seconds of a transfer
+    without bytes."""
+
+    rate: float
+    latency: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a rank attains, in FLOP/s, B/s and seconds; factors as KEYS names them.
+
+    network: None where all ranks are on one node.
+    """
+
+    flops: float
+    memory: float
+    node: Link
+    network: Link | None
+    ranks_per_node: int
+    peer: float = 0.0
+    launch: float = 0.0
+    attention: float = 1.0
+    moe: float = 0.0
+    copy: float = 0.0
+    tax: float = 0.0
+    halves: float = 1.0
+    other: float = 0.0
+
+    def tiers(self, ranks: int, distance: int = 1) -> tuple[int, int]:
+        """Return how many ranks of a group are on a node, and on how many nodes it is. distance:
+        between its neighbours."""
+        on_node = max(1, min(ranks, self.ranks_per_node // distance))
+        return on_node, math.ceil(ranks / on_node)
+
+    def outside(self) -> Link:
+        assert self.network is not None, "the profile refuses more ranks than it has"
+        return self.network
+
+    def all_to_all_latency(self, ranks: int) -> float:
+        """Return the seconds of an all-to-all without bytes."""
+        if ranks == 1:
+            return 0.0
+        _, nodes = self.tiers(ranks)
+        link = self.node if nodes == 1 else self.outside()
+        return link.latency + self.peer * (ranks - 1)
+
+    def all_to_all(self, nbytes: float, ranks: int) -> float:
+        """Return the seconds of an all-to-all of a group of neighbouring ranks.
+
+        nbytes: of a rank, what stays on it included. Bytes in the node and between nodes travel at
+        the same time.
+        """
+        if ranks == 1:
+            return 0.0
+        return self.all_to_all_latency(ranks) + max(self.all_to_all_bytes(nbytes, ranks).values())
+
+    def all_to_all_bytes(self, nbytes: float, ranks: int) -> dict[str, float]:
+        """Return the seconds of the bytes of an all-to-all by tier."""
+        on_node, nodes = self.tiers(ranks)
+        seconds = {"node": nbytes * (on_node - 1) / ranks / self.node.rate}
+        if nodes > 1:
+            seconds["network"] = nbytes * (ranks - on_node) / ranks / self.outside().rate
+        return seconds
+
+    def all_reduce(self, nbytes: float, ranks: int, distance: int = 1) -> float:
+        """Return the seconds in which a ring in each node, and one between nodes for each part,
+        sum a tensor; without latency, since tensors are summed in large buckets."""
+        on_node, nodes = self.tiers(ranks, distance)
+        seconds = 2 * nbytes * (on_node - 1) / on_node / self.node.rate
+        if nodes > 1:
+            seconds += 2 * nbytes / on_node * (nodes - 1) / nodes / self.outside().rate
+        return seconds
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A cluster with the sources of its values.
+
+    padding: rows that are sent and computed over those that are routed; None: as the config's
+    capacity has it. measured_bytes: of a rank's exchange, between which links were measured;
+    None: they were not.
+    """
+
+    name: str
+    precision: str
+    ranks: int
+    ranks_per_node: int
+    values: Mapping[str, Value]
+    padding: float | None = None
+    measured_bytes: tuple[float, float] | None = None
+
+    @property
+    def guesses(self) -> list[str]:
+        return [key for key, value in self.values.items() if value.source == "guess"]
+
+    def machine(self, values: Mapping[str, float] | None = None) -> Machine:
+        """Return the cluster's numbers. values: in place of its own."""
+        nominal = {key: value.value for key, value in self.values.items()}
+        numbers = nominal if values is None else {**nominal, **values}
+        return Machine(
+            flops=numbers["peak_tflops"] * 1e12 * numbers["attained"],
+            memory=numbers["memory_gb_s"] * 1e9,
+            node=_link(numbers, "links.node."),
+            network=_link(numbers, NETWORK) if f"{NETWORK}gb_s" in numbers else None,
+            ranks_per_node=self.ranks_per_node,
+            peer=numbers["peer_us"] * 1e-6,
+            launch=numbers["launch_us"] * 1e-6,
+            attention=numbers["attention"],
+            moe=numbers["moe"],
+            copy=numbers["copy"],
+            tax=numbers["tax"],
+            halves=numbers["halves"],
+            other=numbers["other_ms"] * 1e-3,
+        )
+
+    def draw(self, random: Random) -> dict[str, float]:
+        """Return values within the bands of their sources, drawn uniformly in logarithms."""
+        drawn = {}
+        for key, value in self.values.items():
+            width = math.log(BANDS[value.source])
+            factor = math.exp(random.uniform(-width, width))
+            drawn[key] = within(key, value.value * factor)
+        return drawn
+
+    def with_values(self, given: Mapping[str, float]) -> "Profile":
+        """Return the profile with values that the user gives."""
+        values = {key: Value(number, "given") for key, number in given.items()}
+        return replace(self, values={**self.values, **values})
+
+
+def _link(numbers: Mapping[str, float], prefix: str) -> Link:
+    rate = numbers[f"{prefix}gb_s"] * 1e9 * numbers[f"{prefix}attained"]
+    return Link(rate, numbers[f"{prefix}latency_us"] * 1e-6)
+
+
+def within(key: str, number: float) -> float:
+    """Return the number, or the nearest one that the key may have."""
+    return min(max(number, KEYS[key].low), KEYS[key].high)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def names() -> list[str]:
+    """Return the clusters that scmoe knows by name."""
+    return sorted(path.stem for path in (SHIPPED / "cluster").glob("*.yaml"))
+
+
+def read_profile(name: str, overrides: Sequence[str] = ()) -> Profile:
+    """Return the profile of a name or a file. overrides: cluster.KEY=NUMBER.
+
+    ConfigError: there is none, a value is missing or not allowed.
+    """
+    path = find(f"cluster/{name}")
+    if not path.is_file():
+        path = find(name)
+    if not path.is_file():
+        allowed = ", ".join([*names(), "measure", "a YAML file"])
+        raise ConfigError(f"cluster is {show(name)}, allowed: {allowed}")
+    profile = parse_profile(read_text(path), str(path), path.stem)
+    return overridden(profile, overrides)
+
+
+def parse_profile(text: str, source: str, name: str) -> Profile:
+    """Return the profile of a text. source: its name in messages."""
+    tree = parse_yaml(text, source)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{source}: the file is {show(tree)}. It must be a mapping of keys.")
+    ranks = whole(tree.pop("ranks", None), f"{source}: ranks")
+    per_node = whole(tree.pop("ranks_per_node", None), f"{source}: ranks_per_node")
+    if ranks % per_node:
+        raise ConfigError(f"{source}: ranks is {ranks}, allowed: multiples of ranks_per_node")
+    precision = tree.pop("precision", None)
+    if precision not in PRECISIONS:
+        raise ConfigError(
+            f"{source}: precision is {show(precision)}, allowed: {' | '.join(PRECISIONS)}"
+        )
+    padding = tree.pop("padding", None)
+    factor = None
+    if padding is not None:
+        factor = _value(padding, Allowed(1.0, 100.0, ""), f"{source}: padding").value
+    return Profile(
+        name, precision, ranks, per_node, _values(tree, source, ranks > per_node), factor
+    )
+
+
+def _values(tree: Mapping[str, Any], source: str, has_network: bool) -> dict[str, Value]:
+    entries = dict(_entries(tree))
+    for key in entries:
+        if key not in KEYS:
+            raise ConfigError(f"{source}: unknown key {key}, allowed: {', '.join(KEYS)}")
+    values = {}
+    for key, allowed in KEYS.items():
+        if key in entries:
+            values[key] = _value(entries[key], allowed, f"{source}: {key}")
+        elif allowed.default is not None:
+            values[key] = Value(allowed.default, "guess")
+        elif has_network or not key.startswith(NETWORK):
+            raise ConfigError(f"{source}: {key} is missing. It is the {allowed.meaning}.")
+    return values
+
+
+def _entries(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Return dotted keys and what the file has for them."""
+    entries = []
+    for key, value in tree.items():
+        if isinstance(value, dict) and "value" not in value and "source" not in value:
+            entries += _entries(value, f"{prefix}{key}.")
+        else:
+            entries.append((f"{prefix}{key}", value))
+    return entries
+
+
+def _value(entry: Any, allowed: Allowed, where: str) -> Value:
+    if not isinstance(entry, dict) or set(entry) != {"value", "source"}:
+        raise ConfigError(f"{where} is {show(entry)}, allowed: {{value: NUMBER, source: SOURCE}}")
+    if entry["source"] not in SOURCES:
+        raise ConfigError(
+            f"{where}.source is {show(entry['source'])}, allowed: {' | '.join(SOURCES)}"
+        )
+    return Value(number(entry["value"], allowed, f"{where}.value"), entry["source"])
+
+
+def number(text: Any, allowed: Allowed, where: str) -> float:
+    """Return the number of a text. ConfigError: it is none, or not an allowed one."""
+    try:
+        parsed = float(text)
+    except (TypeError, ValueError):
+        parsed = math.nan
+    if not allowed.low <= parsed <= allowed.high:
+        raise ConfigError(f"{where} is {show(text)}, allowed: {allowed.low:g} to {allowed.high:g}")
+    return parsed
+
+
+def whole(text: Any, where: str) -> int:
+    """Return the number of a text, 1 or more."""
+    if not (isinstance(text, str) and text.isdecimal() and int(text) >= 1):
+        raise ConfigError(f"{where} is {show(text)}, allowed: a whole number, 1 or more")
+    return int(text)
+
+
+def overridden(profile: Profile, words: Sequence[str]) -> Profile:
+    """Return the profile with the words cluster.KEY=NUMBER in it."""
+    given = {}
+    for word in words:
+        name, _, text = word.removeprefix("--").partition("=")
+        key = name.removeprefix("cluster.")
+        if key == "padding":
+            factor = number(text, Allowed(1.0, 100.0, ""), f"command line: {name}")
+            profile = replace(profile, padding=factor)
+            continue
+        if key not in KEYS or (key not in profile.values and key.startswith(NETWORK)):
+            known = ", ".join([*profile.values, "padding"])
+            raise ConfigError(f"command line: unknown key {name}, allowed: cluster. and {known}")
+        given[key] = number(text, KEYS[key], f"command line: {name}")
+    return profile.with_values(given)

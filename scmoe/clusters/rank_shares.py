@@ -1,0 +1,31 @@
+"""A load (probes/loads.py) as the timelines take it: the rows of each chunk and rank over the even
+ones."""
+
+from collections.abc import Sequence
+from functools import cache
+
+from scmoe.clusters.advise import LoadOf
+from scmoe.clusters.simulated_step import Load
+from scmoe.probes.loads import Load as Routing
+from scmoe.probes.loads import Sizes, counts_of
+from scmoe.schedule.cost import shares
+
+STEPS = 16  # of a load that are played at most; those of a recording are spread over all of it
+TOKENS = 2048  # of a rank that are dealt: shares do not depend on their number
+
+
+def rank_shares(routing: Routing, sizes: Sizes) -> LoadOf | None:
+    """Return the load of each of a number of steps, in so many chunks; None: no rows travel."""
+    if sizes.ranks == 1:
+        return None
+
+    @cache
+    def in_chunks(chunks: int) -> Sequence[Load]:
+        loads = []
+        for step in range(min(STEPS, routing.phases(sizes.ranks))):
+            counts_PRE = counts_of(routing, sizes, [TOKENS] * sizes.ranks, step, chunks)
+            rows_PRR = counts_PRE.unflatten(2, (sizes.ranks, -1)).sum(3).tolist()
+            loads.append([shares(rows_RR) for rows_RR in rows_PRR])
+        return loads
+
+    return in_chunks

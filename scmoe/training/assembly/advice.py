@@ -1,0 +1,195 @@
+"""The models that `scmoe advise` compares, made from one config: each architecture with as many
+active weights as standard top-k.
+
+    standard          K + 1 routed copies, where a shortcut has K and a shared expert
+    shared_expert     K
+    scmoe_pos1, ...   K; Pos-3 only in pairs of blocks
+    top1              one copy, fewer FLOPs
+
+K is moe.top_k of a config with a shared expert. A config of standard top-k has K + 1 = moe.top_k. A
+shared expert that is as wide as several routed ones counts as so many copies.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from scmoe.blocks.moe_block import moe_blocks_of
+from scmoe.clusters.advise import Advice, Job, Model, advise
+from scmoe.clusters.operator_costs import count
+from scmoe.clusters.profile import Profile
+from scmoe.clusters.rank_shares import rank_shares
+from scmoe.clusters.timed_blocks import Sizes
+from scmoe.config.fields import Config, MoEConfig
+from scmoe.config.leaves import ConfigError, show
+from scmoe.config.load import find, load
+from scmoe.config.registry import IMAGES
+from scmoe.estimate.bound import bound
+from scmoe.estimate.memory import Job as Training
+from scmoe.probes.loads import BALANCED, check_load, load_of
+from scmoe.probes.loads import Sizes as Routed
+from scmoe.training.assembly.costs import make_batch
+from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
+
+TOKENS = 16_384  # of a rank in one batch, where a preset of configs/model says no batch
+IMAGES_OF_A_RANK = 128  # Table 9: 1,024 on eight ranks
+REFUSED = {  # fields that the advice cannot honour, and the values that it can
+    "trainer.compile": "false",
+    "strategy.dense": "replicated",
+    "moe.rows": "auto | filled | slots",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job to be judged. ranks, ep_size, samples: None: all of the cluster, the largest number that
+    divides ranks and experts, and those of a rank in the config."""
+
+    config: str
+    overrides: Sequence[str] = ()
+    ranks: int | None = None
+    ep_size: int | None = None
+    samples: int | None = None
+    load: str = BALANCED
+
+
+def advice_for(request: Request, profile: Profile) -> tuple[Advice, Config]:
+    """Return the advice, and the config with the ranks and the batch for which it is."""
+    config = config_for(request, profile)
+    names = dict(architectures(config.moe, config.model.ffn_dim or 4 * config.model.dim))
+    standard = next(name for name in names if name != "top1")
+    models = [model_of(name, moe, config, profile, request) for name, moe in names.items()]
+    training = Training.of(config)
+    wire = training.wire_bytes or training.compute_bytes
+    job = Job(
+        Sizes(training.ranks, training.ep_size, sent=wire / training.compute_bytes),
+        training.accumulate,
+        two=training.samples > 1,
+    )
+    return advise(models, profile, job, standard), config
+
+
+def config_for(request: Request, profile: Profile) -> Config:
+    """Return the config on the ranks of the cluster. ConfigError: it cannot run there."""
+    ranks = request.ranks or profile.ranks
+    if ranks > profile.ranks:
+        raise ConfigError(
+            f"command line: ranks is {ranks}, allowed: up to {profile.ranks}, those of cluster"
+            f" {profile.name}"
+        )
+    path = find(request.config)
+    given = {word.removeprefix("--").partition("=")[0] for word in request.overrides}
+    precision = f"trainer.precision={profile.precision}"
+    if "trainer.precision" in given and precision not in request.overrides:
+        raise ConfigError(
+            f"command line: trainer.precision is given, but the rates of cluster {profile.name} are"
+            f" those of {profile.precision}. Leave it out, or write a profile of another precision"
+        )
+    accelerator = "cpu" if profile.precision == "32-true" else "gpu"
+    first = load(path, request.overrides)
+    samples = request.samples or samples_of(first, path)
+    ep_size = request.ep_size or math.gcd(first.moe.num_experts, ranks)
+    node = min(ranks, profile.ranks_per_node)
+    words = [
+        precision,
+        f"trainer.accelerator={accelerator}",
+        f"trainer.devices={node}",
+        f"trainer.num_nodes={max(1, ranks // node)}",
+        f"strategy.ep_size={ep_size}",
+        f"data.global_batch_size={ranks * samples * first.trainer.accumulate}",
+    ]
+    if ranks % node:
+        raise ConfigError(
+            f"command line: ranks is {ranks}, allowed: multiples of {node}, the ranks of a node"
+        )
+    config = load(path, [*request.overrides, *words])
+    check(config)
+    return config
+
+
+def samples_of(config: Config, path: Path) -> int:
+    """Return the samples of a rank in one batch: those of the config, but a preset has none."""
+    if path.parent.name != "model":
+        return max(1, Training.of(config).samples)
+    if config.data.name in IMAGES or config.model.family == "swin":
+        return IMAGES_OF_A_RANK
+    return max(1, TOKENS // config.data.seq_len)
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for a setting that the advice cannot honour."""
+    values = {
+        "trainer.compile": config.trainer.compile,
+        "strategy.dense": config.strategy.dense == "replicated" and "replicated",
+        "moe.rows": config.moe.rows != "buffers" and config.moe.rows,
+    }
+    wrong = {
+        "trainer.compile": config.trainer.compile,
+        "strategy.dense": config.strategy.dense != "replicated",
+        "moe.rows": config.moe.rows == "buffers",
+    }
+    for key, is_wrong in wrong.items():
+        if is_wrong:
+            raise ConfigError(f"advise: {key} is {show(values[key])}, allowed: {REFUSED[key]}")
+    if config.moe.architecture == "dense":
+        raise ConfigError("advise: moe.architecture is dense, which has no rows to send")
+
+
+def architectures(moe: MoEConfig, ffn_dim: int) -> Iterator[tuple[str, MoEConfig]]:
+    """Yield the architectures to be compared, the standard one first. ffn_dim: of the shared
+    expert."""
+    copies = max(1, round(ffn_dim / (moe.ffn_dim or ffn_dim)))
+    is_standard = moe.architecture == "top_k"
+    standard_k = moe.top_k if is_standard else moe.top_k + copies
+    k = max(1, moe.top_k - copies) if is_standard else moe.top_k
+    plain = replace(moe, first_position=None, coefficient_input="current", tap_norm="own")
+    top_k = replace(plain, architecture="top_k", top_k=standard_k)
+    yield f"top{standard_k}", top_k
+    if standard_k > 1:
+        yield "top1", replace(top_k, top_k=1)
+    yield "shared_expert", replace(plain, architecture="shared_expert", top_k=k)
+    for position in ("pos1", "pos2", "pos3")[: 3 if moe.every == 2 else 2]:
+        shortcut = replace(plain, architecture="scmoe", top_k=k)
+        yield f"scmoe_{position}", replace(shortcut, position=position)
+
+
+def model_of(
+    name: str, moe: MoEConfig, config: Config, profile: Profile, request: Request
+) -> Model:
+    """Return an architecture of the config, counted."""
+    training = Training.of(config)
+    schedule = replace(config.schedule, auto=False, slot=None, chunks=None, inside_attention=False)
+    usual = replace(config, moe=moe, schedule=replace(schedule, batches_in_flight=None))
+    memory = bound(
+        build_model_on_meta(usual),
+        training,
+        updated_by_muon(usual, build_model_on_meta(usual)),
+        "token",
+        config.optim.name,
+    )["memory_bytes"]["total"]
+    pads = moe.capacity_factor is not None and rows_are_padded(config)
+    factor = profile.padding or (moe.capacity_factor if pads else 1.0)
+    counted = replace(usual, moe=replace(moe, capacity_factor=factor, rows="slots"))
+    batch = next(iter(make_batch(counted, training.samples).values()))
+    model = build_model_on_meta(counted)
+    costs = count(model, training, batch)
+    loads = None
+    routing = load_of(request.load)
+    if routing.kind != BALANCED:
+        sizes = Routed(moe.num_experts, moe.top_k, training.ep_size)
+        if routing.kind == "ragged":
+            raise ConfigError(
+                f"load is {routing.name}, allowed: others, as ranks have equal batches"
+            )
+        check_load(routing, sizes, training.samples)
+        loads = None if pads else rank_shares(routing, sizes)
+    names = {block.schedule.architecture: block.schedule for block in moe_blocks_of(model)}
+    return Model(name, costs, names[moe.architecture], memory, loads)
+
+
+def rows_are_padded(config: Config) -> bool:
+    """Return whether every slot of the capacity travels, filled or not."""
+    moe = config.moe
+    on_cpu = config.trainer.accelerator == "cpu"
+    return moe.rows == "slots" or (moe.rows == "auto" and not on_cpu)
