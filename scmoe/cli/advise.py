@@ -1,6 +1,7 @@
 """`scmoe advise` says whether a shortcut would pay on a cluster, before anything is trained."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scmoe.command_line import KeyValue, numbers_of
@@ -11,22 +12,29 @@ if TYPE_CHECKING:
 
 COLUMNS = {
     "step, ms": "{step_ms:.1f}",
-    "[5, 95 %]": "[{interval[0]:.1f} {interval[1]:.1f}]",
-    "waits for rows, gradients": "{exposed_rows_ms:.1f}, {exposed_gradients_ms:.1f}",
-    "over standard": "{over_top2:.2f}",
-    "over shared-expert": "{over_shared:.2f}",
-    "over the best without another model": (
-        "{over_best:.2f} [{over_best_interval[0]:.2f} {over_best_interval[1]:.2f}]"
+    "5 to 95 %": "{interval[0]:.1f} {interval[1]:.1f}",
+    "exposed": "{exposed_rows_ms:.1f} + {exposed_gradients_ms:.1f}",
+    "/ top-k": "{over_top2:.2f}",
+    "/ shared": "{over_shared:.2f}",
+    "/ best": "{over_best:.2f} [{over_best_interval[0]:.2f} {over_best_interval[1]:.2f}]",
+    "/ best shared": (
+        "{over_best_shared:.2f} [{over_best_shared_interval[0]:.2f}"
+        " {over_best_shared_interval[1]:.2f}]"
     ),
-    "slot x chunks": "{slot} x {chunks}",
+    "slot x": "{slot} x {chunks}",
     "GiB": "{memory_gib:.1f}",
     "answer": "{answer}",
 }
+LEGEND = (
+    "exposed: waiting for rows + sums of gradients. Speed-ups are over the sequential standard"
+    " model, over shared-expert, over the best row of the standard model, over the best row of"
+    " shared-expert. slot x chunks. Memory is an upper bound. All of it is predicted."
+)
 
 
 def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
-    """Say whether a shortcut would pay on a cluster: each architecture's step by simulation, with an
-    interval, and an answer. Nothing is trained.
+    """Say whether a shortcut would pay on a cluster: each architecture's step by simulation, with
+    an interval, and an answer. Nothing is trained.
 
     The last line of standard output is JSON.
 
@@ -35,7 +43,8 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
         words: cluster=NAME, a profile of configs/cluster, a file, or measure, which measures this
             machine; ranks=N, ep=N and samples=N of a rank in one batch (default: all ranks of the
             cluster, all that divide the experts, and as CONFIG has it, or 16,384 tokens for a
-            preset); load=KIND, uneven routing as `scmoe bench` has it; cluster.KEY=NUMBER; key=value
+            preset); load=KIND, uneven routing as `scmoe bench` has it; cluster.KEY=NUMBER, a value
+            of the profile; key=value
         curves: a folder for pictures of the speed-up over bandwidth, EP, width, tokens and load
     """
     sizes, others = numbers_of(words, ("ranks", "ep", "samples"))
@@ -66,11 +75,12 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
     rows = {name: row_to_json(row) for name, row in advice.rows.items()}
     trainer = settings.trainer
     title = (
-        f"{config} on cluster {profile.name}, predicted: {trainer.devices * trainer.num_nodes} ranks,"
+        f"{config} on cluster {profile.name}: {trainer.devices * trainer.num_nodes} ranks,"
         f" EP {settings.strategy.ep_size}, {advice.tokens:,} tokens of a rank in a step, load"
         f" {named['load']}"
     )
     Report(title, rows, COLUMNS, "row").show()
+    say(LEGEND)
     for name, row in advice.rows.items():
         say(f"{name}: {row.answer}. {row.why}")
     if profile.guesses:
@@ -78,7 +88,7 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
     if curves is not None:
         from scmoe.training.assembly.advice_curves import draw_curves
 
-        draw_curves(request, profile, curves)
+        draw_curves(request, profile, Path(curves))
     facts: dict[str, Any] = {
         "rows": rows,
         "standard": advice.standard,
@@ -112,6 +122,8 @@ def row_to_json(row: "Row") -> dict[str, Any]:
         "over_shared_interval": list(row.over_shared_interval),
         "over_best": row.over_best,
         "over_best_interval": list(row.over_best_interval),
+        "over_best_shared": row.over_best_shared,
+        "over_best_shared_interval": list(row.over_best_shared_interval),
         "answer": row.answer,
         "why": row.why,
         "slot": row.choice.schedule.slot,

@@ -11,18 +11,19 @@ fixed seed. Every row runs on the same machines, so errors that all rows share c
 each may choose among its BEST schedules anew. The 5th and 95th percentile are shown. The error of
 the simulator itself is not in them.
 
-Answer: by the speed-up over the best row that needs no other model than the standard one. It pays if
-the lower end is above WORTH, does not pay if the upper end is below, and is within the error
+Answer: by the speed-up over the best row that needs no other model than the standard one. It pays
+if the lower end is above WORTH, does not pay if the upper end is below, and is within the error
 otherwise. Rows of the standard model are compared with its sequential one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from functools import cached_property
 from random import Random
 from typing import Literal, NamedTuple
 
 from scmoe.clusters.operator_costs import Costs
-from scmoe.clusters.profile import BANDS, Machine, Profile, within
+from scmoe.clusters.profile import BANDS, Machine, Profile, scaled
 from scmoe.clusters.simulated_step import Block, Head, Load, Setting, StepTime, simulate_step
 from scmoe.clusters.timed_blocks import Sizes, at_schedule, blocks_on, update_seconds
 from scmoe.schedule.schedule import Schedule
@@ -88,6 +89,8 @@ class Row:
     over_shared_interval: tuple[float, float]
     over_best: float
     over_best_interval: tuple[float, float]
+    over_best_shared: float
+    over_best_shared_interval: tuple[float, float]
     answer: Answer
     why: str
 
@@ -190,14 +193,35 @@ class Plan:
     def of_shared(self) -> list[str]:
         return [row for row, model in self.model_of.items() if model.name == SHARED]
 
-    def over_best(self, row: str, machine: Machine, job: Job) -> float:
+    def over_best(self, totals: Mapping[str, float], row: str) -> float:
         """Return a row's speed-up over the best one of the standard model."""
-        simulator = Simulator(machine, job)
-        total = {
-            name: min(simulator.step(self.model_of[name], c).total for c in self.choices[name])
-            for name in [row, *self.of_standard()]
-        }
-        return min(total[name] for name in self.of_standard()) / total[row]
+        return min(totals[name] for name in self.of_standard()) / totals[row]
+
+    def totals(self, machine: Machine, job: Job) -> dict[str, float]:
+        return {row: step.total for row, (_, step) in self.steps(machine, job).items()}
+
+    @cached_property
+    def at_ends(self) -> dict[str, list[dict[str, float]]]:
+        """Steps of all rows at both ends of the band of each uncertain key."""
+        ends = {}
+        for key, value in self.profile.values.items():
+            band = BANDS[value.source]
+            if band == 1 or not value.value:
+                continue
+            ends[key] = [
+                self.totals(self.profile.machine({key: scaled(key, value.value, factor)}), self.job)
+                for factor in (1 / band, band)
+            ]
+        return ends
+
+    @cached_property
+    def with_tokens(self) -> dict[int, dict[str, float]]:
+        """Steps of all rows with more tokens of a rank, by how many times as many."""
+        steps = {}
+        for factor in MORE_TOKENS:
+            sizes = self.job.sizes._replace(rows=self.job.sizes.rows * factor)
+            steps[factor] = self.totals(self.profile.machine(), replace(self.job, sizes=sizes))
+        return steps
 
 
 def advise(models: Sequence[Model], profile: Profile, job: Job, standard: str) -> Advice:
@@ -205,12 +229,9 @@ def advise(models: Sequence[Model], profile: Profile, job: Job, standard: str) -
     plan = Plan(models, profile, job, standard)
     nominal = plan.steps(profile.machine(), job)
     random = Random(SEED)
-    drawn = [
-        {row: step.total for row, (_, step) in plan.steps(profile.machine(values), job).items()}
-        for values in [profile.draw(random) for _ in range(SAMPLES)]
-    ]
+    drawn = [plan.totals(profile.machine(profile.draw(random)), job) for _ in range(SAMPLES)]
     totals = {row: step.total for row, (_, step) in nominal.items()}
-    shared = plan.of_shared()[:1] or [standard]
+    of_shared = plan.of_shared() or [standard]
 
     def ratio(rows: Sequence[str], row: str) -> tuple[float, tuple[float, float]]:
         ratios = [min(each[name] for name in rows) / each[row] for each in drawn]
@@ -224,7 +245,8 @@ def advise(models: Sequence[Model], profile: Profile, job: Job, standard: str) -
     rows = {}
     for name, (choice, step) in nominal.items():
         over_standard = ratio([standard], name)
-        over_shared = ratio(shared, name)
+        over_shared = ratio(of_shared[:1], name)
+        over_best_shared = ratio(of_shared, name)
         needs_no_other = name in plan.of_standard()
         over_best = ratio([standard] if needs_no_other else plan.of_standard(), name)
         row = Row(
@@ -236,6 +258,7 @@ def advise(models: Sequence[Model], profile: Profile, job: Job, standard: str) -
             *over_standard,
             *over_shared,
             *over_best,
+            *over_best_shared,
             answer="baseline" if name == standard else answer_of(over_best[1]),
             why="",
         )
@@ -271,22 +294,17 @@ def tier_of(model: Model, machine: Machine, sizes: Sizes) -> str:
 
 
 def reason(row: Row, advice: Advice, plan: Plan) -> str:
-    """Return why a row has its answer, in a sentence."""
-    standard = advice.rows[advice.standard]
-    best = advice.rows[advice.best]
+    """Return why a row has its answer."""
     carried = (
-        f"rows take {advice.share:.0%} of sequential {advice.standard}'s step on the"
+        f"Rows take {advice.share:.0%} of sequential {advice.standard}'s step on the"
         f" {TIERS[advice.tier]}"
     )
+    needs_no_other = row.name in plan.of_standard()
+    rival = advice.rows[advice.standard if needs_no_other else advice.best]
     if row.answer == "baseline":
         return f"{carried}."
-    needs_no_other = row.name in plan.of_standard()
-    rival = standard if needs_no_other else best
     if row.answer == "pays":
-        return (
-            f"{_capital(carried)}; it waits {_ms(row.step.exposed_rows)} ms a step for them, and"
-            f" {rival.name} {_ms(rival.step.exposed_rows)} ms."
-        )
+        return f"{carried}. {_differences(row, rival)}.{_beside_shared(row, plan)}"
     if row.answer == "within the error":
         low, high = row.over_best_interval
         key = decisive(row.name, plan)
@@ -297,39 +315,47 @@ def reason(row: Row, advice: Advice, plan: Plan) -> str:
     if not needs_no_other and (factor := tokens_needed(row.name, plan)):
         return (
             f"A rank has {advice.tokens:,} tokens a step, and it would pay from about"
-            f" {factor * advice.tokens:,} on, where its gradients and update weigh less."
+            f" {factor * advice.tokens:,} on. {_differences(row, rival)}."
         )
-    after_backward = [each.step.exposed_gradients + each.step.update for each in (row, rival)]
-    costs_more = after_backward[0] - after_backward[1]
-    hides = rival.step.exposed_rows - row.step.exposed_rows
-    if costs_more > max(hides, 0.0):
-        return (
-            f"Its gradients and update take {_ms(costs_more)} ms a step more than those of"
-            f" {rival.name}, and it hides {_ms(max(hides, 0.0))} ms more of the rows."
-        )
-    if advice.share < LITTLE:
-        return f"{_capital(carried)}, so little can be hidden."
-    return (
-        f"{_capital(carried)}, of which {rival.name} leaves {_ms(rival.step.exposed_rows)} ms a"
-        " step, without another model."
+    little = ", so little can be hidden" if advice.share < LITTLE else ""
+    return f"{carried}{little}. {_differences(row, rival)}."
+
+
+def _beside_shared(row: Row, plan: Plan) -> str:
+    """Return what a row gains over shared-expert, which has as many weights, in words."""
+    model = plan.model_of[row.name].name
+    if model in (plan.standard, SHARED, "top1") or not plan.of_shared():
+        return ""
+    low, high = row.over_best_shared_interval
+    return f" Over {SHARED} at its best it is {low:.2f} to {high:.2f} times as fast."
+
+
+def _differences(row: Row, rival: Row) -> str:
+    """Return in which terms a row's step differs from that of another one, in words."""
+    terms = {
+        "computing": row.step.computing - rival.step.computing,
+        "waiting for rows": row.step.exposed_rows - rival.step.exposed_rows,
+        "gradients and update": row.step.exposed_gradients
+        + row.step.update
+        - rival.step.exposed_gradients
+        - rival.step.update,
+        "slowed by transfers": row.step.slowed - rival.step.slowed,
+    }
+    total = row.step.total - rival.step.total
+    ordered = sorted(terms, key=lambda term: -abs(terms[term]))
+    words = ", ".join(
+        f"{term} {1e3 * terms[term]:+.3g}"
+        for term in ordered
+        if abs(terms[term]) > 0.05 * abs(total)
     )
-
-
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return f"Its step less that of {rival.name} is {1e3 * total:+.3g} ms: {words}"
 
 
 def tokens_needed(row: str, plan: Plan) -> int | None:
     """Return how many times as many tokens of a rank make a row pay, at the profile's own values;
     None: MORE_TOKENS do not."""
-    machine = plan.profile.machine()
-    for factor in MORE_TOKENS:
-        sizes = plan.job.sizes._replace(rows=plan.job.sizes.rows * factor)
-        if plan.over_best(row, machine, replace(plan.job, sizes=sizes)) > WORTH:
+    for factor, totals in plan.with_tokens.items():
+        if plan.over_best(totals, row) > WORTH:
             return factor
     return None
 
@@ -337,14 +363,7 @@ def tokens_needed(row: str, plan: Plan) -> int | None:
 def decisive(row: str, plan: Plan) -> str:
     """Return the key of the profile whose band moves a row's speed-up most."""
     moved = {}
-    for key, value in plan.profile.values.items():
-        band = BANDS[value.source]
-        ends = [
-            plan.over_best(
-                row, plan.profile.machine({key: within(key, value.value * factor)}), plan.job
-            )
-            for factor in (1 / band, band)
-            if band > 1 and value.value
-        ]
-        moved[key] = max(ends, default=0.0) - min(ends, default=0.0)
+    for key, ends in plan.at_ends.items():
+        low, high = (plan.over_best(totals, row) for totals in ends)
+        moved[key] = abs(high - low)
     return max(moved, key=lambda key: moved[key])

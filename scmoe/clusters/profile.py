@@ -6,7 +6,7 @@ of KEYS:
     peak_tflops: {value: 165, source: datasheet}
 
 Sources say how far a value may be off (BANDS): it is multiplied or divided by up to this factor. A
-value that the user gives on the command line is taken as it is.
+value that the user gives on the command line is taken as it is, and so is the padding.
 
     datasheet    what the vendor prints; that it is not reached is in the attained share
     measured     on this machine, by `cluster=measure`
@@ -188,7 +188,7 @@ class Profile:
         for key, value in self.values.items():
             width = math.log(BANDS[value.source])
             factor = math.exp(random.uniform(-width, width))
-            drawn[key] = within(key, value.value * factor)
+            drawn[key] = scaled(key, value.value, factor)
         return drawn
 
     def with_values(self, given: Mapping[str, float]) -> "Profile":
@@ -202,8 +202,11 @@ def _link(numbers: Mapping[str, float], prefix: str) -> Link:
     return Link(rate, numbers[f"{prefix}latency_us"] * 1e-6)
 
 
-def within(key: str, number: float) -> float:
-    """Return the number, or the nearest one that the key may have."""
+def scaled(key: str, value: float, factor: float) -> float:
+    """Return a value times a factor, or the nearest one that the key may have. Of `halves`, the
+    excess over 1 is multiplied."""
+    least = 1.0 if key == "halves" else 0.0
+    number = least + (value - least) * factor
     return min(max(number, KEYS[key].low), KEYS[key].high)
 
 

@@ -22,29 +22,24 @@ from scmoe.clusters.profile import Profile
 from scmoe.clusters.rank_shares import rank_shares
 from scmoe.clusters.timed_blocks import Sizes
 from scmoe.config.fields import Config, MoEConfig
-from scmoe.config.leaves import ConfigError, show
+from scmoe.config.leaves import ConfigError
 from scmoe.config.load import find, load
 from scmoe.config.registry import IMAGES
-from scmoe.estimate.bound import bound
 from scmoe.estimate.memory import Job as Training
-from scmoe.probes.loads import BALANCED, check_load, load_of
+from scmoe.estimate.memory import rank_memory
+from scmoe.probes.loads import BALANCED, Load, check_load, load_of
 from scmoe.probes.loads import Sizes as Routed
 from scmoe.training.assembly.costs import make_batch
 from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
 
 TOKENS = 16_384  # of a rank in one batch, where a preset of configs/model says no batch
 IMAGES_OF_A_RANK = 128  # Table 9: 1,024 on eight ranks
-REFUSED = {  # fields that the advice cannot honour, and the values that it can
-    "trainer.compile": "false",
-    "strategy.dense": "replicated",
-    "moe.rows": "auto | filled | slots",
-}
 
 
 @dataclass(frozen=True)
 class Request:
-    """A job to be judged. ranks, ep_size, samples: None: all of the cluster, the largest number that
-    divides ranks and experts, and those of a rank in the config."""
+    """A job to be judged. ranks, ep_size, samples: None: all of the cluster, the largest number
+    that divides ranks and experts, and those of a rank in the config."""
 
     config: str
     overrides: Sequence[str] = ()
@@ -57,17 +52,8 @@ class Request:
 def advice_for(request: Request, profile: Profile) -> tuple[Advice, Config]:
     """Return the advice, and the config with the ranks and the batch for which it is."""
     config = config_for(request, profile)
-    names = dict(architectures(config.moe, config.model.ffn_dim or 4 * config.model.dim))
-    standard = next(name for name in names if name != "top1")
-    models = [model_of(name, moe, config, profile, request) for name, moe in names.items()]
-    training = Training.of(config)
-    wire = training.wire_bytes or training.compute_bytes
-    job = Job(
-        Sizes(training.ranks, training.ep_size, sent=wire / training.compute_bytes),
-        training.accumulate,
-        two=training.samples > 1,
-    )
-    return advise(models, profile, job, standard), config
+    models = models_for(request, profile, config)
+    return advise(models, profile, job_of(config), models[0].name), config
 
 
 def config_for(request: Request, profile: Profile) -> Config:
@@ -119,19 +105,15 @@ def samples_of(config: Config, path: Path) -> int:
 
 def check(config: Config) -> None:
     """Raise ConfigError for a setting that the advice cannot honour."""
-    values = {
-        "trainer.compile": config.trainer.compile,
-        "strategy.dense": config.strategy.dense == "replicated" and "replicated",
-        "moe.rows": config.moe.rows != "buffers" and config.moe.rows,
-    }
-    wrong = {
-        "trainer.compile": config.trainer.compile,
-        "strategy.dense": config.strategy.dense != "replicated",
-        "moe.rows": config.moe.rows == "buffers",
-    }
-    for key, is_wrong in wrong.items():
-        if is_wrong:
-            raise ConfigError(f"advise: {key} is {show(values[key])}, allowed: {REFUSED[key]}")
+    if config.trainer.compile:
+        raise ConfigError("advise: trainer.compile is true, allowed: false")
+    if config.strategy.dense != "replicated":
+        raise ConfigError(
+            f"advise: strategy.dense is {config.strategy.dense}, allowed: replicated, as sums of"
+            " split weights are not simulated"
+        )
+    if config.moe.rows == "buffers":
+        raise ConfigError("advise: moe.rows is buffers, allowed: auto | filled | slots")
     if config.moe.architecture == "dense":
         raise ConfigError("advise: moe.architecture is dense, which has no rows to send")
 
@@ -154,20 +136,31 @@ def architectures(moe: MoEConfig, ffn_dim: int) -> Iterator[tuple[str, MoEConfig
         yield f"scmoe_{position}", replace(shortcut, position=position)
 
 
-def model_of(
-    name: str, moe: MoEConfig, config: Config, profile: Profile, request: Request
-) -> Model:
+def models_for(request: Request, profile: Profile, config: Config) -> list[Model]:
+    """Return every architecture of the config, counted, the standard one first."""
+    ffn_dim = config.model.ffn_dim or 4 * config.model.dim
+    return [
+        model_of(name, moe, config, profile, load_of(request.load))
+        for name, moe in architectures(config.moe, ffn_dim)
+    ]
+
+
+def job_of(config: Config) -> Job:
+    """Return what all rows share."""
+    training = Training.of(config)
+    wire = training.wire_bytes or training.compute_bytes
+    sizes = Sizes(training.ranks, training.ep_size, sent=wire / training.compute_bytes)
+    return Job(sizes, training.accumulate, two=training.samples > 1)
+
+
+def model_of(name: str, moe: MoEConfig, config: Config, profile: Profile, routing: Load) -> Model:
     """Return an architecture of the config, counted."""
     training = Training.of(config)
     schedule = replace(config.schedule, auto=False, slot=None, chunks=None, inside_attention=False)
     usual = replace(config, moe=moe, schedule=replace(schedule, batches_in_flight=None))
-    memory = bound(
-        build_model_on_meta(usual),
-        training,
-        updated_by_muon(usual, build_model_on_meta(usual)),
-        "token",
-        config.optim.name,
-    )["memory_bytes"]["total"]
+    whole = build_model_on_meta(usual)
+    by_muon = updated_by_muon(usual, whole)
+    memory = rank_memory(whole, training, by_muon)["total"]
     pads = moe.capacity_factor is not None and rows_are_padded(config)
     factor = profile.padding or (moe.capacity_factor if pads else 1.0)
     counted = replace(usual, moe=replace(moe, capacity_factor=factor, rows="slots"))
@@ -175,7 +168,6 @@ def model_of(
     model = build_model_on_meta(counted)
     costs = count(model, training, batch)
     loads = None
-    routing = load_of(request.load)
     if routing.kind != BALANCED:
         sizes = Routed(moe.num_experts, moe.top_k, training.ep_size)
         if routing.kind == "ragged":

@@ -1,0 +1,132 @@
+"""The curves of `scmoe advise --curves`: over bandwidth, EP, width, tokens of a rank, and load."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from scmoe.clusters.advise import SHARED, Job, Model, tier_of
+from scmoe.clusters.curves import Curve, Point, draw, point
+from scmoe.clusters.profile import Profile
+from scmoe.clusters.rank_shares import rank_shares
+from scmoe.config.extras import require
+from scmoe.config.fields import Config
+from scmoe.probes.loads import Sizes, load_of
+from scmoe.report import say
+from scmoe.training.assembly.advice import Request, config_for, job_of, models_for, rows_are_padded
+
+BANDWIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)  # over the profile's
+TOKENS = (1 / 64, 1 / 16, 1 / 4, 1, 4)  # over the job's
+WIDTHS = (1 / 2, 1, 2)  # over the model's
+LOADS = (1.0, 1.3, 1.7, 2.0)  # rows of the busiest rank over the mean
+
+
+def draw_curves(request: Request, profile: Profile, folder: Path) -> None:
+    """Draw all curves into a folder. ConfigError: matplotlib is not installed."""
+    require("scmoe advise --curves", "matplotlib")
+    config = config_for(request, profile)
+    models = compared(models_for(request, profile, config))
+    for curve in curves(request, profile, config, models):
+        path = folder / f"{curve.name}.png"
+        words = f"{models[-1].name}, {Path(request.config).stem} on {profile.name}"
+        draw(curve, words, path)
+        say(f"curve: {path}")
+
+
+def compared(models: Sequence[Model]) -> list[Model]:
+    """Return the standard model, shared-expert, and Pos-2."""
+    return [model for model in models if model.name in (models[0].name, SHARED, "scmoe_pos2")]
+
+
+def curves(
+    request: Request, profile: Profile, config: Config, models: Sequence[Model]
+) -> Iterator[Curve]:
+    job = job_of(config)
+    shortcut = models[-1].name
+
+    def at(
+        x: float, profile: Profile = profile, job: Job = job, models: Sequence[Model] = models
+    ) -> Point:
+        return point(x, models, profile, job, shortcut)
+
+    has_measured = profile.measured_bytes is not None
+    key = f"links.{tier_of(models[0], profile.machine(), job.sizes)}.gb_s"
+    rate = profile.values[key].value
+    yield Curve(
+        "bandwidth",
+        f"{key}, 10^9 B/s of a rank in one direction",
+        [at(rate * f, profile.with_values({key: rate * f})) for f in BANDWIDTHS],
+        (rate, rate) if has_measured else None,
+    )
+    sizes = job.sizes
+    powers = [2**i for i in range(1, 12)]
+    degrees = [n for n in powers if config.moe.num_experts % n == 0 and sizes.ranks % n == 0]
+    yield Curve(
+        "ep",
+        "EP: ranks that share the experts",
+        [at(n, job=replace(job, sizes=sizes._replace(ep_size=n))) for n in degrees],
+        (sizes.ranks, sizes.ranks) if has_measured else None,
+    )
+    tokens = models[0].costs.tokens * job.accumulate
+    yield Curve(
+        "tokens",
+        "tokens of a rank in a step",
+        [at(tokens * f, job=replace(job, sizes=sizes._replace(rows=f))) for f in TOKENS],
+        (tokens, tokens) if has_measured else None,
+    )
+    yield Curve(
+        "width",
+        "width of the model",
+        [
+            at(config.model.dim * f, models=wider(request, profile, f) if f != 1 else models)
+            for f in WIDTHS
+        ],
+        (config.model.dim, config.model.dim) if has_measured else None,
+    )
+    if rows_are_padded(config) and config.moe.capacity_factor is not None:
+        say("no curve over load: every slot of the capacity travels, whether it is filled or not")
+    elif sizes.ep_size > 1:
+        yield over_load(at, models, config, sizes.ep_size, has_measured)
+
+
+def over_load(
+    at: Callable[..., Point],
+    models: Sequence[Model],
+    config: Config,
+    ranks: int,
+    has_measured: bool,
+) -> Curve:
+    """Return the curve over the load of the busiest rank."""
+    points = []
+    for heat in LOADS:
+        if heat > min(ranks, config.moe.num_experts / models[0].costs.top_k):
+            continue
+        loaded = [
+            replace(
+                model,
+                loads=rank_shares(
+                    load_of(f"hot_rank:{heat}"),
+                    Sizes(config.moe.num_experts, model.costs.top_k, ranks),
+                ),
+            )
+            for model in models
+        ]
+        points.append(at(heat, models=loaded))
+    return Curve(
+        "load",
+        "rows of the busiest rank over the mean",
+        points,
+        (1.0, 1.0) if has_measured else None,
+        logarithmic=False,
+    )
+
+
+def wider(request: Request, profile: Profile, factor: float) -> list[Model]:
+    """Return the models at another width."""
+    config = config_for(request, profile)
+    words = [f"model.dim={round(config.model.dim * factor)}"]
+    if config.model.ffn_dim is not None:
+        words.append(f"model.ffn_dim={round(config.model.ffn_dim * factor)}")
+    if config.moe.ffn_dim is not None:
+        words.append(f"moe.ffn_dim={round(config.moe.ffn_dim * factor)}")
+    other = replace(request, overrides=[*request.overrides, *words])
+    return compared(models_for(other, profile, config_for(other, profile)))
