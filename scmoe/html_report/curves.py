@@ -13,16 +13,15 @@ from scmoe.runs.seen import SeenRun
 POINTS = 300  # of a curve; more are averaged in groups
 COLUMNS = 160  # of a heat map; more logged steps are summed in groups
 DASHES = ("", "6 3", "2 2")  # of the second and third six runs
-LOSSES = {"train/loss": "training loss", "val/loss": "validation loss"}
+LOSSES = {"train/loss": "Training loss", "val/loss": "Validation loss"}
 MOST = 2.0  # load at which the colours end
 Points = list[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Line:
-    """A run's style in every drawing of its group. number: from 0."""
+    """The label and the style of a curve, equal in every drawing of its group. number: from 0."""
 
-    run: SeenRun
     label: str
     number: int
 
@@ -79,31 +78,29 @@ def thinned(points: Points) -> Points:
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
-def loss_drawings(lines: Sequence[Line]) -> list[tuple[str, Markup]]:
+def loss_drawings(runs: Sequence[SeenRun], lines: Sequence[Line]) -> list[tuple[str, Markup]]:
     """Return caption and drawing of each loss over tokens and over seconds, as far as logged."""
-    unit = " or ".join(sorted({line.run.counts for line in lines}))
-    axes = {
-        unit: [{metric: line.run.curve(metric) for metric in LOSSES} for line in lines],
-        "seconds of training": [
-            {metric: over_seconds(line.run, metric) for metric in LOSSES} for line in lines
-        ],
-    }
+    unit = " or ".join(sorted({run.counts for run in runs}))
     drawings = []
     for metric, name in LOSSES.items():
-        for x, curves in axes.items():
-            points = [thinned(curve[metric]) for curve in curves]
+        curves = {
+            unit: [run.curve(metric) for run in runs],
+            "seconds of training": [over_seconds(run, metric) for run in runs],
+        }
+        for x, points in curves.items():
             if any(points):
-                caption = f"{name[0].upper()}{name[1:]} over {x}"
+                caption = f"{name} over {x}"
                 drawings.append((caption, draw_losses(lines, points, x, caption)))
     return drawings
 
 
 def draw_losses(lines: Sequence[Line], curves: Sequence[Points], x: str, words: str) -> Markup:
+    """Draw a curve for each line. x: label of its axis. words: what the drawing shows."""
     from matplotlib.ticker import EngFormatter
 
     with drawing(words, 2.5) as drawn:
         axis = drawn.figure.subplots()
-        for line, points in zip(lines, curves, strict=True):
+        for line, points in zip(lines, map(thinned, curves), strict=True):
             if not points:
                 continue
             dots = {"marker": "o", "markersize": 3.5} if len(points) < 30 else {}

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from scmoe.html_report.svg import C1, C2, C3, INK, MUTED, SMALL, drawing
+from scmoe.html_report.svg import C1, C2, C3, INK, MUTED, drawing
 
-COLORS = {"c1": C1, "c2": C2, "c3": C3, "muted": MUTED}
+COLORS = {"c1": C1, "c2": C2, "c3": C3, "ink": INK, "muted": MUTED}
+LANE = 0.15  # inches of a mark; a name takes NAME lanes
+NAME = 1.7
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ def draw_rows(
 ) -> Markup:
     """Draw the marks of each row on one axis, whose label is `x`. reference: a line across."""
     lanes = max(len(marks) for marks in rows.values())
-    pitch = 1.5 + lanes  # a name takes a line and a half
-    with drawing(words, 0.6 + 0.13 * pitch * len(rows)) as drawn:
+    pitch = NAME + lanes
+    with drawing(words, 0.6 + LANE * pitch * len(rows)) as drawn:
         axis = drawn.figure.subplots()
         if reference is not None:
             axis.axvline(reference, color=INK, linewidth=0.9, linestyle=":")
@@ -41,14 +43,13 @@ def draw_rows(
                 name,
                 transform=axis.get_yaxis_transform(),
                 va="center",
-                fontsize=SMALL - 0.5,
             )
             for lane, mark in enumerate(marks, 1):
                 color = COLORS[mark.color]
                 if mark.low is not None and mark.high is not None:
-                    axis.hlines(top + lane, mark.low, mark.high, color=color, linewidth=1.6)
+                    axis.hlines(top + lane + 0.15, mark.low, mark.high, color=color, linewidth=1.6)
                 (dot,) = axis.plot(
-                    mark.value, top + lane, mark.shape, color=color, markersize=5.5, clip_on=False
+                    mark.value, top + lane + 0.15, mark.shape, color=color, markersize=5.5, clip_on=False
                 )
                 dot.set_gid(drawn.tip(f"{name}: {mark.text}"))
         axis.set(ylim=(pitch * len(rows) - 0.2, -0.8), yticks=[], xlabel=x)

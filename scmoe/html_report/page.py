@@ -16,6 +16,8 @@ from scmoe.html_report.parts import Part, parts_of_runs, parts_of_traces
 from scmoe.html_report.results import parts_of_files
 from scmoe.html_report.sources import find_sources
 
+LONGEST = 60  # letters of a title that names what was asked for
+
 
 def write_page(names: Sequence[str], path: Path, last: int) -> int:
     """Write a report of what the names lead to (sources.find_sources). Returns its size in bytes.
@@ -26,7 +28,8 @@ def write_page(names: Sequence[str], path: Path, last: int) -> int:
     parts = [*parts_of_files(sources), *parts_of_traces(sources), *parts_of_runs(sources, clean)]
     counts = {"run": len(sources.runs), "file": len(sources.files)}
     content = " and ".join(f"{n} {word}{'s' * (n > 1)}" for word, n in counts.items() if n)
-    text = html(clean(" ".join(names) or "runs"), content, parts)
+    title = ", ".join(clean(Path(name).name) for name in names) or "runs"
+    text = html(title if len(title) <= LONGEST else content, content, parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")

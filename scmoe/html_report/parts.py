@@ -15,6 +15,7 @@ from scmoe.html_report.timelines import plan_drawings, trace_drawing, trace_draw
 from scmoe.report import in_one_line
 from scmoe.runs.seen import SeenRun, differing_fields
 
+STAMP = 15  # letters of the date and time that a run's name begins with
 SHOWN = 4  # drawings of one kind; more are folded
 SUMMARY = {  # keys of summary.json that the page shows, by what they are called there
     "val_loss": "validation loss",
@@ -43,14 +44,18 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """headings and cells; all columns but the first are numbers unless `words` counts them from the
-    right. answers: the column whose cells are one of `scmoe advise`'s answers."""
+    """A table of the page. Columns of numbers stand at the right.
+
+    wordy: the other columns, beside the first. answers: the column of `scmoe advise`'s answers.
+    links: an anchor for each row. A table with columns of words becomes a list of cards on a phone.
+    """
 
     headings: Sequence[str]
     cells: Sequence[Sequence[str]]
     title: str = ""
-    wordy: frozenset[int] = frozenset()  # columns of words
+    wordy: Sequence[int] = ()
     answers: int = -1
+    links: Sequence[str] = ()
 
 
 @dataclass
@@ -61,6 +66,7 @@ class Part:
     title: str
     anchor: str
     level: int = 2
+    in_contents: bool = True
     paragraphs: list[str] = field(default_factory=list)
     keys: list[dict[str, str]] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
@@ -125,7 +131,8 @@ def overview(runs: Sequence[SeenRun], names: Mapping[Any, str], clean: Cleaner) 
             ]
         )
     headings = ["run", "state", "steps", "best val. loss", "last val. loss", "speed", "differs in"]
-    return Part("Runs", "runs", tables=[Table(headings, cells, wordy=frozenset({1, 6}))])
+    links = [f"run-{number}" for number in range(1, len(runs) + 1)]
+    return Part("Runs", "runs", tables=[Table(headings, cells, wordy=(1, 6), links=links)])
 
 
 def losses(
@@ -133,13 +140,14 @@ def losses(
 ) -> list[Part]:
     """Return the losses of the runs of one folder; none where nothing was logged."""
     fields = differing_fields(runs)
+    oldest_first = runs[::-1]  # so the colour of a run stays when others are added
     lines = []
-    for number, run in enumerate(reversed(runs)):  # the oldest first: its colour stays
+    for number, run in enumerate(oldest_first):
         name = names[run.path].rpartition("/")[2]
-        lines.append(Line(run, clean(f"{name[:15]} {fields[run]}".strip()), number))
+        lines.append(Line(clean(f"{name[:STAMP]} {fields[run]}".strip()), number))
     part = Part(f"Losses of {title}", anchor, level=3)
-    part.draw(loss_drawings(lines))
-    part.keys = [{"color": li.css, "dashes": li.dashes or "none", "text": li.label} for li in lines]
+    part.draw(loss_drawings(oldest_first, lines))
+    part.keys = keys_of(lines)
     part.paragraphs = [
         "Seconds are those of training steps, without validation and checkpoints, as the logged"
         " speeds add up to."
@@ -147,14 +155,19 @@ def losses(
     return [part] if part.pictures else []
 
 
+def keys_of(lines: Sequence[Line]) -> list[dict[str, str]]:
+    """Return the legend of some curves."""
+    return [{"color": li.css, "dashes": li.dashes or "none", "text": li.label} for li in lines]
+
+
 def parts_of_run(run: SeenRun, name: str, anchor: str, clean: Cleaner) -> list[Part]:
     """Return a run's results, its load of experts, its timelines, and what runs it again."""
     environment = read_json(run.path / "env.json")
     summary = {key: value for key, value in run.summary.items() if value is not None}
-    head = Part(name, anchor)
+    head = Part(name, anchor, in_contents=False)
     head.facts = [("state", run.state), *begun(run)]
     head.facts += [
-        (words, number(summary[key])) for key, words in SUMMARY.items() if key in summary
+        (words, of_summary(key, summary[key])) for key, words in SUMMARY.items() if key in summary
     ]
     if command := environment.get("command"):
         head.commands = [clean(" ".join(["scmoe", *map(str, command[1:])]))]
@@ -174,6 +187,11 @@ def parts_of_run(run: SeenRun, name: str, anchor: str, clean: Cleaner) -> list[P
         parts.append(part)
     parts.append(environment_of(run, environment, f"{anchor}-environment", clean))
     return parts
+
+
+def of_summary(key: str, value: Any) -> str:
+    """Return a value of summary.json for a reader; shares as per cent."""
+    return f"{value:.2%}" if key in ("drop_share", "mfu") else number(value)
 
 
 def begun(run: SeenRun) -> list[tuple[str, str]]:
@@ -206,7 +224,7 @@ def parts_of_traces(sources: Sources) -> list[Part]:
 
 
 def number(value: Any) -> str:
-    """Return a number for a reader: whole ones with commas, others with four digits."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
+    """Return a number for a reader: large ones with commas, others with four digits."""
+    if isinstance(value, float) and (value.is_integer() or abs(value) >= 1000):
+        value = round(value)
     return f"{value:,}" if isinstance(value, int) else in_one_line(value)

@@ -7,7 +7,8 @@ from typing import Any
 
 from scmoe.config.leaves import ConfigError
 from scmoe.html_report.marks import Mark, draw_rows
-from scmoe.html_report.parts import Part, Picture, Table, number
+from scmoe.html_report.curves import Line, draw_losses
+from scmoe.html_report.parts import Part, Picture, Table, keys_of, number
 from scmoe.html_report.sources import Source, Sources, is_table, listed_tables
 from scmoe.report import Report
 
@@ -88,7 +89,7 @@ def part_of_advice(source: Source, anchor: str) -> Part:
             ]
         )
     headings = ["row", "answer", "step, ms", "interval", "over top-2", "over shared expert", "why"]
-    part.tables = [Table(headings, cells, wordy=frozenset({1, 6}), answers=1)]
+    part.tables = [Table(headings, cells, wordy=(1, 6), answers=1)]
     return part
 
 
@@ -195,11 +196,24 @@ def part_of_speeds(source: Source, anchor: str) -> Part:
             {"color": "c2", "text": "training, paper"},
             {"color": "muted", "text": "inference, paper"},
         ]
-    shown = ("comm_share", "limit_train", "limit_forward", "ranks", "compute", "level", "link_mbit")
-    words = [f"{key.replace('_', ' ')} {number(data[key])}" for key in shown if data.get(key) is not None]
-    part.paragraphs = ["; ".join(words)]
+    part.paragraphs = [setting_of(data)]
     part.tables = [speeds_table(rows, printed)]
     return part
+
+
+def setting_of(data: Mapping[str, Any]) -> str:
+    """Return in a sentence what a report of speed-ups has measured, as far as it says so."""
+    forms = {
+        "level": "level {level}",
+        "ranks": "{ranks} ranks",
+        "compute": "{compute} compute",
+        "link_mbit": "links of {link_mbit:.0f} Mbit/s",
+        "comm_share": "{comm_share:.0%} of top-2's inference is communication",
+        "limit_train": "at most {limit_train:.2f} in training with all communication hidden",
+        "limit_forward": "at most {limit_forward:.2f} in inference",
+        "paper_source": "{paper_source}",
+    }
+    return "; ".join(form.format(**data) for key, form in forms.items() if data.get(key))
 
 
 def speeds_table(rows: Mapping[str, Any], printed: Mapping[str, Any]) -> Table:
@@ -228,13 +242,18 @@ def without_empty_columns(
 def part_of_training(source: Source, anchor: str) -> Part:
     """Return a report of trainings that take turns on one network: speed-ups and losses."""
     rows = source.data["rows"]
-    part = Part(source.name, anchor, level=3, keys=[OURS])
+    part = Part(source.name, anchor, level=3)
     marks = {}
     for name, row in rows.items():
         low, high = pair(row.get("quartiles"))
-        marks[name] = [Mark(row["speedup"], "c1", f"{row['speedup']:.2f}", low, high)]
+        marks[name] = [Mark(row["speedup"], "ink", f"{row['speedup']:.2f}", low, high)]
     caption = "Speed-up over sequential top-2, with quartiles"
     part.pictures = [Picture(caption, draw_rows(marks, "speed-up", caption, reference=1.0))]
+    lines = [Line(name, i) for i, name in enumerate(rows)]
+    caption = "Validation loss over seconds of training on this network"
+    losses = [[(s, loss) for s, loss in row["val_losses"]] for row in rows.values()]
+    part.pictures.append(Picture(caption, draw_losses(lines, losses, "seconds", caption)))
+    part.keys = keys_of(lines)
     part.tables = [flat_table(rows)]
     return part
 
@@ -249,8 +268,9 @@ def part_of_measurements(source: Source, anchor: str) -> Part:
             for form in table["columns"].values():
                 refuse_form(form)
             report = Report(**table)
-            title = report.title.rstrip(":")
-            part.tables.append(Table([report.first, *report.columns], report.cells(), title))
+            title = plain(report.title.rstrip(":"))
+            headings = [report.first, *report.columns]
+            part.tables.append(Table(list(map(plain, headings)), report.cells(), title))
     elif listed:  # the cells of a simulation
         part.tables = [flat_table({str(i): row for i, row in enumerate(listed, 1)}, "cell")]
     else:

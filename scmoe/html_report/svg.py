@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 from markupsafe import Markup
 
 WIDTH = 4.6  # inches
-SMALL = 9.0  # points
+SMALL = 10.5  # points
 NAMES = ("ink", "muted", "line", "paper", "c1", "c2", "c3", "c4", "c5", "c6", "cell")
 STAND_IN = {name: f"#0101{number:02x}" for number, name in enumerate(NAMES)}
 INK, MUTED, LINE, PAPER, C1, C2, C3, C4, C5, C6, _ = STAND_IN.values()

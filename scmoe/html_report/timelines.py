@@ -130,7 +130,7 @@ def first_layer(operators: Sequence[Sequence[Any]]) -> list[Span]:
 def draw_timelines(timelines: Timelines, words: str) -> Markup:
     """Draw two rows for each timeline on one axis of milliseconds: computation, All-to-All."""
     end = max(elapsed(spans) for spans in timelines.values())
-    with drawing(words, 0.55 + 0.75 * len(timelines)) as drawn:
+    with drawing(words, 0.6 + 0.82 * len(timelines)) as drawn:
         axis = drawn.figure.subplots()
         for number, (name, spans) in enumerate(timelines.items()):
             top = -3.4 * number
@@ -151,13 +151,13 @@ def draw_timelines(timelines: Timelines, words: str) -> Markup:
                 if length > LETTER * end * len(title):
                     x = (span.start + span.end) / 2
                     axis.text(
-                        x, row, title, ha="center", va="center", color=PAPER, fontsize=SMALL - 1.5
+                        x, row, title, ha="center", va="center", color=PAPER, fontsize=SMALL - 1
                     )
             total = elapsed(spans)
             axis.vlines(total, top - 1.5, top + 0.5, color=INK, linewidth=1.2)
-            axis.text(total, top - 0.5, f" {total:.1f} ms", va="center")
+            axis.text(total + 0.012 * end, top - 0.5, f"{total:.1f} ms", va="center")
             axis.text(0, top + 0.6, name, va="bottom")
-        axis.set(xlim=(0, end * 1.17), xlabel="ms", yticks=[])
+        axis.set(xlim=(0, end * 1.22), xlabel="ms", yticks=[])
         axis.set_ylim(-3.4 * len(timelines) + 1.6, 1.7)
         axis.spines["left"].set_visible(False)
     return drawn.svg
