@@ -47,4 +47,5 @@ def html(title: str, content: str, parts: Sequence[Part]) -> str:
     )
     page = templates.get_template("page.html")
     date = datetime.now().strftime("%Y-%m-%d %H:%M")
-    return page.render(title=title, content=content, parts=parts, date=date, version=__version__)
+    counts = "" if title == content else content
+    return page.render(title=title, content=counts, parts=parts, date=date, version=__version__)

@@ -42,7 +42,8 @@ def plan_drawings(run: Path) -> list[tuple[str, Markup]]:
     drawings = []
     for layer, choice in enumerate(choices):
         schedule = choice.schedule
-        chosen = f"{schedule.place}, {schedule.chunks} chunk(s)"
+        chunks = "1 chunk" if schedule.chunks == 1 else f"{schedule.chunks} chunks"
+        chosen = f"{schedule.place}, {chunks}"
         timelines = {
             f"{direction}, {'sequential' if sequential else chosen}": planned_spans(
                 choice, direction, sequential
