@@ -68,7 +68,8 @@ def over_seconds(run: SeenRun, metric: str) -> Points:
     amounts, seconds = np.array([*known]), np.array([*known.values()])
     at_speed = (seconds[-1] - seconds[-2]) / (amounts[-1] - amounts[-2])
     beyond = np.maximum(tokens - amounts[-1], 0) * at_speed
-    return [*zip((np.interp(tokens, amounts, seconds) + beyond).tolist(), values.tolist(), strict=True)]
+    elapsed = np.interp(tokens, amounts, seconds) + beyond
+    return [*zip(elapsed.tolist(), values.tolist(), strict=True)]
 
 
 def thinned(points: Points) -> Points:
@@ -104,7 +105,9 @@ def draw_losses(lines: Sequence[Line], curves: Sequence[Points], x: str, words: 
             if not points:
                 continue
             dots = {"marker": "o", "markersize": 3.5} if len(points) < 30 else {}
-            (curve,) = axis.plot(*zip(*points, strict=True), color=line.color, linewidth=1.6, **dots)
+            (curve,) = axis.plot(
+                *zip(*points, strict=True), color=line.color, linewidth=1.6, **dots
+            )
             if line.dashes:
                 curve.set_dashes([float(length) for length in line.dashes.split()])
             curve.set_gid(drawn.tip(f"{line.label}: last {points[-1][1]:.4g}"))

@@ -37,19 +37,18 @@ def draw_rows(
             axis.axvline(reference, color=INK, linewidth=0.9, linestyle=":")
         for number, (name, marks) in enumerate(rows.items()):
             top = pitch * number
-            axis.text(
-                0.0,
-                top,
-                name,
-                transform=axis.get_yaxis_transform(),
-                va="center",
-            )
+            axis.text(0.0, top, name, transform=axis.get_yaxis_transform(), va="center")
             for lane, mark in enumerate(marks, 1):
                 color = COLORS[mark.color]
                 if mark.low is not None and mark.high is not None:
                     axis.hlines(top + lane + 0.15, mark.low, mark.high, color=color, linewidth=1.6)
                 (dot,) = axis.plot(
-                    mark.value, top + lane + 0.15, mark.shape, color=color, markersize=5.5, clip_on=False
+                    mark.value,
+                    top + lane + 0.15,
+                    mark.shape,
+                    color=color,
+                    markersize=5.5,
+                    clip_on=False,
                 )
                 dot.set_gid(drawn.tip(f"{name}: {mark.text}"))
         axis.set(ylim=(pitch * len(rows) - 0.2, -0.8), yticks=[], xlabel=x)

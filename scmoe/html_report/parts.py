@@ -36,6 +36,12 @@ SUMMARY = {  # keys of summary.json that the page shows, by what they are called
 }
 
 
+SECONDS = (
+    "Seconds are those of training steps, without validation and checkpoints: tokens over the logged"
+    " speeds, added up."
+)
+
+
 @dataclass(frozen=True)
 class Picture:
     caption: str
@@ -148,10 +154,7 @@ def losses(
     part = Part(f"Losses of {title}", anchor, level=3)
     part.draw(loss_drawings(oldest_first, lines))
     part.keys = keys_of(lines)
-    part.paragraphs = [
-        "Seconds are those of training steps, without validation and checkpoints, as the logged"
-        " speeds add up to."
-    ]
+    part.paragraphs = [SECONDS]
     return [part] if part.pictures else []
 
 

@@ -6,8 +6,8 @@ from string import Formatter
 from typing import Any
 
 from scmoe.config.leaves import ConfigError
-from scmoe.html_report.marks import Mark, draw_rows
 from scmoe.html_report.curves import Line, draw_losses
+from scmoe.html_report.marks import Mark, draw_rows
 from scmoe.html_report.parts import Part, Picture, Table, keys_of, number
 from scmoe.html_report.sources import Source, Sources, is_table, listed_tables
 from scmoe.report import Report
@@ -37,8 +37,8 @@ def parts_of_files(sources: Sources) -> list[Part]:
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 what = f"{type(error).__name__}: {error}"
                 raise ConfigError(
-                    f"{source.path} looks like {kind}, but is not whole ({what}). Write it again, or"
-                    " leave it out."
+                    f"{source.path} looks like {kind}, but is not whole ({what}). Write it again,"
+                    " or leave it out."
                 ) from error
             state_conditions(part, source.conditions)
             parts.append(part)
@@ -114,10 +114,9 @@ def part_of_table(source: Source, anchor: str) -> Part:
     part = Part(source.name, anchor, level=3)
     facts = (data.get("model"), data.get("data"), data.get("seen"))
     better = data["metrics"][metric]["better"]
-    part.paragraphs = [
-        f"Scale {data['scale']}: {'; '.join(str(fact) for fact in facts if fact)}. The metric is"
-        f" {metric} in {data['unit']}; {better} is better."
-    ]
+    setting = "; ".join(str(fact) for fact in facts if fact)
+    meaning = f"The metric is {metric} in {data['unit']}; {better} is better."
+    part.paragraphs = [f"Scale {data['scale']}: {setting}. {meaning}"]
     marks: dict[str, list[Mark]] = {}
     for row in data["rows"]:
         minus, printed = row.get("minus_baseline"), row["paper"].get("difference")
@@ -134,15 +133,21 @@ def part_of_table(source: Source, anchor: str) -> Part:
     part.tables = [Table(TABLE_HEADINGS, [table_cells(row, metric, form) for row in data["rows"]])]
     others = [name for name in data["metrics"] if name != metric]
     if others:
-        cells = [
-            [row["name"], *(beside(row, name) for name in others)] for row in data["rows"]
-        ]
+        cells = [[row["name"], *(beside(row, name) for name in others)] for row in data["rows"]]
         title = "Other metrics, the paper's value then ours"
         part.tables.append(Table(["row", *others], cells, title))
     return part
 
 
-TABLE_HEADINGS = ["row", "paper", "ours: mean ± std (n)", "paper: minus baseline", "ours", "interval", "p"]
+TABLE_HEADINGS = [
+    "row",
+    "paper",
+    "ours: mean ± std (n)",
+    "paper: minus baseline",
+    "ours",
+    "interval",
+    "p",
+]
 
 
 def table_cells(row: Mapping[str, Any], metric: str, form: str) -> list[str]:
@@ -187,7 +192,9 @@ def part_of_speeds(source: Source, anchor: str) -> Part:
             paper = printed.get(name, {}).get(kind)
             if paper is not None:
                 text = f"{word}, paper {paper:.2f}"
-                marks[name].append(Mark(paper, "c2" if kind == "train" else "muted", text, shape="D"))
+                marks[name].append(
+                    Mark(paper, "c2" if kind == "train" else "muted", text, shape="D")
+                )
     caption = f"Speed-up over sequential top-2, quartiles of {data.get('rounds', '?')} rounds"
     part.pictures = [Picture(caption, draw_rows(marks, "speed-up", caption, reference=1.0))]
     part.keys = [{"color": color, "text": word} for word, color in KINDS.values()]
@@ -294,12 +301,17 @@ def flat_table(rows: Mapping[str, Mapping[str, Any]], first: str = "row") -> Tab
     return Table([first, *(key.replace("_", " ") for key in columns)], cells)
 
 
+def is_nested(value: Any) -> bool:
+    """Return whether a value is a list of lists, which is no cell of a table."""
+    return isinstance(value, list) and any(isinstance(part, list) for part in value)
+
+
 def leaves(row: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
-    """Return dotted keys and values of a tree; lists stay one value, empty ones are left out."""
+    """Return dotted keys and values of a tree; a list of numbers stays one value."""
     pairs = []
     for key, value in row.items():
         if isinstance(value, dict):
             pairs += leaves(value, f"{before}{key}, ")
-        elif value is not None and not (isinstance(value, list) and any(isinstance(v, list) for v in value)):
+        elif value is not None and not is_nested(value):
             pairs.append((before + key, number(value)))
     return pairs

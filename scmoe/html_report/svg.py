@@ -57,13 +57,15 @@ _numbers = count(1)
 
 @dataclass
 class Drawing:
-    """A figure of matplotlib, and what hovering over its parts shows. words: what the drawing shows,
-    for readers who cannot see it."""
+    """A figure of matplotlib, and what hovering over its parts shows.
+
+    words: what the drawing shows, for readers who cannot see it. svg: set when it is finished.
+    """
 
     figure: Any
     words: str
     tips: dict[str, str] = field(default_factory=dict)
-    svg: Markup = Markup()
+    svg: Markup = field(default_factory=Markup)
 
     def tip(self, text: str) -> str:
         """Return a `gid` for an artist of matplotlib that shows this text under the pointer."""

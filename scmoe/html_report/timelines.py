@@ -1,7 +1,7 @@
 """Timelines of a MoE layer in the manner of Fig. 7: computation above, All-to-All below.
 
-    plan.json     what schedule=auto has measured and chosen, played by schedule/cost.py
-    traces/       with trainer.profile_steps, a Chrome trace: one forward pass of a layer
+plan.json     what schedule=auto has measured and chosen, played by schedule/cost.py
+traces/       with trainer.profile_steps, a Chrome trace: one forward pass of a layer
 """
 
 from collections.abc import Mapping, Sequence
@@ -100,8 +100,8 @@ def trace_drawing(source: Source) -> tuple[str, Markup] | None:
 def first_layer(operators: Sequence[Sequence[Any]]) -> list[Span]:
     """Return the spans from the first `route` to the first `decode` after it, from 0 on, in ms.
 
-    operators: name, begin and end in ms, thread (sources.operators_of). Transfers are awaited in the
-    order of their launches.
+    operators: name, begin and end in ms, thread (sources.operators_of). Transfers are awaited in
+    the order of their launches.
     """
     ordered = sorted(operators, key=lambda one: one[1])
     tap = next((one for one in ordered if one[0] == "route"), None)

@@ -1,5 +1,5 @@
-"""The page of `scmoe report` in a browser: its plots are there, nothing is wrong on the console, and
-at 390 pixels nothing is wider than the screen.
+"""The page of `scmoe report` in a browser: its plots are there, the console has no error, and at
+390 pixels nothing is wider than the screen.
 
 Needs Debian's package chromium. The page runs no script, so a copy whose policy allows one measures
 itself.
@@ -24,13 +24,14 @@ pytestmark = [
 ]
 POLICY = "style-src 'unsafe-inline'"
 MEASURE = """<script>
-const seen = [...document.querySelectorAll("figure svg")].map(svg => svg.getBoundingClientRect());
-const texts = [...document.querySelectorAll("figure svg text")].map(text => text.getBoundingClientRect().height);
+const boxes = name => [...document.querySelectorAll(name)].map(e => e.getBoundingClientRect());
+const seen = boxes("figure svg"), texts = boxes("figure svg text").map(box => box.height);
 const image = name => getComputedStyle(document.querySelector(name)).display;
 document.body.dataset.seen = JSON.stringify({
   screen: innerWidth, page: document.documentElement.scrollWidth,
   plots: seen.filter(box => box.width > 250 && box.height > 60 && box.right <= innerWidth).length,
-  all: seen.length, letters: Math.min(...texts), paper: getComputedStyle(document.body).backgroundColor,
+  all: seen.length, letters: Math.min(...texts),
+  paper: getComputedStyle(document.body).backgroundColor,
   light: image("image.only-light"), dark: image("image.only-dark")});
 </script></body>"""
 

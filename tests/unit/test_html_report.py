@@ -78,7 +78,15 @@ def test_every_input_has_its_part_and_its_drawing(tmp_path):
     # advice, table, speeds, two losses over two axes, the busiest experts and two layers, the plan
     assert seen.elements.count("figure") == seen.elements.count("svg") - 1 == 3 + 4 + 3 + 1
     text = " ".join(seen.texts)
-    for value in ("3.2248", "-0.0200", "1.43", "within the error", "0123456", "deep, gib", "2.00 x"):
+    for value in (
+        "3.2248",
+        "-0.0200",
+        "1.43",
+        "within the error",
+        "0123456",
+        "deep, gib",
+        "2.00 x",
+    ):
         assert value in text, value
 
 
