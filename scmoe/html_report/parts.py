@@ -37,8 +37,8 @@ SUMMARY = {  # keys of summary.json that the page shows, by what they are called
 
 
 SECONDS = (
-    "Seconds are those of training steps, without validation and checkpoints: tokens over the logged"
-    " speeds, added up."
+    "Seconds are those of training steps, without validation and checkpoints: tokens over the"
+    " logged speeds, added up."
 )
 
 
