@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from scmoe.config.leaves import ConfigError
 from scmoe.files.writing import read_json
 from scmoe.html_report.curves import Line, load_drawings, loss_drawings, read_loads
 from scmoe.html_report.sources import COMMIT, Cleaner, Sources
@@ -218,10 +219,19 @@ def environment_of(
 
 
 def parts_of_traces(sources: Sources) -> list[Part]:
-    drawings = [made for source in sources.of("trace") if (made := trace_drawing(source))]
-    if not drawings:
+    """Return a part with the timeline of each trace; none without traces. Raises ConfigError."""
+    if not sources.of("trace"):
         return []
     part = Part("Timelines", "timelines", keys=OPERATOR_KEYS)
+    drawings = []
+    for source in sources.of("trace"):
+        drawing = trace_drawing(source)
+        if drawing is None:
+            raise ConfigError(
+                f"{source.path} has no MoE layer: it lacks scmoe/route or scmoe/decode. Leave it"
+                " out."
+            )
+        drawings.append(drawing)
     part.draw(drawings)
     return [part]
 

@@ -106,8 +106,8 @@ def find_sources(names: Sequence[str], last: int) -> tuple[Sources, Cleaner]:
     folder runs. last: how many of the newest runs of a folder are shown. Raises ConfigError.
     """
     sources = Sources()
-    for name in names or [str(RUNS)]:
-        path = located(name)
+    paths = [located(name) for name in names] or [path for path in (RUNS,) if path.is_dir()]
+    for path in paths:
         if path.is_file():
             sources.files += read_file(path, must=True)
         elif (path / "config.yaml").exists():
@@ -180,8 +180,10 @@ def read_file(path: Path, must: bool) -> list[Source]:
             for kind, report in zip(kinds, reports, strict=True)
         ]
     if must:
-        keys = ", ".join(map(str, data))[:80] if isinstance(data, dict) else type(data).__name__
-        raise ConfigError(f"{path} is not recognised: it holds {keys}. Name {KINDS}.")
+        content = f"a {type(data).__name__}"
+        if isinstance(data, dict):
+            content = f"the keys {', '.join(map(str, data))[:80]}"
+        raise ConfigError(f"{path} is not recognised: it holds {content}. Name {KINDS}.")
     return []
 
 
@@ -261,7 +263,8 @@ def operators_of(events: Sequence[Any]) -> Iterator[tuple[str, float, float, Any
             and event.get("ph") == "X"
             and str(event.get("name", "")).startswith("scmoe/")
             and event.get("cat") == "user_annotation"
+            and all(isinstance(event.get(key), int | float) for key in ("ts", "dur"))
         ):
-            begin_ms = float(event["ts"]) / 1e3
+            begin_ms = event["ts"] / 1e3
             name = event["name"].removeprefix("scmoe/")
-            yield name, begin_ms, begin_ms + float(event["dur"]) / 1e3, event.get("tid")
+            yield name, begin_ms, begin_ms + event["dur"] / 1e3, event.get("tid")

@@ -107,7 +107,7 @@ def test_the_page_loads_nothing_and_runs_nothing(tmp_path):
 def test_nothing_in_names_configs_or_files_becomes_markup(tmp_path):
     run = reported.write_run(tmp_path / "runs", "<i>quick</i> & $x$")
     config = (run / "config.yaml").read_text(encoding="utf-8")
-    (run / "config.yaml").write_text(config + f"# {EVIL}\n", encoding="utf-8")
+    (run / "config.yaml").write_text(config + f"# {EVIL[:-1]}\n", encoding="utf-8")
     reported.write_json(run / "env.json", {"command": ["scmoe", EVIL], "platform": EVIL})
     files = []
     for name in ("table", "speeds", "advice"):
@@ -156,6 +156,7 @@ def test_what_cannot_be_shown_is_refused_in_one_line(tmp_path, monkeypatch, caps
         assert len(lines) == 1 and lines[0].startswith("error: ") and word in lines[0]
         assert captured.out == ""
     assert call("report") == 2, "there is no folder runs"
+    assert "Train a run first" in capsys.readouterr().err
     assert not (tmp_path / "report.html").exists()
 
 
@@ -210,6 +211,13 @@ def test_a_transfer_of_a_trace_lasts_from_its_launch_to_the_end_of_its_wait():
     assert spans["dispatch"] == (1.0, 6.0) and spans["decode"] == (8.0, 9.0)
     assert list(spans) == ["route", "attention", "dispatch", "experts", "decode"]
     assert first_layer([("attention", 0.0, 1.0, 1)]) == []
+
+
+def test_a_named_trace_without_an_moe_layer_is_refused(tmp_path):
+    event = {"ph": "X", "cat": "user_annotation", "name": "scmoe/mlp", "ts": 1, "dur": 2, "tid": 1}
+    path = reported.write_json(tmp_path / "trace.json", {"traceEvents": [event, {"ph": "M"}]})
+    with pytest.raises(ConfigError, match="no MoE layer"):
+        write_page([str(path)], tmp_path / "report.html", 12)
 
 
 @pytest.mark.parametrize("form", ["{x.__class__}", "{x:>9999}", "{x:{y}}", "{a[b].c}"])
