@@ -67,6 +67,9 @@ compare: $(READY)  ## draw the curves of RUNS="a b c" and show the differences i
 	@test -n "$(RUNS)" || { echo 'compare: RUNS is missing, such as RUNS="runs/a runs/b"; make runs lists them' >&2; exit 2; }
 	@$(PY) -m scmoe compare $(RUNS) $(ARGS)
 
+report: $(READY)  ## write one HTML page, report.html, of all runs, or of RUNS="runs/a results.json ..."
+	@$(PY) -m scmoe report $(RUNS) $(ARGS)
+
 sweep: $(READY)  ## run the W&B sweep file CONFIG=configs/sweep/lr.yaml: at W&B with a key, otherwise here
 	@$(PY) -m scmoe sweep $(if $(filter file,$(origin CONFIG)),configs/sweep/lr.yaml,$(CONFIG)) $(ARGS)
 

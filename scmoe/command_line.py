@@ -38,6 +38,7 @@ VERBS = {
     "reproduce": "run all tables of the paper in turn",
     "runs": "list runs",
     "compare": "compare curves and configs of runs",
+    "report": "write one HTML page of runs, tables, benches and advice",
     "list": "list configs, models, data sets, architectures",
     "params": "count the parameters of presets and architectures",
     "check-data": "read all data of a config, and name files that cannot be read",

@@ -58,6 +58,7 @@ BENCHES: dict[
     "figure-13": offload_report,
 }
 RECORDS = ("growth", "routing")  # pictures that no code draws any more: their benches are removed
+SCREENSHOTS = ("report",)  # of pages in a browser, which no code draws
 DRAW = {start: bench.draw for start, bench in BENCHES.items()} | dict.fromkeys(
     ("figure-9", "figure-10"), draw_measured
 )

@@ -134,6 +134,8 @@ def summary(
         "transfer_cpu_ms_forward": median(1e3 * sequential.cpu_forward - 1e3 * free.cpu_forward),
         "transfer_cpu_ms_train": median(1e3 * sequential.cpu_train - 1e3 * free.cpu_train),
     }
+    if printed := speed_chart.paper_of(report):
+        report |= {"paper": printed.rows, "paper_source": printed.where}
     if setting.bus:
         report["bus_rate"] = measured.rate
     if setting.level == "iteration":

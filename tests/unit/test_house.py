@@ -47,6 +47,7 @@ LIBRARY = (
     "scmoe/report.py",
     "scmoe/command_line.py",
     "scmoe/sweeps",
+    "scmoe/html_report",
     "scmoe/cli",
     "scmoe/__main__.py",
 )

@@ -1,0 +1,25 @@
+from pathlib import Path
+
+
+def main(*sources: str, to: Path = Path("report.html"), last: int = 12) -> None:
+    """Write one HTML page of runs, tables, benches and advice, to hand on.
+
+    The page loads nothing and runs no script. It shows results beside the paper's, losses over
+    tokens and over seconds, timelines, the load of each expert by layer over time, environments and
+    commands. The last line on standard output is its path.
+
+    Args:
+        sources: runs, folders, JSON files of table, bench, simulate or advise, Chrome traces, or
+            names of docs/results; none: the folder runs
+        to: the page
+        last: how many of the newest runs of a folder
+    """
+    from scmoe.config.extras import require
+
+    require("report", "matplotlib")
+    from scmoe.html_report.page import write_page
+    from scmoe.report import say
+
+    size = write_page(sources, to, last)
+    say(f"{size / 1e6:.2f} MB")
+    print(to)

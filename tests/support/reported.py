@@ -1,0 +1,116 @@
+"""Inputs of a report, small and made up: a run's folder, a table, speed-ups, advice."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scmoe.config.load import load, to_yaml
+from scmoe.planning.pricing import LayerChoice, plan_to_json
+from scmoe.schedule.cost import OperatorTimes
+from scmoe.schedule.schedule import Schedule
+
+HOST = "trainer-17"
+KEY = "wandb_v1_" + "A" * 40
+EXPERTS, LAYERS, STEPS = 4, 2, (9, 19, 29)
+
+
+def write_run(folder: Path, name: str = "quickstart", stamp: str = "20261129-101500") -> Path:
+    """Write a run of 30 steps that has everything a report shows."""
+    run = folder / name / f"{stamp}-lr-1e-3"
+    (run / "analysis").mkdir(parents=True)
+    config = load("quickstart", ["trainer.max_steps=30"])
+    (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (run / "overrides.txt").write_text("optim.lr=1e-3\n", encoding="utf-8")
+    environment = {
+        "command": ["scmoe", "train", "quickstart", f"logger.notes={KEY} on {HOST}.cluster.org"],
+        "python": "3.11.7",
+        "platform": "Linux",
+        "cpus": 2,
+        "packages": {"torch": "2.13.0"},
+        "git_commit": "0123456789abcdef0123456789abcdef01234567",
+        "git_diff": "",
+    }
+    state = {"state": "finished", "pid": 1, "started": None, "host": HOST, "machine": "ab"}
+    summary = {"val_loss": 6.25, "tokens_per_s": 2048.0, "params_total": 7338240}
+    write_json(run / "env.json", environment)
+    write_json(run / "state.json", state)
+    write_json(run / "summary.json", summary)
+    write_json(run / "plan.json", plan())
+    losses = [f"{step},{7.0 - step / 30:.3f},,2048" for step in STEPS]
+    rows = ["step,train/loss,val/loss,time/tokens_per_s", *losses, "29,,6.25,"]
+    (run / "metrics.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (run / "analysis" / "expert_load.csv").write_text(loads(), encoding="utf-8")
+    return run
+
+
+def loads() -> str:
+    """Return analysis/expert_load.csv, in which expert 3 has half of the copies of layer 1."""
+    rows = ["step,layer," + ",".join(f"expert_{i}" for i in range(EXPERTS)) + ",dropped"]
+    for step in STEPS:
+        rows += [f"{step},0,10,10,10,10,0", f"{step},1,10,5,5,20,0"]
+    return "\n".join(rows) + "\n"
+
+
+def plan() -> dict[str, Any]:
+    """Return the plan.json of a run with one MoE layer, whose dispatch takes 4 ms."""
+    forward = {"route": 1e-3, "dispatch": 4e-3, "experts": 3e-3, "combine": 4e-3, "mlp": 5e-3}
+    forward |= {"attention": 5e-3, "shared_expert": 3e-3, "encode": 1e-3, "decode": 1e-3}
+    times = {1: OperatorTimes(forward, {name: 2 * s for name, s in forward.items()})}
+    choice = LayerChoice(Schedule("scmoe", "pos2", 1, 1), times, (0.03, 0.06))
+    return plan_to_json([choice], {"ranks": 2}, 27)
+
+
+def table() -> dict[str, Any]:
+    """Return results.json of a table with a baseline and one other row."""
+    ours = {"mean": 3.7, "std": 0.01, "n": 2, "median": 3.7, "range": [3.69, 3.71]}
+    minus = {"mean": -0.02, "low": -0.05, "high": 0.01, "p": 0.4, "n": 2}
+    row = {"groups": ["all"], "ours": ours, "others": {}}
+    baseline = {"name": "top-2", "paper": {"val_loss": 3.27}, "minus_baseline": None}
+    scmoe = {
+        "name": "ScMoE Pos-2",
+        "paper": {"val_loss": 3.2248, "difference": -0.0456},
+        "minus_baseline": minus,
+    }
+    return {
+        "table": "table3",
+        "title": "Table 3: validation loss",
+        "scale": "small",
+        "metric": "val_loss",
+        "unit": "nats per token",
+        "metrics": {"val_loss": {"unit": "nats per token", "better": "lower"}},
+        "model": "4 layers",
+        "command": "make table",
+        "rows": [row | baseline, row | scmoe],
+    }
+
+
+def speeds() -> dict[str, Any]:
+    """Return a report of `bench overlap` with the paper's values."""
+    row = {"train_ms": 10.0, "train_speedup": 1.7, "train_quartiles": [1.6, 1.8]}
+    row |= {"forward_ms": 4.0, "forward_speedup": 2.0, "forward_quartiles": [1.9, 2.1]}
+    return {
+        "level": "iteration",
+        "comm_share": 0.53,
+        "rounds": 9,
+        "paper": {"scmoe_pos2": {"train": 1.43, "forward": 1.66}},
+        "paper_source": "paper, Table 1",
+        "rows": {"scmoe_pos2": row},
+    }
+
+
+def advice() -> dict[str, Any]:
+    """Return what `scmoe advise` prints."""
+    row = {
+        "step_ms": 640.0,
+        "interval": [600.0, 680.0],
+        "over_top2": 1.27,
+        "over_shared": 1.02,
+        "answer": "within the error",
+        "why": "1,300 tokens a rank are missing",
+    }
+    return {"rows": {"scmoe_pos2": row}}
+
+
+def write_json(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
