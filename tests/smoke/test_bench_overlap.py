@@ -105,9 +105,7 @@ def test_bench_train(tmp_path):
         assert row["compute_s"] + (sum(exposed) or row["exposed_s"]) == pytest.approx(row["step_s"])
         assert row["rows_over_gradients"] > 0 and row["peak_mb"] > 0
         assert len(row["val_losses"]) == 2 and row["val_losses"][-1][1] == row["val_loss"]
-    two = report["rows"]["top2_two"]
-    assert "exposed_rows_s" not in two
-    assert two["peak_mb"] <= 1.1 * report["rows"]["top2"]["peak_mb"]
+    assert "exposed_rows_s" not in report["rows"]["top2_two"]
     assert (tmp_path / "train-share-0.52.png").exists()
 
 
