@@ -90,26 +90,26 @@ def test_bench_overlap(tmp_path):
 @pytest.mark.faults
 @on_links
 def test_bench_train(tmp_path):
-    """Both architectures train the debug configuration on the links and without a rate. How long
-    two batches in flight wait for rows alone is not known."""
+    """Both rows train the debug configuration on the links and without a rate. How long two batches
+    in flight wait for rows alone is not known."""
     words = (
         "trainer.max_steps=60",
         "trainer.log_every=2",
         "trainer.val_every=30",
         "data.name=synthetic",
     )
-    names = ("top2", "top2_two", "scmoe_pos2")
-    rows = ("--rows", *names, "--rounds", "2", "--out", str(tmp_path))
+    rows = ("--rows", "top2_two", "--rows", "scmoe_pos2", "--rounds", "2", "--out", str(tmp_path))
     report = run("-m", "experiments.bench", "train", "--config", "debug", *rows, *words).summary
-    assert tuple(report["rows"]) == names and report["rows"]["top2"]["speedup"] == 1.0
-    for name, row in report["rows"].items():
-        exposed = [row[f"exposed_{what}_s"] for what in ("rows", "gradients") if name != "top2_two"]
-        assert row["compute_s"] + (sum(exposed) or row["exposed_s"]) == pytest.approx(row["step_s"])
+    assert list(report["rows"]) == ["top2_two", "scmoe_pos2"]
+    two = report["rows"]["top2_two"]
+    assert two["speedup"] == 1.0 and "exposed_rows_s" not in two
+    for row in report["rows"].values():
+        assert row["compute_s"] + row["exposed_s"] == pytest.approx(row["step_s"])
+        if "exposed_rows_s" in row:
+            parts = row["exposed_rows_s"] + row["exposed_gradients_s"]
+            assert parts == pytest.approx(row["exposed_s"])
         assert row["rows_over_gradients"] > 0 and row["peak_mb"] > 0
         assert len(row["val_losses"]) == 2 and row["val_losses"][-1][1] == row["val_loss"]
-    two = report["rows"]["top2_two"]
-    assert "exposed_rows_s" not in two
-    assert two["peak_mb"] <= 1.1 * report["rows"]["top2"]["peak_mb"]
     assert (tmp_path / "train-share-0.52.png").exists()
 
 

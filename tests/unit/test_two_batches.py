@@ -8,6 +8,7 @@ import pytest
 import torch
 from greenlet import getcurrent
 
+from experiments.engine.profiles import peak_bytes
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.sublayers import MLP, Residual, outermost
 from scmoe.config.load import load
@@ -126,6 +127,25 @@ def test_prefill_has_two_batches_in_flight_and_decode_one(monkeypatch):
     for _ in stream(model, [[1, 2], [3]], Stopping(3), GREEDY):
         assert model.batches_in_flight == 2, "between two steps the model is the caller's"
     assert numbers == [2, 1, 1]
+
+
+@pytest.mark.parametrize("words", ["architecture=top_k", "architecture=shared_expert"])
+def test_a_step_takes_at_most_a_tenth_more_memory(words):
+    """Both halves' activations are those of one batch; a half's temporary tensors are smaller, and
+    each weight has a gradient of the second half for a moment."""
+    sizes = ("model.layers=8", "model.dim=64", "model.ffn_dim=256", "data.seq_len=64")
+    config = tiny(f"moe.{words}", *DROPLESS, *sizes)
+    model = tiny_model(config)
+    ids_BS, _ = tiny_batch(config, 4)
+
+    def step():
+        model(ids_BS).logits_BSV.square().mean().backward()
+
+    peaks = []
+    for batches in (1, 1, 2):  # the first step makes the gradients
+        model.batches_in_flight = batches
+        peaks.append(peak_bytes(torch.device("cpu"), step))
+    assert 0 < peaks[2] <= 1.1 * peaks[1]
 
 
 def test_images_of_both_halves():
