@@ -49,8 +49,8 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
     """
     sizes, others = numbers_of(words, ("ranks", "ep", "samples"))
     named = {"cluster": "", "load": "balanced"}
-    overrides = []
-    of_cluster = []
+    overrides: list[str] = []
+    of_cluster: list[str] = []
     for word in others:
         key, _, value = word.removeprefix("--").partition("=")
         if key in named:
@@ -88,7 +88,8 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
     if curves is not None:
         from scmoe.training.assembly.advice_curves import draw_curves
 
-        draw_curves(request, profile, Path(curves))
+        for path in draw_curves(request, profile, Path(curves)):
+            say(f"curve: {path}")
     facts: dict[str, Any] = {
         "rows": rows,
         "standard": advice.standard,

@@ -235,7 +235,8 @@ def advise(models: Sequence[Model], profile: Profile, job: Job, standard: str) -
 
     def ratio(rows: Sequence[str], row: str) -> tuple[float, tuple[float, float]]:
         ratios = [min(each[name] for name in rows) / each[row] for each in drawn]
-        return min(totals[name] for name in rows) / totals[row], interval(ratios)
+        nominal_ratio = min(totals[name] for name in rows) / totals[row]
+        return nominal_ratio, interval(ratios, nominal_ratio)
 
     best = min(plan.of_standard(), key=lambda row: totals[row])
     machine = profile.machine()
@@ -254,7 +255,7 @@ def advise(models: Sequence[Model], profile: Profile, job: Job, standard: str) -
             choice,
             step,
             plan.model_of[name].memory,
-            interval([each[name] for each in drawn]),
+            interval([each[name] for each in drawn], step.total),
             *over_standard,
             *over_shared,
             *over_best,
@@ -268,11 +269,12 @@ def advise(models: Sequence[Model], profile: Profile, job: Job, standard: str) -
     return replace(advice, rows=with_reasons)
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 5th and the 95th percentile."""
+def interval(values: Sequence[float], nominal: float) -> tuple[float, float]:
+    """Return the 5th and the 95th percentile, or the value of the profile itself if it is beyond
+    one of them."""
     ordered = sorted(values)
     last = len(ordered) - 1
-    return ordered[round(0.05 * last)], ordered[round(0.95 * last)]
+    return min(ordered[round(0.05 * last)], nominal), max(ordered[round(0.95 * last)], nominal)
 
 
 def answer_of(over_best: tuple[float, float]) -> Answer:

@@ -53,14 +53,13 @@ def point(x: float, models: Sequence[Model], profile: Profile, job: Job, shortcu
     def over(totals: Mapping[str, float], names: Sequence[str]) -> float:
         return min(totals[name] for name in names) / min(totals[row] for row in rows)
 
-    return Point(
-        x,
-        {
-            rival: (over(nominal, names), interval([over(each, names) for each in drawn]))
-            for rival, names in rivals.items()
-            if names
-        },
-    )
+    speed_ups = {}
+    for rival, names in rivals.items():
+        if names:
+            own_values = over(nominal, names)
+            band = interval([over(totals, names) for totals in drawn], own_values)
+            speed_ups[rival] = own_values, band
+    return Point(x, speed_ups)
 
 
 def draw(curve: Curve, words: str, path: Path) -> None:
@@ -72,21 +71,22 @@ def draw(curve: Curve, words: str, path: Path) -> None:
             nominal = [each.over[rival][0] for each in curve.points]
             low, high = zip(*(each.over[rival][1] for each in curve.points), strict=True)
             axis.fill_between(xs, low, high, color=color, alpha=0.2, linewidth=0)
-            axis.plot(xs, nominal, "--", color=color, linewidth=0.8)
+            axis.plot(xs, nominal, "--", color=color, linewidth=0.8, label=rival)
             inside = [
                 (x, y)
                 for x, y in zip(xs, nominal, strict=True)
                 if curve.measured and curve.measured[0] <= x <= curve.measured[1]
             ]
-            axis.plot(*zip(*inside or [(xs[0], None)], strict=True), "-o", color=color, label=rival)
+            if inside:
+                axis.plot(*zip(*inside, strict=True), "-o", color=color)
         axis.axhline(1.0, color="#888888", linewidth=0.8)
         if curve.logarithmic:
             axis.set_xscale("log", base=2)
-            axis.set_xticks(xs, [f"{x:,.4g}" for x in xs])
+            axis.set_xticks(xs, [f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in xs])
         axis.set(xlabel=curve.what, ylabel="speed-up of a training step")
         axis.grid(axis="y")
         figure.legend(loc="outside lower left")
-        where = "bands are extrapolation"
-        if curve.measured is None:
-            where = "all of it is extrapolation: nothing of this cluster is measured"
-        heading(figure, f"{words}; predicted, {where}")
+        where = "extrapolation: nothing of this cluster is measured"
+        if curve.measured is not None:
+            where = "dots are where the cluster was measured, bands are extrapolation"
+        heading(figure, f"{words}\nPrediction; {where}")

@@ -15,6 +15,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -122,7 +123,7 @@ def exchange_numbers(
         torch.zeros(nbytes // ranks * ranks, device=device, dtype=torch.uint8)
         for nbytes in (SMALL, LARGE)
     )
-    seconds = [seconds_of(lambda rows=rows: exchange(rows), device) for rows in (small, large)]
+    seconds = [seconds_of(partial(exchange, rows), device) for rows in (small, large)]
     travels = (ranks - 1) / ranks
     rate = (large.numel() - small.numel()) * travels / max(seconds[1] - seconds[0], 1e-9)
     latency = max(0.0, seconds[0] - small.numel() * travels / rate)

@@ -131,9 +131,11 @@ def architectures(moe: MoEConfig, ffn_dim: int) -> Iterator[tuple[str, MoEConfig
     if standard_k > 1:
         yield "top1", replace(top_k, top_k=1)
     yield "shared_expert", replace(plain, architecture="shared_expert", top_k=k)
-    for position in ("pos1", "pos2", "pos3")[: 3 if moe.every == 2 else 2]:
-        shortcut = replace(plain, architecture="scmoe", top_k=k)
-        yield f"scmoe_{position}", replace(shortcut, position=position)
+    shortcut = replace(plain, architecture="scmoe", top_k=k)
+    yield "scmoe_pos1", replace(shortcut, position="pos1")
+    yield "scmoe_pos2", replace(shortcut, position="pos2")
+    if moe.every == 2:
+        yield "scmoe_pos3", replace(shortcut, position="pos3")
 
 
 def models_for(request: Request, profile: Profile, config: Config) -> list[Model]:

@@ -11,7 +11,6 @@ from scmoe.clusters.rank_shares import rank_shares
 from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.probes.loads import Sizes, load_of
-from scmoe.report import say
 from scmoe.training.assembly.advice import Request, config_for, job_of, models_for, rows_are_padded
 
 BANDWIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)  # over the profile's
@@ -20,8 +19,9 @@ WIDTHS = (1 / 2, 1, 2)  # over the model's
 LOADS = (1.0, 1.3, 1.7, 2.0)  # rows of the busiest rank over the mean
 
 
-def draw_curves(request: Request, profile: Profile, folder: Path) -> None:
-    """Draw all curves into a folder. ConfigError: matplotlib is not installed."""
+def draw_curves(request: Request, profile: Profile, folder: Path) -> Iterator[Path]:
+    """Draw all curves into a folder, and yield their files. There is none over load where every
+    slot of a capacity travels, filled or not. ConfigError: matplotlib is not installed."""
     require("scmoe advise --curves", "matplotlib")
     config = config_for(request, profile)
     models = compared(models_for(request, profile, config))
@@ -29,7 +29,7 @@ def draw_curves(request: Request, profile: Profile, folder: Path) -> None:
         path = folder / f"{curve.name}.png"
         words = f"{models[-1].name}, {Path(request.config).stem} on {profile.name}"
         draw(curve, words, path)
-        say(f"curve: {path}")
+        yield path
 
 
 def compared(models: Sequence[Model]) -> list[Model]:
@@ -82,9 +82,8 @@ def curves(
         ],
         (config.model.dim, config.model.dim) if has_measured else None,
     )
-    if rows_are_padded(config) and config.moe.capacity_factor is not None:
-        say("no curve over load: every slot of the capacity travels, whether it is filled or not")
-    elif sizes.ep_size > 1:
+    is_padded = rows_are_padded(config) and config.moe.capacity_factor is not None
+    if sizes.ep_size > 1 and not is_padded:
         yield over_load(at, models, config, sizes.ep_size, has_measured)
 
 
