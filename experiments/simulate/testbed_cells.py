@@ -157,8 +157,8 @@ def other_shares(reports: Sequence[Measured]) -> Iterator[Cell]:
     the largest."""
     balanced = [report for report in reports if report.load is None]
     for report in balanced:
-        alike = [other for other in balanced if report.same_setting(other)]
-        source = max(alike, key=lambda other: other.comm_share)
+        alike = [other for other in balanced if other.calibration and report.same_setting(other)]
+        source = max(alike, key=lambda other: other.comm_share, default=report)
         if source.calibration and source.comm_share > report.comm_share + SHARES_APART:
             yield from cells_of(report, source.calibration, source)
 

@@ -14,7 +14,11 @@ from scmoe.config import extras
 from scmoe.config.extras import scmoe
 
 ROOT = Path(__file__).parents[2]
-SUBVERBS = [("bench", what) for what in ("layer", "overlap", "train", "inference", "timeline")]
+SUBVERBS = [
+    *(("bench", what) for what in ("layer", "overlap", "train", "inference", "timeline")),
+    ("simulate", "paper"),
+    ("simulate", "testbed"),
+]
 HEAVY = ("torch", "matplotlib", "wandb", "lightning", "scipy", "optuna")
 # This program calls each verb as `scmoe VERB`, and prints for each of its arguments the exit code,
 # what was printed, and which heavy packages were imported by then.
