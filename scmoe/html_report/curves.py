@@ -46,7 +46,8 @@ def seconds_of(run: SeenRun) -> dict[float, float]:
     the parts of a resumed run. A run that has logged no speed has none.
     """
     speeds = run.curve(f"time/{run.counts}_per_s")
-    seconds, elapsed, before = {0.0: 0.0}, 0.0, 0.0
+    seconds = {0.0: 0.0}
+    elapsed, before = 0.0, 0.0
     for tokens, per_s in speeds:
         if per_s > 0:
             elapsed += (tokens - before) / per_s
