@@ -70,7 +70,7 @@ def test_the_page_in_a_browser(tmp_path):
         assert found is not None
         seen = json.loads(html.unescape(found[1]))
         assert seen["screen"] == 390 and seen["page"] <= 390, seen
-        assert seen["plots"] == seen["all"] == 11, seen
+        assert seen["plots"] == seen["all"] == 12, seen
         assert seen["letters"] >= 9, seen
         assert seen[shown] != "none" and {seen["light"], seen["dark"]} > {"none"}, seen
         papers.add(seen["paper"])

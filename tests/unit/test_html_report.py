@@ -75,8 +75,8 @@ def test_every_input_has_its_part_and_its_drawing(tmp_path):
         "Environment and configuration",
     ]
     assert [heading for heading in seen.headings if heading in expected] == expected
-    # advice, table, speeds, two losses over two axes, the busiest experts and two layers, the plan
-    assert seen.elements.count("figure") == seen.elements.count("svg") - 1 == 3 + 4 + 3 + 1
+    # advice: step times and speed-ups; table, speeds; losses; busiest experts, two layers; plan
+    assert seen.elements.count("figure") == seen.elements.count("svg") - 1 == 4 + 4 + 3 + 1
     text = " ".join(seen.texts)
     for value in (
         "3.2248",
