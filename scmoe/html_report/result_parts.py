@@ -9,7 +9,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.html_report.curves import Line, draw_losses
 from scmoe.html_report.marks import Mark, draw_rows
 from scmoe.html_report.parts import Part, Picture, Table, keys_of, number
-from scmoe.html_report.sources import Source, Sources, is_table, listed_tables
+from scmoe.html_report.sources import Source, Sources, listed_tables, rows_by_name
 from scmoe.report import Report
 
 OURS = {"color": "c1", "text": "ours"}
@@ -208,7 +208,7 @@ def part_of_speeds(source: Source, anchor: str) -> Part:
     """Return speed-ups over sequential top-2 with quartiles, limits and the paper's values."""
     data, rows = source.data, source.data["rows"]
     part = Part(source.name, anchor, level=3)
-    printed = data.get("paper") if is_table(data.get("paper")) else {}
+    printed = rows_by_name(data.get("paper"))
     marks: dict[str, list[Mark]] = {}
     for name, row in rows.items():
         marks[name] = []
