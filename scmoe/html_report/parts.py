@@ -10,8 +10,8 @@ from markupsafe import Markup
 
 from scmoe.config.leaves import ConfigError
 from scmoe.files.writing import read_json
-from scmoe.html_report.curves import Line, load_drawings, loss_drawings, read_loads
 from scmoe.html_report.layer_timelines import plan_drawings, trace_drawing, trace_drawings
+from scmoe.html_report.run_curves import Line, load_drawings, loss_drawings, read_loads
 from scmoe.html_report.sources import COMMIT, Cleaner, Sources
 from scmoe.report import in_one_line
 from scmoe.runs.seen import SeenRun, differing_fields

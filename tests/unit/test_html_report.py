@@ -10,10 +10,10 @@ import pytest
 
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
-from scmoe.html_report.curves import over_seconds, read_loads
 from scmoe.html_report.layer_timelines import first_layer
 from scmoe.html_report.page import write_page
 from scmoe.html_report.result_parts import refuse_form
+from scmoe.html_report.run_curves import over_seconds, read_loads
 from scmoe.html_report.sources import Cleaner, find_sources, read_file
 from scmoe.runs.seen import SeenRun
 from tests.support import reported
