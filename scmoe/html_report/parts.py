@@ -220,11 +220,11 @@ def environment_of(
 
 def parts_of_traces(sources: Sources) -> list[Part]:
     """Return a part with the timeline of each trace; none without traces. Raises ConfigError."""
-    if not sources.of("trace"):
+    if not sources.of_kind("trace"):
         return []
     part = Part("Timelines", "timelines", keys=OPERATOR_KEYS)
     drawings = []
-    for source in sources.of("trace"):
+    for source in sources.of_kind("trace"):
         drawing = trace_drawing(source)
         if drawing is None:
             raise ConfigError(

@@ -43,7 +43,7 @@ def parts_of_files(sources: Sources) -> list[Part]:
     }
     parts = []
     for kind, (title, make) in chapters.items():
-        files = sources.of(kind)
+        files = sources.of_kind(kind)
         if files:
             parts.append(Part(title, kind))
         for number_of_kind, source in enumerate(files, 1):

@@ -52,7 +52,7 @@ class Sources:
     files: list[Source] = field(default_factory=list)
     skipped: int = 0  # JSON files of searched folders that are none of the kinds
 
-    def of(self, kind: str) -> list[Source]:
+    def of_kind(self, kind: str) -> list[Source]:
         return [source for source in self.files if source.kind == kind]
 
 
