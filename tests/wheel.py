@@ -201,7 +201,9 @@ def all_verbs(programs: Path, folder: Path) -> tuple[str, ...]:
     assert made["trials"] == 4 and made["finished"] == 2, made  # two trials must fail
     exported = succeeds(programs / "scmoe", "export", "runs/latest", at=away)
     assert ".safetensors" in exported, exported
-    return "train quickstart", "sweep", "export"
+    succeeds(programs / "scmoe", "report", at=away)
+    assert "<svg" in (away / "report.html").read_text(encoding="utf-8")
+    return "train quickstart", "sweep", "export", "report"
 
 
 def succeeds(*command: object, at: Path) -> str:

@@ -53,6 +53,7 @@ PYTHON = {  # pages of the Python reference: what each package is for
     "sweeps": (
         "Sweeps on this machine: files, search, trials; batches of trainings, and comparing runs."
     ),
+    "html_report": "One page of runs, tables, benches and advice.",
     "estimate": (
         "What a training costs: parameters, FLOPs and memory by calculation, and a step that is"
         " counted on tensors without numbers."

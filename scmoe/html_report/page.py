@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from scmoe import __version__
 from scmoe.files.writing import replacing
 from scmoe.html_report.parts import Part, parts_of_runs, parts_of_traces
-from scmoe.html_report.results import parts_of_files
+from scmoe.html_report.result_parts import parts_of_files
 from scmoe.html_report.sources import find_sources
 
 LONGEST = 60  # letters of a title that names what was asked for

@@ -10,9 +10,9 @@ from markupsafe import Markup
 
 from scmoe.config.leaves import ConfigError
 from scmoe.files.writing import read_json
-from scmoe.html_report.curves import Line, load_drawings, loss_drawings, read_loads
+from scmoe.html_report.layer_timelines import plan_drawings, trace_drawing, trace_drawings
+from scmoe.html_report.run_curves import Line, load_drawings, loss_drawings, read_loads
 from scmoe.html_report.sources import COMMIT, Cleaner, Sources
-from scmoe.html_report.timelines import plan_drawings, trace_drawing, trace_drawings
 from scmoe.report import in_one_line
 from scmoe.runs.seen import SeenRun, differing_fields
 
@@ -220,11 +220,11 @@ def environment_of(
 
 def parts_of_traces(sources: Sources) -> list[Part]:
     """Return a part with the timeline of each trace; none without traces. Raises ConfigError."""
-    if not sources.of("trace"):
+    if not sources.of_kind("trace"):
         return []
     part = Part("Timelines", "timelines", keys=OPERATOR_KEYS)
     drawings = []
-    for source in sources.of("trace"):
+    for source in sources.of_kind("trace"):
         drawing = trace_drawing(source)
         if drawing is None:
             raise ConfigError(

@@ -52,7 +52,7 @@ class Sources:
     files: list[Source] = field(default_factory=list)
     skipped: int = 0  # JSON files of searched folders that are none of the kinds
 
-    def of(self, kind: str) -> list[Source]:
+    def of_kind(self, kind: str) -> list[Source]:
         return [source for source in self.files if source.kind == kind]
 
 
@@ -204,7 +204,7 @@ def kind_of(data: Any) -> str:
     if not isinstance(data, dict):
         return ""
     rows = data.get("rows")
-    by_name = rows if is_table(rows) else {}
+    by_name = rows_by_name(rows)
     tests: dict[str, Callable[[], bool]] = {
         "advice": lambda: all("answer" in row for row in by_name.values()) and bool(by_name),
         "table": lambda: "table" in data and "metrics" in data and isinstance(rows, list),
@@ -216,9 +216,10 @@ def kind_of(data: Any) -> str:
     return next((kind for kind, test in tests.items() if test()), "")
 
 
-def is_table(rows: Any) -> bool:
-    """Return whether a value has rows by name, each with values by name."""
-    return isinstance(rows, dict) and bool(rows) and all(isinstance(r, dict) for r in rows.values())
+def rows_by_name(rows: Any) -> dict[str, dict[str, Any]]:
+    """Return rows by name, each with values by name; {} for a value of another form."""
+    is_table = isinstance(rows, dict) and all(isinstance(row, dict) for row in rows.values())
+    return rows if is_table else {}
 
 
 def listed_tables(data: dict[str, Any]) -> list[Any]:

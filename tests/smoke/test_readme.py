@@ -49,6 +49,7 @@ NAMES = (
         "how-to/evaluate",
         "how-to/export",
         "how-to/model",
+        "how-to/report",
         "how-to/resume",
     ),
     *("how-to/sweep", "how-to/longcat", "extending"),

@@ -10,11 +10,11 @@ import pytest
 
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
-from scmoe.html_report.curves import over_seconds, read_loads
+from scmoe.html_report.layer_timelines import first_layer
 from scmoe.html_report.page import write_page
-from scmoe.html_report.results import refuse_form
+from scmoe.html_report.result_parts import refuse_form
+from scmoe.html_report.run_curves import over_seconds, read_loads
 from scmoe.html_report.sources import Cleaner, find_sources, read_file
-from scmoe.html_report.timelines import first_layer
 from scmoe.runs.seen import SeenRun
 from tests.support import reported
 
@@ -75,8 +75,8 @@ def test_every_input_has_its_part_and_its_drawing(tmp_path):
         "Environment and configuration",
     ]
     assert [heading for heading in seen.headings if heading in expected] == expected
-    # advice, table, speeds, two losses over two axes, the busiest experts and two layers, the plan
-    assert seen.elements.count("figure") == seen.elements.count("svg") - 1 == 3 + 4 + 3 + 1
+    # advice: step times and speed-ups; table, speeds; losses; busiest experts, two layers; plan
+    assert seen.elements.count("figure") == seen.elements.count("svg") - 1 == 4 + 4 + 3 + 1
     text = " ".join(seen.texts)
     for value in (
         "3.2248",

@@ -46,7 +46,8 @@ def seconds_of(run: SeenRun) -> dict[float, float]:
     the parts of a resumed run. A run that has logged no speed has none.
     """
     speeds = run.curve(f"time/{run.counts}_per_s")
-    seconds, elapsed, before = {0.0: 0.0}, 0.0, 0.0
+    seconds = {0.0: 0.0}
+    elapsed, before = 0.0, 0.0
     for tokens, per_s in speeds:
         if per_s > 0:
             elapsed += (tokens - before) / per_s
@@ -207,8 +208,8 @@ def draw_loads(
                 extent=(-0.5, len(steps) - 0.5, len(pixels) - 0.5, -0.5),
             )
             image.set_gid(gid)
-        places = np.unique(np.linspace(0, len(steps) - 1, min(6, len(steps))).astype(int))
-        axis.set_xticks(places, [f"{steps[place] + 1:,}" for place in places])
+        ticks = np.unique(np.linspace(0, len(steps) - 1, min(6, len(steps))).astype(int))
+        axis.set_xticks(ticks, [f"{steps[tick] + 1:,}" for tick in ticks])
         axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
         axis.set(xlabel="training steps", ylabel=rows)
         for side in axis.spines.values():

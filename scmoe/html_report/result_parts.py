@@ -1,19 +1,34 @@
 """Parts of a page for tables of the paper, benches, advice and other measurements."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from string import Formatter
 from typing import Any
 
 from scmoe.config.leaves import ConfigError
-from scmoe.html_report.curves import Line, draw_losses
 from scmoe.html_report.marks import Mark, draw_rows
 from scmoe.html_report.parts import Part, Picture, Table, keys_of, number
-from scmoe.html_report.sources import Source, Sources, is_table, listed_tables
+from scmoe.html_report.run_curves import Line, draw_losses
+from scmoe.html_report.sources import Source, Sources, listed_tables, rows_by_name
 from scmoe.report import Report
 
 OURS = {"color": "c1", "text": "ours"}
 PAPER = {"color": "c2", "text": "paper"}
+OVER = {"over_top2": ("over sequential top-2", "c1"), "over_shared": ("over shared expert", "c3")}
+ADVICE = {  # keys of a row of `scmoe advise`: heading and format
+    "step_ms": ("step, ms", "{:.1f}"),
+    "over_top2": ("over top-2", "{:.2f}"),
+    "over_shared": ("over shared expert", "{:.2f}"),
+}
+MORE_ADVICE = {
+    "over_best": ("over the best of top-2", "{:.2f}"),
+    "over_best_shared": ("over the best shared expert", "{:.2f}"),
+    "exposed_rows_ms": ("exposed rows, ms", "{:.1f}"),
+    "exposed_gradients_ms": ("exposed gradients, ms", "{:.1f}"),
+    "slot": ("slot", "{}"),
+    "chunks": ("chunks", "{}"),
+    "memory_gib": ("memory, GiB", "{:.1f}"),
+}
 KINDS = {"train": ("training", "c1"), "forward": ("inference", "c3")}
 
 
@@ -28,7 +43,7 @@ def parts_of_files(sources: Sources) -> list[Part]:
     }
     parts = []
     for kind, (title, make) in chapters.items():
-        files = sources.of(kind)
+        files = sources.of_kind(kind)
         if files:
             parts.append(Part(title, kind))
         for number_of_kind, source in enumerate(files, 1):
@@ -74,23 +89,36 @@ def part_of_advice(source: Source, anchor: str) -> Part:
     if marks:
         caption = "Predicted time of a step with its interval"
         part.pictures = [Picture(caption, draw_rows(marks, "ms a step", caption))]
-    cells = []
+    speed_ups = {name: [*speed_ups_of(row)] for name, row in rows.items()}
+    if any(speed_ups.values()):
+        caption = "Predicted speed-ups with their intervals"
+        picture = draw_rows(speed_ups, "speed-up", caption, reference=1.0)
+        part.pictures.append(Picture(caption, picture))
+        part.keys = [{"color": color, "text": words} for words, color in OVER.values()]
+    cells, more_cells = [], []
     for name, row in rows.items():
-        interval = [one for one in pair(row.get("interval")) if one is not None]
-        cells.append(
-            [
-                name,
-                str(row["answer"]),
-                value_of(row, "step_ms", "{:.1f}"),
-                " to ".join(f"{one:.3g}" for one in interval),
-                value_of(row, "over_top2", "{:.2f}"),
-                value_of(row, "over_shared", "{:.2f}"),
-                str(row.get("why", "")),
-            ]
-        )
-    headings = ["row", "answer", "step, ms", "interval", "over top-2", "over shared expert", "why"]
-    part.tables = [Table(headings, cells, wordy=(1, 6), answers=1)]
+        ends = [end for end in pair(row.get("interval")) if end is not None]
+        numbers = [value_of(row, key, form) for key, (_, form) in ADVICE.items()]
+        interval = " to ".join(f"{end:.1f}" for end in ends)
+        cells.append([name, row["answer"], *numbers, interval, str(row.get("why", ""))])
+        more = [value_of(row, key, form) for key, (_, form) in MORE_ADVICE.items()]
+        more_cells.append([name, *more])
+    headings = ["row", "answer", *(words for words, _ in ADVICE.values()), "step's interval", "why"]
+    part.tables = [Table(headings, cells, wordy=(1, len(headings) - 1), answers=1)]
+    headings = ["row", *(words for words, _ in MORE_ADVICE.values())]
+    headings, more_cells = without_empty_columns(headings, more_cells)
+    if len(headings) > 1:
+        part.tables.append(Table(headings, more_cells))
     return part
+
+
+def speed_ups_of(row: Mapping[str, Any]) -> Iterator[Mark]:
+    """Yield the speed-ups of an architecture, with their intervals as far as they are known."""
+    for key, (words, color) in OVER.items():
+        value = row.get(key)
+        if isinstance(value, int | float):
+            low, high = pair(row.get(f"{key}_interval"))
+            yield Mark(value, color, f"{words} {value:.2f}", low, high)
 
 
 def pair(interval: Any) -> tuple[float | None, float | None]:
@@ -180,7 +208,7 @@ def part_of_speeds(source: Source, anchor: str) -> Part:
     """Return speed-ups over sequential top-2 with quartiles, limits and the paper's values."""
     data, rows = source.data, source.data["rows"]
     part = Part(source.name, anchor, level=3)
-    printed = data.get("paper") if is_table(data.get("paper")) else {}
+    printed = rows_by_name(data.get("paper"))
     marks: dict[str, list[Mark]] = {}
     for name, row in rows.items():
         marks[name] = []
