@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from scmoe import __version__
 from scmoe.files.writing import replacing
-from scmoe.html_report.parts import Part, parts_of_runs, parts_of_traces
+from scmoe.html_report.page_parts import Part, parts_of_runs, parts_of_traces
 from scmoe.html_report.result_parts import parts_of_files
 from scmoe.html_report.sources import find_sources
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from scmoe.config.leaves import ConfigError
 from scmoe.html_report.marks import Mark, draw_rows
-from scmoe.html_report.parts import Part, Picture, Table, keys_of, number
+from scmoe.html_report.page_parts import Part, Picture, Table, keys_of, number
 from scmoe.html_report.run_curves import Line, draw_losses
 from scmoe.html_report.sources import Source, Sources, listed_tables, rows_by_name
 from scmoe.report import Report
