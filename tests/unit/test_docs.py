@@ -18,6 +18,7 @@ from cyclopts import CycloptsError
 
 import docs.examples.my_architecture  # noqa: F401  else the fixture would forget what it registers
 from experiments.tables.table_file import load_table
+from scmoe.clusters.profile import parse_profile
 from scmoe.command_line import VERBS, app_of, numbers_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, leaves
@@ -241,7 +242,7 @@ def mine(config, context, parts):
     "page", [page for page in GUIDES if blocks(page, "yaml")], ids=lambda page: page.stem
 )
 def test_yaml_can_be_copied(page, tmp_path, monkeypatch):
-    """A block is a sweep, a table or a configuration; after a table, the one beside it."""
+    """A block is a sweep, table, cluster or configuration; after a table, the one beside it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(ARCHITECTURES, "makers", dict(ARCHITECTURES.makers))
@@ -257,6 +258,8 @@ def test_yaml_can_be_copied(page, tmp_path, monkeypatch):
         elif "method" in tree:
             (tmp_path / "my-sweep.yaml").write_text(block)
             assert read("my-sweep.yaml").axes.keys() == tree["parameters"].keys()
+        elif "peak_tflops" in tree:
+            assert parse_profile(block, str(page), "mine").ranks == tree["ranks"]
         else:
             (table or tmp_path / "my.yaml").write_text(block)
             assert load(table or "my.yaml").name == tree.get("name", "debug")
