@@ -86,8 +86,8 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
         say(f"{name}: {row.answer}. {row.why}")
     if advice.tokens < FEW_TOKENS:
         say(
-            f"A rank has only {advice.tokens:,} tokens a step. Launches and latency decide there, and"
-            " no measurement of this project checks them."
+            f"A rank has only {advice.tokens:,} tokens a step. Launches and latency decide there,"
+            " and no measurement of this project checks them."
         )
     if profile.guesses:
         say(f"guesses of this profile: {', '.join(profile.guesses)}")
