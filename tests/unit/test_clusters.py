@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 
 from scmoe.clusters.advise import advise
+from scmoe.clusters.curves import Curve, draw, point
 from scmoe.clusters.profile import KEYS, Link, names, overridden, parse_profile, read_profile
 from scmoe.clusters.rank_shares import rank_shares
 from scmoe.clusters.simulated_step import (
