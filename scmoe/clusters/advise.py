@@ -320,7 +320,7 @@ def reason(row: Row, advice: Advice, plan: Plan) -> str:
         key = decisive(row.name, plan)
         return (
             f"It is {low:.2f} to {high:.2f} times as fast as {rival.name}; {key} decides most of"
-            " this, so measure it first."
+            " this, so a (better) measurement of it helps most."
         )
     if not needs_no_other and (factor := tokens_needed(row.name, plan)):
         return (
