@@ -85,6 +85,9 @@ params: $(READY)  ## seldom: count the parameters of every preset and architectu
 estimate: $(READY)  ## what CONFIG costs on ARGS="ep=8 dp=2": FLOPs, bytes, memory; starts nothing
 	@$(PY) -m scmoe estimate $(CONFIG) $(ARGS)
 
+advise: $(READY)  ## would ScMoE pay for CONFIG on ARGS="cluster=8xA30-PCIe"? By simulation; starts nothing
+	@$(PY) -m scmoe advise $(CONFIG) $(ARGS)
+
 dryrun: $(READY)  ## seldom: one step of CONFIG on ARGS="ranks=1024" in this process, on tensors without numbers: memory, bytes
 	@$(PY) -m scmoe dryrun $(CONFIG) $(ARGS)
 

@@ -10,6 +10,7 @@ from scmoe.config.leaves import ConfigError
 if TYPE_CHECKING:
     from scmoe.clusters.advise import Row
 
+FEW_TOKENS = 4096
 COLUMNS = {
     "step, ms": "{step_ms:.1f}",
     "5 to 95 %": "{interval[0]:.1f} {interval[1]:.1f}",
@@ -83,6 +84,11 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
     say(LEGEND)
     for name, row in advice.rows.items():
         say(f"{name}: {row.answer}. {row.why}")
+    if advice.tokens < FEW_TOKENS:
+        say(
+            f"A rank has only {advice.tokens:,} tokens a step. Launches and latency decide there,"
+            " and no measurement of this project checks them."
+        )
     if profile.guesses:
         say(f"guesses of this profile: {', '.join(profile.guesses)}")
     if curves is not None:

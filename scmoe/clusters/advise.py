@@ -8,14 +8,16 @@ is, and an answer with its reason.
 
 Interval: SAMPLES machines are drawn within the bands of the profile's sources (profile.py), with a
 fixed seed. Every row runs on the same machines, so errors that all rows share cancel in a speed-up;
-each may choose among its BEST schedules anew. The 5th and 95th percentile are shown. The error of
-the simulator itself is not in them.
+each may choose among its BEST schedules anew. Beside that, each row has an error of its own, with a
+standard deviation of ROW_ERROR: what the simulator gets wrong of one schedule and right of another.
+The 5th and 95th percentile are shown.
 
 Answer: by the speed-up over the best row that needs no other model than the standard one. It pays
 if the lower end is above WORTH, does not pay if the upper end is below, and is within the error
 otherwise. Rows of the standard model are compared with its sequential one.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
@@ -33,6 +35,7 @@ CHUNKS_OF_HALVES = (1, 2)
 SAMPLES = 64
 BEST = 2  # schedules of a row that are played on every drawn machine
 SEED = 1
+ROW_ERROR = 0.02  # assumed
 WORTH = 1.02
 LITTLE = 0.1  # a share of the step below which little can be hidden
 MORE_TOKENS = (2, 4, 8, 16, 32, 64)  # times as many, of which the first that pays is named
@@ -200,6 +203,11 @@ class Plan:
     def totals(self, machine: Machine, job: Job) -> dict[str, float]:
         return {row: step.total for row, (_, step) in self.steps(machine, job).items()}
 
+    def drawn(self, random: Random) -> dict[str, float]:
+        """Return the steps of all rows on a drawn machine, each with an error of its own."""
+        totals = self.totals(self.profile.machine(self.profile.draw(random)), self.job)
+        return {row: t * math.exp(random.gauss(0.0, ROW_ERROR)) for row, t in totals.items()}
+
     @cached_property
     def at_ends(self) -> dict[str, list[dict[str, float]]]:
         """Steps of all rows at both ends of the band of each uncertain key."""
@@ -229,7 +237,7 @@ def advise(models: Sequence[Model], profile: Profile, job: Job, standard: str) -
     plan = Plan(models, profile, job, standard)
     nominal = plan.steps(profile.machine(), job)
     random = Random(SEED)
-    drawn = [plan.totals(profile.machine(profile.draw(random)), job) for _ in range(SAMPLES)]
+    drawn = [plan.drawn(random) for _ in range(SAMPLES)]
     totals = {row: step.total for row, (_, step) in nominal.items()}
     of_shared = plan.of_shared() or [standard]
 
@@ -312,7 +320,7 @@ def reason(row: Row, advice: Advice, plan: Plan) -> str:
         key = decisive(row.name, plan)
         return (
             f"It is {low:.2f} to {high:.2f} times as fast as {rival.name}; {key} decides most of"
-            " this, so measure it first."
+            " this, so a (better) measurement of it helps most."
         )
     if not needs_no_other and (factor := tokens_needed(row.name, plan)):
         return (

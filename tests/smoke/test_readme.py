@@ -41,6 +41,7 @@ NAMES = (
         "studies",
         "strategy",
         "tests",
+        "would-it-pay",
     ),
     *(
         "index",

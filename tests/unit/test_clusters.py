@@ -8,6 +8,7 @@ from itertools import product
 import pytest
 
 from scmoe.clusters.advise import advise
+from scmoe.clusters.curves import Curve, draw, point
 from scmoe.clusters.profile import KEYS, Link, names, overridden, parse_profile, read_profile
 from scmoe.clusters.rank_shares import rank_shares
 from scmoe.clusters.simulated_step import (
@@ -30,6 +31,7 @@ from scmoe.schedule.cost import EVEN, TRANSFERS, OperatorTimes, Share, computing
 from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.stack import BEFORE, half_of, stack_time
 from scmoe.training.assembly.advice import Request, config_for, job_of, models_for
+from scmoe.training.assembly.advice_curves import compared
 
 FORWARD = {
     **{BEFORE: 3.0, "route": 0.1, "encode": 0.2, "dispatch": 2.0, "experts": 3.0},
@@ -313,6 +315,17 @@ def test_a_load_is_that_of_its_busiest_rank():
     for chunk in chunks:
         assert [round(share.computed, 2) for share in chunk] == [1.5, 0.83, 0.83, 0.83]
     assert rank_shares(load_of("hot_rank:1.0"), Routed(8, 2, 1)) is None
+
+
+def test_a_curve_has_its_speed_ups_within_their_bands(counted, tmp_path):
+    pytest.importorskip("matplotlib")
+    profile, config, models = counted
+    three = compared(list(models.values()))
+    points = [point(x, three, profile, job_of(config), "scmoe_pos2") for x in (1.0, 2.0)]
+    for speed_up, (low, high) in points[0].over.values():
+        assert low <= speed_up <= high
+    draw(Curve("load", "load", points, (1.0, 1.0)), "words", tmp_path / "load.png")
+    assert (tmp_path / "load.png").stat().st_size > 10_000
 
 
 def test_the_verb_answers_in_one_line_of_json(capfd):

@@ -18,6 +18,7 @@ from cyclopts import CycloptsError
 
 import docs.examples.my_architecture  # noqa: F401  else the fixture would forget what it registers
 from experiments.tables.table_file import load_table
+from scmoe.clusters.profile import parse_profile, read_profile
 from scmoe.command_line import VERBS, app_of, numbers_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, leaves
@@ -226,7 +227,7 @@ INLINE = {
 }
 NO_VERB = re.compile(r"make (setup|test|docs|wheel-test)\b|.*docs/examples/")
 NO_FIELD = ("ep", "dp", "ranks", "samples", "step")  # words of a verb
-TAKES_A_CONFIG = ("train", "estimate", "dryrun", "check-data")
+TAKES_A_CONFIG = ("train", "estimate", "advise", "dryrun", "check-data")
 FREE = ("options.", "callbacks.", "schedule")  # mappings, and schedule=auto
 MINE = """
 import scmoe
@@ -241,7 +242,7 @@ def mine(config, context, parts):
     "page", [page for page in GUIDES if blocks(page, "yaml")], ids=lambda page: page.stem
 )
 def test_yaml_can_be_copied(page, tmp_path, monkeypatch):
-    """A block is a sweep, a table or a configuration; after a table, the one beside it."""
+    """A block is a sweep, table, cluster or configuration; after a table, the one beside it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(ARCHITECTURES, "makers", dict(ARCHITECTURES.makers))
@@ -257,6 +258,8 @@ def test_yaml_can_be_copied(page, tmp_path, monkeypatch):
         elif "method" in tree:
             (tmp_path / "my-sweep.yaml").write_text(block)
             assert read("my-sweep.yaml").axes.keys() == tree["parameters"].keys()
+        elif "peak_tflops" in tree:
+            assert parse_profile(block, str(page), "mine").ranks == tree["ranks"]
         else:
             (table or tmp_path / "my.yaml").write_text(block)
             assert load(table or "my.yaml").name == tree.get("name", "debug")
@@ -276,6 +279,13 @@ def refused(command: str) -> str | None:
         app_of(verb).parse_args(words, exit_on_error=False, print_error=False)
         given = [word for word in arguments[1:] if re.match(r"[a-z_.]+=(?!\.\.\.)", word)]
         numbers, given = numbers_of(given, NO_FIELD)
+        if verb == "advise":
+            of_cluster = [word for word in given if word.startswith(("cluster.", "cluster="))]
+            given = [word for word in given if not re.match(r"(cluster|load)[.=]", word)]
+            (name, *values) = sorted(of_cluster, key=lambda word: word.startswith("cluster."))
+            name = name.partition("=")[2]
+            if name not in ("NAME", "measure", "mine.yaml"):
+                read_profile(name, values)
         if verb in TAKES_A_CONFIG and arguments[0] not in ("presets", "--help"):
             config = "quickstart" if arguments[0] in ("my.yaml", "...") else arguments[0]
             if "ranks" in numbers:
