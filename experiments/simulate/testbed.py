@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.simulate.checks import CHECKS, Bound, Check
 from experiments.simulate.reports import read_reports
 from experiments.simulate.testbed_cells import Cell, all_cells
+from experiments.simulate.testbed_checks import CHECKS, Bound, Check
 from scmoe.report import Report, say
 
 

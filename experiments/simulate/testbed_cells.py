@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 from experiments.bench.overlap_rows import OverlapRow
 from experiments.bench.two_batches import batches_of
-from experiments.simulate.checks import (
+from experiments.simulate.reports import Calibration, Measured
+from experiments.simulate.rows import Predicted, predict_row, predict_sequential
+from experiments.simulate.testbed_checks import (
     BOUNDED_LOAD,
     EMULATED_SHARE,
     ITERATION_RATIO,
@@ -22,8 +24,6 @@ from experiments.simulate.checks import (
     REAL_SHARE,
     TWO_BATCHES,
 )
-from experiments.simulate.reports import Calibration, Measured
-from experiments.simulate.rows import Predicted, predict_row, predict_sequential
 
 SHARES_APART = 0.05  # two shares
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from experiments.bench.pairs import Setting
-from experiments.simulate.checks import CHECKS, OVER_BALANCED
 from experiments.simulate.reports import Calibration, read_reports, seconds_of, setting_of
 from experiments.simulate.rows import predict_row, predict_sequential
+from experiments.simulate.testbed_checks import CHECKS, OVER_BALANCED
 from scmoe.command_line import app_of, call
 from scmoe.schedule.cost import TRANSFERS
 
