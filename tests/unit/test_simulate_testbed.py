@@ -10,7 +10,7 @@ from experiments.bench.pairs import Setting
 from experiments.simulate.reports import Calibration, read_reports, seconds_of, setting_of
 from experiments.simulate.rows import predict_row, predict_sequential
 from experiments.simulate.testbed_checks import CHECKS, OVER_BALANCED
-from scmoe.command_line import call
+from scmoe.command_line import app_of, call
 from scmoe.schedule.cost import TRANSFERS
 
 FORWARD_MS = {"route": 2, "encode": 1, "dispatch": 80, "experts": 30, "combine": 84, "decode": 2}
@@ -170,12 +170,10 @@ def test_what_is_not_measured_is_named_with_its_command(tmp_path, capsys):
 
 
 def test_commands_of_the_checks_are_ones_that_the_bench_takes():
-    from experiments.bench.__main__ import main
-
     for check in CHECKS:
         for command in check.commands:
-            _, bound, _ = main.parse_args(
-                command.split()[2:], exit_on_error=False, print_error=False
+            _, bound, _ = app_of("bench").parse_args(
+                command.split()[1:], exit_on_error=False, print_error=False
             )
             bound.arguments["options"].setting()
 
