@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scmoe.config.load import load, to_yaml
+from scmoe.config.as_yaml import to_yaml
+from scmoe.config.load import load
 from scmoe.planning.pricing import LayerChoice, plan_to_json
 from scmoe.schedule.cost import OperatorTimes
 from scmoe.schedule.schedule import Schedule

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from experiments.bench.options import InferenceOptions
 from scmoe import __version__, command_line
+from scmoe.cli.generate import Options as GenerateOptions
 from scmoe.command_line import LABORATORY, VERBS, app_of, call, module_of
 from scmoe.config import extras
 from scmoe.config.extras import scmoe
@@ -95,6 +97,8 @@ def test_a_scale_that_no_table_has_is_refused_before_packages_are_imported(
     assert "--scale is 'nonsense'" in capsys.readouterr().err
 
 
+OF_GENERATE = f"options={GenerateOptions(prompt='-x', stop=['x', 'y'])}"
+OF_INFERENCE = f"options={InferenceOptions(batch=3, load=['a', 'b'])}"
 OF_TABLE = "options=Options(scale='small', jobs=3, seeds=None, to=None)"
 
 
@@ -104,16 +108,13 @@ OF_TABLE = "options=Options(scale='small', jobs=3, seeds=None, to=None)"
         ("train c.yaml optim.lr=-1 --seed=2", ("c.yaml", "optim.lr=-1", "--seed=2")),
         ("evaluate r a=1 --which best b=2 --limit=3", ("r", "a=1", "b=2", "which=best", "limit=3")),
         ("sweep s.yaml a=1 --local --b=2", ("s.yaml", "a=1", "--b=2", "local=True")),
-        (
-            "generate r --stop x a=1 --stop y --prompt -x",
-            ("r", "a=1", "prompt=-x", "stop=['x', 'y']"),
-        ),
+        ("generate r --stop x a=1 --stop y --prompt -x", ("r", "a=1", OF_GENERATE)),
         (
             "table t --scale smoke a=1 --jobs 3 --scale small",
             ("t", "a=1", OF_TABLE),
         ),  # the last one counts
         ("gpu-check --tiny --parts layer gpt2", ("tiny=True", "parts=['layer', 'gpt2']")),
-        ("bench inference --load a --batch 3 --load b", ("batch=3", "load=['a', 'b']")),
+        ("bench inference --load a --batch 3 --load b", (OF_INFERENCE,)),
     ],
 )
 def test_overrides_and_options_may_be_mixed(words, given):

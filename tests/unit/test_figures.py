@@ -33,7 +33,12 @@ ROUNDS = np.array([1.0, 1.25, 1.5])  # a machine that slows down: ratios are the
 
 def seconds(forward: float, train: float) -> Seconds:
     return Seconds(
-        forward * ROUNDS, train * ROUNDS, train * ROUNDS / 3, forward * ROUNDS, train * ROUNDS
+        forward=forward * ROUNDS,
+        train=train * ROUNDS,
+        train_forward=train * ROUNDS / 3,
+        cpu_forward=forward * ROUNDS,
+        cpu_train=train * ROUNDS,
+        update=0 * ROUNDS,
     )
 
 
@@ -49,7 +54,7 @@ def report_of(share: float, rows: tuple[str, ...] = SHOWN, **setting: Any) -> di
     for row in rows:
         block, (chunks, *_) = ROWS[asked.every][row]
         schedule = default_schedule(block)
-        for way in ("sequential", "free"):
+        for way in ("sequential", "free", "alone"):
             times[Variant(block, schedule, way)] = (
                 seconds(1.0, 2.5) if way == "sequential" else seconds(1 - share, 2.3)
             )
