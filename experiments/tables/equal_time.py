@@ -5,6 +5,9 @@ which the fastest row ends, a row of speed x has made steps * x / max(x) of its 
 there is read off its own validation curve, between two validations on a straight line. The learning
 rate of every row decays over all its steps, so a slower row is compared before the end of its
 decay: a schedule made for the shorter run would bring it closer.
+
+A row's speed is that of its best schedule: with two batches in flight, if they were measured and
+are faster. So top-2 has a speed above 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +15,7 @@ from typing import Any
 
 import numpy
 
+from experiments.bench.two_batches import TWO, batches_of
 from experiments.tables.seed_statistics import describe, differences
 from experiments.tables.table_file import Table
 from experiments.tables.table_runs import Run
@@ -23,8 +27,9 @@ Report = Mapping[str, Any]  # of `bench overlap`
 def at_equal_time(
     table: Table, done: Sequence[Run], speeds: Mapping[float, Report]
 ) -> dict[str, dict[str, Any]]:
-    """Return {share of communication, as text: {comm_share, rows}}. rows: for each row that has a
-    speed, its speed, the step reached, the loss at that step over seeds and its difference to the
+    """Return {share of communication, as text: {comm_share, two_batches, rows}}. two_batches:
+    whether rows were measured with two batches in flight too. rows: for each row that has a speed,
+    its speed, the step reached, the loss at that step over seeds and its difference to the
     baseline. `equal_tokens`: all speeds are 1.
 
     Empty if the table's file has no equal_time. A share without measured speeds is left out.
@@ -37,10 +42,21 @@ def at_equal_time(
     for share in table.equal_time:
         if share in speeds:
             report = speeds[share]
-            of_rows = {name: report["rows"][speed][SPEED] for name, speed in measured.items()}
+            of_rows = {name: best_speed(report, speed) for name, speed in measured.items()}
             rows = _at_speeds(table, done, of_rows)
-            columns[f"{share:g}"] = {"comm_share": report["comm_share"], "rows": rows}
+            two = any(batches_of(row) == 2 for row in report["rows"])
+            columns[f"{share:g}"] = {
+                "comm_share": report["comm_share"],
+                "two_batches": two,
+                "rows": rows,
+            }
     return columns
+
+
+def best_speed(report: Report, row: str) -> float:
+    """Return a row's speed-up over sequential top-2 with one or with two batches in flight."""
+    ways = [name for name in (row, row + TWO) if name in report["rows"]]
+    return max(report["rows"][name][SPEED] for name in ways)
 
 
 def _at_speeds(

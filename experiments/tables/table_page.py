@@ -182,7 +182,8 @@ def _equal_time(results: Results) -> list[str]:
         (
             "Validation loss of each row at the time at which the fastest row ends. Times are by"
             " the measured speed-ups of the measured blocks in training, without the sum of the"
-            " gradients and the optimizer; p takes them as exact. A slower row is read off its own"
+            " gradients and the optimizer; p takes them as exact."
+            f" {_way_of_speeds(shares)} A slower row is read off its own"
             " curve at the step that it has reached by then, before its learning rate has come down"
             " to its end. In brackets: that step; then the difference to the baseline at the same"
             " time and its corrected p."
@@ -240,6 +241,14 @@ def _origin(results: Results) -> list[str]:
     if missing:
         lines += ["", f"Incomplete: {'; '.join(missing)}."]
     return lines
+
+
+def _way_of_speeds(shares: Results) -> str:
+    """Return in a sentence which schedules the speeds are of. Older results have no rival of
+    sequential top-2."""
+    if any(column.get("two_batches") for column in shares.values()):
+        return "Each row has its best schedule, with one batch in flight or with two."
+    return "Rows have one batch in flight, and top-2 is sequential."
 
 
 def without_speed(results: Results) -> list[str]:

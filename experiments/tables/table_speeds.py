@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from experiments.bench.two_batches import TWO, architecture_of
 from experiments.tables.table_file import Scale, Table
 from scmoe.sweeps.batch import Batch, Watch
 from scmoe.sweeps.jobs import Job
@@ -41,7 +42,7 @@ def speed_job(table: Table, bench: Sequence[str], folder: Path, share: float) ->
 
     Otherwise the report of the earlier command, which had other rows or options, is removed.
     """
-    rows = dict.fromkeys(["top2", *(row.speed for row in table.rows if row.speed)])
+    rows = rows_measured(table)
     out = folder / "speed"
     words = ["overlap", "--share", f"{share:g}", "--rows", *rows, "--out", str(out), *bench]
 
@@ -61,13 +62,21 @@ def speed_job(table: Table, bench: Sequence[str], folder: Path, share: float) ->
 def read_speeds(table: Table, folder: Path) -> dict[float, dict[str, Any]]:
     """Return the reports of `bench overlap` by share, as its files in <folder>/speed/ are named.
     One that lacks a row of the table is left out: it is to be measured again."""
-    wanted = {row.speed for row in table.rows if row.speed is not None}
+    wanted = set(rows_measured(table))
     reports = {}
     for path in sorted((folder / "speed").glob("*-share-*.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         if wanted <= report["rows"].keys():
             reports[share_of(path)] = report
     return reports
+
+
+def rows_measured(table: Table) -> list[str]:
+    """Return the rows of the testbed: top-2 and those of the table, each with one batch in flight
+    and, if the table compares losses at equal time, with two."""
+    rows = dict.fromkeys(["top2", *(row.speed for row in table.rows if row.speed)])
+    in_halves = [f"{architecture_of(row)}{TWO}" for row in rows] if table.equal_time else []
+    return [*dict.fromkeys([*rows, *in_halves])]
 
 
 def share_of(path: Path) -> float:

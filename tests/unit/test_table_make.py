@@ -343,7 +343,8 @@ def test_speeds_are_measured_at_every_share_until_the_command_changes(fakes, tmp
 
     first = measure("--rounds", "2")
     rows = first[first.index("--rows") + 1 : first.index("--out")]
-    assert rows == ["top2", "shared_expert", "scmoe_pos2", "scmoe_pos1", "scmoe_pos3"]
+    in_one_batch = ["top2", "shared_expert", "scmoe_pos2", "scmoe_pos1", "scmoe_pos3"]
+    assert rows == [*in_one_batch, *(f"{row}_two" for row in in_one_batch)]
     measure("--rounds", "2")
     assert fakes.calls == ["bench 0.15", "bench 0.52"]
     assert measure("--rounds", "5")[-1] == "5"

@@ -64,7 +64,8 @@ def write_speeds(folder: Path, share: float) -> None:
     }
     rows = {
         name: {**row, "train_speedup": SPEEDS.get(name, 1.0), "forward_speedup": 1.75}
-        for name in usual_rows(2)
+        for row_name in usual_rows(2)
+        for name in (row_name, f"{row_name}_two")
     }
     head = {
         "comm_share": share + 0.01,
@@ -238,6 +239,7 @@ def test_at_equal_time_the_fastest_row_is_at_its_end_and_slower_ones_are_earlier
     results_of_all, _ = of(table, runs)
     found = results_of_all["equal_time"]
     assert list(found) == ["equal_tokens", "0.52"], "0.15 has not been measured"
+    assert found["0.52"]["two_batches"]
     at_time = found["0.52"]["rows"]
     assert at_time[POS3]["loss"]["mean"] == pytest.approx(5.2)
     assert at_time["top-2"]["loss"]["mean"] == pytest.approx(5.2 + 0.15)
@@ -245,6 +247,24 @@ def test_at_equal_time_the_fastest_row_is_at_its_end_and_slower_ones_are_earlier
     assert found["equal_tokens"]["rows"][POS3]["minus_baseline"]["mean"] == pytest.approx(0)
     assert "ScMoE Pos-2 (L0 Pos-1), CG-1" not in at_time, "the testbed has no such row"
     assert "Speed-ups at a share of 0.52 (0.53 as measured)" in markdown(results_of_all)
+
+
+def test_a_rival_with_two_batches_in_flight_is_compared_at_its_own_speed(made):
+    """Pos-3 is fastest, at 1.6, and top-2 with two batches has 1.5: 3.75 of 4 steps."""
+    table, runs = made
+    for run in runs:
+        run.job.state = state_of(5.0 + run.seed / 10, run.digest)
+    study = runs[0].job.study
+    write_speeds(study, 0.52)
+    path = next((study / "speed").glob("*.json"))
+    report = json.loads(path.read_text())
+    report["rows"]["top2_two"]["train_speedup"] = 1.5
+    path.write_text(json.dumps(report))
+    found, _ = of(table, runs)
+    at_time = found["equal_time"]["0.52"]["rows"]
+    assert at_time["top-2"]["speed"] == 1.5
+    assert at_time["top-2"]["loss"]["mean"] == pytest.approx(5.2 + 0.025)
+    assert "with two" in markdown(found)
 
 
 def test_a_curve_is_read_between_its_points_and_not_outside():
