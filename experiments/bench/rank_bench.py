@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from experiments.bench import emulated
 from experiments.bench.pairs import Setting, default_schedule
-from experiments.bench.stacks import Variant, make_blocks, make_step, rows_of_layout
+from experiments.bench.stacks import Stack, Variant, make_blocks, make_step, rows_of_layout
 from experiments.engine import links
 from experiments.engine.clock import CPU, in_turn, slowest
 from experiments.engine.profiles import peak_bytes
@@ -80,7 +80,8 @@ class Bench:
         if setting.bus:
             self.set_rate(1.0)
         self.free = self.dispatcher(exchange=emulated.free)
-        self.steps = {n: make_step(stack, setting, context) for n, stack in self.stacks.items()}
+        self.models = {n: Stack(*blocks) for n, blocks in self.stacks.items()}
+        self.steps = {n: make_step(model, setting, context) for n, model in self.models.items()}
         self.inputs = {}
         for load in dict.fromkeys((BALANCED, *setting.loads)):
             sequences = sequences_of(load_of(load), setting.sequences, ranks)[dist.get_rank()]
@@ -118,10 +119,8 @@ class Bench:
             blocks, variant.of_blocks(block.schedule for block in blocks), strict=True
         ):
             block.run_as(schedule, dispatcher, recorder)
-        step = self.steps[variant.block]
-        stack: Any = step.model
-        stack.batches_in_flight = variant.batches_in_flight
-        return step
+        self.models[variant.block].batches_in_flight = variant.batches_in_flight
+        return self.steps[variant.block]
 
     @property
     def x(self) -> Tensor:
@@ -194,7 +193,7 @@ class Bench:
         step = self.set(Variant(block, default_schedule(block), load=load))
         batches = self.setting.accumulate
         planner = Planner(self.stacks[block], None, self.device, chunk_counts, batches=batches)
-        planner.choose_in_flight(step.model, numbers_in_flight)
+        planner.choose_in_flight(self.models[block], numbers_in_flight)
         while not planner.has_chosen:
             for batch in range(1, batches + 1):
                 planner.begin_step()

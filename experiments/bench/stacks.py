@@ -96,10 +96,9 @@ def rows_of_layout(setting: Setting) -> Rows:
     )
 
 
-def make_step(blocks: Sequence[nn.Module], setting: Setting, context: ParallelContext) -> Step:
+def make_step(model: "Stack", setting: Setting, context: ParallelContext) -> Step:
     """Return a training step of blocks; at iteration level with the gradients' reduction and the
     optimizer's step."""
-    model = Stack(*blocks)
     if setting.level == "block":
         return Step(Wrapped(model, 1), ParallelContext())
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -107,7 +106,10 @@ def make_step(blocks: Sequence[nn.Module], setting: Setting, context: ParallelCo
 
 
 class Stack(nn.Sequential):
-    batches_in_flight = 1
+    """Blocks in a row. A step's `model` may be DDP around it, so whoever sets the batches in flight
+    must hold the stack itself."""
+
+    batches_in_flight: int = 1
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return in_flight(self.batches_in_flight, partial(through, self), x_BSD, None)[0]

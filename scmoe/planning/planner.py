@@ -117,10 +117,10 @@ class Planner:
         self.restart()
 
     def choose_in_flight(self, network: Any, numbers: Sequence[int]) -> None:
-        """Choose between these numbers of batches in flight too, 1 or 2.
+        """Choose between 1 and 2 batches in flight too, if given. Steps are measured with one.
 
-        network: has the blocks and `batches_in_flight`. Steps are measured with one.
-        """
+        network: has the blocks and `batches_in_flight`; DDP around it has not."""
+        assert network.batches_in_flight in (1, 2)
         self.network = network
         self.numbers_in_flight = tuple(numbers)
 

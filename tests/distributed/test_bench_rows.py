@@ -103,6 +103,26 @@ def dropped(rank: int, world_size: int) -> float:
     return bench.dropped(Variant("top2", default_schedule("top2"), load=load))
 
 
+def sequences_seen(rank: int, world_size: int, level: str) -> list[int]:
+    """Return how many sequences each call of the first block had: in one batch, then in two."""
+    dist.init_process_group("gloo")
+    bench = Bench(Setting(level=level, rows=("top2",), **SIZES))
+    seen: list[int] = []
+    bench.stacks["top2"][0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    variant = Variant("top2", default_schedule("top2"))
+    bench.seconds(variant)
+    bench.seconds(replace(variant, batches_in_flight=2))
+    return seen
+
+
+@pytest.mark.parametrize("level", ["block", "iteration"])
+def test_a_row_with_two_batches_in_flight_computes_halves(level):
+    """At the level of an iteration, the blocks are inside DDP, which would keep the number of
+    batches for itself."""
+    forward_and_step = [[2] * 2 + [1] * 4]
+    assert run_ranks(sequences_seen, 2, level) == forward_and_step * 2
+
+
 def test_what_is_dropped_is_the_mean_over_the_routings_of_a_load():
     """All rows go to one of two ranks, whose experts have room for half of them."""
     assert run_ranks(dropped, 2) == [0.5, 0.5]
