@@ -63,9 +63,9 @@ def bench_overlap(setting: Setting, out: Path) -> dict[str, Any]:
             f"links cannot be shaped here ({missing}): loopback as it is, marked in every row",
             file=sys.stderr,
         )
-    measured = run_ranks(measure, setting.ranks, setting, timeout_s=3600, own_links=setting.shaped)[
-        0
-    ]
+    measured = run_ranks(
+        measure, setting.ranks, setting, timeout_s=3 * 3600, own_links=setting.shaped
+    )[0]
     report = summary(setting, measured[BALANCED])
     if setting.shaped or setting.bus:
         warn_of_share(report["wanted_share"], report["comm_share"])
