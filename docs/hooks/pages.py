@@ -42,6 +42,7 @@ PYTHON = {  # pages of the Python reference: what each package is for
     "planning": "The planner, which measures operators and chooses schedules.",
     "parallel": "Ranks: All-to-All, dense weights, checkpoints, stopping and failing together.",
     "lightning": "The Strategy, for Lightning's Trainer.",
+    "clusters": "Would a shortcut pay on a cluster? Profiles and a simulated step.",
     "inference": (
         "Generation of text with a cache, and experts that are kept in a file and fetched."
     ),
