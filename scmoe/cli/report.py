@@ -1,7 +1,12 @@
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter, validators
+
+Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 
 
-def main(*sources: str, to: Path = Path("report.html"), last: int = 12) -> None:
+def main(*sources: str, to: Path = Path("report.html"), last: Count = 12) -> None:
     """Write one HTML page of runs, tables, benches and advice, to hand on.
 
     The page loads nothing and runs no script. It shows results beside the paper's, losses over

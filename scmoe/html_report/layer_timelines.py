@@ -5,13 +5,14 @@ traces/       with trainer.profile_steps, a Chrome trace: one forward pass of a 
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from scmoe.files.writing import read_json
-from scmoe.html_report.sources import Source, read_file
+from scmoe.html_report.sources import Cleaner, Source, read_file
 from scmoe.html_report.svg import C1, C2, C3, C4, C5, C6, INK, MUTED, PAPER, SMALL, drawing
 from scmoe.planning.pricing import DIRECTIONS, LayerChoice, in_halves, plan_from_json
 from scmoe.schedule.cost import TRANSFERS, Span, elapsed, per_chunk, play
@@ -78,10 +79,11 @@ def halves_drawing(choices: Sequence[LayerChoice], direction: Any) -> tuple[str,
     return caption, draw_timelines(timelines, caption)
 
 
-def trace_drawings(run: Path) -> list[tuple[str, Markup]]:
+def trace_drawings(run: Path, clean: Cleaner) -> list[tuple[str, Markup]]:
     """Return caption and drawing of each Chrome trace of a run that holds an MoE layer."""
     files = sorted(run.glob("traces/*.json*"))
-    sources = [source for path in files for source in read_file(path, must=False)]
+    found = [source for path in files for source in read_file(path, must=False)]
+    sources = [replace(source, name=clean(source.name)) for source in found]
     return [made for source in sources if (made := trace_drawing(source)) is not None]
 
 
@@ -91,7 +93,7 @@ def trace_drawing(source: Source) -> tuple[str, Markup] | None:
     if not spans:
         return None
     caption = (
-        f"Measured forward pass of an MoE layer ({source.path.name}); a transfer is shown from its"
+        f"Measured forward pass of an MoE layer ({source.name}); a transfer is shown from its"
         " launch to the end of its wait"
     )
     return caption, draw_timelines({"forward, measured on the host": spans}, caption)

@@ -28,7 +28,7 @@ def write_page(names: Sequence[str], path: Path, last: int) -> int:
     parts = [*parts_of_files(sources), *parts_of_traces(sources), *parts_of_runs(sources, clean)]
     counts = {"run": len(sources.runs), "file": len(sources.files)}
     content = " and ".join(f"{n} {word}{'s' * (n > 1)}" for word, n in counts.items() if n)
-    title = ", ".join(clean(Path(name).name) for name in names) or "runs"
+    title = ", ".join(clean(Path(name).resolve().name) for name in names) or "runs"
     text = html(title if len(title) <= LONGEST else content, content, parts)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:

@@ -1,5 +1,7 @@
 """The parts of a page, as the template shows them, and how runs and files become parts."""
 
+import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -21,13 +23,13 @@ SHOWN = 4  # drawings of one kind; more are folded
 SUMMARY = {  # keys of summary.json that the page shows, by what they are called there
     "val_loss": "validation loss",
     "perplexity": "perplexity",
-    "accuracy": "accuracy",
+    "val_accuracy": "accuracy",
     "tokens_per_s": "tokens/s",
     "images_per_s": "images/s",
     "model_tflops": "TFLOP/s of a device",
     "mfu": "MFU",
     "peak_host_gib": "peak memory of the host, GiB",
-    "peak_gpu_gib": "peak memory of a GPU, GiB",
+    "peak_device_gib": "peak memory of a GPU, GiB",
     "params_total": "parameters",
     "params_active": "active parameters",
     "world_size": "ranks",
@@ -35,8 +37,7 @@ SUMMARY = {  # keys of summary.json that the page shows, by what they are called
     "load_max_ratio": "busiest expert, validation",
     "drop_share": "dropped copies, validation",
 }
-
-
+SHARES = ("drop_share", "mfu", "val_accuracy")  # keys of summary.json that are shown as per cent
 SECONDS = (
     "Seconds are those of training steps, without validation and checkpoints: tokens over the"
     " logged speeds, added up."
@@ -174,7 +175,7 @@ def parts_of_run(run: SeenRun, name: str, anchor: str, clean: Cleaner) -> list[P
         (words, of_summary(key, summary[key])) for key, words in SUMMARY.items() if key in summary
     ]
     if command := environment.get("command"):
-        head.commands = [clean(" ".join(["scmoe", *map(str, command[1:])]))]
+        head.commands = [clean(shlex.join(["scmoe", *map(str, command[1:])]))]
     parts = [head]
 
     if loads := read_loads(run.path / "analysis" / "expert_load.csv"):
@@ -185,9 +186,9 @@ def parts_of_run(run: SeenRun, name: str, anchor: str, clean: Cleaner) -> list[P
         part.keys = LOAD_KEYS
         part.draw(load_drawings(loads))
         parts.append(part)
-    if timelines := plan_drawings(run.path) + trace_drawings(run.path):
+    if timelines := plan_drawings(run.path) + trace_drawings(run.path, clean):
         part = Part("Timelines", f"{anchor}-timelines", level=3, keys=OPERATOR_KEYS)
-        part.draw([(clean(caption), svg) for caption, svg in timelines])
+        part.draw(timelines)
         parts.append(part)
     parts.append(environment_of(run, environment, f"{anchor}-environment", clean))
     return parts
@@ -195,7 +196,7 @@ def parts_of_run(run: SeenRun, name: str, anchor: str, clean: Cleaner) -> list[P
 
 def of_summary(key: str, value: Any) -> str:
     """Return a value of summary.json for a reader; shares as per cent."""
-    return f"{value:.2%}" if key in ("drop_share", "mfu") else number(value)
+    return f"{value:.2%}" if key in SHARES else number(value)
 
 
 def begun(run: SeenRun) -> list[tuple[str, str]]:
@@ -213,31 +214,35 @@ def environment_of(
     if facts["git commit"]:
         facts["uncommitted changes"] = "yes" if environment.get("git_diff") else "no"
     part.facts = [(key, clean(str(value))) for key, value in facts.items() if value]
-    part.text_title = "config.yaml"
-    part.text = clean((run.path / "config.yaml").read_text(encoding="utf-8", errors="replace"))
+    part.text_title = run.config_path.name
+    part.text = clean(run.config_path.read_text(encoding="utf-8", errors="replace"))
     return part
 
 
 def parts_of_traces(sources: Sources) -> list[Part]:
-    """Return a part with the timeline of each trace; none without traces. Raises ConfigError."""
-    if not sources.of_kind("trace"):
-        return []
+    """Return a part with the timeline of each trace; none without one. Raises ConfigError for a
+    trace that was named and has no MoE layer."""
     part = Part("Timelines", "timelines", keys=OPERATOR_KEYS)
     drawings = []
     for source in sources.of_kind("trace"):
         drawing = trace_drawing(source)
-        if drawing is None:
+        if drawing is not None:
+            drawings.append(drawing)
+        elif source.named:
             raise ConfigError(
                 f"{source.path} has no MoE layer: it lacks scmoe/route or scmoe/decode. Leave it"
                 " out."
             )
-        drawings.append(drawing)
     part.draw(drawings)
-    return [part]
+    return [part] if drawings else []
 
 
 def number(value: Any) -> str:
     """Return a number for a reader: large ones with commas, others with four digits."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     if isinstance(value, float) and (value.is_integer() or abs(value) >= 1000):
         value = round(value)
     return f"{value:,}" if isinstance(value, int) else in_one_line(value)

@@ -10,7 +10,7 @@ from scmoe.html_report.marks import Mark, draw_rows
 from scmoe.html_report.page_parts import Part, Picture, Table, keys_of, number
 from scmoe.html_report.run_curves import Line, draw_losses
 from scmoe.html_report.sources import Source, Sources, listed_tables, rows_by_name
-from scmoe.report import Report
+from scmoe.report import Report, say
 
 OURS = {"color": "c1", "text": "ours"}
 PAPER = {"color": "c2", "text": "paper"}
@@ -43,20 +43,23 @@ def parts_of_files(sources: Sources) -> list[Part]:
     }
     parts = []
     for kind, (title, make) in chapters.items():
-        files = sources.of_kind(kind)
-        if files:
-            parts.append(Part(title, kind))
-        for number_of_kind, source in enumerate(files, 1):
+        chapter = []
+        for number_of_kind, source in enumerate(sources.of_kind(kind), 1):
             try:
                 part = make(source, f"{kind}-{number_of_kind}")
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-                what = f"{type(error).__name__}: {error}"
-                raise ConfigError(
-                    f"{source.path} looks like {kind}, but is not whole ({what}). Write it again,"
-                    " or leave it out."
-                ) from error
+                what = f"{source.path} looks like {kind}, but is not whole"
+                why = f"{type(error).__name__}: {error}"
+                if source.named:
+                    raise ConfigError(
+                        f"{what} ({why}). Write it again, or leave it out."
+                    ) from error
+                say(f"{what} ({why}): it is left out")
+                continue
             state_conditions(part, source.conditions)
-            parts.append(part)
+            chapter.append(part)
+        if chapter:
+            parts += [Part(title, kind), *chapter]
     return parts
 
 

@@ -15,8 +15,9 @@ import gzip
 import json
 import platform
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,15 @@ ADDRESS = re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}\b|(?<=://)[^/\s@]+@")  # IPv4, 
 
 @dataclass(frozen=True)
 class Source:
-    """A recognised file. name: as the page calls it. conditions: command, date, machine."""
+    """A recognised file. name: as the page calls it. conditions: command, date, machine. named: on
+    the command line; others were found in a folder."""
 
     kind: str
     name: str
     path: Path
     data: dict[str, Any]
     conditions: dict[str, str] = field(default_factory=dict)
+    named: bool = False
 
 
 @dataclass
@@ -65,7 +68,8 @@ class Cleaner:
 
     def __init__(self, hosts: Sequence[str]) -> None:
         names = sorted({re.escape(host) for host in hosts if host}, key=len, reverse=True)
-        pattern = rf"(?<![\w.-])(?:{'|'.join(names)})(?:\.[\w-]+)*(?![\w-])"
+        # a trace is named HOST_PID.TIME.pt.trace.json
+        pattern = rf"(?<![A-Za-z0-9.-])(?:{'|'.join(names)})(?:\.[\w-]+)*(?![A-Za-z0-9-])"
         self.hosts = re.compile(pattern, re.IGNORECASE) if names else None
 
     def __call__(self, value: Any) -> Any:
@@ -111,10 +115,11 @@ def find_sources(names: Sequence[str], last: int) -> tuple[Sources, Cleaner]:
         if path.is_file():
             sources.files += read_file(path, must=True)
         elif (path / "config.yaml").exists():
-            sources.runs.append(SeenRun(path.resolve() if path.is_symlink() else path))
+            sources.runs.append(SeenRun(path))
         else:
             search(path, sources, last)
-    sources.runs = list({run.path.resolve(): run for run in sources.runs}.values())
+    by_path = {run.path.resolve(): SeenRun(run.path.resolve()) for run in sources.runs}
+    sources.runs = sorted(by_path.values(), key=lambda run: run.begun, reverse=True)
 
     if not sources.runs and not sources.files:
         where = " and ".join(names) or f"the folder {RUNS}/"
@@ -123,7 +128,7 @@ def find_sources(names: Sequence[str], last: int) -> tuple[Sources, Cleaner]:
         )
     clean = cleaner_for(sources.runs)
     sources.files = [
-        Source(s.kind, clean(s.name), s.path, clean(s.data), clean(s.conditions))
+        replace(s, name=clean(s.name), data=clean(s.data), conditions=clean(s.conditions))
         for s in sources.files
     ]
     return sources, clean
@@ -165,7 +170,7 @@ def read_file(path: Path, must: bool) -> list[Source]:
     """
     try:
         data = json_of(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error, RecursionError) as error:
         if must:
             raise ConfigError(f"{path} is no JSON file: {error}. Name {KINDS}.") from error
         return []
@@ -173,10 +178,17 @@ def read_file(path: Path, must: bool) -> list[Source]:
     loads = data.get("loads") if isinstance(data, dict) else None
     reports = loads if isinstance(loads, list) else [data]
     kinds = [kind_of(report) for report in reports]
-    if all(kinds):
+    if kinds and all(kinds):
         said = conditions_of(path)
         return [
-            Source(kind, name_of(path, report), path, data_of(kind, report), said | stated(report))
+            Source(
+                kind,
+                name_of(path, report),
+                path,
+                data_of(kind, report),
+                said | stated(report),
+                named=must,
+            )
             for kind, report in zip(kinds, reports, strict=True)
         ]
     if must:

@@ -45,16 +45,20 @@ class SeenRun:
     path: Path
 
     @cached_property
+    def config_path(self) -> Path:
+        """The file of the configuration as last resumed."""
+        resumed = sorted(
+            self.path.glob("config-from-*.yaml"), key=lambda path: int(path.stem.rpartition("-")[2])
+        )
+        return [self.path / "config.yaml", *resumed][-1]
+
+    @cached_property
     def config(self) -> dict[str, str]:
         """The configuration as last resumed: dotted keys and texts.
 
         A key that the run's version did not have is at its default.
         """
-        resumed = sorted(
-            self.path.glob("config-from-*.yaml"), key=lambda path: int(path.stem.rpartition("-")[2])
-        )
-        newest = [self.path / "config.yaml", *resumed][-1]
-        return {**DEFAULTS, **flat(newest.read_text(encoding="utf-8"))}
+        return {**DEFAULTS, **flat(self.config_path.read_text(encoding="utf-8"))}
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:

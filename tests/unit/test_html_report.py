@@ -1,7 +1,9 @@
 """`scmoe report`: each input has its part, texts stay texts, keys and machines stay out, and what
 cannot be shown is refused in one line."""
 
+import gzip
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +14,7 @@ from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
 from scmoe.html_report.layer_timelines import first_layer
 from scmoe.html_report.page import write_page
+from scmoe.html_report.page_parts import number
 from scmoe.html_report.result_parts import refuse_form
 from scmoe.html_report.run_curves import over_seconds, read_loads
 from scmoe.html_report.sources import Cleaner, find_sources, read_file
@@ -132,6 +135,7 @@ def test_keys_and_names_of_machines_stay_out(tmp_path):
     assert reported.KEY not in text and reported.HOST not in text and "cluster.org" not in text
     assert "scmoe train quickstart" in text
     clean = Cleaner(["train"])
+    assert clean("train_123.4.pt.trace") == "*****_123.4.pt.trace", "a trace has its machine's name"
     assert clean({"a": ["train.lan:1 retrain 10.0.0.7", "https://me:pw@h/x"]}) == {
         "a": ["*****:1 retrain *****", "https://*****h/x"]
     }
@@ -168,6 +172,41 @@ def test_a_folder_shows_its_newest_runs_and_what_it_recognises(tmp_path):
     sources, _ = find_sources([str(tmp_path / "runs")], 2)
     assert [run.path.name[:8] for run in sources.runs] == ["20261123", "20261122"]
     assert [source.kind for source in sources.files] == ["speeds"] and sources.skipped == 1
+
+
+def test_a_link_to_a_run_is_that_run_in_the_chart_of_its_folder(tmp_path, monkeypatch):
+    older = reported.write_run(tmp_path / "runs", stamp="20261128-101500")
+    newer = reported.write_run(tmp_path / "runs")
+    (tmp_path / "runs/latest").symlink_to(newer)
+    monkeypatch.chdir(tmp_path)
+    seen = page(tmp_path, "runs", "runs/latest", older)
+    assert [heading for heading in seen.headings if heading.startswith("Losses")] == [
+        "Losses of quickstart"
+    ]
+    monkeypatch.chdir(newer)
+    assert f"quickstart/{newer.name}" in page(tmp_path, ".").headings
+
+
+def test_what_is_broken_in_a_searched_folder_is_left_out(tmp_path, capsys):
+    reported.write_run(tmp_path / "runs")
+    trace = tmp_path / "runs" / "t.json.gz"
+    trace.write_bytes(gzip.compress(b'{"traceEvents": []}')[:-9])
+    foreign = reported.write_json(tmp_path / "runs" / "foreign.json", {"cells": [{"a": [1]}]})
+    reported.write_json(tmp_path / "runs" / "empty.json", {"traceEvents": []})
+    assert "Runs" in page(tmp_path, tmp_path / "runs").headings
+    for named in (trace, foreign.with_name("empty.json")):
+        with pytest.raises(ConfigError):
+            page(tmp_path, named)
+
+
+def test_numbers_that_are_none_and_truths_are_shown():
+    assert [number(value) for value in (math.inf, True, False, 1234.5, 3)] == [
+        "inf",
+        "yes",
+        "no",
+        "1,234",
+        "3",
+    ]
 
 
 def test_a_report_of_several_loads_is_one_part_for_each(tmp_path):
