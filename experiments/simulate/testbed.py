@@ -25,7 +25,7 @@ def errors_of(bound: Bound | None, cells: Sequence[Cell], quantity: str) -> dict
     of_quantity = [cell for cell in cells if cell.figure.quantity == quantity]
     figures = [cell.figure for cell in of_quantity if cell.counts]
     errors = [abs(figure.error) for figure in figures]
-    all_rows = [abs(cell.figure.error) for cell in of_quantity if cell.row != "top2"]
+    all_rows = [abs(cell.figure.error) for cell in of_quantity if cell.row != "top2"] or errors
     line: dict[str, Any] = {
         "cells": len(errors),
         "mean": sum(errors) / len(errors),

@@ -84,9 +84,10 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
     say(LEGEND)
     for name, row in advice.rows.items():
         say(f"{name}: {row.answer}. {row.why}")
-    if advice.tokens < FEW_TOKENS:
+    of_a_batch = advice.tokens // trainer.accumulate
+    if of_a_batch < FEW_TOKENS:
         say(
-            f"A rank has only {advice.tokens:,} tokens a step. Launches and latency decide there,"
+            f"A rank has only {of_a_batch:,} tokens in a batch. Launches and latency decide there,"
             " and no measurement of this project checks them."
         )
     if profile.guesses:

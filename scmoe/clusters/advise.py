@@ -324,8 +324,9 @@ def reason(row: Row, advice: Advice, plan: Plan) -> str:
         )
     if not needs_no_other and (factor := tokens_needed(row.name, plan)):
         return (
-            f"A rank has {advice.tokens:,} tokens a step, and it would pay from about"
-            f" {factor * advice.tokens:,} on. {_differences(row, rival)}."
+            f"A rank has {advice.tokens:,} tokens a step. From about {factor * advice.tokens:,} on"
+            f" it would be more than {WORTH} times as fast by the profile's own values."
+            f" {_differences(row, rival)}."
         )
     little = ", so little can be hidden" if advice.share < LITTLE else ""
     return f"{carried}{little}. {_differences(row, rival)}."

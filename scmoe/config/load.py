@@ -77,6 +77,13 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     return _finished(draft, overrides, "" if path is None else str(path))
 
 
+def read_unchecked(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Return what `load` returns, but combinations of values are not checked: it may not run."""
+    draft = _Draft(copy.deepcopy(_defaults()))
+    _merge_file(draft, find(path), ())
+    return _merged(draft, overrides)
+
+
 def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
     """Return the validated configuration of a kept text and overrides.
 
@@ -107,6 +114,15 @@ def _finished(draft: _Draft, overrides: Sequence[str], source: str) -> Config:
 
     source: where its values are from; "" for the defaults.
     """
+    config = _merged(draft, overrides)
+    if overrides:
+        source = f"{source} and command line" if source else "command line"
+    validate(config, source or "defaults")
+    return config
+
+
+def _merged(draft: _Draft, overrides: Sequence[str]) -> Config:
+    """Return the draft with the overrides in it."""
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
@@ -124,9 +140,6 @@ def _finished(draft: _Draft, overrides: Sequence[str], source: str) -> Config:
     config = OmegaConf.to_object(draft.tree)
     assert isinstance(config, Config)
     import_extensions(config.extensions)
-    if overrides:
-        source = f"{source} and command line" if source else "command line"
-    validate(config, source or "defaults")
     return config
 
 

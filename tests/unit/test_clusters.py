@@ -329,7 +329,9 @@ def test_a_curve_has_its_speed_ups_within_their_bands(counted, tmp_path):
 
 
 def test_the_verb_answers_in_one_line_of_json(capfd):
+    """What runs on the ranks of the cluster may be refused on those of the config."""
     words = ("advise", "quickstart", "cluster=8xA30-PCIe", "moe.capacity_factor=null")
+    words += ("strategy.wire_dtype=bfloat16", "trainer.accumulate=64", "samples=4")
     assert call(*words, "load=hot_rank:1.7", "cluster.other_ms=2", "ranks=4", "ep=4") == 0
     out, err = capfd.readouterr()
     facts = json.loads(out.splitlines()[-1])
@@ -350,7 +352,14 @@ def test_the_verb_answers_in_one_line_of_json(capfd):
         ("cluster=8xA30-PCIe", "trainer.precision=32-true"),
         ("cluster=8xA30-PCIe", "ep=3"),
         ("cluster=8xA30-PCIe", "strategy.dense=sharded"),
-        ("cluster=8xA30-PCIe", "load=hot_rank:9"),
+        ("cluster=8xA30-PCIe", "load=hot_rank:9", "moe.capacity_factor=null"),
+        ("cluster=8xA30-PCIe", "load=hot_rank:1.7"),  # every slot of a capacity travels
+        ("cluster=8xA30-PCIe", "strategy.ep_size=8"),  # ep=8 is meant
+        ("cluster=8xA30-PCIe", "trainer.accumulate=0"),
+        ("cluster=8xA30-PCIe", "moe.architecture=dgmoe"),
+        ("cluster=8xA30-PCIe", "moe.architecture=top_k", "moe.top_k=1"),
+        ("cluster=8xA30-PCIe", "moe.num_experts=2", "moe.top_k=2"),
+        ("cluster=8xA30-PCIe", "optim.name=muon"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_in_one_line(words, capfd):

@@ -23,7 +23,7 @@ from scmoe.clusters.rank_shares import rank_shares
 from scmoe.clusters.timed_blocks import Sizes
 from scmoe.config.fields import Config, MoEConfig
 from scmoe.config.leaves import ConfigError
-from scmoe.config.load import find, load
+from scmoe.config.load import find, load, read_unchecked
 from scmoe.config.registry import IMAGES
 from scmoe.estimate.memory import Job as Training
 from scmoe.estimate.memory import rank_memory
@@ -32,6 +32,14 @@ from scmoe.probes.loads import Sizes as Routed
 from scmoe.training.assembly.costs import make_batch
 from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
 
+SET_BY_REQUEST = (  # keys of a config in whose place ranks=N, ep=N, samples=N and the cluster count
+    "strategy.ep_size",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accelerator",
+    "data.global_batch_size",
+)
+ARCHITECTURES = ("top_k", "shared_expert", "scmoe")
 TOKENS = 16_384  # of a rank in one batch, where a preset of configs/model says no batch
 IMAGES_OF_A_RANK = 128  # Table 9: 1,024 on eight ranks
 
@@ -66,6 +74,12 @@ def config_for(request: Request, profile: Profile) -> Config:
         )
     path = find(request.config)
     given = {word.removeprefix("--").partition("=")[0] for word in request.overrides}
+    for key in SET_BY_REQUEST:
+        if key in given:
+            raise ConfigError(
+                f"command line: {key} is given, but ranks=N, ep=N, samples=N and the cluster set"
+                " it. Give those alone."
+            )
     precision = f"trainer.precision={profile.precision}"
     if "trainer.precision" in given and precision not in request.overrides:
         raise ConfigError(
@@ -73,7 +87,8 @@ def config_for(request: Request, profile: Profile) -> Config:
             f" those of {profile.precision}. Leave it out, or write a profile of another precision"
         )
     accelerator = "cpu" if profile.precision == "32-true" else "gpu"
-    first = load(path, request.overrides)
+    first = read_unchecked(path, request.overrides)
+    check(first)
     samples = request.samples or samples_of(first, path)
     ep_size = request.ep_size or math.gcd(first.moe.num_experts, ranks)
     node = min(ranks, profile.ranks_per_node)
@@ -83,21 +98,23 @@ def config_for(request: Request, profile: Profile) -> Config:
         f"trainer.devices={node}",
         f"trainer.num_nodes={max(1, ranks // node)}",
         f"strategy.ep_size={ep_size}",
-        f"data.global_batch_size={ranks * samples * first.trainer.accumulate}",
+        f"data.global_batch_size={ranks * samples * max(1, first.trainer.accumulate)}",
     ]
     if ranks % node:
         raise ConfigError(
             f"command line: ranks is {ranks}, allowed: multiples of {node}, the ranks of a node"
         )
-    config = load(path, [*request.overrides, *words])
-    check(config)
-    return config
+    return load(path, [*request.overrides, *words])
 
 
 def samples_of(config: Config, path: Path) -> int:
-    """Return the samples of a rank in one batch: those of the config, but a preset has none."""
+    """Return the samples of a rank in one batch: those of the config, but a preset has none.
+
+    config: not checked yet."""
+    trainer = config.trainer
     if path.parent.name != "model":
-        return max(1, Training.of(config).samples)
+        batches = trainer.devices * trainer.num_nodes * trainer.accumulate
+        return max(1, config.data.global_batch_size // max(1, batches))
     if config.data.name in IMAGES or config.model.family == "swin":
         return IMAGES_OF_A_RANK
     return max(1, TOKENS // config.data.seq_len)
@@ -114,17 +131,38 @@ def check(config: Config) -> None:
         )
     if config.moe.rows == "buffers":
         raise ConfigError("advise: moe.rows is buffers, allowed: auto | filled | slots")
-    if config.moe.architecture == "dense":
-        raise ConfigError("advise: moe.architecture is dense, which has no rows to send")
+    if config.moe.architecture not in ARCHITECTURES:
+        raise ConfigError(
+            f"advise: moe.architecture is {config.moe.architecture}, allowed:"
+            f" {' | '.join(ARCHITECTURES)}"
+        )
+    if config.optim.name != "adamw":
+        raise ConfigError(
+            f"advise: optim.name is {config.optim.name}, allowed: adamw, as no other update is"
+            " simulated"
+        )
 
 
 def architectures(moe: MoEConfig, ffn_dim: int) -> Iterator[tuple[str, MoEConfig]]:
     """Yield the architectures to be compared, the standard one first. ffn_dim: of the shared
-    expert."""
+    expert. ConfigError: there are none with as many active weights."""
     copies = max(1, round(ffn_dim / (moe.ffn_dim or ffn_dim)))
+    # of the routed copies of a router with zero experts, a part computes nothing
+    copies = round(copies * (moe.num_experts + moe.zero_experts) / moe.num_experts)
     is_standard = moe.architecture == "top_k"
     standard_k = moe.top_k if is_standard else moe.top_k + copies
-    k = max(1, moe.top_k - copies) if is_standard else moe.top_k
+    k = moe.top_k - copies if is_standard else moe.top_k
+    if k < 1:
+        raise ConfigError(
+            f"advise: moe.top_k is {moe.top_k}, and a shared expert counts as {copies} of its"
+            " copies, so a shortcut would have more active weights. Use a larger moe.top_k, or"
+            " model.ffn_dim as wide as moe.ffn_dim."
+        )
+    if standard_k > moe.num_experts:
+        raise ConfigError(
+            f"advise: moe.num_experts is {moe.num_experts}, but standard top-k of as many active"
+            f" weights routes {standard_k} copies. Use more experts."
+        )
     plain = replace(moe, first_position=None, coefficient_input="current", tap_norm="own")
     top_k = replace(plain, architecture="top_k", top_k=standard_k)
     yield f"top{standard_k}", top_k
@@ -164,6 +202,11 @@ def model_of(name: str, moe: MoEConfig, config: Config, profile: Profile, routin
     by_muon = updated_by_muon(usual, whole)
     memory = rank_memory(whole, training, by_muon)["total"]
     pads = moe.capacity_factor is not None and rows_are_padded(config)
+    if pads and routing.kind != BALANCED:
+        raise ConfigError(
+            f"load is {routing.name}, but every slot of moe.capacity_factor travels, filled or"
+            " not, so a load changes nothing. Add moe.capacity_factor=null."
+        )
     factor = profile.padding or (moe.capacity_factor if pads else 1.0)
     counted = replace(usual, moe=replace(moe, capacity_factor=factor, rows="slots"))
     batch = next(iter(make_batch(counted, training.samples).values()))
@@ -177,7 +220,7 @@ def model_of(name: str, moe: MoEConfig, config: Config, profile: Profile, routin
                 f"load is {routing.name}, allowed: others, as ranks have equal batches"
             )
         check_load(routing, sizes, training.samples)
-        loads = None if pads else rank_shares(routing, sizes)
+        loads = rank_shares(routing, sizes)
     names = {block.schedule.architecture: block.schedule for block in moe_blocks_of(model)}
     return Model(name, costs, names[moe.architecture], memory, loads)
 

@@ -10,6 +10,8 @@ from scmoe.clusters.profile import Profile
 from scmoe.clusters.rank_shares import rank_shares
 from scmoe.config.extras import require
 from scmoe.config.fields import Config
+from scmoe.config.leaves import ConfigError
+from scmoe.files.writing import warn_once
 from scmoe.probes.loads import Sizes, load_of
 from scmoe.training.assembly.advice import Request, config_for, job_of, models_for, rows_are_padded
 
@@ -60,12 +62,13 @@ def curves(
     sizes = job.sizes
     powers = [2**i for i in range(1, 12)]
     degrees = [n for n in powers if config.moe.num_experts % n == 0 and sizes.ranks % n == 0]
-    yield Curve(
-        "ep",
-        "EP: ranks that share the experts",
-        [at(n, job=replace(job, sizes=sizes._replace(ep_size=n))) for n in degrees],
-        (sizes.ranks, sizes.ranks) if has_measured else None,
-    )
+    if len(degrees) > 1:
+        yield Curve(
+            "ep",
+            "EP: ranks that share the experts",
+            [at(n, job=replace(job, sizes=sizes._replace(ep_size=n))) for n in degrees],
+            (sizes.ranks, sizes.ranks) if has_measured else None,
+        )
     tokens = models[0].costs.tokens * job.accumulate
     yield Curve(
         "tokens",
@@ -76,10 +79,7 @@ def curves(
     yield Curve(
         "width",
         "width of the model",
-        [
-            at(config.model.dim * f, models=wider(request, profile, f) if f != 1 else models)
-            for f in WIDTHS
-        ],
+        [at(config.model.dim * f, models=wide) for f, wide in of_widths(request, profile, models)],
         (config.model.dim, config.model.dim) if has_measured else None,
     )
     is_padded = rows_are_padded(config) and config.moe.capacity_factor is not None
@@ -117,6 +117,17 @@ def over_load(
         (1.0, 1.0) if has_measured else None,
         logarithmic=False,
     )
+
+
+def of_widths(
+    request: Request, profile: Profile, models: Sequence[Model]
+) -> Iterator[tuple[float, Sequence[Model]]]:
+    """Yield the models at each width that the config can have."""
+    for factor in WIDTHS:
+        try:
+            yield factor, models if factor == 1 else wider(request, profile, factor)
+        except ConfigError as error:
+            warn_once(f"no point at {factor:g} times the width: {error}")
 
 
 def wider(request: Request, profile: Profile, factor: float) -> list[Model]:
