@@ -45,7 +45,7 @@ OVERVIEW = RESULTS / "README.md"
 GENERATED = re.compile(
     r"(?<=<!-- make figures writes this part -->\n).*(?=<!-- end of this part -->)", re.DOTALL
 )
-HEADLINE = "overlap-real-iteration-2-ranks-share-0.52"  # the report that README shows
+HEADLINE = "overlap-real-iteration-2-ranks-share-0.52-layers-8"  # the report that README shows
 FIGURE_8 = PAGES / "figure-8"  # what `make figure8` has measured
 BENCHES: dict[
     str, Any

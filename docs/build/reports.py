@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 FOLDER = Path("docs/figures")
 ITERATION_ROWS = "--rows top2 shared_expert scmoe_pos2 scmoe_pos3"
+RIVALS = "--rows top2 top2_two shared_expert shared_expert_two scmoe_pos2 scmoe_pos2_two scmoe_pos3"
 EVERY_BLOCK_ROWS = "--rows top2 shared_expert scmoe_pos1 scmoe_pos2 farskip"
 UNEVEN_ROWS = "--rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3"
 PAIR = "overlap --share 0.52"
@@ -47,6 +48,11 @@ REPORTS = (
         11,
     ),
     Report("overlap-real-iteration-2-ranks-share-0.52", f"{REAL_ITERATION} --rounds 15", 12),
+    Report(
+        "overlap-real-iteration-2-ranks-share-0.52-layers-8",
+        f"{PAIR} --compute real --level iteration --layers 8 {RIVALS}",
+        40,
+    ),
     Report(
         "overlap-real-iteration-2-ranks-share-0.52-ratio-1",
         f"{REAL_ITERATION} --rows-per-gradient 1",
