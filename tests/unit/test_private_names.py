@@ -106,7 +106,7 @@ DRY_RUN = {
         ),
     },
     "scmoe/clusters/operator_costs.py": {
-        *("_subclasses", "_python_dispatch", "_schema", "_to_copy")
+        *("_subclasses", "_python_dispatch", "_cdata", "_schema", "_to_copy")
     },
 }
 OTHERS |= set().union(*DRY_RUN.values())
