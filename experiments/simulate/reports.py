@@ -103,7 +103,7 @@ class Measured:
 
     def same_setting(self, other: "Measured") -> bool:
         """Return whether both differ in their share, load and rows only. Where one does not state
-        its sizes, the experts' times must be alike too."""
+        its sizes, the experts' times must be nearly equal too."""
         if comparable(self.setting) != comparable(other.setting):
             return False
         if self.stated and other.stated:

@@ -157,8 +157,10 @@ def other_shares(reports: Sequence[Measured]) -> Iterator[Cell]:
     the largest."""
     balanced = [report for report in reports if report.load is None]
     for report in balanced:
-        alike = [other for other in balanced if other.calibration and report.same_setting(other)]
-        source = max(alike, key=lambda other: other.comm_share, default=report)
+        of_the_setting = [
+            other for other in balanced if other.calibration and report.same_setting(other)
+        ]
+        source = max(of_the_setting, key=lambda other: other.comm_share, default=report)
         if source.calibration and source.comm_share > report.comm_share + SHARES_APART:
             yield from cells_of(report, source.calibration, source)
 
@@ -189,14 +191,14 @@ def under_load(reports: Sequence[Measured]) -> Iterator[Cell]:
             continue
         source = report
         if report.calibration is None:
-            alike = [
+            of_the_setting = [
                 other
                 for other in pairs
                 if other.load is None and other.calibration and report.same_setting(other)
             ]
-            if not alike:
+            if not of_the_setting:
                 continue
-            source = min(alike, key=lambda other: abs(other.link_mbit - report.link_mbit))
+            source = min(of_the_setting, key=lambda other: abs(other.link_mbit - report.link_mbit))
         assert source.calibration is not None
         yield from cells_of(report, source.calibration, source)
 

@@ -8,7 +8,7 @@ is, and an answer with its reason.
 
 Interval: SAMPLES machines are drawn within the bands of the profile's sources (profile.py), with a
 fixed seed. Every row runs on the same machines, so errors that all rows share cancel in a speed-up;
-each may choose among its BEST schedules anew. Beside that, each row has an error of its own, with a
+each one takes the fastest of its BEST schedules on each machine. Beside that, each row has an error of its own, with a
 standard deviation of ROW_ERROR: what the simulator gets wrong of one schedule and right of another.
 The 5th and 95th percentile are shown.
 

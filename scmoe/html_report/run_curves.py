@@ -191,7 +191,7 @@ def draw_loads(
     from matplotlib.ticker import MaxNLocator
 
     pixels = np.array(shares).T
-    maps = {  # Okabe and Ito's blue and vermillion, which colour-blind readers can tell apart
+    maps = {  # blue and vermillion of Okabe and Ito, for colour-blind readers
         "only-light": ("#0072b2", "#f4f4f2", "#c43c00"),
         "only-dark": ("#4db4f5", "#262b33", "#ff7a3d"),
     }

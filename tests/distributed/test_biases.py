@@ -1,4 +1,4 @@
-"""Routers with selection biases train alike however weights are split, and resume in any layout.
+"""Routers with selection biases train equally in every layout of weights, and resume in any other.
 
 Biases move by the load of all ranks. They are compared with one process, as every other weight is,
 in float64. tests/distributed/test_ep_equality.py has them at EP 2 and 4 with replicated dense

@@ -179,7 +179,7 @@ class Unfreezing(BackboneFinetuning):
 
 
 def finetuned(rank: int, world_size: int, folder: Path) -> list[Any]:
-    """Train two epochs, the second with the backbone, resumes for a third, and fits anew with the
+    """Train two epochs, the second with the backbone, resume for a third, and fit again with the
     same Trainer.
 
     Return the sizes of the resumed parameter groups, the steps of the backbone's first weight, and
