@@ -8,9 +8,9 @@ is, and an answer with its reason.
 
 Interval: SAMPLES machines are drawn within the bands of the profile's sources (profile.py), with a
 fixed seed. Every row runs on the same machines, so errors that all rows share cancel in a speed-up;
-each one takes the fastest of its BEST schedules on each machine. Beside that, each row has an error of its own, with a
-standard deviation of ROW_ERROR: what the simulator gets wrong of one schedule and right of another.
-The 5th and 95th percentile are shown.
+each one takes the fastest of its BEST schedules on each machine. Beside that, each row has an error
+of its own, with a standard deviation of ROW_ERROR: what the simulator gets wrong of one schedule
+and right of another. The 5th and 95th percentile are shown.
 
 Answer: by the speed-up over the best row that needs no other model than the standard one. It pays
 if the lower end is above WORTH, does not pay if the upper end is below, and is within the error
