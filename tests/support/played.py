@@ -22,8 +22,18 @@ from scmoe.schedule.cost import (
     play_ranks,
     shares,
 )
-from scmoe.schedule.schedule import SUBLAYERS, Schedule
+from scmoe.schedule.schedule import ARCHITECTURES, PARTS, SUBLAYERS, Schedule
+from scmoe.schedule.stack import BEFORE
 
+EVERY_OPERATOR = (
+    *("route", "encode", "dispatch", "experts", "combine", "decode"),
+    *("attention", *PARTS, "mlp", "shared_expert", "current", BEFORE),
+)
+EVERY_WIRING = [
+    (architecture, position)
+    for architecture, positions in ARCHITECTURES.items()
+    for position in positions or (None,)
+]
 ROW_MS = 512 * 4 * 8 / (115e6 * 1448 / 1514) * 1e3  # payload of a frame
 
 

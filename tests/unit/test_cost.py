@@ -13,19 +13,11 @@ from scmoe.schedule.cost import (
     overlap_efficiency,
     slots,
 )
-from scmoe.schedule.schedule import ARCHITECTURES, PARTS, Schedule
+from scmoe.schedule.schedule import Schedule
+from tests.support.played import EVERY_OPERATOR, EVERY_WIRING
 
-OPERATORS = (
-    *("route", "encode", "dispatch", "experts", "combine", "decode"),
-    *("attention", *PARTS, "mlp", "shared_expert", "current"),
-)
-TIMES = st.fixed_dictionaries({op: st.floats(0.1, 10.0) for op in OPERATORS})
-NAMES = [
-    (name, position)
-    for name, positions in ARCHITECTURES.items()
-    for position in positions or (None,)
-]
-SCHEDULES = st.sampled_from([choice for name in NAMES for choice in slots(Schedule(*name))])
+TIMES = st.fixed_dictionaries({op: st.floats(0.1, 10.0) for op in EVERY_OPERATOR})
+SCHEDULES = st.sampled_from([choice for name in EVERY_WIRING for choice in slots(Schedule(*name))])
 
 
 @given(SCHEDULES, TIMES)
@@ -61,7 +53,7 @@ def test_the_best_schedule_is_the_first_of_the_fastest():
     one, two = (slots(Schedule("scmoe", "pos2", chunks=chunks)) for chunks in (1, 2))
     places = [(choice.slot, choice.inside_attention) for choice in one]
     assert places == [(0, False), (1, False), (1, True), (2, False), (3, False)]
-    times = dict.fromkeys(OPERATORS, 1.0) | {"attention": 2.0, "dispatch": 3.0, "combine": 3.0}
+    times = dict.fromkeys(EVERY_OPERATOR, 1.0) | {"attention": 2.0, "dispatch": 3.0, "combine": 3.0}
     slower = {op: 2 * time for op, time in times.items()}
     by_chunks = {1: OperatorTimes(times), 2: OperatorTimes(slower)}
     fastest = min(elapsed_time(choice, by_chunks[1]) for choice in one)
@@ -72,7 +64,7 @@ def test_the_best_schedule_is_the_first_of_the_fastest():
 def test_inside_attention_is_the_best_where_it_divides_the_window_by_the_transfers():
     """Pos-1 has a window of 3 + 1 units for transfers of 2.45: 1.45 are exposed at slot 1, and 0.05
     + 0.85 inside."""
-    times = dict.fromkeys(OPERATORS, 1.0) | {"dispatch": 2.45, "combine": 2.45}
+    times = dict.fromkeys(EVERY_OPERATOR, 1.0) | {"dispatch": 2.45, "combine": 2.45}
     of_chunks = {
         1: OperatorTimes(times | {"attention": 3.0, "attention_core": 2.4, "attention_out": 0.6})
     }

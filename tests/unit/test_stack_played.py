@@ -21,7 +21,7 @@ from scmoe.planning.planner import IN_HALVES, Planner, shortlist, shortlist_in_f
 from scmoe.planning.pricing import OPERATORS as MEASURED
 from scmoe.planning.pricing import LayerChoice, plan_from_json, plan_to_json, predicted
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes, computing_time, elapsed_time, slots
-from scmoe.schedule.schedule import ARCHITECTURES, PARTS, Schedule
+from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.stack import (
     BEFORE,
     half_of,
@@ -34,20 +34,11 @@ from scmoe.schedule.stack import (
 from scmoe.training.assembly.trainer import build_callbacks
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule, plan_lines
 from tests.support.models import tiny, tiny_batch, tiny_model
-from tests.support.played import PlayedBlock
+from tests.support.played import EVERY_OPERATOR, EVERY_WIRING, PlayedBlock
 
-OPERATORS = (
-    *("route", "encode", "dispatch", "experts", "combine", "decode"),
-    *("attention", *PARTS, "mlp", "shared_expert", "current", BEFORE),
-)
-TIMES = st.fixed_dictionaries({op: st.floats(0.1, 10.0) for op in OPERATORS})
-NAMES = [
-    (name, position)
-    for name, positions in ARCHITECTURES.items()
-    for position in positions or (None,)
-]
+TIMES = st.fixed_dictionaries({op: st.floats(0.1, 10.0) for op in EVERY_OPERATOR})
 SCHEDULES = st.sampled_from(
-    [choice for name in NAMES for n in (1, 3) for choice in slots(Schedule(*name, chunks=n))]
+    [choice for name in EVERY_WIRING for n in (1, 3) for choice in slots(Schedule(*name, chunks=n))]
 )
 LAYERS = st.lists(
     st.tuples(SCHEDULES, st.builds(OperatorTimes, TIMES, TIMES)), min_size=1, max_size=3
