@@ -120,7 +120,10 @@ def draw_losses(lines: Sequence[Line], curves: Sequence[Points], x: str, words: 
 
 @dataclass(frozen=True)
 class Loads:
-    """The copies of each expert since the last log: steps[i], copies[layer][i][expert]."""
+    """The copies of each expert since the last log.
+
+    steps: of the logs. copies: by layer, of each log, of each expert.
+    """
 
     steps: list[int]
     copies: dict[int, list[list[int]]]
