@@ -22,7 +22,7 @@ from experiments.engine.clock import median
 from experiments.engine.ranks import say_once
 from scmoe.planning.pricing import LayerChoice
 from scmoe.probes.loads import BALANCED
-from scmoe.schedule.cost import TRANSFERS, OperatorTimes, slots
+from scmoe.schedule.cost import slots
 
 TRIALS = 3  # of each schedule
 # up to FINALISTS schedules of a row go into the rounds: those NEAR the best in the trials
@@ -77,32 +77,31 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
     caller uses rank 0's result.
 
     Each round measures the best schedules of each row, the planner's choice, and each block
-    sequential and free. Planning and trials warm all of them up. The best of a row is the best by
+    sequential and free. Trials and planning warm all of them up. The best of a row is the best by
     its rounds, because a trial is too short to separate schedules with similar times."""
     dist.init_process_group("gloo")
     bench = Bench(setting)
     has_rate = setting.shaped or setting.bus
     rate = find_rate(setting, bench.set_rate, bench.infer) if has_rate else None
-    planned = {
-        (load, row): plan(bench, load, row) for load, row in product(bench.inputs, setting.rows)
+    candidates = {
+        (load, row): candidates_of(setting, load, row)
+        for load, row in product(bench.inputs, setting.rows)
     }
-    candidates = chain.from_iterable(each.candidates for each in planned.values())
-    tried = bench.rounds(candidates, TRIALS, "trying every schedule: ")
-    finalists = {name: finalists_of(each, tried) for name, each in planned.items()}
-    slowdown = 1.0  # of transfers since the planning
+    everything = chain.from_iterable(candidates.values())
+    tried = bench.rounds(everything, TRIALS, "trying every schedule: ")
     if rate is not None:  # the machine's speed has drifted since the search
-        rate_of_plans = rate
-        rate = find_rate(setting, bench.set_rate, bench.infer, rate_of_plans)
-        slowdown = rate_of_plans / rate
+        rate = find_rate(setting, bench.set_rate, bench.infer, rate)
+    # planned now, because operators that were measured long before the rounds do not explain them
+    planned = {key: plan(bench, *key, candidates[key]) for key in candidates}
+    finalists = {key: finalists_of(each, tried) for key, each in planned.items()}
     times = bench.rounds(chain(references_of(bench), *finalists.values()), setting.rounds)
     rows: dict[str, dict[str, Row]] = {load: {} for load in bench.inputs}
     for (load, row), variants in finalists.items():
-        choices = [with_transfers(choice, slowdown) for choice in planned[load, row].choices]
         best = min(variants, key=lambda v: median(times[v].train))
         dropped = bench.dropped(best) if setting.loads else None
         in_one_batch = replace(best, batches_in_flight=1)
         rows[load][row] = Row(
-            choices,
+            planned[load, row].choices,
             planned[load, row].chosen,
             variants,
             best,
@@ -117,21 +116,24 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
     }
 
 
-def plan(bench: Bench, load: str, row: str) -> Planned:
-    """Return the planner's choice for a row at a load, and all schedules that it can have."""
-    setting = bench.setting
-    say_once(f"planning {row}" + (f" at {load}" if setting.loads else ""))
+def candidates_of(setting: Setting, load: str, row: str) -> list[Variant]:
+    """Return a row at a load at every schedule that it can have."""
     block, chunk_counts = ROWS[setting.every][row]
-    batches = batches_of(row)
-    choices = bench.choose(block, chunk_counts, load, (batches,))
-    schedules = [
-        schedule
-        for chunks in chunk_counts
-        for schedule in slots(replace(default_schedule(block), chunks=chunks))
+    default = default_schedule(block)
+    schedules = chain.from_iterable(
+        slots(replace(default, chunks=chunks)) for chunks in chunk_counts
+    )
+    return [
+        Variant(block, schedule, load=load, batches_in_flight=batches_of(row))
+        for schedule in schedules
     ]
-    candidates = [
-        Variant(block, schedule, load=load, batches_in_flight=batches) for schedule in schedules
-    ]
+
+
+def plan(bench: Bench, load: str, row: str, candidates: Sequence[Variant]) -> Planned:
+    """Return the planner's choice for a row at a load, beside all schedules that it can have."""
+    say_once(f"planning {row}" + (f" at {load}" if bench.setting.loads else ""))
+    block, chunk_counts = ROWS[bench.setting.every][row]
+    choices = bench.choose(block, chunk_counts, load, (batches_of(row),))
     return Planned(choices, chosen_by(choices, block, load), candidates)
 
 
@@ -150,19 +152,6 @@ def references_of(bench: Bench) -> Iterator[Variant]:
         ways.append("alone")
     for load, block, way in product(bench.inputs, bench.stacks, ways):
         yield Variant(block, default_schedule(block), way, load)
-
-
-def with_transfers(choice: LayerChoice, factor: float) -> LayerChoice:
-    """Return a choice whose transfers take `factor` times as long."""
-
-    def longer(times: Mapping[str, float]) -> dict[str, float]:
-        return {op: factor * t if op in TRANSFERS else t for op, t in times.items()}
-
-    times = {
-        chunks: OperatorTimes(longer(operators.forward), longer(operators.backward))
-        for chunks, operators in choice.times.items()
-    }
-    return replace(choice, times=times)
 
 
 def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> list[Variant]:

@@ -92,6 +92,8 @@ def name_of_report(setting: Setting) -> str:
         words.append(f"{setting.link_mbit:g}-mbit")
     if setting.rows_per_gradient not in (None, USUAL_RATIO):
         words.append(f"ratio-{setting.rows_per_gradient:g}")
+    if setting.rows_per_gradient is None and setting.tokens != Setting.tokens:
+        words.append(f"tokens-{setting.tokens}")
     if setting.asked_layers is not None:
         words.append(f"layers-{setting.layers}")
     if setting.accumulate != 1:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.bench.overlap import nearest, with_transfers
+from experiments.bench.overlap import nearest
 from experiments.bench.overlap_report import (
     PAYLOAD,
     in_parallel,
@@ -22,7 +22,7 @@ from experiments.bench.stacks import Variant, chosen_by, config_of
 from scmoe.command_line import call
 from scmoe.config.load import load
 from scmoe.planning.pricing import LayerChoice
-from scmoe.schedule.cost import OperatorTimes, slots
+from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
@@ -158,17 +158,6 @@ def test_a_planners_choice_runs_in_every_block_as_chosen(chunks):
         assert (chosen in tried) == (schedules in tried.values())
     assert [schedule.slot for schedule, _ in tried.values()] == [0, 0, 1, 1], (
         "the last slot up to the place"
-    )
-
-
-def test_the_model_prices_transfers_at_the_rate_of_the_measurement():
-    """The search for the rate runs again after planning, as the machine's speed drifts."""
-    planned = OperatorTimes({"experts": 5.0, "dispatch": 2.0, "combine": 1.0}, {"dispatch": 4.0})
-    choice = with_transfers(
-        LayerChoice(slots(Schedule("scmoe", "carried"))[0], {1: planned}, ()), 2.0
-    )
-    assert choice.times[1] == OperatorTimes(
-        {"experts": 5.0, "dispatch": 4.0, "combine": 2.0}, {"dispatch": 8.0}
     )
 
 
