@@ -27,7 +27,7 @@ from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.load import SHIPPED, load
 from scmoe.inference.generate import stream
 from scmoe.inference.sampling import GREEDY, Stopping
-from scmoe.moe.operators import Recorder
+from scmoe.moe.recorder import Recorder
 from scmoe.moe.stream import dropless
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.report import Report

@@ -35,7 +35,7 @@ from scmoe.config.load import load
 from scmoe.inference.offload.cache import Cache, FileReader
 from scmoe.inference.offload.migration import WAYS, offload_experts
 from scmoe.inference.offload.store import expert_layers, write_store
-from scmoe.moe.operators import Recorder
+from scmoe.moe.recorder import Recorder
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model
 

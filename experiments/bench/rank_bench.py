@@ -25,7 +25,7 @@ from scmoe.models.halves import in_flight
 from scmoe.models.residual_stream import through
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.layout import Buffers
-from scmoe.moe.operators import Recorder
+from scmoe.moe.recorder import Recorder
 from scmoe.parallel.mesh import build_context
 from scmoe.parallel.update.step import Step
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher

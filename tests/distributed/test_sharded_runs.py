@@ -27,7 +27,7 @@ from scmoe.api import ScMoEBlock
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.lightning import strategy
 from scmoe.lightning.strategy import ExpertParallelStrategy
-from scmoe.moe.operators import Recorder
+from scmoe.moe.recorder import Recorder
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import expert_parameters
 from tests.support.cases import split

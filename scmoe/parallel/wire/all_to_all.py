@@ -33,7 +33,7 @@ from torch.autograd import Function
 
 from scmoe.moe.dispatcher import Announced, Arriving, ChunkCounts, Pending, Receipt, Traffic
 from scmoe.moe.gather import gather
-from scmoe.moe.operators import Recorder
+from scmoe.moe.operators import AnyRecorder
 from scmoe.parallel.wire.announced import OnDevice, ReadByHost, experts_of_rows
 from scmoe.parallel.wire.even_rows import EvenRows
 
@@ -201,7 +201,7 @@ class Transfer:
     exchange: Exchange
     traffic: Traffic | None = None
     operator: str = "dispatch"
-    recorder: Recorder | None = None
+    recorder: AnyRecorder | None = None
     out: Tensor | None = field(default=None, init=False)
     source: Tensor | None = field(default=None, init=False)
     work: Work | None = field(default=None, init=False)
@@ -280,7 +280,7 @@ class AllToAllDispatcher:
     is read from one raises at its first exchange.
     """
 
-    recorder: Recorder | None = None  # notes the times of transfers that run in parallel
+    recorder: AnyRecorder | None = None  # notes the times of transfers that run in parallel
 
     def __init__(
         self,
@@ -312,7 +312,7 @@ class AllToAllDispatcher:
     def __reduce__(self) -> Any:
         return WithoutGroup, (self.num_experts, self.ep_size)
 
-    def recorded_by(self, recorder: Recorder) -> "AllToAllDispatcher":
+    def recorded_by(self, recorder: AnyRecorder) -> "AllToAllDispatcher":
         """Return the same dispatcher with a recorder."""
         recorded = copy(self)
         recorded.recorder = recorder
