@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from scmoe.lightning.seam import loops, saves
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import own_part, tied_weights
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
 
 
 def refuse_storage_options(storage_options: Any) -> None:
@@ -25,9 +25,9 @@ def refuse_storage_options(storage_options: Any) -> None:
         )
 
 
-def refuse_save_without_ranks(context: ParallelContext) -> None:
+def refuse_save_without_ranks(mesh: Mesh) -> None:
     """Raise RuntimeError where this process is no rank."""
-    if context.mesh is None:
+    if mesh.device_mesh is None:
         raise RuntimeError(
             "no checkpoint can be saved here: the ranks, which hold the experts, do not exist"
             " before fit, and end with it after spawn or fork. Save inside fit, for example"
@@ -49,7 +49,7 @@ def save_or_postpone(
     state: dict[str, Any],
     module: Any,
     checkpoints: Checkpoints,
-    context: ParallelContext,
+    mesh: Mesh,
     takes_steps: bool,
 ) -> None:
     """Save what the Trainer gives, or note that it is saved at the end of the step. Every rank must
@@ -63,7 +63,7 @@ def save_or_postpone(
         )
         checkpoints.postponed[path] = "optimizer_states" not in state
         return
-    written = own_part(module, state["state_dict"], context)
+    written = own_part(module, state["state_dict"], mesh)
     checkpoints.save(
         path, state | {"state_dict": written, "tied_weights": tied_weights(module)}, module
     )

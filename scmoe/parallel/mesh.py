@@ -1,4 +1,4 @@
-"""The place of a rank in expert parallelism: device mesh and process groups.
+"""The place of a rank in expert parallelism: sizes, process groups, DeviceMeshes.
 
 Ranks form a grid ("edp", "ep"), EP innermost: rank = edp * EP + ep, so that an EP group lies within
 a node if it fits. Experts are split over `ep` and replicated over `edp` (expert data parallel);
@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -21,60 +21,53 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.parallel.torch_seam import urgent
-from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Carried, Exchange, Link, all_to_all
-from scmoe.parallel.wire.even_rows import EvenRows
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads when a group is made
 
 
 @dataclass(frozen=True)
-class ParallelContext:
-    """A rank's place in the mesh. The default is a single process that holds everything.
+class Mesh:
+    """A rank's place among all ranks. The default is a single process that holds everything.
 
-    `ep_group` carries the All-to-All, `counts_group` how many rows come in it, `edp_group` the
-    expert gradients, `gradient_group` (on CPUs) dense gradients that are paced, `checkpoint_group`
-    (gloo) checkpoints, `control_group` (gloo) what ranks ask each other; the default group carries
-    dense gradients that are not paced, losses and metrics. `link` knows the All-to-All in flight.
-    `even` checks numbers of rows that are not announced. `dense_mesh`: the ranks over which dense
-    weights are split (dense.py); None: each rank holds them whole. `exact_mesh`: the same ranks,
-    for the weights that are gathered in float32.
+    It is no torch DeviceMesh, which knows axes and one group for each; those are fields of it.
 
-    A deep copy of a module shares its context. A pickle holds the place alone, without groups and
-    meshes.
+    `device_mesh` has the axes "edp" and "ep". `ep_group` carries the All-to-All, `counts_group` how
+    many rows come in it, `edp_group` the expert gradients, `gradient_group` (on CPUs) dense
+    gradients that are paced, `checkpoint_group` (gloo) checkpoints, `control_group` (gloo) what
+    ranks ask each other; the default group carries dense gradients that are not paced, losses and
+    metrics. `dense_mesh`: the ranks over which dense weights are split (dense.py); None: each rank
+    holds them whole. `exact_mesh`: the same ranks, for the weights that are gathered in float32.
+
+    A copy is the same object. A pickle holds the place alone, without groups and DeviceMeshes.
     """
 
     rank: int = 0
     world_size: int = 1
     ep_size: int = 1
-    mesh: DeviceMesh | None = None
+    device_mesh: DeviceMesh | None = None
     ep_group: Any = None
     counts_group: Any = None
     edp_group: Any = None
     gradient_group: Any = None
     checkpoint_group: Any = None
     control_group: Any = None
-    link: Link = field(default_factory=Link)
-    even: EvenRows = field(default_factory=EvenRows)
     dense_mesh: DeviceMesh | None = None
     exact_mesh: DeviceMesh | None = None
 
-    def __copy__(self) -> "ParallelContext":
+    def __copy__(self) -> "Mesh":
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ParallelContext":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Mesh":
         return self
 
     def __reduce__(self) -> Any:
-        """Return how to make the context again, without groups.
+        """Return how to make the mesh again, without groups.
 
         Where each rank has all experts, a process that reads the pickle needs no other one.
         """
-        return ParallelContext, (
-            () if self.ep_size == 1 else (self.rank, self.world_size, self.ep_size)
-        )
+        return Mesh, () if self.ep_size == 1 else (self.rank, self.world_size, self.ep_size)
 
     @property
     def edp_size(self) -> int:
@@ -92,31 +85,6 @@ class ParallelContext:
             )
         share = num_experts // self.ep_size
         return range(self.ep_rank * share, (self.ep_rank + 1) * share)
-
-    def dispatcher(
-        self, num_experts: int, ceiling: float | None = None, buffered: bool = False
-    ) -> Dispatcher:
-        """Return the dispatcher of one MoE module.
-
-        It is All-to-All over the EP group, or local if EP is 1, where a rank receives exactly its
-        fair share and needs no ceiling. buffered: for rows in buffers.
-        """
-        if self.ep_size == 1:
-            return LocalDispatcher()
-        return AllToAllDispatcher(
-            self.ep_group,
-            num_experts,
-            ceiling,
-            self.carried(),
-            counts_group=self.counts_group,
-            buffered=buffered,
-            even=self.even,
-        )
-
-    def carried(self) -> Exchange:
-        """Return the exchange of rows. Where gradients are paced, `link` knows its transfers."""
-        exchange = all_to_all(self.ep_group)
-        return exchange if self.gradient_group is None else Carried(exchange, self.link)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """Return the sum over all ranks, bit-identical on each; x is not changed."""
@@ -199,7 +167,7 @@ class ParallelContext:
                 raise first
 
 
-def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> ParallelContext:
+def build_mesh(ep_size: int, device: torch.device, timeout: timedelta) -> Mesh:
     """Make all groups and return this rank's place. Every rank of the default group must call it.
 
     Each group is made with the timeout, which it does not inherit from the default group.
@@ -227,16 +195,16 @@ def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> Par
     )
     checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
     control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
-    mesh = DeviceMesh.from_group(
+    device_mesh = DeviceMesh.from_group(
         [edp_group, ep_group], device.type, mesh=grid, mesh_dim_names=("edp", "ep")
     )
     if device.type == "cuda":
         start_communicators((None, ep_group, counts_group, edp_group), device)
-    return ParallelContext(
+    return Mesh(
         rank=rank,
         world_size=world_size,
         ep_size=ep_size,
-        mesh=mesh,
+        device_mesh=device_mesh,
         ep_group=ep_group,
         counts_group=counts_group,
         edp_group=edp_group,
@@ -279,7 +247,7 @@ def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield from child.named_parameters(prefix, recurse=False)
 
 
-def check_experts(module: nn.Module, context: ParallelContext) -> None:
+def check_experts(module: nn.Module, mesh: Mesh) -> None:
     """Raise ValueError for experts that do not belong to this rank.
 
     A model that is built before the ranks exist has all experts. Each rank would train all of them,
@@ -289,13 +257,13 @@ def check_experts(module: nn.Module, context: ParallelContext) -> None:
         if not isinstance(child, Experts):
             continue
         held = child.expert_ids
-        wanted = context.local_experts(child.num_experts)
+        wanted = mesh.local_experts(child.num_experts)
         if held != wanted:
             raise ValueError(
                 f"{name or type(child).__name__} holds experts {held.start} to {held.stop - 1} on"
-                f" rank {context.rank}, allowed: {wanted.start} to {wanted.stop - 1} of"
+                f" rank {mesh.rank}, allowed: {wanted.start} to {wanted.stop - 1} of"
                 f" {child.num_experts}; build the model in configure_model or setup, from"
-                " self.parallel_context, which __init__ does not have yet"
+                " self.wire, which __init__ does not have yet"
             )
 
 

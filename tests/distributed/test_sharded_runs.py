@@ -150,7 +150,7 @@ class Own(LightningModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "blocks"):
-            group = self.parallel_context.ep_group
+            group = self.wire.mesh.ep_group
             self.tokens = nn.Embedding(32, 16)
             blocks = [
                 ScMoEBlock(16, 2, num_experts=4, position="pos1", ffn_dim=16, group=group)

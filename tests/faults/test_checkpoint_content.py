@@ -81,7 +81,7 @@ def noted_in(trainer: Any, path: Path, background: bool) -> dict[str, list[str]]
             path,
             tiny_run.state(trainer, OLD),
             trainer.lightning_module,
-            trainer.strategy.context,
+            trainer.strategy.mesh,
             background,
         )
         moment = "finishing"
@@ -111,8 +111,8 @@ def test_each_rank_hashes_its_own_shard_where_it_writes_it(tmp_path):
 def work_together(rank: int, world_size: int, folder: Path) -> tuple[int, str]:
     """Let rank 1 work long and fail. Return the number of collectives meanwhile, and what is
     raised."""
-    context, all_reduce, asked = (
-        tiny_run.one_step(world_size, folder).strategy.context,
+    mesh, all_reduce, asked = (
+        tiny_run.one_step(world_size, folder).strategy.mesh,
         dist.all_reduce,
         [],
     )
@@ -126,7 +126,7 @@ def work_together(rank: int, world_size: int, folder: Path) -> tuple[int, str]:
         dist, "all_reduce", lambda *args, **kw: asked.append(1) or all_reduce(*args, **kw)
     ):
         try:
-            context.together(work)
+            mesh.together(work)
         except OSError as error:
             return len(asked), str(error)
     return len(asked), ""

@@ -20,7 +20,7 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.layout import rows_of
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.wire.wire import Wire
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.model import build_model
 
@@ -58,7 +58,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def tiny_model(config: Config, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-    return randomise(build_model(config, ParallelContext()).to(dtype), seed)
+    return randomise(build_model(config).to(dtype), seed)
 
 
 def tiny_batch(config: Config, batch_size: int = 2) -> tuple[Tensor, Tensor]:
@@ -152,8 +152,8 @@ def hooks(model: nn.Module) -> int:
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
-class OneOfTwo(ParallelContext):
-    """This context is that of one of two ranks. It sends nothing."""
+class OneOfTwo(Wire):
+    """The wire of one of two ranks, which sends nothing."""
 
     def dispatcher(self, num_experts, ceiling=None, buffered=False):
         return LocalDispatcher()

@@ -31,7 +31,7 @@ from scmoe.parallel.checkpoint.state import (
     split,
     to_text,
 )
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
 
 
 class Colour(enum.Enum):
@@ -74,7 +74,7 @@ def test_tensors_of_any_strides_and_of_two_names_can_be_saved():
         module.register_buffer(name, table)
     moments = {"state": {"weight": {"exp_avg": module.weight.detach() + 1}}, "param_groups": []}
     checkpoint = {"state_dict": module.state_dict(), "optimizer_states": [moments]}
-    tensors, _ = split(checkpoint, module, ParallelContext())
+    tensors, _ = split(checkpoint, module, Mesh())
     read = load(save(dict(each_in_its_own_storage(tensors))))
     assert all(
         torch.equal(read[f"model.{name}"], tensor) for name, tensor in module.state_dict().items()

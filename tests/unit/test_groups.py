@@ -46,7 +46,7 @@ def groups_of(
         patch.object(torch.cuda, "synchronize", lambda _: started.append("wait")),
         patch.object(mesh.DeviceMesh, "from_group", return_value=None),
     ):
-        mesh.build_context(ep_size, torch.device(device), TIMEOUT)
+        mesh.build_mesh(ep_size, torch.device(device), TIMEOUT)
     return made, started
 
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
 from scmoe.parallel.update.pacing import IN_FLIGHT, Pacer, is_paced
 from scmoe.parallel.update.wrap import SUMS_OF_A_UNIT, PacedScatter
 from scmoe.parallel.wire import all_to_all
-from scmoe.parallel.wire.all_to_all import Carried, Link
+from scmoe.parallel.wire.wire import Carried, Link
 
 SOON_S = 0.05  # in which a piece would begin that does not wait; the thread needs less than 1 ms
 
@@ -135,7 +135,7 @@ def complete(sums: list[torch.futures.Future[torch.Tensor]]) -> None:
 
 def test_backward_of_split_weights_goes_on_until_one_units_sums_are_missing():
     group, sums = SimpleNamespace(size=lambda: 1), Sums()
-    scatter = PacedScatter(sums, ParallelContext(), [])
+    scatter = PacedScatter(sums, Mesh(), [])
     given = torch.zeros(1), torch.zeros(1), group, dist.ReduceOp.SUM
     with ThreadPoolExecutor() as pool:
         with scatter.during_backward():
@@ -162,7 +162,7 @@ def test_sums_that_are_read_at_once_are_waited_for(reader):
     if reader == "a hook":
         weight.register_post_accumulate_grad_hook(lambda p: None)
     group, sums = SimpleNamespace(size=lambda: 1), Sums()
-    scatter = PacedScatter(sums, ParallelContext(), [weight])
+    scatter = PacedScatter(sums, Mesh(), [weight])
     with ThreadPoolExecutor() as pool, scatter.during_backward():
         one = pool.submit(scatter, weight, weight, group, dist.ReduceOp.SUM)
         deadline = time.monotonic() + 10

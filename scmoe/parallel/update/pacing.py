@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from scmoe.parallel.wire.all_to_all import Link
+from scmoe.parallel.wire.wire import Link
 
 REDUCTIONS = ("ddp", "paced")
 PIECE_MB, IN_FLIGHT = (

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scmoe.models.fsdp_units import whole_parameters
 from scmoe.parallel.dense import prefetch, reshard
-from scmoe.parallel.mesh import ParallelContext, expert_parameters
+from scmoe.parallel.mesh import Mesh, expert_parameters
 from scmoe.parallel.torch_seam import (
     call_after_backward,
     has_gradient_hooks,
@@ -35,6 +35,7 @@ from scmoe.parallel.torch_seam import (
     scatter_by,
 )
 from scmoe.parallel.update.pacing import BUCKET_MB, Pacer, is_paced
+from scmoe.parallel.wire.wire import Wire
 
 SUMS_OF_A_UNIT = 3  # at most: of its dense weights, of those in float32, and of its experts
 
@@ -52,9 +53,9 @@ class ExpertGradientReducer:
     """
 
     def __init__(
-        self, shards: Sequence[nn.Parameter], context: ParallelContext, pacer: Pacer | None = None
+        self, shards: Sequence[nn.Parameter], mesh: Mesh, pacer: Pacer | None = None
     ) -> None:
-        self.context, self.enabled = context, True
+        self.mesh, self.enabled = mesh, True
         self.start: Callable[[Tensor], Any] = pacer.start if pacer else self._start_at_once
         self.bucket_bytes = int((BUCKET_MB if pacer else 25.0) * 2**20)  # as DDP's
         self.shards = [*reversed(shards)]
@@ -63,7 +64,7 @@ class ExpertGradientReducer:
             trained = p.requires_grad
             p.requires_grad_()  # else torch accepts no hooks
             self.hooks.append(p.register_post_accumulate_grad_hook(self._ready))
-            if context.ep_size > 1:
+            if mesh.ep_size > 1:
                 self.hooks.append(p.register_hook(self._scale))
             p.requires_grad_(trained)
         self.listening = False
@@ -80,13 +81,13 @@ class ExpertGradientReducer:
         call_after_backward(self._finish)
 
     def _start_at_once(self, flat: Tensor) -> Any:
-        return dist.all_reduce(flat, group=self.context.edp_group, async_op=True)
+        return dist.all_reduce(flat, group=self.mesh.edp_group, async_op=True)
 
     def _scale(self, grad: Tensor) -> Tensor:
-        return grad / self.context.ep_size
+        return grad / self.mesh.ep_size
 
     def _ready(self, p: nn.Parameter) -> None:
-        if not self.enabled or self.context.edp_size == 1:
+        if not self.enabled or self.mesh.edp_size == 1:
             return
         if not self.listening:
             self._listen()
@@ -110,7 +111,7 @@ class ExpertGradientReducer:
             self._launch(len(self.in_flight))
         for work, flat, grads in self.in_flight:
             work.wait()
-            flat /= self.context.edp_size
+            flat /= self.mesh.edp_size
             for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                 g.copy_(mean.view_as(g))
         self.listening = False
@@ -151,11 +152,9 @@ class PacedScatter:
     `at_once`: FSDP or a hook reads each sum right after the call, so each call waits for its sum.
     """
 
-    def __init__(
-        self, pacer: Pacer, context: ParallelContext, parameters: Sequence[nn.Parameter]
-    ) -> None:
+    def __init__(self, pacer: Pacer, mesh: Mesh, parameters: Sequence[nn.Parameter]) -> None:
         self.pacer = pacer
-        self.context = context
+        self.mesh = mesh
         self.parameters = parameters
         self.at_once = True
         self.sums: deque[Future[Tensor]] = deque()
@@ -173,8 +172,8 @@ class PacedScatter:
     ) -> None:
         assert op == dist.ReduceOp.SUM and not async_op
         # FSDP's own group carries gathers, which begin on another thread
-        everywhere = group.size() == self.context.world_size
-        sum_group = self.context.gradient_group if everywhere else self.context.edp_group
+        everywhere = group.size() == self.mesh.world_size
+        sum_group = self.mesh.gradient_group if everywhere else self.mesh.edp_group
         all_RN = input_tensor.view(group.size(), -1)
         self.wait(0 if self.at_once else SUMS_OF_A_UNIT - 1)
         self.sums.append(self.pacer.scatter(output_tensor, all_RN, sum_group))
@@ -260,15 +259,12 @@ def has_sparse_gradients(model: nn.Module) -> bool:
 
 
 def wrap(
-    model: nn.Module,
-    context: ParallelContext,
-    reductions: str | None = None,
-    hidden: bool = True,
-    **ddp: Any,
+    model: nn.Module, wire: Wire, reductions: str | None = None, hidden: bool = True, **ddp: Any
 ) -> Wrapped:
     """Wrap a model with this rank's experts.
 
-    Its dense weights are split already where `context.dense_mesh` is set.
+    Its dense weights are split already where `wire.mesh.dense_mesh` is set. wire: of the model's
+    dispatchers, whose rows go before gradients that are paced.
 
     reductions: ddp | paced; None: paced on CPUs. hidden: False lets FSDP wait for each gather and
     each sum, which is what `bench dense` compares with. ddp: arguments of DistributedDataParallel.
@@ -276,8 +272,9 @@ def wrap(
     # `model.requires_grad_()` has reached it; DDP would wait for its gradient
     for bias in whole_parameters(model):
         bias.requires_grad_(False)
-    if context.dense_mesh is not None:
-        return _over_fsdp(model, context, hidden)
+    mesh = wire.mesh
+    if mesh.dense_mesh is not None:
+        return _over_fsdp(model, wire, hidden)
     shards = dict(expert_parameters(model))
     hide_from_ddp(model, shards)
     paced = is_paced(reductions, next(model.parameters()).device, has_sparse_gradients(model))
@@ -285,33 +282,33 @@ def wrap(
         ddp.setdefault("bucket_cap_mb", BUCKET_MB)
     ddp.setdefault("gradient_as_bucket_view", True)
     module = DistributedDataParallel(model, **ddp)
-    wrapped = Wrapped(module, context.world_size)
+    wrapped = Wrapped(module, mesh.world_size)
     pacer: Pacer | None = None
     if paced:
         # two, because the order of dense and expert buckets may differ from rank to rank: DDP sends
         # the bucket of an unused parameter at the end
-        dense, pacer = (
-            Pacer(context.gradient_group, context.link),
-            Pacer(context.edp_group, context.link),
-        )
+        dense = Pacer(mesh.gradient_group, wire.link)
+        pacer = Pacer(mesh.edp_group, wire.link)
         module.register_comm_hook(None, dense.mean_of_bucket)
         wrapped.at_close.callback(dense.stop)
         wrapped.at_close.callback(pacer.stop)
-    wrapped.reducer = ExpertGradientReducer([*shards.values()], context, pacer)
+    wrapped.reducer = ExpertGradientReducer([*shards.values()], mesh, pacer)
     wrapped.at_close.callback(wrapped.reducer.remove)
     return wrapped
 
 
-def _over_fsdp(model: nn.Module, context: ParallelContext, hidden: bool) -> Wrapped:
-    mesh, wrapped = context.dense_mesh, Wrapped(model, context.world_size)
-    assert mesh is not None
+def _over_fsdp(model: nn.Module, wire: Wire, hidden: bool) -> Wrapped:
+    mesh = wire.mesh
+    wrapped = Wrapped(model, mesh.world_size)
+    dense_mesh = mesh.dense_mesh
+    assert dense_mesh is not None
     if not hidden:
         prefetch(model, False)
-    elif mesh.ndim == 1 and mesh.device_type == "cpu":
+    elif dense_mesh.ndim == 1 and dense_mesh.device_type == "cpu":
         reshard(model)  # so that its parameters are those which get the sums
-        pacer = Pacer(context.gradient_group, context.link)
+        pacer = Pacer(mesh.gradient_group, wire.link)
         wrapped.at_close.callback(pacer.stop)
-        wrapped.scatters = PacedScatter(pacer, context, list(model.parameters()))
+        wrapped.scatters = PacedScatter(pacer, mesh, list(model.parameters()))
         for unit in model.modules():
             if isinstance(unit, FSDPModule):
                 wrapped.at_close.callback(scatter_by(unit, wrapped.scatters))
