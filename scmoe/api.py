@@ -35,6 +35,7 @@ from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import RouterStats
 from scmoe.parallel.mesh import Mesh, check_experts, expert_parameters
 from scmoe.parallel.update.wrap import wrap
+from scmoe.parallel.wire.dispatchers import make_dispatcher
 from scmoe.parallel.wire.wire import Wire
 from scmoe.schedule.schedule import POSITIONS, SUBLAYERS, Schedule
 
@@ -99,7 +100,7 @@ def MoE(
     ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
     gate = Router(dim, num_experts, top_k, scoring=scoring, zero_experts=zero_experts)
     experts = Experts(dim, ffn_dim, num_experts, wire.mesh.local_experts(num_experts), activation)
-    dispatcher, rows = wire.dispatcher(num_experts), rows_of(capacity_factor)
+    dispatcher, rows = make_dispatcher(wire, num_experts), rows_of(capacity_factor)
     return MoEStream(gate, experts, dispatcher, rows)
 
 

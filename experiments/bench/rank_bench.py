@@ -29,6 +29,7 @@ from scmoe.moe.recorder import Recorder
 from scmoe.parallel.mesh import build_mesh
 from scmoe.parallel.update.step import Step
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
+from scmoe.parallel.wire.dispatchers import exchange_of
 from scmoe.parallel.wire.wire import Wire
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import LayerChoice
@@ -77,7 +78,7 @@ class Bench:
         self.dispatcher = partial(
             AllToAllDispatcher, wire.mesh.ep_group, setting.num_experts, buffered=buffered
         )
-        self.paid = self.dispatcher(exchange=wire.exchange())
+        self.paid = self.dispatcher(exchange=exchange_of(wire))
         if setting.bus:
             self.set_rate(1.0)
         self.free = self.dispatcher(exchange=emulated.free)

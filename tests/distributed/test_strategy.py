@@ -322,9 +322,7 @@ def own_trainer(
     config = tiny("position=pos2 optim.lr=0.01", world_size)
     gradients = Gradients()
     module = cls(
-        lambda wire: build_model(config, wire),
-        max_steps=2,
-        make_optimizer=partial(adamw, lr=0.01),
+        lambda wire: build_model(config, wire), max_steps=2, make_optimizer=partial(adamw, lr=0.01)
     )
     how = {"precision": "64-true", "use_distributed_sampler": False, "limit_val_batches": 0}
     trainer = users_trainer(

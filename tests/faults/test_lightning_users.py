@@ -29,6 +29,7 @@ from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
+from scmoe.parallel.wire.dispatchers import make_dispatcher
 from scmoe.parallel.wire.wire import Wire
 from scmoe.training.modules import LanguageModel
 from tests.support.failing import failure
@@ -45,7 +46,7 @@ class Model(LightningModule):
 
     def stream(self) -> MoEStream:
         experts = Experts(self.dim, 32, 8, self.wire.mesh.local_experts(8))
-        return MoEStream(Router(self.dim, 8, 1), experts, self.wire.dispatcher(8))
+        return MoEStream(Router(self.dim, 8, 1), experts, make_dispatcher(self.wire, 8))
 
     def configure_model(self) -> None:
         if not hasattr(self, "moe"):

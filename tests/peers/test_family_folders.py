@@ -23,11 +23,10 @@ from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.init_from import pretrained
 from scmoe.init_from.pretrained import read_hf
-from scmoe.parallel.mesh import Mesh
 from scmoe.runs.hf_folder import write_folder
 from scmoe.training.assembly.model import build_model_to_train
 from tests.support.exports import write_checkpoint
-from tests.support.models import OneOfTwo, assert_close, gradients
+from tests.support.models import assert_close, gradients, one_of_two
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed (extra `peers`)"
@@ -330,7 +329,8 @@ def test_a_rank_reads_only_its_own_experts(folders, monkeypatch):
 
     monkeypatch.setattr(pretrained.Stored, "read", noted)
     config = config_of(case, folders / case, "trainer.devices=2", "strategy.ep_size=2")
-    half = build_model_to_train(config, OneOfTwo(Mesh(rank=1, world_size=2, ep_size=2)))
+    with one_of_two() as wire:
+        half = build_model_to_train(config, wire)
     of_experts = {name.split(".experts.")[1].split(".")[0] for name in read if ".experts." in name}
     assert of_experts == {"2", "3"} and len(read) == len(set(read))
     for name, p in half.named_parameters():

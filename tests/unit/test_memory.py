@@ -7,14 +7,13 @@ import torch.nn.functional as F
 
 from scmoe.config.load import load
 from scmoe.estimate.memory import Job, Split, activations, gathered, rank_memory
-from scmoe.parallel.mesh import Mesh
 from scmoe.training.assembly.model import (
     build_model,
     build_model_on_meta,
     build_module,
     updated_by_muon,
 )
-from tests.support.models import OneOfTwo, kept_for_backward, tiny
+from tests.support.models import kept_for_backward, one_of_two, tiny
 
 DTYPES = {
     "32-true": torch.float32,
@@ -31,8 +30,8 @@ DTYPES = {
 )
 def test_state_has_exactly_the_bytes_of_a_real_rank(words, precision):
     config = tiny(*words.split())
-    wire = OneOfTwo(Mesh(rank=1, world_size=2, ep_size=2))
-    model = build_model(config, wire).to(DTYPES[precision])
+    with one_of_two() as wire:
+        model = build_model(config, wire).to(DTYPES[precision])
     module = build_module(config)
     module.model = model
     optimizer = module.configure_optimizers()["optimizer"]

@@ -17,7 +17,8 @@ from scmoe.parallel.mesh import Mesh
 from scmoe.parallel.update.pacing import IN_FLIGHT, Pacer, is_paced
 from scmoe.parallel.update.wrap import SUMS_OF_A_UNIT, PacedScatter
 from scmoe.parallel.wire import all_to_all
-from scmoe.parallel.wire.wire import Carried, Link
+from scmoe.parallel.wire.dispatchers import Carried
+from scmoe.parallel.wire.wire import Link
 
 SOON_S = 0.05  # in which a piece would begin that does not wait; the thread needs less than 1 ms
 

@@ -24,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -36,14 +36,7 @@ from scmoe.moe.gather import gather
 from scmoe.moe.operators import AnyRecorder
 from scmoe.parallel.wire.announced import OnDevice, ReadByHost, experts_of_rows
 from scmoe.parallel.wire.even_rows import EvenRows
-
-
-class Work(Protocol):
-    """An exchange in flight."""
-
-    def wait(self) -> Any:
-        """Return when the caller may use the rows in its next computation."""
-
+from scmoe.parallel.wire.wire import Work
 
 Exchange = Callable[[Tensor, Traffic | None], tuple[Tensor, Work]]
 """exchange(rows, traffic) starts an exchange and returns (target buffer, work). traffic: numbers of

@@ -1,26 +1,28 @@
-"""What carries rows between the ranks that share experts, for all MoE modules of a model.
+"""What all dispatchers of a rank share: its place, the rows in flight, a check of their numbers.
 
-A `Mesh` says where a rank is; a `Wire` sends. It makes the dispatchers, and keeps what these share:
-which rows are in flight, and whether ranks send equally many.
+The Strategy makes it before there is a model. dispatchers.py makes the dispatchers of the model
+from it, and gradients that are paced look at its link (update/pacing.py).
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher, Traffic
 from scmoe.parallel.mesh import Mesh
-from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Exchange, Work, all_to_all
 from scmoe.parallel.wire.even_rows import EvenRows
 
 
-class Link:
-    """Keeps this rank's latest exchange of rows.
+class Work(Protocol):
+    """An exchange in flight."""
 
-    Gradients can wait until it is finished (update/pacing.py).
-    """
+    def wait(self) -> Any:
+        """Return when the caller may use the rows in its next computation."""
+
+
+class Link:
+    """Keeps this rank's latest exchange of rows."""
 
     def __init__(self) -> None:
         self.latest: Work | None = None
@@ -34,20 +36,8 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Carried:
-    """An exchange that stores each of its transfers in `link.latest`."""
-
-    exchange: Exchange
-    link: Link
-
-    def __call__(self, rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
-        target, self.link.latest = self.exchange(rows, traffic)
-        return target, self.link.latest
-
-
-@dataclass(frozen=True)
 class Wire:
-    """Makes the dispatchers of a model. The default is a single process, in which no row travels.
+    """Joins the ranks that share experts. The default is a single process: no row travels.
 
     mesh: the rank's place. link: knows the All-to-All in flight. even: checks numbers of rows that
     are not announced.
@@ -67,32 +57,6 @@ class Wire:
 
     def __reduce__(self) -> Any:
         return Wire, (self.mesh,)
-
-    def dispatcher(
-        self, num_experts: int, ceiling: float | None = None, buffered: bool = False
-    ) -> Dispatcher:
-        """Return the dispatcher of one MoE module.
-
-        It is All-to-All over the EP group, or local if EP is 1, where a rank receives exactly its
-        fair share and needs no ceiling. buffered: for rows in buffers.
-        """
-        mesh = self.mesh
-        if mesh.ep_size == 1:
-            return LocalDispatcher()
-        return AllToAllDispatcher(
-            mesh.ep_group,
-            num_experts,
-            ceiling,
-            self.exchange(),
-            counts_group=mesh.counts_group,
-            buffered=buffered,
-            even=self.even,
-        )
-
-    def exchange(self) -> Exchange:
-        """Return the exchange of rows. Where gradients are paced, `link` knows its transfers."""
-        exchange = all_to_all(self.mesh.ep_group)
-        return exchange if self.mesh.gradient_group is None else Carried(exchange, self.link)
 
     def begin_batch(self, tensors: Iterable[Tensor]) -> None:
         """Let the first exchange of a training's batch be checked. Every rank must call it.

@@ -42,6 +42,7 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, rows_of
 from scmoe.moe.router import DEEPSEEK, LONGCAT, Router, Scoring, by_sign, round_robin
 from scmoe.moe.stream import MoEStream
+from scmoe.parallel.wire.dispatchers import make_dispatcher
 from scmoe.parallel.wire.wire import Wire
 from scmoe.schedule.schedule import Schedule
 
@@ -232,7 +233,9 @@ def build_stream(config: Config, wire: Wire, parts: Parts) -> MoEStream:
     rows = rows_of(moe.capacity_factor, filled)
     if moe.rows == "buffers" and ep_size > 1:
         rows = Buffers(min(moe.dropless_ceiling or ep_size, ep_size))
-    dispatcher = wire.dispatcher(moe.num_experts, moe.dropless_ceiling, isinstance(rows, Buffers))
+    dispatcher = make_dispatcher(
+        wire, moe.num_experts, moe.dropless_ceiling, isinstance(rows, Buffers)
+    )
     if config.strategy.wire_dtype is not None and wire.mesh.ep_size > 1:
         dispatcher = Narrowed(dispatcher, getattr(torch, config.strategy.wire_dtype))
     if config.schedule.transfers == "sequential" and wire.mesh.ep_size > 1:
