@@ -9,20 +9,66 @@ complete checkpoint.
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.utilities import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.distributed import DistNetworkError, DistStoreError
 
 from scmoe.lightning.seam import launch, loops, saves
 from scmoe.lightning.stop import INTERRUPTED, StopSignal
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.dense import reshard
-from scmoe.parallel.mesh import Mesh, expert_parameters
+from scmoe.parallel.mesh import (
+    Mesh,
+    expert_parameters,
+    order_launches_of_nccl,
+    stop_using_loopback,
+    use_loopback_for_gloo,
+)
 from scmoe.parallel.wire.wire import Wire
+
+LONGEST_S = 1e6  # what a timeout may be
+# for ranks to meet: they import, read data and build their modules at different speeds
+START_TIMEOUT_S = 600.0
+
+
+def time_limits(timeout_s: float) -> tuple[timedelta, timedelta]:
+    """Return how long a collective may take, and how long until all ranks have met. Raise
+    ValueError for a time that is no limit."""
+    if not 0 < timeout_s <= LONGEST_S:
+        raise ValueError(
+            f"timeout_s is {timeout_s}, allowed: above 0, at most {LONGEST_S:g} seconds"
+        )
+    timeout = timedelta(seconds=timeout_s)
+    return timeout, max(timeout, timedelta(seconds=START_TIMEOUT_S))
+
+
+def prepare_backends(num_nodes: int, at_teardown: ExitStack) -> None:
+    """Set the environment variables that NCCL and gloo read. at_teardown: takes what undoes it."""
+    order_launches_of_nccl()
+    if num_nodes == 1 and use_loopback_for_gloo():
+        at_teardown.callback(stop_using_loopback)
+
+
+@contextmanager
+def meeting(limit: timedelta) -> Iterator[None]:
+    """Raise TimeoutError if the ranks do not find each other inside."""
+    try:
+        yield
+    except (DistNetworkError, DistStoreError) as error:
+        raise TimeoutError(
+            f"the ranks did not find each other within {limit.total_seconds():g}"
+            " s; start all of them, and check that each can reach MASTER_ADDR; a larger"
+            " strategy.timeout_s lets them wait longer"
+        ) from error
 
 
 class Poll:
@@ -90,6 +136,14 @@ def say(rank: int, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def explain_summary(trainer: Any, ep_size: int) -> None:
+    """Say that Lightning's summary counts a part of the experts, where it is shown."""
+    if ep_size > 1 and any(isinstance(callback, ModelSummary) for callback in trainer.callbacks):
+        rank_zero_info(
+            f"The model summary counts this rank's experts: 1 of {ep_size} parts of them."
+        )
+
+
 class Job:
     """The part of the Strategy that keeps ranks in step.
 
@@ -116,6 +170,7 @@ class Job:
 
     def open(self, trainer: Any, checkpoints: Checkpoints, is_launched: bool) -> None:
         """Begin to note signals. is_launched: another rank of this job has started this process."""
+        explain_summary(trainer, self.mesh.ep_size)
         self.trainer = trainer
         self.checkpoints = checkpoints
         self.is_launched = is_launched

@@ -30,14 +30,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from scmoe.lightning.fit_checks import check_can_be_saved, check_late_experts, explain_summary
 from scmoe.lightning.guarded_update import check_callbacks, check_precision, guard_updates
-from scmoe.lightning.job import Job, say
-from scmoe.lightning.ranks_meet import meeting, prepare_backends, time_limits
+from scmoe.lightning.job import Job, meeting, prepare_backends, say, time_limits
 from scmoe.lightning.roll_call import end_job_at_exit, note_absent
 from scmoe.lightning.seam import launch, loops, saves
 from scmoe.lightning.trainer_checkpoints import (
     SavePostponed,
+    check_can_be_saved,
     refuse_save_without_ranks,
     refuse_storage_options,
     remove,
@@ -71,7 +70,7 @@ class ExpertParallelStrategy(DDPStrategy):
 
     ep_size: number of ranks that share one set of experts; None: all ranks.
     timeout_s: seconds that a collective may take before the job ends with an error. Until all ranks
-        have met and built their modules the limit is START_TIMEOUT_S of ranks_meet.py, if that is
+        have met and built their modules the limit is START_TIMEOUT_S of job.py, if that is
         longer.
     async_checkpoint: training continues while a checkpoint is written; the files are complete some
         steps later.
@@ -202,7 +201,6 @@ class ExpertParallelStrategy(DDPStrategy):
         self.barrier()
         set_default_timeout(self.timeout)
         check_experts(self.module, self.mesh)
-        explain_summary(trainer, self.mesh.ep_size)
         self.job.open(trainer, self.checkpoints, self.is_launched)
         super().setup(trainer)  # calls model_to_device and, for fit, configure_ddp
         make_equal(self.module, self.mesh)
@@ -266,7 +264,7 @@ class ExpertParallelStrategy(DDPStrategy):
         check_can_be_saved(self.module.trainer)
         saves.end_restart_of_finetuning(self.module.trainer)
         check_experts(self.module, self.mesh)
-        check_late_experts(self.module, self.wrapped)
+        self.wrapped.check_late_experts(self.module)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.job.begin_batch(batch, batch_idx)

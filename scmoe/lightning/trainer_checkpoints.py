@@ -5,6 +5,7 @@ training is completed at once.
 """
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from scmoe.lightning.seam import loops, saves
 from scmoe.parallel.checkpoint.saving import Checkpoints
-from scmoe.parallel.checkpoint.state import own_part, tied_weights
+from scmoe.parallel.checkpoint.state import own_part, tied_weights, to_text
 from scmoe.parallel.mesh import Mesh
 
 
@@ -23,6 +24,29 @@ def refuse_storage_options(storage_options: Any) -> None:
         raise ValueError(
             "storage_options is not supported: a checkpoint is a local directory; leave it out"
         )
+
+
+def check_can_be_saved(trainer: Any) -> None:
+    """Raise TypeError for what a checkpoint could not hold.
+
+    Checked are hyper-parameters and the state of callbacks.
+    """
+    states: list[tuple[str, Any]] = []
+    for holder in (trainer.lightning_module, trainer.datamodule):
+        if holder is not None:
+            states.append((f"a hyper-parameter of {type(holder).__name__}", holder.hparams))
+    for callback in trainer.callbacks:
+        with suppress(Exception):  # it may not have a state before the first step
+            states.append(
+                (f"the state of the callback {type(callback).__name__}", callback.state_dict())
+            )
+    for what, state in states:
+        try:
+            to_text(state)
+        except TypeError as error:
+            raise TypeError(
+                f"{what} cannot be saved: {error}. Convert it, or leave it out"
+            ) from error
 
 
 def refuse_save_without_ranks(mesh: Mesh) -> None:

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor
 
 from experiments.engine.ranks import run_ranks
-from scmoe.lightning.ranks_meet import START_TIMEOUT_S
+from scmoe.lightning.job import START_TIMEOUT_S
 from scmoe.lightning.roll_call import LEFT_ALONE, roll_call
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable

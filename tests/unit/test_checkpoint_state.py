@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.futures import Future
 
 from scmoe.files.writing import write_in_turn
-from scmoe.lightning.fit_checks import check_can_be_saved
+from scmoe.lightning.trainer_checkpoints import check_can_be_saved
 from scmoe.parallel.checkpoint.loading import check_same_groups
 from scmoe.parallel.checkpoint.saving import _ShardWriter
 from scmoe.parallel.checkpoint.state import (

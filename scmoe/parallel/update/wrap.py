@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
@@ -249,6 +250,15 @@ class Wrapped:
                 yield
         finally:
             self.reducer.enabled = True
+
+    def check_late_experts(self, module: nn.Module) -> None:
+        """Raise ValueError for experts that were added after their gradients got a reducer."""
+        known = {*self.reducer.shards} if self.reducer else set()
+        for name, p in expert_parameters(module):
+            if p.requires_grad and p not in known and not isinstance(p, DTensor):
+                raise ValueError(
+                    f"{name} was added after fit had begun. Add experts in configure_model or setup"
+                )
 
     def close(self) -> None:
         self.at_close.close()
