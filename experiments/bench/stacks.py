@@ -47,7 +47,7 @@ def make_blocks(name: str, setting: Setting, wire: Wire, current: CurrentLoad) -
     sizes = Sizes(setting.num_experts, config.moe.top_k, wire.mesh.ep_size)
     for block in blocks:
         block.moe.router.deal = deal(sizes, wire.mesh.ep_rank, current)
-        block.moe.rows = rows_of_layout(setting)
+        block.moe.arrange_as(rows_of_layout(setting))
     return blocks
 
 
