@@ -199,8 +199,7 @@ def load_balance_loss(stats: Sequence[RouterStats], group: Any = None) -> Tensor
     all.
 
     group: the ranks whose batches make the global batch, each of which calls this; a `Wire`: all
-    ranks; None: this process alone. The mean over the ranks is the loss of
-    the global batch.
+    ranks; None: this process alone. The mean over the ranks is the loss of the global batch.
     """
     sums_LE2 = _global_sums(stats, group)
     return balance.load_balance_loss([*stats], sums_LE2, wire_of(group).mesh.world_size)
