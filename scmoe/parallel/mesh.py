@@ -9,9 +9,7 @@ as many batches? where is the NaN?) shares the control group.
 
 import os
 import socket
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -112,59 +110,6 @@ class Mesh:
         values: list[Any] | None = [None] * self.world_size if self.rank == 0 else None
         dist.gather_object(value, values, group=self.control_group)
         return values
-
-    @contextmanager
-    def same_error_on_all_ranks(self, group: Any = None) -> Iterator[None]:
-        """Raise on every rank what the first of them raises inside.
-
-        So no rank waits for one that has given up. A rank that is stuck inside ends the others
-        after the timeout. There must be no collective inside.
-
-        group: in which ranks ask each other; None: `checkpoint_group`.
-        """
-        failure: Exception | None = None
-        try:
-            yield
-        except Exception as error:
-            failure = error
-        self._raise_first(failure, group or self.checkpoint_group)
-
-    def together(self, work: Callable[[], Any]) -> None:
-        """Do long work on every rank, each its own, and raise everywhere what the first one raises.
-
-        Ranks ask each other every second who still works, so the work may take longer than a
-        collective's timeout.
-        """
-        failures: list[Exception] = []
-
-        def do() -> None:
-            try:
-                work()
-            except Exception as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=do, name="together", daemon=True)
-        thread.start()
-        done = torch.zeros(1, dtype=torch.int64)
-        while not done:
-            thread.join(timeout=1)
-            done.fill_(not thread.is_alive())
-            dist.all_reduce(done, dist.ReduceOp.MIN, group=self.checkpoint_group)
-        self._raise_first(failures[0] if failures else None, self.checkpoint_group)
-
-    def _raise_first(self, failure: Exception | None, group: Any) -> None:
-        """Raise the first rank's failure on every rank. Every rank must call it."""
-        sent: Exception | None = failure
-        if failure is not None and not isinstance(failure, (OSError, ValueError, TypeError)):
-            # a type of a user may not survive the way
-            sent = RuntimeError(f"{type(failure).__name__}: {failure}")
-        failures: list[Any] = [None] * self.world_size
-        dist.all_gather_object(failures, sent, group=group)
-        if failure is not None:
-            failures[self.rank] = failure  # with its traceback, which a copy has not
-        for first in failures:
-            if first is not None:
-                raise first
 
 
 def build_mesh(ep_size: int, device: torch.device, timeout: timedelta) -> Mesh:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from experiments.engine.ranks import run_ranks
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.saving import Saving
+from scmoe.parallel.checkpoint.together import together
 from tests.support.faults import tiny_run
 from tests.support.faults.tiny_run import LAST, NEW, OLD
 
@@ -126,7 +127,7 @@ def work_together(rank: int, world_size: int, folder: Path) -> tuple[int, str]:
         dist, "all_reduce", lambda *args, **kw: asked.append(1) or all_reduce(*args, **kw)
     ):
         try:
-            mesh.together(work)
+            together(mesh, work)
         except OSError as error:
             return len(asked), str(error)
     return len(asked), ""

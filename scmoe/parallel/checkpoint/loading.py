@@ -34,6 +34,7 @@ from scmoe.parallel.checkpoint.state import (
     tied_weights,
     with_dtensors,
 )
+from scmoe.parallel.checkpoint.together import together
 from scmoe.parallel.mesh import Mesh, expert_parameters
 
 NOT_GIVEN = (
@@ -132,7 +133,7 @@ def load_checkpoint(
     read. ValueError: no whole checkpoint, or another model's. An optimizer has no other state
     afterwards than the checkpoint's.
     """
-    mesh.together(lambda: durable.verify(path, slice(mesh.rank, None, mesh.world_size)))
+    together(mesh, lambda: durable.verify(path, slice(mesh.rank, None, mesh.world_size)))
     meta, stored = of_this_rank(read_meta(path), mesh), tensors_of(path)
     entries = meta.pop(MODULE, Incomplete({}, {}))
     state = module.state_dict()

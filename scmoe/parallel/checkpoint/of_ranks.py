@@ -30,6 +30,7 @@ from scmoe.parallel.checkpoint.state import (
     split,
     to_json,
 )
+from scmoe.parallel.checkpoint.together import same_error_on_all_ranks
 from scmoe.parallel.mesh import Mesh
 
 OF_RANKS = "of_ranks"  # key of meta.json
@@ -84,7 +85,7 @@ def contents(
     tensors: dict[str, Tensor] = {}
     entries: dict[Key, _Entry] = {}
     group = mesh.control_group
-    with mesh.same_error_on_all_ranks(group):
+    with same_error_on_all_ranks(mesh, group):
         tensors, meta = split(checkpoint, module, mesh)
         entries = {key: _Entry(key, value) for key, value in _entries_of(meta)}
         check_types(tensors)

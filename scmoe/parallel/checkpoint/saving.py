@@ -26,6 +26,7 @@ from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_checkpoint
 from scmoe.parallel.checkpoint.of_ranks import contents
 from scmoe.parallel.checkpoint.state import META, set_rng_states
+from scmoe.parallel.checkpoint.together import same_error_on_all_ranks, together
 from scmoe.parallel.mesh import Mesh
 
 
@@ -56,7 +57,7 @@ class Saving:
         dist.broadcast_object_list(token, group=mesh.checkpoint_group)
         self.partial = durable.partial_path(path, token[0])
         with self._all_or_nothing():
-            with mesh.same_error_on_all_ranks():
+            with same_error_on_all_ranks(mesh):
                 if mesh.rank == 0:
                     durable.make_folder(path.parent)
                     durable.sweep(path.parent, path.name)
@@ -89,7 +90,7 @@ class Saving:
             mesh = self.mesh
             shares: list[dict[str, Any]] | None = [{}] * mesh.world_size if mesh.rank == 0 else None
             dist.gather_object(self.writer.fingerprints, shares, group=mesh.checkpoint_group)
-            mesh.together(lambda: None if shares is None else self._seal(shares))
+            together(mesh, lambda: None if shares is None else self._seal(shares))
 
     def _seal(self, shares: Sequence[dict[str, Any]]) -> None:
         """Complete the checkpoint, on rank 0. shares: fingerprints of the files of each rank."""
