@@ -209,8 +209,8 @@ MUTANTS = (
         "        set_default_timeout(self.start_timeout)\n",
     )
     .caught_by(f"{FAULTS}/test_guards.py::test_no_group_waits_longer_than_the_timeout"),
-    Mutant("long-work-in-one-collective", f"{PARALLEL}/mesh.py")
-    .replaces("            thread.join(timeout=1)\n", "            thread.join()\n")
+    Mutant("long-work-in-one-collective", f"{CHECKPOINT}/together.py")
+    .replaces("        thread.join(timeout=1)\n", "        thread.join()\n")
     .caught_by(
         f"{FAULTS}/test_checkpoint_content.py::test_no_rank_waits_in_one_collective_for_the_long_work_of_another"
     ),
