@@ -29,7 +29,8 @@ GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads when a group is made
 class Mesh:
     """A rank's place among all ranks. The default is a single process that holds everything.
 
-    It is no torch DeviceMesh, which knows axes and one group for each; those are fields of it.
+    It is not torch's DeviceMesh, which has axes and one process group for each. A mesh here has
+    three of them as fields, and groups that belong to no axis.
 
     `device_mesh` has the axes "edp" and "ep". `ep_group` carries the All-to-All, `counts_group` how
     many rows come in it, `edp_group` the expert gradients, `gradient_group` (on CPUs) dense
