@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
     from scmoe.inference.sampling import Sampling, Stopping
     from scmoe.lightning.strategy import ExpertParallelStrategy
     from scmoe.moe.router import Scoring
-    from scmoe.parallel.mesh import ParallelContext
+    from scmoe.parallel.wire.wire import Wire
     from scmoe.runs.seen import train
     from scmoe.runs.trained import load_trained as load
     from scmoe.training.assembly.blocks import register_architecture, register_router
@@ -33,12 +33,12 @@ __version__ = "0.2.0"
 __all__ = [
     "ExpertParallelStrategy",
     "MoE",
-    "ParallelContext",
     "Passes",
     "Sampling",
     "ScMoEBlock",
     "Scoring",
     "Stopping",
+    "Wire",
     "build_model",
     "data_parallel",
     "generate",
@@ -62,7 +62,7 @@ NAMES = {  # name: module and the name there
     "load_balance_loss": ("scmoe.api", "load_balance_loss"),
     "move_biases": ("scmoe.api", "move_biases"),
     "Scoring": ("scmoe.moe.router", "Scoring"),
-    "ParallelContext": ("scmoe.parallel.mesh", "ParallelContext"),
+    "Wire": ("scmoe.parallel.wire.wire", "Wire"),
     "ExpertParallelStrategy": ("scmoe.lightning.strategy", "ExpertParallelStrategy"),
     "load_config": ("scmoe.config.load", "load"),
     "build_model": ("scmoe.training.assembly.model", "build_model"),
@@ -83,6 +83,11 @@ NAMES = {  # name: module and the name there
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ParallelContext":  # an AttributeError would not be shown by `from scmoe import`
+        raise ImportError(
+            "scmoe.ParallelContext is now scmoe.Wire: write self.wire in place of"
+            " self.parallel_context, and self.wire.mesh for ranks, sizes and groups"
+        )
     if name not in NAMES:
         raise AttributeError(
             f"module 'scmoe' has no attribute {name!r}, allowed: {', '.join(__all__)}"

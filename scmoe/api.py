@@ -9,7 +9,7 @@ Other parts (rotary positions, another norm) are given to those classes. `stats`
 
 group: a process group of torch.distributed whose ranks share the experts and train on batches of
 their own; None: this process holds all experts. Every rank calls the function, with the same seed.
-MoE and ScMoEBlock also take the Strategy's `parallel_context`; its gradients then wait for rows.
+MoE and ScMoEBlock also take the Strategy's `self.wire`; its gradients then wait for rows.
 """
 
 from collections import OrderedDict
@@ -33,8 +33,10 @@ from scmoe.moe.layout import rows_of
 from scmoe.moe.router import SCORINGS, Router, Scoring
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import RouterStats
-from scmoe.parallel.mesh import ParallelContext, check_experts, expert_parameters
+from scmoe.parallel.mesh import Mesh, check_experts, expert_parameters
 from scmoe.parallel.update.wrap import wrap
+from scmoe.parallel.wire.dispatchers import make_dispatcher
+from scmoe.parallel.wire.wire import Wire
 from scmoe.schedule.schedule import POSITIONS, SUBLAYERS, Schedule
 
 
@@ -94,11 +96,11 @@ def MoE(
     """
     scoring = SCORINGS[_chosen("router", router, SCORINGS)] if isinstance(router, str) else router
     _chosen("activation", activation, ACTIVATIONS)
-    context = context_of(group)
+    wire = wire_of(group)
     ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
     gate = Router(dim, num_experts, top_k, scoring=scoring, zero_experts=zero_experts)
-    experts = Experts(dim, ffn_dim, num_experts, context.local_experts(num_experts), activation)
-    dispatcher, rows = context.dispatcher(num_experts), rows_of(capacity_factor)
+    experts = Experts(dim, ffn_dim, num_experts, wire.mesh.local_experts(num_experts), activation)
+    dispatcher, rows = make_dispatcher(wire, num_experts), rows_of(capacity_factor)
     return MoEStream(gate, experts, dispatcher, rows)
 
 
@@ -196,20 +198,19 @@ def load_balance_loss(stats: Sequence[RouterStats], group: Any = None) -> Tensor
     """Return the mean over modules of E sum_i f_i P_i: 1 for an even load, E where one expert takes
     all.
 
-    group: the ranks whose batches make the global batch, each of which calls this; a
-    `ParallelContext`: all ranks; None: this process alone. The mean over the ranks is the loss of
-    the global batch.
+    group: the ranks whose batches make the global batch, each of which calls this; a `Wire`: all
+    ranks; None: this process alone. The mean over the ranks is the loss of the global batch.
     """
     sums_LE2 = _global_sums(stats, group)
-    return balance.load_balance_loss([*stats], sums_LE2, context_of(group).world_size)
+    return balance.load_balance_loss([*stats], sums_LE2, wire_of(group).mesh.world_size)
 
 
 def _global_sums(stats: Sequence[RouterStats], group: Any) -> Tensor:
-    """Return the routers' integer sums, added up over the ranks of a group or context."""
+    """Return the routers' integer sums, added up over the ranks of a group or wire."""
     sums_LE2 = balance.integer_sums([*stats])
-    context = context_of(group)
-    if context.world_size > 1:
-        dist.all_reduce(sums_LE2, group=None if group is context else group)
+    wire = wire_of(group)
+    if wire.mesh.world_size > 1:
+        dist.all_reduce(sums_LE2, group=None if group is wire else group)
     return sums_LE2
 
 
@@ -227,21 +228,21 @@ def data_parallel(module: nn.Module, group: Any) -> DistributedDataParallel:
             "group is None on several ranks. Give the group that shares the experts. If every rank"
             " has all experts, use DistributedDataParallel."
         )
-    context = context_of(group)
-    check_experts(module, context)
-    ddp = wrap(module, context, process_group=group).module
+    mesh = wire_of(group).mesh
+    check_experts(module, mesh)
+    ddp = wrap(module, mesh, process_group=group).module
     assert isinstance(ddp, DistributedDataParallel)
     return ddp
 
 
-def context_of(group: Any) -> ParallelContext:
-    """Return the context of this rank in a group that shares one set of experts. A context is
-    returned as it is."""
+def wire_of(group: Any) -> Wire:
+    """Return the wire of this rank in a group that shares one set of experts. A wire is returned as
+    it is."""
     if group is None:
-        return ParallelContext()
-    if isinstance(group, ParallelContext):
+        return Wire()
+    if isinstance(group, Wire):
         return group
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError("This rank is not in the group. Give a group that has this rank, or None.")
-    return ParallelContext(rank, size, size, ep_group=group)
+    return Wire(Mesh(rank, size, size, ep_group=group))

@@ -33,7 +33,7 @@ from scmoe.blocks.sublayers import keep_activations, recompute_activations
 from scmoe.config.fields import Config
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.moe.balance import integer_sums, load_balance_loss
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.wire.wire import Wire
 from scmoe.runs.hf_config import OURS, our_config, scmoe_config, sizes_of
 from scmoe.training.assembly.model import build_network
 
@@ -143,7 +143,7 @@ class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):
                 " or use sdpa."
             )
         self.gradient_checkpointing = False
-        self.model: Any = build_network(config.ours(), ParallelContext())
+        self.model: Any = build_network(config.ours(), Wire())
         first_names = {p: f"model.{name}" for name, p in self.model.named_parameters()}
         all_names = self.model.named_parameters(prefix="model", remove_duplicate=False)
         self._tied_weights_keys = {

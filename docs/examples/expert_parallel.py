@@ -12,18 +12,18 @@ import scmoe
 class Regression(LightningModule):
     def __init__(self):
         super().__init__()
-        self.parallel_context = scmoe.ParallelContext()  # for one process; the Strategy replaces it
+        self.wire = scmoe.Wire()  # for one process; the Strategy replaces it
 
     def configure_model(self):
         if not hasattr(self, "moe"):
-            self.moe = scmoe.MoE(64, num_experts=8, top_k=2, group=self.parallel_context)
+            self.moe = scmoe.MoE(64, num_experts=8, top_k=2, group=self.wire)
 
     def training_step(self, batch, batch_idx):
         x, y = batch
         out, stats = self.moe(x)
         loss = F.mse_loss(out, y)
         self.log("loss", loss, sync_dist=True)
-        return loss + 0.01 * scmoe.load_balance_loss([stats], self.parallel_context)
+        return loss + 0.01 * scmoe.load_balance_loss([stats], self.wire)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)

@@ -14,13 +14,12 @@ import torch
 
 from scmoe.config.load import load
 from scmoe.parallel.checkpoint.export import load_weights
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model
 
 
 def load_export(file: Path) -> Any:
     """Return the model of an export. One process is enough."""
-    model = build_model(load(file.parent / "config.yaml"), ParallelContext())
+    model = build_model(load(file.parent / "config.yaml"))
     load_weights(file, model)
     return model.eval()
 

@@ -22,7 +22,7 @@ from scmoe.config.fields import Config
 from scmoe.datamodules.sequences import SequenceDataModule, TokenSplits
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import MoEOutput
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.wire.wire import Wire
 from scmoe.training.assembly.blocks import Parts, build_stream
 from scmoe.training.muon import Trained
 
@@ -45,10 +45,10 @@ class ParallelBlock(nn.Module):
 
 
 @scmoe.register_architecture("parallel")
-def parallel(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+def parallel(config: Config, wire: Wire, parts: Sequence[Parts]) -> list[nn.Module]:
     """Return the blocks of all layers. parts: of the model family, for each layer."""
     return [
-        ParallelBlock(p.attention_sublayer(), p.norm(), build_stream(config, context, p))
+        ParallelBlock(p.attention_sublayer(), p.norm(), build_stream(config, wire, p))
         for p in parts
     ]
 

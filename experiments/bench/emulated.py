@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from scmoe.moe.dispatcher import Ready, Traffic
-from scmoe.parallel.wire.all_to_all import Exchange, Work
+from scmoe.parallel.wire.all_to_all import Exchange
+from scmoe.parallel.wire.wire import Work
 
 # Of the products of an attention of width D over S tokens, 6 D^2 + 2 D S (causal) + 2 D^2 a token,
 # the last are the output projection's: 0.22 to 0.17 for S from D / 2 to 2 D.

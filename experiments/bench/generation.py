@@ -27,9 +27,8 @@ from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.load import SHIPPED, load
 from scmoe.inference.generate import stream
 from scmoe.inference.sampling import GREEDY, Stopping
-from scmoe.moe.operators import Recorder
+from scmoe.moe.recorder import Recorder
 from scmoe.moe.stream import dropless
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.report import Report
 from scmoe.training.assembly.model import build_model
 
@@ -73,7 +72,7 @@ def measure(rank: int, world_size: int, tokens: int, rounds: int) -> Generation:
     AssertionError: two kinds of generation differ in a token.
     """
     config = load(SHIPPED / "quickstart.yaml", [f"data.seq_len={PROMPT + tokens}"])
-    model = build_model(config, ParallelContext()).eval()
+    model = build_model(config).eval()
     generator = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(config.data.vocab_size, (TEXTS, PROMPT), generator=generator)
     steps_ms: list[dict[str, float]] = []  # the operators of each decoding step

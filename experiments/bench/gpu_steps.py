@@ -37,7 +37,7 @@ from scmoe.config.load import SHIPPED, load
 from scmoe.estimate.memory import Job, rank_memory
 from scmoe.estimate.model_cost import forward_flops, peak_tflops, training_flops
 from scmoe.moe.balance import integer_sums, load_balance_loss
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
 from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped
 from scmoe.probes.loads import BALANCED
@@ -93,9 +93,9 @@ class TrainStep:
         self.config = config
         self.device = device
         self.samples = samples
-        model = build_model(config, ParallelContext()).to(device)
+        model = build_model(config).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        self.step = Step(Wrapped(model, 1), ParallelContext(), optimizer, clip=1.0)
+        self.step = Step(Wrapped(model, 1), Mesh(), optimizer, clip=1.0)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(
             config.data.vocab_size, (samples, config.data.seq_len + 1), generator=generator

@@ -44,9 +44,10 @@ from experiments.engine.clock import CPU, in_turn
 from experiments.engine.ranks import say_once
 from scmoe.models.decoder import GPT
 from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
-from scmoe.parallel.mesh import build_context
+from scmoe.parallel.mesh import build_mesh
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.parallel.wire.announced import ReadByHost
+from scmoe.parallel.wire.wire import Wire
 from scmoe.probes.loads import BALANCED, CurrentLoad, load_of
 from scmoe.schedule.schedule import POSITIONS
 
@@ -92,8 +93,8 @@ class InferenceBench:
     def __init__(self, setting: Setting, batch: int) -> None:
         assert setting.compute == "real"
         self.setting = setting
-        context = build_context(dist.get_world_size(), CPU, timedelta(seconds=300))
-        self.group = context.ep_group
+        mesh = build_mesh(dist.get_world_size(), CPU, timedelta(seconds=300))
+        self.group = mesh.ep_group
         torch.manual_seed(0)
         self.models: dict[str, Any] = {}
         self.now = CurrentLoad(load_of(BALANCED))
@@ -101,7 +102,7 @@ class InferenceBench:
             tuple[Shape, Variant]
         ]()  # how often each one ran: the steps of its load
         for name in BLOCKS:
-            blocks = make_blocks(name, setting, context, self.now)
+            blocks = make_blocks(name, setting, Wire(mesh), self.now)
             self.models[name] = GPT(VOCABULARY, setting.seq_len + 1, setting.dim, blocks).eval()
         self.paid = AllToAllDispatcher(self.group, setting.num_experts)
         self.free = Free(

@@ -35,8 +35,7 @@ from scmoe.config.load import load
 from scmoe.inference.offload.cache import Cache, FileReader
 from scmoe.inference.offload.migration import WAYS, offload_experts
 from scmoe.inference.offload.store import expert_layers, write_store
-from scmoe.moe.operators import Recorder
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.moe.recorder import Recorder
 from scmoe.training.assembly.model import build_model
 
 # the first one gives the rates
@@ -166,7 +165,7 @@ def build(setting: Setting, architecture: str) -> nn.Module:
         "moe.capacity_factor=null",
     )
     config = load(None, [*(f"model.{size}" for size in model), *data, *moe, *WIRINGS[block]])
-    return build_model(config, ParallelContext()).eval()
+    return build_model(config).eval()
 
 
 def sharing(model: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.inference.generate import decode, prefill
 from scmoe.models.decoder import Decoder
-from scmoe.moe.operators import Recorder
+from scmoe.moe.recorder import Recorder
 from scmoe.planning.planner import Planner, shortlist_in_flight
 from scmoe.planning.pricing import LayerChoice, slowest, start_clocks
 from scmoe.schedule.schedule import Schedule

@@ -25,10 +25,11 @@ from scmoe.models.halves import in_flight
 from scmoe.models.residual_stream import through
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.layout import Buffers
-from scmoe.moe.operators import Recorder
-from scmoe.parallel.mesh import build_context
+from scmoe.moe.recorder import Recorder
+from scmoe.parallel.mesh import build_mesh
 from scmoe.parallel.update.step import Step
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, all_to_all
+from scmoe.parallel.wire.wire import Wire
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import LayerChoice
 from scmoe.probes.loads import BALANCED, CurrentLoad, load_of, sequences_of
@@ -60,7 +61,7 @@ class Bench:
     def __init__(self, setting: Setting) -> None:
         self.setting, self.device = setting, torch.device(setting.device)
         ranks, timeout = dist.get_world_size(), timedelta(seconds=300)
-        context = build_context(ranks, CPU, timeout)
+        wire = Wire(build_mesh(ranks, CPU, timeout))
         torch.manual_seed(0)
         names = dict.fromkeys(["top2", *map(setting.block_of, setting.rows)])
         dtype = getattr(torch, setting.dtype)
@@ -68,20 +69,20 @@ class Bench:
         self.stacks = {
             n: [
                 block.to(self.device, dtype)
-                for block in make_blocks(n, setting, context, self.current)
+                for block in make_blocks(n, setting, wire, self.current)
             ]
             for n in names
         }
         buffered = isinstance(rows_of_layout(setting), Buffers)
         self.dispatcher = partial(
-            AllToAllDispatcher, context.ep_group, setting.num_experts, buffered=buffered
+            AllToAllDispatcher, wire.mesh.ep_group, setting.num_experts, buffered=buffered
         )
-        self.paid = self.dispatcher(exchange=all_to_all(context.ep_group))
+        self.paid = self.dispatcher(exchange=all_to_all(wire.mesh.ep_group))
         if setting.bus:
             self.set_rate(1.0)
         self.free = self.dispatcher(exchange=emulated.free)
         self.models = {n: Stack(*blocks) for n, blocks in self.stacks.items()}
-        self.steps = {n: make_step(model, setting, context) for n, model in self.models.items()}
+        self.steps = {n: make_step(model, setting, wire) for n, model in self.models.items()}
         self.inputs = {}
         for load in dict.fromkeys((BALANCED, *setting.loads)):
             sequences = sequences_of(load_of(load), setting.sequences, ranks)[dist.get_rank()]

@@ -20,9 +20,10 @@ from scmoe.config.load import load
 from scmoe.models.halves import in_flight
 from scmoe.models.residual_stream import through
 from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
 from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped, wrap
+from scmoe.parallel.wire.wire import Wire
 from scmoe.planning.pricing import LayerChoice
 from scmoe.probes.loads import BALANCED, CurrentLoad, Sizes, deal
 from scmoe.schedule.cost import OperatorTimes, exposed_time, slots
@@ -31,9 +32,7 @@ from scmoe.schedule.stack import half_of, waiting_time
 from scmoe.training.assembly.blocks import PARTS, Parts, stack
 
 
-def make_blocks(
-    name: str, setting: Setting, context: ParallelContext, current: CurrentLoad
-) -> list[MoEBlock]:
+def make_blocks(name: str, setting: Setting, wire: Wire, current: CurrentLoad) -> list[MoEBlock]:
     """Return the blocks of a row as a training builds them, with this rank's share of the experts.
 
     name: a block's name in ROWS. current: the load, on which the times depend in place of the
@@ -43,12 +42,12 @@ def make_blocks(
     parts = (
         PARTS[config.model.family](config) if setting.compute == "real" else emulated_parts(setting)
     )
-    blocks = moe_blocks_of(nn.ModuleList(stack(config, context, [parts] * setting.layers)))
+    blocks = moe_blocks_of(nn.ModuleList(stack(config, wire, [parts] * setting.layers)))
     assert len(blocks) == setting.moe_blocks
-    sizes = Sizes(setting.num_experts, config.moe.top_k, context.ep_size)
+    sizes = Sizes(setting.num_experts, config.moe.top_k, wire.mesh.ep_size)
     for block in blocks:
-        block.moe.router.deal = deal(sizes, context.ep_rank, current)
-        block.moe.rows = rows_of_layout(setting)
+        block.moe.router.deal = deal(sizes, wire.mesh.ep_rank, current)
+        block.moe.arrange_as(rows_of_layout(setting))
     return blocks
 
 
@@ -96,13 +95,13 @@ def rows_of_layout(setting: Setting) -> Rows:
     )
 
 
-def make_step(model: "Stack", setting: Setting, context: ParallelContext) -> Step:
+def make_step(model: "Stack", setting: Setting, wire: Wire) -> Step:
     """Return a training step of blocks; at iteration level with the gradients' reduction and the
     optimizer's step."""
     if setting.level == "block":
-        return Step(Wrapped(model, 1), ParallelContext())
+        return Step(Wrapped(model, 1), Mesh())
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    return Step(wrap(model, context), context, optimizer)
+    return Step(wrap(model, wire.mesh), wire.mesh, optimizer)
 
 
 class Stack(nn.Sequential):

@@ -22,7 +22,8 @@ from experiments.engine.profiles import recorded
 from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
-from scmoe.moe.operators import Direction, Recorder
+from scmoe.moe.operators import Direction
+from scmoe.moe.recorder import Recorder
 from scmoe.planning.pricing import DIRECTIONS, LayerChoice, from_tap, in_halves, plan_from_json
 from scmoe.schedule.cost import Span, elapsed, per_chunk, play
 from scmoe.schedule.stack import play_halves

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from scmoe.blocks.kv_cache import KVCache, with_cache
 from scmoe.blocks.sublayers import is_parted
 from scmoe.moe.dispatcher import Dispatcher
-from scmoe.moe.operators import Operators, Recorder
+from scmoe.moe.operators import AnyRecorder, Operators
 from scmoe.moe.stream import MoEStream, StreamState
 from scmoe.schedule.schedule import PARTS, SUBLAYERS, Schedule
 
@@ -79,7 +79,7 @@ class MoEBlock(Operators):
         raise NotImplementedError
 
     def run_as(
-        self, schedule: Schedule, dispatcher: Dispatcher, recorder: Recorder | None = None
+        self, schedule: Schedule, dispatcher: Dispatcher, recorder: AnyRecorder | None = None
     ) -> None:
         """Set how the block runs: slot and chunks, how rows travel, and what notes the operators'
         times."""

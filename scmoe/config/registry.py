@@ -1,7 +1,7 @@
 """The names in a configuration, and the functions that they stand for.
 
     @scmoe.register_architecture("mine")
-    def mine(config, context, parts): ...
+    def mine(config, wire, parts): ...
 
 What comes with scmoe is registered in the same way, in training/assembly/. Its names stand here
 too, because a configuration is checked before torch is imported. A user's own module registers more

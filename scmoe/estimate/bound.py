@@ -111,7 +111,7 @@ def rows_over_gradients(job: Job, one_way: float, tokens: int, replicated: int) 
 
 
 def step_traffic(split: Split) -> dict[str, int]:
-    """Return bytes by collective and group (`all`: all ranks; the others as ParallelContext names
+    """Return bytes by collective and group (`all`: all ranks; the others as Mesh names
     them)."""
     sent, job = Counter[str](), split.job
     if job.ranks == 1:

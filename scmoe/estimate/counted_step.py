@@ -38,10 +38,11 @@ from scmoe.blocks.sublayers import recompute_activations
 from scmoe.estimate.memory import Job
 from scmoe.moe import experts
 from scmoe.parallel.dense import materialise, shard, with_dense_mesh
-from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
+from scmoe.parallel.mesh import Mesh, build_mesh, expert_parameters
 from scmoe.parallel.update.guard import clip_grad_norm
 from scmoe.parallel.update.step import bytes_of
 from scmoe.parallel.update.wrap import wrap
+from scmoe.parallel.wire.wire import Wire
 
 CPU, TIMEOUT = torch.device("cpu"), timedelta(seconds=60)
 DTYPES = {"64-true": torch.float64, "bf16-true": torch.bfloat16}
@@ -72,19 +73,20 @@ class DryRun:
     collectives: dict[str, int]
 
 
-Build = Callable[[ParallelContext], Any]  # makes a LightningModule, its model on the meta device
+Build = Callable[[Wire], Any]  # makes a LightningModule, its model on the meta device
 
 
 def count_step(
     job: Job, build: Build, make_batch: Callable[[], Mapping[str, Tensor]], clip: float | None
 ) -> DryRun:
     """Run one step of rank 0 of a job. clip: the gradient norm. make_batch: of this rank."""
-    with fake_ranks(job.ranks, job.ep_size) as context, ExitStack() as inside:
+    with fake_ranks(job.ranks, job.ep_size) as mesh, ExitStack() as inside:
         if job.dense != "replicated":
-            context = with_dense_mesh(context, job.dense, job.node_size, CPU, TIMEOUT)
-        module = build(context)
+            mesh = with_dense_mesh(mesh, job.dense, job.node_size, CPU, TIMEOUT)
+        wire = Wire(mesh)
+        module = build(wire)
         module.model.to(DTYPES.get(job.precision, torch.float32))
-        module.parallel_context = context
+        module.wire = wire
         inside.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # those on meta
         if job.on_gpu:
             inside.enter_context(patch.object(experts, "choose_mlps", choose_mlps_on_gpu))
@@ -97,10 +99,10 @@ def step(
 ) -> DryRun:
     """Run one step of a module whose model is on the meta device, and count. FakeTensorMode must be
     on."""
-    model, context = module.model, module.parallel_context
-    split = context.dense_mesh is not None
+    model, mesh = module.model, module.wire.mesh
+    split = mesh.dense_mesh is not None
     if split:
-        shard(model, context, job.precision)
+        shard(model, mesh, job.precision)
     materialise(model, CPU)
     for owner in model.modules():
         for name, buffer in [*owner.named_buffers(recurse=False)]:
@@ -123,18 +125,18 @@ def step(
     counting.phase = "batch"
     counting.add(batch.values())
     with counting, counting.resizing():
-        if not split and context.world_size > 1:
+        if not split and mesh.world_size > 1:
             counting.phase = "gradients"
-            module.model = wrap(model, context, init_sync=False).module
+            module.model = wrap(model, mesh, init_sync=False).module
             module.model.register_comm_hook(None, reduce)
         counting.phase = "forward"
         with torch.autocast("cpu", torch.bfloat16, enabled=job.precision == "bf16-mixed"):
             loss = module.training_step(batch, 0)["loss"]
         counting.phase = "backward"
-        (loss / context.world_size if split else loss).backward()
+        (loss / mesh.world_size if split else loss).backward()
         del loss
         counting.phase = "update"
-        clip_grad_norm(parameters, shards, clip, context)
+        clip_grad_norm(parameters, shards, clip, mesh)
         optimizer.step()
     return DryRun(
         weights=bytes_of(parameters),
@@ -147,7 +149,7 @@ def step(
 
 
 @contextmanager
-def fake_ranks(world_size: int, ep_size: int) -> Iterator[ParallelContext]:
+def fake_ranks(world_size: int, ep_size: int) -> Iterator[Mesh]:
     """Give the place of rank 0 among ranks that do not exist. All groups are there, and send
     nothing."""
     new_group = dist.new_group
@@ -159,8 +161,8 @@ def fake_ranks(world_size: int, ep_size: int) -> Iterator[ParallelContext]:
     dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
     try:
         with patch.object(dist, "new_group", new_fake_group):  # gloo's would look for the others
-            context = build_context(ep_size, CPU, TIMEOUT)
-        yield context if world_size > 1 else ParallelContext()
+            mesh = build_mesh(ep_size, CPU, TIMEOUT)
+        yield mesh if world_size > 1 else Mesh()
     finally:
         dist.destroy_process_group()
 

@@ -41,9 +41,8 @@ from scmoe.moe.stream import dropless
 class Passes:
     """How the passes of a generation run.
 
-    all_ranks: whether a statement is true on all ranks (ParallelContext.true_on_all_ranks); with
-    one rank, the statement itself. piece: tokens of a prompt that one pass reads; None: all of
-    them.
+    all_ranks: whether a statement is true on all ranks (Mesh.true_on_all_ranks); with one rank, the
+    statement itself. piece: tokens of a prompt that one pass reads; None: all of them.
     """
 
     all_ranks: Callable[[bool], bool] = bool
@@ -184,10 +183,10 @@ def stream(
     """Yield the next token of all texts at a time.
 
     prompts: token ids; of any lengths. sampling: None: `Sampling()`. seeds: of each text; None: 0,
-    1, 2, ... passes: on several ranks with ParallelContext.true_on_all_ranks. Every rank must then
-    take every step, a rank without prompts too. Raises ValueError for a prompt without a token,
-    with an id that the model does not have, or with no room for max_tokens in the model's context,
-    for a model in training mode, and between ranks with moe.rows=buffers.
+    1, 2, ... passes: on several ranks with Mesh.true_on_all_ranks. Every rank must then take every
+    step, a rank without prompts too. Raises ValueError for a prompt without a token, with an id
+    that the model does not have, or with no room for max_tokens in the model's context, for a model
+    in training mode, and between ranks with moe.rows=buffers.
     """
     seeds = range(len(prompts)) if seeds is None else seeds
     if model.training:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from scmoe.lightning.seam.loops import original_after_closure, replace_after_closure
-from scmoe.parallel.mesh import ParallelContext, expert_parameters
+from scmoe.parallel.mesh import Mesh, expert_parameters
 from scmoe.parallel.update.guard import Guard, clip_grad_norm
 
 
@@ -24,12 +24,12 @@ class GuardedUpdate:
     The plugin's `clip_gradients` then returns the global gradient norm.
     """
 
-    def __init__(self, plugin: Any, module: nn.Module, context: ParallelContext) -> None:
+    def __init__(self, plugin: Any, module: nn.Module, mesh: Mesh) -> None:
         check_precision(plugin)
         self.plugin = plugin
         self.original = type(plugin)
         self.module = module
-        self.context = context
+        self.mesh = mesh
         self.guard = Guard(module)
         self.is_checked = False  # this update's gradients
         plugin.pre_backward = self.before_backward
@@ -84,8 +84,8 @@ class GuardedUpdate:
         held = (p for group in optimizer.param_groups for p in group["params"])
         shards = {p for _, p in expert_parameters(self.module)}
         parameters = sorted(held, key=lambda p: order.get(p, len(order)))
-        norm = clip_grad_norm(parameters, shards, clip_val, self.context, self.guard.loss_as_zero())
-        self.guard.check(norm, self.context)
+        norm = clip_grad_norm(parameters, shards, clip_val, self.mesh, self.guard.loss_as_zero())
+        self.guard.check(norm, self.mesh)
         self.is_checked = True
         return norm
 
@@ -96,7 +96,7 @@ class GuardedUpdate:
         replace_after_closure(self.plugin, None)
 
 
-def guard_updates(plugin: Any, module: nn.Module, context: ParallelContext) -> GuardedUpdate:
+def guard_updates(plugin: Any, module: nn.Module, mesh: Mesh) -> GuardedUpdate:
     """Return the GuardedUpdate of `module` in this precision plugin.
 
     The first call for a module installs it.
@@ -104,7 +104,7 @@ def guard_updates(plugin: Any, module: nn.Module, context: ParallelContext) -> G
     installed = plugin.clip_gradients.__self__
     if isinstance(installed, GuardedUpdate) and installed.module is module:
         return installed
-    return GuardedUpdate(plugin, module, context)
+    return GuardedUpdate(plugin, module, mesh)
 
 
 def check_precision(plugin: Any) -> None:

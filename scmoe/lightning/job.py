@@ -8,20 +8,67 @@ complete checkpoint.
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelSummary
+from lightning.pytorch.utilities import rank_zero_info
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.distributed import DistNetworkError, DistStoreError
 
 from scmoe.lightning.seam import launch, loops, saves
 from scmoe.lightning.stop import INTERRUPTED, StopSignal
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.dense import reshard
-from scmoe.parallel.mesh import ParallelContext, expert_parameters
+from scmoe.parallel.mesh import (
+    Mesh,
+    expert_parameters,
+    order_launches_of_nccl,
+    stop_using_loopback,
+    use_loopback_for_gloo,
+)
+from scmoe.parallel.wire.wire import Wire
+
+LONGEST_S = 1e6  # what a timeout may be
+# for ranks to meet: they import, read data and build their modules at different speeds
+START_TIMEOUT_S = 600.0
+
+
+def time_limits(timeout_s: float) -> tuple[timedelta, timedelta]:
+    """Return how long a collective may take, and how long until all ranks have met. Raise
+    ValueError for a time that is no limit."""
+    if not 0 < timeout_s <= LONGEST_S:
+        raise ValueError(
+            f"timeout_s is {timeout_s}, allowed: above 0, at most {LONGEST_S:g} seconds"
+        )
+    timeout = timedelta(seconds=timeout_s)
+    return timeout, max(timeout, timedelta(seconds=START_TIMEOUT_S))
+
+
+def prepare_backends(num_nodes: int, at_teardown: ExitStack) -> None:
+    """Set the environment variables that NCCL and gloo read. at_teardown: takes what undoes it."""
+    order_launches_of_nccl()
+    if num_nodes == 1 and use_loopback_for_gloo():
+        at_teardown.callback(stop_using_loopback)
+
+
+@contextmanager
+def meeting(limit: timedelta) -> Iterator[None]:
+    """Raise TimeoutError if the ranks do not find each other inside."""
+    try:
+        yield
+    except (DistNetworkError, DistStoreError) as error:
+        raise TimeoutError(
+            f"the ranks did not find each other within {limit.total_seconds():g}"
+            " s; start all of them, and check that each can reach MASTER_ADDR; a larger"
+            " strategy.timeout_s lets them wait longer"
+        ) from error
 
 
 class Poll:
@@ -63,16 +110,16 @@ class Poll:
         return [bool(n) for n in sums]
 
 
-def check_even(stage: str, batches: Sequence[float], context: ParallelContext) -> None:
+def check_even(stage: str, batches: Sequence[float], mesh: Mesh) -> None:
     """Raise ValueError on every rank if ranks have different numbers of batches.
 
     Every rank must call it. A rank without a next batch would leave the others waiting in a
     collective until the timeout. batches: one number for each loader; inf if its length is unknown.
     """
-    if context.world_size == 1:
+    if mesh.world_size == 1:
         return
-    of_ranks: list[Any] = [None] * context.world_size
-    dist.all_gather_object(of_ranks, [float(n) for n in batches], group=context.control_group)
+    of_ranks: list[Any] = [None] * mesh.world_size
+    dist.all_gather_object(of_ranks, [float(n) for n in batches], group=mesh.control_group)
     if any(counts != of_ranks[0] for counts in of_ranks):
         counts = "; ".join(
             f"rank {rank}: {' + '.join(f'{n:g}' for n in ns)}" for rank, ns in enumerate(of_ranks)
@@ -89,15 +136,23 @@ def say(rank: int, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def explain_summary(trainer: Any, ep_size: int) -> None:
+    """Say that Lightning's summary counts a part of the experts, where it is shown."""
+    if ep_size > 1 and any(isinstance(callback, ModelSummary) for callback in trainer.callbacks):
+        rank_zero_info(
+            f"The model summary counts this rank's experts: 1 of {ep_size} parts of them."
+        )
+
+
 class Job:
     """The part of the Strategy that keeps ranks in step.
 
-    `open` comes before everything else, `close` at the end. context: the rank's place. is_launched:
+    `open` comes before everything else, `close` at the end. wire: the module's. is_launched:
     another rank of this job has started this process.
     """
 
     def __init__(self) -> None:
-        self.context = ParallelContext()
+        self.wire = Wire()
         self.is_launched = False
         self.stop = StopSignal()
         # the module, while it holds the weights of its last step of training
@@ -109,24 +164,29 @@ class Job:
         self.trainer: Any = None
         self.checkpoints: Checkpoints
 
+    @property
+    def mesh(self) -> Mesh:
+        return self.wire.mesh
+
     def open(self, trainer: Any, checkpoints: Checkpoints, is_launched: bool) -> None:
         """Begin to note signals. is_launched: another rank of this job has started this process."""
+        explain_summary(trainer, self.mesh.ep_size)
         self.trainer = trainer
         self.checkpoints = checkpoints
         self.is_launched = is_launched
         self.stop = StopSignal(launch.requeue_signal(trainer), 0 if is_launched else INTERRUPTED)
-        self.poll = Poll(self.context.control_group)
+        self.poll = Poll(self.mesh.control_group)
         self.stop.take()
         launch.leave_signals_alone(trainer, self.stop.numbers)
         if self.stop.requeue is not None and shutil.which("scontrol") is None:
             say(
-                self.context.rank,
+                self.mesh.rank,
                 "warning: scontrol is not found: a signal of SLURM saves and stops, but requeues"
                 " nothing",
             )
 
     def begin_training(self) -> None:
-        check_even("train", [self.trainer.num_training_batches], self.context)
+        check_even("train", [self.trainer.num_training_batches], self.mesh)
         self.has_begun = False
         self.ask()  # so that no rank begins the first batch if one was stopped before it
         launch.skip_sigterm_broadcast(self.trainer)
@@ -140,9 +200,7 @@ class Job:
         if not self.has_begun:
             self.has_begun = True
             saves.mark_step_as_saved(self.trainer)
-        context = self.context
-        if context.ep_size > 1:
-            context.even.begin(tensors_in(batch), context.control_group, context.ep_size)
+        self.wire.begin_batch(tensors_in(batch))
 
     def begin_validation(self) -> None:
         trainer = self.trainer
@@ -157,12 +215,12 @@ class Job:
 
         If that number is unknown they cannot ask, and a SIGTERM ends the process at once.
         """
-        shares_experts = self.context.ep_size > 1 and any(
+        shares_experts = self.mesh.ep_size > 1 and any(
             expert_parameters(self.trainer.lightning_module)
         )
         # else nothing keeps ranks in step
-        if shares_experts or self.context.dense_mesh is not None:
-            check_even(stage, batches, self.context)
+        if shares_experts or self.mesh.dense_mesh is not None:
+            check_even(stage, batches, self.mesh)
         fewest = self.poll.smallest(sum(batches))
         can_stop = not loops.accumulated_batches(self.trainer)  # else the step must end first
         if fewest == float("inf"):
@@ -196,7 +254,7 @@ class Job:
 
     def ask_and_wait(self) -> None:
         """Ask once all ranks are here, and act on the answer at once."""
-        dist.barrier(group=self.context.control_group)
+        dist.barrier(group=self.mesh.control_group)
         self.ask()
         self.ask()
 
@@ -216,7 +274,7 @@ class Job:
             self._save(requeue)
         elif requeue:
             say(
-                self.context.rank,
+                self.mesh.rank,
                 "stopped without saving, as nothing was trained; the job is not requeued",
             )
         self.checkpoints.finish()
@@ -243,7 +301,7 @@ class Job:
             trainer.save_checkpoint(path)
             self.checkpoints.finish()
             say(
-                self.context.rank,
+                self.mesh.rank,
                 f"stopped at step {trainer.global_step}; to go on: trainer.fit(...,"
                 f" ckpt_path={str(path)!r})",
             )
@@ -259,8 +317,8 @@ class Job:
         self.stop.give_back()
 
 
-def tensors_in(batch: Any) -> list[Tensor]:
-    """Return the tensors of a batch, where Lightning would move them to the device."""
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a batch, where Lightning would move them to the device."""
     tensors: list[Tensor] = []
 
     def note(tensor: Tensor) -> Tensor:
@@ -268,4 +326,4 @@ def tensors_in(batch: Any) -> list[Tensor]:
         return tensor
 
     apply_to_collection(batch, Tensor, note)
-    return tensors
+    yield from tensors

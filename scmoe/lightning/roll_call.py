@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
 
 ROLL_CALL_S = 3.0
 LEFT_ALONE = re.compile(r"timed out|connection closed|connection reset|broken pipe", re.IGNORECASE)
 
 
-def note_absent(error: BaseException, context: ParallelContext) -> list[int]:
+def note_absent(error: BaseException, mesh: Mesh) -> list[int]:
     """Return the ranks that do not answer; add them, and where this rank waited, to the error.
 
     If the error is not that of a collective that another rank has left, it stays as it is, and the
@@ -34,14 +34,14 @@ def note_absent(error: BaseException, context: ParallelContext) -> list[int]:
     """
     if not isinstance(error, RuntimeError) or not LEFT_ALONE.search(str(error)):
         return []
-    absent = roll_call(context)
+    absent = roll_call(mesh)
     if absent:
         answer = f"no answer from rank {', '.join(map(str, absent))}"
-    elif context.rank == 0:
+    elif mesh.rank == 0:
         answer = "all ranks answer, so one was late"
     else:
         answer = "rank 0 answers; its error says more"
-    error.add_note(f"rank {context.rank} waited at {line_of(error)}; roll call: {answer}")
+    error.add_note(f"rank {mesh.rank} waited at {line_of(error)}; roll call: {answer}")
     return absent
 
 
@@ -58,15 +58,15 @@ def line_of(error: BaseException) -> str:
     return f"{Path(innermost.filename).name}:{innermost.lineno}, {innermost.name}"
 
 
-def roll_call(context: ParallelContext) -> list[int]:
+def roll_call(mesh: Mesh) -> list[int]:
     """Return the ranks that do not answer within ROLL_CALL_S.
 
     Rank 0 asks all, the others ask rank 0 alone.
     """
-    group = context.checkpoint_group
+    group = mesh.checkpoint_group
     deadline = time.monotonic() + ROLL_CALL_S
-    transfer = dist.irecv if context.rank == 0 else dist.isend
-    asked = range(1, context.world_size) if context.rank == 0 else range(1)
+    transfer = dist.irecv if mesh.rank == 0 else dist.isend
+    asked = range(1, mesh.world_size) if mesh.rank == 0 else range(1)
     words = {rank: torch.zeros(1) for rank in asked}
 
     absent: list[int] = []

@@ -11,13 +11,14 @@ plugins are those of Lightning's DDPStrategy. One class with parts, which each h
     checkpoints   parallel/checkpoint/: can be loaded on any number of ranks
     postponed     trainer_checkpoints.py: a save inside a step waits for its end
 
-The LightningModule finds its place in the mesh in `self.parallel_context`, set before
+The LightningModule finds `self.wire`, which has the rank's place as `wire.mesh`, set before
 `configure_model` is called.
 """
 
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from scmoe.lightning.fit_checks import check_can_be_saved, check_late_experts, explain_summary
 from scmoe.lightning.guarded_update import check_callbacks, check_precision, guard_updates
-from scmoe.lightning.job import Job, say
-from scmoe.lightning.ranks_meet import meeting, prepare_backends, time_limits
+from scmoe.lightning.job import Job, meeting, prepare_backends, say, time_limits
 from scmoe.lightning.roll_call import end_job_at_exit, note_absent
 from scmoe.lightning.seam import launch, loops, saves
 from scmoe.lightning.trainer_checkpoints import (
     SavePostponed,
+    check_can_be_saved,
     refuse_save_without_ranks,
     refuse_storage_options,
     remove,
@@ -57,9 +57,10 @@ from scmoe.parallel.dense import (
     shard,
     with_dense_mesh,
 )
-from scmoe.parallel.mesh import ParallelContext, build_context, check_experts, what_prevents_overlap
+from scmoe.parallel.mesh import Mesh, build_mesh, check_experts, what_prevents_overlap
 from scmoe.parallel.torch_seam import set_default_timeout
 from scmoe.parallel.update.wrap import Wrapped, wrap
+from scmoe.parallel.wire.wire import Wire
 
 
 class ExpertParallelStrategy(DDPStrategy):
@@ -69,7 +70,7 @@ class ExpertParallelStrategy(DDPStrategy):
 
     ep_size: number of ranks that share one set of experts; None: all ranks.
     timeout_s: seconds that a collective may take before the job ends with an error. Until all ranks
-        have met and built their modules the limit is START_TIMEOUT_S of ranks_meet.py, if that is
+        have met and built their modules the limit is START_TIMEOUT_S of job.py, if that is
         longer.
     async_checkpoint: training continues while a checkpoint is written; the files are complete some
         steps later.
@@ -115,7 +116,7 @@ class ExpertParallelStrategy(DDPStrategy):
         self.dense = dense
         self.dense_estimates = dense_estimates
         self.async_checkpoint = async_checkpoint
-        self.context = ParallelContext()
+        self.wire = Wire()
         self.job = Job()
         self.wrapped: Wrapped
         self.checkpoints: Checkpoints
@@ -142,8 +143,12 @@ class ExpertParallelStrategy(DDPStrategy):
         return isinstance(self.cluster_environment, LightningEnvironment) and self.local_rank > 0
 
     @property
+    def mesh(self) -> Mesh:
+        return self.wire.mesh
+
+    @property
     def is_split(self) -> bool:
-        return self.context.dense_mesh is not None
+        return self.mesh.dense_mesh is not None
 
     @property
     def launcher(self) -> Any:
@@ -161,18 +166,18 @@ class ExpertParallelStrategy(DDPStrategy):
         if self.root_device.type == "cuda":
             for line in what_prevents_overlap():
                 say(self.global_rank, f"warning: {line}")
-        if self.context.mesh is None:
+        if self.mesh.device_mesh is None:
             ep_size = self.world_size if self.ep_size is None else self.ep_size
-            self._use(build_context(ep_size, self.root_device, self.timeout))
+            self._use(Wire(build_mesh(ep_size, self.root_device, self.timeout)))
             self._split(self.dense, self.dense_estimates)
-            self.checkpoints = Checkpoints(self.context, self.async_checkpoint)
-        self._use(self.context)
+            self.checkpoints = Checkpoints(self.mesh, self.async_checkpoint)
+        self._use(self.wire)
 
-    def _use(self, context: ParallelContext) -> None:
-        self.context = self.job.context = self.module.parallel_context = context
+    def _use(self, wire: Wire) -> None:
+        self.wire = self.job.wire = self.module.wire = wire
 
     def _split(self, how: str, estimates: Mapping[str, float] | None) -> None:
-        """Set `context.dense_mesh` if dense weights are split. Every rank must call it.
+        """Set `mesh.dense_mesh` if dense weights are split. Every rank must call it.
 
         how: auto is decided by rank 0, from the estimates, and stays open without them.
         """
@@ -181,22 +186,20 @@ class ExpertParallelStrategy(DDPStrategy):
             how, why = self.broadcast(pick_dense(estimates, memory))
             say(self.global_rank, f"strategy.dense=auto: dense weights are {how}; {why}")
         if how in ("sharded", "hybrid"):
-            self._use(
-                with_dense_mesh(
-                    self.context, how, self.num_processes, self.root_device, self.timeout
-                )
+            mesh = with_dense_mesh(
+                self.mesh, how, self.num_processes, self.root_device, self.timeout
             )
+            self._use(replace(self.wire, mesh=mesh))
 
     # ------------------------------------------------------------------ setup and teardown
 
     def setup(self, trainer: Any) -> None:
         self.barrier()
         set_default_timeout(self.timeout)
-        check_experts(self.module, self.context)
-        explain_summary(trainer, self.context.ep_size)
+        check_experts(self.module, self.mesh)
         self.job.open(trainer, self.checkpoints, self.is_launched)
         super().setup(trainer)  # calls model_to_device and, for fit, configure_ddp
-        make_equal(self.module, self.context)
+        make_equal(self.module, self.mesh)
         if self.is_split:
             loops.without_inference_mode(trainer)
             # so that hooks of FSDP on the LightningModule itself run around its steps
@@ -213,25 +216,25 @@ class ExpertParallelStrategy(DDPStrategy):
         self.at_teardown.callback(trainer.callbacks.remove, postponed)
         self.at_teardown.callback(saves.await_saves(trainer, self.checkpoints))
 
-        guarded = guard_updates(self.precision_plugin, self.module, self.context)
+        guarded = guard_updates(self.precision_plugin, self.module, self.mesh)
         self.at_teardown.callback(guarded.remove)
         torch.cuda.manual_seed(self._seed_of_rank())
 
     def model_to_device(self) -> None:
         if self.dense == "auto" and self.dense_estimates is None and not self.is_split:
-            self._split("auto", estimates_of(self.module, self.context, self.num_processes))
+            self._split("auto", estimates_of(self.module, self.mesh, self.num_processes))
         if self.is_split and not any(isinstance(p, DTensor) for p in self.module.parameters()):
-            shard(self.module, self.context, self.precision_plugin.precision)
-        check_placements(self.module, self.context)
+            shard(self.module, self.mesh, self.precision_plugin.precision)
+        check_placements(self.module, self.mesh)
         hide_own_weights(self.module, self.is_split)
         super().model_to_device()
 
     def configure_ddp(self) -> None:
         if self.is_split:
-            self.wrapped = wrap(self.module, self.context)
+            self.wrapped = wrap(self.module, self.mesh)
         else:
             ddp = loops.ddp_arguments(self)
-            self.wrapped = wrap(self.module, self.context, **ddp)
+            self.wrapped = wrap(self.module, self.mesh, **ddp)
             self.model = self.wrapped.module
             loops.register_ddp_hooks(self)
         self.at_teardown.callback(self.wrapped.close)
@@ -256,8 +259,8 @@ class ExpertParallelStrategy(DDPStrategy):
         self.job.begin_training()
         check_can_be_saved(self.module.trainer)
         saves.end_restart_of_finetuning(self.module.trainer)
-        check_experts(self.module, self.context)
-        check_late_experts(self.module, self.wrapped)
+        check_experts(self.module, self.mesh)
+        self.wrapped.check_late_experts(self.module)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.job.begin_batch(batch, batch_idx)
@@ -315,7 +318,7 @@ class ExpertParallelStrategy(DDPStrategy):
     @property
     def is_alone(self) -> bool:
         """Return whether this rank has raised and the other ranks may not know of it."""
-        return self.context.world_size > 1 and loops.was_interrupted(self.module.trainer)
+        return self.mesh.world_size > 1 and loops.was_interrupted(self.module.trainer)
 
     @property
     def is_global_zero(self) -> bool:
@@ -337,8 +340,8 @@ class ExpertParallelStrategy(DDPStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        if self.context.world_size > 1:
-            absent = note_absent(exception, self.context)
+        if self.mesh.world_size > 1:
+            absent = note_absent(exception, self.mesh)
             end_job_at_exit(launch.started_ranks(self), absent, self.parent)
 
     # ------------------------------------------------------------------ checkpoints
@@ -351,7 +354,7 @@ class ExpertParallelStrategy(DDPStrategy):
             warn_of_skipped_save()
             return
         path = Path(self.broadcast(filepath))
-        save_or_postpone(path, state, self.module, self.checkpoints, self.context, self.takes_steps)
+        save_or_postpone(path, state, self.module, self.checkpoints, self.mesh, self.takes_steps)
 
     @property
     def takes_steps(self) -> bool:
@@ -364,11 +367,11 @@ class ExpertParallelStrategy(DDPStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the module's weights and buffers. Raise RuntimeError where this is no rank."""
-        refuse_save_without_ranks(self.context)
-        return model_state(self.module, self.context)
+        refuse_save_without_ranks(self.mesh)
+        return model_state(self.module, self.mesh)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return optimizer_state(self.module, optimizer, self.context)
+        return optimizer_state(self.module, optimizer, self.mesh)
 
     def load_checkpoint(
         self, checkpoint_path: Any, weights_only: bool | None = None

@@ -5,6 +5,7 @@ training is completed at once.
 """
 
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from scmoe.lightning.seam import loops, saves
 from scmoe.parallel.checkpoint.saving import Checkpoints
-from scmoe.parallel.checkpoint.state import own_part, tied_weights
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.checkpoint.state import own_part, tied_weights, to_text
+from scmoe.parallel.mesh import Mesh
 
 
 def refuse_storage_options(storage_options: Any) -> None:
@@ -25,9 +26,32 @@ def refuse_storage_options(storage_options: Any) -> None:
         )
 
 
-def refuse_save_without_ranks(context: ParallelContext) -> None:
+def check_can_be_saved(trainer: Any) -> None:
+    """Raise TypeError for what a checkpoint could not hold.
+
+    Checked are hyper-parameters and the state of callbacks.
+    """
+    states: list[tuple[str, Any]] = []
+    for holder in (trainer.lightning_module, trainer.datamodule):
+        if holder is not None:
+            states.append((f"a hyper-parameter of {type(holder).__name__}", holder.hparams))
+    for callback in trainer.callbacks:
+        with suppress(Exception):  # it may not have a state before the first step
+            states.append(
+                (f"the state of the callback {type(callback).__name__}", callback.state_dict())
+            )
+    for what, state in states:
+        try:
+            to_text(state)
+        except TypeError as error:
+            raise TypeError(
+                f"{what} cannot be saved: {error}. Convert it, or leave it out"
+            ) from error
+
+
+def refuse_save_without_ranks(mesh: Mesh) -> None:
     """Raise RuntimeError where this process is no rank."""
-    if context.mesh is None:
+    if mesh.device_mesh is None:
         raise RuntimeError(
             "no checkpoint can be saved here: the ranks, which hold the experts, do not exist"
             " before fit, and end with it after spawn or fork. Save inside fit, for example"
@@ -49,7 +73,7 @@ def save_or_postpone(
     state: dict[str, Any],
     module: Any,
     checkpoints: Checkpoints,
-    context: ParallelContext,
+    mesh: Mesh,
     takes_steps: bool,
 ) -> None:
     """Save what the Trainer gives, or note that it is saved at the end of the step. Every rank must
@@ -63,7 +87,7 @@ def save_or_postpone(
         )
         checkpoints.postponed[path] = "optimizer_states" not in state
         return
-    written = own_part(module, state["state_dict"], context)
+    written = own_part(module, state["state_dict"], mesh)
     checkpoints.save(
         path, state | {"state_dict": written, "tied_weights": tied_weights(module)}, module
     )

@@ -58,6 +58,12 @@ class MoEStream(Operators):
         self.rows = rows or Dropless()
         self.num_ranks = experts.num_experts // len(experts.expert_ids)  # that share the experts
 
+    def arrange_as(self, rows: Rows) -> Rows:
+        """Arrange rows in this way from now on. Return the way until now."""
+        before = self.rows
+        self.rows = rows
+        return before
+
     @torch.compiler.disable
     def begin(
         self,
@@ -151,8 +157,9 @@ class dropless:
     """A context for inference, in which MoE modules drop no copy, whatever their rows.
 
     With a capacity a token's result would depend on its batch. The routers' sums are not computed
-    inside, and stats are None. Entering sets `rows` of each stream, and leaving restores them. This
-    is not an argument, because blocks of users, which know nothing of it, hold MoE modules too.
+    inside, and stats are None. Each stream arranges its rows so on entering, and as before on
+    leaving. This is not an argument, because blocks of users, which know nothing of it, hold MoE
+    modules too.
     Generation enters one at each token, so entering it is cheap. Not reentrant. It uses the rows
     that each stream had when `dropless` was created.
     """
@@ -163,15 +170,13 @@ class dropless:
         self.rows_outside: list[Rows] = []
 
     def __enter__(self) -> None:
-        self.rows_outside = [stream.rows for stream in self.streams]
-        self.set_rows(self.rows)
+        self.rows_outside = self.arrange_as(self.rows)
 
     def __exit__(self, *error: object) -> None:
-        self.set_rows(self.rows_outside)
+        self.arrange_as(self.rows_outside)
 
-    def set_rows(self, rows: list[Rows]) -> None:
-        for stream, rows_of_stream in zip(self.streams, rows, strict=True):
-            stream.rows = rows_of_stream
+    def arrange_as(self, rows: list[Rows]) -> list[Rows]:
+        return [stream.arrange_as(way) for stream, way in zip(self.streams, rows, strict=True)]
 
 
 def move_biases(model: nn.Module, sums_LE2: Tensor) -> None:

@@ -31,12 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scmoe.models.fsdp_units import exact_parameters, router_parameters, units, whole_parameters
 from scmoe.moe.turns import current_turns
-from scmoe.parallel.mesh import (
-    ParallelContext,
-    expert_parameters,
-    group_by_rows,
-    start_communicators,
-)
+from scmoe.parallel.mesh import Mesh, expert_parameters, group_by_rows, start_communicators
 from scmoe.parallel.torch_seam import (
     gather_as_kept,
     gather_in_background,
@@ -70,44 +65,44 @@ def check_dense(dense: str, ddp: Mapping[str, Any]) -> None:
 
 
 def with_dense_mesh(
-    context: ParallelContext, how: str, node_size: int, device: torch.device, timeout: timedelta
-) -> ParallelContext:
-    """Return the context with the meshes of `sharded` or `hybrid`.
+    mesh: Mesh, how: str, node_size: int, device: torch.device, timeout: timedelta
+) -> Mesh:
+    """Return the mesh with `dense_mesh` and `exact_mesh` for `sharded` or `hybrid`.
 
     Every rank of the default group must call it.
 
     node_size: ranks of one node, with consecutive numbers. ValueError: `hybrid` where a node has
     one rank or all.
     """
-    ranks = torch.arange(context.world_size)
+    ranks = torch.arange(mesh.world_size)
     axes = {"shards": ranks.view(1, -1)}
     if how == "hybrid":
-        if not 1 < node_size < context.world_size or context.world_size % node_size:
+        if not 1 < node_size < mesh.world_size or mesh.world_size % node_size:
             raise ValueError(
-                f"dense is hybrid with {context.world_size} ranks, {node_size} a node, but it needs"
+                f"dense is hybrid with {mesh.world_size} ranks, {node_size} a node, but it needs"
                 " 2 or more nodes of 2 or more ranks. Use sharded"
             )
         ranks = ranks.view(-1, node_size)
         axes = {"copies": ranks.T, "shards": ranks}
 
-    def mesh(purpose: str) -> DeviceMesh:
+    def device_mesh(purpose: str) -> DeviceMesh:
         groups = [group_by_rows(grid, f"{purpose}-{axis}", timeout) for axis, grid in axes.items()]
         if device.type == "cuda":
             start_communicators(groups, device)
         return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=tuple(axes))
 
-    context = replace(context, dense_mesh=mesh("dense"), exact_mesh=mesh("exact"))
-    # sums begin on a thread (update/wrap.py), and FSDP gathers experts over mesh["edp"]
+    mesh = replace(mesh, dense_mesh=device_mesh("dense"), exact_mesh=device_mesh("exact"))
+    # sums begin on a thread (update/wrap.py), and FSDP gathers experts over device_mesh["edp"]
     if device.type == "cpu":
-        assert context.mesh is not None
-        context = replace(
-            context, edp_group=group_by_rows(context.mesh.mesh.T, "expert gradients", timeout)
+        assert mesh.device_mesh is not None
+        mesh = replace(
+            mesh, edp_group=group_by_rows(mesh.device_mesh.mesh.T, "expert gradients", timeout)
         )
-    return context
+    return mesh
 
 
-def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
-    """Split all parameters of `module` as `context.dense_mesh` says; they may be on the meta
+def shard(module: nn.Module, mesh: Mesh, precision: str) -> None:
+    """Split all parameters of `module` as `mesh.dense_mesh` says; they may be on the meta
     device.
 
     precision: Lightning's. Under bf16-mixed, matrices are gathered in bfloat16: gathered in
@@ -117,20 +112,18 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
     ranks that hold this expert.
     """
     assert (
-        context.mesh is not None
-        and context.dense_mesh is not None
-        and context.exact_mesh is not None
+        mesh.device_mesh is not None and mesh.dense_mesh is not None and mesh.exact_mesh is not None
     )
     experts = dict(expert_parameters(module))
     for name, p in experts.items():
-        if p.shape[1] % context.edp_size:
+        if p.shape[1] % mesh.edp_size:
             raise ValueError(
                 f"{name} is {tuple(p.shape)}. Where dense weights are split, its dim 1 must be a"
-                f" multiple of the {context.edp_size} ranks that hold these experts. Raise ep_size"
+                f" multiple of the {mesh.edp_size} ranks that hold these experts. Raise ep_size"
             )
     mixed = precision == "bf16-mixed"
-    places = dict.fromkeys(experts.values(), split_over(context.mesh["edp"], 1))
-    in_float32 = split_over(context.exact_mesh, 0)
+    places = dict.fromkeys(experts.values(), split_over(mesh.device_mesh["edp"], 1))
+    in_float32 = split_over(mesh.exact_mesh, 0)
     unsplit = whole_parameters(module)
     if mixed:
         places |= dict.fromkeys(exact_parameters(module), in_float32)
@@ -147,7 +140,7 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
         backward_begins_here = unit is whole or unit is blocks[-1]
         fully_shard(
             unit if len(unit) > 1 else unit[0],
-            mesh=context.dense_mesh,
+            mesh=mesh.dense_mesh,
             reshard_after_forward=not backward_begins_here,
             shard_placement_fn=places.get,
             mp_policy=narrow,
@@ -167,8 +160,8 @@ def prefetch(module: nn.Module) -> None:
     This holds in forward and in backward, on CPUs alone, where FSDP would wait for each gather. On
     GPUs it gathers on a stream, ahead of the computation.
     """
-    mesh = next(p.device_mesh for p in module.parameters() if isinstance(p, DTensor))
-    if mesh.device_type == "cpu":
+    split = next(p for p in module.parameters() if isinstance(p, DTensor))
+    if split.device_mesh.device_type == "cpu":
         in_order = [
             m for m in [module, *(unit[0] for unit in units(module))] if isinstance(m, FSDPModule)
         ]
@@ -187,12 +180,12 @@ def hide_own_weights(module: nn.Module, is_split: bool) -> None:
     hide_from_ddp(module, [name for name, _ in weights])
 
 
-def check_placements(module: nn.Module, context: ParallelContext) -> None:
+def check_placements(module: nn.Module, mesh: Mesh) -> None:
     """Raise ValueError for a module that an earlier fit has split in another way.
 
     Its optimizers would fail.
     """
-    wanted = None if context.dense_mesh is None else context.dense_mesh.ndim
+    wanted = None if mesh.dense_mesh is None else mesh.dense_mesh.ndim
     first = next(iter(module.parameters()), None)
     axes = first.device_mesh.ndim if isinstance(first, DTensor) else None
     if first is not None and axes != wanted:
@@ -219,15 +212,15 @@ def local(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def make_equal(module: nn.Module, context: ParallelContext) -> None:
+def make_equal(module: nn.Module, mesh: Mesh) -> None:
     """Broadcast each part of a weight from the first rank that holds it to the others.
 
     Buffers of split modules are rank 0's, as DDP does for whole modules. Weights differ if the
     ranks' generators differed when the module was built.
     """
-    groups = {p: context.edp_group for _, p in expert_parameters(module) if context.edp_size > 1}
+    groups = {p: mesh.edp_group for _, p in expert_parameters(module) if mesh.edp_size > 1}
     groups |= dict.fromkeys(
-        whole_parameters(module), dist.group.WORLD if context.world_size > 1 else None
+        whole_parameters(module), dist.group.WORLD if mesh.world_size > 1 else None
     )
     for p in module.parameters():
         if isinstance(p, DTensor):
@@ -236,7 +229,7 @@ def make_equal(module: nn.Module, context: ParallelContext) -> None:
             group = groups.get(p)
         if group is not None:
             dist.broadcast(local(p), dist.get_global_rank(group, 0), group)
-    for buffer in module.buffers() if context.dense_mesh is not None else ():
+    for buffer in module.buffers() if mesh.dense_mesh is not None else ():
         sent = buffer.contiguous()
         dist.broadcast(sent, 0)
         buffer.copy_(sent)
@@ -314,7 +307,7 @@ def ways(module: nn.Module, world_size: int, edp_size: int, node_size: int) -> l
     )
 
 
-def estimates_of(module: nn.Module, context: ParallelContext, node_size: int) -> dict[str, float]:
+def estimates_of(module: nn.Module, mesh: Mesh, node_size: int) -> dict[str, float]:
     """Return for each way twice the bytes of weights, gradients and AdamW's moments.
 
     The factor 2 leaves room for activations, whose size is not known here. module: with this rank's
@@ -324,12 +317,11 @@ def estimates_of(module: nn.Module, context: ParallelContext, node_size: int) ->
     dense = sum(p.nbytes for p in module.parameters()) - experts
     weights = {
         "replicated": dense + experts,
-        "hybrid": dense / node_size + experts / context.edp_size,
-        "sharded": dense / context.world_size + experts / context.edp_size,
+        "hybrid": dense / node_size + experts / mesh.edp_size,
+        "sharded": dense / mesh.world_size + experts / mesh.edp_size,
     }
     return {
-        way: 8 * weights[way]
-        for way in ways(module, context.world_size, context.edp_size, node_size)
+        way: 8 * weights[way] for way in ways(module, mesh.world_size, mesh.edp_size, node_size)
     }
 
 

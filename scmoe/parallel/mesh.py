@@ -1,4 +1,4 @@
-"""The place of a rank in expert parallelism: device mesh and process groups.
+"""The place of a rank in expert parallelism: sizes, process groups, DeviceMeshes.
 
 Ranks form a grid ("edp", "ep"), EP innermost: rank = edp * EP + ep, so that an EP group lies within
 a node if it fits. Experts are split over `ep` and replicated over `edp` (expert data parallel);
@@ -9,10 +9,8 @@ as many batches? where is the NaN?) shares the control group.
 
 import os
 import socket
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -21,57 +19,53 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.parallel.torch_seam import urgent
-from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, all_to_all
-from scmoe.parallel.wire.even_rows import EvenRows
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads when a group is made
 
 
 @dataclass(frozen=True)
-class ParallelContext:
-    """A rank's place in the mesh. The default is a single process that holds everything.
+class Mesh:
+    """A rank's place among all ranks. The default is a single process that holds everything.
 
-    `ep_group` carries the All-to-All, `counts_group` how many rows come in it, `edp_group` the
-    expert gradients, `checkpoint_group` (gloo) checkpoints, `control_group` (gloo) what ranks ask
-    each other; the default group carries dense gradients, losses and metrics. `even` checks numbers
-    of rows that are not announced. `dense_mesh`: the ranks over which dense weights are split
-    (dense.py); None: each rank holds them whole. `exact_mesh`: the same ranks, for the weights that
-    are gathered in float32.
+    It is not torch's DeviceMesh, which has axes and one process group for each. A mesh here has
+    three of them as fields, and groups that belong to no axis.
 
-    A deep copy of a module shares its context. A pickle holds the place alone, without groups and
-    meshes.
+    `device_mesh` has the axes "edp" and "ep". `ep_group` carries the All-to-All, `counts_group` how
+    many rows come in it, `edp_group` the expert gradients, `checkpoint_group` (gloo) checkpoints,
+    `control_group` (gloo) what ranks ask each other; the default group carries dense gradients,
+    losses and metrics. `dense_mesh`: the ranks over which dense weights are split (dense.py); None:
+    each rank holds them whole. `exact_mesh`: the same ranks, for the weights that are gathered in
+    float32.
+
+    A copy is the same object. A pickle holds the place alone, without groups and DeviceMeshes.
     """
 
     rank: int = 0
     world_size: int = 1
     ep_size: int = 1
-    mesh: DeviceMesh | None = None
+    device_mesh: DeviceMesh | None = None
     ep_group: Any = None
     counts_group: Any = None
     edp_group: Any = None
     checkpoint_group: Any = None
     control_group: Any = None
-    even: EvenRows = field(default_factory=EvenRows)
     dense_mesh: DeviceMesh | None = None
     exact_mesh: DeviceMesh | None = None
 
-    def __copy__(self) -> "ParallelContext":
+    def __copy__(self) -> "Mesh":
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ParallelContext":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Mesh":
         return self
 
     def __reduce__(self) -> Any:
-        """Return how to make the context again, without groups.
+        """Return how to make the mesh again, without groups.
 
         Where each rank has all experts, a process that reads the pickle needs no other one.
         """
-        return ParallelContext, (
-            () if self.ep_size == 1 else (self.rank, self.world_size, self.ep_size)
-        )
+        return Mesh, () if self.ep_size == 1 else (self.rank, self.world_size, self.ep_size)
 
     @property
     def edp_size(self) -> int:
@@ -89,26 +83,6 @@ class ParallelContext:
             )
         share = num_experts // self.ep_size
         return range(self.ep_rank * share, (self.ep_rank + 1) * share)
-
-    def dispatcher(
-        self, num_experts: int, ceiling: float | None = None, buffered: bool = False
-    ) -> Dispatcher:
-        """Return the dispatcher of one MoE module.
-
-        It is All-to-All over the EP group, or local if EP is 1, where a rank receives exactly its
-        fair share and needs no ceiling. buffered: for rows in buffers.
-        """
-        if self.ep_size == 1:
-            return LocalDispatcher()
-        return AllToAllDispatcher(
-            self.ep_group,
-            num_experts,
-            ceiling,
-            all_to_all(self.ep_group),
-            counts_group=self.counts_group,
-            buffered=buffered,
-            even=self.even,
-        )
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """Return the sum over all ranks, bit-identical on each; x is not changed."""
@@ -137,61 +111,8 @@ class ParallelContext:
         dist.gather_object(value, values, group=self.control_group)
         return values
 
-    @contextmanager
-    def same_error_on_all_ranks(self, group: Any = None) -> Iterator[None]:
-        """Raise on every rank what the first of them raises inside.
 
-        So no rank waits for one that has given up. A rank that is stuck inside ends the others
-        after the timeout. There must be no collective inside.
-
-        group: in which ranks ask each other; None: `checkpoint_group`.
-        """
-        failure: Exception | None = None
-        try:
-            yield
-        except Exception as error:
-            failure = error
-        self._raise_first(failure, group or self.checkpoint_group)
-
-    def together(self, work: Callable[[], Any]) -> None:
-        """Do long work on every rank, each its own, and raise everywhere what the first one raises.
-
-        Ranks ask each other every second who still works, so the work may take longer than a
-        collective's timeout.
-        """
-        failures: list[Exception] = []
-
-        def do() -> None:
-            try:
-                work()
-            except Exception as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=do, name="together", daemon=True)
-        thread.start()
-        done = torch.zeros(1, dtype=torch.int64)
-        while not done:
-            thread.join(timeout=1)
-            done.fill_(not thread.is_alive())
-            dist.all_reduce(done, dist.ReduceOp.MIN, group=self.checkpoint_group)
-        self._raise_first(failures[0] if failures else None, self.checkpoint_group)
-
-    def _raise_first(self, failure: Exception | None, group: Any) -> None:
-        """Raise the first rank's failure on every rank. Every rank must call it."""
-        sent: Exception | None = failure
-        if failure is not None and not isinstance(failure, (OSError, ValueError, TypeError)):
-            # a type of a user may not survive the way
-            sent = RuntimeError(f"{type(failure).__name__}: {failure}")
-        failures: list[Any] = [None] * self.world_size
-        dist.all_gather_object(failures, sent, group=group)
-        if failure is not None:
-            failures[self.rank] = failure  # with its traceback, which a copy has not
-        for first in failures:
-            if first is not None:
-                raise first
-
-
-def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> ParallelContext:
+def build_mesh(ep_size: int, device: torch.device, timeout: timedelta) -> Mesh:
     """Make all groups and return this rank's place. Every rank of the default group must call it.
 
     Each group is made with the timeout, which it does not inherit from the default group.
@@ -216,16 +137,16 @@ def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> Par
     edp_group = group_by_rows(grid.T, "edp", timeout)
     checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
     control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
-    mesh = DeviceMesh.from_group(
+    device_mesh = DeviceMesh.from_group(
         [edp_group, ep_group], device.type, mesh=grid, mesh_dim_names=("edp", "ep")
     )
     if device.type == "cuda":
         start_communicators((None, ep_group, counts_group, edp_group), device)
-    return ParallelContext(
+    return Mesh(
         rank=rank,
         world_size=world_size,
         ep_size=ep_size,
-        mesh=mesh,
+        device_mesh=device_mesh,
         ep_group=ep_group,
         counts_group=counts_group,
         edp_group=edp_group,
@@ -267,7 +188,7 @@ def expert_parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield from child.named_parameters(prefix, recurse=False)
 
 
-def check_experts(module: nn.Module, context: ParallelContext) -> None:
+def check_experts(module: nn.Module, mesh: Mesh) -> None:
     """Raise ValueError for experts that do not belong to this rank.
 
     A model that is built before the ranks exist has all experts. Each rank would train all of them,
@@ -277,13 +198,13 @@ def check_experts(module: nn.Module, context: ParallelContext) -> None:
         if not isinstance(child, Experts):
             continue
         held = child.expert_ids
-        wanted = context.local_experts(child.num_experts)
+        wanted = mesh.local_experts(child.num_experts)
         if held != wanted:
             raise ValueError(
                 f"{name or type(child).__name__} holds experts {held.start} to {held.stop - 1} on"
-                f" rank {context.rank}, allowed: {wanted.start} to {wanted.stop - 1} of"
+                f" rank {mesh.rank}, allowed: {wanted.start} to {wanted.stop - 1} of"
                 f" {child.num_experts}; build the model in configure_model or setup, from"
-                " self.parallel_context, which __init__ does not have yet"
+                " self.wire, which __init__ does not have yet"
             )
 
 

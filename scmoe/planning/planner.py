@@ -12,8 +12,7 @@ The bench of inference uses passes in place of steps, up to `price`.
     try         whole training steps with the candidates of low price in turn, round after round,
                 until one is left: only a step shows what chunks and halves of a batch cost in
                 parallel with computation, and how rows and gradients share a link
-    agree       every rank chooses; rank 0's choice is broadcast, and each rank compares it with its
-                own
+    agree       every rank chooses; rank 0's choice is broadcast, and each compares it with its own
     run         as chosen. Some steps are timed for the overlap efficiency; where their times become
                 unusual, the planner measures again
 """
@@ -28,7 +27,8 @@ from torch import Tensor
 
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.moe.dispatcher import Blocking
-from scmoe.moe.operators import Direction, Recorder
+from scmoe.moe.operators import Direction
+from scmoe.moe.recorder import Recorder
 from scmoe.planning.pricing import (
     DIRECTIONS,
     LayerChoice,

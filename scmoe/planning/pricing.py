@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scmoe.moe.operators import Direction, Mark, Recorder
+from scmoe.moe.operators import Direction
+from scmoe.moe.recorder import Mark, Recorder
 from scmoe.schedule.cost import (
     PER_CHUNK,
     TRANSFERS,

@@ -34,7 +34,7 @@ from scmoe.inference.generate import (
 from scmoe.inference.offload.cache import Cache
 from scmoe.inference.prompts import Prompt
 from scmoe.inference.sampling import Sampling, Stopping
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
 from scmoe.runs.on_ranks import ending_together, find_weights, start_ranks
 from scmoe.runs.trained import offloaded
 from scmoe.training.assembly.data import build_datamodule, prepare_data
@@ -96,9 +96,9 @@ def generate_texts(
         prepare_data(data, weights)
         encoded(request, data.tokenizer, config)  # so that a prompt that is too long starts no rank
 
-    with model_on_rank(config, weights) as (model, context, cache):
+    with model_on_rank(config, weights) as (model, mesh, cache):
         prompts = encoded(request, data.tokenizer, config)
-        speed = write_all(model, context, prompts, request, data.tokenizer, write, show)
+        speed = write_all(model, mesh, prompts, request, data.tokenizer, write, show)
 
     if speed is None:
         return None
@@ -112,14 +112,12 @@ def generate_texts(
 
 
 @contextmanager
-def model_on_rank(
-    config: Config, weights: Path
-) -> Iterator[tuple[Any, ParallelContext, Cache | None]]:
-    """Yield the model of this rank, its context, and the cache of offloaded experts (None: experts
+def model_on_rank(config: Config, weights: Path) -> Iterator[tuple[Any, Mesh, Cache | None]]:
+    """Yield the model of this rank, its mesh, and the cache of offloaded experts (None: experts
     are resident)."""
     if config.offload.way != "resident":
         with offloaded(config, weights) as (model, cache):
-            yield model, ParallelContext(), cache
+            yield model, Mesh(), cache
         return
     module, trainer = start_ranks(config, weights)
     with (
@@ -127,7 +125,7 @@ def model_on_rank(
         torch.inference_mode(),
         trainer.precision_plugin.val_step_context(),
     ):
-        yield module.model, module.parallel_context, None
+        yield module.model, module.wire.mesh, None
 
 
 def speed_lines(speed: dict[str, Any]) -> list[str]:
@@ -166,7 +164,7 @@ def encoded(request: Request, tokenizer: Tokenizer, config: Config) -> list[list
 
 def write_all(
     model: Any,
-    context: ParallelContext,
+    mesh: Mesh,
     prompts: Sequence[Sequence[int]],
     request: Request,
     tokenizer: Tokenizer,
@@ -180,14 +178,14 @@ def write_all(
     max_tokens = request.max_tokens or min(USUAL_TOKENS, room)
     ends = frozenset({tokenizer.end_of_text})
     stopping = Stopping(max_tokens, ends, request.stop_strings, tokenizer.decode)
-    passes = Passes(context.true_on_all_ranks, request.piece)
+    passes = Passes(mesh.true_on_all_ranks, request.piece)
 
     tokens = 0
     seconds = 0.0
     first_s = 0.0
-    block = request.batch_size * context.world_size
+    block = request.batch_size * mesh.world_size
     for start in range(0, len(prompts), block):
-        mine = slice(start + context.rank, start + block, context.world_size)
+        mine = slice(start + mesh.rank, start + block, mesh.world_size)
         steps = stream(model, prompts[mine], stopping, request.sampling, seeds[mine], passes)
         begun = time.perf_counter()
         first = [*islice(steps, 1)]
@@ -196,7 +194,7 @@ def write_all(
         texts = collect(shown(steps, stopping, show) if show else steps, len(prompts[mine]))
         seconds += time.perf_counter() - begun
 
-        by_rank = context.gather_on_rank_zero(texts)
+        by_rank = mesh.gather_on_rank_zero(texts)
         if by_rank is None:
             continue
         for number, (ids, reason) in enumerate(in_order(by_rank), start):
@@ -211,7 +209,7 @@ def write_all(
                     "ended": reason,
                 }
             )
-    if context.rank != 0:
+    if mesh.rank != 0:
         return None
     return {
         "texts": len(prompts),

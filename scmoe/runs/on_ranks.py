@@ -5,12 +5,10 @@ import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from scmoe.config.derived import last_step, resolve_ep_size
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_kept
@@ -18,8 +16,7 @@ from scmoe.config.registry import named
 from scmoe.parallel.checkpoint.durable import UNREAD, BrokenCheckpoint
 from scmoe.parallel.checkpoint.export import EXPORT, load_weights
 from scmoe.runs.trained import check_export
-from scmoe.training.assembly.model import build_module
-from scmoe.training.assembly.trainer import build_strategy, build_trainer
+from scmoe.training.assembly.start import Start
 from scmoe.training.modules import MoEModule
 from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import check_devices, check_resident
@@ -99,9 +96,9 @@ def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:
     """
     check_resident(config)
     silence_lightning()
-    module = build_module(replace(config, init_from=None))
-    strategy = build_strategy(config, resolve_ep_size(config))
-    trainer = build_trainer(config, [], [], strategy, last_step(config))
+    start = Start.of(config)
+    module = start.module(init_from=None)
+    trainer = start.trainer([], [])
     exported = weights.suffix == EXPORT
     with warnings.catch_warnings():
         for message in (".*callbacks used to create the checkpoint.*", ".*across ranks is zero.*"):

@@ -33,7 +33,6 @@ from scmoe.init_from.pretrained import (
 from scmoe.init_from.upcycle import fill
 from scmoe.parallel.checkpoint.export import EXPORT, exported_by_name, load_weights, read_settings
 from scmoe.parallel.checkpoint.loading import check_same_model, load_model, weights_by_name
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.hf_config import OURS, dropless, our_config
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 from scmoe.training.run.directory import relative
@@ -82,7 +81,7 @@ def check_export(file: Path, config: Config) -> None:
 
 
 def build(config: Config) -> Any:
-    return build_model(dropless(config), ParallelContext()).eval()
+    return build_model(dropless(config)).eval()
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The LightningModules: losses over routers and ranks with one optimizer.
 
-Only `parallel_context` knows about ranks. `LanguageModel` and `ImageClassifier` add what a batch is
+Only `wire` knows about ranks. `LanguageModel` and `ImageClassifier` add what a batch is
 and how predictions are measured.
 """
 
@@ -25,8 +25,9 @@ from scmoe.lightning.seam.loops import count_steps_from
 from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_z_loss
 from scmoe.moe.stream import move_biases
 from scmoe.moe.tokens import RouterStats
-from scmoe.parallel.mesh import ParallelContext, expert_parameters
+from scmoe.parallel.mesh import expert_parameters
 from scmoe.parallel.torch_seam import allow_graphs
+from scmoe.parallel.wire.wire import Wire
 from scmoe.training.muon import Trained, adamw
 
 
@@ -43,7 +44,7 @@ class MoEModule(LightningModule):
 
     def __init__(
         self,
-        make_model: Callable[[ParallelContext], nn.Module],
+        make_model: Callable[[Wire], nn.Module],
         *,
         max_steps: int,
         make_optimizer: Callable[[Trained], Optimizer] = adamw,
@@ -67,7 +68,7 @@ class MoEModule(LightningModule):
         self.refuse_overflow = refuse_overflow
         self.compiled = compiled
 
-        self.parallel_context = ParallelContext()
+        self.wire = Wire()
         self.model: Any = None
         self.accumulated = 1  # batches of a step
         self.recent: dict[str, deque[Tensor]] = {}  # values of the last batches of a step
@@ -93,7 +94,7 @@ class MoEModule(LightningModule):
 
     def configure_model(self) -> None:
         if self.model is None:
-            self.model = self.make_model(self.parallel_context)
+            self.model = self.make_model(self.wire)
             if self.compiled:  # each sub-layer has a graph with gradients and one without
                 allow_graphs(2 * compile_sublayers(self.model))
 
@@ -117,7 +118,7 @@ class MoEModule(LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | None]:
         nats, num_targets, stats = self.task_loss(batch)
         load_sums_LE2, all_targets = self.global_sums(stats, num_targets)
-        world_size = self.parallel_context.world_size
+        world_size = self.wire.mesh.world_size
         loss = task_loss = nats * world_size / all_targets
         losses = {"train/loss": task_loss.detach()}
         if load_sums_LE2 is not None:
@@ -140,8 +141,8 @@ class MoEModule(LightningModule):
         lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
         # As a tensor of the host: Lightning copies a float to the device.
         self.log("train/lr", torch.tensor(lr, dtype=torch.float64, device="cpu"))
-        sums = self.parallel_context.sum_over_ranks(torch.stack([*losses.values()]))
-        means = sums / self.parallel_context.world_size
+        sums = self.wire.mesh.sum_over_ranks(torch.stack([*losses.values()]))
+        means = sums / self.wire.mesh.world_size
         for name, mean in zip(losses, means, strict=True):
             self.log_of_step(name, mean)
 
@@ -157,11 +158,9 @@ class MoEModule(LightningModule):
         """Sum the routers' integers and the number of targets over all ranks, in one all-reduce for
         all layers."""
         if not stats:
-            return None, self.parallel_context.sum_over_ranks(num_targets)
+            return None, self.wire.mesh.sum_over_ranks(num_targets)
         local_LE2 = integer_sums(stats)
-        flat = self.parallel_context.sum_over_ranks(
-            torch.cat([local_LE2.flatten(), num_targets[None]])
-        )
+        flat = self.wire.mesh.sum_over_ranks(torch.cat([local_LE2.flatten(), num_targets[None]]))
         return flat[:-1].view_as(local_LE2), flat[-1]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -197,7 +196,7 @@ class MoEModule(LightningModule):
         self.val_nats.reset()
         self.val_targets.reset()
         if self.val_load_sums is not None:
-            load = load_metrics(self.parallel_context.sum_over_ranks(self.val_load_sums))
+            load = load_metrics(self.wire.mesh.sum_over_ranks(self.val_load_sums))
             self.log_dict({f"val/{name}": value.float() for name, value in load.items()})
             self.val_load_sums = None
         self.validated_step = self.global_step
@@ -243,7 +242,7 @@ class MoEModule(LightningModule):
     def on_fit_start(self) -> None:
         """Let a plain Trainer clip and check as ExpertParallelStrategy does, which has set this
         already."""
-        guard_updates(self.trainer.precision_plugin, self, self.parallel_context)
+        guard_updates(self.trainer.precision_plugin, self, self.wire.mesh)
         self.accumulated = self.trainer.accumulate_grad_batches
         self.recent = {}
         # A stop between a step's batches may have left some; the step begins again.

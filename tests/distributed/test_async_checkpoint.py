@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from experiments.engine.ranks import run_ranks
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_model
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model, build_module
 from scmoe.training.callbacks.data_position import DataPosition
@@ -75,7 +74,7 @@ def test_a_checkpoint_written_in_parallel_with_training_has_the_weights_of_its_s
     stored = []
     for folder in (tmp_path / "blocking", tmp_path / "background"):
         assert [path.name for path in folder.iterdir()] == [f"step={STEPS}.ckpt"]
-        model = build_model(tiny("position=pos2 top_k=2"), ParallelContext()).double()
+        model = build_model(tiny("position=pos2 top_k=2")).double()
         load_model(folder / f"step={STEPS}.ckpt", model)
         stored.append(model.state_dict())
     expected, got = stored

@@ -22,7 +22,7 @@ from scmoe.runs.hf_folder import renamed
 from tests.support.architectures import overrides
 from tests.support.exports import export
 from tests.support.models import tiny_model
-from tests.support.parts import Built, build_in_parts, split_context
+from tests.support.parts import Built, build_in_parts, split_wire
 
 pytestmark = pytest.mark.dist
 
@@ -66,11 +66,11 @@ def folder(tmp_path) -> Path:
 
 
 def built(rank: int, world_size: int, folder: Path) -> dict[str, Built]:
-    context, found = split_context(ep_size=2), {}
+    wire, found = split_wire(ep_size=2), {}
     for case, (words, source) in CASES.items():
         config = load(None, [*SIZE, *SPLIT, *overrides(words)])
         found[case] = build_in_parts(
-            replace(config, init_from=source and source.format(folder)), context
+            replace(config, init_from=source and source.format(folder)), wire
         )
     return found
 

@@ -16,7 +16,7 @@ from experiments.bench.rank_bench import Bench
 from experiments.bench.rate_search import find_rate
 from experiments.bench.stacks import Variant
 from experiments.engine.ranks import run_ranks
-from scmoe.moe.operators import Recorder
+from scmoe.moe.recorder import Recorder
 from scmoe.schedule.schedule import Schedule
 
 SMALL = dict(dim=64, ffn_dim=128, tokens=512, seq_len=64, compute="real", shaped=False, bus=True)

@@ -20,7 +20,7 @@ import scmoe
 from experiments.engine.ranks import run_ranks
 from scmoe.moe.router import Scoring, SelectionBias, by_sign
 from scmoe.parallel.dense import local, make_equal, shard, with_dense_mesh
-from scmoe.parallel.mesh import ParallelContext, build_context
+from scmoe.parallel.mesh import build_mesh
 from scmoe.training.assembly.blocks import build_blocks
 from tests.support.commands import ROOT, environment
 from tests.support.forked import python
@@ -35,7 +35,7 @@ def test_it_is_the_block_of_a_configuration(position, combine):
         f"{SIZES} moe.position={position} moe.combine={combine} moe.top_k=2"
         " moe.capacity_factor=null"
     )
-    (built,) = build_blocks(scmoe.load_config(None, words.split()), ParallelContext())
+    (built,) = build_blocks(scmoe.load_config(None, words.split()), scmoe.Wire())
     block = scmoe.ScMoEBlock(16, 2, 4, 2, position, combine)
     assert block.schedule == built.schedule
     block.load_state_dict(built.state_dict())
@@ -61,7 +61,7 @@ def test_other_shortcuts_and_routers_are_those_of_a_configuration(shortcut, rout
         f"{SIZES} moe.capacity_factor=null moe.top_k={top_k} moe.router={router} moe.zero_experts=2"
     )
     built = build_blocks(
-        scmoe.load_config(None, f"{words} {CONFIGURED[shortcut]}".split()), ParallelContext()
+        scmoe.load_config(None, f"{words} {CONFIGURED[shortcut]}".split()), scmoe.Wire()
     )
     ours, theirs = {"x_BSD": torch.randn(2, 8, 16)}, {}
     theirs |= ours
@@ -167,7 +167,7 @@ def drawn_apart(rank: int, world_size: int, how: str) -> list[torch.Tensor]:
     generator."""
     dist.init_process_group("gloo")
     device, timeout = torch.device("cpu"), timedelta(seconds=60)
-    context = build_context(1, device, timeout)
+    mesh = build_mesh(1, device, timeout)
     torch.manual_seed(rank)
     moe = scmoe.MoE(16, 4, ffn_dim=32)
     moe.router.bias = SelectionBias(4, 0, Scoring(rule=by_sign))
@@ -175,9 +175,9 @@ def drawn_apart(rank: int, world_size: int, how: str) -> list[torch.Tensor]:
     module = nn.Sequential(nn.Linear(16, 16), moe)
     module.register_buffer("statistics", torch.rand(3, 2).T)
     if how == "hybrid":
-        context = with_dense_mesh(context, how, 2, device, timeout)
-        shard(module, context, "32-true")
-    make_equal(module, context)
+        mesh = with_dense_mesh(mesh, how, 2, device, timeout)
+        shard(module, mesh, "32-true")
+    make_equal(module, mesh)
     names = ["0.weight"] if how == "hybrid" else ["1.experts.w_in_eDF", "1.experts.w_out_eFD"]
     names.append("1.router.bias.weight")
     buffers = [module.statistics] if how == "hybrid" else []  # else DDP makes them equal
@@ -198,6 +198,8 @@ def test_ranks_with_the_same_part_of_a_weight_begin_with_the_same_values(how, ra
 def test_every_name_is_found_and_no_other():
     assert sorted(scmoe.__all__) == sorted(scmoe.NAMES) and {*scmoe.__all__} <= {*dir(scmoe)}
     assert all(getattr(scmoe, name) is not None for name in scmoe.__all__)
+    with pytest.raises(ImportError, match=r"scmoe\.Wire"):
+        from scmoe import ParallelContext  # noqa: F401
     with pytest.raises(AttributeError, match=r"no attribute 'Moe', allowed: .*MoE"):
         _ = scmoe.Moe
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from experiments.engine.ranks import RankError, run_ranks
 from scmoe.config.load import load
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
 from scmoe.runs.evaluate import evaluation, scoring
 from scmoe.runs.evaluate.scoring import Scorer, run_on_rank_zero, score_test_split
 from tests.support.commands import called, command_in_ranks, train_on_text
@@ -218,11 +218,11 @@ def test_an_override_of_the_whole_section_reaches_wandb(runs, monkeypatch):
 def passes(rank: int, world_size: int, raises: bool) -> Any:
     """Join the ranks and let rank 0 make three passes; return what each rank has computed."""
     torch.distributed.init_process_group("gloo")
-    context = ParallelContext(rank, world_size, control_group=torch.distributed.group.WORLD)
+    mesh = Mesh(rank, world_size, control_group=torch.distributed.group.WORLD)
     seen = []
 
     def model(inputs: Tensor, mask: Tensor) -> tuple[Tensor]:
-        total = context.sum_over_ranks(inputs * mask)
+        total = mesh.sum_over_ranks(inputs * mask)
         seen.append(total.tolist())
         return (total,)
 
@@ -233,7 +233,7 @@ def passes(rank: int, world_size: int, raises: bool) -> Any:
             raise ValueError("as wanted")
         return "done"
 
-    return run_on_rank_zero(work, model, (torch.ones(1), torch.tensor([False])), context), seen
+    return run_on_rank_zero(work, model, (torch.ones(1), torch.tensor([False])), mesh), seen
 
 
 def test_ranks_take_part_in_every_pass_and_end_together():
@@ -252,11 +252,9 @@ def slow(rank: int, world_size: int) -> Any:
         forward(torch.ones(1), None)
         return "done"
 
-    context, padding = (
-        ParallelContext(rank, world_size, control_group=group),
-        (torch.ones(1), torch.tensor([False])),
-    )
-    return run_on_rank_zero(work, lambda *given: seen.append(given), padding, context), len(seen)
+    mesh = Mesh(rank, world_size, control_group=group)
+    padding = torch.ones(1), torch.tensor([False])
+    return run_on_rank_zero(work, lambda *given: seen.append(given), padding, mesh), len(seen)
 
 
 def test_rank_0_may_work_longer_between_passes_than_a_collective_may_take():

@@ -15,7 +15,6 @@ from scmoe.moe.layout import Dropless
 from scmoe.parallel.checkpoint.durable import newest_good, verify
 from scmoe.parallel.checkpoint.export import load_weights
 from scmoe.parallel.checkpoint.loading import load_model
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.trained import load_offloaded, store_experts
 from scmoe.training.assembly.model import build_model
 from tests.support.commands import train_in_ranks
@@ -33,7 +32,7 @@ def run_dir(tmp_path_factory):
 
 
 def model(run_dir, *overrides):
-    return build_model(load(run_dir / "config.yaml", list(overrides)), ParallelContext()).eval()
+    return build_model(load(run_dir / "config.yaml", list(overrides))).eval()
 
 
 @pytest.mark.inference

@@ -20,7 +20,8 @@ from scmoe.inference.generate import generate as generate_here
 from scmoe.inference.sampling import GREEDY, Stopping
 from scmoe.moe.dispatcher import Blocking
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.mesh import ParallelContext, build_context
+from scmoe.parallel.mesh import build_mesh
+from scmoe.parallel.wire.wire import Wire
 from scmoe.training.assembly.model import build_model
 from tests.support.commands import (
     called,
@@ -342,8 +343,8 @@ def continued(
     """Return the continuations of this rank's prompts, and for each pass, whether it is
     sequential; at last, whether the model is left so."""
     torch.distributed.init_process_group("gloo")
-    context = build_context(ep_size, torch.device("cpu"), timedelta(seconds=60))
-    model = model_in(context)
+    wire = Wire(build_mesh(ep_size, torch.device("cpu"), timedelta(seconds=60)))
+    model = model_in(wire)
     blocks = moe_blocks_of(model)
     passes = []
 
@@ -352,7 +353,11 @@ def continued(
 
     hook = model.register_forward_pre_hook(note)
     texts = generate_here(
-        model, prompts[rank], Stopping(NEW, ENDS), GREEDY, passes=Passes(context.true_on_all_ranks)
+        model,
+        prompts[rank],
+        Stopping(NEW, ENDS),
+        GREEDY,
+        passes=Passes(wire.mesh.true_on_all_ranks),
     )
     hook.remove()
     note()
@@ -362,9 +367,9 @@ def continued(
 ENDS = frozenset(range(0, 64, 7))  # texts end after different numbers of tokens
 
 
-def model_in(context: ParallelContext) -> Any:
+def model_in(wire: Wire) -> Any:
     model = (
-        build_model(tiny("data.seq_len=32", "moe.top_k=2", "moe.capacity_factor=null"), context)
+        build_model(tiny("data.seq_len=32", "moe.top_k=2", "moe.capacity_factor=null"), wire)
         .double()
         .eval()
     )
@@ -377,7 +382,7 @@ def test_ranks_go_on_until_the_last_text_has_ended():
     """Rank 1 has no prompt, rank 2 has three: their numbers of texts, tokens and steps differ.
     Prefill is overlapped, decoding sequential."""
     prompts = [[[1, 2, 3]], [], [[4], [5, 6, 7, 8], [9, 10]], [[11, 12]]]
-    model = model_in(ParallelContext())
+    model = model_in(Wire())
     alone = [
         [generate_here(model, [prompt], Stopping(NEW, ENDS), GREEDY)[0] for prompt in own]
         for own in prompts

@@ -21,10 +21,11 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import scmoe
 from experiments.engine.ranks import run_ranks
 from scmoe.blocks.moe_block import moe_blocks_of
-from scmoe.parallel.mesh import build_context
+from scmoe.parallel.mesh import build_mesh
 from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import wrap
 from scmoe.parallel.wire.all_to_all import Transfer
+from scmoe.parallel.wire.wire import Wire
 from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule
 
@@ -41,8 +42,8 @@ def orders_of(rank: int, world_size: int) -> Orders:
     """Return, of the steps with each schedule, the order of rows (operator, whether in backward)
     and of sums (numbers of elements). Rank 1 starts every transfer late."""
     dist.init_process_group("gloo")
-    context = build_context(world_size, torch.device("cpu"), timedelta(seconds=60))
-    model, rows, sums = scmoe.ScMoEBlock(DIM, 2, 4, group=context), [], []
+    wire = Wire(build_mesh(world_size, torch.device("cpu"), timedelta(seconds=60)))
+    model, rows, sums = scmoe.ScMoEBlock(DIM, 2, 4, group=wire), [], []
     launch = Transfer.launch
 
     def launched(transfer: Transfer, tensor: Tensor, backward: bool) -> Tensor:
@@ -56,9 +57,9 @@ def orders_of(rank: int, world_size: int) -> Orders:
 
     found: Orders = []
     with patch.object(Transfer, "launch", launched):
-        wrapped = wrap(model, context, bucket_cap_mb=1e-4)
+        wrapped = wrap(model, wire.mesh, bucket_cap_mb=1e-4)
         wrapped.module.register_comm_hook(None, summed)
-        step, x_BSD = Step(wrapped, context), torch.randn(2, 4, DIM)
+        step, x_BSD = Step(wrapped, wire.mesh), torch.randn(2, 4, DIM)
         for schedule in SCHEDULES:
             for block in moe_blocks_of(model):
                 block.run_as(schedule, block.moe.dispatcher)

@@ -27,7 +27,7 @@ from scmoe.api import ScMoEBlock
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.lightning import strategy
 from scmoe.lightning.strategy import ExpertParallelStrategy
-from scmoe.moe.operators import Recorder
+from scmoe.moe.recorder import Recorder
 from scmoe.moe.router import Router
 from scmoe.parallel.mesh import expert_parameters
 from tests.support.cases import split
@@ -150,7 +150,7 @@ class Own(LightningModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "blocks"):
-            group = self.parallel_context.ep_group
+            group = self.wire.mesh.ep_group
             self.tokens = nn.Embedding(32, 16)
             blocks = [
                 ScMoEBlock(16, 2, num_experts=4, position="pos1", ffn_dim=16, group=group)

@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, ran
 from experiments.engine.ranks import RankError, run_ranks
 from scmoe.api import MoE
 from scmoe.lightning.strategy import ExpertParallelStrategy
-from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
+from scmoe.parallel.mesh import Mesh, build_mesh, expert_parameters
 from scmoe.parallel.update.wrap import ExpertGradientReducer
+from scmoe.parallel.wire.wire import Wire
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model
 from scmoe.training.modules import LanguageModel
@@ -161,13 +162,13 @@ def with_frozen(rank: int, world_size: int) -> dict[tuple[int, bool], list[torch
     dist.init_process_group("gloo")
     found = {}
     for ep_size in (1, 2):
-        context = build_context(ep_size, torch.device("cpu"), timedelta(seconds=60))
+        mesh = build_mesh(ep_size, torch.device("cpu"), timedelta(seconds=60))
         for frozen in (False, True):
             torch.manual_seed(1)
-            module = torch.nn.ModuleList(MoE(16, 4, ffn_dim=32, group=context) for _ in range(2))
+            module = torch.nn.ModuleList(MoE(16, 4, ffn_dim=32, group=Wire(mesh)) for _ in range(2))
             module[0].experts.requires_grad_(not frozen)
             shards = [p for _, p in expert_parameters(module)]
-            ExpertGradientReducer(shards, context)
+            ExpertGradientReducer(shards, mesh)
             of_steps: list[torch.Tensor | None] = []
             for _ in range(2):
                 x = torch.randn(8, 16, generator=torch.Generator().manual_seed(rank))
@@ -192,7 +193,7 @@ def test_experts_that_are_unfrozen_during_training_have_the_gradients_of_others(
 def test_a_rank_with_all_experts_does_not_copy_their_gradients():
     p = torch.nn.Parameter(torch.ones(3))
     with patch.object(ExpertGradientReducer, "_scale") as copied:
-        ExpertGradientReducer([p], ParallelContext())
+        ExpertGradientReducer([p], Mesh())
         p.sum().backward()
     assert not copied.called and p.grad is not None and p.grad.eq(1).all()
 
@@ -276,9 +277,7 @@ def own_trainer(
     config = tiny("position=pos2 optim.lr=0.01", world_size)
     gradients = Gradients()
     module = cls(
-        lambda context: build_model(config, context),
-        max_steps=2,
-        make_optimizer=partial(adamw, lr=0.01),
+        lambda wire: build_model(config, wire), max_steps=2, make_optimizer=partial(adamw, lr=0.01)
     )
     how = {"precision": "64-true", "use_distributed_sampler": False, "limit_val_batches": 0}
     trainer = users_trainer(

@@ -22,7 +22,7 @@ from scmoe.training.callbacks.data_position import DataPosition
 from scmoe.training.modules import ImageClassifier
 from tests.support.architectures import SWIN_ON_RANKS, overrides
 from tests.support.comparison import TOLERANCE, assemble, assert_same, smallest
-from tests.support.parts import Built, build_in_parts, split_context
+from tests.support.parts import Built, build_in_parts, split_wire
 from tests.support.resuming import HALF, fit
 from tests.support.trainer_of import trainer_of
 from tests.support.trainings import Recording, end_groups, train
@@ -94,11 +94,11 @@ class OnTwo(NamedTuple):
 
 
 def on_two(rank: int, world_size: int, cases: dict[str, str]) -> OnTwo:
-    records, context = train_all(rank, world_size, cases), split_context(ep_size=1)
+    records, wire = train_all(rank, world_size, cases), split_wire(ep_size=1)
     built = build_in_parts(
-        tiny("position=pos2 model.layers=8 trainer.precision=32-true", world_size), context
+        tiny("position=pos2 model.layers=8 trainer.precision=32-true", world_size), wire
     )
-    model = build_model(tiny("position=pos2 trainer.precision=bf16-mixed", world_size), context)
+    model = build_model(tiny("position=pos2 trainer.precision=bf16-mixed", world_size), wire)
     scales: list[torch.dtype] = []
     attention = model.blocks[0].sublayers[0].f.attention
     attention.register_forward_pre_hook(lambda module, _: scales.append(module.logit_scale.dtype))

@@ -22,9 +22,10 @@ from experiments.engine.ranks import run_ranks
 from scmoe.inference.generate import Passes, generate
 from scmoe.inference.sampling import Stopping
 from scmoe.parallel.dense import reshard
-from scmoe.parallel.mesh import ParallelContext, build_context
+from scmoe.parallel.mesh import build_mesh
 from scmoe.parallel.wire.all_to_all import Transfer
 from scmoe.parallel.wire.announced import CeilingError
+from scmoe.parallel.wire.wire import Wire
 from scmoe.training.assembly.model import build_model
 from tests.support.architectures import BETWEEN_BLOCKS, EVERY_BLOCK, LATENT_ATTENTION, TABLES
 from tests.support.cases import ARCHITECTURES as ON_RANKS
@@ -32,7 +33,7 @@ from tests.support.cases import BUFFERS, CLIPPED, EP2, QUICK, split
 from tests.support.cases import ROUTERS as TRAINED_ROUTERS
 from tests.support.comparison import assemble, assert_same
 from tests.support.models import tiny_batch
-from tests.support.parts import split_context
+from tests.support.parts import split_wire
 from tests.support.resuming import HALF, fit, largest_difference
 from tests.support.trainings import randomise, tiny, train_cases
 from tests.support.two_batches import EVEN, ROUTERS, assert_equal
@@ -71,9 +72,9 @@ class Compared(NamedTuple):
     afterwards: bool
 
 
-def model_of(text: str, context: ParallelContext) -> Any:
-    words = f"{text} {' '.join(EVEN)} strategy.ep_size={context.ep_size}"
-    model = build_model(tiny(words, context.world_size), context)
+def model_of(text: str, wire: Wire) -> Any:
+    words = f"{text} {' '.join(EVEN)} strategy.ep_size={wire.mesh.ep_size}"
+    model = build_model(tiny(words, wire.mesh.world_size), wire)
     model.double()
     randomise(model)
     return model
@@ -85,7 +86,7 @@ def compare(
     dist.init_process_group("gloo")
     differing = {}
     for ep_size in ep_sizes:
-        context = build_context(ep_size, torch.device("cpu"), timedelta(seconds=60))
+        wire = Wire(build_mesh(ep_size, torch.device("cpu"), timedelta(seconds=60)))
         for name, text in cases.items():
             if ep_size == 1 and ("wire_dtype" in text or "transfers" in text):
                 continue
@@ -97,16 +98,16 @@ def compare(
                 mask_BS = torch.ones_like(ids_BS, dtype=torch.bool)
                 mask_BS[-1, -5:] = False
             try:
-                assert_equal(model_of(text, context), ids_BS.roll(rank), labels_BS, mask_BS)
+                assert_equal(model_of(text, wire), ids_BS.roll(rank), labels_BS, mask_BS)
             except AssertionError as error:
                 differing[f"{name}, EP {ep_size}"] = str(error)
     transfers = {
-        batches: events_of(model_of("architecture=top_k top_k=2", context), batches)
+        batches: events_of(model_of("architecture=top_k top_k=2", wire), batches)
         for batches in (1, 2)
     }
-    texts = {batches: written(context, batches) for batches in (1, 2)}
+    texts = {batches: written(wire, batches) for batches in (1, 2)}
     collectives = {batches: collectives_of(batches) for batches in (1, 2)}
-    return Compared(differing, transfers, collectives, texts, *ceiling_of(context))
+    return Compared(differing, transfers, collectives, texts, *ceiling_of(wire))
 
 
 def events_of(model: Any, batches: int) -> list[list[tuple[str, int]]]:
@@ -145,7 +146,7 @@ def collectives_of(batches: int) -> Counter[str]:
     text = (  # whose numbers are not gathered
         "position=pos2 model.layers=4 capacity_factor=8 moe.rows=slots"
     )
-    model = model_of(text, split_context(dist.get_world_size()))
+    model = model_of(text, split_wire(dist.get_world_size()))
     model.batches_in_flight = batches
     ids_BS, _ = tiny_batch(tiny(" ".join(EVEN)), 2)
     with counted("all_gather_single"), counted("reduce_scatter_single"):
@@ -156,20 +157,21 @@ def collectives_of(batches: int) -> Counter[str]:
     return calls
 
 
-def written(context: ParallelContext, batches: int) -> list[list[int]]:
+def written(wire: Wire, batches: int) -> list[list[int]]:
     """Return the texts of this rank: the last one has a single text, the others have several of
     other lengths."""
-    model = model_of("position=pos2 capacity_factor=1", context).eval()
+    model = model_of("position=pos2 capacity_factor=1", wire).eval()
     model.batches_in_flight = batches
-    prompts = [[1, 2, 3, 4], [5], [6, 7, 8]][: 1 if context.rank == context.world_size - 1 else 3]
-    passes = Passes(context.true_on_all_ranks, piece=2)
+    is_last = wire.mesh.rank == wire.mesh.world_size - 1
+    prompts = [[1, 2, 3, 4], [5], [6, 7, 8]][: 1 if is_last else 3]
+    passes = Passes(wire.mesh.true_on_all_ranks, piece=2)
     return [text.ids for text in generate(model, prompts, Stopping(max_tokens=5), passes=passes)]
 
 
-def ceiling_of(context: ParallelContext) -> tuple[str, bool]:
+def ceiling_of(wire: Wire) -> tuple[str, bool]:
     """Return the error of a batch that one half ends, and whether the model computes the same
     afterwards."""
-    model = model_of("position=pos2 moe.dropless_ceiling=1", context)
+    model = model_of("position=pos2 moe.dropless_ceiling=1", wire)
     ids_BS, _ = tiny_batch(tiny(" ".join(EVEN)), 2)
     model.batches_in_flight = 2
     try:

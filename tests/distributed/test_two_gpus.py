@@ -71,11 +71,10 @@ def save(rank: int, world_size: int, folder: Path, accelerator: str, words: str)
 
 def weights(path: Path) -> dict[str, Tensor]:
     from scmoe.parallel.checkpoint.loading import load_model
-    from scmoe.parallel.mesh import ParallelContext
     from scmoe.training.assembly.model import build_model
     from tests.support.trainings import tiny
 
-    model = build_model(tiny(MODEL), ParallelContext()).double()
+    model = build_model(tiny(MODEL)).double()
     load_model(path, model)
     return model.state_dict()
 

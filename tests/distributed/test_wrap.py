@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import scmoe
 from experiments.engine.ranks import run_ranks
 from scmoe.moe.experts import Experts
-from scmoe.parallel.mesh import ParallelContext, build_context
+from scmoe.parallel.mesh import Mesh, build_mesh
 from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped, wrap
+from scmoe.parallel.wire.wire import Wire
 from tests.support.trainings import users_trainer
 
 DIM, EXPERTS, RANKS = 8, 4, 2
@@ -58,13 +59,13 @@ def test_on_a_gpu_ddp_is_built_on_the_stream_of_the_forward_pass(monkeypatch):
     model = nn.Module()
     with FakeTensorMode():
         model.weight = nn.Parameter(torch.empty(8, device="cuda"))
-    wrap(model, ParallelContext())
+    wrap(model, Wire())
     assert found == ["ddp"]
 
 
 class Module(LightningModule):
     def configure_model(self) -> None:
-        self.model = Model(self.parallel_context)
+        self.model = Model(self.wire)
 
     def training_step(self, x_BSD: Tensor, _: int) -> Tensor:
         return self.model(x_BSD)
@@ -101,10 +102,10 @@ def of_all_callers(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
     ddp = scmoe.data_parallel(model, dist.group.WORLD)
     ddp(x_BSD).backward()
     found["data_parallel"] = gradients(model)
-    context = build_context(world_size, torch.device("cpu"), timedelta(seconds=60))
-    model = Model(context)
-    wrapped = wrap(model, context)
-    step = Step(wrapped, context)
+    wire = Wire(build_mesh(world_size, torch.device("cpu"), timedelta(seconds=60)))
+    model = Model(wire)
+    wrapped = wrap(model, wire.mesh)
+    step = Step(wrapped, wire.mesh)
     step.backward(step.model(x_BSD))
     found["Step"] = gradients(model)
     wrapped.close()
@@ -113,7 +114,7 @@ def of_all_callers(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
 
 def test_all_callers_give_the_gradients_of_one_process():
     model = Model()
-    step = Step(Wrapped(model, 1), ParallelContext())
+    step = Step(Wrapped(model, 1), Mesh())
     step.backward(step.model(batch().flatten(0, 1)))
     expected = gradients(model)
     of_ranks = run_ranks(of_all_callers, RANKS)

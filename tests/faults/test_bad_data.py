@@ -161,7 +161,7 @@ def test_the_count_of_skipped_images_is_logged_and_in_the_summary():
     """Two ranks have met 2 and 3 of them."""
 
     class Module(LightningModule):
-        parallel_context = SimpleNamespace(sum_over_ranks=lambda count: count + 3)
+        wire = SimpleNamespace(mesh=SimpleNamespace(sum_over_ranks=lambda count: count + 3))
         logged: ClassVar[dict[str, float]] = {}
 
         def log(self, name: str, value: float) -> None:  # type: ignore[override]

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from scmoe.datamodules import sequences
 from scmoe.lightning.job import check_even
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
 from scmoe.training.assembly.data import build_datamodule
 from tests.support.failing import MODEL, failure
 from tests.support.trainings import fit, tiny
@@ -61,9 +61,9 @@ def test_uneven_batches_are_refused_before_the_first(loader, how):
 
 def count_batches(rank: int, world_size: int) -> None:
     dist.init_process_group("gloo")
-    context = ParallelContext(rank, world_size, control_group=dist.new_group(backend="gloo"))
-    check_even("val", [3, float("inf")], context)  # equal on both ranks; inf: the length is unknown
-    check_even("val", [3, 4 + rank], context)
+    mesh = Mesh(rank, world_size, control_group=dist.new_group(backend="gloo"))
+    check_even("val", [3, float("inf")], mesh)  # equal on both ranks; inf: the length is unknown
+    check_even("val", [3, 4 + rank], mesh)
 
 
 def test_each_loader_is_counted():

@@ -157,9 +157,7 @@ def test_padding_takes_no_slot_and_changes_nothing():
 class Predicting(LightningModule):
     def configure_model(self) -> None:
         torch.manual_seed(1)
-        self.moe = MoE(
-            DIM, EXPERTS, ffn_dim=FFN, capacity_factor=2.0, group=self.parallel_context
-        ).double()
+        self.moe = MoE(DIM, EXPERTS, ffn_dim=FFN, capacity_factor=2.0, group=self.wire).double()
 
     def predict_step(self, batch: list[Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
         return batch[0], self.moe(batch[0])[0]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from experiments.engine.ranks import run_ranks
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.saving import Saving
+from scmoe.parallel.checkpoint.together import together
 from tests.support.faults import tiny_run
 from tests.support.faults.tiny_run import LAST, NEW, OLD
 
@@ -81,7 +82,7 @@ def noted_in(trainer: Any, path: Path, background: bool) -> dict[str, list[str]]
             path,
             tiny_run.state(trainer, OLD),
             trainer.lightning_module,
-            trainer.strategy.context,
+            trainer.strategy.mesh,
             background,
         )
         moment = "finishing"
@@ -111,8 +112,8 @@ def test_each_rank_hashes_its_own_shard_where_it_writes_it(tmp_path):
 def work_together(rank: int, world_size: int, folder: Path) -> tuple[int, str]:
     """Let rank 1 work long and fail. Return the number of collectives meanwhile, and what is
     raised."""
-    context, all_reduce, asked = (
-        tiny_run.one_step(world_size, folder).strategy.context,
+    mesh, all_reduce, asked = (
+        tiny_run.one_step(world_size, folder).strategy.mesh,
         dist.all_reduce,
         [],
     )
@@ -126,7 +127,7 @@ def work_together(rank: int, world_size: int, folder: Path) -> tuple[int, str]:
         dist, "all_reduce", lambda *args, **kw: asked.append(1) or all_reduce(*args, **kw)
     ):
         try:
-            context.together(work)
+            together(mesh, work)
         except OSError as error:
             return len(asked), str(error)
     return len(asked), ""

@@ -19,7 +19,6 @@ import pytest
 from experiments.engine.ranks import RankError, run_ranks
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_model
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model
 from tests.support.faults import damaged, tiny_run
 from tests.support.faults.tiny_run import LAST, NEW, OLD
@@ -48,7 +47,7 @@ def test_twenty_killed_saves_in_a_row_lose_nothing_and_do_not_fill_the_disk(tmp_
     folder, draw = tmp_path / "run", random.Random(0)
     operations = len(run_ranks(damaged.save_over, 2, tmp_path, "first", False)[0]["operations"])
     run_ranks(damaged.write_old, 2, folder)
-    model, newest, kills, step = build_model(tiny_run.tiny(1), ParallelContext()), OLD, 0, NEW
+    model, newest, kills, step = build_model(tiny_run.tiny(1)), OLD, 0, NEW
     while kills < KILLS:
         step += 1
         victim, background = draw.choice(["first", "last", "all"]), draw.random() < 0.5
@@ -165,4 +164,4 @@ def test_all_ranks_refuse_a_damaged_shard(tmp_path):
         run_ranks(read, 2, tmp_path / "read", path, timeout_s=30, grace_s=30)
     assert "later: " in str(error.value)
     with pytest.raises(durable.BrokenCheckpoint, match=names[-1]):
-        load_model(path, build_model(tiny_run.tiny(1), ParallelContext()))
+        load_model(path, build_model(tiny_run.tiny(1)))

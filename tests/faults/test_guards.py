@@ -25,12 +25,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor
 
 from experiments.engine.ranks import run_ranks
-from scmoe.lightning.ranks_meet import START_TIMEOUT_S
+from scmoe.lightning.job import START_TIMEOUT_S
 from scmoe.lightning.roll_call import LEFT_ALONE, roll_call
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.durable import start_of
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
 from scmoe.training.assembly.model import build_module
 from tests.support.commands import TRAIN, children, running
 from tests.support.failing import MODEL, failure
@@ -214,11 +214,7 @@ def test_a_rank_killed_or_stopped_ends_the_run(tmp_path, rank, how):
 def call(rank: int, world_size: int, silent: list[int]) -> list[int] | None:
     dist.init_process_group("gloo")
     group = dist.new_group(backend="gloo")
-    return (
-        None
-        if rank in silent
-        else roll_call(ParallelContext(rank, world_size, checkpoint_group=group))
-    )
+    return None if rank in silent else roll_call(Mesh(rank, world_size, checkpoint_group=group))
 
 
 @pytest.mark.representative

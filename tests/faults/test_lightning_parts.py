@@ -47,7 +47,7 @@ class Model(LightningModule):
     def configure_model(self) -> None:
         if not hasattr(self, "moe"):
             torch.manual_seed(1)
-            self.moe = MoE(DIM, 8, capacity_factor=self.factor, group=self.parallel_context)
+            self.moe = MoE(DIM, 8, capacity_factor=self.factor, group=self.wire)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.moe(self.backbone(x))[0]
@@ -105,7 +105,7 @@ def copies(rank: int, world_size: int) -> dict[str, Any]:
         found["own weights"] = bool(weight.abs().sum() > 0)
         read = pickle.loads(pickle.dumps(module))
         found["read weights"] = torch.equal(read.backbone[0].weight, weight)
-        found["place"] = (read.parallel_context.ep_size, read.parallel_context.ep_group)
+        found["place"] = (read.wire.mesh.ep_size, read.wire.mesh.ep_group)
         with pytest.raises(RuntimeError, match="pickle"):
             read(x)
     torch.save(module, io.BytesIO())
@@ -130,14 +130,14 @@ class Lengths(Model):
 
     def configure_model(self) -> None:
         super().configure_model()
-        self.more = MoE(DIM, 8, capacity_factor=self.factor, group=self.parallel_context)
+        self.more = MoE(DIM, 8, capacity_factor=self.factor, group=self.wire)
 
     def on_before_batch_transfer(self, batch: list[Tensor], dataloader_idx: int) -> list[Tensor]:
         return [self.cut(batch[0])] if self.shown else batch
 
     def cut(self, x: Tensor) -> Tensor:
         self.steps += 1
-        return x if self.steps != 2 or self.parallel_context.rank == 1 else x[:, :4]
+        return x if self.steps != 2 or self.wire.mesh.rank == 1 else x[:, :4]
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         x = self.backbone(batch[0])
@@ -341,7 +341,7 @@ class Signalled(Model):
         self.handler = signal.getsignal(self.number)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        if self.global_step == 2 and self.parallel_context.rank == 1:
+        if self.global_step == 2 and self.wire.mesh.rank == 1:
             os.kill(os.getpid(), self.number)
 
 

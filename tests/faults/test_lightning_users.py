@@ -29,7 +29,8 @@ from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.wire.dispatchers import make_dispatcher
+from scmoe.parallel.wire.wire import Wire
 from scmoe.training.modules import LanguageModel
 from tests.support.failing import failure
 from tests.support.trainings import users_trainer
@@ -41,12 +42,11 @@ class Model(LightningModule):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.dim, self.parallel_context = dim, ParallelContext()
+        self.dim, self.wire = dim, Wire()
 
     def stream(self) -> MoEStream:
-        context = self.parallel_context
-        experts = Experts(self.dim, 32, 8, context.local_experts(8))
-        return MoEStream(Router(self.dim, 8, 1), experts, context.dispatcher(8))
+        experts = Experts(self.dim, 32, 8, self.wire.mesh.local_experts(8))
+        return MoEStream(Router(self.dim, 8, 1), experts, make_dispatcher(self.wire, 8))
 
     def configure_model(self) -> None:
         if not hasattr(self, "moe"):

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 
 from experiments.engine.ranks import run_ranks
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
 from scmoe.parallel.update.guard import Guard
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model
@@ -37,7 +37,7 @@ class Poisoned(LanguageModel):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | None]:
         self.weights = [p.detach().clone() for p in self.parameters()]
-        here = batch_idx == 1 and self.parallel_context.rank == self.bad
+        here = batch_idx == 1 and self.wire.mesh.rank == self.bad
         block, value = self.model.blocks[0], float("inf") if "inf" in self.place else float("nan")
         hooks = []
         if here and self.place.startswith("output"):
@@ -102,7 +102,7 @@ UNCHANGED, CHANGED = (f"weights as they were: {same}" for same in (True, False))
 
 def poison(rank: int, world_size: int, place: str, clip: str = "by the module") -> None:
     config = tiny(f"position=pos2 trainer.accumulate=1 strategy.ep_size={world_size}", world_size)
-    module = CLIPS[clip](lambda context: build_model(config, context), max_steps=3)
+    module = CLIPS[clip](lambda wire: build_model(config, wire), max_steps=3)
     module.place, module.bad = place, world_size - 1
     trainer = trainer_of(config, [DataPosition()], [])
     if clip == "by value":
@@ -160,7 +160,7 @@ def clipped(rank: int, world_size: int, by_hand: bool, clip: float | None) -> li
     config = tiny(f"position=pos2 trainer.accumulate=1 strategy.ep_size={world_size}", world_size)
     cls, own = (ByHand, {"clip": clip}) if by_hand else (NotClipped, {})
     module = cls(
-        lambda context: build_model(config, context),
+        lambda wire: build_model(config, wire),
         max_steps=3,
         make_optimizer=partial(adamw, lr=0.01),
         **own,
@@ -210,7 +210,7 @@ def test_good_steps_keep_nothing_and_start_no_collective():
             guard.note_loss(torch.tensor(1.0))
             assert float(guard.loss_as_zero()) == 0.0
             assert len(guard.trace) == 3
-            guard.check(torch.tensor(1.0), ParallelContext())
+            guard.check(torch.tensor(1.0), Mesh())
             assert guard.trace == {}
     assert not gather.called
 

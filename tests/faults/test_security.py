@@ -18,7 +18,6 @@ from scmoe.files.writing import redacted
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_model
 from scmoe.parallel.checkpoint.state import from_json
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model
 from scmoe.training.run.directory import create_run_dir
 from tests.support.commands import CANARY, run
@@ -182,7 +181,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(place, sealed, written, tmp_path):
     (path / name).write_bytes(pickle.dumps(Payload(proof)))
     if sealed and place != "manifest.json":
         reseal(path)
-    model = build_model(tiny("position=pos2"), ParallelContext())
+    model = build_model(tiny("position=pos2"))
     refused = None
     try:
         load_model(path, model)

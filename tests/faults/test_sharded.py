@@ -15,7 +15,7 @@ from scmoe.estimate.memory import Job, Split
 from scmoe.lightning.stop import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.dense import estimates_of, pick_dense, ways
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
 from scmoe.training.assembly.model import build_model_on_meta, build_module
 from scmoe.training.assembly.start import Start, dense_estimates
 from scmoe.training.modules import LanguageModel
@@ -93,7 +93,7 @@ class Poisoned(LanguageModel):
     """In step 1 the experts of rank 1 return NaN."""
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | None]:
-        if batch_idx == 1 and self.parallel_context.rank == 1:
+        if batch_idx == 1 and self.wire.mesh.rank == 1:
             experts = self.model.blocks[0].moe.experts
             experts.register_forward_hook(lambda m, a, out: out * float("nan"), prepend=True)
         return super().training_step(batch, batch_idx)
@@ -169,7 +169,7 @@ def test_auto_takes_the_first_way_that_has_room():
     model = build_model_on_meta(tiny("", 1))
     experts = 4 * sum(p.numel() for p in Split(model, Job()).experts)
     dense = 4 * sum(p.numel() for p in model.parameters()) - experts
-    estimates = estimates_of(model, ParallelContext(world_size=64, ep_size=8), node_size=8)
+    estimates = estimates_of(model, Mesh(world_size=64, ep_size=8), node_size=8)
     split = {"hybrid": dense / 8 + experts / 8, "sharded": dense / 64 + experts / 8}
     assert estimates == {"replicated": 8 * (dense + experts)} | {
         way: 8 * size for way, size in split.items()
@@ -193,6 +193,6 @@ def test_auto_splits_no_expert_whose_width_cannot_be_split():
     """`sharded` is refused there: three ranks hold each expert, of width 16."""
     config = tiny("strategy.dense=auto strategy.ep_size=1 data.global_batch_size=6", 3)
     assert list(dense_estimates(Start.of(config))) == ["replicated"]
-    assert list(
-        estimates_of(build_model_on_meta(config), ParallelContext(world_size=3), node_size=3)
-    ) == ["replicated"]
+    assert list(estimates_of(build_model_on_meta(config), Mesh(world_size=3), node_size=3)) == [
+        "replicated"
+    ]

@@ -50,7 +50,7 @@ class Stopped(LanguageModel):
     ] = ()  # of SIGTERM, in each batch of training and evaluation
 
     def reach(self, place: str) -> None:
-        if place == self.when and self.parallel_context.rank == self.victim:
+        if place == self.when and self.wire.mesh.rank == self.victim:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def on_fit_start(self) -> None:
@@ -91,7 +91,7 @@ def build(
     config = tiny_run.tiny(world_size, *CONFIG, *overrides)
     seed_everything(config)
     module = Stopped(
-        lambda context: build_model(config, context),
+        lambda wire: build_model(config, wire),
         max_steps=2 * STEPS,
         make_optimizer=partial(adamw, lr=0.01),
         warmup_steps=2,

@@ -18,7 +18,6 @@ import scmoe
 from experiments.engine.ranks import run_ranks
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.mesh import ParallelContext
 from tests.support.trainings import users_trainer
 
 pytestmark = [pytest.mark.dist, pytest.mark.faults, pytest.mark.representative]
@@ -62,7 +61,7 @@ class Copied(nn.Module):
 class Users(LightningModule):
     def __init__(self, lr: float = 0.1) -> None:
         super().__init__()
-        self.parallel_context = ParallelContext()
+        self.wire = scmoe.Wire()
         self.extra = Extra(torch.tensor([0.0]))
         self.large = Extra(torch.zeros(LARGE))
         self.plain = Extra({"words": set()})
@@ -75,7 +74,7 @@ class Users(LightningModule):
 
     def configure_model(self) -> None:
         if not hasattr(self, "moe"):
-            group = self.parallel_context if self.parallel_context.world_size > 1 else None
+            group = self.wire if self.wire.mesh.world_size > 1 else None
             self.moe = scmoe.MoE(16, num_experts=4, top_k=2, group=group)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:

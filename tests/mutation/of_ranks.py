@@ -73,10 +73,10 @@ MUTANTS = (
     .caught_by(f"{FAULTS}/test_ceiling.py::test_chunks_do_not_change_what_a_ceiling_allows"),
     # ------------------------------------------------------------------ gradients and updates
     Mutant("no-1/EP", f"{UPDATE}/wrap.py")
-    .replaces("return grad / self.context.ep_size", "return grad")
+    .replaces("return grad / self.mesh.ep_size", "return grad")
     .caught_by(EP),
     Mutant("no-mean-over-EDP", f"{UPDATE}/wrap.py")
-    .replaces("            flat /= self.context.edp_size\n", "")
+    .replaces("            flat /= self.mesh.edp_size\n", "")
     .caught_by(DP),
     Mutant("no_sync-ignored", f"{UPDATE}/wrap.py")
     .replaces("self.reducer.enabled = False", "self.reducer.enabled = True")
@@ -93,7 +93,7 @@ MUTANTS = (
     )
     .caught_by(EP),
     Mutant("norm-of-own-shards", f"{UPDATE}/guard.py")
-    .replaces("parts[context.edp_size].append", "parts[context.world_size].append")
+    .replaces("parts[mesh.edp_size].append", "parts[mesh.world_size].append")
     .caught_by(EP),
     Mutant("norm-of-experts-not-averaged", f"{UPDATE}/guard.py")
     .replaces(
@@ -139,7 +139,7 @@ MUTANTS = (
     .replaces("part.set_gradient_divide_factor(1.0)", "part.set_gradient_divide_factor(2.0)")
     .caught_by(f"{FOUR}[clipped, EP 2]"),
     Mutant("split-experts-over-the-wrong-group", f"{PARALLEL}/dense.py")
-    .replaces('split_over(context.mesh["edp"], 1)', 'split_over(context.mesh["ep"], 1)')
+    .replaces('split_over(mesh.device_mesh["edp"], 1)', 'split_over(mesh.device_mesh["ep"], 1)')
     .caught_by(f"{FOUR}[clipped, EP 2]"),
     Mutant("split-copies-counted-twice", f"{PARALLEL}/dense.py")
     .replaces("if placement.is_replicate()), 1)", "if placement.is_replicate() and size == 0), 1)")

@@ -140,10 +140,8 @@ MUTANTS = (
     ),
     Mutant("one-rank-saves-after-exception", f"{LIGHTNING}/strategy.py")
     .replaces(
-        "        return self.context.world_size > 1 and"
-        " loops.was_interrupted(self.module.trainer)\n",
-        "        return self.context.world_size < 1 and"
-        " loops.was_interrupted(self.module.trainer)\n",
+        "        return self.mesh.world_size > 1 and loops.was_interrupted(self.module.trainer)\n",
+        "        return self.mesh.world_size < 1 and loops.was_interrupted(self.module.trainer)\n",
     )
     .caught_by(
         f"{FAULTS}/test_guards.py::test_callbacks_that_save_after_an_exception_wait_for_no_rank"
@@ -193,7 +191,7 @@ MUTANTS = (
         f"{FAULTS}/test_stop.py::test_ranks_with_different_numbers_of_validation_batches_agree_too"
     ),
     Mutant("uneven-batches-accepted", f"{LIGHTNING}/job.py")
-    .replaces("    if context.world_size == 1:\n", "    if context.world_size > 1:\n")
+    .replaces("    if mesh.world_size == 1:\n", "    if mesh.world_size > 1:\n")
     .caught_by(f"{FAULTS}/test_batches.py::test_each_loader_is_counted"),
     # -------------------------------------------------- ranks that fail, wait or differ
     Mutant("roll-call-omits-missing-ranks", f"{LIGHTNING}/roll_call.py")
@@ -211,8 +209,8 @@ MUTANTS = (
         "        set_default_timeout(self.start_timeout)\n",
     )
     .caught_by(f"{FAULTS}/test_guards.py::test_no_group_waits_longer_than_the_timeout"),
-    Mutant("long-work-in-one-collective", f"{PARALLEL}/mesh.py")
-    .replaces("            thread.join(timeout=1)\n", "            thread.join()\n")
+    Mutant("long-work-in-one-collective", f"{CHECKPOINT}/together.py")
+    .replaces("        thread.join(timeout=1)\n", "        thread.join()\n")
     .caught_by(
         f"{FAULTS}/test_checkpoint_content.py::test_no_rank_waits_in_one_collective_for_the_long_work_of_another"
     ),

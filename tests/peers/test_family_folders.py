@@ -23,11 +23,10 @@ from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.init_from import pretrained
 from scmoe.init_from.pretrained import read_hf
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.hf_folder import write_folder
 from scmoe.training.assembly.model import build_model_to_train
 from tests.support.exports import write_checkpoint
-from tests.support.models import OneOfTwo, assert_close, gradients
+from tests.support.models import assert_close, gradients, one_of_two
 
 transformers = pytest.importorskip(
     "transformers", reason="transformers is not installed (extra `peers`)"
@@ -266,7 +265,7 @@ def folders(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients(case, folders, tmp_path):
     theirs = their_model(case)
-    ours = build_model_to_train(config_of(case, folders / case), ParallelContext())
+    ours = build_model_to_train(config_of(case, folders / case))
     logits = ours(ids()).logits_BSV
     their_logits = instella_logits(theirs, ids()) if case == "instella" else theirs(ids()).logits
     assert_close(logits, their_logits, TOLERANCE)
@@ -294,9 +293,7 @@ def test_logits_and_gradients(case, folders, tmp_path):
 def test_a_round_trip_changes_no_byte(case, folders, tmp_path):
     """What nothing reads is written as zeros: gate and up projections of zero experts."""
     theirs, config = their_model(case), config_of(case, folders / case)
-    write_checkpoint(
-        build_model_to_train(config, ParallelContext()), tmp_path / "step=3.ckpt", step=3
-    )
+    write_checkpoint(build_model_to_train(config), tmp_path / "step=3.ckpt", step=3)
     kind = write_folder(tmp_path / "step=3.ckpt", tmp_path / "out", config)
     assert kind == CASES[case]["model_type"]
     before, after = (
@@ -318,13 +315,13 @@ def test_a_bare_model_in_several_files_with_fewer_positions_is_read(tmp_path):
     theirs = their_model("gpt2")
     theirs.transformer.save_pretrained(tmp_path, max_shard_size="10KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    ours = build_model_to_train(config_of("gpt2", tmp_path, "data.seq_len=8"), ParallelContext())
+    ours = build_model_to_train(config_of("gpt2", tmp_path, "data.seq_len=8"))
     assert_close(ours(ids()[:, :8]).logits_BSV, theirs(ids()[:, :8]).logits, TOLERANCE)
 
 
 def test_a_rank_reads_only_its_own_experts(folders, monkeypatch):
     case, read, original = "longcat, zero experts", [], pretrained.Stored.read
-    whole = build_model_to_train(config_of(case, folders / case), ParallelContext())
+    whole = build_model_to_train(config_of(case, folders / case))
 
     def noted(stored: Any, row: int | None = None) -> Tensor:
         read.append(stored.name)
@@ -332,7 +329,8 @@ def test_a_rank_reads_only_its_own_experts(folders, monkeypatch):
 
     monkeypatch.setattr(pretrained.Stored, "read", noted)
     config = config_of(case, folders / case, "trainer.devices=2", "strategy.ep_size=2")
-    half = build_model_to_train(config, OneOfTwo(rank=1, world_size=2, ep_size=2))
+    with one_of_two() as wire:
+        half = build_model_to_train(config, wire)
     of_experts = {name.split(".experts.")[1].split(".")[0] for name in read if ".experts." in name}
     assert of_experts == {"2", "3"} and len(read) == len(set(read))
     for name, p in half.named_parameters():
@@ -345,7 +343,7 @@ def test_the_class_decides_where_no_type_is_declared(folders, tmp_path):
     content = json.loads((tmp_path / "config.json").read_text())
     del content["model_type"]
     (tmp_path / "config.json").write_text(json.dumps(content))
-    build_model_to_train(config_of("longcat", tmp_path), ParallelContext())
+    build_model_to_train(config_of("longcat", tmp_path))
     assert scmoe.load(tmp_path).max_seq_len == LENGTH
 
 
@@ -359,7 +357,7 @@ def test_further_modules_are_not_read(folders, tmp_path):
         folder = Path(shutil.copytree(folders / case, tmp_path / case))
         weights = load_file(folder / "model.safetensors")
         save_file({**weights, name: torch.zeros(3)}, folder / "model.safetensors", {"format": "pt"})
-        build_model_to_train(config_of(case, folder), ParallelContext())
+        build_model_to_train(config_of(case, folder))
 
 
 @pytest.mark.parametrize(
@@ -427,5 +425,5 @@ def test_another_model_is_refused_by_name(case, changes, words, said, folders, t
     folder = Path(shutil.copytree(folders / case, tmp_path / "changed"))
     change(folder, **changes)
     with pytest.raises(ValueError, match="init_from is ") as raised:
-        build_model_to_train(config_of(case, folder, *words), ParallelContext())
+        build_model_to_train(config_of(case, folder, *words))
     assert said in str(raised.value)

@@ -22,7 +22,6 @@ from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.datamodules.tokenizer import make_tokenizer
 from scmoe.moe.balance import integer_sums, load_balance_loss
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.hf_config import hf_config
 from scmoe.runs.hf_folder import write_folder
 from scmoe.training.assembly.model import build_model_to_train
@@ -145,9 +144,7 @@ def test_logits_and_weights(words, tmp_path):
         if "capacity" not in words:  # a folder's model drops nothing
             assert_close(ours(ids()).logits_BSV, model(ids()).logits_BSV, 1e-5)
     if kind != "scmoe":  # weights of the folder start another training
-        started = build_model_to_train(
-            config_of(f"{words} init_from=hf:{tmp_path / 'hf'}"), ParallelContext()
-        )
+        started = build_model_to_train(config_of(f"{words} init_from=hf:{tmp_path / 'hf'}"))
         for name, p in model.named_parameters():
             assert torch.equal(p, started.get_parameter(name)), name
 

@@ -13,7 +13,6 @@ import torch
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 from tests.support.models import assert_close, gradients, randomise
 
@@ -66,7 +65,7 @@ def both(config: Config) -> tuple[torch.nn.Module, torch.nn.Module]:
         window_size=model.window,
         drop_path_rate=model.drop_path,
     )
-    ours = build_model(config, ParallelContext())
+    ours = build_model(config)
     assert [m.drop_prob for m in theirs.modules() if hasattr(m, "drop_prob")][::2] == pytest.approx(
         [block.sublayers[0].after.drop_path.drop_prob for block in ours.blocks][1:]
     ), "timm has no drop path where the rate is 0"
@@ -101,7 +100,7 @@ def test_initial_weights_have_timms_standard_deviations():
     config = config_of()
     theirs = both(config)[0].float()
     theirs.init_weights()
-    ours = dict(build_model(config, ParallelContext()).named_parameters())
+    ours = dict(build_model(config).named_parameters())
     for name, p in theirs.named_parameters():
         mine = ours[our_name(name)]
         if p.unique().numel() <= 1:

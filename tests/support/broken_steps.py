@@ -10,7 +10,7 @@ import torch
 from scmoe.blocks.sublayers import MLP
 from scmoe.moe.experts import Experts, batched_mlps
 from scmoe.moe.router import Router
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
 from scmoe.training.modules import MoEModule
 
 READ = "the host reads a number of the device"
@@ -45,7 +45,7 @@ def drawn_on_the_device(self: Experts, key: str, std_in: float, std_out: float) 
         weight.data.copy_(torch.randn(weight.shape, generator=torch.Generator()) * std)
 
 
-def sum_on_the_host(self: ParallelContext, x: torch.Tensor) -> torch.Tensor:
+def sum_on_the_host(self: Mesh, x: torch.Tensor) -> torch.Tensor:
     return x.cpu().to(x.device)
 
 
@@ -90,7 +90,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {  # the fault, and what the error must s
         "DynamicOutputShapeException",
     ),
     "x.cpu().to(device)": (
-        in_place_of(ParallelContext, "sum_over_ranks", sum_on_the_host),
+        in_place_of(Mesh, "sum_over_ranks", sum_on_the_host),
         "uses cpu and cuda",
     ),
     "a row without a device": (

@@ -30,9 +30,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.estimate.counted_step import tensors_in
-from scmoe.parallel.mesh import ParallelContext, expert_parameters
+from scmoe.parallel.mesh import Mesh, expert_parameters
 from scmoe.parallel.update.guard import Guard
 from scmoe.parallel.update.wrap import ExpertGradientReducer
+from scmoe.parallel.wire.wire import Wire
 from scmoe.training.assembly.costs import make_batch
 from scmoe.training.assembly.model import build_module
 from tests.support import broken_steps
@@ -155,9 +156,9 @@ class OnFakeCuda(SingleDeviceStrategy):
     """Builds the module on the device, of fake tensors, and takes each optimizer step under
     `watch`."""
 
-    def __init__(self, context: ParallelContext) -> None:
+    def __init__(self, mesh: Mesh) -> None:
         super().__init__(CUDA, AnyDevice())
-        self.context, self.fake, self.watch = context, FakeTensorMode(), Watch()
+        self.mesh, self.fake, self.watch = mesh, FakeTensorMode(), Watch()
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
@@ -172,8 +173,8 @@ class OnFakeCuda(SingleDeviceStrategy):
                 assert all(tensor is None or tensor.device == CUDA for tensor in held.values()), (
                     module
                 )
-        if self.context.world_size > 1:
-            ExpertGradientReducer([p for _, p in expert_parameters(self.model)], self.context)
+        if self.mesh.world_size > 1:
+            ExpertGradientReducer([p for _, p in expert_parameters(self.model)], self.mesh)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         self.watch.in_step = True
@@ -199,10 +200,10 @@ def batches(config: Config, fake: FakeTensorMode) -> Iterator[dict[str, Tensor]]
 
 
 @contextmanager
-def context_of(ranks: int, rank: int) -> Iterator[ParallelContext]:
+def mesh_of(ranks: int, rank: int) -> Iterator[Mesh]:
     """Give the place of rank 0 or 1 of `ranks`, EP 2, in groups that send nothing."""
     if ranks == 1:
-        yield ParallelContext()
+        yield Mesh()
         return
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
@@ -210,7 +211,7 @@ def context_of(ranks: int, rank: int) -> Iterator[ParallelContext]:
             dist.new_group([0, 1], group_desc=name) for name in ("ep", "counts")
         )
         edp_group = dist.new_group(range(rank, ranks, 2), group_desc="edp")
-        yield ParallelContext(rank, ranks, 2, None, ep_group, counts_group, edp_group)
+        yield Mesh(rank, ranks, 2, None, ep_group, counts_group, edp_group)
     finally:
         dist.destroy_process_group()
 
@@ -264,15 +265,9 @@ def train(words: str, ranks: int = 1, broken: str | None = None, rank: int = 1) 
     fault = broken_steps.FAULTS[broken][0]() if broken else nullcontext()
     order: list[tuple[str, str, int]] = []
     rows, sums = (recorded(name, order) for name in ("all_to_all_single", "all_reduce"))
-    with (
-        context_of(ranks, rank) as context,
-        fault,
-        rows,
-        sums,
-        patch.object(torch, "compile", compile),
-    ):
-        module, strategy = build_module(config), OnFakeCuda(context)
-        module.parallel_context = context
+    with mesh_of(ranks, rank) as mesh, fault, rows, sums, patch.object(torch, "compile", compile):
+        module, strategy = build_module(config), OnFakeCuda(mesh)
+        module.wire = Wire(mesh)
         module.log = log  # type: ignore[method-assign]  # Lightning's copies need numbers
         mixed = config.trainer.precision == "bf16-mixed"
         plugin = MixedPrecision("bf16-mixed", "cuda") if mixed else Precision()

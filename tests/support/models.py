@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual
@@ -20,7 +22,8 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.layout import rows_of
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
+from scmoe.parallel.wire.wire import Wire
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.model import build_model
 
@@ -58,7 +61,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def tiny_model(config: Config, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-    return randomise(build_model(config, ParallelContext()).to(dtype), seed)
+    return randomise(build_model(config).to(dtype), seed)
 
 
 def tiny_batch(config: Config, batch_size: int = 2) -> tuple[Tensor, Tensor]:
@@ -152,8 +155,11 @@ def hooks(model: nn.Module) -> int:
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
-class OneOfTwo(ParallelContext):
-    """This context is that of one of two ranks. It sends nothing."""
-
-    def dispatcher(self, num_experts, ceiling=None, buffered=False):
-        return LocalDispatcher()
+@contextmanager
+def one_of_two() -> Iterator[Wire]:
+    """Give the wire of rank 1 of two ranks that do not exist and share the experts."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    try:
+        yield Wire(Mesh(1, 2, 2, ep_group=dist.group.WORLD))
+    finally:
+        dist.destroy_process_group()

@@ -18,7 +18,8 @@ from scmoe.estimate.counted_step import Counting
 from scmoe.models.fsdp_units import units
 from scmoe.moe.experts import Experts
 from scmoe.parallel.dense import local, put, with_dense_mesh
-from scmoe.parallel.mesh import ParallelContext, build_context
+from scmoe.parallel.mesh import build_mesh
+from scmoe.parallel.wire.wire import Wire
 from scmoe.training.assembly.model import build_model_to_train
 
 
@@ -46,20 +47,20 @@ class OnHost(Counting):
         super().add(t for t in tensors if not t.is_meta)
 
 
-def split_context(ep_size: int) -> ParallelContext:
-    """Return this rank's context with dense weights split over all ranks."""
+def split_wire(ep_size: int) -> Wire:
+    """Return this rank's wire, with dense weights split over all ranks."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     device, timeout = torch.device("cpu"), timedelta(seconds=60)
-    context = build_context(ep_size, device, timeout)
-    return with_dense_mesh(context, "sharded", context.world_size, device, timeout)
+    mesh = build_mesh(ep_size, device, timeout)
+    return Wire(with_dense_mesh(mesh, "sharded", mesh.world_size, device, timeout))
 
 
 @torch.no_grad()
-def build_in_parts(config: Config, context: ParallelContext) -> Built:
+def build_in_parts(config: Config, wire: Wire) -> Built:
     with OnHost() as counting:
-        model = build_model_to_train(config, context)
-    one = build_model_to_train(config, ParallelContext())
+        model = build_model_to_train(config, wire)
+    one = build_model_to_train(config)
     expected, other = tensors(one), []
     for name, t in tensors(model).items():
         module, same = model.get_submodule(name.rpartition(".")[0]), torch.empty_like(t)

@@ -39,7 +39,7 @@ def fit(
     return {
         "tensors": tensors,
         "experts": {names[p] for _, p in expert_parameters(module.model)},
-        "ep_size": module.parallel_context.ep_size,
+        "ep_size": module.wire.mesh.ep_size,
         "consumed": trainer.datamodule.consumed_samples,
         "lr": trainer.optimizers[0].param_groups[0]["lr"],
     }

@@ -240,7 +240,7 @@ def train(config: Config, module: Recording | None = None) -> dict[str, Any]:
         "before": module.before,
         "after": module.weights(),
         "experts": {name for name, _ in expert_parameters(module.model)},
-        "ep": (module.parallel_context.ep_rank, module.parallel_context.ep_size),
+        "ep": (module.wire.mesh.ep_rank, module.wire.mesh.ep_size),
     }
 
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.futures import Future
 
 from scmoe.files.writing import write_in_turn
-from scmoe.lightning.fit_checks import check_can_be_saved
+from scmoe.lightning.trainer_checkpoints import check_can_be_saved
 from scmoe.parallel.checkpoint.loading import check_same_groups
 from scmoe.parallel.checkpoint.saving import _ShardWriter
 from scmoe.parallel.checkpoint.state import (
@@ -31,7 +31,7 @@ from scmoe.parallel.checkpoint.state import (
     split,
     to_text,
 )
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
 
 
 class Colour(enum.Enum):
@@ -74,7 +74,7 @@ def test_tensors_of_any_strides_and_of_two_names_can_be_saved():
         module.register_buffer(name, table)
     moments = {"state": {"weight": {"exp_avg": module.weight.detach() + 1}}, "param_groups": []}
     checkpoint = {"state_dict": module.state_dict(), "optimizer_states": [moments]}
-    tensors, _ = split(checkpoint, module, ParallelContext())
+    tensors, _ = split(checkpoint, module, Mesh())
     read = load(save(dict(each_in_its_own_storage(tensors))))
     assert all(
         torch.equal(read[f"model.{name}"], tensor) for name, tensor in module.state_dict().items()

@@ -233,7 +233,7 @@ MINE = """
 import scmoe
 
 @scmoe.register_architecture("mine")
-def mine(config, context, parts):
+def mine(config, wire, parts):
     return []
 """
 

@@ -13,7 +13,6 @@ from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.estimate.model_cost import count_parameters, total_and_active
 from scmoe.moe.experts import Experts
 from scmoe.moe.router import Router, round_robin
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.model import build_model, build_module
 from tests.support.models import DIM, EXPERTS, tiny, tiny_stream, tiny_sublayers
@@ -78,7 +77,7 @@ def test_the_preceding_halfs_transfers_hide_behind_the_backbone_and_backward_mir
 
 def test_a_shared_module_is_initialised_counted_and_optimized_once():
     config = tiny("moe.architecture=dgmoe_share", "model.layers=4")
-    model = build_model(config, ParallelContext())
+    model = build_model(config)
     assert sum(isinstance(m, Experts) for m in model.modules()) == 1
     total, active = total_and_active(count_parameters(model))
     assert total == sum(p.numel() for p in model.parameters())
@@ -87,7 +86,7 @@ def test_a_shared_module_is_initialised_counted_and_optimized_once():
         "a token uses two experts in each of two pairs"
     )
     assert active == total - 2 * 2 * 16 * 24
-    alone = build_model(tiny("moe.architecture=dgmoe", "model.layers=4"), ParallelContext())
+    alone = build_model(tiny("moe.architecture=dgmoe", "model.layers=4"))
     assert torch.equal(model.blocks[1].moe.experts.w_in_eDF, alone.blocks[0].moe.experts.w_in_eDF)
 
     module = build_module(config)

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 
 from scmoe.files.writing import try_to_append
 from scmoe.moe.balance import SINGLE_STEPS, over_steps, step_load
+from scmoe.parallel.mesh import Mesh
+from scmoe.parallel.wire.wire import Wire
 from scmoe.probes.load_chart import draw_load, worst_layers
 from scmoe.training.callbacks.collapse import PATIENCE, CollapseAlarm
 from scmoe.training.callbacks.expert_load import ExpertLoad
@@ -30,7 +32,7 @@ def trainer(step: int, accumulate: int = 1) -> Any:
 
 LOGGED: list[dict[str, torch.Tensor]] = []
 MODULE = SimpleNamespace(
-    log_dict=LOGGED.append, modules=lambda: [], parallel_context=SimpleNamespace(ep_size=3)
+    log_dict=LOGGED.append, modules=lambda: [], wire=Wire(Mesh(ep_size=3))
 )  # a rank for each expert
 
 

@@ -28,7 +28,6 @@ from scmoe.estimate.model_cost import parts as parts_of
 from scmoe.init_from.pretrained import model_settings
 from scmoe.models.decoder import GPT
 from scmoe.moe.router import Router, Scoring
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.runs.hf_config import hf_config
 from scmoe.training.assembly.blocks import decoder_parts, moe_blocks, stack
 from scmoe.training.assembly.costs import estimate
@@ -172,12 +171,12 @@ def test_an_architecture_may_reuse_pairs_and_bring_a_router():
         pass
 
     @ARCHITECTURES.register("mine")
-    def mine(config, context, parts):
-        return moe_blocks(Mine, config, context, parts)
+    def mine(config, wire, parts):
+        return moe_blocks(Mine, config, wire, parts)
 
     @ARCHITECTURES.register("turned")
-    def turned(config, context, parts):
-        blocks = moe_blocks(ShortcutBlock, config, context, parts)
+    def turned(config, wire, parts):
+        blocks = moe_blocks(ShortcutBlock, config, wire, parts)
         for block in blocks:
             block.moe.router = Turned(parts[0].dim, config.moe.num_experts, config.moe.top_k)
         return blocks
@@ -203,7 +202,7 @@ def test_a_subclass_of_farskips_block_gets_its_parts():
         pass
 
     ARCHITECTURES.register("skips")(
-        lambda config, context, parts: moe_blocks(Skips, config, context, parts)
+        lambda config, wire, parts: moe_blocks(Skips, config, wire, parts)
     )
     words = (*TINY, "moe.every=1", "moe.leading_dense=[16]")
     own, ours = (
@@ -216,14 +215,14 @@ def test_a_subclass_of_farskips_block_gets_its_parts():
 
 def test_a_family_puts_its_model_around_any_architecture():
     @FAMILIES.register("narrow")
-    def narrow(config, context):
+    def narrow(config, wire):
         parts = decoder_parts(config, norm=nn.LayerNorm, activation="gelu_tanh")
-        blocks = stack(config, context, [parts] * config.model.layers)
+        blocks = stack(config, wire, [parts] * config.model.layers)
         return GPT(config.data.vocab_size, config.data.seq_len, config.model.dim, blocks)
 
-    FAMILIES.register("bare")(lambda config, context: nn.Linear(2, 2))
+    FAMILIES.register("bare")(lambda config, wire: nn.Linear(2, 2))
     config = load(None, [*TINY, "model.family=narrow"])
-    model = build_model(config, ParallelContext())
+    model = build_model(config)
     logits, stats = model(torch.zeros(1, 4, dtype=torch.int64))
     assert logits.shape == (1, 4, 64) and len(stats) == 1 and build_module(config)
     with pytest.raises(
@@ -275,8 +274,8 @@ def test_the_words_that_name_callbacks_again_are_read_as_they_were():
 
 def test_frozen_experts_are_not_trained_and_all_else_is():
     @ARCHITECTURES.register("frozen")
-    def frozen(config, context, parts):
-        blocks = moe_blocks(ShortcutBlock, config, context, parts)
+    def frozen(config, wire, parts):
+        blocks = moe_blocks(ShortcutBlock, config, wire, parts)
         for block in blocks:
             block.moe.experts.requires_grad_(False)
         return blocks

@@ -11,7 +11,6 @@ from torch import nn
 
 from scmoe.config.load import load
 from scmoe.moe.router import Router, Scoring, by_sign
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.probes.representations import GatingProbe, gating_metrics, gating_sums, means
 from scmoe.training.assembly.model import build_model
 from tests.support.models import assert_close, hooks, randomise, tiny, tiny_batch, tiny_model
@@ -165,7 +164,7 @@ def test_image_models_are_measured_layer_by_layer(architecture):
         *("model.window=2", "data.name=digits", "data.image_size=32", "data.num_classes=5"),
     )
     config = load(None, [*words, f"moe.architecture={architecture}"])
-    model = randomise(build_model(config, ParallelContext()).double())
+    model = randomise(build_model(config).double())
     images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
     plain, read = model(images).logits_BC, []
     routers = [block.moe.router for block in model.blocks if hasattr(block, "moe")]

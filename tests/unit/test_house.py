@@ -61,10 +61,10 @@ LABORATORY = (
 )
 ROOMS = [*LIBRARY, *LABORATORY]
 CLOSURES = {  # files that are read for one idea, with what its functions import
-    "scmoe/moe/stream.py": 12,
-    "scmoe/lightning/strategy.py": 36,
-    "scmoe/training/run/train.py": 59,  # a run, whatever its parts are
-    "scmoe/training/assembly/start.py": 111,  # the parts of every configuration
+    "scmoe/moe/stream.py": 10,
+    "scmoe/lightning/strategy.py": 30,
+    "scmoe/training/run/train.py": 57,  # a run, whatever its parts are
+    "scmoe/training/assembly/start.py": 113,  # the parts of every configuration
 }
 HASATTR = 2
 

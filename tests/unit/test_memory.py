@@ -7,14 +7,13 @@ import torch.nn.functional as F
 
 from scmoe.config.load import load
 from scmoe.estimate.memory import Job, Split, activations, gathered, rank_memory
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import (
     build_model,
     build_model_on_meta,
     build_module,
     updated_by_muon,
 )
-from tests.support.models import OneOfTwo, kept_for_backward, tiny
+from tests.support.models import kept_for_backward, one_of_two, tiny
 
 DTYPES = {
     "32-true": torch.float32,
@@ -31,7 +30,8 @@ DTYPES = {
 )
 def test_state_has_exactly_the_bytes_of_a_real_rank(words, precision):
     config = tiny(*words.split())
-    model = build_model(config, OneOfTwo(rank=1, world_size=2, ep_size=2)).to(DTYPES[precision])
+    with one_of_two() as wire:
+        model = build_model(config, wire).to(DTYPES[precision])
     module = build_module(config)
     module.model = model
     optimizer = module.configure_optimizers()["optimizer"]
@@ -94,7 +94,7 @@ def test_the_bound_on_activations_is_not_below_what_autograd_keeps_and_not_far_a
         pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
         preset, words = "configs/model/swinv2_moe_s.yaml", words[len(WIDE) :]
         batch = torch.randn(8, 3, 96, 96)
-    model = build_model(load(preset, words), ParallelContext())
+    model = build_model(load(preset, words))
     with (
         kept_for_backward(model) as kept,
         torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"),

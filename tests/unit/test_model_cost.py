@@ -16,10 +16,9 @@ from scmoe.estimate.model_cost import (
     training_flops,
 )
 from scmoe.moe.dispatcher import LocalDispatcher
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.costs import estimate
 from scmoe.training.assembly.model import build_model, build_model_on_meta
-from tests.support.models import OneOfTwo, tiny, tiny_batch, tiny_model
+from tests.support.models import one_of_two, tiny, tiny_batch, tiny_model
 
 MODELS = {
     "dense": "moe.architecture=dense",
@@ -69,7 +68,8 @@ def test_flops_and_parameters_are_those_of_a_real_rank(name):
         total_and_active(count_parameters(model))[0] == estimate(config)["params_per_rank"] == whole
     )
     if name != "dense":
-        share = build_model(config, OneOfTwo(rank=1, world_size=2, ep_size=2))
+        with one_of_two() as wire:
+            share = build_model(config, wire)
         facts = estimate(tiny(*MODELS[name].split(), "trainer.devices=2"))
         assert facts["params_per_rank"] == sum(p.numel() for p in share.parameters())
         assert total_and_active(count_parameters(share)) == total_and_active(
@@ -201,7 +201,7 @@ def test_flops_of_pictures_are_what_torch_counts():
     )
     words += " data.name=digits data.image_size=32 data.num_classes=10"
     words += " moe.num_experts=4 moe.capacity_factor=null moe.architecture=dgmoe"
-    model = build_model(load(None, words.split()), ParallelContext())
+    model = build_model(load(None, words.split()))
     attentions = [module for module in model.modules() if hasattr(module, "cpb_mlp")]
     bias = sum(
         attention.relative_coords_table.numel() * weight.numel()

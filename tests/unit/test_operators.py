@@ -8,7 +8,7 @@ import torch
 
 from experiments.bench.emulated import EmulatedExperts, EmulatedOperator
 from scmoe.moe.dispatcher import Blocking, LocalDispatcher
-from scmoe.moe.operators import Recorder
+from scmoe.moe.recorder import Recorder
 from scmoe.moe.router import Router
 from scmoe.planning import pricing
 from scmoe.planning.pricing import DIRECTIONS, OPERATORS, measured, noted, seconds_of

@@ -7,7 +7,7 @@ from torch import nn
 
 from scmoe.moe.experts import Experts
 from scmoe.parallel.checkpoint.state import optimizer_state
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
 from scmoe.training.assembly.model import build_module
 from scmoe.training.muon import MuonAndAdamW, Trained, adamw
 from tests.support.models import tiny
@@ -131,5 +131,5 @@ def test_state_of_experts_that_cannot_be_put_together_is_not_saved():
         ValueError,
         match=r"the optimizer keeps row_var \(.*\) of w_in_eDF .*, allowed for experts of",
     ):
-        optimizer_state(experts, optimizer, ParallelContext(0, 2, 2))
-    assert optimizer_state(experts, optimizer, ParallelContext())["state"]
+        optimizer_state(experts, optimizer, Mesh(0, 2, 2))
+    assert optimizer_state(experts, optimizer, Mesh())["state"]

@@ -12,7 +12,6 @@ import torch
 
 from scmoe.config.load import load
 from scmoe.estimate.model_cost import count_parameters, total_and_active
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 from tests.support.architectures import KINDS, TABLES, overrides
 from tests.support.models import randomise
@@ -55,7 +54,7 @@ def test_architecture_builds_and_its_twin_learns(name, architecture, words):
     """The twin is the same model at a small size: the same modules, and every weight has a
     gradient."""
     counts = count_parameters(build_model_on_meta(preset(name, words)))
-    twin = build_model(preset(f"{name}_tiny", words), ParallelContext())
+    twin = build_model(preset(f"{name}_tiny", words))
     twin_counts = count_parameters(twin)
     assert twin_counts.keys() == counts.keys()
     assert all(twin_counts[kind][1] < counts[kind][1] for kind in counts)

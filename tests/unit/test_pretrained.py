@@ -22,7 +22,6 @@ from scmoe.init_from.pretrained import (
 )
 from scmoe.init_from.upcycle import fill
 from scmoe.parallel.checkpoint.export import FORMAT_VERSION
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model, build_model_to_train
 from tests.support.exports import FAMILIES, dense, export
 from tests.support.models import tiny, tiny_model
@@ -62,7 +61,7 @@ def llama_folder(folder: Path, **changes) -> dict[str, torch.Tensor]:
 
 
 def start(config: Config) -> torch.nn.Module:
-    return build_model_to_train(config, ParallelContext())
+    return build_model_to_train(config)
 
 
 def refusal(config: Config) -> str:
@@ -118,7 +117,7 @@ def test_all_tensors_that_do_not_fit_are_named_at_once_and_nothing_is_written(tm
 def test_nothing_is_written_where_a_tensor_is_missing(tmp_path):
     file = tmp_path / "model.safetensors"
     export(dense("gpt", "model.layers=4"), file)
-    model = build_model(dense("gpt"), ParallelContext())
+    model = build_model(dense("gpt"))
     before = {name: p.clone() for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=r"blocks\.2\.sublayers\.0\.f\.out\.bias is unknown"):
         fill(model, read_export(file))
@@ -194,7 +193,7 @@ def test_a_model_with_zero_experts_keeps_them(tmp_path):
     assert "moe.zero_experts is 4, allowed: 3" in refusal(
         tiny(words[0], "moe.zero_experts=4", start)
     )
-    model = build_model_to_train(tiny(*words, start), ParallelContext())
+    model = build_model_to_train(tiny(*words, start))
     for name, p in trained.named_parameters():
         assert torch.equal(model.get_parameter(name), p.float()), name
 

@@ -11,7 +11,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from scmoe.moe.operators import Direction, Mark, Recorder
+from scmoe.moe.operators import Direction
+from scmoe.moe.recorder import Mark, Recorder
 from scmoe.planning import pricing
 from scmoe.planning.planner import hidden_part
 from scmoe.planning.pricing import (

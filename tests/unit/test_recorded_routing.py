@@ -13,7 +13,7 @@ from scmoe.config.load import load
 from scmoe.moe.balance import load_max
 from scmoe.moe.layout import count
 from scmoe.moe.router import Router
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.wire.wire import Wire
 from scmoe.probes.routing import (
     Recorded,
     RoutingProbe,
@@ -208,7 +208,7 @@ def test_a_folder_that_cannot_be_made_ends_no_training(tmp_path, capsys):
         0,
         SimpleNamespace(result=lambda: [torch.zeros(2, 1)], num_experts=2),
     )
-    callback.on_train_batch_end(None, SimpleNamespace(parallel_context=ParallelContext()))
+    callback.on_train_batch_end(None, SimpleNamespace(wire=Wire()))
     assert "step-00000000.safetensors is not written" in capsys.readouterr().err
 
 

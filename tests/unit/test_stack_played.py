@@ -15,7 +15,7 @@ from experiments.bench import timeline
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.load import load
 from scmoe.config.rules import may_run_two_batches
-from scmoe.moe.operators import Recorder
+from scmoe.moe.recorder import Recorder
 from scmoe.planning import planner as planner_module
 from scmoe.planning.planner import IN_HALVES, Planner, shortlist, shortlist_in_flight
 from scmoe.planning.pricing import OPERATORS as MEASURED

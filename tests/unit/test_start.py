@@ -17,9 +17,9 @@ def test_a_training_builds_one_model_on_meta_and_redacts_its_config_once(tmp_pat
     devices, redactions = [], []
     build, starred = FAMILIES["gpt"], writing._starred
 
-    def build_and_note(config, context):
+    def build_and_note(config, wire):
         devices.append(torch.get_default_device().type)
-        return build(config, context)
+        return build(config, wire)
 
     def star_and_note(value, keys):
         redactions.append(value)

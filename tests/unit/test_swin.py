@@ -13,7 +13,6 @@ from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.estimate.model_cost import count_parameters, total_and_active
 from scmoe.moe.balance import integer_sums, load_balance_loss
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 from tests.reference_swin import SwinAnswer, SwinSpec, swin
 from tests.support.architectures import SWIN_WITH_ORACLE, overrides, with_marks
@@ -112,7 +111,7 @@ def test_a_wrong_oracle_is_detected(change):
 
 
 def test_the_residual_stream_is_in_float32_under_autocast():
-    model, types = build_model(tiny("architecture=dense"), ParallelContext()), []
+    model, types = build_model(tiny("architecture=dense")), []
     for module in (*model.blocks, model.norm):
         module.register_forward_pre_hook(lambda _, inputs: types.append(inputs[0].dtype))
     with torch.autocast("cpu", torch.bfloat16):
@@ -132,7 +131,7 @@ def test_filler_is_routed_nowhere():
 
 def test_the_model_begins_as_patches_and_head():
     """SwinV2's norms after the sub-layers start with weight 0, so every block adds 0 at first."""
-    model = build_model(tiny("architecture=scmoe"), ParallelContext()).double()
+    model = build_model(tiny("architecture=scmoe")).double()
     x_BHWD = model.patches(images())
     for block in model.stages[0]:
         assert torch.equal(block(x_BHWD, None).y_BSD, x_BHWD)
@@ -140,7 +139,7 @@ def test_the_model_begins_as_patches_and_head():
 
 
 def test_drop_path_grows_from_zero_to_the_last_block():
-    model = build_model(tiny("architecture=dense", "model.drop_path=0.7"), ParallelContext())
+    model = build_model(tiny("architecture=dense", "model.drop_path=0.7"))
     rates = [block.sublayers[0].after.drop_path.drop_prob for block in model.blocks]
     assert rates == pytest.approx([0.1 * i for i in range(8)])
 

@@ -12,7 +12,6 @@ from experiments.tables.table_plan import plan_table
 from experiments.tables.table_runs import plan_runs
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 
 ROOT = Path(__file__).parents[2]
@@ -93,8 +92,7 @@ def test_rows_begin_with_the_same_weights(name, tmp_path):
     table = load_table(name, CONFIGS)
     runs = plan_runs(table, table.scales["smoke"], tmp_path, 2)
     *first_seed, second = [
-        build_model(run.config, ParallelContext()).state_dict()
-        for run in runs[: len(table.rows) + 1]
+        build_model(run.config).state_dict() for run in runs[: len(table.rows) + 1]
     ]
     of_row = dict(zip([row.name for row in table.rows], first_seed, strict=True))
     for row in table.rows:

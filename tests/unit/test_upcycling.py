@@ -8,7 +8,6 @@ import torch
 
 from scmoe.init_from.pretrained import read_export
 from scmoe.init_from.upcycle import fill
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model
 from tests.support.architectures import overrides
 from tests.support.exports import FAMILIES, dense, export
@@ -40,7 +39,7 @@ def test_upcycled_equals_dense_and_routed_experts_of_a_shared_one_learn_from_zer
     config = tiny(
         *FAMILIES[family], *overrides(words), "model.layers=4", "moe.capacity_factor=null"
     )
-    model = build_model(config, ParallelContext()).double()
+    model = build_model(config).double()
     fill(model, read_export(file))
     logits, stats = model(ids)
     assert_close(logits, expected(ids).logits_BSV, 1e-12)
@@ -57,6 +56,6 @@ def test_upcycled_equals_dense_and_routed_experts_of_a_shared_one_learn_from_zer
 def test_a_dense_checkpoint_into_a_model_with_zero_experts_is_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     export(dense("gpt"), file)
-    model = build_model(tiny("moe.zero_experts=2"), ParallelContext())
+    model = build_model(tiny("moe.zero_experts=2"))
     with pytest.raises(ValueError, match=r"moe\.zero_experts=0"):
         fill(model, read_export(file))

@@ -34,7 +34,8 @@ from scmoe.parallel.checkpoint.state import (
     tied_weights,
     with_dtensors,
 )
-from scmoe.parallel.mesh import ParallelContext, expert_parameters
+from scmoe.parallel.checkpoint.together import together
+from scmoe.parallel.mesh import Mesh, expert_parameters
 
 NOT_GIVEN = (
     "on_load_checkpoint reads checkpoint[{!r}], which ExpertParallelStrategy does not give: each"
@@ -94,7 +95,7 @@ def read_for_lightning(path: Path) -> dict[str, Any]:
     ExpertParallelStrategy. ValueError: no whole checkpoint.
     """
     durable.verify(path)
-    meta = of_this_rank(read_meta(path), ParallelContext())
+    meta = of_this_rank(read_meta(path), Mesh())
     for name in ("param_groups", OPTIMIZER):
         meta.pop(name, None)
     meta = with_tensors(meta, read_named(path, stored_in(meta)))
@@ -123,11 +124,7 @@ def _fill(tensors: dict[str, Tensor], path: Path) -> None:
 
 @torch.no_grad()
 def load_checkpoint(
-    path: Path,
-    module: nn.Module,
-    optimizers: Sequence[Optimizer],
-    context: ParallelContext,
-    strict: bool = True,
+    path: Path, module: nn.Module, optimizers: Sequence[Optimizer], mesh: Mesh, strict: bool = True
 ) -> dict[str, Any]:
     """Read a checkpoint into the module and the optimizers and return the rest.
 
@@ -136,11 +133,11 @@ def load_checkpoint(
     read. ValueError: no whole checkpoint, or another model's. An optimizer has no other state
     afterwards than the checkpoint's.
     """
-    context.together(lambda: durable.verify(path, slice(context.rank, None, context.world_size)))
-    meta, stored = of_this_rank(read_meta(path), context), tensors_of(path)
+    together(mesh, lambda: durable.verify(path, slice(mesh.rank, None, mesh.world_size)))
+    meta, stored = of_this_rank(read_meta(path), mesh), tensors_of(path)
     entries = meta.pop(MODULE, Incomplete({}, {}))
     state = module.state_dict()
-    wanted = _of_module(path, module, state, entries, stored, context, strict)
+    wanted = _of_module(path, module, state, entries, stored, mesh, strict)
     groups, further = meta.pop("param_groups", []), meta.pop(OPTIMIZER, Incomplete({}, {}))
     if optimizers and groups:
         check_same_groups(path, [optimizer.param_groups for optimizer in optimizers], groups)
@@ -148,21 +145,19 @@ def load_checkpoint(
             raise ValueError(f"{path}: {next(iter(further.reasons.values()))}")
     for i, (optimizer, saved_groups) in enumerate(zip(optimizers, groups, strict=False)):
         optimizer.state.clear()
-        wanted.update(_allocate_state(f"optimizer_{i}", module, optimizer, stored, context))
+        wanted.update(_allocate_state(f"optimizer_{i}", module, optimizer, stored, mesh))
         for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
             group.update({k: v for k, v in saved.items() if k != "params"})
-    if sum(key.startswith("rng.host.") for key in stored) == context.world_size:
-        names = [name for name in rng_states() if f"rng.{name}.{context.rank}" in stored]
+    if sum(key.startswith("rng.host.") for key in stored) == mesh.world_size:
+        names = [name for name in rng_states() if f"rng.{name}.{mesh.rank}" in stored]
         meta["rng_states"] = {name: torch.empty_like(rng_states()[name]) for name in names}
-        wanted |= {
-            f"rng.{name}.{context.rank}": state for name, state in meta["rng_states"].items()
-        }
+        wanted |= {f"rng.{name}.{mesh.rank}": state for name, state in meta["rng_states"].items()}
     others = {name: _allocated(stored[name]) for name in stored_in([entries, further, meta])}
     wanted |= others
     dcp.load(
         wanted,
         storage_reader=HuggingFaceStorageReader(str(path)),
-        process_group=context.checkpoint_group,
+        process_group=mesh.checkpoint_group,
     )
     _give(module, state, wanted, dict(with_tensors(entries, others)))
     if groups:
@@ -177,7 +172,7 @@ def _of_module(
     state: Mapping[str, Any],
     entries: Incomplete,
     stored: Mapping[str, Tensor],
-    context: ParallelContext,
+    mesh: Mesh,
     strict: bool,
 ) -> dict[str, Tensor]:
     """Return the tensors for those entries of the state_dict that a checkpoint has as tensors.
@@ -189,7 +184,7 @@ def _of_module(
     """
     is_kept, tied = kept_in(module), tied_weights(module)
     wanted: dict[str, Tensor] = {}
-    for name, x in with_dtensors(state, module, context).items():
+    for name, x in with_dtensors(state, module, mesh).items():
         key = f"model.{name}"
         if name in tied or name in entries:
             continue
@@ -322,11 +317,7 @@ def weights_by_name(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
 
 
 def _allocate_state(
-    prefix: str,
-    module: nn.Module,
-    optimizer: Optimizer,
-    stored: Mapping[str, Tensor],
-    context: ParallelContext,
+    prefix: str, module: nn.Module, optimizer: Optimizer, stored: Mapping[str, Tensor], mesh: Mesh
 ) -> dict[str, Tensor]:
     """Put empty state of the stored names into the optimizer, and return it.
 
@@ -353,7 +344,7 @@ def _allocate_state(
                 else torch.empty(size, dtype=dtype, device=device)
             )
             optimizer.state[p][key.removeprefix(start)] = value
-            wanted[key] = as_dtensor(value, context) if like and p in shards else value
+            wanted[key] = as_dtensor(value, mesh) if like and p in shards else value
     return wanted
 
 

@@ -30,7 +30,8 @@ from scmoe.parallel.checkpoint.state import (
     split,
     to_json,
 )
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.checkpoint.together import same_error_on_all_ranks
+from scmoe.parallel.mesh import Mesh
 
 OF_RANKS = "of_ranks"  # key of meta.json
 BY_NAME = ("callbacks", MODULE, OPTIMIZER)  # keys of meta.json whose values are compared one by one
@@ -71,7 +72,7 @@ class Incomplete(dict[str, Any]):
 
 
 def contents(
-    checkpoint: dict[str, Any], module: nn.Module, context: ParallelContext
+    checkpoint: dict[str, Any], module: nn.Module, mesh: Mesh
 ) -> tuple[dict[str, Tensor], str]:
     """Return this rank's tensors of a checkpoint, and the text of its meta.json.
 
@@ -83,12 +84,12 @@ def contents(
     """
     tensors: dict[str, Tensor] = {}
     entries: dict[Key, _Entry] = {}
-    group = context.control_group
-    with context.same_error_on_all_ranks(group):
-        tensors, meta = split(checkpoint, module, context)
+    group = mesh.control_group
+    with same_error_on_all_ranks(mesh, group):
+        tensors, meta = split(checkpoint, module, mesh)
         entries = {key: _Entry(key, value) for key, value in _entries_of(meta)}
         check_types(tensors)
-    of_ranks: list[Any] = [None] * context.world_size
+    of_ranks: list[Any] = [None] * mesh.world_size
     dist.all_gather_object(
         of_ranks, {key: entry.digest for key, entry in entries.items()}, group=group
     )
@@ -96,7 +97,7 @@ def contents(
     differing = [key for key in keys if len({digests.get(key) for digests in of_ranks}) > 1]
     for key in differing:
         if key in entries:
-            entries[key].is_of(context.rank)
+            entries[key].is_of(mesh.rank)
     for key in entries.keys() - set(differing):
         if key[0] == MODULE and isinstance(
             entries[key].value, Tensor
@@ -104,15 +105,13 @@ def contents(
             tensors[f"model.{key[1]}"] = entries.pop(key).value
     for entry in entries.values():
         tensors.update(entry.tensors)
-    others: list[Any] = [None] * context.world_size
+    others: list[Any] = [None] * mesh.world_size
     differing_here = {key: entries[key].json for key in differing if key in entries}
-    dist.all_gather_object(others, differing_here if context.rank else {}, group=group)
-    return dict(each_in_its_own_storage(tensors)), _text(entries, differing, others, context)
+    dist.all_gather_object(others, differing_here if mesh.rank else {}, group=group)
+    return dict(each_in_its_own_storage(tensors)), _text(entries, differing, others, mesh)
 
 
-def _text(
-    entries: dict[Key, "_Entry"], differing: list[Key], others: list[Any], context: ParallelContext
-) -> str:
+def _text(entries: dict[Key, "_Entry"], differing: list[Key], others: list[Any], mesh: Mesh) -> str:
     meta: dict[Any, Any] = {}
     for key, entry in entries.items():
         inner = meta.setdefault(key[0], {}) if len(key) > 1 else meta
@@ -122,7 +121,7 @@ def _text(
             {rank: Encoded(values[key]) for rank, values in enumerate(others) if key in values}
             for key in differing
         ]
-        meta[OF_RANKS] = {"layout": layout(context), "keys": differing, "ranks": ranks}
+        meta[OF_RANKS] = {"layout": layout(mesh), "keys": differing, "ranks": ranks}
     return json.dumps(to_json(meta, _refuse))
 
 
@@ -185,22 +184,18 @@ def title(key: Key) -> str:
     return f"{TITLES[key[0]]} {key[1]}" if len(key) > 1 else f"checkpoint[{key[0]!r}]"
 
 
-def layout(context: ParallelContext) -> list[int]:
+def layout(mesh: Mesh) -> list[int]:
     """Return what must be equal for ranks to hold the same parts.
 
     It is the number of ranks, EP, and the axes of split dense weights.
     """
-    return [
-        context.world_size,
-        context.ep_size,
-        0 if context.dense_mesh is None else context.dense_mesh.ndim,
-    ]
+    return [mesh.world_size, mesh.ep_size, 0 if mesh.dense_mesh is None else mesh.dense_mesh.ndim]
 
 
-def of_this_rank(meta: dict[str, Any], context: ParallelContext) -> Incomplete:
+def of_this_rank(meta: dict[str, Any], mesh: Mesh) -> Incomplete:
     """Return what meta.json holds for this rank, if it reads in this layout."""
     differ = meta.pop(OF_RANKS, {"layout": [], "keys": [], "ranks": []})
-    same_layout = differ["layout"] == layout(context)
+    same_layout = differ["layout"] == layout(mesh)
     restored = Incomplete(meta, {})
     for name in BY_NAME:
         if name in meta or any(key[0] == name for key in differ["keys"]):
@@ -211,8 +206,8 @@ def of_this_rank(meta: dict[str, Any], context: ParallelContext) -> Incomplete:
         values = dict(of_ranks)
         if name in inner:
             values[0] = inner.pop(name)
-        if same_layout and context.rank in values:
-            inner[name] = values[context.rank]
+        if same_layout and mesh.rank in values:
+            inner[name] = values[mesh.rank]
         elif not same_layout and any(has_tensors(value) for value in values.values()):
             inner.reasons[name] = (
                 f"{title(key)} differs between the ranks that saved it and holds tensors, so it can"

@@ -26,7 +26,8 @@ from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_checkpoint
 from scmoe.parallel.checkpoint.of_ranks import contents
 from scmoe.parallel.checkpoint.state import META, set_rng_states
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.checkpoint.together import same_error_on_all_ranks, together
+from scmoe.parallel.mesh import Mesh
 
 
 class Saving:
@@ -41,7 +42,7 @@ class Saving:
         path: Path,
         checkpoint: dict[str, Any],
         module: nn.Module,
-        context: ParallelContext,
+        mesh: Mesh,
         background: bool,
     ) -> None:
         """Copy the tensors and start to write them. Every rank must construct it.
@@ -49,15 +50,15 @@ class Saving:
         background: return once the tensors are copied, and write in a thread.
         """
         self.path = path
-        self.context = context
+        self.mesh = mesh
         self.step = checkpoint["global_step"]
-        tensors, self.meta = contents(checkpoint, module, context)
+        tensors, self.meta = contents(checkpoint, module, mesh)
         token: list[Any] = [durable.new_token()]
-        dist.broadcast_object_list(token, group=context.checkpoint_group)
+        dist.broadcast_object_list(token, group=mesh.checkpoint_group)
         self.partial = durable.partial_path(path, token[0])
         with self._all_or_nothing():
-            with context.same_error_on_all_ranks():
-                if context.rank == 0:
+            with same_error_on_all_ranks(mesh):
+                if mesh.rank == 0:
                     durable.make_folder(path.parent)
                     durable.sweep(path.parent, path.name)
                     self.partial.mkdir()
@@ -69,7 +70,7 @@ class Saving:
                 # The lowest rank that has a tensor saves it. Copies may differ: running statistics,
                 # or weights that a callback unfreezes, whose gradients DDP does not sum.
                 planner=DefaultSavePlanner(dedup_save_to_lowest_rank=True),
-                process_group=context.checkpoint_group,
+                process_group=mesh.checkpoint_group,
             )
         self.writing: Any = writing if background else None
 
@@ -86,12 +87,10 @@ class Saving:
         with self._all_or_nothing():
             if self.writing is not None:
                 self.writing.result()
-            context = self.context
-            shares: list[dict[str, Any]] | None = (
-                [{}] * context.world_size if context.rank == 0 else None
-            )
-            dist.gather_object(self.writer.fingerprints, shares, group=context.checkpoint_group)
-            context.together(lambda: None if shares is None else self._seal(shares))
+            mesh = self.mesh
+            shares: list[dict[str, Any]] | None = [{}] * mesh.world_size if mesh.rank == 0 else None
+            dist.gather_object(self.writer.fingerprints, shares, group=mesh.checkpoint_group)
+            together(mesh, lambda: None if shares is None else self._seal(shares))
 
     def _seal(self, shares: Sequence[dict[str, Any]]) -> None:
         """Complete the checkpoint, on rank 0. shares: fingerprints of the files of each rank."""
@@ -132,8 +131,8 @@ class Checkpoints:
     background: as in `Saving`.
     """
 
-    def __init__(self, context: ParallelContext, background: bool) -> None:
-        self.context, self.background = context, background
+    def __init__(self, mesh: Mesh, background: bool) -> None:
+        self.mesh, self.background = mesh, background
         self.saving: Saving | None = None
         # to be saved once the step is taken; whether weights only
         self.postponed: dict[Path, bool] = {}
@@ -147,7 +146,7 @@ class Checkpoints:
     def save(self, path: Path, state: dict[str, Any], module: nn.Module) -> None:
         """Start a save, or make it at once. state: Lightning's checkpoint dictionary."""
         self.finish()
-        self.saving = Saving(path, state, module, self.context, self.background)
+        self.saving = Saving(path, state, module, self.mesh, self.background)
         if not self.background:
             self.finish()
 
@@ -156,7 +155,7 @@ class Checkpoints:
 
         Nothing is written.
         """
-        contents(state, module, self.context)
+        contents(state, module, self.mesh)
 
     def is_writing(self) -> bool:
         """Return whether this rank still writes its part of a checkpoint."""
@@ -192,7 +191,7 @@ class Checkpoints:
         self.postponed.pop(path, None)
         if self.saving is not None or self.postponed:
             self.outdated.append(path)
-        elif self.context.rank == 0:
+        elif self.mesh.rank == 0:
             durable.remove(path)
 
     def load(
@@ -203,7 +202,7 @@ class Checkpoints:
         ValueError: see `load_checkpoint`.
         """
         self.finish()
-        state = load_checkpoint(path, module, optimizers, self.context, strict)
+        state = load_checkpoint(path, module, optimizers, self.mesh, strict)
         self.rng_states = state.pop("rng_states", None)
         return state
 

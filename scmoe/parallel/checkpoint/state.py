@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
 from scmoe.parallel.dense import local
-from scmoe.parallel.mesh import ParallelContext, expert_parameters
+from scmoe.parallel.mesh import Mesh, expert_parameters
 
 META = "meta.json"
 # By these keys `from_json` knows what is no JSON.
@@ -52,7 +52,7 @@ class Encoded:
     json: Any
 
 
-def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Any]:
+def model_state(module: nn.Module, mesh: Mesh) -> dict[str, Any]:
     """Return the module's state_dict; tensors that are split over ranks are DTensors.
 
     Parameters and buffers share storage with the module. A tied weight occurs once, under its first
@@ -61,18 +61,16 @@ def model_state(module: nn.Module, context: ParallelContext) -> dict[str, Any]:
     tied = tied_weights(module)
     return {
         name: x
-        for name, x in with_dtensors(module.state_dict(), module, context).items()
+        for name, x in with_dtensors(module.state_dict(), module, mesh).items()
         if name not in tied
     }
 
 
-def with_dtensors(
-    state: Mapping[str, Any], module: nn.Module, context: ParallelContext
-) -> dict[str, Any]:
+def with_dtensors(state: Mapping[str, Any], module: nn.Module, mesh: Mesh) -> dict[str, Any]:
     """Return the entries of a state_dict, the experts' as DTensors in the same storage."""
     shards = {name for name, _ in expert_parameters(module)}
     return {
-        name: as_dtensor(x, context) if name in shards and isinstance(x, Tensor) else x
+        name: as_dtensor(x, mesh) if name in shards and isinstance(x, Tensor) else x
         for name, x in state.items()
     }
 
@@ -102,16 +100,14 @@ def _memory(tensor: Tensor) -> tuple[torch.device, int]:
         return part.device, 0
 
 
-def own_part(
-    module: nn.Module, state: dict[str, Tensor], context: ParallelContext
-) -> dict[str, Tensor]:
+def own_part(module: nn.Module, state: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
     """Return what this rank writes of `model_state`.
 
     Buffers, such as running statistics, may differ from rank to rank. Rank 0's are written, as DDP
     sends these to all ranks before each forward; else a checkpoint would mix those of several
     ranks.
     """
-    if context.rank == 0:
+    if mesh.rank == 0:
         return state
     buffers = {name for name, _ in module.named_buffers()}
     return {name: x for name, x in state.items() if name not in buffers or isinstance(x, DTensor)}
@@ -127,9 +123,7 @@ def tied_weights(module: nn.Module) -> dict[str, str]:
     }
 
 
-def optimizer_state(
-    module: nn.Module, optimizer: Optimizer, context: ParallelContext
-) -> dict[str, Any]:
+def optimizer_state(module: nn.Module, optimizer: Optimizer, mesh: Mesh) -> dict[str, Any]:
     """Return {"state": {parameter name: {...}}, "param_groups": [...]}.
 
     It has names in place of torch's positions. State that belongs to no parameter keeps its key.
@@ -139,7 +133,7 @@ def optimizer_state(
     """
     names = parameter_names(module, optimizer)
     shards = {p for _, p in expert_parameters(module)}
-    for p in shards & optimizer.state.keys() if context.ep_size > 1 else ():
+    for p in shards & optimizer.state.keys() if mesh.ep_size > 1 else ():
         for k, v in optimizer.state[p].items():
             if isinstance(v, Tensor) and v.numel() > 1 and not _is_like(v, p):
                 raise ValueError(
@@ -151,9 +145,7 @@ def optimizer_state(
     entries: dict[Any, Any] = dict(optimizer.state)  # by parameter, or by a name of the optimizer's
     for key, values in entries.items():
         if key in shards:
-            values = {
-                k: as_dtensor(v, context) if _is_like(v, key) else v for k, v in values.items()
-            }
+            values = {k: as_dtensor(v, mesh) if _is_like(v, key) else v for k, v in values.items()}
         if key not in names and not isinstance(key, str):
             raise ValueError(
                 f"the optimizer has state of a {type(key).__name__} that is in none of its groups"
@@ -178,7 +170,7 @@ def parameter_names(module: nn.Module, optimizer: Optimizer) -> dict[Tensor, str
 
 
 def split(
-    checkpoint: dict[str, Any], module: nn.Module, context: ParallelContext
+    checkpoint: dict[str, Any], module: nn.Module, mesh: Mesh
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split Lightning's checkpoint dictionary into named tensors and the rest.
 
@@ -186,7 +178,7 @@ def split(
     weight or a single number. In the rest, MODULE has the further entries of the state_dict by
     name, and OPTIMIZER the further state by `<number>.<name>`.
     """
-    tensors = {f"rng.{name}.{context.rank}": state for name, state in rng_states().items()}
+    tensors = {f"rng.{name}.{mesh.rank}": state for name, state in rng_states().items()}
     meta = {k: v for k, v in checkpoint.items() if k not in ("state_dict", "optimizer_states")}
     is_kept, entries = kept_in(module), checkpoint["state_dict"].items()
     tensors.update({f"model.{name}": t for name, t in entries if is_kept(t)})
@@ -267,14 +259,14 @@ def each_in_its_own_storage(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str
         yield name, tensor
 
 
-def as_dtensor(experts: Tensor, context: ParallelContext) -> Tensor:
+def as_dtensor(experts: Tensor, mesh: Mesh) -> Tensor:
     """Return a DTensor of all experts.
 
     experts: this rank's share of them, or a DTensor that splits it on dim 1.
     """
     over_edp = Shard(1) if isinstance(experts, DTensor) else Replicate()
     return DTensor.from_local(
-        local(experts).detach(), context.mesh, [over_edp, Shard(0)], run_check=False
+        local(experts).detach(), mesh.device_mesh, [over_edp, Shard(0)], run_check=False
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from scmoe.parallel.dense import copies, local
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
 from scmoe.parallel.torch_seam import is_compiled
 
 
@@ -85,15 +85,15 @@ class Guard:
         """
         return self.trace["loss"] * 0 if "loss" in self.trace else 0.0
 
-    def check(self, norm: Tensor, context: ParallelContext) -> None:
+    def check(self, norm: Tensor, mesh: Mesh) -> None:
         """Raise FloatingPointError on every rank if the global gradient norm is not finite."""
         if torch.isfinite(norm):
             self.trace.clear()
             return
         names: list[Any] = [self._first()]
-        if context.world_size > 1:
-            names = [None] * context.world_size
-            dist.all_gather_object(names, self._first(), group=context.control_group)
+        if mesh.world_size > 1:
+            names = [None] * mesh.world_size
+            dist.all_gather_object(names, self._first(), group=mesh.control_group)
         arose = {rank: name for rank, name in enumerate(names) if name is not None}
         results = {rank: name for rank, name in arose.items() if not name.startswith("gradient")}
         arose = results or arose
@@ -131,7 +131,7 @@ def clip_grad_norm(
     parameters: Iterable[nn.Parameter],
     shards: set[nn.Parameter],
     max_norm: float | None,
-    context: ParallelContext,
+    mesh: Mesh,
     zero: Tensor | float = 0.0,
 ) -> Tensor:
     """Scale all gradients so that their global norm is at most max_norm.
@@ -145,8 +145,8 @@ def clip_grad_norm(
     """
     parameters = list(parameters)
     device = parameters[0].device if parameters else torch.as_tensor(zero).device
-    of_parts, of_replicated = squares(parameters, shards, context, device)
-    norm = (context.sum_over_ranks(of_parts + zero) + of_replicated).sqrt()
+    of_parts, of_replicated = squares(parameters, shards, mesh, device)
+    norm = (mesh.sum_over_ranks(of_parts + zero) + of_replicated).sqrt()
     if max_norm is not None:
         split = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
         torch.nn.utils.clip_grads_with_norm_(
@@ -158,10 +158,7 @@ def clip_grad_norm(
 
 
 def squares(
-    parameters: Iterable[nn.Parameter],
-    shards: set[nn.Parameter],
-    context: ParallelContext,
-    device: torch.device,
+    parameters: Iterable[nn.Parameter], shards: set[nn.Parameter], mesh: Mesh, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Return two squared norms of gradients.
 
@@ -175,7 +172,7 @@ def squares(
         if isinstance(p.grad, DTensor):
             parts[copies(p.grad)].append(local(p.grad))
         elif p.grad is not None and p in shards:
-            parts[context.edp_size].append(p.grad)
+            parts[mesh.edp_size].append(p.grad)
         elif p.grad is not None:
             replicated.append(p.grad.coalesce().values() if p.grad.is_sparse else p.grad)
     square = torch.zeros((), device=device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from scmoe.parallel.dense import local
-from scmoe.parallel.mesh import ParallelContext, expert_parameters
+from scmoe.parallel.mesh import Mesh, expert_parameters
 from scmoe.parallel.update.guard import clip_grad_norm
 from scmoe.parallel.update.wrap import Wrapped
 
@@ -27,12 +27,12 @@ class Step:
     def __init__(
         self,
         wrapped: Wrapped,
-        context: ParallelContext,
+        mesh: Mesh,
         optimizer: Optimizer | None = None,
         clip: float | None = None,
     ) -> None:
         self.wrapped = wrapped
-        self.context = context
+        self.mesh = mesh
         self.optimizer = optimizer
         self.clip = clip
         self.model = wrapped.module
@@ -45,7 +45,7 @@ class Step:
 
     def update(self) -> None:
         if self.clip is not None:
-            clip_grad_norm(self.parameters, self.shards, self.clip, self.context)
+            clip_grad_norm(self.parameters, self.shards, self.clip, self.mesh)
         if self.optimizer is not None:
             self.optimizer.step()
 

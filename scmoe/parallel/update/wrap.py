@@ -19,10 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from scmoe.models.fsdp_units import whole_parameters
-from scmoe.parallel.mesh import ParallelContext, expert_parameters
+from scmoe.parallel.mesh import Mesh, expert_parameters
 from scmoe.parallel.torch_seam import call_after_backward, hide_from_ddp
 
 BUCKET_MB = 25.0  # of gradients that are summed together, as DDP's
@@ -42,9 +43,9 @@ class ExpertGradientReducer:
     """
 
     def __init__(
-        self, shards: Sequence[nn.Parameter], context: ParallelContext, bucket_mb: float = BUCKET_MB
+        self, shards: Sequence[nn.Parameter], mesh: Mesh, bucket_mb: float = BUCKET_MB
     ) -> None:
-        self.context = context
+        self.mesh = mesh
         self.enabled = True
         self.bucket_bytes = int(bucket_mb * 2**20)
         self.shards = [*reversed(shards)]
@@ -53,7 +54,7 @@ class ExpertGradientReducer:
             trained = p.requires_grad
             p.requires_grad_()  # else torch accepts no hooks
             self.hooks.append(p.register_post_accumulate_grad_hook(self._ready))
-            if context.ep_size > 1:
+            if mesh.ep_size > 1:
                 self.hooks.append(p.register_hook(self._scale))
             p.requires_grad_(trained)
         self.listening = False
@@ -70,10 +71,10 @@ class ExpertGradientReducer:
         call_after_backward(self._finish)
 
     def _scale(self, grad: Tensor) -> Tensor:
-        return grad / self.context.ep_size
+        return grad / self.mesh.ep_size
 
     def _ready(self, p: nn.Parameter) -> None:
-        if not self.enabled or self.context.edp_size == 1:
+        if not self.enabled or self.mesh.edp_size == 1:
             return
         if not self.listening:
             self._listen()
@@ -89,7 +90,7 @@ class ExpertGradientReducer:
                 p.grad = torch.zeros_like(p)
             grads.append(p.grad)
         flat = torch.cat([g.flatten() for g in grads])
-        work = dist.all_reduce(flat, group=self.context.edp_group, async_op=True)
+        work = dist.all_reduce(flat, group=self.mesh.edp_group, async_op=True)
         self.in_flight.append((work, flat, grads))
 
     @torch.no_grad()
@@ -98,7 +99,7 @@ class ExpertGradientReducer:
             self._launch(len(self.in_flight))
         for work, flat, grads in self.in_flight:
             work.wait()
-            flat /= self.context.edp_size
+            flat /= self.mesh.edp_size
             for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                 g.copy_(mean.view_as(g))
         self.listening = False
@@ -166,27 +167,36 @@ class Wrapped:
         finally:
             self.reducer.enabled = True
 
+    def check_late_experts(self, module: nn.Module) -> None:
+        """Raise ValueError for experts that were added after their gradients got a reducer."""
+        known = {*self.reducer.shards} if self.reducer else set()
+        for name, p in expert_parameters(module):
+            if p.requires_grad and p not in known and not isinstance(p, DTensor):
+                raise ValueError(
+                    f"{name} was added after fit had begun. Add experts in configure_model or setup"
+                )
+
     def close(self) -> None:
         self.at_close.close()
 
 
-def wrap(model: nn.Module, context: ParallelContext, **ddp: Any) -> Wrapped:
+def wrap(model: nn.Module, mesh: Mesh, **ddp: Any) -> Wrapped:
     """Wrap a model with this rank's experts.
 
-    Its dense weights are split already where `context.dense_mesh` is set. ddp: arguments of
+    Its dense weights are split already where `mesh.dense_mesh` is set. ddp: arguments of
     DistributedDataParallel.
     """
     # `model.requires_grad_()` has reached it; DDP would wait for its gradient
     for bias in whole_parameters(model):
         bias.requires_grad_(False)
-    if context.dense_mesh is not None:
-        return Wrapped(model, context.world_size)
+    if mesh.dense_mesh is not None:
+        return Wrapped(model, mesh.world_size)
     shards = dict(expert_parameters(model))
     hide_from_ddp(model, shards)
     on_cpu = next(model.parameters()).device.type == "cpu"
     bucket_mb = BUCKET_MB_ON_CPU if on_cpu else BUCKET_MB
     usual = {"bucket_cap_mb": bucket_mb, "gradient_as_bucket_view": True}
-    wrapped = Wrapped(DistributedDataParallel(model, **usual | ddp), context.world_size)
-    wrapped.reducer = ExpertGradientReducer([*shards.values()], context, bucket_mb)
+    wrapped = Wrapped(DistributedDataParallel(model, **usual | ddp), mesh.world_size)
+    wrapped.reducer = ExpertGradientReducer([*shards.values()], mesh, bucket_mb)
     wrapped.at_close.callback(wrapped.reducer.remove)
     return wrapped

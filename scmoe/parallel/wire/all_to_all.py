@@ -24,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -33,17 +33,10 @@ from torch.autograd import Function
 
 from scmoe.moe.dispatcher import Announced, Arriving, ChunkCounts, Pending, Receipt, Traffic
 from scmoe.moe.gather import gather
-from scmoe.moe.operators import Recorder
+from scmoe.moe.operators import AnyRecorder
 from scmoe.parallel.wire.announced import OnDevice, ReadByHost, experts_of_rows
 from scmoe.parallel.wire.even_rows import EvenRows
-
-
-class Work(Protocol):
-    """An exchange in flight."""
-
-    def wait(self) -> Any:
-        """Return when the caller may use the rows in its next computation."""
-
+from scmoe.parallel.wire.wire import Work
 
 Exchange = Callable[[Tensor, Traffic | None], tuple[Tensor, Work]]
 """exchange(rows, traffic) starts an exchange and returns (target buffer, work). traffic: numbers of
@@ -172,7 +165,7 @@ class Transfer:
     exchange: Exchange
     traffic: Traffic | None = None
     operator: str = "dispatch"
-    recorder: Recorder | None = None
+    recorder: AnyRecorder | None = None
     out: Tensor | None = field(default=None, init=False)
     source: Tensor | None = field(default=None, init=False)
     work: Work | None = field(default=None, init=False)
@@ -251,7 +244,7 @@ class AllToAllDispatcher:
     is read from one raises at its first exchange.
     """
 
-    recorder: Recorder | None = None  # notes the times of transfers that run in parallel
+    recorder: AnyRecorder | None = None  # notes the times of transfers that run in parallel
 
     def __init__(
         self,
@@ -283,7 +276,7 @@ class AllToAllDispatcher:
     def __reduce__(self) -> Any:
         return WithoutGroup, (self.num_experts, self.ep_size)
 
-    def recorded_by(self, recorder: Recorder) -> "AllToAllDispatcher":
+    def recorded_by(self, recorder: AnyRecorder) -> "AllToAllDispatcher":
         """Return the same dispatcher with a recorder."""
         recorded = copy(self)
         recorded.recorder = recorder

@@ -55,7 +55,7 @@ class Request:
     """What to evaluate: the arguments of `scmoe evaluate`.
 
     tasks: None: those made from the text, if there is one. folder: of tasks. text: None: the test
-    split. stride: None: half the context. limit: None: all questions.
+    split. stride: None: half the mesh. limit: None: all questions.
     """
 
     which: Which = "last"
@@ -188,7 +188,7 @@ def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
 
     padding = padding_of(config, device)
     with ending_together(trainer), torch.inference_mode(), plugin.val_step_context():
-        results = run_on_rank_zero(work, in_its_dtype, padding, module.parallel_context)
+        results = run_on_rank_zero(work, in_its_dtype, padding, module.wire.mesh)
     if results is None:
         return None
 

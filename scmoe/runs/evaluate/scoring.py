@@ -24,7 +24,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.datamodules.positioned import IGNORE, PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.mesh import Mesh
 from scmoe.training.modules import cross_entropy_sum
 
 # Tokens of a batch, padding included. With a vocabulary of 50,000 its logits take 0.4 GB.
@@ -39,10 +39,7 @@ Forward = Callable[..., Any]
 
 
 def run_on_rank_zero(
-    work: Callable[[Forward], T],
-    model: Forward,
-    padding: tuple[Tensor, Tensor],
-    context: ParallelContext,
+    work: Callable[[Forward], T], model: Forward, padding: tuple[Tensor, Tensor], mesh: Mesh
 ) -> T | None:
     """Return work(forward) on rank 0, and None on the others. Every rank must call it.
 
@@ -54,8 +51,8 @@ def run_on_rank_zero(
     raised on rank 0, and the other ranks return. Between passes `work` may take longer than a
     collective's timeout, so a thread of rank 0 announces at intervals that it goes on.
     """
-    if context.rank != 0:
-        while (announced := _announce(context)) != END:
+    if mesh.rank != 0:
+        while (announced := _announce(mesh)) != END:
             if announced == PASS:
                 model(*padding)
         return None
@@ -69,18 +66,18 @@ def run_on_rank_zero(
             while not ended.wait(GO_ON_S):
                 with announcing:
                     if others_wait and not ended.is_set():
-                        _announce(context, GO_ON)
+                        _announce(mesh, GO_ON)
 
     def forward(inputs: Tensor, mask: Tensor | None, *rest: Any) -> Any:
         nonlocal others_wait
         with announcing:
-            _announce(context, PASS)
+            _announce(mesh, PASS)
             others_wait = False
             output = model(inputs, mask, *rest)
             others_wait = True
         return output
 
-    if context.world_size > 1:
+    if mesh.world_size > 1:
         threading.Thread(target=go_on, name="go-on", daemon=True).start()
     try:
         return work(forward)
@@ -88,15 +85,15 @@ def run_on_rank_zero(
         with announcing:
             ended.set()
             if others_wait:  # else the others are inside a pass and would not receive it
-                _announce(context, END)
+                _announce(mesh, END)
 
 
-def _announce(context: ParallelContext, what: int = END) -> int:
+def _announce(mesh: Mesh, what: int = END) -> int:
     """Return rank 0's `what` on every rank: END, PASS or GO_ON."""
-    if context.world_size == 1:
+    if mesh.world_size == 1:
         return what
     announced = torch.tensor([what], dtype=torch.uint8)
-    dist.broadcast(announced, src=0, group=context.control_group)
+    dist.broadcast(announced, src=0, group=mesh.control_group)
     return int(announced)
 
 

@@ -2,7 +2,7 @@
 
 An architecture wires the parts of any model family.
 
-An architecture is a function (config, context, parts of each layer) -> blocks, registered by its
+An architecture is a function (config, wire, parts of each layer) -> blocks, registered by its
 name. A router is a function (config) -> Scoring:
 
     softmax     the paper's: softmax, weights as moe.renormalise says; no selection bias unless
@@ -42,7 +42,8 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, rows_of
 from scmoe.moe.router import DEEPSEEK, LONGCAT, Router, Scoring, by_sign, round_robin
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.wire.dispatchers import make_dispatcher
+from scmoe.parallel.wire.wire import Wire
 from scmoe.schedule.schedule import Schedule
 
 
@@ -124,23 +125,23 @@ register_architecture = ARCHITECTURES.register
 register_router = ROUTERS.register
 
 
-def build_blocks(config: Config, context: ParallelContext) -> list[nn.Module]:
+def build_blocks(config: Config, wire: Wire) -> list[nn.Module]:
     """Return the blocks of a model with equal layers."""
-    return stack(config, context, [PARTS[config.model.family](config)] * config.model.layers)
+    return stack(config, wire, [PARTS[config.model.family](config)] * config.model.layers)
 
 
-def stack(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+def stack(config: Config, wire: Wire, parts: Sequence[Parts]) -> list[nn.Module]:
     """Return the blocks of layers, given the parts of each."""
-    return ARCHITECTURES[config.moe.architecture](config, context, parts)
+    return ARCHITECTURES[config.moe.architecture](config, wire, parts)
 
 
 @register_architecture("dense")
-def dense(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
+def dense(config: Config, wire: Wire, parts: Sequence[Parts]) -> list[nn.Module]:
     return [layer.dense_block() for layer in parts]
 
 
 def moe_blocks(
-    block: type[MoEBlock], config: Config, context: ParallelContext, parts: Sequence[Parts]
+    block: type[MoEBlock], config: Config, wire: Wire, parts: Sequence[Parts]
 ) -> list[nn.Module]:
     """Return leading dense blocks, then blocks with an MoE each: one for each layer (every=1), or
     pairs of Block-MLP and Block-MoE (every=2)."""
@@ -149,14 +150,13 @@ def moe_blocks(
     leading = [dense(layer, width) for layer, width in zip(parts, widths, strict=False)]
     starts = range(len(widths), len(parts), every)
     return leading + [
-        moe_block(block, config, context, parts[i : i + every], first=i == starts[0])
-        for i in starts
+        moe_block(block, config, wire, parts[i : i + every], first=i == starts[0]) for i in starts
     ]
 
 
 def register_moe_blocks(block: type[MoEBlock]) -> None:
-    def blocks(config: Config, context: ParallelContext, parts: Sequence[Parts]) -> list[nn.Module]:
-        return moe_blocks(block, config, context, parts)
+    def blocks(config: Config, wire: Wire, parts: Sequence[Parts]) -> list[nn.Module]:
+        return moe_blocks(block, config, wire, parts)
 
     blocks.__qualname__ = block.__qualname__  # an error about a name that is taken shows it
     register_architecture(block.architecture)(blocks)
@@ -167,20 +167,14 @@ for _block in (TopKBlock, SharedExpertBlock, ShortcutBlock, FarSkipBlock, Double
 
 
 @register_architecture("dgmoe_share")
-def dgmoe_share(
-    config: Config, context: ParallelContext, parts: Sequence[Parts]
-) -> list[nn.Module]:
-    blocks = moe_blocks(DoubleGateBlock, config, context, parts)
+def dgmoe_share(config: Config, wire: Wire, parts: Sequence[Parts]) -> list[nn.Module]:
+    blocks = moe_blocks(DoubleGateBlock, config, wire, parts)
     share_moe([block for block in blocks if isinstance(block, MoEBlock)])
     return blocks
 
 
 def moe_block(
-    block: type[MoEBlock],
-    config: Config,
-    context: ParallelContext,
-    layers: Sequence[Parts],
-    first: bool,
+    block: type[MoEBlock], config: Config, wire: Wire, layers: Sequence[Parts], first: bool
 ) -> nn.Module:
     """Return one block with an MoE.
 
@@ -218,7 +212,7 @@ def moe_block(
     return block(
         sublayers,
         parts.norm(),
-        build_stream(config, context, parts),
+        build_stream(config, wire, parts),
         schedule,
         after,
         tap_norm=tap_norm,
@@ -228,23 +222,23 @@ def moe_block(
     )
 
 
-def build_stream(config: Config, context: ParallelContext, parts: Parts) -> MoEStream:
+def build_stream(config: Config, wire: Wire, parts: Parts) -> MoEStream:
     """Return the stream of one MoE module, with this rank's experts."""
     moe = config.moe
     router = build_router(config, parts.dim)
-    experts = parts.experts(moe.num_experts, context.local_experts(moe.num_experts))
+    experts = parts.experts(moe.num_experts, wire.mesh.local_experts(moe.num_experts))
     # One process builds the model of an estimate for many ranks.
-    ep_size = max(context.ep_size, resolve_ep_size(config))
+    ep_size = max(wire.mesh.ep_size, resolve_ep_size(config))
     filled = moe.rows == "filled" or (moe.rows == "auto" and config.trainer.accelerator == "cpu")
     rows = rows_of(moe.capacity_factor, filled)
     if moe.rows == "buffers" and ep_size > 1:
         rows = Buffers(min(moe.dropless_ceiling or ep_size, ep_size))
-    dispatcher = context.dispatcher(
-        moe.num_experts, moe.dropless_ceiling, isinstance(rows, Buffers)
+    dispatcher = make_dispatcher(
+        wire, moe.num_experts, moe.dropless_ceiling, isinstance(rows, Buffers)
     )
-    if config.strategy.wire_dtype is not None and context.ep_size > 1:
+    if config.strategy.wire_dtype is not None and wire.mesh.ep_size > 1:
         dispatcher = Narrowed(dispatcher, getattr(torch, config.strategy.wire_dtype))
-    if config.schedule.transfers == "sequential" and context.ep_size > 1:
+    if config.schedule.transfers == "sequential" and wire.mesh.ep_size > 1:
         dispatcher = Blocking(dispatcher)
     return MoEStream(router, experts, dispatcher, rows)
 

@@ -18,7 +18,7 @@ from scmoe.config.registry import IMAGES
 from scmoe.estimate.bound import bound
 from scmoe.estimate.counted_step import DryRun, count_step
 from scmoe.estimate.memory import Job
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.wire.wire import Wire
 from scmoe.training.assembly.model import (
     build_model_on_meta,
     build_module,
@@ -46,9 +46,9 @@ def dry_run(config: Config) -> DryRun:
     """Run one step of rank 0. The config says how many ranks there are. Raises ConfigError."""
     check(config)
 
-    def build(context: ParallelContext) -> Any:
+    def build(wire: Wire) -> Any:
         with torch.device("meta"):
-            model = build_network(config, context)
+            model = build_network(config, wire)
         module: Any = build_module(config)
         module.model = model
         return module

@@ -1,6 +1,6 @@
 """Builds the network, the LightningModule and the optimizer of a configuration.
 
-A family is a function (config, context) -> network, registered by its name, that puts its model
+A family is a function (config, wire) -> network, registered by its name, that puts its model
 around blocks (blocks.py). An optimizer is a function (config, parameters that are trained) ->
 optimizer. Clipping and the schedule of the learning rate are the LightningModule's.
 """
@@ -23,7 +23,7 @@ from scmoe.config.registry import FAMILIES, IMAGES, OPTIMIZERS, import_extension
 from scmoe.models.decoder import GPT, Llama
 from scmoe.moe.experts import Experts
 from scmoe.parallel.dense import materialise, put, shard
-from scmoe.parallel.mesh import ParallelContext
+from scmoe.parallel.wire.wire import Wire
 from scmoe.training.assembly.blocks import Parts, build_blocks, stack
 from scmoe.training.modules import ImageClassifier, LanguageModel, MoEModule
 from scmoe.training.muon import MuonAndAdamW, Trained, adamw
@@ -36,35 +36,35 @@ register_optimizer = OPTIMIZERS.register
 OF_A_NETWORK = ("blocks", "steps", "norm", "head", "init_weights", "rows_per_sample")
 
 
-def build_model(config: Config, context: ParallelContext | None = None) -> Any:
+def build_model(config: Config, wire: Wire | None = None) -> Any:
     """Return the network with this rank's experts and weights drawn from the seed.
 
-    If the context splits dense weights over ranks, no rank ever holds the whole model: it is split
-    on the meta device, then one weight is drawn after the other. context: None: all experts.
+    If `wire.mesh` splits dense weights over ranks, no rank ever holds the whole model: it is split
+    on the meta device, then one weight is drawn after the other. wire: None: all experts.
     """
-    context = context or ParallelContext()
-    if context.dense_mesh is not None:
+    wire = wire or Wire()
+    if wire.mesh.dense_mesh is not None:
         device = torch.get_default_device()  # the rank's: Lightning sets it while a model is built
         with torch.device("meta"):
-            model = build_network(config, context)
-        shard(model, context, config.trainer.precision)
+            model = build_network(config, wire)
+        shard(model, wire.mesh, config.trainer.precision)
         materialise(model, device)
         model.init_weights(config.seed, put)
     else:
-        model = build_network(config, context)
+        model = build_network(config, wire)
         model.init_weights(config.seed)
     if config.trainer.recompute:
         recompute_activations(model)
     return model
 
 
-def build_model_to_train(config: Config, context: ParallelContext) -> Any:
+def build_model_to_train(config: Config, wire: Wire | None = None) -> Any:
     """Return the network at the start of a training, with weights drawn from the seed or read from
-    init_from.
+    init_from. wire: None: all experts.
 
     ConfigError: init_from cannot be read, or holds the weights of another model.
     """
-    model = build_model(config, context)
+    model = build_model(config, wire)
     if config.init_from is not None:
         from scmoe.init_from.upcycle import fill
 
@@ -94,21 +94,21 @@ def initial_weights(config: Config, model: Any) -> "Checkpoint":
 def build_model_on_meta(config: Config) -> Any:
     """Return the whole network without memory for its weights, to count parameters."""
     with torch.device("meta"):
-        return build_network(config, ParallelContext())
+        return build_network(config, Wire())
 
 
-def build_network(config: Config, context: ParallelContext) -> Any:
+def build_network(config: Config, wire: Wire) -> Any:
     """Return the network with weights that are not set yet. ConfigError: an extension's network
     lacks what a network must have."""
     import_extensions(config.extensions)  # a spawned rank has not read the configuration
-    network = FAMILIES[config.model.family](config, context)
+    network = FAMILIES[config.model.family](config, wire)
     if missing := [name for name in OF_A_NETWORK if getattr(network, name, None) is None]:
         lacks = (
             f"whose network lacks {', '.join(missing)}; scmoe.models.decoder.Decoder has all that a"
             " network needs"
         )
         raise ConfigError(f"model.family is {show(config.model.family)}, {lacks}")
-    if config.schedule.batches_in_flight == 2 and context.ep_size > 1:
+    if config.schedule.batches_in_flight == 2 and wire.mesh.ep_size > 1:
         if getattr(network, "batches_in_flight", None) is None:
             raise ConfigError(
                 f"schedule.batches_in_flight is 2, allowed for model.family={config.model.family}:"
@@ -120,9 +120,9 @@ def build_network(config: Config, context: ParallelContext) -> Any:
 
 @register_family("gpt")
 @register_family("llama")
-def build_decoder(config: Config, context: ParallelContext) -> Any:
+def build_decoder(config: Config, wire: Wire) -> Any:
     model = config.model
-    blocks = build_blocks(config, context)
+    blocks = build_blocks(config, wire)
     decoder: Callable[..., Any] = GPT
     if model.family == "llama":
         decoder = partial(Llama, norm_eps=model.norm_eps)
@@ -130,7 +130,7 @@ def build_decoder(config: Config, context: ParallelContext) -> Any:
 
 
 @register_family("swin", images=True)
-def build_swin(config: Config, context: ParallelContext) -> Any:
+def build_swin(config: Config, wire: Wire) -> Any:
     """Return SwinV2-MoE (Table 9): stage 3 has the configured architecture, stage 4 top-2."""
     require("model.family swin", "timm")
     from scmoe.models.swin import PostNorm, ShiftedWindows, Swin
@@ -161,7 +161,7 @@ def build_swin(config: Config, context: ParallelContext) -> Any:
     )
     configs = (dense, dense, config, dense if moe.architecture == "dense" else top_2)
     stages = [
-        stack(configs[stage], context, [parts(stage, i) for i in range(depth)])
+        stack(configs[stage], wire, [parts(stage, i) for i in range(depth)])
         for stage, depth in enumerate(depths)
     ]
     return Swin(data.image_size, model.patch_size, model.dim, data.num_classes, stages)

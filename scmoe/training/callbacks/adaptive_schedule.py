@@ -49,8 +49,8 @@ class AdaptiveSchedule(Callback):
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         blocks = moe_blocks_of(module)
-        context = module.parallel_context
-        if context.ep_size == 1 or not blocks:
+        mesh = module.wire.mesh
+        if mesh.ep_size == 1 or not blocks:
             if self.auto:
                 rank_zero_warn(
                     "schedule: auto has nothing to choose, as every rank has all experts"
@@ -60,11 +60,11 @@ class AdaptiveSchedule(Callback):
         in_a_step = trainer.accumulate_grad_batches
         fixed = not self.auto
         self.planner = Planner(
-            blocks, None, module.device, self.chunks, fixed, context.ep_size, batches=in_a_step
+            blocks, None, module.device, self.chunks, fixed, mesh.ep_size, batches=in_a_step
         )
         if getattr(module.model, "batches_in_flight", None) is not None:
             self.planner.choose_in_flight(module.model, self.in_flight)
-        self.conditions = {"ep_size": context.ep_size, **self.planner.conditions, **self.settings}
+        self.conditions = {"ep_size": mesh.ep_size, **self.planner.conditions, **self.settings}
         if self.auto and self.take_kept_plan(trainer, self.planner):
             return
         batches = (trainer.max_steps - trainer.global_step) * in_a_step

@@ -87,7 +87,7 @@ class Analysis(Callback):
             return
         probe, self.probe = self.probe, None
         probe.remove()
-        total = module.parallel_context.sum_over_ranks(probe.result())
+        total = module.wire.mesh.sum_over_ranks(probe.result())
         values = means(total).cpu().numpy()
         for logger in trainer.loggers:
             logger.log_metrics(self.quantity.metrics(values), self.step)

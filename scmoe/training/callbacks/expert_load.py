@@ -58,7 +58,7 @@ class ExpertLoad(Callback):
         sums_LE2 = outputs["step_sums_LE2"]
         if sums_LE2 is None or not ends_step(trainer, batch_idx):
             return
-        self.steps.append(step_load(sums_LE2, module.parallel_context.ep_size))
+        self.steps.append(step_load(sums_LE2, module.wire.mesh.ep_size))
         self.sums_LE2 = sums_LE2 if self.sums_LE2 is None else self.sums_LE2 + sums_LE2
         if logs_now(trainer, batch_idx):
             self.log_window(trainer, module, self.sums_LE2)

@@ -41,13 +41,13 @@ class GradientNorms(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, module: Any, *_: Any) -> None:
         if not self.wanted:
             return
-        context = module.parallel_context
+        mesh = module.wire.mesh
         pairs = [
-            squares(parameters, self.shards, context, module.device)
+            squares(parameters, self.shards, mesh, module.device)
             for parameters in self.kinds.values()
         ]
         parts_K, replicated_K = (torch.stack(sums) for sums in zip(*pairs, strict=True))
-        norms_K = (context.sum_over_ranks(parts_K) + replicated_K).sqrt()
+        norms_K = (mesh.sum_over_ranks(parts_K) + replicated_K).sqrt()
         module.log_dict(
             {f"grad_norm/{kind}": norm for kind, norm in zip(self.kinds, norms_K, strict=True)}
         )

@@ -28,18 +28,18 @@ class PeakMemory(Callback):
 
     def peaks(self, module: Any) -> dict[str, Tensor]:
         """Return both in GiB, on the device: nothing waits for it. Every rank must call it."""
-        context = module.parallel_context
+        mesh = module.wire.mesh
         peaks = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / GIB}
         if module.device.type == "cuda":
             peaks["device_gib"] = torch.cuda.max_memory_allocated(module.device) / GIB
 
         # A row for each peak and a column for each rank; the sum fills in those of other ranks.
         of_ranks = torch.zeros(
-            len(peaks), context.world_size, dtype=torch.float64, device=module.device
+            len(peaks), mesh.world_size, dtype=torch.float64, device=module.device
         )
         for row, value in zip(of_ranks, peaks.values(), strict=True):
-            row[context.rank] = value
-        return dict(zip(peaks, context.sum_over_ranks(of_ranks).amax(1), strict=True))
+            row[mesh.rank] = value
+        return dict(zip(peaks, mesh.sum_over_ranks(of_ranks).amax(1), strict=True))
 
     def on_train_batch_end(
         self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int

@@ -51,7 +51,7 @@ class RecordRouting(Callback):
         if self.probe is None:
             return
         probe, self.probe = self.probe, None
-        of_ranks = module.parallel_context.gather_on_rank_zero(probe.result())
+        of_ranks = module.wire.mesh.gather_on_rank_zero(probe.result())
         if of_ranks is not None and self.folder is not None:
             ids = [torch.cat(layer)[None] for layer in zip(*of_ranks, strict=True)]
             recorded = Recorded([self.step], ids, probe.num_experts, len(of_ranks))

@@ -20,7 +20,7 @@ class SkippedImages(Callback):
 
     def total(self, module: Any) -> int:
         """Return the sum over all ranks. Every rank must call it."""
-        return int(module.parallel_context.sum_over_ranks(self.of_rank))
+        return int(module.wire.mesh.sum_over_ranks(self.of_rank))
 
     def count(self, batch: dict[str, Tensor]) -> None:
         """Add the images of a batch that could not be read."""

@@ -177,7 +177,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         "steps": steps,
         "params_total": total,
         "params_active": active,
-        "ep_size": module.parallel_context.ep_size,
+        "ep_size": module.wire.mesh.ep_size,
         "world_size": trainer.world_size,
         "drop_share": numbers.get("val/drop_share"),
         "load_max_ratio": numbers.get("val/load_max"),

@@ -24,7 +24,6 @@ import torch
 from experiments.engine.ranks import RankError, run_ranks
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import load_model
-from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import build_model
 from tests.support.faults import tiny_run
 from tests.support.faults.tiny_run import LAST, NEW, OLD, WAYS
@@ -194,7 +193,7 @@ def flip(count: int, dense: str = "replicated") -> dict[str, int]:
     with tempfile.TemporaryDirectory() as name:
         run_ranks(write_old, 2, Path(name), dense)
         path, draw, refused = Path(name) / "checkpoints" / LAST, Random(0), 0
-        model = build_model(tiny_run.tiny(1), ParallelContext())
+        model = build_model(tiny_run.tiny(1))
         load_model(path, model)
         files = sorted(path.iterdir())
         for _ in tiny_run.progress(range(count), "flipping"):

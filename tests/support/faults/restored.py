@@ -108,9 +108,9 @@ def trained(rank: int, folder: Path, layout: Layout) -> Any:
 def write_whole(rank: int, world_size: int, folder: Path, layout: Layout) -> dict[str, Tensor]:
     """Save the state after one step, where moments and experts all differ. Return it."""
     trainer = trained(rank, folder, layout)
-    path, context = folder / "checkpoints" / LAST, trainer.strategy.context
+    path, mesh = folder / "checkpoints" / LAST, trainer.strategy.mesh
     Saving(
-        path, tiny_run.state(trainer, OLD), trainer.lightning_module, context, background=False
+        path, tiny_run.state(trainer, OLD), trainer.lightning_module, mesh, background=False
     ).finish()
     return gathered(trainer)
 

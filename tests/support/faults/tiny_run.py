@@ -113,11 +113,11 @@ def named_tensors(trainer: Any) -> dict[str, Tensor]:
 
 def state(trainer: Any, step: int) -> dict[str, Any]:
     """Return the part of Lightning's checkpoint dictionary that a save requires."""
-    module, context = trainer.lightning_module, trainer.strategy.context
+    module, mesh = trainer.lightning_module, trainer.strategy.mesh
     return {
         "global_step": step,
-        "state_dict": model_state(module, context),
-        "optimizer_states": [optimizer_state(module, trainer.optimizers[0], context)],
+        "state_dict": model_state(module, mesh),
+        "optimizer_states": [optimizer_state(module, trainer.optimizers[0], mesh)],
     }
 
 
@@ -132,7 +132,7 @@ def save_marked(trainer: Any, path: Path, step: int, background: bool = False) -
     checkpoint is written."""
     mark(trainer, step)
     saving = Saving(
-        path, state(trainer, step), trainer.lightning_module, trainer.strategy.context, background
+        path, state(trainer, step), trainer.lightning_module, trainer.strategy.mesh, background
     )
     if background:
         mark(trainer, NEXT)
@@ -140,7 +140,7 @@ def save_marked(trainer: Any, path: Path, step: int, background: bool = False) -
 
 
 def load_into(trainer: Any, path: Path) -> None:
-    load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.context)
+    load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.mesh)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
