@@ -229,7 +229,7 @@ def data_parallel(module: nn.Module, group: Any) -> DistributedDataParallel:
         )
     context = context_of(group)
     check_experts(module, context)
-    ddp = wrap(module, context, "ddp", process_group=group).module
+    ddp = wrap(module, context, process_group=group).module
     assert isinstance(ddp, DistributedDataParallel)
     return ddp
 

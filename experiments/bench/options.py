@@ -32,7 +32,6 @@ class Options:
         share: communication share of sequential top-2, forward (default: 0.52)
         ranks: (default: 2; on cuda 1)
         compute: (default: emulated; on cuda real)
-        reductions: of gradients, at level iteration (default: paced, on a GPU ddp)
         device: cuda: one GPU, rows over its bus
         dim: (default: 512; at level iteration 256)
         ffn_dim: (default: 4 times --dim)
@@ -58,7 +57,6 @@ class Options:
     share: float | None = None
     ranks: Count | None = None
     compute: Compute | None = None
-    reductions: Literal["ddp", "paced"] | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     dim: Count | None = None
     ffn_dim: Count | None = None
@@ -108,7 +106,6 @@ class Options:
             top_k=self.top_k,
             attention_ms=or_usual(self.attention_ms, usual.attention_ms),
             attention_to_mlp=or_usual(self.attention_to_mlp, usual.attention_to_mlp),
-            reductions=or_usual(self.reductions, usual.reductions),
             rows=without_repeats(self.rows or usual_rows(self.every)),
             loads=without_repeats(self.load),
             layout=self.layout,
@@ -135,11 +132,7 @@ class Options:
         if self.level != "iteration":
             self.refuse(
                 f"belongs to --level iteration, and --level is {self.level}",
-                {
-                    "--reductions": self.reductions,
-                    "--rows-per-gradient": self.rows_per_gradient,
-                    "--accumulate": self.accumulate,
-                },
+                {"--rows-per-gradient": self.rows_per_gradient, "--accumulate": self.accumulate},
             )
         if compute == "emulated":
             # an iteration has the gradients of its MLPs

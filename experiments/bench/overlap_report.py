@@ -39,7 +39,6 @@ SIZES = (  # of a report's calibration
     "num_experts",
     "attention_ms",
     "attention_to_mlp",
-    "reductions",
 )
 PAYLOAD = 1448 / 1514  # of what a link carries; the rest is headers of TCP, IP and Ethernet
 
@@ -143,7 +142,6 @@ def summary(
     if setting.level == "iteration":
         report |= {
             "gradient_mb": gradient_mb(measured, "top2"),
-            "reductions": setting.reductions,
             "rows_over_gradients": rows_over_gradients(setting, measured, "top2"),
             "wanted_ratio": setting.rows_per_gradient,
             "accumulate": setting.accumulate,

@@ -76,7 +76,7 @@ class Setting:
     share: of communication, reached by a search for the links' rate; link_mbit: a given rate
     instead. compute: real | emulated. shaped: whether the links have a rate at all. bus: rows go
     over the device's bus instead of links (emulated.over_the_bus), and the share is reached by its
-    rate. reductions: of the gradients, as the Strategy's. every: blocks with an MoE, every second
+    rate. every: blocks with an MoE, every second
     one or each one. dim, ffn_dim, heads: of every block. tokens: of one rank in one batch, in
     sequences of seq_len. accumulate: batches of a training step. rows_per_gradient: the ratio for
     which the tokens were chosen (tokens_for); None: they were given. attention_ms: of an emulated
@@ -109,7 +109,6 @@ class Setting:
     device: str = "cpu"
     dtype: str = "float32"
     bus: bool = False
-    reductions: str = "paced"
     rows: tuple[str, ...] = usual_rows(2)
     loads: tuple[str, ...] = ()
     layout: str | None = None
@@ -128,7 +127,7 @@ class Setting:
 
     def on_gpu(self) -> "Setting":
         """Return the same on one GPU: real operators, and gradients reduced by DDP."""
-        return replace(self, device="cuda", ranks=1, compute="real", reductions="ddp")
+        return replace(self, device="cuda", ranks=1, compute="real")
 
     @property
     def sequences(self) -> int:

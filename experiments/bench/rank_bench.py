@@ -28,7 +28,7 @@ from scmoe.moe.layout import Buffers
 from scmoe.moe.operators import Recorder
 from scmoe.parallel.mesh import build_context
 from scmoe.parallel.update.step import Step
-from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, all_to_all
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import LayerChoice
 from scmoe.probes.loads import BALANCED, CurrentLoad, load_of, sequences_of
@@ -76,7 +76,7 @@ class Bench:
         self.dispatcher = partial(
             AllToAllDispatcher, context.ep_group, setting.num_experts, buffered=buffered
         )
-        self.paid = self.dispatcher(exchange=context.carried())
+        self.paid = self.dispatcher(exchange=all_to_all(context.ep_group))
         if setting.bus:
             self.set_rate(1.0)
         self.free = self.dispatcher(exchange=emulated.free)

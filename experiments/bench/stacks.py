@@ -102,7 +102,7 @@ def make_step(model: "Stack", setting: Setting, context: ParallelContext) -> Ste
     if setting.level == "block":
         return Step(Wrapped(model, 1), ParallelContext())
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    return Step(wrap(model, context, setting.reductions), context, optimizer)
+    return Step(wrap(model, context), context, optimizer)
 
 
 class Stack(nn.Sequential):

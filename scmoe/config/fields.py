@@ -173,11 +173,6 @@ class StrategyConfig:
     wire_dtype: Literal["bfloat16"] | None = option(
         None, "type of rows between ranks; null: that of the experts"
     )
-    reductions: Literal["ddp", "paced"] | None = option(
-        None,
-        "gradients are sent when a bucket is full (ddp), or in pieces after the rows (paced); null:"
-        " paced on CPUs, ddp on GPUs",
-    )
     dense: Literal["replicated", "sharded", "hybrid", "auto"] = option(
         "replicated",
         "dense weights: on every rank; split over all ranks; split over those of a node; auto:"

@@ -42,6 +42,7 @@ REMOVED = {
     "strategy.debug_collectives": ("false", "See docs/troubleshooting.md, A run hangs."),
     "strategy.exchange": ("auto", "Rows always travel by one All-to-All."),
     "strategy.full_checkpoint": ("false", "`scmoe export` writes all weights to one file."),
+    "strategy.reductions": ("null", "Gradients are always sent in DDP's buckets."),
 }
 
 

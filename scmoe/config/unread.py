@@ -186,7 +186,6 @@ def _unread_of_data(config: Config) -> Unread:
 def _unread_of_training(config: Config) -> Unread:
     """Yield what the model, the optimizer, the ranks and offloading do not read."""
     trainer = config.trainer
-    dense = config.strategy.dense
     family = config.model.family
     if family not in ("gpt", "llama"):
         yield f"model.family={family} reads no checkpoint", ("init_from",)
@@ -194,8 +193,6 @@ def _unread_of_training(config: Config) -> Unread:
         yield "optim.name=adamw has optim.beta1", ("optim.momentum",)
     if config.optim.name == "muon":
         yield "optim.name=muon updates whole matrices", ("strategy.dense",)
-    if dense != "replicated":
-        yield "DDP sums with strategy.dense=replicated only", ("strategy.reductions",)
     if trainer.limit_val_batches == 0:
         yield "trainer.limit_val_batches=0 validates nothing", ("trainer.early_stopping",)
     if trainer.compile:  # hooks that are added later to a compiled block do not run

@@ -125,7 +125,7 @@ def step(
     with counting, counting.resizing():
         if not split and context.world_size > 1:
             counting.phase = "gradients"
-            module.model = wrap(model, context, "ddp", init_sync=False).module
+            module.model = wrap(model, context, init_sync=False).module
             module.model.register_comm_hook(None, reduce)
         counting.phase = "forward"
         with torch.autocast("cpu", torch.bfloat16, enabled=job.precision == "bf16-mixed"):

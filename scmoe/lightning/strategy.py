@@ -6,7 +6,7 @@ Launchers, ranks, the bucketed and overlapped reduction of dense gradients, no_s
 plugins are those of Lightning's DDPStrategy. One class with parts, which each hook names in order:
 
     job           job.py: ranks start together, and stop at the same step
-    wrapped       parallel/update/wrap.py: DDP or FSDP2, the experts' reducer, pacing
+    wrapped       parallel/update/wrap.py: DDP or FSDP2, and the experts' reducer
     guard         guarded_update.py: one global gradient norm, and no update without a check
     checkpoints   parallel/checkpoint/: can be loaded on any number of ranks
     postponed     trainer_checkpoints.py: a save inside a step waits for its end
@@ -73,8 +73,6 @@ class ExpertParallelStrategy(DDPStrategy):
         longer.
     async_checkpoint: training continues while a checkpoint is written; the files are complete some
         steps later.
-    reductions: how gradients are sent. "ddp": in full buckets; "paced" (CPUs): in pieces, after
-        rows; None: paced on CPUs.
     dense: "replicated": dense weights on all ranks, under DDP. "sharded": over all ranks, and
         experts over the ranks that hold the same ones, under FSDP2. "hybrid": over the ranks of a
         node, with a copy on each node. "auto": the first of replicated, hybrid and sharded that a
@@ -104,7 +102,6 @@ class ExpertParallelStrategy(DDPStrategy):
         ep_size: int | None = None,
         timeout_s: float = 300.0,
         async_checkpoint: bool = False,
-        reductions: str | None = None,
         dense: str = "replicated",
         dense_estimates: Mapping[str, float] | None = None,
         **ddp: Any,
@@ -112,10 +109,9 @@ class ExpertParallelStrategy(DDPStrategy):
         if ep_size is not None and ep_size < 1:
             raise ValueError(f"ep_size is {ep_size}, allowed: None or a number of ranks, 1 or more")
         self.timeout, self.start_timeout = time_limits(timeout_s)
-        check_dense(dense, ddp if reductions is None else ddp | {"reductions": reductions})
+        check_dense(dense, ddp)
         super().__init__(**{**ddp, "timeout": self.start_timeout})
         self.ep_size = ep_size
-        self.reductions = reductions
         self.dense = dense
         self.dense_estimates = dense_estimates
         self.async_checkpoint = async_checkpoint
@@ -235,7 +231,7 @@ class ExpertParallelStrategy(DDPStrategy):
             self.wrapped = wrap(self.module, self.context)
         else:
             ddp = loops.ddp_arguments(self)
-            self.wrapped = wrap(self.module, self.context, self.reductions, **ddp)
+            self.wrapped = wrap(self.module, self.context, **ddp)
             self.model = self.wrapped.module
             loops.register_ddp_hooks(self)
         self.at_teardown.callback(self.wrapped.close)
@@ -307,8 +303,7 @@ class ExpertParallelStrategy(DDPStrategy):
         return super().predict_step(*args, **kwargs)
 
     def backward(self, closure_loss: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with self.wrapped.during_backward():
-            return super().backward(self.wrapped.own_part(closure_loss), *args, **kwargs)
+        return super().backward(self.wrapped.own_part(closure_loss), *args, **kwargs)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:

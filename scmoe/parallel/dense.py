@@ -161,7 +161,7 @@ def shard(module: nn.Module, context: ParallelContext, precision: str) -> None:
     prefetch(module)
 
 
-def prefetch(module: nn.Module, wanted: bool = True) -> None:
+def prefetch(module: nn.Module) -> None:
     """Let a unit's weights be gathered while the unit before it computes.
 
     This holds in forward and in backward, on CPUs alone, where FSDP would wait for each gather. On
@@ -173,8 +173,8 @@ def prefetch(module: nn.Module, wanted: bool = True) -> None:
             m for m in [module, *(unit[0] for unit in units(module))] if isinstance(m, FSDPModule)
         ]
         for unit, following in itertools.pairwise(in_order):
-            unit.set_modules_to_forward_prefetch([following] if wanted else [])
-        gather_in_background(in_order[0], wanted)
+            unit.set_modules_to_forward_prefetch([following])
+        gather_in_background(in_order[0])
 
 
 def hide_own_weights(module: nn.Module, is_split: bool) -> None:

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
 from scmoe.parallel.torch_seam import urgent
-from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Carried, Exchange, Link, all_to_all
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, all_to_all
 from scmoe.parallel.wire.even_rows import EvenRows
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads when a group is made
@@ -35,12 +35,11 @@ class ParallelContext:
     """A rank's place in the mesh. The default is a single process that holds everything.
 
     `ep_group` carries the All-to-All, `counts_group` how many rows come in it, `edp_group` the
-    expert gradients, `gradient_group` (on CPUs) dense gradients that are paced, `checkpoint_group`
-    (gloo) checkpoints, `control_group` (gloo) what ranks ask each other; the default group carries
-    dense gradients that are not paced, losses and metrics. `link` knows the All-to-All in flight.
-    `even` checks numbers of rows that are not announced. `dense_mesh`: the ranks over which dense
-    weights are split (dense.py); None: each rank holds them whole. `exact_mesh`: the same ranks,
-    for the weights that are gathered in float32.
+    expert gradients, `checkpoint_group` (gloo) checkpoints, `control_group` (gloo) what ranks ask
+    each other; the default group carries dense gradients, losses and metrics. `even` checks numbers
+    of rows that are not announced. `dense_mesh`: the ranks over which dense weights are split
+    (dense.py); None: each rank holds them whole. `exact_mesh`: the same ranks, for the weights that
+    are gathered in float32.
 
     A deep copy of a module shares its context. A pickle holds the place alone, without groups and
     meshes.
@@ -53,10 +52,8 @@ class ParallelContext:
     ep_group: Any = None
     counts_group: Any = None
     edp_group: Any = None
-    gradient_group: Any = None
     checkpoint_group: Any = None
     control_group: Any = None
-    link: Link = field(default_factory=Link)
     even: EvenRows = field(default_factory=EvenRows)
     dense_mesh: DeviceMesh | None = None
     exact_mesh: DeviceMesh | None = None
@@ -107,16 +104,11 @@ class ParallelContext:
             self.ep_group,
             num_experts,
             ceiling,
-            self.carried(),
+            all_to_all(self.ep_group),
             counts_group=self.counts_group,
             buffered=buffered,
             even=self.even,
         )
-
-    def carried(self) -> Exchange:
-        """Return the exchange of rows. Where gradients are paced, `link` knows its transfers."""
-        exchange = all_to_all(self.ep_group)
-        return exchange if self.gradient_group is None else Carried(exchange, self.link)
 
     def sum_over_ranks(self, x: Tensor) -> Tensor:
         """Return the sum over all ranks, bit-identical on each; x is not changed."""
@@ -222,9 +214,6 @@ def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> Par
     ep_group = urgent_by_rows(grid, "ep")
     counts_group = urgent_by_rows(grid, "counts")
     edp_group = group_by_rows(grid.T, "edp", timeout)
-    gradient_group = (
-        dist.new_group(timeout=timeout, group_desc="gradients") if device.type == "cpu" else None
-    )
     checkpoint_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="checkpoint")
     control_group = dist.new_group(backend="gloo", timeout=timeout, group_desc="control")
     mesh = DeviceMesh.from_group(
@@ -240,7 +229,6 @@ def build_context(ep_size: int, device: torch.device, timeout: timedelta) -> Par
         ep_group=ep_group,
         counts_group=counts_group,
         edp_group=edp_group,
-        gradient_group=gradient_group,
         checkpoint_group=checkpoint_group,
         control_group=control_group,
     )

@@ -53,27 +53,9 @@ def gather_as_kept(unit: FSDPModule, placement: ShardPlacementResult) -> None:
                 parameter.mp_policy = policy
 
 
-def gather_in_background(module: FSDPModule, wanted: bool) -> None:
+def gather_in_background(module: FSDPModule) -> None:
     """Let all units in `module` begin a gather, and wait for it where its weights are used."""
-    module._set_unshard_async_op(wanted)
-
-
-def scatter_by(unit: FSDPModule, scatter: Any) -> Callable[[], None]:
-    """Let `scatter` sum and split a unit's gradients.
-
-    It does so until the function that this returns is called. FSDP's own setter refuses units of
-    several process groups.
-    """
-    groups = unit._get_fsdp_state()._fsdp_param_groups
-    usual_scatters = [group._reduce_scatter_comm for group in groups]
-
-    def put_back() -> None:
-        for group, usual in zip(groups, usual_scatters, strict=True):
-            group._reduce_scatter_comm = usual
-
-    for group in groups:
-        group._reduce_scatter_comm = scatter
-    return put_back
+    module._set_unshard_async_op(True)
 
 
 def share_between_turns(unit: FSDPModule, current_turns: Callable[[], Any]) -> None:
@@ -121,11 +103,6 @@ class _SharedBetweenTurns:
         self.backwards -= 1
         if self.backwards <= 0:
             self.post_backward(*unused)
-
-
-def has_gradient_hooks(parameter: nn.Parameter) -> bool:
-    """Return whether the parameter has post-accumulate-grad hooks."""
-    return bool(parameter._post_accumulate_grad_hooks)
 
 
 def is_compiled(module: nn.Module) -> bool:

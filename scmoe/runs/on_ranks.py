@@ -47,12 +47,7 @@ WITHOUT = (
         "trainer.recompute=false",
         "schedule.auto=false",
     ),
-    *(
-        "moe.dropless_ceiling=null",
-        "moe.overflow=drop",
-        "strategy.wire_dtype=null",
-        "strategy.reductions=null",
-    ),
+    *("moe.dropless_ceiling=null", "moe.overflow=drop", "strategy.wire_dtype=null"),
 )
 
 

@@ -8,6 +8,7 @@ must come back. Rows are only moved, and no sum changes its order: results must 
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future
 from typing import Any
 from unittest.mock import patch
 
@@ -18,7 +19,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from experiments.engine.ranks import run_ranks
-from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Transfer, all_to_all, point_to_point
+from scmoe.parallel.wire.all_to_all import (
+    AllToAllDispatcher,
+    Posted,
+    Transfer,
+    all_to_all,
+    point_to_point,
+)
 
 pytestmark = pytest.mark.dist
 
@@ -194,3 +201,18 @@ def test_a_transfer_hides_behind_the_work_forward_and_backward():
             "launch",
             "finish",
         ]
+
+
+class Lost:
+    def wait(self) -> None:
+        raise RuntimeError("peer is gone")
+
+
+def test_an_error_of_rows_reaches_both_that_wait_for_them():
+    """The thread of a recorder waits for rows too, and backward must not go on without them."""
+    posted: Future[list[Any]] = Future()
+    posted.set_result([Lost()])
+    rows = Posted(posted)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="peer is gone"):
+            rows.wait()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -23,7 +22,6 @@ import scmoe
 from experiments.engine.ranks import run_ranks
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.parallel.mesh import build_context
-from scmoe.parallel.update.pacing import REDUCTIONS, Pacer
 from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import wrap
 from scmoe.parallel.wire.all_to_all import Transfer
@@ -39,32 +37,27 @@ pytestmark = pytest.mark.dist
 Orders = list[tuple[list[tuple[str, bool]], list[int]]]
 
 
-def orders_of(rank: int, world_size: int, reductions: str) -> Orders:
+def orders_of(rank: int, world_size: int) -> Orders:
     """Return, of the steps with each schedule, the order of rows (operator, whether in backward)
     and of sums (numbers of elements). Rank 1 starts every transfer late."""
     dist.init_process_group("gloo")
     context = build_context(world_size, torch.device("cpu"), timedelta(seconds=60))
     model, rows, sums = scmoe.ScMoEBlock(DIM, 2, 4, group=context), [], []
-    launch, start = Transfer.launch, Pacer.start
+    launch = Transfer.launch
 
     def launched(transfer: Transfer, tensor: Tensor, backward: bool) -> Tensor:
         time.sleep(2e-3 * rank)
         rows.append((transfer.operator, backward))
         return launch(transfer, tensor, backward)
 
-    def paced(pacer: Pacer, flat: Tensor) -> Any:
-        sums.append(flat.numel())
-        return start(pacer, flat)
-
     def summed(state, bucket):  # DDP refuses annotations that are strings
         sums.append(bucket.buffer().numel())
         return allreduce_hook(state, bucket)
 
     found: Orders = []
-    with patch.object(Transfer, "launch", launched), patch.object(Pacer, "start", paced):
-        wrapped = wrap(model, context, reductions, bucket_cap_mb=1e-4)
-        if reductions == "ddp":
-            wrapped.module.register_comm_hook(None, summed)
+    with patch.object(Transfer, "launch", launched):
+        wrapped = wrap(model, context, bucket_cap_mb=1e-4)
+        wrapped.module.register_comm_hook(None, summed)
         step, x_BSD = Step(wrapped, context), torch.randn(2, 4, DIM)
         for schedule in SCHEDULES:
             for block in moe_blocks_of(model):
@@ -78,9 +71,8 @@ def orders_of(rank: int, world_size: int, reductions: str) -> Orders:
     return found
 
 
-@pytest.mark.parametrize("reductions", REDUCTIONS)
-def test_rows_and_sums_of_gradients_have_one_order_on_all_ranks(reductions):
-    ours, theirs = run_ranks(orders_of, RANKS, reductions)
+def test_rows_and_sums_of_gradients_have_one_order_on_all_ranks():
+    ours, theirs = run_ranks(orders_of, RANKS)
     assert ours == theirs
     for schedule, (rows, sums) in zip(SCHEDULES, ours, strict=True):
         forward = [(op, False) for op in schedule.operators() if op in ("dispatch", "combine")]

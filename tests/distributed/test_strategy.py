@@ -30,7 +30,6 @@ from experiments.engine.ranks import RankError, run_ranks
 from scmoe.api import MoE
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
-from scmoe.parallel.update.pacing import PIECE_MB, Pacer
 from scmoe.parallel.update.wrap import ExpertGradientReducer
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model
@@ -196,50 +195,6 @@ def test_a_rank_with_all_experts_does_not_copy_their_gradients():
         ExpertGradientReducer([p], ParallelContext())
         p.sum().backward()
     assert not copied.called and p.grad is not None and p.grad.eq(1).all()
-
-
-# ---------------------------------------------------------------------- when gradients are sent
-
-
-class WithUnused(LanguageModel):
-    """Has a weight that takes no part in the loss."""
-
-    def configure_model(self) -> None:
-        super().configure_model()
-        self.unused = torch.nn.Parameter(torch.ones(3))
-
-
-def reduced(rank: int, world_size: int) -> dict[str, list[dict[str, torch.Tensor]]]:
-    """Return the gradients of every step by case, once for each choice of strategy.reductions."""
-    alone = {"ep_size": 1}  # expert gradients are reduced too
-    cases: dict[str, tuple[dict[str, Any], int, type[LanguageModel]]] = {
-        "experts on all ranks": ({"ep_size": world_size}, 1, LanguageModel),
-        "accumulated": (alone, 2, LanguageModel),
-        "static graph": (alone | {"static_graph": True}, 1, LanguageModel),
-        "an unused weight": (alone | {"find_unused_parameters": True}, 2, WithUnused),
-    }
-    # two ranks give the same sums whatever the pieces; of more, each adds in an order that depends
-    # on the piece
-    small = patch.object(
-        Pacer.__init__, "__defaults__", (200 / 2**20,) if world_size == 2 else (PIECE_MB,)
-    )
-    found: dict[str, list[dict[str, torch.Tensor]]] = {}
-    with small:
-        for name, (given, accumulate, cls) in cases.items():
-            for reductions in ("ddp", "paced"):
-                strategy = ExpertParallelStrategy(reductions=reductions, **given)
-                found.setdefault(name, []).append(
-                    own_trainer(rank, world_size, strategy, cls, accumulate)
-                )
-    return found
-
-
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.faults)])
-def test_when_gradients_are_sent_changes_no_bit(ranks):
-    for found in run_ranks(reduced, ranks):
-        for name, (ddp, paced) in found.items():
-            assert ddp.keys() == paced.keys() and any(g.any() for g in ddp.values()), name
-            assert not [key for key, g in ddp.items() if not torch.equal(g, paced[key])], name
 
 
 # -------------------------------------------------- samplers without a generator of their own

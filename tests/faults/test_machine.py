@@ -118,11 +118,6 @@ def test_a_step_of_hours_is_refused_by_the_limit_that_lifts(tmp_path):
             ["trainer.accelerator=auto", "trainer.devices=2"],
             "trainer.devices is 2, allowed: at most 1, the GPUs",
         ),
-        (
-            1,
-            ["trainer.accelerator=auto", "strategy.reductions=paced"],
-            "strategy.reductions is 'paced', allowed: null",
-        ),
         (0, ["trainer.threads=1024"], "trainer.threads is 1024, allowed: null or at most "),
     ],
 )

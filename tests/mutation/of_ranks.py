@@ -3,7 +3,7 @@ split weights."""
 
 from __future__ import annotations
 
-from tests.mutation.mutant import DIST, FAULTS, LIGHTNING, PARALLEL, UNIT, UPDATE, WIRE, Mutant
+from tests.mutation.mutant import DIST, FAULTS, LIGHTNING, PARALLEL, UPDATE, WIRE, Mutant
 
 EP = (  # all gradients
     f"{DIST}/test_negative_controls.py::test_with_nothing_broken_two_ranks_equal_one"
@@ -52,7 +52,7 @@ MUTANTS = (
         "                works[0].wait()  #",
         "                works.pop(0).wait()\n                continue  #",
     )
-    .caught_by(f"{UNIT}/test_pacing.py::test_an_error_of_rows_reaches_both_that_wait_for_them"),
+    .caught_by(f"{DIST}/test_all_to_all.py::test_an_error_of_rows_reaches_both_that_wait_for_them"),
     Mutant("rows-left-grouped-by-sender", f"{WIRE}/all_to_all.py")
     .replaces(
         "order_R = experts_of_rows(counts, rows_RD.shape[0]).argsort(stable=True)",
@@ -86,12 +86,6 @@ MUTANTS = (
     .caught_by(
         f"{DIST}/test_strategy.py::test_experts_that_are_unfrozen_during_training_have_the_gradients_of_others"
     ),
-    Mutant("gradients-beside-rows", f"{UPDATE}/pacing.py")
-    .replaces("                    self.link.wait()\n", "")
-    .caught_by(f"{UNIT}/test_pacing.py::test_rows_wait_behind_the_pieces_in_flight_alone"),
-    Mutant("paced-sum-for-mean", f"{UPDATE}/pacing.py")
-    .replaces(".mul_(1 / dist.get_world_size(self.group))", "")
-    .caught_by(f"{DIST}/test_strategy.py::test_when_gradients_are_sent_changes_no_bit[2]"),
     Mutant("experts-given-to-DDP", f"{PARALLEL}/torch_seam.py")
     .replaces(
         'getattr(module, "_ddp_params_and_buffers_to_ignore", []), *names}',
@@ -162,17 +156,6 @@ MUTANTS = (
         "    blocks = apart + units(module)\n",
     )
     .caught_by(f"{RUNS}::test_fsdp_starts_no_collective_inside_an_open_stream"),
-    Mutant("split-sums-read-too-early", f"{UPDATE}/wrap.py")
-    .replaces("p.grad is not None or p.dtype", "p.dtype")
-    .caught_by(
-        f"{FOUR}[clipped, EP 2]",
-        f"{UNIT}/test_pacing.py::test_sums_that_are_read_at_once_are_waited_for",
-    ),
-    Mutant("split-backward-ends-before-its-sums", f"{UPDATE}/wrap.py")
-    .replaces("            yield\n            self.wait()", "            yield")
-    .caught_by(
-        f"{UNIT}/test_pacing.py::test_backward_of_split_weights_goes_on_until_one_units_sums_are_missing"
-    ),
     Mutant("whole-weights-after-validation", f"{LIGHTNING}/job.py")
     .replaces("        reshard(self.trainer.lightning_module)\n", "        assert self.trainer\n")
     .caught_by(f"{RUNS}::test_a_users_own_module_is_split_and_equal_to_replicated"),

@@ -38,7 +38,6 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA d
         ("overlap --share 0.52 --link-mbit 100", "--share and --link-mbit"),
         ("overlap --compute real --attention-ms 4", "--attention-ms belongs to emulated compute"),
         ("overlap --heads 4", "--heads belongs to real compute"),
-        ("overlap --reductions ddp", "--reductions belongs to --level iteration"),
         ("overlap --ffn-dim 64", "--ffn-dim belongs to real compute"),
         ("overlap --accumulate 2", "--accumulate belongs to --level iteration"),
         ("overlap --rows-per-gradient 1", "--rows-per-gradient belongs to --level iteration"),

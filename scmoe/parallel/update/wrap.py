@@ -1,10 +1,9 @@
-"""Wraps a model for training on many ranks: the one place that assembles DDP or FSDP2, the experts'
-reducer, pacing.
+"""Wraps a model for training on many ranks: the one place that assembles DDP or FSDP2 and the
+experts' reducer.
 
     replicated dense weights   DDP averages their gradients, ExpertGradientReducer those of the
-                               experts; paced on CPUs
-    split dense weights        FSDP2 gathers all weights and sums all gradients (dense.py); paced on
-                               CPUs
+                               experts
+    split dense weights        FSDP2 gathers all weights and sums all gradients (dense.py)
 
 After backward every gradient is that of the mean of the ranks' losses. Each rank's loss is a mean
 over its own tokens. The gradient of a shard of experts arrives summed over its EP group, whose
@@ -13,30 +12,23 @@ arrives, and averaged over EDP when backward ends: accumulating batches then wor
 DDP.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from scmoe.models.fsdp_units import whole_parameters
-from scmoe.parallel.dense import prefetch, reshard
 from scmoe.parallel.mesh import ParallelContext, expert_parameters
-from scmoe.parallel.torch_seam import (
-    call_after_backward,
-    has_gradient_hooks,
-    hide_from_ddp,
-    scatter_by,
-)
-from scmoe.parallel.update.pacing import BUCKET_MB, Pacer, is_paced
+from scmoe.parallel.torch_seam import call_after_backward, hide_from_ddp
 
-SUMS_OF_A_UNIT = 3  # at most: of its dense weights, of those in float32, and of its experts
+BUCKET_MB = 25.0  # of gradients that are summed together, as DDP's
+# Between hosts, small buckets are full while there is backward left to hide their sums
+# (docs/decisions/0039-reductions.md).
+BUCKET_MB_ON_CPU = 1.0
 
 
 class ExpertGradientReducer:
@@ -47,16 +39,14 @@ class ExpertGradientReducer:
     all ranks send them in the same order. While not `enabled`, gradients accumulate on this rank
     only. A frozen shard is in no bucket; it may be frozen or unfrozen between steps, on all ranks
     together.
-
-    pacer: sums over that group when rows leave its link free; None: full buckets are sent at once.
     """
 
     def __init__(
-        self, shards: Sequence[nn.Parameter], context: ParallelContext, pacer: Pacer | None = None
+        self, shards: Sequence[nn.Parameter], context: ParallelContext, bucket_mb: float = BUCKET_MB
     ) -> None:
-        self.context, self.enabled = context, True
-        self.start: Callable[[Tensor], Any] = pacer.start if pacer else self._start_at_once
-        self.bucket_bytes = int((BUCKET_MB if pacer else 25.0) * 2**20)  # as DDP's
+        self.context = context
+        self.enabled = True
+        self.bucket_bytes = int(bucket_mb * 2**20)
         self.shards = [*reversed(shards)]
         self.hooks: list[Any] = []
         for p in self.shards:
@@ -79,9 +69,6 @@ class ExpertGradientReducer:
         self.in_flight: list[tuple[Any, Tensor, list[Tensor]]] = []
         call_after_backward(self._finish)
 
-    def _start_at_once(self, flat: Tensor) -> Any:
-        return dist.all_reduce(flat, group=self.context.edp_group, async_op=True)
-
     def _scale(self, grad: Tensor) -> Tensor:
         return grad / self.context.ep_size
 
@@ -102,7 +89,8 @@ class ExpertGradientReducer:
                 p.grad = torch.zeros_like(p)
             grads.append(p.grad)
         flat = torch.cat([g.flatten() for g in grads])
-        self.in_flight.append((self.start(flat), flat, grads))
+        work = dist.all_reduce(flat, group=self.context.edp_group, async_op=True)
+        self.in_flight.append((work, flat, grads))
 
     @torch.no_grad()
     def _finish(self) -> None:
@@ -137,73 +125,6 @@ def _buckets(parameters: Sequence[nn.Parameter], max_bytes: int) -> Iterator[lis
         yield bucket
 
 
-class PacedScatter:
-    """Sums the gradients of split weights over ranks while backward goes on; FSDP on gloo would
-    wait for each sum.
-
-        link    rows      piece piece rows           piece piece piece ...
-        rank    block 1   block 0                    wait for what is left
-
-    FSDP calls this instead of a reduce-scatter. A call returns before its `output_tensor` is set;
-    `wait` sets all. At most one unit's gradients wait to be sent, so a rank holds no more than the
-    whole gradients of two units.
-
-    `at_once`: FSDP or a hook reads each sum right after the call, so each call waits for its sum.
-    """
-
-    def __init__(
-        self, pacer: Pacer, context: ParallelContext, parameters: Sequence[nn.Parameter]
-    ) -> None:
-        self.pacer = pacer
-        self.context = context
-        self.parameters = parameters
-        self.at_once = True
-        self.sums: deque[Future[Tensor]] = deque()
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self,
-        output_tensor: Tensor,
-        input_tensor: Tensor,
-        group: Any,
-        op: Any,
-        async_op: bool = False,
-    ) -> None:
-        assert op == dist.ReduceOp.SUM and not async_op
-        # FSDP's own group carries gathers, which begin on another thread
-        everywhere = group.size() == self.context.world_size
-        sum_group = self.context.gradient_group if everywhere else self.context.edp_group
-        all_RN = input_tensor.view(group.size(), -1)
-        self.wait(0 if self.at_once else SUMS_OF_A_UNIT - 1)
-        self.sums.append(self.pacer.scatter(output_tensor, all_RN, sum_group))
-        if self.at_once:
-            self.wait()
-
-    def wait(self, left: int = 0) -> None:
-        """Wait until no more than `left` sums are missing."""
-        while len(self.sums) > left:
-            self.sums.popleft().wait()
-
-    @contextmanager
-    def during_backward(self) -> Iterator[None]:
-        """Run a backward pass inside.
-
-        FSDP reads a sum at once to round it to 16 bits or to add it to that of an earlier batch,
-        and hooks on gradients read it.
-        """
-        self.at_once = any(
-            p.grad is not None or p.dtype.itemsize < 4 or has_gradient_hooks(p)
-            for p in self.parameters
-        )
-        try:
-            yield
-            self.wait()
-        finally:
-            self.sums.clear()
-
-
 class Wrapped:
     """A wrapped model: call `module` in place of the model, and `backward` in place of the loss's.
 
@@ -211,7 +132,6 @@ class Wrapped:
     """
 
     reducer: ExpertGradientReducer | None = None  # of the experts; None where weights are split
-    scatters: PacedScatter | None = None  # sums of split weights, where they are paced
 
     def __init__(self, module: nn.Module, world_size: int) -> None:
         self.module, self.world_size = module, world_size
@@ -225,14 +145,9 @@ class Wrapped:
         averaged = isinstance(self.module, DistributedDataParallel) or self.world_size == 1
         return loss if averaged else loss / self.world_size
 
-    def during_backward(self) -> Any:
-        """Return a context in which backward runs."""
-        return self.scatters.during_backward() if self.scatters else nullcontext()
-
     def backward(self, loss: Tensor, gradient: Tensor | None = None) -> None:
         """Run the backward pass. gradient: of the loss, if that is no single number."""
-        with self.during_backward():
-            self.own_part(loss).backward(gradient)
+        self.own_part(loss).backward(gradient)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -255,64 +170,23 @@ class Wrapped:
         self.at_close.close()
 
 
-def has_sparse_gradients(model: nn.Module) -> bool:
-    return any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse for m in model.modules())
-
-
-def wrap(
-    model: nn.Module,
-    context: ParallelContext,
-    reductions: str | None = None,
-    hidden: bool = True,
-    **ddp: Any,
-) -> Wrapped:
+def wrap(model: nn.Module, context: ParallelContext, **ddp: Any) -> Wrapped:
     """Wrap a model with this rank's experts.
 
-    Its dense weights are split already where `context.dense_mesh` is set.
-
-    reductions: ddp | paced; None: paced on CPUs. hidden: False lets FSDP wait for each gather and
-    each sum, which is what `bench dense` compares with. ddp: arguments of DistributedDataParallel.
+    Its dense weights are split already where `context.dense_mesh` is set. ddp: arguments of
+    DistributedDataParallel.
     """
     # `model.requires_grad_()` has reached it; DDP would wait for its gradient
     for bias in whole_parameters(model):
         bias.requires_grad_(False)
     if context.dense_mesh is not None:
-        return _over_fsdp(model, context, hidden)
+        return Wrapped(model, context.world_size)
     shards = dict(expert_parameters(model))
     hide_from_ddp(model, shards)
-    paced = is_paced(reductions, next(model.parameters()).device, has_sparse_gradients(model))
-    if paced:
-        ddp.setdefault("bucket_cap_mb", BUCKET_MB)
-    ddp.setdefault("gradient_as_bucket_view", True)
-    module = DistributedDataParallel(model, **ddp)
-    wrapped = Wrapped(module, context.world_size)
-    pacer: Pacer | None = None
-    if paced:
-        # two, because the order of dense and expert buckets may differ from rank to rank: DDP sends
-        # the bucket of an unused parameter at the end
-        dense, pacer = (
-            Pacer(context.gradient_group, context.link),
-            Pacer(context.edp_group, context.link),
-        )
-        module.register_comm_hook(None, dense.mean_of_bucket)
-        wrapped.at_close.callback(dense.stop)
-        wrapped.at_close.callback(pacer.stop)
-    wrapped.reducer = ExpertGradientReducer([*shards.values()], context, pacer)
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    bucket_mb = BUCKET_MB_ON_CPU if on_cpu else BUCKET_MB
+    usual = {"bucket_cap_mb": bucket_mb, "gradient_as_bucket_view": True}
+    wrapped = Wrapped(DistributedDataParallel(model, **usual | ddp), context.world_size)
+    wrapped.reducer = ExpertGradientReducer([*shards.values()], context, bucket_mb)
     wrapped.at_close.callback(wrapped.reducer.remove)
-    return wrapped
-
-
-def _over_fsdp(model: nn.Module, context: ParallelContext, hidden: bool) -> Wrapped:
-    mesh, wrapped = context.dense_mesh, Wrapped(model, context.world_size)
-    assert mesh is not None
-    if not hidden:
-        prefetch(model, False)
-    elif mesh.ndim == 1 and mesh.device_type == "cpu":
-        reshard(model)  # so that its parameters are those which get the sums
-        pacer = Pacer(context.gradient_group, context.link)
-        wrapped.at_close.callback(pacer.stop)
-        wrapped.scatters = PacedScatter(pacer, context, list(model.parameters()))
-        for unit in model.modules():
-            if isinstance(unit, FSDPModule):
-                wrapped.at_close.callback(scatter_by(unit, wrapped.scatters))
     return wrapped

@@ -158,35 +158,6 @@ class Posted:
                 works.pop(0)
 
 
-class Link:
-    """Keeps this rank's latest exchange of rows.
-
-    Gradients can wait until it is finished (update/pacing.py).
-    """
-
-    def __init__(self) -> None:
-        self.latest: Work | None = None
-
-    def wait(self) -> None:
-        """Return when no rows are in flight."""
-        while (work := self.latest) is not None:
-            work.wait()
-            if work is self.latest:
-                return
-
-
-@dataclass(frozen=True)
-class Carried:
-    """An exchange that stores each of its transfers in `link.latest`."""
-
-    exchange: Exchange
-    link: Link
-
-    def __call__(self, rows: Tensor, traffic: Traffic | None) -> tuple[Tensor, Work]:
-        target, self.link.latest = self.exchange(rows, traffic)
-        return target, self.link.latest
-
-
 @dataclass(eq=False)
 class Transfer:
     """One exchange of rows, and later the way back of its gradient.

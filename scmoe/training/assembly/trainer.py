@@ -124,7 +124,6 @@ def timing_conditions(config: Config) -> dict[str, Any]:
         "recompute": trainer.recompute,
         "wire_dtype": strategy.wire_dtype,
         "dense": strategy.dense,
-        "reductions": strategy.reductions,
     }
 
 
@@ -142,7 +141,6 @@ def build_strategy(
         async_checkpoint=strategy.async_checkpoint,
         dense=strategy.dense,
         dense_estimates=dense_estimates,
-        reductions=strategy.reductions,
     )
 
 

@@ -119,8 +119,6 @@ def _devices(config: Config) -> Refusals:
     if has_gpus(config) and trainer.devices > gpus:
         here = f"at most {gpus}, the GPUs of this machine"
         yield "trainer.devices", f"{here}, or any with trainer.accelerator=cpu"
-    if has_gpus(config) and config.strategy.reductions == "paced":
-        yield "strategy.reductions", "null | ddp on a GPU, whose all-reduces the host cannot pace"
 
 
 def has_gpus(config: Config) -> bool:
