@@ -84,7 +84,7 @@ def columns_by_tokens(reports: Sequence[dict[str, Any]]) -> list[Column]:
 def columns_by_load(reports: Sequence[dict[str, Any]]) -> list[Column]:
     """Return each load of the reports of uneven routing."""
     return [
-        column_of(load, load["load"], position)
+        column_of(load, load["load"]["name"], position)
         for report in reports
         for position, load in enumerate(report.get("loads", ()))
     ]
