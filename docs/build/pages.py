@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from docs.build import two_batches
 from docs.build.concepts import CONCEPTS
 from experiments.bench import inference_report, offload_report, speed_chart, training, uneven
 from experiments.bench.overlap_rows import rows_of
@@ -85,6 +86,8 @@ def pictures() -> dict[str, Callable[[Path], None]]:
             "figure-1": partial(draw_shares, scenarios),
             "figure-8": partial(draw_speeds, scenarios),
         }
+    if halves := two_batches.read_reports():
+        drawings[two_batches.NAME] = partial(two_batches.draw, halves)
     for path in sorted(RESULTS.glob("*/results.json")):
         if "_lr-" in path.parent.name:  # a search for learning rates has no picture
             continue
@@ -152,6 +155,8 @@ def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any]
             said,
             {"scenarios": [scenario_row(*each) for each in read_reports([FIGURE_8]).items()]},
         )
+    if name == two_batches.NAME:
+        return page, said, {"reports": two_batches.read_reports()}
     data = read(path if path.exists() else PAGES / f"{name}.json")
     if isinstance(data, list):
         return page, said, {"rows": data}
@@ -257,6 +262,10 @@ def scenario_tables(data: dict[str, Any]) -> list[Report]:
     return [Report(title, {row["name"]: row for row in data["scenarios"]}, columns, "scenario")]
 
 
+def tables_of_halves(data: dict[str, Any]) -> list[Report]:
+    return two_batches.tables(data["reports"])
+
+
 def preset_tables(data: dict[str, Any]) -> list[Report]:
     rows = dict[str, dict[str, Any]]()
     for case in data["rows"]:
@@ -278,5 +287,6 @@ def read(path: Path) -> Any:
 TABLES = {  # by the first words of an experiment's name
     **{start: bench.tables for start, bench in BENCHES.items()},
     "figure-8": scenario_tables,
+    two_batches.NAME: tables_of_halves,
     "dryrun": preset_tables,
 }

@@ -17,7 +17,7 @@ from experiments.bench.pairs import ROWS, Setting, default_schedule
 from experiments.bench.rank_bench import Bench, Seconds
 from experiments.bench.rate_search import find_rate
 from experiments.bench.stacks import Variant, chosen_by, of_each_kind
-from experiments.bench.two_batches import batches_of
+from experiments.bench.two_batches import TWO, batches_of
 from experiments.engine.clock import median
 from experiments.engine.ranks import say_once
 from scmoe.planning.pricing import LayerChoice
@@ -34,7 +34,8 @@ class Row(NamedTuple):
     """One row at one load. choices: the planner's. chosen: its variant. finalists: the variants of
     the rounds, with the best one. peak_mb: memory of a step. dropped: share of copies; None where
     no uneven load is measured. one_batch_peak_mb: memory of a step at the same schedule with one
-    batch in flight; None where the row has no more.
+    batch in flight; None where the row has no more. auto: what `schedule=auto` runs, which chooses
+    the number of batches in flight too; None where the row with two was not asked for.
     """
 
     choices: Sequence[LayerChoice]
@@ -44,6 +45,7 @@ class Row(NamedTuple):
     peak_mb: float
     dropped: float | None = None
     one_batch_peak_mb: float | None = None
+    auto: Variant | None = None
 
 
 class Measured(NamedTuple):
@@ -93,8 +95,10 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
         rate = find_rate(setting, bench.set_rate, bench.infer, rate)
     # planned now, because operators that were measured long before the rounds do not explain them
     planned = {key: plan(bench, *key, candidates[key]) for key in candidates}
+    autos = {key: auto_of(bench, *key) for key in candidates if key[1] + TWO in setting.rows}
     finalists = {key: finalists_of(each, tried) for key, each in planned.items()}
-    times = bench.rounds(chain(references_of(bench), *finalists.values()), setting.rounds)
+    variants_of_rounds = chain(references_of(bench), *finalists.values(), autos.values())
+    times = bench.rounds(variants_of_rounds, setting.rounds)
     rows: dict[str, dict[str, Row]] = {load: {} for load in bench.inputs}
     for (load, row), variants in finalists.items():
         best = min(variants, key=lambda v: median(times[v].train))
@@ -108,6 +112,7 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
             bench.peak_mb(best),
             dropped,
             None if in_one_batch == best else bench.peak_mb(in_one_batch),
+            autos.get((load, row)),
         )
     gradients = {block: bench.gradients(block) for block in bench.stacks}
     return {
@@ -135,6 +140,13 @@ def plan(bench: Bench, load: str, row: str, candidates: Sequence[Variant]) -> Pl
     block, chunk_counts = ROWS[bench.setting.every][row]
     choices = bench.choose(block, chunk_counts, load, (batches_of(row),))
     return Planned(choices, chosen_by(choices, block, load), candidates)
+
+
+def auto_of(bench: Bench, load: str, row: str) -> Variant:
+    """Return what `schedule=auto` runs of a row at a load: the planner chooses between one and two
+    batches in flight too."""
+    block, chunk_counts = ROWS[bench.setting.every][row]
+    return chosen_by(bench.choose(block, chunk_counts, load, (1, 2)), block, load)
 
 
 def finalists_of(planned: Planned, tried: Mapping[Variant, Seconds]) -> list[Variant]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from experiments.bench import speed_chart, uneven
+from experiments.bench.auto import auto_of_both, over_best_finalist
 from experiments.bench.over_best import over_best
 from experiments.bench.overlap import Measured, Row, measure, way_of
 from experiments.bench.overlap_rows import OverlapRow, rows_of
@@ -218,7 +219,8 @@ def row_of(setting: Setting, measured: Measured, name: str) -> OverlapRow:
         auto_inside_attention=chosen.inside_attention,
         inside_gain=inside_gain(row, measured.times),
         auto_chunks=chosen.chunks,
-        auto_over_best=auto_over_best(row, measured.times),
+        auto_over_best=over_best_finalist(row.chosen, row.finalists, measured.times),
+        auto_of_both=auto_of_both(measured, name),
         measured_over_model=median(best.train) / (median(free.train) + exposed),
         batches_in_flight=row.best.batches_in_flight,
         peak_mb=row.peak_mb,
@@ -242,22 +244,6 @@ def row_of(setting: Setting, measured: Measured, name: str) -> OverlapRow:
             figures, limit_train=median(top2.train / least), of_limit=median(least / best.train)
         )
     return figures
-
-
-def auto_over_best(row: Row, times: Mapping[Variant, Seconds]) -> float:
-    """Return the training time of the planner's choice over that of the best schedule.
-
-    Half of the rounds choose the best schedule, the other half compare, and the reverse; the result
-    is the mean of the two medians. In the rounds that choose it, the best was also lucky. It is
-    below 1 where luck has chosen a schedule that is slower than the planner's. With one round it
-    has chosen the best too."""
-    chosen = times[row.chosen].train
-    halves = [slice(start, None, 2) for start in range(min(2, len(chosen)))]
-    medians = []
-    for choose, compare in zip(halves, reversed(halves), strict=True):
-        best = min((times[v].train for v in row.finalists), key=lambda train: median(train[choose]))
-        medians.append(median(chosen[compare] / best[compare]))
-    return sum(medians) / len(medians)
 
 
 def inside_gain(row: Row, times: Mapping[Variant, Seconds]) -> dict[str, Any] | None:

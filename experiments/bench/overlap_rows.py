@@ -37,6 +37,7 @@ class OverlapRow:
     iteration; limit_train and of_limit are known on links with a rate. over_best_...: what the row
     gains over other models (over_best.py). peak_mb: memory of a step beyond what is allocated
     before it. peak_over_one_batch: that of a row with two batches in flight over that with one.
+    auto_of_both: what `schedule=auto` chooses between both (overlap_report.py).
     at_load: None at the balanced load.
     """
 
@@ -67,6 +68,7 @@ class OverlapRow:
     of_limit: float | None = None
     batches_in_flight: int = 1
     peak_over_one_batch: float | None = None
+    auto_of_both: dict[str, Any] | None = None
     over_best_without_another_model: dict[str, Any] | None = None
     over_best_without_shortcut: dict[str, Any] | None = None
     at_load: LoadFigures | None = None
@@ -106,6 +108,7 @@ class OverlapRow:
 
 SOMETIMES = (
     "peak_over_one_batch",
+    "auto_of_both",
     "auto_slots",
     "gradient_mb",
     "rows_over_gradients",

@@ -155,6 +155,10 @@ def tables(report: dict[str, Any]) -> list[Report]:
             "peak, MiB": "{peak_mb:.0f}",
             "over one batch's": "{peak_over_one_batch:.2f}",
         }
+    if any("auto_of_both" in row for row in report["rows"].values()):
+        columns["auto: batches, over best"] = (
+            "{auto_of_both[batches_in_flight]}, {auto_of_both[over_best]:.3f}"
+        )
     if report.get("every", 2) == 1:
         title = f"{blocks_of(report)}. {title}"
     return [Report(title.format_map(report), cells_of(rows_of(report)), columns)]

@@ -5,8 +5,9 @@ Every architecture trains one configuration with the same data, seed and steps: 
 logging, validation and checkpoints, on the links and on links without a rate. All trainings are
 alive at once, each in its own processes and network, and one runs at a time: a turn is a few steps,
 and a round has a turn of each, so ratios within a round compare what ran within a minute. The
-links' rate is searched before each round. The first half of each training, in which the schedule
-is chosen, is warm-up and is not timed. Validation and checkpoints are not timed either.
+links' rate is searched before each round. The first half of each training is warm-up and is not
+timed; in it the schedule is chosen, but for rows with two batches in flight, which run at the
+default slot in one chunk. Validation and checkpoints are not timed either.
 
     compute             a step on links without a rate
     exposed rows        what the MoE windows of a step, forward and backward, take longer than

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.overlap_report import PAYLOAD
+from experiments.bench.overlap_report import PAYLOAD, SIZES
 from experiments.bench.overlap_rows import OverlapRow, rows_of
 from experiments.bench.pairs import Setting, share_sent
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes
@@ -182,7 +182,8 @@ def setting_of(report: Mapping[str, Any]) -> Setting:
     """Return what was measured. An earlier report states few sizes; the others are the usual ones
     of its level."""
     usual = Setting.iteration() if report["level"] == "iteration" else Setting.block()
-    sizes = report.get("calibration", {}).get("sizes", {})
+    calibration = report.get("calibration", {}).get("sizes", {})
+    sizes = {name: calibration[name] for name in SIZES if name in calibration}
     stated = {name: report[name] for name in ("tokens", "dim", "accumulate") if name in report}
     return replace(
         usual,

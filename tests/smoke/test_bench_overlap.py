@@ -313,7 +313,8 @@ def test_timeline(tiny_on_loopback, tmp_path):
 def test_bench_overlap_with_two_batches_in_flight(tiny_on_loopback, tmp_path):
     """The planner measures them too, and each row says what it gains over top-2's best."""
     words = (
-        *("--rows", "top2", "scmoe_pos2_two_pipelined", "--compute", "real", "--rounds", "2"),
+        *("--rows", "top2", "top2_two", "scmoe_pos2_two_pipelined"),
+        *("--compute", "real", "--rounds", "2"),
         *("--level", "iteration", "--layers", "2", "--ffn-dim", "128", "--out", str(tmp_path)),
     )
     report = called("bench", "overlap", *words).summary
@@ -322,9 +323,11 @@ def test_bench_overlap_with_two_batches_in_flight(tiny_on_loopback, tmp_path):
     assert (two["chunks"], two["auto_chunks"], report["layers"]) == (2, 2, 2)
     for kind in ("forward", "train"):
         rivals = one["over_best_without_another_model"], two["over_best_without_shortcut"]
-        assert {over[kind]["best"] for over in rivals} <= {"top2", "top2, sequential"}
+        assert {over[kind]["best"] for over in rivals} <= {"top2", "top2_two", "top2, sequential"}
         assert all(over[kind]["median"] > 0 for over in rivals)
     assert two["peak_mb"] > 0 and 0 < two["peak_over_one_batch"] < 2
     assert "peak_over_one_batch" not in one
+    assert one["auto_of_both"]["batches_in_flight"] in (1, 2)
+    assert one["auto_of_both"]["over_best"] > 0 and "auto_of_both" not in two
     (picture,) = tmp_path.glob("*.png")
     assert picture.stem.endswith("-layers-2")

@@ -12,6 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments.bench import overlap_report, speed_chart
+from experiments.bench.auto import over_best_finalist
 from experiments.bench.overlap import Measured, Row
 from experiments.bench.pairs import ROWS, Setting, default_schedule, usual_rows
 from experiments.bench.rank_bench import Seconds
@@ -106,10 +107,10 @@ def test_luck_in_half_of_the_rounds_makes_no_schedule_the_best():
         variants[name]: seconds(1.0, 1.0)._replace(train=train) for name, train in trains.items()
     }
 
-    row = Row([], variants["own"], list(variants.values()), variants["own"], peak_mb=1.0)
-    assert overlap_report.auto_over_best(row, times) < 1
+    choice, finalists = variants["own"], list(variants.values())
+    assert over_best_finalist(choice, finalists, times) < 1
     times[variants["early"]] = seconds(1.0, 1.0)._replace(train=0.8 + 0 * even)
-    assert overlap_report.auto_over_best(row, times) == pytest.approx(1.25), (
+    assert over_best_finalist(choice, finalists, times) == pytest.approx(1.25), (
         "a schedule that is faster in every round"
     )
 
