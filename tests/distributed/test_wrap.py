@@ -59,7 +59,7 @@ def test_on_a_gpu_ddp_is_built_on_the_stream_of_the_forward_pass(monkeypatch):
     model = nn.Module()
     with FakeTensorMode():
         model.weight = nn.Parameter(torch.empty(8, device="cuda"))
-    wrap(model, Wire())
+    wrap(model, Mesh())
     assert found == ["ddp"]
 
 
