@@ -65,8 +65,7 @@ def test_every_group_has_the_timeout_and_only_transfers_are_urgent(device):
     # torch warns of options with another timeout than the group's
     options = SimpleNamespace(is_high_priority_stream=True, _timeout=TIMEOUT)
     assert of_transfers == [options if device == "cuda" else None] * 2
-    gradients = ["gradients"] * (device == "cpu")
-    assert urgent == dict.fromkeys(("edp", *gradients, "checkpoint", "control"))
+    assert urgent == dict.fromkeys(("edp", "checkpoint", "control"))
 
 
 def test_all_ranks_make_and_start_their_groups_in_one_order():
