@@ -34,11 +34,11 @@ from experiments.engine.isolated import Pieces, Place
 from experiments.engine.ranks import run_alone
 from scmoe.config.fields import Config
 from scmoe.config.load import SHIPPED, load
-from scmoe.estimate.memory import Job, rank_memory
+from scmoe.estimate.memory import RankJob, rank_memory
 from scmoe.estimate.model_cost import forward_flops, peak_tflops, training_flops
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.update.step import Step
+from scmoe.parallel.update.step import TrainingStep
 from scmoe.parallel.update.wrap import Wrapped
 from scmoe.probes.loads import BALANCED
 from scmoe.runs.seen import SeenRun
@@ -95,7 +95,7 @@ class TrainStep:
         self.samples = samples
         model = build_model(config, ParallelContext()).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        self.step = Step(Wrapped(model, 1), ParallelContext(), optimizer, clip=1.0)
+        self.step = TrainingStep(Wrapped(model, 1), ParallelContext(), optimizer, clip=1.0)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(
             config.data.vocab_size, (samples, config.data.seq_len + 1), generator=generator
@@ -171,7 +171,7 @@ def measure_step(place: Place) -> dict[str, Any]:
     datasheet, and by a product of two large bf16 matrices, measured in turn with the step."""
     device, config = torch.device(place.device), config_of(place, GPT2, "data.name=synthetic")
     seq_len, model = config.data.seq_len, build_model_on_meta(config)
-    job = Job(samples=2, seq_len=seq_len, precision="bf16-mixed", on_gpu=device.type == "cuda")
+    job = RankJob(samples=2, seq_len=seq_len, precision="bf16-mixed", on_gpu=device.type == "cuda")
     if not place.tiny:
         free = ROOM * torch.cuda.mem_get_info(device)[0]
         jobs = [replace(job, samples=samples) for samples in BATCHES]

@@ -46,7 +46,7 @@ TRIALS = 2  # of a rate
 
 
 @dataclass(frozen=True)
-class Setting:
+class OffloadSetting:
     """Sizes of the model, and how long it is measured.
 
     costs: of blocking, one token, over the resident MoE block; each gives a rate. tokens: of a
@@ -70,7 +70,7 @@ class Setting:
         return 2 * self.dim * self.ffn_dim * 4 / 1e6
 
 
-QUICK = Setting(
+QUICK = OffloadSetting(
     dim=64,
     ffn_dim=128,
     heads=2,
@@ -99,7 +99,9 @@ class Times:
         return min(len(seconds) for seconds in self.seconds.values()) if self.operators else 0
 
 
-def measure(setting: Setting, architecture: str, rates: tuple[float, ...] | None) -> Offloading:
+def measure(
+    setting: OffloadSetting, architecture: str, rates: tuple[float, ...] | None
+) -> Offloading:
     """Return the figures of one architecture. rates: in MB/s; None: those that give the setting's
     costs. It requires a process of its own, because memory that was freed before is not seen when
     it is used again."""
@@ -134,7 +136,7 @@ def set_rate(caches: list[Cache], rate_mb_s: float) -> None:
 
 
 def find_rate(
-    variants: dict[str, nn.Module], caches: list[Cache], cost: float, setting: Setting
+    variants: dict[str, nn.Module], caches: list[Cache], cost: float, setting: OffloadSetting
 ) -> float:
     """Return the rate at which blocking makes a block longer by `cost` of its time. More than the
     fetch counts: the thread's start, and what the fetch drives out of the processor's caches."""
@@ -155,7 +157,7 @@ def find_rate(
     return setting.expert_mb / fetch_s
 
 
-def build(setting: Setting, architecture: str) -> nn.Module:
+def build(setting: OffloadSetting, architecture: str) -> nn.Module:
     s = setting
     model = (f"layers={2 * s.pairs}", f"dim={s.dim}", f"heads={s.heads}", f"ffn_dim={s.ffn_dim}")
     data = ("data.name=synthetic", "data.vocab_size=256", f"data.seq_len={max(*s.tokens, 8)}")
@@ -175,7 +177,7 @@ def sharing(model: nn.Module) -> nn.Module:
 
 
 def rounds(
-    variants: dict[str, nn.Module], caches: list[Cache], tokens: int, setting: Setting
+    variants: dict[str, nn.Module], caches: list[Cache], tokens: int, setting: OffloadSetting
 ) -> Times:
     """Run all variants in turn until enough times of each are kept, or the time is over."""
     times, deadline = Times({name: [] for name in variants}), time.monotonic() + setting.limit_s
@@ -203,7 +205,7 @@ def rounds(
     return times
 
 
-def with_figures(case: Case, times: Times, model: nn.Module, setting: Setting) -> Case:
+def with_figures(case: Case, times: Times, model: nn.Module, setting: OffloadSetting) -> Case:
     """Return a case with the figures of its times; as it is, if no time was kept.
 
     The latency of an offloaded MoE block is that of a resident one plus the model's extra time per

@@ -30,7 +30,7 @@ NEAR = 1.03
 FINALISTS = 3
 
 
-class Row(NamedTuple):
+class PlannedRow(NamedTuple):
     """One row at one load. choices: the planner's. chosen: its variant. finalists: the variants of
     the rounds, with the best one. peak_mb: memory of a step. dropped: share of copies; None where
     no uneven load is measured. one_batch_peak_mb: memory of a step at the same schedule with one
@@ -51,7 +51,7 @@ class Measured(NamedTuple):
     variant, of all loads. gradients: by block (Bench.gradients). iterations: timed in all."""
 
     rate: float | None
-    rows: Mapping[str, Row]
+    rows: Mapping[str, PlannedRow]
     times: Mapping[Variant, Seconds]
     gradients: Mapping[str, Sequence[tuple[float, int]]]
     iterations: int
@@ -95,12 +95,12 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
     planned = {key: plan(bench, *key, candidates[key]) for key in candidates}
     finalists = {key: finalists_of(each, tried) for key, each in planned.items()}
     times = bench.rounds(chain(references_of(bench), *finalists.values()), setting.rounds)
-    rows: dict[str, dict[str, Row]] = {load: {} for load in bench.inputs}
+    rows: dict[str, dict[str, PlannedRow]] = {load: {} for load in bench.inputs}
     for (load, row), variants in finalists.items():
         best = min(variants, key=lambda v: median(times[v].train))
         dropped = bench.dropped(best) if setting.loads else None
         in_one_batch = replace(best, batches_in_flight=1)
-        rows[load][row] = Row(
+        rows[load][row] = PlannedRow(
             planned[load, row].choices,
             planned[load, row].chosen,
             variants,

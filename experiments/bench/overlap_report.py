@@ -14,7 +14,7 @@ import torch
 
 from experiments.bench import speed_chart, uneven
 from experiments.bench.over_best import over_best
-from experiments.bench.overlap import Measured, Row, measure, way_of
+from experiments.bench.overlap import Measured, PlannedRow, measure, way_of
 from experiments.bench.overlap_rows import OverlapRow, rows_of
 from experiments.bench.pairs import USUAL_RATIO, Setting, share_sent
 from experiments.bench.rank_bench import Seconds
@@ -244,7 +244,7 @@ def row_of(setting: Setting, measured: Measured, name: str) -> OverlapRow:
     return figures
 
 
-def auto_over_best(row: Row, times: Mapping[Variant, Seconds]) -> float:
+def auto_over_best(row: PlannedRow, times: Mapping[Variant, Seconds]) -> float:
     """Return the training time of the planner's choice over that of the best schedule.
 
     Half of the rounds choose the best schedule, the other half compare, and the reverse; the result
@@ -260,7 +260,7 @@ def auto_over_best(row: Row, times: Mapping[Variant, Seconds]) -> float:
     return sum(medians) / len(medians)
 
 
-def inside_gain(row: Row, times: Mapping[Variant, Seconds]) -> dict[str, Any] | None:
+def inside_gain(row: PlannedRow, times: Mapping[Variant, Seconds]) -> dict[str, Any] | None:
     """Return what experts inside attention gain: the time of the row's best schedule between
     operators over that of its best one inside, as quartiles with the median between them. None: the
     window has no attention.

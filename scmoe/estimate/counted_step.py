@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from scmoe.blocks.sublayers import recompute_activations
-from scmoe.estimate.memory import Job
+from scmoe.estimate.memory import RankJob
 from scmoe.moe import experts
 from scmoe.parallel.dense import materialise, shard, with_dense_mesh
 from scmoe.parallel.mesh import ParallelContext, build_context, expert_parameters
@@ -76,7 +76,7 @@ Build = Callable[[ParallelContext], Any]  # makes a LightningModule, its model o
 
 
 def count_step(
-    job: Job, build: Build, make_batch: Callable[[], Mapping[str, Tensor]], clip: float | None
+    job: RankJob, build: Build, make_batch: Callable[[], Mapping[str, Tensor]], clip: float | None
 ) -> DryRun:
     """Run one step of rank 0 of a job. clip: the gradient norm. make_batch: of this rank."""
     with fake_ranks(job.ranks, job.ep_size) as context, ExitStack() as inside:
@@ -93,7 +93,7 @@ def count_step(
 
 
 def step(
-    job: Job, module: Any, make_batch: Callable[[], Mapping[str, Tensor]], clip: float | None
+    job: RankJob, module: Any, make_batch: Callable[[], Mapping[str, Tensor]], clip: float | None
 ) -> DryRun:
     """Run one step of a module whose model is on the meta device, and count. FakeTensorMode must be
     on."""

@@ -89,7 +89,7 @@ def say(rank: int, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-class Job:
+class RunningJob:
     """The part of the Strategy that keeps ranks in step.
 
     `open` comes before everything else, `close` at the end. context: the rank's place. is_launched:

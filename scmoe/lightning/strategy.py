@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from scmoe.lightning.fit_checks import check_can_be_saved, check_late_experts, explain_summary
 from scmoe.lightning.guarded_update import check_callbacks, check_precision, guard_updates
-from scmoe.lightning.job import Job, say
+from scmoe.lightning.job import RunningJob, say
 from scmoe.lightning.ranks_meet import meeting, prepare_backends, time_limits
 from scmoe.lightning.roll_call import end_job_at_exit, note_absent
 from scmoe.lightning.seam import launch, loops, saves
@@ -116,7 +116,7 @@ class ExpertParallelStrategy(DDPStrategy):
         self.dense_estimates = dense_estimates
         self.async_checkpoint = async_checkpoint
         self.context = ParallelContext()
-        self.job = Job()
+        self.job = RunningJob()
         self.wrapped: Wrapped
         self.checkpoints: Checkpoints
         self.started_by: Any = None  # Lightning's launcher of ranks, or the one in its place

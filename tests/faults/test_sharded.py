@@ -11,7 +11,7 @@ import pytest
 from torch import Tensor
 
 from experiments.engine.ranks import run_ranks
-from scmoe.estimate.memory import Job, Split
+from scmoe.estimate.memory import RankJob, Split
 from scmoe.lightning.stop import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.dense import estimates_of, pick_dense, ways
@@ -167,7 +167,7 @@ def test_a_module_that_is_split_is_not_trained_as_replicated():
 def test_auto_takes_the_first_way_that_has_room():
     """A rank of 64 in nodes of 8, EP 8: twice its weights, gradients, and two moments."""
     model = build_model_on_meta(tiny("", 1))
-    experts = 4 * sum(p.numel() for p in Split(model, Job()).experts)
+    experts = 4 * sum(p.numel() for p in Split(model, RankJob()).experts)
     dense = 4 * sum(p.numel() for p in model.parameters()) - experts
     estimates = estimates_of(model, ParallelContext(world_size=64, ep_size=8), node_size=8)
     split = {"hybrid": dense / 8 + experts / 8, "sharded": dense / 64 + experts / 8}

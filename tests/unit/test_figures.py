@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments.bench import overlap_report, speed_chart
-from experiments.bench.overlap import Measured, Row
+from experiments.bench.overlap import Measured, PlannedRow
 from experiments.bench.pairs import ROWS, Setting, default_schedule, usual_rows
 from experiments.bench.rank_bench import Seconds
 from experiments.bench.stacks import Variant
@@ -63,7 +63,7 @@ def report_of(share: float, rows: tuple[str, ...] = SHOWN, **setting: Any) -> di
         )
         best = Variant(block, schedule, f"own {row}")
         times[best] = seconds(1 - share, 2.3) if row.startswith("scmoe") else seconds(1.0, 2.5)
-        measured[row] = Row([choice] * asked.moe_blocks, best, [best], best, peak_mb=1.0)
+        measured[row] = PlannedRow([choice] * asked.moe_blocks, best, [best], best, peak_mb=1.0)
     gradients = {asked.block_of(row): [(0.5, 2**20)] for row in rows}
     found = Measured(100.0, measured, times, gradients, iterations=9)
     return overlap_report.summary(asked, found)
@@ -106,7 +106,7 @@ def test_luck_in_half_of_the_rounds_makes_no_schedule_the_best():
         variants[name]: seconds(1.0, 1.0)._replace(train=train) for name, train in trains.items()
     }
 
-    row = Row([], variants["own"], list(variants.values()), variants["own"], peak_mb=1.0)
+    row = PlannedRow([], variants["own"], list(variants.values()), variants["own"], peak_mb=1.0)
     assert overlap_report.auto_over_best(row, times) < 1
     times[variants["early"]] = seconds(1.0, 1.0)._replace(train=0.8 + 0 * even)
     assert overlap_report.auto_over_best(row, times) == pytest.approx(1.25), (

@@ -17,7 +17,7 @@ from scmoe.config.load import load
 from scmoe.config.registry import IMAGES
 from scmoe.estimate.bound import bound
 from scmoe.estimate.counted_step import DryRun, count_step
-from scmoe.estimate.memory import Job
+from scmoe.estimate.memory import RankJob
 from scmoe.parallel.mesh import ParallelContext
 from scmoe.training.assembly.model import (
     build_model_on_meta,
@@ -31,7 +31,7 @@ NODE = 8  # ranks of a node, where there are more and trainer.devices is not giv
 
 def estimate(config: Config) -> dict[str, Any]:
     """Return the costs of a config: per token (image), and for one rank."""
-    job = Job.of(config)
+    job = RankJob.of(config)
     if job.dense == "auto":
         raise ConfigError(
             "strategy.dense is auto, which an estimate cannot choose. Set replicated, sharded or"
@@ -53,7 +53,7 @@ def dry_run(config: Config) -> DryRun:
         module.model = model
         return module
 
-    job = Job.of(config)
+    job = RankJob.of(config)
     return count_step(
         job, build, lambda: make_batch(config, job.samples), config.trainer.gradient_clip
     )

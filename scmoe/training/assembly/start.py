@@ -19,7 +19,7 @@ from scmoe.config.derived import last_step, shortened
 from scmoe.config.fields import Config
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.text import TextDataModule
-from scmoe.estimate.memory import Job, rank_memory
+from scmoe.estimate.memory import RankJob, rank_memory
 from scmoe.files.writing import redacted, warn_once
 from scmoe.parallel.dense import ways
 from scmoe.training.assembly.data import build_datamodule, prepare_data
@@ -50,13 +50,13 @@ class Start:
 
     config: Config
     redacted: Config
-    job: Job
+    job: RankJob
     last_step: int
 
     @classmethod
     def of(cls, config: Config) -> "Start":
         config = shortened(config)
-        return cls(config, redacted(config), Job.of(config), last_step(config))
+        return cls(config, redacted(config), RankJob.of(config), last_step(config))
 
     @cached_property
     def model(self) -> Any:

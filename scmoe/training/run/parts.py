@@ -14,7 +14,7 @@ from torch import nn
 
 from scmoe.config.fields import Config
 from scmoe.datamodules.positioned import PositionedDataModule
-from scmoe.estimate.memory import Job
+from scmoe.estimate.memory import RankJob
 from scmoe.training.modules import MoEModule
 
 
@@ -29,7 +29,7 @@ class Parts(Protocol):
         """The configuration without keys and passwords, for files, loggers and the console."""
 
     @property
-    def job(self) -> Job:
+    def job(self) -> RankJob:
         """What the training asks of each rank."""
 
     @property
