@@ -46,8 +46,6 @@ from torch import nn
 from scmoe.blocks.latent import LatentAttention
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.blocks.sublayers import MLP, Attention, Residual, SelfAttention, outermost
-from scmoe.config.derived import resolve_ep_size
-from scmoe.config.fields import Config
 from scmoe.estimate.model_cost import COMPUTE_BYTES, WEIGHT_BYTES, moe_uses, rows_sent
 from scmoe.models.fsdp_units import exact_parameters, router_parameters, units, whole_parameters
 from scmoe.moe.coefficient import CG1, CG2
@@ -74,26 +72,6 @@ class RankJob:
     recompute: bool = False
     on_gpu: bool = True
     wire_bytes: int | None = None
-
-    @classmethod
-    def of(cls, config: Config) -> "RankJob":
-        """Return the job of a config. Its `dense` may be auto, which memory and traffic do not
-        take."""
-        trainer, data = config.trainer, config.data
-        ranks = trainer.devices * trainer.num_nodes
-        return cls(
-            ranks=ranks,
-            ep_size=resolve_ep_size(config),
-            node_size=trainer.devices,
-            samples=data.global_batch_size // (ranks * trainer.accumulate),
-            seq_len=data.seq_len,
-            accumulate=trainer.accumulate,
-            precision=trainer.precision,
-            dense=config.strategy.dense,
-            recompute=trainer.recompute,
-            on_gpu=trainer.accelerator != "cpu",
-            wire_bytes=None if config.strategy.wire_dtype is None else 2,
-        )
 
     @property
     def dp_size(self) -> int:

@@ -49,14 +49,12 @@ from scmoe.parallel.dense import (
     Steps,
     check_dense,
     check_placements,
-    estimates_of,
     hide_own_weights,
     make_equal,
-    memory_of_rank,
-    pick_dense,
     shard,
     with_dense_mesh,
 )
+from scmoe.parallel.dense_auto import estimates_of, memory_of_rank, pick_dense
 from scmoe.parallel.mesh import ParallelContext, build_context, check_experts, what_prevents_overlap
 from scmoe.parallel.torch_seam import set_default_timeout
 from scmoe.parallel.update.wrap import Wrapped, wrap
@@ -77,8 +75,8 @@ class ExpertParallelStrategy(DDPStrategy):
         experts over the ranks that hold the same ones, under FSDP2. "hybrid": over the ranks of a
         node, with a copy on each node. "auto": the first of replicated, hybrid and sharded that a
         rank's memory has room for.
-    dense_estimates: for auto, bytes that a rank needs each way; None: twice the weights, gradients
-        and AdamW's moments.
+    dense_estimates: for auto, bytes that a rank needs in each mode; None: twice the weights,
+        gradients and AdamW's moments.
     ddp: further arguments of DDPStrategy.
 
     Lightning finds out who starts the ranks: torchrun or SLURM if their environment variables are
