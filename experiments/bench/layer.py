@@ -72,19 +72,19 @@ class DenseProducts(nn.Module):
 class ExpertProducts(nn.Module):
     """The two products of every expert on rows of equal numbers.
 
-    way: batched_mlps or grouped_mlps.
+    mlps: batched_mlps or grouped_mlps.
     """
 
     def __init__(
-        self, experts: Experts, way: Callable[..., Tensor], counts_E: Tensor | None = None
+        self, experts: Experts, mlps: Callable[..., Tensor], counts_E: Tensor | None = None
     ) -> None:
         super().__init__()
         self.experts = experts
-        self.way = way
+        self.mlps = mlps
         self.counts_E = counts_E
 
     def forward(self, rows_RD: Tensor) -> Tensor:
-        return self.way(
+        return self.mlps(
             rows_RD, self.experts.w_in_eDF, self.experts.w_out_eFD, self.counts_E, NO_ACTIVATION
         )
 
@@ -298,9 +298,9 @@ def measure(
             module = Experts(dim, width, num_experts, activation=activation)
         return random_weights(module.to(dtype), device)
 
-    def products(way: Callable[..., Tensor], counts_E: Tensor | None) -> Made:
+    def products(mlps: Callable[..., Tensor], counts_E: Tensor | None) -> Made:
         rows = torch.randn(tokens * TOP_K, dim, device=device, dtype=dtype, requires_grad=True)
-        return ExpertProducts(experts(), way, counts_E), rows
+        return ExpertProducts(experts(), mlps, counts_E), rows
 
     def layer(module: Experts, capacity_factor: float | None, balanced: bool) -> Made:
         deal = round_robin(num_experts, TOP_K) if balanced else None

@@ -58,9 +58,11 @@ class Measured(NamedTuple):
     load: str = BALANCED
 
 
-def way_of(measured: Measured, block: str, way: str, load: str | None = None) -> Seconds:
+def block_seconds(
+    measured: Measured, block: str, transfers: str, load: str | None = None
+) -> Seconds:
     """Return the times of a block's default schedule. load: None: that of `measured`."""
-    return measured.times[Variant(block, default_schedule(block), way, load or measured.load)]
+    return measured.times[Variant(block, default_schedule(block), transfers, load or measured.load)]
 
 
 class Planned(NamedTuple):
@@ -147,11 +149,11 @@ def finalists_of(planned: Planned, tried: Mapping[Variant, Seconds]) -> list[Var
 def references_of(bench: Bench) -> Iterator[Variant]:
     """Yield what rows are compared with: each block at each load without overlap, and without
     transfers."""
-    ways = ["sequential", "free"]
+    kinds = ["sequential", "free"]
     if bench.setting.level == "iteration":
-        ways.append("alone")
-    for load, block, way in product(bench.inputs, bench.stacks, ways):
-        yield Variant(block, default_schedule(block), way, load)
+        kinds.append("alone")
+    for load, block, transfers in product(bench.inputs, bench.stacks, kinds):
+        yield Variant(block, default_schedule(block), transfers, load)
 
 
 def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> list[Variant]:

@@ -47,7 +47,7 @@ def find_rate(
         set_rate(s.link_mbit)
         return s.link_mbit
     sequential, free = (
-        Variant("top2", default_schedule("top2"), way) for way in ("sequential", "free")
+        Variant("top2", default_schedule("top2"), transfers) for transfers in ("sequential", "free")
     )
     runs = {variant: partial(infer, variant) for variant in (sequential, free)}
     wanted, rate = s.share, 1.0 if start is None else start

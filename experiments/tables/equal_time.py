@@ -55,8 +55,8 @@ def at_equal_time(
 
 def best_speed(report: Report, row: str) -> float:
     """Return a row's speed-up over sequential top-2 with one or with two batches in flight."""
-    ways = [name for name in (row, row + TWO) if name in report["rows"]]
-    return max(report["rows"][name][SPEED] for name in ways)
+    rows = [name for name in (row, row + TWO) if name in report["rows"]]
+    return max(report["rows"][name][SPEED] for name in rows)
 
 
 def _at_speeds(
