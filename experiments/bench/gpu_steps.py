@@ -325,7 +325,9 @@ def pictures(place: Place) -> Pieces:
 
 def timelines(place: Place) -> dict[str, Any]:
     """Draw the operators of one pair on the device's streams, forward and backward, as in Fig. 7,
-    and keeps a trace. Return for each measured timeline its milliseconds and `beside`, which says
+    and keep a trace.
+
+    Return for each measured timeline its milliseconds and `beside`, which says
     in numbers what the pictures show.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -82,7 +82,8 @@ def check(setting: Setting, batch: int) -> None:
     for uneven in map(load_of, setting.loads):
         if uneven.kind == "ragged":
             raise ConfigError(
-                f"--load is {uneven.name}, allowed: others, as prompts have equal lengths"
+                f"--load is {uneven.name}, but all prompts have the same length. Give another"
+                " kind of load."
             )
         for top_k in {*map(setting.top_k_of, BLOCKS)}:
             check_load(uneven, Sizes(experts, top_k, setting.ranks), setting.sequences)

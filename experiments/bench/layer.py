@@ -1,9 +1,9 @@
 """The time of the MoE layer over that of the dense products that it contains, on this machine and
 on one GPU.
 
-The roofline is the longer of two times: the dense products', and that of moving the experts'
-weights through memory at the measured bandwidth, read once in each pass, their gradients written
-once. A dense product reads one expert's worth.
+The roofline is the longer of two times: that of the dense products, and that of moving the experts'
+weights through memory at the measured bandwidth. Weights are read once in each pass and their
+gradients are written once. A dense product reads as many weights as one expert has.
 
 The part `layer` of `make gpu-check` (on_device) has the layer in float32 and bfloat16, with 8 and
 64 experts:
@@ -206,8 +206,8 @@ def random_weights(module: Any, device: torch.device) -> Any:
 def forward_and_train(
     module: nn.Module, x: Tensor, device: torch.device = CPU
 ) -> Callable[[], tuple[float, float]]:
-    """Return what gives the seconds of a forward pass without gradients, and of one with backward
-    into gradients that do not exist yet, as after zero_grad()."""
+    """Return a function that times a forward pass without gradients, and one with backward into
+    gradients that do not exist yet, as after zero_grad(). It returns seconds."""
 
     def output() -> Tensor:
         out = module(x)

@@ -50,7 +50,7 @@ class OffloadSetting:
     """Sizes of the model, and how long it is measured.
 
     costs: of blocking, one token, over the resident MoE block; each gives a rate. tokens: of a
-    forward pass. rounds: to keep of each case, in at most limit_s seconds.
+    forward pass. rounds: times to keep of each case, in at most limit_s seconds.
     """
 
     dim: int = 1024
@@ -138,8 +138,11 @@ def set_rate(caches: list[Cache], rate_mb_s: float) -> None:
 def find_rate(
     variants: dict[str, nn.Module], caches: list[Cache], cost: float, setting: OffloadSetting
 ) -> float:
-    """Return the rate at which blocking makes a block longer by `cost` of its time. More than the
-    fetch counts: the thread's start, and what the fetch drives out of the processor's caches."""
+    """Return the rate at which blocking makes a block longer by `cost` of its time.
+
+    That is more than the time of the fetch: a thread must start, and the fetch evicts other data
+    from the processor's caches.
+    """
     two = {name: variants[name] for name in (RESIDENT, "blocking")}
     fetch_s = 0.0
     few = replace(setting, rounds=min(9, setting.rounds))

@@ -106,8 +106,8 @@ def make_step(model: "Stack", setting: Setting, context: ParallelContext) -> Tra
 
 
 class Stack(nn.Sequential):
-    """Blocks in a row. A step's `model` may be DDP around it, so whoever sets the batches in flight
-    must hold the stack itself."""
+    """Blocks in a row. A step's `model` may be DDP around it, so `batches_in_flight` must be set on
+    the stack itself."""
 
     batches_in_flight: int = 1
 

@@ -198,7 +198,8 @@ def made_by(routing: str, config: Config, pair: Setting, ranks: int) -> dict[str
     be dealt."""
     if load_of(routing).kind == "ragged":
         raise ConfigError(
-            f"--load is {routing}, allowed: others, as all ranks train on equally many tokens"
+            f"--load is {routing}, but all ranks of a training have equally many tokens. Give"
+            " another kind of load."
         )
     sizes = Sizes(config.moe.num_experts, config.moe.top_k, ranks)
     check_load(load_of(routing), sizes, pair.sequences)

@@ -1,5 +1,5 @@
-"""What uneven routing costs: the part of a report of `bench overlap --load` that compares a load
-with the balanced one.
+"""Computes what uneven routing costs: the part of a report of `bench overlap --load` that compares
+a load with the balanced one.
 
     over balanced   time of a row at its best schedule, over its time at the balanced load and the
                     schedule that is best there, in the same round

@@ -1,4 +1,4 @@
-"""Losses at equal time: what a row's speed is worth.
+"""Compares losses at equal time, to say what a row's speed is worth.
 
 A row that is x times as fast as sequential top-2 makes its steps in 1/x of the time. At the time at
 which the fastest row ends, a row of speed x has made steps * x / max(x) of its steps; its loss

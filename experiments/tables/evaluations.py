@@ -1,7 +1,7 @@
 """Evaluations of a table's runs, each right after its training.
 
-The results for a run's last checkpoint go into its state. So a state that is kept, or committed,
-lacks nothing for which the run's weights would be needed.
+The results for a run's last checkpoint go into its state. So a state that is kept or committed is
+complete without the run's weights.
 """
 
 import sys

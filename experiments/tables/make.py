@@ -24,8 +24,11 @@ RESUMES = "the same command resumes it"
 
 @dataclass
 class TableOutcome:
-    """What has become of a table. failed: trainings, evaluations and measurements, and the report.
-    signal: the one that stopped it, or 0."""
+    """How the making of a table ended: numbers of trainings.
+
+    failed: counts evaluations, measurements and the report too. signal: the one that stopped it, or
+    0.
+    """
 
     finished: int = 0
     failed: int = 0
@@ -110,7 +113,7 @@ def make_runs(
 
 
 def outcome_of(runs: Sequence[Run], others: Iterable[StudyJob], signal: int) -> TableOutcome:
-    """Count what has become of runs and of the other jobs, and say why jobs have failed."""
+    """Count the runs and other jobs that finished, failed or were stopped; say why some failed."""
     jobs = [*(run.job for run in runs), *others]
     failed = [job for job in jobs if job.state.status == "failed"]
     for job in failed:

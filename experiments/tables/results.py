@@ -120,8 +120,8 @@ def _row(
 
 
 def _paper_difference(table: Table, row: TableRow) -> float | None:
-    """Return the paper's difference to the row's baseline in the first metric; None where it has
-    not both."""
+    """Return the paper's difference to the row's baseline in the first metric; None where it has no
+    value of one of them."""
     name, baseline = table.decides.name, table.row(row.baseline)
     if name not in row.paper or name not in baseline.paper:
         return None
@@ -157,7 +157,7 @@ def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _of_testbed(report: Report) -> dict[str, Any]:
-    """Return what a reader must know of a measurement of speeds."""
+    """Return the conditions under which speeds were measured."""
     names = (
         "comm_share",
         "link_mbit",

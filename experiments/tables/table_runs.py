@@ -133,9 +133,8 @@ def read_states(runs: Sequence[Run]) -> None:
             continue
         if state.run_dir and Path(state.run_dir) not in run.job.run_dirs():
             run.job.state = State()
-        elif (
-            state.status == "finished"
-        ):  # it does not hold what is kept today: its result is read again
+        elif state.status == "finished":
+            # an earlier version kept less in it: the result is read again
             run.job.state = State("cut", state.run_dir, state.seconds) if state.run_dir else State()
 
 

@@ -166,7 +166,7 @@ def fake_ranks(world_size: int, ep_size: int) -> Iterator[ParallelContext]:
 
 
 def reduce(_: Any, bucket: dist.GradBucket) -> Future[Tensor]:
-    """Sum a bucket, as DDP does by itself, whose own future has no result in a fake group."""
+    """Sum a bucket as DDP does without a hook, where the future has no result in a fake group."""
     dist.all_reduce(bucket.buffer())
     done: Future[Tensor] = Future()
     done.set_result(bucket.buffer())
@@ -185,8 +185,8 @@ def rms_norm_on_gpu(x: Tensor, shape: Any, weight: Tensor, eps: float | None) ->
 
 
 class OneKernel(Function):
-    """Keeps and returns what a GPU's RMSNorm does, without numbers; the host computes it in steps,
-    which keep more."""
+    """Replaces RMSNorm by one operator without numbers, which keeps as many bytes for backward as a
+    GPU's kernel. On the host RMSNorm is several operators, which keep more."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -231,7 +231,7 @@ class Counting(TorchDispatchMode):
                 weakref.finalize(storage, self._resize, key, None)
 
     def _resize(self, key: int, size: int | None) -> None:
-        """Note that a storage has so many bytes; None: it is gone."""
+        """Note that a storage has so many bytes; None: it was freed."""
         phase, before = self.sizes.pop(key)
         self.live[phase] += (size or 0) - before
         if size is not None:

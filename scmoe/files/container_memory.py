@@ -17,7 +17,8 @@ def memory_limit() -> float:
 def memory_in_use() -> float:
     """Return the bytes that the container uses.
 
-    Pages of files that are not in use are left out: they are given back.
+    Pages of files that are not in use are left out, because the kernel frees them when it needs
+    memory.
     """
     if not (CONTAINER / "memory.current").exists():
         return 0.0

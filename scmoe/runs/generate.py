@@ -173,8 +173,8 @@ def write_all(
     write: Callable[[dict[str, Any]], None],
     show: Callable[[str], None] | None,
 ) -> dict[str, Any] | None:
-    """Generate all texts, block by block. Return the speed on rank 0: tokens of all ranks by the
-    time of generating."""
+    """Generate all texts, block by block. Return the speed on rank 0: tokens of all
+    ranks over the time of generating."""
     seeds = [prompt.seed for prompt in request.prompts]
     room = model.max_seq_len - max(map(len, prompts))
     max_tokens = request.max_tokens or min(USUAL_TOKENS, room)

@@ -1,10 +1,9 @@
-"""Many trainings as one batch, each in a process of its own (or all in this one), which can be
-stopped at any time.
+"""Runs many trainings as one batch, each in a process of its own or all in this one.
 
-A batch skips finished jobs, resumes interrupted ones from their newest checkpoint, marks failed
-ones and continues with the rest. Ctrl-C and SIGTERM reach every training as SIGTERM: it saves a
-checkpoint and ends. What differs between studies is handed in: which job comes next, and what a
-training's result is.
+A batch can be stopped at any time. It skips finished jobs, resumes interrupted ones from their
+newest checkpoint, marks failed ones and continues with the rest. Ctrl-C and SIGTERM reach every
+training as SIGTERM: it saves a checkpoint and ends. What differs between studies is handed in:
+which job comes next, and what a training's result is.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ class Batch:
             if begun.state.status == "cut" and any(
                 (path / "summary.json").exists() for path in begun.run_dirs()
             ):
-                # it came to its end after the process that started it had been killed
+                # it ended after the process that had started it was killed
                 self._settle(begun, code=0)
             else:
                 self.waiting.append(begun)

@@ -1,5 +1,5 @@
-"""The trials of a sweep: each an ordinary training, one after the other on this machine, or
-proposed by W&B.
+"""Runs the trials of a sweep. Each is an ordinary training; they run one after the other on this
+machine, or W&B proposes them.
 
 <runs_dir>/sweeps/<sweep>/   sweep.json             the sweep as it was begun
                              trial-003/<stamp>-.../ run directories
@@ -166,7 +166,7 @@ def _logged(sweep: Sweep, job: StudyJob) -> dict[str, Any]:
 def run_online(sweep: Sweep) -> tuple[str, int]:
     """Create the sweep at W&B and run an agent, which takes trials until the server has no more.
 
-    Say the commands that create such a sweep, join it and resume it. Return the sweep's path at
+    Print the commands that create such a sweep, join it and resume it. Return the sweep's path at
     W&B and an exit code. Raises ConfigError where W&B does not take the sweep.
     """
     import wandb

@@ -217,7 +217,8 @@ def model_of(name: str, moe: MoEConfig, config: Config, profile: Profile, routin
         sizes = Routed(moe.num_experts, moe.top_k, training.ep_size)
         if routing.kind == "ragged":
             raise ConfigError(
-                f"load is {routing.name}, allowed: others, as ranks have equal batches"
+                f"load is {routing.name}, but all ranks have equal batches. Give another kind of"
+                " load."
             )
         check_load(routing, sizes, training.samples)
         loads = rank_shares(routing, sizes)
