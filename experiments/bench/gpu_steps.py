@@ -38,7 +38,7 @@ from scmoe.estimate.memory import RankJob, rank_memory
 from scmoe.estimate.model_cost import forward_flops, peak_tflops, training_flops
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.update.step import TrainingStep
+from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped
 from scmoe.probes.loads import BALANCED
 from scmoe.runs.seen import SeenRun
@@ -95,7 +95,7 @@ class TrainStep:
         self.samples = samples
         model = build_model(config, ParallelContext()).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        self.step = TrainingStep(Wrapped(model, 1), ParallelContext(), optimizer, clip=1.0)
+        self.step = Step(Wrapped(model, 1), ParallelContext(), optimizer, clip=1.0)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(
             config.data.vocab_size, (samples, config.data.seq_len + 1), generator=generator

@@ -27,7 +27,7 @@ from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.layout import Buffers
 from scmoe.moe.operators import Recorder
 from scmoe.parallel.mesh import build_context
-from scmoe.parallel.update.step import TrainingStep
+from scmoe.parallel.update.step import Step
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, all_to_all
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import LayerChoice
@@ -104,7 +104,7 @@ class Bench:
             links.set_rate(rate)
             dist.barrier()
 
-    def set(self, variant: Variant, recorder: Recorder | None = None) -> TrainingStep:
+    def set(self, variant: Variant, recorder: Recorder | None = None) -> Step:
         """Make the blocks run as the variant says. recorder: notes operators, and transfers that
         overlap."""
         dispatcher: Dispatcher = self.free
@@ -249,7 +249,7 @@ class Bench:
         dist.all_reduce(counts)
         return float(counts[0] / counts[1])
 
-    def steps_of(self, variant: Variant) -> Iterator[TrainingStep]:
+    def steps_of(self, variant: Variant) -> Iterator[Step]:
         """Make the blocks run as the variant says, with each routing that its load makes in the
         rounds."""
         load = load_of(variant.load)

@@ -21,7 +21,7 @@ from scmoe.models.halves import in_flight
 from scmoe.models.residual_stream import through
 from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows
 from scmoe.parallel.mesh import ParallelContext
-from scmoe.parallel.update.step import TrainingStep
+from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped, wrap
 from scmoe.planning.pricing import LayerChoice
 from scmoe.probes.loads import BALANCED, CurrentLoad, Sizes, deal
@@ -96,13 +96,13 @@ def rows_of_layout(setting: Setting) -> Rows:
     )
 
 
-def make_step(model: "Stack", setting: Setting, context: ParallelContext) -> TrainingStep:
+def make_step(model: "Stack", setting: Setting, context: ParallelContext) -> Step:
     """Return a training step of blocks; at iteration level with the gradients' reduction and the
     optimizer's step."""
     if setting.level == "block":
-        return TrainingStep(Wrapped(model, 1), ParallelContext())
+        return Step(Wrapped(model, 1), ParallelContext())
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    return TrainingStep(wrap(model, context), context, optimizer)
+    return Step(wrap(model, context), context, optimizer)
 
 
 class Stack(nn.Sequential):

@@ -83,8 +83,8 @@ def compare(values: Values, baseline: Values, comparisons: int = 1) -> dict[str,
 
 
 def holm(ps: Sequence[float | None], comparisons: int) -> list[float | None]:
-    """Return the p-values corrected for that many comparisons by Holm's method. None: the comparison
-    has no value yet."""
+    """Return the p-values corrected for that many comparisons by Holm's method. None: a comparison
+    without a value yet."""
     corrected: list[float | None] = [None] * len(ps)
     least = 0.0
     known = sorted((p, index) for index, p in enumerate(ps) if p is not None)

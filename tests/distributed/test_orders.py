@@ -22,7 +22,7 @@ import scmoe
 from experiments.engine.ranks import run_ranks
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.parallel.mesh import build_context
-from scmoe.parallel.update.step import TrainingStep
+from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import wrap
 from scmoe.parallel.wire.all_to_all import Transfer
 from scmoe.schedule.cost import slots
@@ -58,7 +58,7 @@ def orders_of(rank: int, world_size: int) -> Orders:
     with patch.object(Transfer, "launch", launched):
         wrapped = wrap(model, context, bucket_cap_mb=1e-4)
         wrapped.module.register_comm_hook(None, summed)
-        step, x_BSD = TrainingStep(wrapped, context), torch.randn(2, 4, DIM)
+        step, x_BSD = Step(wrapped, context), torch.randn(2, 4, DIM)
         for schedule in SCHEDULES:
             for block in moe_blocks_of(model):
                 block.run_as(schedule, block.moe.dispatcher)

@@ -18,7 +18,7 @@ import scmoe
 from experiments.engine.ranks import run_ranks
 from scmoe.moe.experts import Experts
 from scmoe.parallel.mesh import ParallelContext, build_context
-from scmoe.parallel.update.step import TrainingStep
+from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped, wrap
 from tests.support.trainings import users_trainer
 
@@ -104,16 +104,16 @@ def of_all_callers(rank: int, world_size: int) -> dict[str, dict[str, Tensor]]:
     context = build_context(world_size, torch.device("cpu"), timedelta(seconds=60))
     model = Model(context)
     wrapped = wrap(model, context)
-    step = TrainingStep(wrapped, context)
+    step = Step(wrapped, context)
     step.backward(step.model(x_BSD))
-    found["TrainingStep"] = gradients(model)
+    found["Step"] = gradients(model)
     wrapped.close()
     return found
 
 
 def test_all_callers_give_the_gradients_of_one_process():
     model = Model()
-    step = TrainingStep(Wrapped(model, 1), ParallelContext())
+    step = Step(Wrapped(model, 1), ParallelContext())
     step.backward(step.model(batch().flatten(0, 1)))
     expected = gradients(model)
     of_ranks = run_ranks(of_all_callers, RANKS)

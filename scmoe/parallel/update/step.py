@@ -17,7 +17,7 @@ from scmoe.parallel.update.guard import clip_grad_norm
 from scmoe.parallel.update.wrap import Wrapped
 
 
-class TrainingStep:
+class Step:
     """Call `model` for the forward pass, then `backward`, `update` and `zero_grad`.
 
     optimizer: None: nothing is updated. clip: the largest global gradient norm; None: the norm is
