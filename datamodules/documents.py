@@ -1,4 +1,4 @@
-"""Where texts come from: documents by split, which keep the order of the source.
+"""Reads texts as documents by split, in the order of the source.
 
 So held-out text comes after the training text. Splits are deterministic.
 """

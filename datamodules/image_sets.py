@@ -1,4 +1,4 @@
-"""Where images come from: Fashion-MNIST, digits, or a folder as ImageNet-1K.
+"""Opens sets of images: Fashion-MNIST, digits, or a folder as ImageNet-1K.
 
 A data set that is missing is an error that says how to get it. No other is used in its place.
 """

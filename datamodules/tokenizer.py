@@ -1,4 +1,4 @@
-"""Conversion of text to token ids and back without loss, by BPE over bytes.
+"""Converts text to token ids and back without loss, by BPE over bytes.
 
 A vocabulary is trained here (`bpe`), is that of GPT-2 (`gpt2`), or comes from a `tokenizer.json`.
 All three become the same `tokenizers` object, so every token cache holds a `tokenizer.json`, and

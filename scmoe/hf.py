@@ -29,6 +29,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
+from scmoe.blocks.kv_cache import CAUSAL, Visible
 from scmoe.blocks.sublayers import keep_activations, recompute_activations
 from scmoe.config.fields import Config
 from scmoe.datamodules.positioned import IGNORE
@@ -91,18 +92,18 @@ class PaddedCache:
         keys_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
         queries_S1 = keys_L[-seq_len:, None]
         # Padding attends to itself, because a softmax over nothing is not a number.
-        seen_B1SL = mask_BL[:, None, None] & (keys_L < queries_S1) | (keys_L == queries_S1)
-        self.seen: dict[str, Any] = {"is_causal": True} if causal else {"attn_mask": seen_B1SL}
+        mask_B1SL = mask_BL[:, None, None] & (keys_L < queries_S1) | (keys_L == queries_S1)
+        self.visible = CAUSAL if causal else Visible(mask_B1SL=mask_B1SL)
 
     def extend(
         self, attention: nn.Module, k_BHSd: Tensor, v_BHSd: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    ) -> tuple[Tensor, Tensor, Visible]:
         """Return keys, values and mask as KVCache.extend does. Attention modules call it in the
         order of the layers."""
         if self.cache is not None:
             k_BHSd, v_BHSd = self.cache.update(k_BHSd, v_BHSd, self.layer)
         self.layer += 1
-        return k_BHSd, v_BHSd, self.seen
+        return k_BHSd, v_BHSd, self.visible
 
 
 class ScMoEForCausalLM(PreTrainedModel, GenerationMixin):

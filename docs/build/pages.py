@@ -8,7 +8,7 @@ assumed operator times, which need no measurement.
 
 conditions.json says what a report does not: title, command, date, machine, a short reading, and
 which of its numbers the overview shows (`results`, texts that `str.format` fills in). A NAME.json
-of docs/results says so itself.
+of docs/results says so itself. `commit`: the last one that has the command, which has been removed.
 """
 
 import json
@@ -189,9 +189,10 @@ def text_of(each: Experiment) -> str:
         title, rest = markdown(each.data).split("\n\n", 1)
         parts = [title, said["reading"], *shown, rest]
     else:
-        command = f"`{said['command']}`, " if "command" in said else ""
+        command = command_of(said)
+        begins = f"{command}, " if command else ""
         origin = (
-            f"{command}{said['date']}, {said['machine']}{said.get('note', '')}."
+            f"{begins}{said['date']}, {said['machine']}{said.get('note', '')}."
             f" [Method]({up[3:]}method.md)."
         )
         tables = [table.markdown() for table in tables_of(each.name, each.data)]
@@ -199,12 +200,20 @@ def text_of(each: Experiment) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
+def command_of(said: Mapping[str, Any]) -> str:
+    """Return the command of a result as Markdown, and the commit that has it if it was removed."""
+    if "command" not in said:
+        return ""
+    commit = f" (commit {said['commit']})" if "commit" in said else ""
+    return f"`{said['command']}`{commit}"
+
+
 def overview(experiments: Sequence[Experiment]) -> str:
     """Return a table for each group of experiments, with a row for each result, and links to the
     others' pages."""
     columns = {name: f"{{{name}}}" for name in ("ours", "limit", "paper")}
     columns |= {
-        "command": "`{command}`",
+        "command": "{shown_command}",
         "date, machine": "{date}, {machine}",
         "page": "[numbers]({link})",
     }
@@ -215,7 +224,8 @@ def overview(experiments: Sequence[Experiment]) -> str:
             link = each.page.relative_to(RESULTS)
             for what, numbers in each.said["results"].items():
                 filled = {column: text.format_map(each.data) for column, text in numbers.items()}
-                rows[what] = {**each.said, **filled, "link": link}
+                shown = {"shown_command": command_of(each.said), "link": link}
+                rows[what] = {**each.said, **filled, **shown}
             if not each.said["results"]:
                 others.append(f"[{each.said['title']}]({link})")
         parts += [f"## {group}", Report("", rows, columns, "what").markdown()]

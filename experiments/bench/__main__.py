@@ -1,7 +1,6 @@
 """`scmoe bench` measures on this machine what one rank does, and pairs of blocks between ranks.
 
-A command imports what it measures with inside itself, so that its help and a wrong request are
-answered at once.
+Each command imports its measurement inside the function, so that help and refusals come at once.
 """
 
 import json
@@ -45,7 +44,7 @@ def layer(
     threads: Count = 1,
     capacity: float | None = None,
 ) -> None:
-    """Time of the MoE layer over that of its dense products.
+    """Measure the time of the MoE layer over that of its dense products.
 
     Args:
         capacity: capacity factor (default: dropless)
@@ -60,7 +59,7 @@ def layer(
 
 @main.command
 def overlap(*, options: Options = NOTHING_ASKED, out: Path = OUT) -> None:
-    """How much of the All-to-All every architecture and schedule hides."""
+    """Measure how much of the All-to-All every architecture and schedule hides."""
     setting = options.setting()
     from experiments.bench.overlap_report import bench_overlap
 
@@ -78,8 +77,7 @@ def train(
     load: str | None = None,
     out: Path = OUT,
 ) -> None:
-    """What a slow network costs `scmoe train` of each architecture, and what a shortcut hides of
-    it.
+    """Measure what a slow network costs `scmoe train`, and what a shortcut hides of it.
 
     Args:
         overrides: key=value, of the config
@@ -105,7 +103,7 @@ def train(
 
 @main.command
 def inference(*, options: InferenceOptions = USUAL_INFERENCE, out: Path = OUT) -> None:
-    """Prefill and decode between ranks, and generation with a cache and without in one process."""
+    """Measure prefill and decode between ranks, and generation with and without a cache."""
     from experiments.bench.inference_report import bench_inference
 
     report = bench_inference(options.setting(), options.batch, options.new_tokens, out)
@@ -122,7 +120,7 @@ def timeline(
     run: Path | None = None,
     out: Path = TIMELINE,
 ) -> None:
-    """One pair's operators, measured and planned (Fig. 7), and Chrome traces.
+    """Draw one pair's operators, measured and planned (Fig. 7), and write Chrome traces.
 
     Args:
         run: draw the plan of this run with schedule=auto instead; nothing is measured

@@ -131,7 +131,7 @@ def trim(folder: Path) -> list[str]:
 
 
 def tests(place: Place) -> Pieces:
-    """Run the tests marked `gpu` and counts them. On a machine without a GPU all of them skip."""
+    """Run the tests marked `gpu` and count them. On a machine without a GPU all of them skip."""
     one = "skipped" if place.device == "cpu" else "passed"
     two = one if torch.cuda.device_count() > 1 else "skipped"
     return {

@@ -34,7 +34,7 @@ from experiments.engine.isolated import Pieces, Place
 from experiments.engine.ranks import run_alone
 from scmoe.config.fields import Config
 from scmoe.config.load import SHIPPED, load
-from scmoe.estimate.memory import Job, rank_memory
+from scmoe.estimate.memory import RankJob, rank_memory
 from scmoe.estimate.model_cost import forward_flops, peak_tflops, training_flops
 from scmoe.moe.balance import integer_sums, load_balance_loss
 from scmoe.parallel.mesh import Mesh
@@ -171,7 +171,7 @@ def measure_step(place: Place) -> dict[str, Any]:
     datasheet, and by a product of two large bf16 matrices, measured in turn with the step."""
     device, config = torch.device(place.device), config_of(place, GPT2, "data.name=synthetic")
     seq_len, model = config.data.seq_len, build_model_on_meta(config)
-    job = Job(samples=2, seq_len=seq_len, precision="bf16-mixed", on_gpu=device.type == "cuda")
+    job = RankJob(samples=2, seq_len=seq_len, precision="bf16-mixed", on_gpu=device.type == "cuda")
     if not place.tiny:
         free = ROOM * torch.cuda.mem_get_info(device)[0]
         jobs = [replace(job, samples=samples) for samples in BATCHES]
@@ -325,7 +325,9 @@ def pictures(place: Place) -> Pieces:
 
 def timelines(place: Place) -> dict[str, Any]:
     """Draw the operators of one pair on the device's streams, forward and backward, as in Fig. 7,
-    and keeps a trace. Return for each measured timeline its milliseconds and `beside`, which says
+    and keep a trace.
+
+    Return for each measured timeline its milliseconds and `beside`, which says
     in numbers what the pictures show.
     """
     with tempfile.TemporaryDirectory() as folder:

@@ -1,12 +1,12 @@
 """The measurement of `bench inference` on one rank: what overlap gains in prefill and in decode, in
 small GPTs of one pair of blocks, on links whose rate gives prefill a share of communication.
 
-    prefill   each rank reads its prompts into an empty cache: the time to the first token
-    decode    each rank reads one token of each of `batch` texts, whose prompts are in the cache:
-              the time of a token
-    ways      sequential; overlapped with 1, 2 and 4 chunks, at the best slots for the shape; free,
-              without transfers
-    auto      as `scmoe generate` runs them: prefill overlapped in one chunk, decode sequential
+    prefill    each rank reads its prompts into an empty cache: the time to the first token
+    decode     each rank reads one token of each of `batch` texts, whose prompts are in the cache:
+               the time of a token
+    transfers  sequential; overlapped with 1, 2 and 4 chunks, at the best slots for the shape; free,
+               that is without any
+    auto       as `scmoe generate` runs them: prefill overlapped in one chunk, decode sequential
 
 With several prompts a rank each architecture has a second row, NAME_two: its prefill with two
 batches in flight, in one chunk each. Decode is sequential, so this row has none.
@@ -54,8 +54,8 @@ from scmoe.schedule.schedule import POSITIONS
 BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")
 CHUNKS = (1, 2, 4)
 OVERLAPPED = tuple(f"overlapped x {chunks}" for chunks in CHUNKS)
-WAYS = ("sequential", *OVERLAPPED)
-IN_HALVES = "two batches"
+ONE_BATCH = ("sequential", *OVERLAPPED)  # how transfers run with one batch in flight
+TWO_BATCHES = "two batches"  # and with two
 VOCABULARY = 1024
 
 
@@ -116,43 +116,43 @@ class InferenceBench:
             }
 
     def seconds(self, shape: Shape, variant: Variant) -> float:
-        """Return the seconds of a pass. variant: its way is sequential, free, or one that
-        overlaps."""
+        """Return the seconds of a pass. variant: its transfers are sequential, free, or
+        overlapped."""
         self.now.load, self.now.step = load_of(variant.load), self.turns[shape, variant]
         self.turns[shape, variant] += 1
-        dispatcher: Any = self.free if variant.way == "free" else self.paid
-        if variant.way == "sequential":
+        dispatcher: Any = self.free if variant.transfers == "free" else self.paid
+        if variant.transfers == "sequential":
             dispatcher = Blocking(self.paid)
         model = self.models[variant.block]
         model.batches_in_flight = variant.batches_in_flight
         model.blocks[0].run_as(variant.schedule, dispatcher)
         return pass_seconds(self.passes[variant.block, shape], self.group, CPU, PASSES[shape])
 
-    def ways(self, block: str, shape: Shape, load: str) -> list[Variant]:
-        """Return all ways of a model in one shape at a load, at the best slots."""
+    def variants(self, block: str, shape: Shape, load: str) -> list[Variant]:
+        """Return the variants of a model in one shape at a load, at the best slots."""
         self.now.load, self.now.step = load_of(load), 0
         schedule = default_schedule(block)
         model = self.models[block]
         model.batches_in_flight = 1
         model.blocks[0].run_as(schedule, self.paid)
         priced = price_passes(model.blocks, self.passes[block, shape], self.group, CPU, CHUNKS)
-        ways = [Variant(block, schedule, way, load) for way in ("sequential", "free")]
-        ways += [
+        variants = [Variant(block, schedule, name, load) for name in ("sequential", "free")]
+        variants += [
             Variant(block, best[0], f"overlapped x {chunks}", load)
             for chunks, best in best_schedules(priced).items()
         ]
         if shape == "prefill" and self.setting.sequences > 1:
             in_halves = best_in_halves(priced)[0]
-            ways += [
-                Variant(block, in_halves, way, load, batches_in_flight=2)
-                for way in (IN_HALVES, "free")
+            variants += [
+                Variant(block, in_halves, name, load, batches_in_flight=2)
+                for name in (TWO_BATCHES, "free")
             ]
-        return ways
+        return variants
 
 
 def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[str, dict[str, Any]]:
     """Run on every rank; the caller uses rank 0's result: for each load, of balance first, the
-    rate, the plans, and seconds of each way by rounds."""
+    rate, the plans, and seconds of each variant by rounds."""
     dist.init_process_group("gloo")
     with torch.inference_mode():
         bench = InferenceBench(setting, batch)
@@ -169,7 +169,7 @@ def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[st
                 for shape in SHAPES:
                     runs |= {
                         (shape, variant): partial(bench.seconds, shape, variant)
-                        for variant in bench.ways(block, shape, load)
+                        for variant in bench.variants(block, shape, load)
                     }
         times = in_turn(runs, setting.rounds, over_ranks=True, say=say_once)
         results = {}

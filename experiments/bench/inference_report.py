@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench import generation
-from experiments.bench.inference import BLOCKS, IN_HALVES, measure, row_of
+from experiments.bench.inference import BLOCKS, TWO_BATCHES, measure, row_of
 from experiments.bench.inference_rows import (
     SHAPES,
     InferenceRow,
@@ -39,7 +39,7 @@ from scmoe.report import Report, publish, say
 
 GENERATE_ROUNDS = 3  # a text without a cache takes seconds
 AUTO: dict[Shape, str] = {"prefill": "overlapped x 1", "decode": "sequential"}
-Pass = tuple[str, Shape, str]  # row, shape, way
+Pass = tuple[str, Shape, str]  # row, shape, transfers
 
 
 def bench_inference(setting: Setting, batch: int, tokens: int, out: Path) -> dict[str, Any]:
@@ -82,7 +82,8 @@ def check(setting: Setting, batch: int) -> None:
     for uneven in map(load_of, setting.loads):
         if uneven.kind == "ragged":
             raise ConfigError(
-                f"--load is {uneven.name}, allowed: others, as prompts have equal lengths"
+                f"--load is {uneven.name}, but all prompts have the same length. Give another"
+                " kind of load."
             )
         for top_k in {*map(setting.top_k_of, BLOCKS)}:
             check_load(uneven, Sizes(experts, top_k, setting.ranks), setting.sequences)
@@ -90,12 +91,12 @@ def check(setting: Setting, batch: int) -> None:
 
 def times_of(measured: Mapping[tuple[Shape, Variant], Any]) -> dict[Pass, Any]:
     """Return the seconds of each pass by rounds."""
-    return {(row_of(v), shape, v.way): seconds for (shape, v), seconds in measured.items()}
+    return {(row_of(v), shape, v.transfers): seconds for (shape, v), seconds in measured.items()}
 
 
 def auto_of(row: str, shape: Shape) -> str:
-    """Return the way that `scmoe generate` takes."""
-    return IN_HALVES if batches_of(row) == 2 else AUTO[shape]
+    """Return how `scmoe generate` runs the transfers of a row."""
+    return TWO_BATCHES if batches_of(row) == 2 else AUTO[shape]
 
 
 def summary(setting: Setting, batch: int, result: dict[str, Any]) -> dict[str, Any]:
@@ -130,20 +131,26 @@ def rows_from(setting: Setting, batch: int, result: dict[str, Any]) -> dict[str,
     """Return the figures of each row, those with two batches in flight behind their own."""
     times = times_of(result["times"])
     tokens: dict[Shape, int] = {"prefill": setting.tokens, "decode": batch}
-    schedules = {(row_of(v), shape, v.way): v.schedule for shape, v in result["times"]}
+    schedules = {(row_of(v), shape, v.transfers): v.schedule for shape, v in result["times"]}
 
     def pass_of(row: str, shape: Shape) -> PassFigures:
         auto = auto_of(row, shape)
-        in_shape = {(name, way): s for (name, each, way), s in times.items() if each == shape}
-        seconds = {way: s for (name, way), s in in_shape.items() if name == row}
-        overlapped = {
-            way: schedules[row, shape, way] for way in seconds if way not in ("sequential", "free")
+        in_shape = {
+            (name, transfers): s for (name, each, transfers), s in times.items() if each == shape
         }
-        ratios = {way: times["top2", shape, "sequential"] / s for way, s in seconds.items()}
+        seconds = {transfers: s for (name, transfers), s in in_shape.items() if name == row}
+        overlapped = {
+            transfers: schedules[row, shape, transfers]
+            for transfers in seconds
+            if transfers not in ("sequential", "free")
+        }
+        ratios = {
+            transfers: times["top2", shape, "sequential"] / s for transfers, s in seconds.items()
+        }
         rivals = {
-            f"{name}, {way}": s
-            for (name, way), s in in_shape.items()
-            if way != "free" and architecture_of(name) == "top2"
+            f"{name}, {transfers}": s
+            for (name, transfers), s in in_shape.items()
+            if transfers != "free" and architecture_of(name) == "top2"
         }
         median_s = median(seconds[auto])
         return PassFigures(
@@ -154,10 +161,10 @@ def rows_from(setting: Setting, batch: int, result: dict[str, Any]) -> dict[str,
             tokens_per_s=setting.ranks * tokens[shape] / median_s,
             limit=median(ratios.pop("free")),
             gain=median(times[architecture_of(row), shape, "sequential"] / seconds[auto]),
-            ways={way: median(ratio) for way, ratio in ratios.items()},
-            slots={way: schedule.slot for way, schedule in overlapped.items()},
+            ways={transfers: median(ratio) for transfers, ratio in ratios.items()},
+            slots={transfers: schedule.slot for transfers, schedule in overlapped.items()},
             inside_attention={
-                way: schedule.inside_attention for way, schedule in overlapped.items()
+                transfers: schedule.inside_attention for transfers, schedule in overlapped.items()
             },
             over_best_without_another_model=over_fastest(seconds[auto], rivals),
         )

@@ -26,10 +26,11 @@ class PassAtLoad:
 class PassFigures:
     """A row in prefill or in decode: medians; speed-ups are over sequential top-2.
 
-    speedup, ms, tokens_per_s: of the way `auto`. limit: the speed-up without transfers. gain: over
-    the row's own architecture, sequential. ways: speed-up of each. slots, inside_attention: where
-    the experts run, by way. over_best_without_another_model: what the row gains over top-2's best
-    way. at_load: None at the balanced load.
+    auto: how `scmoe generate` runs the transfers; speedup, ms and tokens_per_s are measured so.
+    limit: the speed-up without transfers. gain: over the row's own architecture, sequential. ways:
+    the speed-up by how transfers run. slots, inside_attention: where the experts run, by the same.
+    over_best_without_another_model: what the row gains over top-2 at its best. at_load: None at the
+    balanced load.
     """
 
     speedup: float

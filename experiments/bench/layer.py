@@ -1,9 +1,9 @@
 """The time of the MoE layer over that of the dense products that it contains, on this machine and
 on one GPU.
 
-The roofline is the longer of two times: the dense products', and that of moving the experts'
-weights through memory at the measured bandwidth, read once in each pass, their gradients written
-once. A dense product reads one expert's worth.
+The roofline is the longer of two times: that of the dense products, and that of moving the experts'
+weights through memory at the measured bandwidth. Weights are read once in each pass and their
+gradients are written once. A dense product reads as many weights as one expert has.
 
 The part `layer` of `make gpu-check` (on_device) has the layer in float32 and bfloat16, with 8 and
 64 experts:
@@ -72,19 +72,19 @@ class DenseProducts(nn.Module):
 class ExpertProducts(nn.Module):
     """The two products of every expert on rows of equal numbers.
 
-    way: batched_mlps or grouped_mlps.
+    mlps: batched_mlps or grouped_mlps.
     """
 
     def __init__(
-        self, experts: Experts, way: Callable[..., Tensor], counts_E: Tensor | None = None
+        self, experts: Experts, mlps: Callable[..., Tensor], counts_E: Tensor | None = None
     ) -> None:
         super().__init__()
         self.experts = experts
-        self.way = way
+        self.mlps = mlps
         self.counts_E = counts_E
 
     def forward(self, rows_RD: Tensor) -> Tensor:
-        return self.way(
+        return self.mlps(
             rows_RD, self.experts.w_in_eDF, self.experts.w_out_eFD, self.counts_E, NO_ACTIVATION
         )
 
@@ -206,8 +206,8 @@ def random_weights(module: Any, device: torch.device) -> Any:
 def forward_and_train(
     module: nn.Module, x: Tensor, device: torch.device = CPU
 ) -> Callable[[], tuple[float, float]]:
-    """Return what gives the seconds of a forward pass without gradients, and of one with backward
-    into gradients that do not exist yet, as after zero_grad()."""
+    """Return a function that times a forward pass without gradients, and one with backward into
+    gradients that do not exist yet, as after zero_grad(). It returns seconds."""
 
     def output() -> Tensor:
         out = module(x)
@@ -298,9 +298,9 @@ def measure(
             module = Experts(dim, width, num_experts, activation=activation)
         return random_weights(module.to(dtype), device)
 
-    def products(way: Callable[..., Tensor], counts_E: Tensor | None) -> Made:
+    def products(mlps: Callable[..., Tensor], counts_E: Tensor | None) -> Made:
         rows = torch.randn(tokens * TOP_K, dim, device=device, dtype=dtype, requires_grad=True)
-        return ExpertProducts(experts(), way, counts_E), rows
+        return ExpertProducts(experts(), mlps, counts_E), rows
 
     def layer(module: Experts, capacity_factor: float | None, balanced: bool) -> Made:
         deal = round_robin(num_experts, TOP_K) if balanced else None

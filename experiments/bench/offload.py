@@ -45,11 +45,11 @@ TRIALS = 2  # of a rate
 
 
 @dataclass(frozen=True)
-class Setting:
+class OffloadSetting:
     """Sizes of the model, and how long it is measured.
 
     costs: of blocking, one token, over the resident MoE block; each gives a rate. tokens: of a
-    forward pass. rounds: to keep of each case, in at most limit_s seconds.
+    forward pass. rounds: times to keep of each case, in at most limit_s seconds.
     """
 
     dim: int = 1024
@@ -69,7 +69,7 @@ class Setting:
         return 2 * self.dim * self.ffn_dim * 4 / 1e6
 
 
-QUICK = Setting(
+QUICK = OffloadSetting(
     dim=64,
     ffn_dim=128,
     heads=2,
@@ -98,7 +98,9 @@ class Times:
         return min(len(seconds) for seconds in self.seconds.values()) if self.operators else 0
 
 
-def measure(setting: Setting, architecture: str, rates: tuple[float, ...] | None) -> Offloading:
+def measure(
+    setting: OffloadSetting, architecture: str, rates: tuple[float, ...] | None
+) -> Offloading:
     """Return the figures of one architecture. rates: in MB/s; None: those that give the setting's
     costs. It requires a process of its own, because memory that was freed before is not seen when
     it is used again."""
@@ -133,10 +135,13 @@ def set_rate(caches: list[Cache], rate_mb_s: float) -> None:
 
 
 def find_rate(
-    variants: dict[str, nn.Module], caches: list[Cache], cost: float, setting: Setting
+    variants: dict[str, nn.Module], caches: list[Cache], cost: float, setting: OffloadSetting
 ) -> float:
-    """Return the rate at which blocking makes a block longer by `cost` of its time. More than the
-    fetch counts: the thread's start, and what the fetch drives out of the processor's caches."""
+    """Return the rate at which blocking makes a block longer by `cost` of its time.
+
+    That is more than the time of the fetch: a thread must start, and the fetch evicts other data
+    from the processor's caches.
+    """
     two = {name: variants[name] for name in (RESIDENT, "blocking")}
     fetch_s = 0.0
     few = replace(setting, rounds=min(9, setting.rounds))
@@ -154,7 +159,7 @@ def find_rate(
     return setting.expert_mb / fetch_s
 
 
-def build(setting: Setting, architecture: str) -> nn.Module:
+def build(setting: OffloadSetting, architecture: str) -> nn.Module:
     s = setting
     model = (f"layers={2 * s.pairs}", f"dim={s.dim}", f"heads={s.heads}", f"ffn_dim={s.ffn_dim}")
     data = ("data.name=synthetic", "data.vocab_size=256", f"data.seq_len={max(*s.tokens, 8)}")
@@ -174,7 +179,7 @@ def sharing(model: nn.Module) -> nn.Module:
 
 
 def rounds(
-    variants: dict[str, nn.Module], caches: list[Cache], tokens: int, setting: Setting
+    variants: dict[str, nn.Module], caches: list[Cache], tokens: int, setting: OffloadSetting
 ) -> Times:
     """Run all variants in turn until enough times of each are kept, or the time is over."""
     times, deadline = Times({name: [] for name in variants}), time.monotonic() + setting.limit_s
@@ -202,7 +207,7 @@ def rounds(
     return times
 
 
-def with_figures(case: Case, times: Times, model: nn.Module, setting: Setting) -> Case:
+def with_figures(case: Case, times: Times, model: nn.Module, setting: OffloadSetting) -> Case:
     """Return a case with the figures of its times; as it is, if no time was kept.
 
     The latency of an offloaded MoE block is that of a resident one plus the model's extra time per

@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.offload import ARCHITECTURES, Setting, measure
+from experiments.bench.offload import ARCHITECTURES, OffloadSetting, measure
 from experiments.bench.offload_rows import RESIDENT, Offloading
 from experiments.bench.speed_chart import name_of
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
@@ -25,7 +25,7 @@ PAPERS = {"GPT2-MoE-Medium": (0.8, 0.75, 0.5), "GPT3-MoE-XL": (2.4, 0.25, 0.6)}
 COLORS = {"blocking": RED, "determinate": BLUE, "speculative": SKY}
 
 
-def bench_offload(out: Path, setting: Setting) -> dict[str, Any]:
+def bench_offload(out: Path, setting: OffloadSetting) -> dict[str, Any]:
     """Measure every architecture, print tables, write chart and figures into `out`; return the rows
     of one token."""
     require("figure 13", "matplotlib")

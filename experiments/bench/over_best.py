@@ -10,7 +10,7 @@ Which rows are compared depends on which rows are measured, so each ratio names 
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.bench.overlap import Measured, way_of
+from experiments.bench.overlap import Measured, block_seconds
 from experiments.bench.overlap_rows import Kind
 from experiments.bench.pairs import Setting
 from experiments.bench.rank_bench import Seconds
@@ -37,7 +37,7 @@ def over_best(setting: Setting, measured: Measured, row: str) -> dict[str, Any]:
 def rivals_of(setting: Setting, measured: Measured, blocks: tuple[str, ...]) -> dict[str, Seconds]:
     """Return the times of sequential top-2, and of the best schedule of each row of these
     blocks."""
-    rivals = {"top2, sequential": way_of(measured, "top2", "sequential")}
+    rivals = {"top2, sequential": block_seconds(measured, "top2", "sequential")}
     for name, row in measured.rows.items():
         if setting.block_of(name) in blocks:
             rivals[name] = measured.times[row.best]

@@ -30,7 +30,7 @@ NEAR = 1.03
 FINALISTS = 3
 
 
-class Row(NamedTuple):
+class PlannedRow(NamedTuple):
     """One row at one load. choices: the planner's. chosen: its variant. finalists: the variants of
     the rounds, with the best one. peak_mb: memory of a step. dropped: share of copies; None where
     no uneven load is measured. one_batch_peak_mb: memory of a step at the same schedule with one
@@ -53,16 +53,18 @@ class Measured(NamedTuple):
     variant, of all loads. gradients: by block (Bench.gradients). iterations: timed in all."""
 
     rate: float | None
-    rows: Mapping[str, Row]
+    rows: Mapping[str, PlannedRow]
     times: Mapping[Variant, Seconds]
     gradients: Mapping[str, Sequence[tuple[float, int]]]
     iterations: int
     load: str = BALANCED
 
 
-def way_of(measured: Measured, block: str, way: str, load: str | None = None) -> Seconds:
+def block_seconds(
+    measured: Measured, block: str, transfers: str, load: str | None = None
+) -> Seconds:
     """Return the times of a block's default schedule. load: None: that of `measured`."""
-    return measured.times[Variant(block, default_schedule(block), way, load or measured.load)]
+    return measured.times[Variant(block, default_schedule(block), transfers, load or measured.load)]
 
 
 class Planned(NamedTuple):
@@ -99,12 +101,12 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
     finalists = {key: finalists_of(each, tried) for key, each in planned.items()}
     variants_of_rounds = chain(references_of(bench), *finalists.values(), autos.values())
     times = bench.rounds(variants_of_rounds, setting.rounds)
-    rows: dict[str, dict[str, Row]] = {load: {} for load in bench.inputs}
+    rows: dict[str, dict[str, PlannedRow]] = {load: {} for load in bench.inputs}
     for (load, row), variants in finalists.items():
         best = min(variants, key=lambda v: median(times[v].train))
         dropped = bench.dropped(best) if setting.loads else None
         in_one_batch = replace(best, batches_in_flight=1)
-        rows[load][row] = Row(
+        rows[load][row] = PlannedRow(
             planned[load, row].choices,
             planned[load, row].chosen,
             variants,
@@ -159,11 +161,11 @@ def finalists_of(planned: Planned, tried: Mapping[Variant, Seconds]) -> list[Var
 def references_of(bench: Bench) -> Iterator[Variant]:
     """Yield what rows are compared with: each block at each load without overlap, and without
     transfers."""
-    ways = ["sequential", "free"]
+    kinds = ["sequential", "free"]
     if bench.setting.level == "iteration":
-        ways.append("alone")
-    for load, block, way in product(bench.inputs, bench.stacks, ways):
-        yield Variant(block, default_schedule(block), way, load)
+        kinds.append("alone")
+    for load, block, transfers in product(bench.inputs, bench.stacks, kinds):
+        yield Variant(block, default_schedule(block), transfers, load)
 
 
 def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> list[Variant]:

@@ -15,7 +15,7 @@ import torch
 from experiments.bench import speed_chart, uneven
 from experiments.bench.auto import auto_of_both, over_best_finalist
 from experiments.bench.over_best import over_best
-from experiments.bench.overlap import Measured, Row, measure, way_of
+from experiments.bench.overlap import Measured, PlannedRow, block_seconds, measure
 from experiments.bench.overlap_rows import OverlapRow, rows_of
 from experiments.bench.pairs import USUAL_RATIO, Setting, share_sent
 from experiments.bench.rank_bench import Seconds
@@ -115,7 +115,8 @@ def summary(
     measured: what `measure` returned on rank 0. control: the same of the balanced load in the same
     rounds, and its report, if this is another load.
     """
-    sequential, free = way_of(measured, "top2", "sequential"), way_of(measured, "top2", "free")
+    sequential = block_seconds(measured, "top2", "sequential")
+    free = block_seconds(measured, "top2", "free")
     limit_forward = median(sequential.forward / free.forward)
     least = least_times(setting, measured, "top2") if has_limit(setting, measured) else free.train
     report: dict[str, Any] = {
@@ -196,9 +197,9 @@ def row_of(setting: Setting, measured: Measured, name: str) -> OverlapRow:
     row, block = measured.rows[name], setting.block_of(name)
     schedule, chosen = row.best.schedule, row.chosen.schedule
     best = measured.times[row.best]
-    top2 = way_of(measured, "top2", "sequential")
-    sequential = way_of(measured, block, "sequential")
-    free = way_of(measured, block, "free")
+    top2 = block_seconds(measured, "top2", "sequential")
+    sequential = block_seconds(measured, block, "sequential")
+    free = block_seconds(measured, block, "free")
     forward, train = top2.forward / best.forward, top2.train / best.train
     exposed = setting.accumulate * waiting_of(row.best, row.choices)
     figures = OverlapRow(
@@ -246,7 +247,7 @@ def row_of(setting: Setting, measured: Measured, name: str) -> OverlapRow:
     return figures
 
 
-def inside_gain(row: Row, times: Mapping[Variant, Seconds]) -> dict[str, Any] | None:
+def inside_gain(row: PlannedRow, times: Mapping[Variant, Seconds]) -> dict[str, Any] | None:
     """Return what experts inside attention gain: the time of the row's best schedule between
     operators over that of its best one inside, as quartiles with the median between them. None: the
     window has no attention.
@@ -331,7 +332,7 @@ def least_times(setting: Setting, measured: Measured, block: str) -> Any:
     sends 2 (ranks - 1) / ranks of the gradients' bytes, all of them beside the last batch's
     backward."""
     assert measured.rate is not None
-    alone, batches = way_of(measured, block, "alone"), setting.accumulate
+    alone, batches = block_seconds(measured, block, "alone"), setting.accumulate
     bytes_per_s = measured.rate * 1e6 / 8 * PAYLOAD
     rows = row_bytes(setting, block) / bytes_per_s
     sums = [
@@ -352,8 +353,8 @@ def calibration_of(setting: Setting, balanced: Measured) -> dict[str, Any]:
 
     The times of the blocks are of one batch without sums of gradients. update: the optimizer's.
     """
-    way = "alone" if setting.level == "iteration" else "free"
-    alone = way_of(balanced, "top2", way, BALANCED)
+    transfers = "alone" if setting.level == "iteration" else "free"
+    alone = block_seconds(balanced, "top2", transfers, BALANCED)
     batches = setting.accumulate
     return {
         "sizes": {name: getattr(setting, name) for name in SIZES},

@@ -17,9 +17,12 @@ from scmoe.schedule.schedule import POSITIONS, Schedule
 
 # bytes of rows for a byte of gradients in an iteration; the paper's: docs/results/method.md
 USUAL_RATIO = 3.0
-CHUNKS = {"": (1,), "_pipelined": (2, 4)}  # numbers of chunks to choose from
+# by the suffix of a row's name: numbers of chunks to choose from
+CHUNKS = {"": (1,), "_pipelined": (2, 4)}
 BASELINES = {
-    name + way: (name, CHUNKS[way]) for name in ("top2", "top1", "shared_expert") for way in CHUNKS
+    name + suffix: (name, CHUNKS[suffix])
+    for name in ("top2", "top1", "shared_expert")
+    for suffix in CHUNKS
 }
 IN_EVERY_BLOCK = {"scmoe_pos1": "nvidia", "scmoe_pos2": "nous", "farskip": "farskip"}
 BY_REQUEST = ("top3", "scmoe2")  # Table 4's; scmoe2 routes each token to two experts, at Pos-2
@@ -28,8 +31,8 @@ ROWS: dict[int, RowsOfBlocks] = {  # by `every`
     2: {
         **BASELINES,
         **{
-            f"scmoe_{position}{way}": (position, CHUNKS[way])
-            for way in CHUNKS
+            f"scmoe_{position}{suffix}": (position, CHUNKS[suffix])
+            for suffix in CHUNKS
             for position in POSITIONS
         },
         **{name: (name, CHUNKS[""]) for name in BY_REQUEST},
@@ -37,8 +40,8 @@ ROWS: dict[int, RowsOfBlocks] = {  # by `every`
     1: {
         **BASELINES,
         **{
-            row + way: (block, CHUNKS[way])
-            for way in CHUNKS
+            row + suffix: (block, CHUNKS[suffix])
+            for suffix in CHUNKS
             for row, block in IN_EVERY_BLOCK.items()
         },
     },

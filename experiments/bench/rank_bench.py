@@ -109,9 +109,9 @@ class Bench:
         """Make the blocks run as the variant says. recorder: notes operators, and transfers that
         overlap."""
         dispatcher: Dispatcher = self.free
-        if variant.way == "overlapped":
+        if variant.transfers == "overlapped":
             dispatcher = self.paid if recorder is None else self.paid.recorded_by(recorder)
-        elif variant.way == "sequential":
+        elif variant.transfers == "sequential":
             # a transfer that is waited for at once is an operator like any other
             dispatcher = Blocking(self.paid)
         self.current.load, self.current.step = load_of(variant.load), self.turns[variant]
@@ -156,7 +156,7 @@ class Bench:
         t0, c0 = self.time()
         in_forward = 0.0
         for batch in range(1, self.setting.accumulate + 1):
-            keeps = batch < self.setting.accumulate or variant.way == "alone"
+            keeps = batch < self.setting.accumulate or variant.transfers == "alone"
             with step.wrapped.no_sync() if keeps else nullcontext():
                 begin, _ = self.time()
                 y = step.model(self.x)

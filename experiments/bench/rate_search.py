@@ -14,11 +14,11 @@ from experiments.engine.clock import in_turn, median
 from experiments.engine.ranks import say_once
 from scmoe.report import say
 
-# at each rate; with fewer, the error at a share of 0.15 is as large as the transfers are long
+# at each rate; with fewer, the error at a share of 0.15 is as large as the time of the transfers
 SEARCH_ROUNDS = 15
 MAX_FACTOR_FROM_ESTIMATE = 8.0  # of a searched rate
 MAX_FACTOR_FROM_LAST_ROUND = 2.0
-FAR_FROM_SHARE = 0.05  # of communication: what is measured from what was asked for
+FAR_FROM_SHARE = 0.05  # difference between the measured and the wanted share of communication
 
 
 def warn_of_share(wanted: float | None, measured: float) -> None:
@@ -47,7 +47,7 @@ def find_rate(
         set_rate(s.link_mbit)
         return s.link_mbit
     sequential, free = (
-        Variant("top2", default_schedule("top2"), way) for way in ("sequential", "free")
+        Variant("top2", default_schedule("top2"), transfers) for transfers in ("sequential", "free")
     )
     runs = {variant: partial(infer, variant) for variant in (sequential, free)}
     wanted, rate = s.share, 1.0 if start is None else start
@@ -55,7 +55,7 @@ def find_rate(
         t_free = median(in_turn({free: runs[free]}, SEARCH_ROUNDS, over_ranks=True)[free])
         sent_bits = 2 * 2 * s.moe_blocks * s.tokens * s.dim * 32 * share_sent(dist.get_world_size())
         rate = sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
-    # transfers below the links' burst take no time at any rate, so a search of theirs would stray
+    # transfers below the links' burst take no time at any rate, so their search would not converge
     widest = MAX_FACTOR_FROM_ESTIMATE if start is None else MAX_FACTOR_FROM_LAST_ROUND
     least, most = (0.0, math.inf) if s.bus else (rate / widest, rate * widest)
     for _ in range(8):
@@ -67,7 +67,8 @@ def find_rate(
         if abs(share - wanted) < 0.01:
             break
         factor = share / (1 - share) / (wanted / (1 - wanted))
-        rate *= min(2.0, max(0.5, factor))  # a disturbed measurement must not stop the link
+        # one disturbed measurement must not bring the rate near zero
+        rate *= min(2.0, max(0.5, factor))
         rate = min(most, max(least, rate))
     else:
         set_rate(rate)

@@ -105,8 +105,8 @@ def make_step(model: "Stack", setting: Setting, wire: Wire) -> Step:
 
 
 class Stack(nn.Sequential):
-    """Blocks in a row. A step's `model` may be DDP around it, so whoever sets the batches in flight
-    must hold the stack itself."""
+    """Blocks in a row. A step's `model` may be DDP around it, so `batches_in_flight` must be set on
+    the stack itself."""
 
     batches_in_flight: int = 1
 
@@ -116,8 +116,8 @@ class Stack(nn.Sequential):
 
 @dataclass(frozen=True)
 class Variant:
-    """Blocks with a schedule. way: overlapped, sequential (each transfer is waited for at once),
-    free, or alone (free, and gradients stay on their ranks). load: of their experts (loads.py).
+    """Blocks with a schedule. transfers: overlapped, sequential (each is waited for at once), free,
+    or alone (free, and gradients stay on their ranks). load: of their experts (loads.py).
 
     schedule: of the last block; the others have the same place, or as `placed` says. schedules:
     that of each block, where they do not follow from `schedule`. batches_in_flight: 2: the halves
@@ -126,7 +126,7 @@ class Variant:
 
     block: str
     schedule: Schedule
-    way: str = "overlapped"
+    transfers: str = "overlapped"
     load: str = BALANCED
     schedules: tuple[Schedule, ...] = ()
     batches_in_flight: int = 1

@@ -29,7 +29,7 @@ from scmoe.schedule.cost import Span, elapsed, per_chunk, play
 from scmoe.schedule.stack import play_halves
 
 STEPS = 5
-ROWS = {  # title: (block, way, numbers of chunks to choose from)
+ROWS = {  # title: (block, transfers, numbers of chunks to choose from)
     "Top-2, sequential": ("top2", "sequential", (1,)),
     "Top-2, pipelined": ("top2", "overlapped", (2,)),
     "Shared expert, pipelined": ("shared_expert", "overlapped", (2,)),
@@ -115,19 +115,19 @@ def watch(
     bench = Bench(setting)
     rate = find_rate(setting, bench.set_rate, bench.infer)  # of the links, or of the bus
     timelines: dict[str, dict[str, list[Span]]] = {direction: {} for direction in DIRECTIONS}
-    for title, (block, way, chunks) in ROWS.items():
+    for title, (block, transfers, chunks) in ROWS.items():
         title, block = (
             title.format(position.capitalize().replace("s", "s-")),
             block.format(position),
         )
         (choice,) = bench.choose(block, chunks)
-        variant = Variant(block, choice.schedule, way)
+        variant = Variant(block, choice.schedule, transfers)
         for direction in DIRECTIONS:
             timelines[direction][f"{title}: planned"] = planned_spans(
-                choice, direction, way == "sequential"
+                choice, direction, transfers == "sequential"
             )
             timelines[direction][f"{title}: measured"] = measured_spans(bench, variant, direction)
-        trace(bench, variant, out / f"{block}-{way}-{choice.schedule.chunks}-chunks.json")
+        trace(bench, variant, out / f"{block}-{transfers}-{choice.schedule.chunks}-chunks.json")
     return rate, timelines
 
 

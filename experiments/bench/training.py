@@ -54,17 +54,17 @@ ARCHITECTURES = {  # the first is sequential: nothing can be hidden in it
     "scmoe_pos2": ("moe.position=pos2", *CHOSEN),
     "scmoe_pos3": ("moe.position=pos3", *CHOSEN),
 }
-IN_HALVES = {  # by request
+ROWS_OF_TWO_BATCHES = {  # by request
     f"{row}_two": (*ARCHITECTURES[row][: 2 if row == "top2" else 1], "schedule.batches_in_flight=2")
     for row in ARCHITECTURES
 }
-WAYS = ("links", "free")
+NETWORKS = ("links", "free")
 EVEN = "balanced, links"  # with a load, the same on the links with balanced routing
 
 
 def words_of(row: str) -> tuple[str, ...]:
     """Return what a configuration says of a row."""
-    return (ARCHITECTURES | IN_HALVES)[row]
+    return (ARCHITECTURES | ROWS_OF_TWO_BATCHES)[row]
 
 
 def bench_train(
@@ -109,31 +109,31 @@ def bench_train(
             f"--rounds is {rounds}, allowed: 2 to {steps // 2}, half of trainer.max_steps"
         )
     ends = range(steps - rounds * turn, steps + 1, turn)
-    ways = WAYS if routing is None else (*WAYS, EVEN)
+    networks = NETWORKS if routing is None else (*NETWORKS, EVEN)
     rates: list[float] = []  # of each round, as the machine's speed drifts
 
-    def one(row: str, way: str) -> list[float]:
-        if (row, way) == (rows[0], WAYS[0]):  # a round begins
+    def one(row: str, network: str) -> list[float]:
+        if (row, network) == (rows[0], NETWORKS[0]):  # a round begins
             rates.extend(
                 run_ranks(searched, ranks, pair, *rates[-1:], timeout_s=1800, own_links=True)[:1]
             )
-        return trainings[row, way].turn(None if way == "free" else rates[-1])
+        return trainings[row, network].turn(None if network == "free" else rates[-1])
 
-    with ThreadPoolExecutor(len(rows) * len(ways)) as pool:
+    with ThreadPoolExecutor(len(rows) * len(networks)) as pool:
         trainings = {
-            (row, way): Training(
+            (row, network): Training(
                 pool,
                 ranks,
                 config,
                 [*words, *words_of(row)],
-                BALANCED if way == EVEN else routing,
+                BALANCED if network == EVEN else routing,
                 ends,
             )
             for row in rows
-            for way in ways
+            for network in networks
         }
         try:
-            variants = {(row, way): partial(one, row, way) for row, way in trainings}
+            variants = {key: partial(one, *key) for key in trainings}
             times = in_turn(variants, rounds, say=partial(print, file=sys.stderr))
             results = {name: training.finish() for name, training in trainings.items()}
         finally:
@@ -199,7 +199,8 @@ def made_by(routing: str, config: Config, pair: Setting, ranks: int) -> dict[str
     be dealt."""
     if load_of(routing).kind == "ragged":
         raise ConfigError(
-            f"--load is {routing}, allowed: others, as all ranks train on equally many tokens"
+            f"--load is {routing}, but all ranks of a training have equally many tokens. Give"
+            " another kind of load."
         )
     sizes = Sizes(config.moe.num_experts, config.moe.top_k, ranks)
     check_load(load_of(routing), sizes, pair.sequences)
@@ -211,7 +212,7 @@ def row_of(
 ) -> dict[str, Any]:
     """Return the figures of a row. trained: what its training on the links has returned."""
     curve: list[tuple[float, float]] = trained["curve"]  # tokens, validation loss
-    (step, windows), (free, free_windows) = (times[row, way] for way in WAYS)
+    (step, windows), (free, free_windows) = (times[row, network] for network in NETWORKS)
     rows, speedups = windows - free_windows, times[first, "links"][0] / step
     tokens = config.data.global_batch_size * config.data.seq_len
     step_s = median(step)

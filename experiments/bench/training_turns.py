@@ -2,7 +2,7 @@
 one runs at a time, in its turn of a few steps.
 
 The first turn is warm-up: it is not timed, and in its last step the memory is measured. Validation
-and checkpoints run at the begin of the next turn and are not timed either.
+and checkpoints run at the beginning of the next turn and are not timed either.
 """
 
 import math
@@ -43,7 +43,7 @@ class Turns(Callback):
     those of them in MoE windows (planner.Overlap).
 
     turn: the rank's end of a pipe, on which the links' rate in Mbit/s comes, or None. ends: the
-    numbers of steps after which the turns end. Answered at the end of a batch, so validation and
+    numbers of steps after which the turns end. It answers at the end of a batch, so validation and
     checkpoints run untimed in the next turn. The windows' seconds are NaN in a turn in which none
     were measured, as with two batches in flight. peak_mb: of the last step of the first turn, in
     MiB beyond what is allocated before it.

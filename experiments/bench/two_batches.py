@@ -1,5 +1,5 @@
-"""Rows of the benches that run with two batches in flight: the rival of a shortcut that changes no
-model.
+"""Rows of the benches that run with two batches in flight, which hides transfers without a shortcut
+and without another model.
 
     NAME_two              the halves of a rank's batch take turns, in one chunk each
     NAME_two_pipelined    the same, in two chunks each

@@ -1,5 +1,5 @@
-"""What uneven routing costs: the part of a report of `bench overlap --load` that compares a load
-with the balanced one.
+"""Computes what uneven routing costs: the part of a report of `bench overlap --load` that compares
+a load with the balanced one.
 
     over balanced   time of a row at its best schedule, over its time at the balanced load and the
                     schedule that is best there, in the same round
@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.bench.overlap import Measured, way_of
+from experiments.bench.overlap import Measured, block_seconds
 from experiments.bench.overlap_rows import LoadFigures, OverlapRow, cells_of, rows_of
 from experiments.bench.pairs import Setting
 from experiments.bench.speed_chart import name_of, way_of_row
@@ -80,9 +80,9 @@ def beside_balanced(
             for step in range(setting.rounds)
         ]
         added = setting.accumulate * (median(took) - computing)
-        modelled = median(way_of(measured, block, "free", BALANCED).train) + added
+        modelled = median(block_seconds(measured, block, "free", BALANCED).train) + added
     free, even_free = (
-        way_of(measured, block, "free", load_name) for load_name in (measured.load, BALANCED)
+        block_seconds(measured, block, "free", load_name) for load_name in (measured.load, BALANCED)
     )
     figures = LoadFigures(
         over_balanced_forward=median(uneven.forward / even.forward),

@@ -142,7 +142,7 @@ def _shape(device: str, mbit: float | None, at_bridge: bool = False) -> None:
     """Set or remove the rate of a device. at_bridge: it is the other end of a rank's link."""
     tc = f"nsenter --net={os.environ[AT_BRIDGE]} tc" if at_bridge else "tc"
     if mbit is None:
-        # it fails if there is no rate, which is as well
+        # it fails if there is no rate to remove, which does not matter
         subprocess.run(f"{tc} qdisc del dev {device} root".split(), capture_output=True)
     else:
         _run(f"{tc} qdisc replace dev {device} root {_tbf(mbit)}")

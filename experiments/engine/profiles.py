@@ -1,5 +1,5 @@
-"""What a step takes: its operators, kernels, waits and memory by torch's profiler, its memory by
-Linux.
+"""Measures what a step takes: operators, kernels, waits and memory with torch's profiler, and the
+process's memory as Linux reports it.
 
 Events are those of a Chrome trace: dictionaries with `cat`, `name`, `ts` and `dur` in microseconds,
 `tid` and `args`. A kernel belongs to the operator (scmoe/<name>) inside which the host launched it.

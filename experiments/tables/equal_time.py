@@ -1,4 +1,4 @@
-"""Losses at equal time: what a row's speed is worth.
+"""Compares losses at equal time, to say what a row's speed is worth.
 
 A row that is x times as fast as sequential top-2 makes its steps in 1/x of the time. At the time at
 which the fastest row ends, a row of speed x has made steps * x / max(x) of its steps; its loss
@@ -55,8 +55,8 @@ def at_equal_time(
 
 def best_speed(report: Report, row: str) -> float:
     """Return a row's speed-up over sequential top-2 with one or with two batches in flight."""
-    ways = [name for name in (row, row + TWO) if name in report["rows"]]
-    return max(report["rows"][name][SPEED] for name in ways)
+    rows = [name for name in (row, row + TWO) if name in report["rows"]]
+    return max(report["rows"][name][SPEED] for name in rows)
 
 
 def _at_speeds(

@@ -1,7 +1,7 @@
 """Evaluations of a table's runs, each right after its training.
 
-The results for a run's last checkpoint go into its state. So a state that is kept, or committed,
-lacks nothing for which the run's weights would be needed.
+The results for a run's last checkpoint go into its state. So a state that is kept or committed is
+complete without the run's weights.
 """
 
 import sys
@@ -14,7 +14,7 @@ from experiments.tables.table_file import Scale, Table
 from experiments.tables.table_runs import Run, look_up
 from scmoe.config import registry
 from scmoe.files.writing import read_json
-from scmoe.sweeps.jobs import Job, State
+from scmoe.sweeps.jobs import State, StudyJob
 
 EVALUATE = (sys.executable, "-m", "scmoe", "evaluate")
 
@@ -27,7 +27,7 @@ class Evaluations:
         metrics = [] if scale.evaluate is None else table.metrics_from("evaluation")
         self.needed = [key for metric in metrics for key in metric.keys]
         self.words = list(scale.evaluate or ())
-        self.jobs: list[Job] = []
+        self.jobs: list[StudyJob] = []
 
     def lacking(self, state: State) -> bool:
         """Return whether a finished run lacks a metric of an evaluation, or was evaluated by
@@ -42,7 +42,7 @@ class Evaluations:
         weights = Path(state.run_dir).glob("checkpoints/*.ckpt") if state.run_dir else ()
         return not self.lacking(state) or any(weights)
 
-    def job(self, run: Run) -> Job | None:
+    def job(self, run: Run) -> StudyJob | None:
         """Return the job that evaluates a finished run; None: nothing is lacking.
 
         The results of another command are dropped, so that a table never compares two kinds of
@@ -57,11 +57,11 @@ class Evaluations:
         title = f"evaluation of {run.row.name}, seed {run.seed}"
         words = [str(run.state.run_dir), *registry.words(run.config.extensions, {}), *self.words]
         self.jobs.append(
-            Job(name, title, study, None, words, EVALUATE, judge=partial(self.judge, run=run))
+            StudyJob(name, title, study, None, words, EVALUATE, judge=partial(self.judge, run=run))
         )
         return self.jobs[-1]
 
-    def judge(self, job: Job, run: Run) -> None:
+    def judge(self, job: StudyJob, run: Run) -> None:
         """Put the results of a finished evaluation into the state of its run. The evaluation has
         failed if a metric is missing."""
         path = Path(job.arguments[0]) / "evaluation.json"  # an entry for each checkpoint

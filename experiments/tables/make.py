@@ -17,15 +17,18 @@ from scmoe.config.leaves import ConfigError
 from scmoe.report import say
 from scmoe.runs.seen import SeenRun
 from scmoe.sweeps.batch import Batch, Watch
-from scmoe.sweeps.jobs import Job, State, clock, lock_of
+from scmoe.sweeps.jobs import State, StudyJob, clock, lock_of
 
 RESUMES = "the same command resumes it"
 
 
 @dataclass
 class TableOutcome:
-    """What has become of a table. failed: trainings, evaluations and measurements, and the report.
-    signal: the one that stopped it, or 0."""
+    """How the making of a table ended: numbers of trainings.
+
+    failed: counts evaluations, measurements and the report too. signal: the one that stopped it, or
+    0.
+    """
 
     finished: int = 0
     failed: int = 0
@@ -38,7 +41,7 @@ def make_table(plan: Plan) -> TableOutcome:
     """Do what is left of a table and write its files. The same call resumes a stopped one."""
     table, runs = plan.table, plan.runs
     evaluations = Evaluations(table, plan.scale)
-    speeds: list[Job] = []
+    speeds: list[StudyJob] = []
     with lock_of(plan.folder) as lock:
         read_usable_states(runs, evaluations)
         signal = make_runs(runs, lock, plan.jobs, table.summary_keys, evaluations)
@@ -77,7 +80,7 @@ def make_runs(
     Return the signal that ended it, or 0. The caller has read the states and holds the lock.
     """
 
-    def judge(job: Job, run: Run) -> Job | None:
+    def judge(job: StudyJob, run: Run) -> StudyJob | None:
         newest = next((seen for seen in map(SeenRun, job.run_dirs()) if seen.summary), None)
         lacks = missing(needed, newest and newest.summary)
         if newest is None or lacks:
@@ -87,7 +90,7 @@ def make_runs(
         job.state.results = results_of(newest, run.digest)
         return evaluations.job(run)
 
-    def result(job: Job) -> str:
+    def result(job: StudyJob) -> str:
         if job in evaluations.jobs:
             return ""
         summary = job.state.results.get("summary")
@@ -109,8 +112,8 @@ def make_runs(
         return Batch([*first, *(run.job for run in runs)], jobs, total, watch).run(lock, AGAIN)
 
 
-def outcome_of(runs: Sequence[Run], others: Iterable[Job], signal: int) -> TableOutcome:
-    """Count what has become of runs and of the other jobs, and say why jobs have failed."""
+def outcome_of(runs: Sequence[Run], others: Iterable[StudyJob], signal: int) -> TableOutcome:
+    """Count the runs and other jobs that finished, failed or were stopped; say why some failed."""
     jobs = [*(run.job for run in runs), *others]
     failed = [job for job in jobs if job.state.status == "failed"]
     for job in failed:

@@ -12,7 +12,7 @@ from typing import Any
 
 from experiments.tables.equal_time import Report, at_equal_time
 from experiments.tables.seed_statistics import describe, differences
-from experiments.tables.table_file import Metric, Row, Table
+from experiments.tables.table_file import Metric, Table, TableRow
 from experiments.tables.table_runs import Run, finished, look_up
 from experiments.tables.table_speeds import read_speeds
 
@@ -68,7 +68,7 @@ def _column(
     }
 
 
-def _speed(metric: Metric, row: Row, report: Report | None) -> dict[str, Any]:
+def _speed(metric: Metric, row: TableRow, report: Report | None) -> dict[str, Any]:
     """Return a speed-up of the row's architecture over sequential top-2, with quartiles over
     rounds, or why there is none. A mean over seeds does not exist: the testbed measures an
     architecture, not a run."""
@@ -93,7 +93,10 @@ def _speed(metric: Metric, row: Row, report: Report | None) -> dict[str, Any]:
 
 
 def _row(
-    table: Table, row: Row, runs: Sequence[Run], columns: Mapping[str, Mapping[str, dict[str, Any]]]
+    table: Table,
+    row: TableRow,
+    runs: Sequence[Run],
+    columns: Mapping[str, Mapping[str, dict[str, Any]]],
 ) -> dict[str, Any]:
     """Return what results.json holds of a row. runs: of the row. columns: by metric and row."""
     summary: dict[str, Any] = next(
@@ -116,9 +119,9 @@ def _row(
     }
 
 
-def _paper_difference(table: Table, row: Row) -> float | None:
-    """Return the paper's difference to the row's baseline in the first metric; None where it has
-    not both."""
+def _paper_difference(table: Table, row: TableRow) -> float | None:
+    """Return the paper's difference to the row's baseline in the first metric; None where it has no
+    value of one of them."""
     name, baseline = table.decides.name, table.row(row.baseline)
     if name not in row.paper or name not in baseline.paper:
         return None
@@ -154,7 +157,7 @@ def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _of_testbed(report: Report) -> dict[str, Any]:
-    """Return what a reader must know of a measurement of speeds."""
+    """Return the conditions under which speeds were measured."""
     names = (
         "comm_share",
         "link_mbit",

@@ -16,14 +16,16 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median, stdev
 from typing import Any
 
-from experiments.tables.table_file import Row
+from experiments.tables.table_file import TableRow
 
 ALPHA = 0.05
 ROUNDING = 1e-9  # differences that vary by less than this share of the values are equal
 Values = Mapping[int, float]  # by seed
 
 
-def differences(rows: Sequence[Row], values: Mapping[str, Values]) -> dict[str, dict[str, Any]]:
+def differences(
+    rows: Sequence[TableRow], values: Mapping[str, Values]
+) -> dict[str, dict[str, Any]]:
     """Return the differences of rows to their baselines by name, as `compare` returns them, with p
     corrected, and whether they are decided. values: by the row's name; a row that has none, or
     whose baseline has none, is left out.
@@ -81,8 +83,8 @@ def compare(values: Values, baseline: Values, comparisons: int = 1) -> dict[str,
 
 
 def holm(ps: Sequence[float | None], comparisons: int) -> list[float | None]:
-    """Return the p-values corrected for that many comparisons by Holm's method; a None counts as
-    one not yet made."""
+    """Return the p-values corrected for that many comparisons by Holm's method. None: a comparison
+    without a value yet."""
     corrected: list[float | None] = [None] * len(ps)
     least = 0.0
     known = sorted((p, index) for index, p in enumerate(ps) if p is not None)

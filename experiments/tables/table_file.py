@@ -40,7 +40,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     name: str
     groups: tuple[str, ...]  # parts of the table that show it
     paper: Mapping[str, float]  # by metric
@@ -86,7 +86,7 @@ class Table:
     name: str
     title: str
     metrics: tuple[Metric, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[TableRow, ...]
     scales: Mapping[str, Scale]
     share: float | None = None  # share of communication at which the testbed measures speeds
     equal_time: tuple[float, ...] = ()  # shares at which losses are compared at equal time
@@ -113,7 +113,7 @@ class Table:
     def metrics_from(self, source: str) -> list[Metric]:
         return [metric for metric in self.metrics if metric.source == source]
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> TableRow:
         return next(row for row in self.rows if row.name == name)
 
 
@@ -208,12 +208,12 @@ def _metric(name: str, entry: Any) -> Metric:
     )
 
 
-def _row(entry: Any, baseline: str, metrics: Iterable[str]) -> Row:
+def _row(entry: Any, baseline: str, metrics: Iterable[str]) -> TableRow:
     check("a row", entry, ROW, ("name", "groups", "paper", "overrides"))
     check(f"paper of {entry['name']!r}", entry["paper"], dict.fromkeys(metrics, NUMBER))
     paper = {metric: float(value) for metric, value in entry["paper"].items()}
     words, own_baseline = _overrides(entry["overrides"]), entry.get("baseline", baseline)
-    return Row(
+    return TableRow(
         entry["name"],
         tuple(entry["groups"]),
         paper,

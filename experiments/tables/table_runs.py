@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from experiments.tables.table_file import Row, Scale, Table
+from experiments.tables.table_file import Scale, Table, TableRow
 from scmoe.config import registry
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.fields import Config
@@ -31,7 +31,7 @@ from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.parallel.checkpoint.state import META
 from scmoe.runs.seen import SeenRun, flat
 from scmoe.sweeps.checks import is_number
-from scmoe.sweeps.jobs import Job, State, digest_of
+from scmoe.sweeps.jobs import State, StudyJob, digest_of
 
 OWN = (
     "model.",
@@ -47,10 +47,10 @@ OWN = (
 class Run:
     """One row with one seed."""
 
-    row: Row
+    row: TableRow
     seed: int
     config: Config
-    job: Job
+    job: StudyJob
 
     @property
     def state(self) -> State:
@@ -103,7 +103,7 @@ def plan_runs(
         words = (*setting, *row.overrides, group, *overrides, *last_words)
         config = load(scale.config, words)
         title = f"run {number} of {seeds * len(table.rows)} ({row.name}, seed {seed})"
-        job = Job(
+        job = StudyJob(
             name,
             title,
             folder,
@@ -133,9 +133,8 @@ def read_states(runs: Sequence[Run]) -> None:
             continue
         if state.run_dir and Path(state.run_dir) not in run.job.run_dirs():
             run.job.state = State()
-        elif (
-            state.status == "finished"
-        ):  # it does not hold what is kept today: its result is read again
+        elif state.status == "finished":
+            # an earlier version kept less in it: the result is read again
             run.job.state = State("cut", state.run_dir, state.seconds) if state.run_dir else State()
 
 

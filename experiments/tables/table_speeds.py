@@ -14,7 +14,7 @@ from typing import IO, Any
 from experiments.bench.two_batches import TWO, architecture_of
 from experiments.tables.table_file import Scale, Table
 from scmoe.sweeps.batch import Batch, Watch
-from scmoe.sweeps.jobs import Job
+from scmoe.sweeps.jobs import StudyJob
 
 BENCH = (sys.executable, "-m", "scmoe", "bench")
 AGAIN = ("waiting", "cut", "failed")  # states of jobs that are made, or made again
@@ -22,7 +22,7 @@ AGAIN = ("waiting", "cut", "failed")  # states of jobs that are made, or made ag
 
 def measure_speeds(
     table: Table, scale: Scale, folder: Path, lock: IO[str]
-) -> tuple[list[Job], int]:
+) -> tuple[list[StudyJob], int]:
     """Measure the rows' speeds at every share of the table, unless it was done by the same command
     before.
 
@@ -37,7 +37,7 @@ def measure_speeds(
         return jobs, Batch(jobs, 1, len(jobs), watch).run(lock, AGAIN)
 
 
-def speed_job(table: Table, bench: Sequence[str], folder: Path, share: float) -> Job:
+def speed_job(table: Table, bench: Sequence[str], folder: Path, share: float) -> StudyJob:
     """Return the job that measures a share, finished if the same command has done it before.
 
     Otherwise the report of the earlier command, which had other rows or options, is removed.
@@ -46,11 +46,11 @@ def speed_job(table: Table, bench: Sequence[str], folder: Path, share: float) ->
     out = folder / "speed"
     words = ["overlap", "--share", f"{share:g}", "--rows", *rows, "--out", str(out), *bench]
 
-    def judge(job: Job) -> None:
+    def judge(job: StudyJob) -> None:
         job.state.results = {"command": list(job.arguments)}
 
     title = f"speed at a share of {share:g}"
-    job = Job(f"speed-{share:g}", title, folder, None, words, BENCH, judge=judge)
+    job = StudyJob(f"speed-{share:g}", title, folder, None, words, BENCH, judge=judge)
     if job.read().results != {"command": words} or share not in read_speeds(table, folder):
         job.state.status = "waiting"
         for old in out.glob("*-share-*.*"):

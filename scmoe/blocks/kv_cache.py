@@ -14,10 +14,24 @@ without another mask.
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Visible(NamedTuple):
+    """Which keys each query attends to.
+
+    is_causal: the keys are those of the same pass, and a query attends to its own token's and to
+    earlier ones. mask_B1SL: False: not to this key. Without either, to all keys.
+    """
+
+    is_causal: bool = False
+    mask_B1SL: Tensor | None = None
+
+
+CAUSAL = Visible(is_causal=True)
 
 
 class KVCache:
@@ -41,7 +55,7 @@ class KVCache:
         self._ends_B1 = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         # place of each expected token; padding's is the text's spare one, the last
         self._slots_B1S1: Tensor
-        self._seen: dict[str, Any]
+        self._visible: Visible
         self._texts = slice(None)  # those of the buffers that are read and written
 
     def expect(self, new: Sequence[int], seq_len: int) -> None:
@@ -68,13 +82,13 @@ class KVCache:
         self._ends_B1 = self._ends_B1 + new_B1
         self._slots_B1S1 = slots_BS[:, None, :, None]
         if is_first:
-            self._seen = {"is_causal": True}
+            self._visible = CAUSAL
         elif seq_len == 1 and min(self.lengths) == self.longest and min(new) == 1:
-            self._seen = {}  # the new tokens are all texts' last ones
+            self._visible = Visible()  # the new tokens are all texts' last ones
         else:
-            self._seen = {
-                "attn_mask": self._places_L[: self.longest] <= self.positions_BS[:, None, :, None]
-            }
+            self._visible = Visible(
+                mask_B1SL=self._places_L[: self.longest] <= self.positions_BS[:, None, :, None]
+            )
 
     def texts(self, first: int, last: int) -> "KVCache":
         """Return the cache of some texts, for the pass that `expect` has announced.
@@ -86,16 +100,16 @@ class KVCache:
         part.lengths = self.lengths[first:last]
         part.positions_BS = self.positions_BS[first:last]
         part._slots_B1S1 = self._slots_B1S1[first:last]
-        if "attn_mask" in self._seen:
-            part._seen = {"attn_mask": self._seen["attn_mask"][first:last]}
+        if self._visible.mask_B1SL is not None:
+            part._visible = Visible(mask_B1SL=self._visible.mask_B1SL[first:last])
         return part
 
     def extend(
         self, attention: nn.Module, k_BHSd: Tensor, v_BHSd: Tensor
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    ) -> tuple[Tensor, Tensor, Visible]:
         """Append keys and values, whose sizes d may differ.
 
-        Return all of them [B, H, L, d], and the mask for scaled_dot_product_attention.
+        Return all of them [B, H, L, d], and which of them each query attends to.
         """
         if attention not in self.buffers:
             B, H = len(self._ends_B1), k_BHSd.shape[1]
@@ -105,9 +119,9 @@ class KVCache:
         keys_BHLd, values_BHLd = (buffer[self._texts] for buffer in self.buffers[attention])
         keys_BHLd.scatter_(2, self._slots_B1S1.expand_as(k_BHSd), k_BHSd)
         values_BHLd.scatter_(2, self._slots_B1S1.expand_as(v_BHSd), v_BHSd)
-        if "is_causal" in self._seen:
-            return k_BHSd, v_BHSd, self._seen
-        return keys_BHLd[:, :, : self.longest], values_BHLd[:, :, : self.longest], self._seen
+        if self._visible.is_causal:
+            return k_BHSd, v_BHSd, self._visible
+        return keys_BHLd[:, :, : self.longest], values_BHLd[:, :, : self.longest], self._visible
 
 
 def with_cache(*inputs: Any, cache: KVCache | None) -> tuple[Any, ...]:

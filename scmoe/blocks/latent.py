@@ -21,13 +21,13 @@ tokens in the cache.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.kv_cache import CAUSAL, KVCache, Visible
 from scmoe.blocks.sublayers import PartedAttention, Rotary
 
 LATENT_EPS = 1e-6  # of both norms, in every published model
@@ -92,11 +92,12 @@ class LatentAttention(PartedAttention):
         c_B1Sc = (self.kv_norm(latent_BSc) * self.kv_scale)[:, None]
         k_B1Sr = self.turn(k_BSr[:, None], positions)
         q_BHSr = self.turn(q_BHSr, positions)
-        seen: dict[str, Any] = {"is_causal": True}
+        visible = CAUSAL
         if cache is not None:
-            c_B1Sc, k_B1Sr, seen = cache.extend(self, c_B1Sc, k_B1Sr)
-        attend = self.of_latents if "is_causal" in seen else self.in_latents
-        y_BHSv = attend(q_BHSn, q_BHSr, c_B1Sc, k_B1Sr, seen)
+            c_B1Sc, k_B1Sr, visible = cache.extend(self, c_B1Sc, k_B1Sr)
+        # without earlier tokens, keys and values of all heads are computed once for each token
+        attend = self.attend_expanded if visible.is_causal else self.attend_absorbed
+        y_BHSv = attend(q_BHSn, q_BHSr, c_B1Sc, k_B1Sr, visible)
         y_BSv = y_BHSv.transpose(1, 2).flatten(2)
         return y_BSv if self.gate is None else y_BSv * self.gate(x_BSD).sigmoid()
 
@@ -107,34 +108,36 @@ class LatentAttention(PartedAttention):
         q_BHSd = self.q_up(x_BSD).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return q_BHSd.split([self.sizes.nope_dim, self.sizes.rope_dim], -1)
 
-    def of_latents(
-        self, q_BHSn: Tensor, q_BHSr: Tensor, c_B1Sc: Tensor, k_B1Sr: Tensor, seen: dict[str, Any]
+    def attend_expanded(
+        self, q_BHSn: Tensor, q_BHSr: Tensor, c_B1Sc: Tensor, k_B1Sr: Tensor, visible: Visible
     ) -> Tensor:
-        """Return attention with the keys and values of all heads, [B, H, S, value].
-
-        seen: what each query sees.
-        """
+        """Return attention with W_kvb applied to the latents, [B, H, S, value]: every head has its
+        keys and values."""
         kv_BHSd = self.kv_up(c_B1Sc[:, 0]).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k_BHSn, v_BHSv = kv_BHSd.split([self.sizes.nope_dim, self.sizes.value_dim], -1)
         k_BHSd = torch.cat([k_BHSn, k_B1Sr.expand(-1, self.heads, -1, -1)], -1)
         q_BHSd = torch.cat([q_BHSn, q_BHSr], -1)
-        return F.scaled_dot_product_attention(q_BHSd, k_BHSd, v_BHSv, **seen, scale=self.scale)
+        return self.scaled_attention(q_BHSd, k_BHSd, v_BHSv, visible)
 
-    def in_latents(
-        self, q_BHSn: Tensor, q_BHSr: Tensor, c_B1Lc: Tensor, k_B1Lr: Tensor, seen: dict[str, Any]
+    def attend_absorbed(
+        self, q_BHSn: Tensor, q_BHSr: Tensor, c_B1Lc: Tensor, k_B1Lr: Tensor, visible: Visible
     ) -> Tensor:
-        """Return the same without keys and values of the L tokens.
-
-        Queries meet latents, and the results are multiplied.
-        """
+        """Return the same with W_kvb applied to queries and results: the latents of the L tokens
+        serve as keys and values."""
         nope, _, value = self.sizes[2:]
         w_Hdc = weight_of(self.kv_up, c_B1Lc).unflatten(0, (self.heads, -1))
         w_Hnc, w_Hvc = w_Hdc.split([nope, value], 1)
         q_BHSd = torch.cat([q_BHSn @ w_Hnc, q_BHSr], -1)
         k_BHLd = torch.cat([c_B1Lc, k_B1Lr], -1).expand(-1, self.heads, -1, -1)
         c_BHLc = c_B1Lc.expand(-1, self.heads, -1, -1)
-        y_BHSc = F.scaled_dot_product_attention(q_BHSd, k_BHLd, c_BHLc, **seen, scale=self.scale)
-        return y_BHSc @ w_Hvc.mT
+        return self.scaled_attention(q_BHSd, k_BHLd, c_BHLc, visible) @ w_Hvc.mT
+
+    def scaled_attention(
+        self, q_BHSd: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, visible: Visible
+    ) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q_BHSd, k_BHLd, v_BHLd, visible.mask_B1SL, is_causal=visible.is_causal, scale=self.scale
+        )
 
     def turn(self, x_Sd: Tensor, positions_S: Tensor | None) -> Tensor:
         """Turn adjacent pairs. The result has the pairs' first features, then their second ones."""

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.moe.tokens import HandedOn, MoEOutput
+from scmoe.moe.tokens import HandedOn, MoEOutput, RouterStats
 from scmoe.schedule.schedule import BETWEEN_BLOCKS
 
 
@@ -58,20 +58,31 @@ class ShortcutBlock(MoEBlock):
         or given to a block that taps itself.
         """
         x_BSD = self.before_tap(x_BSD, cache)
-        if (carry is None) == (self.schedule.position == "carried"):
-            raise ValueError(
-                f"{self.schedule.name} requires the carry of the block before it."
-                if carry is None
-                else f"{self.schedule.name} taps its own sub-layers. Call it without a carry."
-            )
-        tap_BSD = self.tap_norm(x_BSD if carry is None else carry)
+        tap_BSD = self.tap_norm(self.tapped(x_BSD, carry))
         state = self.moe.begin(tap_BSD, mask_BS, self.schedule.chunks)
-        x_BSD, state = self.through_window(x_BSD, state, cache)
-        u_BSD = self.norm(x_BSD)
+        h_BSD, state = self.through_window(x_BSD, state, cache)
+        u_BSD = self.norm(h_BSD)
         shared_BSD, state = self.through_shared_expert(u_BSD, state)
         routed_BSD, stats = self.moe.finish(state)
         read_BSD = tap_BSD if self.coefficient_reads_tap else u_BSD
-        y_BSD = x_BSD + self.after(self.coefficient(read_BSD, shared_BSD, routed_BSD))
+        y_BSD = h_BSD + self.after(self.coefficient(read_BSD, shared_BSD, routed_BSD))
+        return self.output(y_BSD, stats, h_BSD)
+
+    def tapped(self, x_BSD: Tensor, carry: Tensor | None) -> Tensor:
+        """Return what the routed experts read, before its norm: x of this block, or the carry."""
+        is_carried = self.schedule.position == "carried"
+        if is_carried and carry is None:
+            raise ValueError(f"{self.schedule.name} requires the carry of the block before it.")
+        if not is_carried and carry is not None:
+            raise ValueError(
+                f"{self.schedule.name} taps its own sub-layers. Call it without a carry."
+            )
+        return x_BSD if carry is None else carry
+
+    def output(
+        self, y_BSD: Tensor, stats: RouterStats | None, h_BSD: Tensor
+    ) -> MoEOutput | HandedOn:
+        """Return y, with H as the carry where the next block taps it."""
         if self.schedule.position in BETWEEN_BLOCKS:
-            return HandedOn(y_BSD, stats, x_BSD)
+            return HandedOn(y_BSD, stats, h_BSD)
         return MoEOutput(y_BSD, stats)

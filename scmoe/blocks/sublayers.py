@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scmoe.blocks.kv_cache import KVCache, with_cache
+from scmoe.blocks.kv_cache import CAUSAL, KVCache, Visible
 from scmoe.moe.experts import ACTIVATIONS, Experts
 
 METHODS = ("forward", "core")  # that can be recomputed; core: of attention in two parts
@@ -160,22 +160,21 @@ class Attention(PartedAttention):
             positions = None if cache is None else cache.positions_BS[:, None]
             turned_BHSd = self.rotary(all_BHSd[:, : -self.kv_heads], positions)
             q_BHSd, k_BHSd = turned_BHSd.split([self.heads, self.kv_heads], dim=1)
-        seen: dict[str, Any] = {"is_causal": True}
+        visible = CAUSAL
         if cache is not None:
-            k_BHSd, v_BHSd, seen = cache.extend(self, k_BHSd, v_BHSd)
-        return attend(q_BHSd, k_BHSd, v_BHSd, seen).transpose(1, 2).flatten(2)
+            k_BHSd, v_BHSd, visible = cache.extend(self, k_BHSd, v_BHSd)
+        return attend(q_BHSd, k_BHSd, v_BHSd, visible).transpose(1, 2).flatten(2)
 
 
-def attend(q_BHSd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, seen: dict[str, Any]) -> Tensor:
-    """Return softmax(Q K^T / sqrt(d)) V [B, H, S, d]; H / G heads of Q read one of K and V.
-
-    seen: as in KVCache.
-    """
+def attend(q_BHSd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, visible: Visible) -> Tensor:
+    """Return softmax(Q K^T / sqrt(d)) V [B, H, S, d]; H / G heads of Q read one of K and V."""
     grouped = k_BGLd.shape[1] < q_BHSd.shape[1]
     # none of a GPU's fused kernels takes a mask and groups
-    if grouped and "attn_mask" in seen and q_BHSd.is_cuda:
-        return attend_by_group(q_BHSd, k_BGLd, v_BGLd, seen["attn_mask"])
-    return F.scaled_dot_product_attention(q_BHSd, k_BGLd, v_BGLd, **seen, enable_gqa=grouped)
+    if grouped and visible.mask_B1SL is not None and q_BHSd.is_cuda:
+        return attend_by_group(q_BHSd, k_BGLd, v_BGLd, visible.mask_B1SL)
+    return F.scaled_dot_product_attention(
+        q_BHSd, k_BGLd, v_BGLd, visible.mask_B1SL, is_causal=visible.is_causal, enable_gqa=grouped
+    )
 
 
 def attend_by_group(q_BHSd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, mask_B1SL: Tensor) -> Tensor:
@@ -217,7 +216,8 @@ class Residual(nn.Module):
 
     Pre-norm: a norm, and dropout after. Post-norm: no norm before, and the norm after.
 
-    onto: what the result is added to instead of x (FarSkip). core: the result of `core` for x; what
+    f is called with a cache only in generation, so a user's module need not accept one. onto: what
+    the result is added to instead of x (FarSkip). core: the result of `core` for x; what
     is left to compute is attention's output projection, and the sum.
     """
 
@@ -232,7 +232,7 @@ class Residual(nn.Module):
 
     def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
         """Return the first part of an attention sub-layer; forward with it is the second."""
-        return self.f.core(*with_cache(self.norm(x_BSD), cache=cache))
+        return self.f.core(self.norm(x_BSD), cache)
 
     def forward(
         self,
@@ -242,10 +242,12 @@ class Residual(nn.Module):
         onto: Tensor | None = None,
         core: Tensor | None = None,
     ) -> Tensor:
-        if core is None:
-            y_BSD = self.f(*with_cache(self.norm(x_BSD), cache=cache))
-        else:
+        if core is not None:
             y_BSD = self.f.out(core)
+        elif cache is None:
+            y_BSD = self.f(self.norm(x_BSD))
+        else:
+            y_BSD = self.f(self.norm(x_BSD), cache)
         return (x_BSD if onto is None else onto) + self.after(y_BSD)
 
 

@@ -18,7 +18,7 @@ def main(config: str, /, *overrides: KeyValue) -> None:
     from scmoe.training.assembly.data import build_datamodule, prepare_data
 
     settings = load(config, overrides)
-    # it notes each file, where an error would end at the first one
+    # every bad file is noted; with an error the reading would end at the first one
     data = build_datamodule(replace(settings, data=replace(settings.data, on_error="skip")))
     prepare_data(data, warn=False)
     unreadable = data.unreadable()

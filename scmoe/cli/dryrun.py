@@ -9,10 +9,10 @@ from typing import Any
 
 from scmoe.command_line import KeyValue, numbers_of
 from scmoe.config.leaves import ConfigError, four_digits
+from scmoe.files.container_memory import GIB
 
-GIB = 2**30
 # The columns of the table for presets, beside PRECISIONS and RECOMPUTE.
-WAYS = ("replicated", "sharded")
+MODES = ("replicated", "sharded")
 PRECISIONS = ("32-true", "bf16-mixed")
 RECOMPUTE = ("false", "true")
 
@@ -50,7 +50,7 @@ def preset_rows(ranks: int, samples: int, overrides: Sequence[str]) -> Iterator[
     from scmoe.training.assembly.costs import dry_run, load_for, with_slots
 
     presets = sorted((SHIPPED / "model").glob("*.yaml"))
-    for path, dense, precision, recompute in product(presets, WAYS, PRECISIONS, RECOMPUTE):
+    for path, dense, precision, recompute in product(presets, MODES, PRECISIONS, RECOMPUTE):
         words = [
             f"strategy.dense={dense}",
             f"trainer.precision={precision}",

@@ -34,7 +34,7 @@ def read(path: str, words: Sequence[str]) -> Config:
                 f"command line: {key} and ep or dp both set the ranks. Give one of the two"
             )
     if len(sizes) < 2:
-        # other ranks come below, and the file's may have no rows to send
+        # Below, ep and dp replace the file's ranks, of which one alone may have no rows to send.
         no_rows = (
             "strategy.wire_dtype=null",
             "schedule.batches_in_flight=null",

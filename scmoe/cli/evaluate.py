@@ -30,13 +30,15 @@ def main(
         stride: tokens that a window scores (default: half the context)
         limit: questions of a task, the first ones (default: all)
     """
-    from scmoe.runs.evaluate.evaluation import Request, evaluate, shown
+    from scmoe.runs.evaluate.evaluation import EvaluationRequest, evaluate, shown
     from scmoe.training.run.printout import console
 
     names = None if tasks is None else tuple(tasks.split(","))
     if tasks == "none":
         names = ()
-    results = evaluate(run.resolve(), Request(which, names, data, text, stride, limit, overrides))
+    results = evaluate(
+        run.resolve(), EvaluationRequest(which, names, data, text, stride, limit, overrides)
+    )
     if results is not None:
         title = f"the {which} checkpoint, {results['checkpoint']}"
         console().print(title, *shown(results), sep="\n")

@@ -75,7 +75,7 @@ def main(run: Path, /, *overrides: str, options: Options = DEFAULTS) -> None:
     """
     from scmoe.inference.prompts import Prompt, check_prompt, read_prompts
     from scmoe.inference.sampling import Sampling
-    from scmoe.runs.generate import Request, generate_texts, speed_lines, to_file
+    from scmoe.runs.generate import GenerationRequest, generate_texts, speed_lines, to_file
 
     try:
         sampling = Sampling(
@@ -86,7 +86,7 @@ def main(run: Path, /, *overrides: str, options: Options = DEFAULTS) -> None:
         else:
             texts = [Prompt(options.prompt, options.seed)]
             check_prompt(texts[0], "--prompt")
-        request = Request(
+        request = GenerationRequest(
             texts,
             options.max_tokens,
             sampling,

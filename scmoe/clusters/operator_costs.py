@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.estimate.counted_step import choose_mlps_on_gpu, flops_of, rms_norm_on_gpu, tensors_in
-from scmoe.estimate.memory import Job
+from scmoe.estimate.memory import RankJob
 from scmoe.moe import experts
 from scmoe.parallel.dense import materialise
 from scmoe.schedule.cost import TRANSFERS
@@ -82,7 +82,7 @@ class Costs:
     dense_parameters: int
     expert_parameters: int
     logits_bytes: float
-    job: Job
+    job: RankJob
 
     @property
     def flops(self) -> float:
@@ -101,7 +101,7 @@ class _Open:
     rows_bytes: float = 0.0
 
 
-def count(model: Any, job: Job, batch: Tensor) -> Costs:
+def count(model: Any, job: RankJob, batch: Tensor) -> Costs:
     """Return what a rank does in one forward pass.
 
     model: on the meta device, with all experts, in one chunk, and rows whose number does not depend

@@ -1,4 +1,4 @@
-"""A configuration as YAML: all of it, or what is not at its default."""
+"""Writes a configuration as YAML: every field, or only those that are not at their defaults."""
 
 from dataclasses import asdict
 from typing import Any

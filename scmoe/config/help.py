@@ -32,7 +32,7 @@ def help_text() -> str:
 def catalogue() -> dict[str, list[tuple[str, str]]]:
     """Return what can be chosen: titles, and under each title pairs (how to choose it, what it is).
 
-    What a file is stands in its first comment.
+    A file's first comment says what it is.
     """
     choices = {leaf.key: leaf.choices for leaf in leaves(Config())}
     titles: dict[str, list[tuple[str, str]]] = {"Configurations": [], "Sweeps": [], "Clusters": []}

@@ -15,7 +15,7 @@ class ConfigError(ValueError):
 
 
 class Range(NamedTuple):
-    """The numbers from `least` to `most`. without: the end that is not one of them."""
+    """The numbers from `least` to `most`. without: the end that is excluded."""
 
     least: float
     most: float

@@ -91,8 +91,8 @@ MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
 def import_extensions(names: Sequence[str]) -> None:
-    """Import the modules that are not imported yet. ConfigError: a name is none of a module, or the
-    module cannot be imported."""
+    """Import the modules that are not imported yet. ConfigError: a name is not that of a module, or
+    the module cannot be imported."""
     for name in names:
         if not MODULE.fullmatch(name):
             raise ConfigError(

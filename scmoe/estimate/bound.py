@@ -30,7 +30,7 @@ from torch import nn
 
 from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
-from scmoe.estimate.memory import Job, Split, rank_memory
+from scmoe.estimate.memory import RankJob, Split, rank_memory
 from scmoe.estimate.model_cost import (
     COMPUTE_BYTES,
     WEIGHT_BYTES,
@@ -47,7 +47,7 @@ INTEGER = 8  # bytes
 
 
 def bound(
-    model: Any, job: Job, by_muon: Collection[nn.Parameter], unit: str, optimizer: str
+    model: Any, job: RankJob, by_muon: Collection[nn.Parameter], unit: str, optimizer: str
 ) -> dict[str, Any]:
     """Return the costs of a training: per token (image), and for one rank.
 
@@ -89,14 +89,14 @@ def bound(
     }
 
 
-def all_to_all_bytes(model: Any, job: Job, sent: Sequence[float]) -> float:
+def all_to_all_bytes(model: Any, job: RankJob, sent: Sequence[float]) -> float:
     """Return the bytes of one sample in one All-to-All of every MoE module. sent: of a token, for
     each use of a module."""
     rows = model.rows_per_sample(job.seq_len)
     return sum(size * rows[moe] for size, (moe, _) in zip(sent, moe_uses(model), strict=True))
 
 
-def rows_over_gradients(job: Job, one_way: float, tokens: int, replicated: int) -> float | None:
+def rows_over_gradients(job: RankJob, one_way: float, tokens: int, replicated: int) -> float | None:
     """Return the bytes of rows that leave a rank in a step over those of dense gradients, which a
     ring of all ranks sums; None for one rank.
 

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from scmoe.blocks.sublayers import recompute_activations
-from scmoe.estimate.memory import Job
+from scmoe.estimate.memory import RankJob
 from scmoe.moe import experts
 from scmoe.parallel.dense import materialise, shard, with_dense_mesh
 from scmoe.parallel.mesh import Mesh, build_mesh, expert_parameters
@@ -77,7 +77,7 @@ Build = Callable[[Wire], Any]  # makes a LightningModule, its model on the meta 
 
 
 def count_step(
-    job: Job, build: Build, make_batch: Callable[[], Mapping[str, Tensor]], clip: float | None
+    job: RankJob, build: Build, make_batch: Callable[[], Mapping[str, Tensor]], clip: float | None
 ) -> DryRun:
     """Run one step of rank 0 of a job. clip: the gradient norm. make_batch: of this rank."""
     with fake_ranks(job.ranks, job.ep_size) as mesh, ExitStack() as inside:
@@ -95,7 +95,7 @@ def count_step(
 
 
 def step(
-    job: Job, module: Any, make_batch: Callable[[], Mapping[str, Tensor]], clip: float | None
+    job: RankJob, module: Any, make_batch: Callable[[], Mapping[str, Tensor]], clip: float | None
 ) -> DryRun:
     """Run one step of a module whose model is on the meta device, and count. FakeTensorMode must be
     on."""
@@ -168,7 +168,7 @@ def fake_ranks(world_size: int, ep_size: int) -> Iterator[Mesh]:
 
 
 def reduce(_: Any, bucket: dist.GradBucket) -> Future[Tensor]:
-    """Sum a bucket, as DDP does by itself, whose own future has no result in a fake group."""
+    """Sum a bucket as DDP does without a hook, where the future has no result in a fake group."""
     dist.all_reduce(bucket.buffer())
     done: Future[Tensor] = Future()
     done.set_result(bucket.buffer())
@@ -187,8 +187,8 @@ def rms_norm_on_gpu(x: Tensor, shape: Any, weight: Tensor, eps: float | None) ->
 
 
 class OneKernel(Function):
-    """Keeps and returns what a GPU's RMSNorm does, without numbers; the host computes it in steps,
-    which keep more."""
+    """Replaces RMSNorm by one operator without numbers, which keeps as many bytes for backward as a
+    GPU's kernel. On the host RMSNorm is several operators, which keep more."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -233,7 +233,7 @@ class Counting(TorchDispatchMode):
                 weakref.finalize(storage, self._resize, key, None)
 
     def _resize(self, key: int, size: int | None) -> None:
-        """Note that a storage has so many bytes; None: it is gone."""
+        """Note that a storage has so many bytes; None: it was freed."""
         phase, before = self.sizes.pop(key)
         self.live[phase] += (size or 0) - before
         if size is not None:

@@ -46,8 +46,6 @@ from torch import nn
 from scmoe.blocks.latent import LatentAttention
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.blocks.sublayers import MLP, Attention, Residual, SelfAttention, outermost
-from scmoe.config.derived import resolve_ep_size
-from scmoe.config.fields import Config
 from scmoe.estimate.model_cost import COMPUTE_BYTES, WEIGHT_BYTES, moe_uses, rows_sent
 from scmoe.models.fsdp_units import exact_parameters, router_parameters, units, whole_parameters
 from scmoe.moe.coefficient import CG1, CG2
@@ -55,7 +53,7 @@ from scmoe.moe.experts import Experts
 
 
 @dataclass(frozen=True)
-class Job:
+class RankJob:
     """What a training asks of each of its ranks.
 
     ranks: all of the job; ep_size of them share one set of experts, and node_size are on a node.
@@ -74,26 +72,6 @@ class Job:
     recompute: bool = False
     on_gpu: bool = True
     wire_bytes: int | None = None
-
-    @classmethod
-    def of(cls, config: Config) -> "Job":
-        """Return the job of a config. Its `dense` may be auto, which memory and traffic do not
-        take."""
-        trainer, data = config.trainer, config.data
-        ranks = trainer.devices * trainer.num_nodes
-        return cls(
-            ranks=ranks,
-            ep_size=resolve_ep_size(config),
-            node_size=trainer.devices,
-            samples=data.global_batch_size // (ranks * trainer.accumulate),
-            seq_len=data.seq_len,
-            accumulate=trainer.accumulate,
-            precision=trainer.precision,
-            dense=config.strategy.dense,
-            recompute=trainer.recompute,
-            on_gpu=trainer.accelerator != "cpu",
-            wire_bytes=None if config.strategy.wire_dtype is None else 2,
-        )
 
     @property
     def dp_size(self) -> int:
@@ -135,7 +113,7 @@ class Split:
     """
 
     model: Any
-    job: Job
+    job: RankJob
 
     @cached_property
     def experts(self) -> set[nn.Parameter]:
@@ -204,7 +182,7 @@ class Split:
         )
 
 
-def rank_memory(model: Any, job: Job, by_muon: Collection[nn.Parameter] = ()) -> dict[str, int]:
+def rank_memory(model: Any, job: RankJob, by_muon: Collection[nn.Parameter] = ()) -> dict[str, int]:
     """Return bytes on rank 0: weights, gradients, optimizer; at most: gathered, activations, and
     the total at the peak.
 
@@ -275,7 +253,7 @@ def gathered(split: Split) -> tuple[int, int]:
     return outside + before, outside + head + most
 
 
-def activations(model: Any, job: Job) -> tuple[int, int]:
+def activations(model: Any, job: RankJob) -> tuple[int, int]:
     """Return bytes of a batch's activations and their gradients: at the loss, and in the busiest
     block's backward."""
     rows = model.rows_per_sample(job.seq_len)
@@ -296,7 +274,7 @@ def activations(model: Any, job: Job) -> tuple[int, int]:
 
 
 def kept_in(
-    step: nn.Module, rows: Mapping[nn.Module, float], job: Job
+    step: nn.Module, rows: Mapping[nn.Module, float], job: RankJob
 ) -> tuple[float, float, list[float]]:
     """Return the bytes of one sample that autograd keeps in a step of forward: outside the parts
     that checkpointing computes again, as inputs of these parts, and inside each of them."""
@@ -322,7 +300,7 @@ def kept_in(
     return outside, sum(rows[part] for part in residuals) * dim * job.stream_bytes, inside
 
 
-def kept_by(module: Any, dim: int, job: Job) -> float:
+def kept_by(module: Any, dim: int, job: RankJob) -> float:
     """Return the bytes of one row that autograd keeps in a module, without its submodules. dim: of
     the stream."""
     c = job.compute_bytes

@@ -97,9 +97,9 @@ def real_copies(moe: MoEStream, copies: int) -> float:
 
 
 def rows_computed(moe: MoEStream, copies: int) -> float:
-    """Return the rows that the experts compute for a token, empty slots included; where slots are
-    filled alone, at most. A capacity counts as it is, not rounded up to whole slots and to equal
-    chunks.
+    """Return the rows that the experts compute for a token, empty slots included; an upper bound
+    where only filled slots are computed. A capacity counts as it is, not rounded up to whole slots
+    and to equal chunks.
     """
     if isinstance(moe.rows, Capacity) and not moe.rows.filled:
         most = copies * moe.router.num_experts / moe.router.top_k  # a token chooses an expert once

@@ -74,7 +74,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def write_whole(path: Path, values: Mapping[str, Any]) -> None:
-    """Write JSON that must be there; the folder is made."""
+    """Write JSON that must be there; create its folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         write_durably(partial, json.dumps(values, indent=2) + "\n")

@@ -130,7 +130,7 @@ def blocks_between_ranks(model: Decoder) -> list[MoEBlock]:
     return [block for block in moe_blocks_of(model) if block.moe.num_ranks > 1]
 
 
-class Step(NamedTuple):
+class NewTokens(NamedTuple):
     """One token of each text.
 
     ids: None for a text that has ended before. reasons: why a text ends with this token; None: it
@@ -160,7 +160,7 @@ def generate(
     return collect(stream(model, prompts, stopping, sampling, seeds, passes), len(prompts))
 
 
-def collect(steps: Iterable[Step], num_texts: int) -> list[Continuation]:
+def collect(steps: Iterable[NewTokens], num_texts: int) -> list[Continuation]:
     """Take all steps and return the continuation of each text."""
     continuations = [Continuation([], "length") for _ in range(num_texts)]
     for step in steps:
@@ -179,7 +179,7 @@ def stream(
     sampling: Sampling | None = None,
     seeds: Sequence[int] | None = None,
     passes: Passes = ALONE,
-) -> Iterator[Step]:
+) -> Iterator[NewTokens]:
     """Yield the next token of all texts at a time.
 
     prompts: token ids; of any lengths. sampling: None: `Sampling()`. seeds: of each text; None: 0,
@@ -241,7 +241,7 @@ def _steps(
     sampling: Sampling,
     seeds: Sequence[int],
     passes: Passes,
-) -> Iterator[Step]:
+) -> Iterator[NewTokens]:
     device = model.head.weight.device
     ids_BS, mask_BS = padded(prompts or [[]])  # a rank without texts brings padding alone
     ids_BS = ids_BS.to(device)
@@ -261,7 +261,7 @@ def _steps(
     ended = passes.all_ranks(not going)
     while not ended:
         ids_B = choose(logits_BV, sampling, had_BV, generators)
-        step = Step([None] * len(prompts), [None] * len(prompts))
+        step = NewTokens([None] * len(prompts), [None] * len(prompts))
         for row, token in enumerate(ids_B.tolist()[: len(prompts)]):
             if going[row]:
                 written[row].append(token)

@@ -144,7 +144,7 @@ def explain_summary(trainer: Any, ep_size: int) -> None:
         )
 
 
-class Job:
+class RunningJob:
     """The part of the Strategy that keeps ranks in step.
 
     `open` comes before everything else, `close` at the end. wire: the module's. is_launched:

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from scmoe.lightning.guarded_update import check_callbacks, check_precision, guard_updates
-from scmoe.lightning.job import Job, meeting, prepare_backends, say, time_limits
+from scmoe.lightning.job import RunningJob, meeting, prepare_backends, say, time_limits
 from scmoe.lightning.roll_call import end_job_at_exit, note_absent
 from scmoe.lightning.seam import launch, loops, saves
 from scmoe.lightning.trainer_checkpoints import (
@@ -49,14 +49,12 @@ from scmoe.parallel.dense import (
     Steps,
     check_dense,
     check_placements,
-    estimates_of,
     hide_own_weights,
     make_equal,
-    memory_of_rank,
-    pick_dense,
     shard,
     with_dense_mesh,
 )
+from scmoe.parallel.dense_auto import estimates_of, memory_of_rank, pick_dense
 from scmoe.parallel.mesh import Mesh, build_mesh, check_experts, what_prevents_overlap
 from scmoe.parallel.torch_seam import set_default_timeout
 from scmoe.parallel.update.wrap import Wrapped, wrap
@@ -78,8 +76,8 @@ class ExpertParallelStrategy(DDPStrategy):
         experts over the ranks that hold the same ones, under FSDP2. "hybrid": over the ranks of a
         node, with a copy on each node. "auto": the first of replicated, hybrid and sharded that a
         rank's memory has room for.
-    dense_estimates: for auto, bytes that a rank needs each way; None: twice the weights, gradients
-        and AdamW's moments.
+    dense_estimates: for auto, bytes that a rank needs in each mode; None: twice the weights,
+        gradients and AdamW's moments.
     ddp: further arguments of DDPStrategy.
 
     Lightning finds out who starts the ranks: torchrun or SLURM if their environment variables are
@@ -117,7 +115,7 @@ class ExpertParallelStrategy(DDPStrategy):
         self.dense_estimates = dense_estimates
         self.async_checkpoint = async_checkpoint
         self.wire = Wire()
-        self.job = Job()
+        self.job = RunningJob()
         self.wrapped: Wrapped
         self.checkpoints: Checkpoints
         self.started_by: Any = None  # Lightning's launcher of ranks, or the one in its place

@@ -8,18 +8,15 @@ weight, gradient, moment.
 
 A block's weights are gathered before its forward and before its backward, and its gradients are
 summed over the ranks and split after its backward. So no collective of FSDP starts between the
-begin and the end of an MoE stream. FSDP divides nothing: the loss is divided by the number of ranks
-before backward, and all gradients are plain sums. (torch divides twice on a mesh of one rank, and
-gloo has no sum with a factor.)
+begin and the end of an MoE stream. FSDP does not average: the loss is divided by the number of
+ranks before backward, and all gradients are plain sums. (torch divides twice on a mesh of one rank,
+and gloo has no sum with a factor.)
 """
 
 import itertools
-import math
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,10 +37,7 @@ from scmoe.parallel.torch_seam import (
     split_over,
 )
 
-ROOM = 0.8  # of a rank's memory; the rest is for buffers of transfers and the allocator's gaps
-GIB = 2**30
-CONTAINER = Path("/sys/fs/cgroup")  # the control group of this process, version 2
-WAYS = ("replicated", "sharded", "hybrid", "auto")
+MODES = ("replicated", "sharded", "hybrid", "auto")
 NOT_OF_DDP = (
     "accelerator",
     "parallel_devices",
@@ -54,9 +48,9 @@ NOT_OF_DDP = (
 
 
 def check_dense(dense: str, ddp: Mapping[str, Any]) -> None:
-    """Raise ValueError for an unknown way, and for arguments of DDP where DDP is not used."""
-    if dense not in WAYS:
-        raise ValueError(f"dense is {dense!r}, allowed: {', '.join(WAYS)}")
+    """Raise ValueError for an unknown mode, and for arguments of DDP where DDP is not used."""
+    if dense not in MODES:
+        raise ValueError(f"dense is {dense!r}, allowed: {', '.join(MODES)}")
     if dense != "replicated" and (unused := sorted(ddp.keys() - set(NOT_OF_DDP))):
         raise ValueError(
             f"{unused[0]} is an argument of DDP, which dense={dense!r} does not use. Leave it out,"
@@ -275,86 +269,3 @@ class Steps(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
-
-
-# ---------------------------------------------------------------------- dense=auto
-
-
-def pick_dense(estimates: Mapping[str, float], memory: float) -> tuple[str, str]:
-    """Return the first way that has room for its estimated bytes of a rank, else the last one.
-
-    Also return why, in a line.
-    """
-    how = next(
-        (way for way, needed in estimates.items() if needed <= ROOM * memory), list(estimates)[-1]
-    )
-    needed = ", ".join(f"{way} {size / GIB:.3g}" for way, size in estimates.items())
-    return how, f"a rank of {memory / GIB:.3g} GiB is estimated to need, in GiB: {needed}"
-
-
-def ways(module: nn.Module, world_size: int, edp_size: int, node_size: int) -> list[str]:
-    """Return the ways of keeping dense weights, the least communication first.
-
-    There is no `hybrid` where a node has one rank or all, and only `replicated` where an expert's
-    width is no multiple of the edp_size ranks that hold it.
-    """
-    if any(p.shape[1] % edp_size for _, p in expert_parameters(module)):  # as `shard` requires
-        return ["replicated"]
-    return (
-        ["replicated", "hybrid", "sharded"]
-        if 1 < node_size < world_size
-        else ["replicated", "sharded"]
-    )
-
-
-def estimates_of(module: nn.Module, mesh: Mesh, node_size: int) -> dict[str, float]:
-    """Return for each way twice the bytes of weights, gradients and AdamW's moments.
-
-    The factor 2 leaves room for activations, whose size is not known here. module: with this rank's
-    experts.
-    """
-    experts = sum(p.nbytes for _, p in expert_parameters(module))
-    dense = sum(p.nbytes for p in module.parameters()) - experts
-    weights = {
-        "replicated": dense + experts,
-        "hybrid": dense / node_size + experts / mesh.edp_size,
-        "sharded": dense / mesh.world_size + experts / mesh.edp_size,
-    }
-    return {
-        way: 8 * weights[way] for way in ways(module, mesh.world_size, mesh.edp_size, node_size)
-    }
-
-
-def memory_of_rank(device: torch.device, node_size: int) -> float:
-    """Return the bytes of memory that a rank may use.
-
-    They are the GPU's, or a rank's share of this machine's memory, or of what its container may
-    use.
-    """
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory)
-    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return min(memory, memory_limit()) / node_size
-
-
-def memory_limit() -> float:
-    """Return the bytes that the container of this process may use; infinite without a limit."""
-    file = CONTAINER / "memory.max"
-    limit = file.read_text(encoding="utf-8").strip() if file.exists() else "max"
-    return math.inf if limit == "max" else float(limit)
-
-
-def memory_in_use() -> float:
-    """Return the bytes that the container uses.
-
-    Pages of files that are not in use are left out: they are given back.
-    """
-    if not (CONTAINER / "memory.current").exists():
-        return 0.0
-    stat = dict(
-        line.split()
-        for line in (CONTAINER / "memory.stat").read_text(encoding="utf-8").splitlines()
-    )
-    return float((CONTAINER / "memory.current").read_text(encoding="utf-8")) - float(
-        stat.get("inactive_file", 0)
-    )

@@ -8,7 +8,7 @@ from typing import Any
 from scmoe.moe.balance import SINGLE_STEPS
 from scmoe.probes.charts import BLUE, ORANGE, SMALL, chart, title
 
-# In a row or column of a heat map. With more experts, numbers in the cells would not be readable.
+# A heat map with more cells in a row or column shows no numbers: they would not be readable.
 CELLS = 16
 
 
@@ -74,7 +74,7 @@ def draw_load_over_training(axis: Any, worst: Mapping[int, Sequence[float]]) -> 
     for (median, highest), color, who in zip(
         (single[:2], single[2:]), (BLUE, ORANGE), ("expert", "rank"), strict=True
     ):
-        if max(highest) > 1:  # one expert-parallel rank has everything
+        if max(highest) > 1:  # a single expert-parallel rank has all experts
             label = f"busiest {who} of a step, median to worst"
             axis.fill_between(steps, median, highest, color=color, alpha=0.25, linewidth=0)
             axis.plot(steps, median, color=color, linewidth=1.5, label=label)

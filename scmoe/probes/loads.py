@@ -178,7 +178,7 @@ def kinds_of(loads: Sequence[str]) -> str:
     return "".join(f"-{kind}" for kind in dict.fromkeys(load_of(load).kind for load in loads))
 
 
-# ---------------------------------------------------------------------- who gets how many copies
+# ---------------------------------------------------------------------- shares of the experts
 
 
 def shares(load: Load, sizes: Sizes, phase: int = 0) -> list[float]:
@@ -230,7 +230,7 @@ def sequences_of(load: Load, mean: int, ranks: int) -> list[int]:
     return [first, *(others + (r < extra) for r in range(ranks - 1))]
 
 
-# ---------------------------------------------------------------------- which token goes where
+# ---------------------------------------------------------------------- experts of each token
 
 
 def deal(sizes: Sizes, rank: int, current: CurrentLoad) -> Callable[[Tensor], Tensor]:
@@ -296,7 +296,7 @@ def replayed(ids_TK: Tensor, sizes: Sizes, rank: int, num_tokens: int) -> Tensor
     return chosen_TK
 
 
-# ---------------------------------------------------------------------- what a load makes
+# ---------------------------------------------------------------------- effects of a load
 
 
 def counts_of(

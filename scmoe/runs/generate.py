@@ -24,8 +24,8 @@ from scmoe.datamodules.text import TextDataModule
 from scmoe.datamodules.tokenizer import Tokenizer
 from scmoe.inference.generate import (
     Continuation,
+    NewTokens,
     Passes,
-    Step,
     blocks_between_ranks,
     check_length,
     collect,
@@ -46,7 +46,7 @@ USUAL_TOKENS = 100
 
 
 @dataclass(frozen=True)
-class Request:
+class GenerationRequest:
     """What to write.
 
     max_tokens: None: USUAL_TOKENS, or what fits the context. batch_size: texts of a rank at a time.
@@ -74,7 +74,7 @@ class Request:
 
 def generate_texts(
     run: Path,
-    request: Request,
+    request: GenerationRequest,
     write: Callable[[dict[str, Any]], None],
     show: Callable[[str], None] | None = None,
 ) -> dict[str, Any] | None:
@@ -145,7 +145,7 @@ def speed_lines(speed: dict[str, Any]) -> list[str]:
     return [*lines, *(f"{shape} ran {how}" for shape, how in speed["ran"].items())]
 
 
-def encoded(request: Request, tokenizer: Tokenizer, config: Config) -> list[list[int]]:
+def encoded(request: GenerationRequest, tokenizer: Tokenizer, config: Config) -> list[list[int]]:
     """Return the ids of every prompt. They begin with the end of text, as documents do in training.
 
     Raises ConfigError for a prompt that does not fit into the context.
@@ -166,13 +166,13 @@ def write_all(
     model: Any,
     mesh: Mesh,
     prompts: Sequence[Sequence[int]],
-    request: Request,
+    request: GenerationRequest,
     tokenizer: Tokenizer,
     write: Callable[[dict[str, Any]], None],
     show: Callable[[str], None] | None,
 ) -> dict[str, Any] | None:
-    """Generate all texts, block by block. Return the speed on rank 0: tokens of all ranks by the
-    time of generating."""
+    """Generate all texts, block by block. Return the speed on rank 0: tokens of all
+    ranks over the time of generating."""
     seeds = [prompt.seed for prompt in request.prompts]
     room = model.max_seq_len - max(map(len, prompts))
     max_tokens = request.max_tokens or min(USUAL_TOKENS, room)
@@ -237,7 +237,9 @@ def how_passes_run(model: Any) -> dict[str, str]:
     return {"prefill": configured, "decode": decode}
 
 
-def shown(steps: Iterable[Step], stopping: Stopping, show: Callable[[str], None]) -> Iterator[Step]:
+def shown(
+    steps: Iterable[NewTokens], stopping: Stopping, show: Callable[[str], None]
+) -> Iterator[NewTokens]:
     """Yield the steps, and call `show` with what each one adds to the first text."""
     ids: list[int] = []
     done = ""

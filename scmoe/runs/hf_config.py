@@ -1,4 +1,4 @@
-"""The config.json of a folder of Hugging Face's form, written and read.
+"""Writes and reads the config.json of a folder in Hugging Face's form.
 
 It is that of transformers' model if it has an equal one, else ours:
 

@@ -1,5 +1,5 @@
-"""The start of ranks with the model of a run or of an export, for commands that do not train:
-evaluate, generate."""
+"""Starts ranks with the model of a run or of an export, for commands that do not train: evaluate,
+generate."""
 
 import signal
 import warnings

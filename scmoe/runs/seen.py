@@ -1,4 +1,4 @@
-"""Runs as their directories show them: state, best loss, speed, curves, and how their configs
+"""Reads runs from their directories: state, best loss, speed, curves, and how their configs
 differ."""
 
 import csv
@@ -29,7 +29,8 @@ from scmoe.training.run.directory import read_state
 # without a terminal: one line for each run, however long, which can be searched and copied
 WIDTH = 1000
 COLORS = {"finished": "green", "running": "cyan", "failed": "red", "cut": "yellow"}
-NOT_COMPARED = ("name", "runs_dir", "logger.")  # where a run is kept, not what it is
+# keys that say where a run is kept, not what it computes
+NOT_COMPARED = ("name", "runs_dir", "logger.")
 
 
 def console() -> Console:

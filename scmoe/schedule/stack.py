@@ -26,7 +26,7 @@ Layers = Sequence[tuple[Schedule, OperatorTimes]]
 """The blocks with an MoE, in order, and the times of their operators, BEFORE among them."""
 
 
-class Step(NamedTuple):
+class Action(NamedTuple):
     """A part of a rank's work. layer: of the stack. chunk: of a transfer."""
 
     kind: Literal["compute", "launch", "wait"]
@@ -35,7 +35,7 @@ class Step(NamedTuple):
     operator: str
     chunk: int = 0
 
-    def mirrored(self) -> "Step":
+    def mirrored(self) -> "Action":
         kinds: dict[str, Literal["compute", "launch", "wait"]] = {
             "compute": "compute",
             "launch": "wait",
@@ -48,48 +48,48 @@ class Step(NamedTuple):
         return self.half, self.layer, self.operator, self.chunk
 
 
-def steps_of(half: int, layer: int, schedule: Schedule) -> list[Step]:
+def actions_of(half: int, layer: int, schedule: Schedule) -> list[Action]:
     """Return what a half does in a block, in order. It passes its turn before each wait."""
-    steps = [Step("compute", half, layer, BEFORE)]
+    actions = [Action("compute", half, layer, BEFORE)]
     launched = dict.fromkeys(TRANSFERS, 0)
     computed = 0
     for operator in schedule.operators():
         if operator in TRANSFERS:
-            steps.append(Step("launch", half, layer, operator, launched[operator]))
+            actions.append(Action("launch", half, layer, operator, launched[operator]))
             launched[operator] += 1
             continue
         if operator == "experts":
-            steps.append(Step("wait", half, layer, "dispatch", computed))
+            actions.append(Action("wait", half, layer, "dispatch", computed))
             computed += 1
         elif operator == "decode":
-            steps += [Step("wait", half, layer, "combine", i) for i in range(schedule.chunks)]
-        steps.append(Step("compute", half, layer, operator))
-    return steps
+            actions += [Action("wait", half, layer, "combine", i) for i in range(schedule.chunks)]
+        actions.append(Action("compute", half, layer, operator))
+    return actions
 
 
-def order_of(schedules: Sequence[Schedule], batches: int = 2) -> list[Step]:
+def order_of(schedules: Sequence[Schedule], batches: int = 2) -> list[Action]:
     """Return what a rank does in forward, in order, with so many batches in flight.
 
     schedules: of the blocks, in order."""
     left = [
         deque(
-            step
+            action
             for layer, schedule in enumerate(schedules)
-            for step in steps_of(half, layer, schedule)
+            for action in actions_of(half, layer, schedule)
         )
         for half in range(batches)
     ]
     order = []
     while any(left):
-        for steps in left:
-            if steps:
-                order.append(steps.popleft())
-            while steps and steps[0].kind != "wait":
-                order.append(steps.popleft())
+        for actions in left:
+            if actions:
+                order.append(actions.popleft())
+            while actions and actions[0].kind != "wait":
+                order.append(actions.popleft())
     return order
 
 
-def play_order(order: Sequence[Step], times: Sequence[Mapping[str, float]]) -> list[list[Span]]:
+def play_order(order: Sequence[Action], times: Sequence[Mapping[str, float]]) -> list[list[Span]]:
     """Return when each operator of each half runs.
 
     order: of forward, or mirrored and reversed of backward. times: of each block, as long as an
@@ -97,17 +97,17 @@ def play_order(order: Sequence[Step], times: Sequence[Mapping[str, float]]) -> l
     now = 0.0
     link_is_free = 0.0
     arrives: dict[tuple[int, int, str, int], float] = {}
-    spans: list[list[Span]] = [[] for _ in {step.half for step in order}]
-    for step in order:
-        duration = times[step.layer].get(step.operator, 0.0)
-        if step.kind == "wait":
-            now = max(now, arrives[step.transfer])
-        elif step.kind == "launch":
+    spans: list[list[Span]] = [[] for _ in {action.half for action in order}]
+    for action in order:
+        duration = times[action.layer].get(action.operator, 0.0)
+        if action.kind == "wait":
+            now = max(now, arrives[action.transfer])
+        elif action.kind == "launch":
             begin = max(now, link_is_free)
-            link_is_free = arrives[step.transfer] = begin + duration
-            spans[step.half].append(Span(step.operator, begin, link_is_free))
+            link_is_free = arrives[action.transfer] = begin + duration
+            spans[action.half].append(Span(action.operator, begin, link_is_free))
         else:
-            spans[step.half].append(Span(step.operator, now, now + duration))
+            spans[action.half].append(Span(action.operator, now, now + duration))
             now += duration
     return spans
 
@@ -118,7 +118,7 @@ def play_halves(
     """Return when each operator of each half runs in a direction. layers: with times of a half."""
     order = order_of([schedule for schedule, _ in layers], batches)
     if direction == "backward":
-        order = [step.mirrored() for step in reversed(order)]
+        order = [action.mirrored() for action in reversed(order)]
     times = [
         per_chunk(schedule, each.forward if direction == "forward" else each.backward)
         for schedule, each in layers

@@ -1,10 +1,9 @@
-"""Many trainings as one batch, each in a process of its own (or all in this one), which can be
-stopped at any time.
+"""Runs many trainings as one batch, each in a process of its own or all in this one.
 
-A batch skips finished jobs, resumes interrupted ones from their newest checkpoint, marks failed
-ones and continues with the rest. Ctrl-C and SIGTERM reach every training as SIGTERM: it saves a
-checkpoint and ends. What differs between studies is handed in: which job comes next, and what a
-training's result is.
+A batch can be stopped at any time. It skips finished jobs, resumes interrupted ones from their
+newest checkpoint, marks failed ones and continues with the rest. Ctrl-C and SIGTERM reach every
+training as SIGTERM: it saves a checkpoint and ends. What differs between studies is handed in:
+which job comes next, and what a training's result is.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from scmoe.command_line import call
-from scmoe.sweeps.jobs import Job, clock, last_line
+from scmoe.sweeps.jobs import StudyJob, clock, last_line
 
 STOPPED = (
     143,
@@ -45,13 +44,13 @@ class Batch:
     each job that has ended. total: how many jobs there will be, None: unlimited.
     """
 
-    jobs: list[Job]
+    jobs: list[StudyJob]
     slots: int
     total: int | None
-    watch: Callable[[Batch, Job | None], None]
-    propose: Callable[[], Job | None] = lambda: None
-    look: Callable[[Job], None] = lambda job: None
-    waiting: list[Job] = field(default_factory=list)
+    watch: Callable[[Batch, StudyJob | None], None]
+    propose: Callable[[], StudyJob | None] = lambda: None
+    look: Callable[[StudyJob], None] = lambda job: None
+    waiting: list[StudyJob] = field(default_factory=list)
 
     def run(self, lock: IO[str], again: Sequence[str] = ("waiting", "cut")) -> int:
         """Run the jobs whose status is in `again`, then the proposed ones. Return the signal that
@@ -60,7 +59,7 @@ class Batch:
             if begun.state.status == "cut" and any(
                 (path / "summary.json").exists() for path in begun.run_dirs()
             ):
-                # it came to its end after the process that started it had been killed
+                # it ended after the process that had started it was killed
                 self._settle(begun, code=0)
             else:
                 self.waiting.append(begun)
@@ -120,7 +119,7 @@ class Batch:
         ended = [job for job in self.jobs if job.state.has_ended and job not in self.waiting]
         return len(ended) + sum(job.state.done for job in self.jobs if job not in ended)
 
-    def _next(self) -> Job | None:
+    def _next(self) -> StudyJob | None:
         return self.waiting.pop(0) if self.waiting else self.propose()
 
     def _close(self, one: Running) -> None:
@@ -131,7 +130,7 @@ class Batch:
             one.job.progress += 1 - before
         self.watch(self, one.job)
 
-    def _settle(self, job: Job, code: int | None, asked: bool = False) -> None:
+    def _settle(self, job: StudyJob, code: int | None, asked: bool = False) -> None:
         """Set and keep the state of a training that ended with this exit code."""
         run_dirs, state = job.run_dirs(), job.state
         state.run_dir = str(run_dirs[0]) if run_dirs else None
@@ -152,7 +151,7 @@ class Batch:
 class Running:
     """A job whose training runs in a process of its own, or has run in this one."""
 
-    def __init__(self, job: Job, lock: IO[str], here: bool) -> None:
+    def __init__(self, job: StudyJob, lock: IO[str], here: bool) -> None:
         self.job, self.seen = job, time.monotonic()
         self.asked: float | None = None  # when it was asked to stop
         self.code: int | None = None
@@ -246,7 +245,9 @@ class Watch:
     the end of the bar.
     """
 
-    def __init__(self, result: Callable[[Job], str], note: Callable[[], str] = lambda: "") -> None:
+    def __init__(
+        self, result: Callable[[StudyJob], str], note: Callable[[], str] = lambda: ""
+    ) -> None:
         self.result = result
         self.note = note
         self.said = time.monotonic()
@@ -265,7 +266,7 @@ class Watch:
         self.bar = Progress(*columns, *facts, console=screen, disable=not screen.is_terminal)
         self.task = self.bar.add_task("", total=None, left="", note="")
 
-    def __call__(self, batch: Batch, ended: Job | None) -> None:
+    def __call__(self, batch: Batch, ended: StudyJob | None) -> None:
         seconds = batch.seconds_left()
         left = f"about {clock(seconds)} left" if seconds else ""
         self.bar.update(

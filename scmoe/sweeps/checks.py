@@ -1,4 +1,4 @@
-"""Checks of the YAML files of studies. A refusal says the key, its value, and what is allowed."""
+"""Checks of the YAML files of studies. A refusal names the key, its value, and what is allowed."""
 
 import math
 from collections.abc import Callable, Collection, Mapping

@@ -1,4 +1,4 @@
-"""Runs side by side: their results, how their configs differ, and their curves over the tokens
+"""Compares runs: their results, how their configs differ, and their curves over the tokens
 (images) they saw."""
 
 from collections.abc import Sequence

@@ -56,7 +56,7 @@ class State:
 
 
 @dataclass(eq=False)
-class Job:
+class StudyJob:
     """One training of a study. arguments: of the command that starts it; the launcher's last word
     is `train`. again: extensions and callbacks that the resume command must name, because a kept
     configuration runs no code. is_own: whether a run directory belongs to this job, not to an
@@ -72,7 +72,7 @@ class Job:
     launcher: Sequence[str] = TRAIN
     again: Sequence[str] = ()
     is_own: Callable[[Path], bool] = lambda run_dir: True
-    judge: Callable[["Job"], "Job | None"] = lambda job: None
+    judge: Callable[["StudyJob"], "StudyJob | None"] = lambda job: None
     state: State = field(default_factory=State)
     worked_s: float = 0.0  # in this session
     progress: float = 0.0  # of this session, as a share of the job

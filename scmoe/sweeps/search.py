@@ -1,6 +1,6 @@
-"""Which trial comes next: W&B's methods, as functions of the trials so far.
+"""Proposes the next trial by W&B's methods, which are functions of the trials so far.
 
-There is no other state, so an interrupted sweep continues as if it had not been. bayes is optuna's
+There is no other state, so an interrupted sweep continues where it was. bayes is optuna's
 tree-structured Parzen estimator on each parameter's quantiles (docs/decisions/0022-search.md says
 why optuna's other samplers are not used).
 """

@@ -3,8 +3,8 @@
 The rules are those of W&B's sweep configuration; the names and values of parameters are those of
 scmoe.config. A wrong file is refused before the first trial. What only W&B's own agent can run
 (early_terminate, metric.impute, other distributions than DISTRIBUTIONS) goes to W&B as it is, and
-is refused for a run on this machine. Left out: Launch jobs, several metrics, own schedulers, nested
-parameters.
+is refused for a run on this machine. Not supported: Launch jobs, several metrics, own schedulers,
+nested parameters.
 """
 
 import math

@@ -1,5 +1,5 @@
-"""The trials of a sweep: each an ordinary training, one after the other on this machine, or
-proposed by W&B.
+"""Runs the trials of a sweep. Each is an ordinary training; they run one after the other on this
+machine, or W&B proposes them.
 
 <runs_dir>/sweeps/<sweep>/   sweep.json             the sweep as it was begun
                              trial-003/<stamp>-.../ run directories
@@ -23,7 +23,7 @@ from scmoe.files.writing import write_whole
 from scmoe.report import say
 from scmoe.runs.seen import SeenRun
 from scmoe.sweeps.batch import Batch, Watch
-from scmoe.sweeps.jobs import Job, State, digest_of, lock_of
+from scmoe.sweeps.jobs import State, StudyJob, digest_of, lock_of
 from scmoe.sweeps.search import Trial, best, propose, total
 from scmoe.sweeps.sweep_file import Sweep, renamed, words
 
@@ -36,7 +36,7 @@ def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
     logged the sweep's metric.
     """
 
-    def next_job() -> Job | None:
+    def next_job() -> StudyJob | None:
         trials = [trial_of(job) for job in jobs]
         if trials and trials[-1].state == "finished" and not trials[-1].history:
             rows, number = SeenRun(Path(trials[-1].run_dir)).metrics, trials[-1].number
@@ -54,10 +54,10 @@ def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
         jobs.append(_job(sweep, State(results=results)))
         return jobs[-1]
 
-    def look(job: Job) -> None:
+    def look(job: StudyJob) -> None:
         job.state.results |= _logged(sweep, job)
 
-    def result(job: Job) -> str:
+    def result(job: StudyJob) -> str:
         value = trial_of(job).value
         return "" if value is None else f"{sweep.metric} {value:.4f}"
 
@@ -75,7 +75,7 @@ def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
         return [trial_of(job) for job in jobs], signum
 
 
-def trial_of(job: Job) -> Trial:
+def trial_of(job: StudyJob) -> Trial:
     """Return a job as the search sees it."""
     state = job.state
     facts: dict[str, Any] = {
@@ -86,7 +86,7 @@ def trial_of(job: Job) -> Trial:
     return Trial(**state.results, state=state.status, **facts)
 
 
-def _job(sweep: Sweep, state: State) -> Job:
+def _job(sweep: Sweep, state: State) -> StudyJob:
     """Return the job of a trial. state: its results hold the trial as the search proposed it."""
     number = state.results["number"]
     parameters = words(state.results["parameters"])
@@ -97,13 +97,13 @@ def _job(sweep: Sweep, state: State) -> Job:
     base = sweep.base
     options = [word for word in parameters if word.startswith("callbacks.")]
 
-    def judge(job: Job) -> None:
+    def judge(job: StudyJob) -> None:
         trial = trial_of(job)
         if trial.history and trial.value is None:
             job.fail(f"its last {sweep.metric} is {trial.history[-1]}")
 
     most = total(sweep)
-    return Job(
+    return StudyJob(
         name,
         f"trial {number} of {most}" if most else f"trial {number}",
         sweep.folder,
@@ -116,7 +116,7 @@ def _job(sweep: Sweep, state: State) -> Job:
     )
 
 
-def _begun(sweep: Sweep) -> list[Job]:
+def _begun(sweep: Sweep) -> list[StudyJob]:
     """Return the trials of earlier calls. Raises ConfigError if they were another sweep's; run_cap
     may change."""
     path = sweep.folder / "sweep.json"
@@ -148,7 +148,7 @@ def _begun(sweep: Sweep) -> list[Job]:
     return jobs
 
 
-def _logged(sweep: Sweep, job: Job) -> dict[str, Any]:
+def _logged(sweep: Sweep, job: StudyJob) -> dict[str, Any]:
     """Return the metric's history and the steps of the trial's newest run; {} before it has logged
     anything."""
     rows = next((SeenRun(run_dir).metrics for run_dir in job.run_dirs()), [])
@@ -166,7 +166,7 @@ def _logged(sweep: Sweep, job: Job) -> dict[str, Any]:
 def run_online(sweep: Sweep) -> tuple[str, int]:
     """Create the sweep at W&B and run an agent, which takes trials until the server has no more.
 
-    Say the commands that create such a sweep, join it and resume it. Return the sweep's path at
+    Print the commands that create such a sweep, join it and resume it. Return the sweep's path at
     W&B and an exit code. Raises ConfigError where W&B does not take the sweep.
     """
     import wandb

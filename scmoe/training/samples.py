@@ -1,4 +1,4 @@
-"""Texts that a model generates at the end of its training."""
+"""Generates short texts at the end of a training."""
 
 import torch
 from lightning.pytorch import Trainer

@@ -67,8 +67,8 @@ def rates_tried(rank: int, world_size: int) -> list[list[float]]:
     )
     first: list[float] = []
     second: list[float] = []
-    find_rate(setting, first.append, lambda variant: seconds[variant.way])
-    find_rate(setting, second.append, lambda variant: seconds[variant.way], first[0])
+    find_rate(setting, first.append, lambda variant: seconds[variant.transfers])
+    find_rate(setting, second.append, lambda variant: seconds[variant.transfers], first[0])
     return [first, second]
 
 

@@ -11,8 +11,8 @@ import pytest
 from torch.distributed import DistNetworkError
 
 from scmoe.config.load import load
+from scmoe.files import container_memory
 from scmoe.lightning.strategy import ExpertParallelStrategy
-from scmoe.parallel import dense as dense_weights
 from scmoe.training.assembly.start import Start
 from scmoe.training.run import machine
 from scmoe.training.run.loggers import wandb_mode
@@ -72,7 +72,7 @@ def test_a_run_that_needs_more_memory_than_there_is_is_refused_by_the_limit_that
 def test_the_limit_of_memory_is_a_ranks_share(monkeypatch, tmp_path):
     one, two = (load("configs/debug.yaml", [f"trainer.devices={n}"]) for n in (1, 2))
     assert machine.free_gib(two) == pytest.approx(machine.free_gib(one) / 2, rel=0.1)
-    monkeypatch.setattr(dense_weights, "CONTAINER", tmp_path)
+    monkeypatch.setattr(container_memory, "CONTAINER", tmp_path)
     (tmp_path / "memory.max").write_text("1073741824\n")
     assert machine.free_gib(one) == 1.0
     (tmp_path / "memory.current").write_text("805306368\n")
@@ -88,7 +88,7 @@ def test_a_machine_without_proc_is_measured_by_all_its_memory_and_cores(monkeypa
         load("configs/debug.yaml", [f"trainer.devices={n}", "trainer.threads=null"]) for n in (1, 2)
     )
     free = machine.free_gib(one)
-    monkeypatch.setattr(dense_weights, "CONTAINER", tmp_path)
+    monkeypatch.setattr(container_memory, "CONTAINER", tmp_path)
     monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.delattr(os, "sched_getaffinity")
     assert free <= machine.free_gib(one) == 2 * machine.free_gib(two)

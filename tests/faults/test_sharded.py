@@ -11,10 +11,10 @@ import pytest
 from torch import Tensor
 
 from experiments.engine.ranks import run_ranks
-from scmoe.estimate.memory import Job, Split
+from scmoe.estimate.memory import RankJob, Split
 from scmoe.lightning.stop import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.dense import estimates_of, pick_dense, ways
+from scmoe.parallel.dense_auto import estimates_of, pick_dense, possible_modes
 from scmoe.parallel.mesh import Mesh
 from scmoe.training.assembly.model import build_model_on_meta, build_module
 from scmoe.training.assembly.start import Start, dense_estimates
@@ -167,7 +167,7 @@ def test_a_module_that_is_split_is_not_trained_as_replicated():
 def test_auto_takes_the_first_way_that_has_room():
     """A rank of 64 in nodes of 8, EP 8: twice its weights, gradients, and two moments."""
     model = build_model_on_meta(tiny("", 1))
-    experts = 4 * sum(p.numel() for p in Split(model, Job()).experts)
+    experts = 4 * sum(p.numel() for p in Split(model, RankJob()).experts)
     dense = 4 * sum(p.numel() for p in model.parameters()) - experts
     estimates = estimates_of(model, Mesh(world_size=64, ep_size=8), node_size=8)
     split = {"hybrid": dense / 8 + experts / 8, "sharded": dense / 64 + experts / 8}
@@ -177,7 +177,7 @@ def test_auto_takes_the_first_way_that_has_room():
     needed = {"replicated": 36.0, "hybrid": 4.5, "sharded": 3.1875}
     picked = [pick_dense(needed, memory)[0] for memory in (45.1, 44.9, 5.7, 5.5, 1.0)]
     assert picked == ["replicated", "hybrid", "hybrid", "sharded", "sharded"]
-    assert ways(model, 4, edp_size=4, node_size=4) == ["replicated", "sharded"]
+    assert possible_modes(model, 4, edp_size=4, node_size=4) == ["replicated", "sharded"]
 
 
 @pytest.mark.representative

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.bench import generation, inference
-from experiments.bench.inference import BLOCKS, IN_HALVES, OVERLAPPED, WAYS, measure
+from experiments.bench.inference import BLOCKS, ONE_BATCH, OVERLAPPED, TWO_BATCHES, measure
 from experiments.bench.inference_report import at_load, draw, summary, tables
 from experiments.bench.inference_rows import SHAPES, InferenceRow
 from experiments.bench.pairs import Setting, default_schedule
@@ -22,7 +22,7 @@ from scmoe.probes.loads import BALANCED, CurrentLoad, load_of
 pytestmark = pytest.mark.inference
 FEW = ("top2", "pos2")
 ROUNDS = np.array([1.0, 1.25, 1.5])  # a machine that slows down: ratios are the same in every round
-SECONDS = {"sequential": 0.2, "free": 0.1, **dict.fromkeys(OVERLAPPED, 0.16), IN_HALVES: 0.125}
+SECONDS = {"sequential": 0.2, "free": 0.1, **dict.fromkeys(OVERLAPPED, 0.16), TWO_BATCHES: 0.125}
 
 
 def test_ratios_are_those_of_the_times():
@@ -34,7 +34,7 @@ def test_ratios_are_those_of_the_times():
         for shape in SHAPES:
             times |= {
                 (shape, Variant(block, schedule, name)): SECONDS[name] * ROUNDS
-                for name in (*WAYS, "free")
+                for name in (*ONE_BATCH, "free")
             }
     setting = Setting(0.5, tokens=64, seq_len=64, rounds=3)
     report = summary(setting, 8, {"times": times, "rate": 145.0})
@@ -63,9 +63,9 @@ def test_rows_with_two_batches_in_flight_have_prefill_alone():
     for block in FEW:
         schedule = default_schedule(block)
         for shape in SHAPES:
-            for name in (*WAYS, "free"):
+            for name in (*ONE_BATCH, "free"):
                 times[shape, Variant(block, schedule, name)] = SECONDS[name] * ROUNDS
-        for name, seconds in ((IN_HALVES, SECONDS[IN_HALVES]), ("free", 0.11)):
+        for name, seconds in ((TWO_BATCHES, SECONDS[TWO_BATCHES]), ("free", 0.11)):
             variant = Variant(block, schedule, name, batches_in_flight=2)
             times["prefill", variant] = seconds * ROUNDS
     report = summary(setting, 8, {"times": times, "rate": 145.0})
@@ -142,7 +142,7 @@ def test_all_rows_are_measured_and_reported(tmp_path):
         in_halves = name.endswith("_two")
         for shape in SHAPES[:1] if in_halves else SHAPES:
             figures = row[shape]
-            assert figures["ways"].keys() == ({IN_HALVES} if in_halves else set(WAYS))
+            assert figures["ways"].keys() == ({TWO_BATCHES} if in_halves else set(ONE_BATCH))
             assert min(figures["ms"], figures["limit"]) > 0
             assert set(figures["slots"].values()) <= {0, 1, 2, 3, 4}
     draw(

@@ -70,7 +70,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA d
         ("inference --prompt 100", "--prompt is 100, allowed: multiples of 8"),
         (
             "inference --load ragged:1.5",
-            "--load is ragged:1.5, allowed: others, as prompts have equal lengths",
+            "--load is ragged:1.5, but all prompts have the same length.",
         ),
         ("layer --experts 1", "--top-k is 2, allowed: at most --experts (1)"),
         ("inference --tokens 1", "--tokens"),

@@ -10,7 +10,7 @@ from experiments.bench.over_best import over_best
 from experiments.bench.pairs import ROWS, Setting, default_schedule, usual_rows
 from experiments.bench.rank_bench import Seconds
 from experiments.bench.stacks import Variant, chosen_by, waiting_of
-from experiments.bench.training import ARCHITECTURES, IN_HALVES, words_of
+from experiments.bench.training import ARCHITECTURES, ROWS_OF_TWO_BATCHES, words_of
 from experiments.bench.two_batches import architecture_of, batches_of
 from scmoe.command_line import call
 from scmoe.config.load import load
@@ -43,7 +43,7 @@ def test_impossible_halves_are_refused(words, says, capsys):
 
 
 def test_the_rows_of_a_training_in_halves_differ_in_the_schedule_alone():
-    assert IN_HALVES.keys() == {f"{row}_two" for row in ARCHITECTURES}
+    assert ROWS_OF_TWO_BATCHES.keys() == {f"{row}_two" for row in ARCHITECTURES}
     for row in ARCHITECTURES:
         one, two = (load(None, ["trainer.devices=2", *words_of(r)]) for r in (row, f"{row}_two"))
         assert two.schedule.batches_in_flight == 2 and not two.schedule.auto

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments.bench import overlap_report, speed_chart
 from experiments.bench.auto import over_best_finalist
-from experiments.bench.overlap import Measured, Row
+from experiments.bench.overlap import Measured, PlannedRow
 from experiments.bench.pairs import ROWS, Setting, default_schedule, usual_rows
 from experiments.bench.rank_bench import Seconds
 from experiments.bench.stacks import Variant
@@ -64,7 +64,7 @@ def report_of(share: float, rows: tuple[str, ...] = SHOWN, **setting: Any) -> di
         )
         best = Variant(block, schedule, f"own {row}")
         times[best] = seconds(1 - share, 2.3) if row.startswith("scmoe") else seconds(1.0, 2.5)
-        measured[row] = Row([choice] * asked.moe_blocks, best, [best], best, peak_mb=1.0)
+        measured[row] = PlannedRow([choice] * asked.moe_blocks, best, [best], best, peak_mb=1.0)
     gradients = {asked.block_of(row): [(0.5, 2**20)] for row in rows}
     found = Measured(100.0, measured, times, gradients, iterations=9)
     return overlap_report.summary(asked, found)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.kv_cache import KVCache, Visible
 from scmoe.blocks.latent import LatentAttention
 from scmoe.blocks.sublayers import attend, attend_by_group
 from scmoe.inference import prompts as prompts_file
@@ -150,7 +150,7 @@ def test_on_a_gpu_a_mask_and_groups_of_heads_do_not_meet(new, monkeypatch):
     q, k, v = draw(2, 6, new, 8), draw(2, 2, 7, 8), draw(2, 2, 7, 8)
     mask = torch.arange(7) <= torch.tensor([[5], [3]])[:, None, None]
     mask = mask.expand(2, 1, new, 7)
-    assert_close(attend_by_group(q, k, v, mask), attend(q, k, v, {"attn_mask": mask}), 1e-12)
+    assert_close(attend_by_group(q, k, v, mask), attend(q, k, v, Visible(mask_B1SL=mask)), 1e-12)
     used, real = [], torch.nn.functional.scaled_dot_product_attention
 
     def attention(*tensors, enable_gqa=False, **seen):
@@ -160,7 +160,7 @@ def test_on_a_gpu_a_mask_and_groups_of_heads_do_not_meet(new, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attention)
     with FakeTensorMode():
         *qkv, on_gpu = [torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in (q, k, v, mask)]
-        y = attend(*qkv, {"attn_mask": on_gpu})
+        y = attend(*qkv, Visible(mask_B1SL=on_gpu))
     assert used == [False] and y.shape == q.shape
 
 

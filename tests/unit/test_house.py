@@ -221,6 +221,19 @@ def test_a_file_against_the_order_is_reported(path, source):
     assert len(violations(path, source)) >= 1
 
 
+def test_contributing_names_where_outer_modules_may_be_used():
+    lines = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()
+    begins = {
+        "torch.distributed": "- `torch.distributed` is used in ",
+        "lightning": "- `lightning` is used in ",
+        "os.environ": "- Environment variables are read or set in ",
+    }
+    for outer, begin in begins.items():
+        (line,) = (line for line in lines if line.startswith(begin))
+        named = re.findall(r"`([\w/.]+)`", line.removeprefix(begin).partition(" only")[0])
+        assert {*named} == {*ONLY_IN[outer]} - {"experiments/"}, outer
+
+
 def test_imports_have_no_circle_of_files_or_folders():
     folder = {path: str(PurePosixPath(path).parent) for path in TREES}
     # python -m needs this file in the folder scmoe, whose other files do not import it.

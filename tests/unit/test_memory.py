@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from scmoe.config.load import load
-from scmoe.estimate.memory import Job, Split, activations, gathered, rank_memory
+from scmoe.estimate.memory import RankJob, Split, activations, gathered, rank_memory
 from scmoe.training.assembly.model import (
     build_model,
     build_model_on_meta,
@@ -43,7 +43,7 @@ def test_state_has_exactly_the_bytes_of_a_real_rank(words, precision):
 
     whole, job = (
         build_model_on_meta(config),
-        Job(ranks=2, ep_size=2, seq_len=12, precision=precision),
+        RankJob(ranks=2, ep_size=2, seq_len=12, precision=precision),
     )
     memory = rank_memory(whole, job, updated_by_muon(config, whole))
     held = {"weights": parameters, "gradients": [p.grad for p in parameters], "optimizer": moments}
@@ -101,7 +101,7 @@ def test_the_bound_on_activations_is_not_below_what_autograd_keeps_and_not_far_a
     ):
         logits = model(batch)[0].float().flatten(0, -2)
         F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64))
-    job = Job(
+    job = RankJob(
         samples=len(batch), seq_len=64, precision=precision, recompute=recompute, on_gpu=False
     )
     at_loss, _ = activations(model, job)

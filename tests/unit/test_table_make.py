@@ -16,7 +16,7 @@ import pytest
 from experiments.tables import table_speeds
 from experiments.tables.evaluations import Evaluations
 from experiments.tables.make import make_runs
-from experiments.tables.table_file import Options, Row, Scale, load_table
+from experiments.tables.table_file import Options, Scale, TableRow, load_table
 from experiments.tables.table_plan import plan_table
 from experiments.tables.table_runs import Run, plan_runs, read_states
 from experiments.tables.table_speeds import measure_speeds, read_speeds
@@ -25,7 +25,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.sweeps import batch
 from scmoe.sweeps.batch import Batch
-from scmoe.sweeps.jobs import Job, State, clock, lock_of
+from scmoe.sweeps.jobs import State, StudyJob, clock, lock_of
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs/experiment"
@@ -33,8 +33,10 @@ DEBUG = Scale(ROOT / "configs/debug.yaml", 2, 0)
 TABLE3, TABLE7 = load_table("table3", CONFIGS), load_table("table7", CONFIGS)
 TEXTS = {"../shared/data/wikitext-2/test.txt": {"perplexity": 30.0}}  # as Table 7 has it
 ROWS = (
-    Row("top-2", ("a",), {"val_loss": 3.2}, ("moe.architecture=top_k", "moe.top_k=2"), "top-2"),
-    Row("ScMoE", ("a", "b"), {"val_loss": 3.1}, (), "top-2"),
+    TableRow(
+        "top-2", ("a",), {"val_loss": 3.2}, ("moe.architecture=top_k", "moe.top_k=2"), "top-2"
+    ),
+    TableRow("ScMoE", ("a", "b"), {"val_loss": 3.1}, (), "top-2"),
 )
 TEXT = ("--text", "some.txt")
 
@@ -189,7 +191,7 @@ def test_a_training_that_does_not_stop_is_killed_at_the_second_request(tmp_path)
         " subprocess.Popen(['sleep', '60'])\n"
     )
     launcher = (sys.executable, "-c", f"{script}print('ready', flush=True)\ntime.sleep(60)")
-    one = Job("deaf", "deaf", tmp_path, tmp_path / "deaf", [str(tmp_path)], launcher)
+    one = StudyJob("deaf", "deaf", tmp_path, tmp_path / "deaf", [str(tmp_path)], launcher)
     before = signal.getsignal(signal.SIGINT)
 
     def twice() -> None:
@@ -210,10 +212,10 @@ def test_a_training_that_does_not_stop_is_killed_at_the_second_request(tmp_path)
 
 
 def test_a_full_disk_leaves_no_training_behind(tmp_path):
-    def full(job: Job) -> None:
+    def full(job: StudyJob) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    jobs = [Job(s, s, tmp_path, None, [s], ("sleep",), judge=full) for s in ("0.1", "60")]
+    jobs = [StudyJob(s, s, tmp_path, None, [s], ("sleep",), judge=full) for s in ("0.1", "60")]
     with lock_of(tmp_path) as lock, pytest.raises(OSError, match="No space left"):
         Batch(jobs, 2, 2, lambda batch, ended: None).run(lock)
     with lock_of(tmp_path):
@@ -222,7 +224,7 @@ def test_a_full_disk_leaves_no_training_behind(tmp_path):
 
 def test_time_left_is_that_of_runs_in_parallel(tmp_path):
     states = [State("finished"), State("running", done=0.5), State()]
-    jobs = [Job("a", "a", tmp_path, tmp_path, [], state=state) for state in states]
+    jobs = [StudyJob("a", "a", tmp_path, tmp_path, [], state=state) for state in states]
     assert Batch(jobs, 2, 3, lambda batch, ended: None).seconds_left() is None
     jobs[1].worked_s, jobs[1].progress = 100.0, 0.5
     assert Batch(jobs, 2, 3, lambda batch, ended: None).seconds_left() == pytest.approx(
@@ -232,7 +234,7 @@ def test_time_left_is_that_of_runs_in_parallel(tmp_path):
 
 def test_time_left_does_not_take_a_start_for_steps(tmp_path):
     """A training of 200 steps of 0.1 s, which has started in 30 s, is seen at its steps 2 and 4."""
-    job = Job("a", "a", tmp_path, tmp_path, [], state=State("running"))
+    job = StudyJob("a", "a", tmp_path, tmp_path, [], state=State("running"))
     job.log.parent.mkdir(parents=True, exist_ok=True)
     batch = Batch([job], 1, 1, lambda batch, ended: None)
     for step, seconds in ((2, 30.2), (4, 0.2)):
@@ -257,7 +259,7 @@ def evaluated(fakes, tmp_path):
             "finished", str(run_dir), results={"digest": run.digest, "summary": {}}
         )
 
-    def evaluate(*words: str) -> list[Job]:
+    def evaluate(*words: str) -> list[StudyJob]:
         evaluations = Evaluations(TABLE7, replace(smoke, evaluate=words))
         with lock_of(tmp_path / "study") as lock:
             assert make_runs(runs, lock, 0, ["val_loss"], evaluations) == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.tables.table_file import Options, Row, load_table
+from experiments.tables.table_file import Options, TableRow, load_table
 from experiments.tables.table_plan import plan_table
 from experiments.tables.table_runs import (
     Run,
@@ -70,7 +70,10 @@ def test_a_row_may_differ_from_others_in_its_model_learning_rate_and_options(tmp
     scale = replace(table.scales["smoke"], config=DEBUG, settings={})
 
     def plan(*overrides: str) -> list[Run]:
-        rows = (Row("top-2", ("a",), {}, (), "top-2"), Row("other", ("a",), {}, overrides, "top-2"))
+        rows = (
+            TableRow("top-2", ("a",), {}, (), "top-2"),
+            TableRow("other", ("a",), {}, overrides, "top-2"),
+        )
         return plan_runs(replace(table, rows=rows), scale, tmp_path, 1)
 
     configs = [run.config for run in plan("optim.lr=0.02", "options.routers=4")]

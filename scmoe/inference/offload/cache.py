@@ -75,7 +75,7 @@ class PinnedCopies:
             store.read_into(key, target)
 
     def start(self, key: Key, slot: Tensor) -> Wait:
-        # The slot's last expert may still be computing.
+        # The slot's previous expert may still be in use.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         expert = self.pinned[key]
         with torch.cuda.stream(self.stream):
@@ -91,7 +91,7 @@ Source = FileReader | PinnedCopies
 
 
 class Held(NamedTuple):
-    """A slot with an expert in it, or on its way."""
+    """A slot that holds an expert, or whose expert is being fetched."""
 
     slot: Tensor  # bytes
     wait: Wait

@@ -98,7 +98,7 @@ class Fetching:
         assert counts is not None, (
             "the numbers of rows are known where only filled slots are computed"
         )
-        counts_e = counts.counts_from_e[0].cpu()  # once: the experts get them on the host
+        counts_e = counts.counts_from_e[0].cpu()  # copied once: the experts read them on the host
         needed = self.cache.in_turn(self.layer, counts_e.tolist())
         self.cache.count(needed)
         guessed = [] if self.guessed is None else guess(*self.guessed, rows_RD)

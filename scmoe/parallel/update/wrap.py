@@ -154,7 +154,7 @@ class Wrapped:
     def no_sync(self) -> Iterator[None]:
         """Let gradients accumulate on their ranks inside.
 
-        Where weights are split each batch's gradients are split and added up all the same: whole
+        Where weights are split each batch's gradients are split and added up anyway: whole
         ones would need memory on every rank.
         """
         if self.reducer is None or not isinstance(self.module, DistributedDataParallel):

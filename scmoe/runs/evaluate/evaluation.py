@@ -51,7 +51,7 @@ Results = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What to evaluate: the arguments of `scmoe evaluate`.
 
     tasks: None: those made from the text, if there is one. folder: of tasks. text: None: the test
@@ -79,7 +79,7 @@ class Material(NamedTuple):
     stride: int
 
 
-def read_material(config: Config, weights: Path, request: Request) -> Material:
+def read_material(config: Config, weights: Path, request: EvaluationRequest) -> Material:
     """Open data, text and tasks.
 
     Raises ConfigError if one is missing, or has no meaning for this run or its weights.
@@ -121,7 +121,7 @@ def read_material(config: Config, weights: Path, request: Request) -> Material:
     return Material(data, text, tasks, stride)
 
 
-def read_tasks(text: Text, request: Request) -> list[Task | Registered]:
+def read_tasks(text: Text, request: EvaluationRequest) -> list[Task | Registered]:
     """Return the tasks of the request.
 
     Raises ConfigError if one or its data is missing, or lm-eval is not installed.
@@ -155,7 +155,7 @@ def read_tasks(text: Text, request: Request) -> list[Task | Registered]:
     return tasks
 
 
-def evaluate(run_dir: Path, request: Request) -> dict[str, Any] | None:
+def evaluate(run_dir: Path, request: EvaluationRequest) -> dict[str, Any] | None:
     """Return the results, which are also in evaluation.json and at W&B; None on ranks other than 0.
 
     Raises ConfigError for what cannot be evaluated, before another rank starts.

@@ -25,12 +25,12 @@ from scmoe.config.fields import Config, MoEConfig
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import find, load, read_unchecked
 from scmoe.config.registry import IMAGES
-from scmoe.estimate.memory import Job as Training
 from scmoe.estimate.memory import rank_memory
 from scmoe.probes.loads import BALANCED, Load, check_load, load_of
 from scmoe.probes.loads import Sizes as Routed
 from scmoe.training.assembly.costs import make_batch
 from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
+from scmoe.training.assembly.rank_job import rank_job
 
 SET_BY_REQUEST = (  # keys of a config in whose place ranks=N, ep=N, samples=N and the cluster count
     "strategy.ep_size",
@@ -187,7 +187,7 @@ def models_for(request: Request, profile: Profile, config: Config) -> list[Model
 
 def job_of(config: Config) -> Job:
     """Return what all rows share."""
-    training = Training.of(config)
+    training = rank_job(config)
     wire = training.wire_bytes or training.compute_bytes
     sizes = Sizes(training.ranks, training.ep_size, sent=wire / training.compute_bytes)
     return Job(sizes, training.accumulate, two=training.samples > 1)
@@ -195,7 +195,7 @@ def job_of(config: Config) -> Job:
 
 def model_of(name: str, moe: MoEConfig, config: Config, profile: Profile, routing: Load) -> Model:
     """Return an architecture of the config, counted."""
-    training = Training.of(config)
+    training = rank_job(config)
     schedule = replace(config.schedule, auto=False, slot=None, chunks=None, inside_attention=False)
     usual = replace(config, moe=moe, schedule=replace(schedule, batches_in_flight=None))
     whole = build_model_on_meta(usual)
@@ -217,7 +217,8 @@ def model_of(name: str, moe: MoEConfig, config: Config, profile: Profile, routin
         sizes = Routed(moe.num_experts, moe.top_k, training.ep_size)
         if routing.kind == "ragged":
             raise ConfigError(
-                f"load is {routing.name}, allowed: others, as ranks have equal batches"
+                f"load is {routing.name}, but all ranks have equal batches. Give another kind of"
+                " load."
             )
         check_load(routing, sizes, training.samples)
         loads = rank_shares(routing, sizes)

@@ -17,7 +17,6 @@ from scmoe.config.load import load
 from scmoe.config.registry import IMAGES
 from scmoe.estimate.bound import bound
 from scmoe.estimate.counted_step import DryRun, count_step
-from scmoe.estimate.memory import Job
 from scmoe.parallel.wire.wire import Wire
 from scmoe.training.assembly.model import (
     build_model_on_meta,
@@ -25,13 +24,14 @@ from scmoe.training.assembly.model import (
     build_network,
     updated_by_muon,
 )
+from scmoe.training.assembly.rank_job import rank_job
 
 NODE = 8  # ranks of a node, where there are more and trainer.devices is not given
 
 
 def estimate(config: Config) -> dict[str, Any]:
     """Return the costs of a config: per token (image), and for one rank."""
-    job = Job.of(config)
+    job = rank_job(config)
     if job.dense == "auto":
         raise ConfigError(
             "strategy.dense is auto, which an estimate cannot choose. Set replicated, sharded or"
@@ -53,7 +53,7 @@ def dry_run(config: Config) -> DryRun:
         module.model = model
         return module
 
-    job = Job.of(config)
+    job = rank_job(config)
     return count_step(
         job, build, lambda: make_batch(config, job.samples), config.trainer.gradient_clip
     )

@@ -1,8 +1,9 @@
 """What a training knows before it begins: the one value between `load` and the run.
 
-`Start.of` makes it from the configuration. A run (run/train.py) asks it for the parts in the order
-in which it needs them, as run/parts.py says, so that nothing is worked out twice and a run does not
-depend on how models, data and callbacks are built.
+`Start.of` makes it from the configuration. A run (run/train.py) asks it for the parts when it needs
+them, because the directory, the loggers and the ranks come into being one after the other. A run
+knows `Start` only as the Protocol of run/parts.py, so it does not import how models, data and
+callbacks are built.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,9 +20,9 @@ from scmoe.config.derived import last_step, shortened
 from scmoe.config.fields import Config
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.text import TextDataModule
-from scmoe.estimate.memory import Job, rank_memory
+from scmoe.estimate.memory import RankJob, rank_memory
 from scmoe.files.writing import redacted, warn_once
-from scmoe.parallel.dense import ways
+from scmoe.parallel.dense_auto import possible_modes
 from scmoe.training.assembly.data import build_datamodule, prepare_data
 from scmoe.training.assembly.model import (
     build_model_on_meta,
@@ -29,6 +30,7 @@ from scmoe.training.assembly.model import (
     initial_weights,
     updated_by_muon,
 )
+from scmoe.training.assembly.rank_job import rank_job
 from scmoe.training.assembly.trainer import (
     build_callbacks,
     build_strategy,
@@ -50,13 +52,13 @@ class Start:
 
     config: Config
     redacted: Config
-    job: Job
+    job: RankJob
     last_step: int
 
     @classmethod
     def of(cls, config: Config) -> "Start":
         config = shortened(config)
-        return cls(config, redacted(config), Job.of(config), last_step(config))
+        return cls(config, redacted(config), rank_job(config), last_step(config))
 
     @cached_property
     def model(self) -> Any:
@@ -87,7 +89,10 @@ class Start:
             warn_once(text)
 
     def module(self, init_from: str | None) -> MoEModule:
-        """Return the LightningModule, which builds its network when the ranks exist."""
+        """Return the LightningModule, which builds its network when the ranks exist.
+
+        init_from: None where a checkpoint has its weights.
+        """
         return build_module(replace(self.config, init_from=init_from))
 
     def callbacks(self, directory: Path | None) -> list[Callback]:
@@ -105,13 +110,13 @@ class Start:
 
 
 def dense_estimates(start: Start) -> dict[str, float] | None:
-    """Return for each way of keeping dense weights the bytes that a rank needs at most, activations
-    included; None where strategy.dense names the way."""
+    """Return for each mode of dense weights the bytes that a rank needs at most, activations
+    included; None where strategy.dense names the mode."""
     job = start.job
     if job.dense != "auto":
         return None
-    possible = ways(start.model, job.ranks, job.dp_size, job.node_size)
-    return {way: rank_memory(start.model, replace(job, dense=way))["total"] for way in possible}
+    modes = possible_modes(start.model, job.ranks, job.dp_size, job.node_size)
+    return {mode: rank_memory(start.model, replace(job, dense=mode))["total"] for mode in modes}
 
 
 def doubts(config: Config, data: PositionedDataModule) -> Iterator[str]:

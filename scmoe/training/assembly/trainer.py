@@ -72,7 +72,7 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         from scmoe.training.callbacks.profile_steps import ProfileSteps
 
         callbacks.append(ProfileSteps(trainer.profile_steps, run_dir))
-    one_batch = config.schedule.batches_in_flight != 2  # of two, operators overlap each other
+    one_batch = config.schedule.batches_in_flight != 2  # with two, operators overlap
     if config.moe.architecture not in ("dense", "dgmoe_share") and one_batch:
         callbacks.append(adaptive_schedule(config, run_dir))
     if images and data.on_error == "skip":

@@ -20,7 +20,7 @@ class AdaptiveSchedule(Callback):
     """Logs overlap/forward and overlap/backward: the shares of the communication that a logged step
     has hidden, where it can be measured.
 
-    Does nothing where no transfer takes place: with one expert-parallel rank, or without experts.
+    It does nothing without transfers: with one expert-parallel rank, or without experts.
 
     auto: choose slot and chunks by measurement, and again where the times drift; otherwise only
     measure. chunks: the numbers of chunks to choose from. plan: on rank 0, the file where the

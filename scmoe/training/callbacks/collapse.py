@@ -1,4 +1,4 @@
-"""The alarm for a router that sends nearly all tokens to few experts."""
+"""Warns of a router that sends nearly all tokens to few experts."""
 
 from collections.abc import Collection
 

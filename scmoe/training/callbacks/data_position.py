@@ -1,4 +1,4 @@
-"""Checkpoints know the position in the data."""
+"""Keeps the position in the data in every checkpoint."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Norms of the gradients by kind of module."""
+"""Logs the norms of the gradients by kind of module."""
 
 from collections import defaultdict
 from typing import Any

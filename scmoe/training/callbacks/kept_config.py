@@ -1,4 +1,4 @@
-"""Checkpoints hold the configuration with which their weights were trained."""
+"""Keeps in every checkpoint the configuration with which its weights were trained."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The peak of a rank's memory."""
+"""Logs the peak of the memory of the rank that has the highest."""
 
 import resource
 import sys
@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from scmoe.parallel.dense import GIB
+from scmoe.files.container_memory import GIB
 from scmoe.training.callbacks.logged_steps import logs_now
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes
@@ -27,7 +27,9 @@ class PeakMemory(Callback):
         self.at_end: dict[str, float] = {}
 
     def peaks(self, module: Any) -> dict[str, Tensor]:
-        """Return both in GiB, on the device: nothing waits for it. Every rank must call it."""
+        """Return both in GiB, as tensors on the device, so that nothing waits for them.
+
+        Every rank must call it."""
         mesh = module.wire.mesh
         peaks = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT / GIB}
         if module.device.type == "cuda":

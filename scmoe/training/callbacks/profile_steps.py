@@ -1,4 +1,4 @@
-"""Traces of some steps."""
+"""Writes traces of chosen steps."""
 
 from pathlib import Path
 from typing import Any

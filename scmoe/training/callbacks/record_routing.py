@@ -1,4 +1,4 @@
-"""The experts of the tokens of some steps, in files."""
+"""Writes into files which experts the tokens of chosen steps go to."""
 
 from contextlib import suppress
 from pathlib import Path

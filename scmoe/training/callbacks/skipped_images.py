@@ -1,4 +1,4 @@
-"""How many images could not be read."""
+"""Counts the images that could not be read."""
 
 from typing import Any
 

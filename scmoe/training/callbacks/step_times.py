@@ -1,4 +1,4 @@
-"""The times of the stages of an optimizer step."""
+"""Logs how long each stage of an optimizer step takes."""
 
 import time
 from typing import Any
@@ -90,7 +90,7 @@ class StepTimes(Callback):
 
 
 def passed(mark: Any) -> bool:
-    """Return whether the device has reached an event. A time of the host has passed."""
+    """Return whether the device has reached an event. A time of the host always has."""
     return isinstance(mark, float) or mark.query()
 
 

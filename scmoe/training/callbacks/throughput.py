@@ -1,4 +1,4 @@
-"""Tokens or images per second, and the share of a device's peak."""
+"""Logs tokens or images per second, and the share of a device's peak."""
 
 import time
 from typing import Any

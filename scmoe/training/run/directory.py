@@ -37,7 +37,7 @@ SLUG_CHARS = 64  # of all; with the stamp, well below a file system's 255 bytes
 STATE = "state.json"
 STATES = ("running", "finished", "failed", "cut")
 BEAT_S = 60.0
-SILENT_S = 600.0  # longer than the clocks of machines differ, and than a shared disk is away
+SILENT_S = 600.0  # longer than clocks of machines differ, and than a shared disk fails to answer
 
 
 def create_run_dir(root: Path, experiment: str, overrides: Sequence[str], config_yaml: str) -> Path:

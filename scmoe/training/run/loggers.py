@@ -49,7 +49,7 @@ except ImportError:  # it is not installed, or an installation is damaged
 DEFAULT_SERVER = "https://api.wandb.ai"
 INIT_TIMEOUT_S = 20.0  # how long a server may take to answer
 FINISH_TIMEOUT_S = 60.0  # limit of the last uploads; the rest stays in the run directory
-UPLOAD_BYTES_PER_S = 1e6  # the slowest upload of a checkpoint that is waited for
+UPLOAD_BYTES_PER_S = 1e6  # an upload of a checkpoint that is slower is not waited for
 STEP = "trainer/global_step"
 BEST = {  # metrics of which W&B's summary has the best value too, as `val/loss_min`
     **dict.fromkeys(("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte"), "min"),

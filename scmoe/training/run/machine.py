@@ -28,9 +28,9 @@ from scmoe.config.refuse import Advice, Refusals, refuse
 from scmoe.config.registry import IMAGES
 from scmoe.estimate.memory import rank_memory
 from scmoe.estimate.model_cost import forward_flops, training_flops
+from scmoe.files.container_memory import GIB, memory_in_use, memory_limit
 from scmoe.lightning.seam.launch import rank_without_trainer
-from scmoe.parallel.dense import GIB, memory_in_use, memory_limit
-from scmoe.training.run.parts import Parts
+from scmoe.training.run.parts import RunParts
 from scmoe.training.threads import cpu_threads
 
 LAUNCHERS: dict[str, type[ClusterEnvironment]] = {
@@ -44,7 +44,7 @@ THREAD_FLOPS = 1e10
 GPU_FLOPS = 1e13
 FEW_THREADS = 64  # which any machine can start, however few cores it has
 MEMINFO = Path("/proc/meminfo")
-ROUNDED_UP = 1.005  # so that three digits are not less than the number
+ROUNDED_UP = 1.005  # a limit printed with three digits must not be below the exact number
 PROCESS_GIB = 0.3  # of a process with torch and Lightning, on a CPU
 M_TRIM_THRESHOLD = -1  # of mallopt(3)
 M_MMAP_THRESHOLD = -3
@@ -62,7 +62,7 @@ def is_rank_zero() -> bool:
     return rank_without_trainer() == 0 and node == 0
 
 
-def check_machine(start: Parts) -> None:
+def check_machine(start: RunParts) -> None:
     """Raise ConfigError if this machine cannot run the training within the limits of memory and
     time.
 
@@ -167,14 +167,14 @@ def why_not_writable(folder: Path) -> str | None:
         return str(error)
 
 
-def check_size(start: Parts) -> None:
+def check_size(start: RunParts) -> None:
     """Raise ConfigError if a rank needs more memory, or a step more time, than the limits allow."""
     config = start.config
     trainer = config.trainer
     gpu = has_gpus(config)
     job = replace(start.job, on_gpu=gpu)
     if job.dense == "auto":
-        job = replace(job, dense="sharded")  # the way that needs least
+        job = replace(job, dense="sharded")  # the mode that needs least
 
     memory = rank_memory(start.model, job, start.updated_by_muon())
     needed = memory["total"] / GIB + (0 if gpu else PROCESS_GIB)

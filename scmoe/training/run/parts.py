@@ -1,7 +1,8 @@
-"""What a run needs to know of what it trains: a configuration and its parts.
+"""What a run asks of `Start` (assembly/start.py), which is made from a configuration and documents
+these members.
 
-assembly/start.py has them for every configuration. A part is made when the run asks for it, because
-the directory, the loggers and the ranks come into being one after the other.
+The files that run a training (train.py, machine.py, printout.py) take it as `RunParts`. So they do
+not import how models, data and callbacks are built: train.py needs half as many files as start.py.
 """
 
 from collections.abc import Sequence
@@ -14,49 +15,28 @@ from torch import nn
 
 from scmoe.config.fields import Config
 from scmoe.datamodules.positioned import PositionedDataModule
-from scmoe.estimate.memory import Job
+from scmoe.estimate.memory import RankJob
 from scmoe.training.modules import MoEModule
 
 
-class Parts(Protocol):
+class RunParts(Protocol):
     """The parts in the order in which a run asks for them."""
 
     @property
     def config(self) -> Config: ...
-
     @property
-    def redacted(self) -> Config:
-        """The configuration without keys and passwords, for files, loggers and the console."""
-
+    def redacted(self) -> Config: ...
     @property
-    def job(self) -> Job:
-        """What the training asks of each rank."""
-
+    def job(self) -> RankJob: ...
     @property
-    def last_step(self) -> int:
-        """The optimizer step after which the training ends."""
-
+    def last_step(self) -> int: ...
     @property
-    def model(self) -> Any:
-        """The whole network on the meta device, to count parameters and memory."""
+    def model(self) -> Any: ...
 
-    def updated_by_muon(self) -> list[nn.Parameter]:
-        """Return the parameters of `model` that Muon updates."""
-
-    def data(self) -> PositionedDataModule:
-        """Seed the generators and return the datamodule."""
-
-    def prepare(self, init_from: str | None, data: PositionedDataModule) -> None:
-        """Prepare data and check initial weights, on rank 0 before other ranks are started."""
-
-    def module(self, init_from: str | None) -> MoEModule:
-        """Return the LightningModule. init_from: None where a checkpoint has its weights."""
-
-    def callbacks(self, directory: Path | None) -> list[Callback]:
-        """Return the callbacks. directory: of the run, on rank 0; None on other ranks."""
-
-    def trainer(self, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> Trainer:
-        """Return the Trainer with its Strategy."""
-
-    def samples(self, trainer: Trainer, module: Any, data: PositionedDataModule) -> list[str]:
-        """Return a few short texts of the trained model. Every rank must call it."""
+    def updated_by_muon(self) -> list[nn.Parameter]: ...
+    def data(self) -> PositionedDataModule: ...
+    def prepare(self, init_from: str | None, data: PositionedDataModule) -> None: ...
+    def module(self, init_from: str | None) -> MoEModule: ...
+    def callbacks(self, directory: Path | None) -> list[Callback]: ...
+    def trainer(self, callbacks: Sequence[Callback], loggers: Sequence[Logger]) -> Trainer: ...
+    def samples(self, trainer: Trainer, module: Any, data: PositionedDataModule) -> list[str]: ...

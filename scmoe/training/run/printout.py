@@ -29,7 +29,7 @@ from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.throughput import Throughput
 from scmoe.training.modules import MoEModule
 from scmoe.training.run.directory import relative
-from scmoe.training.run.parts import Parts
+from scmoe.training.run.parts import RunParts
 
 # Of the steps since the last log.
 LOADS = ("step_load_max", "rank_load_max", "step_drop", "dead_experts")
@@ -113,7 +113,7 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
     return Panel(table, title="run finished", title_align="left")
 
 
-def print_start(start: Parts, run_dir: Path, checkpoint: Path | None) -> None:
+def print_start(start: RunParts, run_dir: Path, checkpoint: Path | None) -> None:
     """Print what differs from the default configuration, the model, and the checkpoint that a
     resumed run continues from."""
     out = console()

@@ -201,7 +201,8 @@ def refuse_other_model(
     there = flatten(was)
     key = "data.tokenizer"
     if here[key] != there[key] and kept_tokenizer(checkpoint) is None:
-        must_stay = (*must_stay, key)  # there is nothing to compare another tokenizer with
+        # no tokenizer is kept with which another one could be compared
+        must_stay = (*must_stay, key)
     for key, value in there.items():
         if here[key] != value and (key in must_stay or not key.startswith(MAY_CHANGE)):
             raise ConfigError(

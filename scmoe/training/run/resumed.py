@@ -1,4 +1,4 @@
-"""A run that goes on, as a training sees it: its checkpoint, and what lies after that step.
+"""What a training knows of the run that it continues: its checkpoint, and what is after it.
 
 resume.py finds the checkpoint and reads the configuration.
 """

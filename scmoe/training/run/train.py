@@ -1,6 +1,6 @@
 """Runs one training, from its directory to its report. Every rank calls `train`.
 
-What is trained comes in as `Parts`: assembly/start.py makes them from a configuration.
+What is trained comes in as `RunParts`, which assembly/start.py makes from a configuration.
 """
 
 import logging
@@ -36,7 +36,7 @@ from scmoe.training.run.loggers import (
     log_results,
 )
 from scmoe.training.run.machine import check_machine, is_rank_zero, keep_freed_memory
-from scmoe.training.run.parts import Parts
+from scmoe.training.run.parts import RunParts
 from scmoe.training.run.printout import console, print_start, print_summary, say_done, summarise
 from scmoe.training.run.resumed import (
     Resumed,
@@ -48,7 +48,10 @@ from scmoe.training.run.resumed import (
 
 
 def train(
-    start: Parts, overrides: Sequence[str] = (), resumed: Resumed | None = None, quiet: bool = False
+    start: RunParts,
+    overrides: Sequence[str] = (),
+    resumed: Resumed | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any] | None:
     """Train and return the summary, which is also in the run directory; return None on ranks other
     than 0.
@@ -109,7 +112,7 @@ def train(
 
 @contextmanager
 def open_run(
-    start: Parts, overrides: Sequence[str], resumed: Resumed | None, quiet: bool = False
+    start: RunParts, overrides: Sequence[str], resumed: Resumed | None, quiet: bool = False
 ) -> Iterator[tuple[Path | None, list[Logger]]]:
     """Open the run and print what it will do, unless quiet; on exit, close its loggers and write
     its last state.

@@ -1,0 +1,24 @@
+"""What the training of a config asks of each of its ranks, in numbers."""
+
+from scmoe.config.derived import resolve_ep_size
+from scmoe.config.fields import Config
+from scmoe.estimate.memory import RankJob
+
+
+def rank_job(config: Config) -> RankJob:
+    """Return the job of a config. Its `dense` may be auto, which memory and traffic do not take."""
+    trainer, data = config.trainer, config.data
+    ranks = trainer.devices * trainer.num_nodes
+    return RankJob(
+        ranks=ranks,
+        ep_size=resolve_ep_size(config),
+        node_size=trainer.devices,
+        samples=data.global_batch_size // (ranks * trainer.accumulate),
+        seq_len=data.seq_len,
+        accumulate=trainer.accumulate,
+        precision=trainer.precision,
+        dense=config.strategy.dense,
+        recompute=trainer.recompute,
+        on_gpu=trainer.accelerator != "cpu",
+        wire_bytes=None if config.strategy.wire_dtype is None else 2,
+    )
