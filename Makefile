@@ -8,7 +8,8 @@ PY    := $(VENV)/bin/python
 READY := $(VENV)/.installed
 # One thread a process. Three test files run in parallel on two cores, since tests also wait: for links, servers, timeouts.
 # A run ends when a worker dies: pytest-xdist would wait forever for the one that replaces it.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+# Compiled modules are kept, or every rank and every program would compile the library and its tests again.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -71,7 +71,7 @@ MEASURING = sorted(set(re.findall(r"^`(make [^`]+)`", RESULTS, re.MULTILINE)))  
 AS_WRITTEN, PYTHON = "make setup", ".venv/bin/python"
 QUICK = (
     "trainer.max_steps=3 trainer.val_every=3 trainer.checkpoint_every=3 trainer.log_every=1"
-    " data.val_sequences=8"
+    " data.val_sequences=8 trainer.threads=1"
 )
 SMALLER = f"model.layers=2 model.dim=64 model.heads=2 {QUICK}"
 (DRYRUN,) = (command for command in COMMANDS if command.startswith("make dryrun "))

@@ -7,6 +7,7 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path, PurePosixPath
 
@@ -19,7 +20,14 @@ FILES = [
     for path in sorted((ROOT / top).rglob("*.py"))
 ]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in FILES}
-TREES = {path: ast.parse(text) for path, text in TEXTS.items()}
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    """Return the parsed files. Every worker of pytest imports this file, and one of them needs
+    them."""
+    return {path: ast.parse(text) for path, text in TEXTS.items()}
+
 
 # A room may import itself and what stands above it. The laboratory imports the library, never the
 # other way.
@@ -157,7 +165,7 @@ def file_of(name: str) -> str | None:
     for end in range(len(parts), 0, -1):
         path = "/".join(parts[:end])
         for file in (f"{path}.py", f"{path}/__init__.py"):
-            if first in ("scmoe", "datamodules", "experiments") and file in TREES:
+            if first in ("scmoe", "datamodules", "experiments") and file in TEXTS:
                 return file
     return None
 
@@ -181,10 +189,13 @@ def violations(path: str, source: str) -> list[str]:
     return wrong
 
 
-IMPORTS = {
-    path: {file for name in names_used(tree) if (file := file_of(name))} - {path}
-    for path, tree in TREES.items()
-}
+@cache
+def imports() -> dict[str, set[str]]:
+    """Return for each file the product's files that it imports."""
+    return {
+        path: {file for name in names_used(tree) if (file := file_of(name))} - {path}
+        for path, tree in trees().items()
+    }
 
 
 def test_every_file_keeps_the_order_of_rooms():
@@ -235,13 +246,13 @@ def test_contributing_names_where_outer_modules_may_be_used():
 
 
 def test_imports_have_no_circle_of_files_or_folders():
-    folder = {path: str(PurePosixPath(path).parent) for path in TREES}
+    folder = {path: str(PurePosixPath(path).parent) for path in trees()}
     # python -m needs this file in the folder scmoe, whose other files do not import it.
     folder["scmoe/__main__.py"] = "the command"
     folders = {name: set[str]() for name in folder.values()}
-    for path, others in IMPORTS.items():
+    for path, others in imports().items():
         folders[folder[path]] |= {folder[other] for other in others} - {folder[path]}
-    for graph in (IMPORTS, folders):
+    for graph in (imports(), folders):
         try:
             TopologicalSorter(graph).prepare()
         except CycleError as error:
@@ -252,7 +263,7 @@ def test_file_names_are_unique():
     """A verb's entry, and what it does with a run, may have the name of what they call."""
     rooms = [
         PurePosixPath(path).name
-        for path in TREES
+        for path in trees()
         if room_of(path) not in ("experiments", "scmoe/cli", "scmoe/runs")
     ]
     twice = [
@@ -267,7 +278,7 @@ def test_few_files_are_read_for_a_stream_a_strategy_or_a_training():
     for path, most in CLOSURES.items():
         seen, todo = {path}, [path]
         while todo:
-            new = IMPORTS[todo.pop()] - seen
+            new = imports()[todo.pop()] - seen
             seen |= new
             todo += new
         read = {file for file in seen if TEXTS[file]}
@@ -285,7 +296,7 @@ def test_no_project_class_overrides_a_method_of_another():
     classes are final."""
     classes = {
         node.name: node
-        for tree in TREES.values()
+        for tree in trees().values()
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef)
     }
@@ -310,7 +321,7 @@ def test_hasattr_is_rare():
     """A protocol or a base class says what an object has."""
     calls = [
         f"{path}:{node.lineno}"
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         if path.startswith("scmoe/")
         for node in ast.walk(tree)
         if isinstance(node, ast.Call)
@@ -346,8 +357,8 @@ def without_encoding(tree: ast.AST) -> list[int]:
 
 def test_text_is_read_and_written_in_utf_8_whatever_the_locale():
     scripts = [*(ROOT / "docs/hooks").glob("*.py"), *(ROOT / "docs/examples").glob("*.py")]
-    trees = TREES | {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in scripts}
-    assert {path: lines for path, tree in trees.items() if (lines := without_encoding(tree))} == {}
+    every = trees() | {path.name: ast.parse(path.read_text(encoding="utf-8")) for path in scripts}
+    assert {path: lines for path, tree in every.items() if (lines := without_encoding(tree))} == {}
     wrong = [
         "open('a')",
         "p.open()",
@@ -369,7 +380,7 @@ def test_text_is_read_and_written_in_utf_8_whatever_the_locale():
 def test_a_blocks_schedule_is_set_in_one_place():
     users = {
         path
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute)
         and node.attr == "schedule"
@@ -432,20 +443,20 @@ def test_lines_have_at_most_100_columns():
 
 
 def test_no_assignment_sets_three_values_at_once():
-    assert {path: lines for path, tree in TREES.items() if (lines := packed(tree))} == {}
+    assert {path: lines for path, tree in trees().items() if (lines := packed(tree))} == {}
 
 
 def test_functions_have_at_most_eight_parameters():
     assert {
         path: names
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         if (names := crowded(tree) - MORE_PARAMETERS.get(path, set()))
     } == {}
 
 
 def test_vague_names_are_rare():
     """A name says what the thing is: `median`, not `middle`; `schedules`, not `own`."""
-    lines = {path: vague_names(tree) for path, tree in TREES.items()}
+    lines = {path: vague_names(tree) for path, tree in trees().items()}
     where = {path: numbers for path, numbers in lines.items() if numbers}
     assert sum(len(numbers) for numbers in where.values()) <= VAGUE_NAMES, where
 
