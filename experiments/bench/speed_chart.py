@@ -1,14 +1,14 @@
 """Charts of speed-ups over sequential top-2: a group of bars for each architecture, the paper's
 values among them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.bench.overlap_rows import Kind, OverlapRow, cells_of, rows_of
 from experiments.bench.two_batches import PIPELINED, architecture_of, batches_of
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
-from scmoe.probes.charts import BLUE, GREEN, PAPER, SKY, chart, heading
+from scmoe.probes.charts import BLUE, GREEN, LINES, PAPER, SKY, chart, heading
 from scmoe.report import Report
 
 NAMES = {
@@ -183,6 +183,12 @@ def color_of(row: str) -> str:
     if batches_of(row) == 2:
         return GREEN
     return SKY if row.endswith(PIPELINED) else BLUE
+
+
+def line_colors(rows: Collection[str]) -> dict[str, str]:
+    """Return the color of each row's line: one for each architecture."""
+    bases = list(dict.fromkeys(map(architecture_of, rows)))
+    return {row: LINES[bases.index(architecture_of(row)) % len(LINES)] for row in rows}
 
 
 def limit_of(report: dict[str, Any], row: str, figures: OverlapRow, kind: Kind) -> float | None:

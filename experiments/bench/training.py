@@ -34,8 +34,9 @@ import torch.distributed as dist
 from experiments.bench.pairs import Setting, pair_of
 from experiments.bench.rank_bench import Bench
 from experiments.bench.rate_search import find_rate
-from experiments.bench.speed_chart import name_of, way_of_row
+from experiments.bench.speed_chart import line_colors, name_of, way_of_row
 from experiments.bench.training_turns import Training
+from experiments.bench.two_batches import batches_of
 from experiments.engine.clock import in_turn, median, quartiles
 from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
@@ -247,12 +248,15 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the validation loss of each row against the seconds that its training took."""
     with chart(path, 3.4 + 0.2 * len(report["rows"])) as figure:
         axis = figure.subplots()
+        colors = line_colors(report["rows"])
         for row, figures in report["rows"].items():
             seconds, losses = np.asarray(figures["val_losses"]).T
             axis.plot(
                 seconds,
                 losses,
                 marker="o",
+                linestyle="--" if batches_of(row) == 2 else "-",
+                color=colors[row],
                 label=f"{name_of(row)}{way_of_row(row)}: {figures['tokens_per_s']:.0f} tokens/s",
             )
         axis.set(

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 from experiments.bench.overlap import Measured, block_seconds
 from experiments.bench.overlap_rows import LoadFigures, OverlapRow, cells_of, rows_of
 from experiments.bench.pairs import Setting
-from experiments.bench.speed_chart import name_of, way_of_row
+from experiments.bench.speed_chart import line_colors, name_of, way_of_row
 from experiments.bench.stacks import windows_of
-from experiments.bench.two_batches import PIPELINED, architecture_of, batches_of
+from experiments.bench.two_batches import PIPELINED, batches_of
 from experiments.engine.clock import median, quartiles
 from scmoe.probes.charts import chart, heading
 from scmoe.probes.loads import BALANCED, Load, Sizes, counts_of, imbalance, load_of
@@ -220,18 +220,17 @@ def draw_lines(
 
     names: of the rows. words: a title. what: the time, beside the axis.
     """
-    bases = list(dict.fromkeys(map(architecture_of, lines)))
+    colors = line_colors(lines)
     with chart(path, 3.9 + 0.12 * len(lines)) as figure:
         axis = figure.subplots()
         for i, (row, points) in enumerate(lines.items()):
-            color = f"C{bases.index(architecture_of(row))}"
             style = STYLES[batches_of(row), row.endswith(PIPELINED)]
             label = names[row] + way_of_row(row)
             loads = [point.max_over_mean_ranks + APART * i for point in points]
             ratios = [point.over_balanced for point in points]
-            axis.plot([1.0, *loads], [1.0, *ratios], style, color=color, label=label)
+            axis.plot([1.0, *loads], [1.0, *ratios], style, color=colors[row], label=label)
             whiskers = zip(*(point.quartiles for point in points), strict=True)
-            axis.vlines(loads, *whiskers, color=color)
+            axis.vlines(loads, *whiskers, color=colors[row])
         axis.set(xlabel="rows of the busiest rank over the mean", ylabel=what)
         axis.grid(axis="y")
         figure.legend(loc="outside lower left", ncols=2)

@@ -11,6 +11,7 @@ value that the user gives on the command line is taken as it is, and so is the p
     datasheet    what the vendor prints; that it is not reached is in the attained share
     measured     on this machine, by `cluster=measure`
     guess        a factor of 1.5 either way
+    given        on the command line; or by definition, as the attained share of a measured rate is
 """
 
 import math

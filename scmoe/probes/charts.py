@@ -26,6 +26,7 @@ ORANGE = "#e69f00"
 RED = "#d55e00"
 PURPLE = "#cc79a7"
 PAPER = "#5f5750"  # values that the paper prints
+LINES = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, PAPER)  # of lines that are compared, in order
 STYLE: Any = {
     "font.size": 10,
     "axes.titlesize": 10,

@@ -3,17 +3,19 @@
 best schedule.
 
 Computation operators run one after another on each rank. A transfer begins when every rank has
-launched it, and runs in parallel with computation until an operator waits for it. A rank's link has
-two directions, and each carries its transfers one after another. A transfer ends, on all ranks,
-when the busiest direction has carried its rows: every rank exchanges rows with the busiest one.
+launched it, and runs in parallel with computation until an operator waits for it. A rank's link
+carries one transfer after another, each in both directions at once. So a transfer takes as long as
+the busier direction of a rank, and it ends on all ranks when that of the busiest rank has ended:
+every rank exchanges rows with it.
 
-    even rows      a transfer fills both directions, so transfers take turns: `play`, for all ranks
-                   at once
-    uneven rows    the busy rank receives in dispatch and sends in combine, so a chunk's combine
-                   runs beside the next chunk's dispatch: `play_ranks`
+    even rows      all ranks are alike: `play`
+    uneven rows    each rank has its own rows: `play_ranks`
 
-Directions are independent with gloo. NCCL runs all transfers of a communicator one after another:
-there chunks gain less under uneven rows than `play_ranks` says.
+Two transfers never share a link, even where one only fills the direction that the other leaves
+free, as dispatch to a busy rank and combine from it do. NCCL runs the transfers of a communicator
+one after another. With gloo a rank sends only after the receiver has announced that it is ready,
+and this message waits behind the rows that the receiver is sending itself
+(docs/decisions/0019-point-to-point.md).
 
 Eq. 11 chooses the slot by |T_pre - T_disp| + |T_post - T_comb|, a mismatch. The elapsed time of a
 pair is all its computation plus the parts of the transfers that the backbone does not cover, so
@@ -105,7 +107,7 @@ def play_ranks(
     """
     ranks = range(len(shares_PR[0]))
     clock = list(starts) if starts else [0.0 for _ in ranks]
-    free_R2 = [[0.0, 0.0] for _ in ranks]  # when each link is free: outward, inward
+    free_R = [0.0 for _ in ranks]  # when each link is free
     spans: list[list[Span]] = [[] for _ in ranks]
     ends: dict[str, list[float]] = {operator: [] for operator in TRANSFERS}
     computed = 0  # chunks
@@ -116,10 +118,8 @@ def play_ranks(
         duration = times.get(operator, 0.0)
         if operator in TRANSFERS:
             chunk = shares_PR[len(ends[operator])]
-            rows_R2 = [
-                (s.sent, s.received) if operator == first else (s.received, s.sent) for s in chunk
-            ]
-            begins, end = carry(max(clock), duration, rows_R2, free_R2)
+            rows_R = [max(share.sent, share.received) for share in chunk]
+            begins, end = carry(max(clock), duration, rows_R, free_R)
             ends[operator].append(end)
             for r in ranks:
                 spans[r].append(Span(operator, begins[r], end))
@@ -141,23 +141,19 @@ def play_ranks(
 
 
 def carry(
-    launched: float,
-    duration: float,
-    rows_R2: Sequence[tuple[float, float]],
-    free_R2: list[list[float]],
+    launched: float, duration: float, rows_R: Sequence[float], free_R: list[float]
 ) -> tuple[list[float], float]:
     """Return when a transfer begins on each rank's link, and when it ends on all.
 
-    launched: when the last rank launches it. rows_R2: rows in both directions of each link, over
-    those that take `duration`. free_R2: when each direction is free; it is updated.
+    launched: when the last rank launches it. rows_R: rows of the busier direction of each link,
+    over those that take `duration`. free_R: when each link is free; it is updated.
     """
     begins, end = [], launched
-    for rows, free in zip(rows_R2, free_R2, strict=True):
-        used = [direction for direction in (0, 1) if rows[direction] > 0]
-        begins.append(max(launched, min((free[direction] for direction in used), default=launched)))
-        for direction in used:
-            free[direction] = max(launched, free[direction]) + rows[direction] * duration
-            end = max(end, free[direction])
+    for rank, rows in enumerate(rows_R):
+        begins.append(max(launched, free_R[rank]) if rows > 0 else launched)
+        if rows > 0:
+            free_R[rank] = begins[rank] + rows * duration
+            end = max(end, free_R[rank])
     return begins, end
 
 

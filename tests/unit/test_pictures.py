@@ -198,10 +198,7 @@ def test_colours_differ_for_colour_blind_readers():
             [-0.011820, 0.042940, 0.968881],
         ],
     }
-    colors = [
-        to_rgb(c)
-        for c in (charts.BLUE, charts.SKY, charts.GREEN, charts.ORANGE, charts.RED, charts.PAPER)
-    ]
+    colors = [to_rgb(color) for color in charts.LINES]
     for kind, matrix in blind.items():
         seen = [
             np.clip(np.array(matrix) @ np.array(color) ** 2.2, 0, 1) ** (1 / 2.2)

@@ -65,26 +65,25 @@ def test_with_one_chunk_the_busiest_rank_decides(schedule, times, load):
         )
 
 
-def test_a_busy_rank_receives_a_chunk_while_it_sends_the_one_before_back():
+def test_a_link_carries_one_transfer_after_another():
     """Two ranks, and rank 1's experts get nothing: dispatch fills one direction of the link,
-    combine the other.
+    combine the other. No combine runs beside a dispatch.
 
-    to rank 0     dispatch 20    dispatch 20
-    rank 0                       experts 8     wait  experts 8
-    from rank 0                          combine 20    combine 20
-                  0              20      28    40    48      68
+    link          dispatch 20   dispatch 20   combine 20    combine 20
+    rank 0                      experts 8     experts 8
+                  0             20    28      40    48      60        80
     """
     times = {"dispatch": 10.0, "experts": 4.0, "combine": 10.0}
     busy, idle = play_ranks(Schedule("top_k", chunks=2).operators(), times, [hot_rank(2.0, 2)] * 2)
-    found = [(span.operator, span.start, span.end) for span in busy if span.end > span.start]
-    assert found == [
+    spans = [(span.operator, span.start, span.end) for span in busy if span.end > span.start]
+    assert spans == [
         *(
             ("dispatch", 0.0, 20.0),
             ("dispatch", 20.0, 40.0),
             ("experts", 20.0, 28.0),
-            ("combine", 28.0, 48.0),
+            ("combine", 40.0, 60.0),
         ),
-        *(("experts", 40.0, 48.0), ("combine", 48.0, 68.0)),
+        *(("experts", 40.0, 48.0), ("combine", 60.0, 80.0)),
     ]
     assert elapsed(idle) == elapsed(busy) and all(
         span.start == span.end for span in idle if span.operator == "experts"
@@ -92,7 +91,7 @@ def test_a_busy_rank_receives_a_chunk_while_it_sends_the_one_before_back():
     backward = play_ranks(
         Schedule("top_k", chunks=2).backward_operators(), times, [hot_rank(2.0, 2)] * 2
     )
-    assert elapsed(backward[0]) == 68.0
+    assert elapsed(backward[0]) == 80.0
 
 
 def test_a_transfer_waits_for_the_rank_that_launches_last():

@@ -21,7 +21,7 @@ ROWS = ("top2", "shared_expert", "scmoe_pos2", "scmoe_pos2_pipelined")
 
 
 def calibration_of(setting: Setting, link_mbit: float) -> Calibration:
-    """Returns the calibration at 220 Mbit/s, on links with another rate."""
+    """Return the calibration at 220 Mbit/s, on links with another rate."""
     pairs = setting.moe_blocks
     free_s = pairs * PAIR_MS / 1e3
     update_s = 0.01 if setting.level == "iteration" else 0.0
@@ -56,7 +56,7 @@ def test_a_slower_link_has_longer_transfers_of_the_same_processor_time():
 
 
 def report_of(setting: Setting, link_mbit: float, rows: tuple[str, ...], load: str | None = None):
-    """Returns a report whose rows are what the simulator says, as `bench overlap` writes it."""
+    """Return a report whose rows are what the simulator says, as `bench overlap` writes it."""
     calibration = calibration_of(setting, link_mbit)
     sequential = predict_sequential(calibration, load)
     made = {name: predict_row(calibration, name, False, load) for name in rows}
@@ -113,7 +113,7 @@ def report_of(setting: Setting, link_mbit: float, rows: tuple[str, ...], load: s
 
 
 def operators_ms_of(calibration: Calibration):
-    """Returns the operators as a report has them."""
+    """Return the operators as a report has them."""
     forward = {name: 1e3 * s for name, s in calibration.operators.forward.items()}
     backward = {name: 1e3 * s for name, s in calibration.operators.backward.items()}
     return {"forward": forward, "train": {name: s + backward[name] for name, s in forward.items()}}
@@ -121,7 +121,7 @@ def operators_ms_of(calibration: Calibration):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Returns a folder with a report for each check."""
+    """Return a folder with a report for each check."""
     emulated, real = Setting.block(), replace(Setting.block(), compute="real")
     iteration = Setting.iteration()
     halves = ("top2", "top2_two", "scmoe_pos2_two_pipelined")
