@@ -54,7 +54,7 @@ class DoubleGateBlock(MoEBlock):
         if self.schedule.slot == len(self.schedule.window):
             preceding = self.moe.run_experts(preceding)
         arguments = self.norm(x_BSD), mask_BS, self.schedule.chunks, preceding.routing.topk_ids_TK
-        current_BSD, current_stats = self.operator("current", self.moe, *arguments)
+        current_BSD, current_stats = self.noted_as("current", self.moe, *arguments)
         preceding_BSD, preceding_stats = self.moe.finish(preceding)
         stats = None
         if current_stats is not None and preceding_stats is not None:

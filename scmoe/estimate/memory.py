@@ -48,6 +48,7 @@ from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.blocks.sublayers import MLP, Attention, Residual, SelfAttention, outermost
 from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config
+from scmoe.config.rules import may_run_two_batches
 from scmoe.estimate.model_cost import COMPUTE_BYTES, WEIGHT_BYTES, moe_uses, rows_sent
 from scmoe.models.fsdp_units import exact_parameters, router_parameters, units, whole_parameters
 from scmoe.moe.coefficient import CG1, CG2
@@ -61,6 +62,7 @@ class Job:
     ranks: all of the job; ep_size of them share one set of experts, and node_size are on a node.
     samples: of a rank in one batch; accumulate: batches of a step. dense: replicated, sharded or
     hybrid. wire_bytes: of a number that is sent between experts; None: as it is computed.
+    batches_in_flight: at most, where schedule.auto may choose.
     """
 
     ranks: int = 1
@@ -74,6 +76,7 @@ class Job:
     recompute: bool = False
     on_gpu: bool = True
     wire_bytes: int | None = None
+    batches_in_flight: int = 1
 
     @classmethod
     def of(cls, config: Config) -> "Job":
@@ -81,6 +84,8 @@ class Job:
         take."""
         trainer, data = config.trainer, config.data
         ranks = trainer.devices * trainer.num_nodes
+        two = config.schedule.batches_in_flight == 2
+        two = two or (config.schedule.auto and may_run_two_batches(config))
         return cls(
             ranks=ranks,
             ep_size=resolve_ep_size(config),
@@ -93,6 +98,7 @@ class Job:
             recompute=trainer.recompute,
             on_gpu=trainer.accelerator != "cpu",
             wire_bytes=None if config.strategy.wire_dtype is None else 2,
+            batches_in_flight=2 if two else 1,
         )
 
     @property
@@ -252,15 +258,15 @@ def gathered(split: Split) -> tuple[int, int]:
         if job.precision == "bf16-mixed":
             apart = split.exact | split.experts
             narrow = 2 * sum(split.held(p) for p in parameters if p not in apart)
-            chunks = {
-                block.moe: block.schedule.chunks
+            pieces = {
+                block.moe: block.schedule.chunks * job.batches_in_flight
                 for block in moe_blocks_of(split.model)
                 if not job.recompute
             }
             for moe, copies in moe_uses(
                 split.model
-            ):  # every gate and every chunk of a block has its own
-                uses = copies // moe.router.top_k * chunks.get(moe, 1)
+            ):  # every gate, every chunk and every half of a batch has its own
+                uses = copies // moe.router.top_k * pieces.get(moe, 1)
                 narrow += 2 * uses * sum(map(split.held, moe.experts.parameters()))
         held = {p: split.held(p) * split.bytes_of(p) for p in parameters}
         averaged = sum(held[p] for p in split.experts) if job.dp_size > 1 else 0
