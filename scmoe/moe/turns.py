@@ -100,8 +100,9 @@ def current_turns() -> Turns | None:
 def _modes() -> dict[str, Any]:
     """Return those modes of torch on this thread that a block may enter, by what enters them."""
     return {
-        "torch.no_grad or torch.enable_grad": torch.is_grad_enabled(),
+        # first, as it sets the grad mode too
         "torch.inference_mode": torch.is_inference_mode_enabled(),
+        "torch.no_grad or torch.enable_grad": torch.is_grad_enabled(),
         "torch.autocast": [
             (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             for device in DEVICES

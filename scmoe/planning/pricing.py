@@ -278,8 +278,8 @@ def at_place(choices: Sequence[LayerChoice], slot: tuple[int, bool]) -> LayerCho
 
 
 def predicted(choices: Sequence[LayerChoice]) -> float:
-    """Return the seconds of the windows of all layers; with two batches in flight, of what is left
-    of these (stack.windows_time)."""
+    """Return the predicted seconds of the windows of all layers, together with the waits that two
+    batches in flight leave."""
     if choices[0].batches_in_flight == 2:
         return windows_time(in_halves(choices))
     return sum(choice.predicted for choice in choices)
