@@ -14,7 +14,13 @@ from markupsafe import Markup
 from scmoe.files.writing import read_json
 from scmoe.html_report.sources import Cleaner, Source, read_file
 from scmoe.html_report.svg import C1, C2, C3, C4, C5, C6, INK, MUTED, PAPER, SMALL, drawing
-from scmoe.planning.pricing import DIRECTIONS, LayerChoice, in_halves, plan_from_json
+from scmoe.planning.pricing import (
+    DIRECTIONS,
+    LayerChoice,
+    batches_in_flight,
+    in_halves,
+    plan_from_json,
+)
 from scmoe.schedule.cost import TRANSFERS, Span, elapsed, per_chunk, play
 from scmoe.schedule.schedule import PARTS
 from scmoe.schedule.stack import play_halves
@@ -39,7 +45,7 @@ def plan_drawings(run: Path) -> list[tuple[str, Markup]]:
         choices = plan_from_json(read_json(run / "plan.json"))
     except ValueError:
         return []
-    if choices and choices[0].batches_in_flight == 2:
+    if batches_in_flight(choices) == 2:
         return [halves_drawing(choices, direction) for direction in DIRECTIONS]
     drawings = []
     for layer, choice in enumerate(choices):

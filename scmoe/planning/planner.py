@@ -33,6 +33,7 @@ from scmoe.moe.operators import Direction, Recorder
 from scmoe.planning.pricing import (
     DIRECTIONS,
     LayerChoice,
+    batches_in_flight,
     measured,
     predicted,
     price,
@@ -215,7 +216,7 @@ class Planner:
             choices = self.candidates[which] if what == "try" else self.choices
             schedules = [choice.schedule for choice in choices]
         self.run_in_flight(choices)
-        in_halves = bool(choices) and choices[0].batches_in_flight == 2
+        in_halves = batches_in_flight(choices) == 2
         timed = timed and what == "run"
         notes = what == "measure" or (timed and not in_halves)
         if notes or timed or what == "try":  # a trial needs one clock, and so do halves
@@ -232,7 +233,7 @@ class Planner:
             return
         if what == "try":
             self.tried[which][-1] += slowest(recorders[0], self.group)
-        elif what == "run" and self.choices[0].batches_in_flight == 2:
+        elif what == "run" and batches_in_flight(self.choices) == 2:
             self.note_drift(slowest(recorders[0], self.group))
             return
         else:
@@ -267,7 +268,7 @@ class Planner:
         """Set the number of batches in flight, which is one where nothing is chosen. Without
         `choose_in_flight` the network keeps its own."""
         if self.network is not None:
-            set_in_flight(self.network, choices[0].batches_in_flight if choices else 1)
+            set_in_flight(self.network, batches_in_flight(choices))
 
     def run_as(
         self,
@@ -321,7 +322,7 @@ class Planner:
 
         seconds: of the windows of a timed step; with two batches in flight, of the step.
         """
-        usual = self.usual[self.choices[0].batches_in_flight]
+        usual = self.usual[batches_in_flight(self.choices)]
         if self.first_timed:
             usual.append(seconds)
         self.first_timed = False

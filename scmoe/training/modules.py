@@ -30,7 +30,6 @@ from scmoe.parallel.mesh import ParallelContext, expert_parameters
 from scmoe.parallel.torch_seam import allow_graphs
 from scmoe.training.muon import Trained, adamw
 
-
 # A compiled sub-layer has graphs with gradients and without. Where the halves of a batch differ, it
 # has them for the first size, for any other one, for one sequence and for none, and one more where
 # these come in another order.

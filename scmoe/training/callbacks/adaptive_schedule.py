@@ -13,7 +13,13 @@ from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.files.writing import try_to_write_json
 from scmoe.models.halves import batches_of, has_halves
 from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
-from scmoe.planning.pricing import LayerChoice, plan_from_json, plan_to_json, predicted_and_exposed
+from scmoe.planning.pricing import (
+    LayerChoice,
+    batches_in_flight,
+    plan_from_json,
+    plan_to_json,
+    predicted_and_exposed,
+)
 from scmoe.training.callbacks.logged_steps import logs_now
 
 
@@ -154,7 +160,7 @@ def plan_lines(choices: list[LayerChoice]) -> list[str]:
     """Return a line for each run of neighbouring layers with the same schedule."""
     lines = []
     times = predicted_and_exposed(choices)
-    halves = ", two batches in flight" if choices[0].batches_in_flight == 2 else ""
+    halves = ", two batches in flight" if batches_in_flight(choices) == 2 else ""
     for schedule, group in itertools.groupby(
         enumerate(choices, 1), key=lambda item: item[1].schedule
     ):
