@@ -43,6 +43,7 @@ from experiments.engine import links
 from experiments.engine.clock import CPU, in_turn
 from experiments.engine.ranks import say_once
 from scmoe.models.decoder import GPT
+from scmoe.models.halves import set_in_flight
 from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
 from scmoe.parallel.mesh import build_mesh
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
@@ -124,7 +125,7 @@ class InferenceBench:
         if variant.transfers == "sequential":
             dispatcher = Blocking(self.paid)
         model = self.models[variant.block]
-        model.batches_in_flight = variant.batches_in_flight
+        set_in_flight(model, variant.batches_in_flight)
         model.blocks[0].run_as(variant.schedule, dispatcher)
         return pass_seconds(self.passes[variant.block, shape], self.group, CPU, PASSES[shape])
 
@@ -133,7 +134,7 @@ class InferenceBench:
         self.now.load, self.now.step = load_of(load), 0
         schedule = default_schedule(block)
         model = self.models[block]
-        model.batches_in_flight = 1
+        set_in_flight(model, 1)
         model.blocks[0].run_as(schedule, self.paid)
         priced = price_passes(model.blocks, self.passes[block, shape], self.group, CPU, CHUNKS)
         variants = [Variant(block, schedule, name, load) for name in ("sequential", "free")]

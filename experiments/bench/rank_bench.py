@@ -21,7 +21,7 @@ from experiments.engine import links
 from experiments.engine.clock import CPU, in_turn, slowest
 from experiments.engine.profiles import peak_bytes
 from experiments.engine.ranks import say_once
-from scmoe.models.halves import in_flight
+from scmoe.models.halves import in_flight, set_in_flight
 from scmoe.models.residual_stream import through
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.layout import Buffers
@@ -120,7 +120,7 @@ class Bench:
             blocks, variant.of_blocks(block.schedule for block in blocks), strict=True
         ):
             block.run_as(schedule, dispatcher, recorder)
-        self.models[variant.block].batches_in_flight = variant.batches_in_flight
+        set_in_flight(self.models[variant.block], variant.batches_in_flight)
         return self.steps[variant.block]
 
     @property

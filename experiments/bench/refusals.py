@@ -6,7 +6,7 @@ from experiments.bench.pairs import ROWS, Setting
 from experiments.bench.stacks import config_of, rows_of_layout
 from experiments.bench.two_batches import refuse_halves
 from scmoe.config.leaves import ConfigError
-from scmoe.probes.loads import Sizes, check_load, load_of
+from scmoe.probes.loads import Sizes, check_load, load_of, sequences_of
 
 
 def refuse_impossible(setting: Setting) -> None:
@@ -30,7 +30,6 @@ def refuse_impossible(setting: Setting) -> None:
         raise ConfigError(
             f"--layers is {setting.layers}, allowed: multiples of --every ({setting.every})"
         )
-    refuse_halves(setting.rows, setting.sequences)
     config_of("top2", setting)  # it refuses sizes that no block can have
     if setting.tokens % setting.seq_len:
         raise ConfigError(
@@ -73,6 +72,7 @@ def refuse_loads(setting: Setting) -> None:
         for block in blocks:
             sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
             check_load(load, sizes, setting.sequences)
+        refuse_halves(setting.rows, min(sequences_of(load, setting.sequences, setting.ranks)))
         if load.kind == "ragged" and setting.layout not in (None, "dropless"):
             raise ConfigError(
                 f"--layout is {setting.layout}, allowed with --load {load.name}: dropless"

@@ -24,7 +24,7 @@ from scmoe.parallel.mesh import Mesh
 from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped, wrap
 from scmoe.parallel.wire.wire import Wire
-from scmoe.planning.pricing import LayerChoice
+from scmoe.planning.pricing import LayerChoice, batches_in_flight
 from scmoe.probes.loads import BALANCED, CurrentLoad, Sizes, deal
 from scmoe.schedule.cost import OperatorTimes, exposed_time, slots
 from scmoe.schedule.schedule import Schedule
@@ -139,8 +139,8 @@ class Variant:
 def chosen_by(choices: Sequence[LayerChoice], block: str, load: str) -> Variant:
     """Return the variant of a planner's choices for the blocks of a row."""
     schedules = [choice.schedule for choice in choices]
-    in_flight = choices[0].batches_in_flight
-    variant = Variant(block, schedules[-1], load=load, batches_in_flight=in_flight)
+    batches = batches_in_flight(choices)
+    variant = Variant(block, schedules[-1], load=load, batches_in_flight=batches)
     return (
         variant
         if variant.of_blocks(schedules) == schedules

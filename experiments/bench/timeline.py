@@ -24,7 +24,14 @@ from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.moe.operators import Direction
 from scmoe.moe.recorder import Recorder
-from scmoe.planning.pricing import DIRECTIONS, LayerChoice, from_tap, in_halves, plan_from_json
+from scmoe.planning.pricing import (
+    DIRECTIONS,
+    LayerChoice,
+    batches_in_flight,
+    from_tap,
+    in_halves,
+    plan_from_json,
+)
 from scmoe.schedule.cost import Span, elapsed, per_chunk, play
 from scmoe.schedule.stack import play_halves
 
@@ -92,7 +99,7 @@ def draw_plan(run_dir: Path) -> dict[str, Any]:
             )
             if choice.batches_in_flight == 1:
                 rows[title] = planned_spans(choice, direction, sequential=False)
-        if choices[0].batches_in_flight == 2:
+        if batches_in_flight(choices) == 2:
             rows |= planned_halves(choices, direction)
         picture = run_dir / "analysis" / f"plan-{direction}.png"
         words = (

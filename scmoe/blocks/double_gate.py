@@ -53,7 +53,7 @@ class DoubleGateBlock(MoEBlock):
         x_BSD, preceding = self.through_window(x_BSD, preceding, cache)
         preceding = self.experts_at(len(self.schedule.window), preceding)
         arguments = self.norm(x_BSD), mask_BS, self.schedule.chunks, preceding.routing.topk_ids_TK
-        current_BSD, current_stats = self.operator("current", self.moe, *arguments)
+        current_BSD, current_stats = self.noted_as("current", self.moe, *arguments)
         preceding_BSD, preceding_stats = self.moe.finish(preceding)
         stats = None
         if current_stats is not None and preceding_stats is not None:

@@ -85,13 +85,14 @@ def read_unchecked(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _merged(draft, overrides)
 
 
-def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
+def load_text(text: str, source: str, overrides: Sequence[str] = (), trains: bool = True) -> Config:
     """Return the validated configuration of a kept text and overrides.
 
     The text is of `to_yaml`, in a run, a checkpoint or an export.
 
     A kept configuration runs no code: its callbacks are left out. Its extensions are refused unless
     an override names them or they are imported already (registry.py). source: its name in messages.
+    trains: as `validate` takes it.
     """
     draft = _Draft(copy.deepcopy(_defaults()))
     tree = draft.tree
@@ -103,14 +104,14 @@ def load_text(text: str, source: str, overrides: Sequence[str] = ()) -> Config:
         OmegaConf.update(tree, "moe.position", _LEAVES["moe.position"].value)
     if not named(overrides):
         refuse_kept(tree.extensions, source)
-    return _finished(draft, overrides, source)
+    return _finished(draft, overrides, source, trains)
 
 
-def load_kept(path: Path, overrides: Sequence[str] = ()) -> Config:
-    return load_text(read_text(path), str(path), overrides)
+def load_kept(path: Path, overrides: Sequence[str] = (), trains: bool = True) -> Config:
+    return load_text(read_text(path), str(path), overrides, trains)
 
 
-def _finished(draft: _Draft, overrides: Sequence[str], source: str) -> Config:
+def _finished(draft: _Draft, overrides: Sequence[str], source: str, trains: bool = True) -> Config:
     """Merge the overrides into the draft and validate it.
 
     source: where its values are from; "" for the defaults.
@@ -118,7 +119,7 @@ def _finished(draft: _Draft, overrides: Sequence[str], source: str) -> Config:
     config = _merged(draft, overrides)
     if overrides:
         source = f"{source} and command line" if source else "command line"
-    validate(config, source or "defaults")
+    validate(config, source or "defaults", trains)
     return config
 
 

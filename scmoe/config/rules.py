@@ -9,6 +9,7 @@ import inspect
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -58,10 +59,13 @@ MOST_SYNTHETIC = 4096  # sequences of a validation
 LEAST_IDS = 2  # with one, there is nothing to predict
 
 
-def validate(config: Config, source: str) -> None:
-    """Raise ConfigError for the first value or combination that cannot run. source: where it is
-    from."""
-    checks = (
+def validate(config: Config, source: str, trains: bool = True) -> None:
+    """Raise ConfigError for the first value or combination that cannot run.
+
+    source: where it is from. trains: False where nothing is trained, so that data.global_batch_size
+    need not have two sequences for each rank.
+    """
+    checks: list[Callable[[Config], Refusals]] = [
         _ranges,
         _extensions,
         unread_fields,
@@ -72,7 +76,9 @@ def validate(config: Config, source: str) -> None:
         _offload,
         _data,
         _trainer,
-    )
+    ]
+    if trains:
+        checks.append(_halves_of_a_batch)
     refuse(config, *checks, prefix=f"{source}: ")
 
 
@@ -238,22 +244,32 @@ def may_run_two_batches(config: Config) -> bool:
         return False
     schedule = replace(config.schedule, auto=False, batches_in_flight=2)
     two = replace(config, schedule=schedule)
-    return not any(True for check in (unread_fields, _schedule) for _ in check(two))
+    checks = (unread_fields, _schedule, _halves_of_a_batch)
+    return not any(True for check in checks for _ in check(two))
 
 
 def _two_batches(config: Config) -> Refusals:
     """Check two batches in flight."""
-    trainer = config.trainer
     key = "schedule.batches_in_flight"
-    batches = trainer.devices * trainer.num_nodes * trainer.accumulate
-    if config.data.global_batch_size < 2 * batches:
-        why = "a rank's batch has one sequence (image)"
-        yield key, f"1, as {why}; raise data.global_batch_size to {2 * batches} or more"
     if config.schedule.transfers == "sequential":
         yield key, "1 where schedule.transfers=sequential, which leaves nothing to hide"
     if config.moe.architecture == "dgmoe_share" and config.strategy.dense != "replicated":
         together = "the two pairs of moe.architecture=dgmoe_share are split together"
         yield key, f"1, as {together} (strategy.dense)"
+
+
+def _halves_of_a_batch(config: Config) -> Refusals:
+    """Check that a rank has a sequence for each of two batches in flight."""
+    trainer = config.trainer
+    batches = trainer.devices * trainer.num_nodes * trainer.accumulate
+    if config.schedule.batches_in_flight == 2 and config.data.global_batch_size < 2 * batches:
+        yield (
+            "schedule.batches_in_flight",
+            Advice(
+                "A rank's batch has one sequence (image), which has no halves. Raise"
+                f" data.global_batch_size to {2 * batches} or more, or use one batch in flight."
+            ),
+        )
 
 
 def _ranks(config: Config) -> Refusals:

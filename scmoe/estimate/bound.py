@@ -41,6 +41,7 @@ from scmoe.estimate.model_cost import (
     total_and_active,
     training_flops,
 )
+from scmoe.models.halves import sizes_of_halves
 from scmoe.moe.layout import Buffers, Capacity, buffer_size, expert_capacity
 
 INTEGER = 8  # bytes
@@ -119,7 +120,7 @@ def step_traffic(split: Split) -> dict[str, int]:
     blocks = moe_blocks_of(split.model)
     rows = split.model.rows_per_sample(job.seq_len)
     for block in blocks if job.ep_size > 1 else ():
-        num_rows, counts = rows_of_block(block, round(job.samples * rows[block.moe]), job.ep_size)
+        num_rows, counts = rows_of_batches(block, job, rows[block.moe])
         width = job.wire_bytes or job.compute_bytes
         size = 4 * num_rows * block.moe.experts.w_in_eDF.shape[1] * width * job.accumulate
         sent["all_to_all ep"] += size
@@ -162,6 +163,14 @@ def add_weight(split: Split, p: nn.Parameter, sent: Counter[str]) -> None:
         sent[f"reduce_scatter {group}"] += split.summed_bytes(p) * job.accumulate
     if copies > 1:
         sent[f"all_reduce {mesh}-copies"] += 2 * split.summed_bytes(p) // shards * job.accumulate
+
+
+def rows_of_batches(block: MoEBlock, job: RankJob, per_sample: float) -> tuple[int, int]:
+    """Return what `rows_of_block` does, summed over the batches in flight. per_sample: tokens of a
+    sample that the block gets."""
+    halves = sizes_of_halves(job.samples) if job.batches_in_flight == 2 else (job.samples,)
+    parts = [rows_of_block(block, round(half * per_sample), job.ep_size) for half in halves]
+    return sum(rows for rows, _ in parts), sum(counts for _, counts in parts)
 
 
 def rows_of_block(block: MoEBlock, tokens: int, ep_size: int) -> tuple[int, int]:

@@ -59,6 +59,7 @@ class RankJob:
     ranks: all of the job; ep_size of them share one set of experts, and node_size are on a node.
     samples: of a rank in one batch; accumulate: batches of a step. dense: replicated, sharded or
     hybrid. wire_bytes: of a number that is sent between experts; None: as it is computed.
+    batches_in_flight: at most, where schedule.auto may choose.
     """
 
     ranks: int = 1
@@ -72,6 +73,7 @@ class RankJob:
     recompute: bool = False
     on_gpu: bool = True
     wire_bytes: int | None = None
+    batches_in_flight: int = 1
 
     @property
     def dp_size(self) -> int:
@@ -230,15 +232,15 @@ def gathered(split: Split) -> tuple[int, int]:
         if job.precision == "bf16-mixed":
             apart = split.exact | split.experts
             narrow = 2 * sum(split.held(p) for p in parameters if p not in apart)
-            chunks = {
-                block.moe: block.schedule.chunks
+            pieces = {
+                block.moe: block.schedule.chunks * job.batches_in_flight
                 for block in moe_blocks_of(split.model)
                 if not job.recompute
             }
             for moe, copies in moe_uses(
                 split.model
-            ):  # every gate and every chunk of a block has its own
-                uses = copies // moe.router.top_k * chunks.get(moe, 1)
+            ):  # every gate, every chunk and every half of a batch has its own
+                uses = copies // moe.router.top_k * pieces.get(moe, 1)
                 narrow += 2 * uses * sum(map(split.held, moe.experts.parameters()))
         held = {p: split.held(p) * split.bytes_of(p) for p in parameters}
         averaged = sum(held[p] for p in split.experts) if job.dp_size > 1 else 0

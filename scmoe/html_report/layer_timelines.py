@@ -14,7 +14,13 @@ from markupsafe import Markup
 from scmoe.files.writing import read_json
 from scmoe.html_report.sources import Cleaner, Source, read_file
 from scmoe.html_report.svg import C1, C2, C3, C4, C5, C6, INK, MUTED, PAPER, SMALL, drawing
-from scmoe.planning.pricing import DIRECTIONS, LayerChoice, in_halves, plan_from_json
+from scmoe.planning.pricing import (
+    DIRECTIONS,
+    LayerChoice,
+    batches_in_flight,
+    in_halves,
+    plan_from_json,
+)
 from scmoe.schedule.cost import TRANSFERS, Span, elapsed, per_chunk, play
 from scmoe.schedule.schedule import PARTS
 from scmoe.schedule.stack import play_halves
@@ -29,6 +35,7 @@ COLORS = {
 }
 LETTER = 0.018  # width of a letter over that of the axis
 WAIT = " wait"  # ends the name of a wait in a trace
+TURN = "batch "  # begins the name of a turn of one of several batches in flight (moe/turns.py)
 Timelines = Mapping[str, Sequence[Span]]
 
 
@@ -38,7 +45,7 @@ def plan_drawings(run: Path) -> list[tuple[str, Markup]]:
         choices = plan_from_json(read_json(run / "plan.json"))
     except ValueError:
         return []
-    if choices and choices[0].batches_in_flight == 2:
+    if batches_in_flight(choices) == 2:
         return [halves_drawing(choices, direction) for direction in DIRECTIONS]
     drawings = []
     for layer, choice in enumerate(choices):
@@ -89,18 +96,51 @@ def trace_drawings(run: Path, clean: Cleaner) -> list[tuple[str, Markup]]:
 
 def trace_drawing(source: Source) -> tuple[str, Markup] | None:
     """Return caption and drawing of the first whole MoE layer in a trace; None: it has none."""
-    spans = first_layer(source.data["operators"])
-    if not spans:
+    timelines = measured_timelines(source.data["operators"])
+    if not timelines:
         return None
+    halves = ", of two batches in flight" if len(timelines) > 1 else ""
     caption = (
-        f"Measured forward pass of an MoE layer ({source.name}); a transfer is shown from its"
-        " launch to the end of its wait"
+        f"Measured forward pass of an MoE layer{halves} ({source.name}); a transfer is shown from"
+        " its launch to the end of its wait"
     )
-    return caption, draw_timelines({"forward, measured on the host": spans}, caption)
+    return caption, draw_timelines(timelines, caption)
+
+
+def measured_timelines(operators: Sequence[Sequence[Any]]) -> dict[str, list[Span]]:
+    """Return the spans of the first whole MoE layer in ms, from its tap on: of the batch, or of
+    each half where two batches take turns. operators: as `first_layer`."""
+    turns: dict[str, list[Sequence[Any]]] = {}
+    for turn in operators:
+        if turn[0].startswith(TURN):
+            turns.setdefault(turn[0], []).append(turn)
+    layers = {"forward, measured on the host": first_layer(operators)}
+    if turns:
+        layers = {
+            f"half {name.removeprefix(TURN)}, forward, measured on the host": first_layer(
+                [one for one in operators if _is_in_one_of(turns[name], one)]
+            )
+            for name in sorted(turns)
+        }
+    if not all(layers.values()):
+        return {}
+    tap = min(spans[0].start for spans in layers.values())
+    return {
+        name: [Span(s.operator, s.start - tap, s.end - tap) for s in spans]
+        for name, spans in layers.items()
+    }
+
+
+def _is_in_one_of(turns: Sequence[Sequence[Any]], operator: Sequence[Any]) -> bool:
+    name, begin_ms, _, thread = operator
+    return not name.startswith(TURN) and any(
+        turn[1] <= begin_ms < turn[2] and turn[3] == thread for turn in turns
+    )
 
 
 def first_layer(operators: Sequence[Sequence[Any]]) -> list[Span]:
-    """Return the spans from the first `route` to the first `decode` after it, from 0 on, in ms.
+    """Return the spans from the first `route` to the first `decode` after it, in ms; none if there
+    is no such layer. The first span is that of `route`.
 
     operators: name, begin and end in ms, thread (sources.operators_of). Transfers are awaited in
     the order of their launches.
@@ -127,7 +167,7 @@ def first_layer(operators: Sequence[Sequence[Any]]) -> list[Span]:
                 spans.append(Span(operator, in_flight[operator].pop(0), end_ms))
         else:
             spans.append(Span(operator, begin_ms, end_ms))
-    return [Span(s.operator, s.start - tap[1], s.end - tap[1]) for s in spans]
+    return spans
 
 
 def draw_timelines(timelines: Timelines, words: str) -> Markup:

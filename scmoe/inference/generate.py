@@ -32,6 +32,7 @@ from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.inference.sampling import Reason, Sampling, Stopping, choose
 from scmoe.models.decoder import Decoder
+from scmoe.models.halves import one_in_flight
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.layout import Buffers
 from scmoe.moe.stream import dropless
@@ -112,15 +113,13 @@ def decode(model: Decoder, ids_B: Tensor, going: Sequence[bool], cache: KVCache)
 def sequential(model: Decoder, blocks: Sequence[MoEBlock]) -> Iterator[None]:
     """Run the model without overlap inside: one batch is in flight, and the blocks wait for each
     transfer as soon as it starts."""
-    batches_in_flight = getattr(model, "batches_in_flight", 1)  # a user's network may have none
-    model.batches_in_flight = 1
     dispatchers = [block.moe.dispatcher for block in blocks]
     for block, dispatcher in zip(blocks, dispatchers, strict=True):
         block.run_as(block.schedule, Blocking(dispatcher), block.recorder)
     try:
-        yield
+        with one_in_flight(model):
+            yield
     finally:
-        model.batches_in_flight = batches_in_flight
         for block, dispatcher in zip(blocks, dispatchers, strict=True):
             block.run_as(block.schedule, dispatcher, block.recorder)
 

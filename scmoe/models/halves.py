@@ -4,14 +4,20 @@
           half 1   attention | dispatch ...      | experts | combine ...         | attention
           half 2             | attention         | dispatch ... | experts        | combine ...
 
-A half has whole sequences. Of an odd number the first half has one more, and of a single sequence
-the second half is empty, so that it takes part in the transfers of other ranks. Outputs are those
-of the whole batch where no capacity binds: a capacity and a buffer count the tokens of a half.
-Dropout and a noisy gate draw in another order.
+Each half is made of whole sequences. With an odd number the first half has one more. With one
+sequence the second half is empty; this rank still takes part in its transfers. Outputs are those of
+the whole batch where no capacity binds: a capacity and a buffer count the tokens of a half. Dropout
+and a noisy gate draw in another order.
+
+A network can have two batches in flight if it has the attribute `batches_in_flight` and calls
+`in_flight` around its blocks. `set_in_flight` is the one place that sets the attribute, as
+MoEBlock.run_as sets how a block runs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,23 +30,31 @@ from scmoe.moe.turns import in_turns
 Way = Callable[..., tuple[Tensor, list[RouterStats]]]
 
 
-@torch.compiler.disable
 def in_flight(
     batches: int, way: Way, x_BSD: Tensor, mask_BS: Tensor | None, cache: KVCache | None = None
 ) -> tuple[Tensor, list[RouterStats]]:
-    """Return the stream and the routers' sums of way(x_BSD, mask_BS), run as so many batches in
-    turns.
+    """Run `way` once, or once for each half of the batch in turns. Return the stream and the
+    routers' sums of the whole batch.
 
-    batches: 1 or 2. way: from the first block to the last one. cache: in generation; `way` gets it
-    after the mask.
+    batches: 1 or 2, else ValueError. way: from the first block to the last one. cache: in
+    generation; `way` gets it after the mask.
     """
+    _check(batches)
     if batches == 1:
         return way(*with_cache(x_BSD, mask_BS, cache=cache))
-    total = len(x_BSD)
-    first = total - total // 2
-    x_halves = x_BSD.split([first, total - first])
+    return _in_halves(way, x_BSD, mask_BS, cache)
+
+
+@torch.compiler.disable
+def _in_halves(
+    way: Way, x_BSD: Tensor, mask_BS: Tensor | None, cache: KVCache | None
+) -> tuple[Tensor, list[RouterStats]]:
+    """Run `way` for each half in turns. torch.compile cannot follow greenlets, so it compiles
+    nothing inside; sub-layers that were compiled themselves stay compiled."""
+    first, second = sizes_of_halves(len(x_BSD))
+    x_halves = x_BSD.split([first, second])
     mask_halves = [None, None] if mask_BS is None else [mask_BS[:first], mask_BS[first:]]
-    spans = [(0, first), (first, total)]
+    spans = [(0, first), (first, first + second)]
     caches = [None if cache is None else cache.texts(*span) for span in spans]
     halves = [
         partial(way, *with_cache(x, mask, cache=part))
@@ -49,3 +63,51 @@ def in_flight(
     (y1_BSD, stats1), (y2_BSD, stats2) = in_turns(halves)
     stats = [add_stats(a, b) for a, b in zip(stats1, stats2, strict=True)]
     return torch.cat([y1_BSD, y2_BSD]), stats
+
+
+def sizes_of_halves(sequences: int) -> tuple[int, int]:
+    """Return the numbers of sequences of both halves of a batch."""
+    return sequences - sequences // 2, sequences // 2
+
+
+def has_halves(network: Any) -> bool:
+    """Return whether a network can have two batches in flight."""
+    return getattr(network, "batches_in_flight", None) is not None
+
+
+def batches_of(network: Any) -> int:
+    """Return how many batches a network has in flight."""
+    return network.batches_in_flight if has_halves(network) else 1
+
+
+def set_in_flight(network: Any, batches: int) -> None:
+    """Let a network have so many batches in flight from the next pass on. DDP around it must be
+    taken off first.
+
+    Raises ValueError for another number than 1 and 2, and for 2 if the network cannot have them.
+    """
+    _check(batches)
+    if has_halves(network):
+        network.batches_in_flight = batches
+    elif batches == 2:
+        raise ValueError(
+            f"{type(network).__name__} has no attribute batches_in_flight, so it cannot have two"
+            " batches in flight. Use scmoe.models.decoder.Decoder, or set the attribute to 1 and"
+            " call scmoe.models.halves.in_flight around the blocks."
+        )
+
+
+@contextmanager
+def one_in_flight(network: Any) -> Iterator[None]:
+    """Let a network have one batch in flight inside."""
+    batches = batches_of(network)
+    set_in_flight(network, 1)
+    try:
+        yield
+    finally:
+        set_in_flight(network, batches)
+
+
+def _check(batches: int) -> None:
+    if batches not in (1, 2):
+        raise ValueError(f"batches_in_flight is {batches}, allowed: 1 | 2")

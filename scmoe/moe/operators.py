@@ -2,7 +2,8 @@
 
 Operators are what the schedule moves and the planner prices: route, encode, dispatch, experts,
 combine, decode, attention (or its parts attention_core, attention_out), mlp, shared_expert,
-current. In a profile they are called scmoe/<name>. recorder.py notes when each one runs.
+current. In a profile they are called scmoe/<name>; `current` is not there, but what runs inside it.
+recorder.py notes when each one runs.
 """
 
 from collections.abc import Callable
@@ -35,13 +36,24 @@ class Operators(nn.Module):
     recorder: AnyRecorder | None = None
 
     def operator(self, name: str, f: Callable[..., Any], *inputs: Any) -> Any:
-        if self.recorder is not None:
-            f, inputs = self.recorder.around, (name, f, *inputs)
         # a range takes time, and without a profiler nobody reads it
         if not torch.autograd._profiler_enabled():
-            return f(*inputs)
+            return self.noted_as(name, f, *inputs)
         with record_function(f"scmoe/{name}"):
+            return self.noted_as(name, f, *inputs)
+
+    def noted_as(self, name: str, f: Callable[..., Any], *inputs: Any) -> Any:
+        """Run what is one operator for the recorder alone. A profile shows the operators inside it:
+        no range may be open where a batch passes its turn (turns.py)."""
+        if self.recorder is None:
             return f(*inputs)
+        return self.recorder.around(name, f, *inputs)
+
+
+def range_of_profile(name: str) -> AbstractContextManager[Any]:
+    """Return a context that a profile shows as scmoe/<name>; without a profiler, one that costs
+    nothing."""
+    return record_function(f"scmoe/{name}") if torch.autograd._profiler_enabled() else nullcontext()
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:

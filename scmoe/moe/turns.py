@@ -9,21 +9,40 @@ it. All batches run on one thread, where autograd numbers its nodes in the order
 Backward therefore takes turns in the reverse order, without any greenlet.
 
 Torch keeps its modes (autocast, no_grad, hooks of saved tensors) for each thread. So no batch may
-enter one before a wait and leave it after the wait: the other batches would run in it.
+enter one before a wait and leave it after the wait: the other batches would run in it. `pass_turn`
+refuses it.
 """
 
 from collections.abc import Callable, Sequence
 from contextvars import copy_context
 from typing import Any
 
+import torch
 from greenlet import getcurrent, greenlet
+from torch.autograd.graph import disable_saved_tensors_hooks
+
+from scmoe.moe.operators import range_of_profile
+
+DEVICES = ("cpu", "cuda")  # for which autocast is on or off
 
 
 class Turns:
-    """One call of `in_turns`. number: of its batches."""
+    """Identifies one call of `in_turns`. batches: how many it runs."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+        self.modes = _modes()
+
+    def check_modes(self) -> None:
+        """Raise RuntimeError if this batch has entered one of torch's modes and not left it."""
+        for mode, value in _modes().items():
+            if value != self.modes[mode]:
+                raise RuntimeError(
+                    f"With several batches in flight, {mode} is open while a block waits for its"
+                    " rows, and the other batch would run in it. Leave it before the MoE module"
+                    " waits (trainer.recompute=true does so for checkpoints), or use"
+                    " schedule.batches_in_flight=1."
+                )
 
 
 class _Batch(greenlet):
@@ -35,7 +54,7 @@ class _Batch(greenlet):
 
 def in_turns(functions: Sequence[Callable[[], Any]]) -> list[Any]:
     """Return the results of the functions. The first one begins, and each runs until it passes its
-    turn or ends.
+    turn or ends. A profile shows each turn as a range, scmoe/batch 1 for the first function.
 
     What a function raises is raised here; the others are then ended, so that none of them stays
     paused.
@@ -45,11 +64,13 @@ def in_turns(functions: Sequence[Callable[[], Any]]) -> list[Any]:
     results: dict[_Batch, Any] = {}
     try:
         while len(results) < len(batches):
-            for batch in batches:
-                if not batch.dead:
+            for number, batch in enumerate(batches, 1):
+                if batch.dead:
+                    continue
+                with range_of_profile(f"batch {number}"):
                     result = batch.switch()
-                    if batch.dead:
-                        results[batch] = result
+                if batch.dead:
+                    results[batch] = result
     finally:
         for batch in batches:
             if not batch.dead:
@@ -59,10 +80,14 @@ def in_turns(functions: Sequence[Callable[[], Any]]) -> list[Any]:
 
 def pass_turn() -> None:
     """Let the other batches run, and return at the next turn of this one. Return at once if it runs
-    alone."""
+    alone.
+
+    Raises RuntimeError if one of torch's modes, in which the others would run, is open here.
+    """
     current = getcurrent()
     if isinstance(current, _Batch):
         assert current.parent is not None
+        current.turns.check_modes()
         current.parent.switch()
 
 
@@ -70,3 +95,27 @@ def current_turns() -> Turns | None:
     """Return the turns that are being taken now; None: a batch runs alone."""
     current = getcurrent()
     return current.turns if isinstance(current, _Batch) else None
+
+
+def _modes() -> dict[str, Any]:
+    """Return those modes of torch on this thread that a block may enter, by what enters them."""
+    return {
+        # first, as it sets the grad mode too
+        "torch.inference_mode": torch.is_inference_mode_enabled(),
+        "torch.no_grad or torch.enable_grad": torch.is_grad_enabled(),
+        "torch.autocast": [
+            (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in DEVICES
+        ],
+        "torch.utils.checkpoint or another user of saved_tensors_hooks": _has_hooks(),
+    }
+
+
+def _has_hooks() -> bool:
+    """Return whether hooks of saved tensors are set. Torch refuses to disable them then, and has no
+    other documented way to see them."""
+    try:
+        with disable_saved_tensors_hooks("hooks are set"):
+            return False
+    except RuntimeError:
+        return True

@@ -27,13 +27,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from scmoe.models.fsdp_units import exact_parameters, router_parameters, units, whole_parameters
-from scmoe.moe.turns import current_turns
 from scmoe.parallel.mesh import Mesh, expert_parameters, group_by_rows, start_communicators
+from scmoe.parallel.shared_units import share_between_turns
 from scmoe.parallel.torch_seam import (
     gather_as_kept,
     gather_in_background,
     hide_from_ddp,
-    share_between_turns,
     split_over,
 )
 
@@ -144,7 +143,7 @@ def shard(module: nn.Module, mesh: Mesh, precision: str) -> None:
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
             gather_as_kept(part, in_float32)
-            share_between_turns(part, current_turns)
+            share_between_turns(part, len(unit))
     prefetch(module)
 
 

@@ -4,12 +4,12 @@ An upgrade can rename or change any of them without notice, so tests/unit/test_p
 checks each name and refuses its use elsewhere.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -58,51 +58,63 @@ def gather_in_background(module: FSDPModule) -> None:
     module._set_unshard_async_op(True)
 
 
-def share_between_turns(unit: FSDPModule, current_turns: Callable[[], Any]) -> None:
-    """Let a unit be gathered once, and its gradients be summed once, for all batches that take
-    turns in it.
+class UnitCalls(NamedTuple):
+    """What FSDP calls for a group of parameters of a unit.
 
-    current_turns: returns an object with the `number` of these batches, another one for each pass;
-    None: there is one batch."""
+    enter(module, args, kwargs): before forward; returns args and kwargs, other objects if FSDP
+    awaits their gradients. leave(module, args, output): after forward; returns the output.
+    leave_backward(): when the gradients of what `enter` returned are complete, and at the end of
+    backward where FSDP has awaited none. forget_batch(): let the next `enter` expect no batch in
+    the unit. before_leaving(inputs, f, x): call f(x) right before the `leave_backward` of what
+    `enter` returned.
+    """
+
+    enter: Callable[[nn.Module, Any, Any], Any]
+    leave: Callable[[nn.Module, Any, Any], Any]
+    leave_backward: Callable[..., None]
+    forget_batch: Callable[[], None]
+    before_leaving: Callable[[Any, Callable[[Any], None], Any], None]
+
+
+def intercept(unit: FSDPModule, around: Callable[[UnitCalls], UnitCalls]) -> None:
+    """Let FSDP make other calls for each group of parameters of a unit. around: gets FSDP's own,
+    and returns what is called instead of its first three."""
+
+    def intercept_group(group: Any) -> None:
+        def forget_batch() -> None:
+            group._training_state = TrainingState.IDLE
+
+        calls = UnitCalls(
+            group.pre_forward,
+            group.post_forward,
+            group.post_backward,
+            forget_batch,
+            _before_leaving,
+        )
+        instead = around(calls)
+        group.pre_forward = instead.enter
+        group.post_forward = instead.leave
+        group.post_backward = instead.leave_backward
+
     for group in unit._get_fsdp_state()._fsdp_param_groups:
-        _SharedBetweenTurns(group, current_turns)
+        intercept_group(group)
 
 
-class _SharedBetweenTurns:
-    """Calls of FSDP for one group of parameters: the last batch that leaves the unit splits its
-    weights again, in forward and in backward. For one batch they are FSDP's own."""
+def _before_leaving(inputs: Any, f: Callable[[Any], None], x: Any) -> None:
+    # all inputs that have a gradient are outputs of one node, whose backward leaves the unit
+    first = next(tensor for tensor in _tensors_in(inputs) if tensor.requires_grad)
+    assert first.grad_fn is not None
+    first.grad_fn.register_prehook(lambda _: f(x))
 
-    def __init__(self, group: Any, current_turns: Callable[[], Any]) -> None:
-        self.group, self.current_turns = group, current_turns
-        self.pre_forward, self.post_forward = group.pre_forward, group.post_forward
-        self.post_backward = group.post_backward
-        self.turns: Any = None
-        self.forwards = self.backwards = 0  # that have not ended yet
-        group.pre_forward, group.post_forward = self.enter, self.leave
-        group.post_backward = self.leave_backward
 
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        turns = self.current_turns()
-        if turns is None or turns is not self.turns:
-            self.turns, self.backwards = turns, 0
-            self.forwards = 0 if turns is None else turns.number
-        if turns is None:
-            return self.pre_forward(module, args, kwargs)
-        # else FSDP takes this batch for the one inside
-        self.group._training_state = TrainingState.IDLE
-        inputs = self.pre_forward(module, args, kwargs)
-        # FSDP awaits the gradients of inputs
-        self.backwards += inputs[0] is not args or inputs[1] is not kwargs
-        return inputs
-
-    def leave(self, module: Any, inputs: Any, output: Any) -> Any:
-        self.forwards -= 1
-        return output if self.forwards > 0 else self.post_forward(module, inputs, output)
-
-    def leave_backward(self, *unused: Any) -> None:
-        self.backwards -= 1
-        if self.backwards <= 0:
-            self.post_backward(*unused)
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from _tensors_in(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for one in value:
+            yield from _tensors_in(one)
 
 
 def is_compiled(module: nn.Module) -> bool:

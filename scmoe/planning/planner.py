@@ -26,12 +26,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from scmoe.blocks.moe_block import MoEBlock
+from scmoe.models.halves import has_halves, set_in_flight
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.operators import Direction
 from scmoe.moe.recorder import Recorder
 from scmoe.planning.pricing import (
     DIRECTIONS,
     LayerChoice,
+    batches_in_flight,
     measured,
     predicted,
     price,
@@ -111,16 +113,21 @@ class Planner:
         assert len(self.chunk_counts) == 1 or not fixed
         self.dispatchers = [block.moe.dispatcher for block in blocks]
         self.choices: list[LayerChoice] = []
-        self.usual: list[float] = []  # seconds of the first timed step of each choice
+        # seconds of the first timed step of each choice, by batches in flight: those of windows, or
+        # with two of whole steps
+        self.usual: dict[int, list[float]] = {1: [], 2: []}
         self.network: Any = None
         self.numbers_in_flight: tuple[int, ...] = (1,)
         self.restart()
 
     def choose_in_flight(self, network: Any, numbers: Sequence[int]) -> None:
-        """Choose between 1 and 2 batches in flight too, if given. Steps are measured with one.
+        """Let the planner try these numbers of batches in flight. The measured steps always run
+        one.
 
-        network: has the blocks and `batches_in_flight`; DDP around it has not."""
-        assert network.batches_in_flight in (1, 2)
+        network: it holds the blocks and can have two batches in flight, which DDP around it cannot.
+        A fixed planner must not be given one.
+        """
+        assert has_halves(network) and not self.fixed
         self.network = network
         self.numbers_in_flight = tuple(numbers)
 
@@ -209,7 +216,7 @@ class Planner:
             choices = self.candidates[which] if what == "try" else self.choices
             schedules = [choice.schedule for choice in choices]
         self.run_in_flight(choices)
-        in_halves = bool(choices) and choices[0].batches_in_flight == 2
+        in_halves = batches_in_flight(choices) == 2
         timed = timed and what == "run"
         notes = what == "measure" or (timed and not in_halves)
         if notes or timed or what == "try":  # a trial needs one clock, and so do halves
@@ -226,7 +233,7 @@ class Planner:
             return
         if what == "try":
             self.tried[which][-1] += slowest(recorders[0], self.group)
-        elif what == "run" and self.choices[0].batches_in_flight == 2:
+        elif what == "run" and batches_in_flight(self.choices) == 2:
             self.note_drift(slowest(recorders[0], self.group))
             return
         else:
@@ -258,9 +265,10 @@ class Planner:
         self.agenda = [("try", i) for i in left for _ in range(self.batches)]
 
     def run_in_flight(self, choices: Sequence[LayerChoice]) -> None:
-        """Set the number of batches in flight, which is one where nothing is chosen."""
+        """Set the number of batches in flight, which is one where nothing is chosen. Without
+        `choose_in_flight` the network keeps its own."""
         if self.network is not None:
-            self.network.batches_in_flight = choices[0].batches_in_flight if choices else 1
+            set_in_flight(self.network, batches_in_flight(choices))
 
     def run_as(
         self,
@@ -314,12 +322,13 @@ class Planner:
 
         seconds: of the windows of a timed step; with two batches in flight, of the step.
         """
+        usual = self.usual[batches_in_flight(self.choices)]
         if self.first_timed:
-            self.usual.append(seconds)
+            usual.append(seconds)
         self.first_timed = False
         # where routing changes to and fro, both times become usual
-        usual = any(1 / DRIFT <= seconds / known <= DRIFT for known in self.usual)
-        self.drifted = 0 if usual else self.drifted + 1
+        is_usual = any(1 / DRIFT <= seconds / known <= DRIFT for known in usual)
+        self.drifted = 0 if is_usual else self.drifted + 1
         if self.drifted == DRIFTED_IN_TURN:
             self.restart()
 

@@ -278,10 +278,15 @@ def at_place(choices: Sequence[LayerChoice], slot: tuple[int, bool]) -> LayerCho
     return [choice for choice in choices if place_of(choice) <= slot or choice is choices[0]][-1]
 
 
+def batches_in_flight(choices: Sequence[LayerChoice]) -> int:
+    """Return how many batches are in flight in all layers; 1 if nothing is chosen."""
+    return choices[0].batches_in_flight if choices else 1
+
+
 def predicted(choices: Sequence[LayerChoice]) -> float:
-    """Return the seconds of the windows of all layers; with two batches in flight, of what is left
-    of these (stack.windows_time)."""
-    if choices[0].batches_in_flight == 2:
+    """Return the predicted seconds of the windows of all layers, together with the waits that two
+    batches in flight leave."""
+    if batches_in_flight(choices) == 2:
         return windows_time(in_halves(choices))
     return sum(choice.predicted for choice in choices)
 
@@ -294,7 +299,7 @@ def in_halves(choices: Sequence[LayerChoice]) -> list[tuple[Schedule, OperatorTi
 def predicted_and_exposed(choices: Sequence[LayerChoice]) -> list[tuple[float, float]]:
     """Return for each layer the seconds of its window, and how long it waits for transfers; with
     two batches in flight, the mean over the layers."""
-    if choices[0].batches_in_flight == 1:
+    if batches_in_flight(choices) == 1:
         return [(choice.predicted, choice.exposed) for choice in choices]
     layers = in_halves(choices)
     mean = windows_time(layers) / len(layers), waiting_time(layers) / len(layers)

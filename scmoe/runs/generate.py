@@ -34,6 +34,8 @@ from scmoe.inference.generate import (
 from scmoe.inference.offload.cache import Cache
 from scmoe.inference.prompts import Prompt
 from scmoe.inference.sampling import Sampling, Stopping
+from scmoe.models.halves import batches_of
+from scmoe.moe.dispatcher import Blocking
 from scmoe.parallel.mesh import Mesh
 from scmoe.runs.on_ranks import ending_together, find_weights, start_ranks
 from scmoe.runs.trained import offloaded
@@ -230,11 +232,16 @@ def in_order(by_rank: Sequence[Sequence[Continuation]]) -> list[Continuation]:
 
 def how_passes_run(model: Any) -> dict[str, str]:
     """Return a text for each shape of pass, which says how the MoE layers run in it."""
-    schedules = [block.schedule for block in moe_blocks_of(model)]
-    names = {f"{s.name}, {s.place} x {s.chunks}" for s in schedules}
+    blocks = moe_blocks_of(model)
+    names = {f"{b.schedule.name}, {b.schedule.place} x {b.schedule.chunks}" for b in blocks}
     configured = "as configured: " + (", ".join(sorted(names)) or "dense")
-    decode = "sequential" if blocks_between_ranks(model) else configured
-    return {"prefill": configured, "decode": decode}
+    between_ranks = blocks_between_ranks(model)
+    prefill = configured
+    if any(isinstance(block.moe.dispatcher, Blocking) for block in between_ranks):
+        prefill += ", sequential"
+    if batches_of(model) == 2:
+        prefill += ", two batches in flight"
+    return {"prefill": prefill, "decode": "sequential" if between_ranks else configured}
 
 
 def shown(

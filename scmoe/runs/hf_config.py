@@ -44,9 +44,14 @@ CANDIDATES = {  # model.family, model.attention, moe.architecture: the model_typ
 }
 
 
+# Of a schedule, what one process refuses, as it sends no rows.
+SENDS_NO_ROWS = ("schedule.batches_in_flight=null", "schedule.transfers=overlapped")
+
+
 def dropless(config: Config) -> Config:
     """Return the configuration for one process that drops no copy of a token, so that a model's
     result does not depend on a batch."""
+    schedule = replace(config.schedule, batches_in_flight=None, transfers="overlapped")
     moe = replace(
         config.moe, capacity_factor=None, dropless_ceiling=None, rows="auto", overflow="drop"
     )
@@ -54,6 +59,7 @@ def dropless(config: Config) -> Config:
         config,
         init_from=None,
         moe=moe,
+        schedule=schedule,
         strategy=type(config.strategy)(),
         trainer=type(config.trainer)(),
     )
@@ -192,7 +198,8 @@ def our_config(content: dict[str, Any], source: str) -> Config:
     Raises ValueError if it has a setting that our models do not support.
     """
     if content.get("model_type") == OURS:
-        return load_text(json.dumps(content.get("scmoe")), source)
+        # earlier versions wrote the schedule of a training on several ranks
+        return load_text(json.dumps(content.get("scmoe")), source, SENDS_NO_ROWS)
     try:
         settings, problems, _ = READERS[family_of(content)](content)
     except (KeyError, TypeError, ZeroDivisionError) as error:

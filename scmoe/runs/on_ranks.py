@@ -7,14 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_kept
 from scmoe.config.registry import named
 from scmoe.parallel.checkpoint.durable import UNREAD, BrokenCheckpoint
 from scmoe.parallel.checkpoint.export import EXPORT, load_weights
+from scmoe.runs.hf_config import SENDS_NO_ROWS
 from scmoe.runs.trained import check_export
 from scmoe.training.assembly.start import Start
 from scmoe.training.modules import MoEModule
@@ -34,7 +36,7 @@ from scmoe.training.run.train import silence_lightning
 ALONE = (
     *("trainer.devices=1", "trainer.num_nodes=1", "trainer.threads=1"),
     *("strategy.ep_size=null", "strategy.dense=replicated", *REFUSED_SINCE),
-    *("schedule.batches_in_flight=null", "schedule.transfers=overlapped"),
+    *SENDS_NO_ROWS,
 )
 # Turned off: what only helps training, and what would make results depend on the number of ranks.
 WITHOUT = (
@@ -58,27 +60,35 @@ def find_weights(run: Path, which: Which, overrides: Sequence[str]) -> tuple[Pat
     """
     if run.suffix != EXPORT:
         checkpoint = find_checkpoint(run, which, UNREAD)
-        read = partial(config_of, run, checkpoint)
-        return checkpoint, config_without_training(read, checkpoint, overrides)
-    read = partial(load_kept, run.parent / "config.yaml")
-    config = config_without_training(read, run, overrides)
+        read = partial(config_of, run, checkpoint, trains=False)
+        return checkpoint, config_without_training(read, checkpoint, overrides, "as trained")
+    read = partial(load_kept, run.parent / "config.yaml", trains=False)
+    config = config_without_training(read, run, overrides, "as trained")
     check_export(run, config)
     return run, config
 
 
 def config_without_training(
-    read: Callable[[Sequence[str]], Config], weights: Path, overrides: Sequence[str]
+    read: Callable[[Sequence[str]], Config],
+    weights: Path,
+    overrides: Sequence[str],
+    rows_travel: Literal["as trained", "in one batch"] = "in one batch",
 ) -> Config:
     """Return the configuration with which a run's weights are used.
 
-    read: returns the run's configuration with overrides. Raises ConfigError if an override would
-    make another model, or if ranks or devices are missing.
+    read: returns the run's configuration with overrides, checked for what does not train.
+    rows_travel: as trained: between ranks the run's batches in flight and transfers are kept. In
+    halves products have other numbers of rows, so a result could differ in its last bits from that
+    of one process. Raises ConfigError if an override would make another model, or if ranks or
+    devices are missing.
     """
     of_training = read([*named(overrides), *REFUSED_SINCE])
     refuse_other_model(read([*ALONE, *overrides]), of_training, weights)
     # Filled: the counts of rows are announced, so that each rank may have another number of them.
     rows = f"moe.rows={'auto' if of_training.moe.architecture == 'dense' else 'filled'}"
     config = read([*ALONE, *overrides, *WITHOUT, rows])
+    if rows_travel == "as trained" and resolve_ep_size(config) > 1:
+        config = read([*ALONE, *schedule_of(of_training), *overrides, *WITHOUT, rows])
     if config.strategy.dense != "replicated":  # FSDP does not run in inference mode
         raise ConfigError(
             f"strategy.dense is {config.strategy.dense!r}, which is for training only. Use"
@@ -86,6 +96,13 @@ def config_without_training(
         )
     check_devices(config)
     return config
+
+
+def schedule_of(config: Config) -> list[str]:
+    """Return the overrides that let rows between ranks travel as in this training."""
+    schedule = config.schedule
+    batches = "null" if schedule.batches_in_flight is None else schedule.batches_in_flight
+    return [f"schedule.batches_in_flight={batches}", f"schedule.transfers={schedule.transfers}"]
 
 
 def start_ranks(config: Config, weights: Path) -> tuple[MoEModule, Any]:

@@ -158,8 +158,8 @@ def time_before_taps(layers: Layers) -> float:
 
 
 def windows_time(layers: Layers) -> float:
-    """Return the time of a stack with two batches in flight, less what it computes before the taps:
-    to be compared with the sum of cost.elapsed_time, which begins at the tap.
+    """Return the time of all windows with two batches in flight: `stack_time` minus the time before
+    the taps. It is compared with the sum of cost.elapsed_time, which begins at the tap.
 
     layers: with times of a half."""
     return stack_time(layers, 2) - 2 * time_before_taps(layers)

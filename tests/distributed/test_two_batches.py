@@ -21,7 +21,7 @@ from torch import Tensor
 from experiments.engine.ranks import run_ranks
 from scmoe.inference.generate import Passes, generate
 from scmoe.inference.sampling import Stopping
-from scmoe.parallel.dense import reshard
+from scmoe.parallel.dense import local, reshard
 from scmoe.parallel.mesh import build_mesh
 from scmoe.parallel.wire.all_to_all import Transfer
 from scmoe.parallel.wire.announced import CeilingError
@@ -32,7 +32,7 @@ from tests.support.cases import ARCHITECTURES as ON_RANKS
 from tests.support.cases import BUFFERS, CLIPPED, EP2, QUICK, split
 from tests.support.cases import ROUTERS as TRAINED_ROUTERS
 from tests.support.comparison import assemble, assert_same
-from tests.support.models import tiny_batch
+from tests.support.models import assert_close, tiny_batch
 from tests.support.parts import split_wire
 from tests.support.resuming import HALF, fit, largest_difference
 from tests.support.trainings import randomise, tiny, train_cases
@@ -55,19 +55,26 @@ ROWS = {
 COMPARED = TABLES | EVERY_BLOCK | BETWEEN_BLOCKS | LATENT | ROUTERS | ROWS
 ON_FOUR = {
     name: COMPARED[name]
-    for name in ("top-2", "pos2", "dgmoe-share", "farskip", "longcat router", "buffers")
+    for name in (
+        *("top-2", "pos2", "dgmoe-share", "farskip", "longcat router", "buffers"),
+        "chunks",  # one of four ranks has one sequence, and so an empty half in chunks
+    )
 }
 
 
 class Compared(NamedTuple):
     """differing: cases whose results differ, and how. transfers: of top-2, in the order of events
     on this rank: a start has the number of transfers in flight after it, a wait that before it;
-    forward, then backward. collectives: of FSDP, in a pass without gradients and a step."""
+    forward, then backward. collectives: of FSDP, in a pass without gradients and a step. twice: how
+    the gradients of two forward passes before one backward differ where weights are split. shared:
+    the error of blocks that share split weights."""
 
     differing: dict[str, str]
     transfers: dict[int, list[list[tuple[str, int]]]]
     collectives: dict[int, Counter[str]]
     texts: dict[int, list[list[int]]]
+    twice: str
+    shared: str
     ceiling: str
     afterwards: bool
 
@@ -107,7 +114,8 @@ def compare(
     }
     texts = {batches: written(wire, batches) for batches in (1, 2)}
     collectives = {batches: collectives_of(batches) for batches in (1, 2)}
-    return Compared(differing, transfers, collectives, texts, *ceiling_of(wire))
+    split = twice_before_backward(), of_blocks_that_share()
+    return Compared(differing, transfers, collectives, texts, *split, *ceiling_of(wire))
 
 
 def events_of(model: Any, batches: int) -> list[list[tuple[str, int]]]:
@@ -155,6 +163,42 @@ def collectives_of(batches: int) -> Counter[str]:
         reshard(model)
         model(ids_BS).logits_BSV.square().sum().backward()
     return calls
+
+
+def twice_before_backward() -> str:
+    """Return "" if the gradients are those of one batch in flight, where two passes run before
+    backward, which goes through the second one first or, for two calls, through the first one."""
+    model = model_of("position=pos2 capacity_factor=8", split_wire(dist.get_world_size()))
+    batches_of_ids = [tiny_batch(tiny(" ".join(EVEN)), 2)[0].roll(shift) for shift in (0, 1)]
+    for together in (True, False):
+        grads = []
+        for batches in (1, 2):
+            model.batches_in_flight = batches
+            model.zero_grad()
+            with torch.no_grad():
+                model(batches_of_ids[0])
+            model(batches_of_ids[1])  # its backward never runs
+            losses = [model(ids).logits_BSV.square().sum() for ids in batches_of_ids]
+            for loss in [sum(losses)] if together else losses:
+                loss.backward()
+            grads.append({n: local(p.grad).clone() for n, p in model.named_parameters()})
+        for name, gradient in grads[0].items():
+            try:
+                assert_close(grads[1][name], gradient, what=name)
+            except AssertionError as error:
+                return str(error)
+    return ""
+
+
+def of_blocks_that_share() -> str:
+    text = "architecture=dgmoe_share model.layers=4"
+    model = model_of(text, split_wire(dist.get_world_size()))
+    model.batches_in_flight = 2
+    try:
+        model(tiny_batch(tiny(" ".join(EVEN)), 2)[0])
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def written(wire: Wire, batches: int) -> list[list[int]]:
@@ -214,6 +258,15 @@ def test_the_rows_of_one_half_travel_while_the_other_computes(two):
 def test_split_weights_are_gathered_and_summed_once_for_both_halves(two):
     for rank in two:
         assert rank.collectives[2] == rank.collectives[1] != Counter()
+
+
+def test_two_passes_before_one_backward_have_the_gradients_of_one_batch(two):
+    assert [rank.twice for rank in two] == ["", ""]
+
+
+def test_blocks_that_share_split_weights_are_refused_two_batches(two):
+    for rank in two:
+        assert "share weights" in rank.shared
 
 
 @pytest.mark.parametrize("ranks", ["two", "four"])

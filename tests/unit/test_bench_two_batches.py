@@ -34,6 +34,10 @@ def test_each_row_in_one_chunk_has_rows_in_halves_which_are_measured_by_request(
     ("words", "says"),
     [
         ("overlap --rows top2_two --tokens 256 --seq-len 256", "--rows has top2_two, which halves"),
+        (
+            "overlap --rows top2_two --tokens 512 --seq-len 256 --load ragged:1.5",
+            "--rows has top2_two, which halves",
+        ),
         ("overlap --level iteration --layers 3", "--layers is 3, allowed: multiples"),
     ],
 )

@@ -34,6 +34,9 @@ def test_every_config_builds(path):
     assert 0 < active <= total and "other" not in counts
 
 
+FOUR_SEQUENCES = ("trainer.devices=2", "data.global_batch_size=4", "moe.num_experts=4")
+
+
 @pytest.mark.parametrize("old", ("strategy.dense=hybrid", "strategy.exchange=hierarchical"))
 def test_a_run_on_nodes_is_used_in_one_process(old):
     """With a key of an earlier version too, which trained the same weights whatever its value."""
@@ -46,6 +49,35 @@ def test_a_run_on_nodes_is_used_in_one_process(old):
         1,
         None,
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "asked", "schedule"),
+    [
+        ("batches_in_flight=2", "trainer.devices=4", (2, "overlapped")),
+        ("batches_in_flight=2", "trainer.devices=1", (None, "overlapped")),
+        ("transfers=sequential", "trainer.devices=2", (None, "sequential")),
+        (
+            "batches_in_flight=2",
+            "trainer.devices=2 schedule.batches_in_flight=1",
+            (1, "overlapped"),
+        ),
+    ],
+)
+def test_between_ranks_a_run_is_used_with_its_own_batches_in_flight(words, asked, schedule):
+    """Four ranks have one sequence each of the training's batch, which matters to trainings."""
+    run = to_yaml(load(None, [*FOUR_SEQUENCES, f"schedule.{words}"]))
+
+    def read(words):
+        return load_text(run, "saved", words, trains=False)
+
+    config = config_without_training(read, Path("weights"), asked.split(), "as trained")
+    assert (config.schedule.batches_in_flight, config.schedule.transfers) == schedule
+    in_one_batch = config_without_training(read, Path("weights"), ("trainer.devices=2",))
+    assert in_one_batch.schedule.batches_in_flight is None
+    if schedule[0] == 2:
+        with pytest.raises(ConfigError, match="one sequence"):
+            load_text(run, "saved", asked.split())
 
 
 @pytest.mark.parametrize("data", ["openwebtext", "slimpajama", "wikitext103"])

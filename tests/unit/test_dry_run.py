@@ -22,6 +22,11 @@ CASES = {
     "replicated": "moe.noisy=true strategy.ep_size=4 schedule.chunks=2",
     "replicated, recompute": "trainer.recompute=true trainer.precision=bf16-mixed",
     "chunks": "schedule.chunks=8 trainer.precision=bf16-mixed",
+    "two batches": "schedule.batches_in_flight=2 schedule.chunks=2 trainer.precision=bf16-mixed",
+    "buffers, two batches": (
+        "moe.capacity_factor=null moe.rows=buffers moe.dropless_ceiling=1.5"
+        " trainer.precision=bf16-mixed schedule.batches_in_flight=2"
+    ),
     "dgmoe-share": "moe.architecture=dgmoe_share model.layers=4",
     "buffers": (
         "moe.capacity_factor=null moe.rows=buffers moe.dropless_ceiling=1.5"
@@ -115,3 +120,10 @@ def test_a_config_for_cpus_is_dry_run_with_all_slots_and_the_command_says_so(cap
 def test_what_cannot_be_dry_run_is_refused_in_a_line(words, refused):
     with pytest.raises(ConfigError, match=f"^[^\n]*{refused}[^\n]*$"):
         check(load_for(TINY, RANKS, 2, words.split()))
+
+
+def test_a_sample_too_few_for_two_batches_in_flight_is_refused_with_what_the_command_takes():
+    words = ["data.name=synthetic", "schedule.batches_in_flight=2"]
+    with pytest.raises(ConfigError, match="samples=2 or more"):
+        load_for(TINY, RANKS, 1, words)
+    assert load_for(TINY, RANKS, 2, words).schedule.batches_in_flight == 2

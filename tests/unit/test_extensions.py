@@ -2,6 +2,7 @@
 says so."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +33,12 @@ from scmoe.runs.hf_config import hf_config
 from scmoe.training.assembly.blocks import decoder_parts, moe_blocks, stack
 from scmoe.training.assembly.costs import estimate
 from scmoe.training.assembly.data import build_datamodule
-from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module
+from scmoe.training.assembly.model import (
+    OF_A_NETWORK,
+    build_model,
+    build_model_on_meta,
+    build_module,
+)
 from scmoe.training.assembly.start import Start
 from scmoe.training.run.machine import check_machine
 from tests.support.models import TINY
@@ -233,6 +239,15 @@ def test_a_family_puts_its_model_around_any_architecture():
         ),
     ):
         build_model_on_meta(load(None, [*TINY, "model.family=bare"]))
+
+
+def test_a_family_without_halves_is_refused_two_batches_before_ranks_start():
+    """The network that is checked there is built for one rank."""
+    whole = SimpleNamespace(**dict.fromkeys(OF_A_NETWORK, len))
+    FAMILIES.register("whole")(lambda config, context: whole)
+    two = ("trainer.devices=2", "schedule.batches_in_flight=2", "model.family=whole")
+    with pytest.raises(ConfigError, match="has no batches_in_flight"):
+        build_model_on_meta(load(None, [*TINY, *two]))
 
 
 def test_images_go_with_models_of_images(monkeypatch):

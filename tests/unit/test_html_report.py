@@ -12,13 +12,14 @@ import pytest
 
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
-from scmoe.html_report.layer_timelines import first_layer
+from scmoe.html_report.layer_timelines import first_layer, measured_timelines
 from scmoe.html_report.page import write_page
 from scmoe.html_report.page_parts import number
 from scmoe.html_report.result_parts import refuse_form
 from scmoe.html_report.run_curves import over_seconds, read_loads
 from scmoe.html_report.sources import Cleaner, find_sources, read_file
 from scmoe.runs.seen import SeenRun
+from scmoe.schedule.cost import Span
 from tests.support import reported
 
 pytest.importorskip("matplotlib")
@@ -247,9 +248,39 @@ def test_a_transfer_of_a_trace_lasts_from_its_launch_to_the_end_of_its_wait():
         ("route", 20.0, 21.0, 1),
     ]
     spans = {span.operator: (span.start, span.end) for span in first_layer(operators)}
-    assert spans["dispatch"] == (1.0, 6.0) and spans["decode"] == (8.0, 9.0)
+    assert spans["dispatch"] == (11.0, 16.0) and spans["decode"] == (18.0, 19.0)
     assert list(spans) == ["route", "attention", "dispatch", "experts", "decode"]
     assert first_layer([("attention", 0.0, 1.0, 1)]) == []
+    (timeline,) = measured_timelines(operators).values()
+    assert timeline[0] == Span("route", 0.0, 1.0)
+
+
+def test_a_trace_of_two_batches_in_flight_has_a_timeline_for_each_half():
+    operators = [
+        ("batch 1", 10.0, 12.0, 1),
+        ("route", 10.0, 11.0, 1),
+        ("dispatch", 11.0, 11.5, 1),
+        ("batch 2", 12.0, 14.0, 1),
+        ("route", 12.0, 13.0, 1),
+        ("dispatch", 13.0, 13.5, 1),
+        ("batch 1", 14.0, 17.0, 1),
+        ("dispatch wait", 14.0, 15.0, 1),
+        ("decode", 15.0, 17.0, 1),
+        ("batch 2", 17.0, 20.0, 1),
+        ("dispatch wait", 17.0, 18.0, 1),
+        ("decode", 18.0, 20.0, 1),
+    ]
+    first, second = measured_timelines(operators).values()
+    assert [(s.operator, s.start, s.end) for s in first] == [
+        ("route", 0.0, 1.0),
+        ("dispatch", 1.0, 5.0),
+        ("decode", 5.0, 7.0),
+    ]
+    assert [(s.operator, s.start, s.end) for s in second] == [
+        ("route", 2.0, 3.0),
+        ("dispatch", 3.0, 8.0),
+        ("decode", 8.0, 10.0),
+    ]
 
 
 def test_a_named_trace_without_an_moe_layer_is_refused(tmp_path):

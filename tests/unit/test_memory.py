@@ -7,12 +7,14 @@ import torch.nn.functional as F
 
 from scmoe.config.load import load
 from scmoe.estimate.memory import RankJob, Split, activations, gathered, rank_memory
+from scmoe.models.halves import set_in_flight
 from scmoe.training.assembly.model import (
     build_model,
     build_model_on_meta,
     build_module,
     updated_by_muon,
 )
+from scmoe.training.assembly.rank_job import rank_job
 from tests.support.models import kept_for_backward, one_of_two, tiny
 
 DTYPES = {
@@ -109,3 +111,32 @@ def test_the_bound_on_activations_is_not_below_what_autograd_keeps_and_not_far_a
         at_loss - 2 * logits.nbytes + gathered(Split(model, job))[0]
     )  # two copies of the logits are gradients
     assert 0.95 < bound / sum(kept.values()) < 1.3
+
+
+@pytest.mark.parametrize("words", ["schedule.chunks=2", "moe.architecture=dgmoe"])
+def test_each_half_of_two_batches_in_flight_has_its_bfloat16_copies_of_the_experts(words):
+    model = build_model(load(None, [*WIDE, words, "moe.capacity_factor=null"]))
+    batch = torch.randint(512, (2, 64))
+    bounds, kept_bytes = [], []
+    for batches in (1, 2):
+        set_in_flight(model, batches)
+        with kept_for_backward(model) as kept, torch.autocast("cpu", torch.bfloat16):
+            model(batch)
+        kept_bytes.append(sum(kept.values()))
+        job = RankJob(
+            samples=2, seq_len=64, precision="bf16-mixed", on_gpu=False, batches_in_flight=batches
+        )
+        bounds.append(gathered(Split(model, job))[0])
+    more = kept_bytes[1] - kept_bytes[0]
+    assert more > 0 and bounds[1] - bounds[0] == pytest.approx(more, rel=0.02)
+
+
+def test_a_job_has_two_batches_in_flight_where_they_may_be_chosen():
+    ranks = ("trainer.devices=2", "moe.capacity_factor=null")
+    for words, batches in (
+        ("schedule.batches_in_flight=2", 2),
+        ("schedule.auto=true", 2),
+        ("schedule.auto=true schedule.batches_in_flight=1", 1),
+        ("schedule.chunks=2", 1),
+    ):
+        assert rank_job(load(None, [*WIDE, *ranks, *words.split()])).batches_in_flight == batches

@@ -199,7 +199,7 @@ def test_a_hidden_share_is_none_where_communication_is_below_the_noise():
             Schedule("scmoe", "pos1", 1), {1: OperatorTimes(forward, backward)}, (0.1, 0.051)
         )
     ]
-    planner.usual, planner.overlap, planner.drifted = [], None, 0
+    planner.usual, planner.overlap, planner.drifted = {1: []}, None, 0
     planner.first_timed = True
     planner.note_overlap(torch.tensor([[[0.06], [0.0505]]]))
     assert planner.overlap is not None
@@ -232,3 +232,36 @@ def test_what_ran_is_said_once_for_a_schedule_and_only_measured_shares_are_logge
         said.append(capsys.readouterr().err.count("ran: gloo, slot"))
     assert said == [1, 0, 1]
     assert logged == [{"overlap/forward": 0.75}] * 3
+
+
+def test_steps_of_one_and_of_two_batches_are_not_compared():
+    """With one batch the seconds are those of windows, with two those of whole steps."""
+    planner = Planner([], None, torch.device("cpu"))
+    one = LayerChoice(Schedule("scmoe", "pos1", 1), {}, (0.1, 0.1))
+    planner.agenda = []
+    for batches, steps in ((1, [0.1, 0.1]), (2, [1.0, 1.0]), (1, [0.1, 1.0, 1.0, 1.0])):
+        assert not planner.agenda
+        planner.choices, planner.first_timed = [replace(one, batches_in_flight=batches)], True
+        for seconds in steps:
+            planner.note_drift(seconds)
+    assert planner.agenda, "ten times as long as usual with one batch: measured again"
+
+
+def test_without_auto_a_network_keeps_the_batches_in_flight_that_were_set_by_hand():
+    """And nothing is measured, as the operators of two batches overlap each other."""
+    steps = []
+    callback = AdaptiveSchedule(auto=False, chunks=(1,))
+    planner: Any = SimpleNamespace(
+        begin_step=lambda timed: steps.append("begin"),
+        end_step=lambda: steps.append("end"),
+        choices=[],
+        overlap=None,
+    )
+    callback.planner = planner
+    trainer: Any = SimpleNamespace(accumulate_grad_batches=1, log_every_n_steps=1, global_step=1)
+    for batches in (1, 2):
+        module: Any = SimpleNamespace(model=SimpleNamespace(batches_in_flight=batches))
+        callback.on_train_batch_start(trainer, module, None, 0)
+        callback.on_train_batch_end(trainer, module, None, None, 0)
+        assert module.model.batches_in_flight == batches
+    assert steps == ["begin", "end"]

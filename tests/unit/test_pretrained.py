@@ -5,6 +5,7 @@ that library.
 """
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from scmoe.init_from.pretrained import (
 )
 from scmoe.init_from.upcycle import fill
 from scmoe.parallel.checkpoint.export import FORMAT_VERSION
+from scmoe.runs.hf_config import hf_config, our_config
 from scmoe.training.assembly.model import build_model, build_model_to_train
 from tests.support.exports import FAMILIES, dense, export
 from tests.support.models import tiny, tiny_model
@@ -338,3 +340,15 @@ def test_a_model_that_cannot_be_upcycled_is_refused(family, words, said, tmp_pat
     export(dense(family), file)
     overrides = [f"moe.{word}" for word in words.split()]
     assert said in refusal(tiny(*FAMILIES[family], *overrides, f"init_from=scmoe:{file}"))
+
+
+@pytest.mark.parametrize("words", ["schedule.batches_in_flight=2", "schedule.transfers=sequential"])
+def test_a_folder_of_a_training_on_ranks_describes_a_model_of_one_process(words):
+    """Earlier versions kept the schedule of the ranks, and their folders are read, too."""
+    config = tiny("trainer.devices=2", "schedule.chunks=2", words)
+    content = hf_config(config, None)
+    earlier = {**content["scmoe"], "schedule": asdict(config.schedule)}
+    for kept in (content, {**content, "scmoe": earlier}):
+        read = our_config(kept, "config.json")
+        assert settings_of(read) == settings_of(config)
+        assert (read.schedule.chunks, read.schedule.batches_in_flight) == (2, None)

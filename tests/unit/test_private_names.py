@@ -214,7 +214,7 @@ def test_fsdp_gathers_in_the_background():
 
 
 def test_fsdp_calls_a_group_by_its_attributes():
-    """`share_between_turns` relies on this."""
+    """`intercept` relies on this."""
     assert "fsdp_param_group.pre_forward(module, args, kwargs)" in inspect.getsource(
         FSDPState._pre_forward
     )

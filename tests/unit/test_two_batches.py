@@ -4,21 +4,29 @@ of generation.
 tests/distributed/test_two_batches.py does the same where rows travel between ranks.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from greenlet import getcurrent
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
-from experiments.engine.profiles import peak_bytes
+from experiments.engine.profiles import events_of, peak_bytes
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.sublayers import MLP, Residual, outermost
 from scmoe.config.load import load
+from scmoe.html_report.layer_timelines import measured_timelines
+from scmoe.html_report.sources import operators_of
 from scmoe.inference.generate import decode, prefill, stream
 from scmoe.inference.sampling import GREEDY, Stopping
 from scmoe.models import decoder
-from scmoe.models.halves import in_flight
+from scmoe.models.halves import batches_of, has_halves, in_flight, one_in_flight, set_in_flight
 from scmoe.moe.balance import integer_sums
 from scmoe.moe.stream import dropless
 from scmoe.moe.turns import current_turns, in_turns, pass_turn
+from scmoe.runs.generate import how_passes_run
 from tests.support.architectures import (
     BETWEEN_BLOCKS,
     EVERY_BLOCK,
@@ -76,6 +84,10 @@ def test_outputs_are_bit_identical_with_roomy_slots_and_recomputed_activations()
         "trainer.recompute=true",
     )
     both_ways(tiny(*words), 4)
+
+
+def test_an_empty_half_is_cut_in_chunks():
+    both_ways(tiny(*DROPLESS, "schedule.chunks=3", "moe.architecture=top_k", "moe.top_k=2"), 1)
 
 
 def test_a_capacity_counts_the_tokens_of_a_half():
@@ -188,7 +200,7 @@ def test_functions_take_turns():
         for step in range(waits):
             order.append(f"{name}{step}")
             pass_turn()
-        assert current_turns().number == 2
+        assert current_turns().batches == 2
         return name
 
     assert in_turns([lambda: function("a", 3), lambda: function("b", 1)]) == ["a", "b"]
@@ -224,6 +236,127 @@ def test_modes_around_the_turns_hold_inside():
         pass_turn()
         seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
 
-    with torch.no_grad(), torch.autocast("cpu"):
+    with torch.no_grad(), torch.autocast("cpu"), saved_tensors_hooks(lambda t: t, lambda t: t):
         in_turns([function, function])
     assert seen == [(False, True)] * 2
+
+
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "saved_tensors_hooks": lambda: saved_tensors_hooks(lambda t: t, lambda t: t),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_mode_that_is_open_over_a_pause_is_refused_by_its_name(name):
+    """The batch that waits meanwhile is ended, and the thread has its modes again."""
+
+    def waits():
+        with MODES[name]():
+            pass
+        pass_turn()
+
+    def enters():
+        with MODES[name]():
+            pass_turn()
+
+    assert in_turns([waits, waits]) == [None, None]
+    with pytest.raises(RuntimeError, match=name):
+        in_turns([waits, enters])
+    assert in_turns([waits, waits]) == [None, None]
+
+
+def test_a_checkpoint_around_a_whole_block_is_refused_where_it_would_be_open_over_a_pause():
+    model = tiny_model(tiny(*DROPLESS))
+    ids_BS, _ = tiny_batch(tiny(), 2)
+    expected = model(ids_BS).logits_BSV
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    assert_close(model(ids_BS).logits_BSV, expected)
+    set_in_flight(model, 2)
+    with pytest.raises(RuntimeError, match=r"checkpoint.*trainer\.recompute"):
+        model(ids_BS)
+
+
+# ---------------------------------------------------------------------- how a network is set
+
+
+def test_other_numbers_than_one_and_two_are_refused():
+    model = tiny_model(tiny(*DROPLESS))
+    ids_BS, _ = tiny_batch(tiny(), 2)
+    for number in (0, 3):
+        model.batches_in_flight = number
+        with pytest.raises(ValueError, match=r"allowed: 1 \| 2"):
+            model(ids_BS)
+        with pytest.raises(ValueError, match=r"allowed: 1 \| 2"):
+            set_in_flight(model, number)
+
+
+def test_a_network_without_halves_stays_without_them():
+    """Generation sets one batch in flight for each decode."""
+    network = nn.Linear(2, 2)
+    with one_in_flight(network):
+        assert not has_halves(network)
+    set_in_flight(network, 1)
+    assert not has_halves(network) and batches_of(network) == 1
+    with pytest.raises(ValueError, match="Linear has no attribute batches_in_flight"):
+        set_in_flight(network, 2)
+
+
+def test_what_ran_names_two_batches():
+    model = tiny_model(tiny(*DROPLESS))
+    one = how_passes_run(model)["prefill"]
+    set_in_flight(model, 2)
+    assert how_passes_run(model)["prefill"] == f"{one}, two batches in flight"
+
+
+# ---------------------------------------------------------------------- compiled and profiled
+
+
+def graphs_of(model, ids_BS):
+    """Return the logits of a model that is compiled as a whole, and the number of its graphs."""
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    logits_BSV = torch.compile(model, backend=counting)(ids_BS).logits_BSV
+    return logits_BSV, len(graphs)
+
+
+def test_a_network_that_is_compiled_as_a_whole_has_graphs_inside_its_blocks():
+    """With two batches in flight only what is before and after the blocks is compiled."""
+    model = tiny_model(tiny(*DROPLESS, "moe.architecture=top_k"))
+    ids_BS, _ = tiny_batch(tiny(), 3)
+    expected = model(ids_BS).logits_BSV
+    numbers = []
+    for batches in (1, 2):
+        set_in_flight(model, batches)
+        logits_BSV, number = graphs_of(model, ids_BS)
+        assert_close(logits_BSV, expected)
+        numbers.append(number)
+    assert numbers[0] > numbers[1] + len(model.blocks)
+
+
+@pytest.mark.parametrize("words", ["architecture=scmoe", "architecture=dgmoe"])
+def test_a_profile_has_every_operator_inside_one_turn_of_its_half(words):
+    model = tiny_model(tiny(f"moe.{words}", *DROPLESS))
+    set_in_flight(model, 2)
+    ids_BS, _ = tiny_batch(tiny(), 2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(ids_BS)
+    ranges = [*operators_of(events_of(profile))]
+    turns = [one for one in ranges if one[0].startswith("batch ")]
+    others = [one for one in ranges if one not in turns]
+    assert {name for name, *_ in turns} == {"batch 1", "batch 2"} and others
+    for name, begin_ms, end_ms, _ in others:
+        around = [turn for turn in turns if turn[1] <= begin_ms and end_ms <= turn[2]]
+        assert len(around) == 1, name
+    halves = measured_timelines(ranges)
+    assert [name[:6] for name in halves] == ["half 1", "half 2"]
+    for spans in halves.values():
+        assert [span.operator for span in spans].count("route") <= (2 if "dgmoe" in words else 1)

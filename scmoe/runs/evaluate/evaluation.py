@@ -26,6 +26,7 @@ from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.files.writing import redacted, try_to_write_json, warn_once
+from scmoe.models.halves import sizes_of_halves
 from scmoe.moe.stream import dropless
 from scmoe.parallel.checkpoint.durable import UNREAD, read_manifest
 from scmoe.runs.evaluate.scoring import (
@@ -162,7 +163,7 @@ def evaluate(run_dir: Path, request: EvaluationRequest) -> dict[str, Any] | None
     """
     # The checkpoint is verified where it is loaded, by each rank a share.
     checkpoint = find_checkpoint(run_dir, request.which, UNREAD)
-    read_config = partial(config_of, run_dir, checkpoint)
+    read_config = partial(config_of, run_dir, checkpoint, trains=False)
     config = config_without_training(read_config, checkpoint, request.overrides)
     read_results(run_dir)  # so that a damaged file is refused before other ranks start
     overrides_of_run = [*named(request.overrides, "logger"), *named(request.overrides)]
@@ -210,7 +211,8 @@ def evaluate(run_dir: Path, request: EvaluationRequest) -> dict[str, Any] | None
 
 def with_batch_of_a_rank(config: Config, of_run: Config) -> Config:
     """Return the configuration with the batch of one rank of the training, as a capacity applies to
-    a rank's batch.
+    a rank's batch. Of two batches in flight it applies to the first half, where one is in flight
+    now.
 
     Where a batch changes no result, it has about BATCH_TOKENS tokens, so that its logits need less
     memory.
@@ -219,6 +221,8 @@ def with_batch_of_a_rank(config: Config, of_run: Config) -> Config:
     trainer = config.trainer
     ranks = of_run.trainer.devices * of_run.trainer.num_nodes
     batch = data.global_batch_size // (trainer.accumulate * ranks)
+    if of_run.schedule.batches_in_flight == 2 and config.schedule.batches_in_flight != 2:
+        batch, _ = sizes_of_halves(batch)
     no_capacity = config.moe.capacity_factor is None or config.moe.architecture == "dense"
     if no_capacity and data.name not in IMAGES:
         batch = min(batch, BATCH_TOKENS // data.seq_len)

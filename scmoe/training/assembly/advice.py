@@ -99,6 +99,7 @@ def config_for(request: Request, profile: Profile) -> Config:
         f"trainer.num_nodes={max(1, ranks // node)}",
         f"strategy.ep_size={ep_size}",
         f"data.global_batch_size={ranks * samples * max(1, first.trainer.accumulate)}",
+        "schedule.batches_in_flight=null",  # one and two are compared
     ]
     if ranks % node:
         raise ConfigError(
@@ -195,9 +196,9 @@ def job_of(config: Config) -> Job:
 
 def model_of(name: str, moe: MoEConfig, config: Config, profile: Profile, routing: Load) -> Model:
     """Return an architecture of the config, counted."""
-    training = rank_job(config)
     schedule = replace(config.schedule, auto=False, slot=None, chunks=None, inside_attention=False)
     usual = replace(config, moe=moe, schedule=replace(schedule, batches_in_flight=None))
+    training = rank_job(usual)
     whole = build_model_on_meta(usual)
     by_muon = updated_by_muon(usual, whole)
     memory = rank_memory(whole, training, by_muon)["total"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
-from scmoe.config.load import load
+from scmoe.config.load import load, read_unchecked
 from scmoe.config.registry import IMAGES
 from scmoe.estimate.bound import bound
 from scmoe.estimate.counted_step import DryRun, count_step
@@ -74,7 +74,7 @@ def load_for(source: Any, ranks: int, samples: int, overrides: Sequence[str]) ->
     trainer.devices if an override sets them.
 
     ConfigError: ranks is no multiple of a node's, an override sets what ranks and samples decide,
-    or a rule is broken.
+    samples are too few for two batches in flight, or a rule is broken.
     """
     values = dict(
         override.removeprefix("--").split("=", 1) for override in overrides if "=" in override
@@ -90,6 +90,12 @@ def load_for(source: Any, ranks: int, samples: int, overrides: Sequence[str]) ->
         raise ConfigError(
             f"command line: ranks is {ranks}, which is no multiple of the {node} ranks of a node."
             " trainer.devices=N sets another number"
+        )
+    asked = read_unchecked(source, overrides)
+    if asked.schedule.batches_in_flight == 2 and samples < 2 * asked.trainer.accumulate:
+        raise ConfigError(
+            f"command line: samples is {samples}, but schedule.batches_in_flight=2 halves a rank's"
+            f" batch. Give samples={2 * asked.trainer.accumulate} or more"
         )
     nodes = ranks // node if node else 1  # without a number above 0, `load` refuses trainer.devices
     sizes = [f"trainer.num_nodes={nodes}", f"data.global_batch_size={ranks * samples}"]

@@ -21,6 +21,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import FAMILIES, IMAGES, OPTIMIZERS, import_extensions
 from scmoe.models.decoder import GPT, Llama
+from scmoe.models.halves import has_halves, set_in_flight
 from scmoe.moe.experts import Experts
 from scmoe.parallel.dense import materialise, put, shard
 from scmoe.parallel.wire.wire import Wire
@@ -108,13 +109,13 @@ def build_network(config: Config, wire: Wire) -> Any:
             " network needs"
         )
         raise ConfigError(f"model.family is {show(config.model.family)}, {lacks}")
-    if config.schedule.batches_in_flight == 2 and wire.mesh.ep_size > 1:
-        if getattr(network, "batches_in_flight", None) is None:
+    if config.schedule.batches_in_flight == 2:
+        if not has_halves(network):  # also where it is built to be checked before ranks start
             raise ConfigError(
                 f"schedule.batches_in_flight is 2, allowed for model.family={config.model.family}:"
                 " 1, as its network has no batches_in_flight; scmoe.models.decoder.Decoder has it"
             )
-        network.batches_in_flight = config.schedule.batches_in_flight
+        set_in_flight(network, 2 if wire.mesh.ep_size > 1 else 1)
     return network
 
 

@@ -2,6 +2,7 @@
 
 from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config
+from scmoe.config.rules import may_run_two_batches
 from scmoe.estimate.memory import RankJob
 
 
@@ -9,6 +10,8 @@ def rank_job(config: Config) -> RankJob:
     """Return the job of a config. Its `dense` may be auto, which memory and traffic do not take."""
     trainer, data = config.trainer, config.data
     ranks = trainer.devices * trainer.num_nodes
+    two = config.schedule.batches_in_flight == 2
+    two = two or (config.schedule.auto and may_run_two_batches(config))
     return RankJob(
         ranks=ranks,
         ep_size=resolve_ep_size(config),
@@ -21,4 +24,5 @@ def rank_job(config: Config) -> RankJob:
         recompute=trainer.recompute,
         on_gpu=trainer.accelerator != "cpu",
         wire_bytes=None if config.strategy.wire_dtype is None else 2,
+        batches_in_flight=2 if two else 1,
     )

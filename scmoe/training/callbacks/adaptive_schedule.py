@@ -11,8 +11,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.files.writing import try_to_write_json
+from scmoe.models.halves import batches_of, has_halves
 from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
-from scmoe.planning.pricing import LayerChoice, plan_from_json, plan_to_json, predicted_and_exposed
+from scmoe.planning.pricing import (
+    LayerChoice,
+    batches_in_flight,
+    plan_from_json,
+    plan_to_json,
+    predicted_and_exposed,
+)
 from scmoe.training.callbacks.logged_steps import logs_now
 
 
@@ -26,7 +33,8 @@ class AdaptiveSchedule(Callback):
     measure. chunks: the numbers of chunks to choose from. plan: on rank 0, the file where the
     choice is kept; a resumed run with the same settings takes it from there instead of measuring
     again. settings: those under which a plan is valid, beside the planner's own. in_flight: the
-    numbers of batches in flight to choose from; for a network without batches_in_flight it is one.
+    numbers of batches in flight to choose from; for a network that cannot have two it is one.
+    Without auto the network keeps its own number, and nothing is measured while it is two.
     """
 
     def __init__(
@@ -46,6 +54,7 @@ class AdaptiveSchedule(Callback):
         self.planner: Planner | None = None
         self.shown: list[LayerChoice] = []
         self.show_what_ran = False
+        self.measures = True  # in the batch that runs
 
     def on_train_start(self, trainer: Trainer, module: Any) -> None:
         blocks = moe_blocks_of(module)
@@ -62,7 +71,7 @@ class AdaptiveSchedule(Callback):
         self.planner = Planner(
             blocks, None, module.device, self.chunks, fixed, mesh.ep_size, batches=in_a_step
         )
-        if getattr(module.model, "batches_in_flight", None) is not None:
+        if self.auto and has_halves(module.model):
             self.planner.choose_in_flight(module.model, self.in_flight)
         self.conditions = {"ep_size": mesh.ep_size, **self.planner.conditions, **self.settings}
         if self.auto and self.take_kept_plan(trainer, self.planner):
@@ -96,13 +105,15 @@ class AdaptiveSchedule(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, module: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.planner is not None:
+        # operators of two batches in flight overlap each other, so none is measured
+        self.measures = self.auto or batches_of(module.model) == 1
+        if self.planner is not None and self.measures:
             self.planner.begin_step(timed=logs_now(trainer, batch_idx))
 
     def on_train_batch_end(
         self, trainer: Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.planner is None:
+        if self.planner is None or not self.measures:
             return
         self.planner.end_step()
         choices = self.planner.choices
@@ -149,7 +160,7 @@ def plan_lines(choices: list[LayerChoice]) -> list[str]:
     """Return a line for each run of neighbouring layers with the same schedule."""
     lines = []
     times = predicted_and_exposed(choices)
-    halves = ", two batches in flight" if choices[0].batches_in_flight == 2 else ""
+    halves = ", two batches in flight" if batches_in_flight(choices) == 2 else ""
     for schedule, group in itertools.groupby(
         enumerate(choices, 1), key=lambda item: item[1].schedule
     ):

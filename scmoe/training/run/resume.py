@@ -131,10 +131,13 @@ def step_of(words: Sequence[str]) -> tuple[int | None, list[str]]:
     return int(steps[-1]), others
 
 
-def config_of(run_dir: Path, checkpoint: Path, overrides: Sequence[str] = ()) -> Config:
+def config_of(
+    run_dir: Path, checkpoint: Path, overrides: Sequence[str] = (), trains: bool = True
+) -> Config:
     """Return the configuration with which a checkpoint was written, without its callbacks and
-    REFUSED_SINCE."""
-    return load_text(*config_text(run_dir, checkpoint), [*REFUSED_SINCE, *overrides])
+    REFUSED_SINCE. trains: as `validate` takes it."""
+    words = [*REFUSED_SINCE, *overrides]
+    return load_text(*config_text(run_dir, checkpoint), words, trains)
 
 
 def config_text(run_dir: Path, checkpoint: Path) -> tuple[str, str]:
