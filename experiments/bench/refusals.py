@@ -6,7 +6,7 @@ from experiments.bench.pairs import ROWS, Setting
 from experiments.bench.stacks import config_of, rows_of_layout
 from experiments.bench.two_batches import refuse_halves
 from scmoe.config.leaves import ConfigError
-from scmoe.probes.loads import Sizes, check_load, load_of, sequences_of
+from scmoe.probes.loads import BALANCED, Sizes, check_load, load_of, sequences_of
 
 
 def refuse_impossible(setting: Setting) -> None:
@@ -68,7 +68,7 @@ def refuse_on_gpu(setting: Setting) -> None:
 def refuse_loads(setting: Setting) -> None:
     """Raise ConfigError for a load that cannot be dealt to every row."""
     blocks = dict.fromkeys(["top2", *map(setting.block_of, setting.rows)])
-    for load in map(load_of, setting.loads):
+    for load in map(load_of, (BALANCED, *setting.loads)):
         for block in blocks:
             sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
             check_load(load, sizes, setting.sequences)

@@ -51,7 +51,8 @@ class DoubleGateBlock(MoEBlock):
         x_BSD = self.before_tap(x_BSD, cache)
         preceding = self.moe.begin(self.tap_norm(x_BSD), mask_BS, self.schedule.chunks)
         x_BSD, preceding = self.through_window(x_BSD, preceding, cache)
-        preceding = self.experts_at(len(self.schedule.window), preceding)
+        if self.schedule.slot == len(self.schedule.window):
+            preceding = self.moe.run_experts(preceding)
         arguments = self.norm(x_BSD), mask_BS, self.schedule.chunks, preceding.routing.topk_ids_TK
         current_BSD, current_stats = self.noted_as("current", self.moe, *arguments)
         preceding_BSD, preceding_stats = self.moe.finish(preceding)

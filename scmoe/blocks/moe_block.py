@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.kv_cache import KVCache, with_cache
 from scmoe.blocks.sublayers import is_parted
 from scmoe.moe.dispatcher import Dispatcher
 from scmoe.moe.operators import AnyRecorder, Operators
@@ -30,9 +30,9 @@ class MoEBlock(Operators):
     (models/residual_stream.py).
 
     sublayers: of one block (attention) or of a pair (attention, MLP, attention), each called as
-    sublayer(x_BSD, cache), where a cache may be None. norm: reads the output of the last sub-layer;
-    in FarSkip, the block's input. after: the MoE module's output
-    passes through it before it is added: a norm, dropout; in SwinV2, norm and drop path. tap_norm:
+    sublayer(x_BSD), and as sublayer(x_BSD, cache) in generation. norm: reads the output of the last
+    sub-layer; in FarSkip, the block's input. after: the MoE module's output passes through it
+    before it is added: a norm, dropout; in SwinV2, norm and drop path. tap_norm:
     reads the tap, where the architecture has one. shared_expert, coefficient: where it has a shared
     expert. coefficient_reads_tap: the coefficient gate reads the (normed) tap instead of the shared
     expert's input. Raises ValueError for a position that requires more sub-layers than there are.
@@ -115,7 +115,7 @@ class MoEBlock(Operators):
     def before_tap(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
         """Run the sub-layers before the tap."""
         for name, sublayer in zip(SUBLAYERS, list(self.sublayers)[: self.tap], strict=False):
-            x_BSD = self.operator(name, sublayer, x_BSD, cache)
+            x_BSD = self.operator(name, sublayer, *with_cache(x_BSD, cache=cache))
         return x_BSD
 
     def through_window(
@@ -133,10 +133,11 @@ class MoEBlock(Operators):
             if slot == self.schedule.slot and self.schedule.inside_attention:
                 x_BSD, state = self.around_experts(sublayer, x_BSD, state, cache, onto)
                 continue
-            state = self.experts_at(slot, state)
+            if slot == self.schedule.slot:
+                state = self.moe.run_experts(state)
             f: Any = sublayer if onto is None else partial(sublayer, onto=onto)
             name = self.schedule.window[slot]
-            x_BSD = self.operator(name, f, x_BSD, cache)
+            x_BSD = self.operator(name, f, *with_cache(x_BSD, cache=cache))
         return x_BSD, state
 
     def through_shared_expert(
@@ -146,13 +147,12 @@ class MoEBlock(Operators):
         before or after it."""
         assert self.shared_expert is not None
         last = len(self.schedule.window)
-        state = self.experts_at(last - 1, state)
+        if self.schedule.slot == last - 1:
+            state = self.moe.run_experts(state)
         shared_BSD = self.operator("shared_expert", self.shared_expert, u_BSD)
-        return shared_BSD, self.experts_at(last, state)
-
-    def experts_at(self, slot: int, state: StreamState) -> StreamState:
-        """Run the experts if this is their slot."""
-        return self.moe.run_experts(state) if slot == self.schedule.slot else state
+        if self.schedule.slot == last:
+            state = self.moe.run_experts(state)
+        return shared_BSD, state
 
     def around_experts(
         self,
@@ -167,7 +167,7 @@ class MoEBlock(Operators):
         onto: as Residual's.
         """
         core, out = PARTS
-        core_BSv = self.operator(core, attention.core, x_BSD, cache)
+        core_BSv = self.operator(core, attention.core, *with_cache(x_BSD, cache=cache))
         state = self.moe.run_experts(state)
 
         def project(core_BSv: Tensor) -> Tensor:

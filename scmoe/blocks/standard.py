@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.kv_cache import KVCache, with_cache
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.moe.tokens import MoEOutput
 
@@ -29,7 +29,7 @@ class DenseBlock(nn.Module):
         self, x_BSD: Tensor, mask_BS: Tensor | None = None, cache: KVCache | None = None
     ) -> MoEOutput:
         for sublayer in self.sublayers:
-            x_BSD = sublayer(x_BSD, cache)
+            x_BSD = sublayer(*with_cache(x_BSD, cache=cache))
         return MoEOutput(x_BSD, None)
 
 

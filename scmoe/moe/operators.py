@@ -8,6 +8,7 @@ recorder.py notes when each one runs.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -36,11 +37,13 @@ class Operators(nn.Module):
     recorder: AnyRecorder | None = None
 
     def operator(self, name: str, f: Callable[..., Any], *inputs: Any) -> Any:
+        if self.recorder is not None:
+            f = partial(self.recorder.around, name, f)
         # a range takes time, and without a profiler nobody reads it
         if not torch.autograd._profiler_enabled():
-            return self.noted_as(name, f, *inputs)
+            return f(*inputs)
         with record_function(f"scmoe/{name}"):
-            return self.noted_as(name, f, *inputs)
+            return f(*inputs)
 
     def noted_as(self, name: str, f: Callable[..., Any], *inputs: Any) -> Any:
         """Run what is one operator for the recorder alone. A profile shows the operators inside it:
