@@ -33,7 +33,7 @@ from scmoe.schedule.schedule import Schedule
 CHUNKS = (1, 2, 4, 8)
 CHUNKS_OF_HALVES = (1, 2)
 SAMPLES = 64
-BEST = 2  # schedules of a row that are played on every drawn machine
+BEST = 2  # schedules of a row that are played on every drawn machine, of different chunks
 SEED = 1
 ROW_ERROR = 0.02  # assumed
 WORTH = 1.02
@@ -165,6 +165,16 @@ class Simulator:
         return StepTime(*(sum(seconds) / num_steps for seconds in each_term))
 
 
+def kept(ordered: Sequence[Choice]) -> list[Choice]:
+    """Return the first BEST choices with different numbers of chunks.
+
+    Which number is best depends on the machine most; slots are often as fast as each other."""
+    first: dict[int, Choice] = {}
+    for choice in ordered:
+        first.setdefault(choice.schedule.chunks, choice)
+    return list(first.values())[:BEST]
+
+
 class Plan:
     """The rows of all models, with the few best schedules of each at the profile's own values."""
 
@@ -179,7 +189,7 @@ class Plan:
             for row, choices in choices_of(model, standard, job.two).items():
                 steps = {choice: nominal.step(model, choice).total for choice in choices}
                 self.model_of[row] = model
-                self.choices[row] = sorted(steps, key=lambda choice: steps[choice])[:BEST]
+                self.choices[row] = kept(sorted(steps, key=lambda choice: steps[choice]))
 
     def steps(self, machine: Machine, job: Job) -> dict[str, tuple[Choice, StepTime]]:
         """Return the best of each row's choices on a machine, and its step."""
@@ -318,10 +328,10 @@ def reason(row: Row, advice: Advice, plan: Plan) -> str:
     if row.answer == "within the error":
         low, high = row.over_best_interval
         key = decisive(row.name, plan)
-        return (
-            f"It is {low:.2f} to {high:.2f} times as fast as {rival.name}; {key} decides most of"
-            " this, so a (better) measurement of it helps most."
-        )
+        decides = f"{key} decides most of this, so a (better) measurement of it helps most"
+        if key is None:
+            decides = "no value of the profile is uncertain, so this is the simulator's own error"
+        return f"It is {low:.2f} to {high:.2f} times as fast as {rival.name}; {decides}."
     if not needs_no_other and (factor := tokens_needed(row.name, plan)):
         return (
             f"A rank has {advice.tokens:,} tokens a step. From about {factor * advice.tokens:,} on"
@@ -371,10 +381,11 @@ def tokens_needed(row: str, plan: Plan) -> int | None:
     return None
 
 
-def decisive(row: str, plan: Plan) -> str:
-    """Return the key of the profile whose band moves a row's speed-up most."""
+def decisive(row: str, plan: Plan) -> str | None:
+    """Return the key of the profile whose band moves a row's speed-up most; None: no key has a
+    band."""
     moved = {}
     for key, ends in plan.at_ends.items():
         low, high = (plan.over_best(totals, row) for totals in ends)
         moved[key] = abs(high - low)
-    return max(moved, key=lambda key: moved[key])
+    return max(moved, key=lambda key: moved[key], default=None)

@@ -9,7 +9,7 @@ What a block does before it routes, and what the model does between it and the p
 parts of its BEFORE. What it does outside of any operator after it has routed counts as decode.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -34,11 +34,12 @@ CPU = torch.device("cpu")
 
 class Kernel(NamedTuple):
     """A call of torch. moved: bytes that it reads and writes; weights: those of parameters, and of
-    what is cast from them."""
+    what is cast from them. for_each_expert: it is one of a loop over all experts."""
 
     flops: float
     moved: float
     weights: float
+    for_each_expert: bool = False
 
 
 class Part(NamedTuple):
@@ -119,6 +120,8 @@ def count(model: Any, job: RankJob, batch: Tensor) -> Costs:
             for name, buffer in [*owner.named_buffers(recurse=False)]:
                 setattr(owner, name, torch.empty_like(buffer, device=CPU))
         counting = Counting(model)
+        in_turn = counting.noting_a_loop(experts.mlps_in_turn)
+        inside.enter_context(patch.object(experts, "mlps_in_turn", in_turn))
         for number, block in enumerate(blocks):
             recorder: Any = _Noting(counting, number)
             block.run_as(block.schedule, block.moe.dispatcher, recorder)
@@ -188,6 +191,18 @@ class Counting(TorchDispatchMode):
         # by storage: a parameter, or the one that a tensor was cast from
         self.weights = {p.untyped_storage()._cdata: p for p in model.parameters()}
         self.casts: list[Tensor] = []  # kept, so that no other tensor gets their storages
+        self.in_loop = False  # over all experts
+
+    def noting_a_loop(self, f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a function that runs its kernels once for each expert, with a note of that."""
+
+        def noted(*inputs: Any) -> Tensor:
+            self.in_loop = True
+            outputs = f(*inputs)
+            self.in_loop = False
+            return outputs
+
+        return noted
 
     def beginning_with(self, model: Any) -> ExitStack:
         """Let a part begin where a step of the model begins and ends. Return what removes that."""
@@ -208,7 +223,9 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        inputs = list(tensors_in([*args, *kwargs.values()]))
+        written_to = {argument.name for argument in func._schema.arguments if argument.is_out}
+        read = [value for name, value in kwargs.items() if name not in written_to]
+        inputs = list(tensors_in([*args, *read]))
         outputs = list(tensors_in([out]))
         if is_kernel(func, inputs, outputs):
             flops = float(flops_of(func.overloadpacket, args, kwargs, out))
@@ -235,7 +252,7 @@ class Counting(TorchDispatchMode):
             moved += 2 * written
         else:
             moved += written
-        part.kernels.append(Kernel(flops, moved, weights))
+        part.kernels.append(Kernel(flops, moved, weights, self.in_loop))
 
 
 @dataclass

@@ -25,7 +25,7 @@ that are split over ranks (FSDP).
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from scmoe.schedule.cost import EVEN, PER_CHUNK, TRANSFERS, OperatorTimes, Share, Span, play_ranks
 from scmoe.schedule.schedule import Schedule
@@ -154,8 +154,8 @@ def simulate_step(
 ) -> StepTime:
     """Return the time of an optimizer step.
 
-    loads: of each block, of a batch on each rank; None: even. Equal blocks are played faster if
-    they are the same object.
+    loads: of each block, of a batch on each rank; None: even. Equal blocks and loads are played
+    faster if they are the same object.
     """
     head = head or Head()
     forward = play_pass(blocks, "forward", setting, head, loads)
@@ -261,43 +261,47 @@ def _whole(
 ) -> Pass:
     """Return a pass with one batch in flight. All rows of a block have arrived at its end."""
     layers = list(range(len(blocks)))
-    played: dict[int, list[list[Span]]] = {}
+    played: dict[Any, list[list[Span]]] = {}
+    shares: Load = []
+    previous: Load | None = None
     starts = [0.0]
     computing = 0.0
     rows: list[tuple[float, float]] = []
     ready: list[tuple[float, float]] = []
     for layer in layers if direction == "forward" else reversed(layers):
         block = blocks[layer]
-        if loads is None:
-            # a block with even rows begins with free links, so equal ones differ by the start only
-            if id(block) not in played:
-                played[id(block)] = _play_block(block, direction, setting, None, [0.0])
-            spans_R = played[id(block)]
-            offset = starts[0]
-        else:
-            if len(starts) != len(dominant(loads[layer])[0]):
-                starts = [max(starts) for _ in dominant(loads[layer])[0]]
-            spans_R = _play_block(block, direction, setting, loads[layer], starts)
-            offset = 0.0
-        ends = [spans[-1].end + offset for spans in spans_R]
+        load = None if loads is None else loads[layer]
+        if load is None:
+            shares = [[EVEN] for _ in range(block.schedule.chunks)]
+        elif load is not previous:
+            shares = dominant(load)
+            starts = [max(starts) for _ in shares[0]]
+        previous = load
+        # a block begins with free links, so it runs in the same way wherever ranks are as much
+        # later than the first one; times are rounded to find that again
+        first = min(starts)
+        late = tuple(round(start - first, 12) for start in starts)
+        key = id(block), id(load), late
+        if key not in played:
+            played[key] = _play_block(block, direction, setting, shares, late)
+        spans_R = played[key]
+        ends = [spans[-1].end + first for spans in spans_R]
         slowest = spans_R[ends.index(max(ends))]
         computing += sum(s.end - s.start for s in slowest if not s.is_transfer)
-        rows += [(s.start + offset, s.end + offset) for s in slowest if s.is_transfer]
+        rows += [(s.start + first, s.end + first) for s in slowest if s.is_transfer]
         if direction == "backward":
-            ready += [(t + offset, seconds) for t, seconds in sums_of(block, [slowest])]
+            ready += [(t + first, seconds) for t, seconds in sums_of(block, [slowest])]
         starts = ends
     return Pass(computing, max(starts), joined(rows), ready)
 
 
 def _play_block(
-    block: Block, direction: Direction, setting: Setting, load: Load | None, starts: Sequence[float]
+    block: Block, direction: Direction, setting: Setting, shares: Load, starts: Sequence[float]
 ) -> list[list[Span]]:
     schedule = block.schedule
     operators = (BEFORE, *schedule.operators())
     if direction == "backward":
         operators = (*schedule.backward_operators(), BEFORE)
-    even = [[EVEN] for _ in range(schedule.chunks)]
-    shares = even if load is None else dominant(load)
     times = piece_times(block, direction, setting)
     return play_ranks(operators, times, shares, setting.sequential, starts)
 

@@ -3,9 +3,11 @@
 kernel       max(FLOPs / attained rate, bytes / memory rate) + launch
 weights      of a kernel's bytes, those that do not grow with rows; a rank reads 1 / EP of the
              experts'
+in turn      kernels that run once for each expert: a rank launches 1 / EP of them
 backward     twice the kernels of forward; of what is recomputed, three times
 attention    times the machine's factor
-layout       route, encode, decode: and `moe` + `copy` k times the experts' time of one copy
+layout       route, encode, decode: and `moe` + `copy` k times the experts' time for the rows of
+             one copy, without weights and launches
 transfer     all-to-all of the rows that dispatch gets; the same back, and in backward
 sums         dense gradients over all ranks, experts' over those that hold the same ones
 update       UPDATE_BYTES a parameter of a rank / memory rate
@@ -79,24 +81,33 @@ class _Timing(NamedTuple):
     sizes: Sizes
 
     def forward(self, part: Part) -> float:
+        factor = self.machine.attention if part.operator == "attention" else 1.0
+        return factor * self.kernels(part, self.held(part)) + self.launches(part)
+
+    def kernels(self, part: Part, weights: float) -> float:
+        """Return the seconds of a part's kernels in forward. weights: the share of the weights that
+        they read."""
         machine, rows = self.machine, self.sizes.rows
-        weights = self.held(part)
-        seconds = sum(
+        return sum(
             max(
                 kernel.flops * rows / machine.flops,
                 (kernel.moved * rows + kernel.weights * weights) / machine.memory,
             )
             for kernel in part.kernels
         )
-        factor = machine.attention if part.operator == "attention" else 1.0
-        return factor * seconds + self.launches(part)
 
     def backward(self, part: Part) -> float:
+        return self.forward(part) * self.times_in_backward(part)
+
+    def times_in_backward(self, part: Part) -> int:
+        """Return how often the kernels of a part's forward run in backward."""
         again = self.costs.job.recompute and part.operator in RECOMPUTED
-        return self.forward(part) * (BACKWARD + again)
+        return BACKWARD + again
 
     def launches(self, part: Part) -> float:
-        return len(part.kernels) * self.machine.launch
+        in_turn = sum(kernel.for_each_expert for kernel in part.kernels)
+        once = len(part.kernels) - in_turn
+        return (once + in_turn * self.held(part)) * self.machine.launch
 
     def held(self, part: Part) -> float:
         """Return the share of a part's weights that a rank holds."""
@@ -117,24 +128,35 @@ class _Timing(NamedTuple):
             forward = sum(map(self.forward, parts)) / times_run[name]
             seconds["forward"][name] = forward
             seconds["backward"][name] = sum(map(self.backward, parts)) / times_run[name]
-            launches = sum(map(self.launches, parts)) / times_run[name]
-            fixed["forward"][name] = launches
-            fixed["backward"][name] = BACKWARD * launches
-        self.add_layout(seconds)
+            fixed["forward"][name] = sum(map(self.launches, parts)) / times_run[name]
+            launches = [self.launches(part) * self.times_in_backward(part) for part in parts]
+            fixed["backward"][name] = sum(launches) / times_run[name]
+        self.add_layout(seconds, runs["experts"])
         self.set_transfers(seconds, fixed, runs["dispatch"])
-        weights = sum(kernel.weights for part in runs["experts"] for kernel in part.kernels)
-        reading = weights / self.sizes.ep_size / self.machine.memory
         return Block(
             layer.schedule,
             OperatorTimes(**seconds),
             tuple(self.sums_of(runs, times_run)),
             OperatorTimes(**fixed),
-            OperatorTimes({"experts": reading}, {"experts": BACKWARD * reading}),
+            self.reading(runs["experts"]),
         )
 
-    def add_layout(self, seconds: dict[str, dict[str, float]]) -> None:
-        """Add what gate and layout take beyond their kernels."""
-        one_copy = seconds["forward"]["experts"] / self.costs.top_k
+    def reading(self, experts: Sequence[Part]) -> OperatorTimes:
+        """Return the seconds in which the experts' weights are read, as they are for every
+        piece."""
+        forward = backward = 0.0
+        for part in experts:
+            weights = sum(kernel.weights for kernel in part.kernels)
+            seconds = weights * self.held(part) / self.machine.memory
+            forward += seconds
+            backward += seconds * self.times_in_backward(part)
+        return OperatorTimes({"experts": forward}, {"experts": backward})
+
+    def add_layout(self, seconds: dict[str, dict[str, float]], experts: Sequence[Part]) -> None:
+        """Add what gate and layout take beyond their kernels. They read no weights of experts, so
+        their measure is the time of rows alone."""
+        rows_s = sum(self.kernels(part, weights=0.0) for part in experts)
+        one_copy = rows_s / self.costs.top_k
         for operator, share in MODULE_SHARE.items():
             more = self.machine.moe * share * one_copy
             more += self.machine.copy * self.costs.top_k * COPY_SHARE.get(operator, 0.0) * one_copy

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scmoe.blocks.moe_block import moe_blocks_of
-from scmoe.clusters.advise import Advice, Job, Model, advise
+from scmoe.clusters.advise import Advice, Job, LoadOf, Model, advise
 from scmoe.clusters.operator_costs import count
 from scmoe.clusters.profile import Profile
 from scmoe.clusters.rank_shares import rank_shares
@@ -25,7 +25,7 @@ from scmoe.config.fields import Config, MoEConfig
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import find, load, read_unchecked
 from scmoe.config.registry import IMAGES
-from scmoe.estimate.memory import rank_memory
+from scmoe.estimate.memory import RankJob, rank_memory
 from scmoe.probes.loads import BALANCED, Load, check_load, load_of
 from scmoe.probes.loads import Sizes as Routed
 from scmoe.training.assembly.costs import make_batch
@@ -199,32 +199,37 @@ def model_of(name: str, moe: MoEConfig, config: Config, profile: Profile, routin
     schedule = replace(config.schedule, auto=False, slot=None, chunks=None, inside_attention=False)
     usual = replace(config, moe=moe, schedule=replace(schedule, batches_in_flight=None))
     training = rank_job(usual)
+    pads = moe.capacity_factor is not None and rows_are_padded(config)
+    loads = loads_of(routing, moe, training, pads)
     whole = build_model_on_meta(usual)
     by_muon = updated_by_muon(usual, whole)
     memory = rank_memory(whole, training, by_muon)["total"]
-    pads = moe.capacity_factor is not None and rows_are_padded(config)
-    if pads and routing.kind != BALANCED:
-        raise ConfigError(
-            f"load is {routing.name}, but every slot of moe.capacity_factor travels, filled or"
-            " not, so a load changes nothing. Add moe.capacity_factor=null."
-        )
     factor = profile.padding or (moe.capacity_factor if pads else 1.0)
     counted = replace(usual, moe=replace(moe, capacity_factor=factor, rows="slots"))
     batch = next(iter(make_batch(counted, training.samples).values()))
     model = build_model_on_meta(counted)
     costs = count(model, training, batch)
-    loads = None
-    if routing.kind != BALANCED:
-        sizes = Routed(moe.num_experts, moe.top_k, training.ep_size)
-        if routing.kind == "ragged":
-            raise ConfigError(
-                f"load is {routing.name}, but all ranks have equal batches. Give another kind of"
-                " load."
-            )
-        check_load(routing, sizes, training.samples)
-        loads = rank_shares(routing, sizes)
     names = {block.schedule.architecture: block.schedule for block in moe_blocks_of(model)}
     return Model(name, costs, names[moe.architecture], memory, loads)
+
+
+def loads_of(routing: Load, moe: MoEConfig, training: RankJob, pads: bool) -> LoadOf | None:
+    """Return the loads of a model's rows; None: even ones. pads: every slot travels, filled or not.
+    ConfigError: the load cannot be dealt, or changes nothing."""
+    if routing.kind == BALANCED:
+        return None
+    if pads:
+        raise ConfigError(
+            f"load is {routing.name}, but every slot of moe.capacity_factor travels, filled or"
+            " not, so a load changes nothing. Add moe.capacity_factor=null."
+        )
+    if routing.kind == "ragged":
+        raise ConfigError(
+            f"load is {routing.name}, but all ranks have equal batches. Give another kind of load."
+        )
+    sizes = Routed(moe.num_experts, moe.top_k, training.ep_size)
+    check_load(routing, sizes, training.samples)
+    return rank_shares(routing, sizes)
 
 
 def rows_are_padded(config: Config) -> bool:

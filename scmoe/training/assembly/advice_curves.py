@@ -12,7 +12,7 @@ from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.files.writing import warn_once
-from scmoe.probes.loads import Sizes, load_of
+from scmoe.probes.loads import BALANCED, Load, Sizes, check_load, load_of
 from scmoe.training.assembly.advice import Request, config_for, job_of, models_for, rows_are_padded
 
 BANDWIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2, 4)  # over the profile's
@@ -66,7 +66,10 @@ def curves(
         yield Curve(
             "ep",
             "EP: ranks that share the experts",
-            [at(n, job=replace(job, sizes=sizes._replace(ep_size=n))) for n in degrees],
+            [
+                at(n, job=replace(job, sizes=sizes._replace(ep_size=n)), models=loaded)
+                for n, loaded in of_degrees(request, config, models, degrees)
+            ],
             (sizes.ranks, sizes.ranks) if has_measured else None,
         )
     tokens = models[0].costs.tokens * job.accumulate
@@ -99,16 +102,7 @@ def over_load(
     for heat in LOADS:
         if heat > min(ranks, config.moe.num_experts / models[0].costs.top_k):
             continue
-        loaded = [
-            replace(
-                model,
-                loads=rank_shares(
-                    load_of(f"hot_rank:{heat}"),
-                    Sizes(config.moe.num_experts, model.costs.top_k, ranks),
-                ),
-            )
-            for model in models
-        ]
+        loaded = under_load(load_of(f"hot_rank:{heat}"), models, config, ranks)
         points.append(at(heat, models=loaded))
     return Curve(
         "load",
@@ -117,6 +111,32 @@ def over_load(
         (1.0, 1.0) if has_measured else None,
         logarithmic=False,
     )
+
+
+def under_load(load: Load, models: Sequence[Model], config: Config, ranks: int) -> list[Model]:
+    """Return the models at a load, with so many ranks that share the experts. ConfigError: it
+    cannot be dealt."""
+    loaded = []
+    for model in models:
+        sizes = Sizes(config.moe.num_experts, model.costs.top_k, ranks)
+        check_load(load, sizes, sequences=1)
+        loaded.append(replace(model, loads=rank_shares(load, sizes)))
+    return loaded
+
+
+def of_degrees(
+    request: Request, config: Config, models: Sequence[Model], degrees: Sequence[int]
+) -> Iterator[tuple[int, Sequence[Model]]]:
+    """Yield the models at each EP on which the load can be dealt."""
+    load = load_of(request.load)
+    for ranks in degrees:
+        if load.kind == BALANCED:
+            yield ranks, models
+            continue
+        try:
+            yield ranks, under_load(load, models, config, ranks)
+        except ConfigError as error:
+            warn_once(f"no point at EP {ranks}: {error}")
 
 
 def of_widths(

@@ -1,0 +1,109 @@
+"""Operators are counted as a model has them, and timed as a rank runs them."""
+
+from dataclasses import replace
+
+import pytest
+
+from scmoe.clusters.timed_blocks import Sizes, at_schedule, blocks_on
+from scmoe.schedule.schedule import Schedule
+from scmoe.training.assembly.advice import config_for, models_for
+from tests.support.advised import QUICK, quickstart_on_cards
+
+
+@pytest.fixture(scope="module")
+def counted():
+    return quickstart_on_cards()
+
+
+def test_products_are_those_of_a_gpts_closed_form(counted):
+    """2 of each weight and row, and 4 S D of a token's attention; a capacity of 2 pads."""
+    _, config, models = counted
+    dim, tokens = config.model.dim, 4 * config.data.seq_len
+    weights = 4 * dim**2 + 8 * dim**2  # of a dense block
+    attention = 4 * config.data.seq_len * dim
+    gate = dim * config.moe.num_experts
+    for name, rows in (("top2", 2 * 2.0), ("top1", 2.0), ("shared_expert", 2.0 + 1)):
+        pair = 2 * weights - 8 * dim**2 + gate + rows * 8 * dim**2
+        small = 2 * dim * 2 if name == "shared_expert" else 0  # CG-1's gate, at most
+        flops = tokens * (2 * (2 * pair + 2 * attention) + 2 * dim * config.data.vocab_size)
+        assert models[name].costs.flops == pytest.approx(flops, abs=tokens * 2 * small)
+
+
+def test_parameters_and_gradients_are_counted_once(counted):
+    for model in counted[2].values():
+        costs = model.costs
+        parts = [p for layer in costs.layers for p in (*layer.before, *layer.after)]
+        layers = {layer: costs.layers.count(layer) for layer in costs.layers}
+        assert len(layers) == 2 and len(costs.layers) == 2  # the first has the embedding
+        assert sum(p.dense for p in (*parts, *costs.head)) == costs.dense_parameters
+        assert sum(p.expert for p in parts) == costs.expert_parameters
+
+
+def test_a_rank_of_many_reads_fewer_experts_and_all_its_rows(counted):
+    profile, _, models = counted
+    machine = profile.machine()
+    costs = models["scmoe_pos2"].costs
+    alone, eight = (blocks_on(machine, costs, Sizes(8, ep))[0][0] for ep in (1, 8))
+    assert alone.times.forward["dispatch"] == 0 < eight.times.forward["dispatch"]
+    assert eight.least.forward["experts"] == pytest.approx(alone.least.forward["experts"] / 8)
+    assert eight.times.forward["attention"] == alone.times.forward["attention"]
+    moved = at_schedule([alone, alone], Schedule("scmoe", "pos2", 3, 4))
+    assert moved[0] is moved[1] and moved[0].schedule.slot == 3
+
+
+def experts_times(costs, machine, **changes):
+    """Return the operators of a block whose experts' kernels are changed."""
+
+    def changed(part):
+        if part.operator != "experts":
+            return part
+        return part._replace(kernels=tuple(k._replace(**changes) for k in part.kernels))
+
+    layers = [layer._replace(after=tuple(map(changed, layer.after))) for layer in costs.layers]
+    return blocks_on(machine, replace(costs, layers=layers), Sizes(8, 8))[0][0].times.forward
+
+
+def test_the_layout_takes_no_time_for_weights_and_launches_of_experts(counted):
+    """Gate, encode and decode are charged shares of the time of an expert's rows."""
+    profile, _, models = counted
+    machine = replace(profile.machine(), moe=0.3, copy=0.15)
+    costs = models["top2"].costs
+    usual = experts_times(costs, machine)
+    heavy = experts_times(costs, machine, weights=1e10)
+    assert heavy["experts"] > 10 * usual["experts"]
+    bare = experts_times(costs, replace(machine, moe=0.0, copy=0.0))
+    for operator in ("route", "encode", "decode"):
+        assert heavy[operator] == usual[operator] > bare[operator]
+
+
+def test_a_rank_launches_the_experts_that_it_holds(counted):
+    """Where a loop runs three kernels for each of them, as on a CPU; their bytes are rows in and
+    out, and both sides of the activation."""
+    profile, config, models = counted
+    host = replace(profile, precision="32-true")
+    looped = models_for(QUICK, host, config_for(QUICK, host))[0].costs
+    only_launches = replace(profile.machine(), launch=1.0)
+    experts = config.moe.num_experts
+
+    def launches(costs, ep):
+        return blocks_on(only_launches, costs, Sizes(8, ep))[0][0].fixed.forward["experts"]
+
+    assert [launches(looped, ep) for ep in (1, 2, 8)] == [3 * experts / ep for ep in (1, 2, 8)]
+    assert launches(models["top2"].costs, 1) == launches(models["top2"].costs, 8)
+    (part,) = (p for p in looped.layers[0].after if p.operator == "experts")
+    rows = 2 * looped.tokens  # the capacity is not padded on a CPU
+    wide = config.model.ffn_dim or 4 * config.model.dim
+    moved = sum(kernel.moved for kernel in part.kernels)
+    assert moved == 4 * rows * (2 * config.model.dim + 4 * wide)
+
+
+def test_what_is_recomputed_is_launched_and_read_once_more(counted):
+    profile, _, models = counted
+    costs = models["scmoe_pos2"].costs
+    again = replace(costs, job=replace(costs.job, recompute=True))
+    usual, longer = (
+        blocks_on(profile.machine(), each, Sizes(8, 8))[0][0] for each in (costs, again)
+    )
+    for times, more in ((usual.fixed, longer.fixed), (usual.least, longer.least)):
+        assert more.forward == times.forward
+        assert more.backward["experts"] == pytest.approx(1.5 * times.backward["experts"])
