@@ -17,6 +17,7 @@ from scmoe.config.leaves import ConfigError, show
 from scmoe.init_from.pretrained import (
     READERS,
     check_settings,
+    model_settings,
     read_config,
     read_export,
     settings_of,
@@ -350,5 +351,5 @@ def test_a_folder_of_a_training_on_ranks_describes_a_model_of_one_process(words)
     earlier = {**content["scmoe"], "schedule": asdict(config.schedule)}
     for kept in (content, {**content, "scmoe": earlier}):
         read = our_config(kept, "config.json")
-        assert settings_of(read) == settings_of(config)
+        assert model_settings(read) == model_settings(config)
         assert (read.schedule.chunks, read.schedule.batches_in_flight) == (2, None)
