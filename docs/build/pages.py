@@ -189,10 +189,9 @@ def text_of(each: Experiment) -> str:
         title, rest = markdown(each.data).split("\n\n", 1)
         parts = [title, said["reading"], *shown, rest]
     else:
-        command = command_of(said)
-        begins = f"{command}, " if command else ""
+        command = f"{command_of(said)}, " if "command" in said else ""
         origin = (
-            f"{begins}{said['date']}, {said['machine']}{said.get('note', '')}."
+            f"{command}{said['date']}, {said['machine']}{said.get('note', '')}."
             f" [Method]({up[3:]}method.md)."
         )
         tables = [table.markdown() for table in tables_of(each.name, each.data)]
@@ -202,8 +201,6 @@ def text_of(each: Experiment) -> str:
 
 def command_of(said: Mapping[str, Any]) -> str:
     """Return the command of a result as Markdown, and the commit that has it if it was removed."""
-    if "command" not in said:
-        return ""
     commit = f" (commit {said['commit']})" if "commit" in said else ""
     return f"`{said['command']}`{commit}"
 
