@@ -13,7 +13,8 @@ from scmoe.blocks.moe_block import MoEBlock
 from scmoe.inference.generate import decode, prefill
 from scmoe.models.decoder import Decoder
 from scmoe.moe.recorder import Recorder
-from scmoe.planning.planner import Planner, shortlist_in_flight
+from scmoe.planning.candidates import shortlist_in_flight
+from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import LayerChoice, slowest, start_clocks
 from scmoe.schedule.schedule import Schedule
 

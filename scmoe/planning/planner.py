@@ -17,7 +17,7 @@ The bench of inference uses passes in place of steps, up to `price`.
                 unusual, the planner measures again
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,12 +30,12 @@ from scmoe.models.halves import has_halves, set_in_flight
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.operators import Direction
 from scmoe.moe.recorder import Recorder
+from scmoe.planning.candidates import shortlist_in_flight, still_fastest
 from scmoe.planning.pricing import (
     DIRECTIONS,
     LayerChoice,
     batches_in_flight,
     measured,
-    predicted,
     price,
     slowest,
     start_clocks,
@@ -45,16 +45,10 @@ from scmoe.schedule.schedule import Schedule
 
 WARMUP_STEPS = 3
 STEPS_EACH = 3  # measured steps with each number of chunks
-CANDIDATES = 6  # that are tried: the best price of each number of chunks first, then others
-NEAR = 1.1  # the others have prices up to NEAR times the lowest
-FEWEST_ROUNDS = 5  # of trials, before a candidate is left out
 MOST_TRIES = 48  # of all candidates together
-LOSS = 0.01  # of a step: a smaller difference between candidates need not be decided
 # of communication in a step: below it, the hidden part is smaller than the noise of the times
 LEAST_SHARE = 0.1
 NOISE = 0.05  # of a hidden part: further below 0 or above 1, the step was disturbed
-IN_HALVES = 2  # candidates with two batches in flight, beside those with one
-GAIN_OF_CHUNKS = 0.02  # of a price: below it, chunks are not tried with two batches in flight
 DRIFT = 1.5  # a drifted step takes DRIFT times as long or as short as usual
 DRIFTED_IN_TURN = 3  # so many drifted steps in turn start a new measurement
 
@@ -336,68 +330,6 @@ class Planner:
 def sum_of_layers(seconds_LD: Sequence[Sequence[float]]) -> list[float]:
     """Return the seconds of each direction, summed over layers."""
     return [sum(seconds_L) for seconds_L in zip(*seconds_LD, strict=True)]
-
-
-def shortlist(priced: Mapping[int, Sequence[list[LayerChoice]]]) -> list[list[LayerChoice]]:
-    """Return the candidates that are worth a trial.
-
-    They are the best price of each number of chunks, and those NEAR the lowest.
-
-    priced: by number of chunks, those of the lowest price first. Prices of numbers of chunks cannot
-    be compared: they omit what more and smaller transfers cost, and what chunks gain under uneven
-    rows (schedule/cost.py).
-    """
-    best = [candidates[0] for candidates in priced.values()]
-    assert len(best) <= CANDIDATES
-    others = sorted((c for candidates in priced.values() for c in candidates[1:]), key=predicted)
-    highest = NEAR * min(map(predicted, best))
-    return best + [c for c in others if predicted(c) <= highest][: CANDIDATES - len(best)]
-
-
-def shortlist_in_flight(
-    priced: Mapping[int, Sequence[list[LayerChoice]]], numbers: Sequence[int]
-) -> list[list[LayerChoice]]:
-    """Return the candidates with one batch in flight as `shortlist` does, and those with two.
-
-    Those with two are the best slot in the fewest chunks, then the next best. More chunks are next
-    best where their price is lower by GAIN_OF_CHUNKS. Both are tried whatever their prices, which
-    omit what half the rows cost beyond half the time. numbers: of batches in flight.
-    """
-    one = shortlist(priced) if 1 in numbers else []
-    if 2 not in numbers:
-        return one
-    two = {
-        chunks: sorted(map(_with_two_in_flight, candidates), key=predicted)
-        for chunks, candidates in priced.items()
-    }
-    best, *others = two.pop(min(two))
-    highest = (1 - GAIN_OF_CHUNKS) * predicted(best)
-    gaining = [candidates[0] for candidates in two.values() if predicted(candidates[0]) <= highest]
-    near = [choices for choices in others if predicted(choices) <= NEAR * predicted(best)]
-    room = IN_HALVES if one else CANDIDATES
-    return one + [best, *sorted(gaining, key=predicted), *near][:room]
-
-
-def _with_two_in_flight(choices: Sequence[LayerChoice]) -> list[LayerChoice]:
-    return [replace(choice, batches_in_flight=2) for choice in choices]
-
-
-def still_fastest(tried: Mapping[int, Sequence[float]]) -> list[int]:
-    """Return the candidate with the least time, then those that may be faster by more than LOSS.
-
-    These are within two standard errors of their ratio to it. Before FEWEST_ROUNDS all are
-    returned. tried: the seconds of each candidate in every round. What disturbs a round disturbs
-    all of it, so times are compared within rounds.
-    """
-    names, rounds = list(tried), min(map(len, tried.values()))
-    if rounds < FEWEST_ROUNDS:
-        return names
-    seconds_CR = torch.tensor([*tried.values()], dtype=torch.float64)
-    first = int((seconds_CR / seconds_CR.quantile(0.5, 0)).quantile(0.5, 1).argmin())
-    ratios_CR = seconds_CR / seconds_CR[first]
-    least_C = ratios_CR.quantile(0.5, 1) - 2 * ratios_CR.std(1) / rounds**0.5
-    least_ratios = zip(names, least_C.tolist(), strict=True)
-    return [names[first], *(name for name, least in least_ratios if least < 1 - LOSS)]
 
 
 def hidden_part(overlapped: float, sequential: float, free: float) -> float | None:

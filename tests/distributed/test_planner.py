@@ -26,16 +26,17 @@ from scmoe.moe.recorder import Recorder
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
+from scmoe.planning import candidates, pricing
 from scmoe.planning import planner as planner_module
-from scmoe.planning import pricing
-from scmoe.planning.planner import DRIFTED_IN_TURN, FEWEST_ROUNDS, STEPS_EACH, WARMUP_STEPS, Planner
+from scmoe.planning.candidates import FEWEST_ROUNDS
+from scmoe.planning.planner import DRIFTED_IN_TURN, STEPS_EACH, WARMUP_STEPS, Planner
 from scmoe.planning.pricing import OPERATORS, LayerChoice, names_of, slowest, start_clocks
 from scmoe.schedule.cost import PER_CHUNK, OperatorTimes, best_schedule, slots
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_shortcut, tiny_sublayers
 
 pytestmark = pytest.mark.dist
-ONE = patch.object(planner_module, "CANDIDATES", 1)  # the lowest price is chosen, without a trial
+ONE = patch.object(candidates, "CANDIDATES", 1)  # the lowest price is chosen, without a trial
 ATTENTION_MS = 5.0  # longer than every other operator
 
 

@@ -17,14 +17,8 @@ import pytest
 import torch
 
 from scmoe.planning import planner as planner_module
-from scmoe.planning.planner import (
-    CANDIDATES,
-    MOST_TRIES,
-    Overlap,
-    Planner,
-    shortlist,
-    still_fastest,
-)
+from scmoe.planning.candidates import CANDIDATES, shortlist, still_fastest
+from scmoe.planning.planner import MOST_TRIES, Overlap, Planner
 from scmoe.planning.pricing import LayerChoice, predicted
 from scmoe.schedule.cost import OperatorTimes, Share, slots
 from scmoe.schedule.schedule import Schedule

@@ -17,7 +17,8 @@ from scmoe.config.load import load
 from scmoe.config.rules import may_run_two_batches
 from scmoe.moe.recorder import Recorder
 from scmoe.planning import planner as planner_module
-from scmoe.planning.planner import IN_HALVES, Planner, shortlist, shortlist_in_flight
+from scmoe.planning.candidates import IN_HALVES, shortlist, shortlist_in_flight
+from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import OPERATORS as MEASURED
 from scmoe.planning.pricing import LayerChoice, plan_from_json, plan_to_json, predicted
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes, computing_time, elapsed_time, slots

@@ -35,8 +35,7 @@ from scmoe.moe.dispatcher import Announced, Arriving, ChunkCounts, Pending, Rece
 from scmoe.moe.gather import gather
 from scmoe.moe.operators import AnyRecorder
 from scmoe.parallel.wire.announced import OnDevice, ReadByHost, experts_of_rows
-from scmoe.parallel.wire.even_rows import EvenRows
-from scmoe.parallel.wire.wire import Work
+from scmoe.parallel.wire.wire import EvenRows, Work
 
 Exchange = Callable[[Tensor, Traffic | None], tuple[Tensor, Work]]
 """exchange(rows, traffic) starts an exchange and returns (target buffer, work). traffic: numbers of

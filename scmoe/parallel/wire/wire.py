@@ -1,17 +1,28 @@
-"""What all dispatchers of a rank share: its place, and a check of the numbers of rows.
+"""What all dispatchers of a rank share: its place, and the check that ranks send equally many rows
+where no numbers are announced, which is with a capacity, in training.
 
-The Strategy makes it before there is a model. dispatchers.py makes the dispatchers of the model
-from it.
-"""
+The Strategy makes the wire before there is a model. dispatchers.py makes the dispatchers of the
+model from it.
 
+The size of an exchange without numbers follows from a rank's own number of tokens. If another rank
+has another number, gloo ends the process without a traceback, and NCCL waits or mixes rows up. A
+check of every exchange would make the ranks wait for each other in every layer. So the first
+exchange of a batch is checked, together with the shapes in the batch. Only where these shapes
+differ are the other exchanges of the batch checked too.
+
+Left out: a model whose first exchange is even and a later one is not, although the batches have the
+same shapes."""
+
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from scmoe.parallel.mesh import Mesh
-from scmoe.parallel.wire.even_rows import EvenRows
 
 
 class Work(Protocol):
@@ -19,6 +30,57 @@ class Work(Protocol):
 
     def wait(self) -> Any:
         """Return when the caller may use the rows in its next computation."""
+
+
+class EvenRows:
+    """Compares numbers of rows over all ranks. Without a call of `begin` it compares nothing."""
+
+    def __init__(self) -> None:
+        self.group: Any = None  # a gloo group of all ranks
+        self.ep_size = 1
+        self.shapes = 0  # a digest of the shapes in this rank's batch
+        self.is_due = False  # at the next exchange
+
+    def begin(self, tensors: Iterable[Tensor], group: Any, ep_size: int) -> None:
+        """Begin a batch; every rank must call it.
+
+        tensors: those of the batch. ep_size: ranks that share experts.
+        """
+        self.group = group
+        self.ep_size = ep_size
+        self.is_due = True
+        shapes = repr([tuple(t.shape) for t in tensors]).encode()
+        self.shapes = int.from_bytes(hashlib.blake2b(shapes, digest_size=7).digest(), "big")
+
+    def check(self, rows: int) -> None:
+        """Raise ValueError on every rank if ranks that share experts have other numbers of rows.
+
+        rows: how many this rank is about to send.
+        """
+        if not self.is_due:
+            return
+        extremes = torch.tensor([rows, -rows, self.shapes, -self.shapes])
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.group)
+        most, least, last, first = extremes.tolist()
+        self.is_due = last != -first
+        if most != -least:
+            self._compare(rows)
+
+    def _compare(self, rows: int) -> None:
+        of_ranks: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(of_ranks, rows, group=self.group)
+        for first in range(0, len(of_ranks), self.ep_size):
+            sharing = of_ranks[first : first + self.ep_size]
+            if len(set(sharing)) > 1:
+                numbers = "; ".join(
+                    f"rank {first + i}: {number}" for i, number in enumerate(sharing)
+                )
+                raise ValueError(
+                    "ranks that share experts have different numbers of tokens in a training step,"
+                    f" so they would send different numbers of rows ({numbers}); with a"
+                    " capacity_factor every rank needs as many tokens as the others. Pad all"
+                    " batches to one length, or train without a capacity (capacity_factor=None)"
+                )
 
 
 @dataclass(frozen=True)
