@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import settings
 
 from experiments.engine.ranks import PRELOADED
@@ -63,6 +64,8 @@ def no_traces_of_a_launcher():
     yield
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from scmoe.command_line import KeyValue, numbers_of
 from scmoe.config.leaves import ConfigError, four_digits
-from scmoe.parallel.rank_memory import GIB
+from scmoe.files.container_memory import GIB
 
 # The columns of the table for presets, beside PRECISIONS and RECOMPUTE.
 MODES = ("replicated", "sharded")

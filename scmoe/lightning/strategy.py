@@ -54,8 +54,8 @@ from scmoe.parallel.dense import (
     shard,
     with_dense_mesh,
 )
+from scmoe.parallel.dense_auto import estimates_of, memory_of_rank, pick_dense
 from scmoe.parallel.mesh import Mesh, build_mesh, check_experts, what_prevents_overlap
-from scmoe.parallel.rank_memory import estimates_of, memory_of_rank, pick_dense
 from scmoe.parallel.torch_seam import set_default_timeout
 from scmoe.parallel.update.wrap import Wrapped, wrap
 from scmoe.parallel.wire.wire import Wire

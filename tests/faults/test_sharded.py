@@ -14,8 +14,8 @@ from experiments.engine.ranks import run_ranks
 from scmoe.estimate.memory import RankJob, Split
 from scmoe.lightning.stop import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
+from scmoe.parallel.dense_auto import estimates_of, pick_dense, possible_modes
 from scmoe.parallel.mesh import Mesh
-from scmoe.parallel.rank_memory import estimates_of, pick_dense, possible_modes
 from scmoe.training.assembly.model import build_model_on_meta, build_module
 from scmoe.training.assembly.start import Start, dense_estimates
 from scmoe.training.modules import LanguageModel

@@ -28,8 +28,8 @@ from scmoe.config.refuse import Advice, Refusals, refuse
 from scmoe.config.registry import IMAGES
 from scmoe.estimate.memory import rank_memory
 from scmoe.estimate.model_cost import forward_flops, training_flops
+from scmoe.files.container_memory import GIB, memory_in_use, memory_limit
 from scmoe.lightning.seam.launch import rank_without_trainer
-from scmoe.parallel.rank_memory import GIB, memory_in_use, memory_limit
 from scmoe.training.run.parts import RunParts
 from scmoe.training.threads import cpu_threads
 

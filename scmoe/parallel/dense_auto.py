@@ -1,21 +1,18 @@
 """The choice of dense=auto: the first mode of dense weights (dense.py) whose estimated memory fits.
 
 The modes are replicated, hybrid and sharded, in this order: the later ones need less memory and
-more communication. The memory is a GPU's, or what the container of this process may use.
+more communication.
 """
 
-import math
 import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from scmoe.files.container_memory import GIB, memory_limit
 from scmoe.parallel.mesh import Mesh, expert_parameters
 
-GIB = 2**30
-CONTAINER = Path("/sys/fs/cgroup")  # the control group of this process, version 2
 ROOM = 0.8  # of a rank's memory; the rest is for buffers of transfers and the allocator's gaps
 
 
@@ -75,27 +72,3 @@ def memory_of_rank(device: torch.device, node_size: int) -> float:
         return float(torch.cuda.get_device_properties(device).total_memory)
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return min(memory, memory_limit()) / node_size
-
-
-def memory_limit() -> float:
-    """Return the bytes that the container of this process may use; infinite without a limit."""
-    file = CONTAINER / "memory.max"
-    limit = file.read_text(encoding="utf-8").strip() if file.exists() else "max"
-    return math.inf if limit == "max" else float(limit)
-
-
-def memory_in_use() -> float:
-    """Return the bytes that the container uses.
-
-    Pages of files that are not in use are left out, because the kernel frees them when it needs
-    memory.
-    """
-    if not (CONTAINER / "memory.current").exists():
-        return 0.0
-    stat = dict(
-        line.split()
-        for line in (CONTAINER / "memory.stat").read_text(encoding="utf-8").splitlines()
-    )
-    return float((CONTAINER / "memory.current").read_text(encoding="utf-8")) - float(
-        stat.get("inactive_file", 0)
-    )
