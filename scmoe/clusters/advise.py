@@ -33,7 +33,7 @@ from scmoe.schedule.schedule import Schedule
 CHUNKS = (1, 2, 4, 8)
 CHUNKS_OF_HALVES = (1, 2)
 SAMPLES = 64
-BEST = 2  # schedules of a row that are played on every drawn machine, of different chunks
+BEST = 4  # schedules of a row that are played on every drawn machine
 SEED = 1
 ROW_ERROR = 0.02  # assumed
 WORTH = 1.02
@@ -165,16 +165,6 @@ class Simulator:
         return StepTime(*(sum(seconds) / num_steps for seconds in each_term))
 
 
-def kept(ordered: Sequence[Choice]) -> list[Choice]:
-    """Return the first BEST choices with different numbers of chunks.
-
-    Which number is best depends on the machine most; slots are often as fast as each other."""
-    first: dict[int, Choice] = {}
-    for choice in ordered:
-        first.setdefault(choice.schedule.chunks, choice)
-    return list(first.values())[:BEST]
-
-
 class Plan:
     """The rows of all models, with the few best schedules of each at the profile's own values."""
 
@@ -189,7 +179,7 @@ class Plan:
             for row, choices in choices_of(model, standard, job.two).items():
                 steps = {choice: nominal.step(model, choice).total for choice in choices}
                 self.model_of[row] = model
-                self.choices[row] = kept(sorted(steps, key=lambda choice: steps[choice]))
+                self.choices[row] = sorted(steps, key=lambda choice: steps[choice])[:BEST]
 
     def steps(self, machine: Machine, job: Job) -> dict[str, tuple[Choice, StepTime]]:
         """Return the best of each row's choices on a machine, and its step."""

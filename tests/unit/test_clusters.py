@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.clusters.advise import Choice, Simulator, advise, kept
+from scmoe.clusters.advise import Choice, Simulator, advise
 from scmoe.clusters.curves import Curve, draw, point
 from scmoe.clusters.profile import KEYS, Link, names, overridden, parse_profile, read_profile
 from scmoe.clusters.rank_shares import rank_shares
@@ -274,13 +274,6 @@ def test_where_every_value_is_given_the_simulator_s_own_error_is_left(counted):
     rows = answers(counted, *words).rows.values()
     unsure = [row for row in rows if row.answer == "within the error"]
     assert unsure and all("own error" in row.why for row in unsure)
-
-
-def test_the_schedules_for_drawn_machines_have_different_numbers_of_chunks():
-    """Two slots that are as fast as each other would leave no other number to a slower link."""
-    ordered = [(2, 1), (2, 3), (4, 1), (1, 1)]
-    choices = [Choice(Schedule("scmoe", "pos2", slot, n), 1, False) for n, slot in ordered]
-    assert kept(choices) == [choices[0], choices[2]]
 
 
 def test_a_load_is_that_of_its_busiest_rank():

@@ -55,8 +55,8 @@ def test_a_single_card_has_no_links_and_can_be_advised():
     assert profile.measured_bytes is None and "links.node.gb_s" not in profile.guesses
     advice, config = advice_for(Request("quickstart", ["model.layers=2"]), profile)
     assert config.strategy.ep_size == 1 and advice.share == 0.0
-    exposed = [row.step.exposed_rows for row in advice.rows.values()]
-    assert exposed == pytest.approx([0.0] * len(exposed), abs=1e-15)
+    for row in advice.rows.values():
+        assert row.step.exposed_rows == pytest.approx(0.0, abs=1e-12)  # sums of times
 
 
 @pytest.mark.parametrize(
