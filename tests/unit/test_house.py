@@ -63,7 +63,7 @@ ROOMS = [*LIBRARY, *LABORATORY]
 CLOSURES = {  # files that are read for one idea, with what its functions import
     "scmoe/moe/stream.py": 12,
     "scmoe/lightning/strategy.py": 36,
-    "scmoe/training/run/train.py": 59,  # a run, whatever its parts are
+    "scmoe/training/run/train.py": 60,  # a run, whatever its parts are
     "scmoe/training/assembly/start.py": 111,  # the parts of every configuration
 }
 HASATTR = 2
