@@ -122,7 +122,6 @@ class Planner:
 
     def choose_in_flight(self, network: Any, numbers: Sequence[int]) -> None:
         """Let the planner try these numbers of batches in flight; measured steps always run one.
-
         network: it holds the blocks and can have two batches in flight, which DDP around it cannot.
         """
         assert has_halves(network) and not self.fixed
