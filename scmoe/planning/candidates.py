@@ -1,11 +1,10 @@
 """Which schedules the planner tries, and when one of them is the fastest."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 
-from scmoe.planning.pricing import LayerChoice, predicted
+from scmoe.planning.pricing import LayerChoice, predicted, with_two_in_flight
 
 CANDIDATES = 6  # that are tried: the best price of each number of chunks first, then others
 NEAR = 1.1  # the others have prices up to NEAR times the lowest
@@ -44,7 +43,7 @@ def shortlist_in_flight(
     if 2 not in numbers:
         return one
     two = {
-        chunks: sorted(map(_with_two_in_flight, candidates), key=predicted)
+        chunks: sorted(map(with_two_in_flight, candidates), key=predicted)
         for chunks, candidates in priced.items()
     }
     best, *others = two.pop(min(two))
@@ -53,10 +52,6 @@ def shortlist_in_flight(
     near = [choices for choices in others if predicted(choices) <= NEAR * predicted(best)]
     room = IN_HALVES if one else CANDIDATES
     return one + [best, *sorted(gaining, key=predicted), *near][:room]
-
-
-def _with_two_in_flight(choices: Sequence[LayerChoice]) -> list[LayerChoice]:
-    return [replace(choice, batches_in_flight=2) for choice in choices]
 
 
 def still_fastest(tried: Mapping[int, Sequence[float]]) -> list[int]:

@@ -39,6 +39,7 @@ from scmoe.planning.pricing import (
     price,
     slowest,
     start_clocks,
+    with_two_in_flight,
 )
 from scmoe.schedule.cost import overlap_efficiency
 from scmoe.schedule.schedule import Schedule
@@ -107,19 +108,15 @@ class Planner:
         assert len(self.chunk_counts) == 1 or not fixed
         self.dispatchers = [block.moe.dispatcher for block in blocks]
         self.choices: list[LayerChoice] = []
-        # seconds of the first timed step of each choice, by batches in flight: those of windows, or
-        # with two of whole steps
+        # seconds of the first timed step of each choice, by batches in flight
         self.usual: dict[int, list[float]] = {1: [], 2: []}
         self.network: Any = None
         self.numbers_in_flight: tuple[int, ...] = (1,)
         self.restart()
 
     def choose_in_flight(self, network: Any, numbers: Sequence[int]) -> None:
-        """Let the planner try these numbers of batches in flight. The measured steps always run
-        one.
-
+        """Let the planner try these numbers of batches in flight; measured steps always run one.
         network: it holds the blocks and can have two batches in flight, which DDP around it cannot.
-        A fixed planner must not be given one.
         """
         assert has_halves(network) and not self.fixed
         self.network = network
@@ -210,9 +207,8 @@ class Planner:
             choices = self.candidates[which] if what == "try" else self.choices
             schedules = [choice.schedule for choice in choices]
         self.run_in_flight(choices)
-        in_halves = batches_in_flight(choices) == 2
         timed = timed and what == "run"
-        notes = what == "measure" or (timed and not in_halves)
+        notes = what == "measure" or (timed and batches_in_flight(choices) == 1)
         if notes or timed or what == "try":  # a trial needs one clock, and so do halves
             self.recorders = [Recorder(self.device) for _ in (self.blocks if notes else [None])]
             start_clocks(self.recorders, self.group)
@@ -259,8 +255,7 @@ class Planner:
         self.agenda = [("try", i) for i in left for _ in range(self.batches)]
 
     def run_in_flight(self, choices: Sequence[LayerChoice]) -> None:
-        """Set the number of batches in flight, which is one where nothing is chosen. Without
-        `choose_in_flight` the network keeps its own."""
+        """Set the number of batches in flight. Without `choose_in_flight` it is not set."""
         if self.network is not None:
             set_in_flight(self.network, batches_in_flight(choices))
 

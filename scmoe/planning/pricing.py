@@ -283,6 +283,10 @@ def batches_in_flight(choices: Sequence[LayerChoice]) -> int:
     return choices[0].batches_in_flight if choices else 1
 
 
+def with_two_in_flight(choices: Sequence[LayerChoice]) -> list[LayerChoice]:
+    return [replace(choice, batches_in_flight=2) for choice in choices]
+
+
 def predicted(choices: Sequence[LayerChoice]) -> float:
     """Return the predicted seconds of the windows of all layers, together with the waits that two
     batches in flight leave."""

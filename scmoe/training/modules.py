@@ -22,7 +22,6 @@ from scmoe.blocks.sublayers import compile_sublayers
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.lightning.guarded_update import guard_updates
 from scmoe.lightning.seam.loops import count_steps_from
-from scmoe.models.halves import has_halves
 from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_z_loss
 from scmoe.moe.stream import move_biases
 from scmoe.moe.tokens import RouterStats
@@ -31,10 +30,10 @@ from scmoe.parallel.torch_seam import allow_graphs
 from scmoe.parallel.wire.wire import Wire
 from scmoe.training.muon import Trained, adamw
 
-# A compiled sub-layer has graphs with gradients and without. Where the halves of a batch differ, it
+# A compiled sub-layer has graphs with gradients and without. Where two halves of a batch differ, it
 # has them for the first size, for any other one, for one sequence and for none, and one more where
 # these come in another order.
-SIZES_OF_HALVES = 5
+GRAPHS = 2 * 5
 
 
 class MoEModule(LightningModule):
@@ -102,8 +101,7 @@ class MoEModule(LightningModule):
         if self.model is None:
             self.model = self.make_model(self.wire)
             if self.compiled:
-                sizes = SIZES_OF_HALVES if has_halves(self.model) else 1
-                allow_graphs(2 * sizes * compile_sublayers(self.model))
+                allow_graphs(GRAPHS * compile_sublayers(self.model))
 
     def task_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[RouterStats]]:
         """Return the summed loss of this rank's targets in nats, their number, and the routers'

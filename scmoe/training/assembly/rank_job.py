@@ -2,7 +2,6 @@
 
 from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config
-from scmoe.config.rules import may_run_two_batches
 from scmoe.estimate.memory import RankJob
 
 
@@ -10,13 +9,16 @@ def rank_job(config: Config) -> RankJob:
     """Return the job of a config. Its `dense` may be auto, which memory and traffic do not take."""
     trainer, data = config.trainer, config.data
     ranks = trainer.devices * trainer.num_nodes
-    two = config.schedule.batches_in_flight == 2
-    two = two or (config.schedule.auto and may_run_two_batches(config))
+    ep_size = resolve_ep_size(config)
+    samples = data.global_batch_size // (ranks * trainer.accumulate)
+    schedule = config.schedule
+    may_choose_two = schedule.auto and schedule.batches_in_flight is None
+    may_choose_two = may_choose_two and ep_size > 1 and samples > 1
     return RankJob(
         ranks=ranks,
-        ep_size=resolve_ep_size(config),
+        ep_size=ep_size,
         node_size=trainer.devices,
-        samples=data.global_batch_size // (ranks * trainer.accumulate),
+        samples=samples,
         seq_len=data.seq_len,
         accumulate=trainer.accumulate,
         precision=trainer.precision,
@@ -24,5 +26,5 @@ def rank_job(config: Config) -> RankJob:
         recompute=trainer.recompute,
         on_gpu=trainer.accelerator != "cpu",
         wire_bytes=None if config.strategy.wire_dtype is None else 2,
-        batches_in_flight=2 if two else 1,
+        batches_in_flight=2 if may_choose_two else schedule.batches_in_flight or 1,
     )
