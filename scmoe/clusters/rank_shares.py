@@ -10,7 +10,7 @@ from scmoe.probes.loads import Load as Routing
 from scmoe.probes.loads import Sizes, counts_of
 from scmoe.schedule.cost import shares
 
-STEPS = 16  # of a load that are played at most; those of a recording are spread over all of it
+STEPS = 8  # of a load that are played at most; those of a recording are spread over all of it
 TOKENS = 2048  # of a rank that are dealt: shares do not depend on their number
 
 
