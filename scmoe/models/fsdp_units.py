@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from scmoe.moe.router import Router, SelectionBias
+from scmoe.moe.weights import InFloat32, WholeOnEveryRank
 
 
 def units(module: nn.Module) -> list[list[nn.Module]]:
@@ -43,10 +43,11 @@ def exact_parameters(module: nn.Module) -> set[nn.Parameter]:
 
 def router_parameters(module: nn.Module) -> set[nn.Parameter]:
     """Return what is in float32 in a model of bfloat16 weights (bf16-true): routers."""
-    return {p for m in module.modules() if isinstance(m, Router) for p in m.parameters()}
+    return {p for m in module.modules() if isinstance(m, InFloat32) for p in m.parameters()}
 
 
 def whole_parameters(module: nn.Module) -> set[nn.Parameter]:
     """Return what every rank keeps whole where dense weights are split: the routers' selection
     biases, which each rank moves by the same numbers."""
-    return {m.weight for m in module.modules() if isinstance(m, SelectionBias)}
+    kept_whole = (m for m in module.modules() if isinstance(m, WholeOnEveryRank))
+    return {p for m in kept_whole for p in m.parameters()}

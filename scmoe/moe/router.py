@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from scmoe.moe.operators import without_autocast
 from scmoe.moe.tokens import Routing
+from scmoe.moe.weights import InFloat32, WholeOnEveryRank
 
 Score = Callable[[Tensor], Tensor]
 Rule = Callable[[Tensor], Tensor]
@@ -147,7 +148,7 @@ LONGCAT = Scoring(normalise=False, rule=in_proportion, rate=0.1)
 SCORINGS = {"softmax": THE_PAPERS, "deepseek": DEEPSEEK, "longcat": LONGCAT}
 
 
-class SelectionBias(nn.Module):
+class SelectionBias(WholeOnEveryRank):
     """b: added to the scores for the choice of experts. It has no gradient; `move` changes it.
 
     It is a parameter and not a buffer: DDP sends buffers before each forward, and weights are read
@@ -193,7 +194,7 @@ class Gate(nn.Linear):
         return F.linear(x_TD, self.weight.to(x_TD.dtype))
 
 
-class Router(nn.Module):
+class Router(InFloat32):
     """Scores all experts and keeps the top k of each token. Without another `scoring` they are the
     softmax's.
 

@@ -39,7 +39,6 @@ from scmoe.planning.pricing import (
     price,
     slowest,
     start_clocks,
-    with_two_in_flight,
 )
 from scmoe.schedule.cost import overlap_efficiency
 from scmoe.schedule.schedule import Schedule
