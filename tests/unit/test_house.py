@@ -69,7 +69,7 @@ LABORATORY = (
 )
 ROOMS = [*LIBRARY, *LABORATORY]
 CLOSURES = {  # files that are read for one idea, with what its functions import
-    "scmoe/moe/stream.py": 10,
+    "scmoe/moe/stream.py": 11,
     "scmoe/lightning/strategy.py": 30,
     "scmoe/training/run/train.py": 57,  # a run, whatever its parts are
     "scmoe/training/assembly/start.py": 113,  # the parts of every configuration
