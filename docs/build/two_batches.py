@@ -1,8 +1,9 @@
 """The page and the picture of two batches in flight: where they pay, where the shortcut does, and
 where both together do.
 
-The reports of `scmoe bench overlap` in docs/figures/two-batches are ordered by the share of
-communication, by the tokens of a rank, and by the load. One more report needs no entry here.
+The reports of `scmoe bench overlap` in docs/figures/two-batches, and the one of the README, are
+ordered by the share of communication, by the tokens of a rank, and by the load. One more report
+needs no entry here.
 """
 
 import json
@@ -18,6 +19,7 @@ from scmoe.report import Report
 
 NAME = "two-batches"  # of the page, of its picture, and of the folder of its reports
 FOLDER = Path("docs/figures") / NAME
+EIGHT_BLOCKS = Path("docs/figures/overlap-real-iteration-2-ranks-share-0.52-layers-8.json")
 COLORS = {"top2": GREEN, "shared_expert": PURPLE, "scmoe_pos2": BLUE, "scmoe_pos3": RED}
 SHORTCUTS = ("scmoe_pos2", "scmoe_pos3")
 OVER = {
@@ -40,15 +42,16 @@ Columns = Sequence[Column]
 
 
 def read_reports() -> list[dict[str, Any]]:
-    """Return all reports of the folder."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
+    """Return all reports of the folder, and that of eight blocks."""
+    paths = [*sorted(FOLDER.glob("*.json")), EIGHT_BLOCKS]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def tables(reports: Sequence[dict[str, Any]]) -> list[Report]:
     """Return a table for each question that has reports."""
     by_share = columns_by_share(reports)
     questions = {
-        "Iterations of four blocks of 3,072 tokens a rank, by the share of communication": by_share,
+        "Iterations of 3,072 tokens a rank, by the share of communication": by_share,
         "Iterations of four blocks at a share of about 0.52, by the tokens of a rank in sequences"
         " of 128": columns_by_tokens(reports),
         "Two pairs of emulated blocks, dropless, by the load of the busiest rank": columns_by_load(
@@ -64,7 +67,11 @@ def columns_by_share(reports: Sequence[dict[str, Any]]) -> list[Column]:
     """Return the iterations whose tokens were found for a ratio of rows to gradients, on 2
     ranks."""
     columns = [
-        column_of(report, f"share {report['comm_share']:.2f}", report["comm_share"])
+        column_of(
+            report,
+            f"share {report['comm_share']:.2f}, {report['layers']} blocks",
+            report["comm_share"],
+        )
         for report in reports
         if is_iteration(report) and report["ranks"] == 2 and report["wanted_ratio"] is not None
     ]
@@ -164,7 +171,7 @@ def draw(reports: Sequence[dict[str, Any]], path: Path) -> None:
                     ticks = [column.value for column in columns]
                     axis.set_xticks(ticks, [f"{tokens:,.0f}" for tokens in ticks], rotation=45)
             axes[0].set_ylabel("speed-up over\nsequential top-2")
-        heading(figure, "Two batches in flight and the shortcut: an iteration of four blocks")
+        heading(figure, "Two batches in flight and the shortcut: an iteration")
         lines, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(lines, labels, loc="outside lower left", ncols=2, fontsize=SMALL)
 
