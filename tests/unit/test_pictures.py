@@ -94,7 +94,7 @@ def test_every_report_has_a_page(monkeypatch):
     assert {
         name
         for name in pictures()
-        if name.startswith((*DRAW, "figure-", "table", "balance", "family"))
+        if name.startswith((*DRAW, "figure-", "table", "balance", "family", "two-batches"))
     } | {*RECORDS} == shown
 
 
