@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from scmoe.blocks.kv_cache import KVCache
 from scmoe.moe.dispatcher import Ready, Traffic
-from scmoe.parallel.wire.all_to_all import Exchange
-from scmoe.parallel.wire.wire import Work
+from scmoe.parallel.wire.all_to_all import Exchange, Work
 
 # Of the products of an attention of width D over S tokens, 6 D^2 + 2 D S (causal) + 2 D^2 a token,
 # the last are the output projection's: 0.22 to 0.17 for S from D / 2 to 2 D.
@@ -43,14 +41,14 @@ class EmulatedOperator(nn.Module):
     """Replaces a sub-layer or a shared expert: the identity, after `ms` milliseconds.
 
     num_weights: weights that change nothing and get gradients of 0, which travel like any other.
-    tokens: those that take `ms`; None: any number does. A cache is not read."""
+    tokens: those that take `ms`; None: any number does."""
 
     def __init__(self, ms: float, num_weights: int = 0, tokens: int | None = None) -> None:
         super().__init__()
         self.ms, self.tokens = ms, tokens
         self.weight = nn.Parameter(torch.zeros(num_weights)) if num_weights else None
 
-    def forward(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x_BSD: Tensor) -> Tensor:
         part = 1.0 if self.tokens is None else x_BSD.shape[:-1].numel() / self.tokens
         return _Sleep.apply(x_BSD, part * self.ms / 1e3, self.weight)
 
@@ -68,12 +66,7 @@ class EmulatedAttention(nn.Module):
         self.out = EmulatedOperator(OUT_PART * ms, num_weights // 4, tokens)
 
     def forward(
-        self,
-        x_BSD: Tensor,
-        cache: KVCache | None = None,
-        *,
-        onto: Tensor | None = None,
-        core: Tensor | None = None,
+        self, x_BSD: Tensor, onto: Tensor | None = None, core: Tensor | None = None
     ) -> Tensor:
         y_BSD = self.out(self.core(x_BSD) if core is None else core)
         return y_BSD if onto is None else onto + y_BSD

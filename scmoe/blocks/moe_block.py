@@ -32,9 +32,9 @@ class MoEBlock(Operators):
     sublayers: of one block (attention) or of a pair (attention, MLP, attention), each called as
     sublayer(x_BSD), and as sublayer(x_BSD, cache) in generation. norm: reads the output of the last
     sub-layer; in FarSkip, the block's input. after: the MoE module's output passes through it
-    before it is added: a norm, dropout; in SwinV2, norm and drop path. tap_norm:
-    reads the tap, where the architecture has one. shared_expert, coefficient: where it has a shared
-    expert. coefficient_reads_tap: the coefficient gate reads the (normed) tap instead of the shared
+    before it is added: a norm, dropout; in SwinV2, norm and drop path. tap_norm: reads the tap,
+    where the architecture has one. shared_expert, coefficient: where it has a shared expert.
+    coefficient_reads_tap: the coefficient gate reads the (normed) tap instead of the shared
     expert's input. Raises ValueError for a position that requires more sub-layers than there are.
     """
 

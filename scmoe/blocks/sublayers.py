@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scmoe.blocks.kv_cache import CAUSAL, KVCache, Visible
+from scmoe.blocks.kv_cache import CAUSAL, KVCache, Visible, with_cache
 from scmoe.moe.experts import ACTIVATIONS, Experts
 
 METHODS = ("forward", "core")  # that can be recomputed; core: of attention in two parts
@@ -216,8 +216,7 @@ class Residual(nn.Module):
 
     Pre-norm: a norm, and dropout after. Post-norm: no norm before, and the norm after.
 
-    f is called with a cache only in generation, so a user's module need not accept one. onto: what
-    the result is added to instead of x (FarSkip). core: the result of `core` for x; what
+    onto: what the result is added to instead of x (FarSkip). core: the result of `core` for x; what
     is left to compute is attention's output projection, and the sum.
     """
 
@@ -232,7 +231,7 @@ class Residual(nn.Module):
 
     def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
         """Return the first part of an attention sub-layer; forward with it is the second."""
-        return self.f.core(self.norm(x_BSD), cache)
+        return self.f.core(*with_cache(self.norm(x_BSD), cache=cache))
 
     def forward(
         self,
@@ -242,12 +241,10 @@ class Residual(nn.Module):
         onto: Tensor | None = None,
         core: Tensor | None = None,
     ) -> Tensor:
-        if core is not None:
-            y_BSD = self.f.out(core)
-        elif cache is None:
-            y_BSD = self.f(self.norm(x_BSD))
+        if core is None:
+            y_BSD = self.f(*with_cache(self.norm(x_BSD), cache=cache))
         else:
-            y_BSD = self.f(self.norm(x_BSD), cache)
+            y_BSD = self.f.out(core)
         return (x_BSD if onto is None else onto) + self.after(y_BSD)
 
 

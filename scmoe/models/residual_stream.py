@@ -1,13 +1,11 @@
 """The residual stream: its type, and its way through the blocks."""
 
 from collections.abc import Iterable
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.kv_cache import KVCache, with_cache
 from scmoe.moe.tokens import HandedOn, RouterStats
 
 
@@ -24,14 +22,14 @@ def through(
 ) -> tuple[Tensor, list[RouterStats]]:
     """Return the stream after the blocks, and the routers' sums of those that have one.
 
-    cache: in generation; else None, and a block is called without it. A block that follows one with
-    HandedOn gets as `carry` what that one leaves.
+    cache: in generation. A block that follows one with HandedOn gets as `carry` what that one
+    leaves.
     """
     all_stats: list[RouterStats] = []
     carry_BSD: Tensor | None = None
     for block in blocks:
-        f: Any = block if carry_BSD is None else partial(block, carry=carry_BSD)
-        output = f(x_BSD, mask_BS) if cache is None else f(x_BSD, mask_BS, cache)
+        inputs = with_cache(x_BSD, mask_BS, cache=cache)
+        output = block(*inputs) if carry_BSD is None else block(*inputs, carry=carry_BSD)
         carry_BSD = output.carry_BSD if isinstance(output, HandedOn) else None
         x_BSD, stats, *_ = output
         all_stats += [] if stats is None else [stats]

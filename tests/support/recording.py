@@ -50,8 +50,8 @@ class Recorded(nn.Module):
     def parted(self) -> bool:
         return is_parted(self.inner)
 
-    def core(self, x: Tensor, *rest) -> Tensor:
-        return self.marked(f"{self.name}_core", lambda x: self.inner.core(x, *rest), x)
+    def core(self, x: Tensor) -> Tensor:
+        return self.marked(f"{self.name}_core", self.inner.core, x)
 
     def forward(
         self, x: Tensor, *rest, onto: Tensor | None = None, core: Tensor | None = None
