@@ -9,7 +9,7 @@ Other parts (rotary positions, another norm) are given to those classes. `stats`
 
 group: a process group of torch.distributed whose ranks share the experts and train on batches of
 their own; None: this process holds all experts. Every rank calls the function, with the same seed.
-MoE and ScMoEBlock also take the Strategy's `self.wire`; its gradients then wait for rows.
+MoE and ScMoEBlock also take the Strategy's `self.wire`.
 """
 
 from collections import OrderedDict

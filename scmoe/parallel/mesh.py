@@ -3,8 +3,8 @@
 Ranks form a grid ("edp", "ep"), EP innermost: rank = edp * EP + ep, so that an EP group lies within
 a node if it fits. Experts are split over `ep` and replicated over `edp` (expert data parallel);
 dense weights are replicated over all ranks. Each kind of traffic has its own process group, so that
-its collectives never wait for those of another kind; what ranks ask each other on the host (stop?
-as many batches? where is the NaN?) shares the control group.
+its collectives never wait for those of another kind; what ranks ask each other on the host (whether
+to stop, how many batches are left, which rank had a NaN) shares the control group.
 """
 
 import os
@@ -29,8 +29,8 @@ GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads when a group is made
 class Mesh:
     """A rank's place among all ranks. The default is a single process that holds everything.
 
-    It is not torch's DeviceMesh, which has axes and one process group for each. A mesh here has
-    three of them as fields, and groups that belong to no axis.
+    It is not torch's DeviceMesh, which has axes and one process group for each. A Mesh has three
+    DeviceMeshes as fields, and process groups that belong to no axis.
 
     `device_mesh` has the axes "edp" and "ep". `ep_group` carries the All-to-All, `counts_group` how
     many rows come in it, `edp_group` the expert gradients, `checkpoint_group` (gloo) checkpoints,

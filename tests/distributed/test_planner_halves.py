@@ -20,8 +20,7 @@ from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Capacity
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
-from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Exchange, all_to_all
-from scmoe.parallel.wire.wire import Work
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, Exchange, Work, all_to_all
 from scmoe.planning.planner import MOST_TRIES, STEPS_EACH, WARMUP_STEPS, Planner
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import DIM, EXPERTS, FFN, randomise

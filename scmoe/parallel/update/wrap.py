@@ -13,7 +13,7 @@ DDP.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -129,19 +129,18 @@ def _buckets(parameters: Sequence[nn.Parameter], max_bytes: int) -> Iterator[lis
 class Wrapped:
     """A wrapped model: call `module` in place of the model, and `backward` in place of the loss's.
 
-    `close` ends it.
+    `close` takes the reducer's hooks from the experts.
     """
 
     reducer: ExpertGradientReducer | None = None  # of the experts; None where weights are split
 
     def __init__(self, module: nn.Module, world_size: int) -> None:
         self.module, self.world_size = module, world_size
-        self.at_close = ExitStack()
 
     def own_part(self, loss: Tensor) -> Tensor:
         """Return what this rank's backward begins with.
 
-        FSDP sums gradients over ranks and divides nothing.
+        DDP averages gradients over ranks, FSDP sums them.
         """
         averaged = isinstance(self.module, DistributedDataParallel) or self.world_size == 1
         return loss if averaged else loss / self.world_size
@@ -154,8 +153,8 @@ class Wrapped:
     def no_sync(self) -> Iterator[None]:
         """Let gradients accumulate on their ranks inside.
 
-        Where weights are split each batch's gradients are split and added up anyway: whole
-        ones would need memory on every rank.
+        Where weights are split, each batch's gradients are summed over ranks anyway: whole ones
+        would need memory on every rank.
         """
         if self.reducer is None or not isinstance(self.module, DistributedDataParallel):
             yield
@@ -177,7 +176,8 @@ class Wrapped:
                 )
 
     def close(self) -> None:
-        self.at_close.close()
+        if self.reducer is not None:
+            self.reducer.remove()
 
 
 def wrap(model: nn.Module, mesh: Mesh, **ddp: Any) -> Wrapped:
@@ -198,5 +198,4 @@ def wrap(model: nn.Module, mesh: Mesh, **ddp: Any) -> Wrapped:
     usual = {"bucket_cap_mb": bucket_mb, "gradient_as_bucket_view": True}
     wrapped = Wrapped(DistributedDataParallel(model, **usual | ddp), mesh.world_size)
     wrapped.reducer = ExpertGradientReducer([*shards.values()], mesh, bucket_mb)
-    wrapped.at_close.callback(wrapped.reducer.remove)
     return wrapped

@@ -24,7 +24,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,15 @@ from scmoe.moe.dispatcher import Announced, Arriving, ChunkCounts, Pending, Rece
 from scmoe.moe.gather import gather
 from scmoe.moe.operators import AnyRecorder
 from scmoe.parallel.wire.announced import OnDevice, ReadByHost, experts_of_rows
-from scmoe.parallel.wire.wire import EvenRows, Work
+from scmoe.parallel.wire.wire import EvenRows
+
+
+class Work(Protocol):
+    """An exchange in flight."""
+
+    def wait(self) -> Any:
+        """Return when the caller may use the rows in its next computation."""
+
 
 Exchange = Callable[[Tensor, Traffic | None], tuple[Tensor, Work]]
 """exchange(rows, traffic) starts an exchange and returns (target buffer, work). traffic: numbers of

@@ -1,5 +1,5 @@
 """What all dispatchers of a rank share: its place, and the check that ranks send equally many rows
-where no numbers are announced, which is with a capacity, in training.
+where they announce no numbers: in training with a capacity.
 
 The Strategy makes the wire before there is a model. dispatchers.py makes the dispatchers of the
 model from it.
@@ -16,20 +16,13 @@ same shapes."""
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from scmoe.parallel.mesh import Mesh
-
-
-class Work(Protocol):
-    """An exchange in flight."""
-
-    def wait(self) -> Any:
-        """Return when the caller may use the rows in its next computation."""
 
 
 class EvenRows:
