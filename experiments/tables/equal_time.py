@@ -6,8 +6,8 @@ there is read off its own validation curve, between two validations on a straigh
 rate of every row decays over all its steps, so a slower row is compared before the end of its
 decay: a schedule made for the shorter run would bring it closer.
 
-A row's speed is that of the faster way that was measured, one batch in flight or two, each in one
-chunk. So top-2 has a speed above 1.
+A row's speed is that of the faster of one and two batches in flight, each in one chunk. So top-2
+has a speed above 1.
 """
 
 from collections.abc import Mapping, Sequence

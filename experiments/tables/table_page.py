@@ -247,7 +247,7 @@ def _way_of_speeds(shares: Results) -> str:
     """Return in a sentence which schedules the speeds are of. Older results have no rival of
     sequential top-2."""
     if any(column.get("two_batches") for column in shares.values()):
-        return "Each row runs as it is fastest, with one batch in flight or with two, in one chunk."
+        return "Each row has the faster of one and two batches in flight, in one chunk."
     return "Rows have one batch in flight, and top-2 is sequential."
 
 

@@ -27,29 +27,33 @@ from scmoe.moe.balance import add_stats
 from scmoe.moe.tokens import RouterStats
 from scmoe.moe.turns import in_turns
 
-Way = Callable[..., tuple[Tensor, list[RouterStats]]]
+Blocks = Callable[..., tuple[Tensor, list[RouterStats]]]
 
 
 def in_flight(
-    batches: int, way: Way, x_BSD: Tensor, mask_BS: Tensor | None, cache: KVCache | None = None
+    batches: int,
+    blocks: Blocks,
+    x_BSD: Tensor,
+    mask_BS: Tensor | None,
+    cache: KVCache | None = None,
 ) -> tuple[Tensor, list[RouterStats]]:
-    """Run `way` once, or once for each half of the batch in turns. Return the stream and the
+    """Run all blocks once, or once for each half of the batch in turns. Return the stream and the
     routers' sums of the whole batch.
 
-    batches: 1 or 2, else ValueError. way: from the first block to the last one. cache: in
-    generation; `way` gets it after the mask.
+    batches: 1 or 2, else ValueError. blocks: called as blocks(x_BSD, mask_BS), and as
+    blocks(x_BSD, mask_BS, cache) in generation.
     """
     _check(batches)
     if batches == 1:
-        return way(*with_cache(x_BSD, mask_BS, cache=cache))
-    return _in_halves(way, x_BSD, mask_BS, cache)
+        return blocks(*with_cache(x_BSD, mask_BS, cache=cache))
+    return _in_halves(blocks, x_BSD, mask_BS, cache)
 
 
 @torch.compiler.disable
 def _in_halves(
-    way: Way, x_BSD: Tensor, mask_BS: Tensor | None, cache: KVCache | None
+    blocks: Blocks, x_BSD: Tensor, mask_BS: Tensor | None, cache: KVCache | None
 ) -> tuple[Tensor, list[RouterStats]]:
-    """Run `way` for each half in turns. torch.compile cannot follow greenlets, so it compiles
+    """Run all blocks for each half in turns. torch.compile cannot follow greenlets, so it compiles
     nothing inside; sub-layers that were compiled themselves stay compiled."""
     first, second = sizes_of_halves(len(x_BSD))
     x_halves = x_BSD.split([first, second])
@@ -57,7 +61,7 @@ def _in_halves(
     spans = [(0, first), (first, first + second)]
     caches = [None if cache is None else cache.texts(*span) for span in spans]
     halves = [
-        partial(way, *with_cache(x, mask, cache=part))
+        partial(blocks, *with_cache(x, mask, cache=part))
         for x, mask, part in zip(x_halves, mask_halves, caches, strict=True)
     ]
     (y1_BSD, stats1), (y2_BSD, stats2) = in_turns(halves)

@@ -46,8 +46,8 @@ class Operators(nn.Module):
             return f(*inputs)
 
     def noted_as(self, name: str, f: Callable[..., Any], *inputs: Any) -> Any:
-        """Run what is one operator for the recorder alone. A profile shows the operators inside it:
-        no range may be open where a batch passes its turn (turns.py)."""
+        """Run f as one operator of the recorder, but not of a profile, which shows the operators
+        inside f: no range may be open where a batch passes its turn (turns.py)."""
         if self.recorder is None:
             return f(*inputs)
         return self.recorder.around(name, f, *inputs)

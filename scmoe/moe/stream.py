@@ -59,7 +59,7 @@ class MoEStream(Operators):
         self.num_ranks = experts.num_experts // len(experts.expert_ids)  # that share the experts
 
     def arrange_as(self, rows: Rows) -> Rows:
-        """Arrange rows in this way from now on. Return the way until now."""
+        """Arrange rows in this way from now on. Return how they were arranged before."""
         before = self.rows
         self.rows = rows
         return before
@@ -176,7 +176,7 @@ class dropless:
         self.arrange_as(self.rows_outside)
 
     def arrange_as(self, rows: list[Rows]) -> list[Rows]:
-        return [stream.arrange_as(way) for stream, way in zip(self.streams, rows, strict=True)]
+        return [stream.arrange_as(each) for stream, each in zip(self.streams, rows, strict=True)]
 
 
 def move_biases(model: nn.Module, sums_LE2: Tensor) -> None:

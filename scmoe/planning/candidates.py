@@ -10,7 +10,7 @@ CANDIDATES = 6  # that are tried: the best price of each number of chunks first,
 NEAR = 1.1  # the others have prices up to NEAR times the lowest
 FEWEST_ROUNDS = 5  # of trials, before a candidate is left out
 LOSS = 0.01  # of a step: a smaller difference between candidates need not be decided
-IN_HALVES = 2  # candidates with two batches in flight, beside those with one
+CANDIDATES_IN_HALVES = 2  # with two batches in flight, beside those with one
 GAIN_OF_CHUNKS = 0.02  # of a price: below it, chunks are not tried with two batches in flight
 
 
@@ -50,7 +50,7 @@ def shortlist_in_flight(
     highest = (1 - GAIN_OF_CHUNKS) * predicted(best)
     gaining = [candidates[0] for candidates in two.values() if predicted(candidates[0]) <= highest]
     near = [choices for choices in others if predicted(choices) <= NEAR * predicted(best)]
-    room = IN_HALVES if one else CANDIDATES
+    room = CANDIDATES_IN_HALVES if one else CANDIDATES
     return one + [best, *sorted(gaining, key=predicted), *near][:room]
 
 

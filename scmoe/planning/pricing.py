@@ -284,6 +284,7 @@ def batches_in_flight(choices: Sequence[LayerChoice]) -> int:
 
 
 def with_two_in_flight(choices: Sequence[LayerChoice]) -> list[LayerChoice]:
+    """Return the same choices with two batches in flight."""
     return [replace(choice, batches_in_flight=2) for choice in choices]
 
 

@@ -8,8 +8,8 @@ carries one transfer after another, each in both directions at once. So a transf
 the busier direction of a rank, and it ends on all ranks when that of the busiest rank has ended:
 every rank exchanges rows with it.
 
-    even rows      all ranks are alike: `play`
-    uneven rows    each rank has its own rows: `play_ranks`
+    `play`          ranks have even rows, so one of them stands for all
+    `play_ranks`    each rank has rows of its own
 
 Two transfers never share a link, even where one only fills the direction that the other leaves
 free, as dispatch to a busy rank and combine from it do. NCCL runs the transfers of a communicator

@@ -254,7 +254,8 @@ def slow(rank: int, world_size: int) -> Any:
 
     mesh = Mesh(rank, world_size, control_group=group)
     padding = torch.ones(1), torch.tensor([False])
-    return run_on_rank_zero(work, lambda *given: seen.append(given), padding, mesh), len(seen)
+    result = run_on_rank_zero(work, lambda *given: seen.append(given), padding, mesh)
+    return result, len(seen)
 
 
 def test_rank_0_may_work_longer_between_passes_than_a_collective_may_take():

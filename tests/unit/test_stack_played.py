@@ -17,7 +17,7 @@ from scmoe.config.load import load
 from scmoe.config.rules import may_run_two_batches
 from scmoe.moe.recorder import Recorder
 from scmoe.planning import planner as planner_module
-from scmoe.planning.candidates import IN_HALVES, shortlist, shortlist_in_flight
+from scmoe.planning.candidates import CANDIDATES_IN_HALVES, shortlist, shortlist_in_flight
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import OPERATORS as MEASURED
 from scmoe.planning.pricing import LayerChoice, plan_from_json, plan_to_json, predicted
@@ -166,7 +166,7 @@ def test_one_batch_and_two_are_tried_and_chunks_with_two_where_their_price_is_lo
     one = [choices for choices in candidates if choices[0].batches_in_flight == 1]
     two = [choices for choices in candidates if choices[0].batches_in_flight == 2]
     assert one == shortlist(priced(10.0)) == shortlist_in_flight(priced(10.0), (1,))
-    assert 1 <= len(two) <= IN_HALVES and two[0][0].schedule.chunks == 1
+    assert 1 <= len(two) <= CANDIDATES_IN_HALVES and two[0][0].schedule.chunks == 1
     assert predicted(two[0]) < min(map(predicted, one))
     assert all(predicted(more) < predicted(two[0]) for more in two[1:])
     assert len(shortlist_in_flight(priced(0.1), (2,))) == 1, "chunks gain nothing there"

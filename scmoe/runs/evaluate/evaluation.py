@@ -56,7 +56,7 @@ class EvaluationRequest:
     """What to evaluate: the arguments of `scmoe evaluate`.
 
     tasks: None: those made from the text, if there is one. folder: of tasks. text: None: the test
-    split. stride: None: half the mesh. limit: None: all questions.
+    split. stride: None: half the context. limit: None: all questions.
     """
 
     which: Which = "last"
