@@ -86,8 +86,8 @@ def pictures() -> dict[str, Callable[[Path], None]]:
             "figure-1": partial(draw_shares, scenarios),
             "figure-8": partial(draw_speeds, scenarios),
         }
-    if halves := two_batches.read_reports():
-        drawings[two_batches.NAME] = partial(two_batches.draw, halves)
+    halves = two_batches.read_reports(PAGES, HEADLINE)
+    drawings[two_batches.NAME] = partial(two_batches.draw, halves)
     for path in sorted(RESULTS.glob("*/results.json")):
         if "_lr-" in path.parent.name:  # a search for learning rates has no picture
             continue
@@ -156,7 +156,7 @@ def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any]
             {"scenarios": [scenario_row(*each) for each in read_reports([FIGURE_8]).items()]},
         )
     if name == two_batches.NAME:
-        return page, said, {"reports": two_batches.read_reports()}
+        return page, said, {"reports": two_batches.read_reports(PAGES, HEADLINE)}
     data = read(path if path.exists() else PAGES / f"{name}.json")
     if isinstance(data, list):
         return page, said, {"rows": data}
