@@ -60,7 +60,7 @@ def pytest_collection():
 @pytest.fixture(autouse=True)
 def no_traces_of_a_launcher():
     """Remove what a Trainer in this process has set, or every program that a later test starts
-    would take its port."""
+    would take its port. End its process group, or a later test could make none."""
     yield
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):
         os.environ.pop(name, None)
@@ -71,7 +71,7 @@ def no_traces_of_a_launcher():
 @pytest.fixture(autouse=True)
 def one_thread():
     """Set the number of threads before and after each test. A Trainer in this process sets its own
-    for good, and small products of two threads are five times slower where all cores are busy."""
+    for good, and on busy cores small products of two threads take several times as long."""
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(1)
