@@ -264,7 +264,7 @@ def test_a_rival_with_two_batches_in_flight_is_compared_at_its_own_speed(made):
     at_time = found["equal_time"]["0.52"]["rows"]
     assert at_time["top-2"]["speed"] == 1.5
     assert at_time["top-2"]["loss"]["mean"] == pytest.approx(5.2 + 0.025)
-    assert "with two" in markdown(found)
+    assert "two batches in flight" in markdown(found)
 
 
 def test_a_curve_is_read_between_its_points_and_not_outside():
