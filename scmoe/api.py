@@ -90,9 +90,10 @@ def MoE(
     """Return sum_i G(x)_i E_i(x) (Eq. 1), called as y, stats = moe(x) for x of [..., dim].
 
     ffn_dim: None: 4 dim. activation: gelu | gelu_tanh | swiglu. capacity_factor: None: no token is
-    dropped. router: softmax | deepseek | longcat, or a `Scoring` of one's own; what has a selection
-    bias needs `move_biases` after each update, and a score per sequence x of [batch, sequence,
-    dim]. zero_experts: further experts that compute nothing and return their input.
+    dropped. router: softmax | deepseek | longcat, or a `Scoring` of your own. A router with a
+    selection bias needs `move_biases` after each update. A router with a loss per sequence
+    (deepseek) needs x of [batch, sequence, dim]. zero_experts: further experts that compute nothing
+    and return their input.
     """
     scoring = SCORINGS[_chosen("router", router, SCORINGS)] if isinstance(router, str) else router
     _chosen("activation", activation, ACTIVATIONS)

@@ -12,7 +12,7 @@ With several prompts a rank each architecture has a second row, NAME_two: its pr
 batches in flight, in one chunk each. Decode is sequential, so this row has none.
 
 The models are dropless. Their experts get equal shares, or with a load those of uneven routing
-(loads.py), measured beside the balanced one.
+(scmoe/probes/loads.py), measured beside the balanced one.
 """
 
 from collections import Counter

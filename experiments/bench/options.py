@@ -30,15 +30,15 @@ class Options:
 
     Args:
         share: communication share of sequential top-2, forward (default: 0.52)
-        ranks: (default: 2; on cuda 1)
-        compute: (default: emulated; on cuda real)
+        ranks: ranks that exchange rows (default: 2; on cuda 1)
+        compute: real operators, or emulated ones that sleep (default: emulated; on cuda real)
         device: cuda: one GPU, rows over its bus
-        dim: (default: 512; at level iteration 256)
-        ffn_dim: (default: 4 times --dim)
-        heads: (default: 8; at level iteration 4)
+        dim: model width (default: 512; at level iteration 256)
+        ffn_dim: hidden width (default: 4 times --dim)
+        heads: attention heads (default: 8; at level iteration 4)
         tokens: of one rank in one batch (default: 1024; at level iteration as --rows-per-gradient)
-        rows_per_gradient: bytes of rows over bytes of gradients that a rank sends in a step of
-            top-2, met by the tokens of a batch (default: 3)
+        rows_per_gradient: bytes of rows that a rank sends in a step of top-2, for each byte of
+            gradients; the tokens of a batch follow from it (default: 3)
         accumulate: batches of a step, whose gradients are summed once (default: 1)
         layers: blocks of a row (default: 2; at level iteration 4)
         rows: rows to measure (default: all with one batch in flight). NAME_two: with two batches in
@@ -47,11 +47,16 @@ class Options:
             (scmoe/probes/loads.py): zipf:A, hot_rank:X, rotating:X:N, ragged:X, recorded:FILE; A is
             an exponent, X a multiple of the mean, N a number of steps
         link_mbit: rate of the links; by default it is searched for the share
-        every: blocks with an MoE: every second one, or each one
-        top_k: routed experts of a token in rows whose names do not say it; the paper's have 1
+        level: block: one pair of blocks; iteration: a training step of two pairs, with sums of
+            gradients and AdamW
+        every: 2: an MoE in every second block; 1: in every block
+        rounds: how often each variant is measured
+        seq_len: tokens of a sequence
+        num_experts: routed experts of an MoE module
+        top_k: routed experts of a token, except in rows whose name says it, such as top2
         layout: dropless | capacity:F | buffers:C (default: capacity:1, and dropless with --load)
         attention_ms: time of an emulated attention (default: 45)
-        attention_to_mlp: its ratio to that of an emulated MLP (default: 3)
+        attention_to_mlp: that time over the time of an emulated MLP (default: 3)
     """
 
     share: float | None = None

@@ -60,7 +60,8 @@ def bench_overlap(setting: Setting, out: Path) -> dict[str, Any]:
         links.enter()
     elif not gpu:
         print(
-            f"links cannot be shaped here ({missing}): loopback as it is, marked in every row",
+            f"links cannot be shaped here ({missing}), so rows travel over the loopback device as"
+            " it is; every row of the report says links=loopback",
             file=sys.stderr,
         )
     measured = run_ranks(
@@ -92,7 +93,8 @@ def name_of_report(setting: Setting) -> str:
         words.append(f"{setting.link_mbit:g}-mbit")
     if setting.rows_per_gradient not in (None, USUAL_RATIO):
         words.append(f"ratio-{setting.rows_per_gradient:g}")
-    if setting.rows_per_gradient is None and setting.tokens != Setting.tokens:
+    usual_tokens = setting.level == "block" and setting.tokens == Setting.tokens
+    if setting.rows_per_gradient is None and not usual_tokens:
         words.append(f"tokens-{setting.tokens}")
     if setting.asked_layers is not None:
         words.append(f"layers-{setting.layers}")

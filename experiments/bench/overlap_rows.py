@@ -37,7 +37,7 @@ class OverlapRow:
     iteration; limit_train and of_limit are known on links with a rate. over_best_...: what the row
     gains over other models (over_best.py). peak_mb: memory of a step beyond what is allocated
     before it. peak_over_one_batch: that of a row with two batches in flight over that with one.
-    auto_of_both: what `schedule=auto` chooses between both (overlap_report.py).
+    auto_of_both: what `schedule=auto` chooses between both (auto.py).
     at_load: None at the balanced load.
     """
 

@@ -84,8 +84,8 @@ class Setting:
     sequences of seq_len. accumulate: batches of a training step. rows_per_gradient: the ratio for
     which the tokens were chosen (tokens_for); None: they were given. attention_ms: of an emulated
     attention, attention_to_mlp: its ratio to that of an emulated MLP. loads: of the experts
-    (loads.py), beside the balanced one, which is always measured. layout: None: capacity:1, and
-    dropless with loads.
+    (scmoe/probes/loads.py), beside the balanced one, which is always measured. layout: None:
+    capacity:1, and dropless with loads.
 
     The defaults are those of a block.
     """

@@ -22,13 +22,13 @@ from experiments.engine.clock import CPU, in_turn, slowest
 from experiments.engine.profiles import peak_bytes
 from experiments.engine.ranks import say_once
 from scmoe.models.halves import in_flight, set_in_flight
-from scmoe.models.residual_stream import through
+from scmoe.models.residual_stream import run_blocks
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.layout import Buffers
 from scmoe.moe.recorder import Recorder
 from scmoe.parallel.mesh import build_mesh
 from scmoe.parallel.update.step import Step
-from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, all_to_all
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.parallel.wire.wire import Wire
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import LayerChoice
@@ -77,7 +77,7 @@ class Bench:
         self.dispatcher = partial(
             AllToAllDispatcher, wire.mesh.ep_group, setting.num_experts, buffered=buffered
         )
-        self.paid = self.dispatcher(exchange=all_to_all(wire.mesh.ep_group))
+        self.paid = self.dispatcher()
         if setting.bus:
             self.set_rate(1.0)
         self.free = self.dispatcher(exchange=emulated.free)
@@ -244,7 +244,7 @@ class Bench:
         blocks = self.stacks[variant.block]
         counts = torch.zeros(2, dtype=torch.float64)
         for _ in self.steps_of(variant):
-            first = partial(through, blocks[:1])
+            first = partial(run_blocks, blocks[:1])
             (stats,) = in_flight(variant.batches_in_flight, first, self.x, None)[1]
             counts += torch.stack([stats.num_dropped, stats.counts_E.sum()]).double().cpu()
         dist.all_reduce(counts)

@@ -18,7 +18,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.models.halves import in_flight
-from scmoe.models.residual_stream import through
+from scmoe.models.residual_stream import run_blocks
 from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows
 from scmoe.parallel.mesh import Mesh
 from scmoe.parallel.update.step import Step
@@ -79,7 +79,7 @@ def emulated_parts(setting: Setting) -> Parts:
 
 
 def rows_of_layout(setting: Setting) -> Rows:
-    """Raise ConfigError for a layout that does not exist."""
+    """Return the rows of the setting's layout. ConfigError: there is no such layout."""
     kind, _, number = (setting.layout or ("dropless" if setting.loads else "capacity:1")).partition(
         ":"
     )
@@ -111,13 +111,13 @@ class Stack(nn.Sequential):
     batches_in_flight: int = 1
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return in_flight(self.batches_in_flight, partial(through, self), x_BSD, None)[0]
+        return in_flight(self.batches_in_flight, partial(run_blocks, self), x_BSD, None)[0]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Blocks with a schedule. transfers: overlapped, sequential (each is waited for at once), free,
-    or alone (free, and gradients stay on their ranks). load: of their experts (loads.py).
+    """Blocks with a schedule. transfers: overlapped, sequential (as Blocking does), free, or alone
+    (free, and gradients stay on their ranks). load: of their experts (scmoe/probes/loads.py).
 
     schedule: of the last block; the others have the same place, or as `placed` says. schedules:
     that of each block, where they do not follow from `schedule`. batches_in_flight: 2: the halves

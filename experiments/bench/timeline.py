@@ -52,7 +52,7 @@ def bench_timeline(
     training step of each timeline, operators named scmoe/<name> (open it in ui.perfetto.dev).
 
     share: communication share of sequential top-2, forward. The caller has entered a network
-    namespace (links.py).
+    namespace (experiments/engine/links.py).
     """
     require("bench timeline", "matplotlib")
     setting = Setting(share, compute=compute, ranks=ranks)

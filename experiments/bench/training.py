@@ -17,8 +17,8 @@ default slot in one chunk. Validation and checkpoints are not timed either.
     peak                memory of a step of rank 0 beyond what is allocated before it: activations
                         and temporary tensors. Measured in one step that is not timed
 
-With a load (loads.py) routers deal tokens by it in place of their own choices, and each
-architecture also trains on the links with balanced routing. Losses mean nothing then.
+With a load (scmoe/probes/loads.py) routers deal tokens by it in place of their own choices, and
+each architecture also trains on the links with balanced routing. Losses mean nothing then.
 """
 
 import sys
@@ -82,7 +82,7 @@ def bench_train(
 
     share: of communication, of a sequential top-2 pair of the configuration's sizes. routing: a
     load of the experts; None: routers choose. The caller has entered a network namespace
-    (links.py). ConfigError: the load cannot be dealt.
+    (experiments/engine/links.py). ConfigError: the load cannot be dealt.
     """
     require("bench train", "matplotlib")
     words = [*overrides, f"trainer.devices={ranks}", f"strategy.ep_size={ranks}"]

@@ -38,7 +38,7 @@ from scmoe.training.run.train import train
 LONGEST_S = 8 * 3600.0  # of all turns together
 
 
-class Turns(Callback):
+class TrainingTurns(Callback):
     """Holds a training until its turn, and answers it with the medians of its steps: seconds, and
     those of them in MoE windows (planner.Overlap).
 
@@ -166,7 +166,7 @@ def trained(
     ends: Sequence[int],
 ) -> dict[str, Any]:
     """Run on every rank; the caller uses rank 0's result."""
-    held = Turns(turns[rank], ends)
+    held = TrainingTurns(turns[rank], ends)
     held.begin()
     register_callback("turns")(lambda: held)
     if routing is not None:

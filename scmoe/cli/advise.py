@@ -22,14 +22,15 @@ COLUMNS = {
         "{over_best_shared:.2f} [{over_best_shared_interval[0]:.2f}"
         " {over_best_shared_interval[1]:.2f}]"
     ),
-    "slot x": "{slot} x {chunks}",
+    "slot x chunks": "{slot} x {chunks}",
     "GiB": "{memory_gib:.1f}",
     "answer": "{answer}",
 }
 LEGEND = (
-    "exposed: waiting for rows + sums of gradients. Speed-ups are over the sequential standard"
-    " model, over shared-expert, over the best row of the standard model, over the best row of"
-    " shared-expert. slot x chunks. Memory is an upper bound. All of it is predicted."
+    "exposed: waiting for rows + sums of gradients, in ms. Speed-ups: / top-k is over the"
+    " sequential standard model; / shared over shared-expert with one batch in flight; / best over"
+    " the best row of the standard model, for its own rows over the sequential one; / best shared"
+    " over the best row of shared-expert. Memory is an upper bound. Everything is predicted."
 )
 
 
@@ -41,11 +42,12 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
 
     Args:
         config: a YAML file, or the name of a shipped one, such as gpt2_moe_medium
-        words: cluster=NAME, a profile of configs/cluster, a file, or measure, which measures this
-            machine; ranks=N, ep=N and samples=N of a rank in one batch (default: all ranks of the
-            cluster, all that divide the experts, and as CONFIG has it, or 16,384 tokens for a
-            preset); load=KIND, uneven routing as `scmoe bench` has it; cluster.KEY=NUMBER, a value
-            of the profile; key=value
+        words: cluster=NAME: a profile of configs/cluster, a file, or measure, which measures this
+            machine. ranks=N (default: all ranks of the cluster). ep=N: ranks that share the experts
+            (default: the largest number that divides ranks and experts). samples=N of a rank in one
+            batch (default: as CONFIG has it; for a preset 16,384 tokens or 128 images). load=KIND:
+            uneven routing, as `scmoe bench` has it. cluster.KEY=NUMBER: a value of the profile.
+            key=value: an override of CONFIG
         curves: a folder for pictures of the speed-up over bandwidth, EP, width, tokens and load
     """
     sizes, others = numbers_of(words, ("ranks", "ep", "samples"))

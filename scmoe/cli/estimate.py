@@ -113,7 +113,12 @@ def table_of(facts: Mapping[str, Any]) -> Any:
     )
     table.add_row(f"  of {unit}, training", f"{training:,.0f}", "and their gradients")
     travel = f"{training * facts['all_to_all_share_that_travels']:,.0f}"
-    table.add_row("  of which travel", travel, f"{ep - 1} of {ep}", end_section=True)
+    table.add_row(
+        "  of which leave a rank",
+        travel,
+        f"{ep - 1} of {ep} rows, if routing is even",
+        end_section=True,
+    )
     recompute = "on" if facts["recompute"] else "off"
     notes = {
         "weights": f"dense weights {facts['dense']}",

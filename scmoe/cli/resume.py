@@ -9,8 +9,8 @@ def main(run: Path, /, *overrides: KeyValue) -> None:
     """Resume a run from its newest checkpoint, or from that of a step. Standard output is the run's
     summary as JSON, and everything else goes to standard error.
 
-    Exit codes: 2, the request was wrong and nothing was started; 143 or 130, stopped by SIGTERM or
-    Ctrl-C with a checkpoint.
+    Exit codes: 2, the request was wrong and nothing was started; 143, 130 or 129, stopped by
+    SIGTERM, Ctrl-C or SIGHUP with a checkpoint.
 
     Args:
         run: a run's directory, such as runs/latest

@@ -13,8 +13,8 @@ def start(config: str, /, *overrides: KeyValue) -> None:
     """Train a model. Standard output is the run's summary as JSON, and everything else goes to
     standard error.
 
-    Exit codes: 2, the request was wrong and nothing was started; 143 or 130, stopped by SIGTERM or
-    Ctrl-C with a checkpoint.
+    Exit codes: 2, the request was wrong and nothing was started; 143, 130 or 129, stopped by
+    SIGTERM, Ctrl-C or SIGHUP with a checkpoint.
 
     Args:
         config: a YAML file, or the name of a shipped one, such as quickstart

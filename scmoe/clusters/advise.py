@@ -1,7 +1,7 @@
 """Would a shortcut pay on a cluster? Every architecture's step at its best schedule, how sure that
 is, and an answer with its reason.
 
-    top2              standard, transfers waited for at once: speed-ups are over it
+    top2              standard, sequential transfers: speed-ups are over it
     top2_pipelined    the same model in chunks
     NAME_two          any model with two batches in flight
     the others        overlapped, at the best slot and chunks
@@ -306,7 +306,7 @@ def tier_of(model: Model, machine: Machine, sizes: Sizes) -> str:
 def reason(row: Row, advice: Advice, plan: Plan) -> str:
     """Return why a row has its answer."""
     carried = (
-        f"Rows take {advice.share:.0%} of sequential {advice.standard}'s step on the"
+        f"Waiting for rows takes {advice.share:.0%} of sequential {advice.standard}'s step on the"
         f" {TIERS[advice.tier]}"
     )
     needs_no_other = row.name in plan.of_standard()
@@ -359,7 +359,7 @@ def _differences(row: Row, rival: Row) -> str:
         for term in ordered
         if abs(terms[term]) > 0.05 * abs(total)
     )
-    return f"Its step less that of {rival.name} is {1e3 * total:+.3g} ms: {words}"
+    return f"Its step differs from that of {rival.name} by {1e3 * total:+.3g} ms: {words}"
 
 
 def tokens_needed(row: str, plan: Plan) -> int | None:

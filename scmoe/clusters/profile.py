@@ -41,22 +41,24 @@ class Allowed(NamedTuple):
 
 KEYS = {
     "peak_tflops": Allowed(1e-6, 1e6, "10^12 FLOP/s of a rank's device, dense, at the precision"),
-    "attained": Allowed(0.001, 1.0, "share of it that products attain"),
+    "attained": Allowed(0.001, 1.0, "share of peak_tflops that products attain"),
     "memory_gb_s": Allowed(1e-3, 1e6, "10^9 B/s of the device's memory"),
     "links.node.gb_s": Allowed(1e-6, 1e5, "10^9 B/s of a rank in its node, one direction"),
-    "links.node.attained": Allowed(0.001, 1.0, "share of it that an exchange attains"),
-    "links.node.latency_us": Allowed(0.0, 1e7, "of an exchange in a node"),
+    "links.node.attained": Allowed(0.001, 1.0, "share of gb_s that an exchange attains"),
+    "links.node.latency_us": Allowed(0.0, 1e7, "microseconds of an exchange in a node, at 0 bytes"),
     "links.network.gb_s": Allowed(1e-6, 1e5, "10^9 B/s of a rank between nodes, one direction"),
-    "links.network.attained": Allowed(0.001, 1.0, "share of it that an exchange attains"),
-    "links.network.latency_us": Allowed(0.0, 1e7, "of an exchange between nodes"),
-    "peer_us": Allowed(0.0, 1e5, "of an exchange, for each other rank", 0.0),
-    "launch_us": Allowed(0.0, 1e5, "of a kernel that the device waits for", 0.0),
+    "links.network.attained": Allowed(0.001, 1.0, "share of gb_s that an exchange attains"),
+    "links.network.latency_us": Allowed(
+        0.0, 1e7, "microseconds of an exchange between nodes, at 0 bytes"
+    ),
+    "peer_us": Allowed(0.0, 1e5, "microseconds of an exchange for each other rank", 0.0),
+    "launch_us": Allowed(0.0, 1e5, "microseconds that the device waits for each kernel", 0.0),
     "attention": Allowed(0.01, 100.0, "time of attention over that of its products and bytes", 1.0),
     "moe": Allowed(0.0, 100.0, "time of a module's gate and layout, over an MLP's, for any k", 0.0),
     "copy": Allowed(0.0, 100.0, "the same for each routed copy of a token", 0.0),
     "tax": Allowed(0.0, 1.0, "what computation loses of the time of a transfer beside it", 0.0),
     "halves": Allowed(1.0, 10.0, "time of computing in two halves over that in one piece", 1.0),
-    "other_ms": Allowed(0.0, 1e8, "of a step that no operator explains", 0.0),
+    "other_ms": Allowed(0.0, 1e8, "milliseconds of a step that no operator explains", 0.0),
 }
 
 
@@ -269,7 +271,7 @@ def _values(tree: Mapping[str, Any], source: str, has_network: bool) -> dict[str
         elif allowed.default is not None:
             values[key] = Value(allowed.default, "guess")
         elif has_network or not key.startswith(NETWORK):
-            raise ConfigError(f"{source}: {key} is missing. It is the {allowed.meaning}.")
+            raise ConfigError(f"{source}: {key} is missing: {allowed.meaning}. Add it to the file.")
     return values
 
 

@@ -92,7 +92,7 @@ class Setting:
         if self.sequential and self.batches_in_flight == 2:
             raise ValueError(
                 "Transfers are sequential with two batches in flight. Choose one of the two: a half"
-                " that waits at once hides nothing."
+                " that waits right after a transfer's start hides nothing."
             )
 
 
@@ -208,7 +208,8 @@ def piece_times(block: Block, direction: Direction, setting: Setting) -> dict[st
 
 
 def busiest(times: Mapping[str, float], load: Load) -> dict[str, float]:
-    """Return the times of the busiest rank's rows, for chunks of equal loads on the average."""
+    """Return the times of a pass in which every transfer and all experts take as long as those of
+    the busiest rank in its busiest chunk."""
     sent = max(max(share.sent, share.received) for chunk in load for share in chunk)
     computed = max(share.computed for chunk in load for share in chunk)
     factors = {"dispatch": sent, "combine": sent, "experts": computed}

@@ -6,8 +6,8 @@ weights      of a kernel's bytes, those that do not grow with rows; a rank reads
 in turn      kernels that run once for each expert: a rank launches 1 / EP of them
 backward     twice the kernels of forward; of what is recomputed, three times
 attention    times the machine's factor
-layout       route, encode, decode: and `moe` + `copy` k times the experts' time for the rows of
-             one copy, without weights and launches
+layout       route, encode, decode: their kernels, and (`moe` + k `copy`) times the experts' time
+             for the rows of one copy, without weights and launches
 transfer     all-to-all of the rows that dispatch gets; the same back, and in backward
 sums         dense gradients over all ranks, experts' over those that hold the same ones
 update       UPDATE_BYTES a parameter of a rank / memory rate

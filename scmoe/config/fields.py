@@ -82,7 +82,10 @@ class OptimConfig:
     min_lr_ratio: float = option(0.1, "final learning rate, as a share of the peak", SHARE)
     warmup_steps: int = option(50, "linear warm-up, in optimizer steps", COUNT_OR_0)
     weight_decay: float = option(
-        0.1, "decay of matrices; norms, biases and position embeddings have none", SHARE
+        0.1,
+        "decay of matrices; norms, biases and embeddings have none, unless an embedding is also the"
+        " output layer",
+        SHARE,
     )
     beta1: float = option(0.9, "decay of AdamW's running mean of gradients", BELOW_1)
     beta2: float = option(0.95, "decay of AdamW's running mean of squared gradients", BELOW_1)
@@ -162,7 +165,10 @@ class TrainerConfig:
 @dataclass(frozen=True)
 class StrategyConfig:
     ep_size: int | None = option(
-        None, "expert-parallel ranks; null: most that divide experts and devices", COUNT
+        None,
+        "expert-parallel ranks; null: the largest number that divides moe.num_experts and"
+        " trainer.devices",
+        COUNT,
     )
     timeout_s: float = option(
         300.0,

@@ -23,7 +23,9 @@ class LatentConfig:
         False, "multiply the heads' results by a sigmoid of the input, as Instella does"
     )
     yarn_factor: float = option(
-        1.0, "slow down positions for longer texts than 4096 tokens (YaRN)", Range(1, 1000)
+        1.0,
+        "YaRN, for texts of more than 4096 tokens: divide slow rotary angles by this; 1: off",
+        Range(1, 1000),
     )
 
 
@@ -97,7 +99,7 @@ class MoEConfig:
         "position of the first MoE module only (pos1: 'L0 Pos-1' of the paper); null: as position",
     )
     combine: Literal["direct_add", "cg1", "cg2"] = option(
-        "cg1", "how shared and routed outputs combine (Eq. 14-16)"
+        "cg1", "how shared and routed outputs are added (Eq. 14-16); not the transfer"
     )
     coefficient_input: Literal["current", "tap"] = option(
         "current", "what the coefficient gate reads"
@@ -121,8 +123,8 @@ class MoEConfig:
     )
     overflow: Literal["drop", "refuse"] = option(
         "drop",
-        "rows=buffers: copies that do not fit into a buffer are dropped and counted, or are an"
-        " error after the step",
+        "rows=buffers: copies that do not fit into a buffer are dropped and counted, or end"
+        " the run before the update",
     )
     dropless_ceiling: float | None = option(
         None,
@@ -159,7 +161,7 @@ class ScheduleConfig:
         False, "measure operators in the first steps, then choose. Short form: schedule=auto"
     )
     slot: int | None = option(
-        None, "backbone operators before the experts; null: half of the window", Range(0, 64)
+        None, "backbone operators before the experts; null: the middle of the window", Range(0, 64)
     )
     inside_attention: bool = option(
         False,
@@ -175,5 +177,6 @@ class ScheduleConfig:
         "travel; a capacity counts a half's tokens; null: 1 or auto's choice",
     )
     transfers: Literal["overlapped", "sequential"] = option(
-        "overlapped", "sequential: wait for each transfer at once, the baseline of speed-ups"
+        "overlapped",
+        "sequential: wait for each transfer right after its start, the baseline of speed-ups",
     )

@@ -108,6 +108,8 @@ class ExpertParallelStrategy(DDPStrategy):
         if ep_size is not None and ep_size < 1:
             raise ValueError(f"ep_size is {ep_size}, allowed: None or a number of ranks, 1 or more")
         self.timeout, self.start_timeout = time_limits(timeout_s)
+        if "reductions" in ddp:
+            raise TypeError("reductions was removed: gradients are always sent in DDP's buckets")
         check_dense(dense, ddp)
         super().__init__(**{**ddp, "timeout": self.start_timeout})
         self.ep_size = ep_size
@@ -221,6 +223,7 @@ class ExpertParallelStrategy(DDPStrategy):
     def model_to_device(self) -> None:
         if self.dense == "auto" and self.dense_estimates is None and not self.is_split:
             self._split("auto", estimates_of(self.module, self.mesh, self.num_processes))
+            self.checkpoints.mesh = self.mesh
         if self.is_split and not any(isinstance(p, DTensor) for p in self.module.parameters()):
             shard(self.module, self.mesh, self.precision_plugin.precision)
         check_placements(self.module, self.mesh)

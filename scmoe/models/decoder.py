@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.sublayers import MLP, SelfAttention
 from scmoe.models.halves import in_flight
-from scmoe.models.residual_stream import residual_stream, through
+from scmoe.models.residual_stream import run_blocks, widen_under_autocast
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.moe.router import SelectionBias
 from scmoe.moe.tokens import RouterStats
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"a sequence has {seq_len} tokens, allowed: up to data.seq_len, {self.max_seq_len}"
             )
-        x_BSD = residual_stream(self.embed(ids_BS))
+        x_BSD = widen_under_autocast(self.embed(ids_BS))
         if self.positions is not None:
             if cache is None:
                 positions = torch.arange(seq_len, device=ids_BS.device)
@@ -84,7 +84,7 @@ class Decoder(nn.Module):
             x_BSD = x_BSD + self.positions(positions)
         x_BSD, all_stats = in_flight(
             self.batches_in_flight,
-            partial(through, self.blocks),
+            partial(run_blocks, self.blocks),
             self.dropout(x_BSD),
             mask_BS,
             cache,

@@ -85,8 +85,8 @@ def batches_of(network: Any) -> int:
 
 
 def set_in_flight(network: Any, batches: int) -> None:
-    """Let a network have so many batches in flight from the next pass on. DDP around it must be
-    taken off first.
+    """Let a network have so many batches in flight from the next pass on. network: the module that
+    has the attribute, not DDP around it.
 
     Raises ValueError for another number than 1 and 2, and for 2 if the network cannot have them.
     """

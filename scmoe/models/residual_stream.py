@@ -9,7 +9,7 @@ from scmoe.blocks.kv_cache import KVCache, with_cache
 from scmoe.moe.tokens import HandedOn, RouterStats
 
 
-def residual_stream(x: Tensor) -> Tensor:
+def widen_under_autocast(x: Tensor) -> Tensor:
     """Return x in float32 or wider under autocast, where what comes before the blocks may be
     gathered in bfloat16: then every block adds to it in float32."""
     if not torch.is_autocast_enabled(x.device.type):
@@ -17,7 +17,7 @@ def residual_stream(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def through(
+def run_blocks(
     blocks: Iterable[nn.Module], x_BSD: Tensor, mask_BS: Tensor | None, cache: KVCache | None = None
 ) -> tuple[Tensor, list[RouterStats]]:
     """Return the stream after the blocks, and the routers' sums of those that have one.

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from scmoe.blocks.sublayers import SelfAttention
 from scmoe.models.halves import in_flight
-from scmoe.models.residual_stream import residual_stream, through
+from scmoe.models.residual_stream import run_blocks, widen_under_autocast
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.moe.router import SelectionBias
 from scmoe.moe.tokens import RouterStats
@@ -161,9 +161,9 @@ class Swin(nn.Module):
         """Return the last stage's map, and the routers' sums of all stages."""
         all_stats: list[RouterStats] = []
         for merge, stage in zip(self.merges, self.stages, strict=True):
-            x_BHWD = residual_stream(merge(x_BHWD))
+            x_BHWD = widen_under_autocast(merge(x_BHWD))
             mask_BHW = None if mask_B is None else mask_B[:, None, None].expand(x_BHWD.shape[:3])
-            x_BHWD, stats = through(stage, x_BHWD, mask_BHW)
+            x_BHWD, stats = run_blocks(stage, x_BHWD, mask_BHW)
             all_stats += stats
         return x_BHWD, all_stats
 

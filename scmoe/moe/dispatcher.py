@@ -115,7 +115,8 @@ class LocalDispatcher:
 
 @dataclass(frozen=True)
 class Blocking:
-    """The sequential baseline, which waits for every transfer of `inner` at once.
+    """The sequential baseline, which waits for each transfer of `inner` right after its
+    start.
 
     It does so in forward, and therefore in backward.
     """

@@ -4,20 +4,19 @@ A layout chooses the row of each routed copy, `encode` fills the rows, `decode` 
 copies with their weights. Which copies have a row is a value that the stream has, Rows:
 
     Dropless()                every copy
-    Capacity(factor, filled)  of each expert C copies, `factor` times its fair share: first choices
-                              first, early tokens first. The others are dropped.
-    Buffers(ceiling)          dropless without waiting for the host: of each rank so many copies as
-                              its buffer holds, `ceiling` times its fair share. The others are
-                              dropped.
+    Capacity(factor, filled)  at most C copies of each expert, `factor` times its fair share: first
+                              choices first, early tokens first. The others are dropped.
+    Buffers(ceiling)          for each rank at most as many copies as its buffer holds, `ceiling`
+                              times its fair share. The others are dropped.
 
 There are three layouts:
 
     filled   every copy that is not dropped has a row; counts_PE holds the number of rows of each
              expert
-    slots    each expert has C rows. Shapes depend on no data, so nothing waits for the host. An
+    slots    each expert has C rows. Shapes do not depend on data, so the host waits for nothing. An
              empty slot repeats token 0: its result is not used, and its gradient is zero.
-    buffers  dropless, without waiting for the host: all rows for the experts of one rank share a
-             buffer of fixed size, in the order of its experts. Empty rows are sent but not
+    buffers  all rows for the experts of one rank share a buffer of fixed size, in the order of its
+             experts, so the host need not read how many there are. Empty rows are sent but not
              computed. Copies that do not fit are dropped.
 
 With P chunks the rows of chunk p are contiguous, in the order (chunk, expert). `filled` cuts the

@@ -40,9 +40,9 @@ from scmoe.moe.weights import InFloat32, WholeOnEveryRank
 
 Score = Callable[[Tensor], Tensor]
 Rule = Callable[[Tensor], Tensor]
-LEAST = 1e-20  # of a sum of scores by which others are divided: sigmoid scores may all be 0
+LEAST_SUM = 1e-20  # of a sum of scores by which others are divided: sigmoid scores may all be 0
 PROBES = 8  # rows of logits that a score is checked with
-STEP = 0.5  # by how much one logit of each grows
+PROBE_STEP = 0.5  # by how much one logit of each grows
 ROUNDING = 1e-4  # of a sum of scores that should be 1
 softmax: Score = partial(torch.softmax, dim=-1)
 
@@ -87,7 +87,7 @@ class Scoring:
         """Return the scores of each token as a distribution over the experts."""
         if self.sums_to_one:
             return scores_TE
-        return scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=LEAST)
+        return scores_TE / scores_TE.sum(-1, keepdim=True).clamp(min=LEAST_SUM)
 
     def check(self, num_ids: int) -> None:
         """Compute scores of a few rows of logits.
@@ -102,7 +102,7 @@ class Scoring:
             if type(logits_PE) is not Tensor:  # a dry run's tensors have no numbers
                 return
             chosen_P1 = torch.arange(PROBES)[:, None] % num_ids
-            step_P1 = torch.full((PROBES, 1), STEP, dtype=torch.float32)
+            step_P1 = torch.full((PROBES, 1), PROBE_STEP, dtype=torch.float32)
             higher_PE = logits_PE.scatter_add(-1, chosen_P1, step_P1)
             scores_PE, higher_scores_PE = self._scores(logits_PE), self._scores(higher_PE)
 
@@ -195,18 +195,18 @@ class Gate(nn.Linear):
 
 
 class Router(InFloat32):
-    """Scores all experts and keeps the top k of each token. Without another `scoring` they are the
-    softmax's.
+    """Scores all experts and keeps the top k of each token. The default scoring is the paper's
+    softmax.
 
     Logits and scores are float32, or wider where the input is: bf16 logits tie and overflow the
     softmax. The weights stay in float32 in a module of bfloat16: a step of a selection bias would
     be rounded away.
 
-    scoring: scores, weights, selection bias. noisy: Eq. 4's noise in training. deal: returns the
-    expert ids [T, K] of tokens [T, D]; the gate's choice is ignored, its weights are not. For
-    measurements of speed, such as `round_robin`. zero_experts: further ids, from num_experts on,
-    whose expert computes nothing (stream.py). Raises ValueError unless top_k is in 1..num_experts,
-    and for a score that is not one (`Scoring.check`).
+    scoring: scores, weights, selection bias. noisy: Eq. 4's noise in training. deal: chooses in
+    place of the gate, for measurements of speed (`round_robin`): returns the expert ids [T, K] of
+    tokens [T, D], whose weights are still the gate's. zero_experts: further ids, from num_experts
+    on, whose expert computes nothing (stream.py). Raises ValueError unless top_k is in
+    1..num_experts, and for a score that `Scoring.check` refuses.
     """
 
     def __init__(
@@ -258,7 +258,7 @@ class Router(InFloat32):
             topk_ids_TK = self.choose(x_TD, self.preference(logits_TE, scores_TE), excluded_T1)
             weights_TK = scores_TE.gather(-1, topk_ids_TK)
             if self.normalise:
-                weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=LEAST)
+                weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=LEAST_SUM)
             if self.scoring.scale != 1:
                 weights_TK = weights_TK * self.scoring.scale
         if mask_T is not None:

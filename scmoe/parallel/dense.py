@@ -84,14 +84,7 @@ def with_dense_mesh(
             start_communicators(groups, device)
         return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=tuple(axes))
 
-    mesh = replace(mesh, dense_mesh=device_mesh("dense"), exact_mesh=device_mesh("exact"))
-    # sums begin on a thread (update/wrap.py), and FSDP gathers experts over device_mesh["edp"]
-    if device.type == "cpu":
-        assert mesh.device_mesh is not None
-        mesh = replace(
-            mesh, edp_group=group_by_rows(mesh.device_mesh.mesh.T, "expert gradients", timeout)
-        )
-    return mesh
+    return replace(mesh, dense_mesh=device_mesh("dense"), exact_mesh=device_mesh("exact"))
 
 
 def shard(module: nn.Module, mesh: Mesh, precision: str) -> None:

@@ -202,9 +202,9 @@ def check_experts(module: nn.Module, mesh: Mesh) -> None:
         if held != wanted:
             raise ValueError(
                 f"{name or type(child).__name__} holds experts {held.start} to {held.stop - 1} on"
-                f" rank {mesh.rank}, allowed: {wanted.start} to {wanted.stop - 1} of"
-                f" {child.num_experts}; build the model in configure_model or setup, from"
-                " self.wire, which __init__ does not have yet"
+                f" rank {mesh.rank}, but this rank must hold {wanted.start} to {wanted.stop - 1} of"
+                f" {child.num_experts}. Build the model in configure_model or setup, from"
+                " self.wire: before that, the ranks do not exist yet"
             )
 
 

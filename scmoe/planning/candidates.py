@@ -35,9 +35,10 @@ def shortlist_in_flight(
 ) -> list[list[LayerChoice]]:
     """Return the candidates with one batch in flight as `shortlist` does, and those with two.
 
-    Those with two are the best slot in the fewest chunks, then the next best. More chunks are next
-    best where their price is lower by GAIN_OF_CHUNKS. Both are tried whatever their prices, which
-    omit what half the rows cost beyond half the time. numbers: of batches in flight.
+    Those with two are the best slot in the fewest chunks, then the best slot of each larger number
+    of chunks that has a price lower by GAIN_OF_CHUNKS, then other slots NEAR the best. Prices do
+    not tell whether two batches are faster than one: they omit what half the rows cost beyond half
+    the time. So some candidates with two are always tried. numbers: of batches in flight.
     """
     one = shortlist(priced) if 1 in numbers else []
     if 2 not in numbers:

@@ -115,7 +115,7 @@ class Planner:
 
     def choose_in_flight(self, network: Any, numbers: Sequence[int]) -> None:
         """Let the planner try these numbers of batches in flight; measured steps always run one.
-        network: it holds the blocks and can have two batches in flight, which DDP around it cannot.
+        network: the module that has `batches_in_flight` and holds the blocks, not DDP around it.
         """
         assert has_halves(network) and not self.fixed
         self.network = network
@@ -264,7 +264,7 @@ class Planner:
         blocking: bool = False,
         recorders: Sequence[Recorder] | None = None,
     ) -> None:
-        """Set how the blocks run. blocking: wait for every transfer at once."""
+        """Set how the blocks run. blocking: wait for each transfer right after its start."""
         parts = zip(self.blocks, schedules, self.dispatchers, strict=True)
         for i, (block, schedule, dispatcher) in enumerate(parts):
             recorder = recorders[i] if recorders else None

@@ -212,8 +212,8 @@ def price(
     """Return the candidates by number of chunks, those of the lowest price first.
 
     They are equal on all ranks, as the samples are. A candidate has one slot for all layers; a
-    layer that lacks it takes the one before it. Where the best slot of each layer together have a
-    price below WORTH_OWN_SLOTS times the best of these, they are the first candidate.
+    layer that lacks it takes the one before it. If the best slots of the single layers together
+    have a price below WORTH_OWN_SLOTS times the best of these, they are the first candidate.
 
     samples: by number of chunks, ascending, what `measured` returned for each step. configured: the
     schedule of each layer. fixed: it is the only choice.

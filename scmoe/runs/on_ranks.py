@@ -38,6 +38,7 @@ ALONE = (
     *("strategy.ep_size=null", "strategy.dense=replicated", *REFUSED_SINCE),
     *SENDS_NO_ROWS,
 )
+KEYS_OF_TRAVEL = {"schedule.batches_in_flight", "schedule.transfers"}
 # Turned off: what only helps training, and what would make results depend on the number of ranks.
 WITHOUT = (
     *(
@@ -77,9 +78,10 @@ def config_without_training(
     """Return the configuration with which a run's weights are used.
 
     read: returns the run's configuration with overrides, checked for what does not train.
-    rows_travel: as trained: between ranks the run's batches in flight and transfers are kept. In
-    halves products have other numbers of rows, so a result could differ in its last bits from that
-    of one process. Raises ConfigError if an override would make another model, or if ranks or
+    rows_travel: as trained: between ranks the run's batches in flight and transfers are kept,
+    unless an override names one of them. In halves products have other numbers of rows, so a result
+    could differ in its last bits from that of one process. Raises ConfigError if an override would
+    make another model, or if ranks or
     devices are missing.
     """
     of_training = read([*named(overrides), *REFUSED_SINCE])
@@ -87,7 +89,8 @@ def config_without_training(
     # Filled: the counts of rows are announced, so that each rank may have another number of them.
     rows = f"moe.rows={'auto' if of_training.moe.architecture == 'dense' else 'filled'}"
     config = read([*ALONE, *overrides, *WITHOUT, rows])
-    if rows_travel == "as trained" and resolve_ep_size(config) > 1:
+    given = {word.removeprefix("--").partition("=")[0] for word in overrides}
+    if rows_travel == "as trained" and resolve_ep_size(config) > 1 and not given & KEYS_OF_TRAVEL:
         config = read([*ALONE, *schedule_of(of_training), *overrides, *WITHOUT, rows])
     if config.strategy.dense != "replicated":  # FSDP does not run in inference mode
         raise ConfigError(

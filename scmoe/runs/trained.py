@@ -37,7 +37,7 @@ from scmoe.runs.hf_config import OURS, dropless, our_config
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import has_gpus
-from scmoe.training.run.resume import Which, config_of, find_checkpoint
+from scmoe.training.run.resume import REFUSED_SINCE, Which, config_of, find_checkpoint
 from scmoe.training.threads import cpu_threads
 
 
@@ -53,7 +53,7 @@ def load_trained(path: str | Path, which: Which = "last") -> Any:
     if (path / "config.json").exists():
         return load_folder(path)
     if path.suffix == EXPORT:
-        config = load_kept(path.parent / "config.yaml")
+        config = load_kept(path.parent / "config.yaml", REFUSED_SINCE)
         check_export(path, config)
         model = build(config)
         load_weights(path, model)

@@ -14,7 +14,7 @@ from experiments.bench.emulated import EmulatedOperator
 from experiments.engine.ranks import run_ranks
 from scmoe.blocks.standard import TopKBlock
 from scmoe.models.halves import in_flight
-from scmoe.models.residual_stream import through
+from scmoe.models.residual_stream import run_blocks
 from scmoe.moe.dispatcher import Traffic
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Capacity
@@ -70,7 +70,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList([randomise(block().double()) for _ in range(2)])
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        way = partial(through, self.blocks)
+        way = partial(run_blocks, self.blocks)
         return in_flight(self.batches_in_flight, way, x_BSD, None)[0]
 
 

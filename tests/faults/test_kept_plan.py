@@ -73,7 +73,7 @@ def test_a_resumed_run_goes_on_with_the_plan_of_its_directory(run_dir):
 
 
 def test_a_plan_of_other_conditions_is_measured_again(run_dir):
-    assert "plan: measured again, as chunks was [1, 2, 4] and is [2] since " in resume(
+    assert "plan: measured again, because chunks was [1, 2, 4] in " in resume(
         run_dir, 2, "schedule.chunks=2"
     )
 
@@ -88,7 +88,8 @@ def test_each_condition_counts(key, other, planned, capsys):
     assert read_plan(path, plan["conditions"] | {key: other}) is None
     was = plan["conditions"].get(key, "not kept")
     assert (
-        f"plan: measured again, as {key} was {was} and is {other} since " in capsys.readouterr().err
+        f"plan: measured again, because {key} was {was} in {path} and is {other} now"
+        in capsys.readouterr().err
     )
 
 

@@ -302,8 +302,8 @@ def fit_early(rank: int, world_size: int, when: str, ep_size: int | None) -> Non
         (
             "in __init__",
             (
-                r"ValueError: moe\.experts holds experts 0 to 7 on rank \d, allowed: (0 to 3|4 to"
-                r" 7) of 8; "
+                r"ValueError: moe\.experts holds experts 0 to 7 on rank \d, but this rank must"
+                r" hold (0 to 3|4 to 7) of 8\. "
             ),
         ),
         ("added", r"ValueError: more\.experts\.w_in_eDF was added after fit had begun"),

@@ -28,7 +28,7 @@ from scmoe.blocks.farskip import FarSkipBlock
 from scmoe.blocks.latent import LatentAttention, LatentSizes
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual, Rotary
-from scmoe.models.residual_stream import through
+from scmoe.models.residual_stream import run_blocks
 from scmoe.moe.coefficient import DirectAdd
 from scmoe.schedule.schedule import Schedule
 from tests.support.peers import (
@@ -121,7 +121,9 @@ def check_blocks(
         return {name: weight for block in each for name, weight in block.items()}
 
     theirs = Wired(len(ours), wiring)
-    check_equal(nn.ModuleList(ours), theirs, weights, lambda x: through(ours, x, None)[0], theirs)
+    check_equal(
+        nn.ModuleList(ours), theirs, weights, lambda x: run_blocks(ours, x, None)[0], theirs
+    )
 
 
 @pytest.mark.parametrize("slot", (0, 1, 2))

@@ -149,7 +149,7 @@ def test_a_step_waits_in_each_of_its_batches(monkeypatch):
     schedule = training_turns.AdaptiveSchedule(auto=True, chunks=(1,))
     schedule.planner = SimpleNamespace(overlap=SimpleNamespace(seconds=(1.5, 2.75)), drifted=1)
     caller, turn = Pipe()
-    held = training_turns.Turns(turn, ends=(1,))
+    held = training_turns.TrainingTurns(turn, ends=(1,))
     monkeypatch.setattr(links, "set_rate", lambda mbit: None)
     caller.send(None)  # the next turn
     trainer = SimpleNamespace(callbacks=[schedule], accumulate_grad_batches=4, global_step=0)

@@ -14,6 +14,7 @@ from experiments.bench.overlap_report import (
     in_parallel,
     least_time,
     least_times,
+    name_of_report,
     rows_over_gradients,
 )
 from experiments.bench.pairs import Setting, tokens_for
@@ -100,6 +101,14 @@ def test_the_tokens_of_a_batch_give_the_wanted_ratio_of_rows_and_gradients(
     assert rows_over_gradients(setting, found, "top2") == pytest.approx(
         ratio, rel=0.02
     )  # whole sequences
+
+
+def test_a_report_of_other_tokens_has_a_name_of_its_own():
+    """1,024 tokens are usual in a block, and 3,072 in an iteration."""
+    usual = Setting(level="iteration", tokens=3072, rows_per_gradient=3.0)
+    fewer = Setting(level="iteration", tokens=1024)
+    assert name_of_report(fewer) == f"{name_of_report(usual)}-tokens-1024"
+    assert "tokens" not in name_of_report(Setting())
 
 
 def test_gradients_are_summed_beside_the_last_batch_only():

@@ -62,6 +62,11 @@ def test_a_run_on_nodes_is_used_in_one_process(old):
             "trainer.devices=2 schedule.batches_in_flight=1",
             (1, "overlapped"),
         ),
+        (
+            "batches_in_flight=2",
+            "trainer.devices=2 schedule.transfers=sequential",
+            (None, "sequential"),
+        ),
     ],
 )
 def test_between_ranks_a_run_is_used_with_its_own_batches_in_flight(words, asked, schedule):

@@ -136,6 +136,7 @@ def test_a_job_has_two_batches_in_flight_where_they_may_be_chosen():
     for words, batches in (
         ("schedule.batches_in_flight=2", 2),
         ("schedule.auto=true", 2),
+        ("schedule.auto=true analysis.gating_every=10", 1),  # a probe reads whole batches
         ("schedule.auto=true schedule.batches_in_flight=1", 1),
         ("schedule.chunks=2", 1),
     ):

@@ -194,8 +194,8 @@ def wrap(model: nn.Module, mesh: Mesh, **ddp: Any) -> Wrapped:
     shards = dict(expert_parameters(model))
     hide_from_ddp(model, shards)
     on_cpu = next(model.parameters()).device.type == "cpu"
-    bucket_mb = BUCKET_MB_ON_CPU if on_cpu else BUCKET_MB
-    usual = {"bucket_cap_mb": bucket_mb, "gradient_as_bucket_view": True}
-    wrapped = Wrapped(DistributedDataParallel(model, **usual | ddp), mesh.world_size)
+    bucket_mb = ddp.get("bucket_cap_mb") or (BUCKET_MB_ON_CPU if on_cpu else BUCKET_MB)
+    arguments = {"gradient_as_bucket_view": True} | ddp | {"bucket_cap_mb": bucket_mb}
+    wrapped = Wrapped(DistributedDataParallel(model, **arguments), mesh.world_size)
     wrapped.reducer = ExpertGradientReducer([*shards.values()], mesh, bucket_mb)
     return wrapped

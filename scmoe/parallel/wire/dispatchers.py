@@ -1,7 +1,7 @@
 """Makes the dispatchers of a model from the wire of its rank."""
 
 from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
-from scmoe.parallel.wire.all_to_all import AllToAllDispatcher, all_to_all
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.parallel.wire.wire import Wire
 
 
@@ -20,7 +20,6 @@ def make_dispatcher(
         mesh.ep_group,
         num_experts,
         ceiling,
-        all_to_all(mesh.ep_group),
         counts_group=mesh.counts_group,
         buffered=buffered,
         even=wire.even,

@@ -80,6 +80,11 @@ def config_for(request: Request, profile: Profile) -> Config:
                 f"command line: {key} is given, but ranks=N, ep=N, samples=N and the cluster set"
                 " it. Give those alone."
             )
+    if "schedule.batches_in_flight" in given:
+        raise ConfigError(
+            "command line: schedule.batches_in_flight is given, but advise compares one and two"
+            " batches in flight. Leave it out."
+        )
     precision = f"trainer.precision={profile.precision}"
     if "trainer.precision" in given and precision not in request.overrides:
         raise ConfigError(

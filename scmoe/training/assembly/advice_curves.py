@@ -62,14 +62,15 @@ def curves(
     sizes = job.sizes
     powers = [2**i for i in range(1, 12)]
     degrees = [n for n in powers if config.moe.num_experts % n == 0 and sizes.ranks % n == 0]
-    if len(degrees) > 1:
+    over_degrees = [
+        at(n, job=replace(job, sizes=sizes._replace(ep_size=n)), models=loaded)
+        for n, loaded in of_degrees(request, config, models, degrees)
+    ]
+    if len(over_degrees) > 1:
         yield Curve(
             "ep",
             "EP: ranks that share the experts",
-            [
-                at(n, job=replace(job, sizes=sizes._replace(ep_size=n)), models=loaded)
-                for n, loaded in of_degrees(request, config, models, degrees)
-            ],
+            over_degrees,
             (sizes.ranks, sizes.ranks) if has_measured else None,
         )
     tokens = models[0].costs.tokens * job.accumulate

@@ -2,6 +2,7 @@
 
 from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config
+from scmoe.config.rules import may_run_two_batches
 from scmoe.estimate.memory import RankJob
 
 
@@ -12,8 +13,7 @@ def rank_job(config: Config) -> RankJob:
     ep_size = resolve_ep_size(config)
     samples = data.global_batch_size // (ranks * trainer.accumulate)
     schedule = config.schedule
-    may_choose_two = schedule.auto and schedule.batches_in_flight is None
-    may_choose_two = may_choose_two and ep_size > 1 and samples > 1
+    may_choose_two = schedule.auto and may_run_two_batches(config)
     return RankJob(
         ranks=ranks,
         ep_size=ep_size,

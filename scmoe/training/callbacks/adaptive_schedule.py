@@ -80,8 +80,9 @@ class AdaptiveSchedule(Callback):
         if self.auto and batches <= self.planner.steps_to_choose:
             rank_zero_warn(
                 f"schedule: auto may need {self.planner.steps_to_choose} batches to choose and"
-                f" {batches} are left: perhaps all run without a choice; raise trainer.max_steps,"
-                " or give schedule.slot and schedule.chunks"
+                f" {batches} are left, so this run may end without a choice. Raise"
+                " trainer.max_steps, or give schedule.slot and schedule.chunks in place of"
+                " schedule=auto"
             )
 
     def take_kept_plan(self, trainer: Trainer, planner: Planner) -> bool:
@@ -150,8 +151,8 @@ def read_plan(path: Path, conditions: dict[str, Any]) -> dict[str, Any] | None:
         return None
     if differing := [key for key, value in conditions.items() if there.get(key) != value]:
         key = differing[0]
-        what = f"{key} was {there.get(key, 'not kept')} and is {conditions[key]}"
-        print(f"plan: measured again, as {what} since {path}", file=sys.stderr, flush=True)
+        what = f"{key} was {there.get(key, 'not kept')} in {path} and is {conditions[key]} now"
+        print(f"plan: measured again, because {what}", file=sys.stderr, flush=True)
         return None
     return plan
 

@@ -82,13 +82,13 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
         if "peak_device_gib" in summary:
             device = f"; {summary['peak_device_gib']:.2f} GiB of a GPU"
         rows["peak memory"] = (
-            f"{summary['peak_host_gib']:.2f} GiB of the host{device}, the rank with most"
+            f"{summary['peak_host_gib']:.2f} GiB on the host{device}, highest rank"
         )
     if summary["load_max_ratio"] is not None:
         rows["validation load"] = (
             f"busiest expert {summary['load_max_ratio']:.2f} x the mean, in the worst layer"
         )
-        rows["validation drops"] = f"{summary['drop_share']:.2%} of routed tokens"
+        rows["validation drops"] = f"{summary['drop_share']:.2%} of routed copies"
     if summary["step_load_max"] is not None:
         expert, rank = summary["step_load_max"], summary["rank_load_max"]
         rows["training load"] = (
@@ -96,7 +96,7 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
         )
         if summary["step_drop"] is not None:
             rows["training drops"] = (
-                f"{summary['step_drop']:.2%} of routed tokens, in the last steps"
+                f"{summary['step_drop']:.2%} of routed copies, in the last steps"
             )
     if summary["skipped"]:
         rows["skipped"] = (

@@ -166,7 +166,7 @@ def how_to_continue(config: Config, run_dir: Path) -> str:
     """Return the command that resumes the run, or that there is nothing to resume."""
     saved = checkpoints(run_dir / "checkpoints")
     command = scmoe("resume", relative(run_dir), *words(config.extensions, config.callbacks))
-    return f"to continue: {command}" if saved else "no step was saved, start it again"
+    return f"to continue: {command}" if saved else "no checkpoint was saved. Start the run again"
 
 
 def silence_lightning() -> None:
