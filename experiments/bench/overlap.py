@@ -95,10 +95,11 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
     tried = bench.rounds(everything, TRIALS, "trying every schedule: ")
     if rate is not None:  # the machine's speed has drifted since the search
         rate = find_rate(setting, bench.set_rate, bench.infer, rate)
-    # planned now, because operators that were measured long before the rounds do not explain them
-    planned = {key: plan(bench, *key, candidates[key]) for key in candidates}
     autos = {key: auto_of(bench, *key) for key in candidates if key[1] + TWO in setting.rows}
-    finalists = {key: finalists_of(each, tried) for key, each in planned.items()}
+    # The first row at the balanced load is planned last, right before the rounds: operators that
+    # were timed long before them do not explain them.
+    planned = {key: plan(bench, *key, candidates[key]) for key in reversed(candidates)}
+    finalists = {key: finalists_of(planned[key], tried) for key in candidates}
     variants_of_rounds = chain(references_of(bench), *finalists.values(), autos.values())
     times = bench.rounds(variants_of_rounds, setting.rounds)
     rows: dict[str, dict[str, PlannedRow]] = {load: {} for load in bench.inputs}
