@@ -4,6 +4,7 @@ of generation.
 tests/distributed/test_two_batches.py does the same where rows travel between ranks.
 """
 
+from contextvars import ContextVar
 from functools import partial
 
 import pytest
@@ -126,6 +127,19 @@ def test_generation_keeps_one_cache_for_both_halves(name):
 
 
 @pytest.mark.inference
+def test_batches_may_have_different_numbers_of_turns_and_see_the_context_of_their_caller():
+    variable = ContextVar("variable")
+    variable.set("of the caller")
+
+    def batch(turns):
+        for _ in range(turns):
+            pass_turn()
+        return turns, variable.get()
+
+    results = in_turns([partial(batch, 1), partial(batch, 3)])
+    assert results == [(1, "of the caller"), (3, "of the caller")]
+
+
 def test_prefill_has_two_batches_in_flight_and_decode_one(monkeypatch):
     model = tiny_model(tiny(*DROPLESS)).eval()
     model.batches_in_flight = 2
