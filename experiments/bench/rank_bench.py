@@ -112,7 +112,7 @@ class Bench:
         if variant.transfers == "overlapped":
             dispatcher = self.paid if recorder is None else self.paid.recorded_by(recorder)
         elif variant.transfers == "sequential":
-            # a transfer that is waited for at once is an operator like any other
+            # a transfer that is waited for right after its start is an operator like any other
             dispatcher = Blocking(self.paid)
         self.current.load, self.current.step = load_of(variant.load), self.turns[variant]
         blocks = self.stacks[variant.block]

@@ -24,7 +24,7 @@ from experiments.tables.table_file import Scale, Table, TableRow
 from scmoe.config import registry
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, flatten
+from scmoe.config.leaves import ConfigError, flatten, key_of
 from scmoe.config.load import load
 from scmoe.files.writing import read_json, write_whole
 from scmoe.parallel.checkpoint.loading import read_meta
@@ -88,7 +88,7 @@ def plan_runs(
     set_here = [*(row.overrides for row in table.rows), *scale.settings.values()]
     set_keys = {"name", "seed", *(word.partition("=")[0] for words in set_here for word in words)}
     for word in overrides:
-        if (key := word.removeprefix("--").partition("=")[0]) in set_keys:
+        if (key := key_of(word)) in set_keys:
             raise ConfigError(
                 f"{word} is given, but the table sets {key} for each run itself. Change it in"
                 " table.yaml"

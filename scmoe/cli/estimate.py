@@ -4,7 +4,7 @@ from typing import Any
 
 from scmoe.command_line import KeyValue, numbers_of
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, four_digits
+from scmoe.config.leaves import ConfigError, four_digits, key_of
 
 RANKS = (
     "trainer.devices",
@@ -29,7 +29,7 @@ def read(path: str, words: Sequence[str]) -> Config:
     if not sizes:
         return load(path, overrides)
     for override in overrides:
-        if (key := override.removeprefix("--").partition("=")[0]) in RANKS:
+        if (key := key_of(override)) in RANKS:
             raise ConfigError(
                 f"command line: {key} and ep or dp both set the ranks. Give one of the two"
             )

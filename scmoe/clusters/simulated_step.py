@@ -74,7 +74,7 @@ class Head:
 class Setting:
     """How a step runs.
 
-    batches_in_flight: 2: halves in turns. sequential: every transfer is waited for at once.
+    batches_in_flight: 2: halves in turns. sequential: transfers as Blocking has them.
     accumulate: batches of a step. tax: what computation loses of the time that a transfer runs
     beside it. longer: by what factor computing all rows takes longer in two halves, beside launches
     and weights. update_s, other_s: seconds of a step.

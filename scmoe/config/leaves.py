@@ -140,6 +140,11 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[Leaf]:
             yield Leaf(key, types[entry.name], value, **entry.metadata)
 
 
+def key_of(override: str) -> str:
+    """Return the key of an override, which is key=value or --key=value."""
+    return override.removeprefix("--").partition("=")[0]
+
+
 def show(value: Any) -> str:
     """Return a value as a user would type it, cut if it is long."""
     text = "null" if value is None else repr(value)

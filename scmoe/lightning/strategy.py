@@ -223,7 +223,7 @@ class ExpertParallelStrategy(DDPStrategy):
     def model_to_device(self) -> None:
         if self.dense == "auto" and self.dense_estimates is None and not self.is_split:
             self._split("auto", estimates_of(self.module, self.mesh, self.num_processes))
-            self.checkpoints.mesh = self.mesh
+            self.checkpoints.mesh = self.mesh  # it was made before the weights were split
         if self.is_split and not any(isinstance(p, DTensor) for p in self.module.parameters()):
             shard(self.module, self.mesh, self.precision_plugin.precision)
         check_placements(self.module, self.mesh)

@@ -115,8 +115,7 @@ class LocalDispatcher:
 
 @dataclass(frozen=True)
 class Blocking:
-    """The sequential baseline, which waits for each transfer of `inner` right after its
-    start.
+    """The sequential baseline, which waits for each transfer of `inner` right after its start.
 
     It does so in forward, and therefore in backward.
     """

@@ -30,8 +30,8 @@ class Mark(NamedTuple):
 class Recorder:
     """Records when the operators of one block run.
 
-    A transfer that is waited for at once (moe.dispatcher.Blocking) is an operator like any other. A
-    transfer that runs in parallel is noted by `watch`.
+    A transfer that is waited for right after its start (moe.dispatcher.Blocking) is an operator
+    like any other. A transfer that runs in parallel is noted by `watch`.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -37,8 +37,10 @@ def shortlist_in_flight(
 
     Those with two are the best slot in the fewest chunks, then the best slot of each larger number
     of chunks that has a price lower by GAIN_OF_CHUNKS, then other slots NEAR the best. Prices do
-    not tell whether two batches are faster than one: they omit what half the rows cost beyond half
-    the time. So some candidates with two are always tried. numbers: of batches in flight.
+    not show whether two batches are faster than one, because half of the rows take more than half
+    of the time, and prices omit the difference. So candidates with two are always tried.
+
+    numbers: of batches in flight.
     """
     one = shortlist(priced) if 1 in numbers else []
     if 2 not in numbers:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError
+from scmoe.config.leaves import ConfigError, key_of
 from scmoe.config.load import load_kept
 from scmoe.config.registry import named
 from scmoe.parallel.checkpoint.durable import UNREAD, BrokenCheckpoint
@@ -38,7 +38,7 @@ ALONE = (
     *("strategy.ep_size=null", "strategy.dense=replicated", *REFUSED_SINCE),
     *SENDS_NO_ROWS,
 )
-KEYS_OF_TRAVEL = {"schedule.batches_in_flight", "schedule.transfers"}
+KEYS_OF_TRAVEL = {key_of(word) for word in SENDS_NO_ROWS}
 # Turned off: what only helps training, and what would make results depend on the number of ranks.
 WITHOUT = (
     *(
@@ -89,7 +89,7 @@ def config_without_training(
     # Filled: the counts of rows are announced, so that each rank may have another number of them.
     rows = f"moe.rows={'auto' if of_training.moe.architecture == 'dense' else 'filled'}"
     config = read([*ALONE, *overrides, *WITHOUT, rows])
-    given = {word.removeprefix("--").partition("=")[0] for word in overrides}
+    given = {key_of(word) for word in overrides}
     if rows_travel == "as trained" and resolve_ep_size(config) > 1 and not given & KEYS_OF_TRAVEL:
         config = read([*ALONE, *schedule_of(of_training), *overrides, *WITHOUT, rows])
     if config.strategy.dense != "replicated":  # FSDP does not run in inference mode

@@ -102,8 +102,8 @@ def play_ranks(
     i-th experts wait for the i-th transfer of the first kind (backward: combine's gradients),
     decode waits for all (backward: encode). times: the time of each operator, of an even chunk
     where there are several; one that is missing takes none. shares_PR: the share of each rank in
-    each chunk. starts: when each rank begins, with free links; None: at 0. sequential: every
-    transfer is waited for at once, as moe.dispatcher.Blocking does.
+    each chunk. starts: when each rank begins, with free links; None: at 0. sequential: each
+    transfer is waited for right after its start, as moe.dispatcher.Blocking does.
     """
     ranks = range(len(shares_PR[0]))
     clock = list(starts) if starts else [0.0 for _ in ranks]

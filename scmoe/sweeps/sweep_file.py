@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, flatten, show
+from scmoe.config.leaves import ConfigError, flatten, key_of, show
 from scmoe.config.load import find, load
 from scmoe.config.rules import NAME
 from scmoe.sweeps import checks
@@ -245,7 +245,7 @@ def _command(raw: dict[str, Any]) -> tuple[list[str], str, list[str]]:
 
 def _probe(sweep: Sweep) -> None:
     """Refuse a parameter that no configuration has, and a value that no combination can have."""
-    fixed = {word.removeprefix("--").partition("=")[0] for word in sweep.overrides}
+    fixed = {key_of(word) for word in sweep.overrides}
     for name in sweep.raw["parameters"]:
         if name in fixed:
             raise ConfigError(f"parameters.{name} is in the command too. Set it in one of the two")

@@ -254,7 +254,7 @@ def slow(rank: int, world_size: int) -> Any:
 
     mesh = Mesh(rank, world_size, control_group=group)
     padding = torch.ones(1), torch.tensor([False])
-    result = run_on_rank_zero(work, lambda *given: seen.append(given), padding, mesh)
+    result = run_on_rank_zero(work, lambda *inputs: seen.append(inputs), padding, mesh)
     return result, len(seen)
 
 

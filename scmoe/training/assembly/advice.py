@@ -22,7 +22,7 @@ from scmoe.clusters.profile import Profile
 from scmoe.clusters.rank_shares import rank_shares
 from scmoe.clusters.timed_blocks import Sizes
 from scmoe.config.fields import Config, MoEConfig
-from scmoe.config.leaves import ConfigError
+from scmoe.config.leaves import ConfigError, key_of
 from scmoe.config.load import find, load, read_unchecked
 from scmoe.config.registry import IMAGES
 from scmoe.estimate.memory import RankJob, rank_memory
@@ -73,7 +73,7 @@ def config_for(request: Request, profile: Profile) -> Config:
             f" {profile.name}"
         )
     path = find(request.config)
-    given = {word.removeprefix("--").partition("=")[0] for word in request.overrides}
+    given = {key_of(word) for word in request.overrides}
     for key in SET_BY_REQUEST:
         if key in given:
             raise ConfigError(
