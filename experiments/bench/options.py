@@ -51,6 +51,8 @@ class Options:
             gradients and AdamW
         every: 2: an MoE in every second block; 1: in every block
         rounds: how often each variant is measured
+        tries: steps in which `schedule=auto` tries its candidates for a row, at most (default: as
+            in a training, 48); fewer shorten a series of measurements
         seq_len: tokens of a sequence
         num_experts: routed experts of an MoE module
         top_k: routed experts of a token, except in rows whose name says it, such as top2
@@ -76,6 +78,7 @@ class Options:
     level: Literal["block", "iteration"] = "block"
     every: Literal[1, 2] = 2
     rounds: Rounds = 9
+    tries: Count | None = None
     seq_len: Count = 256
     num_experts: Count = 8
     top_k: Count = 1
@@ -100,6 +103,7 @@ class Options:
             compute=compute,
             every=self.every,
             rounds=self.rounds,
+            tries=self.tries,
             dim=dim,
             ffn_dim=or_usual(self.ffn_dim, 4 * dim),
             heads=or_usual(self.heads, usual.heads),

@@ -133,6 +133,7 @@ def summary(
         "every": setting.every,
         "top_k": setting.top_k,
         "rounds": setting.rounds,
+        "tries": setting.tries,
         "iterations": measured.iterations,
         "limit_forward": limit_forward,
         "limit_train": median(sequential.train / least),

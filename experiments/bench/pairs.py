@@ -85,7 +85,7 @@ class Setting:
     which the tokens were chosen (tokens_for); None: they were given. attention_ms: of an emulated
     attention, attention_to_mlp: its ratio to that of an emulated MLP. loads: of the experts
     (scmoe/probes/loads.py), beside the balanced one, which is always measured. layout: None:
-    capacity:1, and dropless with loads.
+    capacity:1, and dropless with loads. tries: of one planning at most; None: as in a training.
 
     The defaults are those of a block.
     """
@@ -115,6 +115,7 @@ class Setting:
     rows: tuple[str, ...] = usual_rows(2)
     loads: tuple[str, ...] = ()
     layout: str | None = None
+    tries: int | None = None
     asked_layers: int | None = None
 
     @classmethod

@@ -195,6 +195,8 @@ class Bench:
         batches = self.setting.accumulate
         planner = Planner(self.stacks[block], None, self.device, chunk_counts, batches=batches)
         planner.choose_in_flight(self.models[block], numbers_in_flight)
+        if self.setting.tries is not None:
+            planner.most_tries = self.setting.tries
         while not planner.has_chosen:
             for batch in range(1, batches + 1):
                 planner.begin_step()

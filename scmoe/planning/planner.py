@@ -110,6 +110,7 @@ class Planner:
         # seconds of the first timed step of each choice, by batches in flight
         self.usual: dict[int, list[float]] = {1: [], 2: []}
         self.network: Any = None
+        self.most_tries = MOST_TRIES
         self.numbers_in_flight: tuple[int, ...] = (1,)
         self.restart()
 
@@ -147,7 +148,7 @@ class Planner:
         numbers = max(len(self.chunk_counts), len(self.numbers_in_flight))
         if self.fixed or (numbers == 1 and not has_window):
             return before_trials
-        return before_trials + MOST_TRIES * self.batches
+        return before_trials + self.most_tries * self.batches
 
     @property
     def conditions(self) -> dict[str, Any]:
@@ -246,7 +247,7 @@ class Planner:
             self.candidates = shortlist_in_flight(self.priced, self.numbers_in_flight)
             self.tried = {i: [] for i in range(len(self.candidates))}
         left = still_fastest(self.tried)
-        if len(left) == 1 or self.tries + len(left) > MOST_TRIES:
+        if len(left) == 1 or self.tries + len(left) > self.most_tries:
             self.choices = self.agree(self.candidates[left[0]])
             return
         self.tried = {i: [*self.tried[i], 0.0] for i in left}

@@ -125,10 +125,13 @@ def without_rate(
     rank: int, world_size: int, measure: Callable[..., Any], setting: Setting, *args: Any
 ) -> Any:
     links.set_rate = lambda mbit: None
-    overlap.TRIALS, planner.STEPS_EACH, planner.MOST_TRIES = 1, 1, 6
+    overlap.TRIALS, planner.STEPS_EACH = 1, 1
     rate = setting.link_mbit or 100.0  # the command does not search for a rate that is given
     return measure(
-        rank, world_size, replace(setting, link_mbit=rate, tokens=64, seq_len=32, dim=32), *args
+        rank,
+        world_size,
+        replace(setting, link_mbit=rate, tokens=64, seq_len=32, dim=32, tries=6),
+        *args,
     )
 
 
