@@ -22,7 +22,7 @@ from experiments.engine.clock import median
 from experiments.engine.ranks import say_once
 from scmoe.planning.pricing import LayerChoice
 from scmoe.probes.loads import BALANCED
-from scmoe.schedule.cost import slots
+from scmoe.schedule.cost import OperatorTimes, slots
 
 TRIALS = 3  # of each schedule
 # up to FINALISTS schedules of a row go into the rounds: those NEAR the best in the trials
@@ -50,7 +50,8 @@ class PlannedRow(NamedTuple):
 
 class Measured(NamedTuple):
     """What was measured at one load. rate: Bench.set_rate's, None without one. times: of each
-    variant, of all loads. gradients: by block (Bench.gradients). iterations: timed in all."""
+    variant, of all loads. gradients: by block (Bench.gradients). iterations: timed in all.
+    in_two_chunks: operators of top-2 at the balanced load; None: it is no row."""
 
     rate: float | None
     rows: Mapping[str, PlannedRow]
@@ -58,6 +59,7 @@ class Measured(NamedTuple):
     gradients: Mapping[str, Sequence[tuple[float, int]]]
     iterations: int
     load: str = BALANCED
+    in_two_chunks: OperatorTimes | None = None
 
 
 def block_seconds(
@@ -96,6 +98,7 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
     if rate is not None:  # the machine's speed has drifted since the search
         rate = find_rate(setting, bench.set_rate, bench.infer, rate)
     autos = {key: auto_of(bench, *key) for key in candidates if key[1] + TWO in setting.rows}
+    in_two_chunks = bench.choose("top2", (2,))[0].times[2] if "top2" in setting.rows else None
     # The first row at the balanced load is planned last, right before the rounds: operators that
     # were timed long before them do not explain them.
     planned = {key: plan(bench, *key, candidates[key]) for key in reversed(candidates)}
@@ -119,7 +122,7 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
         )
     gradients = {block: bench.gradients(block) for block in bench.stacks}
     return {
-        load: Measured(rate, rows_of_load, times, gradients, bench.iterations, load)
+        load: Measured(rate, rows_of_load, times, gradients, bench.iterations, load, in_two_chunks)
         for load, rows_of_load in rows.items()
     }
 

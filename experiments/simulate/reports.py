@@ -22,16 +22,18 @@ ROUTED = 2  # experts of a token in top-2
 COMPUTED = ("route", "encode", "experts", "decode")
 SAME_SPEED = 0.1  # reports that do not state their sizes are of one setting up to this difference
 BYTES = 4  # of a number
+NOTHING_FIXED = OperatorTimes({"experts": 0.0}, {"experts": 0.0})
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What top-2 measured, in seconds.
 
-    operators: of one MoE module, from the gate on. free_forward, free_backward: all blocks of one
-    batch with free links. update: the optimizer's step. link_mbit: the rate at which the transfers
-    were measured. tax: processor time of a transfer over its time, where it competes with
-    computation. assumed: what the report does not state.
+    operators: of one MoE module, from the gate on. fixed: what its experts take whatever their rows
+    are, so twice in two chunks: reading weights, writing their gradients. free_forward,
+    free_backward: all blocks of one batch with free links. update: the optimizer's step. link_mbit:
+    the rate at which the transfers were measured. tax: processor time of a transfer over its time,
+    where it competes with computation. assumed: what the report does not state.
     """
 
     setting: Setting
@@ -41,19 +43,28 @@ class Calibration:
     update: float
     link_mbit: float
     tax: float
+    fixed: OperatorTimes = NOTHING_FIXED
     assumed: tuple[str, ...] = ()
 
     @property
     def sublayers(self) -> OperatorTimes:
-        """The times of an attention and of an MLP, which is half of the experts' time."""
-        forward = self._sublayers(self.operators.forward, self.free_forward)
-        backward = self._sublayers(self.operators.backward, self.free_backward)
+        """The times of an attention and of an MLP: of half of the experts' rows, and of the weights
+        of one expert."""
+        forward = self._sublayers(
+            self.operators.forward, self.fixed.forward["experts"], self.free_forward
+        )
+        backward = self._sublayers(
+            self.operators.backward, self.fixed.backward["experts"], self.free_backward
+        )
         return OperatorTimes(forward, backward)
 
-    def _sublayers(self, operators: Mapping[str, float], free: float) -> dict[str, float]:
+    def _sublayers(
+        self, operators: Mapping[str, float], fixed: float, free: float
+    ) -> dict[str, float]:
         modules = self.setting.moe_blocks
         mlps = self.setting.layers - modules
-        mlp = operators["experts"] / ROUTED
+        experts_of_rank = self.setting.num_experts // self.setting.ranks
+        mlp = (operators["experts"] - fixed) / ROUTED + fixed / experts_of_rank
         module = sum(operators[name] for name in COMPUTED)
         attention = (free - mlps * mlp - modules * module) / self.setting.layers
         return {"attention": attention, "mlp": mlp}
@@ -218,6 +229,9 @@ def stated_calibration(setting: Setting, report: Mapping[str, Any]) -> Calibrati
     """Return the calibration that a report states."""
     stated = report["calibration"]
     operators = seconds_of(stated["operators_ms"])
+    assumed: tuple[str, ...] = ()
+    if "experts_in_two_ms" not in stated:
+        assumed = ("experts of fewer rows are as fast per row",)
     return Calibration(
         setting,
         operators,
@@ -226,6 +240,20 @@ def stated_calibration(setting: Setting, report: Mapping[str, Any]) -> Calibrati
         update=stated["update_ms"] / 1e3,
         link_mbit=report["link_mbit"],
         tax=tax_of(setting, report, operators),
+        fixed=fixed_of(operators, stated.get("experts_in_two_ms")),
+        assumed=assumed,
+    )
+
+
+def fixed_of(operators: OperatorTimes, in_two_ms: Mapping[str, float] | None) -> OperatorTimes:
+    """Return the fixed part of the experts' times: by how much they take longer in two chunks."""
+    if in_two_ms is None:
+        return NOTHING_FIXED
+    forward = in_two_ms["forward"] / 1e3
+    backward = in_two_ms["train"] / 1e3 - forward
+    return OperatorTimes(
+        {"experts": max(0.0, forward - operators.forward["experts"])},
+        {"experts": max(0.0, backward - operators.backward["experts"])},
     )
 
 

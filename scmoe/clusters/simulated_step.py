@@ -13,6 +13,7 @@ schedule/stack.py). What is added here:
                 is left after backward is exposed. They are summed once a step, with the last batch
     pieces      a chunk or a half takes its share of an operator's rows, but as many launches as all
                 rows, and it reads all weights: t = max((all - fixed) / pieces, least) + fixed
+    load        experts with more rows take longer, but for their fixed part
     tax         computation is slower by this share of the time that a transfer runs beside it
     step        batches x (forward + backward) + exposed sums + update + what no operator explains
 
@@ -207,6 +208,19 @@ def piece_times(block: Block, direction: Direction, setting: Setting) -> dict[st
     return seconds
 
 
+def of_experts(load: Load, block: Block, direction: Direction, piece_s: float) -> Load:
+    """Return the load with the time of the experts over that of even ones, in place of their rows.
+
+    piece_s: seconds of even experts where they run once.
+    """
+    fixed = block.fixed.forward if direction == "forward" else block.fixed.backward
+    part = min(piece_s, fixed.get("experts", 0.0)) / piece_s if piece_s else 0.0
+    return [
+        [share._replace(computed=part + (1 - part) * share.computed) for share in chunk]
+        for chunk in load
+    ]
+
+
 def busiest(times: Mapping[str, float], load: Load) -> dict[str, float]:
     """Return the times of a pass in which every transfer and all experts take as long as those of
     the busiest rank in its busiest chunk."""
@@ -304,7 +318,8 @@ def _play_block(
     if direction == "backward":
         operators = (*schedule.backward_operators(), BEFORE)
     times = piece_times(block, direction, setting)
-    return play_ranks(operators, times, shares, setting.sequential, starts)
+    load = of_experts(shares, block, direction, times.get("experts", 0.0))
+    return play_ranks(operators, times, load, setting.sequential, starts)
 
 
 def _halves(
@@ -316,7 +331,10 @@ def _halves(
         order = [step.mirrored() for step in reversed(order)]
     times = [piece_times(block, direction, setting) for block in blocks]
     if loads is not None:
-        times = [busiest(each, load) for each, load in zip(times, loads, strict=True)]
+        times = [
+            busiest(each, of_experts(load, block, direction, each.get("experts", 0.0)))
+            for block, each, load in zip(blocks, times, loads, strict=True)
+        ]
     spans_2 = play_order(order, times)
     by_layer: list[list[list[Span]]] = [[[], []] for _ in blocks]
     for half, spans in enumerate(spans_2):
