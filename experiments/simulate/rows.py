@@ -13,10 +13,10 @@ from experiments.bench.emulated import OUT_PART
 from experiments.bench.pairs import ROWS, default_schedule
 from experiments.bench.two_batches import batches_of
 from experiments.simulate.reports import ROUTED, Calibration
+from scmoe.clusters.played_load import Load
 from scmoe.clusters.rank_shares import rank_shares
 from scmoe.clusters.simulated_step import (
     Block,
-    Load,
     Setting,
     StepTime,
     Sum,

@@ -25,8 +25,9 @@ from random import Random
 from typing import Literal, NamedTuple
 
 from scmoe.clusters.operator_costs import Costs
+from scmoe.clusters.played_load import Load
 from scmoe.clusters.profile import BANDS, Machine, Profile, scaled
-from scmoe.clusters.simulated_step import Block, Head, Load, Setting, StepTime, simulate_step
+from scmoe.clusters.simulated_step import Block, Head, Setting, StepTime, simulate_step
 from scmoe.clusters.timed_blocks import Sizes, at_schedule, blocks_on, update_seconds
 from scmoe.schedule.schedule import Schedule
 

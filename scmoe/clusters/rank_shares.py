@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from scmoe.clusters.advise import LoadOf
-from scmoe.clusters.simulated_step import Load
+from scmoe.clusters.played_load import Load
 from scmoe.probes.loads import Load as Routing
 from scmoe.probes.loads import Sizes, counts_of
 from scmoe.schedule.cost import shares

@@ -24,16 +24,16 @@ that are split over ranks (FSDP).
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from scmoe.schedule.cost import EVEN, PER_CHUNK, TRANSFERS, OperatorTimes, Share, Span, play_ranks
+from scmoe.clusters.played_load import Load, busiest, dominant, experts_beside
+from scmoe.schedule.cost import EVEN, PER_CHUNK, TRANSFERS, OperatorTimes, Span, play_ranks
 from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.stack import BEFORE, order_of, play_order
 
 Direction = Literal["forward", "backward"]
-Load = Sequence[Sequence[Share]]  # of each chunk and rank
 NOTHING = OperatorTimes({})
 
 
@@ -208,42 +208,10 @@ def piece_times(block: Block, direction: Direction, setting: Setting) -> dict[st
     return seconds
 
 
-def of_experts(load: Load, block: Block, direction: Direction, piece_s: float) -> Load:
-    """Return the load with the time of the experts over that of even ones, in place of their rows.
-
-    piece_s: seconds of even experts where they run once.
-    """
+def fixed_part(block: Block, direction: Direction, piece_s: float) -> float:
+    """Return the fixed part of the experts' time. piece_s: seconds of even ones that run once."""
     fixed = block.fixed.forward if direction == "forward" else block.fixed.backward
-    part = min(piece_s, fixed.get("experts", 0.0)) / piece_s if piece_s else 0.0
-    return [
-        [share._replace(computed=part + (1 - part) * share.computed) for share in chunk]
-        for chunk in load
-    ]
-
-
-def busiest(times: Mapping[str, float], load: Load) -> dict[str, float]:
-    """Return the times of a pass in which every transfer and all experts take as long as those of
-    the busiest rank in its busiest chunk."""
-    sent = max(max(share.sent, share.received) for chunk in load for share in chunk)
-    computed = max(share.computed for chunk in load for share in chunk)
-    factors = {"dispatch": sent, "combine": sent, "experts": computed}
-    return {operator: t * factors.get(operator, 1.0) for operator, t in times.items()}
-
-
-def dominant(load: Load) -> list[list[Share]]:
-    """Return the load of those ranks that may be the slowest. A rank that has at most as many rows
-    as another one, of each kind and in each chunk, is never later."""
-    ranks = list(dict.fromkeys(zip(*load, strict=True)))
-    numbers = [[number for share in rank for number in share] for rank in ranks]
-    kept = [
-        rank
-        for rank, mine in zip(ranks, numbers, strict=True)
-        if not any(
-            other is not mine and all(a <= b for a, b in zip(mine, other, strict=True))
-            for other in numbers
-        )
-    ]
-    return [list(chunk) for chunk in zip(*kept, strict=True)]
+    return min(piece_s, fixed.get("experts", 0.0)) / piece_s if piece_s else 0.0
 
 
 # ---------------------------------------------------------------------- playing
@@ -318,7 +286,8 @@ def _play_block(
     if direction == "backward":
         operators = (*schedule.backward_operators(), BEFORE)
     times = piece_times(block, direction, setting)
-    load = of_experts(shares, block, direction, times.get("experts", 0.0))
+    part = fixed_part(block, direction, times.get("experts", 0.0))
+    load = experts_beside(part, shares)
     return play_ranks(operators, times, load, setting.sequential, starts)
 
 
@@ -331,9 +300,13 @@ def _halves(
         order = [step.mirrored() for step in reversed(order)]
     times = [piece_times(block, direction, setting) for block in blocks]
     if loads is not None:
+        parts = [
+            fixed_part(block, direction, each.get("experts", 0.0))
+            for block, each in zip(blocks, times, strict=True)
+        ]
         times = [
-            busiest(each, of_experts(load, block, direction, each.get("experts", 0.0)))
-            for block, each, load in zip(blocks, times, loads, strict=True)
+            busiest(each, experts_beside(part, load))
+            for each, part, load in zip(times, parts, loads, strict=True)
         ]
     spans_2 = play_order(order, times)
     by_layer: list[list[list[Span]]] = [[[], []] for _ in blocks]

@@ -10,6 +10,7 @@ import pytest
 
 from scmoe.clusters.advise import Choice, Simulator, advise
 from scmoe.clusters.curves import Curve, draw, point
+from scmoe.clusters.played_load import dominant
 from scmoe.clusters.profile import KEYS, Link, names, overridden, parse_profile, read_profile
 from scmoe.clusters.rank_shares import rank_shares
 from scmoe.clusters.simulated_step import (
@@ -18,7 +19,6 @@ from scmoe.clusters.simulated_step import (
     Pass,
     Setting,
     Sum,
-    dominant,
     simulate_forward,
     simulate_step,
     sums_end,
