@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 FOLDER = Path("docs/figures")
 ITERATION_ROWS = "--rows top2 shared_expert scmoe_pos2 scmoe_pos3"
-RIVALS = "--rows top2 top2_two shared_expert shared_expert_two scmoe_pos2 scmoe_pos2_two scmoe_pos3"
+RIVALS_OF_POS2 = "--rows top2 top2_two shared_expert shared_expert_two scmoe_pos2 scmoe_pos2_two"
+RIVALS = f"{RIVALS_OF_POS2} scmoe_pos3"
 EVERY_BLOCK_ROWS = "--rows top2 shared_expert scmoe_pos1 scmoe_pos2 farskip"
 UNEVEN_ROWS = "--rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3"
 PAIR = "overlap --share 0.52"
@@ -37,7 +38,7 @@ class Report(NamedTuple):
     @property
     def command(self) -> list[str]:
         bench = [sys.executable, "-m", "experiments.bench"]
-        return [*bench, *self.words.split(), "--out", str(FOLDER)]
+        return [*bench, *self.words.split(), "--out", str(self.path.parent)]
 
 
 REPORTS = (
@@ -87,9 +88,29 @@ REPORTS = (
         "overlap --share 0.35 --ranks 4 --attention-ms 60 --rounds 5",
         8,
     ),
+    *(
+        Report(
+            f"two-batches/overlap-real-iteration-2-ranks-share-{share:g}",
+            f"overlap --share {share:g} --compute real --level iteration --rounds 5 {RIVALS}",
+            minutes,
+        )
+        for share, minutes in ((0.15, 8), (0.35, 17), (0.7, 16))
+    ),
+    *(
+        Report(
+            f"two-batches/overlap-real-iteration-2-ranks-share-0.52-tokens-{tokens}",
+            f"{PAIR} --compute real --level iteration --seq-len 128 --tokens {tokens} --tries 4"
+            f" {RIVALS_OF_POS2}",
+            minutes,
+        )
+        for tokens, minutes in ((256, 3), (512, 4), (1024, 6), (4096, 14))
+    ),
     # Eight trainings take turns.
     Report("train-share-0.52", "train", 25),
     Report("inference-2-ranks-share-0.52", "inference --share 0.52", 4),
+    Report(
+        "inference-2-ranks-share-0.52-4-texts", "inference --share 0.52 --texts 4 --tokens 64", 6
+    ),
     Report("inference-2-ranks-share-0.15", "inference --share 0.15", 4),
     # Uneven routing: all loads of a report are measured in the same rounds, beside balanced ones.
     Report("uneven-emulated-block-2-ranks-share-0.52-hot_rank", f"{PAIR} {HOT} --rounds 5", 16),

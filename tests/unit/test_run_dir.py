@@ -220,7 +220,9 @@ def test_other_ranks_open_nothing(tmp_path, monkeypatch):
     ],
 )
 def test_the_command_that_trains_further_can_be_used(words, steps, more, tmp_path):
-    command = resume_command(tmp_path, steps, load(None, ["trainer.max_steps=20", *words]))
+    command = resume_command(
+        tmp_path, steps, Start.of(load(None, ["trainer.max_steps=20", *words]))
+    )
     assert command.replace("'", "").endswith(f"resume {tmp_path}{more}")
 
 

@@ -25,10 +25,11 @@ from scmoe.config.registry import IMAGES, named
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
-from scmoe.files.writing import redacted, try_to_write_json, warn_once
+from scmoe.files.writing import read_json, redacted, try_to_write_json, warn_once
 from scmoe.models.halves import sizes_of_halves
 from scmoe.moe.stream import dropless
 from scmoe.parallel.checkpoint.durable import UNREAD, read_manifest
+from scmoe.planning.pricing import batches_in_flight, plan_from_json
 from scmoe.runs.evaluate.scoring import (
     BATCH_TOKENS,
     Forward,
@@ -170,7 +171,8 @@ def evaluate(run_dir: Path, request: EvaluationRequest) -> dict[str, Any] | None
     of_run = config_of(run_dir, checkpoint, overrides_of_run)
     material = None
     if is_rank_zero():
-        material = read_material(with_batch_of_a_rank(config, of_run), checkpoint, request)
+        halves = ran_two_batches(run_dir, of_run)
+        material = read_material(with_batch_of_a_rank(config, of_run, halves), checkpoint, request)
 
     module, trainer = start_ranks(config, checkpoint)
     model = module.model
@@ -209,10 +211,21 @@ def evaluate(run_dir: Path, request: EvaluationRequest) -> dict[str, Any] | None
     }
 
 
-def with_batch_of_a_rank(config: Config, of_run: Config) -> Config:
+def ran_two_batches(run_dir: Path, of_run: Config) -> bool:
+    """Return whether a run had two batches in flight, as its configuration says or as schedule=auto
+    has chosen."""
+    if not of_run.schedule.auto:
+        return of_run.schedule.batches_in_flight == 2
+    try:
+        return batches_in_flight(plan_from_json(read_json(run_dir / "plan.json"))) == 2
+    except ValueError:  # it had not chosen yet
+        return False
+
+
+def with_batch_of_a_rank(config: Config, of_run: Config, halves: bool) -> Config:
     """Return the configuration with the batch of one rank of the training, as a capacity applies to
-    a rank's batch. Of two batches in flight it applies to the first half, where one is in flight
-    now.
+    a rank's batch. halves: two batches were in flight there, so it applies to the first half, where
+    one is in flight now.
 
     Where a batch changes no result, it has about BATCH_TOKENS tokens, so that its logits need less
     memory.
@@ -221,7 +234,7 @@ def with_batch_of_a_rank(config: Config, of_run: Config) -> Config:
     trainer = config.trainer
     ranks = of_run.trainer.devices * of_run.trainer.num_nodes
     batch = data.global_batch_size // (trainer.accumulate * ranks)
-    if of_run.schedule.batches_in_flight == 2 and config.schedule.batches_in_flight != 2:
+    if halves and config.schedule.batches_in_flight != 2:
         batch, _ = sizes_of_halves(batch)
     no_capacity = config.moe.capacity_factor is None or config.moe.architecture == "dense"
     if no_capacity and data.name not in IMAGES:

@@ -18,6 +18,7 @@ from torch import nn
 
 from scmoe.config.derived import last_step, shortened
 from scmoe.config.fields import Config
+from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.estimate.memory import RankJob, rank_memory
@@ -58,7 +59,13 @@ class Start:
     @classmethod
     def of(cls, config: Config) -> "Start":
         config = shortened(config)
-        return cls(config, redacted(config), rank_job(config), last_step(config))
+        last = last_step(config)
+        return cls(config, redacted(config), rank_job(config), last)
+
+    @property
+    def own_classes(self) -> list[str]:
+        """The words that tell a later command of the run's extensions and callbacks."""
+        return words(self.config.extensions, self.config.callbacks)
 
     @cached_property
     def model(self) -> Any:

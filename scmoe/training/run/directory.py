@@ -28,7 +28,7 @@ from typing import Any
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
 from scmoe.files.writing import read_json, redacted, replacing, try_to_write_json
-from scmoe.parallel.checkpoint.durable import machine, start_of
+from scmoe.parallel.checkpoint.durable import checkpoints, machine, start_of
 
 # Keys that are not in a run's name.
 UNNAMED_KEYS = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")
@@ -142,6 +142,14 @@ def why_no_checkpoint(run_dir: Path, which: str = "last") -> str:
         f"{run_dir} has no whole {which} checkpoint. Give the directory of a run that has saved"
         " one."
     )
+
+
+def how_to_continue(run_dir: Path, own_classes: Sequence[str]) -> str:
+    """Return the command that resumes a run, or that there is nothing to resume. own_classes: words
+    of the command, as RunParts has them."""
+    command = scmoe("resume", relative(run_dir), *own_classes)
+    saved = checkpoints(run_dir / "checkpoints")
+    return f"to continue: {command}" if saved else "no checkpoint was saved. Start the run again"
 
 
 # The state of a run is running, finished, failed or cut. A killed process cannot write `cut`: it

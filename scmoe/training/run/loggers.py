@@ -61,6 +61,8 @@ def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> li
     """Return the loggers of a run. config: without keys and passwords. resumed_step: the step that
     a resumed run continues from."""
     loggers: list[Logger] = [csv_logger(run_dir, resumed_step)]
+    if config.logger.tensorboard:
+        loggers.append(tensorboard_logger(run_dir, config, resumed_step))
     if wandb_mode(config) != "disabled":
         loggers.append(wandb_logger(run_dir, config))
     elif config.logger.mode == "auto" and not HAS_WANDB:
@@ -68,8 +70,6 @@ def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> li
             f"only metrics.csv is written; W&B needs wandb: {install_command('wandb')}",
             file=sys.stderr,
         )
-    if config.logger.tensorboard:
-        loggers.append(tensorboard_logger(run_dir, config, resumed_step))
     return loggers
 
 
@@ -137,9 +137,10 @@ def check_wandb_server() -> None:
         )
 
 
-def check_wandb_key(config: Config) -> None:
-    """Raise ConfigError if W&B must be online and has no key."""
-    if wandb_mode(config) == "online" and not has_wandb_key():
+def check_wandb(config: Config, needs_key: bool) -> None:
+    """Raise ConfigError if W&B cannot run in its mode. needs_key: on rank 0, which alone logs; then
+    online needs a key."""
+    if wandb_mode(config) == "online" and needs_key and not has_wandb_key():
         way = "logger.mode" if config.logger.mode == "online" else "WANDB_MODE"
         raise ConfigError(
             f"{way} is online, but no key of Weights & Biases is found. Call `wandb login` or set "

@@ -69,16 +69,15 @@ def check_machine(start: RunParts) -> None:
     Rank 0 alone checks folders and free memory: they can change while the other ranks start.
     """
     # Imported here, as benches run without W&B.
-    from scmoe.training.run.loggers import check_wandb_key, wandb_mode
+    from scmoe.training.run.loggers import check_wandb
 
     config = start.config
-    wandb_mode(config)
+    check_wandb(config, needs_key=is_rank_zero())
     check_resident(config)
     if config.analysis.gating_every or config.analysis.similarity_every:
         require("analysis", "matplotlib")
     check_devices(config)
     if is_rank_zero():
-        check_wandb_key(config)
         refuse(config, _folders)
         check_size(start)
 
@@ -172,13 +171,13 @@ def check_size(start: RunParts) -> None:
     config = start.config
     trainer = config.trainer
     gpu = has_gpus(config)
+    limit = trainer.max_memory_gib or free_gib(config)
     job = replace(start.job, on_gpu=gpu)
     if job.dense == "auto":
         job = replace(job, dense="sharded")  # the mode that needs least
 
     memory = rank_memory(start.model, job, start.updated_by_muon())
     needed = memory["total"] / GIB + (0 if gpu else PROCESS_GIB)
-    limit = trainer.max_memory_gib or free_gib(config)
     if needed > limit:
         room = f"{limit:.3g} GiB are free"
         if trainer.max_memory_gib is not None:

@@ -18,7 +18,6 @@ from rich.text import Text
 
 from scmoe.config.as_yaml import changes_to_yaml
 from scmoe.config.extras import scmoe
-from scmoe.config.fields import Config
 from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
@@ -187,36 +186,37 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
     }
 
 
-def say_done(run_dir: Path, summary: dict[str, Any], config: Config) -> dict[str, Any]:
+def say_done(run_dir: Path, summary: dict[str, Any], start: RunParts) -> dict[str, Any]:
     """Print that a run has done all its steps, and return its summary."""
-    more = resume_command(run_dir, summary["steps"], config)
+    more = resume_command(run_dir, summary["steps"], start)
     print(
         f"nothing to do: all {summary['steps']} steps are done; for more: {more}", file=sys.stderr
     )
     return summary
 
 
-def resume_command(run_dir: Path, steps: int, config: Config) -> str:
+def resume_command(run_dir: Path, steps: int, start: RunParts) -> str:
     """Return the command that trains further. A run that ended before its last step keeps its
     number of steps."""
-    more = [f"trainer.max_steps={2 * steps}"] if steps >= config.trainer.max_steps else []
-    if config.trainer.limit_train_batches is not None:
+    trainer = start.config.trainer
+    more = [f"trainer.max_steps={2 * steps}"] if steps >= trainer.max_steps else []
+    if trainer.limit_train_batches is not None:
         more.append("trainer.limit_train_batches=null")
-    return scmoe("resume", relative(run_dir), *more, *words(config.extensions, config.callbacks))
+    return scmoe("resume", relative(run_dir), *more, *start.own_classes)
 
 
 def print_summary(
-    run_dir: Path, summary: Mapping[str, Any], samples: list[str], config: Config
+    run_dir: Path, summary: Mapping[str, Any], samples: list[str], start: RunParts
 ) -> None:
     """Print the summary's panel, and the commands that can follow, ready to copy."""
     run = relative(run_dir)
     out = console()
     out.print(summary_panel(summary, samples))
     commands = {}
-    if not config.trainer.fast_dev_run:  # such a run cannot go on
-        commands["resume"] = resume_command(run_dir, summary["steps"], config)
+    if not start.config.trainer.fast_dev_run:  # such a run cannot go on
+        commands["resume"] = resume_command(run_dir, summary["steps"], start)
     if samples:
-        commands["generate"] = scmoe("generate", run, *words(config.extensions, {}))
+        commands["generate"] = scmoe("generate", run, *words(start.config.extensions, {}))
     if sync := sync_command(run):
         commands["sync to W&B"] = f"{relative(Path(sys.executable).parent)}/{sync}"
     for purpose, command in commands.items():

@@ -14,14 +14,12 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from scmoe.config.as_yaml import to_yaml
-from scmoe.config.extras import scmoe
-from scmoe.config.fields import Config
-from scmoe.config.registry import words
 from scmoe.files.writing import try_to_write_json
-from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, read_manifest
+from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, read_manifest
 from scmoe.training.callbacks.kept_config import KeptConfig
 from scmoe.training.run.directory import (
     create_run_dir,
+    how_to_continue,
     refuse_running,
     relative,
     show_life,
@@ -63,7 +61,7 @@ def train(
     config = start.config
     if resumed is not None:
         if (done := summary_if_done(resumed, start.last_step)) is not None:
-            return say_done(resumed.run_dir, done, config) if is_rank_zero() else None
+            return say_done(resumed.run_dir, done, start) if is_rank_zero() else None
         if is_rank_zero():
             refuse_running(resumed.run_dir)
 
@@ -106,7 +104,7 @@ def train(
     if directory is None or not trainer.is_global_zero:
         return None
     if not quiet:
-        print_summary(directory, summary, samples, config)
+        print_summary(directory, summary, samples, start)
     return summary
 
 
@@ -137,8 +135,8 @@ def open_run(
 
     loggers: list[Logger] = []
     state = "failed"
-    write_state(run_dir, "running")
     ended = show_life(run_dir)
+    write_state(run_dir, "running")
     try:
         if not quiet:
             print_start(start, run_dir, resumed and resumed.checkpoint)
@@ -149,10 +147,12 @@ def open_run(
         state = "finished"
     except SystemExit:
         state = "cut"
-        print(f"stopped; {how_to_continue(config, run_dir)}", file=sys.stderr, flush=True)
+        print(
+            f"stopped; {how_to_continue(run_dir, start.own_classes)}", file=sys.stderr, flush=True
+        )
         raise
     except Exception as error:
-        error.add_note(how_to_continue(config, run_dir))
+        error.add_note(how_to_continue(run_dir, start.own_classes))
         raise
     finally:
         ended.set()
@@ -160,13 +160,6 @@ def open_run(
             close_loggers(loggers, "success" if state == "finished" else "failed")
         finally:
             write_state(run_dir, state)
-
-
-def how_to_continue(config: Config, run_dir: Path) -> str:
-    """Return the command that resumes the run, or that there is nothing to resume."""
-    saved = checkpoints(run_dir / "checkpoints")
-    command = scmoe("resume", relative(run_dir), *words(config.extensions, config.callbacks))
-    return f"to continue: {command}" if saved else "no checkpoint was saved. Start the run again"
 
 
 def silence_lightning() -> None:
