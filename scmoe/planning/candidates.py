@@ -60,15 +60,17 @@ def shortlist_in_flight(
 def still_fastest(tried: Mapping[int, Sequence[float]]) -> list[int]:
     """Return the candidate with the least time, then those that may be faster by more than LOSS.
 
-    These are within two standard errors of their ratio to it. Before FEWEST_ROUNDS all are
+    These are within two standard errors of their ratio to it. Before FEWEST_ROUNDS all others are
     returned. tried: the seconds of each candidate in every round. What disturbs a round disturbs
     all of it, so times are compared within rounds.
     """
     names, rounds = list(tried), min(map(len, tried.values()))
-    if rounds < FEWEST_ROUNDS:
+    if not rounds:
         return names
     seconds_CR = torch.tensor([*tried.values()], dtype=torch.float64)
     first = int((seconds_CR / seconds_CR.quantile(0.5, 0)).quantile(0.5, 1).argmin())
+    if rounds < FEWEST_ROUNDS:
+        return [names[first], *(name for name in names if name != names[first])]
     ratios_CR = seconds_CR / seconds_CR[first]
     least_C = ratios_CR.quantile(0.5, 1) - 2 * ratios_CR.std(1) / rounds**0.5
     least_ratios = zip(names, least_C.tolist(), strict=True)

@@ -252,7 +252,7 @@ class Planner:
             return
         self.tried = {i: [*self.tried[i], 0.0] for i in left}
         self.tries += len(left)
-        self.agenda = [("try", i) for i in left for _ in range(self.batches)]
+        self.agenda = [("try", i) for i in sorted(left) for _ in range(self.batches)]
 
     def run_in_flight(self, choices: Sequence[LayerChoice]) -> None:
         """Set the number of batches in flight. Without `choose_in_flight` it is not set."""

@@ -180,6 +180,11 @@ def test_candidates_are_left_until_they_can_be_told_apart(tried, left):
     assert sorted(still_fastest(tried)) == left
 
 
+def test_after_few_rounds_none_is_left_out_and_the_fastest_comes_first():
+    assert still_fastest({0: [2.0], 1: [1.0], 2: [3.0]}) == [1, 0, 2]
+    assert still_fastest({0: [], 1: []}) == [0, 1]
+
+
 # ---------------------------------------------------------------------- what is logged and said
 
 
