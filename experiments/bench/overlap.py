@@ -164,12 +164,21 @@ def finalists_of(planned: Planned, tried: Mapping[Variant, Seconds]) -> list[Var
 
 def references_of(bench: Bench) -> Iterator[Variant]:
     """Yield what rows are compared with: each block at each load without overlap, and without
-    transfers."""
+    transfers; and top-2 in halves without transfers, if any row has two batches in flight."""
     kinds = ["sequential", "free"]
     if bench.setting.level == "iteration":
         kinds.append("alone")
     for load, block, transfers in product(bench.inputs, bench.stacks, kinds):
         yield Variant(block, default_schedule(block), transfers, load)
+    if any(batches_of(row) == 2 for row in bench.setting.rows):
+        yield in_halves(bench.setting.level)
+
+
+def in_halves(level: str) -> Variant:
+    """Return balanced top-2 with two batches in flight and without transfers: what halved products
+    cost."""
+    transfers = "alone" if level == "iteration" else "free"
+    return Variant("top2", default_schedule("top2"), transfers, batches_in_flight=2)
 
 
 def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> list[Variant]:

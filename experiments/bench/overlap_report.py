@@ -15,7 +15,7 @@ import torch
 from experiments.bench import speed_chart, uneven
 from experiments.bench.auto import auto_of_both, over_best_finalist
 from experiments.bench.over_best import over_best
-from experiments.bench.overlap import Measured, PlannedRow, block_seconds, measure
+from experiments.bench.overlap import Measured, PlannedRow, block_seconds, in_halves, measure
 from experiments.bench.overlap_rows import OverlapRow, rows_of
 from experiments.bench.pairs import USUAL_RATIO, Setting, share_sent
 from experiments.bench.rank_bench import Seconds
@@ -355,12 +355,19 @@ def calibration_of(setting: Setting, balanced: Measured) -> dict[str, Any]:
     operators one at a time, all its blocks with free links, and the sizes.
 
     The times of the blocks are of one batch without sums of gradients. update: the optimizer's.
-    experts_in_two_ms: of two chunks together, which read all weights twice.
+    experts_in_two_ms: of two chunks together, which read all weights twice. in_halves: of all
+    blocks with two batches in flight, where a row has these.
     """
     assert balanced.in_two_chunks is not None
     transfers = "alone" if setting.level == "iteration" else "free"
     alone = block_seconds(balanced, "top2", transfers, BALANCED)
     batches = setting.accumulate
+    halves = {}
+    if (measured_halves := balanced.times.get(in_halves(setting.level))) is not None:
+        halves["free_in_halves_ms"] = {
+            "forward": 1e3 * median(measured_halves.train_forward) / batches,
+            "backward": 1e3 * median(measured_halves.backward - measured_halves.update) / batches,
+        }
     return {
         "sizes": {name: getattr(setting, name) for name in SIZES},
         "operators_ms": operators_ms(balanced.rows["top2"].choices[0].times[1]),
@@ -370,6 +377,7 @@ def calibration_of(setting: Setting, balanced: Measured) -> dict[str, Any]:
         "free_forward_ms": 1e3 * median(alone.train_forward) / batches,
         "free_backward_ms": 1e3 * median(alone.backward - alone.update) / batches,
         "update_ms": 1e3 * median(alone.update),
+        **halves,
     }
 
 

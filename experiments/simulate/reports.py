@@ -33,7 +33,8 @@ class Calibration:
     are, so twice in two chunks: reading weights, writing their gradients. free_forward,
     free_backward: all blocks of one batch with free links. update: the optimizer's step. link_mbit:
     the rate at which the transfers were measured. tax: processor time of a transfer over its time,
-    where it competes with computation. assumed: what the report does not state.
+    where it competes with computation. in_halves: forward and backward of all blocks with free
+    links and two batches in flight; None: not measured. assumed: what the report does not state.
     """
 
     setting: Setting
@@ -44,6 +45,7 @@ class Calibration:
     link_mbit: float
     tax: float
     fixed: OperatorTimes = NOTHING_FIXED
+    in_halves: tuple[float, float] | None = None
     assumed: tuple[str, ...] = ()
 
     @property
@@ -68,6 +70,22 @@ class Calibration:
         module = sum(operators[name] for name in COMPUTED)
         attention = (free - mlps * mlp - modules * module) / self.setting.layers
         return {"attention": attention, "mlp": mlp}
+
+    @property
+    def longer_in_halves(self) -> tuple[float, float]:
+        """By what factors computing all rows takes longer in two halves, in forward and in a step:
+        products of half the rows. The experts' fixed part is left out, as each half has it."""
+        if self.in_halves is None:
+            return 1.0, 1.0
+        forward, backward = self.in_halves
+        modules = self.setting.moe_blocks
+        fixed = modules * self.fixed.forward["experts"]
+        fixed_in_step = fixed + modules * self.fixed.backward["experts"]
+        step = self.free_forward + self.free_backward
+        return (
+            (forward - 2 * fixed) / (self.free_forward - fixed),
+            (forward + backward - 2 * fixed_in_step) / (step - fixed_in_step),
+        )
 
     @property
     def is_consistent(self) -> bool:
@@ -231,7 +249,8 @@ def stated_calibration(setting: Setting, report: Mapping[str, Any]) -> Calibrati
     operators = seconds_of(stated["operators_ms"])
     assumed: tuple[str, ...] = ()
     if "experts_in_two_ms" not in stated:
-        assumed = ("experts of fewer rows are as fast per row",)
+        assumed = ("products of fewer rows are as fast per row",)
+    halves = stated.get("free_in_halves_ms")
     return Calibration(
         setting,
         operators,
@@ -241,6 +260,7 @@ def stated_calibration(setting: Setting, report: Mapping[str, Any]) -> Calibrati
         link_mbit=report["link_mbit"],
         tax=tax_of(setting, report, operators),
         fixed=fixed_of(operators, stated.get("experts_in_two_ms")),
+        in_halves=halves and (halves["forward"] / 1e3, halves["backward"] / 1e3),
         assumed=assumed,
     )
 

@@ -100,8 +100,9 @@ def predict(
     loads = None
     if load is not None:
         loads = [load_of_ranks(calibration, load, copies, schedule.chunks)] * pairs
-    step = simulate_step(blocks, setting, loads=loads)
-    forward = simulate_forward(blocks, setting, loads=loads)
+    longer_forward, longer_step = calibration.longer_in_halves
+    step = simulate_step(blocks, replace(setting, longer=longer_step), loads=loads)
+    forward = simulate_forward(blocks, replace(setting, longer=longer_forward), loads=loads)
     return Predicted(schedule, forward.total, step.total, computing_of(forward), computing_of(step))
 
 

@@ -27,7 +27,10 @@ def calibration_of(setting: Setting, link_mbit: float) -> Calibration:
     free_s = pairs * PAIR_MS / 1e3
     update_s = 0.01 if setting.level == "iteration" else 0.0
     fixed = OperatorTimes(*({"experts": each["experts"] / 1e3} for each in astuple(FIXED_MS)))
-    at_220 = Calibration(setting, OPERATORS, free_s, 2 * free_s, update_s, 220.0, 0.0, fixed)
+    halves = 1.2 * free_s, 2.2 * free_s
+    at_220 = Calibration(
+        setting, OPERATORS, free_s, 2 * free_s, update_s, 220.0, 0.0, fixed, halves
+    )
     return at_220.with_rate(link_mbit)
 
 
@@ -45,6 +48,14 @@ def test_a_calibration_predicts_the_blocks_that_it_was_made_from(level):
         assert predicted.train == pytest.approx(free_step + 2 * transfers)
     else:  # sums of gradients are behind backward too
         assert predicted.train > free_step + 2 * transfers
+
+
+def test_halves_without_transfers_take_what_was_measured():
+    calibration = calibration_of(Setting.block(), 220.0)
+    predicted = predict_row(calibration, "top2_two", False, None)
+    forward, backward = calibration.in_halves
+    assert predicted.free_forward == pytest.approx(forward)
+    assert predicted.free_train == pytest.approx(forward + backward)
 
 
 def test_a_slower_link_has_longer_transfers_of_the_same_processor_time():
@@ -106,6 +117,10 @@ def report_of(setting: Setting, link_mbit: float, rows: tuple[str, ...], load: s
             "free_forward_ms": 1e3 * calibration.free_forward,
             "free_backward_ms": 1e3 * calibration.free_backward,
             "update_ms": 1e3 * calibration.update,
+            "free_in_halves_ms": {
+                "forward": 1.2e3 * calibration.free_forward,
+                "backward": 1.1e3 * calibration.free_backward,
+            },
         },
         "rows": figures,
     }
