@@ -115,6 +115,12 @@ REPORTS = (
     # Uneven routing: all loads of a report are measured in the same rounds, beside balanced ones.
     Report("uneven-emulated-block-2-ranks-share-0.52-hot_rank", f"{PAIR} {HOT} --rounds 5", 16),
     Report(
+        "uneven-emulated-block-2-ranks-share-0.52-layers-4-hot_rank",
+        f"{PAIR} --layers 4 --load hot_rank:1.3 {HOT} --rounds 5 --tries 4"
+        " --rows top2 top2_two shared_expert_two scmoe_pos2 scmoe_pos2_two",
+        13,
+    ),
+    Report(
         "uneven-emulated-block-2-ranks-share-0.52-hot_rank-recorded",
         f"{PAIR} {HOT} {RECORDED} {UNEVEN_ROWS}",
         13,

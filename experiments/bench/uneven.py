@@ -171,7 +171,10 @@ def words_of(report: dict[str, Any]) -> str:
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the time of a training step over the balanced one."""
     first = report["loads"][0]
-    what = "A pair" if first["level"] == "block" else "An iteration"
+    layers = first.get("layers", 2)
+    what = "A pair" if layers == 2 else f"{layers} blocks"
+    if first["level"] == "iteration":
+        what = "An iteration"
     words = (
         f"{what}, {first['compute']} compute, {first['ranks']} ranks, share"
         f" {first['balanced_share']:.2f}"
@@ -233,5 +236,6 @@ def draw_lines(
             axis.vlines(loads, *whiskers, color=colors[row])
         axis.set(xlabel="rows of the busiest rank over the mean", ylabel=what)
         axis.grid(axis="y")
-        figure.legend(loc="outside lower left", ncols=2)
+        has_long_names = any(batches_of(row) == 2 for row in lines)
+        figure.legend(loc="outside lower left", ncols=1 if has_long_names else 2)
         heading(figure, words)
