@@ -90,20 +90,24 @@ REPORTS = (
     ),
     *(
         Report(
-            f"two-batches/overlap-real-iteration-2-ranks-share-{share:g}",
-            f"overlap --share {share:g} --compute real --level iteration --rounds 5 {RIVALS}",
+            f"two-batches/overlap-real-iteration-2-ranks-share-{share}",
+            f"overlap --share {share} --compute real --level iteration {words} {RIVALS}",
             minutes,
         )
-        for share, minutes in ((0.15, 8), (0.35, 17), (0.7, 16))
+        for share, words, minutes in (
+            ("0.15", "--rounds 5 --tries 4", 8),
+            ("0.35", "--rounds 9", 17),
+            ("0.7", "--rounds 5 --tries 12", 17),
+        )
     ),
     *(
         Report(
             f"two-batches/overlap-real-iteration-2-ranks-share-0.52-tokens-{tokens}",
             f"{PAIR} --compute real --level iteration --seq-len 128 --tokens {tokens} --tries 4"
-            f" {RIVALS_OF_POS2}",
+            f" --rounds {rounds} {RIVALS_OF_POS2}",
             minutes,
         )
-        for tokens, minutes in ((256, 3), (512, 4), (1024, 6), (4096, 14))
+        for tokens, rounds, minutes in ((256, 9, 4), (512, 9, 5), (1024, 7, 5), (4096, 5, 11))
     ),
     # Eight trainings take turns.
     Report("train-share-0.52", "train", 25),

@@ -51,8 +51,8 @@ class Options:
             gradients and AdamW
         every: 2: an MoE in every second block; 1: in every block
         rounds: how often each variant is measured
-        tries: steps in which `schedule=auto` tries its candidates for a row, at most (default: as
-            in a training, 48); fewer shorten a series of measurements
+        tries: steps in which `schedule=auto` tries its candidates for a row, at most, but one for
+            each (default: as in a training, 48); fewer shorten a series of measurements
         seq_len: tokens of a sequence
         num_experts: routed experts of an MoE module
         top_k: routed experts of a token, except in rows whose name says it, such as top2

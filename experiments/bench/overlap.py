@@ -98,10 +98,10 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
     if rate is not None:  # the machine's speed has drifted since the search
         rate = find_rate(setting, bench.set_rate, bench.infer, rate)
     autos = {key: auto_of(bench, *key) for key in candidates if key[1] + TWO in setting.rows}
-    in_two_chunks = bench.choose("top2", (2,))[0].times[2] if "top2" in setting.rows else None
     # The first row at the balanced load is planned last, right before the rounds: operators that
     # were timed long before them do not explain them.
     planned = {key: plan(bench, *key, candidates[key]) for key in reversed(candidates)}
+    in_two_chunks = bench.choose("top2", (2,))[0].times[2] if "top2" in setting.rows else None
     finalists = {key: finalists_of(planned[key], tried) for key in candidates}
     variants_of_rounds = chain(references_of(bench), *finalists.values(), autos.values())
     times = bench.rounds(variants_of_rounds, setting.rounds)
@@ -164,13 +164,15 @@ def finalists_of(planned: Planned, tried: Mapping[Variant, Seconds]) -> list[Var
 
 def references_of(bench: Bench) -> Iterator[Variant]:
     """Yield what rows are compared with: each block at each load without overlap, and without
-    transfers; and top-2 in halves without transfers, if any row has two batches in flight."""
+    transfers; and top-2 in halves without transfers, if it is a row and another one has two batches
+    in flight."""
     kinds = ["sequential", "free"]
     if bench.setting.level == "iteration":
         kinds.append("alone")
     for load, block, transfers in product(bench.inputs, bench.stacks, kinds):
         yield Variant(block, default_schedule(block), transfers, load)
-    if any(batches_of(row) == 2 for row in bench.setting.rows):
+    rows = bench.setting.rows
+    if "top2" in rows and any(batches_of(row) == 2 for row in rows):
         yield in_halves(bench.setting.level)
 
 

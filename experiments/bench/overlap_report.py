@@ -355,8 +355,8 @@ def calibration_of(setting: Setting, balanced: Measured) -> dict[str, Any]:
     operators one at a time, all its blocks with free links, and the sizes.
 
     The times of the blocks are of one batch without sums of gradients. update: the optimizer's.
-    experts_in_two_ms: of two chunks together, which read all weights twice. in_halves: of all
-    blocks with two batches in flight, where a row has these.
+    experts_in_two_ms: of two chunks together, which read all weights twice. free_in_halves_ms: of
+    all blocks with two batches in flight, only if a row with these is measured.
     """
     assert balanced.in_two_chunks is not None
     transfers = "alone" if setting.level == "iteration" else "free"

@@ -172,7 +172,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     """Draw the time of a training step over the balanced one."""
     first = report["loads"][0]
     layers = first.get("layers", 2)
-    what = "A pair" if layers == 2 else f"{layers} blocks"
+    is_pair = layers == 2 and first.get("every", 2) == 2
+    what = "A pair" if is_pair else f"{layers} blocks"
     if first["level"] == "iteration":
         what = "An iteration"
     words = (

@@ -22,6 +22,7 @@ ROUTED = 2  # experts of a token in top-2
 COMPUTED = ("route", "encode", "experts", "decode")
 SAME_SPEED = 0.1  # reports that do not state their sizes are of one setting up to this difference
 BYTES = 4  # of a number
+NOTHING_FIXED_ASSUMED = "the experts' time has no fixed part"
 NOTHING_FIXED = OperatorTimes({"experts": 0.0}, {"experts": 0.0})
 
 
@@ -29,12 +30,13 @@ NOTHING_FIXED = OperatorTimes({"experts": 0.0}, {"experts": 0.0})
 class Calibration:
     """What top-2 measured, in seconds.
 
-    operators: of one MoE module, from the gate on. fixed: what its experts take whatever their rows
-    are, so twice in two chunks: reading weights, writing their gradients. free_forward,
-    free_backward: all blocks of one batch with free links. update: the optimizer's step. link_mbit:
-    the rate at which the transfers were measured. tax: processor time of a transfer over its time,
-    where it competes with computation. in_halves: forward and backward of all blocks with free
-    links and two batches in flight; None: not measured. assumed: what the report does not state.
+    operators: of one MoE module, from the gate on. fixed: the part of the experts' time that does
+    not depend on the number of rows, so two chunks take it twice: reading weights, writing their
+    gradients. free_forward, free_backward: all blocks of one batch with free links. update: the
+    optimizer's step. link_mbit: the rate at which the transfers were measured. tax: processor time
+    of a transfer over its time, where it competes with computation. in_halves: forward and backward
+    of all blocks with free links and two batches in flight; None: not measured. assumed: what the
+    report does not state.
     """
 
     setting: Setting
@@ -50,8 +52,8 @@ class Calibration:
 
     @property
     def sublayers(self) -> OperatorTimes:
-        """The times of an attention and of an MLP: of half of the experts' rows, and of the weights
-        of one expert."""
+        """The times of an attention and of an MLP. An MLP takes half of the experts' time that
+        depends on rows, and the fixed part of one expert."""
         forward = self._sublayers(
             self.operators.forward, self.fixed.forward["experts"], self.free_forward
         )
@@ -249,7 +251,7 @@ def stated_calibration(setting: Setting, report: Mapping[str, Any]) -> Calibrati
     operators = seconds_of(stated["operators_ms"])
     assumed: tuple[str, ...] = ()
     if "experts_in_two_ms" not in stated:
-        assumed = ("products of fewer rows are as fast per row",)
+        assumed = (NOTHING_FIXED_ASSUMED,)
     halves = stated.get("free_in_halves_ms")
     return Calibration(
         setting,
@@ -271,9 +273,13 @@ def fixed_of(operators: OperatorTimes, in_two_ms: Mapping[str, float] | None) ->
         return NOTHING_FIXED
     forward = in_two_ms["forward"] / 1e3
     backward = in_two_ms["train"] / 1e3 - forward
+
+    def fixed(in_two: float, in_one: float) -> float:
+        return min(in_one, max(0.0, in_two - in_one))  # the machine's speed may change in between
+
     return OperatorTimes(
-        {"experts": max(0.0, forward - operators.forward["experts"])},
-        {"experts": max(0.0, backward - operators.backward["experts"])},
+        {"experts": fixed(forward, operators.forward["experts"])},
+        {"experts": fixed(backward, operators.backward["experts"])},
     )
 
 
@@ -287,7 +293,7 @@ def derived_calibration(
     if setting.level == "block":
         free_train = top2.train_ms * top2.train_speedup / report["limit_train"] / 1e3
         free_backward = free_train - free_forward
-        assumed: tuple[str, ...] = ()
+        assumed: tuple[str, ...] = (NOTHING_FIXED_ASSUMED,)
     else:  # this level's limit has gradients in it
         module_f, module_b = (
             sum(times[name] for name in COMPUTED)
@@ -296,7 +302,11 @@ def derived_calibration(
         slower = operators.backward["experts"] / operators.forward["experts"]
         rest = free_forward - setting.moe_blocks * module_f
         free_backward = slower * rest + setting.moe_blocks * module_b
-        assumed = ("attention's backward is the experts' ratio to forward", "the update is free")
+        assumed = (
+            "attention's backward is the experts' ratio to forward",
+            "the update is free",
+            NOTHING_FIXED_ASSUMED,
+        )
     return Calibration(
         setting,
         operators,

@@ -2,8 +2,8 @@
 what top-2 measured alone.
 
 A row that routes each token to k experts has k / 2 of top-2's rows: transfers, experts, encode and
-decode take that part of top-2's time, but for the fixed part of the experts. A shared expert takes
-the time of an MLP. The slot and the number of chunks are those with the least step.
+decode take that part of top-2's time, except for the fixed part of the experts. A shared expert
+takes the time of an MLP. The slot and the number of chunks are those with the least step.
 """
 
 from collections.abc import Iterator

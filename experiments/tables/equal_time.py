@@ -20,7 +20,7 @@ from experiments.tables.seed_statistics import describe, differences
 from experiments.tables.table_file import Table
 from experiments.tables.table_runs import Run
 
-SPEED = "train_speedup"  # of two pairs of blocks, forward and backward, over sequential top-2
+SPEED = "train_speedup"  # of four blocks, forward and backward, over sequential top-2
 Report = Mapping[str, Any]  # of `bench overlap`
 
 

@@ -9,10 +9,10 @@ from scmoe.schedule.cost import Share
 Load = Sequence[Sequence[Share]]  # of each chunk and rank
 
 
-def experts_beside(fixed_part: float, load: Load) -> Load:
+def with_fixed_part(load: Load, fixed_part: float) -> Load:
     """Return the load with the time of the experts over that of even ones, in place of their rows.
 
-    fixed_part: what even experts take whatever their rows are, as a share of their time.
+    fixed_part: the share of even experts' time that does not depend on the number of rows.
     """
     return [
         [share._replace(computed=fixed_part + (1 - fixed_part) * share.computed) for share in chunk]

@@ -58,7 +58,8 @@ def shortlist_in_flight(
 
 
 def still_fastest(tried: Mapping[int, Sequence[float]]) -> list[int]:
-    """Return the candidate with the least time, then those that may be faster by more than LOSS.
+    """Return the candidate with the least time, then those that may be faster by more than LOSS;
+    before the first round all, in their order.
 
     These are within two standard errors of their ratio to it. Before FEWEST_ROUNDS all others are
     returned. tried: the seconds of each candidate in every round. What disturbs a round disturbs

@@ -110,7 +110,7 @@ class Planner:
         # seconds of the first timed step of each choice, by batches in flight
         self.usual: dict[int, list[float]] = {1: [], 2: []}
         self.network: Any = None
-        self.most_tries = MOST_TRIES
+        self.most_tries = MOST_TRIES  # each candidate is tried once, even if this allows fewer
         self.numbers_in_flight: tuple[int, ...] = (1,)
         self.restart()
 
@@ -247,7 +247,7 @@ class Planner:
             self.candidates = shortlist_in_flight(self.priced, self.numbers_in_flight)
             self.tried = {i: [] for i in range(len(self.candidates))}
         left = still_fastest(self.tried)
-        if len(left) == 1 or self.tries + len(left) > self.most_tries:
+        if len(left) == 1 or (self.tries and self.tries + len(left) > self.most_tries):
             self.choices = self.agree(self.candidates[left[0]])
             return
         self.tried = {i: [*self.tried[i], 0.0] for i in left}

@@ -207,6 +207,7 @@ def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path):
     calibration = report["calibration"]
     assert calibration["sizes"]["ffn_dim"] == for_simulator.setting.ffn_dim == 128
     assert min(calibration[f"{what}_ms"] for what in TIMES_OF_BLOCKS) > 0
+    assert min(calibration["experts_in_two_ms"].values()) > 0
 
 
 @pytest.mark.parametrize(
@@ -321,6 +322,7 @@ def test_bench_overlap_with_two_batches_in_flight(tiny_on_loopback, tmp_path):
         *("--level", "iteration", "--layers", "2", "--ffn-dim", "128", "--out", str(tmp_path)),
     )
     report = called("bench", "overlap", *words).summary
+    assert min(report["calibration"]["free_in_halves_ms"].values()) > 0
     one, two = report["rows"]["top2"], report["rows"]["scmoe_pos2_two_pipelined"]
     assert (one["batches_in_flight"], two["batches_in_flight"]) == (1, 2)
     assert (two["chunks"], two["auto_chunks"], report["layers"]) == (2, 2, 2)

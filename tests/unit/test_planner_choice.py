@@ -180,6 +180,15 @@ def test_candidates_are_left_until_they_can_be_told_apart(tried, left):
     assert sorted(still_fastest(tried)) == left
 
 
+def test_with_few_tries_each_candidate_is_tried_once():
+    rows = hot_rank(1.0, 2)
+    with played(Schedule("scmoe", "pos2"), lambda step: rows) as (planner, step):
+        planner.most_tries = 1
+        while not planner.has_chosen:
+            step()
+        assert planner.tries == len(planner.candidates) > 1
+
+
 def test_after_few_rounds_none_is_left_out_and_the_fastest_comes_first():
     assert still_fastest({0: [2.0], 1: [1.0], 2: [3.0]}) == [1, 0, 2]
     assert still_fastest({0: [], 1: []}) == [0, 1]

@@ -7,7 +7,7 @@ from dataclasses import astuple, replace
 import pytest
 
 from experiments.bench.pairs import Setting
-from experiments.simulate.reports import Calibration, read_reports, seconds_of, setting_of
+from experiments.simulate.reports import Calibration, fixed_of, read_reports, seconds_of, setting_of
 from experiments.simulate.rows import predict_row, predict_sequential
 from experiments.simulate.testbed_checks import CHECKS, OVER_BALANCED
 from scmoe.command_line import app_of, call
@@ -48,6 +48,13 @@ def test_a_calibration_predicts_the_blocks_that_it_was_made_from(level):
         assert predicted.train == pytest.approx(free_step + 2 * transfers)
     else:  # sums of gradients are behind backward too
         assert predicted.train > free_step + 2 * transfers
+
+
+def test_the_fixed_part_of_experts_is_between_nothing_and_all_of_their_time():
+    """The machine's speed may change between the measurements in one chunk and in two."""
+    for in_two, expected in ((29.0, 0.0), (33.0, 3.0), (90.0, 30.0)):
+        fixed = fixed_of(OPERATORS, {"forward": in_two, "train": in_two})
+        assert 1e3 * fixed.forward["experts"] == pytest.approx(expected)
 
 
 def test_halves_without_transfers_take_what_was_measured():

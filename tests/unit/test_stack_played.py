@@ -21,7 +21,7 @@ from scmoe.planning.candidates import CANDIDATES_IN_HALVES, shortlist, shortlist
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import OPERATORS as MEASURED
 from scmoe.planning.pricing import LayerChoice, plan_from_json, plan_to_json, predicted
-from scmoe.runs.evaluate.evaluation import ran_two_batches
+from scmoe.runs.evaluate.evaluation import ran_two_batches, with_batch_of_a_rank
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes, computing_time, elapsed_time, slots
 from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.stack import (
@@ -299,7 +299,10 @@ def test_a_plan_with_two_batches_survives_its_file_and_is_drawn_in_halves(tmp_pa
 def test_an_evaluation_knows_the_number_of_batches_that_auto_has_chosen(tmp_path):
     """A capacity counts the tokens of a half then."""
     config = load(None, ["trainer.devices=2", "schedule.auto=true"])
-    assert not ran_two_batches(tmp_path, config), "nothing is chosen yet"
+    assert not ran_two_batches(tmp_path, config, 20), "nothing is chosen yet"
     choice, _ = Machine(120.0, 1.0, 1.05).chosen(Schedule("top_k"), (2,))
     (tmp_path / "plan.json").write_text(json.dumps(plan_to_json([choice] * 2, {}, 9)))
-    assert ran_two_batches(tmp_path, config)
+    assert ran_two_batches(tmp_path, config, 9) and not ran_two_batches(tmp_path, config, 8)
+    of_one = with_batch_of_a_rank(config, config, halves=False).data.global_batch_size
+    of_half = with_batch_of_a_rank(config, config, halves=True).data.global_batch_size
+    assert (of_one, of_half) == (16, 8)

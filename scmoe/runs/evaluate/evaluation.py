@@ -171,7 +171,7 @@ def evaluate(run_dir: Path, request: EvaluationRequest) -> dict[str, Any] | None
     of_run = config_of(run_dir, checkpoint, overrides_of_run)
     material = None
     if is_rank_zero():
-        halves = ran_two_batches(run_dir, of_run)
+        halves = ran_two_batches(run_dir, of_run, read_manifest(checkpoint)["step"])
         material = read_material(with_batch_of_a_rank(config, of_run, halves), checkpoint, request)
 
     module, trainer = start_ranks(config, checkpoint)
@@ -211,14 +211,15 @@ def evaluate(run_dir: Path, request: EvaluationRequest) -> dict[str, Any] | None
     }
 
 
-def ran_two_batches(run_dir: Path, of_run: Config) -> bool:
-    """Return whether a run had two batches in flight, as its configuration says or as schedule=auto
-    has chosen."""
+def ran_two_batches(run_dir: Path, of_run: Config, step: int) -> bool:
+    """Return whether a run had two batches in flight at a step, as its configuration says or as
+    schedule=auto had chosen."""
     if not of_run.schedule.auto:
         return of_run.schedule.batches_in_flight == 2
+    plan = read_json(run_dir / "plan.json")
     try:
-        return batches_in_flight(plan_from_json(read_json(run_dir / "plan.json"))) == 2
-    except ValueError:  # it had not chosen yet
+        return batches_in_flight(plan_from_json(plan)) == 2 and plan["step"] <= step
+    except ValueError:  # nothing was chosen
         return False
 
 

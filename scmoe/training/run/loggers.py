@@ -138,8 +138,10 @@ def check_wandb_server() -> None:
 
 
 def check_wandb(config: Config, needs_key: bool) -> None:
-    """Raise ConfigError if W&B cannot run in its mode. needs_key: on rank 0, which alone logs; then
-    online needs a key."""
+    """Raise ConfigError if W&B cannot run in its mode.
+
+    needs_key: whether this process logs (rank 0). The mode online then requires a key.
+    """
     if wandb_mode(config) == "online" and needs_key and not has_wandb_key():
         way = "logger.mode" if config.logger.mode == "online" else "WANDB_MODE"
         raise ConfigError(
