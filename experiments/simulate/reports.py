@@ -76,7 +76,8 @@ class Calibration:
     @property
     def longer_in_halves(self) -> tuple[float, float]:
         """By what factors computing all rows takes longer in two halves, in forward and in a step:
-        products of half the rows. The experts' fixed part is left out, as each half has it."""
+        products of half the rows. The experts' fixed part is left out, as each half has it. A
+        factor below 1 is noise: half of the rows take half of the time or more."""
         if self.in_halves is None:
             return 1.0, 1.0
         forward, backward = self.in_halves
@@ -85,8 +86,8 @@ class Calibration:
         fixed_in_step = fixed + modules * self.fixed.backward["experts"]
         step = self.free_forward + self.free_backward
         return (
-            (forward - 2 * fixed) / (self.free_forward - fixed),
-            (forward + backward - 2 * fixed_in_step) / (step - fixed_in_step),
+            max(1.0, (forward - 2 * fixed) / (self.free_forward - fixed)),
+            max(1.0, (forward + backward - 2 * fixed_in_step) / (step - fixed_in_step)),
         )
 
     @property
