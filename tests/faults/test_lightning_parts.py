@@ -355,6 +355,7 @@ class Tasks(TorchElasticEnvironment, SLURMEnvironment):
 
 def signalled(rank: int, world_size: int, folder: Path, number: int, background: bool) -> Any:
     os.environ.update(SLURM_JOB_ID="7", PATH=f"{folder}:{os.environ['PATH']}")
+    signal.signal(number, signal.SIG_DFL)  # tests that `nohup` started ignore SIGHUP
     strategy = ExpertParallelStrategy(async_checkpoint=background)
     keep = {"default_root_dir": folder, "max_steps": 50}
     trainer = trainer_of(world_size, strategy=strategy, plugins=[Tasks()], **keep)
