@@ -22,7 +22,7 @@ from experiments.engine.clock import median
 from experiments.engine.ranks import say_once
 from scmoe.planning.pricing import LayerChoice
 from scmoe.probes.loads import BALANCED
-from scmoe.schedule.cost import OperatorTimes, slots
+from scmoe.schedule.cost import slots
 
 TRIALS = 3  # of each schedule
 # up to FINALISTS schedules of a row go into the rounds: those NEAR the best in the trials
@@ -50,8 +50,7 @@ class PlannedRow(NamedTuple):
 
 class Measured(NamedTuple):
     """What was measured at one load. rate: Bench.set_rate's, None without one. times: of each
-    variant, of all loads. gradients: by block (Bench.gradients). iterations: timed in all.
-    in_two_chunks: operators of top-2 at the balanced load; None: it is no row."""
+    variant, of all loads. gradients: by block (Bench.gradients). iterations: timed in all."""
 
     rate: float | None
     rows: Mapping[str, PlannedRow]
@@ -59,7 +58,6 @@ class Measured(NamedTuple):
     gradients: Mapping[str, Sequence[tuple[float, int]]]
     iterations: int
     load: str = BALANCED
-    in_two_chunks: OperatorTimes | None = None
 
 
 def block_seconds(
@@ -101,7 +99,6 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
     # The first row at the balanced load is planned last, right before the rounds: operators that
     # were timed long before them do not explain them.
     planned = {key: plan(bench, *key, candidates[key]) for key in reversed(candidates)}
-    in_two_chunks = bench.choose("top2", (2,))[0].times[2] if "top2" in setting.rows else None
     finalists = {key: finalists_of(planned[key], tried) for key in candidates}
     variants_of_rounds = chain(references_of(bench), *finalists.values(), autos.values())
     times = bench.rounds(variants_of_rounds, setting.rounds)
@@ -122,7 +119,7 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
         )
     gradients = {block: bench.gradients(block) for block in bench.stacks}
     return {
-        load: Measured(rate, rows_of_load, times, gradients, bench.iterations, load, in_two_chunks)
+        load: Measured(rate, rows_of_load, times, gradients, bench.iterations, load)
         for load, rows_of_load in rows.items()
     }
 

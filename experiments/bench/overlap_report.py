@@ -355,10 +355,9 @@ def calibration_of(setting: Setting, balanced: Measured) -> dict[str, Any]:
     operators one at a time, all its blocks with free links, and the sizes.
 
     The times of the blocks are of one batch without sums of gradients. update: the optimizer's.
-    experts_in_two_ms: of two chunks together, which read all weights twice. free_in_halves_ms: of
-    all blocks with two batches in flight, only if a row with these is measured.
+    free_in_halves_ms: of all blocks with two batches in flight, only if a row with these is
+    measured.
     """
-    assert balanced.in_two_chunks is not None
     transfers = "alone" if setting.level == "iteration" else "free"
     alone = block_seconds(balanced, "top2", transfers, BALANCED)
     batches = setting.accumulate
@@ -371,9 +370,6 @@ def calibration_of(setting: Setting, balanced: Measured) -> dict[str, Any]:
     return {
         "sizes": {name: getattr(setting, name) for name in SIZES},
         "operators_ms": operators_ms(balanced.rows["top2"].choices[0].times[1]),
-        "experts_in_two_ms": {
-            kind: times["experts"] for kind, times in operators_ms(balanced.in_two_chunks).items()
-        },
         "free_forward_ms": 1e3 * median(alone.train_forward) / batches,
         "free_backward_ms": 1e3 * median(alone.backward - alone.update) / batches,
         "update_ms": 1e3 * median(alone.update),

@@ -16,27 +16,25 @@ from typing import Any
 from experiments.bench.overlap_report import PAYLOAD, SIZES
 from experiments.bench.overlap_rows import OverlapRow, rows_of
 from experiments.bench.pairs import Setting, share_sent
+from experiments.bench.two_batches import batches_of
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes
 
 ROUTED = 2  # experts of a token in top-2
 COMPUTED = ("route", "encode", "experts", "decode")
 SAME_SPEED = 0.1  # reports that do not state their sizes are of one setting up to this difference
 BYTES = 4  # of a number
-NOTHING_FIXED_ASSUMED = "the experts' time has no fixed part"
-NOTHING_FIXED = OperatorTimes({"experts": 0.0}, {"experts": 0.0})
+ASSUMED_OF_HALVES = "halves of the rows take half of the time"
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What top-2 measured, in seconds.
 
-    operators: of one MoE module, from the gate on. fixed: the part of the experts' time that does
-    not depend on the number of rows, so two chunks take it twice: reading weights, writing their
-    gradients. free_forward, free_backward: all blocks of one batch with free links. update: the
-    optimizer's step. link_mbit: the rate at which the transfers were measured. tax: processor time
-    of a transfer over its time, where it competes with computation. in_halves: forward and backward
-    of all blocks with free links and two batches in flight; None: not measured. assumed: what the
-    report does not state.
+    operators: of one MoE module, from the gate on. free_forward, free_backward: all blocks of one
+    batch with free links. update: the optimizer's step. link_mbit: the rate at which the transfers
+    were measured. tax: processor time of a transfer over its time, where it competes with
+    computation. in_halves: forward and backward of all blocks with free links and two batches in
+    flight; None: not measured. assumed: what the report does not state.
     """
 
     setting: Setting
@@ -46,29 +44,20 @@ class Calibration:
     update: float
     link_mbit: float
     tax: float
-    fixed: OperatorTimes = NOTHING_FIXED
     in_halves: tuple[float, float] | None = None
     assumed: tuple[str, ...] = ()
 
     @property
     def sublayers(self) -> OperatorTimes:
-        """The times of an attention and of an MLP. An MLP takes half of the experts' time that
-        depends on rows, and the fixed part of one expert."""
-        forward = self._sublayers(
-            self.operators.forward, self.fixed.forward["experts"], self.free_forward
-        )
-        backward = self._sublayers(
-            self.operators.backward, self.fixed.backward["experts"], self.free_backward
-        )
+        """The times of an attention and of an MLP, which is half of the experts' time."""
+        forward = self._sublayers(self.operators.forward, self.free_forward)
+        backward = self._sublayers(self.operators.backward, self.free_backward)
         return OperatorTimes(forward, backward)
 
-    def _sublayers(
-        self, operators: Mapping[str, float], fixed: float, free: float
-    ) -> dict[str, float]:
+    def _sublayers(self, operators: Mapping[str, float], free: float) -> dict[str, float]:
         modules = self.setting.moe_blocks
         mlps = self.setting.layers - modules
-        experts_of_rank = self.setting.num_experts // self.setting.ranks
-        mlp = (operators["experts"] - fixed) / ROUTED + fixed / experts_of_rank
+        mlp = operators["experts"] / ROUTED
         module = sum(operators[name] for name in COMPUTED)
         attention = (free - mlps * mlp - modules * module) / self.setting.layers
         return {"attention": attention, "mlp": mlp}
@@ -76,19 +65,13 @@ class Calibration:
     @property
     def longer_in_halves(self) -> tuple[float, float]:
         """By what factors computing all rows takes longer in two halves, in forward and in a step:
-        products of half the rows. The experts' fixed part is left out, as each half has it. A
-        factor below 1 is noise: half of the rows take half of the time or more."""
+        products of half the rows. A factor below 1 is noise: half of the rows take half of the
+        time or more."""
         if self.in_halves is None:
             return 1.0, 1.0
         forward, backward = self.in_halves
-        modules = self.setting.moe_blocks
-        fixed = modules * self.fixed.forward["experts"]
-        fixed_in_step = fixed + modules * self.fixed.backward["experts"]
         step = self.free_forward + self.free_backward
-        return (
-            max(1.0, (forward - 2 * fixed) / (self.free_forward - fixed)),
-            max(1.0, (forward + backward - 2 * fixed_in_step) / (step - fixed_in_step)),
-        )
+        return max(1.0, forward / self.free_forward), max(1.0, (forward + backward) / step)
 
     @property
     def is_consistent(self) -> bool:
@@ -250,10 +233,8 @@ def stated_calibration(setting: Setting, report: Mapping[str, Any]) -> Calibrati
     """Return the calibration that a report states."""
     stated = report["calibration"]
     operators = seconds_of(stated["operators_ms"])
-    assumed: tuple[str, ...] = ()
-    if "experts_in_two_ms" not in stated:
-        assumed = (NOTHING_FIXED_ASSUMED,)
     halves = stated.get("free_in_halves_ms")
+    has_halves = any(batches_of(row) == 2 for row in report["rows"])
     return Calibration(
         setting,
         operators,
@@ -262,25 +243,8 @@ def stated_calibration(setting: Setting, report: Mapping[str, Any]) -> Calibrati
         update=stated["update_ms"] / 1e3,
         link_mbit=report["link_mbit"],
         tax=tax_of(setting, report, operators),
-        fixed=fixed_of(operators, stated.get("experts_in_two_ms")),
         in_halves=halves and (halves["forward"] / 1e3, halves["backward"] / 1e3),
-        assumed=assumed,
-    )
-
-
-def fixed_of(operators: OperatorTimes, in_two_ms: Mapping[str, float] | None) -> OperatorTimes:
-    """Return the fixed part of the experts' times: by how much they take longer in two chunks."""
-    if in_two_ms is None:
-        return NOTHING_FIXED
-    forward = in_two_ms["forward"] / 1e3
-    backward = in_two_ms["train"] / 1e3 - forward
-
-    def fixed(in_two: float, in_one: float) -> float:
-        return min(in_one, max(0.0, in_two - in_one))  # the machine's speed may change in between
-
-    return OperatorTimes(
-        {"experts": fixed(forward, operators.forward["experts"])},
-        {"experts": fixed(backward, operators.backward["experts"])},
+        assumed=(ASSUMED_OF_HALVES,) if has_halves and not halves else (),
     )
 
 
@@ -294,7 +258,7 @@ def derived_calibration(
     if setting.level == "block":
         free_train = top2.train_ms * top2.train_speedup / report["limit_train"] / 1e3
         free_backward = free_train - free_forward
-        assumed: tuple[str, ...] = (NOTHING_FIXED_ASSUMED,)
+        assumed: tuple[str, ...] = ()
     else:  # this level's limit has gradients in it
         module_f, module_b = (
             sum(times[name] for name in COMPUTED)
@@ -303,11 +267,7 @@ def derived_calibration(
         slower = operators.backward["experts"] / operators.forward["experts"]
         rest = free_forward - setting.moe_blocks * module_f
         free_backward = slower * rest + setting.moe_blocks * module_b
-        assumed = (
-            "attention's backward is the experts' ratio to forward",
-            "the update is free",
-            NOTHING_FIXED_ASSUMED,
-        )
+        assumed = ("attention's backward is the experts' ratio to forward", "the update is free")
     return Calibration(
         setting,
         operators,

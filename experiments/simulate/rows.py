@@ -2,8 +2,8 @@
 what top-2 measured alone.
 
 A row that routes each token to k experts has k / 2 of top-2's rows: transfers, experts, encode and
-decode take that part of top-2's time, except for the fixed part of the experts. A shared expert
-takes the time of an MLP. The slot and the number of chunks are those with the least step.
+decode take that part of top-2's time. A shared expert takes the time of an MLP. The slot and the
+number of chunks are those with the least step.
 """
 
 from collections.abc import Iterator
@@ -117,7 +117,7 @@ def pair_of(calibration: Calibration, schedule: Schedule, copies: int) -> Block:
         pair_times(calibration, schedule, copies, backward=True),
     )
     sums = () if calibration.setting.level == "block" else tuple(sums_of(calibration, schedule))
-    return Block(schedule, both, sums, calibration.fixed)
+    return Block(schedule, both, sums)
 
 
 def before_tap(schedule: Schedule) -> tuple[str, ...]:
@@ -129,15 +129,11 @@ def pair_times(
     calibration: Calibration, schedule: Schedule, copies: int, backward: bool
 ) -> dict[str, float]:
     """Return the seconds of a pair's operators in one direction, with BEFORE."""
-    module, sublayers, fixed = (
-        each.backward if backward else each.forward
-        for each in (calibration.operators, calibration.sublayers, calibration.fixed)
-    )
+    module, sublayers = calibration.operators.forward, calibration.sublayers.forward
+    if backward:
+        module, sublayers = calibration.operators.backward, calibration.sublayers.backward
     part = copies / ROUTED
-    times = {
-        name: fixed.get(name, 0.0) + (t - fixed.get(name, 0.0)) * part if name in BY_ROWS else t
-        for name, t in module.items()
-    }
+    times = {name: t * part if name in BY_ROWS else t for name, t in module.items()}
     times |= sublayers
     times["shared_expert"] = sublayers["mlp"]
     times["attention_core"] = (1 - OUT_PART) * sublayers["attention"]

@@ -9,17 +9,6 @@ from scmoe.schedule.cost import Share
 Load = Sequence[Sequence[Share]]  # of each chunk and rank
 
 
-def with_fixed_part(load: Load, fixed_part: float) -> Load:
-    """Return the load with the time of the experts over that of even ones, in place of their rows.
-
-    fixed_part: the share of even experts' time that does not depend on the number of rows.
-    """
-    return [
-        [share._replace(computed=fixed_part + (1 - fixed_part) * share.computed) for share in chunk]
-        for chunk in load
-    ]
-
-
 def busiest(times: Mapping[str, float], load: Load) -> dict[str, float]:
     """Return the times of a pass in which every transfer and all experts take as long as those of
     the busiest rank in its busiest chunk."""

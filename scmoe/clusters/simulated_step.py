@@ -13,7 +13,6 @@ schedule/stack.py). What is added here:
                 is left after backward is exposed. They are summed once a step, with the last batch
     pieces      a chunk or a half takes its share of an operator's rows, but as many launches as all
                 rows, and it reads all weights: t = max((all - fixed) / pieces, least) + fixed
-    load        experts with more rows take longer, except for their fixed part
     tax         computation is slower by this share of the time that a transfer runs beside it
     step        batches x (forward + backward) + exposed sums + update + what no operator explains
 
@@ -24,11 +23,11 @@ that are split over ranks (FSDP).
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from scmoe.clusters.played_load import Load, busiest, dominant, with_fixed_part
+from scmoe.clusters.played_load import Load, busiest, dominant
 from scmoe.schedule.cost import EVEN, PER_CHUNK, TRANSFERS, OperatorTimes, Span, play_ranks
 from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.stack import BEFORE, order_of, play_order
@@ -208,19 +207,6 @@ def piece_times(block: Block, direction: Direction, setting: Setting) -> dict[st
     return seconds
 
 
-def load_in_time(
-    load: Load, block: Block, direction: Direction, times: Mapping[str, float]
-) -> Load:
-    """Return a load whose experts have their time over that of even ones, in place of their rows.
-
-    times: of operators that run once, at even rows.
-    """
-    fixed = block.fixed.forward if direction == "forward" else block.fixed.backward
-    even = times.get("experts", 0.0)
-    part = min(even, fixed.get("experts", 0.0)) / even if even else 0.0
-    return with_fixed_part(load, part)
-
-
 # ---------------------------------------------------------------------- playing
 
 
@@ -293,8 +279,7 @@ def _play_block(
     if direction == "backward":
         operators = (*schedule.backward_operators(), BEFORE)
     times = piece_times(block, direction, setting)
-    load = load_in_time(shares, block, direction, times)
-    return play_ranks(operators, times, load, setting.sequential, starts)
+    return play_ranks(operators, times, shares, setting.sequential, starts)
 
 
 def _halves(
@@ -306,10 +291,7 @@ def _halves(
         order = [step.mirrored() for step in reversed(order)]
     times = [piece_times(block, direction, setting) for block in blocks]
     if loads is not None:
-        times = [
-            busiest(each, load_in_time(load, block, direction, each))
-            for block, each, load in zip(blocks, times, loads, strict=True)
-        ]
+        times = [busiest(each, load) for each, load in zip(times, loads, strict=True)]
     spans_2 = play_order(order, times)
     by_layer: list[list[list[Span]]] = [[[], []] for _ in blocks]
     for half, spans in enumerate(spans_2):

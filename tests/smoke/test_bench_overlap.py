@@ -207,7 +207,6 @@ def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path):
     calibration = report["calibration"]
     assert calibration["sizes"]["ffn_dim"] == for_simulator.setting.ffn_dim == 128
     assert min(calibration[f"{what}_ms"] for what in TIMES_OF_BLOCKS) > 0
-    assert min(calibration["experts_in_two_ms"].values()) > 0
 
 
 @pytest.mark.parametrize(

@@ -170,15 +170,6 @@ def test_even_loads_change_nothing_and_uneven_ones_cost(schedule, batches):
     assert 0 < forward < simulate_step(blocks, way, loads=hot).total
 
 
-@pytest.mark.parametrize("batches", [1, 2])
-def test_a_load_lengthens_no_fixed_part_of_the_experts(batches):
-    whole = OperatorTimes({"experts": 3.0}, {"experts": 6.0})
-    block = Block(Schedule("top_k"), scaled(TIMES, 0.0), fixed=whole)
-    way = Setting(batches_in_flight=batches)
-    hot = [[[Share(1.0, 1.7, 1.7), Share(1.0, 0.3, 0.3)]]]
-    assert simulate_step([block], way, loads=hot) == simulate_step([block], way)
-
-
 def test_only_ranks_that_may_be_the_slowest_are_played():
     load = [[Share(1, 1, 1), Share(1, 2, 2), Share(2, 1, 1), Share(1, 1, 1)]]
     assert dominant(load) == [[Share(1, 2, 2), Share(2, 1, 1)]]

@@ -2,20 +2,19 @@
 that the simulator has made are predicted without error by every check."""
 
 import json
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import pytest
 
 from experiments.bench.pairs import Setting
-from experiments.simulate.reports import Calibration, fixed_of, read_reports, seconds_of, setting_of
+from experiments.simulate.reports import Calibration, read_reports, seconds_of, setting_of
 from experiments.simulate.rows import predict_row, predict_sequential
 from experiments.simulate.testbed_checks import CHECKS, OVER_BALANCED
 from scmoe.command_line import app_of, call
-from scmoe.schedule.cost import TRANSFERS, OperatorTimes
+from scmoe.schedule.cost import TRANSFERS
 
 FORWARD_MS = {"route": 2, "encode": 1, "dispatch": 80, "experts": 30, "combine": 84, "decode": 2}
 TRAIN_MS = {name: 2 * ms if name in TRANSFERS else 3 * ms for name, ms in FORWARD_MS.items()}
-FIXED_MS = OperatorTimes({"experts": 4}, {"experts": 12})
 OPERATORS = seconds_of({"forward": FORWARD_MS, "train": TRAIN_MS})
 PAIR_MS = 145  # with free links: two attentions of 47.5, an MLP of 15, a module of 35
 ROWS = ("top2", "shared_expert", "scmoe_pos2", "scmoe_pos2_pipelined")
@@ -26,11 +25,8 @@ def calibration_of(setting: Setting, link_mbit: float) -> Calibration:
     pairs = setting.moe_blocks
     free_s = pairs * PAIR_MS / 1e3
     update_s = 0.01 if setting.level == "iteration" else 0.0
-    fixed = OperatorTimes(*({"experts": each["experts"] / 1e3} for each in astuple(FIXED_MS)))
     halves = 1.2 * free_s, 2.2 * free_s
-    at_220 = Calibration(
-        setting, OPERATORS, free_s, 2 * free_s, update_s, 220.0, 0.0, fixed, halves
-    )
+    at_220 = Calibration(setting, OPERATORS, free_s, 2 * free_s, update_s, 220.0, 0.0, halves)
     return at_220.with_rate(link_mbit)
 
 
@@ -48,13 +44,6 @@ def test_a_calibration_predicts_the_blocks_that_it_was_made_from(level):
         assert predicted.train == pytest.approx(free_step + 2 * transfers)
     else:  # sums of gradients are behind backward too
         assert predicted.train > free_step + 2 * transfers
-
-
-def test_the_fixed_part_of_experts_is_between_nothing_and_all_of_their_time():
-    """The machine's speed may change between the measurements in one chunk and in two."""
-    for in_two, expected in ((29.0, 0.0), (33.0, 3.0), (90.0, 30.0)):
-        fixed = fixed_of(OPERATORS, {"forward": in_two, "train": in_two})
-        assert 1e3 * fixed.forward["experts"] == pytest.approx(expected)
 
 
 def test_halves_without_transfers_take_what_was_measured():
@@ -120,7 +109,6 @@ def report_of(setting: Setting, link_mbit: float, rows: tuple[str, ...], load: s
         "calibration": {
             "sizes": {"tokens": setting.tokens, "dim": setting.dim, "ffn_dim": setting.ffn_dim},
             "operators_ms": operators_ms_of(calibration),
-            "experts_in_two_ms": {"forward": 30 + 4, "train": 90 + 4 + 12},
             "free_forward_ms": 1e3 * calibration.free_forward,
             "free_backward_ms": 1e3 * calibration.free_backward,
             "update_ms": 1e3 * calibration.update,
