@@ -65,8 +65,7 @@ class Calibration:
     @property
     def longer_in_halves(self) -> tuple[float, float]:
         """By what factors computing all rows takes longer in two halves, in forward and in a step:
-        products of half the rows. A factor below 1 is noise: half of the rows take half of the
-        time or more."""
+        products of half the rows. A factor below 1 counts as 1: it is taken as noise."""
         if self.in_halves is None:
             return 1.0, 1.0
         forward, backward = self.in_halves

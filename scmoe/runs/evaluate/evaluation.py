@@ -218,7 +218,7 @@ def ran_two_batches(run_dir: Path, of_run: Config, step: int) -> bool:
         return of_run.schedule.batches_in_flight == 2
     plan = read_json(run_dir / "plan.json")
     try:
-        return batches_in_flight(plan_from_json(plan)) == 2 and plan["step"] <= step
+        return batches_in_flight(plan_from_json(plan)) == 2 and plan.get("step", 0) <= step
     except ValueError:  # nothing was chosen
         return False
 

@@ -64,7 +64,7 @@ class Start:
 
     @property
     def own_classes(self) -> list[str]:
-        """The words that tell a later command of the run's extensions and callbacks."""
+        """The words of a command that name the run's extensions and callbacks."""
         return words(self.config.extensions, self.config.callbacks)
 
     @cached_property

@@ -67,7 +67,7 @@ def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> li
         loggers.append(wandb_logger(run_dir, config))
     elif config.logger.mode == "auto" and not HAS_WANDB:
         print(
-            f"only metrics.csv is written; W&B needs wandb: {install_command('wandb')}",
+            f"W&B is not used; it needs wandb: {install_command('wandb')}",
             file=sys.stderr,
         )
     return loggers
