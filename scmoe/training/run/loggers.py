@@ -66,10 +66,7 @@ def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> li
     if wandb_mode(config) != "disabled":
         loggers.append(wandb_logger(run_dir, config))
     elif config.logger.mode == "auto" and not HAS_WANDB:
-        print(
-            f"W&B is not used; it needs wandb: {install_command('wandb')}",
-            file=sys.stderr,
-        )
+        print(f"W&B is not used; it needs wandb: {install_command('wandb')}", file=sys.stderr)
     return loggers
 
 
