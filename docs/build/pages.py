@@ -195,8 +195,25 @@ def text_of(each: Experiment) -> str:
             f" [Method]({up[3:]}method.md)."
         )
         tables = [table.markdown() for table in tables_of(each.name, each.data)]
-        parts = [f"# {said['title']}", origin, said["reading"], *tables, *shown]
+        parts = [f"# {said['title']}", origin, said["reading"], *rival_of(each.data), *tables]
+        parts += shown
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def rival_of(data: Any) -> list[str]:
+    """Return what a reader must know of a report of speed-ups that has no top-2 with two batches in
+    flight: the strongest rival is missing there."""
+    reports = data.get("loads", [data])
+    rows = reports[0].get("rows", {})
+    if "top2" not in rows or "top2_two" in rows:
+        return []
+    measured = read(PAGES / f"{HEADLINE}.json")
+    top2 = rows_of(measured)["top2_two"]
+    return [
+        "Of top-2 only one batch in flight was measured here. With two it gains without another"
+        f" model: {top2.train_speedup:.2f} in training and {top2.forward_speedup:.2f} in inference"
+        f" at a share of {measured['comm_share']:.2f} ([by share and tokens]({two_batches.NAME}.md))."
+    ]
 
 
 def command_of(said: Mapping[str, Any]) -> str:

@@ -23,9 +23,9 @@ from experiments.bench.inference_rows import (
 from experiments.bench.over_best import over_fastest
 from experiments.bench.pairs import Setting, check_ranks
 from experiments.bench.rate_search import warn_of_share
-from experiments.bench.speed_chart import OVER_TOP2_FORWARD, PAPERS, Printed, name_of
+from experiments.bench.speed_chart import OVER_TOP2, PAPERS, Printed, name_of
 from experiments.bench.stacks import Variant
-from experiments.bench.two_batches import architecture_of, batches_of
+from experiments.bench.two_batches import architecture_of, batches_of, over_best_top2
 from experiments.bench.uneven import Point, draw_lines, heat_of
 from experiments.engine import links
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
@@ -274,8 +274,7 @@ def table_of(report: dict[str, Any], shape: Shape) -> Report:
         "ms": "{ms:.1f}",
         "tokens/s": "{tokens_per_s:,.0f}",
     }
-    if any(batches_of(row) == 2 for row in passes):
-        columns["over top-2's best"] = OVER_TOP2_FORWARD
+    columns[OVER_TOP2] = "{over_top2:.2f}"
     words = f"{prompts_of(report)} tokens a rank"
     if shape == "decode":
         words = "one token of {batch} texts a rank"
@@ -290,7 +289,20 @@ def table_of(report: dict[str, Any], shape: Shape) -> Report:
         )
         columns |= {"over balanced": "{over_balanced:.2f}", "plan at balance": "{balanced:.2f}"}
     title = f"{shape.capitalize()}, {words}, medians of {{rounds}} rounds:".format_map(report)
-    return Report(title, {name: figures.cells() for name, figures in passes.items()}, columns)
+    gains = over_top2(passes)
+    cells = {
+        name: {**figures.cells(), "over_top2": gains[name]} for name, figures in passes.items()
+    }
+    return Report(title, cells, columns)
+
+
+def over_top2(passes: Mapping[str, PassFigures]) -> dict[str, float]:
+    """Return what each row gains over the best of top-2's rows: medians of the rounds' ratios, or
+    ratios of medians in reports of versions that did not state them."""
+    stated = {row: figures.over_best_without_another_model for row, figures in passes.items()}
+    if None not in stated.values():
+        return {row: over["median"] for row, over in stated.items()}
+    return over_best_top2({row: figures.speedup for row, figures in passes.items()}, 1.0)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

@@ -24,14 +24,8 @@ from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.moe.operators import Direction
 from scmoe.moe.recorder import Recorder
-from scmoe.planning.pricing import (
-    DIRECTIONS,
-    LayerChoice,
-    batches_in_flight,
-    from_tap,
-    in_halves,
-    plan_from_json,
-)
+from scmoe.planning.plan_file import plan_from_json
+from scmoe.planning.pricing import DIRECTIONS, LayerChoice, batches_in_flight, from_tap, in_halves
 from scmoe.schedule.cost import Span, elapsed, per_chunk, play
 from scmoe.schedule.stack import play_halves
 

@@ -34,9 +34,9 @@ import torch.distributed as dist
 from experiments.bench.pairs import Setting, pair_of
 from experiments.bench.rank_bench import Bench
 from experiments.bench.rate_search import find_rate
-from experiments.bench.speed_chart import line_colors, name_of, way_of_row
+from experiments.bench.speed_chart import OVER_TOP2, line_colors, name_of, way_of_row
 from experiments.bench.training_turns import Training
-from experiments.bench.two_batches import batches_of
+from experiments.bench.two_batches import batches_of, over_best_top2
 from experiments.engine.clock import in_turn, median, quartiles
 from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
@@ -192,7 +192,13 @@ def tables(report: dict[str, Any]) -> list[Report]:
         columns["busiest rank"] = "{max_over_mean_ranks:.2f}"
         columns |= {"over balanced": "{over_balanced:.2f}", "dropped": "{dropped:.1%}"}
         del columns["validation loss"]
-    return [Report(title.format_map(report), report["rows"], columns)]
+    cells = {name: dict(row) for name, row in report["rows"].items()}
+    if "top2" in cells:
+        columns[OVER_TOP2] = "{over_top2:.2f}"
+        gains = over_best_top2({name: row["speedup"] for name, row in cells.items()})
+        for name, row in cells.items():
+            row["over_top2"] = gains[name]
+    return [Report(title.format_map(report), cells, columns)]
 
 
 def made_by(routing: str, config: Config, pair: Setting, ranks: int) -> dict[str, float]:

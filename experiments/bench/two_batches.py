@@ -36,6 +36,14 @@ def architecture_of(row: str) -> str:
     return row.removesuffix(PIPELINED).removesuffix(TWO)
 
 
+def over_best_top2(speedups: Mapping[str, float], *others: float) -> dict[str, float]:
+    """Return what each row gains over the fastest row of top-2, of medians. speedups: all over the
+    same. others: of top-2 that is no row, such as 1 where speed-ups are over sequential top-2."""
+    of_top2 = [speedup for row, speedup in speedups.items() if architecture_of(row) == "top2"]
+    fastest = max([*of_top2, *others])
+    return {row: speedup / fastest for row, speedup in speedups.items()}
+
+
 def refuse_halves(rows: tuple[str, ...], sequences: int) -> None:
     """Raise ConfigError for rows whose batches have no halves.
 

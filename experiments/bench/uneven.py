@@ -22,7 +22,13 @@ from typing import Any, NamedTuple
 from experiments.bench.overlap import Measured, block_seconds
 from experiments.bench.overlap_rows import LoadFigures, OverlapRow, cells_of, rows_of
 from experiments.bench.pairs import Setting
-from experiments.bench.speed_chart import line_colors, name_of, way_of_row
+from experiments.bench.speed_chart import (
+    OVER_TOP2,
+    line_colors,
+    name_of,
+    over_top2,
+    way_of_row,
+)
 from experiments.bench.stacks import windows_of
 from experiments.bench.two_batches import PIPELINED, batches_of
 from experiments.engine.clock import median, quartiles
@@ -135,6 +141,7 @@ def tables(report: dict[str, Any]) -> list[Report]:
         "over balanced": "{over_balanced_forward:.2f}, {over_balanced_train:.2f}",
         "straggler": "{straggler_forward:.0%}, {straggler_train:.0%}",
         "over top-2": "{forward_speedup:.2f}, {train_speedup:.2f}",
+        OVER_TOP2: "{over_top2}",
         "hidden": "{overlap_forward:.0%}, {overlap_backward:.0%}",
         "at balance": "{balanced[overlap_forward]:.0%}, {balanced[overlap_backward]:.0%}",
         "slot x chunks": "{place} x {chunks}",
@@ -142,14 +149,14 @@ def tables(report: dict[str, Any]) -> list[Report]:
         "/ model": "{measured_over_model:.3f}",
     }
     of_layout = {"dropped": "{dropped:.1%}", "peak, MiB": "{peak_mb:.0f}"}
-    return [
-        Report(
-            words_of(each),
-            cells_of(rows_of(each)),
-            columns if each["layout"] == "dropless" else columns | of_layout,
-        )
-        for each in report["loads"]
-    ]
+    reports = []
+    for each in report["loads"]:
+        rows = rows_of(each)
+        gains = over_top2(rows)
+        cells = {name: {**row, "over_top2": gains[name]} for name, row in cells_of(rows).items()}
+        shown = columns if each["layout"] == "dropless" else columns | of_layout
+        reports.append(Report(words_of(each), cells, shown))
+    return reports
 
 
 def words_of(report: dict[str, Any]) -> str:

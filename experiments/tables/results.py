@@ -170,4 +170,6 @@ def _of_testbed(report: Report) -> dict[str, Any]:
     )
     links = next(iter(report["rows"].values()))["links"]
     others = {"links": links, "every": report.get("every", 2), "top_k": report.get("top_k", 1)}
+    if "layers" in report:  # earlier versions measured one pair
+        others["layers"] = report["layers"]
     return {name: report[name] for name in names} | others

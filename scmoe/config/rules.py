@@ -239,8 +239,13 @@ def _schedule(config: Config) -> Refusals:
 
 
 def may_run_two_batches(config: Config) -> bool:
-    """Return whether schedule.batches_in_flight=2 would be accepted."""
+    """Return whether schedule.auto may choose two batches in flight: a configuration that sets them
+    would be accepted, and the run cannot end because of them. A ceiling of rows counts those of a
+    half, and one half may exceed it where the whole batch does not.
+    """
     if config.schedule.auto and config.schedule.batches_in_flight == 1:
+        return False
+    if config.moe.dropless_ceiling is not None:
         return False
     schedule = replace(config.schedule, auto=False, batches_in_flight=2)
     two = replace(config, schedule=schedule)
@@ -259,10 +264,13 @@ def _two_batches(config: Config) -> Refusals:
 
 
 def _halves_of_a_batch(config: Config) -> Refusals:
-    """Check that a rank has a sequence for each of two batches in flight."""
+    """Check a training with two batches in flight: a rank has a sequence for each of them, and no
+    probe counts the calls of a module."""
+    if config.schedule.batches_in_flight != 2:
+        return
     trainer = config.trainer
     batches = trainer.devices * trainer.num_nodes * trainer.accumulate
-    if config.schedule.batches_in_flight == 2 and config.data.global_batch_size < 2 * batches:
+    if config.data.global_batch_size < 2 * batches:
         yield (
             "schedule.batches_in_flight",
             Advice(
@@ -270,6 +278,11 @@ def _halves_of_a_batch(config: Config) -> Refusals:
                 f" data.global_batch_size to {2 * batches} or more, or use one batch in flight."
             ),
         )
+    measured = config.analysis
+    for probe in ("gating_every", "similarity_every", "record_routing"):
+        if getattr(measured, probe) is not None:
+            twice = "null, as schedule.batches_in_flight=2 calls each module twice a batch"
+            yield f"analysis.{probe}", twice
 
 
 def _ranks(config: Config) -> Refusals:

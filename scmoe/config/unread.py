@@ -57,8 +57,6 @@ OF_EXPERTS = (
     "schedule.inside_attention",
 )
 OWN_WEIGHTS = ("deepseek", "longcat")  # routers whose weights do not depend on moe.renormalise
-OF_TRANSFERS = ("schedule.batches_in_flight", "schedule.transfers")
-OF_PROBES = ("analysis.gating_every", "analysis.similarity_every", "analysis.record_routing")
 OF_LATENTS = tuple(leaf.key for leaf in leaves(LatentConfig(), "model.latent."))
 OF_LLAMA = ("model.attention", "model.norm_eps", "model.rope_theta")
 # Why nothing reads some fields, and their keys.
@@ -155,9 +153,10 @@ def _unread_of_schedule(config: Config) -> Unread:
         yield "schedule.auto=true chooses it", ("schedule.slot", "schedule.inside_attention")
         yield "schedule.auto=true hides transfers", ("schedule.transfers",)
     if resolve_ep_size(config) == 1:
-        yield "no rows travel where every rank has all experts (strategy.ep_size)", OF_TRANSFERS
-    if config.schedule.batches_in_flight == 2:
-        yield "schedule.batches_in_flight=2 calls each module twice a batch", OF_PROBES
+        no_rows = "no rows travel where every rank has all experts (strategy.ep_size)"
+        yield no_rows, ("schedule.transfers",)
+        if config.schedule.batches_in_flight == 2:
+            yield no_rows, ("schedule.batches_in_flight",)
     if config.trainer.compile:
         yield "trainer.compile=true makes one graph of attention", inside
     if config.model.family == "swin":

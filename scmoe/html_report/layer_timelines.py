@@ -14,13 +14,8 @@ from markupsafe import Markup
 from scmoe.files.writing import read_json
 from scmoe.html_report.sources import Cleaner, Source, read_file
 from scmoe.html_report.svg import C1, C2, C3, C4, C5, C6, INK, MUTED, PAPER, SMALL, drawing
-from scmoe.planning.pricing import (
-    DIRECTIONS,
-    LayerChoice,
-    batches_in_flight,
-    in_halves,
-    plan_from_json,
-)
+from scmoe.planning.plan_file import plan_from_json
+from scmoe.planning.pricing import DIRECTIONS, LayerChoice, batches_in_flight, in_halves
 from scmoe.schedule.cost import TRANSFERS, Span, elapsed, per_chunk, play
 from scmoe.schedule.schedule import PARTS
 from scmoe.schedule.stack import play_halves

@@ -82,6 +82,8 @@ class ShiftedWindows(SelfAttention):
         self.mask.zero_().masked_fill_(is_apart_NSS, -100.0)  # as in timm
 
     def forward(self, x_BHWD: Tensor) -> Tensor:
+        if not len(x_BHWD):  # the second half of a batch of one image; timm cannot take no windows
+            return x_BHWD
         up, left = self.shift
         x_BHWD = x_BHWD.roll((-up, -left), (1, 2))
         windows_NSD = window_partition(x_BHWD, self.window).flatten(1, 2)

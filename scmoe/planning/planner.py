@@ -1,7 +1,8 @@
 """The adaptive schedule (section 3.2): measure the operators of this model on this hardware, then
 choose.
 
-The planner uses ordinary training steps. Their results stay bit-identical for every slot.
+The planner uses ordinary training steps. Their results are bit-identical for every slot; chunks and
+two batches in flight change the order of sums.
 The bench of inference uses passes in place of steps, up to `price`.
 
     warm up     as configured
@@ -73,7 +74,8 @@ class Planner:
     Each rank calls begin_step and end_step around every training step, and close at the end.
 
     group: the ranks that must agree. chunk_counts: numbers of chunks to choose from; no measured or
-    chosen step runs with another, so with a single one every result stays bit-identical. fixed:
+    chosen step runs with another. With a single one, and one batch in flight, every result stays
+    bit-identical. fixed:
     keep the schedules as they are and only measure the overlap. All blocks must have one number of
     chunks then. ep_size: consecutive ranks of the group that exchange rows; None: all. directions:
     forward alone prices passes of inference. batches: micro-batches per optimizer step. A planner

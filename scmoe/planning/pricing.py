@@ -11,7 +11,7 @@ common clock.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -309,53 +309,6 @@ def predicted_and_exposed(choices: Sequence[LayerChoice]) -> list[tuple[float, f
     layers = in_halves(choices)
     mean = windows_time(layers) / len(layers), waiting_time(layers) / len(layers)
     return [mean for _ in layers]
-
-
-def plan_to_json(
-    choices: Sequence[LayerChoice], conditions: dict[str, Any], step: int
-) -> dict[str, Any]:
-    """Return the plan of a run as JSON values, with times in seconds. step: after which it was
-    chosen.
-
-    {"step": 27, "conditions": {"ranks": 2, "ep_size": 2, ...},
-     "layers": [{"schedule": {"architecture": "scmoe", "position": "pos2", "expert_slot": 1,
-                              "chunks": 2, "inside_attention": false},
-                 "predicted_s": 0.041, "exposed_s": 0.003, "eq11_slot": 2,
-                 "times_s": {"2": {"forward": {"attention": 0.004, ...}, "backward": {...}}},
-                 "sequential_s": [0.02, 0.05], "batches_in_flight": 1}]}
-    """
-    layers = [
-        {
-            "schedule": asdict(choice.schedule),
-            "predicted_s": predicted_s,
-            "exposed_s": exposed_s,
-            "eq11_slot": choice.eq11.slot,
-            "times_s": {str(chunks): asdict(times) for chunks, times in choice.times.items()},
-            "sequential_s": list(choice.sequential),
-            "batches_in_flight": choice.batches_in_flight,
-        }
-        for choice, (predicted_s, exposed_s) in zip(
-            choices, predicted_and_exposed(choices), strict=True
-        )
-    ]
-    return {"step": step, "conditions": conditions, "layers": layers}
-
-
-def plan_from_json(plan: dict[str, Any]) -> list[LayerChoice]:
-    """Return the choices of all layers. ValueError: this is no plan."""
-    try:
-        return [_choice(layer) for layer in plan["layers"]]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"it is no plan: {error!r}") from error
-
-
-def _choice(layer: dict[str, Any]) -> LayerChoice:
-    times = {
-        int(chunks): OperatorTimes(**directions) for chunks, directions in layer["times_s"].items()
-    }
-    forward, backward = layer["sequential_s"]
-    batches = layer.get("batches_in_flight", 1)
-    return LayerChoice(Schedule(**layer["schedule"]), times, (forward, backward), batches)
 
 
 def gather(values: Tensor, group: Any) -> Tensor:

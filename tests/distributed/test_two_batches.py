@@ -67,10 +67,12 @@ class Compared(NamedTuple):
     on this rank: a start has the number of transfers in flight after it, a wait that before it;
     forward, then backward. collectives: of FSDP, in a pass without gradients and a step. twice: how
     the gradients of two forward passes before one backward differ where weights are split. shared:
-    the error of blocks that share split weights."""
+    the error of blocks that share split weights. in_chunks: as transfers, of two chunks in one
+    batch, by schedule.transfers."""
 
     differing: dict[str, str]
     transfers: dict[int, list[list[tuple[str, int]]]]
+    in_chunks: dict[str, list[list[tuple[str, int]]]]
     collectives: dict[int, Counter[str]]
     texts: dict[int, list[list[int]]]
     twice: str
@@ -112,10 +114,16 @@ def compare(
         batches: events_of(model_of("architecture=top_k top_k=2", wire), batches)
         for batches in (1, 2)
     }
+    in_chunks = {
+        way: events_of(model_of(f"position=pos2 schedule.chunks=2 schedule.transfers={way}", wire), 1)
+        for way in ("overlapped", "sequential")
+    }
     texts = {batches: written(wire, batches) for batches in (1, 2)}
     collectives = {batches: collectives_of(batches) for batches in (1, 2)}
     split = twice_before_backward(), of_blocks_that_share()
-    return Compared(differing, transfers, collectives, texts, *split, *ceiling_of(wire))
+    return Compared(
+        differing, transfers, in_chunks, collectives, texts, *split, *ceiling_of(wire)
+    )
 
 
 def events_of(model: Any, batches: int) -> list[list[tuple[str, int]]]:
@@ -253,6 +261,15 @@ def test_the_rows_of_one_half_travel_while_the_other_computes(two):
             waits = [number for event, number in both if event == "wait"]
             assert len(waits) == len(one)  # twice as many transfers
             assert waits[:-1] == [2] * (len(waits) - 1) and waits[-1] == 1
+
+
+def test_sequential_transfers_are_waited_for_one_by_one(two):
+    for rank in two:
+        most = {
+            way: max(number for events in both for _, number in events)
+            for way, both in rank.in_chunks.items()
+        }
+        assert most == {"overlapped": 2, "sequential": 1}
 
 
 def test_split_weights_are_gathered_and_summed_once_for_both_halves(two):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from scmoe.command_line import call
-from scmoe.planning.pricing import plan_from_json, plan_to_json
+from scmoe.planning.plan_file import plan_from_json, plan_to_json
 from scmoe.training.callbacks.adaptive_schedule import read_plan
 from tests.support.commands import resume_in_ranks, train_in_ranks
 

@@ -97,6 +97,7 @@ def test_a_run_plans_its_schedule_and_logs_its_overlap(tmp_path):
     done = plan(
         tmp_path,
         "schedule.chunks=1",
+        "schedule.batches_in_flight=1",
         "trainer.max_steps=57",
         "trainer.val_every=57",
         "trainer.checkpoint_every=57",

@@ -6,7 +6,8 @@ from typing import Any
 
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.load import load
-from scmoe.planning.pricing import LayerChoice, plan_to_json
+from scmoe.planning.plan_file import plan_to_json
+from scmoe.planning.pricing import LayerChoice
 from scmoe.schedule.cost import OperatorTimes
 from scmoe.schedule.schedule import Schedule
 

@@ -85,6 +85,22 @@ def test_between_ranks_a_run_is_used_with_its_own_batches_in_flight(words, asked
             load_text(run, "saved", asked.split())
 
 
+def test_probes_of_a_training_do_not_forbid_two_batches_in_its_generation():
+    run = to_yaml(load(None, [*FOUR_SEQUENCES, "analysis.record_routing=5"]))
+    asked = ("trainer.devices=2", "schedule.batches_in_flight=2")
+    config = config_without_training(
+        lambda words: load_text(run, "saved", words, trains=False), Path("weights"), asked
+    )
+    assert config.schedule.batches_in_flight == 2
+    with pytest.raises(ConfigError, match=r"analysis\.record_routing"):
+        load_text(run, "saved", asked)
+
+
+@pytest.mark.parametrize("words", ["", "trainer.devices=2 moe.architecture=dense"])
+def test_one_batch_in_flight_is_allowed_where_no_rows_travel(words):
+    load(None, ["schedule.batches_in_flight=1", *words.split()])
+
+
 @pytest.mark.parametrize("data", ["openwebtext", "slimpajama", "wikitext103"])
 @pytest.mark.parametrize(
     ("model", "tokens"), [("gpt2_moe_small", ("gpt2", 50257)), ("llama2_moe", ("bpe", 32000))]

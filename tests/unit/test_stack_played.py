@@ -2,6 +2,7 @@
 planner finds the fastest way."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -15,12 +16,14 @@ from experiments.bench import timeline
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.load import load
 from scmoe.config.rules import may_run_two_batches
+from scmoe.files.writing import read_json
 from scmoe.moe.recorder import Recorder
 from scmoe.planning import planner as planner_module
 from scmoe.planning.candidates import CANDIDATES_IN_HALVES, shortlist, shortlist_in_flight
+from scmoe.planning.plan_file import plan_from_json, plan_to_json
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import OPERATORS as MEASURED
-from scmoe.planning.pricing import LayerChoice, plan_from_json, plan_to_json, predicted
+from scmoe.planning.pricing import LayerChoice, predicted
 from scmoe.runs.evaluate.evaluation import ran_two_batches, with_batch_of_a_rank
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes, computing_time, elapsed_time, slots
 from scmoe.schedule.schedule import Schedule
@@ -273,6 +276,7 @@ def test_two_batches_are_chosen_for_long_transfers_and_one_where_halving_costs_m
         ("data.global_batch_size=2", False),
         ("trainer.accumulate=2 data.global_batch_size=4", False),
         ("analysis.similarity_every=5", False),
+        ("moe.capacity_factor=null moe.dropless_ceiling=1.2", False),
         ("moe.architecture=shared_expert moe.capacity_factor=null", True),
     ],
 )
@@ -303,6 +307,12 @@ def test_an_evaluation_knows_the_number_of_batches_that_auto_has_chosen(tmp_path
     choice, _ = Machine(120.0, 1.0, 1.05).chosen(Schedule("top_k"), (2,))
     (tmp_path / "plan.json").write_text(json.dumps(plan_to_json([choice] * 2, {}, 9)))
     assert ran_two_batches(tmp_path, config, 9) and not ran_two_batches(tmp_path, config, 8)
+    one = plan_to_json(
+        [replace(choice, batches_in_flight=1)] * 2, {}, 30, read_json(tmp_path / "plan.json")
+    )
+    (tmp_path / "plan.json").write_text(json.dumps(one))
+    assert ran_two_batches(tmp_path, config, 29), "a later choice hides no earlier one"
+    assert not ran_two_batches(tmp_path, config, 30)
     of_one = with_batch_of_a_rank(config, config, halves=False).data.global_batch_size
     of_half = with_batch_of_a_rank(config, config, halves=True).data.global_batch_size
     assert (of_one, of_half) == (16, 8)

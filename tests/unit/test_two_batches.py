@@ -174,15 +174,17 @@ def test_a_step_takes_at_most_a_tenth_more_memory(words):
     assert 0 < peaks[2] <= 1.1 * peaks[1]
 
 
-def test_images_of_both_halves():
+@pytest.mark.parametrize("images_of_rank", [3, 1])
+def test_images_of_both_halves(images_of_rank):
+    """With one image the second half is empty."""
     pytest.importorskip("timm", reason="needs the extra `vision`")
     pytest.importorskip("sklearn", reason="needs the extra `vision`")
     model = tiny_model(load(None, [*IMAGES, "moe.capacity_factor=null"]))
-    shape_BCHW = (3, 3, 32, 32)
+    shape_BCHW = (images_of_rank, 3, 32, 32)
     images = torch.randn(
         shape_BCHW, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
-    mask_B = torch.tensor([True, True, False])
+    mask_B = torch.arange(images_of_rank) < 2
     outputs = []
     for batches in (1, 2):
         model.batches_in_flight = batches

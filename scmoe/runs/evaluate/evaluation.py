@@ -29,7 +29,7 @@ from scmoe.files.writing import read_json, redacted, try_to_write_json, warn_onc
 from scmoe.models.halves import sizes_of_halves
 from scmoe.moe.stream import dropless
 from scmoe.parallel.checkpoint.durable import UNREAD, read_manifest
-from scmoe.planning.pricing import batches_in_flight, plan_from_json
+from scmoe.planning.plan_file import in_flight_at
 from scmoe.runs.evaluate.scoring import (
     BATCH_TOKENS,
     Forward,
@@ -216,11 +216,7 @@ def ran_two_batches(run_dir: Path, of_run: Config, step: int) -> bool:
     schedule=auto had chosen."""
     if not of_run.schedule.auto:
         return of_run.schedule.batches_in_flight == 2
-    plan = read_json(run_dir / "plan.json")
-    try:
-        return batches_in_flight(plan_from_json(plan)) == 2 and plan.get("step", 0) <= step
-    except ValueError:  # nothing was chosen
-        return False
+    return in_flight_at(read_json(run_dir / "plan.json"), step) == 2
 
 
 def with_batch_of_a_rank(config: Config, of_run: Config, halves: bool) -> Config:

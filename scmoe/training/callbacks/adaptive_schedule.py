@@ -10,17 +10,18 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from scmoe.blocks.moe_block import moe_blocks_of
-from scmoe.files.writing import try_to_write_json
+from scmoe.files.writing import read_json, try_to_write_json
 from scmoe.models.halves import batches_of, has_halves
+from scmoe.planning.plan_file import plan_from_json, plan_to_json
 from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
-from scmoe.planning.pricing import (
-    LayerChoice,
-    batches_in_flight,
-    plan_from_json,
-    plan_to_json,
-    predicted_and_exposed,
-)
+from scmoe.planning.pricing import LayerChoice, batches_in_flight, predicted_and_exposed
 from scmoe.training.callbacks.logged_steps import logs_now
+
+TRIES_TWO = (
+    "plan: two batches in flight are tried too. With them a capacity counts the tokens of a half,"
+    " and dropout and a noisy gate draw in another order. schedule.batches_in_flight=1 keeps one"
+    " batch."
+)
 
 
 class AdaptiveSchedule(Callback):
@@ -76,6 +77,8 @@ class AdaptiveSchedule(Callback):
         self.conditions = {"ep_size": mesh.ep_size, **self.planner.conditions, **self.settings}
         if self.auto and self.take_kept_plan(trainer, self.planner):
             return
+        if 2 in self.planner.numbers_in_flight and trainer.is_global_zero:
+            print(TRIES_TWO, file=sys.stderr, flush=True)
         batches = (trainer.max_steps - trainer.global_step) * in_a_step
         if self.auto and batches <= self.planner.steps_to_choose:
             rank_zero_warn(
@@ -136,7 +139,8 @@ class AdaptiveSchedule(Callback):
         """Print the plan, and write it where a resumed run finds it."""
         print("\n".join(plan_lines(choices)), file=sys.stderr, flush=True)
         if self.plan is not None:
-            try_to_write_json(self.plan, plan_to_json(choices, self.conditions, step))
+            earlier = read_json(self.plan)
+            try_to_write_json(self.plan, plan_to_json(choices, self.conditions, step, earlier))
 
 
 def read_plan(path: Path, conditions: dict[str, Any]) -> dict[str, Any] | None:

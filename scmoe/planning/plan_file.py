@@ -1,0 +1,85 @@
+"""The plan of a run, plan.json: what the planner has measured and chosen, and how many batches were
+in flight from which step on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from types import MappingProxyType
+from typing import Any
+
+from scmoe.planning.pricing import LayerChoice, batches_in_flight, predicted_and_exposed
+from scmoe.schedule.cost import OperatorTimes
+from scmoe.schedule.schedule import Schedule
+
+Plan = Mapping[str, Any]
+NO_PLAN: Plan = MappingProxyType({})
+
+
+def plan_to_json(
+    choices: Sequence[LayerChoice], conditions: dict[str, Any], step: int, earlier: Plan = NO_PLAN
+) -> dict[str, Any]:
+    """Return the plan of a run as JSON values, with times in seconds.
+
+    step: after which it was chosen. earlier: the plan of the run before it.
+
+    {"step": 27, "in_flight_from": [[27, 1]], "conditions": {"ranks": 2, "ep_size": 2, ...},
+     "layers": [{"schedule": {"architecture": "scmoe", "position": "pos2", "expert_slot": 1,
+                              "chunks": 2, "inside_attention": false},
+                 "predicted_s": 0.041, "exposed_s": 0.003, "eq11_slot": 2,
+                 "times_s": {"2": {"forward": {"attention": 0.004, ...}, "backward": {...}}},
+                 "sequential_s": [0.02, 0.05], "batches_in_flight": 1}]}
+    """
+    layers = [
+        {
+            "schedule": asdict(choice.schedule),
+            "predicted_s": predicted_s,
+            "exposed_s": exposed_s,
+            "eq11_slot": choice.eq11.slot,
+            "times_s": {str(chunks): asdict(times) for chunks, times in choice.times.items()},
+            "sequential_s": list(choice.sequential),
+            "batches_in_flight": choice.batches_in_flight,
+        }
+        for choice, (predicted_s, exposed_s) in zip(
+            choices, predicted_and_exposed(choices), strict=True
+        )
+    ]
+    since = [[earlier_step, n] for earlier_step, n in in_flight_from(earlier) if earlier_step < step]
+    return {
+        "step": step,
+        "in_flight_from": [*since, [step, batches_in_flight(choices)]],
+        "conditions": conditions,
+        "layers": layers,
+    }
+
+
+def in_flight_from(plan: Plan) -> list[list[int]]:
+    """Return [step, batches in flight from this step on] of each choice of a run; none without a
+    plan. Plans of earlier versions state the last choice only."""
+    try:
+        if "in_flight_from" in plan:
+            return [[int(step), int(batches)] for step, batches in plan["in_flight_from"]]
+        return [[int(plan.get("step", 0)), batches_in_flight(plan_from_json(plan))]]
+    except (ValueError, TypeError):
+        return []
+
+
+def in_flight_at(plan: Plan, step: int) -> int:
+    """Return how many batches a run had in flight at a step: one before the first choice."""
+    numbers = [batches for since, batches in in_flight_from(plan) if since <= step]
+    return numbers[-1] if numbers else 1
+
+
+def plan_from_json(plan: Plan) -> list[LayerChoice]:
+    """Return the choices of all layers. ValueError: this is no plan."""
+    try:
+        return [_choice(layer) for layer in plan["layers"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it is no plan: {error!r}") from error
+
+
+def _choice(layer: Mapping[str, Any]) -> LayerChoice:
+    times = {
+        int(chunks): OperatorTimes(**directions) for chunks, directions in layer["times_s"].items()
+    }
+    forward, backward = layer["sequential_s"]
+    batches = layer.get("batches_in_flight", 1)
+    return LayerChoice(Schedule(**layer["schedule"]), times, (forward, backward), batches)
