@@ -71,8 +71,8 @@ REPORTS = (
     ),
     Report(
         "overlap-emulated-iteration-4-ranks-share-0.52",
-        f"{EMULATED_ITERATION} --attention-ms 90 --ranks 4",
-        16,
+        f"{PAIR} --level iteration --attention-ms 90 --ranks 4 --tries 4 --rounds 5 {RIVALS}",
+        15,
     ),
     Report("overlap-emulated-block-2-ranks-share-0.52", PAIR, 9),
     Report(
