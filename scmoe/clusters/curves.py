@@ -81,13 +81,14 @@ def is_measured(models: Sequence[Model], profile: Profile, job: Job) -> bool:
 
 
 def link_is_measured(profile: Profile, tier: str) -> bool:
-    """Return whether no value of a link is a guess, a datasheet's or the user's. That a measured
-    rate attains all of itself is true by definition."""
+    """Return whether an exchange takes as long on a link as was measured. That a measured rate
+    attains all of itself is true by definition, and its latency includes every peer."""
     rate, attained, latency = (
         profile.values[f"links.{tier}.{key}"] for key in ("gb_s", "attained", "latency_us")
     )
     attains_all = attained == (1.0, "given") or attained.source == "measured"
-    return rate.source == latency.source == "measured" and attains_all
+    adds_nothing = profile.values["peer_us"].value == 0
+    return rate.source == latency.source == "measured" and attains_all and adds_nothing
 
 
 def transfers(model: Model, job: Job) -> list[float]:

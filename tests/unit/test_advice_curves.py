@@ -22,6 +22,8 @@ RANKS, DIM, BYTES = 8, 192, 2  # of the quickstart on the clusters below, in bfl
 TOKENS = 2048  # of a rank in a step, by eight samples of 256
 REQUEST = Request("quickstart", ["model.layers=2", "moe.capacity_factor=null"], samples=8)
 OWN = {"bandwidth": 450.0, "ep": RANKS, "tokens": TOKENS, "width": DIM, "load": 1.0}  # on 8xH100
+WORDS = [f"links.node.{word}" for word in ("gb_s=100", "latency_us=20", "attained=0.9")]
+WORDS.append("peer_us=5")
 RATE = 100e9  # of the measured links
 
 
@@ -101,11 +103,11 @@ def test_a_dot_stands_where_transfers_of_that_size_were_measured(measured):
     assert not is_measured(loaded, profile, job)
 
 
-@pytest.mark.parametrize("word", ["gb_s=100", "latency_us=20", "attained=0.9"])
+@pytest.mark.parametrize("word", WORDS)
 def test_a_link_that_the_user_sets_is_not_a_measured_one(word, measured):
     profile, models, job = measured
     assert is_measured(models, profile, job)
-    changed = overridden(profile, [f"cluster.links.node.{word}"])
+    changed = overridden(profile, [f"cluster.{word}"])
     assert not is_measured(models, changed, job)
 
 
