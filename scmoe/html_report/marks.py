@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from markupsafe import Markup
 
@@ -23,6 +24,15 @@ class Mark:
     low: float | None = None
     high: float | None = None
     shape: str = "o"
+
+
+def pair(interval: Any) -> tuple[float | None, float | None]:
+    """Return the two ends of an interval; None for both where it is no pair of numbers."""
+    if isinstance(interval, list) and len(interval) == 2:
+        low, high = interval
+        if isinstance(low, int | float) and isinstance(high, int | float):
+            return low, high
+    return None, None
 
 
 def draw_rows(

@@ -246,3 +246,16 @@ def number(value: Any) -> str:
     if isinstance(value, float) and (value.is_integer() or abs(value) >= 1000):
         value = round(value)
     return f"{value:,}" if isinstance(value, int) else in_one_line(value)
+
+
+def value_of(row: Mapping[str, Any], key: str, form: str) -> str:
+    value = row.get(key)
+    return form.format(value) if isinstance(value, int | float) else ""
+
+
+def without_empty_columns(
+    headings: Sequence[str], cells: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Return headings and cells without the columns that have no value in any row."""
+    kept = [i for i in range(len(headings)) if any(row[i] for row in cells)]
+    return [headings[i] for i in kept], [[row[i] for i in kept] for row in cells]

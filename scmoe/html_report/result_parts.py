@@ -1,34 +1,29 @@
-"""Parts of a page for tables of the paper, benches, advice and other measurements."""
+"""Parts of a page for files: tables of the paper, benches and other measurements. Advice has its
+part in advice_part.py."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from string import Formatter
 from typing import Any
 
 from scmoe.config.leaves import ConfigError
-from scmoe.html_report.marks import Mark, draw_rows
-from scmoe.html_report.page_parts import Part, Picture, Table, keys_of, number
+from scmoe.html_report.advice_part import part_of_advice
+from scmoe.html_report.marks import Mark, draw_rows, pair
+from scmoe.html_report.page_parts import (
+    Part,
+    Picture,
+    Table,
+    keys_of,
+    number,
+    value_of,
+    without_empty_columns,
+)
 from scmoe.html_report.run_curves import Line, draw_losses
 from scmoe.html_report.sources import Source, Sources, listed_tables, rows_by_name
 from scmoe.report import Report, say
 
 OURS = {"color": "c1", "text": "ours"}
 PAPER = {"color": "c2", "text": "paper"}
-OVER = {"over_top2": ("over sequential top-2", "c1"), "over_shared": ("over shared expert", "c3")}
-ADVICE = {  # keys of a row of `scmoe advise`: heading and format
-    "step_ms": ("step, ms", "{:.1f}"),
-    "over_top2": ("over top-2", "{:.2f}"),
-    "over_shared": ("over shared expert", "{:.2f}"),
-}
-MORE_ADVICE = {
-    "over_best": ("over the best of top-2", "{:.2f}"),
-    "over_best_shared": ("over the best shared expert", "{:.2f}"),
-    "exposed_rows_ms": ("exposed rows, ms", "{:.1f}"),
-    "exposed_gradients_ms": ("exposed gradients, ms", "{:.1f}"),
-    "slot": ("slot", "{}"),
-    "chunks": ("chunks", "{}"),
-    "memory_gib": ("memory, GiB", "{:.1f}"),
-}
 KINDS = {"train": ("training", "c1"), "forward": ("inference", "c3")}
 
 
@@ -65,7 +60,7 @@ def parts_of_files(sources: Sources) -> list[Part]:
 
 def state_conditions(part: Part, conditions: Mapping[str, str]) -> None:
     """Add date, machine, command and reading, as far as they are known."""
-    part.facts = [(key, conditions[key]) for key in ("date", "machine") if key in conditions]
+    part.facts += [(key, conditions[key]) for key in ("date", "machine") if key in conditions]
     if "command" in conditions:
         part.commands = [conditions["command"]]
     if "reading" in conditions:
@@ -75,67 +70,6 @@ def state_conditions(part: Part, conditions: Mapping[str, str]) -> None:
 def plain(markdown: str) -> str:
     """Return a sentence of Markdown without its links and marks."""
     return re.sub(r"[`*]", "", re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", markdown))
-
-
-def part_of_advice(source: Source, anchor: str) -> Part:
-    """Return step time, speed-ups, answer and reason of each architecture, as `scmoe advise` has
-    them."""
-    rows = source.data["rows"]
-    part = Part(source.name, anchor, level=3)
-    marks = {}
-    for name, row in rows.items():
-        low, high = pair(row.get("interval"))
-        value = row.get("step_ms")
-        if isinstance(value, int | float):
-            text = f"{value:.1f} ms" + (f", {low:.1f} to {high:.1f}" if low is not None else "")
-            marks[name] = [Mark(value, "c1", text, low, high)]
-    if marks:
-        caption = "Predicted time of a step with its interval"
-        part.pictures = [Picture(caption, draw_rows(marks, "ms a step", caption))]
-    speed_ups = {name: [*speed_ups_of(row)] for name, row in rows.items()}
-    if any(speed_ups.values()):
-        caption = "Predicted speed-ups with their intervals"
-        picture = draw_rows(speed_ups, "speed-up", caption, reference=1.0)
-        part.pictures.append(Picture(caption, picture))
-        part.keys = [{"color": color, "text": words} for words, color in OVER.values()]
-    cells, more_cells = [], []
-    for name, row in rows.items():
-        ends = [end for end in pair(row.get("interval")) if end is not None]
-        numbers = [value_of(row, key, form) for key, (_, form) in ADVICE.items()]
-        interval = " to ".join(f"{end:.1f}" for end in ends)
-        cells.append([name, row["answer"], *numbers, interval, str(row.get("why", ""))])
-        more = [value_of(row, key, form) for key, (_, form) in MORE_ADVICE.items()]
-        more_cells.append([name, *more])
-    headings = ["row", "answer", *(words for words, _ in ADVICE.values()), "step's interval", "why"]
-    part.tables = [Table(headings, cells, wordy=(1, len(headings) - 1), answers=1)]
-    headings = ["row", *(words for words, _ in MORE_ADVICE.values())]
-    headings, more_cells = without_empty_columns(headings, more_cells)
-    if len(headings) > 1:
-        part.tables.append(Table(headings, more_cells))
-    return part
-
-
-def speed_ups_of(row: Mapping[str, Any]) -> Iterator[Mark]:
-    """Yield the speed-ups of an architecture, with their intervals as far as they are known."""
-    for key, (words, color) in OVER.items():
-        value = row.get(key)
-        if isinstance(value, int | float):
-            low, high = pair(row.get(f"{key}_interval"))
-            yield Mark(value, color, f"{words} {value:.2f}", low, high)
-
-
-def pair(interval: Any) -> tuple[float | None, float | None]:
-    """Return the two ends of an interval; None for both where it is no pair of numbers."""
-    if isinstance(interval, list) and len(interval) == 2:
-        low, high = interval
-        if isinstance(low, int | float) and isinstance(high, int | float):
-            return low, high
-    return None, None
-
-
-def value_of(row: Mapping[str, Any], key: str, form: str) -> str:
-    value = row.get(key)
-    return form.format(value) if isinstance(value, int | float) else ""
 
 
 def part_of_table(source: Source, anchor: str) -> Part:
@@ -267,14 +201,6 @@ def speeds_table(rows: Mapping[str, Any], printed: Mapping[str, Any]) -> Table:
                 value_of(printed.get(name, {}), kind, "{:.2f}"),
             ]
     return Table(*without_empty_columns(headings, cells))
-
-
-def without_empty_columns(
-    headings: Sequence[str], cells: Sequence[Sequence[str]]
-) -> tuple[list[str], list[list[str]]]:
-    """Return headings and cells without the columns that have no value in any row."""
-    kept = [i for i in range(len(headings)) if any(row[i] for row in cells)]
-    return [headings[i] for i in kept], [[row[i] for i in kept] for row in cells]
 
 
 def part_of_training(source: Source, anchor: str) -> Part:

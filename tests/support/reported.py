@@ -101,16 +101,32 @@ def speeds() -> dict[str, Any]:
 
 
 def advice() -> dict[str, Any]:
-    """Return what `scmoe advise` prints."""
+    """Return what `scmoe advise` prints for a model whose standard is top-8."""
     row = {
         "step_ms": 640.0,
         "interval": [600.0, 680.0],
         "over_top2": 1.27,
         "over_shared": 1.02,
+        "over_best": 1.06,
+        "over_best_interval": [0.97, 1.13],
         "answer": "within the error",
         "why": "1,300 tokens a rank are missing",
+        "memory_gib": 71.5,
+        "other_ms": 20.0,
+        "fits": True,
     }
-    return {"rows": {"scmoe_pos2": row}}
+    too_large = row | {"answer": "pays", "memory_gib": 114.1, "fits": False}
+    job = {
+        "config": "qwen3_moe",
+        "cluster": "8x8xH100-InfiniBand",
+        "ranks": 64,
+        "ep": 32,
+        "tokens": 16384,
+        "load": "hot_rank:1.7",
+        "standard": "top8",
+        "share": 0.24,
+    }
+    return {"rows": {"scmoe_pos2": row, "scmoe_pos1_two": too_large}, "job": job}
 
 
 def write_json(path: Path, value: Any) -> Path:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from scmoe.clusters.advise import Choice, Simulator, advise
-from scmoe.clusters.curves import Curve, draw, point
 from scmoe.clusters.played_load import dominant
 from scmoe.clusters.profile import KEYS, Link, names, overridden, parse_profile, read_profile
 from scmoe.clusters.rank_shares import rank_shares
@@ -31,7 +30,6 @@ from scmoe.schedule.cost import EVEN, TRANSFERS, OperatorTimes, Share, computing
 from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.stack import BEFORE, half_of, stack_time
 from scmoe.training.assembly.advice import job_of
-from scmoe.training.assembly.advice_curves import compared
 from tests.support.advised import quickstart_on_cards
 
 FORWARD = {
@@ -302,17 +300,6 @@ def test_a_recorded_load_takes_the_mean_of_its_steps(counted):
     assert astuple(whole) == pytest.approx(
         [(a + b) / 2 for a, b in zip(astuple(first), astuple(second), strict=True)]
     )
-
-
-def test_a_curve_has_its_speed_ups_within_their_bands(counted, tmp_path):
-    pytest.importorskip("matplotlib")
-    profile, config, models = counted
-    three = compared(list(models.values()))
-    points = [point(x, three, profile, job_of(config), "scmoe_pos2") for x in (1.0, 2.0)]
-    for speed_up, (low, high) in points[0].over.values():
-        assert low <= speed_up <= high
-    draw(Curve("load", "load", points, (1.0, 1.0)), "words", tmp_path / "load.png")
-    assert (tmp_path / "load.png").stat().st_size > 10_000
 
 
 def test_the_verb_answers_in_one_line_of_json(capfd):

@@ -12,6 +12,7 @@ import pytest
 
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
+from scmoe.html_report.advice_part import part_of_advice
 from scmoe.html_report.layer_timelines import first_layer, measured_timelines
 from scmoe.html_report.page import write_page
 from scmoe.html_report.page_parts import number
@@ -92,6 +93,39 @@ def test_every_input_has_its_part_and_its_drawing(tmp_path):
         "2.00 x",
     ):
         assert value in text, value
+
+
+def shown_advice(tmp_path: Path, advice: dict) -> tuple[str, list[list[str]]]:
+    """Return the text of a page of an advice, and the rows of its first table."""
+    path = reported.write_json(tmp_path / "advice.json", advice)
+    seen = page(tmp_path, path)
+    source = read_file(path, must=True)[0]
+    return " ".join(seen.texts), [*part_of_advice(source, "advice-1").tables[0].cells]
+
+
+def test_an_advice_names_its_job_and_what_its_answer_rests_on(tmp_path):
+    text, (first, second) = shown_advice(tmp_path, reported.advice())
+    for value in ("qwen3_moe", "8x8xH100-InfiniBand", "16,384", "hot_rank:1.7", "24%"):
+        assert value in text, value
+    assert "over top8" in text and "top-2" not in text and "top2" not in text
+    assert "0.97 to 1.13" in first, "the interval on which the answer rests"
+    assert first[1] == "within the error" and first[-1] == "1,300 tokens a rank are missing"
+    assert second[1] == "pays, does not fit"
+    assert "scmoe_pos1_two (does not fit the card)" in text
+    assert "not stated" not in text
+
+
+def test_an_older_advice_says_what_it_does_not_state(tmp_path):
+    advice = reported.advice()
+    del advice["job"]
+    for row in advice["rows"].values():
+        for key in ("fits", "other_ms", "over_best_interval"):
+            del row[key]
+    text, (first, _) = shown_advice(tmp_path, advice)
+    # eight facts of the job, the intervals and the fits of two rows
+    assert text.count("not stated") == 8 + 2 + 2
+    assert first[1] == "within the error" and "over the standard model" in text
+    assert "over top3, sequential" in shown_advice(tmp_path, advice | {"standard": "top3"})[0]
 
 
 def test_the_page_loads_nothing_and_runs_nothing(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from scmoe.clusters.advise import SHARED, Job, Model, tier_of
-from scmoe.clusters.curves import Curve, Point, draw, point
+from scmoe.clusters.curves import Curve, Point, basis, draw, is_measured, point
 from scmoe.clusters.profile import Profile
 from scmoe.clusters.rank_shares import rank_shares
 from scmoe.config.extras import require
@@ -30,7 +30,7 @@ def draw_curves(request: Request, profile: Profile, folder: Path) -> Iterator[Pa
     for curve in curves(request, profile, config, models):
         path = folder / f"{curve.name}.png"
         words = f"{models[-1].name}, {Path(request.config).stem} on {profile.name}"
-        draw(curve, words, path)
+        draw(curve, f"{words}\nPrediction; {basis(curve.points, profile)}", path)
         yield path
 
 
@@ -50,14 +50,14 @@ def curves(
     ) -> Point:
         return point(x, models, profile, job, shortcut)
 
-    has_measured = profile.measured_bytes is not None
     key = f"links.{tier_of(models[0], profile.machine(), job.sizes)}.gb_s"
     rate = profile.values[key].value
+    over_rates = [at(rate * f, profile.with_values({key: rate * f})) for f in BANDWIDTHS]
+    at_own = is_measured(models, profile, job)  # a rate that is given has no source
     yield Curve(
         "bandwidth",
         f"{key}, 10^9 B/s of a rank in one direction",
-        [at(rate * f, profile.with_values({key: rate * f})) for f in BANDWIDTHS],
-        (rate, rate) if has_measured else None,
+        [each._replace(is_measured=at_own and each.x == rate) for each in over_rates],
     )
     sizes = job.sizes
     powers = [2**i for i in range(1, 12)]
@@ -67,51 +67,35 @@ def curves(
         for n, loaded in of_degrees(request, config, models, degrees)
     ]
     if len(over_degrees) > 1:
-        yield Curve(
-            "ep",
-            "EP: ranks that share the experts",
-            over_degrees,
-            (sizes.ranks, sizes.ranks) if has_measured else None,
-        )
+        yield Curve("ep", "EP: ranks that share the experts", over_degrees)
     tokens = models[0].costs.tokens * job.accumulate
     yield Curve(
         "tokens",
         "tokens of a rank in a step",
         [at(tokens * f, job=replace(job, sizes=sizes._replace(rows=f))) for f in TOKENS],
-        (tokens, tokens) if has_measured else None,
     )
     yield Curve(
         "width",
         "width of the model",
         [at(config.model.dim * f, models=wide) for f, wide in of_widths(request, profile, models)],
-        (config.model.dim, config.model.dim) if has_measured else None,
     )
     is_padded = rows_are_padded(config) and config.moe.capacity_factor is not None
     if sizes.ep_size > 1 and not is_padded:
-        yield over_load(at, models, config, sizes.ep_size, has_measured)
+        yield over_load(at, models, config, sizes.ep_size)
 
 
 def over_load(
-    at: Callable[..., Point],
-    models: Sequence[Model],
-    config: Config,
-    ranks: int,
-    has_measured: bool,
+    at: Callable[..., Point], models: Sequence[Model], config: Config, ranks: int
 ) -> Curve:
     """Return the curve over the load of the busiest rank."""
     points = []
     for heat in LOADS:
         if heat > min(ranks, config.moe.num_experts / models[0].costs.top_k):
             continue
-        loaded = under_load(load_of(f"hot_rank:{heat}"), models, config, ranks)
+        name = BALANCED if heat == 1 else f"hot_rank:{heat}"
+        loaded = under_load(load_of(name), models, config, ranks)
         points.append(at(heat, models=loaded))
-    return Curve(
-        "load",
-        "rows of the busiest rank over the mean",
-        points,
-        (1.0, 1.0) if has_measured else None,
-        logarithmic=False,
-    )
+    return Curve("load", "rows of the busiest rank over the mean", points, logarithmic=False)
 
 
 def under_load(load: Load, models: Sequence[Model], config: Config, ranks: int) -> list[Model]:
@@ -121,7 +105,8 @@ def under_load(load: Load, models: Sequence[Model], config: Config, ranks: int) 
     for model in models:
         sizes = Sizes(config.moe.num_experts, model.costs.top_k, ranks)
         check_load(load, sizes, sequences=1)
-        loaded.append(replace(model, loads=rank_shares(load, sizes)))
+        is_even = load.kind == BALANCED
+        loaded.append(replace(model, loads=None if is_even else rank_shares(load, sizes)))
     return loaded
 
 
@@ -131,9 +116,6 @@ def of_degrees(
     """Yield the models at each EP on which the load can be dealt."""
     load = load_of(request.load)
     for ranks in degrees:
-        if load.kind == BALANCED:
-            yield ranks, models
-            continue
         try:
             yield ranks, under_load(load, models, config, ranks)
         except ConfigError as error:
