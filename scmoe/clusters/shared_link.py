@@ -126,12 +126,11 @@ class SharedLink:
 
     def _carry(self, seconds: float) -> None:
         """Take seconds from the sums, in order."""
-        while seconds > 0 and self.waiting:
-            first = self.waiting.pop(0)
-            if first.seconds > seconds:
-                self.waiting.insert(0, first._replace(seconds=first.seconds - seconds))
-                return
-            seconds -= first.seconds
+        while self.waiting and self.waiting[0].seconds <= seconds:
+            seconds -= self.waiting.pop(0).seconds
+        if seconds > 0 and self.waiting:
+            first = self.waiting[0]
+            self.waiting[0] = first._replace(seconds=first.seconds - seconds)
 
 
 def left_at(time: float, waiting: Iterable[Waiting]) -> tuple[Waiting, ...]:
