@@ -6,7 +6,7 @@ decode take that part of top-2's time. A shared expert takes the time of an MLP.
 number of chunks are those with the least step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from experiments.bench.emulated import OUT_PART
@@ -15,16 +15,16 @@ from experiments.bench.two_batches import batches_of
 from experiments.simulate.reports import ROUTED, Calibration
 from scmoe.clusters.played_load import Load
 from scmoe.clusters.rank_shares import rank_shares
+from scmoe.clusters.shared_link import Sum
 from scmoe.clusters.simulated_step import (
     Block,
     Setting,
     StepTime,
-    Sum,
     simulate_forward,
     simulate_step,
 )
 from scmoe.probes.loads import Sizes, load_of
-from scmoe.schedule.cost import OperatorTimes, slots
+from scmoe.schedule.cost import OperatorTimes, Share, slots
 from scmoe.schedule.schedule import SUBLAYERS, Schedule
 from scmoe.schedule.stack import BEFORE
 
@@ -71,6 +71,7 @@ def step_setting(calibration: Calibration, block: str, batches: int) -> Setting:
     return Setting(
         batches_in_flight=2 if batches == 2 else 1,
         accumulate=calibration.setting.accumulate,
+        sums_at_once=2,  # of gloo
         tax=calibration.tax,
         update_s=calibration.update * weights,
     )
@@ -168,8 +169,19 @@ def sums_of(calibration: Calibration, schedule: Schedule) -> Iterator[Sum]:
 
 
 def load_of_ranks(calibration: Calibration, load: str, copies: int, chunks: int) -> Load:
-    """Return the rows of each chunk and rank, over even ones, at the first step of a load."""
+    """Return the rows of each chunk and rank, over even ones, at the first step of a load. What a
+    rank's experts have more than those of all others is computed while these wait, which counts
+    for less time."""
     sizes = calibration.setting
     in_chunks = rank_shares(load_of(load), Sizes(sizes.num_experts, copies, sizes.ranks))
     assert in_chunks is not None  # the testbed has two ranks or more
-    return in_chunks(chunks)[0]
+    return [alone(shares_R, calibration.experts_alone) for shares_R in in_chunks(chunks)[0]]
+
+
+def alone(shares_R: Sequence[Share], faster: float) -> list[Share]:
+    """Return the shares of the ranks in a chunk with the time of their experts in place of the
+    rows: those above the least of all ranks take `faster` times as long."""
+    least = min(share.computed for share in shares_R)
+    return [
+        share._replace(computed=least + faster * (share.computed - least)) for share in shares_R
+    ]

@@ -3,14 +3,14 @@ likewise.
 
     computation   before 1 | stream and window of 1 | before 2 | ... | head | head' | ... | update
     link, rows             | dispatch | combine     |          | ...
-    link, sums                                                           dense gradients in the gaps
+    link, sums                                              dense gradients beside rows and in gaps
 
 A block is played as the benches' timelines are (schedule/cost.py; two batches in flight:
 schedule/stack.py). What is added here:
 
     sums        the gradients of an operator are ready when its backward has ended on the last half.
-                They are summed in this order, where the link carries no rows: rows come first. What
-                is left after backward is exposed. They are summed once a step, with the last batch
+                They share the link with rows (shared_link.py). What is left after backward is
+                exposed. They are summed once a step, with the last batch
     pieces      a chunk or a half takes its share of an operator's rows, but as many launches as all
                 rows, and it reads all weights: t = max((all - fixed) / pieces, least) + fixed
     tax         computation is slower by this share of the time that a transfer runs beside it
@@ -22,26 +22,19 @@ long as those of the busiest rank. Left out: how the tax moves later transfers, 
 that are split over ranks (FSDP).
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import inf
 from typing import Any, Literal, NamedTuple
 
 from scmoe.clusters.played_load import Load, busiest, dominant
+from scmoe.clusters.shared_link import SharedLink, Sum, Waiting, left_at
 from scmoe.schedule.cost import EVEN, PER_CHUNK, TRANSFERS, OperatorTimes, Span, play_ranks
 from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.stack import BEFORE, order_of, play_order
 
 Direction = Literal["forward", "backward"]
 NOTHING = OperatorTimes({})
-
-
-class Sum(NamedTuple):
-    """A sum of gradients over ranks. It can begin when a part of an operator's backward is over."""
-
-    seconds: float  # on the link
-    operator: str  # of the block; each time that it runs has such a sum
-    part: float = 1.0  # BEFORE has several sub-layers: the share of its backward up to this one
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +53,10 @@ class Block:
     fixed: OperatorTimes = NOTHING
     least: OperatorTimes = NOTHING
 
+    @property
+    def chunks(self) -> int:
+        return self.schedule.chunks
+
 
 @dataclass(frozen=True)
 class Head:
@@ -75,14 +72,15 @@ class Setting:
     """How a step runs.
 
     batches_in_flight: 2: halves in turns. sequential: transfers as Blocking has them.
-    accumulate: batches of a step. tax: what computation loses of the time that a transfer runs
-    beside it. longer: by what factor computing all rows takes longer in two halves, beside launches
+    accumulate: batches of a step. sums_at_once: that share the link with a transfer of rows. tax:
+    what computation loses of the time that a transfer runs beside it. longer: by what factor computing all rows takes longer in two halves, beside launches
     and weights. update_s, other_s: seconds of a step.
     """
 
     batches_in_flight: Literal[1, 2] = 1
     sequential: bool = False
     accumulate: int = 1
+    sums_at_once: int = 1
     tax: float = 0.0
     longer: float = 1.0
     update_s: float = 0.0
@@ -127,14 +125,15 @@ class StepTime:
 class Pass(NamedTuple):
     """A pass of one batch through all blocks in one direction, in seconds.
 
-    rows: when the link carries some, in order, not overlapping. ready: the sums, and when each may
-    begin.
+    carried: how long the link would carry its rows alone. sums: how long it carries the sums of
+    gradients. end: when the last of these has ended.
     """
 
     computing: float
     elapsed: float
-    rows: list[tuple[float, float]]
-    ready: list[tuple[float, float]]
+    carried: float
+    sums: float = 0.0
+    end: float = 0.0
 
     @property
     def exposed(self) -> float:
@@ -142,8 +141,11 @@ class Pass(NamedTuple):
 
     @property
     def hidden(self) -> float:
-        carried = sum(end - begin for begin, end in self.rows)
-        return max(0.0, carried - self.exposed)
+        return max(0.0, self.carried - self.exposed)
+
+    @property
+    def exposed_sums(self) -> float:
+        return max(0.0, self.end - self.elapsed)
 
 
 def simulate_step(
@@ -159,15 +161,19 @@ def simulate_step(
     """
     head = head or Head()
     forward = play_pass(blocks, "forward", setting, head, loads)
-    backward = play_pass(blocks, "backward", setting, head, loads)
-    sums = sum(seconds for _, seconds in backward.ready)
-    exposed = max(0.0, sums_end(backward) - backward.elapsed)
-    hidden_rows = setting.accumulate * (forward.hidden + backward.hidden)
+    last = play_pass(blocks, "backward", setting, head, loads)
+    others = last
+    if setting.accumulate > 1:
+        without = {id(block): replace(block, sums=()) for block in blocks}
+        unsummed = [without[id(block)] for block in blocks]
+        others = play_pass(unsummed, "backward", setting, replace(head, sums=()), loads)
+    passes = setting.accumulate * [forward] + (setting.accumulate - 1) * [others] + [last]
+    hidden_sums = last.sums - last.exposed_sums
     return StepTime(
-        computing=setting.accumulate * (forward.computing + backward.computing),
-        exposed_rows=setting.accumulate * (forward.exposed + backward.exposed),
-        exposed_gradients=exposed,
-        slowed=setting.tax * (hidden_rows + sums - exposed),
+        computing=sum(each.computing for each in passes),
+        exposed_rows=sum(each.exposed for each in passes),
+        exposed_gradients=last.exposed_sums,
+        slowed=setting.tax * (sum(each.hidden for each in passes) + hidden_sums),
         update=setting.update_s,
         other=setting.other_s,
     )
@@ -219,31 +225,53 @@ def play_pass(
 ) -> Pass:
     """Return a pass of one batch through all blocks and the head."""
     through = _halves if setting.batches_in_flight == 2 else _whole
-    played = through(blocks, direction, setting, loads)
     if direction == "forward":
-        return Pass(played.computing + head.forward, played.elapsed + head.forward, played.rows, [])
-    before = head.backward  # the blocks' backward begins after that of the head
-    of_head = [(each.part * before, each.seconds) for each in head.sums]
+        played = through(blocks, direction, setting, loads, ())
+        return played._replace(
+            computing=played.computing + head.forward, elapsed=played.elapsed + head.forward
+        )
+    # the blocks' backward begins at 0, after that of the head
+    of_head = [Waiting((each.part - 1) * head.backward, each.seconds) for each in head.sums]
+    played = through(blocks, direction, setting, loads, of_head)
     return Pass(
-        played.computing + before,
-        played.elapsed + before,
-        [(begin + before, end + before) for begin, end in played.rows],
-        of_head + [(ready + before, seconds) for ready, seconds in played.ready],
+        played.computing + head.backward,
+        played.elapsed + head.backward,
+        played.carried,
+        played.sums + sum(each.seconds for each in head.sums),
+        played.end + head.backward,
     )
 
 
+class PlayedBlock(NamedTuple):
+    """A block on each rank. waiting: the sums that the link has not carried when the first rank
+    has ended it, from then on. later: how much longer its transfers take as they meet sums. sums:
+    seconds of its own sums on the link."""
+
+    spans_R: list[list[Span]]
+    waiting: tuple[Waiting, ...]
+    later: float = 0.0
+    sums: float = 0.0
+
+
 def _whole(
-    blocks: Sequence[Block], direction: Direction, setting: Setting, loads: Sequence[Load] | None
+    blocks: Sequence[Block],
+    direction: Direction,
+    setting: Setting,
+    loads: Sequence[Load] | None,
+    waiting: Sequence[Waiting],
 ) -> Pass:
-    """Return a pass with one batch in flight. All rows of a block have arrived at its end."""
+    """Return a pass with one batch in flight. All rows of a block have arrived at its end. waiting:
+    sums of what has run before."""
     layers = list(range(len(blocks)))
-    played: dict[Any, list[list[Span]]] = {}
+    played: dict[Any, PlayedBlock] = {}
     shares: Load = []
     previous: Load | None = None
     starts = [0.0]
     computing = 0.0
-    rows: list[tuple[float, float]] = []
-    ready: list[tuple[float, float]] = []
+    carried = 0.0
+    sums = sum(each.seconds for each in waiting)
+    time = 0.0  # from which on `waiting` counts
+    waiting = left_at(time, waiting)
     for layer in layers if direction == "forward" else reversed(layers):
         block = blocks[layer]
         load = None if loads is None else loads[layer]
@@ -253,120 +281,79 @@ def _whole(
             shares = dominant(load)
             starts = [max(starts) for _ in shares[0]]
         previous = load
-        # a block begins with free links, so it runs in the same way wherever ranks are as much
-        # later than the first one; times are rounded to find that again
+        # a block begins without rows on the links, so it runs in the same way wherever ranks are as
+        # much later than the first one and the same sums wait; times are rounded to find that again
         first = min(starts)
         late = tuple(round(start - first, 12) for start in starts)
-        key = id(block), id(load), late
+        waiting = left_at(first - time, waiting)
+        key = id(block), id(load), late, waiting
         if key not in played:
-            played[key] = _play_block(block, direction, setting, shares, late)
-        spans_R = played[key]
-        ends = [spans[-1].end + first for spans in spans_R]
-        slowest = spans_R[ends.index(max(ends))]
+            played[key] = _play_block(block, direction, setting, shares, late, waiting)
+        of_block = played[key]
+        ends = [spans[-1].end + first for spans in of_block.spans_R]
+        slowest = of_block.spans_R[ends.index(max(ends))]
         computing += sum(s.end - s.start for s in slowest if not s.is_transfer)
-        rows += [(s.start + first, s.end + first) for s in slowest if s.is_transfer]
-        if direction == "backward":
-            ready += [(t + first, seconds) for t, seconds in sums_of(block, [slowest])]
+        carried += sum(s.end - s.start for s in slowest if s.is_transfer) - of_block.later
+        sums += of_block.sums
+        waiting = of_block.waiting
         starts = ends
-    return Pass(computing, max(starts), joined(rows), ready)
+        time = min(ends)
+    end = time + SharedLink([], 1, 1, waiting).carry_sums(inf) if waiting else 0.0
+    return Pass(computing, max(starts), carried, sums, end)
 
 
 def _play_block(
-    block: Block, direction: Direction, setting: Setting, shares: Load, starts: Sequence[float]
-) -> list[list[Span]]:
+    block: Block,
+    direction: Direction,
+    setting: Setting,
+    shares: Load,
+    starts: Sequence[float],
+    waiting: Sequence[Waiting],
+) -> PlayedBlock:
     schedule = block.schedule
-    operators = (BEFORE, *schedule.operators())
-    if direction == "backward":
-        operators = (*schedule.backward_operators(), BEFORE)
     times = piece_times(block, direction, setting)
-    return play_ranks(operators, times, shares, setting.sequential, starts)
+    if direction == "forward":
+        operators = (BEFORE, *schedule.operators())
+        spans_R = play_ranks(operators, times, shares, setting.sequential, starts)
+        return PlayedBlock(spans_R, ())
+    operators = (*schedule.backward_operators(), BEFORE)
+    link = SharedLink([block], 1, setting.sums_at_once, waiting)
+    spans_R = play_ranks(operators, times, shares, setting.sequential, starts, link)
+    first = min(spans[-1].end for spans in spans_R)
+    return PlayedBlock(spans_R, link.left_at(first), link.later, link.summed)
 
 
 def _halves(
-    blocks: Sequence[Block], direction: Direction, setting: Setting, loads: Sequence[Load] | None
+    blocks: Sequence[Block],
+    direction: Direction,
+    setting: Setting,
+    loads: Sequence[Load] | None,
+    waiting: Sequence[Waiting],
 ) -> Pass:
-    """Return a pass with two batches in flight, of a batch that is cut into these."""
-    order = order_of([block.schedule for block in blocks])
-    if direction == "backward":
-        order = [step.mirrored() for step in reversed(order)]
+    """Return a pass with two batches in flight, of a batch that is cut into these. waiting: as of
+    `_whole`."""
     times = [piece_times(block, direction, setting) for block in blocks]
     if loads is not None:
         times = [busiest(each, load) for each, load in zip(times, loads, strict=True)]
-    spans_2 = play_order(order, times)
-    by_layer: list[list[list[Span]]] = [[[], []] for _ in blocks]
-    for half, spans in enumerate(spans_2):
-        steps = [step for step in order if step.half == half and step.kind != "wait"]
-        for step, span in zip(steps, spans, strict=True):
-            by_layer[step.layer][half].append(span)
-    every = [span for spans in spans_2 for span in spans]
-    return Pass(
-        computing=sum(s.end - s.start for s in every if not s.is_transfer),
-        elapsed=max((s.end for s in every), default=0.0),
-        rows=joined([(s.start, s.end) for s in every if s.is_transfer]),
-        ready=[
-            each
-            for block, halves in zip(blocks, by_layer, strict=True)
-            for each in sums_of(block, halves)
-            if direction == "backward"
-        ],
+    order = order_of([block.schedule for block in blocks])
+    if direction == "forward":
+        spans = [span for half in play_order(order, times) for span in half]
+        return _pass_of(spans)
+    order = [step.mirrored() for step in reversed(order)]
+    link = SharedLink(blocks, 2, setting.sums_at_once, left_at(0.0, waiting))
+    spans = [span for half in play_order(order, times, link) for span in half]
+    played = _pass_of(spans)
+    return played._replace(
+        carried=played.carried - link.later,
+        sums=link.summed + sum(each.seconds for each in waiting),
+        end=link.carry_sums(inf),
     )
 
 
-def sums_of(block: Block, halves: Sequence[Sequence[Span]]) -> Iterator[tuple[float, float]]:
-    """Yield when each sum of a block's gradients may begin, and its seconds. halves: the spans of
-    each half of a batch in backward."""
-    runs: dict[str, list[Span]] = defaultdict(list)
-    # an operator of several chunks has its gradients when the last one has ended
-    for per_half in _by_run(block.schedule, halves):
-        last = max(per_half, key=lambda span: span.end)
-        runs[last.operator].append(last)
-    for each in block.sums:
-        for span in runs[each.operator]:
-            yield span.start + each.part * (span.end - span.start), each.seconds
-
-
-def _by_run(schedule: Schedule, halves: Sequence[Sequence[Span]]) -> Iterator[list[Span]]:
-    """Yield the spans of each run of an operator: of all halves, and of all chunks."""
-    counts: dict[str, list[list[Span]]] = defaultdict(list)
-    for spans in halves:
-        seen: dict[str, int] = defaultdict(int)
-        for span in spans:
-            run = 0 if span.operator in PER_CHUNK else seen[span.operator]
-            seen[span.operator] += 1
-            if run == len(counts[span.operator]):
-                counts[span.operator].append([])
-            counts[span.operator][run].append(span)
-    for runs in counts.values():
-        yield from runs
-
-
-def joined(intervals: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the times that are in any of the intervals, in order."""
-    union: list[tuple[float, float]] = []
-    for begin, end in sorted(intervals):
-        if union and begin <= union[-1][1]:
-            union[-1] = (union[-1][0], max(end, union[-1][1]))
-        elif end > begin:
-            union.append((begin, end))
-    return union
-
-
-def sums_end(backward: Pass) -> float:
-    """Return when the last sum has ended. Sums run in the order in which they are ready, in the
-    time in which the link carries no rows."""
-    now = 0.0
-    rows = iter([*backward.rows, (float("inf"), float("inf"))])
-    begin, end = next(rows)
-    for ready, seconds in sorted(backward.ready):
-        now = max(now, ready)
-        left = seconds
-        while left > 0:
-            while end <= now:
-                begin, end = next(rows)
-            if begin <= now:
-                now = end
-                continue
-            carried = min(left, begin - now)
-            left -= carried
-            now += carried
-    return now
+def _pass_of(spans: Sequence[Span]) -> Pass:
+    """Return a pass without sums of gradients."""
+    return Pass(
+        computing=sum(s.end - s.start for s in spans if not s.is_transfer),
+        elapsed=max((s.end for s in spans), default=0.0),
+        carried=sum(s.end - s.start for s in spans if s.is_transfer),
+    )

@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 from scmoe.clusters.operator_costs import OUTSIDE, Costs, Layer, Part
 from scmoe.clusters.profile import Machine
-from scmoe.clusters.simulated_step import Block, Head, Sum
+from scmoe.clusters.shared_link import Sum
+from scmoe.clusters.simulated_step import Block, Head
 from scmoe.estimate.model_cost import WEIGHT_BYTES
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes
 from scmoe.schedule.schedule import Schedule

@@ -30,7 +30,7 @@ timeline is played.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from scmoe.schedule.schedule import Schedule
 
@@ -60,6 +60,16 @@ class Share(NamedTuple):
 
 
 EVEN = Share(1.0, 1.0, 1.0)
+
+
+class Link(Protocol):
+    """What a link carries beside rows, such as sums of gradients (clusters/shared_link.py)."""
+
+    def computed(self, span: Span, layer: int = 0, half: int = 0) -> None:
+        """Note that an operator of the slowest rank has run."""
+
+    def meets(self, begin: float, duration: float) -> float:
+        """Return by how much a transfer of rows takes longer."""
 
 
 def shares(rows_RR: Sequence[Sequence[float]]) -> list[Share]:
@@ -95,6 +105,7 @@ def play_ranks(
     shares_PR: Sequence[Sequence[Share]],
     sequential: bool = False,
     starts: Sequence[float] | None = None,
+    link: Link | None = None,
 ) -> list[list[Span]]:
     """Return when each operator runs on each rank, in the order of `operators`.
 
@@ -103,7 +114,8 @@ def play_ranks(
     decode waits for all (backward: encode). times: the time of each operator, of an even chunk
     where there are several; one that is missing takes none. shares_PR: the share of each rank in
     each chunk. starts: when each rank begins, with free links; None: at 0. sequential: each
-    transfer is waited for right after its start, as moe.dispatcher.Blocking does.
+    transfer is waited for right after its start, as moe.dispatcher.Blocking does. link: what it
+    carries besides; None: nothing.
     """
     ranks = range(len(shares_PR[0]))
     clock = list(starts) if starts else [0.0 for _ in ranks]
@@ -120,6 +132,10 @@ def play_ranks(
             chunk = shares_PR[len(ends[operator])]
             rows_R = [max(share.sent, share.received) for share in chunk]
             begins, end = carry(max(clock), duration, rows_R, free_R)
+            if link is not None:
+                later = link.meets(max(begins), duration * max(rows_R))
+                free_R = [free + later for free in free_R]
+                end += later
             ends[operator].append(end)
             for r in ranks:
                 spans[r].append(Span(operator, begins[r], end))
@@ -137,6 +153,8 @@ def play_ranks(
         for r in ranks:
             spans[r].append(Span(operator, clock[r], clock[r] + duration * factors[r]))
             clock[r] = spans[r][-1].end
+        if link is not None:
+            link.computed(max((each[-1] for each in spans), key=lambda span: span.end))
     return spans
 
 

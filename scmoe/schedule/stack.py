@@ -18,7 +18,15 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from scmoe.schedule.cost import TRANSFERS, OperatorTimes, Span, computing_time, elapsed, per_chunk
+from scmoe.schedule.cost import (
+    TRANSFERS,
+    Link,
+    OperatorTimes,
+    Span,
+    computing_time,
+    elapsed,
+    per_chunk,
+)
 from scmoe.schedule.schedule import Schedule
 
 BEFORE = "before"  # an operator: all that a block computes before its tap
@@ -89,11 +97,14 @@ def order_of(schedules: Sequence[Schedule], batches: int = 2) -> list[Action]:
     return order
 
 
-def play_order(order: Sequence[Action], times: Sequence[Mapping[str, float]]) -> list[list[Span]]:
+def play_order(
+    order: Sequence[Action], times: Sequence[Mapping[str, float]], link: Link | None = None
+) -> list[list[Span]]:
     """Return when each operator of each half runs.
 
     order: of forward, or mirrored and reversed of backward. times: of each block, as long as an
-    operator takes in a half, of a chunk where there are several; one that is missing takes none."""
+    operator takes in a half, of a chunk where there are several; one that is missing takes none.
+    link: what it carries beside rows; None: nothing."""
     now = 0.0
     link_is_free = 0.0
     arrives: dict[tuple[int, int, str, int], float] = {}
@@ -104,11 +115,14 @@ def play_order(order: Sequence[Action], times: Sequence[Mapping[str, float]]) ->
             now = max(now, arrives[action.transfer])
         elif action.kind == "launch":
             begin = max(now, link_is_free)
-            link_is_free = arrives[action.transfer] = begin + duration
+            later = 0.0 if link is None else link.meets(begin, duration)
+            link_is_free = arrives[action.transfer] = begin + duration + later
             spans[action.half].append(Span(action.operator, begin, link_is_free))
         else:
             spans[action.half].append(Span(action.operator, now, now + duration))
             now += duration
+            if link is not None:
+                link.computed(spans[action.half][-1], action.layer, action.half)
     return spans
 
 
