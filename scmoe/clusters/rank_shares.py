@@ -4,7 +4,7 @@ ones."""
 from collections.abc import Sequence
 from functools import cache
 
-from scmoe.clusters.advise import LoadOf
+from scmoe.clusters.plan import LoadOf
 from scmoe.clusters.played_load import Load
 from scmoe.probes.loads import Load as Routing
 from scmoe.probes.loads import Sizes, counts_of

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.clusters.advise import Choice, Simulator, advise
+from scmoe.clusters.advise import advise
 from scmoe.clusters.curves import Curve, draw, point
+from scmoe.clusters.plan import Choice, Simulator
 from scmoe.clusters.played_load import dominant
 from scmoe.clusters.profile import KEYS, Link, names, overridden, parse_profile, read_profile
 from scmoe.clusters.rank_shares import rank_shares

@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from scmoe.blocks.moe_block import moe_blocks_of
-from scmoe.clusters.advise import Advice, Job, LoadOf, Model, advise
+from scmoe.clusters.advise import Advice, advise
 from scmoe.clusters.operator_costs import count
+from scmoe.clusters.plan import Job, LoadOf, Model
 from scmoe.clusters.profile import Profile
 from scmoe.clusters.rank_shares import rank_shares
 from scmoe.clusters.timed_blocks import Sizes
