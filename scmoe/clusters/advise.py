@@ -129,7 +129,7 @@ def tier_of(model: Model, machine: Machine, sizes: Sizes) -> str:
     """Return the tier that takes longest to carry the rows of a transfer."""
     if sizes.ep_size == 1:
         return "node"
-    seconds = machine.all_to_all_bytes(1.0, sizes.ep_size)
+    seconds = machine.all_to_all_bytes(1.0, sizes.sharing_experts)
     return max(seconds, key=lambda tier: seconds[tier])
 
 

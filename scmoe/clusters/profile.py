@@ -15,8 +15,10 @@ value that the user gives on the command line is taken as it is, and so is the p
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from random import Random
 from typing import Any, NamedTuple
 
@@ -77,6 +79,38 @@ class Link(NamedTuple):
     latency: float
 
 
+class Spread(NamedTuple):
+    """How many ranks of a group a node has, of all groups and nodes: at fewest and at most; and on
+    how many nodes a group is at most."""
+
+    fewest: int
+    most: int
+    nodes: int
+
+
+class Groups(NamedTuple):
+    """The groups that all ranks of a job are in. size: ranks of a group. distance: between its
+    neighbours, between which the other groups have theirs."""
+
+    size: int
+    ranks: int
+    distance: int = 1
+
+    def on_nodes(self, ranks_per_node: int) -> Spread:
+        return _spread(self, ranks_per_node)
+
+
+@cache
+def _spread(groups: Groups, ranks_per_node: int) -> Spread:
+    size, ranks, distance = groups
+    together = Counter(
+        (rank // (size * distance), rank % distance, rank // ranks_per_node)
+        for rank in range(ranks)
+    )
+    nodes = Counter((span, offset) for span, offset, _ in together)
+    return Spread(min(together.values()), max(together.values()), max(nodes.values()))
+
+
 @dataclass(frozen=True)
 class Machine:
     """What a rank attains, in FLOP/s, B/s and seconds; factors as KEYS names them.
@@ -98,49 +132,43 @@ class Machine:
     halves: float = 1.0
     other: float = 0.0
 
-    def tiers(self, ranks: int, distance: int = 1) -> tuple[int, int]:
-        """Return how many ranks of a group are on a node, and on how many nodes it is. distance:
-        between its neighbours."""
-        on_node = max(1, min(ranks, self.ranks_per_node // distance))
-        return on_node, math.ceil(ranks / on_node)
-
     def outside(self) -> Link:
         assert self.network is not None, "the profile refuses more ranks than it has"
         return self.network
 
-    def all_to_all_latency(self, ranks: int) -> float:
+    def all_to_all_latency(self, groups: Groups) -> float:
         """Return the seconds of an all-to-all without bytes."""
-        if ranks == 1:
+        if groups.size == 1:
             return 0.0
-        _, nodes = self.tiers(ranks)
-        link = self.node if nodes == 1 else self.outside()
-        return link.latency + self.peer * (ranks - 1)
+        link = self.node if groups.on_nodes(self.ranks_per_node).nodes == 1 else self.outside()
+        return link.latency + self.peer * (groups.size - 1)
 
-    def all_to_all(self, nbytes: float, ranks: int) -> float:
-        """Return the seconds of an all-to-all of a group of neighbouring ranks.
+    def all_to_all(self, nbytes: float, groups: Groups) -> float:
+        """Return the seconds of an all-to-all of every group.
 
         nbytes: of a rank, what stays on it included. Bytes in the node and between nodes travel at
         the same time.
         """
-        if ranks == 1:
+        if groups.size == 1:
             return 0.0
-        return self.all_to_all_latency(ranks) + max(self.all_to_all_bytes(nbytes, ranks).values())
+        return self.all_to_all_latency(groups) + max(self.all_to_all_bytes(nbytes, groups).values())
 
-    def all_to_all_bytes(self, nbytes: float, ranks: int) -> dict[str, float]:
-        """Return the seconds of the bytes of an all-to-all by tier."""
-        on_node, nodes = self.tiers(ranks)
-        seconds = {"node": nbytes * (on_node - 1) / ranks / self.node.rate}
-        if nodes > 1:
-            seconds["network"] = nbytes * (ranks - on_node) / ranks / self.outside().rate
+    def all_to_all_bytes(self, nbytes: float, groups: Groups) -> dict[str, float]:
+        """Return the seconds of the bytes of an all-to-all by tier, each of the rank that sends
+        most over it."""
+        size, spread = groups.size, groups.on_nodes(self.ranks_per_node)
+        seconds = {"node": nbytes * (spread.most - 1) / size / self.node.rate}
+        if spread.nodes > 1:
+            seconds["network"] = nbytes * (size - spread.fewest) / size / self.outside().rate
         return seconds
 
-    def all_reduce(self, nbytes: float, ranks: int, distance: int = 1) -> float:
+    def all_reduce(self, nbytes: float, groups: Groups) -> float:
         """Return the seconds in which a ring in each node, and one between nodes for each part,
         sum a tensor; without latency, since tensors are summed in large buckets."""
-        on_node, nodes = self.tiers(ranks, distance)
-        seconds = 2 * nbytes * (on_node - 1) / on_node / self.node.rate
+        fewest, most, nodes = groups.on_nodes(self.ranks_per_node)
+        seconds = 2 * nbytes * (most - 1) / most / self.node.rate
         if nodes > 1:
-            seconds += 2 * nbytes / on_node * (nodes - 1) / nodes / self.outside().rate
+            seconds += 2 * nbytes / fewest * (nodes - 1) / nodes / self.outside().rate
         return seconds
 
 

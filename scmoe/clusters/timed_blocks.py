@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from scmoe.clusters.operator_costs import OUTSIDE, Costs, Layer, Part
-from scmoe.clusters.profile import Machine
+from scmoe.clusters.profile import Groups, Machine
 from scmoe.clusters.simulated_step import Block, Head, Sum
 from scmoe.estimate.model_cost import WEIGHT_BYTES
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes
@@ -42,8 +42,18 @@ class Sizes(NamedTuple):
     sent: float = 1.0
 
     @property
-    def dp_size(self) -> int:
-        return self.ranks // self.ep_size
+    def all_ranks(self) -> Groups:
+        return Groups(self.ranks, self.ranks)
+
+    @property
+    def sharing_experts(self) -> Groups:
+        """The ranks that exchange rows: neighbours."""
+        return Groups(self.ep_size, self.ranks)
+
+    @property
+    def same_experts(self) -> Groups:
+        """The ranks that hold the same experts."""
+        return Groups(self.ranks // self.ep_size, self.ranks, self.ep_size)
 
 
 def blocks_on(machine: Machine, costs: Costs, sizes: Sizes) -> tuple[list[Block], Head]:
@@ -169,13 +179,13 @@ class _Timing(NamedTuple):
         fixed: dict[str, dict[str, float]],
         dispatched: Sequence[Part],
     ) -> None:
-        ranks = self.sizes.ep_size
+        groups = self.sizes.sharing_experts
         rows_bytes = sum(part.rows_bytes for part in dispatched)
         nbytes = rows_bytes * self.sizes.rows * self.sizes.sent
         for direction in ("forward", "backward"):
             for transfer in TRANSFERS:
-                seconds[direction][transfer] = self.machine.all_to_all(nbytes, ranks)
-                fixed[direction][transfer] = self.machine.all_to_all_latency(ranks)
+                seconds[direction][transfer] = self.machine.all_to_all(nbytes, groups)
+                fixed[direction][transfer] = self.machine.all_to_all_latency(groups)
 
     def sums_of(self, runs: dict[str, list[Part]], times_run: dict[str, int]) -> list[Sum]:
         """Return the sums of a block's gradients."""
@@ -204,8 +214,8 @@ class _Timing(NamedTuple):
         width = WEIGHT_BYTES[self.costs.job.precision]
         sizes = self.sizes
         local = part.expert / sizes.ep_size
-        dense = self.machine.all_reduce(part.dense * width, sizes.ranks)
-        return dense + self.machine.all_reduce(local * width, sizes.dp_size, sizes.ep_size)
+        dense = self.machine.all_reduce(part.dense * width, sizes.all_ranks)
+        return dense + self.machine.all_reduce(local * width, sizes.same_experts)
 
     def head(self) -> Head:
         """Return what follows the last block, with the loss: a pass over the logits in each

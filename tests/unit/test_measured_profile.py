@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from scmoe.clusters import measure
 from scmoe.clusters.measure import COPIED, HOST_SIZES, LARGE, SMALL, Seconds, profile_of
+from scmoe.clusters.profile import Groups
 from scmoe.config.leaves import ConfigError
 from scmoe.training.assembly.advice import Request, advice_for
 
@@ -34,7 +35,7 @@ def test_the_numbers_are_those_of_the_slowest_rank():
     assert machine.flops == pytest.approx(2 * rows * width * columns / 0.1)
     assert machine.memory == pytest.approx(2 * COPIED / 0.02)
     assert machine.launch == pytest.approx(2e-6) and machine.tax == pytest.approx(0.3)
-    assert machine.all_to_all(1e8, 2) == pytest.approx(LATENCY + 0.5e8 / RATE)
+    assert machine.all_to_all(1e8, Groups(2, 2)) == pytest.approx(LATENCY + 0.5e8 / RATE)
     # what is 1 by definition has no band
     assert profile.values["attained"].source == profile.values["links.node.attained"].source
     assert profile.values["attained"] == (1.0, "given")
