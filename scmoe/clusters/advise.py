@@ -26,6 +26,7 @@ from scmoe.clusters.timed_blocks import Sizes
 SAMPLES = 64
 SEED = 1
 WORTH = 1.02
+NOTHING = 1e-6  # a difference between speed-ups that is a rounding error
 LITTLE = 0.1  # a share of the step below which little can be hidden
 TIERS = {"node": "links in the node", "network": "network between nodes"}
 Answer = Literal["baseline", "pays", "does not pay", "within the error"]
@@ -89,8 +90,7 @@ def advise(models: Sequence[Model], profile: Profile, job: Job, standard: str) -
         over_standard = ratio([standard], name)
         over_shared = ratio(of_shared[:1], name)
         over_best_shared = ratio(of_shared, name)
-        needs_no_other = name in plan.of_standard()
-        over_best = ratio([standard] if needs_no_other else plan.of_standard(), name)
+        over_best = ratio(plan.rivals(name), name)
         row = Row(
             name,
             choice,
@@ -153,7 +153,9 @@ def reason(row: Row, advice: Advice, plan: Plan) -> str:
         key = decisive(row.name, plan)
         decides = f"{key} decides most of this, so a (better) measurement of it helps most"
         if key is None:
-            decides = "no value of the profile is uncertain, so this is the simulator's own error"
+            decides = (
+                "no uncertain value of the profile moves it, so this is the simulator's own error"
+            )
         return f"It is {low:.2f} to {high:.2f} times as fast as {rival.name}; {decides}."
     if not needs_no_other and (factor := tokens_needed(row.name, plan)):
         return (
@@ -199,16 +201,16 @@ def tokens_needed(row: str, plan: Plan) -> int | None:
     """Return how many times as many tokens of a rank make a row pay, at the profile's own values;
     None: MORE_TOKENS do not."""
     for factor, totals in plan.with_tokens.items():
-        if plan.over_best(totals, row) > WORTH:
+        if plan.over_rivals(totals, row) > WORTH:
             return factor
     return None
 
 
 def decisive(row: str, plan: Plan) -> str | None:
-    """Return the key of the profile whose band moves a row's speed-up most; None: no key has a
-    band."""
+    """Return the key of the profile whose band moves a row's speed-up most; None: none moves it."""
     moved = {}
     for key, ends in plan.at_ends.items():
-        low, high = (plan.over_best(totals, row) for totals in ends)
-        moved[key] = abs(high - low)
+        low, high = (plan.over_rivals(totals, row) for totals in ends)
+        if abs(high - low) > NOTHING:
+            moved[key] = abs(high - low)
     return max(moved, key=lambda key: moved[key], default=None)

@@ -148,9 +148,15 @@ class Plan:
     def of_shared(self) -> list[str]:
         return [row for row, model in self.model_of.items() if model.name == SHARED]
 
-    def over_best(self, totals: Mapping[str, float], row: str) -> float:
-        """Return a row's speed-up over the best one of the standard model."""
-        return min(totals[name] for name in self.of_standard()) / totals[row]
+    def rivals(self, row: str) -> list[str]:
+        """Return the rows that a row is judged by, at the best of them: those of the standard
+        model, for its own rows the sequential one."""
+        is_standard = self.model_of[row].name == self.standard
+        return [self.standard] if is_standard else self.of_standard()
+
+    def over_rivals(self, totals: Mapping[str, float], row: str) -> float:
+        """Return the speed-up that decides a row's answer."""
+        return min(totals[name] for name in self.rivals(row)) / totals[row]
 
     def totals(self, machine: Machine, job: Job) -> dict[str, float]:
         return {row: step.total for row, (_, step) in self.steps(machine, job).items()}

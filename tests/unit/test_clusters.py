@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.clusters.advise import advise
+from scmoe.clusters.advise import advise, decisive
 from scmoe.clusters.curves import Curve, draw, point
-from scmoe.clusters.plan import Choice, Simulator
+from scmoe.clusters.plan import Choice, Plan, Simulator
 from scmoe.clusters.profile import overridden
 from scmoe.clusters.rank_shares import rank_shares
 from scmoe.command_line import call
@@ -60,6 +60,19 @@ def test_where_every_value_is_given_the_simulator_s_own_error_is_left(counted):
     rows = answers(counted, *words).rows.values()
     unsure = [row for row in rows if row.answer == "within the error"]
     assert unsure and all("own error" in row.why for row in unsure)
+
+
+def test_the_decisive_value_is_that_of_the_speed_up_that_decides_the_answer(counted):
+    """Rows of the standard model are judged by the sequential one, not by the best of them."""
+    profile, config, models = counted
+    unsure = {"peak_tflops", "links.node.attained"}
+    words = [f"cluster.{key}={value.value}" for key, value in profile.values.items()]
+    chosen = overridden(profile, [word for word in words if word[8:].split("=")[0] not in unsure])
+    job = job_of(config)
+    job = replace(job, sizes=job.sizes._replace(rows=64), two=False)  # chunks gain something
+    plan = Plan([models["top2"]], chosen, job, "top2")
+    assert decisive("top2_pipelined", plan) == "links.node.attained"
+    assert decisive("top2", plan) is None
 
 
 def test_a_load_is_that_of_its_busiest_rank():
