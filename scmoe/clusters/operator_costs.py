@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scmoe.blocks.moe_block import moe_blocks_of
+from scmoe.blocks.sublayers import Residual, SelfAttention, outermost
 from scmoe.estimate.counted_step import choose_mlps_on_gpu, flops_of, rms_norm_on_gpu, tensors_in
 from scmoe.estimate.memory import RankJob
 from scmoe.moe import experts
@@ -205,20 +206,28 @@ class Counting(TorchDispatchMode):
         return noted
 
     def beginning_with(self, model: Any) -> ExitStack:
-        """Let a part begin where a step of the model begins and ends. Return what removes that."""
+        """Let a part begin where a step of the model begins and ends, and where a sub-layer of a
+        dense block does. Return what removes that."""
         numbers: dict[Any, int] = {b: number for number, b in enumerate(moe_blocks_of(model))}
         handles = ExitStack()
         for step in [*model.steps, model.norm]:
-
-            def begin(*_: Any, number: int = numbers.get(step, -1)) -> None:
-                self.parts.append(_Open(number, OUTSIDE))
-
-            def end(*_: Any) -> None:
-                self.parts.append(_Open(-1, OUTSIDE))
-
-            handles.callback(step.register_forward_pre_hook(begin).remove)
-            handles.callback(step.register_forward_hook(end).remove)
+            self.begin_with(step, numbers.get(step, -1), OUTSIDE, handles)
+            if step not in numbers:
+                for sublayer in outermost(step, (Residual,)):
+                    self.begin_with(sublayer, -1, operator_of(sublayer), handles)
         return handles
+
+    def begin_with(self, module: nn.Module, block: int, operator: str, handles: ExitStack) -> None:
+        """Let a part begin where a module begins, and another one where it ends."""
+
+        def begin(*_: Any) -> None:
+            self.parts.append(_Open(block, operator))
+
+        def end(*_: Any) -> None:
+            self.parts.append(_Open(-1, OUTSIDE))
+
+        handles.callback(module.register_forward_pre_hook(begin).remove)
+        handles.callback(module.register_forward_hook(end).remove)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -273,6 +282,11 @@ class _Noting:
         self.inside_operator = False
         self.counting.parts.append(_Open(self.block, OUTSIDE))
         return result
+
+
+def operator_of(sublayer: Any) -> str:
+    """Return the operator that a sub-layer of a dense block is."""
+    return "attention" if isinstance(sublayer.f, SelfAttention) else "mlp"
 
 
 def is_kernel(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:

@@ -4,8 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from scmoe.clusters.operator_costs import OUTSIDE
+from scmoe.clusters.profile import read_profile
 from scmoe.clusters.timed_blocks import Sizes, at_schedule, blocks_on
 from scmoe.schedule.schedule import Schedule
+from scmoe.schedule.stack import BEFORE
 from scmoe.training.assembly.advice import config_for, models_for
 from tests.support.advised import QUICK, quickstart_on_cards
 
@@ -95,6 +98,38 @@ def test_a_rank_launches_the_experts_that_it_holds(counted):
     wide = config.model.ffn_dim or 4 * config.model.dim
     moved = sum(kernel.moved for kernel in part.kernels)
     assert moved == 4 * rows * (2 * config.model.dim + 4 * wide)
+
+
+def test_sublayers_of_dense_blocks_are_operators_too():
+    """Attention there takes the machine's factor, and both are computed again where they are
+    checkpointed."""
+    words = ["model.layers=5", "moe.leading_dense=[256]", "moe.every=2"]
+    profile = read_profile("8xH100")
+    request = replace(QUICK, overrides=words)
+    costs = models_for(request, profile, config_for(request, profile))[0].costs
+    before = costs.layers[0].before
+    operators = [part.operator for part in before if part.operator != OUTSIDE]
+    assert operators == ["attention", "mlp", "attention", "mlp", "attention"]
+    machine = replace(profile.machine(), attention=1.0, launch=0.0)
+
+    def seconds(*operators):
+        """Return those of the kernels of these operators."""
+        return sum(
+            max(k.flops / machine.flops, (k.moved + k.weights) / machine.memory)
+            for part in before
+            if part.operator in operators
+            for k in part.kernels
+        )
+
+    def times(machine, costs):
+        return blocks_on(machine, costs, Sizes(8, 8))[0][0].times
+
+    usual, longer = (times(replace(machine, attention=f), costs) for f in (1.0, 3.0))
+    more_s = longer.forward[BEFORE] - usual.forward[BEFORE]
+    assert more_s == pytest.approx(2 * seconds("attention"))
+    again = times(machine, replace(costs, job=replace(costs.job, recompute=True)))
+    more_s = again.backward[BEFORE] - usual.backward[BEFORE]
+    assert more_s == pytest.approx(seconds("attention", "mlp"))
 
 
 def test_what_is_recomputed_is_launched_and_read_once_more(counted):
