@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scmoe.blocks.moe_block import moe_blocks_of
+from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.blocks.sublayers import Residual, SelfAttention, outermost
 from scmoe.estimate.counted_step import choose_mlps_on_gpu, flops_of, rms_norm_on_gpu, tensors_in
 from scmoe.estimate.memory import RankJob
@@ -62,19 +62,22 @@ class Part(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A block with an MoE: its parts before it routes, and after."""
+    """A block with an MoE: its parts before it routes, and after; and the copies of a token that it
+    routes."""
 
     schedule: Schedule
     before: tuple[Part, ...]
     after: tuple[Part, ...]
+    top_k: int
 
 
 @dataclass(frozen=True, eq=False)
 class Costs:
     """A forward pass of a rank's batch. Equal layers are one object.
 
-    head: the parts after the last layer. tokens: of the batch. dense_parameters: of every rank;
-    expert_parameters: of all experts. logits_bytes: in the type of the loss.
+    head: the parts after the last layer. top_k: of the first layer. tokens: of the batch.
+    dense_parameters: of every rank; expert_parameters: of all experts. logits_bytes: in the type of
+    the loss.
     """
 
     layers: Sequence[Layer]
@@ -136,14 +139,14 @@ def count(model: Any, job: RankJob, batch: Tensor) -> Costs:
         size = logits.numel()
 
     of_experts = {p for block in blocks for p in block.moe.experts.parameters()}
-    layers, head = _in_layers(counting.parts, [b.schedule for b in blocks], of_experts)
+    layers, head = _in_layers(counting.parts, blocks, of_experts)
     in_experts = sum(p.numel() for p in of_experts)
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = model.rows_per_sample(job.seq_len)[blocks[0].moe]
     return Costs(
         layers,
         head,
-        top_k=blocks[0].moe.router.top_k,
+        top_k=layers[0].top_k,
         tokens=round(job.samples * rows),
         dense_parameters=total - in_experts,
         expert_parameters=in_experts,
@@ -153,12 +156,12 @@ def count(model: Any, job: RankJob, batch: Tensor) -> Costs:
 
 
 def _in_layers(
-    parts: Sequence[_Open], schedules: Sequence[Schedule], of_experts: set[nn.Parameter]
+    parts: Sequence[_Open], blocks: Sequence[MoEBlock], of_experts: set[nn.Parameter]
 ) -> tuple[list[Layer], tuple[Part, ...]]:
     """Return the layers and the head."""
     seen: set[nn.Parameter] = set()  # a parameter that is used twice has its gradient at the first
-    befores: list[list[Part]] = [[] for _ in schedules]
-    afters: list[list[Part]] = [[] for _ in schedules]
+    befores: list[list[Part]] = [[] for _ in blocks]
+    afters: list[list[Part]] = [[] for _ in blocks]
     waiting: list[Part] = []
     for part in parts:
         if not part.kernels and not part.rows_bytes:
@@ -177,8 +180,8 @@ def _in_layers(
         (afters if routed else befores)[part.block].append(closed)
     unique: dict[Layer, Layer] = {}
     layers = [
-        Layer(schedule, tuple(before), tuple(after))
-        for schedule, before, after in zip(schedules, befores, afters, strict=True)
+        Layer(block.schedule, tuple(before), tuple(after), block.moe.router.top_k)
+        for block, before, after in zip(blocks, befores, afters, strict=True)
     ]
     return [unique.setdefault(layer, layer) for layer in layers], tuple(waiting)
 

@@ -9,11 +9,11 @@ Slots between two operators are tried, none inside an attention.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from random import Random
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from scmoe.clusters.operator_costs import Costs
 from scmoe.clusters.played_load import Load
@@ -30,8 +30,13 @@ MORE_TOKENS = (2, 4, 8, 16, 32, 64)  # times as many, of which the first that pa
 PIPELINED = "_pipelined"
 TWO = "_two"
 SHARED = "shared_expert"
-LoadOf = Callable[[int], Sequence[Load]]
-"""Returns the load of each of a number of steps, in so many chunks."""
+
+
+class LoadOf(Protocol):
+    """Returns the load of each of a number of steps, in so many chunks. top_k: of the block; None:
+    that of the model's architecture."""
+
+    def __call__(self, chunks: int, top_k: int | None = None, /) -> Sequence[Load]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,14 +112,16 @@ class Simulator:
         )
         if model.loads is None:
             return simulate_step(blocks, setting, head)
-        loads = {c: model.loads(c) for c in {block.schedule.chunks for block in blocks}}
-        num_steps = len(loads[choice.schedule.chunks])
+        loads = [
+            model.loads(block.schedule.chunks, layer.top_k)
+            for block, layer in zip(blocks, model.costs.layers, strict=True)
+        ]
         steps = [
-            simulate_step(blocks, setting, head, [loads[b.schedule.chunks][i] for b in blocks])
-            for i in range(num_steps)
+            simulate_step(blocks, setting, head, of_blocks)
+            for of_blocks in zip(*loads, strict=True)
         ]
         each_term = zip(*map(astuple, steps), strict=True)
-        return StepTime(*(sum(seconds) / num_steps for seconds in each_term))
+        return StepTime(*(sum(seconds) / len(steps) for seconds in each_term))
 
 
 class Plan:

@@ -141,7 +141,7 @@ class _Timing(NamedTuple):
             fixed["forward"][name] = sum(map(self.launches, parts)) / times_run[name]
             launches = [self.launches(part) * self.times_in_backward(part) for part in parts]
             fixed["backward"][name] = sum(launches) / times_run[name]
-        self.add_layout(seconds, runs["experts"])
+        self.add_layout(seconds, runs["experts"], layer.top_k)
         self.set_transfers(seconds, fixed, runs["dispatch"])
         return Block(
             layer.schedule,
@@ -162,14 +162,16 @@ class _Timing(NamedTuple):
             backward += seconds * self.times_in_backward(part)
         return OperatorTimes({"experts": forward}, {"experts": backward})
 
-    def add_layout(self, seconds: dict[str, dict[str, float]], experts: Sequence[Part]) -> None:
+    def add_layout(
+        self, seconds: dict[str, dict[str, float]], experts: Sequence[Part], top_k: int
+    ) -> None:
         """Add what gate and layout take beyond their kernels. They read no weights of experts, so
         their measure is the time of rows alone."""
         rows_s = sum(self.kernels(part, weights=0.0) for part in experts)
-        one_copy = rows_s / self.costs.top_k
+        one_copy = rows_s / top_k
         for operator, share in MODULE_SHARE.items():
             more = self.machine.moe * share * one_copy
-            more += self.machine.copy * self.costs.top_k * COPY_SHARE.get(operator, 0.0) * one_copy
+            more += self.machine.copy * top_k * COPY_SHARE.get(operator, 0.0) * one_copy
             seconds["forward"][operator] += more
             seconds["backward"][operator] += BACKWARD * more
 

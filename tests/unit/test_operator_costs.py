@@ -5,11 +5,15 @@ from dataclasses import replace
 import pytest
 
 from scmoe.clusters.operator_costs import OUTSIDE
+from scmoe.clusters.plan import Choice, Simulator
 from scmoe.clusters.profile import read_profile
+from scmoe.clusters.rank_shares import rank_shares
 from scmoe.clusters.timed_blocks import Sizes, at_schedule, blocks_on
+from scmoe.probes.loads import Sizes as Routed
+from scmoe.probes.loads import load_of
 from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.stack import BEFORE
-from scmoe.training.assembly.advice import config_for, models_for
+from scmoe.training.assembly.advice import Request, config_for, job_of, models_for
 from tests.support.advised import QUICK, quickstart_on_cards
 
 
@@ -142,3 +146,38 @@ def test_what_is_recomputed_is_launched_and_read_once_more(counted):
     for times, more in ((usual.fixed, longer.fixed), (usual.least, longer.least)):
         assert more.forward == times.forward
         assert more.backward["experts"] == pytest.approx(1.5 * times.backward["experts"])
+
+
+@pytest.fixture(scope="module")
+def swin():
+    """SwinV2, whose stage 4 routes two copies, whatever stage 3 does."""
+    pytest.importorskip("timm")
+    profile = read_profile("8xH100")
+    request = Request("swinv2_moe_s_tiny", ["moe.capacity_factor=null"], samples=8)
+    config = config_for(request, profile)
+    return profile, config, {each.name: each for each in models_for(request, profile, config)}
+
+
+def test_a_block_is_charged_for_the_copies_that_it_routes(swin):
+    profile, config, models = swin
+    machine = replace(profile.machine(), moe=0.3, copy=0.15)
+    last = {}
+    for name in ("top2", "shared_expert", "scmoe_pos2"):
+        blocks, _ = blocks_on(machine, models[name].costs, job_of(config).sizes)
+        last[name] = blocks[-1].times.forward
+    assert last["shared_expert"] == last["scmoe_pos2"] == last["top2"]
+
+
+def test_a_load_is_dealt_with_the_copies_of_each_block(swin):
+    profile, config, models = swin
+    load = rank_shares(load_of("zipf:1.0"), Routed(config.moe.num_experts, 1, 8))
+    asked = []
+
+    def loads(chunks, top_k):
+        asked.append(top_k)
+        return load(chunks, top_k)
+
+    model = replace(models["shared_expert"], loads=loads)
+    Simulator(profile.machine(), job_of(config)).step(model, Choice(model.schedule, 1, False))
+    assert asked == [1] * (len(asked) - 1) + [2]
+    assert load(1, 1) == load(1) != load(1, 2)

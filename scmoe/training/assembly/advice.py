@@ -27,6 +27,7 @@ from scmoe.config.leaves import ConfigError, key_of
 from scmoe.config.load import find, load, read_unchecked
 from scmoe.config.registry import IMAGES
 from scmoe.estimate.memory import RankJob, rank_memory
+from scmoe.moe.router import Router
 from scmoe.probes.loads import BALANCED, Load, check_load, load_of
 from scmoe.probes.loads import Sizes as Routed
 from scmoe.training.assembly.costs import make_batch
@@ -206,8 +207,9 @@ def model_of(name: str, moe: MoEConfig, config: Config, profile: Profile, routin
     usual = replace(config, moe=moe, schedule=replace(schedule, batches_in_flight=None))
     training = rank_job(usual)
     pads = moe.capacity_factor is not None and rows_are_padded(config)
-    loads = loads_of(routing, moe, training, pads)
     whole = build_model_on_meta(usual)
+    blocks = moe_blocks_of(whole)
+    loads = loads_of(routing, [block.moe.router for block in blocks], training, pads)
     by_muon = updated_by_muon(usual, whole)
     memory = rank_memory(whole, training, by_muon)["total"]
     factor = profile.padding or (moe.capacity_factor if pads else 1.0)
@@ -219,9 +221,11 @@ def model_of(name: str, moe: MoEConfig, config: Config, profile: Profile, routin
     return Model(name, costs, names[moe.architecture], memory, loads)
 
 
-def loads_of(routing: Load, moe: MoEConfig, training: RankJob, pads: bool) -> LoadOf | None:
-    """Return the loads of a model's rows; None: even ones. pads: every slot travels, filled or not.
-    ConfigError: the load cannot be dealt, or changes nothing."""
+def loads_of(
+    routing: Load, routers: Sequence[Router], training: RankJob, pads: bool
+) -> LoadOf | None:
+    """Return the loads of a model's rows; None: even ones. routers: of its blocks. pads: every slot
+    travels, filled or not. ConfigError: the load cannot be dealt, or changes nothing."""
     if routing.kind == BALANCED:
         return None
     if pads:
@@ -233,9 +237,10 @@ def loads_of(routing: Load, moe: MoEConfig, training: RankJob, pads: bool) -> Lo
         raise ConfigError(
             f"load is {routing.name}, but all ranks have equal batches. Give another kind of load."
         )
-    sizes = Routed(moe.num_experts, moe.top_k, training.ep_size)
-    check_load(routing, sizes, training.samples)
-    return rank_shares(routing, sizes)
+    each = [Routed(router.num_experts, router.top_k, training.ep_size) for router in routers]
+    for sizes in dict.fromkeys(each):
+        check_load(routing, sizes, training.samples)
+    return rank_shares(routing, each[0])
 
 
 def rows_are_padded(config: Config) -> bool:
