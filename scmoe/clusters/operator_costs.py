@@ -106,11 +106,12 @@ class _Open:
     rows_bytes: float = 0.0
 
 
-def count(model: Any, job: RankJob, batch: Tensor) -> Costs:
+def count(model: Any, job: RankJob, batch: Tensor, batches: int = 1) -> Costs:
     """Return what a rank does in one forward pass.
 
     model: on the meta device, with all experts, in one chunk, and rows whose number does not depend
-    on the data. batch: token ids or images of the rank.
+    on the data. batch: token ids or images of the rank. batches: so many are counted in one, and
+    what grows with rows is divided by it, so that an expert's rows need not be a whole number.
     """
     blocks = moe_blocks_of(model)
     with ExitStack() as inside:
@@ -129,17 +130,18 @@ def count(model: Any, job: RankJob, batch: Tensor) -> Costs:
         for number, block in enumerate(blocks):
             recorder: Any = _Noting(counting, number)
             block.run_as(block.schedule, block.moe.dispatcher, recorder)
-        inputs = torch.empty(batch.shape, dtype=batch.dtype)
+        shape = (batches * len(batch), *batch.shape[1:])
+        inputs = torch.empty(shape, dtype=batch.dtype)
         inside.enter_context(counting.beginning_with(model))
         inside.enter_context(torch.no_grad())
         narrow = job.precision == "bf16-mixed"
         inside.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=narrow))
         with counting:
             logits = model(inputs)[0]
-        size = logits.numel()
+        size = logits.numel() / batches
 
     of_experts = {p for block in blocks for p in block.moe.experts.parameters()}
-    layers, head = _in_layers(counting.parts, blocks, of_experts)
+    layers, head = _in_layers(counting.parts_of_one(batches), blocks, of_experts)
     in_experts = sum(p.numel() for p in of_experts)
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = model.rows_per_sample(job.seq_len)[blocks[0].moe]
@@ -196,6 +198,15 @@ class Counting(TorchDispatchMode):
         self.weights = {p.untyped_storage()._cdata: p for p in model.parameters()}
         self.casts: list[Tensor] = []  # kept, so that no other tensor gets their storages
         self.in_loop = False  # over all experts
+
+    def parts_of_one(self, batches: int) -> list[_Open]:
+        """Return the parts for one of so many batches that were counted in one."""
+        for part in self.parts:
+            part.kernels = [
+                k._replace(flops=k.flops / batches, moved=k.moved / batches) for k in part.kernels
+            ]
+            part.rows_bytes /= batches
+        return self.parts
 
     def noting_a_loop(self, f: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a function that runs its kernels once for each expert, with a note of that."""

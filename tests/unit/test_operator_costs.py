@@ -1,5 +1,6 @@
 """Operators are counted as a model has them, and timed as a rank runs them."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -146,6 +147,31 @@ def test_what_is_recomputed_is_launched_and_read_once_more(counted):
     for times, more in ((usual.fixed, longer.fixed), (usual.least, longer.least)):
         assert more.forward == times.forward
         assert more.backward["experts"] == pytest.approx(1.5 * times.backward["experts"])
+
+
+def test_dropless_rows_are_as_many_as_are_routed():
+    """Whatever the number of experts; the slots of a capacity are rounded up, as they travel."""
+    profile = read_profile("8xH100")
+    sizes = ["moe.num_experts=128", "moe.top_k=7", "data.seq_len=50", "model.layers=2"]
+
+    def models(capacity, samples):
+        words_of_job = [*sizes, f"moe.capacity_factor={capacity}"]
+        request = Request("quickstart", words_of_job, samples=samples)
+        config = config_for(request, profile)
+        return config, {each.name: each.costs for each in models_for(request, profile, config)}
+
+    config, few = models("null", samples=2)
+    _, many = models("null", samples=128)
+    row_bytes = 2 * config.model.dim
+    for name, copies in (("top8", 8), ("top1", 1), ("scmoe_pos2", 7)):
+        (dispatched,) = (p for p in few[name].layers[0].after if p.operator == "dispatch")
+        assert dispatched.rows_bytes == 100 * copies * row_bytes
+        assert few[name].tokens == 100
+        assert few[name].flops == pytest.approx(many[name].flops / 64)
+        assert few[name].logits_bytes == many[name].logits_bytes / 64
+    _, padded = models("1.0", samples=2)
+    (dispatched,) = (p for p in padded["top8"].layers[0].after if p.operator == "dispatch")
+    assert dispatched.rows_bytes == 128 * math.ceil(100 * 8 / 128) * row_bytes
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.clusters.advise import Advice, advise
@@ -212,13 +213,25 @@ def model_of(name: str, moe: MoEConfig, config: Config, profile: Profile, routin
     loads = loads_of(routing, [block.moe.router for block in blocks], training, pads)
     by_muon = updated_by_muon(usual, whole)
     memory = rank_memory(whole, training, by_muon)["total"]
-    factor = profile.padding or (moe.capacity_factor if pads else 1.0)
+    in_slots = pads and profile.padding is None
+    factor = moe.capacity_factor if in_slots else profile.padding or 1.0
     counted = replace(usual, moe=replace(moe, capacity_factor=factor, rows="slots"))
     batch = next(iter(make_batch(counted, training.samples).values()))
     model = build_model_on_meta(counted)
-    costs = count(model, training, batch)
+    costs = count(model, training, batch, 1 if in_slots else batches_of_even_rows(model, training))
     names = {block.schedule.architecture: block.schedule for block in moe_blocks_of(model)}
     return Model(name, costs, names[moe.architecture], memory, loads)
+
+
+def batches_of_even_rows(model: Any, training: RankJob) -> int:
+    """Return the fewest batches of a rank that give all experts equally many rows."""
+    rows = model.rows_per_sample(training.seq_len)
+    needed = 1
+    for block in moe_blocks_of(model):
+        experts = block.moe.router.num_experts
+        tokens = round(training.samples * rows[block.moe])
+        needed = math.lcm(needed, experts // math.gcd(tokens, experts))
+    return needed
 
 
 def loads_of(
