@@ -174,6 +174,25 @@ def test_dropless_rows_are_as_many_as_are_routed():
     assert dispatched.rows_bytes == 128 * math.ceil(100 * 8 / 128) * row_bytes
 
 
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_a_standard_model_gives_the_others_a_shared_expert_of_one_copy(every, activation):
+    """Its narrow experts say how wide that is, whatever the width of its dense MLPs."""
+    profile = read_profile("8xH100")
+    words = [f"moe.every={every}", f"model.activation={activation}", "moe.capacity_factor=null"]
+    words += ["model.ffn_dim=1536", "moe.ffn_dim=96", "moe.top_k=4", "moe.architecture=top_k"]
+    request = Request("quickstart", words, samples=4)
+    config = config_for(request, profile)
+    models = {each.name: each.costs for each in models_for(request, profile, config)}
+    blocks = config.model.layers // every
+    matrices = 3 if activation == "swiglu" else 2
+    expert = matrices * 96 * config.model.dim
+    for name in ("shared_expert", "scmoe_pos1"):
+        more = models[name].dense_parameters - models["top4"].dense_parameters
+        assert more == pytest.approx(blocks * expert, rel=0.05)  # and biases, norms
+        assert models[name].flops == pytest.approx(models["top4"].flops, rel=1e-3)
+
+
 @pytest.fixture(scope="module")
 def swin():
     """SwinV2, whose stage 4 routes two copies, whatever stage 3 does."""

@@ -6,8 +6,9 @@ active weights as standard top-k.
     scmoe_pos1, ...   K; Pos-3 only in pairs of blocks
     top1              one copy, fewer FLOPs
 
-K is moe.top_k of a config with a shared expert. A config of standard top-k has K + 1 = moe.top_k. A
-shared expert that is as wide as several routed ones counts as so many copies.
+A config of standard top-k has K + 1 = moe.top_k, and the others get a shared expert as wide as one
+routed expert. K is moe.top_k of a config with a shared expert, which keeps its width: one that is
+as wide as several routed ones counts as so many copies.
 """
 
 import math
@@ -15,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.clusters.advise import Advice, advise
@@ -153,19 +156,18 @@ def check(config: Config) -> None:
 
 
 def architectures(moe: MoEConfig, ffn_dim: int) -> Iterator[tuple[str, MoEConfig]]:
-    """Yield the architectures to be compared, the standard one first. ffn_dim: of the shared
-    expert. ConfigError: there are none with as many active weights."""
-    copies = max(1, round(ffn_dim / (moe.ffn_dim or ffn_dim)))
+    """Yield the architectures to be compared, the standard one first. ffn_dim: of a shared expert
+    that the config has. ConfigError: there are none with as many active weights."""
+    is_standard = moe.architecture == "top_k"
+    copies = 1 if is_standard else max(1, round(ffn_dim / (moe.ffn_dim or ffn_dim)))
     # of the routed copies of a router with zero experts, a part computes nothing
     copies = round(copies * (moe.num_experts + moe.zero_experts) / moe.num_experts)
-    is_standard = moe.architecture == "top_k"
     standard_k = moe.top_k if is_standard else moe.top_k + copies
     k = moe.top_k - copies if is_standard else moe.top_k
     if k < 1:
         raise ConfigError(
             f"advise: moe.top_k is {moe.top_k}, and a shared expert counts as {copies} of its"
-            " copies, so a shortcut would have more active weights. Use a larger moe.top_k, or"
-            " model.ffn_dim as wide as moe.ffn_dim."
+            " copies, so a shortcut would have more active weights. Use a larger moe.top_k."
         )
     if standard_k > moe.num_experts:
         raise ConfigError(
@@ -188,10 +190,16 @@ def architectures(moe: MoEConfig, ffn_dim: int) -> Iterator[tuple[str, MoEConfig
 def models_for(request: Request, profile: Profile, config: Config) -> list[Model]:
     """Return every architecture of the config, counted, the standard one first."""
     ffn_dim = config.model.ffn_dim or 4 * config.model.dim
+    routing = load_of(request.load)
     return [
-        model_of(name, moe, config, profile, load_of(request.load))
+        model_of(name, replace(config, moe=moe), profile, routing, shared_width(config))
         for name, moe in architectures(config.moe, ffn_dim)
     ]
+
+
+def shared_width(config: Config) -> int | None:
+    """Return the hidden width that shared experts get; None: they keep the config's."""
+    return config.moe.ffn_dim if config.moe.architecture == "top_k" else None
 
 
 def job_of(config: Config) -> Job:
@@ -202,13 +210,17 @@ def job_of(config: Config) -> Job:
     return Job(sizes, training.accumulate, two=training.samples > 1)
 
 
-def model_of(name: str, moe: MoEConfig, config: Config, profile: Profile, routing: Load) -> Model:
-    """Return an architecture of the config, counted."""
+def model_of(
+    name: str, config: Config, profile: Profile, routing: Load, shared_dim: int | None
+) -> Model:
+    """Return the architecture of a config, counted. shared_dim: hidden width of its shared experts,
+    if it is not the config's."""
+    moe = config.moe
     schedule = replace(config.schedule, auto=False, slot=None, chunks=None, inside_attention=False)
-    usual = replace(config, moe=moe, schedule=replace(schedule, batches_in_flight=None))
+    usual = replace(config, schedule=replace(schedule, batches_in_flight=None))
     training = rank_job(usual)
     pads = moe.capacity_factor is not None and rows_are_padded(config)
-    whole = build_model_on_meta(usual)
+    whole = build_on_meta(usual, shared_dim)
     blocks = moe_blocks_of(whole)
     loads = loads_of(routing, [block.moe.router for block in blocks], training, pads)
     by_muon = updated_by_muon(usual, whole)
@@ -217,10 +229,24 @@ def model_of(name: str, moe: MoEConfig, config: Config, profile: Profile, routin
     factor = moe.capacity_factor if in_slots else profile.padding or 1.0
     counted = replace(usual, moe=replace(moe, capacity_factor=factor, rows="slots"))
     batch = next(iter(make_batch(counted, training.samples).values()))
-    model = build_model_on_meta(counted)
+    model = build_on_meta(counted, shared_dim)
     costs = count(model, training, batch, 1 if in_slots else batches_of_even_rows(model, training))
     names = {block.schedule.architecture: block.schedule for block in moe_blocks_of(model)}
     return Model(name, costs, names[moe.architecture], memory, loads)
+
+
+def build_on_meta(config: Config, shared_dim: int | None) -> Any:
+    """Return the model of a config, with shared experts of this hidden width; None: the
+    config's."""
+    model = build_model_on_meta(config)
+    for block in moe_blocks_of(model):
+        shared: Any = block.shared_expert
+        if shared is not None and shared_dim is not None:
+            has_bias = shared.w_in.bias is not None
+            widened = shared.act.widening * shared_dim
+            shared.w_in = nn.Linear(shared.dim, widened, has_bias, device="meta")
+            shared.w_out = nn.Linear(shared_dim, shared.dim, has_bias, device="meta")
+    return model
 
 
 def batches_of_even_rows(model: Any, training: RankJob) -> int:
