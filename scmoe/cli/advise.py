@@ -30,7 +30,8 @@ LEGEND = (
     "exposed: waiting for rows + sums of gradients, in ms. Speed-ups: / top-k is over the"
     " sequential standard model; / shared over shared-expert with one batch in flight; / best over"
     " the best row of the standard model, for its own rows over the sequential one; / best shared"
-    " over the best row of shared-expert. Memory is an upper bound. Everything is predicted."
+    " over the best row of shared-expert. GiB: an upper bound for the row's own chunks, batches in"
+    " flight and load. Everything is predicted."
 )
 
 

@@ -95,7 +95,7 @@ def advise(models: Sequence[Model], profile: Profile, job: Job, standard: str) -
             name,
             choice,
             step,
-            plan.model_of[name].memory,
+            plan.memory(name, choice),
             interval([each[name] for each in drawn], step.total),
             *over_standard,
             *over_shared,

@@ -9,7 +9,7 @@ Slots between two operators are tried, none inside an attention.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from random import Random
@@ -42,12 +42,13 @@ class LoadOf(Protocol):
 @dataclass(frozen=True, eq=False)
 class Model:
     """A model to be compared. name: of its architecture. schedule: of the blocks that have it.
-    memory: bytes of a rank. loads: of its rows; None: even."""
+    memory: returns the bytes of a rank at most, in so many chunks and batches in flight. loads: of
+    its rows; None: even."""
 
     name: str
     costs: Costs
     schedule: Schedule
-    memory: float
+    memory: Callable[[int, int], float]
     loads: LoadOf | None = None
 
 
@@ -164,6 +165,10 @@ class Plan:
     def over_rivals(self, totals: Mapping[str, float], row: str) -> float:
         """Return the speed-up that decides a row's answer."""
         return min(totals[name] for name in self.rivals(row)) / totals[row]
+
+    def memory(self, row: str, choice: Choice) -> float:
+        """Return the bytes of a rank at most."""
+        return self.model_of[row].memory(choice.schedule.chunks, choice.batches_in_flight)
 
     def totals(self, machine: Machine, job: Job) -> dict[str, float]:
         return {row: step.total for row, (_, step) in self.steps(machine, job).items()}

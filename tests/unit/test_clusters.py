@@ -9,14 +9,17 @@ import pytest
 from scmoe.clusters.advise import advise, decisive
 from scmoe.clusters.curves import Curve, draw, point
 from scmoe.clusters.plan import Choice, Plan, Simulator
-from scmoe.clusters.profile import overridden
+from scmoe.clusters.profile import overridden, read_profile
 from scmoe.clusters.rank_shares import rank_shares
 from scmoe.command_line import call
+from scmoe.estimate.memory import rank_memory
 from scmoe.probes.loads import Sizes as Routed
 from scmoe.probes.loads import load_of
-from scmoe.training.assembly.advice import job_of
+from scmoe.training.assembly.advice import Request, config_for, job_of, models_for
 from scmoe.training.assembly.advice_curves import compared
-from tests.support.advised import quickstart_on_cards
+from scmoe.training.assembly.model import build_model_on_meta
+from scmoe.training.assembly.rank_job import rank_job
+from tests.support.advised import QUICK, quickstart_on_cards
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +76,40 @@ def test_the_decisive_value_is_that_of_the_speed_up_that_decides_the_answer(coun
     plan = Plan([models["top2"]], chosen, job, "top2")
     assert decisive("top2_pipelined", plan) == "links.node.attained"
     assert decisive("top2", plan) is None
+
+
+def test_a_row_s_memory_is_the_estimate_s_of_its_own_schedule(counted):
+    profile, _, models = counted
+    for name, row in answers(counted).rows.items():
+        schedule = row.choice.schedule
+        words = [
+            f"moe.architecture={schedule.architecture}",
+            f"moe.position={schedule.position or 'pos2'}",
+            f"moe.top_k={2 if name.startswith('top2') else 1}",
+            f"schedule.chunks={schedule.chunks}",
+        ]
+        again = config_for(replace(QUICK, overrides=[*QUICK.overrides, *words]), profile)
+        job = replace(rank_job(again), batches_in_flight=row.choice.batches_in_flight)
+        assert row.memory == rank_memory(build_model_on_meta(again), job)["total"], name
+    memory = models["top2"].memory
+    assert memory(1, 1) < memory(2, 1) == memory(1, 2) < memory(8, 1)
+
+
+def test_a_load_s_memory_is_that_of_the_busiest_rank_s_rows():
+    profile = read_profile("8xH100")
+
+    def memory(load):
+        request = Request("quickstart", ["moe.capacity_factor=null"], load=load)
+        config = config_for(request, profile)
+        return config, models_for(request, profile, config)[0].memory(1, 1)
+
+    config, even = memory("balanced")
+    _, hot = memory("hot_rank:1.5")
+    rows = 2 * config.data.seq_len * rank_job(config).samples
+    dim = config.model.dim
+    # in and out of the experts; before and after their function; in bfloat16. Two blocks keep them
+    kept = 2 * rows * (2 * dim + 2 * 4 * dim) * 2
+    assert 0.5 * kept < hot - even < kept
 
 
 def test_a_load_is_that_of_its_busiest_rank():

@@ -12,8 +12,9 @@ as wide as several routed ones counts as so many copies.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from scmoe.moe.router import Router
 from scmoe.probes.loads import BALANCED, Load, check_load, load_of
 from scmoe.probes.loads import Sizes as Routed
 from scmoe.training.assembly.costs import make_batch
-from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
+from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.assembly.rank_job import rank_job
 
 SET_BY_REQUEST = (  # keys of a config in whose place ranks=N, ep=N, samples=N and the cluster count
@@ -219,20 +220,45 @@ def model_of(
     schedule = replace(config.schedule, auto=False, slot=None, chunks=None, inside_attention=False)
     usual = replace(config, schedule=replace(schedule, batches_in_flight=None))
     training = rank_job(usual)
-    pads = moe.capacity_factor is not None and rows_are_padded(config)
+    slots = (
+        moe.capacity_factor if rows_are_padded(config) else None
+    )  # that travel, over fair shares
     whole = build_on_meta(usual, shared_dim)
-    blocks = moe_blocks_of(whole)
-    loads = loads_of(routing, [block.moe.router for block in blocks], training, pads)
-    by_muon = updated_by_muon(usual, whole)
-    memory = rank_memory(whole, training, by_muon)["total"]
-    in_slots = pads and profile.padding is None
-    factor = moe.capacity_factor if in_slots else profile.padding or 1.0
+    routers = [block.moe.router for block in moe_blocks_of(whole)]
+    loads = loads_of(routing, routers, training, pads=slots is not None)
+    in_slots = slots is not None and profile.padding is None
+    factor = profile.padding or slots or 1.0
+    busiest_rows = factor / (slots or 1.0) * most_rows(loads, routers)
     counted = replace(usual, moe=replace(moe, capacity_factor=factor, rows="slots"))
     batch = next(iter(make_batch(counted, training.samples).values()))
     model = build_on_meta(counted, shared_dim)
     costs = count(model, training, batch, 1 if in_slots else batches_of_even_rows(model, training))
     names = {block.schedule.architecture: block.schedule for block in moe_blocks_of(model)}
+    memory = memory_of(whole, moe.architecture, replace(training, busiest_rows=busiest_rows))
     return Model(name, costs, names[moe.architecture], memory, loads)
+
+
+def memory_of(model: Any, architecture: str, training: RankJob) -> Callable[[int, int], float]:
+    """Return a function that returns the bytes of a rank at most, in so many chunks and batches in
+    flight. Blocks of another architecture keep their chunks."""
+    blocks = [b for b in moe_blocks_of(model) if b.schedule.architecture == architecture]
+
+    @cache
+    def memory(chunks: int, batches_in_flight: int) -> float:
+        for block in blocks:
+            block.run_as(replace(block.schedule, chunks=chunks), block.moe.dispatcher)
+        return rank_memory(model, replace(training, batches_in_flight=batches_in_flight))["total"]
+
+    return memory
+
+
+def most_rows(loads: LoadOf | None, routers: Sequence[Router]) -> float:
+    """Return the rows of the busiest rank's experts, over those of an even load; at the most uneven
+    block and step."""
+    if loads is None:
+        return 1.0
+    steps = [step for router in routers for step in loads(1, router.top_k)]
+    return max(share.computed for step in steps for chunk in step for share in chunk)
 
 
 def build_on_meta(config: Config, shared_dim: int | None) -> Any:
