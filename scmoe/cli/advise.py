@@ -1,6 +1,7 @@
 """`scmoe advise` says whether a shortcut would pay on a cluster, before anything is trained."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from scmoe.config.leaves import ConfigError
 
 if TYPE_CHECKING:
     from scmoe.clusters.advise import Row
+    from scmoe.clusters.profile import Profile
 
 FEW_TOKENS = 4096
 COLUMNS = {
@@ -23,7 +25,7 @@ COLUMNS = {
         " {over_best_shared_interval[1]:.2f}]"
     ),
     "slot x chunks": "{slot} x {chunks}",
-    "GiB": "{memory_gib:.1f}",
+    "GiB": "{gib}",
     "answer": "{answer}",
 }
 LEGEND = (
@@ -83,7 +85,8 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
         f" EP {settings.strategy.ep_size}, {advice.tokens:,} tokens of a rank in a step, load"
         f" {named['load']}"
     )
-    Report(title, rows, COLUMNS, "row").show()
+    shown = {name: {**row, "gib": memory_in_words(row, profile)} for name, row in rows.items()}
+    Report(title, shown, COLUMNS, "row").show()
     say(LEGEND)
     for name, row in advice.rows.items():
         say(f"{name}: {row.answer}. {row.why}")
@@ -110,7 +113,7 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
     print(json.dumps(facts))
 
 
-def profile_of(name: str, words: list[str]) -> Any:
+def profile_of(name: str, words: list[str]) -> "Profile":
     """Return a profile by name, or this machine's."""
     from scmoe.clusters.profile import overridden, read_profile
 
@@ -119,6 +122,14 @@ def profile_of(name: str, words: list[str]) -> Any:
     from scmoe.clusters.measure import measure
 
     return overridden(measure(), words)
+
+
+def memory_in_words(row: Mapping[str, Any], profile: "Profile") -> str:
+    """Return a row's GiB, with what the card has where that is less."""
+    needed = f"{row['memory_gib']:.1f}"
+    if profile.memory is None or row["fits"]:
+        return needed
+    return f"{needed} > {profile.memory / 2**30:.1f}"
 
 
 def row_to_json(row: "Row") -> dict[str, Any]:
@@ -146,4 +157,5 @@ def row_to_json(row: "Row") -> dict[str, Any]:
         "slowed_ms": 1e3 * row.step.slowed,
         "update_ms": 1e3 * row.step.update,
         "memory_gib": row.memory / 2**30,
+        "fits": row.fits,
     }

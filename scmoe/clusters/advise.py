@@ -10,7 +10,8 @@ and right of another. The 5th and 95th percentile are shown.
 
 Answer: by the speed-up over the best row that needs no other model than the standard one. It pays
 if the lower end is above WORTH, does not pay if the upper end is below, and is within the error
-otherwise. Rows of the standard model are compared with its sequential one.
+otherwise. Rows of the standard model are compared with its sequential one. A row that does not fit
+the device does not pay, and other rows are not compared with it where another one fits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,18 +29,21 @@ SEED = 1
 WORTH = 1.02
 NOTHING = 1e-6  # a difference between speed-ups that is a rounding error
 LITTLE = 0.1  # a share of the step below which little can be hidden
+GIB = 2**30
 TIERS = {"node": "links in the node", "network": "network between nodes"}
 Answer = Literal["baseline", "pays", "does not pay", "within the error"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row's figures. Times are in seconds, ratios speed-ups; pairs are their intervals."""
+    """A row's figures. Times are in seconds, memory in bytes, ratios are speed-ups; pairs are their
+    intervals. fits: whether the memory is there; None: the profile does not state it."""
 
     name: str
     choice: Choice
     step: StepTime
     memory: float
+    fits: bool | None
     step_interval: tuple[float, float]
     over_standard: float
     over_standard_interval: tuple[float, float]
@@ -74,6 +78,7 @@ def advise(models: Sequence[Model], profile: Profile, job: Job, standard: str) -
     drawn = [plan.drawn(random) for _ in range(SAMPLES)]
     totals = {row: step.total for row, (_, step) in nominal.items()}
     of_shared = plan.of_shared() or [standard]
+    shared = SHARED if plan.of_shared() else standard
 
     def ratio(rows: Sequence[str], row: str) -> tuple[float, tuple[float, float]]:
         ratios = [min(each[name] for name in rows) / each[row] for each in drawn]
@@ -88,7 +93,7 @@ def advise(models: Sequence[Model], profile: Profile, job: Job, standard: str) -
     rows = {}
     for name, (choice, step) in nominal.items():
         over_standard = ratio([standard], name)
-        over_shared = ratio(of_shared[:1], name)
+        over_shared = ratio([shared], name)
         over_best_shared = ratio(of_shared, name)
         over_best = ratio(plan.rivals(name), name)
         row = Row(
@@ -96,12 +101,13 @@ def advise(models: Sequence[Model], profile: Profile, job: Job, standard: str) -
             choice,
             step,
             plan.memory(name, choice),
+            plan.fits[name],
             interval([each[name] for each in drawn], step.total),
             *over_standard,
             *over_shared,
             *over_best,
             *over_best_shared,
-            answer="baseline" if name == standard else answer_of(over_best[1]),
+            answer=answer_of(name, over_best[1], plan),
             why="",
         )
         rows[name] = row
@@ -118,11 +124,13 @@ def interval(values: Sequence[float], nominal: float) -> tuple[float, float]:
     return min(ordered[round(0.05 * last)], nominal), max(ordered[round(0.95 * last)], nominal)
 
 
-def answer_of(over_best: tuple[float, float]) -> Answer:
+def answer_of(row: str, over_best: tuple[float, float], plan: Plan) -> Answer:
     low, high = over_best
-    if low > WORTH:
-        return "pays"
-    return "does not pay" if high < WORTH else "within the error"
+    if row == plan.standard:
+        return "baseline"
+    if plan.fits[row] is False or high < WORTH:
+        return "does not pay"
+    return "pays" if low > WORTH else "within the error"
 
 
 def tier_of(model: Model, machine: Machine, sizes: Sizes) -> str:
@@ -142,10 +150,14 @@ def reason(row: Row, advice: Advice, plan: Plan) -> str:
         f"Waiting for rows takes {advice.share:.0%} of sequential {advice.standard}'s step on the"
         f" {TIERS[advice.tier]}"
     )
-    needs_no_other = row.name in plan.of_standard()
+    needs_no_other = plan.model_of[row.name].name == plan.standard
     rival = advice.rows[advice.standard if needs_no_other else advice.best]
     if row.answer == "baseline":
-        return f"{carried}."
+        return f"{_too_large(row, plan)}{carried}."
+    if row.fits is False:
+        low, high = row.over_best_interval
+        times = f"{low:.2f} to {high:.2f} times as fast as {rival.name}"
+        return f"{_too_large(row, plan)}With more memory it would be {times}."
     if row.answer == "pays":
         return f"{carried}. {_differences(row, rival)}.{_beside_shared(row, plan)}"
     if row.answer == "within the error":
@@ -165,6 +177,15 @@ def reason(row: Row, advice: Advice, plan: Plan) -> str:
         )
     little = ", so little can be hidden" if advice.share < LITTLE else ""
     return f"{carried}{little}. {_differences(row, rival)}."
+
+
+def _too_large(row: Row, plan: Plan) -> str:
+    """Return what a row lacks, in words; empty where it fits."""
+    room = plan.profile.memory
+    if room is None or row.fits:
+        return ""
+    owner = "a rank" if plan.profile.precision == "32-true" else "the card"  # of CPUs, of GPUs
+    return f"It needs {row.memory / GIB:.1f} GiB, {owner} has {room / GIB:.1f}. "
 
 
 def _beside_shared(row: Row, plan: Plan) -> str:

@@ -126,7 +126,8 @@ class Simulator:
 
 
 class Plan:
-    """The rows of all models, with the few best schedules of each at the profile's own values."""
+    """The rows of all models, with the few best schedules of each at the profile's own values: of
+    those that fit the device, if any does. fits: of each row; None: its memory is not known."""
 
     def __init__(self, models: Sequence[Model], profile: Profile, job: Job, standard: str) -> None:
         self.profile = profile
@@ -134,11 +135,14 @@ class Plan:
         self.standard = standard
         self.model_of: dict[str, Model] = {}
         self.choices: dict[str, list[Choice]] = {}
+        self.fits: dict[str, bool | None] = {}
         nominal = Simulator(profile.machine(), job)
         for model in models:
             for row, choices in choices_of(model, standard, job.two).items():
-                steps = {choice: nominal.step(model, choice).total for choice in choices}
                 self.model_of[row] = model
+                fitting = [choice for choice in choices if self.has_room(row, choice)]
+                self.fits[row] = None if profile.memory is None else bool(fitting)
+                steps = {c: nominal.step(model, c).total for c in fitting or choices}
                 self.choices[row] = sorted(steps, key=lambda choice: steps[choice])[:BEST]
 
     def steps(self, machine: Machine, job: Job) -> dict[str, tuple[Choice, StepTime]]:
@@ -150,11 +154,21 @@ class Plan:
             best[row] = min(steps, key=lambda each: each[1].total)
         return best
 
+    def has_room(self, row: str, choice: Choice) -> bool:
+        """Return whether a row fits the device, as far as its memory is known."""
+        most = self.profile.memory
+        return most is None or self.memory(row, choice) <= most
+
     def of_standard(self) -> list[str]:
-        return [row for row, model in self.model_of.items() if model.name == self.standard]
+        return self.at_best(self.standard)
 
     def of_shared(self) -> list[str]:
-        return [row for row, model in self.model_of.items() if model.name == SHARED]
+        return self.at_best(SHARED)
+
+    def at_best(self, name: str) -> list[str]:
+        """Return the rows of a model of which the best is compared: those that fit, if any does."""
+        rows = [row for row, model in self.model_of.items() if model.name == name]
+        return [row for row in rows if self.fits[row] is not False] or rows
 
     def rivals(self, row: str) -> list[str]:
         """Return the rows that a row is judged by, at the best of them: those of the standard

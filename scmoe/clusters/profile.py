@@ -1,12 +1,12 @@
 """A cluster as numbers: rates of a rank and its links, and what the software makes of them.
 
 configs/cluster/NAME.yaml has ranks, ranks_per_node, precision, and a value with its source for each
-of KEYS:
+of KEYS; and, where it is known, of OPTIONAL:
 
     peak_tflops: {value: 165, source: datasheet}
 
 Sources say how far a value may be off (BANDS): it is multiplied or divided by up to this factor. A
-value that the user gives on the command line is taken as it is, and so is the padding.
+value that the user gives on the command line is taken as it is, and so are those of OPTIONAL.
 
     datasheet    what the vendor prints; that it is not reached is in the attained share
     measured     on this machine, by `cluster=measure`
@@ -61,6 +61,12 @@ KEYS = {
     "tax": Allowed(0.0, 1.0, "what computation loses of the time of a transfer beside it", 0.0),
     "halves": Allowed(1.0, 10.0, "time of computing in two halves over that in one piece", 1.0),
     "other_ms": Allowed(0.0, 1e8, "milliseconds of a step that no operator explains", 0.0),
+}
+
+
+OPTIONAL = {
+    "memory_gb": Allowed(1e-3, 1e6, "10^9 B of the device's memory that a rank may use"),
+    "padding": Allowed(1.0, 100.0, "rows that are sent and computed, over those that are routed"),
 }
 
 
@@ -176,8 +182,8 @@ class Machine:
 class Profile:
     """A cluster with the sources of its values.
 
-    padding: rows that are sent and computed over those that are routed; None: as the config's
-    capacity has it. measured_bytes: of a rank's exchange, between which links were measured;
+    padding: as OPTIONAL has it; None: as the config's capacity has it. memory_gb: None: not known.
+    measured_bytes: of a rank's exchange, between which links were measured;
     None: they were not.
     """
 
@@ -188,6 +194,12 @@ class Profile:
     values: Mapping[str, Value]
     padding: float | None = None
     measured_bytes: tuple[float, float] | None = None
+    memory_gb: float | None = None
+
+    @property
+    def memory(self) -> float | None:
+        """Return the bytes that a rank may use."""
+        return None if self.memory_gb is None else self.memory_gb * 1e9
 
     @property
     def guesses(self) -> list[str]:
@@ -278,12 +290,20 @@ def parse_profile(text: str, source: str, name: str) -> Profile:
         raise ConfigError(
             f"{source}: precision is {show(precision)}, allowed: {' | '.join(PRECISIONS)}"
         )
-    padding = tree.pop("padding", None)
-    factor = None
-    if padding is not None:
-        factor = _value(padding, Allowed(1.0, 100.0, ""), f"{source}: padding").value
+    optional = {
+        key: _value(tree.pop(key), allowed, f"{source}: {key}").value
+        for key, allowed in OPTIONAL.items()
+        if key in tree
+    }
+    values = _values(tree, source, ranks > per_node)
     return Profile(
-        name, precision, ranks, per_node, _values(tree, source, ranks > per_node), factor
+        name,
+        precision,
+        ranks,
+        per_node,
+        values,
+        padding=optional.get("padding"),
+        memory_gb=optional.get("memory_gb"),
     )
 
 
@@ -291,7 +311,8 @@ def _values(tree: Mapping[str, Any], source: str, has_network: bool) -> dict[str
     entries = dict(_entries(tree))
     for key in entries:
         if key not in KEYS:
-            raise ConfigError(f"{source}: unknown key {key}, allowed: {', '.join(KEYS)}")
+            known = ", ".join([*KEYS, *OPTIONAL])
+            raise ConfigError(f"{source}: unknown key {key}, allowed: {known}")
     values = {}
     for key, allowed in KEYS.items():
         if key in entries:
@@ -349,11 +370,15 @@ def overridden(profile: Profile, words: Sequence[str]) -> Profile:
         name, _, text = word.removeprefix("--").partition("=")
         key = name.removeprefix("cluster.")
         if key == "padding":
-            factor = number(text, Allowed(1.0, 100.0, ""), f"command line: {name}")
+            factor = number(text, OPTIONAL[key], f"command line: {name}")
             profile = replace(profile, padding=factor)
             continue
+        if key == "memory_gb":
+            memory_gb = number(text, OPTIONAL[key], f"command line: {name}")
+            profile = replace(profile, memory_gb=memory_gb)
+            continue
         if key not in KEYS or (key not in profile.values and key.startswith(NETWORK)):
-            known = ", ".join([*profile.values, "padding"])
+            known = ", ".join([*profile.values, *OPTIONAL])
             raise ConfigError(f"command line: unknown key {name}, allowed: cluster. and {known}")
         given[key] = number(text, KEYS[key], f"command line: {name}")
     return profile.with_values(given)

@@ -15,6 +15,7 @@ from scmoe.clusters.profile import (
     read_profile,
 )
 from scmoe.config.leaves import ConfigError
+from scmoe.config.load import SHIPPED
 
 TIERED = Machine(1.0, 1.0, Link(1.0, 0.0), Link(1.0, 0.0), ranks_per_node=8)
 
@@ -30,6 +31,8 @@ def test_every_profile_is_read_and_drawn_within_its_limits():
         for key, number in profile.draw(Random(1)).items():
             assert KEYS[key].low <= number <= KEYS[key].high
         assert overridden(profile, ["cluster.tax=0.3"]).machine().tax == 0.3
+        assert profile.memory in (24e9, 80e9)
+        assert overridden(profile, ["cluster.memory_gb=40"]).memory == 40e9
 
 
 def test_bytes_travel_over_the_tier_that_they_must_cross():
@@ -99,6 +102,8 @@ def test_a_sum_is_a_ring_in_each_node_and_one_between_nodes(groups, seconds):
         (("tax: {value: 0.1, source: guess}", "tax: {value: 0.1, source: rumour}"), "tax.source"),
         (("tax: {value: 0.1, source: guess}", "tax: 0.1"), "tax"),
         (("tax: ", "taxes: "), "taxes"),
+        (("memory_gb: {value: 24,", "memory_gb: {value: 0,"), "memory_gb.value"),
+        (("memory_gb: {value: 24, source: datasheet}", "memory_gb: 24"), "memory_gb"),
         (("ranks: 8", "ranks: 9"), "ranks"),
         (("ranks: 8", "ranks: eight"), "ranks"),
         (("precision: bf16-mixed", "precision: fp8"), "precision"),
@@ -107,9 +112,13 @@ def test_a_sum_is_a_ring_in_each_node_and_one_between_nodes(groups, seconds):
     ],
 )
 def test_a_mistake_in_a_profile_is_named_in_one_line(change, key):
-    from scmoe.config.load import SHIPPED
-
     text = (SHIPPED / "cluster/8xA30-PCIe.yaml").read_text(encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"mine: (unknown key )?{key} ?") as error:
         parse_profile(text.replace(*change, 1), "mine", "mine")
     assert "\n" not in str(error.value)
+
+
+def test_a_profile_need_not_state_the_device_s_memory():
+    text = (SHIPPED / "cluster/8xA30-PCIe.yaml").read_text(encoding="utf-8")
+    without = text.replace("memory_gb: {value: 24, source: datasheet}\n", "")
+    assert without != text and parse_profile(without, "mine", "mine").memory is None

@@ -78,6 +78,40 @@ def test_the_decisive_value_is_that_of_the_speed_up_that_decides_the_answer(coun
     assert decisive("top2", plan) is None
 
 
+def test_a_row_that_does_not_fit_the_card_does_not_pay(counted):
+    """Whatever its speed-up; its reason begins with the memory."""
+    slow = ("links.node.gb_s=0.5",)
+    sizes = job_of(counted[1]).sizes._replace(rows=64)
+    roomy = answers(counted, *slow, sizes=sizes).rows
+    assert roomy["scmoe_pos2"].answer == "pays" and roomy["scmoe_pos2"].fits
+    small = answers(counted, *slow, "memory_gb=0.01", sizes=sizes).rows
+    for name, row in small.items():
+        assert row.fits is False and row.why.startswith("It needs 0.1 GiB, the card has 0.0.")
+        assert row.answer == ("baseline" if name == "top2" else "does not pay")
+    assert small["scmoe_pos2"].over_best == pytest.approx(roomy["scmoe_pos2"].over_best)
+
+
+def test_a_row_runs_in_chunks_that_fit_and_beside_rows_that_fit(counted):
+    profile, config, models = counted
+    slow = overridden(profile, ["cluster.links.node.gb_s=0.5"])
+    sizes = job_of(config).sizes._replace(rows=64)
+    job = replace(job_of(config), sizes=sizes)
+    needed = models["top2"].memory
+    two = [models["top2"], models["top1"]]
+    roomy = Plan(two, slow, job, "top2")
+    assert max(choice.schedule.chunks for choice in roomy.choices["top2_pipelined"]) > 2
+    in_two_chunks = replace(slow, memory_gb=needed(2, 1) / 1e9)
+    plan = Plan(two, in_two_chunks, job, "top2")
+    assert {choice.schedule.chunks for choice in plan.choices["top2_pipelined"]} == {2}
+    assert plan.fits["top2_pipelined"] and plan.of_standard() == roomy.of_standard()
+    in_one_piece = replace(slow, memory_gb=needed(1, 1) / 1e9)
+    plan = Plan(two, in_one_piece, job, "top2")
+    assert not plan.fits["top2_pipelined"] and plan.rivals("top1") == ["top2"]
+    unknown = Plan(two, replace(slow, memory_gb=None), job, "top2")
+    assert {*unknown.fits.values()} == {None}
+    assert unknown.choices == roomy.choices
+
+
 def test_a_row_s_memory_is_the_estimate_s_of_its_own_schedule(counted):
     profile, _, models = counted
     for name, row in answers(counted).rows.items():
