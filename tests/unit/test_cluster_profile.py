@@ -24,7 +24,10 @@ def test_every_profile_is_read_and_drawn_within_its_limits():
     from random import Random
 
     assert {"8xA30-PCIe", "8xA800-NVLink", "2x8xA800", "8xH100"} <= {*names()}
-    assert max(read_profile(name).ranks for name in names()) == 1024
+    slower, faster = (f"128x8xH100-{fabric}" for fabric in ("Ethernet", "InfiniBand"))
+    assert read_profile(slower).ranks == read_profile(faster).ranks == 1024
+    rates = [read_profile(name).machine().outside().rate for name in (slower, faster)]
+    assert rates[0] < rates[1] / 4
     for name in names():
         profile = read_profile(name)
         assert profile.guesses
