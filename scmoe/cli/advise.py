@@ -80,10 +80,10 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
     advice, settings = advice_for(request, profile)
     rows = {name: row_to_json(row) for name, row in advice.rows.items()}
     trainer = settings.trainer
+    ranks = trainer.devices * trainer.num_nodes
     title = (
-        f"{config} on cluster {profile.name}: {trainer.devices * trainer.num_nodes} ranks,"
-        f" EP {settings.strategy.ep_size}, {advice.tokens:,} tokens of a rank in a step, load"
-        f" {named['load']}"
+        f"{config} on cluster {profile.name}: {ranks} ranks, EP {settings.strategy.ep_size},"
+        f" {advice.tokens:,} tokens of a rank in a step, load {named['load']}"
     )
     shown = {name: {**row, "gib": memory_in_words(row, profile)} for name, row in rows.items()}
     Report(title, shown, COLUMNS, "row").show()
@@ -104,6 +104,16 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
         for path in draw_curves(request, profile, Path(curves)):
             say(f"curve: {path}")
     facts: dict[str, Any] = {
+        "job": {
+            "config": config,
+            "cluster": profile.name,
+            "ranks": ranks,
+            "ep": settings.strategy.ep_size,
+            "tokens": advice.tokens,
+            "load": named["load"],
+            "standard": advice.standard,
+            "share": advice.share,
+        },
         "rows": rows,
         "standard": advice.standard,
         "best_without_another_model": advice.best,
@@ -156,6 +166,7 @@ def row_to_json(row: "Row") -> dict[str, Any]:
         "computing_ms": 1e3 * row.step.computing,
         "slowed_ms": 1e3 * row.step.slowed,
         "update_ms": 1e3 * row.step.update,
+        "other_ms": 1e3 * row.step.other,
         "memory_gib": row.memory / 2**30,
         "fits": row.fits,
     }

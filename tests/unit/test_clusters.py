@@ -21,6 +21,8 @@ from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.assembly.rank_job import rank_job
 from tests.support.advised import QUICK, quickstart_on_cards
 
+TERMS = ("computing", "slowed", "exposed_rows", "exposed_gradients", "update", "other")
+
 
 @pytest.fixture(scope="module")
 def counted():
@@ -188,13 +190,22 @@ def test_the_verb_answers_in_one_line_of_json(capfd):
     """What runs on the ranks of the cluster may be refused on those of the config."""
     words = ("advise", "quickstart", "cluster=8xA30-PCIe", "moe.capacity_factor=null")
     words += ("strategy.wire_dtype=bfloat16", "trainer.accumulate=64", "samples=4")
+    words_of_job = ("quickstart", "8xA30-PCIe", "hot_rank:1.7")
     assert call(*words, "load=hot_rank:1.7", "cluster.other_ms=2", "ranks=4", "ep=4") == 0
     out, err = capfd.readouterr()
     facts = json.loads(out.splitlines()[-1])
+    job = facts["job"]
+    assert (job["config"], job["cluster"], job["load"]) == words_of_job
+    assert (job["ranks"], job["ep"], job["standard"]) == (4, 4, "top2")
+    assert job["tokens"] == 64 * 4 * 256
+    standard = facts["rows"]["top2"]
+    assert job["share"] == pytest.approx(standard["exposed_rows_ms"] / standard["step_ms"])
     assert {"top2", "top2_two", "shared_expert", "scmoe_pos3", "scmoe_pos3_two"} <= {*facts["rows"]}
     for row in facts["rows"].values():
         assert row["interval"][0] <= row["step_ms"] <= row["interval"][1]
         assert row["answer"] and row["why"] and row["over_top2"] > 0 < row["over_shared"]
+        assert sum(row[f"{term}_ms"] for term in TERMS) == pytest.approx(row["step_ms"])
+        assert row["other_ms"] == 2 and row["fits"] is True
     assert "4 ranks, EP 4" in err
 
 
