@@ -209,6 +209,15 @@ def test_the_verb_answers_in_one_line_of_json(capfd):
     assert "4 ranks, EP 4" in err
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+def test_rows_that_a_batch_of_one_sample_cannot_have_are_missed_in_words(samples, capfd):
+    words = ("cluster=8xA30-PCIe", "model.layers=2", f"samples={samples}")
+    assert call("advise", "quickstart", *words) == 0
+    out, err = capfd.readouterr()
+    has_two = any(name.endswith("_two") for name in json.loads(out.splitlines()[-1])["rows"])
+    assert has_two == (samples == 2) == ("cannot be halved" not in err)
+
+
 @pytest.mark.parametrize(
     "words",
     [
