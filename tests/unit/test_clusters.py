@@ -2,12 +2,15 @@
 
 import json
 from dataclasses import astuple, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
 
+from scmoe.clusters import measure
 from scmoe.clusters.advise import advise, decisive
 from scmoe.clusters.curves import Curve, draw, point
+from scmoe.clusters.measure import Seconds
 from scmoe.clusters.plan import Choice, Plan, Simulator
 from scmoe.clusters.profile import overridden, read_profile
 from scmoe.clusters.rank_shares import rank_shares
@@ -15,6 +18,7 @@ from scmoe.command_line import call
 from scmoe.estimate.memory import rank_memory
 from scmoe.probes.loads import Sizes as Routed
 from scmoe.probes.loads import load_of
+from scmoe.schedule.schedule import Schedule
 from scmoe.training.assembly.advice import Request, config_for, job_of, models_for
 from scmoe.training.assembly.advice_curves import compared
 from scmoe.training.assembly.model import build_model_on_meta
@@ -78,6 +82,29 @@ def test_the_decisive_value_is_that_of_the_speed_up_that_decides_the_answer(coun
     plan = Plan([models["top2"]], chosen, job, "top2")
     assert decisive("top2_pipelined", plan) == "links.node.attained"
     assert decisive("top2", plan) is None
+
+
+@pytest.mark.parametrize("rate", [0.5, 20.0])
+def test_a_row_has_the_best_of_all_slots_and_chunks(counted, rate):
+    profile, config, models = counted
+    job = replace(job_of(config), sizes=job_of(config).sizes._replace(rows=64))
+    chosen = overridden(profile, [f"cluster.links.node.gb_s={rate}"])
+    rows = answers(counted, f"links.node.gb_s={rate}", sizes=job.sizes).rows
+    simulator = Simulator(chosen.machine(), job)
+    for name, batches, chunks in (("scmoe_pos2", 1, (1, 2, 4, 8)), ("scmoe_pos2_two", 2, (1, 2))):
+        steps = {}
+        for slot, parts in product(range(4), chunks):
+            schedule = Schedule("scmoe", "pos2", slot, parts)
+            choice = Choice(schedule, batches, sequential=False)
+            steps[schedule] = simulator.step(models["scmoe_pos2"], choice).total
+        assert rows[name].step.total == min(steps.values())
+        assert steps[rows[name].choice.schedule] == min(steps.values())
+
+
+def test_other_time_is_added_to_every_step(counted):
+    usual, longer = (answers(counted, f"other_ms={ms}").rows for ms in (0, 7))
+    for name, row in longer.items():
+        assert row.step.total == pytest.approx(usual[name].step.total + 0.007)
 
 
 def test_a_row_that_does_not_fit_the_card_does_not_pay(counted):
@@ -207,6 +234,32 @@ def test_the_verb_answers_in_one_line_of_json(capfd):
         assert sum(row[f"{term}_ms"] for term in TERMS) == pytest.approx(row["step_ms"])
         assert row["other_ms"] == 2 and row["fits"] is True
     assert "4 ranks, EP 4" in err
+
+
+def test_the_verb_measures_this_machine(monkeypatch, capfd):
+    seconds = Seconds(product=0.1, copy=0.02, launch=1e-6, small=1e-3, large=2e-2)
+    monkeypatch.setattr(measure, "ranks_here", lambda: (False, 2))
+    monkeypatch.setattr(measure, "measured_by", lambda ranks: [seconds] * ranks)
+    words = ("cluster=measure", "model.layers=2", "cluster.links.node.latency_us=5")
+    assert call("advise", "quickstart", *words) == 0
+    out, _ = capfd.readouterr()
+    facts = json.loads(out.splitlines()[-1])
+    assert (facts["job"]["cluster"], facts["job"]["ranks"]) == ("measure", 2)
+    assert {row["fits"] for row in facts["rows"].values()} == {True}
+    assert {"attention", "halves"} <= {*facts["guesses"]}
+    assert not {"memory_gb_s", "links.node.gb_s", "tax"} & {*facts["guesses"]}
+
+
+def test_the_verb_draws_five_curves(monkeypatch, tmp_path, capfd):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("scmoe.clusters.curves.SAMPLES", 2)
+    words = ("cluster=8xH100", "model.layers=2", "moe.capacity_factor=null", "samples=1")
+    assert call("advise", "quickstart", *words, "--curves", str(tmp_path)) == 0
+    _, err = capfd.readouterr()
+    pictures = {path.stem: path for path in tmp_path.glob("*.png")}
+    assert {*pictures} == {"bandwidth", "ep", "tokens", "width", "load"}
+    for path in pictures.values():
+        assert path.stat().st_size > 10_000 and f"curve: {path}" in err
 
 
 @pytest.mark.parametrize("samples", [1, 2])

@@ -9,12 +9,15 @@ from scmoe.clusters.operator_costs import OUTSIDE
 from scmoe.clusters.plan import Choice, Simulator
 from scmoe.clusters.profile import read_profile
 from scmoe.clusters.rank_shares import rank_shares
-from scmoe.clusters.timed_blocks import Sizes, at_schedule, blocks_on
+from scmoe.clusters.timed_blocks import Sizes, at_schedule, blocks_on, update_seconds
+from scmoe.estimate.model_cost import forward_flops
 from scmoe.probes.loads import Sizes as Routed
 from scmoe.probes.loads import load_of
 from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.stack import BEFORE
-from scmoe.training.assembly.advice import Request, config_for, job_of, models_for
+from scmoe.training.assembly.advice import Request, architectures, config_for, job_of, models_for
+from scmoe.training.assembly.model import build_model_on_meta
+from scmoe.training.assembly.rank_job import rank_job
 from tests.support.advised import QUICK, quickstart_on_cards
 
 
@@ -35,6 +38,31 @@ def test_products_are_those_of_a_gpts_closed_form(counted):
         small = 2 * dim * 2 if name == "shared_expert" else 0  # CG-1's gate, at most
         flops = tokens * (2 * (2 * pair + 2 * attention) + 2 * dim * config.data.vocab_size)
         assert models[name].costs.flops == pytest.approx(flops, abs=tokens * 2 * small)
+
+
+@pytest.mark.parametrize("words", [[], ["moe.leading_dense=[256]", "moe.every=1"]], ids=str)
+def test_products_of_a_llama_are_those_of_the_estimate(words):
+    sizes = ["model.family=llama", "model.layers=4", "model.kv_heads=2", "moe.num_experts=16"]
+    request = Request("quickstart", [*sizes, *words, "moe.capacity_factor=null"])
+    assert_products_are_the_estimate_s(request, rel=1e-6)
+
+
+def test_products_of_a_swin_are_those_of_the_estimate():
+    """Beside its position bias, which is computed once a batch."""
+    pytest.importorskip("timm")
+    request = Request("swinv2_moe_s_tiny", ["moe.capacity_factor=null"], samples=512)
+    assert_products_are_the_estimate_s(request, rel=1e-3)
+
+
+def assert_products_are_the_estimate_s(request, rel):
+    profile = read_profile("8xH100")
+    config = config_for(request, profile)
+    models = {each.name: each.costs for each in models_for(request, profile, config)}
+    for name, moe in architectures(config.moe, config.model.ffn_dim or 4 * config.model.dim):
+        model = build_model_on_meta(replace(config, moe=moe))
+        of_a_sample = sum(forward_flops(model, config.data.seq_len).values())
+        samples = rank_job(config).samples
+        assert models[name].flops == pytest.approx(samples * of_a_sample, rel=rel), name
 
 
 def test_parameters_and_gradients_are_counted_once(counted):
@@ -69,6 +97,40 @@ def experts_times(costs, machine, **changes):
 
     layers = [layer._replace(after=tuple(map(changed, layer.after))) for layer in costs.layers]
     return blocks_on(machine, replace(costs, layers=layers), Sizes(8, 8))[0][0].times.forward
+
+
+@pytest.mark.parametrize(("precision", "nbytes"), [("bf16-mixed", 28), ("bf16-true", 14)])
+def test_an_update_reads_four_numbers_of_a_parameter_and_writes_three(counted, precision, nbytes):
+    profile, _, models = counted
+    costs = models["scmoe_pos2"].costs
+    costs = replace(costs, job=replace(costs.job, precision=precision))
+    machine = replace(profile.machine(), memory=1e9)
+    held = costs.dense_parameters + costs.expert_parameters / 4
+    assert update_seconds(machine, costs, Sizes(8, 4)) == pytest.approx(nbytes * held / 1e9)
+
+
+def test_padding_is_sent_computed_and_kept():
+    profile = read_profile("8xH100")
+    request = Request("quickstart", ["moe.capacity_factor=null", "model.layers=2"], samples=8)
+
+    def top_2(padding):
+        padded = replace(profile, padding=padding)
+        config = config_for(request, padded)
+        return models_for(request, padded, config)[0]
+
+    def rows(model, operator):
+        (part,) = (p for p in model.costs.layers[0].after if p.operator == operator)
+        return part
+
+    usual, padded = top_2(None), top_2(1.5)
+    for model, factor in ((usual, 1.0), (padded, 1.5)):
+        sent = rows(model, "dispatch").rows_bytes
+        assert sent == pytest.approx(factor * rows(usual, "dispatch").rows_bytes)
+        assert rows(model, "experts").flops == pytest.approx(factor * rows(usual, "experts").flops)
+    assert padded.memory(1, 1) > usual.memory(1, 1)
+    with_capacity = replace(request, overrides=["moe.capacity_factor=1.5", "model.layers=2"])
+    (in_slots, *_) = models_for(with_capacity, profile, config_for(with_capacity, profile))
+    assert padded.memory(1, 1) == pytest.approx(in_slots.memory(1, 1))
 
 
 def test_the_layout_takes_no_time_for_weights_and_launches_of_experts(counted):
