@@ -12,7 +12,9 @@ schedule/stack.py). What is added here:
                 They are summed in this order, where the link carries no rows: rows come first. What
                 is left after backward is exposed. They are summed once a step, with the last batch
     pieces      a chunk or a half takes its share of an operator's rows, but as many launches as all
-                rows, and it reads all weights: t = max((all - fixed) / pieces, least) + fixed
+                rows, and the experts read all their weights: t = max((all - fixed) / pieces, least)
+                + fixed. A half reads the weights of attention, MLP and shared expert again too,
+                which timed_blocks.py leaves out: their `least` is 0
     tax         computation is slower by this share of the time that a transfer runs beside it
     step        batches x (forward + backward) + exposed sums + update + what no operator explains
 
