@@ -90,6 +90,11 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
     say(LEGEND)
     for name, row in advice.rows.items():
         say(f"{name}: {row.answer}. {row.why}")
+    if all(row.fits is False for row in advice.rows.values()):
+        say(
+            "No row fits. Fewer samples with more trainer.accumulate, more ranks, a larger EP, or"
+            " trainer.recompute=true need less memory."
+        )
     if all(row.choice.batches_in_flight == 1 for row in advice.rows.values()):
         say(
             "A rank has one sample in a batch, which cannot be halved, so there are no rows with"

@@ -262,6 +262,15 @@ def test_the_verb_draws_five_curves(monkeypatch, tmp_path, capfd):
         assert path.stat().st_size > 10_000 and f"curve: {path}" in err
 
 
+def test_a_job_of_which_nothing_fits_is_told_what_needs_less(capfd):
+    words = ("cluster=8xA30-PCIe", "model.layers=2", "samples=1", "cluster.memory_gb=0.01")
+    assert call("advise", "quickstart", *words) == 0
+    out, err = capfd.readouterr()
+    facts = json.loads(out.splitlines()[-1])
+    assert {row["fits"] for row in facts["rows"].values()} == {False}
+    assert " > 0.0" in err and "trainer.recompute=true" in err
+
+
 @pytest.mark.parametrize("samples", [1, 2])
 def test_rows_that_a_batch_of_one_sample_cannot_have_are_missed_in_words(samples, capfd):
     words = ("cluster=8xA30-PCIe", "model.layers=2", f"samples={samples}")
