@@ -209,10 +209,13 @@ def rival_of(data: Any) -> list[str]:
         return []
     measured = read(PAGES / f"{HEADLINE}.json")
     top2 = rows_of(measured)["top2_two"]
+    page = f"[by share and tokens]({two_batches.NAME}.md)"
     return [
-        "Of top-2 only one batch in flight was measured here. With two it gains without another"
-        f" model: {top2.train_speedup:.2f} in training and {top2.forward_speedup:.2f} in inference"
-        f" at a share of {measured['comm_share']:.2f} ([by share and tokens]({two_batches.NAME}.md))."
+        (
+            "Of top-2 only one batch in flight was measured here. With two it gains without another"
+            f" model: {top2.train_speedup:.2f} in training and {top2.forward_speedup:.2f} in"
+            f" inference at a share of {measured['comm_share']:.2f} ({page})."
+        )
     ]
 
 

@@ -147,10 +147,7 @@ def tables(report: dict[str, Any]) -> list[Report]:
     columns["auto / best"] = "{auto_over_best:.3f}"
     columns[OVER_TOP2] = "{over_top2}"
     if any(batches_of(row) == 2 for row in report["rows"]):
-        columns |= {
-            "peak, MiB": "{peak_mb:.0f}",
-            "over one batch's": "{peak_over_one_batch:.2f}",
-        }
+        columns |= {"peak, MiB": "{peak_mb:.0f}", "over one batch's": "{peak_over_one_batch:.2f}"}
     if any("auto_of_both" in row for row in report["rows"].values()):
         columns["auto: batches, over best"] = (
             "{auto_of_both[batches_in_flight]}, {auto_of_both[over_best]:.3f}"

@@ -22,13 +22,7 @@ from typing import Any, NamedTuple
 from experiments.bench.overlap import Measured, block_seconds
 from experiments.bench.overlap_rows import LoadFigures, OverlapRow, cells_of, rows_of
 from experiments.bench.pairs import Setting
-from experiments.bench.speed_chart import (
-    OVER_TOP2,
-    line_colors,
-    name_of,
-    over_top2,
-    way_of_row,
-)
+from experiments.bench.speed_chart import OVER_TOP2, line_colors, name_of, over_top2, way_of_row
 from experiments.bench.stacks import windows_of
 from experiments.bench.two_batches import PIPELINED, batches_of
 from experiments.engine.clock import median, quartiles

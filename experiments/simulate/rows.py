@@ -16,13 +16,7 @@ from experiments.simulate.reports import ROUTED, Calibration
 from scmoe.clusters.played_load import Load
 from scmoe.clusters.rank_shares import rank_shares
 from scmoe.clusters.shared_link import Sum
-from scmoe.clusters.simulated_step import (
-    Block,
-    Setting,
-    StepTime,
-    simulate_forward,
-    simulate_step,
-)
+from scmoe.clusters.simulated_step import Block, Setting, StepTime, simulate_forward, simulate_step
 from scmoe.probes.loads import Sizes, load_of
 from scmoe.schedule.cost import OperatorTimes, Share, slots
 from scmoe.schedule.schedule import SUBLAYERS, Schedule

@@ -1,6 +1,7 @@
 """`scmoe advise` says whether a shortcut would pay on a cluster, before anything is trained."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from scmoe.config.leaves import ConfigError
 
 if TYPE_CHECKING:
     from scmoe.clusters.advise import Row
+    from scmoe.clusters.profile import Profile
 
 FEW_TOKENS = 4096
 COLUMNS = {
@@ -23,14 +25,15 @@ COLUMNS = {
         " {over_best_shared_interval[1]:.2f}]"
     ),
     "slot x chunks": "{slot} x {chunks}",
-    "GiB": "{memory_gib:.1f}",
+    "GiB": "{gib}",
     "answer": "{answer}",
 }
 LEGEND = (
     "exposed: waiting for rows + sums of gradients, in ms. Speed-ups: / top-k is over the"
     " sequential standard model; / shared over shared-expert with one batch in flight; / best over"
     " the best row of the standard model, for its own rows over the sequential one; / best shared"
-    " over the best row of shared-expert. Memory is an upper bound. Everything is predicted."
+    " over the best row of shared-expert. GiB: an upper bound for the row's own chunks, batches in"
+    " flight and load. Everything is predicted."
 )
 
 
@@ -77,15 +80,26 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
     advice, settings = advice_for(request, profile)
     rows = {name: row_to_json(row) for name, row in advice.rows.items()}
     trainer = settings.trainer
+    ranks = trainer.devices * trainer.num_nodes
     title = (
-        f"{config} on cluster {profile.name}: {trainer.devices * trainer.num_nodes} ranks,"
-        f" EP {settings.strategy.ep_size}, {advice.tokens:,} tokens of a rank in a step, load"
-        f" {named['load']}"
+        f"{config} on cluster {profile.name}: {ranks} ranks, EP {settings.strategy.ep_size},"
+        f" {advice.tokens:,} tokens of a rank in a step, load {named['load']}"
     )
-    Report(title, rows, COLUMNS, "row").show()
+    shown = {name: {**row, "gib": memory_in_words(row, profile)} for name, row in rows.items()}
+    Report(title, shown, COLUMNS, "row").show()
     say(LEGEND)
     for name, row in advice.rows.items():
         say(f"{name}: {row.answer}. {row.why}")
+    if all(row.fits is False for row in advice.rows.values()):
+        say(
+            "No row fits. Fewer samples with more trainer.accumulate, more ranks, a larger EP, or"
+            " trainer.recompute=true need less memory."
+        )
+    if all(row.choice.batches_in_flight == 1 for row in advice.rows.values()):
+        say(
+            "A rank has one sample in a batch, which cannot be halved, so there are no rows with"
+            " two batches in flight. Give samples=2 or more for them."
+        )
     of_a_batch = advice.tokens // trainer.accumulate
     if of_a_batch < FEW_TOKENS:
         say(
@@ -100,6 +114,16 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
         for path in draw_curves(request, profile, Path(curves)):
             say(f"curve: {path}")
     facts: dict[str, Any] = {
+        "job": {
+            "config": config,
+            "cluster": profile.name,
+            "ranks": ranks,
+            "ep": settings.strategy.ep_size,
+            "tokens": advice.tokens,
+            "load": named["load"],
+            "standard": advice.standard,
+            "share": advice.share,
+        },
         "rows": rows,
         "standard": advice.standard,
         "best_without_another_model": advice.best,
@@ -109,7 +133,7 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
     print(json.dumps(facts))
 
 
-def profile_of(name: str, words: list[str]) -> Any:
+def profile_of(name: str, words: list[str]) -> "Profile":
     """Return a profile by name, or this machine's."""
     from scmoe.clusters.profile import overridden, read_profile
 
@@ -118,6 +142,14 @@ def profile_of(name: str, words: list[str]) -> Any:
     from scmoe.clusters.measure import measure
 
     return overridden(measure(), words)
+
+
+def memory_in_words(row: Mapping[str, Any], profile: "Profile") -> str:
+    """Return a row's GiB, with what the card has where that is less."""
+    needed = f"{row['memory_gib']:.1f}"
+    if profile.memory is None or row["fits"]:
+        return needed
+    return f"{needed} > {profile.memory / 2**30:.1f}"
 
 
 def row_to_json(row: "Row") -> dict[str, Any]:
@@ -144,5 +176,7 @@ def row_to_json(row: "Row") -> dict[str, Any]:
         "computing_ms": 1e3 * row.step.computing,
         "slowed_ms": 1e3 * row.step.slowed,
         "update_ms": 1e3 * row.step.update,
+        "other_ms": 1e3 * row.step.other,
         "memory_gib": row.memory / 2**30,
+        "fits": row.fits,
     }

@@ -1,10 +1,6 @@
 """Would a shortcut pay on a cluster? Every architecture's step at its best schedule, how sure that
-is, and an answer with its reason.
-
-    top2              standard, sequential transfers: speed-ups are over it
-    top2_pipelined    the same model in chunks
-    NAME_two          any model with two batches in flight
-    the others        overlapped, at the best slot and chunks
+is, and an answer with its reason. plan.py has the rows; speed-ups are over the standard model with
+sequential transfers.
 
 Interval: SAMPLES machines are drawn within the bands of the profile's sources (profile.py), with a
 fixed seed. Every row runs on the same machines, so errors that all rows share cancel in a speed-up;
@@ -14,78 +10,40 @@ and right of another. The 5th and 95th percentile are shown.
 
 Answer: by the speed-up over the best row that needs no other model than the standard one. It pays
 if the lower end is above WORTH, does not pay if the upper end is below, and is within the error
-otherwise. Rows of the standard model are compared with its sequential one.
+otherwise. Rows of the standard model are compared with its sequential one. A row that does not fit
+the device does not pay, and other rows are not compared with it where another one fits.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from random import Random
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from scmoe.clusters.operator_costs import Costs
-from scmoe.clusters.played_load import Load
-from scmoe.clusters.profile import BANDS, Machine, Profile, scaled
-from scmoe.clusters.simulated_step import Block, Head, Setting, StepTime, simulate_step
-from scmoe.clusters.timed_blocks import Sizes, at_schedule, blocks_on, update_seconds
-from scmoe.schedule.schedule import Schedule
+from scmoe.clusters.plan import SHARED, Choice, Job, Model, Plan
+from scmoe.clusters.profile import Machine, Profile
+from scmoe.clusters.simulated_step import StepTime
+from scmoe.clusters.timed_blocks import Sizes
 
-CHUNKS = (1, 2, 4, 8)
-CHUNKS_OF_HALVES = (1, 2)
 SAMPLES = 64
-BEST = 4  # schedules of a row that are played on every drawn machine
 SEED = 1
-ROW_ERROR = 0.02  # assumed
 WORTH = 1.02
+NOTHING = 1e-6  # a difference between speed-ups that is a rounding error
 LITTLE = 0.1  # a share of the step below which little can be hidden
-MORE_TOKENS = (2, 4, 8, 16, 32, 64)  # times as many, of which the first that pays is named
-PIPELINED = "_pipelined"
-TWO = "_two"
-SHARED = "shared_expert"
+GIB = 2**30
 TIERS = {"node": "links in the node", "network": "network between nodes"}
 Answer = Literal["baseline", "pays", "does not pay", "within the error"]
-LoadOf = Callable[[int], Sequence[Load]]
-"""Returns the load of each of a number of steps, in so many chunks."""
-
-
-@dataclass(frozen=True, eq=False)
-class Model:
-    """A model to be compared. name: of its architecture. schedule: of the blocks that have it.
-    memory: bytes of a rank. loads: of its rows; None: even."""
-
-    name: str
-    costs: Costs
-    schedule: Schedule
-    memory: float
-    loads: LoadOf | None = None
-
-
-@dataclass(frozen=True)
-class Job:
-    """What all rows share. two: whether a rank's batch can be halved."""
-
-    sizes: Sizes
-    accumulate: int
-    two: bool
-
-
-class Choice(NamedTuple):
-    """How a row may run."""
-
-    schedule: Schedule
-    batches_in_flight: Literal[1, 2]
-    sequential: bool
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row's figures. Times are in seconds, ratios speed-ups; pairs are their intervals."""
+    """A row's figures. Times are in seconds, memory in bytes, ratios are speed-ups; pairs are their
+    intervals. fits: whether the memory is there; None: the profile does not state it."""
 
     name: str
     choice: Choice
     step: StepTime
     memory: float
+    fits: bool | None
     step_interval: tuple[float, float]
     over_standard: float
     over_standard_interval: tuple[float, float]
@@ -112,127 +70,6 @@ class Advice:
     tokens: int
 
 
-def choices_of(model: Model, standard: str, two: bool) -> dict[str, list[Choice]]:
-    """Return the rows of a model and how each may run."""
-    usual = model.schedule
-    slots = [replace(usual, expert_slot=slot) for slot in range(len(usual.window) + 1)]
-    chunked = {c: [replace(slot, chunks=c) for slot in slots] for c in CHUNKS}
-    rows: dict[str, list[Choice]] = {}
-    if model.name == standard:
-        rows[standard] = [Choice(usual, 1, True)]
-        pipelined = [schedule for c in CHUNKS[1:] for schedule in chunked[c]]
-        rows[standard + PIPELINED] = [Choice(schedule, 1, False) for schedule in pipelined]
-    else:
-        every = [schedule for c in CHUNKS for schedule in chunked[c]]
-        rows[model.name] = [Choice(schedule, 1, False) for schedule in every]
-    if two:
-        halves = [schedule for c in CHUNKS_OF_HALVES for schedule in chunked[c]]
-        rows[model.name + TWO] = [Choice(schedule, 2, False) for schedule in halves]
-    return rows
-
-
-class Simulator:
-    """Steps of models on one machine. Blocks are timed once for each model."""
-
-    def __init__(self, machine: Machine, job: Job) -> None:
-        self.machine = machine
-        self.job = job
-        self.blocks: dict[Model, tuple[list[Block], Head]] = {}
-
-    def step(self, model: Model, choice: Choice) -> StepTime:
-        """Return the time of a step; under a load the mean over its steps."""
-        if model not in self.blocks:
-            self.blocks[model] = blocks_on(self.machine, model.costs, self.job.sizes)
-        timed, head = self.blocks[model]
-        blocks = at_schedule(timed, choice.schedule)
-        setting = Setting(
-            batches_in_flight=choice.batches_in_flight,
-            sequential=choice.sequential,
-            accumulate=self.job.accumulate,
-            tax=self.machine.tax,
-            longer=self.machine.halves,
-            update_s=update_seconds(self.machine, model.costs, self.job.sizes),
-            other_s=self.machine.other,
-        )
-        if model.loads is None:
-            return simulate_step(blocks, setting, head)
-        loads = {c: model.loads(c) for c in {block.schedule.chunks for block in blocks}}
-        num_steps = len(loads[choice.schedule.chunks])
-        steps = [
-            simulate_step(blocks, setting, head, [loads[b.schedule.chunks][i] for b in blocks])
-            for i in range(num_steps)
-        ]
-        each_term = zip(*map(astuple, steps), strict=True)
-        return StepTime(*(sum(seconds) / num_steps for seconds in each_term))
-
-
-class Plan:
-    """The rows of all models, with the few best schedules of each at the profile's own values."""
-
-    def __init__(self, models: Sequence[Model], profile: Profile, job: Job, standard: str) -> None:
-        self.profile = profile
-        self.job = job
-        self.standard = standard
-        self.model_of: dict[str, Model] = {}
-        self.choices: dict[str, list[Choice]] = {}
-        nominal = Simulator(profile.machine(), job)
-        for model in models:
-            for row, choices in choices_of(model, standard, job.two).items():
-                steps = {choice: nominal.step(model, choice).total for choice in choices}
-                self.model_of[row] = model
-                self.choices[row] = sorted(steps, key=lambda choice: steps[choice])[:BEST]
-
-    def steps(self, machine: Machine, job: Job) -> dict[str, tuple[Choice, StepTime]]:
-        """Return the best of each row's choices on a machine, and its step."""
-        simulator = Simulator(machine, job)
-        best = {}
-        for row, choices in self.choices.items():
-            steps = [(choice, simulator.step(self.model_of[row], choice)) for choice in choices]
-            best[row] = min(steps, key=lambda each: each[1].total)
-        return best
-
-    def of_standard(self) -> list[str]:
-        return [row for row, model in self.model_of.items() if model.name == self.standard]
-
-    def of_shared(self) -> list[str]:
-        return [row for row, model in self.model_of.items() if model.name == SHARED]
-
-    def over_best(self, totals: Mapping[str, float], row: str) -> float:
-        """Return a row's speed-up over the best one of the standard model."""
-        return min(totals[name] for name in self.of_standard()) / totals[row]
-
-    def totals(self, machine: Machine, job: Job) -> dict[str, float]:
-        return {row: step.total for row, (_, step) in self.steps(machine, job).items()}
-
-    def drawn(self, random: Random) -> dict[str, float]:
-        """Return the steps of all rows on a drawn machine, each with an error of its own."""
-        totals = self.totals(self.profile.machine(self.profile.draw(random)), self.job)
-        return {row: t * math.exp(random.gauss(0.0, ROW_ERROR)) for row, t in totals.items()}
-
-    @cached_property
-    def at_ends(self) -> dict[str, list[dict[str, float]]]:
-        """Steps of all rows at both ends of the band of each uncertain key."""
-        ends = {}
-        for key, value in self.profile.values.items():
-            band = BANDS[value.source]
-            if band == 1 or not value.value:
-                continue
-            ends[key] = [
-                self.totals(self.profile.machine({key: scaled(key, value.value, factor)}), self.job)
-                for factor in (1 / band, band)
-            ]
-        return ends
-
-    @cached_property
-    def with_tokens(self) -> dict[int, dict[str, float]]:
-        """Steps of all rows with more tokens of a rank, by how many times as many."""
-        steps = {}
-        for factor in MORE_TOKENS:
-            sizes = self.job.sizes._replace(rows=self.job.sizes.rows * factor)
-            steps[factor] = self.totals(self.profile.machine(), replace(self.job, sizes=sizes))
-        return steps
-
-
 def advise(models: Sequence[Model], profile: Profile, job: Job, standard: str) -> Advice:
     """Return the advice. models: one of them is the standard, another one may be shared_expert."""
     plan = Plan(models, profile, job, standard)
@@ -241,6 +78,7 @@ def advise(models: Sequence[Model], profile: Profile, job: Job, standard: str) -
     drawn = [plan.drawn(random) for _ in range(SAMPLES)]
     totals = {row: step.total for row, (_, step) in nominal.items()}
     of_shared = plan.of_shared() or [standard]
+    shared = SHARED if plan.of_shared() else standard
 
     def ratio(rows: Sequence[str], row: str) -> tuple[float, tuple[float, float]]:
         ratios = [min(each[name] for name in rows) / each[row] for each in drawn]
@@ -255,21 +93,21 @@ def advise(models: Sequence[Model], profile: Profile, job: Job, standard: str) -
     rows = {}
     for name, (choice, step) in nominal.items():
         over_standard = ratio([standard], name)
-        over_shared = ratio(of_shared[:1], name)
+        over_shared = ratio([shared], name)
         over_best_shared = ratio(of_shared, name)
-        needs_no_other = name in plan.of_standard()
-        over_best = ratio([standard] if needs_no_other else plan.of_standard(), name)
+        over_best = ratio(plan.rivals(name), name)
         row = Row(
             name,
             choice,
             step,
-            plan.model_of[name].memory,
+            plan.memory(name, choice),
+            plan.fits[name],
             interval([each[name] for each in drawn], step.total),
             *over_standard,
             *over_shared,
             *over_best,
             *over_best_shared,
-            answer="baseline" if name == standard else answer_of(over_best[1]),
+            answer=answer_of(name, over_best[1], plan),
             why="",
         )
         rows[name] = row
@@ -286,18 +124,20 @@ def interval(values: Sequence[float], nominal: float) -> tuple[float, float]:
     return min(ordered[round(0.05 * last)], nominal), max(ordered[round(0.95 * last)], nominal)
 
 
-def answer_of(over_best: tuple[float, float]) -> Answer:
+def answer_of(row: str, over_best: tuple[float, float], plan: Plan) -> Answer:
     low, high = over_best
-    if low > WORTH:
-        return "pays"
-    return "does not pay" if high < WORTH else "within the error"
+    if row == plan.standard:
+        return "baseline"
+    if plan.fits[row] is False or high < WORTH:
+        return "does not pay"
+    return "pays" if low > WORTH else "within the error"
 
 
 def tier_of(model: Model, machine: Machine, sizes: Sizes) -> str:
     """Return the tier that takes longest to carry the rows of a transfer."""
     if sizes.ep_size == 1:
         return "node"
-    seconds = machine.all_to_all_bytes(1.0, sizes.ep_size)
+    seconds = machine.all_to_all_bytes(1.0, sizes.sharing_experts)
     return max(seconds, key=lambda tier: seconds[tier])
 
 
@@ -310,10 +150,14 @@ def reason(row: Row, advice: Advice, plan: Plan) -> str:
         f"Waiting for rows takes {advice.share:.0%} of sequential {advice.standard}'s step on the"
         f" {TIERS[advice.tier]}"
     )
-    needs_no_other = row.name in plan.of_standard()
+    needs_no_other = plan.model_of[row.name].name == plan.standard
     rival = advice.rows[advice.standard if needs_no_other else advice.best]
     if row.answer == "baseline":
-        return f"{carried}."
+        return f"{_too_large(row, plan)}{carried}."
+    if row.fits is False:
+        low, high = row.over_best_interval
+        times = f"{low:.2f} to {high:.2f} times as fast as {rival.name}"
+        return f"{_too_large(row, plan)}With more memory it would be {times}."
     if row.answer == "pays":
         return f"{carried}. {_differences(row, rival)}.{_beside_shared(row, plan)}"
     if row.answer == "within the error":
@@ -321,7 +165,9 @@ def reason(row: Row, advice: Advice, plan: Plan) -> str:
         key = decisive(row.name, plan)
         decides = f"{key} decides most of this, so a (better) measurement of it helps most"
         if key is None:
-            decides = "no value of the profile is uncertain, so this is the simulator's own error"
+            decides = (
+                "no uncertain value of the profile moves it, so this is the simulator's own error"
+            )
         return f"It is {low:.2f} to {high:.2f} times as fast as {rival.name}; {decides}."
     if not needs_no_other and (factor := tokens_needed(row.name, plan)):
         return (
@@ -331,6 +177,15 @@ def reason(row: Row, advice: Advice, plan: Plan) -> str:
         )
     little = ", so little can be hidden" if advice.share < LITTLE else ""
     return f"{carried}{little}. {_differences(row, rival)}."
+
+
+def _too_large(row: Row, plan: Plan) -> str:
+    """Return what a row lacks, in words; empty where it fits."""
+    room = plan.profile.memory
+    if room is None or row.fits:
+        return ""
+    owner = "a rank" if plan.profile.precision == "32-true" else "the card"  # of CPUs, of GPUs
+    return f"It needs {row.memory / GIB:.1f} GiB, {owner} has {room / GIB:.1f}. "
 
 
 def _beside_shared(row: Row, plan: Plan) -> str:
@@ -367,16 +222,16 @@ def tokens_needed(row: str, plan: Plan) -> int | None:
     """Return how many times as many tokens of a rank make a row pay, at the profile's own values;
     None: MORE_TOKENS do not."""
     for factor, totals in plan.with_tokens.items():
-        if plan.over_best(totals, row) > WORTH:
+        if plan.over_rivals(totals, row) > WORTH:
             return factor
     return None
 
 
 def decisive(row: str, plan: Plan) -> str | None:
-    """Return the key of the profile whose band moves a row's speed-up most; None: no key has a
-    band."""
+    """Return the key of the profile whose band moves a row's speed-up most; None: none moves it."""
     moved = {}
     for key, ends in plan.at_ends.items():
-        low, high = (plan.over_best(totals, row) for totals in ends)
-        moved[key] = abs(high - low)
+        low, high = (plan.over_rivals(totals, row) for totals in ends)
+        if abs(high - low) > NOTHING:
+            moved[key] = abs(high - low)
     return max(moved, key=lambda key: moved[key], default=None)

@@ -12,7 +12,8 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from scmoe.clusters.advise import CHUNKS, SEED, SHARED, Job, Model, Plan, interval, tier_of
+from scmoe.clusters.advise import SEED, interval, tier_of
+from scmoe.clusters.plan import CHUNKS, SHARED, Job, Model, Plan
 from scmoe.clusters.profile import Profile
 from scmoe.probes.charts import BLUE, GREEN, ORANGE, chart, heading
 

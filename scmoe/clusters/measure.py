@@ -7,6 +7,7 @@
     tax               products beside exchanges: what they lose of the time that exchanges take
     launch            a kernel on a tensor of a few numbers
 
+Memory is read: that of the smallest card, or a rank's share of this machine's or container's.
 On a CPU two processes with one thread each exchange rows through gloo, the way a training does; all
 are on one node. On cards there is one process for each, through NCCL. Every rank measures at the
 same time, and the slowest one counts, as all wait for it. A single card exchanges nothing. What is
@@ -17,6 +18,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -29,6 +31,7 @@ import torch.distributed as dist
 from scmoe.clusters.profile import KEYS, NETWORK, Profile, Value
 from scmoe.config.leaves import ConfigError
 from scmoe.estimate.model_cost import peak_tflops
+from scmoe.parallel.dense_auto import memory_of_rank
 from scmoe.parallel.mesh import use_loopback_for_gloo
 from scmoe.parallel.wire.all_to_all import Exchange, all_to_all
 
@@ -65,7 +68,15 @@ def measure() -> Profile:
     """Return the profile of this machine. ConfigError: it cannot be measured."""
     on_cards, ranks = ranks_here()
     card = torch.cuda.get_device_name(0) if on_cards else None
-    return profile_of(measured_by(ranks), on_cards, card)
+    measured = profile_of(measured_by(ranks), on_cards, card)
+    return replace(measured, memory_gb=memory_here(on_cards, ranks) / 1e9)
+
+
+def memory_here(on_cards: bool, ranks: int) -> float:
+    """Return the bytes that a rank may use."""
+    if not on_cards:
+        return memory_of_rank(torch.device("cpu"), ranks)
+    return min(memory_of_rank(torch.device("cuda", rank), ranks) for rank in range(ranks))
 
 
 def ranks_here() -> tuple[bool, int]:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from scmoe.blocks.moe_block import moe_blocks_of
+from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
+from scmoe.blocks.sublayers import Residual, SelfAttention, outermost
 from scmoe.estimate.counted_step import choose_mlps_on_gpu, flops_of, rms_norm_on_gpu, tensors_in
 from scmoe.estimate.memory import RankJob
 from scmoe.moe import experts
@@ -61,19 +62,22 @@ class Part(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A block with an MoE: its parts before it routes, and after."""
+    """A block with an MoE: its parts before it routes, and after; and the copies of a token that it
+    routes."""
 
     schedule: Schedule
     before: tuple[Part, ...]
     after: tuple[Part, ...]
+    top_k: int
 
 
 @dataclass(frozen=True, eq=False)
 class Costs:
     """A forward pass of a rank's batch. Equal layers are one object.
 
-    head: the parts after the last layer. tokens: of the batch. dense_parameters: of every rank;
-    expert_parameters: of all experts. logits_bytes: in the type of the loss.
+    head: the parts after the last layer. top_k: of the first layer. tokens: of the batch.
+    dense_parameters: of every rank; expert_parameters: of all experts. logits_bytes: in the type of
+    the loss.
     """
 
     layers: Sequence[Layer]
@@ -102,11 +106,12 @@ class _Open:
     rows_bytes: float = 0.0
 
 
-def count(model: Any, job: RankJob, batch: Tensor) -> Costs:
+def count(model: Any, job: RankJob, batch: Tensor, batches: int = 1) -> Costs:
     """Return what a rank does in one forward pass.
 
     model: on the meta device, with all experts, in one chunk, and rows whose number does not depend
-    on the data. batch: token ids or images of the rank.
+    on the data. batch: token ids or images of the rank. batches: so many are counted in one, and
+    what grows with rows is divided by it, so that an expert's rows need not be a whole number.
     """
     blocks = moe_blocks_of(model)
     with ExitStack() as inside:
@@ -125,24 +130,25 @@ def count(model: Any, job: RankJob, batch: Tensor) -> Costs:
         for number, block in enumerate(blocks):
             recorder: Any = _Noting(counting, number)
             block.run_as(block.schedule, block.moe.dispatcher, recorder)
-        inputs = torch.empty(batch.shape, dtype=batch.dtype)
+        shape = (batches * len(batch), *batch.shape[1:])
+        inputs = torch.empty(shape, dtype=batch.dtype)
         inside.enter_context(counting.beginning_with(model))
         inside.enter_context(torch.no_grad())
         narrow = job.precision == "bf16-mixed"
         inside.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=narrow))
         with counting:
             logits = model(inputs)[0]
-        size = logits.numel()
+        size = logits.numel() / batches
 
     of_experts = {p for block in blocks for p in block.moe.experts.parameters()}
-    layers, head = _in_layers(counting.parts, [b.schedule for b in blocks], of_experts)
+    layers, head = _in_layers(counting.parts_of_one(batches), blocks, of_experts)
     in_experts = sum(p.numel() for p in of_experts)
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = model.rows_per_sample(job.seq_len)[blocks[0].moe]
     return Costs(
         layers,
         head,
-        top_k=blocks[0].moe.router.top_k,
+        top_k=layers[0].top_k,
         tokens=round(job.samples * rows),
         dense_parameters=total - in_experts,
         expert_parameters=in_experts,
@@ -152,12 +158,12 @@ def count(model: Any, job: RankJob, batch: Tensor) -> Costs:
 
 
 def _in_layers(
-    parts: Sequence[_Open], schedules: Sequence[Schedule], of_experts: set[nn.Parameter]
+    parts: Sequence[_Open], blocks: Sequence[MoEBlock], of_experts: set[nn.Parameter]
 ) -> tuple[list[Layer], tuple[Part, ...]]:
     """Return the layers and the head."""
     seen: set[nn.Parameter] = set()  # a parameter that is used twice has its gradient at the first
-    befores: list[list[Part]] = [[] for _ in schedules]
-    afters: list[list[Part]] = [[] for _ in schedules]
+    befores: list[list[Part]] = [[] for _ in blocks]
+    afters: list[list[Part]] = [[] for _ in blocks]
     waiting: list[Part] = []
     for part in parts:
         if not part.kernels and not part.rows_bytes:
@@ -176,8 +182,8 @@ def _in_layers(
         (afters if routed else befores)[part.block].append(closed)
     unique: dict[Layer, Layer] = {}
     layers = [
-        Layer(schedule, tuple(before), tuple(after))
-        for schedule, before, after in zip(schedules, befores, afters, strict=True)
+        Layer(block.schedule, tuple(before), tuple(after), block.moe.router.top_k)
+        for block, before, after in zip(blocks, befores, afters, strict=True)
     ]
     return [unique.setdefault(layer, layer) for layer in layers], tuple(waiting)
 
@@ -193,6 +199,15 @@ class Counting(TorchDispatchMode):
         self.casts: list[Tensor] = []  # kept, so that no other tensor gets their storages
         self.in_loop = False  # over all experts
 
+    def parts_of_one(self, batches: int) -> list[_Open]:
+        """Return the parts for one of so many batches that were counted in one."""
+        for part in self.parts:
+            part.kernels = [
+                k._replace(flops=k.flops / batches, moved=k.moved / batches) for k in part.kernels
+            ]
+            part.rows_bytes /= batches
+        return self.parts
+
     def noting_a_loop(self, f: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a function that runs its kernels once for each expert, with a note of that."""
 
@@ -205,20 +220,28 @@ class Counting(TorchDispatchMode):
         return noted
 
     def beginning_with(self, model: Any) -> ExitStack:
-        """Let a part begin where a step of the model begins and ends. Return what removes that."""
+        """Let a part begin where a step of the model begins and ends, and where a sub-layer of a
+        dense block does. Return what removes that."""
         numbers: dict[Any, int] = {b: number for number, b in enumerate(moe_blocks_of(model))}
         handles = ExitStack()
         for step in [*model.steps, model.norm]:
-
-            def begin(*_: Any, number: int = numbers.get(step, -1)) -> None:
-                self.parts.append(_Open(number, OUTSIDE))
-
-            def end(*_: Any) -> None:
-                self.parts.append(_Open(-1, OUTSIDE))
-
-            handles.callback(step.register_forward_pre_hook(begin).remove)
-            handles.callback(step.register_forward_hook(end).remove)
+            self.begin_with(step, numbers.get(step, -1), OUTSIDE, handles)
+            if step not in numbers:
+                for sublayer in outermost(step, (Residual,)):
+                    self.begin_with(sublayer, -1, operator_of(sublayer), handles)
         return handles
+
+    def begin_with(self, module: nn.Module, block: int, operator: str, handles: ExitStack) -> None:
+        """Let a part begin where a module begins, and another one where it ends."""
+
+        def begin(*_: Any) -> None:
+            self.parts.append(_Open(block, operator))
+
+        def end(*_: Any) -> None:
+            self.parts.append(_Open(-1, OUTSIDE))
+
+        handles.callback(module.register_forward_pre_hook(begin).remove)
+        handles.callback(module.register_forward_hook(end).remove)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -273,6 +296,11 @@ class _Noting:
         self.inside_operator = False
         self.counting.parts.append(_Open(self.block, OUTSIDE))
         return result
+
+
+def operator_of(sublayer: Any) -> str:
+    """Return the operator that a sub-layer of a dense block is."""
+    return "attention" if isinstance(sublayer.f, SelfAttention) else "mlp"
 
 
 def is_kernel(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:

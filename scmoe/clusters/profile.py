@@ -1,12 +1,12 @@
 """A cluster as numbers: rates of a rank and its links, and what the software makes of them.
 
 configs/cluster/NAME.yaml has ranks, ranks_per_node, precision, and a value with its source for each
-of KEYS:
+of KEYS; and, where it is known, of OPTIONAL:
 
     peak_tflops: {value: 165, source: datasheet}
 
 Sources say how far a value may be off (BANDS): it is multiplied or divided by up to this factor. A
-value that the user gives on the command line is taken as it is, and so is the padding.
+value that the user gives on the command line is taken as it is, and so are those of OPTIONAL.
 
     datasheet    what the vendor prints; that it is not reached is in the attained share
     measured     on this machine, by `cluster=measure`
@@ -15,8 +15,10 @@ value that the user gives on the command line is taken as it is, and so is the p
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from random import Random
 from typing import Any, NamedTuple
 
@@ -62,6 +64,12 @@ KEYS = {
 }
 
 
+OPTIONAL = {
+    "memory_gb": Allowed(1e-3, 1e6, "10^9 B of the device's memory that a rank may use"),
+    "padding": Allowed(1.0, 100.0, "rows that are sent and computed, over those that are routed"),
+}
+
+
 class Value(NamedTuple):
     """A number and where it is from: a key of BANDS."""
 
@@ -75,6 +83,38 @@ class Link(NamedTuple):
 
     rate: float
     latency: float
+
+
+class Spread(NamedTuple):
+    """How many ranks of a group a node has, of all groups and nodes: at fewest and at most; and on
+    how many nodes a group is at most."""
+
+    fewest: int
+    most: int
+    nodes: int
+
+
+class Groups(NamedTuple):
+    """The groups that all ranks of a job are in. size: ranks of a group. distance: between its
+    neighbours, between which the other groups have theirs."""
+
+    size: int
+    ranks: int
+    distance: int = 1
+
+    def on_nodes(self, ranks_per_node: int) -> Spread:
+        return _spread(self, ranks_per_node)
+
+
+@cache
+def _spread(groups: Groups, ranks_per_node: int) -> Spread:
+    size, ranks, distance = groups
+    together = Counter(
+        (rank // (size * distance), rank % distance, rank // ranks_per_node)
+        for rank in range(ranks)
+    )
+    nodes = Counter((span, offset) for span, offset, _ in together)
+    return Spread(min(together.values()), max(together.values()), max(nodes.values()))
 
 
 @dataclass(frozen=True)
@@ -98,49 +138,43 @@ class Machine:
     halves: float = 1.0
     other: float = 0.0
 
-    def tiers(self, ranks: int, distance: int = 1) -> tuple[int, int]:
-        """Return how many ranks of a group are on a node, and on how many nodes it is. distance:
-        between its neighbours."""
-        on_node = max(1, min(ranks, self.ranks_per_node // distance))
-        return on_node, math.ceil(ranks / on_node)
-
     def outside(self) -> Link:
         assert self.network is not None, "the profile refuses more ranks than it has"
         return self.network
 
-    def all_to_all_latency(self, ranks: int) -> float:
+    def all_to_all_latency(self, groups: Groups) -> float:
         """Return the seconds of an all-to-all without bytes."""
-        if ranks == 1:
+        if groups.size == 1:
             return 0.0
-        _, nodes = self.tiers(ranks)
-        link = self.node if nodes == 1 else self.outside()
-        return link.latency + self.peer * (ranks - 1)
+        link = self.node if groups.on_nodes(self.ranks_per_node).nodes == 1 else self.outside()
+        return link.latency + self.peer * (groups.size - 1)
 
-    def all_to_all(self, nbytes: float, ranks: int) -> float:
-        """Return the seconds of an all-to-all of a group of neighbouring ranks.
+    def all_to_all(self, nbytes: float, groups: Groups) -> float:
+        """Return the seconds of an all-to-all of every group.
 
         nbytes: of a rank, what stays on it included. Bytes in the node and between nodes travel at
         the same time.
         """
-        if ranks == 1:
+        if groups.size == 1:
             return 0.0
-        return self.all_to_all_latency(ranks) + max(self.all_to_all_bytes(nbytes, ranks).values())
+        return self.all_to_all_latency(groups) + max(self.all_to_all_bytes(nbytes, groups).values())
 
-    def all_to_all_bytes(self, nbytes: float, ranks: int) -> dict[str, float]:
-        """Return the seconds of the bytes of an all-to-all by tier."""
-        on_node, nodes = self.tiers(ranks)
-        seconds = {"node": nbytes * (on_node - 1) / ranks / self.node.rate}
-        if nodes > 1:
-            seconds["network"] = nbytes * (ranks - on_node) / ranks / self.outside().rate
+    def all_to_all_bytes(self, nbytes: float, groups: Groups) -> dict[str, float]:
+        """Return the seconds of the bytes of an all-to-all by tier, each of the rank that sends
+        most over it."""
+        size, spread = groups.size, groups.on_nodes(self.ranks_per_node)
+        seconds = {"node": nbytes * (spread.most - 1) / size / self.node.rate}
+        if spread.nodes > 1:
+            seconds["network"] = nbytes * (size - spread.fewest) / size / self.outside().rate
         return seconds
 
-    def all_reduce(self, nbytes: float, ranks: int, distance: int = 1) -> float:
+    def all_reduce(self, nbytes: float, groups: Groups) -> float:
         """Return the seconds in which a ring in each node, and one between nodes for each part,
         sum a tensor; without latency, since tensors are summed in large buckets."""
-        on_node, nodes = self.tiers(ranks, distance)
-        seconds = 2 * nbytes * (on_node - 1) / on_node / self.node.rate
+        fewest, most, nodes = groups.on_nodes(self.ranks_per_node)
+        seconds = 2 * nbytes * (most - 1) / most / self.node.rate
         if nodes > 1:
-            seconds += 2 * nbytes / on_node * (nodes - 1) / nodes / self.outside().rate
+            seconds += 2 * nbytes / fewest * (nodes - 1) / nodes / self.outside().rate
         return seconds
 
 
@@ -148,8 +182,8 @@ class Machine:
 class Profile:
     """A cluster with the sources of its values.
 
-    padding: rows that are sent and computed over those that are routed; None: as the config's
-    capacity has it. measured_bytes: of a rank's exchange, between which links were measured;
+    padding: as OPTIONAL has it; None: as the config's capacity has it. memory_gb: None: not known.
+    measured_bytes: of a rank's exchange, between which links were measured;
     None: they were not.
     """
 
@@ -160,6 +194,12 @@ class Profile:
     values: Mapping[str, Value]
     padding: float | None = None
     measured_bytes: tuple[float, float] | None = None
+    memory_gb: float | None = None
+
+    @property
+    def memory(self) -> float | None:
+        """Return the bytes that a rank may use."""
+        return None if self.memory_gb is None else self.memory_gb * 1e9
 
     @property
     def guesses(self) -> list[str]:
@@ -250,12 +290,20 @@ def parse_profile(text: str, source: str, name: str) -> Profile:
         raise ConfigError(
             f"{source}: precision is {show(precision)}, allowed: {' | '.join(PRECISIONS)}"
         )
-    padding = tree.pop("padding", None)
-    factor = None
-    if padding is not None:
-        factor = _value(padding, Allowed(1.0, 100.0, ""), f"{source}: padding").value
+    optional = {
+        key: _value(tree.pop(key), allowed, f"{source}: {key}").value
+        for key, allowed in OPTIONAL.items()
+        if key in tree
+    }
+    values = _values(tree, source, ranks > per_node)
     return Profile(
-        name, precision, ranks, per_node, _values(tree, source, ranks > per_node), factor
+        name,
+        precision,
+        ranks,
+        per_node,
+        values,
+        padding=optional.get("padding"),
+        memory_gb=optional.get("memory_gb"),
     )
 
 
@@ -263,7 +311,8 @@ def _values(tree: Mapping[str, Any], source: str, has_network: bool) -> dict[str
     entries = dict(_entries(tree))
     for key in entries:
         if key not in KEYS:
-            raise ConfigError(f"{source}: unknown key {key}, allowed: {', '.join(KEYS)}")
+            known = ", ".join([*KEYS, *OPTIONAL])
+            raise ConfigError(f"{source}: unknown key {key}, allowed: {known}")
     values = {}
     for key, allowed in KEYS.items():
         if key in entries:
@@ -321,11 +370,15 @@ def overridden(profile: Profile, words: Sequence[str]) -> Profile:
         name, _, text = word.removeprefix("--").partition("=")
         key = name.removeprefix("cluster.")
         if key == "padding":
-            factor = number(text, Allowed(1.0, 100.0, ""), f"command line: {name}")
+            factor = number(text, OPTIONAL[key], f"command line: {name}")
             profile = replace(profile, padding=factor)
             continue
+        if key == "memory_gb":
+            memory_gb = number(text, OPTIONAL[key], f"command line: {name}")
+            profile = replace(profile, memory_gb=memory_gb)
+            continue
         if key not in KEYS or (key not in profile.values and key.startswith(NETWORK)):
-            known = ", ".join([*profile.values, "padding"])
+            known = ", ".join([*profile.values, *OPTIONAL])
             raise ConfigError(f"command line: unknown key {name}, allowed: cluster. and {known}")
         given[key] = number(text, KEYS[key], f"command line: {name}")
     return profile.with_values(given)

@@ -4,7 +4,7 @@ ones."""
 from collections.abc import Sequence
 from functools import cache
 
-from scmoe.clusters.advise import LoadOf
+from scmoe.clusters.plan import LoadOf
 from scmoe.clusters.played_load import Load
 from scmoe.probes.loads import Load as Routing
 from scmoe.probes.loads import Sizes, counts_of
@@ -15,15 +15,19 @@ TOKENS = 2048  # of a rank that are dealt: shares do not depend on their number
 
 
 def rank_shares(routing: Routing, sizes: Sizes) -> LoadOf | None:
-    """Return the load of each of a number of steps, in so many chunks; None: no rows travel."""
+    """Return the load of each of a number of steps, in so many chunks; None: no rows travel.
+
+    sizes: their top_k is that of blocks for which no other one is asked.
+    """
     if sizes.ranks == 1:
         return None
 
     @cache
-    def in_chunks(chunks: int) -> Sequence[Load]:
+    def in_chunks(chunks: int, top_k: int | None = None) -> Sequence[Load]:
+        routed = sizes._replace(top_k=top_k or sizes.top_k)
         loads = []
         for step in range(min(STEPS, routing.phases(sizes.ranks))):
-            counts_PRE = counts_of(routing, sizes, [TOKENS] * sizes.ranks, step, chunks)
+            counts_PRE = counts_of(routing, routed, [TOKENS] * sizes.ranks, step, chunks)
             rows_PRR = counts_PRE.unflatten(2, (sizes.ranks, -1)).sum(3).tolist()
             loads.append([shares(rows_RR) for rows_RR in rows_PRR])
         return loads

@@ -53,11 +53,7 @@ class SharedLink:
     """
 
     def __init__(
-        self,
-        blocks: Sequence[Summed],
-        halves: int,
-        at_once: int,
-        waiting: Iterable[Waiting] = (),
+        self, blocks: Sequence[Summed], halves: int, at_once: int, waiting: Iterable[Waiting] = ()
     ) -> None:
         self.blocks = blocks
         self.halves = halves

@@ -12,7 +12,9 @@ schedule/stack.py). What is added here:
                 They share the link with rows (shared_link.py). What is left after backward is
                 exposed. They are summed once a step, with the last batch
     pieces      a chunk or a half takes its share of an operator's rows, but as many launches as all
-                rows, and it reads all weights: t = max((all - fixed) / pieces, least) + fixed
+                rows, and the experts read all their weights: t = max((all - fixed) / pieces, least)
+                + fixed. A half reads the weights of attention, MLP and shared expert again too,
+                which timed_blocks.py leaves out: their `least` is 0
     tax         computation is slower by this share of the time that a transfer runs beside it
     step        batches x (forward + backward) + exposed sums + update + what no operator explains
 
@@ -73,8 +75,9 @@ class Setting:
 
     batches_in_flight: 2: halves in turns. sequential: transfers as Blocking has them.
     accumulate: batches of a step. sums_at_once: that share the link with a transfer of rows. tax:
-    what computation loses of the time that a transfer runs beside it. longer: by what factor computing all rows takes longer in two halves, beside launches
-    and weights. update_s, other_s: seconds of a step.
+    what computation loses of the time that a transfer runs beside it. longer: by what factor
+    computing all rows takes longer in two halves, beside launches and weights. update_s, other_s:
+    seconds of a step.
     """
 
     batches_in_flight: Literal[1, 2] = 1

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from scmoe.clusters.operator_costs import OUTSIDE, Costs, Layer, Part
-from scmoe.clusters.profile import Machine
+from scmoe.clusters.profile import Groups, Machine
 from scmoe.clusters.shared_link import Sum
 from scmoe.clusters.simulated_step import Block, Head
 from scmoe.estimate.model_cost import WEIGHT_BYTES
@@ -43,8 +43,18 @@ class Sizes(NamedTuple):
     sent: float = 1.0
 
     @property
-    def dp_size(self) -> int:
-        return self.ranks // self.ep_size
+    def all_ranks(self) -> Groups:
+        return Groups(self.ranks, self.ranks)
+
+    @property
+    def sharing_experts(self) -> Groups:
+        """The ranks that exchange rows: neighbours."""
+        return Groups(self.ep_size, self.ranks)
+
+    @property
+    def same_experts(self) -> Groups:
+        """The ranks that hold the same experts."""
+        return Groups(self.ranks // self.ep_size, self.ranks, self.ep_size)
 
 
 def blocks_on(machine: Machine, costs: Costs, sizes: Sizes) -> tuple[list[Block], Head]:
@@ -132,7 +142,7 @@ class _Timing(NamedTuple):
             fixed["forward"][name] = sum(map(self.launches, parts)) / times_run[name]
             launches = [self.launches(part) * self.times_in_backward(part) for part in parts]
             fixed["backward"][name] = sum(launches) / times_run[name]
-        self.add_layout(seconds, runs["experts"])
+        self.add_layout(seconds, runs["experts"], layer.top_k)
         self.set_transfers(seconds, fixed, runs["dispatch"])
         return Block(
             layer.schedule,
@@ -153,14 +163,16 @@ class _Timing(NamedTuple):
             backward += seconds * self.times_in_backward(part)
         return OperatorTimes({"experts": forward}, {"experts": backward})
 
-    def add_layout(self, seconds: dict[str, dict[str, float]], experts: Sequence[Part]) -> None:
+    def add_layout(
+        self, seconds: dict[str, dict[str, float]], experts: Sequence[Part], top_k: int
+    ) -> None:
         """Add what gate and layout take beyond their kernels. They read no weights of experts, so
         their measure is the time of rows alone."""
         rows_s = sum(self.kernels(part, weights=0.0) for part in experts)
-        one_copy = rows_s / self.costs.top_k
+        one_copy = rows_s / top_k
         for operator, share in MODULE_SHARE.items():
             more = self.machine.moe * share * one_copy
-            more += self.machine.copy * self.costs.top_k * COPY_SHARE.get(operator, 0.0) * one_copy
+            more += self.machine.copy * top_k * COPY_SHARE.get(operator, 0.0) * one_copy
             seconds["forward"][operator] += more
             seconds["backward"][operator] += BACKWARD * more
 
@@ -170,13 +182,13 @@ class _Timing(NamedTuple):
         fixed: dict[str, dict[str, float]],
         dispatched: Sequence[Part],
     ) -> None:
-        ranks = self.sizes.ep_size
+        groups = self.sizes.sharing_experts
         rows_bytes = sum(part.rows_bytes for part in dispatched)
         nbytes = rows_bytes * self.sizes.rows * self.sizes.sent
         for direction in ("forward", "backward"):
             for transfer in TRANSFERS:
-                seconds[direction][transfer] = self.machine.all_to_all(nbytes, ranks)
-                fixed[direction][transfer] = self.machine.all_to_all_latency(ranks)
+                seconds[direction][transfer] = self.machine.all_to_all(nbytes, groups)
+                fixed[direction][transfer] = self.machine.all_to_all_latency(groups)
 
     def sums_of(self, runs: dict[str, list[Part]], times_run: dict[str, int]) -> list[Sum]:
         """Return the sums of a block's gradients."""
@@ -205,8 +217,8 @@ class _Timing(NamedTuple):
         width = WEIGHT_BYTES[self.costs.job.precision]
         sizes = self.sizes
         local = part.expert / sizes.ep_size
-        dense = self.machine.all_reduce(part.dense * width, sizes.ranks)
-        return dense + self.machine.all_reduce(local * width, sizes.dp_size, sizes.ep_size)
+        dense = self.machine.all_reduce(part.dense * width, sizes.all_ranks)
+        return dense + self.machine.all_reduce(local * width, sizes.same_experts)
 
     def head(self) -> Head:
         """Return what follows the last block, with the loss: a pass over the logits in each

@@ -12,7 +12,8 @@ rest of a step.
 
 `total` is the larger of two moments, the loss and the backward of the busiest block. It is an upper
 bound: gradients count in full, though backward allocates most of them while it frees activations
-(docs/decisions/0037-dry-run.md has bound / peak). It holds for an even load of dropless experts.
+(docs/decisions/0037-dry-run.md has bound / peak). It holds for dropless experts where no rank's
+experts get more than `busiest_rows` times the rows of an even load.
 Not counted: the allocator's gaps, SwinV2's position bias, which is kept once a batch, and what
 chunks add that schedule=auto chooses.
 
@@ -59,7 +60,8 @@ class RankJob:
     ranks: all of the job; ep_size of them share one set of experts, and node_size are on a node.
     samples: of a rank in one batch; accumulate: batches of a step. dense: replicated, sharded or
     hybrid. wire_bytes: of a number that is sent between experts; None: as it is computed.
-    batches_in_flight: at most, where schedule.auto may choose.
+    batches_in_flight: at most, where schedule.auto may choose. busiest_rows: of the experts of the
+    busiest rank, over those of an even load.
     """
 
     ranks: int = 1
@@ -74,6 +76,7 @@ class RankJob:
     on_gpu: bool = True
     wire_bytes: int | None = None
     batches_in_flight: int = 1
+    busiest_rows: float = 1.0
 
     @property
     def dp_size(self) -> int:
@@ -292,7 +295,7 @@ def kept_in(
     ) - sum(inside)
     for moe, copies in moe_uses(step):
         gates = copies // moe.router.top_k
-        num_rows = rows_sent(moe, copies) * rows[moe]
+        num_rows = rows_sent(moe, copies) * rows[moe] * job.busiest_rows
         _, width, hidden = moe.experts.w_in_eDF.shape
         if job.on_gpu:
             hidden += moe.experts.act.widening * moe.experts.w_out_eFD.shape[1]

@@ -42,7 +42,9 @@ def plan_to_json(
             choices, predicted_and_exposed(choices), strict=True
         )
     ]
-    since = [[earlier_step, n] for earlier_step, n in in_flight_from(earlier) if earlier_step < step]
+    since = [
+        [earlier_step, n] for earlier_step, n in in_flight_from(earlier) if earlier_step < step
+    ]
     return {
         "step": step,
         "in_flight_from": [*since, [step, batches_in_flight(choices)]],

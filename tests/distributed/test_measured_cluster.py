@@ -3,7 +3,7 @@
 import pytest
 
 from scmoe.clusters.measure import measure
-from scmoe.clusters.profile import KEYS, NETWORK
+from scmoe.clusters.profile import KEYS, NETWORK, Groups
 
 pytestmark = pytest.mark.dist
 
@@ -16,6 +16,7 @@ def test_this_machine_is_measured():
         assert KEYS[key].low <= value.value <= KEYS[key].high, key
     measured = {key for key, value in profile.values.items() if value.source == "measured"}
     assert {"peak_tflops", "memory_gb_s", "links.node.gb_s", "tax"} <= measured
+    assert profile.memory is not None and profile.memory > 1e8
     machine = profile.machine()
-    small, large = (machine.all_to_all(nbytes, 2) for nbytes in (2**16, 2**24))
+    small, large = (machine.all_to_all(nbytes, Groups(2, 2)) for nbytes in (2**16, 2**24))
     assert 0 < small < large

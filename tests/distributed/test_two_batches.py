@@ -115,15 +115,15 @@ def compare(
         for batches in (1, 2)
     }
     in_chunks = {
-        way: events_of(model_of(f"position=pos2 schedule.chunks=2 schedule.transfers={way}", wire), 1)
+        way: events_of(
+            model_of(f"position=pos2 schedule.chunks=2 schedule.transfers={way}", wire), 1
+        )
         for way in ("overlapped", "sequential")
     }
     texts = {batches: written(wire, batches) for batches in (1, 2)}
     collectives = {batches: collectives_of(batches) for batches in (1, 2)}
     split = twice_before_backward(), of_blocks_that_share()
-    return Compared(
-        differing, transfers, in_chunks, collectives, texts, *split, *ceiling_of(wire)
-    )
+    return Compared(differing, transfers, in_chunks, collectives, texts, *split, *ceiling_of(wire))
 
 
 def events_of(model: Any, batches: int) -> list[list[tuple[str, int]]]:

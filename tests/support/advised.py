@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from scmoe.clusters.advise import Model
+from scmoe.clusters.plan import Model
 from scmoe.clusters.profile import Profile, read_profile
 from scmoe.config.fields import Config
 from scmoe.training.assembly.advice import Request, config_for, models_for

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 
 from scmoe.clusters import curves as drawing
-from scmoe.clusters.advise import Job, Model, advise
+from scmoe.clusters.advise import advise
 from scmoe.clusters.curves import basis, is_measured
 from scmoe.clusters.measure import LARGE, SMALL, Seconds, profile_of
+from scmoe.clusters.plan import Job, Model
 from scmoe.clusters.profile import Profile, overridden, parse_profile, read_profile
 from scmoe.clusters.rank_shares import rank_shares
 from scmoe.config.fields import Config

@@ -1,5 +1,4 @@
-"""The simulated step keeps its laws; a cluster's profile is read or refused in one line; the advice
-answers as it must where the answer is known."""
+"""The advice answers as it must where the answer is known, and refuses what it cannot answer."""
 
 import json
 from dataclasses import astuple, replace
@@ -8,228 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from scmoe.clusters.advise import Choice, Simulator, advise
-from scmoe.clusters.played_load import dominant
-from scmoe.clusters.profile import KEYS, Link, names, overridden, parse_profile, read_profile
+from scmoe.clusters import measure
+from scmoe.clusters.advise import advise, decisive
+from scmoe.clusters.measure import Seconds
+from scmoe.clusters.plan import Choice, Plan, Simulator
+from scmoe.clusters.profile import overridden, read_profile
 from scmoe.clusters.rank_shares import rank_shares
-from scmoe.clusters.simulated_step import (
-    Block,
-    Head,
-    Pass,
-    Setting,
-    Sum,
-    simulate_forward,
-    simulate_step,
-    sums_end,
-)
 from scmoe.command_line import call
-from scmoe.config.leaves import ConfigError
+from scmoe.estimate.memory import rank_memory
 from scmoe.probes.loads import Sizes as Routed
 from scmoe.probes.loads import load_of
-from scmoe.schedule.cost import EVEN, TRANSFERS, OperatorTimes, Share, computing_time, elapsed_time
 from scmoe.schedule.schedule import Schedule
-from scmoe.schedule.stack import BEFORE, half_of, stack_time
-from scmoe.training.assembly.advice import job_of
-from tests.support.advised import quickstart_on_cards
+from scmoe.training.assembly.advice import Request, config_for, job_of, models_for
+from scmoe.training.assembly.model import build_model_on_meta
+from scmoe.training.assembly.rank_job import rank_job
+from tests.support.advised import QUICK, quickstart_on_cards
 
-FORWARD = {
-    **{BEFORE: 3.0, "route": 0.1, "encode": 0.2, "dispatch": 2.0, "experts": 3.0},
-    **{"combine": 2.0, "decode": 0.2, "attention": 2.0, "mlp": 1.5, "shared_expert": 1.5},
-}
-BACKWARD = {op: t * (1 if op in TRANSFERS else 2) for op, t in FORWARD.items()}
-TIMES = OperatorTimes(FORWARD, BACKWARD)
-POSITIONS = [Schedule("scmoe", position) for position in ("pos1", "pos2", "pos3")]
-SCHEDULES = [
-    *(Schedule("top_k", chunks=chunks) for chunks in (1, 2)),
-    Schedule("shared_expert"),
-    *POSITIONS,
-    Schedule("scmoe", "pos2", 1, 2),
-]
-BEFORE_S = FORWARD[BEFORE] + BACKWARD[BEFORE]
-
-
-def scaled(times: OperatorTimes, factor: float, operators=TRANSFERS) -> OperatorTimes:
-    return OperatorTimes(
-        *(
-            {op: t * (factor if op in operators else 1) for op, t in each.items()}
-            for each in (times.forward, times.backward)
-        )
-    )
-
-
-# ---------------------------------------------------------------------- the step
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_a_pair_takes_what_the_timeline_says(schedule):
-    step = simulate_step([Block(schedule, TIMES)], Setting())
-    assert step.total == pytest.approx(elapsed_time(schedule, TIMES) + BEFORE_S)
-    assert step.computing == pytest.approx(computing_time(schedule, TIMES) + BEFORE_S)
-    three = simulate_step([Block(schedule, TIMES)] * 3, Setting(accumulate=2), Head(1.0, 2.0))
-    assert three.total == pytest.approx(2 * (3 * step.total + 3))
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_halves_take_what_the_stack_says(schedule):
-    step = simulate_step([Block(schedule, TIMES)] * 3, Setting(batches_in_flight=2))
-    layers = [(schedule, half_of(TIMES))] * 3
-    assert step.total == pytest.approx(stack_time(layers, 2))
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_with_free_transfers_all_ways_take_as_long(schedule):
-    free = Block(schedule, scaled(TIMES, 0.0))
-    ways = [Setting(), Setting(sequential=True), Setting(batches_in_flight=2), Setting(tax=0.5)]
-    totals = [simulate_step([free] * 3, way).total for way in ways]
-    assert totals == pytest.approx([totals[0]] * len(ways))
-
-
-def test_with_an_infinite_link_all_positions_take_as_long():
-    """Their sub-layers before the tap and after it are the same ones."""
-    total = []
-    for schedule in POSITIONS:
-        inside = sum(FORWARD[op] for op in schedule.window)
-        before = 2 * FORWARD["attention"] + FORWARD["mlp"] + FORWARD["shared_expert"] - inside
-        forward = {**FORWARD, BEFORE: before}
-        backward = {**BACKWARD, BEFORE: 2 * before}
-        block = Block(schedule, scaled(OperatorTimes(forward, backward), 0.0))
-        total.append(simulate_step([block] * 2, Setting()).total)
-    assert total == pytest.approx([total[0]] * 3)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_a_faster_link_never_slows(schedule):
-    sums = (Sum(1.0, BEFORE, 0.5), Sum(1.0, BEFORE), Sum(2.0, "experts"))
-    for way in (Setting(), Setting(sequential=True), Setting(batches_in_flight=2, tax=0.2)):
-        totals = [
-            simulate_step([Block(schedule, scaled(TIMES, f), sums)] * 3, way).total
-            for f in (2.0, 1.0, 0.5, 0.25, 0.0)
-        ]
-        assert totals == sorted(totals, reverse=True)
-
-
-def test_gradients_fill_the_gaps_of_the_link_in_the_order_in_which_they_are_ready():
-    rows = [(2.0, 4.0), (5.0, 6.0)]
-    assert sums_end(Pass(10.0, 10.0, rows, [(0.0, 3.0)])) == 5.0  # 0 to 2, then 4 to 5
-    assert sums_end(Pass(10.0, 10.0, rows, [(0.0, 3.5)])) == 6.5
-    assert sums_end(Pass(10.0, 10.0, rows, [(9.0, 2.0), (1.0, 2.0)])) == 11.0
-    assert sums_end(Pass(10.0, 10.0, rows, [])) == 0.0
-
-
-def test_gradients_without_bytes_add_nothing_and_those_of_the_first_block_are_exposed():
-    block = Block(SCHEDULES[0], TIMES)
-    plain = simulate_step([block] * 2, Setting(accumulate=3))
-    nothing = replace(block, sums=(Sum(0.0, BEFORE), Sum(0.0, "experts")))
-    assert simulate_step([nothing] * 2, Setting(accumulate=3)) == plain
-    last = replace(block, sums=(Sum(0.25, BEFORE),))
-    # ready at the very end of backward; those of the later block are hidden
-    summed = simulate_step([last] * 2, Setting(accumulate=3))
-    assert summed.exposed_gradients == pytest.approx(0.25)
-    assert summed.total == pytest.approx(plain.total + 0.25)
-
-
-def test_an_operator_that_the_window_has_twice_has_two_sums():
-    block = Block(POSITIONS[2], scaled(TIMES, 0.0), (Sum(100.0, "attention"),))
-    twice = simulate_step([block], Setting())
-    assert 100 < twice.exposed_gradients < 200
-
-
-def test_chunks_and_halves_pay_launches_and_weights_again():
-    fixed = OperatorTimes({"experts": 0.5, "dispatch": 0.1}, {"experts": 1.0, "dispatch": 0.1})
-    least = OperatorTimes({"experts": 2.0}, {"experts": 4.0})
-    for schedule, way in ((SCHEDULES[1], Setting()), (SCHEDULES[0], Setting(batches_in_flight=2))):
-        plain = simulate_step([Block(schedule, TIMES)], way)
-        block = Block(schedule, TIMES, (), fixed, least)
-        paid = simulate_step([block], way)
-        # forward: two pieces of 2 + 0.5 in place of 3; backward twice that
-        assert paid.computing == pytest.approx(plain.computing + 3 * (2 * 2.5 - 3))
-    whole = simulate_step([Block(SCHEDULES[0], TIMES, (), fixed, least)], Setting())
-    assert whole == simulate_step([Block(SCHEDULES[0], TIMES)], Setting())
-
-
-def test_the_tax_is_a_share_of_what_is_hidden():
-    block = Block(Schedule("scmoe", "pos3", 2), TIMES)  # hides all: 4 of each direction
-    taxed = simulate_step([block], Setting(tax=0.1))
-    assert taxed.exposed_rows == pytest.approx(0.0)
-    assert taxed.slowed == pytest.approx(0.1 * 8)
-    assert simulate_step([Block(SCHEDULES[0], TIMES)], Setting(tax=0.1)).slowed == 0.0
-
-
-@pytest.mark.parametrize(("schedule", "batches"), [*product(SCHEDULES, (1, 2))], ids=str)
-def test_even_loads_change_nothing_and_uneven_ones_cost(schedule, batches):
-    blocks = [Block(schedule, TIMES)] * 2
-    way = Setting(batches_in_flight=batches)
-    even = simulate_step(blocks, way)
-    loads = [[[EVEN] * 3] * schedule.chunks] * 2
-    assert simulate_step(blocks, way, loads=loads).total == pytest.approx(even.total)
-    hot = [[[Share(1.0, 1.7, 1.7), Share(1.0, 0.65, 0.65)]] * schedule.chunks] * 2
-    assert simulate_step(blocks, way, loads=hot).total > even.total + 2 * 3 * 0.7
-    forward = simulate_forward(blocks, way, loads=hot).total
-    assert 0 < forward < simulate_step(blocks, way, loads=hot).total
-
-
-def test_only_ranks_that_may_be_the_slowest_are_played():
-    load = [[Share(1, 1, 1), Share(1, 2, 2), Share(2, 1, 1), Share(1, 1, 1)]]
-    assert dominant(load) == [[Share(1, 2, 2), Share(2, 1, 1)]]
-
-
-def test_transfers_that_are_waited_for_at_once_hide_nothing():
-    with pytest.raises(ValueError, match="two batches"):
-        Setting(batches_in_flight=2, sequential=True)
-
-
-# ---------------------------------------------------------------------- a cluster
-
-
-def test_every_profile_is_read_and_drawn_within_its_limits():
-    from random import Random
-
-    assert {"8xA30-PCIe", "8xA800-NVLink", "2x8xA800", "8xH100"} <= {*names()}
-    assert max(read_profile(name).ranks for name in names()) == 1024
-    for name in names():
-        profile = read_profile(name)
-        assert profile.guesses
-        for key, number in profile.draw(Random(1)).items():
-            assert KEYS[key].low <= number <= KEYS[key].high
-        assert overridden(profile, ["cluster.tax=0.3"]).machine().tax == 0.3
-
-
-def test_bytes_travel_over_the_tier_that_they_must_cross():
-    machine = read_profile("8x8xH100-InfiniBand").machine()
-    fast_network = replace(machine, network=Link(1e30, 0.0))
-    fast_node = replace(machine, node=Link(1e30, 0.0))
-    assert machine.all_to_all(1e8, 8) == fast_network.all_to_all(1e8, 8)
-    assert machine.all_to_all(1e8, 64) == fast_node.all_to_all(1e8, 64)
-    assert machine.all_to_all(1e8, 1) == machine.all_reduce(1e8, 1) == 0.0
-    # ranks that hold the same experts of EP 8 are on eight nodes
-    network = machine.outside().rate
-    assert machine.all_reduce(1e8, 8, 8) == pytest.approx(2 * 1e8 * 7 / 8 / network)
-
-
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [
-        (("tax: {value: 0.1, source: guess}", "tax: {value: 2, source: guess}"), "tax.value"),
-        (("tax: {value: 0.1, source: guess}", "tax: {value: 0.1, source: rumour}"), "tax.source"),
-        (("tax: {value: 0.1, source: guess}", "tax: 0.1"), "tax"),
-        (("tax: ", "taxes: "), "taxes"),
-        (("ranks: 8", "ranks: 9"), "ranks"),
-        (("ranks: 8", "ranks: eight"), "ranks"),
-        (("precision: bf16-mixed", "precision: fp8"), "precision"),
-        (("attained: {value: 0.5, source: guess}", ""), "attained"),
-        (("ranks_per_node: 8", "ranks_per_node: 4"), "links.network.gb_s"),
-    ],
-)
-def test_a_mistake_in_a_profile_is_named_in_one_line(change, key):
-    from scmoe.config.load import SHIPPED
-
-    text = (SHIPPED / "cluster/8xA30-PCIe.yaml").read_text(encoding="utf-8")
-    with pytest.raises(ConfigError, match=rf"mine: (unknown key )?{key} ?") as error:
-        parse_profile(text.replace(*change, 1), "mine", "mine")
-    assert "\n" not in str(error.value)
-
-
-# ---------------------------------------------------------------------- advice
+TERMS = ("computing", "slowed", "exposed_rows", "exposed_gradients", "update", "other")
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +69,110 @@ def test_where_every_value_is_given_the_simulator_s_own_error_is_left(counted):
     assert unsure and all("own error" in row.why for row in unsure)
 
 
+def test_the_decisive_value_is_that_of_the_speed_up_that_decides_the_answer(counted):
+    """Rows of the standard model are judged by the sequential one, not by the best of them."""
+    profile, config, models = counted
+    unsure = {"peak_tflops", "links.node.attained"}
+    words = [f"cluster.{key}={value.value}" for key, value in profile.values.items()]
+    chosen = overridden(profile, [word for word in words if word[8:].split("=")[0] not in unsure])
+    job = job_of(config)
+    job = replace(job, sizes=job.sizes._replace(rows=64), two=False)  # chunks gain something
+    plan = Plan([models["top2"]], chosen, job, "top2")
+    assert decisive("top2_pipelined", plan) == "links.node.attained"
+    assert decisive("top2", plan) is None
+
+
+@pytest.mark.parametrize("rate", [0.5, 20.0])
+def test_a_row_has_the_best_of_all_slots_and_chunks(counted, rate):
+    profile, config, models = counted
+    job = replace(job_of(config), sizes=job_of(config).sizes._replace(rows=64))
+    chosen = overridden(profile, [f"cluster.links.node.gb_s={rate}"])
+    rows = answers(counted, f"links.node.gb_s={rate}", sizes=job.sizes).rows
+    simulator = Simulator(chosen.machine(), job)
+    for name, batches, chunks in (("scmoe_pos2", 1, (1, 2, 4, 8)), ("scmoe_pos2_two", 2, (1, 2))):
+        steps = {}
+        for slot, parts in product(range(4), chunks):
+            schedule = Schedule("scmoe", "pos2", slot, parts)
+            choice = Choice(schedule, batches, sequential=False)
+            steps[schedule] = simulator.step(models["scmoe_pos2"], choice).total
+        assert rows[name].step.total == min(steps.values())
+        assert steps[rows[name].choice.schedule] == min(steps.values())
+
+
+def test_other_time_is_added_to_every_step(counted):
+    usual, longer = (answers(counted, f"other_ms={ms}").rows for ms in (0, 7))
+    for name, row in longer.items():
+        assert row.step.total == pytest.approx(usual[name].step.total + 0.007)
+
+
+def test_a_row_that_does_not_fit_the_card_does_not_pay(counted):
+    """Whatever its speed-up; its reason begins with the memory."""
+    slow = ("links.node.gb_s=0.5",)
+    sizes = job_of(counted[1]).sizes._replace(rows=64)
+    roomy = answers(counted, *slow, sizes=sizes).rows
+    assert roomy["scmoe_pos2"].answer == "pays" and roomy["scmoe_pos2"].fits
+    small = answers(counted, *slow, "memory_gb=0.01", sizes=sizes).rows
+    for name, row in small.items():
+        assert row.fits is False and row.why.startswith("It needs 0.1 GiB, the card has 0.0.")
+        assert row.answer == ("baseline" if name == "top2" else "does not pay")
+    assert small["scmoe_pos2"].over_best == pytest.approx(roomy["scmoe_pos2"].over_best)
+
+
+def test_a_row_runs_in_chunks_that_fit_and_beside_rows_that_fit(counted):
+    profile, config, models = counted
+    slow = overridden(profile, ["cluster.links.node.gb_s=0.5"])
+    sizes = job_of(config).sizes._replace(rows=64)
+    job = replace(job_of(config), sizes=sizes)
+    needed = models["top2"].memory
+    two = [models["top2"], models["top1"]]
+    roomy = Plan(two, slow, job, "top2")
+    assert max(choice.schedule.chunks for choice in roomy.choices["top2_pipelined"]) > 2
+    in_two_chunks = replace(slow, memory_gb=needed(2, 1) / 1e9)
+    plan = Plan(two, in_two_chunks, job, "top2")
+    assert {choice.schedule.chunks for choice in plan.choices["top2_pipelined"]} == {2}
+    assert plan.fits["top2_pipelined"] and plan.of_standard() == roomy.of_standard()
+    in_one_piece = replace(slow, memory_gb=needed(1, 1) / 1e9)
+    plan = Plan(two, in_one_piece, job, "top2")
+    assert not plan.fits["top2_pipelined"] and plan.rivals("top1") == ["top2"]
+    unknown = Plan(two, replace(slow, memory_gb=None), job, "top2")
+    assert {*unknown.fits.values()} == {None}
+    assert unknown.choices == roomy.choices
+
+
+def test_a_row_s_memory_is_the_estimate_s_of_its_own_schedule(counted):
+    profile, _, models = counted
+    for name, row in answers(counted).rows.items():
+        schedule = row.choice.schedule
+        words = [
+            f"moe.architecture={schedule.architecture}",
+            f"moe.position={schedule.position or 'pos2'}",
+            f"moe.top_k={2 if name.startswith('top2') else 1}",
+            f"schedule.chunks={schedule.chunks}",
+        ]
+        again = config_for(replace(QUICK, overrides=[*QUICK.overrides, *words]), profile)
+        job = replace(rank_job(again), batches_in_flight=row.choice.batches_in_flight)
+        assert row.memory == rank_memory(build_model_on_meta(again), job)["total"], name
+    memory = models["top2"].memory
+    assert memory(1, 1) < memory(2, 1) == memory(1, 2) < memory(8, 1)
+
+
+def test_a_load_s_memory_is_that_of_the_busiest_rank_s_rows():
+    profile = read_profile("8xH100")
+
+    def memory(load):
+        request = Request("quickstart", ["moe.capacity_factor=null"], load=load)
+        config = config_for(request, profile)
+        return config, models_for(request, profile, config)[0].memory(1, 1)
+
+    config, even = memory("balanced")
+    _, hot = memory("hot_rank:1.5")
+    rows = 2 * config.data.seq_len * rank_job(config).samples
+    dim = config.model.dim
+    # in and out of the experts; before and after their function; in bfloat16. Two blocks keep them
+    kept = 2 * rows * (2 * dim + 2 * 4 * dim) * 2
+    assert 0.5 * kept < hot - even < kept
+
+
 def test_a_load_is_that_of_its_busiest_rank():
     load = rank_shares(load_of("hot_rank:1.5"), Routed(8, 2, 4))
     (chunks,) = load(2)
@@ -306,14 +204,67 @@ def test_the_verb_answers_in_one_line_of_json(capfd):
     """What runs on the ranks of the cluster may be refused on those of the config."""
     words = ("advise", "quickstart", "cluster=8xA30-PCIe", "moe.capacity_factor=null")
     words += ("strategy.wire_dtype=bfloat16", "trainer.accumulate=64", "samples=4")
+    words_of_job = ("quickstart", "8xA30-PCIe", "hot_rank:1.7")
     assert call(*words, "load=hot_rank:1.7", "cluster.other_ms=2", "ranks=4", "ep=4") == 0
     out, err = capfd.readouterr()
     facts = json.loads(out.splitlines()[-1])
+    job = facts["job"]
+    assert (job["config"], job["cluster"], job["load"]) == words_of_job
+    assert (job["ranks"], job["ep"], job["standard"]) == (4, 4, "top2")
+    assert job["tokens"] == 64 * 4 * 256
+    standard = facts["rows"]["top2"]
+    assert job["share"] == pytest.approx(standard["exposed_rows_ms"] / standard["step_ms"])
     assert {"top2", "top2_two", "shared_expert", "scmoe_pos3", "scmoe_pos3_two"} <= {*facts["rows"]}
     for row in facts["rows"].values():
         assert row["interval"][0] <= row["step_ms"] <= row["interval"][1]
         assert row["answer"] and row["why"] and row["over_top2"] > 0 < row["over_shared"]
+        assert sum(row[f"{term}_ms"] for term in TERMS) == pytest.approx(row["step_ms"])
+        assert row["other_ms"] == 2 and row["fits"] is True
     assert "4 ranks, EP 4" in err
+
+
+def test_the_verb_measures_this_machine(monkeypatch, capfd):
+    seconds = Seconds(product=0.1, copy=0.02, launch=1e-6, small=1e-3, large=2e-2)
+    monkeypatch.setattr(measure, "ranks_here", lambda: (False, 2))
+    monkeypatch.setattr(measure, "measured_by", lambda ranks: [seconds] * ranks)
+    words = ("cluster=measure", "model.layers=2", "cluster.links.node.latency_us=5")
+    assert call("advise", "quickstart", *words) == 0
+    out, _ = capfd.readouterr()
+    facts = json.loads(out.splitlines()[-1])
+    assert (facts["job"]["cluster"], facts["job"]["ranks"]) == ("measure", 2)
+    assert {row["fits"] for row in facts["rows"].values()} == {True}
+    assert {"attention", "halves"} <= {*facts["guesses"]}
+    assert not {"memory_gb_s", "links.node.gb_s", "tax"} & {*facts["guesses"]}
+
+
+def test_the_verb_draws_five_curves(monkeypatch, tmp_path, capfd):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("scmoe.clusters.curves.SAMPLES", 2)
+    words = ("cluster=8xH100", "model.layers=2", "moe.capacity_factor=null", "samples=1")
+    assert call("advise", "quickstart", *words, "--curves", str(tmp_path)) == 0
+    _, err = capfd.readouterr()
+    pictures = {path.stem: path for path in tmp_path.glob("*.png")}
+    assert {*pictures} == {"bandwidth", "ep", "tokens", "width", "load"}
+    for path in pictures.values():
+        assert path.stat().st_size > 10_000 and f"curve: {path}" in err
+
+
+def test_a_job_of_which_nothing_fits_is_told_what_needs_less(capfd):
+    words = ("cluster=8xA30-PCIe", "model.layers=2", "samples=1", "cluster.memory_gb=0.01")
+    assert call("advise", "quickstart", *words) == 0
+    out, err = capfd.readouterr()
+    facts = json.loads(out.splitlines()[-1])
+    assert {row["fits"] for row in facts["rows"].values()} == {False}
+    assert " > 0.0" in err and "trainer.recompute=true" in err
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_rows_that_a_batch_of_one_sample_cannot_have_are_missed_in_words(samples, capfd):
+    words = ("cluster=8xA30-PCIe", "model.layers=2", f"samples={samples}")
+    assert call("advise", "quickstart", *words) == 0
+    out, err = capfd.readouterr()
+    has_two = any(name.endswith("_two") for name in json.loads(out.splitlines()[-1])["rows"])
+    assert has_two == (samples == 2) == ("cannot be halved" not in err)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ None of it needs a card (tests/distributed/test_measured_cluster.py measures thi
 import multiprocessing
 import os
 import time
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from scmoe.clusters import measure
 from scmoe.clusters.measure import COPIED, HOST_SIZES, LARGE, SMALL, Seconds, profile_of
+from scmoe.clusters.profile import Groups
 from scmoe.config.leaves import ConfigError
 from scmoe.training.assembly.advice import Request, advice_for
 
@@ -34,7 +36,7 @@ def test_the_numbers_are_those_of_the_slowest_rank():
     assert machine.flops == pytest.approx(2 * rows * width * columns / 0.1)
     assert machine.memory == pytest.approx(2 * COPIED / 0.02)
     assert machine.launch == pytest.approx(2e-6) and machine.tax == pytest.approx(0.3)
-    assert machine.all_to_all(1e8, 2) == pytest.approx(LATENCY + 0.5e8 / RATE)
+    assert machine.all_to_all(1e8, Groups(2, 2)) == pytest.approx(LATENCY + 0.5e8 / RATE)
     # what is 1 by definition has no band
     assert profile.values["attained"].source == profile.values["links.node.attained"].source
     assert profile.values["attained"] == (1.0, "given")
@@ -57,6 +59,17 @@ def test_a_single_card_has_no_links_and_can_be_advised():
     assert config.strategy.ep_size == 1 and advice.share == 0.0
     for row in advice.rows.values():
         assert row.step.exposed_rows == pytest.approx(0.0, abs=1e-12)  # sums of times
+
+
+def test_memory_is_that_of_the_smallest_card_or_a_rank_s_share_of_this_machine(monkeypatch):
+    class Properties(NamedTuple):
+        total_memory: float
+
+    sizes = {torch.device("cuda", 0): Properties(80e9), torch.device("cuda", 1): Properties(40e9)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", sizes.__getitem__)
+    assert measure.memory_here(True, 2) == 40e9
+    all_of_it = measure.memory_here(False, 1)
+    assert 0 < measure.memory_here(False, 2) == all_of_it / 2
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ OTHERS = {
     *("_forward_hooks", "_forward_pre_hooks"),
 }
 # What fake tensors, their modes and their groups are called. test_dry_run.py uses each of the first
-# file, test_clusters.py those of the second.
+# file, test_operator_costs.py those of the second.
 DRY_RUN = {
     "scmoe/estimate/counted_step.py": {
         *("_subclasses", "_internal", "_guards", "_python_dispatch", "_cdata"),

@@ -6,18 +6,24 @@ active weights as standard top-k.
     scmoe_pos1, ...   K; Pos-3 only in pairs of blocks
     top1              one copy, fewer FLOPs
 
-K is moe.top_k of a config with a shared expert. A config of standard top-k has K + 1 = moe.top_k. A
-shared expert that is as wide as several routed ones counts as so many copies.
+A config of standard top-k has K + 1 = moe.top_k, and the others get a shared expert as wide as one
+routed expert. K is moe.top_k of a config with a shared expert, which keeps its width: one that is
+as wide as several routed ones counts as so many copies.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+from torch import nn
 
 from scmoe.blocks.moe_block import moe_blocks_of
-from scmoe.clusters.advise import Advice, Job, LoadOf, Model, advise
+from scmoe.clusters.advise import Advice, advise
 from scmoe.clusters.operator_costs import count
+from scmoe.clusters.plan import Job, LoadOf, Model
 from scmoe.clusters.profile import Profile
 from scmoe.clusters.rank_shares import rank_shares
 from scmoe.clusters.timed_blocks import Sizes
@@ -26,10 +32,11 @@ from scmoe.config.leaves import ConfigError, key_of
 from scmoe.config.load import find, load, read_unchecked
 from scmoe.config.registry import IMAGES
 from scmoe.estimate.memory import RankJob, rank_memory
+from scmoe.moe.router import Router
 from scmoe.probes.loads import BALANCED, Load, check_load, load_of
 from scmoe.probes.loads import Sizes as Routed
 from scmoe.training.assembly.costs import make_batch
-from scmoe.training.assembly.model import build_model_on_meta, updated_by_muon
+from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.assembly.rank_job import rank_job
 
 SET_BY_REQUEST = (  # keys of a config in whose place ranks=N, ep=N, samples=N and the cluster count
@@ -150,19 +157,18 @@ def check(config: Config) -> None:
 
 
 def architectures(moe: MoEConfig, ffn_dim: int) -> Iterator[tuple[str, MoEConfig]]:
-    """Yield the architectures to be compared, the standard one first. ffn_dim: of the shared
-    expert. ConfigError: there are none with as many active weights."""
-    copies = max(1, round(ffn_dim / (moe.ffn_dim or ffn_dim)))
+    """Yield the architectures to be compared, the standard one first. ffn_dim: of a shared expert
+    that the config has. ConfigError: there are none with as many active weights."""
+    is_standard = moe.architecture == "top_k"
+    copies = 1 if is_standard else max(1, round(ffn_dim / (moe.ffn_dim or ffn_dim)))
     # of the routed copies of a router with zero experts, a part computes nothing
     copies = round(copies * (moe.num_experts + moe.zero_experts) / moe.num_experts)
-    is_standard = moe.architecture == "top_k"
     standard_k = moe.top_k if is_standard else moe.top_k + copies
     k = moe.top_k - copies if is_standard else moe.top_k
     if k < 1:
         raise ConfigError(
             f"advise: moe.top_k is {moe.top_k}, and a shared expert counts as {copies} of its"
-            " copies, so a shortcut would have more active weights. Use a larger moe.top_k, or"
-            " model.ffn_dim as wide as moe.ffn_dim."
+            " copies, so a shortcut would have more active weights. Use a larger moe.top_k."
         )
     if standard_k > moe.num_experts:
         raise ConfigError(
@@ -185,10 +191,16 @@ def architectures(moe: MoEConfig, ffn_dim: int) -> Iterator[tuple[str, MoEConfig
 def models_for(request: Request, profile: Profile, config: Config) -> list[Model]:
     """Return every architecture of the config, counted, the standard one first."""
     ffn_dim = config.model.ffn_dim or 4 * config.model.dim
+    routing = load_of(request.load)
     return [
-        model_of(name, moe, config, profile, load_of(request.load))
+        model_of(name, replace(config, moe=moe), profile, routing, shared_width(config))
         for name, moe in architectures(config.moe, ffn_dim)
     ]
+
+
+def shared_width(config: Config) -> int | None:
+    """Return the hidden width that shared experts get; None: they keep the config's."""
+    return config.moe.ffn_dim if config.moe.architecture == "top_k" else None
 
 
 def job_of(config: Config) -> Job:
@@ -199,28 +211,86 @@ def job_of(config: Config) -> Job:
     return Job(sizes, training.accumulate, two=training.samples > 1)
 
 
-def model_of(name: str, moe: MoEConfig, config: Config, profile: Profile, routing: Load) -> Model:
-    """Return an architecture of the config, counted."""
+def model_of(
+    name: str, config: Config, profile: Profile, routing: Load, shared_dim: int | None
+) -> Model:
+    """Return the architecture of a config, counted. shared_dim: hidden width of its shared experts,
+    if it is not the config's."""
+    moe = config.moe
     schedule = replace(config.schedule, auto=False, slot=None, chunks=None, inside_attention=False)
-    usual = replace(config, moe=moe, schedule=replace(schedule, batches_in_flight=None))
+    usual = replace(config, schedule=replace(schedule, batches_in_flight=None))
     training = rank_job(usual)
-    pads = moe.capacity_factor is not None and rows_are_padded(config)
-    loads = loads_of(routing, moe, training, pads)
-    whole = build_model_on_meta(usual)
-    by_muon = updated_by_muon(usual, whole)
-    memory = rank_memory(whole, training, by_muon)["total"]
-    factor = profile.padding or (moe.capacity_factor if pads else 1.0)
+    slots = (
+        moe.capacity_factor if rows_are_padded(config) else None
+    )  # that travel, over fair shares
+    whole = build_on_meta(usual, shared_dim)
+    routers = [block.moe.router for block in moe_blocks_of(whole)]
+    loads = loads_of(routing, routers, training, pads=slots is not None)
+    in_slots = slots is not None and profile.padding is None
+    factor = profile.padding or slots or 1.0
+    busiest_rows = factor / (slots or 1.0) * most_rows(loads, routers)
     counted = replace(usual, moe=replace(moe, capacity_factor=factor, rows="slots"))
     batch = next(iter(make_batch(counted, training.samples).values()))
-    model = build_model_on_meta(counted)
-    costs = count(model, training, batch)
+    model = build_on_meta(counted, shared_dim)
+    costs = count(model, training, batch, 1 if in_slots else batches_of_even_rows(model, training))
     names = {block.schedule.architecture: block.schedule for block in moe_blocks_of(model)}
+    memory = memory_of(whole, moe.architecture, replace(training, busiest_rows=busiest_rows))
     return Model(name, costs, names[moe.architecture], memory, loads)
 
 
-def loads_of(routing: Load, moe: MoEConfig, training: RankJob, pads: bool) -> LoadOf | None:
-    """Return the loads of a model's rows; None: even ones. pads: every slot travels, filled or not.
-    ConfigError: the load cannot be dealt, or changes nothing."""
+def memory_of(model: Any, architecture: str, training: RankJob) -> Callable[[int, int], float]:
+    """Return a function that returns the bytes of a rank at most, in so many chunks and batches in
+    flight. Blocks of another architecture keep their chunks."""
+    blocks = [b for b in moe_blocks_of(model) if b.schedule.architecture == architecture]
+
+    @cache
+    def memory(chunks: int, batches_in_flight: int) -> float:
+        for block in blocks:
+            block.run_as(replace(block.schedule, chunks=chunks), block.moe.dispatcher)
+        return rank_memory(model, replace(training, batches_in_flight=batches_in_flight))["total"]
+
+    return memory
+
+
+def most_rows(loads: LoadOf | None, routers: Sequence[Router]) -> float:
+    """Return the rows of the busiest rank's experts, over those of an even load; at the most uneven
+    block and step."""
+    if loads is None:
+        return 1.0
+    steps = [step for router in routers for step in loads(1, router.top_k)]
+    return max(share.computed for step in steps for chunk in step for share in chunk)
+
+
+def build_on_meta(config: Config, shared_dim: int | None) -> Any:
+    """Return the model of a config, with shared experts of this hidden width; None: the
+    config's."""
+    model = build_model_on_meta(config)
+    for block in moe_blocks_of(model):
+        shared: Any = block.shared_expert
+        if shared is not None and shared_dim is not None:
+            has_bias = shared.w_in.bias is not None
+            widened = shared.act.widening * shared_dim
+            shared.w_in = nn.Linear(shared.dim, widened, has_bias, device="meta")
+            shared.w_out = nn.Linear(shared_dim, shared.dim, has_bias, device="meta")
+    return model
+
+
+def batches_of_even_rows(model: Any, training: RankJob) -> int:
+    """Return the fewest batches of a rank that give all experts equally many rows."""
+    rows = model.rows_per_sample(training.seq_len)
+    needed = 1
+    for block in moe_blocks_of(model):
+        experts = block.moe.router.num_experts
+        tokens = round(training.samples * rows[block.moe])
+        needed = math.lcm(needed, experts // math.gcd(tokens, experts))
+    return needed
+
+
+def loads_of(
+    routing: Load, routers: Sequence[Router], training: RankJob, pads: bool
+) -> LoadOf | None:
+    """Return the loads of a model's rows; None: even ones. routers: of its blocks. pads: every slot
+    travels, filled or not. ConfigError: the load cannot be dealt, or changes nothing."""
     if routing.kind == BALANCED:
         return None
     if pads:
@@ -232,9 +302,10 @@ def loads_of(routing: Load, moe: MoEConfig, training: RankJob, pads: bool) -> Lo
         raise ConfigError(
             f"load is {routing.name}, but all ranks have equal batches. Give another kind of load."
         )
-    sizes = Routed(moe.num_experts, moe.top_k, training.ep_size)
-    check_load(routing, sizes, training.samples)
-    return rank_shares(routing, sizes)
+    each = [Routed(router.num_experts, router.top_k, training.ep_size) for router in routers]
+    for sizes in dict.fromkeys(each):
+        check_load(routing, sizes, training.samples)
+    return rank_shares(routing, each[0])
 
 
 def rows_are_padded(config: Config) -> bool:

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from scmoe.clusters.advise import SHARED, Job, Model, tier_of
+from scmoe.clusters.advise import tier_of
 from scmoe.clusters.curves import Curve, Point, basis, draw, is_measured, point
+from scmoe.clusters.plan import SHARED, Job, Model
 from scmoe.clusters.profile import Profile
 from scmoe.clusters.rank_shares import rank_shares
 from scmoe.config.extras import require
