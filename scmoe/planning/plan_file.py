@@ -42,12 +42,10 @@ def plan_to_json(
             choices, predicted_and_exposed(choices), strict=True
         )
     ]
-    since = [
-        [earlier_step, n] for earlier_step, n in in_flight_from(earlier) if earlier_step < step
-    ]
+    before = [[since, batches] for since, batches in in_flight_from(earlier) if since < step]
     return {
         "step": step,
-        "in_flight_from": [*since, [step, batches_in_flight(choices)]],
+        "in_flight_from": [*before, [step, batches_in_flight(choices)]],
         "conditions": conditions,
         "layers": layers,
     }

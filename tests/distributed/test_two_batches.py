@@ -114,10 +114,9 @@ def compare(
         batches: events_of(model_of("architecture=top_k top_k=2", wire), batches)
         for batches in (1, 2)
     }
+    two_chunks = "position=pos2 schedule.chunks=2 schedule.transfers"
     in_chunks = {
-        way: events_of(
-            model_of(f"position=pos2 schedule.chunks=2 schedule.transfers={way}", wire), 1
-        )
+        way: events_of(model_of(f"{two_chunks}={way}", wire), 1)
         for way in ("overlapped", "sequential")
     }
     texts = {batches: written(wire, batches) for batches in (1, 2)}

@@ -1,5 +1,4 @@
-"""The link in backward: sums of gradients fill its gaps, and share it with rows that come while they
-are on their way."""
+"""The link in backward: sums of gradients fill its gaps, and share it with rows that meet them."""
 
 from dataclasses import dataclass
 from math import inf
