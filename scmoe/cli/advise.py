@@ -48,9 +48,9 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
         words: cluster=NAME: a profile of configs/cluster, a file, or measure, which measures this
             machine. ranks=N (default: all ranks of the cluster). ep=N: ranks that share the experts
             (default: the largest number that divides ranks and experts). samples=N of a rank in one
-            batch (default: as CONFIG has it; for a preset 16,384 tokens or 128 images). load=KIND:
-            uneven routing, as `scmoe bench` has it. cluster.KEY=NUMBER: a value of the profile.
-            key=value: an override of CONFIG
+            batch (default: as CONFIG has it; a preset has 16,384 tokens or 128 images in a step, in as
+            few batches as fit the card). load=KIND: uneven routing, as `scmoe bench` has it.
+            cluster.KEY=NUMBER: a value of the profile. key=value: an override of CONFIG
         curves: a folder for pictures of the speed-up over bandwidth, EP, width, tokens and load
     """
     sizes, others = numbers_of(words, ("ranks", "ep", "samples"))
@@ -72,7 +72,7 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
         )
     profile = profile_of(named["cluster"], of_cluster)
     from scmoe.report import Report, say
-    from scmoe.training.assembly.advice import Request, advice_for
+    from scmoe.training.assembly.advice import Request, advice_for, with_batch_of
 
     request = Request(
         config, overrides, sizes.get("ranks"), sizes.get("ep"), sizes.get("samples"), named["load"]
@@ -81,9 +81,10 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
     rows = {name: row_to_json(row) for name, row in advice.rows.items()}
     trainer = settings.trainer
     ranks = trainer.devices * trainer.num_nodes
+    in_batches = f" ({trainer.accumulate} batches)" if trainer.accumulate > 1 else ""
     title = (
         f"{config} on cluster {profile.name}: {ranks} ranks, EP {settings.strategy.ep_size},"
-        f" {advice.tokens:,} tokens of a rank in a step, load {named['load']}"
+        f" {advice.tokens:,} tokens of a rank in a step{in_batches}, load {named['load']}"
     )
     shown = {name: {**row, "gib": memory_in_words(row, profile)} for name, row in rows.items()}
     Report(title, shown, COLUMNS, "row").show()
@@ -111,7 +112,7 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
     if curves is not None:
         from scmoe.training.assembly.advice_curves import draw_curves
 
-        for path in draw_curves(request, profile, Path(curves)):
+        for path in draw_curves(with_batch_of(settings, request), profile, Path(curves)):
             say(f"curve: {path}")
     facts: dict[str, Any] = {
         "job": {
@@ -120,6 +121,7 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
             "ranks": ranks,
             "ep": settings.strategy.ep_size,
             "tokens": advice.tokens,
+            "batches": trainer.accumulate,
             "load": named["load"],
             "standard": advice.standard,
             "share": advice.share,

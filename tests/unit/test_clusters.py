@@ -18,7 +18,14 @@ from scmoe.estimate.memory import rank_memory
 from scmoe.probes.loads import Sizes as Routed
 from scmoe.probes.loads import load_of
 from scmoe.schedule.schedule import Schedule
-from scmoe.training.assembly.advice import Request, config_for, job_of, models_for
+from scmoe.training.assembly.advice import (
+    Request,
+    config_for,
+    job_of,
+    job_that_fits,
+    models_for,
+    with_batch_of,
+)
 from scmoe.training.assembly.model import build_model_on_meta
 from scmoe.training.assembly.rank_job import rank_job
 from tests.support.advised import QUICK, quickstart_on_cards
@@ -198,6 +205,23 @@ def test_a_recorded_load_takes_the_mean_of_its_steps(counted):
     assert astuple(whole) == pytest.approx(
         [(a + b) / 2 for a, b in zip(astuple(first), astuple(second), strict=True)]
     )
+
+
+def test_the_step_of_a_preset_is_in_as_few_batches_as_fit():
+    profile = read_profile("8xA30-PCIe", [])
+    request = Request("gpt2_moe_small", ["model.layers=2"])
+    config, models = job_that_fits(request, profile)
+    assert config.trainer.accumulate == 1
+    needed = max(model.memory(1, 1) for model in models)
+    less = overridden(profile, [f"cluster.memory_gb={0.7 * needed / 1e9}"])
+    other, smaller = job_that_fits(request, less)
+    assert other.trainer.accumulate == 2
+    assert other.data.global_batch_size == config.data.global_batch_size
+    assert max(model.memory(1, 1) for model in smaller) <= less.memory
+    again = config_for(with_batch_of(other, request), less)
+    assert (again.trainer, again.data) == (other.trainer, other.data)
+    given = replace(request, samples=16)
+    assert job_that_fits(given, less)[0].trainer.accumulate == 1, "what is given is kept"
 
 
 def test_the_verb_answers_in_one_line_of_json(capfd):

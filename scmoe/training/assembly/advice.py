@@ -47,8 +47,10 @@ SET_BY_REQUEST = (  # keys of a config in whose place ranks=N, ep=N, samples=N a
     "data.global_batch_size",
 )
 ARCHITECTURES = ("top_k", "shared_expert", "scmoe")
-TOKENS = 16_384  # of a rank in one batch, where a preset of configs/model says no batch
+# of a rank in one step, where a preset of configs/model says no batch
+TOKENS = 16_384
 IMAGES_OF_A_RANK = 128  # Table 9: 1,024 on eight ranks
+BATCHES = (1, 2, 4, 8, 16)  # into which these are divided where the device has too little memory
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,46 @@ class Request:
 
 def advice_for(request: Request, profile: Profile) -> tuple[Advice, Config]:
     """Return the advice, and the config with the ranks and the batch for which it is."""
-    config = config_for(request, profile)
-    models = models_for(request, profile, config)
+    config, models = job_that_fits(request, profile)
     return advise(models, profile, job_of(config), models[0].name), config
+
+
+def job_that_fits(request: Request, profile: Profile) -> tuple[Config, list[Model]]:
+    """Return the config and its counted architectures. The step of a preset, which says no batch,
+    is in as few batches as fit the device; in one, if none of these does."""
+    jobs = []
+    for each in requests_of(request):
+        config = config_for(each, profile)
+        models = models_for(each, profile, config)
+        jobs.append((config, models))
+        most = profile.memory
+        if most is None or all(model.memory(1, 1) <= most for model in models):
+            return jobs[-1]
+    return jobs[0]
+
+
+def requests_of(request: Request) -> Iterator[Request]:
+    """Yield the request; for a preset, if neither samples nor trainer.accumulate are given, also
+    with its step in more batches."""
+    path = find(request.config)
+    given = {key_of(word) for word in request.overrides}
+    yield request
+    if path.parent.name != "model" or request.samples or "trainer.accumulate" in given:
+        return
+    samples = samples_of(read_unchecked(path, request.overrides), path)
+    for batches in BATCHES[1:]:
+        if samples % batches == 0:
+            words = [*request.overrides, f"trainer.accumulate={batches}"]
+            yield replace(request, samples=samples // batches, overrides=words)
+
+
+def with_batch_of(config: Config, request: Request) -> Request:
+    """Return the request with the batch that a config of it has."""
+    trainer = config.trainer
+    ranks = trainer.devices * trainer.num_nodes
+    samples = config.data.global_batch_size // (ranks * trainer.accumulate)
+    words = [*request.overrides, f"trainer.accumulate={trainer.accumulate}"]
+    return replace(request, samples=samples, overrides=words)
 
 
 def config_for(request: Request, profile: Profile) -> Config:
