@@ -299,9 +299,13 @@ def table_of(report: dict[str, Any], shape: Shape) -> Report:
 def over_top2(passes: Mapping[str, PassFigures]) -> dict[str, float]:
     """Return what each row gains over the best of top-2's rows: medians of the rounds' ratios, or
     ratios of medians in reports of versions that did not state them."""
-    stated = {row: figures.over_best_without_another_model for row, figures in passes.items()}
-    if None not in stated.values():
-        return {row: over["median"] for row, over in stated.items()}
+    stated = {
+        row: figures.over_best_without_another_model["median"]
+        for row, figures in passes.items()
+        if figures.over_best_without_another_model is not None
+    }
+    if len(stated) == len(passes):
+        return stated
     return over_best_top2({row: figures.speedup for row, figures in passes.items()}, 1.0)
 
 

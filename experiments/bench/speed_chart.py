@@ -163,8 +163,12 @@ def tables(report: dict[str, Any]) -> list[Report]:
 def over_top2(rows: Mapping[str, OverlapRow]) -> dict[str, str]:
     """Return what each row gains over the best of top-2's rows, forward and in training: medians of
     the rounds' ratios, or ratios of medians in reports of versions that did not state them."""
-    if all(row.over_best_without_another_model is not None for row in rows.values()):
-        stated = {name: row.over_best_without_another_model for name, row in rows.items()}
+    stated = {
+        name: row.over_best_without_another_model
+        for name, row in rows.items()
+        if row.over_best_without_another_model is not None
+    }
+    if len(stated) == len(rows):
         gains = [{name: over[kind]["median"] for name, over in stated.items()} for kind in KINDS]
     else:
         gains = [

@@ -48,8 +48,8 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
         words: cluster=NAME: a profile of configs/cluster, a file, or measure, which measures this
             machine. ranks=N (default: all ranks of the cluster). ep=N: ranks that share the experts
             (default: the largest number that divides ranks and experts). samples=N of a rank in one
-            batch (default: as CONFIG has it; a preset has 16,384 tokens or 128 images in a step, in as
-            few batches as fit the card). load=KIND: uneven routing, as `scmoe bench` has it.
+            batch (default: as CONFIG has it; a preset has 16,384 tokens or 128 images in a step,
+            in as few batches as fit the card). load=KIND: uneven routing, as `scmoe bench` has it.
             cluster.KEY=NUMBER: a value of the profile. key=value: an override of CONFIG
         curves: a folder for pictures of the speed-up over bandwidth, EP, width, tokens and load
     """
