@@ -72,12 +72,12 @@ CLOSURES = {  # files that are read for one idea, with what its functions import
     "scmoe/moe/stream.py": 11,
     "scmoe/lightning/strategy.py": 30,
     "scmoe/training/run/train.py": 58,  # a run, whatever its parts are
-    "scmoe/training/assembly/start.py": 117,  # the parts of every configuration
+    "scmoe/training/assembly/start.py": 118,  # the parts of every configuration
 }
 HASATTR = 2
 
 # Lines with 3 % of air. They are no goal: raise a number when there is a reason for a jump.
-LINES = {"library": 33_900, "laboratory": 11_050}
+LINES = {"library": 35_000, "laboratory": 11_300}
 
 COLUMNS = 100
 FILE_LINES = 400
