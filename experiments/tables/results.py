@@ -168,8 +168,12 @@ def _of_testbed(report: Report) -> dict[str, Any]:
         "limit_forward",
         "limit_train",
     )
-    links = next(iter(report["rows"].values()))["links"]
+    rows = report["rows"]
+    links = next(iter(rows.values()))["links"]
     others = {"links": links, "every": report.get("every", 2), "top_k": report.get("top_k", 1)}
+    if "top2_two" in rows:
+        in_halves = rows["top2_two"]
+        others["top2_in_halves"] = [in_halves["train_speedup"], in_halves["forward_speedup"]]
     if "layers" in report:  # earlier versions measured one pair
         others["layers"] = report["layers"]
     return {name: report[name] for name in names} | others

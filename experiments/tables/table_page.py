@@ -142,6 +142,13 @@ def _speeds(results: Results) -> list[str]:
     lines = []
     for share, speed in results["speeds"].items():
         blocks = blocks_of(speed)
+        rival = ""
+        if "top2_in_halves" in speed:
+            train, forward = speed["top2_in_halves"]
+            rival = (
+                f" Top-2 with two batches in flight, without another model, has {train:.2f} and"
+                f" {forward:.2f}."
+            )
         lines += [
             "",
             (
@@ -150,7 +157,7 @@ def _speeds(results: Results) -> list[str]:
                 f" compute, {speed['ranks']} ranks, {speed['links']} links, medians of"
                 f" {speed['rounds']} rounds, [quartiles]; with all communication hidden"
                 f" {speed['limit_train']:.2f} in training and {speed['limit_forward']:.2f} in"
-                " inference."
+                f" inference.{rival}"
             ),
         ]
     return lines
