@@ -154,10 +154,14 @@ def tables(report: dict[str, Any]) -> list[Report]:
         )
     if report.get("every", 2) == 1:
         title = f"{blocks_of(report)}. {title}"
+    return [Report(title.format_map(report), cells_with_gain(report), columns)]
+
+
+def cells_with_gain(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return what a table shows of a report's rows, with their gain over top-2's best."""
     rows = rows_of(report)
     gains = over_top2(rows)
-    cells = {name: {**row, "over_top2": gains[name]} for name, row in cells_of(rows).items()}
-    return [Report(title.format_map(report), cells, columns)]
+    return {name: {**row, "over_top2": gains[name]} for name, row in cells_of(rows).items()}
 
 
 def over_top2(rows: Mapping[str, OverlapRow]) -> dict[str, str]:

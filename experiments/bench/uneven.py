@@ -20,9 +20,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.bench.overlap import Measured, block_seconds
-from experiments.bench.overlap_rows import LoadFigures, OverlapRow, cells_of, rows_of
+from experiments.bench.overlap_rows import LoadFigures, OverlapRow, rows_of
 from experiments.bench.pairs import Setting
-from experiments.bench.speed_chart import OVER_TOP2, line_colors, name_of, over_top2, way_of_row
+from experiments.bench.speed_chart import (
+    OVER_TOP2,
+    cells_with_gain,
+    line_colors,
+    name_of,
+    way_of_row,
+)
 from experiments.bench.stacks import windows_of
 from experiments.bench.two_batches import PIPELINED, batches_of
 from experiments.engine.clock import median, quartiles
@@ -145,11 +151,8 @@ def tables(report: dict[str, Any]) -> list[Report]:
     of_layout = {"dropped": "{dropped:.1%}", "peak, MiB": "{peak_mb:.0f}"}
     reports = []
     for each in report["loads"]:
-        rows = rows_of(each)
-        gains = over_top2(rows)
-        cells = {name: {**row, "over_top2": gains[name]} for name, row in cells_of(rows).items()}
         shown = columns if each["layout"] == "dropless" else columns | of_layout
-        reports.append(Report(words_of(each), cells, shown))
+        reports.append(Report(words_of(each), cells_with_gain(each), shown))
     return reports
 
 

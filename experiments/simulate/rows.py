@@ -163,9 +163,9 @@ def sums_of(calibration: Calibration, schedule: Schedule) -> Iterator[Sum]:
 
 
 def load_of_ranks(calibration: Calibration, load: str, copies: int, chunks: int) -> Load:
-    """Return the rows of each chunk and rank, over even ones, at the first step of a load. What a
-    rank's experts have more than those of all others is computed while these wait, which counts
-    for less time."""
+    """Return the rows of each chunk and rank, over even ones, at the first step of a load. Rows
+    beyond those of the least loaded rank are computed while this one waits, so they take less
+    time."""
     sizes = calibration.setting
     in_chunks = rank_shares(load_of(load), Sizes(sizes.num_experts, copies, sizes.ranks))
     assert in_chunks is not None  # the testbed has two ranks or more

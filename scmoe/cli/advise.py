@@ -99,7 +99,7 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
     if all(row.choice.batches_in_flight == 1 for row in advice.rows.values()):
         say(
             "A rank has one sample in a batch, which cannot be halved, so there are no rows with"
-            " two batches in flight. Give samples=2 or more for them."
+            " two batches in flight. Give samples=2 or more for them, if the memory is there."
         )
     of_a_batch = advice.tokens // trainer.accumulate
     if of_a_batch < FEW_TOKENS:

@@ -172,7 +172,8 @@ def reason(row: Row, advice: Advice, plan: Plan) -> str:
     if not needs_no_other and (factor := tokens_needed(row.name, plan)):
         return (
             f"A rank has {advice.tokens:,} tokens a step. From about {factor * advice.tokens:,} on"
-            f" it would be more than {WORTH} times as fast by the profile's own values."
+            f" it would be more than {WORTH} times as fast by the profile's own values, if the"
+            " memory is there."
             f" {_differences(row, rival)}."
         )
     little = ", so little can be hidden" if advice.share < LITTLE else ""

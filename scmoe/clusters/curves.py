@@ -47,7 +47,7 @@ def point(x: float, models: Sequence[Model], profile: Profile, job: Job, shortcu
     random = Random(SEED)
     drawn = [plan.drawn(random) for _ in range(SAMPLES)]
     nominal = plan.totals(profile.machine(), job)
-    rows = [row for row, model in plan.model_of.items() if model.name == shortcut]
+    rows = plan.at_best(shortcut)
     standard = models[0].name
     rivals = {
         f"over sequential {standard}": [standard],

@@ -126,8 +126,11 @@ class Simulator:
 
 
 class Plan:
-    """The rows of all models, with the few best schedules of each at the profile's own values: of
-    those that fit the device, if any does. fits: of each row; None: its memory is not known."""
+    """The rows of all models, with the few best schedules of each at the profile's own values.
+
+    A row keeps only schedules that fit the device, unless none does. fits: whether any does; None:
+    the device's memory is not known.
+    """
 
     def __init__(self, models: Sequence[Model], profile: Profile, job: Job, standard: str) -> None:
         self.profile = profile

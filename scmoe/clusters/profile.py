@@ -366,19 +366,16 @@ def whole(text: Any, where: str) -> int:
 def overridden(profile: Profile, words: Sequence[str]) -> Profile:
     """Return the profile with the words cluster.KEY=NUMBER in it."""
     given = {}
+    optional = {"padding": profile.padding, "memory_gb": profile.memory_gb}
     for word in words:
         name, _, text = word.removeprefix("--").partition("=")
         key = name.removeprefix("cluster.")
-        if key == "padding":
-            factor = number(text, OPTIONAL[key], f"command line: {name}")
-            profile = replace(profile, padding=factor)
-            continue
-        if key == "memory_gb":
-            memory_gb = number(text, OPTIONAL[key], f"command line: {name}")
-            profile = replace(profile, memory_gb=memory_gb)
+        if key in optional:
+            optional[key] = number(text, OPTIONAL[key], f"command line: {name}")
             continue
         if key not in KEYS or (key not in profile.values and key.startswith(NETWORK)):
             known = ", ".join([*profile.values, *OPTIONAL])
             raise ConfigError(f"command line: unknown key {name}, allowed: cluster. and {known}")
         given[key] = number(text, KEYS[key], f"command line: {name}")
+    profile = replace(profile, padding=optional["padding"], memory_gb=optional["memory_gb"])
     return profile.with_values(given)

@@ -17,7 +17,7 @@ TOKENS = 2048  # of a rank that are dealt: shares do not depend on their number
 def rank_shares(routing: Routing, sizes: Sizes) -> LoadOf | None:
     """Return the load of each of a number of steps, in so many chunks; None: no rows travel.
 
-    sizes: their top_k is that of blocks for which no other one is asked.
+    sizes: their top_k counts where a caller asks for no other one.
     """
     if sizes.ranks == 1:
         return None

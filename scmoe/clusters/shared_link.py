@@ -3,14 +3,16 @@
     rows    | combine' ...... |            | dispatch' |
     sums    | 1 | 1 | 1 |     | 2 |   | 3  |           | 3
 
-Sums are carried in the order in which they are ready, while the link carries no rows. A transfer of
-rows does not wait for sums that are on their way: it shares the link with them, so it takes longer
-by what they carry meanwhile. Beside n sums at once it has a part of 1 / (n + 1), and takes n + 1
-times as long, unless the sums end before. A sum that becomes ready while rows travel waits for
-their end.
+Where no rows travel, sums are carried in the order in which they are ready. A transfer of rows does
+not wait for sums that are on their way: it shares the link with them, so it takes longer by what
+they carry meanwhile. Beside n sums at once it has a part of 1 / (n + 1) of the link, and takes
+n + 1 times as long, unless the sums end before. A sum that becomes ready while rows travel waits
+for their end; so does one that becomes ready while a transfer waits for the one before it, as the
+timelines place a transfer when it is launched.
 
-NCCL runs the sums of a group one after another. gloo runs two: a transfer beside sums of 4 MiB took
-3.0 and 3.2 times as long as alone (links of 118 and 274 Mbit/s, 2-core CPU, shared, 2026-11-30).
+NCCL runs the sums of a group one after another. gloo runs two: with four sums of 1 MiB on the link,
+a transfer of 1 MiB took 3.0 and 3.2 times as long as alone (118 and 274 Mbit/s, 2-core CPU, shared,
+2026-11-30).
 """
 
 from collections import Counter

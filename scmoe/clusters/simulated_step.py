@@ -240,7 +240,7 @@ def play_pass(
         played.computing + head.backward,
         played.elapsed + head.backward,
         played.carried,
-        played.sums + sum(each.seconds for each in head.sums),
+        played.sums,
         played.end + head.backward,
     )
 

@@ -26,6 +26,7 @@ JOB = {  # keys of "job": what the page calls them
     "ranks": "ranks",
     "ep": "EP",
     "tokens": "tokens of a rank in a step",
+    "batches": "batches of a step",
     "load": "load",
     "standard": "standard model",
     "share": "share of its step that waits for rows",

@@ -63,7 +63,8 @@ def in_flight_from(plan: Plan) -> list[list[int]]:
 
 
 def in_flight_at(plan: Plan, step: int) -> int:
-    """Return how many batches a run had in flight at a step: one before the first choice."""
+    """Return how many batches a run had in flight at a step: one before the first choice. The
+    steps in which a choice is made again count as those of the choice before."""
     numbers = [batches for since, batches in in_flight_from(plan) if since <= step]
     return numbers[-1] if numbers else 1
 

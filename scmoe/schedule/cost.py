@@ -115,7 +115,7 @@ def play_ranks(
     where there are several; one that is missing takes none. shares_PR: the share of each rank in
     each chunk. starts: when each rank begins, with free links; None: at 0. sequential: each
     transfer is waited for right after its start, as moe.dispatcher.Blocking does. link: what it
-    carries besides; None: nothing.
+    carries beside rows; None: nothing.
     """
     ranks = range(len(shares_PR[0]))
     clock = list(starts) if starts else [0.0 for _ in ranks]

@@ -97,6 +97,16 @@ def test_gradients_without_bytes_add_nothing_and_those_of_the_first_block_are_ex
     assert summed.total == pytest.approx(plain.total + 0.25)
 
 
+@pytest.mark.parametrize("batches", [1, 2])
+def test_the_heads_sums_are_carried_once(batches):
+    """They are all hidden, and computing is slowed by their time at a tax of 1."""
+    blocks = [Block(SCHEDULES[0], scaled(TIMES, 0.0))] * 2
+    way = Setting(batches_in_flight=batches, tax=1.0)
+    plain = simulate_step(blocks, way, Head(1.0, 2.0))
+    summed = simulate_step(blocks, way, Head(1.0, 2.0, [Sum(0.7, "head")]))
+    assert summed.slowed == pytest.approx(plain.slowed + 0.7)
+
+
 def test_an_operator_that_the_window_has_twice_has_two_sums():
     block = Block(POSITIONS[2], scaled(TIMES, 0.0), (Sum(100.0, "attention"),))
     twice = simulate_step([block], Setting())

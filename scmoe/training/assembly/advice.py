@@ -74,16 +74,18 @@ def advice_for(request: Request, profile: Profile) -> tuple[Advice, Config]:
 
 def job_that_fits(request: Request, profile: Profile) -> tuple[Config, list[Model]]:
     """Return the config and its counted architectures. The step of a preset, which says no batch,
-    is in as few batches as fit the device; in one, if none of these does."""
-    jobs = []
+    is in as few batches as fit the device in one chunk and with one batch in flight; in one, if
+    none of these does. More chunks and two batches in flight may need more memory."""
+    first: tuple[Config, list[Model]] | None = None
     for each in requests_of(request):
         config = config_for(each, profile)
         models = models_for(each, profile, config)
-        jobs.append((config, models))
         most = profile.memory
         if most is None or all(model.memory(1, 1) <= most for model in models):
-            return jobs[-1]
-    return jobs[0]
+            return config, models
+        first = first or (config, models)
+    assert first is not None  # the request itself is the first one
+    return first
 
 
 def requests_of(request: Request) -> Iterator[Request]:

@@ -26,6 +26,7 @@ def draw_curves(request: Request, profile: Profile, folder: Path) -> Iterator[Pa
     """Draw all curves into a folder, and yield their files. There is none over load where every
     slot of a capacity travels, filled or not. ConfigError: matplotlib is not installed."""
     require("scmoe advise --curves", "matplotlib")
+    profile = replace(profile, memory_gb=None)  # a row's memory is known at the job's sizes alone
     config = config_for(request, profile)
     models = compared(models_for(request, profile, config))
     for curve in curves(request, profile, config, models):
