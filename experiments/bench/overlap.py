@@ -50,8 +50,7 @@ class PlannedRow(NamedTuple):
 
 class Measured(NamedTuple):
     """What was measured at one load. rate: Bench.set_rate's, None without one. times: of each
-    variant, of all loads. gradients: by block (Bench.gradients). iterations: timed in all.
-    experts_alone: Bench.experts_alone of top-2 where a load is compared; None: not measured."""
+    variant, of all loads. gradients: by block (Bench.gradients). iterations: timed in all."""
 
     rate: float | None
     rows: Mapping[str, PlannedRow]
@@ -59,7 +58,6 @@ class Measured(NamedTuple):
     gradients: Mapping[str, Sequence[tuple[float, int]]]
     iterations: int
     load: str = BALANCED
-    experts_alone: float | None = None
 
 
 def block_seconds(
@@ -120,11 +118,8 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
             autos.get((load, row)),
         )
     gradients = {block: bench.gradients(block) for block in bench.stacks}
-    alone = None
-    if setting.loads and setting.compute == "real" and setting.device == "cpu":
-        alone = bench.experts_alone("top2", setting.rounds)
     return {
-        load: Measured(rate, rows_of_load, times, gradients, bench.iterations, load, alone)
+        load: Measured(rate, rows_of_load, times, gradients, bench.iterations, load)
         for load, rows_of_load in rows.items()
     }
 

@@ -356,16 +356,14 @@ def calibration_of(setting: Setting, balanced: Measured) -> dict[str, Any]:
 
     The times of the blocks are of one batch without sums of gradients. update: the optimizer's.
     free_in_halves_ms: of all blocks with two batches in flight, only if a row with these is
-    measured. experts_alone: Bench.experts_alone, only beside a load and with real compute.
+    measured.
     """
     transfers = "alone" if setting.level == "iteration" else "free"
     alone = block_seconds(balanced, "top2", transfers, BALANCED)
     batches = setting.accumulate
-    more: dict[str, Any] = {}
-    if balanced.experts_alone is not None:
-        more["experts_alone"] = balanced.experts_alone
+    halves = {}
     if (measured_halves := balanced.times.get(in_halves(setting.level))) is not None:
-        more["free_in_halves_ms"] = {
+        halves["free_in_halves_ms"] = {
             "forward": 1e3 * median(measured_halves.train_forward) / batches,
             "backward": 1e3 * median(measured_halves.backward - measured_halves.update) / batches,
         }
@@ -375,7 +373,7 @@ def calibration_of(setting: Setting, balanced: Measured) -> dict[str, Any]:
         "free_forward_ms": 1e3 * median(alone.train_forward) / batches,
         "free_backward_ms": 1e3 * median(alone.backward - alone.update) / batches,
         "update_ms": 1e3 * median(alone.update),
-        **more,
+        **halves,
     }
 
 

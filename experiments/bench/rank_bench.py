@@ -18,7 +18,7 @@ from experiments.bench import emulated
 from experiments.bench.pairs import Setting, default_schedule
 from experiments.bench.stacks import Stack, Variant, make_blocks, make_step, rows_of_layout
 from experiments.engine import links
-from experiments.engine.clock import CPU, in_turn, median, slowest
+from experiments.engine.clock import CPU, in_turn, slowest
 from experiments.engine.profiles import peak_bytes
 from experiments.engine.ranks import say_once
 from scmoe.models.halves import in_flight, set_in_flight
@@ -209,43 +209,6 @@ class Bench:
                 planner.end_step()
             self.current.step += 1
         return planner.choices
-
-    def experts_alone(self, block: str, rounds: int) -> float:
-        """Return the time of a rank's experts, forward and backward, while the other ranks wait,
-        over that while all ranks compute. Ranks of one machine share its memory and caches, so it
-        may be below 1. Every rank must call it.
-        """
-
-        def alone() -> float:
-            seconds = 0.0
-            for rank in range(dist.get_world_size()):
-                dist.barrier()
-                if rank == dist.get_rank():
-                    seconds = self.experts_s(block)
-            dist.barrier()
-            return seconds
-
-        def together() -> float:
-            dist.barrier()
-            return self.experts_s(block)
-
-        times = in_turn({"alone": alone, "together": together}, rounds, over_ranks=True)
-        return median(times["alone"] / times["together"])
-
-    def experts_s(self, block: str) -> float:
-        """Return the seconds of this rank's experts of one block, with even rows, forward and
-        backward."""
-        experts = self.stacks[block][0].moe.experts
-        held = len(experts.expert_ids)
-        each = self.setting.tokens * self.setting.top_k_of(block) // held
-        rows_RD = torch.randn(each * held, self.setting.dim, requires_grad=True)
-        counts_e = torch.full((held,), each)
-        begin, _ = self.time()
-        y_RD = experts(rows_RD, counts_e)
-        y_RD.backward(torch.ones_like(y_RD))
-        seconds = self.time()[0] - begin
-        experts.zero_grad()
-        return seconds
 
     def gradients(self, block: str) -> list[tuple[float, int]]:
         """Return (ready, bytes) of each gradient that is summed over ranks (all but the experts').

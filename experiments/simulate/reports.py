@@ -24,7 +24,6 @@ COMPUTED = ("route", "encode", "experts", "decode")
 SAME_SPEED = 0.1  # reports that do not state their sizes are of one setting up to this difference
 BYTES = 4  # of a number
 ASSUMED_OF_HALVES = "halves of the rows take half of the time"
-ASSUMED_OF_ONE_RANK = "a rank computes no faster while the others wait"
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,7 @@ class Calibration:
     batch with free links. update: the optimizer's step. link_mbit: the rate at which the transfers
     were measured. tax: processor time of a transfer over its time, where it competes with
     computation. in_halves: forward and backward of all blocks with free links and two batches in
-    flight; None: not measured. experts_alone: the time of a rank's experts while the others wait,
-    over that while all compute. assumed: what the report does not state.
+    flight; None: not measured. assumed: what the report does not state.
     """
 
     setting: Setting
@@ -47,7 +45,6 @@ class Calibration:
     link_mbit: float
     tax: float
     in_halves: tuple[float, float] | None = None
-    experts_alone: float = 1.0
     assumed: tuple[str, ...] = ()
 
     @property
@@ -237,9 +234,6 @@ def stated_calibration(setting: Setting, report: Mapping[str, Any]) -> Calibrati
     operators = seconds_of(stated["operators_ms"])
     halves = stated.get("free_in_halves_ms")
     has_halves = any(batches_of(row) == 2 for row in report["rows"])
-    assumed = [ASSUMED_OF_HALVES] if has_halves and not halves else []
-    if "load" in report and setting.compute == "real" and "experts_alone" not in stated:
-        assumed.append(ASSUMED_OF_ONE_RANK)
     return Calibration(
         setting,
         operators,
@@ -249,8 +243,7 @@ def stated_calibration(setting: Setting, report: Mapping[str, Any]) -> Calibrati
         link_mbit=report["link_mbit"],
         tax=tax_of(setting, report, operators),
         in_halves=halves and (halves["forward"] / 1e3, halves["backward"] / 1e3),
-        experts_alone=stated.get("experts_alone", 1.0),
-        assumed=tuple(assumed),
+        assumed=(ASSUMED_OF_HALVES,) if has_halves and not halves else (),
     )
 
 

@@ -6,7 +6,7 @@ decode take that part of top-2's time. A shared expert takes the time of an MLP.
 number of chunks are those with the least step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from experiments.bench.emulated import OUT_PART
@@ -18,7 +18,7 @@ from scmoe.clusters.rank_shares import rank_shares
 from scmoe.clusters.shared_link import Sum
 from scmoe.clusters.simulated_step import Block, Setting, StepTime, simulate_forward, simulate_step
 from scmoe.probes.loads import Sizes, load_of
-from scmoe.schedule.cost import OperatorTimes, Share, slots
+from scmoe.schedule.cost import OperatorTimes, slots
 from scmoe.schedule.schedule import SUBLAYERS, Schedule
 from scmoe.schedule.stack import BEFORE
 
@@ -163,19 +163,8 @@ def sums_of(calibration: Calibration, schedule: Schedule) -> Iterator[Sum]:
 
 
 def load_of_ranks(calibration: Calibration, load: str, copies: int, chunks: int) -> Load:
-    """Return the rows of each chunk and rank, over even ones, at the first step of a load. Rows
-    beyond those of the least loaded rank are computed while this one waits, so they take less
-    time."""
+    """Return the rows of each chunk and rank, over even ones, at the first step of a load."""
     sizes = calibration.setting
     in_chunks = rank_shares(load_of(load), Sizes(sizes.num_experts, copies, sizes.ranks))
     assert in_chunks is not None  # the testbed has two ranks or more
-    return [alone(shares_R, calibration.experts_alone) for shares_R in in_chunks(chunks)[0]]
-
-
-def alone(shares_R: Sequence[Share], faster: float) -> list[Share]:
-    """Return the shares of the ranks in a chunk with the time of their experts in place of the
-    rows: those above the least of all ranks take `faster` times as long."""
-    least = min(share.computed for share in shares_R)
-    return [
-        share._replace(computed=least + faster * (share.computed - least)) for share in shares_R
-    ]
+    return in_chunks(chunks)[0]
