@@ -111,6 +111,11 @@ REPORTS = (
     ),
     # Eight trainings take turns.
     Report("train-share-0.52", "train", 25),
+    Report(
+        "train-two-batches-share-0.52",
+        "train --rounds 4 --rows top2 top2_two shared_expert_two scmoe_pos2",
+        21,
+    ),
     Report("inference-2-ranks-share-0.52", "inference --share 0.52", 4),
     Report(
         "inference-2-ranks-share-0.52-4-texts", "inference --share 0.52 --texts 4 --tokens 64", 6

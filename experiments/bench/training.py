@@ -161,7 +161,8 @@ def bench_train(
                 "dropped": results[row, "links"]["dropped"],
                 **uneven[row],
             }
-    name = f"train-share-{share:g}{kinds_of([] if routing is None else [routing])}"
+    two = "two-batches-" if any(batches_of(row) == 2 for row in rows) else ""
+    name = f"train-{two}share-{share:g}{kinds_of([] if routing is None else [routing])}"
     publish(report, tables(report), draw, out / name)
     return report
 

@@ -110,7 +110,7 @@ def test_bench_train(tmp_path):
             assert parts == pytest.approx(row["exposed_s"])
         assert row["rows_over_gradients"] > 0 and row["peak_mb"] > 0
         assert len(row["val_losses"]) == 2 and row["val_losses"][-1][1] == row["val_loss"]
-    assert (tmp_path / "train-share-0.52.png").exists()
+    assert (tmp_path / "train-two-batches-share-0.52.png").exists()
 
 
 def test_bench_train_takes_as_many_ranks_as_share_the_experts_of_its_config(tmp_path, monkeypatch):
