@@ -96,7 +96,7 @@ REPORTS = (
         )
         for share, words, minutes in (
             ("0.15", "--rounds 5 --tries 4", 8),
-            ("0.35", "--rounds 9", 17),
+            ("0.35", "--rounds 5 --tries 4", 11),
             ("0.7", "--rounds 5 --tries 12", 17),
         )
     ),
