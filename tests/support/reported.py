@@ -122,6 +122,7 @@ def advice() -> dict[str, Any]:
         "ranks": 64,
         "ep": 32,
         "tokens": 16384,
+        "batches": 1,
         "load": "hot_rank:1.7",
         "standard": "top8",
         "share": 0.24,

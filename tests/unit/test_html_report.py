@@ -122,8 +122,8 @@ def test_an_older_advice_says_what_it_does_not_state(tmp_path):
         for key in ("fits", "other_ms", "over_best_interval"):
             del row[key]
     text, (first, _) = shown_advice(tmp_path, advice)
-    # eight facts of the job, the intervals and the fits of two rows
-    assert text.count("not stated") == 8 + 2 + 2
+    # nine facts of the job, the intervals and the fits of two rows
+    assert text.count("not stated") == 9 + 2 + 2
     assert first[1] == "within the error" and "over the standard model" in text
     assert "over top3, sequential" in shown_advice(tmp_path, advice | {"standard": "top3"})[0]
 
