@@ -25,7 +25,7 @@ from experiments.bench.pairs import Setting, check_ranks
 from experiments.bench.rate_search import warn_of_share
 from experiments.bench.speed_chart import OVER_TOP2, PAPERS, Printed, name_of
 from experiments.bench.stacks import Variant
-from experiments.bench.two_batches import architecture_of, batches_of, over_best_top2
+from experiments.bench.two_batches import architecture_of, batches_of, stated_or_of_medians
 from experiments.bench.uneven import Point, draw_lines, heat_of
 from experiments.engine import links
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
@@ -297,16 +297,10 @@ def table_of(report: dict[str, Any], shape: Shape) -> Report:
 
 
 def over_top2(passes: Mapping[str, PassFigures]) -> dict[str, float]:
-    """Return what each row gains over the best of top-2's rows: medians of the rounds' ratios, or
-    ratios of medians in reports of versions that did not state them."""
-    stated = {
-        row: figures.over_best_without_another_model["median"]
-        for row, figures in passes.items()
-        if figures.over_best_without_another_model is not None
-    }
-    if len(stated) == len(passes):
-        return stated
-    return over_best_top2({row: figures.speedup for row, figures in passes.items()}, 1.0)
+    """Return what each row gains over the best of top-2's rows."""
+    over = {row: figures.over_best_without_another_model for row, figures in passes.items()}
+    stated = {row: None if each is None else each["median"] for row, each in over.items()}
+    return stated_or_of_medians(stated, {row: each.speedup for row, each in passes.items()})
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

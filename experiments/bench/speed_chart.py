@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.bench.overlap_rows import Kind, OverlapRow, cells_of, rows_of
-from experiments.bench.two_batches import PIPELINED, architecture_of, batches_of, over_best_top2
+from experiments.bench.two_batches import (
+    PIPELINED,
+    architecture_of,
+    batches_of,
+    stated_or_of_medians,
+)
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from scmoe.probes.charts import BLUE, GREEN, LINES, PAPER, SKY, chart, heading
 from scmoe.report import Report
@@ -165,22 +170,21 @@ def cells_with_gain(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def over_top2(rows: Mapping[str, OverlapRow]) -> dict[str, str]:
-    """Return what each row gains over the best of top-2's rows, forward and in training: medians of
-    the rounds' ratios, or ratios of medians in reports of versions that did not state them."""
-    stated = {
-        name: row.over_best_without_another_model
-        for name, row in rows.items()
-        if row.over_best_without_another_model is not None
-    }
-    if len(stated) == len(rows):
-        gains = [{name: over[kind]["median"] for name, over in stated.items()} for kind in KINDS]
-    else:
-        gains = [
-            over_best_top2({name: row.speedup(kind) for name, row in rows.items()}, 1.0)
-            for kind in KINDS
-        ]
-    forward, train = gains
+    """Return what each row gains over the best of top-2's rows, forward and in training."""
+    forward, train = (
+        stated_or_of_medians(
+            {name: stated_gain(row, kind) for name, row in rows.items()},
+            {name: row.speedup(kind) for name, row in rows.items()},
+        )
+        for kind in KINDS
+    )
     return {name: f"{forward[name]:.2f}, {train[name]:.2f}" for name in rows}
+
+
+def stated_gain(row: OverlapRow, kind: Kind) -> float | None:
+    """Return a row's gain over top-2's best as its report states it; None: it does not."""
+    over = row.over_best_without_another_model
+    return None if over is None else over[kind]["median"]
 
 
 def speed_bars(report: dict[str, Any], kind: Kind, paper: Printed | None) -> dict[str, list[Bar]]:

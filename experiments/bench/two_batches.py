@@ -44,6 +44,16 @@ def over_best_top2(speedups: Mapping[str, float], *others: float) -> dict[str, f
     return {row: speedup / fastest for row, speedup in speedups.items()}
 
 
+def stated_or_of_medians(
+    stated: Mapping[str, float | None], speedups: Mapping[str, float]
+) -> dict[str, float]:
+    """Return what each row gains over the best of top-2's rows: medians of the rounds' ratios as a
+    report states them, or ratios of medians where its version did not. speedups: over sequential
+    top-2."""
+    gains = {row: gain for row, gain in stated.items() if gain is not None}
+    return gains if len(gains) == len(speedups) else over_best_top2(speedups, 1.0)
+
+
 def refuse_halves(rows: tuple[str, ...], sequences: int) -> None:
     """Raise ConfigError for rows whose batches have no halves.
 
