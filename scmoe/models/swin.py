@@ -82,7 +82,7 @@ class ShiftedWindows(SelfAttention):
         self.mask.zero_().masked_fill_(is_apart_NSS, -100.0)  # as in timm
 
     def forward(self, x_BHWD: Tensor) -> Tensor:
-        if not len(x_BHWD):  # the second half of a batch of one image; timm cannot take no windows
+        if not len(x_BHWD):  # the second half of a batch of one image; timm refuses it
             return x_BHWD
         up, left = self.shift
         x_BHWD = x_BHWD.roll((-up, -left), (1, 2))
