@@ -28,6 +28,7 @@ BRIDGE, BRIDGE_ADDRESS = "bridge", f"{SUBNET}.254"
 ENTERED = "SCMOE_TESTBED_NETWORK"  # set inside the program's own namespace
 AT_BRIDGE = "SCMOE_TESTBED_BRIDGE"  # the file of the namespace of the bridge, set in a rank
 CLONE_NEWNET = 0x40000000
+BURST_KIB = 128  # of a link's token bucket
 
 
 def inside() -> bool:
@@ -156,7 +157,7 @@ def _tbf(mbit: float) -> str:
     With a burst below 64 kB, the largest segment, the processor must cut segments into packets,
     which takes five times the processor time of a transfer (docs/results/transfers.md).
     """
-    return f"tbf rate {mbit * 1e3:.0f}kbit burst 128kb latency 2000ms"
+    return f"tbf rate {mbit * 1e3:.0f}kbit burst {BURST_KIB}kb latency 2000ms"
 
 
 def _run(command: str) -> None:

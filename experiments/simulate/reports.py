@@ -13,16 +13,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.overlap_report import PAYLOAD, SIZES
+from experiments.bench.overlap_report import PAYLOAD, SIZES, row_bytes
 from experiments.bench.overlap_rows import OverlapRow, rows_of
 from experiments.bench.pairs import Setting, share_sent
 from experiments.bench.two_batches import batches_of
+from experiments.engine.links import BURST_KIB
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes
 
 ROUTED = 2  # experts of a token in top-2
 COMPUTED = ("route", "encode", "experts", "decode")
 SAME_SPEED = 0.1  # reports that do not state their sizes are of one setting up to this difference
 BYTES = 4  # of a number
+LAUNCH_S = 1e-3  # of a transfer, at any size and rate (docs/results/transfers.md)
 ASSUMED_OF_HALVES = "halves of the rows take half of the time"
 
 
@@ -30,11 +32,12 @@ ASSUMED_OF_HALVES = "halves of the rows take half of the time"
 class Calibration:
     """What top-2 measured, in seconds.
 
-    operators: of one MoE module, from the gate on. free_forward, free_backward: all blocks of one
-    batch with free links. update: the optimizer's step. link_mbit: the rate at which the transfers
-    were measured. tax: processor time of a transfer over its time, where it competes with
-    computation. in_halves: forward and backward of all blocks with free links and two batches in
-    flight; None: not measured. assumed: what the report does not state.
+    operators: of one MoE module, from the gate on; transfers without their launches, on links that
+    have saved nothing. free_forward, free_backward: all blocks of one batch with free links.
+    update: the optimizer's step. link_mbit: the rate of the links. tax: processor time of a
+    transfer over its time, where it competes with computation. in_halves: forward and backward of
+    all blocks with free links and two batches in flight; None: not measured. assumed: what the
+    report does not state.
     """
 
     setting: Setting
@@ -79,6 +82,11 @@ class Calibration:
         both = self.sublayers
         return min(both.forward["attention"], both.backward["attention"]) > 0
 
+    @property
+    def burst(self) -> float:
+        """Seconds that a link needs for its burst."""
+        return burst_s(self.link_mbit)
+
     def with_rate(self, link_mbit: float) -> "Calibration":
         """Return the calibration for links with another rate: transfers take as much longer, and
         the same processor time."""
@@ -94,6 +102,11 @@ class Calibration:
         """Return how long the gradients of this many weights take on the link, in a ring."""
         nbytes = 2 * share_sent(self.setting.ranks) * BYTES * numbers
         return nbytes / (self.link_mbit * 1e6 / 8 * PAYLOAD)
+
+
+def burst_s(link_mbit: float) -> float:
+    """Return the seconds that a link needs for its burst."""
+    return BURST_KIB * 2**10 / (link_mbit * 1e6 / 8)
 
 
 @dataclass(frozen=True)
@@ -208,30 +221,39 @@ def setting_of(report: Mapping[str, Any]) -> Setting:
     )
 
 
-def seconds_of(times_ms: Mapping[str, Mapping[str, float]]) -> OperatorTimes:
-    """Return the operators' times. Gradients of rows are as many bytes as rows, so their transfers
-    take forward's time: in an iteration the measured ones share the link with other gradients."""
+def operators_of(
+    setting: Setting, link_mbit: float, times_ms: Mapping[str, Mapping[str, float]]
+) -> OperatorTimes:
+    """Return the operators' times, of transfers those on links that have saved nothing. A transfer
+    was measured after an idle time, with its launch.
+
+    Gradients of rows are as many bytes as rows, so their transfers take forward's time: in an
+    iteration the measured ones share the link with other gradients."""
+    nbytes = row_bytes(setting, "top2") / (len(TRANSFERS) * setting.moe_blocks)
+    saved = min(burst_s(link_mbit), nbytes / (link_mbit * 1e6 / 8 * PAYLOAD))
     forward = {name: ms / 1e3 for name, ms in times_ms["forward"].items()}
-    backward = {
-        name: forward[name] if name in TRANSFERS else ms / 1e3 - forward[name]
-        for name, ms in times_ms["train"].items()
-    }
+    backward = {name: ms / 1e3 - forward[name] for name, ms in times_ms["train"].items()}
+    for transfer in TRANSFERS:
+        forward[transfer] += saved - LAUNCH_S
+        backward[transfer] = forward[transfer]
     return OperatorTimes(forward, backward)
 
 
 def tax_of(setting: Setting, report: Mapping[str, Any], operators: OperatorTimes) -> float:
-    """Return the processor time of top-2's transfers over their time. Emulated operators sleep, so
-    nothing slows them."""
+    """Return the processor time of top-2's transfers, without their launches, over their time.
+    Emulated operators sleep, so nothing slows them."""
     if setting.compute == "emulated":
         return 0.0
+    launches = len(TRANSFERS) * setting.moe_blocks * LAUNCH_S
+    processor_s = report["transfer_cpu_ms_forward"] / 1e3 - launches
     transfers = setting.moe_blocks * sum(operators.forward[name] for name in TRANSFERS)
-    return max(0.0, report["transfer_cpu_ms_forward"] / 1e3 / transfers)
+    return max(0.0, processor_s / transfers)
 
 
 def stated_calibration(setting: Setting, report: Mapping[str, Any]) -> Calibration:
     """Return the calibration that a report states."""
     stated = report["calibration"]
-    operators = seconds_of(stated["operators_ms"])
+    operators = operators_of(setting, report["link_mbit"], stated["operators_ms"])
     halves = stated.get("free_in_halves_ms")
     has_halves = any(batches_of(row) == 2 for row in report["rows"])
     return Calibration(
@@ -252,7 +274,7 @@ def derived_calibration(
 ) -> Calibration:
     """Return the calibration of a report of an earlier version, from its limits: these are
     sequential top-2's time over that with free links."""
-    operators = seconds_of(report["top2_operators_ms"])
+    operators = operators_of(setting, report["link_mbit"], report["top2_operators_ms"])
     free_forward = top2.forward_ms * top2.forward_speedup / report["limit_forward"] / 1e3
     if setting.level == "block":
         free_train = top2.train_ms * top2.train_speedup / report["limit_train"] / 1e3

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from experiments.bench.emulated import OUT_PART
 from experiments.bench.pairs import ROWS, default_schedule
 from experiments.bench.two_batches import batches_of
-from experiments.simulate.reports import ROUTED, Calibration
+from experiments.simulate.reports import LAUNCH_S, ROUTED, Calibration
 from scmoe.clusters.played_load import Load
 from scmoe.clusters.rank_shares import rank_shares
 from scmoe.clusters.shared_link import Sum
 from scmoe.clusters.simulated_step import Block, Setting, StepTime, simulate_forward, simulate_step
 from scmoe.probes.loads import Sizes, load_of
-from scmoe.schedule.cost import OperatorTimes, slots
+from scmoe.schedule.cost import LAUNCH, OperatorTimes, slots
 from scmoe.schedule.schedule import SUBLAYERS, Schedule
 from scmoe.schedule.stack import BEFORE
 
@@ -66,6 +66,7 @@ def step_setting(calibration: Calibration, block: str, batches: int) -> Setting:
         batches_in_flight=2 if batches == 2 else 1,
         accumulate=calibration.setting.accumulate,
         sums_at_once=2,  # of gloo
+        burst=calibration.burst,
         tax=calibration.tax,
         update_s=calibration.update * weights,
     )
@@ -112,7 +113,8 @@ def pair_of(calibration: Calibration, schedule: Schedule, copies: int) -> Block:
         pair_times(calibration, schedule, copies, backward=True),
     )
     sums = () if calibration.setting.level == "block" else tuple(sums_of(calibration, schedule))
-    return Block(schedule, both, sums)
+    once = {LAUNCH: LAUNCH_S}
+    return Block(schedule, both, sums, fixed=OperatorTimes(once, once))
 
 
 def before_tap(schedule: Schedule) -> tuple[str, ...]:
@@ -133,6 +135,7 @@ def pair_times(
     times["shared_expert"] = sublayers["mlp"]
     times["attention_core"] = (1 - OUT_PART) * sublayers["attention"]
     times["attention_out"] = OUT_PART * sublayers["attention"]
+    times[LAUNCH] = LAUNCH_S
     times[BEFORE] = sum(sublayers[name] for name in before_tap(schedule))
     return times
 

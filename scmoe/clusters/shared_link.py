@@ -10,6 +10,8 @@ n + 1 times as long, unless the sums end before. A sum that becomes ready while 
 for their end; so does one that becomes ready while a transfer waits for the one before it, as the
 timelines place a transfer when it is launched.
 
+Sums travel at the link's rate and leave nothing saved (token_bucket.py).
+
 NCCL runs the sums of a group one after another. gloo runs two: with four sums of 1 MiB on the link,
 a transfer of 1 MiB took 3.0 and 3.2 times as long as alone (118 and 274 Mbit/s, 2-core CPU, shared,
 2026-11-30).
@@ -19,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol
 
+from scmoe.clusters.token_bucket import TokenBucket
 from scmoe.schedule.cost import PER_CHUNK, Span
 
 
@@ -51,16 +54,23 @@ class SharedLink:
     """The link from time 0 on, while the backward of some blocks is played.
 
     halves: of a batch, which run through the blocks. at_once: sums that share the link with a
-    transfer of rows. waiting: sums of what has run before.
+    transfer of rows. waiting: sums of what has run before. bucket: what the link has saved; None:
+    nothing, ever.
     """
 
     def __init__(
-        self, blocks: Sequence[Summed], halves: int, at_once: int, waiting: Iterable[Waiting] = ()
+        self,
+        blocks: Sequence[Summed],
+        halves: int,
+        at_once: int,
+        waiting: Iterable[Waiting] = (),
+        bucket: TokenBucket | None = None,
     ) -> None:
         self.blocks = blocks
         self.halves = halves
         self.at_once = at_once
         self.waiting = sorted(waiting)
+        self.bucket = bucket or TokenBucket(0.0)
         self.now = min((each.ready for each in self.waiting), default=0.0)
         self.summed = 0.0  # seconds of the sums of these blocks
         self.later = 0.0  # how much longer transfers took as they met sums
@@ -93,12 +103,16 @@ class SharedLink:
     def meets(self, begin: float, duration: float) -> float:
         """Carry a transfer of rows. Return by how much it takes longer than its duration."""
         self.carry_sums(begin)
+        shorter = self.bucket.meets(begin, duration)
+        duration += shorter
         begun = [each for each in self.waiting if each.ready <= begin]
         later = min(sum(each.seconds for each in begun), self.at_once * duration)
         self._carry(later)
         self.now = begin + duration + later
+        if later > 0:
+            self.bucket.spend(self.now)
         self.later += later
-        return later
+        return later + shorter
 
     def carry_sums(self, until: float) -> float:
         """Carry sums up to a time at which no rows travel before it. Return when the last one that
@@ -109,6 +123,7 @@ class SharedLink:
             carried = min(self.waiting[0].seconds, until - self.now)
             self._carry(carried)
             self.now += carried
+            self.bucket.spend(self.now)
             end = self.now
         self.now = max(self.now, until)
         return end

@@ -31,6 +31,7 @@ from typing import Any, Literal, NamedTuple
 
 from scmoe.clusters.played_load import Load, busiest, dominant
 from scmoe.clusters.shared_link import SharedLink, Sum, Waiting, left_at
+from scmoe.clusters.token_bucket import TokenBucket
 from scmoe.schedule.cost import EVEN, PER_CHUNK, TRANSFERS, OperatorTimes, Span, play_ranks
 from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.stack import BEFORE, order_of, play_order
@@ -74,8 +75,9 @@ class Setting:
     """How a step runs.
 
     batches_in_flight: 2: halves in turns. sequential: transfers as Blocking has them.
-    accumulate: batches of a step. sums_at_once: that share the link with a transfer of rows. tax:
-    what computation loses of the time that a transfer runs beside it. longer: by what factor
+    accumulate: batches of a step. sums_at_once: that share the link with a transfer of rows.
+    burst: seconds of transfers that an idle link saves at most (token_bucket.py). tax: what
+    computation loses of the time that a transfer runs beside it. longer: by what factor
     computing all rows takes longer in two halves, beside launches and weights. update_s, other_s:
     seconds of a step.
     """
@@ -84,6 +86,7 @@ class Setting:
     sequential: bool = False
     accumulate: int = 1
     sums_at_once: int = 1
+    burst: float = 0.0
     tax: float = 0.0
     longer: float = 1.0
     update_s: float = 0.0
@@ -247,11 +250,12 @@ def play_pass(
 
 class PlayedBlock(NamedTuple):
     """A block on each rank. waiting: the sums that the link has not carried when the first rank
-    has ended it, from then on. later: how much longer its transfers take as they meet sums. sums:
-    seconds of its own sums on the link."""
+    has ended it, from then on. saved: what the link has saved then. later: how much longer its
+    transfers take as they meet sums. sums: seconds of its own sums on the link."""
 
     spans_R: list[list[Span]]
     waiting: tuple[Waiting, ...]
+    saved: float
     later: float = 0.0
     sums: float = 0.0
 
@@ -275,6 +279,7 @@ def _whole(
     sums = sum(each.seconds for each in waiting)
     time = 0.0  # from which on `waiting` counts
     waiting = left_at(time, waiting)
+    saved = setting.burst
     for layer in layers if direction == "forward" else reversed(layers):
         block = blocks[layer]
         load = None if loads is None else loads[layer]
@@ -289,9 +294,10 @@ def _whole(
         first = min(starts)
         late = tuple(round(start - first, 12) for start in starts)
         waiting = left_at(first - time, waiting)
-        key = id(block), id(load), late, waiting
+        saved = round(min(setting.burst, saved + first - time), 12)
+        key = id(block), id(load), late, waiting, saved
         if key not in played:
-            played[key] = _play_block(block, direction, setting, shares, late, waiting)
+            played[key] = _play_block(block, direction, setting, shares, late, waiting, saved)
         of_block = played[key]
         ends = [spans[-1].end + first for spans in of_block.spans_R]
         slowest = of_block.spans_R[ends.index(max(ends))]
@@ -299,6 +305,7 @@ def _whole(
         carried += sum(s.end - s.start for s in slowest if s.is_transfer) - of_block.later
         sums += of_block.sums
         waiting = of_block.waiting
+        saved = of_block.saved
         starts = ends
         time = min(ends)
     end = time + SharedLink([], 1, 1, waiting).carry_sums(inf) if waiting else 0.0
@@ -312,18 +319,22 @@ def _play_block(
     shares: Load,
     starts: Sequence[float],
     waiting: Sequence[Waiting],
+    saved: float,
 ) -> PlayedBlock:
     schedule = block.schedule
     times = piece_times(block, direction, setting)
+    bucket = TokenBucket(setting.burst, saved)
     if direction == "forward":
         operators = (BEFORE, *schedule.operators())
-        spans_R = play_ranks(operators, times, shares, setting.sequential, starts)
-        return PlayedBlock(spans_R, ())
+        spans_R = play_ranks(operators, times, shares, setting.sequential, starts, bucket)
+        first = min(spans[-1].end for spans in spans_R)
+        return PlayedBlock(spans_R, (), bucket.saved_at(first))
     operators = (*schedule.backward_operators(), BEFORE)
-    link = SharedLink([block], 1, setting.sums_at_once, waiting)
+    link = SharedLink([block], 1, setting.sums_at_once, waiting, bucket)
     spans_R = play_ranks(operators, times, shares, setting.sequential, starts, link)
     first = min(spans[-1].end for spans in spans_R)
-    return PlayedBlock(spans_R, link.left_at(first), link.later, link.summed)
+    left = link.left_at(first)
+    return PlayedBlock(spans_R, left, bucket.saved_at(first), link.later, link.summed)
 
 
 def _halves(
@@ -339,11 +350,12 @@ def _halves(
     if loads is not None:
         times = [busiest(each, load) for each, load in zip(times, loads, strict=True)]
     order = order_of([block.schedule for block in blocks])
+    bucket = TokenBucket(setting.burst)
     if direction == "forward":
-        spans = [span for half in play_order(order, times) for span in half]
+        spans = [span for half in play_order(order, times, bucket) for span in half]
         return _pass_of(spans)
     order = [step.mirrored() for step in reversed(order)]
-    link = SharedLink(blocks, 2, setting.sums_at_once, left_at(0.0, waiting))
+    link = SharedLink(blocks, 2, setting.sums_at_once, left_at(0.0, waiting), bucket)
     spans = [span for half in play_order(order, times, link) for span in half]
     played = _pass_of(spans)
     return played._replace(

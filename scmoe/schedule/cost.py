@@ -36,6 +36,7 @@ from scmoe.schedule.schedule import Schedule
 
 TRANSFERS = ("dispatch", "combine")
 PER_CHUNK = ("dispatch", "experts", "combine")
+LAUNCH = "launch"  # an operator: what a rank computes for each transfer right before it begins
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,14 @@ EVEN = Share(1.0, 1.0, 1.0)
 
 
 class Link(Protocol):
-    """What a link carries beside rows, such as sums of gradients (clusters/shared_link.py)."""
+    """A link whose transfers of rows take longer, as they meet sums of gradients
+    (clusters/shared_link.py), or shorter, as it has saved (clusters/token_bucket.py)."""
 
     def computed(self, span: Span, layer: int = 0, half: int = 0) -> None:
         """Note that an operator of the slowest rank has run."""
 
     def meets(self, begin: float, duration: float) -> float:
-        """Return by how much a transfer of rows takes longer."""
+        """Return by how much a transfer of rows takes longer than its duration."""
 
 
 def shares(rows_RR: Sequence[Sequence[float]]) -> list[Share]:
@@ -112,10 +114,11 @@ def play_ranks(
     operators: Schedule.operators() or .backward_operators(); others may stand before and after. The
     i-th experts wait for the i-th transfer of the first kind (backward: combine's gradients),
     decode waits for all (backward: encode). times: the time of each operator, of an even chunk
-    where there are several; one that is missing takes none. shares_PR: the share of each rank in
+    where there are several; one that is missing takes none. LAUNCH is computed before each
+    transfer, which begins after it. shares_PR: the share of each rank in
     each chunk. starts: when each rank begins, with free links; None: at 0. sequential: each
-    transfer is waited for right after its start, as moe.dispatcher.Blocking does. link: what it
-    carries beside rows; None: nothing.
+    transfer is waited for right after its start, as moe.dispatcher.Blocking does. link: None: every
+    transfer takes its duration.
     """
     ranks = range(len(shares_PR[0]))
     clock = list(starts) if starts else [0.0 for _ in ranks]
@@ -129,6 +132,10 @@ def play_ranks(
     for operator in operators:
         duration = times.get(operator, 0.0)
         if operator in TRANSFERS:
+            if LAUNCH in times:
+                for r in ranks:
+                    spans[r].append(Span(LAUNCH, clock[r], clock[r] + times[LAUNCH]))
+                    clock[r] = spans[r][-1].end
             chunk = shares_PR[len(ends[operator])]
             rows_R = [max(share.sent, share.received) for share in chunk]
             begins, end = carry(max(clock), duration, rows_R, free_R)

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from scmoe.schedule.cost import (
+    LAUNCH,
     TRANSFERS,
     Link,
     OperatorTimes,
@@ -104,7 +105,7 @@ def play_order(
 
     order: of forward, or mirrored and reversed of backward. times: of each block, as long as an
     operator takes in a half, of a chunk where there are several; one that is missing takes none.
-    link: what it carries beside rows; None: nothing."""
+    link: as of cost.play_ranks."""
     now = 0.0
     link_is_free = 0.0
     arrives: dict[tuple[int, int, str, int], float] = {}
@@ -114,6 +115,10 @@ def play_order(
         if action.kind == "wait":
             now = max(now, arrives[action.transfer])
         elif action.kind == "launch":
+            if LAUNCH in times[action.layer]:
+                launched = now + times[action.layer][LAUNCH]
+                spans[action.half].append(Span(LAUNCH, now, launched))
+                now = launched
             begin = max(now, link_is_free)
             later = 0.0 if link is None else link.meets(begin, duration)
             link_is_free = arrives[action.transfer] = begin + duration + later

@@ -7,7 +7,13 @@ from dataclasses import replace
 import pytest
 
 from experiments.bench.pairs import Setting
-from experiments.simulate.reports import Calibration, read_reports, seconds_of, setting_of
+from experiments.simulate.reports import (
+    LAUNCH_S,
+    Calibration,
+    operators_of,
+    read_reports,
+    setting_of,
+)
 from experiments.simulate.rows import predict_row, predict_sequential
 from experiments.simulate.testbed_checks import CHECKS, OVER_BALANCED
 from scmoe.command_line import app_of, call
@@ -15,7 +21,6 @@ from scmoe.schedule.cost import TRANSFERS
 
 FORWARD_MS = {"route": 2, "encode": 1, "dispatch": 80, "experts": 30, "combine": 84, "decode": 2}
 TRAIN_MS = {name: 2 * ms if name in TRANSFERS else 3 * ms for name, ms in FORWARD_MS.items()}
-OPERATORS = seconds_of({"forward": FORWARD_MS, "train": TRAIN_MS})
 PAIR_MS = 145  # with free links: two attentions of 47.5, an MLP of 15, a module of 35
 ROWS = ("top2", "shared_expert", "scmoe_pos2", "scmoe_pos2_pipelined")
 
@@ -26,19 +31,23 @@ def calibration_of(setting: Setting, link_mbit: float) -> Calibration:
     free_s = pairs * PAIR_MS / 1e3
     update_s = 0.01 if setting.level == "iteration" else 0.0
     halves = 1.2 * free_s, 2.2 * free_s
-    at_220 = Calibration(setting, OPERATORS, free_s, 2 * free_s, update_s, 220.0, 0.0, halves)
+    operators = operators_of(setting, 220.0, {"forward": FORWARD_MS, "train": TRAIN_MS})
+    at_220 = Calibration(setting, operators, free_s, 2 * free_s, update_s, 220.0, 0.0, halves)
     return at_220.with_rate(link_mbit)
 
 
 @pytest.mark.parametrize("level", ["block", "iteration"])
 def test_a_calibration_predicts_the_blocks_that_it_was_made_from(level):
+    """Launches count as computation, and a link saves a whole burst between two transfers."""
     setting = replace(Setting.block(), level=level)
     calibration = calibration_of(setting, 220.0)
     predicted = predict_sequential(calibration, None)
-    transfers = setting.moe_blocks * (80 + 84) / 1e3
-    assert predicted.forward == pytest.approx(calibration.free_forward + transfers)
-    assert predicted.free_forward == pytest.approx(calibration.free_forward)
-    free_step = calibration.free_forward + calibration.free_backward + calibration.update
+    launches = 2 * setting.moe_blocks * LAUNCH_S
+    transfers = setting.moe_blocks * (80 + 84) / 1e3 - launches
+    free_forward = calibration.free_forward + launches
+    assert predicted.free_forward == pytest.approx(free_forward)
+    assert predicted.forward == pytest.approx(free_forward + transfers)
+    free_step = free_forward + calibration.free_backward + launches + calibration.update
     assert predicted.free_train == pytest.approx(free_step)
     if level == "block":
         assert predicted.train == pytest.approx(free_step + 2 * transfers)
@@ -50,8 +59,9 @@ def test_halves_without_transfers_take_what_was_measured():
     calibration = calibration_of(Setting.block(), 220.0)
     predicted = predict_row(calibration, "top2_two", False, None)
     forward, backward = calibration.in_halves
-    assert predicted.free_forward == pytest.approx(forward)
-    assert predicted.free_train == pytest.approx(forward + backward)
+    launches = 4 * LAUNCH_S
+    assert predicted.free_forward == pytest.approx(forward + launches)
+    assert predicted.free_train == pytest.approx(forward + backward + 2 * launches)
 
 
 def test_a_slower_link_has_longer_transfers_of_the_same_processor_time():
@@ -61,6 +71,7 @@ def test_a_slower_link_has_longer_transfers_of_the_same_processor_time():
         assert slow.operators.forward[name] == pytest.approx(2 * fast.operators.forward[name])
     busy = [each.tax * each.operators.forward["dispatch"] for each in (fast, slow)]
     assert busy[0] == pytest.approx(busy[1])
+    assert slow.burst == pytest.approx(2 * fast.burst)
     assert slow.sublayers == fast.sublayers
 
 
@@ -126,9 +137,12 @@ def report_of(setting: Setting, link_mbit: float, rows: tuple[str, ...], load: s
 
 
 def operators_ms_of(calibration: Calibration):
-    """Return the operators as a report has them."""
+    """Return the operators as a report has them: transfers with a launch, after an idle time."""
     forward = {name: 1e3 * s for name, s in calibration.operators.forward.items()}
     backward = {name: 1e3 * s for name, s in calibration.operators.backward.items()}
+    for transfer in TRANSFERS:
+        forward[transfer] += 1e3 * (LAUNCH_S - calibration.burst)
+        backward[transfer] = forward[transfer]
     return {"forward": forward, "train": {name: s + backward[name] for name, s in forward.items()}}
 
 

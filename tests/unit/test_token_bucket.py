@@ -1,0 +1,100 @@
+"""A link with a token bucket carries at most its burst more than its rate allows."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scmoe.clusters.shared_link import SharedLink, Waiting
+from scmoe.clusters.simulated_step import Block, Setting, simulate_forward, simulate_step
+from scmoe.clusters.token_bucket import TokenBucket
+from scmoe.schedule.cost import LAUNCH, TRANSFERS, OperatorTimes, elapsed, play
+from scmoe.schedule.schedule import Schedule
+from scmoe.schedule.stack import order_of, play_order
+
+SECONDS = st.floats(0.0, 10.0).map(lambda seconds: round(seconds, 3))
+
+
+@pytest.mark.parametrize(
+    ("begin", "duration", "shorter"),
+    [
+        pytest.param(0.0, 5.0, 2.0, id="a whole burst is saved at the start"),
+        pytest.param(0.0, 1.0, 1.0, id="a small transfer passes at once"),
+        pytest.param(9.0, 5.0, 2.0, id="no more than a burst is saved"),
+    ],
+)
+def test_a_transfer_after_an_idle_time_is_shorter_by_what_was_saved(begin, duration, shorter):
+    assert TokenBucket(2.0).meets(begin, duration) == -shorter
+
+
+def test_a_transfer_that_is_queued_takes_its_time_and_idle_time_is_saved_again():
+    link = TokenBucket(2.0)
+    assert link.meets(0.0, 5.0) == -2.0  # until 3
+    assert link.meets(3.0, 5.0) == 0.0  # until 8
+    assert link.meets(8.5, 5.0) == -0.5
+
+
+@given(st.lists(st.tuples(SECONDS, SECONDS), min_size=1), SECONDS)
+def test_no_time_carries_more_than_itself_and_a_burst(gaps_and_durations, burst):
+    link = TokenBucket(burst)
+    time = 0.0
+    carried = []  # begin, end, seconds at the link's rate
+    for gap, duration in gaps_and_durations:
+        begin = time + gap
+        time = begin + duration + link.meets(begin, duration)
+        assert time >= begin - 1e-9
+        carried.append((begin, time, duration))
+    for first in range(len(carried)):
+        begin = carried[first][0]
+        seconds = 0.0
+        for _, end, duration in carried[first:]:
+            seconds += duration
+            assert seconds <= end - begin + burst + 1e-9
+
+
+def test_sums_leave_nothing_saved():
+    link = SharedLink([], 1, 1, [Waiting(0.0, 3.0)], TokenBucket(2.0))
+    assert link.meets(4.0, 5.0) == -1.0, "the sum ended at 3"
+    link = SharedLink([], 1, 1, [Waiting(0.0, 3.0)], TokenBucket(2.0))
+    assert link.meets(1.0, 5.0) == 2.0, "two seconds of the sum are left, and nothing is saved"
+    assert link.meets(8.0, 1.0) == 0.0, "right behind"
+
+
+PAIR = {"before": 3.0, "route": 1.0, "dispatch": 4.0, "experts": 2.0, "combine": 4.0}
+TIMES = OperatorTimes(PAIR, PAIR)
+
+
+@pytest.mark.parametrize("burst", [0.0, 0.5, 2.0])
+def test_each_transfer_of_blocks_that_wait_for_it_is_shorter_by_a_burst(burst):
+    """Between two transfers a rank computes for 2 s or longer."""
+    blocks = [Block(Schedule("top_k"), TIMES)] * 2
+    setting = Setting(sequential=True, burst=burst)
+    forward = simulate_forward(blocks, setting)
+    assert forward.total == pytest.approx(2 * (14.0 - 2 * burst))
+    assert forward.exposed_rows == pytest.approx(2 * (8.0 - 2 * burst))
+    assert simulate_step(blocks, setting).total == pytest.approx(2 * forward.total)
+
+
+def test_with_two_batches_in_flight_queued_transfers_save_nothing():
+    """The link is never idle between its first and its last transfer."""
+    blocks = [Block(Schedule("top_k"), OperatorTimes(PAIR | {"dispatch": 40.0, "combine": 40.0}))]
+    without, with_burst = (
+        simulate_forward(blocks, Setting(batches_in_flight=2, burst=burst)) for burst in (0.0, 2.0)
+    )
+    assert without.total - with_burst.total == pytest.approx(2.0)
+
+
+def test_a_launch_is_computed_before_its_transfer_begins():
+    schedule = Schedule("scmoe", "pos2")
+    times = dict.fromkeys(schedule.operators(), 1.0) | {LAUNCH: 0.25}
+    spans = play(schedule.operators(), times)
+    for launch, transfer in pairwise(spans):
+        if transfer.operator in TRANSFERS:
+            assert (launch.operator, launch.end - launch.start) == (LAUNCH, 0.25)
+            assert transfer.start == launch.end
+    without = {operator: t for operator, t in times.items() if operator != LAUNCH}
+    assert elapsed(spans) == pytest.approx(elapsed(play(schedule.operators(), without)) + 0.5)
+    order = order_of([schedule])
+    both = [max(map(elapsed, play_order(order, [each]))) for each in (without, times)]
+    assert both[1] == pytest.approx(both[0] + 4 * 0.25)
