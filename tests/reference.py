@@ -181,8 +181,8 @@ def attention(w: Weights, name: str, x: Tensor, spec: Spec) -> Tensor:
     if f"{name}.kv_down.weight" in w:
         return latent_attention(w, name, x, spec)
     heads = spec.heads
-    dim, seq_len = x.shape[2], x.shape[1]
-    size = dim // heads
+    seq_len = x.shape[1]
+    size = w[f"{name}.out.weight"].shape[1] // heads
     kv_heads = (w[f"{name}.qkv.weight"].shape[0] // size - heads) // 2
     future = torch.ones(seq_len, seq_len, dtype=torch.bool).triu(1)
     sequences = []

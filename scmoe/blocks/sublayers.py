@@ -115,12 +115,13 @@ class PartedAttention(SelfAttention):
 
 
 class Attention(PartedAttention):
-    """Causal multi-head self-attention, softmax(Q K^T / sqrt(D/H)) V.
+    """Causal multi-head self-attention, softmax(Q K^T / sqrt(d)) V.
 
     It is flash attention where torch has it. kv_heads: heads of K and V, each read by heads /
     kv_heads of Q (grouped-query attention); None: as many as heads. rotary: turns Q and K by their
-    positions; None: the input contains its positions. Raises ValueError where heads do not divide
-    dim, or kv_heads do not divide heads.
+    positions; None: the input contains its positions. head_dim: features of a head (d); None: dim /
+    heads. Raises ValueError where heads do not divide dim and no head_dim is given, or kv_heads do
+    not divide heads.
     """
 
     def __init__(
@@ -130,10 +131,11 @@ class Attention(PartedAttention):
         bias: bool = True,
         kv_heads: int | None = None,
         rotary: Rotary | None = None,
+        head_dim: int | None = None,
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        if dim % heads:
+        if head_dim is None and dim % heads:
             raise ValueError(f"heads is {heads}, allowed: divisors of dim ({dim})")
         if heads % kv_heads:
             raise ValueError(f"kv_heads is {kv_heads}, allowed: divisors of heads ({heads})")
@@ -141,11 +143,16 @@ class Attention(PartedAttention):
         self.heads = heads
         self.kv_heads = kv_heads
         self.rotary = rotary
-        self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * (dim // heads), bias=bias)
-        self.out = nn.Linear(dim, dim, bias=bias)
+        head_dim = head_dim or dim // heads
+        self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim, bias=bias)
+        self.out = nn.Linear(heads * head_dim, dim, bias=bias)
+
+    @property
+    def mixed(self) -> int:
+        return 2 * self.out.in_features
 
     def core(self, x_BSD: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return the heads' results [B, S, D].
+        """Return the heads' results [B, S, H d].
 
         cache: has the keys and values of the tokens before x; those of x are appended.
         """

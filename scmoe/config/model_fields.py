@@ -41,7 +41,10 @@ class ModelConfig:
         256, "width of the residual stream (D). swin: that of stage 1; it doubles per stage", WIDTH
     )
     heads: int = option(
-        4, "attention heads; must divide dim. swin: those of stage 1; they double per stage", WIDTH
+        4,
+        "attention heads; must divide dim if head_dim is null. swin: those of stage 1; they double"
+        " per stage",
+        WIDTH,
     )
     attention: Literal["full", "latent"] = option(
         "full", "latent: multi-head latent attention, sizes in model.latent"
@@ -49,6 +52,9 @@ class ModelConfig:
     latent: LatentConfig = LatentConfig()
     kv_heads: int | None = option(
         None, "heads of keys and values; must divide heads; null: same as heads", WIDTH
+    )
+    head_dim: int | None = option(
+        None, "features of a head of full attention; null: dim / heads", WIDTH
     )
     ffn_dim: int | None = option(None, "hidden width of every MLP (F); null: 4 x dim", WIDTH)
     activation: Literal["gelu", "gelu_tanh", "swiglu"] | None = option(

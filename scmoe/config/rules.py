@@ -120,17 +120,20 @@ def _model(config: Config) -> Refusals:
     if config.name.lower() == "latest":
         link = "RUNS_DIR/latest is the link to the newest run. Choose another name."
         yield "name", Advice(link)
-    if model.attention == "full" and model.dim % model.heads:
+    if model.attention == "full" and model.head_dim is None and model.dim % model.heads:
         yield "model.dim", f"a multiple of model.heads, {model.heads}"
     if model.heads % (model.kv_heads or model.heads):
         yield "model.kv_heads", f"null or a divisor of model.heads, {model.heads}"
     if model.latent.rope_dim % 2:
         yield "model.latent.rope_dim", "an even number, as positions turn pairs of features"
-    if model.attention == "full" and model.family == "llama" and model.dim // model.heads % 2:
-        yield (
-            "model.heads",
-            f"a divisor of model.dim, {model.dim}, with an even quotient for rotary embedding",
-        )
+    if model.attention == "full" and model.family == "llama":
+        if model.head_dim is None and model.dim // model.heads % 2:
+            yield (
+                "model.heads",
+                f"a divisor of model.dim, {model.dim}, with an even quotient for rotary embedding",
+            )
+        if (model.head_dim or 0) % 2:
+            yield "model.head_dim", "null or an even number, as positions turn pairs of features"
     if weights is not None and not INIT_FROM.fullmatch(weights):
         yield "init_from", "null, hf:FOLDER or scmoe:FILE"
     newest = os.path.abspath(Path(config.runs_dir) / "latest") + os.sep

@@ -17,6 +17,7 @@ from scmoe.config.registry import ARCHITECTURES, DATASETS, FAMILIES, IMAGES
 NOT_FOR_IMAGES = (
     "model.ffn_dim",
     "model.kv_heads",
+    "model.head_dim",
     "model.activation",
     "model.dropout",
     "moe.tap_norm",
@@ -122,6 +123,7 @@ def _unread_of_model(config: Config) -> Unread:
     model = config.model
     if model.attention == "latent":
         yield "model.attention=latent has one latent for all heads", ("model.kv_heads",)
+        yield "model.attention=latent has its sizes in model.latent", ("model.head_dim",)
     else:
         yield "only model.attention=latent has latents", OF_LATENTS
     if model.family in FAMILIES.built_in and model.family != "llama":

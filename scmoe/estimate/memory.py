@@ -317,7 +317,7 @@ def kept_by(module: Any, dim: int, job: RankJob) -> float:
         )
     if isinstance(module, Attention):
         turned = 0 if module.rotary is None else module.qkv.out_features
-        return c * (module.qkv.out_features + turned + module.dim)
+        return c * (module.qkv.out_features + turned + module.out.in_features)
     if isinstance(module, LatentAttention):  # a key's part for all heads is copied to each
         q = module.q_up.out_features
         kv = module.kv_up.out_features

@@ -64,6 +64,7 @@ def read_gpt2(config: dict[str, Any]) -> Reading:
     settings = {ours: complete[theirs] for ours, theirs in KEYS["gpt2"].items()}
     settings["model.family"] = "gpt"
     settings["model.kv_heads"] = config["n_head"]
+    settings["model.head_dim"] = config["n_embd"] // config["n_head"]
     settings["model.activation"] = gelu.get(activation, activation)
 
     names = {"tokens.weight": ["wte.weight"], "positions.weight": ["wpe.weight"]}
@@ -238,10 +239,11 @@ def read_longcat_flash(config: dict[str, Any]) -> Reading:
 
 def llama_settings(family: str, config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return the settings of LLaMA or a relative, and problems."""
-    head_dim = config["hidden_size"] // config["num_attention_heads"]
     flat = flattened(family, config)
-    flat["head_dim"] = config.get("head_dim") or head_dim
-    allowed = {"rope_type": "default", "hidden_act": "silu", "head_dim": head_dim}
+    flat["head_dim"] = (
+        config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    )
+    allowed = {"rope_type": "default", "hidden_act": "silu"}
     problems = others(flat, {**allowed, **ALWAYS["llama"], **ALWAYS[family]})
     settings = {ours: flat[theirs] for ours, theirs in KEYS[family].items()}
     settings["model.family"] = "llama"

@@ -13,6 +13,7 @@ LLAMA_KEYS = {  # our key: theirs
     "model.dim": "hidden_size",
     "model.heads": "num_attention_heads",
     "model.kv_heads": "num_key_value_heads",
+    "model.head_dim": "head_dim",
     "model.ffn_dim": "intermediate_size",
     "model.norm_eps": "rms_norm_eps",
     "model.rope_theta": "rope_theta",

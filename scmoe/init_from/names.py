@@ -168,8 +168,9 @@ def in_their_layout(
         weight = weight.T
     sizes = [len(weight) // len(names)] * len(names)
     if ours.endswith("qkv.weight") and len(names) == 3:  # grouped queries: Q, K, V
-        keys = settings["model.dim"] // settings["model.heads"] * settings["model.kv_heads"]
-        sizes = [settings["model.dim"], keys, keys]
+        width = settings["model.head_dim"]
+        keys = width * settings["model.kv_heads"]
+        sizes = [width * settings["model.heads"], keys, keys]
     return [part.clone(memory_format=torch.contiguous_format) for part in weight.split(sizes)]
 
 

@@ -209,7 +209,8 @@ def settings_of(config: Config) -> dict[str, Any]:
         resolved["model.ffn_dim"] = model.ffn_dim or 4 * model.dim
         resolved["moe.ffn_dim"] = moe.ffn_dim or resolved["model.ffn_dim"]
         resolved["model.activation"] = model.activation or ACTIVATIONS[model.family]
-        resolved |= {"model.kv_heads": model.kv_heads or model.heads}
+        resolved["model.kv_heads"] = model.kv_heads or model.heads
+        resolved["model.head_dim"] = model.head_dim or model.dim // model.heads
     return flatten(config) | resolved
 
 
@@ -222,6 +223,8 @@ def model_settings(config: Config) -> dict[str, Any]:
         keys += ["model.patch_size", "model.window", "data.image_size", "data.num_classes"]
     else:
         keys += ["model.kv_heads", "model.ffn_dim", "model.activation", "data.vocab_size"]
+    if config.model.attention == "full":
+        keys.append("model.head_dim")
     if config.model.family == "llama":
         keys += ["model.norm_eps", "model.rope_theta"]
     keys.append("moe.architecture")

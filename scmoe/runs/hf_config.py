@@ -186,7 +186,7 @@ def sizes_of(config: Config) -> dict[str, Any]:
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
         "num_key_value_heads": 1 if is_latent else settings["model.kv_heads"],
-        "head_dim": model.latent.kv_rank if is_latent else model.dim // model.heads,
+        "head_dim": model.latent.kv_rank if is_latent else settings["model.head_dim"],
         "max_position_embeddings": config.data.seq_len,
         "tie_word_embeddings": model.family == "gpt",
     }

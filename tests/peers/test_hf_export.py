@@ -51,6 +51,7 @@ KINDS = {  # words: model_type
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1": "mixtral",
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1"
     " model.norm_eps=1e-6 model.rope_theta=1e6": "mixtral",
+    f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 model.head_dim=6": "mixtral",
     f"{LLAMA} moe.architecture=shared_expert": "qwen2_moe",
     f"{LLAMA} moe.architecture=shared_expert moe.top_k=2 moe.every=1": "qwen2_moe",
     f"{LLAMA} moe.architecture=shared_expert moe.top_k=2 moe.renormalise=false": "qwen2_moe",
@@ -75,6 +76,7 @@ OURS = (  # no other model type has all of their settings
     # weights of the noise have no place there
     f"{LLAMA} moe.architecture=shared_expert moe.noisy=true",
     "moe.architecture=dense model.activation=swiglu",
+    "moe.architecture=dense model.head_dim=6",  # GPT-2 has no key for it
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.router=deepseek",
     # Mixtral has no such norm
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 moe.after_norm=true",

@@ -42,6 +42,8 @@ IMPOSSIBLE = [
     ("analysis.gating_every", "moe.architecture=farskip moe.every=1 analysis.gating_every=5"),
     ("model.attention", "model.attention=latent"),
     ("model.kv_heads", "model.family=llama model.attention=latent model.kv_heads=1"),
+    ("model.head_dim", "model.family=llama model.head_dim=5"),
+    ("model.head_dim", "model.family=llama model.attention=latent model.head_dim=4"),
     ("model.latent.gated", "model.family=llama model.latent.gated=true"),
     ("model.latent.rope_dim", "model.family=llama model.attention=latent model.latent.rope_dim=3"),
     ("model.latent.yarn_factor", "model.family=llama model.latent.yarn_factor=2"),

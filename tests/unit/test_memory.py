@@ -78,7 +78,7 @@ CASES = {
         f"model.family=llama moe.architecture=dense {LATENT_WIDE} model.latent.q_rank=48 "
         "model.latent.scaled=true model.latent.gated=true"
     ),
-    "llama": "model.family=llama model.kv_heads=2 moe.every=1 moe.position=pos1",
+    "llama": "model.family=llama model.kv_heads=2 model.head_dim=24 moe.every=1 moe.position=pos1",
     "swin": "model.dim=48 model.layers=4 model.window=6 data.image_size=96 data.num_classes=10",
 }
 

@@ -40,7 +40,10 @@ MODELS = {
         " model.latent.kv_rank=8 model.latent.q_rank=6 model.latent.nope_dim=6"
         " model.latent.rope_dim=4 model.latent.value_dim=5 model.latent.gated=true"
     ),
-    "llama": "model.family=llama model.heads=4 model.kv_heads=2 moe.every=1 moe.position=pos1",
+    "llama": (
+        "model.family=llama model.heads=4 model.kv_heads=2 model.head_dim=12"
+        " moe.every=1 moe.position=pos1"
+    ),
 }
 BATCH = 2
 

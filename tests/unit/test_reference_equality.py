@@ -169,7 +169,14 @@ def test_latent_attention_equals_oracle(architecture):
 
 
 @pytest.mark.parametrize(
-    "family", [(), LLAMA, ("model.kv_heads=1",)], ids=("gpt", "llama", "gpt-one-kv-head")
+    "family",
+    [
+        pytest.param((), id="gpt"),
+        pytest.param(LLAMA, id="llama"),
+        pytest.param(("model.kv_heads=1",), id="gpt-one-kv-head"),
+        pytest.param(("model.heads=3", "model.head_dim=5"), id="gpt-heads-that-do-not-divide"),
+        pytest.param((*LLAMA, "model.head_dim=14"), id="llama-wide-heads"),
+    ],
 )
 def test_dense_equals_oracle(family):
     check_against_oracle(tiny("moe.architecture=dense", *family))
