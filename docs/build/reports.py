@@ -97,7 +97,7 @@ REPORTS = (
         for share, words, minutes in (
             ("0.15", "--rounds 5 --tries 4", 8),
             ("0.35", "--rounds 5 --tries 4", 11),
-            ("0.7", "--rounds 5 --tries 12", 17),
+            ("0.7", "--rounds 15 --tries 4", 26),
         )
     ),
     *(
@@ -107,7 +107,7 @@ REPORTS = (
             f" --rounds {rounds} {RIVALS_OF_POS2}",
             minutes,
         )
-        for tokens, rounds, minutes in ((256, 9, 4), (512, 9, 5), (1024, 7, 5), (4096, 5, 11))
+        for tokens, rounds, minutes in ((256, 31, 12), (512, 31, 9), (1024, 7, 5), (4096, 5, 11))
     ),
     # Eight trainings take turns.
     Report("train-share-0.52", "train", 25),
