@@ -79,13 +79,13 @@ class Setting:
     share: of communication, reached by a search for the links' rate; link_mbit: a given rate
     instead. compute: real | emulated. shaped: whether the links have a rate at all. bus: rows go
     over the device's bus instead of links (emulated.over_the_bus), and the share is reached by its
-    rate. every: blocks with an MoE, every second
-    one or each one. dim, ffn_dim, heads: of every block. tokens: of one rank in one batch, in
-    sequences of seq_len. accumulate: batches of a training step. rows_per_gradient: the ratio for
-    which the tokens were chosen (tokens_for); None: they were given. attention_ms: of an emulated
-    attention, attention_to_mlp: its ratio to that of an emulated MLP. loads: of the experts
-    (scmoe/probes/loads.py), beside the balanced one, which is always measured. layout: None:
-    capacity:1, and dropless with loads. tries: of one planning at most; None: as in a training.
+    rate. every: blocks with an MoE, every second one or each one. dim, ffn_dim, heads, head_dim: of
+    every block. tokens: of one rank in one batch, in sequences of seq_len. accumulate: batches of a
+    training step. rows_per_gradient: the ratio for which the tokens were chosen (tokens_for); None:
+    they were given. attention_ms: of an emulated attention, attention_to_mlp: its ratio to that of
+    an emulated MLP. loads: of the experts (scmoe/probes/loads.py), beside the balanced one, which
+    is always measured. layout: None: capacity:1, and dropless with loads. tries: of one planning at
+    most; None: as in a training.
 
     The defaults are those of a block.
     """
@@ -100,6 +100,7 @@ class Setting:
     dim: int = 512
     ffn_dim: int = 2048
     heads: int = 8
+    head_dim: int | None = None
     tokens: int = 1024
     seq_len: int = 256
     accumulate: int = 1
@@ -194,6 +195,7 @@ def pair_of(config: Config, share: float, ranks: int, tokens: int) -> Setting:
         dim=model.dim,
         ffn_dim=model.ffn_dim or 4 * model.dim,
         heads=model.heads,
+        head_dim=model.head_dim,
         tokens=tokens,
         seq_len=data.seq_len,
         num_experts=config.moe.num_experts,

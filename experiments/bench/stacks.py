@@ -56,6 +56,8 @@ def config_of(name: str, setting: Setting) -> Config:
     s = setting
     heads = s.heads if s.compute == "real" else 1  # emulated attention has none
     sizes = {"layers": s.layers, "dim": s.dim, "heads": heads, "ffn_dim": s.ffn_dim}
+    if s.head_dim is not None:
+        sizes["head_dim"] = s.head_dim
     moe = {"every": s.every, "num_experts": s.num_experts, "top_k": s.top_k_of(name)}
     words = [f"model.{key}={size}" for key, size in sizes.items()] + [
         f"moe.{key}={n}" for key, n in moe.items()

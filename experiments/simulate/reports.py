@@ -24,7 +24,7 @@ ROUTED = 2  # experts of a token in top-2
 COMPUTED = ("route", "encode", "experts", "decode")
 SAME_SPEED = 0.1  # reports that do not state their sizes are of one setting up to this difference
 BYTES = 4  # of a number
-LAUNCH_S = 1e-3  # of a transfer, at any size and rate (docs/results/transfers.md)
+LAUNCH_S = 1e-3  # of every transfer; measured: 1.0 to 1.7 ms (docs/results/transfers.md)
 ASSUMED_OF_HALVES = "halves of the rows take half of the time"
 
 
@@ -100,8 +100,12 @@ class Calibration:
 
     def sum_s(self, numbers: int) -> float:
         """Return how long the gradients of this many weights take on the link, in a ring."""
-        nbytes = 2 * share_sent(self.setting.ranks) * BYTES * numbers
-        return nbytes / (self.link_mbit * 1e6 / 8 * PAYLOAD)
+        return seconds_on_link(2 * share_sent(self.setting.ranks) * BYTES * numbers, self.link_mbit)
+
+
+def seconds_on_link(nbytes: float, link_mbit: float) -> float:
+    """Return how long a link carries bytes of rows or gradients, with their headers."""
+    return nbytes / (link_mbit * 1e6 / 8 * PAYLOAD)
 
 
 def burst_s(link_mbit: float) -> float:
@@ -230,11 +234,11 @@ def operators_of(
     Gradients of rows are as many bytes as rows, so their transfers take forward's time: in an
     iteration the measured ones share the link with other gradients."""
     nbytes = row_bytes(setting, "top2") / (len(TRANSFERS) * setting.moe_blocks)
-    saved = min(burst_s(link_mbit), nbytes / (link_mbit * 1e6 / 8 * PAYLOAD))
+    saved = min(burst_s(link_mbit), seconds_on_link(nbytes, link_mbit))
     forward = {name: ms / 1e3 for name, ms in times_ms["forward"].items()}
     backward = {name: ms / 1e3 - forward[name] for name, ms in times_ms["train"].items()}
     for transfer in TRANSFERS:
-        forward[transfer] += saved - LAUNCH_S
+        forward[transfer] = max(0.0, forward[transfer] + saved - LAUNCH_S)
         backward[transfer] = forward[transfer]
     return OperatorTimes(forward, backward)
 

@@ -136,14 +136,16 @@ class Attention(PartedAttention):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
         if head_dim is None and dim % heads:
-            raise ValueError(f"heads is {heads}, allowed: divisors of dim ({dim})")
+            raise ValueError(f"heads is {heads}, allowed without head_dim: divisors of dim ({dim})")
+        if head_dim is not None and head_dim < 1:
+            raise ValueError(f"head_dim is {head_dim}, allowed: 1 or more")
         if heads % kv_heads:
             raise ValueError(f"kv_heads is {kv_heads}, allowed: divisors of heads ({heads})")
         self.dim = dim
         self.heads = heads
         self.kv_heads = kv_heads
         self.rotary = rotary
-        head_dim = head_dim or dim // heads
+        head_dim = dim // heads if head_dim is None else head_dim
         self.qkv = nn.Linear(dim, (heads + 2 * kv_heads) * head_dim, bias=bias)
         self.out = nn.Linear(heads * head_dim, dim, bias=bias)
 

@@ -94,7 +94,7 @@ def table_of(facts: Mapping[str, Any]) -> Any:
     by_kind = ", ".join(
         f"{kind} {flops / 1e9:.3g}" for kind, flops in facts["flops_forward_by_kind"].items()
     )
-    formula = "2 x weights of every product + 4 S D of every attention: "
+    formula = "2 x weights of every product + 4 S A of every attention: "
     table.add_row(
         f"GFLOPs of {unit}, forward", four_digits(facts["flops_forward"] / 1e9), formula + by_kind
     )

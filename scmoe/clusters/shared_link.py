@@ -10,7 +10,8 @@ n + 1 times as long, unless the sums end before. A sum that becomes ready while 
 for their end; so does one that becomes ready while a transfer waits for the one before it, as the
 timelines place a transfer when it is launched.
 
-Sums travel at the link's rate and leave nothing saved (token_bucket.py).
+A link may have a token bucket (token_bucket.py). Sums travel at the link's rate, and after one of
+them nothing is saved, however short it is.
 
 NCCL runs the sums of a group one after another. gloo runs two: with four sums of 1 MiB on the link,
 a transfer of 1 MiB took 3.0 and 3.2 times as long as alone (118 and 274 Mbit/s, 2-core CPU, shared,
@@ -54,8 +55,8 @@ class SharedLink:
     """The link from time 0 on, while the backward of some blocks is played.
 
     halves: of a batch, which run through the blocks. at_once: sums that share the link with a
-    transfer of rows. waiting: sums of what has run before. bucket: what the link has saved; None:
-    nothing, ever.
+    transfer of rows. waiting: sums of what has run before. bucket: what the link saves while it is
+    idle; None: nothing.
     """
 
     def __init__(
@@ -101,18 +102,18 @@ class SharedLink:
         self.waiting.sort()
 
     def meets(self, begin: float, duration: float) -> float:
-        """Carry a transfer of rows. Return by how much it takes longer than its duration."""
+        """Carry a transfer of rows. Return by how much it takes longer than its duration; negative:
+        shorter."""
         self.carry_sums(begin)
-        shorter = self.bucket.meets(begin, duration)
-        duration += shorter
+        alone = duration + self.bucket.meets(begin, duration)
         begun = [each for each in self.waiting if each.ready <= begin]
-        later = min(sum(each.seconds for each in begun), self.at_once * duration)
+        later = min(sum(each.seconds for each in begun), self.at_once * alone)
         self._carry(later)
-        self.now = begin + duration + later
+        self.now = begin + alone + later
         if later > 0:
             self.bucket.spend(self.now)
         self.later += later
-        return later + shorter
+        return alone + later - duration
 
     def carry_sums(self, until: float) -> float:
         """Carry sums up to a time at which no rows travel before it. Return when the last one that
@@ -146,6 +147,9 @@ class SharedLink:
             self.waiting[0] = first._replace(seconds=first.seconds - seconds)
 
 
-def left_at(time: float, waiting: Iterable[Waiting]) -> tuple[Waiting, ...]:
-    """Return which sums are left at a time before which no rows travel, counted from then on."""
-    return SharedLink([], 1, 1, waiting).left_at(time)
+def left_at(
+    time: float, waiting: Iterable[Waiting], bucket: TokenBucket | None = None
+) -> tuple[Waiting, ...]:
+    """Return which sums are left at a time before which no rows travel, counted from then on.
+    bucket: of the link, from which they take."""
+    return SharedLink([], 1, 1, waiting, bucket).left_at(time)

@@ -11,7 +11,7 @@ schedule/stack.py). What is added here:
     sums        the gradients of an operator are ready when its backward has ended on the last half.
                 They share the link with rows (shared_link.py). What is left after backward is
                 exposed. They are summed once a step, with the last batch
-    pieces      a chunk or a half takes its share of an operator's rows, but as many launches as all
+    pieces      a chunk or a half takes its share of an operator's rows, but as many kernels as all
                 rows, and the experts read all their weights: t = max((all - fixed) / pieces, least)
                 + fixed. A half reads the weights of attention, MLP and shared expert again too,
                 which timed_blocks.py leaves out: their `least` is 0
@@ -46,8 +46,8 @@ class Block:
 
     times: seconds of every operator for all rows of one batch, in one piece, with BEFORE: all that
     is computed between the preceding block's end and the tap. fixed: seconds of each operator that
-    every piece takes whatever its rows are: launches, a transfer's latency. least: seconds that a
-    piece takes at least beside these: reading the weights. sums: of gradients.
+    every piece takes whatever its rows are: kernel launches, a transfer's latency. least: seconds
+    that a piece takes at least beside these: reading the weights. sums: of gradients.
     """
 
     schedule: Schedule
@@ -131,8 +131,8 @@ class StepTime:
 class Pass(NamedTuple):
     """A pass of one batch through all blocks in one direction, in seconds.
 
-    carried: how long the link would carry its rows alone. sums: how long it carries the sums of
-    gradients. end: when the last of these has ended.
+    carried: how long the link would carry its rows alone, at its rate. sums: how long it carries
+    the sums of gradients. end: when the last of these has ended.
     """
 
     computing: float
@@ -250,13 +250,14 @@ def play_pass(
 
 class PlayedBlock(NamedTuple):
     """A block on each rank. waiting: the sums that the link has not carried when the first rank
-    has ended it, from then on. saved: what the link has saved then. later: how much longer its
-    transfers take as they meet sums. sums: seconds of its own sums on the link."""
+    has ended it, from then on. in_bucket: what the link has saved then. shorter: by how much its
+    transfers are, in all, than at the link's rate; negative: longer, as they meet sums. sums:
+    seconds of its own sums on the link."""
 
     spans_R: list[list[Span]]
     waiting: tuple[Waiting, ...]
-    saved: float
-    later: float = 0.0
+    in_bucket: float
+    shorter: float
     sums: float = 0.0
 
 
@@ -277,9 +278,9 @@ def _whole(
     computing = 0.0
     carried = 0.0
     sums = sum(each.seconds for each in waiting)
-    time = 0.0  # from which on `waiting` counts
-    waiting = left_at(time, waiting)
-    saved = setting.burst
+    time = 0.0  # from which on `waiting` and the bucket count
+    bucket = TokenBucket(setting.burst)
+    waiting = left_at(time, waiting, bucket)
     for layer in layers if direction == "forward" else reversed(layers):
         block = blocks[layer]
         load = None if loads is None else loads[layer]
@@ -293,8 +294,8 @@ def _whole(
         # much later than the first one and the same sums wait; times are rounded to find that again
         first = min(starts)
         late = tuple(round(start - first, 12) for start in starts)
-        waiting = left_at(first - time, waiting)
-        saved = round(min(setting.burst, saved + first - time), 12)
+        waiting = left_at(first - time, waiting, bucket)
+        saved = round(bucket.saved_at(first - time), 12)
         key = id(block), id(load), late, waiting, saved
         if key not in played:
             played[key] = _play_block(block, direction, setting, shares, late, waiting, saved)
@@ -302,10 +303,10 @@ def _whole(
         ends = [spans[-1].end + first for spans in of_block.spans_R]
         slowest = of_block.spans_R[ends.index(max(ends))]
         computing += sum(s.end - s.start for s in slowest if not s.is_transfer)
-        carried += sum(s.end - s.start for s in slowest if s.is_transfer) - of_block.later
+        carried += sum(s.end - s.start for s in slowest if s.is_transfer) + of_block.shorter
         sums += of_block.sums
         waiting = of_block.waiting
-        saved = of_block.saved
+        bucket = TokenBucket(setting.burst, of_block.in_bucket)
         starts = ends
         time = min(ends)
     end = time + SharedLink([], 1, 1, waiting).carry_sums(inf) if waiting else 0.0
@@ -328,13 +329,14 @@ def _play_block(
         operators = (BEFORE, *schedule.operators())
         spans_R = play_ranks(operators, times, shares, setting.sequential, starts, bucket)
         first = min(spans[-1].end for spans in spans_R)
-        return PlayedBlock(spans_R, (), bucket.saved_at(first))
+        return PlayedBlock(spans_R, (), bucket.saved_at(first), bucket.sent_at_once)
     operators = (*schedule.backward_operators(), BEFORE)
     link = SharedLink([block], 1, setting.sums_at_once, waiting, bucket)
     spans_R = play_ranks(operators, times, shares, setting.sequential, starts, link)
     first = min(spans[-1].end for spans in spans_R)
     left = link.left_at(first)
-    return PlayedBlock(spans_R, left, bucket.saved_at(first), link.later, link.summed)
+    shorter = bucket.sent_at_once - link.later
+    return PlayedBlock(spans_R, left, bucket.saved_at(first), shorter, link.summed)
 
 
 def _halves(
@@ -353,13 +355,15 @@ def _halves(
     bucket = TokenBucket(setting.burst)
     if direction == "forward":
         spans = [span for half in play_order(order, times, bucket) for span in half]
-        return _pass_of(spans)
+        played = _pass_of(spans)
+        return played._replace(carried=played.carried + bucket.sent_at_once)
     order = [step.mirrored() for step in reversed(order)]
-    link = SharedLink(blocks, 2, setting.sums_at_once, left_at(0.0, waiting), bucket)
+    waiting_at_0 = left_at(0.0, waiting, bucket)
+    link = SharedLink(blocks, 2, setting.sums_at_once, waiting_at_0, bucket)
     spans = [span for half in play_order(order, times, link) for span in half]
     played = _pass_of(spans)
     return played._replace(
-        carried=played.carried - link.later,
+        carried=played.carried + bucket.sent_at_once - link.later,
         sums=link.summed + sum(each.seconds for each in waiting),
         end=link.carry_sums(inf),
     )

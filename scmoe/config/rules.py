@@ -121,7 +121,7 @@ def _model(config: Config) -> Refusals:
         link = "RUNS_DIR/latest is the link to the newest run. Choose another name."
         yield "name", Advice(link)
     if model.attention == "full" and model.head_dim is None and model.dim % model.heads:
-        yield "model.dim", f"a multiple of model.heads, {model.heads}"
+        yield "model.dim", f"a multiple of model.heads, {model.heads}, if model.head_dim is null"
     if model.heads % (model.kv_heads or model.heads):
         yield "model.kv_heads", f"null or a divisor of model.heads, {model.heads}"
     if model.latent.rope_dim % 2:

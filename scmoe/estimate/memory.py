@@ -17,11 +17,12 @@ experts get more than `busiest_rows` times the rows of an even load.
 Not counted: the allocator's gaps, SwinV2's position bias, which is kept once a batch, and what
 chunks add that schedule=auto chooses.
 
-What autograd keeps, in numbers a row. D is the width, F the width inside an MLP, R the rows at the
-experts (empty slots included); w and a are 1 for GELU and 2 for SwiGLU:
+What autograd keeps, in numbers a row. D is the width, A that of all heads together (usually D), F
+the width inside an MLP, R the rows at the experts (empty slots included); w and a are 1 for GELU
+and 2 for SwiGLU:
 
     norm                2 D                   input and output; on a CPU RMSNorm keeps a third
-    attention           (1 + 2 kv/h) D + D    Q, K, V, result; Q, K, V again with rotary positions
+    attention           (1 + 2 kv/h) A + A    Q, K, V, result; Q, K, V again with rotary positions
     latent attention    4 Q + KV + V          Q, K twice; keys with values; result, 4 times if gated
     window attention    7 D + 2 h S           Q, K, V, normed Q and K; scores of S, in float32
     MLP, shared expert  (w + a) F             before and after the activation function

@@ -5,8 +5,8 @@ A multiplication and an addition count as two FLOPs, so the product of a row and
 |W|:
 
     forward    2 |W| of every Linear and convolution + 2 |W_expert| of every row that an expert
-               computes + 4 S D of every token's attention: Q K^T and its product with V over the
-               whole context S;
+               computes + 4 S A of every token's attention: Q K^T and its product with V over the
+               whole context S, with A features of all heads, usually D;
                  with latents, 2 S of the features of all heads' keys and values
     backward   twice that: each product has two, for its input and for its weight
     training   forward + backward, + forward again of what activation checkpointing repeats (an

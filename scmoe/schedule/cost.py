@@ -36,7 +36,9 @@ from scmoe.schedule.schedule import Schedule
 
 TRANSFERS = ("dispatch", "combine")
 PER_CHUNK = ("dispatch", "experts", "combine")
-LAUNCH = "launch"  # an operator: what a rank computes for each transfer right before it begins
+# what a rank computes for each transfer right before it begins; only timelines that are played
+# (play_ranks, stack.play_order) read it
+LAUNCH = "launch"
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,15 @@ EVEN = Share(1.0, 1.0, 1.0)
 
 
 class Link(Protocol):
-    """A link whose transfers of rows take longer, as they meet sums of gradients
-    (clusters/shared_link.py), or shorter, as it has saved (clusters/token_bucket.py)."""
+    """A link whose transfers of rows take longer where they meet sums of gradients
+    (clusters/shared_link.py), or shorter after an idle time (clusters/token_bucket.py)."""
 
     def computed(self, span: Span, layer: int = 0, half: int = 0) -> None:
         """Note that an operator of the slowest rank has run."""
 
     def meets(self, begin: float, duration: float) -> float:
-        """Return by how much a transfer of rows takes longer than its duration."""
+        """Return by how much a transfer of rows takes longer than its duration; negative:
+        shorter."""
 
 
 def shares(rows_RR: Sequence[Sequence[float]]) -> list[Share]:
@@ -115,10 +118,9 @@ def play_ranks(
     i-th experts wait for the i-th transfer of the first kind (backward: combine's gradients),
     decode waits for all (backward: encode). times: the time of each operator, of an even chunk
     where there are several; one that is missing takes none. LAUNCH is computed before each
-    transfer, which begins after it. shares_PR: the share of each rank in
-    each chunk. starts: when each rank begins, with free links; None: at 0. sequential: each
-    transfer is waited for right after its start, as moe.dispatcher.Blocking does. link: None: every
-    transfer takes its duration.
+    transfer, which begins after it. shares_PR: the share of each rank in each chunk. starts: when
+    each rank begins, with free links; None: at 0. sequential: each transfer is waited for right
+    after its start, as moe.dispatcher.Blocking does. link: None: every transfer takes its duration.
     """
     ranks = range(len(shares_PR[0]))
     clock = list(starts) if starts else [0.0 for _ in ranks]
@@ -141,8 +143,8 @@ def play_ranks(
             begins, end = carry(max(clock), duration, rows_R, free_R)
             if link is not None:
                 later = link.meets(max(begins), duration * max(rows_R))
-                free_R = [free + later for free in free_R]
-                end += later
+                free_R = [max(b, free + later) for b, free in zip(begins, free_R, strict=True)]
+                end = max(*begins, end + later)
             ends[operator].append(end)
             for r in ranks:
                 spans[r].append(Span(operator, begins[r], end))

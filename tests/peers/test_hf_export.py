@@ -51,7 +51,9 @@ KINDS = {  # words: model_type
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1": "mixtral",
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1"
     " model.norm_eps=1e-6 model.rope_theta=1e6": "mixtral",
+    f"{LLAMA} moe.architecture=dense model.head_dim=6": "llama",
     f"{LLAMA} moe.architecture=top_k moe.top_k=2 moe.every=1 model.head_dim=6": "mixtral",
+    f"{LLAMA} moe.architecture=shared_expert model.head_dim=6": "qwen2_moe",
     f"{LLAMA} moe.architecture=shared_expert": "qwen2_moe",
     f"{LLAMA} moe.architecture=shared_expert moe.top_k=2 moe.every=1": "qwen2_moe",
     f"{LLAMA} moe.architecture=shared_expert moe.top_k=2 moe.renormalise=false": "qwen2_moe",

@@ -42,6 +42,8 @@ IMPOSSIBLE = [
     ("analysis.gating_every", "moe.architecture=farskip moe.every=1 analysis.gating_every=5"),
     ("model.attention", "model.attention=latent"),
     ("model.kv_heads", "model.family=llama model.attention=latent model.kv_heads=1"),
+    ("model.head_dim", "model.head_dim=0"),
+    ("model.head_dim", "model.family=swin data.name=digits model.head_dim=8"),
     ("model.head_dim", "model.family=llama model.head_dim=5"),
     ("model.head_dim", "model.family=llama model.attention=latent model.head_dim=4"),
     ("model.latent.gated", "model.family=llama model.latent.gated=true"),

@@ -17,7 +17,7 @@ from scmoe.config.load import SHIPPED
 from scmoe.probes.loads import Sizes as Routed
 from scmoe.probes.loads import load_of
 from scmoe.training.assembly.advice import Request, config_for, job_of, models_for
-from scmoe.training.assembly.advice_curves import compared, curves, draw_curves
+from scmoe.training.assembly.advice_curves import compared, curves, draw_curves, wider
 
 RANKS, DIM, BYTES = 8, 192, 2  # of the quickstart on the clusters below, in bfloat16
 TOKENS = 2048  # of a rank in a step, by eight samples of 256
@@ -70,6 +70,18 @@ def test_every_curve_agrees_with_the_advice_at_the_job_s_own_value(shipped):
     for name, x in OWN.items():
         (point,) = (each for each in drawn[name].points if each.x == x)
         assert [value for value, _ in point.over.values()] == pytest.approx(expected), name
+
+
+def test_a_wider_model_has_wider_heads_where_their_width_is_stated(shipped):
+    profile, *_ = shipped
+    model = config_for(REQUEST, profile).model
+    head_dim = f"model.head_dim={model.dim // model.heads}"
+    stated = replace(REQUEST, overrides=[*REQUEST.overrides, head_dim])
+    by_width, by_heads = (
+        [each.memory(1, 1) for each in wider(request, profile, 2.0)]
+        for request in (REQUEST, stated)
+    )
+    assert by_width == by_heads
 
 
 def test_a_line_is_within_its_band(shipped):

@@ -17,7 +17,7 @@ from experiments.bench.overlap_report import (
     name_of_report,
     rows_over_gradients,
 )
-from experiments.bench.pairs import Setting, tokens_for
+from experiments.bench.pairs import Setting, pair_of, tokens_for
 from experiments.bench.rank_bench import Seconds
 from experiments.bench.stacks import Variant, chosen_by, config_of
 from scmoe.command_line import call
@@ -101,6 +101,14 @@ def test_the_tokens_of_a_batch_give_the_wanted_ratio_of_rows_and_gradients(
     assert rows_over_gradients(setting, found, "top2") == pytest.approx(
         ratio, rel=0.02
     )  # whole sequences
+
+
+def test_a_pair_has_the_heads_of_its_configuration():
+    """Three heads do not divide the width, so theirs must be stated."""
+    config = load(None, ["model.heads=3", "model.dim=64", "model.head_dim=40"])
+    setting = pair_of(config, 0.5, 2, 64)
+    model = config_of("top2", setting).model
+    assert (model.heads, model.head_dim) == (3, 40)
 
 
 def test_a_report_of_other_tokens_has_a_name_of_its_own():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from experiments.bench.overlap_report import PAYLOAD
 from experiments.bench.pairs import Setting
 from experiments.simulate.reports import (
     LAUNCH_S,
@@ -13,6 +14,7 @@ from experiments.simulate.reports import (
     operators_of,
     read_reports,
     setting_of,
+    tax_of,
 )
 from experiments.simulate.rows import predict_row, predict_sequential
 from experiments.simulate.testbed_checks import CHECKS, OVER_BALANCED
@@ -73,6 +75,32 @@ def test_a_slower_link_has_longer_transfers_of_the_same_processor_time():
     assert busy[0] == pytest.approx(busy[1])
     assert slow.burst == pytest.approx(2 * fast.burst)
     assert slow.sublayers == fast.sublayers
+
+
+def test_a_small_transfer_was_measured_without_its_bytes():
+    """They passed at once: only the launch was measured, or less."""
+    setting = replace(Setting.block(), tokens=32)
+    link_mbit = 220.0
+    for ms in (1.0, 0.5):
+        times = {"forward": FORWARD_MS | {"dispatch": ms}, "train": TRAIN_MS}
+        dispatch = operators_of(setting, link_mbit, times).forward["dispatch"]
+        rows = 2 * 32 * (1 - 1 / setting.ranks) * setting.dim * 4
+        by_rate = rows / (link_mbit * 1e6 / 8 * PAYLOAD)
+        assert dispatch == pytest.approx(by_rate - (1.0 - ms) / 1e3)
+    fast = operators_of(
+        setting, 1e6, {"forward": FORWARD_MS | {"dispatch": 0.1}, "train": TRAIN_MS}
+    )
+    assert fast.forward["dispatch"] == 0.0
+
+
+def test_the_tax_is_the_processor_time_without_launches():
+    setting = replace(Setting.block(), compute="real")
+    operators = calibration_of(setting, 220.0).operators
+    transfers_s = operators.forward["dispatch"] + operators.forward["combine"]
+    report = {"transfer_cpu_ms_forward": 2.0 + 0.05 * 1e3 * transfers_s}
+    assert tax_of(setting, report, operators) == pytest.approx(0.05)
+    assert tax_of(setting, {"transfer_cpu_ms_forward": 1.0}, operators) == 0.0
+    assert tax_of(Setting.block(), report, operators) == 0.0
 
 
 def report_of(setting: Setting, link_mbit: float, rows: tuple[str, ...], load: str | None = None):

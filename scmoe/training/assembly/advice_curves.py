@@ -141,6 +141,8 @@ def wider(request: Request, profile: Profile, factor: float) -> list[Model]:
     words = [f"model.dim={round(config.model.dim * factor)}"]
     if config.model.ffn_dim is not None:
         words.append(f"model.ffn_dim={round(config.model.ffn_dim * factor)}")
+    if config.model.head_dim is not None:
+        words.append(f"model.head_dim={round(config.model.head_dim * factor)}")
     if config.moe.ffn_dim is not None:
         words.append(f"moe.ffn_dim={round(config.moe.ffn_dim * factor)}")
     other = replace(request, overrides=[*request.overrides, *words])

@@ -90,7 +90,14 @@ def decoder_parts(
 
     def attention() -> nn.Module:
         if model.attention == "full":
-            return Attention(dim, model.heads, bias, model.kv_heads, rotary(), model.head_dim)
+            return Attention(
+                dim,
+                model.heads,
+                bias=bias,
+                kv_heads=model.kv_heads,
+                rotary=rotary(),
+                head_dim=model.head_dim,
+            )
         latent = model.latent
         sizes = LatentSizes(
             latent.q_rank, latent.kv_rank, latent.nope_dim, latent.rope_dim, latent.value_dim
