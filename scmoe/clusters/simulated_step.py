@@ -15,6 +15,7 @@ schedule/stack.py). What is added here:
                 rows, and the experts read all their weights: t = max((all - fixed) / pieces, least)
                 + fixed. A half reads the weights of attention, MLP and shared expert again too,
                 which timed_blocks.py leaves out: their `least` is 0
+    burst       an idle link may have saved a part of the next transfer (token_bucket.py)
     tax         computation is slower by this share of the time that a transfer runs beside it
     step        batches x (forward + backward) + exposed sums + update + what no operator explains
 
