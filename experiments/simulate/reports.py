@@ -24,7 +24,7 @@ ROUTED = 2  # experts of a token in top-2
 COMPUTED = ("route", "encode", "experts", "decode")
 SAME_SPEED = 0.1  # reports that do not state their sizes are of one setting up to this difference
 BYTES = 4  # of a number
-LAUNCH_S = 1e-3  # of every transfer; measured: 1.0 to 1.7 ms (docs/results/transfers.md)
+LAUNCH_S = 1e-3  # of every transfer; measured: 1.0 to 1.7 ms (docs/results/shaped-link.md)
 ASSUMED_OF_HALVES = "halves of the rows take half of the time"
 
 
