@@ -136,7 +136,7 @@ class Attention(PartedAttention):
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
         if head_dim is None and dim % heads:
-            raise ValueError(f"heads is {heads}, allowed without head_dim: divisors of dim ({dim})")
+            raise ValueError(f"heads is {heads}, allowed: divisors of dim ({dim})")
         if head_dim is not None and head_dim < 1:
             raise ValueError(f"head_dim is {head_dim}, allowed: 1 or more")
         if heads % kv_heads:
