@@ -356,24 +356,21 @@ def _halves(
     bucket = TokenBucket(setting.burst)
     if direction == "forward":
         spans = [span for half in play_order(order, times, bucket) for span in half]
-        played = _pass_of(spans)
-        return played._replace(carried=played.carried + bucket.sent_at_once)
+        return _pass_of(spans, bucket.sent_at_once)
     order = [step.mirrored() for step in reversed(order)]
     waiting_at_0 = left_at(0.0, waiting, bucket)
     link = SharedLink(blocks, 2, setting.sums_at_once, waiting_at_0, bucket)
     spans = [span for half in play_order(order, times, link) for span in half]
-    played = _pass_of(spans)
+    played = _pass_of(spans, bucket.sent_at_once - link.later)
     return played._replace(
-        carried=played.carried + bucket.sent_at_once - link.later,
-        sums=link.summed + sum(each.seconds for each in waiting),
-        end=link.carry_sums(inf),
+        sums=link.summed + sum(each.seconds for each in waiting), end=link.carry_sums(inf)
     )
 
 
-def _pass_of(spans: Sequence[Span]) -> Pass:
-    """Return a pass without sums of gradients."""
+def _pass_of(spans: Sequence[Span], shorter: float) -> Pass:
+    """Return a pass without sums of gradients. shorter: as of PlayedBlock."""
     return Pass(
         computing=sum(s.end - s.start for s in spans if not s.is_transfer),
         elapsed=max((s.end for s in spans), default=0.0),
-        carried=sum(s.end - s.start for s in spans if s.is_transfer),
+        carried=sum(s.end - s.start for s in spans if s.is_transfer) + shorter,
     )
