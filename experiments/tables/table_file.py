@@ -61,7 +61,7 @@ class TableRow:
 @dataclass(frozen=True)
 class Scale:
     config: Path
-    seeds: int  # 1 to this
+    seeds: int  # their number
     jobs: int  # runs in parallel; 0: all in one process
     minutes: float = (
         0.0  # of the whole table at this scale, as measured or calculated in its file's header
@@ -76,6 +76,7 @@ class Scale:
     otherwise: str | None = (
         None  # the scale that is run where the config's data set is not on this machine
     )
+    first_seed: int = 1  # a search has other seeds than the table whose rates it finds
     # key=value by name, for the rows that name it: the size of a model, or a learning rate, differs
     # between scales
     settings: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -125,7 +126,7 @@ class Options:
     Args:
         scale: one of table.yaml: smoke | small | digits
         jobs: number of runs in parallel; 0: all in this process
-        seeds: seeds 1 to this
+        seeds: number of seeds of each row
         to: copy results and states of finished runs into this folder
     """
 
@@ -234,6 +235,7 @@ def _scale(name: str, folder: Path, entry: Any, scales: Mapping[str, Any]) -> Sc
         seeds=int(entry["seeds"]),
         jobs=int(entry["jobs"]),
         minutes=float(entry.get("minutes", Scale.minutes)),
+        first_seed=int(entry.get("first_seed", Scale.first_seed)),
         evaluate=tuple(shlex.split(entry["evaluate"])) if "evaluate" in entry else None,
         bench=tuple(shlex.split(entry["bench"])) if "bench" in entry else None,
         shares=_floats(entry["shares"]) if "shares" in entry else None,
@@ -297,7 +299,10 @@ ROW: dict[str, Rule] = {
 }
 SCALE: dict[str, Rule] = {
     **dict.fromkeys(("config", "evaluate", "bench", "otherwise"), TEXT),
-    "seeds": (lambda text: str(text).isdecimal() and int(text) > 0, "1 or more"),
+    **dict.fromkeys(
+        ("seeds", "first_seed"),
+        (lambda text: str(text).isdecimal() and int(text) > 0, "1 or more"),
+    ),
     "jobs": (lambda text: str(text).isdecimal(), "0 or more"),
     "minutes": ABOVE_0,
     "settings": SETTINGS,

@@ -94,7 +94,8 @@ def plan_runs(
                 " table.yaml"
             )
     runs = []
-    for number, (seed, row) in enumerate(product(range(1, seeds + 1), table.rows), 1):
+    all_seeds = range(scale.first_seed, scale.first_seed + seeds)
+    for number, (seed, row) in enumerate(product(all_seeds, table.rows), 1):
         name = f"{row.slug}-seed{seed}"
         home = folder / "runs"
         setting = scale.settings[row.setting] if row.setting is not None else ()
