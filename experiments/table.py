@@ -4,6 +4,7 @@ import sys
 from experiments.tables.table_file import Options, check_scale, load_table
 from scmoe.command_line import call
 from scmoe.config.extras import require
+from scmoe.files.writing import read_json
 from scmoe.report import say
 
 USUAL = Options()
@@ -38,6 +39,9 @@ def main(table: str, /, *overrides: str, options: Options = USUAL) -> int:
         "cut": outcome.cut,
         "folder": str(plan.folder),
     }
+    results_file = plan.folder / "results.json"
+    if read.decision is not None and results_file.exists():
+        summary |= read_json(results_file)["decision"]
     print(json.dumps(summary), flush=True)
     if outcome.signal:
         return 130

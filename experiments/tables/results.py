@@ -5,16 +5,23 @@ ours, minus_baseline   of the first metric, which decides; `others` has the same
                        metric
 equal_time             losses at equal time, where the table's file asks for them: what a row's
                        speed is worth
+decision               of a registered experiment: an answer for each pair of rows; such a table has
+                       no minus_baseline
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
+from statistics import fmean
 from typing import Any
 
 from experiments.tables.equal_time import Report, at_equal_time
+from experiments.tables.equivalence import equivalences
 from experiments.tables.seed_statistics import describe, differences
 from experiments.tables.table_file import Metric, Table, TableRow
 from experiments.tables.table_runs import Run, finished, look_up
 from experiments.tables.table_speeds import read_speeds
+
+LAST_LOSSES = 4  # of a run's curve, whose mean is a metric from `curve`
 
 
 def results(table: Table, scale: str, runs: Sequence[Run], command: str) -> dict[str, Any]:
@@ -27,7 +34,7 @@ def results(table: Table, scale: str, runs: Sequence[Run], command: str) -> dict
     rows = [
         _row(table, row, [run for run in runs if run.row is row], columns) for row in table.rows
     ]
-    return {
+    content = {
         "table": table.name,
         "title": table.title,
         "scale": scale,
@@ -43,6 +50,20 @@ def results(table: Table, scale: str, runs: Sequence[Run], command: str) -> dict
         "rows": rows,
         "equal_time": at_equal_time(table, done, speeds),
     }
+    if table.decision is not None:
+        values = {row.name: columns[first.name][row.name]["ours"]["by_seed"] for row in table.rows}
+        content["decision"] = equivalences(table.decision, values, _ended(table, runs))
+    return content
+
+
+def _ended(table: Table, runs: Sequence[Run]) -> dict[str, list[int]]:
+    """Return the seeds of each row, in order, up to the first one whose run has not ended."""
+    ended = {}
+    for row in table.rows:
+        of_row = [run for run in runs if run.row is row]
+        over = takewhile(lambda run: run.state.status in ("finished", "failed"), of_row)
+        ended[row.name] = [run.seed for run in over]
+    return ended
 
 
 def _column(
@@ -57,15 +78,24 @@ def _column(
         }
     values: dict[str, dict[int, float]] = {row.name: {} for row in table.rows}
     for run in done:
-        source = run.state.results.get(metric.source)
-        numbers = [n for key in metric.keys if (n := look_up(source, key)) is not None]
-        if len(numbers) == len(metric.keys):
-            values[run.row.name][run.seed] = metric.times * sum(numbers) / len(numbers)
-    minus = differences(table.rows, values)
+        if (value := _value(metric, run)) is not None:
+            values[run.row.name][run.seed] = value
+    minus = {} if table.decision is not None else differences(table.rows, values)
     return {
         name: {"ours": {**describe(seeds), "by_seed": seeds}, "minus_baseline": minus.get(name)}
         for name, seeds in values.items()
     }
+
+
+def _value(metric: Metric, run: Run) -> float | None:
+    """Return the value that a finished run gives a metric; None: it lacks a part of it."""
+    source = run.state.results.get(metric.source)
+    if metric.source == "curve":
+        return metric.times * fmean(loss for _, loss in source[-LAST_LOSSES:])
+    numbers = [n for key in metric.keys if (n := look_up(source, key)) is not None]
+    if len(numbers) < len(metric.keys):
+        return None
+    return metric.times * fmean(numbers)
 
 
 def _speed(metric: Metric, row: TableRow, report: Report | None) -> dict[str, Any]:

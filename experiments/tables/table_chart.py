@@ -38,6 +38,28 @@ def draw_differences(results: Results, path: Path) -> None:
         heading(figure, f"{results['title']}\n{note}")
 
 
+def draw_answers(results: Results, path: Path) -> None:
+    """Draw the difference of each pair of a registered experiment, its interval and the margin."""
+    decision = results["decision"]
+    pairs = decision["rows"]
+    signed = form_of(results["unit"]).replace(":", ":+")
+    with chart(path, 2.4 + 0.5 * len(pairs)) as figure:
+        axis = figure.subplots()
+        margin = decision["margin"]
+        axis.axvspan(-margin, margin, color="#e8e8e8", label=f"margin of {margin:g}")
+        for height, tested in _from_the_top(list(pairs.values())).items():
+            if tested["n"]:
+                low, high = tested["interval"]
+                axis.hlines(height, low, high, color=OURS, linewidth=2, label="interval of TOST")
+                axis.plot(tested["difference"], height, "D", color=OURS, label="mean")
+                text = f"{signed.format(tested['difference'])}: {tested['answer']}"
+                _label(axis, text, tested["difference"], height)
+        names = [pair.replace(" minus ", "\nminus ") for pair in pairs]
+        below = f"difference in {results['metric'].replace('_', ' ')}, {results['unit']}"
+        _explain(figure, [axis], names, below, 3)
+        heading(figure, f"{results['title']}\nleft is better for the first row of a pair")
+
+
 def _from_the_top(values: Sequence[Any]) -> dict[int, Any]:
     """Return the values by their heights in a chart, of which the last one is 1."""
     return dict(zip(range(len(values), 0, -1), values, strict=True))

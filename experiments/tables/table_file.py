@@ -28,8 +28,8 @@ FOLDER = SHIPPED / "experiment"
 
 @dataclass(frozen=True)
 class Metric:
-    """source: summary (of a run), evaluation (of a run), speed (the testbed), paper (not measured
-    here)."""
+    """source: summary (of a run), curve (of a run: its last four losses), evaluation (of a run),
+    speed (the testbed), paper (not measured here)."""
 
     name: str
     unit: str
@@ -83,6 +83,15 @@ class Scale:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """An experiment that was registered before its runs: rows are equal if they differ by less than
+    `margin`, and are compared at `looks`, in seeds a row (equivalence.py)."""
+
+    margin: float
+    looks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Table:
     name: str
     title: str
@@ -91,6 +100,7 @@ class Table:
     scales: Mapping[str, Scale]
     share: float | None = None  # share of communication at which the testbed measures speeds
     equal_time: tuple[float, ...] = ()  # shares at which losses are compared at equal time
+    decision: Decision | None = None  # all pairs of rows are compared by it, and not by baselines
 
     @property
     def decides(self) -> Metric:
@@ -194,10 +204,21 @@ def _table(name: str, folder: Path, tree: Any) -> Table:
             "share is missing. Give the share of communication, between 0 and 1, at which the"
             " metrics of speed hold"
         )
-    share = float(tree["share"]) if "share" in tree else None
     return Table(
-        name, tree["title"], metrics, rows, scales, share, _floats(tree.get("equal_time", ()))
+        name,
+        tree["title"],
+        metrics,
+        rows,
+        scales,
+        share=float(tree["share"]) if "share" in tree else None,
+        equal_time=_floats(tree.get("equal_time", ())),
+        decision=_decision(tree["decision"]) if "decision" in tree else None,
     )
+
+
+def _decision(entry: Any) -> Decision:
+    check("decision", entry, DECISION, ("margin", "looks"))
+    return Decision(float(entry["margin"]), tuple(map(int, entry["looks"])))
 
 
 def _metric(name: str, entry: Any) -> Metric:
@@ -284,11 +305,23 @@ TABLE: dict[str, Rule] = {
     "share": SHARE,
     "equal_time": SHARES,
     "rows": LIST,
+    "decision": MAPPING,
+}
+DECISION: dict[str, Rule] = {
+    "margin": ABOVE_0,
+    "looks": (
+        lambda v: (
+            isinstance(v, list)
+            and all(str(look).isdecimal() for look in v)
+            and sorted({int(look) for look in v}) == [int(look) for look in v] != []
+        ),
+        "numbers of seeds in rising order, such as [16, 24, 40]",
+    ),
 }
 METRIC: dict[str, Rule] = {
     "unit": TEXT,
     "better": one_of("lower", "higher"),
-    "from": one_of("summary", "evaluation", "speed", "paper"),
+    "from": one_of("summary", "curve", "evaluation", "speed", "paper"),
     "key": TEXTS,
     "times": NUMBER,
 }
@@ -300,8 +333,7 @@ ROW: dict[str, Rule] = {
 SCALE: dict[str, Rule] = {
     **dict.fromkeys(("config", "evaluate", "bench", "otherwise"), TEXT),
     **dict.fromkeys(
-        ("seeds", "first_seed"),
-        (lambda text: str(text).isdecimal() and int(text) > 0, "1 or more"),
+        ("seeds", "first_seed"), (lambda text: str(text).isdecimal() and int(text) > 0, "1 or more")
     ),
     "jobs": (lambda text: str(text).isdecimal(), "0 or more"),
     "minutes": ABOVE_0,

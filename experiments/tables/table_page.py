@@ -19,6 +19,7 @@ COLUMNS = (
     "interval",
     "p (n)",
 )
+FIRST_OF_DIFFERENCES = COLUMNS.index("ours: minus baseline")
 
 
 def markdown(results: Results) -> str:
@@ -37,12 +38,13 @@ def markdown(results: Results) -> str:
             f" {finished} runs finished, {failed} failed. The metric is {with_unit};"
             f" {results['metrics'][metric]['better']} is better."
         ),
-        (
+    ]
+    if "decision" not in results:
+        lines.append(
             "Differences are taken seed by seed. p is that of a paired t-test over seeds,"
             f" two-sided, corrected for {results['comparisons']} comparisons by Holm's method; the"
             " intervals are Bonferroni's and hold together at 95 %."
-        ),
-    ]
+        )
     if results["scale"] == "smoke":
         lines[2:2] = [
             (
@@ -54,16 +56,21 @@ def markdown(results: Results) -> str:
     for group in dict.fromkeys(group for row in results["rows"] for group in row["groups"]):
         rows = [row for row in results["rows"] if group in row["groups"]]
         lines += ["", f"## {group[0].upper()}{group[1:]}", "", *_group(rows, metric, form)]
+    if "decision" in results:
+        lines += decision_part(results["decision"], form)
     lines += [*_other_metrics(results), *_speeds(results), *_equal_time(results)]
     return "\n".join([*lines, "", *_decisions(results), *_origin(results)]) + "\n"
 
 
 def _group(rows: Sequence[Results], metric: str, form: str) -> list[str]:
-    """Return the table of some rows. Columns of the paper without any value are left out."""
+    """Return the table of some rows. Columns of the paper and of differences without any value are
+    left out."""
     cells = [_cells(row, metric, form) for row in rows]
+    compared = any(row["minus_baseline"] is not None for row in rows)
+    columns = COLUMNS if compared else COLUMNS[:FIRST_OF_DIFFERENCES]
     used = [
         i
-        for i, heading in enumerate(COLUMNS)
+        for i, heading in enumerate(columns)
         if "paper" not in heading or any(row[i] for row in cells)
     ]
     headings = [COLUMNS[i] for i in used]
@@ -107,6 +114,47 @@ def _p(minus: Results) -> str:
 def _numbers(between: str, form: str, *values: float | None) -> str:
     """Return the values that are not None, with `between` between them."""
     return between.join(form.format(value) for value in values if value is not None)
+
+
+def decision_part(decision: Results, form: str) -> list[str]:
+    """Return the table of a registered experiment's answers. form: of the metric's values."""
+    signed = form.replace(":", ":+")
+    looks = ", ".join(map(str, decision["looks"]))
+    reached = ", ".join(map(str, decision["reached"])) or "none"
+    cells = []
+    for pair, tested in decision["rows"].items():
+        numbers = [""] * 4
+        if tested["n"]:
+            numbers = [
+                signed.format(tested["difference"]),
+                _numbers(" to ", signed, *tested["interval"]),
+                f"{tested['tost_p']:.4f} ({tested['tost_level']:.4f})",
+                f"{tested['p']:.4f} ({tested['level']:.4f})",
+            ]
+        cells.append([pair, tested["answer"], *numbers, str(tested["n"])])
+    columns = (
+        "pair",
+        "answer",
+        "difference",
+        "interval",
+        "p of equal (its level)",
+        "p of different (its level)",
+        "seeds a row",
+    )
+    return [
+        "",
+        "## Answers",
+        "",
+        (
+            f"Two rows are equal if they differ by less than {decision['margin']:g}: two one-sided"
+            " tests. They are different if a two-sided test says so. Both are Welch's, unpaired, at"
+            f" looks of {looks} seeds a row (reached: {reached}), each with its own level, 0.05 in"
+            " all. The interval excludes the margin exactly if the first test holds. There is no"
+            " correction for the number of pairs."
+        ),
+        "",
+        *markdown_table(columns, cells, numbers=True),
+    ]
 
 
 def _other_metrics(results: Results) -> list[str]:

@@ -124,7 +124,7 @@ def test_rows_begin_with_the_same_weights(name, tmp_path):
         (("    paper: {val_loss: 3.240592}\n", ""), "a row.paper is missing"),
         (
             ("from: summary", "from: memory"),
-            "metrics.val_loss.from is 'memory', allowed: summary | evaluation",
+            "metrics.val_loss.from is 'memory', allowed: summary | curve | evaluation",
         ),
         (("from: summary", "from: speed"), "share is missing"),
         (
