@@ -89,9 +89,10 @@ def _column(
 
 def _value(metric: Metric, run: Run) -> float | None:
     """Return the value that a finished run gives a metric; None: it lacks a part of it."""
-    source = run.state.results.get(metric.source)
     if metric.source == "curve":
-        return metric.times * fmean(loss for _, loss in source[-LAST_LOSSES:])
+        curve = run.state.results["curve"]
+        return metric.times * fmean(loss for _, loss in curve[-LAST_LOSSES:])
+    source = run.state.results.get(metric.source)
     numbers = [n for key in metric.keys if (n := look_up(source, key)) is not None]
     if len(numbers) < len(metric.keys):
         return None
