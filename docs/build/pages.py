@@ -1,5 +1,5 @@
-"""Draws the pictures of the docs, and writes the pages of docs/results, all from stored reports and
-results.
+"""Draws the pictures of the docs, and writes the pages of docs/results and the answers of README, all
+from stored reports and results.
 
 A measuring command with `--out docs/figures` writes its report, NAME.json, and NAME.png. `table
 --to docs/results` writes NAME/results.json. docs/results/NAME.json has the table of a measurement
@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from docs.build import two_batches
+from docs.build import readme, two_batches
 from docs.build.concepts import CONCEPTS
 from experiments.bench import inference_report, offload_report, speed_chart, training, uneven
 from experiments.bench.overlap_rows import rows_of
@@ -43,10 +43,12 @@ from scmoe.report import Report
 RESULTS = Path("docs/results")
 CONDITIONS = RESULTS / "conditions.json"
 OVERVIEW = RESULTS / "README.md"
+README = Path("README.md")
 GENERATED = re.compile(
     r"(?<=<!-- make figures writes this part -->\n).*(?=<!-- end of this part -->)", re.DOTALL
 )
 HEADLINE = "overlap-real-iteration-2-ranks-share-0.52-layers-8"  # the report that README shows
+CONDITIONS_OF_SPEEDS = ("level", "compute", "ranks", "tokens", "wanted_share")
 FIGURE_8 = PAGES / "figure-8"  # what `make figure8` has measured
 BENCHES: dict[
     str, Any
@@ -95,8 +97,6 @@ def pictures() -> dict[str, Callable[[Path], None]]:
         drawings[path.parent.name] = partial(draw_differences, results)
         if len(results["equal_time"]) > 1:
             drawings[f"{path.parent.name}-equal-time"] = partial(draw_equal_time, results)
-    if HEADLINE in drawings:
-        drawings["headline"] = drawings[HEADLINE]
     return drawings
 
 
@@ -125,11 +125,24 @@ class Experiment:
 
 
 def pages() -> dict[Path, str]:
-    """Return the text of each page of results by its file: one for each experiment, and the
-    overview."""
+    """Return the text of each page by its file: one for each experiment, the overview, and
+    README."""
     every = experiments()
-    shown = GENERATED.sub(lambda _: overview(every), OVERVIEW.read_text(encoding="utf-8"))
-    return {each.page: text_of(each) for each in every} | {OVERVIEW: shown}
+    texts = {each.page: text_of(each) for each in every}
+    texts[OVERVIEW] = with_part(OVERVIEW, overview(every))
+    texts[README] = with_part(README, readme.answers(PAGES, RESULTS, HEADLINE))
+    return texts
+
+
+def with_part(path: Path, part: str) -> str:
+    """Return the text of a page with this part between its marks. Raises ConfigError."""
+    text, found = GENERATED.subn(lambda _: part, path.read_text(encoding="utf-8"))
+    if found != 1:
+        raise ConfigError(
+            f"{path} has {found} parts that make figures writes. Give it one, between the marks"
+            f" that {OVERVIEW} has."
+        )
+    return text
 
 
 def experiments() -> list[Experiment]:
@@ -200,23 +213,23 @@ def text_of(each: Experiment) -> str:
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
-def rival_of(data: Any) -> list[str]:
-    """Return what a reader must know of a report of speed-ups that has no top-2 with two batches in
-    flight: the strongest rival is missing there."""
-    reports = data.get("loads", [data])
-    rows = reports[0].get("rows", {})
+def rival_of(data: Mapping[str, Any]) -> list[str]:
+    """Return what top-2 gains with two batches in flight, where a report lacks that row, its
+    strongest rival, and another report has measured it under the same conditions."""
+    rows = data.get("rows", {})
     if "top2" not in rows or "top2_two" in rows:
         return []
-    measured = read(PAGES / f"{HEADLINE}.json")
-    top2 = rows_of(measured)["top2_two"]
-    page = f"[by share and tokens]({two_batches.NAME}.md)"
-    return [
-        (
-            "Of top-2 only one batch in flight was measured here. With two it gains without another"
-            f" model: {top2.train_speedup:.2f} in training and {top2.forward_speedup:.2f} in"
-            f" inference at a share of {measured['comm_share']:.2f} ({page})."
-        )
-    ]
+    sentences = []
+    for report in two_batches.read_reports(PAGES, HEADLINE):
+        if all(report[key] == data.get(key) for key in CONDITIONS_OF_SPEEDS):
+            top2 = rows_of(report)["top2_two"]
+            sentences.append(
+                "Of top-2 only one batch in flight was measured here. With two it gains without"
+                f" another model: {top2.train_speedup:.2f} in training and"
+                f" {top2.forward_speedup:.2f} in inference, in {report['layers']} blocks at a share"
+                f" of {report['comm_share']:.2f} ([by share and tokens]({two_batches.NAME}.md))."
+            )
+    return sentences
 
 
 def command_of(said: Mapping[str, Any]) -> str:

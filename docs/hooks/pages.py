@@ -25,7 +25,7 @@ MOVED = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-BACK = {there: here for here, there in MOVED.items() if here != "README.md"}
+BACK = {there: here for here, there in MOVED.items()}
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[)#])")
 # `moe.position` or `moe.position=pos1`, but not as the words of a link
 FIELD = re.compile(r"(?<![`\[])(`(\w+\.\w+)(?:=[^`\s]+)?`)(?![`\]])")

@@ -44,7 +44,6 @@ NAMES = (
         "would-it-pay",
     ),
     *(
-        "index",
         "quickstart",
         "how-to/data",
         "how-to/evaluate",

@@ -18,6 +18,7 @@ from docs.build.pages import (
     CONDITIONS,
     DRAW,
     PAGES,
+    README,
     RECORDS,
     RESULTS,
     SCREENSHOTS,
@@ -33,7 +34,7 @@ from tests import terminal
 from tests.support.pictures import assert_readable, assert_values_off_the_bars
 
 ROOT = Path(__file__).parents[2]
-BARS = ("headline", "overlap", "inference", "figure-13")
+BARS = ("overlap", "inference", "figure-13")
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_the_pictures_of_the_docs_show_what_their_reports_say_and_are_readable(d
 def test_every_page_of_results_says_what_its_json_says(monkeypatch):
     monkeypatch.chdir(ROOT)
     made = pages()
-    assert made.keys() == {*RESULTS.rglob("*.md")} - {RESULTS / "method.md"}
+    assert made.keys() == {README, *RESULTS.rglob("*.md")} - {RESULTS / "method.md"}
     assert not [path for path, text in made.items() if path.read_text() != text], (
         "make figures writes them again"
     )
@@ -105,6 +106,7 @@ def test_a_page_has_the_numbers_of_its_json(tmp_path, monkeypatch):
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("states", "*.png")
         )
+    shutil.copy(ROOT / README, tmp_path)
     monkeypatch.chdir(tmp_path)
     name = "overlap-real-block-2-ranks-share-0.52"
     path, before = PAGES / f"{name}.json", pages()

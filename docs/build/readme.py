@@ -1,0 +1,140 @@
+"""README's answers to "Does it pay?", with every figure read from a report.
+
+`make figures` writes them again after a measurement. Whether their words still hold, such as "not
+shown", is for a test to say: tests/unit/test_docs_figures.py.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.bench.overlap_rows import rows_of
+from experiments.tables.seed_statistics import compare
+
+SHORTCUTS = ("scmoe_pos2", "scmoe_pos3")
+FEW_TOKENS = "overlap-real-iteration-2-ranks-share-0.52-ratio-0.3"
+TABLE_3 = "table3-small"
+TOP2 = "top-2"
+SHARED = "shared-expert, CG-2"
+POS2 = "ScMoE Pos-2, CG-1"
+SHARE = "0.52"  # of communication, of Table 3 at equal time
+MARGIN = 0.02  # nats: losses that differ by less are called equal
+WORDS = {2: "two", 4: "four", 8: "eight"}
+
+TEXT = """
+One iteration of {layers} blocks on {ranks} CPU ranks with slow links, where communication is \
+{comm_share:.0%} of top-2's forward pass ([conditions](docs/results/{headline}.md)):
+
+| over sequential top-2 | training | inference |
+| --- | ---: | ---: |
+| top-2 with [two batches in flight](docs/concepts.md#two-batches-in-flight): the same model | \
+{speed[top2_two]} |
+| shared expert with two batches in flight | {speed[shared_expert_two]} |
+| **ScMoE (Pos-2)** | {speed[scmoe_pos2]} |
+| **ScMoE (Pos-3)** | {speed[scmoe_pos3]} |
+| limit: all communication of top-2 hidden | {limit_train:.2f} | {limit_forward:.2f} |
+
+1. **Over sequential top-2: yes, near the limit.** Pos-3 reaches {pos3.train_speedup:.2f} of \
+{limit_train:.2f} in training and {pos3.forward_speedup:.2f} of {limit_forward:.2f} in inference.
+2. **Over the best schedule of the same model: a little,** {same[0]:.2f} to {same[1]:.2f}. Most of \
+the gain needs two batches in flight, not another model ([by share and by tokens]\
+(docs/results/two-batches.md)).
+3. **Over a shared expert with two batches in flight: not shown,** {other[0]:.2f} to \
+{other[1]:.2f} with quartiles from {quartiles[0]:.2f} to {quartiles[1]:.2f}.
+4. **Where gradients outweigh rows: no.** With {rows_over_gradients:.1f} bytes of rows for a byte \
+of gradients, Pos-2 trains at {few_tokens:.2f} of top-2's speed \
+([numbers](docs/results/{few_tokens_page}.md)).
+5. **In quality: no gain of the shortcut is shown.** At equal tokens Pos-2's loss is top-2's \
+within {margin} nats (TOST, p {equal_p:.3f}). At equal time it is {gain:+.3f} nats from top-2's, \
+but a shared expert alone is at {shared_gain:+.3f}; Pos-2's own part is {own_gain:+.3f} and not \
+significant (p {own_p:.2f}; [a small twin of Table 3](docs/results/{table}/table.md), {seeds} seeds).
+
+"""
+
+
+def answers(figures: Path, results: Path, headline: str) -> str:
+    """Return the table and the answers. headline: the name of the report that the table shows."""
+    return TEXT.format_map(facts(figures, results, headline))
+
+
+def facts(figures: Path, results: Path, headline: str) -> dict[str, Any]:
+    """Return what the text states, by the names that it uses, and `rivals`: the rows that the
+    shortcuts are compared with."""
+    report = read(figures / f"{headline}.json")
+    rows = rows_of(report)
+    few_tokens = read(figures / f"{FEW_TOKENS}.json")
+    same_model = gains(report, "over_best_without_another_model")
+    other_models = gains(report, "over_best_without_shortcut")
+    ends = [end for gain in other_models for end in gain["quartiles"]]
+    return {
+        "headline": headline,
+        "layers": WORDS[report["layers"]],
+        "ranks": WORDS[report["ranks"]],
+        "comm_share": report["comm_share"],
+        "speed": {
+            name: f"{row.train_speedup:.2f} | {row.forward_speedup:.2f}"
+            for name, row in rows.items()
+        },
+        "limit_train": report["limit_train"],
+        "limit_forward": report["limit_forward"],
+        "pos3": rows["scmoe_pos3"],
+        "same": range_of([gain["median"] for gain in same_model]),
+        "other": range_of([gain["median"] for gain in other_models]),
+        "quartiles": range_of(ends),
+        "rivals": [{gain["best"] for gain in each} for each in (same_model, other_models)],
+        "rows_over_gradients": few_tokens["rows_over_gradients"],
+        "few_tokens": rows_of(few_tokens)["scmoe_pos2"].train_speedup,
+        "few_tokens_page": FEW_TOKENS,
+        "table": TABLE_3,
+        **quality(read(results / TABLE_3 / "results.json")),
+    }
+
+
+def gains(report: Mapping[str, Any], over: str) -> list[dict[str, Any]]:
+    """Return what each shortcut gains over other rows, in training and in inference."""
+    return [report["rows"][row][over][kind] for row in SHORTCUTS for kind in ("train", "forward")]
+
+
+def range_of(values: list[float]) -> tuple[float, float]:
+    return min(values), max(values)
+
+
+def quality(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return differences of validation losses, paired by seed: at equal tokens and at equal time.
+
+    own_gain, own_p: of Pos-2 over a shared expert, which is what the shortcut itself adds. One
+    comparison, so p is not corrected.
+    """
+    equal_tokens = losses_of(table, "equal_tokens")
+    equal_time = losses_of(table, SHARE)
+    own = compare(equal_time[POS2], equal_time[SHARED])
+    return {
+        "margin": MARGIN,
+        "seeds": WORDS[len(equal_time[POS2])],
+        "equal_p": equivalence_p(equal_tokens[POS2], equal_tokens[TOP2]),
+        "gain": compare(equal_time[POS2], equal_time[TOP2])["mean"],
+        "shared_gain": compare(equal_time[SHARED], equal_time[TOP2])["mean"],
+        "own_gain": own["mean"],
+        "own_p": own["p"],
+    }
+
+
+def losses_of(table: Mapping[str, Any], column: str) -> dict[str, dict[int, float]]:
+    """Return the losses of each row by seed in a column of "equal_time"."""
+    rows = table["equal_time"][column]["rows"]
+    return {name: row["loss"]["by_seed"] for name, row in rows.items()}
+
+
+def equivalence_p(values: Mapping[int, float], baseline: Mapping[int, float]) -> float:
+    """Return p of two one-sided tests (TOST) that the values differ by less than MARGIN."""
+    from scipy import stats
+
+    differences = [values[seed] - baseline[seed] for seed in values]
+    below = stats.ttest_1samp(differences, MARGIN, alternative="less")
+    above = stats.ttest_1samp(differences, -MARGIN, alternative="greater")
+    return float(max(below.pvalue, above.pvalue))
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,98 @@
+"""Figures in prose are those of the reports, and words that judge them are true of them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from docs.build import readme
+from docs.build.pages import HEADLINE, PAGES, RESULTS, with_part
+from scmoe.config.leaves import ConfigError
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+FIGURE = re.compile(r"(?<![\w.])-?\d+\.\d{2,}(?![\w.])")
+NO_FIGURES = re.compile(
+    r"```.*?```|\]\([^)]*\)|arXiv [\d.]+|Python [\d.]+ to [\d.]+", flags=re.DOTALL
+)
+
+
+@pytest.fixture
+def facts():
+    return readme.facts(ROOT / PAGES, ROOT / RESULTS, HEADLINE)
+
+
+def answers() -> str:
+    return readme.answers(ROOT / PAGES, ROOT / RESULTS, HEADLINE)
+
+
+def test_every_figure_of_readme_comes_from_a_report():
+    """`make figures` writes the answers; any other figure stands in the recorded terminal."""
+    text = README.read_text(encoding="utf-8")
+    assert answers() in text, "make figures writes the answers again"
+    recorded = (ROOT / PAGES / "train.svg").read_text(encoding="utf-8")
+    others = FIGURE.findall(NO_FIGURES.sub("", text.replace(answers(), "")))
+    assert [figure for figure in others if figure not in recorded] == []
+
+
+def test_the_words_of_readmes_answers_are_true(facts):
+    """If one fails after a measurement, its answer in docs/build/readme.py needs other words."""
+    same_model, other_models = facts["rivals"]
+    low, high = facts["quartiles"]
+    assert facts["pos3"].train_speedup > 0.9 * facts["limit_train"]
+    assert facts["pos3"].forward_speedup > 0.9 * facts["limit_forward"]
+    assert same_model == {"top2_two"} and facts["same"][0] > 1.05
+    assert other_models == {"shared_expert_two"} and low < 1 < high
+    assert facts["rows_over_gradients"] < 1 and facts["few_tokens"] < 0.95
+    assert facts["equal_p"] < 0.05, "equal within the margin"
+    assert facts["gain"] < facts["shared_gain"] < facts["own_gain"] < 0
+    assert facts["own_p"] > 0.05, "not significant"
+
+
+def test_a_new_measurement_changes_readmes_answers(tmp_path):
+    """Of each report that the answers read, a changed value reaches the text."""
+    texts = {answers()}
+    changes = {
+        PAGES / f"{HEADLINE}.json": ("rows", "scmoe_pos3", "train_speedup"),
+        PAGES / f"{readme.FEW_TOKENS}.json": ("rows", "scmoe_pos2", "train_speedup"),
+        RESULTS / readme.TABLE_3 / "results.json": (
+            *("equal_time", readme.SHARE, "rows", readme.SHARED, "loss", "by_seed", "1"),
+        ),
+    }
+    for changed, (*keys, last) in changes.items():
+        for path in changes:
+            report = json.loads((ROOT / path).read_text(encoding="utf-8"))
+            if path == changed:
+                part = report
+                for key in keys:
+                    part = part[key]
+                part[last] = 7.654
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(json.dumps(report), encoding="utf-8")
+        texts.add(readme.answers(tmp_path / PAGES, tmp_path / RESULTS, HEADLINE))
+    assert len(texts) == 1 + len(changes)
+
+
+def test_a_page_without_its_marks_is_refused(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("# A page\n")
+    with pytest.raises(ConfigError, match="0 parts that make figures writes"):
+        with_part(page, "text")
+
+
+def test_the_table_of_moved_experts_follows_its_formulas():
+    """docs/uneven-routing.md: weights of W rows, t and c seconds of a row on the link and of its
+    computation, R = 8 ranks; n rows pay where what they save is what the weights cost."""
+    text = (ROOT / "docs/uneven-routing.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| testbed: width (\d+).* (\d+) Mbit/s \| ([\d |]+) \|$", text, re.M)
+    width, mbit, cells = row
+    weights, forward, training, hidden = map(int, cells.split("|"))
+    link_s = 4 * 8 * int(width) / (1e6 * int(mbit))
+    (ms,) = re.findall(r"experts take ([\d.]+) ms for 1,024 rows", text)
+    compute_s = float(ms) / 1e3 / 1024
+    moved = 2 * (1 - 1 / 8) * link_s
+    cost = weights * link_s
+    assert forward == pytest.approx(cost / (compute_s + moved), rel=0.003)
+    assert training == pytest.approx(2 * cost / (3 * compute_s + 2 * moved), rel=0.003)
+    assert hidden == pytest.approx(cost / compute_s, rel=0.003)
