@@ -4,12 +4,13 @@ They show the reports of `scmoe bench overlap` in docs/figures/two-batches, and 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.overlap_rows import Kind, OverlapRow, rows_of
+from experiments.bench.overlap_rows import Kind, rows_of
 from experiments.bench.speed_chart import KINDS, name_of, way_of_row
 from experiments.bench.two_batches import architecture_of, batches_of
 from scmoe.probes.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SMALL, chart, heading
@@ -23,8 +24,16 @@ OVER = {
     "over_best_without_shortcut": "over the best without a shortcut",
 }
 TOKENS = 3072  # of a rank in the reports that are compared by their share
-HIDDEN = "Standard top-2, all rows hidden"
-SPEEDUPS = "Speed-ups over sequential top-2: training; inference."
+BLOCKS = 4  # of most reports
+ORDER: tuple[Kind, ...] = ("train", "forward")  # of panels and of the numbers in a cell
+LIMITS = {  # in training a limit counts what a link must carry: gradients, and of top-2 two rows
+    "top2": "Limit of Standard top-2",
+    "scmoe_pos2": "Limit of ScMoE (Pos-2)",
+}
+SPEEDUPS = (
+    "Speed-ups over sequential top-2: training; inference. A limit hides all rows; in training it"
+    " counts what a link must carry, gradients and rows, and top-2 sends two rows a token."
+)
 OverlapReport = Mapping[str, Any]
 
 
@@ -98,11 +107,13 @@ def cells_of(report: OverlapReport) -> dict[str, str]:
     for row, figures in rows.items():
         speedups = f"{figures.train_speedup:.2f}; {figures.forward_speedup:.2f}"
         cells[name_of(row) + way_of_row(row)] = speedups
-    cells[HIDDEN] = f"{report['limit_train']:.2f}; {report['limit_forward']:.2f}"
+    for row, words in LIMITS.items():
+        limits = [limit(report, row, kind) for kind in ORDER]
+        cells[words] = "; ".join(f"{value:.2f}" for value in limits)
     for row in (row for row in SHORTCUTS if row in rows):
         for comparison, words in OVER.items():
             gain = getattr(rows[row], comparison)
-            medians = [gain[kind]["median"] for kind in ("train", "forward")]
+            medians = [gain[kind]["median"] for kind in ORDER]
             cells[f"{name_of(row)} {words}"] = "; ".join(f"{ratio:.2f}" for ratio in medians)
     for row, figures in rows.items():
         if figures.peak_over_one_batch is not None:
@@ -111,47 +122,90 @@ def cells_of(report: OverlapReport) -> dict[str, str]:
     return cells
 
 
+def limit(report: OverlapReport, row: str, kind: Kind) -> float:
+    """Return the limit of a row's speed-up. In inference it is the same for all rows."""
+    return report["limit_forward"] if kind == "forward" else report["rows"][row]["limit_train"]
+
+
 def draw(reports: Sequence[OverlapReport], path: Path) -> None:
     """Draw speed-ups over the share of communication, and below over the tokens of a rank: a panel
-    for inference and one for training."""
+    for training and one for inference."""
     groups = groups_of(reports)
     with chart(path, 1.3 + 2.8 * len(groups)) as figure:
-        panels = figure.subplots(len(groups), len(KINDS), sharey="row", squeeze=False)
+        panels = figure.subplots(len(groups), len(ORDER), sharey="row", squeeze=False)
         for line, group in zip(panels, groups, strict=True):
-            for axis, (kind, word) in zip(line, KINDS.items(), strict=True):
-                draw_lines(axis, group, kind)
-                axis.set(title=word, xlabel=group.label)
+            for axis, kind in zip(line, ORDER, strict=True):
+                draw_group(axis, group, kind)
+                axis.set(title=KINDS[kind], xlabel=group.label)
             line[0].set_ylabel("speed-up over\nsequential top-2")
-        blocks = ", ".join(
-            f"{report['layers']} blocks at {report['comm_share']:.2f}"
-            for report in groups[0].reports
+        words = (
+            "Two batches in flight and the shortcut: an iteration\n"
+            "A limit hides all rows; in training it counts what the link must carry: gradients, and"
+            " rows (two a token of top-2)"
         )
-        heading(figure, f"Two batches in flight and the shortcut: an iteration of {blocks}")
+        heading(figure, words)
         lines, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(lines, labels, loc="outside lower left", ncols=2, fontsize=SMALL)
 
 
-def draw_lines(axis: Any, group: Group, kind: Kind) -> None:
-    """Draw a line for each row, dashed with two batches in flight, and one for the limit."""
-    values = [report[group.quantity] for report in group.reports]
-    measured: list[Mapping[str, OverlapRow]] = [rows_of(report) for report in group.reports]
-    for row in measured[0]:
+def draw_group(axis: Any, group: Group, kind: Kind) -> None:
+    """Draw a line for each row, dashed with two batches in flight, and the limits."""
+    for row in rows_of(group.reports[0]):
         if row == "top2":  # what all others are compared with
             continue
         halves = batches_of(row) == 2
-        axis.plot(
-            values,
-            [rows[row].speedup(kind) for rows in measured],
+        draw_line(
+            axis,
+            group,
+            partial(speedup, row=row, kind=kind),
+            name_of(row) + (", two batches" if halves else ""),
             color=COLORS[architecture_of(row)],
             linestyle="--" if halves else "-",
             marker="o",
             markersize=4,
             markerfacecolor="white" if halves else None,
-            label=name_of(row) + (", two batches" if halves else ""),
         )
-    limits = [report[f"limit_{kind}"] for report in group.reports]
-    axis.plot(values, limits, color=ORANGE, linewidth=2.5, label=HIDDEN)
+    for row, words in LIMITS.items():
+        draw_line(
+            axis,
+            group,
+            partial(limit, row=row, kind=kind),
+            words,
+            color=ORANGE,
+            linestyle="-" if row == "top2" else ":",
+            linewidth=2.5,
+            marker="_",
+            markersize=9,
+            markeredgewidth=2.5,
+        )
+    values = [report[group.quantity] for report in group.reports]
     if group.quantity == "tokens":
         axis.set_xscale("log", base=2)
-        axis.set_xticks(values, [f"{value:,}" for value in values])
+    axis.set_xticks(values, [tick(group, report) for report in group.reports])
     axis.grid()
+
+
+def speedup(report: OverlapReport, row: str, kind: Kind) -> float:
+    """Return a row's speed-up over sequential top-2."""
+    return rows_of(report)[row].speedup(kind)
+
+
+def draw_line(
+    axis: Any, group: Group, value: Callable[[OverlapReport], float], label: str, **style: Any
+) -> None:
+    """Draw a value of the reports. Reports of another number of blocks are points off the line."""
+    for report in group.reports:
+        if report["layers"] != BLOCKS:
+            axis.plot(report[group.quantity], value(report), **style)
+    joined = [report for report in group.reports if report["layers"] == BLOCKS]
+    places = [report[group.quantity] for report in joined]
+    axis.plot(places, [value(report) for report in joined], label=label, **style)
+
+
+def tick(group: Group, report: OverlapReport) -> str:
+    """Return what stands below a report's place: the quantity, and a number of blocks that is not
+    the usual one."""
+    if group.quantity == "tokens":
+        return f"{report['tokens']:,}"
+    blocks = "" if report["layers"] == BLOCKS else f"\n{report['layers']} blocks"
+    return f"{report['comm_share']:.2f}{blocks}"

@@ -17,6 +17,7 @@ COLORS = {
     "combine": PURPLE,
 }
 OTHER = "#bab0ac"
+TRANSFERS = {"dispatch", "combine"}
 DARK = (BLUE, GREEN, RED)  # letters on these are white
 
 
@@ -26,6 +27,7 @@ def draw(
     """Draw a pair of rows (computation above, communication below) for each timeline, on one axis.
     words: a title."""
     end = max(elapsed(spans) for spans in timelines.values())
+    named = names_with_room(timelines, end)
     with chart(path, 1.7 + 1.15 * len(timelines)) as figure:
         axis = figure.subplots()
         for i, (name, spans) in enumerate(timelines.items()):
@@ -34,15 +36,12 @@ def draw(
                 whole = "attention" if span.operator in PARTS else span.operator
                 color = COLORS.get(whole, OTHER)
                 axis.barh(row, length, left=span.start, height=0.9, color=color, edgecolor="white")
-                label = span.operator.replace("_", "\n")
-                if length > 0.0155 * end * (
-                    1 + max(map(len, label.split("\n")))
-                ):  # room for the letters
+                if span.operator in named:
                     x, ink = (span.start + span.end) / 2, "white" if color in DARK else "black"
                     axis.text(
                         x,
                         row,
-                        label,
+                        label_of(span.operator),
                         ha="center",
                         va="center",
                         color=ink,
@@ -64,3 +63,22 @@ def draw(
             for name, color in colors.items()
         ]
         figure.legend(handles=handles, loc="outside lower left", ncols=3)
+
+
+def names_with_room(timelines: Mapping[str, Sequence[Span]], end: float) -> set[str]:
+    """Return the operators whose name fits into each of their bars; the legend has all names. Of
+    dispatch and combine both are named or neither."""
+    spans = [span for timeline in timelines.values() for span in timeline]
+    without_room = {span.operator for span in spans if not has_room(span, end)}
+    if without_room & TRANSFERS:
+        without_room |= TRANSFERS
+    return {span.operator for span in spans} - without_room
+
+
+def has_room(span: Span, end: float) -> bool:
+    letters = max(map(len, label_of(span.operator).split("\n")))
+    return span.end - span.start > 0.0155 * end * (1 + letters)
+
+
+def label_of(operator: str) -> str:
+    return operator.replace("_", "\n")

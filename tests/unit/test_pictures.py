@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.colors import to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
 from docs.build.pages import (
     CONDITIONS,
     DRAW,
+    HEADLINE,
     PAGES,
     README,
     RECORDS,
@@ -25,8 +26,10 @@ from docs.build.pages import (
     experiments,
     pages,
     pictures,
+    rival_of,
 )
 from experiments.bench.speed_chart import PAPERS, name_of
+from experiments.engine import gantt
 from experiments.tables.table_file import load_table
 from scmoe.config.leaves import ConfigError
 from scmoe.probes import charts
@@ -61,6 +64,45 @@ def test_the_pictures_of_the_docs_show_what_their_reports_say_and_are_readable(d
         if name.startswith(BARS):
             assert_values_off_the_bars(figure)
     assert not stale, "make figures draws them again"
+
+
+def test_points_of_another_number_of_blocks_are_on_no_line(drawn):
+    """A line that joins reports of four blocks and of eight would show the number of blocks as an
+    effect of the share."""
+    pictures()["two-batches"](Path("x.png"))
+    (figure, _) = drawn[0]
+    eight = json.loads((PAGES / f"{HEADLINE}.json").read_text())
+    assert eight["layers"] == 8
+    for axes in figure.axes[:2]:
+        places = [list(line.get_xdata()) for line in axes.lines]
+        assert [eight["comm_share"]] in places, "it is shown"
+        assert not [line for line in places if len(line) > 1 and eight["comm_share"] in line]
+
+
+@pytest.mark.parametrize("name", ["ways", "timelines", "slots", "chunks"])
+def test_of_an_operator_all_bars_have_its_name_or_none(drawn, name):
+    pictures()[name](Path("x.png"))
+    (axes,) = drawn[0][0].axes
+    colors = {to_hex(bar.get_facecolor()): [] for bar in axes.patches}
+    for bar in axes.patches:
+        center = bar.get_x() + bar.get_width() / 2, bar.get_y() + bar.get_height() / 2
+        is_named = any(np.allclose(text.get_position(), center) for text in axes.texts)
+        if bar.get_width() > 0:  # those of the legend have no width
+            colors[to_hex(bar.get_facecolor())].append(is_named)
+    transfers = colors[gantt.COLORS["dispatch"]] + colors[gantt.COLORS["combine"]]
+    assert transfers and len(set(transfers)) == 1
+
+
+def test_top2_s_gain_of_two_batches_stands_only_where_the_conditions_are_equal(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = PAGES / "overlap-real-iteration-2-ranks-share-0.52.json"
+    report = json.loads(path.read_text())
+    (sentence,) = rival_of(report)
+    assert "1.53 in training and 1.70 in inference" in sentence
+    others = {"wanted_share": 0.42, "compute": "emulated", "tokens": 320, "level": "block"}
+    for key, value in {**others, "ranks": 4}.items():
+        assert rival_of(report | {key: value}) == []
+    assert rival_of({"loads": [report]}) == []
 
 
 def test_every_page_of_results_says_what_its_json_says(monkeypatch):
