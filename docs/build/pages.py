@@ -1,4 +1,4 @@
-"""Draws the pictures of the docs, and writes the pages of docs/results and the answers of README, all
+"""Draws the pictures of the docs, and writes the pages of docs/results and README's answers, all
 from stored reports and results.
 
 A measuring command with `--out docs/figures` writes its report, NAME.json, and NAME.png. `table

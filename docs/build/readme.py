@@ -48,7 +48,8 @@ of gradients, Pos-2 trains at {few_tokens:.2f} of top-2's speed \
 5. **In quality: no gain of the shortcut is shown.** At equal tokens Pos-2's loss is top-2's \
 within {margin} nats (TOST, p {equal_p:.3f}). At equal time it is {gain:+.3f} nats from top-2's, \
 but a shared expert alone is at {shared_gain:+.3f}; Pos-2's own part is {own_gain:+.3f} and not \
-significant (p {own_p:.2f}; [a small twin of Table 3](docs/results/{table}/table.md), {seeds} seeds).
+significant (p {own_p:.2f}; {seeds} seeds of [a small twin of Table 3]\
+(docs/results/{table}/table.md)).
 
 """
 

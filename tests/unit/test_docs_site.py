@@ -92,6 +92,14 @@ def test_every_page_is_in_the_navigation():
     assert set(pages.PYTHON) == packages - {"cli"}
 
 
+def test_the_search_needs_no_server_and_no_network():
+    config = yaml.yaml_load((ROOT / "mkdocs.yml").read_text())
+    assert "offline" in config["plugins"] and not config["use_directory_urls"]
+    (script,) = config["extra"]["polyfills"]
+    assert "iframe-worker" in script, "otherwise the plugin adds one of a CDN"
+    assert (ROOT / "docs" / script).is_file()
+
+
 def test_the_concepts_say_what_a_schedule_gives():
     (block,) = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs/concepts.md").read_text(), re.DOTALL
