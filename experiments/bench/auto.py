@@ -8,8 +8,8 @@ from typing import Any
 from experiments.bench.overlap import Measured
 from experiments.bench.rank_bench import Seconds
 from experiments.bench.stacks import Variant
-from experiments.bench.two_batches import TWO
 from experiments.engine.clock import median
+from scmoe.probes.row_names import TWO
 
 
 def auto_of_both(measured: Measured, name: str) -> dict[str, Any] | None:

@@ -38,7 +38,6 @@ from experiments.bench.passes import (
 )
 from experiments.bench.rate_search import find_rate
 from experiments.bench.stacks import Variant, make_blocks
-from experiments.bench.two_batches import TWO
 from experiments.engine import links
 from experiments.engine.clock import CPU, in_turn
 from experiments.engine.ranks import say_once
@@ -50,6 +49,7 @@ from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.parallel.wire.announced import ReadByHost
 from scmoe.parallel.wire.wire import Wire
 from scmoe.probes.loads import BALANCED, CurrentLoad, load_of
+from scmoe.probes.row_names import TWO
 from scmoe.schedule.schedule import POSITIONS
 
 BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")

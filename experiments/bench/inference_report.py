@@ -23,9 +23,9 @@ from experiments.bench.inference_rows import (
 from experiments.bench.over_best import over_fastest
 from experiments.bench.pairs import Setting, check_ranks
 from experiments.bench.rate_search import warn_of_share
-from experiments.bench.speed_chart import OVER_TOP2, PAPERS, Printed, name_of
+from experiments.bench.speed_chart import OVER_TOP2, PAPERS, Printed
 from experiments.bench.stacks import Variant
-from experiments.bench.two_batches import architecture_of, batches_of, stated_or_of_medians
+from experiments.bench.two_batches import stated_or_of_medians
 from experiments.bench.uneven import Point, draw_lines, heat_of
 from experiments.engine import links
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
@@ -35,6 +35,7 @@ from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.probes.charts import BLUE, GREEN, PAPER, RED, chart, heading
 from scmoe.probes.loads import BALANCED, Sizes, check_load, imbalance, kinds_of, load_of
+from scmoe.probes.row_names import architecture_of, batches_of, name_of
 from scmoe.report import Report, publish, say
 
 GENERATE_ROUNDS = 3  # a text without a cache takes seconds

@@ -12,11 +12,11 @@ from typing import Any
 
 from experiments.bench.offload import ARCHITECTURES, OffloadSetting, measure
 from experiments.bench.offload_rows import RESIDENT, Offloading
-from experiments.bench.speed_chart import name_of
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from experiments.engine.isolated import follow_caller
 from scmoe.config.extras import require
 from scmoe.probes.charts import BLUE, PAPER, RED, SKY, chart, heading, title
+from scmoe.probes.row_names import name_of
 from scmoe.report import Report, publish
 
 # Blocking's extra latency over an MoE block's; the share of it that migration hides; the share of

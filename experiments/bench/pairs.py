@@ -10,9 +10,10 @@ Nothing here imports torch, so the command line reads it.
 
 from dataclasses import dataclass, replace
 
-from experiments.bench.two_batches import batches_of, rows_in_halves
+from experiments.bench.two_batches import rows_in_halves
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
+from scmoe.probes.row_names import batches_of
 from scmoe.schedule.schedule import POSITIONS, Schedule
 
 # bytes of rows for a byte of gradients in an iteration; the paper's: docs/results/method.md

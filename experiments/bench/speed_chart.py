@@ -6,29 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.bench.overlap_rows import Kind, OverlapRow, cells_of, rows_of
-from experiments.bench.two_batches import (
-    PIPELINED,
-    architecture_of,
-    batches_of,
-    stated_or_of_medians,
-)
+from experiments.bench.two_batches import stated_or_of_medians
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from scmoe.probes.charts import BLUE, GREEN, LINES, PAPER, SKY, chart, heading
+from scmoe.probes.row_names import PIPELINED, architecture_of, batches_of, name_of
 from scmoe.report import Report
 
-NAMES = {
-    "top2": "Standard top-2",
-    "top1": "Standard top-1",
-    "top3": "Standard top-3",
-    "shared_expert": "Shared-expert",
-    "scmoe2": "ScMoE-2",
-    **{f"scmoe_pos{i}": f"ScMoE (Pos-{i})" for i in (1, 2, 3)},
-    "farskip": "FarSkip",
-}
-IN_EVERY_BLOCK = {
-    "scmoe_pos1": "NVIDIA (Pos-1)",
-    "scmoe_pos2": "Nous (Pos-2)",
-}  # wirings with an MoE in every block
 OTHER_WORK = ("top1", "top3", "scmoe2")  # rows of less or more computation than top-2
 NTH = {1: "one", 2: "second one"}  # by Setting.every
 KINDS: dict[Kind, str] = {"forward": "inference", "train": "training"}
@@ -63,18 +46,6 @@ PAPERS = {  # by the share of communication that emulates the machine
         },
     ),
 }
-
-
-def name_of(row: str, every: int = 2) -> str:
-    """Return the paper's name of a row's architecture, such as `ScMoE (Pos-2)` for
-    scmoe_pos2_pipelined. every: blocks with an MoE (pairs.py)."""
-    return (NAMES | IN_EVERY_BLOCK if every == 1 else NAMES)[architecture_of(row)]
-
-
-def way_of_row(row: str) -> str:
-    """Return what a label says of a row beside its name."""
-    halves = ", two batches in flight" if batches_of(row) == 2 else ""
-    return halves + (", pipelined" if row.endswith(PIPELINED) else "")
 
 
 def paper_of(report: dict[str, Any]) -> Printed | None:

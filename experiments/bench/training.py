@@ -34,9 +34,9 @@ import torch.distributed as dist
 from experiments.bench.pairs import Setting, pair_of
 from experiments.bench.rank_bench import Bench
 from experiments.bench.rate_search import find_rate
-from experiments.bench.speed_chart import OVER_TOP2, line_colors, name_of, way_of_row
+from experiments.bench.speed_chart import OVER_TOP2, line_colors
 from experiments.bench.training_turns import Training
-from experiments.bench.two_batches import batches_of, over_best_top2
+from experiments.bench.two_batches import over_best_top2
 from experiments.engine.clock import in_turn, median, quartiles
 from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
@@ -45,6 +45,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.probes.charts import chart, heading
 from scmoe.probes.loads import BALANCED, Sizes, check_load, imbalance, kinds_of, load_of
+from scmoe.probes.row_names import batches_of, name_of, way_of_row
 from scmoe.report import Report, publish
 from scmoe.training.assembly.costs import estimate
 

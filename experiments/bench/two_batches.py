@@ -10,9 +10,8 @@ Nothing here imports torch, so the command line reads it.
 from collections.abc import Mapping
 
 from scmoe.config.leaves import ConfigError
+from scmoe.probes.row_names import PIPELINED, TWO, architecture_of, batches_of
 
-TWO = "_two"
-PIPELINED = "_pipelined"
 Rows = Mapping[str, tuple[str, tuple[int, ...]]]  # as pairs.ROWS of one kind of blocks
 
 
@@ -24,16 +23,6 @@ def rows_in_halves(rows: Rows) -> dict[str, tuple[str, tuple[int, ...]]]:
             in_halves[row + TWO] = block, (1,)
             in_halves[row + TWO + PIPELINED] = block, (2,)
     return in_halves
-
-
-def batches_of(row: str) -> int:
-    """Return the batches in flight of a row."""
-    return 2 if row.removesuffix(PIPELINED).endswith(TWO) else 1
-
-
-def architecture_of(row: str) -> str:
-    """Return the row of the same blocks in one chunk, with one batch in flight."""
-    return row.removesuffix(PIPELINED).removesuffix(TWO)
 
 
 def over_best_top2(speedups: Mapping[str, float], *others: float) -> dict[str, float]:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from experiments.bench.overlap_rows import rows_of
-from experiments.bench.speed_chart import KINDS, PIPELINED, conditions, name_of, speed_bars
+from experiments.bench.speed_chart import KINDS, conditions, speed_bars
 from experiments.engine.bars import bar_legend, grouped_bars, height_of
 from experiments.figures.timelines import pair, timelines
 from scmoe.config.derived import SHORTCUTS
@@ -33,6 +33,7 @@ from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
 from scmoe.probes.charts import BLUE, ORANGE, RED, SKY, SMALL, chart, heading, title
 from scmoe.probes.representation_charts import draw_gating, draw_similarity
+from scmoe.probes.row_names import PIPELINED, name_of
 from scmoe.runs.seen import open_run
 from scmoe.schedule.cost import TRANSFERS
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 
 from experiments.bench.emulated import OUT_PART
 from experiments.bench.pairs import ROWS, default_schedule
-from experiments.bench.two_batches import batches_of
 from experiments.simulate.reports import LAUNCH_S, ROUTED, Calibration
 from scmoe.clusters.played_load import Load
 from scmoe.clusters.rank_shares import rank_shares
 from scmoe.clusters.shared_link import Sum
 from scmoe.clusters.simulated_step import Block, Setting, StepTime, simulate_forward, simulate_step
 from scmoe.probes.loads import Sizes, load_of
+from scmoe.probes.row_names import batches_of
 from scmoe.schedule.cost import LAUNCH, OperatorTimes, slots
 from scmoe.schedule.schedule import SUBLAYERS, Schedule
 from scmoe.schedule.stack import BEFORE

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from experiments.bench.overlap_rows import OverlapRow
-from experiments.bench.two_batches import batches_of
 from experiments.simulate.reports import Calibration, Measured
 from experiments.simulate.rows import Predicted, predict_row, predict_sequential
 from experiments.simulate.testbed_checks import (
@@ -24,6 +23,7 @@ from experiments.simulate.testbed_checks import (
     REAL_SHARE,
     TWO_BATCHES,
 )
+from scmoe.probes.row_names import batches_of
 
 SHARES_APART = 0.05  # two shares
 

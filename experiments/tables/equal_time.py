@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy
 
-from experiments.bench.two_batches import TWO, batches_of
 from experiments.tables.seed_statistics import describe, differences
 from experiments.tables.table_file import Table
 from experiments.tables.table_runs import Run
+from scmoe.probes.row_names import TWO, batches_of
 
 SPEED = "train_speedup"  # of four blocks, forward and backward, over sequential top-2
 Report = Mapping[str, Any]  # of `bench overlap`

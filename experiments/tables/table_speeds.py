@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from experiments.bench.two_batches import TWO, architecture_of
 from experiments.tables.table_file import Scale, Table
+from scmoe.probes.row_names import TWO, architecture_of
 from scmoe.sweeps.batch import Batch, Watch
 from scmoe.sweeps.jobs import StudyJob
 

@@ -20,6 +20,7 @@ from scmoe.clusters.played_load import Load
 from scmoe.clusters.profile import BANDS, Machine, Profile, scaled
 from scmoe.clusters.simulated_step import Block, Head, Setting, StepTime, simulate_step
 from scmoe.clusters.timed_blocks import Sizes, at_schedule, blocks_on, update_seconds
+from scmoe.probes.row_names import PIPELINED, TWO
 from scmoe.schedule.schedule import Schedule
 
 CHUNKS = (1, 2, 4, 8)
@@ -27,8 +28,6 @@ CHUNKS_OF_HALVES = (1, 2)
 BEST = 4  # schedules of a row that are played on every drawn machine
 ROW_ERROR = 0.02  # assumed
 MORE_TOKENS = (2, 4, 8, 16, 32, 64)  # times as many, of which the first that pays is named
-PIPELINED = "_pipelined"
-TWO = "_two"
 SHARED = "shared_expert"
 
 

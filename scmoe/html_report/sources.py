@@ -18,12 +18,14 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from scmoe.config.extras import CHECKOUT
 from scmoe.config.leaves import ConfigError
 from scmoe.files.writing import STARS, read_json, redacted
+from scmoe.probes.row_names import row_in_words
 from scmoe.runs.seen import SeenRun, find_runs
 
 RUNS = Path("runs")
@@ -106,7 +108,7 @@ def cleaner_for(runs: Sequence[SeenRun]) -> Cleaner:
 def find_sources(names: Sequence[str], last: int) -> tuple[Sources, Cleaner]:
     """Return what the names of a command line lead to, and what cleans texts of it.
 
-    names: runs, folders, files, or names below runs/ and, in a checkout, of docs/results; none: the
+    names: runs, folders, files, or names below runs/ and, in a checkout, of results; none: the
     folder runs. last: how many of the newest runs of a folder are shown. Raises ConfigError.
     """
     sources = Sources()
@@ -136,18 +138,30 @@ def find_sources(names: Sequence[str], last: int) -> tuple[Sources, Cleaner]:
 
 def located(name: str) -> Path:
     """Return the file or folder that a word of the command line names. Raises ConfigError."""
-    docs = CHECKOUT.parent / "docs"
-    candidates = [
-        Path(name),
-        RUNS / name,
-        docs / "results" / name / "results.json",
-        docs / "results" / f"{name}.json",
-        docs / "figures" / f"{name}.json",
-    ]
-    for path in candidates:
+    results = named_results()
+    for path in (Path(name), RUNS / name):
         if path.exists():
             return path
-    raise ConfigError(f"There is no {name!r}. Name {KINDS}.")
+    if name in results:
+        return results[name]
+    shown = sorted(
+        word for word, path in results.items() if path.is_dir() or read_file(path, False)
+    )
+    alike = get_close_matches(name, shown, n=5, cutoff=0.5) or shown
+    names = f", or a result: {', '.join(alike)}" if alike else ""
+    raise ConfigError(f"There is no {name!r}. Name {KINDS}{names}.")
+
+
+def named_results() -> dict[str, Path]:
+    """Return the results of a checkout's docs by name; a folder in docs/figures is one of several
+    reports."""
+    docs = CHECKOUT.parent / "docs"
+    results = {path.stem: path for path in (docs / "figures").glob("*.json")}
+    results |= {path.name: path for path in (docs / "figures").glob("*/")}
+    results |= {path.stem: path for path in (docs / "results").glob("*.json")}
+    results |= {path.parent.name: path for path in (docs / "results").glob("*/results.json")}
+    results.pop("conditions", None)
+    return results
 
 
 def search(folder: Path, sources: Sources, last: int) -> None:
@@ -258,8 +272,16 @@ def conditions_of(path: Path) -> dict[str, str]:
 
 
 def data_of(kind: str, report: dict[str, Any]) -> dict[str, Any]:
-    """Return a report; of a trace the operators alone, as it may have a million events."""
-    return {"operators": [*operators_of(report["traceEvents"])]} if kind == "trace" else report
+    """Return a report with the names of its rows in words; of a trace the operators alone, as it
+    may have a million events."""
+    if kind == "trace":
+        return {"operators": [*operators_of(report["traceEvents"])]}
+    every = report.get("every", 2)
+    named = dict(report)
+    for key in ("rows", "paper"):
+        if rows := rows_by_name(report.get(key)):
+            named[key] = {row_in_words(name, every): row for name, row in rows.items()}
+    return named
 
 
 def stated(data: dict[str, Any]) -> dict[str, str]:

@@ -11,11 +11,11 @@ from experiments.bench.pairs import ROWS, Setting, default_schedule, usual_rows
 from experiments.bench.rank_bench import Seconds
 from experiments.bench.stacks import Variant, chosen_by, waiting_of
 from experiments.bench.training import ARCHITECTURES, ROWS_OF_TWO_BATCHES, words_of
-from experiments.bench.two_batches import architecture_of, batches_of
 from scmoe.command_line import call
 from scmoe.config.load import load
 from scmoe.config.rules import may_run_two_batches
 from scmoe.planning.pricing import LayerChoice
+from scmoe.probes.row_names import architecture_of, batches_of
 from scmoe.schedule.cost import OperatorTimes, exposed_time
 from scmoe.schedule.schedule import Schedule
 

@@ -22,6 +22,7 @@ from scmoe.command_line import call
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.load import load
 from scmoe.planning.pricing import OPERATORS, STREAM, LayerChoice
+from scmoe.probes.row_names import name_of
 from scmoe.schedule.cost import OperatorTimes
 from tests.support.pictures import assert_readable, assert_values_off_the_bars
 
@@ -228,7 +229,7 @@ def test_charts_of_the_bench_are_readable(tmp_path, drawn):
 def test_the_limit_of_top2_is_drawn_at_rows_of_as_much_computation():
     groups = speed_chart.speed_bars(report_of(0.52, tuple(ROWS[2])), "forward", None)
     without = {name for name, bars in groups.items() if all(bar.limit is None for bar in bars)}
-    assert without == {speed_chart.name_of(row) for row in ("top1", "top3", "scmoe2")}
+    assert without == {name_of(row) for row in ("top1", "top3", "scmoe2")}
     assert all(
         bar.limit is not None
         for name, bars in groups.items()

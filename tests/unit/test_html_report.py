@@ -111,7 +111,7 @@ def test_an_advice_names_its_job_and_what_its_answer_rests_on(tmp_path):
     assert "0.97 to 1.13" in first, "the interval on which the answer rests"
     assert first[1] == "within the error" and first[-1] == "1,300 tokens a rank are missing"
     assert second[1] == "pays, does not fit"
-    assert "scmoe_pos1_two (does not fit the card)" in text
+    assert "ScMoE (Pos-1), two batches in flight (does not fit the card)" in text
     assert "not stated" not in text
 
 
@@ -251,6 +251,39 @@ def test_a_report_of_several_loads_is_one_part_for_each(tmp_path):
     assert [source.name for source in read_file(path, must=True)] == names
 
 
+def test_rows_have_names_in_words(tmp_path):
+    speeds = reported.speeds()
+    (row,) = speeds["rows"].values()
+    speeds["rows"] |= {"top8_two_pipelined": row, "my_block": row}
+    speeds["paper"]["top8_two_pipelined"] = {"train": 1.23}
+    path = reported.write_json(tmp_path / "speeds.json", speeds)
+    seen = page(tmp_path, path)
+    text = " ".join(seen.texts)
+    for name in ("ScMoE (Pos-2)", "Standard top-8, two batches in flight, pipelined", "my_block"):
+        assert name in text
+    assert "scmoe_pos2" not in text and "top8" not in text
+    assert "1.43" in text and "1.23" in text, "the paper's values stay at their rows"
+    reported.write_json(path, speeds | {"every": 1})
+    assert "Nous (Pos-2)" in " ".join(page(tmp_path, path).texts)
+
+
+def test_an_unknown_name_lists_those_that_exist(tmp_path, monkeypatch):
+    docs = tmp_path / "docs"
+    (docs / "figures/two-batches").mkdir(parents=True)
+    (docs / "results").mkdir()
+    for name in ("figures/two-batches/a", "figures/overlap-a", "results/layer"):
+        reported.write_json(docs / f"{name}.json", reported.speeds())
+    reported.write_json(docs / "results/conditions.json", {})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("scmoe.html_report.sources.CHECKOUT", tmp_path / "scmoe")
+    with pytest.raises(ConfigError, match=r"or a result: layer, overlap-a, two-batches\.$"):
+        find_sources(["xyz"], 1)
+    with pytest.raises(ConfigError, match=r"or a result: two-batches\.$"):
+        find_sources(["two_batch"], 1)
+    sources, _ = find_sources(["two-batches"], 1)
+    assert [source.path.name for source in sources.files] == ["a.json"]
+
+
 def test_seconds_are_tokens_over_logged_speeds(tmp_path):
     """10 steps of 8 sequences of 256 tokens, at 2,048 tokens/s, take 10 s."""
     run = SeenRun(reported.write_run(tmp_path))
@@ -343,6 +376,12 @@ def test_colours_have_enough_contrast_in_light_and_dark():
         for name in ("ink", "muted", *(f"c{i}" for i in range(1, 7))):
             for ground in ("paper", "shade"):
                 assert contrast(colors[name], colors[ground]) >= 4.5, (name, ground)
+
+
+def test_a_table_that_is_wider_than_the_screen_has_a_shadow_where_it_goes_on():
+    """A shadow at each edge, and a cover that moves with the table."""
+    (rule,) = re.findall(r"^\.table \{(.*?)^\}", STYLE.read_text(encoding="utf-8"), re.M | re.S)
+    assert rule.count(" scroll") == rule.count(" local") == 2
 
 
 def contrast(a: str, b: str) -> float:

@@ -28,11 +28,12 @@ from docs.build.pages import (
     pictures,
     rival_of,
 )
-from experiments.bench.speed_chart import PAPERS, name_of
+from experiments.bench.speed_chart import PAPERS
 from experiments.engine import gantt
 from experiments.tables.table_file import load_table
 from scmoe.config.leaves import ConfigError
 from scmoe.probes import charts
+from scmoe.probes.row_names import name_of
 from tests import terminal
 from tests.support.pictures import assert_readable, assert_values_off_the_bars
 
