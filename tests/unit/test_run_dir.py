@@ -1,6 +1,7 @@
 """The name of a run's directory shows how the run differs from others; its last state is right
 however it ends."""
 
+import errno
 import json
 import os
 import subprocess
@@ -41,6 +42,22 @@ def test_a_run_starts_in_a_tree_with_a_change_that_is_not_utf8(tmp_path, monkeyp
     Path("latin.txt").write_bytes(b"\xe9\n")
     run_dir = create_run_dir(tmp_path / "runs", "a", [], "")
     assert "\n-a\n+\ufffd" in json.loads((run_dir / "env.json").read_text())["git_diff"]
+
+
+@pytest.mark.parametrize("obstacle", ["a copied folder", "a file system without links"])
+def test_a_run_starts_where_latest_cannot_be_a_link(obstacle, tmp_path, monkeypatch, capsys):
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    if obstacle == "a copied folder":
+        (tmp_path / "latest").mkdir()
+        (tmp_path / "latest/config.yaml").write_text("name: copied")
+    else:
+        monkeypatch.setattr(os, "symlink", refuse)
+    run_dir = create_run_dir(tmp_path, "a", [], "")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {tmp_path / 'latest'}") and str(run_dir) in line
+    assert not list(tmp_path.glob(".latest-*"))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from typing import Any
 
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.files.writing import read_json, redacted, replacing, try_to_write_json
+from scmoe.files.writing import read_json, redacted, replacing, try_to_write_json, warn_once
 from scmoe.parallel.checkpoint.durable import checkpoints, machine, start_of
 
 # Keys that are not in a run's name.
@@ -86,10 +86,21 @@ def write_config(path: Path, config_yaml: str) -> None:
 
 
 def point_latest(root: Path, run_dir: Path) -> None:
-    """Make runs/latest a link to run_dir, in one step: a reader always finds a run there."""
+    """Make runs/latest a link to run_dir, in one step: a reader always finds a run there.
+
+    Where that is impossible, warn: the folder may be a copy, in which links became folders, or on a
+    file system without links.
+    """
     fresh = root / f".latest-{uuid.uuid4().hex[:8]}"
-    fresh.symlink_to(run_dir.resolve().relative_to(root.resolve()))
-    os.replace(fresh, root / "latest")
+    try:
+        fresh.symlink_to(run_dir.resolve().relative_to(root.resolve()))
+        os.replace(fresh, root / "latest")
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        warn_once(
+            f"{root / 'latest'} cannot be made a link to this run: {error.strerror or error}. Use"
+            f" {run_dir}, and remove {root / 'latest'} if it is a copy of another run"
+        )
 
 
 def environment() -> dict[str, Any]:
