@@ -55,6 +55,7 @@ from scmoe.parallel.dense import (
     with_dense_mesh,
 )
 from scmoe.parallel.dense_auto import estimates_of, memory_of_rank, pick_dense
+from scmoe.parallel.kept_groups import give_up_groups, with_kept_groups
 from scmoe.parallel.mesh import Mesh, build_mesh, check_experts, what_prevents_overlap
 from scmoe.parallel.torch_seam import set_default_timeout
 from scmoe.parallel.update.wrap import Wrapped, wrap
@@ -168,7 +169,8 @@ class ExpertParallelStrategy(DDPStrategy):
                 say(self.global_rank, f"warning: {line}")
         if self.mesh.device_mesh is None:
             ep_size = self.world_size if self.ep_size is None else self.ep_size
-            self._use(Wire(build_mesh(ep_size, self.root_device, self.timeout)))
+            layout = (ep_size, self.root_device, self.timeout)
+            self._use(Wire(with_kept_groups(build_mesh, *layout)))
             self._split(self.dense, self.dense_estimates)
             self.checkpoints = Checkpoints(self.mesh, self.async_checkpoint)
         self._use(self.wire)
@@ -186,10 +188,8 @@ class ExpertParallelStrategy(DDPStrategy):
             how, why = self.broadcast(pick_dense(estimates, memory))
             say(self.global_rank, f"strategy.dense=auto: dense weights are {how}; {why}")
         if how in ("sharded", "hybrid"):
-            mesh = with_dense_mesh(
-                self.mesh, how, self.num_processes, self.root_device, self.timeout
-            )
-            self._use(replace(self.wire, mesh=mesh))
+            layout = (self.mesh, how, self.num_processes, self.root_device, self.timeout)
+            self._use(replace(self.wire, mesh=with_kept_groups(with_dense_mesh, *layout)))
 
     # ------------------------------------------------------------------ setup and teardown
 
@@ -341,6 +341,7 @@ class ExpertParallelStrategy(DDPStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
+        give_up_groups()
         if self.mesh.world_size > 1:
             absent = note_absent(exception, self.mesh)
             end_job_at_exit(launch.started_ranks(self), absent, self.parent)

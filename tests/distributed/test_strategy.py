@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -38,7 +39,8 @@ from scmoe.training.modules import LanguageModel
 from scmoe.training.muon import adamw
 from tests.support.comparison import TOLERANCE
 from tests.support.resuming import HALF, WHOLE, fit, largest_difference, whole
-from tests.support.trainings import tiny, train, users_trainer
+from tests.support.trainer_of import trainer_of
+from tests.support.trainings import RecordingModel, tiny, train, users_trainer
 
 pytestmark = pytest.mark.dist
 
@@ -326,3 +328,40 @@ def test_an_ep_size_that_does_not_divide_the_number_of_ranks_is_refused():
         match=r"ValueError: ep_size is 3, allowed: divisors of the number of ranks \(2\)\n",
     ):
         run_ranks(own_trainer, 2, ExpertParallelStrategy(ep_size=3))
+
+
+def threads_after_fits(rank: int, world_size: int) -> list[tuple[int, int]]:
+    """Return after each training the threads of this process, and the process groups that torch
+    has."""
+    found = []
+    for _ in range(3):
+        for dense in ("replicated", "sharded"):
+            train(tiny(f"strategy.dense={dense} trainer.max_steps=1", world_size))
+        threads = len(list(Path("/proc/self/task").iterdir()))
+        found.append((threads, len(dist.distributed_c10d._world.pg_map)))
+    return found
+
+
+def test_trainings_of_one_process_share_their_groups():
+    for first, second, third in run_ranks(threads_after_fits, 2):
+        assert first == second == third
+
+
+class Interrupted(Callback):
+    def on_train_batch_end(self, *_: Any) -> None:
+        raise RuntimeError("stopped")
+
+
+def groups_after_an_error(rank: int, world_size: int) -> bool:
+    """Return whether a training after one that has raised has groups of its own."""
+    config, meshes = tiny("trainer.max_steps=1", world_size), []
+    for callbacks in ([Interrupted()], []):
+        trainer = trainer_of(config, callbacks, [])
+        with suppress(RuntimeError):
+            trainer.fit(RecordingModel(config), build_datamodule(config))
+        meshes.append(trainer.strategy.mesh)
+    return meshes[0].control_group is not meshes[1].control_group
+
+
+def test_no_training_uses_the_groups_of_one_that_has_raised():
+    assert run_ranks(groups_after_an_error, 1) == [True]
