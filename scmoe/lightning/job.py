@@ -6,12 +6,12 @@ so all of them stop at one step, with exit code 143, 129 or 130 and, if they wer
 complete checkpoint.
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -297,13 +297,14 @@ class RunningJob:
             launch.save_and_requeue(trainer, self.stop.requeue)
         else:
             folder = getattr(last, "dirpath", None) or trainer.default_root_dir
-            path = Path(folder) / f"step={trainer.global_step}.ckpt"
+            # a folder may be on a remote storage, whose :// a Path would change
+            path = os.path.join(folder, f"step={trainer.global_step}.ckpt")
             trainer.save_checkpoint(path)
             self.checkpoints.finish()
             say(
                 self.mesh.rank,
                 f"stopped at step {trainer.global_step}; to go on: trainer.fit(...,"
-                f" ckpt_path={str(path)!r})",
+                f" ckpt_path={path!r})",
             )
 
     def close(self) -> None:

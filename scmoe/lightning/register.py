@@ -34,12 +34,17 @@ def reading_directories(load: Callable[..., Any]) -> Callable[..., Any]:
     def read(path: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
         from torch import Tensor
 
-        from scmoe.parallel.checkpoint.durable import MANIFEST
         from scmoe.parallel.checkpoint.loading import read_for_lightning
+        from scmoe.parallel.checkpoint.remote import downloaded, has_manifest, located
 
-        if not isinstance(path, (str, Path)) or not (Path(path) / MANIFEST).is_file():
+        # http: Lightning reads it otherwise
+        if not isinstance(path, (str, Path)) or str(path).startswith("http"):
             return load(path, map_location, *args, **kwargs)
-        checkpoint = read_for_lightning(Path(path))
+        place = located(path)
+        if not has_manifest(place):
+            return load(path, map_location, *args, **kwargs)
+        with downloaded(place) as folder:
+            checkpoint = read_for_lightning(folder)
         device = device_of(map_location)
         for name, entry in checkpoint["state_dict"].items():
             if isinstance(entry, Tensor):  # not every extra state is one

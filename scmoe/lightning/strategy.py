@@ -19,7 +19,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,12 +36,14 @@ from scmoe.lightning.seam import launch, loops, saves
 from scmoe.lightning.trainer_checkpoints import (
     SavePostponed,
     check_can_be_saved,
-    refuse_save_without_ranks,
-    refuse_storage_options,
+    load,
+    refuse_load_without_ranks,
+    refuse_save,
     remove,
     save_or_postpone,
     warn_of_skipped_save,
 )
+from scmoe.parallel.checkpoint.remote import located
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import model_state, optimizer_state
 from scmoe.parallel.dense import (
@@ -127,6 +128,11 @@ class ExpertParallelStrategy(DDPStrategy):
         self.in_training = False  # from `setup` for fit to the end of training
         # removes what `setup` has hooked into the module, the plugin and torch
         self.at_teardown = ExitStack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle of the Trainer holds: no running job, nothing to undo."""
+        idle = {"job": RunningJob(), "at_teardown": ExitStack(), "started_by": None}
+        return {**super().__getstate__(), **idle}
 
     # ------------------------------------------------------------------ the rank and its place
 
@@ -351,11 +357,11 @@ class ExpertParallelStrategy(DDPStrategy):
     def save_checkpoint(
         self, state: dict[str, Any], filepath: Any, storage_options: Any = None
     ) -> None:
-        refuse_storage_options(storage_options)
+        refuse_save(self.mesh, storage_options)
         if self.is_alone:
             warn_of_skipped_save()
             return
-        path = Path(self.broadcast(filepath))
+        path = located(self.broadcast(filepath))
         save_or_postpone(path, state, self.module, self.checkpoints, self.mesh, self.takes_steps)
 
     @property
@@ -365,11 +371,11 @@ class ExpertParallelStrategy(DDPStrategy):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if not self.is_alone:
-            remove(Path(filepath), self.module.trainer, self.checkpoints)
+            remove(located(filepath), self.module.trainer, self.checkpoints)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the module's weights and buffers. Raise RuntimeError where this is no rank."""
-        refuse_save_without_ranks(self.mesh)
+        refuse_save(self.mesh)
         return model_state(self.module, self.mesh)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -382,13 +388,12 @@ class ExpertParallelStrategy(DDPStrategy):
 
         Nothing in the files can execute code.
         """
-        if not loops.is_fitting(self.module.trainer):
+        refuse_load_without_ranks(self.mesh)
+        trainer = self.module.trainer
+        if not loops.is_fitting(trainer):
             self.job.trained = None
-        optimizers = self.optimizers if loops.is_fitting(self.module.trainer) else []
-        path = Path(self.broadcast(checkpoint_path))
-        if optimizers:
-            saves.make_groups_of_finetuning(self.module.trainer, path)
-        return self.checkpoints.load(path, self.module, optimizers, self.module.strict_loading)
+        optimizers = self.optimizers if loops.is_fitting(trainer) else []
+        return load(located(self.broadcast(checkpoint_path)), trainer, self.checkpoints, optimizers)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Do nothing: load_checkpoint has read the weights already."""

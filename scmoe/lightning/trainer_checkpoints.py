@@ -5,25 +5,19 @@ training is completed at once.
 """
 
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
 
 from scmoe.lightning.seam import loops, saves
+from scmoe.parallel.checkpoint.remote import Place, on_each_machine
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import own_part, tied_weights, to_text
 from scmoe.parallel.mesh import Mesh
-
-
-def refuse_storage_options(storage_options: Any) -> None:
-    """Raise ValueError for options of a remote storage."""
-    if storage_options is not None:
-        raise ValueError(
-            "storage_options is not supported: a checkpoint is a local directory; leave it out"
-        )
 
 
 def check_can_be_saved(trainer: Any) -> None:
@@ -49,13 +43,28 @@ def check_can_be_saved(trainer: Any) -> None:
             ) from error
 
 
-def refuse_save_without_ranks(mesh: Mesh) -> None:
-    """Raise RuntimeError where this process is no rank."""
+def refuse_save(mesh: Mesh, storage_options: Any = None) -> None:
+    """Raise ValueError for options of a storage, RuntimeError where this process is no rank."""
+    if storage_options is not None:
+        raise ValueError(
+            "storage_options is not supported: leave it out, and set the options of a remote"
+            " storage in fsspec's configuration"
+        )
     if mesh.device_mesh is None:
         raise RuntimeError(
             "no checkpoint can be saved here: the ranks, which hold the experts, do not exist"
             " before fit, and end with it after spawn or fork. Save inside fit, for example"
             " with ModelCheckpoint"
+        )
+
+
+def refuse_load_without_ranks(mesh: Mesh) -> None:
+    """Raise RuntimeError where this process is no rank."""
+    if mesh.device_mesh is None:
+        raise RuntimeError(
+            "no checkpoint can be loaded here: the ranks, which hold the experts, do not exist"
+            " before fit, validate, test or predict. Give ckpt_path to one of them, or call"
+            " load_from_checkpoint of the module's class"
         )
 
 
@@ -69,7 +78,7 @@ def warn_of_skipped_save() -> None:
 
 
 def save_or_postpone(
-    path: Path,
+    path: Place,
     state: dict[str, Any],
     module: Any,
     checkpoints: Checkpoints,
@@ -95,7 +104,19 @@ def save_or_postpone(
         checkpoints.finish()
 
 
-def remove(path: Path, trainer: Any, checkpoints: Checkpoints) -> None:
+def load(
+    place: Place, trainer: Any, checkpoints: Checkpoints, optimizers: Sequence[Optimizer]
+) -> dict[str, Any]:
+    """Read weights and optimizer state in place and return the rest. Every rank must call it."""
+    module = trainer.lightning_module
+    checkpoints.finish()  # it may be the one that is read
+    with on_each_machine(place, checkpoints.mesh) as path:
+        if optimizers:
+            saves.make_groups_of_finetuning(trainer, path)
+        return checkpoints.load(path, module, optimizers, module.strict_loading)
+
+
+def remove(path: Place, trainer: Any, checkpoints: Checkpoints) -> None:
     """Remove a checkpoint in a folder of this Trainer; warn of another one. Every rank must call
     it."""
     if saves.is_of_trainer(path, trainer):
@@ -144,4 +165,4 @@ class SavePostponed(Callback):
         postponed = trainer.strategy.checkpoints.postponed
         while postponed:
             path = next(iter(postponed))
-            trainer.save_checkpoint(path, postponed.pop(path))
+            trainer.save_checkpoint(str(path), postponed.pop(path))

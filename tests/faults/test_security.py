@@ -164,7 +164,7 @@ def reseal(path: Path) -> None:
         for file in path.rglob("*")
         if file.is_file()
     }
-    (path / durable.MANIFEST).write_text(durable._seal({"step": step, "files": files}))
+    (path / durable.MANIFEST).write_text(durable.sealed({"step": step, "files": files}))
 
 
 PLACES = ("meta.json", "manifest.json", ".metadata", "extra.pt", "data.pkl", "shard")

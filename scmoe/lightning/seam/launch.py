@@ -2,6 +2,7 @@
 
 import subprocess
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 from lightning.fabric.utilities.imports import _IS_INTERACTIVE
@@ -81,13 +82,15 @@ def leave_signals_alone(trainer: Any, numbers: Collection[int]) -> None:
     found when training began: the Strategy's, which has ended then.
     """
     connector = trainer._signal_connector
-    register = type(connector)._register_signal
+    # no function in a function: a Trainer can be pickled
+    connector._register_signal = partial(
+        _register_others, type(connector)._register_signal, tuple(numbers)
+    )
 
-    def register_others(number: int, handler: Any) -> None:
-        if number not in numbers:
-            register(number, handler)
 
-    connector._register_signal = register_others
+def _register_others(register: Any, numbers: Collection[int], number: int, handler: Any) -> None:
+    if number not in numbers:
+        register(number, handler)
 
 
 def requeue_signal(trainer: Any) -> int | None:
@@ -112,4 +115,8 @@ def skip_sigterm_broadcast(trainer: Any) -> None:
 
     It blocks.
     """
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _ask_nobody
+
+
+def _ask_nobody() -> None:
+    pass

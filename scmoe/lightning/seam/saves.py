@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, ModelChec
 
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import read_meta
+from scmoe.parallel.checkpoint.remote import Place, located
 from scmoe.parallel.checkpoint.saving import Checkpoints
 
 
@@ -69,9 +71,13 @@ def await_saves(trainer: Any, checkpoints: Checkpoints) -> Callable[[], None]:
     They give their names to no other checkpoint, and link `last.ckpt` to one only when it is there.
     Return the function that undoes this.
     """
-    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    callbacks: list[Any] = [
+        c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)
+    ]
     for callback in callbacks:
-        await_saves_of(callback, checkpoints)
+        # no function in a function: a Trainer can be pickled
+        callback.file_exists = partial(_exists_or_comes, callback, checkpoints)
+        callback._link_checkpoint = partial(_link_when_saved, callback, checkpoints)
 
     def undo() -> None:
         for callback in callbacks:
@@ -81,22 +87,28 @@ def await_saves(trainer: Any, checkpoints: Checkpoints) -> Callable[[], None]:
     return undo
 
 
-def await_saves_of(callback: Any, checkpoints: Checkpoints) -> None:
-    exists, link = callback.file_exists, callback._link_checkpoint
-
-    def exists_or_comes(filepath: Any, trainer: Any) -> bool:
-        return checkpoints.is_coming(Path(filepath)) or exists(filepath, trainer)
-
-    def link_when_saved(trainer: Any, filepath: str, linkpath: str) -> None:
-        if checkpoints.is_coming(Path(filepath)):
-            checkpoints.when_saved[Path(filepath)] = lambda: link(trainer, filepath, linkpath)
-        else:
-            link(trainer, filepath, linkpath)
-
-    callback.file_exists, callback._link_checkpoint = exists_or_comes, link_when_saved
+def _exists_or_comes(callback: Any, checkpoints: Checkpoints, filepath: Any, trainer: Any) -> bool:
+    place = located(filepath)
+    if checkpoints.is_coming(place):
+        return True
+    if isinstance(place, Path):
+        return bool(type(callback).file_exists(callback, filepath, trainer))
+    # Lightning's own finds what a killed save has left
+    exists = trainer.is_global_zero and place.exists()
+    return bool(trainer.strategy.reduce_boolean_decision(exists, all=False))
 
 
-def is_of_trainer(path: Path, trainer: Any) -> bool:
+def _link_when_saved(
+    callback: Any, checkpoints: Checkpoints, trainer: Any, filepath: str, linkpath: str
+) -> None:
+    link = partial(type(callback)._link_checkpoint, trainer, filepath, linkpath)
+    if checkpoints.is_coming(Path(filepath)):
+        checkpoints.when_saved[Path(filepath)] = link
+    else:
+        link()
+
+
+def is_of_trainer(path: Place, trainer: Any) -> bool:
     """Return whether a checkpoint is in a folder of this Trainer.
 
     Its path may be from a file of another person.
@@ -104,6 +116,9 @@ def is_of_trainer(path: Path, trainer: Any) -> bool:
     folders = [
         folder for c in trainer.checkpoint_callbacks if (folder := getattr(c, "dirpath", None))
     ]
+    if not isinstance(path, Path):
+        parent = path.url.rpartition("/")[0]
+        return parent == trainer.default_root_dir or any(path.is_in(str(f)) for f in folders)
     inside = any(
         Path(os.path.realpath(path.parent)).is_relative_to(os.path.realpath(f)) for f in folders
     )

@@ -31,6 +31,9 @@ UNREAD = slice(0)  # `verify` reads none of the files
 DAY_S = 86400
 
 
+Fingerprint = dict[str, Any]  # a file's "bytes" and "sha256"
+
+
 class BrokenCheckpoint(ValueError):
     """A checkpoint differs from what was written; the message names the file."""
 
@@ -57,7 +60,7 @@ def make_folder(folder: Path) -> None:
         sync(path.parent)
 
 
-def fingerprint(path: Path) -> dict[str, Any]:
+def fingerprint(path: Path) -> Fingerprint:
     with open(path, "rb") as file:
         return {
             "bytes": path.stat().st_size,
@@ -65,9 +68,9 @@ def fingerprint(path: Path) -> dict[str, Any]:
         }
 
 
-def commit(partial: Path, path: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+def commit(partial: Path, path: Path, step: int, files: dict[str, Fingerprint]) -> None:
     """Seal `partial` and rename it to `path`. files: name and fingerprint of all files in it."""
-    write_durably(partial / MANIFEST, _seal({"step": step, "files": files}))
+    write_durably(partial / MANIFEST, sealed({"step": step, "files": files}))
     sync(partial)
     old = partial
     if not os.path.lexists(path):
@@ -134,26 +137,38 @@ def read_manifest(path: Path) -> dict[str, Any]:
     BrokenCheckpoint: it has no manifest, or a damaged one, or there is nothing at the path
     (MissingCheckpoint).
     """
-    if not os.path.lexists(path):
-        raise MissingCheckpoint(f"{path} does not exist. Give the path of a checkpoint")
-    if path.is_file():
-        raise BrokenCheckpoint(
+    if path.is_file() or not (path / MANIFEST).is_file():
+        raise no_checkpoint(path, os.path.lexists(path), path.is_file())
+    try:
+        text = (path / MANIFEST).read_bytes()
+    except OSError as error:
+        raise BrokenCheckpoint(f"{path / MANIFEST} cannot be read: {error.strerror}") from error
+    return parsed(text, path / MANIFEST)
+
+
+def no_checkpoint(path: Any, exists: bool, is_file: bool) -> BrokenCheckpoint:
+    """Return the error for a path without a manifest."""
+    if not exists:
+        return MissingCheckpoint(f"{path} does not exist. Give the path of a checkpoint")
+    if is_file:
+        return BrokenCheckpoint(
             f"{path} is one file, which another strategy of Lightning has saved;"
             " ExpertParallelStrategy reads only the directories that it has saved itself. Load the"
             " file's state_dict into the module before fit instead"
         )
-    if not (path / MANIFEST).is_file():
-        raise BrokenCheckpoint(f"{path} is not a complete checkpoint: it has no {MANIFEST}")
+    return BrokenCheckpoint(f"{path} is not a complete checkpoint: it has no {MANIFEST}")
+
+
+def parsed(text: bytes, name: Any) -> dict[str, Any]:
+    """Return {"step", "files"} of a manifest's text. BrokenCheckpoint: it is damaged. name: of the
+    file."""
     try:
-        text = (path / MANIFEST).read_bytes()
         manifest = json.loads(text)
-        sealed = _seal({"step": manifest["step"], "files": manifest["files"]}).encode() == text
-    except OSError as error:
-        raise BrokenCheckpoint(f"{path / MANIFEST} cannot be read: {error.strerror}") from error
+        written = sealed({"step": manifest["step"], "files": manifest["files"]}).encode()
     except (ValueError, KeyError, TypeError):
-        sealed = False
-    if not sealed:
-        raise BrokenCheckpoint(f"{path / MANIFEST} is damaged")
+        written = None
+    if written != text:
+        raise BrokenCheckpoint(f"{name} is damaged")
     return manifest
 
 
@@ -278,7 +293,7 @@ def _asides(folder: Path, kind: str) -> Iterator[tuple[Path, str]]:
             yield path, named[1]
 
 
-def _seal(manifest: dict[str, Any]) -> str:
+def sealed(manifest: dict[str, Any]) -> str:
     """Return the manifest as text with its own hash; any other text is refused."""
     body = json.dumps(manifest, sort_keys=True)
     return json.dumps(

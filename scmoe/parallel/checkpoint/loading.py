@@ -82,10 +82,12 @@ def read_meta(path: Path) -> dict[str, Any]:
 
     Raises BrokenCheckpoint where the file is damaged.
     """
+    # a save to a remote storage has put something before its name
+    file = next(path.glob(f"*{META}"), path / META)
     try:
-        return json.loads((path / META).read_text(encoding="utf-8"), object_hook=from_json)
+        return json.loads(file.read_text(encoding="utf-8"), object_hook=from_json)
     except ValueError as error:
-        raise durable.BrokenCheckpoint(f"{path / META} is damaged: {error}") from error
+        raise durable.BrokenCheckpoint(f"{file} is damaged: {error}") from error
 
 
 def read_for_lightning(path: Path) -> dict[str, Any]:

@@ -23,11 +23,49 @@ from torch.optim import Optimizer
 
 from scmoe.files.writing import write_durably
 from scmoe.parallel.checkpoint import durable
+from scmoe.parallel.checkpoint.durable import Fingerprint
 from scmoe.parallel.checkpoint.loading import load_checkpoint
 from scmoe.parallel.checkpoint.of_ranks import contents
+from scmoe.parallel.checkpoint.remote import Place, Upload
 from scmoe.parallel.checkpoint.state import META, set_rng_states
-from scmoe.parallel.checkpoint.together import same_error_on_all_ranks, together
+from scmoe.parallel.checkpoint.together import in_background, same_error_on_all_ranks, together
 from scmoe.parallel.mesh import Mesh
+
+
+class Draft:
+    """A checkpoint that is written to a folder, which all ranks see.
+
+    token: equal on all ranks, and of this save alone.
+    """
+
+    def __init__(self, path: Path, token: str) -> None:
+        self.path = path
+        self.folder = durable.partial_path(path, token)
+
+    def begin(self, rank: int) -> None:
+        if rank == 0:
+            durable.make_folder(self.path.parent)
+            durable.sweep(self.path.parent, self.path.name)
+            self.folder.mkdir()
+
+    def add(self, written: dict[str, Fingerprint]) -> dict[str, Fingerprint]:
+        """Return the files that this rank has written. They are in their place already."""
+        return written
+
+    def has(self, name: str, size: int) -> bool:
+        """Return whether a file of this size is there for this rank."""
+        file = self.folder / name  # asked by its name: NFS may list a folder as it was
+        return file.exists() and file.stat().st_size == size
+
+    def commit(self, step: int, files: dict[str, Fingerprint], meta: str) -> None:
+        """Make the checkpoint whole, and move it to its place."""
+        write_durably(self.folder / META, meta)
+        files = files | {META: durable.fingerprint(self.folder / META)}
+        durable.commit(self.folder, self.path, step, files)
+
+    def discard(self) -> None:
+        """Leave nothing. A partial checkpoint would keep a full disk full."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 class Saving:
@@ -39,7 +77,7 @@ class Saving:
 
     def __init__(
         self,
-        path: Path,
+        path: Place,
         checkpoint: dict[str, Any],
         module: nn.Module,
         mesh: Mesh,
@@ -55,14 +93,12 @@ class Saving:
         tensors, self.meta = contents(checkpoint, module, mesh)
         token: list[Any] = [durable.new_token()]
         dist.broadcast_object_list(token, group=mesh.checkpoint_group)
-        self.partial = durable.partial_path(path, token[0])
+        start = Draft if isinstance(path, Path) else Upload
+        self.draft: Draft | Upload = start(path, token[0])
         with self._all_or_nothing():
             with same_error_on_all_ranks(mesh):
-                if mesh.rank == 0:
-                    durable.make_folder(path.parent)
-                    durable.sweep(path.parent, path.name)
-                    self.partial.mkdir()
-            self.writer = _ShardWriter(self.partial)
+                self.draft.begin(mesh.rank)
+            self.writer = _ShardWriter(self.draft.folder)
             save = dcp.async_save if background else dcp.save
             writing = save(
                 tensors,
@@ -73,10 +109,17 @@ class Saving:
                 process_group=mesh.checkpoint_group,
             )
         self.writing: Any = writing if background else None
+        self.adding: Any = in_background(self._add) if background else None
+
+    def _add(self) -> None:
+        """Give what this rank has written to the checkpoint."""
+        if self.writing is not None:
+            self.writing.result()
+        self.files = self.draft.add(self.writer.fingerprints)
 
     def is_written(self) -> bool:
         """Return whether this rank has written its part, so that `finish` does not wait for it."""
-        return self.writing is None or self.writing.done()
+        return self.adding is None or self.adding.done()
 
     def finish(self) -> None:
         """Move the complete checkpoint to its place. Every rank must call it.
@@ -88,40 +131,36 @@ class Saving:
             if self.writing is not None:
                 self.writing.result()
             mesh = self.mesh
+            # an upload may take longer than the timeout of a collective
+            together(mesh, self._add if self.adding is None else self.adding.result)
             shares: list[dict[str, Any]] | None = [{}] * mesh.world_size if mesh.rank == 0 else None
-            dist.gather_object(self.writer.fingerprints, shares, group=mesh.checkpoint_group)
+            dist.gather_object(self.files, shares, group=mesh.checkpoint_group)
             together(mesh, lambda: None if shares is None else self._seal(shares))
 
-    def _seal(self, shares: Sequence[dict[str, Any]]) -> None:
+    def _seal(self, shares: Sequence[dict[str, Fingerprint]]) -> None:
         """Complete the checkpoint, on rank 0. shares: fingerprints of the files of each rank."""
         files = {name: fingerprint for share in shares for name, fingerprint in share.items()}
         for rank, share in enumerate(shares):
             for name, fingerprint in share.items():
-                file = self.partial / name  # asked by its name: NFS may list a folder as it was
-                if not file.exists() or file.stat().st_size != fingerprint["bytes"]:
+                if not self.draft.has(name, fingerprint["bytes"]):
                     raise OSError(
                         f"{self.path} could not be written: {name}, written by rank {rank}, is not"
                         " there for rank 0; the folder must be on storage that all nodes share"
                     )
-        write_durably(self.partial / META, self.meta)
-        files[META] = durable.fingerprint(self.partial / META)
-        durable.commit(self.partial, self.path, self.step, files)
+        self.draft.commit(self.step, files, self.meta)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Leave nothing behind an error, which every rank raises.
-
-        A partial checkpoint would keep a full disk full.
-        """
+        """Leave nothing behind an error, which every rank raises."""
         try:
             yield
         except dcp.CheckpointException as error:  # a BaseException
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self.draft.discard()
             rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
             what = f"{self.path} could not be written; older checkpoints are unchanged"
             raise OSError(f"{what}: rank {rank}: {type(cause).__name__}: {cause}") from None
         except Exception:
-            shutil.rmtree(self.partial, ignore_errors=True)
+            self.draft.discard()
             raise
 
 
@@ -135,15 +174,19 @@ class Checkpoints:
         self.mesh, self.background = mesh, background
         self.saving: Saving | None = None
         # to be saved once the step is taken; whether weights only
-        self.postponed: dict[Path, bool] = {}
+        self.postponed: dict[Place, bool] = {}
         # called on every rank once this path is complete
-        self.when_saved: dict[Path, Callable[[], None]] = {}
+        self.when_saved: dict[Place, Callable[[], None]] = {}
         # the save that the last `is_writing` of all ranks was about
         self.asked_about: Saving | None = None
-        self.outdated: list[Path] = []  # removed once the save that replaces them is complete
+        self.outdated: list[Place] = []  # removed once the save that replaces them is complete
         self.rng_states: dict[str, Tensor] | None = None  # loaded and not yet restored
 
-    def save(self, path: Path, state: dict[str, Any], module: nn.Module) -> None:
+    def __reduce__(self) -> Any:
+        """Return how to make a copy: no save is running in it."""
+        return Checkpoints, (self.mesh, self.background)
+
+    def save(self, path: Place, state: dict[str, Any], module: nn.Module) -> None:
         """Start a save, or make it at once. state: Lightning's checkpoint dictionary."""
         self.finish()
         self.saving = Saving(path, state, module, self.mesh, self.background)
@@ -161,7 +204,7 @@ class Checkpoints:
         """Return whether this rank still writes its part of a checkpoint."""
         return self.saving is not None and not self.saving.is_written()
 
-    def is_coming(self, path: Path) -> bool:
+    def is_coming(self, path: Place) -> bool:
         """Return whether a checkpoint at this path has been requested and is not complete."""
         return path in self.postponed or (self.saving is not None and self.saving.path == path)
 
@@ -187,21 +230,23 @@ class Checkpoints:
                 if path not in self.postponed:
                     self.remove(path)
 
-    def remove(self, path: Path) -> None:
+    def remove(self, path: Place) -> None:
         self.postponed.pop(path, None)
         if self.saving is not None or self.postponed:
             self.outdated.append(path)
-        elif self.mesh.rank == 0:
+        elif self.mesh.rank == 0 and isinstance(path, Path):
             durable.remove(path)
+        elif self.mesh.rank == 0:
+            path.remove()
 
     def load(
         self, path: Path, module: nn.Module, optimizers: Sequence[Optimizer], strict: bool
     ) -> dict[str, Any]:
         """Read tensors into the module and the optimizers and return the rest.
 
-        ValueError: see `load_checkpoint`.
+        No save may be running. ValueError: see `load_checkpoint`.
         """
-        self.finish()
+        assert self.saving is None
         state = load_checkpoint(path, module, optimizers, self.mesh, strict)
         self.rng_states = state.pop("rng_states", None)
         return state
@@ -226,7 +271,7 @@ class _ShardWriter(HuggingFaceStorageWriter):
         super().__init__(str(folder), save_distributed=True)
         self.folder = folder
         self.device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-        self.fingerprints: dict[str, dict[str, Any]] = {}
+        self.fingerprints: dict[str, Fingerprint] = {}
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         # a new thread begins on device 0, where its rank would allocate a CUDA context

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,6 +51,20 @@ def together(mesh: Mesh, work: Callable[[], Any]) -> None:
         done.fill_(not thread.is_alive())
         dist.all_reduce(done, dist.ReduceOp.MIN, group=mesh.checkpoint_group)
     _raise_first(mesh, failures[0] if failures else None, mesh.checkpoint_group)
+
+
+def in_background(work: Callable[[], None]) -> Future[None]:
+    """Do work in a thread, which does not keep the process from ending."""
+    done: Future[None] = Future()
+
+    def do() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:  # as dcp's CheckpointException is
+            done.set_exception(error)
+
+    threading.Thread(target=do, name="checkpoint", daemon=True).start()
+    return done
 
 
 def _raise_first(mesh: Mesh, failure: Exception | None, group: Any) -> None:
