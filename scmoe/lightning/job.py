@@ -29,6 +29,7 @@ from scmoe.parallel.dense import reshard
 from scmoe.parallel.mesh import (
     Mesh,
     expert_parameters,
+    give_up_groups,
     order_launches_of_nccl,
     stop_using_loopback,
     use_loopback_for_gloo,
@@ -311,7 +312,9 @@ class RunningJob:
         """Complete the saves and give the signals back."""
         if self.trainer is None:  # the Strategy has refused a callback, so `open` never ran
             return
-        if not loops.was_interrupted(self.trainer):  # else other ranks may never come here
+        if loops.was_interrupted(self.trainer):  # other ranks may never come here
+            give_up_groups()
+        else:
             self.checkpoints.finish()
             self.ask_and_wait()  # so that a stop during or after the last step still ends in 143
             self.poll.close()

@@ -43,7 +43,6 @@ from scmoe.lightning.trainer_checkpoints import (
     save_or_postpone,
     warn_of_skipped_save,
 )
-from scmoe.parallel.checkpoint.remote import located
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import model_state, optimizer_state
 from scmoe.parallel.dense import (
@@ -56,8 +55,13 @@ from scmoe.parallel.dense import (
     with_dense_mesh,
 )
 from scmoe.parallel.dense_auto import estimates_of, memory_of_rank, pick_dense
-from scmoe.parallel.kept_groups import give_up_groups, with_kept_groups
-from scmoe.parallel.mesh import Mesh, build_mesh, check_experts, what_prevents_overlap
+from scmoe.parallel.mesh import (
+    Mesh,
+    build_mesh,
+    check_experts,
+    what_prevents_overlap,
+    with_kept_groups,
+)
 from scmoe.parallel.torch_seam import set_default_timeout
 from scmoe.parallel.update.wrap import Wrapped, wrap
 from scmoe.parallel.wire.wire import Wire
@@ -123,8 +127,7 @@ class ExpertParallelStrategy(DDPStrategy):
         self.wrapped: Wrapped
         self.checkpoints: Checkpoints
         self.started_by: Any = None  # Lightning's launcher of ranks, or the one in its place
-        # process id of local rank 0, if that process has started this one
-        self.parent: int | None = None
+        self.parent: int | None = None  # id of local rank 0's process, if it has started this one
         self.in_training = False  # from `setup` for fit to the end of training
         # removes what `setup` has hooked into the module, the plugin and torch
         self.at_teardown = ExitStack()
@@ -175,8 +178,7 @@ class ExpertParallelStrategy(DDPStrategy):
                 say(self.global_rank, f"warning: {line}")
         if self.mesh.device_mesh is None:
             ep_size = self.world_size if self.ep_size is None else self.ep_size
-            layout = (ep_size, self.root_device, self.timeout)
-            self._use(Wire(with_kept_groups(build_mesh, *layout)))
+            self._use(Wire(with_kept_groups(build_mesh, ep_size, self.root_device, self.timeout)))
             self._split(self.dense, self.dense_estimates)
             self.checkpoints = Checkpoints(self.mesh, self.async_checkpoint)
         self._use(self.wire)
@@ -347,7 +349,6 @@ class ExpertParallelStrategy(DDPStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        give_up_groups()
         if self.mesh.world_size > 1:
             absent = note_absent(exception, self.mesh)
             end_job_at_exit(launch.started_ranks(self), absent, self.parent)
@@ -361,7 +362,7 @@ class ExpertParallelStrategy(DDPStrategy):
         if self.is_alone:
             warn_of_skipped_save()
             return
-        path = located(self.broadcast(filepath))
+        path = self.broadcast(filepath)
         save_or_postpone(path, state, self.module, self.checkpoints, self.mesh, self.takes_steps)
 
     @property
@@ -371,7 +372,7 @@ class ExpertParallelStrategy(DDPStrategy):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         if not self.is_alone:
-            remove(located(filepath), self.module.trainer, self.checkpoints)
+            remove(filepath, self.module.trainer, self.checkpoints)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the module's weights and buffers. Raise RuntimeError where this is no rank."""
@@ -393,7 +394,7 @@ class ExpertParallelStrategy(DDPStrategy):
         if not loops.is_fitting(trainer):
             self.job.trained = None
         optimizers = self.optimizers if loops.is_fitting(trainer) else []
-        return load(located(self.broadcast(checkpoint_path)), trainer, self.checkpoints, optimizers)
+        return load(self.broadcast(checkpoint_path), trainer, self.checkpoints, optimizers)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Do nothing: load_checkpoint has read the weights already."""

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from scmoe.lightning.seam import loops, saves
-from scmoe.parallel.checkpoint.remote import Place, on_each_machine
+from scmoe.parallel.checkpoint.remote import located, on_each_machine
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import own_part, tied_weights, to_text
 from scmoe.parallel.mesh import Mesh
@@ -78,7 +78,7 @@ def warn_of_skipped_save() -> None:
 
 
 def save_or_postpone(
-    path: Place,
+    path: Any,
     state: dict[str, Any],
     module: Any,
     checkpoints: Checkpoints,
@@ -88,39 +88,42 @@ def save_or_postpone(
     """Save what the Trainer gives, or note that it is saved at the end of the step. Every rank must
     call it.
 
+    path: as the Trainer gives it.
+
     takes_steps: a training goes on, so that a save may be completed later.
     """
     if loops.accumulated_batches(module.trainer) and takes_steps:
         rank_zero_warn(
             "a checkpoint inside a step is saved at its end, as gradients are in no checkpoint"
         )
-        checkpoints.postponed[path] = "optimizer_states" not in state
+        checkpoints.postponed[located(path)] = "optimizer_states" not in state
         return
     written = own_part(module, state["state_dict"], mesh)
     checkpoints.save(
-        path, state | {"state_dict": written, "tied_weights": tied_weights(module)}, module
+        located(path), state | {"state_dict": written, "tied_weights": tied_weights(module)}, module
     )
     if not takes_steps:  # else nothing would complete it
         checkpoints.finish()
 
 
 def load(
-    place: Place, trainer: Any, checkpoints: Checkpoints, optimizers: Sequence[Optimizer]
+    path: Any, trainer: Any, checkpoints: Checkpoints, optimizers: Sequence[Optimizer]
 ) -> dict[str, Any]:
     """Read weights and optimizer state in place and return the rest. Every rank must call it."""
     module = trainer.lightning_module
     checkpoints.finish()  # it may be the one that is read
-    with on_each_machine(place, checkpoints.mesh) as path:
+    with on_each_machine(located(path), checkpoints.mesh) as folder:
         if optimizers:
-            saves.make_groups_of_finetuning(trainer, path)
-        return checkpoints.load(path, module, optimizers, module.strict_loading)
+            saves.make_groups_of_finetuning(trainer, folder)
+        return checkpoints.load(folder, module, optimizers, module.strict_loading)
 
 
-def remove(path: Place, trainer: Any, checkpoints: Checkpoints) -> None:
+def remove(path: Any, trainer: Any, checkpoints: Checkpoints) -> None:
     """Remove a checkpoint in a folder of this Trainer; warn of another one. Every rank must call
     it."""
-    if saves.is_of_trainer(path, trainer):
-        checkpoints.remove(path)
+    place = located(path)
+    if saves.is_of_trainer(place, trainer):
+        checkpoints.remove(place)
     else:
         rank_zero_warn(
             f"{path} is not removed: it is outside the folders of this Trainer's checkpoints"

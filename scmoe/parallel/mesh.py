@@ -9,10 +9,11 @@ to stop, how many batches are left, which rank had a NaN) shares the control gro
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from scmoe.moe.experts import Experts
 from scmoe.parallel.torch_seam import urgent
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads when a group is made
+# what `with_kept_groups` has made, by the default group, with which it ends
+KEPT: WeakKeyDictionary[Any, dict[tuple[Any, ...], "Mesh"]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,37 @@ def build_mesh(ep_size: int, device: torch.device, timeout: timedelta) -> Mesh:
         checkpoint_group=checkpoint_group,
         control_group=control_group,
     )
+
+
+def with_kept_groups(make: Callable[..., Mesh], *layout: Any) -> Mesh:
+    """Return make(*layout), or what an earlier call has made of the same layout.
+
+    Every rank of the default group must call it. torch keeps a group until it is destroyed, and
+    each group of gloo has three threads. It cannot end with its training, as the module still sends
+    rows through it.
+    """
+    meshes = KEPT.setdefault(dist.group.WORLD, {})
+    key = (make, *layout)
+    if key not in meshes or not is_registered(meshes[key].control_group):
+        meshes[key] = make(*layout)
+    return meshes[key]
+
+
+def give_up_groups() -> None:
+    """Let no later training use the groups of this process.
+
+    After an error, ranks may have begun different collectives in them.
+    """
+    KEPT.clear()
+
+
+def is_registered(group: Any) -> bool:
+    """Return whether a group has not been destroyed."""
+    try:
+        dist.get_group_rank(group, dist.get_rank())
+    except ValueError:
+        return False
+    return True
 
 
 def group_by_rows(ranks: Tensor, name: str, timeout: timedelta, **options: Any) -> Any:

@@ -74,17 +74,22 @@ def trainer_of(world_size: int, *callbacks: Callback, strategy: Any = None, **fu
 
 
 class Copying(Callback):
-    """Copies and pickles the module, and copies the callbacks, in a step."""
+    """Copies and pickles the module, the callbacks and the Trainer in a step.
+
+    It refers to the Trainer, as a progress bar does.
+    """
 
     def __init__(self) -> None:
         self.copied: Any = None
+        self.trainer: Any = None
         self.kept = False
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.copied = None
-        copy.deepcopy(trainer.callbacks)
+        self.trainer = trainer
+        copy_and_pickle(trainer)
         self.copied = copy.deepcopy(pl_module)
         self.copied.eval()
         pl_module.eval()
@@ -94,9 +99,23 @@ class Copying(Callback):
         pickle.dumps(pl_module)
 
 
-def copies(rank: int, world_size: int) -> dict[str, Any]:
+def copy_and_pickle(trainer: Any) -> None:
+    copy.deepcopy(trainer.callbacks)
+    copy.deepcopy(trainer)
+    torch.save(trainer, io.BytesIO())
+
+
+def copies(rank: int, world_size: int, folder: Path, background: bool) -> dict[str, Any]:
     callback, module = Copying(), Model()
-    trainer_of(world_size, callback, max_steps=2).fit(module, data())
+    trainer = trainer_of(
+        world_size,
+        callback,
+        ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1),
+        strategy=ExpertParallelStrategy(async_checkpoint=background),
+        max_steps=3,
+    )
+    trainer.fit(module, data())
+    copy_and_pickle(trainer)
     found: dict[str, Any] = {"same": callback.kept}
     weight, x = module.backbone[0].weight, torch.ones(1, 6, DIM)
     copied = copy.deepcopy(module)
@@ -112,9 +131,13 @@ def copies(rank: int, world_size: int) -> dict[str, Any]:
     return found
 
 
-def test_a_module_can_be_copied_and_pickled_in_hooks_and_after_fit():
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+def test_modules_and_trainers_can_be_copied_and_pickled_in_hooks_and_after_fit(
+    background, tmp_path
+):
     expected = {"same": True, "own weights": True, "read weights": True, "place": (2, None)}
-    assert run_ranks(copies, 2) == [expected] * 2
+    assert run_ranks(copies, 2, tmp_path, background) == [expected] * 2
+    assert len(list(tmp_path.glob("*.ckpt"))) == 3, "a copy has ended no save of the original"
 
 
 # ---------------------------------------------------------------------- numbers of tokens
