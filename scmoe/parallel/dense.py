@@ -133,6 +133,8 @@ def shard(module: nn.Module, mesh: Mesh, precision: str) -> None:
             ignored_params=unsplit,
         )
         for part in (m for m in unit if isinstance(m, FSDPModule)):
+            # A sum with another factor (PREMUL_SUM) is refused by gloo, and NCCL's of bfloat16 with
+            # a power of two gives zeros up to torch 2.13 (pytorch issue 190745).
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
             gather_as_kept(part, in_float32)

@@ -8,14 +8,40 @@ one process. tests/faults/test_sharded.py does so for every architecture, on fou
 
 from __future__ import annotations
 
+from typing import Any
+from unittest.mock import patch
+
 import pytest
+from torch.distributed import ReduceOp
+from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
 from experiments.engine.ranks import run_ranks
 from tests.support.cases import CLIPPED, SLOTS, split
 from tests.support.comparison import assemble, assert_no_slot_changes_a_bit, assert_same
-from tests.support.trainings import train_at_every_slot, train_cases
+from tests.support.trainings import tiny, train, train_at_every_slot, train_cases
 
 pytestmark = pytest.mark.dist
+
+
+def kinds_of_sums(rank: int, world_size: int) -> list[str]:
+    """Return how FSDP sums the gradients of a training in bfloat16."""
+    kinds: set[str] = set()
+    decide = _fsdp_collectives._get_gradient_divide_factors
+
+    def noted(*arguments: Any) -> Any:
+        decided = decide(*arguments)
+        kinds.add(str(decided))
+        return decided
+
+    with patch.object(_fsdp_collectives, "_get_gradient_divide_factors", noted):
+        train(tiny("strategy.dense=sharded trainer.precision=bf16-mixed", world_size))
+    return sorted(kinds)
+
+
+def test_gradients_are_plain_sums():
+    """torch's sum with a factor gives zeros for bfloat16 on NCCL (pytorch issue 190745)."""
+    plain = str((None, 1.0, ReduceOp.SUM, ReduceOp.SUM))
+    assert run_ranks(kinds_of_sums, 2) == [[plain]] * 2
 
 
 CASES = {  # case: words of one process, further ones of four
