@@ -46,9 +46,10 @@ class Turns:
 
 
 class _Batch(greenlet):
-    def __init__(self, function: Callable[[], Any], turns: Turns) -> None:
+    def __init__(self, function: Callable[[], Any], turns: Turns, number: int) -> None:
         super().__init__(function)
         self.turns = turns
+        self.number = number
         self.gr_context = copy_context()
 
 
@@ -60,14 +61,14 @@ def in_turns(functions: Sequence[Callable[[], Any]]) -> list[Any]:
     paused.
     """
     turns = Turns(len(functions))
-    batches = [_Batch(function, turns) for function in functions]
+    batches = [_Batch(function, turns, number) for number, function in enumerate(functions, 1)]
     results: dict[_Batch, Any] = {}
     try:
         while len(results) < len(batches):
-            for number, batch in enumerate(batches, 1):
+            for batch in batches:
                 if batch.dead:
                     continue
-                with range_of_profile(f"batch {number}"):
+                with range_of_profile(f"batch {batch.number}"):
                     result = batch.switch()
                 if batch.dead:
                     results[batch] = result
@@ -95,6 +96,12 @@ def current_turns() -> Turns | None:
     """Return the turns that are being taken now; None: a batch runs alone."""
     current = getcurrent()
     return current.turns if isinstance(current, _Batch) else None
+
+
+def number_of_batch() -> int:
+    """Return the number of the batch whose turn it is, from 1 on; 0: a batch runs alone."""
+    current = getcurrent()
+    return current.number if isinstance(current, _Batch) else 0
 
 
 def _modes() -> dict[str, Any]:

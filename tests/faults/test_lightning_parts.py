@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from experiments.engine.ranks import run_ranks
 from scmoe.api import MoE
 from scmoe.lightning.strategy import ExpertParallelStrategy
+from scmoe.models.halves import in_flight
 from scmoe.moe.router import Router, Scoring
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.saving import Saving
@@ -59,9 +60,11 @@ class Model(LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
-def data(batches: int = 2) -> DataLoader[Any]:
-    rows = torch.randn(4 * batches, 6, DIM, generator=torch.Generator().manual_seed(1))
-    return DataLoader(TensorDataset(rows), batch_size=2)
+def data(batches: int = 2, batch_size: int = 2) -> DataLoader[Any]:
+    """Return batches for two ranks, so many for each."""
+    number = 2 * batch_size * batches
+    rows = torch.randn(number, 6, DIM, generator=torch.Generator().manual_seed(1))
+    return DataLoader(TensorDataset(rows), batch_size=batch_size)
 
 
 def trainer_of(world_size: int, *callbacks: Callback, strategy: Any = None, **further: Any) -> Any:
@@ -191,6 +194,44 @@ def test_ranks_with_different_numbers_of_tokens_are_named_in_training_with_a_cap
             assert (
                 "different numbers of tokens" in said and "rank 0: " in said and "rank 1: " in said
             )
+
+
+class Dropping(Model):
+    """Has two batches in flight, and keeps a number of sequences that depends on the rank. Their
+    first halves are equal."""
+
+    def __init__(self, kept: list[int]) -> None:
+        super().__init__(factor=2.0)
+        self.kept = kept
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        x = self.backbone(batch[0])[: self.kept[self.wire.mesh.rank]]
+        return in_flight(2, self.through, x, None)[0].square().mean()
+
+    def through(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Any]]:
+        y, stats = self.moe(x, mask)
+        return y, [stats]
+
+
+def uneven_second_halves(rank: int, world_size: int) -> list[str]:
+    said = []
+    for kept in ([1, 2], [4, 3], [3, 3]):
+        module = Dropping(kept)
+        try:
+            trainer_of(world_size, max_steps=1).fit(module, data(2, batch_size=4))
+            said.append(f"step {module.global_step}")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.representative
+def test_different_numbers_of_tokens_in_second_halves_are_named():
+    """Batches have equal shapes, so each half is compared once."""
+    for *refused, even in run_ranks(uneven_second_halves, 2):
+        assert even == "step 1"
+        for said in refused:
+            assert "different numbers of tokens" in said
 
 
 # ---------------------------------------------------------------------- callbacks

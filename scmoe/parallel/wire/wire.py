@@ -7,8 +7,9 @@ model from it.
 The size of an exchange without numbers follows from a rank's own number of tokens. If another rank
 has another number, gloo ends the process without a traceback, and NCCL waits or mixes rows up. A
 check of every exchange would make the ranks wait for each other in every layer. So the first
-exchange of a batch is checked, together with the shapes in the batch. Only where these shapes
-differ are the other exchanges of the batch checked too.
+exchange of a batch is checked, together with the shapes in the batch; with two batches in flight
+the first exchange of each half. Only where these shapes differ are the other exchanges of the batch
+checked too.
 
 Left out: a model whose first exchange is even and a later one is not, although the batches have the
 same shapes."""
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from scmoe.moe.turns import number_of_batch
 from scmoe.parallel.mesh import Mesh
 
 
@@ -32,7 +34,8 @@ class EvenRows:
         self.group: Any = None  # a gloo group of all ranks
         self.ep_size = 1
         self.shapes = 0  # a digest of the shapes in this rank's batch
-        self.is_due = False  # at the next exchange
+        self.has_begun = False
+        self.checked: set[int] = set()  # numbers of the batches in flight that need no check
 
     def begin(self, tensors: Iterable[Tensor], group: Any, ep_size: int) -> None:
         """Begin a batch; every rank must call it.
@@ -41,7 +44,8 @@ class EvenRows:
         """
         self.group = group
         self.ep_size = ep_size
-        self.is_due = True
+        self.has_begun = True
+        self.checked.clear()
         shapes = repr([tuple(t.shape) for t in tensors]).encode()
         self.shapes = int.from_bytes(hashlib.blake2b(shapes, digest_size=7).digest(), "big")
 
@@ -50,12 +54,14 @@ class EvenRows:
 
         rows: how many this rank is about to send.
         """
-        if not self.is_due:
+        batch = number_of_batch()
+        if not self.has_begun or batch in self.checked:
             return
         extremes = torch.tensor([rows, -rows, self.shapes, -self.shapes])
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=self.group)
         most, least, last, first = extremes.tolist()
-        self.is_due = last != -first
+        if last == -first:
+            self.checked.add(batch)
         if most != -least:
             self._compare(rows)
 
@@ -98,7 +104,7 @@ class Wire:
         return Wire, (self.mesh,)
 
     def begin_batch(self, tensors: Iterable[Tensor]) -> None:
-        """Let the first exchange of a training's batch be checked. Every rank must call it.
+        """Let the first exchanges of a training's batch be checked. Every rank must call it.
 
         tensors: those of the batch.
         """
