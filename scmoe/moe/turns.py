@@ -8,9 +8,13 @@ before a wait for a transfer, and `in_turns` lets the next batch continue. So bl
 it. All batches run on one thread, where autograd numbers its nodes in the order in which they ran.
 Backward therefore takes turns in the reverse order, without any greenlet.
 
-Torch keeps its modes (autocast, no_grad, hooks of saved tensors) for each thread. So no batch may
-enter one before a wait and leave it after the wait: the other batches would run in it. `pass_turn`
-refuses it.
+Torch keeps its modes (autocast, no_grad, hooks of saved tensors, the CUDA stream) for each thread,
+and its settings (the default dtype, the kernels of attention) for the process. So no batch may
+enter or set one before a wait and leave it after the wait: the other batches would run in it.
+`pass_turn` refuses it.
+
+Left out is what torch shows to nobody: `torch.random.fork_rng`, which would put the generator back
+after the other batch has drawn from it, and the order of the kernels in `sdpa_kernel`.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +28,12 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from scmoe.moe.operators import range_of_profile
 
 DEVICES = ("cpu", "cuda")  # for which autocast is on or off
+KERNELS = (  # of attention
+    torch.backends.cuda.flash_sdp_enabled,
+    torch.backends.cuda.mem_efficient_sdp_enabled,
+    torch.backends.cuda.math_sdp_enabled,
+    torch.backends.cuda.cudnn_sdp_enabled,
+)
 
 
 class Turns:
@@ -34,7 +44,8 @@ class Turns:
         self.modes = _modes()
 
     def check_modes(self) -> None:
-        """Raise RuntimeError if this batch has entered one of torch's modes and not left it."""
+        """Raise RuntimeError if this batch has entered one of torch's modes and not left it, or
+        has changed a setting."""
         for mode, value in _modes().items():
             if value != self.modes[mode]:
                 raise RuntimeError(
@@ -105,7 +116,7 @@ def number_of_batch() -> int:
 
 
 def _modes() -> dict[str, Any]:
-    """Return those modes of torch on this thread that a block may enter, by what enters them."""
+    """Return those modes and settings of torch that a block may enter, by what enters them."""
     return {
         # first, as it sets the grad mode too
         "torch.inference_mode": torch.is_inference_mode_enabled(),
@@ -115,7 +126,15 @@ def _modes() -> dict[str, Any]:
             for device in DEVICES
         ],
         "torch.utils.checkpoint or another user of saved_tensors_hooks": _has_hooks(),
+        "torch.set_default_dtype": torch.get_default_dtype(),
+        "torch.nn.attention.sdpa_kernel": [is_enabled() for is_enabled in KERNELS],
+        "torch.cuda.stream": _cuda_stream(),
     }
+
+
+def _cuda_stream() -> Any:
+    """Return the current stream; None: no stream was used yet, and asking would initialize CUDA."""
+    return torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
 
 def _has_hooks() -> bool:

@@ -4,14 +4,17 @@ of generation.
 tests/distributed/test_two_batches.py does the same where rows travel between ranks.
 """
 
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
 from greenlet import getcurrent
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from experiments.engine.profiles import events_of, peak_bytes
@@ -257,17 +260,34 @@ def test_modes_around_the_turns_hold_inside():
     assert seen == [(False, True)] * 2
 
 
+@contextmanager
+def float64_by_default():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 MODES = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "saved_tensors_hooks": lambda: saved_tensors_hooks(lambda t: t, lambda t: t),
+    "sdpa_kernel": lambda: sdpa_kernel(SDPBackend.MATH),
+    "set_default_dtype": lambda: float64_by_default(),
+    "cuda.stream": lambda: patch.object(torch.cuda, "current_stream", lambda: "another one"),
 }
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_a_mode_that_is_open_over_a_pause_is_refused_by_its_name(name):
-    """The batch that waits meanwhile is ended, and the thread has its modes again."""
+def test_a_mode_that_is_open_over_a_pause_is_refused_by_its_name(name, monkeypatch):
+    """The batch that waits meanwhile is ended, and the thread has its modes again. Without a GPU
+    the stream is a text."""
+    if name == "cuda.stream":
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the usual one")
 
     def waits():
         with MODES[name]():
