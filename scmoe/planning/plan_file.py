@@ -19,7 +19,7 @@ def plan_to_json(
 ) -> dict[str, Any]:
     """Return the plan of a run as JSON values, with times in seconds.
 
-    step: after which it was chosen. earlier: the plan of the run before it.
+    step: after which it runs. earlier: the plan of the run before it.
 
     {"step": 27, "in_flight_from": [[27, 1]], "conditions": {"ranks": 2, "ep_size": 2, ...},
      "layers": [{"schedule": {"architecture": "scmoe", "position": "pos2", "expert_slot": 1,
@@ -49,6 +49,11 @@ def plan_to_json(
         "conditions": conditions,
         "layers": layers,
     }
+
+
+def up_to(plan: Plan, step: int) -> Plan:
+    """Return the plan of a run that is resumed from a step: without the choices after it."""
+    return {"in_flight_from": [each for each in in_flight_from(plan) if each[0] <= step]}
 
 
 def in_flight_from(plan: Plan) -> list[list[int]]:

@@ -170,16 +170,19 @@ class Planner:
     def take(self, choices: Sequence[LayerChoice]) -> None:
         """Run as an earlier planner has chosen under equal conditions, without measuring first."""
         self.choices, self.agenda = list(choices), []
+        self.settle()
 
-    def close(self) -> None:
-        """Leave the blocks as chosen, or as configured if there is no choice yet.
-
-        They have no recorders then.
-        """
-        self.recorders = None
+    def settle(self) -> None:
+        """Let the blocks run as chosen, or as configured if there is no choice yet, without
+        recorders. A validation between two steps runs so."""
         chosen = [choice.schedule for choice in self.choices]
         self.run_as(chosen or self.configured)
         self.run_in_flight(self.choices)
+
+    def close(self) -> None:
+        """Leave the blocks as between two steps."""
+        self.recorders = None
+        self.settle()
 
     @property
     def has_chosen(self) -> bool:
@@ -221,23 +224,29 @@ class Planner:
         what, which = self.doing
         recorders, self.recorders = self.recorders, None
         self.agenda = self.agenda[1:]
-        if recorders is None:
+        if recorders is not None:
+            self.note(what, which, recorders)
+        if what == "run":
             return
-        if what == "try":
-            self.tried[which][-1] += slowest(recorders[0], self.group)
-        elif what == "run" and batches_in_flight(self.choices) == 2:
-            self.note_drift(slowest(recorders[0], self.group))
-            return
-        else:
-            schedules = [block.schedule for block in self.blocks]
-            self.run_as(schedules)
-            sample = measured(recorders, schedules, self.group, self.ep_size, self.directions)
-            if what == "run":
-                self.note_overlap(sample)
-                return
-            self.samples[which].append(sample)
         if not self.agenda:
             self.decide()
+        self.settle()
+
+    def note(self, what: str, which: int, recorders: Sequence[Recorder]) -> None:
+        """Note the times of a step. what, which: as in `doing`."""
+        if what == "try":
+            self.tried[which][-1] += slowest(recorders[0], self.group)
+            return
+        if what == "run" and batches_in_flight(self.choices) == 2:
+            self.note_drift(slowest(recorders[0], self.group))
+            return
+        schedules = [block.schedule for block in self.blocks]
+        self.run_as(schedules)
+        sample = measured(recorders, schedules, self.group, self.ep_size, self.directions)
+        if what == "run":
+            self.note_overlap(sample)
+        else:
+            self.samples[which].append(sample)
 
     def decide(self) -> None:
         """Try the candidates that are left once more, or choose.

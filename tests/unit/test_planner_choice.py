@@ -180,6 +180,30 @@ def test_candidates_are_left_until_they_can_be_told_apart(tried, left):
     assert sorted(still_fastest(tried)) == left
 
 
+def test_a_validation_between_two_steps_runs_as_chosen_or_as_configured():
+    """Steps in which a choice is made again count as those of the choice before."""
+    network: Any = SimpleNamespace(batches_in_flight=1)
+    own = Schedule("scmoe", "pos2")
+
+    def slowest(*_: Any) -> float:
+        return 1.0 / network.batches_in_flight
+
+    with (
+        played(own, lambda step: hot_rank(1.0, 2)) as (planner, step),
+        patch.object(planner_module, "slowest", slowest),
+    ):
+        planner.choose_in_flight(network, (1, 2))
+        (block,) = planner.blocks
+        while not planner.has_chosen:
+            assert (block.schedule, network.batches_in_flight) == (own, 1)
+            step()
+        chosen = [choice.schedule for choice in planner.choices]
+        planner.restart()
+        while not planner.has_chosen:
+            assert ([block.schedule], network.batches_in_flight) == (chosen, 2)
+            step()
+
+
 def test_with_few_tries_each_candidate_is_tried_once():
     rows = hot_rank(1.0, 2)
     with played(Schedule("scmoe", "pos2"), lambda step: rows) as (planner, step):

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -20,7 +21,7 @@ from scmoe.files.writing import read_json
 from scmoe.moe.recorder import Recorder
 from scmoe.planning import planner as planner_module
 from scmoe.planning.candidates import CANDIDATES_IN_HALVES, shortlist, shortlist_in_flight
-from scmoe.planning.plan_file import plan_from_json, plan_to_json
+from scmoe.planning.plan_file import in_flight_from, plan_from_json, plan_to_json
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import OPERATORS as MEASURED
 from scmoe.planning.pricing import LayerChoice, predicted
@@ -316,3 +317,28 @@ def test_an_evaluation_knows_the_number_of_batches_that_auto_has_chosen(tmp_path
     of_one = with_batch_of_a_rank(config, config, halves=False).data.global_batch_size
     of_half = with_batch_of_a_rank(config, config, halves=True).data.global_batch_size
     assert (of_one, of_half) == (16, 8)
+
+
+@pytest.mark.parametrize(
+    ("resumed", "dated"), [(5, [[5, 2]]), (20, [[9, 1], [20, 2]]), (40, [[9, 1], [30, 2]])]
+)
+def test_a_run_resumed_from_before_its_choice_has_the_chosen_number_from_there(
+    resumed, dated, tmp_path
+):
+    path = tmp_path / "plan.json"
+    choice, _ = Machine(120.0, 1.0, 1.05).chosen(Schedule("top_k"), (2,))
+    one = plan_to_json([replace(choice, batches_in_flight=1)], {}, 9)
+    path.write_text(json.dumps(plan_to_json([choice], {}, 30, one)))
+    callback = AdaptiveSchedule(auto=True, chunks=(2,), plan=path)
+    callback.planner = Planner([], None, torch.device("cpu"))
+    trainer: Any = SimpleNamespace(
+        global_step=resumed,
+        is_global_zero=True,
+        strategy=SimpleNamespace(broadcast=lambda kept: kept),
+    )
+    with patch.multiple(Planner, run_as=lambda *_: None, end_step=lambda *_: None):
+        assert callback.take_kept_plan(trainer, callback.planner)
+        assert in_flight_from(read_json(path)) == dated
+        trainer.global_step += 1
+        callback.on_train_batch_end(trainer, None, None, None, 0)
+    assert in_flight_from(read_json(path)) == dated

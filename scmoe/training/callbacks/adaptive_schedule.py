@@ -12,7 +12,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.files.writing import read_json, try_to_write_json
 from scmoe.models.halves import batches_of, has_halves
-from scmoe.planning.plan_file import plan_from_json, plan_to_json
+from scmoe.planning.plan_file import (
+    NO_PLAN,
+    Plan,
+    in_flight_from,
+    plan_from_json,
+    plan_to_json,
+    up_to,
+)
 from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
 from scmoe.planning.pricing import LayerChoice, batches_in_flight, predicted_and_exposed
 from scmoe.training.callbacks.logged_steps import logs_now
@@ -52,6 +59,7 @@ class AdaptiveSchedule(Callback):
         self.settings = settings or {}
         self.in_flight = in_flight
         self.conditions: dict[str, Any] = {}  # under which a plan is valid
+        self.earlier: Plan = NO_PLAN  # what this run has kept last, on rank 0
         self.planner: Planner | None = None
         self.shown: list[LayerChoice] = []
         self.show_what_ran = False
@@ -94,10 +102,17 @@ class AdaptiveSchedule(Callback):
         kept: Any = None
         if self.plan is not None and self.plan.exists():
             kept = read_plan(self.plan, self.conditions)
+            self.earlier = up_to(read_json(self.plan), trainer.global_step)
         kept = trainer.strategy.broadcast(kept)
-        if kept is not None:
-            planner.take(plan_from_json(kept))
-        return kept is not None
+        if kept is None:
+            return False
+        planner.take(plan_from_json(kept))
+        self.shown, self.show_what_ran = planner.choices, True
+        if trainer.is_global_zero:
+            show(planner.choices)
+            if in_flight_from(kept) != in_flight_from(self.earlier):  # chosen at a later step
+                self.keep(planner.choices, trainer.global_step)
+        return True
 
     def on_train_end(self, *_: Any) -> None:
         if self.planner is not None:
@@ -125,7 +140,8 @@ class AdaptiveSchedule(Callback):
             self.show_what_ran |= [c.schedule for c in choices] != [c.schedule for c in self.shown]
             self.shown = choices
             if self.auto and trainer.is_global_zero:
-                self.show_and_keep(choices, trainer.global_step)
+                show(choices)
+                self.keep(choices, trainer.global_step)
 
         overlap = self.planner.overlap
         if overlap is not None and logs_now(trainer, batch_idx):
@@ -135,12 +151,11 @@ class AdaptiveSchedule(Callback):
                 print(what_ran(choices, overlap, self.planner.backend), file=sys.stderr, flush=True)
             self.show_what_ran = False
 
-    def show_and_keep(self, choices: list[LayerChoice], step: int) -> None:
-        """Print the plan, and write it where a resumed run finds it."""
-        print("\n".join(plan_lines(choices)), file=sys.stderr, flush=True)
+    def keep(self, choices: list[LayerChoice], step: int) -> None:
+        """Write the plan where a resumed run finds it. step: from which on it runs."""
         if self.plan is not None:
-            earlier = read_json(self.plan)
-            try_to_write_json(self.plan, plan_to_json(choices, self.conditions, step, earlier))
+            self.earlier = plan_to_json(choices, self.conditions, step, self.earlier)
+            try_to_write_json(self.plan, self.earlier)
 
 
 def read_plan(path: Path, conditions: dict[str, Any]) -> dict[str, Any] | None:
@@ -159,6 +174,11 @@ def read_plan(path: Path, conditions: dict[str, Any]) -> dict[str, Any] | None:
         print(f"plan: measured again, because {what}", file=sys.stderr, flush=True)
         return None
     return plan
+
+
+def show(choices: list[LayerChoice]) -> None:
+    """Print a plan."""
+    print("\n".join(plan_lines(choices)), file=sys.stderr, flush=True)
 
 
 def plan_lines(choices: list[LayerChoice]) -> list[str]:
