@@ -88,16 +88,26 @@ def set_in_flight(network: Any, batches: int) -> None:
     """Let a network have so many batches in flight from the next pass on. network: the module that
     has the attribute, not DDP around it.
 
-    Raises ValueError for another number than 1 and 2, and for 2 if the network cannot have them.
+    Raises ValueError for another number than 1 and 2, for 2 if the network cannot have them, and if
+    the network only forwards reads of the attribute to another one, which would not see the number.
     """
     _check(batches)
-    if has_halves(network):
-        network.batches_in_flight = batches
-    elif batches == 2:
+    if batches_of(network) == batches:
+        return
+    if not has_halves(network):
         raise ValueError(
             f"{type(network).__name__} has no attribute batches_in_flight, so it cannot have two"
             " batches in flight. Use scmoe.models.decoder.Decoder, or set the attribute to 1 and"
             " call scmoe.models.halves.in_flight around the blocks."
+        )
+    is_own = "batches_in_flight" in [*vars(network), *dir(type(network))]
+    network.batches_in_flight = batches
+    if not is_own and "batches_in_flight" in vars(network):
+        del network.batches_in_flight
+        raise ValueError(
+            f"{type(network).__name__} only reads batches_in_flight of the network in it, which"
+            f" would not see the number {batches}. Call set_in_flight with the network itself, or"
+            " let the wrapper set the attribute there too."
         )
 
 

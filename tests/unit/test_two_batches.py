@@ -341,6 +341,35 @@ def test_a_network_without_halves_stays_without_them():
         set_in_flight(network, 2)
 
 
+class Forwarding(nn.Module):
+    """Forwards reads to the network in it, as a PeftModel does."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.network, name)
+
+
+def test_a_wrapper_that_forwards_reads_alone_is_refused():
+    """It would keep the number for itself, and the network would run as before."""
+    model = tiny_model(tiny(*DROPLESS))
+    wrapper = Forwarding(model)
+    with pytest.raises(ValueError, match="Forwarding only reads batches_in_flight"):
+        set_in_flight(wrapper, 2)
+    assert batches_of(wrapper) == batches_of(model) == 1
+    set_in_flight(wrapper, 1)
+    set_in_flight(model, 2)
+    assert batches_of(wrapper) == 2
+    compiled = torch.compile(model, backend="eager")
+    set_in_flight(compiled, 1)
+    assert batches_of(model) == 1, "it forwards writes too"
+
+
 def test_what_ran_names_two_batches():
     model = tiny_model(tiny(*DROPLESS))
     one = how_passes_run(model)["prefill"]
