@@ -189,7 +189,7 @@ class Swin(nn.Module):
                 if module.bias is not None:
                     module.bias.zero_()
             elif isinstance(module, nn.Conv2d):
-                bound = 1 / math.sqrt(module.weight[0].numel())
+                bound = 1 / math.sqrt(module.weight.shape[1:].numel())
                 for kind, weight in module.named_parameters():
                     generator = named_generator(f"{seed}/{name}/{kind}")
                     drawn = torch.rand(weight.shape, generator=generator, device="cpu")

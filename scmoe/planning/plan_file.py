@@ -19,7 +19,7 @@ def plan_to_json(
 ) -> dict[str, Any]:
     """Return the plan of a run as JSON values, with times in seconds.
 
-    step: after which it runs. earlier: the plan of the run before it.
+    step: number of steps before it runs. earlier: the plan of the run before it.
 
     {"step": 27, "in_flight_from": [[27, 1]], "conditions": {"ranks": 2, "ep_size": 2, ...},
      "layers": [{"schedule": {"architecture": "scmoe", "position": "pos2", "expert_slot": 1,
@@ -57,7 +57,7 @@ def up_to(plan: Plan, step: int) -> Plan:
 
 
 def in_flight_from(plan: Plan) -> list[list[int]]:
-    """Return [step, batches in flight from this step on] of each choice of a run; none without a
+    """Return [number of steps before, batches in flight] of each choice of a run; none without a
     plan. Plans of earlier versions state the last choice only."""
     try:
         if "in_flight_from" in plan:
@@ -67,10 +67,10 @@ def in_flight_from(plan: Plan) -> list[list[int]]:
         return []
 
 
-def in_flight_at(plan: Plan, step: int) -> int:
-    """Return how many batches a run had in flight at a step: one before the first choice. The
-    steps in which a choice is made again count as those of the choice before."""
-    numbers = [batches for since, batches in in_flight_from(plan) if since <= step]
+def in_flight_at(plan: Plan, steps: int) -> int:
+    """Return how many batches a run had in flight in the last of so many steps: one before the
+    first choice. The steps in which a choice is made again count as those of the choice before."""
+    numbers = [batches for since, batches in in_flight_from(plan) if since < steps]
     return numbers[-1] if numbers else 1
 
 

@@ -174,7 +174,7 @@ class Planner:
 
     def settle(self) -> None:
         """Let the blocks run as chosen, or as configured if there is no choice yet, without
-        recorders. A validation between two steps runs so."""
+        recorders. A validation after a step of a measurement runs so."""
         chosen = [choice.schedule for choice in self.choices]
         self.run_as(chosen or self.configured)
         self.run_in_flight(self.choices)
@@ -228,9 +228,9 @@ class Planner:
             self.note(what, which, recorders)
         if what == "run":
             return
+        self.settle()  # before the choice, which runs from the next step on
         if not self.agenda:
             self.decide()
-        self.settle()
 
     def note(self, what: str, which: int, recorders: Sequence[Recorder]) -> None:
         """Note the times of a step. what, which: as in `doing`."""

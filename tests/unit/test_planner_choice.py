@@ -197,6 +197,8 @@ def test_a_validation_between_two_steps_runs_as_chosen_or_as_configured():
         while not planner.has_chosen:
             assert (block.schedule, network.batches_in_flight) == (own, 1)
             step()
+        assert (block.schedule, network.batches_in_flight) == (own, 1)
+        step()
         chosen = [choice.schedule for choice in planner.choices]
         planner.restart()
         while not planner.has_chosen:

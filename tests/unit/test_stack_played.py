@@ -307,13 +307,13 @@ def test_an_evaluation_knows_the_number_of_batches_that_auto_has_chosen(tmp_path
     assert not ran_two_batches(tmp_path, config, 20), "nothing is chosen yet"
     choice, _ = Machine(120.0, 1.0, 1.05).chosen(Schedule("top_k"), (2,))
     (tmp_path / "plan.json").write_text(json.dumps(plan_to_json([choice] * 2, {}, 9)))
-    assert ran_two_batches(tmp_path, config, 9) and not ran_two_batches(tmp_path, config, 8)
+    assert ran_two_batches(tmp_path, config, 10) and not ran_two_batches(tmp_path, config, 9)
     one = plan_to_json(
         [replace(choice, batches_in_flight=1)] * 2, {}, 30, read_json(tmp_path / "plan.json")
     )
     (tmp_path / "plan.json").write_text(json.dumps(one))
-    assert ran_two_batches(tmp_path, config, 29), "a later choice hides no earlier one"
-    assert not ran_two_batches(tmp_path, config, 30)
+    assert ran_two_batches(tmp_path, config, 30), "a later choice hides no earlier one"
+    assert not ran_two_batches(tmp_path, config, 31)
     of_one = with_batch_of_a_rank(config, config, halves=False).data.global_batch_size
     of_half = with_batch_of_a_rank(config, config, halves=True).data.global_batch_size
     assert (of_one, of_half) == (16, 8)
