@@ -1,4 +1,5 @@
 import json
+import shutil
 from typing import Any
 
 from scmoe.command_line import KeyValue
@@ -13,6 +14,11 @@ def run_here(sweep: Any, again: str) -> int:
         raise ConfigError(
             f"{', '.join(sweep.only_at_wandb)}: only W&B's agent can run this. Log in with `wandb"
             " login` and run it at W&B, or remove it from the file"
+        )
+    if shutil.which(sweep.launcher[0]) is None:
+        raise ConfigError(
+            f"command begins with {sweep.launcher[0]!r}, which is no program on PATH. Begin it with"
+            " scmoe, train"
         )
     require("sweep", "matplotlib")
     if sweep.method == "bayes":

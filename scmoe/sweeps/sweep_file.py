@@ -20,7 +20,7 @@ import yaml
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, key_of, show
-from scmoe.config.load import find, load
+from scmoe.config.load import find, load, read_unchecked
 from scmoe.config.rules import NAME
 from scmoe.sweeps import checks
 from scmoe.sweeps.checks import Rule, check, refusal
@@ -235,6 +235,9 @@ def _command(raw: dict[str, Any]) -> tuple[list[str], str, list[str]]:
         "${program}": raw["program"],
     }
     launcher = [meaning.get(word, word) for word in launcher]
+    # `scmoe` need not be on PATH, and must be the one that runs the sweep.
+    if launcher[-2:-1] == ["scmoe"] and launcher[-3:-2] != ["-m"]:
+        launcher[-2:-1] = [sys.executable, "-m", "scmoe"]
     for word in [*launcher, *arguments]:
         if "${" in word:
             raise ConfigError(
@@ -250,7 +253,8 @@ def _probe(sweep: Sweep) -> None:
         if name in fixed:
             raise ConfigError(f"parameters.{name} is in the command too. Set it in one of the two")
         if name not in flatten(sweep.base):
-            load(sweep.config, [f"{name}=0"])  # raises, with a hint
+            # Raises with a hint, unless it is an option of an extension or of a callback.
+            read_unchecked(sweep.config, [*sweep.overrides, f"{name}=0"])
     if len(sweep.axes) < len(sweep.raw["parameters"]):
         return  # a combination has values that only W&B can draw
     for name, axis in sweep.axes.items():

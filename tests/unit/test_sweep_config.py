@@ -3,6 +3,7 @@ right values."""
 
 import copy
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,32 @@ def test_values_that_only_fit_together_are_accepted_and_a_grid_takes_no_continuo
 def test_bayes_requires_a_metric(tmp_path):
     with pytest.raises(ConfigError, match="metric is missing"):
         read(write(tmp_path, {**changed("metric", None), "method": "bayes"}))
+
+
+@pytest.mark.parametrize("is_in_file", [True, False])
+def test_the_options_of_an_extension_can_be_searched(is_in_file, tmp_path):
+    extension = "extensions=[docs.examples.my_architecture]"
+    values = {"values": [1, 2]}
+    config = changed("parameters", {"options.mine": values, "callbacks.surprise.every": values})
+    if is_in_file:
+        config["command"] = [*GOOD["command"][:-1], extension, "${args_no_hyphens}"]
+    sweep = read(write(tmp_path, config), [] if is_in_file else [extension])
+    assert [*sweep.axes] == ["options.mine", "callbacks.surprise.every"]
+
+
+def test_the_command_scmoe_train_is_that_of_this_interpreter(tmp_path):
+    command = ["scmoe", "train", *GOOD["command"][5:]]
+    assert read(write(tmp_path, {**GOOD, "command": command})).launcher == [
+        *(sys.executable, "-m", "scmoe", "train")
+    ]
+
+
+def test_a_command_without_a_program_is_refused_before_the_first_trial(tmp_path, capsys):
+    file = write(tmp_path, {**GOOD, "command": ["no-such-program", *GOOD["command"][2:]]})
+    assert call("sweep", file, "--local", f"runs_dir={tmp_path / 'runs'}") == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1 and "'no-such-program', which is no program" in said
+    assert not (tmp_path / "runs").exists()
 
 
 ONLY_AT_WANDB = (
