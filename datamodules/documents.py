@@ -13,6 +13,7 @@ SPLITS = ("train", "val", "test")
 HELD_OUT = 0.05  # share of a text's characters, for each of val and test
 # The same share of a Hugging Face data set's rows. These data sets are large.
 HELD_OUT_DOCUMENTS = 0.005
+ROWS = (".csv", ".tsv", ".json", ".jsonl")  # suffixes of files that are read by `hugging_face`
 SOTU_LAST_TRAIN_YEAR = 2005
 SOTU_LAST_VAL_YEAR = 2015
 
@@ -60,7 +61,8 @@ def text(path: Path, skip: bool = False) -> Source:
     The files train.txt, val.txt (or valid.txt, validation.txt) and test.txt of a folder are the
     splits. Otherwise the last 5 % of the characters are the test split and the 5 % before them
     validation, cut at a line or document end if there is one nearby. Raises ValueError, with the
-    file's name, for what is not UTF-8 text; with `skip` such files are left out.
+    file's name, for what is not UTF-8 text; with `skip` such files are left out. A single file of
+    rows, such as CSV, is refused.
     """
     if path.is_dir() and (path / "train.txt").is_file():
         names = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -71,6 +73,11 @@ def text(path: Path, skip: bool = False) -> Source:
         # A dangling link is kept, so that reading it names it.
         files = sorted(file for file in candidates if file.is_file() or not file.exists())
     elif path.is_file():
+        if path.suffix.lower() in ROWS:
+            raise ValueError(
+                f"data.path is {path}, a file of rows, not prose. Put it into a folder of its own;"
+                " data.name=hf data.path=FOLDER reads its field data.text_field."
+            )
         files = [path]
     else:
         raise ValueError(f"data.path is {path}, which does not exist. Give a file or a folder.")
@@ -98,20 +105,30 @@ def text(path: Path, skip: bool = False) -> Source:
     return replace(source, skipped=tuple(skipped))
 
 
-def hugging_face(name: str, subset: str | None) -> Source:
-    """Return the field `text` of a data set that Hugging Face `datasets` reads, by name or folder.
+def hugging_face(name: str, subset: str | None, field: str = "text") -> Source:
+    """Return a field of a data set that Hugging Face `datasets` reads, by name or folder.
 
     Its splits are train, validation and test. The last rows of train replace a missing split.
     """
     import datasets
 
     dataset = datasets.load_dataset(name, subset)
-    if "train" not in dataset or "text" not in dataset["train"].column_names:
+    if "train" not in dataset:
         raise ValueError(
-            f"data.path is {name!r}, which has no split train with a field text. Give a data set"
-            " that has them."
+            f"data.path is {name!r}, which has no split train. Give a data set that has one."
         )
     train = dataset["train"]
+    if field not in train.column_names:
+        fields = ", ".join(train.column_names)
+        raise ValueError(
+            f"data.path is {name!r}, whose rows have no field {field}. Set data.text_field; it has"
+            f" the fields {fields}."
+        )
+    if getattr(train.features[field], "dtype", None) not in ("string", "large_string"):
+        raise ValueError(
+            f"data.text_field is {field!r}, whose values are no texts in {name!r}. Give a field"
+            " of texts."
+        )
     held_out = max(1, int(len(train) * HELD_OUT_DOCUMENTS))
     rows = {}
     for split, their_split in (("test", "test"), ("val", "validation")):
@@ -123,9 +140,11 @@ def hugging_face(name: str, subset: str | None) -> Source:
             train = train.select(range(keep))
     rows["train"] = train
     # The fingerprint identifies the rows. Hashing 40 GB of text on every start would take minutes.
-    content = _digest(f"{split} {rows[split]._fingerprint}" for split in SPLITS)
+    parts = [f"{split} {rows[split]._fingerprint}" for split in SPLITS]
+    if field != "text":  # whose caches are older than this setting
+        parts.append(f" {field}")
     # A column reads the disk when it is iterated.
-    return Source({split: rows[split]["text"] for split in SPLITS}, content)
+    return Source({split: rows[split][field] for split in SPLITS}, _digest(parts))
 
 
 def _split_file(folder: Path, stems: tuple[str, ...]) -> str:

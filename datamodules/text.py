@@ -33,6 +33,7 @@ class TextDataModule(SequenceDataModule):
         vocab_size: int = 4096,
         cache_dir: str = ".cache",
         skip: bool = False,
+        text_field: str = "text",
         **sequences: Any,
     ) -> None:
         super().__init__(**sequences)
@@ -43,6 +44,7 @@ class TextDataModule(SequenceDataModule):
         self.vocab_size = vocab_size
         self.cache_dir = Path(cache_dir)
         self.skip = skip
+        self.text_field = text_field
         if tokenizer not in ("bpe", "gpt2"):  # checked here, before a process is started
             Tokenizer.load(tokenizer_file(tokenizer)).require_room(vocab_size)
 
@@ -99,7 +101,7 @@ class TextDataModule(SequenceDataModule):
             return sotu()
         assert self.source_name in ("text", "hf") and self.path is not None
         if self.source_name == "hf":
-            return hugging_face(self.path, self.subset)
+            return hugging_face(self.path, self.subset, self.text_field)
         source = text(Path(self.path), self.skip)
         self.skipped = source.skipped
         return source

@@ -31,10 +31,12 @@ class DataConfig:
     name: str = option("sotu", "data set", names=DATASETS.names)
     path: str | None = option(
         None,
-        "text: a file or folder; hf: name of a Hugging Face data set; fashion_mnist: a folder,"
+        "text: a file or folder; hf: name of a Hugging Face data set, or a folder of JSON lines or"
+        " CSV; fashion_mnist: a folder,"
         " null: that of Debian's package; image_folder: a folder with train/CLASS and val/CLASS",
     )
     subset: str | None = option(None, "hf: configuration of the data set")
+    text_field: str = option("text", "hf: field of a row that is its text")
     tokenizer: str = option(
         "bpe", "bpe: trained on the training split; gpt2; or the path of a tokenizer.json"
     )

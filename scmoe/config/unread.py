@@ -174,6 +174,7 @@ def _unread_of_data(config: Config) -> Unread:
         yield f"{name} reads no path", ("data.path",)
     if data.name != "hf":
         yield f"{name} has no subsets", ("data.subset",)
+        yield f"{name} has no fields", ("data.text_field",)
     if data.name in DATASETS.built_in and data.name not in ("text", "image_folder"):
         yield f"{name} has no files that could be left out", ("data.on_error",)
     # If data and model do not fit together, data.name is refused.

@@ -98,6 +98,15 @@ def test_unreadable_texts_are_skipped_and_counted(tmp_path, capsys):
     assert "".join("".join(documents) for documents in source.documents.values()) == LINE * 80
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl"])
+def test_a_file_of_rows_is_not_read_as_prose(suffix, tmp_path):
+    file = tmp_path / f"rows{suffix}"
+    file.write_text(LINE * 40)
+    for skip in (False, True):
+        with pytest.raises(ValueError, match=r"not prose.* data\.name=hf data\.path=FOLDER"):
+            text(file, skip)
+
+
 def test_a_link_to_a_text_that_is_gone_is_named(tmp_path):
     folder_of(tmp_path, a=LINE.encode() * 40)
     (tmp_path / "b.txt").symlink_to("gone.txt")

@@ -95,6 +95,20 @@ def test_hugging_face_rows_become_documents(tmp_path, monkeypatch):
     assert hugging_face(str(tmp_path / "rows"), None).content == source.content
 
 
+def test_a_table_of_rows_is_read_by_the_name_of_its_field(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    (tmp_path / "rows").mkdir()
+    rows = "".join(f"story {i},title {i}\n" for i in range(400))
+    (tmp_path / "rows" / "train.csv").write_text(f"story,title\n{rows}")
+    stories, titles = (hugging_face(str(tmp_path / "rows"), None, f) for f in ("story", "title"))
+    assert [*stories.documents["val"]] == ["story 396", "story 397"]
+    assert [*titles.documents["val"]] == ["title 396", "title 397"]
+    assert stories.content != titles.content, "each has a cache of its own"
+    with pytest.raises(ValueError, match=r"no field text.* has the fields story, title"):
+        hugging_face(str(tmp_path / "rows"), None)
+
+
 def test_cache_is_reused_for_equal_content_and_rebuilt_for_other(tmp_path, capsys):
     folder = write_texts(tmp_path / "texts")
     make = partial(open_texts, folder, tmp_path / "cache")

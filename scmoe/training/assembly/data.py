@@ -94,6 +94,7 @@ def text(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
         data.vocab_size,
         data.cache_dir,
         data.on_error == "skip",
+        data.text_field,
         seq_len=data.seq_len,
         val_sequences=data.val_sequences,
         **position,
