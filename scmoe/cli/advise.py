@@ -70,6 +70,9 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
             f"command line: cluster is missing, allowed: {', '.join([*names(), 'measure'])}, or a"
             " YAML file"
         )
+    from scmoe.config.load import read_unchecked
+
+    read_unchecked(config, overrides)  # so that a wrong name is refused before torch is imported
     profile = profile_of(named["cluster"], of_cluster)
     from scmoe.report import Report, say
     from scmoe.training.assembly.advice import Request, advice_for, with_batch_of

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 from scmoe.command_line import KeyValue
 from scmoe.config.leaves import ConfigError
@@ -15,9 +16,15 @@ def main(config: str, /, *overrides: KeyValue) -> None:
         overrides: key=value, such as data.path=FOLDER
     """
     from scmoe.config.load import load
-    from scmoe.training.assembly.data import build_datamodule, prepare_data
 
     settings = load(config, overrides)
+    data_path = settings.data.path
+    if settings.data.name in ("text", "image_folder") and not Path(data_path or "").exists():
+        raise ConfigError(
+            f"data.path is {data_path}, which does not exist. Give a file or a folder."
+        )
+    from scmoe.training.assembly.data import build_datamodule, prepare_data
+
     # every bad file is noted; with an error the reading would end at the first one
     data = build_datamodule(replace(settings, data=replace(settings.data, on_error="skip")))
     prepare_data(data, warn=False)

@@ -2,6 +2,8 @@ import json
 from pathlib import Path
 from typing import Literal
 
+from scmoe.config.leaves import ConfigError
+
 
 def main(
     run: Path,
@@ -30,6 +32,14 @@ def main(
         stride: tokens that a window scores (default: half the context)
         limit: questions of a task, the first ones (default: all)
     """
+    from scmoe.training.run.directory import refuse_without_checkpoint
+
+    run_dir = run.resolve()
+    refuse_without_checkpoint(run_dir, which)
+    if text is not None and not text.exists():
+        raise ConfigError(f"--text is {str(text)!r}, which does not exist. Give a file.")
+    if data is not None and not data.is_dir():
+        raise ConfigError(f"--data is {str(data)!r}, which is no folder. Give a folder of tasks.")
     from scmoe.runs.evaluate.evaluation import EvaluationRequest, evaluate, shown
     from scmoe.training.run.printout import console
 
@@ -37,7 +47,7 @@ def main(
     if tasks == "none":
         names = ()
     results = evaluate(
-        run.resolve(), EvaluationRequest(which, names, data, text, stride, limit, overrides)
+        run_dir, EvaluationRequest(which, names, data, text, stride, limit, overrides)
     )
     if results is not None:
         title = f"the {which} checkpoint, {results['checkpoint']}"

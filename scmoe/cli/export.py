@@ -23,6 +23,10 @@ def main(
         format: one file, or a folder
         out: default: RUN/export/model.safetensors, with config.yaml; RUN/export/hf
     """
+    from scmoe.training.run.directory import refuse_without_checkpoint
+
+    run_dir = run.resolve()
+    refuse_without_checkpoint(run_dir, which)
     from scmoe.config.as_yaml import to_yaml
     from scmoe.config.registry import named
     from scmoe.init_from.pretrained import model_settings
@@ -32,7 +36,6 @@ def main(
     from scmoe.training.assembly.model import build_model_on_meta
     from scmoe.training.run.resume import config_of, find_checkpoint, refuse_other_model
 
-    run_dir = run.resolve()
     out = out or run_dir / "export" / ("hf" if format == "hf" else "model.safetensors")
     try:
         checkpoint = find_checkpoint(run_dir, which)

@@ -74,18 +74,22 @@ def main(run: Path, /, *overrides: str, options: Options = DEFAULTS) -> None:
         overrides: key=value, what a resumed run may change, too
     """
     from scmoe.inference.prompts import Prompt, check_prompt, read_prompts
-    from scmoe.inference.sampling import Sampling
-    from scmoe.runs.generate import GenerationRequest, generate_texts, speed_lines, to_file
+    from scmoe.training.run.directory import refuse_without_checkpoint
 
+    if not run.is_file():
+        refuse_without_checkpoint(run.resolve(), options.which)
     try:
-        sampling = Sampling(
-            options.temperature, options.top_k or None, options.top_p, options.repetition_penalty
-        )
         if options.prompts is not None:
             texts = read_prompts(options.prompts, options.seed)
         else:
             texts = [Prompt(options.prompt, options.seed)]
             check_prompt(texts[0], "--prompt")
+        from scmoe.inference.sampling import Sampling
+        from scmoe.runs.generate import GenerationRequest, generate_texts, speed_lines, to_file
+
+        sampling = Sampling(
+            options.temperature, options.top_k or None, options.top_p, options.repetition_penalty
+        )
         request = GenerationRequest(
             texts,
             options.max_tokens,

@@ -2,7 +2,6 @@ import json
 from pathlib import Path
 
 from scmoe.command_line import KeyValue
-from scmoe.config.leaves import ConfigError
 
 
 def main(run: Path, /, *overrides: KeyValue) -> None:
@@ -17,11 +16,10 @@ def main(run: Path, /, *overrides: KeyValue) -> None:
         overrides: step=N for the checkpoint of that step, and key=value for what a resumed run may
             change
     """
-    run_dir = run.resolve()
-    if not any(run_dir.glob("checkpoints/*")):
-        from scmoe.training.run.directory import why_no_checkpoint
+    from scmoe.training.run.directory import refuse_without_checkpoint
 
-        raise ConfigError(why_no_checkpoint(run_dir))
+    run_dir = run.resolve()
+    refuse_without_checkpoint(run_dir)
     from scmoe.training.run.resume import resumption, step_of
 
     step, settings = step_of(overrides)

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,8 +23,8 @@ SUBVERBS = [
     ("simulate", "testbed"),
 ]
 HEAVY = ("torch", "matplotlib", "wandb", "lightning", "scipy", "optuna")
-# This program calls each verb as `scmoe VERB`, and prints for each of its arguments the exit code,
-# what was printed, and which heavy packages were imported by then.
+# This program makes calls of `scmoe`, and prints for each one the exit code, what was printed, and
+# which heavy packages were imported by then.
 WALK = f"""
 import contextlib, io, json, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -31,24 +32,29 @@ from scmoe import command_line
 from scmoe.command_line import call
 
 for words in json.loads(sys.argv[1]):
-    for last in ("--help", "--no-such-option"):
-        with (
-            contextlib.redirect_stdout(io.StringIO()) as out,
-            contextlib.redirect_stderr(io.StringIO()) as err,
-        ):
-            code = call(*words, last)
-        heavy = [name for name in {HEAVY} if name in sys.modules]
-        print(json.dumps([words, last, code, out.getvalue(), err.getvalue(), heavy]))
+    with (
+        contextlib.redirect_stdout(io.StringIO()) as out,
+        contextlib.redirect_stderr(io.StringIO()) as err,
+    ):
+        code = call(*words)
+    heavy = [name for name in {HEAVY} if name in sys.modules]
+    print(json.dumps([words, code, out.getvalue(), err.getvalue(), heavy]))
 """
 
 
-def test_every_verb_shows_its_help_and_refuses_a_wrong_option_without_torch(tmp_path):
-    asked = [[verb] for verb in VERBS] + [[*words] for words in SUBVERBS]
-    program = [sys.executable, "-B", "-c", WALK, json.dumps(asked)]
-    done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+def answers_to(calls: list[list[str]], folder: Path) -> list[list[Any]]:
+    """Return words, exit code, standard output, standard error and heavy imports of each call."""
+    program = [sys.executable, "-B", "-c", WALK, json.dumps(calls)]
+    done = subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=120)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(answers) == 2 * len(asked), done.stderr
-    for words, last, code, out, err, heavy in answers:
+    assert len(answers) == len(calls), done.stderr
+    return answers
+
+
+def test_every_verb_shows_its_help_and_refuses_a_wrong_option_without_torch(tmp_path):
+    verbs = [[verb] for verb in VERBS] + [[*words] for words in SUBVERBS]
+    calls = [[*words, last] for words in verbs for last in ("--help", "--no-such-option")]
+    for (*words, last), code, out, err, heavy in answers_to(calls, tmp_path):
         assert heavy == [], words
         if last == "--help":
             assert (code, err) == (0, "") and out.startswith(f"Usage: scmoe {' '.join(words)}"), (
@@ -60,6 +66,28 @@ def test_every_verb_shows_its_help_and_refuses_a_wrong_option_without_torch(tmp_
             assert (code, out, err.count("\n")) == (2, "", 1), (words, out, err)
             assert err.startswith("error: ") and last in err, (words, err)
     assert not list(tmp_path.iterdir())
+
+
+WRONG_NAMES = (  # calls that name something that does not exist
+    "advise nowhere cluster=8xA30-PCIe",
+    "advise nowhere cluster=measure",
+    "advise quickstart cluster=nowhere",
+    "check-data nowhere",
+    "check-data quickstart data.name=text data.path=nowhere",
+    "estimate nowhere",
+    "train nowhere",
+    *(f"{verb} nowhere" for verb in ("evaluate", "export", "generate", "resume")),
+    *(f"evaluate run {option} nowhere" for option in ("--text", "--data")),
+    "generate run --prompts nowhere --out texts.jsonl",
+)
+
+
+def test_a_name_of_nothing_is_refused_before_torch_is_imported(tmp_path):
+    (tmp_path / "run/checkpoints/step=1.ckpt").mkdir(parents=True)
+    calls = [words.split() for words in WRONG_NAMES]
+    for words, code, out, err, heavy in answers_to(calls, tmp_path):
+        assert (code, out, err.count("\n")) == (2, "", 1), (words, out, err)
+        assert "nowhere" in err and heavy == [], (words, err, heavy)
 
 
 def test_scmoe_lists_its_verbs_and_says_its_version(capsys):

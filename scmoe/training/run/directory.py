@@ -155,6 +155,13 @@ def why_no_checkpoint(run_dir: Path, which: str = "last") -> str:
     )
 
 
+def refuse_without_checkpoint(run_dir: Path, which: str = "last") -> None:
+    """Raise ConfigError for a folder that cannot have this checkpoint. No file is read, so that a
+    wrong name is refused before torch is imported."""
+    if not any(run_dir.glob("checkpoints/*")):
+        raise ConfigError(why_no_checkpoint(run_dir, which))
+
+
 def how_to_continue(run_dir: Path, own_classes: Sequence[str]) -> str:
     """Return the command that resumes a run, or that there is nothing to resume. own_classes: words
     of the command, as RunParts has them."""
