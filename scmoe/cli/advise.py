@@ -74,13 +74,20 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
 
     read_unchecked(config, overrides)  # so that a wrong name is refused before torch is imported
     profile = profile_of(named["cluster"], of_cluster)
-    from scmoe.report import Report, say
-    from scmoe.training.assembly.advice import Request, advice_for, with_batch_of
+    from scmoe.report import Report, console, say
 
-    request = Request(
-        config, overrides, sizes.get("ranks"), sizes.get("ep"), sizes.get("samples"), named["load"]
-    )
-    advice, settings = advice_for(request, profile)
+    with console().status("counting and simulating each architecture"):  # on a terminal
+        from scmoe.training.assembly.advice import Request, advice_for, with_batch_of
+
+        request = Request(
+            config,
+            overrides,
+            sizes.get("ranks"),
+            sizes.get("ep"),
+            sizes.get("samples"),
+            named["load"],
+        )
+        advice, settings = advice_for(request, profile)
     rows = {name: row_to_json(row) for name, row in advice.rows.items()}
     trainer = settings.trainer
     ranks = trainer.devices * trainer.num_nodes

@@ -1,15 +1,20 @@
 """Scores of tokens: every token once, with enough context, independent of padding and of the other
 texts."""
 
+import io
 import math
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
-from scmoe.runs.evaluate.scoring import Scorer, Text, score_text, windows_of
+from scmoe.datamodules.sequences import SequenceDataModule
+from scmoe.runs.evaluate import progress
+from scmoe.runs.evaluate.scoring import Scorer, Text, score_test_split, score_text, windows_of
 from tests.support.models import tiny, tiny_model
 
 CONTEXT, VOCABULARY = 12, 64
@@ -88,6 +93,37 @@ def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():
     assert found["perplexity"] == pytest.approx(VOCABULARY)
     assert found["bits_per_byte"] == pytest.approx(math.log2(VOCABULARY) / 2)
     assert (found["tokens"], found["window"], found["stride"]) == (99, CONTEXT, 5)
+
+
+def test_each_part_is_named_before_its_first_pass(capsys):
+    said = list[str]()
+
+    def forward(inputs, mask):
+        said.append(capsys.readouterr().err)
+        return (torch.zeros(*inputs.shape, VOCABULARY),)
+
+    scorer = Scorer(forward, CONTEXT, torch.device("cpu"))
+    score_text(scorer, Text("my text", ids(100), []), 5, np.full(VOCABULARY, 2))
+    assert "my text" in said[0]
+    batch = {
+        "input_ids": torch.zeros(1, 4, dtype=torch.int64),
+        "labels": torch.zeros(1, 4, dtype=torch.int64),
+        "padding_mask": torch.ones(1, 4, dtype=torch.bool),
+        "num_bytes": torch.ones(1),
+    }
+    data = Mock(spec=SequenceDataModule, test_dataloader=lambda: [batch])
+    said.clear()
+    score_test_split(scorer, data)
+    assert "test split" in said[0]
+
+
+def test_the_progress_of_an_evaluation_reaches_its_end_on_a_terminal(monkeypatch):
+    screen = Console(file=io.StringIO(), force_terminal=True, width=80)
+    monkeypatch.setattr(progress, "Console", lambda stderr: screen)
+    with progress.progress_of("my text", 7) as advance:
+        advance(3)
+        advance(4)
+    assert "my text" in screen.file.getvalue() and "100%" in screen.file.getvalue()
 
 
 def test_more_context_is_shown_where_the_stride_is_smaller():

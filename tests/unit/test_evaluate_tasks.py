@@ -167,7 +167,7 @@ def lookup(adapter, liked: set[tuple[str, str]]):
             0.0 if (context, continuation) in liked else -float(len(continuation)), 1, True
         )
 
-    model = adapter.ModelOfRun(lambda pairs: [score(*pair) for pair in pairs], None)
+    model = adapter.ModelOfRun(lambda pairs, part: [score(*pair) for pair in pairs], None)
     model.ids_of = lambda context, continuation: (context, continuation)
     return model
 

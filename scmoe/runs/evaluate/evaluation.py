@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from rich import box
+from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor, nn
 
@@ -114,7 +115,10 @@ def read_material(config: Config, weights: Path, request: EvaluationRequest) -> 
         raise ConfigError(f"--limit is {request.limit}, allowed: 1 or more")
 
     text = open_text(data, request.text) if isinstance(data, SequenceDataModule) else None
-    tasks = read_tasks(text, request) if text and isinstance(data, TextDataModule) else []
+    tasks: list[Task | Registered] = []
+    if text and isinstance(data, TextDataModule):
+        with Console(stderr=True).status("reading tasks"):  # on a terminal; lm-eval takes seconds
+            tasks = read_tasks(text, request)
     if request.limit is not None and not tasks:
         raise ConfigError(
             "--limit counts questions of --tasks, but there is no task. Name one, or leave --limit"

@@ -27,6 +27,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.datamodules.tokenizer import Tokenizer
 from scmoe.inference.generate import decode, padded, prefill
 from scmoe.inference.sampling import Stopping
+from scmoe.runs.evaluate.progress import progress_of
 from scmoe.runs.evaluate.scoring import Scorer, batches
 from scmoe.runs.evaluate.tasks import OWN_TASKS, Registered, Task
 
@@ -57,19 +58,23 @@ class ModelOfRun(LM):
     def loglikelihood(
         self, requests: list[Instance], *_: Any, **__: Any
     ) -> list[tuple[float, bool]]:
-        scores = self.scorer([self.ids_of(*request.args) for request in requests])
+        pairs = [self.ids_of(*request.args) for request in requests]
+        scores = self.scorer(pairs, part=f"answers of {names_of(requests)}")
         return [(score.log_likelihood, score.greedy) for score in scores]
 
     def loglikelihood_rolling(self, requests: list[Instance], *_: Any, **__: Any) -> list[float]:
-        scores = self.scorer([self.ids_of("", *request.args) for request in requests])
+        pairs = [self.ids_of("", *request.args) for request in requests]
+        scores = self.scorer(pairs, part=f"texts of {names_of(requests)}")
         return [score.log_likelihood for score in scores]
 
     def generate_until(self, requests: list[Instance], *_: Any, **__: Any) -> list[str]:
         prompts = [self.prompt(*request.args) for request in requests]
         texts = [""] * len(prompts)
-        for batch in batches(range(len(prompts)), lambda i: prompts[i].length):
-            for i, text in zip(batch, self.write([prompts[i] for i in batch]), strict=True):
-                texts[i] = text
+        with progress_of(f"answers of {names_of(requests)}", len(prompts)) as advance:
+            for batch in batches(range(len(prompts)), lambda i: prompts[i].length):
+                for i, text in zip(batch, self.write([prompts[i] for i in batch]), strict=True):
+                    texts[i] = text
+                advance(len(batch))
         return texts
 
     def prompt(self, context: str, asked: dict[str, Any]) -> Prompt:
@@ -128,6 +133,11 @@ class ModelOfRun(LM):
         ids = self.tokenizer.encode(context + continuation)
         begin = min(len(self.tokenizer.encode(stripped)), max(0, len(ids) - 1))
         return np.r_[self.tokenizer.end_of_text, ids], 1 + begin
+
+
+def names_of(requests: Sequence[Instance]) -> str:
+    """Return the names of the tasks that have made these requests."""
+    return ", ".join(dict.fromkeys(str(request.task_name) for request in requests))
 
 
 def ask(model: ModelOfRun, task: Task | Registered, limit: int | None) -> dict[str, dict[str, Any]]:

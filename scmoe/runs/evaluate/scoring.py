@@ -25,6 +25,7 @@ from scmoe.datamodules.positioned import IGNORE, PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.parallel.mesh import Mesh
+from scmoe.runs.evaluate.progress import progress_of
 from scmoe.training.modules import cross_entropy_sum
 
 # Tokens of a batch, padding included. With a vocabulary of 50,000 its logits take 0.4 GB.
@@ -125,7 +126,10 @@ class Scorer:
     device: torch.device
 
     def __call__(
-        self, sequences: Sequence[tuple[np.ndarray, int]], stride: int | None = None
+        self,
+        sequences: Sequence[tuple[np.ndarray, int]],
+        stride: int | None = None,
+        part: str = "sequences",
     ) -> list[Score]:
         """Return a score for each (ids, first): that of ids[first:], given what is before.
 
@@ -139,12 +143,14 @@ class Scorer:
         ]
         log_likelihoods = np.zeros(len(sequences))
         greedy = np.ones(len(sequences), bool)
-        for batch in batches(windows, lambda pair: pair[1].stop - pair[1].start):
-            ids_of_batch = [sequences[i][0] for i, _ in batch]
-            nats_B, likeliest_B = self.score(ids_of_batch, [window for _, window in batch])
-            for (i, _), nats, likeliest in zip(batch, nats_B, likeliest_B, strict=True):
-                log_likelihoods[i] -= nats
-                greedy[i] &= likeliest
+        with progress_of(part, len(windows)) as advance:
+            for batch in batches(windows, lambda pair: pair[1].stop - pair[1].start):
+                ids_of_batch = [sequences[i][0] for i, _ in batch]
+                nats_B, likeliest_B = self.score(ids_of_batch, [window for _, window in batch])
+                for (i, _), nats, likeliest in zip(batch, nats_B, likeliest_B, strict=True):
+                    log_likelihoods[i] -= nats
+                    greedy[i] &= likeliest
+                advance(len(batch))
         return [
             Score(float(log_likelihoods[i]), len(ids) - first, bool(greedy[i]))
             for i, (ids, first) in enumerate(sequences)
@@ -213,18 +219,21 @@ def score_test_split(scorer: Scorer, data: PositionedDataModule) -> dict[str, An
     hits = 0
     targets = 0
     num_bytes = 0
-    for batch in data.test_dataloader():
-        labels = batch["labels"]
-        if is_text:
-            inputs, mask = batch["input_ids"], batch["padding_mask"]
-            num_bytes += int(batch["num_bytes"].sum())
-        else:
-            inputs, mask = batch["images"], labels != IGNORE
-        logits_NC = scorer.forward(inputs.to(device), mask.to(device))[0].flatten(0, -2)
-        labels_N = labels.flatten().to(device)
-        nats += cross_entropy_sum(logits_NC, labels_N).item()
-        hits += int((logits_NC.argmax(-1) == labels_N).sum())
-        targets += int((labels_N != IGNORE).sum())
+    batches_of_split = data.test_dataloader()
+    with progress_of(f"loss of the {TEST_SPLIT}", len(batches_of_split)) as advance:
+        for batch in batches_of_split:
+            labels = batch["labels"]
+            if is_text:
+                inputs, mask = batch["input_ids"], batch["padding_mask"]
+                num_bytes += int(batch["num_bytes"].sum())
+            else:
+                inputs, mask = batch["images"], labels != IGNORE
+            logits_NC = scorer.forward(inputs.to(device), mask.to(device))[0].flatten(0, -2)
+            labels_N = labels.flatten().to(device)
+            nats += cross_entropy_sum(logits_NC, labels_N).item()
+            hits += int((logits_NC.argmax(-1) == labels_N).sum())
+            targets += int((labels_N != IGNORE).sum())
+            advance(1)
 
     loss = nats / targets
     if is_text:
@@ -282,7 +291,7 @@ def score_text(
 
     stride: tokens that a window scores; it shows at least context - stride tokens before each.
     """
-    (score,) = scorer([(text.ids, 1)], stride)
+    (score,) = scorer([(text.ids, 1)], stride, f"perplexity of {text.name}")
     loss = -score.log_likelihood / score.num_tokens
     num_bytes = int(token_bytes_V[text.ids[1:]].sum())
     return {
