@@ -15,12 +15,12 @@ def main(folder: Path = Path("runs"), /, *, last: int = 30) -> None:
         folder: where to look
         last: how many of the newest
     """
-    from scmoe.runs.seen import console, find_runs, table_of
+    from scmoe.runs.seen import console, find_runs, readable, table_of
 
     if not folder.is_dir():
         raise ConfigError(f"the folder of runs, {str(folder)!r}, does not exist. Give another one")
     runs = find_runs(folder)
-    shown = runs[:last]
+    shown = readable(runs[:last])
     console().print(
         table_of(shown, folder), f"{len(shown)} of {len(runs)} runs in {folder}", sep="\n"
     )

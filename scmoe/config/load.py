@@ -96,7 +96,7 @@ def load_text(text: str, source: str, overrides: Sequence[str] = (), trains: boo
     """
     draft = _Draft(copy.deepcopy(_defaults()))
     tree = draft.tree
-    _merge(draft, _mapping(parse_yaml(text, source), source), source)
+    _merge(draft, mapping_of(parse_yaml(text, source), source), source)
     OmegaConf.update(tree, "callbacks", {}, merge=False)
     kept = OmegaConf.to_object(tree)
     assert isinstance(kept, Config)
@@ -173,7 +173,7 @@ def _merge_file(draft: _Draft, path: Path, children: tuple[Path, ...]) -> None:
         raise ConfigError(
             f"{path}: the file is empty. Write at least one key, or {{}} for the defaults."
         )
-    mapping = _mapping(parsed, str(path))
+    mapping = mapping_of(parsed, str(path))
     extends = mapping.pop("extends", [])
     parents = [extends] if isinstance(extends, str) else extends
     if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
@@ -183,7 +183,7 @@ def _merge_file(draft: _Draft, path: Path, children: tuple[Path, ...]) -> None:
     _merge(draft, mapping, str(path))
 
 
-def _mapping(value: Any, source: str) -> dict[str, Any]:
+def mapping_of(value: Any, source: str) -> dict[str, Any]:
     """Return what is parsed of a file. ConfigError: it is no mapping."""
     if not isinstance(value, dict):
         raise ConfigError(

@@ -174,7 +174,8 @@ def parts_of_run(run: SeenRun, name: str, anchor: str, clean: Cleaner) -> list[P
     head.facts += [
         (words, of_summary(key, summary[key])) for key, words in SUMMARY.items() if key in summary
     ]
-    if command := environment.get("command"):
+    command = environment.get("command")
+    if isinstance(command, list) and command:
         head.commands = [clean(shlex.join(["scmoe", *map(str, command[1:])]))]
     parts = [head]
 
@@ -196,7 +197,8 @@ def parts_of_run(run: SeenRun, name: str, anchor: str, clean: Cleaner) -> list[P
 
 def of_summary(key: str, value: Any) -> str:
     """Return a value of summary.json for a reader; shares as per cent."""
-    return f"{value:.2%}" if key in SHARES else number(value)
+    is_share = key in SHARES and isinstance(value, int | float)
+    return f"{value:.2%}" if is_share else number(value)
 
 
 def begun(run: SeenRun) -> list[tuple[str, str]]:
@@ -209,7 +211,8 @@ def environment_of(
     """Return machine, versions, code and configuration. No name of a machine is among them."""
     part = Part("Environment and configuration", anchor, level=3)
     facts = {key: environment.get(key) for key in ("platform", "cpus", "python")}
-    facts |= environment.get("packages") or {}
+    packages = environment.get("packages")
+    facts |= packages if isinstance(packages, dict) else {}
     facts["git commit"] = str(environment.get("git_commit") or "")[:COMMIT]
     if facts["git commit"]:
         facts["uncommitted changes"] = "yes" if environment.get("git_diff") else "no"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
+from scmoe.files.writing import warn_once
 from scmoe.html_report.svg import LINE, SERIES, drawing
 from scmoe.runs.seen import SeenRun
 
@@ -132,17 +133,24 @@ class Loads:
 def read_loads(table: Path) -> Loads | None:
     """Return what the callback ExpertLoad has kept in analysis/expert_load.csv; None: nothing.
 
-    A step whose rows are not whole, as a crash leaves them, is left out.
+    A step whose rows are not whole, as a crash leaves them, is left out. A file that is no text is
+    left out, and a line on standard error names it.
     """
     if not table.exists():
         return None
     by_step: dict[int, dict[int, list[int]]] = {}
-    with table.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            counts = [value for key, value in row.items() if str(key).startswith("expert_")]
-            if row.get("dropped") and all(count and count.isdecimal() for count in counts):
-                layer = by_step.setdefault(int(row["step"]), {})
-                layer[int(row["layer"])] = [int(count) for count in counts]
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            rows_of_texts = [*csv.DictReader(file)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        warn_once(f"{table} is left out, as it cannot be read: {error}")
+        return None
+    for row in rows_of_texts:
+        counts = [value for key, value in row.items() if str(key).startswith("expert_")]
+        numbers = [row.get("step"), row.get("layer"), *counts]
+        if row.get("dropped") and counts and all(text and text.isdecimal() for text in numbers):
+            layer = by_step.setdefault(int(row["step"]), {})
+            layer[int(row["layer"])] = [int(count) for count in counts]
     layers = sorted({layer for step in by_step.values() for layer in step})
     steps = [step for step, rows in by_step.items() if len(rows) == len(layers)]
     if not steps:

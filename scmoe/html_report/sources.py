@@ -26,7 +26,7 @@ from scmoe.config.extras import CHECKOUT
 from scmoe.config.leaves import ConfigError
 from scmoe.files.writing import STARS, read_json, redacted
 from scmoe.probes.row_names import row_in_words
-from scmoe.runs.seen import SeenRun, find_runs
+from scmoe.runs.seen import SeenRun, find_runs, readable
 
 RUNS = Path("runs")
 KINDS = (
@@ -121,7 +121,8 @@ def find_sources(names: Sequence[str], last: int) -> tuple[Sources, Cleaner]:
         else:
             search(path, sources, last)
     by_path = {run.path.resolve(): SeenRun(run.path.resolve()) for run in sources.runs}
-    sources.runs = sorted(by_path.values(), key=lambda run: run.begun, reverse=True)
+    whole = readable(by_path.values())
+    sources.runs = sorted(whole, key=lambda run: run.begun, reverse=True)
 
     if not sources.runs and not sources.files:
         where = " and ".join(names) or f"the folder {RUNS}/"

@@ -2,9 +2,10 @@
 differ."""
 
 import csv
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,15 +21,16 @@ from rich.text import Text
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError
-from scmoe.config.load import parse_yaml
+from scmoe.config.leaves import ConfigError, show
+from scmoe.config.load import mapping_of, parse_yaml, read_text
 from scmoe.config.registry import IMAGES
-from scmoe.files.writing import read_json
+from scmoe.files.writing import read_json, warn_once
 from scmoe.training.run.directory import read_state
 
 # without a terminal: one line for each run, however long, which can be searched and copied
 WIDTH = 1000
 COLORS = {"finished": "green", "running": "cyan", "failed": "red", "cut": "yellow"}
+COUNTS = ("trainer.max_steps", "data.global_batch_size", "data.seq_len")
 # keys that say where a run is kept, not what it computes
 NOT_COMPARED = ("name", "runs_dir", "logger.")
 
@@ -48,33 +50,43 @@ class SeenRun:
     @cached_property
     def config_path(self) -> Path:
         """The file of the configuration as last resumed."""
-        resumed = sorted(
-            self.path.glob("config-from-*.yaml"), key=lambda path: int(path.stem.rpartition("-")[2])
-        )
-        return [self.path / "config.yaml", *resumed][-1]
+        steps = [path.stem.rpartition("-")[2] for path in self.path.glob("config-from-*.yaml")]
+        numbers = sorted(int(step) for step in steps if step.isdecimal())
+        return self.path / (f"config-from-{numbers[-1]}.yaml" if numbers else "config.yaml")
 
     @cached_property
     def config(self) -> dict[str, str]:
         """The configuration as last resumed: dotted keys and texts.
 
-        A key that the run's version did not have is at its default.
+        A key that the run's version did not have is at its default. ConfigError: it is damaged.
         """
-        return {**DEFAULTS, **flat(self.config_path.read_text(encoding="utf-8"))}
+        path = str(self.config_path)
+        config = {**DEFAULTS, **flat(read_text(self.config_path), path)}
+        for key in COUNTS:
+            if not config[key].isdecimal():
+                raise ConfigError(f"{path}: {key} is {show(config[key])}. It must be a number.")
+        return config
 
     @cached_property
     def metrics(self) -> list[dict[str, float]]:
         """The rows of metrics.csv without empty cells.
 
-        An incomplete row, which a crash may leave, is left out.
+        An incomplete row, which a crash may leave, is left out. ConfigError: the file is damaged.
         """
         path = self.path / "metrics.csv"
         rows = list[dict[str, float]]()
         if not path.exists():
             return []
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                with suppress(TypeError, ValueError):  # a cell that is missing is None
-                    rows.append({key: float(value) for key, value in row.items() if value != ""})
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows_of_texts = [*csv.DictReader(file)]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise ConfigError(f"{path}: cannot be read: {error}") from error
+        for row in rows_of_texts:
+            with suppress(TypeError, ValueError):  # a cell that is missing is None
+                numbers = {key: float(value) for key, value in row.items() if value != ""}
+                if math.isfinite(numbers.get("step", math.nan)):
+                    rows.append(numbers)
         return rows
 
     @cached_property
@@ -112,7 +124,10 @@ class SeenRun:
         """The tokens (images) per second: the summary's value, else the last logged one."""
         name = f"{self.counts}_per_s"
         logged = self.curve(f"time/{name}")
-        return self.summary.get(name) or (logged[-1][1] if logged else None)
+        speed = self.summary.get(name)
+        if isinstance(speed, int | float):
+            return speed
+        return logged[-1][1] if logged else None
 
     @property
     def begun(self) -> float:
@@ -135,9 +150,13 @@ class SeenRun:
 NO_FIELDS = ("callbacks", "options", "trainer.extra")  # their keys are chosen by users
 
 
-def flat(text: str) -> dict[str, str]:
-    """Return dotted keys and texts of a config.yaml of any version of this project."""
-    return {key: str(value) for key, value in _leaves(parse_yaml(text, "config.yaml"))}
+def flat(text: str, source: str = "config.yaml") -> dict[str, str]:
+    """Return dotted keys and texts of a config.yaml of any version of this project.
+
+    source: its name in messages. ConfigError: the text is no such file.
+    """
+    tree = mapping_of(parse_yaml(text, source), source)
+    return {key: str(value) for key, value in _leaves(tree)}
 
 
 def _leaves(tree: dict[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
@@ -173,6 +192,20 @@ def find_runs(folder: Path) -> list[SeenRun]:
         if (path.parent / "config.yaml").exists()
     ]
     return sorted(runs, key=lambda run: run.begun, reverse=True)
+
+
+def readable(runs: Iterable[SeenRun]) -> list[SeenRun]:
+    """Return the runs without those whose configuration or metrics are damaged. A line on standard
+    error names each of these."""
+    kept = []
+    for run in runs:
+        try:
+            run.config, run.metrics  # noqa: B018  they are read here, and kept
+        except ConfigError as error:
+            warn_once(f"a run is left out: {error}")
+        else:
+            kept.append(run)
+    return kept
 
 
 def open_run(name: str, folder: Path = Path("runs")) -> SeenRun:

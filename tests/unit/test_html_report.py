@@ -234,6 +234,42 @@ def test_what_is_broken_in_a_searched_folder_is_left_out(tmp_path, capsys):
             page(tmp_path, named)
 
 
+FILES_OF_A_RUN = (
+    *("config.yaml", "config-from-3.yaml", "metrics.csv", "summary.json", "state.json"),
+    *("env.json", "plan.json", "analysis/expert_load.csv", "traces/t.json"),
+)
+DAMAGE = {
+    "empty": b"",
+    "not UTF-8": b"\xff\xfe\x00\n\x00",
+    "a list": b"[1, 2]\n",
+    "texts": b'{"tokens_per_s": "x", "mfu": "x", "command": 3, "packages": [1], "layers": 3}\n',
+    "columns of texts": b"step,layer,dropped,expert_0,val/loss\nx,y,1,2,3\nnan,0,1,2,3\n",
+    "null": b'{"data": {"seq_len": null, "name": null}, "trainer": {"max_steps": x}}\n',
+}
+
+
+def test_a_damaged_file_of_one_run_spoils_no_list_of_all_runs(tmp_path, monkeypatch, capsys):
+    runs = tmp_path / "runs"
+    whole = reported.write_run(runs)
+    for day, content in enumerate(DAMAGE.values(), 10):
+        for minute, file in enumerate(FILES_OF_A_RUN, 10):
+            run = reported.write_run(runs, stamp=f"202612{day}-10{minute}00")
+            for drawn in ("plan.json", "analysis/expert_load.csv"):  # drawing takes time
+                (run / drawn).unlink()
+            (run / file).parent.mkdir(exist_ok=True)
+            (run / file).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    assert call("runs", "--last", "99") == 0
+    listed = capsys.readouterr()
+    assert call("report", "--last", "99") == 0
+    reports = capsys.readouterr()
+    assert whole.name in listed.out and whole.name in (tmp_path / "report.html").read_text()
+    not_utf8 = "quickstart/20261211-10"
+    assert f"{not_utf8}1000-lr-1e-3/config.yaml" in listed.err
+    assert f"{not_utf8}1200-lr-1e-3/metrics.csv" in listed.err
+    assert f"{not_utf8}1700-lr-1e-3/analysis/expert_load.csv" in reports.err
+
+
 def test_numbers_that_are_none_and_truths_are_shown():
     assert [number(value) for value in (math.inf, True, False, 1234.5, 3)] == [
         "inf",
