@@ -20,11 +20,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, validators
 
 from scmoe import __version__
 from scmoe.config.extras import CHECKOUT, explained, scmoe
-from scmoe.config.leaves import ConfigError
+from scmoe.config.leaves import ConfigError, show_typed
 from scmoe.report import console
 
 VERBS = {
@@ -57,6 +57,7 @@ AGAIN_S = 1.0  # a second Ctrl-C within this time is the same one
 HELP_COLUMNS = 120  # where standard output is no terminal
 HYPHENS = Parameter(allow_leading_hyphen=True)
 KeyValue = Annotated[str, HYPHENS]  # --key=value is an override too
+Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
 Item = TypeVar("Item")
 # --stop a --stop b, not --stop a b
 OneEach = Annotated[Sequence[Item], Parameter(consume_multiple=False, allow_repeating=None)]
@@ -163,7 +164,8 @@ def numbers_of(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, in
         if key not in names:
             others.append(word)
         elif not value.isdecimal() or int(value) < 1:
-            raise ConfigError(f"command line: {key} is {value!r}. Give a number, 1 or more")
+            shown = show_typed(value)
+            raise ConfigError(f"command line: {key} is {shown}. Give a number, 1 or more")
         else:
             numbers[key] = int(value)
     return numbers, others

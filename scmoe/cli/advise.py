@@ -101,6 +101,11 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
     say(LEGEND)
     for name, row in advice.rows.items():
         say(f"{name}: {row.answer}. {row.why}")
+    if ranks > 1 and settings.strategy.ep_size == 1 and "ep" not in sizes:
+        say(
+            f"EP is 1, as no larger number divides {ranks} ranks and the experts, so no rows travel."
+            " Give another number of ranks or experts."
+        )
     if all(row.fits is False for row in advice.rows.values()):
         say(
             "No row fits. Fewer samples with more trainer.accumulate, more ranks, a larger EP, or"

@@ -1,5 +1,7 @@
 from pathlib import Path
 
+from scmoe.config.leaves import ConfigError
+
 
 def main(run: str, /, *more: str, out: Path = Path("runs/compare.png")) -> None:
     """Compare runs: their curves over the tokens (images) they saw, and how their configs differ.
@@ -11,10 +13,15 @@ def main(run: str, /, *more: str, out: Path = Path("runs/compare.png")) -> None:
         more: other runs
         out: picture
     """
-    from scmoe.config.extras import require
+    from scmoe.config.extras import require, scmoe
     from scmoe.runs.seen import console, open_run
 
     require("compare", "matplotlib")
+    if not more:
+        raise ConfigError(
+            f"compare needs two or more runs, and {run!r} is one. Name another run;"
+            f" {scmoe('runs')} lists them."
+        )
     runs = [open_run(name) for name in (run, *more)]
     from scmoe.sweeps.compare import differences_table, draw, gains_of_schedules, results_table
 

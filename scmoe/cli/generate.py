@@ -5,10 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
-from scmoe.command_line import HYPHENS, OneEach
+from scmoe.command_line import HYPHENS, Count, OneEach
 from scmoe.config.leaves import ConfigError
+
+AT_LEAST_0 = Parameter(validator=validators.Number(gte=0))
 
 
 @Parameter(name="*")
@@ -36,15 +38,15 @@ class Options:
     prompt: Annotated[str | None, HYPHENS] = None
     prompts: Path | None = None
     out: Path | None = None
-    max_tokens: int | None = None
-    temperature: float = 0.8
-    top_k: int = 50
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
+    max_tokens: Count | None = None
+    temperature: Annotated[float, AT_LEAST_0] = 0.8
+    top_k: Annotated[int, AT_LEAST_0] = 50
+    top_p: Annotated[float, Parameter(validator=validators.Number(gt=0, lte=1))] = 1.0
+    repetition_penalty: Annotated[float, Parameter(validator=validators.Number(gt=0))] = 1.0
     stop: OneEach[str] = ()
     seed: int = 0
-    batch_size: int = 8
-    prefill_tokens: int | None = None
+    batch_size: Count = 8
+    prefill_tokens: Count | None = None
 
     def __post_init__(self) -> None:
         if (self.prompts is None) != (self.out is None):

@@ -1,9 +1,6 @@
 from pathlib import Path
-from typing import Annotated
 
-from cyclopts import Parameter, validators
-
-Count = Annotated[int, Parameter(validator=validators.Number(gte=1))]
+from scmoe.command_line import Count
 
 
 def main(*sources: str, to: Path = Path("report.html"), last: Count = 12) -> None:

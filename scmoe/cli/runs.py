@@ -1,9 +1,10 @@
 from pathlib import Path
 
+from scmoe.command_line import Count
 from scmoe.config.leaves import ConfigError
 
 
-def main(folder: Path = Path("runs"), /, *, last: int = 30) -> None:
+def main(folder: Path = Path("runs"), /, *, last: Count = 30) -> None:
     """List the runs of a folder, the newest first: state, best loss, speed, and how their configs
     differ.
 

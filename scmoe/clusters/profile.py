@@ -23,7 +23,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from scmoe.config.leaves import ConfigError, show
-from scmoe.config.load import SHIPPED, find, parse_yaml, read_text
+from scmoe.config.load import SHIPPED, find, mapping_of, parse_yaml, read_text
 
 BANDS = {"datasheet": 1.02, "measured": 1.1, "guess": 1.5, "given": 1.0}
 SOURCES = ("datasheet", "guess", "measured")
@@ -278,9 +278,7 @@ def read_profile(name: str, overrides: Sequence[str] = ()) -> Profile:
 
 def parse_profile(text: str, source: str, name: str) -> Profile:
     """Return the profile of a text. source: its name in messages."""
-    tree = parse_yaml(text, source)
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{source}: the file is {show(tree)}. It must be a mapping of keys.")
+    tree = mapping_of(parse_yaml(text, source), source)
     ranks = whole(tree.pop("ranks", None), f"{source}: ranks")
     per_node = whole(tree.pop("ranks_per_node", None), f"{source}: ranks_per_node")
     if ranks % per_node:

@@ -2,6 +2,7 @@
 error messages."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -148,11 +149,22 @@ def key_of(override: str) -> str:
 def show(value: Any) -> str:
     """Return a value as a user would type it, cut if it is long."""
     text = "null" if value is None else repr(value)
+    if isinstance(value, bool):
+        text = text.lower()
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def show_typed(value: Any) -> str:
+    """Return what `show` returns of a value that is read as text: a number, a truth and null have
+    no quotes."""
+    if not isinstance(value, str) or len(value) > 80:
+        return show(value)
+    with suppress(ValueError):
+        float(value)
+        return value
+    return value if value.lower() in ("true", "false", "null") else show(value)
 
 
 def plain(value: Any) -> str:
     """Return a default as YAML writes it, without quotes."""
-    if isinstance(value, bool):
-        return str(value).lower()
     return value if isinstance(value, str) else show(value)

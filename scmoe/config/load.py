@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, leaves, show
+from scmoe.config.leaves import ConfigError, leaves, show, show_typed
 from scmoe.config.registry import import_extensions, named, refuse_kept
 from scmoe.config.rules import validate
 from scmoe.config.unread import unread_position
@@ -60,8 +60,8 @@ class _Draft:
             default, advice = REMOVED[key]
             if not _is_text_of(value, default):
                 raise ConfigError(
-                    f"{source}: {key} is {show(value)}, but this option was removed. {advice} Leave"
-                    f" the key out, or add {key}={default} to the command"
+                    f"{source}: {key} is {show_typed(value)}, but this option was removed."
+                    f" {advice} Leave the key out, or add {key}={default} to the command"
                 )
 
 
@@ -184,10 +184,13 @@ def _merge_file(draft: _Draft, path: Path, children: tuple[Path, ...]) -> None:
 
 
 def mapping_of(value: Any, source: str) -> dict[str, Any]:
-    """Return what is parsed of a file. ConfigError: it is no mapping."""
+    """Return what is parsed of a file. ConfigError: it is no mapping. The message has nothing of
+    the file, which may be one that others must not see."""
     if not isinstance(value, dict):
+        form = "a list" if isinstance(value, list) else "a text"
         raise ConfigError(
-            f"{source}: the file is {show(value)}. It must be a mapping of keys to values."
+            f"{source}: the file holds {form}. It must be a mapping of keys to values, such as a"
+            " line `name: mine`."
         )
     return value
 
@@ -231,7 +234,7 @@ def _merge(draft: _Draft, mapping: dict[str, Any], source: str) -> None:
         except ValueError as error:  # OmegaConf's ValidationError is one
             hint = "; no interpolation" if "${" in str(value) else ""
             raise ConfigError(
-                f"{source}: {key} is {show(value)}, allowed: {_allowed(key)}{hint}"
+                f"{source}: {key} is {show_typed(value)}, allowed: {_allowed(key)}{hint}"
             ) from error
 
 
@@ -350,14 +353,16 @@ def parse_yaml(text: str, source: str) -> Any:
                     f"{source}: line {line}: tags (!), anchors (&) and aliases (*) are not allowed."
                 )
         value = yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        raise ConfigError(
-            f"{source}: line {error.problem_mark.line + 1}: bad YAML: {error.problem}"
-        ) from error
-    # forbidden characters; nesting that is too deep
     except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{source}: bad YAML: {error}") from error
+        raise ConfigError(f"{source}: {what_is_bad(error)}") from error
     return "" if value is None else value
+
+
+def what_is_bad(error: yaml.YAMLError | RecursionError) -> str:
+    """Return where a text is no YAML, and why, without the line itself."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        return f"line {error.problem_mark.line + 1}: bad YAML: {error.problem}"
+    return f"bad YAML: {error}"  # forbidden characters; nesting that is too deep
 
 
 def find(name: str | Path, folder: Path = Path()) -> Path:

@@ -159,7 +159,7 @@ def encoded(request: GenerationRequest, tokenizer: Tokenizer, config: Config) ->
         try:
             check_length(len(ids), max_tokens, config.data.seq_len, f"prompt {number}")
         except ValueError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError(str(error).replace("max_tokens", "--max-tokens")) from error
         prompts.append(ids)
     return prompts
 

@@ -38,7 +38,7 @@ def check(
     """Raise ConfigError for a missing or unknown key, and for a value against its rule. prefix: ""
     for a whole file."""
     if not isinstance(mapping, dict):
-        raise refusal(prefix or "the file", mapping, "a mapping of keys to values")
+        raise refusal(prefix, mapping, "a mapping of keys to values")
     dotted = f"{prefix}." if prefix else ""
     for key in mapping:
         if key not in rules:

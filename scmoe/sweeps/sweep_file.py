@@ -20,7 +20,7 @@ import yaml
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, key_of, show
-from scmoe.config.load import find, load, read_unchecked
+from scmoe.config.load import find, load, mapping_of, read_unchecked, what_is_bad
 from scmoe.config.rules import NAME
 from scmoe.sweeps import checks
 from scmoe.sweeps.checks import Rule, check, refusal
@@ -141,6 +141,7 @@ def read(path: str, extra: Sequence[str] = ()) -> Sweep:
         raw = yaml.safe_load(
             find(path).read_text(encoding="utf-8")
         )  # as W&B does: 1e-3 is a text, 1.0e-3 a number
+        raw = mapping_of(raw, "sweep file")
         _check(raw)
         raw = renamed(raw)
         launcher, config, overrides = _command(raw)
@@ -176,11 +177,9 @@ def read(path: str, extra: Sequence[str] = ()) -> Sweep:
         _probe(sweep)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    except (
-        OSError,
-        ValueError,
-        yaml.YAMLError,
-    ) as error:  # ValueError: not UTF-8, or a date that does not exist
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {what_is_bad(error)}") from error
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise ConfigError(f"{path}: not a sweep file that can be read: {error}") from error
     return sweep
 

@@ -156,7 +156,7 @@ def test_offloaded_experts_write_the_same_texts(run_dir, tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--max-tokens", "48"], "prompt 1 has 1 tokens and max_tokens is 48, allowed: 48"),
+        (["--max-tokens", "48"], "prompt 1 has 1 tokens and --max-tokens is 48, allowed: 48"),
         (["--prompt", "Peace" * 60], "shorten the prompt"),
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "a\udcff"], "the prompt's character 2 is not Unicode"),
@@ -166,7 +166,11 @@ def test_offloaded_experts_write_the_same_texts(run_dir, tmp_path):
         (["--prompts", "/none.jsonl", "--out", "/none.out"], "/none.jsonl cannot be read"),
         (["--prompts", "PROMPTS", "--out", "PROMPTS"], "Give another file"),
         (["--prompts", "PROMPTS", "--out", "/none/out.jsonl"], "--out is /none/out.jsonl"),
-        (["--prefill-tokens", "0"], "prefill_tokens is 0"),
+        (["--prefill-tokens", "0"], "--prefill-tokens"),
+        (["--max-tokens", "0"], "--max-tokens"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--top-k", "-1"], "--top-k"),
+        (["--top-p", "0"], "--top-p"),
         (["offload.slots=2"], "offload.slots is 2, allowed: null"),
         (["offload.way=blocking", "trainer.devices=2"], "allowed: resident"),
         (

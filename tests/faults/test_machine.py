@@ -222,6 +222,7 @@ def test_a_folder_that_cannot_be_written_is_refused(key, tmp_path):
     for folder in ("/proc/nowhere", str(tmp_path / "file" / "below")):
         line = refusal(tmp_path, *text, f"{key}={folder}")
         assert f"{key} is '{folder[:40]}" in line and "This folder cannot be written: " in line
+        assert "tmp" not in line.replace(str(tmp_path), ""), "no name that nobody has given"
 
 
 def test_initial_weights_that_do_not_fit_are_refused_before_data_is_prepared(tmp_path):

@@ -284,11 +284,13 @@ def test_a_job_of_which_nothing_fits_is_told_what_needs_less(capfd):
 
 @pytest.mark.parametrize("samples", [1, 2])
 def test_rows_that_a_batch_of_one_sample_cannot_have_are_missed_in_words(samples, capfd):
-    words = ("cluster=8xA30-PCIe", "model.layers=2", f"samples={samples}")
+    ranks = 2 + samples  # only the second number of ranks can share 8 experts
+    words = ("cluster=8xA30-PCIe", "model.layers=2", f"samples={samples}", f"ranks={ranks}")
     assert call("advise", "quickstart", *words) == 0
     out, err = capfd.readouterr()
     has_two = any(name.endswith("_two") for name in json.loads(out.splitlines()[-1])["rows"])
     assert has_two == (samples == 2) == ("cannot be halved" not in err)
+    assert ("EP is 1, as no larger number divides 3 ranks" in err) == (ranks == 3)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scmoe.command_line import call
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config, LoggerConfig
@@ -202,11 +203,14 @@ def test_a_removed_key_is_ignored_at_its_old_default_and_refused_otherwise(key, 
         ("schedule=foo", "schedule is 'foo', allowed: auto or a mapping of keys to values"),
         ("name=", "name is '', allowed: a text that is not empty"),
         ("optim.lr=fast", "optim.lr is 'fast', allowed: float, above 0"),
-        ("model.layers=2.5", "model.layers is '2.5', allowed: int"),
-        ("model.layers=null", "model.layers is 'null', allowed: int"),
+        ("model.layers=2.5", "model.layers is 2.5, allowed: int"),
+        ("model.layers=null", "model.layers is null, allowed: int"),
         ("model.layers=[1]", "model.layers is ['1'], allowed: int"),
         ("moe.position=pos4", "moe.position is 'pos4', allowed: pos1 | pos2 | pos3"),
-        ("moe.noisy=7", "moe.noisy is '7', allowed: true | false"),
+        ("moe.noisy=7", "moe.noisy is 7, allowed: true | false"),
+        ("moe.every=3", "moe.every is 3, allowed: 1 | 2"),
+        ("moe.every=true", "moe.every is true, allowed: 1 | 2"),
+        ("model.layers=x", "model.layers is 'x', allowed: int"),
         ("logger.tags=a", "logger.tags is 'a', allowed: list[str]"),
         ("trainer.extra=a", "trainer.extra is 'a', allowed: mapping"),
         (
@@ -214,7 +218,7 @@ def test_a_removed_key_is_ignored_at_its_old_default_and_refused_otherwise(key, 
             "trainer.extra.a is '${oc.env:HOME}', allowed: plain values and lists",
         ),
         ("logger.group={}", "logger.group is {}, allowed: str | null"),
-        ("optim=3", "optim is '3', allowed: a mapping"),
+        ("optim=3", "optim is 3, allowed: a mapping"),
         ("seed", "'seed' has no value"),
         ("extends=base.yaml", "unknown key 'extends'"),
         ("name=[a", "bad YAML"),
@@ -230,6 +234,26 @@ def test_a_removed_key_is_ignored_at_its_old_default_and_refused_otherwise(key, 
 )
 def test_bad_override(override, message):
     assert message in refusal(None, override)
+
+
+def test_a_truth_is_shown_as_it_is_written():
+    refused = refusal(None, "trainer.compile=true", "schedule.inside_attention=true")
+    assert "schedule.inside_attention is true, allowed: false" in refused
+
+
+SECRET = "root:$6$secret:19700:0:99999:7:::"
+
+
+@pytest.mark.parametrize("verb", ["train", "sweep", "advise"])
+@pytest.mark.parametrize(
+    "text", [f"{SECRET}\ndaemon:*:19700\n", f"- {SECRET}\n", f"a: [{SECRET}\n", f"'{SECRET}\n"]
+)
+def test_a_file_of_another_form_is_refused_without_a_word_of_its_content(text, verb, write, capsys):
+    file = str(write("shadow", text))
+    words = ["quickstart", f"cluster={file}"] if verb == "advise" else [file]
+    assert call(verb, *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert file in line and "secret" not in line and "daemon" not in line
 
 
 @pytest.mark.parametrize(

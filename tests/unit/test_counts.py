@@ -130,7 +130,7 @@ def test_recomputing_costs_flops_and_saves_memory(capsys):
     [
         ([], "parameter CONFIG requires an argument"),
         (["ep=2"], "ep=2: cannot be read"),
-        ([XL, "ep=0"], "ep is '0'"),
+        ([XL, "ep=0"], "ep is 0. Give a number"),
         ([XL, "dp=two"], "dp is 'two'"),
         ([XL, "ep=3"], "strategy.ep_size is 3, allowed: a divisor of moe.num_experts, 8"),
         ([XL, "ep=8", "model.depth=3"], "unknown key 'model.depth'"),

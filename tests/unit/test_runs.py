@@ -299,6 +299,16 @@ def test_a_run_without_metrics_can_be_compared_and_has_the_steps_that_are_saved(
     assert call("compare", str(cut), str(folder / "latest"), "--out", str(folder / "c.png")) == 0
 
 
+def test_what_would_show_nothing_is_refused(folder, capsys):
+    for words, says in (
+        (["runs", str(folder), "--last", "0"], "--last"),
+        (["compare", str(folder / "latest"), "--out", str(folder / "c.png")], "two or more runs"),
+    ):
+        assert call(*words) == 2
+        said = capsys.readouterr()
+        assert says in said.err and len(said.err.splitlines()) == 1 and not said.out
+
+
 @pytest.mark.parametrize("verb", ["resume", "export"])
 def test_a_folder_that_is_no_run_is_named_as_what_it_is(verb, tmp_path, capsys):
     (tmp_path / "hf").mkdir()

@@ -162,7 +162,9 @@ def why_not_writable(folder: Path) -> str | None:
         # Permission bits say nothing about root or a full disk.
         with tempfile.TemporaryFile(dir=existing):
             return None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte
+    except OSError as error:  # its own text names the temporary file
+        return f"{error.strerror}: {folder}"
+    except ValueError as error:  # a zero byte
         return str(error)
 
 
