@@ -103,8 +103,8 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
         say(f"{name}: {row.answer}. {row.why}")
     if ranks > 1 and settings.strategy.ep_size == 1 and "ep" not in sizes:
         say(
-            f"EP is 1, as no larger number divides {ranks} ranks and the experts, so no rows travel."
-            " Give another number of ranks or experts."
+            f"EP is 1, as no larger number divides {ranks} ranks and the experts, so no rows"
+            " travel. Give another number of ranks or experts."
         )
     if all(row.fits is False for row in advice.rows.values()):
         say(
