@@ -6,6 +6,7 @@ results of this one in the order of the prompts.
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -247,13 +248,15 @@ def how_passes_run(model: Any) -> dict[str, str]:
 def shown(
     steps: Iterable[NewTokens], stopping: Stopping, show: Callable[[str], None]
 ) -> Iterator[NewTokens]:
-    """Yield the steps, and call `show` with what each one adds to the first text."""
+    """Yield the steps, and call `show` with what each one adds to the first text, whose blank lines
+    at the beginning are left out."""
     ids: list[int] = []
     done = ""
     for step in steps:
         if step.ids and step.ids[0] is not None:
             ids.append(step.ids[0])
             text = stopping.text(ids, ended=step.reasons[0] is not None)
+            text = re.sub(r"\A\s*\n", "", text) if text.strip() else ""
             show(text[len(done) :])
             done = text
         yield step

@@ -13,10 +13,19 @@ from scmoe.blocks.kv_cache import KVCache, Visible
 from scmoe.blocks.latent import LatentAttention
 from scmoe.blocks.sublayers import attend, attend_by_group
 from scmoe.inference import prompts as prompts_file
-from scmoe.inference.generate import Passes, decode, generate, prefill, read_prompts, stream
+from scmoe.inference.generate import (
+    NewTokens,
+    Passes,
+    decode,
+    generate,
+    prefill,
+    read_prompts,
+    stream,
+)
 from scmoe.inference.sampling import GREEDY, Sampling, Stopping, choose
 from scmoe.moe.layout import Buffers
 from scmoe.moe.stream import MoEStream, dropless
+from scmoe.runs.generate import shown
 from tests.support.architectures import (
     BETWEEN_BLOCKS,
     EVERY_BLOCK,
@@ -328,3 +337,14 @@ def test_texts_of_several_ranks_are_refused_in_buffers():
             module.rows = Buffers(2.0)
     with pytest.raises(ValueError, match=r"moe\.rows is buffers"):
         stream(model, PROMPTS, Stopping(2), passes=Passes(lambda statement: statement))
+
+
+@pytest.mark.parametrize("text", ["\n\n  \n the union\n\nis", "\n\n", " the union", ""])
+def test_a_text_on_the_screen_begins_without_blank_lines(text):
+    pieces = list[str]()
+    steps = (NewTokens([ord(letter)], [None]) for letter in text)
+    stopping = Stopping(99, decode=lambda ids: "".join(map(chr, ids)))
+    assert [step.ids[0] for step in shown(steps, stopping, pieces.append)] == [*map(ord, text)]
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    assert "".join(pieces).strip() == text.strip() and "".join(pieces).startswith(first)
+    assert "".join(pieces)[:1] != "\n"

@@ -19,6 +19,7 @@ from scmoe.datamodules.positioned import SampleOrder
 from scmoe.datamodules.sequences import SyntheticDataModule, SyntheticTokens
 from scmoe.datamodules.token_cache import this_machine
 from scmoe.datamodules.tokenizer import END_OF_TEXT, make_tokenizer
+from scmoe.training.samples import SAMPLES, first_lines
 from tests.support.texts import open_texts, opened, write_texts
 
 
@@ -339,3 +340,19 @@ def test_batches_for_a_gpu_lie_in_pinned_memory(device):
     data.trainer = SimpleNamespace(global_rank=0, world_size=1, strategy=strategy)
     loaders = data.train_dataloader(), data.val_dataloader()
     assert [loader.pin_memory for loader in loaders] == [device == "cuda"] * 2
+
+
+def test_samples_continue_the_first_lines_of_held_out_documents(tmp_path):
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for split in ("train", "test"):
+        (texts / f"{split}.txt").write_text("the state of our union is strong\n" * 100)
+    (texts / "val.txt").write_text("ONE TITLE\n\nthe state of our union is strong\n" * 20)
+    data = open_texts(texts, tmp_path / "cache")
+    end, decode = data.tokenizer.end_of_text, data.tokenizer.decode
+    lines = first_lines(data, 48)
+    assert len(lines) == SAMPLES and all(line[0] == end for line in lines)
+    assert {decode(line[1:]).strip() for line in lines} == {"ONE TITLE"}
+    assert all("\n" in decode(line[1:]) for line in lines)
+    assert [len(line) for line in first_lines(data, 3)] == [3] * SAMPLES
+    assert first_lines(data, 1) == [[end]] * SAMPLES
