@@ -1,5 +1,5 @@
 """The pictures of docs/concepts.md: windows, slots, chunks, the two All-to-Alls between ranks, and
-the three ways to hide them.
+the three ways to hide them; and the learning rates of docs/configuration.md.
 
 They show no measurement. The timelines are the cost model's, of the operator times that
 experiments/figures/timelines.py assumes.
@@ -15,6 +15,7 @@ from scmoe.schedule.cost import OperatorTimes, Span, best_schedule, elapsed_time
 from scmoe.schedule.cost import slots as all_slots
 from scmoe.schedule.schedule import POSITIONS, Schedule
 from scmoe.schedule.stack import BEFORE, half_of, play_halves
+from scmoe.training.learning_rate import LearningRate
 
 UNIT = "time from the tap, in units of one MLP"
 
@@ -142,4 +143,18 @@ def with_operators(
             start += share * times[operator]
 
 
-CONCEPTS = windows, slots, chunks, ranks, ways
+def learning_rates(path: Path) -> None:
+    """Draw the schedules of the learning rate over 100 steps, 10 of them warm-up."""
+    steps = range(101)
+    with chart(path, 2.2) as figure:
+        axis = figure.subplots()
+        for kind in ("cosine", "wsd", "constant"):
+            rate = LearningRate(kind, max_steps=100, warmup_steps=10)
+            axis.plot(steps, [rate.ratio(step) for step in steps], label=kind)
+        axis.set_xlabel("optimizer step")
+        axis.set_ylabel("share of optim.lr")
+        axis.set_ylim(0, 1.05)
+        axis.legend()
+
+
+CONCEPTS = windows, slots, chunks, ranks, ways, learning_rates

@@ -39,6 +39,7 @@ from experiments.bench.training_turns import Training
 from experiments.bench.two_batches import over_best_top2
 from experiments.engine.clock import in_turn, median, quartiles
 from experiments.engine.ranks import run_ranks
+from scmoe.config.derived import max_steps
 from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
@@ -104,7 +105,7 @@ def bench_train(
         if routing is None
         else {row: made_by(routing, each, pair, ranks) for row, each in configs.items()}
     )
-    steps = first.trainer.max_steps
+    steps = max_steps(first)
     turn = steps // 2 // rounds
     if turn == 0:
         raise ConfigError(

@@ -19,6 +19,7 @@ from experiments.tables.seed_statistics import describe, differences
 from experiments.tables.table_file import Table
 from experiments.tables.table_runs import Run
 from scmoe.probes.row_names import TWO, batches_of
+from scmoe.config.derived import max_steps
 
 SPEED = "train_speedup"  # of four blocks, forward and backward, over sequential top-2
 Report = Mapping[str, Any]  # of `bench overlap`
@@ -68,7 +69,7 @@ def _at_speeds(
     fastest = max(speeds.values(), default=1.0)
     for run in done:
         if (name := run.row.name) in speeds:
-            steps[name] = step_reached(run.config.trainer.max_steps, speeds[name], fastest)
+            steps[name] = step_reached(max_steps(run.config), speeds[name], fastest)
             loss = loss_at(run.state.results["curve"], steps[name])
             if loss is not None:
                 losses[name][run.seed] = loss

@@ -20,6 +20,7 @@ from experiments.tables.seed_statistics import describe, differences
 from experiments.tables.table_file import Metric, Table, TableRow
 from experiments.tables.table_runs import Run, finished, look_up
 from experiments.tables.table_speeds import read_speeds
+from scmoe.config.derived import max_steps
 
 LAST_LOSSES = 4  # of a run's curve, whose mean is a metric from `curve`
 
@@ -172,7 +173,7 @@ def _circumstances(runs: Sequence[Run]) -> dict[str, Any]:
         "config": first.job.arguments[0],
         "data": first.config.data.name,
         "model": "; ".join(models),
-        "steps": first.config.trainer.max_steps,
+        "steps": max_steps(first.config),
         f"{first.unit}_per_run": first.seen,
         "seen": f"{first.seen:,} {first.unit} a run",
         "runs": {

@@ -23,6 +23,7 @@ from typing import Any
 from experiments.tables.table_file import Scale, Table, TableRow
 from scmoe.config import registry
 from scmoe.config.as_yaml import to_yaml
+from scmoe.config.derived import max_steps
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, key_of
 from scmoe.config.load import load
@@ -68,7 +69,7 @@ class Run:
     def seen(self) -> int:
         """Return how many images or tokens the whole run reads."""
         data = self.config.data
-        samples = self.config.trainer.max_steps * data.global_batch_size
+        samples = max_steps(self.config) * data.global_batch_size
         return samples if self.unit == "images" else samples * data.seq_len
 
 
@@ -154,7 +155,7 @@ def results_of(run: SeenRun, digest: str) -> dict[str, Any]:
     """Return the results that a state keeps of a finished run. curve: points (steps done,
     validation loss)."""
     environment = json.loads((run.path / "env.json").read_text(encoding="utf-8"))
-    last = int(run.config["trainer.max_steps"])  # after which the last validation is logged
+    last = run.max_steps  # after which the last validation is logged
     curve = {
         min(int(row["step"]) + 1, last): row["val/loss"] for row in run.metrics if "val/loss" in row
     }

@@ -31,12 +31,37 @@ def resolve_ep_size(config: Config) -> int:
     return math.gcd(config.moe.num_experts, config.trainer.devices)
 
 
+def max_steps(config: Config) -> int:
+    """Return the number of optimizer steps of the whole training: trainer.max_steps, or as many as
+    reach trainer.max_tokens. Validation has refused a configuration that has both or neither."""
+    trainer = config.trainer
+    if trainer.max_tokens is None:
+        assert trainer.max_steps is not None
+        return trainer.max_steps
+    return steps_for(trainer.max_tokens, config.data.global_batch_size, config.data.seq_len)
+
+
+def steps_for(tokens: int, global_batch_size: int, seq_len: int) -> int:
+    """Return the number of whole optimizer steps that train on so many tokens or more. A step's
+    batch is that of all ranks and of all accumulated batches."""
+    return -(-tokens // (global_batch_size * seq_len))
+
+
+def word_for_steps(config: Config, steps: int) -> str:
+    """Return the override that sets the length of a training to so many steps: trainer.max_steps,
+    or trainer.max_tokens where the configuration counts tokens."""
+    if config.trainer.max_tokens is None:
+        return f"trainer.max_steps={steps}"
+    return f"trainer.max_tokens={steps * config.data.global_batch_size * config.data.seq_len}"
+
+
 def last_step(config: Config) -> int:
     """Return the number of optimizer steps after which a run ends."""
     trainer = config.trainer
+    steps = max_steps(config)
     if trainer.limit_train_batches is None:
-        return trainer.max_steps
-    return min(trainer.max_steps, trainer.limit_train_batches // trainer.accumulate)
+        return steps
+    return min(steps, trainer.limit_train_batches // trainer.accumulate)
 
 
 def shortened(config: Config) -> Config:
@@ -51,6 +76,7 @@ def shortened(config: Config) -> Config:
     trainer = replace(
         config.trainer,
         max_steps=1,
+        max_tokens=None,
         log_every=1,
         limit_train_batches=None,
         limit_val_batches=1,

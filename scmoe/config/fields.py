@@ -2,9 +2,9 @@
 and ranges.
 
 `training/assembly/` is the only reader. `model_fields.py` has the sections of what is trained,
-`rules.py` and `unread.py` say which values fit together, `derived.py` what follows from them,
-`load.py` fills the tree from YAML and the command line, `leaves.py` walks it, `help.py` prints
-it.
+`rules.py`, `trainer_rules.py` and `unread.py` say which values fit together, `derived.py` what
+follows from them, `load.py` fills the tree from YAML and the command line, `leaves.py` walks it,
+`help.py` prints it.
 """
 
 from dataclasses import dataclass, field
@@ -81,6 +81,12 @@ class OptimConfig:
         "peak learning rate; muon: of Muon too, whose updates are scaled to AdamW's size",
         Range(0, 1, "least"),
     )
+    schedule: Literal["cosine", "wsd", "constant"] = option(
+        "cosine", "learning rate after the warm-up: half a cosine; stable, then a decay; constant"
+    )
+    decay_steps: int | None = option(
+        None, "wsd: last optimizer steps, in which the rate falls; null: a fifth of all", COUNT
+    )
     min_lr_ratio: float = option(0.1, "final learning rate, as a share of the peak", SHARE)
     warmup_steps: int = option(50, "linear warm-up, in optimizer steps", COUNT_OR_0)
     weight_decay: float = option(
@@ -100,7 +106,13 @@ class TrainerConfig:
     accelerator: Literal["auto", "cpu", "gpu"] = option("auto", "device type")
     devices: int = option(1, "processes per machine: one per GPU, or CPU ranks", COUNT)
     num_nodes: int = option(1, "number of machines", COUNT)
-    max_steps: int = option(200, "optimizer steps", COUNT)
+    max_steps: int | None = option(200, "optimizer steps; null: as trainer.max_tokens says", COUNT)
+    max_tokens: int | None = option(
+        None,
+        "tokens to train on in place of trainer.max_steps=null, up to the end of a step; of all"
+        " ranks together",
+        Range(1, 1e15),
+    )
     accumulate: int = option(1, "batches accumulated for one optimizer step", COUNT)
     precision: Literal["32-true", "bf16-mixed", "bf16-true", "64-true"] = option(
         "32-true", "Lightning's precision"

@@ -10,49 +10,20 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
-from scmoe.config.derived import SHORTCUTS, last_step, resolve_ep_size, taps
-from scmoe.config.fields import Config, TrainerConfig
+from scmoe.config.derived import SHORTCUTS, resolve_ep_size, taps
+from scmoe.config.fields import Config
 from scmoe.config.leaves import leaves
 from scmoe.config.refuse import Advice, Refusals, refuse
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, FAMILIES, IMAGES, TEXTS
+from scmoe.config.trainer_rules import length, trainer_rules
 from scmoe.config.unread import unread_fields
 from scmoe.schedule.schedule import Schedule
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # file systems take 255 bytes
-STEPS = re.compile(r"(\d{1,10}):(\d{1,10})")  # of trainer.profile_steps
 INIT_FROM = re.compile(r"(hf|scmoe):.+")
-
-# Arguments of Lightning's Trainer that trainer.extra must not hold, and what decides them.
-OWN_ARGUMENTS = {
-    **{entry.name: f"trainer.{entry.name}" for entry in fields(TrainerConfig)},
-    **dict.fromkeys(
-        ("max_epochs", "min_epochs", "check_val_every_n_epoch"),
-        "trainer.max_steps and trainer.val_every",
-    ),
-    "val_check_interval": "trainer.val_every",
-    "log_every_n_steps": "trainer.log_every",
-    "accumulate_grad_batches": "trainer.accumulate",
-    **dict.fromkeys(
-        ("gradient_clip_val", "gradient_clip_algorithm"), "trainer.gradient_clip, which is a norm"
-    ),
-    "profiler": "trainer.profile_steps",
-    "enable_checkpointing": "trainer.checkpoint_every and trainer.save_top_k",
-    "enable_progress_bar": "trainer.progress",
-    "default_root_dir": "runs_dir",
-    "strategy": "the section strategy",
-    "logger": "the section logger",
-    "callbacks": "the sections callbacks, trainer and analysis",
-    **dict.fromkeys(
-        ("use_distributed_sampler", "reload_dataloaders_every_n_epochs"), "the data module"
-    ),
-    **dict.fromkeys(("plugins", "sync_batchnorm"), "the Strategy, which is ExpertParallelStrategy"),
-    "enable_model_summary": "the table of parameters that a run prints",
-    "num_sanity_val_steps": "the Strategy, which checks batches before the first one",
-    "barebones": "trainer.progress, logger.mode and trainer.save_top_k",
-}
 
 SMALLEST_VOCABULARY = {"bpe": 257, "gpt2": 50257}  # bpe: all bytes and the end-of-text token
 MOST_SYNTHETIC = 4096  # sequences of a validation
@@ -75,7 +46,8 @@ def validate(config: Config, source: str, trains: bool = True) -> None:
         _ranks,
         _offload,
         _data,
-        _trainer,
+        length,
+        trainer_rules,
     ]
     if trains:
         checks.append(_halves_of_a_batch)
@@ -369,25 +341,3 @@ def _swin(config: Config) -> Refusals:
     if (data.mixup or data.cutmix) and data.global_batch_size % pairs:
         why = "mixup and cutmix need pairs in every rank's batch"
         yield "data.global_batch_size", f"a multiple of {pairs}, as {why}"
-
-
-def _trainer(config: Config) -> Refusals:
-    trainer = config.trainer
-    last = last_step(config)
-    if (trainer.limit_train_batches or 0) % trainer.accumulate:
-        multiple = f"null or a multiple of trainer.accumulate, {trainer.accumulate}"
-        yield "trainer.limit_train_batches", multiple
-    if trainer.early_stopping is not None and trainer.val_every > last:
-        why = (
-            f"no validation takes place with trainer.val_every={trainer.val_every} in {last} steps"
-        )
-        yield "trainer.early_stopping", f"null, as {why}"
-    if trainer.profile_steps is not None:
-        steps = STEPS.fullmatch(trainer.profile_steps)
-        if steps is None or not int(steps[1]) < int(steps[2]) <= last:
-            yield "trainer.profile_steps", f"null or A:B with A < B <= {last}, the number of steps"
-    for name in sorted(trainer.extra.keys() & OWN_ARGUMENTS.keys()):
-        yield "trainer.extra", Advice(f"Remove {name}: {OWN_ARGUMENTS[name]} decides it.")
-    if "max_time" in trainer.extra and trainer.accumulate > 1:
-        between = "With trainer.accumulate above 1, max_time may end a run between a step's batches"
-        yield "trainer.extra", Advice(f"{between}. Use trainer.accumulate=1.")

@@ -28,6 +28,7 @@ NOT_FOR_IMAGES = (
     "data.vocab_size",
     "data.seq_len",
     "data.cache_dir",
+    "trainer.max_tokens",
 )
 # Fields that have a meaning for images only.
 ONLY_FOR_IMAGES = (
@@ -193,6 +194,11 @@ def _unread_of_training(config: Config) -> Unread:
         yield f"model.family={family} reads no checkpoint", ("init_from",)
     if config.optim.name == "adamw":
         yield "optim.name=adamw has optim.beta1", ("optim.momentum",)
+    schedule = f"optim.schedule={config.optim.schedule}"
+    if config.optim.schedule != "wsd":
+        yield f"{schedule} has no phase of decay", ("optim.decay_steps",)
+    if config.optim.schedule == "constant":
+        yield f"{schedule} never falls", ("optim.min_lr_ratio",)
     if config.optim.name == "muon":
         yield "optim.name=muon updates whole matrices", ("strategy.dense",)
     if trainer.limit_val_batches == 0:

@@ -131,7 +131,7 @@ def overview(runs: Sequence[SeenRun], names: Mapping[Any, str], clean: Cleaner) 
             [
                 names[run.path],
                 run.state,
-                f"{run.steps:,} of {int(run.config['trainer.max_steps']):,}",
+                f"{run.steps:,} of {run.max_steps:,}",
                 "" if run.best_loss is None else f"{run.best_loss:.4f}",
                 f"{curve[-1][1]:.4f}" if curve else "",
                 f"{run.per_s:,.0f} {run.counts}/s" if run.per_s else "",

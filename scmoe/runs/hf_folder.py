@@ -20,6 +20,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from scmoe.config.derived import max_steps
 from scmoe.config.fields import Config
 from scmoe.files.writing import (
     read_json,
@@ -246,7 +247,7 @@ def model_card(config: Config, content: dict[str, Any], step: int, parameters: i
         architecture=moe.architecture,
         parameters=parameters,
         step=step,
-        steps=trainer.max_steps,
+        steps=max_steps(config),
         batch=data.global_batch_size,
         seq_len=data.seq_len,
         data=from_data,

@@ -19,6 +19,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from scmoe.config.as_yaml import to_yaml
+from scmoe.config.derived import steps_for
 from scmoe.config.extras import scmoe
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
@@ -109,6 +110,15 @@ class SeenRun:
             int(path.stem.rpartition("=")[2]) for path in self.path.glob("checkpoints/step=*.ckpt")
         ]
         return max([*logged, *saved], default=0)
+
+    @property
+    def max_steps(self) -> int:
+        """The number of steps of the whole training, as its configuration says."""
+        if (steps := self.config["trainer.max_steps"]) != "null":
+            return int(steps)
+        tokens = int(self.config["trainer.max_tokens"])
+        batch = int(self.config["data.global_batch_size"])
+        return steps_for(tokens, batch, int(self.config["data.seq_len"]))
 
     @property
     def best_loss(self) -> float | None:
@@ -272,7 +282,7 @@ def table_of(runs: Sequence[SeenRun], folder: Path) -> Table:
         table.add_row(
             Text(str(run.path.relative_to(folder))),
             Text(run.state, style=COLORS.get(run.state, "")),
-            f"{run.steps}/{run.config['trainer.max_steps']}",
+            f"{run.steps}/{run.max_steps}",
             best,
             speed,
             age(time.time() - run.begun),

@@ -28,7 +28,7 @@ def results_table(runs: Sequence[SeenRun], letters: Sequence[str]) -> Table:
     for letter, run in zip(letters, runs, strict=True):
         curve, speed = run.curve("val/loss"), run.per_s
         losses = [f"{run.best_loss:.4f}", f"{curve[-1][1]:.4f}"] if curve else ["", ""]
-        steps = f"{run.steps}/{run.config['trainer.max_steps']}"
+        steps = f"{run.steps}/{run.max_steps}"
         table.add_row(
             letter, Text(str(run.path)), run.state, steps, *losses, f"{speed:,.0f}" if speed else ""
         )

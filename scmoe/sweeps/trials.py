@@ -151,16 +151,14 @@ def _begun(sweep: Sweep) -> list[StudyJob]:
 def _logged(sweep: Sweep, job: StudyJob) -> dict[str, Any]:
     """Return the metric's history and the steps of the trial's newest run; {} before it has logged
     anything."""
-    rows = next((SeenRun(run_dir).metrics for run_dir in job.run_dirs()), [])
-    if not rows:
+    run = next((SeenRun(run_dir) for run_dir in job.run_dirs()), None)
+    if run is None or not run.metrics:
         return {}
+    rows = run.metrics
     history = [row[sweep.metric] for row in rows if sweep.metric in row]
     steps = max((int(row["step"]) + 1 for row in rows if "step" in row), default=0)
-    most = int(
-        job.state.results["parameters"].get("trainer.max_steps", sweep.base.trainer.max_steps)
-    )
     # the last validation is logged after the last step
-    return {"history": history, "steps": min(steps, most)}
+    return {"history": history, "steps": min(steps, run.max_steps)}
 
 
 def run_online(sweep: Sweep) -> tuple[str, int]:

@@ -7,7 +7,7 @@ and how predictions are measured.
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from scmoe.moe.tokens import RouterStats
 from scmoe.parallel.mesh import expert_parameters
 from scmoe.parallel.torch_seam import allow_graphs
 from scmoe.parallel.wire.wire import Wire
+from scmoe.training.learning_rate import LearningRate
 from scmoe.training.muon import Trained, adamw
 
 # A compiled sub-layer has graphs with gradients and without. Where two halves of a batch differ, it
@@ -37,14 +38,15 @@ GRAPHS = 2 * 5
 
 
 class MoEModule(LightningModule):
-    """Minimises task loss + load-balance loss + router z-loss, with warm-up and cosine decay.
+    """Minimises task loss + load-balance loss + router z-loss, at the rates of a schedule.
 
     Losses and metrics are those of the global batch and do not depend on the number of ranks. A
     subclass defines `task_loss` and `validation_step`, and logs its metrics in
     `on_validation_epoch_end`.
 
     make_model: builds the network for a rank of the mesh; called in `configure_model`, when ranks
-    and groups exist. make_optimizer: gets the parameters that are trained.
+    and groups exist. make_optimizer: gets the parameters that are trained. lr_schedule,
+    decay_steps: those of learning_rate.py.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class MoEModule(LightningModule):
         make_optimizer: Callable[[Trained], Optimizer] = adamw,
         min_lr_ratio: float = 0.1,
         warmup_steps: int = 0,
+        lr_schedule: Literal["cosine", "wsd", "constant"] = "cosine",
+        decay_steps: int | None = None,
         gradient_clip: float | None = None,
         load_balance_coef: float = 0.01,
         z_loss_coef: float = 0.0,
@@ -64,9 +68,9 @@ class MoEModule(LightningModule):
         super().__init__()
         self.make_model = make_model
         self.make_optimizer = make_optimizer
-        self.max_steps = max_steps
-        self.min_lr_ratio = min_lr_ratio
-        self.warmup_steps = warmup_steps
+        self.learning_rate = LearningRate(
+            lr_schedule, max_steps, warmup_steps, min_lr_ratio, decay_steps
+        )
         self.gradient_clip = gradient_clip
         self.load_balance_coef = load_balance_coef
         self.z_loss_coef = z_loss_coef
@@ -113,7 +117,7 @@ class MoEModule(LightningModule):
         of steps than the saved schedule."""
         scheduler: Any = self.lr_schedulers()
         for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
-            group["lr"] = base * self.lr_ratio(scheduler.last_epoch)
+            group["lr"] = base * self.learning_rate.ratio(scheduler.last_epoch)
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Count logged steps from 0. In a run that was resumed after a stop between batches,
@@ -228,21 +232,11 @@ class MoEModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.trained())
-        scheduler = LambdaLR(optimizer, self.lr_ratio)
+        scheduler = LambdaLR(optimizer, self.learning_rate.ratio)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
-
-    def lr_ratio(self, step: int) -> float:
-        """Return the learning rate over its peak: linear warm-up, then a half cosine to
-        min_lr_ratio at max_steps."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        progress = min(1.0, (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps))
-        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (
-            1 + math.cos(math.pi * progress)
-        )
 
     def on_fit_start(self) -> None:
         """Let a plain Trainer clip and check as ExpertParallelStrategy does, which has set this

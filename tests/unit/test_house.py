@@ -71,8 +71,8 @@ ROOMS = [*LIBRARY, *LABORATORY]
 CLOSURES = {  # files that are read for one idea, with what its functions import
     "scmoe/moe/stream.py": 11,
     "scmoe/lightning/strategy.py": 31,  # remote.py: checkpoints on a storage like s3://
-    "scmoe/training/run/train.py": 58,  # a run, whatever its parts are
-    "scmoe/training/assembly/start.py": 119,  # the parts of every configuration
+    "scmoe/training/run/train.py": 60,  # a run, whatever its parts are
+    "scmoe/training/assembly/start.py": 121,  # the parts of every configuration
 }
 HASATTR = 2
 

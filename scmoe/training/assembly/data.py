@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from scmoe.config.derived import max_steps
 from scmoe.config.extras import explained
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
@@ -53,7 +54,7 @@ def build_datamodule(config: Config) -> PositionedDataModule:
     position: dict[str, Any] = dict(
         global_batch_size=data.global_batch_size,
         accumulate=trainer.accumulate,
-        num_batches=trainer.max_steps * trainer.accumulate,
+        num_batches=max_steps(config) * trainer.accumulate,
         workers=data.workers,
         seed=config.seed,
         overfit=trainer.overfit_batches,

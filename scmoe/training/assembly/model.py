@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from scmoe.blocks.sublayers import MLP, recompute_activations
+from scmoe.config.derived import max_steps
 from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
@@ -175,9 +176,11 @@ def build_module(config: Config) -> MoEModule:
         task = partial(ImageClassifier, num_classes=config.data.num_classes)
     return task(
         partial(build_model_to_train, config),  # not a lambda: spawned processes get it pickled
-        max_steps=config.trainer.max_steps,
+        max_steps=max_steps(config),
         min_lr_ratio=config.optim.min_lr_ratio,
         warmup_steps=config.optim.warmup_steps,
+        lr_schedule=config.optim.schedule,
+        decay_steps=config.optim.decay_steps,
         make_optimizer=partial(OPTIMIZERS[config.optim.name], config),
         gradient_clip=config.trainer.gradient_clip,
         load_balance_coef=config.moe.load_balance_coef,

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from scmoe.config.derived import last_step, shortened
+from scmoe.config.derived import last_step, max_steps, shortened
 from scmoe.config.fields import Config
 from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
@@ -129,11 +129,11 @@ def dense_estimates(start: Start) -> dict[str, float] | None:
 def doubts(config: Config, data: PositionedDataModule) -> Iterator[str]:
     """Yield a warning for each setting that runs but is probably a mistake."""
     warmup = config.optim.warmup_steps
-    steps = config.trainer.max_steps
+    steps = max_steps(config)
     if warmup > steps and not config.trainer.fast_dev_run:
         yield (
-            f"optim.warmup_steps is {warmup} and trainer.max_steps {steps}: the rate never reaches"
-            " optim.lr"
+            f"optim.warmup_steps is {warmup} and the run has {steps} steps: the rate never"
+            " reaches optim.lr"
         )
     if isinstance(data, TextDataModule) and data.tokenizer_kind == "bpe":
         num_tokens = data.tokenizer.vocab_size

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from scmoe.config.as_yaml import changes_to_yaml
+from scmoe.config.derived import max_steps, word_for_steps
 from scmoe.config.extras import scmoe
 from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
@@ -199,7 +200,8 @@ def resume_command(run_dir: Path, steps: int, start: RunParts) -> str:
     """Return the command that trains further. A run that ended before its last step keeps its
     number of steps."""
     trainer = start.config.trainer
-    more = [f"trainer.max_steps={2 * steps}"] if steps >= trainer.max_steps else []
+    done = steps >= max_steps(start.config)
+    more = [word_for_steps(start.config, 2 * steps)] if done else []
     if trainer.limit_train_batches is not None:
         more.append("trainer.limit_train_batches=null")
     return scmoe("resume", relative(run_dir), *more, *start.own_classes)

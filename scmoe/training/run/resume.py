@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+from scmoe.config.derived import max_steps, word_for_steps
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import REMOVED, load_text, parse_yaml, read_text
@@ -176,11 +177,11 @@ def resumption(
     refuse_other_model(config, was, checkpoint, MUST_STAY)
     if config.trainer.fast_dev_run:
         raise ConfigError("trainer.fast_dev_run is true, but a run that goes on is no short trial.")
-    if config.trainer.max_steps < done:
-        raise ConfigError(
-            f"trainer.max_steps is {config.trainer.max_steps}, but the run has done {done} steps."
-            f" Give {done} or more."
-        )
+    steps = max_steps(config)
+    if steps < done:
+        length = word_for_steps(config, steps).replace("=", " is ")
+        least = word_for_steps(config, done).partition("=")[2]
+        raise ConfigError(f"{length}, but the run has done {done} steps. Give {least} or more.")
     return config, Resumed(run_dir, checkpoint, step)
 
 
