@@ -1,4 +1,3 @@
-import json
 import re
 import sys
 
@@ -6,7 +5,7 @@ from experiments.table import USUAL
 from experiments.tables.table_file import Options, check_scale, load_table, table_names
 from scmoe.command_line import call
 from scmoe.config.extras import require
-from scmoe.report import say
+from scmoe.report import print_result, say
 
 
 def main(*overrides: str, tables: list[str] | None = None, options: Options = USUAL) -> int:
@@ -35,7 +34,7 @@ def main(*overrides: str, tables: list[str] | None = None, options: Options = US
         say(f"without {', '.join(left)}, which have no scale {options.scale}")
     summary = reproduce(names, options, overrides)
     signal = summary.pop("signal")
-    print(json.dumps(summary), flush=True)
+    print_result(summary)
     if signal:
         return 130
     return 1 if summary["failed"] else 0

@@ -1,11 +1,10 @@
-import json
 import sys
 
 from experiments.tables.table_file import Options, check_scale, load_table
 from scmoe.command_line import call
 from scmoe.config.extras import require
 from scmoe.files.writing import read_json
-from scmoe.report import say
+from scmoe.report import print_result, say
 
 USUAL = Options()
 
@@ -42,7 +41,7 @@ def main(table: str, /, *overrides: str, options: Options = USUAL) -> int:
     results_file = plan.folder / "results.json"
     if read.decision is not None and results_file.exists():
         summary |= read_json(results_file)["decision"]
-    print(json.dumps(summary), flush=True)
+    print_result(summary)
     if outcome.signal:
         return 130
     return 1 if outcome.failed else 0

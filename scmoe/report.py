@@ -81,6 +81,13 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def print_result(result: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Print a verb's result as JSON on standard output, for programs. A person at a terminal has
+    read it in words."""
+    if not sys.stdout.isatty():
+        print(json.dumps(result), flush=True)
+
+
 def write_json(path: Path, report: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write a report into a file, whose folder need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)

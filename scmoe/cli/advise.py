@@ -1,12 +1,12 @@
 """`scmoe advise` says whether a shortcut would pay on a cluster, before anything is trained."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scmoe.command_line import KeyValue, numbers_of
 from scmoe.config.leaves import ConfigError
+from scmoe.report import print_result
 
 if TYPE_CHECKING:
     from scmoe.clusters.advise import Row
@@ -147,7 +147,7 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
         "carried_by": advice.tier,
         "guesses": profile.guesses,
     }
-    print(json.dumps(facts))
+    print_result(facts)
 
 
 def profile_of(name: str, words: list[str]) -> "Profile":

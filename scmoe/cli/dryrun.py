@@ -1,7 +1,6 @@
 """`scmoe dryrun` runs one training step of rank 0 of a large job in this process, on tensors
 without numbers."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import product
@@ -10,6 +9,7 @@ from typing import Any
 from scmoe.command_line import KeyValue, numbers_of
 from scmoe.config.leaves import ConfigError, four_digits
 from scmoe.files.container_memory import GIB
+from scmoe.report import print_result
 
 # The columns of the table for presets, beside PRECISIONS and RECOMPUTE.
 MODES = ("replicated", "sharded")
@@ -101,7 +101,7 @@ def main(config: str, /, *words: KeyValue) -> None:
             )
             console().print(" ".join(cells))
             rows.append(row)
-        return print(json.dumps(rows))
+        return print_result(rows)
     if ranks is None:
         loaded = load(config, overrides)
     else:
@@ -115,4 +115,4 @@ def main(config: str, /, *words: KeyValue) -> None:
     lines = {name: {"number": four_digits(number)} for name, number in numbers(run).items()}
     title = f"dry run of rank 0 of {world}, dense weights {settings.strategy.dense}"
     Report(title, lines, {"number": "{number}"}, "of rank 0").show()
-    print(json.dumps(facts_of(run)))
+    print_result(facts_of(run))

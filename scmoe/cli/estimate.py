@@ -1,10 +1,10 @@
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from scmoe.command_line import KeyValue, numbers_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, four_digits, key_of
+from scmoe.report import print_result
 
 RANKS = (
     "trainer.devices",
@@ -57,8 +57,8 @@ def main(config: str, /, *words: KeyValue) -> None:
     memory of a rank.
 
     ep ranks share one set of experts, dp such sets are replicas: ep x dp ranks, data parallel over
-    all of them. What is not given is as CONFIG sets it. Standard output is JSON; `total` of its
-    memory_bytes is an upper bound.
+    all of them. What is not given is as CONFIG sets it. Standard output is JSON, but nothing
+    at a terminal; `total` of its memory_bytes is an upper bound.
 
     Args:
         config: a YAML file, such as configs/quickstart.yaml, or the name of a shipped one
@@ -70,7 +70,7 @@ def main(config: str, /, *words: KeyValue) -> None:
 
     facts = estimate(settings)
     console().print(table_of(facts))
-    print(json.dumps(facts))
+    print_result(facts)
 
 
 def table_of(facts: Mapping[str, Any]) -> Any:

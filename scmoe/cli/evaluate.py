@@ -1,8 +1,8 @@
-import json
 from pathlib import Path
 from typing import Literal
 
 from scmoe.config.leaves import ConfigError
+from scmoe.report import print_result
 
 
 def main(
@@ -52,4 +52,4 @@ def main(
     if results is not None:
         title = f"the {which} checkpoint, {results['checkpoint']}"
         console().print(title, *shown(results), sep="\n")
-        print(json.dumps(results), flush=True)
+        print_result(results)

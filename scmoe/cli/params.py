@@ -6,10 +6,8 @@ and A.7); a preset of another publication, which names its router, has the one o
 are built on the meta device, so they need no memory.
 """
 
-import json
-
 from scmoe.config.load import SHIPPED, load
-from scmoe.report import Report
+from scmoe.report import Report, print_result
 
 PRESETS = SHIPPED / "model"
 NO_TAP = "moe.position=pos2"  # the default: without a tap no other position is allowed
@@ -57,7 +55,7 @@ def main(*presets: str) -> None:
             shown[f"{preset}, {row}"] = {**sizes, "published": PUBLISHED.get((preset, row), "")}
     columns = {"total": "{total:,}", "active per token": "{active:,}", "published": "{published}"}
     Report("parameters", shown, columns, "preset, architecture").show()
-    print(json.dumps(counts))
+    print_result(counts)
 
 
 def rows(preset: str) -> dict[str, str]:

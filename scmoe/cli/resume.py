@@ -1,12 +1,12 @@
-import json
 from pathlib import Path
 
 from scmoe.command_line import KeyValue
+from scmoe.report import print_result
 
 
 def main(run: Path, /, *overrides: KeyValue) -> None:
     """Resume a run from its newest checkpoint, or from that of a step. Standard output is the run's
-    summary as JSON, and everything else goes to standard error.
+    summary as JSON, but nothing at a terminal. Everything else goes to standard error.
 
     Exit codes: 2, the request was wrong and nothing was started; 143, 130 or 129, stopped by
     SIGTERM, Ctrl-C or SIGHUP with a checkpoint.
@@ -29,4 +29,4 @@ def main(run: Path, /, *overrides: KeyValue) -> None:
 
     summary = train(Start.of(config), settings, resumed)
     if summary is not None:
-        print(json.dumps(summary), flush=True)
+        print_result(summary)

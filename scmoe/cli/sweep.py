@@ -5,7 +5,7 @@ from typing import Any
 from scmoe.command_line import KeyValue
 from scmoe.config.extras import require, scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.report import say
+from scmoe.report import print_result, say
 
 
 def run_here(sweep: Any, again: str) -> int:
@@ -34,7 +34,7 @@ def run_here(sweep: Any, again: str) -> int:
         say(f"best         {scmoe('train', summary['best']['config'])}")
     if signum:
         say(f"go on        {again}")
-    print(json.dumps(summary), flush=True)
+    print_result(summary)
     return 128 + signum if signum else 0 if summary["finished"] else 1
 
 

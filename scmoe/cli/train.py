@@ -1,17 +1,16 @@
-import json
-
 from cyclopts import App
 
 from scmoe.command_line import KeyValue
 from scmoe.config.help import help_text
+from scmoe.report import print_result
 
 main = App(name="train", help_epilogue=help_text())
 
 
 @main.default
 def start(config: str, /, *overrides: KeyValue) -> None:
-    """Train a model. Standard output is the run's summary as JSON, and everything else goes to
-    standard error.
+    """Train a model. Standard output is the run's summary as JSON, but nothing at a terminal.
+    Everything else goes to standard error.
 
     Exit codes: 2, the request was wrong and nothing was started; 143, 130 or 129, stopped by
     SIGTERM, Ctrl-C or SIGHUP with a checkpoint.
@@ -28,4 +27,4 @@ def start(config: str, /, *overrides: KeyValue) -> None:
 
     summary = train(Start.of(settings), overrides)
     if summary is not None:
-        print(json.dumps(summary), flush=True)
+        print_result(summary)

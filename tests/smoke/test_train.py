@@ -112,8 +112,10 @@ def test_a_run_plans_its_schedule_and_logs_its_overlap(tmp_path):
         "where they cannot be measured, they are left out"
     )
     assert "plan: MoE layer" in done.err
-    (ran,) = [line for line in done.err.splitlines() if line.startswith("ran: ")]
-    assert ran.startswith("ran: gloo, slot ") and " ms of all MoE windows a step, predicted " in ran
+    assert sum(line.startswith("overlap: ") for line in done.err.splitlines()) == 1
+    assert column(done.run_dir, "overlap/windows_ms") and column(
+        done.run_dir, "overlap/predicted_ms"
+    )
 
 
 def test_a_run_too_short_to_plan_says_so_in_one_line(tmp_path):

@@ -2,6 +2,7 @@
 programs."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,14 @@ def test_params_prints_json_for_the_given_preset(capsys):
         sum(p.numel() for p in model.parameters() if p.dim() == 3) * 7 // 8
     )  # only experts have stacked weights
     assert counts["gpt2_moe_small_tiny"]["scmoe"] == {"total": total, "active": total - idle}
+
+
+@pytest.mark.parametrize("words", (("estimate", "debug"), ("params", "gpt2_moe_small")))
+def test_a_person_at_a_terminal_sees_no_json(words, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert call(*words) == 0
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err != ""
 
 
 def test_an_estimate_equals_a_calculation_by_hand(capsys):

@@ -242,7 +242,8 @@ def test_a_hidden_share_is_none_where_communication_is_below_the_noise():
 
 
 def test_what_ran_is_said_once_for_a_schedule_and_only_measured_shares_are_logged(capsys):
-    """The planner measures again where times drift, and mostly finds the same schedule."""
+    """The planner measures again where times drift, and mostly finds the same schedule. The line
+    names neither slots nor times, which are metrics."""
     times = {
         1: OperatorTimes(
             {"dispatch": 0.010, "combine": 0.010}, {"dispatch": 0.010, "combine": 0.010}
@@ -258,14 +259,16 @@ def test_what_ran_is_said_once_for_a_schedule_and_only_measured_shares_are_logge
     said = []
     for choice in (first, replace(first, sequential=(0.05, 0.05)), other):
         overlap = Overlap([0.05, 0.05], [0.5, 0.5], [0.75, None])
-        planner: Any = SimpleNamespace(
-            end_step=lambda: None, choices=[choice], overlap=overlap, backend="gloo"
-        )
+        planner: Any = SimpleNamespace(end_step=lambda: None, choices=[choice], overlap=overlap)
         callback.planner = planner
         callback.on_train_batch_end(trainer, module, None, None, 0)
-        said.append(capsys.readouterr().err.count("ran: gloo, slot"))
-    assert said == [1, 0, 1]
-    assert logged == [{"overlap/forward": 0.75}] * 3
+        said.append(capsys.readouterr().err)
+    assert [line.count("overlap: computation hid 75 %") for line in said] == [1, 0, 1]
+    assert not any(word in said[0] for word in ("gloo", "slot", "ms"))
+    assert [metrics.get("overlap/forward") for metrics in logged] == [0.75] * 3
+    assert not any("overlap/backward" in metrics for metrics in logged)
+    assert all(metrics["overlap/windows_ms"] == pytest.approx(100) for metrics in logged)
+    assert all(metrics["overlap/backward_share"] == 0.5 for metrics in logged)
 
 
 def test_steps_of_one_and_of_two_batches_are_not_compared():

@@ -21,7 +21,7 @@ from scmoe.planning.plan_file import (
     up_to,
 )
 from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
-from scmoe.planning.pricing import LayerChoice, batches_in_flight, predicted_and_exposed
+from scmoe.planning.pricing import DIRECTIONS, LayerChoice, batches_in_flight, predicted_and_exposed
 from scmoe.training.callbacks.logged_steps import logs_now
 
 TRIES_TWO = (
@@ -33,7 +33,7 @@ TRIES_TWO = (
 
 class AdaptiveSchedule(Callback):
     """Logs overlap/forward and overlap/backward: the shares of the communication that a logged step
-    has hidden, where it can be measured.
+    has hidden, where it can be measured; and the times behind them.
 
     It does nothing without transfers: with one expert-parallel rank, or without experts.
 
@@ -145,10 +145,9 @@ class AdaptiveSchedule(Callback):
 
         overlap = self.planner.overlap
         if overlap is not None and logs_now(trainer, batch_idx):
-            hidden = zip(("overlap/forward", "overlap/backward"), overlap.efficiency, strict=True)
-            module.log_dict({name: share for name, share in hidden if share is not None})
+            module.log_dict(overlap_metrics(choices, overlap))
             if self.show_what_ran and trainer.is_global_zero:
-                print(what_ran(choices, overlap, self.planner.backend), file=sys.stderr, flush=True)
+                print(what_ran(overlap), file=sys.stderr, flush=True)
             self.show_what_ran = False
 
     def keep(self, choices: list[LayerChoice], step: int) -> None:
@@ -201,24 +200,30 @@ def plan_lines(choices: list[LayerChoice]) -> list[str]:
     return lines
 
 
-def what_ran(choices: list[LayerChoice], overlap: Overlap, backend: str) -> str:
-    """Return a line: what has run, its time and the predicted one, and what was hidden."""
-    ran = sorted({f"{c.schedule.place} x {c.schedule.chunks}" for c in choices})
-    predicted_ms = 1e3 * sum(c.predicted for c in choices)
-    measured_ms = 1e3 * sum(overlap.seconds)
-    hidden = []
-    for direction, share, part in zip(
-        ("forward", "backward"), overlap.shares, overlap.efficiency, strict=True
-    ):
-        percent = f"{100 * share:.0f} %"
+def what_ran(overlap: Overlap) -> str:
+    """Return a line: how much of the transfers was hidden."""
+    clauses: dict[str, list[str]] = {}
+    for direction, share, part in zip(DIRECTIONS, overlap.shares, overlap.efficiency, strict=True):
         if part is not None:
-            hidden.append(f"{direction} {100 * part:.0f} % hidden of {percent}")
+            clause = f"computation hid {100 * part:.0f} % of the transfers between ranks in {{}}"
         elif share < LEAST_SHARE:
-            hidden.append(f"{direction} too little to measure ({percent})")
+            clause = "transfers between ranks took too little time in {} to be measured"
         else:
-            hidden.append(f"{direction} not measurable, perhaps the machine is busy ({percent})")
-    return (
-        f"ran: {backend}, {', '.join(ran)} (slot x chunks): {measured_ms:.1f} ms of all MoE windows"
-        f" a step, predicted {predicted_ms:.1f}; communication, as a share of the time without"
-        f" overlap: {', '.join(hidden)}"
-    )
+            clause = "what was hidden in {} cannot be measured, as happens on a busy machine"
+        clauses.setdefault(clause, []).append(direction)
+    words = [clause.format(" and ".join(names)) for clause, names in clauses.items()]
+    return f"overlap: {'; '.join(words)}"
+
+
+def overlap_metrics(choices: list[LayerChoice], overlap: Overlap) -> dict[str, float]:
+    """Return the metrics of a timed step: the hidden parts that were measured, communication's
+    shares of the time without overlap, and the windows' time with the predicted one."""
+    metrics = {
+        "overlap/windows_ms": 1e3 * sum(overlap.seconds),
+        "overlap/predicted_ms": 1e3 * sum(choice.predicted for choice in choices),
+    }
+    for direction, share, part in zip(DIRECTIONS, overlap.shares, overlap.efficiency, strict=True):
+        metrics[f"overlap/{direction}_share"] = share
+        if part is not None:
+            metrics[f"overlap/{direction}"] = part
+    return metrics
