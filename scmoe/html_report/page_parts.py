@@ -175,8 +175,8 @@ def parts_of_run(run: SeenRun, name: str, anchor: str, clean: Cleaner) -> list[P
         (words, of_summary(key, summary[key])) for key, words in SUMMARY.items() if key in summary
     ]
     command = environment.get("command")
-    if isinstance(command, list) and command:
-        head.commands = [clean(shlex.join(["scmoe", *map(str, command[1:])]))]
+    if isinstance(command, str) and command:
+        head.commands = [clean(command)]
     parts = [head]
 
     if loads := read_loads(run.path / "analysis" / "expert_load.csv"):

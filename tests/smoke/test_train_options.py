@@ -243,6 +243,9 @@ def test_tensorboard_gets_the_metrics(observed):
     found.Reload()
     logged = {event.step: event.value for event in found.Scalars("train/loss")}
     assert logged == pytest.approx(column(observed, "train/loss"))
+    assert [event.value for event in found.Scalars("train/tokens")][-1] == 4 * 4 * 16
+    (heat_map,) = found.Images("moe/expert_load")
+    assert heat_map.step == 4 and heat_map.encoded_image_string.startswith(b"\x89PNG")
     content = found.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     values = HParamsPluginData.FromString(content).session_start_info.hparams
     assert (values["optim.lr"].number_value, values["moe.architecture"].string_value) == (

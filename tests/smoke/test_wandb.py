@@ -148,7 +148,8 @@ def scenario(folder: Path) -> None:
                 load(None, ["data.tokenizer=/data/tokenizer.json"]),
                 {"data": "a", "tokenizer": "b"},
             )
-            log_results(loggers, 7, ["a text", "another"], there / "load.png")
+            size = {"params_total": 9, "params_active": 5, "tokens_per_s": 3.5, "val_loss": 1.0}
+            log_results(loggers, 7, ["a text", "another"], there / "load.png", size)
             close_loggers(loggers)
         report("described", server)
         for name in described:
@@ -257,6 +258,24 @@ def test_fields_describe_a_run_and_variables_where_they_are_null(reports):
         "named",
     )
     assert given["sent"]["entity"] == "team"
+
+
+def test_a_run_s_size_and_mean_speed_arrive_in_its_summary(reports):
+    run, _ = reports["described"]["runs"]
+    assert {key: run["summary"][key] for key in ("params_total", "params_active")} == {
+        "params_total": 9,
+        "params_active": 5,
+    }
+    assert run["summary"]["tokens_per_s"] == 3.5 and "val_loss" not in run["summary"]
+
+
+def test_every_row_has_the_tokens_so_far(reports):
+    """A step of the debug configuration has 4 sequences of 16 tokens."""
+    (arrived,) = reports["online"]["runs"]
+    steps = column(arrived, "trainer/global_step")
+    assert column(arrived, "train/tokens") == [64 * (step + 1) for step in steps]
+    (resumed,) = reports["resumed"]["runs"]
+    assert column(resumed, "train/tokens")[-1] == 64 * 6
 
 
 def test_samples_arrive_as_a_table_and_the_load_as_a_picture(reports):

@@ -16,11 +16,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
 from scmoe.config.as_yaml import changes_to_yaml, to_yaml
+from scmoe.config.extras import scmoe
 from scmoe.config.load import load, load_text
 from scmoe.runs.evaluate.evaluation import keep_results, read_results
 from scmoe.training.assembly.start import Start
 from scmoe.training.run import resume, train
-from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, slug_of
+from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, environment, slug_of
 from scmoe.training.run.file_loggers import csv_logger
 from scmoe.training.run.printout import print_start, resume_command, summary_panel
 from scmoe.training.run.resumed import Resumed
@@ -264,6 +265,40 @@ def test_a_half_row_of_an_earlier_crash_is_left_out(tmp_path):
         rows_of(tmp_path / "metrics.csv") == [{"a": "1.0", "step": "0", "z": "2.0"}]
         and not kept.metrics
     )
+
+
+def test_metrics_begin_with_step_tokens_and_losses_also_after_a_resumption(tmp_path):
+    rows = (
+        {"moe/load_max": 1.0, "train/loss": 4.0, "train/tokens": 64.0},
+        {"val/loss": 4.0, "data/skipped": 0.0},
+    )
+    logger = csv_logger(tmp_path, None)
+    for step, row in enumerate(rows):
+        logger.log_metrics(row, step)
+        logger.save()
+    resumed = csv_logger(tmp_path, 1)
+    resumed.log_metrics(rows[1], 1)
+    resumed.save()
+    first = ["step", "train/tokens", "train/loss", "val/loss"]
+    (header, *_) = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert header.split(",") == [*first, "data/skipped", "moe/load_max"]
+    assert [row["step"] for row in rows_of(tmp_path / "metrics.csv")] == ["0", "1"]
+
+
+def test_the_command_that_a_run_keeps_can_be_pasted(tmp_path):
+    """A program that calls scmoe is started again from the kept command, and keeps the same."""
+    code = "from scmoe.training.run import directory; print(directory.command_line())"
+    words = (sys.executable, "-c", code, "a b", "it's")
+    first = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    pasted = subprocess.run(["sh", "-c", first], capture_output=True, text=True, check=True)
+    assert pasted.stdout == first
+
+
+def test_a_run_keeps_the_command_of_scmoe_and_what_its_machine_has(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/scmoe/__main__.py", "train", "a b", "x=1"])
+    kept = environment()
+    assert kept["command"] == scmoe("train", "a b", "x=1")
+    assert kept["memory_gib"] > 0 and kept["processor"]
 
 
 def test_a_run_directory_is_written_in_utf_8_in_any_locale(tmp_path):

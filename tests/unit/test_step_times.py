@@ -52,6 +52,7 @@ class Logged:
         self.accumulate_grad_batches, self.log_every_n_steps = accumulate, log_every
         self.world_size, self.precision = world_size, "32-true"
         self.model: Any = None
+        self.global_step = 2**24 + 1
 
     def log(self, name: str, value: float, **_: Any) -> None:
         self.rows.append({name: value})
@@ -163,6 +164,8 @@ def test_throughput_is_the_rate_times_the_flops_of_a_sample(monkeypatch):
     row = {name: value for each in logged.rows[-2:] for name, value in each.items()}
     assert row["time/tokens_per_s"] == pytest.approx(4 * 12 / 2.0)
     assert row["time/model_tflops"] == pytest.approx(tflops)
+    (tokens,) = [row["train/tokens"] for row in logged.rows[-3:] if "train/tokens" in row]
+    assert tokens == (2**24 + 1) * 4 * 12, "float32 would round it"
     assert row["time/mfu"] == pytest.approx(tflops / 1e-6)
     assert callback.utilisation(callback.mean) == pytest.approx(
         {"model_tflops": tflops, "mfu": tflops / 1e-6}

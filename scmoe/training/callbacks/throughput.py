@@ -11,7 +11,8 @@ from scmoe.training.callbacks.logged_steps import logs_now
 
 
 class Throughput(Callback):
-    """Logs time/tokens_per_s or time/images_per_s, time/model_tflops and time/mfu.
+    """Logs train/tokens or train/images, the number so far on all ranks, with every logged step and
+    validation; time/tokens_per_s or time/images_per_s, time/model_tflops and time/mfu.
 
     The rate is that of all ranks since the last log, without validation and checkpoints. TFLOP/s
     are those of one device; mfu is logged where the device's peak is known.
@@ -23,7 +24,7 @@ class Throughput(Callback):
     """
 
     def __init__(self, samples: int, seq_len: int | None, peak: float | None = None) -> None:
-        self.name = "images_per_s" if seq_len is None else "tokens_per_s"
+        self.unit = "images" if seq_len is None else "tokens"
         self.samples = samples
         self.seq_len = seq_len
         self.peak = peak
@@ -72,16 +73,27 @@ class Throughput(Callback):
         self.started = ended
         self.warm = True
         if logs_now(trainer, batch_idx):
+            self.log_amount(trainer, module)
             rate = self.count * self.window_batches / self.window_seconds
             on_host = torch.tensor(
                 rate, device="cpu"
             )  # the progress bar reads it after every batch
-            module.log(f"time/{self.name}", on_host, prog_bar=True)
+            module.log(f"time/{self.unit}_per_s", on_host, prog_bar=True)
             module.log_dict(
                 {f"time/{key}": value for key, value in self.utilisation(rate).items() if value}
             )
             self.window_batches = 0
             self.window_seconds = 0.0
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: Any) -> None:
+        self.log_amount(trainer, module)
+
+    def log_amount(self, trainer: Trainer, module: Any) -> None:
+        """Log what all steps so far have read."""
+        amount = trainer.global_step * trainer.accumulate_grad_batches * self.count
+        # as a tensor of the host, like the rate; float32 would round 17 million
+        exact = torch.tensor(amount, dtype=torch.float64, device="cpu")
+        module.log(f"train/{self.unit}", exact)
 
     def on_validation_start(self, *_: Any) -> None:
         self.started = None

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -27,6 +28,7 @@ from typing import Any
 
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
+from scmoe.files.container_memory import GIB
 from scmoe.files.writing import read_json, redacted, replacing, try_to_write_json, warn_once
 from scmoe.parallel.checkpoint.durable import checkpoints, machine, start_of
 
@@ -34,6 +36,7 @@ from scmoe.parallel.checkpoint.durable import checkpoints, machine, start_of
 UNNAMED_KEYS = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")
 VALUE_CHARS = 24  # of one value in a run's name
 SLUG_CHARS = 64  # of all; with the stamp, well below a file system's 255 bytes
+CPUINFO = Path("/proc/cpuinfo")
 STATE = "state.json"
 STATES = ("running", "finished", "failed", "cut")
 BEAT_S = 60.0
@@ -113,14 +116,36 @@ def environment() -> dict[str, Any]:
         except PackageNotFoundError:
             packages[name] = "not installed"
     return {
-        "command": redacted([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
+        "folder": str(Path.cwd()),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": processor(),
         "cpus": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB, 1),
         "packages": packages,
         "git_commit": git("rev-parse", "HEAD"),
         "git_diff": redacted(git("diff", "HEAD")),
     }
+
+
+def command_line() -> str:
+    """Return the command of this process as one can paste it into a shell, without keys and
+    passwords."""
+    program, *words = redacted(sys.argv)
+    if Path(program).name == "scmoe" or program.endswith("scmoe/__main__.py"):
+        return scmoe(*words)
+    return shlex.join(redacted(sys.orig_argv))
+
+
+def processor() -> str:
+    """Return the name of the processor; on Linux that of its first core."""
+    if not CPUINFO.exists():
+        return platform.processor()
+    lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    pairs = [line.partition(":") for line in lines]
+    names = [value.strip() for key, _, value in pairs if key.strip() == "model name"]
+    return names[0] if names else platform.machine()  # ARM's cores have no name
 
 
 def git(*command: str) -> str | None:

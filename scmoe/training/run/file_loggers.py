@@ -6,8 +6,9 @@ While the disk is full, rows of metrics.csv are kept in memory; TensorBoard stop
 
 import csv
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,8 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import flatten
 from scmoe.files.writing import warn_once
 
+# The first columns of metrics.csv; others follow by their names.
+FIRST = ("step", "train/tokens", "train/images", "train/loss", "val/loss")
 SHOWN = ("train/loss", "val/loss")  # on TensorBoard's page HParams
 
 
@@ -33,8 +36,9 @@ def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
         kept = [row for row in rows_of(run_dir / "metrics.csv") if int(row["step"]) < resumed_step]
     logger = SafeCSVLogger(run_dir, name="", version="")
     writer = logger.experiment
+    writer.metrics_keys = Columns()
     if kept:
-        writer.metrics_keys = list(kept[0])
+        writer.metrics_keys.extend(kept[0])
         writer.metrics = kept
         logger.save()
     return logger
@@ -49,6 +53,13 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if None not in row.values()]
 
 
+class Columns(list[str]):
+    """The names of columns. Lightning's writer sorts them when there is a new one."""
+
+    def sort(self, **_: Any) -> None:
+        super().sort(key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
+
+
 class SafeCSVLogger(CSVLogger):
     """Keeps rows in memory, with one warning, while they cannot be written.
 
@@ -60,7 +71,7 @@ class SafeCSVLogger(CSVLogger):
         writer = self.experiment
         path = Path(writer.metrics_file_path)
         before = path.read_bytes() if path.exists() else None
-        keys = list(writer.metrics_keys)
+        keys = Columns(writer.metrics_keys)
         try:
             super().save()
         except OSError as error:
@@ -110,6 +121,18 @@ class SafeTensorBoardLogger(TensorBoardLogger):
         self.hparams.update(values)
         for part in import_module(f"{package}.summary").hparams(values, dict.fromkeys(SHOWN, 0.0)):
             self.experiment.file_writer.add_summary(part)
+
+    def log_results(self, step: int, samples: Sequence[str], load: Path) -> None:
+        """Show texts of the model on the page Text, and the heat map of its experts on the page
+        Images. load: its file, which need not exist."""
+        for number, text in enumerate(samples, 1):
+            self._try(self.experiment.add_text, f"samples/{number}", text, step)
+        if load.exists():
+            from matplotlib.image import imread  # it has drawn the file
+
+            pixels_HWC = imread(load)
+            add_image = partial(self.experiment.add_image, dataformats="HWC")
+            self._try(add_image, "moe/expert_load", pixels_HWC, step)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self._try(super().log_metrics, metrics, step)

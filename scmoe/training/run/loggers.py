@@ -56,6 +56,9 @@ BEST = {  # metrics of which W&B's summary has the best value too, as `val/loss_
     "val/accuracy": "max",
 }
 
+# Of summary.json, what no row of metrics has: W&B's summary shows it.
+OF_RUN = ("params_total", "params_active", "tokens_per_s", "images_per_s")
+
 
 def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> list[Logger]:
     """Return the loggers of a run. config: without keys and passwords. resumed_step: the step that
@@ -337,11 +340,17 @@ def log_results(
     step: int,
     samples: Sequence[str],
     load: Path,
+    summary: Mapping[str, Any],
     callbacks: Iterable[object] = (),
 ) -> None:
-    """Log at W&B what a run has at its end: texts of its model, the heat map of its experts, and
-    the best checkpoint with its metric."""
+    """Log what a run has at its end: texts of its model and the heat map of its experts; at W&B its
+    size and speed too, and the best checkpoint with its metric."""
+    for other in loggers:
+        if isinstance(other, SafeTensorBoardLogger):
+            other.log_results(step, samples, load)
+    of_run = {key: summary[key] for key in OF_RUN if summary.get(key) is not None}
     for logger in of_wandb(loggers):
+        logger.attempt(partial(logger.experiment.summary.update, of_run))
         shown: dict[str, Any] = {}
         if samples:
             shown["samples"] = wandb.Table(["step", "text"], [[step, text] for text in samples])

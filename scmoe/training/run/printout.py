@@ -6,7 +6,7 @@ commands that can follow.
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,12 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
             Text(" ".join(text.split()), overflow="ellipsis", no_wrap=True),
         )
     return Panel(table, title="run finished", title_align="left")
+
+
+def listed(words: Sequence[str]) -> str:
+    """Return words as a sentence lists them: "a, b and c"."""
+    *others, last = words
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def print_start(start: RunParts, run_dir: Path, checkpoint: Path | None) -> None:

@@ -35,7 +35,14 @@ from scmoe.training.run.loggers import (
 )
 from scmoe.training.run.machine import check_machine, is_rank_zero, keep_freed_memory
 from scmoe.training.run.parts import RunParts
-from scmoe.training.run.printout import console, print_start, print_summary, say_done, summarise
+from scmoe.training.run.printout import (
+    console,
+    listed,
+    print_start,
+    print_summary,
+    say_done,
+    summarise,
+)
 from scmoe.training.run.resumed import (
     Resumed,
     record_of,
@@ -99,7 +106,8 @@ def train(
         samples = start.samples(trainer, module, data)
         if directory is not None:
             load = directory / "analysis" / "expert_load.png"
-            log_results(loggers, trainer.global_step, samples, load, trainer.checkpoint_callbacks)
+            checkpoints = trainer.checkpoint_callbacks
+            log_results(loggers, trainer.global_step, samples, load, summary, checkpoints)
 
     if directory is None or not trainer.is_global_zero:
         return None
@@ -142,7 +150,7 @@ def open_run(
             print_start(start, run_dir, resumed and resumed.checkpoint)
         loggers = build_loggers(start.redacted, run_dir, step)
         if not quiet:
-            console().print(f"metrics go to {' and to '.join(map(describe, loggers))}")
+            console().print(f"metrics go to {listed([*map(describe, loggers)])}")
         yield run_dir, loggers
         state = "finished"
     except SystemExit:
