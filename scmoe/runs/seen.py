@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,32 @@ def console() -> Console:
     return usual if usual.is_terminal else Console(highlight=False, width=WIDTH)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SeenRun:
     """A run directory, read without building its model."""
 
     path: Path
+
+    def __repr__(self) -> str:
+        facts = (f"{name} {value}" for name, value in self.facts().items())
+        return f"<SeenRun {self.path}: {', '.join(facts)}>"
+
+    def _repr_html_(self) -> str:
+        """Return the run as a notebook shows it."""
+        facts = {"run": str(self.path), **self.facts()}
+        rows = [f"<tr><th>{name}</th><td>{escape(fact)}</td></tr>" for name, fact in facts.items()]
+        return f"<table>{''.join(rows)}</table>"
+
+    def facts(self) -> dict[str, str]:
+        """Return what a line about the run says: its state, its steps, its best loss, its speed."""
+        if not self.config_path.exists():  # it was moved or removed since
+            return {"state": "no longer there"}
+        facts = {"state": self.state, "steps": f"{self.steps}/{self.max_steps}"}
+        if self.best_loss is not None:
+            facts["best validation loss"] = f"{self.best_loss:.4f}"
+        if self.per_s:
+            facts[f"{self.counts}/s"] = f"{self.per_s:,.0f}"
+        return facts
 
     @cached_property
     def config_path(self) -> Path:

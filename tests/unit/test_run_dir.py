@@ -196,6 +196,7 @@ def test_the_summary_says_what_is_of_the_validation_and_what_of_the_training():
         **loads,
         **others,
         "steps": 4,
+        "steps_here": 4,
         "world_size": 1,
         "ep_size": 1,
         "skipped": 0,
@@ -213,6 +214,10 @@ def test_the_summary_says_what_is_of_the_validation_and_what_of_the_training():
         (line,) = [line for line in lines if number in line]
         assert part in line
     assert "on 1 rank," in shown.get()
+    idle = {**summary, **dict.fromkeys(("step_load_max", "rank_load_max", "step_drop"))}
+    with printed.capture() as shown:
+        printed.print(summary_panel({**idle, "steps_here": 0}, []))
+    assert "no step was left to do" in shown.get() and "too few steps" not in shown.get()
 
 
 def test_other_ranks_open_nothing(tmp_path, monkeypatch):

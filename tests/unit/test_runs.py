@@ -194,6 +194,15 @@ def test_a_run_on_images_counts_images(folder):
     assert (run.counts, run.per_s) == ("images", 300.0)
 
 
+def test_a_run_shows_itself_in_a_line_and_in_a_notebook(folder):
+    run = runs.open_run("latest", folder)
+    for shown in (repr(run), run._repr_html_()):
+        assert all(fact in shown for fact in (run.path.name, run.state, "4.25", "300"))
+    assert "no longer there" in repr(runs.SeenRun(folder / "gone"))
+    evil = make_run(folder, "x/20261201-120004-<b>")
+    assert "<b>" not in runs.SeenRun(evil)._repr_html_()
+
+
 def test_runs_are_listed_with_what_differs_in_their_experiment(folder, capsys):
     assert call("runs", str(folder)) == 0
     out = capsys.readouterr().out

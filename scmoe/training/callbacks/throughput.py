@@ -41,6 +41,11 @@ class Throughput(Callback):
     def mean(self) -> float | None:
         return self.count * self.batches / self.seconds if self.seconds else None
 
+    @property
+    def batches_here(self) -> int:
+        """The batches that this process has trained."""
+        return self.batches + int(self.warm)
+
     def utilisation(self, rate: float | None) -> dict[str, float | None]:
         """Return the model's TFLOP/s of one device at this rate, and its share of the peak if that
         is known."""

@@ -75,8 +75,10 @@ def summary_panel(summary: Mapping[str, Any], samples: list[str]) -> Panel:
         mfu = f", MFU {summary['mfu']:.1%}" if "mfu" in summary else ""
         rows["throughput"] = f"{rate:,.0f} {unit}/s over all ranks"
         rows["model FLOP/s"] = f"{summary['model_tflops']:.3g} TFLOP/s on each device{mfu}"
-    else:
+    elif summary["steps_here"]:
         rows["throughput"] = "not measured: too few steps"
+    else:  # a resumed run that had done all its steps already
+        rows["training"] = "no step was left to do, so nothing of the training is measured here"
     if "peak_host_gib" in summary:
         device = ""
         if "peak_device_gib" in summary:
@@ -142,8 +144,9 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
     """Return the numbers of the summary. It validates first if the last step was not validated.
     Every rank must call it.
 
-    What only a validation finds is None in a run without one (trainer.limit_val_batches=0). The
-    bits of the unigram are those of the whole split: None where a validation reads a part of it.
+    steps_here are those since the last start. What only a validation finds is None in a run without
+    one (trainer.limit_val_batches=0). The bits of the unigram are those of the whole split: None
+    where a validation reads a part of it.
     """
     steps = trainer.global_step
     metrics = dict(trainer.callback_metrics)  # the validation below removes them
@@ -181,6 +184,7 @@ def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -
         **throughput.utilisation(rate),
         **{f"peak_{name}": gib for name, gib in memory.items()},
         "steps": steps,
+        "steps_here": throughput.batches_here // trainer.accumulate_grad_batches,
         "params_total": total,
         "params_active": active,
         "ep_size": module.wire.mesh.ep_size,
