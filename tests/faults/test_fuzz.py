@@ -35,7 +35,8 @@ LEAVES = {leaf.key: leaf for leaf in leaves(Config())}
 # trainer.compile: a compiler takes longer than a case may. The others: cases keep to their folder
 # and to the limits.
 NOT_DRAWN = {"trainer.compile", "runs_dir", "data.cache_dir"}
-NOT_DRAWN |= {"trainer.max_steps", "trainer.max_memory_gib", "trainer.max_step_s"}
+NOT_DRAWN |= {"trainer.max_steps", "trainer.max_tokens"}
+NOT_DRAWN |= {"trainer.max_memory_gib", "trainer.max_step_s"}
 NOT_DRAWN |= {key for key in LEAVES if key.startswith("model.latent.")}  # each alone is refused
 MOST = {
     "model.layers": 16,
