@@ -15,6 +15,7 @@ import pty
 import re
 import sys
 from fcntl import ioctl
+from html import unescape
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -133,6 +134,22 @@ def draw(lines: list[Text], out: Path) -> None:
             console.print(part, no_wrap=True, highlight=False)
     svg = console.export_svg(title="scmoe", theme=THEME, code_format=SVG, unique_id="scmoe")
     out.write_text(re.sub(r"<text [^>]*>\s*</text>\n?", "", svg), encoding="utf-8")  # ends of lines
+
+
+def shown_in(svg: str) -> list[str]:
+    """Return the lines of text that a picture of `draw` shows."""
+    lines: dict[str, str] = {}
+    for y, text in re.findall(r'<text [^>]*\by="([\d.]+)"[^>]*>([^<]*)</text>', svg):
+        lines[y] = lines.get(y, "") + unescape(text).replace("\xa0", " ")
+    return list(lines.values())
+
+
+def summary_rows(lines: list[str]) -> list[str]:
+    """Return the names of the rows of a run's summary, among the lines of a terminal. A name ends
+    at two spaces."""
+    first = next(i for i, line in enumerate(lines) if "─ run finished ─" in line)
+    rows = [line.removeprefix("│ ") for line in lines[first:] if line.startswith("│ ")]
+    return [row.partition("  ")[0] for row in rows if not row.startswith(" ")]
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.commands import (
     EXACT,
+    ROOT,
     SUMMARY,
     TRAIN,
     Done,
@@ -22,6 +23,7 @@ from tests.support.commands import (
     train_in_ranks,
     undocumented,
 )
+from tests.terminal import shown_in, summary_rows
 
 pytestmark = [pytest.mark.smoke, pytest.mark.dist]
 ON_TWO = (
@@ -67,6 +69,15 @@ def test_the_last_line_is_the_summary(launched, alone):
         assert summary["perplexity"] == pytest.approx(math.exp(summary["val_loss"]), rel=1e-5)
         bits = summary["val_loss"] / math.log(2)
         assert summary["bits_per_byte"] == pytest.approx(bits, rel=1e-5), "a token is a byte"
+
+
+def test_the_picture_of_the_terminal_has_the_rows_of_the_summary(launched):
+    """If this fails, `make recording` makes the picture again. Only a text has samples."""
+    picture = ROOT / "docs/figures/train.svg"
+    pictured = summary_rows(shown_in(picture.read_text(encoding="utf-8")))
+    said = summary_rows(launched[0].err.splitlines())
+    assert "steps" in said
+    assert [row for row in pictured if row != "sample"] == said
 
 
 def test_the_number_of_ranks_does_not_change_the_loss(launched, alone):

@@ -21,8 +21,8 @@ from tests.support.sentences import sentences
 ROOT = Path(__file__).parents[2]
 SUMMARY = (
     "run_dir val_loss perplexity bits_per_byte unigram_bits_per_byte tokens_per_s model_tflops"
-    " peak_host_gib steps params_total params_active ep_size world_size drop_share load_max_ratio"
-    " step_load_max rank_load_max step_drop dead_experts skipped"
+    " peak_host_gib steps steps_here params_total params_active ep_size world_size drop_share"
+    " load_max_ratio step_load_max rank_load_max step_drop dead_experts skipped"
 )
 EXACT = (
     "moe.capacity_factor=null",

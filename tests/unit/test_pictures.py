@@ -207,6 +207,8 @@ def test_a_recording_shows_what_a_terminal_shows_at_the_end(tmp_path):
     terminal.draw(lines, tmp_path / "out.svg")
     svg = (tmp_path / "out.svg").read_text()
     assert "red" in svg and "and&#160;plain" in svg
+    shown = [line.strip() for line in terminal.shown_in(svg)]
+    assert shown == ["scmoe", "first", "red and plain", "step 2/2", "top"]
     assert re.findall(r"https?://[^\"]*", svg) == ["http://www.w3.org/2000/svg"], "it loads nothing"
 
 
