@@ -1,7 +1,6 @@
 """The parts of a page, as the template shows them, and how runs and files become parts."""
 
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
