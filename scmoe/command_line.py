@@ -48,7 +48,7 @@ VERBS = {
     "bench": "measure overlap, inference, a training on a slow network, the layer",
     "gpu-check": "check everything on one GPU, in nine minutes",
     "figure": "draw a figure of the paper, from a run or from reports",
-    "simulate": "compare the simulator with the paper and with the benches",
+    "simulate": "compare the simulator with reports of the benches",
 }
 LABORATORY = ("table", "reproduce", "bench", "gpu-check", "figure", "simulate")  # of experiments/
 FOLDERS = ("bench", "simulate")  # verbs of the laboratory with commands of their own

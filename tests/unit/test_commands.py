@@ -19,7 +19,6 @@ from scmoe.config.extras import scmoe
 ROOT = Path(__file__).parents[2]
 SUBVERBS = [
     *(("bench", what) for what in ("layer", "overlap", "train", "inference", "timeline")),
-    ("simulate", "paper"),
     ("simulate", "testbed"),
 ]
 HEAVY = ("torch", "matplotlib", "wandb", "lightning", "scipy", "optuna")
