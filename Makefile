@@ -159,8 +159,7 @@ test-dist: $(READY)  ## seldom: run the tests that start several processes
 test-faults: $(READY)  ## seldom: run the whole fault suite: kills, broken disks, damage, resuming, resharding
 	@$(PYTEST) -m faults $(ARGS)
 
-mutate: $(READY)  ## seldom: put known bugs into a copy of the tree, then mutmut's into the core (CORE="scmoe.moe.router.*")
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist load --max-worker-restart=0 tests/mutation/mutate.py $(ARGS)
+mutate: $(READY)  ## seldom: let mutmut change single lines of the core, or of CORE="scmoe.moe.router.*"
 	@OMP_NUM_THREADS=1 $(PY) -m mutmut run $(if $(CORE),"$(CORE)")
 	@$(PY) -m mutmut results
 

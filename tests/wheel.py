@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,8 +28,6 @@ from zipfile import ZipFile
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-from tests.support.trees import copy_tree
 
 ROOT = Path(__file__).parents[1]
 SHORT = (
@@ -74,7 +73,7 @@ def main() -> int:
 
 def build(folder: Path) -> Path:
     """Build from a copy, since a build leaves files in its tree."""
-    copy_tree(folder / "tree")
+    copy_tree_to(folder / "tree")
     pip(
         "wheel",
         "--no-build-isolation",
@@ -86,6 +85,19 @@ def build(folder: Path) -> Path:
     )
     (wheel,) = (folder / "dist").glob("*.whl")
     return wheel
+
+
+def copy_tree_to(target: Path) -> None:
+    """Copy the files that git tracks or would add, as they are in the tree now."""
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(
+        listed, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.split("\0")
+    for file in (ROOT / name for name in names if name):
+        if file.exists():  # a file may have been deleted and not yet committed
+            copy = target / file.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy, follow_symlinks=False)
 
 
 def check_contents(wheel: Path) -> None:
