@@ -24,7 +24,7 @@ def write_run(folder: Path, name: str = "quickstart", stamp: str = "20261129-101
     (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     (run / "overrides.txt").write_text("optim.lr=1e-3\n", encoding="utf-8")
     environment = {
-        "command": ["scmoe", "train", "quickstart", f"logger.notes={KEY} on {HOST}.cluster.org"],
+        "command": f"scmoe train quickstart 'logger.notes={KEY} on {HOST}.cluster.org'",
         "python": "3.11.7",
         "platform": "Linux",
         "cpus": 2,
