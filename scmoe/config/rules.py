@@ -108,6 +108,9 @@ def _model(config: Config) -> Refusals:
             yield "model.head_dim", "null or an even number, as positions turn pairs of features"
     if weights is not None and not INIT_FROM.fullmatch(weights):
         yield "init_from", "null, hf:FOLDER or scmoe:FILE"
+    if "://" in config.runs_dir:
+        local = "A run's directory is on a local or shared disk. Give a folder"
+        yield "runs_dir", Advice(f"{local}, and copy it to a remote storage after the run.")
     newest = os.path.abspath(Path(config.runs_dir) / "latest") + os.sep
     for key, path in (
         ("init_from", (weights or "").partition(":")[2]),

@@ -22,7 +22,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningCLI
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, random_split
@@ -38,6 +39,7 @@ from scmoe.training.assembly.model import build_model
 from scmoe.training.modules import LanguageModel
 from scmoe.training.muon import adamw
 from tests.support.comparison import TOLERANCE
+from tests.support.lightning_net import Net, loader
 from tests.support.resuming import HALF, WHOLE, fit, largest_difference, whole
 from tests.support.trainer_of import trainer_of
 from tests.support.trainings import RecordingModel, tiny, train, users_trainer
@@ -328,6 +330,36 @@ def test_an_ep_size_that_does_not_divide_the_number_of_ranks_is_refused():
         match=r"ValueError: ep_size is 3, allowed: divisors of the number of ranks \(2\)\n",
     ):
         run_ranks(own_trainer, 2, ExpertParallelStrategy(ep_size=3))
+
+
+class Rows(LightningDataModule):
+    def train_dataloader(self) -> DataLoader[Any]:
+        return loader(8)
+
+
+def by_command_line(rank: int, world_size: int) -> list[tuple[str, int, int]]:
+    """Return the strategy, its ep_size and the steps of trainings that LightningCLI starts."""
+    common = ["--trainer.accelerator=cpu", f"--trainer.devices={world_size}"]
+    common += ["--trainer.logger=false", "--trainer.enable_checkpointing=false"]
+    seen = []
+    for strategy in (
+        ["--trainer.strategy=expert_parallel"],
+        [
+            "--trainer.strategy=scmoe.ExpertParallelStrategy",
+            "--trainer.strategy.init_args.ep_size=1",
+        ],
+    ):
+        words = ["fit", *common, "--trainer.max_steps=1", *strategy]
+        trainer = LightningCLI(Net, Rows, save_config_callback=None, args=words).trainer
+        seen.append(
+            (type(trainer.strategy).__name__, trainer.strategy.mesh.ep_size, trainer.global_step)
+        )
+    return seen
+
+
+def test_lightnings_command_line_starts_it():
+    name = "ExpertParallelStrategy"
+    assert run_ranks(by_command_line, 2) == [[(name, 2, 1), (name, 1, 1)]] * 2
 
 
 def threads_after_fits(rank: int, world_size: int) -> list[tuple[int, int]]:

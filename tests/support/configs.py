@@ -188,4 +188,5 @@ IMPOSSIBLE = [
     ("name", "name=a/b"),
     ("name", "name=.hidden"),
     ("name", "name=latest"),
+    ("runs_dir", "runs_dir=s3://bucket/runs"),
 ]
