@@ -177,7 +177,7 @@ class Attention(PartedAttention):
 
 def attend(q_BHSd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, visible: Visible) -> Tensor:
     """Return softmax(Q K^T / sqrt(d)) V [B, H, S, d]; H / G heads of Q read one of K and V."""
-    grouped = k_BGLd.shape[1] < q_BHSd.shape[1]
+    grouped = bool(k_BGLd.shape[1] < q_BHSd.shape[1])  # sizes are tensors in torch.jit.trace
     # none of a GPU's fused kernels takes a mask and groups
     if grouped and visible.mask_B1SL is not None and q_BHSd.is_cuda:
         return attend_by_group(q_BHSd, k_BGLd, v_BGLd, visible.mask_B1SL)

@@ -70,64 +70,80 @@ class Decoder(nn.Module):
         end of a sequence. cache: holds the tokens before these; call `cache.expect` for these
         first. last_B: index of the one token in a row whose logits are returned, as [B, 1, V].
         """
-        seq_len = ids_BS.shape[1] if cache is None else cache.longest
-        if seq_len > self.max_seq_len:
-            raise ValueError(
-                f"a sequence has {seq_len} tokens, allowed: up to data.seq_len, {self.max_seq_len}"
-            )
-        x_BSD = widen_under_autocast(self.embed(ids_BS))
-        if self.positions is not None:
-            if cache is None:
-                positions = torch.arange(seq_len, device=ids_BS.device)
-            else:
-                positions = cache.positions_BS
-            x_BSD = x_BSD + self.positions(positions)
-        x_BSD, all_stats = in_flight(
-            self.batches_in_flight,
-            partial(run_blocks, self.blocks),
-            self.dropout(x_BSD),
-            mask_BS,
-            cache,
-        )
+        x_BSD, all_stats = stream_after_blocks(self, ids_BS, mask_BS, cache)
         if last_B is not None:
             x_BSD = x_BSD.take_along_dim(last_B[:, None, None], 1)
         return LMOutput(self.head(self.norm(x_BSD)), all_stats)
 
-    def embed(self, ids_BS: Tensor) -> Tensor:
-        return ids_BS if ids_BS.is_floating_point() else self.tokens(ids_BS)
-
-    @torch.no_grad()
     def init_weights(self, seed: int, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_) -> None:
-        """Draw all weights as GPT-2's.
-
-        They are N(0, 0.02), and N(0, 0.02 / sqrt(2 layers)) for products that write to the residual
-        stream. A weight depends only on the seed, its name and its shape: not on the rank, the EP
-        degree, earlier draws or the rest of the model. So architectures that share a part start
-        with equal weights there, and can be compared. put: copies a value into a weight, or into
-        the part of a weight that this rank holds.
-        """
-        attentions = [module for module in self.modules() if isinstance(module, SelfAttention)]
-        std, std_out = 0.02, 0.02 / math.sqrt(2 * len(attentions))
-        mlps = [module for module in self.modules() if isinstance(module, MLP)]
-        write_to_residual = {*(m.out for m in attentions), *(m.w_out for m in mlps)}
-        tied = self.head.weight is self.tokens.weight
-        for name, module in self.named_modules():
-            if isinstance(module, Experts):
-                module.init_weights(f"{seed}/{name}", std, std_out, put)
-            elif isinstance(module, (nn.LayerNorm, nn.RMSNorm, SelectionBias)):
-                module.reset_parameters()
-            elif module is self.head and tied:
-                continue
-            elif isinstance(module, (nn.Linear, nn.Embedding)):
-                generator = named_generator(f"{seed}/{name}")
-                fresh = torch.randn(module.weight.shape, generator=generator, device="cpu")
-                put(module.weight, fresh * (std_out if module in write_to_residual else std))
-                if isinstance(module, nn.Linear) and module.bias is not None:
-                    module.bias.zero_()
+        """Draw all weights as GPT-2's (`draw_weights`)."""
+        draw_weights(self, seed, put)
 
     def rows_per_sample(self, seq_len: int) -> dict[nn.Module, float]:
         """Return the rows that each module sees of one sample: its tokens."""
         return dict.fromkeys(self.modules(), float(seq_len))
+
+
+def stream_after_blocks(
+    network: Any, ids_BS: Tensor, mask_BS: Tensor | None = None, cache: KVCache | None = None
+) -> tuple[Tensor, list[RouterStats]]:
+    """Return the residual stream after the last block, before the norm, and the routers' sums.
+
+    network: has the parts and sizes of a Decoder under their names. Other arguments are those of
+    its forward. Raises ValueError for a sequence that is too long.
+    """
+    seq_len = ids_BS.shape[1] if cache is None else cache.longest
+    if seq_len > network.max_seq_len:
+        raise ValueError(
+            f"a sequence has {seq_len} tokens, allowed: up to data.seq_len, {network.max_seq_len}"
+        )
+    embedded_BSD = ids_BS if ids_BS.is_floating_point() else network.tokens(ids_BS)
+    x_BSD = widen_under_autocast(embedded_BSD)
+    if network.positions is not None:
+        if cache is None:
+            positions = torch.arange(seq_len, device=ids_BS.device)
+        else:
+            positions = cache.positions_BS
+        x_BSD = x_BSD + network.positions(positions)
+    return in_flight(
+        network.batches_in_flight,
+        partial(run_blocks, network.blocks),
+        network.dropout(x_BSD),
+        mask_BS,
+        cache,
+    )
+
+
+@torch.no_grad()
+def draw_weights(
+    network: Any, seed: int, put: Callable[[Tensor, Tensor], Any] = Tensor.copy_
+) -> None:
+    """Draw all weights as GPT-2's.
+
+    They are N(0, 0.02), and N(0, 0.02 / sqrt(2 layers)) for products that write to the residual
+    stream. A weight depends only on the seed, its name and its shape: not on the rank, the EP
+    degree, earlier draws or the rest of the model. So architectures that share a part start with
+    equal weights there, and can be compared. network: has the parts of a Decoder under their names.
+    put: copies a value into a weight, or into the part of a weight that this rank holds.
+    """
+    attentions = [module for module in network.modules() if isinstance(module, SelfAttention)]
+    std, std_out = 0.02, 0.02 / math.sqrt(2 * len(attentions))
+    mlps = [module for module in network.modules() if isinstance(module, MLP)]
+    write_to_residual = {*(m.out for m in attentions), *(m.w_out for m in mlps)}
+    tied = network.head.weight is network.tokens.weight
+    for name, module in network.named_modules():
+        if isinstance(module, Experts):
+            module.init_weights(f"{seed}/{name}", std, std_out, put)
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm, SelectionBias)):
+            module.reset_parameters()
+        elif module is network.head and tied:
+            continue
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            generator = named_generator(f"{seed}/{name}")
+            fresh = torch.randn(module.weight.shape, generator=generator, device="cpu")
+            put(module.weight, fresh * (std_out if module in write_to_residual else std))
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()
 
 
 class GPT(Decoder):

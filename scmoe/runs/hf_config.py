@@ -174,11 +174,16 @@ def sizes_of(config: Config) -> dict[str, Any]:
     """Return the settings of a model of type scmoe under transformers' names, for programs that
     read them.
 
-    With latent attention a cache has one head, whose keys are the latents.
+    With latent attention a cache has one head, whose keys are the latents. num_experts: what a
+    router chooses from, zero experts included; a dense model has no such setting.
     """
     settings = settings_of(config)
     model = config.model
     is_latent = model.attention == "latent"
+    experts = {}
+    if config.moe.architecture != "dense":
+        experts["num_experts"] = config.moe.num_experts + config.moe.zero_experts
+        experts["num_experts_per_tok"] = config.moe.top_k
     return {
         "vocab_size": config.data.vocab_size,
         "hidden_size": model.dim,
@@ -189,6 +194,7 @@ def sizes_of(config: Config) -> dict[str, Any]:
         "head_dim": model.latent.kv_rank if is_latent else settings["model.head_dim"],
         "max_position_embeddings": config.data.seq_len,
         "tie_word_embeddings": model.family == "gpt",
+        **experts,
     }
 
 

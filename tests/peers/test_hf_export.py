@@ -259,13 +259,14 @@ def test_padding_on_the_left_changes_no_token(words, use_cache, tmp_path):
     float64."""
     exported(words, tmp_path)
     model, lengths, new, seen = theirs(tmp_path / "hf").double(), (2, 6, 4), 6, []
+    ours = scmoe.load(tmp_path / "hf").double()
     texts = [ids()[0, :length] for length in lengths]
     padded = torch.stack(
         [torch.nn.functional.pad(text, (max(lengths) - len(text), 0)) for text in texts]
     )
     mask = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
     how = {"max_new_tokens": new, "do_sample": False, "use_cache": use_cache}
-    model.model.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    model.model.tokens.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
     together = model.generate(padded, attention_mask=mask.long(), **how)[:, max(lengths) :]
     assert seen == (
         [max(lengths)] + [1] * (new - 1)
@@ -278,7 +279,7 @@ def test_padding_on_the_left_changes_no_token(words, use_cache, tmp_path):
         with torch.inference_mode():
             for _ in range(new):
                 expected = torch.cat(
-                    [expected, model.model(expected).logits_BSV[:, -1:].argmax(-1)], dim=1
+                    [expected, ours(expected).logits_BSV[:, -1:].argmax(-1)], dim=1
                 )
         assert torch.equal(together[row], expected[0, len(text) :])
         assert torch.equal(
@@ -297,7 +298,8 @@ def test_the_registered_class_is_saved_and_refuses_what_it_does_not_read(tmp_pat
         assert model(ids(), logits_to_keep=1).logits.shape[1] == 1
     static = transformers.StaticCache(config=model.config, max_cache_len=LENGTH)
     wrong_ones = (
-        {"position_ids": ids()},
+        {"position_ids": ids()[:, 1:]},
+        {"token_type_ids": ids()},
         {"inputs_embeds": ids()},
         {"attention_mask": mask[:, 1:]},
         {"cache": static},
@@ -363,7 +365,7 @@ def test_losses_of_accumulated_batches_add_up_to_that_of_one_batch(tmp_path):
 def test_the_load_balance_loss_is_added_where_router_logits_are_asked_for(tmp_path):
     exported("moe.architecture=scmoe moe.load_balance_coef=0.5", tmp_path)
     model = theirs(tmp_path / "hf")
-    stats = model.model(ids()).stats
+    stats = scmoe.load(tmp_path / "hf")(ids()).stats
     balance = load_balance_loss(stats, integer_sums(stats)).item()
     plain, found = model(ids(), labels=ids()), model(ids(), labels=ids(), output_router_logits=True)
     assert plain.aux_loss is None and found.aux_loss.item() == pytest.approx(balance)

@@ -79,6 +79,7 @@ PARAMETERS = 8
 MORE_PARAMETERS = {  # functions that may have more
     "scmoe/api.py": {"MoE", "ScMoEBlock"},  # constructors of public parts
     "scmoe/hf.py": {"forward"},  # the signature is that of transformers
+    "scmoe/runs/hf_base.py": {"forward"},  # likewise
 }
 VAGUE = {"own", "found", "given", "place", "middle", "at", "of"}
 VAGUE_NAMES = 40

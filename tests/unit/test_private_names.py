@@ -124,10 +124,10 @@ ELSEWHERE |= {
     ("datamodules/documents.py", "_fingerprint"),
     ("scmoe/lightning/register.py", "pl_load"),
 }
-ELSEWHERE |= {("scmoe/hf.py", "_is_hf_initialized"), ("scmoe/moe/router.py", "_apply")}
+ELSEWHERE |= {("scmoe/runs/hf_base.py", "_is_hf_initialized"), ("scmoe/moe/router.py", "_apply")}
 ELSEWHERE |= {
     ("scmoe/moe/operators.py", "_profiler_enabled"),
-    ("scmoe/hf.py", "_attn_implementation"),
+    ("scmoe/runs/hf_base.py", "_attn_implementation"),
 }
 ELSEWHERE |= {("scmoe/blocks/latent.py", name) for name in ("_forward_hooks", "_forward_pre_hooks")}
 
