@@ -214,11 +214,13 @@ class Swin(nn.Module):
         position_biases = chain.from_iterable(w.attention.cpb_mlp.modules() for w in windows)
         return rows | dict.fromkeys(position_biases, 0.0)
 
-    def no_weight_decay(self) -> set[nn.Parameter]:
-        """Return the parameters that timm does not decay, apart from norms and biases.
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that timm does not decay, apart from norms and biases.
 
-        They are attention scales and position bias.
+        They are attention scales and position bias. timm's create_optimizer_v2 asks for them too.
         """
         return {
-            p for name, p in self.named_parameters() if "cpb_mlp" in name or "logit_scale" in name
+            name
+            for name, _ in self.named_parameters()
+            if "cpb_mlp" in name or "logit_scale" in name
         }

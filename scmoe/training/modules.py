@@ -215,11 +215,12 @@ class MoEModule(LightningModule):
         """Return the parameters that are trained, in three groups.
 
         Weight decay applies to matrices, except for embeddings that are not also the head, and for
-        what the network's `no_weight_decay` returns.
+        those that the network's `no_weight_decay` names.
         """
         others = [m for m in self.modules() if not isinstance(m, nn.Embedding)]
         decays = {p for m in others for p in m.parameters(False) if p.dim() > 1}
-        decays -= getattr(self.model, "no_weight_decay", set)()
+        without_decay = getattr(self.model, "no_weight_decay", set)()
+        decays -= {self.model.get_parameter(name) for name in without_decay}
         parameters = [p for p in self.parameters() if p.requires_grad]
         experts = {p for _, p in expert_parameters(self)}
         head = set(self.model.head.parameters())

@@ -13,12 +13,13 @@ import torch
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load
-from scmoe.training.assembly.model import build_model, build_model_on_meta
+from scmoe.training.assembly.model import build_model, build_model_on_meta, build_module
 from tests.support.models import assert_close, gradients, randomise
 
 pytest.importorskip("timm", reason="the extra `vision` is not installed: timm")
 import timm
 from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.optim import create_optimizer_v2
 
 pytestmark = pytest.mark.peers
 
@@ -124,3 +125,14 @@ def test_dense_presets_are_timms_models(preset, name):
     )
     shapes = {our_name(key): p.shape for key, p in theirs.named_parameters()}
     assert shapes == {key: p.shape for key, p in ours.named_parameters()}
+
+
+def test_timms_optimizer_decays_what_a_training_decays():
+    config = config_of("moe.architecture=scmoe")
+    module = build_module(config)
+    module.configure_model()
+    groups = create_optimizer_v2(module.model, opt="adamw", weight_decay=0.1).param_groups
+    decayed = {p for group in groups if group["weight_decay"] for p in group["params"]}
+    trained = module.trained()
+    assert decayed == {*trained.matrices, *trained.decayed}
+    assert sum(len(group["params"]) for group in groups) == sum(len(group) for group in trained)
