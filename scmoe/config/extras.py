@@ -55,6 +55,17 @@ def install_command(*modules: str) -> str:
     return f"pip install {' '.join(needed or modules)}"
 
 
+def refuse_old_omegaconf(version: str) -> None:
+    """Raise ConfigError for an OmegaConf that cannot hold the fields of a configuration, which
+    another package may have installed since."""
+    if tuple(int(part) for part in version.split(".")[:2]) < (2, 4):
+        raise ConfigError(
+            f"omegaconf {version} is installed, but scmoe needs 2.4 or later. hydra-core 1.3"
+            " installs an older one: use hydra-core in another environment, then run"
+            " pip install 'omegaconf>=2.4'."
+        )
+
+
 def scmoe(*words: object) -> str:
     """Return the command `scmoe WORDS`, for messages that name the next command, ready to copy.
 

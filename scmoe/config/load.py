@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, __version__
 
-from scmoe.config.extras import scmoe
+from scmoe.config.extras import refuse_old_omegaconf, scmoe
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, leaves, show, show_typed
 from scmoe.config.registry import import_extensions, named, refuse_kept
 from scmoe.config.rules import validate
 from scmoe.config.unread import unread_position
+
+refuse_old_omegaconf(__version__)
 
 # In a checkout this is a link, in an installed package a folder.
 SHIPPED = Path(__file__).parents[1] / "configs"

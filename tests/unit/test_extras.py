@@ -1,10 +1,13 @@
 """A package that is not installed is named in one line, with a command that installs it; the extras
 are pyproject's."""
 
+import importlib
 import re
+import sys
 import tomllib
 from pathlib import Path, PurePosixPath
 
+import omegaconf
 import pytest
 
 from scmoe.cli import list as verb
@@ -105,3 +108,11 @@ def test_a_verb_that_finds_out_late_says_it_in_one_line(monkeypatch, capsys):
     with pytest.raises(ModuleNotFoundError, match="misspelt"):  # a bug of ours keeps its traceback
         call("list", "scmoe.misspelt")
     assert explained(ModuleNotFoundError("no name")) is None
+
+
+def test_an_older_omegaconf_is_named_when_the_configuration_is_imported(monkeypatch):
+    """hydra-core 1.3 installs it."""
+    monkeypatch.setattr(omegaconf, "__version__", "2.3.0")
+    monkeypatch.delitem(sys.modules, "scmoe.config.load", raising=False)
+    with pytest.raises(ConfigError, match=r"omegaconf 2\.3\.0 .* 'omegaconf>=2\.4'"):
+        importlib.import_module("scmoe.config.load")
