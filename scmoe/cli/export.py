@@ -32,6 +32,7 @@ def main(
     from scmoe.init_from.pretrained import model_settings
     from scmoe.parallel.checkpoint.export import consolidate
     from scmoe.runs.hf_folder import write_folder
+    from scmoe.runs.seen import SeenRun
     from scmoe.training.assembly.data import kept_tokenizer, tokenizer_of
     from scmoe.training.assembly.model import build_model_on_meta
     from scmoe.training.run.resume import config_of, find_checkpoint, refuse_other_model
@@ -42,7 +43,9 @@ def main(
         config = config_of(run_dir, checkpoint, overrides)
         refuse_other_model(config, config_of(run_dir, checkpoint, named(overrides)), checkpoint)
         if format == "hf":
-            kind = write_folder(checkpoint, out, config, tokenizer_of(config, checkpoint))
+            of_data = tokenizer_of(config, checkpoint)
+            metrics = SeenRun(run_dir).metrics
+            kind = write_folder(checkpoint, out, config, of_data, metrics=metrics)
             print(f"{out}, model_type {kind}, from the {which} checkpoint, {checkpoint.name}")
             return
         beside = out.parent / "config.yaml"

@@ -10,7 +10,8 @@ They are written without transformers.
 """
 
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ INDEX = "model.safetensors.index.json"
 HEADER = {"format": "pt", "written_by": "scmoe"}
 
 CARD = """---
-{head}---
+{head}license: unknown  # choose one, such as apache-2.0
+---
 
 # {family}, {architecture}
 
@@ -54,10 +56,18 @@ optimizer steps of {batch:,} sequences with {seq_len:,} tokens each, on {data}.{
 
 ## Load it
 
+```bash
+{install}
+```
+
 ```python
 {loading}```
 
-`scmoe.load("FOLDER")` returns the same network without transformers.
+With scmoe installed, `scmoe.load(folder)` returns the same network without transformers.
+
+## Evaluation
+
+{evaluation} `make evaluate` has perplexity on other texts, and tasks.
 
 ## Settings of the training
 
@@ -66,8 +76,8 @@ optimizer steps of {batch:,} sequences with {seq_len:,} tokens each, on {data}.{
 
 ## Licence and limits
 
-No licence is set. Choose one with a line `license:` at the top. Add what the model is for and how \
-it was evaluated (`make evaluate`). It was not trained to follow instructions, or to be safe.
+No licence is chosen yet: change the line `license:` at the top. Add what the model is for. It was \
+not trained to follow instructions, or to be safe.
 """
 
 
@@ -77,13 +87,14 @@ def write_folder(
     config: Config,
     tokenizer: Any = None,
     shard_bytes: int = SHARD_BYTES,
+    metrics: Sequence[Mapping[str, float]] = (),
 ) -> str:
     """Write the folder and return its model_type. Each file is complete or absent, and config.json
     comes last.
 
-    tokenizer: of the data, or None. Raises ValueError for a checkpoint that is broken, another
-    model's or no language model's, and for a folder with files that are not an export of this
-    model.
+    tokenizer: of the data, or None. metrics: rows of the run's metrics.csv, for the card. Raises
+    ValueError for a checkpoint that is broken, another model's or no language model's, and for a
+    folder with files that are not an export of this model.
     """
     content = hf_config(config, None if tokenizer is None else tokenizer.end_of_text)
     model = build_model_on_meta(config)
@@ -105,8 +116,9 @@ def write_folder(
     if not (folder / "README.md").exists():
         step = durable.read_manifest(checkpoint)["step"]
         parameters = sum(p.numel() for p in model.parameters())
+        evaluation = evaluation_of(metrics, step)
         with replacing(folder / "README.md") as partial:
-            write_durably(partial, model_card(config, content, step, parameters))
+            write_durably(partial, model_card(config, content, step, parameters, evaluation))
     write_whole(folder / "config.json", content)
     return content["model_type"]
 
@@ -213,7 +225,22 @@ def write_tokenizer(folder: Path, tokenizer: Any, seq_len: int) -> None:
     write_whole(folder / "tokenizer_config.json", settings)
 
 
-def model_card(config: Config, content: dict[str, Any], step: int, parameters: int) -> str:
+def evaluation_of(metrics: Sequence[Mapping[str, float]], step: int) -> str:
+    """Return a sentence with the last validation up to a step. metrics: rows of metrics.csv, whose
+    steps count from 0."""
+    done = [row for row in metrics if "val/loss" in row and row["step"] < step]
+    if not done:
+        return "The training had not validated it."
+    loss, validated = done[-1]["val/loss"], int(done[-1]["step"]) + 1
+    return (
+        f"Loss on the validation split of its data after {validated:,} steps: {loss:.4f} nats a"
+        f" token, a perplexity of {math.exp(loss):.4g}."
+    )
+
+
+def model_card(
+    config: Config, content: dict[str, Any], step: int, parameters: int, evaluation: str
+) -> str:
     """Return the text of the model card. content: of config.json. parameters: their number."""
     moe = config.moe
     data = config.data
@@ -252,18 +279,30 @@ def model_card(config: Config, content: dict[str, Any], step: int, parameters: i
         seq_len=data.seq_len,
         data=from_data,
         moe=routing,
+        install=installation(content),
         loading=loading_code(content),
+        evaluation=evaluation,
         settings=yaml.safe_dump({**sections, "trainer": how, "seed": config.seed}, sort_keys=False),
     )
+
+
+def installation(content: dict[str, Any]) -> str:
+    """Return the command that installs what loads a folder. content: of config.json."""
+    if content["model_type"] == OURS:
+        return "pip install -e '.[hf]'  # in a checkout of scmoe, with transformers"
+    return "pip install transformers"
 
 
 def loading_code(content: dict[str, Any]) -> str:
     """Return the Python code that loads a folder with transformers. content: of config.json."""
     classes = ["AutoModelForCausalLM"]
-    lines = ['model = AutoModelForCausalLM.from_pretrained("FOLDER")']
+    lines = [
+        'folder = "."  # where this file is; or the name of the model on the Hub',
+        "model = AutoModelForCausalLM.from_pretrained(folder)",
+    ]
     if content["eos_token_id"] is not None:
         classes.append("AutoTokenizer")
-        lines.append('tokenizer = AutoTokenizer.from_pretrained("FOLDER")')
+        lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
     imports = [f"from transformers import {', '.join(classes)}", ""]
     if content["model_type"] == OURS:
         imports.insert(0, "import scmoe.hf  # transformers then knows the model")

@@ -219,7 +219,7 @@ class MoEModule(LightningModule):
         """
         others = [m for m in self.modules() if not isinstance(m, nn.Embedding)]
         decays = {p for m in others for p in m.parameters(False) if p.dim() > 1}
-        without_decay = getattr(self.model, "no_weight_decay", set)()
+        without_decay: set[str] = getattr(self.model, "no_weight_decay", set)()
         decays -= {self.model.get_parameter(name) for name in without_decay}
         parameters = [p for p in self.parameters() if p.requires_grad]
         experts = {p for _, p in expert_parameters(self)}

@@ -375,14 +375,16 @@ def test_the_load_balance_loss_is_added_where_router_logits_are_asked_for(tmp_pa
 
 
 @pytest.mark.parametrize("words", ["moe.architecture=scmoe moe.top_k=2", "moe.architecture=dense"])
-def test_the_model_card_says_what_the_model_is_and_loads_it(words, tmp_path):
+def test_the_model_card_says_what_the_model_is_and_loads_it(words, tmp_path, monkeypatch):
     words += " data.name=text data.path=/data/hidden/texts"
-    model, kind = exported(words, tmp_path, tokenizer=make_tokenizer("bpe", 300, [TEXT]))
+    metrics = [{"step": step, "val/loss": 5.0 - step} for step in range(4)]
+    tokenizer = make_tokenizer("bpe", 300, [TEXT])
+    model, kind = exported(words, tmp_path, tokenizer=tokenizer, metrics=metrics)
     card = tmp_path / "hf" / "README.md"
     _, head, text = card.read_text().split("---\n")
-    assert yaml.safe_load(head)[
-        "library_name"
-    ] == "transformers" and "license" not in yaml.safe_load(head)
+    about = yaml.safe_load(head)
+    assert about["library_name"] == "transformers" and about["license"] == "unknown"
+    assert "after 3 steps: 3.0000 nats" in text and "pip install" in text
     assert (
         f"{sum(p.numel() for p in model.parameters()):,} parameters" in text
         and "for 3 of 200" in text
@@ -397,7 +399,8 @@ def test_the_model_card_says_what_the_model_is_and_loads_it(words, tmp_path):
         kind == "scmoe"
     )
     names: dict[str, Any] = {}
-    exec(code.replace("FOLDER", str(tmp_path / "hf")), names)
+    monkeypatch.chdir(tmp_path / "hf")
+    exec(code, names)  # it is run as it is, beside the card
     assert names["model"].config.model_type == kind and names["tokenizer"].eos_token_id is not None
     card.write_text("edited")
     write_folder(tmp_path / "step=3.ckpt", tmp_path / "hf", config_of(words))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import scmoe
 from scmoe.datamodules.tokenizer import make_tokenizer
 from tests.support.hf_models import KINDS, VOCABULARY, config_of, ids, logits, model_of
 from tests.support.models import assert_close
@@ -53,6 +54,23 @@ def test_a_folder_is_read_as_base_model_and_a_base_model_as_causal_model(kind, t
     again, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", **how)
     assert not any(report.values()), report
     assert torch.equal(logits(again), logits(model))
+
+
+def test_a_folder_of_an_earlier_version_is_read(tmp_path):
+    """Its config.json has no number of experts. Names of weights are those of a checkpoint."""
+    from safetensors.torch import load_file
+
+    model = model_of("gpt")
+    model.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content.pop("num_experts") == 6 and content.pop("num_experts_per_tok") == 1
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    of_network = scmoe.load(tmp_path).named_parameters()
+    assert {*load_file(tmp_path / "model.safetensors")} == {
+        f"model.{name}" for name, _ in of_network
+    }
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert torch.equal(logits(again), logits(model)) and again.config.num_experts == 6
 
 
 @pytest.mark.parametrize("words", ["moe.top_k=1", "moe.top_k=2"])
