@@ -160,7 +160,7 @@ def test_offloaded_experts_write_the_same_texts(run_dir, tmp_path):
         (["--prompt", "Peace" * 60], "shorten the prompt"),
         (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "a\udcff"], "the prompt's character 2 is not Unicode"),
-        (["--temperature", "nan"], "temperature is nan, allowed: 0"),
+        (["--temperature", "nan"], "--temperature"),
         (["--stop", ""], "stop string is empty"),
         (["--seed", "-1"], "the seed is -1, allowed: 0 to 2^63 - 1"),
         (["--prompts", "/none.jsonl", "--out", "/none.out"], "/none.jsonl cannot be read"),

@@ -110,4 +110,5 @@ def test_ctrl_c_before_ranks_exist_is_exit_code_130(verb, first, tmp_path, monke
         raise KeyboardInterrupt
 
     monkeypatch.setattr(f"scmoe.runs.{first}", interrupted)
+    (tmp_path / "checkpoints/step=1.ckpt").mkdir(parents=True)
     assert call(verb, str(tmp_path)) == 130
