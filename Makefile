@@ -151,10 +151,10 @@ test: $(READY)  ## run all tests, of the fault suite the representative ones
 	@$(PYTEST) -m "not faults or representative" $(ARGS)
 
 test-fast: $(READY)  ## run the quick tests in one process
-	@$(PYTEST) -m "not dist and not slow and not smoke" $(ARGS)
+	@$(PYTEST) -m "not ranks and not slow and not smoke" $(ARGS)
 
 test-dist: $(READY)  ## seldom: run the tests that start several processes
-	@$(PYTEST) -m dist $(ARGS)
+	@$(PYTEST) -m ranks $(ARGS)
 
 test-faults: $(READY)  ## seldom: run the whole fault suite: kills, broken disks, damage, resuming, resharding
 	@$(PYTEST) -m faults $(ARGS)

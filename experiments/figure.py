@@ -85,8 +85,8 @@ def main(
 
 def measure_offloading(asked: Offloading, out: Path) -> dict[str, object]:
     """Measure and draw Fig. 13. Return the figures of each way."""
-    from experiments.bench.offload import QUICK, OffloadSetting
-    from experiments.bench.offload_report import bench_offload
+    from experiments.bench.offload.offload import QUICK, OffloadSetting
+    from experiments.bench.offload.offload_report import bench_offload
 
     setting = QUICK if asked.quick else OffloadSetting()
     if asked.architectures is not None:

@@ -21,7 +21,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.runs.hf_base import ScMoEConfig, ScMoEModel, ScMoEPreTrainedModel
-from scmoe.runs.hf_config import OURS
+from scmoe.weights.hf_config import OURS
 
 __all__ = ["ScMoEConfig", "ScMoEForCausalLM", "ScMoEModel"]
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from scmoe.files.writing import replacing
+from scmoe.files import replacing
 
 LONG = 60  # letters of a cell that may be broken
 WIDTH = 170  # columns of the widest table, also where a terminal has fewer

@@ -36,7 +36,7 @@ settings.load_profile("scmoe")
 LONG = (
     "test_readme.py",
     "test_reproduce.py",
-    "test_sweep_trials.py",
+    "test_trials.py",
 )  # a file is one worker's, so they begin first
 
 
@@ -79,7 +79,7 @@ def one_thread():
 
 def pytest_terminal_summary(terminalreporter):
     """Print how many training steps were checked on fake tensors of a device
-    (tests/unit/test_fake_cuda.py)."""
+    (tests/training/test_fake_cuda.py)."""
     passed = terminalreporter.getreports("passed")
     steps = sum(
         value

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from experiments.engine.gantt import COLORS, OTHER, draw
 from experiments.figures.timelines import TIMES, TOP2_TIMES, arrow, box, canvas
-from scmoe.probes.charts import PAPER, SMALL, chart
+from scmoe.charts import PAPER, SMALL, chart
 from scmoe.schedule.cost import OperatorTimes, Span, best_schedule, elapsed_time, per_chunk, play
 from scmoe.schedule.cost import slots as all_slots
 from scmoe.schedule.schedule import POSITIONS, Schedule

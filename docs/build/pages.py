@@ -22,8 +22,12 @@ from typing import Any
 
 from docs.build import readme, two_batches
 from docs.build.concepts import CONCEPTS
-from experiments.bench import inference_report, offload_report, speed_chart, training, uneven
+from experiments.bench import speed_chart
+from experiments.bench.inference import inference_report
+from experiments.bench.offload import offload_report
+from experiments.bench.overlap import uneven
 from experiments.bench.overlap_rows import rows_of
+from experiments.bench.training import training
 from experiments.figures.measured import (
     EXPLAINED,
     PAGES,

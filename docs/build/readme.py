@@ -1,7 +1,7 @@
 """README's answers to "Does it pay?", with every figure read from a report.
 
 `make figures` writes them again after a measurement. Whether their words still hold, such as "not
-shown", is for a test to say: tests/unit/test_docs_figures.py.
+shown", is for a test to say: tests/docs/test_docs_figures.py.
 """
 
 import json

@@ -12,8 +12,8 @@ from typing import Any
 
 from experiments.bench.overlap_rows import Kind, rows_of
 from experiments.bench.speed_chart import KINDS
-from scmoe.probes.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SMALL, chart, heading
-from scmoe.probes.row_names import architecture_of, batches_of, name_of, way_of_row
+from scmoe.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SMALL, chart, heading
+from scmoe.predict.row_names import architecture_of, batches_of, name_of, way_of_row
 from scmoe.report import Report
 
 NAME = "two-batches"  # of the page, of its picture, and of the folder of its reports

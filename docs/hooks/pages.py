@@ -32,34 +32,28 @@ FIELD = re.compile(r"(?<![`\[])(`(\w+\.\w+)(?:=[^`\s]+)?`)(?![`\]])")
 FIELDS = {leaf.key for leaf in leaves(Config())}
 FENCE = re.compile(r"(```.*?```)", re.DOTALL)
 PYTHON = {  # pages of the Python reference: what each package is for
-    "files": (
-        "Files that are replaced safely, and safetensors that are written one tensor at a time."
-    ),
     "schedule": "The schedule as a value, its cost, and the timeline that it gives.",
     "moe": "Router, layout, experts, balance, and the MoE stream in three verbs.",
     "blocks": "Transformer blocks: standard, shared expert, ScMoE, DGMoE.",
-    "models": "GPT, LLaMA and SwinV2.",
+    "models": "GPT, LLaMA and SwinV2, and what a model costs.",
+    "parallel": ("Ranks: All-to-All, dense weights, checkpoints, stopping and failing together."),
     "planning": "The planner, which measures operators and chooses schedules.",
-    "parallel": "Ranks: All-to-All, dense weights, checkpoints, stopping and failing together.",
-    "lightning": "The Strategy, for Lightning's Trainer.",
-    "clusters": "Would a shortcut pay on a cluster? Profiles and a simulated step.",
     "inference": (
         "Generation of text with a cache, and experts that are kept in a file and fetched."
     ),
-    "probes": "Gating and similarity of a run, and charts.",
-    "init_from": "Weights of other models.",
+    "config": "The configuration: fields, rules, loading.",
+    "weights": "Weights of other programs, read and written.",
+    "lightning": "The Strategy, for Lightning's Trainer.",
     "datamodules": "Text, images and synthetic tokens as Lightning data modules.",
     "training": "LightningModules, callbacks, and how a run is built and run.",
-    "runs": "What is done with a finished run: generate, evaluate, export.",
-    "sweeps": (
-        "Sweeps on this machine: files, search, trials; batches of trainings, and comparing runs."
+    "predict": (
+        "What a training costs, and whether a shortcut would pay on a cluster: counted and"
+        " simulated steps."
     ),
-    "html_report": "One page of runs, tables, benches and advice.",
-    "estimate": (
-        "What a training costs: parameters, FLOPs and memory by calculation, and a step that is"
-        " counted on tensors without numbers."
+    "runs": (
+        "What is done with a finished run: generate, evaluate, export, compare, one HTML page."
     ),
-    "config": "The configuration: fields, rules, loading.",
+    "sweeps": "Sweeps on this machine: files, search, trials; batches of trainings.",
 }
 
 

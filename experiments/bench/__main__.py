@@ -61,7 +61,7 @@ def layer(
 def overlap(*, options: Options = NOTHING_ASKED, out: Path = OUT) -> None:
     """Measure how much of the All-to-All every architecture and schedule hides."""
     setting = options.setting()
-    from experiments.bench.overlap_report import bench_overlap
+    from experiments.bench.overlap.overlap_report import bench_overlap
 
     print(json.dumps(bench_overlap(setting, out)))
 
@@ -90,7 +90,7 @@ def train(
     if ranks < 2:
         raise ConfigError(f"--ranks is {ranks}, allowed: 2 or more, as one rank sends nothing")
     links.require()
-    from experiments.bench.training import ARCHITECTURES, bench_train
+    from experiments.bench.training.training import ARCHITECTURES, bench_train
 
     print(
         json.dumps(
@@ -104,7 +104,7 @@ def train(
 @main.command
 def inference(*, options: InferenceOptions = USUAL_INFERENCE, out: Path = OUT) -> None:
     """Measure prefill and decode between ranks, and generation with and without a cache."""
-    from experiments.bench.inference_report import bench_inference
+    from experiments.bench.inference.inference_report import bench_inference
 
     report = bench_inference(options.setting(), options.batch, options.new_tokens, out)
     print(json.dumps(report))
@@ -125,7 +125,7 @@ def timeline(
     Args:
         run: draw the plan of this run with schedule=auto instead; nothing is measured
     """
-    from experiments.bench import timeline
+    from experiments.bench.overlap import timeline
 
     if run is not None:
         if (share, ranks, compute, position, out) != (0.52, 2, "emulated", "pos2", TIMELINE):

@@ -44,7 +44,7 @@ class Options:
         rows: rows to measure (default: all with one batch in flight). NAME_two: with two batches in
             flight; NAME_two_pipelined: in two chunks too
         load: uneven routing, measured beside the balanced one; each --load is one more. Forms
-            (scmoe/probes/loads.py): zipf:A, hot_rank:X, rotating:X:N, ragged:X, recorded:FILE; A is
+            (scmoe/loads.py): zipf:A, hot_rank:X, rotating:X:N, ragged:X, recorded:FILE; A is
             an exponent, X a multiple of the mean, N a number of steps
         link_mbit: rate of the links; by default it is searched for the share
         level: block: one pair of blocks; iteration: a training step of two pairs, with sums of

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from experiments.bench.two_batches import rows_in_halves
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
-from scmoe.probes.row_names import batches_of
+from scmoe.predict.row_names import batches_of
 from scmoe.schedule.schedule import POSITIONS, Schedule
 
 # bytes of rows for a byte of gradients in an iteration; the paper's: docs/results/method.md
@@ -84,7 +84,7 @@ class Setting:
     every block. tokens: of one rank in one batch, in sequences of seq_len. accumulate: batches of a
     training step. rows_per_gradient: the ratio for which the tokens were chosen (tokens_for); None:
     they were given. attention_ms: of an emulated attention, attention_to_mlp: its ratio to that of
-    an emulated MLP. loads: of the experts (scmoe/probes/loads.py), beside the balanced one, which
+    an emulated MLP. loads: of the experts (scmoe/loads.py), beside the balanced one, which
     is always measured. layout: None: capacity:1, and dropless with loads. tries: of one planning at
     most; None: as in a training.
 

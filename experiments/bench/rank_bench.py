@@ -21,6 +21,7 @@ from experiments.engine import links
 from experiments.engine.clock import CPU, in_turn, slowest
 from experiments.engine.profiles import peak_bytes
 from experiments.engine.ranks import say_once
+from scmoe.loads import BALANCED, CurrentLoad, load_of, sequences_of
 from scmoe.models.halves import in_flight, set_in_flight
 from scmoe.models.residual_stream import run_blocks
 from scmoe.moe.dispatcher import Blocking, Dispatcher
@@ -32,7 +33,6 @@ from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.parallel.wire.wire import Wire
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import LayerChoice
-from scmoe.probes.loads import BALANCED, CurrentLoad, load_of, sequences_of
 
 
 class Seconds(NamedTuple):

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from experiments.bench.overlap_rows import Kind, OverlapRow, cells_of, rows_of
 from experiments.bench.two_batches import stated_or_of_medians
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
-from scmoe.probes.charts import BLUE, GREEN, LINES, PAPER, SKY, chart, heading
-from scmoe.probes.row_names import PIPELINED, architecture_of, batches_of, name_of
+from scmoe.charts import BLUE, GREEN, LINES, PAPER, SKY, chart, heading
+from scmoe.predict.row_names import PIPELINED, architecture_of, batches_of, name_of
 from scmoe.report import Report
 
 OTHER_WORK = ("top1", "top3", "scmoe2")  # rows of less or more computation than top-2

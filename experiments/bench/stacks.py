@@ -17,6 +17,7 @@ from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
+from scmoe.loads import BALANCED, CurrentLoad, Sizes, deal
 from scmoe.models.halves import in_flight
 from scmoe.models.residual_stream import run_blocks
 from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows
@@ -25,7 +26,6 @@ from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped, wrap
 from scmoe.parallel.wire.wire import Wire
 from scmoe.planning.pricing import LayerChoice, batches_in_flight
-from scmoe.probes.loads import BALANCED, CurrentLoad, Sizes, deal
 from scmoe.schedule.cost import OperatorTimes, exposed_time, slots
 from scmoe.schedule.schedule import Schedule
 from scmoe.schedule.stack import half_of, waiting_time
@@ -119,7 +119,7 @@ class Stack(nn.Sequential):
 @dataclass(frozen=True)
 class Variant:
     """Blocks with a schedule. transfers: overlapped, sequential (as Blocking does), free, or alone
-    (free, and gradients stay on their ranks). load: of their experts (scmoe/probes/loads.py).
+    (free, and gradients stay on their ranks). load: of their experts (scmoe/loads.py).
 
     schedule: of the last block; the others have the same place, or as `placed` says. schedules:
     that of each block, where they do not follow from `schedule`. batches_in_flight: 2: the halves

@@ -10,7 +10,7 @@ Nothing here imports torch, so the command line reads it.
 from collections.abc import Mapping
 
 from scmoe.config.leaves import ConfigError
-from scmoe.probes.row_names import PIPELINED, TWO, architecture_of, batches_of
+from scmoe.predict.row_names import PIPELINED, TWO, architecture_of, batches_of
 
 Rows = Mapping[str, tuple[str, tuple[int, ...]]]  # as pairs.ROWS of one kind of blocks
 

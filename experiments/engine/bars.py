@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from scmoe.probes.charts import ORANGE, SMALL
+from scmoe.charts import ORANGE, SMALL
 
 BAR, GAP = 0.17, 0.14  # inches of a bar with its value, and between groups of bars
 

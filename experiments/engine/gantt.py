@@ -4,7 +4,7 @@ communication."""
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from scmoe.probes.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, SMALL, chart, heading
+from scmoe.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, SMALL, chart, heading
 from scmoe.schedule.cost import Span, elapsed
 from scmoe.schedule.schedule import PARTS
 

@@ -24,7 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from scmoe.files.writing import read_json, replacing
+from scmoe.files import read_json, replacing
 from scmoe.report import say
 
 Pieces = Mapping[str, Callable[[], Any]]

@@ -28,14 +28,14 @@ from experiments.bench.overlap_rows import rows_of
 from experiments.bench.speed_chart import KINDS, conditions, speed_bars
 from experiments.engine.bars import bar_legend, grouped_bars, height_of
 from experiments.figures.timelines import pair, timelines
+from scmoe.charts import BLUE, ORANGE, RED, SKY, SMALL, chart, heading, title
 from scmoe.config.derived import SHORTCUTS
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.probes.charts import BLUE, ORANGE, RED, SKY, SMALL, chart, heading, title
-from scmoe.probes.representation_charts import draw_gating, draw_similarity
-from scmoe.probes.row_names import PIPELINED, name_of
+from scmoe.predict.row_names import PIPELINED, name_of
 from scmoe.runs.seen import open_run
 from scmoe.schedule.cost import TRANSFERS
+from scmoe.training.callbacks.representation_charts import draw_gating, draw_similarity
 
 PCIE_MODULE, PCIE_PAIR = 0.60, 0.52
 REST = (1 / PCIE_PAIR - 1) / (1 / PCIE_MODULE - 1) - 1

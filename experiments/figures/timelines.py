@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
 from experiments.engine.gantt import COLORS, DARK, draw
-from scmoe.probes.charts import PAPER, SMALL, chart
+from scmoe.charts import PAPER, SMALL, chart
 from scmoe.schedule.cost import OperatorTimes, best_schedule, play
 from scmoe.schedule.cost import slots as all_slots
 from scmoe.schedule.schedule import PARTS, Schedule

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.overlap_report import PAYLOAD, SIZES, row_bytes
+from experiments.bench.overlap.overlap_report import PAYLOAD, SIZES, row_bytes
 from experiments.bench.overlap_rows import OverlapRow, rows_of
 from experiments.bench.pairs import Setting, share_sent
 from experiments.engine.links import BURST_KIB
-from scmoe.probes.row_names import batches_of
+from scmoe.predict.row_names import batches_of
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes
 
 ROUTED = 2  # experts of a token in top-2

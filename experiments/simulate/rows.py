@@ -1,4 +1,4 @@
-"""A row of `bench overlap`, predicted by the played step (scmoe/clusters/simulated_step.py) from
+"""A row of `bench overlap`, predicted by the played step (scmoe/predict/simulated_step.py) from
 what top-2 measured alone.
 
 A row that routes each token to k experts has k / 2 of top-2's rows: transfers, experts, encode and
@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from experiments.bench.emulated import OUT_PART
 from experiments.bench.pairs import ROWS, default_schedule
 from experiments.simulate.reports import LAUNCH_S, ROUTED, Calibration
-from scmoe.clusters.played_load import Load
-from scmoe.clusters.rank_shares import rank_shares
-from scmoe.clusters.shared_link import Sum
-from scmoe.clusters.simulated_step import Block, Setting, StepTime, simulate_forward, simulate_step
-from scmoe.probes.loads import Sizes, load_of
-from scmoe.probes.row_names import batches_of
+from scmoe.loads import Sizes, load_of
+from scmoe.predict.played_load import Load
+from scmoe.predict.rank_shares import rank_shares
+from scmoe.predict.row_names import batches_of
+from scmoe.predict.shared_link import Sum
+from scmoe.predict.simulated_step import Block, Setting, StepTime, simulate_forward, simulate_step
 from scmoe.schedule.cost import LAUNCH, OperatorTimes, slots
 from scmoe.schedule.schedule import SUBLAYERS, Schedule
 from scmoe.schedule.stack import BEFORE

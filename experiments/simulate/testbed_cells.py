@@ -23,7 +23,7 @@ from experiments.simulate.testbed_checks import (
     REAL_SHARE,
     TWO_BATCHES,
 )
-from scmoe.probes.row_names import batches_of
+from scmoe.predict.row_names import batches_of
 
 SHARES_APART = 0.05  # two shares
 

@@ -19,7 +19,7 @@ from experiments.tables.seed_statistics import describe, differences
 from experiments.tables.table_file import Table
 from experiments.tables.table_runs import Run
 from scmoe.config.derived import max_steps
-from scmoe.probes.row_names import TWO, batches_of
+from scmoe.predict.row_names import TWO, batches_of
 
 SPEED = "train_speedup"  # of four blocks, forward and backward, over sequential top-2
 Report = Mapping[str, Any]  # of `bench overlap`

@@ -13,7 +13,7 @@ from typing import Any
 from experiments.tables.table_file import Scale, Table
 from experiments.tables.table_runs import Run, look_up
 from scmoe.config import registry
-from scmoe.files.writing import read_json
+from scmoe.files import read_json
 from scmoe.sweeps.jobs import State, StudyJob
 
 EVALUATE = (sys.executable, "-m", "scmoe", "evaluate")

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from experiments.tables.table_page import Results, form_of, without_speed
-from scmoe.probes.charts import BLUE, GREEN, ORANGE, PAPER, SKY, SMALL, chart, heading
+from scmoe.charts import BLUE, GREEN, ORANGE, PAPER, SKY, SMALL, chart, heading
 
 OURS, SEED = BLUE, SKY
 COLORS = (PAPER, ORANGE, OURS, GREEN)

@@ -9,7 +9,7 @@ from experiments.tables.table_chart import draw_answers, draw_differences, draw_
 from experiments.tables.table_file import Table
 from experiments.tables.table_page import markdown
 from experiments.tables.table_runs import Run
-from scmoe.files.writing import write_whole
+from scmoe.files import write_whole
 
 
 def write_report(table: Table, scale: str, runs: Sequence[Run], command: str) -> list[Path]:

@@ -27,7 +27,7 @@ from scmoe.config.derived import max_steps
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, key_of
 from scmoe.config.load import load
-from scmoe.files.writing import read_json, write_whole
+from scmoe.files import read_json, write_whole
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.parallel.checkpoint.state import META
 from scmoe.runs.seen import SeenRun, flat

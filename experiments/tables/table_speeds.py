@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from experiments.tables.table_file import Scale, Table
-from scmoe.probes.row_names import TWO, architecture_of
+from scmoe.predict.row_names import TWO, architecture_of
 from scmoe.sweeps.batch import Batch, Watch
 from scmoe.sweeps.jobs import StudyJob
 

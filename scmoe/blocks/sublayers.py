@@ -75,7 +75,7 @@ class Rotary(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """The base of every attention module: what scmoe/estimate/ and the models ask of it.
+    """The base of every attention module: what the models and their costs ask of it.
 
     out: the product that writes to the residual stream, where a Decoder draws the weights.
     """

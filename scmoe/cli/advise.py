@@ -9,8 +9,8 @@ from scmoe.config.leaves import ConfigError
 from scmoe.report import print_result
 
 if TYPE_CHECKING:
-    from scmoe.clusters.advise import Row
-    from scmoe.clusters.profile import Profile
+    from scmoe.predict.advise import Row
+    from scmoe.predict.profile import Profile
 
 FEW_TOKENS = 4096
 COLUMNS = {
@@ -64,7 +64,7 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
         else:
             (of_cluster if key.startswith("cluster.") else overrides).append(word)
     if not named["cluster"]:
-        from scmoe.clusters.profile import names
+        from scmoe.predict.profile import names
 
         raise ConfigError(
             f"command line: cluster is missing, allowed: {', '.join([*names(), 'measure'])}, or a"
@@ -77,7 +77,7 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
     from scmoe.report import Report, console, say
 
     with console().status("counting and simulating each architecture"):  # on a terminal
-        from scmoe.training.assembly.advice import Request, advice_for, with_batch_of
+        from scmoe.predict.advice import Request, advice_for, with_batch_of
 
         request = Request(
             config,
@@ -125,7 +125,7 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
     if profile.guesses:
         say(f"guesses of this profile: {', '.join(profile.guesses)}")
     if curves is not None:
-        from scmoe.training.assembly.advice_curves import draw_curves
+        from scmoe.predict.advice_curves import draw_curves
 
         for path in draw_curves(with_batch_of(settings, request), profile, Path(curves)):
             say(f"curve: {path}")
@@ -152,11 +152,11 @@ def main(config: str, /, *words: KeyValue, curves: str | None = None) -> None:
 
 def profile_of(name: str, words: list[str]) -> "Profile":
     """Return a profile by name, or this machine's."""
-    from scmoe.clusters.profile import overridden, read_profile
+    from scmoe.predict.profile import overridden, read_profile
 
     if name != "measure":
         return read_profile(name, words)
-    from scmoe.clusters.measure import measure
+    from scmoe.predict.measure import measure
 
     return overridden(measure(), words)
 

@@ -23,7 +23,7 @@ def main(run: str, /, *more: str, out: Path = Path("runs/compare.png")) -> None:
             f" {scmoe('runs')} lists them."
         )
     runs = [open_run(name) for name in (run, *more)]
-    from scmoe.sweeps.compare import differences_table, draw, gains_of_schedules, results_table
+    from scmoe.runs.compare import differences_table, draw, gains_of_schedules, results_table
 
     letters = [chr(ord("a") + i) if i < 26 else str(i + 1) for i in range(len(runs))]
     gains = gains_of_schedules(runs, letters)

@@ -8,7 +8,7 @@ from typing import Any
 
 from scmoe.command_line import KeyValue, numbers_of
 from scmoe.config.leaves import ConfigError, four_digits
-from scmoe.files.container_memory import GIB
+from scmoe.parallel.container_memory import GIB
 from scmoe.report import print_result
 
 # The columns of the table for presets, beside PRECISIONS and RECOMPUTE.
@@ -47,7 +47,7 @@ def preset_rows(ranks: int, samples: int, overrides: Sequence[str]) -> Iterator[
 
     Presets without a capacity have one of 1 here, which is all rows of balanced routing."""
     from scmoe.config.load import SHIPPED
-    from scmoe.training.assembly.costs import dry_run, load_for, with_slots
+    from scmoe.predict.costs import dry_run, load_for, with_slots
 
     presets = sorted((SHIPPED / "model").glob("*.yaml"))
     for path, dense, precision, recompute in product(presets, MODES, PRECISIONS, RECOMPUTE):
@@ -88,8 +88,8 @@ def main(config: str, /, *words: KeyValue) -> None:
             "command line: samples needs ranks. Give both, or data.global_batch_size alone"
         )
     from scmoe.config.load import load
+    from scmoe.predict.costs import dry_run, load_for, with_slots
     from scmoe.report import Report, console, say
-    from scmoe.training.assembly.costs import dry_run, load_for, with_slots
 
     ranks, samples = sizes.get("ranks"), sizes.get("samples", 1)
     if config == "presets":

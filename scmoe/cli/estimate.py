@@ -65,7 +65,7 @@ def main(config: str, /, *words: KeyValue) -> None:
         words: ep=N and dp=N for the ranks, and key=value
     """
     settings = read(config, words)
-    from scmoe.training.assembly.costs import estimate
+    from scmoe.predict.costs import estimate
     from scmoe.training.run.printout import console
 
     facts = estimate(settings)

@@ -29,13 +29,13 @@ def main(
     refuse_without_checkpoint(run_dir, which)
     from scmoe.config.as_yaml import to_yaml
     from scmoe.config.registry import named
-    from scmoe.init_from.pretrained import model_settings
     from scmoe.parallel.checkpoint.export import consolidate
-    from scmoe.runs.hf_folder import write_folder
     from scmoe.runs.seen import SeenRun
     from scmoe.training.assembly.data import kept_tokenizer, tokenizer_of
     from scmoe.training.assembly.model import build_model_on_meta
     from scmoe.training.run.resume import config_of, find_checkpoint, refuse_other_model
+    from scmoe.weights.hf_folder import write_folder
+    from scmoe.weights.pretrained import model_settings
 
     out = out or run_dir / "export" / ("hf" if format == "hf" else "model.safetensors")
     try:
@@ -45,7 +45,9 @@ def main(
         if format == "hf":
             of_data = tokenizer_of(config, checkpoint)
             metrics = SeenRun(run_dir).metrics
-            kind = write_folder(checkpoint, out, config, of_data, metrics=metrics)
+            kind = write_folder(
+                checkpoint, out, config, build_model_on_meta(config), of_data, metrics=metrics
+            )
             print(f"{out}, model_type {kind}, from the {which} checkpoint, {checkpoint.name}")
             return
         beside = out.parent / "config.yaml"

@@ -66,7 +66,7 @@ def rows(preset: str) -> dict[str, str]:
 
 def count(preset: str, words: str) -> dict[str, int]:
     """Return all parameters, and those that one token uses. words: overrides."""
-    from scmoe.estimate.model_cost import count_parameters, total_and_active
+    from scmoe.models.model_cost import count_parameters, total_and_active
     from scmoe.training.assembly.model import build_model_on_meta
 
     config = load(f"configs/model/{preset}.yaml", words.split())

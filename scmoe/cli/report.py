@@ -19,9 +19,10 @@ def main(*sources: str, to: Path = Path("report.html"), last: Count = 12) -> Non
     from scmoe.config.extras import require
 
     require("report", "matplotlib")
-    from scmoe.html_report.page import write_page
+    from scmoe import __version__
     from scmoe.report import say
+    from scmoe.runs.html_report.page import write_page
 
-    size = write_page(sources, to, last)
+    size = write_page(sources, to, last, __version__)
     say(f"{size / 1e6:.2f} MB")
     print(to)

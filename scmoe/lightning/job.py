@@ -25,7 +25,7 @@ from torch.distributed import DistNetworkError, DistStoreError
 from scmoe.lightning.seam import launch, loops, saves
 from scmoe.lightning.stop import INTERRUPTED, StopSignal
 from scmoe.parallel.checkpoint.saving import Checkpoints
-from scmoe.parallel.dense import reshard
+from scmoe.parallel.dense.sharded import reshard
 from scmoe.parallel.mesh import (
     Mesh,
     expert_parameters,

@@ -45,7 +45,8 @@ from scmoe.lightning.trainer_checkpoints import (
 )
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import model_state, optimizer_state
-from scmoe.parallel.dense import (
+from scmoe.parallel.dense.dense_auto import estimates_of, memory_of_rank, pick_dense
+from scmoe.parallel.dense.sharded import (
     Steps,
     check_dense,
     check_placements,
@@ -54,7 +55,6 @@ from scmoe.parallel.dense import (
     shard,
     with_dense_mesh,
 )
-from scmoe.parallel.dense_auto import estimates_of, memory_of_rank, pick_dense
 from scmoe.parallel.mesh import (
     Mesh,
     build_mesh,

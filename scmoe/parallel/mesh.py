@@ -38,9 +38,9 @@ class Mesh:
     `device_mesh` has the axes "edp" and "ep". `ep_group` carries the All-to-All, `counts_group` how
     many rows come in it, `edp_group` the expert gradients, `checkpoint_group` (gloo) checkpoints,
     `control_group` (gloo) what ranks ask each other; the default group carries dense gradients,
-    losses and metrics. `dense_mesh`: the ranks over which dense weights are split (dense.py); None:
-    each rank holds them whole. `exact_mesh`: the same ranks, for the weights that are gathered in
-    float32.
+    losses and metrics. `dense_mesh`: the ranks over which dense weights are split (sharded.py);
+    None: each rank holds them whole. `exact_mesh`: the same ranks, for the weights that are
+    gathered in float32.
 
     A copy is the same object. A pickle holds the place alone, without groups and DeviceMeshes.
     """

@@ -1,6 +1,6 @@
 """The only file that uses undocumented names of torch. Each function says what it gives.
 
-An upgrade can rename or change any of them without notice, so tests/unit/test_private_names.py
+An upgrade can rename or change any of them without notice, so tests/test_private_names.py
 checks each name and refuses its use elsewhere.
 """
 

@@ -27,8 +27,8 @@ from scmoe.moe.router import Router
 from scmoe.moe.tokens import Routing
 from scmoe.parallel.wire.wire import Wire
 from scmoe.runs.hf_attention import has_packed_texts, seen_in_pass
-from scmoe.runs.hf_config import OURS, our_config, scmoe_config, sizes_of
 from scmoe.training.assembly.model import build_network
+from scmoe.weights.hf_config import OURS, our_config, scmoe_config, sizes_of
 
 # What callers hand over that says nothing beyond other arguments: generate its tokenizers, and
 # collators that pack texts what follows from position_ids.

@@ -16,7 +16,6 @@ from scmoe.config.load import load_kept
 from scmoe.config.registry import named
 from scmoe.parallel.checkpoint.durable import UNREAD, BrokenCheckpoint
 from scmoe.parallel.checkpoint.export import EXPORT, load_weights
-from scmoe.runs.hf_config import SENDS_NO_ROWS
 from scmoe.runs.trained import check_export
 from scmoe.training.assembly.start import Start
 from scmoe.training.modules import MoEModule
@@ -30,6 +29,7 @@ from scmoe.training.run.resume import (
     refuse_other_model,
 )
 from scmoe.training.run.train import silence_lightning
+from scmoe.weights.hf_config import SENDS_NO_ROWS
 
 # The defaults: one process, and one thread, because a product of one row differs in its last bits
 # with the number of threads.

@@ -26,7 +26,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.load import mapping_of, parse_yaml, read_text
 from scmoe.config.registry import IMAGES
-from scmoe.files.writing import read_json, warn_once
+from scmoe.files import read_json, warn_once
 from scmoe.training.run.directory import read_state
 
 # without a terminal: one line for each run, however long, which can be searched and copied

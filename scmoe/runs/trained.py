@@ -21,8 +21,16 @@ from scmoe.config.load import load_kept
 from scmoe.inference.offload.cache import Cache
 from scmoe.inference.offload.migration import offload_experts
 from scmoe.inference.offload.store import Read, StoreError, expert_layers, write_store
-from scmoe.init_from.families import READERS
-from scmoe.init_from.pretrained import (
+from scmoe.parallel.checkpoint.export import EXPORT, exported_by_name, load_weights, read_settings
+from scmoe.parallel.checkpoint.loading import check_same_model, load_model, weights_by_name
+from scmoe.training.assembly.model import build_model, build_model_on_meta
+from scmoe.training.run.directory import relative
+from scmoe.training.run.machine import has_gpus
+from scmoe.training.run.resume import REFUSED_SINCE, Which, config_of, find_checkpoint
+from scmoe.training.threads import cpu_threads
+from scmoe.weights.families import READERS
+from scmoe.weights.hf_config import OURS, dropless, our_config
+from scmoe.weights.pretrained import (
     check_settings,
     read_config,
     read_hf,
@@ -30,15 +38,7 @@ from scmoe.init_from.pretrained import (
     stored_in,
     weight_files,
 )
-from scmoe.init_from.upcycle import fill
-from scmoe.parallel.checkpoint.export import EXPORT, exported_by_name, load_weights, read_settings
-from scmoe.parallel.checkpoint.loading import check_same_model, load_model, weights_by_name
-from scmoe.runs.hf_config import OURS, dropless, our_config
-from scmoe.training.assembly.model import build_model, build_model_on_meta
-from scmoe.training.run.directory import relative
-from scmoe.training.run.machine import has_gpus
-from scmoe.training.run.resume import REFUSED_SINCE, Which, config_of, find_checkpoint
-from scmoe.training.threads import cpu_threads
+from scmoe.weights.upcycle import fill
 
 
 def load_trained(path: str | Path, which: Which = "last") -> Any:

@@ -67,7 +67,7 @@ EVEN = Share(1.0, 1.0, 1.0)
 
 class Link(Protocol):
     """A link whose transfers of rows take longer where they meet sums of gradients
-    (clusters/shared_link.py), or shorter after an idle time (clusters/token_bucket.py)."""
+    (predict/shared_link.py), or shorter after an idle time (predict/token_bucket.py)."""
 
     def computed(self, span: Span, layer: int = 0, half: int = 0) -> None:
         """Note that an operator of the slowest rank has run."""

@@ -23,7 +23,7 @@ from typing import IO, Any
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
-from scmoe.files.writing import read_json, write_whole
+from scmoe.files import read_json, write_whole
 from scmoe.runs.seen import DEFAULTS, flat
 
 TRAIN = (sys.executable, "-m", "scmoe", "train")

@@ -11,9 +11,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullFormatter
 
+from scmoe.charts import SMALL, WIDTH, chart, heading
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.load import load
-from scmoe.probes.charts import SMALL, WIDTH, chart, heading
 from scmoe.report import Report
 from scmoe.sweeps.search import Trial, best
 from scmoe.sweeps.sweep_file import Sweep, words

@@ -19,7 +19,7 @@ import yaml
 
 from scmoe.config import registry
 from scmoe.config.leaves import ConfigError
-from scmoe.files.writing import write_whole
+from scmoe.files import write_whole
 from scmoe.report import say
 from scmoe.runs.seen import SeenRun
 from scmoe.sweeps.batch import Batch, Watch

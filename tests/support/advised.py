@@ -2,10 +2,10 @@
 
 from functools import cache
 
-from scmoe.clusters.plan import Model
-from scmoe.clusters.profile import Profile, read_profile
 from scmoe.config.fields import Config
-from scmoe.training.assembly.advice import Request, config_for, models_for
+from scmoe.predict.advice import Request, config_for, models_for
+from scmoe.predict.plan import Model
+from scmoe.predict.profile import Profile, read_profile
 
 QUICK = Request("quickstart", ["model.layers=4"])
 

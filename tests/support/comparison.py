@@ -9,7 +9,7 @@ from torch import Tensor
 from scmoe.schedule.schedule import Schedule
 from tests.support.trainings import steps_at_every_slot
 
-TOLERANCE = 1e-12  # in float64; tests/distributed/test_ep_equality.py gives the reason
+TOLERANCE = 1e-12  # in float64; tests/parallel/test_ep_equality.py gives the reason
 MOMENTS = (
     "drawn",
     "before",

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from scmoe.config.fields import Config
-from scmoe.init_from.pretrained import model_settings
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.export import FORMAT_VERSION
+from scmoe.weights.pretrained import model_settings
 from tests.support.models import tiny, tiny_model
 
 FAMILIES = {"gpt": (), "llama": ("model.family=llama", "model.kv_heads=1")}

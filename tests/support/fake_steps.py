@@ -29,12 +29,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load
-from scmoe.estimate.counted_step import tensors_in
 from scmoe.parallel.mesh import Mesh, expert_parameters
 from scmoe.parallel.update.guard import Guard
 from scmoe.parallel.update.wrap import ExpertGradientReducer
 from scmoe.parallel.wire.wire import Wire
-from scmoe.training.assembly.costs import make_batch
+from scmoe.predict.costs import make_batch
+from scmoe.predict.counted_step import tensors_in
 from scmoe.training.assembly.model import build_module
 from tests.support import broken_steps
 from tests.support.architectures import overrides

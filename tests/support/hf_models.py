@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from scmoe.config.load import load
-from scmoe.runs.hf_config import scmoe_config
+from scmoe.weights.hf_config import scmoe_config
 from tests.support.architectures import LATENT_ATTENTION, overrides
 from tests.support.models import randomise
 

@@ -1,7 +1,7 @@
 """This module uses Lightning's features of optimizers, gradients, weights and precision. Each
 function uses one, on one rank of two, and returns what came of it.
 
-tests/distributed/test_ddp_features.py runs all of them under `ddp` and under `expert_parallel`, on
+tests/lightning/test_ddp_features.py runs all of them under `ddp` and under `expert_parallel`, on
 a model without experts. What they return must be equal to the last bit. Others: lightning_loops.py,
 lightning_checkpoints.py.
 """

@@ -14,12 +14,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from scmoe.config.fields import Config
-from scmoe.estimate.counted_step import Counting
-from scmoe.models.fsdp_units import units
 from scmoe.moe.experts import Experts
-from scmoe.parallel.dense import local, put, with_dense_mesh
+from scmoe.parallel.dense.fsdp_units import units
+from scmoe.parallel.dense.sharded import local, put, with_dense_mesh
 from scmoe.parallel.mesh import build_mesh
 from scmoe.parallel.wire.wire import Wire
+from scmoe.predict.counted_step import Counting
 from scmoe.training.assembly.model import build_model_to_train
 
 

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from scmoe.probes.charts import SMALL, WIDTH
+from scmoe.charts import SMALL, WIDTH
 
 
 def assert_readable(figure: Figure) -> None:

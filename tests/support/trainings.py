@@ -23,7 +23,7 @@ from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.experts import Experts
-from scmoe.parallel.dense import put, reshard
+from scmoe.parallel.dense.sharded import put, reshard
 from scmoe.parallel.mesh import expert_parameters
 from scmoe.schedule.cost import slots
 from scmoe.schedule.schedule import Schedule

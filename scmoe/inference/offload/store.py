@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from scmoe.files.writing import bytes_of, places_of, replacing, write_in_turn
+from scmoe.files import bytes_of, places_of, replacing, write_in_turn
 from scmoe.moe.experts import Experts
 
 FORMAT = "scmoe-experts-1"

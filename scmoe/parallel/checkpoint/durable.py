@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from scmoe.files.writing import sync, write_durably
+from scmoe.files import sync, write_durably
 
 MANIFEST = "manifest.json"
 # names given by `partial_path` and `commit`; the last three groups are the machine, the process and

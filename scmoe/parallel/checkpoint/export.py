@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from scmoe.files.writing import replacing, write_in_turn
+from scmoe.files import replacing, write_in_turn
 from scmoe.moe.experts import Experts
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.loading import NETWORK, check_same_model, network_in, read_named
-from scmoe.parallel.dense import put
+from scmoe.parallel.dense.sharded import put
 
 FORMAT_VERSION = "2"
 EXPORT = ".safetensors"  # how the name of an exported file ends

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from torch.optim import Optimizer
 
-from scmoe.files.writing import write_durably
+from scmoe.files import write_durably
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.durable import Fingerprint
 from scmoe.parallel.checkpoint.loading import load_checkpoint

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.optim import Optimizer
 
-from scmoe.parallel.dense import local
+from scmoe.parallel.dense.sharded import local
 from scmoe.parallel.mesh import Mesh, expert_parameters
 
 META = "meta.json"

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from scmoe.parallel.dense import copies, local
+from scmoe.parallel.dense.sharded import copies, local
 from scmoe.parallel.mesh import Mesh
 from scmoe.parallel.torch_seam import is_compiled
 

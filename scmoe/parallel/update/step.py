@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from scmoe.parallel.dense import local
+from scmoe.parallel.dense.sharded import local
 from scmoe.parallel.mesh import Mesh, expert_parameters
 from scmoe.parallel.update.guard import clip_grad_norm
 from scmoe.parallel.update.wrap import Wrapped

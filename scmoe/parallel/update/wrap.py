@@ -3,7 +3,7 @@ experts' reducer.
 
     replicated dense weights   DDP averages their gradients, ExpertGradientReducer those of the
                                experts
-    split dense weights        FSDP2 gathers all weights and sums all gradients (dense.py)
+    split dense weights        FSDP2 gathers all weights and sums all gradients (sharded.py)
 
 After backward every gradient is that of the mean of the ranks' losses. Each rank's loss is a mean
 over its own tokens. The gradient of a shard of experts arrives summed over its EP group, whose
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from scmoe.models.fsdp_units import whole_parameters
+from scmoe.parallel.dense.fsdp_units import whole_parameters
 from scmoe.parallel.mesh import Mesh, expert_parameters
 from scmoe.parallel.torch_seam import call_after_backward, hide_from_ddp
 

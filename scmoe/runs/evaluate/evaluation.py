@@ -26,7 +26,7 @@ from scmoe.config.registry import IMAGES, named
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
-from scmoe.files.writing import read_json, redacted, try_to_write_json, warn_once
+from scmoe.files import read_json, redacted, try_to_write_json, warn_once
 from scmoe.models.halves import sizes_of_halves
 from scmoe.moe.stream import dropless
 from scmoe.parallel.checkpoint.durable import UNREAD, read_manifest

@@ -24,14 +24,14 @@ from scmoe.config.registry import FAMILIES, IMAGES, OPTIMIZERS, import_extension
 from scmoe.models.decoder import GPT, Llama
 from scmoe.models.halves import has_halves, set_in_flight
 from scmoe.moe.experts import Experts
-from scmoe.parallel.dense import materialise, put, shard
+from scmoe.parallel.dense.sharded import materialise, put, shard
 from scmoe.parallel.wire.wire import Wire
 from scmoe.training.assembly.blocks import Parts, build_blocks, stack
 from scmoe.training.modules import ImageClassifier, LanguageModel, MoEModule
 from scmoe.training.muon import MuonAndAdamW, Trained, adamw
 
 if TYPE_CHECKING:
-    from scmoe.init_from.pretrained import Checkpoint
+    from scmoe.weights.pretrained import Checkpoint
 
 register_family = FAMILIES.register
 register_optimizer = OPTIMIZERS.register
@@ -68,7 +68,7 @@ def build_model_to_train(config: Config, wire: Wire | None = None) -> Any:
     """
     model = build_model(config, wire)
     if config.init_from is not None:
-        from scmoe.init_from.upcycle import fill
+        from scmoe.weights.upcycle import fill
 
         fill(model, initial_weights(config, model), put)
     return model
@@ -80,8 +80,8 @@ def initial_weights(config: Config, model: Any) -> "Checkpoint":
     model: may be on the meta device. ConfigError: init_from cannot be read, or holds the weights of
     another model.
     """
-    from scmoe.init_from.pretrained import check_settings, read_export, read_hf, settings_of
-    from scmoe.init_from.upcycle import sources_of
+    from scmoe.weights.pretrained import check_settings, read_export, read_hf, settings_of
+    from scmoe.weights.upcycle import sources_of
 
     kind, _, path = (config.init_from or "").partition(":")
     try:

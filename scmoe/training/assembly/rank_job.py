@@ -3,7 +3,7 @@
 from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config
 from scmoe.config.rules import may_run_two_batches
-from scmoe.estimate.memory import RankJob
+from scmoe.parallel.dense.memory import RankJob
 
 
 def rank_job(config: Config) -> RankJob:

@@ -21,9 +21,9 @@ from scmoe.config.fields import Config
 from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.text import TextDataModule
-from scmoe.estimate.memory import RankJob, rank_memory
-from scmoe.files.writing import redacted, warn_once
-from scmoe.parallel.dense_auto import possible_modes
+from scmoe.files import redacted, warn_once
+from scmoe.parallel.dense.dense_auto import possible_modes
+from scmoe.parallel.dense.memory import RankJob, rank_memory
 from scmoe.training.assembly.data import build_datamodule, prepare_data
 from scmoe.training.assembly.model import (
     build_model_on_meta,

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from scmoe.blocks.moe_block import moe_blocks_of
-from scmoe.files.writing import read_json, try_to_write_json
+from scmoe.files import read_json, try_to_write_json
 from scmoe.models.halves import batches_of, has_halves
 from scmoe.planning.plan_file import (
     NO_PLAN,

@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback, Trainer
 
-from scmoe.files.writing import try_to_draw, try_to_write
-from scmoe.probes.representation_charts import draw_gating, draw_similarity
-from scmoe.probes.representations import (
+from scmoe.files import try_to_draw, try_to_write
+from scmoe.training.callbacks.logged_steps import begins_step_of
+from scmoe.training.callbacks.representation_charts import draw_gating, draw_similarity
+from scmoe.training.callbacks.representations import (
     GatingProbe,
     SimilarityProbe,
     gating_metrics,
     means,
     similarity_metrics,
 )
-from scmoe.training.callbacks.logged_steps import begins_step_of
 
 Probe = GatingProbe | SimilarityProbe
 

@@ -3,7 +3,7 @@
     expert_load.csv   a row for each logged step and MoE layer: copies of each expert, dropped
                       copies, load of single steps (`SINGLE_STEPS`)
     expert_load.png   the last row of each layer as a heat map, and the worst layer's load over
-                      training (probes/load_chart.py)
+                      training (training/callbacks/load_chart.py)
 
 Values are over the tokens of all ranks.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from scmoe.blocks.double_gate import DoubleGateBlock
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.extras import install_command
-from scmoe.files.writing import try_to_append, try_to_draw, try_to_write
+from scmoe.files import try_to_append, try_to_draw, try_to_write
 from scmoe.moe.balance import SINGLE_STEPS, load_metrics, over_steps, step_load
 from scmoe.training.callbacks.collapse import CollapseAlarm
 from scmoe.training.callbacks.logged_steps import ends_step, logs_now
@@ -97,7 +97,7 @@ class ExpertLoad(Callback):
                 f" {install_command('matplotlib')}"
             )
             return
-        from scmoe.probes.load_chart import draw_load, worst_layers
+        from scmoe.training.callbacks.load_chart import draw_load, worst_layers
 
         table = self.table
         counts_LE = [counts_E for *counts_E, _, _ in self.last]

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
-from scmoe.estimate.model_cost import parts
+from scmoe.models.model_cost import parts
 from scmoe.parallel.mesh import expert_parameters
 from scmoe.parallel.update.guard import squares
 from scmoe.training.callbacks.logged_steps import logs_now

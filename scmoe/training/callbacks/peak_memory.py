@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from scmoe.files.container_memory import GIB
+from scmoe.parallel.container_memory import GIB
 from scmoe.training.callbacks.logged_steps import logs_now
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.profiler import ProfilerActivity, profile
 
-from scmoe.files.writing import try_to_write
+from scmoe.files import try_to_write
 
 
 class ProfileSteps(Callback):

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from scmoe.files.writing import try_to_write
-from scmoe.probes.routing import Recorded, RoutingProbe, write_routing
+from scmoe.files import try_to_write
 from scmoe.training.callbacks.logged_steps import begins_step_of
+from scmoe.training.callbacks.routing import Recorded, RoutingProbe, write_routing
 
 
 class RecordRouting(Callback):
     """Keeps the experts that the tokens of all ranks go to.
 
-    Each recorded step has a file (probes/routing.py). Of a step that accumulates several batches,
-    the first is recorded.
+    Each recorded step has a file (training/callbacks/routing.py). Of a step that accumulates
+    several batches, the first is recorded.
 
     every: optimizer steps between two recorded ones; the first one is step 0. folder: where rank 0
     writes; None on other ranks.

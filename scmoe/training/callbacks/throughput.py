@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from scmoe.estimate.model_cost import forward_flops, peak_tflops, training_flops
+from scmoe.models.model_cost import forward_flops, peak_tflops, training_flops
 from scmoe.training.callbacks.logged_steps import logs_now
 
 
@@ -18,7 +18,7 @@ class Throughput(Callback):
     are those of one device; mfu is logged where the device's peak is known.
 
     samples: sequences, or images, of one batch on all ranks. seq_len: tokens of a sequence; None:
-    images are counted. peak: TFLOP/s of a device; None: as estimate/model_cost.py knows it. `mean`
+    images are counted. peak: TFLOP/s of a device; None: as models/model_cost.py knows it. `mean`
     is the rate of all batches but the first, which includes allocation and warm-up; None where
     there are no others.
     """

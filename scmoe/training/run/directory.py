@@ -28,9 +28,9 @@ from typing import Any
 
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.files.container_memory import GIB
-from scmoe.files.writing import read_json, redacted, replacing, try_to_write_json, warn_once
+from scmoe.files import read_json, redacted, replacing, try_to_write_json, warn_once
 from scmoe.parallel.checkpoint.durable import checkpoints, machine, start_of
+from scmoe.parallel.container_memory import GIB
 
 # Keys that are not in a run's name.
 UNNAMED_KEYS = re.compile(r"name|runs_dir|logger\..*|trainer\.progress|data\.cache_dir")

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import flatten
-from scmoe.files.writing import warn_once
+from scmoe.files import warn_once
 
 # The first columns of metrics.csv; others follow by their names.
 FIRST = ("step", "train/tokens", "train/images", "train/loss", "val/loss")

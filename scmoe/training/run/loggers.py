@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
-from scmoe.files.writing import read_json, redacted, try_to_write_json, warn_once
+from scmoe.files import read_json, redacted, try_to_write_json, warn_once
 from scmoe.parallel.checkpoint.durable import read_manifest
 from scmoe.training.run.directory import git
 from scmoe.training.run.file_loggers import (

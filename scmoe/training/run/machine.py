@@ -26,10 +26,10 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.refuse import Advice, Refusals, refuse
 from scmoe.config.registry import IMAGES
-from scmoe.estimate.memory import rank_memory
-from scmoe.estimate.model_cost import forward_flops, training_flops
-from scmoe.files.container_memory import GIB, memory_in_use, memory_limit
 from scmoe.lightning.seam.launch import rank_without_trainer
+from scmoe.models.model_cost import forward_flops, training_flops
+from scmoe.parallel.container_memory import GIB, memory_in_use, memory_limit
+from scmoe.parallel.dense.memory import rank_memory
 from scmoe.training.run.parts import RunParts
 from scmoe.training.threads import cpu_threads
 

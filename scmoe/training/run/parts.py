@@ -15,7 +15,7 @@ from torch import nn
 
 from scmoe.config.fields import Config
 from scmoe.datamodules.positioned import PositionedDataModule
-from scmoe.estimate.memory import RankJob
+from scmoe.parallel.dense.memory import RankJob
 from scmoe.training.modules import MoEModule
 
 

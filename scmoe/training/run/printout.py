@@ -22,8 +22,8 @@ from scmoe.config.extras import scmoe
 from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
-from scmoe.estimate.model_cost import count_parameters, total_and_active
 from scmoe.lightning.seam.loops import count_steps_from
+from scmoe.models.model_cost import count_parameters, total_and_active
 from scmoe.training.callbacks.peak_memory import PeakMemory
 from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.throughput import Throughput

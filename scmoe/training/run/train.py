@@ -14,7 +14,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from scmoe.config.as_yaml import to_yaml
-from scmoe.files.writing import try_to_write_json
+from scmoe.files import try_to_write_json
 from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, read_manifest
 from scmoe.training.callbacks.kept_config import KeptConfig
 from scmoe.training.run.directory import (

@@ -16,7 +16,7 @@ from scmoe.config.load import load
 from scmoe.parallel.checkpoint.loading import load_checkpoint
 from scmoe.parallel.checkpoint.saving import Saving
 from scmoe.parallel.checkpoint.state import model_state, optimizer_state
-from scmoe.parallel.dense import local, reshard
+from scmoe.parallel.dense.sharded import local, reshard
 from scmoe.report import console
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_module

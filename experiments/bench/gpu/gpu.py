@@ -1,0 +1,174 @@
+"""`make gpu-check`: its parts, what it writes, and the tests that need a GPU.
+
+A part measures in its own process (engine/isolated.py). It imports what it needs there, so this
+file needs torch only.
+"""
+
+import json
+import platform
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from experiments.engine.isolated import Part, Pieces, Place
+from scmoe.report import bullets, bullets_and_tables, table_of
+
+FILES, TOTAL_MB = 8, 60  # the most that a check leaves
+NAMED = ("torch", "triton", "lightning", "numpy", "matplotlib", "transformers")
+HERE = "experiments.bench"
+MODELS = (
+    "numpy",
+    "rich",
+    "lightning",
+    "torchmetrics",
+    "safetensors",
+)  # what the Strategy and the models import
+CONFIGS = (*MODELS, "omegaconf")
+PARTS = {
+    "tests": Part(
+        "The tests that need a GPU", f"{HERE}.gpu.gpu:tests", 110, ("pytest", "hypothesis", *MODELS)
+    ),
+    "layer": Part(
+        "The MoE layer over its dense products", f"{HERE}.layer:on_device", 70, ("numpy", "rich")
+    ),
+    "step": Part(
+        "A step's operators and waits of the host", f"{HERE}.gpu.gpu_steps:profiled", 50, CONFIGS
+    ),
+    "overlap-0.52": Part(
+        "Overlap, communication share 0.52", f"{HERE}.gpu.gpu_steps:overlap", 70, CONFIGS, (0.52,)
+    ),
+    "overlap-0.15": Part(
+        "Overlap, communication share 0.15", f"{HERE}.gpu.gpu_steps:overlap", 70, CONFIGS, (0.15,)
+    ),
+    "gpt2": Part("GPT2-MoE-Small, a training step", f"{HERE}.gpu.gpu_steps:gpt2", 45, CONFIGS),
+    "training": Part(
+        "A short training in bf16", f"{HERE}.gpu.gpu_steps:training", 50, (*CONFIGS, "tokenizers")
+    ),
+    "pictures": Part("Dispatch beside attention", f"{HERE}.gpu.gpu_steps:pictures", 45, CONFIGS),
+}
+ROOT = Path(__file__).resolve().parents[3]  # of the checkout
+ON_ONE_GPU = ("tests/parallel/wire/test_cuda.py", "tests/inference/offload/test_migration.py")
+ON_TWO_GPUS = ("tests/parallel/test_two_gpus.py",)  # they skip on a machine with one
+MAY_SKIP = re.compile("Skipped: not installed: ")  # a package that the check does not need
+OPTIONS = (
+    "-m",
+    "gpu",
+    "-v",
+    "--tb=short",
+    "--import-mode=importlib",
+    "-o",
+    "addopts=",
+    "-p",
+    "no:cacheprovider",
+)
+SHOWN = 10  # tests with another outcome than expected
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Return the names and versions under which the numbers hold."""
+    facts: dict[str, Any] = {
+        "device": device,
+        "python": platform.python_version(),
+        "torch_cuda": torch.version.cuda,
+    }
+    if device == "cuda":
+        card = torch.cuda.get_device_properties(0)
+        facts |= {"card": card.name, "memory_gib": round(card.total_memory / 2**30, 1)}
+        facts |= {
+            "streaming_multiprocessors": card.multi_processor_count,
+            "capability": f"{card.major}.{card.minor}",
+        }
+    for name in NAMED:
+        try:
+            facts[name] = version(name)
+        except PackageNotFoundError:
+            facts[name] = "missing"
+    return facts
+
+
+def write_report(place: Place, parts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Write results.json, which has everything, and report.md, what a person reads first, into the
+    folder. Return which files it removed to keep the limits."""
+    facts, removed = machine(place.device), trim(place.out)
+    results = {"machine": facts, "tiny": place.tiny, "parts": parts, "removed": removed}
+    (place.out / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    lines = ["# GPU check", "", *bullets(facts), *(f"- removed: {line}" for line in removed), ""]
+    if place.tiny:
+        lines += ["**A trial at tiny sizes: no number here says anything about speed.**", ""]
+    shown = ("state", "seconds", "clock_s", "what")
+    lines += table_of({name: {key: part[key] for key in shown} for name, part in parts.items()})
+    for name, part in parts.items():
+        lines += ["", f"## {name}: {part['what']}"]
+        if "why" in part:
+            lines += ["", f"{part['state']}:", "", "```text", part["why"], "```"]
+        for piece, value in part["pieces"].items():
+            lines += ["", f"### {piece}", "", *bullets_and_tables(value)]
+    (place.out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return removed
+
+
+def trim(folder: Path) -> list[str]:
+    """Remove the largest files until the folder, with both reports, keeps to the limits FILES and
+    TOTAL_MB."""
+    files = sorted(folder.iterdir(), key=lambda path: path.stat().st_size)
+    removed = []
+    while (
+        len(files) > FILES - 2
+        or sum(path.stat().st_size for path in files) > (TOTAL_MB - 5) * 10**6
+    ):
+        largest = files.pop()
+        removed.append(
+            f"{largest.name}, {largest.stat().st_size / 1e6:.1f} MB: over {FILES} files or"
+            f" {TOTAL_MB} MB"
+        )
+        largest.unlink()
+    return removed
+
+
+def tests(place: Place) -> Pieces:
+    """Run the tests marked `gpu` and count them. On a machine without a GPU all of them skip."""
+    one = "skipped" if place.device == "cpu" else "passed"
+    two = one if torch.cuda.device_count() > 1 else "skipped"
+    return {
+        "gpu tests": lambda: run_tests(ON_ONE_GPU, one),
+        "tests of two GPUs": lambda: run_tests(ON_TWO_GPUS, two),
+    }
+
+
+class Outcomes:
+    """A plugin of pytest that keeps the report of each test: its outcome, and in `longrepr` why it
+    was not passed."""
+
+    def __init__(self) -> None:
+        self.of: dict[str, Any] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            self.of[report.nodeid] = report
+
+
+def run_tests(files: Sequence[str], expected: str) -> dict[str, int]:
+    """Return how many tests had which outcome. RuntimeError: some had another one than expected,
+    or none ran."""
+    import pytest
+
+    outcomes = Outcomes()
+    code = pytest.main([*(str(ROOT / file) for file in files), *OPTIONS], plugins=[outcomes])
+    counts = Counter(report.outcome for report in outcomes.of.values())
+    others = [
+        report
+        for report in outcomes.of.values()
+        if report.outcome != expected
+        and not (report.outcome == "skipped" and MAY_SKIP.search(str(report.longrepr)))
+    ]
+    if code != 0 or others or not counts[expected]:
+        lines = [
+            f"{report.nodeid}: {str(report.longrepr).splitlines()[-1]}" for report in others[:SHOWN]
+        ]
+        raise RuntimeError("\n".join([*lines, f"pytest ended with {int(code)}, {dict(counts)}"]))
+    return dict(counts)

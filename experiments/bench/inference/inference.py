@@ -1,0 +1,180 @@
+"""The measurement of `bench inference` on one rank: what overlap gains in prefill and in decode, in
+small GPTs of one pair of blocks, on links whose rate gives prefill a share of communication.
+
+    prefill    each rank reads its prompts into an empty cache: the time to the first token
+    decode     each rank reads one token of each of `batch` texts, whose prompts are in the cache:
+               the time of a token
+    transfers  sequential; overlapped with 1, 2 and 4 chunks, at the best slots for the shape; free,
+               that is without any
+    auto       as `scmoe generate` runs them: prefill overlapped in one chunk, decode sequential
+
+With several prompts a rank each architecture has a second row, NAME_two: its prefill with two
+batches in flight, in one chunk each. Decode is sequential, so this row has none.
+
+The models are dropless. Their experts get equal shares, or with a load those of uneven routing
+(scmoe/loads.py), measured beside the balanced one.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from experiments.bench import emulated
+from experiments.bench.inference.inference_rows import SHAPES, Shape
+from experiments.bench.inference.passes import (
+    PASSES,
+    a_pass,
+    best_in_halves,
+    best_schedules,
+    pass_seconds,
+    price_passes,
+)
+from experiments.bench.pairs import Setting, default_schedule
+from experiments.bench.rate_search import find_rate
+from experiments.bench.stacks import Variant, make_blocks
+from experiments.engine import links
+from experiments.engine.clock import CPU, in_turn
+from experiments.engine.ranks import say_once
+from scmoe.loads import BALANCED, CurrentLoad, load_of
+from scmoe.models.decoder import GPT
+from scmoe.models.halves import set_in_flight
+from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
+from scmoe.parallel.mesh import build_mesh
+from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
+from scmoe.parallel.wire.announced import ReadByHost
+from scmoe.parallel.wire.wire import Wire
+from scmoe.predict.row_names import TWO
+from scmoe.schedule.schedule import POSITIONS
+
+BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")
+CHUNKS = (1, 2, 4)
+OVERLAPPED = tuple(f"overlapped x {chunks}" for chunks in CHUNKS)
+ONE_BATCH = ("sequential", *OVERLAPPED)  # how transfers run with one batch in flight
+TWO_BATCHES = "two batches"  # and with two
+VOCABULARY = 1024
+
+
+def row_of(variant: Variant) -> str:
+    """Return the name of the row that a variant belongs to."""
+    block = variant.block
+    row = f"scmoe_{block}" if block in POSITIONS else block
+    return row + TWO if variant.batches_in_flight == 2 else row
+
+
+@dataclass(frozen=True)
+class Free:
+    """Transfers that return their own rows at once, and numbers of rows as if all ranks had
+    announced the same."""
+
+    inner: AllToAllDispatcher
+
+    def announce(self, counts_PE: Tensor) -> Any:
+        ranks = self.inner.ep_size
+        by_rank = counts_PE.expand(ranks, *counts_PE.shape).reshape(
+            ranks, len(counts_PE), ranks, -1
+        )
+        return ReadByHost(Ready(None), by_rank, dist.get_rank(self.inner.group), None)
+
+    def dispatch(self, rows_RD: Tensor, counts: Any) -> tuple[Pending, Receipt]:
+        return self.inner.dispatch(rows_RD, counts)
+
+    def combine(self, rows_RD: Tensor, receipt: Receipt) -> Pending:
+        return self.inner.combine(rows_RD, receipt)
+
+
+class InferenceBench:
+    """Holds the models of one rank and runs passes. setting: its sequences are the prompts."""
+
+    def __init__(self, setting: Setting, batch: int) -> None:
+        assert setting.compute == "real"
+        self.setting = setting
+        mesh = build_mesh(dist.get_world_size(), CPU, timedelta(seconds=300))
+        self.group = mesh.ep_group
+        torch.manual_seed(0)
+        self.models: dict[str, Any] = {}
+        self.now = CurrentLoad(load_of(BALANCED))
+        self.turns = Counter[
+            tuple[Shape, Variant]
+        ]()  # how often each one ran: the steps of its load
+        for name in BLOCKS:
+            blocks = make_blocks(name, setting, Wire(mesh), self.now)
+            self.models[name] = GPT(VOCABULARY, setting.seq_len + 1, setting.dim, blocks).eval()
+        self.paid = AllToAllDispatcher(self.group, setting.num_experts)
+        self.free = Free(
+            AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free)
+        )
+        self.passes: dict[tuple[str, Shape], Any] = {}
+        for shape, texts in zip(SHAPES, (setting.sequences, batch), strict=True):
+            ids_BS = torch.randint(VOCABULARY, (texts, setting.seq_len))
+            self.passes |= {
+                (name, shape): a_pass(model, shape, ids_BS) for name, model in self.models.items()
+            }
+
+    def seconds(self, shape: Shape, variant: Variant) -> float:
+        """Return the seconds of a pass. variant: its transfers are sequential, free, or
+        overlapped."""
+        self.now.load, self.now.step = load_of(variant.load), self.turns[shape, variant]
+        self.turns[shape, variant] += 1
+        dispatcher: Any = self.free if variant.transfers == "free" else self.paid
+        if variant.transfers == "sequential":
+            dispatcher = Blocking(self.paid)
+        model = self.models[variant.block]
+        set_in_flight(model, variant.batches_in_flight)
+        model.blocks[0].run_as(variant.schedule, dispatcher)
+        return pass_seconds(self.passes[variant.block, shape], self.group, CPU, PASSES[shape])
+
+    def variants(self, block: str, shape: Shape, load: str) -> list[Variant]:
+        """Return the variants of a model in one shape at a load, at the best slots."""
+        self.now.load, self.now.step = load_of(load), 0
+        schedule = default_schedule(block)
+        model = self.models[block]
+        set_in_flight(model, 1)
+        model.blocks[0].run_as(schedule, self.paid)
+        priced = price_passes(model.blocks, self.passes[block, shape], self.group, CPU, CHUNKS)
+        variants = [Variant(block, schedule, name, load) for name in ("sequential", "free")]
+        variants += [
+            Variant(block, best[0], f"overlapped x {chunks}", load)
+            for chunks, best in best_schedules(priced).items()
+        ]
+        if shape == "prefill" and self.setting.sequences > 1:
+            in_halves = best_in_halves(priced)[0]
+            variants += [
+                Variant(block, in_halves, name, load, batches_in_flight=2)
+                for name in (TWO_BATCHES, "free")
+            ]
+        return variants
+
+
+def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[str, dict[str, Any]]:
+    """Run on every rank; the caller uses rank 0's result: for each load, of balance first, the
+    rate, the plans, and seconds of each variant by rounds."""
+    dist.init_process_group("gloo")
+    with torch.inference_mode():
+        bench = InferenceBench(setting, batch)
+        rate = (
+            find_rate(setting, links.set_rate, partial(bench.seconds, "prefill"))
+            if setting.shaped
+            else None
+        )
+        loads = tuple(dict.fromkeys((BALANCED, *setting.loads)))
+        runs: dict[tuple[Shape, Variant], Any] = {}
+        for load in loads:
+            for block in BLOCKS:
+                say_once(f"planning {block}" + (f" at {load}" if setting.loads else ""))
+                for shape in SHAPES:
+                    runs |= {
+                        (shape, variant): partial(bench.seconds, shape, variant)
+                        for variant in bench.variants(block, shape, load)
+                    }
+        times = in_turn(runs, setting.rounds, over_ranks=True, say=say_once)
+        results = {}
+        for load in loads:
+            of_load = {run: seconds for run, seconds in times.items() if run[1].load == load}
+            results[load] = {"rate": rate, "times": of_load}
+        return results

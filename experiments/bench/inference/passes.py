@@ -1,0 +1,85 @@
+"""One pass of prefill or decode of a small GPT, its time, and the best schedules for it."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from experiments.bench.inference.inference_rows import Shape
+from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.moe_block import MoEBlock
+from scmoe.inference.generate import decode, prefill
+from scmoe.models.decoder import Decoder
+from scmoe.moe.recorder import Recorder
+from scmoe.planning.candidates import shortlist_in_flight
+from scmoe.planning.planner import Planner
+from scmoe.planning.pricing import LayerChoice, slowest, start_clocks
+from scmoe.schedule.schedule import Schedule
+
+Priced = Mapping[int, Sequence[list[LayerChoice]]]  # by number of chunks
+PASSES: dict[Shape, int] = {"prefill": 1, "decode": 5}  # timed together
+
+
+def a_pass(model: Decoder, shape: Shape, ids_BS: Tensor) -> Callable[[], Tensor]:
+    """Return a function that runs one pass over these prompts (prefill), or of one token after
+    them (decode). Each call finds an equal cache."""
+    mask_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+    batch_size, prompt = ids_BS.shape
+    if shape == "prefill":
+        return lambda: prefill(model, ids_BS, mask_BS, KVCache(batch_size, prompt, ids_BS.device))
+
+    cache = KVCache(batch_size, prompt + 1, ids_BS.device)
+    prefill(model, ids_BS, mask_BS, cache)
+    # a shallow copy has lengths of its own, and writes the same place of the buffers each time
+    return lambda: decode(model, ids_BS[:, -1], [True] * batch_size, copy.copy(cache))
+
+
+def price_passes(
+    blocks: Sequence[MoEBlock],
+    forward: Callable[[], Any],
+    group: Any,
+    device: torch.device,
+    chunk_counts: Sequence[int],
+) -> Priced:
+    """Return the priced schedules of the MoE layers by number of chunks, the best first, and leave
+    the blocks as they were. Every rank must call it.
+
+    forward: runs one pass without gradients, each time of the same shape, through all `blocks`.
+    group: the ranks whose times count; they must run the same number of passes.
+    """
+    planner = Planner(blocks, group, device, chunk_counts, directions=("forward",))
+    while not planner.priced:
+        planner.begin_step()
+        forward()
+        planner.end_step()
+    planner.close()
+    return planner.priced
+
+
+def best_schedules(priced: Priced) -> dict[int, tuple[Schedule, ...]]:
+    """Return the best schedule of each MoE layer by number of chunks."""
+    return {chunks: schedules_of(choices) for chunks, (choices, *_) in priced.items()}
+
+
+def best_in_halves(priced: Priced) -> tuple[Schedule, ...]:
+    """Return the best schedule of each MoE layer with two batches in flight, in one chunk each."""
+    return schedules_of(shortlist_in_flight({1: priced[1]}, (2,))[0])
+
+
+def schedules_of(choices: Sequence[LayerChoice]) -> tuple[Schedule, ...]:
+    """Return what each MoE layer runs as."""
+    return tuple(choice.schedule for choice in choices)
+
+
+def pass_seconds(
+    forward: Callable[[], Any], group: Any, device: torch.device, passes: int
+) -> float:
+    """Return the seconds of a pass on the slowest rank, the mean of `passes`, all work of the
+    device included. Every rank must call it, and all begin together."""
+    clock = Recorder(device)
+    start_clocks([clock], group)
+    for _ in range(passes):
+        forward()
+    return slowest(clock, group) / passes

@@ -1,0 +1,187 @@
+"""The measurement of `bench overlap` on one rank: a row of blocks under every schedule, on links
+whose rate gives a share of communication.
+
+    share of communication   s = 1 - T_free / T_sequential, forward, of a standard top-2 row; hiding
+                             all communication speeds the row up by 1 / (1 - s) at most
+    rounds                   all variants in turn, then again; ratios are taken within a round
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain, product
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from experiments.bench.pairs import ROWS, Setting, default_schedule
+from experiments.bench.rank_bench import Bench, Seconds
+from experiments.bench.rate_search import find_rate
+from experiments.bench.stacks import Variant, chosen_by, of_each_kind
+from experiments.engine.clock import median
+from experiments.engine.ranks import say_once
+from scmoe.loads import BALANCED
+from scmoe.planning.pricing import LayerChoice
+from scmoe.predict.row_names import TWO, batches_of
+from scmoe.schedule.cost import slots
+
+TRIALS = 3  # of each schedule
+# up to FINALISTS schedules of a row go into the rounds: those NEAR the best in the trials
+NEAR = 1.03
+FINALISTS = 3
+
+
+class PlannedRow(NamedTuple):
+    """One row at one load. choices: the planner's. chosen: its variant. finalists: the variants of
+    the rounds, with the best one. peak_mb: memory of a step. dropped: share of copies; None where
+    no uneven load is measured. one_batch_peak_mb: memory of a step at the same schedule with one
+    batch in flight; None where the row has no more. auto: what `schedule=auto` runs, which chooses
+    the number of batches in flight too; None where the row with two was not asked for.
+    """
+
+    choices: Sequence[LayerChoice]
+    chosen: Variant
+    finalists: Sequence[Variant]
+    best: Variant
+    peak_mb: float
+    dropped: float | None = None
+    one_batch_peak_mb: float | None = None
+    auto: Variant | None = None
+
+
+class Measured(NamedTuple):
+    """What was measured at one load. rate: Bench.set_rate's, None without one. times: of each
+    variant, of all loads. gradients: by block (Bench.gradients). iterations: timed in all."""
+
+    rate: float | None
+    rows: Mapping[str, PlannedRow]
+    times: Mapping[Variant, Seconds]
+    gradients: Mapping[str, Sequence[tuple[float, int]]]
+    iterations: int
+    load: str = BALANCED
+
+
+def block_seconds(
+    measured: Measured, block: str, transfers: str, load: str | None = None
+) -> Seconds:
+    """Return the times of a block's default schedule. load: None: that of `measured`."""
+    return measured.times[Variant(block, default_schedule(block), transfers, load or measured.load)]
+
+
+class Planned(NamedTuple):
+    """One row at one load before the rounds. choices: the planner's. chosen: its variant.
+    candidates: the row at every schedule."""
+
+    choices: Sequence[LayerChoice]
+    chosen: Variant
+    candidates: Sequence[Variant]
+
+
+def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]:
+    """Return what was measured at each load, the balanced one first. Every rank must call it; the
+    caller uses rank 0's result.
+
+    Each round measures the best schedules of each row, the planner's choice, and each block
+    sequential and free. Trials and planning warm all of them up. The best of a row is the best by
+    its rounds, because a trial is too short to separate schedules with similar times."""
+    dist.init_process_group("gloo")
+    bench = Bench(setting)
+    has_rate = setting.shaped or setting.bus
+    rate = find_rate(setting, bench.set_rate, bench.infer) if has_rate else None
+    candidates = {
+        (load, row): candidates_of(setting, load, row)
+        for load, row in product(bench.inputs, setting.rows)
+    }
+    everything = chain.from_iterable(candidates.values())
+    tried = bench.rounds(everything, TRIALS, "trying every schedule: ")
+    if rate is not None:  # the machine's speed has drifted since the search
+        rate = find_rate(setting, bench.set_rate, bench.infer, rate)
+    autos = {key: auto_of(bench, *key) for key in candidates if key[1] + TWO in setting.rows}
+    # The first row at the balanced load is planned last, right before the rounds: operators that
+    # were timed long before them do not explain them.
+    planned = {key: plan(bench, *key, candidates[key]) for key in reversed(candidates)}
+    finalists = {key: finalists_of(planned[key], tried) for key in candidates}
+    variants_of_rounds = chain(references_of(bench), *finalists.values(), autos.values())
+    times = bench.rounds(variants_of_rounds, setting.rounds)
+    rows: dict[str, dict[str, PlannedRow]] = {load: {} for load in bench.inputs}
+    for (load, row), variants in finalists.items():
+        best = min(variants, key=lambda v: median(times[v].train))
+        dropped = bench.dropped(best) if setting.loads else None
+        in_one_batch = replace(best, batches_in_flight=1)
+        rows[load][row] = PlannedRow(
+            planned[load, row].choices,
+            planned[load, row].chosen,
+            variants,
+            best,
+            bench.peak_mb(best),
+            dropped,
+            None if in_one_batch == best else bench.peak_mb(in_one_batch),
+            autos.get((load, row)),
+        )
+    gradients = {block: bench.gradients(block) for block in bench.stacks}
+    return {
+        load: Measured(rate, rows_of_load, times, gradients, bench.iterations, load)
+        for load, rows_of_load in rows.items()
+    }
+
+
+def candidates_of(setting: Setting, load: str, row: str) -> list[Variant]:
+    """Return a row at a load at every schedule that it can have."""
+    block, chunk_counts = ROWS[setting.every][row]
+    default = default_schedule(block)
+    schedules = chain.from_iterable(
+        slots(replace(default, chunks=chunks)) for chunks in chunk_counts
+    )
+    return [
+        Variant(block, schedule, load=load, batches_in_flight=batches_of(row))
+        for schedule in schedules
+    ]
+
+
+def plan(bench: Bench, load: str, row: str, candidates: Sequence[Variant]) -> Planned:
+    """Return the planner's choice for a row at a load, beside all schedules that it can have."""
+    say_once(f"planning {row}" + (f" at {load}" if bench.setting.loads else ""))
+    block, chunk_counts = ROWS[bench.setting.every][row]
+    choices = bench.choose(block, chunk_counts, load, (batches_of(row),))
+    return Planned(choices, chosen_by(choices, block, load), candidates)
+
+
+def auto_of(bench: Bench, load: str, row: str) -> Variant:
+    """Return what `schedule=auto` runs of a row at a load: the planner chooses between one and two
+    batches in flight too."""
+    block, chunk_counts = ROWS[bench.setting.every][row]
+    return chosen_by(bench.choose(block, chunk_counts, load, (1, 2)), block, load)
+
+
+def finalists_of(planned: Planned, tried: Mapping[Variant, Seconds]) -> list[Variant]:
+    """Return the variants of a row that go into the rounds: the best by the trials, the planner's,
+    and the best between operators and inside attention."""
+    best_of_each = [nearest(kind, tried)[0] for kind in of_each_kind(planned.candidates)]
+    return [*nearest(planned.candidates, tried), planned.chosen, *best_of_each]
+
+
+def references_of(bench: Bench) -> Iterator[Variant]:
+    """Yield what rows are compared with: each block at each load without overlap, and without
+    transfers; and top-2 in halves without transfers, if it is a row and another one has two batches
+    in flight."""
+    kinds = ["sequential", "free"]
+    if bench.setting.level == "iteration":
+        kinds.append("alone")
+    for load, block, transfers in product(bench.inputs, bench.stacks, kinds):
+        yield Variant(block, default_schedule(block), transfers, load)
+    rows = bench.setting.rows
+    if "top2" in rows and any(batches_of(row) == 2 for row in rows):
+        yield in_halves(bench.setting.level)
+
+
+def in_halves(level: str) -> Variant:
+    """Return balanced top-2 with two batches in flight and without transfers: what halved products
+    cost."""
+    transfers = "alone" if level == "iteration" else "free"
+    return Variant("top2", default_schedule("top2"), transfers, batches_in_flight=2)
+
+
+def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> list[Variant]:
+    """Return the variants whose steps were NEAR the best in the trials, FINALISTS at most."""
+    seconds = {v: min(tried[v].train) for v in variants}  # a disturbance only makes a trial longer
+    ranked = sorted(variants, key=lambda v: seconds[v])
+    return [v for v in ranked[:FINALISTS] if seconds[v] <= NEAR * seconds[ranked[0]]]

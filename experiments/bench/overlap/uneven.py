@@ -1,0 +1,240 @@
+"""Computes what uneven routing costs: the part of a report of `bench overlap --load` that compares
+a load with the balanced one.
+
+    over balanced   time of a row at its best schedule, over its time at the balanced load and the
+                    schedule that is best there, in the same round
+    straggler       what of it is computation of the busiest rank: T_free(load) / T_free(balanced) -
+                    1
+    model           T_free(balanced) and what the timeline of all ranks (schedule/cost.py) adds to
+                    it, from the times of the operators at the balanced load and the rows of each
+                    rank. There is none where rows are dropped, or where ranks have different
+                    numbers of tokens
+
+Speed-ups are over sequential top-2 at the same load, and hidden shares have T_sequential and T_free
+at the same load.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.bench.overlap.overlap import Measured, block_seconds
+from experiments.bench.overlap_rows import LoadFigures, OverlapRow, rows_of
+from experiments.bench.pairs import Setting
+from experiments.bench.speed_chart import OVER_TOP2, cells_with_gain, line_colors
+from experiments.bench.stacks import windows_of
+from experiments.engine.clock import median, quartiles
+from scmoe.charts import chart, heading
+from scmoe.loads import BALANCED, Load, Sizes, counts_of, imbalance, load_of
+from scmoe.predict.row_names import PIPELINED, batches_of, name_of, way_of_row
+from scmoe.report import Report
+from scmoe.schedule.cost import (
+    OperatorTimes,
+    elapsed,
+    elapsed_time,
+    exposed_time,
+    per_chunk,
+    play_ranks,
+    shares,
+)
+from scmoe.schedule.schedule import Schedule
+
+# of a row's line, by batches in flight and whether it is pipelined
+STYLES = {(1, False): "-o", (1, True): "--o", (2, False): "-.s", (2, True): ":s"}
+APART = 0.006  # between rows at the same load, so that their quartiles do not cover each other
+
+
+def made_by(setting: Setting, load: str, block: str) -> dict[str, float]:
+    """Return how uneven a load makes the routing of a block."""
+    sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
+    return imbalance(load_of(load), sizes, setting.sequences, setting.seq_len)
+
+
+def beside_balanced(
+    setting: Setting,
+    measured: Measured,
+    control: Measured,
+    name: str,
+    row: OverlapRow,
+    balanced: OverlapRow,
+) -> OverlapRow:
+    """Return the figures of a row at a load, with those beside the balanced one.
+
+    balanced: its figures there.
+    """
+    block = setting.block_of(name)
+    here = measured.rows[name]
+    there = control.rows[name]
+    uneven = measured.times[here.best]
+    even = measured.times[there.best]
+    load = load_of(measured.load)
+    modelled = None
+    one_batch = here.best.batches_in_flight == 1  # uneven halves are not played
+    if one_batch and load.kind != "ragged" and setting.layout in (None, "dropless"):
+        sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
+        windows = windows_of(here.best, there.choices)
+        computing = sum(elapsed_time(*each) - exposed_time(*each) for each in windows)
+        took = [
+            sum(window_s(*w, load, sizes, setting.tokens, step) for w in windows)
+            for step in range(setting.rounds)
+        ]
+        added = setting.accumulate * (median(took) - computing)
+        modelled = median(block_seconds(measured, block, "free", BALANCED).train) + added
+    free, even_free = (
+        block_seconds(measured, block, "free", load_name) for load_name in (measured.load, BALANCED)
+    )
+    figures = LoadFigures(
+        over_balanced_forward=median(uneven.forward / even.forward),
+        over_balanced_train=median(uneven.train / even.train),
+        over_balanced_quartiles=quartiles(uneven.train / even.train),
+        straggler_forward=median(free.forward / even_free.forward) - 1,
+        straggler_train=median(free.train / even_free.train) - 1,
+        dropped=here.dropped,
+        balanced={
+            "overlap_forward": balanced.overlap_forward,
+            "overlap_backward": balanced.overlap_backward,
+            "forward_speedup": balanced.forward_speedup,
+            "train_speedup": balanced.train_speedup,
+            "slot": balanced.slot,
+            "inside_attention": balanced.inside_attention,
+            "chunks": balanced.chunks,
+        },
+        **made_by(setting, measured.load, block),
+    )
+    over_model = None if modelled is None else median(uneven.train) / modelled
+    return replace(row, measured_over_model=over_model, at_load=figures)
+
+
+def window_s(
+    schedule: Schedule, times: OperatorTimes, load: Load, sizes: Sizes, tokens: int, step: int
+) -> float:
+    """Return the modelled seconds from the tap to the end of the block and back, in one step of a
+    load.
+
+    times: of the operators at the balanced load. tokens: of each rank."""
+    counts_PRE = counts_of(
+        load, sizes, [tokens] * sizes.ranks, load.phase(step, sizes.ranks), schedule.chunks
+    )
+    rows_PRR = counts_PRE.unflatten(2, (sizes.ranks, -1)).sum(3).tolist()
+    shares_P = [shares(rows_RR) for rows_RR in rows_PRR]
+    forward = play_ranks(schedule.operators(), per_chunk(schedule, times.forward), shares_P)
+    starts = [spans[-1].end for spans in forward]
+    operators = schedule.backward_operators()
+    return max(
+        map(
+            elapsed,
+            play_ranks(operators, per_chunk(schedule, times.backward), shares_P, starts=starts),
+        )
+    )
+
+
+def tables(report: dict[str, Any]) -> list[Report]:
+    columns = {
+        "rank, expert": "{max_over_mean_ranks:.2f}, {max_over_mean_experts:.2f}",
+        "over balanced": "{over_balanced_forward:.2f}, {over_balanced_train:.2f}",
+        "straggler": "{straggler_forward:.0%}, {straggler_train:.0%}",
+        "over top-2": "{forward_speedup:.2f}, {train_speedup:.2f}",
+        OVER_TOP2: "{over_top2}",
+        "hidden": "{overlap_forward:.0%}, {overlap_backward:.0%}",
+        "at balance": "{balanced[overlap_forward]:.0%}, {balanced[overlap_backward]:.0%}",
+        "slot x chunks": "{place} x {chunks}",
+        "auto / best": "{auto_over_best:.3f}",
+        "/ model": "{measured_over_model:.3f}",
+    }
+    of_layout = {"dropped": "{dropped:.1%}", "peak, MiB": "{peak_mb:.0f}"}
+    reports = []
+    for each in report["loads"]:
+        shown = columns if each["layout"] == "dropless" else columns | of_layout
+        reports.append(Report(words_of(each), cells_with_gain(each), shown))
+    return reports
+
+
+def words_of(report: dict[str, Any]) -> str:
+    """Return the conditions of a load's report."""
+    load = report["load"]
+    machine = (
+        f"{report['compute']} compute, {report['ranks']} ranks, {report['level']},"
+        f" {report['layout']}"
+    )
+    words = (
+        f"{load['name']}: the busiest rank has {load['max_over_mean_ranks']:.2f} times the mean,"
+        f" the busiest expert {load['max_over_mean_experts']:.2f} times; {machine},"
+        f" {report['rounds']} rounds, communication share {report['balanced_share']:.2f} at"
+        f" balance, {report['comm_share']:.2f} here"
+    )
+    return f"{words}. First values are forward, second ones training, of `hidden` backward:"
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Draw the time of a training step over the balanced one."""
+    first = report["loads"][0]
+    layers = first.get("layers", 2)
+    is_pair = layers == 2 and first.get("every", 2) == 2
+    what = "A pair" if is_pair else f"{layers} blocks"
+    if first["level"] == "iteration":
+        what = "An iteration"
+    words = (
+        f"{what}, {first['compute']} compute, {first['ranks']} ranks, share"
+        f" {first['balanced_share']:.2f}"
+    )
+    names = {row: name_of(row, first.get("every", 2)) for row in first["rows"]}
+    draw_lines(lines_of(report["loads"]), names, path, words, "training step over its balanced one")
+
+
+class Point(NamedTuple):
+    """A row at one load. over_balanced: its time over the balanced one, with quartiles."""
+
+    max_over_mean_ranks: float
+    over_balanced: float
+    quartiles: list[float]
+
+
+def lines_of(reports: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
+    """Return a point of each row for each load."""
+    lines: dict[str, list[Point]] = {}
+    for report in sorted(reports, key=heat_of):
+        for name, row in rows_of(report).items():
+            assert row.at_load is not None
+            figures = row.at_load
+            point = Point(
+                figures.max_over_mean_ranks,
+                figures.over_balanced_train,
+                figures.over_balanced_quartiles,
+            )
+            lines.setdefault(name, []).append(point)
+    return lines
+
+
+def heat_of(report: Mapping[str, Any]) -> float:
+    """Return the load of the busiest rank over the mean."""
+    return report["load"]["max_over_mean_ranks"]
+
+
+def draw_lines(
+    lines: Mapping[str, Sequence[Point]],
+    names: Mapping[str, str],
+    path: Path,
+    words: str,
+    what: str,
+) -> None:
+    """Draw a time over its balanced one against the load of the busiest rank, a line for each row.
+
+    names: of the rows. words: a title. what: the time, beside the axis.
+    """
+    colors = line_colors(lines)
+    with chart(path, 3.9 + 0.12 * len(lines)) as figure:
+        axis = figure.subplots()
+        for i, (row, points) in enumerate(lines.items()):
+            style = STYLES[batches_of(row), row.endswith(PIPELINED)]
+            label = names[row] + way_of_row(row)
+            loads = [point.max_over_mean_ranks + APART * i for point in points]
+            ratios = [point.over_balanced for point in points]
+            axis.plot([1.0, *loads], [1.0, *ratios], style, color=colors[row], label=label)
+            whiskers = zip(*(point.quartiles for point in points), strict=True)
+            axis.vlines(loads, *whiskers, color=colors[row])
+        axis.set(xlabel="rows of the busiest rank over the mean", ylabel=what)
+        axis.grid(axis="y")
+        has_long_names = any(batches_of(row) == 2 for row in lines)
+        figure.legend(loc="outside lower left", ncols=1 if has_long_names else 2)
+        heading(figure, words)

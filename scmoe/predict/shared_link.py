@@ -1,0 +1,155 @@
+"""The link of a rank in backward, which carries rows and sums of gradients.
+
+    rows    | combine' ...... |            | dispatch' |
+    sums    | 1 | 1 | 1 |     | 2 |   | 3  |           | 3
+
+Where no rows travel, sums are carried in the order in which they are ready. A transfer of rows does
+not wait for sums that are on their way: it shares the link with them, so it takes longer by what
+they carry meanwhile. Beside n sums at once it has a part of 1 / (n + 1) of the link, and takes
+n + 1 times as long, unless the sums end before. A sum that becomes ready while rows travel waits
+for their end; so does one that becomes ready while a transfer waits for the one before it, as the
+timelines place a transfer when it is launched.
+
+A link may have a token bucket (token_bucket.py). Sums travel at the link's rate, and after one of
+them nothing is saved, however short it is.
+
+NCCL runs the sums of a group one after another. gloo runs two: with four sums of 1 MiB on the link,
+a transfer of 1 MiB took 3.0 and 3.2 times as long as alone (118 and 274 Mbit/s, 2-core CPU, shared,
+2026-11-30).
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+from scmoe.predict.token_bucket import TokenBucket
+from scmoe.schedule.cost import PER_CHUNK, Span
+
+
+class Sum(NamedTuple):
+    """A sum of gradients over ranks. It can begin when a part of an operator's backward is over."""
+
+    seconds: float  # on the link
+    operator: str  # of the block; each time that it runs has such a sum
+    part: float = 1.0  # BEFORE has several sub-layers: the share of its backward up to this one
+
+
+class Summed(Protocol):
+    """A block whose gradients are summed."""
+
+    @property
+    def sums(self) -> Sequence[Sum]: ...
+
+    @property
+    def chunks(self) -> int: ...
+
+
+class Waiting(NamedTuple):
+    """A sum that the link has not carried, or not all of it."""
+
+    ready: float
+    seconds: float
+
+
+class SharedLink:
+    """The link from time 0 on, while the backward of some blocks is played.
+
+    halves: of a batch, which run through the blocks. at_once: sums that share the link with a
+    transfer of rows. waiting: sums of what has run before. bucket: what the link saves while it is
+    idle; None: nothing.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[Summed],
+        halves: int,
+        at_once: int,
+        waiting: Iterable[Waiting] = (),
+        bucket: TokenBucket | None = None,
+    ) -> None:
+        self.blocks = blocks
+        self.halves = halves
+        self.at_once = at_once
+        self.waiting = sorted(waiting)
+        self.bucket = bucket or TokenBucket(0.0)
+        self.now = min((each.ready for each in self.waiting), default=0.0)
+        self.summed = 0.0  # seconds of the sums of these blocks
+        self.later = 0.0  # how much longer transfers took as they met sums
+        self.runs: Counter[tuple[int, int, str]] = Counter()  # of an operator in a half
+        self.pieces: Counter[tuple[int, str, int]] = Counter()  # of a run that have ended
+
+    def computed(self, span: Span, layer: int = 0, half: int = 0) -> None:
+        """Note that a piece of an operator has ended. A sum is ready with its last piece: the last
+        chunk of the last half."""
+        block = self.blocks[layer]
+        sums = [each for each in block.sums if each.operator == span.operator]
+        if not sums:
+            return
+        run = 0
+        pieces = self.halves
+        if span.operator in PER_CHUNK:
+            pieces *= block.chunks
+        else:
+            run = self.runs[layer, half, span.operator]
+            self.runs[layer, half, span.operator] += 1
+        self.pieces[layer, span.operator, run] += 1
+        if self.pieces[layer, span.operator, run] < pieces:
+            return
+        for each in sums:
+            ready = span.start + each.part * (span.end - span.start)
+            self.waiting.append(Waiting(ready, each.seconds))
+            self.summed += each.seconds
+        self.waiting.sort()
+
+    def meets(self, begin: float, duration: float) -> float:
+        """Carry a transfer of rows. Return by how much it takes longer than its duration; negative:
+        shorter."""
+        self.carry_sums(begin)
+        alone = duration + self.bucket.meets(begin, duration)
+        begun = [each for each in self.waiting if each.ready <= begin]
+        later = min(sum(each.seconds for each in begun), self.at_once * alone)
+        self._carry(later)
+        self.now = begin + alone + later
+        if later > 0:
+            self.bucket.spend(self.now)
+        self.later += later
+        return alone + later - duration
+
+    def carry_sums(self, until: float) -> float:
+        """Carry sums up to a time at which no rows travel before it. Return when the last one that
+        was carried has ended."""
+        end = self.now
+        while self.waiting and max(self.now, self.waiting[0].ready) < until:
+            self.now = max(self.now, self.waiting[0].ready)
+            carried = min(self.waiting[0].seconds, until - self.now)
+            self._carry(carried)
+            self.now += carried
+            self.bucket.spend(self.now)
+            end = self.now
+        self.now = max(self.now, until)
+        return end
+
+    def left_at(self, time: float) -> tuple[Waiting, ...]:
+        """Return the sums that are left at a time, counted from then on. No rows travel before
+        it."""
+        self.carry_sums(time)
+        return tuple(
+            Waiting(round(max(0.0, ready - time), 12), round(seconds, 12))
+            for ready, seconds in self.waiting
+        )
+
+    def _carry(self, seconds: float) -> None:
+        """Take seconds from the sums, in order."""
+        while self.waiting and self.waiting[0].seconds <= seconds:
+            seconds -= self.waiting.pop(0).seconds
+        if seconds > 0 and self.waiting:
+            first = self.waiting[0]
+            self.waiting[0] = first._replace(seconds=first.seconds - seconds)
+
+
+def left_at(
+    time: float, waiting: Iterable[Waiting], bucket: TokenBucket | None = None
+) -> tuple[Waiting, ...]:
+    """Return which sums are left at a time before which no rows travel, counted from then on.
+    bucket: of the link, from which they take."""
+    return SharedLink([], 1, 1, waiting, bucket).left_at(time)

@@ -1,0 +1,235 @@
+"""The seconds that a machine takes for what was counted of a model, as simulated_step.py has them.
+
+kernel       max(FLOPs / attained rate, bytes / memory rate) + launch
+weights      of a kernel's bytes, those that do not grow with rows; a rank reads 1 / EP of the
+             experts'
+in turn      kernels that run once for each expert: a rank launches 1 / EP of them
+backward     twice the kernels of forward; of what is recomputed, three times
+attention    times the machine's factor
+layout       route, encode, decode: their kernels, and (`moe` + k `copy`) times the experts' time
+             for the rows of one copy, without weights and launches
+transfer     all-to-all of the rows that dispatch gets; the same back, and in backward
+sums         dense gradients over all ranks, experts' over those that hold the same ones
+update       UPDATE_BYTES a parameter of a rank / memory rate
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from scmoe.models.model_cost import WEIGHT_BYTES
+from scmoe.predict.operator_costs import OUTSIDE, Costs, Layer, Part
+from scmoe.predict.profile import Groups, Machine
+from scmoe.predict.shared_link import Sum
+from scmoe.predict.simulated_step import Block, Head
+from scmoe.schedule.cost import TRANSFERS, OperatorTimes
+from scmoe.schedule.schedule import Schedule
+from scmoe.schedule.stack import BEFORE
+
+BACKWARD = 2  # kernels of an operator's backward, over those of its forward
+RECOMPUTED = ("attention", "mlp", "shared_expert", "experts")  # by blocks/sublayers.py
+UPDATE_BYTES = 28  # AdamW in float32: it reads four numbers of a parameter, and writes three
+# of the machine's factors `moe` and `copy`
+MODULE_SHARE = {"route": 1 / 3, "encode": 1 / 3, "decode": 1 / 3}
+COPY_SHARE = {"encode": 1 / 3, "decode": 2 / 3}
+
+
+class Sizes(NamedTuple):
+    """The ranks of a job; rows and bytes between ranks, over those that were counted."""
+
+    ranks: int
+    ep_size: int
+    rows: float = 1.0
+    sent: float = 1.0
+
+    @property
+    def all_ranks(self) -> Groups:
+        return Groups(self.ranks, self.ranks)
+
+    @property
+    def sharing_experts(self) -> Groups:
+        """The ranks that exchange rows: neighbours."""
+        return Groups(self.ep_size, self.ranks)
+
+    @property
+    def same_experts(self) -> Groups:
+        """The ranks that hold the same experts."""
+        return Groups(self.ranks // self.ep_size, self.ranks, self.ep_size)
+
+
+def blocks_on(machine: Machine, costs: Costs, sizes: Sizes) -> tuple[list[Block], Head]:
+    """Return the blocks of a model and its head as a machine runs them, at the schedules with which
+    they were counted."""
+    timing = _Timing(machine, costs, sizes)
+    blocks = {layer: timing.block(layer) for layer in costs.layers}
+    return [blocks[layer] for layer in costs.layers], timing.head()
+
+
+def at_schedule(blocks: Sequence[Block], wanted: Schedule) -> list[Block]:
+    """Return the blocks with a slot and chunks. Blocks of another architecture than the wanted one,
+    such as those of SwinV2's last stage, keep theirs; one with a shorter window has its last
+    slot. Equal blocks stay one object."""
+    changed = {}
+    for block in blocks:
+        usual = block.schedule
+        if usual.architecture == wanted.architecture:
+            slot = min(wanted.slot, len(usual.window))
+            schedule = replace(usual, expert_slot=slot, chunks=wanted.chunks)
+            changed[block] = replace(block, schedule=schedule)
+    return [changed.get(block, block) for block in blocks]
+
+
+def update_seconds(machine: Machine, costs: Costs, sizes: Sizes) -> float:
+    """Return the seconds of the optimizer's update of a rank's parameters."""
+    held = costs.dense_parameters + costs.expert_parameters / sizes.ep_size
+    width = WEIGHT_BYTES[costs.job.precision] / 4
+    return UPDATE_BYTES * width * held / machine.memory
+
+
+class _Timing(NamedTuple):
+    machine: Machine
+    costs: Costs
+    sizes: Sizes
+
+    def forward(self, part: Part) -> float:
+        factor = self.machine.attention if part.operator == "attention" else 1.0
+        return factor * self.kernels(part, self.held(part)) + self.launches(part)
+
+    def kernels(self, part: Part, weights: float) -> float:
+        """Return the seconds of a part's kernels in forward. weights: the share of the weights that
+        they read."""
+        machine, rows = self.machine, self.sizes.rows
+        return sum(
+            max(
+                kernel.flops * rows / machine.flops,
+                (kernel.moved * rows + kernel.weights * weights) / machine.memory,
+            )
+            for kernel in part.kernels
+        )
+
+    def backward(self, part: Part) -> float:
+        return self.forward(part) * self.times_in_backward(part)
+
+    def times_in_backward(self, part: Part) -> int:
+        """Return how often the kernels of a part's forward run in backward."""
+        again = self.costs.job.recompute and part.operator in RECOMPUTED
+        return BACKWARD + again
+
+    def launches(self, part: Part) -> float:
+        in_turn = sum(kernel.for_each_expert for kernel in part.kernels)
+        once = len(part.kernels) - in_turn
+        return (once + in_turn * self.held(part)) * self.machine.launch
+
+    def held(self, part: Part) -> float:
+        """Return the share of a part's weights that a rank holds."""
+        return 1 / self.sizes.ep_size if part.operator == "experts" else 1.0
+
+    def block(self, layer: Layer) -> Block:
+        """Return a block at the schedule with which it was counted."""
+        runs: dict[str, list[Part]] = {BEFORE: list(layer.before)}
+        for part in layer.after:
+            runs.setdefault("decode" if part.operator == OUTSIDE else part.operator, []).append(
+                part
+            )
+        # an operator that the window has twice takes equal times: of all runs, half
+        times_run = {name: max(1, layer.schedule.window.count(name)) for name in runs}
+        seconds: dict[str, dict[str, float]] = {"forward": {}, "backward": {}}
+        fixed: dict[str, dict[str, float]] = {"forward": {}, "backward": {}}
+        for name, parts in runs.items():
+            forward = sum(map(self.forward, parts)) / times_run[name]
+            seconds["forward"][name] = forward
+            seconds["backward"][name] = sum(map(self.backward, parts)) / times_run[name]
+            fixed["forward"][name] = sum(map(self.launches, parts)) / times_run[name]
+            launches = [self.launches(part) * self.times_in_backward(part) for part in parts]
+            fixed["backward"][name] = sum(launches) / times_run[name]
+        self.add_layout(seconds, runs["experts"], layer.top_k)
+        self.set_transfers(seconds, fixed, runs["dispatch"])
+        return Block(
+            layer.schedule,
+            OperatorTimes(**seconds),
+            tuple(self.sums_of(runs, times_run)),
+            OperatorTimes(**fixed),
+            self.reading(runs["experts"]),
+        )
+
+    def reading(self, experts: Sequence[Part]) -> OperatorTimes:
+        """Return the seconds in which the experts' weights are read, as they are for every
+        piece."""
+        forward = backward = 0.0
+        for part in experts:
+            weights = sum(kernel.weights for kernel in part.kernels)
+            seconds = weights * self.held(part) / self.machine.memory
+            forward += seconds
+            backward += seconds * self.times_in_backward(part)
+        return OperatorTimes({"experts": forward}, {"experts": backward})
+
+    def add_layout(
+        self, seconds: dict[str, dict[str, float]], experts: Sequence[Part], top_k: int
+    ) -> None:
+        """Add what gate and layout take beyond their kernels. They read no weights of experts, so
+        their measure is the time of rows alone."""
+        rows_s = sum(self.kernels(part, weights=0.0) for part in experts)
+        one_copy = rows_s / top_k
+        for operator, share in MODULE_SHARE.items():
+            more = self.machine.moe * share * one_copy
+            more += self.machine.copy * top_k * COPY_SHARE.get(operator, 0.0) * one_copy
+            seconds["forward"][operator] += more
+            seconds["backward"][operator] += BACKWARD * more
+
+    def set_transfers(
+        self,
+        seconds: dict[str, dict[str, float]],
+        fixed: dict[str, dict[str, float]],
+        dispatched: Sequence[Part],
+    ) -> None:
+        groups = self.sizes.sharing_experts
+        rows_bytes = sum(part.rows_bytes for part in dispatched)
+        nbytes = rows_bytes * self.sizes.rows * self.sizes.sent
+        for direction in ("forward", "backward"):
+            for transfer in TRANSFERS:
+                seconds[direction][transfer] = self.machine.all_to_all(nbytes, groups)
+                fixed[direction][transfer] = self.machine.all_to_all_latency(groups)
+
+    def sums_of(self, runs: dict[str, list[Part]], times_run: dict[str, int]) -> list[Sum]:
+        """Return the sums of a block's gradients."""
+        before = runs[BEFORE]
+        sums = self.sums_in_order(before, BEFORE)
+        for name, parts in runs.items():
+            if name == BEFORE:
+                continue
+            total = sum(map(self.sum_seconds, parts)) / times_run[name]
+            if total:
+                sums.append(Sum(total, name))
+        return sums
+
+    def sums_in_order(self, parts: Sequence[Part], operator: str) -> list[Sum]:
+        """Return the sums of parts that run one after the other. Backward begins with the last."""
+        total = sum(map(self.backward, parts))
+        sums = []
+        done = 0.0
+        for part in reversed(parts):
+            done += self.backward(part)
+            if seconds := self.sum_seconds(part):
+                sums.append(Sum(seconds, operator, done / total))
+        return sums
+
+    def sum_seconds(self, part: Part) -> float:
+        width = WEIGHT_BYTES[self.costs.job.precision]
+        sizes = self.sizes
+        local = part.expert / sizes.ep_size
+        dense = self.machine.all_reduce(part.dense * width, sizes.all_ranks)
+        return dense + self.machine.all_reduce(local * width, sizes.same_experts)
+
+    def head(self) -> Head:
+        """Return what follows the last block, with the loss: a pass over the logits in each
+        direction reads and writes them."""
+        parts = self.costs.head
+        loss = 2 * self.costs.logits_bytes * self.sizes.rows / self.machine.memory
+        forward = sum(map(self.forward, parts))
+        backward = sum(map(self.backward, parts))
+        share = backward / (backward + loss)
+        sums = [
+            each._replace(part=1 - share * (1 - each.part))
+            for each in self.sums_in_order(parts, "head")
+        ]
+        return Head(forward + loss, backward + loss, sums)

@@ -1,0 +1,125 @@
+"""The GPU check keeps to nine minutes and to its files' limits, and reads profiles of a card.
+
+No card is needed: the profile is written by hand in the form in which torch exports one.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from experiments.bench.gpu import gpu, gpu_steps
+from experiments.bench.layer import compare
+from experiments.engine.isolated import Place
+from experiments.engine.profiles import device_work, host_waits, operator_ms, within
+from scmoe.schedule.cost import Span
+
+
+def test_all_clocks_together_leave_half_a_minute_of_nine():
+    assert sum(part.clock_s for part in gpu.PARTS.values()) <= 9 * 60 - 30
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+def test_models_train_on_one_device_in_bfloat16(tiny):
+    place = Place("cpu", tiny, Path())
+    small = gpu_steps.config_of(place, gpu_steps.GPT2, "data.name=synthetic")
+    quick = gpu_steps.config_of(place, "quickstart.yaml", "data.name=text", "data.path=docs")
+    for config in (small, quick):
+        assert (config.trainer.precision, config.trainer.devices, config.strategy.ep_size) == (
+            "bf16-mixed",
+            1,
+            1,
+        )
+    assert (small.model.dim, small.data.seq_len) == ((48, 32) if tiny else (768, 1024))
+
+
+def event(cat, name, ts, dur, tid=1, **args):
+    return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": tid, "args": args}
+
+
+PROFILE = [
+    {"ph": "M", "name": "process_name", "pid": 0},
+    event("user_annotation", "step", 0.0, 100.0),
+    event("user_annotation", "scmoe/route", 1.0, 20.0),
+    event("cpu_op", "aten::mm", 2.0, 5.0),
+    event("cuda_runtime", "cudaLaunchKernel", 3.0, 1.0, correlation=1),
+    event("cpu_op", "aten::item", 10.0, 8.0),
+    event("cpu_op", "aten::_local_scalar_dense", 11.0, 6.0),
+    event("cuda_runtime", "cudaMemcpyAsync", 12.0, 1.0, correlation=2),
+    event("cuda_runtime", "cudaStreamSynchronize", 13.0, 3.0, correlation=3),
+    event(
+        "cuda_runtime", "cudaLaunchKernel", 50.0, 1.0, tid=2, correlation=4
+    ),  # backward runs on another thread
+    event("kernel", "gemm", 40.0, 1000.0, tid=7, correlation=1, grid=[4, 2, 1]),
+    event("gpu_memcpy", "Memcpy DtoH", 41.0, 500.0, tid=7, correlation=2),
+    event("kernel", "gemm_backward", 2000.0, 3000.0, tid=7, correlation=4, grid=[1, 1, 1]),
+    event("gpu_user_annotation", "scmoe/route", 40.0, 1500.0, tid=7),
+    event("cuda_runtime", "cudaDeviceSynchronize", 200.0, 3.0, correlation=5),  # after the step
+    event("kernel", "of another step", 300.0, 9000.0, tid=7, correlation=6, grid=[1, 1, 1]),
+]
+
+
+def test_work_of_the_device_and_waits_of_the_host_belong_to_the_operator_that_launched_them():
+    events = within(PROFILE, "step")
+    assert operator_ms(events) == {"route": 1.5}
+    work = device_work(events)
+    assert (work["kernels"], work["kernel_ms"], work["copies"], work["copy_ms"]) == (2, 4.0, 1, 0.5)
+    assert list(work["longest_kernels_ms"]) == ["gemm_backward", "gemm"]
+    assert host_waits(events) == {
+        "cudaStreamSynchronize in aten::_local_scalar_dense of scmoe/route": 1
+    }
+
+
+def test_without_a_device_an_operator_takes_its_time_on_the_host():
+    on_host = [e for e in PROFILE if e.get("cat") in ("user_annotation", "cpu_op")]
+    assert operator_ms(within(on_host, "step")) == {"route": 0.02}
+
+
+def test_a_variant_that_cannot_run_has_its_error_and_the_others_their_times():
+    def x():
+        return torch.randn(4, 8, requires_grad=True)
+
+    variants = {
+        "small": lambda: (nn.Linear(8, 8), x()),
+        "other": lambda: (nn.Linear(8, 8), x()),
+        "broken": lambda: (nn.Linear(9, 8), x()),
+    }
+    found = compare(torch.device("cpu"), variants, {"other": "small", "broken": "small"}, rounds=2)
+    assert list(found) == list(variants)
+    assert (
+        found["other"]["over"] == "small"
+        and found["other"]["train_ratio"] > 0 < found["small"]["forward_ms"]
+    )
+    assert "shapes cannot be multiplied" in found["broken"]["error"]
+
+
+def test_beside_is_the_share_of_transfers_in_which_an_operator_computes():
+    spans = [
+        Span("dispatch", 0, 4),
+        Span("attention", 1, 3),
+        Span("experts", 4, 6),
+        Span("combine", 6, 10),
+    ]
+    assert gpu_steps.beside(spans) == 2 / 8
+
+
+def test_without_matplotlib_the_missing_picture_is_said(monkeypatch):
+    monkeypatch.setattr(gpu_steps, "find_spec", lambda name: None)
+    said = gpu_steps.drawn(lambda *_: pytest.fail("drawn"), {}, Path("a.png"))
+    assert said == "not drawn: matplotlib is missing"
+
+
+def test_the_largest_files_go_until_the_limits_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "TOTAL_MB", 5.001)
+    for i, size in enumerate((10, 20, 30, 400, 500, 600, 700, 2000)):
+        (tmp_path / f"{i}.png").write_bytes(bytes(size))
+    removed = gpu.trim(tmp_path)
+    assert [line.split(",")[0] for line in removed] == ["7.png", "6.png", "5.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "0.png",
+        "1.png",
+        "2.png",
+        "3.png",
+        "4.png",
+    ]

@@ -1,0 +1,338 @@
+"""Run `bench overlap` and `timeline` with small sizes, and check what they print and draw.
+
+`bench overlap` runs as a user runs it, on shaped links where links can be shaped. `timeline`
+measures in the same way, so here it measures a tiny pair on the loopback device, without a rate,
+and tries each schedule once.
+"""
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from multiprocessing import Pipe
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from experiments.bench.overlap import overlap, overlap_report, timeline
+from experiments.bench.pairs import Setting
+from experiments.bench.training import training, training_turns
+from experiments.engine import links
+from experiments.engine.ranks import RankError, run_ranks
+from experiments.simulate.reports import read_reports
+from scmoe.config.leaves import ConfigError
+from scmoe.planning import planner
+from tests.support.commands import called, run
+
+pytestmark = [pytest.mark.ranks, pytest.mark.smoke]
+MISSING = links.why_not()
+on_links = pytest.mark.skipif(MISSING is not None, reason=f"links cannot be shaped here: {MISSING}")
+ROWS = ("--rows", "top2", "scmoe_pos2_pipelined", "--rounds", "2")
+TIMES_OF_BLOCKS = ("free_forward", "free_backward", "update")
+TOP = {"comm_share", "link_mbit", "ranks", "device", "compute", "level", "rounds", "rows"}
+ROW = {
+    *(
+        "forward_ms",
+        "train_ms",
+        "forward_speedup",
+        "train_speedup",
+        "overlap_forward",
+        "overlap_backward",
+    ),
+    *("inside_attention", "auto_inside_attention"),
+    *("slot", "chunks", "auto_slot", "auto_chunks", "peak_mb", "links", "compute"),
+}
+
+
+def check(report: dict[str, Any]) -> None:
+    assert report.keys() >= TOP and report["rows"].keys() == {"top2", "scmoe_pos2_pipelined"}
+    assert all(row.keys() >= ROW for row in report["rows"].values())
+    pipelined = report["rows"]["scmoe_pos2_pipelined"]
+    assert (
+        pipelined["chunks"] in (2, 4)
+        and pipelined["auto_chunks"] in (2, 4)
+        and 0 <= pipelined["auto_slot"] <= 3
+    )
+    assert report["rows"]["top2"]["peak_mb"] > 0 and report["rows"]["top2"]["inside_gain"] is None
+    assert (
+        "inside attention" in pipelined["inside_gain"]["inside"]
+        and pipelined["inside_gain"]["train"][1] > 0
+    )
+
+
+def test_bench_overlap(tmp_path):
+    """The block has emulated operators, and the command searches for the rate of the links."""
+    sizes = (
+        "--tokens",
+        "128",
+        "--seq-len",
+        "32",
+        "--dim",
+        "64",
+        "--attention-ms",
+        "1",
+        "--share",
+        "0.3",
+    )
+    report = run(
+        "-m", "experiments.bench", "overlap", *ROWS, *sizes, "--out", str(tmp_path)
+    ).summary
+    check(report)
+    for row in report["rows"].values():
+        assert (
+            row["links"] == ("loopback" if MISSING else "shaped") and row["compute"] == "emulated"
+        )
+    assert "gradient_mb" not in report and "of_limit" not in report["rows"]["top2"]
+    assert len(list(tmp_path.glob("*.png"))) == 1
+
+
+@pytest.mark.faults
+@on_links
+def test_bench_train(tmp_path):
+    """Both rows train the debug configuration on the links and without a rate. How long two batches
+    in flight wait for rows alone is not known."""
+    words = (
+        "trainer.max_steps=60",
+        "trainer.log_every=2",
+        "trainer.val_every=30",
+        "data.name=synthetic",
+    )
+    rows = ("--rows", "top2_two", "--rows", "scmoe_pos2", "--rounds", "2", "--out", str(tmp_path))
+    report = run("-m", "experiments.bench", "train", "--config", "debug", *rows, *words).summary
+    assert list(report["rows"]) == ["top2_two", "scmoe_pos2"]
+    two = report["rows"]["top2_two"]
+    assert two["speedup"] == 1.0 and "exposed_rows_s" not in two
+    for row in report["rows"].values():
+        assert row["compute_s"] + row["exposed_s"] == pytest.approx(row["step_s"])
+        if "exposed_rows_s" in row:
+            parts = row["exposed_rows_s"] + row["exposed_gradients_s"]
+            assert parts == pytest.approx(row["exposed_s"])
+        assert row["rows_over_gradients"] > 0 and row["peak_mb"] > 0
+        assert len(row["val_losses"]) == 2 and row["val_losses"][-1][1] == row["val_loss"]
+    assert (tmp_path / "train-two-batches-share-0.52.png").exists()
+
+
+def test_bench_train_takes_as_many_ranks_as_share_the_experts_of_its_config(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(links, "require", lambda: None)
+    monkeypatch.setattr(training, "bench_train", lambda *args: given.append(args))
+    assert called("bench", "train", "moe.num_experts=6", "--ranks", "3").code == 0
+    assert given[0][1:4] == (("moe.num_experts=6",), 0.52, 3)
+
+
+def without_rate(
+    rank: int, world_size: int, measure: Callable[..., Any], setting: Setting, *args: Any
+) -> Any:
+    links.set_rate = lambda mbit: None
+    overlap.TRIALS, planner.STEPS_EACH = 1, 1
+    rate = setting.link_mbit or 100.0  # the command does not search for a rate that is given
+    return measure(
+        rank,
+        world_size,
+        replace(setting, link_mbit=rate, tokens=64, seq_len=32, dim=32, tries=6),
+        *args,
+    )
+
+
+@pytest.fixture
+def tiny_on_loopback(monkeypatch):
+    def measured(
+        measure: Callable[..., Any], ranks: int, setting: Setting, *args: Any, **_: Any
+    ) -> list[Any]:
+        return run_ranks(without_rate, ranks, measure, replace(setting, attention_ms=1.0), *args)
+
+    monkeypatch.setattr(links, "inside", lambda: True)
+    monkeypatch.setattr(links, "enter", lambda *_: None)
+    for module in (overlap_report, timeline):
+        monkeypatch.setattr(module, "run_ranks", measured)
+
+
+def test_a_step_waits_in_each_of_its_batches(monkeypatch):
+    schedule = training_turns.AdaptiveSchedule(auto=True, chunks=(1,))
+    schedule.planner = SimpleNamespace(overlap=SimpleNamespace(seconds=(1.5, 2.75)), drifted=1)
+    caller, turn = Pipe()
+    held = training_turns.TrainingTurns(turn, ends=(1,))
+    monkeypatch.setattr(links, "set_rate", lambda mbit: None)
+    caller.send(None)  # the next turn
+    trainer = SimpleNamespace(callbacks=[schedule], accumulate_grad_batches=4, global_step=0)
+    for step in (0, 0, 0, 1):
+        held.on_train_batch_start(trainer)
+        activations = torch.ones(2**18)
+        trainer.global_step = step
+        held.on_train_batch_end(trainer)
+        del activations
+    assert caller.recv()[1] == 4 * 4.25 and not caller.poll()
+    assert 1.0 <= held.peak_mb < 2.0, "of one batch, whose activations are freed"
+
+
+def test_a_training_that_ends_before_its_last_turn_is_an_error(monkeypatch):
+    def ends_early(ranks: int, theirs: list[Any]) -> dict[str, Any]:
+        theirs[0].close()
+        return {}
+
+    monkeypatch.setattr(training_turns, "in_own_network", ends_early)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(RankError, match="before its last turn"):
+        training_turns.Training(pool, 1).turn(None)
+
+
+def test_bench_train_refuses_to_stop_early(tmp_path):
+    with pytest.raises(ConfigError, match="early_stopping"):
+        training.bench_train(
+            "debug", ["trainer.early_stopping=1"], 0.52, 2, 2, ["top2"], None, tmp_path
+        )
+
+
+def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path):
+    """The iteration has real operators, and their gradients are summed over the ranks."""
+    words = (
+        "--compute",
+        "real",
+        "--level",
+        "iteration",
+        "--ffn-dim",
+        "128",
+        "--out",
+        str(tmp_path),
+    )
+    report = called("bench", "overlap", *ROWS, *words).summary
+    check(report)
+    # each of two top-2 pairs has a norm, a gate, attention and MLP in float32
+    pair = 4 * 2 * 32 + 8 * 32 + 2 * (4 * 32 * 32 + 4 * 32) + 2 * 32 * 128 + 32 + 128
+    assert all(row["of_limit"] > 0 and row["limit_train"] > 0 for row in report["rows"].values())
+    assert report["limit_train"] == report["rows"]["top2"]["limit_train"]
+    assert report["gradient_mb"] == report["rows"]["top2"]["gradient_mb"] == 2 * pair * 4 / 2**20
+    (for_simulator,) = read_reports(tmp_path)
+    assert for_simulator.stated and for_simulator.rows.keys() == report["rows"].keys()
+    calibration = report["calibration"]
+    assert calibration["sizes"]["ffn_dim"] == for_simulator.setting.ffn_dim == 128
+    assert min(calibration[f"{what}_ms"] for what in TIMES_OF_BLOCKS) > 0
+
+
+@pytest.mark.parametrize(
+    ("row", "compute"),
+    [
+        ("scmoe_pos2", "real"),
+        pytest.param("farskip_pipelined", "emulated", marks=pytest.mark.faults),
+    ],
+)
+def test_bench_overlap_of_an_iteration_with_an_moe_in_every_block(
+    row, compute, tiny_on_loopback, tmp_path
+):
+    """Of four blocks the first has a shorter window at Nous' tap."""
+    words = (
+        "--every",
+        "1",
+        "--level",
+        "iteration",
+        "--ffn-dim",
+        "128",
+        "--rounds",
+        "2",
+        "--out",
+        str(tmp_path),
+    )
+    report = called("bench", "overlap", "--rows", row, "--compute", compute, *words).summary
+    own = report["rows"][row]
+    assert len(own["auto_slots"]) == 4 and own["of_limit"] > 0
+    assert row != "scmoe_pos2" or own["auto_slots"][0] in ("slot 0", "slot 1")
+    # each block has a norm of the MoE, a gate, attention, and a shared expert where it is not
+    # top-2; where they are real, also biases and a norm of attention. Nous' tap has a norm
+    block = 2 * 32 + 8 * 32 + 4 * 32 * 32 + (2 * 32 + 4 * 32 if compute == "real" else 0)
+    shared = 2 * 32 * 128 + (32 + 128 if compute == "real" else 0)
+    tap_norm = 2 * 32 if row == "scmoe_pos2" else 0
+    assert report["gradient_mb"] == 4 * block * 4 / 2**20
+    assert own["gradient_mb"] == 4 * (block + shared + tap_norm) * 4 / 2**20
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.stem == f"overlap-{compute}-iteration-2-ranks-share-0.52-every-1"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("every", ["2", "1"])
+def test_bench_overlap_at_two_loads(every, tiny_on_loopback, tmp_path):
+    """The loads are measured beside the balanced one, and a rank that gets all rows says so."""
+    loads = ("--load", "hot_rank:2", "--load", "rotating:1.5:1", "--every", every)
+    words = (*ROWS, *loads, "--compute", "real", "--out", str(tmp_path))
+    reports = called("bench", "overlap", *words).summary["loads"]
+    assert [report["load"]["name"] for report in reports] == ["hot_rank:2", "rotating:1.5:1"]
+    for report in reports:
+        check(report)
+        for row in report["rows"].values():
+            assert (
+                min(
+                    row["over_balanced_train"],
+                    row["over_balanced_forward"],
+                    row["measured_over_model"],
+                )
+                > 0
+            )
+            assert (
+                row["dropped"] == 0
+                and row["straggler_train"] > -1
+                and row["balanced"]["train_speedup"] > 0
+            )
+    assert all(row["max_over_mean_ranks"] == 2.0 for row in reports[0]["rows"].values())
+    assert len(list(tmp_path.glob("uneven-*.png"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "dropped"),
+    [
+        ("capacity:1", 0.25),
+        pytest.param(
+            "buffers:1", 0.25, marks=pytest.mark.faults
+        ),  # as the first, by the other layout
+        pytest.param("buffers:2", 0.0, marks=pytest.mark.faults),
+    ],
+)
+def test_a_layout_drops_what_a_load_has_above_it(layout, dropped, tiny_on_loopback, tmp_path):
+    """Of 1.5 times its share a rank takes one: it drops a third of three quarters of all copies."""
+    words = ("--rows", "scmoe_pos3", "--rounds", "2", "--load", "hot_rank:1.5", "--layout", layout)
+    found = called("bench", "overlap", *words, "--out", str(tmp_path)).summary
+    (row,) = found["loads"][0]["rows"].values()
+    assert row["dropped"] == dropped and row["measured_over_model"] is None
+
+
+@pytest.mark.faults
+def test_timeline(tiny_on_loopback, tmp_path):
+    assert called("bench", "timeline", "--share", "0.3", "--out", str(tmp_path)).code == 0
+    assert {path.name for path in tmp_path.glob("*.png")} == {"forward.png", "backward.png"}
+    trace = json.loads((tmp_path / "pos2-overlapped-1-chunks.json").read_text())
+    names = {event.get("name") for event in trace["traceEvents"]}
+    operators = (
+        "route",
+        "encode",
+        "dispatch",
+        "experts",
+        "combine",
+        "decode",
+        "attention",
+        "mlp",
+        "shared_expert",
+    )
+    assert {f"scmoe/{operator}" for operator in operators} <= names
+
+
+def test_bench_overlap_with_two_batches_in_flight(tiny_on_loopback, tmp_path):
+    """The planner measures them too, and each row says what it gains over top-2's best."""
+    words = (
+        *("--rows", "top2", "top2_two", "scmoe_pos2_two_pipelined"),
+        *("--compute", "real", "--rounds", "2"),
+        *("--level", "iteration", "--layers", "2", "--ffn-dim", "128", "--out", str(tmp_path)),
+    )
+    report = called("bench", "overlap", *words).summary
+    assert min(report["calibration"]["free_in_halves_ms"].values()) > 0
+    one, two = report["rows"]["top2"], report["rows"]["scmoe_pos2_two_pipelined"]
+    assert (one["batches_in_flight"], two["batches_in_flight"]) == (1, 2)
+    assert (two["chunks"], two["auto_chunks"], report["layers"]) == (2, 2, 2)
+    for kind in ("forward", "train"):
+        rivals = one["over_best_without_another_model"], two["over_best_without_shortcut"]
+        assert {over[kind]["best"] for over in rivals} <= {"top2", "top2_two", "top2, sequential"}
+        assert all(over[kind]["median"] > 0 for over in rivals)
+    assert two["peak_mb"] > 0 and 0 < two["peak_over_one_batch"] < 2
+    assert "peak_over_one_batch" not in one
+    assert one["auto_of_both"]["batches_in_flight"] in (1, 2)
+    assert one["auto_of_both"]["over_best"] > 0 and "auto_of_both" not in two
+    (picture,) = tmp_path.glob("*.png")
+    assert picture.stem.endswith("-layers-2")

@@ -1,0 +1,98 @@
+"""Rows that go over a bus arrive unchanged at every rate, and the rate is searched for the share of
+communication.
+
+On a machine without a GPU rows are copied at once; tests/parallel/wire/test_cuda.py has the stream.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from experiments.bench import emulated
+from experiments.bench.pairs import Setting
+from experiments.bench.rank_bench import Bench
+from experiments.bench.rate_search import find_rate
+from experiments.bench.stacks import Variant
+from experiments.engine.ranks import run_ranks
+from scmoe.moe.recorder import Recorder
+from scmoe.schedule.schedule import Schedule
+
+SMALL = dict(dim=64, ffn_dim=128, tokens=512, seq_len=64, compute="real", shaped=False, bus=True)
+
+
+@pytest.mark.parametrize("rate", (0.3, 0.5, 1.0, 1.7, 1000.0))
+def test_rows_arrive_unchanged_at_every_rate(rate):
+    rows = torch.randn(40, 8, requires_grad=True)
+    target, work = emulated.over_the_bus(torch.device("cpu"), rate)(rows, None)
+    work.wait()
+    assert (
+        torch.equal(target, rows)
+        and target.data_ptr() != rows.data_ptr()
+        and not target.requires_grad
+    )
+
+
+@pytest.mark.parametrize(
+    "rate, numbers", [(0.4, [40, 40, 20]), (0.5, [40, 40]), (1.0, [40]), (4.0, [10]), (1e4, [])]
+)
+def test_a_rate_is_reached_by_the_number_of_rows_that_travel(rate, numbers):
+    assert emulated.travelling(40, rate) == numbers
+
+
+def shares(rank: int, world_size: int) -> dict[float, float]:
+    """Return the rate that is found for each share of communication."""
+    dist.init_process_group("gloo")
+    found = {}
+    for share in (0.1, 0.6):
+        bench = Bench(Setting(share, rows=("scmoe_pos2",), **SMALL))
+        found[share] = find_rate(bench.setting, bench.set_rate, bench.infer)
+    return found
+
+
+@pytest.mark.ranks
+def test_a_larger_share_has_a_lower_rate():
+    found = run_ranks(shares, 1)[0]
+    assert 0 < found[0.6] < found[0.1]
+
+
+def rates_tried(rank: int, world_size: int) -> list[list[float]]:
+    """Return the rates that two searches try where no rate changes the share. The second begins as
+    the first."""
+    dist.init_process_group("gloo")
+    setting, seconds = (
+        Setting(0.52, rows=("top2",), **SMALL | {"bus": False}),
+        {"sequential": 1.0, "free": 0.7},
+    )
+    first: list[float] = []
+    second: list[float] = []
+    find_rate(setting, first.append, lambda variant: seconds[variant.transfers])
+    find_rate(setting, second.append, lambda variant: seconds[variant.transfers], first[0])
+    return [first, second]
+
+
+@pytest.mark.ranks
+def test_a_search_does_not_stray_where_the_share_does_not_follow_the_rate():
+    first, second = run_ranks(rates_tried, 2)[0]
+    assert min(first) == first[0] / 8 and min(second) == first[0] / 2
+
+
+def noted(rank: int, world_size: int) -> list[str]:
+    dist.init_process_group("gloo")
+    bench = Bench(Setting(0.5, rows=("scmoe_pos2",), dtype="bfloat16", **SMALL))
+    recorder = Recorder(bench.device)
+    bench.set(Variant("pos2", Schedule("scmoe", "pos2", 1)), recorder).train(bench.x)
+    block = bench.stacks["pos2"][0]
+    assert {p.dtype for p in block.parameters()} - {
+        p.dtype for p in block.moe.router.parameters()
+    } == {torch.bfloat16}
+    return [
+        span.operator for direction in ("forward", "backward") for span in recorder.spans(direction)
+    ]
+
+
+@pytest.mark.ranks
+def test_transfers_over_the_bus_are_noted_in_both_directions():
+    found = run_ranks(noted, 1)[0]
+    assert (found.count("dispatch"), found.count("combine")) == (2, 2)

@@ -1,0 +1,83 @@
+"""The command of all tables, at scale `smoke`, trains every row and writes all files."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments.tables.table_file import load_table
+from scmoe.config.load import load
+from tests.support.commands import ROOT, Done, run
+
+SMOKE = (
+    "--scale",
+    "smoke",
+    "--seeds",
+    "1",
+    "analysis.expert_load=false",
+)  # its chart takes a fifth of such a run
+pytestmark = [pytest.mark.smoke, pytest.mark.ranks, pytest.mark.faults]
+
+
+def reproduce(folder: Path, *words: str) -> Done:
+    return run(
+        "-m",
+        "experiments.reproduce",
+        *SMOKE,
+        "--to",
+        str(folder / "kept"),
+        f"runs_dir={folder}",
+        *words,
+    )
+
+
+def assert_complete(folder: Path, done: Done, numbers: list[int]) -> None:
+    rows = {str(n): len(load_table(f"table{n}", ROOT / "configs/experiment").rows) for n in numbers}
+    assert (done.summary["tables"], done.summary["failed"], done.summary["cut"]) == (rows, 0, 0)
+    for number in numbers:
+        files = {path.name for path in (folder / f"tables/table{number}-smoke").iterdir()}
+        assert {"table.md", "results.json", "chart.png"} <= files
+        assert (
+            len(list((folder / f"kept/table{number}-smoke/states").glob("*.json")))
+            == rows[str(number)]
+        )
+
+
+def results(folder: Path, number: int) -> dict:
+    return json.loads((folder / f"tables/table{number}-smoke/results.json").read_text())
+
+
+def test_two_tables_are_made_in_turn(tmp_path):
+    done = reproduce(tmp_path, "--tables", "table1", "table5")
+    assert_complete(tmp_path, done, [1, 5])
+    costs = re.findall(
+        r"^table\d at smoke: \d+ runs of \d+ rows, about 15 s, in ", done.err, re.MULTILINE
+    )
+    assert len(costs) == 2 and re.search(
+        r"^1 of 2 tables to do, about .* left", done.err, re.MULTILINE
+    )
+    first = results(tmp_path, 1)
+    assert list(first["equal_time"]) == ["equal_tokens", "0.52"], (
+        "0.15 is not measured at this scale"
+    )
+    for row in first["rows"]:
+        own = row["others"]["training speed-up"]["ours"]
+        assert own["mean"] > 0 and own["n"] == 2 and own["links"] in ("shaped", "loopback")
+
+
+def test_all_tables_are_made_and_a_second_seed_adds_its_runs(tmp_path):
+    assert_complete(tmp_path, reproduce(tmp_path), [*range(1, 8)])
+    third = results(tmp_path, 3)
+    chance = math.log(load(ROOT / third["config"]).data.vocab_size)
+    for row in third["rows"]:
+        assert row["ours"]["mean"] == pytest.approx(chance, abs=0.5), (
+            "after four steps the loss is near that of chance"
+        )
+    done = run("-m", "experiments.table", "table4", *SMOKE, "--seeds", "2", f"runs_dir={tmp_path}")
+    fourth = results(tmp_path, 4)["rows"]
+    assert (done.summary["finished"], done.summary["failed"]) == (2 * len(fourth), 0)
+    assert done.err.count(" finished: ") == len(fourth), "the first seed's runs are not done again"
+    assert all(row["ours"]["n"] == 2 and row["ours"]["std"] > 0 for row in fourth)
+    assert all(row["minus_baseline"]["n"] == 2 for row in fourth[1:])

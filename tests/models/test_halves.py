@@ -1,0 +1,427 @@
+"""Two batches in flight compute what one batch does, on one process: turns, halves, and the cache
+of generation.
+
+tests/models/test_halves_ranks.py does the same where rows travel between ranks.
+"""
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from unittest.mock import patch
+
+import pytest
+import torch
+from greenlet import getcurrent
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from experiments.engine.profiles import events_of, peak_bytes
+from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.sublayers import MLP, Residual, outermost
+from scmoe.config.load import load
+from scmoe.inference.generate import decode, prefill, stream
+from scmoe.inference.sampling import GREEDY, Stopping
+from scmoe.models import decoder
+from scmoe.models.halves import batches_of, has_halves, in_flight, one_in_flight, set_in_flight
+from scmoe.moe.balance import integer_sums
+from scmoe.moe.stream import dropless
+from scmoe.moe.turns import current_turns, in_turns, pass_turn
+from scmoe.runs.generate import how_passes_run
+from scmoe.runs.html_report.layer_timelines import measured_timelines
+from scmoe.runs.html_report.sources import operators_of
+from tests.support.architectures import (
+    BETWEEN_BLOCKS,
+    EVERY_BLOCK,
+    LATENT_ATTENTION,
+    TABLES,
+    overrides,
+    with_marks,
+)
+from tests.support.models import assert_close, tiny, tiny_batch, tiny_model
+from tests.support.two_batches import DROPLESS, EVEN, ROUTERS, EqualRows, assert_equal
+
+LATENT = {name: text for name, text in LATENT_ATTENTION.items() if name != "latent-dense"}
+LATENT = {name: f"{text} model.family=llama model.heads=4" for name, text in LATENT.items()}
+LANGUAGE = TABLES | EVERY_BLOCK | BETWEEN_BLOCKS | LATENT
+IMAGES = (
+    *(
+        "model.family=swin",
+        "model.layers=2",
+        "model.dim=8",
+        "model.heads=1",
+        "model.patch_size=2",
+        "model.window=2",
+    ),
+    *("moe.num_experts=4", "data.name=digits", "data.image_size=32", "data.num_classes=5"),
+)
+
+
+def both_ways(config, batch_size):
+    model = tiny_model(config)
+    ids_BS, labels_BS = tiny_batch(config, batch_size)
+    mask_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+    mask_BS[-1, -3:] = False
+    for mask in (None, mask_BS):
+        assert_equal(model, ids_BS, labels_BS, mask)
+
+
+@pytest.mark.parametrize("name", with_marks(LANGUAGE))
+def test_outputs_are_bit_identical(name):
+    both_ways(tiny(*DROPLESS, *overrides(LANGUAGE[name])), 3)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_outputs_are_bit_identical_with_every_router(name, batch_size):
+    """Of one sequence the second half is empty."""
+    both_ways(tiny(*DROPLESS, *overrides(ROUTERS[name])), batch_size)
+
+
+def test_outputs_are_bit_identical_with_roomy_slots_and_recomputed_activations():
+    words = (
+        *EVEN,
+        "moe.capacity_factor=8",
+        "moe.rows=slots",
+        "schedule.chunks=2",
+        "trainer.recompute=true",
+    )
+    both_ways(tiny(*words), 4)
+
+
+def test_an_empty_half_is_cut_in_chunks():
+    both_ways(tiny(*DROPLESS, "schedule.chunks=3", "moe.architecture=top_k", "moe.top_k=2"), 1)
+
+
+def test_a_capacity_counts_the_tokens_of_a_half():
+    config = tiny("moe.capacity_factor=0.5", "moe.rows=filled")
+    model = tiny_model(config)
+    ids_BS, _ = tiny_batch(config, 2)
+    halves = [model(ids_BS[:1]), model(ids_BS[1:])]
+    model.batches_in_flight = 2
+    whole = model(ids_BS)
+    assert_close(whole.logits_BSV, torch.cat([half.logits_BSV for half in halves]))
+    assert torch.equal(integer_sums(whole.stats), sum(integer_sums(half.stats) for half in halves))
+
+
+@pytest.mark.inference
+@pytest.mark.parametrize("name", ["pos2", "farskip", "longcat"])
+def test_generation_keeps_one_cache_for_both_halves(name):
+    """The number of batches changes between the passes, and texts have different lengths."""
+    model = tiny_model(tiny(*overrides(LANGUAGE[name]))).eval()
+    ids_BS = tiny_batch(tiny(), 3)[0][:, :6]
+    mask_BS = torch.arange(6) < torch.tensor([[6], [3], [5]])
+
+    def logits(*batches):
+        cache, results = KVCache(3, 8), []
+        model.batches_in_flight = batches[0]
+        results.append(prefill(model, ids_BS, mask_BS, cache))
+        for number, going in zip(batches[1:], ([True] * 3, [True, False, True]), strict=True):
+            model.batches_in_flight = number
+            results.append(decode(model, ids_BS[:, 0], going, cache)[going])
+        return results
+
+    with dropless(model), EqualRows():
+        one = logits(1, 1, 1)
+        for batches in ((2, 2, 2), (2, 1, 2), (1, 2, 1)):
+            for actual, expected in zip(logits(*batches), one, strict=True):
+                assert_close(actual, expected)
+
+
+@pytest.mark.inference
+def test_batches_may_have_different_numbers_of_turns_and_see_the_context_of_their_caller():
+    variable = ContextVar("variable")
+    variable.set("of the caller")
+
+    def batch(turns):
+        for _ in range(turns):
+            pass_turn()
+        return turns, variable.get()
+
+    results = in_turns([partial(batch, 1), partial(batch, 3)])
+    assert results == [(1, "of the caller"), (3, "of the caller")]
+
+
+def test_prefill_has_two_batches_in_flight_and_decode_one(monkeypatch):
+    model = tiny_model(tiny(*DROPLESS)).eval()
+    model.batches_in_flight = 2
+    numbers = []
+
+    def noted(batches, *args):
+        numbers.append(batches)
+        return in_flight(batches, *args)
+
+    monkeypatch.setattr(decoder, "in_flight", noted)
+    for _ in stream(model, [[1, 2], [3]], Stopping(3), GREEDY):
+        assert model.batches_in_flight == 2, "between two steps the model is the caller's"
+    assert numbers == [2, 1, 1]
+
+
+@pytest.mark.parametrize("words", ["architecture=top_k", "architecture=shared_expert"])
+def test_a_step_takes_at_most_a_tenth_more_memory(words):
+    """Both halves' activations are those of one batch; a half's temporary tensors are smaller, and
+    each weight has a gradient of the second half for a moment."""
+    sizes = ("model.layers=8", "model.dim=64", "model.ffn_dim=256", "data.seq_len=64")
+    config = tiny(f"moe.{words}", *DROPLESS, *sizes)
+    model = tiny_model(config)
+    ids_BS, _ = tiny_batch(config, 4)
+
+    def step():
+        model(ids_BS).logits_BSV.square().mean().backward()
+
+    peaks = []
+    for batches in (1, 1, 2):  # the first step makes the gradients
+        model.batches_in_flight = batches
+        peaks.append(peak_bytes(torch.device("cpu"), step))
+    assert 0 < peaks[2] <= 1.1 * peaks[1]
+
+
+@pytest.mark.parametrize("images_of_rank", [3, 1])
+def test_images_of_both_halves(images_of_rank):
+    """With one image the second half is empty."""
+    pytest.importorskip("timm", reason="needs the extra `vision`")
+    pytest.importorskip("sklearn", reason="needs the extra `vision`")
+    model = tiny_model(load(None, [*IMAGES, "moe.capacity_factor=null"]))
+    shape_BCHW = (images_of_rank, 3, 32, 32)
+    images = torch.randn(
+        shape_BCHW, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    mask_B = torch.arange(images_of_rank) < 2
+    outputs = []
+    for batches in (1, 2):
+        model.batches_in_flight = batches
+        with EqualRows():
+            outputs.append(model(images, mask_B))
+    assert_close(outputs[1].logits_BC, outputs[0].logits_BC)
+    assert torch.equal(integer_sums(outputs[0].stats), integer_sums(outputs[1].stats))
+
+
+def test_compiled_sublayers_compute_both_halves():
+    """The eager backend leaves out the code that another one would make; how a function is called
+    is the same."""
+    model = tiny_model(tiny(*DROPLESS, "moe.architecture=top_k"))
+    ids_BS, _ = tiny_batch(tiny(), 3)
+    expected = model(ids_BS).logits_BSV
+    for part in outermost(model, (Residual, MLP)):
+        part.compile(backend="eager")
+    model.batches_in_flight = 2
+    assert_close(model(ids_BS).logits_BSV, expected)
+
+
+# ---------------------------------------------------------------------- turns
+
+
+def test_functions_take_turns():
+    order = []
+
+    def function(name, waits):
+        for step in range(waits):
+            order.append(f"{name}{step}")
+            pass_turn()
+        assert current_turns().batches == 2
+        return name
+
+    assert in_turns([lambda: function("a", 3), lambda: function("b", 1)]) == ["a", "b"]
+    assert order == ["a0", "b0", "a1", "a2"]
+    assert current_turns() is None
+    pass_turn()  # it returns where there are no turns
+
+
+def test_an_error_ends_all_functions():
+    ended = []
+
+    def waits():
+        try:
+            pass_turn()
+            pass_turn()
+        finally:
+            ended.append(getcurrent())
+
+    def fails():
+        pass_turn()
+        raise ValueError("the second batch")
+
+    with pytest.raises(ValueError, match="the second batch"):
+        in_turns([waits, fails, waits])
+    assert len(ended) == 2
+    assert all(batch.dead for batch in ended)
+
+
+def test_modes_around_the_turns_hold_inside():
+    seen = []
+
+    def function():
+        pass_turn()
+        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+
+    with torch.no_grad(), torch.autocast("cpu"), saved_tensors_hooks(lambda t: t, lambda t: t):
+        in_turns([function, function])
+    assert seen == [(False, True)] * 2
+
+
+@contextmanager
+def float64_by_default():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+MODES = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "saved_tensors_hooks": lambda: saved_tensors_hooks(lambda t: t, lambda t: t),
+    "sdpa_kernel": lambda: sdpa_kernel(SDPBackend.MATH),
+    "set_default_dtype": lambda: float64_by_default(),
+    "cuda.stream": lambda: patch.object(torch.cuda, "current_stream", lambda: "another one"),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_mode_that_is_open_over_a_pause_is_refused_by_its_name(name, monkeypatch):
+    """The batch that waits meanwhile is ended, and the thread has its modes again. Without a GPU
+    the stream is a text."""
+    if name == "cuda.stream":
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the usual one")
+
+    def waits():
+        with MODES[name]():
+            pass
+        pass_turn()
+
+    def enters():
+        with MODES[name]():
+            pass_turn()
+
+    assert in_turns([waits, waits]) == [None, None]
+    with pytest.raises(RuntimeError, match=name):
+        in_turns([waits, enters])
+    assert in_turns([waits, waits]) == [None, None]
+
+
+def test_a_checkpoint_around_a_whole_block_is_refused_where_it_would_be_open_over_a_pause():
+    model = tiny_model(tiny(*DROPLESS))
+    ids_BS, _ = tiny_batch(tiny(), 2)
+    expected = model(ids_BS).logits_BSV
+    for block in model.blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    assert_close(model(ids_BS).logits_BSV, expected)
+    set_in_flight(model, 2)
+    with pytest.raises(RuntimeError, match=r"checkpoint.*trainer\.recompute"):
+        model(ids_BS)
+
+
+# ---------------------------------------------------------------------- how a network is set
+
+
+def test_other_numbers_than_one_and_two_are_refused():
+    model = tiny_model(tiny(*DROPLESS))
+    ids_BS, _ = tiny_batch(tiny(), 2)
+    for number in (0, 3):
+        model.batches_in_flight = number
+        with pytest.raises(ValueError, match=r"allowed: 1 \| 2"):
+            model(ids_BS)
+        with pytest.raises(ValueError, match=r"allowed: 1 \| 2"):
+            set_in_flight(model, number)
+
+
+def test_a_network_without_halves_stays_without_them():
+    """Generation sets one batch in flight for each decode."""
+    network = nn.Linear(2, 2)
+    with one_in_flight(network):
+        assert not has_halves(network)
+    set_in_flight(network, 1)
+    assert not has_halves(network) and batches_of(network) == 1
+    with pytest.raises(ValueError, match="Linear has no attribute batches_in_flight"):
+        set_in_flight(network, 2)
+
+
+class Forwarding(nn.Module):
+    """Forwards reads to the network in it, as a PeftModel does."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.network, name)
+
+
+def test_a_wrapper_that_forwards_reads_alone_is_refused():
+    """It would keep the number for itself, and the network would run as before."""
+    model = tiny_model(tiny(*DROPLESS))
+    wrapper = Forwarding(model)
+    with pytest.raises(ValueError, match="Forwarding only reads batches_in_flight"):
+        set_in_flight(wrapper, 2)
+    assert batches_of(wrapper) == batches_of(model) == 1
+    set_in_flight(wrapper, 1)
+    set_in_flight(model, 2)
+    assert batches_of(wrapper) == 2
+    compiled = torch.compile(model, backend="eager")
+    set_in_flight(compiled, 1)
+    assert batches_of(model) == 1, "it forwards writes too"
+
+
+def test_what_ran_names_two_batches():
+    model = tiny_model(tiny(*DROPLESS))
+    one = how_passes_run(model)["prefill"]
+    set_in_flight(model, 2)
+    assert how_passes_run(model)["prefill"] == f"{one}, two batches in flight"
+
+
+# ---------------------------------------------------------------------- compiled and profiled
+
+
+def graphs_of(model, ids_BS):
+    """Return the logits of a model that is compiled as a whole, and the number of its graphs."""
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    logits_BSV = torch.compile(model, backend=counting)(ids_BS).logits_BSV
+    return logits_BSV, len(graphs)
+
+
+def test_a_network_that_is_compiled_as_a_whole_has_graphs_inside_its_blocks():
+    """With two batches in flight only what is before and after the blocks is compiled."""
+    model = tiny_model(tiny(*DROPLESS, "moe.architecture=top_k"))
+    ids_BS, _ = tiny_batch(tiny(), 3)
+    expected = model(ids_BS).logits_BSV
+    numbers = []
+    for batches in (1, 2):
+        set_in_flight(model, batches)
+        logits_BSV, number = graphs_of(model, ids_BS)
+        assert_close(logits_BSV, expected)
+        numbers.append(number)
+    assert numbers[0] > numbers[1] + len(model.blocks)
+
+
+@pytest.mark.parametrize("words", ["architecture=scmoe", "architecture=dgmoe"])
+def test_a_profile_has_every_operator_inside_one_turn_of_its_half(words):
+    model = tiny_model(tiny(f"moe.{words}", *DROPLESS))
+    set_in_flight(model, 2)
+    ids_BS, _ = tiny_batch(tiny(), 2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(ids_BS)
+    ranges = [*operators_of(events_of(profile))]
+    turns = [one for one in ranges if one[0].startswith("batch ")]
+    others = [one for one in ranges if one not in turns]
+    assert {name for name, *_ in turns} == {"batch 1", "batch 2"} and others
+    for name, begin_ms, end_ms, _ in others:
+        around = [turn for turn in turns if turn[1] <= begin_ms and end_ms <= turn[2]]
+        assert len(around) == 1, name
+    halves = measured_timelines(ranges)
+    assert [name[:6] for name in halves] == ["half 1", "half 2"]
+    for spans in halves.values():
+        assert [span.operator for span in spans].count("route") <= (2 if "dgmoe" in words else 1)

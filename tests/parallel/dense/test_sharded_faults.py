@@ -1,0 +1,198 @@
+"""Faults 71 to 75: what goes wrong where dense weights are split over ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from experiments.engine.ranks import run_ranks
+from scmoe.lightning.stop import EXIT_CODE
+from scmoe.parallel.checkpoint import durable
+from scmoe.parallel.dense.dense_auto import estimates_of, pick_dense, possible_modes
+from scmoe.parallel.dense.memory import RankJob, Split
+from scmoe.parallel.mesh import Mesh
+from scmoe.training.assembly.model import build_model_on_meta, build_module
+from scmoe.training.assembly.start import Start, dense_estimates
+from scmoe.training.modules import LanguageModel
+from tests.support.cases import ARCHITECTURES, split
+from tests.support.comparison import assemble, assert_same
+from tests.support.failing import failure
+from tests.support.faults import damaged, restored, tiny_run
+from tests.support.resuming import before_each
+from tests.support.trainings import fit, tiny, train_cases
+
+pytestmark = [pytest.mark.ranks, pytest.mark.faults]
+
+SHARDED = tiny_run.WAYS["sharded"]
+
+
+# -------------------------------------------------- every architecture, way and EP degree
+
+
+ON_FOUR = {  # case: its architecture and words; EP 1, 2 and 4 in turn
+    f"{name}, {how}": (name, f"{text} {split(how, (1, 2, 4)[(i + j) % 3], 4)}")
+    for j, how in enumerate(("sharded", "hybrid"))
+    for i, (name, text) in enumerate(ARCHITECTURES.items())
+}
+ON_EIGHT = {
+    name: (name, f"{text} {split(('sharded', 'hybrid')[i // 2 % 2], (2, 4)[i % 2], 8)}")
+    for i, (name, text) in enumerate(ARCHITECTURES.items())
+}
+PARTS = {4: 6, 8: 5}  # by number of ranks, each within the time of a test
+
+
+@pytest.mark.parametrize(
+    "world_size, part", [(n, part) for n, parts in PARTS.items() for part in range(parts)]
+)
+def test_every_architecture_equals_one_process(world_size, part):
+    every = ON_FOUR if world_size == 4 else ON_EIGHT
+    cases = dict(list(every.items())[part :: PARTS[world_size]])
+    names = {name for name, _ in cases.values()}
+    (one,) = run_ranks(train_cases, 1, {name: ARCHITECTURES[name] for name in names})
+    ranks = run_ranks(
+        train_cases, world_size, {case: text for case, (_, text) in cases.items()}, timeout_s=280
+    )
+    for case, (name, _) in cases.items():
+        assert_same([rank[case] for rank in ranks], assemble([one[name]]))
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        [restored.Layout(1, 1), restored.Layout(2, 1, "sharded"), restored.Layout(4, 2, "hybrid")],
+        restored.ALL,
+    ],
+)
+def test_a_checkpoint_of_any_layout_is_read_in_any_other(layouts):
+    assert restored.reshard(layouts) == {"pairs": len(layouts) ** 2, "equal": len(layouts) ** 2}
+
+
+def test_a_killed_save_of_split_weights_leaves_a_whole_checkpoint():
+    found = damaged.kill(points=3, random=3, dense="sharded")
+    assert found["killed"] >= found["kill_points"] - 3
+    assert (found["lost"], found["mixed"], found["leftovers"]) == (0, 0, 0)
+
+
+def test_a_flipped_bit_is_refused_and_a_resumed_run_is_bit_identical():
+    assert damaged.flip(50, dense="sharded") == {"flips": 50, "refused": 50}
+    assert restored.resume(2, [2], [0], dense="sharded") == {"compared": 2, "bit_equal": 2}
+
+
+# ---------------------------------------------------------------------- ranks that fail or stop
+
+
+class Poisoned(LanguageModel):
+    """In step 1 the experts of rank 1 return NaN."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor | None]:
+        if batch_idx == 1 and self.wire.mesh.rank == 1:
+            experts = self.model.blocks[0].moe.experts
+            experts.register_forward_hook(lambda m, a, out: out * float("nan"), prepend=True)
+        return super().training_step(batch, batch_idx)
+
+
+def poisoned(rank: int, world_size: int) -> None:
+    config = tiny(f"position=pos2 {' '.join(SHARDED)}", world_size)
+    module = build_module(config)
+    module.__class__ = Poisoned
+    fit(config, module=module)
+
+
+@pytest.mark.representative
+def test_a_nan_on_one_rank_stops_all_before_the_update():
+    """Each rank searches the origin in its own part of the weights; a collective there would wait
+    for ever."""
+    said = failure(poisoned, 2, all_fail=True)
+    origin = "rank 1: output of model.blocks.0.moe.experts"
+    assert (
+        said.count(
+            "FloatingPointError: gradient norm is nan, no update was made; first not finite:"
+            f" {origin}"
+        )
+        == 2
+    )
+
+
+def stopped(
+    rank: int, world_size: int, folder: Path, resume_from: Path | None, victim: int | None
+) -> Any:
+    """Return the exit code of a run, or its tensors. victim: receives SIGTERM in step 2."""
+
+    def stop(module: LanguageModel, batch_idx: int) -> None:
+        if rank == victim and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    words = "trainer.max_steps=5", "strategy.async_checkpoint=true", *SHARDED
+    with before_each("training_step", stop):
+        try:
+            return tiny_run.tensors(
+                tiny_run.fit(tiny_run.tiny(world_size, *words), folder, resume_from)
+            )
+        except SystemExit as end:
+            return end.code
+
+
+def test_sigterm_to_one_rank_saves_one_step_and_the_resumed_run_is_bit_identical(tmp_path):
+    assert run_ranks(stopped, 2, tmp_path / "stopped", None, 1) == [EXIT_CODE] * 2
+    (saved,) = (tmp_path / "stopped" / "checkpoints").iterdir()
+    assert 2 <= durable.verify(saved) < 5
+    whole = run_ranks(stopped, 2, tmp_path / "whole", None, None)
+    resumed = run_ranks(stopped, 2, tmp_path / "resumed", saved, None)
+    assert all(tiny_run.same(a, b) for a, b in zip(resumed, whole, strict=True))
+
+
+# ---------------------------------------------------------------------- refusals and auto
+
+
+def fitted_twice(rank: int, world_size: int) -> None:
+    config = tiny("position=pos2 trainer.max_steps=1 strategy.dense=sharded", world_size)
+    module = build_module(config)
+    fit(config, module=module)
+    fit(tiny("position=pos2 trainer.max_steps=1", world_size), module=module)
+
+
+def test_a_module_that_is_split_is_not_trained_as_replicated():
+    assert "ValueError: dense is replicated, but an earlier run" in failure(fitted_twice, 1)
+
+
+@pytest.mark.representative
+def test_auto_takes_the_first_way_that_has_room():
+    """A rank of 64 in nodes of 8, EP 8: twice its weights, gradients, and two moments."""
+    model = build_model_on_meta(tiny("", 1))
+    experts = 4 * sum(p.numel() for p in Split(model, RankJob()).experts)
+    dense = 4 * sum(p.numel() for p in model.parameters()) - experts
+    estimates = estimates_of(model, Mesh(world_size=64, ep_size=8), node_size=8)
+    split = {"hybrid": dense / 8 + experts / 8, "sharded": dense / 64 + experts / 8}
+    assert estimates == {"replicated": 8 * (dense + experts)} | {
+        way: 8 * size for way, size in split.items()
+    }
+    needed = {"replicated": 36.0, "hybrid": 4.5, "sharded": 3.1875}
+    picked = [pick_dense(needed, memory)[0] for memory in (45.1, 44.9, 5.7, 5.5, 1.0)]
+    assert picked == ["replicated", "hybrid", "hybrid", "sharded", "sharded"]
+    assert possible_modes(model, 4, edp_size=4, node_size=4) == ["replicated", "sharded"]
+
+
+@pytest.mark.representative
+def test_auto_of_a_config_counts_activations():
+    few, many = (
+        dense_estimates(Start.of(tiny(f"strategy.dense=auto data.global_batch_size={n}", 4)))
+        for n in (8, 64)
+    )
+    assert list(few) == ["replicated", "sharded"] and all(many[way] > few[way] for way in few)
+
+
+def test_auto_splits_no_expert_whose_width_cannot_be_split():
+    """`sharded` is refused there: three ranks hold each expert, of width 16."""
+    config = tiny("strategy.dense=auto strategy.ep_size=1 data.global_batch_size=6", 3)
+    assert list(dense_estimates(Start.of(config))) == ["replicated"]
+    assert list(estimates_of(build_model_on_meta(config), Mesh(world_size=3), node_size=3)) == [
+        "replicated"
+    ]

@@ -1,0 +1,114 @@
+"""A measured profile is that of its slowest rank; what cannot be measured is refused in one line.
+None of it needs a card (tests/predict/test_measure_ranks.py measures this machine)."""
+
+import multiprocessing
+import os
+import time
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from scmoe.config.leaves import ConfigError
+from scmoe.predict import measure
+from scmoe.predict.advice import Request, advice_for
+from scmoe.predict.measure import COPIED, HOST_SIZES, LARGE, SMALL, Seconds, profile_of
+from scmoe.predict.profile import Groups
+
+# a card without links
+CARD = Seconds(product=1e-3, copy=4e-4, launch=4e-6)
+RATE, LATENCY = 10e9, 50e-6  # of the links below
+
+
+def exchanged(seconds: Seconds, ranks: int) -> Seconds:
+    travels = (ranks - 1) / ranks
+    small, large = (LATENCY + nbytes * travels / RATE for nbytes in (SMALL, LARGE))
+    return seconds._replace(small=small, large=large, lost=0.02, hidden=0.1)
+
+
+def test_the_numbers_are_those_of_the_slowest_rank():
+    fast = exchanged(Seconds(product=0.05, copy=0.02, launch=1e-6), 2)
+    slow = exchanged(Seconds(product=0.1, copy=0.01, launch=2e-6), 2)._replace(lost=0.03)
+    profile = profile_of([fast, slow], on_cards=False, card=None)
+    machine = profile.machine()
+    rows, width, columns = HOST_SIZES
+    assert machine.flops == pytest.approx(2 * rows * width * columns / 0.1)
+    assert machine.memory == pytest.approx(2 * COPIED / 0.02)
+    assert machine.launch == pytest.approx(2e-6) and machine.tax == pytest.approx(0.3)
+    assert machine.all_to_all(1e8, Groups(2, 2)) == pytest.approx(LATENCY + 0.5e8 / RATE)
+    # what is 1 by definition has no band
+    assert profile.values["attained"].source == profile.values["links.node.attained"].source
+    assert profile.values["attained"] == (1.0, "given")
+    assert profile.ranks == profile.ranks_per_node == 2 and profile.precision == "32-true"
+
+
+def test_the_peak_of_a_known_card_is_its_datasheet_s():
+    measured = [exchanged(CARD, 2)] * 2
+    known = profile_of(measured, True, "NVIDIA H100 80GB HBM3")
+    unknown = profile_of(measured, True, "another card")
+    assert known.values["peak_tflops"] == (989.4, "datasheet")
+    assert known.values["attained"].source == unknown.values["peak_tflops"].source == "measured"
+    assert known.machine().flops == pytest.approx(unknown.machine().flops)
+
+
+def test_a_single_card_has_no_links_and_can_be_advised():
+    profile = profile_of([CARD], True, "NVIDIA H100 80GB HBM3")
+    assert profile.measured_bytes is None and "links.node.gb_s" not in profile.guesses
+    advice, config = advice_for(Request("quickstart", ["model.layers=2"]), profile)
+    assert config.strategy.ep_size == 1 and advice.share == 0.0
+    for row in advice.rows.values():
+        assert row.step.exposed_rows == pytest.approx(0.0, abs=1e-12)  # sums of times
+
+
+def test_memory_is_that_of_the_smallest_card_or_a_rank_s_share_of_this_machine(monkeypatch):
+    class Properties(NamedTuple):
+        total_memory: float
+
+    sizes = {torch.device("cuda", 0): Properties(80e9), torch.device("cuda", 1): Properties(40e9)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", sizes.__getitem__)
+    assert measure.memory_here(True, 2) == 40e9
+    all_of_it = measure.memory_here(False, 1)
+    assert 0 < measure.memory_here(False, 2) == all_of_it / 2
+
+
+@pytest.mark.parametrize(
+    ("disturbed", "words"),
+    [
+        ({"small": 2.0}, "links have no rate"),
+        ({"small": 1e-9, "large": 2e-9}, "links.node.gb_s"),
+        ({"launch": 1.0}, "launch_us"),
+    ],
+)
+def test_a_measurement_that_other_work_has_disturbed_is_refused(disturbed, words):
+    seconds = exchanged(CARD, 2)._replace(**disturbed)
+    with pytest.raises(ConfigError, match=words) as error:
+        profile_of([seconds, seconds], True, None)
+    assert "\n" not in str(error.value)
+
+
+def test_cards_that_cannot_exchange_are_refused_before_a_process_starts(monkeypatch):
+    """One card alone needs no NCCL."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(measure, "measured_by", lambda ranks: pytest.fail("processes"))
+    with pytest.raises(ConfigError, match="NCCL"):
+        measure.measure()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert measure.ranks_here() == (True, 1)
+
+
+def test_a_rank_that_fails_or_hangs_ends_the_measurement(monkeypatch):
+    context = multiprocessing.get_context("spawn")
+    failing = context.Process(target=os._exit, args=(3,), daemon=True)
+    waiting = context.Process(target=time.sleep, args=(60,), daemon=True)
+    for process in (failing, waiting):
+        process.start()
+    assert measure.wait_for([failing, waiting])
+    assert failing.exitcode == 3 and waiting.exitcode
+
+    hanging = context.Process(target=time.sleep, args=(60,), daemon=True)
+    hanging.start()
+    monkeypatch.setattr(measure, "LIMIT_S", 0.1)
+    assert not measure.wait_for([hanging]) and hanging.exitcode

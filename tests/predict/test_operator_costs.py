@@ -1,0 +1,291 @@
+"""Operators are counted as a model has them, and timed as a rank runs them."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from scmoe.loads import Sizes as Routed
+from scmoe.loads import load_of
+from scmoe.models.model_cost import forward_flops
+from scmoe.predict.advice import Request, architectures, config_for, job_of, models_for
+from scmoe.predict.operator_costs import OUTSIDE
+from scmoe.predict.plan import Choice, Simulator
+from scmoe.predict.profile import read_profile
+from scmoe.predict.rank_shares import rank_shares
+from scmoe.predict.timed_blocks import Sizes, at_schedule, blocks_on, update_seconds
+from scmoe.schedule.schedule import Schedule
+from scmoe.schedule.stack import BEFORE
+from scmoe.training.assembly.model import build_model_on_meta
+from scmoe.training.assembly.rank_job import rank_job
+from tests.support.advised import QUICK, quickstart_on_cards
+
+
+@pytest.fixture(scope="module")
+def counted():
+    return quickstart_on_cards()
+
+
+def test_products_are_those_of_a_gpts_closed_form(counted):
+    """2 of each weight and row, and 4 S D of a token's attention; a capacity of 2 pads."""
+    _, config, models = counted
+    dim, tokens = config.model.dim, 4 * config.data.seq_len
+    weights = 4 * dim**2 + 8 * dim**2  # of a dense block
+    attention = 4 * config.data.seq_len * dim
+    gate = dim * config.moe.num_experts
+    for name, rows in (("top2", 2 * 2.0), ("top1", 2.0), ("shared_expert", 2.0 + 1)):
+        pair = 2 * weights - 8 * dim**2 + gate + rows * 8 * dim**2
+        small = 2 * dim * 2 if name == "shared_expert" else 0  # CG-1's gate, at most
+        flops = tokens * (2 * (2 * pair + 2 * attention) + 2 * dim * config.data.vocab_size)
+        assert models[name].costs.flops == pytest.approx(flops, abs=tokens * 2 * small)
+
+
+@pytest.mark.parametrize("words", [[], ["moe.leading_dense=[256]", "moe.every=1"]], ids=str)
+def test_products_of_a_llama_are_those_of_the_estimate(words):
+    sizes = ["model.family=llama", "model.layers=4", "model.kv_heads=2", "moe.num_experts=16"]
+    request = Request("quickstart", [*sizes, *words, "moe.capacity_factor=null"])
+    assert_products_are_the_estimate_s(request, rel=1e-6)
+
+
+def test_products_of_a_swin_are_those_of_the_estimate():
+    """Beside its position bias, which is computed once a batch."""
+    pytest.importorskip("timm")
+    request = Request("swinv2_moe_s_tiny", ["moe.capacity_factor=null"], samples=512)
+    assert_products_are_the_estimate_s(request, rel=1e-3)
+
+
+def assert_products_are_the_estimate_s(request, rel):
+    profile = read_profile("8xH100")
+    config = config_for(request, profile)
+    models = {each.name: each.costs for each in models_for(request, profile, config)}
+    for name, moe in architectures(config.moe, config.model.ffn_dim or 4 * config.model.dim):
+        model = build_model_on_meta(replace(config, moe=moe))
+        of_a_sample = sum(forward_flops(model, config.data.seq_len).values())
+        samples = rank_job(config).samples
+        assert models[name].flops == pytest.approx(samples * of_a_sample, rel=rel), name
+
+
+def test_parameters_and_gradients_are_counted_once(counted):
+    for model in counted[2].values():
+        costs = model.costs
+        parts = [p for layer in costs.layers for p in (*layer.before, *layer.after)]
+        layers = {layer: costs.layers.count(layer) for layer in costs.layers}
+        assert len(layers) == 2 and len(costs.layers) == 2  # the first has the embedding
+        assert sum(p.dense for p in (*parts, *costs.head)) == costs.dense_parameters
+        assert sum(p.expert for p in parts) == costs.expert_parameters
+
+
+def test_a_rank_of_many_reads_fewer_experts_and_all_its_rows(counted):
+    profile, _, models = counted
+    machine = profile.machine()
+    costs = models["scmoe_pos2"].costs
+    alone, eight = (blocks_on(machine, costs, Sizes(8, ep))[0][0] for ep in (1, 8))
+    assert alone.times.forward["dispatch"] == 0 < eight.times.forward["dispatch"]
+    assert eight.least.forward["experts"] == pytest.approx(alone.least.forward["experts"] / 8)
+    assert eight.times.forward["attention"] == alone.times.forward["attention"]
+    moved = at_schedule([alone, alone], Schedule("scmoe", "pos2", 3, 4))
+    assert moved[0] is moved[1] and moved[0].schedule.slot == 3
+
+
+def experts_times(costs, machine, **changes):
+    """Return the operators of a block whose experts' kernels are changed."""
+
+    def changed(part):
+        if part.operator != "experts":
+            return part
+        return part._replace(kernels=tuple(k._replace(**changes) for k in part.kernels))
+
+    layers = [layer._replace(after=tuple(map(changed, layer.after))) for layer in costs.layers]
+    return blocks_on(machine, replace(costs, layers=layers), Sizes(8, 8))[0][0].times.forward
+
+
+@pytest.mark.parametrize(("precision", "nbytes"), [("bf16-mixed", 28), ("bf16-true", 14)])
+def test_an_update_reads_four_numbers_of_a_parameter_and_writes_three(counted, precision, nbytes):
+    profile, _, models = counted
+    costs = models["scmoe_pos2"].costs
+    costs = replace(costs, job=replace(costs.job, precision=precision))
+    machine = replace(profile.machine(), memory=1e9)
+    held = costs.dense_parameters + costs.expert_parameters / 4
+    assert update_seconds(machine, costs, Sizes(8, 4)) == pytest.approx(nbytes * held / 1e9)
+
+
+def test_padding_is_sent_computed_and_kept():
+    profile = read_profile("8xH100")
+    request = Request("quickstart", ["moe.capacity_factor=null", "model.layers=2"], samples=8)
+
+    def top_2(padding):
+        padded = replace(profile, padding=padding)
+        config = config_for(request, padded)
+        return models_for(request, padded, config)[0]
+
+    def rows(model, operator):
+        (part,) = (p for p in model.costs.layers[0].after if p.operator == operator)
+        return part
+
+    usual, padded = top_2(None), top_2(1.5)
+    for model, factor in ((usual, 1.0), (padded, 1.5)):
+        sent = rows(model, "dispatch").rows_bytes
+        assert sent == pytest.approx(factor * rows(usual, "dispatch").rows_bytes)
+        assert rows(model, "experts").flops == pytest.approx(factor * rows(usual, "experts").flops)
+    assert padded.memory(1, 1) > usual.memory(1, 1)
+    with_capacity = replace(request, overrides=["moe.capacity_factor=1.5", "model.layers=2"])
+    (in_slots, *_) = models_for(with_capacity, profile, config_for(with_capacity, profile))
+    assert padded.memory(1, 1) == pytest.approx(in_slots.memory(1, 1))
+
+
+def test_the_layout_takes_no_time_for_weights_and_launches_of_experts(counted):
+    """Gate, encode and decode are charged shares of the time of an expert's rows."""
+    profile, _, models = counted
+    machine = replace(profile.machine(), moe=0.3, copy=0.15)
+    costs = models["top2"].costs
+    usual = experts_times(costs, machine)
+    heavy = experts_times(costs, machine, weights=1e10)
+    assert heavy["experts"] > 10 * usual["experts"]
+    bare = experts_times(costs, replace(machine, moe=0.0, copy=0.0))
+    for operator in ("route", "encode", "decode"):
+        assert heavy[operator] == usual[operator] > bare[operator]
+
+
+def test_a_rank_launches_the_experts_that_it_holds(counted):
+    """Where a loop runs three kernels for each of them, as on a CPU; their bytes are rows in and
+    out, and both sides of the activation."""
+    profile, config, models = counted
+    host = replace(profile, precision="32-true")
+    looped = models_for(QUICK, host, config_for(QUICK, host))[0].costs
+    only_launches = replace(profile.machine(), launch=1.0)
+    experts = config.moe.num_experts
+
+    def launches(costs, ep):
+        return blocks_on(only_launches, costs, Sizes(8, ep))[0][0].fixed.forward["experts"]
+
+    assert [launches(looped, ep) for ep in (1, 2, 8)] == [3 * experts / ep for ep in (1, 2, 8)]
+    assert launches(models["top2"].costs, 1) == launches(models["top2"].costs, 8)
+    (part,) = (p for p in looped.layers[0].after if p.operator == "experts")
+    rows = 2 * looped.tokens  # the capacity is not padded on a CPU
+    wide = config.model.ffn_dim or 4 * config.model.dim
+    moved = sum(kernel.moved for kernel in part.kernels)
+    assert moved == 4 * rows * (2 * config.model.dim + 4 * wide)
+
+
+def test_sublayers_of_dense_blocks_are_operators_too():
+    """Attention there takes the machine's factor, and both are computed again where they are
+    checkpointed."""
+    words = ["model.layers=5", "moe.leading_dense=[256]", "moe.every=2"]
+    profile = read_profile("8xH100")
+    request = replace(QUICK, overrides=words)
+    costs = models_for(request, profile, config_for(request, profile))[0].costs
+    before = costs.layers[0].before
+    operators = [part.operator for part in before if part.operator != OUTSIDE]
+    assert operators == ["attention", "mlp", "attention", "mlp", "attention"]
+    machine = replace(profile.machine(), attention=1.0, launch=0.0)
+
+    def seconds(*operators):
+        """Return those of the kernels of these operators."""
+        return sum(
+            max(k.flops / machine.flops, (k.moved + k.weights) / machine.memory)
+            for part in before
+            if part.operator in operators
+            for k in part.kernels
+        )
+
+    def times(machine, costs):
+        return blocks_on(machine, costs, Sizes(8, 8))[0][0].times
+
+    usual, longer = (times(replace(machine, attention=f), costs) for f in (1.0, 3.0))
+    more_s = longer.forward[BEFORE] - usual.forward[BEFORE]
+    assert more_s == pytest.approx(2 * seconds("attention"))
+    again = times(machine, replace(costs, job=replace(costs.job, recompute=True)))
+    more_s = again.backward[BEFORE] - usual.backward[BEFORE]
+    assert more_s == pytest.approx(seconds("attention", "mlp"))
+
+
+def test_what_is_recomputed_is_launched_and_read_once_more(counted):
+    profile, _, models = counted
+    costs = models["scmoe_pos2"].costs
+    again = replace(costs, job=replace(costs.job, recompute=True))
+    usual, longer = (
+        blocks_on(profile.machine(), each, Sizes(8, 8))[0][0] for each in (costs, again)
+    )
+    for times, more in ((usual.fixed, longer.fixed), (usual.least, longer.least)):
+        assert more.forward == times.forward
+        assert more.backward["experts"] == pytest.approx(1.5 * times.backward["experts"])
+
+
+def test_dropless_rows_are_as_many_as_are_routed():
+    """Whatever the number of experts; the slots of a capacity are rounded up, as they travel."""
+    profile = read_profile("8xH100")
+    sizes = ["moe.num_experts=128", "moe.top_k=7", "data.seq_len=50", "model.layers=2"]
+
+    def models(capacity, samples):
+        words_of_job = [*sizes, f"moe.capacity_factor={capacity}"]
+        request = Request("quickstart", words_of_job, samples=samples)
+        config = config_for(request, profile)
+        return config, {each.name: each.costs for each in models_for(request, profile, config)}
+
+    config, few = models("null", samples=2)
+    _, many = models("null", samples=128)
+    row_bytes = 2 * config.model.dim
+    for name, copies in (("top8", 8), ("top1", 1), ("scmoe_pos2", 7)):
+        (dispatched,) = (p for p in few[name].layers[0].after if p.operator == "dispatch")
+        assert dispatched.rows_bytes == 100 * copies * row_bytes
+        assert few[name].tokens == 100
+        assert few[name].flops == pytest.approx(many[name].flops / 64)
+        assert few[name].logits_bytes == many[name].logits_bytes / 64
+    _, padded = models("1.0", samples=2)
+    (dispatched,) = (p for p in padded["top8"].layers[0].after if p.operator == "dispatch")
+    assert dispatched.rows_bytes == 128 * math.ceil(100 * 8 / 128) * row_bytes
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_a_standard_model_gives_the_others_a_shared_expert_of_one_copy(every, activation):
+    """Its narrow experts say how wide that is, whatever the width of its dense MLPs."""
+    profile = read_profile("8xH100")
+    words = [f"moe.every={every}", f"model.activation={activation}", "moe.capacity_factor=null"]
+    words += ["model.ffn_dim=1536", "moe.ffn_dim=96", "moe.top_k=4", "moe.architecture=top_k"]
+    request = Request("quickstart", words, samples=4)
+    config = config_for(request, profile)
+    models = {each.name: each.costs for each in models_for(request, profile, config)}
+    blocks = config.model.layers // every
+    matrices = 3 if activation == "swiglu" else 2
+    expert = matrices * 96 * config.model.dim
+    for name in ("shared_expert", "scmoe_pos1"):
+        more = models[name].dense_parameters - models["top4"].dense_parameters
+        assert more == pytest.approx(blocks * expert, rel=0.05)  # and biases, norms
+        assert models[name].flops == pytest.approx(models["top4"].flops, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def swin():
+    """SwinV2, whose stage 4 routes two copies, whatever stage 3 does."""
+    pytest.importorskip("timm")
+    profile = read_profile("8xH100")
+    request = Request("swinv2_moe_s_tiny", ["moe.capacity_factor=null"], samples=8)
+    config = config_for(request, profile)
+    return profile, config, {each.name: each for each in models_for(request, profile, config)}
+
+
+def test_a_block_is_charged_for_the_copies_that_it_routes(swin):
+    profile, config, models = swin
+    machine = replace(profile.machine(), moe=0.3, copy=0.15)
+    last = {}
+    for name in ("top2", "shared_expert", "scmoe_pos2"):
+        blocks, _ = blocks_on(machine, models[name].costs, job_of(config).sizes)
+        last[name] = blocks[-1].times.forward
+    assert last["shared_expert"] == last["scmoe_pos2"] == last["top2"]
+
+
+def test_a_load_is_dealt_with_the_copies_of_each_block(swin):
+    profile, config, models = swin
+    load = rank_shares(load_of("zipf:1.0"), Routed(config.moe.num_experts, 1, 8))
+    asked = []
+
+    def loads(chunks, top_k):
+        asked.append(top_k)
+        return load(chunks, top_k)
+
+    model = replace(models["shared_expert"], loads=loads)
+    Simulator(profile.machine(), job_of(config)).step(model, Choice(model.schedule, 1, False))
+    *others, last = asked
+    assert set(others) == {1} and last == 2
+    assert load(1, 1) == load(1) != load(1, 2)

@@ -1,0 +1,266 @@
+"""The drop-in block is the block that a configuration builds. test_wrap.py has its gradients on two
+ranks."""
+
+import io
+import math
+import re
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import scmoe
+from experiments.engine.ranks import run_ranks
+from scmoe.moe.router import Scoring, SelectionBias, by_sign
+from scmoe.parallel.dense.sharded import local, make_equal, shard, with_dense_mesh
+from scmoe.parallel.mesh import build_mesh
+from scmoe.training.assembly.blocks import build_blocks
+from tests.support.commands import ROOT, environment
+from tests.support.forked import python
+
+SIZES = "model.dim=16 model.heads=2 model.layers=2 data.seq_len=8 moe.num_experts=4"
+
+
+@pytest.mark.parametrize("position", ["pos1", "pos2", "pos3"])
+@pytest.mark.parametrize("combine", ["direct_add", "cg1", "cg2"])
+def test_it_is_the_block_of_a_configuration(position, combine):
+    words = (
+        f"{SIZES} moe.position={position} moe.combine={combine} moe.top_k=2"
+        " moe.capacity_factor=null"
+    )
+    (built,) = build_blocks(scmoe.load_config(None, words.split()), scmoe.Wire())
+    block = scmoe.ScMoEBlock(16, 2, 4, 2, position, combine)
+    assert block.schedule == built.schedule
+    block.load_state_dict(built.state_dict())
+    x_BSD = torch.randn(2, 8, 16)
+    assert torch.equal(block(x_BSD)[0], built(x_BSD)[0])
+
+
+EVERY_BLOCK = "model.layers=2 moe.every=1 moe.combine=direct_add"
+CONFIGURED = {
+    "longcat": "moe.position=pos2 moe.tap_norm=shared moe.combine=direct_add",
+    "nvidia": f"{EVERY_BLOCK} moe.position=pos1 moe.after_norm=true",
+    "nous": f"{EVERY_BLOCK} moe.position=pos2",
+    "farskip": "model.layers=2 moe.every=1 moe.architecture=farskip",
+    "dgmoe": "moe.architecture=dgmoe moe.position=pos3",
+}
+
+
+@pytest.mark.parametrize("shortcut", CONFIGURED)
+@pytest.mark.parametrize("router", ["softmax", "longcat"])
+def test_other_shortcuts_and_routers_are_those_of_a_configuration(shortcut, router):
+    top_k, experts = 1 if shortcut == "dgmoe" else 2, {"router": router, "zero_experts": 2}
+    words = (
+        f"{SIZES} moe.capacity_factor=null moe.top_k={top_k} moe.router={router} moe.zero_experts=2"
+    )
+    built = build_blocks(
+        scmoe.load_config(None, f"{words} {CONFIGURED[shortcut]}".split()), scmoe.Wire()
+    )
+    ours, theirs = {"x_BSD": torch.randn(2, 8, 16)}, {}
+    theirs |= ours
+    for i, block in enumerate(built):
+        position = {"nous": ("first", "carried")[i], "dgmoe": "pos3"}.get(shortcut)
+        mine = scmoe.ScMoEBlock(16, 2, 4, top_k, position, shortcut=shortcut, **experts)
+        mine.load_state_dict(block.state_dict())
+        assert (
+            mine.schedule == block.schedule and mine.moe.router.scoring == block.moe.router.scoring
+        )
+        y, stats, *carry = mine(**ours)
+        y_built, _, *carry_built = block(**theirs)
+        assert torch.equal(y, y_built)
+        ours, theirs = (
+            {"x_BSD": x, **({"carry": c[0]} if c else {})}
+            for x, c in ((y, carry), (y_built, carry_built))
+        )
+    if router == "longcat":
+        scmoe.move_biases(mine, [stats])
+        assert mine.moe.router.bias.weight.any()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"combine": "cg3"}, "combine is 'cg3', allowed: direct_add | cg1 | cg2"),
+        ({"position": "carried"}, "position is 'carried', allowed: pos1 | pos2 | pos3"),
+        ({"shortcut": "none"}, "shortcut is 'none', allowed: scmoe | longcat"),
+        ({"shortcut": "farskip", "combine": "cg1"}, "combine is 'cg1', allowed: None"),
+        ({"router": "relu"}, "router is 'relu', allowed: softmax | deepseek | longcat"),
+        ({"heads": 3}, "heads is 3, allowed: divisors of dim"),
+        ({"top_k": 5}, "top_k is 5, allowed: 1..num_experts"),
+        ({"expert_slot": 9}, "slot is 9, allowed"),
+        *(
+            ({"capacity_factor": f}, f"capacity_factor is {f}, allowed: None, or above 0")
+            for f in (-1, 0.0, math.nan)
+        ),
+        *(({"ffn_dim": n}, f"ffn_dim is {n}, allowed: 1 or more") for n in (-8, 0)),
+        (
+            {"activation": "swiglu", "ffn_dim": 0},
+            "dim is 16 and ffn_dim is 0, allowed: multiples of 8",
+        ),
+        ({"activation": "relu"}, "activation is 'relu', allowed: gelu | gelu_tanh | swiglu"),
+    ],
+    ids=str,
+)
+def test_wrong_numbers_are_refused(given, message):
+    make = scmoe.MoE if "activation" in given else partial(scmoe.ScMoEBlock, heads=2)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(**{"dim": 16, "num_experts": 4, **given})
+
+
+def test_a_router_of_ones_own_is_taken_and_checked():
+    scoring = Scoring(torch.sigmoid, sums_to_one=False, scale=2.0)
+    assert scmoe.ScMoEBlock(16, 2, 4, router=scoring).moe.router.scoring is scoring
+    with pytest.raises(ValueError, match="sums_to_one"):
+        scmoe.MoE(16, 4, router=Scoring(torch.sigmoid))
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (1, 2, 8, 16)], ids=str)
+def test_an_input_without_batch_or_with_more_is_refused(shape):
+    with pytest.raises(
+        ValueError, match=re.escape(f"x has the shape {shape}, allowed: (batch, sequence, 16)")
+    ):
+        scmoe.ScMoEBlock(16, 2, 4)(torch.randn(shape))
+
+
+@pytest.mark.parametrize(
+    "make", [partial(scmoe.ScMoEBlock, heads=2), partial(scmoe.MoE, activation="swiglu")]
+)
+def test_a_module_with_experts_can_be_pickled(make):
+    module, file = make(16, num_experts=4), io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    again, x_BSD = torch.load(file, weights_only=False), torch.randn(2, 8, 16)
+    assert torch.equal(again(x_BSD)[0], module(x_BSD)[0])
+
+
+# ---------------------------------------------------------------------- on two ranks
+
+
+def wrapped_wrongly(rank: int, world_size: int) -> list[str]:
+    """Return what is said of two mistakes after which expert gradients would not be averaged."""
+    dist.init_process_group("gloo")
+    said = []
+    for built_with, group in ((None, dist.group.WORLD), (dist.group.WORLD, None)):
+        try:
+            scmoe.data_parallel(scmoe.ScMoEBlock(16, 2, 4, 2, ffn_dim=32, group=built_with), group)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+@pytest.mark.ranks
+def test_a_group_that_is_not_that_of_the_experts_is_refused():
+    for said in run_ranks(wrapped_wrongly, 2):
+        assert "holds experts 0 to 3 on rank" in said[0]
+        assert said[1].startswith("group is None on several ranks")
+
+
+def drawn_apart(rank: int, world_size: int, how: str) -> list[torch.Tensor]:
+    """Return this rank's part of all weights of a module that each rank has drawn from another
+    generator."""
+    dist.init_process_group("gloo")
+    device, timeout = torch.device("cpu"), timedelta(seconds=60)
+    mesh = build_mesh(1, device, timeout)
+    torch.manual_seed(rank)
+    moe = scmoe.MoE(16, 4, ffn_dim=32)
+    moe.router.bias = SelectionBias(4, 0, Scoring(rule=by_sign))
+    nn.init.constant_(moe.router.bias.weight, rank)
+    module = nn.Sequential(nn.Linear(16, 16), moe)
+    module.register_buffer("statistics", torch.rand(3, 2).T)
+    if how == "hybrid":
+        mesh = with_dense_mesh(mesh, how, 2, device, timeout)
+        shard(module, mesh, "32-true")
+    make_equal(module, mesh)
+    names = ["0.weight"] if how == "hybrid" else ["1.experts.w_in_eDF", "1.experts.w_out_eFD"]
+    names.append("1.router.bias.weight")
+    buffers = [module.statistics] if how == "hybrid" else []  # else DDP makes them equal
+    return [*(local(module.get_parameter(name)).detach().clone() for name in names), *buffers]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("how", "ranks"), [("replicated", 2), ("hybrid", 4)])
+def test_ranks_with_the_same_part_of_a_weight_begin_with_the_same_values(how, ranks):
+    parts = run_ranks(drawn_apart, ranks, how)
+    for one, other in zip(parts[: ranks // 2], parts[ranks // 2 :], strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+# ---------------------------------------------------------------------- the names of the package
+
+
+def test_every_name_is_found_and_no_other():
+    assert sorted(scmoe.__all__) == sorted(scmoe.NAMES) and {*scmoe.__all__} <= {*dir(scmoe)}
+    assert all(getattr(scmoe, name) is not None for name in scmoe.__all__)
+    with pytest.raises(ImportError, match=r"scmoe\.Wire"):
+        from scmoe import ParallelContext  # noqa: F401
+    with pytest.raises(AttributeError, match=r"no attribute 'Moe', allowed: .*MoE"):
+        _ = scmoe.Moe
+
+
+IMPORTS = """
+import sys, scmoe
+print({"torch", "lightning"} & {*sys.modules})
+scmoe.ScMoEBlock(16, 2)
+print({"lightning", "omegaconf", "rich"} & {*sys.modules})
+from lightning.pytorch import Trainer
+print(type(Trainer(strategy="expert_parallel", accelerator="cpu", logger=False).strategy).__name__)
+"""
+
+
+def test_importing_the_package_needs_no_torch_and_the_block_no_lightning():
+    """Lightning knows the strategy's name all the same. In ranks it is imported before this
+    package."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "set()\nset()\nExpertParallelStrategy\n", done.stderr
+
+
+# -------------------------------------------------- the examples of README and docs/
+
+
+def test_the_lines_of_the_readme_run():
+    (lines,) = re.findall(
+        r"```python\n(import scmoe.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    names = {"x": torch.randn(1, 4, 256), "task_loss": lambda y: y.square().mean()}
+    exec(lines, names)  # the page's own text
+    assert names["loss"].requires_grad and names["y"].shape == (1, 4, 256)
+
+
+def example(name: str, **variables: str) -> str:
+    """Return what the script prints."""
+    script = str(ROOT / "docs/examples" / name)
+    code, out, err = python(script, cwd=ROOT, env=environment(**variables), timeout_s=120)
+    assert code == 0, err
+    return out
+
+
+@pytest.mark.ranks
+def test_the_example_of_plain_torch_learns():
+    assert re.fullmatch(r"loss after 20 steps: 0\.0\d\d\n", example("drop_in.py"))
+
+
+@pytest.mark.ranks
+def test_the_example_of_torchrun_learns_on_both_ranks():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    common = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    with ThreadPoolExecutor(2) as pool:
+        ranks = [
+            pool.submit(example, "two_ranks.py", RANK=rank, LOCAL_RANK=rank, **common)
+            for rank in "01"
+        ]
+        assert all(re.search(r"step 19: loss 0\.0", rank.result()) for rank in ranks)

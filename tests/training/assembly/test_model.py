@@ -1,0 +1,164 @@
+"""Every configuration builds without memory; what does not fit its tokenizer, its nodes or its text
+is said."""
+
+from pathlib import Path
+
+import pytest
+
+from scmoe.config.as_yaml import to_yaml
+from scmoe.config.leaves import ConfigError
+from scmoe.config.load import load, load_text
+from scmoe.datamodules.tokenizer import make_tokenizer
+from scmoe.models.model_cost import count_parameters, total_and_active
+from scmoe.runs.on_ranks import config_without_training
+from scmoe.training.assembly.data import build_datamodule, prepare_data
+from scmoe.training.assembly.model import build_model_on_meta
+from scmoe.training.assembly.start import doubts
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+FILES = sorted(
+    path
+    for path in CONFIGS.rglob("*.yaml")
+    if path.parent.name not in ("cluster", "sweep") and path.name != "table.yaml"
+)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_config_builds(path):
+    """A config that is saved with changes and loaded again stays equal."""
+    assert path.read_text(encoding="utf-8").startswith("# ")
+    config = load(path, ["logger.tags=[a,'1',null]", "seed=7"])
+    assert load_text(to_yaml(config), "saved") == config
+    counts = count_parameters(build_model_on_meta(config))
+    total, active = total_and_active(counts)
+    assert 0 < active <= total and "other" not in counts
+
+
+FOUR_SEQUENCES = ("trainer.devices=2", "data.global_batch_size=4", "moe.num_experts=4")
+
+
+@pytest.mark.parametrize("old", ("strategy.dense=hybrid", "strategy.exchange=hierarchical"))
+def test_a_run_on_nodes_is_used_in_one_process(old):
+    """With a key of an earlier version too, which trained the same weights whatever its value."""
+    nodes = ("trainer.devices=2", "trainer.num_nodes=2", "data.global_batch_size=8", old)
+    config = config_without_training(
+        lambda words: load(None, [*nodes, *words]), Path("weights"), ()
+    )
+    assert (config.trainer.devices, config.trainer.num_nodes, config.strategy.ep_size) == (
+        1,
+        1,
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "asked", "schedule"),
+    [
+        ("batches_in_flight=2", "trainer.devices=4", (2, "overlapped")),
+        ("batches_in_flight=2", "trainer.devices=1", (None, "overlapped")),
+        ("transfers=sequential", "trainer.devices=2", (None, "sequential")),
+        (
+            "batches_in_flight=2",
+            "trainer.devices=2 schedule.batches_in_flight=1",
+            (1, "overlapped"),
+        ),
+        (
+            "batches_in_flight=2",
+            "trainer.devices=2 schedule.transfers=sequential",
+            (None, "sequential"),
+        ),
+    ],
+)
+def test_between_ranks_a_run_is_used_with_its_own_batches_in_flight(words, asked, schedule):
+    """Four ranks have one sequence each of the training's batch, which matters to trainings."""
+    run = to_yaml(load(None, [*FOUR_SEQUENCES, f"schedule.{words}"]))
+
+    def read(words):
+        return load_text(run, "saved", words, trains=False)
+
+    config = config_without_training(read, Path("weights"), asked.split(), "as trained")
+    assert (config.schedule.batches_in_flight, config.schedule.transfers) == schedule
+    in_one_batch = config_without_training(read, Path("weights"), ("trainer.devices=2",))
+    assert in_one_batch.schedule.batches_in_flight is None
+    if schedule[0] == 2:
+        with pytest.raises(ConfigError, match="one sequence"):
+            load_text(run, "saved", asked.split())
+
+
+def test_probes_of_a_training_do_not_forbid_two_batches_in_its_generation():
+    run = to_yaml(load(None, [*FOUR_SEQUENCES, "analysis.record_routing=5"]))
+    asked = ("trainer.devices=2", "schedule.batches_in_flight=2")
+    config = config_without_training(
+        lambda words: load_text(run, "saved", words, trains=False), Path("weights"), asked
+    )
+    assert config.schedule.batches_in_flight == 2
+    with pytest.raises(ConfigError, match=r"analysis\.record_routing"):
+        load_text(run, "saved", asked)
+
+
+@pytest.mark.parametrize("words", ["", "trainer.devices=2 moe.architecture=dense"])
+def test_one_batch_in_flight_is_allowed_where_no_rows_travel(words):
+    load(None, ["schedule.batches_in_flight=1", *words.split()])
+
+
+@pytest.mark.parametrize("data", ["openwebtext", "slimpajama", "wikitext103"])
+@pytest.mark.parametrize(
+    ("model", "tokens"), [("gpt2_moe_small", ("gpt2", 50257)), ("llama2_moe", ("bpe", 32000))]
+)
+def test_a_models_tokenizer_does_not_depend_on_the_data_set(model, tokens, data, tmp_path):
+    """LLaMA2-MoE keeps a vocabulary of LLaMA-2's size; GPT-2's tokenizer would require a larger
+    one."""
+    parts = [CONFIGS / f"model/{model}.yaml", CONFIGS / f"data/{data}.yaml"]
+    for order in (parts, parts[::-1]):
+        (tmp_path / "mine.yaml").write_text(f"extends: [{', '.join(map(str, order))}]")
+        found = load(tmp_path / "mine.yaml").data
+        assert (found.name, found.tokenizer, found.vocab_size) == ("hf", *tokens)
+
+
+def test_the_error_for_a_too_small_vocabulary_names_both_keys(tmp_path):
+    llama, model = CONFIGS / "model/llama2_moe.yaml", CONFIGS / "model/llama2_moe_tiny.yaml"
+    with pytest.raises(
+        ConfigError, match=r"vocab_size is 32000, allowed: 50257 or more for data\.tokenizer=gpt2"
+    ):
+        load(llama, ["data.tokenizer=gpt2"])
+    file = tmp_path / "tokenizer.json"
+    make_tokenizer(
+        "bpe", 600, ["a text of some words, " * 100 + "".join(map(chr, range(0x400, 0x600)))]
+    ).save(file)
+    config = load(model, ["data.name=text", "data.path=.", f"data.tokenizer={file}"])
+    with pytest.raises(
+        ConfigError, match=r"vocab_size is 512, allowed: \d+ or more, .* data\.tokenizer=.*json"
+    ):
+        build_datamodule(config)
+    with pytest.raises(
+        ConfigError, match=r"data\.tokenizer is 'none\.json'; allowed: bpe, gpt2, or the path"
+    ):
+        build_datamodule(load(model, ["data.tokenizer=none.json"]))
+
+
+def test_what_a_user_has_hardly_meant_is_said(tmp_path):
+    """A warm-up that does not end, and more ids than a tokenizer of this text can have. The text
+    repeats a line."""
+    (tmp_path / "a.txt").write_text(
+        "It was a bright cold day, and the clocks were striking.\n" * 400
+    )
+    words = [
+        "data.name=text",
+        f"data.path={tmp_path}",
+        f"data.cache_dir={tmp_path}/cache",
+        "trainer.max_steps=9",
+    ]
+    found = []
+    for vocabulary, warmup in ((257, 9), (4096, 10)):
+        config = load(
+            None,
+            [
+                *words,
+                f"data.vocab_size={vocabulary}",
+                f"optim.warmup_steps={warmup}",
+                "data.seq_len=8",
+            ],
+        )
+        prepare_data(data := build_datamodule(config))
+        found.append([text.partition(" is ")[0] for text in doubts(config, data)])
+    assert found == [[], ["optim.warmup_steps", "data.vocab_size"]]

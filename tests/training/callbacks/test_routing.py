@@ -1,0 +1,229 @@
+"""Recorded routings are what the routers chose, and what is read is what was written."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scmoe.config.load import load
+from scmoe.moe.balance import load_max
+from scmoe.moe.layout import count
+from scmoe.moe.router import Router
+from scmoe.parallel.wire.wire import Wire
+from scmoe.training.callbacks.record_routing import RecordRouting
+from scmoe.training.callbacks.routing import (
+    Recorded,
+    RoutingProbe,
+    read_routing,
+    selected,
+    shape_of,
+    write_routing,
+)
+from tests.support.models import hooks, tiny, tiny_batch, tiny_model
+
+FIGURES = Path(__file__).parents[3] / "docs" / "figures"
+RESULTS = Path(__file__).parents[3] / "docs" / "results"
+KEPT_STEPS = [0, 10, 25, 50, 75, 100, 125, 150, 200, 250, 300, 349]
+ARCHITECTURES = {
+    "top_k": (2, "moe.architecture=top_k moe.top_k=2"),
+    "scmoe, a capacity": (1, "moe.capacity_factor=0.5"),  # drops more than half of the copies
+    "recomputed": (1, "trainer.recompute=true"),
+    "dgmoe": (2, "moe.architecture=dgmoe"),
+    "dgmoe_share": (2, "moe.architecture=dgmoe_share"),
+    "zero experts": (2, "moe.architecture=top_k moe.top_k=2 moe.zero_experts=3"),
+}
+
+
+def routing(steps: list[int], num_experts: int = 4, seed: int = 0) -> Recorded:
+    """Return two layers: one with 6 tokens that choose 2 experts, one with 3 tokens that choose
+    one."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((len(steps), 6, 2), (len(steps), 3, 1))
+    ids = [
+        torch.rand(*shape[:2], num_experts, generator=generator).topk(shape[2]).indices
+        for shape in shapes
+    ]
+    return Recorded(steps, ids, num_experts, 3)
+
+
+def assert_same(a: Recorded, b: Recorded) -> None:
+    assert (a.steps, shape_of(a)) == (b.steps, shape_of(b))
+    assert all(torch.equal(x, y) for x, y in zip(a.ids, b.ids, strict=True))
+
+
+# ---------------------------------------------------------------------- the probe
+
+
+@pytest.mark.parametrize("num_choices, words", ARCHITECTURES.values(), ids=ARCHITECTURES)
+def test_the_probe_has_what_the_gates_choose(num_choices, words):
+    """A second pass computes each gate's choice from its input by hand, and the counts are those of
+    the losses."""
+    config = tiny("model.layers=4", "moe.num_experts=4", "moe.noisy=false", *words.split())
+    model, (input_ids, _) = tiny_model(config).train(), tiny_batch(config)
+    probe = RoutingProbe(model)
+    logits, stats = model(input_ids)
+    probe.remove()
+    logits.sum().backward()
+    assert hooks(model) == 0
+    by_hand: list[Tensor] = []
+
+    def choose(router: Router, args: tuple[Tensor, ...]) -> None:
+        x_TD, _, excluded_T1 = (*args, None, None)[:3]
+        logits_TE = x_TD @ router.gate.weight.T
+        if excluded_T1 is not None:
+            logits_TE = logits_TE.scatter(1, excluded_T1, -torch.inf)
+        by_hand.append(logits_TE.topk(router.top_k).indices.clamp(max=4))  # 4: to no expert
+
+    handles = [
+        m.register_forward_pre_hook(choose) for m in model.modules() if isinstance(m, Router)
+    ]
+    with torch.no_grad():
+        model(input_ids)
+    for handle in handles:
+        handle.remove()
+    layers = probe.result()
+    assert [tuple(ids_TK.shape) for ids_TK in layers] == [(input_ids.numel(), num_choices)] * 2
+    assert torch.equal(torch.cat(layers, 1), torch.cat(by_hand, 1))
+    for ids_TK, own in zip(layers, stats, strict=True):
+        assert torch.equal(count(ids_TK.long().flatten(), 4), own.counts_E)
+        assert ids_TK.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("architecture", ("dgmoe", "dgmoe_share"))
+def test_double_gates_and_other_gates_are_recorded_in_one_model(architecture):
+    """Stage 3 of SwinV2 has two pairs with a double gate at 4 x 4 places, stage 4 has a top-2 gate
+    at 2 x 2."""
+    pytest.importorskip("timm", reason="SwinV2 needs the extra `vision`")
+    words = (
+        *(
+            "model.family=swin",
+            "model.layers=4",
+            "model.dim=8",
+            "model.heads=1",
+            "model.patch_size=2",
+        ),
+        *("model.window=2", "data.name=digits", "data.image_size=32", "data.num_classes=5"),
+    )
+    model = tiny_model(load(None, [*words, f"moe.architecture={architecture}"]), torch.float32)
+    probe = RoutingProbe(model)
+    _, stats = model(torch.randn(3, 3, 32, 32))
+    layers = probe.result()
+    assert [tuple(ids_TK.shape) for ids_TK in layers] == [(48, 2), (48, 2), (12, 2)]
+    for ids_TK, own in zip(layers, stats, strict=True):
+        assert torch.equal(count(ids_TK.long().flatten(), probe.num_experts), own.counts_E)
+
+
+# ---------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    "num_experts, dtype", ((4, "U8"), (255, "U8"), (256, "I16"), (32768, "I32"))
+)
+def test_a_file_holds_what_was_written_in_the_smallest_type(num_experts, dtype, tmp_path):
+    written, path = routing([0, 7], num_experts), tmp_path / "some.safetensors"
+    written.ids[0][0, 0, 0] = num_experts  # padding
+    write_routing(written, path)
+    assert_same(read_routing(path), written)
+    assert f'"dtype": "{dtype}", "shape": [2, 6, 2]' in path.read_bytes().decode("latin-1")
+
+
+def test_a_folder_is_read_as_one_file(tmp_path):
+    files = {step: routing([step], seed=step) for step in (0, 5, 10)}
+    for step, recorded in files.items():
+        write_routing(recorded, tmp_path / f"step-{step:08}.safetensors")
+    (tmp_path / ".tmp-1-step-00000015.safetensors").write_bytes(b"half")  # a killed run leaves it
+    found = read_routing(tmp_path)
+    together = [
+        torch.cat(layer)
+        for layer in zip(*(recorded.ids for recorded in files.values()), strict=True)
+    ]
+    assert_same(found, Recorded([0, 5, 10], together, 4, 3))
+    assert_same(selected(found, [5]), files[5])
+    with pytest.raises(ValueError, match="step 6 is not recorded, allowed: 0, 5, 10"):
+        selected(found, [6])
+
+
+BROKEN = {
+    "cut": (
+        lambda path: path.write_bytes(path.read_bytes()[:-3]),
+        r"is not a recorded routing: .*analysis\.record_routing=N",
+    ),
+    "text": (lambda path: path.write_text("step,layer"), "is not a recorded routing"),
+    "absent": (Path.unlink, "is not a recorded routing"),
+    "weights": (lambda path: save({"gate": torch.zeros(2)}, path), "is not a recorded routing"),
+    "no layer_0": (
+        lambda path: save(steps_and(layer_1=torch.zeros(2, 3, 1)), path),
+        "is not a recorded routing",
+    ),
+    "too large": (
+        lambda path: save(steps_and(layer_0=torch.full((2, 3, 1), 5)), path),
+        "layer 0: .* from 0 to 4",
+    ),
+    "other steps": (
+        lambda path: save(steps_and(layer_0=torch.zeros(3, 3, 1)), path),
+        "layer 0: .*steps, tokens",
+    ),
+    "twice": (lambda path: write_routing(routing([3, 3]), path), r"\[3, 3\]"),
+    "a folder of others": (
+        lambda path: write_routing(routing([0], num_experts=8), path.with_name("a.safetensors")),
+        "other layers, tokens, experts or ranks",
+    ),
+}
+
+
+def steps_and(**layers: Tensor) -> dict[str, Tensor]:
+    return {
+        "steps": torch.tensor([0, 1]),
+        **{name: ids.to(torch.uint8) for name, ids in layers.items()},
+    }
+
+
+def save(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path, {"num_experts": "4", "num_ranks": "1"})
+
+
+@pytest.mark.parametrize("spoil, words", BROKEN.values(), ids=BROKEN)
+def test_what_is_no_recorded_routing_is_refused_in_one_sentence(spoil, words, tmp_path):
+    path = tmp_path / "own.safetensors"
+    write_routing(routing([0, 7]), path)
+    spoil(path)
+    with pytest.raises(ValueError, match=words):
+        read_routing(tmp_path if len([*tmp_path.iterdir()]) > 1 else path)
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no recorded routing\. Record one with"):
+        read_routing(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_ends_no_training(tmp_path, capsys):
+    (tmp_path / "analysis").write_text("a file")
+    callback = RecordRouting(1, tmp_path / "analysis")
+    callback.on_train_start(SimpleNamespace(global_step=0), None)
+    callback.step, callback.probe = (
+        0,
+        SimpleNamespace(result=lambda: [torch.zeros(2, 1)], num_experts=2),
+    )
+    callback.on_train_batch_end(None, SimpleNamespace(wire=Wire()))
+    assert "step-00000000.safetensors is not written" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- the kept recordings
+
+
+def test_the_kept_recordings_are_those_of_the_report():
+    report = json.loads((RESULTS / "routing.json").read_text())
+    names = ("routing-quickstart", "routing-quickstart-top2", "routing-table3-top2")
+    kept = {name: read_routing(FIGURES / f"{name}.safetensors") for name in names}
+    for recorded in kept.values():
+        assert (recorded.num_experts, recorded.steps) == (8, KEPT_STEPS)
+    of_layers = kept["routing-quickstart"].ids
+    for curves, ids_STK in zip(report["curves"], of_layers, strict=True):
+        counts_SE = count(ids_STK.flatten(1), 8)
+        for part, parts in (("experts", 8), ("EP 2", 2), ("EP 4", 4)):
+            loads = [round(x, 2) for x in load_max(counts_SE, parts).tolist()]
+            assert [curves[part][step] for step in KEPT_STEPS] == loads
