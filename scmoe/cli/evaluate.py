@@ -10,7 +10,7 @@ def main(
     /,
     *overrides: str,
     which: Literal["last", "best"] = "last",
-    tasks: str | None = None,
+    tasks: str = "none",
     data: Path | None = None,
     text: Path | None = None,
     stride: int | None = None,
@@ -25,10 +25,9 @@ def main(
         run: a run's directory, such as runs/latest
         overrides: key=value, what a resumed run may change, too
         which: checkpoint
-        tasks: comma-separated: cloze and next_sentence, made from the text, files of --data, tasks
-            of lm-eval such as hellaswag; none (default: the first two)
+        tasks: comma-separated: files of --data, tasks of lm-eval such as hellaswag; none (default)
         data: folder of NAME.jsonl for tasks, such as piqa.jsonl, or of lm-eval's YAML files
-        text: UTF-8 file for perplexity and own tasks (default: the test split)
+        text: UTF-8 file for perplexity (default: the test split)
         stride: tokens that a window scores (default: half the context)
         limit: questions of a task, the first ones (default: all)
     """
@@ -43,9 +42,7 @@ def main(
     from scmoe.runs.evaluate.evaluation import EvaluationRequest, evaluate, shown
     from scmoe.training.run.printout import console
 
-    names = None if tasks is None else tuple(tasks.split(","))
-    if tasks == "none":
-        names = ()
+    names = () if tasks == "none" else tuple(tasks.split(","))
     results = evaluate(
         run_dir, EvaluationRequest(which, names, data, text, stride, limit, overrides)
     )

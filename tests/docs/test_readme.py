@@ -97,7 +97,7 @@ SHORT = {
         ]
         for name in ("longcat", "instella")
     },
-    "make evaluate": ["make", "evaluate", "ARGS=--limit 5 --stride 256 --text docs/concepts.md"],
+    "make evaluate": ["make", "evaluate", "ARGS=--stride 256 --text docs/concepts.md"],
     "make params": ["make", "params", "ARGS=gpt2_moe_small_tiny"],
     DRYRUN: shlex.split(DRYRUN.removesuffix('"') + ' model.layers=2"'),
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': [
@@ -112,7 +112,7 @@ SAYS = {
     "make figure13": '"equal_bits": true',
     "make train": '"steps": 3',
     'make resume ARGS="trainer.max_steps=400"': '"steps": 5',
-    "make evaluate": '"tasks": {"cloze": ',
+    "make evaluate": '"perplexity": ',
     "make train CONFIG=configs/quickstart_longcat.yaml": '"steps": 3',
     "make train CONFIG=configs/quickstart_instella.yaml": '"steps": 3',
     ".venv/bin/python docs/examples/longcat_roundtrip.py": "model_type longcat_flash",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich import box
@@ -41,13 +41,15 @@ from scmoe.runs.evaluate.scoring import (
     score_test_split,
     score_text,
 )
-from scmoe.runs.evaluate.tasks import OWN_TASKS, Registered, Task, read_task
 from scmoe.runs.on_ranks import config_without_training, ending_together, start_ranks
 from scmoe.training.assembly.data import build_datamodule, kept_data, prepare_data
 from scmoe.training.run.directory import read_state, relative
 from scmoe.training.run.loggers import close_loggers, wandb_logger, wandb_mode
 from scmoe.training.run.machine import is_rank_zero
 from scmoe.training.run.resume import Which, config_of, find_checkpoint
+
+if TYPE_CHECKING:
+    from scmoe.runs.evaluate.lm_eval_adapter import Asked
 
 FILE = "evaluation.json"
 Results = dict[str, Any]
@@ -57,12 +59,12 @@ Results = dict[str, Any]
 class EvaluationRequest:
     """What to evaluate: the arguments of `scmoe evaluate`.
 
-    tasks: None: those made from the text, if there is one. folder: of tasks. text: None: the test
-    split. stride: None: half the context. limit: None: all questions.
+    folder: of tasks. text: None: the test split. stride: None: half the context. limit: None: all
+    questions.
     """
 
     which: Which = "last"
-    tasks: tuple[str, ...] | None = None
+    tasks: tuple[str, ...] = ()
     folder: Path | None = None
     text: Path | None = None
     stride: int | None = None
@@ -78,7 +80,7 @@ class Material(NamedTuple):
 
     data: PositionedDataModule
     text: Text | None
-    tasks: list[Task | Registered]
+    tasks: list["Asked"]
     stride: int
 
 
@@ -115,10 +117,10 @@ def read_material(config: Config, weights: Path, request: EvaluationRequest) -> 
         raise ConfigError(f"--limit is {request.limit}, allowed: 1 or more")
 
     text = open_text(data, request.text) if isinstance(data, SequenceDataModule) else None
-    tasks: list[Task | Registered] = []
-    if text and isinstance(data, TextDataModule):
+    tasks: list[Asked] = []
+    if isinstance(data, TextDataModule):
         with Console(stderr=True).status("reading tasks"):  # on a terminal; lm-eval takes seconds
-            tasks = read_tasks(text, request)
+            tasks = read_tasks(request)
     if request.limit is not None and not tasks:
         raise ConfigError(
             "--limit counts questions of --tasks, but there is no task. Name one, or leave --limit"
@@ -127,38 +129,29 @@ def read_material(config: Config, weights: Path, request: EvaluationRequest) -> 
     return Material(data, text, tasks, stride)
 
 
-def read_tasks(text: Text, request: EvaluationRequest) -> list[Task | Registered]:
+def read_tasks(request: EvaluationRequest) -> list["Asked"]:
     """Return the tasks of the request.
 
     Raises ConfigError if one or its data is missing, or lm-eval is not installed.
     """
-    names = tuple(OWN_TASKS) if request.tasks is None else request.tasks
-    if request.folder is not None and OWN_TASKS.keys() >= set(names):
+    if request.folder is not None and not request.tasks:
         raise ConfigError(
             f"--data is {str(request.folder)!r}, but --tasks names no file of it. Name one in"
             " --tasks."
         )
-    if names:
-        require("--tasks (other than none)", "lm_eval")
+    if not request.tasks:
+        return []
+    require("--tasks", "lm_eval")
+    # imported here, as it needs the extra `eval`
+    from scmoe.runs.evaluate.lm_eval_adapter import load_registered, read_file
 
     files: dict[str, Path] = {}
     if request.folder is not None:
         files = {file.stem: file for file in request.folder.glob("*.jsonl")}
-    registered: dict[str, Registered] = {}
-    if others := [name for name in names if name not in OWN_TASKS and name not in files]:
-        # imported here, as it needs the extra `eval`
-        from scmoe.runs.evaluate.lm_eval_adapter import load_registered
-
+    registered: dict[str, Asked] = {}
+    if others := [name for name in request.tasks if name not in files]:
         registered = load_registered(others, request.folder)
-    tasks: list[Task | Registered] = []
-    for name in names:
-        if name in OWN_TASKS:
-            tasks.append(OWN_TASKS[name](text.documents, text.name))
-        elif name in files:
-            tasks.append(read_task(files[name]))
-        else:
-            tasks.append(registered[name])
-    return tasks
+    return [read_file(files[name]) if name in files else registered[name] for name in request.tasks]
 
 
 def evaluate(run_dir: Path, request: EvaluationRequest) -> dict[str, Any] | None:

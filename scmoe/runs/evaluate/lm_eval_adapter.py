@@ -1,13 +1,22 @@
 """lm-eval (extra `eval`) asks the questions of a task, and the model of a run answers them.
 
-Our tasks are passed as objects in memory, so nothing is looked up or downloaded. Tasks of lm-eval
-are loaded by name, with data from the Hugging Face hub or its cache. Contexts begin with the end of
-text, as documents do in training. A context that is too long loses its beginning.
+A task is a file of JSON lines, a YAML file of lm-eval, or a task of lm-eval by its name, with data
+from the Hugging Face hub or its cache. Contexts begin with the end of text, as documents do in
+training. A context that is too long loses its beginning.
+
+A line of NAME.jsonl is one question, in one of two forms:
+
+    {"query": "...", "choices": ["...", "..."], "gold": 1}
+    {"context_options": ["...", "..."], "continuation": "...", "gold": 0}
+
+In the second form (WinoGrande) the choices are the beginnings, and all have the same end.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +38,24 @@ from scmoe.inference.generate import decode, padded, prefill
 from scmoe.inference.sampling import Stopping
 from scmoe.runs.evaluate.progress import progress_of
 from scmoe.runs.evaluate.scoring import Scorer, batches
-from scmoe.runs.evaluate.tasks import OWN_TASKS, Registered, Task
 
+# The text between query and choice, as in lm-eval's tasks of these names. Others have a space.
+PROMPTS = {"piqa": "Answer:", "arc_easy": "\nAnswer:", "boolq": "\nAnswer:"}
 # Metrics that are means of ones and zeros. The first one that a task of lm-eval has judges it.
 OF_ONES = ("acc", "acc_norm", "acc_mutual_info", "exact_match")
 CONFIDENCE = 0.95
+
+
+class Asked(NamedTuple):
+    """A task, a group or a tag of lm-eval, under its name there.
+
+    loaded: what lm-eval's TaskManager returns, with the data. file: of the questions, if they are
+    JSON lines.
+    """
+
+    name: str
+    loaded: Any
+    file: Path | None = None
 
 
 class Prompt(NamedTuple):
@@ -140,22 +162,17 @@ def names_of(requests: Sequence[Instance]) -> str:
     return ", ".join(dict.fromkeys(str(request.task_name) for request in requests))
 
 
-def ask(model: ModelOfRun, task: Task | Registered, limit: int | None) -> dict[str, dict[str, Any]]:
+def ask(model: ModelOfRun, task: Asked, limit: int | None) -> dict[str, dict[str, Any]]:
     """Return the results of a model in the first `limit` questions of a task. A group of lm-eval
     has results for each of its tasks, and for the group.
 
     accuracy: the metric `judged_by`, which need not be an accuracy in a task of lm-eval. interval:
-    None where the metric is no mean of ones and zeros, or of a group. chance, one_answer: as in
-    Task; None where they are not known.
+    None where the metric is no mean of ones and zeros, or of a group. chance, one_answer: as
+    `guesses` returns them for a file of questions; None otherwise.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its advice is for its own command line
-    loaded: Any
-    if isinstance(task, Task):
-        loaded = {"tasks": {task.name: as_lm_eval_task(task)}}
-    else:
-        loaded = task.loaded
+    be_quiet()
     answered: Any = lm_eval.evaluate(
-        lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=False
+        lm=model, task_dict=task.loaded, limit=limit, bootstrap_iters=0, log_samples=False
     )
 
     results: dict[str, dict[str, Any]] = {}
@@ -172,7 +189,7 @@ def ask(model: ModelOfRun, task: Task | Registered, limit: int | None) -> dict[s
         }
         if not metrics:
             continue
-        judge = task.metric if isinstance(task, Task) else min(metrics, key=rank_of)
+        judge = min(metrics, key=rank_of)
         counts = answered["n-samples"].get(name, {"effective": None, "original": None})
         is_mean = counts["effective"] and rank_of(judge) < len(OF_ONES)
         results[name] = {
@@ -187,15 +204,27 @@ def ask(model: ModelOfRun, task: Task | Registered, limit: int | None) -> dict[s
             "judged_by": judge,
             **metrics,
         }
-    if isinstance(task, Task):
-        asked = task._replace(questions=task.questions[:limit])
+    if task.file is not None:
+        chance, one_answer = guesses(task.loaded["tasks"][task.name], limit)
         result = results[task.name]
-        result["chance"] = asked.chance
-        result["one_answer"] = asked.one_answer
-        result["from"] = task.origin
+        result["chance"] = chance
+        result["one_answer"] = one_answer
+        result["from"] = str(task.file)
         low, high = result["interval"]
-        result["verdict"] = verdict(low, high, asked.chance, asked.one_answer)
+        result["verdict"] = verdict(low, high, chance, one_answer)
     return results
+
+
+def guesses(task: ConfigurableTask, limit: int | None) -> tuple[float, float | None]:
+    """Return the expected accuracy of a guess in the first `limit` questions, and the accuracy of
+    the best constant answer; None where choices differ between questions."""
+    rows = [*islice(task.eval_docs, limit)]
+    choices = [tuple(task.doc_to_choice(row)) for row in rows]
+    chance = sum(1 / len(of_row) for of_row in choices) / len(rows)
+    if len(set(choices)) > 1:
+        return chance, None
+    times = Counter(row["gold"] for row in rows)
+    return chance, max(times.values()) / len(rows)
 
 
 def rank_of(metric: str) -> int:
@@ -219,45 +248,76 @@ def verdict(low: float, high: float, chance: float, one_answer: float | None = N
     return "below chance" if high < chance else "at chance"
 
 
-def as_lm_eval_task(task: Task) -> ConfigurableTask:
-    """Return a task as lm-eval takes it: without examples before a question, and with a space
-    before the choice."""
-    rows = [
-        {"context": q.context, "choices": [*q.choices], "gold": q.gold, "end": q.end}
-        for q in task.questions
-    ]
-    if task.questions[0].end is None:
-        text, target = "context", "gold"
-        metrics = ["acc", "acc_norm", *{task.metric} - {"acc", "acc_norm"}]
-    else:  # choices are beginnings: lm-eval expects the answer as text and the end as target
-        text, target = "gold", "end"
+def be_quiet() -> None:
+    """Hide what lm-eval says: its advice is for its own command line."""
+    for name in ("lm_eval", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it raises its errors too
+    datasets.disable_progress_bars()
+
+
+def read_file(file: Path) -> Asked:
+    """Return the task of a file of JSON lines, which lm-eval asks without examples before a
+    question, and with a space before the choice.
+
+    Raises ConfigError if lm-eval cannot read it, or a line is no question.
+    """
+    be_quiet()
+    try:
+        data: Any = datasets.load_dataset("json", data_files={"test": str(file)})["test"]
+        task = task_of(file.stem, data)
+    except Exception as error:  # of the reader of data sets, and of lm-eval
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"lm-eval cannot read the task {file}: {reason}. A line is a JSON object with query,"
+            " choices and gold."
+        ) from error
+    return Asked(file.stem, {"tasks": {file.stem: task}}, file)
+
+
+def task_of(name: str, questions: datasets.Dataset) -> ConfigurableTask:
+    """Return the task of some questions. Raises ValueError if one of them is none."""
+    metrics = ["acc", "acc_norm"]
+    asked = {"doc_to_text": "{{query.rstrip(' ')}}", "doc_to_target": "gold"}
+    text, choices = "query", "choices"
+    if name in PROMPTS:
+        asked["doc_to_text"] = "{{query}}" + PROMPTS[name]
+    if "context_options" in questions.column_names:  # lm-eval expects the answer as text
         metrics = ["acc"]
+        asked = {"doc_to_text": "gold", "doc_to_target": "continuation"}
+        text, choices = "continuation", "context_options"
+
+    for number, row in enumerate(questions, 1):
+        num_choices = len(row.get(choices) or ())
+        if row.get(text) is None or num_choices < 2 or row.get("gold") not in range(num_choices):
+            raise ValueError(
+                f"question {number} has no {text}, less than two {choices}, or a gold that is none"
+                " of them"
+            )
     config = {
-        "task": task.name,
-        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(rows)},
+        "task": name,
+        "custom_dataset": lambda **_: {"test": questions},
         "test_split": "test",
         "output_type": "multiple_choice",
-        "doc_to_text": text,
-        "doc_to_target": target,
-        "doc_to_choice": "choices",
-        "target_delimiter": " ",
+        **asked,
+        "doc_to_choice": choices,
         "num_fewshot": 0,
         "metric_list": [
-            {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in metrics
+            {"metric": metric, "aggregation": "mean", "higher_is_better": True}
+            for metric in metrics
         ],
     }
     return ConfigurableTask(config=config)
 
 
-def load_registered(names: Sequence[str], folder: Path | None) -> dict[str, Registered]:
+def load_registered(names: Sequence[str], folder: Path | None) -> dict[str, Asked]:
     """Return tasks of the YAML files of a folder, or of lm-eval itself, whose list takes some
     seconds to read.
 
     Raises ConfigError if there is no such task, if it runs code that the model writes, or if
     lm-eval cannot load it or its data.
     """
-    for quiet in ("lm_eval", "huggingface_hub"):
-        logging.getLogger(quiet).setLevel(logging.ERROR)
+    be_quiet()
     manager = TaskManager(include_path=folder, include_defaults=False)
     if not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=folder)
@@ -268,9 +328,9 @@ def load_registered(names: Sequence[str], folder: Path | None) -> dict[str, Regi
             where = f"a file {name}.jsonl in the folder of --data"
             if folder is not None:
                 where = f"{folder / name}.jsonl"
-            near = get_close_matches(name, [*OWN_TASKS, *manager.all_tasks], 1)
+            near = get_close_matches(name, manager.all_tasks, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            allowed = f"cloze, next_sentence, {where}, a task of lm-eval ('lm-eval ls tasks')"
+            allowed = f"{where}, a task of lm-eval ('lm-eval ls tasks')"
             raise ConfigError(f"--tasks has {name!r}, allowed: {allowed}{hint}")
         try:
             loaded: Any = manager.load([name])
@@ -286,5 +346,5 @@ def load_registered(names: Sequence[str], folder: Path | None) -> dict[str, Regi
             raise ConfigError(
                 f"The task {unsafe[0]} of --tasks runs code that the model writes. Leave it out."
             )
-        registered[name] = Registered(name, loaded)
+        registered[name] = Asked(name, loaded)
     return registered

@@ -256,7 +256,6 @@ class Text:
 
     name: str
     ids: np.ndarray
-    documents: list[str]
 
 
 def open_text(data: SequenceDataModule, file: Path | None) -> Text:
@@ -266,12 +265,10 @@ def open_text(data: SequenceDataModule, file: Path | None) -> Text:
     """
     test = np.asarray(data.splits.tokens["test"][:], np.int64)
     if not isinstance(data, TextDataModule):
-        return Text(TEST_SPLIT, test, [])
+        return Text(TEST_SPLIT, test)
     end = data.tokenizer.end_of_text
     if file is None:
-        parts = np.split(test, np.flatnonzero(test == end) + 1)
-        documents = [data.tokenizer.decode(part[part != end]) for part in parts]
-        return Text(TEST_SPLIT, np.r_[end, test], documents)
+        return Text(TEST_SPLIT, np.r_[end, test])
 
     try:
         text = file.read_text(encoding="utf-8")
@@ -281,7 +278,7 @@ def open_text(data: SequenceDataModule, file: Path | None) -> Text:
         ) from error
     if not text.strip():
         raise ConfigError(f"--text is {str(file)!r}, which has no words. Give another file.")
-    return Text(str(file), np.r_[end, data.tokenizer.encode(text)], [text])
+    return Text(str(file), np.r_[end, data.tokenizer.encode(text)])
 
 
 def score_text(

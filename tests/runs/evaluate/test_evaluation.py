@@ -78,22 +78,15 @@ def test_tasks_on_ranks_have_the_bits_of_one_process(runs, tmp_path, monkeypatch
     (tmp_path / "rows").write_text(
         "\n".join(json.dumps({"query": "The " * n, "answer": ABC}) for n in range(6))
     )
-    write_task(tmp_path, "write", writing(".", 8, "chrf"))
-    asked = (
-        runs["scmoe"],
-        "--limit",
-        "6",
-        "--tasks",
-        "cloze,next_sentence,write",
-        "--data",
-        str(tmp_path),
+    question = {"query": "The", "choices": ["state", "war"]}
+    (tmp_path / "mine.jsonl").write_text(
+        "\n".join(json.dumps(question | {"gold": n % 2}) for n in range(6))
     )
+    write_task(tmp_path, "write", writing(".", 8, "chrf"))
+    asked = (runs["scmoe"], "--limit", "6", "--tasks", "mine,write", "--data", str(tmp_path))
     alone = evaluated(1, *asked)
     assert set(alone) >= {"test_loss", "perplexity", "tasks"}
-    assert (
-        set(alone["tasks"]) == {"cloze", "next_sentence", "write"}
-        and alone["tasks"]["write"]["chrf"] > 0
-    )
+    assert set(alone["tasks"]) == {"mine", "write"} and alone["tasks"]["write"]["chrf"] > 0
     assert all(task["questions"] == 6 for task in alone["tasks"].values())
     kept = file_of(runs["scmoe"])
     assert evaluated(2, *asked) == alone
@@ -101,10 +94,9 @@ def test_tasks_on_ranks_have_the_bits_of_one_process(runs, tmp_path, monkeypatch
 
 
 def test_a_text_on_four_ranks_has_the_bits_of_one_process(runs):
-    asked = (runs["dgmoe"], "--tasks", "none")
-    alone = evaluated(1, *asked)
+    alone = evaluated(1, runs["dgmoe"])
     assert alone["perplexity"] > 0
-    assert evaluated(4, *asked, "strategy.ep_size=2") == alone
+    assert evaluated(4, runs["dgmoe"], "strategy.ep_size=2") == alone
 
 
 def test_the_test_split_is_scored_in_batches_of_one_rank(runs, monkeypatch):
@@ -119,35 +111,29 @@ def test_the_test_split_is_scored_in_batches_of_one_rank(runs, monkeypatch):
     monkeypatch.setattr(evaluation, "score_test_split", spied)
     monkeypatch.setattr(evaluation, "BATCH_TOKENS", 32)
     for name in ("scmoe", "dgmoe"):
-        evaluated(1, runs[name], "--tasks", "none")
+        evaluated(1, runs[name])
     assert seen == [(2, 32), (1, 32)]
 
 
-def test_results_are_merged_by_what_was_asked(runs, tmp_path):
+def test_results_are_merged_by_what_was_asked(runs, tmp_path, monkeypatch):
     pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     (tmp_path / "other.txt").write_text(sentences(50, 9))
-    (tmp_path / "mine.jsonl").write_text(
-        json.dumps({"query": "The", "choices": ["state", "war"], "gold": 0})
-    )
+    for name in ("mine", "yours"):
+        (tmp_path / f"{name}.jsonl").write_text(
+            json.dumps({"query": "The", "choices": ["state", "war"], "gold": 0})
+        )
+    folder = ("--data", str(tmp_path))
     run_dir = runs["scmoe"]
     (run_dir / evaluation.FILE).unlink(missing_ok=True)
-    first = evaluated(1, run_dir, "--tasks", "cloze", "--limit", "5")
-    last = evaluated(
-        1,
-        run_dir,
-        "--tasks",
-        "mine",
-        "--data",
-        str(tmp_path),
-        "--text",
-        str(tmp_path / "other.txt"),
-    )
-    best = evaluated(1, run_dir, "--tasks", "none", "--which", "best", "--stride", "32")
+    first = evaluated(1, run_dir, "--tasks", "yours", *folder, "--limit", "5")
+    last = evaluated(1, run_dir, "--tasks", "mine", *folder, "--text", str(tmp_path / "other.txt"))
+    best = evaluated(1, run_dir, "--which", "best", "--stride", "32")
     kept = file_of(run_dir)
     assert (last["checkpoint"], best["checkpoint"]) == ("step=3.ckpt", "best-step=2.ckpt")
     assert kept.keys() == {"step=3.ckpt", "best-step=2.ckpt"}
     of_last = kept["step=3.ckpt"]
-    assert of_last["tasks"] == {"cloze": first["tasks"]["cloze"], "mine": last["tasks"]["mine"]}
+    assert of_last["tasks"] == {"yours": first["tasks"]["yours"], "mine": last["tasks"]["mine"]}
     assert set(of_last["texts"]) == {"test split", str(tmp_path / "other.txt")}
     assert kept["best-step=2.ckpt"]["tasks"] == {} and best["text"]["stride"] == 32
 
@@ -158,15 +144,15 @@ def test_results_are_merged_by_what_was_asked(runs, tmp_path):
         (["--data", "folder"], "--data is 'folder'"),
         (["--stride", "33"], "--stride is 33, allowed: 1 to 32"),
         (["--limit", "0"], "--limit is 0"),
-        (["--limit", "5", "--tasks", "none"], "--limit counts questions"),
+        (["--limit", "5"], "--limit counts questions"),
         (["--text", "/none.txt"], "--text is '/none.txt'"),
         (["moe.top_k=2"], "moe.top_k is 2, allowed: 1"),
         (["strategy.dense=sharded"], "strategy.dense is 'sharded'"),
-        ([], "pip install -e '.[eval]'"),
+        (["--tasks", "mine"], "pip install -e '.[eval]'"),
     ],
 )
 def test_a_wrong_request_is_one_line(runs, words, says, monkeypatch):
-    if not words:
+    if "mine" in words:
         monkeypatch.setattr("scmoe.config.extras.find_spec", lambda name: None)
     done = called("evaluate", str(runs["scmoe"]), *words)
     assert (done.code, done.out, len(done.err.splitlines())) == (2, "", 1)
@@ -174,10 +160,8 @@ def test_a_wrong_request_is_one_line(runs, words, says, monkeypatch):
 
 
 def test_results_go_to_the_runs_own_wandb_run(runs):
-    run_dir, words = (
-        runs["dgmoe"],
-        ("evaluate", 1, str(runs["dgmoe"]), "--tasks", "none", "logger.mode=online"),
-    )
+    run_dir = runs["dgmoe"]
+    words = ("evaluate", 1, str(run_dir), "logger.mode=online")
     with wandb_server() as server:
         found = command_in_ranks(*words, **server.variables).summary
         (arrived,) = server.runs.values()
@@ -205,10 +189,7 @@ def test_an_override_of_the_whole_section_reaches_wandb(runs, monkeypatch):
     monkeypatch.setattr(
         evaluation, "log_to_wandb", lambda run_dir, config, found: modes.append(config.logger.mode)
     )
-    assert (
-        called("evaluate", str(runs["dgmoe"]), "--tasks", "none", "logger={mode: disabled}").code
-        == 0
-    )
+    assert called("evaluate", str(runs["dgmoe"]), "logger={mode: disabled}").code == 0
     assert modes == ["disabled"]
 
 

@@ -88,7 +88,7 @@ def text_scorer(surer: bool) -> Scorer:
 
 def test_a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary():
     found = score_text(
-        text_scorer(surer=False), Text("a text", ids(100), []), 5, np.full(VOCABULARY, 2)
+        text_scorer(surer=False), Text("a text", ids(100)), 5, np.full(VOCABULARY, 2)
     )
     assert found["perplexity"] == pytest.approx(VOCABULARY)
     assert found["bits_per_byte"] == pytest.approx(math.log2(VOCABULARY) / 2)
@@ -127,7 +127,7 @@ def test_the_progress_of_an_evaluation_reaches_its_end_on_a_terminal(monkeypatch
 
 
 def test_more_context_is_shown_where_the_stride_is_smaller():
-    zeros, scorer = Text("zeros", np.zeros(100, np.int64), []), text_scorer(surer=True)
+    zeros, scorer = Text("zeros", np.zeros(100, np.int64)), text_scorer(surer=True)
     by_stride = [
         score_text(scorer, zeros, stride, np.ones(VOCABULARY))["loss"] for stride in (1, 3, 6, 12)
     ]

@@ -1,8 +1,6 @@
-"""Own tasks are true and the same every time, tasks that are read are checked, and lm-eval counts
-as by hand."""
+"""Files of questions are checked, and lm-eval counts their answers as by hand."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,17 +13,6 @@ from scmoe.inference.generate import generate
 from scmoe.inference.sampling import Sampling, Stopping
 from scmoe.runs.evaluate.evaluation import tasks_table
 from scmoe.runs.evaluate.scoring import Score, Scorer
-from scmoe.runs.evaluate.tasks import (
-    CHOICES,
-    NEAR,
-    OWN_TASKS,
-    Question,
-    Task,
-    cloze,
-    next_sentence,
-    read_task,
-    sentences_of,
-)
 from tests.support.lm_eval_tasks import CHOOSE, write_task, writing
 from tests.support.models import tiny, tiny_model
 from tests.support.sentences import DATA, NO_DATA, sentences
@@ -39,109 +26,8 @@ SIX = {
     "math_qa": 2983,
 }
 TEXT = [sentences(60, seed) for seed in range(3)]
-NAMES = [f"word{a}{b}" for a in "abcdefghij" for b in "abcdefghijklmnopqrst"]
 OTHER_FORM = {"context_options": ["he", "she"], "continuation": "runs.", "gold": 0}
 LINE = {"query": "Why?", "choices": ["so", "no"], "gold": 1}
-
-
-@pytest.mark.parametrize("name", OWN_TASKS)
-def test_own_questions_are_true_have_one_answer_and_depend_on_the_text_alone(name):
-    task = OWN_TASKS[name](TEXT, "a text")
-    texts = [" ".join(text) for text in sentences_of(TEXT)]
-    assert len(task.questions) > 100
-    for question in task.questions:
-        assert len(set(question.choices)) == CHOICES
-        assert any(
-            f"{question.context} {question.choices[question.gold]}" in text for text in texts
-        )
-    assert task.chance == 1 / CHOICES
-    golds = Counter(question.gold for question in task.questions)
-    assert min(golds[i] for i in range(CHOICES)) > len(task.questions) / CHOICES / 2, (
-        "no place is favoured"
-    )
-    assert OWN_TASKS[name](list(TEXT), "a text") == task
-    assert OWN_TASKS[name](TEXT[:2], "a text").questions != task.questions
-
-
-def test_choices_of_a_cloze_are_about_as_frequent():
-    text = " ".join(
-        f"We say again that {f'{word} ' * (1 + i // 10)}is the {word}."
-        for i, word in enumerate(NAMES)
-    )
-    often = Counter(text.replace(".", "").split())
-    for question in cloze([text], "a text").questions:
-        ranks = [often[choice] for choice in question.choices]
-        assert max(ranks) - min(ranks) <= 2 * NEAR / 10 + 1
-
-
-def test_choices_of_a_next_sentence_are_about_as_long():
-    """Sentences have 6 to 40 words, five or six of each length, so NEAR neighbours differ by three
-    words at most."""
-    text = " ".join(
-        f"{word.capitalize()} {' '.join([word] * (4 + i % 35))} end."
-        for i, word in enumerate(NAMES)
-    )
-    questions = next_sentence([text], "a text").questions
-    assert len(questions) > 100
-    for question in questions:
-        lengths = [len(choice.split()) for choice in question.choices]
-        assert max(lengths) - min(lengths) <= 2 * 3, lengths
-
-
-def test_a_text_without_enough_sentences_is_refused():
-    with pytest.raises(ConfigError, match=r"cloze finds 0 different choices in a text"):
-        cloze(["One sentence."], "a text")
-
-
-@pytest.mark.parametrize(
-    ("lines", "says"),
-    [
-        (["{"], "line 1: "),
-        (
-            [json.dumps(LINE), json.dumps(LINE | {"gold": 2})],
-            r"line 2: .*gold is 2, allowed: 0 to 1",
-        ),
-        ([json.dumps(LINE | {"choices": ["one"]})], "line 1: "),
-        ([json.dumps({"query": "Why?"})], "line 1: choices"),
-        (["[1]"], "line 1: "),
-        ([], "0 questions"),
-        ([json.dumps(LINE), json.dumps(OTHER_FORM)], "2 questions"),
-    ],
-)
-def test_a_file_that_is_no_task_is_an_error_with_its_line(lines, says, tmp_path):
-    file = tmp_path / "mine.jsonl"
-    file.write_text(json.dumps(LINE))
-    assert read_task(file) == Task("mine", [Question("Why?", ("so", "no"), 1)], "acc", str(file))
-    file.write_text("\n".join(lines))
-    with pytest.raises(ConfigError, match=says):
-        read_task(file)
-
-
-def test_a_file_that_cannot_be_read_is_an_error_with_its_name(tmp_path):
-    (tmp_path / "latin.jsonl").write_bytes(json.dumps(LINE).encode() + b"\xe9")
-    (tmp_path / "folder.jsonl").mkdir()
-    for name in ("latin", "folder"):
-        with pytest.raises(ConfigError, match=rf"{name}\.jsonl cannot be read"):
-            read_task(tmp_path / f"{name}.jsonl")
-
-
-def test_one_answer_counts_where_all_questions_have_the_same_choices():
-    questions = [Question(f"{i}?", ("no", "yes"), int(i > 2)) for i in range(10)]
-    assert Task("yes", questions, "acc", "here").one_answer == 0.7
-    assert (
-        Task("yes", [*questions, Question("", ("yes", "no"), 0)], "acc", "here").one_answer is None
-    )
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason=NO_DATA)
-@pytest.mark.parametrize("name", SIX)
-def test_the_papers_tasks_are_read_whole(name):
-    task = read_task(DATA / f"{name}.jsonl")
-    assert len(task.questions) == SIX[name]
-    assert task.chance == (0.5 if name in ("piqa", "winogrande", "boolq") else 0.25)
-    assert not any(question.context.endswith(" ") for question in task.questions), (
-        "the space is of what follows"
-    )
 
 
 @pytest.fixture
@@ -172,14 +58,68 @@ def lookup(adapter, liked: set[tuple[str, str]]):
     return model
 
 
-def test_lm_eval_counts_what_the_model_prefers(adapter):
-    questions = [Question(f"{{{{q}}}} {i}", ("aaaa", "bb", "cccccc"), i % 3) for i in range(30)]
-    task = Task("letters", questions, "acc", "here")
+def written(folder: Path, name: str, rows: list[dict[str, object]]) -> Path:
+    file = folder / f"{name}.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["{"], ""),
+        ([json.dumps(LINE), json.dumps(LINE | {"gold": 2})], "question 2 has"),
+        ([json.dumps(LINE | {"choices": ["one"]})], "question 1 has"),
+        ([json.dumps({"query": "Why?"})], "question 1 has"),
+        ([json.dumps(LINE), json.dumps(LINE | {"query": None})], "question 2 has"),
+        (["[1]"], ""),
+        ([], ""),
+        ([json.dumps(LINE), json.dumps(OTHER_FORM)], "question 1 has"),
+    ],
+)
+def test_a_file_that_is_no_task_is_one_line_with_its_name(lines, says, adapter, tmp_path):
+    file = written(tmp_path, "mine", [LINE])
+    assert adapter.read_file(file).file == file
+    file.write_text("\n".join(lines))
+    with pytest.raises(ConfigError, match=rf"^.*mine\.jsonl: .*{says}.*$"):
+        adapter.read_file(file)
+
+
+def test_a_file_that_cannot_be_read_is_an_error_with_its_name(adapter, tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(json.dumps(LINE).encode() + b"\xe9")
+    (tmp_path / "folder.jsonl").mkdir()
+    for name in ("latin", "folder"):
+        with pytest.raises(ConfigError, match=rf"^.*{name}\.jsonl.*$"):
+            adapter.read_file(tmp_path / f"{name}.jsonl")
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=NO_DATA)
+@pytest.mark.parametrize("name", SIX)
+def test_the_papers_tasks_are_read_whole(name, adapter):
+    task = adapter.read_file(DATA / f"{name}.jsonl").loaded["tasks"][name]
+    assert len(task.eval_docs) == SIX[name]
+    chance, one_answer = adapter.guesses(task, None)
+    assert chance == (0.5 if name in ("piqa", "winogrande", "boolq") else 0.25)
+    assert (one_answer is not None) == (name in ("boolq", "math_qa"))
+    if name != "winogrande":
+        assert not any(task.doc_to_text(row).endswith(" ") for row in task.eval_docs), (
+            "the space is of what follows"
+        )
+
+
+def test_lm_eval_counts_what_the_model_prefers(adapter, tmp_path):
+    rows = [
+        {"query": f"{{{{q}}}} {i} ", "choices": ["aaaa", "bb", "cccccc"], "gold": i % 3}
+        for i in range(30)
+    ]
+    task = adapter.read_file(written(tmp_path, "letters", rows))
     none = adapter.ask(lookup(adapter, set()), task, None)["letters"]
     assert (none["acc"], none["verdict"]) == (pytest.approx(1 / 3), "at chance"), (
         "bb is shortest in each question"
     )
-    likes_all = lookup(adapter, {(q.context, f" {q.choices[q.gold]}") for q in questions})
+    likes_all = lookup(
+        adapter, {(row["query"].rstrip(), f" {row['choices'][row['gold']]}") for row in rows}
+    )
     found = adapter.ask(likes_all, task, None)["letters"]
     assert (found["accuracy"], found["acc_norm"], found["verdict"]) == (1.0, 1.0, "above chance")
     assert found["interval"] == [pytest.approx(0.025 ** (1 / 30)), 1.0], (
@@ -189,10 +129,20 @@ def test_lm_eval_counts_what_the_model_prefers(adapter):
     assert (seven["questions"], seven["of"], seven["one_answer"]) == (7, 30, 3 / 7)
 
 
-def test_where_beginnings_differ_the_end_is_scored(adapter):
-    questions = [Question("", (f"he {i}", f"she {i}"), i % 2, "runs.") for i in range(40)]
+def test_the_prompts_are_those_of_lm_evals_tasks(adapter, tmp_path):
+    for name, end in (("piqa", "Answer:"), ("boolq", "\nAnswer:"), ("mine", "")):
+        task = adapter.read_file(written(tmp_path, name, [LINE])).loaded["tasks"][name]
+        assert task.doc_to_text(task.eval_docs[0]) == f"Why?{end}"
+
+
+def test_where_beginnings_differ_the_end_is_scored(adapter, tmp_path):
+    rows = [
+        {"context_options": [f"he {i}", f"she {i}"], "continuation": "runs.", "gold": i % 2}
+        for i in range(40)
+    ]
     model = lookup(adapter, {(f"she {i}", " runs.") for i in range(40)})
-    found = adapter.ask(model, Task("pronouns", questions, "acc", "here"), None)["pronouns"]
+    task = adapter.read_file(written(tmp_path, "pronouns", rows))
+    found = adapter.ask(model, task, None)["pronouns"]
     assert found["accuracy"] == 0.5 and "acc_norm" not in found
     assert found["one_answer"] is None
     assert adapter.verdict(0.6, 0.7, 0.5, 0.65) == "at chance", "a constant answer can do it"

@@ -256,8 +256,8 @@ def test_a_kept_setting_that_an_earlier_version_accepted_is_left_out(monkeypatch
 
 
 def test_another_checkpoint_of_the_same_name_has_results_of_its_own(tmp_path):
-    found = {"step": 4, "test": {}, "text": None, "tasks": {"cloze": 1}}
-    for weights, tasks in (("a", {"cloze": 1}), ("a", {"next": 2}), ("b", {"next": 3})):
+    found = {"step": 4, "test": {}, "text": None, "tasks": {"piqa": 1}}
+    for weights, tasks in (("a", {"piqa": 1}), ("a", {"next": 2}), ("b", {"next": 3})):
         keep_results(tmp_path, "step=4.ckpt", {**found, "tasks": tasks}, weights)
         kept = read_results(tmp_path)["step=4.ckpt"]["tasks"]
     assert kept == {"next": 3}, "the run was resumed from an earlier step"

@@ -82,7 +82,7 @@ def test_images_are_evaluated_on_the_whole_split_and_refuse_tasks(trained):
     )
     assert (alone["perplexity"], alone["tasks"]) == (None, {})
     assert alone["test_loss"] == alone["test"]["loss"] > 0
-    for option, value in (("--tasks", "cloze"), ("--limit", "5"), ("--stride", "5")):
+    for option, value in (("--tasks", "piqa"), ("--limit", "5"), ("--stride", "5")):
         refused = command_in_ranks("evaluate", 1, run_dir, option, value)
         assert (refused.code, len(refused.err.splitlines())) == (2, 1)
         assert f"{option} needs a run on text; this one has data.name=digits" in refused.err
