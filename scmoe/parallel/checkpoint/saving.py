@@ -93,8 +93,7 @@ class Saving:
         tensors, self.meta = contents(checkpoint, module, mesh)
         token: list[Any] = [durable.new_token()]
         dist.broadcast_object_list(token, group=mesh.checkpoint_group)
-        start = Draft if isinstance(path, Path) else Upload
-        self.draft: Draft | Upload = start(path, token[0])
+        self.draft = Draft(path, token[0]) if isinstance(path, Path) else Upload(path, token[0])
         with self._all_or_nothing():
             with same_error_on_all_ranks(mesh):
                 self.draft.begin(mesh.rank)
@@ -234,10 +233,11 @@ class Checkpoints:
         self.postponed.pop(path, None)
         if self.saving is not None or self.postponed:
             self.outdated.append(path)
-        elif self.mesh.rank == 0 and isinstance(path, Path):
-            durable.remove(path)
         elif self.mesh.rank == 0:
-            path.remove()
+            if isinstance(path, Path):
+                durable.remove(path)
+            else:
+                path.remove()
 
     def load(
         self, path: Path, module: nn.Module, optimizers: Sequence[Optimizer], strict: bool

@@ -59,7 +59,8 @@ def in_background(work: Callable[[], None]) -> Future[None]:
 
     def do() -> None:
         try:
-            done.set_result(work())
+            work()
+            done.set_result(None)
         except BaseException as error:  # as dcp's CheckpointException is
             done.set_exception(error)
 
