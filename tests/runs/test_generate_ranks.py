@@ -206,11 +206,11 @@ def test_a_wrong_request_is_one_line_before_a_model_is_built(run_dir, monkeypatc
         f'{{"prompt": "a", "seed": {2**63}}}',
     ],
 )
-def test_a_wrong_line_of_prompts_is_named(tmp_path, line):
+def test_a_wrong_line_of_prompts_is_named(run_dir, tmp_path, line):
     (tmp_path / "wrong.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
     done = called(
         "generate",
-        "runs/none",
+        str(run_dir),
         "--prompts",
         str(tmp_path / "wrong.jsonl"),
         "--out",

@@ -412,7 +412,7 @@ def test_further_modules_are_not_read(folders, tmp_path):
             "instella",
             {"architectures": ["DeepseekV3ForCausalLM"]},
             SHARED_EXPERT,
-            "model.latent.gated is True",
+            "model.latent.gated is true",
         ),
         (
             "instella",

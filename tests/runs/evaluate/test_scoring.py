@@ -103,7 +103,7 @@ def test_each_part_is_named_before_its_first_pass(capsys):
         return (torch.zeros(*inputs.shape, VOCABULARY),)
 
     scorer = Scorer(forward, CONTEXT, torch.device("cpu"))
-    score_text(scorer, Text("my text", ids(100), []), 5, np.full(VOCABULARY, 2))
+    score_text(scorer, Text("my text", ids(100)), 5, np.full(VOCABULARY, 2))
     assert "my text" in said[0]
     batch = {
         "input_ids": torch.zeros(1, 4, dtype=torch.int64),

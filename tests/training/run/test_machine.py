@@ -48,7 +48,7 @@ def number_in(line: str, pattern: str) -> float:
         ("model.ffn_dim=37", "null or a multiple of 8"),
         ("data.vocab_size=1", "2 or more"),
         ("moe.capacity_factor=1e300", "float | null, above 0, at most 1e6"),
-        ("trainer.max_steps=1000000000000000000000", "int, 1 to 2^31 - 1"),
+        ("trainer.max_steps=1000000000000000000000", "int | null, 1 to 2^31 - 1"),
         ("moe.num_experts=1000000", "int, 1 to 2^16"),
     ],
 )
