@@ -140,9 +140,7 @@ def hugging_face(name: str, subset: str | None, field: str = "text") -> Source:
             train = train.select(range(keep))
     rows["train"] = train
     # The fingerprint identifies the rows. Hashing 40 GB of text on every start would take minutes.
-    parts = [f"{split} {rows[split]._fingerprint}" for split in SPLITS]
-    if field != "text":  # whose caches are older than this setting
-        parts.append(f" {field}")
+    parts = [*(f"{split} {rows[split]._fingerprint}" for split in SPLITS), f" {field}"]
     # A column reads the disk when it is iterated.
     return Source({split: rows[split][field] for split in SPLITS}, _digest(parts))
 

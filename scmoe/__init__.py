@@ -83,11 +83,6 @@ NAMES = {  # name: module and the name there
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ParallelContext":  # an AttributeError would not be shown by `from scmoe import`
-        raise ImportError(
-            "scmoe.ParallelContext is now scmoe.Wire: write self.wire in place of"
-            " self.parallel_context, and self.wire.mesh for ranks, sizes and groups"
-        )
     if name not in NAMES:
         raise AttributeError(
             f"module 'scmoe' has no attribute {name!r}, allowed: {', '.join(__all__)}"

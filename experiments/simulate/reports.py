@@ -3,8 +3,9 @@ and the speed-ups of all rows.
 
 A report calibrates the simulator by its sequential top-2 alone: the times of the operators from the
 gate on, one at a time, and the time of the whole row of blocks with free links. What these leave is
-attention's. A report of an earlier version lacks some of this; `assumed` says what is assumed
-instead.
+attention's. 18 of the kept reports have no `calibration`, such as
+docs/figures/overlap-real-block-2-ranks-share-0.15.json;
+`assumed` says what is assumed instead.
 """
 
 import json
@@ -210,8 +211,8 @@ def measured_of(report: Mapping[str, Any], name: str, load: str | None) -> Measu
 
 
 def setting_of(report: Mapping[str, Any]) -> Setting:
-    """Return what was measured. An earlier report states few sizes; the others are the usual ones
-    of its level."""
+    """Return what was measured. A report without `calibration` states few sizes; the others are the
+    usual ones of its level."""
     usual = Setting.iteration() if report["level"] == "iteration" else Setting.block()
     calibration = report.get("calibration", {}).get("sizes", {})
     sizes = {name: calibration[name] for name in SIZES if name in calibration}
@@ -276,7 +277,7 @@ def stated_calibration(setting: Setting, report: Mapping[str, Any]) -> Calibrati
 def derived_calibration(
     setting: Setting, report: Mapping[str, Any], top2: OverlapRow
 ) -> Calibration:
-    """Return the calibration of a report of an earlier version, from its limits: these are
+    """Return the calibration of a report without `calibration`, from its limits: these are
     sequential top-2's time over that with free links."""
     operators = operators_of(setting, report["link_mbit"], report["top2_operators_ms"])
     free_forward = top2.forward_ms * top2.forward_speedup / report["limit_forward"] / 1e3

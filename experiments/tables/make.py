@@ -144,8 +144,8 @@ def write_files(plan: Plan) -> bool:
 
 
 def states_of_other_data(done: Sequence[Run]) -> list[Path]:
-    """Return the state files of runs that have read other data than the newest one. Earlier
-    versions noted no data."""
+    """Return the state files of runs that have read other data than the newest one. The
+    kept states of Tables 1 and 7 note none."""
     noted = [run for run in done if run.state.results.get("data")]
     newest = max(noted, key=lambda run: run.job.state_file.stat().st_mtime, default=None)
     return [

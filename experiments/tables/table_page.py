@@ -299,8 +299,8 @@ def _origin(results: Results) -> list[str]:
 
 
 def _way_of_speeds(shares: Results) -> str:
-    """Return in a sentence which schedules the speeds are of. Older results have no rival of
-    sequential top-2."""
+    """Return in a sentence which schedules the speeds are of. The kept results of Tables 2
+    and 4 have no rival of sequential top-2."""
     if any(column.get("two_batches") for column in shares.values()):
         return "Each row has the faster of one and two batches in flight, in one chunk."
     return "Rows have one batch in flight, and top-2 is sequential."

@@ -136,7 +136,7 @@ def read_states(runs: Sequence[Run]) -> None:
         if state.run_dir and Path(state.run_dir) not in run.job.run_dirs():
             run.job.state = State()
         elif state.status == "finished":
-            # an earlier version kept less in it: the result is read again
+            # the configuration has a key that it had not: its result is read again
             run.job.state = State("cut", state.run_dir, state.seconds) if state.run_dir else State()
 
 

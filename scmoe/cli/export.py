@@ -40,8 +40,8 @@ def main(
     out = out or run_dir / "export" / ("hf" if format == "hf" else "model.safetensors")
     try:
         checkpoint = find_checkpoint(run_dir, which)
-        config = config_of(run_dir, checkpoint, overrides)
-        refuse_other_model(config, config_of(run_dir, checkpoint, named(overrides)), checkpoint)
+        config = config_of(checkpoint, overrides)
+        refuse_other_model(config, config_of(checkpoint, named(overrides)), checkpoint)
         if format == "hf":
             of_data = tokenizer_of(config, checkpoint)
             metrics = SeenRun(run_dir).metrics

@@ -13,7 +13,6 @@ import copy
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -27,7 +26,6 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, leaves, show, show_typed
 from scmoe.config.registry import import_extensions, named, refuse_kept
 from scmoe.config.rules import validate
-from scmoe.config.unread import unread_position
 
 refuse_old_omegaconf(__version__)
 
@@ -38,34 +36,6 @@ _SECTIONS = {key.rpartition(".")[0] for key in _LEAVES if "." in key}
 _MAPPINGS = tuple(f"{leaf.key}." for leaf in _LEAVES.values() if leaf.type == dict[str, Any])
 _NULL = ("", "~", "null", "None")
 
-# Keys of earlier versions: the default that they had, as YAML, and what to do instead.
-REMOVED = {
-    "moe.zero_output": ("input", "Zero experts return their input."),
-    "strategy.debug_collectives": ("false", "See docs/troubleshooting.md, A run hangs."),
-    "strategy.exchange": ("auto", "Rows always travel by one All-to-All."),
-    "strategy.full_checkpoint": ("false", "`scmoe export` writes all weights to one file."),
-    "strategy.reductions": ("null", "Gradients are always sent in DDP's buckets."),
-}
-
-
-@dataclass
-class _Draft:
-    """A configuration while its sources are merged. removed: the values of keys in REMOVED, each
-    with its source."""
-
-    tree: DictConfig
-    removed: dict[str, tuple[Any, str]] = field(default_factory=dict)
-
-    def refuse_removed(self) -> None:
-        """Raise ConfigError for a removed key with another value than its default was."""
-        for key, (value, source) in self.removed.items():
-            default, advice = REMOVED[key]
-            if not _is_text_of(value, default):
-                raise ConfigError(
-                    f"{source}: {key} is {show_typed(value)}, but this option was removed."
-                    f" {advice} Leave the key out, or add {key}={default} to the command"
-                )
-
 
 def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Return the validated configuration of a YAML file and overrides `key=value` or `--key=value`.
@@ -74,17 +44,17 @@ def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     line, for a file that cannot be read, an unknown key, a value of another type or range, and a
     combination that cannot run.
     """
-    draft = _Draft(copy.deepcopy(_defaults()))
+    tree = copy.deepcopy(_defaults())
     if path is not None:
-        _merge_file(draft, find(path), ())
-    return _finished(draft, overrides, "" if path is None else str(path))
+        _merge_file(tree, find(path), ())
+    return _finished(tree, overrides, "" if path is None else str(path))
 
 
 def read_unchecked(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Return what `load` returns, but combinations of values are not checked: it may not run."""
-    draft = _Draft(copy.deepcopy(_defaults()))
-    _merge_file(draft, find(path), ())
-    return _merged(draft, overrides)
+    tree = copy.deepcopy(_defaults())
+    _merge_file(tree, find(path), ())
+    return _merged(tree, overrides)
 
 
 def load_text(text: str, source: str, overrides: Sequence[str] = (), trains: bool = True) -> Config:
@@ -96,37 +66,34 @@ def load_text(text: str, source: str, overrides: Sequence[str] = (), trains: boo
     an override names them or they are imported already (registry.py). source: its name in messages.
     trains: as `validate` takes it.
     """
-    draft = _Draft(copy.deepcopy(_defaults()))
-    tree = draft.tree
-    _merge(draft, mapping_of(parse_yaml(text, source), source), source)
+    tree = copy.deepcopy(_defaults())
+    _merge(tree, mapping_of(parse_yaml(text, source), source), source)
     OmegaConf.update(tree, "callbacks", {}, merge=False)
-    kept = OmegaConf.to_object(tree)
-    assert isinstance(kept, Config)
-    if unread_position(kept):  # an earlier version took any, and kept it
-        OmegaConf.update(tree, "moe.position", _LEAVES["moe.position"].value)
     if not named(overrides):
         refuse_kept(tree.extensions, source)
-    return _finished(draft, overrides, source, trains)
+    return _finished(tree, overrides, source, trains)
 
 
 def load_kept(path: Path, overrides: Sequence[str] = (), trains: bool = True) -> Config:
     return load_text(read_text(path), str(path), overrides, trains)
 
 
-def _finished(draft: _Draft, overrides: Sequence[str], source: str, trains: bool = True) -> Config:
-    """Merge the overrides into the draft and validate it.
+def _finished(
+    tree: DictConfig, overrides: Sequence[str], source: str, trains: bool = True
+) -> Config:
+    """Merge the overrides into the tree and validate it.
 
     source: where its values are from; "" for the defaults.
     """
-    config = _merged(draft, overrides)
+    config = _merged(tree, overrides)
     if overrides:
         source = f"{source} and command line" if source else "command line"
     validate(config, source or "defaults", trains)
     return config
 
 
-def _merged(draft: _Draft, overrides: Sequence[str]) -> Config:
-    """Return the draft with the overrides in it."""
+def _merged(tree: DictConfig, overrides: Sequence[str]) -> Config:
+    """Return the tree with the overrides in it."""
     for override in overrides:
         key, equals, text = override.removeprefix("--").partition("=")
         if not equals:
@@ -139,9 +106,8 @@ def _merged(draft: _Draft, overrides: Sequence[str]) -> Config:
                 f"command line: {key} ends with {show(comment)}, which YAML reads as a comment. If"
                 f" it belongs to the value, write {key}='\"...\"'."
             )
-        _merge(draft, {key: value}, "command line")
-    draft.refuse_removed()
-    config = OmegaConf.to_object(draft.tree)
+        _merge(tree, {key: value}, "command line")
+    config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
     import_extensions(config.extensions)
     return config
@@ -160,7 +126,7 @@ def _defaults() -> DictConfig:
     return tree
 
 
-def _merge_file(draft: _Draft, path: Path, children: tuple[Path, ...]) -> None:
+def _merge_file(tree: DictConfig, path: Path, children: tuple[Path, ...]) -> None:
     """Merge the files that a file extends, then the file.
 
     children: the chain of files that extend it.
@@ -181,8 +147,8 @@ def _merge_file(draft: _Draft, path: Path, children: tuple[Path, ...]) -> None:
     if not (isinstance(parents, list) and all(isinstance(parent, str) for parent in parents)):
         raise ConfigError(f"{path}: extends is {show(extends)}. Give a path or a list of paths.")
     for parent in parents:
-        _merge_file(draft, find(parent, path.parent), (*children, identity))
-    _merge(draft, mapping, str(path))
+        _merge_file(tree, find(parent, path.parent), (*children, identity))
+    _merge(tree, mapping, str(path))
 
 
 def mapping_of(value: Any, source: str) -> dict[str, Any]:
@@ -216,7 +182,7 @@ def _similar_name(path: Path) -> str:
     return f"; did you mean {names[near[0]]}?" if near else ""
 
 
-def _merge(draft: _Draft, mapping: dict[str, Any], source: str) -> None:
+def _merge(tree: DictConfig, mapping: dict[str, Any], source: str) -> None:
     seen: set[str] = set()
     for key, value in _pairs(mapping):
         if key in seen:  # once in a section and once as a dotted key
@@ -224,15 +190,12 @@ def _merge(draft: _Draft, mapping: dict[str, Any], source: str) -> None:
         seen.add(key)
         if (key, value) == ("schedule", "auto"):
             key, value = "schedule.auto", "true"
-        if key in REMOVED:
-            draft.removed[key] = (value, source)
-            continue
         in_mapping = key.startswith(_MAPPINGS)
         if not in_mapping and key not in _LEAVES and key not in _SECTIONS:
             raise ConfigError(f"{source}: unknown key {show(key)}, {_hint(key)}")
         try:
             typed = _guessed(value) if in_mapping else _typed(key, value)
-            OmegaConf.update(draft.tree, key, typed, merge=False, force_add=in_mapping)
+            OmegaConf.update(tree, key, typed, merge=False, force_add=in_mapping)
         except ValueError as error:  # OmegaConf's ValidationError is one
             hint = "; no interpolation" if "${" in str(value) else ""
             raise ConfigError(
@@ -296,13 +259,6 @@ def _text(value: Any) -> str:
     if not isinstance(value, str) or "${" in value or value == "???":
         raise ValueError
     return value
-
-
-def _is_text_of(value: Any, default: str) -> bool:
-    """Return whether a value of a file or the command line is this default."""
-    if not isinstance(value, str):
-        return False
-    return value in _NULL if default == "null" else value.lower() == default
 
 
 def _comment_in(text: str) -> str:

@@ -102,7 +102,7 @@ def _unread_of_wiring(config: Config) -> Unread:
         yield f"{wiring} is an extension's, whose taps are not known", similarity
     if no_tap:
         yield f"{wiring} has no tap", ("moe.first_position", "moe.tap_norm")
-    if unread_position(config):
+    if no_tap and config.analysis.gating_every is None:  # Fig. 9 measures at the position
         yield f"{wiring} has no tap", ("moe.position",)
     if not extension and moe.architecture != "scmoe":
         yield f"{wiring} reads no tap there", ("moe.coefficient_input",)
@@ -212,10 +212,3 @@ def _unread_of_training(config: Config) -> Unread:
         yield "only experts of trainer.precision=32-true are fetched", ("offload.way",)
     if trainer.devices * trainer.num_nodes > 1:
         yield "each of several ranks holds experts of its own", ("offload.way",)
-
-
-def unread_position(config: Config) -> bool:
-    """Return whether nothing reads moe.position: there is no tap, and Fig. 9 is not measured."""
-    architecture = config.moe.architecture
-    has_tap = architecture in SHORTCUTS or architecture not in ARCHITECTURES.built_in
-    return not has_tap and config.analysis.gating_every is None

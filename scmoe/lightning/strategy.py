@@ -114,8 +114,6 @@ class ExpertParallelStrategy(DDPStrategy):
         if ep_size is not None and ep_size < 1:
             raise ValueError(f"ep_size is {ep_size}, allowed: None or a number of ranks, 1 or more")
         self.timeout, self.start_timeout = time_limits(timeout_s)
-        if "reductions" in ddp:
-            raise TypeError("reductions was removed: gradients are always sent in DDP's buckets")
         check_dense(dense, ddp)
         super().__init__(**{**ddp, "timeout": self.start_timeout})
         self.ep_size = ep_size

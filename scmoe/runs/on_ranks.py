@@ -21,13 +21,7 @@ from scmoe.training.assembly.start import Start
 from scmoe.training.modules import MoEModule
 from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import check_devices, check_resident
-from scmoe.training.run.resume import (
-    REFUSED_SINCE,
-    Which,
-    config_of,
-    find_checkpoint,
-    refuse_other_model,
-)
+from scmoe.training.run.resume import Which, config_of, find_checkpoint, refuse_other_model
 from scmoe.training.run.train import silence_lightning
 from scmoe.weights.hf_config import SENDS_NO_ROWS
 
@@ -35,7 +29,7 @@ from scmoe.weights.hf_config import SENDS_NO_ROWS
 # with the number of threads.
 ALONE = (
     *("trainer.devices=1", "trainer.num_nodes=1", "trainer.threads=1"),
-    *("strategy.ep_size=null", "strategy.dense=replicated", *REFUSED_SINCE),
+    *("strategy.ep_size=null", "strategy.dense=replicated", "strategy.wire_dtype=null"),
     *SENDS_NO_ROWS,
 )
 KEYS_OF_TRAVEL = {key_of(word) for word in SENDS_NO_ROWS}
@@ -61,7 +55,7 @@ def find_weights(run: Path, which: Which, overrides: Sequence[str]) -> tuple[Pat
     """
     if run.suffix != EXPORT:
         checkpoint = find_checkpoint(run, which, UNREAD)
-        read = partial(config_of, run, checkpoint, trains=False)
+        read = partial(config_of, checkpoint, trains=False)
         return checkpoint, config_without_training(read, checkpoint, overrides, "as trained")
     read = partial(load_kept, run.parent / "config.yaml", trains=False)
     config = config_without_training(read, run, overrides, "as trained")
@@ -84,7 +78,7 @@ def config_without_training(
     make another model, or if ranks or
     devices are missing.
     """
-    of_training = read([*named(overrides), *REFUSED_SINCE])
+    of_training = read(named(overrides))
     refuse_other_model(read([*ALONE, *overrides]), of_training, weights)
     # Filled: the counts of rows are announced, so that each rank may have another number of them.
     rows = f"moe.rows={'auto' if of_training.moe.architecture == 'dense' else 'filled'}"

@@ -26,7 +26,7 @@ from scmoe.parallel.checkpoint.loading import check_same_model, load_model, weig
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import has_gpus
-from scmoe.training.run.resume import REFUSED_SINCE, Which, config_of, find_checkpoint
+from scmoe.training.run.resume import Which, config_of, find_checkpoint
 from scmoe.training.threads import cpu_threads
 from scmoe.weights.families import READERS
 from scmoe.weights.hf_config import OURS, dropless, our_config
@@ -53,7 +53,7 @@ def load_trained(path: str | Path, which: Which = "last") -> Any:
     if (path / "config.json").exists():
         return load_folder(path)
     if path.suffix == EXPORT:
-        config = load_kept(path.parent / "config.yaml", REFUSED_SINCE)
+        config = load_kept(path.parent / "config.yaml")
         check_export(path, config)
         model = build(config)
         load_weights(path, model)
@@ -64,7 +64,7 @@ def load_trained(path: str | Path, which: Which = "last") -> Any:
             " export, or a folder with config.json."
         )
     checkpoint = find_checkpoint(path, which)
-    model = build(config_of(path, checkpoint))
+    model = build(config_of(checkpoint))
     load_model(checkpoint, model)
     return model
 

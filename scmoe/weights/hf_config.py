@@ -204,8 +204,7 @@ def our_config(content: dict[str, Any], source: str) -> Config:
     Raises ValueError if it has a setting that our models do not support.
     """
     if content.get("model_type") == OURS:
-        # earlier versions wrote the schedule of a training on several ranks
-        return load_text(json.dumps(content.get("scmoe")), source, SENDS_NO_ROWS)
+        return load_text(json.dumps(content.get("scmoe")), source)
     try:
         settings, problems, _ = READERS[family_of(content)](content)
     except (KeyError, TypeError, ZeroDivisionError) as error:

@@ -58,9 +58,6 @@ class Checkpoint(NamedTuple):
 def read_export(file: Path) -> Checkpoint:
     """Read a file of `make export`, dense or MoE. Raises ValueError for any other file."""
     settings = read_settings(file)
-    if settings.get("model.family") == "llama":
-        # Version 0.2.0 had these values only, and no keys for them.
-        settings = {"model.norm_eps": 1e-5, "model.rope_theta": 10000.0, **settings}
     stored = stored_in([file])
     weights = {name: tensor.on_meta for name, tensor in stored.items()}
     labels = {name: name for name in stored}
@@ -186,12 +183,6 @@ def stored_in(paths: list[Path]) -> dict[str, Stored]:
 def check_settings(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
     """Raise ValueError naming all keys in which a checkpoint's settings differ. A dense one may
     become any MoE."""
-    there = dict(there)
-    if there.pop("moe.zero_output", "input") != "input":  # a key of earlier exports
-        raise ValueError(
-            "its zero experts return 0 (moe.zero_output=zero), which is no longer supported; use it"
-            " with commit bf3c96c1"
-        )
     other = [
         f"{key} is {show(here[key]) if key in here else 'unknown'}, allowed: {show(value)}"
         for key, value in there.items()

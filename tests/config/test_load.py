@@ -12,7 +12,7 @@ from scmoe.config.as_yaml import to_yaml
 from scmoe.config.derived import resolve_ep_size
 from scmoe.config.fields import Config, LoggerConfig
 from scmoe.config.leaves import ConfigError, flatten, four_digits
-from scmoe.config.load import REMOVED, load, load_text
+from scmoe.config.load import load
 from tests.support.configs import IMPOSSIBLE
 
 
@@ -166,32 +166,6 @@ def test_impossible_combination_names_its_key(key, overrides):
 )
 def test_possible_combination_passes(overrides):
     load(None, overrides.split())
-
-
-def test_a_kept_configuration_may_have_a_position_that_nothing_reads():
-    """Earlier versions took it. A user's own configuration may not."""
-    words = ("moe.architecture=top_k", "moe.position=pos3")
-    assert "moe.position is 'pos3', allowed: pos2, as" in refusal(None, *words)
-    text = to_yaml(load(None, words[:1])).replace("position: pos2", "position: pos3", 1)
-    assert "position: pos3" in text and load_text(text, "kept") == load(None, words[:1])
-    with pytest.raises(ConfigError, match=r"moe\.position is 'pos3'"):
-        load_text(text, "kept", words[1:])
-
-
-@pytest.mark.parametrize(("key", "default"), [(key, old) for key, (old, _) in REMOVED.items()])
-def test_a_removed_key_is_ignored_at_its_old_default_and_refused_otherwise(key, default, write):
-    """The last source decides, as for any other key."""
-    assert key not in flatten(Config())
-    ignored = f"{key}={default}"
-    section, _, name = key.rpartition(".")
-    other = write("other.yaml", f"{section}:\n  {name}: another\n")
-    assert load(write("old.yaml", f"{key}: {default}\n"), [ignored]) == load()
-    assert load(other, [ignored]) == load()
-    assert load_text(f"{key}: {default}\n", "kept") == load()
-    for line in (refusal(other), refusal(None, f"{key}=another")):
-        assert f"{key} is 'another'" in line and ignored in line
-    with pytest.raises(ConfigError, match=f"kept: {key} is 'another'"):
-        load_text(other.read_text(encoding="utf-8"), "kept")
 
 
 @pytest.mark.parametrize(

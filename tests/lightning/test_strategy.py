@@ -319,11 +319,6 @@ def test_a_plain_trainer_stops_at_a_nan():
         run_ranks(own_trainer, 1, "auto", Poisoned)
 
 
-def test_a_removed_argument_is_refused_before_ranks_meet():
-    with pytest.raises(TypeError, match="reductions was removed"):
-        ExpertParallelStrategy(reductions="ddp")
-
-
 def test_an_ep_size_that_does_not_divide_the_number_of_ranks_is_refused():
     with pytest.raises(
         RankError,

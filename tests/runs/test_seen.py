@@ -70,7 +70,7 @@ def change_state(run_dir: Path, **changes: object) -> None:
 def test_the_state_is_what_was_written_while_the_process_lives(tmp_path):
     assert read_state(tmp_path) == "cut"
     (tmp_path / "summary.json").write_text("{}")
-    assert read_state(tmp_path) == "finished", "without a state, as in an older version"
+    assert read_state(tmp_path) == "finished", "without a state"
     for state in ("finished", "failed", "cut", "running"):
         write_state(tmp_path, state)
         assert read_state(tmp_path) == state

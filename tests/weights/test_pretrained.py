@@ -5,12 +5,11 @@ without that library.
 """
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
@@ -201,13 +200,6 @@ def test_a_model_with_zero_experts_keeps_them(tmp_path):
         assert torch.equal(model.get_parameter(name), p.float()), name
 
 
-def test_earlier_exports_whose_zero_experts_return_0_are_refused():
-    here = {"moe.zero_experts": 3}
-    check_settings(here, {**here, "moe.zero_output": "input"})
-    with pytest.raises(ValueError, match=r"moe\.zero_output=zero"):
-        check_settings(here, {**here, "moe.zero_output": "zero"})
-
-
 def test_a_folder_without_a_readable_checkpoint_is_refused(tmp_path):
     config = dense("llama", f"init_from=hf:{tmp_path}")
     assert "config.json" in refusal(config)
@@ -292,22 +284,6 @@ def test_settings_that_do_not_define_the_model_may_differ(tmp_path):
     )
 
 
-@pytest.mark.parametrize("word", ("model.norm_eps=1e-6", "model.rope_theta=5e4"))
-def test_an_export_without_newer_settings_has_the_values_of_its_time(word, tmp_path):
-    file = tmp_path / "model.safetensors"
-    export(dense("llama"), file)
-    settings = read_export(file).settings
-    older = {
-        key: value
-        for key, value in settings.items()
-        if key not in ("model.norm_eps", "model.rope_theta")
-    }
-    header = {"format_version": FORMAT_VERSION, "settings": json.dumps(older)}
-    save_file(load_file(file), file, metadata=header)
-    start(dense("llama", f"init_from=scmoe:{file}"))
-    assert word.partition("=")[0] in refusal(dense("llama", word, f"init_from=scmoe:{file}"))
-
-
 @pytest.mark.parametrize(
     "value", ["gpt2", "zip:file", "https://example.com/model", "scmoe:runs/latest/export/x"]
 )
@@ -345,11 +321,7 @@ def test_a_model_that_cannot_be_upcycled_is_refused(family, words, said, tmp_pat
 
 @pytest.mark.parametrize("words", ["schedule.batches_in_flight=2", "schedule.transfers=sequential"])
 def test_a_folder_of_a_training_on_ranks_describes_a_model_of_one_process(words):
-    """Earlier versions kept the schedule of the ranks, and their folders are read, too."""
     config = tiny("trainer.devices=2", "schedule.chunks=2", words)
-    content = hf_config(config, None)
-    earlier = {**content["scmoe"], "schedule": asdict(config.schedule)}
-    for kept in (content, {**content, "scmoe": earlier}):
-        read = our_config(kept, "config.json")
-        assert model_settings(read) == model_settings(config)
-        assert (read.schedule.chunks, read.schedule.batches_in_flight) == (2, None)
+    read = our_config(hf_config(config, None), "config.json")
+    assert model_settings(read) == model_settings(config)
+    assert (read.schedule.chunks, read.schedule.batches_in_flight) == (2, None)

@@ -161,11 +161,11 @@ def evaluate(run_dir: Path, request: EvaluationRequest) -> dict[str, Any] | None
     """
     # The checkpoint is verified where it is loaded, by each rank a share.
     checkpoint = find_checkpoint(run_dir, request.which, UNREAD)
-    read_config = partial(config_of, run_dir, checkpoint, trains=False)
+    read_config = partial(config_of, checkpoint, trains=False)
     config = config_without_training(read_config, checkpoint, request.overrides)
     read_results(run_dir)  # so that a damaged file is refused before other ranks start
     overrides_of_run = [*named(request.overrides, "logger"), *named(request.overrides)]
-    of_run = config_of(run_dir, checkpoint, overrides_of_run)
+    of_run = config_of(checkpoint, overrides_of_run)
     material = None
     if is_rank_zero():
         halves = ran_two_batches(run_dir, of_run, read_manifest(checkpoint)["step"])

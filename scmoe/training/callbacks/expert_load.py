@@ -107,8 +107,8 @@ class ExpertLoad(Callback):
 
 
 def cut_table(table: Path, step: int) -> None:
-    """Keep the whole rows before a step. A table of an earlier version gets the columns that it
-    lacks; a killed run may have left half a header, or half a row."""
+    """Keep the whole rows before a step: a killed run may have left half a header, or half a
+    row."""
     with table.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
     if len(rows) < 2:
@@ -117,9 +117,6 @@ def cut_table(table: Path, step: int) -> None:
 
     header = rows[0]
     kept = [row for row in rows[1:] if len(row) == len(header) and int(row[0]) < step]
-    if SINGLE_STEPS[0] not in header:
-        header = [*header, *SINGLE_STEPS]
-        kept = [[*row, *([""] * len(SINGLE_STEPS))] for row in kept]
     text = as_csv([header, *kept])
     try_to_write(table, lambda path: path.write_text(text, encoding="utf-8"))
 

@@ -15,14 +15,11 @@ CELLS = 16
 def worst_layers(table: Path) -> dict[int, list[float]]:
     """Return the worst layer's load of each logged step in an ExpertLoad's table.
 
-    The load is that of the sums over steps, then the first four of SINGLE_STEPS. Rows of an earlier
-    version, without these, are left out.
+    The load is that of the sums over steps, then the first four of SINGLE_STEPS.
     """
     worst: dict[int, list[float]] = {}
     with table.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            if not row[SINGLE_STEPS[0]]:
-                continue
             counts_E = [int(count) for name, count in row.items() if name.startswith("expert_")]
             loads = [max(counts_E) * len(counts_E) / max(sum(counts_E), 1)]
             loads += [float(row[name]) for name in SINGLE_STEPS[:4]]

@@ -18,7 +18,7 @@ from typing import Literal
 from scmoe.config.derived import max_steps, word_for_steps
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
-from scmoe.config.load import REMOVED, load_text, parse_yaml, read_text
+from scmoe.config.load import load_text, parse_yaml, read_text
 from scmoe.config.registry import named, words
 from scmoe.parallel.checkpoint.durable import (
     UNREAD,
@@ -49,11 +49,6 @@ MAY_CHANGE = (
     "data.cache_dir",
     "extensions",
     "callbacks",
-)
-# What earlier versions accepted, and what changes no weights.
-REFUSED_SINCE = (
-    "strategy.wire_dtype=null",  # where it has no effect
-    *(f"{key}={default}" for key, (default, _) in REMOVED.items() if key.startswith(MAY_CHANGE)),
 )
 # A training that goes on keeps these: they decide which samples come next, and Lightning counts
 # batches.
@@ -132,23 +127,21 @@ def step_of(words: Sequence[str]) -> tuple[int | None, list[str]]:
     return int(steps[-1]), others
 
 
-def config_of(
-    run_dir: Path, checkpoint: Path, overrides: Sequence[str] = (), trains: bool = True
-) -> Config:
-    """Return the configuration with which a checkpoint was written, without its callbacks and
-    REFUSED_SINCE. trains: as `validate` takes it."""
-    words = [*REFUSED_SINCE, *overrides]
-    return load_text(*config_text(run_dir, checkpoint), words, trains)
+def config_of(checkpoint: Path, overrides: Sequence[str] = (), trains: bool = True) -> Config:
+    """Return the configuration with which a checkpoint was written, without its callbacks. trains:
+    as `validate` takes it."""
+    return load_text(config_text(checkpoint), str(checkpoint), overrides, trains)
 
 
-def config_text(run_dir: Path, checkpoint: Path) -> tuple[str, str]:
-    """Return the text in a checkpoint and its source. A checkpoint of an older version has none:
-    the text is that of its run."""
+def config_text(checkpoint: Path) -> str:
+    """Return the configuration in a checkpoint, as text. ConfigError: it has none."""
     text = read_meta(checkpoint).get("config")
     if text is None:
-        path = run_dir / "config.yaml"
-        return read_text(path), str(path)
-    return text, str(checkpoint)
+        raise ConfigError(
+            f"{checkpoint} holds no configuration: it is not of `scmoe train`. Load it into the"
+            " module that it is of."
+        )
+    return text
 
 
 def resumption(
@@ -165,12 +158,12 @@ def resumption(
         find_checkpoint(run_dir, share=UNREAD) if step is None else checkpoint_of(run_dir, step)
     )
     done = read_manifest(checkpoint)["step"]
-    was = config_of(run_dir, checkpoint, named(overrides))
+    was = config_of(checkpoint, named(overrides))
     earlier = record_of(run_dir, done)
     if earlier.exists():  # the run was resumed from here before, and saved no later checkpoint
         text, source = read_text(earlier), str(earlier)
     else:
-        text, source = config_text(run_dir, checkpoint)
+        text, source = config_text(checkpoint), str(checkpoint)
 
     config = load_text(text, source, overrides)
     refuse_kept_callbacks(text, source, overrides)

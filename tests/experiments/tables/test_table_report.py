@@ -299,8 +299,8 @@ def test_speeds_stand_beside_the_papers_and_a_missing_one_says_why(tmp_path):
 
 
 def test_no_report_is_made_over_runs_that_have_read_different_data(tmp_path, capsys):
-    """The text behind data.path was edited between two calls. Earlier versions' states do not say
-    what was read."""
+    """The text behind data.path was edited between two calls. The kept states of Tables 1 and 7 do
+    not say what was read."""
     plan = plan_table(load_table("table4", CONFIGS), Options(seeds=1), [f"runs_dir={tmp_path}"])
     for i, run in enumerate(plan.runs):
         results = {"digest": run.digest, "summary": {}, "data": (None, "old", "new", "new")[i]}

@@ -96,16 +96,6 @@ def test_a_run_of_two_ranks_is_loaded_from_any_form(run_dir):
         scmoe.load(run_dir / "checkpoints")
 
 
-def test_an_export_of_a_run_with_a_removed_option_is_read_as_the_run_is(run_dir, tmp_path):
-    """Paced gradients changed no weights."""
-    (tmp_path / "model.safetensors").symlink_to(run_dir / "export/model.safetensors")
-    kept = (run_dir / "export/config.yaml").read_text()
-    earlier = kept.replace("strategy:\n", "strategy:\n  reductions: paced\n")
-    assert earlier != kept
-    (tmp_path / "config.yaml").write_text(earlier)
-    scmoe.load(tmp_path / "model.safetensors")
-
-
 def test_an_export_beside_another_models_config_is_refused(run_dir, tmp_path):
     """Its weights have the same names and shapes."""
     (tmp_path / "model.safetensors").symlink_to(run_dir / "export/model.safetensors")

@@ -81,18 +81,6 @@ def test_the_load_of_a_step_is_that_of_all_its_batches():
     assert row["moe/load_max"] == 1.5 and row["moe/drop_share"] == 0.25
 
 
-def test_a_table_of_an_earlier_version_goes_on(tmp_path):
-    """It has no loads of single steps: they stay empty, and the picture shows the steps that have
-    them."""
-    old = tmp_path / "expert_load.csv"
-    old.write_text("step,layer,expert_0,expert_1,expert_2,dropped\n1,0,1,2,3,0\n1,1,3,2,1,4\n")
-    train(ExpertLoad(tmp_path), 2, 6)
-    empty = [""] * len(SINGLE_STEPS)
-    before = [["1", "0", "1", "2", "3", "0", *empty], ["1", "1", "3", "2", "1", "4", *empty]]
-    assert rows(tmp_path) == [HEADER, *before, *expected(3), *expected(5)]
-    assert [*worst_layers(old)] == [3, 5]
-
-
 def test_the_worst_layer_of_each_logged_step_is_found_in_the_table(tmp_path):
     train(ExpertLoad(tmp_path), 0, 2)
     found = [[float(x) for x in row[6:10]] for row in expected(1)]

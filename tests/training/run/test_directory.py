@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from scmoe.config.as_yaml import changes_to_yaml, to_yaml
+from scmoe.config.as_yaml import changes_to_yaml
 from scmoe.config.extras import scmoe
 from scmoe.config.load import load, load_text
 from scmoe.runs.evaluate.evaluation import keep_results, read_results
 from scmoe.training.assembly.start import Start
-from scmoe.training.run import resume, train
+from scmoe.training.run import train
 from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, environment, slug_of
 from scmoe.training.run.file_loggers import csv_logger
 from scmoe.training.run.printout import print_start, resume_command, summary_panel
@@ -247,12 +247,6 @@ def test_the_command_that_trains_further_can_be_used(words, steps, more, tmp_pat
         tmp_path, steps, Start.of(load(None, ["trainer.max_steps=20", *words]))
     )
     assert command.replace("'", "").endswith(f"resume {tmp_path}{more}")
-
-
-def test_a_kept_setting_that_an_earlier_version_accepted_is_left_out(monkeypatch):
-    kept = to_yaml(load(None)).replace("wire_dtype: null", "wire_dtype: bfloat16")
-    monkeypatch.setattr(resume, "config_text", lambda *_: (kept, "kept"))
-    assert resume.config_of(Path("run"), Path("run/checkpoints/step=4.ckpt")) == load(None)
 
 
 def test_another_checkpoint_of_the_same_name_has_results_of_its_own(tmp_path):
