@@ -192,9 +192,11 @@ def _schedule(config: Config) -> Refusals:
     moe = config.moe
     schedule = config.schedule
     if schedule.batches_in_flight == 2:
-        yield from _two_batches(config)
+        key = "schedule.batches_in_flight"
+        if schedule.transfers == "sequential":
+            yield key, "1 where schedule.transfers=sequential, which leaves nothing to hide"
         if schedule.auto:
-            yield "schedule.batches_in_flight", "null | 1, as schedule.auto=true chooses it"
+            yield key, "null | 1, as schedule.auto=true chooses it"
     if moe.architecture == "dense":
         if schedule.chunks not in (None, 1):
             yield "schedule.chunks", "1 or null, as moe.architecture=dense has no MoE stream"
@@ -229,16 +231,6 @@ def may_run_two_batches(config: Config) -> bool:
     two = replace(config, schedule=schedule)
     checks = (unread_fields, _schedule, _halves_of_a_batch)
     return not any(True for check in checks for _ in check(two))
-
-
-def _two_batches(config: Config) -> Refusals:
-    """Check two batches in flight."""
-    key = "schedule.batches_in_flight"
-    if config.schedule.transfers == "sequential":
-        yield key, "1 where schedule.transfers=sequential, which leaves nothing to hide"
-    if config.moe.architecture == "dgmoe_share" and config.strategy.dense != "replicated":
-        together = "the two pairs of moe.architecture=dgmoe_share are split together"
-        yield key, f"1, as {together} (strategy.dense)"
 
 
 def _halves_of_a_batch(config: Config) -> Refusals:

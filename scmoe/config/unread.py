@@ -151,7 +151,10 @@ def _unread_of_routing(config: Config) -> Unread:
 def _unread_of_schedule(config: Config) -> Unread:
     inside = ("schedule.inside_attention",)
     if config.moe.architecture == "dgmoe_share":
-        yield "two pairs share one MoE module", ("schedule.auto",)
+        shared = "two pairs share one MoE module"
+        yield shared, ("schedule.auto", "strategy.dense")
+        if config.schedule.batches_in_flight == 2:
+            yield shared, ("schedule.batches_in_flight",)
     if config.schedule.auto:
         yield "schedule.auto=true chooses it", ("schedule.slot", "schedule.inside_attention")
         yield "schedule.auto=true hides transfers", ("schedule.transfers",)

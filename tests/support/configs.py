@@ -125,11 +125,9 @@ IMPOSSIBLE = [
     ),
     (
         "schedule.batches_in_flight",
-        (
-            "trainer.devices=2 moe.architecture=dgmoe_share strategy.dense=sharded"
-            " schedule.batches_in_flight=2"
-        ),
+        "trainer.devices=2 moe.architecture=dgmoe_share schedule.batches_in_flight=2",
     ),
+    ("strategy.dense", "trainer.devices=2 moe.architecture=dgmoe_share strategy.dense=sharded"),
     (
         "analysis.gating_every",
         "trainer.devices=2 schedule.batches_in_flight=2 analysis.gating_every=5",

@@ -67,7 +67,7 @@ def build_in_parts(config: Config, wire: Wire) -> Built:
         ids = module.expert_ids if isinstance(module, Experts) else range(len(t))
         put(same, expected[name][ids.start : ids.stop])
         other += [name] * (not torch.equal(local(same), local(t)))
-    block = max(bytes_of(p for module in unit for p in module.parameters()) for unit in units(one))
+    block = max(bytes_of(unit.parameters()) for unit in units(one))
     part, whole = bytes_of(tensors(model).values()), bytes_of(expected.values())
     return Built(counting.peak.total(), part, block, whole, other)
 

@@ -2,6 +2,7 @@
 float32, and which stay whole on every rank."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 from torch import nn
@@ -9,21 +10,17 @@ from torch import nn
 from scmoe.moe.weights import InFloat32, WholeOnEveryRank
 
 
-def units(module: nn.Module) -> list[list[nn.Module]]:
+def units(module: nn.Module) -> list[nn.Module]:
     """Return what is gathered together: each entry of the outermost `nn.ModuleList`s, which hold a
-    model's blocks.
+    model's blocks. Everything else is gathered with the whole module.
 
-    Neighbours that share a weight (DGMoE-Share) are one unit. Everything else is gathered with the
-    whole module.
+    Raises ValueError if entries share a weight, which could be split with one of them alone.
     """
-    gathered: list[list[nn.Module]] = []
-    for block in _entries(module):
-        parameters = set(block.parameters())
-        if gathered and parameters & {p for other in gathered[-1] for p in other.parameters()}:
-            gathered[-1].append(block)
-        elif parameters:
-            gathered.append([block])
-    return gathered
+    blocks = [block for block in _entries(module) if any(True for _ in block.parameters())]
+    uses = Counter(p for block in blocks for p in block.parameters())
+    if any(number > 1 for number in uses.values()):
+        raise ValueError("Blocks share weights, which cannot be split. Use dense='replicated'.")
+    return blocks
 
 
 def _entries(module: nn.Module) -> Iterator[nn.Module]:

@@ -141,12 +141,9 @@ class Split:
 
     @cached_property
     def blocks(self) -> list[set[nn.Parameter]]:
-        """Return the parameters that are gathered together, in the order of forward: those of a
-        block, or of two that share some."""
-        return [
-            {p for block in unit for p in block.parameters() if p.requires_grad}
-            for unit in units(self.model)
-        ]
+        """Return the parameters of each block, which are gathered together, in the order of
+        forward."""
+        return [{p for p in block.parameters() if p.requires_grad} for block in units(self.model)]
 
     @cached_property
     def outside(self) -> set[nn.Parameter]:

@@ -100,7 +100,7 @@ def shard(module: nn.Module, mesh: Mesh, precision: str) -> None:
     float32, each would have a bfloat16 copy by autocast, kept until backward. Routers and vectors
     (norms, biases, head scales) stay in float32. Under bf16-true routers alone are in float32.
     Selection biases are not split. ValueError: an expert's width is not a multiple of the number of
-    ranks that hold this expert.
+    ranks that hold this expert; blocks share weights.
     """
     assert (
         mesh.device_mesh is not None and mesh.dense_mesh is not None and mesh.exact_mesh is not None
@@ -126,24 +126,23 @@ def shard(module: nn.Module, mesh: Mesh, precision: str) -> None:
         cast_forward_inputs=False,
     )
     blocks = units(module)
-    whole = [module]
-    for unit in [*blocks, whole]:
-        backward_begins_here = unit is whole or unit is blocks[-1]
+    for unit in [*blocks, module]:
+        backward_begins_here = unit is module or unit is blocks[-1]
         fully_shard(
-            unit if len(unit) > 1 else unit[0],
+            unit,
             mesh=mesh.dense_mesh,
             reshard_after_forward=not backward_begins_here,
             shard_placement_fn=places.get,
             mp_policy=narrow,
             ignored_params=unsplit,
         )
-        for part in (m for m in unit if isinstance(m, FSDPModule)):
-            # A sum with another factor (PREMUL_SUM) is refused by gloo, and NCCL's of bfloat16 with
-            # a power of two gives zeros up to torch 2.13 (pytorch issue 190745).
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)
-            gather_as_kept(part, in_float32)
-            share_between_turns(part, len(unit))
+        assert isinstance(unit, FSDPModule)
+        # A sum with another factor (PREMUL_SUM) is refused by gloo, and NCCL's of bfloat16 with
+        # a power of two gives zeros up to torch 2.13 (pytorch issue 190745).
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+        gather_as_kept(unit, in_float32)
+        share_between_turns(unit)
     prefetch(module)
 
 
@@ -155,9 +154,7 @@ def prefetch(module: nn.Module) -> None:
     """
     split = next(p for p in module.parameters() if isinstance(p, DTensor))
     if split.device_mesh.device_type == "cpu":
-        in_order = [
-            m for m in [module, *(unit[0] for unit in units(module))] if isinstance(m, FSDPModule)
-        ]
+        in_order = [m for m in [module, *units(module)] if isinstance(m, FSDPModule)]
         for unit, following in itertools.pairwise(in_order):
             unit.set_modules_to_forward_prefetch([following])
         gather_in_background(in_order[0])

@@ -16,10 +16,10 @@ from scmoe.moe.turns import Turns, current_turns
 from scmoe.parallel.torch_seam import UnitCalls, intercept
 
 
-def share_between_turns(unit: FSDPModule, blocks: int) -> None:
+def share_between_turns(unit: FSDPModule) -> None:
     """Let a unit be gathered once, and its gradients be summed once, for all batches that take
-    turns in it. blocks: of the unit."""
-    intercept(unit, lambda calls: _Shared(calls, blocks).calls())
+    turns in it."""
+    intercept(unit, lambda calls: _Shared(calls).calls())
 
 
 class _Pass:
@@ -36,9 +36,8 @@ class _Shared:
     """FSDP's calls for one group of parameters, made for the first batch that enters and the last
     one that leaves."""
 
-    def __init__(self, of_fsdp: UnitCalls, blocks: int) -> None:
+    def __init__(self, of_fsdp: UnitCalls) -> None:
         self.of_fsdp = of_fsdp
-        self.blocks = blocks
         self.forward: _Pass | None = None  # the last one; None: of one batch
         self.backward: _Pass | None = None  # that leaves now; None: of one batch
 
@@ -52,12 +51,6 @@ class _Shared:
         if turns is None:
             self.forward = None
             return self.of_fsdp.enter(module, args, kwargs)
-        if self.blocks > 1:
-            raise RuntimeError(
-                f"{self.blocks} blocks share weights, so they are split over ranks together, and"
-                " FSDP counts their calls. Use schedule.batches_in_flight=1 or"
-                " strategy.dense=replicated."
-            )
         if self.forward is None or self.forward.turns is not turns:
             self.forward = _Pass(turns)
         self.of_fsdp.forget_batch()

@@ -14,6 +14,7 @@ from experiments.engine.ranks import run_ranks
 from scmoe.lightning.stop import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.dense.dense_auto import estimates_of, pick_dense, possible_modes
+from scmoe.parallel.dense.fsdp_units import units
 from scmoe.parallel.dense.memory import RankJob, Split
 from scmoe.parallel.mesh import Mesh
 from scmoe.training.assembly.model import build_model_on_meta, build_module
@@ -34,14 +35,15 @@ SHARDED = tiny_run.WAYS["sharded"]
 # -------------------------------------------------- every architecture, way and EP degree
 
 
+SPLIT = {name: text for name, text in ARCHITECTURES.items() if "dgmoe-share" not in name}
 ON_FOUR = {  # case: its architecture and words; EP 1, 2 and 4 in turn
     f"{name}, {how}": (name, f"{text} {split(how, (1, 2, 4)[(i + j) % 3], 4)}")
     for j, how in enumerate(("sharded", "hybrid"))
-    for i, (name, text) in enumerate(ARCHITECTURES.items())
+    for i, (name, text) in enumerate(SPLIT.items())
 }
 ON_EIGHT = {
     name: (name, f"{text} {split(('sharded', 'hybrid')[i // 2 % 2], (2, 4)[i % 2], 8)}")
-    for i, (name, text) in enumerate(ARCHITECTURES.items())
+    for i, (name, text) in enumerate(SPLIT.items())
 }
 PARTS = {4: 6, 8: 5}  # by number of ranks, each within the time of a test
 
@@ -161,6 +163,13 @@ def fitted_twice(rank: int, world_size: int) -> None:
 
 def test_a_module_that_is_split_is_not_trained_as_replicated():
     assert "ValueError: dense is replicated, but an earlier run" in failure(fitted_twice, 1)
+
+
+@pytest.mark.representative
+def test_blocks_that_share_weights_are_not_split():
+    model = build_model_on_meta(tiny("architecture=dgmoe_share model.layers=4"))
+    with pytest.raises(ValueError, match="share weights"):
+        units(model)
 
 
 @pytest.mark.representative
