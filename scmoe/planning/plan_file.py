@@ -1,8 +1,10 @@
 """The plan of a run, plan.json: what the planner has measured and chosen, and how many batches were
 in flight from which step on."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -58,13 +60,8 @@ def up_to(plan: Plan, step: int) -> Plan:
 
 def in_flight_from(plan: Plan) -> list[list[int]]:
     """Return [number of steps before, batches in flight] of each choice of a run; none without a
-    plan. Plans of earlier versions state the last choice only."""
-    try:
-        if "in_flight_from" in plan:
-            return [[int(step), int(batches)] for step, batches in plan["in_flight_from"]]
-        return [[int(plan.get("step", 0)), batches_in_flight(plan_from_json(plan))]]
-    except (ValueError, TypeError):
-        return []
+    plan."""
+    return [[int(step), int(batches)] for step, batches in plan.get("in_flight_from", ())]
 
 
 def in_flight_at(plan: Plan, steps: int) -> int:
@@ -72,6 +69,22 @@ def in_flight_at(plan: Plan, steps: int) -> int:
     first choice. The steps in which a choice is made again count as those of the choice before."""
     numbers = [batches for since, batches in in_flight_from(plan) if since < steps]
     return numbers[-1] if numbers else 1
+
+
+def read_plan(path: Path, conditions: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plan in a file. ValueError: it cannot be read, or was measured under other
+    conditions than these."""
+    try:
+        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        plan_from_json(plan)
+        measured_under = dict(plan["conditions"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be used: {error!r}") from error
+    for key, value in conditions.items():
+        if measured_under.get(key) != value:
+            was = measured_under.get(key, "not kept")
+            raise ValueError(f"{key} was {was} in {path} and is {value} now")
+    return plan
 
 
 def plan_from_json(plan: Plan) -> list[LayerChoice]:
@@ -87,5 +100,6 @@ def _choice(layer: Mapping[str, Any]) -> LayerChoice:
         int(chunks): OperatorTimes(**directions) for chunks, directions in layer["times_s"].items()
     }
     forward, backward = layer["sequential_s"]
-    batches = layer.get("batches_in_flight", 1)
-    return LayerChoice(Schedule(**layer["schedule"]), times, (forward, backward), batches)
+    return LayerChoice(
+        Schedule(**layer["schedule"]), times, (forward, backward), layer["batches_in_flight"]
+    )

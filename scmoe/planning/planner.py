@@ -14,8 +14,7 @@ The bench of inference uses passes in place of steps, up to `price`.
                 until one is left: only a step shows what chunks and halves of a batch cost in
                 parallel with computation, and how rows and gradients share a link
     agree       every rank chooses; rank 0's choice is broadcast, and each compares it with its own
-    run         as chosen. Some steps are timed for the overlap efficiency; where their times become
-                unusual, the planner measures again
+    run         as chosen. Some steps are timed for the overlap efficiency
 """
 
 from collections.abc import Sequence
@@ -50,8 +49,6 @@ MOST_TRIES = 48  # of all candidates together
 # of communication in a step: below it, the hidden part is smaller than the noise of the times
 LEAST_SHARE = 0.1
 NOISE = 0.05  # of a hidden part: further below 0 or above 1, the step was disturbed
-DRIFT = 1.5  # a drifted step takes DRIFT times as long or as short as usual
-DRIFTED_IN_TURN = 3  # so many drifted steps in turn start a new measurement
 
 
 @dataclass(frozen=True)
@@ -109,23 +106,10 @@ class Planner:
         assert len(self.chunk_counts) == 1 or not fixed
         self.dispatchers = [block.moe.dispatcher for block in blocks]
         self.choices: list[LayerChoice] = []
-        # seconds of the first timed step of each choice, by batches in flight
-        self.usual: dict[int, list[float]] = {1: [], 2: []}
         self.network: Any = None
         self.most_tries = MOST_TRIES  # each candidate is tried once, even if this allows fewer
         self.numbers_in_flight: tuple[int, ...] = (1,)
-        self.restart()
 
-    def choose_in_flight(self, network: Any, numbers: Sequence[int]) -> None:
-        """Let the planner try these numbers of batches in flight; measured steps always run one.
-        network: the module that has `batches_in_flight` and holds the blocks, not DDP around it.
-        """
-        assert has_halves(network) and not self.fixed
-        self.network = network
-        self.numbers_in_flight = tuple(numbers)
-
-    def restart(self) -> None:
-        """Measure again from the next step on."""
         # purpose of each coming step until the next decision; number of chunks, or of the candidate
         self.agenda = [("warm up", 0)] * WARMUP_STEPS
         self.agenda += [
@@ -138,9 +122,15 @@ class Planner:
         self.tried: dict[int, list[float]] = {}
         self.tries = 0
         self.overlap: Overlap | None = None
-        self.first_timed = True  # step since the choice
-        self.drifted = 0
         self.recorders: list[Recorder] | None = None
+
+    def choose_in_flight(self, network: Any, numbers: Sequence[int]) -> None:
+        """Let the planner try these numbers of batches in flight; measured steps always run one.
+        network: the module that has `batches_in_flight` and holds the blocks, not DDP around it.
+        """
+        assert has_halves(network) and not self.fixed
+        self.network = network
+        self.numbers_in_flight = tuple(numbers)
 
     @property
     def steps_to_choose(self) -> int:
@@ -174,7 +164,7 @@ class Planner:
 
     def settle(self) -> None:
         """Let the blocks run as chosen, or as configured if there is no choice yet, without
-        recorders. A validation after a step of a measurement runs so."""
+        recorders. A validation between two steps runs so."""
         chosen = [choice.schedule for choice in self.choices]
         self.run_as(chosen or self.configured)
         self.run_in_flight(self.choices)
@@ -202,7 +192,8 @@ class Planner:
         return self.agenda[0] if self.agenda else ("run", 0)
 
     def begin_step(self, timed: bool = False) -> None:
-        """Prepare the blocks for a step. timed: time this step if the choice has been made."""
+        """Prepare the blocks for a step. timed: time this step if the choice has been made and one
+        batch is in flight, as the operators of two overlap each other."""
         what, which = self.doing
         schedules = [block.schedule for block in self.blocks]
         choices: list[LayerChoice] = []
@@ -212,9 +203,9 @@ class Planner:
             choices = self.candidates[which] if what == "try" else self.choices
             schedules = [choice.schedule for choice in choices]
         self.run_in_flight(choices)
-        timed = timed and what == "run"
-        notes = what == "measure" or (timed and batches_in_flight(choices) == 1)
-        if notes or timed or what == "try":  # a trial needs one clock, and so do halves
+        timed = timed and what == "run" and batches_in_flight(choices) == 1
+        notes = what == "measure" or timed
+        if notes or what == "try":  # a trial needs one clock
             self.recorders = [Recorder(self.device) for _ in (self.blocks if notes else [None])]
             start_clocks(self.recorders, self.group)
         self.run_as(schedules, what == "measure", self.recorders if notes else None)
@@ -236,9 +227,6 @@ class Planner:
         """Note the times of a step. what, which: as in `doing`."""
         if what == "try":
             self.tried[which][-1] += slowest(recorders[0], self.group)
-            return
-        if what == "run" and batches_in_flight(self.choices) == 2:
-            self.note_drift(slowest(recorders[0], self.group))
             return
         schedules = [block.schedule for block in self.blocks]
         self.run_as(schedules)
@@ -304,7 +292,7 @@ class Planner:
         return choices
 
     def note_overlap(self, sample_L2O: Tensor) -> None:
-        """Compute the overlap of a timed step, and note whether its times have drifted."""
+        """Compute the overlap of a timed step."""
         seconds = sample_L2O[:, :, -1].sum(0).tolist()
         sequential = sum_of_layers([choice.sequential for choice in self.choices])
         free = sum_of_layers([choice.free for choice in self.choices])
@@ -315,22 +303,6 @@ class Planner:
             hidden_part(*times) if share >= LEAST_SHARE else None for share, *times in each
         ]
         self.overlap = Overlap(seconds, shares, efficiency)
-        self.note_drift(sum(seconds))
-
-    def note_drift(self, seconds: float) -> None:
-        """Measure again after DRIFTED_IN_TURN drifted steps.
-
-        seconds: of the windows of a timed step; with two batches in flight, of the step.
-        """
-        usual = self.usual[batches_in_flight(self.choices)]
-        if self.first_timed:
-            usual.append(seconds)
-        self.first_timed = False
-        # where routing changes to and fro, both times become usual
-        is_usual = any(1 / DRIFT <= seconds / known <= DRIFT for known in usual)
-        self.drifted = 0 if is_usual else self.drifted + 1
-        if self.drifted == DRIFTED_IN_TURN:
-            self.restart()
 
 
 def sum_of_layers(seconds_LD: Sequence[Sequence[float]]) -> list[float]:

@@ -89,9 +89,6 @@ class TrainingTurns(Callback):
     def note_windows(self, trainer: Any) -> None:
         for callback in trainer.callbacks:
             if isinstance(callback, AdaptiveSchedule) and callback.planner:
-                callback.planner.drifted = (
-                    0  # the machine's speed drifts between turns; the choice is kept
-                )
                 overlap = callback.planner.overlap
                 if overlap is not None and overlap is not self.overlap:
                     self.overlap = overlap

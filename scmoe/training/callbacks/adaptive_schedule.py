@@ -1,7 +1,6 @@
 """The schedule of a run: the planner's choice, what ran, and how much communication was hidden."""
 
 import itertools
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from scmoe.planning.plan_file import (
     in_flight_from,
     plan_from_json,
     plan_to_json,
+    read_plan,
     up_to,
 )
 from scmoe.planning.planner import LEAST_SHARE, Overlap, Planner
@@ -37,12 +37,12 @@ class AdaptiveSchedule(Callback):
 
     It does nothing without transfers: with one expert-parallel rank, or without experts.
 
-    auto: choose slot and chunks by measurement, and again where the times drift; otherwise only
-    measure. chunks: the numbers of chunks to choose from. plan: on rank 0, the file where the
-    choice is kept; a resumed run with the same settings takes it from there instead of measuring
-    again. settings: those under which a plan is valid, beside the planner's own. in_flight: the
-    numbers of batches in flight to choose from; for a network that cannot have two it is one.
-    Without auto the network keeps its own number, and nothing is measured while it is two.
+    auto: choose slot and chunks by measurement; otherwise only measure. chunks: the numbers of
+    chunks to choose from. plan: on rank 0, the file where the choice is kept; a resumed run with
+    the same settings takes it from there instead of measuring again. settings: those under which a
+    plan is valid, beside the planner's own. in_flight: the numbers of batches in flight to choose
+    from; for a network that cannot have two it is one. Without auto the network keeps its own
+    number, and nothing is measured while it is two.
     """
 
     def __init__(
@@ -101,7 +101,10 @@ class AdaptiveSchedule(Callback):
         whether it is."""
         kept: Any = None
         if self.plan is not None and self.plan.exists():
-            kept = read_plan(self.plan, self.conditions)
+            try:
+                kept = read_plan(self.plan, self.conditions)
+            except ValueError as error:
+                print(f"plan: measured again, because {error}", file=sys.stderr, flush=True)
             self.earlier = up_to(read_json(self.plan), trainer.global_step)
         kept = trainer.strategy.broadcast(kept)
         if kept is None:
@@ -136,9 +139,8 @@ class AdaptiveSchedule(Callback):
             return
         self.planner.end_step()
         choices = self.planner.choices
-        if choices and choices is not self.shown:
-            self.show_what_ran |= [c.schedule for c in choices] != [c.schedule for c in self.shown]
-            self.shown = choices
+        if choices and not self.shown:
+            self.shown, self.show_what_ran = choices, True
             if self.auto and trainer.is_global_zero:
                 show(choices)
                 self.keep(choices, trainer.global_step)
@@ -155,24 +157,6 @@ class AdaptiveSchedule(Callback):
         if self.plan is not None:
             self.earlier = plan_to_json(choices, self.conditions, step, self.earlier)
             try_to_write_json(self.plan, self.earlier)
-
-
-def read_plan(path: Path, conditions: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a plan that is valid under these conditions. Otherwise print in one line why the
-    operators are measured again, and return None."""
-    try:
-        plan: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        plan_from_json(plan)
-        there = plan["conditions"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"plan: {path} is not used: {error!r}", file=sys.stderr, flush=True)
-        return None
-    if differing := [key for key, value in conditions.items() if there.get(key) != value]:
-        key = differing[0]
-        what = f"{key} was {there.get(key, 'not kept')} in {path} and is {conditions[key]} now"
-        print(f"plan: measured again, because {what}", file=sys.stderr, flush=True)
-        return None
-    return plan
 
 
 def show(choices: list[LayerChoice]) -> None:

@@ -151,7 +151,7 @@ def tiny_on_loopback(monkeypatch):
 
 def test_a_step_waits_in_each_of_its_batches(monkeypatch):
     schedule = training_turns.AdaptiveSchedule(auto=True, chunks=(1,))
-    schedule.planner = SimpleNamespace(overlap=SimpleNamespace(seconds=(1.5, 2.75)), drifted=1)
+    schedule.planner = SimpleNamespace(overlap=SimpleNamespace(seconds=(1.5, 2.75)))
     caller, turn = Pipe()
     held = training_turns.TrainingTurns(turn, ends=(1,))
     monkeypatch.setattr(links, "set_rate", lambda mbit: None)
