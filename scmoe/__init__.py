@@ -1,18 +1,11 @@
 """scmoe: shortcut-connected mixture of experts on PyTorch Lightning.
 
-`import scmoe` registers `Trainer(strategy="expert_parallel")` with Lightning and makes it read our
-checkpoint directories, before or after Lightning is imported. It imports neither Lightning nor
-torch: the names of `__all__` are imported at first use.
+`import scmoe` changes nothing outside of this package, and imports neither Lightning nor torch: the
+names of `__all__` are imported at first use.
 """
 
-import sys
 from importlib import import_module
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
-
-from scmoe.lightning.register import register_with_lightning
 
 if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
     from scmoe.api import MoE, ScMoEBlock, data_parallel, load_balance_loss, move_biases
@@ -21,6 +14,7 @@ if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
     from scmoe.inference.sampling import Sampling, Stopping
     from scmoe.lightning.strategy import ExpertParallelStrategy
     from scmoe.moe.router import Scoring
+    from scmoe.parallel.checkpoint.loading import load_checkpoint
     from scmoe.parallel.wire.wire import Wire
     from scmoe.runs.seen import train
     from scmoe.runs.trained import load_trained as load
@@ -44,6 +38,7 @@ __all__ = [
     "generate",
     "load",
     "load_balance_loss",
+    "load_checkpoint",
     "load_config",
     "move_biases",
     "register_architecture",
@@ -64,6 +59,7 @@ NAMES = {  # name: module and the name there
     "Scoring": ("scmoe.moe.router", "Scoring"),
     "Wire": ("scmoe.parallel.wire.wire", "Wire"),
     "ExpertParallelStrategy": ("scmoe.lightning.strategy", "ExpertParallelStrategy"),
+    "load_checkpoint": ("scmoe.parallel.checkpoint.loading", "load_checkpoint"),
     "load_config": ("scmoe.config.load", "load"),
     "build_model": ("scmoe.training.assembly.model", "build_model"),
     "register_architecture": ("scmoe.training.assembly.blocks", "register_architecture"),
@@ -95,31 +91,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class AfterLightning(MetaPathFinder):
-    """Find `lightning.pytorch` as usual, and register with it once it is imported."""
-
-    def find_spec(
-        self, fullname: str, path: Any, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != "lightning.pytorch":
-            return None
-        sys.meta_path.remove(self)
-        spec = PathFinder.find_spec(fullname, path, target)
-        loader: Any = spec and spec.loader
-        if loader is not None:
-            run = loader.exec_module
-
-            def run_and_register(module: ModuleType) -> None:
-                run(module)
-                register_with_lightning()
-
-            loader.exec_module = run_and_register
-        return spec
-
-
-if "lightning.pytorch" in sys.modules:
-    register_with_lightning()
-else:
-    sys.meta_path.insert(0, AfterLightning())

@@ -202,23 +202,56 @@ def test_every_name_is_found_and_no_other():
         _ = scmoe.Moe
 
 
-IMPORTS = """
-import sys, scmoe
-print({"torch", "lightning"} & {*sys.modules})
+LIGHT = """
+import sys
+finders = [*sys.meta_path]
+import scmoe
+print({"torch", "lightning"} & {*sys.modules}, sys.meta_path == finders)
 scmoe.ScMoEBlock(16, 2)
 print({"lightning", "omegaconf", "rich"} & {*sys.modules})
+"""
+OUTSIDE = """
+import sys
 from lightning.pytorch import Trainer
-print(type(Trainer(strategy="expert_parallel", accelerator="cpu", logger=False).strategy).__name__)
+from lightning.pytorch.strategies import StrategyRegistry
+
+def outside():
+    names = {name: vars(module) for name, module in sys.modules.items()}
+    return {
+        (module, name): id(value)
+        for module, values in names.items() if module.startswith(("lightning", "torch"))
+        for name, value in [*values.items()] if callable(value)
+    }, [*sys.meta_path], {*StrategyRegistry}
+
+before = outside()
+import scmoe
+print(outside() == before)
+try:
+    Trainer(strategy="expert_parallel")
+except ValueError as error:
+    print("ddp" in str(error))
+import scmoe.lightning
+print({*StrategyRegistry} - before[2])
+for strategy in ("expert_parallel", scmoe.ExpertParallelStrategy()):
+    print(type(Trainer(strategy=strategy, accelerator="cpu", logger=False).strategy).__name__)
 """
 
 
+def printed(program: str) -> list[str]:
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 def test_importing_the_package_needs_no_torch_and_the_block_no_lightning():
-    """Lightning knows the strategy's name all the same. In ranks it is imported before this
-    package."""
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=120
-    )
-    assert done.stdout == "set()\nset()\nExpertParallelStrategy\n", done.stderr
+    assert printed(LIGHT) == ["set() True", "set()"]
+
+
+def test_importing_the_package_changes_nothing_outside_of_it():
+    """The name of the Strategy is known after `import scmoe.lightning`; the class needs no name."""
+    name = "ExpertParallelStrategy"
+    assert printed(OUTSIDE) == ["True", "True", "{'expert_parallel'}", name, name]
 
 
 # -------------------------------------------------- the examples of README and docs/

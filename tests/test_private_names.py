@@ -107,23 +107,12 @@ DRY_RUN = {
 OTHERS |= set().union(*DRY_RUN.values())
 UNDOCUMENTED = {  # undocumented names without an underscore
     *("FSDPMeshInfo", "HSDPMeshInfo", "ShardPlacementResult", "TrainingState"),
-    *(
-        "epoch_loop",
-        "val_loop",
-        "batch_progress",
-        "TrainerStatus",
-        "procs",
-        "rank_zero_only",
-        "pl_load",
-    ),
+    *("epoch_loop", "val_loop", "batch_progress", "TrainerStatus", "procs", "rank_zero_only"),
 }
 PYTHONS = {"_exit", "_fields", "_getframe", "_replace"}
 SEAMS = ("scmoe/lightning/seam/", "scmoe/parallel/torch_seam.py")
 ELSEWHERE = {(path, name) for path, names in DRY_RUN.items() for name in names}
-ELSEWHERE |= {
-    ("datamodules/documents.py", "_fingerprint"),
-    ("scmoe/lightning/register.py", "pl_load"),
-}
+ELSEWHERE |= {("datamodules/documents.py", "_fingerprint")}
 ELSEWHERE |= {("scmoe/runs/hf_base.py", "_is_hf_initialized"), ("scmoe/moe/router.py", "_apply")}
 ELSEWHERE |= {
     ("scmoe/moe/operators.py", "_profiler_enabled"),

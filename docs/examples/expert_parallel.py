@@ -36,8 +36,8 @@ if __name__ == "__main__":
     trainer = Trainer(
         accelerator="cpu",
         devices=2,
-        # all ranks share the experts; scmoe.ExpertParallelStrategy(ep_size=...) for fewer
-        strategy="expert_parallel",
+        # all ranks share the experts; ep_size=... for fewer
+        strategy=scmoe.ExpertParallelStrategy(),
         max_steps=20,
         gradient_clip_val=1.0,
         logger=False,

@@ -63,8 +63,8 @@ def refuse_load_without_ranks(mesh: Mesh) -> None:
     if mesh.device_mesh is None:
         raise RuntimeError(
             "no checkpoint can be loaded here: the ranks, which hold the experts, do not exist"
-            " before fit, validate, test or predict. Give ckpt_path to one of them, or call"
-            " load_from_checkpoint of the module's class"
+            " before fit, validate, test or predict. Give ckpt_path to one of them, or read it"
+            " in one process with scmoe.load_checkpoint"
         )
 
 

@@ -7,6 +7,7 @@ and how predictions are measured.
 import math
 from collections import deque
 from collections.abc import Callable
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 import torch
@@ -25,6 +26,8 @@ from scmoe.lightning.seam.loops import count_steps_from
 from scmoe.moe.balance import integer_sums, load_balance_loss, load_metrics, router_z_loss
 from scmoe.moe.stream import move_biases
 from scmoe.moe.tokens import RouterStats
+from scmoe.parallel.checkpoint.loading import load_checkpoint
+from scmoe.parallel.checkpoint.remote import has_manifest, located
 from scmoe.parallel.mesh import expert_parameters
 from scmoe.parallel.torch_seam import allow_graphs
 from scmoe.parallel.wire.wire import Wire
@@ -91,15 +94,20 @@ class MoEModule(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load as Lightning does. `make_model` and `max_steps` must be passed again, as a
-        checkpoint holds no functions."""
+        """Load as Lightning does, also from a folder of ExpertParallelStrategy. `make_model` and
+        `max_steps` must be passed again, as a checkpoint holds no functions."""
         if "make_model" not in kwargs:
             raise TypeError(
                 f"{cls.__name__}.load_from_checkpoint lacks make_model. Pass"
                 " make_model=partial(scmoe.build_model, config) and max_steps=...; scmoe.load(RUN)"
                 " loads a run's model."
             )
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        if not has_manifest(located(checkpoint_path)):
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        with TemporaryFile() as file:  # Lightning reads a checkpoint that is one file
+            torch.save(load_checkpoint(checkpoint_path), file)
+            file.seek(0)
+            return super().load_from_checkpoint(file, *args, **kwargs)
 
     def configure_model(self) -> None:
         if self.model is None:

@@ -290,7 +290,8 @@ def at_a_run(tmp_path_factory):
             return self.moe(batch[0])[0]
 
     quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu", "devices": 1}
-    trainer = Trainer(strategy="expert_parallel", max_steps=1, enable_checkpointing=False, **quiet)
+    strategy = scmoe.ExpertParallelStrategy()
+    trainer = Trainer(strategy=strategy, max_steps=1, enable_checkpointing=False, **quiet)
     trainer.fit(MyModule(), rows(2))
     trainer.save_checkpoint(folder / "checkpoints/step=100.ckpt")
     return folder, MyModule

@@ -18,7 +18,17 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from tests.support.lightning_loops import Failing, Thawed
-from tests.support.lightning_net import Net, Runs, clones, computed, error_of, feature, loader, rows
+from tests.support.lightning_net import (
+    Net,
+    Runs,
+    clones,
+    computed,
+    error_of,
+    feature,
+    in_one_file,
+    loader,
+    rows,
+)
 from tests.support.lightning_updates import Groups, OddShapes, Scheduled, Tied, WithBuffers
 
 
@@ -162,7 +172,7 @@ def weights_only(runs: Runs) -> Any:
     validated = runs.trainer().validate(
         module, loader(8), ckpt_path=path, verbose=False, weights_only=True
     )
-    loaded = clones(Net.load_from_checkpoint(path, weights_only=True).state_dict())
+    loaded = clones(Net.load_from_checkpoint(in_one_file(path), weights_only=True).state_dict())
     refused = error_of(lambda: runs.fit(ckpt_path=path)).partition(":")[0]
     return {"all": [end, validated, clones(module.state_dict()), loaded], "refused": refused}
 
@@ -180,7 +190,8 @@ class WithParameters(Net):
 @feature
 def hyper_parameters(runs: Runs) -> Any:
     end = runs.fit(WithParameters(5), **saving(runs))
-    loaded = WithParameters.load_from_checkpoint(runs.folder / "step=4.ckpt", weights_only=True)
+    file = in_one_file(runs.folder / "step=4.ckpt")
+    loaded = WithParameters.load_from_checkpoint(file, weights_only=True)
     return [end, clones(loaded.state_dict()), loaded.hparams.width]
 
 
@@ -367,7 +378,8 @@ def save_checkpoint_after_fit(runs: Runs) -> Any:
     module, trainer = Net(), runs.trainer()
     trainer.fit(module, loader())
     trainer.save_checkpoint(runs.folder / "after.ckpt")
-    loaded = Net.load_from_checkpoint(runs.folder / "after.ckpt", weights_only=True)
+    file = in_one_file(runs.folder / "after.ckpt")
+    loaded = Net.load_from_checkpoint(file, weights_only=True)
     tested = trainer.test(
         module, loader(8), ckpt_path=runs.folder / "after.ckpt", verbose=False, weights_only=False
     )

@@ -6,6 +6,7 @@ compared.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from scmoe.parallel.checkpoint.loading import load_checkpoint
+from scmoe.parallel.checkpoint.remote import has_manifest, located
 from tests.support.trainings import users_trainer
 
 DIM, HIDDEN = 4, 8
@@ -150,6 +153,17 @@ def error_of(act: Callable[[], Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return ""
+
+
+def in_one_file(path: Any) -> Any:
+    """Return what Lightning reads: a folder of the Strategy as a file in memory, other paths as
+    they are."""
+    if not has_manifest(located(path)):
+        return path
+    file = BytesIO()
+    torch.save(load_checkpoint(path), file)
+    file.seek(0)
+    return file
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

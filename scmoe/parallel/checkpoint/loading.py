@@ -22,6 +22,7 @@ from scmoe.parallel.checkpoint.of_ranks import (
     stored_in,
     with_tensors,
 )
+from scmoe.parallel.checkpoint.remote import downloaded, located
 from scmoe.parallel.checkpoint.state import (
     META,
     MODULE,
@@ -90,24 +91,27 @@ def read_meta(path: Path) -> dict[str, Any]:
         raise durable.BrokenCheckpoint(f"{file} is damaged: {error}") from error
 
 
-def read_for_lightning(path: Path) -> dict[str, Any]:
-    """Return a checkpoint as Lightning keeps it in one file, with all experts.
+def load_checkpoint(path: Any) -> dict[str, Any]:
+    """Return a checkpoint as Lightning keeps it in one file, with all experts, on the CPU of one
+    process: `state_dict`, hyper-parameters, and what callbacks and hooks have added.
 
-    The optimizers' state is left out. This is for `load_from_checkpoint` and Trainers without
-    ExpertParallelStrategy. ValueError: no whole checkpoint.
+    path: a folder, also on a storage that fsspec reaches. The optimizers' state is left out, and so
+    is, with a warning, what several ranks have saved differently. ValueError: no whole checkpoint.
     """
-    durable.verify(path)
-    meta = of_this_rank(read_meta(path), Mesh())
-    for name in ("param_groups", OPTIMIZER):
-        meta.pop(name, None)
-    meta = with_tensors(meta, read_named(path, stored_in(meta)))
-    weights = {
-        name.removeprefix("model."): tensor for name, tensor in read_whole(path, "model.").items()
-    }
-    entries = meta.pop(MODULE, Incomplete({}, {}))
-    for reason in entries.reasons.values():
-        warnings.warn(f"not loaded: {reason}", stacklevel=2)
-    weights |= entries
+    with downloaded(located(path)) as folder:
+        durable.verify(folder)
+        meta = of_this_rank(read_meta(folder), Mesh())
+        for name in ("param_groups", OPTIMIZER):
+            meta.pop(name, None)
+        meta = with_tensors(meta, read_named(folder, stored_in(meta)))
+        tensors = read_whole(folder, "model.")
+    weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    for part in (meta, *meta.values()):
+        if isinstance(part, Incomplete):
+            for reason in part.reasons.values():
+                warnings.warn(f"not loaded: {reason}", stacklevel=2)
+    meta = {name: dict(x) if isinstance(x, Incomplete) else x for name, x in meta.items()}
+    weights |= meta.pop(MODULE, {})
     weights |= {
         name: weights[first]
         for name, first in meta.pop("tied_weights", {}).items()
@@ -125,7 +129,7 @@ def _fill(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 @torch.no_grad()
-def load_checkpoint(
+def load_in_place(
     path: Path, module: nn.Module, optimizers: Sequence[Optimizer], mesh: Mesh, strict: bool = True
 ) -> dict[str, Any]:
     """Read a checkpoint into the module and the optimizers and return the rest.

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from scmoe.files import write_durably
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.durable import Fingerprint
-from scmoe.parallel.checkpoint.loading import load_checkpoint
+from scmoe.parallel.checkpoint.loading import load_in_place
 from scmoe.parallel.checkpoint.of_ranks import contents
 from scmoe.parallel.checkpoint.remote import Place, Upload
 from scmoe.parallel.checkpoint.state import META, set_rng_states
@@ -244,10 +244,10 @@ class Checkpoints:
     ) -> dict[str, Any]:
         """Read tensors into the module and the optimizers and return the rest.
 
-        No save may be running. ValueError: see `load_checkpoint`.
+        No save may be running. ValueError: see `load_in_place`.
         """
         assert self.saving is None
-        state = load_checkpoint(path, module, optimizers, self.mesh, strict)
+        state = load_in_place(path, module, optimizers, self.mesh, strict)
         self.rng_states = state.pop("rng_states", None)
         return state
 

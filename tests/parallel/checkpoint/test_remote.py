@@ -23,7 +23,15 @@ from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.durable import MANIFEST
 from scmoe.parallel.checkpoint.remote import Remote, downloaded
-from tests.support.lightning_net import HIDDEN, Net, clones, differences, error_of, loader
+from tests.support.lightning_net import (
+    HIDDEN,
+    Net,
+    clones,
+    differences,
+    error_of,
+    in_one_file,
+    loader,
+)
 from tests.support.trainings import users_trainer
 from tests.support.vault import Vault, open_vault
 
@@ -80,7 +88,8 @@ def used_in_one_process(rank: int, world_size: int, folder: Path) -> list[Any]:
         validated = trainer.validate(
             ckpt_path="best", dataloaders=loader(8), verbose=False, weights_only=False
         )
-        read = Net.load_from_checkpoint(kept.best_model_path, weights_only=False)
+        file = in_one_file(kept.best_model_path)
+        read = Net.load_from_checkpoint(file, weights_only=False)
         _, resumed, _ = fit(1, strategy(), f"{url}/again", Net, kept.last_model_path)
         rooted = users_trainer(1, strategy(), default_root_dir=f"{url}/root", max_steps=1)
         rooted.fit(Net(), loader(8))

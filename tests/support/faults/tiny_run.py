@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scmoe.config.fields import Config
 from scmoe.config.load import load
-from scmoe.parallel.checkpoint.loading import load_checkpoint
+from scmoe.parallel.checkpoint.loading import load_in_place
 from scmoe.parallel.checkpoint.saving import Saving
 from scmoe.parallel.checkpoint.state import model_state, optimizer_state
 from scmoe.parallel.dense.sharded import local, reshard
@@ -140,7 +140,7 @@ def save_marked(trainer: Any, path: Path, step: int, background: bool = False) -
 
 
 def load_into(trainer: Any, path: Path) -> None:
-    load_checkpoint(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.mesh)
+    load_in_place(path, trainer.lightning_module, trainer.optimizers, trainer.strategy.mesh)
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

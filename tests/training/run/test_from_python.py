@@ -17,6 +17,7 @@ import sys
 from dataclasses import replace
 import lightning.pytorch as pl
 import scmoe
+import scmoe.lightning
 
 words = ["runs_dir=" + sys.argv[1], "trainer.max_steps=2", "logger.mode=disabled"]
 words += ["data.name=synthetic"]
