@@ -23,12 +23,11 @@ def main(run: str, /, *more: str, out: Path = Path("runs/compare.png")) -> None:
             f" {scmoe('runs')} lists them."
         )
     runs = [open_run(name) for name in (run, *more)]
-    from scmoe.runs.compare import differences_table, draw, gains_of_schedules, results_table
+    from scmoe.runs import compare
 
-    letters = [chr(ord("a") + i) if i < 26 else str(i + 1) for i in range(len(runs))]
-    gains = gains_of_schedules(runs, letters)
-    console().print(
-        results_table(runs, letters), differences_table(runs, letters), *gains, sep="\n"
-    )
-    draw(runs, letters, out)
+    letters = compare.letters_of(runs)
+    gains = compare.gains_of_schedules(runs, letters)
+    tables = (compare.results_table(runs, letters), compare.differences_table(runs, letters))
+    console().print(*tables, *gains, sep="\n")
+    compare.draw(runs, compare.labels_of(runs, letters), out)
     print(out)

@@ -6,13 +6,13 @@ from scmoe.command_line import Count
 def main(*sources: str, to: Path = Path("report.html"), last: Count = 12) -> None:
     """Write one HTML page of runs, tables, benches and advice, to hand on.
 
-    The page loads nothing and runs no script. It shows results beside the paper's, losses over
-    tokens and over seconds, timelines, the load of each expert by layer over time, environments and
-    commands. The last line on standard output is its path.
+    The page loads nothing and runs no script. It shows the pictures that runs, tables and benches
+    have drawn, losses over tokens and over seconds, tables, environments and commands. The last
+    line on standard output is its path.
 
     Args:
-        sources: runs, folders, JSON files of table, bench, simulate or advise, Chrome traces, or
-            names of docs/results; none: the folder runs
+        sources: runs, folders, JSON files of table, bench, simulate or advise, or names of
+            docs/results; none: the folder runs
         to: the page
         last: how many of the newest runs of a folder
     """

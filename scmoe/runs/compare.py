@@ -1,11 +1,11 @@
 """Compares runs: their results, how their configs differ, and their curves over the tokens
-(images) they saw."""
+(images) they saw, or over the seconds of their training."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
-from typing import Any
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.ticker import EngFormatter
 from rich import box
@@ -19,6 +19,12 @@ PANELS = {"train/loss": "Training (single batches)", "val/loss": "Validation"}
 STYLES = ("-", "--", ":")  # for more runs than colours, and for runs whose curves are equal
 MARKERS = ("o", "x", "+")  # of validations, likewise
 LETTERS = 60  # of a line of the legend
+Points = list[tuple[float, float]]
+
+
+def letters_of(runs: Sequence[SeenRun]) -> list[str]:
+    """Return the letter by which each run is named in tables and legends."""
+    return [chr(ord("a") + i) if i < 26 else str(i + 1) for i in range(len(runs))]
 
 
 def results_table(runs: Sequence[SeenRun], letters: Sequence[str]) -> Table:
@@ -79,14 +85,39 @@ def labels_of(runs: Sequence[SeenRun], letters: Sequence[str]) -> list[str]:
     return labels
 
 
-def draw(runs: Sequence[SeenRun], letters: Sequence[str], path: Path) -> None:
-    """Draw the training loss above and the validation loss below, one colour a run."""
+def curve_over_seconds(run: SeenRun, metric: str) -> Points:
+    """Return points (seconds of training, value); none for a run that has logged no speed.
+
+    Seconds are sums of tokens over logged speeds: without validation and checkpoints, and right
+    across the parts of a resumed run. After the last logged speed they go on at its speed.
+    """
+    logged = run.curve(f"time/{run.counts}_per_s")
+    speeds = [(tokens, per_s) for tokens, per_s in logged if per_s > 0]
+    points = run.curve(metric)
+    if not speeds or not points:
+        return []
+    amounts, per_s = np.array(speeds).T
+    seconds = np.cumsum(np.diff(amounts, prepend=0) / per_s)
+    tokens, values = np.array(points).T
+    beyond = np.maximum(tokens - amounts[-1], 0) / per_s[-1]
+    elapsed = np.interp(tokens, [0, *amounts], [0, *seconds]) + beyond
+    return [*zip(elapsed.tolist(), values.tolist(), strict=True)]
+
+
+def draw(
+    runs: Sequence[SeenRun], labels: Sequence[str], path: Path, over_seconds: bool = False
+) -> None:
+    """Draw the training loss above and the validation loss below, one colour a run.
+
+    labels: of the runs, each begins with its letter and a colon.
+    """
     colors = colormaps["tab10"].colors  # type: ignore[attr-defined]
+    curve = curve_over_seconds if over_seconds else SeenRun.curve
     with chart(path, 6.2 + 0.2 * len(runs)) as figure:
         axes = figure.subplots(2, 1, sharex=True, sharey=True)
-        curves: list[list[Any]] = []
-        for i, (run, label) in enumerate(zip(runs, labels_of(runs, letters), strict=True)):
-            points_by_panel = [run.curve(metric) for metric in PANELS]
+        curves: list[list[Points]] = []
+        for i, (run, label) in enumerate(zip(runs, labels, strict=True)):
+            points_by_panel = [curve(run, metric) for metric in PANELS]
             twins = curves.count(points_by_panel)
             curves.append(points_by_panel)
             line = {
@@ -96,14 +127,17 @@ def draw(runs: Sequence[SeenRun], letters: Sequence[str], path: Path) -> None:
             }
             marker = {"marker": MARKERS[twins % len(MARKERS)], "markersize": 4 + 2 * twins}
             if twins:
-                label += f"; same curves as {letters[curves.index(points_by_panel)]}"
-            line["label"] = fill(label, LETTERS, break_on_hyphens=False)
+                letter = labels[curves.index(points_by_panel)].partition(":")[0]
+                label += f"; same curves as {letter}"
+            shown = fill(label, LETTERS, break_on_hyphens=False)
+            line["label"] = shown.replace("$", r"\$")  # a dollar sign in a name is one
             for axis, metric, points in zip(axes, PANELS, points_by_panel, strict=True):
                 dots = marker if metric == "val/loss" or len(points) == 1 else {}
                 axis.plot(*(zip(*points, strict=True) if points else ((), ())), **line, **dots)
         for axis, name in zip(axes, PANELS.values(), strict=True):
             axis.set(title=name, ylabel="loss, nats", xlim=(0, None))
             axis.grid()
-        axes[1].set_xlabel(" or ".join(sorted({run.counts for run in runs})))
+        amounts = " or ".join(sorted({run.counts for run in runs}))
+        axes[1].set_xlabel("seconds of training" if over_seconds else amounts)
         axes[1].xaxis.set_major_formatter(EngFormatter(sep=""))
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=1)

@@ -274,7 +274,7 @@ def test_every_run_of_a_comparison_is_seen(folder, tmp_path, monkeypatch):
     )
     (run / "metrics.csv").write_text("".join(METRICS.splitlines(keepends=True)[:2]))
     seen = [runs.open_run(str(path)) for path in (folder / "latest", folder / "latest", run)]
-    compare.draw(seen, "abc", tmp_path / "c.png")
+    compare.draw(seen, compare.labels_of(seen, "abc"), tmp_path / "c.png")
     assert_readable(figures[0])
     first, twin, short = figures[0].axes[0].lines
     assert (

@@ -1,19 +1,19 @@
 """Inputs of a report, small and made up: a run's folder, a table, speed-ups, advice."""
 
 import json
+from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.load import load
-from scmoe.planning.plan_file import plan_to_json
-from scmoe.planning.pricing import LayerChoice
-from scmoe.schedule.cost import OperatorTimes
-from scmoe.schedule.schedule import Schedule
 
 HOST = "trainer-17"
 KEY = "wandb_v1_" + "A" * 40
-EXPERTS, LAYERS, STEPS = 4, 2, (9, 19, 29)
+STEPS = (9, 19, 29)
+DOT = b64decode(  # a PNG of one pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 
 
 def write_run(folder: Path, name: str = "quickstart", stamp: str = "20261129-101500") -> Path:
@@ -37,29 +37,11 @@ def write_run(folder: Path, name: str = "quickstart", stamp: str = "20261129-101
     write_json(run / "env.json", environment)
     write_json(run / "state.json", state)
     write_json(run / "summary.json", summary)
-    write_json(run / "plan.json", plan())
     losses = [f"{step},{7.0 - step / 30:.3f},,2048" for step in STEPS]
     rows = ["step,train/loss,val/loss,time/tokens_per_s", *losses, "29,,6.25,"]
     (run / "metrics.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    (run / "analysis" / "expert_load.csv").write_text(loads(), encoding="utf-8")
+    (run / "analysis" / "expert_load.png").write_bytes(DOT)
     return run
-
-
-def loads() -> str:
-    """Return analysis/expert_load.csv, in which expert 3 has half of the copies of layer 1."""
-    rows = ["step,layer," + ",".join(f"expert_{i}" for i in range(EXPERTS)) + ",dropped"]
-    for step in STEPS:
-        rows += [f"{step},0,10,10,10,10,0", f"{step},1,10,5,5,20,0"]
-    return "\n".join(rows) + "\n"
-
-
-def plan() -> dict[str, Any]:
-    """Return the plan.json of a run with one MoE layer, whose dispatch takes 4 ms."""
-    forward = {"route": 1e-3, "dispatch": 4e-3, "experts": 3e-3, "combine": 4e-3, "mlp": 5e-3}
-    forward |= {"attention": 5e-3, "shared_expert": 3e-3, "encode": 1e-3, "decode": 1e-3}
-    times = {1: OperatorTimes(forward, {name: 2 * s for name, s in forward.items()})}
-    choice = LayerChoice(Schedule("scmoe", "pos2", 1, 1), times, (0.03, 0.06))
-    return plan_to_json([choice], {"ranks": 2}, 27)
 
 
 def table() -> dict[str, Any]:
