@@ -103,15 +103,6 @@ def requests_of(request: Request) -> Iterator[Request]:
             yield replace(request, samples=samples // batches, overrides=words)
 
 
-def with_batch_of(config: Config, request: Request) -> Request:
-    """Return the request with the batch that a config of it has."""
-    trainer = config.trainer
-    ranks = trainer.devices * trainer.num_nodes
-    samples = config.data.global_batch_size // (ranks * trainer.accumulate)
-    words = [*request.overrides, f"trainer.accumulate={trainer.accumulate}"]
-    return replace(request, samples=samples, overrides=words)
-
-
 def config_for(request: Request, profile: Profile) -> Config:
     """Return the config on the ranks of the cluster. ConfigError: it cannot run there."""
     ranks = request.ranks or profile.ranks

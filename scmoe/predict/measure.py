@@ -163,8 +163,7 @@ def profile_of(measured: Sequence[Seconds], on_cards: bool, card: str | None) ->
                 f" {low:g} and {high:g}. Stop other work and measure again. {INSTEAD}"
             )
     precision = "bf16-mixed" if on_cards else "32-true"
-    sizes = None if ranks == 1 else (SMALL, LARGE)
-    return Profile("measure", precision, ranks, ranks, kept, measured_bytes=sizes)
+    return Profile("measure", precision, ranks, ranks, kept)
 
 
 def device_values(slowest: Seconds, on_cards: bool, card: str | None) -> dict[str, Value]:

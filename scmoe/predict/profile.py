@@ -183,8 +183,6 @@ class Profile:
     """A cluster with the sources of its values.
 
     padding: as OPTIONAL has it; None: as the config's capacity has it. memory_gb: None: not known.
-    measured_bytes: of a rank's exchange, between which links were measured;
-    None: they were not.
     """
 
     name: str
@@ -193,7 +191,6 @@ class Profile:
     ranks_per_node: int
     values: Mapping[str, Value]
     padding: float | None = None
-    measured_bytes: tuple[float, float] | None = None
     memory_gb: float | None = None
 
     @property

@@ -275,6 +275,8 @@ def refused(command: str) -> str | None:
         verb, *arguments = words
         app_of(verb).parse_args(words, exit_on_error=False, print_error=False)
         given = [word for word in arguments[1:] if re.match(r"[a-z_.]+=(?!\.\.\.)", word)]
+        if verb == "advise":
+            given = [word.partition(",")[0] for word in given]  # of several values, the first
         numbers, given = numbers_of(given, NO_FIELD)
         if verb == "advise":
             of_cluster = [word for word in given if word.startswith(("cluster.", "cluster="))]

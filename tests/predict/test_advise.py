@@ -12,14 +12,7 @@ from scmoe.loads import Sizes as Routed
 from scmoe.loads import load_of
 from scmoe.parallel.dense.memory import rank_memory
 from scmoe.predict import measure
-from scmoe.predict.advice import (
-    Request,
-    config_for,
-    job_of,
-    job_that_fits,
-    models_for,
-    with_batch_of,
-)
+from scmoe.predict.advice import Request, config_for, job_of, job_that_fits, models_for
 from scmoe.predict.advise import advise, decisive
 from scmoe.predict.measure import Seconds
 from scmoe.predict.plan import Choice, Plan, Simulator
@@ -218,8 +211,6 @@ def test_the_step_of_a_preset_is_in_as_few_batches_as_fit():
     assert other.trainer.accumulate == 2
     assert other.data.global_batch_size == config.data.global_batch_size
     assert max(model.memory(1, 1) for model in smaller) <= less.memory
-    again = config_for(with_batch_of(other, request), less)
-    assert (again.trainer, again.data) == (other.trainer, other.data)
     given = replace(request, samples=16)
     assert job_that_fits(given, less)[0].trainer.accumulate == 1, "what is given is kept"
 
@@ -261,16 +252,18 @@ def test_the_verb_measures_this_machine(monkeypatch, capfd):
     assert not {"memory_gb_s", "links.node.gb_s", "tax"} & {*facts["guesses"]}
 
 
-def test_the_verb_draws_five_curves(monkeypatch, tmp_path, capfd):
+def test_a_list_of_values_has_the_advice_of_each_and_a_picture(monkeypatch, tmp_path, capfd):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("scmoe.predict.curves.SAMPLES", 2)
-    words = ("cluster=8xH100", "model.layers=2", "moe.capacity_factor=null", "samples=1")
-    assert call("advise", "quickstart", *words, "--curves", str(tmp_path)) == 0
-    _, err = capfd.readouterr()
-    pictures = {path.stem: path for path in tmp_path.glob("*.png")}
-    assert {*pictures} == {"bandwidth", "ep", "tokens", "width", "load"}
-    for path in pictures.values():
-        assert path.stat().st_size > 10_000 and f"curve: {path}" in err
+    monkeypatch.chdir(tmp_path)
+    words = ("advise", "quickstart", "cluster=8xH100", "model.layers=2")
+    assert call(*words, "samples=1,4") == 0
+    out, err = capfd.readouterr()
+    facts = json.loads(out.splitlines()[-1])
+    assert facts["key"] == "samples" and {*facts["values"]} == {"1", "4"}
+    assert (tmp_path / "runs/advise.png").stat().st_size > 10_000 and "runs/advise.png" in err
+    assert call(*words, "samples=4") == 0
+    assert json.loads(capfd.readouterr().out.splitlines()[-1]) == facts["values"]["4"]
+    assert call(*words, "samples=1,4", "ranks=4,8") == 2, "one key alone"
 
 
 def test_a_job_of_which_nothing_fits_is_told_what_needs_less(capfd):
