@@ -79,20 +79,3 @@ def test_a_page_without_its_marks_is_refused(tmp_path):
     page.write_text("# A page\n")
     with pytest.raises(ConfigError, match="0 parts that make figures writes"):
         with_part(page, "text")
-
-
-def test_the_table_of_moved_experts_follows_its_formulas():
-    """docs/uneven-routing.md: weights of W rows, t and c seconds of a row on the link and of its
-    computation, R = 8 ranks; n rows pay where what they save is what the weights cost."""
-    text = (ROOT / "docs/uneven-routing.md").read_text(encoding="utf-8")
-    (row,) = re.findall(r"^\| testbed: width (\d+).* (\d+) Mbit/s \| ([\d |]+) \|$", text, re.M)
-    width, mbit, cells = row
-    weights, forward, training, hidden = map(int, cells.split("|"))
-    link_s = 4 * 8 * int(width) / (1e6 * int(mbit))
-    (ms,) = re.findall(r"experts take ([\d.]+) ms for 1,024 rows", text)
-    compute_s = float(ms) / 1e3 / 1024
-    moved = 2 * (1 - 1 / 8) * link_s
-    cost = weights * link_s
-    assert forward == pytest.approx(cost / (compute_s + moved), rel=0.003)
-    assert training == pytest.approx(2 * cost / (3 * compute_s + 2 * moved), rel=0.003)
-    assert hidden == pytest.approx(cost / compute_s, rel=0.003)

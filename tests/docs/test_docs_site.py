@@ -4,7 +4,6 @@ docstrings.
 `make docs` builds the whole site, where mkdocs checks every link. These tests need no build.
 """
 
-import ast
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,18 +99,6 @@ def test_the_search_needs_no_server_and_no_network():
     assert (ROOT / "docs" / script).is_file()
 
 
-def test_the_concepts_say_what_a_schedule_gives():
-    (block,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs/concepts.md").read_text(), re.DOTALL
-    )
-    names: dict[str, object] = {}
-    exec(block, names)
-    said = re.findall(r"^(schedule\..*?)  # (.*)$", block, re.M)
-    assert len(said) == 2 and [repr(eval(call, names)) for call, _ in said] == [
-        words for _, words in said
-    ]
-
-
 def test_docstrings_become_markdown():
     import docstrings
 
@@ -142,33 +129,3 @@ def test_a_page_that_loads_from_the_network_is_refused(tag):
     pages.on_post_page('<script src="assets/a.js"><a href="https://a.b">', page=page)
     with pytest.raises(ValueError, match=r"page\.md loads .*allowed: files of the site"):
         pages.on_post_page(tag, page=page)
-
-
-def test_messages_of_the_troubleshooting_page_are_those_of_the_code():
-    """Of a quoted message each part between dots is in a string of the code."""
-    files = [path for top in ("scmoe", "datamodules") for path in (ROOT / top).rglob("*.py")]
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
-    code = "\n".join(
-        n.value
-        for tree in trees
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Constant) and isinstance(n.value, str)
-    )
-    quoted = re.findall(
-        r"`([^`\n]* [^`\n]*\.\.\.[^`\n]*)`", (ROOT / "docs/troubleshooting.md").read_text()
-    )
-    quoted = [text.replace("\\|", "|") for text in quoted if not text.startswith(("make ", "pip "))]
-    assert len(quoted) > 15
-    parts = {
-        part.strip(" ;,:'()")
-        for text in quoted
-        for part in re.split(
-            r"\.\.\.|FILE:LINE, FUNCTION|roll call: |; rank 0|[\w.]+ is 'gpu', |allowed: ", text
-        )
-    }
-    known = {*Config().__dataclass_fields__}
-    assert [
-        part
-        for part in parts
-        if len(part) > 8 and part not in code and part.split(".")[0] not in known
-    ] == []
