@@ -226,7 +226,7 @@ def test_runs_are_listed_with_what_differs_in_their_experiment(folder, capsys):
     )
 
 
-def test_a_run_of_an_older_version_is_compared_by_defaults(folder):
+def test_a_run_whose_config_lacks_a_key_is_compared_by_its_default(folder):
     old = make_run(folder, "debug/20261101-110000-old")
     text = (old / "config.yaml").read_text()
     assert "z_loss_coef" in text

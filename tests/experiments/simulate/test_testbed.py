@@ -245,9 +245,9 @@ def test_a_report_that_contradicts_itself_calibrates_nothing(folder, capsys):
     assert "halves calibrates nothing" in capsys.readouterr().err
 
 
-def test_an_earlier_report_has_the_usual_sizes_of_its_level():
-    earlier = {"level": "iteration", "ranks": 4, "compute": "real", "tokens": 320, "dim": 128}
-    setting = setting_of(earlier)
+def test_a_report_without_sizes_has_the_usual_sizes_of_its_level():
+    report = {"level": "iteration", "ranks": 4, "compute": "real", "tokens": 320, "dim": 128}
+    setting = setting_of(report)
     assert (setting.tokens, setting.ffn_dim) == (320, 512)
     assert setting.layers == Setting.iteration().layers
     assert setting.seq_len == Setting.iteration().seq_len

@@ -157,16 +157,16 @@ def test_a_stopped_table_goes_on_with_its_checkpoints(number, fakes, tmp_path):
     assert statuses(runs) == ["finished"] * 4
 
 
-def test_what_a_killed_batch_and_an_earlier_version_have_left_is_read_again(fakes, tmp_path):
-    """A run that ended after its batch was killed is finished, and one whose state lacks what is
-    kept today."""
+def test_what_a_killed_batch_and_a_config_with_fewer_keys_have_left_is_read_again(fakes, tmp_path):
+    """A run that ended after its batch was killed is finished, and one whose state has the digest
+    of a configuration without a key of today's."""
     runs = plan(tmp_path)
     made(runs)
     fakes.calls.clear()
     runs[0].job.state = State("running", seconds=5.0)
     runs[0].job.keep()
     assert runs[0].job.read() == State("cut", seconds=5.0)
-    runs[1].state.results = {"val_loss": 3.1}
+    runs[1].state.results = {"val_loss": 3.1, "digest": "of fewer keys"}
     runs[1].job.keep()
     made(runs)
     assert fakes.calls == []
