@@ -22,8 +22,8 @@ from experiments.engine.clock import CPU, in_turn, slowest
 from experiments.engine.profiles import peak_bytes
 from experiments.engine.ranks import say_once
 from scmoe.loads import BALANCED, CurrentLoad, load_of, sequences_of
-from scmoe.models.halves import in_flight, set_in_flight
 from scmoe.models.residual_stream import run_blocks
+from scmoe.models.run_as import run_as, schedule_of
 from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.layout import Buffers
 from scmoe.moe.recorder import Recorder
@@ -81,7 +81,7 @@ class Bench:
         if setting.bus:
             self.set_rate(1.0)
         self.free = self.dispatcher(exchange=emulated.free)
-        self.models = {n: Stack(*blocks) for n, blocks in self.stacks.items()}
+        self.models = {n: Stack(blocks) for n, blocks in self.stacks.items()}
         self.steps = {n: make_step(model, setting, wire) for n, model in self.models.items()}
         self.inputs = {}
         for load in dict.fromkeys((BALANCED, *setting.loads)):
@@ -115,12 +115,10 @@ class Bench:
             # a transfer that is waited for right after its start is an operator like any other
             dispatcher = Blocking(self.paid)
         self.current.load, self.current.step = load_of(variant.load), self.turns[variant]
-        blocks = self.stacks[variant.block]
-        for block, schedule in zip(
-            blocks, variant.of_blocks(block.schedule for block in blocks), strict=True
-        ):
-            block.run_as(schedule, dispatcher, recorder)
-        set_in_flight(self.models[variant.block], variant.batches_in_flight)
+        model = self.models[variant.block]
+        blocks = len(model.blocks)
+        schedule = variant.of_model(schedule_of(model))
+        run_as(model, schedule, [dispatcher] * blocks, [recorder] * blocks)
         return self.steps[variant.block]
 
     @property
@@ -193,8 +191,14 @@ class Bench:
         """Return the planner's choice for each block, made from training steps as in a run."""
         step = self.set(Variant(block, default_schedule(block), load=load))
         batches = self.setting.accumulate
-        planner = Planner(self.stacks[block], None, self.device, chunk_counts, batches=batches)
-        planner.choose_in_flight(self.models[block], numbers_in_flight)
+        planner = Planner(
+            self.models[block],
+            None,
+            self.device,
+            chunk_counts,
+            batches=batches,
+            numbers_in_flight=numbers_in_flight,
+        )
         if self.setting.tries is not None:
             planner.most_tries = self.setting.tries
         while not planner.has_chosen:
@@ -247,7 +251,7 @@ class Bench:
         counts = torch.zeros(2, dtype=torch.float64)
         for _ in self.steps_of(variant):
             first = partial(run_blocks, blocks[:1])
-            (stats,) = in_flight(variant.batches_in_flight, first, self.x, None)[1]
+            (stats,) = self.models[variant.block].halves(first, self.x, None)[1]
             counts += torch.stack([stats.num_dropped, stats.counts_E.sum()]).double().cpu()
         dist.all_reduce(counts)
         return float(counts[0] / counts[1])

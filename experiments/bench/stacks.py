@@ -18,7 +18,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.loads import BALANCED, CurrentLoad, Sizes, deal
-from scmoe.models.halves import in_flight
+from scmoe.models.halves import Halves
 from scmoe.models.residual_stream import run_blocks
 from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows
 from scmoe.parallel.mesh import Mesh
@@ -27,7 +27,7 @@ from scmoe.parallel.update.wrap import Wrapped, wrap
 from scmoe.parallel.wire.wire import Wire
 from scmoe.planning.pricing import LayerChoice, batches_in_flight
 from scmoe.schedule.cost import OperatorTimes, exposed_time, slots
-from scmoe.schedule.schedule import Schedule
+from scmoe.schedule.schedule import ModelSchedule, Schedule
 from scmoe.schedule.stack import half_of, waiting_time
 from scmoe.training.assembly.blocks import PARTS, Parts, stack
 
@@ -106,14 +106,16 @@ def make_step(model: "Stack", setting: Setting, wire: Wire) -> Step:
     return Step(wrap(model, wire.mesh), wire.mesh, optimizer)
 
 
-class Stack(nn.Sequential):
-    """Blocks in a row. A step's `model` may be DDP around it, so `batches_in_flight` must be set on
-    the stack itself."""
+class Stack(nn.Module):
+    """Blocks in a row."""
 
-    batches_in_flight: int = 1
+    def __init__(self, blocks: Sequence[MoEBlock]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.halves = Halves()
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        return in_flight(self.batches_in_flight, partial(run_blocks, self), x_BSD, None)[0]
+        return self.halves(partial(run_blocks, self.blocks), x_BSD, None)[0]
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,10 @@ class Variant:
     def of_blocks(self, schedules: Iterable[Schedule]) -> list[Schedule]:
         """Return the schedule of each block, given any schedules that they have."""
         return list(self.schedules) or [placed(each, self.schedule) for each in schedules]
+
+    def of_model(self, schedule: ModelSchedule) -> ModelSchedule:
+        """Return how the row's model runs, given any schedule that it has."""
+        return ModelSchedule(tuple(self.of_blocks(schedule.blocks)), self.batches_in_flight)
 
 
 def chosen_by(choices: Sequence[LayerChoice], block: str, load: str) -> Variant:

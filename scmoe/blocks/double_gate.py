@@ -8,11 +8,11 @@ top-1 each.
     half             route, dispatch, experts, combine
 
 The preceding half begins at the tap and ends at the end of the block, so its transfers hide behind
-the backbone as ScMoE's do. The transfers of the current half are not hidden. If both halves choose
+the backbone as ScMoE's do. The transfers of the current half are not hidden. If both gates choose
 the same expert for a token, the current half goes to its second-best expert: the router compares
 expert ids (A.2). DGMoE-Share (A.7): two pairs of blocks share one MoE module, `share_moe`.
 
-The module's load is the sum of both halves, because its experts serve both
+The module's load is the sum of both gates', because its experts serve both
 (docs/decisions/0017-double-gate.md).
 """
 

@@ -21,8 +21,7 @@ may set it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -32,8 +31,8 @@ from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.inference.sampling import Reason, Sampling, Stopping, choose
 from scmoe.models.decoder import Decoder
-from scmoe.models.halves import one_in_flight
-from scmoe.moe.dispatcher import Blocking
+from scmoe.models.run_as import running_as, schedule_of
+from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.layout import Buffers
 from scmoe.moe.stream import dropless
 
@@ -109,19 +108,15 @@ def decode(model: Decoder, ids_B: Tensor, going: Sequence[bool], cache: KVCache)
     return model(ids_B[:, None], mask_B1, cache).logits_BSV[:, 0]
 
 
-@contextmanager
-def sequential(model: Decoder, blocks: Sequence[MoEBlock]) -> Iterator[None]:
-    """Run the model without overlap inside: one batch is in flight, and the blocks wait for each
-    transfer as soon as it starts."""
-    dispatchers = [block.moe.dispatcher for block in blocks]
-    for block, dispatcher in zip(blocks, dispatchers, strict=True):
-        block.run_as(block.schedule, Blocking(dispatcher), block.recorder)
-    try:
-        with one_in_flight(model):
-            yield
-    finally:
-        for block, dispatcher in zip(blocks, dispatchers, strict=True):
-            block.run_as(block.schedule, dispatcher, block.recorder)
+def sequential(model: Decoder) -> running_as:
+    """Return a context in which the model runs without overlap: one batch is in flight, and the
+    blocks wait for each transfer between ranks as soon as it starts."""
+    in_one_batch = replace(schedule_of(model), batches_in_flight=1)
+    dispatchers: list[Dispatcher] = []
+    for block in moe_blocks_of(model):
+        dispatcher = block.moe.dispatcher
+        dispatchers.append(Blocking(dispatcher) if block.moe.num_ranks > 1 else dispatcher)
+    return running_as(model, in_one_batch, dispatchers)
 
 
 def blocks_between_ranks(model: Decoder) -> list[MoEBlock]:
@@ -253,7 +248,7 @@ def _steps(
     written: list[list[int]] = [[] for _ in prompts]
     going = [True] * len(prompts)
     cache = KVCache(batch_size, longest + stopping.max_tokens - 1, device)
-    between_ranks = blocks_between_ranks(model)
+    decoding = sequential(model)
 
     with inside:  # for passes only: between two steps the model is the caller's
         logits_BV = read_prompts(model, ids_BS, mask_BS, cache, passes)
@@ -274,7 +269,7 @@ def _steps(
         if not ended:
             if sampling.repetition_penalty != 1:  # else nothing reads it
                 had_BV.scatter_(1, ids_B[:, None], True)
-            with inside, sequential(model, between_ranks):
+            with inside, decoding:
                 logits_BV = decode(model, ids_B, going or [False], cache)
 
 

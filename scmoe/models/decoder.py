@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.sublayers import MLP, SelfAttention
-from scmoe.models.halves import in_flight
+from scmoe.models.halves import Halves
 from scmoe.models.residual_stream import run_blocks, widen_under_autocast
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.moe.router import SelectionBias
@@ -27,11 +27,8 @@ class Decoder(nn.Module):
 
     blocks: each is called as block(x_BSD, mask_BS), with a KVCache where there is one, and returns
     an MoEOutput, or HandedOn with what the next block gets. positions: learned embeddings of the
-    positions; None: the blocks know the positions (rotary). batches_in_flight: 2: two halves of the
-    batch go through the blocks in turns (halves.py). It may be set at any time.
+    positions; None: the blocks know the positions (rotary).
     """
-
-    batches_in_flight = 1
 
     def __init__(
         self,
@@ -49,6 +46,7 @@ class Decoder(nn.Module):
         self.positions = positions
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.blocks = nn.ModuleList(blocks)
+        self.halves = Halves()
         self.norm = norm
         self.head = nn.Linear(dim, vocab_size, bias=False)
 
@@ -105,13 +103,8 @@ def stream_after_blocks(
         else:
             positions = cache.positions_BS
         x_BSD = x_BSD + network.positions(positions)
-    return in_flight(
-        network.batches_in_flight,
-        partial(run_blocks, network.blocks),
-        network.dropout(x_BSD),
-        mask_BS,
-        cache,
-    )
+    through_blocks = partial(run_blocks, network.blocks)
+    return network.halves(through_blocks, network.dropout(x_BSD), mask_BS, cache)
 
 
 @torch.no_grad()

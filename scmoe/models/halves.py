@@ -9,18 +9,14 @@ sequence the second half is empty; this rank still takes part in its transfers. 
 the whole batch where no capacity binds: a capacity and a buffer count the tokens of a half. Dropout
 and a noisy gate draw in another order.
 
-A network can have two batches in flight if it has the attribute `batches_in_flight` and calls
-`in_flight` around its blocks. `set_in_flight` is the one place that sets the attribute, as
-MoEBlock.run_as sets how a block runs.
+A network can have two batches in flight if it has a `Halves` and calls its blocks through it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import KVCache, with_cache
 from scmoe.moe.balance import add_stats
@@ -30,27 +26,31 @@ from scmoe.moe.turns import in_turns
 Blocks = Callable[..., tuple[Tensor, list[RouterStats]]]
 
 
-def in_flight(
-    batches: int,
-    blocks: Blocks,
-    x_BSD: Tensor,
-    mask_BS: Tensor | None,
-    cache: KVCache | None = None,
-) -> tuple[Tensor, list[RouterStats]]:
-    """Run all blocks once, or once for each half of the batch in turns. Return the stream and the
-    routers' sums of the whole batch.
+class Halves(nn.Module):
+    """Runs all blocks of a network once, or once for each half of the batch in turns.
 
-    batches: 1 or 2, else ValueError. blocks: called as blocks(x_BSD, mask_BS), and as
-    blocks(x_BSD, mask_BS, cache) in generation.
+    It has no weights. batches_in_flight: 1 or 2; `run_as` alone sets it (run_as.py).
     """
-    _check(batches)
-    if batches == 1:
-        return blocks(*with_cache(x_BSD, mask_BS, cache=cache))
-    return _in_halves(blocks, x_BSD, mask_BS, cache)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches_in_flight = 1
+
+    def forward(
+        self, blocks: Blocks, x_BSD: Tensor, mask_BS: Tensor | None, cache: KVCache | None = None
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """Return the stream and the routers' sums of the whole batch.
+
+        blocks: called as blocks(x_BSD, mask_BS), and as blocks(x_BSD, mask_BS, cache) in
+        generation.
+        """
+        if self.batches_in_flight == 1:
+            return blocks(*with_cache(x_BSD, mask_BS, cache=cache))
+        return in_halves(blocks, x_BSD, mask_BS, cache)
 
 
 @torch.compiler.disable
-def _in_halves(
+def in_halves(
     blocks: Blocks, x_BSD: Tensor, mask_BS: Tensor | None, cache: KVCache | None
 ) -> tuple[Tensor, list[RouterStats]]:
     """Run all blocks for each half in turns. torch.compile cannot follow greenlets, so it compiles
@@ -72,56 +72,3 @@ def _in_halves(
 def sizes_of_halves(sequences: int) -> tuple[int, int]:
     """Return the numbers of sequences of both halves of a batch."""
     return sequences - sequences // 2, sequences // 2
-
-
-def has_halves(network: Any) -> bool:
-    """Return whether a network can have two batches in flight."""
-    return getattr(network, "batches_in_flight", None) is not None
-
-
-def batches_of(network: Any) -> int:
-    """Return how many batches a network has in flight."""
-    return network.batches_in_flight if has_halves(network) else 1
-
-
-def set_in_flight(network: Any, batches: int) -> None:
-    """Let a network have so many batches in flight from the next pass on. network: the module that
-    has the attribute, not DDP around it.
-
-    Raises ValueError for another number than 1 and 2, for 2 if the network cannot have them, and if
-    the network only forwards reads of the attribute to another one, which would not see the number.
-    """
-    _check(batches)
-    if batches_of(network) == batches:
-        return
-    if not has_halves(network):
-        raise ValueError(
-            f"{type(network).__name__} has no attribute batches_in_flight, so it cannot have two"
-            " batches in flight. Use scmoe.models.decoder.Decoder, or set the attribute to 1 and"
-            " call scmoe.models.halves.in_flight around the blocks."
-        )
-    is_own = "batches_in_flight" in [*vars(network), *dir(type(network))]
-    network.batches_in_flight = batches
-    if not is_own and "batches_in_flight" in vars(network):
-        del network.batches_in_flight
-        raise ValueError(
-            f"{type(network).__name__} only reads batches_in_flight of the network in it, which"
-            f" would not see the number {batches}. Call set_in_flight with the network itself, or"
-            " let the wrapper set the attribute there too."
-        )
-
-
-@contextmanager
-def one_in_flight(network: Any) -> Iterator[None]:
-    """Let a network have one batch in flight inside."""
-    batches = batches_of(network)
-    set_in_flight(network, 1)
-    try:
-        yield
-    finally:
-        set_in_flight(network, batches)
-
-
-def _check(batches: int) -> None:
-    if batches not in (1, 2):
-        raise ValueError(f"batches_in_flight is {batches}, allowed: 1 | 2")

@@ -24,7 +24,7 @@ from timm.models.swin_transformer_v2 import (
 from torch import Tensor, nn
 
 from scmoe.blocks.sublayers import SelfAttention
-from scmoe.models.halves import in_flight
+from scmoe.models.halves import Halves
 from scmoe.models.residual_stream import run_blocks, widen_under_autocast
 from scmoe.moe.experts import Experts, named_generator
 from scmoe.moe.router import SelectionBias
@@ -110,11 +110,10 @@ class Swin(nn.Module):
     """The network: patches, stages with merges between them, norm, head.
 
     stages: the blocks of each; a block is called as block(x_BHWD, mask_BHW) and returns an
-    MoEOutput. dim: width of the first stage. batches_in_flight: as in a Decoder.
+    MoEOutput. dim: width of the first stage.
     """
 
     stages: Any  # a list of lists of modules
-    batches_in_flight = 1
 
     def __init__(
         self,
@@ -133,6 +132,7 @@ class Swin(nn.Module):
             [nn.Identity(), *(PatchMerging(width) for width in widths[:-1])]
         )
         self.stages = nn.ModuleList(nn.ModuleList(blocks) for blocks in stages)
+        self.halves = Halves()
         self.norm = nn.LayerNorm(widths[-1])
         self.head = nn.Linear(widths[-1], num_classes)
 
@@ -152,9 +152,7 @@ class Swin(nn.Module):
     def forward(self, images_BCHW: Tensor, mask_B: Tensor | None = None) -> ClassifierOutput:
         """Return the logits of each class. mask_B False: a filler picture, which is routed
         nowhere."""
-        x_BHWD, all_stats = in_flight(
-            self.batches_in_flight, self.through_stages, self.patches(images_BCHW), mask_B
-        )
+        x_BHWD, all_stats = self.halves(self.through_stages, self.patches(images_BCHW), mask_B)
         return ClassifierOutput(self.head(self.norm(x_BHWD).mean((1, 2))), all_stats)
 
     def through_stages(

@@ -137,8 +137,8 @@ class Blocking:
 class Narrowed:
     """Sends rows and their gradients in another dtype than that of the computation.
 
-    bfloat16 halves the bytes. Rows that stay on their rank are converted too, so the result does
-    not depend on where an expert is.
+    bfloat16 takes half of the bytes. Rows that stay on their rank are converted too, so the result
+    does not depend on where an expert is.
     """
 
     inner: Dispatcher

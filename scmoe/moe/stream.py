@@ -37,7 +37,7 @@ class StreamState(NamedTuple):
     routing: Routing
     layout: Layout
     stats: RouterStats | None
-    in_flight: list[Pending]
+    transfers: list[Pending]
     receipts: list[Receipt] | None  # of each chunk; None: the experts have run
     tap_TD: Tensor | None  # what zero experts return; None: there are none
 
@@ -86,30 +86,30 @@ class MoEStream(Operators):
         # all that it can before these rows leave, and nothing would be left to hide them
         rows = self.operator("encode", encode, _in_wire_dtype(x_TD), layout, announced)
         sent = [self.operator("dispatch", self.dispatcher.dispatch, *chunk) for chunk in rows]
-        in_flight, receipts = [pending for pending, _ in sent], [receipt for _, receipt in sent]
+        transfers, receipts = [pending for pending, _ in sent], [receipt for _, receipt in sent]
         stats = self.sums(routing, layout, mask_T, tap_BSD.shape) if self.rows.sums else None
         kept_TD = x_TD if self.router.zero_experts else None
-        return StreamState(tap_BSD.shape, routing, layout, stats, in_flight, receipts, kept_TD)
+        return StreamState(tap_BSD.shape, routing, layout, stats, transfers, receipts, kept_TD)
 
     @torch.compiler.disable
     def run_experts(self, state: StreamState) -> StreamState:
         """Wait for the rows, compute the experts and start to send their rows back."""
         assert state.receipts is not None, "the experts run once"
         returning = []
-        for pending, receipt in zip(state.in_flight, state.receipts, strict=True):
+        for pending, receipt in zip(state.transfers, state.receipts, strict=True):
             pass_turn()
             rows_RD = self.operator(
                 "experts", self.experts, pending.wait(), receipt.num_tokens_per_expert_e
             )
             returning.append(self.operator("combine", self.dispatcher.combine, rows_RD, receipt))
-        return state._replace(in_flight=returning, receipts=None)
+        return state._replace(transfers=returning, receipts=None)
 
     @torch.compiler.disable
     def finish(self, state: StreamState) -> MoEOutput:
         """Wait for the rows and return the weighted sum for each token."""
         assert state.receipts is None, "the experts run before the end"
         chunks = []
-        for pending in state.in_flight:
+        for pending in state.transfers:
             pass_turn()
             chunks.append(pending.wait())
         rows_RD = torch.cat(chunks) if len(chunks) > 1 else chunks[0]

@@ -23,25 +23,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from scmoe.blocks.moe_block import MoEBlock
-from scmoe.models.halves import has_halves, set_in_flight
-from scmoe.moe.dispatcher import Blocking
+from scmoe.blocks.moe_block import moe_blocks_of
+from scmoe.models.run_as import halves_of, run_as, schedule_of
+from scmoe.moe.dispatcher import Blocking, Dispatcher
 from scmoe.moe.operators import Direction
 from scmoe.moe.recorder import Recorder
 from scmoe.planning.candidates import shortlist_in_flight, still_fastest
 from scmoe.planning.pricing import (
     DIRECTIONS,
     LayerChoice,
-    batches_in_flight,
     measured,
     price,
+    schedule_of_choices,
     slowest,
     start_clocks,
 )
 from scmoe.schedule.cost import overlap_efficiency
-from scmoe.schedule.schedule import Schedule
+from scmoe.schedule.schedule import ModelSchedule
 
 WARMUP_STEPS = 3
 STEPS_EACH = 3  # measured steps with each number of chunks
@@ -66,22 +66,23 @@ class Overlap:
 
 
 class Planner:
-    """Chooses the schedules of `blocks`.
+    """Chooses how a model runs.
 
     Each rank calls begin_step and end_step around every training step, and close at the end.
 
     group: the ranks that must agree. chunk_counts: numbers of chunks to choose from; no measured or
     chosen step runs with another. With a single one, and one batch in flight, every result stays
-    bit-identical. fixed:
-    keep the schedules as they are and only measure the overlap. All blocks must have one number of
-    chunks then. ep_size: consecutive ranks of the group that exchange rows; None: all. directions:
-    forward alone prices passes of inference. batches: micro-batches per optimizer step. A planner
-    step is one micro-batch; a trial takes `batches` of them.
+    bit-identical. fixed: keep the schedule as it is and only measure the overlap, while one batch
+    is in flight. All blocks must have one number of chunks then. ep_size: consecutive ranks of the
+    group that exchange rows; None: all. directions: forward alone prices passes of inference.
+    batches: micro-batches per optimizer step. A planner step is one micro-batch; a trial takes
+    `batches` of them. numbers_in_flight: of batches, to choose from; measured steps always run one,
+    and so does a model that cannot have two.
     """
 
     def __init__(
         self,
-        blocks: Sequence[MoEBlock],
+        model: nn.Module,
         group: Any,
         device: torch.device,
         chunk_counts: Sequence[int] = (1, 2, 4),
@@ -89,26 +90,29 @@ class Planner:
         ep_size: int | None = None,
         directions: Sequence[Direction] = DIRECTIONS,
         batches: int = 1,
+        numbers_in_flight: Sequence[int] = (1,),
     ) -> None:
-        self.blocks = list(blocks)
+        self.model = model
+        self.blocks = moe_blocks_of(model)
         self.group = group
         self.device = device
         self.fixed = fixed
         self.ep_size = ep_size
         self.directions = directions
         self.batches = batches
-        self.configured = [block.schedule for block in blocks]
+        self.configured = replace(schedule_of(model), batches_in_flight=1)
         # what measured steps run, but with each number of chunks
-        self.timed = self.configured if fixed else [block.divided for block in blocks]
+        self.timed = list(self.configured.blocks)
         if fixed:
-            chunk_counts = [schedule.chunks for schedule in self.configured]
+            chunk_counts = [schedule.chunks for schedule in self.configured.blocks]
+        else:
+            self.timed = [block.divided for block in self.blocks]
         self.chunk_counts = sorted(set(chunk_counts))
         assert len(self.chunk_counts) == 1 or not fixed
-        self.dispatchers = [block.moe.dispatcher for block in blocks]
+        self.dispatchers = [block.moe.dispatcher for block in self.blocks]
         self.choices: list[LayerChoice] = []
-        self.network: Any = None
         self.most_tries = MOST_TRIES  # each candidate is tried once, even if this allows fewer
-        self.numbers_in_flight: tuple[int, ...] = (1,)
+        self.numbers_in_flight = tuple(numbers_in_flight) if halves_of(model) else (1,)
 
         # purpose of each coming step until the next decision; number of chunks, or of the candidate
         self.agenda = [("warm up", 0)] * WARMUP_STEPS
@@ -124,19 +128,11 @@ class Planner:
         self.overlap: Overlap | None = None
         self.recorders: list[Recorder] | None = None
 
-    def choose_in_flight(self, network: Any, numbers: Sequence[int]) -> None:
-        """Let the planner try these numbers of batches in flight; measured steps always run one.
-        network: the module that has `batches_in_flight` and holds the blocks, not DDP around it.
-        """
-        assert has_halves(network) and not self.fixed
-        self.network = network
-        self.numbers_in_flight = tuple(numbers)
-
     @property
     def steps_to_choose(self) -> int:
         """The number of steps after which the choice is made, at most."""
         before_trials = WARMUP_STEPS + STEPS_EACH * len(self.chunk_counts)
-        has_window = any(schedule.window for schedule in self.configured)
+        has_window = any(schedule.window for schedule in self.configured.blocks)
         numbers = max(len(self.chunk_counts), len(self.numbers_in_flight))
         if self.fixed or (numbers == 1 and not has_window):
             return before_trials
@@ -152,7 +148,7 @@ class Planner:
             "ranks": dist.get_world_size(),
             "device": device,
             "backend": self.backend,
-            "layers": [schedule.name for schedule in self.configured],
+            "layers": [schedule.name for schedule in self.configured.blocks],
             "chunks": self.chunk_counts,
             "batches_in_flight": list(self.numbers_in_flight),
         }
@@ -163,14 +159,16 @@ class Planner:
         self.settle()
 
     def settle(self) -> None:
-        """Let the blocks run as chosen, or as configured if there is no choice yet, without
+        """Let the model run as chosen, or as configured if there is no choice yet, without
         recorders. A validation between two steps runs so."""
-        chosen = [choice.schedule for choice in self.choices]
-        self.run_as(chosen or self.configured)
-        self.run_in_flight(self.choices)
+        self.run_as(self.settled)
+
+    @property
+    def settled(self) -> ModelSchedule:
+        return schedule_of_choices(self.choices) if self.choices else self.configured
 
     def close(self) -> None:
-        """Leave the blocks as between two steps."""
+        """Leave the model as between two steps."""
         self.recorders = None
         self.settle()
 
@@ -192,23 +190,20 @@ class Planner:
         return self.agenda[0] if self.agenda else ("run", 0)
 
     def begin_step(self, timed: bool = False) -> None:
-        """Prepare the blocks for a step. timed: time this step if the choice has been made and one
+        """Prepare the model for a step. timed: time this step if the choice has been made and one
         batch is in flight, as the operators of two overlap each other."""
         what, which = self.doing
-        schedules = [block.schedule for block in self.blocks]
-        choices: list[LayerChoice] = []
+        schedule = self.settled
         if what == "measure":
-            schedules = [replace(schedule, chunks=which) for schedule in self.timed]
-        elif what != "warm up":
-            choices = self.candidates[which] if what == "try" else self.choices
-            schedules = [choice.schedule for choice in choices]
-        self.run_in_flight(choices)
-        timed = timed and what == "run" and batches_in_flight(choices) == 1
+            schedule = ModelSchedule(tuple(replace(each, chunks=which) for each in self.timed))
+        elif what == "try":
+            schedule = schedule_of_choices(self.candidates[which])
+        timed = timed and what == "run" and schedule.batches_in_flight == 1
         notes = what == "measure" or timed
         if notes or what == "try":  # a trial needs one clock
             self.recorders = [Recorder(self.device) for _ in (self.blocks if notes else [None])]
             start_clocks(self.recorders, self.group)
-        self.run_as(schedules, what == "measure", self.recorders if notes else None)
+        self.run_as(schedule, what == "measure", self.recorders if notes else None)
 
     def end_step(self) -> None:
         """Note the step that begin_step announced. Choose when everything is measured."""
@@ -228,9 +223,9 @@ class Planner:
         if what == "try":
             self.tried[which][-1] += slowest(recorders[0], self.group)
             return
-        schedules = [block.schedule for block in self.blocks]
-        self.run_as(schedules)
-        sample = measured(recorders, schedules, self.group, self.ep_size, self.directions)
+        schedule = schedule_of(self.model)
+        self.run_as(schedule)
+        sample = measured(recorders, schedule.blocks, self.group, self.ep_size, self.directions)
         if what == "run":
             self.note_overlap(sample)
         else:
@@ -242,7 +237,7 @@ class Planner:
         It is called after the measurement and after each round.
         """
         if not self.candidates:
-            self.priced = price(self.samples, self.configured, self.fixed)
+            self.priced = price(self.samples, self.configured.blocks, self.fixed)
             self.candidates = shortlist_in_flight(self.priced, self.numbers_in_flight)
             self.tried = {i: [] for i in range(len(self.candidates))}
         left = still_fastest(self.tried)
@@ -253,22 +248,20 @@ class Planner:
         self.tries += len(left)
         self.agenda = [("try", i) for i in sorted(left) for _ in range(self.batches)]
 
-    def run_in_flight(self, choices: Sequence[LayerChoice]) -> None:
-        """Set the number of batches in flight. Without `choose_in_flight` it is not set."""
-        if self.network is not None:
-            set_in_flight(self.network, batches_in_flight(choices))
-
     def run_as(
         self,
-        schedules: Sequence[Schedule],
+        schedule: ModelSchedule,
         blocking: bool = False,
         recorders: Sequence[Recorder] | None = None,
     ) -> None:
-        """Set how the blocks run. blocking: wait for each transfer right after its start."""
-        parts = zip(self.blocks, schedules, self.dispatchers, strict=True)
-        for i, (block, schedule, dispatcher) in enumerate(parts):
-            recorder = recorders[i] if recorders else None
-            block.run_as(schedule, Blocking(dispatcher) if blocking else dispatcher, recorder)
+        """Set how the model runs. blocking: wait for each transfer right after its start."""
+        if self.fixed:  # the number of batches in flight is the caller's
+            number = schedule_of(self.model).batches_in_flight
+            schedule = replace(schedule, batches_in_flight=number)
+        dispatchers: list[Dispatcher] = [*self.dispatchers]
+        if blocking:
+            dispatchers = [Blocking(dispatcher) for dispatcher in self.dispatchers]
+        run_as(self.model, schedule, dispatchers, recorders or [None] * len(self.blocks))
 
     def agree(self, choices: list[LayerChoice]) -> list[LayerChoice]:
         """Return the choices, which are the same on every rank.

@@ -30,7 +30,7 @@ from scmoe.schedule.cost import (
     mismatch,
     slots,
 )
-from scmoe.schedule.schedule import PARTS, Schedule
+from scmoe.schedule.schedule import PARTS, ModelSchedule, Schedule
 from scmoe.schedule.stack import BEFORE, half_of, waiting_time, windows_time
 
 STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")
@@ -281,6 +281,11 @@ def at_place(choices: Sequence[LayerChoice], slot: tuple[int, bool]) -> LayerCho
 def batches_in_flight(choices: Sequence[LayerChoice]) -> int:
     """Return how many batches are in flight in all layers; 1 if nothing is chosen."""
     return choices[0].batches_in_flight if choices else 1
+
+
+def schedule_of_choices(choices: Sequence[LayerChoice]) -> ModelSchedule:
+    """Return how a model runs as chosen."""
+    return ModelSchedule(tuple(choice.schedule for choice in choices), batches_in_flight(choices))
 
 
 def with_two_in_flight(choices: Sequence[LayerChoice]) -> list[LayerChoice]:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.registry import IMAGES
@@ -35,7 +34,7 @@ from scmoe.inference.generate import (
 from scmoe.inference.offload.cache import Cache
 from scmoe.inference.prompts import Prompt
 from scmoe.inference.sampling import Sampling, Stopping
-from scmoe.models.halves import batches_of
+from scmoe.models.run_as import schedule_of
 from scmoe.moe.dispatcher import Blocking
 from scmoe.parallel.mesh import Mesh
 from scmoe.runs.on_ranks import ending_together, find_weights, start_ranks
@@ -233,14 +232,14 @@ def in_order(by_rank: Sequence[Sequence[Continuation]]) -> list[Continuation]:
 
 def how_passes_run(model: Any) -> dict[str, str]:
     """Return a text for each shape of pass, which says how the MoE layers run in it."""
-    blocks = moe_blocks_of(model)
-    names = {f"{b.schedule.name}, {b.schedule.place} x {b.schedule.chunks}" for b in blocks}
+    schedule = schedule_of(model)
+    names = {f"{each.name}, {each.place} x {each.chunks}" for each in schedule.blocks}
     configured = "as configured: " + (", ".join(sorted(names)) or "dense")
     between_ranks = blocks_between_ranks(model)
     prefill = configured
     if any(isinstance(block.moe.dispatcher, Blocking) for block in between_ranks):
         prefill += ", sequential"
-    if batches_of(model) == 2:
+    if schedule.batches_in_flight == 2:
         prefill += ", two batches in flight"
     return {"prefill": prefill, "decode": "sequential" if between_ranks else configured}
 

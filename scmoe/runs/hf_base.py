@@ -174,7 +174,7 @@ class ScMoEModel(ScMoEPreTrainedModel):
         self.gradient_checkpointing = False
         network = build_network(config.ours(), Wire())
         self.max_seq_len = network.max_seq_len
-        self.batches_in_flight = network.batches_in_flight
+        self.halves = network.halves
         self.tokens = network.tokens
         self.positions = network.positions
         self.dropout = network.dropout

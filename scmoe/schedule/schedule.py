@@ -157,3 +157,20 @@ class Schedule:
         experts = ("experts", "dispatch") * self.chunks
         before, after = self.around_experts
         return begin + after[::-1] + experts + before[::-1] + ("encode", "route")
+
+
+@dataclass(frozen=True)
+class ModelSchedule:
+    """How a model runs; models/run_as.py sets it.
+
+    blocks: the schedule of each block with an MoE module, in the order of the model.
+    batches_in_flight: 2: the halves of a rank's batch go through the blocks in turns. Raises
+    ValueError for another number than 1 and 2.
+    """
+
+    blocks: tuple[Schedule, ...]
+    batches_in_flight: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batches_in_flight not in (1, 2):
+            raise ValueError(f"batches_in_flight is {self.batches_in_flight}, allowed: 1 | 2")

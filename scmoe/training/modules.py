@@ -34,7 +34,7 @@ from scmoe.parallel.wire.wire import Wire
 from scmoe.training.learning_rate import LearningRate
 from scmoe.training.muon import Trained, adamw
 
-# A compiled sub-layer has graphs with gradients and without. Where two halves of a batch differ, it
+# A compiled sub-layer has graphs with gradients and without. Where batches in turns differ, it
 # has them for the first size, for any other one, for one sequence and for none, and one more where
 # these come in another order.
 GRAPHS = 2 * 5

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from scmoe.blocks.sublayers import compile_sublayers
-from scmoe.models.halves import set_in_flight
 from scmoe.training.assembly.model import build_module
 from tests.support.architectures import BETWEEN_BLOCKS, LATENT_ATTENTION, overrides
 from tests.support.cases import ROUTERS
 from tests.support.models import assert_close, gradients, tiny, tiny_batch, tiny_model
+from tests.support.two_batches import run_batches
 
 CASES = {name: f"{LATENT_ATTENTION[name]} model.family=llama" for name in ("longcat", "instella")}
 CASES |= {"zero experts": ROUTERS["longcat router"], **BETWEEN_BLOCKS}
@@ -53,7 +53,7 @@ def test_no_half_is_left_uncompiled(monkeypatch):
         module = build_module(config)
         module.compiled = True
         module.configure_model()
-        set_in_flight(module.model, 2)
+        run_batches(module.model, 2)
         for size in (3, 1, 2, 5):
             ids, _ = tiny_batch(config, size)
             module.model(ids).logits_BSV.sum().backward()

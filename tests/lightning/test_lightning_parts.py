@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from experiments.engine.ranks import run_ranks
 from scmoe.api import MoE
 from scmoe.lightning.strategy import ExpertParallelStrategy
-from scmoe.models.halves import in_flight
+from scmoe.models.halves import Halves
+from scmoe.models.run_as import run_as, schedule_of
 from scmoe.moe.router import Router, Scoring
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.saving import Saving
@@ -203,10 +205,12 @@ class Dropping(Model):
     def __init__(self, kept: list[int]) -> None:
         super().__init__(factor=2.0)
         self.kept = kept
+        self.halves = Halves()
+        run_as(self, replace(schedule_of(self), batches_in_flight=2))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         x = self.backbone(batch[0])[: self.kept[self.wire.mesh.rank]]
-        return in_flight(2, self.through, x, None)[0].square().mean()
+        return self.halves(self.through, x, None)[0].square().mean()
 
     def through(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Any]]:
         y, stats = self.moe(x, mask)

@@ -6,6 +6,7 @@ tests/models/test_halves_ranks.py does the same where rows travel between ranks.
 
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -19,16 +20,18 @@ from torch.utils.checkpoint import checkpoint
 
 from experiments.engine.profiles import events_of, peak_bytes
 from scmoe.blocks.kv_cache import KVCache
+from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.blocks.sublayers import MLP, Residual, outermost
 from scmoe.config.load import load
 from scmoe.inference.generate import decode, prefill, stream
 from scmoe.inference.sampling import GREEDY, Stopping
-from scmoe.models import decoder
-from scmoe.models.halves import batches_of, has_halves, in_flight, one_in_flight, set_in_flight
+from scmoe.models.run_as import run_as, running_as, schedule_of
 from scmoe.moe.balance import integer_sums
+from scmoe.moe.dispatcher import Blocking
 from scmoe.moe.stream import dropless
 from scmoe.moe.turns import current_turns, in_turns, pass_turn
 from scmoe.runs.generate import how_passes_run
+from scmoe.schedule.schedule import ModelSchedule
 from tests.support.architectures import (
     BETWEEN_BLOCKS,
     EVERY_BLOCK,
@@ -38,7 +41,7 @@ from tests.support.architectures import (
     with_marks,
 )
 from tests.support.models import assert_close, tiny, tiny_batch, tiny_model
-from tests.support.two_batches import DROPLESS, EVEN, ROUTERS, EqualRows, assert_equal
+from tests.support.two_batches import DROPLESS, EVEN, ROUTERS, EqualRows, assert_equal, run_batches
 
 LATENT = {name: text for name, text in LATENT_ATTENTION.items() if name != "latent-dense"}
 LATENT = {name: f"{text} model.family=llama model.heads=4" for name, text in LATENT.items()}
@@ -98,7 +101,7 @@ def test_a_capacity_counts_the_tokens_of_a_half():
     model = tiny_model(config)
     ids_BS, _ = tiny_batch(config, 2)
     halves = [model(ids_BS[:1]), model(ids_BS[1:])]
-    model.batches_in_flight = 2
+    run_batches(model, 2)
     whole = model(ids_BS)
     assert_close(whole.logits_BSV, torch.cat([half.logits_BSV for half in halves]))
     assert torch.equal(integer_sums(whole.stats), sum(integer_sums(half.stats) for half in halves))
@@ -114,10 +117,10 @@ def test_generation_keeps_one_cache_for_both_halves(name):
 
     def logits(*batches):
         cache, results = KVCache(3, 8), []
-        model.batches_in_flight = batches[0]
+        run_batches(model, batches[0])
         results.append(prefill(model, ids_BS, mask_BS, cache))
         for number, going in zip(batches[1:], ([True] * 3, [True, False, True]), strict=True):
-            model.batches_in_flight = number
+            run_batches(model, number)
             results.append(decode(model, ids_BS[:, 0], going, cache)[going])
         return results
 
@@ -142,18 +145,15 @@ def test_batches_may_have_different_numbers_of_turns_and_see_the_context_of_thei
     assert results == [(1, "of the caller"), (3, "of the caller")]
 
 
-def test_prefill_has_two_batches_in_flight_and_decode_one(monkeypatch):
+def test_prefill_has_two_batches_in_flight_and_decode_one():
     model = tiny_model(tiny(*DROPLESS)).eval()
-    model.batches_in_flight = 2
+    run_batches(model, 2)
     numbers = []
-
-    def noted(batches, *args):
-        numbers.append(batches)
-        return in_flight(batches, *args)
-
-    monkeypatch.setattr(decoder, "in_flight", noted)
+    model.halves.register_forward_pre_hook(
+        lambda halves, _: numbers.append(halves.batches_in_flight)
+    )
     for _ in stream(model, [[1, 2], [3]], Stopping(3), GREEDY):
-        assert model.batches_in_flight == 2, "between two steps the model is the caller's"
+        assert schedule_of(model).batches_in_flight == 2, "between two steps it is the caller's"
     assert numbers == [2, 1, 1]
 
 
@@ -171,7 +171,7 @@ def test_a_step_takes_at_most_a_tenth_more_memory(words):
 
     peaks = []
     for batches in (1, 1, 2):  # the first step makes the gradients
-        model.batches_in_flight = batches
+        run_batches(model, batches)
         peaks.append(peak_bytes(torch.device("cpu"), step))
     assert 0 < peaks[2] <= 1.1 * peaks[1]
 
@@ -189,7 +189,7 @@ def test_images_of_both_halves(images_of_rank):
     mask_B = torch.arange(images_of_rank) < 2
     outputs = []
     for batches in (1, 2):
-        model.batches_in_flight = batches
+        run_batches(model, batches)
         with EqualRows():
             outputs.append(model(images, mask_B))
     assert_close(outputs[1].logits_BC, outputs[0].logits_BC)
@@ -204,7 +204,7 @@ def test_compiled_sublayers_compute_both_halves():
     expected = model(ids_BS).logits_BSV
     for part in outermost(model, (Residual, MLP)):
         part.compile(backend="eager")
-    model.batches_in_flight = 2
+    run_batches(model, 2)
     assert_close(model(ids_BS).logits_BSV, expected)
 
 
@@ -310,7 +310,7 @@ def test_a_checkpoint_around_a_whole_block_is_refused_where_it_would_be_open_ove
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     assert_close(model(ids_BS).logits_BSV, expected)
-    set_in_flight(model, 2)
+    run_batches(model, 2)
     with pytest.raises(RuntimeError, match=r"checkpoint.*trainer\.recompute"):
         model(ids_BS)
 
@@ -319,25 +319,18 @@ def test_a_checkpoint_around_a_whole_block_is_refused_where_it_would_be_open_ove
 
 
 def test_other_numbers_than_one_and_two_are_refused():
-    model = tiny_model(tiny(*DROPLESS))
-    ids_BS, _ = tiny_batch(tiny(), 2)
     for number in (0, 3):
-        model.batches_in_flight = number
         with pytest.raises(ValueError, match=r"allowed: 1 \| 2"):
-            model(ids_BS)
-        with pytest.raises(ValueError, match=r"allowed: 1 \| 2"):
-            set_in_flight(model, number)
+            ModelSchedule((), number)
 
 
-def test_a_network_without_halves_stays_without_them():
+def test_a_network_without_halves_runs_one_batch():
     """Generation sets one batch in flight for each decode."""
     network = nn.Linear(2, 2)
-    with one_in_flight(network):
-        assert not has_halves(network)
-    set_in_flight(network, 1)
-    assert not has_halves(network) and batches_of(network) == 1
-    with pytest.raises(ValueError, match="Linear has no attribute batches_in_flight"):
-        set_in_flight(network, 2)
+    with running_as(network, ModelSchedule(())):
+        assert schedule_of(network) == ModelSchedule(())
+    with pytest.raises(ValueError, match="Linear has no Halves"):
+        run_as(network, ModelSchedule((), 2))
 
 
 class Forwarding(nn.Module):
@@ -354,25 +347,46 @@ class Forwarding(nn.Module):
             return getattr(self.network, name)
 
 
-def test_a_wrapper_that_forwards_reads_alone_is_refused():
-    """It would keep the number for itself, and the network would run as before."""
+@pytest.mark.parametrize("wrap", [Forwarding, partial(torch.compile, backend="eager")])
+def test_a_wrapped_network_runs_as_its_wrapper_is_set(wrap):
+    """A wrapper that forwards reads alone must not keep the number for itself."""
     model = tiny_model(tiny(*DROPLESS))
-    wrapper = Forwarding(model)
-    with pytest.raises(ValueError, match="Forwarding only reads batches_in_flight"):
-        set_in_flight(wrapper, 2)
-    assert batches_of(wrapper) == batches_of(model) == 1
-    set_in_flight(wrapper, 1)
-    set_in_flight(model, 2)
-    assert batches_of(wrapper) == 2
-    compiled = torch.compile(model, backend="eager")
-    set_in_flight(compiled, 1)
-    assert batches_of(model) == 1, "it forwards writes too"
+    wrapper = wrap(model)
+    two = replace(schedule_of(model), batches_in_flight=2)
+    run_as(wrapper, two)
+    assert schedule_of(model) == schedule_of(wrapper) == two
+    with running_as(wrapper, replace(two, batches_in_flight=1)):
+        assert model.halves.batches_in_flight == 1
+    assert model.halves.batches_in_flight == 2
+
+
+def test_a_model_runs_as_before_after_a_change_for_now():
+    """Slots, batches in flight and dispatchers, also after an error."""
+    model = tiny_model(tiny(*DROPLESS))
+    (block,) = moe_blocks_of(model)
+    before, dispatcher = schedule_of(model), block.moe.dispatcher
+    other = ModelSchedule((replace(block.schedule, expert_slot=0, chunks=2),), 2)
+    with pytest.raises(KeyError), running_as(model, other, [Blocking(dispatcher)]):
+        assert schedule_of(model) == other
+        assert isinstance(block.moe.dispatcher, Blocking)
+        raise KeyError
+    assert schedule_of(model) == before != other
+    assert block.moe.dispatcher is dispatcher
+
+
+def test_networks_that_run_differently_have_no_common_schedule():
+    networks = nn.ModuleList([tiny_model(tiny(*DROPLESS)) for _ in range(2)])
+    run_batches(networks[0], 2)
+    with pytest.raises(ValueError, match="different numbers of batches"):
+        schedule_of(networks)
+    run_as(networks, ModelSchedule(2 * schedule_of(networks[0]).blocks, 2))
+    assert schedule_of(networks).batches_in_flight == 2
 
 
 def test_what_ran_names_two_batches():
     model = tiny_model(tiny(*DROPLESS))
     one = how_passes_run(model)["prefill"]
-    set_in_flight(model, 2)
+    run_batches(model, 2)
     assert how_passes_run(model)["prefill"] == f"{one}, two batches in flight"
 
 
@@ -399,7 +413,7 @@ def test_a_network_that_is_compiled_as_a_whole_has_graphs_inside_its_blocks():
     expected = model(ids_BS).logits_BSV
     numbers = []
     for batches in (1, 2):
-        set_in_flight(model, batches)
+        run_batches(model, batches)
         logits_BSV, number = graphs_of(model, ids_BS)
         assert_close(logits_BSV, expected)
         numbers.append(number)
@@ -409,7 +423,7 @@ def test_a_network_that_is_compiled_as_a_whole_has_graphs_inside_its_blocks():
 @pytest.mark.parametrize("words", ["architecture=scmoe", "architecture=dgmoe"])
 def test_a_profile_has_every_operator_inside_one_turn_of_its_half(words):
     model = tiny_model(tiny(f"moe.{words}", *DROPLESS))
-    set_in_flight(model, 2)
+    run_batches(model, 2)
     ids_BS, _ = tiny_batch(tiny(), 2)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         model(ids_BS)

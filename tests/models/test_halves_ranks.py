@@ -36,7 +36,7 @@ from tests.support.models import assert_close, tiny_batch
 from tests.support.parts import split_wire
 from tests.support.resuming import HALF, fit, largest_difference
 from tests.support.trainings import randomise, tiny, train_cases
-from tests.support.two_batches import EVEN, ROUTERS, assert_equal
+from tests.support.two_batches import EVEN, ROUTERS, assert_equal, run_batches
 
 pytestmark = pytest.mark.ranks
 
@@ -137,7 +137,7 @@ def events_of(model: Any, batches: int) -> list[list[tuple[str, int]]]:
         in_flight.remove(transfer)
         finish(transfer)
 
-    model.batches_in_flight = batches
+    run_batches(model, batches)
     with patch.object(Transfer, "launch", launched), patch.object(Transfer, "finish", finished):
         loss = model(tiny_batch(tiny(" ".join(EVEN)), 2)[0]).logits_BSV.square().sum()
         forward = [*events]
@@ -161,7 +161,7 @@ def collectives_of(batches: int) -> Counter[str]:
         "position=pos2 model.layers=4 capacity_factor=8 moe.rows=slots"
     )
     model = model_of(text, split_wire(dist.get_world_size()))
-    model.batches_in_flight = batches
+    run_batches(model, batches)
     ids_BS, _ = tiny_batch(tiny(" ".join(EVEN)), 2)
     with counted("all_gather_single"), counted("reduce_scatter_single"):
         with torch.no_grad():
@@ -179,7 +179,7 @@ def twice_before_backward() -> str:
     for together in (True, False):
         grads = []
         for batches in (1, 2):
-            model.batches_in_flight = batches
+            run_batches(model, batches)
             model.zero_grad()
             with torch.no_grad():
                 model(batches_of_ids[0])
@@ -200,7 +200,7 @@ def written(wire: Wire, batches: int) -> list[list[int]]:
     """Return the texts of this rank: the last one has a single text, the others have several of
     other lengths."""
     model = model_of("position=pos2 capacity_factor=1", wire).eval()
-    model.batches_in_flight = batches
+    run_batches(model, batches)
     is_last = wire.mesh.rank == wire.mesh.world_size - 1
     prompts = [[1, 2, 3, 4], [5], [6, 7, 8]][: 1 if is_last else 3]
     passes = Passes(wire.mesh.true_on_all_ranks, piece=2)
@@ -212,7 +212,7 @@ def ceiling_of(wire: Wire) -> tuple[str, bool]:
     afterwards."""
     model = model_of("position=pos2 moe.dropless_ceiling=1", wire)
     ids_BS, _ = tiny_batch(tiny(" ".join(EVEN)), 2)
-    model.batches_in_flight = 2
+    run_batches(model, 2)
     try:
         model(ids_BS)
     except CeilingError as error:
@@ -220,7 +220,7 @@ def ceiling_of(wire: Wire) -> tuple[str, bool]:
     for block in model.blocks:
         block.moe.dispatcher.ceiling = None
     before = model(ids_BS).logits_BSV
-    model.batches_in_flight = 1
+    run_batches(model, 1)
     return found, torch.allclose(before, model(ids_BS).logits_BSV, rtol=0, atol=1e-12)
 
 

@@ -267,7 +267,7 @@ def test_rows_travel_in_the_dtype_of_autocast():
     stream = tiny_stream(dtype=torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         state = stream.begin(tokens().float())
-    assert state.in_flight[0].wait().dtype == torch.bfloat16
+    assert state.transfers[0].wait().dtype == torch.bfloat16
     assert state.routing.topk_weights_TK.dtype == torch.float32
 
 

@@ -7,6 +7,7 @@ are not free. What ran is printed once.
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -14,14 +15,15 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from scmoe.models.run_as import run_as, schedule_of
 from scmoe.planning import planner as planner_module
 from scmoe.planning.candidates import CANDIDATES, shortlist, still_fastest
 from scmoe.planning.planner import MOST_TRIES, Overlap, Planner
 from scmoe.planning.pricing import LayerChoice, predicted
 from scmoe.schedule.cost import OperatorTimes, Share, slots
-from scmoe.schedule.schedule import Schedule
+from scmoe.schedule.schedule import ModelSchedule, Schedule
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
-from tests.support.played import PlayedBlock, hot_rank, sample_of, step_ms
+from tests.support.played import hot_rank, played_model, sample_of, step_ms
 
 CHUNKS = (1, 2, 4)
 LATENCY_MS = 1.0
@@ -40,13 +42,14 @@ def played(
     own: Schedule, rows: Rows, noise: float = 0.0, **options: Any
 ) -> Iterator[tuple[Planner, Callable[[], None]]]:
     """Yield a planner and a function that takes a timed step on ranks with `rows` of that step."""
-    block, rng, steps, blocking = PlayedBlock(own), random.Random(0), 0, False
+    model, rng, steps, blocking = played_model(own), random.Random(0), 0, False
 
     def measured(recorders: Any, schedules: list[Schedule], *_: Any) -> torch.Tensor:
         return sample_of(schedules[0], rows(steps), blocking, LATENCY_MS) * rng.gauss(1, noise)
 
     def slowest(*_: Any) -> float:
-        return step_ms(block.schedule, rows(steps), latency_ms=LATENCY_MS)[1] * rng.gauss(1, noise)
+        (schedule,) = schedule_of(model).blocks
+        return step_ms(schedule, rows(steps), latency_ms=LATENCY_MS)[1] * rng.gauss(1, noise)
 
     def step() -> None:
         nonlocal steps, blocking
@@ -58,7 +61,7 @@ def played(
     replaced = {"start_clocks": lambda *_: None, "measured": measured, "slowest": slowest}
     broadcast = patch.object(planner_module.dist, "broadcast", lambda *_, **__: None)
     with patch.multiple(planner_module, **replaced), broadcast:
-        planner = Planner([block], None, torch.device("cpu"), CHUNKS, **options)  # type: ignore[list-item]
+        planner = Planner(model, None, torch.device("cpu"), CHUNKS, **options)
         yield planner, step
 
 
@@ -153,25 +156,23 @@ def test_candidates_are_left_until_they_can_be_told_apart(tried, left):
 
 
 def test_a_validation_between_two_steps_runs_as_chosen_or_as_configured():
-    network: Any = SimpleNamespace(batches_in_flight=1)
     own = Schedule("scmoe", "pos2")
+    rows = hot_rank(1.0, 2)
 
     def slowest(*_: Any) -> float:
-        return 1.0 / network.batches_in_flight
+        return 1.0 / schedule_of(planner.model).batches_in_flight
 
     with (
-        played(own, lambda step: hot_rank(1.0, 2)) as (planner, step),
+        played(own, lambda step: rows, numbers_in_flight=(1, 2)) as (planner, step),
         patch.object(planner_module, "slowest", slowest),
     ):
-        planner.choose_in_flight(network, (1, 2))
-        (block,) = planner.blocks
         while not planner.has_chosen:
-            assert (block.schedule, network.batches_in_flight) == (own, 1)
+            assert schedule_of(planner.model) == ModelSchedule((own,))
             step()
-        assert (block.schedule, network.batches_in_flight) == (own, 1)
+        assert schedule_of(planner.model) == ModelSchedule((own,))
         step()
-        chosen = [choice.schedule for choice in planner.choices]
-        assert ([block.schedule], network.batches_in_flight) == (chosen, 2)
+        (choice,) = planner.choices
+        assert schedule_of(planner.model) == ModelSchedule((choice.schedule,), 2)
 
 
 def test_with_few_tries_each_candidate_is_tried_once():
@@ -248,9 +249,18 @@ def test_without_auto_a_network_keeps_the_batches_in_flight_that_were_set_by_han
     )
     callback.planner = planner
     trainer: Any = SimpleNamespace(accumulate_grad_batches=1, log_every_n_steps=1, global_step=1)
+    module = played_model(Schedule("top_k"))
     for batches in (1, 2):
-        module: Any = SimpleNamespace(model=SimpleNamespace(batches_in_flight=batches))
+        run_as(module, replace(schedule_of(module), batches_in_flight=batches))
         callback.on_train_batch_start(trainer, module, None, 0)
         callback.on_train_batch_end(trainer, module, None, None, 0)
-        assert module.model.batches_in_flight == batches
+        assert schedule_of(module).batches_in_flight == batches
     assert steps == ["begin", "end"]
+
+
+def test_a_planner_without_a_choice_leaves_the_batches_in_flight_to_the_caller():
+    model = played_model(Schedule("top_k"))
+    planner = Planner(model, None, torch.device("cpu"), fixed=True)
+    run_as(model, replace(schedule_of(model), batches_in_flight=2))
+    planner.close()
+    assert schedule_of(model).batches_in_flight == 2

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from experiments.bench.emulated import EmulatedOperator
 from experiments.engine.ranks import run_ranks
 from scmoe.blocks.standard import TopKBlock
-from scmoe.models.halves import in_flight
+from scmoe.models.halves import Halves
 from scmoe.models.residual_stream import run_blocks
+from scmoe.models.run_as import schedule_of
 from scmoe.moe.dispatcher import Traffic
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Capacity
@@ -52,8 +53,6 @@ class Late:
 
 
 class Stack(nn.Module):
-    batches_in_flight = 1
-
     def __init__(self, rank: int, world_size: int) -> None:
         super().__init__()
         own = range(rank * EXPERTS // world_size, (rank + 1) * EXPERTS // world_size)
@@ -68,10 +67,10 @@ class Stack(nn.Module):
             return TopKBlock(sublayers, nn.LayerNorm(DIM), stream, Schedule("top_k"))
 
         self.blocks = nn.ModuleList([randomise(block().double()) for _ in range(2)])
+        self.halves = Halves()
 
     def forward(self, x_BSD: Tensor) -> Tensor:
-        way = partial(run_blocks, self.blocks)
-        return in_flight(self.batches_in_flight, way, x_BSD, None)[0]
+        return self.halves(partial(run_blocks, self.blocks), x_BSD, None)[0]
 
 
 def planned(rank: int, world_size: int) -> tuple[set[int], int, Any]:
@@ -79,23 +78,22 @@ def planned(rank: int, world_size: int) -> tuple[set[int], int, Any]:
     choices."""
     dist.init_process_group("gloo")
     stack = Stack(rank, world_size)
-    planner = Planner(list(stack.blocks), None, torch.device("cpu"), (1,))  # type: ignore[arg-type]
-    planner.choose_in_flight(stack, (1, 2))
+    planner = Planner(stack, None, torch.device("cpu"), (1,), numbers_in_flight=(1, 2))
     assert planner.steps_to_choose == WARMUP_STEPS + STEPS_EACH + MOST_TRIES
     x_BSD = torch.ones(SEQUENCES, SEQ_LEN, DIM, dtype=torch.float64, requires_grad=True)
     seen = set()
     while not planner.has_chosen:
         planner.begin_step()
-        seen.add(stack.batches_in_flight)
+        seen.add(schedule_of(stack).batches_in_flight)
         stack(x_BSD).sum().backward()
         planner.end_step()
     planner.begin_step(timed=True)
-    chosen = stack.batches_in_flight
+    chosen = schedule_of(stack).batches_in_flight
     stack(x_BSD).sum().backward()
     planner.end_step()
     assert all(block.recorder is None for block in stack.blocks)
     planner.close()
-    assert stack.batches_in_flight == chosen
+    assert schedule_of(stack).batches_in_flight == chosen
     return seen, chosen, planner.choices
 
 

@@ -77,7 +77,9 @@ def training(
         dist.init_process_group("gloo")
     blocks = build(rank, world_size, ATTENTION_MS)
     optimizer = torch.optim.SGD([p for b in blocks for p in b.parameters()], lr=0.1)
-    planner = Planner(blocks, None, torch.device("cpu"), chunk_counts=(1,), fixed=kind == "fixed")
+    planner = Planner(
+        nn.ModuleList(blocks), None, torch.device("cpu"), chunk_counts=(1,), fixed=kind == "fixed"
+    )
     blocking = 0
     for step in range(WARMUP_STEPS + STEPS_EACH + 4):
         if kind != "none":
@@ -176,7 +178,9 @@ def planned_training(
     planner = (
         None
         if chunk_counts is None
-        else Planner(blocks, None, torch.device("cpu"), chunk_counts, not chunk_counts)
+        else Planner(
+            nn.ModuleList(blocks), None, torch.device("cpu"), chunk_counts, not chunk_counts
+        )
     )
     log, step = Log([], [], []), 0
 
@@ -270,7 +274,7 @@ def closed_after_each(rank: int, world_size: int) -> list[tuple[bool, Schedule]]
 
 def closed(rank: int, world_size: int, steps: int) -> tuple[bool, Schedule]:
     blocks = build(rank, world_size)
-    planner = Planner(blocks, None, torch.device("cpu"), (1,))
+    planner = Planner(nn.ModuleList(blocks), None, torch.device("cpu"), (1,))
     with (
         ONE,
         patch.object(

@@ -12,12 +12,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from experiments.bench.overlap import timeline
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.load import load
 from scmoe.config.rules import may_run_two_batches
 from scmoe.files import read_json
+from scmoe.models.run_as import run_as, schedule_of
 from scmoe.moe.recorder import Recorder
 from scmoe.planning import planner as planner_module
 from scmoe.planning.candidates import CANDIDATES_IN_HALVES, shortlist, shortlist_in_flight
@@ -40,7 +42,7 @@ from scmoe.schedule.stack import (
 from scmoe.training.assembly.trainer import build_callbacks
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule, plan_lines
 from tests.support.models import tiny, tiny_batch, tiny_model
-from tests.support.played import EVERY_OPERATOR, EVERY_WIRING, PlayedBlock
+from tests.support.played import EVERY_OPERATOR, EVERY_WIRING, played_model
 
 TIMES = st.fixed_dictionaries({op: st.floats(0.1, 10.0) for op in EVERY_OPERATOR})
 SCHEDULES = st.sampled_from(
@@ -132,9 +134,8 @@ def test_the_order_is_that_of_a_run(words, chunks, rows):
     config = tiny(f"moe.{words}", "model.layers=4", rows, f"schedule.chunks={chunks}")
     model = tiny_model(config)
     blocks, recorder = moe_blocks_of(model), Recorder(torch.device("cpu"))
-    for block in blocks:
-        block.run_as(block.schedule, block.moe.dispatcher, recorder)
-    model.batches_in_flight = 2
+    two = replace(schedule_of(model), batches_in_flight=2)
+    run_as(model, two, recorders=[recorder] * len(blocks))
     ids_BS, _ = tiny_batch(config, 2)
     model(ids_BS).logits_BSV.sum().backward()
     order = order_of([block.schedule for block in blocks])
@@ -213,22 +214,23 @@ class Machine:
         return torch.tensor([[[*row, sum(row), sum(row)] for row in rows]] * 2, dtype=torch.float64)
 
     def chosen(self, own, numbers):
-        """Return the planner's choice, and the number of batches that its network then has."""
-        network = SimpleNamespace(batches_in_flight=1)
-        blocks = [PlayedBlock(own), PlayedBlock(own)]
+        """Return the planner's choice, and the number of batches that its model then has."""
+        model = played_model(own, own)
 
         def slowest(*_):
-            return self.step_ms(blocks[0].schedule, network.batches_in_flight)
+            schedule = schedule_of(model)
+            return self.step_ms(schedule.blocks[0], schedule.batches_in_flight)
 
         def measured(recorders, schedules, *_):
-            assert network.batches_in_flight == 1
+            assert schedule_of(model).batches_in_flight == 1
             return self.sample(schedules[0].chunks)
 
         replaced = {"start_clocks": lambda *_: None, "measured": measured, "slowest": slowest}
         broadcast = patch.object(planner_module.dist, "broadcast", lambda *_, **__: None)
         with patch.multiple(planner_module, **replaced), broadcast:
-            planner = Planner(blocks, None, torch.device("cpu"), (1, 2, 4))
-            planner.choose_in_flight(network, numbers)
+            planner = Planner(
+                model, None, torch.device("cpu"), (1, 2, 4), numbers_in_flight=numbers
+            )
             while not planner.has_chosen:
                 planner.begin_step()
                 planner.end_step()
@@ -236,7 +238,7 @@ class Machine:
             planner.end_step()
         (choice, other) = planner.choices
         assert choice == other
-        return choice, network.batches_in_flight
+        return choice, schedule_of(model).batches_in_flight
 
 
 @pytest.mark.parametrize("longer", [1.0, 1.12])
@@ -330,7 +332,7 @@ def test_a_run_resumed_from_before_its_choice_has_the_chosen_number_from_there(
     one = plan_to_json([replace(choice, batches_in_flight=1)], {}, 9)
     path.write_text(json.dumps(plan_to_json([choice], {}, 30, one)))
     callback = AdaptiveSchedule(auto=True, chunks=(2,), plan=path)
-    callback.planner = Planner([], None, torch.device("cpu"))
+    callback.planner = Planner(nn.ModuleList(), None, torch.device("cpu"))
     trainer: Any = SimpleNamespace(
         global_step=resumed,
         is_global_zero=True,

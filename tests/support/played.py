@@ -10,7 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import nn
 
+from scmoe.blocks.moe_block import MoEBlock
+from scmoe.models.halves import Halves
 from scmoe.planning.pricing import OPERATORS, names_of, seconds_of
 from scmoe.schedule.cost import (
     TRANSFERS,
@@ -109,11 +112,18 @@ def in_order(spans: Sequence[Span], schedule: Schedule) -> list[tuple[float, flo
     return [*(times[op].pop(0) for op in names_of(schedule)), (tap, tap)]
 
 
-class PlayedBlock:
+def played_model(*schedules: Schedule) -> nn.Module:
+    """Return a model that can have two batches in flight, with a block of each schedule."""
+    return nn.ModuleList([Halves(), *map(PlayedBlock, schedules)])
+
+
+class PlayedBlock(MoEBlock):
     """A block that has a schedule and computes nothing."""
 
     def __init__(self, schedule: Schedule) -> None:
-        self.schedule, self.moe = schedule, SimpleNamespace(dispatcher=None)
+        nn.Module.__init__(self)
+        self.schedule = schedule
+        self.moe = SimpleNamespace(dispatcher=None)  # type: ignore[assignment]
 
     @property
     def divided(self) -> Schedule:

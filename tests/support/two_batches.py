@@ -1,5 +1,6 @@
 """This module compares two batches in flight with one, in one model and on one batch of data."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from scmoe.models.run_as import run_as, schedule_of
 from scmoe.moe.balance import integer_sums
 from tests.support.models import assert_close, gradients
 
@@ -36,6 +38,11 @@ class EqualRows(TorchDispatchMode):
         return kwargs["out"].copy_(result) if func is aten.mm.out else result
 
 
+def run_batches(model: nn.Module, number: int) -> None:
+    """Let a model run so many batches in flight."""
+    run_as(model, replace(schedule_of(model), batches_in_flight=number))
+
+
 def loss_of(output: Any, labels_BS: Tensor) -> Tensor:
     """Return a loss that every sum of the routers changes, too."""
     loss = cross_entropy(output.logits_BSV.flatten(0, 1), labels_BS.flatten())
@@ -49,7 +56,7 @@ def assert_equal(
     within 1e-12, where sums are in another order."""
     outputs, grads = [], []
     for batches in (1, 2):
-        model.batches_in_flight = batches
+        run_batches(model, batches)
         model.zero_grad()
         with EqualRows():
             outputs.append(model(ids_BS, mask_BS))

@@ -43,14 +43,14 @@ from experiments.engine.clock import CPU, in_turn
 from experiments.engine.ranks import say_once
 from scmoe.loads import BALANCED, CurrentLoad, load_of
 from scmoe.models.decoder import GPT
-from scmoe.models.halves import set_in_flight
+from scmoe.models.run_as import run_as
 from scmoe.moe.dispatcher import Blocking, Pending, Ready, Receipt
 from scmoe.parallel.mesh import build_mesh
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.parallel.wire.announced import ReadByHost
 from scmoe.parallel.wire.wire import Wire
 from scmoe.predict.row_names import TWO
-from scmoe.schedule.schedule import POSITIONS
+from scmoe.schedule.schedule import POSITIONS, ModelSchedule
 
 BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")
 CHUNKS = (1, 2, 4)
@@ -125,8 +125,8 @@ class InferenceBench:
         if variant.transfers == "sequential":
             dispatcher = Blocking(self.paid)
         model = self.models[variant.block]
-        set_in_flight(model, variant.batches_in_flight)
-        model.blocks[0].run_as(variant.schedule, dispatcher)
+        schedule = ModelSchedule((variant.schedule,), variant.batches_in_flight)
+        run_as(model, schedule, [dispatcher])
         return pass_seconds(self.passes[variant.block, shape], self.group, CPU, PASSES[shape])
 
     def variants(self, block: str, shape: Shape, load: str) -> list[Variant]:
@@ -134,9 +134,8 @@ class InferenceBench:
         self.now.load, self.now.step = load_of(load), 0
         schedule = default_schedule(block)
         model = self.models[block]
-        set_in_flight(model, 1)
-        model.blocks[0].run_as(schedule, self.paid)
-        priced = price_passes(model.blocks, self.passes[block, shape], self.group, CPU, CHUNKS)
+        run_as(model, ModelSchedule((schedule,)), [self.paid])
+        priced = price_passes(model, self.passes[block, shape], self.group, CPU, CHUNKS)
         variants = [Variant(block, schedule, name, load) for name in ("sequential", "free")]
         variants += [
             Variant(block, best[0], f"overlapped x {chunks}", load)

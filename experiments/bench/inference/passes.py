@@ -9,7 +9,6 @@ from torch import Tensor
 
 from experiments.bench.inference.inference_rows import Shape
 from scmoe.blocks.kv_cache import KVCache
-from scmoe.blocks.moe_block import MoEBlock
 from scmoe.inference.generate import decode, prefill
 from scmoe.models.decoder import Decoder
 from scmoe.moe.recorder import Recorder
@@ -37,19 +36,19 @@ def a_pass(model: Decoder, shape: Shape, ids_BS: Tensor) -> Callable[[], Tensor]
 
 
 def price_passes(
-    blocks: Sequence[MoEBlock],
+    model: Decoder,
     forward: Callable[[], Any],
     group: Any,
     device: torch.device,
     chunk_counts: Sequence[int],
 ) -> Priced:
     """Return the priced schedules of the MoE layers by number of chunks, the best first, and leave
-    the blocks as they were. Every rank must call it.
+    the model as it was. Every rank must call it.
 
-    forward: runs one pass without gradients, each time of the same shape, through all `blocks`.
+    forward: runs one pass of the model without gradients, each time of the same shape.
     group: the ranks whose times count; they must run the same number of passes.
     """
-    planner = Planner(blocks, group, device, chunk_counts, directions=("forward",))
+    planner = Planner(model, group, device, chunk_counts, directions=("forward",))
     while not planner.priced:
         planner.begin_step()
         forward()

@@ -67,7 +67,7 @@ class ExpertGradientReducer:
         )
         self.bucket_of = {p: i for i, bucket in enumerate(self.buckets) for p in bucket}
         self.missing = [len(bucket) for bucket in self.buckets]
-        self.in_flight: list[tuple[Any, Tensor, list[Tensor]]] = []
+        self.launched: list[tuple[Any, Tensor, list[Tensor]]] = []
         call_after_backward(self._finish)
 
     def _scale(self, grad: Tensor) -> Tensor:
@@ -79,8 +79,8 @@ class ExpertGradientReducer:
         if not self.listening:
             self._listen()
         self.missing[self.bucket_of[p]] -= 1
-        while len(self.in_flight) < len(self.buckets) and self.missing[len(self.in_flight)] == 0:
-            self._launch(len(self.in_flight))
+        while len(self.launched) < len(self.buckets) and self.missing[len(self.launched)] == 0:
+            self._launch(len(self.launched))
 
     def _launch(self, i: int) -> None:
         grads = []
@@ -91,13 +91,13 @@ class ExpertGradientReducer:
             grads.append(p.grad)
         flat = torch.cat([g.flatten() for g in grads])
         work = dist.all_reduce(flat, group=self.mesh.edp_group, async_op=True)
-        self.in_flight.append((work, flat, grads))
+        self.launched.append((work, flat, grads))
 
     @torch.no_grad()
     def _finish(self) -> None:
-        while len(self.in_flight) < len(self.buckets):
-            self._launch(len(self.in_flight))
-        for work, flat, grads in self.in_flight:
+        while len(self.launched) < len(self.buckets):
+            self._launch(len(self.launched))
+        for work, flat, grads in self.launched:
             work.wait()
             flat /= self.mesh.edp_size
             for g, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):

@@ -22,7 +22,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import FAMILIES, IMAGES, OPTIMIZERS, import_extensions
 from scmoe.models.decoder import GPT, Llama
-from scmoe.models.halves import has_halves, set_in_flight
+from scmoe.models.run_as import halves_of, run_as, schedule_of
 from scmoe.moe.experts import Experts
 from scmoe.parallel.dense.sharded import materialise, put, shard
 from scmoe.parallel.wire.wire import Wire
@@ -111,12 +111,13 @@ def build_network(config: Config, wire: Wire) -> Any:
         )
         raise ConfigError(f"model.family is {show(config.model.family)}, {lacks}")
     if config.schedule.batches_in_flight == 2:
-        if not has_halves(network):  # also where it is built to be checked before ranks start
+        if not halves_of(network):  # also where it is built to be checked before ranks start
             raise ConfigError(
                 f"schedule.batches_in_flight is 2, allowed for model.family={config.model.family}:"
-                " 1, as its network has no batches_in_flight; scmoe.models.decoder.Decoder has it"
+                " 1, as its network has no Halves; scmoe.models.decoder.Decoder has it"
             )
-        set_in_flight(network, 2 if wire.mesh.ep_size > 1 else 1)
+        if wire.mesh.ep_size > 1:
+            run_as(network, replace(schedule_of(network), batches_in_flight=2))
     return network
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.files import read_json, try_to_write_json
-from scmoe.models.halves import batches_of, has_halves
+from scmoe.models.run_as import schedule_of
 from scmoe.planning.plan_file import (
     NO_PLAN,
     Plan,
@@ -76,12 +76,16 @@ class AdaptiveSchedule(Callback):
             return
 
         in_a_step = trainer.accumulate_grad_batches
-        fixed = not self.auto
         self.planner = Planner(
-            blocks, None, module.device, self.chunks, fixed, mesh.ep_size, batches=in_a_step
+            module,
+            None,
+            module.device,
+            self.chunks,
+            not self.auto,
+            mesh.ep_size,
+            batches=in_a_step,
+            numbers_in_flight=self.in_flight,
         )
-        if self.auto and has_halves(module.model):
-            self.planner.choose_in_flight(module.model, self.in_flight)
         self.conditions = {"ep_size": mesh.ep_size, **self.planner.conditions, **self.settings}
         if self.auto and self.take_kept_plan(trainer, self.planner):
             return
@@ -127,9 +131,11 @@ class AdaptiveSchedule(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, module: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self.planner is None:
+            return
         # operators of two batches in flight overlap each other, so none is measured
-        self.measures = self.auto or batches_of(module.model) == 1
-        if self.planner is not None and self.measures:
+        self.measures = self.auto or schedule_of(module).batches_in_flight == 1
+        if self.measures:
             self.planner.begin_step(timed=logs_now(trainer, batch_idx))
 
     def on_train_batch_end(

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 
 from scmoe.config.load import load
-from scmoe.models.halves import set_in_flight
 from scmoe.parallel.dense.memory import RankJob, Split, activations, gathered, rank_memory
 from scmoe.training.assembly.model import (
     build_model,
@@ -16,6 +15,7 @@ from scmoe.training.assembly.model import (
 )
 from scmoe.training.assembly.rank_job import rank_job
 from tests.support.models import kept_for_backward, one_of_two, tiny
+from tests.support.two_batches import run_batches
 
 DTYPES = {
     "32-true": torch.float32,
@@ -119,7 +119,7 @@ def test_each_half_of_two_batches_in_flight_has_its_bfloat16_copies_of_the_exper
     batch = torch.randint(512, (2, 64))
     bounds, kept_bytes = [], []
     for batches in (1, 2):
-        set_in_flight(model, batches)
+        run_batches(model, batches)
         with kept_for_backward(model) as kept, torch.autocast("cpu", torch.bfloat16):
             model(batch)
         kept_bytes.append(sum(kept.values()))
