@@ -174,13 +174,12 @@ def numbers_of(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, in
 def app_of(verb: str = "") -> App:
     """Return the command line. The script of `verb` is imported, any other one only where it is
     needed."""
-    screen = console(stderr=False)
     app = App(
         name="scmoe",
         help="Shortcut-connected expert parallelism: train, measure, compare.",
         help_format="plaintext",
         version=f"scmoe {__version__}",
-        console=screen if screen.is_terminal else console(HELP_COLUMNS, stderr=False),
+        console=console(HELP_COLUMNS, stderr=False),
         default_parameter=Parameter(
             negative=(), consume_multiple=True, allow_repeating=True, show_default=default
         ),

@@ -23,6 +23,7 @@ from scmoe.files import replacing
 
 LONG = 60  # letters of a cell that may be broken
 WIDTH = 170  # columns of the widest table, also where a terminal has fewer
+PIPED = 100  # columns where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,9 @@ class Report:
         table = Table(*columns, title=Text(self.title), title_justify="left")
         for cells in self.cells():
             table.add_row(*map(Text, cells))  # as Text, brackets are no markup
-        console(WIDTH).print(table)
+        screen = console()
+        screen.width = WIDTH
+        screen.print(table)
 
     def markdown(self) -> str:
         """Return the table as GitHub's Markdown, below its title."""
@@ -70,10 +73,13 @@ def _cell(text: str, row: Mapping[str, Any]) -> str:
         return ""
 
 
-def console(width: int | None = None, stderr: bool = True) -> Console:
-    """Return a console on standard error, as standard output is JSON alone. width: in columns;
-    None: the terminal's."""
-    return Console(stderr=stderr, width=width)
+def console(piped: int = PIPED, stderr: bool = True) -> Console:
+    """Return a console that is as wide as the terminal, or has `piped` columns where there is none.
+    It is on standard error, as standard output is JSON, unless a verb prints nothing else."""
+    screen = Console(stderr=stderr, highlight=False)
+    if not screen.is_terminal:
+        screen.width = piped
+    return screen
 
 
 def say(line: str) -> None:

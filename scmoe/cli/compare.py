@@ -14,7 +14,8 @@ def main(run: str, /, *more: str, out: Path = Path("runs/compare.png")) -> None:
         out: picture
     """
     from scmoe.config.extras import require, scmoe
-    from scmoe.runs.seen import console, open_run
+    from scmoe.report import console
+    from scmoe.runs.seen import ONE_LINE, open_run
 
     require("compare", "matplotlib")
     if not more:
@@ -28,6 +29,7 @@ def main(run: str, /, *more: str, out: Path = Path("runs/compare.png")) -> None:
     letters = compare.letters_of(runs)
     gains = compare.gains_of_schedules(runs, letters)
     tables = (compare.results_table(runs, letters), compare.differences_table(runs, letters))
-    console().print(*tables, *gains, sep="\n")
+    console(ONE_LINE, stderr=False).print(*tables, *gains, sep="
+")
     compare.draw(runs, compare.labels_of(runs, letters), out)
     print(out)

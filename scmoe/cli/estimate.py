@@ -4,7 +4,7 @@ from typing import Any
 from scmoe.command_line import KeyValue, numbers_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, four_digits, key_of
-from scmoe.report import print_result
+from scmoe.report import console, print_result
 
 RANKS = (
     "trainer.devices",
@@ -66,7 +66,6 @@ def main(config: str, /, *words: KeyValue) -> None:
     """
     settings = read(config, words)
     from scmoe.predict.costs import estimate
-    from scmoe.training.run.printout import console
 
     facts = estimate(settings)
     console().print(table_of(facts))

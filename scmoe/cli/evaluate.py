@@ -2,7 +2,7 @@ from pathlib import Path
 from typing import Literal
 
 from scmoe.config.leaves import ConfigError
-from scmoe.report import print_result
+from scmoe.report import console, print_result
 
 
 def main(
@@ -40,7 +40,6 @@ def main(
     if data is not None and not data.is_dir():
         raise ConfigError(f"--data is {str(data)!r}, which is no folder. Give a folder of tasks.")
     from scmoe.runs.evaluate.evaluation import EvaluationRequest, evaluate, shown
-    from scmoe.training.run.printout import console
 
     names = () if tasks == "none" else tuple(tasks.split(","))
     results = evaluate(

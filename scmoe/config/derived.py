@@ -31,6 +31,20 @@ def resolve_ep_size(config: Config) -> int:
     return math.gcd(config.moe.num_experts, config.trainer.devices)
 
 
+def samples_of_rank(config: Config) -> int:
+    """Return the samples of a rank in one batch, of the accumulated ones of a step."""
+    trainer = config.trainer
+    batches = trainer.devices * trainer.num_nodes * trainer.accumulate
+    return config.data.global_batch_size // max(1, batches)  # 0 in a file that is not checked yet
+
+
+def rows_are_filled(config: Config) -> bool:
+    """Return whether only filled slots are sent and computed. moe.rows=auto means that on a CPU,
+    where the host knows the counts without waiting."""
+    rows = config.moe.rows
+    return rows == "filled" or (rows == "auto" and config.trainer.accelerator == "cpu")
+
+
 def max_steps(config: Config) -> int:
     """Return the number of optimizer steps of the whole training: trainer.max_steps, or as many as
     reach trainer.max_tokens. Validation has refused a configuration that has both or neither."""

@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from scmoe.blocks.moe_block import moe_blocks_of
+from scmoe.config.derived import rows_are_filled, samples_of_rank
 from scmoe.config.fields import Config, MoEConfig
 from scmoe.config.leaves import ConfigError, key_of
 from scmoe.config.load import find, load, read_unchecked
@@ -156,10 +157,8 @@ def samples_of(config: Config, path: Path) -> int:
     """Return the samples of a rank in one batch: those of the config, but a preset has none.
 
     config: not checked yet."""
-    trainer = config.trainer
     if path.parent.name != "model":
-        batches = trainer.devices * trainer.num_nodes * trainer.accumulate
-        return max(1, config.data.global_batch_size // max(1, batches))
+        return max(1, samples_of_rank(config))
     if config.data.name in IMAGES or config.model.family == "swin":
         return IMAGES_OF_A_RANK
     return max(1, TOKENS // config.data.seq_len)
@@ -342,6 +341,4 @@ def loads_of(
 
 def rows_are_padded(config: Config) -> bool:
     """Return whether every slot of the capacity travels, filled or not."""
-    moe = config.moe
-    on_cpu = config.trainer.accelerator == "cpu"
-    return moe.rows == "slots" or (moe.rows == "auto" and not on_cpu)
+    return config.moe.rows != "buffers" and not rows_are_filled(config)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scmoe.config.derived import rows_are_filled
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, show
 from scmoe.config.load import load, read_unchecked
@@ -105,13 +106,11 @@ def load_for(source: Any, ranks: int, samples: int, overrides: Sequence[str]) ->
 def with_slots(config: Config) -> Config:
     """Return the config with moe.rows=slots where `auto` would mean filled slots, whose number
     depends on the data."""
-    moe, on_cpu = config.moe, config.trainer.accelerator == "cpu"
+    moe = config.moe
     limited = moe.architecture != "dense" and moe.capacity_factor is not None
-    return (
-        replace(config, moe=replace(moe, rows="slots"))
-        if limited and on_cpu and moe.rows == "auto"
-        else config
-    )
+    if limited and moe.rows == "auto" and rows_are_filled(config):
+        return replace(config, moe=replace(moe, rows="slots"))
+    return config
 
 
 def check(config: Config) -> None:
@@ -123,7 +122,6 @@ def check(config: Config) -> None:
     buffers = moe.rows == "buffers"
     narrow = trainer.precision.startswith("bf16")
     dropless = moe.capacity_factor is None and not buffers
-    filled = moe.rows == "filled" or (moe.rows == "auto" and trainer.accelerator == "cpu")
     rules = [
         (trainer.compile, "trainer.compile", "false"),
         (trainer.accumulate > 1, "trainer.accumulate", "1, as one batch is run"),
@@ -133,7 +131,7 @@ def check(config: Config) -> None:
             "moe.capacity_factor",
             f"a number, or moe.rows=buffers with a ceiling: {why}",
         ),
-        (not dense and not dropless and filled, "moe.rows", f"slots: {why}"),
+        (not dense and not dropless and rows_are_filled(config), "moe.rows", f"slots: {why}"),
         (
             buffers and not narrow,
             "trainer.precision",

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -29,18 +28,11 @@ from scmoe.config.registry import IMAGES
 from scmoe.files import read_json, warn_once
 from scmoe.training.run.directory import read_state
 
-# without a terminal: one line for each run, however long, which can be searched and copied
-WIDTH = 1000
+ONE_LINE = 1000  # columns without a terminal, so that a run is a line that can be searched
 COLORS = {"finished": "green", "running": "cyan", "failed": "red", "cut": "yellow"}
 COUNTS = ("trainer.max_steps", "data.global_batch_size", "data.seq_len")
 # keys that say where a run is kept, not what it computes
 NOT_COMPARED = ("name", "runs_dir", "logger.")
-
-
-def console() -> Console:
-    """Return a terminal's console, or a very wide one."""
-    usual = Console(highlight=False)
-    return usual if usual.is_terminal else Console(highlight=False, width=WIDTH)
 
 
 @dataclass(frozen=True, repr=False)

@@ -40,7 +40,7 @@ from experiments.bench.two_batches import over_best_top2
 from experiments.engine.clock import in_turn, median, quartiles
 from experiments.engine.ranks import run_ranks
 from scmoe.charts import chart, heading
-from scmoe.config.derived import max_steps
+from scmoe.config.derived import max_steps, samples_of_rank
 from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
@@ -98,8 +98,7 @@ def bench_train(
         raise ConfigError(
             f"trainer.early_stopping is {early}, allowed: null, as all trainings take all steps"
         )
-    samples = first.data.global_batch_size // (ranks * first.trainer.accumulate)
-    pair = pair_of(first, share, ranks, samples * first.data.seq_len)
+    pair = pair_of(first, share, ranks, samples_of_rank(first) * first.data.seq_len)
     uneven = (
         {}
         if routing is None

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor, nn
 
+from scmoe.config.derived import samples_of_rank
 from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
@@ -226,8 +227,7 @@ def with_batch_of_a_rank(config: Config, of_run: Config, halves: bool) -> Config
     """
     data = config.data
     trainer = config.trainer
-    ranks = of_run.trainer.devices * of_run.trainer.num_nodes
-    batch = data.global_batch_size // (trainer.accumulate * ranks)
+    batch = samples_of_rank(of_run)
     if halves and config.schedule.batches_in_flight != 2:
         batch, _ = sizes_of_halves(batch)
     no_capacity = config.moe.capacity_factor is None or config.moe.architecture == "dense"

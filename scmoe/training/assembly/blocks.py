@@ -32,7 +32,7 @@ from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.shortcut import ShortcutBlock
 from scmoe.blocks.standard import DenseBlock, SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, Attention, Residual, Rotary
-from scmoe.config.derived import ACTIVATIONS, SHORTCUTS, resolve_ep_size, taps
+from scmoe.config.derived import ACTIVATIONS, SHORTCUTS, resolve_ep_size, rows_are_filled, taps
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import ARCHITECTURES, ROUTERS
@@ -236,8 +236,7 @@ def build_stream(config: Config, wire: Wire, parts: Parts) -> MoEStream:
     experts = parts.experts(moe.num_experts, wire.mesh.local_experts(moe.num_experts))
     # One process builds the model of an estimate for many ranks.
     ep_size = max(wire.mesh.ep_size, resolve_ep_size(config))
-    filled = moe.rows == "filled" or (moe.rows == "auto" and config.trainer.accelerator == "cpu")
-    rows = rows_of(moe.capacity_factor, filled)
+    rows = rows_of(moe.capacity_factor, rows_are_filled(config))
     if moe.rows == "buffers" and ep_size > 1:
         rows = Buffers(min(moe.dropless_ceiling or ep_size, ep_size))
     dispatcher = make_dispatcher(

@@ -1,6 +1,6 @@
 """What the training of a config asks of each of its ranks, in numbers."""
 
-from scmoe.config.derived import resolve_ep_size
+from scmoe.config.derived import resolve_ep_size, samples_of_rank
 from scmoe.config.fields import Config
 from scmoe.config.rules import may_run_two_batches
 from scmoe.parallel.dense.memory import RankJob
@@ -9,16 +9,13 @@ from scmoe.parallel.dense.memory import RankJob
 def rank_job(config: Config) -> RankJob:
     """Return the job of a config. Its `dense` may be auto, which memory and traffic do not take."""
     trainer, data = config.trainer, config.data
-    ranks = trainer.devices * trainer.num_nodes
-    ep_size = resolve_ep_size(config)
-    samples = data.global_batch_size // (ranks * trainer.accumulate)
     schedule = config.schedule
     may_choose_two = schedule.auto and may_run_two_batches(config)
     return RankJob(
-        ranks=ranks,
-        ep_size=ep_size,
+        ranks=trainer.devices * trainer.num_nodes,
+        ep_size=resolve_ep_size(config),
         node_size=trainer.devices,
-        samples=samples,
+        samples=samples_of_rank(config),
         seq_len=data.seq_len,
         accumulate=trainer.accumulate,
         precision=trainer.precision,

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +23,7 @@ from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.lightning.seam.loops import count_steps_from
 from scmoe.models.model_cost import count_parameters, total_and_active
+from scmoe.report import console
 from scmoe.training.callbacks.peak_memory import PeakMemory
 from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.throughput import Throughput
@@ -131,13 +131,6 @@ def print_start(start: RunParts, run_dir: Path, checkpoint: Path | None) -> None
     out.print(model_table(count_parameters(start.model)))
     if checkpoint is not None:
         out.print(f"continuing from {relative(checkpoint)}", soft_wrap=True, markup=False)
-
-
-def console() -> Console:
-    """Return a console on standard error, as standard output is JSON: as wide as the terminal, or
-    100 columns."""
-    terminal = Console(stderr=True, highlight=False)
-    return terminal if terminal.is_terminal else Console(stderr=True, highlight=False, width=100)
 
 
 def summarise(trainer: Trainer, module: MoEModule, data: PositionedDataModule) -> dict[str, Any]:

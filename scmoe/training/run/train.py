@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger
 from scmoe.config.as_yaml import to_yaml
 from scmoe.files import try_to_write_json
 from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, read_manifest
+from scmoe.report import console
 from scmoe.training.callbacks.kept_config import KeptConfig
 from scmoe.training.run.directory import (
     create_run_dir,
@@ -35,14 +36,7 @@ from scmoe.training.run.loggers import (
 )
 from scmoe.training.run.machine import check_machine, is_rank_zero, keep_freed_memory
 from scmoe.training.run.parts import RunParts
-from scmoe.training.run.printout import (
-    console,
-    listed,
-    print_start,
-    print_summary,
-    say_done,
-    summarise,
-)
+from scmoe.training.run.printout import listed, print_start, print_summary, say_done, summarise
 from scmoe.training.run.resumed import (
     Resumed,
     record_of,
