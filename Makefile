@@ -83,14 +83,11 @@ check-data: $(READY)  ## read all data of CONFIG and name files that cannot be r
 params: $(READY)  ## seldom: count the parameters of every preset and architecture, next to the paper's
 	@$(PY) -m scmoe params $(ARGS)
 
-estimate: $(READY)  ## what CONFIG costs on ARGS="ep=8 dp=2": FLOPs, bytes, memory; starts nothing
+estimate: $(READY)  ## what CONFIG costs on ARGS="ep=8 dp=2": FLOPs, bytes, memory; starts nothing; --counted counts a step
 	@$(PY) -m scmoe estimate $(CONFIG) $(ARGS)
 
 advise: $(READY)  ## would ScMoE pay for CONFIG on ARGS="cluster=8xA30-PCIe"? By simulation; starts nothing
 	@$(PY) -m scmoe advise $(CONFIG) $(ARGS)
-
-dryrun: $(READY)  ## seldom: one step of CONFIG on ARGS="ranks=1024" in this process, on tensors without numbers: memory, bytes
-	@$(PY) -m scmoe dryrun $(CONFIG) $(ARGS)
 
 bench: $(READY)  ## time of the MoE layer over that of its dense products
 	@$(PY) -m experiments.bench layer $(ARGS)

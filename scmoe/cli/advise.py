@@ -138,8 +138,10 @@ def request_of(config: str, words: Sequence[str]) -> "tuple[Request, Profile]":
     profile = profile_of(named["cluster"], of_cluster)
     from scmoe.predict.advice import Request
 
-    of_ranks = (sizes.get(name) for name in ("ranks", "ep", "samples"))
-    return Request(config, overrides, *of_ranks, named["load"]), profile
+    request = Request(
+        config, overrides, sizes.get("ranks"), sizes.get("ep"), sizes.get("samples"), named["load"]
+    )
+    return request, profile
 
 
 def profile_of(name: str, words: list[str]) -> "Profile":

@@ -29,7 +29,6 @@ def main(run: str, /, *more: str, out: Path = Path("runs/compare.png")) -> None:
     letters = compare.letters_of(runs)
     gains = compare.gains_of_schedules(runs, letters)
     tables = (compare.results_table(runs, letters), compare.differences_table(runs, letters))
-    console(ONE_LINE, stderr=False).print(*tables, *gains, sep="
-")
+    console(ONE_LINE, stderr=False).print(*tables, *gains, sep="\n")
     compare.draw(runs, compare.labels_of(runs, letters), out)
     print(out)

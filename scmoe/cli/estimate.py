@@ -11,9 +11,8 @@ RANKS = (
     "trainer.num_nodes",
     "strategy.ep_size",
 )  # the fields that ep and dp set
-
-
 MIB = 2**20
+GIB = 2**30
 MOMENTS = {
     "adamw": "AdamW's two moments",
     "muon": "Muon's moment of matrices, AdamW's two of the rest",
@@ -25,9 +24,17 @@ def read(path: str, words: Sequence[str]) -> Config:
     from scmoe.config.derived import resolve_ep_size
     from scmoe.config.load import load
 
-    sizes, overrides = numbers_of(words, ("ep", "dp"))
+    sizes, overrides = numbers_of(words, ("ep", "dp", "ranks", "samples"))
     if not sizes:
         return load(path, overrides)
+    if {"ranks", "samples"} & {*sizes}:
+        if "ranks" not in sizes or {"ep", "dp"} & {*sizes}:
+            raise ConfigError(
+                "command line: the ranks are either ranks=N, with samples=N, or ep=N and dp=N"
+            )
+        from scmoe.predict.costs import load_for
+
+        return load_for(path, sizes["ranks"], sizes.get("samples", 1), overrides)
     for override in overrides:
         if (key := key_of(override)) in RANKS:
             raise ConfigError(
@@ -52,7 +59,7 @@ def read(path: str, words: Sequence[str]) -> Config:
     return load(path, [*overrides, *words_of_ranks])
 
 
-def main(config: str, /, *words: KeyValue) -> None:
+def main(config: str, /, *words: KeyValue, counted: bool = False) -> None:
     """Estimate what a training costs, without starting it: parameters, FLOPs, bytes of All-to-All,
     memory of a rank.
 
@@ -62,13 +69,51 @@ def main(config: str, /, *words: KeyValue) -> None:
 
     Args:
         config: a YAML file, such as configs/quickstart.yaml, or the name of a shipped one
-        words: ep=N and dp=N for the ranks, and key=value
+        words: ep=N and dp=N for the ranks; or ranks=N, on nodes of 8 or of trainer.devices=N, with
+            samples=N of a rank in a batch (default: 1); and key=value
+        counted: run one training step of rank 0 in this process, on tensors without numbers, and
+            count its FLOPs, bytes of collectives and peak memory instead
     """
     settings = read(config, words)
+    if counted:
+        count(settings)
+        return
     from scmoe.predict.costs import estimate
 
     facts = estimate(settings)
     console().print(table_of(facts))
+    print_result(facts)
+
+
+def count(config: Config) -> None:
+    """Print what one step of rank 0 does."""
+    from scmoe.predict.costs import counted_step, with_slots
+    from scmoe.report import Report, say
+
+    settings = with_slots(config)
+    if settings != config:
+        say("moe.rows=slots is set: no data is read, so every slot of the capacity is counted")
+    world = settings.trainer.devices * settings.trainer.num_nodes
+    say(f"one step of rank 0 of {world:,} ranks is run on tensors without numbers")
+    step = counted_step(settings)
+    states = {"weights": step.weights, "gradients": step.gradients, "optimizer": step.optimizer}
+    peak = sum(step.peak.values())
+    numbers = {
+        **{f"GiB of {name}": size / GIB for name, size in states.items()},
+        **{f"GiB at the peak, made in {phase}": size / GIB for phase, size in step.peak.items()},
+        "GiB at the peak": peak / GIB,
+        "TFLOPs of a step": step.flops / 1e12,
+        **{f"MiB of a step: {name}": size / MIB for name, size in step.collectives.items()},
+    }
+    lines = {name: {"number": four_digits(number)} for name, number in numbers.items()}
+    title = f"counted step of rank 0 of {world}, dense weights {settings.strategy.dense}"
+    Report(title, lines, {"number": "{number}"}, "of rank 0").show()
+    facts = {
+        "peak_gib": peak / GIB,
+        "states_gib": sum(states.values()) / GIB,
+        "flops": step.flops,
+        "collectives": step.collectives,
+    }
     print_result(facts)
 
 

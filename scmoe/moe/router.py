@@ -99,7 +99,7 @@ class Scoring:
         with torch.device("cpu"):  # the model may be on the meta device, which has no numbers
             generator = torch.Generator()
             logits_PE = torch.randn(PROBES, num_ids, generator=generator, dtype=torch.float32)
-            if type(logits_PE) is not Tensor:  # a dry run's tensors have no numbers
+            if type(logits_PE) is not Tensor:  # a counted step's have no numbers
                 return
             chosen_P1 = torch.arange(PROBES)[:, None] % num_ids
             step_P1 = torch.full((PROBES, 1), PROBE_STEP, dtype=torch.float32)

@@ -18,7 +18,7 @@ from scmoe.config.load import load, read_unchecked
 from scmoe.config.registry import IMAGES
 from scmoe.parallel.wire.wire import Wire
 from scmoe.predict.bound import bound
-from scmoe.predict.counted_step import DryRun, count_step
+from scmoe.predict.counted_step import CountedStep, count_step
 from scmoe.training.assembly.model import (
     build_model_on_meta,
     build_module,
@@ -43,7 +43,7 @@ def estimate(config: Config) -> dict[str, Any]:
     return bound(model, job, updated_by_muon(config, model), unit, config.optim.name)
 
 
-def dry_run(config: Config) -> DryRun:
+def counted_step(config: Config) -> CountedStep:
     """Run one step of rank 0. The config says how many ranks there are. Raises ConfigError."""
     check(config)
 
@@ -114,8 +114,8 @@ def with_slots(config: Config) -> Config:
 
 
 def check(config: Config) -> None:
-    """Raise ConfigError for settings that a dry run cannot show: shapes that depend on data, more
-    than one batch."""
+    """Raise ConfigError for settings that a counted step cannot show: shapes that depend on data,
+    more than one batch."""
     trainer, moe = config.trainer, config.moe
     why = "the number of rows must not depend on the data"
     dense = moe.architecture == "dense"
@@ -140,4 +140,6 @@ def check(config: Config) -> None:
     ]
     for refused, key, allowed in rules:
         if refused:
-            raise ConfigError(f"dry run: {key} is {show(flatten(config)[key])}, allowed: {allowed}")
+            raise ConfigError(
+                f"--counted: {key} is {show(flatten(config)[key])}, allowed: {allowed}"
+            )

@@ -1,5 +1,5 @@
-"""A training step of rank 0 of a job of any size, in one process: tensors have shapes and dtypes,
-but no numbers.
+"""A training step of rank 0 of a job of any size, counted in one process: tensors have shapes and
+dtypes, but no numbers.
 
 Tensors are fake (torch's FakeTensorMode), and so is the process group: a collective takes its
 tensors and returns. The step is the library's own: forward, backward with DDP and the experts'
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -57,7 +57,7 @@ COLLECTIVES = {  # by the operator that torch calls
 
 
 @dataclass(frozen=True)
-class DryRun:
+class CountedStep:
     """Bytes of rank 0, FLOPs of its batch, bytes of each collective in a step.
 
     weights, gradients, optimizer: totals. peak: bytes at the moment of peak memory, by the phase
@@ -78,7 +78,7 @@ Build = Callable[[Wire], Any]  # makes a LightningModule, its model on the meta 
 
 def count_step(
     job: RankJob, build: Build, make_batch: Callable[[], Mapping[str, Tensor]], clip: float | None
-) -> DryRun:
+) -> CountedStep:
     """Run one step of rank 0 of a job. clip: the gradient norm. make_batch: of this rank."""
     with fake_ranks(job.ranks, job.ep_size) as mesh, ExitStack() as inside:
         if job.dense != "replicated":
@@ -87,26 +87,19 @@ def count_step(
         module = build(wire)
         module.model.to(DTYPES.get(job.precision, torch.float32))
         module.wire = wire
-        inside.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # those on meta
-        if job.on_gpu:
-            inside.enter_context(patch.object(experts, "choose_mlps", choose_mlps_on_gpu))
-            inside.enter_context(patch.object(nn.functional, "rms_norm", rms_norm_on_gpu))
+        inside.enter_context(without_numbers(job.on_gpu))
         return step(job, module, make_batch, clip)
 
 
 def step(
     job: RankJob, module: Any, make_batch: Callable[[], Mapping[str, Tensor]], clip: float | None
-) -> DryRun:
-    """Run one step of a module whose model is on the meta device, and count. FakeTensorMode must be
-    on."""
+) -> CountedStep:
+    """Run one step of a module whose model is on the meta device, and count, `without_numbers`."""
     model, mesh = module.model, module.wire.mesh
     split = mesh.dense_mesh is not None
     if split:
         shard(model, mesh, job.precision)
-    materialise(model, CPU)
-    for owner in model.modules():
-        for name, buffer in [*owner.named_buffers(recurse=False)]:
-            setattr(owner, name, torch.empty_like(buffer, device=CPU))
+    give_storages(model)
     if job.recompute:
         recompute_activations(model)
     optimizer = module.configure_optimizers()["optimizer"]
@@ -118,33 +111,33 @@ def step(
     optimizer.zero_grad()
     batch = make_batch()
 
-    counting = Counting()
-    counting.add([*parameters, *model.buffers()])
-    counting.phase = "optimizer"
-    counting.add(value for state in optimizer.state.values() for value in state.values())
-    counting.phase = "batch"
-    counting.add(batch.values())
-    with counting, counting.resizing():
+    counts = StepCounts()
+    counts.add([*parameters, *model.buffers()])
+    counts.phase = "optimizer"
+    counts.add(value for state in optimizer.state.values() for value in state.values())
+    counts.phase = "batch"
+    counts.add(batch.values())
+    with Counting(counts.note), counts.resizing():
         if not split and mesh.world_size > 1:
-            counting.phase = "gradients"
+            counts.phase = "gradients"
             module.model = wrap(model, mesh, init_sync=False).module
             module.model.register_comm_hook(None, reduce)
-        counting.phase = "forward"
+        counts.phase = "forward"
         with torch.autocast("cpu", torch.bfloat16, enabled=job.precision == "bf16-mixed"):
             loss = module.training_step(batch, 0)["loss"]
-        counting.phase = "backward"
+        counts.phase = "backward"
         (loss / mesh.world_size if split else loss).backward()
         del loss
-        counting.phase = "update"
+        counts.phase = "update"
         clip_grad_norm(parameters, shards, clip, mesh)
         optimizer.step()
-    return DryRun(
+    return CountedStep(
         weights=bytes_of(parameters),
         gradients=bytes_of(p.grad for p in parameters),
         optimizer=bytes_of(value for state in optimizer.state.values() for value in state.values()),
-        peak=dict(counting.peak),
-        flops=counting.flops,
-        collectives=dict(counting.collectives),
+        peak=dict(counts.peak),
+        flops=counts.flops,
+        collectives=dict(counts.collectives),
     )
 
 
@@ -165,6 +158,25 @@ def fake_ranks(world_size: int, ep_size: int) -> Iterator[Mesh]:
         yield mesh if world_size > 1 else Mesh()
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def without_numbers(on_gpu: bool) -> Iterator[None]:
+    """Run a model on fake tensors. on_gpu: experts and RMSNorm take their ways on a GPU."""
+    with ExitStack() as inside:
+        inside.enter_context(FakeTensorMode(allow_non_fake_inputs=True))  # those on meta
+        if on_gpu:
+            inside.enter_context(patch.object(experts, "choose_mlps", choose_mlps_on_gpu))
+            inside.enter_context(patch.object(nn.functional, "rms_norm", rms_norm_on_gpu))
+        yield
+
+
+def give_storages(model: nn.Module) -> None:
+    """Give a model on the meta device fake tensors on the host."""
+    materialise(model, CPU)
+    for owner in model.modules():
+        for name, buffer in [*owner.named_buffers(recurse=False)]:
+            setattr(owner, name, torch.empty_like(buffer, device=CPU))
 
 
 def reduce(_: Any, bucket: dist.GradBucket) -> Future[Tensor]:
@@ -201,9 +213,40 @@ class OneKernel(Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
+class Call(NamedTuple):
+    """A call of an operator of torch."""
+
+    operator: Any
+    args: Any
+    kwargs: Any
+    out: Any
+
+    @property
+    def flops(self) -> int:
+        return flops_of(self.operator.overloadpacket, self.args, self.kwargs, self.out)
+
+
 class Counting(TorchDispatchMode):
-    """Counts while it is entered, in a FakeTensorMode. A storage counts from the operator that
-    makes it until nothing refers to it.
+    """Hands every call to `note` while it is entered, in a FakeTensorMode."""
+
+    def __init__(self, note: Callable[[Call], None]) -> None:
+        super().__init__()
+        self.note = note
+        self.fake = active_fake_mode()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it calls again, with this rank's parts
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if active_fake_mode() is self.fake:  # else DTensor asks for a shape
+            self.note(Call(func, args, kwargs, out))
+        return out
+
+
+class StepCounts:
+    """What a step's calls do. A storage counts from the operator that makes it until nothing refers
+    to it.
 
     live: bytes by the phase in which their storage was made. peak: `live` when its sum was largest.
     flops: of products and attention. collectives: bytes by operator and group, `sent_bytes` of each
@@ -211,14 +254,19 @@ class Counting(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.phase = "weights"
         self.live = Counter[str]()
         self.peak = Counter[str]()
         self.collectives = Counter[str]()
         self.flops = 0
         self.sizes: dict[int, tuple[str, int]] = {}  # phase and bytes of each storage
-        self.fake = active_fake_mode()
+
+    def note(self, call: Call) -> None:
+        self.add(tensors_in([call.out]))
+        self.flops += call.flops
+        if call.operator.namespace == "c10d":
+            name, size = sent_bytes(call.operator, call.args)
+            self.collectives[name] += size
 
     def add(self, tensors: Iterable[Any]) -> None:
         """Count tensors that were made before, in the current phase."""
@@ -255,19 +303,6 @@ class Counting(TorchDispatchMode):
 
         with patch.object(torch.UntypedStorage, "resize_", counted):
             yield
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # it calls again, with this rank's parts
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if active_fake_mode() is self.fake:  # else DTensor asks for a shape
-            self.add(tensors_in([out]))
-            self.flops += flops_of(func.overloadpacket, args, kwargs, out)
-            if func.namespace == "c10d":
-                name, size = sent_bytes(func, args)
-                self.collectives[name] += size
-        return out
 
 
 def flops_of(packet: Any, args: Any, kwargs: Any, out: Any) -> int:

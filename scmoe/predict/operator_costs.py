@@ -17,20 +17,16 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.blocks.sublayers import Residual, SelfAttention, outermost
 from scmoe.moe import experts
 from scmoe.parallel.dense.memory import RankJob
-from scmoe.parallel.dense.sharded import materialise
-from scmoe.predict.counted_step import choose_mlps_on_gpu, flops_of, rms_norm_on_gpu, tensors_in
+from scmoe.predict.counted_step import Call, Counting, give_storages, tensors_in, without_numbers
 from scmoe.schedule.cost import TRANSFERS
 from scmoe.schedule.schedule import Schedule
 
 OUTSIDE = "outside"  # of any operator
-CPU = torch.device("cpu")
 
 
 class Kernel(NamedTuple):
@@ -115,33 +111,27 @@ def count(model: Any, job: RankJob, batch: Tensor, batches: int = 1) -> Costs:
     """
     blocks = moe_blocks_of(model)
     with ExitStack() as inside:
-        inside.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        if job.on_gpu:
-            inside.enter_context(patch.object(experts, "choose_mlps", choose_mlps_on_gpu))
-            inside.enter_context(patch.object(nn.functional, "rms_norm", rms_norm_on_gpu))
+        inside.enter_context(without_numbers(job.on_gpu))
         model.to(torch.bfloat16 if job.precision == "bf16-true" else torch.float32)
-        materialise(model, CPU)
-        for owner in model.modules():
-            for name, buffer in [*owner.named_buffers(recurse=False)]:
-                setattr(owner, name, torch.empty_like(buffer, device=CPU))
-        counting = Counting(model)
-        in_turn = counting.noting_a_loop(experts.mlps_in_turn)
+        give_storages(model)
+        kernels = Kernels(model)
+        in_turn = kernels.noting_a_loop(experts.mlps_in_turn)
         inside.enter_context(patch.object(experts, "mlps_in_turn", in_turn))
         for number, block in enumerate(blocks):
-            recorder: Any = _Noting(counting, number)
+            recorder: Any = _Noting(kernels, number)
             block.run_as(block.schedule, block.moe.dispatcher, recorder)
         shape = (batches * len(batch), *batch.shape[1:])
         inputs = torch.empty(shape, dtype=batch.dtype)
-        inside.enter_context(counting.beginning_with(model))
+        inside.enter_context(kernels.beginning_with(model))
         inside.enter_context(torch.no_grad())
         narrow = job.precision == "bf16-mixed"
         inside.enter_context(torch.autocast("cpu", torch.bfloat16, enabled=narrow))
-        with counting:
+        with Counting(kernels.note):
             logits = model(inputs)[0]
         size = logits.numel() / batches
 
     of_experts = {p for block in blocks for p in block.moe.experts.parameters()}
-    layers, head = _in_layers(counting.parts_of_one(batches), blocks, of_experts)
+    layers, head = _in_layers(kernels.parts_of_one(batches), blocks, of_experts)
     in_experts = sum(p.numel() for p in of_experts)
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = model.rows_per_sample(job.seq_len)[blocks[0].moe]
@@ -188,11 +178,10 @@ def _in_layers(
     return [unique.setdefault(layer, layer) for layer in layers], tuple(waiting)
 
 
-class Counting(TorchDispatchMode):
-    """Notes the kernels of each part while it is entered, in a FakeTensorMode."""
+class Kernels:
+    """The kernels of each part."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
         self.parts = [_Open(-1, OUTSIDE)]
         # by storage: a parameter, or the one that a tensor was cast from
         self.weights = {p.untyped_storage()._cdata: p for p in model.parameters()}
@@ -243,19 +232,16 @@ class Counting(TorchDispatchMode):
         handles.callback(module.register_forward_pre_hook(begin).remove)
         handles.callback(module.register_forward_hook(end).remove)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+    def note(self, call: Call) -> None:
+        func = call.operator
         written_to = {argument.name for argument in func._schema.arguments if argument.is_out}
-        read = [value for name, value in kwargs.items() if name not in written_to]
-        inputs = list(tensors_in([*args, *read]))
-        outputs = list(tensors_in([out]))
+        read = [value for name, value in call.kwargs.items() if name not in written_to]
+        inputs = list(tensors_in([*call.args, *read]))
+        outputs = list(tensors_in([call.out]))
         if is_kernel(func, inputs, outputs):
-            flops = float(flops_of(func.overloadpacket, args, kwargs, out))
-            self.note(func, inputs, outputs, flops)
-        return out
+            self.add_kernel(func, inputs, outputs, float(call.flops))
 
-    def note(
+    def add_kernel(
         self, func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor], flops: float
     ) -> None:
         part = self.parts[-1]
@@ -282,7 +268,7 @@ class Counting(TorchDispatchMode):
 class _Noting:
     """Takes the place of a Recorder. An operator inside another one is not noted separately."""
 
-    counting: Counting
+    kernels: Kernels
     block: int
     inside_operator: bool = False
 
@@ -290,11 +276,11 @@ class _Noting:
         if self.inside_operator:
             return f(*inputs)
         rows = inputs[0].nbytes if name in TRANSFERS else 0
-        self.counting.parts.append(_Open(self.block, name, rows_bytes=float(rows)))
+        self.kernels.parts.append(_Open(self.block, name, rows_bytes=float(rows)))
         self.inside_operator = True
         result = f(*inputs)
         self.inside_operator = False
-        self.counting.parts.append(_Open(self.block, OUTSIDE))
+        self.kernels.parts.append(_Open(self.block, OUTSIDE))
         return result
 
 

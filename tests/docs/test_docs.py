@@ -224,7 +224,7 @@ INLINE = {
 }
 NO_VERB = re.compile(r"make (setup|test|docs|wheel-test)\b|.*docs/examples/")
 NO_FIELD = ("ep", "dp", "ranks", "samples", "step")  # words of a verb
-TAKES_A_CONFIG = ("train", "estimate", "advise", "dryrun", "check-data")
+TAKES_A_CONFIG = ("train", "estimate", "advise", "check-data")
 FREE = ("options.", "callbacks.", "schedule")  # mappings, and schedule=auto
 MINE = """
 import scmoe
@@ -285,7 +285,7 @@ def refused(command: str) -> str | None:
             name = name.partition("=")[2]
             if name not in ("NAME", "measure", "mine.yaml"):
                 read_profile(name, values)
-        if verb in TAKES_A_CONFIG and arguments[0] not in ("presets", "--help"):
+        if verb in TAKES_A_CONFIG and arguments[0] != "--help":
             config = "quickstart" if arguments[0] in ("my.yaml", "...") else arguments[0]
             if "ranks" in numbers:
                 load_for(config, numbers["ranks"], 1, given)

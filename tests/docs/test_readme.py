@@ -73,7 +73,7 @@ QUICK = (
     " data.val_sequences=8 trainer.threads=1"
 )
 SMALLER = f"model.layers=2 model.dim=64 model.heads=2 {QUICK}"
-(DRYRUN,) = (command for command in COMMANDS if command.startswith("make dryrun "))
+(COUNTED,) = (command for command in COMMANDS if "--counted" in command)
 ELSEWHERE = {  # command: the test that makes its run
     "make test": "tests/docs/test_readme.py",
     "make train CONFIG=configs/quickstart_vision.yaml": "tests/training/run/test_vision.py",
@@ -99,7 +99,7 @@ SHORT = {
     },
     "make evaluate": ["make", "evaluate", "ARGS=--stride 256 --text docs/concepts.md"],
     "make params": ["make", "params", "ARGS=gpt2_moe_small_tiny"],
-    DRYRUN: shlex.split(DRYRUN.removesuffix('"') + ' model.layers=2"'),
+    COUNTED: shlex.split(COUNTED.removesuffix('"') + ' model.layers=2"'),
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': [
         *(
             "make",

@@ -19,7 +19,7 @@ from scmoe.parallel.dense.fsdp_units import units
 from scmoe.parallel.dense.sharded import local, put, with_dense_mesh
 from scmoe.parallel.mesh import build_mesh
 from scmoe.parallel.wire.wire import Wire
-from scmoe.predict.counted_step import Counting
+from scmoe.predict.counted_step import Counting, StepCounts
 from scmoe.training.assembly.model import build_model_to_train
 
 
@@ -40,7 +40,7 @@ class Built(NamedTuple):
         assert self.part <= self.peak <= self.part + self.block < self.whole, self
 
 
-class OnHost(Counting):
+class OnHost(StepCounts):
     """Leaves out the meta device."""
 
     def add(self, tensors: Iterable[Any]) -> None:
@@ -58,7 +58,8 @@ def split_wire(ep_size: int) -> Wire:
 
 @torch.no_grad()
 def build_in_parts(config: Config, wire: Wire) -> Built:
-    with OnHost() as counting:
+    counts = OnHost()
+    with Counting(counts.note):
         model = build_model_to_train(config, wire)
     one = build_model_to_train(config)
     expected, other = tensors(one), []
@@ -69,7 +70,7 @@ def build_in_parts(config: Config, wire: Wire) -> Built:
         other += [name] * (not torch.equal(local(same), local(t)))
     block = max(bytes_of(unit.parameters()) for unit in units(one))
     part, whole = bytes_of(tensors(model).values()), bytes_of(expected.values())
-    return Built(counting.peak.total(), part, block, whole, other)
+    return Built(counts.peak.total(), part, block, whole, other)
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:

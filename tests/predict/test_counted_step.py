@@ -1,4 +1,4 @@
-"""A dry run counts what the estimate computes: bytes of collectives and states exactly, a peak
+"""A counted step has what the estimate computes: bytes of collectives and states exactly, a peak
 below the bound."""
 
 import json
@@ -10,12 +10,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from scmoe.cli.dryrun import preset_rows
 from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
-from scmoe.predict import costs
-from scmoe.predict.costs import check, dry_run, estimate, load_for
-from scmoe.predict.counted_step import Counting, DryRun
+from scmoe.predict.costs import check, counted_step, estimate, load_for
+from scmoe.predict.counted_step import Counting, StepCounts
 
 TINY, RANKS, SAMPLES = "configs/model/gpt3_moe_xl_tiny.yaml", 16, 8
 CASES = {
@@ -48,10 +46,10 @@ def no_process_group():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_dry_run_counts_what_the_estimate_computes(case):
+def test_a_counted_step_has_what_the_estimate_computes(case):
     words = ["data.name=synthetic", "model.layers=2", *CASES[case].split()]
     config = load_for(TINY, RANKS, SAMPLES, words)
-    run, facts = dry_run(config), estimate(config)
+    run, facts = counted_step(config), estimate(config)
     memory = facts["memory_bytes"]
     assert run.collectives == facts["collectives_bytes"]
     for state in ("weights", "gradients", "optimizer"):
@@ -68,36 +66,31 @@ def test_a_dry_run_counts_what_the_estimate_computes(case):
 def test_counting_equals_torchs_tracker_where_its_hooks_hold_nothing():
     with FakeTensorMode():
         model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
-        x, tracker, counting = torch.zeros(128, 64), MemTracker(), Counting()
-        counting.add([x, *model.parameters()])
+        x, tracker, counts = torch.zeros(128, 64), MemTracker(), StepCounts()
+        counts.add([x, *model.parameters()])
         tracker.track_external(model, x)
-        with tracker, counting:
+        with tracker, Counting(counts.note):
             model(x).sum().backward()
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    assert counting.peak.total() == peak > 128 * 64 * 4
+    assert counts.peak.total() == peak > 128 * 64 * 4
 
 
-def test_every_preset_can_be_dry_run(monkeypatch):
-    """Some have no capacity, so their rows would depend on the data. The steps are not run here."""
-    nothing = DryRun(0, 0, 0, {}, 0, {})
-    monkeypatch.setattr(costs, "dry_run", lambda config: check(config) or nothing)
-    monkeypatch.setattr("scmoe.cli.dryrun.RECOMPUTE", ("true",))
-    monkeypatch.setattr("scmoe.cli.dryrun.PRECISIONS", ("32-true",))
-    presets = {row["preset"] for row in preset_rows(64, 2, ())}
-    assert {"longcat_flash", "instella_moe", "nvidia_shortcut", "nous", "swinv2_moe_b"} <= presets
-
-
-def test_a_config_for_cpus_is_dry_run_with_all_slots_and_the_command_says_so(capsys):
-    assert call("dryrun", "configs/debug.yaml") == 0
+def test_a_config_for_cpus_is_counted_with_all_slots_and_the_command_says_so(capsys):
+    assert call("estimate", "configs/debug.yaml", "--counted") == 0
     alone = capsys.readouterr()
-    assert call("dryrun", "configs/debug.yaml", "moe.rows=slots") == 0
+    assert call("estimate", "configs/debug.yaml", "--counted", "moe.rows=slots") == 0
     asked = capsys.readouterr()
     assert json.loads(alone.out) == json.loads(asked.out)
     assert "rank 0 of 1 ranks" in alone.err, "it is said before the work begins"
     assert "moe.rows=slots" in alone.err and "moe.rows=slots" not in asked.err
-    assert call("dryrun", "configs/debug.yaml", "moe.rows=filled") == 2, (
+    assert call("estimate", "configs/debug.yaml", "--counted", "moe.rows=filled") == 2, (
         "it is not what was asked for"
     )
+
+
+def test_the_ranks_of_an_estimate_are_given_in_one_way():
+    for words in (["ranks=8", "ep=2"], ["samples=2"], ["samples=2", "dp=4"]):
+        assert call("estimate", "configs/debug.yaml", *words) == 2
 
 
 @pytest.mark.parametrize(
@@ -117,7 +110,7 @@ def test_a_config_for_cpus_is_dry_run_with_all_slots_and_the_command_says_so(cap
         ("strategy.dense=auto", "strategy.dense is 'auto'"),
     ],
 )
-def test_what_cannot_be_dry_run_is_refused_in_a_line(words, refused):
+def test_what_cannot_be_counted_is_refused_in_a_line(words, refused):
     with pytest.raises(ConfigError, match=f"^[^\n]*{refused}[^\n]*$"):
         check(load_for(TINY, RANKS, 2, words.split()))
 
