@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiments.engine.clock import CPU, in_turn, median, seconds
 from experiments.engine.isolated import Pieces, Place, attempt
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Activation, Experts, batched_mlps, grouped_mlps
 from scmoe.moe.layout import rows_of
 from scmoe.moe.router import Router, round_robin
 from scmoe.moe.stream import MoEStream
+from scmoe.planning.clock import CPU, in_turn, median, seconds
 from scmoe.report import Report
 from scmoe.training.run.machine import keep_freed_memory
 

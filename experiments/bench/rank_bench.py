@@ -18,7 +18,6 @@ from experiments.bench import emulated
 from experiments.bench.pairs import Setting, default_schedule
 from experiments.bench.stacks import Stack, Variant, make_blocks, make_step, rows_of_layout
 from experiments.engine import links
-from experiments.engine.clock import CPU, in_turn, slowest
 from experiments.engine.profiles import peak_bytes
 from experiments.engine.ranks import say_once
 from scmoe.loads import BALANCED, CurrentLoad, load_of, sequences_of
@@ -31,6 +30,7 @@ from scmoe.parallel.mesh import build_mesh
 from scmoe.parallel.update.step import Step
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.parallel.wire.wire import Wire
+from scmoe.planning.clock import CPU, in_turn, slowest
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import LayerChoice
 

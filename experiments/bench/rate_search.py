@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from experiments.bench.pairs import Setting, default_schedule, share_sent
 from experiments.bench.stacks import Variant
-from experiments.engine.clock import in_turn, median
 from experiments.engine.ranks import say_once
+from scmoe.planning.clock import in_turn, median
 from scmoe.report import say
 
 # at each rate; with fewer, the error at a share of 0.15 is as large as the time of the transfers

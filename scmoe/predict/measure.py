@@ -14,25 +14,24 @@ same time, and the slowest one counts, as all wait for it. A single card exchang
 not measured stays a guess: attention, layout, halves.
 """
 
-import multiprocessing
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
-from multiprocessing.connection import wait
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import multiprocessing
 
 from scmoe.config.leaves import ConfigError
 from scmoe.models.model_cost import peak_tflops
 from scmoe.parallel.dense.dense_auto import memory_of_rank
 from scmoe.parallel.mesh import use_loopback_for_gloo
 from scmoe.parallel.wire.all_to_all import Exchange, all_to_all
+from scmoe.planning.clock import in_turn, median, seconds
 from scmoe.predict.profile import KEYS, NETWORK, Profile, Value
 
 ROUNDS = 9
@@ -41,19 +40,21 @@ SMALL, LARGE = 2**16, 2**24  # bytes of a rank in an exchange
 COPIED = 2**28  # bytes of a tensor, more than caches hold
 CARD_SIZES = 8192, 4096, 4096  # of a product: rows, width, columns
 HOST_SIZES = 1024, 512, 2048
-LIMIT_S = 600.0
+TIMEOUT = timedelta(seconds=120)  # of an exchange
 GUESSED = {"attention": 1.5, "moe": 0.3, "copy": 0.15, "halves": 1.05}  # as in configs/cluster/
+LAUNCHES = 100
 BESIDE = 4  # exchanges, while products run
+FAILURES = multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException
 INSTEAD = "Name a profile of configs/cluster/ or a file instead"
 
 
-class Seconds(NamedTuple):
-    """What a rank has measured. small, large: exchanges of these sizes. lost, hidden: by products
-    beside exchanges, and how long exchanges ran beside them."""
+class RankTimes(NamedTuple):
+    """What a rank has measured. launches: of so many kernels. small, large: exchanges of these
+    sizes. lost, hidden: by products beside exchanges, and how long exchanges ran beside them."""
 
     product: float
     copy: float
-    launch: float
+    launches: float
     small: float = 0.0
     large: float = 0.0
     lost: float = 0.0
@@ -94,57 +95,30 @@ def ranks_here() -> tuple[bool, int]:
     return True, ranks
 
 
-def measured_by(ranks: int) -> list[Seconds]:
+def measured_by(ranks: int) -> list[RankTimes]:
     """Return what each rank measures. ConfigError: a process has ended without a result."""
+    results: Any = multiprocessing.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
-        context = multiprocessing.get_context("spawn")
-        results: Any = context.SimpleQueue()
-        processes = [
-            context.Process(target=_rank, args=(rank, ranks, store, results), daemon=True)
-            for rank in range(ranks)
-        ]
-        for process in processes:
-            process.start()
-        if not wait_for(processes):
+        try:
+            multiprocessing.spawn(_rank, (ranks, store, results), ranks, daemon=True)
+        except FAILURES as error:
+            why = str(error).strip().splitlines()[-1]
             raise ConfigError(
-                f"cluster is measure: the measurement took longer than {LIMIT_S:.0f} s and was"
-                f" stopped. {INSTEAD}"
-            )
-        if any(process.exitcode for process in processes):
-            codes = ", ".join(str(process.exitcode) for process in processes)
-            raise ConfigError(
-                f"cluster is measure: the processes that measure ended with codes {codes}; their"
-                f" own messages say why. {INSTEAD}"
-            )
-        return [results.get() for _ in processes]
-
-
-def wait_for(processes: Sequence[Any]) -> bool:
-    """Wait for processes and return whether they ended within LIMIT_S. The others are ended if one
-    fails, or after this time."""
-    deadline = time.monotonic() + LIMIT_S
-    in_time = True
-    while any(process.is_alive() for process in processes):
-        failed = any(process.exitcode for process in processes)
-        in_time = in_time and (failed or time.monotonic() < deadline)
-        if failed or not in_time:
-            for process in processes:
-                process.terminate()
-        wait([process.sentinel for process in processes if process.is_alive()], timeout=1.0)
-    for process in processes:
-        process.join()
-    return in_time
+                f"cluster is measure: a process that measures has ended without a result: {why}."
+                f" {INSTEAD}"
+            ) from error
+    return [results.get() for _ in range(ranks)]
 
 
 # ---------------------------------------------------------------------- from seconds to a profile
 
 
-def profile_of(measured: Sequence[Seconds], on_cards: bool, card: str | None) -> Profile:
+def profile_of(measured: Sequence[RankTimes], on_cards: bool, card: str | None) -> Profile:
     """Return the profile of the slowest rank. card: its name. ConfigError: a number is none that a
     machine can have, as other work has disturbed the measurement."""
     ranks = len(measured)
-    slowest = Seconds(*(max(of_ranks) for of_ranks in zip(*measured, strict=True)))
+    slowest = RankTimes(*(max(of_ranks) for of_ranks in zip(*measured, strict=True)))
     values = {key: Value(allowed.default or 0.0, "guess") for key, allowed in KEYS.items()}
     values |= {key: Value(number, "guess") for key, number in GUESSED.items()}
     values |= device_values(slowest, on_cards, card)
@@ -166,12 +140,12 @@ def profile_of(measured: Sequence[Seconds], on_cards: bool, card: str | None) ->
     return Profile("measure", precision, ranks, ranks, kept)
 
 
-def device_values(slowest: Seconds, on_cards: bool, card: str | None) -> dict[str, Value]:
+def device_values(slowest: RankTimes, on_cards: bool, card: str | None) -> dict[str, Value]:
     rows, width, columns = CARD_SIZES if on_cards else HOST_SIZES
     attained = 2 * rows * width * columns / slowest.product / 1e12
     values = {
         "memory_gb_s": Value(2 * COPIED / slowest.copy / 1e9, "measured"),
-        "launch_us": Value(slowest.launch * 1e6, "measured"),
+        "launch_us": Value(slowest.launches / LAUNCHES * 1e6, "measured"),
     }
     peak = peak_tflops(card, "bf16-mixed")
     if peak is None or peak < attained:  # unknown
@@ -183,7 +157,7 @@ def device_values(slowest: Seconds, on_cards: bool, card: str | None) -> dict[st
     return values
 
 
-def link_values(slowest: Seconds, ranks: int) -> dict[str, Value]:
+def link_values(slowest: RankTimes, ranks: int) -> dict[str, Value]:
     """Return rate and latency of the links: the time of an exchange is a line over its bytes."""
     if slowest.large <= slowest.small:
         raise ConfigError(
@@ -222,13 +196,14 @@ def _rank(rank: int, ranks: int, store: str, results: Any) -> None:
         rank=rank,
         world_size=ranks,
         device_id=device if on_cards else None,
+        timeout=TIMEOUT,
     )
     results.put(seconds_on(device, all_to_all(dist.group.WORLD), ranks))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def seconds_on(device: torch.device, exchange: Exchange | None = None, ranks: int = 1) -> Seconds:
+def seconds_on(device: torch.device, exchange: Exchange | None = None, ranks: int = 1) -> RankTimes:
     """Return what is measured on a rank. Every rank must call it. exchange: None: there is one rank
     only."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -239,55 +214,40 @@ def seconds_on(device: torch.device, exchange: Exchange | None = None, ranks: in
     target = torch.empty_like(source)
     few = torch.zeros(8, device=device)
 
-    alone = Seconds(
-        product=seconds_of(lambda: x_RD @ w_DF, device),
-        copy=seconds_of(lambda: target.copy_(source), device),
-        launch=seconds_of(lambda: [few.add_(1) for _ in range(100)], device) / 100,
-    )
+    calls: dict[str, Callable[[], Any]] = {
+        "product": lambda: x_RD @ w_DF,
+        "copy": lambda: target.copy_(source),
+        "launches": lambda: [few.add_(1) for _ in range(LAUNCHES)],
+    }
     if exchange is None:
-        return alone
-    return with_exchanges(alone, exchange, ranks, lambda: x_RD @ w_DF, device)
+        return RankTimes(**medians(calls, device))
 
+    def send(sent: torch.Tensor) -> None:
+        _, work = exchange(sent, None)
+        work.wait()
 
-def with_exchanges(
-    alone: Seconds, exchange: Exchange, ranks: int, product: Callable[[], Any], device: torch.device
-) -> Seconds:
-    """Return the seconds with those of exchanges, and with what these take from products beside
-    them."""
     small, large = (
         torch.zeros(nbytes // ranks * ranks, device=device, dtype=torch.uint8)
         for nbytes in (SMALL, LARGE)
     )
-
-    def carry(rows: torch.Tensor) -> None:
-        _, work = exchange(rows, None)
-        work.wait()
-
-    small_s, large_s = (seconds_of(partial(carry, rows), device) for rows in (small, large))
-    products = max(1, round(BESIDE * large_s / alone.product))
+    calls |= {"small": lambda: send(small), "large": lambda: send(large)}
+    alone = RankTimes(**medians(calls, device))
+    products = max(1, round(BESIDE * alone.large / alone.product))
 
     def beside() -> None:
-        exchanges = [exchange(large, None) for _ in range(BESIDE)]  # buffers stay until they end
+        started = [exchange(large, None) for _ in range(BESIDE)]  # buffers stay until they end
         for _ in range(products):
-            product()
-        for _, work in exchanges:
+            calls["product"]()
+        for _, work in started:
             work.wait()
 
-    both = products * alone.product, BESIDE * large_s
-    return alone._replace(
-        small=small_s, large=large_s, lost=seconds_of(beside, device) - max(both), hidden=min(both)
-    )
+    both = products * alone.product, BESIDE * alone.large
+    took = medians({"beside": beside}, device)["beside"]
+    return alone._replace(lost=took - max(both), hidden=min(both))
 
 
-def seconds_of(f: Callable[[], Any], device: torch.device) -> float:
-    """Return the median seconds of a call, after two that are not counted."""
-    times = []
-    for _ in range(WARM_UP + ROUNDS):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        f()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
-    return median(times[WARM_UP:])
+def medians(calls: Mapping[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    """Return the median seconds of each call."""
+    timed = {name: partial(seconds, call, device) for name, call in calls.items()}
+    rounds = in_turn(timed, ROUNDS, WARM_UP)
+    return {name: median(times) for name, times in rounds.items()}

@@ -14,7 +14,7 @@ from scmoe.parallel.dense.memory import rank_memory
 from scmoe.predict import measure
 from scmoe.predict.advice import Request, config_for, job_of, job_that_fits, models_for
 from scmoe.predict.advise import advise, decisive
-from scmoe.predict.measure import Seconds
+from scmoe.predict.measure import RankTimes
 from scmoe.predict.plan import Choice, Plan, Simulator
 from scmoe.predict.profile import overridden, read_profile
 from scmoe.predict.rank_shares import rank_shares
@@ -239,7 +239,7 @@ def test_the_verb_answers_in_one_line_of_json(capfd):
 
 
 def test_the_verb_measures_this_machine(monkeypatch, capfd):
-    seconds = Seconds(product=0.1, copy=0.02, launch=1e-6, small=1e-3, large=2e-2)
+    seconds = RankTimes(product=0.1, copy=0.02, launches=1e-4, small=1e-3, large=2e-2)
     monkeypatch.setattr(measure, "ranks_here", lambda: (False, 2))
     monkeypatch.setattr(measure, "measured_by", lambda ranks: [seconds] * ranks)
     words = ("cluster=measure", "model.layers=2", "cluster.links.node.latency_us=5")

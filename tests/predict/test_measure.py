@@ -1,9 +1,7 @@
 """A measured profile is that of its slowest rank; what cannot be measured is refused in one line.
 None of it needs a card (tests/predict/test_measure_ranks.py measures this machine)."""
 
-import multiprocessing
 import os
-import time
 from typing import NamedTuple
 
 import pytest
@@ -13,23 +11,23 @@ import torch.distributed as dist
 from scmoe.config.leaves import ConfigError
 from scmoe.predict import measure
 from scmoe.predict.advice import Request, advice_for
-from scmoe.predict.measure import COPIED, HOST_SIZES, LARGE, SMALL, Seconds, profile_of
+from scmoe.predict.measure import COPIED, HOST_SIZES, LARGE, SMALL, RankTimes, profile_of
 from scmoe.predict.profile import Groups
 
 # a card without links
-CARD = Seconds(product=1e-3, copy=4e-4, launch=4e-6)
+CARD = RankTimes(product=1e-3, copy=4e-4, launches=4e-4)
 RATE, LATENCY = 10e9, 50e-6  # of the links below
 
 
-def exchanged(seconds: Seconds, ranks: int) -> Seconds:
+def exchanged(seconds: RankTimes, ranks: int) -> RankTimes:
     travels = (ranks - 1) / ranks
     small, large = (LATENCY + nbytes * travels / RATE for nbytes in (SMALL, LARGE))
     return seconds._replace(small=small, large=large, lost=0.02, hidden=0.1)
 
 
 def test_the_numbers_are_those_of_the_slowest_rank():
-    fast = exchanged(Seconds(product=0.05, copy=0.02, launch=1e-6), 2)
-    slow = exchanged(Seconds(product=0.1, copy=0.01, launch=2e-6), 2)._replace(lost=0.03)
+    fast = exchanged(RankTimes(product=0.05, copy=0.02, launches=1e-4), 2)
+    slow = exchanged(RankTimes(product=0.1, copy=0.01, launches=2e-4), 2)._replace(lost=0.03)
     profile = profile_of([fast, slow], on_cards=False, card=None)
     machine = profile.machine()
     rows, width, columns = HOST_SIZES
@@ -77,7 +75,7 @@ def test_memory_is_that_of_the_smallest_card_or_a_rank_s_share_of_this_machine(m
     [
         ({"small": 2.0}, "links have no rate"),
         ({"small": 1e-9, "large": 2e-9}, "links.node.gb_s"),
-        ({"launch": 1.0}, "launch_us"),
+        ({"launches": 100.0}, "launch_us"),
     ],
 )
 def test_a_measurement_that_other_work_has_disturbed_is_refused(disturbed, words):
@@ -99,16 +97,12 @@ def test_cards_that_cannot_exchange_are_refused_before_a_process_starts(monkeypa
     assert measure.ranks_here() == (True, 1)
 
 
-def test_a_rank_that_fails_or_hangs_ends_the_measurement(monkeypatch):
-    context = multiprocessing.get_context("spawn")
-    failing = context.Process(target=os._exit, args=(3,), daemon=True)
-    waiting = context.Process(target=time.sleep, args=(60,), daemon=True)
-    for process in (failing, waiting):
-        process.start()
-    assert measure.wait_for([failing, waiting])
-    assert failing.exitcode == 3 and waiting.exitcode
+def end_at_once(*_):
+    os._exit(3)
 
-    hanging = context.Process(target=time.sleep, args=(60,), daemon=True)
-    hanging.start()
-    monkeypatch.setattr(measure, "LIMIT_S", 0.1)
-    assert not measure.wait_for([hanging]) and hanging.exitcode
+
+def test_a_rank_that_ends_without_a_result_ends_the_measurement_in_one_line(monkeypatch):
+    monkeypatch.setattr(measure, "_rank", end_at_once)
+    with pytest.raises(ConfigError, match="exit code 3") as error:
+        measure.measured_by(1)
+    assert "\n" not in str(error.value)

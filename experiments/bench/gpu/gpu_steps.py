@@ -29,7 +29,6 @@ from experiments.bench.overlap.overlap_report import summary
 from experiments.bench.overlap.timeline import watch
 from experiments.bench.pairs import Setting
 from experiments.engine import gantt, profiles
-from experiments.engine.clock import in_turn, median, seconds
 from experiments.engine.isolated import Pieces, Place
 from experiments.engine.ranks import run_alone
 from scmoe.config.fields import Config
@@ -41,6 +40,7 @@ from scmoe.parallel.dense.memory import RankJob, rank_memory
 from scmoe.parallel.mesh import Mesh
 from scmoe.parallel.update.step import Step
 from scmoe.parallel.update.wrap import Wrapped
+from scmoe.planning.clock import in_turn, median, seconds
 from scmoe.runs.seen import SeenRun
 from scmoe.schedule.cost import Span
 from scmoe.training.assembly.model import build_model, build_model_on_meta

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.engine.clock import CPU, in_turn, median, seconds
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.load import SHIPPED, load
 from scmoe.inference.generate import stream
 from scmoe.inference.sampling import GREEDY, Stopping
 from scmoe.moe.recorder import Recorder
 from scmoe.moe.stream import dropless
+from scmoe.planning.clock import CPU, in_turn, median, seconds
 from scmoe.report import Report
 from scmoe.training.assembly.model import build_model
 

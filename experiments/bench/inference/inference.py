@@ -39,7 +39,6 @@ from experiments.bench.pairs import Setting, default_schedule
 from experiments.bench.rate_search import find_rate
 from experiments.bench.stacks import Variant, make_blocks
 from experiments.engine import links
-from experiments.engine.clock import CPU, in_turn
 from experiments.engine.ranks import say_once
 from scmoe.loads import BALANCED, CurrentLoad, load_of
 from scmoe.models.decoder import GPT
@@ -49,6 +48,7 @@ from scmoe.parallel.mesh import build_mesh
 from scmoe.parallel.wire.all_to_all import AllToAllDispatcher
 from scmoe.parallel.wire.announced import ReadByHost
 from scmoe.parallel.wire.wire import Wire
+from scmoe.planning.clock import CPU, in_turn
 from scmoe.predict.row_names import TWO
 from scmoe.schedule.schedule import POSITIONS, ModelSchedule
 

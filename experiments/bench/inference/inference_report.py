@@ -29,12 +29,12 @@ from experiments.bench.stacks import Variant
 from experiments.bench.two_batches import stated_or_of_medians
 from experiments.engine import links
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
-from experiments.engine.clock import median, quartiles
 from experiments.engine.ranks import run_ranks
 from scmoe.charts import BLUE, GREEN, PAPER, RED, chart, heading
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
 from scmoe.loads import BALANCED, Sizes, check_load, imbalance, kinds_of, load_of
+from scmoe.planning.clock import median, quartiles
 from scmoe.predict.row_names import architecture_of, batches_of, name_of
 from scmoe.report import Report, publish, say
 

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from experiments.bench.offload.offload_rows import RESIDENT, Case, Memory, Offloading, Way
 from experiments.bench.pairs import ROWS, TOP_K, WIRINGS
-from experiments.engine.clock import CPU, median, undisturbed
 from experiments.engine.profiles import anonymous_mb, peak_mb
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.load import load
@@ -36,6 +35,7 @@ from scmoe.inference.offload.cache import Cache, FileReader
 from scmoe.inference.offload.migration import WAYS, offload_experts
 from scmoe.inference.offload.store import expert_layers, write_store
 from scmoe.moe.recorder import Recorder
+from scmoe.planning.clock import CPU, median, undisturbed
 from scmoe.training.assembly.model import build_model
 
 # the first one gives the rates

@@ -8,7 +8,7 @@ from typing import Any
 from experiments.bench.overlap.overlap import Measured
 from experiments.bench.rank_bench import Seconds
 from experiments.bench.stacks import Variant
-from experiments.engine.clock import median
+from scmoe.planning.clock import median
 from scmoe.predict.row_names import TWO
 
 

@@ -14,7 +14,7 @@ from experiments.bench.overlap.overlap import Measured, block_seconds
 from experiments.bench.overlap_rows import Kind
 from experiments.bench.pairs import Setting
 from experiments.bench.rank_bench import Seconds
-from experiments.engine.clock import median, quartiles
+from scmoe.planning.clock import median, quartiles
 
 KINDS: tuple[Kind, ...] = ("forward", "train")
 OVER_BEST = {

@@ -17,9 +17,9 @@ from experiments.bench.pairs import ROWS, Setting, default_schedule
 from experiments.bench.rank_bench import Bench, Seconds
 from experiments.bench.rate_search import find_rate
 from experiments.bench.stacks import Variant, chosen_by, of_each_kind
-from experiments.engine.clock import median
 from experiments.engine.ranks import say_once
 from scmoe.loads import BALANCED
+from scmoe.planning.clock import median
 from scmoe.planning.pricing import LayerChoice
 from scmoe.predict.row_names import TWO, batches_of
 from scmoe.schedule.cost import slots

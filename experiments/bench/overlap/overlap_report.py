@@ -30,10 +30,10 @@ from experiments.bench.rank_bench import Seconds
 from experiments.bench.rate_search import warn_of_share
 from experiments.bench.stacks import Variant, of_each_kind, waiting_of
 from experiments.engine import links
-from experiments.engine.clock import median, quartiles
 from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
 from scmoe.loads import BALANCED, kinds_of
+from scmoe.planning.clock import median, quartiles
 from scmoe.report import publish
 from scmoe.schedule.cost import OperatorTimes, overlap_efficiency
 

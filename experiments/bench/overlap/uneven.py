@@ -24,9 +24,9 @@ from experiments.bench.overlap_rows import LoadFigures, OverlapRow, rows_of
 from experiments.bench.pairs import Setting
 from experiments.bench.speed_chart import OVER_TOP2, cells_with_gain, line_colors
 from experiments.bench.stacks import windows_of
-from experiments.engine.clock import median, quartiles
 from scmoe.charts import chart, heading
 from scmoe.loads import BALANCED, Load, Sizes, counts_of, imbalance, load_of
+from scmoe.planning.clock import median, quartiles
 from scmoe.predict.row_names import PIPELINED, batches_of, name_of, way_of_row
 from scmoe.report import Report
 from scmoe.schedule.cost import (

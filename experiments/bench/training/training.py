@@ -37,7 +37,6 @@ from experiments.bench.rate_search import find_rate
 from experiments.bench.speed_chart import OVER_TOP2, line_colors
 from experiments.bench.training.training_turns import Training
 from experiments.bench.two_batches import over_best_top2
-from experiments.engine.clock import in_turn, median, quartiles
 from experiments.engine.ranks import run_ranks
 from scmoe.charts import chart, heading
 from scmoe.config.derived import max_steps, samples_of_rank
@@ -46,6 +45,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.loads import BALANCED, Sizes, check_load, imbalance, kinds_of, load_of
+from scmoe.planning.clock import in_turn, median, quartiles
 from scmoe.predict.costs import estimate
 from scmoe.predict.row_names import batches_of, name_of, way_of_row
 from scmoe.report import Report, publish

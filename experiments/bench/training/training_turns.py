@@ -22,12 +22,12 @@ from lightning.pytorch import Callback
 from torch.profiler import profile
 
 from experiments.engine import links
-from experiments.engine.clock import median
 from experiments.engine.profiles import of_memory, peak_of
 from experiments.engine.ranks import RankError, run_ranks
 from scmoe.config.load import load
 from scmoe.loads import CurrentLoad, Sizes, deal, load_of
 from scmoe.moe.router import Router
+from scmoe.planning.clock import median
 from scmoe.planning.planner import Overlap
 from scmoe.runs.seen import SeenRun
 from scmoe.training.assembly.start import Start

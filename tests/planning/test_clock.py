@@ -1,7 +1,7 @@
 """The clock runs variants in turn and leaves the rounds to warm up out; the report shows what its
 rows have."""
 
-from experiments.engine.clock import in_turn, median, quartiles, undisturbed
+from scmoe.planning.clock import in_turn, median, quartiles, undisturbed
 from scmoe.report import Report, bullets_and_tables
 
 
