@@ -1,5 +1,4 @@
 import json
-import shutil
 from typing import Any
 
 from scmoe.command_line import KeyValue
@@ -10,16 +9,6 @@ from scmoe.report import print_result, say
 
 def run_here(sweep: Any, again: str) -> int:
     """Run a sweep on this machine and return the exit code. again: the command that resumes it."""
-    if sweep.only_at_wandb:
-        raise ConfigError(
-            f"{', '.join(sweep.only_at_wandb)}: only W&B's agent can run this. Log in with `wandb"
-            " login` and run it at W&B, or remove it from the file"
-        )
-    if shutil.which(sweep.launcher[0]) is None:
-        raise ConfigError(
-            f"command begins with {sweep.launcher[0]!r}, which is no program on PATH. Begin it with"
-            " scmoe, train"
-        )
     require("sweep", "matplotlib")
     if sweep.method == "bayes":
         require("method bayes (grid and random do not)", "optuna")
@@ -39,7 +28,7 @@ def run_here(sweep: Any, again: str) -> int:
 
 
 def main(file: str, /, *overrides: KeyValue, local: bool = False) -> int:
-    """Search over parameters, as a W&B sweep file says.
+    """Search over parameters, as a W&B sweep file says: grid, random or bayes.
 
     With a W&B key the sweep is W&B's: it is created there, an agent starts here, and others may
     join from anywhere. Without a key, or with --local, the same file runs here; the same command

@@ -25,7 +25,7 @@ from scmoe.runs.seen import SeenRun
 from scmoe.sweeps.batch import Batch, Watch
 from scmoe.sweeps.jobs import State, StudyJob, digest_of, lock_of
 from scmoe.sweeps.search import Trial, best, propose, total
-from scmoe.sweeps.sweep_file import Sweep, renamed, words
+from scmoe.sweeps.sweep_file import Sweep, words
 
 
 def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
@@ -109,7 +109,6 @@ def _job(sweep: Sweep, state: State) -> StudyJob:
         sweep.folder,
         sweep.folder / name,
         [sweep.config, *parameters, *sweep.overrides, *last_words],
-        sweep.launcher,
         again=[*registry.words(base.extensions, base.callbacks), *options],
         judge=judge,
         state=state,
@@ -129,7 +128,7 @@ def _begun(sweep: Sweep) -> list[StudyJob]:
     settings: dict[str, Any] = json.loads(json.dumps(same)) | digest
     begun_with = settings
     if path.exists():
-        begun_with = digest | renamed(json.loads(path.read_text(encoding="utf-8")))
+        begun_with = digest | json.loads(path.read_text(encoding="utf-8"))
     keys = {**begun_with, **settings}
     if changed := [key for key in keys if begun_with.get(key) != settings.get(key)]:
         raise ConfigError(

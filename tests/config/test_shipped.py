@@ -79,4 +79,4 @@ def test_an_unknown_name_is_refused_with_the_verb_that_lists_them():
 
 def test_tables_and_sweeps_are_found_too():
     assert load_table("table3").rows == load_table("table3", ROOT / "configs/experiment").rows
-    assert read("sweep/smoke").launcher[-2:] == ["scmoe", "train"]
+    assert read("sweep/smoke").config == "configs/debug.yaml"

@@ -20,13 +20,14 @@ import yaml
 
 from scmoe.command_line import call
 from scmoe.config.extras import scmoe
+from scmoe.sweeps import trials
 from tests.support.commands import ROOT, Done
+from tests.support.toy_sweep import toy_job
 
 SWEEP: dict[str, Any] = {
     "program": "scmoe/__main__.py",
     "command": [
-        *("${interpreter}", "-m", "tests.support.toy_training", "0@0", "train"),
-        *("configs/debug.yaml", "trainer.max_steps=6", "${args_no_hyphens}"),
+        *("scmoe", "train", "configs/debug.yaml", "trainer.max_steps=6", "${args_no_hyphens}")
     ],
     "method": "grid",
     "metric": {"name": "val/loss", "goal": "minimize"},
@@ -34,11 +35,9 @@ SWEEP: dict[str, Any] = {
 }
 
 
-def words_of(folder: Path, pause: str = "0@0", **changes: Any) -> list[str]:
+def words_of(folder: Path, **changes: Any) -> list[str]:
     """Write the sweep s.yaml with these changes, and return the command that runs it."""
-    config = {**SWEEP, **changes}
-    config["command"] = [pause if word == "0@0" else word for word in config["command"]]
-    (folder / "s.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "s.yaml").write_text(yaml.safe_dump({**SWEEP, **changes}, sort_keys=False))
     return ["sweep", str(folder / "s.yaml"), "--local", f"runs_dir={folder}"]
 
 
@@ -46,7 +45,8 @@ def words_of(folder: Path, pause: str = "0@0", **changes: Any) -> list[str]:
 def sweep(tmp_path, monkeypatch, capsys) -> Callable[..., Done]:
     """Return a function that runs the sweep in this process."""
 
-    def sweep(**changes: Any) -> Done:
+    def sweep(pause: str = "0@0", **changes: Any) -> Done:
+        monkeypatch.setattr(trials, "StudyJob", toy_job(pause))
         code = call(*words_of(tmp_path, **changes))
         return Done(code, *capsys.readouterr())
 
@@ -55,8 +55,7 @@ def sweep(tmp_path, monkeypatch, capsys) -> Callable[..., Done]:
 
 
 def start(folder: Path, pause: str) -> subprocess.Popen[str]:
-    verb, *words = words_of(folder, pause)
-    command = [sys.executable, "-m", "scmoe", verb, *words]
+    command = [sys.executable, "-m", "tests.support.toy_sweep", pause, *words_of(folder)]
     pipe = subprocess.PIPE
     return subprocess.Popen(
         command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True
