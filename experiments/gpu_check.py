@@ -32,7 +32,7 @@ def main(
     """
     import torch
 
-    from experiments.bench.gpu.gpu import PARTS, write_report
+    from experiments.bench.gpu.check import PARTS, write_report
     from experiments.engine.isolated import Place, run_parts
 
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from experiments.bench.options import InferenceOptions
+from experiments.bench.other_settings import InferenceSetting
 from scmoe import __version__, command_line
 from scmoe.cli.generate import Options as GenerateOptions
 from scmoe.command_line import LABORATORY, VERBS, app_of, call, module_of
@@ -125,7 +125,7 @@ def test_a_scale_that_no_table_has_is_refused_before_packages_are_imported(
 
 
 OF_GENERATE = f"options={GenerateOptions(prompt='-x', stop=['x', 'y'])}"
-OF_INFERENCE = f"options={InferenceOptions(batch=3, load=['a', 'b'])}"
+OF_INFERENCE = f"setting={InferenceSetting(batch=3, loads=('a', 'b'))}"
 OF_TABLE = "options=Options(scale='small', jobs=3, seeds=None, to=None)"
 
 

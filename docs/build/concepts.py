@@ -2,14 +2,14 @@
 the three ways to hide them; and the learning rates of docs/configuration.md.
 
 They show no measurement. The timelines are the cost model's, of the operator times that
-experiments/figures/timelines.py assumes.
+experiments/figures/unmeasured.py assumes.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from experiments.engine.gantt import COLORS, OTHER, draw
-from experiments.figures.timelines import TIMES, TOP2_TIMES, arrow, box, canvas
+from experiments.figures.unmeasured import TIMES, TOP2_TIMES, arrow, box, canvas
 from scmoe.charts import PAPER, SMALL, chart
 from scmoe.schedule.cost import OperatorTimes, Span, best_schedule, elapsed_time, per_chunk, play
 from scmoe.schedule.cost import slots as all_slots

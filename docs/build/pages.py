@@ -23,11 +23,11 @@ from typing import Any
 from docs.build import readme, two_batches
 from docs.build.concepts import CONCEPTS
 from experiments.bench import speed_chart
-from experiments.bench.inference import inference_report
-from experiments.bench.offload import offload_report
+from experiments.bench.inference import gains
+from experiments.bench.offload import figure_13
 from experiments.bench.overlap import uneven
-from experiments.bench.overlap_rows import rows_of
-from experiments.bench.training import training
+from experiments.bench.row import rows_of
+from experiments.bench.training import slow_network
 from experiments.figures.measured import (
     EXPLAINED,
     PAGES,
@@ -58,11 +58,11 @@ BENCHES: dict[
     str, Any
 ] = {  # by the first words of a report's name: modules that have `draw` and `tables` of it
     "overlap-": speed_chart,
-    "uneven-inference-": inference_report,
+    "uneven-inference-": gains,
     "uneven-": uneven,
-    "inference-": inference_report,
-    "train-": training,
-    "figure-13": offload_report,
+    "inference-": gains,
+    "train-": slow_network,
+    "figure-13": figure_13,
 }
 RECORDS = ("growth", "routing")  # pictures that no code draws any more: their benches are removed
 SCREENSHOTS = ("report",)  # of pages in a browser, which no code draws
@@ -180,7 +180,7 @@ def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any]
     if "table" in data:
         return page, *of_a_table(said, data)
     if name == "figure-13":
-        data["paper"] = offload_report.PAPERS
+        data["paper"] = figure_13.PAPERS
     elif "wanted_share" in data and (printed := speed_chart.paper_of(data)):
         data["paper"] = printed.rows
     return page, said, data

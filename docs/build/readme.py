@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.overlap_rows import rows_of
+from experiments.bench.row import rows_of
 from experiments.tables.seed_statistics import compare
 
 SHORTCUTS = ("scmoe_pos2", "scmoe_pos3")

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.overlap_rows import Kind, rows_of
+from experiments.bench.row import Kind, rows_of
 from experiments.bench.speed_chart import KINDS
 from scmoe.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SMALL, chart, heading
 from scmoe.predict.row_names import architecture_of, batches_of, name_of, way_of_row

@@ -18,6 +18,7 @@ every expert has as many rows as in the products; beside transformers an untrain
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from experiments.bench.other_settings import LayerSetting
 from experiments.engine.isolated import Pieces, Place, attempt
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Activation, Experts, batched_mlps, grouped_mlps
@@ -89,24 +91,18 @@ class ExpertProducts(nn.Module):
         )
 
 
-def bench_layer(
-    dim: int,
-    ffn_dim: int,
-    experts: int,
-    tokens: int,
-    top_k: int,
-    rounds: int,
-    threads: int,
-    capacity: float | None = None,
-) -> dict[str, Any]:
+def bench_layer(setting: LayerSetting) -> dict[str, Any]:
     """Return the layer's times, router to decode, over those of the two products and over the
     roofline; medians.
 
-    capacity: the layer drops what is beyond a capacity factor, and is compared with the dropless
+    With a capacity factor the layer drops what is beyond it, and is compared with the dropless
     layer too.
     """
     keep_freed_memory()
-    torch.set_num_threads(threads)
+    dim, ffn_dim = setting.dim, setting.ffn_dim
+    tokens, top_k = setting.tokens, setting.top_k
+    experts, capacity = setting.experts, setting.capacity
+    torch.set_num_threads(setting.threads)
     torch.manual_seed(0)
     module = Experts(dim, ffn_dim, experts)
     module.init_weights("bench", 0.02, 0.02)
@@ -129,7 +125,9 @@ def bench_layer(
         block = mixtral_block(dim, 2 * ffn_dim // 3 // 8 * 8, experts, top_k, "grouped_mm")
         variants["transformers, grouped, as many FLOPs"] = random_weights(block, x.device), x
     times = in_turn(
-        {name: forward_and_train(*variant) for name, variant in variants.items()}, rounds, WARM_UP
+        {name: forward_and_train(*variant) for name, variant in variants.items()},
+        setting.rounds,
+        WARM_UP,
     )
     bandwidth = read_bytes_per_s()
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
@@ -154,7 +152,7 @@ def bench_layer(
     }
     shown = {name: {"ms": ms[name], "ratio": ratios[name]} for name in times}
     Report(
-        f"MoE layer, {sizes}, {threads} thread(s), medians of {rounds} rounds",
+        f"MoE layer, {sizes}, {setting.threads} thread(s), medians of {setting.rounds} rounds",
         shown,
         columns,
         "variant",
@@ -164,7 +162,7 @@ def bench_layer(
         if name in ratios:
             summary[f"forward_ratio{key}"], summary[f"train_ratio{key}"] = ratios[name]
     summary["roofline_ratio_forward"], summary["roofline_ratio"] = ratios[roofline]
-    return {**summary, "gb_per_s": bandwidth / 1e9}
+    return {**summary, "gb_per_s": bandwidth / 1e9, "setting": asdict(setting)}
 
 
 def read_bytes_per_s() -> float:

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from experiments.bench import emulated
-from experiments.bench.pairs import Setting, default_schedule
+from experiments.bench.pairs import default_schedule
+from experiments.bench.setting import Setting
 from experiments.bench.stacks import Stack, Variant, make_blocks, make_step, rows_of_layout
 from experiments.engine import links
 from experiments.engine.profiles import peak_bytes
@@ -78,7 +79,7 @@ class Bench:
             AllToAllDispatcher, wire.mesh.ep_group, setting.num_experts, buffered=buffered
         )
         self.paid = self.dispatcher()
-        if setting.bus:
+        if setting.links == "bus":
             self.set_rate(1.0)
         self.free = self.dispatcher(exchange=emulated.free)
         self.models = {n: Stack(blocks) for n, blocks in self.stacks.items()}
@@ -99,7 +100,7 @@ class Bench:
 
         Every rank must call it.
         """
-        if self.setting.bus:
+        if self.setting.links == "bus":
             self.paid = self.dispatcher(exchange=emulated.over_the_bus(self.device, rate))
         else:
             links.set_rate(rate)

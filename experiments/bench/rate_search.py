@@ -8,7 +8,8 @@ from functools import partial
 
 import torch.distributed as dist
 
-from experiments.bench.pairs import Setting, default_schedule, share_sent
+from experiments.bench.pairs import default_schedule
+from experiments.bench.setting import Setting, share_sent
 from experiments.bench.stacks import Variant
 from experiments.engine.ranks import say_once
 from scmoe.planning.clock import in_turn, median
@@ -51,18 +52,20 @@ def find_rate(
     )
     runs = {variant: partial(infer, variant) for variant in (sequential, free)}
     wanted, rate = s.share, 1.0 if start is None else start
-    if start is None and not s.bus:
+    if start is None and s.links != "bus":
         t_free = median(in_turn({free: runs[free]}, SEARCH_ROUNDS, over_ranks=True)[free])
         sent_bits = 2 * 2 * s.moe_blocks * s.tokens * s.dim * 32 * share_sent(dist.get_world_size())
         rate = sent_bits / (t_free * wanted / (1 - wanted)) / 1e6
     # transfers below the links' burst take no time at any rate, so their search would not converge
     widest = MAX_FACTOR_FROM_ESTIMATE if start is None else MAX_FACTOR_FROM_LAST_ROUND
-    least, most = (0.0, math.inf) if s.bus else (rate / widest, rate * widest)
+    least, most = (0.0, math.inf) if s.links == "bus" else (rate / widest, rate * widest)
     for _ in range(8):
         set_rate(rate)
         times = in_turn(runs, SEARCH_ROUNDS, over_ranks=True)
         share = median(1 - times[free] / times[sequential])
-        where = f"bus at {rate:.3g} of its rate" if s.bus else f"links at {rate:.0f} Mbit/s"
+        where = (
+            f"bus at {rate:.3g} of its rate" if s.links == "bus" else f"links at {rate:.0f} Mbit/s"
+        )
         say_once(f"{where}: communication share {share:.3f}, wanted {wanted:g}")
         if abs(share - wanted) < 0.01:
             break

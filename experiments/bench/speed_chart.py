@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.bench.overlap_rows import Kind, OverlapRow, cells_of, rows_of
+from experiments.bench.row import Kind, Row, cells_of, rows_of
 from experiments.bench.two_batches import stated_or_of_medians
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from scmoe.charts import BLUE, GREEN, LINES, PAPER, SKY, chart, heading
@@ -140,7 +140,7 @@ def cells_with_gain(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: {**row, "over_top2": gains[name]} for name, row in cells_of(rows).items()}
 
 
-def over_top2(rows: Mapping[str, OverlapRow]) -> dict[str, str]:
+def over_top2(rows: Mapping[str, Row]) -> dict[str, str]:
     """Return what each row gains over the best of top-2's rows, forward and in training."""
     forward, train = (
         stated_or_of_medians(
@@ -152,7 +152,7 @@ def over_top2(rows: Mapping[str, OverlapRow]) -> dict[str, str]:
     return {name: f"{forward[name]:.2f}, {train[name]:.2f}" for name in rows}
 
 
-def stated_gain(row: OverlapRow, kind: Kind) -> float | None:
+def stated_gain(row: Row, kind: Kind) -> float | None:
     """Return a row's gain over top-2's best as its report states it; None: it does not."""
     over = row.over_best_without_another_model
     return None if over is None else over[kind]["median"]
@@ -185,7 +185,7 @@ def line_colors(rows: Collection[str]) -> dict[str, str]:
     return {row: LINES[bases.index(architecture_of(row)) % len(LINES)] for row in rows}
 
 
-def limit_of(report: dict[str, Any], row: str, figures: OverlapRow, kind: Kind) -> float | None:
+def limit_of(report: dict[str, Any], row: str, figures: Row, kind: Kind) -> float | None:
     """Return the speed-up of top-2 without its communication; None for a row of other work."""
     if architecture_of(row) in OTHER_WORK:
         return None

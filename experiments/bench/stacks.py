@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.bench.emulated import EmulatedAttention, EmulatedExperts, EmulatedOperator
-from experiments.bench.pairs import WIRINGS, Setting
+from experiments.bench.pairs import WIRINGS
+from experiments.bench.setting import Setting
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError

@@ -13,7 +13,7 @@ REST follows from 8xA30-PCIe, where f is 0.60 and Table 1's rows imply an s of 0
 8xA800-NVLink the formula then gives 0.11, which is what Table 2's rows imply.
 
 Fig. 9 and 10 are drawn from a run that has measured them. Fig. 4 and 7 need no measurement
-(timelines.py).
+(unmeasured.py).
 """
 
 import json
@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from experiments.bench.overlap_rows import rows_of
+from experiments.bench.row import rows_of
 from experiments.bench.speed_chart import KINDS, conditions, speed_bars
 from experiments.engine.bars import bar_legend, grouped_bars, height_of
-from experiments.figures.timelines import pair, timelines
+from experiments.figures.unmeasured import pair, timelines
 from scmoe.charts import BLUE, ORANGE, RED, SKY, SMALL, chart, heading, title
 from scmoe.config.derived import SHORTCUTS
 from scmoe.config.extras import scmoe

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.overlap.overlap_report import PAYLOAD, SIZES, row_bytes
-from experiments.bench.overlap_rows import OverlapRow, rows_of
-from experiments.bench.pairs import Setting, share_sent
+from experiments.bench.overlap.limits import PAYLOAD, row_bytes
+from experiments.bench.row import Row, from_json, rows_of
+from experiments.bench.setting import Setting, share_sent
 from experiments.engine.links import BURST_KIB
 from scmoe.predict.row_names import batches_of
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes
@@ -25,6 +25,17 @@ ROUTED = 2  # experts of a token in top-2
 COMPUTED = ("route", "encode", "experts", "decode")
 SAME_SPEED = 0.1  # reports that do not state their sizes are of one setting up to this difference
 BYTES = 4  # of a number
+SIZES = (  # that the calibration of an earlier report may state
+    "dim",
+    "ffn_dim",
+    "heads",
+    "tokens",
+    "seq_len",
+    "accumulate",
+    "num_experts",
+    "attention_ms",
+    "attention_to_mlp",
+)
 LAUNCH_S = 1e-3  # of every transfer; measured: 1.0 to 1.7 ms (docs/results/shaped-link.md)
 ASSUMED_OF_HALVES = "halves of the rows take half of the time"
 
@@ -125,7 +136,7 @@ class Measured:
     setting: Setting
     comm_share: float
     link_mbit: float
-    rows: Mapping[str, OverlapRow]
+    rows: Mapping[str, Row]
     calibration: Calibration | None
     load: str | None
     experts_ms: float
@@ -147,7 +158,6 @@ def comparable(setting: Setting) -> Setting:
     """Return the setting without what two reports of one setting may differ in."""
     return replace(
         setting,
-        asked_layers=setting.layers,
         share=0.0,
         link_mbit=None,
         rounds=0,
@@ -211,9 +221,11 @@ def measured_of(report: Mapping[str, Any], name: str, load: str | None) -> Measu
 
 
 def setting_of(report: Mapping[str, Any]) -> Setting:
-    """Return what was measured. A report without `calibration` states few sizes; the others are the
-    usual ones of its level."""
-    usual = Setting.iteration() if report["level"] == "iteration" else Setting.block()
+    """Return what was measured. A report without `calibration` states few sizes; the others are
+    the usual ones of its level."""
+    if "setting" in report:
+        return from_json(Setting, report["setting"])
+    usual = Setting(level=report["level"])
     calibration = report.get("calibration", {}).get("sizes", {})
     sizes = {name: calibration[name] for name in SIZES if name in calibration}
     stated = {name: report[name] for name in ("tokens", "dim", "accumulate") if name in report}
@@ -221,7 +233,7 @@ def setting_of(report: Mapping[str, Any]) -> Setting:
         usual,
         ranks=report["ranks"],
         compute=report["compute"],
-        asked_layers=report.get("layers"),
+        layers=report.get("layers", usual.layers),
         **{"ffn_dim": 4 * stated.get("dim", usual.dim), **stated, **sizes},
     )
 
@@ -274,9 +286,7 @@ def stated_calibration(setting: Setting, report: Mapping[str, Any]) -> Calibrati
     )
 
 
-def derived_calibration(
-    setting: Setting, report: Mapping[str, Any], top2: OverlapRow
-) -> Calibration:
+def derived_calibration(setting: Setting, report: Mapping[str, Any], top2: Row) -> Calibration:
     """Return the calibration of a report without `calibration`, from its limits: these are
     sequential top-2's time over that with free links."""
     operators = operators_of(setting, report["link_mbit"], report["top2_operators_ms"])

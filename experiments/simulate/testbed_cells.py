@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from experiments.bench.overlap_rows import OverlapRow
+from experiments.bench.row import Row
 from experiments.simulate.reports import Calibration, Measured
 from experiments.simulate.rows import Predicted, predict_row, predict_sequential
 from experiments.simulate.testbed_checks import (
@@ -121,7 +121,7 @@ def cells_of(
 
 
 def speedups(
-    row: OverlapRow, known: OverlapRow | None, sequential: Predicted, predicted: Predicted
+    row: Row, known: Row | None, sequential: Predicted, predicted: Predicted
 ) -> Iterator[Figure]:
     """Yield a row's speed-ups over sequential top-2. known: the row in the calibrating report."""
     yield Figure(
@@ -140,7 +140,7 @@ def speedups(
     )
 
 
-def over_balanced(row: OverlapRow, uneven: Predicted, even: Predicted) -> Figure:
+def over_balanced(row: Row, uneven: Predicted, even: Predicted) -> Figure:
     """Return a training step at a load over the balanced one."""
     assert row.at_load is not None
     return Figure(

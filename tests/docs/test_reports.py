@@ -6,7 +6,8 @@ import subprocess
 import pytest
 
 from docs.build import reports
-from experiments.bench.offload.offload_report import read_architectures, rows_of
+from experiments.bench.offload.figure_13 import read_architectures, rows_of
+from experiments.bench.row import to_json
 from scmoe.command_line import app_of
 from tests.support.pages import ROOT
 
@@ -40,9 +41,17 @@ def test_reports_that_are_missing_are_measured_until_one_fails(tmp_path, monkeyp
 
 
 def test_the_kept_figures_of_offloading_are_read_and_written_without_a_change():
+    """Earlier reports have null where a figure was not measured."""
     kept = (ROOT / "docs/figures/figure-13.json").read_text(encoding="utf-8")
-    figure = json.loads(kept)
+    figure = without_null(json.loads(kept))
     architectures = read_architectures(figure)
-    written = {name: measured.to_json() for name, measured in architectures.items()}
-    assert json.dumps(written) == json.dumps(figure["architectures"])
-    assert json.dumps(rows_of(architectures)) == json.dumps(figure["rows"])
+    assert to_json(architectures) == figure["architectures"]
+    assert rows_of(architectures) == figure["rows"]
+
+
+def without_null(value):
+    if isinstance(value, list):
+        return [without_null(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {name: without_null(each) for name, each in value.items() if each is not None}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.bench.inference.inference_rows import Shape
+from experiments.bench.inference.pass_figures import Shape
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.inference.generate import decode, prefill
 from scmoe.models.decoder import Decoder

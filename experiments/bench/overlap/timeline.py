@@ -13,9 +13,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from experiments.bench.pairs import Setting
+from experiments.bench.other_settings import TimelineSetting
 from experiments.bench.rank_bench import Bench
 from experiments.bench.rate_search import find_rate
+from experiments.bench.setting import Setting
 from experiments.bench.stacks import Variant
 from experiments.engine.gantt import draw
 from experiments.engine.profiles import recorded
@@ -39,23 +40,20 @@ ROWS = {  # title: (block, transfers, numbers of chunks to choose from)
 }
 
 
-def bench_timeline(
-    share: float, compute: str, position: str, ranks: int, out: Path
-) -> dict[str, Any]:
+def bench_timeline(setting: TimelineSetting, out: Path) -> dict[str, Any]:
     """Write a Gantt chart of forward and one of backward into `out`, and a Chrome trace of a
     training step of each timeline, operators named scmoe/<name> (open it in ui.perfetto.dev).
 
-    share: communication share of sequential top-2, forward. The caller has entered a network
-    namespace (experiments/engine/links.py).
+    The caller has entered a network namespace (experiments/engine/links.py).
     """
     require("bench timeline", "matplotlib")
-    setting = Setting(share, compute=compute, ranks=ranks)
+    pair = Setting(setting.share, compute=setting.compute, ranks=setting.ranks)
     out.mkdir(parents=True, exist_ok=True)
     rate, timelines = run_ranks(
-        watch, ranks, setting, position, out, timeout_s=900, own_links=True
+        watch, pair.ranks, pair, setting.position, out, timeout_s=900, own_links=True
     )[0]
     for direction in DIRECTIONS:
-        machine = f"{compute} compute, {ranks} ranks, links of {rate:.0f} Mbit/s"
+        machine = f"{pair.compute} compute, {pair.ranks} ranks, links of {rate:.0f} Mbit/s"
         path = out / f"{direction}.png"
         draw(
             timelines[direction],

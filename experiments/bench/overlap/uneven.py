@@ -19,9 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.bench.overlap.overlap import Measured, block_seconds
-from experiments.bench.overlap_rows import LoadFigures, OverlapRow, rows_of
-from experiments.bench.pairs import Setting
+from experiments.bench.overlap.rounds import Measured, block_seconds
+from experiments.bench.overlap.row_figures import row_of
+from experiments.bench.row import LoadFigures, Row, rows_of
+from experiments.bench.setting import Setting
 from experiments.bench.speed_chart import OVER_TOP2, cells_with_gain, line_colors
 from experiments.bench.stacks import windows_of
 from scmoe.charts import chart, heading
@@ -51,21 +52,13 @@ def made_by(setting: Setting, load: str, block: str) -> dict[str, float]:
     return imbalance(load_of(load), sizes, setting.sequences, setting.seq_len)
 
 
-def beside_balanced(
-    setting: Setting,
-    measured: Measured,
-    control: Measured,
-    name: str,
-    row: OverlapRow,
-    balanced: OverlapRow,
-) -> OverlapRow:
-    """Return the figures of a row at a load, with those beside the balanced one.
-
-    balanced: its figures there.
-    """
+def beside_balanced(measured: Measured, balanced: Measured, name: str, row: Row) -> Row:
+    """Return the figures of a row at a load, with those beside the balanced one."""
+    setting = measured.setting
     block = setting.block_of(name)
     here = measured.rows[name]
-    there = control.rows[name]
+    there = balanced.rows[name]
+    at_balance = row_of(balanced, name)
     uneven = measured.times[here.best]
     even = measured.times[there.best]
     load = load_of(measured.load)
@@ -92,13 +85,13 @@ def beside_balanced(
         straggler_train=median(free.train / even_free.train) - 1,
         dropped=here.dropped,
         balanced={
-            "overlap_forward": balanced.overlap_forward,
-            "overlap_backward": balanced.overlap_backward,
-            "forward_speedup": balanced.forward_speedup,
-            "train_speedup": balanced.train_speedup,
-            "slot": balanced.slot,
-            "inside_attention": balanced.inside_attention,
-            "chunks": balanced.chunks,
+            "overlap_forward": at_balance.overlap_forward,
+            "overlap_backward": at_balance.overlap_backward,
+            "forward_speedup": at_balance.forward_speedup,
+            "train_speedup": at_balance.train_speedup,
+            "slot": at_balance.slot,
+            "inside_attention": at_balance.inside_attention,
+            "chunks": at_balance.chunks,
         },
         **made_by(setting, measured.load, block),
     )

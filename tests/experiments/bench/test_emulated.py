@@ -11,15 +11,15 @@ import torch
 import torch.distributed as dist
 
 from experiments.bench import emulated
-from experiments.bench.pairs import Setting
 from experiments.bench.rank_bench import Bench
 from experiments.bench.rate_search import find_rate
+from experiments.bench.setting import Setting
 from experiments.bench.stacks import Variant
 from experiments.engine.ranks import run_ranks
 from scmoe.moe.recorder import Recorder
 from scmoe.schedule.schedule import Schedule
 
-SMALL = dict(dim=64, ffn_dim=128, tokens=512, seq_len=64, compute="real", shaped=False, bus=True)
+SMALL = dict(dim=64, ffn_dim=128, tokens=512, seq_len=64, compute="real", links="bus")
 
 
 @pytest.mark.parametrize("rate", (0.3, 0.5, 1.0, 1.7, 1000.0))
@@ -62,7 +62,7 @@ def rates_tried(rank: int, world_size: int) -> list[list[float]]:
     the first."""
     dist.init_process_group("gloo")
     setting, seconds = (
-        Setting(0.52, rows=("top2",), **SMALL | {"bus": False}),
+        Setting(0.52, rows=("top2",), **SMALL | {"links": "loopback"}),
         {"sequential": 1.0, "free": 0.7},
     )
     first: list[float] = []

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from experiments.bench.pairs import ROWS, Setting, default_schedule
+from experiments.bench.pairs import ROWS, default_schedule
 from experiments.bench.rank_bench import Bench
+from experiments.bench.setting import Setting
 from experiments.bench.stacks import Variant
 from experiments.engine.ranks import run_ranks
 from scmoe.blocks.moe_block import MoEBlock
@@ -20,7 +21,7 @@ from scmoe.schedule.cost import slots
 from tests.support.models import assert_close
 
 pytestmark = pytest.mark.ranks
-SIZES = dict(dim=16, ffn_dim=32, heads=2, tokens=32, seq_len=16, attention_ms=0.3, shaped=False)
+SIZES = dict(dim=16, ffn_dim=32, heads=2, tokens=32, seq_len=16, attention_ms=0.3, links="loopback")
 OWN = ("scmoe_pos1", "scmoe_pos2", "farskip")
 
 

@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from experiments.bench.overlap.over_best import over_best
-from experiments.bench.pairs import ROWS, Setting, default_schedule, usual_rows
+from experiments.bench.overlap.row_figures import over_best
+from experiments.bench.pairs import ROWS, default_schedule, usual_rows
 from experiments.bench.rank_bench import Seconds
+from experiments.bench.setting import Setting
 from experiments.bench.stacks import Variant, chosen_by, waiting_of
-from experiments.bench.training.training import ARCHITECTURES, ROWS_OF_TWO_BATCHES, words_of
+from experiments.bench.training.slow_network import ARCHITECTURES, ROWS_OF_TWO_BATCHES, words_of
 from scmoe.command_line import call
 from scmoe.config.load import load
 from scmoe.config.rules import may_run_two_batches
@@ -73,16 +74,16 @@ def test_a_row_is_compared_with_the_best_of_top_2_and_with_the_best_without_a_sh
     times = {variants[row]: seconds(*train) for row, train in took.items()}
     times[Variant("top2", default_schedule("top2"), "sequential")] = seconds(12.0, 12.0)
     rows = {row: SimpleNamespace(best=variant) for row, variant in variants.items()}
-    measured = SimpleNamespace(times=times, rows=rows, load="balanced")
-    comparisons = over_best(setting, measured, "scmoe_pos2")  # type: ignore[arg-type]
+    measured = SimpleNamespace(setting=setting, times=times, rows=rows, load="balanced")
+    comparisons = over_best(measured, "scmoe_pos2")  # type: ignore[arg-type]
     for kind in ("forward", "train"):
         top2, without = (over[kind] for over in comparisons.values())
         assert (top2["best"], without["best"]) == ("top2_two", "shared_expert_two")
         assert (top2["median"], without["median"]) == (pytest.approx(1.75), pytest.approx(1.25))
-    of_itself = over_best(setting, measured, "top2_two")  # type: ignore[arg-type]
+    of_itself = over_best(measured, "top2_two")  # type: ignore[arg-type]
     assert of_itself["over_best_without_another_model"]["train"]["median"] == 1.0
     del rows["top2"], rows["top2_two"]
-    alone = over_best(setting, measured, "scmoe_pos2")  # type: ignore[arg-type]
+    alone = over_best(measured, "scmoe_pos2")  # type: ignore[arg-type]
     assert alone["over_best_without_another_model"]["train"]["best"] == "top2, sequential"
 
 

@@ -12,11 +12,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments.bench import speed_chart
-from experiments.bench.overlap import overlap_report
-from experiments.bench.overlap.auto import over_best_finalist
-from experiments.bench.overlap.overlap import Measured, PlannedRow
-from experiments.bench.pairs import ROWS, Setting, default_schedule, usual_rows
+from experiments.bench.overlap.rounds import Measured, PlannedRow
+from experiments.bench.overlap.row_figures import over_best_finalist
+from experiments.bench.overlap.speedups import summary
+from experiments.bench.pairs import ROWS, default_schedule, usual_rows
 from experiments.bench.rank_bench import Seconds
+from experiments.bench.setting import Setting
 from experiments.bench.stacks import Variant
 from experiments.figures.measured import SCENARIOS, module_share, read_reports
 from scmoe.command_line import call
@@ -68,8 +69,8 @@ def report_of(share: float, rows: tuple[str, ...] = SHOWN, **setting: Any) -> di
         times[best] = seconds(1 - share, 2.3) if row.startswith("scmoe") else seconds(1.0, 2.5)
         measured[row] = PlannedRow([choice] * asked.moe_blocks, best, [best], best, peak_mb=1.0)
     gradients = {asked.block_of(row): [(0.5, 2**20)] for row in rows}
-    found = Measured(100.0, measured, times, gradients, iterations=9)
-    return overlap_report.summary(asked, found)
+    found = Measured(asked, 100.0, measured, times, gradients, iterations=9)
+    return summary(found)
 
 
 def test_ratios_of_a_report_are_those_of_its_times():
@@ -119,9 +120,10 @@ def test_luck_in_half_of_the_rounds_makes_no_schedule_the_best():
 
 def test_the_model_of_an_iteration_has_the_exposed_time_of_both_pairs():
     of_pair = report_of(0.52)["rows"]["top2"]["measured_over_model"]
-    of_two = report_of(0.52, level="iteration", shaped=False)["rows"]["top2"]["measured_over_model"]
+    iteration: dict[str, Any] = {"level": "iteration", "links": "loopback"}
+    of_two = report_of(0.52, **iteration)["rows"]["top2"]["measured_over_model"]
     assert 2.5 / of_two - 2.3 == pytest.approx(2 * (2.5 / of_pair - 2.3)) and of_pair > of_two
-    accumulated = report_of(0.52, level="iteration", shaped=False, accumulate=3)["rows"]["top2"]
+    accumulated = report_of(0.52, **iteration, accumulate=3)["rows"]["top2"]
     assert 2.5 / accumulated["measured_over_model"] - 2.3 == pytest.approx(3 * (2.5 / of_two - 2.3))
     assert report_of(0.52, every=1)["rows"]["top2"]["measured_over_model"] == of_two, (
         "two blocks with an MoE each"

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.bench.overlap.overlap_report import PAYLOAD
-from experiments.bench.pairs import Setting
+from experiments.bench.overlap.limits import PAYLOAD
+from experiments.bench.setting import Setting
 from experiments.simulate.reports import (
     LAUNCH_S,
     Calibration,
@@ -41,7 +41,7 @@ def calibration_of(setting: Setting, link_mbit: float) -> Calibration:
 @pytest.mark.parametrize("level", ["block", "iteration"])
 def test_a_calibration_predicts_the_blocks_that_it_was_made_from(level):
     """Launches count as computation, and a link saves a whole burst between two transfers."""
-    setting = replace(Setting.block(), level=level)
+    setting = Setting(level=level)
     calibration = calibration_of(setting, 220.0)
     predicted = predict_sequential(calibration, None)
     launches = 2 * setting.moe_blocks * LAUNCH_S
@@ -58,7 +58,7 @@ def test_a_calibration_predicts_the_blocks_that_it_was_made_from(level):
 
 
 def test_halves_without_transfers_take_what_was_measured():
-    calibration = calibration_of(Setting.block(), 220.0)
+    calibration = calibration_of(Setting(), 220.0)
     predicted = predict_row(calibration, "top2_two", False, None)
     forward, backward = calibration.in_halves
     launches = 4 * LAUNCH_S
@@ -67,7 +67,7 @@ def test_halves_without_transfers_take_what_was_measured():
 
 
 def test_a_slower_link_has_longer_transfers_of_the_same_processor_time():
-    fast = replace(calibration_of(Setting.block(), 220.0), tax=0.1)
+    fast = replace(calibration_of(Setting(), 220.0), tax=0.1)
     slow = fast.with_rate(110.0)
     for name in TRANSFERS:
         assert slow.operators.forward[name] == pytest.approx(2 * fast.operators.forward[name])
@@ -79,7 +79,7 @@ def test_a_slower_link_has_longer_transfers_of_the_same_processor_time():
 
 def test_a_small_transfer_was_measured_without_its_bytes():
     """They passed at once: only the launch was measured, or less."""
-    setting = replace(Setting.block(), tokens=32)
+    setting = Setting(tokens=32)
     link_mbit = 220.0
     for ms in (1.0, 0.5):
         times = {"forward": FORWARD_MS | {"dispatch": ms}, "train": TRAIN_MS}
@@ -94,13 +94,13 @@ def test_a_small_transfer_was_measured_without_its_bytes():
 
 
 def test_the_tax_is_the_processor_time_without_launches():
-    setting = replace(Setting.block(), compute="real")
+    setting = Setting(compute="real")
     operators = calibration_of(setting, 220.0).operators
     transfers_s = operators.forward["dispatch"] + operators.forward["combine"]
     report = {"transfer_cpu_ms_forward": 2.0 + 0.05 * 1e3 * transfers_s}
     assert tax_of(setting, report, operators) == pytest.approx(0.05)
     assert tax_of(setting, {"transfer_cpu_ms_forward": 1.0}, operators) == 0.0
-    assert tax_of(Setting.block(), report, operators) == 0.0
+    assert tax_of(Setting(), report, operators) == 0.0
 
 
 def report_of(setting: Setting, link_mbit: float, rows: tuple[str, ...], load: str | None = None):
@@ -177,8 +177,8 @@ def operators_ms_of(calibration: Calibration):
 @pytest.fixture
 def folder(tmp_path):
     """Return a folder with a report for each check."""
-    emulated, real = Setting.block(), replace(Setting.block(), compute="real")
-    iteration = Setting.iteration()
+    emulated, real = Setting(), Setting(compute="real")
+    iteration = Setting(level="iteration")
     halves = ("top2", "top2_two", "scmoe_pos2_two_pipelined")
     reports = {
         "emulated-220": report_of(emulated, 220.0, ROWS),
@@ -188,7 +188,7 @@ def folder(tmp_path):
         "iteration-220": report_of(iteration, 220.0, ROWS),
         "iteration-500": report_of(iteration, 500.0, ROWS),
         "load": report_of(emulated, 220.0, ROWS, "hot_rank:1.7"),
-        "halves": report_of(replace(emulated, asked_layers=4), 220.0, halves),
+        "halves": report_of(replace(emulated, layers=4), 220.0, halves),
     }
     for name, report in reports.items():
         path = tmp_path / f"{name}.json"
@@ -227,10 +227,8 @@ def test_what_is_not_measured_is_named_with_its_command(tmp_path, capsys):
 def test_commands_of_the_checks_are_ones_that_the_bench_takes():
     for check in CHECKS:
         for command in check.commands:
-            _, bound, _ = app_of("bench").parse_args(
-                command.split()[1:], exit_on_error=False, print_error=False
-            )
-            bound.arguments["options"].setting()
+            words = command.split()[1:]
+            app_of("bench").parse_args(words, exit_on_error=False, print_error=False)
 
 
 def test_a_report_that_contradicts_itself_calibrates_nothing(folder, capsys):
@@ -249,5 +247,5 @@ def test_a_report_without_sizes_has_the_usual_sizes_of_its_level():
     report = {"level": "iteration", "ranks": 4, "compute": "real", "tokens": 320, "dim": 128}
     setting = setting_of(report)
     assert (setting.tokens, setting.ffn_dim) == (320, 512)
-    assert setting.layers == Setting.iteration().layers
-    assert setting.seq_len == Setting.iteration().seq_len
+    assert setting.layers == Setting(level="iteration").layers
+    assert setting.seq_len == Setting(level="iteration").seq_len

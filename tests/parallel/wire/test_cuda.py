@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from experiments.bench import emulated
-from experiments.bench.pairs import Setting
 from experiments.bench.rank_bench import Bench
+from experiments.bench.setting import Setting
 from experiments.bench.stacks import Variant
 from experiments.engine.ranks import run_ranks
 from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher
@@ -30,7 +30,7 @@ ON_GPU = (
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 )
-SMALL = dict(dim=64, ffn_dim=128, tokens=128, seq_len=32, compute="real", shaped=False, bus=True)
+SMALL = dict(dim=64, ffn_dim=128, tokens=128, seq_len=32, compute="real", links="bus")
 on_any_device = pytest.mark.parametrize("device", ("cpu", pytest.param("cuda", marks=ON_GPU)))
 
 

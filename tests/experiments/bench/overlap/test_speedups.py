@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.bench.overlap import overlap, overlap_report, timeline
-from experiments.bench.pairs import Setting
-from experiments.bench.training import training, training_turns
+from experiments.bench.other_settings import TrainingSetting
+from experiments.bench.overlap import rounds, speedups, timeline
+from experiments.bench.row import from_json
+from experiments.bench.setting import Setting
+from experiments.bench.training import slow_network, taking_turns
 from experiments.engine import links
 from experiments.engine.ranks import RankError, run_ranks
 from experiments.simulate.reports import read_reports
@@ -55,7 +57,7 @@ def check(report: dict[str, Any]) -> None:
         and pipelined["auto_chunks"] in (2, 4)
         and 0 <= pipelined["auto_slot"] <= 3
     )
-    assert report["rows"]["top2"]["peak_mb"] > 0 and report["rows"]["top2"]["inside_gain"] is None
+    assert report["rows"]["top2"]["peak_mb"] > 0 and "inside_gain" not in report["rows"]["top2"]
     assert (
         "inside attention" in pipelined["inside_gain"]["inside"]
         and pipelined["inside_gain"]["train"][1] > 0
@@ -117,16 +119,16 @@ def test_bench_train(tmp_path):
 def test_bench_train_takes_as_many_ranks_as_share_the_experts_of_its_config(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(links, "require", lambda: None)
-    monkeypatch.setattr(training, "bench_train", lambda *args: given.append(args))
+    monkeypatch.setattr(slow_network, "bench_train", lambda *args: given.append(args))
     assert called("bench", "train", "moe.num_experts=6", "--ranks", "3").code == 0
-    assert given[0][1:4] == (("moe.num_experts=6",), 0.52, 3)
+    assert given[0][:2] == (TrainingSetting(ranks=3), ("moe.num_experts=6",))
 
 
 def without_rate(
     rank: int, world_size: int, measure: Callable[..., Any], setting: Setting, *args: Any
 ) -> Any:
     links.set_rate = lambda mbit: None
-    overlap.TRIALS, planner.STEPS_EACH = 1, 1
+    rounds.TRIALS, planner.STEPS_EACH = 1, 1
     rate = setting.link_mbit or 100.0  # the command does not search for a rate that is given
     return measure(
         rank,
@@ -145,15 +147,15 @@ def tiny_on_loopback(monkeypatch):
 
     monkeypatch.setattr(links, "inside", lambda: True)
     monkeypatch.setattr(links, "enter", lambda *_: None)
-    for module in (overlap_report, timeline):
+    for module in (speedups, timeline):
         monkeypatch.setattr(module, "run_ranks", measured)
 
 
 def test_a_step_waits_in_each_of_its_batches(monkeypatch):
-    schedule = training_turns.AdaptiveSchedule(auto=True, chunks=(1,))
+    schedule = taking_turns.AdaptiveSchedule(auto=True, chunks=(1,))
     schedule.planner = SimpleNamespace(overlap=SimpleNamespace(seconds=(1.5, 2.75)))
     caller, turn = Pipe()
-    held = training_turns.TrainingTurns(turn, ends=(1,))
+    held = taking_turns.TrainingTurns(turn, ends=(1,))
     monkeypatch.setattr(links, "set_rate", lambda mbit: None)
     caller.send(None)  # the next turn
     trainer = SimpleNamespace(callbacks=[schedule], accumulate_grad_batches=4, global_step=0)
@@ -172,16 +174,15 @@ def test_a_training_that_ends_before_its_last_turn_is_an_error(monkeypatch):
         theirs[0].close()
         return {}
 
-    monkeypatch.setattr(training_turns, "in_own_network", ends_early)
+    monkeypatch.setattr(taking_turns, "in_own_network", ends_early)
     with ThreadPoolExecutor(1) as pool, pytest.raises(RankError, match="before its last turn"):
-        training_turns.Training(pool, 1).turn(None)
+        taking_turns.Training(pool, 1).turn(None)
 
 
 def test_bench_train_refuses_to_stop_early(tmp_path):
     with pytest.raises(ConfigError, match="early_stopping"):
-        training.bench_train(
-            "debug", ["trainer.early_stopping=1"], 0.52, 2, 2, ["top2"], None, tmp_path
-        )
+        setting = TrainingSetting("debug", rounds=2, rows=("top2",))
+        slow_network.bench_train(setting, ["trainer.early_stopping=1"], tmp_path)
 
 
 def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path):
@@ -206,7 +207,8 @@ def test_bench_overlap_of_an_iteration(tiny_on_loopback, tmp_path):
     (for_simulator,) = read_reports(tmp_path)
     assert for_simulator.stated and for_simulator.rows.keys() == report["rows"].keys()
     calibration = report["calibration"]
-    assert calibration["sizes"]["ffn_dim"] == for_simulator.setting.ffn_dim == 128
+    assert from_json(Setting, report["setting"]) == for_simulator.setting
+    assert for_simulator.setting.ffn_dim == 128
     assert min(calibration[f"{what}_ms"] for what in TIMES_OF_BLOCKS) > 0
 
 
@@ -291,7 +293,7 @@ def test_a_layout_drops_what_a_load_has_above_it(layout, dropped, tiny_on_loopba
     words = ("--rows", "scmoe_pos3", "--rounds", "2", "--load", "hot_rank:1.5", "--layout", layout)
     found = called("bench", "overlap", *words, "--out", str(tmp_path)).summary
     (row,) = found["loads"][0]["rows"].values()
-    assert row["dropped"] == dropped and row["measured_over_model"] is None
+    assert row["dropped"] == dropped and "measured_over_model" not in row
 
 
 @pytest.mark.faults

@@ -16,17 +16,18 @@ The models are dropless. Their experts get equal shares, or with a load those of
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from experiments.bench import emulated
-from experiments.bench.inference.inference_rows import SHAPES, Shape
+from experiments.bench.inference.pass_figures import SHAPES, Shape
 from experiments.bench.inference.passes import (
     PASSES,
     a_pass,
@@ -35,7 +36,8 @@ from experiments.bench.inference.passes import (
     pass_seconds,
     price_passes,
 )
-from experiments.bench.pairs import Setting, default_schedule
+from experiments.bench.other_settings import InferenceSetting
+from experiments.bench.pairs import default_schedule
 from experiments.bench.rate_search import find_rate
 from experiments.bench.stacks import Variant, make_blocks
 from experiments.engine import links
@@ -89,11 +91,11 @@ class Free:
 
 
 class InferenceBench:
-    """Holds the models of one rank and runs passes. setting: its sequences are the prompts."""
+    """Holds the models of one rank and runs passes."""
 
-    def __init__(self, setting: Setting, batch: int) -> None:
-        assert setting.compute == "real"
+    def __init__(self, setting: InferenceSetting) -> None:
         self.setting = setting
+        pair = setting.pair
         mesh = build_mesh(dist.get_world_size(), CPU, timedelta(seconds=300))
         self.group = mesh.ep_group
         torch.manual_seed(0)
@@ -103,15 +105,13 @@ class InferenceBench:
             tuple[Shape, Variant]
         ]()  # how often each one ran: the steps of its load
         for name in BLOCKS:
-            blocks = make_blocks(name, setting, Wire(mesh), self.now)
-            self.models[name] = GPT(VOCABULARY, setting.seq_len + 1, setting.dim, blocks).eval()
-        self.paid = AllToAllDispatcher(self.group, setting.num_experts)
-        self.free = Free(
-            AllToAllDispatcher(self.group, setting.num_experts, exchange=emulated.free)
-        )
+            blocks = make_blocks(name, pair, Wire(mesh), self.now)
+            self.models[name] = GPT(VOCABULARY, pair.seq_len + 1, pair.dim, blocks).eval()
+        self.paid = AllToAllDispatcher(self.group, pair.num_experts)
+        self.free = Free(AllToAllDispatcher(self.group, pair.num_experts, exchange=emulated.free))
         self.passes: dict[tuple[str, Shape], Any] = {}
-        for shape, texts in zip(SHAPES, (setting.sequences, batch), strict=True):
-            ids_BS = torch.randint(VOCABULARY, (texts, setting.seq_len))
+        for shape, texts in zip(SHAPES, (setting.texts, setting.batch), strict=True):
+            ids_BS = torch.randint(VOCABULARY, (texts, setting.prompt))
             self.passes |= {
                 (name, shape): a_pass(model, shape, ids_BS) for name, model in self.models.items()
             }
@@ -141,7 +141,7 @@ class InferenceBench:
             Variant(block, best[0], f"overlapped x {chunks}", load)
             for chunks, best in best_schedules(priced).items()
         ]
-        if shape == "prefill" and self.setting.sequences > 1:
+        if shape == "prefill" and self.setting.texts > 1:
             in_halves = best_in_halves(priced)[0]
             variants += [
                 Variant(block, in_halves, name, load, batches_in_flight=2)
@@ -150,17 +150,24 @@ class InferenceBench:
         return variants
 
 
-def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[str, dict[str, Any]]:
-    """Run on every rank; the caller uses rank 0's result: for each load, of balance first, the
-    rate, the plans, and seconds of each variant by rounds."""
+class MeasuredPasses(NamedTuple):
+    """What was measured at one load. rate: of the links in Mbit/s; None: they have none. seconds:
+    of each variant by rounds."""
+
+    setting: InferenceSetting
+    rate: float | None
+    seconds: Mapping[tuple[Shape, Variant], Any]
+
+
+def measure(rank: int, world_size: int, setting: InferenceSetting) -> dict[str, MeasuredPasses]:
+    """Run on every rank. Return what was measured at each load, the balanced one first; the caller
+    uses rank 0's result."""
     dist.init_process_group("gloo")
     with torch.inference_mode():
-        bench = InferenceBench(setting, batch)
-        rate = (
-            find_rate(setting, links.set_rate, partial(bench.seconds, "prefill"))
-            if setting.shaped
-            else None
-        )
+        bench = InferenceBench(setting)
+        rate = None
+        if setting.links == "shaped":
+            rate = find_rate(setting.pair, links.set_rate, partial(bench.seconds, "prefill"))
         loads = tuple(dict.fromkeys((BALANCED, *setting.loads)))
         runs: dict[tuple[Shape, Variant], Any] = {}
         for load in loads:
@@ -175,5 +182,5 @@ def measure(rank: int, world_size: int, setting: Setting, batch: int) -> dict[st
         results = {}
         for load in loads:
             of_load = {run: seconds for run, seconds in times.items() if run[1].load == load}
-            results[load] = {"rate": rate, "times": of_load}
+            results[load] = MeasuredPasses(setting, rate, of_load)
         return results

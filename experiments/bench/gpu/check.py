@@ -31,25 +31,28 @@ MODELS = (
 CONFIGS = (*MODELS, "omegaconf")
 PARTS = {
     "tests": Part(
-        "The tests that need a GPU", f"{HERE}.gpu.gpu:tests", 110, ("pytest", "hypothesis", *MODELS)
+        "The tests that need a GPU",
+        f"{HERE}.gpu.check:tests",
+        110,
+        ("pytest", "hypothesis", *MODELS),
     ),
     "layer": Part(
         "The MoE layer over its dense products", f"{HERE}.layer:on_device", 70, ("numpy", "rich")
     ),
     "step": Part(
-        "A step's operators and waits of the host", f"{HERE}.gpu.gpu_steps:profiled", 50, CONFIGS
+        "A step's operators and waits of the host", f"{HERE}.gpu.steps:profiled", 50, CONFIGS
     ),
     "overlap-0.52": Part(
-        "Overlap, communication share 0.52", f"{HERE}.gpu.gpu_steps:overlap", 70, CONFIGS, (0.52,)
+        "Overlap, communication share 0.52", f"{HERE}.gpu.steps:overlap", 70, CONFIGS, (0.52,)
     ),
     "overlap-0.15": Part(
-        "Overlap, communication share 0.15", f"{HERE}.gpu.gpu_steps:overlap", 70, CONFIGS, (0.15,)
+        "Overlap, communication share 0.15", f"{HERE}.gpu.steps:overlap", 70, CONFIGS, (0.15,)
     ),
-    "gpt2": Part("GPT2-MoE-Small, a training step", f"{HERE}.gpu.gpu_steps:gpt2", 45, CONFIGS),
+    "gpt2": Part("GPT2-MoE-Small, a training step", f"{HERE}.gpu.steps:gpt2", 45, CONFIGS),
     "training": Part(
-        "A short training in bf16", f"{HERE}.gpu.gpu_steps:training", 50, (*CONFIGS, "tokenizers")
+        "A short training in bf16", f"{HERE}.gpu.steps:training", 50, (*CONFIGS, "tokenizers")
     ),
-    "pictures": Part("Dispatch beside attention", f"{HERE}.gpu.gpu_steps:pictures", 45, CONFIGS),
+    "pictures": Part("Dispatch beside attention", f"{HERE}.gpu.steps:pictures", 45, CONFIGS),
 }
 ROOT = Path(__file__).resolve().parents[3]  # of the checkout
 ON_ONE_GPU = ("tests/parallel/wire/test_cuda.py", "tests/inference/offload/test_migration.py")

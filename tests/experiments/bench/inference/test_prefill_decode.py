@@ -2,24 +2,26 @@
 the times' ratios."""
 
 from collections import Counter
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from experiments.bench.inference import generation, inference
-from experiments.bench.inference.inference import (
+from experiments.bench.inference import generation, prefill_decode
+from experiments.bench.inference.gains import at_load, draw, summary, tables
+from experiments.bench.inference.pass_figures import SHAPES, PassFigures
+from experiments.bench.inference.prefill_decode import (
     BLOCKS,
     ONE_BATCH,
     OVERLAPPED,
     TWO_BATCHES,
+    MeasuredPasses,
     measure,
 )
-from experiments.bench.inference.inference_report import at_load, draw, summary, tables
-from experiments.bench.inference.inference_rows import SHAPES, InferenceRow
-from experiments.bench.pairs import Setting, default_schedule
+from experiments.bench.other_settings import InferenceSetting
+from experiments.bench.pairs import default_schedule
+from experiments.bench.row import from_json, to_json
 from experiments.bench.stacks import Variant
 from experiments.engine.ranks import run_ranks
 from scmoe.loads import BALANCED, CurrentLoad, load_of
@@ -42,29 +44,30 @@ def test_ratios_are_those_of_the_times():
                 (shape, Variant(block, schedule, name)): SECONDS[name] * ROUNDS
                 for name in (*ONE_BATCH, "free")
             }
-    setting = Setting(0.5, tokens=64, seq_len=64, rounds=3)
-    report = summary(setting, 8, {"times": times, "rate": 145.0})
+    setting = InferenceSetting(0.5, prompt=64, rounds=3)
+    report = summary(MeasuredPasses(setting, 145.0, times))
     own, top2 = report["rows"]["scmoe_pos2"], report["rows"]["top2"]
     assert report["comm_share"] == {shape: pytest.approx(0.5) for shape in SHAPES}
-    assert (own["prefill_speedup"], own["decode_speedup"], top2["prefill_speedup"]) == (
+    assert [row["speedup"] for row in (own["prefill"], own["decode"], top2["prefill"])] == [
         pytest.approx(1.25),
         1,
         pytest.approx(1.25),
-    )
+    ]
     assert own["prefill"]["quartiles"] == pytest.approx([1.25, 1.25])
     assert own["prefill"]["limit"] == own["decode"]["limit"] == pytest.approx(2)
     assert (own["prefill"]["auto"], own["decode"]["auto"]) == ("overlapped x 1", "sequential")
     assert (own["prefill"]["gain"], own["decode"]["gain"]) == (pytest.approx(1.25), 1)
-    assert (own["ttft_ms"], own["tpot_ms"]) == (pytest.approx(200), pytest.approx(250)), (
-        "medians, in ms"
-    )
-    assert own["prefill_tokens_per_s"] == pytest.approx(2 * 64 / 0.2)
-    assert own["decode_tokens_per_s"] == pytest.approx(2 * 8 / 0.25)
+    assert (own["prefill"]["ms"], own["decode"]["ms"]) == (
+        pytest.approx(200),
+        pytest.approx(250),
+    ), "medians, in ms"
+    assert own["prefill"]["tokens_per_s"] == pytest.approx(2 * 64 / 0.2)
+    assert own["decode"]["tokens_per_s"] == pytest.approx(2 * 8 / 0.25)
 
 
 def test_rows_with_two_batches_in_flight_have_prefill_alone():
     """They take 0.125 s, and without transfers 0.11 s, as halved products cost something."""
-    setting = Setting(0.5, tokens=128, seq_len=64, rounds=3)
+    setting = InferenceSetting(0.5, prompt=64, texts=2, rounds=3)
     times = {}
     for block in FEW:
         schedule = default_schedule(block)
@@ -74,18 +77,17 @@ def test_rows_with_two_batches_in_flight_have_prefill_alone():
         for name, seconds in ((TWO_BATCHES, SECONDS[TWO_BATCHES]), ("free", 0.11)):
             variant = Variant(block, schedule, name, batches_in_flight=2)
             times["prefill", variant] = seconds * ROUNDS
-    report = summary(setting, 8, {"times": times, "rate": 145.0})
+    report = summary(MeasuredPasses(setting, 145.0, times))
     assert list(report["rows"]) == ["top2", "top2_two", "scmoe_pos2", "scmoe_pos2_two"]
     top2, two = report["rows"]["top2"], report["rows"]["top2_two"]
-    assert (two["batches_in_flight"], top2["batches_in_flight"]) == (2, 1)
     assert (report["texts"], report["prompt"]) == (2, 64)
-    assert two["prefill_speedup"] == two["prefill"]["gain"] == pytest.approx(1.6)
+    assert two["prefill"]["speedup"] == two["prefill"]["gain"] == pytest.approx(1.6)
     assert two["prefill"]["limit"] == pytest.approx(0.2 / 0.11)
-    assert two["prefill_tokens_per_s"] == pytest.approx(2 * 128 / (0.125 * 1.25))
-    assert "decode" not in two and "tpot_ms" not in two
+    assert two["prefill"]["tokens_per_s"] == pytest.approx(2 * 128 / (0.125 * 1.25))
+    assert "decode" not in two
     over = top2["prefill"]["over_best_without_another_model"]
     assert (over["best"], over["median"]) == ("top2_two, two batches", pytest.approx(0.125 / 0.16))
-    assert InferenceRow.from_json(two).to_json() == two
+    assert to_json(from_json(PassFigures, two["prefill"])) == two["prefill"]
     prefill, decode = tables(report)
     assert list(prefill.rows) == list(report["rows"]) and list(decode.rows) == [
         "top2",
@@ -97,9 +99,11 @@ def test_rows_with_two_batches_in_flight_have_prefill_alone():
 def test_each_pass_takes_the_next_routing_of_its_load(monkeypatch):
     dealt = []
     monkeypatch.setattr(
-        inference, "pass_seconds", lambda *_: dealt.append((bench.now.load.name, bench.now.step))
+        prefill_decode,
+        "pass_seconds",
+        lambda *_: dealt.append((bench.now.load.name, bench.now.step)),
     )
-    bench: Any = object.__new__(inference.InferenceBench)
+    bench: Any = object.__new__(prefill_decode.InferenceBench)
     bench.now, bench.turns, bench.paid, bench.free, bench.group = (
         CurrentLoad(load_of(BALANCED)),
         Counter(),
@@ -118,31 +122,30 @@ def test_each_pass_takes_the_next_routing_of_its_load(monkeypatch):
     assert dealt == [("rotating:2:1", 0), (BALANCED, 0), ("rotating:2:1", 1)]
 
 
-def measure_briefly(rank: int, world_size: int, setting: Setting, batch: int) -> Any:
+def measure_briefly(rank: int, world_size: int, setting: InferenceSetting) -> Any:
     """Measure few blocks, and choose schedules from few passes: their times are not checked
     here."""
-    inference.BLOCKS, planner.STEPS_EACH = FEW, 1
-    return measure(rank, world_size, setting, batch)
+    prefill_decode.BLOCKS, planner.STEPS_EACH = FEW, 1
+    return measure(rank, world_size, setting)
 
 
 @pytest.mark.ranks
 @pytest.mark.smoke
 def test_all_rows_are_measured_and_reported(tmp_path):
     """With three prompts, so the halves of a rank's batch differ."""
-    setting = Setting(
+    setting = InferenceSetting(
         0.5,
-        compute="real",
+        prompt=16,
+        texts=3,
         rounds=2,
+        loads=("hot_rank:2",),
         dim=16,
         ffn_dim=32,
         heads=2,
-        tokens=48,
-        seq_len=16,
-        shaped=False,
+        links="loopback",
     )
-    setting = replace(setting, loads=("hot_rank:2",), layout="dropless")
-    found = run_ranks(measure_briefly, 2, setting, 8)[0]
-    report = summary(setting, 8, found[BALANCED])
+    found = run_ranks(measure_briefly, 2, setting)[0]
+    report = summary(found[BALANCED])
     assert list(report["rows"]) == ["top2", "top2_two", "scmoe_pos2", "scmoe_pos2_two"]
     for name, row in report["rows"].items():
         in_halves = name.endswith("_two")
@@ -155,7 +158,7 @@ def test_all_rows_are_measured_and_reported(tmp_path):
         {**report, "link_mbit": 145.0}, tmp_path / "chart.png"
     )  # `bench inference` always has links
     assert (tmp_path / "chart.png").stat().st_size > 10_000
-    uneven = at_load(setting, 8, found, "hot_rank:2")
+    uneven = at_load(found["hot_rank:2"], found[BALANCED], "hot_rank:2")
     assert uneven["load"]["max_over_mean_ranks"] == 2.0
     for row in uneven["rows"].values():
         for figures in (row[shape] for shape in SHAPES if shape in row):

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from experiments.bench.pairs import ROWS, Setting, default_schedule
+from experiments.bench.pairs import ROWS, default_schedule
 from experiments.bench.rank_bench import Bench, Seconds
 from experiments.bench.rate_search import find_rate
+from experiments.bench.setting import Setting
 from experiments.bench.stacks import Variant, chosen_by, of_each_kind
 from experiments.engine.ranks import say_once
 from scmoe.loads import BALANCED
@@ -52,6 +53,7 @@ class Measured(NamedTuple):
     """What was measured at one load. rate: Bench.set_rate's, None without one. times: of each
     variant, of all loads. gradients: by block (Bench.gradients). iterations: timed in all."""
 
+    setting: Setting
     rate: float | None
     rows: Mapping[str, PlannedRow]
     times: Mapping[Variant, Seconds]
@@ -85,7 +87,7 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
     its rounds, because a trial is too short to separate schedules with similar times."""
     dist.init_process_group("gloo")
     bench = Bench(setting)
-    has_rate = setting.shaped or setting.bus
+    has_rate = setting.links != "loopback"
     rate = find_rate(setting, bench.set_rate, bench.infer) if has_rate else None
     candidates = {
         (load, row): candidates_of(setting, load, row)
@@ -119,7 +121,7 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
         )
     gradients = {block: bench.gradients(block) for block in bench.stacks}
     return {
-        load: Measured(rate, rows_of_load, times, gradients, bench.iterations, load)
+        load: Measured(setting, rate, rows_of_load, times, gradients, bench.iterations, load)
         for load, rows_of_load in rows.items()
     }
 

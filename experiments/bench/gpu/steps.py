@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from experiments.bench import emulated, speed_chart
-from experiments.bench.overlap.overlap import measure
-from experiments.bench.overlap.overlap_report import summary
+from experiments.bench.overlap.rounds import measure
+from experiments.bench.overlap.speedups import summary
 from experiments.bench.overlap.timeline import watch
-from experiments.bench.pairs import Setting
+from experiments.bench.setting import Setting
 from experiments.engine import gantt, profiles
 from experiments.engine.isolated import Pieces, Place
 from experiments.engine.ranks import run_alone
@@ -254,7 +254,12 @@ def setting_at(place: Place, share: float) -> Setting:
     """Return the pair that is measured: real computation, transfers over the bus."""
     sizes = TINY_PAIR if place.tiny else PAIR
     return Setting(
-        share, ranks=1, compute="real", device=place.device, shaped=False, bus=True, **sizes
+        share,
+        ranks=1,
+        compute="real",
+        device="cuda" if place.device == "cuda" else "cpu",
+        links="bus",
+        **sizes,
     )
 
 
@@ -266,7 +271,7 @@ def overlap(place: Place, share: float) -> Pieces:
 def overlapped_rows(place: Place, share: float) -> dict[str, Any]:
     """Return the report of `bench overlap`, and draw it."""
     setting = setting_at(place, share)
-    report = summary(setting, run_alone(measure, setting)[BALANCED])
+    report = summary(run_alone(measure, setting)[BALANCED])
     report["chart"] = drawn(speed_chart.draw, report, place.out / f"overlap-{share:g}.png")
     sizes = {
         "dim": setting.dim,

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.bench.overlap.overlap import nearest
-from experiments.bench.overlap.overlap_report import (
+from experiments.bench.overlap.limits import (
     PAYLOAD,
     in_parallel,
     least_time,
     least_times,
-    name_of_report,
     rows_over_gradients,
 )
-from experiments.bench.pairs import Setting, pair_of, tokens_for
+from experiments.bench.overlap.rounds import nearest
+from experiments.bench.overlap.speedups import name_of_report
 from experiments.bench.rank_bench import Seconds
+from experiments.bench.setting import Setting, pair_of, tokens_for
 from experiments.bench.stacks import Variant, chosen_by, config_of
 from scmoe.command_line import call
 from scmoe.config.load import load
@@ -46,7 +46,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA d
             "overlap --level iteration --rows-per-gradient 1 --tokens 256",
             "--rows-per-gradient and --tokens",
         ),
-        ("overlap --share 1.5", "--share is 1.5"),
+        ("overlap --share 1.5", "--share"),
         (
             "overlap --tokens 100 --seq-len 64",
             "--tokens is 100, allowed: multiples of --seq-len (64)",
@@ -97,10 +97,8 @@ def test_the_tokens_of_a_batch_give_the_wanted_ratio_of_rows_and_gradients(
     setting = Setting(level="iteration", every=every, accumulate=accumulate, ranks=ranks, **sizes)
     setting = replace(setting, tokens=tokens_for(ratio, setting))
     weights = 4 * 4 * 256**2 + (2 * 2 * 256 * 1024 if every == 2 else 0)
-    found = SimpleNamespace(gradients={"top2": [(0.5, 4 * weights)]})
-    assert rows_over_gradients(setting, found, "top2") == pytest.approx(
-        ratio, rel=0.02
-    )  # whole sequences
+    found = SimpleNamespace(setting=setting, gradients={"top2": [(0.5, 4 * weights)]})
+    assert rows_over_gradients(found, "top2") == pytest.approx(ratio, rel=0.02)  # whole sequences
 
 
 def test_a_pair_has_the_heads_of_its_configuration():
@@ -127,9 +125,13 @@ def test_gradients_are_summed_beside_the_last_batch_only():
     times = {Variant("top2", Schedule("top_k"), "alone"): alone}
     for size, least in ((0, 12.0), (10**9, 10**9 * 8 / (1e8 * PAYLOAD) + 4.0 + 6.0)):
         found = SimpleNamespace(
-            rate=100.0, times=times, gradients={"top2": [(0.0, size)]}, load="balanced"
+            setting=setting,
+            rate=100.0,
+            times=times,
+            gradients={"top2": [(0.0, size)]},
+            load="balanced",
         )
-        assert least_times(setting, found, "top2") == pytest.approx([least] * 2, rel=0.02)
+        assert least_times(found, "top2") == pytest.approx([least] * 2, rel=0.02)
 
 
 def test_schedules_near_the_best_by_trial_go_into_the_rounds():

@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from experiments.bench.offload.offload_rows import RESIDENT, Case, Memory, Offloading, Way
+from experiments.bench.offload.cases import RESIDENT, Case, Memory, Offloading, Way
+from experiments.bench.other_settings import OffloadSetting
 from experiments.bench.pairs import ROWS, TOP_K, WIRINGS
 from experiments.engine.profiles import anonymous_mb, peak_mb
 from scmoe.blocks.moe_block import moe_blocks_of
@@ -38,47 +39,8 @@ from scmoe.moe.recorder import Recorder
 from scmoe.planning.clock import CPU, median, undisturbed
 from scmoe.training.assembly.model import build_model
 
-# the first one gives the rates
-ARCHITECTURES = ("scmoe_pos2", "scmoe_pos1", "scmoe_pos3", "shared_expert", "top2")
 Operators = dict[str, list[float]]  # the seconds of each execution of a block's operators
 TRIALS = 2  # of a rate
-
-
-@dataclass(frozen=True)
-class OffloadSetting:
-    """Sizes of the model, and how long it is measured.
-
-    costs: of blocking, one token, over the resident MoE block; each gives a rate. tokens: of a
-    forward pass. rounds: times to keep of each case, in at most limit_s seconds.
-    """
-
-    dim: int = 1024
-    ffn_dim: int = 4096
-    heads: int = 16
-    num_experts: int = 8
-    pairs: int = 4
-    tokens: tuple[int, ...] = (1, 4, 64)
-    costs: tuple[float, ...] = (0.8, 2.4)
-    rounds: int = 15
-    limit_s: float = 10.0
-    max_wait: float = 0.03
-    architectures: tuple[str, ...] = ARCHITECTURES
-
-    @property
-    def expert_mb(self) -> float:
-        return 2 * self.dim * self.ffn_dim * 4 / 1e6
-
-
-QUICK = OffloadSetting(
-    dim=64,
-    ffn_dim=128,
-    heads=2,
-    pairs=2,
-    tokens=(1, 8),
-    rounds=2,
-    limit_s=2.0,
-    max_wait=float("inf"),
-)
 
 
 @dataclass

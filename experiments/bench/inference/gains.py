@@ -1,31 +1,37 @@
-"""The report of `bench inference`: prefill and decode between ranks (inference.py), and generation
-with a cache and without in one process without transfers (generation.py).
+"""The report of `bench inference`: prefill and decode between ranks (prefill_decode.py), and
+generation with a cache and without in one process without transfers (generation.py).
 
 Ratios are to sequential top-2 in the same shape at the same load, taken round by round, medians. A
 row's limit is its own time without transfers.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from experiments.bench.inference import generation
-from experiments.bench.inference.inference import BLOCKS, TWO_BATCHES, measure, row_of
-from experiments.bench.inference.inference_rows import (
+from experiments.bench.inference.pass_figures import (
     SHAPES,
-    InferenceRow,
     PassAtLoad,
     PassFigures,
     Shape,
     passes_of,
 )
-from experiments.bench.overlap.over_best import over_fastest
+from experiments.bench.inference.prefill_decode import (
+    BLOCKS,
+    TWO_BATCHES,
+    MeasuredPasses,
+    measure,
+    row_of,
+)
+from experiments.bench.other_settings import InferenceSetting
+from experiments.bench.overlap.row_figures import over_fastest
 from experiments.bench.overlap.uneven import Point, draw_lines, heat_of
-from experiments.bench.pairs import Setting, check_ranks
 from experiments.bench.rate_search import warn_of_share
+from experiments.bench.row import to_json
+from experiments.bench.setting import EXPERTS
 from experiments.bench.speed_chart import OVER_TOP2, PAPERS, Printed
-from experiments.bench.stacks import Variant
 from experiments.bench.two_batches import stated_or_of_medians
 from experiments.engine import links
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
@@ -38,47 +44,47 @@ from scmoe.planning.clock import median, quartiles
 from scmoe.predict.row_names import architecture_of, batches_of, name_of
 from scmoe.report import Report, publish, say
 
+Passes = Mapping[Shape, PassFigures]  # of a row
 GENERATE_ROUNDS = 3  # a text without a cache takes seconds
 AUTO: dict[Shape, str] = {"prefill": "overlapped x 1", "decode": "sequential"}
 Pass = tuple[str, Shape, str]  # row, shape, transfers
 
 
-def bench_inference(setting: Setting, batch: int, tokens: int, out: Path) -> dict[str, Any]:
-    """Measure, print a table, and write chart and figures into the folder `out`. Returns the
+def bench_inference(setting: InferenceSetting, out: Path) -> dict[str, Any]:
+    """Measure, print a table, and write chart and figures into the folder `out`. Return the
     report.
 
-    setting: its sequences are the prompts of a rank in prefill; the share of communication is that
-    of a sequential top-2 prefill of them. batch: texts that a rank decodes. tokens: new ones of
-    each generated text; 0: none is generated. With loads the report has one of each in `loads`. The
-    program starts again in a network namespace. ConfigError: an option that cannot be honoured.
+    With loads the report has one of each in `loads`. The program starts again in a network
+    namespace. ConfigError: an option that cannot be honoured.
     """
     require("bench inference", "matplotlib")
-    check(setting, batch)
+    check(setting)
     links.require()
-    measured = run_ranks(measure, setting.ranks, setting, batch, timeout_s=3600, own_links=True)[0]
-    report = summary(setting, batch, measured[BALANCED])
+    measured = run_ranks(measure, setting.ranks, setting, timeout_s=3600, own_links=True)[0]
+    report = summary(measured[BALANCED])
     warn_of_share(setting.share, report["comm_share"]["prefill"])
-    if tokens:
-        say(f"generating {generation.TEXTS} texts of {tokens} tokens")
-        alone = run_ranks(generation.measure, 1, tokens, GENERATE_ROUNDS, timeout_s=3600)[0]
+    if setting.new_tokens:
+        say(f"generating {generation.TEXTS} texts of {setting.new_tokens} tokens")
+        words = (setting.new_tokens, GENERATE_ROUNDS)
+        alone = run_ranks(generation.measure, 1, *words, timeout_s=3600)[0]
         report["generate"] = alone.report()
     name = f"inference-{setting.ranks}-ranks-share-{setting.share:g}"
-    if setting.sequences > 1:
-        name += f"-{setting.sequences}-texts"
+    if setting.texts > 1:
+        name += f"-{setting.texts}-texts"
     if setting.loads:
-        report["loads"] = [at_load(setting, batch, measured, load) for load in setting.loads]
+        report["loads"] = [
+            at_load(measured[load], measured[BALANCED], load) for load in setting.loads
+        ]
         name = f"uneven-{name}{kinds_of(setting.loads)}"
     publish(report, tables(report), draw, out / name)
     return report
 
 
-def check(setting: Setting, batch: int) -> None:
+def check(setting: InferenceSetting) -> None:
     """Raise ConfigError for what cannot be measured."""
-    check_ranks(setting.ranks)
-    experts = setting.num_experts
-    for option, number in (("prompt", setting.seq_len), ("batch", batch)):
-        if number < experts or number % experts:
-            allowed = f"multiples of {experts}, so that experts get equal shares"
+    for option, number in (("prompt", setting.prompt), ("batch", setting.batch)):
+        if number < EXPERTS or number % EXPERTS:
+            allowed = f"multiples of {EXPERTS}, so that experts get equal shares"
             raise ConfigError(f"--{option} is {number}, allowed: {allowed}")
     for uneven in map(load_of, setting.loads):
         if uneven.kind == "ragged":
@@ -86,13 +92,15 @@ def check(setting: Setting, batch: int) -> None:
                 f"--load is {uneven.name}, but all prompts have the same length. Give another"
                 " kind of load."
             )
-        for top_k in {*map(setting.top_k_of, BLOCKS)}:
-            check_load(uneven, Sizes(experts, top_k, setting.ranks), setting.sequences)
+        for top_k in {*map(setting.pair.top_k_of, BLOCKS)}:
+            check_load(uneven, Sizes(EXPERTS, top_k, setting.ranks), setting.texts)
 
 
-def times_of(measured: Mapping[tuple[Shape, Variant], Any]) -> dict[Pass, Any]:
+def times_of(measured: MeasuredPasses) -> dict[Pass, Any]:
     """Return the seconds of each pass by rounds."""
-    return {(row_of(v), shape, v.transfers): seconds for (shape, v), seconds in measured.items()}
+    return {
+        (row_of(v), shape, v.transfers): seconds for (shape, v), seconds in measured.seconds.items()
+    }
 
 
 def auto_of(row: str, shape: Shape) -> str:
@@ -100,39 +108,38 @@ def auto_of(row: str, shape: Shape) -> str:
     return TWO_BATCHES if batches_of(row) == 2 else AUTO[shape]
 
 
-def summary(setting: Setting, batch: int, result: dict[str, Any]) -> dict[str, Any]:
-    """Return the medians of the rounds, by row. result: what `measure` returned on rank 0 for one
-    load."""
-    return report_of(setting, batch, result, rows_from(setting, batch, result))
+def summary(measured: MeasuredPasses) -> dict[str, Any]:
+    """Return the medians of the rounds, by row."""
+    return report_of(measured, rows_from(measured))
 
 
-def report_of(
-    setting: Setting, batch: int, result: dict[str, Any], rows: Mapping[str, InferenceRow]
-) -> dict[str, Any]:
+def report_of(measured: MeasuredPasses, rows: Mapping[str, Passes]) -> dict[str, Any]:
     """Return the report of one load."""
-    times = times_of(result["times"])
+    setting, times = measured.setting, times_of(measured)
     shares = {
         shape: median(1 - times["top2", shape, "free"] / times["top2", shape, "sequential"])
         for shape in SHAPES
     }
     return {
+        "setting": asdict(setting),
         "wanted_share": setting.share,
         "comm_share": shares,
-        "link_mbit": result["rate"],
+        "link_mbit": measured.rate,
         "ranks": setting.ranks,
-        "prompt": setting.seq_len,
-        "texts": setting.sequences,
-        "batch": batch,
+        "prompt": setting.prompt,
+        "texts": setting.texts,
+        "batch": setting.batch,
         "rounds": setting.rounds,
-        "rows": {name: row.to_json() for name, row in rows.items()},
+        "rows": to_json(rows),
     }
 
 
-def rows_from(setting: Setting, batch: int, result: dict[str, Any]) -> dict[str, InferenceRow]:
-    """Return the figures of each row, those with two batches in flight behind their own."""
-    times = times_of(result["times"])
-    tokens: dict[Shape, int] = {"prefill": setting.tokens, "decode": batch}
-    schedules = {(row_of(v), shape, v.transfers): v.schedule for shape, v in result["times"]}
+def rows_from(measured: MeasuredPasses) -> dict[str, Passes]:
+    """Return the figures of each row, those with two batches in flight behind their own: they have
+    no decode."""
+    setting, times = measured.setting, times_of(measured)
+    tokens: dict[Shape, int] = {"prefill": setting.texts * setting.prompt, "decode": setting.batch}
+    schedules = {(row_of(v), shape, v.transfers): v.schedule for shape, v in measured.seconds}
 
     def pass_of(row: str, shape: Shape) -> PassFigures:
         auto = auto_of(row, shape)
@@ -172,58 +179,46 @@ def rows_from(setting: Setting, batch: int, result: dict[str, Any]) -> dict[str,
 
     names = dict.fromkeys(row for row, _, _ in times)
     return {
-        row: InferenceRow(
-            {shape: pass_of(row, shape) for shape in SHAPES if (row, shape, "free") in times},
-            batches_of(row),
-        )
+        row: {shape: pass_of(row, shape) for shape in SHAPES if (row, shape, "free") in times}
         for row in names
     }
 
 
-def at_load(setting: Setting, batch: int, measured: dict[str, Any], load: str) -> dict[str, Any]:
+def at_load(measured: MeasuredPasses, balanced: MeasuredPasses, load: str) -> dict[str, Any]:
     """Return the report of a load: for each row and shape also the time of `auto` over its balanced
     one."""
-    even = rows_from(setting, batch, measured[BALANCED])
-    balanced_times = times_of(measured[BALANCED]["times"])
-    times = times_of(measured[load]["times"])
+    setting = measured.setting
+    even, even_times = rows_from(balanced), times_of(balanced)
+    times = times_of(measured)
 
     def beside_balanced(row: str, shape: Shape, figures: PassFigures) -> PassFigures:
         auto = auto_of(row, shape)
-        over = times[row, shape, auto] / balanced_times[row, shape, auto]
+        over = times[row, shape, auto] / even_times[row, shape, auto]
         return replace(
             figures,
             at_load=PassAtLoad(
                 over_balanced=median(over),
                 over_balanced_quartiles=quartiles(over),
-                balanced=even[row].passes[shape].speedup,
-                **imbalance_of(setting, batch, load, row, shape),
+                balanced=even[row][shape].speedup,
+                **imbalance_of(setting, load, row, shape),
             ),
         )
 
     rows = {
-        row: InferenceRow(
-            {
-                shape: beside_balanced(row, shape, figures)
-                for shape, figures in inference_row.passes.items()
-            },
-            inference_row.batches_in_flight,
-        )
-        for row, inference_row in rows_from(setting, batch, measured[load]).items()
+        row: {shape: beside_balanced(row, shape, figures) for shape, figures in passes.items()}
+        for row, passes in rows_from(measured).items()
     }
-    made = imbalance_of(setting, batch, load, "top2", "prefill")
-    report = report_of(setting, batch, measured[load], rows)
-    return {"load": {"name": load, **made}, **report}
+    made = imbalance_of(setting, load, "top2", "prefill")
+    return {"load": {"name": load, **made}, **report_of(measured, rows)}
 
 
-def imbalance_of(
-    setting: Setting, batch: int, load: str, row: str, shape: Shape
-) -> dict[str, float]:
+def imbalance_of(setting: InferenceSetting, load: str, row: str, shape: Shape) -> dict[str, float]:
     """Return how uneven a load makes the routing of a pass."""
     block = architecture_of(row).removeprefix("scmoe_")
-    sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
+    sizes = Sizes(EXPERTS, setting.pair.top_k_of(block), setting.ranks)
     if shape == "prefill":
-        return imbalance(load_of(load), sizes, setting.sequences, setting.seq_len)
-    return imbalance(load_of(load), sizes, 1, batch)
+        return imbalance(load_of(load), sizes, setting.texts, setting.prompt)
+    return imbalance(load_of(load), sizes, 1, setting.batch)
 
 
 def draw_loads(report: dict[str, Any], path: Path) -> None:
@@ -292,7 +287,7 @@ def table_of(report: dict[str, Any], shape: Shape) -> Report:
     title = f"{shape.capitalize()}, {words}, medians of {{rounds}} rounds:".format_map(report)
     gains = over_top2(passes)
     cells = {
-        name: {**figures.cells(), "over_top2": gains[name]} for name, figures in passes.items()
+        name: {**to_json(figures), "over_top2": gains[name]} for name, figures in passes.items()
     }
     return Report(title, cells, columns)
 

@@ -10,8 +10,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from experiments.bench.offload.offload import ARCHITECTURES, OffloadSetting, measure
-from experiments.bench.offload.offload_rows import RESIDENT, Offloading
+from experiments.bench.offload.cases import RESIDENT, Offloading
+from experiments.bench.offload.ways import measure
+from experiments.bench.other_settings import OFFLOADED, OffloadSetting
+from experiments.bench.row import from_json, to_json
 from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
 from experiments.engine.isolated import follow_caller
 from scmoe.charts import BLUE, PAPER, RED, SKY, chart, heading, title
@@ -31,7 +33,7 @@ def bench_offload(out: Path, setting: OffloadSetting) -> dict[str, Any]:
     require("figure 13", "matplotlib")
     report: dict[str, Offloading] = {}
     rates = None
-    for architecture in sorted(setting.architectures, key=ARCHITECTURES.index):
+    for architecture in sorted(setting.architectures, key=OFFLOADED.index):
         print(f"measuring {name_of(architecture)}", file=sys.stderr)
         ends = (partial(signal.raise_signal, signal.SIGKILL),)
         with ProcessPoolExecutor(1, get_context("spawn"), follow_caller, ends) as alone:
@@ -39,8 +41,7 @@ def bench_offload(out: Path, setting: OffloadSetting) -> dict[str, Any]:
         rates = report[architecture].rates
     equal_bits = all(case.equal_bits for measured in report.values() for case in measured.cases)
     summary = {"rows": rows_of(report), "equal_bits": equal_bits}
-    architectures = {name: measured.to_json() for name, measured in report.items()}
-    figure = {**summary, "setting": asdict(setting), "architectures": architectures}
+    figure = {**summary, "setting": asdict(setting), "architectures": to_json(report)}
     publish(figure, tables(figure), draw, out / "figure-13")
     print(f"equal bits: {equal_bits}", file=sys.stderr)
     return summary
@@ -52,7 +53,7 @@ def rows_of(report: Mapping[str, Offloading]) -> dict[str, Any]:
     return {
         architecture: {
             way: {
-                **asdict(figures),
+                **to_json(figures),
                 "peak_mb": measured.memory.peak_mb[way],
                 "tokens": measured.cases[0].tokens,
                 "rate_mb_s": measured.cases[0].rate_mb_s,
@@ -65,7 +66,7 @@ def rows_of(report: Mapping[str, Offloading]) -> dict[str, Any]:
 
 def read_architectures(figure: Mapping[str, Any]) -> dict[str, Offloading]:
     """Return the architectures of a report that was read from JSON."""
-    return {name: Offloading.from_json(each) for name, each in figure["architectures"].items()}
+    return {name: from_json(Offloading, each) for name, each in figure["architectures"].items()}
 
 
 def tables(figure: dict[str, Any]) -> list[Report]:
@@ -73,7 +74,7 @@ def tables(figure: dict[str, Any]) -> list[Report]:
     architectures = read_architectures(figure)
     memory = {name: asdict(measured.memory) for name, measured in architectures.items()}
     latencies = {
-        f"{name}, {case.tokens}, {case.rate_mb_s:,.0f}": case.to_json()
+        f"{name}, {case.tokens}, {case.rate_mb_s:,.0f}": to_json(case)
         for name, measured in architectures.items()
         for case in measured.cases
     }

@@ -22,20 +22,23 @@ each architecture also trains on the links with balanced routing. Losses mean no
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch.distributed as dist
 
-from experiments.bench.pairs import Setting, pair_of
+from experiments.bench.other_settings import TrainingSetting
 from experiments.bench.rank_bench import Bench
 from experiments.bench.rate_search import find_rate
+from experiments.bench.row import BESIDE, from_json, to_json
+from experiments.bench.setting import Setting, pair_of
 from experiments.bench.speed_chart import OVER_TOP2, line_colors
-from experiments.bench.training.training_turns import Training
+from experiments.bench.training.taking_turns import Training
 from experiments.bench.two_batches import over_best_top2
 from experiments.engine.ranks import run_ranks
 from scmoe.charts import chart, heading
@@ -61,7 +64,8 @@ ROWS_OF_TWO_BATCHES = {  # by request
     f"{row}_two": (*ARCHITECTURES[row][: 2 if row == "top2" else 1], "schedule.batches_in_flight=2")
     for row in ARCHITECTURES
 }
-NETWORKS = ("links", "free")
+LINKS, WITHOUT_RATE = "links", "links without a rate"
+NETWORKS = (LINKS, WITHOUT_RATE)
 EVEN = "balanced, links"  # with a load, the same on the links with balanced routing
 
 
@@ -70,102 +74,165 @@ def words_of(row: str) -> tuple[str, ...]:
     return (ARCHITECTURES | ROWS_OF_TWO_BATCHES)[row]
 
 
-def bench_train(
-    config: str,
-    overrides: Sequence[str],
-    share: float,
-    ranks: int,
-    rounds: int,
-    rows: Sequence[str],
-    routing: str | None,
-    out: Path,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class UnevenTraining:
+    """What a load costs a training. over_balanced: its step over that with balanced routing.
+    dropped: share of the copies. The others say how uneven the routing is (loads.imbalance)."""
+
+    over_balanced: float
+    dropped: float
+    max_over_mean_ranks: float
+    max_over_mean_experts: float
+    max_over_mean_tokens: float
+
+
+@dataclass(frozen=True)
+class TrainedRow:
+    """A training: medians over its turns on the links.
+
+    speedup: over the first row. compute_s: a step on links without a rate. exposed_s: what a step
+    on the links takes longer; its parts are not known with two batches in flight. val_losses:
+    seconds of training, and the loss. at_load: None where the routers choose.
+    """
+
+    tokens_per_s: float
+    speedup: float
+    quartiles: list[float]
+    step_s: float
+    compute_s: float
+    rows_over_gradients: float
+    val_loss: float
+    val_losses: list[list[float]]
+    exposed_s: float | None = None
+    exposed_rows_s: float | None = None
+    exposed_gradients_s: float | None = None
+    peak_mb: float | None = None
+    at_load: UnevenTraining | None = field(default=None, metadata=BESIDE)
+
+
+def bench_train(setting: TrainingSetting, overrides: Sequence[str], out: Path) -> dict[str, Any]:
     """Measure, print a table, and write chart and figures into `out`. Return the report.
 
-    share: of communication, of a sequential top-2 pair of the configuration's sizes. routing: a
-    load of the experts; None: routers choose. The caller has entered a network namespace
+    overrides: of the configuration. The caller has entered a network namespace
     (experiments/engine/links.py). ConfigError: the load cannot be dealt.
     """
     require("bench train", "matplotlib")
+    ranks = setting.ranks
     words = [*overrides, f"trainer.devices={ranks}", f"strategy.ep_size={ranks}"]
-    configs = {row: load(config, [*words, *words_of(row)]) for row in rows}
-    first = configs[rows[0]]
-    if first.trainer.limit_val_batches == 0:
+    configs = {row: load(setting.config, [*words, *words_of(row)]) for row in setting.rows}
+    first = configs[setting.rows[0]]
+    refuse_unequal(first)
+    pair = pair_of(first, setting.share, ranks, samples_of_rank(first) * first.data.seq_len)
+    imbalances = {}
+    if setting.load is not None:
+        imbalances = {row: made_by(setting.load, each, pair) for row, each in configs.items()}
+    ends = ends_of_turns(max_steps(first), setting.rounds)
+    measured = measure(setting, words, pair, ends)
+    rows = {}
+    for row, config in configs.items():
+        rows[row] = trained_row(config, measured, row, setting.rows[0])
+        if setting.load is not None:
+            rows[row] = replace(rows[row], at_load=measured.at_load(row, imbalances[row]))
+    report: dict[str, Any] = {
+        "setting": asdict(setting),
+        "config": setting.config,
+        "overrides": list(overrides),
+        "wanted_share": setting.share,
+        "link_mbit": measured.rate,
+        "ranks": ranks,
+        "rounds": setting.rounds,
+        "steps": ends[-1],
+        "rows": to_json(rows),
+    }
+    if setting.load is not None:
+        report["load"] = {"name": setting.load, **imbalances[setting.rows[0]]}
+    two = "two-batches-" if any(batches_of(row) == 2 for row in rows) else ""
+    loads = [] if setting.load is None else [setting.load]
+    name = f"train-{two}share-{setting.share:g}{kinds_of(loads)}"
+    publish(report, tables(report), draw, out / name)
+    return report
+
+
+def refuse_unequal(config: Config) -> None:
+    """Raise ConfigError for a configuration whose trainings cannot be compared."""
+    if config.trainer.limit_val_batches == 0:
         raise ConfigError(
             "trainer.limit_val_batches is 0, allowed: 1 or more, as losses are compared"
         )
-    if (early := first.trainer.early_stopping) is not None:
+    if (early := config.trainer.early_stopping) is not None:
         raise ConfigError(
             f"trainer.early_stopping is {early}, allowed: null, as all trainings take all steps"
         )
-    pair = pair_of(first, share, ranks, samples_of_rank(first) * first.data.seq_len)
-    uneven = (
-        {}
-        if routing is None
-        else {row: made_by(routing, each, pair, ranks) for row, each in configs.items()}
-    )
-    steps = max_steps(first)
+
+
+def ends_of_turns(steps: int, rounds: int) -> range:
+    """Return the numbers of steps after which the turns end: the first half of a training is its
+    first turn."""
     turn = steps // 2 // rounds
     if turn == 0:
         raise ConfigError(
             f"--rounds is {rounds}, allowed: 2 to {steps // 2}, half of trainer.max_steps"
         )
-    ends = range(steps - rounds * turn, steps + 1, turn)
-    networks = NETWORKS if routing is None else (*NETWORKS, EVEN)
+    return range(steps - rounds * turn, steps + 1, turn)
+
+
+class MeasuredTrainings(NamedTuple):
+    """What all turns have measured. rate: of the links, the median over rounds. times: step and
+    windows of each round in seconds, by row and network. results: what each training returned."""
+
+    rate: float
+    times: dict[tuple[str, str], Any]
+    results: dict[tuple[str, str], dict[str, Any]]
+
+    def at_load(self, row: str, imbalances: Mapping[str, float]) -> UnevenTraining:
+        """Return what the load costs a row. imbalances: how uneven it makes the row's routing."""
+        over = self.times[row, LINKS][0] / self.times[row, EVEN][0]
+        return UnevenTraining(median(over), self.results[row, LINKS]["dropped"], **imbalances)
+
+
+def measure(
+    setting: TrainingSetting, words: Sequence[str], pair: Setting, ends: range
+) -> MeasuredTrainings:
+    """Train all rows on all networks in turn. words: of the configuration. pair: on it the links'
+    rate is searched before each round."""
+    networks = NETWORKS if setting.load is None else (*NETWORKS, EVEN)
     rates: list[float] = []  # of each round, as the machine's speed drifts
 
     def one(row: str, network: str) -> list[float]:
-        if (row, network) == (rows[0], NETWORKS[0]):  # a round begins
-            rates.extend(
-                run_ranks(searched, ranks, pair, *rates[-1:], timeout_s=1800, own_links=True)[:1]
+        if (row, network) == (setting.rows[0], LINKS):  # a round begins
+            start = rates[-1:]
+            of_ranks = run_ranks(
+                searched, setting.ranks, pair, *start, timeout_s=1800, own_links=True
             )
-        return trainings[row, network].turn(None if network == "free" else rates[-1])
+            rates.extend(of_ranks[:1])
+        return trainings[row, network].turn(None if network == WITHOUT_RATE else rates[-1])
 
-    with ThreadPoolExecutor(len(rows) * len(networks)) as pool:
-        trainings = {
+    with ThreadPoolExecutor(len(setting.rows) * len(networks)) as pool:
+        trainings: dict[tuple[str, str], Training] = {
             (row, network): Training(
                 pool,
-                ranks,
-                config,
+                setting.ranks,
+                setting.config,
                 [*words, *words_of(row)],
-                BALANCED if network == EVEN else routing,
+                BALANCED if network == EVEN else setting.load,
                 ends,
             )
-            for row in rows
+            for row in setting.rows
             for network in networks
         }
         try:
             variants = {key: partial(one, *key) for key in trainings}
-            times = in_turn(variants, rounds, say=partial(print, file=sys.stderr))
+            times = in_turn(variants, setting.rounds, say=partial(print, file=sys.stderr))
             results = {name: training.finish() for name, training in trainings.items()}
         finally:
             for training in trainings.values():
                 training.stop()
-    report: dict[str, Any] = {
-        "config": config,
-        "overrides": list(overrides),
-        "wanted_share": share,
-        "link_mbit": median(rates[1:]),
-        "ranks": ranks,
-        "rounds": rounds,
-        "steps": steps,
-        "rows": {
-            row: row_of(configs[row], times, row, rows[0], results[row, "links"]) for row in rows
-        },
-    }
-    if routing is not None:
-        report["load"] = {"name": routing, **uneven[rows[0]]}
-        for row, figures in report["rows"].items():
-            over = median(times[row, "links"][0] / times[row, EVEN][0])
-            figures |= {
-                "over_balanced": over,
-                "dropped": results[row, "links"]["dropped"],
-                **uneven[row],
-            }
-    two = "two-batches-" if any(batches_of(row) == 2 for row in rows) else ""
-    name = f"train-{two}share-{share:g}{kinds_of([] if routing is None else [routing])}"
-    publish(report, tables(report), draw, out / name)
-    return report
+    return MeasuredTrainings(median(rates[1:]), times, results)
+
+
+def trained_rows(report: Mapping[str, Any]) -> dict[str, TrainedRow]:
+    """Return the rows of a report."""
+    return {name: from_json(TrainedRow, row) for name, row in report["rows"].items()}
 
 
 def tables(report: dict[str, Any]) -> list[Report]:
@@ -184,26 +251,26 @@ def tables(report: dict[str, Any]) -> list[Report]:
         "rows/gradients": "{rows_over_gradients:.2f}",
         "validation loss": "{val_loss:.3f}",
     }
-    rows = report["rows"].values()
-    if any("exposed_rows_s" not in row for row in rows):
+    rows = trained_rows(report)
+    if any(row.exposed_rows_s is None for row in rows.values()):
         columns["exposed"] = "{exposed_s:.3f} s"
-    if any("peak_mb" in row for row in rows):
+    if any(row.peak_mb is not None for row in rows.values()):
         columns["peak, MiB"] = "{peak_mb:.1f}"
     if "load" in report:
         title = f"{report['load']['name']}, {title}"
         columns["busiest rank"] = "{max_over_mean_ranks:.2f}"
         columns |= {"over balanced": "{over_balanced:.2f}", "dropped": "{dropped:.1%}"}
         del columns["validation loss"]
-    cells = {name: dict(row) for name, row in report["rows"].items()}
+    cells = to_json(rows)
     if "top2" in cells:
         columns[OVER_TOP2] = "{over_top2:.2f}"
-        gains = over_best_top2({name: row["speedup"] for name, row in cells.items()})
+        gains = over_best_top2({name: row.speedup for name, row in rows.items()})
         for name, row in cells.items():
             row["over_top2"] = gains[name]
     return [Report(title.format_map(report), cells, columns)]
 
 
-def made_by(routing: str, config: Config, pair: Setting, ranks: int) -> dict[str, float]:
+def made_by(routing: str, config: Config, pair: Setting) -> dict[str, float]:
     """Return how uneven a load makes a configuration's routing. Raises ConfigError where it cannot
     be dealt."""
     if load_of(routing).kind == "ragged":
@@ -211,38 +278,36 @@ def made_by(routing: str, config: Config, pair: Setting, ranks: int) -> dict[str
             f"--load is {routing}, but all ranks of a training have equally many tokens. Give"
             " another kind of load."
         )
-    sizes = Sizes(config.moe.num_experts, config.moe.top_k, ranks)
+    sizes = Sizes(config.moe.num_experts, config.moe.top_k, pair.ranks)
     check_load(load_of(routing), sizes, pair.sequences)
     return imbalance(load_of(routing), sizes, pair.sequences, pair.seq_len)
 
 
-def row_of(
-    config: Config, times: dict[tuple[str, str], Any], row: str, first: str, trained: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the figures of a row. trained: what its training on the links has returned."""
+def trained_row(config: Config, measured: MeasuredTrainings, row: str, first: str) -> TrainedRow:
+    """Return the figures of a row. first: the row that it is compared with."""
+    times, trained = measured.times, measured.results[row, LINKS]
     curve: list[tuple[float, float]] = trained["curve"]  # tokens, validation loss
-    (step, windows), (free, free_windows) = (times[row, network] for network in NETWORKS)
-    rows, speedups = windows - free_windows, times[first, "links"][0] / step
+    step, windows = times[row, LINKS]
+    step_without, windows_without = times[row, WITHOUT_RATE]
+    rows, speedups = windows - windows_without, times[first, LINKS][0] / step
     tokens = config.data.global_batch_size * config.data.seq_len
     step_s = median(step)
-    exposed = {"exposed_s": median(step - free)}
-    if not np.isnan(rows).any():  # with two batches in flight windows overlap each other
-        exposed["exposed_rows_s"] = median(rows)
-        exposed["exposed_gradients_s"] = median(step - free - rows)
-    return {
-        "tokens_per_s": tokens / step_s,
-        "speedup": median(speedups),
-        "quartiles": quartiles(speedups),
-        "step_s": step_s,
-        "compute_s": median(free),
-        **exposed,
-        "rows_over_gradients": estimate(config)["rows_over_gradients"],
-        "peak_mb": trained["peak_mb"],
-        "val_loss": curve[-1][1],
-        "val_losses": [
-            [seen / tokens * step_s, loss] for seen, loss in curve
-        ],  # seconds of training
-    }
+    figures = TrainedRow(
+        tokens_per_s=tokens / step_s,
+        speedup=median(speedups),
+        quartiles=quartiles(speedups),
+        step_s=step_s,
+        compute_s=median(step_without),
+        exposed_s=median(step - step_without),
+        rows_over_gradients=estimate(config)["rows_over_gradients"],
+        peak_mb=trained["peak_mb"],
+        val_loss=curve[-1][1],
+        val_losses=[[seen / tokens * step_s, loss] for seen, loss in curve],
+    )
+    if np.isnan(rows).any():  # with two batches in flight windows overlap each other
+        return figures
+    gradients = median(step - step_without - rows)
+    return replace(figures, exposed_rows_s=median(rows), exposed_gradients_s=gradients)
 
 
 def searched(rank: int, world_size: int, pair: Setting, start: float | None = None) -> float:
@@ -257,15 +322,15 @@ def draw(report: dict[str, Any], path: Path) -> None:
     with chart(path, 3.4 + 0.2 * len(report["rows"])) as figure:
         axis = figure.subplots()
         colors = line_colors(report["rows"])
-        for row, figures in report["rows"].items():
-            seconds, losses = np.asarray(figures["val_losses"]).T
+        for row, figures in trained_rows(report).items():
+            seconds, losses = np.asarray(figures.val_losses).T
             axis.plot(
                 seconds,
                 losses,
                 marker="o",
                 linestyle="--" if batches_of(row) == 2 else "-",
                 color=colors[row],
-                label=f"{name_of(row)}{way_of_row(row)}: {figures['tokens_per_s']:.0f} tokens/s",
+                label=f"{name_of(row)}{way_of_row(row)}: {figures.tokens_per_s:.0f} tokens/s",
             )
         axis.set(
             xlabel="seconds of training, without validation and checkpoints",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.bench.gpu import gpu, gpu_steps
+from experiments.bench.gpu import check, steps
 from experiments.bench.layer import compare
 from experiments.engine.isolated import Place
 from experiments.engine.profiles import device_work, host_waits, operator_ms, within
@@ -17,14 +17,14 @@ from scmoe.schedule.cost import Span
 
 
 def test_all_clocks_together_leave_half_a_minute_of_nine():
-    assert sum(part.clock_s for part in gpu.PARTS.values()) <= 9 * 60 - 30
+    assert sum(part.clock_s for part in check.PARTS.values()) <= 9 * 60 - 30
 
 
 @pytest.mark.parametrize("tiny", [False, True])
 def test_models_train_on_one_device_in_bfloat16(tiny):
     place = Place("cpu", tiny, Path())
-    small = gpu_steps.config_of(place, gpu_steps.GPT2, "data.name=synthetic")
-    quick = gpu_steps.config_of(place, "quickstart.yaml", "data.name=text", "data.path=docs")
+    small = steps.config_of(place, steps.GPT2, "data.name=synthetic")
+    quick = steps.config_of(place, "quickstart.yaml", "data.name=text", "data.path=docs")
     for config in (small, quick):
         assert (config.trainer.precision, config.trainer.devices, config.strategy.ep_size) == (
             "bf16-mixed",
@@ -101,20 +101,20 @@ def test_beside_is_the_share_of_transfers_in_which_an_operator_computes():
         Span("experts", 4, 6),
         Span("combine", 6, 10),
     ]
-    assert gpu_steps.beside(spans) == 2 / 8
+    assert steps.beside(spans) == 2 / 8
 
 
 def test_without_matplotlib_the_missing_picture_is_said(monkeypatch):
-    monkeypatch.setattr(gpu_steps, "find_spec", lambda name: None)
-    said = gpu_steps.drawn(lambda *_: pytest.fail("drawn"), {}, Path("a.png"))
+    monkeypatch.setattr(steps, "find_spec", lambda name: None)
+    said = steps.drawn(lambda *_: pytest.fail("drawn"), {}, Path("a.png"))
     assert said == "not drawn: matplotlib is missing"
 
 
 def test_the_largest_files_go_until_the_limits_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "TOTAL_MB", 5.001)
+    monkeypatch.setattr(check, "TOTAL_MB", 5.001)
     for i, size in enumerate((10, 20, 30, 400, 500, 600, 700, 2000)):
         (tmp_path / f"{i}.png").write_bytes(bytes(size))
-    removed = gpu.trim(tmp_path)
+    removed = check.trim(tmp_path)
     assert [line.split(",")[0] for line in removed] == ["7.png", "6.png", "5.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "0.png",

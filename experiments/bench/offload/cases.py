@@ -1,8 +1,7 @@
-"""What `figure 13` measures of each architecture, as it is computed and as JSON has it."""
+"""What `figure 13` measures of each architecture."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 RESIDENT = "resident"  # the way without offloading
 
@@ -42,16 +41,6 @@ class Case:
     active: float | None = None
     blocking_costs: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return what a report has of the case. Figures that were not measured are left out."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Case":
-        """Return the case of a report."""
-        ways = {name: Way(**figures) for name, figures in content["ways"].items()}
-        return cls(**{**content, "ways": ways})
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -68,14 +57,3 @@ class Offloading:
     cases: tuple[Case, ...]
     memory: Memory
     rates: tuple[float, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return what a report has of the architecture."""
-        cases = [case.to_json() for case in self.cases]
-        return {"cases": cases, "memory": asdict(self.memory), "rates": self.rates}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> "Offloading":
-        """Return the architecture of a report."""
-        cases = tuple(map(Case.from_json, content["cases"]))
-        return cls(cases, Memory(**content["memory"]), tuple(content["rates"]))

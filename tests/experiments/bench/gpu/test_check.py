@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from experiments.bench.gpu.gpu import PARTS, write_report
+from experiments.bench.gpu.check import PARTS, write_report
 from experiments.engine.isolated import Part, Place, run_parts
 from scmoe.command_line import call
 from scmoe.parallel.checkpoint.durable import start_of
