@@ -139,7 +139,7 @@ class TrainerConfig:
     )
     max_step_s: float = option(
         600.0,
-        "limit of a step's estimated seconds, above which no run starts; docs/faults.md",
+        "limit of a step's estimated seconds, above which no run starts; docs/troubleshooting.md",
         ABOVE_0,
     )
     early_stopping: int | None = option(
@@ -205,7 +205,7 @@ class OffloadConfig:
     way: Literal["resident", "blocking", "determinate", "speculative"] = option(
         "resident",
         "experts while text is generated: on the device (resident), or fetched from a file;"
-        " docs/offload.md",
+        " docs/inference.md",
     )
     slots: int | None = option(
         None,

@@ -138,7 +138,7 @@ class MoEConfig:
         Range(1, 1e6),
     )
     router: str = option(
-        "softmax", "scores, weights, selection bias; docs/routers.md", names=ROUTERS.names
+        "softmax", "scores, weights, selection bias; docs/routing.md", names=ROUTERS.names
     )
     router_scale: float = option(
         1.0, "factor of the routed experts' weights (gamma), times the router's own", ABOVE_0

@@ -17,10 +17,8 @@ from scmoe.config.load import load
 
 ROOT = Path(__file__).parents[2]
 BATCH_FILE = ROOT / "experiments/train.sbatch"
-PAGES = [
-    (ROOT / f"docs/{name}.md").read_text() for name in ("clusters", "how-to/gpus", "how-to/slurm")
-]
-BLOCKS = [block for page in PAGES for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)]
+PAGE = (ROOT / "docs/ranks.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = list(dict.fromkeys(line for block in BLOCKS for line in block.splitlines()))
 TORCHRUN = [line for line in COMMANDS if "torchrun" in line and "-m scmoe train" in line]
 

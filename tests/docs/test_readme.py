@@ -32,38 +32,13 @@ from tests.support.forked import python
 from tests.support.pages import GUIDES, ROOT, blocks, commands
 
 NAMES = (
-    *(
-        "runs",
-        "inference",
-        "offload",
-        "hugging-face",
-        "configuration",
-        "studies",
-        "strategy",
-        "tests",
-        "would-it-pay",
-    ),
-    *(
-        "quickstart",
-        "how-to/data",
-        "how-to/evaluate",
-        "how-to/export",
-        "how-to/model",
-        "how-to/report",
-        "how-to/resume",
-    ),
-    *("how-to/sweep", "how-to/longcat", "extending"),
+    *("quickstart", "configuration", "data", "runs", "inference", "hugging-face", "sweep"),
+    *("strategy", "extending", "tests", "would-it-pay"),
 )
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
-NOT_RUN = {
-    f"docs/{name}.md": "needs eight GPUs; tests/docs/test_launch_files.py"
-    for name in ("clusters", "how-to/gpus", "how-to/slurm")
-} | {"docs/how-to/python.md": "resumes a run; tests/training/run/test_train.py"}
-
-
-SMALL = [
-    line for line in commands("docs/clusters.md") if "configs/debug.yaml" in line
-]  # two processes, seconds
+NOT_RUN = {"docs/ranks.md": "needs eight GPUs; tests/docs/test_launch_files.py"}
+HERE = ("configs/debug.yaml", "make estimate", "make dryrun")  # what two CPU cores can run of it
+SMALL = [line for line in commands("docs/ranks.md") if any(words in line for words in HERE)]
 COMMANDS = list(dict.fromkeys([line for page in PAGES for line in commands(page)] + SMALL))
 RESULTS = "\n".join(page.read_text() for page in sorted((ROOT / "docs/results").rglob("*.md")))
 MEASURING = sorted(set(re.findall(r"^`(make [^`]+)`", RESULTS, re.MULTILINE)))  # they take hours
@@ -98,7 +73,6 @@ SHORT = {
         for name in ("longcat", "instella")
     },
     "make evaluate": ["make", "evaluate", "ARGS=--stride 256 --text docs/concepts.md"],
-    "make params": ["make", "params", "ARGS=gpt2_moe_small_tiny"],
     COUNTED: shlex.split(COUNTED.removesuffix('"') + ' model.layers=2"'),
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': [
         *(
@@ -130,7 +104,10 @@ SAYS = {
     ),
     'make train ARGS="init_from=scmoe:exported/model.safetensors name=further"': "runs/further/",
 }
-SLOW = ("make figure13", "make sweep CONFIG=configs/sweep/smoke.yaml", *SMALL)
+SLOW = (
+    *("make figure13", "make sweep CONFIG=configs/sweep/smoke.yaml"),
+    *(line for line in SMALL if "torchrun" in line),
+)
 KINDS = {
     command.removeprefix("make ").split()[0]: command for command in reversed(COMMANDS)
 }  # the first of each kind
@@ -192,7 +169,7 @@ def test_every_page_with_commands_is_run_or_says_why_not():
     assert {page for page in pages if blocks(page, "bash")} == {
         page for page in PAGES if commands(page)
     } | set(NOT_RUN)
-    assert SMALL, "docs/clusters.md has a command that two CPU cores can run"
+    assert SMALL, "docs/ranks.md has a command that two CPU cores can run"
 
 
 def of_make(command: list[str], folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Faults 13 and 14 of docs/faults.md stop a run: every rank ends soon and says why.
+"""Faults 13 and 14 of docs/troubleshooting.md stop a run: every rank ends soon and says why.
 
 Some tests run their ranks with run_ranks, others run the train command: if a rank is killed or
 stopped, run_ranks would end the others itself.

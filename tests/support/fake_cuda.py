@@ -1,5 +1,5 @@
 """This module builds the shim of fake_cuda.cpp and starts a process that has loaded it
-(docs/fake-cuda.md).
+(docs/tests.md).
 
 The shim must be loaded before torch, so this module does not import torch at its top, and no test
 process loads it.

@@ -11,7 +11,6 @@ ROOT = Path(__file__).parents[2]
 GUIDES = [  # what a user copies from; results and decisions are records
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
     *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "docs/how-to").glob("*.md")),
 ]
 SHELL = (
     "bash",

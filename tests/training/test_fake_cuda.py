@@ -1,6 +1,6 @@
 """With fixed capacity a whole training step stays on its device: no tensor is elsewhere, no dtypes
 are mixed, and the host waits once, for the guard. The steps run on fake tensors of `cuda`, without
-a GPU (docs/fake-cuda.md).
+a GPU (docs/tests.md).
 """
 
 import pytest

@@ -2,7 +2,7 @@
 
     host      a thread reads from the store's file into a slot in memory
     CUDA      a separate stream copies from pinned host memory into a slot on the device; it has not
-              run yet, see docs/offload.md
+              run yet, see docs/inference.md
 
 All MoE layers share the slots: an expert of a layer is needed once for each token, so the slots
 serve one layer after the other, and the smallest cache holds the experts that one token needs in

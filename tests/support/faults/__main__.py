@@ -9,7 +9,7 @@ Dense = Literal["replicated", "sharded"]
 main = App(
     name="faults",
     help=(
-        "Break checkpoints on purpose, count what survives (faults 1-10 of docs/faults.md)."
+        "Break checkpoints on purpose, count what survives (faults 1-10 of docs/troubleshooting.md)."
         " Standard output is JSON."
     ),
 )

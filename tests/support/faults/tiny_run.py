@@ -1,5 +1,5 @@
 """A tiny run in real processes, and saves whose content shows their step (faults 1-10 of
-docs/faults.md)."""
+docs/troubleshooting.md)."""
 
 import logging
 import warnings
