@@ -2,13 +2,13 @@
 from stored reports and results.
 
 A measuring command with `--out docs/figures` writes its report, NAME.json, and NAME.png. `table
---to docs/results` writes NAME/results.json. docs/results/NAME.json has the table of a measurement
-without a report. This file draws a picture for each report and for each table, and the pictures of
-assumed operator times, which need no measurement.
+--to docs/results` writes NAME/results.json. conditions.json has the results that have a page, and
+says what a report does not: title, command, date, machine, a short reading, and which of its
+numbers the overview shows (`results`, texts that `str.format` fills in). This file draws a picture
+for each of them, and the pictures of assumed operator times, which need no measurement.
 
-conditions.json says what a report does not: title, command, date, machine, a short reading, and
-which of its numbers the overview shows (`results`, texts that `str.format` fills in). A NAME.json
-of docs/results says so itself. `commit`: the last one that has the command, which has been removed.
+docs/results/archive.md is written by hand: a row for each page that was taken out. Other reports in
+docs/figures are read by `scmoe simulate testbed`.
 """
 
 import json
@@ -16,7 +16,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,6 @@ from experiments.figures.measured import (
     PAGES,
     PCIE_OVER,
     Scenario,
-    draw_measured,
     draw_shares,
     draw_speeds,
     module_share,
@@ -52,7 +50,6 @@ GENERATED = re.compile(
     r"(?<=<!-- make figures writes this part -->\n).*(?=<!-- end of this part -->)", re.DOTALL
 )
 HEADLINE = "overlap-real-iteration-2-ranks-share-0.52-layers-8"  # the report that README shows
-CONDITIONS_OF_SPEEDS = ("level", "compute", "ranks", "tokens", "wanted_share")
 FIGURE_8 = PAGES / "figure-8"  # what `make figure8` has measured
 BENCHES: dict[
     str, Any
@@ -64,11 +61,9 @@ BENCHES: dict[
     "train-": slow_network,
     "figure-13": figure_13,
 }
-RECORDS = ("growth", "routing")  # pictures that no code draws any more: their benches are removed
+RECORDS = ("routing",)  # pictures that no code draws any more: their benches are removed
 SCREENSHOTS = ("report",)  # of pages in a browser, which no code draws
-DRAW = {start: bench.draw for start, bench in BENCHES.items()} | dict.fromkeys(
-    ("figure-9", "figure-10"), draw_measured
-)
+DRAW = {start: bench.draw for start, bench in BENCHES.items()}
 
 
 def pictures() -> dict[str, Callable[[Path], None]]:
@@ -77,15 +72,14 @@ def pictures() -> dict[str, Callable[[Path], None]]:
     drawings: dict[str, Callable[[Path], None]] = {
         draw.__name__: draw for draw in (*EXPLAINED.values(), *CONCEPTS)
     }
-    reports = {path.stem: path for path in sorted(PAGES.glob("*.json"))}
-    for name, path in reports.items():
-        kind = next((start for start in DRAW if name.startswith(start)), None)
-        if kind is None:
-            raise ConfigError(
-                f"{path} is no report that is drawn, allowed: names that begin with"
-                f" {' | '.join(DRAW)}"
-            )
-        drawings[name] = partial(DRAW[kind], read(path))
+    for name in read(CONDITIONS):
+        if (report := PAGES / f"{name}.json").exists():
+            drawings[name] = partial(draw_of(name), read(report))
+        elif (table := RESULTS / name / "results.json").exists():
+            results = read(table)
+            drawings[name] = partial(draw_differences, results)
+            if len(results["equal_time"]) > 1:
+                drawings[f"{name}-equal-time"] = partial(draw_equal_time, results)
     if any(FIGURE_8.glob("*.json")):
         scenarios = read_reports([FIGURE_8])
         drawings |= {
@@ -94,14 +88,15 @@ def pictures() -> dict[str, Callable[[Path], None]]:
         }
     halves = two_batches.read_reports(PAGES, HEADLINE)
     drawings[two_batches.NAME] = partial(two_batches.draw, halves)
-    for path in sorted(RESULTS.glob("*/results.json")):
-        if "_lr-" in path.parent.name:  # a search for learning rates has no picture
-            continue
-        results = read(path)
-        drawings[path.parent.name] = partial(draw_differences, results)
-        if len(results["equal_time"]) > 1:
-            drawings[f"{path.parent.name}-equal-time"] = partial(draw_equal_time, results)
     return drawings
+
+
+def draw_of(name: str) -> Callable[[Any, Path], None]:
+    """Return what draws a report of this name. Raises ConfigError."""
+    kind = next((start for start in DRAW if name.startswith(start)), None)
+    if kind is None:
+        raise ConfigError(f"{name} is no report that is drawn, allowed: {' | '.join(DRAW)}...")
+    return DRAW[kind]
 
 
 def write_pages(out: Path | None) -> list[Path]:
@@ -133,7 +128,8 @@ def pages() -> dict[Path, str]:
     README."""
     every = experiments()
     texts = {each.page: text_of(each) for each in every}
-    texts[OVERVIEW] = with_part(OVERVIEW, overview(every))
+    answers = readme.short_answers(PAGES, RESULTS, HEADLINE)
+    texts[OVERVIEW] = with_part(OVERVIEW, answers + overview(every))
     texts[README] = with_part(README, readme.answers(PAGES, RESULTS, HEADLINE))
     return texts
 
@@ -150,35 +146,21 @@ def with_part(path: Path, part: str) -> str:
 
 
 def experiments() -> list[Experiment]:
-    measured = [
-        Experiment(name, *page_and_data(name, said)) for name, said in read(CONDITIONS).items()
-    ]
-    others = {path: read(path) for path in sorted(RESULTS.glob("*.json")) if path != CONDITIONS}
-    return measured + [
-        Experiment(path.stem, path.with_suffix(".md"), said, said) for path, said in others.items()
-    ]
+    return [Experiment(name, *page_and_data(name, said)) for name, said in read(CONDITIONS).items()]
 
 
 def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     """Return the file of an experiment's page, what is said of it, and its data with the paper's
     values."""
-    results = RESULTS / name / "results.json"
+    results, page = RESULTS / name / "results.json", RESULTS / f"{name}.md"
     if results.exists():
         return results.with_name("table.md"), *of_a_table(said, read(results))
-    page, path = RESULTS / f"{name}.md", RESULTS / f"{name}.json"
     if name == FIGURE_8.name:
-        return (
-            page,
-            said,
-            {"scenarios": [scenario_row(*each) for each in read_reports([FIGURE_8]).items()]},
-        )
+        scenarios = [scenario_row(*each) for each in read_reports([FIGURE_8]).items()]
+        return page, said, {"scenarios": scenarios}
     if name == two_batches.NAME:
         return page, said, {"reports": two_batches.read_reports(PAGES, HEADLINE)}
-    data = read(path if path.exists() else PAGES / f"{name}.json")
-    if isinstance(data, list):
-        return page, said, {"rows": data}
-    if "table" in data:
-        return page, *of_a_table(said, data)
+    data = read(PAGES / f"{name}.json")
     if name == "figure-13":
         data["paper"] = figure_13.PAPERS
     elif "wanted_share" in data and (printed := speed_chart.paper_of(data)):
@@ -206,51 +188,20 @@ def text_of(each: Experiment) -> str:
         title, rest = markdown(each.data).split("\n\n", 1)
         parts = [title, said["reading"], *shown, rest]
     else:
-        command = f"{command_of(said)}, " if "command" in said else ""
         origin = (
-            f"{command}{said['date']}, {said['machine']}{said.get('note', '')}."
+            f"`{said['command']}`, {said['date']}, {said['machine']}{said.get('note', '')}."
             f" [Method]({up[3:]}method.md)."
         )
         tables = [table.markdown() for table in tables_of(each.name, each.data)]
-        parts = [f"# {said['title']}", origin, said["reading"], *rival_of(each.data), *tables]
-        parts += shown
+        parts = [f"# {said['title']}", origin, said["reading"], *tables, *shown]
     return "\n\n".join(part.strip() for part in parts) + "\n"
-
-
-def rival_of(data: Mapping[str, Any]) -> list[str]:
-    """Return what top-2 gains with two batches in flight, where a report lacks that row, its
-    strongest rival, and another report has measured it under the same conditions."""
-    rows = data.get("rows", {})
-    if "top2" not in rows or "top2_two" in rows:
-        return []
-    sentences = []
-    for report in two_batches.read_reports(PAGES, HEADLINE):
-        if all(report[key] == data.get(key) for key in CONDITIONS_OF_SPEEDS):
-            top2 = rows_of(report)["top2_two"]
-            sentences.append(
-                "Of top-2 only one batch in flight was measured here. With two it gains without"
-                f" another model: {top2.train_speedup:.2f} in training and"
-                f" {top2.forward_speedup:.2f} in inference, in {report['layers']} blocks at a share"
-                f" of {report['comm_share']:.2f} ([by share and tokens]({two_batches.NAME}.md))."
-            )
-    return sentences
-
-
-def command_of(said: Mapping[str, Any]) -> str:
-    """Return the command of a result as Markdown, and the commit that has it if it was removed."""
-    commit = f" (commit {said['commit']})" if "commit" in said else ""
-    return f"`{said['command']}`{commit}"
 
 
 def overview(experiments: Sequence[Experiment]) -> str:
     """Return a table for each group of experiments, with a row for each result, and links to the
     others' pages."""
-    columns = {name: f"{{{name}}}" for name in ("ours", "limit", "paper")}
-    columns |= {
-        "command": "{shown_command}",
-        "date, machine": "{date}, {machine}",
-        "page": "[numbers]({link})",
-    }
+    columns = {name: f"{{{name}}}" for name in ("ours", "limit", "paper", "date")}
+    columns["page"] = "[numbers]({link})"
     parts = []
     for group in dict.fromkeys(each.said["group"] for each in experiments):
         rows, others = {}, []
@@ -258,8 +209,7 @@ def overview(experiments: Sequence[Experiment]) -> str:
             link = each.page.relative_to(RESULTS)
             for what, numbers in each.said["results"].items():
                 filled = {column: text.format_map(each.data) for column, text in numbers.items()}
-                shown = {"shown_command": command_of(each.said), "link": link}
-                rows[what] = {**each.said, **filled, **shown}
+                rows[what] = {**each.said, **filled, "link": link}
             if not each.said["results"]:
                 others.append(f"[{each.said['title']}]({link})")
         parts += [f"## {group}", Report("", rows, columns, "what").markdown()]
@@ -285,8 +235,6 @@ def scenario_row(scenario: Scenario, report: dict[str, Any]) -> dict[str, Any]:
 
 def tables_of(name: str, data: dict[str, Any]) -> list[Report]:
     """Return the tables of an experiment's page."""
-    if "tables" in data:
-        return [Report(**table) for table in data["tables"]]
     make = next((make for start, make in TABLES.items() if name.startswith(start)), None)
     return make(data) if make else []
 
@@ -310,20 +258,6 @@ def tables_of_halves(data: dict[str, Any]) -> list[Report]:
     return two_batches.tables(data["reports"])
 
 
-def preset_tables(data: dict[str, Any]) -> list[Report]:
-    rows = dict[str, dict[str, Any]]()
-    for case in data["rows"]:
-        if not case["preset"].endswith("_tiny"):
-            cells = rows.setdefault(f"{case['preset']}, {case['dense']}", {})
-            cells[f"{case['precision']}, {case['recompute']}"] = case
-    columns = {}
-    for precision, recompute in product(("32-true", "bf16-mixed"), (False, True)):
-        columns[precision + (", recompute" if recompute else "")] = (
-            f"{{{precision}, {recompute}[peak_gib]:.3g}}"
-        )
-    return [Report("Peak of rank 0, GiB:", rows, columns, "preset, dense weights")]
-
-
 def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -332,5 +266,4 @@ TABLES = {  # by the first words of an experiment's name
     **{start: bench.tables for start, bench in BENCHES.items()},
     "figure-8": scenario_tables,
     two_batches.NAME: tables_of_halves,
-    "dryrun": preset_tables,
 }

@@ -1,14 +1,16 @@
-"""README's answers to "Does it pay?", with every figure read from a report.
+"""README's answers to "Does it pay?", and the five lines on top of docs/results, with every figure
+read from a report.
 
 `make figures` writes them again after a measurement. Whether their words still hold, such as "not
 shown", is for a test to say: tests/docs/test_docs_figures.py.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from docs.build import two_batches
 from experiments.bench.row import rows_of
 from experiments.tables.seed_statistics import compare
 
@@ -52,6 +54,70 @@ significant (p {own_p:.2f}; {seeds} seeds of [a small twin of Table 3]\
 (docs/results/{table}/table.md)).
 
 """
+
+
+SHORT = """
+1. **Over the best rival: little, or nothing.** Training of {layers} blocks at a share of \
+{comm_share:.2f}: Pos-2 {same_pos2}, Pos-3 {same_pos3} over the best schedule of top-2; \
+{other_pos2}, {other_pos3} over the best row without a shortcut, a shared expert with two batches \
+in flight ([numbers]({headline}.md)).
+2. **By share and by tokens.** Training of Pos-2 with one batch over the best row without a \
+shortcut: {by_share}; {by_tokens} ([all numbers](two-batches.md)).
+3. **Quality: no gain of the shortcut is shown.** Pos-2's loss minus top-2's at equal tokens: \
+{equal}; within {margin} nats (TOST, p {equal_p:.3f}). Minus a shared expert's at equal time: \
+{own}, p {own_p:.2f} ({seeds} seeds of [a small twin]({table}/table.md)).
+4. **Where it loses.** With {rows_over_gradients:.1f} bytes of rows for a byte of gradients, Pos-2 \
+trains at {few_tokens} of top-2's speed ([numbers]({few_tokens_page}.md)). So it does with few \
+tokens a rank, and against a shared expert with two batches at a large share: line 2.
+5. **Not measured:** any GPU, NCCL, two machines, any table at the paper's size. \
+[Not run yet](#not-run-yet).
+
+Speeds are medians with quartiles of one run, losses means with intervals of 95 %.
+"""
+
+
+def short_answers(figures: Path, results: Path, headline: str) -> str:
+    """Return the five lines on top of the overview of results."""
+    report = read(figures / f"{headline}.json")
+    few_tokens = rows_of(read(figures / f"{FEW_TOKENS}.json"))["scmoe_pos2"]
+    table = read(results / TABLE_3 / "results.json")
+    equal_tokens, equal_time = losses_of(table, "equal_tokens"), losses_of(table, SHARE)
+    said = facts(figures, results, headline)
+    said |= {
+        "same_pos2": gain_of(report, "scmoe_pos2", "over_best_without_another_model"),
+        "same_pos3": gain_of(report, "scmoe_pos3", "over_best_without_another_model"),
+        "other_pos2": gain_of(report, "scmoe_pos2", "over_best_without_shortcut"),
+        "other_pos3": gain_of(report, "scmoe_pos3", "over_best_without_shortcut"),
+        "equal": with_interval(compare(equal_tokens[POS2], equal_tokens[TOP2])),
+        "own": with_interval(compare(equal_time[POS2], equal_time[SHARED])),
+        "few_tokens": with_quartiles(few_tokens.train_speedup, few_tokens.train_quartiles),
+    }
+    by_share, by_tokens = two_batches.groups_of(two_batches.read_reports(figures, headline))
+    for name, group, unit in (
+        ("by_share", by_share, "at a share of {comm_share:.2f}"),
+        ("by_tokens", by_tokens, "with {tokens:,} tokens a rank"),
+    ):
+        ends = group.reports[0], group.reports[-1]
+        said[name] = " and ".join(
+            f"{gain_of(end, 'scmoe_pos2', 'over_best_without_shortcut')} {unit.format_map(end)}"
+            for end in ends
+        )
+    return SHORT.format_map(said)
+
+
+def gain_of(report: Mapping[str, Any], row: str, over: str) -> str:
+    """Return what a row gains over others in training."""
+    gain = report["rows"][row][over]["train"]
+    return with_quartiles(gain["median"], gain["quartiles"])
+
+
+def with_quartiles(median: float, quartiles: Sequence[float]) -> str:
+    return f"{median:.2f} [{quartiles[0]:.2f}, {quartiles[1]:.2f}]"
+
+
+def with_interval(difference: Mapping[str, Any]) -> str:
+    mean, low, high = (difference[key] for key in ("mean", "low", "high"))
+    return f"{mean:+.3f} nats [{low:+.3f}, {high:+.3f}]"
 
 
 def answers(figures: Path, results: Path, headline: str) -> str:

@@ -1,4 +1,4 @@
-"""Measure the reports that pictures and pages of the docs are drawn from: `make reports`.
+"""Measure the reports that pages of the docs and `scmoe simulate testbed` read: `make reports`.
 
 A report that docs/figures holds is skipped: remove it to measure it again. Minutes are those of an
 idle machine with 2 cores, estimated from the iterations that the report counts.
@@ -15,7 +15,6 @@ FOLDER = Path("docs/figures")
 ITERATION_ROWS = "--rows top2 shared_expert scmoe_pos2 scmoe_pos3"
 RIVALS_OF_POS2 = "--rows top2 top2_two shared_expert shared_expert_two scmoe_pos2 scmoe_pos2_two"
 RIVALS = f"{RIVALS_OF_POS2} scmoe_pos3"
-EVERY_BLOCK_ROWS = "--rows top2 shared_expert scmoe_pos1 scmoe_pos2 farskip"
 UNEVEN_ROWS = "--rows top2 shared_expert scmoe_pos2_pipelined scmoe_pos3"
 PAIR = "overlap --share 0.52"
 REAL_ITERATION = f"{PAIR} --compute real --level iteration {ITERATION_ROWS}"
@@ -76,11 +75,6 @@ REPORTS = (
     ),
     Report("overlap-emulated-block-2-ranks-share-0.52", PAIR, 9),
     Report(
-        "overlap-emulated-block-2-ranks-share-0.52-every-1-top-2",
-        f"{PAIR} --every 1 --top-k 2 {EVERY_BLOCK_ROWS}",
-        7,
-    ),
-    Report(
         "overlap-emulated-block-2-ranks-share-0.35", "overlap --share 0.35 --attention-ms 60", 11
     ),
     Report(
@@ -109,18 +103,12 @@ REPORTS = (
         )
         for tokens, rounds, minutes in ((256, 31, 12), (512, 31, 9), (1024, 7, 5), (4096, 5, 11))
     ),
-    # Eight trainings take turns.
-    Report("train-share-0.52", "train", 25),
     Report(
         "train-two-batches-share-0.52",
         "train --rounds 4 --rows top2 top2_two shared_expert_two scmoe_pos2",
         21,
     ),
     Report("inference-2-ranks-share-0.52", "inference --share 0.52", 4),
-    Report(
-        "inference-2-ranks-share-0.52-4-texts", "inference --share 0.52 --texts 4 --tokens 64", 6
-    ),
-    Report("inference-2-ranks-share-0.15", "inference --share 0.15", 4),
     # Uneven routing: all loads of a report are measured in the same rounds, beside balanced ones.
     Report("uneven-emulated-block-2-ranks-share-0.52-hot_rank", f"{PAIR} {HOT} --rounds 5", 16),
     Report(
@@ -133,16 +121,6 @@ REPORTS = (
         "uneven-emulated-block-2-ranks-share-0.52-hot_rank-recorded",
         f"{PAIR} {HOT} {RECORDED} {UNEVEN_ROWS}",
         13,
-    ),
-    Report(
-        "uneven-emulated-block-2-ranks-share-0.52-capacity-1.25-hot_rank",
-        f"{PAIR} {HOT} --layout capacity:1.25 --rounds 5 {UNEVEN_ROWS}",
-        8,
-    ),
-    Report(
-        "uneven-emulated-block-2-ranks-share-0.52-buffers-1.25-hot_rank",
-        f"{PAIR} {HOT} --layout buffers:1.25 --rounds 5 {UNEVEN_ROWS}",
-        8,
     ),
     Report(
         "uneven-emulated-block-4-ranks-share-0.49-hot_rank",
@@ -161,7 +139,6 @@ REPORTS = (
         25,
     ),
     Report("uneven-real-iteration-2-ranks-share-0.52-hot_rank", f"{REAL_ITERATION} {HOT}", 22),
-    Report("uneven-inference-2-ranks-share-0.52-hot_rank", f"inference --share 0.52 {HOT}", 6),
 )
 
 

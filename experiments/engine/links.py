@@ -155,7 +155,7 @@ def _tbf(mbit: float) -> str:
     A burst passes at once, and the latency is long enough that no packet is dropped.
 
     With a burst below 64 kB, the largest segment, the processor must cut segments into packets,
-    which takes five times the processor time of a transfer (docs/results/transfers.md).
+    which takes five times the processor time of a transfer (docs/results/archive.md).
     """
     return f"tbf rate {mbit * 1e3:.0f}kbit burst {BURST_KIB}kb latency 2000ms"
 

@@ -25,7 +25,7 @@ ROUTED = 2  # experts of a token in top-2
 COMPUTED = ("route", "encode", "experts", "decode")
 SAME_SPEED = 0.1  # reports that do not state their sizes are of one setting up to this difference
 BYTES = 4  # of a number
-SIZES = (  # that the calibration of an earlier report may state
+SIZES = (  # that the calibration of a report may state
     "dim",
     "ffn_dim",
     "heads",
@@ -36,7 +36,7 @@ SIZES = (  # that the calibration of an earlier report may state
     "attention_ms",
     "attention_to_mlp",
 )
-LAUNCH_S = 1e-3  # of every transfer; measured: 1.0 to 1.7 ms (docs/results/shaped-link.md)
+LAUNCH_S = 1e-3  # of every transfer; measured: 1.0 to 1.7 ms (docs/results/archive.md)
 ASSUMED_OF_HALVES = "halves of the rows take half of the time"
 
 

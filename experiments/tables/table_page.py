@@ -256,8 +256,10 @@ def _equal_time(results: Results) -> list[str]:
 
 
 def _decisions(results: Results) -> list[str]:
-    """Return a sentence for each compared metric: which differences are decided, which are not."""
+    """Return a sentence for each compared metric with a decided difference, and one for all others:
+    which differences are decided, which are not."""
     lines = []
+    undecided = []
     for metric in results["metrics"]:
         decided, open_ = [], []
         for row in results["rows"]:
@@ -271,9 +273,13 @@ def _decisions(results: Results) -> list[str]:
                 )
             elif minus is not None and minus["mean"] is not None:
                 open_.append(row["name"])
-        if decided or open_:
-            sentence = f"{metric}: decided (corrected p < 0.05): {'; '.join(decided) or 'nothing'}."
+        if decided:
+            sentence = f"{metric}: decided (corrected p < 0.05): {'; '.join(decided)}."
             lines.append(f"{sentence} Not decided: {'; '.join(open_) or 'nothing'}.")
+        elif open_:
+            undecided.append(metric)
+    if undecided:
+        lines.append(f"Nothing is decided in: {'; '.join(undecided)}.")
     return lines
 
 

@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from docs.build.pages import (
-    CONDITIONS,
     DRAW,
     HEADLINE,
     PAGES,
@@ -23,10 +22,10 @@ from docs.build.pages import (
     RECORDS,
     RESULTS,
     SCREENSHOTS,
+    draw_of,
     experiments,
     pages,
     pictures,
-    rival_of,
 )
 from experiments.bench.speed_chart import PAPERS
 from experiments.engine import gantt
@@ -39,6 +38,7 @@ from tests.support.pictures import assert_readable, assert_values_off_the_bars
 
 ROOT = Path(__file__).parents[2]
 BARS = ("overlap", "inference", "figure-13")
+OF_RESULTS = (*DRAW, "figure-", "table", "family", "two-batches")
 
 
 @pytest.fixture
@@ -94,52 +94,22 @@ def test_of_an_operator_all_bars_have_its_name_or_none(drawn, name):
     assert transfers and len(set(transfers)) == 1
 
 
-def test_top2_s_gain_of_two_batches_stands_only_where_the_conditions_are_equal(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    path = PAGES / "overlap-real-iteration-2-ranks-share-0.52.json"
-    report = json.loads(path.read_text())
-    (sentence,) = rival_of(report)
-    assert "1.53 in training and 1.70 in inference" in sentence
-    others = {"wanted_share": 0.42, "compute": "emulated", "tokens": 320, "level": "block"}
-    for key, value in {**others, "ranks": 4}.items():
-        assert rival_of(report | {key: value}) == []
-    assert rival_of({"loads": [report]}) == []
-
-
 def test_every_page_of_results_says_what_its_json_says(monkeypatch):
     monkeypatch.chdir(ROOT)
     made = pages()
-    assert made.keys() == {README, *RESULTS.rglob("*.md")} - {RESULTS / "method.md"}
+    by_hand = {RESULTS / "method.md", RESULTS / "archive.md"}
+    assert made.keys() == {README, *RESULTS.rglob("*.md")} - by_hand
     assert not [path for path, text in made.items() if path.read_text() != text], (
         "make figures writes them again"
     )
 
 
-def test_every_report_has_a_page(monkeypatch):
-    """Of tables `results.json` is the report; the picture of Fig. 10 is on the page of Fig. 9. Two
-    pages are of a folder of reports."""
+def test_every_picture_of_a_result_is_on_its_page(monkeypatch):
     monkeypatch.chdir(ROOT)
-    reports = {path.stem for path in PAGES.glob("*.json")} - {"figure-10"}
-    reports |= {"figure-8", "two-batches"}
-    results = {
-        path.relative_to(RESULTS).with_suffix("")
-        for path in RESULTS.rglob("*.json")
-        if path != CONDITIONS
-    }
-    names = {
-        str(path.parent if path.name == "results" else path)
-        for path in results
-        if "states" not in path.parts
-    }
-    found = experiments()
-    assert {each.name for each in found} == reports | names and len(found) == len(reports | names)
-    assert {each.name for each in found if not len(each.said["reading"].split()) <= 80} == set()
-    shown = {name for each in found for name in each.said.get("pictures", ())}
-    assert {
-        name
-        for name in pictures()
-        if name.startswith((*DRAW, "figure-", "table", "balance", "family", "two-batches"))
-    } | {*RECORDS} == shown
+    shown = {name for each in experiments() for name in each.said.get("pictures", ())}
+    of_results = {name for name in pictures() if name.startswith(OF_RESULTS)}
+    assert of_results == shown
+    assert [each.name for each in experiments() if len(each.said["reading"].split()) > 80] == []
 
 
 def test_a_page_has_the_numbers_of_its_json(tmp_path, monkeypatch):
@@ -186,14 +156,9 @@ def test_a_picture_is_stale_if_a_value_a_name_or_a_colour_has_changed(drawn, mon
     assert len({first, limit, name, digest()}) == 4
 
 
-def test_a_report_that_nothing_draws_is_refused(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    PAGES.mkdir(parents=True)
-    (PAGES / "other.json").write_text("{}")
-    with pytest.raises(
-        ConfigError, match=r"other\.json is no report that is drawn, allowed: names that begin with"
-    ):
-        pictures()
+def test_a_report_that_nothing_draws_is_refused():
+    with pytest.raises(ConfigError, match="other is no report"):
+        draw_of("other")
 
 
 def test_a_recording_shows_what_a_terminal_shows_at_the_end(tmp_path):

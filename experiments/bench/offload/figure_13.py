@@ -77,6 +77,7 @@ def tables(figure: dict[str, Any]) -> list[Report]:
         f"{name}, {case.tokens}, {case.rate_mb_s:,.0f}": to_json(case)
         for name, measured in architectures.items()
         for case in measured.cases
+        if case.kept
     }
     columns = {
         "window, ms": "{window_ms:.1f}",
