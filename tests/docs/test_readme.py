@@ -37,7 +37,7 @@ NAMES = (
 )
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 NOT_RUN = {"docs/ranks.md": "needs eight GPUs; tests/docs/test_launch_files.py"}
-HERE = ("configs/debug.yaml", "make estimate", "make dryrun")  # what two CPU cores can run of it
+HERE = ("configs/debug.yaml", "make estimate")  # what two CPU cores can run of it
 SMALL = [line for line in commands("docs/ranks.md") if any(words in line for words in HERE)]
 COMMANDS = list(dict.fromkeys([line for page in PAGES for line in commands(page)] + SMALL))
 RESULTS = "\n".join(page.read_text() for page in sorted((ROOT / "docs/results").rglob("*.md")))
