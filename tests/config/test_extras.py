@@ -89,9 +89,7 @@ def test_the_next_command_names_the_program_of_this_package(package, tmp_path, m
 def test_what_is_missing_is_named(monkeypatch):
     require("a table", "torch")
     monkeypatch.setattr(extras, "find_spec", lambda name: None)
-    with pytest.raises(
-        ConfigError, match=r"^a table needs matplotlib, scipy: pip install -e '\.\[plots,stats\]'$"
-    ):
+    with pytest.raises(ConfigError, match=r"a table needs matplotlib, scipy: .*\[plots,stats\]"):
         require("a table", "matplotlib", "scipy")
 
 

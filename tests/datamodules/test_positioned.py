@@ -43,9 +43,7 @@ def test_overfitting_repeats_the_first_batches(make):
 
 
 def test_ranks_must_divide_the_micro_batch(make):
-    with pytest.raises(
-        ValueError, match=r"data\.global_batch_size is 8; allowed: multiples of .* 3 x 2$"
-    ):
+    with pytest.raises(ValueError, match=r"data\.global_batch_size is 8; .* 3 x 2$"):
         make(0, 3).train_dataloader()
     with pytest.raises(ValueError, match=r"data\.global_batch_size is 9; .* 2$"):
         make(global_batch_size=9)

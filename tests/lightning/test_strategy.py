@@ -320,10 +320,7 @@ def test_a_plain_trainer_stops_at_a_nan():
 
 
 def test_an_ep_size_that_does_not_divide_the_number_of_ranks_is_refused():
-    with pytest.raises(
-        RankError,
-        match=r"ValueError: ep_size is 3, allowed: divisors of the number of ranks \(2\)\n",
-    ):
+    with pytest.raises(RankError, match=r"ValueError: ep_size is 3, .* ranks \(2\)"):
         run_ranks(own_trainer, 2, ExpertParallelStrategy(ep_size=3))
 
 

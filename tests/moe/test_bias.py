@@ -179,10 +179,7 @@ def test_an_ablation_is_ten_lines_of_an_extension(monkeypatch):
     signed, clipped = (router.bias.weight.tolist() for router in routers)
     assert signed == pytest.approx([0.01 / 6, 0.01 / 6, 0, 0, 0, -0.01 / 6])
     assert clipped == pytest.approx([0.025, 0.025, 0, 0, 0, -0.025])
-    with pytest.raises(
-        ConfigError,
-        match=r"moe\.bias_rate is 0\.1, allowed: null or 0, as moe\.router='plain' has no rule",
-    ):
+    with pytest.raises(ConfigError, match=r"moe\.bias_rate is 0\.1, .*'plain' has no rule"):
         build_model(tiny("moe.router=plain", "moe.bias_rate=0.1"))
 
 

@@ -163,9 +163,7 @@ def test_impossible_blocks_are_refused():
 def test_experts_run_inside_an_attention_that_has_two_parts_only():
     inside = Schedule("scmoe", "pos1", inside_attention=True)
     whole_only = [*tiny_sublayers()[:2], nn.Sequential(tiny_sublayers()[2])]
-    with pytest.raises(
-        ValueError, match="inside_attention is True, allowed for attention by Sequential: False"
-    ):
+    with pytest.raises(ValueError, match=r"inside_attention is True, .* Sequential"):
         tiny_shortcut(tiny_stream(), inside, whole_only)
     block = tiny_shortcut(tiny_stream(), Schedule("scmoe", "pos1"), whole_only)
     assert block.divided == block.schedule
@@ -175,9 +173,7 @@ def test_experts_run_inside_an_attention_that_has_two_parts_only():
         compiled
     )  # a planner would measure attention without its graph, and round otherwise
     assert compiled.divided == compiled.schedule
-    with pytest.raises(
-        ValueError, match="inside_attention is True, allowed for attention by Sequential: False"
-    ):
+    with pytest.raises(ValueError, match=r"inside_attention is True, .* Sequential"):
         block.run_as(inside, block.moe.dispatcher)
 
 

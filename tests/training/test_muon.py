@@ -127,9 +127,6 @@ def test_state_of_experts_that_cannot_be_put_together_is_not_saved():
     for p in experts.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    with pytest.raises(
-        ValueError,
-        match=r"the optimizer keeps row_var \(.*\) of w_in_eDF .*, allowed for experts of",
-    ):
+    with pytest.raises(ValueError, match=r"keeps row_var \(.*\) of w_in_eDF"):
         optimizer_state(experts, optimizer, Mesh(0, 2, 2))
     assert optimizer_state(experts, optimizer, Mesh())["state"]

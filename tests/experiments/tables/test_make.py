@@ -361,10 +361,7 @@ def test_speeds_are_measured_at_every_share_until_the_command_changes(fakes, tmp
 @pytest.mark.parametrize("words", [("--every", "1"), ("--every=1", "--rounds", "9")])
 def test_a_row_that_the_testbed_cannot_measure_is_refused_before_the_first_training(words):
     scale = replace(TABLE3.scales["smoke"], bench=words)
-    with pytest.raises(
-        ConfigError,
-        match=r"speed of 'ScMoE Pos-3, CG-1' is 'scmoe_pos3', allowed: top2 \| .*farskip",
-    ):
+    with pytest.raises(ConfigError, match=r"'scmoe_pos3', allowed: top2 .*farskip"):
         plan_table(replace(TABLE3, scales={"smoke": scale}), Options(), ())
     known = [row for row in TABLE3.rows if row.speed != "scmoe_pos3"]
     assert plan_table(replace(TABLE3, rows=known, scales={"smoke": scale}), Options(), ()).runs

@@ -106,10 +106,7 @@ def test_a_fetch_that_fails_ends_the_generation_with_the_experts_name(way, tmp_p
     monkeypatch.setattr(migration, "FileReader", Failing)
     model, path = stored("position=pos2", tmp_path)
     offload_experts(model, path, way=way)
-    with pytest.raises(
-        StoreError,
-        match=r"expert \d of blocks\.\d\.moe\.experts could not be fetched: .*Input/output",
-    ):
+    with pytest.raises(StoreError, match=r"expert \d of blocks\.\d\..*Input/output"):
         generate(model)
     with pytest.raises(RuntimeError, match="was closed"):
         generate(model)

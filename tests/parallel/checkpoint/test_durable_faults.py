@@ -1,4 +1,4 @@
-"""Faults 1 to 6 of docs/troubleshooting.md: real saves by two ranks are killed, fail or are damaged.
+"""Faults 1 to 6 of docs/troubleshooting.md: real saves by two ranks are killed or damaged, or fail.
 
 `python -m tests.support.faults` does the same at every point; these tests take fewer.
 tests/parallel/checkpoint/test_durable.py tests the commit alone: it is killed at every call, and

@@ -138,9 +138,7 @@ def test_another_number_of_optimizers_or_groups_is_refused():
     check_same_groups(Path("x.ckpt"), [one, two], [one, two])
     with pytest.raises(ValueError, match="2 optimizers, and configure_optimizers made 1"):
         check_same_groups(Path("x.ckpt"), [one], [one, two])
-    with pytest.raises(
-        ValueError, match="2 parameter groups of optimizer 0, which begin with a, no weight; here"
-    ):
+    with pytest.raises(ValueError, match=r"2 parameter groups of optimizer 0.* no weight"):
         check_same_groups(Path("x.ckpt"), [one], [two])
 
 

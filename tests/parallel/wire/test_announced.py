@@ -91,7 +91,5 @@ def test_chunks_do_not_change_what_a_ceiling_allows():
 def test_the_ceiling_is_a_multiple_of_the_fair_share():
     check_ceiling([15, 5], 1.5)
     check_ceiling([0, 0], 1.0)
-    with pytest.raises(
-        MemoryError, match=r"rank 1 .* would receive 16 rows, allowed: 1.5 x the fair share of 10 "
-    ):
+    with pytest.raises(MemoryError, match=r"rank 1 .* 16 rows, allowed: 1.5 x .* of 10 "):
         check_ceiling([4, 16], 1.5)

@@ -9,8 +9,8 @@ Dense = Literal["replicated", "sharded"]
 main = App(
     name="faults",
     help=(
-        "Break checkpoints on purpose, count what survives (faults 1-10 of docs/troubleshooting.md)."
-        " Standard output is JSON."
+        "Break checkpoints on purpose, count what survives (faults 1-10 of"
+        " docs/troubleshooting.md). Standard output is JSON."
     ),
 )
 

@@ -206,9 +206,7 @@ def test_ranks_that_do_not_find_each_other_in_time_say_which_setting_to_raise(mo
     strategy = ExpertParallelStrategy(timeout_s=11)
     monkeypatch.setattr(ExpertParallelStrategy.__mro__[1], "setup_environment", too_late)
     strategy._lightning_module = type("Module", (), {"trainer": type("T", (), {"callbacks": []})})()  # type: ignore
-    with pytest.raises(
-        TimeoutError, match=r"within 600 s; start all of them, .*; a larger strategy\.timeout_s"
-    ):
+    with pytest.raises(TimeoutError, match=r"within 600 s; .*strategy\.timeout_s"):
         strategy.setup_environment()
 
 
