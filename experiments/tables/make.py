@@ -16,7 +16,7 @@ from experiments.tables.table_speeds import AGAIN, measure_speeds
 from scmoe.config.leaves import ConfigError
 from scmoe.report import say
 from scmoe.runs.seen import SeenRun
-from scmoe.sweeps.batch import Batch, Watch
+from scmoe.sweeps.batch import BatchProgress, JobBatch
 from scmoe.sweeps.jobs import State, StudyJob, clock, lock_of
 
 RESUMES = "the same command resumes it"
@@ -105,11 +105,11 @@ def make_runs(
     total = len(runs) + len(first)
     if evaluations.needed:
         total += len(runs) - len(done)
-    watch = Watch(result)
+    watch = BatchProgress(result)
     with watch.bar:
         if done:
             watch.say(f"{len(done)} of {len(runs)} runs are finished already")
-        return Batch([*first, *(run.job for run in runs)], jobs, total, watch).run(lock, AGAIN)
+        return JobBatch([*first, *(run.job for run in runs)], jobs, total, watch).run(lock, AGAIN)
 
 
 def outcome_of(runs: Sequence[Run], others: Iterable[StudyJob], signal: int) -> TableOutcome:

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from experiments.tables.table_file import Scale, Table
 from scmoe.predict.row_names import TWO, architecture_of
-from scmoe.sweeps.batch import Batch, Watch
+from scmoe.sweeps.batch import BatchProgress, JobBatch
 from scmoe.sweeps.jobs import StudyJob
 
 BENCH = (sys.executable, "-m", "scmoe", "bench")
@@ -32,9 +32,9 @@ def measure_speeds(
         return [], 0
     shares = table.shares if scale.shares is None else scale.shares
     jobs = [speed_job(table, scale.bench, folder, share) for share in shares]
-    watch = Watch(lambda job: "")
+    watch = BatchProgress(lambda job: "")
     with watch.bar:
-        return jobs, Batch(jobs, 1, len(jobs), watch).run(lock, AGAIN)
+        return jobs, JobBatch(jobs, 1, len(jobs), watch).run(lock, AGAIN)
 
 
 def speed_job(table: Table, bench: Sequence[str], folder: Path, share: float) -> StudyJob:

@@ -36,7 +36,7 @@ SAY_EVERY_S = 60.0  # where there is no terminal
 
 
 @dataclass
-class Batch:
+class JobBatch:
     """Jobs to run, `slots` in parallel (0: one after the other in this process).
 
     jobs: those known so far. propose: returns the next one after them, or None. look: reads the
@@ -47,7 +47,7 @@ class Batch:
     jobs: list[StudyJob]
     slots: int
     total: int | None
-    watch: Callable[[Batch, StudyJob | None], None]
+    watch: Callable[[JobBatch, StudyJob | None], None]
     propose: Callable[[], StudyJob | None] = lambda: None
     look: Callable[[StudyJob], None] = lambda job: None
     waiting: list[StudyJob] = field(default_factory=list)
@@ -237,7 +237,7 @@ def _stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-class Watch:
+class BatchProgress:
     """Shows a batch on standard error: a bar on a terminal; elsewhere a line for each job and one a
     minute.
 
@@ -266,7 +266,7 @@ class Watch:
         self.bar = Progress(*columns, *facts, console=screen, disable=not screen.is_terminal)
         self.task = self.bar.add_task("", total=None, left="", note="")
 
-    def __call__(self, batch: Batch, ended: StudyJob | None) -> None:
+    def __call__(self, batch: JobBatch, ended: StudyJob | None) -> None:
         seconds = batch.seconds_left()
         left = f"about {clock(seconds)} left" if seconds else ""
         self.bar.update(

@@ -22,7 +22,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.files import write_whole
 from scmoe.report import say
 from scmoe.runs.seen import SeenRun
-from scmoe.sweeps.batch import Batch, Watch
+from scmoe.sweeps.batch import BatchProgress, JobBatch
 from scmoe.sweeps.jobs import State, StudyJob, digest_of, lock_of
 from scmoe.sweeps.search import Trial, best, propose, total
 from scmoe.sweeps.sweep_file import Sweep, words
@@ -65,12 +65,12 @@ def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
         first = best(sweep, [trial_of(job) for job in jobs])
         return f"best {first.value:.4g}" if first and first.value is not None else ""
 
-    watch = Watch(result, best_so_far)
+    watch = BatchProgress(result, best_so_far)
     with lock_of(sweep.folder) as lock, watch.bar:
         jobs = _begun(sweep)
         if ended := sum(job.state.has_ended for job in jobs):
             watch.say(f"{ended} trials have ended already")
-        batch = Batch(jobs, 1, total(sweep), watch, propose=next_job, look=look)
+        batch = JobBatch(jobs, 1, total(sweep), watch, propose=next_job, look=look)
         signum = batch.run(lock)
         return [trial_of(job) for job in jobs], signum
 

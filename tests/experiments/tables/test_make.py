@@ -24,7 +24,7 @@ from scmoe.config.as_yaml import to_yaml
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.sweeps import batch
-from scmoe.sweeps.batch import Batch
+from scmoe.sweeps.batch import JobBatch
 from scmoe.sweeps.jobs import State, StudyJob, clock, lock_of
 
 ROOT = Path(__file__).parents[3]
@@ -204,7 +204,7 @@ def test_a_training_that_does_not_stop_is_killed_at_the_second_request(tmp_path)
     thread = threading.Thread(target=twice)
     thread.start()
     with lock_of(tmp_path) as lock:
-        assert Batch([one], 1, 1, lambda batch, ended: None).run(lock) == signal.SIGINT
+        assert JobBatch([one], 1, 1, lambda batch, ended: None).run(lock) == signal.SIGINT
     thread.join()
     assert one.state.status == "cut" and signal.getsignal(signal.SIGINT) == before
     with lock_of(tmp_path):
@@ -217,7 +217,7 @@ def test_a_full_disk_leaves_no_training_behind(tmp_path):
 
     jobs = [StudyJob(s, s, tmp_path, None, [s], ("sleep",), judge=full) for s in ("0.1", "60")]
     with lock_of(tmp_path) as lock, pytest.raises(OSError, match="No space left"):
-        Batch(jobs, 2, 2, lambda batch, ended: None).run(lock)
+        JobBatch(jobs, 2, 2, lambda batch, ended: None).run(lock)
     with lock_of(tmp_path):
         pass  # both processes have released the lock
 
@@ -225,9 +225,9 @@ def test_a_full_disk_leaves_no_training_behind(tmp_path):
 def test_time_left_is_that_of_runs_in_parallel(tmp_path):
     states = [State("finished"), State("running", done=0.5), State()]
     jobs = [StudyJob("a", "a", tmp_path, tmp_path, [], state=state) for state in states]
-    assert Batch(jobs, 2, 3, lambda batch, ended: None).seconds_left() is None
+    assert JobBatch(jobs, 2, 3, lambda batch, ended: None).seconds_left() is None
     jobs[1].worked_s, jobs[1].progress = 100.0, 0.5
-    assert Batch(jobs, 2, 3, lambda batch, ended: None).seconds_left() == pytest.approx(
+    assert JobBatch(jobs, 2, 3, lambda batch, ended: None).seconds_left() == pytest.approx(
         1.5 * 200 / 2
     )
 
@@ -236,7 +236,7 @@ def test_time_left_does_not_take_a_start_for_steps(tmp_path):
     """A training of 200 steps of 0.1 s, which has started in 30 s, is seen at its steps 2 and 4."""
     job = StudyJob("a", "a", tmp_path, tmp_path, [], state=State("running"))
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    batch = Batch([job], 1, 1, lambda batch, ended: None)
+    batch = JobBatch([job], 1, 1, lambda batch, ended: None)
     for step, seconds in ((2, 30.2), (4, 0.2)):
         job.log.write_text(f"step {step}/200  train/loss 1\n")
         job.advance(seconds)
@@ -332,7 +332,7 @@ def test_a_run_with_extensions_is_resumed_and_evaluated_with_them(tmp_path):
 
 def test_speeds_are_measured_at_every_share_until_the_command_changes(fakes, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        table_speeds, "Batch", lambda jobs, slots, total, watch: Batch(jobs, 0, total, watch)
+        table_speeds, "JobBatch", lambda jobs, slots, total, watch: JobBatch(jobs, 0, total, watch)
     )
 
     def measure(*words: str) -> list[str]:
