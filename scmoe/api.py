@@ -3,8 +3,9 @@
     block = scmoe.ScMoEBlock(dim=256, heads=8, num_experts=8, top_k=1, position="pos2")
     y_BSD, stats = block(x_BSD)
 
-The functions put the classes of blocks/ and moe/ together as training/assembly/ does for a GPT.
-Other parts (rotary positions, another norm) are given to those classes. `stats` are what
+A block is built by blocks/build.py, as that of a GPT in a training; its wiring is a row of
+blocks/wirings.py: scmoe, longcat, nvidia, nous, farskip, dgmoe. Other parts (rotary positions,
+another norm) are given to the classes of blocks/ and moe/. `stats` are what
 `load_balance_loss` and `move_biases` read.
 
 group: a process group of torch.distributed whose ranks share the experts and train on batches of
@@ -12,20 +13,19 @@ their own; None: this process holds all experts. Every rank calls the function, 
 MoE and ScMoEBlock also take the Strategy's `self.wire`.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from scmoe.blocks.double_gate import DoubleGateBlock
-from scmoe.blocks.farskip import FarSkipBlock
+from scmoe.blocks.build import BLOCKS, Parts, wired_block
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.blocks.shortcut import ShortcutBlock
-from scmoe.blocks.sublayers import MLP, Attention, Residual
+from scmoe.blocks.sublayers import MLP, Attention
+from scmoe.blocks.wirings import WIRINGS
 from scmoe.moe import balance, stream
 from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.experts import ACTIVATIONS, Experts
@@ -37,42 +37,12 @@ from scmoe.parallel.mesh import Mesh, check_experts, expert_parameters
 from scmoe.parallel.update.wrap import wrap
 from scmoe.parallel.wire.dispatchers import make_dispatcher
 from scmoe.parallel.wire.wire import Wire
-from scmoe.schedule.schedule import POSITIONS, SUBLAYERS, Schedule
+from scmoe.schedule.schedule import POSITIONS, Schedule
 
-
-@dataclass(frozen=True)
-class Wiring:
-    """The parts of a block with a shortcut.
-
-    position, combine: the defaults; None: there is nothing to choose. positions, combines: the
-    allowed values.
-    """
-
-    block: type[MoEBlock]
-    sublayers: tuple[str, ...]
-    position: str | None = None
-    combine: str | None = None
-    positions: tuple[str, ...] = ()
-    combines: tuple[str, ...] = ()
-    shares_norm: bool = False  # the tap's, with the sub-layer after it
-    norm_after: bool = False  # of the sum of shared and routed output
-
-
-PAIR = SUBLAYERS
-BLOCK = SUBLAYERS[:1]
-ANY_POSITION = tuple(POSITIONS)
-ANY_GATE = tuple(COEFFICIENT_GATES)
-ADDED = ("direct_add",)
-SHORTCUTS = {  # docs/shortcuts.md compares them
-    "scmoe": Wiring(ShortcutBlock, PAIR, "pos2", "cg1", ANY_POSITION, ANY_GATE),
-    "longcat": Wiring(
-        ShortcutBlock, PAIR, "pos2", "direct_add", ("pos2",), ADDED, shares_norm=True
-    ),
-    "nvidia": Wiring(ShortcutBlock, BLOCK, "pos1", "direct_add", ("pos1",), ADDED, norm_after=True),
-    "nous": Wiring(ShortcutBlock, BLOCK, "carried", "direct_add", ("first", "carried"), ADDED),
-    "farskip": Wiring(FarSkipBlock, BLOCK),
-    "dgmoe": Wiring(DoubleGateBlock, PAIR, "pos2", None, ANY_POSITION),
-}
+SHORTCUT_NAMES = [name for name in WIRINGS if name not in ("top_k", "shared_expert")]
+# the paper's own, of which a user may choose more than a published model has
+AT_ANY_POSITION = ("scmoe", "dgmoe")
+WITH_ANY_GATE = ("scmoe",)
 
 
 def MoE(
@@ -137,46 +107,39 @@ def ScMoEBlock(
     `Schedule`. Raises ValueError if the shortcut has no such position, combination or number of
     experts.
     """
-    wiring = SHORTCUTS[_chosen("shortcut", shortcut, SHORTCUTS)]
-    tap = wiring.position if position is None else _chosen("position", position, wiring.positions)
-    gate = wiring.combine if combine is None else _chosen("combine", combine, wiring.combines)
-    schedule = Schedule(wiring.block.architecture, tap, expert_slot, chunks, inside_attention)
-    ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
+    wiring = WIRINGS[_chosen("shortcut", shortcut, SHORTCUT_NAMES)]
+    taps = POSITIONS if shortcut in AT_ANY_POSITION else [tap for tap in wiring.taps if tap]
+    tap = wiring.taps[1] if position is None else _chosen("position", position, taps)
+    if combine is not None:
+        gates = [wiring.combine] if wiring.has_gate else []
+        allowed = COEFFICIENT_GATES if shortcut in WITH_ANY_GATE else gates
+        wiring = replace(wiring, combine=_chosen("combine", combine, allowed))
+    schedule = Schedule(wiring.architecture, tap, expert_slot, chunks, inside_attention)
 
-    parts = {"attention": lambda: Attention(dim, heads), "mlp": lambda: MLP(dim, ffn_dim)}
-    sublayers = [
-        Residual(nn.LayerNorm(dim), parts[name](), nn.Dropout(dropout)) for name in wiring.sublayers
-    ]
-    norm = nn.LayerNorm(dim)
-    moe = MoE(
+    width = 4 * dim if ffn_dim is None else ffn_dim
+    parts = Parts(
         dim,
-        num_experts,
-        top_k,
-        ffn_dim=ffn_dim,
-        capacity_factor=capacity_factor,
-        router=router,
-        zero_experts=zero_experts,
-        group=group,
+        norm=partial(nn.LayerNorm, dim),
+        mlp=lambda ffn_dim=width: MLP(dim, ffn_dim),
+        attention=partial(Attention, dim, heads),
+        after=partial(nn.Dropout, dropout),
+        experts=partial(Experts, dim, width),
     )
 
-    after: nn.Module = nn.Dropout(dropout)
-    if wiring.norm_after:
-        after = nn.Sequential(OrderedDict(norm=nn.LayerNorm(dim), after=after))
-    tap_norm = None
-    if wiring.shares_norm:
-        tap_norm = sublayers[len(sublayers) - schedule.sublayers_after_tap].norm
-    elif tap is not None:
-        tap_norm = nn.LayerNorm(dim)
-    return wiring.block(
-        sublayers,
-        norm,
-        moe,
-        schedule,
-        after,
-        tap_norm=tap_norm,
-        shared_expert=MLP(dim, ffn_dim) if "shared_expert" in schedule.window else None,
-        coefficient=None if gate is None else COEFFICIENT_GATES[gate](dim),
-    )
+    def build_stream(parts: Parts) -> MoEStream:
+        return MoE(
+            dim,
+            num_experts,
+            top_k,
+            ffn_dim=ffn_dim,
+            capacity_factor=capacity_factor,
+            router=router,
+            zero_experts=zero_experts,
+            group=group,
+        )
+
+    block = BLOCKS[wiring.architecture]
+    return wired_block(block, wiring, schedule, [parts] * wiring.every, build_stream)
 
 
 def _chosen(name: str, value: str, allowed: Iterable[str]) -> str:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -18,6 +19,8 @@ from torch import nn
 
 import scmoe
 from experiments.engine.ranks import run_ranks
+from scmoe.api import SHORTCUT_NAMES
+from scmoe.blocks.wirings import WIRINGS
 from scmoe.moe.router import Scoring, SelectionBias, by_sign
 from scmoe.parallel.dense.sharded import local, make_equal, shard, with_dense_mesh
 from scmoe.parallel.mesh import build_mesh
@@ -43,26 +46,19 @@ def test_it_is_the_block_of_a_configuration(position, combine):
     assert torch.equal(block(x_BSD)[0], built(x_BSD)[0])
 
 
-EVERY_BLOCK = "model.layers=2 moe.every=1 moe.combine=direct_add"
-CONFIGURED = {
-    "longcat": "moe.position=pos2 moe.tap_norm=shared moe.combine=direct_add",
-    "nvidia": f"{EVERY_BLOCK} moe.position=pos1 moe.after_norm=true",
-    "nous": f"{EVERY_BLOCK} moe.position=pos2",
-    "farskip": "model.layers=2 moe.every=1 moe.architecture=farskip",
-    "dgmoe": "moe.architecture=dgmoe moe.position=pos3",
-}
-
-
-@pytest.mark.parametrize("shortcut", CONFIGURED)
+@pytest.mark.parametrize("shortcut", [name for name in SHORTCUT_NAMES if name != "scmoe"])
 @pytest.mark.parametrize("router", ["softmax", "longcat"])
 def test_other_shortcuts_and_routers_are_those_of_a_configuration(shortcut, router):
     top_k, experts = 1 if shortcut == "dgmoe" else 2, {"router": router, "zero_experts": 2}
     words = (
         f"{SIZES} moe.capacity_factor=null moe.top_k={top_k} moe.router={router} moe.zero_experts=2"
     )
-    built = build_blocks(
-        scmoe.load_config(None, f"{words} {CONFIGURED[shortcut]}".split()), scmoe.Wire()
-    )
+    wiring = WIRINGS[shortcut]
+    if shortcut == "dgmoe":
+        wiring = replace(wiring, position="pos3")
+    config = scmoe.load_config(None, [*words.split(), *wiring.overrides])
+    built = build_blocks(config, scmoe.Wire())
+    assert len(built) == 2 // wiring.every
     ours, theirs = {"x_BSD": torch.randn(2, 8, 16)}, {}
     theirs |= ours
     for i, block in enumerate(built):

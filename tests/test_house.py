@@ -359,16 +359,21 @@ def test_text_is_read_and_written_in_utf_8_whatever_the_locale():
     assert without_encoding(ast.parse("\n".join(wrong + right))) == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_blocks_schedule_is_set_in_one_place():
+@pytest.mark.parametrize(
+    ("attribute", "place"),
+    [("schedule", "scmoe/blocks/moe_block.py"), ("batches_in_flight", "scmoe/models/run_as.py")],
+)
+def test_how_a_model_runs_is_set_in_one_place(attribute, place):
+    """And of a Halves in its own constructor."""
     users = {
         path
         for path, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute)
-        and node.attr == "schedule"
+        and node.attr == attribute
         and isinstance(node.ctx, ast.Store)
     }
-    assert users == {"scmoe/blocks/moe_block.py"}
+    assert users - {"scmoe/models/halves.py"} == {place}
 
 
 # ---------------------------------------------------------------------- air

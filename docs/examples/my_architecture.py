@@ -17,13 +17,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 import scmoe
+from scmoe.blocks.build import Parts
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.config.fields import Config
 from scmoe.datamodules.sequences import SequenceDataModule, TokenSplits
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import MoEOutput
 from scmoe.parallel.wire.wire import Wire
-from scmoe.training.assembly.blocks import Parts, build_stream
+from scmoe.training.assembly.blocks import build_stream
 from scmoe.training.muon import Trained
 
 

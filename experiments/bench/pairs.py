@@ -8,7 +8,10 @@
 Nothing here imports torch, so the command line reads it.
 """
 
+from dataclasses import replace
+
 from experiments.bench.two_batches import rows_in_halves
+from scmoe.blocks.wirings import WIRINGS, Wiring
 from scmoe.predict.row_names import batches_of
 from scmoe.schedule.schedule import POSITIONS, Schedule
 
@@ -45,20 +48,12 @@ for _rows in ROWS.values():
     _rows.update(rows_in_halves(_rows))
 # routed experts of a token; other blocks have Setting.top_k
 TOP_K = {"top1": 1, "top2": 2, "top3": 3, "scmoe2": 2}
-TAPS = {
-    **{position: position for position in POSITIONS},
-    "scmoe2": "pos2",
-    "nvidia": "pos1",
-    "nous": "carried",
-}
-# block: what a configuration says of it (docs/shortcuts.md), without `every` and K
-WIRINGS: dict[str, tuple[str, ...]] = {
-    **{name: ("moe.architecture=top_k",) for name in ("top1", "top2", "top3")},
-    **{name: (f"moe.architecture={name}",) for name in ("shared_expert", "farskip")},
-    **{position: (f"moe.position={position}",) for position in POSITIONS},
-    "scmoe2": ("moe.position=pos2",),
-    "nvidia": ("moe.position=pos1", "moe.combine=direct_add", "moe.after_norm=true"),
-    "nous": ("moe.position=pos2", "moe.combine=direct_add"),
+# of each block, without K
+WIRING_OF: dict[str, Wiring] = {
+    **dict.fromkeys(("top1", "top2", "top3"), WIRINGS["top_k"]),
+    **{name: WIRINGS[name] for name in ("shared_expert", "nvidia", "nous", "farskip")},
+    **{position: replace(WIRINGS["scmoe"], position=position) for position in POSITIONS},
+    "scmoe2": WIRINGS["scmoe"],
 }
 
 
@@ -72,6 +67,5 @@ def default_schedule(block: str) -> Schedule:
 
     block: a block's name in ROWS; of a row, the last one.
     """
-    if block in TAPS:
-        return Schedule("scmoe", TAPS[block])
-    return Schedule(block if block in ("shared_expert", "farskip") else "top_k")
+    wiring = WIRING_OF[block]
+    return Schedule(wiring.architecture, wiring.taps[1])

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from experiments.bench.emulated import EmulatedAttention, EmulatedExperts, EmulatedOperator
-from experiments.bench.pairs import WIRINGS
+from experiments.bench.pairs import WIRING_OF
 from experiments.bench.setting import Setting
+from scmoe.blocks.build import Parts
 from scmoe.blocks.moe_block import MoEBlock, moe_blocks_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
@@ -30,7 +31,7 @@ from scmoe.planning.pricing import LayerChoice, batches_in_flight
 from scmoe.schedule.cost import OperatorTimes, exposed_time, slots
 from scmoe.schedule.schedule import ModelSchedule, Schedule
 from scmoe.schedule.stack import half_of, waiting_time
-from scmoe.training.assembly.blocks import PARTS, Parts, stack
+from scmoe.training.assembly.blocks import PARTS, stack
 
 
 def make_blocks(name: str, setting: Setting, wire: Wire, current: CurrentLoad) -> list[MoEBlock]:
@@ -63,7 +64,7 @@ def config_of(name: str, setting: Setting) -> Config:
     words = [f"model.{key}={size}" for key, size in sizes.items()] + [
         f"moe.{key}={n}" for key, n in moe.items()
     ]
-    return load(None, [*words, *WIRINGS[name]])
+    return load(None, [*words, *WIRING_OF[name].overrides])
 
 
 def emulated_parts(setting: Setting) -> Parts:

@@ -1,10 +1,11 @@
-"""What follows from a configuration: where a shortcut's tap is, how many ranks share experts, which
+"""What follows from a configuration: how its blocks are wired, how many ranks share experts, which
 step is the last.
 """
 
 import math
 from dataclasses import replace
 
+from scmoe.blocks.wirings import Wiring
 from scmoe.config.fields import Config
 
 ACTIVATIONS = {"gpt": "gelu", "llama": "swiglu"}  # what model.activation: null means
@@ -12,13 +13,20 @@ ACTIVATIONS = {"gpt": "gelu", "llama": "swiglu"}  # what model.activation: null 
 SHORTCUTS = {"scmoe": "scmoe", "dgmoe": "dgmoe", "dgmoe_share": "dgmoe"}
 
 
-def taps(config: Config) -> tuple[str, str]:
-    """Return where a shortcut's tap is in the first MoE block, and in the others, as
-    Schedule.position."""
+def wiring_of(config: Config, architecture: str | None = None) -> Wiring:
+    """Return how the blocks with an MoE are wired. architecture: of the blocks, if it is not that
+    of the configuration."""
     moe = config.moe
-    if moe.every == 1 and moe.position == "pos2":
-        return "first", "carried"  # it lies in the preceding block, which the first one lacks
-    return moe.first_position or moe.position, moe.position
+    return Wiring(
+        architecture or SHORTCUTS.get(moe.architecture, moe.architecture),
+        moe.every,
+        moe.position,
+        moe.first_position,
+        moe.tap_norm,
+        moe.combine,
+        moe.coefficient_input,
+        moe.after_norm,
+    )
 
 
 def resolve_ep_size(config: Config) -> int:

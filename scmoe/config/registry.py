@@ -17,6 +17,7 @@ from importlib import import_module
 from typing import Any, TypeVar
 
 from scmoe.config.leaves import ConfigError, show
+from scmoe.schedule.schedule import POSITIONS_OF
 
 # A name becomes a key of the configuration, and a part of messages.
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
@@ -68,9 +69,7 @@ class Registry:
         return self.makers[name]
 
 
-ARCHITECTURES = Registry(
-    "architecture", ("dense", "top_k", "shared_expert", "scmoe", "dgmoe", "dgmoe_share", "farskip")
-)
+ARCHITECTURES = Registry("architecture", ("dense", *POSITIONS_OF, "dgmoe_share"))
 FAMILIES = Registry("family", ("gpt", "llama", "swin"), images=("swin",))
 TEXTS = ("sotu", "text", "hf")
 PICTURES = ("fashion_mnist", "digits", "image_folder")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from scmoe.config.derived import SHORTCUTS, resolve_ep_size, taps
+from scmoe.config.derived import SHORTCUTS, resolve_ep_size, wiring_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import leaves
 from scmoe.config.refuse import Advice, Refusals, refuse
@@ -205,8 +205,9 @@ def _schedule(config: Config) -> Refusals:
         return
     if schedule.slot is None and not schedule.inside_attention:
         return
-    for position in taps(config) if moe.architecture in SHORTCUTS else (None,):
-        each = Schedule(SHORTCUTS.get(moe.architecture, moe.architecture), position)
+    wiring = wiring_of(config)
+    for position in dict.fromkeys(wiring.taps):
+        each = Schedule(wiring.architecture, position)
         if schedule.slot is not None and schedule.slot > len(each.window):
             yield "schedule.slot", f"0 to {len(each.window)} for {each.name}"
         elif schedule.inside_attention and not each.attentions:

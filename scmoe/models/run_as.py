@@ -51,16 +51,15 @@ class running_as:
         dispatchers: Sequence[Dispatcher] | None = None,
     ) -> None:
         self.parts = _Parts.of(model)
-        self.schedule = schedule
-        self.dispatchers = dispatchers
+        self.inside = schedule, dispatchers
 
     def __enter__(self) -> None:
-        self.schedule_before = self.parts.schedule()
-        self.dispatchers_before = [block.moe.dispatcher for block in self.parts.blocks]
-        self.parts.run_as(self.schedule, self.dispatchers)
+        dispatchers = [block.moe.dispatcher for block in self.parts.blocks]
+        self.before = self.parts.schedule(), dispatchers
+        self.parts.run_as(*self.inside)
 
     def __exit__(self, *error: object) -> None:
-        self.parts.run_as(self.schedule_before, self.dispatchers_before)
+        self.parts.run_as(*self.before)
 
 
 def halves_of(model: nn.Module) -> list[Halves]:

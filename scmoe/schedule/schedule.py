@@ -30,7 +30,8 @@ SUBLAYERS = ("attention", "mlp", "attention")
 POSITIONS = {"pos1": 1, "pos2": 2, "pos3": 3}  # sub-layers between the tap and the end of the block
 BETWEEN_BLOCKS = {"carried": 1, "first": 0}  # the same for taps at Pos-2 with an MoE in every block
 PARTS = ("attention_core", "attention_out")  # of an attention that the experts run inside of
-ARCHITECTURES: dict[str, tuple[str, ...]] = {
+# by architecture, where its tap may be; none: it has no tap
+POSITIONS_OF: dict[str, tuple[str, ...]] = {
     "top_k": (),
     "shared_expert": (),
     "scmoe": (*POSITIONS, *BETWEEN_BLOCKS),
@@ -59,11 +60,11 @@ class Schedule:
     inside_attention: bool = False
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
+        if self.architecture not in POSITIONS_OF:
             raise ValueError(
-                f"architecture is {self.architecture!r}, allowed: {', '.join(ARCHITECTURES)}"
+                f"architecture is {self.architecture!r}, allowed: {', '.join(POSITIONS_OF)}"
             )
-        allowed = ARCHITECTURES[self.architecture] or (None,)
+        allowed = POSITIONS_OF[self.architecture] or (None,)
         if self.position not in allowed:
             names = ", ".join(map(str, allowed))
             raise ValueError(

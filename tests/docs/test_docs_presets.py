@@ -3,30 +3,18 @@
 import re
 from pathlib import Path
 
-import pytest
-
-from experiments.bench.pairs import WIRINGS
-from scmoe.config.fields import Config
+from scmoe.blocks.wirings import WIRINGS, Wiring
+from scmoe.config.derived import wiring_of
 from scmoe.config.load import load
 
 DOCS = Path(__file__).parents[2] / "docs"
-PRESETS = {  # a row of the page of shortcuts: its preset
-    "ScMoE": "quickstart",
-    "LongCat-Flash": "model/longcat_flash",
-    "NVIDIA": "model/nvidia_shortcut",
-    "NousResearch": "model/nous",
-    "FarSkip": "model/instella_moe",
+MODELS = {  # a model's name in the tables: its wiring, and its preset
+    "ScMoE": ("scmoe", "quickstart"),
+    "LongCat-Flash": ("longcat", "model/longcat_flash"),
+    "NVIDIA": ("nvidia", "model/nvidia_shortcut"),
+    "NousResearch": ("nous", "model/nous"),
+    "FarSkip": ("farskip", "model/instella_moe"),
 }
-WIRING = (
-    "architecture",
-    "every",
-    "position",
-    "first_position",
-    "tap_norm",
-    "combine",
-    "after_norm",
-)
-NOT_IN_FARSKIP = ("position", "combine")  # it has one position, and adds
 
 
 def rows(page: str, heading: str) -> list[list[str]]:
@@ -44,23 +32,24 @@ def words(cell: str) -> list[str]:
     return [word for text in re.findall(r"`([^`]*)`", cell) for word in text.split() if "=" in word]
 
 
-def wiring(config: Config) -> dict[str, object]:
-    fields = [
-        key for key in WIRING if config.moe.architecture != "farskip" or key not in NOT_IN_FARSKIP
-    ]
-    return {key: getattr(config.moe, key) for key in fields}
+# ---------------------------------------------------------------------- shortcuts.md
 
 
-def test_the_overrides_of_each_shortcut_give_the_wiring_of_its_preset():
-    for name, overrides, _ in rows("shortcuts.md", "## How to get each one")[1:]:
-        assert wiring(load("quickstart", words(overrides))) == wiring(load(PRESETS[name])), name
+def test_a_row_of_the_wirings_has_the_defaults_of_a_configuration():
+    assert wiring_of(load(None)) == Wiring() == WIRINGS["scmoe"]
+    for row in WIRINGS.values():
+        assert wiring_of(load(None, row.overrides)) == row
 
 
-@pytest.mark.parametrize(
-    ("row", "name"), [("nvidia", "NVIDIA"), ("nous", "NousResearch"), ("farskip", "FarSkip")]
-)
-def test_a_row_of_the_bench_has_the_wiring_of_its_preset(row, name):
-    assert wiring(load("quickstart", ["moe.every=1", *WIRINGS[row]])) == wiring(load(PRESETS[name]))
+def test_the_overrides_and_the_preset_of_each_shortcut_are_a_row_of_the_wirings():
+    table = rows("shortcuts.md", "## How to get each one")[1:]
+    assert [row[0] for row in table] == list(MODELS)
+    for name, overrides, call, file in table:
+        row, preset = MODELS[name]
+        assert f'shortcut="{row}"' in call
+        assert wiring_of(load("quickstart", words(overrides))) == WIRINGS[row], name
+        assert wiring_of(load(preset)) == WIRINGS[row], name
+        assert file == "the same" or (DOCS.parent / file.strip("`")).exists()
 
 
 def test_overrides_of_the_configuration_page_load():

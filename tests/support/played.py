@@ -25,7 +25,7 @@ from scmoe.schedule.cost import (
     play_ranks,
     shares,
 )
-from scmoe.schedule.schedule import ARCHITECTURES, PARTS, SUBLAYERS, Schedule
+from scmoe.schedule.schedule import PARTS, POSITIONS_OF, SUBLAYERS, Schedule
 from scmoe.schedule.stack import BEFORE
 
 EVERY_OPERATOR = (
@@ -34,7 +34,7 @@ EVERY_OPERATOR = (
 )
 EVERY_WIRING = [
     (architecture, position)
-    for architecture, positions in ARCHITECTURES.items()
+    for architecture, positions in POSITIONS_OF.items()
     for position in positions or (None,)
 ]
 ROW_MS = 512 * 4 * 8 / (115e6 * 1448 / 1514) * 1e3  # payload of a frame

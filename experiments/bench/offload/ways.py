@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from experiments.bench.offload.cases import RESIDENT, Case, Memory, Offloading, Way
 from experiments.bench.other_settings import OffloadSetting
-from experiments.bench.pairs import ROWS, TOP_K, WIRINGS
+from experiments.bench.pairs import ROWS, TOP_K, WIRING_OF
 from experiments.engine.profiles import anonymous_mb, peak_mb
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.load import load
@@ -131,7 +131,9 @@ def build(setting: OffloadSetting, architecture: str) -> nn.Module:
         f"moe.top_k={TOP_K.get(block, 1)}",
         "moe.capacity_factor=null",
     )
-    config = load(None, [*(f"model.{size}" for size in model), *data, *moe, *WIRINGS[block]])
+    config = load(
+        None, [*(f"model.{size}" for size in model), *data, *moe, *WIRING_OF[block].overrides]
+    )
     return build_model(config).eval()
 
 

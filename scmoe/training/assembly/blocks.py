@@ -16,27 +16,23 @@ Left out: DeepSeek-V3's groups of experts, of which a token keeps some. Instella
 LongCat-Flash none.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
+from scmoe.blocks.build import BLOCKS, Parts, wired_block
 from scmoe.blocks.double_gate import DoubleGateBlock, share_moe
-from scmoe.blocks.farskip import FarSkipBlock, FarSkipDenseBlock
+from scmoe.blocks.farskip import FarSkipBlock
 from scmoe.blocks.latent import LatentAttention, LatentSizes
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.blocks.shortcut import ShortcutBlock
-from scmoe.blocks.standard import DenseBlock, SharedExpertBlock, TopKBlock
-from scmoe.blocks.sublayers import MLP, Attention, Residual, Rotary
-from scmoe.config.derived import ACTIVATIONS, SHORTCUTS, resolve_ep_size, rows_are_filled, taps
+from scmoe.blocks.sublayers import MLP, Attention, Rotary
+from scmoe.config.derived import ACTIVATIONS, resolve_ep_size, rows_are_filled, wiring_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import ARCHITECTURES, ROUTERS
-from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.dispatcher import Blocking, Narrowed
 from scmoe.moe.experts import Experts
 from scmoe.moe.layout import Buffers, rows_of
@@ -45,34 +41,6 @@ from scmoe.moe.stream import MoEStream
 from scmoe.parallel.wire.dispatchers import make_dispatcher
 from scmoe.parallel.wire.wire import Wire
 from scmoe.schedule.schedule import Schedule
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the blocks of a family are made of, at one width."""
-
-    dim: int
-    norm: Callable[[], nn.Module]
-    mlp: Callable[..., nn.Module]  # of Block-MLP and of the shared expert; ffn_dim: another width
-    attention: Callable[[], nn.Module]
-    after: Callable[[], nn.Module]  # applied to a sub-layer's output before it is added: dropout
-    # Takes the number of all routed experts, and the ids that this rank holds.
-    experts: Callable[[int, range], Any]
-    # Takes a norm, an operator, and `after`.
-    sublayer: Callable[[nn.Module, nn.Module, nn.Module], Any] = Residual
-
-    def attention_sublayer(self) -> Any:
-        return self.sublayer(self.norm(), self.attention(), self.after())
-
-    def mlp_sublayer(self, *ffn_dim: int) -> Any:
-        return self.sublayer(self.norm(), self.mlp(*ffn_dim), self.after())
-
-    def dense_block(self, *ffn_dim: int) -> DenseBlock:
-        """Return a dense block. ffn_dim: of its MLP, if it is not that of the other MLPs."""
-        return DenseBlock([self.attention_sublayer(), self.mlp_sublayer(*ffn_dim)])
-
-    def farskip_dense_block(self, ffn_dim: int) -> FarSkipDenseBlock:
-        return FarSkipDenseBlock(self.attention_sublayer(), self.mlp_sublayer(ffn_dim))
 
 
 def decoder_parts(
@@ -169,7 +137,7 @@ def register_moe_blocks(block: type[MoEBlock]) -> None:
     register_architecture(block.architecture)(blocks)
 
 
-for _block in (TopKBlock, SharedExpertBlock, ShortcutBlock, FarSkipBlock, DoubleGateBlock):
+for _block in BLOCKS.values():
     register_moe_blocks(_block)
 
 
@@ -188,45 +156,17 @@ def moe_block(
     layers: the parts of its layer, or of the two layers of a pair. first: the model's first MoE
     module, whose tap may be elsewhere.
     """
-    parts = layers[-1]
-    sublayers = [layers[0].attention_sublayer()]
-    if len(layers) == 2:
-        sublayers += [layers[0].mlp_sublayer(), parts.attention_sublayer()]
-
-    moe = config.moe
-    tap = None
-    if block.architecture in SHORTCUTS:
-        first_tap, tap_of_others = taps(config)
-        tap = first_tap if first else tap_of_others
+    wiring = wiring_of(config, block.architecture)
+    first_tap, tap_of_others = wiring.taps
     settings = config.schedule
     schedule = Schedule(
-        block.architecture, tap, settings.slot, settings.chunks or 1, settings.inside_attention
+        block.architecture,
+        first_tap if first else tap_of_others,
+        settings.slot,
+        settings.chunks or 1,
+        settings.inside_attention,
     )
-
-    tap_norm = shared_expert = coefficient = None
-    if tap is not None and moe.tap_norm == "own":
-        tap_norm = parts.norm()
-    elif tap is not None:
-        after_tap = sublayers[len(sublayers) - schedule.sublayers_after_tap]
-        tap_norm = after_tap.norm
-    if "shared_expert" in schedule.window:
-        shared_expert = parts.mlp()
-        if not issubclass(block, FarSkipBlock):
-            coefficient = COEFFICIENT_GATES[moe.combine](parts.dim)
-    after = parts.after()
-    if moe.after_norm:
-        after = nn.Sequential(OrderedDict(norm=parts.norm(), after=after))
-    return block(
-        sublayers,
-        parts.norm(),
-        build_stream(config, wire, parts),
-        schedule,
-        after,
-        tap_norm=tap_norm,
-        shared_expert=shared_expert,
-        coefficient=coefficient,
-        coefficient_reads_tap=moe.coefficient_input == "tap",
-    )
+    return wired_block(block, wiring, schedule, layers, partial(build_stream, config, wire))
 
 
 def build_stream(config: Config, wire: Wire, parts: Parts) -> MoEStream:

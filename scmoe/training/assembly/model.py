@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from scmoe.blocks.build import Parts
 from scmoe.blocks.sublayers import MLP, recompute_activations
 from scmoe.config.derived import max_steps
 from scmoe.config.extras import require
@@ -26,7 +27,7 @@ from scmoe.models.run_as import halves_of, run_as, schedule_of
 from scmoe.moe.experts import Experts
 from scmoe.parallel.dense.sharded import materialise, put, shard
 from scmoe.parallel.wire.wire import Wire
-from scmoe.training.assembly.blocks import Parts, build_blocks, stack
+from scmoe.training.assembly.blocks import build_blocks, stack
 from scmoe.training.modules import ImageClassifier, LanguageModel, MoEModule
 from scmoe.training.muon import MuonAndAdamW, Trained, adamw
 
