@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.models.run_as import halves_of, run_as, schedule_of
@@ -34,6 +34,7 @@ from scmoe.planning.candidates import shortlist_in_flight, still_fastest
 from scmoe.planning.pricing import (
     DIRECTIONS,
     LayerChoice,
+    Sample,
     measured,
     price,
     schedule_of_choices,
@@ -119,7 +120,7 @@ class Planner:
         self.agenda += [
             ("measure", chunks) for _ in range(STEPS_EACH) for chunks in self.chunk_counts
         ]
-        self.samples: dict[int, list[Tensor]] = {chunks: [] for chunks in self.chunk_counts}
+        self.samples: dict[int, list[Sample]] = {chunks: [] for chunks in self.chunk_counts}
         self.priced: dict[int, list[list[LayerChoice]]] = {}
         self.candidates: list[list[LayerChoice]] = []
         # seconds of each round, of the candidates that are left
@@ -284,9 +285,9 @@ class Planner:
             )
         return choices
 
-    def note_overlap(self, sample_L2O: Tensor) -> None:
+    def note_overlap(self, sample: Sample) -> None:
         """Compute the overlap of a timed step."""
-        seconds = sample_L2O[:, :, -1].sum(0).tolist()
+        seconds = sample.elapsed_d.sum(0).tolist()
         sequential = sum_of_layers([choice.sequential for choice in self.choices])
         free = sum_of_layers([choice.free for choice in self.choices])
         # 0: backward without MoE

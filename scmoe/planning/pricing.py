@@ -10,9 +10,10 @@ its peers still receive the last chunk. The ranks' clocks are compared at an all
 common clock.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,30 @@ OPERATORS = (*STREAM, "attention", *PARTS, "mlp", "shared_expert", "current")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 # of a price: a smaller gain from different slots in each layer is within the noise
 WORTH_OWN_SLOTS = 0.98
+
+
+class Sample(NamedTuple):
+    """The seconds of a step in each direction (d), of the slowest rank.
+
+    Of one layer, or with a dimension of layers (L), steps or both before.
+    """
+
+    operators_dO: Tensor  # between the tap and the end of the block, in the order of OPERATORS
+    before_d: Tensor  # before the tap
+    sequential_d: Tensor  # from the tap to the end, without overlap of computing and receiving
+    elapsed_d: Tensor  # from the tap to the end, as measured
+
+    @classmethod
+    def stacked(cls, samples: Iterable["Sample"]) -> "Sample":
+        """Return several samples as one, with a dimension before the others."""
+        return cls(*map(torch.stack, zip(*samples, strict=True)))
+
+    def median(self) -> "Sample":
+        """Return the medians over the first dimension."""
+        return Sample(*(seconds.median(0).values for seconds in self))
+
+    def of_layer(self, layer: int) -> "Sample":
+        return Sample(*(seconds[layer] for seconds in self))
 
 
 @dataclass(frozen=True)
@@ -109,14 +134,12 @@ def measured(
     group: Any,
     ep_size: int | None = None,
     directions: Sequence[Direction] = DIRECTIONS,
-) -> Tensor:
-    """Return [L, directions, OPERATORS + 3] seconds, equal on all ranks.
+) -> Sample:
+    """Return the seconds of all layers in a step, equal on all ranks.
 
-    These are the time of each operator between the tap and the end of the block, summed over
-    chunks, and that of the whole attention where it ran in two parts; the time before the tap; the
-    time from tap to end without overlap of computing and receiving; then the measured one. All are
-    of the slowest rank, the mean over EP groups. Every rank must call it, and `start_clocks` before
-    the operators run.
+    An operator's are summed over chunks, and the whole attention has its own where it ran in two
+    parts. They are the mean over EP groups. Every rank must call it, and `start_clocks` before the
+    operators run.
 
     ep_size: consecutive ranks of `group` that exchange rows; None: all. directions: forward alone
     is inference.
@@ -128,8 +151,8 @@ def measured(
     times_R = gather(torch.cat(local_layers, 1), group)
     times_GR = times_R.unflatten(0, (-1, ep_size or len(times_R)))
     layers = times_GR.split([times_dN2.shape[1] for times_dN2 in local_layers], 3)
-    return torch.stack(
-        [seconds_of(times, schedule) for times, schedule in zip(layers, schedules, strict=True)]
+    return Sample.stacked(
+        seconds_of(times, schedule) for times, schedule in zip(layers, schedules, strict=True)
     )
 
 
@@ -156,8 +179,8 @@ def names_of(schedule: Schedule) -> list[str]:
     return sorted(schedule.operators(), key=OPERATORS.index)
 
 
-def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Tensor:
-    """Return the [directions, OPERATORS + 3] seconds of one layer, as `measured` does.
+def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Sample:
+    """Return the seconds of one layer, as `measured` does.
 
     times_GRdN2: what `noted` returned, of each EP group and rank.
     """
@@ -181,7 +204,7 @@ def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Tensor:
         core_d, out_d = (seconds[OPERATORS.index(part)] for part in PARTS)
         seconds[OPERATORS.index("attention")] = core_d + out_d
     elapsed_d = (end_GdN.amax(-1) - begin_GdN.amin(-1)).mean(0)
-    return torch.stack([*seconds, before_d, elapsed_d + hidden_d, elapsed_d], 1)
+    return Sample(torch.stack(seconds, 1), before_d, elapsed_d + hidden_d, elapsed_d)
 
 
 def from_tap(spans: Sequence[Span], direction: Direction) -> tuple[float, list[Span]]:
@@ -207,7 +230,7 @@ def before_tap(spans: list[Span], tap: float, direction: Direction) -> tuple[flo
 
 
 def price(
-    samples: Mapping[int, Sequence[Tensor]], configured: Sequence[Schedule], fixed: bool
+    samples: Mapping[int, Sequence[Sample]], configured: Sequence[Schedule], fixed: bool
 ) -> dict[int, list[list[LayerChoice]]]:
     """Return the candidates by number of chunks, those of the lowest price first.
 
@@ -218,16 +241,18 @@ def price(
     samples: by number of chunks, ascending, what `measured` returned for each step. configured: the
     schedule of each layer. fixed: it is the only choice.
     """
-    steps = [torch.stack(list(samples_of_steps)) for samples_of_steps in samples.values()]
-    seconds = torch.stack([sample_SL2O.median(0).values for sample_SL2O in steps])
-    # the number of chunks does not change these, nor the time before the tap
-    once = [i for i, op in enumerate(OPERATORS) if op not in PER_CHUNK]
-    once.append(len(OPERATORS))
-    seconds[..., once] = torch.cat(steps).median(0).values[..., once]
-    layers = [
-        price_layer(list(samples), seconds[:, layer], schedule, fixed)
-        for layer, schedule in enumerate(configured)
-    ]
+    every_step = Sample.stacked(chain.from_iterable(samples.values())).median()
+    # the number of chunks changes only these
+    per_chunk_O = torch.tensor([operator in PER_CHUNK for operator in OPERATORS])
+    seconds = {}
+    for chunks, steps in samples.items():
+        median = Sample.stacked(steps).median()
+        operators_L2O = median.operators_dO.where(per_chunk_O, every_step.operators_dO)
+        seconds[chunks] = median._replace(operators_dO=operators_L2O, before_d=every_step.before_d)
+    layers = []
+    for layer, schedule in enumerate(configured):
+        of_layer = {chunks: sample.of_layer(layer) for chunks, sample in seconds.items()}
+        layers.append(price_layer(of_layer, schedule, fixed))
     candidates = {}
     for chunks in samples:
         by_slot = [layer[chunks] for layer in layers]
@@ -242,20 +267,25 @@ def price(
 
 
 def price_layer(
-    chunk_counts: Sequence[int], seconds_C2O: Tensor, configured: Schedule, fixed: bool
+    seconds: Mapping[int, Sample], configured: Schedule, fixed: bool
 ) -> dict[int, list[LayerChoice]]:
     """Return the choices of one layer by number of chunks, in the order of slots.
 
-    Choices inside attention are among them where its parts were measured.
+    Choices inside attention are among them where its parts were measured. seconds: of the layer, by
+    number of chunks, ascending.
     """
     times = {}
-    for chunks, directions in zip(chunk_counts, seconds_C2O.tolist(), strict=True):
+    for chunks, sample in seconds.items():
+        directions = zip(sample.operators_dO.tolist(), sample.before_d.tolist(), strict=True)
         times[chunks] = OperatorTimes(
-            *(dict(zip((*OPERATORS, BEFORE), seconds, strict=False)) for seconds in directions)
+            *(
+                dict(zip(OPERATORS, operators, strict=True)) | {BEFORE: before}
+                for operators, before in directions
+            )
         )
-    sequential = tuple(seconds_C2O[0, :, -2].tolist())  # with the fewest chunks
+    sequential = tuple(seconds[min(seconds)].sequential_d.tolist())
     choices = {}
-    for chunks in chunk_counts:
+    for chunks in seconds:
         in_parts = times[chunks].forward[PARTS[0]] > 0
         schedules = [configured]
         if not fixed:

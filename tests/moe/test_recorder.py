@@ -87,7 +87,7 @@ def test_measured_times_are_those_of_the_operators():
     x_BSD = torch.randn(1, 6, DIM, dtype=torch.float64, requires_grad=True)
     block(x_BSD).y_BSD.sum().backward()
     with patch.object(pricing, "gather", lambda times, group: times[None]):  # one rank
-        (times,) = measured([recorder], [schedule], None)
+        times = measured([recorder], [schedule], None).of_layer(0)
     rows = 6 * 2  # slots: capacity 2 of 6 tokens for 6 experts
     least = {
         "mlp": 4e-3,
@@ -98,10 +98,10 @@ def test_measured_times_are_those_of_the_operators():
     }
     for direction, factor in ((0, 1), (1, 2)):
         for operator, seconds in least.items():
-            assert times[direction, OPERATORS.index(operator)] >= factor * seconds, operator
-        assert (
-            times[direction, -1] >= times[direction, : len(OPERATORS)].sum() * 0.999
-        )  # they run one after another
+            took = times.operators_dO[direction, OPERATORS.index(operator)]
+            assert took >= factor * seconds, operator
+        # they run one after another
+        assert times.elapsed_d[direction] >= times.operators_dO[direction].sum() * 0.999
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["before the block", "the block too"])
@@ -118,9 +118,10 @@ def test_a_block_is_priced_where_all_before_it_is_frozen(frozen):
     y_BSD = block(torch.randn(2, 6, DIM, dtype=torch.float64)).y_BSD
     (y_BSD.sum() + torch.zeros((), requires_grad=True)).backward()
     times_dN2 = noted(recorder, block.schedule, DIRECTIONS)
-    seconds_dO = seconds_of(times_dN2[None, None], block.schedule)
-    forward, backward = seconds_dO[:, [OPERATORS.index("route"), -1]].tolist()
-    assert min(forward) > 0 and backward[0] == 0 and (backward[1] == 0) == frozen
+    times = seconds_of(times_dN2[None, None], block.schedule)
+    route_d = times.operators_dO[:, OPERATORS.index("route")]
+    assert route_d[0] > 0 and times.elapsed_d[0] > 0
+    assert route_d[1] == 0 and (times.elapsed_d[1] == 0) == frozen
 
 
 def test_an_operator_without_a_gradient_is_timed_forward_only():

@@ -19,7 +19,7 @@ from scmoe.models.run_as import run_as, schedule_of
 from scmoe.planning import planner as planner_module
 from scmoe.planning.candidates import CANDIDATES, shortlist, still_fastest
 from scmoe.planning.planner import MOST_TRIES, Overlap, Planner
-from scmoe.planning.pricing import LayerChoice, predicted
+from scmoe.planning.pricing import LayerChoice, Sample, predicted
 from scmoe.schedule.cost import OperatorTimes, Share, slots
 from scmoe.schedule.schedule import ModelSchedule, Schedule
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
@@ -44,8 +44,10 @@ def played(
     """Yield a planner and a function that takes a timed step on ranks with `rows` of that step."""
     model, rng, steps, blocking = played_model(own), random.Random(0), 0, False
 
-    def measured(recorders: Any, schedules: list[Schedule], *_: Any) -> torch.Tensor:
-        return sample_of(schedules[0], rows(steps), blocking, LATENCY_MS) * rng.gauss(1, noise)
+    def measured(recorders: Any, schedules: list[Schedule], *_: Any) -> Sample:
+        sample = sample_of(schedules[0], rows(steps), blocking, LATENCY_MS)
+        factor = rng.gauss(1, noise)
+        return Sample(*(seconds * factor for seconds in sample))
 
     def slowest(*_: Any) -> float:
         (schedule,) = schedule_of(model).blocks
@@ -203,7 +205,8 @@ def test_a_hidden_share_is_none_where_communication_is_below_the_noise():
         )
     ]
     planner.overlap = None
-    planner.note_overlap(torch.tensor([[[0.06], [0.0505]]]))
+    unread = torch.zeros(1, 2)
+    planner.note_overlap(Sample(unread, unread, unread, torch.tensor([[0.06, 0.0505]])))
     assert planner.overlap is not None
     assert planner.overlap.efficiency == [pytest.approx(0.8), None]
     assert planner.overlap.shares == [pytest.approx(0.5), pytest.approx(1 / 51, abs=1e-6)]

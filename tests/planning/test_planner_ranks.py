@@ -30,7 +30,7 @@ from scmoe.planning import candidates, pricing
 from scmoe.planning import planner as planner_module
 from scmoe.planning.candidates import FEWEST_ROUNDS
 from scmoe.planning.planner import STEPS_EACH, WARMUP_STEPS, Planner
-from scmoe.planning.pricing import OPERATORS, LayerChoice, names_of, slowest, start_clocks
+from scmoe.planning.pricing import OPERATORS, LayerChoice, Sample, names_of, slowest, start_clocks
 from scmoe.schedule.cost import PER_CHUNK, best_schedule, slots
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_shortcut, tiny_sublayers
@@ -297,9 +297,9 @@ def disagree(rank: int, world_size: int) -> None:
     real = pricing.price_layer
 
     def price(
-        counts: list[int], seconds: torch.Tensor, own: Schedule, fixed: bool
+        seconds: Mapping[int, Sample], own: Schedule, fixed: bool
     ) -> dict[int, list[LayerChoice]]:
-        choices = real(counts, seconds, own, fixed)
+        choices = real(seconds, own, fixed)
         times = {chunks: choices[1][0].times[1] for chunks in (1, 2)}
         other = replace(choices[1][0], schedule=Schedule("top_k", chunks=2), times=times)
         return {1: [other]} if rank == 1 and own.architecture == "top_k" else choices

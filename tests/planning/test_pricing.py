@@ -19,6 +19,7 @@ from scmoe.planning.pricing import (
     DIRECTIONS,
     OPERATORS,
     LayerChoice,
+    Sample,
     at_place,
     measured,
     noted,
@@ -119,9 +120,7 @@ def play(
     return clock
 
 
-def seconds(
-    recorders: list[Recorder], schedule: Schedule, ep_size: int | None = None
-) -> torch.Tensor:
+def seconds(recorders: list[Recorder], schedule: Schedule, ep_size: int | None = None) -> Sample:
     """Return what `measured` returns on every one of these ranks."""
     of_ranks = torch.stack([noted(recorder, schedule, DIRECTIONS) for recorder in recorders])
     with patch.object(pricing, "gather", lambda own, group: of_ranks):
@@ -172,7 +171,9 @@ def test_the_hidden_share_is_that_of_the_slowest_rank(schedule, ranks, load):
         ]
         true = hidden_part(*(end - start for end, start in zip(whole, begun, strict=True)))
         found = hidden_part(
-            float(seconds(overlapped, schedule)[0, d, -1]), choice.sequential[d], choice.free[d]
+            float(seconds(overlapped, schedule).elapsed_d[0, d]),
+            choice.sequential[d],
+            choice.free[d],
         )
         assert true is not None and found == pytest.approx(
             true, abs=0.01 if schedule.chunks == 1 else 0.05
@@ -184,9 +185,9 @@ def test_even_prices_are_those_of_any_rank():
     schedule = Schedule("scmoe", "pos2", 1, chunks=2)
     recorders = step(schedule, 4, 1.0, sequential=True)
     for recorder in recorders:
-        assert torch.allclose(
-            seconds([recorder], schedule), seconds(recorders, schedule), rtol=1e-9
-        )
+        of_one, of_all = seconds([recorder], schedule), seconds(recorders, schedule)
+        for one, every in zip(of_one, of_all, strict=True):
+            assert torch.allclose(one, every, rtol=1e-9)
 
 
 def test_each_ep_group_has_prices_of_its_own_and_their_mean_counts():
@@ -195,7 +196,8 @@ def test_each_ep_group_has_prices_of_its_own_and_their_mean_counts():
     recorders = step(schedule, 2, 1.7, sequential=True) + step(
         schedule, 2, 1.0, sequential=True, start=1e3
     )
-    dispatch = seconds(recorders, schedule, ep_size=2)[0, :, OPERATORS.index("dispatch")]
+    (operators_dO,) = seconds(recorders, schedule, ep_size=2).operators_dO
+    dispatch = operators_dO[:, OPERATORS.index("dispatch")]
     assert dispatch.tolist() == pytest.approx([1.35 * TRANSFER / 1e3] * 2)
 
 

@@ -26,7 +26,7 @@ from scmoe.planning.candidates import CANDIDATES_IN_HALVES, shortlist, shortlist
 from scmoe.planning.plan_file import in_flight_from, plan_from_json, plan_to_json
 from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import OPERATORS as MEASURED
-from scmoe.planning.pricing import LayerChoice, predicted
+from scmoe.planning.pricing import LayerChoice, Sample, predicted
 from scmoe.runs.evaluate.evaluation import ran_two_batches, with_batch_of_a_rank
 from scmoe.schedule.cost import TRANSFERS, OperatorTimes, computing_time, elapsed_time, slots
 from scmoe.schedule.schedule import Schedule
@@ -208,10 +208,13 @@ class Machine:
     def sample(self, chunks):
         """Return what `pricing.measured` returns after a step in so many chunks."""
         of = self.times(chunks)
-        rows = [
-            [own.get(op, 0.0) for op in (*MEASURED, BEFORE)] for own in (of.forward, of.backward)
-        ]
-        return torch.tensor([[[*row, sum(row), sum(row)] for row in rows]] * 2, dtype=torch.float64)
+        layers = []
+        for own in (of.forward, of.backward):
+            operators = torch.tensor([own.get(op, 0.0) for op in MEASURED], dtype=torch.float64)
+            before = torch.tensor(own.get(BEFORE, 0.0), dtype=torch.float64)
+            whole = operators.sum() + before
+            layers.append(Sample(operators, before, whole, whole))
+        return Sample.stacked([Sample.stacked(layers)] * 2)
 
     def chosen(self, own, numbers):
         """Return the planner's choice, and the number of batches that its model then has."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.models.halves import Halves
-from scmoe.planning.pricing import OPERATORS, names_of, seconds_of
+from scmoe.planning.pricing import OPERATORS, Sample, names_of, seconds_of
 from scmoe.schedule.cost import (
     TRANSFERS,
     OperatorTimes,
@@ -92,7 +92,7 @@ def step_ms(
 
 def sample_of(
     schedule: Schedule, rows: Sequence[Share], sequential: bool, latency_ms: float = 0.0
-) -> torch.Tensor:
+) -> Sample:
     """Return what `pricing.measured` returns after this step of one layer, in ms."""
     forward, backward = play_step(schedule, rows, sequential, latency_ms)
     window = len(schedule.operators())
@@ -100,7 +100,7 @@ def sample_of(
         [in_order(before[-window:], schedule), in_order(after[:window], schedule)]
         for before, after in zip(forward, backward, strict=True)
     ]
-    return seconds_of(torch.tensor([times_RdN2], dtype=torch.float64), schedule)[None]
+    return Sample.stacked([seconds_of(torch.tensor([times_RdN2], dtype=torch.float64), schedule)])
 
 
 def in_order(spans: Sequence[Span], schedule: Schedule) -> list[tuple[float, float]]:
