@@ -2,7 +2,6 @@
 the times' ratios."""
 
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from experiments.bench.stacks import Variant
 from experiments.engine.ranks import run_ranks
 from scmoe.loads import BALANCED, CurrentLoad, load_of
 from scmoe.planning import planner
+from tests.support.played import played_model
 
 pytestmark = pytest.mark.inference
 FEW = ("top2", "pos2")
@@ -111,7 +111,7 @@ def test_each_pass_takes_the_next_routing_of_its_load(monkeypatch):
         None,
         None,
     )
-    bench.models = {"top2": SimpleNamespace(blocks=[SimpleNamespace(run_as=lambda *_: None)])}
+    bench.models = {"top2": played_model(default_schedule("top2"))}
     bench.passes = {("top2", "prefill"): None}
     rotating, balanced = (
         Variant("top2", default_schedule("top2"), "free", load)
