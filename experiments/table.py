@@ -1,15 +1,15 @@
 import sys
 
-from experiments.tables.table_file import Options, check_scale, load_table
+from experiments.tables.table_file import TableOptions, check_scale, load_table
 from scmoe.command_line import call
 from scmoe.config.extras import require
 from scmoe.files import read_json
 from scmoe.report import print_result, say
 
-USUAL = Options()
+USUAL = TableOptions()
 
 
-def main(table: str, /, *overrides: str, options: Options = USUAL) -> int:
+def main(table: str, /, *overrides: str, options: TableOptions = USUAL) -> int:
     """Run a table of the paper and set our values beside the paper's.
 
     Finished runs are skipped and interrupted ones are resumed; Ctrl-C stops with a checkpoint of

@@ -126,7 +126,7 @@ def test_a_scale_that_no_table_has_is_refused_before_packages_are_imported(
 
 OF_GENERATE = f"options={GenerateOptions(prompt='-x', stop=['x', 'y'])}"
 OF_INFERENCE = f"setting={InferenceSetting(batch=3, loads=('a', 'b'))}"
-OF_TABLE = "options=Options(scale='small', jobs=3, seeds=None, to=None)"
+OF_TABLE = "options=TableOptions(scale='small', jobs=3, seeds=None, to=None)"
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from scmoe.planning.planner import Planner
 from scmoe.planning.pricing import LayerChoice
 
 
-class Seconds(NamedTuple):
+class VariantTimes(NamedTuple):
     """The times of a variant: this rank's in one round, or arrays over rounds, of the slowest rank
     in each.
 
@@ -147,7 +147,7 @@ class Bench:
         t1, c1 = self.time()
         return t1 - t0, c1 - c0
 
-    def seconds(self, variant: Variant) -> Seconds:
+    def seconds(self, variant: Variant) -> VariantTimes:
         """Return the times of a forward pass and then of a training step."""
         forward, cpu_forward = self.forward(variant)
         step = self.steps[variant.block]
@@ -168,11 +168,11 @@ class Bench:
         self.x.grad = None
         self.iterations += 1
         self.turns[variant] += 1
-        return Seconds(forward, t3 - t0, in_forward, cpu_forward, c3 - c0, t3 - t2)
+        return VariantTimes(forward, t3 - t0, in_forward, cpu_forward, c3 - c0, t3 - t2)
 
     def rounds(
         self, variants: Iterable[Variant], rounds: int, what: str = ""
-    ) -> dict[Variant, Seconds]:
+    ) -> dict[Variant, VariantTimes]:
         """Run all variants in turn, `rounds` times. A load that changes with the steps makes one
         in each round."""
         self.turns.clear()
@@ -180,7 +180,7 @@ class Bench:
         times = in_turn(
             runs, rounds, warm_up=0, over_ranks=True, say=lambda line: say_once(what + line)
         )
-        return {variant: Seconds(*seconds) for variant, seconds in times.items()}
+        return {variant: VariantTimes(*seconds) for variant, seconds in times.items()}
 
     def choose(
         self,

@@ -43,7 +43,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Part:
+class CheckPart:
     """what: a heading of the report. pieces: `module:function`, imported in the part's process.
     clock_s: after this time the part is stopped; pieces that are done stay. packages: names to
     import, without which the part does not start. arguments: of the function, after the place."""
@@ -55,7 +55,7 @@ class Part:
     arguments: tuple[Any, ...] = ()
 
 
-def run_parts(parts: Mapping[str, Part], place: Place) -> dict[str, dict[str, Any]]:
+def run_parts(parts: Mapping[str, CheckPart], place: Place) -> dict[str, dict[str, Any]]:
     """Return for each part its state, seconds and pieces; `why`, where the state is not ok.
 
     state: ok | failed (a piece raised, or the process ended) | stopped (its clock ran out) |
@@ -81,7 +81,7 @@ def run_parts(parts: Mapping[str, Part], place: Place) -> dict[str, dict[str, An
     return results
 
 
-def run_part(part: Part, place: Place, work: Path) -> dict[str, Any]:
+def run_part(part: CheckPart, place: Place, work: Path) -> dict[str, Any]:
     """Run one part in a process. work: where its results and its output are kept, under two
     suffixes."""
     if lacking := [name for name in part.packages if find_spec(name) is None]:
@@ -151,7 +151,7 @@ def tail(path: Path) -> str:
     return "\n".join(lines[-TAIL_LINES:]) or "(nothing)"
 
 
-def _become_part(part: Part, place: Place, results: Path, output: Path) -> None:
+def _become_part(part: CheckPart, place: Place, results: Path, output: Path) -> None:
     os.setsid()
     follow_caller(partial(os.killpg, 0, signal.SIGKILL))
     for stream in (sys.stdout, sys.stderr):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy
 
 from experiments.tables.seed_statistics import describe, differences
-from experiments.tables.table_file import Table
+from experiments.tables.table_file import PaperTable
 from experiments.tables.table_runs import Run
 from scmoe.config.derived import max_steps
 from scmoe.predict.row_names import TWO, batches_of
@@ -26,7 +26,7 @@ Report = Mapping[str, Any]  # of `bench overlap`
 
 
 def at_equal_time(
-    table: Table, done: Sequence[Run], speeds: Mapping[float, Report]
+    table: PaperTable, done: Sequence[Run], speeds: Mapping[float, Report]
 ) -> dict[str, dict[str, Any]]:
     """Return {share of communication, as text: {comm_share, two_batches, rows}}. two_batches:
     whether rows were measured with two batches in flight too. rows: for each row that has a speed,
@@ -61,7 +61,7 @@ def best_speed(report: Report, row: str) -> float:
 
 
 def _at_speeds(
-    table: Table, done: Sequence[Run], speeds: Mapping[str, float]
+    table: PaperTable, done: Sequence[Run], speeds: Mapping[str, float]
 ) -> dict[str, dict[str, Any]]:
     """Return speed, step, loss and minus_baseline by row. speeds: by row."""
     losses: dict[str, dict[int, float]] = {name: {} for name in speeds}

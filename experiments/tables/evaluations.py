@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.tables.table_file import Scale, Table
+from experiments.tables.table_file import PaperTable, Scale
 from experiments.tables.table_runs import Run, look_up
 from scmoe.config import registry
 from scmoe.files import read_json
@@ -23,7 +23,7 @@ class Evaluations:
     """The evaluations of a table's runs: makes their jobs and reads their results. `jobs` has those
     that were made."""
 
-    def __init__(self, table: Table, scale: Scale) -> None:
+    def __init__(self, table: PaperTable, scale: Scale) -> None:
         metrics = [] if scale.evaluate is None else table.metrics_from("evaluation")
         self.needed = [key for metric in metrics for key in metric.keys]
         self.words = list(scale.evaluate or ())

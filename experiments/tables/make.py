@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from experiments.tables.evaluations import Evaluations, missing
-from experiments.tables.table_file import Options, load_table
-from experiments.tables.table_plan import Plan, plan_table
+from experiments.tables.table_file import TableOptions, load_table
+from experiments.tables.table_plan import TablePlan, plan_table
 from experiments.tables.table_report import write_report
 from experiments.tables.table_runs import Run, finished, look_up, read_states, results_of, save
 from experiments.tables.table_speeds import AGAIN, measure_speeds
@@ -37,7 +37,7 @@ class TableOutcome:
     rows: int = 0  # with at least one finished run
 
 
-def make_table(plan: Plan) -> TableOutcome:
+def make_table(plan: TablePlan) -> TableOutcome:
     """Do what is left of a table and write its files. The same call resumes a stopped one."""
     table, runs = plan.table, plan.runs
     evaluations = Evaluations(table, plan.scale)
@@ -124,7 +124,7 @@ def outcome_of(runs: Sequence[Run], others: Iterable[StudyJob], signal: int) -> 
     return TableOutcome(len(done), len(failed), cut, signal, len(rows))
 
 
-def write_files(plan: Plan) -> bool:
+def write_files(plan: TablePlan) -> bool:
     """Write the files of a table that has a finished run, and return whether a report was possible.
 
     There is none over runs that have read different data.
@@ -155,7 +155,9 @@ def states_of_other_data(done: Sequence[Run]) -> list[Path]:
     ]
 
 
-def reproduce(names: Sequence[str], options: Options, overrides: Sequence[str]) -> dict[str, Any]:
+def reproduce(
+    names: Sequence[str], options: TableOptions, overrides: Sequence[str]
+) -> dict[str, Any]:
     """Make tables in turn. Return {tables: rows with a result by number, failed, cut, seconds,
     signal}.
 
@@ -194,7 +196,7 @@ def reproduce(names: Sequence[str], options: Options, overrides: Sequence[str]) 
     }
 
 
-def cost_of(plan: Plan) -> float:
+def cost_of(plan: TablePlan) -> float:
     """Return the seconds that a table will take, as its file states them, and say what is to do."""
     read_states(plan.runs)
     to_do = len(plan.runs) - len(finished(plan.runs))

@@ -17,7 +17,7 @@ from typing import Any
 from experiments.tables.equal_time import Report, at_equal_time
 from experiments.tables.equivalence import equivalences
 from experiments.tables.seed_statistics import describe, differences
-from experiments.tables.table_file import Metric, Table, TableRow
+from experiments.tables.table_file import Metric, PaperTable, TableRow
 from experiments.tables.table_runs import Run, finished, look_up
 from experiments.tables.table_speeds import read_speeds
 from scmoe.config.derived import max_steps
@@ -25,7 +25,7 @@ from scmoe.config.derived import max_steps
 LAST_LOSSES = 4  # of a run's curve, whose mean is a metric from `curve`
 
 
-def results(table: Table, scale: str, runs: Sequence[Run], command: str) -> dict[str, Any]:
+def results(table: PaperTable, scale: str, runs: Sequence[Run], command: str) -> dict[str, Any]:
     """Return what results.json holds, as far as the runs have come. command: the one that makes the
     table."""
     speeds = read_speeds(table, runs[0].job.study)
@@ -57,7 +57,7 @@ def results(table: Table, scale: str, runs: Sequence[Run], command: str) -> dict
     return content
 
 
-def _ended(table: Table, runs: Sequence[Run]) -> dict[str, list[int]]:
+def _ended(table: PaperTable, runs: Sequence[Run]) -> dict[str, list[int]]:
     """Return the seeds of each row, in order, up to the first one whose run has not ended."""
     ended = {}
     for row in table.rows:
@@ -68,7 +68,7 @@ def _ended(table: Table, runs: Sequence[Run]) -> dict[str, list[int]]:
 
 
 def _column(
-    table: Table, metric: Metric, done: Sequence[Run], speeds: Mapping[float, Report]
+    table: PaperTable, metric: Metric, done: Sequence[Run], speeds: Mapping[float, Report]
 ) -> dict[str, dict[str, Any]]:
     """Return {ours, minus_baseline} of one metric by the row's name."""
     if metric.source == "speed":
@@ -125,7 +125,7 @@ def _speed(metric: Metric, row: TableRow, report: Report | None) -> dict[str, An
 
 
 def _row(
-    table: Table,
+    table: PaperTable,
     row: TableRow,
     runs: Sequence[Run],
     columns: Mapping[str, Mapping[str, dict[str, Any]]],
@@ -151,7 +151,7 @@ def _row(
     }
 
 
-def _paper_difference(table: Table, row: TableRow) -> float | None:
+def _paper_difference(table: PaperTable, row: TableRow) -> float | None:
     """Return the paper's difference to the row's baseline in the first metric; None where it has no
     value of one of them."""
     name, baseline = table.decides.name, table.row(row.baseline)

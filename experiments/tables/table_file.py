@@ -92,7 +92,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Table:
+class PaperTable:
     name: str
     title: str
     metrics: tuple[Metric, ...]
@@ -130,7 +130,7 @@ class Table:
 
 @Parameter(name="*")
 @dataclass(frozen=True)
-class Options:
+class TableOptions:
     """The options that `table` and `reproduce` share.
 
     Args:
@@ -151,7 +151,7 @@ def table_names(root: Path = FOLDER) -> list[str]:
     return sorted(path.parent.name for path in root.glob("*/table.yaml"))
 
 
-def load_table(name: str, root: Path | None = None) -> Table:
+def load_table(name: str, root: Path | None = None) -> PaperTable:
     """Read the table of <root>/<name>/table.yaml. Raises ConfigError, in one line, for what cannot
     be read.
 
@@ -169,7 +169,7 @@ def load_table(name: str, root: Path | None = None) -> Table:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def check_scale(table: Table, scale: str) -> None:
+def check_scale(table: PaperTable, scale: str) -> None:
     """Raise ConfigError for a scale that the table does not have."""
     if scale not in table.scales:
         raise ConfigError(
@@ -177,7 +177,7 @@ def check_scale(table: Table, scale: str) -> None:
         )
 
 
-def _table(name: str, folder: Path, tree: Any) -> Table:
+def _table(name: str, folder: Path, tree: Any) -> PaperTable:
     check("", tree, TABLE, ("title", "metrics", "baseline", "scales", "rows"))
     metrics = tuple(_metric(key, entry) for key, entry in tree["metrics"].items())
     rows = tuple(_row(entry, tree["baseline"], tree["metrics"]) for entry in tree["rows"])
@@ -204,7 +204,7 @@ def _table(name: str, folder: Path, tree: Any) -> Table:
             "share is missing. Give the share of communication, between 0 and 1, at which the"
             " metrics of speed hold"
         )
-    return Table(
+    return PaperTable(
         name,
         tree["title"],
         metrics,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.bench.pairs import ROWS
-from experiments.tables.table_file import Options, Scale, Table
+from experiments.tables.table_file import PaperTable, Scale, TableOptions
 from experiments.tables.table_runs import Run, plan_runs, refuse_to_overwrite
 from experiments.tables.table_speeds import every_of
 from scmoe.config.leaves import ConfigError
@@ -16,12 +16,12 @@ from scmoe.training.assembly.data import build_datamodule
 
 
 @dataclass(frozen=True)
-class Plan:
+class TablePlan:
     """A table at a scale, with all its runs; nothing is started yet. overrides: of all runs."""
 
-    table: Table
+    table: PaperTable
     scale_name: str
-    options: Options
+    options: TableOptions
     overrides: Sequence[str]
     runs: list[Run]
 
@@ -51,7 +51,7 @@ class Plan:
         return f"make table TABLE={self.table.name} SCALE={self.scale_name}{arguments}"
 
 
-def plan_table(table: Table, options: Options, overrides: Sequence[str]) -> Plan:
+def plan_table(table: PaperTable, options: TableOptions, overrides: Sequence[str]) -> TablePlan:
     """Return the plan of a table at a scale that it has. ConfigError: something cannot be honoured.
 
     Where the scale's data set is not on this machine, the plan is that of another scale, if the
@@ -72,7 +72,9 @@ def plan_table(table: Table, options: Options, overrides: Sequence[str]) -> Plan
             f"--to is {options.to}, where the table itself is made. Give another folder, such as"
             " docs/results"
         )
-    plan = Plan(table, name, options, overrides, plan_runs(table, scale, folder, seeds, overrides))
+    plan = TablePlan(
+        table, name, options, overrides, plan_runs(table, scale, folder, seeds, overrides)
+    )
     if options.to is not None:
         refuse_to_overwrite(plan.runs, options.to)
     trainer = plan.runs[0].config.trainer
@@ -85,7 +87,7 @@ def plan_table(table: Table, options: Options, overrides: Sequence[str]) -> Plan
     return plan
 
 
-def check_speeds(table: Table) -> None:
+def check_speeds(table: PaperTable) -> None:
     """Raise ConfigError for a row whose speed the testbed cannot measure, at any scale."""
     for scale in table.scales.values():
         known = ROWS[2] | ROWS[1] if scale.bench is None else ROWS[every_of(scale.bench)]
@@ -94,7 +96,7 @@ def check_speeds(table: Table) -> None:
                 raise refusal(f"{table.name}: speed of {row.name!r}", row.speed, " | ".join(known))
 
 
-def scale_with_data(table: Table, scale_name: str, overrides: Sequence[str]) -> str:
+def scale_with_data(table: PaperTable, scale_name: str, overrides: Sequence[str]) -> str:
     """Return the name of the scale, or of the one that is run where its data set is missing."""
     scale = table.scales[scale_name]
     config = load(scale.config, overrides)

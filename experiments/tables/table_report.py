@@ -6,13 +6,13 @@ from pathlib import Path
 
 from experiments.tables.results import results
 from experiments.tables.table_chart import draw_answers, draw_differences, draw_equal_time
-from experiments.tables.table_file import Table
+from experiments.tables.table_file import PaperTable
 from experiments.tables.table_page import markdown
 from experiments.tables.table_runs import Run
 from scmoe.files import write_whole
 
 
-def write_report(table: Table, scale: str, runs: Sequence[Run], command: str) -> list[Path]:
+def write_report(table: PaperTable, scale: str, runs: Sequence[Run], command: str) -> list[Path]:
     """Write the files of a table that has at least one finished run, as far as its runs have come.
 
     command: the one that makes the table."""

@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from experiments.tables.table_file import Scale, Table, TableRow
+from experiments.tables.table_file import PaperTable, Scale, TableRow
 from scmoe.config import registry
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.derived import max_steps
@@ -78,7 +78,7 @@ def finished(runs: Iterable[Run]) -> list[Run]:
 
 
 def plan_runs(
-    table: Table, scale: Scale, folder: Path, seeds: int, overrides: Sequence[str] = ()
+    table: PaperTable, scale: Scale, folder: Path, seeds: int, overrides: Sequence[str] = ()
 ) -> list[Run]:
     """Return all runs of a table, seed by seed, so that an interrupted table has whole comparisons
     in it.

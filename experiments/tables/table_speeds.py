@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from experiments.tables.table_file import Scale, Table
+from experiments.tables.table_file import PaperTable, Scale
 from scmoe.predict.row_names import TWO, architecture_of
 from scmoe.sweeps.batch import BatchProgress, JobBatch
 from scmoe.sweeps.jobs import StudyJob
@@ -21,7 +21,7 @@ AGAIN = ("waiting", "cut", "failed")  # states of jobs that are made, or made ag
 
 
 def measure_speeds(
-    table: Table, scale: Scale, folder: Path, lock: IO[str]
+    table: PaperTable, scale: Scale, folder: Path, lock: IO[str]
 ) -> tuple[list[StudyJob], int]:
     """Measure the rows' speeds at every share of the table, unless it was done by the same command
     before.
@@ -37,7 +37,7 @@ def measure_speeds(
         return jobs, JobBatch(jobs, 1, len(jobs), watch).run(lock, AGAIN)
 
 
-def speed_job(table: Table, bench: Sequence[str], folder: Path, share: float) -> StudyJob:
+def speed_job(table: PaperTable, bench: Sequence[str], folder: Path, share: float) -> StudyJob:
     """Return the job that measures a share, finished if the same command has done it before.
 
     Otherwise the report of the earlier command, which had other rows or options, is removed.
@@ -59,7 +59,7 @@ def speed_job(table: Table, bench: Sequence[str], folder: Path, share: float) ->
     return job
 
 
-def read_speeds(table: Table, folder: Path) -> dict[float, dict[str, Any]]:
+def read_speeds(table: PaperTable, folder: Path) -> dict[float, dict[str, Any]]:
     """Return the reports of `bench overlap` by share, as its files in <folder>/speed/ are named.
     One that lacks a row of the table is left out: it is to be measured again."""
     wanted = set(rows_measured(table))
@@ -71,7 +71,7 @@ def read_speeds(table: Table, folder: Path) -> dict[float, dict[str, Any]]:
     return reports
 
 
-def rows_measured(table: Table) -> list[str]:
+def rows_measured(table: PaperTable) -> list[str]:
     """Return the rows of the testbed: top-2 and those of the table, each with one batch in flight
     and, if the table compares losses at equal time, with two."""
     rows = dict.fromkeys(["top2", *(row.speed for row in table.rows if row.speed)])

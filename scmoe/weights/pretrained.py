@@ -148,7 +148,7 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("[!.]*.safetensors"))
 
 
-class Stored(NamedTuple):
+class TensorInFile(NamedTuple):
     """A tensor in a file of which only the header has been read.
 
     The file is mapped into memory, and the ranks of a node share it.
@@ -165,9 +165,9 @@ class Stored(NamedTuple):
         return self.file.get_slice(self.name)[row]
 
 
-def stored_in(paths: list[Path]) -> dict[str, Stored]:
+def stored_in(paths: list[Path]) -> dict[str, TensorInFile]:
     """Return the tensors of safetensors files by name. Raises ValueError for other files."""
-    stored: dict[str, Stored] = {}
+    stored: dict[str, TensorInFile] = {}
     for path in paths:
         try:
             file: Any = safe_open(path, framework="pt")
@@ -176,7 +176,7 @@ def stored_in(paths: list[Path]) -> dict[str, Stored]:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path} cannot be read: {error}") from error
         for name, shape in shapes.items():
-            stored[name] = Stored(file, name, torch.empty(shape, device="meta"))
+            stored[name] = TensorInFile(file, name, torch.empty(shape, device="meta"))
     return stored
 
 

@@ -322,14 +322,14 @@ def test_a_bare_model_in_several_files_with_fewer_positions_is_read(tmp_path):
 
 
 def test_a_rank_reads_only_its_own_experts(folders, monkeypatch):
-    case, read, original = "longcat, zero experts", [], pretrained.Stored.read
+    case, read, original = "longcat, zero experts", [], pretrained.TensorInFile.read
     whole = build_model_to_train(config_of(case, folders / case))
 
     def noted(stored: Any, row: int | None = None) -> Tensor:
         read.append(stored.name)
         return original(stored, row)
 
-    monkeypatch.setattr(pretrained.Stored, "read", noted)
+    monkeypatch.setattr(pretrained.TensorInFile, "read", noted)
     config = config_of(case, folders / case, "trainer.devices=2", "strategy.ep_size=2")
     with one_of_two() as wire:
         half = build_model_to_train(config, wire)

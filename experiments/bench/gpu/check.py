@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from experiments.engine.isolated import Part, Pieces, Place
+from experiments.engine.isolated import CheckPart, Pieces, Place
 from scmoe.report import bullets, bullets_and_tables, table_of
 
 FILES, TOTAL_MB = 8, 60  # the most that a check leaves
@@ -30,29 +30,29 @@ MODELS = (
 )  # what the Strategy and the models import
 CONFIGS = (*MODELS, "omegaconf")
 PARTS = {
-    "tests": Part(
+    "tests": CheckPart(
         "The tests that need a GPU",
         f"{HERE}.gpu.check:tests",
         110,
         ("pytest", "hypothesis", *MODELS),
     ),
-    "layer": Part(
+    "layer": CheckPart(
         "The MoE layer over its dense products", f"{HERE}.layer:on_device", 70, ("numpy", "rich")
     ),
-    "step": Part(
+    "step": CheckPart(
         "A step's operators and waits of the host", f"{HERE}.gpu.steps:profiled", 50, CONFIGS
     ),
-    "overlap-0.52": Part(
+    "overlap-0.52": CheckPart(
         "Overlap, communication share 0.52", f"{HERE}.gpu.steps:overlap", 70, CONFIGS, (0.52,)
     ),
-    "overlap-0.15": Part(
+    "overlap-0.15": CheckPart(
         "Overlap, communication share 0.15", f"{HERE}.gpu.steps:overlap", 70, CONFIGS, (0.15,)
     ),
-    "gpt2": Part("GPT2-MoE-Small, a training step", f"{HERE}.gpu.steps:gpt2", 45, CONFIGS),
-    "training": Part(
+    "gpt2": CheckPart("GPT2-MoE-Small, a training step", f"{HERE}.gpu.steps:gpt2", 45, CONFIGS),
+    "training": CheckPart(
         "A short training in bf16", f"{HERE}.gpu.steps:training", 50, (*CONFIGS, "tokenizers")
     ),
-    "pictures": Part("Dispatch beside attention", f"{HERE}.gpu.steps:pictures", 45, CONFIGS),
+    "pictures": CheckPart("Dispatch beside attention", f"{HERE}.gpu.steps:pictures", 45, CONFIGS),
 }
 ROOT = Path(__file__).resolve().parents[3]  # of the checkout
 ON_ONE_GPU = ("tests/parallel/wire/test_cuda.py", "tests/inference/offload/test_migration.py")

@@ -27,7 +27,7 @@ from experiments.bench.inference.prefill_decode import (
 )
 from experiments.bench.other_settings import InferenceSetting
 from experiments.bench.overlap.row_figures import over_fastest
-from experiments.bench.overlap.uneven import Point, draw_lines, heat_of
+from experiments.bench.overlap.uneven import LoadPoint, draw_lines, heat_of
 from experiments.bench.rate_search import warn_of_share
 from experiments.bench.row import to_json
 from experiments.bench.setting import EXPERTS
@@ -223,12 +223,12 @@ def imbalance_of(setting: InferenceSetting, load: str, row: str, shape: Shape) -
 
 def draw_loads(report: dict[str, Any], path: Path) -> None:
     """Draw the time of an overlapped prefill over the balanced one."""
-    lines: dict[str, list[Point]] = {row: [] for row in report["rows"]}
+    lines: dict[str, list[LoadPoint]] = {row: [] for row in report["rows"]}
     for at_load in sorted(report["loads"], key=heat_of):
         for row, prefill in passes_of(at_load, "prefill").items():
             uneven = prefill.at_load
             assert uneven is not None
-            point = Point(
+            point = LoadPoint(
                 uneven.max_over_mean_ranks, uneven.over_balanced, uneven.over_balanced_quartiles
             )
             lines[row].append(point)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from experiments.bench.pairs import ROWS, default_schedule
-from experiments.bench.rank_bench import Bench, Seconds
+from experiments.bench.rank_bench import Bench, VariantTimes
 from experiments.bench.rate_search import find_rate
 from experiments.bench.setting import Setting
 from experiments.bench.stacks import Variant, chosen_by, of_each_kind
@@ -56,7 +56,7 @@ class Measured(NamedTuple):
     setting: Setting
     rate: float | None
     rows: Mapping[str, PlannedRow]
-    times: Mapping[Variant, Seconds]
+    times: Mapping[Variant, VariantTimes]
     gradients: Mapping[str, Sequence[tuple[float, int]]]
     iterations: int
     load: str = BALANCED
@@ -64,7 +64,7 @@ class Measured(NamedTuple):
 
 def block_seconds(
     measured: Measured, block: str, transfers: str, load: str | None = None
-) -> Seconds:
+) -> VariantTimes:
     """Return the times of a block's default schedule. load: None: that of `measured`."""
     return measured.times[Variant(block, default_schedule(block), transfers, load or measured.load)]
 
@@ -154,7 +154,7 @@ def auto_of(bench: Bench, load: str, row: str) -> Variant:
     return chosen_by(bench.choose(block, chunk_counts, load, (1, 2)), block, load)
 
 
-def finalists_of(planned: Planned, tried: Mapping[Variant, Seconds]) -> list[Variant]:
+def finalists_of(planned: Planned, tried: Mapping[Variant, VariantTimes]) -> list[Variant]:
     """Return the variants of a row that go into the rounds: the best by the trials, the planner's,
     and the best between operators and inside attention."""
     best_of_each = [nearest(kind, tried)[0] for kind in of_each_kind(planned.candidates)]
@@ -182,7 +182,7 @@ def in_halves(level: str) -> Variant:
     return Variant("top2", default_schedule("top2"), transfers, batches_in_flight=2)
 
 
-def nearest(variants: Sequence[Variant], tried: Mapping[Variant, Seconds]) -> list[Variant]:
+def nearest(variants: Sequence[Variant], tried: Mapping[Variant, VariantTimes]) -> list[Variant]:
     """Return the variants whose steps were NEAR the best in the trials, FINALISTS at most."""
     seconds = {v: min(tried[v].train) for v in variants}  # a disturbance only makes a trial longer
     ranked = sorted(variants, key=lambda v: seconds[v])

@@ -18,7 +18,7 @@ from experiments.bench.overlap.limits import (
     rows_over_gradients,
 )
 from experiments.bench.overlap.rounds import Measured, PlannedRow, block_seconds
-from experiments.bench.rank_bench import Seconds
+from experiments.bench.rank_bench import VariantTimes
 from experiments.bench.row import Kind, Row
 from experiments.bench.stacks import Variant, of_each_kind, waiting_of
 from scmoe.planning.clock import median, quartiles
@@ -89,7 +89,7 @@ def row_of(measured: Measured, name: str) -> Row:
     return figures
 
 
-def inside_gain(row: PlannedRow, times: Mapping[Variant, Seconds]) -> dict[str, Any] | None:
+def inside_gain(row: PlannedRow, times: Mapping[Variant, VariantTimes]) -> dict[str, Any] | None:
     """Return what experts inside attention gain: the time of the row's best schedule between
     operators over that of its best one inside, as quartiles with the median between them. None: the
     window has no attention.
@@ -123,7 +123,7 @@ def over_best(measured: Measured, row: str) -> dict[str, Any]:
     return comparisons
 
 
-def rivals_of(measured: Measured, blocks: tuple[str, ...]) -> dict[str, Seconds]:
+def rivals_of(measured: Measured, blocks: tuple[str, ...]) -> dict[str, VariantTimes]:
     """Return the times of sequential top-2, and of the best schedule of each row of these
     blocks."""
     rivals = {"top2, sequential": block_seconds(measured, "top2", "sequential")}
@@ -133,7 +133,9 @@ def rivals_of(measured: Measured, blocks: tuple[str, ...]) -> dict[str, Seconds]
     return rivals
 
 
-def over_rivals(seconds: Seconds, rivals: dict[str, Seconds], kind: Kind) -> dict[str, Any]:
+def over_rivals(
+    seconds: VariantTimes, rivals: dict[str, VariantTimes], kind: Kind
+) -> dict[str, Any]:
     """Return the time of the fastest rival over that of a row."""
     times = {name: times_of(rival, kind) for name, rival in rivals.items()}
     return over_fastest(times_of(seconds, kind), times)
@@ -147,7 +149,7 @@ def over_fastest(seconds: Any, rivals: Mapping[str, Any]) -> dict[str, Any]:
     return {"median": median(ratios), "quartiles": quartiles(ratios), "best": best}
 
 
-def times_of(seconds: Seconds, kind: Kind) -> Any:
+def times_of(seconds: VariantTimes, kind: Kind) -> Any:
     """Return the times of a forward pass or of a training step in each round."""
     return seconds.forward if kind == "forward" else seconds.train
 
@@ -167,7 +169,7 @@ def auto_of_both(measured: Measured, name: str) -> dict[str, Any] | None:
 
 
 def over_best_finalist(
-    choice: Variant, finalists: Sequence[Variant], times: Mapping[Variant, Seconds]
+    choice: Variant, finalists: Sequence[Variant], times: Mapping[Variant, VariantTimes]
 ) -> float:
     """Return the training time of a planner's choice over that of the best schedule.
 

@@ -175,7 +175,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     draw_lines(lines_of(report["loads"]), names, path, words, "training step over its balanced one")
 
 
-class Point(NamedTuple):
+class LoadPoint(NamedTuple):
     """A row at one load. over_balanced: its time over the balanced one, with quartiles."""
 
     max_over_mean_ranks: float
@@ -183,14 +183,14 @@ class Point(NamedTuple):
     quartiles: list[float]
 
 
-def lines_of(reports: Sequence[Mapping[str, Any]]) -> dict[str, list[Point]]:
+def lines_of(reports: Sequence[Mapping[str, Any]]) -> dict[str, list[LoadPoint]]:
     """Return a point of each row for each load."""
-    lines: dict[str, list[Point]] = {}
+    lines: dict[str, list[LoadPoint]] = {}
     for report in sorted(reports, key=heat_of):
         for name, row in rows_of(report).items():
             assert row.at_load is not None
             figures = row.at_load
-            point = Point(
+            point = LoadPoint(
                 figures.max_over_mean_ranks,
                 figures.over_balanced_train,
                 figures.over_balanced_quartiles,
@@ -205,7 +205,7 @@ def heat_of(report: Mapping[str, Any]) -> float:
 
 
 def draw_lines(
-    lines: Mapping[str, Sequence[Point]],
+    lines: Mapping[str, Sequence[LoadPoint]],
     names: Mapping[str, str],
     path: Path,
     words: str,

@@ -22,7 +22,7 @@ from scmoe.parallel.mesh import Mesh
 from scmoe.parallel.torch_seam import is_compiled
 
 
-class Watch:
+class ModuleWatch:
     """A forward hook that notes the output of a module, and the gradient of it, under a name.
 
     A copy of the module, or what is read from a pickle of it, is not watched.
@@ -62,7 +62,7 @@ class Guard:
             inner for child in module.modules() if is_compiled(child) for inner in child.modules()
         }
         self.hooks = [
-            child.register_forward_hook(Watch(self, name or type(child).__name__))
+            child.register_forward_hook(ModuleWatch(self, name or type(child).__name__))
             for name, child in module.named_modules()
             if next(child.parameters(recurse=False), None) is not None and child not in compiled
         ]

@@ -58,7 +58,7 @@ class Asked(NamedTuple):
     file: Path | None = None
 
 
-class Prompt(NamedTuple):
+class EncodedPrompt(NamedTuple):
     """What the model reads, and where the text that it writes ends."""
 
     ids: list[int]
@@ -99,7 +99,7 @@ class ModelOfRun(LM):
                 advance(len(batch))
         return texts
 
-    def prompt(self, context: str, asked: dict[str, Any]) -> Prompt:
+    def prompt(self, context: str, asked: dict[str, Any]) -> EncodedPrompt:
         """Return the end of text and the last ids of a context, as many as leave room for the new
         tokens.
 
@@ -121,9 +121,9 @@ class ModelOfRun(LM):
             )
         stopping = Stopping(new, frozenset({end}), strings, self.tokenizer.decode)
         ids = [end, *self.tokenizer.encode(context).tolist()]
-        return Prompt(ids[new - longest :], stopping)
+        return EncodedPrompt(ids[new - longest :], stopping)
 
-    def write(self, prompts: Sequence[Prompt]) -> list[str]:
+    def write(self, prompts: Sequence[EncodedPrompt]) -> list[str]:
         """Return the likeliest continuation of each prompt, token by token, before its first stop
         string."""
         forward: Any = self.scorer.forward  # as a Decoder is called

@@ -8,7 +8,7 @@ import pytest
 
 from experiments.bench.overlap.row_figures import over_best
 from experiments.bench.pairs import ROWS, default_schedule, usual_rows
-from experiments.bench.rank_bench import Seconds
+from experiments.bench.rank_bench import VariantTimes
 from experiments.bench.setting import Setting
 from experiments.bench.stacks import Variant, chosen_by, waiting_of
 from experiments.bench.training.slow_network import ARCHITECTURES, ROWS_OF_TWO_BATCHES, words_of
@@ -58,7 +58,7 @@ def test_the_rows_of_a_training_in_halves_differ_in_the_schedule_alone():
 
 def seconds(*train):
     train_s = np.array(train)
-    return Seconds(train_s / 3, train_s, train_s / 3, 0.0, 0.0)
+    return VariantTimes(train_s / 3, train_s, train_s / 3, 0.0, 0.0)
 
 
 def test_a_row_is_compared_with_the_best_of_top_2_and_with_the_best_without_a_shortcut():

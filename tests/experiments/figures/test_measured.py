@@ -16,7 +16,7 @@ from experiments.bench.overlap.rounds import Measured, PlannedRow
 from experiments.bench.overlap.row_figures import over_best_finalist
 from experiments.bench.overlap.speedups import summary
 from experiments.bench.pairs import ROWS, default_schedule, usual_rows
-from experiments.bench.rank_bench import Seconds
+from experiments.bench.rank_bench import VariantTimes
 from experiments.bench.setting import Setting
 from experiments.bench.stacks import Variant
 from experiments.figures.measured import SCENARIOS, module_share, read_reports
@@ -35,8 +35,8 @@ SHOWN = tuple(
 ROUNDS = np.array([1.0, 1.25, 1.5])  # a machine that slows down: ratios are the same in every round
 
 
-def seconds(forward: float, train: float) -> Seconds:
-    return Seconds(
+def seconds(forward: float, train: float) -> VariantTimes:
+    return VariantTimes(
         forward=forward * ROUNDS,
         train=train * ROUNDS,
         train_forward=train * ROUNDS / 3,

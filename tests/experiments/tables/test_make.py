@@ -16,7 +16,7 @@ import pytest
 from experiments.tables import table_speeds
 from experiments.tables.evaluations import Evaluations
 from experiments.tables.make import make_runs
-from experiments.tables.table_file import Options, Scale, TableRow, load_table
+from experiments.tables.table_file import Scale, TableOptions, TableRow, load_table
 from experiments.tables.table_plan import plan_table
 from experiments.tables.table_runs import Run, plan_runs, read_states
 from experiments.tables.table_speeds import measure_speeds, read_speeds
@@ -362,6 +362,6 @@ def test_speeds_are_measured_at_every_share_until_the_command_changes(fakes, tmp
 def test_a_row_that_the_testbed_cannot_measure_is_refused_before_the_first_training(words):
     scale = replace(TABLE3.scales["smoke"], bench=words)
     with pytest.raises(ConfigError, match=r"'scmoe_pos3', allowed: top2 .*farskip"):
-        plan_table(replace(TABLE3, scales={"smoke": scale}), Options(), ())
+        plan_table(replace(TABLE3, scales={"smoke": scale}), TableOptions(), ())
     known = [row for row in TABLE3.rows if row.speed != "scmoe_pos3"]
-    assert plan_table(replace(TABLE3, rows=known, scales={"smoke": scale}), Options(), ()).runs
+    assert plan_table(replace(TABLE3, rows=known, scales={"smoke": scale}), TableOptions(), ()).runs

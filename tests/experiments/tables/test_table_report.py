@@ -14,7 +14,7 @@ from experiments.tables.equal_time import loss_at, step_reached
 from experiments.tables.make import make_table
 from experiments.tables.results import results
 from experiments.tables.table_chart import draw_differences, draw_equal_time
-from experiments.tables.table_file import Options, Table, load_table
+from experiments.tables.table_file import PaperTable, TableOptions, load_table
 from experiments.tables.table_page import markdown, without_speed
 from experiments.tables.table_plan import plan_table
 from experiments.tables.table_report import write_report
@@ -111,13 +111,13 @@ def figures(monkeypatch):
     return found
 
 
-def of(table: Table, runs: list[Run]) -> tuple[dict, dict]:
+def of(table: PaperTable, runs: list[Run]) -> tuple[dict, dict]:
     """Return the results, and their rows by name."""
     found = results(table, "smoke", runs, "make table TABLE=table3 SCALE=smoke")
     return found, {row["name"]: row for row in found["rows"]}
 
 
-def planned_of(name: str, folder: Path, seeds: int) -> tuple[Table, list[Run]]:
+def planned_of(name: str, folder: Path, seeds: int) -> tuple[PaperTable, list[Run]]:
     table = load_table(name, CONFIGS)
     runs = plan_runs(table, table.scales["smoke"], folder / f"{name}-smoke", seeds)
     runs[0].job.study.mkdir()
@@ -301,7 +301,9 @@ def test_speeds_stand_beside_the_papers_and_a_missing_one_says_why(tmp_path):
 def test_no_report_is_made_over_runs_that_have_read_different_data(tmp_path, capsys):
     """The text behind data.path was edited between two calls. The kept states of Tables 1 and 7 do
     not say what was read."""
-    plan = plan_table(load_table("table4", CONFIGS), Options(seeds=1), [f"runs_dir={tmp_path}"])
+    plan = plan_table(
+        load_table("table4", CONFIGS), TableOptions(seeds=1), [f"runs_dir={tmp_path}"]
+    )
     for i, run in enumerate(plan.runs):
         results = {"digest": run.digest, "summary": {}, "data": (None, "old", "new", "new")[i]}
         run.job.state = State("finished", "/somewhere", results=results)

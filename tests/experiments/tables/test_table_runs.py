@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.tables.table_file import Options, TableRow, load_table
+from experiments.tables.table_file import TableOptions, TableRow, load_table
 from experiments.tables.table_plan import plan_table
 from experiments.tables.table_runs import (
     Run,
@@ -141,7 +141,9 @@ def test_results_of_other_runs_are_not_overwritten(tmp_path):
 
     def plan(home: str, seeds: int, *overrides: str) -> list[Run]:
         words = [f"runs_dir={tmp_path / home}", *overrides]
-        return plan_table(load_table("table4", CONFIGS), Options(seeds=seeds, to=to), words).runs
+        return plan_table(
+            load_table("table4", CONFIGS), TableOptions(seeds=seeds, to=to), words
+        ).runs
 
     def make(runs: list[Run], loss: float) -> None:
         for run in runs:

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from experiments.bench.gpu.check import PARTS, write_report
-from experiments.engine.isolated import Part, Place, run_parts
+from experiments.engine.isolated import CheckPart, Place, run_parts
 from scmoe.command_line import call
 from scmoe.parallel.checkpoint.durable import start_of
 from tests.support.commands import run, running
@@ -91,12 +91,16 @@ def test_a_part_that_fails_hangs_crashes_or_lacks_a_package_is_reported_and_the_
 ):
     pid_file, module = tmp_path / "pid", "tests.support.check_parts:pieces"
     parts = {
-        "fails": Part("Fails", module, 30, (), ("fail",)),
-        "hangs": Part("Hangs", module, 5, (), ("hang", str(pid_file))),
-        "crashes": Part("Crashes", module, 30, (), ("crash",)),
-        "lacks": Part("Lacks a package", module, 30, ("json", "no_such_package"), ("measure",)),
-        "is_no_module": Part("Cannot be imported", "tests.support.no_such_module:pieces", 30, ()),
-        "is fine": Part("Measures", module, 30, (), ("measure",)),
+        "fails": CheckPart("Fails", module, 30, (), ("fail",)),
+        "hangs": CheckPart("Hangs", module, 5, (), ("hang", str(pid_file))),
+        "crashes": CheckPart("Crashes", module, 30, (), ("crash",)),
+        "lacks": CheckPart(
+            "Lacks a package", module, 30, ("json", "no_such_package"), ("measure",)
+        ),
+        "is_no_module": CheckPart(
+            "Cannot be imported", "tests.support.no_such_module:pieces", 30, ()
+        ),
+        "is fine": CheckPart("Measures", module, 30, (), ("measure",)),
     }
     out = tmp_path / "out"
     out.mkdir()
@@ -130,9 +134,8 @@ def test_a_part_that_fails_hangs_crashes_or_lacks_a_package_is_reported_and_the_
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_part_ends_with_the_check(number, tmp_path):
     pid_file = tmp_path / "pid"
-    part = (
-        f"Part('Hangs', 'tests.support.check_parts:pieces', 300, (), ('hang', {str(pid_file)!r}))"
-    )
+    what = f"'tests.support.check_parts:pieces', 300, (), ('hang', {str(pid_file)!r})"
+    part = f"CheckPart('Hangs', {what})"
     # a server that runs already imports nothing of what `run_parts` asks for: this part needs none
     code = (
         "from multiprocessing import forkserver; forkserver.ensure_running()\n"

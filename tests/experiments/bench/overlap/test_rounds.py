@@ -17,7 +17,7 @@ from experiments.bench.overlap.limits import (
 )
 from experiments.bench.overlap.rounds import nearest
 from experiments.bench.overlap.speedups import name_of_report
-from experiments.bench.rank_bench import Seconds
+from experiments.bench.rank_bench import VariantTimes
 from experiments.bench.setting import Setting, pair_of, tokens_for
 from experiments.bench.stacks import Variant, chosen_by, config_of
 from scmoe.command_line import call
@@ -121,7 +121,7 @@ def test_gradients_are_summed_beside_the_last_batch_only():
     """Without gradients a step of four batches takes four times as long at least; with them, one
     sum longer."""
     setting = Setting(level="iteration", accumulate=4)
-    alone = Seconds(1.0, np.full(2, 12.0), np.full(2, 4.0), 0.0, 0.0, np.zeros(2))
+    alone = VariantTimes(1.0, np.full(2, 12.0), np.full(2, 4.0), 0.0, 0.0, np.zeros(2))
     times = {Variant("top2", Schedule("top_k"), "alone"): alone}
     for size, least in ((0, 12.0), (10**9, 10**9 * 8 / (1e8 * PAYLOAD) + 4.0 + 6.0)):
         found = SimpleNamespace(
@@ -138,7 +138,9 @@ def test_schedules_near_the_best_by_trial_go_into_the_rounds():
     """One disturbed trial, such as the second number of each pair here, excludes no schedule."""
     trials = {0: (1.04, 1.5), 1: (1.00, 1.3), 2: (1.02, 1.02), 3: (1.01, 9.0), 4: (1.029, 1.1)}
     variants = {slot: Variant("pos3", Schedule("scmoe", "pos3", slot)) for slot in trials}
-    tried = {variants[slot]: Seconds(0.0, pair, 0.0, 0.0, 0.0) for slot, pair in trials.items()}
+    tried = {
+        variants[slot]: VariantTimes(0.0, pair, 0.0, 0.0, 0.0) for slot, pair in trials.items()
+    }
     assert nearest([*variants.values()], tried) == [variants[slot] for slot in (1, 3, 2)]
     assert nearest([variants[0], variants[1]], tried) == [variants[1]]
 
