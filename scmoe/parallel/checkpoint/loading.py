@@ -100,7 +100,7 @@ def load_checkpoint(path: Any) -> dict[str, Any]:
     """
     with downloaded(located(path)) as folder:
         durable.verify(folder)
-        meta = of_this_rank(read_meta(folder), Mesh())
+        meta: Any = of_this_rank(read_meta(folder), Mesh())
         for name in ("param_groups", OPTIMIZER):
             meta.pop(name, None)
         meta = with_tensors(meta, read_named(folder, stored_in(meta)))
