@@ -14,10 +14,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.optim import Optimizer
 
 from scmoe.lightning.seam import loops, saves
+from scmoe.parallel.checkpoint.of_ranks import Key
 from scmoe.parallel.checkpoint.remote import located, on_each_machine
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import own_part, tied_weights, to_text
 from scmoe.parallel.mesh import Mesh
+
+READ_IN_PLACE = (
+    "on_load_checkpoint reads checkpoint[{!r}], which ExpertParallelStrategy does not give: each"
+    " rank has read its part of the tensors in place before the hook. Change the module's weights"
+    " in the hook instead, or set strict_loading=False to load a checkpoint that lacks some of them"
+)
 
 
 def check_can_be_saved(trainer: Any) -> None:
@@ -109,13 +116,41 @@ def save_or_postpone(
 def load(
     path: Any, trainer: Any, checkpoints: Checkpoints, optimizers: Sequence[Optimizer]
 ) -> dict[str, Any]:
-    """Read weights and optimizer state in place and return the rest. Every rank must call it."""
+    """Read weights and optimizer state in place and return the rest. Every rank must call it.
+
+    ValueError: a callback or the data module has state there that this rank cannot read.
+    """
     module = trainer.lightning_module
     checkpoints.finish()  # it may be the one that is read
     with on_each_machine(located(path), checkpoints.mesh) as folder:
         if optimizers:
             saves.make_groups_of_finetuning(trainer, folder)
-        return checkpoints.load(folder, module, optimizers, module.strict_loading)
+        rest, reasons = checkpoints.load(folder, module, optimizers, module.strict_loading)
+    restored: set[Key] = {("callbacks", callback.state_key) for callback in trainer.callbacks}
+    restored.add((type(trainer.datamodule).__qualname__,))
+    for key, reason in reasons.items():
+        if key in restored:
+            raise ValueError(f"{path}: {reason}")
+        rank_zero_warn(f"not loaded: {reason}")
+    lacking = {key[0]: reason for key, reason in reasons.items() if len(key) == 1}
+    return ForHooks(rest, lacking)
+
+
+class ForHooks(dict[str, Any]):
+    """What `on_load_checkpoint` gets. It lacks what ranks read in place, and what cannot be read in
+    this layout; reading that by its key is an error that says so.
+
+    lacking: why it lacks a key.
+    """
+
+    def __init__(self, content: dict[str, Any], lacking: dict[str, str]) -> None:
+        super().__init__(content)
+        self.lacking = lacking
+
+    def __missing__(self, key: str) -> Any:
+        if key in ("state_dict", "optimizer_states"):
+            raise ValueError(READ_IN_PLACE.format(key))
+        raise ValueError(self.lacking[key]) if key in self.lacking else KeyError(key)
 
 
 def remove(path: Any, trainer: Any, checkpoints: Checkpoints) -> None:

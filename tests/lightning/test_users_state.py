@@ -341,8 +341,9 @@ class Saving(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.read = checkpoint["words"]
         for key in ("state_dict", "optimizer_states"):
+            assert key not in checkpoint and checkpoint.get(key) is None
             with pytest.raises(ValueError, match=key):
-                checkpoint.get(key)
+                checkpoint[key]
 
 
 def add_complex(checkpoint: dict[str, Any], rank: int) -> None:

@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.of_ranks import (
-    Incomplete,
+    Reasons,
     of_this_rank,
+    reasons_of,
     replaced,
     stored_in,
     with_tensors,
@@ -38,11 +39,6 @@ from scmoe.parallel.checkpoint.state import (
 from scmoe.parallel.checkpoint.together import together
 from scmoe.parallel.mesh import Mesh, expert_parameters
 
-NOT_GIVEN = (
-    "on_load_checkpoint reads checkpoint[{!r}], which ExpertParallelStrategy does not give: each"
-    " rank has read its part of the tensors in place before the hook. Change the module's weights"
-    " in the hook instead, or set strict_loading=False to load a checkpoint that lacks some of them"
-)
 # what the names of the network's weights begin with: the LightningModule's, and its `model`
 NETWORK = "model.model."
 
@@ -100,18 +96,16 @@ def load_checkpoint(path: Any) -> dict[str, Any]:
     """
     with downloaded(located(path)) as folder:
         durable.verify(folder)
-        meta: Any = of_this_rank(read_meta(folder), Mesh())
+        meta, reasons = of_this_rank(read_meta(folder), Mesh())
         for name in ("param_groups", OPTIMIZER):
             meta.pop(name, None)
         meta = with_tensors(meta, read_named(folder, stored_in(meta)))
         tensors = read_whole(folder, "model.")
     weights = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    for part in (meta, *meta.values()):
-        if isinstance(part, Incomplete):
-            for reason in part.reasons.values():
-                warnings.warn(f"not loaded: {reason}", stacklevel=2)
-    meta = {name: dict(x) if isinstance(x, Incomplete) else x for name, x in meta.items()}
     weights |= meta.pop(MODULE, {})
+    for key, reason in reasons.items():
+        if key[0] != OPTIMIZER:
+            warnings.warn(f"not loaded: {reason}", stacklevel=2)
     weights |= {
         name: weights[first]
         for name, first in meta.pop("tied_weights", {}).items()
@@ -131,8 +125,9 @@ def _fill(tensors: dict[str, Tensor], path: Path) -> None:
 @torch.no_grad()
 def load_in_place(
     path: Path, module: nn.Module, optimizers: Sequence[Optimizer], mesh: Mesh, strict: bool = True
-) -> dict[str, Any]:
-    """Read a checkpoint into the module and the optimizers and return the rest.
+) -> tuple[dict[str, Any], Reasons]:
+    """Read a checkpoint into the module and the optimizers. Return the rest, and why it lacks
+    entries.
 
     strict: both must have the same entries; if not, the others stay as they are. Each rank verifies
     its share of the files. The key "rng_states" holds this rank's states, if as many ranks wrote as
@@ -140,15 +135,18 @@ def load_in_place(
     afterwards than the checkpoint's.
     """
     together(mesh, lambda: durable.verify(path, slice(mesh.rank, None, mesh.world_size)))
-    meta, stored = of_this_rank(read_meta(path), mesh), tensors_of(path)
-    entries = meta.pop(MODULE, Incomplete({}, {}))
+    meta, reasons = of_this_rank(read_meta(path), mesh)
+    stored = tensors_of(path)
+    if strict and (unread := reasons_of(reasons, MODULE)):
+        raise ValueError(f"{path}: {unread[0]}, or set strict_loading=False to leave it as it is")
+    entries = meta.pop(MODULE, {})
     state = module.state_dict()
     wanted = _of_module(path, module, state, entries, stored, mesh, strict)
-    groups, further = meta.pop("param_groups", []), meta.pop(OPTIMIZER, Incomplete({}, {}))
+    groups, further = meta.pop("param_groups", []), meta.pop(OPTIMIZER, {})
     if optimizers and groups:
         check_same_groups(path, [optimizer.param_groups for optimizer in optimizers], groups)
-        if further.reasons:
-            raise ValueError(f"{path}: {next(iter(further.reasons.values()))}")
+        if unread := reasons_of(reasons, OPTIMIZER):
+            raise ValueError(f"{path}: {unread[0]}")
     for i, (optimizer, saved_groups) in enumerate(zip(optimizers, groups, strict=False)):
         optimizer.state.clear()
         wanted.update(_allocate_state(f"optimizer_{i}", module, optimizer, stored, mesh))
@@ -165,18 +163,18 @@ def load_in_place(
         storage_reader=HuggingFaceStorageReader(str(path)),
         process_group=mesh.checkpoint_group,
     )
-    _give(module, state, wanted, dict(with_tensors(entries, others)))
+    _give(module, state, wanted, with_tensors(entries, others))
     if groups:
         _put_further_state(module, optimizers, with_tensors(further, others))
-    meta.reasons |= {key: NOT_GIVEN.format(key) for key in ("state_dict", "optimizer_states")}
-    return with_tensors(meta, others)
+    rest = {key: why for key, why in reasons.items() if key[0] not in (MODULE, OPTIMIZER)}
+    return with_tensors(meta, others), rest
 
 
 def _of_module(
     path: Path,
     module: nn.Module,
     state: Mapping[str, Any],
-    entries: Incomplete,
+    entries: Mapping[str, Any],
     stored: Mapping[str, Tensor],
     mesh: Mesh,
     strict: bool,
@@ -204,11 +202,6 @@ def _of_module(
     check_same_model(path, wanted, there if strict else {name: there[name] for name in wanted})
     if strict and (unknown := sorted(entries.keys() - state.keys())):
         raise ValueError(f"{path} holds another model: {unknown[0]} is absent here")
-    if strict and entries.reasons:
-        raise ValueError(
-            f"{path}: {next(iter(entries.reasons.values()))}, or set strict_loading=False to leave"
-            " it as it is"
-        )
     return wanted
 
 

@@ -6,8 +6,8 @@ part of them a rank has. Everything else is of users' code and may differ: the s
 what `on_save_checkpoint` adds, extra state, odd state of optimizers. Ranks compare a digest of each
 such entry. meta.json has rank 0's, and under OF_RANKS the others' where entries differ. Ranks in
 the same layout as the writers get their own. In another layout numbers are rank 0's, as in
-checkpoints of other strategies, and an entry with larger tensors, which may be of one rank's
-experts, is an error.
+checkpoints of other strategies. An entry with larger tensors, which may be of one rank's experts,
+is left out, and the reason is returned.
 """
 
 import hashlib
@@ -42,33 +42,7 @@ TITLES = {
 }
 
 Key = tuple[Any, ...]  # of an entry: its keys in meta.json, from the outermost one on
-
-
-class Incomplete(dict[str, Any]):
-    """A dictionary in which reading some of its keys is an error. reasons: says why, by key."""
-
-    def __init__(self, given: Mapping[str, Any], reasons: dict[str, str]) -> None:
-        super().__init__(given)
-        self.reasons = reasons
-
-    def __missing__(self, key: str) -> Any:
-        if key in self.reasons:
-            raise ValueError(self.reasons[key])
-        raise KeyError(key)
-
-    def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) or key in self.reasons
-
-    def get(self, key: str, default: Any = None) -> Any:
-        try:
-            return self[key]
-        except KeyError:
-            return default
-
-    def pop(self, key: str, *default: Any) -> Any:
-        if key in self.reasons:
-            raise ValueError(self.reasons[key])
-        return super().pop(key, *default)
+Reasons = dict[Key, str]  # why an entry cannot be read
 
 
 def contents(
@@ -192,24 +166,21 @@ def layout(mesh: Mesh) -> list[int]:
     return [mesh.world_size, mesh.ep_size, 0 if mesh.dense_mesh is None else mesh.dense_mesh.ndim]
 
 
-def of_this_rank(meta: dict[str, Any], mesh: Mesh) -> Incomplete:
-    """Return what meta.json holds for this rank, if it reads in this layout."""
+def of_this_rank(meta: dict[str, Any], mesh: Mesh) -> tuple[dict[str, Any], Reasons]:
+    """Return what meta.json holds for this rank in this layout, and why it lacks other entries."""
     differ = meta.pop(OF_RANKS, {"layout": [], "keys": [], "ranks": []})
     same_layout = differ["layout"] == layout(mesh)
-    restored = Incomplete(meta, {})
-    for name in BY_NAME:
-        if name in meta or any(key[0] == name for key in differ["keys"]):
-            restored[name] = Incomplete(meta.get(name, {}), {})
+    reasons: Reasons = {}
     for key, of_ranks in zip(differ["keys"], differ["ranks"], strict=True):
         *outer, name = key
-        inner = restored[outer[0]] if outer else restored
+        inner = meta.setdefault(outer[0], {}) if outer else meta
         values = dict(of_ranks)
         if name in inner:
             values[0] = inner.pop(name)
         if same_layout and mesh.rank in values:
             inner[name] = values[mesh.rank]
         elif not same_layout and any(has_tensors(value) for value in values.values()):
-            inner.reasons[name] = (
+            reasons[tuple(key)] = (
                 f"{title(key)} differs between the ranks that saved it and holds tensors, so it can"
                 f" be read only by ranks in the same layout: {differ['layout'][0]} ranks, ep_size"
                 f" {differ['layout'][1]} and the same strategy.dense. Use this layout, or leave out"
@@ -217,7 +188,12 @@ def of_this_rank(meta: dict[str, Any], mesh: Mesh) -> Incomplete:
             )
         elif not same_layout and 0 in values:
             inner[name] = values[0]
-    return restored
+    return meta, reasons
+
+
+def reasons_of(reasons: Reasons, outer: str) -> list[str]:
+    """Return why entries cannot be read whose outermost key is this one."""
+    return [reason for key, reason in reasons.items() if key[0] == outer]
 
 
 def has_tensors(x: Any) -> bool:
@@ -234,8 +210,6 @@ def replaced(x: Any, replace: Callable[[Any], Any]) -> Any:
 
     The calls are in the order of the value.
     """
-    if isinstance(x, Incomplete):
-        return Incomplete({key: replaced(value, replace) for key, value in x.items()}, x.reasons)
     if isinstance(x, dict):
         return {key: replaced(value, replace) for key, value in x.items()}
     if isinstance(x, (list, tuple)):

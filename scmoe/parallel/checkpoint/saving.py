@@ -25,7 +25,7 @@ from scmoe.files import write_durably
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.durable import Fingerprint
 from scmoe.parallel.checkpoint.loading import load_in_place
-from scmoe.parallel.checkpoint.of_ranks import contents
+from scmoe.parallel.checkpoint.of_ranks import Reasons, contents
 from scmoe.parallel.checkpoint.remote import Place, Upload
 from scmoe.parallel.checkpoint.state import META, set_rng_states
 from scmoe.parallel.checkpoint.together import in_background, same_error_on_all_ranks, together
@@ -241,15 +241,16 @@ class Checkpoints:
 
     def load(
         self, path: Path, module: nn.Module, optimizers: Sequence[Optimizer], strict: bool
-    ) -> dict[str, Any]:
-        """Read tensors into the module and the optimizers and return the rest.
+    ) -> tuple[dict[str, Any], Reasons]:
+        """Read tensors into the module and the optimizers. Return the rest, and why it lacks
+        entries.
 
         No save may be running. ValueError: see `load_in_place`.
         """
         assert self.saving is None
-        state = load_in_place(path, module, optimizers, self.mesh, strict)
+        state, reasons = load_in_place(path, module, optimizers, self.mesh, strict)
         self.rng_states = state.pop("rng_states", None)
-        return state
+        return state, reasons
 
     def restore_random_state(self) -> None:
         """Set this rank's random generators to the loaded states.
