@@ -17,7 +17,8 @@ from scmoe.runs.html_report.section import Section
 from scmoe.runs.html_report.sources import find_sources
 
 LONGEST = 60  # letters of a title that names what was asked for
-SENTENCE = 40  # letters of a cell from which on a table becomes a list of cards on a phone
+SENTENCE = 40  # letters of a cell that needs a line of its own on a phone
+FEW = 8  # columns that fit on a card
 
 
 def write_page(names: Sequence[str], path: Path, last: int, version: str) -> int:
@@ -68,5 +69,7 @@ def is_words(cell: str) -> bool:
 
 
 def as_cards(table: Report) -> bool:
-    """Return whether a phone shows each row of a table as a card, since a cell is long."""
-    return any(len(cell) > SENTENCE for row in table.cells() for cell in row[1:])
+    """Return whether a phone shows each row of a table as a card: few columns, some of words, or a
+    sentence in a cell. Others scroll sideways."""
+    has_sentence = any(len(cell) > SENTENCE for row in table.cells() for cell in row[1:])
+    return has_sentence or (len(table.columns) <= FEW and wordy(table) not in ([], [0]))
