@@ -67,8 +67,8 @@ shortcut: {by_share}; {by_tokens} ([all numbers](two-batches.md)).
 {equal}; within {margin} nats (TOST, p {equal_p:.3f}). Minus a shared expert's at equal time: \
 {own}, p {own_p:.2f} ({seeds} seeds of [a small twin]({table}/table.md)).
 4. **Where it loses.** With {rows_over_gradients:.1f} bytes of rows for a byte of gradients, Pos-2 \
-trains at {few_tokens} of top-2's speed ([numbers]({few_tokens_page}.md)). So it does with few \
-tokens a rank, and against a shared expert with two batches at a large share: line 2.
+trains at {few_tokens} of top-2's speed ([numbers]({few_tokens_page}.md)). It also loses with few \
+tokens a rank and, to a shared expert with two batches, at a large share: line 2.
 5. **Not measured:** any GPU, NCCL, two machines, any table at the paper's size. \
 [Not run yet](#not-run-yet).
 

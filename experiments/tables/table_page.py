@@ -14,7 +14,6 @@ COLUMNS = (
     "paper",
     "paper: minus baseline",
     "ours: mean ± std (n)",
-    "median, range",
     "ours: minus baseline",
     "interval",
     "p (n)",
@@ -84,17 +83,13 @@ def _cells(row: Results, metric: str, form: str) -> list[str]:
     minus = row["minus_baseline"]
     signed = form.replace(":", ":+")
     size = ""
-    median_and_range = ""
     if row["params_total"]:
         size = f"{row['params_total'] / 1e6:.2f}M ({row['params_active'] / 1e6:.2f}M)"
-    if ours["n"]:
-        values_range = _numbers(" to ", form, *ours["range"])
-        median_and_range = f"{form.format(ours['median'])}, {values_range}"
     cells = [row["name"], size, _numbers("", form, paper.get(metric))]
     if minus is None:
-        return [*cells, "", _spread(ours, form), median_and_range, "", "", ""]
+        return [*cells, "", _spread(ours, form), "", "", ""]
     interval = _numbers(" to ", signed, minus["low"], minus["high"])
-    cells += [_numbers("", signed, paper["difference"]), _spread(ours, form), median_and_range]
+    cells += [_numbers("", signed, paper["difference"]), _spread(ours, form)]
     return [*cells, _numbers("", signed, minus["mean"]), interval, _p(minus)]
 
 

@@ -225,7 +225,7 @@ def test_a_row_without_a_run_is_empty(made):
     assert (one["minus_baseline"]["low"], one["minus_baseline"]["p"]) == (None, None)
     text = markdown(found)
     assert "mean nothing" in text, "it is the scale smoke"
-    assert "| shared-expert, CG-2 |  | 3.2406 | -0.0298 | (0) |  |  |  | (0) |" in text
+    assert "| shared-expert, CG-2 |  | 3.2406 | -0.0298 | (0) |  |  | (0) |" in text
     write_report(table, "smoke", runs, "")
 
 
