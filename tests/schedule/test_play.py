@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scmoe.schedule.cost import EVEN, TRANSFERS, elapsed, play, play_ranks, shares, slots
-from scmoe.schedule.schedule import ARCHITECTURES, PARTS, Schedule
+from scmoe.schedule.schedule import PARTS, POSITIONS_OF, Schedule
 from tests.support.played import hot_rank, step_ms
 
 OPERATORS = (
@@ -19,7 +19,7 @@ OPERATORS = (
 TIMES = st.fixed_dictionaries({op: st.floats(0.1, 10.0) for op in OPERATORS})
 NAMES = [
     (name, position)
-    for name, positions in ARCHITECTURES.items()
+    for name, positions in POSITIONS_OF.items()
     for position in positions or (None,)
 ]
 SCHEDULES = st.sampled_from([choice for name in NAMES for choice in slots(Schedule(*name))])

@@ -13,12 +13,12 @@ from scmoe.blocks.standard import SharedExpertBlock, TopKBlock
 from scmoe.blocks.sublayers import MLP, compile_sublayers
 from scmoe.moe.coefficient import CG1
 from scmoe.schedule.cost import TRANSFERS, slots
-from scmoe.schedule.schedule import ARCHITECTURES, SUBLAYERS, Schedule
+from scmoe.schedule.schedule import POSITIONS_OF, SUBLAYERS, Schedule
 from tests.support.models import DIM, FFN, tiny_shortcut, tiny_stream, tiny_sublayers
 from tests.support.recording import Log, Recorded, RecordingDispatcher
 
 EVERY_WINDOW = [
-    Schedule(name, position) for name, each in ARCHITECTURES.items() for position in each or (None,)
+    Schedule(name, position) for name, each in POSITIONS_OF.items() for position in each or (None,)
 ]
 EVERY_SLOT = [schedule for window in EVERY_WINDOW for schedule in slots(window)]
 
