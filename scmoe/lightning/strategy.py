@@ -30,8 +30,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from scmoe.lightning.guarded_update import check_callbacks, check_precision, guard_updates
+from scmoe.lightning.hung_ranks import end_job_at_exit, note_absent
 from scmoe.lightning.job import RunningJob, meeting, prepare_backends, say, time_limits
-from scmoe.lightning.roll_call import end_job_at_exit, note_absent
 from scmoe.lightning.seam import launch, loops, saves
 from scmoe.lightning.trainer_checkpoints import (
     SavePostponed,

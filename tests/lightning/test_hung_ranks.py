@@ -25,8 +25,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch import Tensor
 
 from experiments.engine.ranks import run_ranks
+from scmoe.lightning.hung_ranks import LEFT_ALONE, roll_call
 from scmoe.lightning.job import START_TIMEOUT_S
-from scmoe.lightning.roll_call import LEFT_ALONE, roll_call
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.durable import start_of

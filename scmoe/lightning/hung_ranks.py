@@ -1,9 +1,10 @@
-"""Names the ranks that have left, where a collective has failed because of them (fault 14).
+"""If ranks have died or hang, the others name them in their error and end the job (fault 14).
 
-The collective's own error only says that it timed out or that a connection closed. So the remaining
-ranks contact each other once more, briefly, in a group that the broken collective has not used.
-`dist.monitored_barrier` would name the missing ranks too, but if rank 0 is missing it waits for the
-group's timeout instead of its own.
+The error of a collective only says that it timed out or that a connection closed. So the remaining
+ranks contact each other once more, briefly, in a group that the broken collective has not used: a
+roll call. `dist.monitored_barrier` would name the missing ranks too, but if rank 0 is missing it
+waits for the group's timeout instead of its own. Processes that do not answer may be stopped or
+stuck; they are ended when this one exits.
 """
 
 import atexit
