@@ -13,11 +13,9 @@ import re
 import shutil
 from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -29,11 +27,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset, random_split
 
 from experiments.engine.ranks import RankError, run_ranks
-from scmoe.api import MoE
 from scmoe.lightning.strategy import ExpertParallelStrategy
-from scmoe.parallel.mesh import Mesh, build_mesh, expert_parameters
-from scmoe.parallel.update.wrap import ExpertGradientReducer
-from scmoe.parallel.wire.wire import Wire
 from scmoe.training.assembly.data import build_datamodule
 from scmoe.training.assembly.model import build_model
 from scmoe.training.modules import LanguageModel
@@ -135,71 +129,6 @@ def test_what_a_run_cannot_resume_from_is_refused_by_name(written, tmp_path):
         assert said.keys() == REFUSED.keys()
         for change, expected in REFUSED.items():
             assert re.search(expected, said[change]), said[change]
-
-
-# ---------------------------------------------------------------------- accumulating
-
-
-def count_expert_reductions(rank: int, world_size: int) -> int:
-    text = "position=pos2 strategy.ep_size=1 trainer.max_steps=2 trainer.accumulate=2"
-    launch = ExpertGradientReducer._launch
-    with patch.object(
-        ExpertGradientReducer, "_launch", autospec=True, side_effect=launch
-    ) as counted:
-        train(tiny(text, world_size))
-    return counted.call_count
-
-
-def test_expert_gradients_are_sent_once_a_step():
-    """Only a count shows this: sending them after every batch would give the same numbers, as a
-    mean of means."""
-    assert run_ranks(count_expert_reductions, 2) == [2, 2]
-
-
-# -------------------------------------------------- experts that are frozen for a time
-
-
-def with_frozen(rank: int, world_size: int) -> dict[tuple[int, bool], list[torch.Tensor | None]]:
-    """Return this rank's expert gradients of two modules, by EP degree and whether they were
-    frozen at first: of a step in which the first module's experts stay frozen, and of a step in
-    which they do not."""
-    dist.init_process_group("gloo")
-    found = {}
-    for ep_size in (1, 2):
-        mesh = build_mesh(ep_size, torch.device("cpu"), timedelta(seconds=60))
-        for frozen in (False, True):
-            torch.manual_seed(1)
-            module = torch.nn.ModuleList(MoE(16, 4, ffn_dim=32, group=Wire(mesh)) for _ in range(2))
-            module[0].experts.requires_grad_(not frozen)
-            shards = [p for _, p in expert_parameters(module)]
-            ExpertGradientReducer(shards, mesh)
-            of_steps: list[torch.Tensor | None] = []
-            for _ in range(2):
-                x = torch.randn(8, 16, generator=torch.Generator().manual_seed(rank))
-                sum(moe(x)[0].square().mean() for moe in module).backward()
-                of_steps += [None if p.grad is None else p.grad.clone() for p in shards]
-                module.requires_grad_().zero_grad()
-            found[ep_size, frozen] = of_steps
-    return found
-
-
-def test_experts_that_are_unfrozen_during_training_have_the_gradients_of_others():
-    mine, theirs = run_ranks(with_frozen, 2)
-    for rank in (mine, theirs):
-        for ep_size in (1, 2):
-            always, unfrozen = rank[ep_size, False], rank[ep_size, True]
-            assert unfrozen[:2] == [None, None]
-            assert all(map(torch.equal, always[2:], unfrozen[2:])), f"EP {ep_size}"
-    assert all(map(torch.equal, mine[1, True][2:], theirs[1, True][2:]))
-    assert not any(map(torch.equal, mine[2, True][2:], theirs[2, True][2:]))
-
-
-def test_a_rank_with_all_experts_does_not_copy_their_gradients():
-    p = torch.nn.Parameter(torch.ones(3))
-    with patch.object(ExpertGradientReducer, "_scale") as copied:
-        ExpertGradientReducer([p], Mesh())
-        p.sum().backward()
-    assert not copied.called and p.grad is not None and p.grad.eq(1).all()
 
 
 # -------------------------------------------------- samplers without a generator of their own

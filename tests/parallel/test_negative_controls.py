@@ -22,7 +22,7 @@ from torch import Tensor
 from experiments.engine.ranks import RankError, run_ranks
 from scmoe.parallel.dense import sharded
 from scmoe.parallel.update import wrap
-from scmoe.parallel.update.wrap import ExpertGradientReducer
+from scmoe.parallel.update.expert_gradients import ExpertGradientReducer
 from scmoe.parallel.wire import all_to_all
 from scmoe.parallel.wire.all_to_all import Transfer
 from tests.support.cases import EP2

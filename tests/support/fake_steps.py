@@ -30,8 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scmoe.config.fields import Config
 from scmoe.config.load import load
 from scmoe.parallel.mesh import Mesh, expert_parameters
+from scmoe.parallel.update.expert_gradients import ExpertGradientReducer
 from scmoe.parallel.update.guard import Guard
-from scmoe.parallel.update.wrap import ExpertGradientReducer
 from scmoe.parallel.wire.wire import Wire
 from scmoe.predict.costs import make_batch
 from scmoe.predict.counted_step import tensors_in
