@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scmoe.blocks.kv_cache import CAUSAL, KVCache, Visible
-from scmoe.blocks.sublayers import PartedAttention, Rotary
+from scmoe.blocks.rotary import Rotary
+from scmoe.blocks.sublayers import PartedAttention
 
 LATENT_EPS = 1e-6  # of both norms, in every published model
 

@@ -159,8 +159,8 @@ class GPT(Decoder):
 class Llama(Decoder):
     """LLaMA-2: no position embeddings, RMSNorm, untied output weights, no biases.
 
-    Rotary positions and grouped-query attention are in the blocks (blocks/sublayers.py), SwiGLU in
-    MLPs and experts.
+    Rotary positions (blocks/rotary.py) and grouped-query attention (blocks/sublayers.py) are in the
+    blocks, SwiGLU in MLPs and experts.
     """
 
     def __init__(

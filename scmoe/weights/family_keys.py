@@ -6,7 +6,7 @@ out.
 
 from typing import Any
 
-from scmoe.blocks.sublayers import MOST_TURNS, YARN_POSITIONS
+from scmoe.blocks.rotary import MOST_TURNS, YARN_POSITIONS
 
 LLAMA_KEYS = {  # our key: theirs
     "model.layers": "num_hidden_layers",

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from scmoe.blocks.farskip import FarSkipBlock
 from scmoe.blocks.latent import LatentAttention, LatentSizes
+from scmoe.blocks.rotary import Rotary
 from scmoe.blocks.shortcut import ShortcutBlock
-from scmoe.blocks.sublayers import MLP, Attention, Residual, Rotary
+from scmoe.blocks.sublayers import MLP, Attention, Residual
 from scmoe.models.residual_stream import run_blocks
 from scmoe.moe.coefficient import DirectAdd
 from scmoe.schedule.schedule import Schedule

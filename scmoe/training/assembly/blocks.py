@@ -28,7 +28,8 @@ from scmoe.blocks.double_gate import DoubleGateBlock, share_moe
 from scmoe.blocks.farskip import FarSkipBlock
 from scmoe.blocks.latent import LatentAttention, LatentSizes
 from scmoe.blocks.moe_block import MoEBlock
-from scmoe.blocks.sublayers import MLP, Attention, Rotary
+from scmoe.blocks.rotary import Rotary
+from scmoe.blocks.sublayers import MLP, Attention
 from scmoe.config.derived import ACTIVATIONS, resolve_ep_size, rows_are_filled, wiring_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show

@@ -14,7 +14,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 
 from scmoe.blocks.latent import LatentAttention, LatentSizes
-from scmoe.blocks.sublayers import Rotary
+from scmoe.blocks.rotary import Rotary
 from scmoe.config.derived import last_step, max_steps
 from scmoe.config.fields import OptimConfig
 from scmoe.config.load import load

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from scmoe.blocks.sublayers import Rotary
+from scmoe.blocks.rotary import Rotary
 from tests import reference
 from tests.support.models import assert_close
 
