@@ -22,11 +22,11 @@ import numpy as np
 if TYPE_CHECKING:
     import tokenizers  # imported in functions: images and synthetic tokens need no tokenizer
 
-GPT2 = "openai-community/gpt2"  # at Hugging Face
+GPT2_VOCABULARY = "openai-community/gpt2"  # at Hugging Face
 END_OF_TEXT = "<|endoftext|>"
 ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>")  # its names in files: GPT-2, LLaMA 2, LLaMA 3
 SPACE = "▁"  # SentencePiece's letter for a space
-BYTES = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's tokens of single bytes
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece's tokens of single bytes
 PIECE_CHARS = 1 << 20  # a tokenizer requires about 100 bytes of memory per character
 TRAIN_CHARS = 200_000_000  # more text hardly changes BPE's counts, but needs more memory
 
@@ -47,11 +47,11 @@ class Tokenizer:
                 f"data.tokenizer {origin} has none of the tokens {', '.join(ENDS)}; add a special"
                 " token"
             )
-        self._bytes: list[int] | None = None  # ids of BYTES, in a vocabulary of LLaMA's kind
+        self._bytes: list[int] | None = None  # ids of BYTE_TOKENS, in a vocabulary of LLaMA's kind
         if getattr(inner.model, "byte_fallback", False):
             inner = _without_prefix(inner)
-            self._bytes = [i for i in map(inner.token_to_id, BYTES) if i is not None]
-            if len(self._bytes) < len(BYTES):
+            self._bytes = [i for i in map(inner.token_to_id, BYTE_TOKENS) if i is not None]
+            if len(self._bytes) < len(BYTE_TOKENS):
                 raise ValueError(
                     f"data.tokenizer {origin} has {len(self._bytes)} of the 256 tokens <0x00> to"
                     " <0xFF>"
@@ -201,11 +201,11 @@ def _gpt2() -> "tokenizers.Tokenizer":
     import tokenizers
 
     try:
-        return tokenizers.Tokenizer.from_pretrained(GPT2)
+        return tokenizers.Tokenizer.from_pretrained(GPT2_VOCABULARY)
     except Exception as error:
         raise ValueError(
             "data.tokenizer gpt2 cannot be downloaded: save the tokenizer.json of"
-            f" https://huggingface.co/{GPT2} and set data.tokenizer to its path"
+            f" https://huggingface.co/{GPT2_VOCABULARY} and set data.tokenizer to its path"
         ) from error
 
 

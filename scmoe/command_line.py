@@ -50,7 +50,7 @@ VERBS = {
     "simulate": "compare the simulator with reports of the benches",
 }
 LABORATORY = ("table", "reproduce", "bench", "gpu-check", "figure", "simulate")  # of experiments/
-FOLDERS = ("bench", "simulate")  # verbs of the laboratory with commands of their own
+VERBS_WITH_COMMANDS = ("bench", "simulate")  # verbs of the laboratory with commands of their own
 INTERRUPTED = 128 + signal.SIGINT
 AGAIN_S = 1.0  # a second Ctrl-C within this time is the same one
 HELP_COLUMNS = 120  # where standard output is no terminal
@@ -198,7 +198,7 @@ def module_of(verb: str) -> str:
     name = verb.replace("-", "_")
     if verb not in LABORATORY:
         return f"scmoe.cli.{name}"
-    return f"experiments.{name}.__main__" if verb in FOLDERS else f"experiments.{name}"
+    return f"experiments.{name}.__main__" if verb in VERBS_WITH_COMMANDS else f"experiments.{name}"
 
 
 def require_checkout(verb: str) -> None:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-DTYPES = {  # of torch: as safetensors calls them
+SAFETENSORS_DTYPES = {  # of torch: as safetensors calls them
     "torch.float64": "F64",
     "torch.float32": "F32",
     "torch.float16": "F16",
@@ -136,7 +136,7 @@ def places_of(shapes: Mapping[str, "Tensor"]) -> dict[str, dict[str, Any]]:
     for name, t in sorted(shapes.items(), key=lambda item: -item[1].itemsize):
         start, end = end, end + t.nbytes
         places[name] = {
-            "dtype": DTYPES[str(t.dtype)],
+            "dtype": SAFETENSORS_DTYPES[str(t.dtype)],
             "shape": list(t.shape),
             "data_offsets": [start, end],
         }

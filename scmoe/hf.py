@@ -21,7 +21,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from scmoe.datamodules.positioned import IGNORE
 from scmoe.runs.hf_base import ScMoEConfig, ScMoEModel, ScMoEPreTrainedModel
-from scmoe.weights.hf_config import OURS
+from scmoe.weights.hf_config import OUR_MODEL_TYPE
 
 __all__ = ["ScMoEConfig", "ScMoEForCausalLM", "ScMoEModel"]
 
@@ -118,11 +118,11 @@ class ScMoEForCausalLM(ScMoEPreTrainedModel, GenerationMixin):
         """Refuse what transformers' generate_batch begins with: its paged cache is read by
         attention functions of transformers, which this model does not call."""
         raise ValueError(
-            f"generate_batch is called, but a model of type {OURS} does not support continuous"
-            " batching. Use generate with prompts that are padded on the left."
+            f"generate_batch is called, but a model of type {OUR_MODEL_TYPE} does not support"
+            " continuous batching. Use generate with prompts that are padded on the left."
         )
 
 
-AutoConfig.register(OURS, ScMoEConfig)
+AutoConfig.register(OUR_MODEL_TYPE, ScMoEConfig)
 AutoModel.register(ScMoEConfig, ScMoEModel)
 AutoModelForCausalLM.register(ScMoEConfig, ScMoEForCausalLM)

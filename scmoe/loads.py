@@ -34,8 +34,8 @@ from scmoe.moe.router import round_robin
 from scmoe.training.callbacks.routing import read_routing
 
 BALANCED = "balanced"
-KINDS = "balanced zipf:A hot_rank:X rotating:X:N ragged:X recorded:FILE"
-FORMS = {form.partition(":")[0]: form for form in KINDS.split()}
+LOAD_KINDS = "balanced zipf:A hot_rank:X rotating:X:N ragged:X recorded:FILE"
+FORMS = {form.partition(":")[0]: form for form in LOAD_KINDS.split()}
 
 
 class Sizes(NamedTuple):

@@ -22,7 +22,7 @@ from rich.text import Text
 from scmoe.files import replacing
 
 LONG = 60  # letters of a cell that may be broken
-WIDTH = 170  # columns of the widest table, also where a terminal has fewer
+TABLE_WIDTH = 170  # columns of the widest table, also where a terminal has fewer
 PIPED = 100  # columns where there is no terminal
 
 
@@ -56,7 +56,7 @@ class Report:
         for cells in self.cells():
             table.add_row(*map(Text, cells))  # as Text, brackets are no markup
         screen = console()
-        screen.width = WIDTH
+        screen.width = TABLE_WIDTH
         screen.print(table)
 
     def markdown(self) -> str:

@@ -11,7 +11,7 @@ from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
 from scmoe.loads import (
     BALANCED,
-    KINDS,
+    LOAD_KINDS,
     CurrentLoad,
     Sizes,
     check_load,
@@ -194,7 +194,7 @@ def test_free_transfers_bring_as_many_rows_as_the_peers_send(sent, received):
 
 
 def test_the_help_names_every_form_of_a_load():
-    assert [form for form in KINDS.split()[1:] if form not in Setting.__doc__] == []
+    assert [form for form in LOAD_KINDS.split()[1:] if form not in Setting.__doc__] == []
 
 
 def test_a_share_that_is_missed_is_said(capsys):

@@ -31,7 +31,7 @@ from scmoe.planning.pricing import LayerChoice, batches_in_flight
 from scmoe.schedule.cost import OperatorTimes, exposed_time, slots
 from scmoe.schedule.schedule import ModelSchedule, Schedule
 from scmoe.schedule.stack import half_of, waiting_time
-from scmoe.training.assembly.blocks import PARTS, stack
+from scmoe.training.assembly.blocks import FAMILY_PARTS, stack
 
 
 def make_blocks(name: str, setting: Setting, wire: Wire, current: CurrentLoad) -> list[MoEBlock]:
@@ -42,7 +42,9 @@ def make_blocks(name: str, setting: Setting, wire: Wire, current: CurrentLoad) -
     """
     config = config_of(name, setting)
     parts = (
-        PARTS[config.model.family](config) if setting.compute == "real" else emulated_parts(setting)
+        FAMILY_PARTS[config.model.family](config)
+        if setting.compute == "real"
+        else emulated_parts(setting)
     )
     blocks = moe_blocks_of(nn.ModuleList(stack(config, wire, [parts] * setting.layers)))
     assert len(blocks) == setting.moe_blocks

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from scmoe.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, SMALL, chart, heading
 from scmoe.schedule.cost import Span, elapsed
-from scmoe.schedule.schedule import PARTS
+from scmoe.schedule.schedule import ATTENTION_PARTS
 
 COLORS = {
     "attention": BLUE,
@@ -33,7 +33,7 @@ def draw(
         for i, (name, spans) in enumerate(timelines.items()):
             for span in spans:
                 row, length = -(3 * i + (1 if span.is_transfer else 0)), span.end - span.start
-                whole = "attention" if span.operator in PARTS else span.operator
+                whole = "attention" if span.operator in ATTENTION_PARTS else span.operator
                 color = COLORS.get(whole, OTHER)
                 axis.barh(row, length, left=span.start, height=0.9, color=color, edgecolor="white")
                 if span.operator in named:

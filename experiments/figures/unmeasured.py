@@ -12,13 +12,13 @@ from experiments.engine.gantt import COLORS, DARK, draw
 from scmoe.charts import PAPER, SMALL, chart
 from scmoe.schedule.cost import OperatorTimes, best_schedule, play
 from scmoe.schedule.cost import slots as all_slots
-from scmoe.schedule.schedule import PARTS, Schedule
+from scmoe.schedule.schedule import ATTENTION_PARTS, Schedule
 
 # Units of one MLP: attention 3 (as in the testbed's emulated compute), and transfers such that a
 # top-2 pair spends about half its time in them (testbed: share 0.52).
 TIMES = {
     "attention": 3.0,
-    **dict(zip(PARTS, (2.4, 0.6), strict=True)),
+    **dict(zip(ATTENTION_PARTS, (2.4, 0.6), strict=True)),
     **dict.fromkeys(("mlp", "shared_expert", "experts"), 1.0),
     **dict.fromkeys(("dispatch", "combine"), 2.45),
     **dict.fromkeys(("route", "encode", "decode"), 0.1),

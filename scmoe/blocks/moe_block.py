@@ -18,7 +18,7 @@ from scmoe.blocks.sublayers import is_parted
 from scmoe.moe.dispatcher import Dispatcher
 from scmoe.moe.operators import AnyRecorder, Operators
 from scmoe.moe.stream import MoEStream, StreamState
-from scmoe.schedule.schedule import PARTS, SUBLAYERS, Schedule
+from scmoe.schedule.schedule import ATTENTION_PARTS, SUBLAYERS, Schedule
 
 
 class MoEBlock(Operators):
@@ -166,7 +166,7 @@ class MoEBlock(Operators):
 
         onto: as Residual's.
         """
-        core, out = PARTS
+        core, out = ATTENTION_PARTS
         core_BSv = self.operator(core, attention.core, *with_cache(x_BSD, cache=cache))
         state = self.moe.run_experts(state)
 

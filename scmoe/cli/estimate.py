@@ -4,6 +4,7 @@ from typing import Any
 from scmoe.command_line import KeyValue, numbers_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, four_digits, key_of
+from scmoe.parallel.container_memory import GIB
 from scmoe.report import console, print_result
 
 RANKS = (
@@ -12,7 +13,6 @@ RANKS = (
     "strategy.ep_size",
 )  # the fields that ep and dp set
 MIB = 2**20
-GIB = 2**30
 MOMENTS = {
     "adamw": "AdamW's two moments",
     "muon": "Muon's moment of matrices, AdamW's two of the rest",

@@ -61,10 +61,10 @@ class Options:
             )
 
 
-DEFAULTS = Options()
+DEFAULT_OPTIONS = Options()
 
 
-def main(run: Path, /, *overrides: str, options: Options = DEFAULTS) -> None:
+def main(run: Path, /, *overrides: str, options: Options = DEFAULT_OPTIONS) -> None:
     """Continue texts with the model of a run or of an export, whatever number of ranks the run had.
 
     One text is shown as it is written. With --prompts FILE the texts go to --out FILE, as JSON

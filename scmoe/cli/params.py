@@ -13,7 +13,7 @@ PRESETS = SHIPPED / "model"
 NO_TAP = "moe.position=pos2"  # the default: without a tap no other position is allowed
 # Positions share a row: a tap's norm has the same size everywhere. So do CG-1, CG-2 and Direct Add,
 # to 2 D a module.
-ARCHITECTURES = {
+COUNTED_ARCHITECTURES = {
     "dense": f"moe.architecture=dense {NO_TAP}",
     "top_1": f"moe.architecture=top_k moe.top_k=1 {NO_TAP}",
     "top_2": f"moe.architecture=top_k moe.top_k=2 {NO_TAP}",
@@ -61,7 +61,7 @@ def main(*presets: str) -> None:
 def rows(preset: str) -> dict[str, str]:
     """Return the architectures in which a preset is counted, each with its overrides."""
     moe = load(f"configs/model/{preset}.yaml").moe
-    return ARCHITECTURES if moe.router == "softmax" else {moe.architecture: ""}
+    return COUNTED_ARCHITECTURES if moe.router == "softmax" else {moe.architecture: ""}
 
 
 def count(preset: str, words: str) -> dict[str, int]:

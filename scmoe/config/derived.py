@@ -8,7 +8,7 @@ from dataclasses import replace
 from scmoe.blocks.wirings import Wiring
 from scmoe.config.fields import Config
 
-ACTIVATIONS = {"gpt": "gelu", "llama": "swiglu"}  # what model.activation: null means
+FAMILY_ACTIVATIONS = {"gpt": "gelu", "llama": "swiglu"}  # what model.activation: null means
 # Architectures with a tap, and those of their schedules.
 SHORTCUTS = {"scmoe": "scmoe", "dgmoe": "dgmoe", "dgmoe_share": "dgmoe"}
 

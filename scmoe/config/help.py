@@ -10,7 +10,7 @@ from scmoe.config.load import shipped_and_own
 from scmoe.config.registry import CALLBACKS
 
 WIDTHS = (27, 22, 11, 54)  # key, type, default, help; 120 characters with two spaces between
-FOLDERS = {"sweep": "Sweeps", "cluster": "Clusters"}  # the others hold configurations
+FOLDER_TITLES = {"sweep": "Sweeps", "cluster": "Clusters"}  # the others hold configurations
 CATALOGUE = {
     "Model families": "model.family",
     "Architectures": "moe.architecture",
@@ -37,7 +37,7 @@ def catalogue() -> dict[str, list[tuple[str, str]]]:
     choices = {leaf.key: leaf.choices for leaf in leaves(Config())}
     titles: dict[str, list[tuple[str, str]]] = {"Configurations": [], "Sweeps": [], "Clusters": []}
     for name, path in shipped_and_own().items():
-        title = FOLDERS.get(Path(name).parent.name, "Configurations")
+        title = FOLDER_TITLES.get(Path(name).parent.name, "Configurations")
         titles[title].append((name, _first_comment(path)))
     for title, key in CATALOGUE.items():
         titles[title] = [(f"{key}={choice}", "") for choice in choices[key]]

@@ -42,7 +42,7 @@ class Range(NamedTuple):
 
 COUNT = Range(1, 2**31 - 1)
 COUNT_OR_0 = Range(0, 2**31 - 1)
-WIDTH = Range(1, 2**17)
+DIM = Range(1, 2**17)
 IDS = Range(1, 2**24)
 PIXELS = Range(1, 2**14)
 SHARE = Range(0, 1)

@@ -20,7 +20,7 @@ from scmoe.config.leaves import ConfigError, show
 from scmoe.schedule.schedule import POSITIONS_OF
 
 # A name becomes a key of the configuration, and a part of messages.
-NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
+EXTENSION_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,99}")
 Make = TypeVar("Make", bound=Callable[..., Any])
 
 
@@ -45,7 +45,7 @@ class Registry:
         images: it reads or makes images instead of tokens. ConfigError: another function has the
         name, or a configuration cannot contain it.
         """
-        if not NAME.fullmatch(name):
+        if not EXTENSION_NAME.fullmatch(name):
             raise ConfigError(
                 f"register_{self.kind}: {show(name)} cannot be a name. Use at most 100 letters,"
                 " digits and '_', with a letter first."
@@ -71,9 +71,9 @@ class Registry:
 
 ARCHITECTURES = Registry("architecture", ("dense", *POSITIONS_OF, "dgmoe_share"))
 FAMILIES = Registry("family", ("gpt", "llama", "swin"), images=("swin",))
-TEXTS = ("sotu", "text", "hf")
+TEXT_DATASETS = ("sotu", "text", "hf")
 PICTURES = ("fashion_mnist", "digits", "image_folder")
-DATASETS = Registry("dataset", (*TEXTS, "synthetic", *PICTURES), images=PICTURES)
+DATASETS = Registry("dataset", (*TEXT_DATASETS, "synthetic", *PICTURES), images=PICTURES)
 IMAGES = DATASETS.images  # grows with what extensions register
 OPTIMIZERS = Registry("optimizer", ("adamw", "muon"))
 ROUTERS = Registry("router", ("softmax", "deepseek", "longcat"))
@@ -86,14 +86,14 @@ CALLBACKS = Registry("callback")
 # nothing: `evaluate`, `generate`, `export`, `resume` and `scmoe.load` refuse its extensions unless
 # the command line names them again, or the user's own program has imported them.
 PLAIN = re.compile(r"[\w./+-]+")
-MODULE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+MODULE_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
 def import_extensions(names: Sequence[str]) -> None:
     """Import the modules that are not imported yet. ConfigError: a name is not that of a module, or
     the module cannot be imported."""
     for name in names:
-        if not MODULE.fullmatch(name):
+        if not MODULE_NAME.fullmatch(name):
             raise ConfigError(
                 f"extensions has {show(name)}, which is no name of a module. Write it as in Python:"
                 " my_package.my_module."

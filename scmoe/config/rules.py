@@ -17,12 +17,12 @@ from scmoe.config.derived import SHORTCUTS, resolve_ep_size, wiring_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import leaves
 from scmoe.config.refuse import Advice, Refusals, refuse
-from scmoe.config.registry import ARCHITECTURES, CALLBACKS, FAMILIES, IMAGES, TEXTS
+from scmoe.config.registry import ARCHITECTURES, CALLBACKS, FAMILIES, IMAGES, TEXT_DATASETS
 from scmoe.config.trainer_rules import length, trainer_rules
 from scmoe.config.unread import unread_fields
 from scmoe.schedule.schedule import Schedule
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # file systems take 255 bytes
+FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")  # file systems take 255 bytes
 INIT_FROM = re.compile(r"(hf|scmoe):.+")
 
 SMALLEST_VOCABULARY = {"bpe": 257, "gpt2": 50257}  # bpe: all bytes and the end-of-text token
@@ -86,7 +86,8 @@ def _extensions(config: Config) -> Refusals:
 def _model(config: Config) -> Refusals:
     model = config.model
     weights = config.init_from
-    if not NAME.fullmatch(config.name):  # it becomes a folder in runs_dir, and must not leave it
+    # it becomes a folder in runs_dir, and must not leave it
+    if not FOLDER_NAME.fullmatch(config.name):
         characters = "letters, digits, '.', '_' and '-', with a letter or digit first"
         yield "name", Advice(f"Use at most 100 {characters}.")
     if config.name.lower() == "latest":
@@ -311,7 +312,7 @@ def _data(config: Config) -> Refusals:
     if data.name == "synthetic" and (data.val_sequences or 0) > MOST_SYNTHETIC:
         yield "data.val_sequences", f"null or at most {MOST_SYNTHETIC}, as {named} has no end"
     smallest = SMALLEST_VOCABULARY.get(data.tokenizer, LEAST_IDS)
-    if data.name in TEXTS and data.vocab_size < smallest:
+    if data.name in TEXT_DATASETS and data.vocab_size < smallest:
         yield "data.vocab_size", f"{smallest} or more for data.tokenizer={data.tokenizer}"
     if data.vocab_size < LEAST_IDS:
         yield "data.vocab_size", f"{LEAST_IDS} or more"

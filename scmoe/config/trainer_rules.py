@@ -8,7 +8,7 @@ from scmoe.config.fields import Config, TrainerConfig
 from scmoe.config.leaves import COUNT
 from scmoe.config.refuse import Advice, Refusals
 
-STEPS = re.compile(r"(\d{1,10}):(\d{1,10})")  # of trainer.profile_steps
+STEP_RANGE = re.compile(r"(\d{1,10}):(\d{1,10})")  # of trainer.profile_steps
 
 # Arguments of Lightning's Trainer that trainer.extra must not hold, and what decides them.
 OWN_ARGUMENTS = {
@@ -73,7 +73,7 @@ def trainer_rules(config: Config) -> Refusals:
         )
         yield "trainer.early_stopping", f"null, as {why}"
     if trainer.profile_steps is not None:
-        steps = STEPS.fullmatch(trainer.profile_steps)
+        steps = STEP_RANGE.fullmatch(trainer.profile_steps)
         if steps is None or not int(steps[1]) < int(steps[2]) <= last:
             yield "trainer.profile_steps", f"null or A:B with A < B <= {last}, the number of steps"
     for name in sorted(trainer.extra.keys() & OWN_ARGUMENTS.keys()):

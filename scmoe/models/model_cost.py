@@ -36,13 +36,13 @@ from scmoe.moe.stream import MoEStream
 WEIGHT_BYTES = {"32-true": 4, "bf16-mixed": 4, "bf16-true": 2, "64-true": 8}
 # of activations and sent rows
 COMPUTE_BYTES = {"32-true": 4, "bf16-mixed": 2, "bf16-true": 2, "64-true": 8}
-PRODUCTS: dict[type[nn.Module], str] = {  # kinds of FLOPs, beside those of experts and head
+FLOP_KINDS: dict[type[nn.Module], str] = {  # kinds of FLOPs, beside those of experts and head
     SelfAttention: "attention",
     MLP: "MLP",
     Router: "gate",
 }
-RECOMPUTED = ("attention", "MLP", "shared expert", "experts")  # by blocks/sublayers.py
-PARTS: dict[type[nn.Module], str] = {  # kinds of parameters
+RECOMPUTED_KINDS = ("attention", "MLP", "shared expert", "experts")  # by blocks/sublayers.py
+PARAMETER_KINDS: dict[type[nn.Module], str] = {  # kinds of parameters
     nn.Embedding: "embedding",
     nn.LayerNorm: "norms",
     nn.RMSNorm: "norms",
@@ -124,7 +124,8 @@ def forward_flops(model: Any, seq_len: int, empty_slots: bool = True) -> dict[st
     rows, flops = model.rows_per_sample(seq_len), defaultdict[str, float](float)
     kind_of = {model.head: "head"}
     for name, module in model.named_modules():
-        if kind := "shared expert" if name.endswith("shared_expert") else kind_in(PRODUCTS, module):
+        is_shared = name.endswith("shared_expert")
+        if kind := "shared expert" if is_shared else kind_in(FLOP_KINDS, module):
             kind_of |= dict.fromkeys(module.modules(), kind)
     for module in model.modules():
         kind = kind_of.get(module, "other")
@@ -150,7 +151,7 @@ def forward_flops(model: Any, seq_len: int, empty_slots: bool = True) -> dict[st
 def training_flops(forward: dict[str, float], recompute: bool = False) -> float:
     """Return the FLOPs of one sample's training step."""
     return 3 * sum(forward.values()) + recompute * sum(
-        forward.get(kind, 0.0) for kind in RECOMPUTED
+        forward.get(kind, 0.0) for kind in RECOMPUTED_KINDS
     )
 
 
@@ -162,7 +163,7 @@ def parts(model: nn.Module) -> Iterator[tuple[str, nn.Module, set[nn.Parameter]]
     """
     seen: set[nn.Parameter] = set()
     for name, module in [*model.named_modules(), ("other", model)]:  # at last the rest
-        kind = NAMED_PARTS.get(name.rpartition(".")[2]) or kind_in(PARTS, module)
+        kind = NAMED_PARTS.get(name.rpartition(".")[2]) or kind_in(PARAMETER_KINDS, module)
         if kind and (rest := set(module.parameters()) - seen):
             seen |= rest
             yield kind, module, rest

@@ -43,7 +43,7 @@ Rule = Callable[[Tensor], Tensor]
 LEAST_SUM = 1e-20  # of a sum of scores by which others are divided: sigmoid scores may all be 0
 PROBES = 8  # rows of logits that a score is checked with
 PROBE_STEP = 0.5  # by how much one logit of each grows
-ROUNDING = 1e-4  # of a sum of scores that should be 1
+SUM_TOLERANCE = 1e-4  # of a sum of scores that should be 1
 softmax: Score = partial(torch.softmax, dim=-1)
 
 
@@ -118,7 +118,7 @@ class Scoring:
                 " logits are chosen, so their scores must be the highest."
             )
         sums_P = scores_PE.sum(-1)
-        if self.sums_to_one and (sums_P - 1).abs().max() > ROUNDING:
+        if self.sums_to_one and (sums_P - 1).abs().max() > SUM_TOLERANCE:
             raise ValueError(
                 f"Scoring.score gives a token scores whose sum is between {sums_P.min():.3g} and"
                 f" {sums_P.max():.3g}, but sums_to_one is True. Set sums_to_one=False; the"

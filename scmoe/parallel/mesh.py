@@ -25,7 +25,7 @@ from scmoe.parallel.torch_seam import urgent
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"  # which gloo reads when a group is made
 # what `with_kept_groups` has made, by the default group, with which it ends
-KEPT: WeakKeyDictionary[Any, dict[tuple[Any, ...], "Mesh"]] = WeakKeyDictionary()
+KEPT_MESHES: WeakKeyDictionary[Any, dict[tuple[Any, ...], "Mesh"]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def with_kept_groups(make: Callable[..., Mesh], *layout: Any) -> Mesh:
     each group of gloo has three threads. It cannot end with its training, as the module still sends
     rows through it.
     """
-    meshes = KEPT.setdefault(dist.group.WORLD, {})
+    meshes = KEPT_MESHES.setdefault(dist.group.WORLD, {})
     key = (make, *layout)
     if key not in meshes or not is_registered(meshes[key].control_group):
         meshes[key] = make(*layout)
@@ -177,7 +177,7 @@ def give_up_groups() -> None:
 
     After an error, ranks may have begun different collectives in them.
     """
-    KEPT.clear()
+    KEPT_MESHES.clear()
 
 
 def is_registered(group: Any) -> bool:

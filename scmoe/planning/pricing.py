@@ -31,11 +31,11 @@ from scmoe.schedule.cost import (
     mismatch,
     slots,
 )
-from scmoe.schedule.schedule import PARTS, ModelSchedule, Schedule
+from scmoe.schedule.schedule import ATTENTION_PARTS, ModelSchedule, Schedule
 from scmoe.schedule.stack import BEFORE, half_of, waiting_time, windows_time
 
 STREAM = ("route", "encode", "dispatch", "experts", "combine", "decode")
-OPERATORS = (*STREAM, "attention", *PARTS, "mlp", "shared_expert", "current")
+OPERATORS = (*STREAM, "attention", *ATTENTION_PARTS, "mlp", "shared_expert", "current")
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 # of a price: a smaller gain from different slots in each layer is within the noise
 WORTH_OWN_SLOTS = 0.98
@@ -201,7 +201,7 @@ def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Sample:
             seconds_d = seconds_d / max(1, runs_dn.shape[1])
         seconds.append(seconds_d)
     if schedule.inside_attention:
-        core_d, out_d = (seconds[OPERATORS.index(part)] for part in PARTS)
+        core_d, out_d = (seconds[OPERATORS.index(part)] for part in ATTENTION_PARTS)
         seconds[OPERATORS.index("attention")] = core_d + out_d
     elapsed_d = (end_GdN.amax(-1) - begin_GdN.amin(-1)).mean(0)
     return Sample(torch.stack(seconds, 1), before_d, elapsed_d + hidden_d, elapsed_d)
@@ -286,7 +286,7 @@ def price_layer(
     sequential = tuple(seconds[min(seconds)].sequential_d.tolist())
     choices = {}
     for chunks in seconds:
-        in_parts = times[chunks].forward[PARTS[0]] > 0
+        in_parts = times[chunks].forward[ATTENTION_PARTS[0]] > 0
         schedules = [configured]
         if not fixed:
             every = slots(replace(configured, chunks=chunks))

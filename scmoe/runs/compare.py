@@ -18,7 +18,7 @@ from scmoe.runs.seen import SeenRun, differences
 PANELS = {"train/loss": "Training (single batches)", "val/loss": "Validation"}
 STYLES = ("-", "--", ":")  # for more runs than colours, and for runs whose curves are equal
 MARKERS = ("o", "x", "+")  # of validations, likewise
-LETTERS = 60  # of a line of the legend
+LEGEND_LETTERS = 60  # of a line of the legend
 Points = list[tuple[float, float]]
 
 
@@ -129,7 +129,7 @@ def draw(
             if twins:
                 letter = labels[curves.index(points_by_panel)].partition(":")[0]
                 label += f"; same curves as {letter}"
-            shown = fill(label, LETTERS, break_on_hyphens=False)
+            shown = fill(label, LEGEND_LETTERS, break_on_hyphens=False)
             line["label"] = shown.replace("$", r"\$")  # a dollar sign in a name is one
             for axis, metric, points in zip(axes, PANELS, points_by_panel, strict=True):
                 dots = marker if metric == "val/loss" or len(points) == 1 else {}

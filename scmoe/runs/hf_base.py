@@ -28,7 +28,7 @@ from scmoe.moe.tokens import Routing
 from scmoe.parallel.wire.wire import Wire
 from scmoe.runs.hf_attention import has_packed_texts, seen_in_pass
 from scmoe.training.assembly.model import build_network
-from scmoe.weights.hf_config import OURS, our_config, scmoe_config, sizes_of
+from scmoe.weights.hf_config import OUR_MODEL_TYPE, our_config, scmoe_config, sizes_of
 
 # What callers hand over that says nothing beyond other arguments: generate its tokenizers, and
 # collators that pack texts what follows from position_ids.
@@ -46,7 +46,7 @@ class ScMoEConfig(PretrainedConfig):
     when a model is built.
     """
 
-    model_type = OURS
+    model_type = OUR_MODEL_TYPE
     auto_map: ClassVar[dict[str, str]] = {}  # TRL reads it: a folder has no code
     keys_to_ignore_at_inference = [  # noqa: RUF012
         "cache",
@@ -72,7 +72,7 @@ class ScMoEConfig(PretrainedConfig):
         super().__init__(**{**self.sizes(), **kwargs})
 
     def ours(self) -> Config:
-        return our_config({"model_type": OURS, "scmoe": self.scmoe}, "config.json")
+        return our_config({"model_type": OUR_MODEL_TYPE, "scmoe": self.scmoe}, "config.json")
 
     def sizes(self) -> dict[str, Any]:
         return sizes_of(self.ours())
@@ -167,9 +167,9 @@ class ScMoEModel(ScMoEPreTrainedModel):
                 )
         if config._attn_implementation != "sdpa":
             raise ValueError(
-                f"attn_implementation is {config._attn_implementation}, but a model of type {OURS}"
-                " computes attention by torch's scaled_dot_product_attention only. Leave it out,"
-                " or use sdpa."
+                f"attn_implementation is {config._attn_implementation}, but a model of type"
+                f" {OUR_MODEL_TYPE} computes attention by torch's scaled_dot_product_attention"
+                " only. Leave it out, or use sdpa."
             )
         self.gradient_checkpointing = False
         network = build_network(config.ours(), Wire())
@@ -245,7 +245,8 @@ class ScMoEModel(ScMoEPreTrainedModel):
         for name, value in others.items():
             if value is not None and value is not False and name not in unread:
                 raise ValueError(
-                    f"{name} is given, but a model of type {OURS} does not read it. Leave it out."
+                    f"{name} is given, but a model of type {OUR_MODEL_TYPE} does not read it."
+                    " Leave it out."
                 )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(

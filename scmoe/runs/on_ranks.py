@@ -27,7 +27,7 @@ from scmoe.weights.hf_config import SENDS_NO_ROWS
 
 # The defaults: one process, and one thread, because a product of one row differs in its last bits
 # with the number of threads.
-ALONE = (
+ONE_RANK = (
     *("trainer.devices=1", "trainer.num_nodes=1", "trainer.threads=1"),
     *("strategy.ep_size=null", "strategy.dense=replicated", "strategy.wire_dtype=null"),
     *SENDS_NO_ROWS,
@@ -79,13 +79,13 @@ def config_without_training(
     devices are missing.
     """
     of_training = read(named(overrides))
-    refuse_other_model(read([*ALONE, *overrides]), of_training, weights)
+    refuse_other_model(read([*ONE_RANK, *overrides]), of_training, weights)
     # Filled: the counts of rows are announced, so that each rank may have another number of them.
     rows = f"moe.rows={'auto' if of_training.moe.architecture == 'dense' else 'filled'}"
-    config = read([*ALONE, *overrides, *WITHOUT, rows])
+    config = read([*ONE_RANK, *overrides, *WITHOUT, rows])
     given = {key_of(word) for word in overrides}
     if rows_travel == "as trained" and resolve_ep_size(config) > 1 and not given & KEYS_OF_TRAVEL:
-        config = read([*ALONE, *schedule_of(of_training), *overrides, *WITHOUT, rows])
+        config = read([*ONE_RANK, *schedule_of(of_training), *overrides, *WITHOUT, rows])
     if config.strategy.dense != "replicated":  # FSDP does not run in inference mode
         raise ConfigError(
             f"strategy.dense is {config.strategy.dense!r}, which is for training only. Use"

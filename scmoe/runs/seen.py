@@ -29,7 +29,7 @@ from scmoe.files import read_json, warn_once
 from scmoe.training.run.directory import read_state
 
 ONE_LINE = 1000  # columns without a terminal, so that a run is a line that can be searched
-COLORS = {"finished": "green", "running": "cyan", "failed": "red", "cut": "yellow"}
+STATE_COLORS = {"finished": "green", "running": "cyan", "failed": "red", "cut": "yellow"}
 COUNTS = ("trainer.max_steps", "data.global_batch_size", "data.seq_len")
 # keys that say where a run is kept, not what it computes
 NOT_COMPARED = ("name", "runs_dir", "logger.")
@@ -76,7 +76,7 @@ class SeenRun:
         A key that the run's version did not have is at its default. ConfigError: it is damaged.
         """
         path = str(self.config_path)
-        config = {**DEFAULTS, **flat(read_text(self.config_path), path)}
+        config = {**CONFIG_DEFAULTS, **flat(read_text(self.config_path), path)}
         for key in COUNTS:
             if not config[key].isdecimal():
                 raise ConfigError(f"{path}: {key} is {show(config[key])}. It must be a number.")
@@ -191,7 +191,7 @@ def _leaves(tree: dict[str, Any], section: str = "") -> Iterator[tuple[str, Any]
             yield section + key, value
 
 
-DEFAULTS = flat(to_yaml(Config()))
+CONFIG_DEFAULTS = flat(to_yaml(Config()))
 
 
 def train(config: Config) -> SeenRun | None:
@@ -247,7 +247,7 @@ def open_run(name: str, folder: Path = Path("runs")) -> SeenRun:
 
 def differences(runs: Sequence[SeenRun]) -> dict[str, list[str]]:
     """Return the keys that are not equal in all runs, and their values by run."""
-    keys = [key for key in DEFAULTS if not key.startswith(NOT_COMPARED)]
+    keys = [key for key in CONFIG_DEFAULTS if not key.startswith(NOT_COMPARED)]
     columns = {key: [run.config[key] for run in runs] for key in keys}
     return {key: values for key, values in columns.items() if len(set(values)) > 1}
 
@@ -295,7 +295,7 @@ def table_of(runs: Sequence[SeenRun], folder: Path) -> Table:
             speed += " images/s"
         table.add_row(
             Text(str(run.path.relative_to(folder))),
-            Text(run.state, style=COLORS.get(run.state, "")),
+            Text(run.state, style=STATE_COLORS.get(run.state, "")),
             f"{run.steps}/{run.max_steps}",
             best,
             speed,

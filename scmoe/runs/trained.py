@@ -29,7 +29,7 @@ from scmoe.training.run.machine import has_gpus
 from scmoe.training.run.resume import Which, config_of, find_checkpoint
 from scmoe.training.threads import cpu_threads
 from scmoe.weights.families import READERS
-from scmoe.weights.hf_config import OURS, dropless, our_config
+from scmoe.weights.hf_config import OUR_MODEL_TYPE, dropless, our_config
 from scmoe.weights.pretrained import (
     check_settings,
     read_config,
@@ -88,9 +88,9 @@ def build(config: Config) -> Any:
 def load_folder(folder: Path) -> Any:
     """Return the model of a folder of Hugging Face's form, written by `make export` or by
     transformers."""
-    content = read_config(folder, (OURS, *READERS))
+    content = read_config(folder, (OUR_MODEL_TYPE, *READERS))
     model = build(our_config(content, str(folder / "config.json")))
-    if content.get("model_type") != OURS:
+    if content.get("model_type") != OUR_MODEL_TYPE:
         fill(model, read_hf(folder))
         return model
 

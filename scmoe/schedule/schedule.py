@@ -29,7 +29,8 @@ from functools import cached_property
 SUBLAYERS = ("attention", "mlp", "attention")
 POSITIONS = {"pos1": 1, "pos2": 2, "pos3": 3}  # sub-layers between the tap and the end of the block
 BETWEEN_BLOCKS = {"carried": 1, "first": 0}  # the same for taps at Pos-2 with an MoE in every block
-PARTS = ("attention_core", "attention_out")  # of an attention that the experts run inside of
+# of an attention that the experts run inside of
+ATTENTION_PARTS = ("attention_core", "attention_out")
 # by architecture, where its tap may be; none: it has no tap
 POSITIONS_OF: dict[str, tuple[str, ...]] = {
     "top_k": (),
@@ -50,7 +51,8 @@ class Schedule:
     of operators of the window that run before the experts; None: the middle of the window, or its
     last attention where they run inside one. chunks: pieces that the rows are cut into, so that one
     chunk's experts hide another's transfer. inside_attention: the experts run inside the attention
-    after the slot, between its two PARTS. Raises ValueError for a combination that does not exist.
+    after the slot, between its two ATTENTION_PARTS. Raises ValueError for a combination that does
+    not exist.
     """
 
     architecture: str
@@ -132,7 +134,7 @@ class Schedule:
         """The operators of the window before the experts, and those after them."""
         before, after = self.window[: self.slot], self.window[self.slot :]
         if self.inside_attention:
-            core, out = PARTS
+            core, out = ATTENTION_PARTS
             return (*before, core), (out, *after[1:])
         return before, after
 

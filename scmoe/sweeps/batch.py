@@ -30,7 +30,7 @@ STOPPED = (
     -signal.SIGTERM,
     -signal.SIGINT,
 )  # exit codes of a training that was asked to stop
-GRACE_S = 60.0  # time for a training that is asked to stop, to write its checkpoint
+STOP_GRACE_S = 60.0  # time for a training that is asked to stop, to write its checkpoint
 POLL_S = 0.1
 SAY_EVERY_S = 60.0  # where there is no terminal
 
@@ -178,7 +178,7 @@ class Running:
         slow to stop."""
         seen = time.monotonic()
         if self.process is not None:
-            if self.asked is not None and seen - self.asked > GRACE_S:
+            if self.asked is not None and seen - self.asked > STOP_GRACE_S:
                 self.end()
             self.code = self.process.poll()
         self.job.advance(seen - self.seen)

@@ -24,7 +24,7 @@ def one_of(*choices: str) -> Rule:
 
 TEXT: Rule = (lambda value: isinstance(value, str), "a text")
 NUMBER: Rule = (is_number, "a number")
-COUNT: Rule = (lambda value: is_int(value) and value > 0, "a whole number above 0")
+WHOLE_NUMBER: Rule = (lambda value: is_int(value) and value > 0, "a whole number above 0")
 MAPPING: Rule = (
     lambda value: isinstance(value, dict) and bool(value),
     "a mapping that is not empty",

@@ -24,7 +24,7 @@ from scmoe.config.as_yaml import to_yaml
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.files import read_json, write_whole
-from scmoe.runs.seen import DEFAULTS, flat
+from scmoe.runs.seen import CONFIG_DEFAULTS, flat
 
 TRAIN = (sys.executable, "-m", "scmoe", "train")
 LOG_TAIL = 4096  # bytes
@@ -153,7 +153,7 @@ def digest_of(config: Config) -> str:
     hashed = {
         key: value
         for key, value in values
-        if value != DEFAULTS[key] and not key.startswith(NOT_IN_DIGEST)
+        if value != CONFIG_DEFAULTS[key] and not key.startswith(NOT_IN_DIGEST)
     }
     return sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
 

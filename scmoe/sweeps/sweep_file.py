@@ -17,21 +17,21 @@ import yaml
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, flatten, key_of, show
 from scmoe.config.load import find, load, mapping_of, read_unchecked, what_is_bad
-from scmoe.config.rules import NAME
+from scmoe.config.rules import FOLDER_NAME
 from scmoe.sweeps import checks
 from scmoe.sweeps.checks import Rule, check, refusal
 
 ANY: Rule = (lambda value: True, "a value")
-LAUNCHERS = (["scmoe", "train"], ["${env}", "${interpreter}", "-m", "scmoe", "train"])
+TRAIN_COMMANDS = (["scmoe", "train"], ["${env}", "${interpreter}", "-m", "scmoe", "train"])
 ARGUMENTS = "${args_no_hyphens}"  # where W&B writes a trial's parameters
 COMMAND = (
-    f"[scmoe, train, CONFIG, key=value ..., {ARGUMENTS}], where `{' '.join(LAUNCHERS[1][:-1])}` may"
-    " stand for scmoe"
+    f"[scmoe, train, CONFIG, key=value ..., {ARGUMENTS}], where"
+    f" `{' '.join(TRAIN_COMMANDS[1][:-1])}` may stand for scmoe"
 )
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("name", "description", "program", "project", "entity"), checks.TEXT),
     "method": checks.one_of("grid", "random", "bayes"),
-    "run_cap": checks.COUNT,
+    "run_cap": checks.WHOLE_NUMBER,
     "parameters": checks.MAPPING,
     "metric": ANY,  # checked by itself
     "command": (
@@ -139,7 +139,7 @@ def read(path: str, extra: Sequence[str] = ()) -> Sweep:
                 f" {path}"
             ) from error
         name = raw.get("name", Path(path).stem)
-        if not NAME.fullmatch(name):  # it becomes a folder
+        if not FOLDER_NAME.fullmatch(name):  # it becomes a folder
             raise ConfigError(
                 f"name is {show(name)}. A name has letters, digits, '.', '_' and '-', a letter or"
                 " digit first"
@@ -182,7 +182,8 @@ def checked_axes(raw: dict[str, Any]) -> dict[str, Axis]:
 def arguments_of(command: Sequence[str]) -> tuple[str, list[str]]:
     """Return the configuration and the overrides of the command of all trials."""
     arguments = next(
-        (command[len(start) : -1] for start in LAUNCHERS if [*command[: len(start)]] == start), []
+        (command[len(start) : -1] for start in TRAIN_COMMANDS if [*command[: len(start)]] == start),
+        [],
     )
     are_overrides = all("=" in word and "${" not in word for word in arguments[1:])
     if command[-1:] != [ARGUMENTS] or not arguments or "=" in arguments[0] or not are_overrides:

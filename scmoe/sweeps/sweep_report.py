@@ -19,8 +19,8 @@ from scmoe.sweeps.search import Trial, best
 from scmoe.sweeps.sweep_file import Sweep, words
 
 NUMBERED = 12  # up to this many trials, the chart shows their numbers
-LETTERS = 40  # of all categories of a panel, on one line
-COLORS = {"finished": "#1b6ca8", "failed": "#c1292e", "best": "#e09f3e"}
+CATEGORY_LETTERS = 40  # of all categories of a panel, on one line
+TRIAL_COLORS = {"finished": "#1b6ca8", "failed": "#c1292e", "best": "#e09f3e"}
 LABELS = {"finished": "finished", "failed": "failed"}
 
 
@@ -126,7 +126,7 @@ def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> Non
     def dots(some: Sequence[Trial], color: str, label: str, **style: Any) -> None:
         if some:
             points = [x(t) for t in some], [t.history[-1] for t in some]
-            panel.scatter(*points, color=COLORS[color], label=label, **style)
+            panel.scatter(*points, color=TRIAL_COLORS[color], label=label, **style)
 
     judged = [t for t in trials if t.state == "finished" and t.history]
     dots(judged, "finished", "finished", s=42, marker="o", alpha=0.9)
@@ -143,7 +143,7 @@ def _slice(panel: Axes, sweep: Sweep, trials: Sequence[Trial], name: str) -> Non
     if judged and numeric:
         panel.set_xlim(low, high)
     if categories:
-        letters = max(LETTERS // len(categories), 5)
+        letters = max(CATEGORY_LETTERS // len(categories), 5)
         panel.set_xticks(range(len(categories)), [fill(name, letters) for name in categories])
         panel.set_xlim(-0.5, len(categories) - 0.5)
     panel.set_xlabel(name)
@@ -159,7 +159,7 @@ def _mark_failed(panel: Axes, values: Sequence[float], low: float, high: float) 
         panel.scatter(
             [inside],
             [0.97],
-            c=COLORS["failed"],
+            c=TRIAL_COLORS["failed"],
             transform=edge,
             s=48,
             marker="x",
@@ -167,7 +167,7 @@ def _mark_failed(panel: Axes, values: Sequence[float], low: float, high: float) 
             label=None if i else "failed",
         )
         if inside != value:
-            style = {"ha": "right", "va": "center", "color": COLORS["failed"]}
+            style = {"ha": "right", "va": "center", "color": TRIAL_COLORS["failed"]}
             _annotate(panel, f"{value:.3g} ", (inside, 0.97), (-6, 0), xycoords=edge, **style)
 
 

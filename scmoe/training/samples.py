@@ -13,7 +13,7 @@ from scmoe.datamodules.text import TextDataModule
 from scmoe.models.decoder import Decoder
 from scmoe.training.modules import MoEModule
 
-SAMPLES = 3
+SAMPLE_TEXTS = 3
 SAMPLE_TOKENS = 40
 LINE_TOKENS = 48  # of a first line at most, with the end of text before it
 SEARCHED = 1 << 20  # tokens of the validation split in which documents are looked for
@@ -39,14 +39,14 @@ def sample_text(trainer: Trainer, module: MoEModule, data: PositionedDataModule)
 
 
 def first_lines(data: TextDataModule, most: int) -> list[list[int]]:
-    """Return the end of text and the first line of SAMPLES documents of the validation split, in at
-    most `most` ids each. Where there are fewer documents, they come again."""
+    """Return the end of text and the first line of SAMPLE_TEXTS documents of the validation split,
+    in at most `most` ids each. Where there are fewer documents, they come again."""
     tokenizer = data.tokenizer
     ids = np.asarray(data.splits.tokens["val"][:SEARCHED])
     ends = np.flatnonzero(ids == tokenizer.end_of_text)
-    documents = [part.tolist() for part in np.split(ids, ends + 1)[:SAMPLES] if len(part)]
+    documents = [part.tolist() for part in np.split(ids, ends + 1)[:SAMPLE_TEXTS] if len(part)]
     lines = []
-    for number in range(SAMPLES):
+    for number in range(SAMPLE_TEXTS):
         line = [tokenizer.end_of_text]
         for token in documents[number % len(documents)]:
             is_whole = "\n" in tokenizer.decode(line[1:]).lstrip()

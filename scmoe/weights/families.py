@@ -11,9 +11,9 @@ do not support, and the names of its weights.
 from collections.abc import Mapping
 from typing import Any
 
-from scmoe.weights.family_keys import ALWAYS, DEFAULTS, KEYS, YARN
+from scmoe.weights.family_keys import ALWAYS, FAMILY_DEFAULTS, FAMILY_KEYS, YARN
 from scmoe.weights.names import (
-    GPT2,
+    GPT2_LAYERS,
     LLAMA,
     PROJECTIONS,
     Names,
@@ -27,8 +27,8 @@ from scmoe.weights.names import (
 
 Reading = tuple[dict[str, Any], list[str], Names]  # settings, problems, names
 PLAIN_ROUTER = {"moe.router": "softmax", "moe.router_scale": 1.0, "moe.noisy": False}
-INSTELLA = "InstellaMoEForCausalLM"
-LONGCAT = "LongcatFlashForCausalLM"
+INSTELLA_CLASS = "InstellaMoEForCausalLM"
+LONGCAT_CLASS = "LongcatFlashForCausalLM"
 
 
 def family_of(config: Mapping[str, Any]) -> Any:
@@ -39,9 +39,9 @@ def family_of(config: Mapping[str, Any]) -> Any:
     declared.
     """
     classes = config.get("architectures") or ()
-    if INSTELLA in classes:
+    if INSTELLA_CLASS in classes:
         return "instella_moe"
-    if LONGCAT in classes:
+    if LONGCAT_CLASS in classes:
         return config.get("model_type", "longcat_flash")
     return config["model_type"]
 
@@ -61,7 +61,7 @@ def read_gpt2(config: dict[str, Any]) -> Reading:
         problems.append(f"activation_function is {activation!r}, allowed: {', '.join(gelu)}")
 
     complete = {**config, "n_inner": config.get("n_inner") or 4 * config["n_embd"]}
-    settings = {ours: complete[theirs] for ours, theirs in KEYS["gpt2"].items()}
+    settings = {ours: complete[theirs] for ours, theirs in FAMILY_KEYS["gpt2"].items()}
     settings["model.family"] = "gpt"
     settings["model.kv_heads"] = config["n_head"]
     settings["model.head_dim"] = config["n_embd"] // config["n_head"]
@@ -72,7 +72,7 @@ def read_gpt2(config: dict[str, Any]) -> Reading:
         names[f"norm.{part}"] = [f"ln_f.{part}"]
         for block in range(config["n_layer"]):
             for i in (0, 1):
-                names |= sublayer_names(block, i, f"h.{block}", GPT2, part)
+                names |= sublayer_names(block, i, f"h.{block}", GPT2_LAYERS, part)
     return settings, problems, names
 
 
@@ -136,7 +136,9 @@ def read_deepseek_v3(config: dict[str, Any]) -> Reading:
     settings, problems, names = deepseek("deepseek_v3", config)
     classes = config.get("architectures") or ["DeepseekV3ForCausalLM"]
     if classes != ["DeepseekV3ForCausalLM"]:
-        problems.append(f"architectures is {classes}, allowed: DeepseekV3ForCausalLM or {INSTELLA}")
+        problems.append(
+            f"architectures is {classes}, allowed: DeepseekV3ForCausalLM or {INSTELLA_CLASS}"
+        )
     settings["moe.architecture"] = "shared_expert"
     settings["moe.combine"] = "direct_add"
     return settings, problems, names
@@ -245,7 +247,7 @@ def llama_settings(family: str, config: dict[str, Any]) -> tuple[dict[str, Any],
     )
     allowed = {"rope_type": "default", "hidden_act": "silu"}
     problems = others(flat, {**allowed, **ALWAYS["llama"], **ALWAYS[family]})
-    settings = {ours: flat[theirs] for ours, theirs in KEYS[family].items()}
+    settings = {ours: flat[theirs] for ours, theirs in FAMILY_KEYS[family].items()}
     settings["model.family"] = "llama"
     settings["model.activation"] = "swiglu"
     settings["model.attention"] = "full"
@@ -274,7 +276,7 @@ def latent_settings(family: str, config: dict[str, Any]) -> tuple[dict[str, Any]
     else:
         allowed["rope_type"] = "default"
     problems = others(flat, {**allowed, **ALWAYS[family]})
-    settings = {ours: flat[theirs] for ours, theirs in KEYS[family].items()}
+    settings = {ours: flat[theirs] for ours, theirs in FAMILY_KEYS[family].items()}
     settings |= {
         "model.family": "llama",
         "model.activation": "swiglu",
@@ -292,7 +294,7 @@ def flattened(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a config.json with transformers' defaults and without a section for rotary positions:
     its values are beside the others."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    defaults = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0} | DEFAULTS.get(family, {})
+    defaults = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0} | FAMILY_DEFAULTS.get(family, {})
     kept = {key: value for key, value in config.items() if value is not None or key not in defaults}
     return {
         **defaults,

@@ -1,7 +1,7 @@
 """How a config.json of transformers' models relates to our configuration.
 
-KEYS: our keys and theirs. ALWAYS: values that our models have. DEFAULTS: what a config.json leaves
-out.
+FAMILY_KEYS: our keys and theirs. ALWAYS: values that our models have. FAMILY_DEFAULTS: what a
+config.json leaves out.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ DEEPSEEK_KEYS = {
     "moe.top_k": "num_experts_per_tok",
     "moe.ffn_dim": "moe_intermediate_size",
 }
-KEYS = {
+FAMILY_KEYS = {
     "gpt2": {
         "model.layers": "n_layer",
         "model.dim": "n_embd",
@@ -70,7 +70,7 @@ KEYS = {
         "moe.ffn_dim": "expert_ffn_hidden_size",
     },
 }
-DEEPSEEK = {
+DEEPSEEK_VALUES = {
     "n_group": 1,
     "topk_group": 1,
     "moe_layer_freq": 1,
@@ -81,9 +81,9 @@ ALWAYS: dict[str, dict[str, Any]] = {  # values that our models have
     "llama": {"attention_bias": False, "mlp_bias": False},
     "mixtral": {"sliding_window": None},
     "qwen2_moe": {"mlp_only_layers": [], "qkv_bias": False, "use_sliding_window": False},
-    "deepseek_v3": {**DEEPSEEK, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+    "deepseek_v3": {**DEEPSEEK_VALUES, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     "instella_moe": {
-        **DEEPSEEK,
+        **DEEPSEEK_VALUES,
         "farskip": True,
         "gated_attention": True,
         "farskip_start_idx": 0,
@@ -99,7 +99,7 @@ ALWAYS: dict[str, dict[str, Any]] = {  # values that our models have
         "norm_topk_prob": False,
     },
 }
-DEFAULTS = {  # transformers' values for what a config.json leaves out
+FAMILY_DEFAULTS = {  # transformers' values for what a config.json leaves out
     "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
     "longcat_flash": {"rms_norm_eps": 1e-5, "rope_theta": 1e7},
 }

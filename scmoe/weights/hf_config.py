@@ -22,10 +22,10 @@ from scmoe.config.fields import Config
 from scmoe.config.load import load_text
 from scmoe.config.registry import ARCHITECTURES, ROUTERS
 from scmoe.weights.families import READERS, family_of
-from scmoe.weights.family_keys import ALWAYS, KEYS, YARN
+from scmoe.weights.family_keys import ALWAYS, FAMILY_KEYS, YARN
 from scmoe.weights.pretrained import model_settings, settings_of
 
-OURS = "scmoe"
+OUR_MODEL_TYPE = "scmoe"
 NATIVE = {
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
@@ -34,7 +34,8 @@ NATIVE = {
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "longcat_flash": "LongcatFlashForCausalLM",
 }
-CANDIDATES = {  # model.family, model.attention, moe.architecture: the model_type that may be equal
+# the model_type that may be equal, by model.family, model.attention and moe.architecture
+EQUAL_MODEL_TYPES = {
     ("gpt", "full", "dense"): "gpt2",
     ("llama", "full", "dense"): "llama",
     ("llama", "full", "top_k"): "mixtral",
@@ -92,7 +93,7 @@ def hf_config(config: Config, end_of_text: int | None) -> dict[str, Any]:
 def native_config(config: Config) -> dict[str, Any] | None:
     """Return the config.json of transformers' equal model; None if there is none."""
     moe = config.moe
-    family = CANDIDATES.get((config.model.family, config.model.attention, moe.architecture))
+    family = EQUAL_MODEL_TYPES.get((config.model.family, config.model.attention, moe.architecture))
     # An added bias and balanced routing are not among the settings of a model.
     has_added_bias = moe.router == "softmax" and moe.bias_rate is not None
     if family is None or moe.balanced_routing or has_added_bias:
@@ -111,7 +112,7 @@ def their_config(family: str, config: Config) -> dict[str, Any]:
     model = config.model
     activation = settings["model.activation"]
     content: dict[str, Any] = {"model_type": family, "architectures": [NATIVE[family]]}
-    content |= {theirs: settings[ours] for ours, theirs in KEYS[family].items()}
+    content |= {theirs: settings[ours] for ours, theirs in FAMILY_KEYS[family].items()}
     if family == "gpt2":
         return content | {
             "resid_pdrop": model.dropout,
@@ -154,7 +155,7 @@ def scmoe_config(config: Config) -> dict[str, Any]:
     configuration."""
     kept = dropless(config)
     return {
-        "model_type": OURS,
+        "model_type": OUR_MODEL_TYPE,
         "architectures": ["ScMoEForCausalLM"],
         "scmoe": {
             "model": asdict(kept.model),
@@ -203,7 +204,7 @@ def our_config(content: dict[str, Any], source: str) -> Config:
 
     Raises ValueError if it has a setting that our models do not support.
     """
-    if content.get("model_type") == OURS:
+    if content.get("model_type") == OUR_MODEL_TYPE:
         return load_text(json.dumps(content.get("scmoe")), source)
     try:
         settings, problems, _ = READERS[family_of(content)](content)

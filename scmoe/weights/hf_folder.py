@@ -25,9 +25,9 @@ from scmoe.config.derived import max_steps
 from scmoe.config.fields import Config
 from scmoe.files import read_json, replacing, sync, write_durably, write_in_turn, write_whole
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.loading import NETWORK, network_in, read_named
+from scmoe.parallel.checkpoint.loading import NETWORK_PREFIX, network_in, read_named
 from scmoe.weights.families import READERS
-from scmoe.weights.hf_config import OURS, hf_config
+from scmoe.weights.hf_config import OUR_MODEL_TYPE, hf_config
 from scmoe.weights.names import in_their_layout, zero_expert_names
 from scmoe.weights.pretrained import weight_files
 
@@ -171,11 +171,11 @@ def write_weights(
         file = "model.safetensors"
         if len(shards) > 1:
             file = f"model-{i:05}-of-{len(shards):05}.safetensors"
-        read = read_named(checkpoint, [NETWORK + name for name in group])
+        read = read_named(checkpoint, [NETWORK_PREFIX + name for name in group])
         tensors = {
             name: tensor
             for ours in group
-            for name, tensor in renamed(content, ours, read.pop(NETWORK + ours))
+            for name, tensor in renamed(content, ours, read.pop(NETWORK_PREFIX + ours))
         }
         with replacing(folder / file) as partial:
             write_in_turn(tensors, tensors.__getitem__, partial, HEADER)
@@ -188,7 +188,7 @@ def write_weights(
 def renamed(content: dict[str, Any], ours: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield names and tensors: what a folder of this config.json keeps for our parameter."""
     family = content["model_type"]
-    if family == OURS:
+    if family == OUR_MODEL_TYPE:
         yield f"model.{ours}", weight
         return
     settings, _, names = READERS[family](content)
@@ -280,7 +280,7 @@ def model_card(
 
 def installation(content: dict[str, Any]) -> str:
     """Return the command that installs what loads a folder. content: of config.json."""
-    if content["model_type"] == OURS:
+    if content["model_type"] == OUR_MODEL_TYPE:
         return "pip install -e '.[hf]'  # in a checkout of scmoe, with transformers"
     return "pip install transformers"
 
@@ -296,6 +296,6 @@ def loading_code(content: dict[str, Any]) -> str:
         classes.append("AutoTokenizer")
         lines.append("tokenizer = AutoTokenizer.from_pretrained(folder)")
     imports = [f"from transformers import {', '.join(classes)}", ""]
-    if content["model_type"] == OURS:
+    if content["model_type"] == OUR_MODEL_TYPE:
         imports.insert(0, "import scmoe.hf  # transformers then knows the model")
     return "".join(f"{line}\n" for line in [*imports, *lines])

@@ -13,8 +13,8 @@ from torch import Tensor
 Names = dict[str, list[str]]  # our name: their names
 
 # The parts of attention and MLP: our names, GPT-2's and LLaMA's.
-OURS = (("norm", "f.qkv", "f.out"), ("norm", "f.w_in", "f.w_out"))
-GPT2 = (("ln_1", "attn.c_attn", "attn.c_proj"), ("ln_2", "mlp.c_fc", "mlp.c_proj"))
+OUR_LAYERS = (("norm", "f.qkv", "f.out"), ("norm", "f.w_in", "f.w_out"))
+GPT2_LAYERS = (("ln_1", "attn.c_attn", "attn.c_proj"), ("ln_2", "mlp.c_fc", "mlp.c_proj"))
 LLAMA = (
     ("input_layernorm", "self_attn.q_proj self_attn.k_proj self_attn.v_proj", "self_attn.o_proj"),
     ("post_attention_layernorm", "mlp.gate_proj mlp.up_proj", "mlp.down_proj"),
@@ -47,13 +47,13 @@ def sublayer_names(
 ) -> Names:
     """Return the names of sub-layer i of a block: attention if i is even, an MLP if it is odd.
 
-    theirs: GPT2 or LLAMA. part: weight or bias.
+    theirs: GPT2_LAYERS or LLAMA. part: weight or bias.
     """
     return {
         f"blocks.{block}.sublayers.{i}.{our}.{part}": [
             f"{layer}.{name}.{part}" for name in their.split()
         ]
-        for our, their in zip(OURS[i % 2], theirs[i % 2], strict=True)
+        for our, their in zip(OUR_LAYERS[i % 2], theirs[i % 2], strict=True)
     }
 
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from scmoe.config.derived import ACTIVATIONS, SHORTCUTS
+from scmoe.config.derived import FAMILY_ACTIVATIONS, SHORTCUTS
 from scmoe.config.fields import Config
 from scmoe.config.leaves import flatten, leaves, show
 from scmoe.config.registry import ARCHITECTURES, FAMILIES
@@ -28,8 +28,8 @@ from scmoe.weights.names import in_our_layout, is_unread
 # experts in all layers together.
 MOST_LAYERS = 2000
 MOST_EXPERTS = 200_000
-LAYERS = ("n_layer", "num_hidden_layers", "num_layers", "first_k_dense_replace", "layers")
-EXPERTS = (
+LAYER_KEYS = ("n_layer", "num_hidden_layers", "num_layers", "first_k_dense_replace", "layers")
+EXPERT_KEYS = (
     "num_experts",
     "num_local_experts",
     "n_routed_experts",
@@ -124,8 +124,8 @@ def read_config(folder: Path, families: tuple[str, ...]) -> dict[str, Any]:
         raise ValueError(f"{folder}: config.json cannot be read: {error!r}") from error
     if family not in families:
         raise ValueError(f"{folder}: model_type is {family!r}, allowed: {', '.join(families)}")
-    layers = largest(content, LAYERS)
-    experts = largest(content, EXPERTS)
+    layers = largest(content, LAYER_KEYS)
+    experts = largest(content, EXPERT_KEYS)
     if layers > MOST_LAYERS or layers * experts > MOST_EXPERTS:
         raise ValueError(
             f"{folder}: config.json has {layers} layers with {experts} experts, allowed: up to"
@@ -196,10 +196,10 @@ def settings_of(config: Config) -> dict[str, Any]:
     """Return the config's values by key, with null resolved where other values determine it."""
     model, moe = config.model, config.moe
     resolved: dict[str, Any] = {"moe.first_position": moe.first_position or moe.position}
-    if model.family in ACTIVATIONS:
+    if model.family in FAMILY_ACTIVATIONS:
         resolved["model.ffn_dim"] = model.ffn_dim or 4 * model.dim
         resolved["moe.ffn_dim"] = moe.ffn_dim or resolved["model.ffn_dim"]
-        resolved["model.activation"] = model.activation or ACTIVATIONS[model.family]
+        resolved["model.activation"] = model.activation or FAMILY_ACTIVATIONS[model.family]
         resolved["model.kv_heads"] = model.kv_heads or model.heads
         resolved["model.head_dim"] = model.head_dim or model.dim // model.heads
     return flatten(config) | resolved

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from scmoe.datamodules.tokenizer import make_tokenizer
-from scmoe.training.samples import SAMPLES, first_lines
+from scmoe.training.samples import SAMPLE_TEXTS, first_lines
 from tests.support.texts import open_texts, write_texts
 
 
@@ -42,8 +42,8 @@ def test_samples_continue_the_first_lines_of_held_out_documents(tmp_path):
     data = open_texts(texts, tmp_path / "cache")
     end, decode = data.tokenizer.end_of_text, data.tokenizer.decode
     lines = first_lines(data, 48)
-    assert len(lines) == SAMPLES and all(line[0] == end for line in lines)
+    assert len(lines) == SAMPLE_TEXTS and all(line[0] == end for line in lines)
     assert {decode(line[1:]).strip() for line in lines} == {"ONE TITLE"}
     assert all("\n" in decode(line[1:]) for line in lines)
-    assert [len(line) for line in first_lines(data, 3)] == [3] * SAMPLES
-    assert first_lines(data, 1) == [[end]] * SAMPLES
+    assert [len(line) for line in first_lines(data, 3)] == [3] * SAMPLE_TEXTS
+    assert first_lines(data, 1) == [[end]] * SAMPLE_TEXTS

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import tokenizers
 
-from scmoe.datamodules.tokenizer import BYTES, GPT2, Tokenizer, make_tokenizer, pieces
+from scmoe.datamodules.tokenizer import (
+    BYTE_TOKENS,
+    GPT2_VOCABULARY,
+    Tokenizer,
+    make_tokenizer,
+    pieces,
+)
 from tests.support.texts import STRANGE, WORDS, open_texts, write_texts
 
 
@@ -56,7 +62,9 @@ def test_gpt2s_own_file_loses_nothing(monkeypatch, trained):
         "use_regex": True,
     }
     downloaded = tokenizers.Tokenizer.from_str(json.dumps(file))
-    monkeypatch.setattr(tokenizers.Tokenizer, "from_pretrained", {GPT2: downloaded}.__getitem__)
+    monkeypatch.setattr(
+        tokenizers.Tokenizer, "from_pretrained", {GPT2_VOCABULARY: downloaded}.__getitem__
+    )
     tokenizer = make_tokenizer("gpt2", 300, [])
     ids = tokenizer.encode(STRANGE)
     assert ids.tolist() == trained.encode(STRANGE).tolist() and tokenizer.decode(ids) == STRANGE
@@ -98,7 +106,7 @@ def llama(form: str) -> tokenizers.Tokenizer:
     letters = ["▁", *map(chr, range(0x21, 0x7F)), "é"]
     merges = [("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "▁"), ("▁", "u")]
     vocabulary = dict.fromkeys(
-        ["<unk>", "<s>", "</s>", *BYTES, *letters, *(a + b for a, b in merges)]
+        ["<unk>", "<s>", "</s>", *BYTE_TOKENS, *letters, *(a + b for a, b in merges)]
     )
     ids = {token: i for i, token in enumerate(vocabulary)}
     bpe = tokenizers.models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)

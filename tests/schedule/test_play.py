@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scmoe.schedule.cost import EVEN, TRANSFERS, elapsed, play, play_ranks, shares, slots
-from scmoe.schedule.schedule import PARTS, POSITIONS_OF, Schedule
+from scmoe.schedule.schedule import ATTENTION_PARTS, POSITIONS_OF, Schedule
 from tests.support.played import hot_rank, step_ms
 
 OPERATORS = (
     *("route", "encode", "dispatch", "experts", "combine", "decode"),
-    *("attention", *PARTS, "mlp", "shared_expert", "current"),
+    *("attention", *ATTENTION_PARTS, "mlp", "shared_expert", "current"),
 )
 TIMES = st.fixed_dictionaries({op: st.floats(0.1, 10.0) for op in OPERATORS})
 NAMES = [

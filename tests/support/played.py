@@ -25,12 +25,12 @@ from scmoe.schedule.cost import (
     play_ranks,
     shares,
 )
-from scmoe.schedule.schedule import PARTS, POSITIONS_OF, SUBLAYERS, Schedule
+from scmoe.schedule.schedule import ATTENTION_PARTS, POSITIONS_OF, SUBLAYERS, Schedule
 from scmoe.schedule.stack import BEFORE
 
 EVERY_OPERATOR = (
     *("route", "encode", "dispatch", "experts", "combine", "decode"),
-    *("attention", *PARTS, "mlp", "shared_expert", "current", BEFORE),
+    *("attention", *ATTENTION_PARTS, "mlp", "shared_expert", "current", BEFORE),
 )
 EVERY_WIRING = [
     (architecture, position)

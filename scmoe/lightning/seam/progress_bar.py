@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 
-BAR = 10  # columns of the progress bar
+BAR_COLUMNS = 10  # columns of the progress bar
 WIDE = 120  # columns of a terminal that has room for all metrics on the bar's line
 
 
@@ -39,7 +39,7 @@ class StepProgressBar(RichProgressBar):
     def configure_columns(self, trainer: Any) -> list[Any]:
         """Return a short bar, and no batches per second, which the logged throughput says."""
         description, bar, batches, time, _ = super().configure_columns(trainer)
-        bar.bar_width = BAR
+        bar.bar_width = BAR_COLUMNS
         return [description, bar, batches, time]
 
     def get_metrics(self, *arguments: Any) -> dict[str, Any]:

@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from scmoe.files import replacing, write_in_turn
 from scmoe.moe.experts import Experts
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.loading import NETWORK, check_same_model, network_in, read_named
+from scmoe.parallel.checkpoint.loading import (
+    NETWORK_PREFIX,
+    check_same_model,
+    network_in,
+    read_named,
+)
 from scmoe.parallel.dense.sharded import put
 
 FORMAT_VERSION = "2"
@@ -48,7 +53,7 @@ def consolidate(
     with replacing(out) as partial:
         write_in_turn(
             weights,
-            lambda name: read_named(checkpoint, [NETWORK + name])[NETWORK + name],
+            lambda name: read_named(checkpoint, [NETWORK_PREFIX + name])[NETWORK_PREFIX + name],
             partial,
             header,
         )

@@ -40,7 +40,7 @@ from scmoe.parallel.checkpoint.together import together
 from scmoe.parallel.mesh import Mesh, expert_parameters
 
 # what the names of the network's weights begin with: the LightningModule's, and its `model`
-NETWORK = "model.model."
+NETWORK_PREFIX = "model.model."
 
 
 def read_whole(path: Path, start: str = "") -> dict[str, Tensor]:
@@ -281,9 +281,9 @@ def network_in(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """
     durable.verify(path)
     weights = {
-        name.removeprefix(NETWORK): t
+        name.removeprefix(NETWORK_PREFIX): t
         for name, t in tensors_of(path).items()
-        if name.startswith(NETWORK)
+        if name.startswith(NETWORK_PREFIX)
     }
     check_same_model(
         path, dict(model.named_parameters()), {name: tuple(t.shape) for name, t in weights.items()}
@@ -295,7 +295,7 @@ def network_in(path: Path, model: nn.Module) -> dict[str, Tensor]:
 def load_model(path: Path, model: nn.Module) -> None:
     """Read only the weights, into a whole model in one process. ValueError: as `network_in`."""
     network_in(path, model)
-    weights = {NETWORK + name: p.detach() for name, p in model.named_parameters()}
+    weights = {NETWORK_PREFIX + name: p.detach() for name, p in model.named_parameters()}
     _fill(weights, path)
 
 
@@ -309,7 +309,7 @@ def weights_by_name(path: Path, model: nn.Module) -> Callable[[str], Tensor]:
 
     def read(name: str) -> Tensor:
         value = torch.empty_like(parameters[name], device="cpu", requires_grad=False)
-        _fill({NETWORK + name: value}, path)
+        _fill({NETWORK_PREFIX + name: value}, path)
         return value
 
     return read

@@ -32,9 +32,8 @@ META = "meta.json"
 # By these keys `from_json` knows what is no JSON.
 MARKS = {"__tensor__", "__stored__", "__tuple__", "__set__", "__items__"}
 MODULE, OPTIMIZER = "module_entries", "optimizer_entries"  # keys of meta.json, see `split`
-OUTSIDE = (  # what the names of an optimizer's parameters begin with that the module does not have
-    "outside the module"
-)
+# what the names of an optimizer's parameters begin with that the module does not have
+OUTSIDE_MODULE = "outside the module"
 LARGEST_IN_JSON = 64  # elements of a tensor; larger ones are stored as tensors
 
 
@@ -165,7 +164,7 @@ def parameter_names(module: nn.Module, optimizer: Optimizer) -> dict[Tensor, str
     names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
     for i, group in enumerate(optimizer.param_groups):
         for j, p in enumerate(group["params"]):
-            names.setdefault(p, f"{OUTSIDE}/{i}/{j}")
+            names.setdefault(p, f"{OUTSIDE_MODULE}/{i}/{j}")
     return names
 
 

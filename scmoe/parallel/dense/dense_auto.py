@@ -14,7 +14,8 @@ from torch import nn
 from scmoe.parallel.container_memory import GIB, memory_limit
 from scmoe.parallel.mesh import Mesh, expert_parameters
 
-ROOM = 0.8  # of a rank's memory; the rest is for buffers of transfers and the allocator's gaps
+# of a rank's memory; the rest is for buffers of transfers and the allocator's gaps
+USED_SHARE = 0.8
 
 
 def pick_dense(estimates: Mapping[str, float], memory: float) -> tuple[str, str]:
@@ -23,7 +24,8 @@ def pick_dense(estimates: Mapping[str, float], memory: float) -> tuple[str, str]
     Also return why, in a line. estimates: by mode, the least communication first.
     """
     how = next(
-        (mode for mode, needed in estimates.items() if needed <= ROOM * memory), list(estimates)[-1]
+        (mode for mode, needed in estimates.items() if needed <= USED_SHARE * memory),
+        list(estimates)[-1],
     )
     needed = ", ".join(f"{mode} {size / GIB:.3g}" for mode, size in estimates.items())
     return how, f"a rank of {memory / GIB:.3g} GiB is estimated to need, in GiB: {needed}"

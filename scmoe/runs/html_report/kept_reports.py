@@ -21,7 +21,7 @@ from scmoe.report import Report, say
 from scmoe.runs.html_report.cleaner import Cleaner
 from scmoe.runs.html_report.section import Section, embedded, flat_table, leaves
 
-KINDS = "a run, a folder of runs, or a JSON file of scmoe table, bench, advise or simulate"
+READABLE = "a run, a folder of runs, or a JSON file of scmoe table, bench, advise or simulate"
 TABLES = ("tables", "rows", "cells")
 FACTS = ("date", "machine", "commit")
 NO_FACTS = ("title", "paper", "loads", "pictures", "command", "reading", "note", *TABLES)
@@ -36,7 +36,7 @@ def sections_of_file(path: Path, named: bool, clean: Cleaner) -> list[Section]:
         data = clean(json_of(path))
     except (OSError, ValueError, RecursionError) as error:
         if named:
-            raise ConfigError(f"{path} is no JSON file: {error}. Name {KINDS}.") from error
+            raise ConfigError(f"{path} is no JSON file: {error}. Name {READABLE}.") from error
         return []
 
     reports = reports_in(data)
@@ -44,7 +44,7 @@ def sections_of_file(path: Path, named: bool, clean: Cleaner) -> list[Section]:
         content = f"a {type(data).__name__}"
         if isinstance(data, dict):
             content = f"the keys {', '.join(data)[:80]}"
-        raise ConfigError(f"{path} is not recognised: it holds {content}. Name {KINDS}.")
+        raise ConfigError(f"{path} is not recognised: it holds {content}. Name {READABLE}.")
 
     said = clean(conditions_of(path))
     try:

@@ -34,7 +34,7 @@ SUMMARY = {  # keys of summary.json that the page shows, by what they are called
     "load_max_ratio": "busiest expert, validation",
     "drop_share": "dropped copies, validation",
 }
-SHARES = ("drop_share", "mfu", "val_accuracy")  # keys of summary.json that are shown as per cent
+IN_PERCENT = ("drop_share", "mfu", "val_accuracy")  # keys of summary.json
 SECONDS = (
     "Seconds are those of training steps, without validation and checkpoints: tokens over the"
     " logged speeds, added up."
@@ -105,7 +105,7 @@ def sections_of_run(run: SeenRun, name: str, anchor: str, clean: Cleaner) -> lis
 
 def of_summary(key: str, value: Any) -> str:
     """Return a value of summary.json for a reader; shares as per cent."""
-    is_share = key in SHARES and isinstance(value, int | float)
+    is_share = key in IN_PERCENT and isinstance(value, int | float)
     return f"{value:.2%}" if is_share else number(value)
 
 

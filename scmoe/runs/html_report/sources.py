@@ -12,7 +12,7 @@ from pathlib import Path
 from scmoe.config.leaves import ConfigError
 from scmoe.runs.html_report.cleaner import Cleaner, cleaner_for
 from scmoe.runs.html_report.kept_reports import (
-    KINDS,
+    READABLE,
     json_of,
     named_results,
     reports_in,
@@ -59,7 +59,7 @@ def find_sources(names: Sequence[str], last: int) -> tuple[Sources, Cleaner]:
     if not sources.runs and not sources.reports:
         where = " and ".join(names) or f"the folder {RUNS}/"
         raise ConfigError(
-            f"There is nothing to report in {where}. Train a run first, or name {KINDS}."
+            f"There is nothing to report in {where}. Train a run first, or name {READABLE}."
         )
     return sources, clean
 
@@ -82,7 +82,7 @@ def located(name: str) -> Path:
     shown = sorted(word for word, path in results.items() if path.is_dir() or has_report(path))
     alike = get_close_matches(name, shown, n=5, cutoff=0.5) or shown
     names = f", or a result: {', '.join(alike)}" if alike else ""
-    raise ConfigError(f"There is no {name!r}. Name {KINDS}{names}.")
+    raise ConfigError(f"There is no {name!r}. Name {READABLE}{names}.")
 
 
 def has_report(path: Path) -> bool:

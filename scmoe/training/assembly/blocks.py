@@ -30,7 +30,7 @@ from scmoe.blocks.latent import LatentAttention, LatentSizes
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.rotary import Rotary
 from scmoe.blocks.sublayers import MLP, Attention
-from scmoe.config.derived import ACTIVATIONS, resolve_ep_size, rows_are_filled, wiring_of
+from scmoe.config.derived import FAMILY_ACTIVATIONS, resolve_ep_size, rows_are_filled, wiring_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import ARCHITECTURES, ROUTERS
@@ -90,11 +90,11 @@ def llama_parts(config: Config) -> Parts:
     model = config.model
     norm = partial(nn.RMSNorm, eps=model.norm_eps)
     rotary = partial(Rotary, model.rope_theta)
-    return decoder_parts(config, norm, ACTIVATIONS["llama"], bias=False, rotary=rotary)
+    return decoder_parts(config, norm, FAMILY_ACTIVATIONS["llama"], bias=False, rotary=rotary)
 
 
-PARTS: dict[str, Callable[[Config], Parts]] = {
-    "gpt": partial(decoder_parts, norm=nn.LayerNorm, activation=ACTIVATIONS["gpt"]),
+FAMILY_PARTS: dict[str, Callable[[Config], Parts]] = {
+    "gpt": partial(decoder_parts, norm=nn.LayerNorm, activation=FAMILY_ACTIVATIONS["gpt"]),
     "llama": llama_parts,
 }
 register_architecture = ARCHITECTURES.register
@@ -103,7 +103,7 @@ register_router = ROUTERS.register
 
 def build_blocks(config: Config, wire: Wire) -> list[nn.Module]:
     """Return the blocks of a model with equal layers."""
-    return stack(config, wire, [PARTS[config.model.family](config)] * config.model.layers)
+    return stack(config, wire, [FAMILY_PARTS[config.model.family](config)] * config.model.layers)
 
 
 def stack(config: Config, wire: Wire, parts: Sequence[Parts]) -> list[nn.Module]:

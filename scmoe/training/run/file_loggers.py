@@ -22,7 +22,7 @@ from scmoe.files import warn_once
 
 # The first columns of metrics.csv; others follow by their names.
 FIRST = ("step", "train/tokens", "train/images", "train/loss", "val/loss")
-SHOWN = ("train/loss", "val/loss")  # on TensorBoard's page HParams
+HPARAMS_METRICS = ("train/loss", "val/loss")  # on TensorBoard's page HParams
 
 
 def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
@@ -119,7 +119,8 @@ class SafeTensorBoardLogger(TensorBoardLogger):
     def _hparams(self, values: dict[str, Any]) -> None:
         package = "torch.utils.tensorboard" if find_spec("tensorboard") else "tensorboardX"
         self.hparams.update(values)
-        for part in import_module(f"{package}.summary").hparams(values, dict.fromkeys(SHOWN, 0.0)):
+        losses = dict.fromkeys(HPARAMS_METRICS, 0.0)
+        for part in import_module(f"{package}.summary").hparams(values, losses):
             self.experiment.file_writer.add_summary(part)
 
     def log_results(self, step: int, samples: Sequence[str], load: Path) -> None:

@@ -17,11 +17,11 @@ from typing import Any
 
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.fields import Config
+from scmoe.lightning.stop import INTERRUPTED
 from scmoe.training.assembly.start import Start
 from scmoe.training.run.machine import LAUNCHERS, check_machine
 from scmoe.training.run.train import train
 
-INTERRUPTED = 130  # exit code of a training that Ctrl-C has stopped
 OF_A_RANK = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

@@ -50,8 +50,8 @@ DEFAULT_SERVER = "https://api.wandb.ai"
 INIT_TIMEOUT_S = 20.0  # how long a server may take to answer
 FINISH_TIMEOUT_S = 60.0  # limit of the last uploads; the rest stays in the run directory
 UPLOAD_BYTES_PER_S = 1e6  # an upload of a checkpoint that is slower is not waited for
-STEP = "trainer/global_step"
-BEST = {  # metrics of which W&B's summary has the best value too, as `val/loss_min`
+STEP_METRIC = "trainer/global_step"
+BEST_IN_SUMMARY = {  # metrics of which W&B's summary has the best value too, as `val/loss_min`
     **dict.fromkeys(("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte"), "min"),
     "val/accuracy": "max",
 }
@@ -218,11 +218,11 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
         "mode": resolved,
     }
     try_to_write_json(record, kept)
-    run.define_metric(STEP)
-    run.define_metric("*", step_metric=STEP, step_sync=True)  # the x axis of every chart
+    run.define_metric(STEP_METRIC)
+    run.define_metric("*", step_metric=STEP_METRIC, step_sync=True)  # the x axis of every chart
     wandb_run = SafeWandbLogger(experiment=run)
     for row in rows_of(run_dir / "metrics.csv"):  # of the part before a resumption
-        wandb_run.keep_best({name: float(row[name]) for name in BEST if row.get(name)})
+        wandb_run.keep_best({name: float(row[name]) for name in BEST_IN_SUMMARY if row.get(name)})
     return wandb_run
 
 
@@ -241,19 +241,21 @@ class SafeWandbLogger(WandbLogger):
         self.attempt(partial(self.keep_best, metrics))
 
     def keep_best(self, metrics: Mapping[str, float]) -> None:
-        """Keep the best values of BEST in the run's summary, each as a number under a name of its
-        own.
+        """Keep the best values of BEST_IN_SUMMARY in the run's summary, each as a number under a
+        name of its own.
 
         W&B's own way, `define_metric(summary="min")`, makes the summary of `val/loss` a mapping, by
         which W&B can neither sort runs nor choose the best trial of a sweep.
         """
-        for name in BEST.keys() & metrics.keys():
+        for name in BEST_IN_SUMMARY.keys() & metrics.keys():
             value = float(metrics[name])
             best = self.best.get(name)
-            is_better = best is None or (value < best if BEST[name] == "min" else value > best)
+            is_better = best is None or (
+                value < best if BEST_IN_SUMMARY[name] == "min" else value > best
+            )
             if is_better and math.isfinite(value):
                 self.best[name] = value
-                self.experiment.summary[f"{name}_{BEST[name]}"] = value
+                self.experiment.summary[f"{name}_{BEST_IN_SUMMARY[name]}"] = value
 
     def log_hyperparams(self, params: Any) -> None:
         self.attempt(partial(super().log_hyperparams, params))
@@ -357,7 +359,9 @@ def log_results(
         if load.exists():
             shown["moe/expert_load"] = wandb.Image(str(load))
         for key, value in shown.items():
-            logger.attempt(partial(logger.experiment.log, {key: value, STEP: step}), (Exception,))
+            logger.attempt(
+                partial(logger.experiment.log, {key: value, STEP_METRIC: step}), (Exception,)
+            )
         for callback in callbacks:
             if not isinstance(callback, ModelCheckpoint) or not callback.monitor:
                 continue

@@ -33,7 +33,7 @@ from scmoe.training.assembly.data import kept_tokenizer
 from scmoe.training.run.directory import why_no_checkpoint
 from scmoe.training.run.resumed import Resumed, record_of
 
-STEP = re.compile(r"(--)?step=")
+STEP_OVERRIDE = re.compile(r"(--)?step=")
 Which = Literal["last", "best"]
 # Everything else makes another model or another experiment.
 MAY_CHANGE = (
@@ -118,8 +118,10 @@ def checkpoint_of(run_dir: Path, step: int) -> Path:
 def step_of(words: Sequence[str]) -> tuple[int | None, list[str]]:
     """Split `step=N` from the overrides of a resumption; None without it. ConfigError: N is no
     number of steps."""
-    others = [word for word in words if not STEP.match(word)]
-    steps = [word.removeprefix("--").removeprefix("step=") for word in words if STEP.match(word)]
+    others = [word for word in words if not STEP_OVERRIDE.match(word)]
+    steps = [
+        word.removeprefix("--").removeprefix("step=") for word in words if STEP_OVERRIDE.match(word)
+    ]
     if not steps:
         return None, others
     if not steps[-1].isdecimal():
