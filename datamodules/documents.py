@@ -13,7 +13,7 @@ SPLITS = ("train", "val", "test")
 HELD_OUT = 0.05  # share of a text's characters, for each of val and test
 # The same share of a Hugging Face data set's rows. These data sets are large.
 HELD_OUT_DOCUMENTS = 0.005
-ROWS = (".csv", ".tsv", ".json", ".jsonl")  # suffixes of files that are read by `hugging_face`
+ROW_SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")  # of files that are read by `hugging_face`
 SOTU_LAST_TRAIN_YEAR = 2005
 SOTU_LAST_VAL_YEAR = 2015
 
@@ -73,7 +73,7 @@ def text(path: Path, skip: bool = False) -> Documents:
         # A dangling link is kept, so that reading it names it.
         files = sorted(file for file in candidates if file.is_file() or not file.exists())
     elif path.is_file():
-        if path.suffix.lower() in ROWS:
+        if path.suffix.lower() in ROW_SUFFIXES:
             raise ValueError(
                 f"data.path is {path}, a file of rows, not prose. Put it into a folder of its own;"
                 " data.name=hf data.path=FOLDER reads its field data.text_field."

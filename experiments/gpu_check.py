@@ -32,7 +32,7 @@ def main(
     """
     import torch
 
-    from experiments.bench.gpu.check import PARTS, write_report
+    from experiments.bench.gpu.check import CHECK_PARTS, write_report
     from experiments.engine.isolated import Place, run_parts
 
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
@@ -41,15 +41,15 @@ def main(
         raise ConfigError("--device is cpu, where the sizes of a card take hours. Add --tiny")
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device is cuda, and there is no CUDA device here")
-    names = parts or list(PARTS)
-    if unknown := [name for name in names if name not in PARTS]:
-        raise ConfigError(f"--parts has {unknown[0]}, allowed: {' | '.join(PARTS)}")
+    names = parts or list(CHECK_PARTS)
+    if unknown := [name for name in names if name not in CHECK_PARTS]:
+        raise ConfigError(f"--parts has {unknown[0]}, allowed: {' | '.join(CHECK_PARTS)}")
     out = out or Path("runs/gpu-check", datetime.now().strftime("%Y%m%d-%H%M%S"))
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise ConfigError(f"--out is {str(out)!r}, which is not empty. Give a new or empty folder")
     setup = Place(device, tiny, out)
-    results = run_parts({name: PARTS[name] for name in names}, setup)
+    results = run_parts({name: CHECK_PARTS[name] for name in names}, setup)
     write_report(setup, results)
     states = {name: part["state"] for name, part in results.items()}
     print(

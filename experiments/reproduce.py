@@ -1,14 +1,16 @@
 import re
 import sys
 
-from experiments.table import USUAL
+from experiments.table import TABLE_DEFAULTS
 from experiments.tables.table_file import TableOptions, check_scale, load_table, table_names
 from scmoe.command_line import call
 from scmoe.config.extras import require
 from scmoe.report import print_result, say
 
 
-def main(*overrides: str, tables: list[str] | None = None, options: TableOptions = USUAL) -> int:
+def main(
+    *overrides: str, tables: list[str] | None = None, options: TableOptions = TABLE_DEFAULTS
+) -> int:
     """Run all tables of the paper in turn, at one scale, and set our values beside the paper's.
 
     What each table costs is said first. Finished runs are skipped and interrupted ones are resumed,

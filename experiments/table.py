@@ -6,10 +6,10 @@ from scmoe.config.extras import require
 from scmoe.files import read_json
 from scmoe.report import print_result, say
 
-USUAL = TableOptions()
+TABLE_DEFAULTS = TableOptions()
 
 
-def main(table: str, /, *overrides: str, options: TableOptions = USUAL) -> int:
+def main(table: str, /, *overrides: str, options: TableOptions = TABLE_DEFAULTS) -> int:
     """Run a table of the paper and set our values beside the paper's.
 
     Finished runs are skipped and interrupted ones are resumed; Ctrl-C stops with a checkpoint of

@@ -7,7 +7,7 @@ names of `__all__` are imported at first use.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the table NAMES, for type checkers and editors
+if TYPE_CHECKING:  # the table PUBLIC, for type checkers and editors
     from scmoe.api import MoE, ScMoEBlock, data_parallel, load_balance_loss, move_biases
     from scmoe.config.load import load as load_config
     from scmoe.inference.generate import Passes, generate, stream
@@ -50,7 +50,7 @@ __all__ = [
     "stream",
     "train",
 ]
-NAMES = {  # name: module and the name there
+PUBLIC = {  # name: module and the name there
     "MoE": ("scmoe.api", "MoE"),
     "ScMoEBlock": ("scmoe.api", "ScMoEBlock"),
     "data_parallel": ("scmoe.api", "data_parallel"),
@@ -79,11 +79,11 @@ NAMES = {  # name: module and the name there
 
 
 def __getattr__(name: str) -> Any:
-    if name not in NAMES:
+    if name not in PUBLIC:
         raise AttributeError(
             f"module 'scmoe' has no attribute {name!r}, allowed: {', '.join(__all__)}"
         )
-    module, name_there = NAMES[name]
+    module, name_there = PUBLIC[name]
     value = getattr(import_module(module), name_there)
     globals()[name] = value
     return value

@@ -192,7 +192,7 @@ def test_ranks_with_the_same_part_of_a_weight_begin_with_the_same_values(how, ra
 
 
 def test_every_name_is_found_and_no_other():
-    assert sorted(scmoe.__all__) == sorted(scmoe.NAMES) and {*scmoe.__all__} <= {*dir(scmoe)}
+    assert sorted(scmoe.__all__) == sorted(scmoe.PUBLIC) and {*scmoe.__all__} <= {*dir(scmoe)}
     assert all(getattr(scmoe, name) is not None for name in scmoe.__all__)
     with pytest.raises(AttributeError, match=r"no attribute 'Moe', allowed: .*MoE"):
         _ = scmoe.Moe

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.bench.row import Kind, rows_of
-from experiments.bench.speed_chart import KINDS
+from experiments.bench.speed_chart import KIND_WORDS
 from scmoe.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SMALL, chart, heading
 from scmoe.predict.row_names import architecture_of, batches_of, name_of, way_of_row
 from scmoe.report import Report
@@ -136,7 +136,7 @@ def draw(reports: Sequence[OverlapReport], path: Path) -> None:
         for line, group in zip(panels, groups, strict=True):
             for axis, kind in zip(line, ORDER, strict=True):
                 draw_group(axis, group, kind)
-                axis.set(title=KINDS[kind], xlabel=group.label)
+                axis.set(title=KIND_WORDS[kind], xlabel=group.label)
             line[0].set_ylabel("speed-up over\nsequential top-2")
         words = (
             "Two batches in flight and the shortcut: an iteration\n"

@@ -22,7 +22,7 @@ from scmoe.command_line import call
 from scmoe.config.leaves import ConfigError
 
 OUT, TIMELINE = Path("runs/bench"), Path("runs/timeline")
-USUAL = Setting()
+USUAL_OVERLAP = Setting()
 USUAL_LAYER = LayerSetting()
 USUAL_TRAINING = TrainingSetting()
 USUAL_INFERENCE = InferenceSetting()
@@ -39,7 +39,7 @@ def layer(*, setting: LayerSetting = USUAL_LAYER) -> None:
 
 
 @main.command(group_parameters=OVERLAP_OPTIONS)
-def overlap(*, setting: Setting = USUAL, out: Path = OUT) -> None:
+def overlap(*, setting: Setting = USUAL_OVERLAP, out: Path = OUT) -> None:
     """Measure how much of the All-to-All every architecture and schedule hides."""
     from experiments.bench.overlap.speedups import bench_overlap
 

@@ -39,7 +39,7 @@ from scmoe.report import Report
 from scmoe.training.run.machine import keep_freed_memory
 
 Made = tuple[nn.Module, Tensor]  # a module and its input
-WARM_UP, WARM_UP_ON_DEVICE = 2, 3  # rounds
+WARM_UP_ROUNDS, WARM_UP_ON_DEVICE = 2, 3  # rounds
 READ_BYTES = 1 << 30  # more than any cache holds
 TOP_K = 2  # on a device
 NO_ACTIVATION = Activation(
@@ -50,7 +50,7 @@ GELU = "dense products with GELU"
 BATCHED = "batched products of the experts"
 LAYER = "MoE layer"
 DROPLESS = "MoE layer, dropless"
-KEYS = {
+RATIO_SUFFIXES = {
     PRODUCTS: "",
     BATCHED: "_over_batched",
     GELU: "_with_gelu",
@@ -127,7 +127,7 @@ def bench_layer(setting: LayerSetting) -> dict[str, Any]:
     times = in_turn(
         {name: forward_and_train(*variant) for name, variant in variants.items()},
         setting.rounds,
-        WARM_UP,
+        WARM_UP_ROUNDS,
     )
     bandwidth = read_bytes_per_s()
     weights = sum(p.numel() * p.element_size() for p in module.parameters())
@@ -158,7 +158,7 @@ def bench_layer(setting: LayerSetting) -> dict[str, Any]:
         "variant",
     ).show()
     summary: dict[str, Any] = {}
-    for name, key in KEYS.items():
+    for name, key in RATIO_SUFFIXES.items():
         if name in ratios:
             summary[f"forward_ratio{key}"], summary[f"train_ratio{key}"] = ratios[name]
     summary["roofline_ratio_forward"], summary["roofline_ratio"] = ratios[roofline]

@@ -16,38 +16,38 @@ from scmoe.predict.row_names import batches_of
 from scmoe.schedule.schedule import POSITIONS, Schedule
 
 # by the suffix of a row's name: numbers of chunks to choose from
-CHUNKS = {"": (1,), "_pipelined": (2, 4)}
+CHUNKS_BY_SUFFIX = {"": (1,), "_pipelined": (2, 4)}
 BASELINES = {
-    name + suffix: (name, CHUNKS[suffix])
+    name + suffix: (name, CHUNKS_BY_SUFFIX[suffix])
     for name in ("top2", "top1", "shared_expert")
-    for suffix in CHUNKS
+    for suffix in CHUNKS_BY_SUFFIX
 }
-IN_EVERY_BLOCK = {"scmoe_pos1": "nvidia", "scmoe_pos2": "nous", "farskip": "farskip"}
+EVERY_BLOCK_ROWS = {"scmoe_pos1": "nvidia", "scmoe_pos2": "nous", "farskip": "farskip"}
 BY_REQUEST = ("top3", "scmoe2")  # Table 4's; scmoe2 routes each token to two experts, at Pos-2
 RowsOfBlocks = dict[str, tuple[str, tuple[int, ...]]]  # row: (block, numbers of chunks)
 ROWS: dict[int, RowsOfBlocks] = {  # by `every`
     2: {
         **BASELINES,
         **{
-            f"scmoe_{position}{suffix}": (position, CHUNKS[suffix])
-            for suffix in CHUNKS
+            f"scmoe_{position}{suffix}": (position, CHUNKS_BY_SUFFIX[suffix])
+            for suffix in CHUNKS_BY_SUFFIX
             for position in POSITIONS
         },
-        **{name: (name, CHUNKS[""]) for name in BY_REQUEST},
+        **{name: (name, CHUNKS_BY_SUFFIX[""]) for name in BY_REQUEST},
     },
     1: {
         **BASELINES,
         **{
-            row + suffix: (block, CHUNKS[suffix])
-            for suffix in CHUNKS
-            for row, block in IN_EVERY_BLOCK.items()
+            row + suffix: (block, CHUNKS_BY_SUFFIX[suffix])
+            for suffix in CHUNKS_BY_SUFFIX
+            for row, block in EVERY_BLOCK_ROWS.items()
         },
     },
 }
 for _rows in ROWS.values():
     _rows.update(rows_in_halves(_rows))
 # routed experts of a token; other blocks have Setting.top_k
-TOP_K = {"top1": 1, "top2": 2, "top3": 3, "scmoe2": 2}
+BLOCK_TOP_K = {"top1": 1, "top2": 2, "top3": 3, "scmoe2": 2}
 # of each block, without K
 WIRING_OF: dict[str, Wiring] = {
     **dict.fromkeys(("top1", "top2", "top3"), WIRINGS["top_k"]),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar, ca
 
 from cyclopts import ArgumentCollection, Group, Parameter, validators
 
-from experiments.bench.pairs import ROWS, TOP_K, usual_rows
+from experiments.bench.pairs import BLOCK_TOP_K, ROWS, usual_rows
 from scmoe.command_line import Count
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     Filled = Annotated[Value, FILLED]  # a setting that is made has the value
 else:
     Filled = Optional  # cyclopts checks defaults too
-TOKENS = 1024  # of a rank in one batch, of one pair
+PAIR_TOKENS = 1024  # of a rank in one batch, of one pair
 # bytes of rows for a byte of gradients in an iteration; the paper's: docs/results/method.md
 USUAL_RATIO = 3.0
 EXPERTS = 8
@@ -134,7 +134,7 @@ class Setting:
         if in_iteration and asked.tokens is None:
             fill(self, rows_per_gradient=USUAL_RATIO)
         ratio = self.rows_per_gradient or USUAL_RATIO
-        fill(self, tokens=tokens_for(ratio, self) if in_iteration else TOKENS)
+        fill(self, tokens=tokens_for(ratio, self) if in_iteration else PAIR_TOKENS)
         object.__setattr__(self, "rows", without_repeats(self.rows))
         object.__setattr__(self, "loads", without_repeats(self.loads))
 
@@ -154,7 +154,7 @@ class Setting:
 
     def top_k_of(self, block: str) -> int:
         """Return the routed experts of a token in a block."""
-        return TOP_K.get(block, self.top_k)
+        return BLOCK_TOP_K.get(block, self.top_k)
 
 
 def without_repeats(names: Iterable[str]) -> tuple[str, ...]:
@@ -174,7 +174,7 @@ def tokens_for(ratio: float, setting: Setting) -> int:
     mlps = setting.layers - setting.moe_blocks
     weights = 4 * setting.layers * setting.dim**2 + 2 * mlps * setting.dim * setting.ffn_dim
     gradients = 2 * (1 - 1 / ranks) * weights
-    copies = 4 * TOP_K["top2"] * setting.moe_blocks * setting.accumulate
+    copies = 4 * BLOCK_TOP_K["top2"] * setting.moe_blocks * setting.accumulate
     rows_of_a_token = copies * setting.dim * share_sent(ranks)
     sequences = max(1, round(ratio * gradients / rows_of_a_token / setting.seq_len))
     return sequences * setting.seq_len

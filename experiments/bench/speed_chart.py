@@ -14,7 +14,7 @@ from scmoe.report import Report
 
 OTHER_WORK = ("top1", "top3", "scmoe2")  # rows of less or more computation than top-2
 NTH = {1: "one", 2: "second one"}  # by Setting.every
-KINDS: dict[Kind, str] = {"forward": "inference", "train": "training"}
+KIND_WORDS: dict[Kind, str] = {"forward": "inference", "train": "training"}
 OVER_TOP2 = "over top-2's best"  # heading of a column: the best of its rows in the report
 
 
@@ -58,7 +58,7 @@ def paper_of(report: dict[str, Any]) -> Printed | None:
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw a report of `bench overlap`: a panel for inference and one for training."""
     paper = paper_of(report)
-    panels = {word: speed_bars(report, kind, paper) for kind, word in KINDS.items()}
+    panels = {word: speed_bars(report, kind, paper) for kind, word in KIND_WORDS.items()}
     with chart(path, 2.3 + height_of(panels["training"])) as figure:
         for axis, (word, groups) in zip(
             figure.subplots(1, 2, sharey=True), panels.items(), strict=True
@@ -147,7 +147,7 @@ def over_top2(rows: Mapping[str, Row]) -> dict[str, str]:
             {name: stated_gain(row, kind) for name, row in rows.items()},
             {name: row.speedup(kind) for name, row in rows.items()},
         )
-        for kind in KINDS
+        for kind in KIND_WORDS
     )
     return {name: f"{forward[name]:.2f}, {train[name]:.2f}" for name in rows}
 

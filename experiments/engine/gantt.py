@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from scmoe.charts import BLUE, GREEN, ORANGE, PURPLE, RED, SKY, SMALL, chart, heading
-from scmoe.schedule.cost import Span, elapsed
+from scmoe.schedule.cost import TRANSFERS, Span, elapsed
 from scmoe.schedule.schedule import ATTENTION_PARTS
 
 COLORS = {
@@ -17,7 +17,6 @@ COLORS = {
     "combine": PURPLE,
 }
 OTHER = "#bab0ac"
-TRANSFERS = {"dispatch", "combine"}
 DARK = (BLUE, GREEN, RED)  # letters on these are white
 
 
@@ -70,8 +69,8 @@ def names_with_room(timelines: Mapping[str, Sequence[Span]], end: float) -> set[
     dispatch and combine both are named or neither."""
     spans = [span for timeline in timelines.values() for span in timeline]
     without_room = {span.operator for span in spans if not has_room(span, end)}
-    if without_room & TRANSFERS:
-        without_room |= TRANSFERS
+    if without_room.intersection(TRANSFERS):
+        without_room.update(TRANSFERS)
     return {span.operator for span in spans} - without_room
 
 

@@ -29,7 +29,7 @@ from scmoe.report import say
 
 Pieces = Mapping[str, Callable[[], Any]]
 TAIL_LINES = 30  # of an output or a traceback
-GRACE_S = 10.0  # for a killed process to end; one that waits in the driver may not
+KILL_GRACE_S = 10.0  # for a killed process to end; one that waits in the driver may not
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def run_part(part: CheckPart, place: Place, work: Path) -> dict[str, Any]:
         process.join(part.clock_s)
         code = process.exitcode
     finally:  # also after Ctrl-C, which does not reach the part's own session
-        end(process, GRACE_S)
+        end(process, KILL_GRACE_S)
     pieces = read_json(results)
     if code != 0:
         ended = "stopped by its clock" if code is None else f"the process ended with {code}"

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from experiments.bench.row import rows_of
-from experiments.bench.speed_chart import KINDS, conditions, speed_bars
+from experiments.bench.speed_chart import KIND_WORDS, conditions, speed_bars
 from experiments.engine.bars import bar_legend, grouped_bars, height_of
 from experiments.figures.unmeasured import pair, timelines
 from scmoe.charts import BLUE, ORANGE, RED, SKY, SMALL, chart, heading, title
@@ -39,7 +39,11 @@ from scmoe.training.callbacks.representation_charts import draw_gating, draw_sim
 
 PCIE_MODULE, PCIE_PAIR = 0.60, 0.52
 REST = (1 / PCIE_PAIR - 1) / (1 / PCIE_MODULE - 1) - 1
-COLORS = {"All-to-All": RED, "gate, encode, experts, decode": ORANGE, "attention and MLP": BLUE}
+SHARE_COLORS = {
+    "All-to-All": RED,
+    "gate, encode, experts, decode": ORANGE,
+    "attention and MLP": BLUE,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,10 +151,10 @@ def draw_shares(reports: Reports, path: Path) -> None:
     with chart(path, 1.4 + 1.6 * len(reports)) as figure:
         panels = figure.subplots(len(reports), 1, squeeze=False)[:, 0]
         for axis, (scenario, report) in zip(panels, reports.items(), strict=True):
-            for y, (kind, word) in enumerate(KINDS.items()):
+            for y, (kind, word) in enumerate(KIND_WORDS.items()):
                 share, of_module = 1 - 1 / report[f"limit_{kind}"], module_share(report, kind)
                 widths = share, share / of_module - share, 1 - share / of_module
-                for i, color in enumerate(COLORS.values()):
+                for i, color in enumerate(SHARE_COLORS.values()):
                     axis.barh(y, widths[i], 0.4, left=sum(widths[:i]), color=color)
                 text = (
                     f"{word}: {100 * share:.0f} % of the pair, {100 * of_module:.0f} % of the MoE"
@@ -167,14 +171,14 @@ def draw_shares(reports: Reports, path: Path) -> None:
                 " of a pair",
             )
         heading(figure, f"Fig. 1: All-to-All in sequential top-2, {conditions(*reports.values())}")
-        bar_legend(figure, COLORS, ncols=1)
+        bar_legend(figure, SHARE_COLORS, ncols=1)
 
 
 def draw_speeds(reports: Reports, path: Path) -> None:
     """Draw Fig. 8: for each scenario a panel of inference and one of training, and how much faster
     ScMoE is."""
     panels = {
-        scenario: {kind: speed_bars(report, kind, None) for kind in KINDS}
+        scenario: {kind: speed_bars(report, kind, None) for kind in KIND_WORDS}
         for scenario, report in reports.items()
     }
     heights = [height_of(groups["train"]) for groups in panels.values()]
@@ -182,13 +186,13 @@ def draw_speeds(reports: Reports, path: Path) -> None:
         path, 1.9 + sum(heights) + sum(0.55 + 0.17 * len(_words(*each)) for each in reports.items())
     ) as figure:
         rows = figure.subplots(
-            len(panels), len(KINDS), sharey="row", height_ratios=heights, squeeze=False
+            len(panels), len(KIND_WORDS), sharey="row", height_ratios=heights, squeeze=False
         )
         for axes, (scenario, of_kinds) in zip(rows, panels.items(), strict=True):
             for axis, (kind, groups) in zip(axes, of_kinds.items(), strict=True):
                 grouped_bars(axis, groups)
                 axis.annotate(
-                    KINDS[kind],
+                    KIND_WORDS[kind],
                     (0, 1),
                     (0, 5),
                     xycoords="axes fraction",
@@ -218,7 +222,7 @@ def _words(scenario: Scenario, report: dict[str, Any]) -> list[str]:
         f"{hidden:.0f} % of ScMoE's is hidden (paper: {100 * scenario.hidden:.0f} %)",
     ]
     for row in scenario.over or ("shared_expert",):
-        values = ", ".join(f"{fastest['over'][kind][row][1]:.2f}" for kind in KINDS)
+        values = ", ".join(f"{fastest['over'][kind][row][1]:.2f}" for kind in KIND_WORDS)
         name = (
             f"pipelined {name_of(row).removeprefix('Standard ')}"
             if row.endswith(PIPELINED)

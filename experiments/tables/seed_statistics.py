@@ -19,7 +19,7 @@ from typing import Any
 from experiments.tables.table_file import TableRow
 
 ALPHA = 0.05
-ROUNDING = 1e-9  # differences that vary by less than this share of the values are equal
+ROUNDING_SHARE = 1e-9  # differences that vary by less than this share of the values are equal
 Values = Mapping[int, float]  # by seed
 
 
@@ -73,7 +73,7 @@ def compare(values: Values, baseline: Values, comparisons: int = 1) -> dict[str,
     spread = max(by_seed.values(), default=0.0) - min(by_seed.values(), default=0.0)
     # accuracies have few values: their differences can be equal but for rounding, which a test
     # would take for certainty
-    if spread > ROUNDING * max(map(abs, [*values.values(), *baseline.values()]), default=0.0):
+    if spread > ROUNDING_SHARE * max(map(abs, [*values.values(), *baseline.values()]), default=0.0):
         test = stats.ttest_1samp(list(by_seed.values()), 0.0)
         interval = test.confidence_interval(1 - ALPHA / comparisons)
         difference["low"] = float(interval.low)

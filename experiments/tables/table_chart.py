@@ -12,7 +12,7 @@ from experiments.tables.table_page import Results, form_of, without_speed
 from scmoe.charts import BLUE, GREEN, ORANGE, PAPER, SKY, SMALL, chart, heading
 
 OURS, SEED = BLUE, SKY
-COLORS = (PAPER, ORANGE, OURS, GREEN)
+SCALE_COLORS = (PAPER, ORANGE, OURS, GREEN)
 SHORT_NAME = 17  # letters that fit beside a chart on one line
 BEYOND = 1.6  # the axis reaches this many times as far as any seed
 
@@ -122,7 +122,7 @@ def draw_equal_time(results: Results, path: Path) -> None:
             for height, name in _from_the_top(names).items():
                 minus = column["rows"][name]["minus_baseline"]
                 if minus["mean"] is not None:
-                    _draw_mean(axis, minus, height + shift, COLORS[i], label)
+                    _draw_mean(axis, minus, height + shift, SCALE_COLORS[i], label)
         below = (
             "validation loss minus the\nbaseline's at the same time:\nmean and interval; left is"
             " better"

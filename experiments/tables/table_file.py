@@ -232,7 +232,7 @@ def _metric(name: str, entry: Any) -> Metric:
 
 def _row(entry: Any, baseline: str, metrics: Iterable[str]) -> TableRow:
     check("a row", entry, ROW, ("name", "groups", "paper", "overrides"))
-    check(f"paper of {entry['name']!r}", entry["paper"], dict.fromkeys(metrics, NUMBER))
+    check(f"paper of {entry['name']!r}", entry["paper"], dict.fromkeys(metrics, A_NUMBER))
     paper = {metric: float(value) for metric, value in entry["paper"].items()}
     words, own_baseline = _overrides(entry["overrides"]), entry.get("baseline", baseline)
     return TableRow(
@@ -286,14 +286,14 @@ def _between(least: float, most: float, allowed: str) -> Rule:
     return is_allowed, allowed
 
 
-NUMBER = _between(-math.inf, math.inf, "a number, such as 3.27")
-ABOVE_0 = _between(0, math.inf, "a number above 0")
-SHARE = _between(0, 1, "a number between 0 and 1")
-SHARES: Rule = (
-    lambda v: isinstance(v, list) and all(map(SHARE[0], v)),
+A_NUMBER = _between(-math.inf, math.inf, "a number, such as 3.27")
+A_POSITIVE = _between(0, math.inf, "a number above 0")
+A_SHARE = _between(0, 1, "a number between 0 and 1")
+LIST_OF_SHARES: Rule = (
+    lambda v: isinstance(v, list) and all(map(A_SHARE[0], v)),
     "a list of numbers between 0 and 1",
 )
-TEXTS: Rule = (lambda v: isinstance(v, str) or LIST[0](v), "a text or a list")
+TEXT_OR_LIST: Rule = (lambda v: isinstance(v, str) or LIST[0](v), "a text or a list")
 VALUES: Rule = (lambda v: isinstance(v, dict), "a mapping of keys to values")
 SETTINGS: Rule = (
     lambda v: isinstance(v, dict) and all(map(VALUES[0], v.values())),
@@ -302,13 +302,13 @@ SETTINGS: Rule = (
 TABLE: dict[str, Rule] = {
     **dict.fromkeys(("title", "baseline"), TEXT),
     **dict.fromkeys(("metrics", "scales"), MAPPING),
-    "share": SHARE,
-    "equal_time": SHARES,
+    "share": A_SHARE,
+    "equal_time": LIST_OF_SHARES,
     "rows": LIST,
     "decision": MAPPING,
 }
 DECISION: dict[str, Rule] = {
-    "margin": ABOVE_0,
+    "margin": A_POSITIVE,
     "looks": (
         lambda v: (
             isinstance(v, list)
@@ -322,8 +322,8 @@ METRIC: dict[str, Rule] = {
     "unit": TEXT,
     "better": one_of("lower", "higher"),
     "from": one_of("summary", "curve", "evaluation", "speed", "paper"),
-    "key": TEXTS,
-    "times": NUMBER,
+    "key": TEXT_OR_LIST,
+    "times": A_NUMBER,
 }
 ROW: dict[str, Rule] = {
     **dict.fromkeys(("name", "baseline", "speed", "setting"), TEXT),
@@ -336,7 +336,7 @@ SCALE: dict[str, Rule] = {
         ("seeds", "first_seed"), (lambda text: str(text).isdecimal() and int(text) > 0, "1 or more")
     ),
     "jobs": (lambda text: str(text).isdecimal(), "0 or more"),
-    "minutes": ABOVE_0,
+    "minutes": A_POSITIVE,
     "settings": SETTINGS,
-    "shares": SHARES,
+    "shares": LIST_OF_SHARES,
 }

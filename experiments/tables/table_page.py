@@ -8,7 +8,7 @@ from scmoe.report import markdown_table
 from scmoe.sweeps.jobs import clock
 
 Results = Mapping[str, Any]  # of a table, or a part of them
-COLUMNS = (
+TABLE_COLUMNS = (
     "row",
     "parameters (active)",
     "paper",
@@ -18,7 +18,7 @@ COLUMNS = (
     "interval",
     "p (n)",
 )
-FIRST_OF_DIFFERENCES = COLUMNS.index("ours: minus baseline")
+FIRST_OF_DIFFERENCES = TABLE_COLUMNS.index("ours: minus baseline")
 
 
 def markdown(results: Results) -> str:
@@ -66,18 +66,18 @@ def _group(rows: Sequence[Results], metric: str, form: str) -> list[str]:
     left out."""
     cells = [_cells(row, metric, form) for row in rows]
     compared = any(row["minus_baseline"] is not None for row in rows)
-    columns = COLUMNS if compared else COLUMNS[:FIRST_OF_DIFFERENCES]
+    columns = TABLE_COLUMNS if compared else TABLE_COLUMNS[:FIRST_OF_DIFFERENCES]
     used = [
         i
         for i, heading in enumerate(columns)
         if "paper" not in heading or any(row[i] for row in cells)
     ]
-    headings = [COLUMNS[i] for i in used]
+    headings = [TABLE_COLUMNS[i] for i in used]
     return markdown_table(headings, [[row[i] for i in used] for row in cells], numbers=True)
 
 
 def _cells(row: Results, metric: str, form: str) -> list[str]:
-    """Return a row's cells, one for each of COLUMNS. form: of the metric's values."""
+    """Return a row's cells, one for each of TABLE_COLUMNS. form: of the metric's values."""
     paper = row["paper"]
     ours = row["ours"]
     minus = row["minus_baseline"]

@@ -39,7 +39,7 @@ RULES: dict[str, Rule] = {
         COMMAND,
     ),
 }
-METRIC: dict[str, Rule] = {
+METRIC_RULES: dict[str, Rule] = {
     "name": (checks.TEXT[0], "the name of a metric, such as val/loss"),
     "goal": checks.one_of("minimize", "maximize"),
     "target": checks.NUMBER,
@@ -173,7 +173,7 @@ def checked_axes(raw: dict[str, Any]) -> dict[str, Axis]:
     command."""
     check("", raw, RULES, ("program", "command", "method", "parameters"))
     if "metric" in raw:
-        check("metric", raw["metric"], METRIC, ("name",))
+        check("metric", raw["metric"], METRIC_RULES, ("name",))
     elif raw["method"] == "bayes":
         raise ConfigError("metric is missing. Name a metric, which method bayes requires")
     return {name: read_axis(name, spec, raw["method"]) for name, spec in raw["parameters"].items()}

@@ -29,7 +29,7 @@ MODELS = (
     "safetensors",
 )  # what the Strategy and the models import
 CONFIGS = (*MODELS, "omegaconf")
-PARTS = {
+CHECK_PARTS = {
     "tests": CheckPart(
         "The tests that need a GPU",
         f"{HERE}.gpu.check:tests",
@@ -69,7 +69,7 @@ OPTIONS = (
     "-p",
     "no:cacheprovider",
 )
-SHOWN = 10  # tests with another outcome than expected
+LISTED = 10  # tests with another outcome than expected
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -171,7 +171,8 @@ def run_tests(files: Sequence[str], expected: str) -> dict[str, int]:
     ]
     if code != 0 or others or not counts[expected]:
         lines = [
-            f"{report.nodeid}: {str(report.longrepr).splitlines()[-1]}" for report in others[:SHOWN]
+            f"{report.nodeid}: {str(report.longrepr).splitlines()[-1]}"
+            for report in others[:LISTED]
         ]
         raise RuntimeError("\n".join([*lines, f"pytest ended with {int(code)}, {dict(counts)}"]))
     return dict(counts)

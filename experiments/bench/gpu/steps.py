@@ -48,7 +48,7 @@ from scmoe.training.assembly.start import Start
 from scmoe.training.run.train import train as run_training
 
 ROOT = Path(__file__).resolve().parents[3]  # of the checkout
-GPT2 = "experiment/gpt2_moe_small.yaml"  # Table 8
+GPT2_CONFIG = "experiment/gpt2_moe_small.yaml"  # Table 8
 ON_ONE = (
     "data.path=null",
     "strategy.ep_size=1",
@@ -63,13 +63,13 @@ QUIET = (
     *("trainer.log_every=1", "trainer.limit_val_batches=0", "trainer.progress=false"),
     *("logger.mode=disabled", "analysis.expert_load=false"),
 )
-WARM_UP = 3  # steps
-SAMPLES = 8  # of a profiled step
+WARM_UP_STEPS = 3
+PROFILED_SAMPLES = 8  # of a profiled step
 PHASES = ("forward", "backward", "update")
-BATCHES = (64, 32, 16, 8, 4, 2, 1)  # samples of a step of GPT2-MoE-Small: the most that fit
-ROOM = 0.75  # of the free memory, for the estimate
+BATCH_SIZES = (64, 32, 16, 8, 4, 2, 1)  # samples of a step of GPT2-MoE-Small: the most that fit
+MEMORY_SHARE = 0.75  # of the free memory, for the estimate
 LEAST_FALL = 0.5  # nats per token, from the first tenth of the steps to the last
-SHARE = 0.52  # of communication, in the pictures
+TRANSFER_SHARE = 0.52  # of communication, in the pictures
 PAIR: dict[str, Any] = dict(
     dim=1024, ffn_dim=4096, heads=16, tokens=16384, seq_len=1024, dtype="bfloat16", rounds=9
 )
@@ -77,7 +77,7 @@ TINY_ROWS = ("top2", "shared_expert", "scmoe_pos2", "scmoe_pos2_pipelined")
 TINY_PAIR = PAIR | dict(
     dim=32, ffn_dim=64, heads=2, tokens=64, seq_len=32, rounds=2, rows=TINY_ROWS
 )
-KEPT = "pos2-overlapped-1-chunks.json"  # of the traces, by timeline.py
+KEPT_TRACE = "pos2-overlapped-1-chunks.json"  # of the traces, by timeline.py
 
 
 def config_of(place: Place, name: str, *overrides: str) -> Config:
@@ -135,9 +135,9 @@ def profile_step(place: Place, trace: str | None, *overrides: str) -> dict[str, 
     """Return times and waits of one step. trace: a file's name, to keep the profile.
 
     RuntimeError: the host waited with fixed capacity, or the profiler did not see the device."""
-    config = config_of(place, GPT2, "data.name=synthetic", *overrides)
-    step = TrainStep(config, torch.device(place.device), 2 if place.tiny else SAMPLES)
-    for _ in range(WARM_UP):
+    config = config_of(place, GPT2_CONFIG, "data.name=synthetic", *overrides)
+    step = TrainStep(config, torch.device(place.device), 2 if place.tiny else PROFILED_SAMPLES)
+    for _ in range(WARM_UP_STEPS):
         step()
     kept_at = place.out / trace if trace else None
     all_events = profiles.events_of(profiles.recorded(step.device, step), kept_at)
@@ -169,12 +169,13 @@ def measure_step(place: Place) -> dict[str, Any]:
     """Return rates of a step of GPT2-MoE-Small at its own shape, medians over rounds, and its peak
     memory. MFU is training FLOPs (models/model_cost.py) over what the device could do: by its
     datasheet, and by a product of two large bf16 matrices, measured in turn with the step."""
-    device, config = torch.device(place.device), config_of(place, GPT2, "data.name=synthetic")
+    device = torch.device(place.device)
+    config = config_of(place, GPT2_CONFIG, "data.name=synthetic")
     seq_len, model = config.data.seq_len, build_model_on_meta(config)
     job = RankJob(samples=2, seq_len=seq_len, precision="bf16-mixed", on_gpu=device.type == "cuda")
     if not place.tiny:
-        free = ROOM * torch.cuda.mem_get_info(device)[0]
-        jobs = [replace(job, samples=samples) for samples in BATCHES]
+        free = MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+        jobs = [replace(job, samples=samples) for samples in BATCH_SIZES]
         job = next((job for job in jobs if rank_memory(model, job)["total"] < free), jobs[-1])
     step = TrainStep(config, device, job.samples)
     size = 256 if place.tiny else 8192
@@ -183,7 +184,7 @@ def measure_step(place: Place) -> dict[str, Any]:
         "step": partial(seconds, step, device),
         "product": partial(seconds, lambda: square @ square, device),
     }
-    times = in_turn(runs, 3 if place.tiny else 10, WARM_UP)
+    times = in_turn(runs, 3 if place.tiny else 10, WARM_UP_STEPS)
     step_s = median(times["step"])
     product_flops = 2 * size**3 / median(times["product"])
     achieved = (
@@ -307,7 +308,7 @@ def transfers(place: Place) -> dict[str, Any]:
         work.wait()
 
     runs = {run.__name__: partial(seconds, run, device) for run in (transfer, compute, both)}
-    times = in_turn(runs, 3 if place.tiny else 15, WARM_UP)
+    times = in_turn(runs, 3 if place.tiny else 15, WARM_UP_STEPS)
     facts: dict[str, Any] = {
         "mb": x.nbytes / 2**20,
         **{f"{name}_ms": 1e3 * median(seconds_of) for name, seconds_of in times.items()},
@@ -336,8 +337,11 @@ def timelines(place: Place) -> dict[str, Any]:
     in numbers what the pictures show.
     """
     with tempfile.TemporaryDirectory() as folder:
-        rate, timelines_of = run_alone(watch, setting_at(place, SHARE), "pos2", Path(folder))
-        (place.out / "pair.json.gz").write_bytes(gzip.compress(Path(folder, KEPT).read_bytes()))
+        rate, timelines_of = run_alone(
+            watch, setting_at(place, TRANSFER_SHARE), "pos2", Path(folder)
+        )
+        trace = Path(folder, KEPT_TRACE).read_bytes()
+        (place.out / "pair.json.gz").write_bytes(gzip.compress(trace))
     facts: dict[str, Any] = {"bus_rate": rate}
     card = torch.cuda.get_device_name() if place.device == "cuda" else "cpu"
     for direction, spans_of in timelines_of.items():

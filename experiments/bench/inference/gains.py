@@ -19,8 +19,8 @@ from experiments.bench.inference.pass_figures import (
     passes_of,
 )
 from experiments.bench.inference.prefill_decode import (
-    BLOCKS,
-    TWO_BATCHES,
+    IN_TWO_BATCHES,
+    MEASURED_BLOCKS,
     MeasuredPasses,
     measure,
     row_of,
@@ -92,7 +92,7 @@ def check(setting: InferenceSetting) -> None:
                 f"--load is {uneven.name}, but all prompts have the same length. Give another"
                 " kind of load."
             )
-        for top_k in {*map(setting.pair.top_k_of, BLOCKS)}:
+        for top_k in {*map(setting.pair.top_k_of, MEASURED_BLOCKS)}:
             check_load(uneven, Sizes(EXPERTS, top_k, setting.ranks), setting.texts)
 
 
@@ -105,7 +105,7 @@ def times_of(measured: MeasuredPasses) -> dict[Pass, Any]:
 
 def auto_of(row: str, shape: Shape) -> str:
     """Return how `scmoe generate` runs the transfers of a row."""
-    return TWO_BATCHES if batches_of(row) == 2 else AUTO[shape]
+    return IN_TWO_BATCHES if batches_of(row) == 2 else AUTO[shape]
 
 
 def summary(measured: MeasuredPasses) -> dict[str, Any]:

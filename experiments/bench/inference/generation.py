@@ -33,7 +33,7 @@ from scmoe.report import Report
 from scmoe.training.assembly.model import build_model
 
 TEXTS, PROMPT = 4, 32
-EVERY = 8  # the operators of one in so many passes without a cache are recorded
+RECORD_EVERY = 8  # the operators of one in so many passes without a cache are recorded
 WORDS = {  # of the table, by the figure's name
     "cached_over_uncached": "without a cache over with one",
     "cache_limit": "the same of the operators alone",
@@ -105,7 +105,7 @@ def kinds_of(
     """
     expected_BS = cached(model, ids_BS, tokens)[0]  # the first calls of a process are slower
     uncached(model, ids_BS, 2)
-    recorded_lengths = range((tokens - 1) % EVERY // 2, tokens, EVERY)
+    recorded_lengths = range((tokens - 1) % RECORD_EVERY // 2, tokens, RECORD_EVERY)
 
     def with_cache() -> list[float]:
         _, times_ms, _ = cached(model, ids_BS, tokens)

@@ -54,11 +54,11 @@ from scmoe.planning.clock import CPU, in_turn
 from scmoe.predict.row_names import TWO
 from scmoe.schedule.schedule import POSITIONS, ModelSchedule
 
-BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")
-CHUNKS = (1, 2, 4)
-OVERLAPPED = tuple(f"overlapped x {chunks}" for chunks in CHUNKS)
+MEASURED_BLOCKS = ("top2", "top1", "shared_expert", "pos1", "pos2", "pos3")
+CHUNK_COUNTS = (1, 2, 4)
+OVERLAPPED = tuple(f"overlapped x {chunks}" for chunks in CHUNK_COUNTS)
 ONE_BATCH = ("sequential", *OVERLAPPED)  # how transfers run with one batch in flight
-TWO_BATCHES = "two batches"  # and with two
+IN_TWO_BATCHES = "two batches"  # and with two
 VOCABULARY = 1024
 
 
@@ -104,7 +104,7 @@ class InferenceBench:
         self.turns = Counter[
             tuple[Shape, Variant]
         ]()  # how often each one ran: the steps of its load
-        for name in BLOCKS:
+        for name in MEASURED_BLOCKS:
             blocks = make_blocks(name, pair, Wire(mesh), self.now)
             self.models[name] = GPT(VOCABULARY, pair.seq_len + 1, pair.dim, blocks).eval()
         self.paid = AllToAllDispatcher(self.group, pair.num_experts)
@@ -135,7 +135,7 @@ class InferenceBench:
         schedule = default_schedule(block)
         model = self.models[block]
         run_as(model, ModelSchedule((schedule,)), [self.paid])
-        priced = price_passes(model, self.passes[block, shape], self.group, CPU, CHUNKS)
+        priced = price_passes(model, self.passes[block, shape], self.group, CPU, CHUNK_COUNTS)
         variants = [Variant(block, schedule, name, load) for name in ("sequential", "free")]
         variants += [
             Variant(block, best[0], f"overlapped x {chunks}", load)
@@ -145,7 +145,7 @@ class InferenceBench:
             in_halves = best_in_halves(priced)[0]
             variants += [
                 Variant(block, in_halves, name, load, batches_in_flight=2)
-                for name in (TWO_BATCHES, "free")
+                for name in (IN_TWO_BATCHES, "free")
             ]
         return variants
 
@@ -171,7 +171,7 @@ def measure(rank: int, world_size: int, setting: InferenceSetting) -> dict[str, 
         loads = tuple(dict.fromkeys((BALANCED, *setting.loads)))
         runs: dict[tuple[Shape, Variant], Any] = {}
         for load in loads:
-            for block in BLOCKS:
+            for block in MEASURED_BLOCKS:
                 say_once(f"planning {block}" + (f" at {load}" if setting.loads else ""))
                 for shape in SHAPES:
                     runs |= {

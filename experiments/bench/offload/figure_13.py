@@ -23,8 +23,8 @@ from scmoe.report import Report, publish
 
 # Blocking's extra latency over an MoE block's; the share of it that migration hides; the share of
 # peak memory saved
-PAPERS = {"GPT2-MoE-Medium": (0.8, 0.75, 0.5), "GPT3-MoE-XL": (2.4, 0.25, 0.6)}
-COLORS = {"blocking": RED, "determinate": BLUE, "speculative": SKY}
+PAPER_MODELS = {"GPT2-MoE-Medium": (0.8, 0.75, 0.5), "GPT3-MoE-XL": (2.4, 0.25, 0.6)}
+WAY_COLORS = {"blocking": RED, "determinate": BLUE, "speculative": SKY}
 
 
 def bench_offload(out: Path, setting: OffloadSetting) -> dict[str, Any]:
@@ -82,14 +82,14 @@ def tables(figure: dict[str, Any]) -> list[Report]:
     columns = {
         "window, ms": "{window_ms:.1f}",
         "fetch, ms": "{fetch_ms:.1f}",
-        **{f"{way}, ms": f"{{ways[{way}][latency_ms]:.1f}}" for way in (RESIDENT, *COLORS)},
+        **{f"{way}, ms": f"{{ways[{way}][latency_ms]:.1f}}" for way in (RESIDENT, *WAY_COLORS)},
         "determinate takes away": "{ways[determinate][hidden]:.0%}",
         "limit": "{ways[determinate][bound]:.0%}",
         "speculative": "{ways[speculative][hidden]:.0%}",
         "hit rate": "{ways[speculative][hit_rate]:.0%}",
         "times kept": "{kept} of {tried}",
     }
-    peaks = {way: f"{{peak_mb[{way}]:.0f}}" for way in (RESIDENT, *COLORS)}
+    peaks = {way: f"{{peak_mb[{way}]:.0f}}" for way in (RESIDENT, *WAY_COLORS)}
     title = (
         "Latency of the MoE block, width {dim}, {ffn_dim} in an expert, {num_experts} experts,"
         " {pairs} MoE layers, one thread; a time is kept if the process waited for a core during at"
@@ -111,7 +111,7 @@ def draw(figure: dict[str, Any], path: Path) -> None:
     tokens = min(figure["setting"]["tokens"])
     rates = next(iter(report.values())).rates
     panels = {}
-    for rate, model in zip(rates, PAPERS, strict=False):
+    for rate, model in zip(rates, PAPER_MODELS, strict=False):
         words = (
             f"MoE block, {tokens} token{'s' if tokens > 1 else ''}, experts fetched at"
             f" {rate / 1e3:.1f} GB/s"
@@ -127,13 +127,13 @@ def draw(figure: dict[str, Any], path: Path) -> None:
             grouped_bars(axis, groups, room=0.22)
             title(axis, words)
         heading(drawing, "Fig. 13: experts fetched while the backbone runs, on one CPU")
-        bar_legend(drawing, COLORS | {"paper (its machine)": PAPER})
+        bar_legend(drawing, WAY_COLORS | {"paper (its machine)": PAPER})
 
 
 def latency_bars(report: Mapping[str, Offloading], rate: float, model: str) -> dict[str, list[Bar]]:
     """Return how much longer a block takes at this rate, in %, and the paper's model for which the
     rate stands."""
-    cost, hidden, _ = PAPERS[model]
+    cost, hidden, _ = PAPER_MODELS[model]
     printed = {"blocking": cost, "determinate": cost * (1 - hidden)}
     groups = {model: [percent(share, PAPER, f" {way}") for way, share in printed.items()]}
     for architecture, measured in report.items():
@@ -143,7 +143,7 @@ def latency_bars(report: Mapping[str, Offloading], rate: float, model: str) -> d
         resident_ms = case.ways[RESIDENT].latency_ms
         groups[name_of(architecture)] = [
             percent(case.ways[way].latency_ms / resident_ms - 1, color)
-            for way, color in COLORS.items()
+            for way, color in WAY_COLORS.items()
         ]
     return groups
 
@@ -151,12 +151,12 @@ def latency_bars(report: Mapping[str, Offloading], rate: float, model: str) -> d
 def memory_bars(report: Mapping[str, Offloading]) -> dict[str, list[Bar]]:
     """Return all weights on the device and the activations, as a share of that with resident
     experts."""
-    groups = {model: [percent(1 - less, PAPER)] for model, (_, _, less) in PAPERS.items()}
+    groups = {model: [percent(1 - less, PAPER)] for model, (_, _, less) in PAPER_MODELS.items()}
     for architecture, measured in report.items():
         fixed_mb = measured.memory.fixed_mb
         peak_mb = measured.memory.peak_mb
         share = (fixed_mb + peak_mb["determinate"]) / (fixed_mb + peak_mb[RESIDENT])
-        groups[name_of(architecture)] = [percent(share, COLORS["determinate"])]
+        groups[name_of(architecture)] = [percent(share, WAY_COLORS["determinate"])]
     return groups
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from experiments.bench.offload.cases import RESIDENT, Case, Memory, Offloading, Way
 from experiments.bench.other_settings import OffloadSetting
-from experiments.bench.pairs import ROWS, TOP_K, WIRING_OF
+from experiments.bench.pairs import BLOCK_TOP_K, ROWS, WIRING_OF
 from experiments.engine.profiles import anonymous_mb, peak_mb
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.config.load import load
@@ -40,7 +40,7 @@ from scmoe.planning.clock import CPU, median, undisturbed
 from scmoe.training.assembly.model import build_model
 
 Operators = dict[str, list[float]]  # the seconds of each execution of a block's operators
-TRIALS = 2  # of a rate
+RATE_TRIALS = 2  # of a rate
 
 
 @dataclass
@@ -107,7 +107,7 @@ def find_rate(
     two = {name: variants[name] for name in (RESIDENT, "blocking")}
     fetch_s = 0.0
     few = replace(setting, rounds=min(9, setting.rounds))
-    for _ in range(1 + TRIALS):
+    for _ in range(1 + RATE_TRIALS):
         times = rounds(two, caches, min(setting.tokens), few)
         if not times.kept:
             raise RuntimeError(
@@ -128,7 +128,7 @@ def build(setting: OffloadSetting, architecture: str) -> nn.Module:
     block, _ = ROWS[2][architecture]
     moe = (
         f"moe.num_experts={s.num_experts}",
-        f"moe.top_k={TOP_K.get(block, 1)}",
+        f"moe.top_k={BLOCK_TOP_K.get(block, 1)}",
         "moe.capacity_factor=null",
     )
     config = load(

@@ -26,8 +26,8 @@ from scmoe.predict.row_names import TWO, batches_of
 from scmoe.schedule.cost import slots
 
 TRIALS = 3  # of each schedule
-# up to FINALISTS schedules of a row go into the rounds: those NEAR the best in the trials
-NEAR = 1.03
+# up to FINALISTS schedules of a row go into the rounds: within NEAR_BEST of the best in the trials
+NEAR_BEST = 1.03
 FINALISTS = 3
 
 
@@ -183,7 +183,8 @@ def in_halves(level: str) -> Variant:
 
 
 def nearest(variants: Sequence[Variant], tried: Mapping[Variant, VariantTimes]) -> list[Variant]:
-    """Return the variants whose steps were NEAR the best in the trials, FINALISTS at most."""
+    """Return the variants whose steps were within NEAR_BEST of the best in the trials,
+    FINALISTS at most."""
     seconds = {v: min(tried[v].train) for v in variants}  # a disturbance only makes a trial longer
     ranked = sorted(variants, key=lambda v: seconds[v])
-    return [v for v in ranked[:FINALISTS] if seconds[v] <= NEAR * seconds[ranked[0]]]
+    return [v for v in ranked[:FINALISTS] if seconds[v] <= NEAR_BEST * seconds[ranked[0]]]

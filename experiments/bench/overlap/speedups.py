@@ -24,7 +24,7 @@ from experiments.bench.overlap.rounds import Measured, block_seconds, in_halves,
 from experiments.bench.overlap.row_figures import all_quartiles, row_of
 from experiments.bench.rate_search import warn_of_share
 from experiments.bench.row import Row, to_json
-from experiments.bench.setting import TOKENS, USUAL_RATIO, Setting
+from experiments.bench.setting import PAIR_TOKENS, USUAL_RATIO, Setting
 from experiments.engine import links
 from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
@@ -85,7 +85,7 @@ def name_of_report(setting: Setting) -> str:
     usual = Setting(level=setting.level)
     if setting.rows_per_gradient not in (None, USUAL_RATIO):
         words.append(f"ratio-{setting.rows_per_gradient:g}")
-    usual_tokens = setting.level == "block" and setting.tokens == TOKENS
+    usual_tokens = setting.level == "block" and setting.tokens == PAIR_TOKENS
     if setting.rows_per_gradient is None and not usual_tokens:
         words.append(f"tokens-{setting.tokens}")
     if setting.layers != usual.layers:

@@ -1,7 +1,7 @@
 """One pair's operators, measured and planned, as charts in the manner of Fig. 7, and Chrome traces
 of training steps.
 
-The five timelines of the figure (ROWS) run on shaped links as in `bench overlap`.
+The five timelines of the figure (TIMELINES) run on shaped links as in `bench overlap`.
 """
 
 import json
@@ -30,8 +30,8 @@ from scmoe.planning.pricing import DIRECTIONS, LayerChoice, batches_in_flight, f
 from scmoe.schedule.cost import Span, elapsed, per_chunk, play
 from scmoe.schedule.stack import play_halves
 
-STEPS = 5
-ROWS = {  # title: (block, transfers, numbers of chunks to choose from)
+TIMED_STEPS = 5
+TIMELINES = {  # title: (block, transfers, numbers of chunks to choose from)
     "Top-2, sequential": ("top2", "sequential", (1,)),
     "Top-2, pipelined": ("top2", "overlapped", (2,)),
     "Shared expert, pipelined": ("shared_expert", "overlapped", (2,)),
@@ -114,7 +114,7 @@ def watch(
     bench = Bench(setting)
     rate = find_rate(setting, bench.set_rate, bench.infer)  # of the links, or of the bus
     timelines: dict[str, dict[str, list[Span]]] = {direction: {} for direction in DIRECTIONS}
-    for title, (block, transfers, chunks) in ROWS.items():
+    for title, (block, transfers, chunks) in TIMELINES.items():
         title, block = (
             title.format(position.capitalize().replace("s", "s-")),
             block.format(position),
@@ -153,9 +153,9 @@ def planned_halves(choices: Sequence[LayerChoice], direction: Direction) -> dict
 
 
 def measured_spans(bench: Bench, variant: Variant, direction: Direction) -> list[Span]:
-    """Return the spans of the median of STEPS training steps after a first one, in ms."""
+    """Return the spans of the median of TIMED_STEPS training steps after a first one, in ms."""
     steps = []
-    for _ in range(1 + STEPS):
+    for _ in range(1 + TIMED_STEPS):
         recorder = Recorder(bench.device)
         step = bench.set(variant, recorder)
         dist.barrier()
@@ -165,7 +165,7 @@ def measured_spans(bench: Bench, variant: Variant, direction: Direction) -> list
         steps.append(
             [Span(s.operator, 1e3 * (s.start - start), 1e3 * (s.end - start)) for s in spans]
         )
-    return one_at_a_time(sorted(steps[1:], key=elapsed)[STEPS // 2])
+    return one_at_a_time(sorted(steps[1:], key=elapsed)[TIMED_STEPS // 2])
 
 
 def one_at_a_time(spans: list[Span]) -> list[Span]:

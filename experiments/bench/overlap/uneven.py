@@ -42,7 +42,7 @@ from scmoe.schedule.cost import (
 from scmoe.schedule.schedule import Schedule
 
 # of a row's line, by batches in flight and whether it is pipelined
-STYLES = {(1, False): "-o", (1, True): "--o", (2, False): "-.s", (2, True): ":s"}
+LINE_STYLES = {(1, False): "-o", (1, True): "--o", (2, False): "-.s", (2, True): ":s"}
 APART = 0.006  # between rows at the same load, so that their quartiles do not cover each other
 
 
@@ -219,7 +219,7 @@ def draw_lines(
     with chart(path, 3.9 + 0.12 * len(lines)) as figure:
         axis = figure.subplots()
         for i, (row, points) in enumerate(lines.items()):
-            style = STYLES[batches_of(row), row.endswith(PIPELINED)]
+            style = LINE_STYLES[batches_of(row), row.endswith(PIPELINED)]
             label = names[row] + way_of_row(row)
             loads = [point.max_over_mean_ranks + APART * i for point in points]
             ratios = [point.over_balanced for point in points]

@@ -54,24 +54,24 @@ from scmoe.predict.row_names import batches_of, name_of, way_of_row
 from scmoe.report import Report, publish
 
 CHOSEN = ("schedule.auto=true", "schedule.batches_in_flight=1")  # slot and chunks
-ARCHITECTURES = {  # the first is sequential: nothing can be hidden in it
+TRAINED_ROWS = {  # the first is sequential: nothing can be hidden in it
     "top2": ("moe.architecture=top_k", "moe.top_k=2"),
     "shared_expert": ("moe.architecture=shared_expert", *CHOSEN),
     "scmoe_pos2": ("moe.position=pos2", *CHOSEN),
     "scmoe_pos3": ("moe.position=pos3", *CHOSEN),
 }
 ROWS_OF_TWO_BATCHES = {  # by request
-    f"{row}_two": (*ARCHITECTURES[row][: 2 if row == "top2" else 1], "schedule.batches_in_flight=2")
-    for row in ARCHITECTURES
+    f"{row}_two": (*TRAINED_ROWS[row][: 2 if row == "top2" else 1], "schedule.batches_in_flight=2")
+    for row in TRAINED_ROWS
 }
 LINKS, WITHOUT_RATE = "links", "links without a rate"
 NETWORKS = (LINKS, WITHOUT_RATE)
-EVEN = "balanced, links"  # with a load, the same on the links with balanced routing
+BALANCED_LINKS = "balanced, links"  # with a load, the same on the links with balanced routing
 
 
 def words_of(row: str) -> tuple[str, ...]:
     """Return what a configuration says of a row."""
-    return (ARCHITECTURES | ROWS_OF_TWO_BATCHES)[row]
+    return (TRAINED_ROWS | ROWS_OF_TWO_BATCHES)[row]
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class MeasuredTrainings(NamedTuple):
 
     def at_load(self, row: str, imbalances: Mapping[str, float]) -> UnevenTraining:
         """Return what the load costs a row. imbalances: how uneven it makes the row's routing."""
-        over = self.times[row, LINKS][0] / self.times[row, EVEN][0]
+        over = self.times[row, LINKS][0] / self.times[row, BALANCED_LINKS][0]
         return UnevenTraining(median(over), self.results[row, LINKS]["dropped"], **imbalances)
 
 
@@ -195,7 +195,7 @@ def measure(
 ) -> MeasuredTrainings:
     """Train all rows on all networks in turn. words: of the configuration. pair: on it the links'
     rate is searched before each round."""
-    networks = NETWORKS if setting.load is None else (*NETWORKS, EVEN)
+    networks = NETWORKS if setting.load is None else (*NETWORKS, BALANCED_LINKS)
     rates: list[float] = []  # of each round, as the machine's speed drifts
 
     def one(row: str, network: str) -> list[float]:
@@ -214,7 +214,7 @@ def measure(
                 setting.ranks,
                 setting.config,
                 [*words, *words_of(row)],
-                BALANCED if network == EVEN else setting.load,
+                BALANCED if network == BALANCED_LINKS else setting.load,
                 ends,
             )
             for row in setting.rows

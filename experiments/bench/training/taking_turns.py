@@ -35,7 +35,7 @@ from scmoe.training.assembly.trainer import register_callback
 from scmoe.training.callbacks.adaptive_schedule import AdaptiveSchedule
 from scmoe.training.run.train import train
 
-LONGEST_S = 8 * 3600.0  # of all turns together
+MOST_S = 8 * 3600.0  # of all turns together
 
 
 class TrainingTurns(Callback):
@@ -132,7 +132,7 @@ def in_own_network(ranks: int, theirs: Sequence[Connection], *what: Any) -> dict
     """Run in a thread for each training, so that each has a network."""
     try:
         links.enter_another()
-        return run_ranks(trained, ranks, theirs, *what, timeout_s=LONGEST_S, own_links=True)[0]
+        return run_ranks(trained, ranks, theirs, *what, timeout_s=MOST_S, own_links=True)[0]
     finally:
         for end in theirs:
             end.close()

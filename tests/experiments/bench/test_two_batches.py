@@ -11,7 +11,7 @@ from experiments.bench.pairs import ROWS, default_schedule, usual_rows
 from experiments.bench.rank_bench import VariantTimes
 from experiments.bench.setting import Setting
 from experiments.bench.stacks import Variant, chosen_by, waiting_of
-from experiments.bench.training.slow_network import ARCHITECTURES, ROWS_OF_TWO_BATCHES, words_of
+from experiments.bench.training.slow_network import ROWS_OF_TWO_BATCHES, TRAINED_ROWS, words_of
 from scmoe.command_line import call
 from scmoe.config.load import load
 from scmoe.config.rules import may_run_two_batches
@@ -48,8 +48,8 @@ def test_impossible_halves_are_refused(words, says, capsys):
 
 
 def test_the_rows_of_a_training_in_halves_differ_in_the_schedule_alone():
-    assert ROWS_OF_TWO_BATCHES.keys() == {f"{row}_two" for row in ARCHITECTURES}
-    for row in ARCHITECTURES:
+    assert ROWS_OF_TWO_BATCHES.keys() == {f"{row}_two" for row in TRAINED_ROWS}
+    for row in TRAINED_ROWS:
         one, two = (load(None, ["trainer.devices=2", *words_of(r)]) for r in (row, f"{row}_two"))
         assert two.schedule.batches_in_flight == 2 and not two.schedule.auto
         assert not may_run_two_batches(one) or not one.schedule.auto, "as its name says"

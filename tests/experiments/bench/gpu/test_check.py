@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from experiments.bench.gpu.check import PARTS, write_report
+from experiments.bench.gpu.check import CHECK_PARTS, write_report
 from experiments.engine.isolated import CheckPart, Place, run_parts
 from scmoe.command_line import call
 from scmoe.parallel.checkpoint.durable import start_of
@@ -42,7 +42,7 @@ def test_all_parts_run_on_a_cpu_without_some_packages_and_leave_eight_files(tmp_
     script += "from scmoe.command_line import call\n"
     script += f"sys.exit(call('gpu-check', '--device', 'cpu', '--tiny', '--out', {str(out)!r}))"
     done = run("-c", script)
-    assert done.summary["parts"] == dict.fromkeys(PARTS, "ok"), done.err
+    assert done.summary["parts"] == dict.fromkeys(CHECK_PARTS, "ok"), done.err
     assert {path.name for path in out.iterdir()} == FILES
     parts = json.loads((out / "results.json").read_text())["parts"]
     pieces = {name: part["pieces"] for name, part in parts.items()}

@@ -11,10 +11,10 @@ from experiments.bench.inference import generation, prefill_decode
 from experiments.bench.inference.gains import at_load, draw, summary, tables
 from experiments.bench.inference.pass_figures import SHAPES, PassFigures
 from experiments.bench.inference.prefill_decode import (
-    BLOCKS,
+    IN_TWO_BATCHES,
+    MEASURED_BLOCKS,
     ONE_BATCH,
     OVERLAPPED,
-    TWO_BATCHES,
     MeasuredPasses,
     measure,
 )
@@ -30,14 +30,14 @@ from tests.support.played import played_model
 pytestmark = pytest.mark.inference
 FEW = ("top2", "pos2")
 ROUNDS = np.array([1.0, 1.25, 1.5])  # a machine that slows down: ratios are the same in every round
-SECONDS = {"sequential": 0.2, "free": 0.1, **dict.fromkeys(OVERLAPPED, 0.16), TWO_BATCHES: 0.125}
+SECONDS = {"sequential": 0.2, "free": 0.1, **dict.fromkeys(OVERLAPPED, 0.16), IN_TWO_BATCHES: 0.125}
 
 
 def test_ratios_are_those_of_the_times():
     """Sequential takes 0.2 s, overlapped 0.16 s, without transfers 0.1 s; generation overlaps
     prefill alone."""
     times = {}
-    for block in BLOCKS:
+    for block in MEASURED_BLOCKS:
         schedule = default_schedule(block)
         for shape in SHAPES:
             times |= {
@@ -74,7 +74,7 @@ def test_rows_with_two_batches_in_flight_have_prefill_alone():
         for shape in SHAPES:
             for name in (*ONE_BATCH, "free"):
                 times[shape, Variant(block, schedule, name)] = SECONDS[name] * ROUNDS
-        for name, seconds in ((TWO_BATCHES, SECONDS[TWO_BATCHES]), ("free", 0.11)):
+        for name, seconds in ((IN_TWO_BATCHES, SECONDS[IN_TWO_BATCHES]), ("free", 0.11)):
             variant = Variant(block, schedule, name, batches_in_flight=2)
             times["prefill", variant] = seconds * ROUNDS
     report = summary(MeasuredPasses(setting, 145.0, times))
@@ -125,7 +125,7 @@ def test_each_pass_takes_the_next_routing_of_its_load(monkeypatch):
 def measure_briefly(rank: int, world_size: int, setting: InferenceSetting) -> Any:
     """Measure few blocks, and choose schedules from few passes: their times are not checked
     here."""
-    prefill_decode.BLOCKS, planner.STEPS_EACH = FEW, 1
+    prefill_decode.MEASURED_BLOCKS, planner.STEPS_EACH = FEW, 1
     return measure(rank, world_size, setting)
 
 
@@ -151,7 +151,7 @@ def test_all_rows_are_measured_and_reported(tmp_path):
         in_halves = name.endswith("_two")
         for shape in SHAPES[:1] if in_halves else SHAPES:
             figures = row[shape]
-            assert figures["ways"].keys() == ({TWO_BATCHES} if in_halves else set(ONE_BATCH))
+            assert figures["ways"].keys() == ({IN_TWO_BATCHES} if in_halves else set(ONE_BATCH))
             assert min(figures["ms"], figures["limit"]) > 0
             assert set(figures["slots"].values()) <= {0, 1, 2, 3, 4}
     draw(
