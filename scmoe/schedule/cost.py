@@ -65,7 +65,7 @@ class Share(NamedTuple):
 EVEN = Share(1.0, 1.0, 1.0)
 
 
-class Link(Protocol):
+class BusyLink(Protocol):
     """A link whose transfers of rows take longer where they meet sums of gradients
     (predict/shared_link.py), or shorter after an idle time (predict/token_bucket.py)."""
 
@@ -110,7 +110,7 @@ def play_ranks(
     shares_PR: Sequence[Sequence[Share]],
     sequential: bool = False,
     starts: Sequence[float] | None = None,
-    link: Link | None = None,
+    link: BusyLink | None = None,
 ) -> list[list[Span]]:
     """Return when each operator runs on each rank, in the order of `operators`.
 

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 from scmoe.schedule.cost import (
     LAUNCH,
     TRANSFERS,
-    Link,
+    BusyLink,
     OperatorTimes,
     Span,
     computing_time,
@@ -99,7 +99,7 @@ def order_of(schedules: Sequence[Schedule], batches: int = 2) -> list[Action]:
 
 
 def play_order(
-    order: Sequence[Action], times: Sequence[Mapping[str, float]], link: Link | None = None
+    order: Sequence[Action], times: Sequence[Mapping[str, float]], link: BusyLink | None = None
 ) -> list[list[Span]]:
     """Return when each operator of each half runs.
 
