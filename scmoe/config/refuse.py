@@ -1,4 +1,4 @@
-"""How a check refuses a value: it yields the key, and allowed values or advice."""
+"""How a check refuses a value: it yields the key, and allowed values or a remedy."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,19 +8,19 @@ from scmoe.config.leaves import ConfigError, flatten, show
 
 
 @dataclass(frozen=True)
-class Advice:
+class Remedy:
     """Why a value is wrong and what to do, in sentences, where no list of values says it."""
 
     text: str
 
 
-# A key, and the values that are allowed for it, or advice.
-Refusals = Iterator[tuple[str, str | Advice]]
+# A key, and the values that are allowed for it, or a remedy.
+Refusals = Iterator[tuple[str, str | Remedy]]
 
 
 def refuse(config: Config, *checks: Callable[[Config], Refusals], prefix: str = "") -> None:
     """Raise ConfigError for the first value that a check refuses. prefix: of the message."""
     for check in checks:
         for key, instead in check(config):
-            rest = f". {instead.text}" if isinstance(instead, Advice) else f", allowed: {instead}"
+            rest = f". {instead.text}" if isinstance(instead, Remedy) else f", allowed: {instead}"
             raise ConfigError(f"{prefix}{key} is {show(flatten(config)[key])}{rest}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from scmoe.config.derived import SHORTCUTS, resolve_ep_size, wiring_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import leaves
-from scmoe.config.refuse import Advice, Refusals, refuse
+from scmoe.config.refuse import Refusals, Remedy, refuse
 from scmoe.config.registry import ARCHITECTURES, CALLBACKS, FAMILIES, IMAGES, TEXT_DATASETS
 from scmoe.config.trainer_rules import length, trainer_rules
 from scmoe.config.unread import unread_fields
@@ -71,14 +71,14 @@ def _extensions(config: Config) -> Refusals:
             yield "callbacks", " | ".join(names)
         if name not in names:
             none = "No callback is registered. Name the module that registers it in extensions."
-            yield "callbacks", Advice(none)
+            yield "callbacks", Remedy(none)
         if not isinstance(options, dict):
             mapping = f"The options of {name} must be a mapping of names to values, or {{}}."
-            yield "callbacks", Advice(mapping)
+            yield "callbacks", Remedy(mapping)
         try:
             inspect.signature(CALLBACKS[name]).bind(**options)
         except TypeError as error:
-            yield "callbacks", Advice(f"{name} has other options: {error}.")
+            yield "callbacks", Remedy(f"{name} has other options: {error}.")
     if config.options and not config.extensions:
         yield "options", "{}, as only extensions read it"
 
@@ -89,10 +89,10 @@ def _model(config: Config) -> Refusals:
     # it becomes a folder in runs_dir, and must not leave it
     if not FOLDER_NAME.fullmatch(config.name):
         characters = "letters, digits, '.', '_' and '-', with a letter or digit first"
-        yield "name", Advice(f"Use at most 100 {characters}.")
+        yield "name", Remedy(f"Use at most 100 {characters}.")
     if config.name.lower() == "latest":
         link = "RUNS_DIR/latest is the link to the newest run. Choose another name."
-        yield "name", Advice(link)
+        yield "name", Remedy(link)
     if model.attention == "full" and model.head_dim is None and model.dim % model.heads:
         yield "model.dim", f"a multiple of model.heads, {model.heads}, if model.head_dim is null"
     if model.heads % (model.kv_heads or model.heads):
@@ -111,7 +111,7 @@ def _model(config: Config) -> Refusals:
         yield "init_from", "null, hf:FOLDER or scmoe:FILE"
     if "://" in config.runs_dir:
         local = "A run's directory is on a local or shared disk. Give a folder"
-        yield "runs_dir", Advice(f"{local}, and copy it to a remote storage after the run.")
+        yield "runs_dir", Remedy(f"{local}, and copy it to a remote storage after the run.")
     newest = os.path.abspath(Path(config.runs_dir) / "latest") + os.sep
     for key, path in (
         ("init_from", (weights or "").partition(":")[2]),
@@ -119,7 +119,7 @@ def _model(config: Config) -> Refusals:
     ):
         if os.path.abspath(path).startswith(newest):
             link = f"{config.runs_dir}/latest will be the directory of this run"
-            yield key, Advice(f"{link}. Give the path of a run's own directory.")
+            yield key, Remedy(f"{link}. Give the path of a run's own directory.")
 
 
 def _moe(config: Config) -> Refusals:
@@ -169,7 +169,7 @@ def _moe(config: Config) -> Refusals:
         yield "moe.every", f"1, as {chosen} is a block with attention and an MoE module"
     if moe.architecture == "farskip" and model.family in FAMILIES.images:
         sum_of_two = f"model.family={model.family} normalises the sum of what farskip adds in turn"
-        yield "moe.architecture", Advice(f"{sum_of_two}. Choose another architecture.")
+        yield "moe.architecture", Remedy(f"{sum_of_two}. Choose another architecture.")
 
 
 def _shortcut_in_every_block(config: Config) -> Refusals:
@@ -245,7 +245,7 @@ def _halves_of_a_batch(config: Config) -> Refusals:
     if config.data.global_batch_size < 2 * batches:
         yield (
             "schedule.batches_in_flight",
-            Advice(
+            Remedy(
                 "A rank's batch has one sequence (image), which has no halves. Raise"
                 f" data.global_batch_size to {2 * batches} or more, or use one batch in flight."
             ),
@@ -308,7 +308,7 @@ def _data(config: Config) -> Refusals:
     named = f"data.name={data.name}"
     images = data.name in IMAGES
     if data.name in ("text", "hf", "image_folder") and data.path is None:
-        yield "data.path", Advice(f"{named} reads from it. Give a path.")
+        yield "data.path", Remedy(f"{named} reads from it. Give a path.")
     if data.name == "synthetic" and (data.val_sequences or 0) > MOST_SYNTHETIC:
         yield "data.val_sequences", f"null or at most {MOST_SYNTHETIC}, as {named} has no end"
     smallest = SMALLEST_VOCABULARY.get(data.tokenizer, LEAST_IDS)

@@ -6,7 +6,7 @@ from dataclasses import fields
 from scmoe.config.derived import last_step, max_steps
 from scmoe.config.fields import Config, TrainerConfig
 from scmoe.config.leaves import COUNT
-from scmoe.config.refuse import Advice, Refusals
+from scmoe.config.refuse import Refusals, Remedy
 
 STEP_RANGE = re.compile(r"(\d{1,10}):(\d{1,10})")  # of trainer.profile_steps
 
@@ -46,13 +46,13 @@ def length(config: Config) -> Refusals:
     optim = config.optim
     if trainer.max_tokens is None and trainer.max_steps is None:
         none = "trainer.max_tokens is null too. Give one of them"
-        yield "trainer.max_steps", Advice(f"{none}, as a training needs an end.")
+        yield "trainer.max_steps", Remedy(f"{none}, as a training needs an end.")
     if trainer.max_tokens is not None and trainer.max_steps is not None:
         both = f"trainer.max_steps is {trainer.max_steps} too. Set one of them to null"
-        yield "trainer.max_tokens", Advice(f"{both}: add trainer.max_steps=null to count tokens.")
+        yield "trainer.max_tokens", Remedy(f"{both}: add trainer.max_steps=null to count tokens.")
     steps = max_steps(config)
     if not COUNT.has(steps):
-        yield "trainer.max_tokens", Advice(f"These are {steps} steps. Give at most {COUNT.most}.")
+        yield "trainer.max_tokens", Remedy(f"These are {steps} steps. Give at most {COUNT.most}.")
     after_warmup = steps - optim.warmup_steps
     if optim.decay_steps is not None and optim.decay_steps > after_warmup:
         yield (
@@ -77,7 +77,7 @@ def trainer_rules(config: Config) -> Refusals:
         if steps is None or not int(steps[1]) < int(steps[2]) <= last:
             yield "trainer.profile_steps", f"null or A:B with A < B <= {last}, the number of steps"
     for name in sorted(trainer.extra.keys() & OWN_ARGUMENTS.keys()):
-        yield "trainer.extra", Advice(f"Remove {name}: {OWN_ARGUMENTS[name]} decides it.")
+        yield "trainer.extra", Remedy(f"Remove {name}: {OWN_ARGUMENTS[name]} decides it.")
     if "max_time" in trainer.extra and trainer.accumulate > 1:
         between = "With trainer.accumulate above 1, max_time may end a run between a step's batches"
-        yield "trainer.extra", Advice(f"{between}. Use trainer.accumulate=1.")
+        yield "trainer.extra", Remedy(f"{between}. Use trainer.accumulate=1.")

@@ -24,7 +24,7 @@ from lightning.pytorch.plugins.environments import (
 from scmoe.config.extras import install_command, require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
-from scmoe.config.refuse import Advice, Refusals, refuse
+from scmoe.config.refuse import Refusals, Remedy, refuse
 from scmoe.config.registry import IMAGES
 from scmoe.lightning.seam.launch import rank_without_trainer
 from scmoe.models.model_cost import forward_flops, training_flops
@@ -101,7 +101,7 @@ def _packages(config: Config) -> Refusals:
     for name in sorted(config.trainer.extra.keys() - known):
         near = get_close_matches(name, known, 1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        yield "trainer.extra", Advice(f"Lightning's Trainer has no argument {name}.{hint}")
+        yield "trainer.extra", Remedy(f"Lightning's Trainer has no argument {name}.{hint}")
     if config.logger.tensorboard and not any(map(find_spec, ("tensorboard", "tensorboardX"))):
         command = install_command("tensorboard")
         yield "logger.tensorboard", f"false, as TensorBoard is not installed: {command}"
@@ -135,14 +135,14 @@ def _launcher(config: Config) -> Refusals:
                 launcher().validate_settings(trainer.devices, trainer.num_nodes)
             except ValueError as error:
                 other = f"{name} has started another number of ranks: {error}"
-                yield "trainer.devices", Advice(other)
+                yield "trainer.devices", Remedy(other)
             return
 
     missing = [name for name in OF_NODE if name not in os.environ]
     if trainer.num_nodes > 1 and missing:
         variables = " and ".join(missing)
         how = f"Start it with torchrun or srun, or set {variables} on every machine."
-        yield "trainer.num_nodes", Advice(how)
+        yield "trainer.num_nodes", Remedy(how)
 
 
 def _folders(config: Config) -> Refusals:
@@ -151,7 +151,7 @@ def _folders(config: Config) -> Refusals:
         folders["data.cache_dir"] = config.data.cache_dir
     for key, folder in folders.items():
         if (why := why_not_writable(Path(folder))) is not None:
-            yield key, Advice(f"This folder cannot be written: {why}")
+            yield key, Remedy(f"This folder cannot be written: {why}")
 
 
 def why_not_writable(folder: Path) -> str | None:
