@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from experiments.bench.overlap.rounds import Measured, block_seconds
+from experiments.bench.overlap.rounds import Measurement, block_seconds
 from experiments.bench.setting import Setting, share_sent
 from scmoe.loads import BALANCED
 
 PAYLOAD = 1448 / 1514  # of what a link carries; the rest is headers of TCP, IP and Ethernet
 
 
-def has_limit(measured: Measured) -> bool:
+def has_limit(measured: Measurement) -> bool:
     """Return whether an iteration's limit is known.
 
     An iteration has gradients, so it requires the rate of the links, and even rows.
@@ -23,7 +23,7 @@ def has_limit(measured: Measured) -> bool:
     return setting.level == "iteration" and on_links and measured.load == BALANCED
 
 
-def gradient_mb(measured: Measured, block: str) -> float:
+def gradient_mb(measured: Measurement, block: str) -> float:
     return sum(size for _, size in measured.gradients[block]) / 2**20
 
 
@@ -35,7 +35,7 @@ def row_bytes(setting: Setting, block: str) -> float:
     return rows * setting.dim * getattr(torch, setting.dtype).itemsize
 
 
-def rows_over_gradients(measured: Measured, block: str) -> float:
+def rows_over_gradients(measured: Measurement, block: str) -> float:
     """Return the bytes of rows over the bytes of gradients that a rank sends in one training step,
     the latter by a ring of all ranks."""
     setting = measured.setting
@@ -74,7 +74,7 @@ def least_time(
     return max(forward, rows) + in_parallel(backward, [(0.0, rows), *gradients]) + update
 
 
-def least_times(measured: Measured, block: str) -> Any:
+def least_times(measured: Measurement, block: str) -> Any:
     """Return the least time of an iteration in each round, from its times without transfers. A ring
     sends 2 (ranks - 1) / ranks of the gradients' bytes, all of them beside the last batch's
     backward."""

@@ -49,7 +49,7 @@ class PlannedRow(NamedTuple):
     auto: Variant | None = None
 
 
-class Measured(NamedTuple):
+class Measurement(NamedTuple):
     """What was measured at one load. rate: Bench.set_rate's, None without one. times: of each
     variant, of all loads. gradients: by block (Bench.gradients). iterations: timed in all."""
 
@@ -63,7 +63,7 @@ class Measured(NamedTuple):
 
 
 def block_seconds(
-    measured: Measured, block: str, transfers: str, load: str | None = None
+    measured: Measurement, block: str, transfers: str, load: str | None = None
 ) -> VariantTimes:
     """Return the times of a block's default schedule. load: None: that of `measured`."""
     return measured.times[Variant(block, default_schedule(block), transfers, load or measured.load)]
@@ -78,7 +78,7 @@ class Planned(NamedTuple):
     candidates: Sequence[Variant]
 
 
-def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]:
+def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measurement]:
     """Return what was measured at each load, the balanced one first. Every rank must call it; the
     caller uses rank 0's result.
 
@@ -121,7 +121,7 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measured]
         )
     gradients = {block: bench.gradients(block) for block in bench.stacks}
     return {
-        load: Measured(setting, rate, rows_of_load, times, gradients, bench.iterations, load)
+        load: Measurement(setting, rate, rows_of_load, times, gradients, bench.iterations, load)
         for load, rows_of_load in rows.items()
     }
 

@@ -17,7 +17,7 @@ from experiments.bench.overlap.limits import (
     least_times,
     rows_over_gradients,
 )
-from experiments.bench.overlap.rounds import Measured, PlannedRow, block_seconds
+from experiments.bench.overlap.rounds import Measurement, PlannedRow, block_seconds
 from experiments.bench.rank_bench import VariantTimes
 from experiments.bench.row import Kind, Row
 from experiments.bench.stacks import Variant, of_each_kind, waiting_of
@@ -32,7 +32,7 @@ OVER_BEST = {
 }
 
 
-def row_of(measured: Measured, name: str) -> Row:
+def row_of(measured: Measurement, name: str) -> Row:
     """Return the figures of a row: its best schedule beside all that it is compared with."""
     setting = measured.setting
     row, block = measured.rows[name], setting.block_of(name)
@@ -112,7 +112,7 @@ def all_quartiles(values: Any) -> list[float]:
     return [first, median(values), third]
 
 
-def over_best(measured: Measured, row: str) -> dict[str, Any]:
+def over_best(measured: Measurement, row: str) -> dict[str, Any]:
     """Return both comparisons of a row: for forward and train the ratio, its median over rounds,
     with its quartiles, and the name of the best. A row has one schedule, the best in training."""
     seconds = measured.times[measured.rows[row].best]
@@ -123,7 +123,7 @@ def over_best(measured: Measured, row: str) -> dict[str, Any]:
     return comparisons
 
 
-def rivals_of(measured: Measured, blocks: tuple[str, ...]) -> dict[str, VariantTimes]:
+def rivals_of(measured: Measurement, blocks: tuple[str, ...]) -> dict[str, VariantTimes]:
     """Return the times of sequential top-2, and of the best schedule of each row of these
     blocks."""
     rivals = {"top2, sequential": block_seconds(measured, "top2", "sequential")}
@@ -154,7 +154,7 @@ def times_of(seconds: VariantTimes, kind: Kind) -> Any:
     return seconds.forward if kind == "forward" else seconds.train
 
 
-def auto_of_both(measured: Measured, name: str) -> dict[str, Any] | None:
+def auto_of_both(measured: Measurement, name: str) -> dict[str, Any] | None:
     """Return what `schedule=auto` has chosen between one and two batches in flight, and its
     training time over that of the best of both rows. None: no row with two was measured."""
     row = measured.rows[name]

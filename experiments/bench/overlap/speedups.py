@@ -20,7 +20,7 @@ from experiments.bench.overlap.limits import (
     rows_over_gradients,
 )
 from experiments.bench.overlap.refusals import refuse_impossible
-from experiments.bench.overlap.rounds import Measured, block_seconds, in_halves, measure
+from experiments.bench.overlap.rounds import Measurement, block_seconds, in_halves, measure
 from experiments.bench.overlap.row_figures import all_quartiles, row_of
 from experiments.bench.rate_search import warn_of_share
 from experiments.bench.row import Row, to_json
@@ -60,7 +60,7 @@ def bench_overlap(setting: Setting, out: Path) -> dict[str, Any]:
     return report
 
 
-def report_of(setting: Setting, measured: Mapping[str, Measured]) -> dict[str, Any]:
+def report_of(setting: Setting, measured: Mapping[str, Measurement]) -> dict[str, Any]:
     """Return the report: the figures at balanced routing, or with loads those of each."""
     balanced = measured[BALANCED]
     if setting.links != "loopback":
@@ -101,18 +101,18 @@ def name_of_report(setting: Setting) -> str:
     return "-".join(words) + kinds_of(setting.loads)
 
 
-def comm_share(measured: Measured) -> float:
+def comm_share(measured: Measurement) -> float:
     """Return the share of communication in a forward pass of sequential top-2."""
     return 1 - 1 / limit_forward(measured)
 
 
-def limit_forward(measured: Measured) -> float:
+def limit_forward(measured: Measurement) -> float:
     """Return the speed-up of a forward pass of top-2 without its communication."""
     sequential = block_seconds(measured, "top2", "sequential")
     return median(sequential.forward / block_seconds(measured, "top2", "free").forward)
 
 
-def summary(measured: Measured, balanced: Measured | None = None) -> dict[str, Any]:
+def summary(measured: Measurement, balanced: Measurement | None = None) -> dict[str, Any]:
     """Return the medians of the rounds, by row.
 
     measured: what `measure` returned on rank 0. balanced: the same of the balanced load in the same
@@ -169,7 +169,7 @@ def summary(measured: Measured, balanced: Measured | None = None) -> dict[str, A
     return {**report, "rows": to_json(rows)}
 
 
-def fastest_rows(measured: Measured, rows: Mapping[str, Row]) -> dict[str, Any]:
+def fastest_rows(measured: Measurement, rows: Mapping[str, Row]) -> dict[str, Any]:
     """Return the fastest row in inference and, of ScMoE's rows, the fastest in training, if there
     is one: its name, and its speed over that of each row."""
     best = {name: measured.times[row.best] for name, row in measured.rows.items()}
@@ -195,7 +195,7 @@ def fastest_rows(measured: Measured, rows: Mapping[str, Row]) -> dict[str, Any]:
     return fastest_of
 
 
-def calibration_of(balanced: Measured) -> dict[str, Any]:
+def calibration_of(balanced: Measurement) -> dict[str, Any]:
     """Return what sequential top-2 says of this machine, for `scmoe simulate testbed`: its
     operators one at a time, and all its blocks with free links.
 

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.bench.overlap.rounds import Measured, block_seconds
+from experiments.bench.overlap.rounds import Measurement, block_seconds
 from experiments.bench.overlap.row_figures import row_of
 from experiments.bench.row import LoadFigures, Row, rows_of
 from experiments.bench.setting import Setting
@@ -52,7 +52,7 @@ def made_by(setting: Setting, load: str, block: str) -> dict[str, float]:
     return imbalance(load_of(load), sizes, setting.sequences, setting.seq_len)
 
 
-def beside_balanced(measured: Measured, balanced: Measured, name: str, row: Row) -> Row:
+def beside_balanced(measured: Measurement, balanced: Measurement, name: str, row: Row) -> Row:
     """Return the figures of a row at a load, with those beside the balanced one."""
     setting = measured.setting
     block = setting.block_of(name)

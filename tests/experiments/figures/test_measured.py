@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments.bench import speed_chart
-from experiments.bench.overlap.rounds import Measured, PlannedRow
+from experiments.bench.overlap.rounds import Measurement, PlannedRow
 from experiments.bench.overlap.row_figures import over_best_finalist
 from experiments.bench.overlap.speedups import summary
 from experiments.bench.pairs import ROWS, default_schedule, usual_rows
@@ -69,7 +69,7 @@ def report_of(share: float, rows: tuple[str, ...] = SHOWN, **setting: Any) -> di
         times[best] = seconds(1 - share, 2.3) if row.startswith("scmoe") else seconds(1.0, 2.5)
         measured[row] = PlannedRow([choice] * asked.moe_blocks, best, [best], best, peak_mb=1.0)
     gradients = {asked.block_of(row): [(0.5, 2**20)] for row in rows}
-    found = Measured(asked, 100.0, measured, times, gradients, iterations=9)
+    found = Measurement(asked, 100.0, measured, times, gradients, iterations=9)
     return summary(found)
 
 
