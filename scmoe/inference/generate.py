@@ -21,7 +21,7 @@ may set it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -111,12 +111,11 @@ def decode(model: Decoder, ids_B: Tensor, going: Sequence[bool], cache: KVCache)
 def sequential(model: Decoder) -> running_as:
     """Return a context in which the model runs without overlap: one batch is in flight, and the
     blocks wait for each transfer between ranks as soon as it starts."""
-    in_one_batch = replace(schedule_of(model), batches_in_flight=1)
     dispatchers: list[Dispatcher] = []
     for block in moe_blocks_of(model):
         dispatcher = block.moe.dispatcher
         dispatchers.append(Blocking(dispatcher) if block.moe.num_ranks > 1 else dispatcher)
-    return running_as(model, in_one_batch, dispatchers)
+    return running_as(model, schedule_of(model).in_one_batch, dispatchers)
 
 
 def blocks_between_ranks(model: Decoder) -> list[MoEBlock]:

@@ -83,7 +83,7 @@ class Poll:
 
     def __init__(self, group: Any) -> None:
         self.group = group
-        self.in_flight: tuple[dist.Work, Tensor] | None = None
+        self.pending: tuple[dist.Work, Tensor] | None = None
 
     def any_rank(self, *flags: bool) -> list[bool]:
         """Return for each flag whether any rank raised it in the call before.
@@ -92,7 +92,7 @@ class Poll:
         """
         answers = self.close() or [False] * len(flags)
         sums = torch.tensor(flags, dtype=torch.int64)
-        self.in_flight = (dist.all_reduce(sums, group=self.group, async_op=True), sums)
+        self.pending = (dist.all_reduce(sums, group=self.group, async_op=True), sums)
         return answers
 
     def smallest(self, count: float) -> float:
@@ -102,12 +102,12 @@ class Poll:
         return least.item()
 
     def close(self) -> list[bool]:
-        """Wait for the sum in flight and return it; an empty list if there is none."""
-        if self.in_flight is None:
+        """Wait for the pending sum and return it; an empty list if there is none."""
+        if self.pending is None:
             return []
-        work, sums = self.in_flight
+        work, sums = self.pending
         work.wait()
-        self.in_flight = None
+        self.pending = None
         return [bool(n) for n in sums]
 
 

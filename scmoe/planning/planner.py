@@ -101,7 +101,7 @@ class Planner:
         self.ep_size = ep_size
         self.directions = directions
         self.batches = batches
-        self.configured = replace(schedule_of(model), batches_in_flight=1)
+        self.configured = schedule_of(model).in_one_batch
         # what measured steps run, but with each number of chunks
         self.timed = list(self.configured.blocks)
         if fixed:

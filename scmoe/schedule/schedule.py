@@ -177,3 +177,8 @@ class ModelSchedule:
     def __post_init__(self) -> None:
         if self.batches_in_flight not in (1, 2):
             raise ValueError(f"batches_in_flight is {self.batches_in_flight}, allowed: 1 | 2")
+
+    @property
+    def in_one_batch(self) -> "ModelSchedule":
+        """Return the same schedules of the blocks with one batch in flight."""
+        return ModelSchedule(self.blocks)
