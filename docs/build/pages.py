@@ -163,7 +163,7 @@ def page_and_data(name: str, said: dict[str, Any]) -> tuple[Path, dict[str, Any]
     data = read(PAGES / f"{name}.json")
     if name == "figure-13":
         data["paper"] = figure_13.PAPER_MODELS
-    elif "wanted_share" in data and (printed := speed_chart.paper_of(data)):
+    elif "wanted_share" in data and (printed := speed_chart.printed_speedups(data)):
         data["paper"] = printed.rows
     return page, said, data
 

@@ -118,7 +118,7 @@ class Bench:
         self.current.load, self.current.step = load_of(variant.load), self.turns[variant]
         model = self.models[variant.block]
         blocks = len(model.blocks)
-        schedule = variant.of_model(schedule_of(model))
+        schedule = variant.model_schedule(schedule_of(model))
         run_as(model, schedule, [dispatcher] * blocks, [recorder] * blocks)
         return self.steps[variant.block]
 

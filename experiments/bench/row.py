@@ -154,6 +154,6 @@ def rows_of(report: Mapping[str, Any]) -> dict[str, Row]:
     return {name: from_json(Row, row) for name, row in report["rows"].items()}
 
 
-def cells_of(rows: Mapping[str, Row]) -> dict[str, dict[str, Any]]:
+def table_cells(rows: Mapping[str, Row]) -> dict[str, dict[str, Any]]:
     """Return what a table shows of rows: their figures and the place of their experts."""
     return {name: {**to_json(row), "place": row.place} for name, row in rows.items()}

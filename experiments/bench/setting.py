@@ -222,7 +222,7 @@ def refuse(where: str, typed: Mapping[str, Any], option: str) -> None:
 OVERLAP_OPTIONS = Group("Parameters", validator=refuse_contradictions)
 
 
-def pair_of(config: Config, share: float, ranks: int, tokens: int) -> Setting:
+def pair_setting(config: Config, share: float, ranks: int, tokens: int) -> Setting:
     """Return a pair of a configuration's sizes, on which the links' rate is searched.
 
     tokens: of one rank.

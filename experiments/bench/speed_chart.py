@@ -5,9 +5,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.bench.row import Kind, Row, cells_of, rows_of
+from experiments.bench.row import Kind, Row, rows_of, table_cells
 from experiments.bench.two_batches import stated_or_of_medians
-from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
+from experiments.engine.bars import Bar, bar_legend, bars_height, grouped_bars
 from scmoe.charts import BLUE, GREEN, LINES, PAPER, SKY, chart, heading
 from scmoe.predict.row_names import PIPELINED, architecture_of, batches_of, name_of
 from scmoe.report import Report
@@ -48,7 +48,7 @@ PAPERS = {  # by the share of communication that emulates the machine
 }
 
 
-def paper_of(report: dict[str, Any]) -> Printed | None:
+def printed_speedups(report: dict[str, Any]) -> Printed | None:
     """Return the paper's speed-ups on the machine that a report of `bench overlap` emulates: they
     are of pairs."""
     usual = report.get("every", 2) == 2 and report.get("top_k", 1) == 1
@@ -57,9 +57,9 @@ def paper_of(report: dict[str, Any]) -> Printed | None:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Draw a report of `bench overlap`: a panel for inference and one for training."""
-    paper = paper_of(report)
+    paper = printed_speedups(report)
     panels = {word: speed_bars(report, kind, paper) for kind, word in KIND_WORDS.items()}
-    with chart(path, 2.3 + height_of(panels["training"])) as figure:
+    with chart(path, 2.3 + bars_height(panels["training"])) as figure:
         for axis, (word, groups) in zip(
             figure.subplots(1, 2, sharey=True), panels.items(), strict=True
         ):
@@ -137,7 +137,7 @@ def cells_with_gain(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return what a table shows of a report's rows, with their gain over top-2's best."""
     rows = rows_of(report)
     gains = over_top2(rows)
-    return {name: {**row, "over_top2": gains[name]} for name, row in cells_of(rows).items()}
+    return {name: {**row, "over_top2": gains[name]} for name, row in table_cells(rows).items()}
 
 
 def over_top2(rows: Mapping[str, Row]) -> dict[str, str]:

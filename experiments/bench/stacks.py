@@ -40,7 +40,7 @@ def make_blocks(name: str, setting: Setting, wire: Wire, current: CurrentLoad) -
     name: a block's name in ROWS. current: the load, on which the times depend in place of the
     choices of an untrained gate.
     """
-    config = config_of(name, setting)
+    config = block_config(name, setting)
     parts = (
         FAMILY_PARTS[config.model.family](config)
         if setting.compute == "real"
@@ -55,7 +55,7 @@ def make_blocks(name: str, setting: Setting, wire: Wire, current: CurrentLoad) -
     return blocks
 
 
-def config_of(name: str, setting: Setting) -> Config:
+def block_config(name: str, setting: Setting) -> Config:
     """Return the configuration of a row of blocks. ConfigError: they cannot have these sizes."""
     s = setting
     heads = s.heads if s.compute == "real" else 1  # emulated attention has none
@@ -139,13 +139,13 @@ class Variant:
     schedules: tuple[Schedule, ...] = ()
     batches_in_flight: int = 1
 
-    def of_blocks(self, schedules: Iterable[Schedule]) -> list[Schedule]:
+    def block_schedules(self, schedules: Iterable[Schedule]) -> list[Schedule]:
         """Return the schedule of each block, given any schedules that they have."""
         return list(self.schedules) or [placed(each, self.schedule) for each in schedules]
 
-    def of_model(self, schedule: ModelSchedule) -> ModelSchedule:
+    def model_schedule(self, schedule: ModelSchedule) -> ModelSchedule:
         """Return how the row's model runs, given any schedule that it has."""
-        return ModelSchedule(tuple(self.of_blocks(schedule.blocks)), self.batches_in_flight)
+        return ModelSchedule(tuple(self.block_schedules(schedule.blocks)), self.batches_in_flight)
 
 
 def chosen_by(choices: Sequence[LayerChoice], block: str, load: str) -> Variant:
@@ -155,25 +155,25 @@ def chosen_by(choices: Sequence[LayerChoice], block: str, load: str) -> Variant:
     variant = Variant(block, schedules[-1], load=load, batches_in_flight=batches)
     return (
         variant
-        if variant.of_blocks(schedules) == schedules
+        if variant.block_schedules(schedules) == schedules
         else replace(variant, schedules=tuple(schedules))
     )
 
 
-def windows_of(
+def planned_windows(
     variant: Variant, choices: Sequence[LayerChoice]
 ) -> list[tuple[Schedule, OperatorTimes]]:
     """Return the schedule of each block of a row, and the times of its operators as the planner has
     measured them."""
-    schedules = variant.of_blocks(choice.schedule for choice in choices)
+    schedules = variant.block_schedules(choice.schedule for choice in choices)
     return [
         (each, choice.times[each.chunks]) for each, choice in zip(schedules, choices, strict=True)
     ]
 
 
-def waiting_of(variant: Variant, choices: Sequence[LayerChoice]) -> float:
+def modelled_wait(variant: Variant, choices: Sequence[LayerChoice]) -> float:
     """Return how long the blocks of a row wait for transfers by the model, forward and backward."""
-    windows = windows_of(variant, choices)
+    windows = planned_windows(variant, choices)
     if variant.batches_in_flight == 2:
         return waiting_time([(schedule, half_of(times)) for schedule, times in windows])
     return sum(exposed_time(*each) for each in windows)
@@ -189,7 +189,7 @@ def placed(schedule: Schedule, like: Schedule) -> Schedule:
     return allowed[-1] if allowed else places[0]
 
 
-def of_each_kind(variants: Sequence[Variant]) -> list[list[Variant]]:
+def between_and_inside(variants: Sequence[Variant]) -> list[list[Variant]]:
     """Return the variants with experts between operators, and those with experts inside attention.
 
     A kind without variants is left out.

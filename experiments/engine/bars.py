@@ -19,7 +19,7 @@ class Bar(NamedTuple):
     limit: float | None = None
 
 
-def height_of(groups: Mapping[str, Sequence[Bar]], lines: int = 0) -> float:
+def bars_height(groups: Mapping[str, Sequence[Bar]], lines: int = 0) -> float:
     """Return how many inches `grouped_bars` needs for its bars."""
     return sum(BAR * max(lines, len(bars)) + GAP for bars in groups.values())
 

@@ -48,12 +48,12 @@ def activities_of(device: torch.device) -> list[ProfilerActivity]:
     return [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
 
 
-def of_memory() -> profile:
+def memory_profile() -> profile:
     """Return a profile of the host's allocations, to be entered or started."""
     return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
 
-def events_of(recording: profile, keep: Path | None = None) -> list[Event]:
+def read_events(recording: profile, keep: Path | None = None) -> list[Event]:
     """Return the events of a profile. keep: write them there too, as a Chrome trace that is
     compressed by gzip."""
     with tempfile.TemporaryDirectory() as folder:
@@ -73,14 +73,14 @@ def peak_bytes(device: torch.device, step: Callable[[], object]) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with of_memory() as recording:
+    with memory_profile() as recording:
         step()
-    return peak_of(recording)
+    return allocated_peak(recording)
 
 
-def peak_of(recording: profile) -> int:
+def allocated_peak(recording: profile) -> int:
     """Return the most bytes that were allocated at a time, beyond those before the profile."""
-    events = [e for e in events_of(recording) if e.get("name") == "[memory]"]
+    events = [e for e in read_events(recording) if e.get("name") == "[memory]"]
     changes = (
         e["args"]["Bytes"] for e in sorted(events, key=lambda e: e["ts"])
     )  # below 0 where memory is freed

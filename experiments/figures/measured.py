@@ -26,7 +26,7 @@ import numpy as np
 
 from experiments.bench.row import rows_of
 from experiments.bench.speed_chart import KIND_WORDS, conditions, speed_bars
-from experiments.engine.bars import bar_legend, grouped_bars, height_of
+from experiments.engine.bars import bar_legend, bars_height, grouped_bars
 from experiments.figures.unmeasured import pair, timelines
 from scmoe.charts import BLUE, ORANGE, RED, SKY, SMALL, chart, heading, title
 from scmoe.config.derived import SHORTCUTS
@@ -181,7 +181,7 @@ def draw_speeds(reports: Reports, path: Path) -> None:
         scenario: {kind: speed_bars(report, kind, None) for kind in KIND_WORDS}
         for scenario, report in reports.items()
     }
-    heights = [height_of(groups["train"]) for groups in panels.values()]
+    heights = [bars_height(groups["train"]) for groups in panels.values()]
     with chart(
         path, 1.9 + sum(heights) + sum(0.55 + 0.17 * len(_words(*each)) for each in reports.items())
     ) as figure:
@@ -264,7 +264,7 @@ def draw_figure(number: int, sources: Sequence[str], out: Path | None) -> list[P
         EXPLAINED[number](path)
         return [path]
     if number in OF_A_RUN:
-        return of_a_run(number, sources, out)
+        return draw_run(number, sources, out)
     reports = read_reports([Path(source) for source in sources])
     folder = Path(sources[0])
     files = [
@@ -276,7 +276,7 @@ def draw_figure(number: int, sources: Sequence[str], out: Path | None) -> list[P
     return files
 
 
-def of_a_run(number: int, sources: Sequence[str], out: Path | None) -> list[Path]:
+def draw_run(number: int, sources: Sequence[str], out: Path | None) -> list[Path]:
     """Draw what the callback `Analysis` has measured in a run, and write it as JSON too."""
     if len(sources) != 1:
         raise ConfigError(
@@ -294,7 +294,7 @@ def of_a_run(number: int, sources: Sequence[str], out: Path | None) -> list[Path
             f" {required}"
         )
     with np.load(path, allow_pickle=False) as stored:
-        figure = {"number": number, "words": words_of(number, run.config)}
+        figure = {"number": number, "words": run_title(number, run.config)}
         figure |= {name: stored[name].tolist() for name in ("steps", "labels", "values")}
     *drawn, data = [(out or path.parent) / f"figure-{number}{end}" for end in (*PRINTED, ".json")]
     for file in drawn:
@@ -303,7 +303,7 @@ def of_a_run(number: int, sources: Sequence[str], out: Path | None) -> list[Path
     return [*drawn, data]
 
 
-def words_of(number: int, config: Mapping[str, str]) -> str:
+def run_title(number: int, config: Mapping[str, str]) -> str:
     """Return the title of a figure of a run: its model as the paper would name it, and its data."""
     architecture, family = config["moe.architecture"], config["model.family"].upper()
     position = (

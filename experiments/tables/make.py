@@ -11,7 +11,7 @@ from experiments.tables.evaluations import Evaluations, missing
 from experiments.tables.table_file import TableOptions, load_table
 from experiments.tables.table_plan import TablePlan, plan_table
 from experiments.tables.table_report import write_report
-from experiments.tables.table_runs import Run, finished, look_up, read_states, results_of, save
+from experiments.tables.table_runs import Run, finished, kept_results, look_up, read_states, save
 from experiments.tables.table_speeds import AGAIN, measure_speeds
 from scmoe.config.leaves import ConfigError
 from scmoe.report import say
@@ -87,7 +87,7 @@ def make_runs(
             job.fail(f"it ended without a finite {', '.join(lacks)} in its summary")
             return None
         job.state.run_dir = str(newest.path)
-        job.state.results = results_of(newest, run.digest)
+        job.state.results = kept_results(newest, run.digest)
         return evaluations.job(run)
 
     def result(job: StudyJob) -> str:

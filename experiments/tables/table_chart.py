@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from experiments.tables.table_page import Results, form_of, without_speed
+from experiments.tables.table_page import Results, value_format, without_speed
 from scmoe.charts import BLUE, GREEN, ORANGE, PAPER, SKY, SMALL, chart, heading
 
 OURS, SEED = BLUE, SKY
@@ -22,7 +22,7 @@ def draw_differences(results: Results, path: Path) -> None:
     rows = [row for row in results["rows"] if row["minus_baseline"] is not None]
     papers = _from_the_top([row["paper"]["difference"] for row in rows])
     printed = any(paper is not None for paper in papers.values())
-    signed = form_of(results["unit"]).replace(":", ":+")
+    signed = value_format(results["unit"]).replace(":", ":+")
     with chart(path, 2.4 + 0.5 * len(rows)) as figure:
         panels = figure.subplots(1, 1 + printed, sharey=True, squeeze=False)[0]
         if printed:
@@ -42,7 +42,7 @@ def draw_answers(results: Results, path: Path) -> None:
     """Draw the difference of each pair of a registered experiment, its interval and the margin."""
     decision = results["decision"]
     pairs = decision["rows"]
-    signed = form_of(results["unit"]).replace(":", ":+")
+    signed = value_format(results["unit"]).replace(":", ":+")
     with chart(path, 2.4 + 0.5 * len(pairs)) as figure:
         axis = figure.subplots()
         margin = decision["margin"]

@@ -27,7 +27,7 @@ def markdown(results: Results) -> str:
     failed = results["runs"]["failed"]
     metric = results["metric"]
     unit = results["unit"]
-    form = form_of(unit)
+    form = value_format(unit)
     with_unit = f"{metric} {unit}" if unit.startswith("per ") else f"{metric} in {unit}"
     lines = [
         f"# {results['title']}",
@@ -167,7 +167,7 @@ def _other_metrics(results: Results) -> list[str]:
         elif ours["mean"] is None:
             text = "-"
         else:
-            text = _spread(ours, form_of(results["metrics"][name]["unit"]))
+            text = _spread(ours, value_format(results["metrics"][name]["unit"]))
         paper = _numbers("", "{:g}", row["paper"].get(name))
         return f"paper {paper or '-'}; ours {text}" if name in printed else text
 
@@ -313,7 +313,7 @@ def without_speed(results: Results) -> list[str]:
     return [row["name"] for row in results["rows"] if row["name"] not in there]
 
 
-def form_of(unit: str) -> str:
+def value_format(unit: str) -> str:
     """Return the format of a metric's values: a loss in nats with four decimals, others with two,
     as in the paper."""
     return "{:.4f}" if unit.startswith("nats") else "{:.2f}"

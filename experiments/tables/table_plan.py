@@ -7,7 +7,7 @@ from pathlib import Path
 from experiments.bench.pairs import ROWS
 from experiments.tables.table_file import PaperTable, Scale, TableOptions
 from experiments.tables.table_runs import Run, plan_runs, refuse_to_overwrite
-from experiments.tables.table_speeds import every_of
+from experiments.tables.table_speeds import parse_every
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.report import say
@@ -90,7 +90,7 @@ def plan_table(table: PaperTable, options: TableOptions, overrides: Sequence[str
 def check_speeds(table: PaperTable) -> None:
     """Raise ConfigError for a row whose speed the testbed cannot measure, at any scale."""
     for scale in table.scales.values():
-        known = ROWS[2] | ROWS[1] if scale.bench is None else ROWS[every_of(scale.bench)]
+        known = ROWS[2] | ROWS[1] if scale.bench is None else ROWS[parse_every(scale.bench)]
         for row in table.rows:
             if row.speed is not None and row.speed not in known:
                 raise refusal(f"{table.name}: speed of {row.name!r}", row.speed, " | ".join(known))

@@ -151,7 +151,7 @@ def same_config(run_dir: Path, config: Config) -> bool:
     )
 
 
-def results_of(run: SeenRun, digest: str) -> dict[str, Any]:
+def kept_results(run: SeenRun, digest: str) -> dict[str, Any]:
     """Return the results that a state keeps of a finished run. curve: points (steps done,
     validation loss)."""
     environment = json.loads((run.path / "env.json").read_text(encoding="utf-8"))

@@ -84,6 +84,6 @@ def share_of(path: Path) -> float:
     return float(path.stem.rpartition("-share-")[2].partition("-")[0])
 
 
-def every_of(bench: Sequence[str]) -> int:
+def parse_every(bench: Sequence[str]) -> int:
     """Return the option --every of words of `bench overlap`."""
     return 1 if re.search(r"--every[ =]1\b", " ".join(bench)) else 2

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from docs.build import reports
-from experiments.bench.offload.figure_13 import read_architectures, rows_of
+from experiments.bench.offload.figure_13 import first_case_figures, read_architectures
 from experiments.bench.row import to_json
 from scmoe.command_line import app_of
 from tests.support.pages import ROOT
@@ -46,7 +46,7 @@ def test_the_kept_figures_of_offloading_are_read_and_written_without_a_change():
     figure = without_null(json.loads(kept))
     architectures = read_architectures(figure)
     assert to_json(architectures) == figure["architectures"]
-    assert rows_of(architectures) == figure["rows"]
+    assert first_case_figures(architectures) == figure["rows"]
 
 
 def without_null(value):

@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from experiments.engine.profiles import events_of, peak_bytes
+from experiments.engine.profiles import peak_bytes, read_events
 from scmoe.blocks.kv_cache import KVCache
 from scmoe.blocks.moe_block import moe_blocks_of
 from scmoe.blocks.sublayers import MLP, Residual, outermost
@@ -429,7 +429,7 @@ def test_a_profile_has_every_operator_inside_one_turn_of_its_half(words):
         model(ids_BS)
     ranges = [
         (event["name"].removeprefix("scmoe/"), event["ts"], event["ts"] + event["dur"])
-        for event in events_of(profile)
+        for event in read_events(profile)
         if event.get("cat") == "user_annotation" and event["name"].startswith("scmoe/")
     ]
     turns = [one for one in ranges if one[0].startswith("batch ")]

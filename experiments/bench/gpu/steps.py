@@ -80,7 +80,7 @@ TINY_PAIR = PAIR | dict(
 KEPT_TRACE = "pos2-overlapped-1-chunks.json"  # of the traces, by timeline.py
 
 
-def config_of(place: Place, name: str, *overrides: str) -> Config:
+def shipped_config(place: Place, name: str, *overrides: str) -> Config:
     """Return a shipped configuration for one device."""
     return load(SHIPPED / name, [*ON_ONE, *overrides, *(TINY_MODEL if place.tiny else ())])
 
@@ -135,12 +135,12 @@ def profile_step(place: Place, trace: str | None, *overrides: str) -> dict[str, 
     """Return times and waits of one step. trace: a file's name, to keep the profile.
 
     RuntimeError: the host waited with fixed capacity, or the profiler did not see the device."""
-    config = config_of(place, GPT2_CONFIG, "data.name=synthetic", *overrides)
+    config = shipped_config(place, GPT2_CONFIG, "data.name=synthetic", *overrides)
     step = TrainStep(config, torch.device(place.device), 2 if place.tiny else PROFILED_SAMPLES)
     for _ in range(WARM_UP_STEPS):
         step()
     kept_at = place.out / trace if trace else None
-    all_events = profiles.events_of(profiles.recorded(step.device, step), kept_at)
+    all_events = profiles.read_events(profiles.recorded(step.device, step), kept_at)
     events = profiles.within(all_events, "step")
     waits = profiles.host_waits(events)
     if place.device == "cuda" and not profiles.device_work(events)["kernels"]:
@@ -170,7 +170,7 @@ def measure_step(place: Place) -> dict[str, Any]:
     memory. MFU is training FLOPs (models/model_cost.py) over what the device could do: by its
     datasheet, and by a product of two large bf16 matrices, measured in turn with the step."""
     device = torch.device(place.device)
-    config = config_of(place, GPT2_CONFIG, "data.name=synthetic")
+    config = shipped_config(place, GPT2_CONFIG, "data.name=synthetic")
     seq_len, model = config.data.seq_len, build_model_on_meta(config)
     job = RankJob(samples=2, seq_len=seq_len, precision="bf16-mixed", on_gpu=device.type == "cuda")
     if not place.tiny:
@@ -225,7 +225,7 @@ def train(place: Place) -> dict[str, Any]:
             f"runs_dir={folder}",
         )
         accelerator = f"trainer.accelerator={'gpu' if place.device == 'cuda' else 'cpu'}"
-        config = config_of(place, "quickstart.yaml", *words, accelerator, *QUIET)
+        config = shipped_config(place, "quickstart.yaml", *words, accelerator, *QUIET)
         start = time.perf_counter()
         summary = run_training(Start.of(config))
         taken_s = time.perf_counter() - start
@@ -316,7 +316,7 @@ def transfers(place: Place) -> dict[str, Any]:
     facts["gb_per_s_there_and_back"] = x.nbytes / 1e6 / facts["transfer_ms"]
     facts["both_over_longer"] = facts["both_ms"] / max(facts["transfer_ms"], facts["compute_ms"])
     if device.type == "cuda":
-        events = profiles.spans(profiles.events_of(profiles.recorded(device, transfer)))
+        events = profiles.spans(profiles.read_events(profiles.recorded(device, transfer)))
         work = profiles.device_work(events)
         blocks = [prod(e["args"]["grid"]) for e in events if e["cat"] == "kernel"]
         there = torch.cuda.get_device_properties(device).multi_processor_count

@@ -23,18 +23,18 @@ from experiments.bench.inference.prefill_decode import (
     MEASURED_BLOCKS,
     MeasuredPasses,
     measure,
-    row_of,
+    row_name,
 )
 from experiments.bench.other_settings import InferenceSetting
 from experiments.bench.overlap.row_figures import over_fastest
-from experiments.bench.overlap.uneven import LoadPoint, draw_lines, heat_of
+from experiments.bench.overlap.uneven import LoadPoint, busiest_over_mean, draw_lines
 from experiments.bench.rate_search import warn_of_share
 from experiments.bench.row import to_json
 from experiments.bench.setting import EXPERTS
 from experiments.bench.speed_chart import OVER_TOP2, PAPERS, Printed
 from experiments.bench.two_batches import stated_or_of_medians
 from experiments.engine import links
-from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
+from experiments.engine.bars import Bar, bar_legend, bars_height, grouped_bars
 from experiments.engine.ranks import run_ranks
 from scmoe.charts import BLUE, GREEN, PAPER, RED, chart, heading
 from scmoe.config.extras import require
@@ -73,7 +73,7 @@ def bench_inference(setting: InferenceSetting, out: Path) -> dict[str, Any]:
         name += f"-{setting.texts}-texts"
     if setting.loads:
         report["loads"] = [
-            at_load(measured[load], measured[BALANCED], load) for load in setting.loads
+            uneven_report(measured[load], measured[BALANCED], load) for load in setting.loads
         ]
         name = f"uneven-{name}{kinds_of(setting.loads)}"
     publish(report, tables(report), draw, out / name)
@@ -96,26 +96,27 @@ def check(setting: InferenceSetting) -> None:
             check_load(uneven, Sizes(EXPERTS, top_k, setting.ranks), setting.texts)
 
 
-def times_of(measured: MeasuredPasses) -> dict[Pass, Any]:
+def pass_times(measured: MeasuredPasses) -> dict[Pass, Any]:
     """Return the seconds of each pass by rounds."""
     return {
-        (row_of(v), shape, v.transfers): seconds for (shape, v), seconds in measured.seconds.items()
+        (row_name(v), shape, v.transfers): seconds
+        for (shape, v), seconds in measured.seconds.items()
     }
 
 
-def auto_of(row: str, shape: Shape) -> str:
+def auto_transfers(row: str, shape: Shape) -> str:
     """Return how `scmoe generate` runs the transfers of a row."""
     return IN_TWO_BATCHES if batches_of(row) == 2 else AUTO[shape]
 
 
 def summary(measured: MeasuredPasses) -> dict[str, Any]:
     """Return the medians of the rounds, by row."""
-    return report_of(measured, rows_from(measured))
+    return load_report(measured, rows_from(measured))
 
 
-def report_of(measured: MeasuredPasses, rows: Mapping[str, Passes]) -> dict[str, Any]:
+def load_report(measured: MeasuredPasses, rows: Mapping[str, Passes]) -> dict[str, Any]:
     """Return the report of one load."""
-    setting, times = measured.setting, times_of(measured)
+    setting, times = measured.setting, pass_times(measured)
     shares = {
         shape: median(1 - times["top2", shape, "free"] / times["top2", shape, "sequential"])
         for shape in SHAPES
@@ -137,12 +138,12 @@ def report_of(measured: MeasuredPasses, rows: Mapping[str, Passes]) -> dict[str,
 def rows_from(measured: MeasuredPasses) -> dict[str, Passes]:
     """Return the figures of each row, those with two batches in flight behind their own: they have
     no decode."""
-    setting, times = measured.setting, times_of(measured)
+    setting, times = measured.setting, pass_times(measured)
     tokens: dict[Shape, int] = {"prefill": setting.texts * setting.prompt, "decode": setting.batch}
-    schedules = {(row_of(v), shape, v.transfers): v.schedule for shape, v in measured.seconds}
+    schedules = {(row_name(v), shape, v.transfers): v.schedule for shape, v in measured.seconds}
 
     def pass_of(row: str, shape: Shape) -> PassFigures:
-        auto = auto_of(row, shape)
+        auto = auto_transfers(row, shape)
         in_shape = {
             (name, transfers): s for (name, each, transfers), s in times.items() if each == shape
         }
@@ -184,15 +185,15 @@ def rows_from(measured: MeasuredPasses) -> dict[str, Passes]:
     }
 
 
-def at_load(measured: MeasuredPasses, balanced: MeasuredPasses, load: str) -> dict[str, Any]:
+def uneven_report(measured: MeasuredPasses, balanced: MeasuredPasses, load: str) -> dict[str, Any]:
     """Return the report of a load: for each row and shape also the time of `auto` over its balanced
     one."""
     setting = measured.setting
-    even, even_times = rows_from(balanced), times_of(balanced)
-    times = times_of(measured)
+    even, even_times = rows_from(balanced), pass_times(balanced)
+    times = pass_times(measured)
 
     def beside_balanced(row: str, shape: Shape, figures: PassFigures) -> PassFigures:
-        auto = auto_of(row, shape)
+        auto = auto_transfers(row, shape)
         over = times[row, shape, auto] / even_times[row, shape, auto]
         return replace(
             figures,
@@ -209,7 +210,7 @@ def at_load(measured: MeasuredPasses, balanced: MeasuredPasses, load: str) -> di
         for row, passes in rows_from(measured).items()
     }
     made = imbalance_of(setting, load, "top2", "prefill")
-    return {"load": {"name": load, **made}, **report_of(measured, rows)}
+    return {"load": {"name": load, **made}, **load_report(measured, rows)}
 
 
 def imbalance_of(setting: InferenceSetting, load: str, row: str, shape: Shape) -> dict[str, float]:
@@ -224,8 +225,8 @@ def imbalance_of(setting: InferenceSetting, load: str, row: str, shape: Shape) -
 def draw_loads(report: dict[str, Any], path: Path) -> None:
     """Draw the time of an overlapped prefill over the balanced one."""
     lines: dict[str, list[LoadPoint]] = {row: [] for row in report["rows"]}
-    for at_load in sorted(report["loads"], key=heat_of):
-        for row, prefill in passes_of(at_load, "prefill").items():
+    for one_load in sorted(report["loads"], key=busiest_over_mean):
+        for row, prefill in passes_of(one_load, "prefill").items():
             uneven = prefill.at_load
             assert uneven is not None
             point = LoadPoint(
@@ -253,11 +254,11 @@ def tables(report: dict[str, Any]) -> list[Report]:
     Speed-ups are over sequential top-2 at that load.
     """
     reports = report, *report.get("loads", ())
-    shapes = [table_of(each, shape) for each in reports for shape in SHAPES]
+    shapes = [passes_table(each, shape) for each in reports for shape in SHAPES]
     return shapes + generation.tables(report["generate"]) if "generate" in report else shapes
 
 
-def table_of(report: dict[str, Any], shape: Shape) -> Report:
+def passes_table(report: dict[str, Any], shape: Shape) -> Report:
     passes = passes_of(report, shape)
     columns = {
         "sequential": "{ways[sequential]:.2f}",
@@ -308,7 +309,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     panels = {shape: bars(report, shape, paper if shape == "prefill" else None) for shape in SHAPES}
     in_halves = any(batches_of(row) == 2 for row in report["rows"])
     lines = 2 + (paper is not None) + in_halves
-    with chart(path, 2.5 + height_of(panels["prefill"], lines)) as figure:
+    with chart(path, 2.5 + bars_height(panels["prefill"], lines)) as figure:
         for axis, (shape, groups) in zip(
             figure.subplots(1, 2, sharey=True), panels.items(), strict=True
         ):

@@ -76,7 +76,7 @@ def measure(rank: int, world_size: int, tokens: int, rounds: int) -> Generation:
     generator = torch.Generator().manual_seed(0)
     ids_BS = torch.randint(config.data.vocab_size, (TEXTS, PROMPT), generator=generator)
     steps_ms: list[dict[str, float]] = []  # the operators of each decoding step
-    times = in_turn(kinds_of(model, ids_BS, tokens, steps_ms), rounds, warm_up=0)
+    times = in_turn(generation_runs(model, ids_BS, tokens, steps_ms), rounds, warm_up=0)
     total_ms, tpot_ms, ttft_ms = times["cached"]
     over_operators, limit = times["recorded"]
     (uncached_ms,) = times["uncached"]
@@ -94,7 +94,7 @@ def measure(rank: int, world_size: int, tokens: int, rounds: int) -> Generation:
     return Generation(TEXTS, PROMPT, tokens, rounds, medians, operators_ms)
 
 
-def kinds_of(
+def generation_runs(
     model: Any, ids_BS: Tensor, tokens: int, steps_ms: list[dict[str, float]]
 ) -> dict[str, Kind]:
     """Return generation with a cache, without, and with its operators recorded.

@@ -62,7 +62,7 @@ IN_TWO_BATCHES = "two batches"  # and with two
 VOCABULARY = 1024
 
 
-def row_of(variant: Variant) -> str:
+def row_name(variant: Variant) -> str:
     """Return the name of the row that a variant belongs to."""
     block = variant.block
     row = f"scmoe_{block}" if block in POSITIONS else block

@@ -14,7 +14,7 @@ from experiments.bench.offload.cases import RESIDENT, Offloading
 from experiments.bench.offload.ways import measure
 from experiments.bench.other_settings import OFFLOADED, OffloadSetting
 from experiments.bench.row import from_json, to_json
-from experiments.engine.bars import Bar, bar_legend, grouped_bars, height_of
+from experiments.engine.bars import Bar, bar_legend, bars_height, grouped_bars
 from experiments.engine.isolated import follow_caller
 from scmoe.charts import BLUE, PAPER, RED, SKY, chart, heading, title
 from scmoe.config.extras import require
@@ -40,14 +40,14 @@ def bench_offload(out: Path, setting: OffloadSetting) -> dict[str, Any]:
             report[architecture] = alone.submit(measure, setting, architecture, rates).result()
         rates = report[architecture].rates
     equal_bits = all(case.equal_bits for measured in report.values() for case in measured.cases)
-    summary = {"rows": rows_of(report), "equal_bits": equal_bits}
+    summary = {"rows": first_case_figures(report), "equal_bits": equal_bits}
     figure = {**summary, "setting": asdict(setting), "architectures": to_json(report)}
     publish(figure, tables(figure), draw, out / "figure-13")
     print(f"equal bits: {equal_bits}", file=sys.stderr)
     return summary
 
 
-def rows_of(report: Mapping[str, Offloading]) -> dict[str, Any]:
+def first_case_figures(report: Mapping[str, Offloading]) -> dict[str, Any]:
     """Return {architecture: {way: figures}} of the first case, which has the fewest tokens and the
     lowest cost."""
     return {
@@ -120,7 +120,7 @@ def draw(figure: dict[str, Any], path: Path) -> None:
     panels["Peak memory, fixed weights and experts or slots:\n% of that with resident experts"] = (
         memory_bars(report)
     )
-    heights = [height_of(groups) for groups in panels.values()]
+    heights = [bars_height(groups) for groups in panels.values()]
     with chart(path, 0.9 + 0.8 * len(panels) + sum(heights)) as drawing:
         axes = drawing.subplots(len(heights), 1, height_ratios=heights)
         for axis, (words, groups) in zip(axes, panels.items(), strict=True):

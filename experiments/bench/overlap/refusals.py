@@ -4,7 +4,7 @@ import torch
 
 from experiments.bench.pairs import ROWS
 from experiments.bench.setting import Setting
-from experiments.bench.stacks import config_of, rows_of_layout
+from experiments.bench.stacks import block_config, rows_of_layout
 from experiments.bench.two_batches import refuse_halves
 from scmoe.config.leaves import ConfigError
 from scmoe.loads import BALANCED, Sizes, check_load, load_of, sequences_of
@@ -29,7 +29,7 @@ def refuse_impossible(setting: Setting) -> None:
         raise ConfigError(
             f"--layers is {setting.layers}, allowed: multiples of --every ({setting.every})"
         )
-    config_of("top2", setting)  # it refuses sizes that no block can have
+    block_config("top2", setting)  # it refuses sizes that no block can have
     if setting.tokens % setting.seq_len:
         raise ConfigError(
             f"--tokens is {setting.tokens}, allowed: multiples of --seq-len ({setting.seq_len})"

@@ -17,7 +17,7 @@ from experiments.bench.pairs import ROWS, default_schedule
 from experiments.bench.rank_bench import Bench, VariantTimes
 from experiments.bench.rate_search import find_rate
 from experiments.bench.setting import Setting
-from experiments.bench.stacks import Variant, chosen_by, of_each_kind
+from experiments.bench.stacks import Variant, between_and_inside, chosen_by
 from experiments.engine.ranks import say_once
 from scmoe.loads import BALANCED
 from scmoe.planning.clock import median
@@ -97,7 +97,7 @@ def measure(rank: int, world_size: int, setting: Setting) -> dict[str, Measureme
     tried = bench.rounds(everything, TRIALS, "trying every schedule: ")
     if rate is not None:  # the machine's speed has drifted since the search
         rate = find_rate(setting, bench.set_rate, bench.infer, rate)
-    autos = {key: auto_of(bench, *key) for key in candidates if key[1] + TWO in setting.rows}
+    autos = {key: auto_variant(bench, *key) for key in candidates if key[1] + TWO in setting.rows}
     # The first row at the balanced load is planned last, right before the rounds: operators that
     # were timed long before them do not explain them.
     planned = {key: plan(bench, *key, candidates[key]) for key in reversed(candidates)}
@@ -147,7 +147,7 @@ def plan(bench: Bench, load: str, row: str, candidates: Sequence[Variant]) -> Pl
     return Planned(choices, chosen_by(choices, block, load), candidates)
 
 
-def auto_of(bench: Bench, load: str, row: str) -> Variant:
+def auto_variant(bench: Bench, load: str, row: str) -> Variant:
     """Return what `schedule=auto` runs of a row at a load: the planner chooses between one and two
     batches in flight too."""
     block, chunk_counts = ROWS[bench.setting.every][row]
@@ -157,7 +157,7 @@ def auto_of(bench: Bench, load: str, row: str) -> Variant:
 def finalists_of(planned: Planned, tried: Mapping[Variant, VariantTimes]) -> list[Variant]:
     """Return the variants of a row that go into the rounds: the best by the trials, the planner's,
     and the best between operators and inside attention."""
-    best_of_each = [nearest(kind, tried)[0] for kind in of_each_kind(planned.candidates)]
+    best_of_each = [nearest(kind, tried)[0] for kind in between_and_inside(planned.candidates)]
     return [*nearest(planned.candidates, tried), planned.chosen, *best_of_each]
 
 

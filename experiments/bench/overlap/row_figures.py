@@ -20,7 +20,7 @@ from experiments.bench.overlap.limits import (
 from experiments.bench.overlap.rounds import Measurement, PlannedRow, block_seconds
 from experiments.bench.rank_bench import VariantTimes
 from experiments.bench.row import Kind, Row
-from experiments.bench.stacks import Variant, of_each_kind, waiting_of
+from experiments.bench.stacks import Variant, between_and_inside, modelled_wait
 from scmoe.planning.clock import median, quartiles
 from scmoe.predict.row_names import TWO
 from scmoe.schedule.cost import overlap_efficiency
@@ -32,7 +32,7 @@ OVER_BEST = {
 }
 
 
-def row_of(measured: Measurement, name: str) -> Row:
+def measured_row(measured: Measurement, name: str) -> Row:
     """Return the figures of a row: its best schedule beside all that it is compared with."""
     setting = measured.setting
     row, block = measured.rows[name], setting.block_of(name)
@@ -42,7 +42,7 @@ def row_of(measured: Measurement, name: str) -> Row:
     sequential = block_seconds(measured, block, "sequential")
     free = block_seconds(measured, block, "free")
     forward, train = top2.forward / best.forward, top2.train / best.train
-    exposed = setting.accumulate * waiting_of(row.best, row.choices)
+    exposed = setting.accumulate * modelled_wait(row.best, row.choices)
     figures = Row(
         forward_ms=1e3 * median(best.forward),
         train_ms=1e3 * median(best.train),
@@ -94,7 +94,7 @@ def inside_gain(row: PlannedRow, times: Mapping[Variant, VariantTimes]) -> dict[
     operators over that of its best one inside, as quartiles with the median between them. None: the
     window has no attention.
     """
-    kinds = of_each_kind(row.finalists)
+    kinds = between_and_inside(row.finalists)
     if len(kinds) < 2:
         return None
     between, inside = (min(kind, key=lambda v: median(times[v].train)) for kind in kinds)
@@ -137,8 +137,8 @@ def over_rivals(
     seconds: VariantTimes, rivals: dict[str, VariantTimes], kind: Kind
 ) -> dict[str, Any]:
     """Return the time of the fastest rival over that of a row."""
-    times = {name: times_of(rival, kind) for name, rival in rivals.items()}
-    return over_fastest(times_of(seconds, kind), times)
+    times = {name: round_times(rival, kind) for name, rival in rivals.items()}
+    return over_fastest(round_times(seconds, kind), times)
 
 
 def over_fastest(seconds: Any, rivals: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def over_fastest(seconds: Any, rivals: Mapping[str, Any]) -> dict[str, Any]:
     return {"median": median(ratios), "quartiles": quartiles(ratios), "best": best}
 
 
-def times_of(seconds: VariantTimes, kind: Kind) -> Any:
+def round_times(seconds: VariantTimes, kind: Kind) -> Any:
     """Return the times of a forward pass or of a training step in each round."""
     return seconds.forward if kind == "forward" else seconds.train
 

@@ -21,7 +21,7 @@ from experiments.bench.overlap.limits import (
 )
 from experiments.bench.overlap.refusals import refuse_impossible
 from experiments.bench.overlap.rounds import Measurement, block_seconds, in_halves, measure
-from experiments.bench.overlap.row_figures import all_quartiles, row_of
+from experiments.bench.overlap.row_figures import all_quartiles, measured_row
 from experiments.bench.rate_search import warn_of_share
 from experiments.bench.row import Row, to_json
 from experiments.bench.setting import PAIR_TOKENS, USUAL_RATIO, Setting
@@ -54,13 +54,13 @@ def bench_overlap(setting: Setting, out: Path) -> dict[str, Any]:
     if shaped:
         links.enter()
     measured = run_ranks(measure, setting.ranks, setting, timeout_s=3 * 3600, own_links=shaped)[0]
-    report = report_of(setting, measured)
+    report = overlap_report(setting, measured)
     bench = uneven if setting.loads else speed_chart
     publish(report, bench.tables(report), bench.draw, out / name_of_report(setting))
     return report
 
 
-def report_of(setting: Setting, measured: Mapping[str, Measurement]) -> dict[str, Any]:
+def overlap_report(setting: Setting, measured: Mapping[str, Measurement]) -> dict[str, Any]:
     """Return the report: the figures at balanced routing, or with loads those of each."""
     balanced = measured[BALANCED]
     if setting.links != "loopback":
@@ -141,7 +141,7 @@ def summary(measured: Measurement, balanced: Measurement | None = None) -> dict[
         "transfer_cpu_ms_forward": median(1e3 * sequential.cpu_forward - 1e3 * free.cpu_forward),
         "transfer_cpu_ms_train": median(1e3 * sequential.cpu_train - 1e3 * free.cpu_train),
     }
-    if printed := speed_chart.paper_of(report):
+    if printed := speed_chart.printed_speedups(report):
         report |= {"paper": printed.rows, "paper_source": printed.where}
     if setting.links == "bus":
         report["bus_rate"] = measured.rate
@@ -151,7 +151,7 @@ def summary(measured: Measurement, balanced: Measurement | None = None) -> dict[
             "rows_over_gradients": rows_over_gradients(measured, "top2"),
             "tokens": setting.tokens,
         }
-    rows = {name: row_of(measured, name) for name in setting.rows}
+    rows = {name: measured_row(measured, name) for name in setting.rows}
     if balanced is not None:
         made = uneven.made_by(setting, measured.load, "top2")
         report["load"] = {"name": measured.load, **made}

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.bench.overlap.rounds import Measurement, block_seconds
-from experiments.bench.overlap.row_figures import row_of
+from experiments.bench.overlap.row_figures import measured_row
 from experiments.bench.row import LoadFigures, Row, rows_of
 from experiments.bench.setting import Setting
 from experiments.bench.speed_chart import OVER_TOP2, cells_with_gain, line_colors
-from experiments.bench.stacks import windows_of
+from experiments.bench.stacks import planned_windows
 from scmoe.charts import chart, heading
 from scmoe.loads import BALANCED, Load, Sizes, counts_of, imbalance, load_of
 from scmoe.planning.clock import median, quartiles
@@ -58,7 +58,7 @@ def beside_balanced(measured: Measurement, balanced: Measurement, name: str, row
     block = setting.block_of(name)
     here = measured.rows[name]
     there = balanced.rows[name]
-    at_balance = row_of(balanced, name)
+    at_balance = measured_row(balanced, name)
     uneven = measured.times[here.best]
     even = measured.times[there.best]
     load = load_of(measured.load)
@@ -66,7 +66,7 @@ def beside_balanced(measured: Measurement, balanced: Measurement, name: str, row
     one_batch = here.best.batches_in_flight == 1  # uneven halves are not played
     if one_batch and load.kind != "ragged" and setting.layout in (None, "dropless"):
         sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
-        windows = windows_of(here.best, there.choices)
+        windows = planned_windows(here.best, there.choices)
         computing = sum(elapsed_time(*each) - exposed_time(*each) for each in windows)
         took = [
             sum(window_s(*w, load, sizes, setting.tokens, step) for w in windows)
@@ -139,11 +139,11 @@ def tables(report: dict[str, Any]) -> list[Report]:
     reports = []
     for each in report["loads"]:
         shown = columns if each["layout"] == "dropless" else columns | of_layout
-        reports.append(Report(words_of(each), cells_with_gain(each), shown))
+        reports.append(Report(load_conditions(each), cells_with_gain(each), shown))
     return reports
 
 
-def words_of(report: dict[str, Any]) -> str:
+def load_conditions(report: dict[str, Any]) -> str:
     """Return the conditions of a load's report."""
     load = report["load"]
     machine = (
@@ -186,7 +186,7 @@ class LoadPoint(NamedTuple):
 def lines_of(reports: Sequence[Mapping[str, Any]]) -> dict[str, list[LoadPoint]]:
     """Return a point of each row for each load."""
     lines: dict[str, list[LoadPoint]] = {}
-    for report in sorted(reports, key=heat_of):
+    for report in sorted(reports, key=busiest_over_mean):
         for name, row in rows_of(report).items():
             assert row.at_load is not None
             figures = row.at_load
@@ -199,7 +199,7 @@ def lines_of(reports: Sequence[Mapping[str, Any]]) -> dict[str, list[LoadPoint]]
     return lines
 
 
-def heat_of(report: Mapping[str, Any]) -> float:
+def busiest_over_mean(report: Mapping[str, Any]) -> float:
     """Return the load of the busiest rank over the mean."""
     return report["load"]["max_over_mean_ranks"]
 

@@ -36,7 +36,7 @@ from experiments.bench.other_settings import TrainingSetting
 from experiments.bench.rank_bench import Bench
 from experiments.bench.rate_search import find_rate
 from experiments.bench.row import BESIDE, from_json, to_json
-from experiments.bench.setting import Setting, pair_of
+from experiments.bench.setting import Setting, pair_setting
 from experiments.bench.speed_chart import OVER_TOP2, line_colors
 from experiments.bench.training.taking_turns import Training
 from experiments.bench.two_batches import over_best_top2
@@ -69,7 +69,7 @@ NETWORKS = (LINKS, WITHOUT_RATE)
 BALANCED_LINKS = "balanced, links"  # with a load, the same on the links with balanced routing
 
 
-def words_of(row: str) -> tuple[str, ...]:
+def row_overrides(row: str) -> tuple[str, ...]:
     """Return what a configuration says of a row."""
     return (TRAINED_ROWS | ROWS_OF_TWO_BATCHES)[row]
 
@@ -119,10 +119,10 @@ def bench_train(setting: TrainingSetting, overrides: Sequence[str], out: Path) -
     require("bench train", "matplotlib")
     ranks = setting.ranks
     words = [*overrides, f"trainer.devices={ranks}", f"strategy.ep_size={ranks}"]
-    configs = {row: load(setting.config, [*words, *words_of(row)]) for row in setting.rows}
+    configs = {row: load(setting.config, [*words, *row_overrides(row)]) for row in setting.rows}
     first = configs[setting.rows[0]]
     refuse_unequal(first)
-    pair = pair_of(first, setting.share, ranks, samples_of_rank(first) * first.data.seq_len)
+    pair = pair_setting(first, setting.share, ranks, samples_of_rank(first) * first.data.seq_len)
     imbalances = {}
     if setting.load is not None:
         imbalances = {row: made_by(setting.load, each, pair) for row, each in configs.items()}
@@ -213,7 +213,7 @@ def measure(
                 pool,
                 setting.ranks,
                 setting.config,
-                [*words, *words_of(row)],
+                [*words, *row_overrides(row)],
                 BALANCED if network == BALANCED_LINKS else setting.load,
                 ends,
             )

@@ -22,7 +22,7 @@ from lightning.pytorch import Callback
 from torch.profiler import profile
 
 from experiments.engine import links
-from experiments.engine.profiles import of_memory, peak_of
+from experiments.engine.profiles import allocated_peak, memory_profile
 from experiments.engine.ranks import RankError, run_ranks
 from scmoe.config.load import load
 from scmoe.loads import CurrentLoad, Sizes, deal, load_of
@@ -67,7 +67,7 @@ class TrainingTurns(Callback):
         if self.begun is not None:
             return
         if trainer.global_step == self.ends[0] - 1:
-            self.memory = of_memory()
+            self.memory = memory_profile()
             self.memory.start()
         self.begun = time.perf_counter()
 
@@ -80,7 +80,7 @@ class TrainingTurns(Callback):
         self.begun, self.step = None, trainer.global_step
         if self.memory is not None:
             self.memory.stop()
-            self.peak_mb = peak_of(self.memory) / 2**20
+            self.peak_mb = allocated_peak(self.memory) / 2**20
             self.memory = None
         if self.step in self.ends:
             self.turn.send([median(self.steps_s), median(self.windows_s or [math.nan])])

@@ -81,7 +81,7 @@ def check_row(bench: Bench, name: str) -> None:
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), (
                 f"{name} {variant}"
             )
-            assert [block.schedule for block in blocks] == variant.of_blocks(
+            assert [block.schedule for block in blocks] == variant.block_schedules(
                 block.schedule for block in blocks
             )
         halves = results(replace(mixed, batches_in_flight=2))

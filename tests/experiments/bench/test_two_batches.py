@@ -10,8 +10,8 @@ from experiments.bench.overlap.row_figures import over_best
 from experiments.bench.pairs import ROWS, default_schedule, usual_rows
 from experiments.bench.rank_bench import VariantTimes
 from experiments.bench.setting import Setting
-from experiments.bench.stacks import Variant, chosen_by, waiting_of
-from experiments.bench.training.slow_network import ROWS_OF_TWO_BATCHES, TRAINED_ROWS, words_of
+from experiments.bench.stacks import Variant, chosen_by, modelled_wait
+from experiments.bench.training.slow_network import ROWS_OF_TWO_BATCHES, TRAINED_ROWS, row_overrides
 from scmoe.command_line import call
 from scmoe.config.load import load
 from scmoe.config.rules import may_run_two_batches
@@ -50,7 +50,9 @@ def test_impossible_halves_are_refused(words, says, capsys):
 def test_the_rows_of_a_training_in_halves_differ_in_the_schedule_alone():
     assert ROWS_OF_TWO_BATCHES.keys() == {f"{row}_two" for row in TRAINED_ROWS}
     for row in TRAINED_ROWS:
-        one, two = (load(None, ["trainer.devices=2", *words_of(r)]) for r in (row, f"{row}_two"))
+        one, two = (
+            load(None, ["trainer.devices=2", *row_overrides(r)]) for r in (row, f"{row}_two")
+        )
         assert two.schedule.batches_in_flight == 2 and not two.schedule.auto
         assert not may_run_two_batches(one) or not one.schedule.auto, "as its name says"
         assert (two.moe, two.model, two.data) == (one.moe, one.model, one.data)
@@ -92,5 +94,5 @@ def test_the_model_s_waits_are_those_of_the_row_s_batches_in_flight():
     choices = [LayerChoice(Schedule("top_k"), times, (0.0, 0.0), batches) for batches in (1, 2)]
     one, two = (chosen_by([choice], "top2", "balanced") for choice in choices)
     assert (one.batches_in_flight, two.batches_in_flight) == (1, 2)
-    assert waiting_of(one, choices[:1]) == exposed_time(Schedule("top_k"), times[1]) == 4.0
-    assert waiting_of(two, choices[1:]) == 2.0
+    assert modelled_wait(one, choices[:1]) == exposed_time(Schedule("top_k"), times[1]) == 4.0
+    assert modelled_wait(two, choices[1:]) == 2.0

@@ -23,8 +23,8 @@ def test_all_clocks_together_leave_half_a_minute_of_nine():
 @pytest.mark.parametrize("tiny", [False, True])
 def test_models_train_on_one_device_in_bfloat16(tiny):
     place = Place("cpu", tiny, Path())
-    small = steps.config_of(place, steps.GPT2_CONFIG, "data.name=synthetic")
-    quick = steps.config_of(place, "quickstart.yaml", "data.name=text", "data.path=docs")
+    small = steps.shipped_config(place, steps.GPT2_CONFIG, "data.name=synthetic")
+    quick = steps.shipped_config(place, "quickstart.yaml", "data.name=text", "data.path=docs")
     for config in (small, quick):
         assert (config.trainer.precision, config.trainer.devices, config.strategy.ep_size) == (
             "bf16-mixed",

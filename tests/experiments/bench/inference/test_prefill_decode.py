@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments.bench.inference import generation, prefill_decode
-from experiments.bench.inference.gains import at_load, draw, summary, tables
+from experiments.bench.inference.gains import draw, summary, tables, uneven_report
 from experiments.bench.inference.pass_figures import SHAPES, PassFigures
 from experiments.bench.inference.prefill_decode import (
     IN_TWO_BATCHES,
@@ -158,7 +158,7 @@ def test_all_rows_are_measured_and_reported(tmp_path):
         {**report, "link_mbit": 145.0}, tmp_path / "chart.png"
     )  # `bench inference` always has links
     assert (tmp_path / "chart.png").stat().st_size > 10_000
-    uneven = at_load(found["hot_rank:2"], found[BALANCED], "hot_rank:2")
+    uneven = uneven_report(found["hot_rank:2"], found[BALANCED], "hot_rank:2")
     assert uneven["load"]["max_over_mean_ranks"] == 2.0
     for row in uneven["rows"].values():
         for figures in (row[shape] for shape in SHAPES if shape in row):

@@ -18,8 +18,8 @@ from experiments.bench.overlap.limits import (
 from experiments.bench.overlap.rounds import nearest
 from experiments.bench.overlap.speedups import name_of_report
 from experiments.bench.rank_bench import VariantTimes
-from experiments.bench.setting import Setting, pair_of, tokens_for
-from experiments.bench.stacks import Variant, chosen_by, config_of
+from experiments.bench.setting import Setting, pair_setting, tokens_for
+from experiments.bench.stacks import Variant, block_config, chosen_by
 from scmoe.command_line import call
 from scmoe.config.load import load
 from scmoe.planning.pricing import LayerChoice
@@ -104,8 +104,8 @@ def test_the_tokens_of_a_batch_give_the_wanted_ratio_of_rows_and_gradients(
 def test_a_pair_has_the_heads_of_its_configuration():
     """Three heads do not divide the width, so theirs must be stated."""
     config = load(None, ["model.heads=3", "model.dim=64", "model.head_dim=40"])
-    setting = pair_of(config, 0.5, 2, 64)
-    model = config_of("top2", setting).model
+    setting = pair_setting(config, 0.5, 2, 64)
+    model = block_config("top2", setting).model
     assert (model.heads, model.head_dim) == (3, 40)
 
 
@@ -150,7 +150,7 @@ def test_schedules_near_the_best_by_trial_go_into_the_rounds():
     [("nvidia", "nvidia_shortcut"), ("nous", "nous"), ("farskip", "instella_moe")],
 )
 def test_a_row_with_an_moe_in_every_block_is_wired_as_its_preset(block, preset):
-    own, published = config_of(block, Setting(every=1)).moe, load(f"model/{preset}").moe
+    own, published = block_config(block, Setting(every=1)).moe, load(f"model/{preset}").moe
     for name in (
         "architecture",
         "every",
@@ -169,12 +169,12 @@ def test_a_planners_choice_runs_in_every_block_as_chosen(chunks):
     tried, so it is not measured twice."""
     first, carried = (slots(Schedule("scmoe", tap, chunks=chunks)) for tap in ("first", "carried"))
     variants = [Variant("nous", schedule) for schedule in carried]
-    tried = {variant: variant.of_blocks((first[0], carried[0])) for variant in variants}
+    tried = {variant: variant.block_schedules((first[0], carried[0])) for variant in variants}
     for schedules in ([a, b] for a in first for b in carried):
         chosen = chosen_by(
             [LayerChoice(schedule, {}, ()) for schedule in schedules], "nous", "balanced"
         )
-        assert chosen.of_blocks((first[0], carried[0])) == schedules
+        assert chosen.block_schedules((first[0], carried[0])) == schedules
         assert (chosen in tried) == (schedules in tried.values())
     assert [schedule.slot for schedule, _ in tried.values()] == [0, 0, 1, 1], (
         "the last slot up to the place"
