@@ -29,7 +29,7 @@ from scmoe.blocks.wirings import WIRINGS
 from scmoe.moe import balance, stream
 from scmoe.moe.coefficient import COEFFICIENT_GATES
 from scmoe.moe.experts import ACTIVATIONS, Experts
-from scmoe.moe.layout import rows_of
+from scmoe.moe.layout import choose_rows
 from scmoe.moe.router import SCORINGS, Router, Scoring
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import RouterStats
@@ -71,7 +71,7 @@ def MoE(
     ffn_dim = 4 * dim if ffn_dim is None else ffn_dim
     gate = Router(dim, num_experts, top_k, scoring=scoring, zero_experts=zero_experts)
     experts = Experts(dim, ffn_dim, num_experts, wire.mesh.local_experts(num_experts), activation)
-    dispatcher, rows = make_dispatcher(wire, num_experts), rows_of(capacity_factor)
+    dispatcher, rows = make_dispatcher(wire, num_experts), choose_rows(capacity_factor)
     return MoEStream(gate, experts, dispatcher, rows)
 
 

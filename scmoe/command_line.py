@@ -122,7 +122,7 @@ def answer(*words: str) -> int:
     package 2, and the reason is one line on standard error; after Ctrl-C 130."""
     try:
         require_checkout(words[0] if words else "")
-        act, arguments, _ = app_of(*words[:1]).parse_args(
+        act, arguments, _ = build_app(*words[:1]).parse_args(
             [*words], exit_on_error=False, print_error=False
         )
         if act.__name__ == "help_print" and words and not {"-h", "--help"} & {*words}:
@@ -170,7 +170,7 @@ def numbers_of(words: Sequence[str], names: Sequence[str]) -> tuple[dict[str, in
     return numbers, others
 
 
-def app_of(verb: str = "") -> App:
+def build_app(verb: str = "") -> App:
     """Return the command line. The script of `verb` is imported, any other one only where it is
     needed."""
     app = App(
@@ -186,14 +186,14 @@ def app_of(verb: str = "") -> App:
     )
     for number, (name, what) in enumerate(VERBS.items()):
         if name == verb:
-            app.command(import_module(module_of(name)).main, name=name)
+            app.command(import_module(verb_module(name)).main, name=name)
         else:
-            app.command(f"{module_of(name)}:main", name=name, help=what, sort_key=number)
+            app.command(f"{verb_module(name)}:main", name=name, help=what, sort_key=number)
     app.register_install_completion_command()
     return app
 
 
-def module_of(verb: str) -> str:
+def verb_module(verb: str) -> str:
     """Return the module of a verb."""
     name = verb.replace("-", "_")
     if verb not in LABORATORY:

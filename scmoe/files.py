@@ -114,20 +114,20 @@ def write_in_turn(
     disk is full.
     """
     index: dict[str, Any] = {} if header is None else {"__metadata__": dict(header)}
-    places = places_of(shapes)
+    places = index_entries(shapes)
     text = json.dumps(index | places).encode()
     text += b" " * (-len(text) % 8)
     try:
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in places:
-                file.write(bytes_of(read(name)))
+                file.write(tensor_bytes(read(name)))
     except OSError as error:
         raise OSError(f"{path} could not be written: {error}") from error
     sync(path)
 
 
-def places_of(shapes: Mapping[str, "Tensor"]) -> dict[str, dict[str, Any]]:
+def index_entries(shapes: Mapping[str, "Tensor"]) -> dict[str, dict[str, Any]]:
     """Return the index's entry for each tensor, in the order of the data.
 
     Wide types come first, so that all are aligned.
@@ -143,7 +143,7 @@ def places_of(shapes: Mapping[str, "Tensor"]) -> dict[str, dict[str, Any]]:
     return places
 
 
-def bytes_of(tensor: "Tensor") -> memoryview:
+def tensor_bytes(tensor: "Tensor") -> memoryview:
     import torch  # here, as lists of runs need no torch
 
     return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data

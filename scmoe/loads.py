@@ -173,7 +173,7 @@ def allowed_instead(load: Load, sizes: Sizes, sequences: int) -> str | None:
     return None
 
 
-def kinds_of(loads: Sequence[str]) -> str:
+def loads_suffix(loads: Sequence[str]) -> str:
     """Return the end of a report's name, such as -hot_rank-recorded; empty without loads."""
     return "".join(f"-{kind}" for kind in dict.fromkeys(load_of(load).kind for load in loads))
 
@@ -221,7 +221,7 @@ def copies(shares_E: Sequence[float], total: int) -> list[int]:
     return counts
 
 
-def sequences_of(load: Load, mean: int, ranks: int) -> list[int]:
+def rank_sequences(load: Load, mean: int, ranks: int) -> list[int]:
     """Return the sequences of each rank in a batch: `mean` of them, but for a ragged load."""
     if load.kind != "ragged":
         return [mean] * ranks
@@ -243,11 +243,11 @@ def deal(sizes: Sizes, rank: int, current: CurrentLoad) -> Callable[[Tensor], Te
 
 def _dealt(sizes: Sizes, rank: int, current: CurrentLoad, x_TD: Tensor) -> Tensor:
     phase = current.load.phase(current.step, sizes.ranks)
-    return ids_of(current.load, sizes, rank, x_TD.shape[0], phase).to(x_TD.device)
+    return dealt_ids(current.load, sizes, rank, x_TD.shape[0], phase).to(x_TD.device)
 
 
 @lru_cache(512)
-def ids_of(load: Load, sizes: Sizes, rank: int, num_tokens: int, phase: int = 0) -> Tensor:
+def dealt_ids(load: Load, sizes: Sizes, rank: int, num_tokens: int, phase: int = 0) -> Tensor:
     """Return distinct expert ids of each token of a rank, [T, K]."""
     if load.kind in (BALANCED, "ragged"):
         return round_robin(sizes.num_experts, sizes.top_k)(torch.empty(num_tokens, 0))
@@ -305,7 +305,7 @@ def counts_of(
     """Return copies, [P, senders, E]. tokens: of each rank."""
     of_senders = []
     for rank, num_tokens in enumerate(tokens):
-        ids_TK = ids_of(load, sizes, rank, num_tokens, phase)
+        ids_TK = dealt_ids(load, sizes, rank, num_tokens, phase)
         size = -(-num_tokens // chunks)
         parts = [ids_TK[p * size : (p + 1) * size].flatten() for p in range(chunks)]
         counts_PE = [torch.bincount(part, minlength=sizes.num_experts) for part in parts]
@@ -318,7 +318,7 @@ def imbalance(load: Load, sizes: Sizes, sequences: int, seq_len: int) -> dict[st
 
     Each is over its mean: of the most uneven phase, or the median of recorded routings.
     """
-    tokens = [seq_len * number for number in sequences_of(load, sequences, sizes.ranks)]
+    tokens = [seq_len * number for number in rank_sequences(load, sequences, sizes.ranks)]
     of_ranks, of_experts = [], []
     for phase in range(load.phases(sizes.ranks)):
         counts_1E = counts_of(load, sizes, tokens, phase).sum(1)

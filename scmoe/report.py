@@ -126,7 +126,7 @@ def bullets_and_tables(value: Any) -> list[str]:
     tables = {key: entry for key, entry in value.items() if _is_table(entry)}
     lines = bullets({key: entry for key, entry in value.items() if key not in tables})
     for key, rows in tables.items():
-        lines += ["", f"{key}:", "", *table_of(rows)]
+        lines += ["", f"{key}:", "", *rows_table(rows)]
     return lines
 
 
@@ -144,7 +144,7 @@ def bullets(values: Mapping[str, Any]) -> list[str]:
     return [f"- {key}: {in_one_line(value)}" for key, value in values.items()]
 
 
-def table_of(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def rows_table(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return a Markdown table with a line for each row and a column for each key that a row has."""
     columns = list(dict.fromkeys(key for row in rows.values() for key in row))
     cells = [

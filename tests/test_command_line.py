@@ -12,7 +12,7 @@ import pytest
 from experiments.bench.other_settings import InferenceSetting
 from scmoe import __version__, command_line
 from scmoe.cli.generate import Options as GenerateOptions
-from scmoe.command_line import LABORATORY, VERBS, app_of, call, module_of
+from scmoe.command_line import LABORATORY, VERBS, build_app, call, verb_module
 from scmoe.config import extras
 from scmoe.config.extras import scmoe
 
@@ -145,7 +145,7 @@ OF_TABLE = "options=TableOptions(scale='small', jobs=3, seeds=None, to=None)"
     ],
 )
 def test_overrides_and_options_may_be_mixed(words, given):
-    _, bound, _ = app_of(words.split()[0]).parse_args(
+    _, bound, _ = build_app(words.split()[0]).parse_args(
         words.split(), exit_on_error=False, print_error=False
     )
     assert (
@@ -174,7 +174,7 @@ def test_the_next_command_is_named_as_it_works_here(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_every_shell_completes_every_verb(shell):
-    script = app_of().generate_completion(shell=shell)
+    script = build_app().generate_completion(shell=shell)
     assert [verb for verb in [*VERBS, *(what for _, what in SUBVERBS)] if verb not in script] == []
     if shell == "bash":
         subprocess.run(["bash", "-n"], input=script, text=True, check=True)
@@ -185,7 +185,7 @@ def test_every_module_of_a_verb_is_a_verb():
     modules = {path.stem for path in (ROOT / "scmoe/cli").glob("*.py")} - {"__init__"}
     assert modules == {verb.replace("-", "_") for verb in VERBS if verb not in LABORATORY}
     for verb in LABORATORY:
-        script = ROOT / f"{module_of(verb).replace('.', '/')}.py"
+        script = ROOT / f"{verb_module(verb).replace('.', '/')}.py"
         assert (
             script.read_text(encoding="utf-8").splitlines()[-1]
             == f'    sys.exit(call("{verb}", *sys.argv[1:]))'

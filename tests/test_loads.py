@@ -17,10 +17,10 @@ from scmoe.loads import (
     check_load,
     counts_of,
     deal,
-    ids_of,
+    dealt_ids,
     imbalance,
     load_of,
-    sequences_of,
+    rank_sequences,
     shares,
 )
 from scmoe.moe.dispatcher import Traffic
@@ -46,7 +46,7 @@ FORMULAS = {
 @pytest.mark.parametrize("name", LOADS)
 def test_tokens_choose_distinct_experts_and_all_copies_are_dealt(name, sizes):
     for phase in range(load_of(name).phases(sizes.ranks)):
-        ids_TK = ids_of(load_of(name), sizes, 0, TOKENS, phase)
+        ids_TK = dealt_ids(load_of(name), sizes, 0, TOKENS, phase)
         assert (
             ids_TK.shape == (TOKENS, sizes.top_k)
             and int(ids_TK.min()) >= 0
@@ -101,9 +101,9 @@ def test_the_hot_rank_moves():
 
 
 def test_ragged_tokens_have_the_total_of_the_balanced_ones():
-    assert sequences_of(load_of("ragged:1.5"), 4, 2) == [6, 2]
-    assert sequences_of(load_of("ragged:1.25"), 4, 4) == [5, 4, 4, 3]
-    assert sequences_of(load_of(BALANCED), 4, 2) == [4, 4]
+    assert rank_sequences(load_of("ragged:1.5"), 4, 2) == [6, 2]
+    assert rank_sequences(load_of("ragged:1.25"), 4, 4) == [5, 4, 4, 3]
+    assert rank_sequences(load_of(BALANCED), 4, 2) == [4, 4]
 
 
 def recording(tmp_path, top_k: int, layers: int = 2) -> str:
@@ -121,7 +121,7 @@ def test_a_recording_is_replayed_with_its_first_choices(tmp_path):
     load, sizes = load_of(recording(tmp_path, 2) + ":10:0"), Sizes(EXPERTS, 1, 2)
     assert load.phases(2) == 1
     for num_tokens in (16, 32, 128):  # fewer than the 32 recorded ones of a rank, as many, more
-        counts = torch.bincount(ids_of(load, sizes, 1, num_tokens).flatten(), minlength=EXPERTS)
+        counts = torch.bincount(dealt_ids(load, sizes, 1, num_tokens).flatten(), minlength=EXPERTS)
         assert (
             counts[5] == pytest.approx(0.75 * num_tokens, rel=0.3 if num_tokens < 32 else 0)
             and counts[3] > 0
@@ -132,7 +132,7 @@ def test_a_recording_is_replayed_with_its_first_choices(tmp_path):
 
 def test_a_second_choice_that_is_not_recorded_has_the_distribution_of_the_first(tmp_path):
     load = load_of(recording(tmp_path, 1) + ":10:0")
-    ids_TK = ids_of(load, Sizes(EXPERTS, 2, 2), 0, 32)
+    ids_TK = dealt_ids(load, Sizes(EXPERTS, 2, 2), 0, 32)
     assert all(first != second for first, second in ids_TK.tolist())
     assert {*ids_TK[ids_TK[:, 0] == 5, 1].tolist()} == {3}, (
         "the only other choice that was recorded"

@@ -31,7 +31,7 @@ from experiments.bench.other_settings import LayerSetting
 from experiments.engine.isolated import Pieces, Place, attempt
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Activation, Experts, batched_mlps, grouped_mlps
-from scmoe.moe.layout import rows_of
+from scmoe.moe.layout import choose_rows
 from scmoe.moe.router import Router, round_robin
 from scmoe.moe.stream import MoEStream
 from scmoe.planning.clock import CPU, in_turn, median, seconds
@@ -112,7 +112,10 @@ def bench_layer(setting: LayerSetting) -> dict[str, Any]:
     variants: dict[str, Made] = {
         PRODUCTS: (DenseProducts(dim, ffn_dim, nn.Identity()), rows),
         GELU: (DenseProducts(dim, ffn_dim, nn.GELU()), rows),
-        LAYER: (MoEStream(router, module, LocalDispatcher(), rows_of(capacity, filled=True)), x),
+        LAYER: (
+            MoEStream(router, module, LocalDispatcher(), choose_rows(capacity, filled=True)),
+            x,
+        ),
     }
     if tokens * top_k % experts == 0:
         variants[BATCHED] = (
@@ -303,7 +306,7 @@ def measure(
     def layer(module: Experts, capacity_factor: float | None, balanced: bool) -> Made:
         deal = round_robin(num_experts, TOP_K) if balanced else None
         router = random_weights(Router(dim, num_experts, TOP_K, deal=deal).to(dtype), device)
-        return MoEStream(router, module, LocalDispatcher(), rows_of(capacity_factor)), x()
+        return MoEStream(router, module, LocalDispatcher(), choose_rows(capacity_factor)), x()
 
     def mixtral(implementation: str) -> Made:
         block = mixtral_block(dim, narrow, num_experts, TOP_K, implementation)

@@ -21,7 +21,7 @@ from experiments.bench.stacks import Stack, Variant, make_blocks, make_step, row
 from experiments.engine import links
 from experiments.engine.profiles import peak_bytes
 from experiments.engine.ranks import say_once
-from scmoe.loads import BALANCED, CurrentLoad, load_of, sequences_of
+from scmoe.loads import BALANCED, CurrentLoad, load_of, rank_sequences
 from scmoe.models.residual_stream import run_blocks
 from scmoe.models.run_as import run_as, schedule_of
 from scmoe.moe.dispatcher import Blocking, Dispatcher
@@ -86,7 +86,7 @@ class Bench:
         self.steps = {n: make_step(model, setting, wire) for n, model in self.models.items()}
         self.inputs = {}
         for load in dict.fromkeys((BALANCED, *setting.loads)):
-            sequences = sequences_of(load_of(load), setting.sequences, ranks)[dist.get_rank()]
+            sequences = rank_sequences(load_of(load), setting.sequences, ranks)[dist.get_rank()]
             shape = sequences, setting.seq_len, setting.dim
             self.inputs[load] = torch.randn(
                 shape, device=self.device, dtype=dtype, requires_grad=True

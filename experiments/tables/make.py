@@ -17,7 +17,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.report import say
 from scmoe.runs.seen import SeenRun
 from scmoe.sweeps.batch import BatchProgress, JobBatch
-from scmoe.sweeps.jobs import State, StudyJob, clock, lock_of
+from scmoe.sweeps.jobs import State, StudyJob, clock, hold_lock
 
 RESUMES = "the same command resumes it"
 
@@ -42,7 +42,7 @@ def make_table(plan: TablePlan) -> TableOutcome:
     table, runs = plan.table, plan.runs
     evaluations = Evaluations(table, plan.scale)
     speeds: list[StudyJob] = []
-    with lock_of(plan.folder) as lock:
+    with hold_lock(plan.folder) as lock:
         read_usable_states(runs, evaluations)
         signal = make_runs(runs, lock, plan.jobs, table.summary_keys, evaluations)
         if not signal:

@@ -32,7 +32,7 @@ from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.parallel.checkpoint.state import META
 from scmoe.runs.seen import SeenRun, flat
 from scmoe.sweeps.checks import is_number
-from scmoe.sweeps.jobs import State, StudyJob, digest_of
+from scmoe.sweeps.jobs import State, StudyJob, config_digest
 
 OWN = (
     "model.",
@@ -59,7 +59,7 @@ class Run:
 
     @cached_property
     def digest(self) -> str:
-        return digest_of(self.config)
+        return config_digest(self.config)
 
     @property
     def unit(self) -> str:

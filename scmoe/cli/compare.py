@@ -26,9 +26,9 @@ def main(run: str, /, *more: str, out: Path = Path("runs/compare.png")) -> None:
     runs = [open_run(name) for name in (run, *more)]
     from scmoe.runs import compare
 
-    letters = compare.letters_of(runs)
+    letters = compare.run_letters(runs)
     gains = compare.gains_of_schedules(runs, letters)
     tables = (compare.results_table(runs, letters), compare.differences_table(runs, letters))
     console(ONE_LINE, stderr=False).print(*tables, *gains, sep="\n")
-    compare.draw(runs, compare.labels_of(runs, letters), out)
+    compare.draw(runs, compare.run_labels(runs, letters), out)
     print(out)

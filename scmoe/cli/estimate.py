@@ -81,7 +81,7 @@ def main(config: str, /, *words: KeyValue, counted: bool = False) -> None:
     from scmoe.predict.costs import estimate
 
     facts = estimate(settings)
-    console().print(table_of(facts))
+    console().print(estimate_table(facts))
     print_result(facts)
 
 
@@ -117,7 +117,7 @@ def count(config: Config) -> None:
     print_result(facts)
 
 
-def table_of(facts: Mapping[str, Any]) -> Any:
+def estimate_table(facts: Mapping[str, Any]) -> Any:
     """Return a line for each quantity: its name, its value, and how it was computed."""
     from rich.table import Column, Table
 

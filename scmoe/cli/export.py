@@ -31,19 +31,19 @@ def main(
     from scmoe.config.registry import named
     from scmoe.parallel.checkpoint.export import consolidate
     from scmoe.runs.seen import SeenRun
-    from scmoe.training.assembly.data import kept_tokenizer, tokenizer_of
+    from scmoe.training.assembly.data import kept_tokenizer, prepared_tokenizer
     from scmoe.training.assembly.model import build_model_on_meta
-    from scmoe.training.run.resume import config_of, find_checkpoint, refuse_other_model
+    from scmoe.training.run.resume import checkpoint_config, find_checkpoint, refuse_other_model
     from scmoe.weights.hf_folder import write_folder
     from scmoe.weights.pretrained import model_settings
 
     out = out or run_dir / "export" / ("hf" if format == "hf" else "model.safetensors")
     try:
         checkpoint = find_checkpoint(run_dir, which)
-        config = config_of(checkpoint, overrides)
-        refuse_other_model(config, config_of(checkpoint, named(overrides)), checkpoint)
+        config = checkpoint_config(checkpoint, overrides)
+        refuse_other_model(config, checkpoint_config(checkpoint, named(overrides)), checkpoint)
         if format == "hf":
-            of_data = tokenizer_of(config, checkpoint)
+            of_data = prepared_tokenizer(config, checkpoint)
             metrics = SeenRun(run_dir).metrics
             kind = write_folder(
                 checkpoint, out, config, build_model_on_meta(config), of_data, metrics=metrics

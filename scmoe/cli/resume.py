@@ -20,9 +20,9 @@ def main(run: Path, /, *overrides: KeyValue) -> None:
 
     run_dir = run.resolve()
     refuse_without_checkpoint(run_dir)
-    from scmoe.training.run.resume import resumption, step_of
+    from scmoe.training.run.resume import resumption, split_step
 
-    step, settings = step_of(overrides)
+    step, settings = split_step(overrides)
     config, resumed = resumption(run_dir, settings, step)
     from scmoe.training.assembly.start import Start
     from scmoe.training.run.train import train

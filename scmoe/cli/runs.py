@@ -17,12 +17,12 @@ def main(folder: Path = Path("runs"), /, *, last: Count = 30) -> None:
         last: how many of the newest
     """
     from scmoe.report import console
-    from scmoe.runs.seen import ONE_LINE, find_runs, readable, table_of
+    from scmoe.runs.seen import ONE_LINE, find_runs, readable, runs_table
 
     if not folder.is_dir():
         raise ConfigError(f"the folder of runs, {str(folder)!r}, does not exist. Give another one")
     runs = find_runs(folder)
     shown = readable(runs[:last])
     console(ONE_LINE, stderr=False).print(
-        table_of(shown, folder), f"{len(shown)} of {len(runs)} runs in {folder}", sep="\n"
+        runs_table(shown, folder), f"{len(shown)} of {len(runs)} runs in {folder}", sep="\n"
     )

@@ -13,7 +13,7 @@ FAMILY_ACTIVATIONS = {"gpt": "gelu", "llama": "swiglu"}  # what model.activation
 SHORTCUTS = {"scmoe": "scmoe", "dgmoe": "dgmoe", "dgmoe_share": "dgmoe"}
 
 
-def wiring_of(config: Config, architecture: str | None = None) -> Wiring:
+def resolve_wiring(config: Config, architecture: str | None = None) -> Wiring:
     """Return how the blocks with an MoE are wired. architecture: of the blocks, if it is not that
     of the configuration."""
     moe = config.moe

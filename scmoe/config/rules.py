@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from scmoe.config.derived import SHORTCUTS, resolve_ep_size, wiring_of
+from scmoe.config.derived import SHORTCUTS, resolve_ep_size, resolve_wiring
 from scmoe.config.fields import Config
 from scmoe.config.leaves import leaves
 from scmoe.config.refuse import Refusals, Remedy, refuse
@@ -206,7 +206,7 @@ def _schedule(config: Config) -> Refusals:
         return
     if schedule.slot is None and not schedule.inside_attention:
         return
-    wiring = wiring_of(config)
+    wiring = resolve_wiring(config)
     for position in dict.fromkeys(wiring.taps):
         each = Schedule(wiring.architecture, position)
         if schedule.slot is not None and schedule.slot > len(each.window):

@@ -42,11 +42,11 @@ def note_absent(error: BaseException, mesh: Mesh) -> list[int]:
         answer = "all ranks answer, so one was late"
     else:
         answer = "rank 0 answers; its error says more"
-    error.add_note(f"rank {mesh.rank} waited at {line_of(error)}; roll call: {answer}")
+    error.add_note(f"rank {mesh.rank} waited at {innermost_line(error)}; roll call: {answer}")
     return absent
 
 
-def line_of(error: BaseException) -> str:
+def innermost_line(error: BaseException) -> str:
     """Return the innermost line outside of installed packages where the error was raised."""
     frames = [
         frame

@@ -45,7 +45,7 @@ from scmoe.lightning.trainer_checkpoints import (
 )
 from scmoe.parallel.checkpoint.saving import Checkpoints
 from scmoe.parallel.checkpoint.state import model_state, optimizer_state
-from scmoe.parallel.dense.dense_auto import estimates_of, memory_of_rank, pick_dense
+from scmoe.parallel.dense.dense_auto import memory_estimates, memory_of_rank, pick_dense
 from scmoe.parallel.dense.sharded import (
     Steps,
     check_dense,
@@ -228,7 +228,7 @@ class ExpertParallelStrategy(DDPStrategy):
 
     def model_to_device(self) -> None:
         if self.dense == "auto" and self.dense_estimates is None and not self.is_split:
-            self._split("auto", estimates_of(self.module, self.mesh, self.num_processes))
+            self._split("auto", memory_estimates(self.module, self.mesh, self.num_processes))
             self.checkpoints.mesh = self.mesh  # it was made before the weights were split
         if self.is_split and not any(isinstance(p, DTensor) for p in self.module.parameters()):
             shard(self.module, self.mesh, self.precision_plugin.precision)

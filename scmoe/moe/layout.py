@@ -365,7 +365,7 @@ class Buffers:
         return Buffers(float(num_experts), sums=False)
 
 
-def rows_of(capacity_factor: float | None, filled: bool = False) -> Rows:
+def choose_rows(capacity_factor: float | None, filled: bool = False) -> Rows:
     """Return the rows of a capacity factor; None: dropless.
 
     Raises ValueError for a factor that is not above 0 or is above 1e6.

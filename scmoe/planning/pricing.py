@@ -152,15 +152,16 @@ def measured(
     times_GR = times_R.unflatten(0, (-1, ep_size or len(times_R)))
     layers = times_GR.split([times_dN2.shape[1] for times_dN2 in local_layers], 3)
     return Sample.stacked(
-        seconds_of(times, schedule) for times, schedule in zip(layers, schedules, strict=True)
+        layer_seconds(times, schedule) for times, schedule in zip(layers, schedules, strict=True)
     )
 
 
 def noted(recorder: Recorder, schedule: Schedule, directions: Sequence[Direction]) -> Tensor:
     """Return when each operator begins and ends on this rank, [directions, N + 1, 2].
 
-    The operators are those between the tap and the end of the block, in the order of `names_of`;
-    then comes all that is before the tap. What was not noted takes no time, at the tap.
+    The operators are those between the tap and the end of the block, in the order of
+    `operator_names`; then comes all that is before the tap. What was not noted takes no time, at
+    the tap.
     """
     rows = []
     for direction in directions:
@@ -169,17 +170,17 @@ def noted(recorder: Recorder, schedule: Schedule, directions: Sequence[Direction
             op: [(span.start, span.end) for span in spans if span.operator == op]
             for op in OPERATORS
         }
-        row = [times[op].pop(0) if times[op] else (tap, tap) for op in names_of(schedule)]
+        row = [times[op].pop(0) if times[op] else (tap, tap) for op in operator_names(schedule)]
         rows.append([*row, before_tap(recorder.spans(direction), tap, direction)])
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def names_of(schedule: Schedule) -> list[str]:
+def operator_names(schedule: Schedule) -> list[str]:
     """Return the schedule's operators in the order of OPERATORS."""
     return sorted(schedule.operators(), key=OPERATORS.index)
 
 
-def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Sample:
+def layer_seconds(times_GRdN2: Tensor, schedule: Schedule) -> Sample:
     """Return the seconds of one layer, as `measured` does.
 
     times_GRdN2: what `noted` returned, of each EP group and rank.
@@ -189,13 +190,13 @@ def seconds_of(times_GRdN2: Tensor, schedule: Schedule) -> Sample:
     times_GRdN2 = times_GRdN2[..., :-1, :]
     begin_GdN, end_GdN = times_GRdN2.amax(1).unbind(-1)
     took_dN = (end_GdN - begin_GdN).mean(0)
-    experts = [name == "experts" for name in names_of(schedule)]
+    experts = [name == "experts" for name in operator_names(schedule)]
     longest_dN = (times_GRdN2[..., 1] - times_GRdN2[..., 0]).amax(1).mean(0)[:, experts]
     hidden_d = (longest_dN - took_dN[:, experts]).sum(1)
     took_dN[:, experts] = longest_dN
     seconds = []
     for operator in OPERATORS:
-        runs_dn = took_dN[:, [name == operator for name in names_of(schedule)]]
+        runs_dn = took_dN[:, [name == operator for name in operator_names(schedule)]]
         seconds_d = runs_dn.sum(1)
         if operator not in PER_CHUNK:
             seconds_d = seconds_d / max(1, runs_dn.shape[1])
@@ -256,9 +257,11 @@ def price(
     candidates = {}
     for chunks in samples:
         by_slot = [layer[chunks] for layer in layers]
-        slots_of_any = sorted({place_of(choice) for choices in by_slot for choice in choices})
-        in_all_layers = [[at_place(choices, slot) for choices in by_slot] for slot in slots_of_any]
-        different = {tuple(map(place_of, choices)): choices for choices in in_all_layers}
+        slots_of_any = sorted({slot_key(choice) for choices in by_slot for choice in choices})
+        in_all_layers = [
+            [choice_at_slot(choices, slot) for choices in by_slot] for slot in slots_of_any
+        ]
+        different = {tuple(map(slot_key, choices)): choices for choices in in_all_layers}
         same_slot = sorted(different.values(), key=predicted)
         best = [min(choices, key=lambda choice: choice.predicted) for choices in by_slot]
         gains = predicted(best) < WORTH_OWN_SLOTS * predicted(same_slot[0])
@@ -295,17 +298,17 @@ def price_layer(
     return choices
 
 
-def place_of(choice: LayerChoice) -> tuple[int, bool]:
+def slot_key(choice: LayerChoice) -> tuple[int, bool]:
     """Return the slot and whether it is inside the attention after it, to be sorted."""
     return choice.schedule.slot, choice.schedule.inside_attention
 
 
-def at_place(choices: Sequence[LayerChoice], slot: tuple[int, bool]) -> LayerChoice:
+def choice_at_slot(choices: Sequence[LayerChoice], slot: tuple[int, bool]) -> LayerChoice:
     """Return the choice of a layer at this slot, or at the last one before it.
 
-    slot: as `place_of`. choices: in the order of the window.
+    slot: as `slot_key`. choices: in the order of the window.
     """
-    return [choice for choice in choices if place_of(choice) <= slot or choice is choices[0]][-1]
+    return [choice for choice in choices if slot_key(choice) <= slot or choice is choices[0]][-1]
 
 
 def batches_in_flight(choices: Sequence[LayerChoice]) -> int:

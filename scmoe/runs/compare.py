@@ -22,7 +22,7 @@ LEGEND_LETTERS = 60  # of a line of the legend
 Points = list[tuple[float, float]]
 
 
-def letters_of(runs: Sequence[SeenRun]) -> list[str]:
+def run_letters(runs: Sequence[SeenRun]) -> list[str]:
     """Return the letter by which each run is named in tables and legends."""
     return [chr(ord("a") + i) if i < 26 else str(i + 1) for i in range(len(runs))]
 
@@ -69,7 +69,7 @@ def gains_of_schedules(runs: Sequence[SeenRun], letters: Sequence[str]) -> list[
     return lines
 
 
-def labels_of(runs: Sequence[SeenRun], letters: Sequence[str]) -> list[str]:
+def run_labels(runs: Sequence[SeenRun], letters: Sequence[str]) -> list[str]:
     """Return for each run its letter, its name, and the values in which the runs differ."""
     different = differences(runs)
     labels = []

@@ -28,7 +28,7 @@ from scmoe.moe.tokens import Routing
 from scmoe.parallel.wire.wire import Wire
 from scmoe.runs.hf_attention import has_packed_texts, seen_in_pass
 from scmoe.training.assembly.model import build_network
-from scmoe.weights.hf_config import OUR_MODEL_TYPE, our_config, scmoe_config, sizes_of
+from scmoe.weights.hf_config import OUR_MODEL_TYPE, our_config, scmoe_config, transformers_sizes
 
 # What callers hand over that says nothing beyond other arguments: generate its tokenizers, and
 # collators that pack texts what follows from position_ids.
@@ -75,7 +75,7 @@ class ScMoEConfig(PretrainedConfig):
         return our_config({"model_type": OUR_MODEL_TYPE, "scmoe": self.scmoe}, "config.json")
 
     def sizes(self) -> dict[str, Any]:
-        return sizes_of(self.ours())
+        return transformers_sizes(self.ours())
 
 
 @dataclass

@@ -21,7 +21,7 @@ from scmoe.training.assembly.start import Start
 from scmoe.training.modules import MoEModule
 from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import check_devices, check_resident
-from scmoe.training.run.resume import Which, config_of, find_checkpoint, refuse_other_model
+from scmoe.training.run.resume import Which, checkpoint_config, find_checkpoint, refuse_other_model
 from scmoe.training.run.train import silence_lightning
 from scmoe.weights.hf_config import SENDS_NO_ROWS
 
@@ -55,7 +55,7 @@ def find_weights(run: Path, which: Which, overrides: Sequence[str]) -> tuple[Pat
     """
     if run.suffix != EXPORT:
         checkpoint = find_checkpoint(run, which, UNREAD)
-        read = partial(config_of, checkpoint, trains=False)
+        read = partial(checkpoint_config, checkpoint, trains=False)
         return checkpoint, config_without_training(read, checkpoint, overrides, "as trained")
     read = partial(load_kept, run.parent / "config.yaml", trains=False)
     config = config_without_training(read, run, overrides, "as trained")
@@ -85,7 +85,7 @@ def config_without_training(
     config = read([*ONE_RANK, *overrides, *WITHOUT, rows])
     given = {key_of(word) for word in overrides}
     if rows_travel == "as trained" and resolve_ep_size(config) > 1 and not given & KEYS_OF_TRAVEL:
-        config = read([*ONE_RANK, *schedule_of(of_training), *overrides, *WITHOUT, rows])
+        config = read([*ONE_RANK, *travel_overrides(of_training), *overrides, *WITHOUT, rows])
     if config.strategy.dense != "replicated":  # FSDP does not run in inference mode
         raise ConfigError(
             f"strategy.dense is {config.strategy.dense!r}, which is for training only. Use"
@@ -95,7 +95,7 @@ def config_without_training(
     return config
 
 
-def schedule_of(config: Config) -> list[str]:
+def travel_overrides(config: Config) -> list[str]:
     """Return the overrides that let rows between ranks travel as in this training."""
     schedule = config.schedule
     batches = "null" if schedule.batches_in_flight is None else schedule.batches_in_flight

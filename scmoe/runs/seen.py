@@ -276,7 +276,7 @@ def differing_fields(runs: Sequence[SeenRun]) -> dict[SeenRun, str]:
     return {run: " ".join(fields) for run, fields in words.items()}
 
 
-def table_of(runs: Sequence[SeenRun], folder: Path) -> Table:
+def runs_table(runs: Sequence[SeenRun], folder: Path) -> Table:
     table = Table(
         Column("run", overflow="fold"),
         Column("state", no_wrap=True),

@@ -26,7 +26,7 @@ from scmoe.parallel.checkpoint.loading import check_same_model, load_model, weig
 from scmoe.training.assembly.model import build_model, build_model_on_meta
 from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import has_gpus
-from scmoe.training.run.resume import Which, config_of, find_checkpoint
+from scmoe.training.run.resume import Which, checkpoint_config, find_checkpoint
 from scmoe.training.threads import cpu_threads
 from scmoe.weights.families import READERS
 from scmoe.weights.hf_config import OUR_MODEL_TYPE, dropless, our_config
@@ -34,7 +34,7 @@ from scmoe.weights.pretrained import (
     check_settings,
     read_config,
     read_hf,
-    settings_of,
+    resolved_settings,
     stored_in,
     weight_files,
 )
@@ -64,7 +64,7 @@ def load_trained(path: str | Path, which: Which = "last") -> Any:
             " export, or a folder with config.json."
         )
     checkpoint = find_checkpoint(path, which)
-    model = build(config_of(checkpoint))
+    model = build(checkpoint_config(checkpoint))
     load_model(checkpoint, model)
     return model
 
@@ -73,7 +73,7 @@ def check_export(file: Path, config: Config) -> None:
     """Raise ConfigError if the config.yaml beside an exported file describes another model than the
     file's header."""
     try:
-        check_settings(settings_of(config), read_settings(file))
+        check_settings(resolved_settings(config), read_settings(file))
     except ValueError as error:
         raise ConfigError(
             f"{file} cannot be used with the config.yaml beside it: {error}"

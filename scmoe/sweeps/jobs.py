@@ -5,8 +5,8 @@
         states/<job>.json     what is known of a job: whole or absent
         logs/<job>.log        what its training printed
 
-Runs of equal `digest_of` have equal results. A table makes a run again if its config's digest has
-changed; a sweep goes on only if its base config's is unchanged.
+Runs of equal `config_digest` have equal results. A table makes a run again if its config's digest
+has changed; a sweep goes on only if its base config's is unchanged.
 """
 
 import fcntl
@@ -133,7 +133,7 @@ class StudyJob:
 
 
 @contextmanager
-def lock_of(study: Path) -> Iterator[IO[str]]:
+def hold_lock(study: Path) -> Iterator[IO[str]]:
     """Hold the lock of a study. Raises ConfigError where another process holds it."""
     study.mkdir(parents=True, exist_ok=True)
     with (study / "lock").open("w", encoding="utf-8") as lock:
@@ -146,7 +146,7 @@ def lock_of(study: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def digest_of(config: Config) -> str:
+def config_digest(config: Config) -> str:
     """Return a hash of the values that can change a result. Defaults are left out: a new field
     changes no digest."""
     values = flat(to_yaml(config)).items()

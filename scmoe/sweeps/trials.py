@@ -23,7 +23,7 @@ from scmoe.files import write_whole
 from scmoe.report import say
 from scmoe.runs.seen import SeenRun
 from scmoe.sweeps.batch import BatchProgress, JobBatch
-from scmoe.sweeps.jobs import State, StudyJob, digest_of, lock_of
+from scmoe.sweeps.jobs import State, StudyJob, config_digest, hold_lock
 from scmoe.sweeps.search import Trial, best, propose, total
 from scmoe.sweeps.sweep_file import Sweep, words
 
@@ -66,7 +66,7 @@ def run_trials(sweep: Sweep) -> tuple[list[Trial], int]:
         return f"best {first.value:.4g}" if first and first.value is not None else ""
 
     watch = BatchProgress(result, best_so_far)
-    with lock_of(sweep.folder) as lock, watch.bar:
+    with hold_lock(sweep.folder) as lock, watch.bar:
         jobs = _begun(sweep)
         if ended := sum(job.state.has_ended for job in jobs):
             watch.say(f"{ended} trials have ended already")
@@ -124,7 +124,7 @@ def _begun(sweep: Sweep) -> list[StudyJob]:
         for key, value in sweep.raw.items()
         if key not in ("run_cap", "name", "description")
     }
-    digest = {sweep.config: digest_of(sweep.base)}
+    digest = {sweep.config: config_digest(sweep.base)}
     settings: dict[str, Any] = json.loads(json.dumps(same)) | digest
     begun_with = settings
     if path.exists():

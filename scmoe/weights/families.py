@@ -31,7 +31,7 @@ INSTELLA_CLASS = "InstellaMoEForCausalLM"
 LONGCAT_CLASS = "LongcatFlashForCausalLM"
 
 
-def family_of(config: Mapping[str, Any]) -> Any:
+def reader_name(config: Mapping[str, Any]) -> Any:
     """Return the name of the reader of a config.json.
 
     It is the model_type, with two exceptions where the class decides: Instella-MoE declares the

@@ -21,9 +21,9 @@ from typing import Any
 from scmoe.config.fields import Config
 from scmoe.config.load import load_text
 from scmoe.config.registry import ARCHITECTURES, ROUTERS
-from scmoe.weights.families import READERS, family_of
+from scmoe.weights.families import READERS, reader_name
 from scmoe.weights.family_keys import ALWAYS, FAMILY_KEYS, YARN
-from scmoe.weights.pretrained import model_settings, settings_of
+from scmoe.weights.pretrained import model_settings, resolved_settings
 
 OUR_MODEL_TYPE = "scmoe"
 NATIVE = {
@@ -108,7 +108,7 @@ def native_config(config: Config) -> dict[str, Any] | None:
 
 def their_config(family: str, config: Config) -> dict[str, Any]:
     """Return a config.json of this model_type with all settings that it has keys for."""
-    settings = settings_of(config)
+    settings = resolved_settings(config)
     model = config.model
     activation = settings["model.activation"]
     content: dict[str, Any] = {"model_type": family, "architectures": [NATIVE[family]]}
@@ -167,18 +167,18 @@ def scmoe_config(config: Config) -> dict[str, Any]:
                 "seq_len": config.data.seq_len,
             },
         },
-        **sizes_of(config),
+        **transformers_sizes(config),
     }
 
 
-def sizes_of(config: Config) -> dict[str, Any]:
+def transformers_sizes(config: Config) -> dict[str, Any]:
     """Return the settings of a model of type scmoe under transformers' names, for programs that
     read them.
 
     With latent attention a cache has one head, whose keys are the latents. num_experts: what a
     router chooses from, zero experts included; a dense model has no such setting.
     """
-    settings = settings_of(config)
+    settings = resolved_settings(config)
     model = config.model
     is_latent = model.attention == "latent"
     experts = {}
@@ -207,9 +207,9 @@ def our_config(content: dict[str, Any], source: str) -> Config:
     if content.get("model_type") == OUR_MODEL_TYPE:
         return load_text(json.dumps(content.get("scmoe")), source)
     try:
-        settings, problems, _ = READERS[family_of(content)](content)
+        settings, problems, _ = READERS[reader_name(content)](content)
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{source} is not that of a {family_of(content)}: {error!r}") from error
+        raise ValueError(f"{source} is not that of a {reader_name(content)}: {error!r}") from error
     if problems:
         raise ValueError(f"{source}: {'; '.join(problems)}")
     ours = {

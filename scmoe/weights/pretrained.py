@@ -20,7 +20,7 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import flatten, leaves, show
 from scmoe.config.registry import ARCHITECTURES, FAMILIES
 from scmoe.parallel.checkpoint.export import read_settings
-from scmoe.weights.families import READERS, family_of
+from scmoe.weights.families import READERS, reader_name
 from scmoe.weights.names import in_our_layout, is_unread
 
 # A reader makes a name for each matrix of each expert before it compares them with the files, so a
@@ -73,7 +73,7 @@ def read_hf(folder: Path) -> Checkpoint:
     files = weight_files(folder)
     if not files:
         raise ValueError(f"{folder} has no weights in *.safetensors. Other formats are not read.")
-    family = family_of(config)
+    family = reader_name(config)
     try:
         settings, problems, names = READERS[family](config)
     except (KeyError, TypeError, ZeroDivisionError) as error:
@@ -119,7 +119,7 @@ def read_config(folder: Path, families: tuple[str, ...]) -> dict[str, Any]:
     """
     try:
         content: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        family = family_of(content)
+        family = reader_name(content)
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder}: config.json cannot be read: {error!r}") from error
     if family not in families:
@@ -192,7 +192,7 @@ def check_settings(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
         raise ValueError(f"its weights belong to a model with other settings: {'; '.join(other)}")
 
 
-def settings_of(config: Config) -> dict[str, Any]:
+def resolved_settings(config: Config) -> dict[str, Any]:
     """Return the config's values by key, with null resolved where other values determine it."""
     model, moe = config.model, config.moe
     resolved: dict[str, Any] = {"moe.first_position": moe.first_position or moe.position}
@@ -245,5 +245,5 @@ def model_settings(config: Config) -> dict[str, Any]:
         keys += ["moe.combine", "moe.coefficient_input"]
     if config.extensions:
         keys.append("options")
-    here = settings_of(config)
+    here = resolved_settings(config)
     return {key: here[key] for key in keys}

@@ -41,7 +41,7 @@ def fill(
     put: copies a value into a weight, or into the part of a weight that this rank holds. Raises
     ValueError, which names all mismatches, before any weight is set.
     """
-    sources = sources_of(model, checkpoint)
+    sources = weight_sources(model, checkpoint)
     parameters = dict(model.named_parameters())
     upcycled = is_upcycled(model, checkpoint)
     share = upcycled_weight if upcycled else share_here
@@ -59,7 +59,7 @@ def fill(
                 block.coefficient.gate.weight.zero_()
 
 
-def sources_of(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+def weight_sources(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     """Return for each weight of `model` the name of the weight in the checkpoint from which it is
     set. No weight is read.
 

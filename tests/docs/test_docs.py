@@ -17,7 +17,7 @@ from cyclopts import CycloptsError
 
 import docs.examples.my_architecture  # noqa: F401  else the fixture would forget what it registers
 from experiments.tables.table_file import load_table
-from scmoe.command_line import VERBS, app_of, numbers_of
+from scmoe.command_line import VERBS, build_app, numbers_of
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, leaves
 from scmoe.config.load import load
@@ -255,7 +255,7 @@ def refused(command: str) -> str | None:
         if not words:
             return None if NO_VERB.match(command) else "it starts no verb of scmoe"
         verb, *arguments = words
-        app_of(verb).parse_args(words, exit_on_error=False, print_error=False)
+        build_app(verb).parse_args(words, exit_on_error=False, print_error=False)
         given = [word for word in arguments[1:] if re.match(r"[a-z_.]+=(?!\.\.\.)", word)]
         if verb == "advise":
             given = [word.partition(",")[0] for word in given]  # of several values, the first

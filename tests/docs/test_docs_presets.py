@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from scmoe.blocks.wirings import WIRINGS, Wiring
-from scmoe.config.derived import wiring_of
+from scmoe.config.derived import resolve_wiring
 from scmoe.config.load import load
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -36,9 +36,9 @@ def words(cell: str) -> list[str]:
 
 
 def test_a_row_of_the_wirings_has_the_defaults_of_a_configuration():
-    assert wiring_of(load(None)) == Wiring() == WIRINGS["scmoe"]
+    assert resolve_wiring(load(None)) == Wiring() == WIRINGS["scmoe"]
     for row in WIRINGS.values():
-        assert wiring_of(load(None, row.overrides)) == row
+        assert resolve_wiring(load(None, row.overrides)) == row
 
 
 def test_the_overrides_and_the_preset_of_each_shortcut_are_a_row_of_the_wirings():
@@ -47,8 +47,8 @@ def test_the_overrides_and_the_preset_of_each_shortcut_are_a_row_of_the_wirings(
     for name, overrides, call, file in table:
         row, preset = MODELS[name]
         assert f'shortcut="{row}"' in call
-        assert wiring_of(load("quickstart", words(overrides))) == WIRINGS[row], name
-        assert wiring_of(load(preset)) == WIRINGS[row], name
+        assert resolve_wiring(load("quickstart", words(overrides))) == WIRINGS[row], name
+        assert resolve_wiring(load(preset)) == WIRINGS[row], name
         assert file == "the same" or (DOCS.parent / file.strip("`")).exists()
 
 

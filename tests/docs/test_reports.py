@@ -8,14 +8,14 @@ import pytest
 from docs.build import reports
 from experiments.bench.offload.figure_13 import first_case_figures, read_architectures
 from experiments.bench.row import to_json
-from scmoe.command_line import app_of
+from scmoe.command_line import build_app
 from tests.support.pages import ROOT
 
 
 @pytest.mark.parametrize("report", reports.REPORTS, ids=[one.name for one in reports.REPORTS])
 def test_a_bench_takes_the_words_of_a_report_that_is_kept(report):
     words = report.command[report.command.index("experiments.bench") + 1 :]
-    app_of("bench").parse_args(["bench", *words], exit_on_error=False, print_error=False)
+    build_app("bench").parse_args(["bench", *words], exit_on_error=False, print_error=False)
     json.loads((ROOT / report.path).read_text(encoding="utf-8"))
 
 

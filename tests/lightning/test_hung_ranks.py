@@ -29,7 +29,7 @@ from scmoe.lightning.hung_ranks import LEFT_ALONE, roll_call
 from scmoe.lightning.job import START_TIMEOUT_S
 from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.checkpoint.durable import start_of
+from scmoe.parallel.checkpoint.durable import process_start
 from scmoe.parallel.mesh import Mesh
 from scmoe.training.assembly.model import build_module
 from tests.support.commands import TRAIN, children, running
@@ -236,6 +236,6 @@ def test_a_rank_that_is_stuck_is_ended(tmp_path, rank):
 def left_of(pids: list[int]) -> list[int]:
     """Return the processes that are still there after the time in which all of them must end."""
     deadline = time.monotonic() + TIMEOUT_S + 2 * SLACK_S
-    while (left := [pid for pid in pids if start_of(pid)]) and time.monotonic() < deadline:
+    while (left := [pid for pid in pids if process_start(pid)]) and time.monotonic() < deadline:
         time.sleep(0.2)
     return left

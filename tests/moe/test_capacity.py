@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from experiments.engine.ranks import run_ranks
 from scmoe.api import MoE
 from scmoe.moe.experts import Activation, Experts
-from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows, rows_of
+from scmoe.moe.layout import Buffers, Capacity, Dropless, Rows, choose_rows
 from scmoe.moe.router import THE_PAPERS, Router
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import Routing
@@ -122,7 +122,9 @@ def pad_with(factor: float | None, rank: int, world_size: int) -> None:
     experts = Experts(DIM, FFN, EXPERTS, range(rank * share, (rank + 1) * share))
     experts.init_weights("experts", 0.3, 0.3)
     router = randomise(Router(DIM, EXPERTS, 2), seed=0)
-    stream = MoEStream(router, experts, AllToAllDispatcher(None, EXPERTS), rows_of(factor)).double()
+    stream = MoEStream(
+        router, experts, AllToAllDispatcher(None, EXPERTS), choose_rows(factor)
+    ).double()
     draw = torch.Generator().manual_seed(rank)
     x_BSD = torch.randn(2, PADDED // 2, DIM, generator=draw, dtype=torch.float64)
     mask_BS = torch.zeros(PADDED, dtype=torch.bool)

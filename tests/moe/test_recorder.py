@@ -11,7 +11,7 @@ from scmoe.moe.dispatcher import Blocking, LocalDispatcher
 from scmoe.moe.recorder import Recorder
 from scmoe.moe.router import Router
 from scmoe.planning import pricing
-from scmoe.planning.pricing import DIRECTIONS, OPERATORS, measured, noted, seconds_of
+from scmoe.planning.pricing import DIRECTIONS, OPERATORS, layer_seconds, measured, noted
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import DIM, EXPERTS, gradients, randomise, tiny_shortcut, tiny_stream
 from tests.support.recording import Log, recorded_shortcut_block
@@ -118,7 +118,7 @@ def test_a_block_is_priced_where_all_before_it_is_frozen(frozen):
     y_BSD = block(torch.randn(2, 6, DIM, dtype=torch.float64)).y_BSD
     (y_BSD.sum() + torch.zeros((), requires_grad=True)).backward()
     times_dN2 = noted(recorder, block.schedule, DIRECTIONS)
-    times = seconds_of(times_dN2[None, None], block.schedule)
+    times = layer_seconds(times_dN2[None, None], block.schedule)
     route_d = times.operators_dO[:, OPERATORS.index("route")]
     assert route_d[0] > 0 and times.elapsed_d[0] > 0
     assert route_d[1] == 0 and (times.elapsed_d[1] == 0) == frozen

@@ -10,7 +10,7 @@ from torch import Tensor
 from scmoe.moe.balance import integer_sums
 from scmoe.moe.dispatcher import LocalDispatcher
 from scmoe.moe.experts import Experts
-from scmoe.moe.layout import Buffers, Capacity, Target, rows_of
+from scmoe.moe.layout import Buffers, Capacity, Target, choose_rows
 from scmoe.moe.router import Router, Scoring, by_sign
 from scmoe.moe.stream import MoEStream
 from scmoe.moe.tokens import MoEOutput
@@ -95,7 +95,7 @@ def zero_stream(capacity_factor: float | None = None, weight: float = 0.0) -> Mo
     token."""
     router = Router(DIM, EXPERTS, 2, scoring=Scoring(normalise=False, scale=6), zero_experts=3)
     experts = Experts(DIM, FFN, EXPERTS)
-    stream = MoEStream(router, experts, Counting(), rows_of(capacity_factor))
+    stream = MoEStream(router, experts, Counting(), choose_rows(capacity_factor))
     randomise(stream.double())
     with torch.no_grad():
         router.gate.weight[EXPERTS:, 0] += weight
@@ -282,7 +282,7 @@ def test_filled_rows_give_what_slots_give(top_k, capacity_factor, chunks):
     rounding at most."""
     slots, filled = (exact_stream(top_k, capacity_factor) for _ in range(2))
     filled.load_state_dict(slots.state_dict())
-    filled.rows = rows_of(capacity_factor, filled=True)
+    filled.rows = choose_rows(capacity_factor, filled=True)
     (expected, grads), (output, own) = (
         outcome(stream, tokens(), MASK_BS, chunks) for stream in (slots, filled)
     )

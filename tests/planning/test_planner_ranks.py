@@ -30,7 +30,14 @@ from scmoe.planning import candidates, pricing
 from scmoe.planning import planner as planner_module
 from scmoe.planning.candidates import FEWEST_ROUNDS
 from scmoe.planning.planner import STEPS_EACH, WARMUP_STEPS, Planner
-from scmoe.planning.pricing import OPERATORS, LayerChoice, Sample, names_of, slowest, start_clocks
+from scmoe.planning.pricing import (
+    OPERATORS,
+    LayerChoice,
+    Sample,
+    operator_names,
+    slowest,
+    start_clocks,
+)
 from scmoe.schedule.cost import PER_CHUNK, best_schedule, slots
 from scmoe.schedule.schedule import Schedule
 from tests.support.models import DIM, EXPERTS, FFN, randomise, tiny_shortcut, tiny_sublayers
@@ -144,7 +151,8 @@ def rigged(seconds: dict[str, float], rank: int, schedule: Schedule) -> torch.Te
     end = sum(row.values())
     took = {op: s / (chunks if op in PER_CHUNK else 1) for op, s in row.items()}
     times = [
-        [end - took[op], end] if op == "decode" else [0.0, took[op]] for op in names_of(schedule)
+        [end - took[op], end] if op == "decode" else [0.0, took[op]]
+        for op in operator_names(schedule)
     ]
     times.append([0.0, 0.0])  # before the tap
     return torch.tensor([times] * 2, dtype=torch.float64)

@@ -20,11 +20,11 @@ from scmoe.planning.pricing import (
     OPERATORS,
     LayerChoice,
     Sample,
-    at_place,
+    choice_at_slot,
     measured,
     noted,
-    place_of,
     price,
+    slot_key,
 )
 from scmoe.schedule.cost import TRANSFERS, slots
 from scmoe.schedule.schedule import Schedule
@@ -217,11 +217,11 @@ def test_layers_with_different_windows_share_a_slot_and_not_an_index():
         [LayerChoice(schedule, {}, ()) for schedule in slots(Schedule("scmoe", position))]
         for position in ("pos1", "pos2")
     )
-    assert [place_of(at_place(short, place_of(choice))) for choice in long] == [
+    assert [slot_key(choice_at_slot(short, slot_key(choice))) for choice in long] == [
         (0, False),
         (1, False),
         (1, False),  # no attention follows there
         (2, False),
         (2, False),
     ]
-    assert place_of(at_place(long, (0, True))) == (0, False)
+    assert slot_key(choice_at_slot(long, (0, True))) == (0, False)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from scmoe.command_line import call
-from scmoe.parallel.checkpoint.durable import start_of
+from scmoe.parallel.checkpoint.durable import process_start
 from scmoe.runs.on_ranks import ending_together
 from tests.support.commands import children, running, train_on_text
 
@@ -61,7 +61,7 @@ def said_at_the_end(process: subprocess.Popen[str], other: int) -> str:
     """Wait until both ranks have ended and closed their stderr."""
     _, said = process.communicate(timeout=TIMEOUT_S + PATIENCE_S)
     deadline = time.monotonic() + PATIENCE_S
-    while start_of(other):
+    while process_start(other):
         assert time.monotonic() < deadline, "rank 1 is still there"
         time.sleep(0.1)
     return said

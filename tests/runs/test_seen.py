@@ -20,10 +20,10 @@ from scmoe.runs import compare
 from scmoe.runs import seen as runs
 from scmoe.training.run.directory import (
     SILENT_S,
+    process_start,
     read_state,
     refuse_running,
     show_life,
-    start_of,
     write_state,
 )
 from tests.support.pictures import assert_readable
@@ -92,7 +92,7 @@ def test_a_run_that_another_process_trains_cannot_be_resumed(tmp_path):
     write_state(tmp_path, "running")
     refuse_running(tmp_path)  # this process itself, as in a notebook
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        change_state(tmp_path, pid=other.pid, started=start_of(other.pid))
+        change_state(tmp_path, pid=other.pid, started=process_start(other.pid))
         with pytest.raises(ConfigError, match=f"{other.pid} is training {tmp_path}"):
             refuse_running(tmp_path)
         change_state(tmp_path, state="cut")
@@ -163,7 +163,7 @@ def test_a_living_run_touches_its_state(tmp_path, monkeypatch):
 def test_a_process_that_has_ended_counts_as_gone_before_its_parent_asks():
     ended = subprocess.Popen([sys.executable, "-c", ""])
     os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
-    assert start_of(ended.pid) is None
+    assert process_start(ended.pid) is None
     ended.wait()
 
 
@@ -249,7 +249,10 @@ def test_runs_are_compared(folder, capsys):
     (line,) = [line.split() for line in out.splitlines() if "moe.position" in line]
     assert line == ["moe.position", "pos2", "pos3"]
     seen = [runs.open_run(name) for name in names]
-    assert compare.labels_of(seen, "ab") == ["a: debug (position pos2)", "b: debug (position pos3)"]
+    assert compare.run_labels(seen, "ab") == [
+        "a: debug (position pos2)",
+        "b: debug (position pos3)",
+    ]
     assert call("compare", names[0], names[0], "--out", str(picture)) == 0
     assert "the configs are the same" in capsys.readouterr().out
 
@@ -274,7 +277,7 @@ def test_every_run_of_a_comparison_is_seen(folder, tmp_path, monkeypatch):
     )
     (run / "metrics.csv").write_text("".join(METRICS.splitlines(keepends=True)[:2]))
     seen = [runs.open_run(str(path)) for path in (folder / "latest", folder / "latest", run)]
-    compare.draw(seen, compare.labels_of(seen, "abc"), tmp_path / "c.png")
+    compare.draw(seen, compare.run_labels(seen, "abc"), tmp_path / "c.png")
     assert_readable(figures[0])
     first, twin, short = figures[0].axes[0].lines
     assert (

@@ -19,7 +19,7 @@ from scmoe.config.fields import Config
 from scmoe.moe.coefficient import CG1
 from scmoe.moe.dispatcher import Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
-from scmoe.moe.layout import rows_of
+from scmoe.moe.layout import choose_rows
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.mesh import Mesh
@@ -121,7 +121,9 @@ def tiny_stream(
     dtype: torch.dtype = torch.float64,
 ) -> MoEStream:
     router, experts = Router(DIM, EXPERTS, top_k), Experts(DIM, FFN, EXPERTS)
-    stream = MoEStream(router, experts, dispatcher or LocalDispatcher(), rows_of(capacity_factor))
+    stream = MoEStream(
+        router, experts, dispatcher or LocalDispatcher(), choose_rows(capacity_factor)
+    )
     return randomise(stream.to(dtype), seed)
 
 

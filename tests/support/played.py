@@ -14,7 +14,7 @@ from torch import nn
 
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.models.halves import Halves
-from scmoe.planning.pricing import OPERATORS, Sample, names_of, seconds_of
+from scmoe.planning.pricing import OPERATORS, Sample, layer_seconds, operator_names
 from scmoe.schedule.cost import (
     TRANSFERS,
     OperatorTimes,
@@ -100,7 +100,9 @@ def sample_of(
         [in_order(before[-window:], schedule), in_order(after[:window], schedule)]
         for before, after in zip(forward, backward, strict=True)
     ]
-    return Sample.stacked([seconds_of(torch.tensor([times_RdN2], dtype=torch.float64), schedule)])
+    return Sample.stacked(
+        [layer_seconds(torch.tensor([times_RdN2], dtype=torch.float64), schedule)]
+    )
 
 
 def in_order(spans: Sequence[Span], schedule: Schedule) -> list[tuple[float, float]]:
@@ -109,7 +111,7 @@ def in_order(spans: Sequence[Span], schedule: Schedule) -> list[tuple[float, flo
         op: [(span.start, span.end) for span in spans if span.operator == op] for op in OPERATORS
     }
     tap = spans[0].start
-    return [*(times[op].pop(0) for op in names_of(schedule)), (tap, tap)]
+    return [*(times[op].pop(0) for op in operator_names(schedule)), (tap, tap)]
 
 
 def played_model(*schedules: Schedule) -> nn.Module:

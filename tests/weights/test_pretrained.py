@@ -22,7 +22,7 @@ from scmoe.weights.pretrained import (
     model_settings,
     read_config,
     read_export,
-    settings_of,
+    resolved_settings,
 )
 from scmoe.weights.upcycle import fill
 from tests.support.exports import FAMILIES, dense, export
@@ -185,7 +185,7 @@ def test_an_moe_of_transformers_has_a_plain_router(family):
     )
     assert not problems
     with pytest.raises(ValueError, match=r"moe\.router_scale is 2\.0, allowed: 1\.0"):
-        check_settings(settings_of(tiny("moe.router_scale=2")), settings)
+        check_settings(resolved_settings(tiny("moe.router_scale=2")), settings)
 
 
 def test_a_model_with_zero_experts_keeps_them(tmp_path):
@@ -265,7 +265,7 @@ def test_an_export_into_another_model_is_refused_by_key(change, tmp_path):
     file, key = tmp_path / "model.safetensors", change.partition("=")[0]
     export(tiny(), file)
     message = refusal(tiny(change, f"init_from=scmoe:{file}"))
-    came, allowed = (show(settings_of(config)[key]) for config in (tiny(change), tiny()))
+    came, allowed = (show(resolved_settings(config)[key]) for config in (tiny(change), tiny()))
     assert came != allowed and f"{key} is {came}, allowed: {allowed}" in message
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from experiments.engine.isolated import CheckPart, Pieces, Place
-from scmoe.report import bullets, bullets_and_tables, table_of
+from scmoe.report import bullets, bullets_and_tables, rows_table
 
 FILES, TOTAL_MB = 8, 60  # the most that a check leaves
 NAMED = ("torch", "triton", "lightning", "numpy", "matplotlib", "transformers")
@@ -104,7 +104,7 @@ def write_report(place: Place, parts: Mapping[str, Mapping[str, Any]]) -> list[s
     if place.tiny:
         lines += ["**A trial at tiny sizes: no number here says anything about speed.**", ""]
     shown = ("state", "seconds", "clock_s", "what")
-    lines += table_of({name: {key: part[key] for key in shown} for name, part in parts.items()})
+    lines += rows_table({name: {key: part[key] for key in shown} for name, part in parts.items()})
     for name, part in parts.items():
         lines += ["", f"## {name}: {part['what']}"]
         if "why" in part:

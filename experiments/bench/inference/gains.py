@@ -39,7 +39,7 @@ from experiments.engine.ranks import run_ranks
 from scmoe.charts import BLUE, GREEN, PAPER, RED, chart, heading
 from scmoe.config.extras import require
 from scmoe.config.leaves import ConfigError
-from scmoe.loads import BALANCED, Sizes, check_load, imbalance, kinds_of, load_of
+from scmoe.loads import BALANCED, Sizes, check_load, imbalance, load_of, loads_suffix
 from scmoe.planning.clock import median, quartiles
 from scmoe.predict.row_names import architecture_of, batches_of, name_of
 from scmoe.report import Report, publish, say
@@ -75,7 +75,7 @@ def bench_inference(setting: InferenceSetting, out: Path) -> dict[str, Any]:
         report["loads"] = [
             uneven_report(measured[load], measured[BALANCED], load) for load in setting.loads
         ]
-        name = f"uneven-{name}{kinds_of(setting.loads)}"
+        name = f"uneven-{name}{loads_suffix(setting.loads)}"
     publish(report, tables(report), draw, out / name)
     return report
 

@@ -7,7 +7,7 @@ from experiments.bench.setting import Setting
 from experiments.bench.stacks import block_config, rows_of_layout
 from experiments.bench.two_batches import refuse_halves
 from scmoe.config.leaves import ConfigError
-from scmoe.loads import BALANCED, Sizes, check_load, load_of, sequences_of
+from scmoe.loads import BALANCED, Sizes, check_load, load_of, rank_sequences
 
 
 def refuse_impossible(setting: Setting) -> None:
@@ -71,7 +71,7 @@ def refuse_loads(setting: Setting) -> None:
         for block in blocks:
             sizes = Sizes(setting.num_experts, setting.top_k_of(block), setting.ranks)
             check_load(load, sizes, setting.sequences)
-        refuse_halves(setting.rows, min(sequences_of(load, setting.sequences, setting.ranks)))
+        refuse_halves(setting.rows, min(rank_sequences(load, setting.sequences, setting.ranks)))
         if load.kind == "ragged" and setting.layout not in (None, "dropless"):
             raise ConfigError(
                 f"--layout is {setting.layout}, allowed with --load {load.name}: dropless"

@@ -28,7 +28,7 @@ from experiments.bench.setting import PAIR_TOKENS, USUAL_RATIO, Setting
 from experiments.engine import links
 from experiments.engine.ranks import run_ranks
 from scmoe.config.extras import require
-from scmoe.loads import BALANCED, kinds_of
+from scmoe.loads import BALANCED, loads_suffix
 from scmoe.planning.clock import median
 from scmoe.report import publish
 from scmoe.schedule.cost import OperatorTimes
@@ -98,7 +98,7 @@ def name_of_report(setting: Setting) -> str:
         words.append(f"top-{setting.top_k}")
     if setting.layout is not None:
         words.append(setting.layout.replace(":", "-"))
-    return "-".join(words) + kinds_of(setting.loads)
+    return "-".join(words) + loads_suffix(setting.loads)
 
 
 def comm_share(measured: Measurement) -> float:

@@ -47,7 +47,7 @@ from scmoe.config.extras import require
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.loads import BALANCED, Sizes, check_load, imbalance, kinds_of, load_of
+from scmoe.loads import BALANCED, Sizes, check_load, imbalance, load_of, loads_suffix
 from scmoe.planning.clock import in_turn, median, quartiles
 from scmoe.predict.costs import estimate
 from scmoe.predict.row_names import batches_of, name_of, way_of_row
@@ -148,7 +148,7 @@ def bench_train(setting: TrainingSetting, overrides: Sequence[str], out: Path) -
         report["load"] = {"name": setting.load, **imbalances[setting.rows[0]]}
     two = "two-batches-" if any(batches_of(row) == 2 for row in rows) else ""
     loads = [] if setting.load is None else [setting.load]
-    name = f"train-{two}share-{setting.share:g}{kinds_of(loads)}"
+    name = f"train-{two}share-{setting.share:g}{loads_suffix(loads)}"
     publish(report, tables(report), draw, out / name)
     return report
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from scmoe.files import bytes_of, places_of, replacing, write_in_turn
+from scmoe.files import index_entries, replacing, tensor_bytes, write_in_turn
 from scmoe.moe.experts import Experts
 
 FORMAT = "scmoe-experts-1"
@@ -111,7 +111,7 @@ class Store:
 
         if kind != FORMAT:
             raise StoreError(f"{path} has the format {kind}, allowed: {FORMAT}")
-        wanted = places_of(_shapes(layers))
+        wanted = index_entries(_shapes(layers))
         names = sorted(wanted.keys() | tensors.keys())
         differing = [name for name in names if wanted.get(name) != tensors.get(name)]
         if differing:
@@ -166,7 +166,7 @@ def write_store(path: Path, model: nn.Module, read: Read | None = None) -> None:
 
     content = hashlib.sha256()
     for name in shapes:
-        content.update(bytes_of(expert(name)))
+        content.update(tensor_bytes(expert(name)))
     header = {
         "format": FORMAT,
         "model": digest_of_rest(model, read),
@@ -200,7 +200,7 @@ def digest_of_rest(model: nn.Module, read: Read | None = None) -> str:
     for name, p in sorted(model.named_parameters()):
         if not name.startswith(inside):
             digest.update(name.encode())
-            digest.update(bytes_of(p if read is None else read(name).to(p.dtype)))
+            digest.update(tensor_bytes(p if read is None else read(name).to(p.dtype)))
     return digest.hexdigest()
 
 

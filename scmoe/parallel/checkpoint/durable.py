@@ -44,7 +44,7 @@ class MissingCheckpoint(BrokenCheckpoint, FileNotFoundError):
 
 def new_token() -> str:
     """Return the end of a partial directory's name: 8 random digits, and this process."""
-    return f"{uuid.uuid4().hex[:8]}-{machine()}-{os.getpid()}-{start_of(os.getpid()) or 0}"
+    return f"{uuid.uuid4().hex[:8]}-{machine()}-{os.getpid()}-{process_start(os.getpid()) or 0}"
 
 
 def partial_path(path: Path, token: str) -> Path:
@@ -250,7 +250,7 @@ def _is_being_written(aside: Path, name: str) -> bool:
     named = ASIDE.fullmatch(aside.name)
     assert named is not None, "it is one of _asides"
     if named[4] == machine() and named[6] != "0":
-        return named[5] != str(os.getpid()) and start_of(int(named[5])) == named[6]
+        return named[5] != str(os.getpid()) and process_start(int(named[5])) == named[6]
     with suppress(OSError):
         return named[1] != name and time.time() - aside.stat().st_mtime < DAY_S
     return False
@@ -268,7 +268,7 @@ def machine() -> str:
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
-def start_of(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """Return when the process started, in clock ticks since boot.
 
     None: it does not exist, or there is no /proc.

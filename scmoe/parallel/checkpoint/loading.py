@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from scmoe.parallel.checkpoint import durable
 from scmoe.parallel.checkpoint.of_ranks import (
     Reasons,
-    of_this_rank,
-    reasons_of,
+    rank_meta,
+    reasons_under,
     replaced,
     stored_in,
     with_tensors,
@@ -96,7 +96,7 @@ def load_checkpoint(path: Any) -> dict[str, Any]:
     """
     with downloaded(located(path)) as folder:
         durable.verify(folder)
-        meta, reasons = of_this_rank(read_meta(folder), Mesh())
+        meta, reasons = rank_meta(read_meta(folder), Mesh())
         for name in ("param_groups", OPTIMIZER):
             meta.pop(name, None)
         meta = with_tensors(meta, read_named(folder, stored_in(meta)))
@@ -135,9 +135,9 @@ def load_in_place(
     afterwards than the checkpoint's.
     """
     together(mesh, lambda: durable.verify(path, slice(mesh.rank, None, mesh.world_size)))
-    meta, reasons = of_this_rank(read_meta(path), mesh)
+    meta, reasons = rank_meta(read_meta(path), mesh)
     stored = tensors_of(path)
-    if strict and (unread := reasons_of(reasons, MODULE)):
+    if strict and (unread := reasons_under(reasons, MODULE)):
         raise ValueError(f"{path}: {unread[0]}, or set strict_loading=False to leave it as it is")
     entries = meta.pop(MODULE, {})
     state = module.state_dict()
@@ -145,7 +145,7 @@ def load_in_place(
     groups, further = meta.pop("param_groups", []), meta.pop(OPTIMIZER, {})
     if optimizers and groups:
         check_same_groups(path, [optimizer.param_groups for optimizer in optimizers], groups)
-        if unread := reasons_of(reasons, OPTIMIZER):
+        if unread := reasons_under(reasons, OPTIMIZER):
             raise ValueError(f"{path}: {unread[0]}")
     for i, (optimizer, saved_groups) in enumerate(zip(optimizers, groups, strict=False)):
         optimizer.state.clear()

@@ -166,7 +166,7 @@ def layout(mesh: Mesh) -> list[int]:
     return [mesh.world_size, mesh.ep_size, 0 if mesh.dense_mesh is None else mesh.dense_mesh.ndim]
 
 
-def of_this_rank(meta: dict[str, Any], mesh: Mesh) -> tuple[dict[str, Any], Reasons]:
+def rank_meta(meta: dict[str, Any], mesh: Mesh) -> tuple[dict[str, Any], Reasons]:
     """Return what meta.json holds for this rank in this layout, and why it lacks other entries."""
     differ = meta.pop(OF_RANKS, {"layout": [], "keys": [], "ranks": []})
     same_layout = differ["layout"] == layout(mesh)
@@ -191,7 +191,7 @@ def of_this_rank(meta: dict[str, Any], mesh: Mesh) -> tuple[dict[str, Any], Reas
     return meta, reasons
 
 
-def reasons_of(reasons: Reasons, outer: str) -> list[str]:
+def reasons_under(reasons: Reasons, outer: str) -> list[str]:
     """Return why entries cannot be read whose outermost key is this one."""
     return [reason for key, reason in reasons.items() if key[0] == outer]
 

@@ -46,7 +46,7 @@ def possible_modes(module: nn.Module, world_size: int, edp_size: int, node_size:
     )
 
 
-def estimates_of(module: nn.Module, mesh: Mesh, node_size: int) -> dict[str, float]:
+def memory_estimates(module: nn.Module, mesh: Mesh, node_size: int) -> dict[str, float]:
     """Return for each mode twice the bytes of weights, gradients and AdamW's moments.
 
     The factor 2 leaves room for activations, whose size is not known here. module: with this rank's

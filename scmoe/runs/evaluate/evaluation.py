@@ -47,7 +47,7 @@ from scmoe.training.assembly.data import build_datamodule, kept_data, prepare_da
 from scmoe.training.run.directory import read_state, relative
 from scmoe.training.run.loggers import close_loggers, wandb_logger, wandb_mode
 from scmoe.training.run.machine import is_rank_zero
-from scmoe.training.run.resume import Which, config_of, find_checkpoint
+from scmoe.training.run.resume import Which, checkpoint_config, find_checkpoint
 
 if TYPE_CHECKING:
     from scmoe.runs.evaluate.lm_eval_adapter import Asked
@@ -162,11 +162,11 @@ def evaluate(run_dir: Path, request: EvaluationRequest) -> dict[str, Any] | None
     """
     # The checkpoint is verified where it is loaded, by each rank a share.
     checkpoint = find_checkpoint(run_dir, request.which, UNREAD)
-    read_config = partial(config_of, checkpoint, trains=False)
+    read_config = partial(checkpoint_config, checkpoint, trains=False)
     config = config_without_training(read_config, checkpoint, request.overrides)
     read_results(run_dir)  # so that a damaged file is refused before other ranks start
     overrides_of_run = [*named(request.overrides, "logger"), *named(request.overrides)]
-    of_run = config_of(checkpoint, overrides_of_run)
+    of_run = checkpoint_config(checkpoint, overrides_of_run)
     material = None
     if is_rank_zero():
         halves = ran_two_batches(run_dir, of_run, read_manifest(checkpoint)["step"])

@@ -36,7 +36,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.datamodules.tokenizer import Tokenizer
 from scmoe.inference.generate import decode, padded, prefill
 from scmoe.inference.sampling import Stopping
-from scmoe.runs.evaluate.progress import progress_of
+from scmoe.runs.evaluate.progress import progress_counter
 from scmoe.runs.evaluate.scoring import Scorer, batches
 
 # The text between query and choice, as in lm-eval's tasks of these names. Others have a space.
@@ -92,7 +92,7 @@ class ModelOfRun(LM):
     def generate_until(self, requests: list[Instance], *_: Any, **__: Any) -> list[str]:
         prompts = [self.prompt(*request.args) for request in requests]
         texts = [""] * len(prompts)
-        with progress_of(f"answers of {names_of(requests)}", len(prompts)) as advance:
+        with progress_counter(f"answers of {names_of(requests)}", len(prompts)) as advance:
             for batch in batches(range(len(prompts)), lambda i: prompts[i].length):
                 for i, text in zip(batch, self.write([prompts[i] for i in batch]), strict=True):
                     texts[i] = text

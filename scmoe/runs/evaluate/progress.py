@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 
 @contextmanager
-def progress_of(part: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress_counter(part: str, total: int) -> Iterator[Callable[[int], None]]:
     """Yield a function that is called with each number of further items that are done. total: of
     them; part: what they are items of, in words."""
     screen = Console(stderr=True)

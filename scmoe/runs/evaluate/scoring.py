@@ -25,7 +25,7 @@ from scmoe.datamodules.positioned import IGNORE, PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
 from scmoe.parallel.mesh import Mesh
-from scmoe.runs.evaluate.progress import progress_of
+from scmoe.runs.evaluate.progress import progress_counter
 from scmoe.training.modules import cross_entropy_sum
 
 # Tokens of a batch, padding included. With a vocabulary of 50,000 its logits take 0.4 GB.
@@ -139,11 +139,11 @@ class Scorer:
         windows = [
             (i, window)
             for i, (ids, first) in enumerate(sequences)
-            for window in windows_of(len(ids), first, self.context, stride or self.context)
+            for window in scored_windows(len(ids), first, self.context, stride or self.context)
         ]
         log_likelihoods = np.zeros(len(sequences))
         greedy = np.ones(len(sequences), bool)
-        with progress_of(part, len(windows)) as advance:
+        with progress_counter(part, len(windows)) as advance:
             for batch in batches(windows, lambda pair: pair[1].stop - pair[1].start):
                 ids_of_batch = [sequences[i][0] for i, _ in batch]
                 nats_B, likeliest_B = self.score(ids_of_batch, [window for _, window in batch])
@@ -180,7 +180,7 @@ class Scorer:
         return nats_BS.double().sum(1).tolist(), likeliest_BS.all(1).tolist()
 
 
-def windows_of(num_tokens: int, first: int, context: int, stride: int) -> Iterator[Window]:
+def scored_windows(num_tokens: int, first: int, context: int, stride: int) -> Iterator[Window]:
     """Yield the windows that score the tokens from `first` on, each once.
 
     The first window reaches as far as the context does from the start of the text; each further one
@@ -220,7 +220,7 @@ def score_test_split(scorer: Scorer, data: PositionedDataModule) -> dict[str, An
     targets = 0
     num_bytes = 0
     batches_of_split = data.test_dataloader()
-    with progress_of(f"loss of the {TEST_SPLIT}", len(batches_of_split)) as advance:
+    with progress_counter(f"loss of the {TEST_SPLIT}", len(batches_of_split)) as advance:
         for batch in batches_of_split:
             labels = batch["labels"]
             if is_text:

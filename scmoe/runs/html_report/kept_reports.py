@@ -33,7 +33,7 @@ def sections_of_file(path: Path, named: bool, clean: Cleaner) -> list[Section]:
     named: raise ConfigError if the file has none, or a damaged one; otherwise they are left out.
     """
     try:
-        data = clean(json_of(path))
+        data = clean(read_report(path))
     except (OSError, ValueError, RecursionError) as error:
         if named:
             raise ConfigError(f"{path} is no JSON file: {error}. Name {READABLE}.") from error
@@ -60,7 +60,7 @@ def sections_of_file(path: Path, named: bool, clean: Cleaner) -> list[Section]:
     return sections
 
 
-def json_of(path: Path) -> Any:
+def read_report(path: Path) -> Any:
     """Return the JSON of a file, or of its last line, since verbs end with such a line."""
     text = path.read_text(encoding="utf-8")
     if not text.strip():

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from scmoe.files import read_json
-from scmoe.runs.compare import PANELS, curve_over_seconds, draw, letters_of
+from scmoe.runs.compare import PANELS, curve_over_seconds, draw, run_letters
 from scmoe.runs.html_report.cleaner import COMMIT, Cleaner
 from scmoe.runs.html_report.section import Section, embedded, flat_table, number
 from scmoe.runs.seen import SeenRun, differing_fields
@@ -71,7 +71,7 @@ def losses(title: str, anchor: str, runs: Sequence[SeenRun], clean: Cleaner) -> 
     fields = differing_fields(runs)
     labels = [
         clean(f"{letter}: {run.path.name[:STAMP]} {fields[run]}".strip())
-        for letter, run in zip(letters_of(runs), runs, strict=True)
+        for letter, run in zip(run_letters(runs), runs, strict=True)
     ]
     section = Section(f"Losses of {title}", anchor, level=3)
     has_speeds = any(curve_over_seconds(run, metric) for run in runs for metric in PANELS)
@@ -93,7 +93,7 @@ def sections_of_run(run: SeenRun, name: str, anchor: str, clean: Cleaner) -> lis
     begun = datetime.fromtimestamp(run.begun).strftime("%Y-%m-%d %H:%M")
     head = Section(name, anchor, in_contents=False, facts=[("state", run.state), ("begun", begun)])
     head.facts += [
-        (words, of_summary(key, summary[key])) for key, words in SUMMARY.items() if key in summary
+        (words, shown_value(key, summary[key])) for key, words in SUMMARY.items() if key in summary
     ]
     command = environment.get("command")
     if isinstance(command, str) and command:
@@ -103,7 +103,7 @@ def sections_of_run(run: SeenRun, name: str, anchor: str, clean: Cleaner) -> lis
     return [head, environment_of(run, environment, f"{anchor}-environment", clean)]
 
 
-def of_summary(key: str, value: Any) -> str:
+def shown_value(key: str, value: Any) -> str:
     """Return a value of summary.json for a reader; shares as per cent."""
     is_share = key in IN_PERCENT and isinstance(value, int | float)
     return f"{value:.2%}" if is_share else number(value)

@@ -13,8 +13,8 @@ from scmoe.config.leaves import ConfigError
 from scmoe.runs.html_report.cleaner import Cleaner, cleaner_for
 from scmoe.runs.html_report.kept_reports import (
     READABLE,
-    json_of,
     named_results,
+    read_report,
     reports_in,
     sections_of_file,
 )
@@ -88,5 +88,5 @@ def located(name: str) -> Path:
 def has_report(path: Path) -> bool:
     """Return whether a JSON file has a report."""
     with suppress(OSError, ValueError):
-        return bool(reports_in(json_of(path)))
+        return bool(reports_in(read_report(path)))
     return False

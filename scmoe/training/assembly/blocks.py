@@ -30,13 +30,18 @@ from scmoe.blocks.latent import LatentAttention, LatentSizes
 from scmoe.blocks.moe_block import MoEBlock
 from scmoe.blocks.rotary import Rotary
 from scmoe.blocks.sublayers import MLP, Attention
-from scmoe.config.derived import FAMILY_ACTIVATIONS, resolve_ep_size, rows_are_filled, wiring_of
+from scmoe.config.derived import (
+    FAMILY_ACTIVATIONS,
+    resolve_ep_size,
+    resolve_wiring,
+    rows_are_filled,
+)
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import ARCHITECTURES, ROUTERS
 from scmoe.moe.dispatcher import Blocking, Narrowed
 from scmoe.moe.experts import Experts
-from scmoe.moe.layout import Buffers, rows_of
+from scmoe.moe.layout import Buffers, choose_rows
 from scmoe.moe.router import DEEPSEEK, LONGCAT, Router, Scoring, by_sign, round_robin
 from scmoe.moe.stream import MoEStream
 from scmoe.parallel.wire.dispatchers import make_dispatcher
@@ -157,7 +162,7 @@ def moe_block(
     layers: the parts of its layer, or of the two layers of a pair. first: the model's first MoE
     module, whose tap may be elsewhere.
     """
-    wiring = wiring_of(config, block.architecture)
+    wiring = resolve_wiring(config, block.architecture)
     first_tap, tap_of_others = wiring.taps
     settings = config.schedule
     schedule = Schedule(
@@ -177,7 +182,7 @@ def build_stream(config: Config, wire: Wire, parts: Parts) -> MoEStream:
     experts = parts.experts(moe.num_experts, wire.mesh.local_experts(moe.num_experts))
     # One process builds the model of an estimate for many ranks.
     ep_size = max(wire.mesh.ep_size, resolve_ep_size(config))
-    rows = rows_of(moe.capacity_factor, rows_are_filled(config))
+    rows = choose_rows(moe.capacity_factor, rows_are_filled(config))
     if moe.rows == "buffers" and ep_size > 1:
         rows = Buffers(min(moe.dropless_ceiling or ep_size, ep_size))
     dispatcher = make_dispatcher(

@@ -125,7 +125,7 @@ def images(config: Config, position: Mapping[str, Any]) -> PositionedDataModule:
     )
 
 
-def tokenizer_of(config: Config, weights: Path) -> Tokenizer | None:
+def prepared_tokenizer(config: Config, weights: Path) -> Tokenizer | None:
     """Return the tokenizer of a text data set, prepared if it is not yet; None for other data.
 
     ConfigError: there is no data, or it has another tokenizer than that of the weights.

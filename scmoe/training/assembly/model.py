@@ -81,14 +81,14 @@ def initial_weights(config: Config, model: Any) -> "Checkpoint":
     model: may be on the meta device. ConfigError: init_from cannot be read, or holds the weights of
     another model.
     """
-    from scmoe.weights.pretrained import check_settings, read_export, read_hf, settings_of
-    from scmoe.weights.upcycle import sources_of
+    from scmoe.weights.pretrained import check_settings, read_export, read_hf, resolved_settings
+    from scmoe.weights.upcycle import weight_sources
 
     kind, _, path = (config.init_from or "").partition(":")
     try:
         checkpoint = read_hf(Path(path)) if kind == "hf" else read_export(Path(path))
-        check_settings(settings_of(config), checkpoint.settings)
-        sources_of(model, checkpoint)
+        check_settings(resolved_settings(config), checkpoint.settings)
+        weight_sources(model, checkpoint)
     except ValueError as error:
         raise ConfigError(f"init_from is {show(config.init_from)}: {error}") from error
     return checkpoint

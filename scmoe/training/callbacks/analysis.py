@@ -17,7 +17,7 @@ import numpy as np
 from lightning.pytorch import Callback, Trainer
 
 from scmoe.files import try_to_draw, try_to_write
-from scmoe.training.callbacks.logged_steps import begins_step_of
+from scmoe.training.callbacks.logged_steps import begins_logged_step
 from scmoe.training.callbacks.representation_charts import draw_gating, draw_similarity
 from scmoe.training.callbacks.representations import (
     GatingProbe,
@@ -78,7 +78,7 @@ class Analysis(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, module: Any, batch: Any, batch_idx: int
     ) -> None:
-        if begins_step_of(trainer, batch_idx, self.every):
+        if begins_logged_step(trainer, batch_idx, self.every):
             self.step = trainer.global_step
             self.probe = self.quantity.attach(module.model)
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from scmoe.files import try_to_write
-from scmoe.training.callbacks.logged_steps import begins_step_of
+from scmoe.training.callbacks.logged_steps import begins_logged_step
 from scmoe.training.callbacks.routing import Recorded, RoutingProbe, write_routing
 
 
@@ -39,7 +39,7 @@ class RecordRouting(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, module: Any, batch: Any, batch_idx: int
     ) -> None:
-        if begins_step_of(trainer, batch_idx, self.every):
+        if begins_logged_step(trainer, batch_idx, self.every):
             self.step = trainer.global_step
             self.probe = RoutingProbe(module.model)
 

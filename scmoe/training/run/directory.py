@@ -29,7 +29,7 @@ from typing import Any
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
 from scmoe.files import read_json, redacted, replacing, try_to_write_json, warn_once
-from scmoe.parallel.checkpoint.durable import checkpoints, machine, start_of
+from scmoe.parallel.checkpoint.durable import checkpoints, machine, process_start
 from scmoe.parallel.container_memory import GIB
 
 # Keys that are not in a run's name.
@@ -205,7 +205,7 @@ def write_state(run_dir: Path, state: str) -> None:
     """Write the state of the run that this process makes."""
     process = {
         "pid": os.getpid(),
-        "started": start_of(os.getpid()),
+        "started": process_start(os.getpid()),
         "host": platform.node(),
         "machine": machine(),
     }
@@ -266,5 +266,5 @@ def _lives(kept: dict[str, Any], path: Path) -> bool:
     """Return whether the process of a state file exists, or, on another machine, whether the file
     was touched lately."""
     if kept.get("machine") == machine():
-        return start_of(kept["pid"]) == kept["started"]
+        return process_start(kept["pid"]) == kept["started"]
     return time.time() - path.stat().st_mtime <= SILENT_S

@@ -33,7 +33,9 @@ def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
     """
     kept = []
     if resumed_step is not None:
-        kept = [row for row in rows_of(run_dir / "metrics.csv") if int(row["step"]) < resumed_step]
+        kept = [
+            row for row in read_metrics(run_dir / "metrics.csv") if int(row["step"]) < resumed_step
+        ]
     logger = SafeCSVLogger(run_dir, name="", version="")
     writer = logger.experiment
     writer.metrics_keys = Columns()
@@ -44,7 +46,7 @@ def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
     return logger
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
+def read_metrics(path: Path) -> list[dict[str, str]]:
     """Return the whole rows of a metrics.csv; none if there is no file. A crash may leave half a
     row."""
     if not path.exists():

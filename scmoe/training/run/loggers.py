@@ -32,7 +32,7 @@ from scmoe.training.run.directory import git
 from scmoe.training.run.file_loggers import (
     SafeTensorBoardLogger,
     csv_logger,
-    rows_of,
+    read_metrics,
     tensorboard_logger,
 )
 
@@ -221,7 +221,7 @@ def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
     run.define_metric(STEP_METRIC)
     run.define_metric("*", step_metric=STEP_METRIC, step_sync=True)  # the x axis of every chart
     wandb_run = SafeWandbLogger(experiment=run)
-    for row in rows_of(run_dir / "metrics.csv"):  # of the part before a resumption
+    for row in read_metrics(run_dir / "metrics.csv"):  # of the part before a resumption
         wandb_run.keep_best({name: float(row[name]) for name in BEST_IN_SUMMARY if row.get(name)})
     return wandb_run
 
@@ -289,7 +289,7 @@ class SafeWandbLogger(WandbLogger):
             )
 
 
-def of_wandb(loggers: Sequence[Logger]) -> list[SafeWandbLogger]:
+def wandb_loggers(loggers: Sequence[Logger]) -> list[SafeWandbLogger]:
     """Return the loggers that write to W&B."""
     return [logger for logger in loggers if isinstance(logger, SafeWandbLogger)]
 
@@ -305,7 +305,7 @@ def log_inputs(loggers: Sequence[Logger], config: Config, state: Mapping[str, An
     if "tokenizer" in state:
         name = data.tokenizer if data.tokenizer in ("bpe", "gpt2") else Path(data.tokenizer).name
         inputs["tokenizer"] = {"name": name, "content": state["tokenizer"]}
-    for logger in of_wandb(loggers):
+    for logger in wandb_loggers(loggers):
         for kind, facts in inputs.items():
             logger.attempt(partial(_log_input, logger.experiment, kind, facts), (Exception,))
 
@@ -351,7 +351,7 @@ def log_results(
         if isinstance(other, SafeTensorBoardLogger):
             other.log_results(step, samples, load)
     of_run = {key: summary[key] for key in OF_RUN if summary.get(key) is not None}
-    for logger in of_wandb(loggers):
+    for logger in wandb_loggers(loggers):
         logger.attempt(partial(logger.experiment.summary.update, of_run))
         shown: dict[str, Any] = {}
         if samples:

@@ -31,7 +31,7 @@ from scmoe.parallel.checkpoint.durable import (
 from scmoe.parallel.checkpoint.loading import read_meta
 from scmoe.training.assembly.data import kept_tokenizer
 from scmoe.training.run.directory import why_no_checkpoint
-from scmoe.training.run.resumed import Resumed, record_of
+from scmoe.training.run.resumed import Resumed, record_path
 
 STEP_OVERRIDE = re.compile(r"(--)?step=")
 Which = Literal["last", "best"]
@@ -93,7 +93,7 @@ def best_checkpoint(newest: Path, folder: Path, share: slice = slice(None)) -> P
     return newest_good(folder, "best-", share)
 
 
-def checkpoint_of(run_dir: Path, step: int) -> Path:
+def verified_checkpoint(run_dir: Path, step: int) -> Path:
     """Return the checkpoint of this step, after its names and sizes are verified. ConfigError:
     there is none, or it is damaged."""
     steps: dict[int, Path] = {}
@@ -115,7 +115,7 @@ def checkpoint_of(run_dir: Path, step: int) -> Path:
     return steps[step]
 
 
-def step_of(words: Sequence[str]) -> tuple[int | None, list[str]]:
+def split_step(words: Sequence[str]) -> tuple[int | None, list[str]]:
     """Split `step=N` from the overrides of a resumption; None without it. ConfigError: N is no
     number of steps."""
     others = [word for word in words if not STEP_OVERRIDE.match(word)]
@@ -129,7 +129,9 @@ def step_of(words: Sequence[str]) -> tuple[int | None, list[str]]:
     return int(steps[-1]), others
 
 
-def config_of(checkpoint: Path, overrides: Sequence[str] = (), trains: bool = True) -> Config:
+def checkpoint_config(
+    checkpoint: Path, overrides: Sequence[str] = (), trains: bool = True
+) -> Config:
     """Return the configuration with which a checkpoint was written, without its callbacks. trains:
     as `validate` takes it."""
     return load_text(config_text(checkpoint), str(checkpoint), overrides, trains)
@@ -156,12 +158,13 @@ def resumption(
     this, and reads its share of them later. ConfigError: there is no such checkpoint, a setting
     would make another model or experiment, or fewer steps are asked for than are done.
     """
-    checkpoint = (
-        find_checkpoint(run_dir, share=UNREAD) if step is None else checkpoint_of(run_dir, step)
-    )
+    if step is None:
+        checkpoint = find_checkpoint(run_dir, share=UNREAD)
+    else:
+        checkpoint = verified_checkpoint(run_dir, step)
     done = read_manifest(checkpoint)["step"]
-    was = config_of(checkpoint, named(overrides))
-    earlier = record_of(run_dir, done)
+    was = checkpoint_config(checkpoint, named(overrides))
+    earlier = record_path(run_dir, done)
     if earlier.exists():  # the run was resumed from here before, and saved no later checkpoint
         text, source = read_text(earlier), str(earlier)
     else:

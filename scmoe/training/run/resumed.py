@@ -50,7 +50,7 @@ class Resumed(NamedTuple):
     step: int | None
 
 
-def record_of(run_dir: Path, step: int) -> Path:
+def record_path(run_dir: Path, step: int) -> Path:
     """Return where the configuration of a resumption from this step is kept."""
     return run_dir / f"config-from-{step}.yaml"
 

@@ -39,7 +39,7 @@ from scmoe.training.run.parts import RunParts
 from scmoe.training.run.printout import listed, print_start, print_summary, say_done, summarise
 from scmoe.training.run.resumed import (
     Resumed,
-    record_of,
+    record_path,
     set_aside,
     set_aside_later,
     summary_if_done,
@@ -133,7 +133,7 @@ def open_run(
     else:
         run_dir = resumed.run_dir
         step = read_manifest(resumed.checkpoint)["step"]
-        write_config(record_of(run_dir, step), text)
+        write_config(record_path(run_dir, step), text)
 
     loggers: list[Logger] = []
     state = "failed"

@@ -18,7 +18,7 @@ from experiments.simulate.reports import (
 )
 from experiments.simulate.rows import predict_row, predict_sequential
 from experiments.simulate.testbed_checks import CHECKS, OVER_BALANCED
-from scmoe.command_line import app_of, call
+from scmoe.command_line import build_app, call
 from scmoe.schedule.cost import TRANSFERS
 
 FORWARD_MS = {"route": 2, "encode": 1, "dispatch": 80, "experts": 30, "combine": 84, "decode": 2}
@@ -228,7 +228,7 @@ def test_commands_of_the_checks_are_ones_that_the_bench_takes():
     for check in CHECKS:
         for command in check.commands:
             words = command.split()[1:]
-            app_of("bench").parse_args(words, exit_on_error=False, print_error=False)
+            build_app("bench").parse_args(words, exit_on_error=False, print_error=False)
 
 
 def test_a_report_that_contradicts_itself_calibrates_nothing(folder, capsys):

@@ -25,7 +25,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
 from scmoe.sweeps import batch
 from scmoe.sweeps.batch import JobBatch
-from scmoe.sweeps.jobs import State, StudyJob, clock, lock_of
+from scmoe.sweeps.jobs import State, StudyJob, clock, hold_lock
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs/experiment"
@@ -111,7 +111,7 @@ def plan(folder: Path, *overrides: str) -> list[Run]:
 
 
 def made(runs: list[Run], needed: str = "val_loss") -> int:
-    with lock_of(runs[0].job.study) as lock:
+    with hold_lock(runs[0].job.study) as lock:
         read_states(runs)
         return make_runs(runs, lock, 0, [needed], Evaluations(TABLE3, DEBUG))
 
@@ -203,11 +203,11 @@ def test_a_training_that_does_not_stop_is_killed_at_the_second_request(tmp_path)
 
     thread = threading.Thread(target=twice)
     thread.start()
-    with lock_of(tmp_path) as lock:
+    with hold_lock(tmp_path) as lock:
         assert JobBatch([one], 1, 1, lambda batch, ended: None).run(lock) == signal.SIGINT
     thread.join()
     assert one.state.status == "cut" and signal.getsignal(signal.SIGINT) == before
-    with lock_of(tmp_path):
+    with hold_lock(tmp_path):
         pass  # the killed processes have released the lock
 
 
@@ -216,9 +216,9 @@ def test_a_full_disk_leaves_no_training_behind(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     jobs = [StudyJob(s, s, tmp_path, None, [s], ("sleep",), judge=full) for s in ("0.1", "60")]
-    with lock_of(tmp_path) as lock, pytest.raises(OSError, match="No space left"):
+    with hold_lock(tmp_path) as lock, pytest.raises(OSError, match="No space left"):
         JobBatch(jobs, 2, 2, lambda batch, ended: None).run(lock)
-    with lock_of(tmp_path):
+    with hold_lock(tmp_path):
         pass  # both processes have released the lock
 
 
@@ -261,7 +261,7 @@ def evaluated(fakes, tmp_path):
 
     def evaluate(*words: str) -> list[StudyJob]:
         evaluations = Evaluations(TABLE7, replace(smoke, evaluate=words))
-        with lock_of(tmp_path / "study") as lock:
+        with hold_lock(tmp_path / "study") as lock:
             assert make_runs(runs, lock, 0, ["val_loss"], evaluations) == 0
         return evaluations.jobs
 
@@ -336,7 +336,7 @@ def test_speeds_are_measured_at_every_share_until_the_command_changes(fakes, tmp
     )
 
     def measure(*words: str) -> list[str]:
-        with lock_of(tmp_path) as lock:
+        with hold_lock(tmp_path) as lock:
             jobs, _ = measure_speeds(
                 TABLE3, replace(TABLE3.scales["smoke"], bench=words), tmp_path, lock
             )

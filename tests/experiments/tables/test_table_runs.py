@@ -23,7 +23,7 @@ from experiments.tables.table_runs import (
 from scmoe.config.as_yaml import to_yaml
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.sweeps.jobs import State, digest_of
+from scmoe.sweeps.jobs import State, config_digest
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = ROOT / "configs/experiment"
@@ -117,11 +117,11 @@ def test_a_field_that_is_newer_than_the_run_counts_unless_it_is_at_its_default(t
 
 
 def test_only_values_that_can_change_a_result_change_the_digest():
-    own = digest_of(load(DEBUG))
+    own = config_digest(load(DEBUG))
     for override in ("optim.lr=0.5", "seed=2", "data.seq_len=32", "moe.top_k=2"):
-        assert digest_of(load(DEBUG, [override])) != own, override
+        assert config_digest(load(DEBUG, [override])) != own, override
     for override in ("name=other", "runs_dir=elsewhere", "logger.mode=auto", "data.cache_dir=tmp"):
-        assert digest_of(load(DEBUG, [override])) == own, override
+        assert config_digest(load(DEBUG, [override])) == own, override
 
 
 def test_results_and_states_of_finished_runs_are_copied(tmp_path):

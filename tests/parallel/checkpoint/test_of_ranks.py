@@ -2,7 +2,7 @@
 
 import torch
 
-from scmoe.parallel.checkpoint.of_ranks import OF_RANKS, of_this_rank
+from scmoe.parallel.checkpoint.of_ranks import OF_RANKS, rank_meta
 from scmoe.parallel.mesh import Mesh
 
 
@@ -18,7 +18,7 @@ def test_in_another_layout_numbers_are_rank_0s_and_tensors_are_left_out_with_a_r
             "ranks": [{1: torch.ones(4)}, {1: 11}, {1: torch.ones(4)}],
         },
     }
-    read, reasons = of_this_rank(saved, Mesh())
+    read, reasons = rank_meta(saved, Mesh())
     assert read == {"callbacks": {"Timed": 10}, "equal": 1}
     assert reasons.keys() == {averages, mine}
     assert "callback Averages" in reasons[averages] and "2 ranks" in reasons[mine]

@@ -13,7 +13,7 @@ from torch import Tensor
 from experiments.engine.ranks import run_ranks
 from scmoe.lightning.stop import EXIT_CODE
 from scmoe.parallel.checkpoint import durable
-from scmoe.parallel.dense.dense_auto import estimates_of, pick_dense, possible_modes
+from scmoe.parallel.dense.dense_auto import memory_estimates, pick_dense, possible_modes
 from scmoe.parallel.dense.fsdp_units import units
 from scmoe.parallel.dense.memory import RankJob, Split
 from scmoe.parallel.mesh import Mesh
@@ -178,7 +178,7 @@ def test_auto_takes_the_first_way_that_has_room():
     model = build_model_on_meta(tiny("", 1))
     experts = 4 * sum(p.numel() for p in Split(model, RankJob()).experts)
     dense = 4 * sum(p.numel() for p in model.parameters()) - experts
-    estimates = estimates_of(model, Mesh(world_size=64, ep_size=8), node_size=8)
+    estimates = memory_estimates(model, Mesh(world_size=64, ep_size=8), node_size=8)
     split = {"hybrid": dense / 8 + experts / 8, "sharded": dense / 64 + experts / 8}
     assert estimates == {"replicated": 8 * (dense + experts)} | {
         way: 8 * size for way, size in split.items()
@@ -202,6 +202,6 @@ def test_auto_splits_no_expert_whose_width_cannot_be_split():
     """`sharded` is refused there: three ranks hold each expert, of width 16."""
     config = tiny("strategy.dense=auto strategy.ep_size=1 data.global_batch_size=6", 3)
     assert list(dense_estimates(Start.of(config))) == ["replicated"]
-    assert list(estimates_of(build_model_on_meta(config), Mesh(world_size=3), node_size=3)) == [
+    assert list(memory_estimates(build_model_on_meta(config), Mesh(world_size=3), node_size=3)) == [
         "replicated"
     ]

@@ -17,7 +17,7 @@ from experiments.bench.stacks import Variant
 from experiments.engine.ranks import run_ranks
 from scmoe.moe.dispatcher import Blocking, Dispatcher, LocalDispatcher
 from scmoe.moe.experts import Experts
-from scmoe.moe.layout import rows_of
+from scmoe.moe.layout import choose_rows
 from scmoe.moe.recorder import Recorder
 from scmoe.moe.router import Router
 from scmoe.moe.stream import MoEStream
@@ -165,9 +165,9 @@ def over_nccl(rank: int, world_size: int, factor: float | None, chunks: int) -> 
 
     def outcome(dispatcher: Dispatcher) -> list[torch.Tensor]:
         experts = randomise(Experts(16, 24, 8))
-        stream = MoEStream(randomise(Router(16, 8, 2)), experts, dispatcher, rows_of(factor)).to(
-            "cuda"
-        )
+        stream = MoEStream(
+            randomise(Router(16, 8, 2)), experts, dispatcher, choose_rows(factor)
+        ).to("cuda")
         x = (
             torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(0))
             .to("cuda")

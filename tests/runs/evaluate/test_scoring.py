@@ -14,7 +14,7 @@ from rich.console import Console
 
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.runs.evaluate import progress
-from scmoe.runs.evaluate.scoring import Scorer, Text, score_test_split, score_text, windows_of
+from scmoe.runs.evaluate.scoring import Scorer, Text, score_test_split, score_text, scored_windows
 from tests.support.models import tiny, tiny_model
 
 CONTEXT, VOCABULARY = 12, 64
@@ -35,7 +35,7 @@ def ids(length: int, seed: int = 0) -> np.ndarray:
 @given(st.integers(1, 200), st.integers(1, 60), st.integers(1, 20), st.data())
 def test_every_token_is_scored_once_with_enough_context(num_tokens, first, context, data):
     stride = data.draw(st.integers(1, context))
-    windows = list(windows_of(num_tokens, first, context, stride))
+    windows = list(scored_windows(num_tokens, first, context, stride))
     scored = [token for window in windows for token in range(window.first, window.stop)]
     assert scored == list(range(first, num_tokens))
     for start, begin, stop in windows:
@@ -120,7 +120,7 @@ def test_each_part_is_named_before_its_first_pass(capsys):
 def test_the_progress_of_an_evaluation_reaches_its_end_on_a_terminal(monkeypatch):
     screen = Console(file=io.StringIO(), force_terminal=True, width=80)
     monkeypatch.setattr(progress, "Console", lambda stderr: screen)
-    with progress.progress_of("my text", 7) as advance:
+    with progress.progress_counter("my text", 7) as advance:
         advance(3)
         advance(4)
     assert "my text" in screen.file.getvalue() and "100%" in screen.file.getvalue()

@@ -14,7 +14,7 @@ import pytest
 from experiments.bench.gpu.check import CHECK_PARTS, write_report
 from experiments.engine.isolated import CheckPart, Place, run_parts
 from scmoe.command_line import call
-from scmoe.parallel.checkpoint.durable import start_of
+from scmoe.parallel.checkpoint.durable import process_start
 from tests.support.commands import run, running
 
 pytestmark = [pytest.mark.smoke, pytest.mark.ranks]
@@ -124,7 +124,7 @@ def test_a_part_that_fails_hangs_crashes_or_lacks_a_package_is_reported_and_the_
         assert found[name]["pieces"]["first"] == {"value": 1}, (
             "what was measured before the end stays"
         )
-    assert start_of(int(pid_file.read_text())) is None, "what a part has started ends with it"
+    assert process_start(int(pid_file.read_text())) is None, "what a part has started ends with it"
     assert write_report(Place("cpu", True, out), found) == []
     report = (out / "report.md").read_text()
     assert all(part["why"] in report for part in found.values() if "why" in part)
@@ -147,7 +147,7 @@ def test_a_part_ends_with_the_check(number, tmp_path):
             time.sleep(0.1)
         check.send_signal(number)
         assert check.wait(60) != 0
-    while start_of(int(pid_file.read_text())) is not None:
+    while process_start(int(pid_file.read_text())) is not None:
         time.sleep(0.1)
 
 
