@@ -174,9 +174,9 @@ def measure_step(place: Place) -> dict[str, Any]:
     seq_len, model = config.data.seq_len, build_model_on_meta(config)
     job = RankJob(samples=2, seq_len=seq_len, precision="bf16-mixed", on_gpu=device.type == "cuda")
     if not place.tiny:
-        free = MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+        usable = MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
         jobs = [replace(job, samples=samples) for samples in BATCH_SIZES]
-        job = next((job for job in jobs if rank_memory(model, job)["total"] < free), jobs[-1])
+        job = next((job for job in jobs if rank_memory(model, job)["total"] < usable), jobs[-1])
     step = TrainStep(config, device, job.samples)
     size = 256 if place.tiny else 8192
     square = torch.randn(size, size, device=device, dtype=torch.bfloat16)

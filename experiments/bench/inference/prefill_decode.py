@@ -70,7 +70,7 @@ def row_name(variant: Variant) -> str:
 
 
 @dataclass(frozen=True)
-class Free:
+class AsIfAnnounced:
     """Transfers that return their own rows at once, and numbers of rows as if all ranks had
     announced the same."""
 
@@ -108,7 +108,9 @@ class InferenceBench:
             blocks = make_blocks(name, pair, Wire(mesh), self.now)
             self.models[name] = GPT(VOCABULARY, pair.seq_len + 1, pair.dim, blocks).eval()
         self.paid = AllToAllDispatcher(self.group, pair.num_experts)
-        self.free = Free(AllToAllDispatcher(self.group, pair.num_experts, exchange=emulated.free))
+        self.free = AsIfAnnounced(
+            AllToAllDispatcher(self.group, pair.num_experts, exchange=emulated.free)
+        )
         self.passes: dict[tuple[str, Shape], Any] = {}
         for shape, texts in zip(SHAPES, (setting.texts, setting.batch), strict=True):
             ids_BS = torch.randint(VOCABULARY, (texts, setting.prompt))

@@ -171,11 +171,11 @@ def measured_spans(bench: Bench, variant: Variant, direction: Direction) -> list
 def one_at_a_time(spans: list[Span]) -> list[Span]:
     """Shorten transfers, which are noted from their launch on, to the time on the link: it carries
     one at a time."""
-    shown, free = [], 0.0
+    shown, link_end = [], 0.0
     for span in sorted(spans, key=lambda span: span.end):
         if span.is_transfer:
-            span = replace(span, start=max(span.start, free))
-            free = span.end
+            span = replace(span, start=max(span.start, link_end))
+            link_end = span.end
         shown.append(span)
     return shown
 

@@ -6,7 +6,7 @@
 
 All MoE layers share the slots: an expert of a layer is needed once for each token, so the slots
 serve one layer after the other, and the smallest cache holds the experts that one token needs in
-one layer. If no slot is free, the least recently used expert is evicted. Slots are made once;
+one layer. If every slot is used, the least recently used expert is evicted. Slots are made once;
 nothing else on the device grows with the number of experts.
 """
 
@@ -113,7 +113,7 @@ class Cache:
         self.source = source
         self.slots = slots
         self.ahead = ahead
-        self.free = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(slots)]
+        self.unused = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(slots)]
         self.held = OrderedDict[Key, Held]()  # those used last at the end
         self.closed = False
         self.needed = 0
@@ -133,7 +133,7 @@ class Cache:
             self.source.close()
             self.store.close()
             self.held.clear()
-            self.free.clear()
+            self.unused.clear()
 
     @property
     def hit_rate(self) -> float:
@@ -167,10 +167,10 @@ class Cache:
             if key in self.held:
                 self.held.move_to_end(key)
                 continue
-            if not self.free:
+            if not self.unused:
                 oldest = next(other for other in self.held if other not in wanted)
-                self.free.append(self.held.pop(oldest).slot)
-            slot = self.free.pop()
+                self.unused.append(self.held.pop(oldest).slot)
+            slot = self.unused.pop()
             self.held[key] = Held(slot, self.source.start(key, slot))
 
     def weights(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:

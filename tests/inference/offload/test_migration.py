@@ -113,7 +113,7 @@ def test_the_cache_never_exceeds_its_slots_and_returns_the_right_expert(store, s
     away, is wrong."""
     keys = list(store.places)
     cache = Cache(store, Late(store), slots, min(ahead, slots), torch.device("cpu"))
-    places = sorted(slot.data_ptr() for slot in cache.free)
+    places = sorted(slot.data_ptr() for slot in cache.unused)
     for is_guess, numbers in calls:
         wanted = [keys[i] for i in numbers]
         missing, started = (
@@ -126,7 +126,7 @@ def test_the_cache_never_exceeds_its_slots_and_returns_the_right_expert(store, s
             assert equal(cache.weights(wanted), store.expected[wanted[0]])
         assert cache.held.keys() >= set(wanted[: cache.ahead])
         assert [key for key, _ in cache.source.queue[started:]] == missing
-        used = [*cache.free, *(held.slot for held in cache.held.values())]
+        used = [*cache.unused, *(held.slot for held in cache.held.values())]
         assert sorted(slot.data_ptr() for slot in used) == places
 
 
