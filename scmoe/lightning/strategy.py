@@ -36,7 +36,7 @@ from scmoe.lightning.seam import launch, loops, saves
 from scmoe.lightning.trainer_checkpoints import (
     SavePostponed,
     check_can_be_saved,
-    load,
+    read_in_place,
     refuse_load_without_ranks,
     refuse_save,
     remove,
@@ -392,7 +392,8 @@ class ExpertParallelStrategy(DDPStrategy):
         if not loops.is_fitting(trainer):
             self.job.trained = None
         optimizers = self.optimizers if loops.is_fitting(trainer) else []
-        return load(self.broadcast(checkpoint_path), trainer, self.checkpoints, optimizers)
+        path = self.broadcast(checkpoint_path)
+        return read_in_place(path, trainer, self.checkpoints, optimizers)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Do nothing: load_checkpoint has read the weights already."""

@@ -113,7 +113,7 @@ def save_or_postpone(
         checkpoints.finish()
 
 
-def load(
+def read_in_place(
     path: Any, trainer: Any, checkpoints: Checkpoints, optimizers: Sequence[Optimizer]
 ) -> dict[str, Any]:
     """Read weights and optimizer state in place and return the rest. Every rank must call it.
