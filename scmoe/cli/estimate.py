@@ -21,7 +21,7 @@ MOMENTS = {
 
 def read(path: str, words: Sequence[str]) -> Config:
     """Return the config, checked for the given ranks."""
-    from scmoe.config.derived import resolve_ep_size
+    from scmoe.config.derived import SENDS_NO_ROWS, resolve_ep_size
     from scmoe.config.load import load
 
     sizes, overrides = numbers_of(words, ("ep", "dp", "ranks", "samples"))
@@ -42,11 +42,7 @@ def read(path: str, words: Sequence[str]) -> Config:
             )
     if len(sizes) < 2:
         # Below, ep and dp replace the file's ranks, of which one alone may have no rows to send.
-        no_rows = (
-            "strategy.wire_dtype=null",
-            "schedule.batches_in_flight=null",
-            "schedule.transfers=overlapped",
-        )
+        no_rows = ("strategy.wire_dtype=null", *SENDS_NO_ROWS)
         config = load(path, [*overrides, *no_rows])
         ep_size = resolve_ep_size(config)
         ranks = config.trainer.devices * config.trainer.num_nodes

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from scmoe.config.derived import resolve_ep_size
+from scmoe.config.derived import SENDS_NO_ROWS, resolve_ep_size
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, key_of
 from scmoe.config.load import load_kept
@@ -23,7 +23,6 @@ from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import check_devices, check_resident
 from scmoe.training.run.resume import Which, checkpoint_config, find_checkpoint, refuse_other_model
 from scmoe.training.run.train import silence_lightning
-from scmoe.weights.hf_config import SENDS_NO_ROWS
 
 # The defaults: one process, and one thread, because a product of one row differs in its last bits
 # with the number of threads.

@@ -45,10 +45,6 @@ EQUAL_MODEL_TYPES = {
 }
 
 
-# Of a schedule, what one process refuses, as it sends no rows.
-SENDS_NO_ROWS = ("schedule.batches_in_flight=null", "schedule.transfers=overlapped")
-
-
 def dropless(config: Config) -> Config:
     """Return the configuration for one process that drops no copy of a token, so that a model's
     result does not depend on a batch."""
