@@ -235,6 +235,14 @@ def may_run_two_batches(config: Config) -> bool:
     return not any(True for check in checks for _ in check(two))
 
 
+def possible_batches(config: Config) -> tuple[int, ...]:
+    """Return the numbers of batches in flight that a training can have: the configured one, or
+    those from which schedule.auto chooses."""
+    if config.schedule.auto:
+        return (1, 2) if may_run_two_batches(config) else (1,)
+    return (config.schedule.batches_in_flight or 1,)
+
+
 def _halves_of_a_batch(config: Config) -> Refusals:
     """Check a training with two batches in flight: a rank has a sequence for each of them, and no
     probe counts the calls of a module."""

@@ -2,15 +2,13 @@
 
 from scmoe.config.derived import resolve_ep_size, samples_of_rank
 from scmoe.config.fields import Config
-from scmoe.config.rules import may_run_two_batches
+from scmoe.config.rules import possible_batches
 from scmoe.parallel.dense.memory import RankJob
 
 
 def rank_job(config: Config) -> RankJob:
     """Return the job of a config. Its `dense` may be auto, which memory and traffic do not take."""
     trainer, data = config.trainer, config.data
-    schedule = config.schedule
-    may_choose_two = schedule.auto and may_run_two_batches(config)
     return RankJob(
         ranks=trainer.devices * trainer.num_nodes,
         ep_size=resolve_ep_size(config),
@@ -23,5 +21,5 @@ def rank_job(config: Config) -> RankJob:
         recompute=trainer.recompute,
         on_gpu=trainer.accelerator != "cpu",
         wire_bytes=None if config.strategy.wire_dtype is None else 2,
-        batches_in_flight=2 if may_choose_two else schedule.batches_in_flight or 1,
+        batches_in_flight=max(possible_batches(config)),
     )

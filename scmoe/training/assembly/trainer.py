@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, show
 from scmoe.config.registry import CALLBACKS, IMAGES
-from scmoe.config.rules import may_run_two_batches
+from scmoe.config.rules import possible_batches
 from scmoe.lightning.seam.progress_bar import StepProgressBar
 from scmoe.lightning.seam.saves import BestCheckpoints, LastCheckpoint, Patience
 from scmoe.lightning.strategy import ExpertParallelStrategy
@@ -72,8 +72,8 @@ def build_callbacks(config: Config, run_dir: Path | None) -> list[Callback]:
         from scmoe.training.callbacks.profile_steps import ProfileSteps
 
         callbacks.append(ProfileSteps(trainer.profile_steps, run_dir))
-    one_batch = config.schedule.batches_in_flight != 2  # with two, operators overlap
-    if config.moe.architecture not in ("dense", "dgmoe_share") and one_batch:
+    always_two = possible_batches(config) == (2,)  # then operators overlap
+    if config.moe.architecture not in ("dense", "dgmoe_share") and not always_two:
         callbacks.append(adaptive_schedule(config, run_dir))
     if images and data.on_error == "skip":
         callbacks.append(SkippedImages())
@@ -108,8 +108,8 @@ def adaptive_schedule(config: Config, run_dir: Path | None) -> AdaptiveSchedule:
     schedule = config.schedule
     chunks = (1, 2, 4) if schedule.chunks is None else (schedule.chunks,)
     plan = run_dir / "plan.json" if run_dir else None
-    in_flight = (1, 2) if schedule.auto and may_run_two_batches(config) else (1,)
-    return AdaptiveSchedule(schedule.auto, chunks, plan, timing_conditions(config), in_flight)
+    conditions = timing_conditions(config)
+    return AdaptiveSchedule(schedule.auto, chunks, plan, conditions, possible_batches(config))
 
 
 def timing_conditions(config: Config) -> dict[str, Any]:
