@@ -68,6 +68,12 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def relative(path: Path) -> Path:
+    """Return the path as a user in this working directory would type it."""
+    path = path.absolute()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
 def write_durably(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
     sync(path)

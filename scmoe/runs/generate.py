@@ -22,6 +22,7 @@ from scmoe.config.leaves import ConfigError
 from scmoe.config.registry import IMAGES
 from scmoe.datamodules.text import TextDataModule
 from scmoe.datamodules.tokenizer import Tokenizer
+from scmoe.files import relative
 from scmoe.inference.generate import (
     Continuation,
     NewTokens,
@@ -40,7 +41,6 @@ from scmoe.parallel.mesh import Mesh
 from scmoe.runs.on_ranks import ending_together, find_weights, start_ranks
 from scmoe.runs.trained import offloaded
 from scmoe.training.assembly.data import build_datamodule, prepare_data
-from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import is_rank_zero
 from scmoe.training.run.resume import Which
 

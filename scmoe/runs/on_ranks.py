@@ -14,12 +14,12 @@ from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError, key_of
 from scmoe.config.load import load_kept
 from scmoe.config.registry import named
+from scmoe.files import relative
 from scmoe.parallel.checkpoint.durable import UNREAD, BrokenCheckpoint
 from scmoe.parallel.checkpoint.export import EXPORT, load_weights
 from scmoe.runs.trained import check_export
 from scmoe.training.assembly.start import Start
 from scmoe.training.modules import MoEModule
-from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import check_devices, check_resident
 from scmoe.training.run.resume import Which, checkpoint_config, find_checkpoint, refuse_other_model
 from scmoe.training.run.train import silence_lightning

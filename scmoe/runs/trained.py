@@ -18,13 +18,13 @@ from torch import nn
 from scmoe.config.fields import Config
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load_kept
+from scmoe.files import relative
 from scmoe.inference.offload.cache import Cache
 from scmoe.inference.offload.migration import offload_experts
 from scmoe.inference.offload.store import Read, StoreError, expert_layers, write_store
 from scmoe.parallel.checkpoint.export import EXPORT, exported_by_name, load_weights, read_settings
 from scmoe.parallel.checkpoint.loading import check_same_model, load_model, weights_by_name
 from scmoe.training.assembly.model import build_model, build_model_on_meta
-from scmoe.training.run.directory import relative
 from scmoe.training.run.machine import has_gpus
 from scmoe.training.run.resume import Which, checkpoint_config, find_checkpoint
 from scmoe.training.threads import cpu_threads

@@ -27,7 +27,7 @@ from scmoe.config.registry import IMAGES, named
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
 from scmoe.datamodules.text import TextDataModule
-from scmoe.files import read_json, redacted, try_to_write_json, warn_once
+from scmoe.files import read_json, redacted, relative, try_to_write_json, warn_once
 from scmoe.models.halves import sizes_of_halves
 from scmoe.moe.stream import dropless
 from scmoe.parallel.checkpoint.durable import UNREAD, read_manifest
@@ -44,7 +44,7 @@ from scmoe.runs.evaluate.scoring import (
 )
 from scmoe.runs.on_ranks import config_without_training, ending_together, start_ranks
 from scmoe.training.assembly.data import build_datamodule, kept_data, prepare_data
-from scmoe.training.run.directory import read_state, relative
+from scmoe.training.run.directory import read_state
 from scmoe.training.run.loggers import close_loggers, wandb_logger, wandb_mode
 from scmoe.training.run.machine import is_rank_zero
 from scmoe.training.run.resume import Which, checkpoint_config, find_checkpoint

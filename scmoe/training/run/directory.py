@@ -28,7 +28,7 @@ from typing import Any
 
 from scmoe.config.extras import scmoe
 from scmoe.config.leaves import ConfigError
-from scmoe.files import read_json, redacted, replacing, try_to_write_json, warn_once
+from scmoe.files import read_json, redacted, relative, replacing, try_to_write_json, warn_once
 from scmoe.parallel.checkpoint.durable import checkpoints, machine, process_start
 from scmoe.parallel.container_memory import GIB
 
@@ -155,12 +155,6 @@ def git(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.decode(errors="replace").strip()  # the content of files may have any bytes
-
-
-def relative(path: Path) -> Path:
-    """Return the path as a user in this working directory would type it."""
-    path = path.absolute()
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def why_no_checkpoint(run_dir: Path, which: str = "last") -> str:

@@ -21,6 +21,7 @@ from scmoe.config.extras import scmoe
 from scmoe.config.registry import words
 from scmoe.datamodules.positioned import PositionedDataModule
 from scmoe.datamodules.sequences import SequenceDataModule
+from scmoe.files import relative
 from scmoe.lightning.seam.loops import count_steps_from
 from scmoe.models.model_cost import count_parameters, total_and_active
 from scmoe.report import console
@@ -28,7 +29,6 @@ from scmoe.training.callbacks.peak_memory import PeakMemory
 from scmoe.training.callbacks.skipped_images import SkippedImages
 from scmoe.training.callbacks.throughput import Throughput
 from scmoe.training.modules import MoEModule
-from scmoe.training.run.directory import relative
 from scmoe.training.run.parts import RunParts
 
 # Of the steps since the last log.

@@ -10,9 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scmoe.files import read_json
+from scmoe.files import read_json, relative
 from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, checkpoints, read_manifest
-from scmoe.training.run.directory import relative
 
 
 def set_aside_later(run_dir: Path, step: int) -> None:

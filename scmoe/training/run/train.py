@@ -14,7 +14,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from scmoe.config.as_yaml import to_yaml
-from scmoe.files import try_to_write_json
+from scmoe.files import relative, try_to_write_json
 from scmoe.parallel.checkpoint.durable import BrokenCheckpoint, read_manifest
 from scmoe.report import console
 from scmoe.training.callbacks.kept_config import KeptConfig
@@ -22,7 +22,6 @@ from scmoe.training.run.directory import (
     create_run_dir,
     how_to_continue,
     refuse_running,
-    relative,
     show_life,
     write_config,
     write_state,
