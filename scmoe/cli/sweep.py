@@ -49,7 +49,7 @@ def main(file: str, /, *overrides: KeyValue, local: bool = False) -> int:
         )
     sweep = read(file, overrides)
     if not local:
-        from scmoe.training.run.loggers import has_wandb_key
+        from scmoe.training.run.wandb_logger import has_wandb_key
 
         if has_wandb_key():
             from scmoe.sweeps.trials import run_online

@@ -168,7 +168,7 @@ def run_online(sweep: Sweep) -> tuple[str, int]:
     """
     import wandb
 
-    from scmoe.training.run.loggers import wandb_mode, wandb_project
+    from scmoe.training.run.wandb_logger import wandb_mode, wandb_project
 
     if (mode := wandb_mode(sweep.base)) not in ("auto", "online"):
         raise ConfigError(

@@ -4,60 +4,28 @@ Once training has started, no logger ends a run. While the disk is full, rows of
 kept in memory; TensorBoard and W&B stop with one warning (fault 32).
 """
 
-import math
-import netrc
+import csv
 import os
-import re
 import sys
-import threading
-import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
-from urllib.parse import urlparse
+from typing import Any
 
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from scmoe.config.extras import install_command, require
+from scmoe.config.extras import install_command
 from scmoe.config.fields import Config
-from scmoe.config.leaves import ConfigError, show
-from scmoe.files import read_json, redacted, try_to_write_json, warn_once
-from scmoe.parallel.checkpoint.durable import read_manifest
-from scmoe.training.run.directory import git
-from scmoe.training.run.file_loggers import (
-    SafeTensorBoardLogger,
-    csv_logger,
-    read_metrics,
-    tensorboard_logger,
-)
+from scmoe.config.leaves import flatten
+from scmoe.files import warn_once
+from scmoe.training.run.wandb_logger import HAS_WANDB, SafeWandbLogger, wandb_logger, wandb_mode
 
-HAS_WANDB = True
-WANDB_TROUBLE: tuple[type[Exception], ...] = (OSError,)
-try:
-    import wandb
-
-    # The server refuses or does not answer, or W&B's own process is gone.
-    WANDB_TROUBLE = (wandb.Error, OSError)
-except ImportError:  # it is not installed, or an installation is damaged
-    HAS_WANDB = False
-
-DEFAULT_SERVER = "https://api.wandb.ai"
-INIT_TIMEOUT_S = 20.0  # how long a server may take to answer
-FINISH_TIMEOUT_S = 60.0  # limit of the last uploads; the rest stays in the run directory
-UPLOAD_BYTES_PER_S = 1e6  # an upload of a checkpoint that is slower is not waited for
-STEP_METRIC = "trainer/global_step"
-BEST_IN_SUMMARY = {  # metrics of which W&B's summary has the best value too, as `val/loss_min`
-    **dict.fromkeys(("train/loss", "val/loss", "val/perplexity", "val/bits_per_byte"), "min"),
-    "val/accuracy": "max",
-}
-
-# Of summary.json, what no row of metrics has: W&B's summary shows it.
-OF_RUN = ("params_total", "params_active", "tokens_per_s", "images_per_s")
+# The first columns of metrics.csv; others follow by their names.
+FIRST = ("step", "train/tokens", "train/images", "train/loss", "val/loss")
+HPARAMS_METRICS = ("train/loss", "val/loss")  # on TensorBoard's page HParams
 
 
 def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> list[Logger]:
@@ -67,7 +35,7 @@ def build_loggers(config: Config, run_dir: Path, resumed_step: int | None) -> li
     if config.logger.tensorboard:
         loggers.append(tensorboard_logger(run_dir, config, resumed_step))
     if wandb_mode(config) != "disabled":
-        loggers.append(wandb_logger(run_dir, config))
+        loggers.append(wandb_logger(run_dir, config, read_metrics(run_dir / "metrics.csv")))
     elif config.logger.mode == "auto" and not HAS_WANDB:
         print(f"W&B is not used; it needs wandb: {install_command('wandb')}", file=sys.stderr)
     return loggers
@@ -80,261 +48,14 @@ def describe(logger: Logger) -> str:
     return "TensorBoard" if isinstance(logger, SafeTensorBoardLogger) else "metrics.csv"
 
 
-def close_loggers(loggers: Sequence[Logger], status: str = "success") -> None:
-    """Write and upload what is left. status: success or failed."""
-    for logger in loggers:
-        logger.finalize(status)
-        if isinstance(logger, SafeWandbLogger):
-            logger.close(status)
-
-
-def has_wandb_key() -> bool:
-    """Return whether there is a key where W&B looks for it: in the environment, and in netrc under
-    the server's name and port."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    server = urlparse(os.environ.get("WANDB_BASE_URL") or DEFAULT_SERVER).netloc
-    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
-    try:
-        return netrc.netrc(str(path)).authenticators(server) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def wandb_mode(config: Config) -> str:
-    """Return logger.mode; for `auto` WANDB_MODE, where it is set, and `disabled` where W&B is not
-    installed.
-
-    ConfigError: W&B's environment variables have wrong values, or the mode is another one and W&B
-    is not installed.
-    """
-    mode = os.environ.get("WANDB_MODE") or "auto"
-    if mode not in ("online", "offline", "disabled", "auto"):
-        raise ConfigError(f"WANDB_MODE is {show(mode)}, allowed: online | offline | disabled")
-    mode = mode if config.logger.mode == "auto" else config.logger.mode
-    if not HAS_WANDB and mode == "auto":
-        return "disabled"
-    if mode != "disabled":
-        require(f"logger.mode={mode}", "wandb")
-        import_module("wandb")  # raises what is wrong with a damaged installation
-        check_wandb_server()
-    return mode
-
-
-def check_wandb_server() -> None:
-    """Raise ConfigError if WANDB_BASE_URL is no address of a server."""
-    url = os.environ.get("WANDB_BASE_URL") or DEFAULT_SERVER
-    try:
-        server = urlparse(url)
-        _ = server.port
-        is_address = server.scheme in ("http", "https") and bool(server.hostname)
-    except ValueError:  # brackets, or a port that is no number
-        is_address = False
-    if not is_address:
-        raise ConfigError(
-            f"WANDB_BASE_URL is {show(url)}, which is no address of a server. Give one such as"
-            f" {DEFAULT_SERVER}, or unset it."
-        )
-
-
-def check_wandb(config: Config, needs_key: bool) -> None:
-    """Raise ConfigError if W&B cannot run in its mode.
-
-    needs_key: whether this process logs (rank 0). The mode online then requires a key.
-    """
-    if wandb_mode(config) == "online" and needs_key and not has_wandb_key():
-        way = "logger.mode" if config.logger.mode == "online" else "WANDB_MODE"
-        raise ConfigError(
-            f"{way} is online, but no key of Weights & Biases is found. Call `wandb login` or set "
-            "WANDB_API_KEY, or use logger.mode=offline."
-        )
-
-
-def wandb_project(config: Config) -> str:
-    """Return logger.project, else WANDB_PROJECT, else scmoe."""
-    return config.logger.project or os.environ.get("WANDB_PROJECT") or "scmoe"
-
-
-def wandb_logger(run_dir: Path, config: Config) -> WandbLogger:
-    """Return the logger of a W&B run, the same one when a training is resumed: its id is kept in
-    the run directory.
-
-    config: without keys and passwords, as W&B shows it. The mode `auto` is online if a key is found
-    and the server answers, else offline. ConfigError: W&B cannot start in another mode.
-    """
-    mode = wandb_mode(config)
-    logger = config.logger
-    # Without a key, W&B would ask for one, or raise.
-    offline = mode == "offline" or (mode == "auto" and not has_wandb_key())
-    resolved: Literal["online", "offline"] = "offline" if offline else "online"
-    record = run_dir / "wandb_run.json"
-    # The variables may have changed since, and a sweep decides the id, the project and the entity
-    # of its trials.
-    kept = read_json(record)
-    run_id = kept.get("id") or os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:8]
-    project = logger.project or kept.get("project") or wandb_project(config)
-    settings = wandb.Settings(
-        console="off",
-        silent=True,
-        disable_git=True,  # it would upload the changes to the code, keys too
-        git_commit=git("rev-parse", "HEAD"),
-        init_timeout=INIT_TIMEOUT_S,
-        finish_timeout=FINISH_TIMEOUT_S,
-        finish_timeout_raises=True,
-        # W&B's metadata contain the command line, with its keys.
-        x_disable_meta=redacted(sys.argv) != sys.argv,
-    )
-    wandb.setup(settings)  # silent from here on; the messages below are enough
-    start = partial(  # for None W&B reads its own variable: WANDB_ENTITY, WANDB_TAGS, ...
-        wandb.init,
-        entity=logger.entity or kept.get("entity"),
-        project=project,
-        name=os.environ.get("WANDB_NAME") or f"{run_dir.parent.name}/{run_dir.name}",
-        id=run_id,
-        group=logger.group,
-        job_type=logger.job_type or os.environ.get("WANDB_JOB_TYPE") or "train",
-        notes=logger.notes,
-        tags=logger.tags or None,
-        dir=str(run_dir),
-        resume="allow",
-        config=asdict(config),
-        settings=settings,
-    )
-    try:
-        run = start(mode=resolved)
-    except WANDB_TROUBLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if mode != "auto" or offline:
-            raise ConfigError(
-                f"logger.mode is {resolved}, allowed here: offline | disabled: {reason}"
-            ) from error
-        print(f"warning: Weights & Biases goes offline: {reason}", file=sys.stderr, flush=True)
-        wandb.teardown()  # otherwise its process would see the id as in use
-        run = start(mode="offline")
-    kept = {
-        "id": run_id,
-        "project": run.project or project,
-        "entity": run.entity or None,
-        "mode": resolved,
-    }
-    try_to_write_json(record, kept)
-    run.define_metric(STEP_METRIC)
-    run.define_metric("*", step_metric=STEP_METRIC, step_sync=True)  # the x axis of every chart
-    wandb_run = SafeWandbLogger(experiment=run)
-    for row in read_metrics(run_dir / "metrics.csv"):  # of the part before a resumption
-        wandb_run.keep_best({name: float(row[name]) for name in BEST_IN_SUMMARY if row.get(name)})
-    return wandb_run
-
-
-class SafeWandbLogger(WandbLogger):
-    """Stops logging with one warning where Lightning's logger would end the training, for example
-    when W&B's process dies."""
-
-    lost = False
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        self.best: dict[str, float] = {}
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.attempt(partial(super().log_metrics, metrics, step))
-        self.attempt(partial(self.keep_best, metrics))
-
-    def keep_best(self, metrics: Mapping[str, float]) -> None:
-        """Keep the best values of BEST_IN_SUMMARY in the run's summary, each as a number under a
-        name of its own.
-
-        W&B's own way, `define_metric(summary="min")`, makes the summary of `val/loss` a mapping, by
-        which W&B can neither sort runs nor choose the best trial of a sweep.
-        """
-        for name in BEST_IN_SUMMARY.keys() & metrics.keys():
-            value = float(metrics[name])
-            best = self.best.get(name)
-            is_better = best is None or (
-                value < best if BEST_IN_SUMMARY[name] == "min" else value > best
-            )
-            if is_better and math.isfinite(value):
-                self.best[name] = value
-                self.experiment.summary[f"{name}_{BEST_IN_SUMMARY[name]}"] = value
-
-    def log_hyperparams(self, params: Any) -> None:
-        self.attempt(partial(super().log_hyperparams, params))
-
-    def close(self, status: str) -> None:
-        """End the W&B run. status: success or failed."""
-        finish = partial(self.experiment.finish, exit_code=0 if status == "success" else 1)
-        if self.lost:  # W&B's process may still run, and must not outlive this one
-            with suppress(Exception):
-                finish()
-        else:  # when its process dies, the client raises errors of other kinds
-            self.attempt(finish, (Exception,))
-
-    def attempt(
-        self, action: Callable[[], object], trouble: tuple[type[Exception], ...] = WANDB_TROUBLE
-    ) -> None:
-        """Do what W&B may refuse. After the first error, do nothing."""
-        if self.lost:
-            return
-        try:
-            action()
-        except trouble as error:
-            self.lost = True
-            reason = f"{error} ".splitlines()[0].strip(" .")
-            folder = Path(self.experiment.settings.sync_dir)
-            # As a new run: otherwise the rows that have arrived would come twice.
-            again = f"wandb sync --include-online --id {uuid.uuid4().hex[:8]} {folder}"
-            warn_once(
-                f"Weights & Biases receives nothing more of this run: {reason}; to upload all of"
-                f" it: {again}"
-            )
-
-
-def wandb_loggers(loggers: Sequence[Logger]) -> list[SafeWandbLogger]:
-    """Return the loggers that write to W&B."""
-    return [logger for logger in loggers if isinstance(logger, SafeWandbLogger)]
-
-
 def log_inputs(loggers: Sequence[Logger], config: Config, state: Mapping[str, Any]) -> None:
-    """Log the data set and the tokenizer of a training at W&B, by names and hashes.
+    """Log the data set and the tokenizer of a training at W&B.
 
     config: without keys and passwords. state: of the datamodule.
     """
-    data = config.data
-    name = str(data.path) if data.name == "hf" else data.name
-    inputs = {"dataset": {"name": name, "subset": data.subset, "content": state.get("data")}}
-    if "tokenizer" in state:
-        name = data.tokenizer if data.tokenizer in ("bpe", "gpt2") else Path(data.tokenizer).name
-        inputs["tokenizer"] = {"name": name, "content": state["tokenizer"]}
-    for logger in wandb_loggers(loggers):
-        for kind, facts in inputs.items():
-            logger.attempt(partial(_log_input, logger.experiment, kind, facts), (Exception,))
-
-
-def _log_input(run: Any, kind: str, facts: Mapping[str, Any]) -> None:
-    """Log an artifact that says which data set, or tokenizer, the run reads. It holds these facts
-    and no text."""
-    name = re.sub(r"[^\w.-]", "-", f"{kind}-{facts['name']}")[:100]
-    artifact = wandb.Artifact(name, type=kind, metadata=dict(facts))
-    path = Path(run.settings.sync_dir, f"{kind}.json")
-    try_to_write_json(path, facts)
-    # Equal facts are the same version.
-    artifact.add_file(str(path), policy="immutable", skip_cache=True)
-    if run.offline:
-        run.log_artifact(artifact)  # an output: only a server can record what a run uses
-        return
-    errors: list[Exception] = []
-
-    def use() -> None:
-        try:
-            run.use_artifact(artifact)
-        except Exception as error:
-            errors.append(error)
-
-    using = threading.Thread(target=use, daemon=True)
-    using.start()
-    using.join(INIT_TIMEOUT_S)  # W&B itself waits without a limit
-    if errors:
-        raise errors[0]
+    for logger in loggers:
+        if isinstance(logger, SafeWandbLogger):
+            logger.log_inputs(config, state)
 
 
 def log_results(
@@ -345,48 +66,155 @@ def log_results(
     summary: Mapping[str, Any],
     callbacks: Iterable[object] = (),
 ) -> None:
-    """Log what a run has at its end: texts of its model and the heat map of its experts; at W&B its
-    size and speed too, and the best checkpoint with its metric."""
-    for other in loggers:
-        if isinstance(other, SafeTensorBoardLogger):
-            other.log_results(step, samples, load)
-    of_run = {key: summary[key] for key in OF_RUN if summary.get(key) is not None}
-    for logger in wandb_loggers(loggers):
-        logger.attempt(partial(logger.experiment.summary.update, of_run))
-        shown: dict[str, Any] = {}
-        if samples:
-            shown["samples"] = wandb.Table(["step", "text"], [[step, text] for text in samples])
-        if load.exists():
-            shown["moe/expert_load"] = wandb.Image(str(load))
-        for key, value in shown.items():
-            logger.attempt(
-                partial(logger.experiment.log, {key: value, STEP_METRIC: step}), (Exception,)
-            )
-        for callback in callbacks:
-            if not isinstance(callback, ModelCheckpoint) or not callback.monitor:
-                continue
-            # There is no score where a resumed run has not validated and the best checkpoints are
-            # gone.
-            if callback.best_model_score is not None:
-                best = Path(callback.best_model_path)
-                score = {callback.monitor: callback.best_model_score.item()}
-                log_best = partial(_log_checkpoint, logger.experiment, best, score)
-                logger.attempt(log_best, (Exception,))
+    """Log what a run has at its end. load: the heat map of its experts, which need not exist."""
+    for logger in loggers:
+        if isinstance(logger, SafeTensorBoardLogger):
+            logger.log_results(step, samples, load)
+        if isinstance(logger, SafeWandbLogger):
+            logger.log_results(step, samples, load, summary, callbacks)
 
 
-def _log_checkpoint(run: Any, checkpoint: Path, score: Mapping[str, float]) -> None:
-    """Log an artifact of type model with the alias `best`.
+def close_loggers(loggers: Sequence[Logger], status: str = "success") -> None:
+    """Write and upload what is left. status: success or failed."""
+    for logger in loggers:
+        logger.finalize(status)
+        if isinstance(logger, SafeWandbLogger):
+            logger.close(status)
 
-    Online, wait for its upload; offline, `wandb sync` will read the files where they are.
+
+# ---------------------------------------------------------------------- metrics.csv
+
+
+def csv_logger(run_dir: Path, resumed_step: int | None) -> CSVLogger:
+    """Return the logger of metrics.csv.
+
+    It keeps the rows before resumed_step; later ones will be logged again. Lightning's logger would
+    delete an earlier file.
     """
-    metadata = {"step": read_manifest(checkpoint)["step"], **score}
-    artifact = wandb.Artifact(f"checkpoint-{run.id}", type="model", metadata=metadata)
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
-    for path in files:  # immutable, so that W&B makes no copy
-        artifact.add_file(
-            str(path), str(path.relative_to(checkpoint)), policy="immutable", skip_cache=True
+    kept = []
+    if resumed_step is not None:
+        kept = [
+            row for row in read_metrics(run_dir / "metrics.csv") if int(row["step"]) < resumed_step
+        ]
+    logger = SafeCSVLogger(run_dir, name="", version="")
+    writer = logger.experiment
+    writer.metrics_keys = Columns()
+    if kept:
+        writer.metrics_keys.extend(kept[0])
+        writer.metrics = kept
+        logger.save()
+    return logger
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Return the whole rows of a metrics.csv; none if there is no file. A crash may leave half a
+    row."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values()]
+
+
+class Columns(list[str]):
+    """The names of columns. Lightning's writer sorts them when there is a new one."""
+
+    def sort(self, **_: Any) -> None:
+        super().sort(key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
+
+
+class SafeCSVLogger(CSVLogger):
+    """Keeps rows in memory, with one warning, while they cannot be written.
+
+    Lightning's logger would end the training and leave half a row, or, after a new column, half a
+    file.
+    """
+
+    def save(self) -> None:
+        writer = self.experiment
+        path = Path(writer.metrics_file_path)
+        before = path.read_bytes() if path.exists() else None
+        keys = Columns(writer.metrics_keys)
+        try:
+            super().save()
+        except OSError as error:
+            writer.metrics_keys = keys
+            with suppress(OSError):
+                _put_back(path, before)
+            warn_once(
+                f"{path} cannot be written, its rows stay in memory: {error.strerror or error}"
+            )
+
+
+def _put_back(path: Path, before: bytes | None) -> None:
+    """Give a file its earlier content. Where rows were only added the file is cut, which needs no
+    space on a full disk."""
+    if before is None:
+        path.unlink(missing_ok=True)
+    elif path.read_bytes().startswith(before):
+        os.truncate(path, len(before))
+    else:
+        path.write_bytes(before)
+
+
+# ---------------------------------------------------------------------- TensorBoard
+
+
+def tensorboard_logger(
+    run_dir: Path, config: Config, resumed_step: int | None
+) -> TensorBoardLogger:
+    """Return the logger of TensorBoard. config: without keys and passwords. resumed_step: events
+    from this step on, which an earlier part of the run has left, are not shown."""
+    logger = SafeTensorBoardLogger(run_dir, name="tensorboard", version="", purge_step=resumed_step)
+    logger.log_config(flatten(config))
+    return logger
+
+
+class SafeTensorBoardLogger(TensorBoardLogger):
+    """Stops logging with one warning where its files cannot be written."""
+
+    lost = False
+
+    def log_config(self, values: Mapping[str, Any]) -> None:
+        """Fill the page HParams, whose columns of results are the losses that will be logged."""
+        self._try(
+            self._hparams,
+            {key: v if isinstance(v, (bool, int, float)) else str(v) for key, v in values.items()},
         )
-    logged = run.log_artifact(artifact, aliases=["best"])
-    if not run.offline:
-        size = sum(path.stat().st_size for path in files)
-        logged.wait(timeout=int(FINISH_TIMEOUT_S + size / UPLOAD_BYTES_PER_S))
+
+    def _hparams(self, values: dict[str, Any]) -> None:
+        package = "torch.utils.tensorboard" if find_spec("tensorboard") else "tensorboardX"
+        self.hparams.update(values)
+        for part in import_module(f"{package}.summary").hparams(
+            values, dict.fromkeys(HPARAMS_METRICS, 0.0)
+        ):
+            self.experiment.file_writer.add_summary(part)
+
+    def log_results(self, step: int, samples: Sequence[str], load: Path) -> None:
+        """Show texts of the model on the page Text, and the heat map of its experts on the page
+        Images. load: its file, which need not exist."""
+        for number, text in enumerate(samples, 1):
+            self._try(self.experiment.add_text, f"samples/{number}", text, step)
+        if load.exists():
+            from matplotlib.image import imread  # it has drawn the file
+
+            pixels_HWC = imread(load)
+            add_image = partial(self.experiment.add_image, dataformats="HWC")
+            self._try(add_image, "moe/expert_load", pixels_HWC, step)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._try(super().log_metrics, metrics, step)
+
+    def save(self) -> None:
+        self._try(super().save)
+
+    def finalize(self, status: str) -> None:
+        self._try(super().finalize, status)
+
+    def _try(self, action: Any, *arguments: Any) -> None:
+        if self.lost:
+            return
+        try:
+            action(*arguments)
+        except OSError as error:
+            self.lost = True
+            warn_once(f"TensorBoard receives nothing more of this run: {error.strerror or error}")

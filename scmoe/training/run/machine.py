@@ -69,7 +69,7 @@ def check_machine(start: RunParts) -> None:
     Rank 0 alone checks folders and free memory: they can change while the other ranks start.
     """
     # Imported here, as benches run without W&B.
-    from scmoe.training.run.loggers import check_wandb
+    from scmoe.training.run.wandb_logger import check_wandb
 
     config = start.config
     check_wandb(config, needs_key=is_rank_zero())

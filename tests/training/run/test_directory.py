@@ -22,7 +22,7 @@ from scmoe.runs.evaluate.evaluation import keep_results, read_results
 from scmoe.training.assembly.start import Start
 from scmoe.training.run import train
 from scmoe.training.run.directory import SLUG_CHARS, create_run_dir, environment, slug_of
-from scmoe.training.run.file_loggers import csv_logger
+from scmoe.training.run.loggers import csv_logger
 from scmoe.training.run.printout import print_start, resume_command, summary_panel
 from scmoe.training.run.resumed import Resumed
 from scmoe.training.run.train import open_run

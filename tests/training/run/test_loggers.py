@@ -59,8 +59,8 @@ def scenario(folder: Path) -> None:
     from scmoe.config.load import load
     from scmoe.training.assembly import start
     from scmoe.training.callbacks.load_chart import draw_load
-    from scmoe.training.run import loggers as run_loggers
     from scmoe.training.run import train as run
+    from scmoe.training.run import wandb_logger
     from scmoe.training.run.loggers import build_loggers, close_loggers, log_inputs, log_results
     from scmoe.training.run.printout import sync_command
     from scmoe.training.run.resume import resumption
@@ -168,7 +168,7 @@ def scenario(folder: Path) -> None:
             if trainer.global_step == 3:
                 server.close()
 
-    plain, run_loggers.FINISH_TIMEOUT_S = start.build_callbacks, 2.0
+    plain, wandb_logger.FINISH_TIMEOUT_S = start.build_callbacks, 2.0
     start.build_callbacks = lambda *arguments: [*plain(*arguments), Trouble()]
     server = WandbServer()
     said = training(server, "trouble", "logger.mode=auto")
@@ -178,7 +178,7 @@ def scenario(folder: Path) -> None:
         command(server, *said.rpartition("to upload all of it: ")[2].splitlines()[0].split())
         report("uploaded", server)
 
-    run_loggers.INIT_TIMEOUT_S = 2.0
+    wandb_logger.INIT_TIMEOUT_S = 2.0
     for answer in ("error", "nothing"):
         with wandb_server() as server:
             server.answer = answer

@@ -8,7 +8,7 @@ import pytest
 
 from scmoe.config.leaves import ConfigError
 from scmoe.config.load import load
-from scmoe.training.run import loggers
+from scmoe.training.run import loggers, wandb_logger
 from tests.support.commands import CANARY, rows_of, run
 
 pytestmark = [pytest.mark.faults]
@@ -19,7 +19,7 @@ NO_SERVER = "http://127.0.0.1:9"  # no server listens at the port `discard`
 def test_online_without_a_server_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", CANARY)
     monkeypatch.setenv("WANDB_BASE_URL", NO_SERVER)
-    monkeypatch.setattr(loggers, "INIT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(wandb_logger, "INIT_TIMEOUT_S", 1.0)
     with pytest.raises(
         ConfigError, match=r"^logger.mode is online, allowed here: offline \| disabled: "
     ):

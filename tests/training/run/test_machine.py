@@ -15,8 +15,8 @@ from scmoe.lightning.strategy import ExpertParallelStrategy
 from scmoe.parallel import container_memory
 from scmoe.training.assembly.start import Start
 from scmoe.training.run import machine
-from scmoe.training.run.loggers import wandb_mode
 from scmoe.training.run.machine import check_machine, is_rank_zero
+from scmoe.training.run.wandb_logger import wandb_mode
 from scmoe.training.threads import cpu_threads
 from tests.support.commands import called
 from tests.support.exports import dense, export

@@ -9,7 +9,7 @@ from scmoe.config.load import load
 from scmoe.training.assembly import start
 from scmoe.training.assembly.start import Start
 from scmoe.training.run import machine
-from scmoe.training.run.loggers import has_wandb_key, wandb_logger
+from scmoe.training.run.wandb_logger import has_wandb_key, wandb_logger
 
 OURS, LAB = "api.wandb.ai", "http://wandb.lab:8080"
 
@@ -60,4 +60,4 @@ def test_an_error_of_wandb_without_a_text_is_named_by_its_type(tmp_path, monkeyp
     monkeypatch.setattr(wandb, "setup", lambda settings: None)
     monkeypatch.setattr(wandb, "init", refused)
     with pytest.raises(ConfigError, match="ConnectionResetError"):
-        wandb_logger(tmp_path, load(None, ["logger.mode=online"]))
+        wandb_logger(tmp_path, load(None, ["logger.mode=online"]), [])
